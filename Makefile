@@ -1,0 +1,37 @@
+# Every target works in a fresh clone: it creates .venv and installs into it what was tested.
+PYTHON ?= python3
+VENV := .venv
+BIN := $(VENV)/bin
+
+.DEFAULT_GOAL := help
+.PHONY: help demo test slow check bench clean
+
+help: ## Show this list
+	@grep -E '^[a-z]+:.*## ' $(MAKEFILE_LIST) | sed -E 's/:[^#]*## /\t/' | expand -t 10
+
+$(VENV)/.installed: pyproject.toml constraints.txt
+	$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11) and "Python 3.11 or newer is needed")'
+	$(PYTHON) -m venv $(VENV)
+	$(BIN)/python -m pip install --quiet -c constraints.txt -e '.[dev]'
+	@touch $@
+
+demo: $(VENV)/.installed ## Train CartPole to a mean return of at least 475
+	$(BIN)/esper fit --config configs/cartpole.yaml
+
+test: $(VENV)/.installed ## Run the tests
+	$(BIN)/python -m pytest -n 2 -m 'not slow'
+
+slow: $(VENV)/.installed ## Run the tests that take longer
+	$(BIN)/python -m pytest -m slow
+
+check: $(VENV)/.installed ## Lint, types, import contracts
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	$(BIN)/pyright
+	$(BIN)/lint-imports
+
+bench: $(VENV)/.installed ## Measure learning on every task, 5 seeds each (about half an hour)
+	$(BIN)/python benchmarks/learning.py
+
+clean: ## Remove the virtual environment and caches
+	rm -rf $(VENV) build dist *.egg-info .pytest_cache .ruff_cache .hypothesis .import_linter_cache

@@ -1,0 +1,46 @@
+"""PPO with PyTorch Lightning over thousands of batched torch environments.
+
+Names are imported when they are first used: reading the remains of a run needs no torch.
+"""
+
+import importlib
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    from esper_lightning.callbacks.history import History
+    from esper_lightning.callbacks.progress import RunProgressBar
+    from esper_lightning.envs.check import check_env
+    from esper_lightning.policies.feedforward import MLP
+    from esper_lightning.train import train_ppo_vectorized
+    from esper_lightning.training.config import PPOConfig
+    from esper_lightning.training.module import PPO
+
+__all__ = [
+    "MLP",
+    "PPO",
+    "History",
+    "PPOConfig",
+    "RunProgressBar",
+    "check_env",
+    "train_ppo_vectorized",
+]
+
+_HOMES = {
+    "History": "callbacks.history",
+    "MLP": "policies.feedforward",
+    "PPO": "training.module",
+    "PPOConfig": "training.config",
+    "RunProgressBar": "callbacks.progress",
+    "check_env": "envs.check",
+    "train_ppo_vectorized": "train",
+}
+
+
+def __getattr__(name: str) -> object:
+    if name not in _HOMES:
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    return getattr(importlib.import_module(f"{__name__}.{_HOMES[name]}"), name)
+
+
+def __dir__() -> list[str]:
+    return sorted(__all__)

@@ -1,0 +1,1 @@
+"""Callbacks: history and progress."""

@@ -1,0 +1,84 @@
+"""One progress bar for the whole run, in environment steps."""
+
+import sys
+from typing import Any
+
+from lightning.pytorch import LightningModule, Trainer
+from lightning.pytorch.callbacks import ProgressBar
+from tqdm import tqdm
+from typing_extensions import override
+
+__all__ = ["RunProgressBar"]
+
+
+class RunProgressBar(ProgressBar):
+    """Shows the mean return of recent episodes, env-steps/s, and the time left until the first limit of the run.
+
+    For ``PPO``. Written to stderr; every few seconds where that is not a terminal.
+    """
+
+    def __init__(self) -> None:
+        super().__init__()
+        self._bar: tqdm[Any] | None = None
+        self._enabled = True
+
+    @override
+    def disable(self) -> None:
+        """Show nothing (on ranks other than 0)."""
+        self._enabled = False
+
+    @override
+    def enable(self) -> None:
+        """Show the bar."""
+        self._enabled = True
+
+    @override
+    def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """Open the bar, where a resumed run left it."""
+        super().on_train_start(trainer, pl_module)
+        interval_s = 0.1 if sys.stderr.isatty() else 10.0
+        self._bar = tqdm(
+            desc="Training",
+            total=getattr(pl_module, "planned_env_steps", None),
+            initial=getattr(pl_module, "env_steps", 0),
+            unit=" env steps",
+            unit_scale=True,
+            mininterval=interval_s,
+            dynamic_ncols=True,
+            disable=not self._enabled,
+        )
+
+    @override
+    def on_train_batch_end(
+        self, trainer: Trainer, pl_module: LightningModule, outputs: Any, batch: Any, batch_idx: int
+    ) -> None:
+        """Advance the bar."""
+        if self._bar is not None:
+            metrics = self.get_metrics(trainer, pl_module)
+            shown = {
+                k: f"{v:.1f}"
+                for k, v in metrics.items()
+                if k == "return" and isinstance(v, float) and v == v
+            }
+            self._bar.set_postfix(shown, refresh=False)
+            self._bar.update(getattr(pl_module, "env_steps", trainer.global_step) - self._bar.n)
+
+    @override
+    def on_train_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """Leave the bar as it is."""
+        self._close()
+
+    @override
+    def teardown(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
+        """Close the bar if the run did not reach its end."""
+        self._close()
+
+    @override
+    def print(self, *args: Any, sep: str = " ", **kwargs: Any) -> None:
+        """Print above the bar."""
+        tqdm.write(sep.join(map(str, args)))
+
+    def _close(self) -> None:
+        if self._bar is not None:
+            self._bar.close()
+            self._bar = None

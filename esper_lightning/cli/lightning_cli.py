@@ -1,0 +1,212 @@
+"""``esper fit`` and ``esper evaluate``: Lightning's command line with our defaults and one-line errors."""
+
+import argparse
+import json
+import pickle
+import sys
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any, NoReturn, cast
+
+import torch
+from lightning.pytorch import LightningModule, Trainer
+from lightning.pytorch.callbacks import Checkpoint
+from lightning.pytorch.cli import (
+    ArgsType,
+    LightningArgumentParser,
+    LightningCLI,
+    SaveConfigCallback,
+)
+from lightning.pytorch.utilities.exceptions import MisconfigurationException
+from typing_extensions import override
+
+import esper_lightning.envs
+import esper_lightning.policies  # noqa: F401 - specs must be known to be named in a config
+from esper_lightning.callbacks.run_directory import run_directory
+from esper_lightning.core.validate import require
+from esper_lightning.train import run_callbacks, run_logger
+from esper_lightning.training.metrics import EVAL_RETURN
+from esper_lightning.training.module import PPO
+from esper_lightning.training.trainer_support import refuse_unsupported
+
+__all__ = ["run"]
+
+_CONFIG_ERRORS = (argparse.ArgumentError, ValueError, TypeError, OSError, MisconfigurationException)
+_TRAINER_DEFAULTS = {
+    "max_epochs": -1,
+    "num_sanity_val_steps": 0,
+    "log_every_n_steps": 1,
+    "enable_model_summary": False,
+}
+
+
+def run(arguments: list[str]) -> None:
+    """Parse, train or evaluate, and print what came of it.
+
+    A mistake in the settings is one line on stderr and exit status 2; what happens later is not touched.
+    """
+    try:
+        cli = EsperCLI(
+            PPO,
+            args=arguments,
+            trainer_class=EsperTrainer,
+            trainer_defaults=dict(_TRAINER_DEFAULTS),
+            save_config_callback=SaveFitConfig,
+            save_config_kwargs={"overwrite": True},
+            seed_everything_default=False,
+            auto_configure_optimizers=False,
+            load_from_checkpoint_support=False,
+            parser_kwargs={
+                name: {"exit_on_error": False, "allow_abbrev": False}
+                for name in ("fit", "evaluate")
+            }
+            | {"exit_on_error": False, "allow_abbrev": False, "prog": "esper"},
+        )
+    except _CONFIG_ERRORS as error:
+        _fail(error)
+    cli.execute()
+
+
+class EsperTrainer(Trainer):
+    """Lightning's Trainer; ``evaluate`` is ``validate`` under the name that the command line gives it."""
+
+    def evaluate(self, model: PPO, ckpt_path: str) -> None:
+        """Play deterministic evaluation episodes with the policy of a checkpoint.
+
+        Args:
+            model: Built from the settings in the checkpoint.
+            ckpt_path: Checkpoint to evaluate.
+        """
+        self.validate(model, ckpt_path=ckpt_path, verbose=False, weights_only=True)
+
+
+class SaveFitConfig(SaveConfigCallback):
+    """``config.yaml`` in the run directory, of a training run only."""
+
+    @override
+    def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
+        """Write it."""
+        if stage == "fit":
+            super().setup(trainer, pl_module, stage)
+
+
+class EsperCLI(LightningCLI):
+    """Lightning's command line for PPO; training starts in ``execute``, when all settings are known to be good."""
+
+    model: PPO
+    subcommand: str
+    _start: Callable[[], None]
+
+    @staticmethod
+    @override
+    def subcommands() -> dict[str, set[str]]:
+        """What can be done, and which arguments of the Trainer's method are not the user's."""
+        return {
+            "fit": {"model", "train_dataloaders", "val_dataloaders", "datamodule", "weights_only"},
+            "evaluate": {"model"},
+        }
+
+    @override
+    def parse_arguments(self, parser: LightningArgumentParser, args: ArgsType) -> None:
+        """Parse; ``evaluate`` starts from the settings in the checkpoint."""
+        words = cast(list[str], args)
+        if words[:1] == ["evaluate"] and not {"-h", "--help"} & set(words):
+            known, _ = _ckpt_option().parse_known_args(words[1:])
+            settings = {"model": _load(known.ckpt_path)["hyper_parameters"]}
+            words = ["evaluate", "--config", json.dumps(settings), *words[1:]]
+        self.config = parser.parse_args(words)
+
+    @override
+    def _parse_ckpt_path(self) -> None:
+        """Settings are the user's: those of the checkpoint must agree with them, and never replace them."""
+
+    @override
+    def instantiate_trainer(self, **kwargs: Any) -> Trainer:
+        """Add what every run has, unless the user chose otherwise."""
+        settings = self._get(self.config_init, "trainer")
+        if self.subcommand == "evaluate":
+            return super().instantiate_trainer(
+                logger=False, enable_checkpointing=False, enable_progress_bar=False
+            )
+        if (
+            settings["logger"] in (None, True)
+            and not settings["barebones"]
+            and not settings["fast_dev_run"]
+        ):
+            kwargs["logger"] = run_logger(self.model.env)
+        given = settings["callbacks"] or []
+        given = given if isinstance(given, list) else [given]
+        saves = settings["enable_checkpointing"] is not False and not any(
+            isinstance(c, Checkpoint) for c in given
+        )
+        if not settings["barebones"]:
+            self.trainer_defaults["callbacks"] = run_callbacks(
+                evaluates=settings["limit_val_batches"] != 0,
+                saves=saves,
+                shows_progress=settings["enable_progress_bar"] is not False,
+            )
+        return super().instantiate_trainer(**kwargs)
+
+    @override
+    def after_instantiate_classes(self) -> None:
+        """Refuse now what the run would refuse later."""
+        refuse_unsupported(self.trainer)
+        path = self.config[self.subcommand]["ckpt_path"]
+        if self.subcommand == "fit" and path not in (None, "last", "best", "hpc"):
+            self.model.refuse_foreign(_load(path), resuming=True)
+
+    def fit(self, **kwargs: Any) -> None:
+        """Remember to train."""
+        self._start = lambda: self.trainer.fit(**kwargs, weights_only=True)
+
+    def evaluate(self, **kwargs: Any) -> None:
+        """Remember to evaluate."""
+        self._start = lambda: cast(EsperTrainer, self.trainer).evaluate(**kwargs)
+
+    def execute(self) -> None:
+        """Do it, and print what came of it."""
+        self._start()
+        metrics = {name: value.item() for name, value in self.trainer.callback_metrics.items()}
+        name = type(self.model.env).__name__
+        if EVAL_RETURN in metrics:
+            print(
+                f"{name}: mean return {metrics[EVAL_RETURN]:.1f} (std {metrics['eval/episode_return_std']:.1f}) over "
+                f"{metrics['eval/episodes']:.0f} deterministic evaluation episodes"
+            )
+        if self.subcommand == "fit":
+            steps, seconds = self.model.env_steps, self.model.train_time_s
+            rate = steps / seconds if seconds > 0 else 0.0
+            print(f"Trained for {steps:,} env steps in {seconds:.1f} s: {rate:,.0f} env-steps/s")
+            directory = run_directory(self.trainer)
+            if directory is not None:
+                print(f"Run directory: {directory}")
+
+
+def _ckpt_option() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(add_help=False, exit_on_error=False, allow_abbrev=False)
+    parser.add_argument("--ckpt_path")
+    return parser
+
+
+def _load(path: str | None) -> dict[str, Any]:
+    """A checkpoint that PPO wrote.
+
+    Raises:
+        ValueError: If there is none at ``path``.
+    """
+    exists = path is not None and Path(path).is_file()
+    require(exists, "--ckpt_path", "name an existing checkpoint", path)
+    assert path is not None
+    try:
+        checkpoint = torch.load(path, map_location="cpu", weights_only=True)
+    except (RuntimeError, EOFError, pickle.UnpicklingError) as error:
+        raise ValueError(
+            f"--ckpt_path must name a whole checkpoint, got {path!r}. {error}"
+        ) from error
+    PPO.refuse_not_ours(checkpoint, path)
+    return checkpoint
+
+
+def _fail(error: BaseException) -> NoReturn:
+    print("esper: error: " + " ".join(str(error).split()), file=sys.stderr)
+    sys.exit(2)

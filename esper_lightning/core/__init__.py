@@ -1,0 +1,1 @@
+"""Pure functions and records over tensors; torch only."""

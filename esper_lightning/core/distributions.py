@@ -1,0 +1,193 @@
+"""Action distributions as thin immutable objects over tensors. Axes: ``M`` sample, ``A`` component, ``K`` choice.
+
+Each is built from a network's output in float32 (also under autocast), samples from an explicit generator without
+host synchronisation, and keeps what it sampled apart from what the environment is given.
+"""
+
+import math
+from typing import Protocol, runtime_checkable
+
+import torch
+from torch import Tensor
+
+from esper_lightning.core.shapes import Bool, Float, Int, Shaped
+
+__all__ = ["Categorical", "DiagonalGaussian", "Distribution", "FactoredCategorical", "TanhGaussian"]
+
+_HALF_LOG_TAU = 0.5 * math.log(2.0 * math.pi)
+
+
+@runtime_checkable
+class Distribution(Protocol):
+    """What acting and the update need of a distribution over ``M`` actions."""
+
+    def sample(self, generator: torch.Generator | None) -> Shaped[Tensor, "M *A"]:
+        """Draw one action for each row."""
+        ...
+
+    def mode(self) -> Shaped[Tensor, "M *A"]:
+        """The most probable action of each row."""
+        ...
+
+    def log_prob(self, action: Shaped[Tensor, "M *A"]) -> Float[Tensor, " M"]:
+        """Log-probability (density) of what ``sample`` or ``mode`` returned."""
+        ...
+
+    def entropy(self) -> Float[Tensor, " M"]:
+        """Entropy in nats (differential, for densities)."""
+        ...
+
+
+class Categorical:
+    """One choice among ``K``, of which ``mask`` allows some.
+
+    A forbidden choice has probability zero, and neither it nor its logit takes part in log-probability, entropy or
+    gradient (Huang and Ontanon 2022).
+    """
+
+    def __init__(
+        self, logits: Float[Tensor, "M K"], mask: Bool[Tensor, "M K"] | None = None
+    ) -> None:
+        logits = logits.float()
+        if mask is not None:
+            logits = logits.masked_fill(~mask, torch.finfo(logits.dtype).min)
+        self._log_p = logits.log_softmax(-1)
+        self._mask = mask
+
+    def sample(self, generator: torch.Generator | None) -> Int[Tensor, " M"]:
+        """Draw by the Gumbel-max trick: the choice whose exponential clock rings first. No host synchronisation."""
+        clock = torch.empty_like(self._log_p).exponential_(generator=generator)
+        return (self._log_p - clock.log()).argmax(-1)
+
+    def mode(self) -> Int[Tensor, " M"]:
+        """The most probable choice; the first of equals."""
+        return self._log_p.argmax(-1)
+
+    def log_prob(self, action: Int[Tensor, " M"]) -> Float[Tensor, " M"]:
+        """Log-probability of the choice."""
+        return self._log_p.gather(-1, action[:, None])[:, 0]
+
+    def entropy(self) -> Float[Tensor, " M"]:
+        """Entropy over the allowed choices."""
+        surprise = self._log_p.exp() * self._log_p
+        if self._mask is not None:
+            surprise = surprise.masked_fill(~self._mask, 0.0)
+        return -surprise.sum(-1)
+
+
+class FactoredCategorical:
+    """``A`` independent choices; ``logits`` and ``mask`` hold the choices of all components one after another."""
+
+    def __init__(
+        self,
+        logits: Float[Tensor, "M K"],
+        nvec: tuple[int, ...],
+        mask: Bool[Tensor, "M K"] | None = None,
+    ) -> None:
+        sizes = list(nvec)
+        masks = [None] * len(sizes) if mask is None else mask.split(sizes, -1)
+        self._parts = [
+            Categorical(part, allowed)
+            for part, allowed in zip(logits.split(sizes, -1), masks, strict=True)
+        ]
+
+    def sample(self, generator: torch.Generator | None) -> Int[Tensor, "M A"]:
+        """Draw each component."""
+        return torch.stack([part.sample(generator) for part in self._parts], -1)
+
+    def mode(self) -> Int[Tensor, "M A"]:
+        """The most probable choice of each component."""
+        return torch.stack([part.mode() for part in self._parts], -1)
+
+    def log_prob(self, action: Int[Tensor, "M A"]) -> Float[Tensor, " M"]:
+        """Sum over the components."""
+        return torch.stack([part.log_prob(action[:, a]) for a, part in enumerate(self._parts)]).sum(
+            0
+        )
+
+    def entropy(self) -> Float[Tensor, " M"]:
+        """Sum over the components."""
+        return torch.stack([part.entropy() for part in self._parts]).sum(0)
+
+
+class DiagonalGaussian:
+    """Independent normal components."""
+
+    def __init__(self, mean: Float[Tensor, "M A"], log_std: Float[Tensor, "M A"]) -> None:
+        self._mean, self._log_std = mean.float(), log_std.float()
+
+    def sample(self, generator: torch.Generator | None) -> Float[Tensor, "M A"]:
+        """Draw each component."""
+        noise = torch.empty_like(self._mean).normal_(generator=generator)
+        return self._mean + self._log_std.exp() * noise
+
+    def mode(self) -> Float[Tensor, "M A"]:
+        """The mean."""
+        return self._mean
+
+    def log_prob(self, action: Float[Tensor, "M A"]) -> Float[Tensor, " M"]:
+        """Log-density, summed over the components."""
+        z = (action - self._mean) * (-self._log_std).exp()
+        return (-0.5 * z.square() - self._log_std - _HALF_LOG_TAU).sum(-1)
+
+    def entropy(self) -> Float[Tensor, " M"]:
+        """Differential entropy, summed over the components."""
+        return (self._log_std + 0.5 + _HALF_LOG_TAU).sum(-1)
+
+
+class TanhGaussian:
+    """A diagonal Gaussian seen through ``tanh``: the density is that of ``tanh(u)`` on (-1, 1).
+
+    An action is kept as ``u``, before ``tanh``: the change of variables then needs no inverse, which is infinite
+    where ``tanh`` saturates.
+    """
+
+    def __init__(self, mean: Float[Tensor, "M A"], log_std: Float[Tensor, "M A"]) -> None:
+        self._base = DiagonalGaussian(mean, log_std)
+        self._mean, self._log_std = mean.float(), log_std.float()
+
+    def sample(self, generator: torch.Generator | None) -> Float[Tensor, "M A"]:
+        """Draw ``u``."""
+        return self._base.sample(generator)
+
+    def mode(self) -> Float[Tensor, "M A"]:
+        """The ``u`` of the mean: the median action."""
+        return self._base.mode()
+
+    def log_prob(self, action: Float[Tensor, "M A"]) -> Float[Tensor, " M"]:
+        """Log-density of ``tanh(u)``, given ``u``."""
+        return self._base.log_prob(action) - log_tanh_slope(action).sum(-1)
+
+    def entropy(self) -> Float[Tensor, " M"]:
+        """Differential entropy of ``tanh(u)``: that of ``u`` plus the mean log-slope, by Gauss-Hermite quadrature.
+
+        The mean over a Gaussian of a smooth function: 32 nodes are exact to about 1e-4 for deviations up to 2.
+        """
+        node, weight = _hermite_nodes(self._mean.device)
+        u = self._mean[..., None] + self._log_std.exp()[..., None] * node  # [M, A] -> [M, A, 32]
+        return self._base.entropy() + (log_tanh_slope(u) * weight).sum(
+            (-1, -2)
+        )  # "@" would be cast down
+
+
+def log_tanh_slope(u: Float[Tensor, "..."]) -> Float[Tensor, "..."]:
+    """``log(1 - tanh(u)^2)`` without cancellation, also far from zero."""
+    return 2.0 * (math.log(2.0) - u - torch.nn.functional.softplus(-2.0 * u))
+
+
+_HERMITE: dict[torch.device, tuple[Tensor, Tensor]] = {}
+
+
+def _hermite_nodes(device: torch.device) -> tuple[Tensor, Tensor]:
+    """Nodes and weights ``[32]`` for means over a standard normal; copied to a device once."""
+    if device not in _HERMITE:
+        import numpy as np  # noqa: PLC0415
+
+        node, weight = np.polynomial.hermite_e.hermegauss(32)
+        scaled = weight / math.sqrt(2.0 * math.pi)
+        with torch.inference_mode(False):  # else a first call there would spoil later gradients
+            _HERMITE[device] = (
+                torch.tensor(node, dtype=torch.float32, device=device),
+                torch.tensor(scaled, dtype=torch.float32, device=device),
+            )
+    return _HERMITE[device]

@@ -1,0 +1,63 @@
+"""Terms of the PPO objective, per sample; the caller reduces them once. Axis: ``M`` sample."""
+
+import torch
+from torch import Tensor
+
+from esper_lightning.core.shapes import Float
+
+__all__ = ["clipped_surrogate", "normalize_advantage", "value_loss"]
+
+
+def clipped_surrogate(
+    log_prob: Float[Tensor, " M"],
+    old_log_prob: Float[Tensor, " M"],
+    advantage: Float[Tensor, " M"],
+    *,
+    clip: float,
+) -> Float[Tensor, " M"]:
+    r"""The clipped surrogate of Schulman et al. 2017 (equation 7), negated to be minimised.
+
+    .. math:: -\min(\rho A, \mathrm{clip}(\rho, 1 - \epsilon, 1 + \epsilon) A), \qquad \rho = \pi(a|s) / \pi_{old}(a|s)
+
+    Args:
+        log_prob: Log-probability under the policy being trained.
+        old_log_prob: Log-probability under the policy that acted.
+        advantage: Advantage of the action, usually normalised.
+        clip: ``epsilon``, in (0, 1).
+    """
+    ratio = (log_prob - old_log_prob).exp()
+    return -torch.minimum(ratio * advantage, ratio.clamp(1.0 - clip, 1.0 + clip) * advantage)
+
+
+def value_loss(
+    value: Float[Tensor, " M"],
+    old_value: Float[Tensor, " M"],
+    value_target: Float[Tensor, " M"],
+    *,
+    clip: float | None,
+) -> Float[Tensor, " M"]:
+    """Squared error of the value; with ``clip``, the worse of it and of the value held within ``clip`` of the old one.
+
+    Args:
+        value: Value under the critic being trained.
+        old_value: Value when acting.
+        value_target: What to regress on.
+        clip: Greatest change that lowers the loss, in units of value; ``None`` for no limit.
+    """
+    error = (value - value_target).square()
+    if clip is None:
+        return error
+    clipped = old_value + (value - old_value).clamp(-clip, clip)
+    return torch.maximum(error, (clipped - value_target).square())
+
+
+def normalize_advantage(
+    advantage: Float[Tensor, " *N"], *, eps: float = 1e-8
+) -> Float[Tensor, " *N"]:
+    """Shift and scale to mean 0 and standard deviation 1 over all elements; all zero if they are all equal."""
+    if advantage.numel() == 1:
+        return torch.zeros_like(advantage)
+    shifted = (
+        advantage - advantage.flatten()[0]
+    )  # the mean of equal numbers may be off by a rounding
+    return (shifted - shifted.mean()) / (shifted.std() + eps)

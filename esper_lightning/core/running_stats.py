@@ -1,0 +1,98 @@
+"""Mean and variance of a stream of batches, frozen while they are used, part of the checkpoint."""
+
+import torch
+from torch import Tensor, nn
+
+from esper_lightning.core.shapes import Bool, Float
+from esper_lightning.core.spaces import Box, ObsSpace
+from esper_lightning.core.types import Observation
+
+__all__ = ["ObsNormalizer", "RunningStats", "merge_moments"]
+
+
+def merge_moments(
+    count: Float[Tensor, ""],
+    mean: Float[Tensor, "*O"],
+    variance: Float[Tensor, "*O"],
+    other_count: Float[Tensor, ""],
+    other_mean: Float[Tensor, "*O"],
+    other_variance: Float[Tensor, "*O"],
+) -> tuple[Float[Tensor, ""], Float[Tensor, "*O"], Float[Tensor, "*O"]]:
+    """Count, mean and (biased) variance of two sets taken together (Chan, Golub and LeVeque 1979)."""
+    total = count + other_count
+    weight = other_count / total
+    shift = other_mean - mean
+    merged_mean = mean + shift * weight
+    merged = (
+        variance * (1.0 - weight)
+        + other_variance * weight
+        + shift.square() * weight * (1.0 - weight)
+    )
+    return total, merged_mean, merged
+
+
+class RunningStats(nn.Module):
+    """Running mean and variance of each component of ``[..., *O]`` batches, in double precision.
+
+    Before the first ``update`` it is the identity (mean 0, variance 1). It changes only in ``update``, so whoever
+    calls that between rollouts works with frozen statistics within one.
+    """
+
+    count: Tensor
+    mean: Tensor
+    variance: Tensor
+
+    def __init__(self, shape: tuple[int, ...]) -> None:
+        super().__init__()
+        self.register_buffer("count", torch.zeros((), dtype=torch.float64))
+        self.register_buffer("mean", torch.zeros(shape, dtype=torch.float64))
+        self.register_buffer("variance", torch.ones(shape, dtype=torch.float64))
+
+    @torch.no_grad()
+    def update(self, batch: Float[Tensor, "..."], *, where: Bool[Tensor, ""] | None = None) -> None:
+        """Take in a batch ``[..., *O]``; with ``where``, only if it is True, decided on the device."""
+        rows = batch.reshape(-1, *self.mean.shape).double()
+        count = torch.full_like(self.count, rows.shape[0])
+        merged = merge_moments(
+            self.count, self.mean, self.variance, count, rows.mean(0), rows.var(0, correction=0)
+        )
+        for buffer, value in zip((self.count, self.mean, self.variance), merged, strict=True):
+            buffer.copy_(value if where is None else torch.where(where, value, buffer))
+
+    def normalize(self, batch: Float[Tensor, "..."], *, clip: float) -> Float[Tensor, "..."]:
+        """``(batch - mean) / std``, held within ``[-clip, clip]``; the dtype of ``batch``."""
+        mean, std = self.mean.to(batch.dtype), (self.variance + 1e-8).sqrt().to(batch.dtype)
+        return ((batch - mean) / std).clamp(-clip, clip)
+
+    def scale(self, batch: Float[Tensor, "..."], *, clip: float) -> Float[Tensor, "..."]:
+        """``batch / std``, held within ``[-clip, clip]``; the mean stays, so that signs keep their meaning."""
+        std = (self.variance + 1e-8).sqrt().to(batch.dtype)
+        return (batch / std).clamp(-clip, clip)
+
+
+class ObsNormalizer(nn.Module):
+    """Running statistics of an observation, or of each group of it; groups keep their names in the state dict."""
+
+    def __init__(self, space: ObsSpace, *, clip: float) -> None:
+        super().__init__()
+        boxes = {"obs": space} if isinstance(space, Box) else space
+        self._clip = clip
+        self._stats = nn.ModuleDict({name: RunningStats(box.shape) for name, box in boxes.items()})
+
+    def forward(self, obs: Observation) -> Observation:
+        """Shift, scale and clip ``[..., *O]`` with the statistics as they are."""
+        if isinstance(obs, Tensor):
+            return self._of("obs").normalize(obs, clip=self._clip)
+        return {
+            name: self._of(name).normalize(value, clip=self._clip) for name, value in obs.items()
+        }
+
+    def update(self, obs: Observation) -> None:
+        """Take in a batch ``[..., *O]``."""
+        for name, value in ({"obs": obs} if isinstance(obs, Tensor) else obs).items():
+            self._of(name).update(value)
+
+    def _of(self, name: str) -> RunningStats:
+        stats = self._stats[name]
+        assert isinstance(stats, RunningStats)
+        return stats

@@ -1,0 +1,26 @@
+"""Shape annotations: jaxtyping where it is installed, plain types where it is not.
+
+jaxtyping is only needed to *check* shapes, which the test run does; the package must import without it.
+Axes: ``T`` rollout step, ``B`` environment, ``M`` minibatch sample, ``O`` observation feature, ``A`` action
+component, ``K`` choice. One-axis strings carry a leading space (``" B"``) so that linters do not read a name.
+"""
+
+from typing import TYPE_CHECKING
+
+__all__ = ["Bool", "Float", "Int", "Shaped"]
+
+if TYPE_CHECKING:
+    from jaxtyping import Bool, Float, Int, Shaped
+else:
+    try:
+        from jaxtyping import Bool, Float, Int, Shaped
+    except ModuleNotFoundError:
+
+        class Bool:
+            """``Bool[Tensor, "B"]`` is ``Tensor``."""
+
+            def __class_getitem__(cls, item):
+                """Drop the axes."""
+                return item[0]
+
+        Float = Int = Shaped = Bool

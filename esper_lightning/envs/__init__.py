@@ -1,0 +1,18 @@
+"""Batched environments: the protocol, its check, and the classic control tasks."""
+
+from esper_lightning.envs.acrobot import Acrobot
+from esper_lightning.envs.base import BatchedEnv, EnvSpec
+from esper_lightning.envs.cartpole import CartPole
+from esper_lightning.envs.check import check_env
+from esper_lightning.envs.mountain_car import MountainCar
+from esper_lightning.envs.pendulum import Pendulum
+
+__all__ = [
+    "Acrobot",
+    "BatchedEnv",
+    "CartPole",
+    "EnvSpec",
+    "MountainCar",
+    "Pendulum",
+    "check_env",
+]

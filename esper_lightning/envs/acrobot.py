@@ -1,0 +1,115 @@
+"""Acrobot: swing up a two-link pendulum by torque at its elbow.
+
+Axes: ``B`` environment, four components of the state. Actions are not checked: that would
+synchronise.
+"""
+
+import math
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from esper_lightning.core.shapes import Float, Int
+from esper_lightning.core.spaces import Box, Discrete, EnvSpaces
+from esper_lightning.envs.autoreset import AutoresetEnv, Transition, validate_sizes
+from esper_lightning.envs.base import EnvSpec
+
+__all__ = ["Acrobot"]
+
+GRAVITY = 9.8  # m/s^2
+TIMESTEP_S = 0.2
+MAX_VELOCITY_1 = 4 * math.pi  # rad/s
+MAX_VELOCITY_2 = 9 * math.pi  # rad/s
+
+
+@dataclass(frozen=True, kw_only=True)
+class Acrobot(EnvSpec):
+    """Sutton (1996), as ``Acrobot-v1`` of Gymnasium (``acrobot.py``, dynamics of the book).
+
+    State: angle of the first link from hanging down, of the second relative to the first (rad),
+    their velocities. Observed are cosine and sine of both angles and the velocities. The torque is
+    ``action - 1`` N m. Reward -1, and 0 in the step that lifts the tip one link above the base,
+    which terminates.
+
+    Attributes:
+        num_envs: Environments on each rank.
+        time_limit: Steps after which an episode is truncated.
+    """
+
+    num_envs: int = 64
+    time_limit: int = 500
+
+    def __post_init__(self) -> None:
+        validate_sizes(self)
+
+    def spaces(self) -> EnvSpaces:
+        """Six features, three actions."""
+        high = (1.0, 1.0, 1.0, 1.0, MAX_VELOCITY_1, MAX_VELOCITY_2)
+        obs = Box((6,), low=tuple(-bound for bound in high), high=high)
+        return EnvSpaces(obs=obs, action=Discrete(3))
+
+    def build(self, device: torch.device, seed: int) -> AutoresetEnv:
+        """Allocate the environments."""
+        return AutoresetEnv(self, device=device, seed=seed)
+
+    def sample_state(
+        self, generator: torch.Generator, device: torch.device
+    ) -> Float[Tensor, "B 4"]:
+        """All four uniform in [-0.1, 0.1)."""
+        state = torch.empty(self.num_envs, 4, device=device)
+        return state.uniform_(-0.1, 0.1, generator=generator)
+
+    def observe(self, state: Float[Tensor, "B 4"]) -> Float[Tensor, "B 6"]:
+        """Angles on the circle, velocities as they are."""
+        angle_1, angle_2, velocity_1, velocity_2 = state.unbind(-1)
+        circle = (angle_1.cos(), angle_1.sin(), angle_2.cos(), angle_2.sin())
+        return torch.stack((*circle, velocity_1, velocity_2), dim=-1)
+
+    def advance(self, state: Float[Tensor, "B 4"], action: Int[Tensor, " B"]) -> Transition:
+        """One Runge-Kutta step of fourth order; then angles are wrapped and velocities bounded."""
+        torque = action - 1
+        start = state.t().contiguous()  # [B, S] -> [S, B]
+        rate_1 = _rate(start, torque)
+        rate_2 = _rate(torch.add(start, rate_1, alpha=TIMESTEP_S / 2), torque)
+        rate_3 = _rate(torch.add(start, rate_2, alpha=TIMESTEP_S / 2), torque)
+        rate_4 = _rate(torch.add(start, rate_3, alpha=TIMESTEP_S), torque)
+        slope = torch.add(rate_1 + rate_4, rate_2 + rate_3, alpha=2)
+        end = torch.add(start, slope, alpha=TIMESTEP_S / 6)
+        angle_1, angle_2, velocity_1, velocity_2 = end.unbind()
+        reached = torch.stack(
+            (
+                _wrap(angle_1),
+                _wrap(angle_2),
+                velocity_1.clamp(-MAX_VELOCITY_1, MAX_VELOCITY_1),
+                velocity_2.clamp(-MAX_VELOCITY_2, MAX_VELOCITY_2),
+            ),
+            dim=-1,
+        )
+        terminated = -angle_1.cos() - (angle_1 + angle_2).cos() > 1.0
+        reward = torch.full_like(angle_1, -1.0).masked_fill_(terminated, 0.0)
+        return Transition(reached, reward, terminated)
+
+
+def _rate(state: Float[Tensor, "4 B"], torque: Int[Tensor, " B"]) -> Float[Tensor, "4 B"]:
+    """Time derivative of the state (Sutton and Barto 1998, section 11.3).
+
+    The book's constants are put in: links of 1 m, 1 kg and 1 kg m^2, centres of mass in the middle.
+    """
+    angle_1, angle_2, velocity_1, velocity_2 = state.unbind()
+    sin_2, cos_2 = angle_2.sin(), angle_2.cos()
+    d_1 = cos_2 + 3.5
+    d_2 = 0.5 * cos_2 + 1.25
+    phi_2 = 0.5 * GRAVITY * (angle_1 + angle_2).sin()
+    coriolis = (0.5 * velocity_2 + velocity_1) * velocity_2 * sin_2
+    phi_1 = 1.5 * GRAVITY * angle_1.sin() + phi_2 - coriolis
+    ratio = d_2 / d_1
+    force = torque + ratio * phi_1 - 0.5 * velocity_1.square() * sin_2 - phi_2
+    acceleration_2 = force / (1.25 - d_2 * ratio)
+    acceleration_1 = -(d_2 * acceleration_2 + phi_1) / d_1
+    return torch.stack((velocity_1, velocity_2, acceleration_1, acceleration_2))
+
+
+def _wrap(angle: Float[Tensor, " B"]) -> Float[Tensor, " B"]:
+    """The same angle in [-pi, pi]; unchanged, to the bit, where it lies there already."""
+    return torch.sub(angle, (angle / math.tau).round(), alpha=math.tau)

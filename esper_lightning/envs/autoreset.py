@@ -1,0 +1,181 @@
+"""Batched environments for tasks that are equations, with a time limit and a reset within the step.
+
+Axes: ``B`` environment, ``S`` component of the simulator's state. A step is the same tensor
+operations whatever happens in it: no branch on a value, no host synchronisation, and the state
+stays at fixed addresses, so that a rollout can be captured as a CUDA graph. Hence it does not check
+the values of actions.
+"""
+
+import math
+from typing import NamedTuple, Protocol, runtime_checkable
+
+import torch
+from torch import Tensor
+
+from esper_lightning.core.shapes import Bool, Float, Shaped
+from esper_lightning.core.spaces import EnvSpaces
+from esper_lightning.core.types import StepResult
+from esper_lightning.core.validate import require
+
+__all__ = ["AutoresetEnv", "Task", "Transition", "validate_sizes"]
+
+
+class Transition(NamedTuple):
+    """What an action led to, before any reset."""
+
+    state: Float[Tensor, "B S"]
+    reward: Float[Tensor, " B"]
+    terminated: Bool[Tensor, " B"]
+
+
+@runtime_checkable
+class Task(Protocol):
+    """A spec that is also the equations: pure functions that keep the dtype of the state.
+
+    None writes into its arguments; ``observe`` may return the state itself.
+    """
+
+    @property
+    def num_envs(self) -> int:
+        """``B``."""
+        ...
+
+    @property
+    def time_limit(self) -> int:
+        """Steps after which an episode is truncated."""
+        ...
+
+    def spaces(self) -> EnvSpaces:
+        """What it shows and takes; unmasked."""
+        ...
+
+    def sample_state(
+        self, generator: torch.Generator, device: torch.device
+    ) -> Float[Tensor, "B S"]:
+        """Initial states. Called in every step, so it should be cheap."""
+        ...
+
+    def observe(self, state: Float[Tensor, "B S"]) -> Float[Tensor, "B *O"]:
+        """What the policy sees of a state."""
+        ...
+
+    def advance(self, state: Float[Tensor, "B S"], action: Shaped[Tensor, "B *A"]) -> Transition:
+        """One step of the dynamics."""
+        ...
+
+
+class AutoresetEnv:
+    """``BatchedEnv`` of a ``Task``. It may be stepped from construction on; ``reset`` starts anew.
+
+    Attributes:
+        generator: The random stream of the initial states. A CUDA graph that captures a step must
+        register it.
+    """
+
+    def __init__(self, task: Task, *, device: torch.device, seed: int) -> None:
+        self._owner = type(task).__name__
+        _require_int(f"{self._owner}.build().seed", seed, minimum=0)
+        self._task = task
+        self._device = device
+        self._spaces = task.spaces()
+        self.generator = torch.Generator(device=device).manual_seed(seed)
+        # Never returned, only written in place: see the head of the file.
+        self._state = task.sample_state(self.generator, device)
+        self._elapsed = torch.zeros(task.num_envs, dtype=torch.int64, device=device)
+        self._episode_return = torch.zeros(task.num_envs, dtype=self._state.dtype, device=device)
+
+    @property
+    def num_envs(self) -> int:
+        """``B``."""
+        return self._task.num_envs
+
+    @property
+    def spaces(self) -> EnvSpaces:
+        """What it shows and takes."""
+        return self._spaces
+
+    @torch.no_grad()
+    def reset(self) -> tuple[Float[Tensor, "B *O"], None]:
+        """Start a new episode everywhere."""
+        state = self._task.sample_state(self.generator, self._device)
+        self._state.copy_(state)
+        self._elapsed.zero_()
+        self._episode_return.zero_()
+        return self._task.observe(state), None
+
+    @torch.no_grad()
+    def step(self, action: Shaped[Tensor, "B *A"]) -> StepResult:
+        """Act everywhere; start a new episode where one ended."""
+        reached, reward, terminated = self._task.advance(self._state, action)
+        elapsed = self._elapsed + 1
+        episode_return = self._episode_return + reward
+        truncated = (elapsed >= self._task.time_limit) & ~terminated
+        ended = terminated | truncated
+        running = ~ended
+        initial = self._task.sample_state(self.generator, self._device)
+        state = torch.where(ended.unsqueeze(-1), initial, reached)
+        self._state.copy_(state)
+        self._elapsed.copy_(elapsed.masked_fill(ended, 0))
+        self._episode_return.copy_(episode_return.masked_fill(ended, 0.0))
+        return StepResult(
+            obs=self._task.observe(state),
+            reward=reward,
+            terminated=terminated,
+            truncated=truncated,
+            reached_obs=self._task.observe(reached),
+            action_mask=None,
+            episode_return=episode_return.masked_fill(running, math.nan),
+            episode_length=elapsed.masked_fill(running, 0),
+        )
+
+    def state_dict(self) -> dict[str, Tensor]:
+        """Simulator state, episode accumulators and random stream, copied."""
+        buffers = {name: buffer.clone() for name, buffer in self._buffers().items()}
+        return {**buffers, "generator": self.generator.get_state()}
+
+    def load_state_dict(self, state: dict[str, Tensor]) -> None:
+        """Continue from a ``state_dict`` bit for bit.
+
+        Raises:
+            ValueError: If it comes from an environment of another size, another task or another
+            kind of device;
+                nothing is changed then.
+        """
+        field = f"{self._owner}.load_state_dict()"
+        expected = {**self._buffers(), "generator": self.generator.get_state()}
+        require(state.keys() == expected.keys(), field, f"get {sorted(expected)}", sorted(state))
+        for name, tensor in expected.items():
+            rule = f"be {tensor.dtype} of shape {list(tensor.shape)}"
+            got = (state[name].dtype, list(state[name].shape))
+            hint = "It was saved with another num_envs, task or kind of device."
+            require(
+                got == (tensor.dtype, list(tensor.shape)), f"{field}[{name!r}]", rule, got, hint
+            )
+        for name, buffer in self._buffers().items():
+            buffer.copy_(state[name])
+        self.generator.set_state(state["generator"].cpu())
+
+    def _buffers(self) -> dict[str, Tensor]:
+        return {
+            "state": self._state,
+            "elapsed": self._elapsed,
+            "episode_return": self._episode_return,
+        }
+
+
+def validate_sizes(task: Task) -> None:
+    """Check the two settings that every task has; for ``__post_init__``.
+
+    Raises:
+        ValueError: If one is not an integer of at least 1.
+    """
+    owner = type(task).__name__
+    _require_int(f"{owner}.num_envs", task.num_envs, minimum=1)
+    _require_int(f"{owner}.time_limit", task.time_limit, minimum=1)
+
+
+def _require_int(field: str, value: object, *, minimum: int) -> None:
+    is_int = isinstance(value, int) and not isinstance(value, bool)
+    require(is_int, field, "be an integer", value)
+    assert isinstance(value, int)
+    require(value >= minimum, field, f"be at least {minimum}", value)

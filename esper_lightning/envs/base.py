@@ -1,0 +1,80 @@
+"""The environment protocol: what a simulator implements; ``check_env`` verifies it."""
+
+from abc import ABC, abstractmethod
+from typing import Any, Protocol, runtime_checkable
+
+import torch
+from torch import Tensor
+
+from esper_lightning.core.shapes import Bool, Shaped
+from esper_lightning.core.spaces import EnvSpaces
+from esper_lightning.core.types import Observation, StepResult
+
+__all__ = ["BatchedEnv", "EnvSpec"]
+
+
+@runtime_checkable
+class BatchedEnv(Protocol):
+    """``B`` environments as tensors on one device.
+
+    An environment whose episode ended resets itself in the same step. A step makes no host-device
+    copy and no synchronisation, and writes into nothing that it returned before.
+    """
+
+    @property
+    def num_envs(self) -> int:
+        """``B``."""
+        ...
+
+    @property
+    def spaces(self) -> EnvSpaces:
+        """What it shows and takes."""
+        ...
+
+    def reset(self) -> tuple[Observation, Bool[Tensor, "B K"] | None]:
+        """Start a new episode everywhere; returns observation and mask (``None`` if unmasked)."""
+        ...
+
+    def step(self, action: Shaped[Tensor, "B *A"]) -> StepResult:
+        """Act in every environment."""
+        ...
+
+    def state_dict(self) -> dict[str, Tensor]:
+        """Everything that decides the future, copied: simulator, episodes, random stream."""
+        ...
+
+    def load_state_dict(self, state: dict[str, Tensor]) -> None:
+        """Continue from a ``state_dict`` bit for bit.
+
+        Raises:
+            ValueError: If it comes from an environment of another size.
+        """
+        ...
+
+
+class EnvSpec(ABC):
+    """Which environments to build: data without tensors, to be written, copied and compared.
+
+    A frozen dataclass that derives from this can be named in a config by its class alone. Any other
+    class with ``num_envs``, ``spaces`` and ``build`` will do as well.
+    """
+
+    num_envs: int
+    """``B``: environments on each rank."""
+
+    @abstractmethod
+    def spaces(self) -> EnvSpaces:
+        """What the environments will show and take."""
+
+    @abstractmethod
+    def build(self, device: torch.device, seed: int) -> BatchedEnv:
+        """Allocate the environments on ``device`` with their own random stream."""
+
+    @classmethod
+    def __subclasshook__(cls, other: type) -> Any:  # a bool or NotImplemented
+        if cls is not EnvSpec:
+            return NotImplemented
+        return (
+            all(callable(getattr(other, name, None)) for name in ("spaces", "build"))
+            or NotImplemented
+        )

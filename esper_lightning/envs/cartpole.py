@@ -1,0 +1,89 @@
+"""Cart-pole: keep a pole upright by pushing its cart left or right.
+
+Axes: ``B`` environment, four components of the state. Actions are not checked: that would
+synchronise.
+"""
+
+import math
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from esper_lightning.core.shapes import Float, Int
+from esper_lightning.core.spaces import Box, Discrete, EnvSpaces
+from esper_lightning.envs.autoreset import AutoresetEnv, Transition, validate_sizes
+from esper_lightning.envs.base import EnvSpec
+
+__all__ = ["CartPole"]
+
+GRAVITY = 9.8  # m/s^2
+CART_MASS = 1.0  # kg
+POLE_MASS = 0.1  # kg
+POLE_HALF_LENGTH = 0.5  # m
+FORCE = 10.0  # N
+TIMESTEP_S = 0.02
+POSITION_LIMIT = 2.4  # m
+ANGLE_LIMIT_RAD = math.radians(12)
+
+TOTAL_MASS = CART_MASS + POLE_MASS
+POLE_MOMENT = POLE_MASS * POLE_HALF_LENGTH
+
+
+@dataclass(frozen=True, kw_only=True)
+class CartPole(EnvSpec):
+    """Barto, Sutton and Anderson (1983), as ``CartPole-v1`` of Gymnasium (``cartpole.py``).
+
+    State and observation: cart position in m, its velocity, pole angle in rad, its velocity. Action
+    1 pushes right, any other left. Reward 1 in every step, the last one too; terminates beyond 2.4
+    m or 12 degrees.
+
+    Attributes:
+        num_envs: Environments on each rank.
+        time_limit: Steps after which an episode is truncated.
+    """
+
+    num_envs: int = 64
+    time_limit: int = 500
+
+    def __post_init__(self) -> None:
+        validate_sizes(self)
+
+    def spaces(self) -> EnvSpaces:
+        """Four features, two actions."""
+        high = (2 * POSITION_LIMIT, math.inf, 2 * ANGLE_LIMIT_RAD, math.inf)
+        obs = Box((4,), low=tuple(-bound for bound in high), high=high)
+        return EnvSpaces(obs=obs, action=Discrete(2))
+
+    def build(self, device: torch.device, seed: int) -> AutoresetEnv:
+        """Allocate the environments."""
+        return AutoresetEnv(self, device=device, seed=seed)
+
+    def sample_state(
+        self, generator: torch.Generator, device: torch.device
+    ) -> Float[Tensor, "B 4"]:
+        """All four uniform in [-0.05, 0.05)."""
+        state = torch.empty(self.num_envs, 4, device=device)
+        return state.uniform_(-0.05, 0.05, generator=generator)
+
+    def observe(self, state: Float[Tensor, "B 4"]) -> Float[Tensor, "B 4"]:
+        """The whole state."""
+        return state
+
+    def advance(self, state: Float[Tensor, "B 4"], action: Int[Tensor, " B"]) -> Transition:
+        """One explicit Euler step.
+
+        Equations of Florian (2007), *Correct equations for the dynamics of the cart-pole system*.
+        """
+        position, velocity, angle, angular_velocity = state.unbind(-1)
+        force = torch.full_like(angle, -FORCE).masked_fill_(action == 1, FORCE)
+        sin, cos = angle.sin(), angle.cos()
+        push = (force + POLE_MOMENT * angular_velocity.square() * sin) / TOTAL_MASS
+        inertia = POLE_HALF_LENGTH * (4.0 / 3.0 - POLE_MASS / TOTAL_MASS * cos.square())
+        angular_acceleration = (GRAVITY * sin - cos * push) / inertia
+        acceleration = push - POLE_MOMENT / TOTAL_MASS * angular_acceleration * cos
+        rate = torch.stack((velocity, acceleration, angular_velocity, angular_acceleration), dim=-1)
+        reached = torch.add(state, rate, alpha=TIMESTEP_S)
+        off_track = reached[:, 0].abs() > POSITION_LIMIT
+        fallen = reached[:, 2].abs() > ANGLE_LIMIT_RAD
+        return Transition(reached, torch.ones_like(position), off_track | fallen)

@@ -1,0 +1,253 @@
+"""What each tensor that an environment returns must be by itself, and the report of failures.
+
+Axes: ``B`` environment, ``K`` choice. ``check`` adds what only several steps can show.
+"""
+
+import zlib
+from collections.abc import Mapping
+from typing import Any, NamedTuple, cast
+
+import torch
+from torch import Tensor
+
+from esper_lightning.core.shapes import Bool, Shaped
+from esper_lightning.core.spaces import (
+    ActionSpace,
+    Box,
+    Discrete,
+    EnvSpaces,
+    MultiDiscrete,
+    mask_size,
+)
+from esper_lightning.core.validate import require
+
+__all__ = [
+    "Contract",
+    "Report",
+    "Returned",
+    "UncheckableError",
+    "Words",
+    "fingerprint",
+    "flatten",
+    "sample_action",
+    "where",
+]
+
+
+class UncheckableError(Exception):
+    """What was found makes every further check meaningless."""
+
+
+class Words(str):
+    """Text that an error shows without quotes."""
+
+    __slots__ = ()
+    __repr__ = str.__str__
+
+
+class Report:
+    """The problems found, each in one line however often it happened."""
+
+    def __init__(self, owner: str) -> None:
+        self.owner = owner
+        self._lines: dict[tuple[str, str], str] = {}
+
+    def expect(self, ok: bool, field: str, rule: str, got: object, hint: str = "") -> bool:
+        """Note a problem unless ``ok``; returns ``ok``."""
+        try:
+            require(ok, f"{self.owner}.{field}", rule, got, hint)
+        except ValueError as error:
+            self._lines.setdefault((field, rule), str(error))
+        return ok
+
+    def insist(self, ok: bool, field: str, rule: str, got: object, hint: str = "") -> None:
+        """Note a problem and give up unless ``ok``."""
+        if not self.expect(ok, field, rule, got, hint):
+            raise UncheckableError
+
+    def raise_if_any(self) -> None:
+        """Raise a ``ValueError`` with one line for each problem."""
+        if self._lines:
+            raise ValueError("\n".join(self._lines.values()))
+
+
+class Returned(NamedTuple):
+    """What a call returned: the tensors themselves and their values at that time, on the CPU."""
+
+    call: str
+    live: dict[str, Tensor]
+    values: dict[str, Tensor]
+
+
+class _Leaf(NamedTuple):
+    shape: list[int]
+    kind: str
+    box: Box | None = None  # within which the values lie
+    finite: bool = False
+
+
+class Contract(NamedTuple):
+    """What follows from an environment's spaces, and where it lives."""
+
+    spaces: EnvSpaces
+    num_envs: int
+    device: torch.device
+
+    def inspect(self, call: str, fields: Mapping[str, object], report: Report) -> Returned:
+        """Check what ``call`` returned, named by field.
+
+        Raises:
+            UncheckableError: If something is missing, or of another shape, kind or device.
+        """
+        found, expected = flatten(fields), self._leaves(fields)
+        sound = True
+        for name in found.keys() - expected.keys():
+            rule = "be declared in EnvSpaces"
+            sound &= report.expect(False, f"{call}.{name}", rule, _describe(found[name]))
+        for name, leaf in expected.items():
+            got = found.get(name, fields[name.partition("[")[0]])
+            sound &= _check_form(got, leaf, self.device, f"{call}.{name}", report)
+        if not sound:
+            raise UncheckableError
+        live = cast(dict[str, Tensor], found)
+        values = {name: tensor.detach().to("cpu", copy=True) for name, tensor in live.items()}
+        for name, leaf in expected.items():
+            _check_values(values[name], leaf, f"{call}.{name}", report)
+        if self.spaces.masked:
+            _check_mask(values["action_mask"], self.spaces.action, f"{call}.action_mask", report)
+        return Returned(call, live, values)
+
+    def groups(self) -> dict[str, Box]:
+        """Box of each observation, by what follows ``obs`` in its name: ``['group']`` or ''."""
+        if isinstance(self.spaces.obs, Box):
+            return {"": self.spaces.obs}
+        return {f"[{name!r}]": box for name, box in self.spaces.obs.items()}
+
+    def _leaves(self, fields: Mapping[str, object]) -> dict[str, _Leaf]:
+        batch = [self.num_envs]
+        leaves: dict[str, _Leaf] = {}
+        for field in fields:
+            if field in ("obs", "reached_obs"):
+                for group, box in self.groups().items():
+                    leaf = _Leaf([*batch, *box.shape], "a floating", box, finite=True)
+                    leaves[field + group] = leaf
+            elif field in ("terminated", "truncated"):
+                leaves[field] = _Leaf(batch, "a bool")
+            elif field == "episode_length":
+                leaves[field] = _Leaf(batch, "an integer")
+            elif field != "action_mask":
+                leaves[field] = _Leaf(batch, "a floating", finite=field == "reward")
+            elif self.spaces.masked:
+                leaves[field] = _Leaf([*batch, mask_size(self.spaces.action)], "a bool")
+        return leaves
+
+
+def flatten(fields: Mapping[str, object]) -> dict[str, Any]:
+    """Every tensor by name, ``obs['group']`` where there are groups; without ``None``."""
+    leaves: dict[str, Any] = {}
+    for name, value in fields.items():
+        if isinstance(value, dict):
+            groups = cast(dict[str, object], value)
+            leaves.update({f"{name}[{group!r}]": leaf for group, leaf in groups.items()})
+        elif value is not None:
+            leaves[name] = value
+    return leaves
+
+
+def fingerprint(leaves: Mapping[str, Tensor]) -> dict[str, int]:
+    """A checksum of the bits of each tensor."""
+
+    def checksum(leaf: Tensor) -> int:
+        flat = leaf.detach().cpu().reshape(-1).clone(memory_format=torch.contiguous_format)
+        return zlib.crc32(flat.view(torch.uint8).numpy().tobytes())
+
+    return {name: checksum(leaf) for name, leaf in leaves.items()}
+
+
+def where(bad: Bool[Tensor, " B"], value: Shaped[Tensor, " B"]) -> Words:
+    """The first bad value, in words."""
+    index = int(bad.int().argmax())
+    return Words(f"{value[index].item()} in environment {index}")
+
+
+def sample_action(
+    space: ActionSpace,
+    num_envs: int,
+    mask: Bool[Tensor, "B K"] | None,
+    generator: torch.Generator,
+) -> Shaped[Tensor, "B *A"]:
+    """Random allowed actions: uniform within finite bounds, normal where there are none."""
+    if isinstance(space, Box):
+        low, high = torch.tensor(space.lows), torch.tensor(space.highs)
+        uniform = low + (high - low) * torch.rand(num_envs, space.size, generator=generator)
+        normal = torch.randn(num_envs, space.size, generator=generator)
+        action = torch.where(uniform.isfinite(), uniform, normal).clamp(low, high)
+        return action.reshape(num_envs, *space.shape)
+    allowed = torch.ones(num_envs, mask_size(space)) if mask is None else mask.float()
+    nvec = [space.n] if isinstance(space, Discrete) else list(space.nvec)
+    parts = _split(allowed, nvec)
+    action = torch.cat([part.multinomial(1, generator=generator) for part in parts], dim=1)
+    return action if isinstance(space, MultiDiscrete) else action[:, 0]
+
+
+def _check_form(got: object, leaf: _Leaf, device: torch.device, field: str, report: Report) -> bool:
+    if not isinstance(got, Tensor):
+        rule = f"be {leaf.kind} tensor of shape {leaf.shape}"
+        return report.expect(False, field, rule, _describe(got))
+    dtype = got.dtype
+    if dtype.is_floating_point:
+        kind = "a floating"
+    else:
+        kind = {torch.bool: "a bool", torch.complex64: "", torch.complex128: ""}.get(
+            dtype, "an integer"
+        )
+    shape_ok = report.expect(
+        list(got.shape) == leaf.shape, field, f"have shape {leaf.shape}", list(got.shape)
+    )
+    kind_ok = report.expect(kind == leaf.kind, field, f"have {leaf.kind} dtype", dtype)
+    device_ok = report.expect(got.device == device, field, f"be on {device}", Words(got.device))
+    hint = "Step under torch.no_grad()."
+    report.expect(not got.requires_grad, field, "not require grad", True, hint)
+    return shape_ok and kind_ok and device_ok
+
+
+def _check_values(value: Tensor, leaf: _Leaf, field: str, report: Report) -> None:
+    flat = value.reshape(value.shape[0], -1)
+    if leaf.finite:
+        _expect_everywhere(flat.isfinite(), flat, field, "be finite", report)
+    if leaf.box is not None:
+        # Bounds are rounded as the observation itself was.
+        low = torch.tensor(leaf.box.lows, dtype=value.dtype)
+        high = torch.tensor(leaf.box.highs, dtype=value.dtype)
+        outside = (flat < low) | (flat > high)
+        _expect_everywhere(~outside, flat, field, "lie within its Box", report)
+
+
+def _expect_everywhere(ok: Tensor, value: Tensor, field: str, rule: str, report: Report) -> None:
+    if bool(ok.all()):
+        return
+    environment, component = divmod(int((~ok).int().argmax()), value.shape[1])
+    got = f"{value[environment, component].item()} in environment {environment}"
+    many = value.shape[1] > 1
+    report.expect(False, field, rule, Words(got + (f", component {component}" if many else "")))
+
+
+def _check_mask(mask: Tensor, space: ActionSpace, field: str, report: Report) -> None:
+    nvec = list(space.nvec) if isinstance(space, MultiDiscrete) else [mask_size(space)]
+    for component, part in enumerate(_split(mask, nvec)):
+        stuck = ~part.any(dim=1)
+        place = f"none in environment {int(stuck.int().argmax())}, component {component}"
+        rule = "allow a choice for every component"
+        report.insist(not bool(stuck.any()), field, rule, Words(place))
+
+
+def _split(mask: Tensor, nvec: list[int]) -> tuple[Tensor, ...]:
+    return cast(tuple[Tensor, ...], mask.split(nvec, dim=1))  # pyright: ignore[reportUnknownMemberType]
+
+
+def _describe(value: object) -> Words:
+    if isinstance(value, Tensor):
+        return Words(f"{value.dtype} of shape {list(value.shape)}")
+    if isinstance(value, dict):
+        return Words(f"groups {sorted(cast(dict[str, object], value))}")
+    return Words(repr(value))

@@ -1,0 +1,78 @@
+"""Mountain car: reach the hilltop with an engine too weak to climb.
+
+Axes: ``B`` environment, two components of the state. Actions are not checked: that would
+synchronise.
+"""
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from esper_lightning.core.shapes import Float, Int
+from esper_lightning.core.spaces import Box, Discrete, EnvSpaces
+from esper_lightning.envs.autoreset import AutoresetEnv, Transition, validate_sizes
+from esper_lightning.envs.base import EnvSpec
+
+__all__ = ["MountainCar"]
+
+FORCE = 0.001
+GRAVITY = 0.0025
+MIN_POSITION = -1.2
+MAX_POSITION = 0.6
+MAX_SPEED = 0.07
+GOAL_POSITION = 0.5
+
+
+@dataclass(frozen=True, kw_only=True)
+class MountainCar(EnvSpec):
+    """Moore (1990), as ``MountainCar-v0`` of Gymnasium (``classic_control/mountain_car.py``).
+
+    State and observation: position and velocity, per step. Actions push left, not at all, right.
+    Reward -1 in every step; terminates at the goal, unless rolling back. The wall on the left stops
+    the car.
+
+    Attributes:
+        num_envs: Environments on each rank.
+        time_limit: Steps after which an episode is truncated.
+    """
+
+    num_envs: int = 64
+    time_limit: int = 200
+
+    def __post_init__(self) -> None:
+        validate_sizes(self)
+
+    def spaces(self) -> EnvSpaces:
+        """Two features, three actions."""
+        obs = Box((2,), low=(MIN_POSITION, -MAX_SPEED), high=(MAX_POSITION, MAX_SPEED))
+        return EnvSpaces(obs=obs, action=Discrete(3))
+
+    def build(self, device: torch.device, seed: int) -> AutoresetEnv:
+        """Allocate the environments."""
+        return AutoresetEnv(self, device=device, seed=seed)
+
+    def sample_state(
+        self, generator: torch.Generator, device: torch.device
+    ) -> Float[Tensor, "B 2"]:
+        """Position uniform in [-0.6, -0.4), at rest."""
+        position = torch.empty(self.num_envs, device=device).uniform_(
+            -0.6, -0.4, generator=generator
+        )
+        return torch.stack((position, torch.zeros_like(position)), dim=-1)
+
+    def observe(self, state: Float[Tensor, "B 2"]) -> Float[Tensor, "B 2"]:
+        """The whole state."""
+        return state
+
+    def advance(self, state: Float[Tensor, "B 2"], action: Int[Tensor, " B"]) -> Transition:
+        """The engine and the slope change the velocity, then the velocity the position."""
+        position, velocity = state.unbind(-1)
+        velocity = velocity + (action - 1) * FORCE - (3 * position).cos() * GRAVITY
+        velocity = velocity.clamp(-MAX_SPEED, MAX_SPEED)
+        position = (position + velocity).clamp(MIN_POSITION, MAX_POSITION)
+        at_wall = (position <= MIN_POSITION) & (velocity < 0)
+        velocity = velocity.masked_fill(at_wall, 0.0)
+        terminated = (position >= GOAL_POSITION) & (velocity >= 0)
+        reached = torch.stack((position, velocity), dim=-1)
+        return Transition(reached, torch.full_like(position, -1.0), terminated)

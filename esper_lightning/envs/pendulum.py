@@ -1,0 +1,75 @@
+"""Pendulum: swing it up and hold it there with a weak motor.
+
+Axes: ``B`` environment, two components of the state, one of the action, which is clipped.
+"""
+
+import math
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from esper_lightning.core.shapes import Float
+from esper_lightning.core.spaces import Box, EnvSpaces
+from esper_lightning.envs.autoreset import AutoresetEnv, Transition, validate_sizes
+from esper_lightning.envs.base import EnvSpec
+
+__all__ = ["Pendulum"]
+
+GRAVITY = 10.0  # m/s^2; mass and length are 1
+TIMESTEP_S = 0.05
+MAX_SPEED = 8.0  # rad/s
+MAX_TORQUE = 2.0  # N m
+
+
+@dataclass(frozen=True, kw_only=True)
+class Pendulum(EnvSpec):
+    """The swing-up of ``Pendulum-v1`` of Gymnasium (``classic_control/pendulum.py``).
+
+    State: angle from upright in rad, unwrapped, and its velocity. Observed are cosine, sine and
+    velocity. The action is a torque, clipped to [-2, 2] N m. Reward ``-(angle^2 + 0.1 velocity^2 +
+    0.001 torque^2)`` of the state acted in, the angle taken in [-pi, pi]. It never terminates.
+
+    Attributes:
+        num_envs: Environments on each rank.
+        time_limit: Steps after which an episode is truncated.
+    """
+
+    num_envs: int = 64
+    time_limit: int = 200
+
+    def __post_init__(self) -> None:
+        validate_sizes(self)
+
+    def spaces(self) -> EnvSpaces:
+        """Three features, one torque."""
+        obs = Box((3,), low=(-1.0, -1.0, -MAX_SPEED), high=(1.0, 1.0, MAX_SPEED))
+        return EnvSpaces(obs=obs, action=Box((1,), low=-MAX_TORQUE, high=MAX_TORQUE))
+
+    def build(self, device: torch.device, seed: int) -> AutoresetEnv:
+        """Allocate the environments."""
+        return AutoresetEnv(self, device=device, seed=seed)
+
+    def sample_state(
+        self, generator: torch.Generator, device: torch.device
+    ) -> Float[Tensor, "B 2"]:
+        """Angle uniform in [-pi, pi), velocity in [-1, 1)."""
+        unit = torch.empty(self.num_envs, 2, device=device).uniform_(-1.0, 1.0, generator=generator)
+        return torch.stack((unit[:, 0] * math.pi, unit[:, 1]), dim=-1)
+
+    def observe(self, state: Float[Tensor, "B 2"]) -> Float[Tensor, "B 3"]:
+        """The angle on the circle, the velocity as it is."""
+        angle, velocity = state.unbind(-1)
+        return torch.stack((angle.cos(), angle.sin(), velocity), dim=-1)
+
+    def advance(self, state: Float[Tensor, "B 2"], action: Float[Tensor, "B 1"]) -> Transition:
+        """One semi-implicit Euler step."""
+        angle, velocity = state.unbind(-1)
+        torque = action[:, 0].clamp(-MAX_TORQUE, MAX_TORQUE)
+        from_upright = angle - math.tau * (angle / math.tau).round()
+        cost = from_upright.square() + 0.1 * velocity.square() + 0.001 * torque.square()
+        acceleration = 1.5 * GRAVITY * angle.sin() + 3.0 * torque
+        velocity = torch.add(velocity, acceleration, alpha=TIMESTEP_S).clamp(-MAX_SPEED, MAX_SPEED)
+        angle = torch.add(angle, velocity, alpha=TIMESTEP_S)
+        reached = torch.stack((angle, velocity), dim=-1)
+        return Transition(reached, -cost, torch.zeros_like(angle, dtype=torch.bool))

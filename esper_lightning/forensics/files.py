@@ -1,0 +1,107 @@
+"""Files that a dying process cannot spoil: JSON lines appended whole, files replaced whole."""
+
+import contextlib
+import json
+import math
+import os
+from collections.abc import Iterable, Mapping
+from pathlib import Path
+from typing import Any
+
+__all__ = ["JsonLines", "encode_rows", "read_json_lines", "write_atomically"]
+
+Row = Mapping[str, Any]
+_NON_FINITE = {"NaN": math.nan, "Infinity": math.inf, "-Infinity": -math.inf}
+
+
+class JsonLines:
+    """An append-only file of one JSON object a line.
+
+    A line is one ``write`` to the kernel: what ``append`` returned from survives the death of the process, by
+    SIGKILL too. (A power failure may take the last seconds.)
+    """
+
+    def __init__(self, path: Path) -> None:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        self._fd = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_APPEND | os.O_CLOEXEC, 0o644)
+
+    def append(self, row: Row) -> None:
+        """Add a row.
+
+        Raises:
+            OSError: If the disk takes no more.
+        """
+        line = memoryview(_encode(row))
+        while line:
+            line = line[os.write(self._fd, line) :]
+
+    def close(self) -> None:
+        """Give the file descriptor back."""
+        os.close(self._fd)
+
+
+def read_json_lines(path: Path) -> list[dict[str, Any]]:
+    """Rows of a file of JSON lines; a last line that was torn by a crash is left out, a missing file is empty.
+
+    Raises:
+        ValueError: If a line before the last is damaged.
+    """
+    try:
+        lines = path.read_bytes().split(b"\n")
+    except FileNotFoundError:
+        return []
+    rows: list[dict[str, Any]] = []
+    for number, line in enumerate(lines, 1):
+        if not line:
+            continue
+        try:
+            rows.append(_decode(json.loads(line)))
+        except ValueError as error:
+            if number == len(lines):  # no newline after it: its write was cut short
+                break
+            raise ValueError(
+                f"{path}:{number} must be a JSON object, got {line[:80]!r}."
+            ) from error
+    return rows
+
+
+def write_atomically(path: Path, content: bytes) -> None:
+    """Put a file in place whole or not at all: temporary file, fsync, rename."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
+    try:
+        with temporary.open("wb") as file:
+            file.write(content)
+            file.flush()
+            os.fsync(file.fileno())
+        temporary.replace(path)
+    except BaseException:
+        with contextlib.suppress(FileNotFoundError):
+            temporary.unlink()
+        raise
+
+
+def encode_rows(rows: Iterable[Row]) -> bytes:
+    """Rows as a file of JSON lines."""
+    return b"".join(map(_encode, rows))
+
+
+def _encode(row: Row) -> bytes:
+    """Strict JSON: a number that is not finite becomes a string that ``read_json_lines`` turns back."""
+    plain = {key: _spell(value) for key, value in row.items()}
+    return json.dumps(plain, allow_nan=False, separators=(",", ":")).encode() + b"\n"
+
+
+def _spell(value: Any) -> Any:
+    if isinstance(value, float) and not math.isfinite(value):
+        return "NaN" if math.isnan(value) else ("Infinity" if value > 0 else "-Infinity")
+    return value
+
+
+def _decode(row: Any) -> dict[str, Any]:
+    if not isinstance(row, dict):
+        raise ValueError("not an object")
+    return {
+        key: _NON_FINITE.get(value, value) if isinstance(value, str) else value
+        for key, value in row.items()
+    }  # pyright: ignore[reportUnknownVariableType, reportUnknownArgumentType]

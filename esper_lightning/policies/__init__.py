@@ -1,0 +1,6 @@
+"""Actor-critics: a spec says which, ``build`` makes it."""
+
+from esper_lightning.policies.base import Policy, PolicySpec
+from esper_lightning.policies.feedforward import MLP
+
+__all__ = ["MLP", "Policy", "PolicySpec"]

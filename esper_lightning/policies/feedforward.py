@@ -1,0 +1,153 @@
+"""Policies without memory. Axes: ``M`` sample, ``*O`` observation, ``H`` feature, ``A`` action component."""
+
+from dataclasses import dataclass
+from typing import Literal, get_args
+
+import torch
+from torch import Tensor, nn
+
+from esper_lightning.core.shapes import Bool, Float, Shaped
+from esper_lightning.core.spaces import Box, EnvSpaces, ObsSpace
+from esper_lightning.core.types import Observation
+from esper_lightning.core.validate import require
+from esper_lightning.policies.base import Evaluation, Policy, PolicySpec, SampledAction
+from esper_lightning.policies.heads import action_head
+from esper_lightning.policies.layers import Activation, mlp, orthogonal_linear
+
+__all__ = ["MLP", "FeedForwardPolicy"]
+
+
+@dataclass(frozen=True, kw_only=True)
+class MLP(PolicySpec):
+    """A multi-layer perceptron for actor and critic.
+
+    Attributes:
+        hidden_sizes: Width of each hidden layer.
+        activation: Nonlinearity after each hidden layer.
+        trunk: Whether actor and critic have hidden layers of their own or share them.
+        actor_obs: Groups of a grouped observation that the actor sees, in this order; ``None`` for all.
+        critic_obs: Groups that the critic sees; ``None`` for all.
+        action_bounds: Whether a Gaussian is cut at the bounds of the action space or squashed into them.
+        initial_std: Standard deviation of a Gaussian at the start, in units where the bounds are -1 and 1.
+    """
+
+    hidden_sizes: tuple[int, ...] = (64, 64)
+    activation: Activation = "tanh"
+    trunk: Literal["separate", "shared"] = "separate"
+    actor_obs: tuple[str, ...] | None = None
+    critic_obs: tuple[str, ...] | None = None
+    action_bounds: Literal["clip", "tanh"] = "clip"
+    initial_std: float = 1.0
+
+    def __post_init__(self) -> None:
+        ok = len(self.hidden_sizes) > 0 and all(size >= 1 for size in self.hidden_sizes)
+        require(ok, "MLP.hidden_sizes", "be one or more widths of at least 1", self.hidden_sizes)
+        for name, choices in (
+            ("activation", get_args(Activation)),
+            ("trunk", ("separate", "shared")),
+            ("action_bounds", ("clip", "tanh")),
+        ):
+            value = getattr(self, name)
+            require(value in choices, f"MLP.{name}", f"be one of {', '.join(choices)}", value)
+        require(
+            0.0 < self.initial_std < 100.0, "MLP.initial_std", "lie in (0, 100)", self.initial_std
+        )
+        for name in ("actor_obs", "critic_obs"):
+            groups = getattr(self, name)
+            require(
+                groups != (), f"MLP.{name}", "name at least one group, or be None for all", groups
+            )
+        alike = self.trunk == "separate" or self.actor_obs == self.critic_obs
+        require(alike, "MLP.critic_obs", "equal MLP.actor_obs for a shared trunk", self.critic_obs)
+
+    def build(self, spaces: EnvSpaces, generator: torch.Generator) -> Policy:
+        """Allocate and initialise on the CPU, drawing from ``generator`` only.
+
+        Raises:
+            ValueError: If the action space has no head, or an observation group does not exist.
+        """
+        for field in ("actor_obs", "critic_obs"):
+            for group in getattr(self, field) or ():
+                known = () if isinstance(spaces.obs, Box) else tuple(spaces.obs)
+                rule = f"name groups of the observation ({', '.join(known) or 'it has none'})"
+                require(group in known, f"MLP.{field}", rule, group)
+        return FeedForwardPolicy(self, spaces, generator)
+
+
+class FeedForwardPolicy(Policy):
+    """What ``MLP`` builds."""
+
+    def __init__(self, spec: MLP, spaces: EnvSpaces, generator: torch.Generator) -> None:
+        super().__init__()
+        # The order of the space, not of each observation: dicts that are equal may be ordered differently.
+        every = None if isinstance(spaces.obs, Box) else tuple(spaces.obs)
+        self._actor_obs, self._critic_obs = spec.actor_obs or every, spec.critic_obs or every
+        width = spec.hidden_sizes[-1]
+
+        def trunk(groups: tuple[str, ...] | None) -> nn.Sequential:
+            inputs = _size(spaces.obs, groups)
+            return mlp(inputs, spec.hidden_sizes, activation=spec.activation, generator=generator)
+
+        self.actor = trunk(self._actor_obs)
+        self.critic = trunk(self._critic_obs) if spec.trunk == "separate" else self.actor
+        self.action_head = action_head(
+            width,
+            spaces.action,
+            owner="MLP",
+            bounds=spec.action_bounds,
+            initial_std=spec.initial_std,
+            generator=generator,
+        )
+        self.value_head = orthogonal_linear(width, 1, gain=1.0, generator=generator)
+
+    def act(
+        self, obs: Observation, mask: Bool[Tensor, "M K"] | None, generator: torch.Generator | None
+    ) -> SampledAction:
+        """Sample an action for each row."""
+        distribution = self.action_head(self.actor(_flat(obs, self._actor_obs)), mask)
+        action = distribution.sample(generator)
+        return SampledAction(action, distribution.log_prob(action))
+
+    def act_deterministically(
+        self, obs: Observation, mask: Bool[Tensor, "M K"] | None
+    ) -> Shaped[Tensor, "M *A"]:
+        """The most probable action of each row."""
+        return self.action_head(self.actor(_flat(obs, self._actor_obs)), mask).mode()
+
+    def evaluate(
+        self, obs: Observation, action: Shaped[Tensor, "M *A"], mask: Bool[Tensor, "M K"] | None
+    ) -> Evaluation:
+        """Log-probability of given actions, entropy and value, with gradients."""
+        features = self.actor(_flat(obs, self._actor_obs))
+        seen_by_critic = (
+            features if self.critic is self.actor else self.critic(_flat(obs, self._critic_obs))
+        )
+        distribution = self.action_head(features, mask)
+        return Evaluation(
+            log_prob=distribution.log_prob(action),
+            entropy=distribution.entropy(),
+            value=self.value_head(seen_by_critic)[:, 0].float(),
+        )
+
+    def value(self, obs: Observation) -> Float[Tensor, " M"]:
+        """Value of each row."""
+        return self.value_head(self.critic(_flat(obs, self._critic_obs)))[:, 0].float()
+
+    def to_env(self, action: Shaped[Tensor, "M *A"]) -> Shaped[Tensor, "M ..."]:
+        """Sampled actions in the environment's units and range."""
+        return self.action_head.to_env(action)
+
+
+def _size(space: ObsSpace, groups: tuple[str, ...] | None) -> int:
+    if isinstance(space, Box):
+        return space.size
+    assert groups is not None
+    return sum(space[name].size for name in groups)
+
+
+def _flat(obs: Observation, groups: tuple[str, ...] | None) -> Float[Tensor, "M O"]:
+    """[M, *O] -> [M, O]; groups one after another."""
+    if isinstance(obs, Tensor):
+        return obs[:, None].flatten(1)  # also [M] -> [M, 1]
+    assert groups is not None
+    return torch.cat([obs[name][:, None].flatten(1) for name in groups], -1)

@@ -1,0 +1,147 @@
+"""From features to an action distribution, and from what it sampled to what the environment takes.
+
+Axes: ``M`` sample, ``H`` feature, ``A`` action component, ``K`` choice.
+"""
+
+from typing import Literal
+
+import torch
+from torch import Tensor, nn
+
+from esper_lightning.core.distributions import (
+    Categorical,
+    DiagonalGaussian,
+    Distribution,
+    FactoredCategorical,
+    TanhGaussian,
+)
+from esper_lightning.core.shapes import Bool, Float, Shaped
+from esper_lightning.core.spaces import ActionSpace, Box, Discrete, MultiDiscrete, mask_size
+from esper_lightning.core.validate import require
+from esper_lightning.policies.layers import orthogonal_linear
+
+__all__ = ["ActionHead", "CategoricalHead", "GaussianHead", "action_head"]
+
+_HEAD_GAIN = 0.01  # a nearly uniform policy at the start
+
+
+class CategoricalHead(nn.Module):
+    """Logits of one choice, or of several at once."""
+
+    def __init__(
+        self, features: int, space: Discrete | MultiDiscrete, *, generator: torch.Generator
+    ) -> None:
+        super().__init__()
+        self._nvec = space.nvec if isinstance(space, MultiDiscrete) else None
+        self.logits = orthogonal_linear(
+            features, mask_size(space), gain=_HEAD_GAIN, generator=generator
+        )
+
+    def forward(
+        self, features: Float[Tensor, "M H"], mask: Bool[Tensor, "M K"] | None
+    ) -> Distribution:
+        """The distribution over allowed choices."""
+        logits = self.logits(features)
+        if self._nvec is None:
+            return Categorical(logits, mask)
+        return FactoredCategorical(logits, self._nvec, mask)
+
+    def to_env(self, action: Shaped[Tensor, "M *A"]) -> Shaped[Tensor, "M ..."]:
+        """Choices are taken as they are."""
+        return action
+
+
+class GaussianHead(nn.Module):
+    """A Gaussian whose mean depends on the state and whose deviation does not.
+
+    In a bounded space the Gaussian lives in units where the bounds are -1 and 1. ``clip`` cuts what lies beyond
+    when it is handed to the environment; ``tanh`` squashes the distribution itself. In an unbounded space actions
+    are taken as they are.
+    """
+
+    low: Tensor
+    high: Tensor
+
+    def __init__(
+        self,
+        features: int,
+        space: Box,
+        *,
+        bounds: Literal["clip", "tanh"],
+        initial_std: float,
+        generator: torch.Generator,
+    ) -> None:
+        super().__init__()
+        self._shape, self._bounded, self._squashed = space.shape, space.bounded, bounds == "tanh"
+        self.mean = orthogonal_linear(features, space.size, gain=_HEAD_GAIN, generator=generator)
+        self.log_std = nn.Parameter(torch.full((space.size,), initial_std).log())
+        self.register_buffer("low", torch.tensor(space.lows), persistent=False)
+        self.register_buffer("high", torch.tensor(space.highs), persistent=False)
+
+    def forward(
+        self, features: Float[Tensor, "M H"], mask: Bool[Tensor, "M K"] | None
+    ) -> Distribution:
+        """The distribution over ``[M, A]``; there is no mask."""
+        assert mask is None
+        mean = self.mean(features)
+        kind = TanhGaussian if self._squashed else DiagonalGaussian
+        return kind(mean, self.log_std.expand_as(mean))
+
+    def to_env(self, action: Shaped[Tensor, "M A"]) -> Shaped[Tensor, "M ..."]:
+        """Bring samples into the bounds of the space."""
+        if self._bounded:
+            unit = action.tanh() if self._squashed else action.clamp(-1.0, 1.0)
+            # Rounding must not carry an action out of the bounds.
+            action = (self.low + (unit + 1.0) * 0.5 * (self.high - self.low)).clamp(
+                self.low, self.high
+            )
+        return action.reshape(
+            *action.shape[:-1], *self._shape
+        )  # [M, A] -> [M, *A], also of no axes
+
+
+ActionHead = CategoricalHead | GaussianHead
+
+
+def action_head(
+    features: int,
+    space: ActionSpace,
+    *,
+    owner: str,
+    bounds: Literal["clip", "tanh"],
+    initial_std: float,
+    generator: torch.Generator,
+) -> ActionHead:
+    """The head that serves an action space.
+
+    Args:
+        features: ``H``.
+        space: The environment's action space.
+        owner: Name of the policy, for errors.
+        bounds: How a Gaussian meets bounds.
+        initial_std: Standard deviation at the start, in units where the bounds are -1 and 1.
+        generator: Source of the initial weights.
+
+    Raises:
+        ValueError: If no head serves the space.
+    """
+    if isinstance(space, Discrete | MultiDiscrete):
+        return CategoricalHead(features, space, generator=generator)
+    supported = isinstance(space, Box)  # pyright: ignore[reportUnnecessaryIsInstance]
+    require(supported, f"{owner}'s action space", "be Discrete, MultiDiscrete or Box", space)
+    free = all(low == -torch.inf for low in space.lows) and all(
+        high == torch.inf for high in space.highs
+    )
+    hint = "Bound both sides of every component, or none."
+    require(
+        space.bounded or free,
+        f"{owner}'s action space",
+        "be bounded everywhere or nowhere",
+        space,
+        hint,
+    )
+    ok = space.bounded or bounds == "clip"
+    require(ok, f"{owner}.action_bounds", "be 'clip' where the action space has no bounds", bounds)
+    return GaussianHead(
+        features, space, bounds=bounds, initial_std=initial_std, generator=generator
+    )

@@ -1,0 +1,193 @@
+"""A whole run in one call: ``train_ppo_vectorized`` puts module, callbacks, logger and profiler together.
+
+Above ``training`` and ``callbacks``, which do not know each other.
+"""
+
+from pathlib import Path
+from typing import Any
+
+import torch
+import yaml
+from lightning.pytorch import Trainer
+from lightning.pytorch.callbacks import Callback, ModelCheckpoint
+from lightning.pytorch.loggers import TensorBoardLogger
+from lightning.pytorch.profilers import PyTorchProfiler
+
+from esper_lightning.callbacks.history import History
+from esper_lightning.callbacks.progress import RunProgressBar
+from esper_lightning.core.validate import require
+from esper_lightning.envs.base import EnvSpec
+from esper_lightning.forensics.files import read_json_lines, write_atomically
+from esper_lightning.forensics.layout import RankLayout, RunLayout
+from esper_lightning.policies import MLP
+from esper_lightning.policies.base import PolicySpec
+from esper_lightning.training.config import PPOConfig
+from esper_lightning.training.metrics import EVAL_RETURN
+from esper_lightning.training.module import PPO
+
+__all__ = ["run_callbacks", "run_logger", "train_ppo_vectorized"]
+
+
+def train_ppo_vectorized(
+    env: EnvSpec,
+    *,
+    iterations: int,
+    ppo: PPOConfig = PPOConfig(),  # noqa: B008 - frozen
+    policy: PolicySpec = MLP(),  # noqa: B008 - frozen
+    seed: int = 0,
+    device: str = "auto",
+    devices: int = 1,
+    run_dir: str | Path | None = None,
+    torch_profiler: bool = False,
+    torch_profiler_dir: str | Path | None = None,
+    torch_profiler_wait: int = 1,
+    torch_profiler_warmup: int = 1,
+    torch_profiler_active: int = 3,
+    torch_profiler_repeat: int = 1,
+    torch_profiler_record_shapes: bool = False,
+    torch_profiler_profile_memory: bool = False,
+    torch_profiler_with_stack: bool = False,
+    torch_profiler_summary: bool = False,
+    save_path: str | Path | None = None,
+    resume_path: str | Path | None = None,
+) -> list[dict[str, Any]]:
+    """Train PPO for a number of iterations and return its history.
+
+    Args:
+        env: Which environments to train in.
+        iterations: Iterations of the whole run, those before ``resume_path`` included.
+        ppo: How to train.
+        policy: Which networks to train.
+        seed: Of everything random.
+        device: Lightning's accelerator: ``auto``, ``cpu``, ``gpu``, ...
+        devices: How many of them.
+        run_dir: Where history, logs and checkpoints go; ``None`` for a new ``runs/<env>/version_<n>``.
+        torch_profiler: Whether Lightning's ``PyTorchProfiler`` records Chrome traces.
+        torch_profiler_dir: Where traces go; ``None`` for ``rank0/trace`` in the run directory.
+        torch_profiler_wait: Iterations that are not recorded, at the start of each cycle.
+        torch_profiler_warmup: Iterations recorded and thrown away, next in the cycle.
+        torch_profiler_active: Iterations recorded, next in the cycle.
+        torch_profiler_repeat: Number of cycles; 0 for as many as there are. Lightning's profiler stops after the first
+            one whatever this says (Lightning issue 14063).
+        torch_profiler_record_shapes: Whether operators are recorded with the shapes of their inputs.
+        torch_profiler_profile_memory: Whether allocations are recorded.
+        torch_profiler_with_stack: Whether operators are recorded with their source lines.
+        torch_profiler_summary: Whether the profiler's table is printed at the end; it is always in ``profile.txt``.
+        save_path: File that gets a checkpoint of the end of the run, besides ``checkpoints/last.ckpt``.
+        resume_path: Checkpoint to go on from.
+
+    Returns:
+        The rows of ``rank0/history.jsonl``, one for each iteration of this run directory.
+
+    Raises:
+        ValueError: If a setting is out of range.
+        FileNotFoundError: If ``resume_path`` does not exist.
+        BaseException: Whatever ended the run, with a note that says where its evidence is.
+    """
+    require(iterations >= 1, "train_ppo_vectorized.iterations", "be at least 1", iterations)
+    recorded_from = torch_profiler_wait + torch_profiler_warmup
+    rule = f"lie in [1, iterations = {iterations})"
+    hint = (
+        "Lightning never records the first iteration, and a window that never opens leaves nothing."
+    )
+    fits = not torch_profiler or 1 <= recorded_from < iterations
+    require(fits, "torch_profiler_wait + torch_profiler_warmup", rule, recorded_from, hint)
+    if resume_path is not None and not Path(resume_path).is_file():
+        raise FileNotFoundError(f"resume_path must name a checkpoint, got {str(resume_path)!r}.")
+
+    model = PPO(
+        env,
+        policy,
+        ppo,
+        seed,
+        total_env_steps=iterations * ppo.rollout_steps * env.num_envs * devices,
+    )
+    logger = run_logger(env, run_dir)
+    layout = RunLayout(Path(logger.log_dir))
+    ours = layout.rank(0)
+    profiler = None
+    if torch_profiler:
+        profiler = PyTorchProfiler(
+            dirpath=torch_profiler_dir or ours.trace,
+            filename="ppo",
+            schedule=torch.profiler.schedule(
+                wait=torch_profiler_wait,
+                warmup=torch_profiler_warmup,
+                active=torch_profiler_active,
+                repeat=torch_profiler_repeat,
+            ),
+            record_shapes=torch_profiler_record_shapes,
+            profile_memory=torch_profiler_profile_memory,
+            with_stack=torch_profiler_with_stack,
+        )
+    trainer = Trainer(
+        accelerator=device,
+        devices=devices,
+        max_epochs=-1,
+        logger=logger,
+        log_every_n_steps=1,
+        limit_val_batches=0,
+        enable_model_summary=False,
+        profiler=profiler,
+        callbacks=run_callbacks(evaluates=False),
+    )
+    settings = {
+        "model": dict(model.hparams),
+        "trainer": {"accelerator": device, "devices": devices},
+    }
+    write_atomically(layout.config, yaml.safe_dump(settings, sort_keys=False).encode())
+    try:
+        trainer.fit(model, ckpt_path=resume_path, weights_only=True)
+        if save_path is not None:
+            write_atomically(Path(save_path), (layout.checkpoints / "last.ckpt").read_bytes())
+        if profiler is not None:
+            _keep_profile(profiler, ours, show=torch_profiler_summary)
+    except BaseException as error:
+        error.add_note(_where(ours, layout, profiler))
+        raise
+    return read_json_lines(ours.history)
+
+
+def run_logger(env: EnvSpec, run_dir: str | Path | None = None) -> TensorBoardLogger:
+    """TensorBoard in ``run_dir``, or in a new ``runs/<env>/version_<n>``; its ``log_dir`` is the run directory."""
+    if run_dir is None:
+        return TensorBoardLogger("runs", name=type(env).__name__.lower())
+    return TensorBoardLogger(run_dir, name="", version="")
+
+
+def run_callbacks(
+    *, evaluates: bool, saves: bool = True, shows_progress: bool = True
+) -> list[Callback]:
+    """What every run has: history, progress bar, ``last.ckpt``, and ``best.ckpt`` where there are evaluations."""
+    callbacks: list[Callback] = [History()]
+    if shows_progress:
+        callbacks.append(RunProgressBar())
+    if saves and evaluates:
+        best = ModelCheckpoint(
+            filename="best",
+            monitor=EVAL_RETURN,
+            mode="max",
+            save_last=True,
+            enable_version_counter=False,
+        )
+        callbacks.append(best)
+    elif saves:
+        callbacks.append(
+            ModelCheckpoint(save_top_k=0, save_last=True, enable_version_counter=False)
+        )
+    return callbacks
+
+
+def _keep_profile(profiler: PyTorchProfiler, rank: RankLayout, *, show: bool) -> None:
+    """Move the table that Lightning wrote among the traces to ``profile.txt``."""
+    written = Path(profiler.dirpath or ".") / f"fit-{profiler.filename}.txt"
+    table = written.read_text()
+    write_atomically(rank.profile, table.encode())
+    written.unlink()
+    if show:
+        print(table)  # noqa: T201 - what the caller asked for
+
+
+def _where(rank: RankLayout, layout: RunLayout, profiler: PyTorchProfiler | None) -> str:
+    trace = "" if profiler is None else f"; traces in {profiler.dirpath}"
+    return f"Run directory: {layout.directory} (history in {rank.history}{trace})"

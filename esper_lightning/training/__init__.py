@@ -1,0 +1,1 @@
+"""The Lightning module of PPO and what it is made of."""

@@ -1,0 +1,106 @@
+"""The rollout: act, step, write, ``T`` times. Axes: ``T`` step, ``B`` environment.
+
+No gradient, no host synchronisation, no allocation of the rollout; it knows nothing of Lightning.
+"""
+
+from collections.abc import Callable
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from esper_lightning.core.buffer import write_step
+from esper_lightning.core.shapes import Bool, Float
+from esper_lightning.core.types import Observation, Rollout
+from esper_lightning.envs.base import BatchedEnv
+from esper_lightning.policies.base import Policy
+
+__all__ = ["ActingState", "Normalize", "collect", "first_non_finite", "is_finite"]
+
+Normalize = Callable[[Observation], Observation]
+
+
+class ActingState(NamedTuple):
+    """Where acting goes on: between two rollouts nothing else of an episode is kept outside the environment."""
+
+    obs: Observation  # [B, *O]
+    action_mask: Bool[Tensor, "B K"] | None
+    discounted_return: Float[Tensor, " B"]  # of the running episodes so far, for reward scaling
+
+
+@torch.no_grad()
+def collect(
+    env: BatchedEnv,
+    policy: Policy,
+    normalize: Normalize,
+    state: ActingState,
+    rollout: Rollout,
+    *,
+    generator: torch.Generator,
+) -> ActingState:
+    """Fill ``rollout`` by acting in ``env``.
+
+    Args:
+        env: ``B`` environments.
+        policy: Acts on normalised observations.
+        normalize: Applied to what the policy sees; the rollout keeps observations as they are.
+        state: Where the previous rollout ended.
+        rollout: ``T`` steps to overwrite.
+        generator: Source of exploration noise, on the device.
+
+    Returns:
+        Where the next rollout begins.
+    """
+    obs, action_mask = state.obs, state.action_mask
+    for t in range(rollout.reward.shape[0]):
+        action, log_prob = policy.act(normalize(obs), action_mask, generator)
+        result = env.step(policy.to_env(action))
+        write_step(
+            rollout,
+            t,
+            obs=obs,
+            action_mask=action_mask,
+            action=action,
+            log_prob=log_prob,
+            result=result,
+        )
+        obs, action_mask = result.obs, result.action_mask
+    return ActingState(obs, action_mask, state.discounted_return)
+
+
+def is_finite(rollout: Rollout) -> Bool[Tensor, ""]:
+    """Whether every observation and reward of the rollout is finite; stays on the device."""
+    return torch.stack([value.isfinite().all() for _, value in _from_env(rollout)]).all()
+
+
+def first_non_finite(rollout: Rollout) -> str:
+    """Say what came from the environment that is not finite: field, step, environments, columns. Synchronises."""
+    for name, value in _from_env(rollout):
+        bad = ~value.isfinite()
+        if bad.any():
+            step = int(bad.flatten(1).any(1).nonzero()[0])
+            where = bad[step].flatten(1) if bad.dim() > 2 else bad[step][:, None]
+            envs = where.any(1).nonzero()[:, 0].tolist()
+            columns = where.any(0).nonzero()[:, 0].tolist()
+            found = value[step][bad[step]][0].item()
+            of = "" if bad.dim() == 2 else f", column {_some(columns)}"
+            return f"{found} in {name} of environment {_some(envs)}{of} at rollout step {step}"
+    return "only finite values"
+
+
+def _from_env(rollout: Rollout) -> list[tuple[str, Tensor]]:
+    fields = [("reward", rollout.reward)]
+    for name, obs in (("obs", rollout.obs), ("reached_obs", rollout.reached_obs)):
+        groups = (
+            {name: obs}
+            if isinstance(obs, Tensor)
+            else {f"{name}[{k!r}]": v for k, v in obs.items()}
+        )
+        fields += groups.items()
+    return fields
+
+
+def _some(indices: list[int]) -> str:
+    return ", ".join(map(str, indices[:8])) + (
+        f" and {len(indices) - 8} more" if len(indices) > 8 else ""
+    )

@@ -1,0 +1,110 @@
+"""Settings of PPO: frozen, checked at construction, with defaults that train."""
+
+from dataclasses import dataclass
+from typing import Literal
+
+from esper_lightning.core.validate import require
+
+__all__ = ["PPOConfig"]
+
+_SCHEDULES = ("constant", "linear", "adaptive")
+
+
+@dataclass(frozen=True, kw_only=True)
+class PPOConfig:
+    """Proximal policy optimisation (Schulman et al. 2017).
+
+    Attributes:
+        rollout_steps: Steps of every environment in one iteration, ``T``.
+        epochs: Passes over a rollout.
+        minibatches: Parts of each pass; must divide ``rollout_steps * num_envs``.
+        discount: ``gamma``, per step.
+        gae_lambda: ``lambda`` of generalised advantage estimation: 0 is one-step TD, 1 the discounted return.
+        clip: Greatest change of the probability ratio that still lowers the loss.
+        value_clip: Greatest change of the value that still lowers the loss; ``None`` for no limit.
+        value_coef: Weight of the squared value error.
+        entropy_coef: Weight of the entropy bonus.
+        normalize_advantage: Whether advantages get mean 0 and deviation 1 over the rollout.
+        max_grad_norm: Gradients are scaled down to this 2-norm; ``None`` for no limit.
+        learning_rate: Step size of Adam at the start.
+        learning_rate_schedule: ``constant``; ``linear`` to zero at the end of the run; ``adaptive``, from iteration
+            to iteration, so that the policy moves about ``desired_kl``.
+        desired_kl: KL divergence (nats) of one iteration that the adaptive schedule aims at.
+        target_kl: After a pass whose mean KL divergence (nats) exceeds this, the rest of the iteration's updates are
+            left out; ``None`` for never.
+        adam_eps: Term that Adam adds to the denominator.
+        normalize_obs: Whether observations are shifted and scaled by running statistics.
+        obs_clip: Normalised observations are held within this many deviations.
+        normalize_reward: Whether rewards are divided by the running deviation of the discounted return.
+        reward_clip: Scaled rewards are held within this range around zero.
+    """
+
+    rollout_steps: int = 128
+    epochs: int = 4
+    minibatches: int = 4
+    discount: float = 0.99
+    gae_lambda: float = 0.95
+    clip: float = 0.2
+    value_clip: float | None = None
+    value_coef: float = 0.5
+    entropy_coef: float = 0.0
+    normalize_advantage: bool = True
+    max_grad_norm: float | None = 0.5
+    learning_rate: float = 3e-4
+    learning_rate_schedule: Literal["constant", "linear", "adaptive"] = "constant"
+    desired_kl: float = 0.01
+    target_kl: float | None = None
+    adam_eps: float = 1e-5
+    normalize_obs: bool = False
+    obs_clip: float = 10.0
+    normalize_reward: bool = False
+    reward_clip: float = 10.0
+
+    def __post_init__(self) -> None:
+        for name in ("rollout_steps", "epochs", "minibatches"):
+            value = getattr(self, name)
+            ok = isinstance(value, int) and value >= 1
+            require(ok, f"PPOConfig.{name}", "be an integer of at least 1", value)
+        for name in ("discount", "gae_lambda"):
+            value = getattr(self, name)
+            require(0.0 <= value <= 1.0, f"PPOConfig.{name}", "lie in [0, 1]", value)
+        hint = "Usual values are 0.1 to 0.3."
+        require(0.0 < self.clip < 1.0, "PPOConfig.clip", "lie in (0, 1)", self.clip, hint)
+        for name in ("value_coef", "entropy_coef"):
+            value = getattr(self, name)
+            require(
+                0.0 <= value < float("inf"),
+                f"PPOConfig.{name}",
+                "be finite and not negative",
+                value,
+            )
+        optional = ("value_clip", "max_grad_norm", "target_kl")
+        for name in (
+            "learning_rate",
+            "desired_kl",
+            "adam_eps",
+            "obs_clip",
+            "reward_clip",
+            *optional,
+        ):
+            value = getattr(self, name)
+            ok = (value is None and name in optional) or 0.0 < value < float("inf")
+            hint = "None switches it off." if name in optional else ""
+            require(ok, f"PPOConfig.{name}", "be finite and positive", value, hint)
+        ok = self.learning_rate_schedule in _SCHEDULES
+        rule = f"be one of {', '.join(_SCHEDULES)}"
+        require(ok, "PPOConfig.learning_rate_schedule", rule, self.learning_rate_schedule)
+
+    def check_against(self, *, num_envs: int) -> None:
+        """Check what depends on the environments.
+
+        Raises:
+            ValueError: If a rollout cannot be cut into minibatches of equal size.
+        """
+        total = self.rollout_steps * num_envs
+        rule = f"divide rollout_steps * num_envs = {self.rollout_steps} * {num_envs} = {total}"
+        near = [n for n in range(1, total + 1) if total % n == 0 and n <= 4 * self.minibatches]
+        hint = f"Near values that do: {', '.join(map(str, near[-3:]))}."
+        require(
+            total % self.minibatches == 0, "PPOConfig.minibatches", rule, self.minibatches, hint
+        )

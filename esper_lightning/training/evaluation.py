@@ -1,0 +1,59 @@
+"""Deterministic evaluation: the most probable action, the first episode of every environment. Axis: ``B`` environment."""
+
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from esper_lightning.core.shapes import Float, Int
+from esper_lightning.core.validate import require
+from esper_lightning.envs.base import BatchedEnv
+from esper_lightning.policies.base import Policy
+from esper_lightning.training.collect import Normalize
+
+__all__ = ["Episodes", "evaluate_policy"]
+
+_STEPS_BETWEEN_CHECKS = 32
+
+
+class Episodes(NamedTuple):
+    """One finished episode of each environment."""
+
+    episode_return: Float[Tensor, " B"]
+    episode_length: Int[Tensor, " B"]
+
+
+@torch.no_grad()
+def evaluate_policy(
+    policy: Policy, normalize: Normalize, env: BatchedEnv, *, max_steps: int = 100_000
+) -> Episodes:
+    """Play the first episode of every environment to its end.
+
+    One episode of each environment, and not the first ``B`` to finish, which would be the short ones. The host looks
+    every 32 steps whether all have ended.
+
+    Args:
+        policy: Acts deterministically.
+        normalize: The observation statistics that training used.
+        env: ``B`` environments, which are reset.
+        max_steps: Bound on the length of an episode.
+
+    Raises:
+        ValueError: If an episode has not ended after ``max_steps`` steps.
+    """
+    obs, action_mask = env.reset()
+    result = env.step(policy.to_env(policy.act_deterministically(normalize(obs), action_mask)))
+    episode_return, episode_length = result.episode_return, result.episode_length
+    for step in range(1, max_steps):
+        if step % _STEPS_BETWEEN_CHECKS == 0 and bool((episode_length > 0).all()):
+            break
+        action = policy.act_deterministically(normalize(result.obs), result.action_mask)
+        result = env.step(policy.to_env(action))
+        running = episode_length == 0
+        episode_return = torch.where(running, result.episode_return, episode_return)
+        episode_length = torch.where(running, result.episode_length, episode_length)
+    unfinished = int((episode_length == 0).sum())
+    hint = "Give the environment a time limit, or switch evaluation off with Trainer(limit_val_batches=0)."
+    rule = f"end every episode within {max_steps} steps to be evaluated"
+    require(unfinished == 0, f"{type(env).__name__}", rule, f"{unfinished} running", hint)
+    return Episodes(episode_return, episode_length)

@@ -1,0 +1,116 @@
+"""What PPO needs of Lightning beyond its hooks, in one place: which Trainer settings work, how a run is counted."""
+
+import logging
+import warnings
+from contextlib import AbstractContextManager, nullcontext
+
+import torch
+from lightning.pytorch import Trainer
+
+from esper_lightning.core.validate import require
+
+__all__ = [
+    "autocast_without_cache",
+    "count_step",
+    "planned_env_steps",
+    "refuse_unsupported",
+    "silence_checkpoint_advice",
+]
+
+_log = logging.getLogger(__name__)
+_PRECISIONS = ("32-true", "bf16-mixed")
+
+
+def refuse_unsupported(trainer: Trainer) -> None:
+    """Refuse Trainer settings under which PPO would be wrong.
+
+    Raises:
+        ValueError: Naming the setting and what to use instead.
+    """
+    clip = trainer.gradient_clip_val
+    hint = "PPO clips gradients itself: set PPOConfig.max_grad_norm."
+    require(not clip, "Trainer.gradient_clip_val", "be None", clip, hint)
+    batches = trainer.accumulate_grad_batches
+    hint = "PPO takes several optimizer steps in an iteration: set PPOConfig.minibatches."
+    require(batches == 1, "Trainer.accumulate_grad_batches", "be 1", batches, hint)
+    rule = f"be one of {', '.join(_PRECISIONS)}"
+    hint = "float16 needs loss scaling, and running statistics need float32."
+    require(trainer.precision in _PRECISIONS, "Trainer.precision", rule, trainer.precision, hint)
+    for callback in trainer.callbacks:
+        interval = getattr(callback, "_train_time_interval", None)
+        hint = "Lightning ignores it with manual optimisation: set every_n_train_steps or every_n_epochs."
+        require(interval is None, "ModelCheckpoint.train_time_interval", "be None", interval, hint)
+    hint = "Several ranks are not supported yet: statistics and stop decisions are not reduced over them."
+    require(
+        trainer.world_size == 1,
+        "Trainer.devices * Trainer.num_nodes",
+        "be 1",
+        trainer.world_size,
+        hint,
+    )
+
+
+def silence_checkpoint_advice() -> None:
+    """Keep ``ModelCheckpoint(every_n_train_steps=...)`` from advising to save the weights of before the step.
+
+    Lightning says so to every module with manual optimisation. Here a checkpoint is to hold the finished iteration.
+    """
+    warnings.filterwarnings("ignore", message="Using ModelCheckpoint with manual optimization")
+
+
+def count_step(trainer: Trainer) -> None:
+    """Count one iteration as one step of ``trainer.global_step``.
+
+    An iteration takes many optimizer steps. Counted one by one they would make ``max_steps`` and
+    ``ModelCheckpoint(every_n_train_steps=...)`` depend on the number of minibatches, and each would pay Lightning's
+    wrapper.
+    """
+    progress = trainer.fit_loop.epoch_loop.manual_optimization.optim_step_progress
+    progress.increment_ready()
+    progress.increment_completed()
+
+
+def planned_env_steps(
+    trainer: Trainer, *, done: int, per_iteration: int, budget: int | None
+) -> int | None:
+    """Environment steps after which the first limit of a run is reached; ``None`` if there is no limit.
+
+    Warns where the Trainer ends a run before its budget is used.
+
+    Args:
+        trainer: At the start of training.
+        done: Environment steps taken so far.
+        per_iteration: Environment steps of a full iteration.
+        budget: ``PPO.total_env_steps``.
+    """
+    iterations: list[float] = []
+    if trainer.max_epochs is not None and trainer.max_epochs >= 0:
+        epochs = trainer.max_epochs - trainer.fit_loop.epoch_progress.current.processed
+        iterations.append(epochs * trainer.num_training_batches)
+    if trainer.max_steps >= 0:
+        iterations.append(trainer.max_steps - trainer.global_step)
+    limit = done + int(min(iterations)) * per_iteration if iterations else None
+    if budget is None or limit is None:
+        return budget if limit is None else limit
+    if limit < budget and not trainer.fast_dev_run:
+        _log.warning(
+            "The Trainer's max_epochs=%s, max_steps=%s end the run after %d env steps, before "
+            "PPO.total_env_steps=%d. Set Trainer(max_epochs=-1) to use the budget.",
+            trainer.max_epochs,
+            trainer.max_steps,
+            limit,
+            budget,
+        )
+    return min(limit, budget)
+
+
+def autocast_without_cache(device: torch.device) -> AbstractContextManager[object]:
+    """The autocast in force, without its cache of cast weights.
+
+    The cache lives as long as Lightning's context, which is a whole iteration: after the first optimizer step every
+    later minibatch would still compute with the old weights.
+    """
+    if not torch.is_autocast_enabled(device.type):
+        return nullcontext()
+    dtype = torch.get_autocast_dtype(device.type)
+    return torch.autocast(device.type, dtype=dtype, cache_enabled=False)

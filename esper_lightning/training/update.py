@@ -1,0 +1,155 @@
+"""The update: advantages of a rollout, then epochs of minibatch steps. Axes: ``T`` step, ``B`` environment, ``M`` sample.
+
+No host synchronisation: what must not be applied is skipped on the device. It knows nothing of Lightning.
+"""
+
+from collections.abc import Callable
+from typing import NamedTuple
+
+import torch
+from torch import Tensor, nn
+
+from esper_lightning.core.diagnostics import approx_kl, clip_fraction
+from esper_lightning.core.gae import compute_gae
+from esper_lightning.core.losses import clipped_surrogate, normalize_advantage, value_loss
+from esper_lightning.core.minibatches import flatten_steps, minibatches
+from esper_lightning.core.shapes import Bool, Float
+from esper_lightning.core.types import LossTerms, Rollout, Samples
+from esper_lightning.policies.base import Evaluation, Policy
+from esper_lightning.training.collect import Normalize
+from esper_lightning.training.config import PPOConfig
+
+__all__ = ["UpdateMetrics", "build_optimizer", "ppo_loss_terms", "prepare_samples", "update"]
+
+
+class UpdateMetrics(NamedTuple):
+    """Means over the applied gradient steps of one iteration; scalars on the device."""
+
+    policy_loss: Float[Tensor, ""]
+    value_loss: Float[Tensor, ""]
+    entropy: Float[Tensor, ""]
+    approx_kl: Float[Tensor, ""]
+    clip_fraction: Float[Tensor, ""]
+    grad_norm: Float[Tensor, ""]  # before clipping
+    gradient_steps: Float[Tensor, ""]  # how many were applied
+
+
+def build_optimizer(policy: Policy, config: PPOConfig) -> torch.optim.Adam:
+    """Adam in its fused form, which can leave out a step without asking the host (its ``found_inf``)."""
+    return torch.optim.Adam(
+        policy.parameters(), lr=config.learning_rate, eps=config.adam_eps, fused=True
+    )
+
+
+@torch.no_grad()
+def prepare_samples(
+    policy: Policy,
+    normalize: Normalize,
+    rollout: Rollout,
+    reward: Float[Tensor, "T B"],
+    config: PPOConfig,
+) -> Samples:
+    """Values, advantages and value targets of a rollout, in one pass each over all ``T * B`` states.
+
+    Args:
+        policy: The critic that the advantages are measured against.
+        normalize: The observation statistics that acting used.
+        rollout: What was collected.
+        reward: The rollout's rewards, scaled if they are to be.
+        config: Discount, lambda and normalisation.
+    """
+    obs = normalize(flatten_steps(rollout.obs))
+    value = policy.value(obs)
+    next_value = policy.value(normalize(flatten_steps(rollout.reached_obs)))
+    advantages = compute_gae(
+        reward,
+        value.view_as(reward),
+        next_value.view_as(reward),
+        rollout.terminated,
+        rollout.truncated,
+        discount=config.discount,
+        lambda_=config.gae_lambda,
+    )
+    advantage = advantages.advantage.flatten()
+    return Samples(
+        obs=obs,
+        action=flatten_steps(rollout.action),
+        log_prob=flatten_steps(rollout.log_prob),
+        action_mask=None if rollout.action_mask is None else flatten_steps(rollout.action_mask),
+        advantage=normalize_advantage(advantage) if config.normalize_advantage else advantage,
+        value=value,
+        value_target=advantages.value_target.flatten(),
+    )
+
+
+def ppo_loss_terms(evaluation: Evaluation, batch: Samples, config: PPOConfig) -> LossTerms:
+    """Per-sample terms of the objective under the current weights."""
+    return LossTerms(
+        policy=clipped_surrogate(
+            evaluation.log_prob, batch.log_prob, batch.advantage, clip=config.clip
+        ),
+        value=value_loss(evaluation.value, batch.value, batch.value_target, clip=config.value_clip),
+        entropy=evaluation.entropy,
+    )
+
+
+def update(
+    policy: Policy,
+    optimizer: torch.optim.Adam,
+    samples: Samples,
+    config: PPOConfig,
+    *,
+    healthy: Bool[Tensor, ""],
+    generator: torch.Generator,
+    backward: Callable[[Tensor], None] = Tensor.backward,
+) -> UpdateMetrics:
+    """``epochs`` passes of ``minibatches`` gradient steps.
+
+    Args:
+        policy: Trained in place.
+        optimizer: From ``build_optimizer``.
+        samples: From ``prepare_samples``.
+        config: Coefficients and limits.
+        healthy: Where False, no step is applied: weights, moments and step counts stay as they are.
+        generator: Source of the order, on the device.
+        backward: How gradients of the loss are computed.
+    """
+    parameters = [parameter for group in optimizer.param_groups for parameter in group["params"]]
+    skip = (~healthy).float()
+    rows: list[Tensor] = []
+    applied: list[Tensor] = []
+    for _ in range(config.epochs):
+        kls: list[Tensor] = []
+        for batch in minibatches(samples, config.minibatches, generator=generator):
+            evaluation = policy.evaluate(batch.obs, batch.action, batch.action_mask)
+            terms = ppo_loss_terms(evaluation, batch, config)
+            policy_loss, value_loss_, entropy = (term.mean() for term in terms)
+            optimizer.zero_grad(set_to_none=True)
+            backward(policy_loss + config.value_coef * value_loss_ - config.entropy_coef * entropy)
+            max_norm = float("inf") if config.max_grad_norm is None else config.max_grad_norm
+            grad_norm = nn.utils.clip_grad_norm_(parameters, max_norm)
+            _step_unless(skip, optimizer)
+
+            log_prob = evaluation.log_prob.detach()
+            kls.append(approx_kl(log_prob, batch.log_prob).mean())
+            clipped = clip_fraction(log_prob, batch.log_prob, clip=config.clip).mean()
+            figures = (policy_loss, value_loss_, entropy, kls[-1], clipped, grad_norm)
+            rows.append(torch.stack([figure.detach() for figure in figures]))
+            applied.append(1.0 - skip)
+        if config.target_kl is not None:
+            skip = torch.maximum(skip, (torch.stack(kls).mean() > config.target_kl).float())
+    # Where, not a product with the weight: a step that was left out may hold NaN.
+    weight = torch.stack(applied)
+    steps = weight.sum()
+    total = torch.where(weight[:, None] > 0, torch.stack(rows), 0.0).sum(0)
+    return UpdateMetrics(*(total / steps).unbind(), steps)
+
+
+def _step_unless(skip: Float[Tensor, ""], optimizer: torch.optim.Adam) -> None:
+    """One step of Adam where ``skip`` is 0; where it is 1, nothing changes. Decided on the device.
+
+    ``found_inf`` is how ``torch.amp.GradScaler`` tells a fused optimizer to leave out a step.
+    """
+    optimizer.found_inf = skip  # pyright: ignore[reportAttributeAccessIssue]
+    optimizer.step()
+    del optimizer.found_inf

@@ -1,0 +1,46 @@
+"""Fixtures that several folders share, and how Hypothesis explores."""
+
+from collections.abc import Callable
+from typing import Any
+
+import pytest
+import torch
+from hypothesis import settings
+from lightning.pytorch import Trainer
+
+# The same examples in every run: a red test is the fault of the change it is red on.
+settings.register_profile("esper", deadline=None, max_examples=25, derandomize=True)
+settings.load_profile("esper")
+
+
+torch.set_num_threads(1)  # the tests run side by side
+
+
+@pytest.fixture
+def generator() -> torch.Generator:
+    return torch.Generator().manual_seed(0)
+
+
+torch.set_num_threads(1)  # the tests run side by side
+
+
+@pytest.fixture
+def make_trainer(tmp_path) -> Callable[..., Trainer]:
+    """A Trainer that is silent and writes below ``tmp_path``; every default can be replaced."""
+
+    def make(**settings: Any) -> Trainer:
+        defaults: dict[str, Any] = {
+            "accelerator": "cpu",
+            "max_epochs": -1,
+            "logger": False,
+            "log_every_n_steps": 1,
+            "enable_checkpointing": False,
+            "enable_progress_bar": False,
+            "enable_model_summary": False,
+            "num_sanity_val_steps": 0,
+            "limit_val_batches": 0,
+            "default_root_dir": tmp_path,
+        }
+        return Trainer(**{**defaults, **settings})
+
+    return make

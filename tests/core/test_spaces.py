@@ -1,0 +1,87 @@
+"""Spaces refuse what no environment can have, and say so."""
+
+import math
+import re
+
+import pytest
+
+from esper_lightning.core.spaces import Box, Discrete, EnvSpaces, MultiDiscrete, mask_size
+
+
+def test_a_box_has_a_bound_for_each_component() -> None:
+    box = Box((2, 3), low=-1.0, high=2.0)
+    assert (box.size, box.lows, box.highs) == (6, (-1.0,) * 6, (2.0,) * 6)
+    each = Box((2,), low=(-1.0, 0.0), high=5.0)
+    assert (each.lows, each.highs) == ((-1.0, 0.0), (5.0, 5.0))
+    assert Box(()).size == 1
+
+
+@pytest.mark.parametrize(
+    ("box", "bounded"),
+    [
+        (Box((2,)), False),
+        (Box((2,), low=0.0), False),
+        (Box((2,), low=-1.0, high=1.0), True),
+        (Box((2,), low=(-1.0, -math.inf), high=1.0), False),
+    ],
+)
+def test_a_box_is_bounded_if_every_bound_is_finite(box: Box, bounded: bool) -> None:
+    assert box.bounded is bounded
+
+
+@pytest.mark.parametrize(
+    ("make", "message"),
+    [
+        (lambda: Box((0,)), "Box.shape must have at least one component, got (0,)."),
+        (
+            lambda: Box((3,), low=(0.0, 0.0)),
+            "Box.low must be a number or a tuple of 3 for a flat shape, got (0.0, 0.0).",
+        ),
+        (
+            lambda: Box((2, 2), high=(1.0,) * 4),
+            "Box.high must be a number or a tuple of 4 for a flat shape, got (1.0, 1.0, 1.0, 1.0).",
+        ),
+        (lambda: Box((1,), low=1.0, high=1.0), "Box.low must be less than Box.high=1.0, got 1.0."),
+        (
+            lambda: Box((2,), low=(0.0, math.nan), high=1.0),
+            "Box.low must be less than Box.high=1.0, got (0.0, nan).",
+        ),
+        (lambda: Discrete(0), "Discrete.n must be at least 1, got 0."),
+        (
+            lambda: MultiDiscrete(()),
+            "MultiDiscrete.nvec must be a non-empty tuple of sizes of at least 1, got ().",
+        ),
+        (
+            lambda: MultiDiscrete((2, 0)),
+            "MultiDiscrete.nvec must be a non-empty tuple of sizes of at least 1, got (2, 0).",
+        ),
+        (
+            lambda: EnvSpaces(obs=Box((1,)), action=Box((1,)), masked=True),
+            "EnvSpaces.masked must be False for a continuous action space, got True.",
+        ),
+        (
+            lambda: EnvSpaces(obs={}, action=Discrete(2)),
+            "EnvSpaces.obs must have at least one group, got {}.",
+        ),
+        (
+            lambda: mask_size(Box((2,))),
+            "mask_size must be asked of a discrete space, got Box(shape=(2,), low=-inf, high=inf).",
+        ),
+    ],
+)
+def test_what_cannot_be_is_refused(make, message: str) -> None:
+    with pytest.raises(ValueError, match=f"^{re.escape(message)}$"):
+        make()
+
+
+def test_a_mask_holds_the_choices_of_all_components() -> None:
+    assert mask_size(Discrete(5)) == 5
+    assert mask_size(MultiDiscrete((2, 3, 4))) == 9
+
+
+def test_spaces_with_equal_values_are_equal() -> None:
+    first, second = (
+        EnvSpaces(obs={"a": Box((2,))}, action=MultiDiscrete((2, 2)), masked=True) for _ in range(2)
+    )
+    assert first == second
+    assert first != EnvSpaces(obs={"a": Box((3,))}, action=MultiDiscrete((2, 2)), masked=True)

@@ -1,0 +1,530 @@
+"""PPO inside the Trainer: counting, budgets, determinism, evaluation, checkpoints, and what it refuses."""
+
+import dataclasses
+import datetime
+import math
+import re
+
+import pytest
+import torch
+from lightning.pytorch.callbacks import (
+    Callback,
+    EarlyStopping,
+    LearningRateMonitor,
+    ModelCheckpoint,
+)
+from lightning.pytorch.loggers import CSVLogger, TensorBoardLogger
+from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+
+from esper_lightning import MLP, PPO, PPOConfig
+from esper_lightning.core.spaces import Box, EnvSpaces
+from esper_lightning.envs import CartPole, MountainCar, Pendulum
+
+SMALL = PPOConfig(rollout_steps=8, minibatches=2, epochs=2)
+TIMES = ("time_s", "env_steps_per_s")
+
+
+class Rows(Callback):
+    """Keeps what every iteration returned."""
+
+    def __init__(self):
+        self.rows = []
+
+    def on_train_batch_end(self, trainer, pl_module, outputs, batch, batch_idx):
+        self.rows.append({k: v for k, v in outputs["row"].items() if k not in TIMES})
+
+
+class DiesIn(Callback):
+    """Raises when an iteration begins."""
+
+    def __init__(self, iteration):
+        self.iteration = iteration
+
+    def on_train_batch_start(self, trainer, pl_module, batch, batch_idx):
+        if pl_module.iteration + 1 == self.iteration:
+            raise RuntimeError(f"in iteration {self.iteration}")
+
+
+def cartpole(**settings) -> PPO:
+    defaults = {
+        "env": CartPole(num_envs=4),
+        "ppo": SMALL,
+        "total_env_steps": 4 * 8 * 3,
+        "eval_episodes": 3,
+    }
+    return PPO(**{**defaults, **settings})
+
+
+def fit(model, trainer, **kwargs):
+    rows = Rows()
+    trainer.callbacks.append(rows)
+    trainer.fit(model, **kwargs)
+    return rows.rows
+
+
+class TestBudget:
+    @pytest.mark.parametrize(
+        ("budget", "expected"),
+        [(96, [32, 64, 96]), (80, [32, 64, 80]), (81, [32, 64, 80]), (4, [4]), (32, [32])],
+    )
+    def test_ends_exactly(self, make_trainer, budget, expected):
+        model, trainer = cartpole(total_env_steps=budget), make_trainer()
+        rows = fit(model, trainer)
+        assert [row["env_steps"] for row in rows] == expected
+        assert trainer.state.finished
+        assert trainer.global_step == model.iteration == len(expected)
+
+    def test_spans_epochs(self, make_trainer):
+        trainer = make_trainer()
+        rows = fit(cartpole(total_env_steps=32 * 5, iterations_per_epoch=2), trainer)
+        assert [row["iteration"] for row in rows] == [1, 2, 3, 4, 5]
+        assert trainer.current_epoch == 3
+
+    def test_second_fit_has_nothing_to_do(self, make_trainer):
+        model = cartpole()
+        assert len(fit(model, make_trainer())) == 3
+        assert fit(model, make_trainer()) == []
+
+    @pytest.mark.parametrize("limit", [{"max_epochs": 1}, {"max_steps": 2, "max_epochs": None}])
+    def test_trainer_limit_that_is_smaller_wins_and_is_said(self, make_trainer, caplog, limit):
+        model = cartpole(iterations_per_epoch=2)
+        assert len(fit(model, make_trainer(**limit))) == 2
+        assert "before PPO.total_env_steps=96" in caplog.text
+        assert model.planned_env_steps == 64
+
+    def test_gradient_steps_are_counted_apart(self, make_trainer):
+        rows = fit(cartpole(), make_trainer())
+        assert [row["gradient_steps"] for row in rows] == [4, 8, 12]
+
+    def test_fast_dev_run_leaves_nothing_behind(self, make_trainer, tmp_path):
+        fit(cartpole(), make_trainer(fast_dev_run=True))
+        assert list(tmp_path.iterdir()) == []
+
+    def test_barebones(self, tmp_path, monkeypatch):
+        from lightning.pytorch import Trainer
+
+        monkeypatch.chdir(tmp_path)
+        model = cartpole()
+        Trainer(barebones=True, accelerator="cpu", max_epochs=-1).fit(model)
+        assert model.env_steps == 96
+
+
+class TestDeterminism:
+    @pytest.mark.parametrize(
+        "settings",
+        [
+            {},
+            {
+                "ppo": dataclasses.replace(
+                    SMALL, normalize_obs=True, normalize_reward=True, target_kl=1e-3
+                )
+            },
+            {"env": Pendulum(num_envs=4, time_limit=10), "policy": MLP(action_bounds="tanh")},
+        ],
+    )
+    def test_same_seed_same_bits_for_20_iterations(self, make_trainer, settings):
+        first, second = (
+            fit(cartpole(total_env_steps=32 * 20, **settings), make_trainer()) for _ in range(2)
+        )
+        assert len(first) == 20
+        assert repr(first) == repr(second)
+
+    def test_other_seed_other_history(self, make_trainer):
+        first, second = (fit(cartpole(seed=seed), make_trainer()) for seed in (0, 1))
+        assert first != second
+
+    def test_global_rng_plays_no_part(self, make_trainer):
+        torch.manual_seed(1)
+        first = fit(cartpole(), make_trainer())
+        torch.manual_seed(2)
+        assert repr(fit(cartpole(), make_trainer())) == repr(first)
+
+
+class TestLearning:
+    def test_cartpole_improves_much(self, make_trainer):
+        ppo = PPOConfig(rollout_steps=32, learning_rate=1e-3)
+        rows = fit(PPO(CartPole(num_envs=32), ppo=ppo, total_env_steps=60_000), make_trainer())
+        assert rows[-1]["rollout/episode_return_mean"] > 100  # a random policy: 22
+
+    def test_bf16_mixed_learns_and_computes_in_bf16(self, make_trainer):
+        seen = set()
+        ppo = PPOConfig(rollout_steps=32, learning_rate=1e-3)
+        model = PPO(CartPole(num_envs=32), ppo=ppo, total_env_steps=60_000)
+        model.policy.actor[0].register_forward_hook(lambda module, args, out: seen.add(out.dtype))
+        rows = fit(model, make_trainer(precision="bf16-mixed"))
+        assert seen == {torch.bfloat16}
+        assert rows[-1]["rollout/episode_return_mean"] > 100
+
+    def test_linear_schedule_reaches_zero_at_the_end_of_the_run(self, make_trainer):
+        ppo = dataclasses.replace(SMALL, learning_rate=1.0e-3, learning_rate_schedule="linear")
+        rows = fit(cartpole(ppo=ppo, total_env_steps=32 * 4), make_trainer())
+        assert [row["optim/learning_rate"] for row in rows] == pytest.approx(
+            [1e-3, 7.5e-4, 5e-4, 2.5e-4]
+        )
+
+    def test_adaptive_schedule_slows_down_where_the_policy_runs_away(self, make_trainer):
+        ppo = dataclasses.replace(
+            SMALL, learning_rate=1e-2, learning_rate_schedule="adaptive", desired_kl=1e-8
+        )
+        rows = fit(cartpole(ppo=ppo), make_trainer())
+        assert [row["optim/learning_rate"] for row in rows] == pytest.approx(
+            [1e-2, 1e-2 / 1.5, 1e-2 / 2.25]
+        )
+
+    def test_normalizers_are_frozen_within_an_iteration(self, make_trainer):
+        model = cartpole(ppo=dataclasses.replace(SMALL, normalize_obs=True))
+        rows = fit(model, make_trainer(max_epochs=1))
+        stats = model.obs_normalizer._of("obs")
+        assert stats.count == 96
+        assert rows[0]["policy/clip_fraction"] < 1.0
+        # Acting and learning saw the same numbers: the first minibatch of a one-minibatch epoch has ratio 1.
+        one = dataclasses.replace(SMALL, normalize_obs=True, epochs=1, minibatches=1)
+        rows = fit(cartpole(ppo=one), make_trainer())
+        assert [row["policy/approx_kl"] for row in rows] == pytest.approx([0.0] * 3, abs=1e-6)
+
+
+class TestRow:
+    NAMES = (
+        *(
+            "iteration",
+            "env_steps",
+            "gradient_steps",
+            "time_s",
+            "env_steps_per_s",
+            "rollout/episode_return_mean",
+        ),
+        *(
+            "rollout/episode_length_mean",
+            "rollout/episodes",
+            "loss/policy",
+            "loss/value",
+            "loss/entropy",
+        ),
+        *(
+            "policy/approx_kl",
+            "policy/clip_fraction",
+            "policy/explained_variance",
+            "optim/learning_rate",
+        ),
+        "optim/grad_norm",
+    )
+
+    def test_has_the_promised_names_in_every_row(self, make_trainer):
+        for row in fit(cartpole(), make_trainer()):
+            assert set(self.NAMES) - set(TIMES) == set(row)
+
+    def test_rollout_figures_are_null_while_no_episode_has_ended(self, make_trainer):
+        model = cartpole(env=Pendulum(num_envs=4, time_limit=20), total_env_steps=4 * 8 * 4)
+        rows = fit(model, make_trainer())
+        returns = [row["rollout/episode_return_mean"] for row in rows]
+        assert returns[:2] == [None, None]
+        assert returns[2] is not None
+        assert returns[3] == returns[2]  # no episode ended in it: the last known
+        assert [row["rollout/episode_length_mean"] for row in rows] == [None, None, 20.0, 20.0]
+        assert [row["rollout/episodes"] for row in rows] == [0, 0, 4, 0]
+
+
+class TestLoggersAndCallbacks:
+    def test_tensorboard_x_axis_is_env_steps(self, make_trainer, tmp_path):
+        logger = TensorBoardLogger(tmp_path, name="", version="")
+        model = cartpole(iterations_per_epoch=2)
+        fit(model, make_trainer(logger=logger, limit_val_batches=1.0))
+        events = EventAccumulator(str(tmp_path)).Reload()
+        assert [event.step for event in events.Scalars("loss/value")] == [32, 64, 96]
+        assert [event.step for event in events.Scalars("eval/episode_return_mean")] == [64, 96]
+
+    def test_csv_logger(self, make_trainer, tmp_path):
+        fit(cartpole(), make_trainer(logger=CSVLogger(tmp_path, name="", version="")))
+        lines = (tmp_path / "metrics.csv").read_text().splitlines()
+        step = lines[0].split(",").index("env_steps")
+        assert [float(line.split(",")[step]) for line in lines[1:]] == [32, 64, 96]
+
+    def test_logs_at_intervals(self, make_trainer, tmp_path):
+        logger = TensorBoardLogger(tmp_path, name="", version="")
+        fit(cartpole(), make_trainer(logger=logger, log_every_n_steps=2))
+        assert [e.step for e in EventAccumulator(str(tmp_path)).Reload().Scalars("loss/value")] == [
+            64
+        ]
+
+    def test_model_checkpoint_monitors_rollout_and_evaluation(self, make_trainer, tmp_path):
+        checkpoints = [
+            ModelCheckpoint(tmp_path, "rollout", monitor="rollout/episode_length_mean", mode="max"),
+            ModelCheckpoint(tmp_path, "eval", monitor="eval/episode_return_mean", mode="max"),
+            ModelCheckpoint(tmp_path, "every-{step}", every_n_train_steps=2, save_top_k=-1),
+        ]
+        model = cartpole(iterations_per_epoch=2, total_env_steps=32 * 5)
+        trainer = make_trainer(
+            callbacks=checkpoints, enable_checkpointing=True, limit_val_batches=1.0
+        )
+        fit(model, trainer)
+        names = {path.name for path in tmp_path.iterdir()}
+        assert names == {"rollout.ckpt", "eval.ckpt", "every-step=2.ckpt", "every-step=4.ckpt"}
+
+    def test_early_stopping(self, make_trainer):
+        stop = EarlyStopping("rollout/episode_return_mean", mode="max", patience=1, min_delta=1e9)
+        model = cartpole(iterations_per_epoch=2, total_env_steps=32 * 100)
+        fit(model, make_trainer(callbacks=[stop]))
+        assert model.iteration == 4
+
+    def test_learning_rate_monitor(self, make_trainer, tmp_path):
+        monitor = LearningRateMonitor()
+        fit(cartpole(), make_trainer(callbacks=[monitor], logger=CSVLogger(tmp_path)))
+        assert set(monitor.lrs) == {"lr-Adam"}
+        assert set(monitor.lrs["lr-Adam"]) == {3e-4}
+
+
+class TestEvaluation:
+    def test_validate_is_deterministic_and_leaves_training_alone(self, make_trainer):
+        model = cartpole()
+        first = make_trainer(limit_val_batches=1.0).validate(model, verbose=False)
+        assert make_trainer(limit_val_batches=1.0).validate(model, verbose=False) == first
+        assert first[0]["eval/episodes"] == 3
+        assert (
+            1 <= first[0]["eval/episode_return_mean"] == first[0]["eval/episode_length_mean"] <= 500
+        )
+
+    def test_evaluating_changes_no_bit_of_training(self, make_trainer):
+        without = fit(cartpole(iterations_per_epoch=1), make_trainer())
+        rows = fit(
+            cartpole(iterations_per_epoch=1),
+            make_trainer(limit_val_batches=1.0, num_sanity_val_steps=1),
+        )
+        assert repr(rows) == repr(without)
+
+    def test_counts_the_first_episode_of_each_environment(self, make_trainer):
+        model = cartpole(env=MountainCar(num_envs=4, time_limit=37), eval_episodes=5)
+        result = make_trainer(limit_val_batches=1.0).validate(model, verbose=False)[0]
+        assert (result["eval/episode_length_mean"], result["eval/episodes"]) == (37.0, 5.0)
+
+    def test_episodes_without_end_are_an_error(self):
+        from esper_lightning.training.evaluation import evaluate_policy
+
+        model = cartpole()
+        env = MountainCar(num_envs=2, time_limit=1000).build(torch.device("cpu"), 0)
+        policy = PPO(MountainCar(num_envs=4), ppo=SMALL).policy
+        message = "must end every episode within 64 steps to be evaluated, got '2 running'"
+        with pytest.raises(ValueError, match=message):
+            evaluate_policy(policy, model._normalize, env, max_steps=64)
+
+
+class TestCheckpoints:
+    PPO = dataclasses.replace(
+        SMALL, normalize_obs=True, normalize_reward=True, learning_rate_schedule="linear"
+    )
+
+    @pytest.mark.filterwarnings("ignore:Checkpoint directory .* exists and is not empty")
+    @pytest.mark.parametrize(
+        "env",
+        [CartPole(num_envs=4), Pendulum(num_envs=4, time_limit=20)],
+        ids=lambda env: type(env).__name__,
+    )
+    def test_resumed_run_continues_bit_for_bit(self, make_trainer, tmp_path, env):
+        def model():
+            return cartpole(env=env, ppo=self.PPO, total_env_steps=32 * 6, iterations_per_epoch=2)
+
+        whole, reference = model(), make_trainer()
+        expected = fit(whole, reference)
+
+        def saving(*others):
+            save = ModelCheckpoint(tmp_path, "{step}", every_n_train_steps=3, save_top_k=-1)
+            return make_trainer(callbacks=[save, *others], enable_checkpointing=True)
+
+        with pytest.raises(RuntimeError, match="in iteration 4"):
+            fit(model(), saving(DiesIn(iteration=4)))
+        resumed = model()
+        trainer = saving()
+        rows = fit(resumed, trainer, ckpt_path=tmp_path / "step=3.ckpt", weights_only=True)
+        assert (trainer.global_step, trainer.current_epoch) == (
+            reference.global_step,
+            reference.current_epoch,
+        )
+        assert repr(rows) == repr(expected[3:])
+        for name, value in whole.state_dict().items():
+            assert torch.equal(value, resumed.state_dict()[name]), name
+
+    def saved(self, make_trainer, tmp_path, **settings):
+        model, trainer = cartpole(**settings), make_trainer()
+        trainer.fit(model)
+        trainer.save_checkpoint(tmp_path / "x.ckpt")
+        return model, tmp_path / "x.ckpt"
+
+    def test_load_from_checkpoint_needs_nothing_but_the_file(self, make_trainer, tmp_path):
+        model, path = self.saved(
+            make_trainer, tmp_path, ppo=self.PPO, policy=MLP(hidden_sizes=(16,), trunk="shared")
+        )
+        loaded = PPO.load_from_checkpoint(path)
+        assert (loaded.env, loaded.ppo, loaded.iteration) == (model.env, model.ppo, 3)
+        for name, value in model.state_dict().items():
+            assert torch.equal(value, loaded.state_dict()[name]), name
+        assert PPO.load_from_checkpoint(path, seed=7).seed == 7
+
+    def test_evaluation_may_use_other_numbers_of_environments(self, make_trainer, tmp_path):
+        _, path = self.saved(make_trainer, tmp_path)
+        model = cartpole(env=CartPole(num_envs=8), eval_episodes=2)
+        make_trainer(limit_val_batches=1.0).validate(
+            model, ckpt_path=path, verbose=False, weights_only=True
+        )
+        assert model.iteration == 3
+
+    @pytest.mark.parametrize(
+        ("other", "message"),
+        [
+            ({"env": CartPole(num_envs=8)}, "PPO.env.num_envs must be the checkpoint's, 4, got 8."),
+            (
+                {"env": MountainCar(num_envs=4)},
+                "PPO.env must be the checkpoint's, 'esper_lightning.envs.cartpole.",
+            ),
+            (
+                {"policy": MLP(hidden_sizes=(8,))},
+                "PPO.policy.hidden_sizes must be the checkpoint's, [64, 64], got [8].",
+            ),
+        ],
+    )
+    def test_refuses_the_checkpoint_of_another_run(self, make_trainer, tmp_path, other, message):
+        _, path = self.saved(make_trainer, tmp_path)
+        with pytest.raises(ValueError, match="^" + re.escape(message)):
+            make_trainer().fit(cartpole(**other), ckpt_path=path, weights_only=True)
+
+    def test_refuses_a_checkpoint_of_something_else(self, tmp_path):
+        torch.save({"state_dict": {}}, tmp_path / "x.ckpt")
+        with pytest.raises(
+            ValueError, match="ckpt_path must name a checkpoint of PPO, got '.*x.ckpt'"
+        ):
+            PPO.load_from_checkpoint(tmp_path / "x.ckpt")
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Broken:
+    """CartPole that returns NaN in one environment at its 11th step."""
+
+    num_envs: int = 4
+    field: str = "obs"
+
+    def spaces(self) -> EnvSpaces:
+        return CartPole(num_envs=self.num_envs).spaces()
+
+    def build(self, device, seed):
+        env = CartPole(num_envs=self.num_envs).build(device, seed)
+        step, field, count = env.step, self.field, iter(range(10**6))
+
+        def broken_step(action):
+            result = step(action)
+            if next(count) == 10:
+                bad = getattr(result, field).clone()
+                bad[(2, 1) if bad.dim() == 2 else 2] = math.nan
+                result = result._replace(**{field: bad})
+            return result
+
+        env.step = broken_step
+        return env
+
+
+class TestErrors:
+    @pytest.mark.parametrize(
+        ("field", "where"),
+        [
+            # Seen by the policy at the next step of the rollout.
+            ("obs", "nan in obs of environment 2, column 1 at rollout step 3"),
+            ("reached_obs", "nan in reached_obs of environment 2, column 1 at rollout step 2"),
+            ("reward", "nan in reward of environment 2 at rollout step 2"),
+        ],
+    )
+    @pytest.mark.parametrize("normalize", [False, True])
+    def test_nan_from_an_environment_names_it_and_spares_the_weights(
+        self, make_trainer, field, where, normalize
+    ):
+        ppo = dataclasses.replace(SMALL, normalize_obs=normalize, normalize_reward=normalize)
+        model = cartpole(env=Broken(field=field), ppo=ppo)
+        good = cartpole(env=Broken(field=field), ppo=ppo, total_env_steps=32)
+        fit(good, make_trainer())
+        message = f"Broken.step must return finite values, got '{where}'. The weights are those of the previous"
+        with pytest.raises(ValueError, match="^" + re.escape(message)):
+            fit(model, make_trainer())
+        assert model.iteration == 1
+        for name, value in good.state_dict().items():
+            if not name.startswith("recent_episodes"):
+                assert torch.equal(value, model.state_dict()[name]), name
+
+    @pytest.mark.parametrize(
+        ("settings", "message"),
+        [
+            ({"env": "CartPole"}, "PPO.env must be an environment spec, got 'CartPole'."),
+            ({"policy": 3}, "PPO.policy must be a policy spec, got 3."),
+            (
+                {"total_env_steps": 3},
+                "PPO.total_env_steps must be at least env.num_envs = 4, got 3.",
+            ),
+            ({"iterations_per_epoch": 0}, "PPO.iterations_per_epoch must be at least 1, got 0."),
+            (
+                {"ppo": PPOConfig(rollout_steps=8, minibatches=5)},
+                "PPOConfig.minibatches must divide rollout_steps * num_envs = 8 * 4 = 32, got 5. "
+                "Near values that do: 4, 8, 16.",
+            ),
+            (
+                {"env": Pendulum(num_envs=4), "policy": MLP(actor_obs=("camera",))},
+                "MLP.actor_obs must name groups of the observation (it has none), got 'camera'.",
+            ),
+        ],
+    )
+    def test_settings(self, settings, message):
+        with pytest.raises(ValueError, match="^" + re.escape(message)):
+            cartpole(**settings)
+
+    @pytest.mark.parametrize(
+        ("space", "policy", "message"),
+        [
+            (
+                Box((1,), 0.0, math.inf),
+                MLP(),
+                "MLP's action space must be bounded everywhere or nowhere",
+            ),
+            (
+                Box((1,)),
+                MLP(action_bounds="tanh"),
+                "MLP.action_bounds must be 'clip' where the action space has no",
+            ),
+        ],
+    )
+    def test_action_space_that_the_policy_cannot_serve(self, space, policy, message):
+        class Odd:
+            num_envs = 4
+
+            def spaces(self):
+                return EnvSpaces(obs=Box((2,)), action=space)
+
+            def build(self, device, seed):
+                raise AssertionError
+
+        with pytest.raises(ValueError, match="^" + re.escape(message)):
+            PPO(Odd(), policy, SMALL, eval_episodes=4)
+
+    @pytest.mark.parametrize(
+        ("settings", "message"),
+        [
+            (
+                {"gradient_clip_val": 1.0},
+                "Trainer.gradient_clip_val must be None, got 1.0. PPO clips gradients itself",
+            ),
+            ({"accumulate_grad_batches": 2}, "Trainer.accumulate_grad_batches must be 1, got 2."),
+            (
+                {
+                    "callbacks": [ModelCheckpoint(train_time_interval=datetime.timedelta(1))],
+                    "enable_checkpointing": True,
+                },
+                "ModelCheckpoint.train_time_interval must be None",
+            ),
+            (
+                {"precision": "bf16-true"},
+                "Trainer.precision must be one of 32-true, bf16-mixed, got 'bf16-true'.",
+            ),
+        ],
+    )
+    def test_trainer_settings_that_cannot_work(self, make_trainer, settings, message):
+        with pytest.raises(ValueError, match="^" + re.escape(message)):
+            make_trainer(**settings).fit(cartpole())
+
+    def test_linear_schedule_of_an_endless_run(self, make_trainer):
+        ppo = dataclasses.replace(SMALL, learning_rate_schedule="linear")
+        message = "PPO.total_env_steps must be known for PPOConfig.learning_rate_schedule='linear', got None."
+        with pytest.raises(ValueError, match=re.escape(message)):
+            make_trainer().fit(cartpole(ppo=ppo, total_env_steps=None))
