@@ -1,7 +1,9 @@
-"""Learning on every classic task: 5 seeds, the configs as they are, 100 deterministic evaluation episodes at the end.
+"""Learning on every classic task.
 
-Runs ``esper fit`` as a user would, one thread each, as many at a time as there are cores, and writes a table and the
-raw figures to ``benchmarks/results/``.
+5 seeds, the configs as they are, 100 deterministic evaluation episodes at the end.
+
+Runs ``esper fit`` as a user would, one thread each, as many at a time as there are cores, and
+writes a table and the raw figures to ``benchmarks/results/``.
 """
 
 import argparse
@@ -56,7 +58,7 @@ def train(task: str, seed: int, workdir: Path) -> dict[str, float]:
 
 def table(results: list[dict[str, float]], tasks: list[str]) -> str:
     lines = [
-        "| task | env steps | goal | mean return of each seed | worst | mean | seconds of training |",
+        "| task | env steps | goal | mean return of each seed | worst | mean | training, s |",
         "| --- | --- | --- | --- | --- | --- | --- |",
     ]
     for task in tasks:
@@ -64,9 +66,11 @@ def table(results: list[dict[str, float]], tasks: list[str]) -> str:
         returns = [result["return_mean"] for result in mine]
         goal = "none" if GOALS[task] is None else f">= {GOALS[task]:g}"
         seconds = sorted(result["train_time_s"] for result in mine)
+        each = ", ".join(f"{value:.1f}" for value in returns)
+        mean, median_s = sum(returns) / len(returns), seconds[len(seconds) // 2]
         lines.append(
-            f"| {task} | {mine[0]['env_steps']:,} | {goal} | {', '.join(f'{r:.1f}' for r in returns)} "
-            f"| {min(returns):.1f} | {sum(returns) / len(returns):.1f} | {seconds[len(seconds) // 2]:.0f} |"
+            f"| {task} | {mine[0]['env_steps']:,} | {goal} | {each} "
+            f"| {min(returns):.1f} | {mean:.1f} | {median_s:.0f} |"
         )
     return "\n".join(lines)
 
@@ -114,7 +118,7 @@ def main() -> None:
         results = list(pool.map(lambda job: train(*job, Path(workdir)), jobs))
     command = " ".join(["python", "benchmarks/learning.py", *sys.argv[1:]])
     text = (
-        "# Learning: mean return of 100 deterministic evaluation episodes at the end of training\n\n"
+        "# Learning: mean return of 100 deterministic evaluation episodes after training\n\n"
         f"{conditions(command)}\n\n{table(results, arguments.tasks)}\n\n"
         "Steps are totals over all environments. Raw figures: the `.json` beside this file.\n"
     )

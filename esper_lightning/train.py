@@ -1,4 +1,6 @@
-"""A whole run in one call: ``train_ppo_vectorized`` puts module, callbacks, logger and profiler together.
+"""A whole run in one call.
+
+``train_ppo_vectorized`` puts module, callbacks, logger and profiler together.
 
 Above ``training`` and ``callbacks``, which do not know each other.
 """
@@ -53,27 +55,25 @@ def train_ppo_vectorized(
 ) -> list[dict[str, Any]]:
     """Train PPO for a number of iterations and return its history.
 
-    Args:
-        env: Which environments to train in.
-        iterations: Iterations of the whole run, those before ``resume_path`` included.
-        ppo: How to train.
-        policy: Which networks to train.
-        seed: Of everything random.
-        device: Lightning's accelerator: ``auto``, ``cpu``, ``gpu``, ...
-        devices: How many of them.
-        run_dir: Where history, logs and checkpoints go; ``None`` for a new ``runs/<env>/version_<n>``.
-        torch_profiler: Whether Lightning's ``PyTorchProfiler`` records Chrome traces.
-        torch_profiler_dir: Where traces go; ``None`` for ``rank0/trace`` in the run directory.
-        torch_profiler_wait: Iterations that are not recorded, at the start of each cycle.
-        torch_profiler_warmup: Iterations recorded and thrown away, next in the cycle.
-        torch_profiler_active: Iterations recorded, next in the cycle.
-        torch_profiler_repeat: Number of cycles; 0 for as many as there are. Lightning's profiler stops after the first
+    Args: env: Which environments to train in. iterations: Iterations of the whole run, those before
+        ``resume_path`` included. ppo: How to train. policy: Which networks to train. seed: Of
+        everything random. device: Lightning's accelerator: ``auto``, ``cpu``, ``gpu``, ... devices:
+        How many of them. run_dir: Where history, logs and checkpoints go; ``None`` for a new
+        ``runs/<env>/version_<n>``. torch_profiler: Whether Lightning's ``PyTorchProfiler`` records
+        Chrome traces. torch_profiler_dir: Where traces go; ``None`` for ``rank0/trace`` in the run
+        directory. torch_profiler_wait: Iterations that are not recorded, at the start of each
+        cycle. torch_profiler_warmup: Iterations recorded and thrown away, next in the cycle.
+        torch_profiler_active: Iterations recorded, next in the cycle. torch_profiler_repeat: Number
+        of cycles; 0 for as many as there are. Lightning's profiler stops after the first
             one whatever this says (Lightning issue 14063).
-        torch_profiler_record_shapes: Whether operators are recorded with the shapes of their inputs.
+        torch_profiler_record_shapes: Whether operators are recorded with the shapes of their
+            inputs.
         torch_profiler_profile_memory: Whether allocations are recorded.
         torch_profiler_with_stack: Whether operators are recorded with their source lines.
-        torch_profiler_summary: Whether the profiler's table is printed at the end; it is always in ``profile.txt``.
-        save_path: File that gets a checkpoint of the end of the run, besides ``checkpoints/last.ckpt``.
+        torch_profiler_summary: Whether the profiler's table is printed at the end; it is always in
+            ``profile.txt``.
+        save_path: File that gets a checkpoint of the end of the run, besides
+            ``checkpoints/last.ckpt``.
         resume_path: Checkpoint to go on from.
 
     Returns:
@@ -132,7 +132,7 @@ def train_ppo_vectorized(
         callbacks=run_callbacks(evaluates=False),
     )
     settings = {
-        "model": dict(model.hparams),
+        "model": model.settings,
         "trainer": {"accelerator": device, "devices": devices},
     }
     write_atomically(layout.config, yaml.safe_dump(settings, sort_keys=False).encode())
@@ -149,7 +149,10 @@ def train_ppo_vectorized(
 
 
 def run_logger(env: EnvSpec, run_dir: str | Path | None = None) -> TensorBoardLogger:
-    """TensorBoard in ``run_dir``, or in a new ``runs/<env>/version_<n>``; its ``log_dir`` is the run directory."""
+    """TensorBoard in ``run_dir``, or in a new ``runs/<env>/version_<n>``.
+
+    Its ``log_dir`` is the run directory.
+    """
     if run_dir is None:
         return TensorBoardLogger("runs", name=type(env).__name__.lower())
     return TensorBoardLogger(run_dir, name="", version="")
@@ -158,7 +161,10 @@ def run_logger(env: EnvSpec, run_dir: str | Path | None = None) -> TensorBoardLo
 def run_callbacks(
     *, evaluates: bool, saves: bool = True, shows_progress: bool = True
 ) -> list[Callback]:
-    """What every run has: history, progress bar, ``last.ckpt``, and ``best.ckpt`` where there are evaluations."""
+    """What every run has.
+
+    History, progress bar, ``last.ckpt``, and ``best.ckpt`` where there are evaluations.
+    """
     callbacks: list[Callback] = [History()]
     if shows_progress:
         callbacks.append(RunProgressBar())

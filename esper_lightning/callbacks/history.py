@@ -1,4 +1,10 @@
-"""The history of a run: one JSON line for each finished iteration, on disk before the next begins."""
+"""The history of a run.
+
+One JSON line for each finished iteration, on disk before the next begins.
+"""
+# Lightning sets many attributes of its Trainer where no type checker sees them.
+# pyright: reportAttributeAccessIssue=false
+# pyright: reportUnknownVariableType=false, reportUnknownArgumentType=false
 
 from collections.abc import Mapping
 from pathlib import Path
@@ -22,9 +28,10 @@ __all__ = ["History"]
 class History(Callback):
     """Append ``rank<k>/history.jsonl`` in the run directory, and ``evaluations.jsonl`` beside it.
 
-    Works with any LightningModule. A row is what ``training_step`` returned under ``"row"``; without one it is
-    the step's number and every metric that the module logged. When a run is resumed, rows of iterations that it
-    will repeat are set aside as ``history.jsonl.<n>``, so that the history never holds an iteration twice.
+    Works with any LightningModule. A row is what ``training_step`` returned under ``"row"``;
+    without one it is the step's number and every metric that the module logged. When a run is
+    resumed, rows of iterations that it will repeat are set aside as ``history.jsonl.<n>``, so that
+    the history never holds an iteration twice.
 
     Args:
         dirpath: Run directory; ``None`` for where the Trainer's first logger writes.
@@ -44,7 +51,7 @@ class History(Callback):
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Open the files; whatever lies beyond the checkpoint is set aside."""
         self._close()
-        directory = None if trainer.fast_dev_run else self._dirpath or run_directory(trainer)  # pyright: ignore[reportUnknownMemberType, reportAttributeAccessIssue]
+        directory = None if trainer.fast_dev_run else self._dirpath or run_directory(trainer)
         if directory is None:
             return
         self._layout = RunLayout(Path(directory)).rank(trainer.global_rank)
@@ -97,7 +104,10 @@ def _numbers(trainer: Trainer) -> dict[str, float]:
 
 
 def _set_aside_after(path: Path, iteration: int) -> None:
-    """Keep the rows up to ``iteration``; if that is not all, keep the whole file under another name."""
+    """Keep the rows up to ``iteration``.
+
+    If that is not all, keep the whole file under another name.
+    """
     if not path.exists():
         return
     rows = read_json_lines(path)

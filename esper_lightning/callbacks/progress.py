@@ -1,4 +1,7 @@
 """One progress bar for the whole run, in environment steps."""
+# Lightning sets many attributes of its Trainer where no type checker sees them.
+# pyright: reportAttributeAccessIssue=false
+# pyright: reportUnknownVariableType=false, reportUnknownArgumentType=false
 
 import sys
 from typing import Any
@@ -12,7 +15,7 @@ __all__ = ["RunProgressBar"]
 
 
 class RunProgressBar(ProgressBar):
-    """Shows the mean return of recent episodes, env-steps/s, and the time left until the first limit of the run.
+    """Shows the mean return of recent episodes, env-steps/s, and the time left of the run.
 
     For ``PPO``. Written to stderr; every few seconds where that is not a terminal.
     """
@@ -54,13 +57,9 @@ class RunProgressBar(ProgressBar):
     ) -> None:
         """Advance the bar."""
         if self._bar is not None:
-            metrics = self.get_metrics(trainer, pl_module)
-            shown = {
-                k: f"{v:.1f}"
-                for k, v in metrics.items()
-                if k == "return" and isinstance(v, float) and v == v
-            }
-            self._bar.set_postfix(shown, refresh=False)
+            recent = trainer.progress_bar_metrics.get("return")
+            if recent is not None:
+                self._bar.set_postfix({"return": f"{recent:.1f}"}, refresh=False)
             self._bar.update(getattr(pl_module, "env_steps", trainer.global_step) - self._bar.n)
 
     @override

@@ -1,4 +1,7 @@
-"""``esper fit`` and ``esper evaluate``: Lightning's command line with our defaults and one-line errors."""
+"""``esper fit`` and ``esper evaluate``.
+
+Lightning's command line with our defaults and one-line errors.
+"""
 
 import argparse
 import json
@@ -9,22 +12,23 @@ from pathlib import Path
 from typing import Any, NoReturn, cast
 
 import torch
+from lightning.fabric.utilities.exceptions import MisconfigurationException
 from lightning.pytorch import LightningModule, Trainer
-from lightning.pytorch.callbacks import Checkpoint
+from lightning.pytorch.callbacks import Callback, Checkpoint
 from lightning.pytorch.cli import (
     ArgsType,
     LightningArgumentParser,
     LightningCLI,
     SaveConfigCallback,
 )
-from lightning.pytorch.utilities.exceptions import MisconfigurationException
 from typing_extensions import override
 
-import esper_lightning.envs
-import esper_lightning.policies  # noqa: F401 - specs must be known to be named in a config
+import esper_lightning.envs  # pyright: ignore[reportUnusedImport] - to be named in a config, specs
+import esper_lightning.policies  # noqa: F401  # pyright: ignore[reportUnusedImport] - must be known
 from esper_lightning.callbacks.run_directory import run_directory
 from esper_lightning.core.validate import require
 from esper_lightning.train import run_callbacks, run_logger
+from esper_lightning.training.checkpoints import refuse_foreign, refuse_not_ours
 from esper_lightning.training.metrics import EVAL_RETURN
 from esper_lightning.training.module import PPO
 from esper_lightning.training.trainer_support import refuse_unsupported
@@ -43,7 +47,8 @@ _TRAINER_DEFAULTS = {
 def run(arguments: list[str]) -> None:
     """Parse, train or evaluate, and print what came of it.
 
-    A mistake in the settings is one line on stderr and exit status 2; what happens later is not touched.
+    A mistake in the settings is one line on stderr and exit status 2; what happens later is not
+    touched.
     """
     try:
         cli = EsperCLI(
@@ -68,7 +73,10 @@ def run(arguments: list[str]) -> None:
 
 
 class EsperTrainer(Trainer):
-    """Lightning's Trainer; ``evaluate`` is ``validate`` under the name that the command line gives it."""
+    """Lightning's Trainer.
+
+    ``evaluate`` is ``validate`` under the name that the command line gives it.
+    """
 
     def evaluate(self, model: PPO, ckpt_path: str) -> None:
         """Play deterministic evaluation episodes with the policy of a checkpoint.
@@ -91,7 +99,10 @@ class SaveFitConfig(SaveConfigCallback):
 
 
 class EsperCLI(LightningCLI):
-    """Lightning's command line for PPO; training starts in ``execute``, when all settings are known to be good."""
+    """Lightning's command line for PPO.
+
+    Training starts in ``execute``, when all settings are known to be good.
+    """
 
     model: PPO
     subcommand: str
@@ -118,7 +129,10 @@ class EsperCLI(LightningCLI):
 
     @override
     def _parse_ckpt_path(self) -> None:
-        """Settings are the user's: those of the checkpoint must agree with them, and never replace them."""
+        """Settings are the user's.
+
+        Those of the checkpoint must agree with them, and never replace them.
+        """
 
     @override
     def instantiate_trainer(self, **kwargs: Any) -> Trainer:
@@ -134,8 +148,8 @@ class EsperCLI(LightningCLI):
             and not settings["fast_dev_run"]
         ):
             kwargs["logger"] = run_logger(self.model.env)
-        given = settings["callbacks"] or []
-        given = given if isinstance(given, list) else [given]
+        callbacks: Any = settings["callbacks"] or []
+        given = cast(list[Callback], callbacks if isinstance(callbacks, list) else [callbacks])
         saves = settings["enable_checkpointing"] is not False and not any(
             isinstance(c, Checkpoint) for c in given
         )
@@ -153,7 +167,7 @@ class EsperCLI(LightningCLI):
         refuse_unsupported(self.trainer)
         path = self.config[self.subcommand]["ckpt_path"]
         if self.subcommand == "fit" and path not in (None, "last", "best", "hpc"):
-            self.model.refuse_foreign(_load(path), resuming=True)
+            refuse_foreign(_load(path), self.model.settings, resuming=True)
 
     def fit(self, **kwargs: Any) -> None:
         """Remember to train."""
@@ -170,8 +184,9 @@ class EsperCLI(LightningCLI):
         name = type(self.model.env).__name__
         if EVAL_RETURN in metrics:
             print(
-                f"{name}: mean return {metrics[EVAL_RETURN]:.1f} (std {metrics['eval/episode_return_std']:.1f}) over "
-                f"{metrics['eval/episodes']:.0f} deterministic evaluation episodes"
+                f"{name}: mean return {metrics[EVAL_RETURN]:.1f} "
+                f"(std {metrics['eval/episode_return_std']:.1f}) "
+                f"over {metrics['eval/episodes']:.0f} deterministic evaluation episodes"
             )
         if self.subcommand == "fit":
             steps, seconds = self.model.env_steps, self.model.train_time_s
@@ -203,7 +218,7 @@ def _load(path: str | None) -> dict[str, Any]:
         raise ValueError(
             f"--ckpt_path must name a whole checkpoint, got {path!r}. {error}"
         ) from error
-    PPO.refuse_not_ours(checkpoint, path)
+    refuse_not_ours(checkpoint, path)
     return checkpoint
 
 

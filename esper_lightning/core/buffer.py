@@ -58,7 +58,10 @@ def write_step(
     log_prob: Shaped[Tensor, " B"],
     result: StepResult,
 ) -> None:
-    """Copy step ``t``: what was seen and done, and what came of it. Environments may then reuse their tensors."""
+    """Copy step ``t``: what was seen and done, and what came of it.
+
+    Environments may then reuse their tensors.
+    """
     _copy_obs(rollout.obs, t, obs)
     _copy_obs(rollout.reached_obs, t, result.reached_obs)
     rollout.action[t] = action

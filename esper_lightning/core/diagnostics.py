@@ -11,7 +11,9 @@ __all__ = ["approx_kl", "clip_fraction", "explained_variance"]
 def approx_kl(
     log_prob: Float[Tensor, " M"], old_log_prob: Float[Tensor, " M"]
 ) -> Float[Tensor, " M"]:
-    r"""Per-sample estimate of KL(old || new): :math:`(\rho - 1) - \log \rho`, unbiased and never negative.
+    r"""Per-sample estimate of KL(old || new).
+
+    It is :math:`(\rho - 1) - \log \rho`, unbiased and never negative.
 
     The estimator "k3" of Schulman, "Approximating KL Divergence" (2020).
     """
@@ -22,14 +24,20 @@ def approx_kl(
 def clip_fraction(
     log_prob: Float[Tensor, " M"], old_log_prob: Float[Tensor, " M"], *, clip: float
 ) -> Float[Tensor, " M"]:
-    """1 where the probability ratio left ``[1 - clip, 1 + clip]``, else 0; its mean is the clip fraction."""
+    """1 where the probability ratio left ``[1 - clip, 1 + clip]``, else 0.
+
+    Its mean is the clip fraction.
+    """
     return ((log_prob - old_log_prob).expm1().abs() > clip).to(log_prob.dtype)
 
 
 def explained_variance(
     value: Float[Tensor, " *N"], value_target: Float[Tensor, " *N"]
 ) -> Float[Tensor, ""]:
-    """``1 - Var(target - value) / Var(target)``: 1 is perfect, 0 no better than a constant; NaN for a constant target."""
+    """``1 - Var(target - value) / Var(target)``: 1 is perfect, 0 no better than a constant.
+
+    NaN for a constant target.
+    """
     variance = value_target.var(correction=0)
     explained = 1.0 - (value_target - value).var(correction=0) / variance
     varies = value_target.amax() > value_target.amin()  # rounding can give equal numbers a variance

@@ -1,11 +1,15 @@
-"""Action distributions as thin immutable objects over tensors. Axes: ``M`` sample, ``A`` component, ``K`` choice.
+"""Action distributions as thin immutable objects over tensors.
 
-Each is built from a network's output in float32 (also under autocast), samples from an explicit generator without
-host synchronisation, and keeps what it sampled apart from what the environment is given.
+Axes: ``M`` sample, ``A`` component, ``K`` choice.
+
+Each is built from a network's output in float32 (also under autocast), samples from an explicit
+generator without host synchronisation, and keeps what it sampled apart from what the environment is
+given.
 """
 
 import math
-from typing import Protocol, runtime_checkable
+from collections.abc import Sequence
+from typing import Protocol, cast, runtime_checkable
 
 import torch
 from torch import Tensor
@@ -41,8 +45,8 @@ class Distribution(Protocol):
 class Categorical:
     """One choice among ``K``, of which ``mask`` allows some.
 
-    A forbidden choice has probability zero, and neither it nor its logit takes part in log-probability, entropy or
-    gradient (Huang and Ontanon 2022).
+    A forbidden choice has probability zero, and neither it nor its logit takes part in
+    log-probability, entropy or gradient (Huang and Ontanon 2022).
     """
 
     def __init__(
@@ -55,7 +59,10 @@ class Categorical:
         self._mask = mask
 
     def sample(self, generator: torch.Generator | None) -> Int[Tensor, " M"]:
-        """Draw by the Gumbel-max trick: the choice whose exponential clock rings first. No host synchronisation."""
+        """Draw by the Gumbel-max trick: the choice whose exponential clock rings first.
+
+        No host synchronisation.
+        """
         clock = torch.empty_like(self._log_p).exponential_(generator=generator)
         return (self._log_p - clock.log()).argmax(-1)
 
@@ -76,7 +83,10 @@ class Categorical:
 
 
 class FactoredCategorical:
-    """``A`` independent choices; ``logits`` and ``mask`` hold the choices of all components one after another."""
+    """``A`` independent choices.
+
+    ``logits`` and ``mask`` hold the choices of all components one after another.
+    """
 
     def __init__(
         self,
@@ -85,10 +95,12 @@ class FactoredCategorical:
         mask: Bool[Tensor, "M K"] | None = None,
     ) -> None:
         sizes = list(nvec)
-        masks = [None] * len(sizes) if mask is None else mask.split(sizes, -1)
+        parts = cast(tuple[Tensor, ...], logits.split(sizes, -1))
+        masks: Sequence[Tensor | None] = [None] * len(sizes)
+        if mask is not None:
+            masks = cast(tuple[Tensor, ...], mask.split(sizes, -1))
         self._parts = [
-            Categorical(part, allowed)
-            for part, allowed in zip(logits.split(sizes, -1), masks, strict=True)
+            Categorical(part, allowed) for part, allowed in zip(parts, masks, strict=True)
         ]
 
     def sample(self, generator: torch.Generator | None) -> Int[Tensor, "M A"]:
@@ -138,8 +150,8 @@ class DiagonalGaussian:
 class TanhGaussian:
     """A diagonal Gaussian seen through ``tanh``: the density is that of ``tanh(u)`` on (-1, 1).
 
-    An action is kept as ``u``, before ``tanh``: the change of variables then needs no inverse, which is infinite
-    where ``tanh`` saturates.
+    An action is kept as ``u``, before ``tanh``: the change of variables then needs no inverse,
+    which is infinite where ``tanh`` saturates.
     """
 
     def __init__(self, mean: Float[Tensor, "M A"], log_std: Float[Tensor, "M A"]) -> None:
@@ -159,9 +171,12 @@ class TanhGaussian:
         return self._base.log_prob(action) - log_tanh_slope(action).sum(-1)
 
     def entropy(self) -> Float[Tensor, " M"]:
-        """Differential entropy of ``tanh(u)``: that of ``u`` plus the mean log-slope, by Gauss-Hermite quadrature.
+        """Differential entropy of ``tanh(u)``.
 
-        The mean over a Gaussian of a smooth function: 32 nodes are exact to about 1e-4 for deviations up to 2.
+        That of ``u`` plus the mean log-slope, by Gauss-Hermite quadrature.
+
+        The mean over a Gaussian of a smooth function: 32 nodes are exact to about 1e-4 for
+        deviations up to 2.
         """
         node, weight = _hermite_nodes(self._mean.device)
         u = self._mean[..., None] + self._log_std.exp()[..., None] * node  # [M, A] -> [M, A, 32]

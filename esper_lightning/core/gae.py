@@ -1,4 +1,7 @@
-"""Generalised advantage estimation over columns that may hold several episodes. Axes: ``T`` step, ``B`` environment."""
+"""Generalised advantage estimation over columns that may hold several episodes.
+
+Axes: ``T`` step, ``B`` environment.
+"""
 
 import torch
 from torch import Tensor
@@ -24,17 +27,15 @@ def compute_gae(
     .. math::
         \delta_t = r_t + \gamma V(s_{t+1}) - V(s_t), \qquad A_t = \delta_t + \gamma \lambda A_{t+1}
 
-    ``next_value[t]`` is the value of the state the environment *reached* at ``t``, before any autoreset: a
-    termination removes the bootstrap, a truncation keeps it; both stop the advantage from leaking across episodes.
+    ``next_value[t]`` is the value of the state the environment *reached* at ``t``, before any
+    autoreset: a termination removes the bootstrap, a truncation keeps it; both stop the advantage
+    from leaking across episodes.
 
-    Args:
-        reward: Reward of each step.
-        value: Value of the state acted on.
-        next_value: Value of the state reached; read where ``terminated`` is False.
-        terminated: The task ended with this step.
-        truncated: The episode was cut after this step.
-        discount: ``gamma``, in [0, 1].
-        lambda_: ``lambda``, in [0, 1]: 0 is the one-step TD error, 1 the discounted return minus the value.
+    Args: reward: Reward of each step. value: Value of the state acted on. next_value: Value of the
+        state reached; read where ``terminated`` is False. terminated: The task ended with this
+        step. truncated: The episode was cut after this step. discount: ``gamma``, in [0, 1].
+        lambda_: ``lambda``, in [0, 1]: 0 is the one-step TD error, 1 the discounted return minus
+        the value.
 
     Returns:
         Advantage and value target (advantage plus value) of each step.
@@ -56,7 +57,9 @@ def discounted_returns(
     *,
     discount: float,
 ) -> tuple[Float[Tensor, "T B"], Float[Tensor, " B"]]:
-    r"""Discounted return *so far* in each running episode, forwards in time: :math:`R_t = \gamma R_{t-1} + r_t`.
+    r"""Discounted return *so far* in each running episode, forwards in time.
+
+    :math:`R_t = \gamma R_{t-1} + r_t`.
 
     Its variance is what rewards are scaled by (Engstrom et al. 2020, section 3).
 

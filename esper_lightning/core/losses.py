@@ -17,7 +17,9 @@ def clipped_surrogate(
 ) -> Float[Tensor, " M"]:
     r"""The clipped surrogate of Schulman et al. 2017 (equation 7), negated to be minimised.
 
-    .. math:: -\min(\rho A, \mathrm{clip}(\rho, 1 - \epsilon, 1 + \epsilon) A), \qquad \rho = \pi(a|s) / \pi_{old}(a|s)
+    .. math::
+        -\min(\rho A, \mathrm{clip}(\rho, 1 - \epsilon, 1 + \epsilon) A),
+        \qquad \rho = \pi(a|s) / \pi_{old}(a|s)
 
     Args:
         log_prob: Log-probability under the policy being trained.
@@ -36,7 +38,9 @@ def value_loss(
     *,
     clip: float | None,
 ) -> Float[Tensor, " M"]:
-    """Squared error of the value; with ``clip``, the worse of it and of the value held within ``clip`` of the old one.
+    """Squared error of the value.
+
+    With ``clip``, the worse of it and of the value held within ``clip`` of the old one.
 
     Args:
         value: Value under the critic being trained.
@@ -54,7 +58,10 @@ def value_loss(
 def normalize_advantage(
     advantage: Float[Tensor, " *N"], *, eps: float = 1e-8
 ) -> Float[Tensor, " *N"]:
-    """Shift and scale to mean 0 and standard deviation 1 over all elements; all zero if they are all equal."""
+    """Shift and scale to mean 0 and standard deviation 1 over all elements.
+
+    All zero if they are all equal.
+    """
     if advantage.numel() == 1:
         return torch.zeros_like(advantage)
     shifted = (

@@ -18,7 +18,7 @@ def merge_moments(
     other_mean: Float[Tensor, "*O"],
     other_variance: Float[Tensor, "*O"],
 ) -> tuple[Float[Tensor, ""], Float[Tensor, "*O"], Float[Tensor, "*O"]]:
-    """Count, mean and (biased) variance of two sets taken together (Chan, Golub and LeVeque 1979)."""
+    """Count, mean and biased variance of two sets taken together (Chan, Golub, LeVeque 1979)."""
     total = count + other_count
     weight = other_count / total
     shift = other_mean - mean
@@ -34,8 +34,8 @@ def merge_moments(
 class RunningStats(nn.Module):
     """Running mean and variance of each component of ``[..., *O]`` batches, in double precision.
 
-    Before the first ``update`` it is the identity (mean 0, variance 1). It changes only in ``update``, so whoever
-    calls that between rollouts works with frozen statistics within one.
+    Before the first ``update`` it is the identity (mean 0, variance 1). It changes only in
+    ``update``, so whoever calls that between rollouts works with frozen statistics within one.
     """
 
     count: Tensor
@@ -50,7 +50,10 @@ class RunningStats(nn.Module):
 
     @torch.no_grad()
     def update(self, batch: Float[Tensor, "..."], *, where: Bool[Tensor, ""] | None = None) -> None:
-        """Take in a batch ``[..., *O]``; with ``where``, only if it is True, decided on the device."""
+        """Take in a batch ``[..., *O]``.
+
+        With ``where``, only if it is True, decided on the device.
+        """
         rows = batch.reshape(-1, *self.mean.shape).double()
         count = torch.full_like(self.count, rows.shape[0])
         merged = merge_moments(
@@ -65,13 +68,19 @@ class RunningStats(nn.Module):
         return ((batch - mean) / std).clamp(-clip, clip)
 
     def scale(self, batch: Float[Tensor, "..."], *, clip: float) -> Float[Tensor, "..."]:
-        """``batch / std``, held within ``[-clip, clip]``; the mean stays, so that signs keep their meaning."""
+        """``batch / std``, held within ``[-clip, clip]``.
+
+        The mean stays, so that signs keep their meaning.
+        """
         std = (self.variance + 1e-8).sqrt().to(batch.dtype)
         return (batch / std).clamp(-clip, clip)
 
 
 class ObsNormalizer(nn.Module):
-    """Running statistics of an observation, or of each group of it; groups keep their names in the state dict."""
+    """Running statistics of an observation, or of each group of it.
+
+    Groups keep their names in the state dict.
+    """
 
     def __init__(self, space: ObsSpace, *, clip: float) -> None:
         super().__init__()

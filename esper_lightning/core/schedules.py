@@ -1,4 +1,7 @@
-"""Learning rates over a run, as functions of how far it is and how far the policy moved. Host numbers, no tensors."""
+"""Learning rates over a run, as functions of how far it is and how far the policy moved.
+
+Host numbers, no tensors.
+"""
 
 from esper_lightning.core.validate import require
 
@@ -22,10 +25,10 @@ def linear_learning_rate(initial: float, *, progress: float) -> float:
 def adaptive_learning_rate(
     current: float, *, kl: float, desired_kl: float, least: float = 1e-5, greatest: float = 1e-2
 ) -> float:
-    """Slower by 1.5 where the policy moved more than twice ``desired_kl``, faster where it moved less than half.
+    """Slower by 1.5 where the policy moved beyond twice ``desired_kl``, faster below half of it.
 
-    The rule of Schulman et al. 2017 (section 4) with the factor and bounds that rsl_rl uses. A ``kl`` that is not
-    finite leaves the rate as it is.
+    The rule of Schulman et al. 2017 (section 4) with the factor and bounds that rsl_rl uses. A
+    ``kl`` that is not finite leaves the rate as it is.
     """
     if kl > 2.0 * desired_kl and kl < float("inf"):
         return max(least, current / 1.5)

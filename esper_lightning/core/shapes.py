@@ -1,8 +1,9 @@
 """Shape annotations: jaxtyping where it is installed, plain types where it is not.
 
-jaxtyping is only needed to *check* shapes, which the test run does; the package must import without it.
-Axes: ``T`` rollout step, ``B`` environment, ``M`` minibatch sample, ``O`` observation feature, ``A`` action
-component, ``K`` choice. One-axis strings carry a leading space (``" B"``) so that linters do not read a name.
+jaxtyping is only needed to *check* shapes, which the test run does; the package must import without
+it. Axes: ``T`` rollout step, ``B`` environment, ``M`` minibatch sample, ``O`` observation feature,
+``A`` action component, ``K`` choice. One-axis strings carry a leading space (``" B"``) so that
+linters do not read a name.
 """
 
 from typing import TYPE_CHECKING

@@ -1,7 +1,7 @@
 """The records that travel through an iteration: step results, rollouts, advantages, loss terms.
 
-Axes: ``T`` rollout step, ``B`` environment, ``M`` sample of a minibatch, ``*O`` observation, ``*A`` action.
-Nothing here computes; every field is a tensor on the device of the run.
+Axes: ``T`` rollout step, ``B`` environment, ``M`` sample of a minibatch, ``*O`` observation, ``*A``
+action. Nothing here computes; every field is a tensor on the device of the run.
 """
 
 from collections.abc import Callable
@@ -18,10 +18,12 @@ Observation = Tensor | dict[str, Tensor]
 
 
 class StepResult(NamedTuple):
-    """What one step of ``B`` environments returns; every field on the environments' device, at every step.
+    """What one step of ``B`` environments returns.
 
-    An environment whose episode ended has already been reset: ``obs`` starts its next episode, ``reached_obs`` is
-    what the last action led to.
+    Every field on the environments' device, at every step.
+
+    An environment whose episode ended has already been reset: ``obs`` starts its next episode,
+    ``reached_obs`` is what the last action led to.
     """
 
     obs: Observation  # [B, *O] to act on next
@@ -61,7 +63,10 @@ class Advantages(NamedTuple):
 
 
 class Samples(NamedTuple):
-    """What the update learns from: a rollout's steps without their order; ``M`` is ``T * B`` or a minibatch of it."""
+    """What the update learns from: a rollout's steps without their order.
+
+    ``M`` is ``T * B`` or a minibatch of it.
+    """
 
     obs: Observation  # [M, *O], normalised
     action: Shaped[Tensor, "M *A"]
@@ -81,7 +86,7 @@ class LossTerms(NamedTuple):
 
 
 def map_obs(function: Callable[..., Tensor], obs: Observation, *others: Observation) -> Observation:
-    """Apply ``function`` to an observation tensor, or to every group (with the same group of ``others``)."""
+    """Apply ``function`` to an observation, or to every group with the same group of ``others``."""
     if isinstance(obs, Tensor):
         return function(obs, *others)
     groups = cast(tuple[dict[str, Tensor], ...], others)

@@ -1,4 +1,4 @@
-"""One form for every error about what a user wrote: *Owner.field must rule, got value. Hint.*"""
+"""One form for every error about what a user wrote, *Owner.field must rule, got value. Hint.*."""
 
 __all__ = ["require"]
 

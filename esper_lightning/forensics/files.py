@@ -6,7 +6,7 @@ import math
 import os
 from collections.abc import Iterable, Mapping
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 __all__ = ["JsonLines", "encode_rows", "read_json_lines", "write_atomically"]
 
@@ -17,8 +17,8 @@ _NON_FINITE = {"NaN": math.nan, "Infinity": math.inf, "-Infinity": -math.inf}
 class JsonLines:
     """An append-only file of one JSON object a line.
 
-    A line is one ``write`` to the kernel: what ``append`` returned from survives the death of the process, by
-    SIGKILL too. (A power failure may take the last seconds.)
+    A line is one ``write`` to the kernel: what ``append`` returned from survives the death of the
+    process, by SIGKILL too. (A power failure may take the last seconds.)
     """
 
     def __init__(self, path: Path) -> None:
@@ -41,7 +41,9 @@ class JsonLines:
 
 
 def read_json_lines(path: Path) -> list[dict[str, Any]]:
-    """Rows of a file of JSON lines; a last line that was torn by a crash is left out, a missing file is empty.
+    """Rows of a file of JSON lines.
+
+    A last line that was torn by a crash is left out, a missing file is empty.
 
     Raises:
         ValueError: If a line before the last is damaged.
@@ -87,7 +89,10 @@ def encode_rows(rows: Iterable[Row]) -> bytes:
 
 
 def _encode(row: Row) -> bytes:
-    """Strict JSON: a number that is not finite becomes a string that ``read_json_lines`` turns back."""
+    """Strict JSON.
+
+    A number that is not finite becomes a string that ``read_json_lines`` turns back.
+    """
     plain = {key: _spell(value) for key, value in row.items()}
     return json.dumps(plain, allow_nan=False, separators=(",", ":")).encode() + b"\n"
 
@@ -101,7 +106,8 @@ def _spell(value: Any) -> Any:
 def _decode(row: Any) -> dict[str, Any]:
     if not isinstance(row, dict):
         raise ValueError("not an object")
+    values = cast(dict[str, Any], row)
     return {
         key: _NON_FINITE.get(value, value) if isinstance(value, str) else value
-        for key, value in row.items()
-    }  # pyright: ignore[reportUnknownVariableType, reportUnknownArgumentType]
+        for key, value in values.items()
+    }

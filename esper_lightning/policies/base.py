@@ -1,4 +1,7 @@
-"""The policy protocol: what acting and the update need of an actor-critic. Axes: ``M`` sample, ``*O`` observation."""
+"""The policy protocol: what acting and the update need of an actor-critic.
+
+Axes: ``M`` sample, ``*O`` observation.
+"""
 
 from abc import ABC, abstractmethod
 from typing import Any, NamedTuple
@@ -29,7 +32,10 @@ class Evaluation(NamedTuple):
 
 
 class Policy(nn.Module, ABC):
-    """An actor and a critic. Observations come normalised; results are float32, also under autocast."""
+    """An actor and a critic.
+
+    Observations come normalised; results are float32, also under autocast.
+    """
 
     @abstractmethod
     def act(
@@ -59,7 +65,10 @@ class Policy(nn.Module, ABC):
 
 
 class PolicySpec(ABC):
-    """Which policy to build: data without tensors. Any class with ``build`` will do, derived from this or not."""
+    """Which policy to build: data without tensors.
+
+    Any class with ``build`` will do, derived from this or not.
+    """
 
     @abstractmethod
     def build(self, spaces: EnvSpaces, generator: torch.Generator) -> Policy:

@@ -1,4 +1,7 @@
-"""Policies without memory. Axes: ``M`` sample, ``*O`` observation, ``H`` feature, ``A`` action component."""
+"""Policies without memory.
+
+Axes: ``M`` sample, ``*O`` observation, ``H`` feature, ``A`` action component.
+"""
 
 from dataclasses import dataclass
 from typing import Literal, get_args
@@ -21,14 +24,12 @@ __all__ = ["MLP", "FeedForwardPolicy"]
 class MLP(PolicySpec):
     """A multi-layer perceptron for actor and critic.
 
-    Attributes:
-        hidden_sizes: Width of each hidden layer.
-        activation: Nonlinearity after each hidden layer.
-        trunk: Whether actor and critic have hidden layers of their own or share them.
-        actor_obs: Groups of a grouped observation that the actor sees, in this order; ``None`` for all.
-        critic_obs: Groups that the critic sees; ``None`` for all.
-        action_bounds: Whether a Gaussian is cut at the bounds of the action space or squashed into them.
-        initial_std: Standard deviation of a Gaussian at the start, in units where the bounds are -1 and 1.
+    Attributes: hidden_sizes: Width of each hidden layer. activation: Nonlinearity after each hidden
+        layer. trunk: Whether actor and critic have hidden layers of their own or share them.
+        actor_obs: Groups of a grouped observation that the actor sees, in this order; ``None`` for
+        all. critic_obs: Groups that the critic sees; ``None`` for all. action_bounds: Whether a
+        Gaussian is cut at the bounds of the action space or squashed into them. initial_std:
+        Standard deviation of a Gaussian at the start, in units where the bounds are -1 and 1.
     """
 
     hidden_sizes: tuple[int, ...] = (64, 64)
@@ -79,7 +80,8 @@ class FeedForwardPolicy(Policy):
 
     def __init__(self, spec: MLP, spaces: EnvSpaces, generator: torch.Generator) -> None:
         super().__init__()
-        # The order of the space, not of each observation: dicts that are equal may be ordered differently.
+        # The order of the space, not of each observation: dicts that are equal may be ordered
+        # differently.
         every = None if isinstance(spaces.obs, Box) else tuple(spaces.obs)
         self._actor_obs, self._critic_obs = spec.actor_obs or every, spec.critic_obs or every
         width = spec.hidden_sizes[-1]

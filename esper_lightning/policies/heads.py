@@ -54,9 +54,9 @@ class CategoricalHead(nn.Module):
 class GaussianHead(nn.Module):
     """A Gaussian whose mean depends on the state and whose deviation does not.
 
-    In a bounded space the Gaussian lives in units where the bounds are -1 and 1. ``clip`` cuts what lies beyond
-    when it is handed to the environment; ``tanh`` squashes the distribution itself. In an unbounded space actions
-    are taken as they are.
+    In a bounded space the Gaussian lives in units where the bounds are -1 and 1. ``clip`` cuts what
+    lies beyond when it is handed to the environment; ``tanh`` squashes the distribution itself. In
+    an unbounded space actions are taken as they are.
     """
 
     low: Tensor

@@ -1,4 +1,7 @@
-"""Building blocks with orthogonal initialisation (Saxe et al. 2014; the gains are those of Huang et al. 2022)."""
+"""Building blocks with orthogonal initialisation.
+
+Saxe et al. 2014; the gains are those of Huang et al. 2022.
+"""
 
 import math
 from collections.abc import Callable

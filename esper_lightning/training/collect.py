@@ -4,24 +4,30 @@ No gradient, no host synchronisation, no allocation of the rollout; it knows not
 """
 
 from collections.abc import Callable
-from typing import NamedTuple
+from typing import NamedTuple, cast
 
 import torch
 from torch import Tensor
 
 from esper_lightning.core.buffer import write_step
+from esper_lightning.core.gae import discounted_returns
+from esper_lightning.core.running_stats import RunningStats
 from esper_lightning.core.shapes import Bool, Float
 from esper_lightning.core.types import Observation, Rollout
 from esper_lightning.envs.base import BatchedEnv
 from esper_lightning.policies.base import Policy
+from esper_lightning.training.config import PPOConfig
 
-__all__ = ["ActingState", "Normalize", "collect", "first_non_finite", "is_finite"]
+__all__ = ["ActingState", "Normalize", "collect", "first_non_finite", "is_finite", "scale_reward"]
 
 Normalize = Callable[[Observation], Observation]
 
 
 class ActingState(NamedTuple):
-    """Where acting goes on: between two rollouts nothing else of an episode is kept outside the environment."""
+    """Where acting goes on.
+
+    Between two rollouts nothing else of an episode is kept outside the environment.
+    """
 
     obs: Observation  # [B, *O]
     action_mask: Bool[Tensor, "B K"] | None
@@ -68,20 +74,56 @@ def collect(
     return ActingState(obs, action_mask, state.discounted_return)
 
 
+@torch.no_grad()
+def scale_reward(
+    rollout: Rollout,
+    state: ActingState,
+    stats: RunningStats | None,
+    config: PPOConfig,
+    *,
+    healthy: Bool[Tensor, ""],
+) -> tuple[Float[Tensor, "T B"], ActingState]:
+    """Rewards as the learner sees them: one scale for a whole rollout, which it helps to set.
+
+    Args:
+        rollout: What was collected.
+        state: Where acting goes on; carries the discounted returns of running episodes.
+        stats: Of discounted returns, updated in place; ``None`` leaves rewards as they are.
+        config: Discount and limit.
+        healthy: Where False, the statistics stay as they are.
+
+    Returns:
+        The rewards, and the state to go on from.
+    """
+    if stats is None:
+        return rollout.reward, state
+    ended = rollout.terminated | rollout.truncated
+    returns, carried = discounted_returns(
+        rollout.reward, ended, state.discounted_return, discount=config.discount
+    )
+    stats.update(returns, where=healthy)
+    return stats.scale(rollout.reward, clip=config.reward_clip), state._replace(
+        discounted_return=carried
+    )
+
+
 def is_finite(rollout: Rollout) -> Bool[Tensor, ""]:
     """Whether every observation and reward of the rollout is finite; stays on the device."""
     return torch.stack([value.isfinite().all() for _, value in _from_env(rollout)]).all()
 
 
 def first_non_finite(rollout: Rollout) -> str:
-    """Say what came from the environment that is not finite: field, step, environments, columns. Synchronises."""
+    """Say what came from the environment that is not finite: field, step, environments, columns.
+
+    Synchronises.
+    """
     for name, value in _from_env(rollout):
         bad = ~value.isfinite()
         if bad.any():
             step = int(bad.flatten(1).any(1).nonzero()[0])
             where = bad[step].flatten(1) if bad.dim() > 2 else bad[step][:, None]
-            envs = where.any(1).nonzero()[:, 0].tolist()
-            columns = where.any(0).nonzero()[:, 0].tolist()
+            envs = cast(list[int], where.any(1).nonzero()[:, 0].tolist())
+            columns = cast(list[int], where.any(0).nonzero()[:, 0].tolist())
             found = value[step][bad[step]][0].item()
             of = "" if bad.dim() == 2 else f", column {_some(columns)}"
             return f"{found} in {name} of environment {_some(envs)}{of} at rollout step {step}"

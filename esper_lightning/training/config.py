@@ -1,5 +1,6 @@
 """Settings of PPO: frozen, checked at construction, with defaults that train."""
 
+import math
 from dataclasses import dataclass
 from typing import Literal
 
@@ -14,28 +15,25 @@ _SCHEDULES = ("constant", "linear", "adaptive")
 class PPOConfig:
     """Proximal policy optimisation (Schulman et al. 2017).
 
-    Attributes:
-        rollout_steps: Steps of every environment in one iteration, ``T``.
-        epochs: Passes over a rollout.
-        minibatches: Parts of each pass; must divide ``rollout_steps * num_envs``.
-        discount: ``gamma``, per step.
-        gae_lambda: ``lambda`` of generalised advantage estimation: 0 is one-step TD, 1 the discounted return.
-        clip: Greatest change of the probability ratio that still lowers the loss.
-        value_clip: Greatest change of the value that still lowers the loss; ``None`` for no limit.
-        value_coef: Weight of the squared value error.
-        entropy_coef: Weight of the entropy bonus.
-        normalize_advantage: Whether advantages get mean 0 and deviation 1 over the rollout.
-        max_grad_norm: Gradients are scaled down to this 2-norm; ``None`` for no limit.
-        learning_rate: Step size of Adam at the start.
-        learning_rate_schedule: ``constant``; ``linear`` to zero at the end of the run; ``adaptive``, from iteration
+    Attributes: rollout_steps: Steps of every environment in one iteration, ``T``. epochs: Passes
+        over a rollout. minibatches: Parts of each pass; must divide ``rollout_steps * num_envs``.
+        discount: ``gamma``, per step. gae_lambda: ``lambda`` of generalised advantage estimation: 0
+        is one-step TD, 1 the discounted return. clip: Greatest change of the probability ratio that
+        still lowers the loss. value_clip: Greatest change of the value that still lowers the loss;
+        ``None`` for no limit. value_coef: Weight of the squared value error. entropy_coef: Weight
+        of the entropy bonus. normalize_advantage: Whether advantages get mean 0 and deviation 1
+        over the rollout. max_grad_norm: Gradients are scaled down to this 2-norm; ``None`` for no
+        limit. learning_rate: Step size of Adam at the start. learning_rate_schedule: ``constant``;
+        ``linear`` to zero at the end of the run; ``adaptive``, from iteration
             to iteration, so that the policy moves about ``desired_kl``.
         desired_kl: KL divergence (nats) of one iteration that the adaptive schedule aims at.
-        target_kl: After a pass whose mean KL divergence (nats) exceeds this, the rest of the iteration's updates are
-            left out; ``None`` for never.
+        target_kl: After a pass whose mean KL divergence (nats) exceeds this, the rest of the
+            iteration's updates are left out; ``None`` for never.
         adam_eps: Term that Adam adds to the denominator.
         normalize_obs: Whether observations are shifted and scaled by running statistics.
         obs_clip: Normalised observations are held within this many deviations.
-        normalize_reward: Whether rewards are divided by the running deviation of the discounted return.
+        normalize_reward: Whether rewards are divided by the running deviation of the discounted
+            return.
         reward_clip: Scaled rewards are held within this range around zero.
     """
 
@@ -73,23 +71,18 @@ class PPOConfig:
         for name in ("value_coef", "entropy_coef"):
             value = getattr(self, name)
             require(
-                0.0 <= value < float("inf"),
+                0.0 <= value < math.inf,
                 f"PPOConfig.{name}",
                 "be finite and not negative",
                 value,
             )
-        optional = ("value_clip", "max_grad_norm", "target_kl")
-        for name in (
-            "learning_rate",
-            "desired_kl",
-            "adam_eps",
-            "obs_clip",
-            "reward_clip",
-            *optional,
-        ):
+        for name in ("learning_rate", "desired_kl", "adam_eps", "obs_clip", "reward_clip"):
             value = getattr(self, name)
-            ok = (value is None and name in optional) or 0.0 < value < float("inf")
-            hint = "None switches it off." if name in optional else ""
+            require(0.0 < value < math.inf, f"PPOConfig.{name}", "be finite and positive", value)
+        for name in ("value_clip", "max_grad_norm", "target_kl"):
+            value = getattr(self, name)
+            ok = value is None or 0.0 < value < math.inf
+            hint = "None switches it off."
             require(ok, f"PPOConfig.{name}", "be finite and positive", value, hint)
         ok = self.learning_rate_schedule in _SCHEDULES
         rule = f"be one of {', '.join(_SCHEDULES)}"

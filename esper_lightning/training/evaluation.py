@@ -1,4 +1,7 @@
-"""Deterministic evaluation: the most probable action, the first episode of every environment. Axis: ``B`` environment."""
+"""Deterministic evaluation: the most probable action, the first episode of every environment.
+
+Axis: ``B`` environment.
+"""
 
 from typing import NamedTuple
 
@@ -29,8 +32,8 @@ def evaluate_policy(
 ) -> Episodes:
     """Play the first episode of every environment to its end.
 
-    One episode of each environment, and not the first ``B`` to finish, which would be the short ones. The host looks
-    every 32 steps whether all have ended.
+    One episode of each environment, and not the first ``B`` to finish, which would be the short
+    ones. The host looks every 32 steps whether all have ended.
 
     Args:
         policy: Acts deterministically.
@@ -53,7 +56,7 @@ def evaluate_policy(
         episode_return = torch.where(running, result.episode_return, episode_return)
         episode_length = torch.where(running, result.episode_length, episode_length)
     unfinished = int((episode_length == 0).sum())
-    hint = "Give the environment a time limit, or switch evaluation off with Trainer(limit_val_batches=0)."
+    hint = "Give it a time limit, or switch evaluation off: Trainer(limit_val_batches=0)."
     rule = f"end every episode within {max_steps} steps to be evaluated"
     require(unfinished == 0, f"{type(env).__name__}", rule, f"{unfinished} running", hint)
     return Episodes(episode_return, episode_length)

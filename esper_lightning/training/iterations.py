@@ -9,8 +9,9 @@ __all__ = ["Iterations"]
 class Iterations:
     """The numbers 0 to ``count - 1``, as a dataloader that Lightning takes to be resumable.
 
-    Nothing depends on the numbers and the position in the epoch is restored with Lightning's own counters, so there
-    is no state to save. (A DataLoader over ``range(count)`` would be divided among ranks by an injected sampler.)
+    Nothing depends on the numbers and the position in the epoch is restored with Lightning's own
+    counters, so there is no state to save. (A DataLoader over ``range(count)`` would be divided
+    among ranks by an injected sampler.)
     """
 
     def __init__(self, count: int) -> None:

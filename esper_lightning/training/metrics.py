@@ -1,21 +1,38 @@
-"""Names of every metric, and what is accumulated over iterations. Axes: ``T`` step, ``B`` environment, ``W`` window."""
+"""Names of every metric, and what is accumulated over iterations.
 
-from typing import NamedTuple
+Axes: ``T`` step, ``B`` environment, ``W`` window.
+"""
+
+import math
+from collections.abc import Mapping
+from typing import NamedTuple, cast
 
 import torch
 from torch import Tensor
 from torchmetrics import Metric
 from typing_extensions import override
 
-from esper_lightning.core.shapes import Float, Int
+from esper_lightning.core.shapes import Bool, Float, Int
+from esper_lightning.core.types import Rollout
+from esper_lightning.training.update import UpdateMetrics
 
-__all__ = ["DEVICE_METRICS", "EVAL_RETURN", "ROLLOUT_RETURN", "EpisodeMeans", "RecentEpisodes"]
+__all__ = [
+    "EVAL_RETURN",
+    "ROLLOUT_RETURN",
+    "EpisodeMeans",
+    "RecentEpisodes",
+    "evaluation_metrics",
+    "iteration_figures",
+    "shown_in_progress_bar",
+    "to_host",
+]
 
 ROLLOUT_RETURN = "rollout/episode_return_mean"
+ROLLOUT_LENGTH = "rollout/episode_length_mean"
 EVAL_RETURN = "eval/episode_return_mean"
-DEVICE_METRICS = (
+_COPIED = (
     ROLLOUT_RETURN,
-    "rollout/episode_length_mean",
+    ROLLOUT_LENGTH,
     "rollout/episodes",
     "loss/policy",
     "loss/value",
@@ -23,9 +40,11 @@ DEVICE_METRICS = (
     "policy/approx_kl",
     "policy/clip_fraction",
     "optim/grad_norm",
+    "gradient_steps",
     "policy/explained_variance",
+    "healthy",
 )
-"""What an iteration computes on the device, in the order in which it is copied to the host."""
+_NOT_REPORTED = ("gradient_steps", "healthy")
 
 
 class EpisodeMeans(NamedTuple):
@@ -36,14 +55,15 @@ class EpisodeMeans(NamedTuple):
 
 
 class RecentEpisodes(Metric):
-    """Means over the most recent iterations that together hold ``window`` finished episodes, or all there are.
+    """Means over the latest iterations that together hold ``window`` episodes, or all there are.
 
-    The state is bounded: sums of the last 64 iterations in which an episode ended. Nothing synchronises.
+    The state is bounded: sums of the last 64 iterations in which an episode ended. Nothing
+    synchronises.
     """
 
     higher_is_better = None
     full_state_update = False
-    sums: Tensor  # [W, 3] sum of returns, sum of lengths, number of episodes; the newest iteration first
+    sums: Tensor  # [W, 3] sums of returns and lengths, number of episodes; the newest first
 
     def __init__(self, window: int = 100) -> None:
         super().__init__()
@@ -74,3 +94,47 @@ class RecentEpisodes(Metric):
         newer = episodes.cumsum(0) - episodes
         total = torch.where((newer < self._window)[:, None], self.sums, 0.0).sum(0)
         return EpisodeMeans(total[0] / total[2], total[1] / total[2])
+
+
+def to_host(
+    recent: EpisodeMeans,
+    rollout: Rollout,
+    metrics: UpdateMetrics,
+    variance: Float[Tensor, ""],
+    healthy: Bool[Tensor, ""],
+) -> dict[str, float]:
+    """Everything that the host wants to know of an iteration, in one copy."""
+    episodes = (rollout.episode_length > 0).sum()
+    scalars = [*recent, episodes, *metrics, variance, healthy]
+    values = cast(list[float], torch.stack([scalar.double() for scalar in scalars]).tolist())
+    return dict(zip(_COPIED, values, strict=True))
+
+
+def iteration_figures(host: Mapping[str, float]) -> dict[str, float | int | None]:
+    """The figures of a history row; means over episodes are ``None`` while none has ended."""
+    figures: dict[str, float | int | None] = {
+        name: value for name, value in host.items() if name not in _NOT_REPORTED
+    }
+    figures["rollout/episodes"] = int(host["rollout/episodes"])
+    for name in (ROLLOUT_RETURN, ROLLOUT_LENGTH):
+        if math.isnan(host[name]):
+            figures[name] = None
+    return figures
+
+
+def evaluation_metrics(
+    episode_return: Float[Tensor, " N"], episode_length: Float[Tensor, " N"]
+) -> dict[str, float]:
+    """Summary of ``N`` evaluation episodes; the standard deviation is over episodes."""
+    return {
+        EVAL_RETURN: episode_return.mean().item(),
+        "eval/episode_return_std": episode_return.std(correction=0).item(),
+        "eval/episode_length_mean": episode_length.mean().item(),
+        "eval/episodes": float(episode_return.numel()),
+    }
+
+
+def shown_in_progress_bar(metrics: Mapping[str, float]) -> dict[str, float]:
+    """What bars show of a row, under short names."""
+    short = {"return": ROLLOUT_RETURN, "env_steps/s": "env_steps_per_s"}
+    return {name: metrics[key] for name, key in short.items() if key in metrics}

@@ -53,13 +53,8 @@ def instantiate(description: Description, *, owner: str) -> Any:
         raise ValueError(
             f"{owner} must be importable, got {path!r}. Pass {owner} yourself."
         ) from error
-    settings = description["init_args"]
-    return kind(
-        **{
-            key: tuple(value) if isinstance(value, list) else value
-            for key, value in settings.items()
-        }
-    )
+    settings = cast(dict[str, object], description["init_args"])
+    return kind(**{key: _frozen(value) for key, value in settings.items()})
 
 
 def with_num_envs(spec: Any, num_envs: int) -> Any:
@@ -74,3 +69,10 @@ def with_num_envs(spec: Any, num_envs: int) -> Any:
     ok = dataclasses.is_dataclass(spec)
     require(ok, "PPO.eval_episodes", f"equal env.num_envs = {spec.num_envs}", num_envs, hint)
     return dataclasses.replace(spec, num_envs=num_envs)
+
+
+def _frozen(value: object) -> object:
+    """Lists as tuples, all the way down: what frozen dataclasses hold."""
+    if isinstance(value, list):
+        return tuple(_frozen(item) for item in cast(list[object], value))
+    return value

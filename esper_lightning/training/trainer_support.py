@@ -1,4 +1,10 @@
-"""What PPO needs of Lightning beyond its hooks, in one place: which Trainer settings work, how a run is counted."""
+"""What PPO needs of Lightning beyond its hooks, in one place.
+
+Which Trainer settings work, how a run is counted.
+"""
+# Lightning sets many attributes of its Trainer where no type checker sees them.
+# pyright: reportAttributeAccessIssue=false
+# pyright: reportUnknownVariableType=false, reportUnknownArgumentType=false
 
 import logging
 import warnings
@@ -38,9 +44,9 @@ def refuse_unsupported(trainer: Trainer) -> None:
     require(trainer.precision in _PRECISIONS, "Trainer.precision", rule, trainer.precision, hint)
     for callback in trainer.callbacks:
         interval = getattr(callback, "_train_time_interval", None)
-        hint = "Lightning ignores it with manual optimisation: set every_n_train_steps or every_n_epochs."
+        hint = "Lightning ignores it with manual optimisation: set every_n_train_steps."
         require(interval is None, "ModelCheckpoint.train_time_interval", "be None", interval, hint)
-    hint = "Several ranks are not supported yet: statistics and stop decisions are not reduced over them."
+    hint = "Statistics and stop decisions are not reduced over ranks yet."
     require(
         trainer.world_size == 1,
         "Trainer.devices * Trainer.num_nodes",
@@ -51,9 +57,10 @@ def refuse_unsupported(trainer: Trainer) -> None:
 
 
 def silence_checkpoint_advice() -> None:
-    """Keep ``ModelCheckpoint(every_n_train_steps=...)`` from advising to save the weights of before the step.
+    """Keep ``ModelCheckpoint`` from advising to save the weights of before a step.
 
-    Lightning says so to every module with manual optimisation. Here a checkpoint is to hold the finished iteration.
+    Lightning says so to every module with manual optimisation. Here a checkpoint is to hold the
+    finished iteration.
     """
     warnings.filterwarnings("ignore", message="Using ModelCheckpoint with manual optimization")
 
@@ -62,8 +69,8 @@ def count_step(trainer: Trainer) -> None:
     """Count one iteration as one step of ``trainer.global_step``.
 
     An iteration takes many optimizer steps. Counted one by one they would make ``max_steps`` and
-    ``ModelCheckpoint(every_n_train_steps=...)`` depend on the number of minibatches, and each would pay Lightning's
-    wrapper.
+    ``ModelCheckpoint(every_n_train_steps=...)`` depend on the number of minibatches, and each would
+    pay Lightning's wrapper.
     """
     progress = trainer.fit_loop.epoch_loop.manual_optimization.optim_step_progress
     progress.increment_ready()
@@ -73,7 +80,9 @@ def count_step(trainer: Trainer) -> None:
 def planned_env_steps(
     trainer: Trainer, *, done: int, per_iteration: int, budget: int | None
 ) -> int | None:
-    """Environment steps after which the first limit of a run is reached; ``None`` if there is no limit.
+    """Environment steps after which the first limit of a run is reached.
+
+    ``None`` if there is no limit.
 
     Warns where the Trainer ends a run before its budget is used.
 
@@ -107,8 +116,8 @@ def planned_env_steps(
 def autocast_without_cache(device: torch.device) -> AbstractContextManager[object]:
     """The autocast in force, without its cache of cast weights.
 
-    The cache lives as long as Lightning's context, which is a whole iteration: after the first optimizer step every
-    later minibatch would still compute with the old weights.
+    The cache lives as long as Lightning's context, which is a whole iteration: after the first
+    optimizer step every later minibatch would still compute with the old weights.
     """
     if not torch.is_autocast_enabled(device.type):
         return nullcontext()

@@ -1,6 +1,9 @@
-"""The update: advantages of a rollout, then epochs of minibatch steps. Axes: ``T`` step, ``B`` environment, ``M`` sample.
+"""The update: advantages of a rollout, then epochs of minibatch steps.
 
-No host synchronisation: what must not be applied is skipped on the device. It knows nothing of Lightning.
+Axes: ``T`` step, ``B`` environment, ``M`` sample.
+
+No host synchronisation: what must not be applied is skipped on the device. It knows nothing of
+Lightning.
 """
 
 from collections.abc import Callable
@@ -35,7 +38,7 @@ class UpdateMetrics(NamedTuple):
 
 
 def build_optimizer(policy: Policy, config: PPOConfig) -> torch.optim.Adam:
-    """Adam in its fused form, which can leave out a step without asking the host (its ``found_inf``)."""
+    """Adam, fused: by its ``found_inf`` it can leave out a step without asking the host."""
     return torch.optim.Adam(
         policy.parameters(), lr=config.learning_rate, eps=config.adam_eps, fused=True
     )
@@ -49,7 +52,7 @@ def prepare_samples(
     reward: Float[Tensor, "T B"],
     config: PPOConfig,
 ) -> Samples:
-    """Values, advantages and value targets of a rollout, in one pass each over all ``T * B`` states.
+    """Values, advantages and value targets of a rollout, in one pass over all ``T * B`` states.
 
     Args:
         policy: The critic that the advantages are measured against.
@@ -73,9 +76,9 @@ def prepare_samples(
     advantage = advantages.advantage.flatten()
     return Samples(
         obs=obs,
-        action=flatten_steps(rollout.action),
-        log_prob=flatten_steps(rollout.log_prob),
-        action_mask=None if rollout.action_mask is None else flatten_steps(rollout.action_mask),
+        action=rollout.action.flatten(0, 1),
+        log_prob=rollout.log_prob.flatten(),
+        action_mask=None if rollout.action_mask is None else rollout.action_mask.flatten(0, 1),
         advantage=normalize_advantage(advantage) if config.normalize_advantage else advantage,
         value=value,
         value_target=advantages.value_target.flatten(),
@@ -101,7 +104,7 @@ def update(
     *,
     healthy: Bool[Tensor, ""],
     generator: torch.Generator,
-    backward: Callable[[Tensor], None] = Tensor.backward,
+    backward: Callable[[Tensor], object] = Tensor.backward,
 ) -> UpdateMetrics:
     """``epochs`` passes of ``minibatches`` gradient steps.
 
@@ -142,7 +145,7 @@ def update(
     weight = torch.stack(applied)
     steps = weight.sum()
     total = torch.where(weight[:, None] > 0, torch.stack(rows), 0.0).sum(0)
-    return UpdateMetrics(*(total / steps).unbind(), steps)
+    return UpdateMetrics._make([*(total / steps).unbind(), steps])
 
 
 def _step_unless(skip: Float[Tensor, ""], optimizer: torch.optim.Adam) -> None:
@@ -152,4 +155,4 @@ def _step_unless(skip: Float[Tensor, ""], optimizer: torch.optim.Adam) -> None:
     """
     optimizer.found_inf = skip  # pyright: ignore[reportAttributeAccessIssue]
     optimizer.step()
-    del optimizer.found_inf
+    del optimizer.found_inf  # pyright: ignore[reportAttributeAccessIssue]

@@ -1,4 +1,7 @@
-"""PPO inside the Trainer: counting, budgets, determinism, evaluation, checkpoints, and what it refuses."""
+"""PPO inside the Trainer.
+
+Counting, budgets, determinism, evaluation, checkpoints, and what it refuses.
+"""
 
 import dataclasses
 import datetime
@@ -7,6 +10,7 @@ import re
 
 import pytest
 import torch
+from lightning.pytorch import Trainer
 from lightning.pytorch.callbacks import (
     Callback,
     EarlyStopping,
@@ -19,6 +23,7 @@ from tensorboard.backend.event_processing.event_accumulator import EventAccumula
 from esper_lightning import MLP, PPO, PPOConfig
 from esper_lightning.core.spaces import Box, EnvSpaces
 from esper_lightning.envs import CartPole, MountainCar, Pendulum
+from esper_lightning.training.evaluation import evaluate_policy
 
 SMALL = PPOConfig(rollout_steps=8, minibatches=2, epochs=2)
 TIMES = ("time_s", "env_steps_per_s")
@@ -101,8 +106,6 @@ class TestBudget:
         assert list(tmp_path.iterdir()) == []
 
     def test_barebones(self, tmp_path, monkeypatch):
-        from lightning.pytorch import Trainer
-
         monkeypatch.chdir(tmp_path)
         model = cartpole()
         Trainer(barebones=True, accelerator="cpu", max_epochs=-1).fit(model)
@@ -177,7 +180,8 @@ class TestLearning:
         stats = model.obs_normalizer._of("obs")
         assert stats.count == 96
         assert rows[0]["policy/clip_fraction"] < 1.0
-        # Acting and learning saw the same numbers: the first minibatch of a one-minibatch epoch has ratio 1.
+        # Acting and learning saw the same numbers: the first minibatch of a one-minibatch epoch has
+        # ratio 1.
         one = dataclasses.replace(SMALL, normalize_obs=True, epochs=1, minibatches=1)
         rows = fit(cartpole(ppo=one), make_trainer())
         assert [row["policy/approx_kl"] for row in rows] == pytest.approx([0.0] * 3, abs=1e-6)
@@ -297,12 +301,10 @@ class TestEvaluation:
         assert (result["eval/episode_length_mean"], result["eval/episodes"]) == (37.0, 5.0)
 
     def test_episodes_without_end_are_an_error(self):
-        from esper_lightning.training.evaluation import evaluate_policy
-
         model = cartpole()
         env = MountainCar(num_envs=2, time_limit=1000).build(torch.device("cpu"), 0)
         policy = PPO(MountainCar(num_envs=4), ppo=SMALL).policy
-        message = "must end every episode within 64 steps to be evaluated, got '2 running'"
+        message = r"must end every episode within 64 steps to be evaluated, got '2 running'\."
         with pytest.raises(ValueError, match=message):
             evaluate_policy(policy, model._normalize, env, max_steps=64)
 
@@ -388,7 +390,7 @@ class TestCheckpoints:
     def test_refuses_a_checkpoint_of_something_else(self, tmp_path):
         torch.save({"state_dict": {}}, tmp_path / "x.ckpt")
         with pytest.raises(
-            ValueError, match="ckpt_path must name a checkpoint of PPO, got '.*x.ckpt'"
+        message = r"must end every episode within 64 steps to be evaluated, got '2 running'\."
         ):
             PPO.load_from_checkpoint(tmp_path / "x.ckpt")
 
@@ -437,7 +439,7 @@ class TestErrors:
         model = cartpole(env=Broken(field=field), ppo=ppo)
         good = cartpole(env=Broken(field=field), ppo=ppo, total_env_steps=32)
         fit(good, make_trainer())
-        message = f"Broken.step must return finite values, got '{where}'. The weights are those of the previous"
+        message = f"Broken.step must return finite values, got '{where}'. The weights are those of"
         with pytest.raises(ValueError, match="^" + re.escape(message)):
             fit(model, make_trainer())
         assert model.iteration == 1
@@ -525,6 +527,6 @@ class TestErrors:
 
     def test_linear_schedule_of_an_endless_run(self, make_trainer):
         ppo = dataclasses.replace(SMALL, learning_rate_schedule="linear")
-        message = "PPO.total_env_steps must be known for PPOConfig.learning_rate_schedule='linear', got None."
+        message = "PPO.total_env_steps must be known for PPOConfig.learning_rate_schedule='linear'"
         with pytest.raises(ValueError, match=re.escape(message)):
             make_trainer().fit(cartpole(ppo=ppo, total_env_steps=None))

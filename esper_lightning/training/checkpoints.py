@@ -1,0 +1,64 @@
+"""What a checkpoint of PPO says about the run that wrote it, and which runs it may serve."""
+
+from collections.abc import Mapping
+from typing import Any
+
+from esper_lightning.core.validate import require
+from esper_lightning.training.config import PPOConfig
+from esper_lightning.training.specs import instantiate
+
+__all__ = ["STATE_KEY", "refuse_foreign", "refuse_not_ours", "settings_of"]
+
+STATE_KEY = "esper_lightning"
+"""Where a checkpoint keeps what Lightning does not: counters, environments, random streams."""
+
+
+def refuse_not_ours(checkpoint: Mapping[str, Any], path: str) -> None:
+    """Refuse a checkpoint that another module wrote.
+
+    Raises:
+        ValueError: Naming ``path``.
+    """
+    require(STATE_KEY in checkpoint, "ckpt_path", "name a checkpoint of PPO", path)
+
+
+def refuse_foreign(
+    checkpoint: Mapping[str, Any], settings: Mapping[str, Any], *, resuming: bool
+) -> None:
+    """Refuse a checkpoint of another environment or policy.
+
+    Args:
+        checkpoint: Of PPO.
+        settings: ``PPO.settings`` of the run that is to use it.
+        resuming: Whether training is to go on; evaluation may use another ``num_envs``.
+
+    Raises:
+        ValueError: Naming the first setting that differs.
+    """
+    hint = "Use the config of the run that wrote the checkpoint."
+    for name in ("env", "policy"):
+        mine, theirs = (_flat(side[name]) for side in (settings, checkpoint["hyper_parameters"]))
+        for key in ("class_path", *sorted((mine.keys() | theirs.keys()) - {"class_path"})):
+            if key == "num_envs" and not resuming:
+                continue
+            field = f"PPO.{name}" if key == "class_path" else f"PPO.{name}.{key}"
+            rule = f"be the checkpoint's, {theirs.get(key)!r}"
+            require(mine.get(key) == theirs.get(key), field, rule, mine.get(key), hint)
+
+
+def settings_of(checkpoint: Mapping[str, Any]) -> dict[str, Any]:
+    """The specs that a checkpoint's run was made of, as arguments of ``PPO``.
+
+    Raises:
+        ValueError: If the class of one cannot be imported.
+    """
+    saved = checkpoint["hyper_parameters"]
+    return {
+        "env": instantiate(saved["env"], owner="env"),
+        "policy": instantiate(saved["policy"], owner="policy"),
+        "ppo": PPOConfig(**saved["ppo"]),
+    }
+
+
+def _flat(description: Mapping[str, Any]) -> dict[str, Any]:
+    return {"class_path": description["class_path"], **description["init_args"]}
