@@ -13,9 +13,6 @@ settings.register_profile("esper", deadline=None, max_examples=25, derandomize=T
 settings.load_profile("esper")
 
 
-torch.set_num_threads(1)  # the tests run side by side
-
-
 @pytest.fixture
 def generator() -> torch.Generator:
     return torch.Generator().manual_seed(0)

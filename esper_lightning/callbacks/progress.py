@@ -36,9 +36,12 @@ class RunProgressBar(ProgressBar):
         self._enabled = True
 
     @override
-    def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        """Open the bar, where a resumed run left it."""
-        super().on_train_start(trainer, pl_module)
+    def on_train_batch_start(
+        self, trainer: Trainer, pl_module: LightningModule, batch: Any, batch_idx: int
+    ) -> None:
+        """Open the bar before the first iteration: the module knows only then where it will end."""
+        if self._bar is not None:
+            return
         interval_s = 0.1 if sys.stderr.isatty() else 10.0
         self._bar = tqdm(
             desc="Training",

@@ -5,8 +5,10 @@ Lightning's command line with our defaults and one-line errors.
 
 import argparse
 import json
+import logging
 import pickle
 import sys
+import warnings
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any, NoReturn, cast
@@ -50,6 +52,10 @@ def run(arguments: list[str]) -> None:
     A mistake in the settings is one line on stderr and exit status 2; what happens later is not
     touched.
     """
+    # Lightning's use of torch's internals and its advertisements are not the user's business.
+    warnings.filterwarnings("ignore", message=".*treespec, LeafSpec.*", category=FutureWarning)
+    for name in ("lightning.pytorch.utilities.rank_zero", "lightning.fabric.utilities.rank_zero"):
+        logging.getLogger(name).addFilter(lambda record: "Tip:" not in record.getMessage())
     try:
         cli = EsperCLI(
             PPO,
@@ -85,7 +91,8 @@ class EsperTrainer(Trainer):
             model: Built from the settings in the checkpoint.
             ckpt_path: Checkpoint to evaluate.
         """
-        self.validate(model, ckpt_path=ckpt_path, verbose=False, weights_only=True)
+        model.load_state_dict(_load(ckpt_path)["state_dict"])
+        self.validate(model, verbose=False)
 
 
 class SaveFitConfig(SaveConfigCallback):
@@ -153,7 +160,9 @@ class EsperCLI(LightningCLI):
         saves = settings["enable_checkpointing"] is not False and not any(
             isinstance(c, Checkpoint) for c in given
         )
-        if not settings["barebones"]:
+        if settings["barebones"]:  # it refuses what we chose, too
+            kwargs |= {name: None for name in _TRAINER_DEFAULTS if name != "max_epochs"}
+        else:
             self.trainer_defaults["callbacks"] = run_callbacks(
                 evaluates=settings["limit_val_batches"] != 0,
                 saves=saves,
@@ -215,9 +224,7 @@ def _load(path: str | None) -> dict[str, Any]:
     try:
         checkpoint = torch.load(path, map_location="cpu", weights_only=True)
     except (RuntimeError, EOFError, pickle.UnpicklingError) as error:
-        raise ValueError(
-            f"--ckpt_path must name a whole checkpoint, got {path!r}. {error}"
-        ) from error
+        raise ValueError(f"--ckpt_path must name a whole checkpoint, got {path!r}.") from error
     refuse_not_ours(checkpoint, path)
     return checkpoint
 

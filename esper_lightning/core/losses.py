@@ -64,7 +64,6 @@ def normalize_advantage(
     """
     if advantage.numel() == 1:
         return torch.zeros_like(advantage)
-    shifted = (
-        advantage - advantage.flatten()[0]
-    )  # the mean of equal numbers may be off by a rounding
+    # Shifted twice, because the mean of equal numbers may be off by a rounding.
+    shifted = advantage - advantage.flatten()[0]
     return (shifted - shifted.mean()) / (shifted.std() + eps)

@@ -95,9 +95,7 @@ class GaussianHead(nn.Module):
             action = (self.low + (unit + 1.0) * 0.5 * (self.high - self.low)).clamp(
                 self.low, self.high
             )
-        return action.reshape(
-            *action.shape[:-1], *self._shape
-        )  # [M, A] -> [M, *A], also of no axes
+        return action.reshape(*action.shape[:-1], *self._shape)  # [M, A] -> [M, *A]
 
 
 ActionHead = CategoricalHead | GaussianHead

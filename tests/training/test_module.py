@@ -389,9 +389,8 @@ class TestCheckpoints:
 
     def test_refuses_a_checkpoint_of_something_else(self, tmp_path):
         torch.save({"state_dict": {}}, tmp_path / "x.ckpt")
-        with pytest.raises(
-        message = r"must end every episode within 64 steps to be evaluated, got '2 running'\."
-        ):
+        message = "ckpt_path must name a checkpoint of PPO, got '.*x[.]ckpt'"
+        with pytest.raises(ValueError, match=message):
             PPO.load_from_checkpoint(tmp_path / "x.ckpt")
 
 

@@ -196,6 +196,7 @@ CONFIG = PPOConfig(
             {"epochs": 12, "minibatches": 1, "normalize_advantage": True}, {}, id="normalised"
         ),
         pytest.param({"max_grad_norm": 1e9, "value_coef": 0.1}, {}, id="no gradient clip"),
+        pytest.param({"epochs": 1, "learning_rate": 1e-2}, {}, id="one pass"),
     ],
 )
 def test_an_update_is_that_of_stable_baselines3(
@@ -258,6 +259,8 @@ def test_an_update_is_that_of_stable_baselines3(
         (metrics.clip_fraction, "train/clip_fraction", 1),
     ):
         assert value.item() == pytest.approx(sign * logged[key], rel=1e-4, abs=1e-5), key
+    if config.epochs == 1:  # SB3 tells the divergence of the last pass only
+        assert metrics.approx_kl.item() == pytest.approx(logged["train/approx_kl"], rel=1e-3)
     assert metrics.clip_fraction > 0.0 or config.value_clip is not None
 
 
@@ -309,12 +312,13 @@ def same_bits(first: Weights, second: Weights) -> bool:
 
 
 @pytest.mark.parametrize("bad", [0.0, torch.nan])
-def test_an_unhealthy_rollout_leaves_every_bit_alone(bad: float) -> None:
+@pytest.mark.parametrize("target_kl", [None, 1e3])
+def test_an_unhealthy_rollout_leaves_every_bit_alone(bad: float, target_kl: float | None) -> None:
     learner = Learner()
     learner.update()
     before = learner.state()
     samples = learner.samples._replace(advantage=learner.samples.advantage + bad)
-    metrics = learner.update(healthy=NO, samples=samples)
+    metrics = learner.update(healthy=NO, samples=samples, target_kl=target_kl)
     assert same_bits(learner.state(), before)
     assert metrics.gradient_steps == 0
     learner.update()  # and learning goes on

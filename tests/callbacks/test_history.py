@@ -1,0 +1,165 @@
+"""The history: complete, durable, never an iteration twice, for any LightningModule."""
+
+import json
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+import torch
+from lightning.pytorch import LightningModule
+from lightning.pytorch.loggers import CSVLogger, TensorBoardLogger
+
+from esper_lightning import PPO, History, PPOConfig
+from esper_lightning.envs import CartPole
+from esper_lightning.forensics.files import read_json_lines
+
+
+def ppo(iterations=3, **settings) -> PPO:
+    config = PPOConfig(rollout_steps=8, minibatches=2, epochs=1)
+    return PPO(CartPole(num_envs=4), ppo=config, total_env_steps=32 * iterations, **settings)
+
+
+def open_files():
+    return {path.name for path in Path("/proc/self/fd").iterdir()}
+
+
+def iterations(path):
+    return [row["iteration"] for row in read_json_lines(path)]
+
+
+def test_a_row_for_each_iteration_in_the_run_directory(make_trainer, tmp_path):
+    logger = TensorBoardLogger(tmp_path, name="name", version=7)
+    make_trainer(logger=logger, callbacks=[History()]).fit(ppo())
+    rows = read_json_lines(tmp_path / "name" / "version_7" / "rank0" / "history.jsonl")
+    assert [row["env_steps"] for row in rows] == [32, 64, 96]
+    assert rows[0]["rollout/episode_return_mean"] is None
+    assert all(row["time_s"] > 0 and row["env_steps_per_s"] > 0 for row in rows)
+
+
+@pytest.mark.parametrize("logger", ["csv", "none"])
+def test_run_directory_of_other_loggers(make_trainer, tmp_path, logger):
+    chosen = CSVLogger(tmp_path, name="a", version="b") if logger == "csv" else False
+    make_trainer(logger=chosen, callbacks=[History()]).fit(ppo())
+    directory = tmp_path / "a" / "b" if logger == "csv" else tmp_path
+    assert iterations(directory / "rank0" / "history.jsonl") == [1, 2, 3]
+
+
+def test_a_directory_of_its_own(make_trainer, tmp_path):
+    history = History(tmp_path / "mine")
+    make_trainer(callbacks=[history]).fit(ppo())
+    assert history.path == tmp_path / "mine" / "rank0" / "history.jsonl"
+    assert iterations(history.path) == [1, 2, 3]
+
+
+def test_evaluations_have_a_file_of_their_own(make_trainer, tmp_path):
+    model = ppo(iterations=4, iterations_per_epoch=2, eval_episodes=3)
+    settings = {"limit_val_batches": 1.0, "num_sanity_val_steps": 1}
+    make_trainer(callbacks=[History()], **settings).fit(model)
+    rows = read_json_lines(tmp_path / "rank0" / "evaluations.jsonl")
+    assert [(row["iteration"], row["env_steps"]) for row in rows] == [(2, 64), (4, 128)]
+    assert all(row["eval/episodes"] == 3 for row in rows)
+
+
+def test_a_second_run_in_the_same_directory_sets_the_first_aside(make_trainer, tmp_path):
+    for _ in range(3):
+        make_trainer(callbacks=[History()]).fit(ppo())
+    assert sorted(path.name for path in (tmp_path / "rank0").iterdir()) == [
+        "evaluations.jsonl",
+        "history.jsonl",
+        "history.jsonl.1",
+        "history.jsonl.2",
+    ]
+    assert iterations(tmp_path / "rank0" / "history.jsonl") == [1, 2, 3]
+
+
+def test_a_resumed_run_goes_on_where_its_checkpoint_ended(make_trainer, tmp_path):
+    first = make_trainer(callbacks=[History()])
+    first.fit(ppo(iterations=2))
+    first.save_checkpoint(tmp_path / "2.ckpt")
+    # The run went on for an iteration and a half after the checkpoint, and died.
+    path = tmp_path / "rank0" / "history.jsonl"
+    with path.open("a") as file:
+        file.write('{"iteration":3}\n{"iterat')
+    resumed = make_trainer(callbacks=[History()])
+    resumed.fit(ppo(iterations=4), ckpt_path=tmp_path / "2.ckpt", weights_only=True)
+    assert iterations(path) == [1, 2, 3, 4]
+    assert "loss/value" in read_json_lines(path)[2]
+    assert iterations(path.with_name("history.jsonl.1")) == [1, 2, 3]
+
+
+def test_files_are_closed_when_training_fails(make_trainer, tmp_path, monkeypatch):
+    model = ppo()
+    monkeypatch.setattr(model, "_report", lambda row: 1 / 0)
+    before = open_files()
+    trainer = make_trainer(callbacks=[History()])
+    with pytest.raises(ZeroDivisionError):
+        trainer.fit(model)
+    trainer.callbacks[0].teardown(trainer, model, "fit")  # which Lightning leaves out
+    assert open_files() == before
+
+
+class Plain(LightningModule):
+    """An ordinary supervised module."""
+
+    def __init__(self):
+        super().__init__()
+        self.layer = torch.nn.Linear(2, 1)
+
+    def training_step(self, batch, batch_idx):
+        loss = self.layer(batch).square().mean()
+        self.log("loss", loss)
+        return loss
+
+    def configure_optimizers(self):
+        return torch.optim.SGD(self.parameters(), lr=0.1)
+
+
+def test_any_lightning_module(make_trainer, tmp_path):
+    batches = torch.utils.data.DataLoader(torch.ones(6, 2), batch_size=2)
+    make_trainer(callbacks=[History()], max_epochs=2).fit(Plain(), batches)
+    rows = read_json_lines(tmp_path / "rank0" / "history.jsonl")
+    assert [row["iteration"] for row in rows] == [1, 2, 3, 4, 5, 6]
+    assert all(row["loss"] >= 0 for row in rows[1:])
+
+
+SCRIPT = """
+import sys, torch
+torch.set_num_threads(1)
+from lightning.pytorch import Callback, Trainer
+from esper_lightning import PPO, History, PPOConfig
+from esper_lightning.envs import CartPole
+
+class Tell(Callback):
+    def on_train_batch_start(self, trainer, pl_module, batch, batch_idx):
+        print(pl_module.iteration, flush=True)
+
+config = PPOConfig(rollout_steps=4, minibatches=1, epochs=1)
+model = PPO(CartPole(num_envs=4), ppo=config)
+Trainer(accelerator="cpu", max_epochs=-1, logger=False, enable_checkpointing=False,
+        enable_progress_bar=False, enable_model_summary=False, limit_val_batches=0,
+        default_root_dir=sys.argv[1], callbacks=[History(), Tell()]).fit(model)
+"""
+
+
+@pytest.mark.crash
+def test_sigkill_loses_no_finished_iteration(tmp_path):
+    command = [sys.executable, "-c", SCRIPT, str(tmp_path)]
+    pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.DEVNULL}
+    with subprocess.Popen(command, text=True, **pipes) as process:
+        try:
+            begun = 0
+            deadline = time.monotonic() + 120
+            while begun < 25 and time.monotonic() < deadline:
+                begun = int(process.stdout.readline())
+        finally:
+            process.send_signal(signal.SIGKILL)
+        rest = process.stdout.read().split()
+    finished = max([begun, *map(int, rest)])  # iteration n begins when n are finished
+    found = iterations(tmp_path / "rank0" / "history.jsonl")
+    assert found == list(range(1, len(found) + 1))
+    assert finished <= len(found) <= finished + 1
+    for line in (tmp_path / "rank0" / "history.jsonl").read_text().splitlines():
+        json.loads(line)

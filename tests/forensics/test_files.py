@@ -1,0 +1,103 @@
+"""Files that a dying process cannot spoil."""
+
+import json
+import math
+import os
+from pathlib import Path
+
+import pytest
+
+from esper_lightning.forensics.files import (
+    JsonLines,
+    encode_rows,
+    read_json_lines,
+    write_atomically,
+)
+from esper_lightning.forensics.layout import RunLayout
+
+
+def write(path, rows):
+    lines = JsonLines(path)
+    for row in rows:
+        lines.append(row)
+    lines.close()
+
+
+def test_rows_come_back_as_they_were(tmp_path):
+    rows = [{"iteration": 1, "x": 0.1, "none": None}, {"iteration": 2, "x": 1e-300, "none": "é\n"}]
+    write(tmp_path / "deep" / "h.jsonl", rows)
+    assert read_json_lines(tmp_path / "deep" / "h.jsonl") == rows
+
+
+def test_numbers_that_are_not_finite_are_strict_json_and_come_back(tmp_path):
+    row = {"a": math.nan, "b": math.inf, "c": -math.inf}
+    write(tmp_path / "h.jsonl", [row])
+
+    def refuse(token):
+        raise AssertionError(token)
+
+    json.loads((tmp_path / "h.jsonl").read_text(), parse_constant=refuse)
+    back = read_json_lines(tmp_path / "h.jsonl")[0]
+    assert math.isnan(back["a"])
+    assert (back["b"], back["c"]) == (math.inf, -math.inf)
+
+
+@pytest.mark.parametrize("cut", range(1, 20))
+def test_a_torn_last_line_is_left_out(tmp_path, cut):
+    content = encode_rows([{"iteration": 1}, {"iteration": 22222}])
+    (tmp_path / "h.jsonl").write_bytes(content[:-cut])
+    rows = read_json_lines(tmp_path / "h.jsonl")
+    assert rows[:1] == [{"iteration": 1}]
+    assert len(rows) == (2 if cut == 1 else 1)
+
+
+def test_damage_before_the_last_line_is_an_error(tmp_path):
+    (tmp_path / "h.jsonl").write_bytes(b'{"iteration": 1}\n{"itera\n{"iteration": 3}\n')
+    with pytest.raises(ValueError, match=r"h.jsonl:2 must be a JSON object, got b'{\"itera'\."):
+        read_json_lines(tmp_path / "h.jsonl")
+
+
+def test_a_missing_file_is_empty(tmp_path):
+    assert read_json_lines(tmp_path / "h.jsonl") == []
+
+
+def test_appending_keeps_what_was_there(tmp_path):
+    write(tmp_path / "h.jsonl", [{"iteration": 1}])
+    write(tmp_path / "h.jsonl", [{"iteration": 2}])
+    assert [row["iteration"] for row in read_json_lines(tmp_path / "h.jsonl")] == [1, 2]
+
+
+def test_a_row_is_in_the_file_when_append_returns(tmp_path):
+    lines = JsonLines(tmp_path / "h.jsonl")
+    lines.append({"iteration": 1})
+    assert (tmp_path / "h.jsonl").read_bytes() == b'{"iteration":1}\n'
+    lines.close()
+
+
+def test_close_gives_the_descriptor_back(tmp_path):
+    before = [path.name for path in Path("/proc/self/fd").iterdir()]
+    write(tmp_path / "h.jsonl", [{}])
+    assert [path.name for path in Path("/proc/self/fd").iterdir()] == before
+
+
+def test_atomic_write_replaces_whole_or_not_at_all(tmp_path, monkeypatch):
+    path = tmp_path / "config.yaml"
+    write_atomically(path, b"old")
+
+    def fails(fd):
+        raise OSError("disk full")
+
+    monkeypatch.setattr(os, "fsync", fails)
+    with pytest.raises(OSError, match="disk full"):
+        write_atomically(path, b"new")
+    assert path.read_bytes() == b"old"
+    assert list(tmp_path.iterdir()) == [path]
+
+
+def test_layout_is_what_the_design_promises(tmp_path):
+    run = RunLayout(tmp_path)
+    assert run.rank(3).history == tmp_path / "rank3" / "history.jsonl"
+    assert run.rank(0).trace == tmp_path / "rank0" / "trace"
+    assert run.rank(0).profile == tmp_path / "rank0" / "profile.txt"
+    assert run.checkpoints == tmp_path / "checkpoints"
+    assert run.config == tmp_path / "config.yaml"
