@@ -146,28 +146,22 @@ class EsperCLI(LightningCLI):
         """Add what every run has, unless the user chose otherwise."""
         settings = self._get(self.config_init, "trainer")
         if self.subcommand == "evaluate":
-            return super().instantiate_trainer(
-                logger=False, enable_checkpointing=False, enable_progress_bar=False
-            )
-        if (
-            settings["logger"] in (None, True)
-            and not settings["barebones"]
-            and not settings["fast_dev_run"]
-        ):
+            quiet = {"logger": False, "enable_checkpointing": False, "enable_progress_bar": False}
+            return super().instantiate_trainer(**quiet)
+        if settings["barebones"]:  # it refuses what we choose, too
+            kwargs |= {name: None for name in _TRAINER_DEFAULTS if name != "max_epochs"}
+            return super().instantiate_trainer(**kwargs)
+        leaves_files = not settings["fast_dev_run"]
+        if settings["logger"] in (None, True) and leaves_files:
             kwargs["logger"] = run_logger(self.model.env)
         callbacks: Any = settings["callbacks"] or []
         given = cast(list[Callback], callbacks if isinstance(callbacks, list) else [callbacks])
-        saves = settings["enable_checkpointing"] is not False and not any(
-            isinstance(c, Checkpoint) for c in given
+        saves = settings["enable_checkpointing"] is not False and leaves_files
+        self.trainer_defaults["callbacks"] = run_callbacks(
+            evaluates=settings["limit_val_batches"] != 0,
+            saves=saves and not any(isinstance(callback, Checkpoint) for callback in given),
+            shows_progress=settings["enable_progress_bar"] is not False,
         )
-        if settings["barebones"]:  # it refuses what we chose, too
-            kwargs |= {name: None for name in _TRAINER_DEFAULTS if name != "max_epochs"}
-        else:
-            self.trainer_defaults["callbacks"] = run_callbacks(
-                evaluates=settings["limit_val_batches"] != 0,
-                saves=saves,
-                shows_progress=settings["enable_progress_bar"] is not False,
-            )
         return super().instantiate_trainer(**kwargs)
 
     @override

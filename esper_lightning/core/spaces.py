@@ -96,7 +96,10 @@ class EnvSpaces:
     def __post_init__(self) -> None:
         ok = not (self.masked and isinstance(self.action, Box))
         require(ok, "EnvSpaces.masked", "be False for a continuous action space", self.masked)
-        require(self.obs != {}, "EnvSpaces.obs", "have at least one group", self.obs)
+        if isinstance(self.obs, dict):
+            named = len(self.obs) > 0 and all(name.isidentifier() for name in self.obs)
+            rule = "have groups, named like Python identifiers"
+            require(named, "EnvSpaces.obs", rule, list(self.obs))
 
 
 def mask_size(space: ActionSpace) -> int:

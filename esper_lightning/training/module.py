@@ -164,7 +164,11 @@ class PPO(LightningModule):
         rollout = first_steps(self._rollout, self._next_rollout_steps())
         learning_rate = self._set_learning_rate()
         assert self._acting is not None
-        with trainer_support.autocast_without_cache(self.device):
+        samples_per_step = rollout.reward.numel() // self.ppo.minibatches
+        with (
+            trainer_support.autocast_without_cache(self.device),
+            trainer_support.few_cpu_threads(samples_per_step),
+        ):
             with profile("rollout"):
                 self._acting = collect(
                     self._env,
@@ -232,7 +236,11 @@ class PPO(LightningModule):
         One episode in each of ``eval_episodes`` environments of its own.
         """
         # Lightning's inference mode would forbid environments to write into their own state later.
-        with torch.inference_mode(False), torch.no_grad():
+        with (
+            torch.inference_mode(False),
+            torch.no_grad(),
+            trainer_support.few_cpu_threads(self._eval_env.num_envs),
+        ):
             seed = stream_seed(self.seed, rank=self.global_rank, purpose="evaluation")
             env = self._eval_env.build(self.device, seed)
             episodes = evaluate_policy(self.policy, self._normalize, env)

@@ -8,7 +8,8 @@ Which Trainer settings work, how a run is counted.
 
 import logging
 import warnings
-from contextlib import AbstractContextManager, nullcontext
+from collections.abc import Iterator
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 
 import torch
 from lightning.pytorch import Trainer
@@ -18,6 +19,7 @@ from esper_lightning.core.validate import require
 __all__ = [
     "autocast_without_cache",
     "count_step",
+    "few_cpu_threads",
     "planned_env_steps",
     "refuse_unsupported",
     "silence_checkpoint_advice",
@@ -25,6 +27,7 @@ __all__ = [
 
 _log = logging.getLogger(__name__)
 _PRECISIONS = ("32-true", "bf16-mixed")
+_SAMPLES_WORTH_A_THREAD = 2048
 
 
 def refuse_unsupported(trainer: Trainer) -> None:
@@ -123,3 +126,24 @@ def autocast_without_cache(device: torch.device) -> AbstractContextManager[objec
         return nullcontext()
     dtype = torch.get_autocast_dtype(device.type)
     return torch.autocast(device.type, dtype=dtype, cache_enabled=False)
+
+
+@contextmanager
+def few_cpu_threads(samples: int) -> Iterator[None]:
+    """One CPU thread for tensors of so few rows that a second gains nothing.
+
+    Threads of an OpenMP team wait for each other by spinning: beside another busy process, 64
+    environments ran 70 times slower with two threads than with one (``docs/decisions/0008``).
+
+    Args:
+        samples: Rows of the largest tensors, those of a minibatch.
+    """
+    threads = torch.get_num_threads()
+    if samples >= _SAMPLES_WORTH_A_THREAD or threads == 1:
+        yield
+        return
+    torch.set_num_threads(1)
+    try:
+        yield
+    finally:
+        torch.set_num_threads(threads)

@@ -61,7 +61,7 @@ def test_a_box_is_bounded_if_every_bound_is_finite(box: Box, bounded: bool) -> N
         ),
         (
             lambda: EnvSpaces(obs={}, action=Discrete(2)),
-            "EnvSpaces.obs must have at least one group, got {}.",
+            "EnvSpaces.obs must have groups, named like Python identifiers, got [].",
         ),
         (
             lambda: mask_size(Box((2,))),

@@ -1,0 +1,203 @@
+"""``esper fit`` and ``esper evaluate`` as a user meets them."""
+
+from pathlib import Path
+
+import pytest
+import yaml
+
+from esper_lightning.cli.main import main
+from esper_lightning.forensics.files import read_json_lines
+
+CONFIGS = sorted((Path(__file__).parents[2] / "configs").glob("*.yaml"))
+CARTPOLE = str(Path(__file__).parents[2] / "configs" / "cartpole.yaml")
+QUICK = (
+    *(
+        "--model.env.num_envs",
+        "4",
+        "--model.ppo.rollout_steps",
+        "8",
+        "--model.ppo.minibatches",
+        "2",
+    ),
+    *(
+        "--model.total_env_steps",
+        "64",
+        "--model.eval_episodes",
+        "3",
+        "--trainer.accelerator",
+        "cpu",
+    ),
+)
+
+pytestmark = pytest.mark.filterwarnings(
+    "ignore:LightningCLI's args parameter is intended",
+    # What Lightning's command line calls.
+    "ignore::jsonargparse._deprecated.JsonargparseDeprecationWarning",
+    "ignore:The dirpath has changed",
+)
+
+
+@pytest.fixture(autouse=True)
+def _in_a_folder_of_its_own(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr("sys.argv", ["esper"])
+
+
+def fails(capsys, *arguments) -> str:
+    with pytest.raises(SystemExit) as caught:
+        main(list(arguments))
+    assert caught.value.code == 2
+    captured = capsys.readouterr()
+    lines = [line for line in captured.err.splitlines() if "available: " not in line]
+    assert len(lines) == 1, captured.err
+    return lines[0]
+
+
+@pytest.mark.parametrize("config", CONFIGS, ids=lambda path: path.stem)
+def test_every_config_trains_one_iteration(config, capsys):
+    spec = yaml.safe_load(config.read_text())["model"]
+    steps = spec["env"]["init_args"]["num_envs"] * spec["ppo"]["rollout_steps"]
+    settings = ["--model.total_env_steps", str(steps), "--model.eval_episodes", "2"]
+    main(["fit", "--config", str(config), *settings, "--trainer.accelerator", "cpu"])
+    (history,) = Path().glob("runs/*/version_0/rank0/history.jsonl")
+    assert [row["env_steps"] for row in read_json_lines(history)] == [steps]
+
+
+def test_fit_says_what_it_learned_and_where_it_is(capsys):
+    main(["fit", "--config", CARTPOLE, *QUICK])
+    said = capsys.readouterr().out.splitlines()
+    assert said[-3].startswith("CartPole: mean return ")
+    assert said[-3].endswith(" over 3 deterministic evaluation episodes")
+    assert said[-2].startswith("Trained for 64 env steps in ")
+    assert said[-1] == "Run directory: runs/cartpole/version_0"
+    run = Path("runs/cartpole/version_0")
+    found = {str(path.relative_to(run)) for path in run.rglob("*") if path.is_file()}
+    assert {
+        "config.yaml",
+        "checkpoints/best.ckpt",
+        "checkpoints/last.ckpt",
+        "rank0/history.jsonl",
+        "rank0/evaluations.jsonl",
+    } <= found
+
+
+def test_the_config_in_the_run_directory_repeats_the_run(capsys):
+    main(["fit", "--config", CARTPOLE, *QUICK])
+    main(["fit", "--config", "runs/cartpole/version_0/config.yaml"])
+    first, second = (
+        read_json_lines(Path(f"runs/cartpole/version_{version}/rank0/history.jsonl"))
+        for version in (0, 1)
+    )
+    assert [row["loss/value"] for row in first] == [row["loss/value"] for row in second]
+
+
+def test_evaluate_needs_a_checkpoint_and_nothing_else(capsys):
+    main(["fit", "--config", CARTPOLE, *QUICK])
+    trained = capsys.readouterr().out.splitlines()[-3]
+    path = "runs/cartpole/version_0/checkpoints/last.ckpt"
+    main(["evaluate", "--ckpt_path", path])
+    assert capsys.readouterr().out.splitlines() == [trained]
+    main(["evaluate", f"--ckpt_path={path}", "--model.eval_episodes", "5"])
+    assert capsys.readouterr().out.endswith("over 5 deterministic evaluation episodes\n")
+    assert [path.name for path in Path("runs/cartpole").iterdir()] == ["version_0"]
+
+
+def test_resumes(capsys):
+    main(["fit", "--config", CARTPOLE, *QUICK])
+    ckpt = ["--ckpt_path", "runs/cartpole/version_0/checkpoints/last.ckpt"]
+    main(["fit", "--config", CARTPOLE, *QUICK, *ckpt, "--model.total_env_steps", "128"])
+    rows = read_json_lines(Path("runs/cartpole/version_1/rank0/history.jsonl"))
+    assert [row["env_steps"] for row in rows] == [96, 128]
+
+
+def test_barebones(capsys):
+    main(["fit", "--config", CARTPOLE, *QUICK, "--trainer.barebones", "true"])
+    assert "Trained for 64 env steps" in capsys.readouterr().out
+
+
+def test_fast_dev_run_leaves_nothing(capsys):
+    main(["fit", "--config", CARTPOLE, *QUICK, "--trainer.fast_dev_run", "true"])
+    assert list(Path().iterdir()) == []
+
+
+def test_without_evaluation(capsys):
+    main(["fit", "--config", CARTPOLE, *QUICK, "--trainer.limit_val_batches", "0"])
+    assert "mean return" not in capsys.readouterr().out
+    checkpoints = Path("runs/cartpole/version_0/checkpoints")
+    assert [path.name for path in checkpoints.iterdir()] == ["last.ckpt"]
+
+
+def test_users_own_callbacks_and_loggers(capsys):
+    arguments = [
+        *("--trainer.logger", "CSVLogger", "--trainer.logger.save_dir", "mine"),
+        *("--trainer.callbacks+=ModelCheckpoint", "--trainer.callbacks.filename", "own"),
+        *("--trainer.callbacks+=EarlyStopping", "--trainer.callbacks.monitor", "loss/value"),
+    ]
+    main(["fit", "--config", CARTPOLE, *QUICK, *arguments])
+    assert capsys.readouterr().out.endswith("Run directory: mine/lightning_logs/version_0\n")
+    run = Path("mine/lightning_logs/version_0")
+    assert [path.name for path in (run / "checkpoints").iterdir()] == ["own.ckpt"]
+    assert (run / "metrics.csv").is_file()
+    assert (run / "rank0" / "history.jsonl").is_file()
+
+
+def test_print_config_can_be_used_as_a_config(capsys):
+    with pytest.raises(SystemExit) as caught:
+        main(["fit", "--config", CARTPOLE, *QUICK, "--print_config"])
+    assert caught.value.code == 0
+    Path("printed.yaml").write_text(capsys.readouterr().out)
+    main(["fit", "--config", "printed.yaml"])
+    assert len(read_json_lines(Path("runs/cartpole/version_0/rank0/history.jsonl"))) == 2
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["--model.ppo.clib", "0.2"], "unrecognized arguments: --model.ppo.clib 0.2"),
+        (["--trainer.max_epoch", "2"], "unrecognized arguments: --trainer.max_epoch 2"),
+        (["--model.policy.hiden", "3"], "'hiden' is not accepted"),
+        (["--model.ppo.clip", "2"], "PPOConfig.clip must lie in (0, 1), got 2.0. Usual values"),
+        (["--model.ppo.minibatches", "7"], "PPOConfig.minibatches must divide"),
+        (["--model.env.num_envs", "0"], "CartPole.num_envs must be at least 1, got 0."),
+        (["--model.seed", "x"], "Got value: x"),
+        (["--model.env", "CartPoll"], "CartPoll"),
+        (["--config", "none.yaml"], "File does not exist: '/"),
+        (["--ckpt_path", "none.ckpt"], "--ckpt_path must name an existing checkpoint, got 'none"),
+        (["--trainer.gradient_clip_val", "1"], "Trainer.gradient_clip_val must be None, got 1."),
+        (["--trainer.precision", "16-true"], "Trainer.precision must be one of 32-true, bf16"),
+    ],
+)
+def test_a_mistake_is_one_line_and_status_2(capsys, arguments, message):
+    line = fails(capsys, "fit", "--config", CARTPOLE, *arguments)
+    assert line.startswith("esper: error: ")
+    assert message in line
+    assert not Path("runs").exists()
+
+
+def test_a_misspelt_key_in_a_file(capsys):
+    settings = yaml.safe_load(Path(CARTPOLE).read_text())
+    settings["model"]["ppo"]["rolout_steps"] = 3
+    Path("bad.yaml").write_text(yaml.safe_dump(settings))
+    assert "rolout_steps" in fails(capsys, "fit", "--config", "bad.yaml")
+
+
+def test_a_file_that_is_not_yaml(capsys):
+    Path("bad.yaml").write_text("model: [1, 2\n")
+    fails(capsys, "fit", "--config", "bad.yaml")
+
+
+@pytest.mark.parametrize("arguments", [[], ["fitt"], ["fit"], ["evaluate"]])
+def test_commands_that_are_not_whole(capsys, arguments):
+    fails(capsys, *arguments)
+
+
+def test_checkpoints_of_others(capsys):
+    main(["fit", "--config", CARTPOLE, *QUICK])
+    capsys.readouterr()
+    ckpt = ["--ckpt_path", "runs/cartpole/version_0/checkpoints/last.ckpt"]
+    line = fails(capsys, "fit", "--config", CARTPOLE, *QUICK, *ckpt, "--model.env", "MountainCar")
+    assert "PPO.env must be the checkpoint's, 'esper_lightning.envs.cartpole.CartPole'" in line
+    Path("torn.ckpt").write_bytes(Path(ckpt[1]).read_bytes()[:-1000])
+    for path in ("torn.ckpt", CARTPOLE):
+        line = fails(capsys, "evaluate", "--ckpt_path", path)
+        assert line.endswith(f"--ckpt_path must name a whole checkpoint, got '{path}'.")

@@ -1,0 +1,127 @@
+"""``train_ppo_vectorized``: one call, its files, its profiler, its errors."""
+
+import json
+import re
+
+import pytest
+import yaml
+
+from esper_lightning import MLP, PPO, PPOConfig, train_ppo_vectorized
+from esper_lightning.envs import CartPole
+from esper_lightning.forensics.files import read_json_lines
+
+SMALL = PPOConfig(rollout_steps=4, minibatches=2, epochs=1)
+
+
+@pytest.fixture
+def train(tmp_path):
+    def run(iterations=3, **settings):
+        defaults = {"ppo": SMALL, "policy": MLP(hidden_sizes=(8,)), "device": "cpu"}
+        defaults["run_dir"] = tmp_path / "run"
+        return train_ppo_vectorized(
+            CartPole(num_envs=4), iterations=iterations, **{**defaults, **settings}
+        )
+
+    return run
+
+
+def test_returns_the_rows_that_are_on_disk(train, tmp_path):
+    rows = train()
+    assert [row["iteration"] for row in rows] == [1, 2, 3]
+    assert rows == read_json_lines(tmp_path / "run" / "rank0" / "history.jsonl")
+    names = {path.name for path in (tmp_path / "run").iterdir()}
+    assert {"config.yaml", "checkpoints", "rank0"} <= names
+    assert any(name.startswith("events.out.tfevents") for name in names)
+
+
+def test_makes_a_new_run_directory_each_time(train, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    for _ in range(2):
+        train(run_dir=None)
+    for version in (0, 1):
+        path = tmp_path / "runs" / "cartpole" / f"version_{version}" / "rank0" / "history.jsonl"
+        assert len(read_json_lines(path)) == 3
+
+
+def test_config_repeats_the_run(train, tmp_path):
+    train(seed=3)
+    config = yaml.safe_load((tmp_path / "run" / "config.yaml").read_text())
+    assert config["model"]["env"]["init_args"] == {"num_envs": 4, "time_limit": 500}
+    assert (config["model"]["seed"], config["model"]["ppo"]["rollout_steps"]) == (3, 4)
+
+
+def test_saves_and_resumes(train, tmp_path):
+    whole = train(6, run_dir=tmp_path / "whole")
+    train(3, save_path=tmp_path / "saved" / "x.ckpt")
+    assert PPO.load_from_checkpoint(tmp_path / "saved" / "x.ckpt").iteration == 3
+    rows = train(6, resume_path=tmp_path / "saved" / "x.ckpt")
+
+    def timeless(rows):
+        return [
+            {k: v for k, v in r.items() if k not in ("time_s", "env_steps_per_s")} for r in rows
+        ]
+
+    assert timeless(rows) == timeless(whole)
+
+
+def trace_names(path):
+    return {event.get("name") for event in json.loads(path.read_text())["traceEvents"]}
+
+
+@pytest.mark.parametrize(("wait", "warmup", "active", "iterations"), [(1, 1, 3, 8), (0, 1, 1, 3)])
+def test_profiler_leaves_a_trace_and_a_table(
+    train, tmp_path, capfd, wait, warmup, active, iterations
+):
+    settings = {"torch_profiler_wait": wait, "torch_profiler_warmup": warmup}
+    settings["torch_profiler_active"] = active
+    train(iterations, torch_profiler=True, torch_profiler_summary=True, **settings)
+    (trace,) = (tmp_path / "run" / "rank0" / "trace").iterdir()
+    assert {"rollout", "advantages", "update"} <= {
+        name.removeprefix("[pl][profile]") for name in trace_names(trace) if name
+    }
+    table = (tmp_path / "run" / "rank0" / "profile.txt").read_text()
+    assert "Self CPU" in table
+    assert "Self CPU" in capfd.readouterr().out
+
+
+def test_profiler_writes_where_it_is_told(train, tmp_path):
+    train(6, torch_profiler=True, torch_profiler_dir=tmp_path / "traces")
+    assert len(list((tmp_path / "traces").glob("*.pt.trace.json"))) == 1
+    assert not (tmp_path / "run" / "rank0" / "trace").exists()
+
+
+@pytest.mark.parametrize(
+    ("settings", "message"),
+    [
+        ({"iterations": 0}, "train_ppo_vectorized.iterations must be at least 1, got 0."),
+        (
+            {"torch_profiler": True, "torch_profiler_wait": 2, "iterations": 3},
+            "torch_profiler_wait + torch_profiler_warmup must lie in [1, iterations = 3), got 3.",
+        ),
+        ({"devices": 2}, "Trainer.devices * Trainer.num_nodes must be 1, got 2."),
+    ],
+)
+def test_settings_that_cannot_work(train, settings, message):
+    with pytest.raises(ValueError, match="^" + re.escape(message)):
+        train(**settings)
+
+
+def test_resuming_from_nothing(train, tmp_path):
+    message = r"resume_path must name a checkpoint, got '.*none'"
+    with pytest.raises(FileNotFoundError, match=message):
+        train(resume_path=tmp_path / "none")
+
+
+def test_an_error_says_where_the_evidence_is(train, tmp_path, monkeypatch):
+    def dies(self, row):
+        if row["iteration"] == 3:
+            raise RuntimeError("injected")
+
+    monkeypatch.setattr(PPO, "_report", dies)
+    with pytest.raises(RuntimeError, match="injected") as caught:
+        train(5)
+    (note,) = caught.value.__notes__
+    assert str(tmp_path / "run" / "rank0" / "history.jsonl") in note
+    assert len(read_json_lines(tmp_path / "run" / "rank0" / "history.jsonl")) == 2
+    monkeypatch.undo()
+    assert len(train(2, run_dir=tmp_path / "next")) == 2
