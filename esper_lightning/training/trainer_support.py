@@ -8,7 +8,7 @@ Which Trainer settings work, how a run is counted.
 
 import logging
 import warnings
-from collections.abc import Iterator
+from collections.abc import Generator
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 
 import torch
@@ -129,7 +129,7 @@ def autocast_without_cache(device: torch.device) -> AbstractContextManager[objec
 
 
 @contextmanager
-def few_cpu_threads(samples: int) -> Iterator[None]:
+def few_cpu_threads(samples: int) -> Generator[None]:
     """One CPU thread for tensors of so few rows that a second gains nothing.
 
     Threads of an OpenMP team wait for each other by spinning: beside another busy process, 64
