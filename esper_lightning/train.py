@@ -26,6 +26,7 @@ from esper_lightning.policies.base import PolicySpec
 from esper_lightning.training.config import PPOConfig
 from esper_lightning.training.metrics import EVAL_RETURN
 from esper_lightning.training.module import PPO
+from esper_lightning.training.trainer_support import refuse_unsupported
 
 __all__ = ["run_callbacks", "run_logger", "train_ppo_vectorized"]
 
@@ -131,6 +132,7 @@ def train_ppo_vectorized(
         profiler=profiler,
         callbacks=run_callbacks(evaluates=False),
     )
+    refuse_unsupported(trainer)  # before it starts processes for other ranks
     settings = {
         "model": model.settings,
         "trainer": {"accelerator": device, "devices": devices},
