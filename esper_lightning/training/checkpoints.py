@@ -46,18 +46,19 @@ def refuse_foreign(
             require(mine.get(key) == theirs.get(key), field, rule, mine.get(key), hint)
 
 
-def settings_of(checkpoint: Mapping[str, Any]) -> dict[str, Any]:
-    """The specs that a checkpoint's run was made of, as arguments of ``PPO``.
+def settings_of(checkpoint: Mapping[str, Any], given: Mapping[str, Any]) -> dict[str, Any]:
+    """The specs that a checkpoint's run was made of, as arguments of ``PPO``, unless ``given``.
 
     Raises:
-        ValueError: If the class of one cannot be imported.
+        ValueError: If one cannot be made anew.
     """
     saved = checkpoint["hyper_parameters"]
-    return {
-        "env": instantiate(saved["env"], owner="env"),
-        "policy": instantiate(saved["policy"], owner="policy"),
-        "ppo": PPOConfig(**saved["ppo"]),
+    specs = {
+        name: instantiate(saved[name], owner=name)
+        for name in ("env", "policy")
+        if name not in given
     }
+    return {"ppo": PPOConfig(**saved["ppo"]), **specs, **given}
 
 
 def _flat(description: Mapping[str, Any]) -> dict[str, Any]:

@@ -16,6 +16,7 @@ import torch
 from lightning.pytorch import LightningModule
 from lightning.pytorch.callbacks import Callback
 from lightning.pytorch.trainer.states import TrainerFn
+from torch import Tensor
 from torchmetrics import CatMetric
 from typing_extensions import override
 
@@ -24,7 +25,7 @@ from esper_lightning.core.diagnostics import explained_variance
 from esper_lightning.core.running_stats import ObsNormalizer, RunningStats
 from esper_lightning.core.schedules import adaptive_learning_rate, linear_learning_rate
 from esper_lightning.core.seeding import stream, stream_seed
-from esper_lightning.core.types import Observation
+from esper_lightning.core.types import Observation, map_obs
 from esper_lightning.core.validate import require
 from esper_lightning.envs.base import EnvSpec
 from esper_lightning.policies import MLP
@@ -53,7 +54,7 @@ from esper_lightning.training.metrics import (
     shown_in_progress_bar,
     to_host,
 )
-from esper_lightning.training.specs import describe, plain, with_num_envs
+from esper_lightning.training.specs import describe, for_evaluation, plain
 from esper_lightning.training.update import build_optimizer, prepare_samples, update
 
 __all__ = ["PPO"]
@@ -82,7 +83,7 @@ class PPO(LightningModule):
         seed: int = 0,
         total_env_steps: int | None = None,
         iterations_per_epoch: int = 50,
-        eval_episodes: int = 100,
+        eval_episodes: int | None = None,
     ) -> None:
         """Check the settings and build the networks; ``setup`` builds environments, on the device.
 
@@ -96,7 +97,8 @@ class PPO(LightningModule):
                 the last rollout is shortened to fit, and less than one step of all environments is
                 left unused. ``None`` leaves the end to the Trainer's own limits.
             iterations_per_epoch: Length of Lightning's epoch.
-            eval_episodes: Episodes of one evaluation, each in an environment of its own.
+            eval_episodes: Episodes of one evaluation, each in an environment of its own. ``None``
+                for 100, or ``env.num_envs`` where the spec is not a dataclass.
 
         Raises:
             ValueError: If a setting is out of range or does not fit the environment.
@@ -106,11 +108,9 @@ class PPO(LightningModule):
         require(isinstance(env, EnvSpec), "PPO.env", "be an environment spec", env, hint)
         ok = isinstance(policy, PolicySpec)
         require(ok, "PPO.policy", "be a policy spec", policy, "MLP(), for example.")
-        for name, value in (
-            ("iterations_per_epoch", iterations_per_epoch),
-            ("eval_episodes", eval_episodes),
-        ):
-            require(value >= 1, f"PPO.{name}", "be at least 1", value)
+        at_least_1 = {"iterations_per_epoch": iterations_per_epoch, "eval_episodes": eval_episodes}
+        for name, value in at_least_1.items():
+            require(value is None or value >= 1, f"PPO.{name}", "be at least 1", value)
         ppo.check_against(num_envs=env.num_envs)
         enough = total_env_steps is None or total_env_steps >= env.num_envs
         rule = f"be at least env.num_envs = {env.num_envs}"
@@ -142,7 +142,7 @@ class PPO(LightningModule):
         self.recent_episodes = RecentEpisodes()
         self.eval_return = CatMetric(nan_strategy="error")
         self.eval_length = CatMetric(nan_strategy="error")
-        self._eval_env = with_num_envs(env, eval_episodes)
+        self._eval_env = for_evaluation(env, eval_episodes)
         self._acting: ActingState | None = None
         self._resumed: dict[str, Any] | None = None
 
@@ -380,7 +380,7 @@ class PPO(LightningModule):
         """
         checkpoint = torch.load(checkpoint_path, map_location="cpu", weights_only=True)
         refuse_not_ours(checkpoint, str(checkpoint_path))
-        settings = {**settings_of(checkpoint), **kwargs}
+        settings = settings_of(checkpoint, kwargs)
         return super().load_from_checkpoint(checkpoint_path, weights_only=True, **settings)  # pyright: ignore[reportArgumentType]
 
     def _restore_acting(self, state: dict[str, Any]) -> None:
@@ -398,6 +398,7 @@ class PPO(LightningModule):
     # Parts of an iteration.
 
     def _normalize(self, obs: Observation) -> Observation:
+        obs = map_obs(Tensor.float, obs)
         return obs if self.obs_normalizer is None else self.obs_normalizer(obs)
 
     def _next_rollout_steps(self) -> int:

@@ -9,8 +9,9 @@ from collections.abc import Mapping
 from typing import Any, cast
 
 from esper_lightning.core.validate import require
+from esper_lightning.envs.base import EnvSpec
 
-__all__ = ["describe", "instantiate", "plain", "with_num_envs"]
+__all__ = ["describe", "for_evaluation", "instantiate", "plain"]
 
 Description = dict[str, Any]
 
@@ -43,32 +44,38 @@ def instantiate(description: Description, *, owner: str) -> Any:
     """The spec that ``describe`` described.
 
     Raises:
-        ValueError: If its class cannot be imported.
+        ValueError: If its class cannot be imported, or takes other settings.
     """
     path = str(description["class_path"])
     module, _, name = path.rpartition(".")
+    settings = cast(dict[str, object], description["init_args"])
     try:
         kind = getattr(importlib.import_module(module), name)
-    except (ImportError, AttributeError, ValueError) as error:
-        raise ValueError(
-            f"{owner} must be importable, got {path!r}. Pass {owner} yourself."
-        ) from error
-    settings = cast(dict[str, object], description["init_args"])
-    return kind(**{key: _frozen(value) for key, value in settings.items()})
+        return kind(**{key: _frozen(value) for key, value in settings.items()})
+    except (ImportError, AttributeError, TypeError) as error:
+        hint = f"Pass {owner} yourself."
+        raise ValueError(f"{owner} must be one that {path} makes anew: {error}. {hint}") from error
 
 
-def with_num_envs(spec: Any, num_envs: int) -> Any:
-    """The same environment with another number of copies.
+def for_evaluation(spec: EnvSpec, episodes: int | None) -> EnvSpec:
+    """The same environment with a copy for each episode of an evaluation.
+
+    Args:
+        spec: Of the training environments.
+        episodes: How many; ``None`` for 100, or as many as the spec has if it is not a dataclass,
+            which cannot be copied with another number.
 
     Raises:
         ValueError: If the spec is not a dataclass and has another number.
     """
-    if spec.num_envs == num_envs:
+    num_envs, copies = spec.num_envs, dataclasses.is_dataclass(spec)
+    if episodes is None:
+        episodes = 100 if copies else num_envs
+    if num_envs == episodes:
         return spec
     hint = "Make the spec a dataclass, so that it can be copied with another num_envs."
-    ok = dataclasses.is_dataclass(spec)
-    require(ok, "PPO.eval_episodes", f"equal env.num_envs = {spec.num_envs}", num_envs, hint)
-    return dataclasses.replace(spec, num_envs=num_envs)
+    require(copies, "PPO.eval_episodes", f"equal env.num_envs = {num_envs}", episodes, hint)
+    return dataclasses.replace(cast(Any, spec), num_envs=episodes)
 
 
 def _frozen(value: object) -> object:

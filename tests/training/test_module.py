@@ -20,8 +20,8 @@ from lightning.pytorch.callbacks import (
 from lightning.pytorch.loggers import CSVLogger, TensorBoardLogger
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
-from esper_lightning import MLP, PPO, PPOConfig
-from esper_lightning.core.spaces import Box, EnvSpaces
+from esper_lightning import MLP, PPO, PPOConfig, check_env
+from esper_lightning.core.spaces import Box, EnvSpaces, MultiDiscrete
 from esper_lightning.envs import CartPole, MountainCar, Pendulum
 from esper_lightning.training.evaluation import evaluate_policy
 
@@ -529,3 +529,66 @@ class TestErrors:
         message = "PPO.total_env_steps must be known for PPOConfig.learning_rate_schedule='linear'"
         with pytest.raises(ValueError, match=re.escape(message)):
             make_trainer().fit(cartpole(ppo=ppo, total_env_steps=None))
+
+
+class NotADataclass:
+    """A spec that shares nothing with ours; observations in double precision, in two groups."""
+
+    def __init__(self, num_envs=4):
+        self.num_envs = num_envs
+
+    def spaces(self) -> EnvSpaces:
+        return EnvSpaces(
+            obs={"position": Box((2,)), "speed": Box((2,))},
+            action=MultiDiscrete((2, 3)),
+            masked=True,
+        )
+
+    def build(self, device, seed):
+        return TwoGroups(CartPole(num_envs=self.num_envs).build(device, seed), self.spaces())
+
+
+class TwoGroups:
+    """CartPole whose second action component does nothing, and may not be 1."""
+
+    def __init__(self, env, spaces):
+        self._env, self.spaces, self.num_envs = env, spaces, env.num_envs
+        self.state_dict, self.load_state_dict = env.state_dict, env.load_state_dict
+        self._mask = torch.tensor([True, True, True, False, True]).expand(env.num_envs, 5)
+
+    def _groups(self, obs):
+        position, speed = obs.double()[:, ::2], obs.double()[:, 1::2]
+        return {"speed": speed, "position": position}
+
+    def reset(self):
+        return self._groups(self._env.reset()[0]), self._mask
+
+    def step(self, action):
+        assert not (action[:, 1] == 1).any()
+        result = self._env.step(action[:, 0])
+        return result._replace(
+            obs=self._groups(result.obs),
+            reached_obs=self._groups(result.reached_obs),
+            action_mask=self._mask,
+        )
+
+
+class TestEnvironmentsOfOthers:
+    def test_groups_masks_and_a_plain_class(self, make_trainer, tmp_path):
+        def model():
+            policy = MLP(hidden_sizes=(16,), actor_obs=("position",))
+            ppo = dataclasses.replace(SMALL, normalize_obs=True)
+            return PPO(NotADataclass(), policy, ppo, total_env_steps=96, iterations_per_epoch=2)
+
+        check_env(NotADataclass().build(torch.device("cpu"), 0), steps=100)
+        trainer = make_trainer(limit_val_batches=1.0)
+        trainer.fit(model())
+        assert trainer.callback_metrics["eval/episodes"] == 4
+        trainer.save_checkpoint(tmp_path / "x.ckpt")
+        make_trainer().fit(model(), ckpt_path=tmp_path / "x.ckpt", weights_only=True)
+        assert PPO.load_from_checkpoint(tmp_path / "x.ckpt", env=NotADataclass()).iteration == 3
+
+    def test_another_number_of_episodes_cannot_be_had(self):
+        message = "PPO.eval_episodes must equal env.num_envs = 4, got 7. Make the spec a dataclass"
+        with pytest.raises(ValueError, match="^" + re.escape(message)):
+            PPO(NotADataclass(), ppo=SMALL, eval_episodes=7)
