@@ -13,7 +13,7 @@ from esper_lightning.core.buffer import write_step
 from esper_lightning.core.gae import discounted_returns
 from esper_lightning.core.running_stats import RunningStats
 from esper_lightning.core.shapes import Bool, Float
-from esper_lightning.core.types import Observation, Rollout
+from esper_lightning.core.types import Observation, Rollout, map_obs
 from esper_lightning.envs.base import BatchedEnv
 from esper_lightning.policies.base import Policy
 from esper_lightning.training.config import PPOConfig
@@ -32,6 +32,15 @@ class ActingState(NamedTuple):
     obs: Observation  # [B, *O]
     action_mask: Bool[Tensor, "B K"] | None
     discounted_return: Float[Tensor, " B"]  # of the running episodes so far, for reward scaling
+
+    def to(self, device: torch.device) -> "ActingState":
+        """The same on another device."""
+
+        def move(tensor: Tensor) -> Tensor:
+            return tensor.to(device)
+
+        mask = None if self.action_mask is None else move(self.action_mask)
+        return ActingState(map_obs(move, self.obs), mask, move(self.discounted_return))
 
 
 @torch.no_grad()

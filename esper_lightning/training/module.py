@@ -25,7 +25,7 @@ from esper_lightning.core.diagnostics import explained_variance
 from esper_lightning.core.running_stats import ObsNormalizer, RunningStats
 from esper_lightning.core.schedules import adaptive_learning_rate, linear_learning_rate
 from esper_lightning.core.seeding import stream, stream_seed
-from esper_lightning.core.types import Observation, map_obs
+from esper_lightning.core.types import Observation, Rollout, Samples, map_obs
 from esper_lightning.core.validate import require
 from esper_lightning.envs.base import EnvSpec
 from esper_lightning.policies import MLP
@@ -55,7 +55,7 @@ from esper_lightning.training.metrics import (
     to_host,
 )
 from esper_lightning.training.specs import describe, for_evaluation, plain
-from esper_lightning.training.update import build_optimizer, prepare_samples, update
+from esper_lightning.training.update import UpdateMetrics, build_optimizer, prepare_samples, update
 
 __all__ = ["PPO"]
 
@@ -163,27 +163,14 @@ class PPO(LightningModule):
         profile = self.trainer.profiler.profile
         rollout = first_steps(self._rollout, self._next_rollout_steps())
         learning_rate = self._set_learning_rate()
-        assert self._acting is not None
-        samples_per_step = rollout.reward.numel() // self.ppo.minibatches
         with (
             trainer_support.autocast_without_cache(self.device),
-            trainer_support.few_cpu_threads(samples_per_step),
+            trainer_support.few_cpu_threads(rollout.reward.numel() // self.ppo.minibatches),
         ):
             with profile("rollout"):
-                self._acting = collect(
-                    self._env,
-                    self.policy,
-                    self._normalize,
-                    self._acting,
-                    rollout,
-                    generator=self._exploration,
-                )
-                healthy = is_finite(rollout)
+                healthy = self._collect(rollout)
             with profile("advantages"):
-                reward, self._acting = scale_reward(
-                    rollout, self._acting, self.return_stats, self.ppo, healthy=healthy
-                )
-                samples = prepare_samples(self.policy, self._normalize, rollout, reward, self.ppo)
+                samples = self._prepare(rollout, healthy)
             with profile("update"):
                 metrics = update(
                     self.policy,
@@ -195,36 +182,13 @@ class PPO(LightningModule):
                     backward=self.manual_backward,
                 )
         with profile("logging"):
-            self.recent_episodes.update(rollout.episode_return, rollout.episode_length)
-            variance = explained_variance(samples.value, samples.value_target)
-            recent = self.recent_episodes.compute()
-            # The one device-to-host copy of an iteration.
-            host = to_host(recent, rollout, metrics, variance, healthy)
-            if not host["healthy"]:
-                owner, found = f"{type(self.env).__name__}.step", first_non_finite(rollout)
-                hint = "The weights are those of the previous iteration."
-                require(False, owner, "return finite values", found, hint)
-            if (
-                self.obs_normalizer is not None
-            ):  # frozen until here: acting and learning saw the same
+            host = self._to_host(rollout, samples, metrics, healthy)
+            if self.obs_normalizer is not None:
+                # Only now: acting and learning are to see the same statistics.
                 self.obs_normalizer.update(rollout.obs)
-            env_steps = rollout.reward.numel() * self.trainer.world_size
-            self.iteration += 1
-            self.env_steps += env_steps
-            self.gradient_steps += int(host["gradient_steps"])
-            duration_s = time.perf_counter() - started
-            self.train_time_s += duration_s
-            row = {
-                "iteration": self.iteration,
-                "env_steps": self.env_steps,
-                "gradient_steps": self.gradient_steps,
-                "time_s": self.train_time_s,
-                "env_steps_per_s": env_steps / duration_s,
-                **iteration_figures(host),
-                "optim/learning_rate": learning_rate,
-            }
+            row = self._count(rollout, host, time.perf_counter() - started)
+            row["optim/learning_rate"] = learning_rate
             self._report(row)
-        trainer_support.count_step(self.trainer)
         if self._next_rollout_steps() == 0:
             self.trainer.should_stop = True
         return {"row": row}
@@ -384,18 +348,66 @@ class PPO(LightningModule):
         return super().load_from_checkpoint(checkpoint_path, weights_only=True, **settings)  # pyright: ignore[reportArgumentType]
 
     def _restore_acting(self, state: dict[str, Any]) -> None:
-        def to_device(value: Observation | None) -> Any:
-            if isinstance(value, dict):
-                return {name: tensor.to(self.device) for name, tensor in value.items()}
-            return None if value is None else value.to(self.device)
-
         self._env.load_state_dict(state["env"])
-        self._acting = ActingState(**{k: to_device(v) for k, v in state["acting"].items()})
+        self._acting = ActingState(**state["acting"]).to(self.device)
         generators = (self._exploration, self._sample_order)
         for generator, saved in zip(generators, state["generators"], strict=True):
             generator.set_state(saved.cpu())
 
     # Parts of an iteration.
+
+    def _collect(self, rollout: Rollout) -> Tensor:
+        """Fill the rollout; returns whether all of it is finite, on the device."""
+        assert self._acting is not None
+        self._acting = collect(
+            self._env,
+            self.policy,
+            self._normalize,
+            self._acting,
+            rollout,
+            generator=self._exploration,
+        )
+        return is_finite(rollout)
+
+    def _prepare(self, rollout: Rollout, healthy: Tensor) -> Samples:
+        """Scale rewards and estimate advantages."""
+        assert self._acting is not None
+        reward, self._acting = scale_reward(
+            rollout, self._acting, self.return_stats, self.ppo, healthy=healthy
+        )
+        return prepare_samples(self.policy, self._normalize, rollout, reward, self.ppo)
+
+    def _to_host(
+        self, rollout: Rollout, samples: Samples, metrics: UpdateMetrics, healthy: Tensor
+    ) -> dict[str, float]:
+        """The one device-to-host copy of an iteration, which also tells whether it was healthy."""
+        self.recent_episodes.update(rollout.episode_return, rollout.episode_length)
+        variance = explained_variance(samples.value, samples.value_target)
+        host = to_host(self.recent_episodes.compute(), rollout, metrics, variance, healthy)
+        if not host["healthy"]:
+            owner, found = f"{type(self.env).__name__}.step", first_non_finite(rollout)
+            hint = "The weights are those of the previous iteration."
+            require(False, owner, "return finite values", found, hint)
+        return host
+
+    def _count(
+        self, rollout: Rollout, host: dict[str, float], duration_s: float
+    ) -> dict[str, float | int | None]:
+        """Advance every counter; returns the history row."""
+        env_steps = rollout.reward.numel() * self.trainer.world_size
+        self.iteration += 1
+        self.env_steps += env_steps
+        self.gradient_steps += int(host["gradient_steps"])
+        self.train_time_s += duration_s
+        trainer_support.count_step(self.trainer)
+        return {
+            "iteration": self.iteration,
+            "env_steps": self.env_steps,
+            "gradient_steps": self.gradient_steps,
+            "time_s": self.train_time_s,
+            "env_steps_per_s": env_steps / duration_s,
+            **iteration_figures(host),
+        }
 
     def _normalize(self, obs: Observation) -> Observation:
         obs = map_obs(Tensor.float, obs)
