@@ -23,6 +23,7 @@ from esper_lightning.forensics.files import read_json_lines, write_atomically
 from esper_lightning.forensics.layout import RankLayout, RunLayout
 from esper_lightning.policies import MLP
 from esper_lightning.policies.base import PolicySpec
+from esper_lightning.training.checkpoints import load_checkpoint
 from esper_lightning.training.config import PPOConfig
 from esper_lightning.training.metrics import EVAL_RETURN
 from esper_lightning.training.module import PPO
@@ -56,17 +57,23 @@ def train_ppo_vectorized(
 ) -> list[dict[str, Any]]:
     """Train PPO for a number of iterations and return its history.
 
-    Args: env: Which environments to train in. iterations: Iterations of the whole run, those before
-        ``resume_path`` included. ppo: How to train. policy: Which networks to train. seed: Of
-        everything random. device: Lightning's accelerator: ``auto``, ``cpu``, ``gpu``, ... devices:
-        How many of them. run_dir: Where history, logs and checkpoints go; ``None`` for a new
-        ``runs/<env>/version_<n>``. torch_profiler: Whether Lightning's ``PyTorchProfiler`` records
-        Chrome traces. torch_profiler_dir: Where traces go; ``None`` for ``rank0/trace`` in the run
-        directory. torch_profiler_wait: Iterations that are not recorded, at the start of each
-        cycle. torch_profiler_warmup: Iterations recorded and thrown away, next in the cycle.
-        torch_profiler_active: Iterations recorded, next in the cycle. torch_profiler_repeat: Number
-        of cycles; 0 for as many as there are. Lightning's profiler stops after the first
-            one whatever this says (Lightning issue 14063).
+    Args:
+        env: Which environments to train in.
+        iterations: Iterations of the whole run, those before ``resume_path`` included.
+        ppo: How to train.
+        policy: Which networks to train.
+        seed: Of everything random.
+        device: Lightning's accelerator: ``auto``, ``cpu``, ``gpu``, ...
+        devices: How many of them.
+        run_dir: Where history, logs and checkpoints go; ``None`` for a new
+            ``runs/<env>/version_<n>``.
+        torch_profiler: Whether Lightning's ``PyTorchProfiler`` records Chrome traces.
+        torch_profiler_dir: Where traces go; ``None`` for ``rank0/trace`` in the run directory.
+        torch_profiler_wait: Iterations that are not recorded, at the start of each cycle.
+        torch_profiler_warmup: Iterations recorded and thrown away, next in the cycle.
+        torch_profiler_active: Iterations recorded, next in the cycle.
+        torch_profiler_repeat: Number of cycles; 0 for as many as there are. Lightning's profiler
+            stops after the first one whatever this says (Lightning issue 14063).
         torch_profiler_record_shapes: Whether operators are recorded with the shapes of their
             inputs.
         torch_profiler_profile_memory: Whether allocations are recorded.
@@ -81,8 +88,7 @@ def train_ppo_vectorized(
         The rows of ``rank0/history.jsonl``, one for each iteration of this run directory.
 
     Raises:
-        ValueError: If a setting is out of range.
-        FileNotFoundError: If ``resume_path`` does not exist.
+        ValueError: If a setting is out of range, or ``resume_path`` names no checkpoint.
         BaseException: Whatever ended the run, with a note that says where its evidence is.
     """
     require(iterations >= 1, "train_ppo_vectorized.iterations", "be at least 1", iterations)
@@ -93,8 +99,14 @@ def train_ppo_vectorized(
     )
     fits = not torch_profiler or 1 <= recorded_from < iterations
     require(fits, "torch_profiler_wait + torch_profiler_warmup", rule, recorded_from, hint)
-    if resume_path is not None and not Path(resume_path).is_file():
-        raise FileNotFoundError(f"resume_path must name a checkpoint, got {str(resume_path)!r}.")
+    counts = {"wait": torch_profiler_wait, "warmup": torch_profiler_warmup}
+    for name, value in (counts | {"repeat": torch_profiler_repeat}).items():
+        require(value >= 0, f"torch_profiler_{name}", "not be negative", value)
+    require(
+        torch_profiler_active >= 1, "torch_profiler_active", "be at least 1", torch_profiler_active
+    )
+    if resume_path is not None:
+        load_checkpoint(resume_path)  # refused before anything is written
 
     model = PPO(
         env,
@@ -132,7 +144,9 @@ def train_ppo_vectorized(
         profiler=profiler,
         callbacks=run_callbacks(evaluates=False),
     )
-    refuse_unsupported(trainer)  # before it starts processes for other ranks
+    refuse_unsupported(
+        trainer, budget=model.total_env_steps
+    )  # before it starts processes for other ranks
     settings = {
         "model": model.settings,
         "trainer": {"accelerator": device, "devices": devices},
@@ -161,13 +175,17 @@ def run_logger(env: EnvSpec, run_dir: str | Path | None = None) -> TensorBoardLo
 
 
 def run_callbacks(
-    *, evaluates: bool, saves: bool = True, shows_progress: bool = True
+    *,
+    evaluates: bool,
+    saves: bool = True,
+    shows_progress: bool = True,
+    writes_history: bool = True,
 ) -> list[Callback]:
     """What every run has.
 
     History, progress bar, ``last.ckpt``, and ``best.ckpt`` where there are evaluations.
     """
-    callbacks: list[Callback] = [History()]
+    callbacks: list[Callback] = [History()] if writes_history else []
     if shows_progress:
         callbacks.append(RunProgressBar())
     if saves and evaluates:

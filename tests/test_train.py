@@ -107,9 +107,14 @@ def test_settings_that_cannot_work(train, settings, message):
 
 
 def test_resuming_from_nothing(train, tmp_path):
-    message = r"resume_path must name a checkpoint, got '.*none'"
-    with pytest.raises(FileNotFoundError, match=message):
+    with pytest.raises(
+        ValueError, match=r"ckpt_path must name an existing checkpoint, got '.*none'"
+    ):
         train(resume_path=tmp_path / "none")
+    (tmp_path / "torn").write_bytes(b"PK")
+    with pytest.raises(ValueError, match=r"ckpt_path must name a whole .*, got '.*torn'"):
+        train(resume_path=tmp_path / "torn")
+    assert not (tmp_path / "run").exists()
 
 
 def test_an_error_says_where_the_evidence_is(train, tmp_path, monkeypatch):

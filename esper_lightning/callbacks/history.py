@@ -55,8 +55,9 @@ class History(Callback):
         if directory is None:
             return
         self._layout = RunLayout(Path(directory)).rank(trainer.global_rank)
+        done = getattr(pl_module, "iteration", trainer.global_step)
         for path in (self._layout.history, self._layout.evaluations):
-            _set_aside_after(path, trainer.global_step)
+            _set_aside_after(path, done)
             self._files.append(JsonLines(path))
 
     @override
@@ -84,7 +85,8 @@ class History(Callback):
             evaluated = {
                 k: v for k, v in _numbers(trainer).items() if k.startswith(("eval/", "val"))
             }
-            self._files[1].append({"iteration": trainer.global_step, **counters, **evaluated})
+            done = getattr(pl_module, "iteration", trainer.global_step)
+            self._files[1].append({"iteration": done, **counters, **evaluated})
 
     @override
     def teardown(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:

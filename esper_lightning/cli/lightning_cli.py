@@ -6,17 +6,14 @@ Lightning's command line with our defaults and one-line errors.
 import argparse
 import json
 import logging
-import pickle
 import sys
 import warnings
 from collections.abc import Callable
-from pathlib import Path
 from typing import Any, NoReturn, cast
 
-import torch
 from lightning.fabric.utilities.exceptions import MisconfigurationException
 from lightning.pytorch import LightningModule, Trainer
-from lightning.pytorch.callbacks import Callback, Checkpoint
+from lightning.pytorch.callbacks import Callback, Checkpoint, ProgressBar
 from lightning.pytorch.cli import (
     ArgsType,
     LightningArgumentParser,
@@ -27,10 +24,11 @@ from typing_extensions import override
 
 import esper_lightning.envs  # pyright: ignore[reportUnusedImport] - to be named in a config, specs
 import esper_lightning.policies  # noqa: F401  # pyright: ignore[reportUnusedImport] - must be known
+from esper_lightning.callbacks.history import History
 from esper_lightning.callbacks.run_directory import run_directory
 from esper_lightning.core.validate import require
 from esper_lightning.train import run_callbacks, run_logger
-from esper_lightning.training.checkpoints import refuse_foreign, refuse_not_ours
+from esper_lightning.training.checkpoints import load_checkpoint, refuse_foreign
 from esper_lightning.training.metrics import EVAL_RETURN
 from esper_lightning.training.module import PPO
 from esper_lightning.training.trainer_support import refuse_unsupported
@@ -91,7 +89,7 @@ class EsperTrainer(Trainer):
             model: Built from the settings in the checkpoint.
             ckpt_path: Checkpoint to evaluate.
         """
-        model.load_state_dict(_load(ckpt_path)["state_dict"])
+        model.load_state_dict(load_checkpoint(ckpt_path)["state_dict"])
         self.validate(model, verbose=False)
 
 
@@ -130,7 +128,8 @@ class EsperCLI(LightningCLI):
         words = cast(list[str], args)
         if words[:1] == ["evaluate"] and not {"-h", "--help"} & set(words):
             known, _ = _ckpt_option().parse_known_args(words[1:])
-            settings = {"model": _load(known.ckpt_path)["hyper_parameters"]}
+            require(known.ckpt_path is not None, "--ckpt_path", "be given", None)
+            settings = {"model": load_checkpoint(known.ckpt_path)["hyper_parameters"]}
             words = ["evaluate", "--config", json.dumps(settings), *words[1:]]
         self.config = parser.parse_args(words)
 
@@ -160,17 +159,20 @@ class EsperCLI(LightningCLI):
         self.trainer_defaults["callbacks"] = run_callbacks(
             evaluates=settings["limit_val_batches"] != 0,
             saves=saves and not any(isinstance(callback, Checkpoint) for callback in given),
-            shows_progress=settings["enable_progress_bar"] is not False,
+            shows_progress=settings["enable_progress_bar"] is not False
+            and not any(isinstance(callback, ProgressBar) for callback in given),
+            writes_history=not any(isinstance(callback, History) for callback in given),
         )
         return super().instantiate_trainer(**kwargs)
 
     @override
     def after_instantiate_classes(self) -> None:
         """Refuse now what the run would refuse later."""
-        refuse_unsupported(self.trainer)
+        refuse_unsupported(self.trainer, budget=self.model.total_env_steps)
         path = self.config[self.subcommand]["ckpt_path"]
-        if self.subcommand == "fit" and path not in (None, "last", "best", "hpc"):
-            refuse_foreign(_load(path), self.model.settings, resuming=True)
+        if path not in (None, "last", "best", "hpc"):
+            resuming = self.subcommand == "fit"
+            refuse_foreign(load_checkpoint(path), self.model.settings, resuming=resuming)
 
     def fit(self, **kwargs: Any) -> None:
         """Remember to train."""
@@ -196,7 +198,7 @@ class EsperCLI(LightningCLI):
             rate = steps / seconds if seconds > 0 else 0.0
             print(f"Trained for {steps:,} env steps in {seconds:.1f} s: {rate:,.0f} env-steps/s")
             directory = run_directory(self.trainer)
-            if directory is not None:
+            if directory is not None and not self.trainer.barebones:
                 print(f"Run directory: {directory}")
 
 
@@ -204,23 +206,6 @@ def _ckpt_option() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(add_help=False, exit_on_error=False, allow_abbrev=False)
     parser.add_argument("--ckpt_path")
     return parser
-
-
-def _load(path: str | None) -> dict[str, Any]:
-    """A checkpoint that PPO wrote.
-
-    Raises:
-        ValueError: If there is none at ``path``.
-    """
-    exists = path is not None and Path(path).is_file()
-    require(exists, "--ckpt_path", "name an existing checkpoint", path)
-    assert path is not None
-    try:
-        checkpoint = torch.load(path, map_location="cpu", weights_only=True)
-    except (RuntimeError, EOFError, pickle.UnpicklingError) as error:
-        raise ValueError(f"--ckpt_path must name a whole checkpoint, got {path!r}.") from error
-    refuse_not_ours(checkpoint, path)
-    return checkpoint
 
 
 def _fail(error: BaseException) -> NoReturn:

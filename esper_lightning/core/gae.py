@@ -31,11 +31,15 @@ def compute_gae(
     autoreset: a termination removes the bootstrap, a truncation keeps it; both stop the advantage
     from leaking across episodes.
 
-    Args: reward: Reward of each step. value: Value of the state acted on. next_value: Value of the
-        state reached; read where ``terminated`` is False. terminated: The task ended with this
-        step. truncated: The episode was cut after this step. discount: ``gamma``, in [0, 1].
+    Args:
+        reward: Reward of each step.
+        value: Value of the state acted on.
+        next_value: Value of the state reached; read where ``terminated`` is False.
+        terminated: The task ended with this step.
+        truncated: The episode was cut after this step.
+        discount: ``gamma``, in [0, 1].
         lambda_: ``lambda``, in [0, 1]: 0 is the one-step TD error, 1 the discounted return minus
-        the value.
+            the value.
 
     Returns:
         Advantage and value target (advantage plus value) of each step.

@@ -79,14 +79,16 @@ class RunningStats(nn.Module):
 class ObsNormalizer(nn.Module):
     """Running statistics of an observation, or of each group of it.
 
-    Groups keep their names in the state dict.
+    Groups are named in the state dict.
     """
 
     def __init__(self, space: ObsSpace, *, clip: float) -> None:
         super().__init__()
         boxes = {"obs": space} if isinstance(space, Box) else space
         self._clip = clip
-        self._stats = nn.ModuleDict({name: RunningStats(box.shape) for name, box in boxes.items()})
+        # The prefix keeps groups from taking the names of a module's own attributes.
+        stats = {f"group_{name}": RunningStats(box.shape) for name, box in boxes.items()}
+        self._stats = nn.ModuleDict(stats)
 
     def forward(self, obs: Observation) -> Observation:
         """Shift, scale and clip ``[..., *O]`` with the statistics as they are."""
@@ -102,6 +104,6 @@ class ObsNormalizer(nn.Module):
             self._of(name).update(value)
 
     def _of(self, name: str) -> RunningStats:
-        stats = self._stats[name]
+        stats = self._stats[f"group_{name}"]
         assert isinstance(stats, RunningStats)
         return stats

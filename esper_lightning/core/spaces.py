@@ -15,9 +15,11 @@ __all__ = ["ActionSpace", "Box", "Discrete", "EnvSpaces", "MultiDiscrete", "ObsS
 class Box:
     """Real vectors (or arrays) within bounds, each component alike.
 
-    Attributes: shape: Without the environment axis; ``(4,)`` for four features. low: Least value of
-        every component; may be ``-inf``, or a tuple with one bound per component. high: Greatest
-        value of every component; may be ``inf``, or a tuple likewise.
+    Attributes:
+        shape: Without the environment axis; ``(4,)`` for four features.
+        low: Least value of every component; may be ``-inf``, or a tuple with one bound per
+            component.
+        high: Greatest value of every component; may be ``inf``, or a tuple likewise.
     """
 
     shape: tuple[int, ...]

@@ -138,8 +138,7 @@ class AutoresetEnv:
 
         Raises:
             ValueError: If it comes from an environment of another size, another task or another
-            kind of device;
-                nothing is changed then.
+                kind of device; nothing is changed then.
         """
         field = f"{self._owner}.load_state_dict()"
         expected = {**self._buffers(), "generator": self.generator.get_state()}

@@ -21,16 +21,6 @@ class BatchedEnv(Protocol):
     copy and no synchronisation, and writes into nothing that it returned before.
     """
 
-    @property
-    def num_envs(self) -> int:
-        """``B``."""
-        ...
-
-    @property
-    def spaces(self) -> EnvSpaces:
-        """What it shows and takes."""
-        ...
-
     def reset(self) -> tuple[Observation, Bool[Tensor, "B K"] | None]:
         """Start a new episode everywhere; returns observation and mask (``None`` if unmasked)."""
         ...

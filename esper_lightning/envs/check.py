@@ -8,7 +8,7 @@ import logging
 from collections.abc import Callable, Generator
 from contextlib import contextmanager
 from dataclasses import dataclass
-from typing import NamedTuple, cast
+from typing import Any, NamedTuple, cast
 
 import torch
 from torch import Tensor
@@ -33,7 +33,8 @@ __all__ = ["check_env"]
 
 logger = logging.getLogger(__name__)
 
-ENV_MEMBERS = ("num_envs", "spaces", "reset", "step", "state_dict", "load_state_dict")
+ENV_MEMBERS = ("reset", "step", "state_dict", "load_state_dict")
+TELLING_MEMBERS = ("num_envs", "spaces")  # what a spec tells, and else the environment must
 WARM_UP_STEPS = 3  # may compile and allocate, hence synchronise
 TOLERANCE = 1e-4  # of an episode's return, relative to the sum of its absolute rewards
 
@@ -55,15 +56,15 @@ def check_env(
     is logged if none did.
 
     Args:
-        env: An environment, or a spec: then what it builds is checked, and its seeds.
+        env: A spec: then what it builds is checked, and its seeds. Or an environment, which must
+            then tell its ``num_envs`` and ``spaces``, as ours do.
         steps: How long to drive; the default outlasts a time limit of 500.
         seed: Of the actions, and of the environments that a spec builds.
         device: Where a spec is built; an environment is checked where it lives.
 
     Raises:
         ValueError: If it breaks the contract; one line for each way in which it does. What the
-        environment itself
-            raises passes through.
+            environment itself raises passes through.
     """
     require(steps >= 1, "check_env.steps", "be at least 1", steps)
     report = Report(type(env).__name__)
@@ -73,8 +74,9 @@ def check_env(
             place = torch.empty(0, device=device).device  # with its index
             _check_spec(cast(EnvSpec, env), report, steps, seed, place)
         else:
-            _require_members(env, ENV_MEMBERS, report)
-            _check_env(cast(BatchedEnv, env), report, steps, seed, None)
+            _require_members(env, TELLING_MEMBERS + ENV_MEMBERS, report)
+            num_envs, spaces = (getattr(env, name) for name in TELLING_MEMBERS)
+            _check_env(cast(BatchedEnv, env), num_envs, spaces, report, steps, seed, None)
     except UncheckableError:
         pass
     report.raise_if_any()
@@ -93,10 +95,12 @@ class _Run(NamedTuple):
 def _check_spec(spec: EnvSpec, report: Report, steps: int, seed: int, device: torch.device) -> None:
     env = spec.build(device, seed)
     _require_members(env, ENV_MEMBERS, report)
-    built, spaces = env.num_envs, spec.spaces()
-    report.expect(spec.num_envs == built, "num_envs", f"equal {built}, as built", spec.num_envs)
-    report.expect(spaces == env.spaces, "spaces()", f"equal {env.spaces}, as built", spaces)
-    run = _check_env(env, report, steps, seed, device)
+    num_envs, spaces = spec.num_envs, spec.spaces()
+    built = getattr(env, "num_envs", num_envs)
+    report.expect(num_envs == built, "num_envs", f"equal {built}, as built", num_envs)
+    shown = getattr(env, "spaces", spaces)
+    report.expect(spaces == shown, "spaces()", f"equal {shown}, as built", spaces)
+    run = _check_env(env, built, shown, report, steps, seed, device)
 
     def trajectory(env_seed: int) -> tuple[_Trajectory, bool]:
         env = spec.build(device, env_seed)
@@ -117,9 +121,14 @@ def _check_spec(spec: EnvSpec, report: Report, steps: int, seed: int, device: to
 
 
 def _check_env(
-    env: BatchedEnv, report: Report, steps: int, seed: int, device: torch.device | None
+    env: BatchedEnv,
+    num_envs: Any,
+    spaces: Any,
+    report: Report,
+    steps: int,
+    seed: int,
+    device: torch.device | None,
 ) -> _Run:
-    spaces, num_envs = cast(object, env.spaces), cast(object, env.num_envs)
     report.insist(isinstance(spaces, EnvSpaces), "spaces", "be an EnvSpaces", spaces)
     is_int = isinstance(num_envs, int) and not isinstance(num_envs, bool) and num_envs >= 1
     report.insist(is_int, "num_envs", "be an integer of at least 1", num_envs)
@@ -127,7 +136,7 @@ def _check_env(
         found = flatten(_start(env, report)).values()
         devices = [leaf.device for leaf in found if isinstance(leaf, Tensor)]
         device = devices[0] if devices else torch.device("cpu")
-    run = _Run(env, Contract(env.spaces, env.num_envs, device), report, steps, seed)
+    run = _Run(env, Contract(spaces, num_envs, device), report, steps, seed)
     generator = torch.Generator().manual_seed(seed)
     seen = _Seen()
     _drive(run._replace(steps=WARM_UP_STEPS), generator, seen, forbid_sync=False)
@@ -167,7 +176,7 @@ class _Seen:
         if self.ends == 0:
             message = "%s: no episode ended within %d steps, so resetting was not checked."
             logger.warning(message, report.owner, run.steps)
-        if run.env.num_envs > 1 and not self.envs_differ:
+        if run.contract.num_envs > 1 and not self.envs_differ:
             message = "%s: all environments looked alike under random actions, step after step."
             logger.warning(message, report.owner)
         copied = self.ends > 0 and self.obs_moves and not self.reached_differs

@@ -24,12 +24,17 @@ __all__ = ["MLP", "FeedForwardPolicy"]
 class MLP(PolicySpec):
     """A multi-layer perceptron for actor and critic.
 
-    Attributes: hidden_sizes: Width of each hidden layer. activation: Nonlinearity after each hidden
-        layer. trunk: Whether actor and critic have hidden layers of their own or share them.
+    Attributes:
+        hidden_sizes: Width of each hidden layer.
+        activation: Nonlinearity after each hidden layer.
+        trunk: Whether actor and critic have hidden layers of their own or share them.
         actor_obs: Groups of a grouped observation that the actor sees, in this order; ``None`` for
-        all. critic_obs: Groups that the critic sees; ``None`` for all. action_bounds: Whether a
-        Gaussian is cut at the bounds of the action space or squashed into them. initial_std:
-        Standard deviation of a Gaussian at the start, in units where the bounds are -1 and 1.
+            all.
+        critic_obs: Groups that the critic sees; ``None`` for all.
+        action_bounds: Whether a Gaussian is cut at the bounds of the action space or squashed into
+            them.
+        initial_std: Standard deviation of a Gaussian at the start, in units where the bounds are -1
+            and 1.
     """
 
     hidden_sizes: tuple[int, ...] = (64, 64)

@@ -1,16 +1,36 @@
 """What a checkpoint of PPO says about the run that wrote it, and which runs it may serve."""
 
+import pickle
 from collections.abc import Mapping
+from pathlib import Path
 from typing import Any
+
+import torch
 
 from esper_lightning.core.validate import require
 from esper_lightning.training.config import PPOConfig
 from esper_lightning.training.specs import instantiate
 
-__all__ = ["STATE_KEY", "refuse_foreign", "refuse_not_ours", "settings_of"]
+__all__ = ["STATE_KEY", "load_checkpoint", "refuse_foreign", "refuse_not_ours", "settings_of"]
 
 STATE_KEY = "esper_lightning"
 """Where a checkpoint keeps what Lightning does not: counters, environments, random streams."""
+
+
+def load_checkpoint(path: str | Path) -> dict[str, Any]:
+    """Read a checkpoint of PPO into memory of the CPU, tensors and plain data only.
+
+    Raises:
+        ValueError: If there is none at ``path``.
+    """
+    require(Path(path).is_file(), "ckpt_path", "name an existing checkpoint", str(path))
+    try:
+        checkpoint = torch.load(path, map_location="cpu", weights_only=True)
+    except (RuntimeError, EOFError, pickle.UnpicklingError) as error:
+        message = f"ckpt_path must name a whole checkpoint, got {str(path)!r}."
+        raise ValueError(message) from error
+    refuse_not_ours(checkpoint, str(path))
+    return checkpoint
 
 
 def refuse_not_ours(checkpoint: Mapping[str, Any], path: str) -> None:
@@ -25,7 +45,7 @@ def refuse_not_ours(checkpoint: Mapping[str, Any], path: str) -> None:
 def refuse_foreign(
     checkpoint: Mapping[str, Any], settings: Mapping[str, Any], *, resuming: bool
 ) -> None:
-    """Refuse a checkpoint of another environment or policy.
+    """Refuse a checkpoint of another environment, policy or normalisation.
 
     Args:
         checkpoint: Of PPO.
@@ -44,6 +64,9 @@ def refuse_foreign(
             field = f"PPO.{name}" if key == "class_path" else f"PPO.{name}.{key}"
             rule = f"be the checkpoint's, {theirs.get(key)!r}"
             require(mine.get(key) == theirs.get(key), field, rule, mine.get(key), hint)
+    for key in ("normalize_obs", "normalize_reward"):
+        mine, theirs = (side["ppo"][key] for side in (settings, checkpoint["hyper_parameters"]))
+        require(mine == theirs, f"PPOConfig.{key}", f"be the checkpoint's, {theirs}", mine, hint)
 
 
 def settings_of(checkpoint: Mapping[str, Any], given: Mapping[str, Any]) -> dict[str, Any]:

@@ -117,38 +117,51 @@ def scale_reward(
 
 
 def is_finite(rollout: Rollout) -> Bool[Tensor, ""]:
-    """Whether every observation and reward of the rollout is finite; stays on the device."""
-    return torch.stack([value.isfinite().all() for _, value in _from_env(rollout)]).all()
+    """Whether every number of the rollout is finite; stays on the device."""
+    return torch.stack([value.isfinite().all() for _, value in _watched(rollout)]).all()
 
 
-def first_non_finite(rollout: Rollout) -> str:
-    """Say what came from the environment that is not finite: field, step, environments, columns.
+def first_non_finite(rollout: Rollout) -> tuple[str, str]:
+    """Say what was not finite first: whose it is, and field, step, environments, columns.
 
-    Synchronises.
+    Within a step an observation comes before the policy's answer to it, and that before what the
+    environment makes of it. Synchronises.
+
+    Returns:
+        ``"policy"`` or ``"environment"``, and the description.
     """
-    for name, value in _from_env(rollout):
-        bad = ~value.isfinite()
-        if bad.any():
-            step = int(bad.flatten(1).any(1).nonzero()[0])
-            where = bad[step].flatten(1) if bad.dim() > 2 else bad[step][:, None]
-            envs = cast(list[int], where.any(1).nonzero()[:, 0].tolist())
-            columns = cast(list[int], where.any(0).nonzero()[:, 0].tolist())
-            found = value[step][bad[step]][0].item()
-            of = "" if bad.dim() == 2 else f", column {_some(columns)}"
-            return f"{found} in {name} of environment {_some(envs)}{of} at rollout step {step}"
-    return "only finite values"
+    faults = [(_first_step(value), name, value) for name, value in _watched(rollout)]
+    step, name, value = min((fault for fault in faults if fault[0] >= 0), key=lambda f: f[0])
+    bad = ~value[step].isfinite()
+    where = bad.flatten(1) if bad.dim() > 1 else bad[:, None]
+    envs = cast(list[int], where.any(1).nonzero()[:, 0].tolist())
+    columns = cast(list[int], where.any(0).nonzero()[:, 0].tolist())
+    of = "" if bad.dim() == 1 else f", column {_some(columns)}"
+    found = f"{value[step][bad][0].item()} in {name} of environment {_some(envs)}{of}"
+    owner = "policy" if name == "log_prob" else "environment"
+    return owner, f"{found} at rollout step {step}"
 
 
-def _from_env(rollout: Rollout) -> list[tuple[str, Tensor]]:
-    fields = [("reward", rollout.reward)]
-    for name, obs in (("obs", rollout.obs), ("reached_obs", rollout.reached_obs)):
-        groups = (
-            {name: obs}
-            if isinstance(obs, Tensor)
-            else {f"{name}[{k!r}]": v for k, v in obs.items()}
-        )
-        fields += groups.items()
-    return fields
+def _first_step(value: Tensor) -> int:
+    """First step of ``[T, ...]`` at which not everything is finite; -1 if there is none."""
+    bad = (~value.isfinite()).flatten(1).any(1).nonzero()
+    return int(bad[0]) if bad.numel() else -1
+
+
+def _watched(rollout: Rollout) -> list[tuple[str, Tensor]]:
+    """In the order in which they come about within a step."""
+    return [
+        *_groups("obs", rollout.obs),
+        ("log_prob", rollout.log_prob),
+        ("reward", rollout.reward),
+        *_groups("reached_obs", rollout.reached_obs),
+    ]
+
+
+def _groups(name: str, obs: Observation) -> list[tuple[str, Tensor]]:
+    if isinstance(obs, Tensor):
+        return [(name, obs)]
+    return [(f"{name}[{group!r}]", value) for group, value in obs.items()]
 
 
 def _some(indices: list[int]) -> str:

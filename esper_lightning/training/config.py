@@ -15,17 +15,23 @@ _SCHEDULES = ("constant", "linear", "adaptive")
 class PPOConfig:
     """Proximal policy optimisation (Schulman et al. 2017).
 
-    Attributes: rollout_steps: Steps of every environment in one iteration, ``T``. epochs: Passes
-        over a rollout. minibatches: Parts of each pass; must divide ``rollout_steps * num_envs``.
-        discount: ``gamma``, per step. gae_lambda: ``lambda`` of generalised advantage estimation: 0
-        is one-step TD, 1 the discounted return. clip: Greatest change of the probability ratio that
-        still lowers the loss. value_clip: Greatest change of the value that still lowers the loss;
-        ``None`` for no limit. value_coef: Weight of the squared value error. entropy_coef: Weight
-        of the entropy bonus. normalize_advantage: Whether advantages get mean 0 and deviation 1
-        over the rollout. max_grad_norm: Gradients are scaled down to this 2-norm; ``None`` for no
-        limit. learning_rate: Step size of Adam at the start. learning_rate_schedule: ``constant``;
-        ``linear`` to zero at the end of the run; ``adaptive``, from iteration
-            to iteration, so that the policy moves about ``desired_kl``.
+    Attributes:
+        rollout_steps: Steps of every environment in one iteration, ``T``.
+        epochs: Passes over a rollout.
+        minibatches: Parts of each pass; must divide ``rollout_steps * num_envs``.
+        discount: ``gamma``, per step.
+        gae_lambda: ``lambda`` of generalised advantage estimation: 0 is one-step TD, 1 the
+            discounted return.
+        clip: Greatest change of the probability ratio that still lowers the loss.
+        value_clip: Greatest change of the value that still lowers the loss; ``None`` for no limit.
+        value_coef: Weight of the squared value error.
+        entropy_coef: Weight of the entropy bonus.
+        normalize_advantage: Whether advantages get mean 0 and deviation 1 over the rollout.
+        max_grad_norm: Gradients are scaled down to this 2-norm; ``None`` for no limit.
+        learning_rate: Step size of Adam at the start.
+        learning_rate_schedule: ``constant``; ``linear`` to zero at the end of the run;
+            ``adaptive``, from iteration to iteration, so that the policy moves about
+            ``desired_kl``.
         desired_kl: KL divergence (nats) of one iteration that the adaptive schedule aims at.
         target_kl: After a pass whose mean KL divergence (nats) exceeds this, the rest of the
             iteration's updates are left out; ``None`` for never.

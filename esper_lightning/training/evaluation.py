@@ -3,7 +3,7 @@
 Axis: ``B`` environment.
 """
 
-from typing import NamedTuple
+from typing import NamedTuple, cast
 
 import torch
 from torch import Tensor
@@ -59,4 +59,7 @@ def evaluate_policy(
     hint = "Give it a time limit, or switch evaluation off: Trainer(limit_val_batches=0)."
     rule = f"end every episode within {max_steps} steps to be evaluated"
     require(unfinished == 0, f"{type(env).__name__}", rule, f"{unfinished} running", hint)
+    bad = cast(list[int], (~episode_return.isfinite()).nonzero()[:, 0].tolist())
+    owner, got = f"{type(env).__name__}.step", f"non-finite returns of environments {bad[:8]}"
+    require(not bad, owner, "return finite rewards in evaluation", got)
     return Episodes(episode_return, episode_length)

@@ -41,10 +41,11 @@ _COPIED = (
     "policy/clip_fraction",
     "optim/grad_norm",
     "gradient_steps",
+    "learner_finite",
     "policy/explained_variance",
     "healthy",
 )
-_NOT_REPORTED = ("gradient_steps", "healthy")
+_NOT_REPORTED = ("gradient_steps", "learner_finite", "healthy")
 
 
 class EpisodeMeans(NamedTuple):
@@ -68,24 +69,28 @@ class RecentEpisodes(Metric):
     def __init__(self, window: int = 100) -> None:
         super().__init__()
         self._window = window
-        self.add_state(
-            "sums", torch.zeros(64, 3, dtype=torch.float64), dist_reduce_fx="sum", persistent=True
-        )
+        self.add_state("sums", torch.zeros(64, 3), dist_reduce_fx="sum", persistent=True)
 
     @override
     def update(
-        self, episode_return: Float[Tensor, "T B"], episode_length: Int[Tensor, "T B"]
+        self,
+        episode_return: Float[Tensor, "T B"],
+        episode_length: Int[Tensor, "T B"],
+        *,
+        where: Bool[Tensor, ""],
     ) -> None:
-        """Take in one iteration; a length of 0 means that no episode ended there."""
+        """Take in one iteration, if ``where``; a length of 0 means that no episode ended there."""
         ended = episode_length > 0
         newest = torch.stack(
             [
-                torch.where(ended, episode_return, 0.0).double().sum(),
-                episode_length.double().sum(),
-                ended.double().sum(),
+                torch.where(ended, episode_return, 0.0).float().sum(),
+                episode_length.float().sum(),
+                ended.float().sum(),
             ]
         )
-        self.sums = torch.where(newest[2] > 0, torch.cat([newest[None], self.sums[:-1]]), self.sums)
+        self.sums = torch.where(
+            where & (newest[2] > 0), torch.cat([newest[None], self.sums[:-1]]), self.sums
+        )
 
     @override
     def compute(self) -> EpisodeMeans:
@@ -106,7 +111,7 @@ def to_host(
     """Everything that the host wants to know of an iteration, in one copy."""
     episodes = (rollout.episode_length > 0).sum()
     scalars = [*recent, episodes, *metrics, variance, healthy]
-    values = cast(list[float], torch.stack([scalar.double() for scalar in scalars]).tolist())
+    values = cast(list[float], torch.stack([scalar.float() for scalar in scalars]).tolist())
     return dict(zip(_COPIED, values, strict=True))
 
 

@@ -7,6 +7,7 @@ it or reports on it.
 # pyright: reportAttributeAccessIssue=false
 # pyright: reportUnknownVariableType=false, reportUnknownArgumentType=false
 
+import logging
 import time
 from collections.abc import Iterable
 from pathlib import Path
@@ -33,6 +34,7 @@ from esper_lightning.policies.base import PolicySpec
 from esper_lightning.training import trainer_support
 from esper_lightning.training.checkpoints import (
     STATE_KEY,
+    load_checkpoint,
     refuse_foreign,
     refuse_not_ours,
     settings_of,
@@ -58,6 +60,8 @@ from esper_lightning.training.specs import describe, for_evaluation, plain
 from esper_lightning.training.update import UpdateMetrics, build_optimizer, prepare_samples, update
 
 __all__ = ["PPO"]
+
+_log = logging.getLogger(__name__)
 
 
 class PPO(LightningModule):
@@ -106,8 +110,9 @@ class PPO(LightningModule):
         super().__init__()
         hint = "CartPole(num_envs=64), for example."
         require(isinstance(env, EnvSpec), "PPO.env", "be an environment spec", env, hint)
-        ok = isinstance(policy, PolicySpec)
+        ok = isinstance(policy, PolicySpec) and not isinstance(policy, EnvSpec)
         require(ok, "PPO.policy", "be a policy spec", policy, "MLP(), for example.")
+        require(isinstance(ppo, PPOConfig), "PPO.ppo", "be a PPOConfig", ppo)
         at_least_1 = {"iterations_per_epoch": iterations_per_epoch, "eval_episodes": eval_episodes}
         for name, value in at_least_1.items():
             require(value is None or value >= 1, f"PPO.{name}", "be at least 1", value)
@@ -144,6 +149,7 @@ class PPO(LightningModule):
         self.eval_length = CatMetric(nan_strategy="error")
         self._eval_env = for_evaluation(env, eval_episodes)
         self._acting: ActingState | None = None
+        self._within_iteration = False
         self._resumed: dict[str, Any] | None = None
 
     # The main path.
@@ -160,6 +166,7 @@ class PPO(LightningModule):
                 those of the previous iteration.
         """
         started = time.perf_counter()
+        self._within_iteration = True
         profile = self.trainer.profiler.profile
         rollout = first_steps(self._rollout, self._next_rollout_steps())
         learning_rate = self._set_learning_rate()
@@ -189,6 +196,7 @@ class PPO(LightningModule):
             row = self._count(rollout, host, time.perf_counter() - started)
             row["optim/learning_rate"] = learning_rate
             self._report(row)
+        self._within_iteration = False
         if self._next_rollout_steps() == 0:
             self.trainer.should_stop = True
         return {"row": row}
@@ -221,6 +229,8 @@ class PPO(LightningModule):
         if not self.trainer.barebones:
             # Lightning's x axis would be iterations; but what it logs is what ``validate`` returns.
             self.log_dict(metrics, logger=False if fitting else None)
+            if not fitting and self.trainer.loggers:  # "step" is its name for the x axis
+                self.log("step", torch.tensor(self.env_steps, dtype=torch.float64))
         if fitting and not self.trainer.sanity_checking:
             self._log_to_loggers(metrics)
 
@@ -229,7 +239,7 @@ class PPO(LightningModule):
     @override
     def configure_callbacks(self) -> list[Callback]:
         """Add none: this is the first hook of a run, the place to refuse what cannot work."""
-        trainer_support.refuse_unsupported(self.trainer)
+        trainer_support.refuse_unsupported(self.trainer, budget=self.total_env_steps)
         return []
 
     @override
@@ -254,9 +264,13 @@ class PPO(LightningModule):
             return
         trainer_support.silence_checkpoint_advice()
         device, rank = self.trainer.strategy.root_device, self.trainer.global_rank
-        self._exploration = stream(self.seed, rank=rank, purpose="exploration", device=device)
-        self._sample_order = stream(self.seed, rank=rank, purpose="sample order", device=device)
-        env_seed = stream_seed(self.seed, rank=rank, purpose="environments")
+
+        def name(purpose: str) -> str:  # a second fit is not to repeat the noise of the first
+            return f"{purpose} from iteration {self.iteration}"
+
+        self._exploration = stream(self.seed, rank=rank, purpose=name("acting"), device=device)
+        self._sample_order = stream(self.seed, rank=rank, purpose=name("order"), device=device)
+        env_seed = stream_seed(self.seed, rank=rank, purpose=name("environments"))
         self._env = self.env.build(device, env_seed)
         steps, num_envs = self.ppo.rollout_steps, self.env.num_envs
         self._rollout = allocate_rollout(self.env.spaces(), steps, num_envs, device=device)
@@ -266,6 +280,7 @@ class PPO(LightningModule):
     def on_train_start(self) -> None:
         """Take up the environments where the checkpoint left them, or reset them."""
         self._optimizer = cast(torch.optim.Adam, self.optimizers(use_pl_optimizer=False))
+        self._optimizer.param_groups[0]["eps"] = self.ppo.adam_eps  # not that of a checkpoint
         self._planned_env_steps = trainer_support.planned_env_steps(
             self.trainer,
             done=self.env_steps,
@@ -283,6 +298,8 @@ class PPO(LightningModule):
             zeros = torch.zeros(self.env.num_envs, device=self.device)
             self._acting = ActingState(obs, mask, zeros)
         if self._next_rollout_steps() == 0:
+            used = "PPO.total_env_steps=%s is used up: %d env steps were taken. Nothing to train."
+            _log.warning(used, self.total_env_steps, self.env_steps)
             self.trainer.should_stop = True
 
     @property
@@ -304,7 +321,7 @@ class PPO(LightningModule):
             "gradient_steps": self.gradient_steps,
             "train_time_s": self.train_time_s,
         }
-        if self._acting is not None:
+        if self._acting is not None and not self._within_iteration:
             state["acting"] = self._acting._asdict()
             state["env"] = self._env.state_dict()
             state["generators"] = [g.get_state() for g in (self._exploration, self._sample_order)]
@@ -326,6 +343,8 @@ class PPO(LightningModule):
         self.iteration, self.env_steps = state["iteration"], state["env_steps"]
         self.gradient_steps, self.train_time_s = state["gradient_steps"], state["train_time_s"]
         self._resumed = state if resuming and "env" in state else None
+        if resuming and self._resumed is None:
+            _log.warning("The checkpoint was written within an iteration: new episodes begin.")
 
     @classmethod
     @override
@@ -342,8 +361,7 @@ class PPO(LightningModule):
         Raises:
             ValueError: If the file is no checkpoint of PPO, or a class of it cannot be imported.
         """
-        checkpoint = torch.load(checkpoint_path, map_location="cpu", weights_only=True)
-        refuse_not_ours(checkpoint, str(checkpoint_path))
+        checkpoint = load_checkpoint(checkpoint_path)
         settings = settings_of(checkpoint, kwargs)
         return super().load_from_checkpoint(checkpoint_path, weights_only=True, **settings)  # pyright: ignore[reportArgumentType]
 
@@ -381,14 +399,28 @@ class PPO(LightningModule):
         self, rollout: Rollout, samples: Samples, metrics: UpdateMetrics, healthy: Tensor
     ) -> dict[str, float]:
         """The one device-to-host copy of an iteration, which also tells whether it was healthy."""
-        self.recent_episodes.update(rollout.episode_return, rollout.episode_length)
+        self.recent_episodes.update(rollout.episode_return, rollout.episode_length, where=healthy)
         variance = explained_variance(samples.value, samples.value_target)
         host = to_host(self.recent_episodes.compute(), rollout, metrics, variance, healthy)
-        if not host["healthy"]:
-            owner, found = f"{type(self.env).__name__}.step", first_non_finite(rollout)
-            hint = "The weights are those of the previous iteration."
-            require(False, owner, "return finite values", found, hint)
+        self._refuse_non_finite(rollout, host)
         return host
+
+    def _refuse_non_finite(self, rollout: Rollout, host: dict[str, float]) -> None:
+        hint = "The weights are those of the previous iteration."
+        if not host["healthy"]:
+            whose, found = first_non_finite(rollout)
+            if whose == "environment":
+                require(
+                    False, f"{type(self.env).__name__}.step", "return finite values", found, hint
+                )
+            diverged = f"It has diverged: lower PPOConfig.learning_rate. {hint}"
+            require(False, "PPO.policy", "give finite probabilities", found, diverged)
+        hint = (
+            "The weights are those of before it. Lower PPOConfig.learning_rate, or set "
+            "PPOConfig.max_grad_norm."
+        )
+        found = f"NaN or infinity in iteration {self.iteration + 1}"
+        require(bool(host["learner_finite"]), "PPO's gradient", "be finite", found, hint)
 
     def _count(
         self, rollout: Rollout, host: dict[str, float], duration_s: float
@@ -427,6 +459,8 @@ class PPO(LightningModule):
             assert self._planned_env_steps is not None
             progress = min(1.0, self.env_steps / self._planned_env_steps)
             group["lr"] = linear_learning_rate(self.ppo.learning_rate, progress=progress)
+        elif self.ppo.learning_rate_schedule == "constant":
+            group["lr"] = self.ppo.learning_rate  # not that of a checkpoint
         return float(group["lr"])
 
     def _report(self, row: dict[str, Any]) -> None:
@@ -436,7 +470,10 @@ class PPO(LightningModule):
             group["lr"] = adaptive_learning_rate(group["lr"], kl=kl, desired_kl=self.ppo.desired_kl)
         known = {name: float(value) for name, value in row.items() if value is not None}
         unknown = {name: float("nan") for name, value in row.items() if value is None}
-        tensors = {name: torch.tensor(value) for name, value in (known | unknown).items()}
+        tensors = {
+            name: torch.tensor(value, dtype=torch.float64)
+            for name, value in (known | unknown).items()
+        }
         self.trainer.callback_metrics.update(tensors)
         self.trainer.progress_bar_metrics.update(shown_in_progress_bar(known))
         interval = self.trainer.log_every_n_steps  # 0 for a barebones Trainer

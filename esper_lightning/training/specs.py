@@ -14,10 +14,16 @@ from esper_lightning.envs.base import EnvSpec
 __all__ = ["describe", "for_evaluation", "instantiate", "plain"]
 
 Description = dict[str, Any]
+_PLAIN = (bool, int, float, str, type(None))
+_OPAQUE = "repr()"
 
 
 def plain(value: object) -> Any:
-    """Dataclasses as dicts and tuples as lists, all the way down; the rest as it is."""
+    """Dataclasses as dicts and tuples as lists, all the way down.
+
+    What is not a number or text becomes its ``repr`` under a name that no setting has: it can be
+    compared, and ``instantiate`` refuses it.
+    """
     if dataclasses.is_dataclass(value) and not isinstance(value, type):
         return {
             field.name: plain(getattr(value, field.name))
@@ -28,7 +34,7 @@ def plain(value: object) -> Any:
         return {key: plain(item) for key, item in cast(Mapping[str, object], value).items()}
     if isinstance(value, list | tuple):
         return [plain(item) for item in cast(list[object], value)]
-    return value
+    return value if isinstance(value, _PLAIN) else {_OPAQUE: repr(value)}
 
 
 def describe(spec: object) -> Description:
@@ -47,10 +53,9 @@ def instantiate(description: Description, *, owner: str) -> Any:
         ValueError: If its class cannot be imported, or takes other settings.
     """
     path = str(description["class_path"])
-    module, _, name = path.rpartition(".")
     settings = cast(dict[str, object], description["init_args"])
     try:
-        kind = getattr(importlib.import_module(module), name)
+        kind = _locate(path)
         return kind(**{key: _frozen(value) for key, value in settings.items()})
     except (ImportError, AttributeError, TypeError) as error:
         hint = f"Pass {owner} yourself."
@@ -79,7 +84,27 @@ def for_evaluation(spec: EnvSpec, episodes: int | None) -> EnvSpec:
 
 
 def _frozen(value: object) -> object:
-    """Lists as tuples, all the way down: what frozen dataclasses hold."""
+    """Lists as tuples, all the way down: what frozen dataclasses hold.
+
+    Raises:
+        TypeError: For a value of which only the ``repr`` was kept.
+    """
+    if isinstance(value, dict):
+        fields = cast(dict[str, object], value)
+        if _OPAQUE in fields:
+            raise TypeError(f"{fields[_OPAQUE]} is not plain data")
+        return fields
     if isinstance(value, list):
         return tuple(_frozen(item) for item in cast(list[object], value))
     return value
+
+
+def _locate(path: str) -> Any:
+    """A class by its module and qualified name, which may lead through other classes."""
+    module, _, name = path.rpartition(".")
+    try:
+        return getattr(importlib.import_module(module), name)
+    except ModuleNotFoundError:
+        if "." not in module:
+            raise
+        return getattr(_locate(module), name)

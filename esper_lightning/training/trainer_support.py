@@ -30,8 +30,12 @@ _PRECISIONS = ("32-true", "bf16-mixed")
 _SAMPLES_WORTH_A_THREAD = 2048
 
 
-def refuse_unsupported(trainer: Trainer) -> None:
+def refuse_unsupported(trainer: Trainer, *, budget: int | None) -> None:
     """Refuse Trainer settings under which PPO would be wrong.
+
+    Args:
+        trainer: Before it runs.
+        budget: ``PPO.total_env_steps``.
 
     Raises:
         ValueError: Naming the setting and what to use instead.
@@ -45,6 +49,10 @@ def refuse_unsupported(trainer: Trainer) -> None:
     rule = f"be one of {', '.join(_PRECISIONS)}"
     hint = "float16 needs loss scaling, and running statistics need float32."
     require(trainer.precision in _PRECISIONS, "Trainer.precision", rule, trainer.precision, hint)
+    for name, least in (("min_steps", trainer.min_steps), ("min_epochs", trainer.min_epochs)):
+        hint = "The budget could end the run before it."
+        ok = budget is None or not least
+        require(ok, f"Trainer.{name}", f"be None with PPO.total_env_steps={budget}", least, hint)
     for callback in trainer.callbacks:
         interval = getattr(callback, "_train_time_interval", None)
         hint = "Lightning ignores it with manual optimisation: set every_n_train_steps."

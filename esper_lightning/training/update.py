@@ -35,6 +35,7 @@ class UpdateMetrics(NamedTuple):
     clip_fraction: Float[Tensor, ""]
     grad_norm: Float[Tensor, ""]  # before clipping
     gradient_steps: Float[Tensor, ""]  # how many were applied
+    finite: Float[Tensor, ""]  # 1 where every gradient was, else 0
 
 
 def build_optimizer(policy: Policy, config: PPOConfig) -> torch.optim.Adam:
@@ -118,12 +119,15 @@ def update(
         backward: How gradients of the loss are computed.
     """
     parameters = [parameter for group in optimizer.param_groups for parameter in group["params"]]
+    # The last rollout of a budget may have fewer samples than there are to be minibatches.
+    parts = min(config.minibatches, samples.log_prob.shape[0])
     skip = (~healthy).float()
+    finite = torch.ones_like(skip)
     rows: list[Tensor] = []
     applied: list[Tensor] = []
     for _ in range(config.epochs):
         kls: list[Tensor] = []
-        for batch in minibatches(samples, config.minibatches, generator=generator):
+        for batch in minibatches(samples, parts, generator=generator):
             evaluation = policy.evaluate(batch.obs, batch.action, batch.action_mask)
             terms = ppo_loss_terms(evaluation, batch, config)
             policy_loss, value_loss_, entropy = (term.mean() for term in terms)
@@ -131,6 +135,9 @@ def update(
             backward(policy_loss + config.value_coef * value_loss_ - config.entropy_coef * entropy)
             max_norm = float("inf") if config.max_grad_norm is None else config.max_grad_norm
             grad_norm = nn.utils.clip_grad_norm_(parameters, max_norm)
+            # A NaN or an infinity stops the rest of the update, too.
+            finite = torch.minimum(finite, grad_norm.detach().isfinite().float())
+            skip = torch.maximum(skip, 1.0 - finite)
             _step_unless(skip, optimizer)
 
             log_prob = evaluation.log_prob.detach()
@@ -145,7 +152,7 @@ def update(
     weight = torch.stack(applied)
     steps = weight.sum()
     total = torch.where(weight[:, None] > 0, torch.stack(rows), 0.0).sum(0)
-    return UpdateMetrics._make([*(total / steps).unbind(), steps])
+    return UpdateMetrics._make([*(total / steps).unbind(), steps, finite])
 
 
 def _step_unless(skip: Float[Tensor, ""], optimizer: torch.optim.Adam) -> None:

@@ -90,6 +90,19 @@ def test_a_resumed_run_goes_on_where_its_checkpoint_ended(make_trainer, tmp_path
     assert iterations(path.with_name("history.jsonl.1")) == [1, 2, 3]
 
 
+def test_a_second_fit_of_the_same_module_loses_no_row(make_trainer, tmp_path):
+    model = ppo()
+    model.total_env_steps = None
+    make_trainer(callbacks=[History()], max_steps=2).fit(model)
+    second = make_trainer(callbacks=[History()], max_steps=3)
+    second.fit(model)
+    second.save_checkpoint(tmp_path / "5.ckpt")
+    resumed = ppo(iterations=7)
+    trainer = make_trainer(callbacks=[History()])
+    trainer.fit(resumed, ckpt_path=tmp_path / "5.ckpt", weights_only=True)
+    assert iterations(tmp_path / "rank0" / "history.jsonl") == [1, 2, 3, 4, 5, 6, 7]
+
+
 def test_files_are_closed_when_training_fails(make_trainer, tmp_path, monkeypatch):
     model = ppo()
     monkeypatch.setattr(model, "_report", lambda row: 1 / 0)

@@ -10,6 +10,7 @@ from esper_lightning.forensics.files import read_json_lines
 
 CONFIGS = sorted((Path(__file__).parents[2] / "configs").glob("*.yaml"))
 CARTPOLE = str(Path(__file__).parents[2] / "configs" / "cartpole.yaml")
+PENDULUM = CARTPOLE.replace("cartpole", "pendulum")
 QUICK = (
     *(
         "--model.env.num_envs",
@@ -141,6 +142,24 @@ def test_users_own_callbacks_and_loggers(capsys):
     assert (run / "rank0" / "history.jsonl").is_file()
 
 
+def test_users_own_history_and_bar_replace_ours(capsys):
+    arguments = [
+        "--trainer.callbacks+=esper_lightning.History",
+        "--trainer.callbacks+=TQDMProgressBar",
+    ]
+    main(["fit", "--config", CARTPOLE, *QUICK, *arguments])
+    assert len(read_json_lines(Path("runs/cartpole/version_0/rank0/history.jsonl"))) == 2
+
+
+def test_help_describes_every_setting(capsys):
+    with pytest.raises(SystemExit) as caught:
+        main(["fit", "--help"])
+    assert caught.value.code == 0
+    shown = " ".join(capsys.readouterr().out.split())
+    assert "--model.ppo.rollout_steps ROLLOUT_STEPS Steps of every environment in one" in shown
+    assert "Greatest change of the probability ratio" in shown
+
+
 def test_print_config_can_be_used_as_a_config(capsys):
     with pytest.raises(SystemExit) as caught:
         main(["fit", "--config", CARTPOLE, *QUICK, "--print_config"])
@@ -162,7 +181,10 @@ def test_print_config_can_be_used_as_a_config(capsys):
         (["--model.seed", "x"], "Got value: x"),
         (["--model.env", "CartPoll"], "CartPoll"),
         (["--config", "none.yaml"], "File does not exist: '/"),
-        (["--ckpt_path", "none.ckpt"], "--ckpt_path must name an existing checkpoint, got 'none"),
+        (
+            ["--ckpt_path", "none.ckpt"],
+            "error: ckpt_path must name an existing checkpoint, got 'none",
+        ),
         (["--trainer.gradient_clip_val", "1"], "Trainer.gradient_clip_val must be None, got 1."),
         (["--trainer.precision", "16-true"], "Trainer.precision must be one of 32-true, bf16"),
     ],
@@ -197,7 +219,12 @@ def test_checkpoints_of_others(capsys):
     ckpt = ["--ckpt_path", "runs/cartpole/version_0/checkpoints/last.ckpt"]
     line = fails(capsys, "fit", "--config", CARTPOLE, *QUICK, *ckpt, "--model.env", "MountainCar")
     assert "PPO.env must be the checkpoint's, 'esper_lightning.envs.cartpole.CartPole'" in line
+    for other in (["--config", PENDULUM], ["--model.env", "Acrobot"]):
+        line = fails(capsys, "evaluate", *other, *ckpt)
+        assert "PPO.env must be the checkpoint's" in line
+    line = fails(capsys, "evaluate", *ckpt, "--model.policy.hidden_sizes", "[32]")
+    assert "PPO.policy.hidden_sizes must be the checkpoint's, [64, 64], got [32]." in line
     Path("torn.ckpt").write_bytes(Path(ckpt[1]).read_bytes()[:-1000])
     for path in ("torn.ckpt", CARTPOLE):
         line = fails(capsys, "evaluate", "--ckpt_path", path)
-        assert line.endswith(f"--ckpt_path must name a whole checkpoint, got '{path}'.")
+        assert line.endswith(f"ckpt_path must name a whole checkpoint, got '{path}'.")

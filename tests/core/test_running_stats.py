@@ -128,7 +128,10 @@ def test_groups_are_normalised_each_by_its_own_statistics(generator: torch.Gener
         alone = ObsNormalizer(box, clip=10.0)
         alone.update(obs[name])
         assert torch.equal(got[name], alone(obs[name]))
-    assert {name.split(".")[-2] for name in normalizer.state_dict()} == {"joints", "image"}
+    assert {name.split(".")[-2] for name in normalizer.state_dict()} == {
+        "group_joints",
+        "group_image",
+    }
 
 
 @pytest.mark.parametrize("groups", [True, False])

@@ -586,3 +586,27 @@ def test_synchronisation_is_named_and_the_mode_restored() -> None:
     found = problems(Asks())
     assert found[0].startswith("Asks.step() must not wait for the device")
     assert torch.cuda.get_sync_debug_mode() == 0
+
+
+class Bare:
+    """What the protocol asks of an environment, and nothing more."""
+
+    def __init__(self, env):
+        self.reset, self.step = env.reset, env.step
+        self.state_dict, self.load_state_dict = env.state_dict, env.load_state_dict
+
+
+class BareSpec:
+    num_envs = 4
+
+    def spaces(self):
+        return CartPole().spaces()
+
+    def build(self, device, seed):
+        return Bare(CartPole(num_envs=4).build(device, seed))
+
+
+def test_an_environment_behind_a_spec_need_not_tell_what_the_spec_does():
+    check_env(BareSpec(), steps=50)
+    with pytest.raises(ValueError, match="got Bare without num_envs, spaces"):
+        check_env(BareSpec().build(torch.device("cpu"), 0))

@@ -1,0 +1,74 @@
+"""Reward scaling, and the number of CPU threads."""
+
+import contextlib
+
+import pytest
+import torch
+
+from esper_lightning.core.buffer import allocate_rollout
+from esper_lightning.core.running_stats import RunningStats
+from esper_lightning.envs import CartPole
+from esper_lightning.training.collect import ActingState, scale_reward
+from esper_lightning.training.config import PPOConfig
+from esper_lightning.training.trainer_support import few_cpu_threads
+
+STEPS, ENVS = 6, 3
+
+
+def rollout(generator):
+    spaces, device = CartPole().spaces(), torch.device("cpu")
+    storage = allocate_rollout(spaces, STEPS, ENVS, device=device)
+    storage.reward.normal_(generator=generator)
+    ends = torch.rand(2, STEPS, ENVS, generator=generator) < 0.2
+    storage.terminated.copy_(ends[0])
+    storage.truncated.copy_(ends[1] & ~ends[0])
+    return storage
+
+
+def test_rewards_are_divided_by_the_deviation_of_all_returns_so_far(generator):
+    config = PPOConfig(discount=0.9, reward_clip=1.0)
+    stats = RunningStats(())
+    state = ActingState(torch.zeros(ENVS, 4), None, torch.zeros(ENVS))
+    running, returns = [0.0] * ENVS, []
+    for _ in range(3):
+        collected = rollout(generator)
+        scaled, state = scale_reward(collected, state, stats, config, healthy=torch.tensor(True))
+        for t in range(STEPS):
+            for env in range(ENVS):
+                running[env] = 0.9 * running[env] + collected.reward[t, env].item()
+                returns.append(running[env])
+                if collected.terminated[t, env] or collected.truncated[t, env]:
+                    running[env] = 0.0
+        deviation = torch.tensor(returns).std(correction=0)
+        expected = (collected.reward / deviation).clamp(-1.0, 1.0)
+        torch.testing.assert_close(scaled, expected, rtol=1e-4, atol=1e-5)
+        assert (scaled.abs() == 1.0).any()  # the limit is felt
+
+
+def test_a_broken_rollout_leaves_the_statistics_alone(generator):
+    collected, stats = rollout(generator), RunningStats(())
+    collected.reward[0, 0] = torch.nan
+    state = ActingState(torch.zeros(ENVS, 4), None, torch.zeros(ENVS))
+    scale_reward(collected, state, stats, PPOConfig(), healthy=torch.tensor(False))
+    assert (stats.count, stats.mean, stats.variance) == (0, 0, 1)
+
+
+def test_without_statistics_rewards_stay(generator):
+    collected = rollout(generator)
+    state = ActingState(torch.zeros(ENVS, 4), None, torch.zeros(ENVS))
+    scaled, after = scale_reward(collected, state, None, PPOConfig(), healthy=torch.tensor(True))
+    assert scaled is collected.reward
+    assert after is state
+
+
+@pytest.mark.parametrize(("samples", "threads"), [(64, 1), (2047, 1), (2048, 2)])
+def test_small_batches_get_one_thread_and_give_the_others_back(samples, threads):
+    before = torch.get_num_threads()
+    torch.set_num_threads(2)
+    try:
+        with contextlib.suppress(RuntimeError), few_cpu_threads(samples):
+            assert torch.get_num_threads() == threads
+            raise RuntimeError
+        assert torch.get_num_threads() == 2
+    finally:
+        torch.set_num_threads(before)
