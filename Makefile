@@ -30,7 +30,7 @@ check: $(VENV)/.installed ## Lint, types, import contracts
 	$(BIN)/pyright
 	$(BIN)/lint-imports
 
-bench: $(VENV)/.installed ## Measure learning on every task, 5 seeds each (about half an hour)
+bench: $(VENV)/.installed ## Measure learning on every task, 5 seeds each (six minutes)
 	$(BIN)/python benchmarks/learning.py
 
 clean: ## Remove the virtual environment and caches

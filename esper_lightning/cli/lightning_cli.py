@@ -36,12 +36,12 @@ from esper_lightning.training.trainer_support import refuse_unsupported
 __all__ = ["run"]
 
 _CONFIG_ERRORS = (argparse.ArgumentError, ValueError, TypeError, OSError, MisconfigurationException)
-_TRAINER_DEFAULTS = {
-    "max_epochs": -1,
+_NOT_BAREBONES = {
     "num_sanity_val_steps": 0,
     "log_every_n_steps": 1,
     "enable_model_summary": False,
 }
+_TRAINER_DEFAULTS = {"max_epochs": -1, "devices": 1, **_NOT_BAREBONES}
 
 
 def run(arguments: list[str]) -> None:
@@ -148,7 +148,7 @@ class EsperCLI(LightningCLI):
             quiet = {"logger": False, "enable_checkpointing": False, "enable_progress_bar": False}
             return super().instantiate_trainer(**quiet)
         if settings["barebones"]:  # it refuses what we choose, too
-            kwargs |= {name: None for name in _TRAINER_DEFAULTS if name != "max_epochs"}
+            kwargs |= dict.fromkeys(_NOT_BAREBONES)
             return super().instantiate_trainer(**kwargs)
         leaves_files = not settings["fast_dev_run"]
         if settings["logger"] in (None, True) and leaves_files:

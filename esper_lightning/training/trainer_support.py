@@ -57,7 +57,7 @@ def refuse_unsupported(trainer: Trainer, *, budget: int | None) -> None:
         interval = getattr(callback, "_train_time_interval", None)
         hint = "Lightning ignores it with manual optimisation: set every_n_train_steps."
         require(interval is None, "ModelCheckpoint.train_time_interval", "be None", interval, hint)
-    hint = "Statistics and stop decisions are not reduced over ranks yet."
+    hint = "Statistics are not reduced over ranks yet: set Trainer(devices=1)."
     require(
         trainer.world_size == 1,
         "Trainer.devices * Trainer.num_nodes",
