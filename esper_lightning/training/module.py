@@ -70,7 +70,8 @@ class PPO(LightningModule):
     Train it with ``Trainer.fit(model)``; no data module is needed. ``global_step`` counts
     iterations, an epoch is ``iterations_per_epoch`` of them: what Lightning does per epoch -
     evaluate, save, check for an early stop - happens that often. Loggers get ``env_steps`` as their
-    x axis.
+    x axis. Callbacks can monitor every figure of a history row; those of episodes are NaN until one
+    has ended, which ``EarlyStopping`` takes for a reason to stop unless ``check_finite=False``.
 
     Attributes:
         iteration: Iterations finished.
