@@ -8,6 +8,7 @@ it or reports on it.
 # pyright: reportUnknownVariableType=false, reportUnknownArgumentType=false
 
 import logging
+import math
 import time
 from collections.abc import Iterable
 from pathlib import Path
@@ -24,7 +25,6 @@ from typing_extensions import override
 from esper_lightning.core.buffer import allocate_rollout, first_steps
 from esper_lightning.core.diagnostics import explained_variance
 from esper_lightning.core.running_stats import ObsNormalizer, RunningStats
-from esper_lightning.core.schedules import adaptive_learning_rate, linear_learning_rate
 from esper_lightning.core.seeding import stream, stream_seed
 from esper_lightning.core.types import Observation, Rollout, Samples, map_obs
 from esper_lightning.core.validate import require
@@ -42,7 +42,6 @@ from esper_lightning.training.checkpoints import (
 from esper_lightning.training.collect import (
     ActingState,
     collect,
-    first_non_finite,
     is_finite,
     scale_reward,
 )
@@ -53,11 +52,18 @@ from esper_lightning.training.metrics import (
     RecentEpisodes,
     evaluation_metrics,
     iteration_figures,
-    shown_in_progress_bar,
     to_host,
 )
+from esper_lightning.training.reporting import publish, refuse_non_finite
 from esper_lightning.training.specs import describe, for_evaluation, plain
-from esper_lightning.training.update import UpdateMetrics, build_optimizer, prepare_samples, update
+from esper_lightning.training.update import (
+    UpdateMetrics,
+    adapt_learning_rate,
+    build_optimizer,
+    prepare_samples,
+    schedule_learning_rate,
+    update,
+)
 
 __all__ = ["PPO"]
 
@@ -196,6 +202,7 @@ class PPO(LightningModule):
                 self.obs_normalizer.update(rollout.obs)
             row = self._count(rollout, host, time.perf_counter() - started)
             row["optim/learning_rate"] = learning_rate
+            adapt_learning_rate(self._optimizer, self.ppo, kl=host["policy/approx_kl"])
             self._report(row)
         self._within_iteration = False
         if self._next_rollout_steps() == 0:
@@ -403,25 +410,8 @@ class PPO(LightningModule):
         self.recent_episodes.update(rollout.episode_return, rollout.episode_length, where=healthy)
         variance = explained_variance(samples.value, samples.value_target)
         host = to_host(self.recent_episodes.compute(), rollout, metrics, variance, healthy)
-        self._refuse_non_finite(rollout, host)
+        refuse_non_finite(host, rollout, env=type(self.env).__name__, iteration=self.iteration + 1)
         return host
-
-    def _refuse_non_finite(self, rollout: Rollout, host: dict[str, float]) -> None:
-        hint = "The weights are those of the previous iteration."
-        if not host["healthy"]:
-            whose, found = first_non_finite(rollout)
-            if whose == "environment":
-                require(
-                    False, f"{type(self.env).__name__}.step", "return finite values", found, hint
-                )
-            diverged = f"It has diverged: lower PPOConfig.learning_rate. {hint}"
-            require(False, "PPO.policy", "give finite probabilities", found, diverged)
-        hint = (
-            "The weights are those of before it. Lower PPOConfig.learning_rate, or set "
-            "PPOConfig.max_grad_norm."
-        )
-        found = f"NaN or infinity in iteration {self.iteration + 1}"
-        require(bool(host["learner_finite"]), "PPO's gradient", "be finite", found, hint)
 
     def _count(
         self, rollout: Rollout, host: dict[str, float], duration_s: float
@@ -455,30 +445,16 @@ class PPO(LightningModule):
         return max(0, min(steps, (self.total_env_steps - self.env_steps) // per_step))
 
     def _set_learning_rate(self) -> float:
-        group = self._optimizer.param_groups[0]
-        if self.ppo.learning_rate_schedule == "linear":
-            assert self._planned_env_steps is not None
-            progress = min(1.0, self.env_steps / self._planned_env_steps)
-            group["lr"] = linear_learning_rate(self.ppo.learning_rate, progress=progress)
-        elif self.ppo.learning_rate_schedule == "constant":
-            group["lr"] = self.ppo.learning_rate  # not that of a checkpoint
-        return float(group["lr"])
+        """Of the next iteration."""
+        progress = min(1.0, self.env_steps / (self._planned_env_steps or math.inf))
+        return schedule_learning_rate(self._optimizer, self.ppo, progress=progress)
 
     def _report(self, row: dict[str, Any]) -> None:
         """To callbacks, bars and loggers, without ``self.log``: it costs 0.3 ms for each metric."""
-        if self.ppo.learning_rate_schedule == "adaptive":
-            group, kl = self._optimizer.param_groups[0], row["policy/approx_kl"]
-            group["lr"] = adaptive_learning_rate(group["lr"], kl=kl, desired_kl=self.ppo.desired_kl)
-        known = {name: float(value) for name, value in row.items() if value is not None}
-        unknown = {name: float("nan") for name, value in row.items() if value is None}
-        tensors = {
-            name: torch.tensor(value, dtype=torch.float64)
-            for name, value in (known | unknown).items()
-        }
-        self.trainer.callback_metrics.update(tensors)
-        self.trainer.progress_bar_metrics.update(shown_in_progress_bar(known))
+        publish(self.trainer, row)
         interval = self.trainer.log_every_n_steps  # 0 for a barebones Trainer
         if interval and self.iteration % interval == 0:
+            known = {name: float(value) for name, value in row.items() if value is not None}
             self._log_to_loggers(known)
 
     def _log_to_loggers(self, metrics: dict[str, float]) -> None:

@@ -16,13 +16,22 @@ from esper_lightning.core.diagnostics import approx_kl, clip_fraction
 from esper_lightning.core.gae import compute_gae
 from esper_lightning.core.losses import clipped_surrogate, normalize_advantage, value_loss
 from esper_lightning.core.minibatches import flatten_steps, minibatches
+from esper_lightning.core.schedules import adaptive_learning_rate, linear_learning_rate
 from esper_lightning.core.shapes import Bool, Float
 from esper_lightning.core.types import LossTerms, Rollout, Samples
 from esper_lightning.policies.base import Evaluation, Policy
 from esper_lightning.training.collect import Normalize
 from esper_lightning.training.config import PPOConfig
 
-__all__ = ["UpdateMetrics", "build_optimizer", "ppo_loss_terms", "prepare_samples", "update"]
+__all__ = [
+    "UpdateMetrics",
+    "adapt_learning_rate",
+    "build_optimizer",
+    "ppo_loss_terms",
+    "prepare_samples",
+    "schedule_learning_rate",
+    "update",
+]
 
 
 class UpdateMetrics(NamedTuple):
@@ -43,6 +52,31 @@ def build_optimizer(policy: Policy, config: PPOConfig) -> torch.optim.Adam:
     return torch.optim.Adam(
         policy.parameters(), lr=config.learning_rate, eps=config.adam_eps, fused=True
     )
+
+
+def schedule_learning_rate(
+    optimizer: torch.optim.Adam, config: PPOConfig, *, progress: float
+) -> float:
+    """Set and return the rate of the next iteration; an adaptive one stays as it is.
+
+    Args:
+        optimizer: From ``build_optimizer``.
+        config: Whose settings win over what a checkpoint brought.
+        progress: Share of the run that is done, in [0, 1].
+    """
+    group = optimizer.param_groups[0]
+    if config.learning_rate_schedule == "linear":
+        group["lr"] = linear_learning_rate(config.learning_rate, progress=progress)
+    elif config.learning_rate_schedule == "constant":
+        group["lr"] = config.learning_rate
+    return float(group["lr"])
+
+
+def adapt_learning_rate(optimizer: torch.optim.Adam, config: PPOConfig, *, kl: float) -> None:
+    """Where the schedule is adaptive, react to how far (nats) the iteration moved the policy."""
+    if config.learning_rate_schedule == "adaptive":
+        group = optimizer.param_groups[0]
+        group["lr"] = adaptive_learning_rate(group["lr"], kl=kl, desired_kl=config.desired_kl)
 
 
 @torch.no_grad()
