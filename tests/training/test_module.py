@@ -197,6 +197,12 @@ class TestLearning:
             [1e-2, 1e-2 / 1.5, 1e-2 / 2.25]
         )
 
+    def test_normalised_observations_are_held_within_obs_clip(self, make_trainer):
+        model = cartpole(ppo=dataclasses.replace(SMALL, normalize_obs=True, obs_clip=0.5))
+        fit(model, make_trainer())
+        obs = model._normalize(torch.tensor([[-1e6, 1e6, -1e6, 1e6]]))
+        assert obs.tolist() == [[-0.5, 0.5, -0.5, 0.5]]
+
     def test_normalizers_are_frozen_within_an_iteration(self, make_trainer):
         model = cartpole(ppo=dataclasses.replace(SMALL, normalize_obs=True))
         rows = fit(model, make_trainer(max_epochs=1))
