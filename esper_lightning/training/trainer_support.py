@@ -141,7 +141,7 @@ def few_cpu_threads(samples: int) -> Generator[None]:
     """One CPU thread for tensors of so few rows that a second gains nothing.
 
     Threads of an OpenMP team wait for each other by spinning: beside another busy process, 64
-    environments ran 70 times slower with two threads than with one (``docs/decisions/0008``).
+    environments ran tens of times slower with two threads than with one (``docs/decisions/0008``).
 
     Args:
         samples: Rows of the largest tensors, those of a minibatch.
