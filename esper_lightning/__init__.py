@@ -7,6 +7,7 @@ import importlib
 from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
+    from esper_lightning.callbacks.flight_recorder import FlightRecorder
     from esper_lightning.callbacks.history import History
     from esper_lightning.callbacks.progress import RunProgressBar
     from esper_lightning.envs.check import check_env
@@ -18,6 +19,7 @@ if TYPE_CHECKING:
 __all__ = [
     "MLP",
     "PPO",
+    "FlightRecorder",
     "History",
     "PPOConfig",
     "RunProgressBar",
@@ -26,6 +28,7 @@ __all__ = [
 ]
 
 _HOMES = {
+    "FlightRecorder": "callbacks.flight_recorder",
     "History": "callbacks.history",
     "MLP": "policies.feedforward",
     "PPO": "training.module",

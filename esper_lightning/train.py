@@ -15,6 +15,7 @@ from lightning.pytorch.callbacks import Callback, ModelCheckpoint
 from lightning.pytorch.loggers import TensorBoardLogger
 from lightning.pytorch.profilers import PyTorchProfiler
 
+from esper_lightning.callbacks.flight_recorder import FlightRecorder
 from esper_lightning.callbacks.history import History
 from esper_lightning.callbacks.progress import RunProgressBar
 from esper_lightning.core.validate import require
@@ -142,7 +143,7 @@ def train_ppo_vectorized(
         limit_val_batches=0,
         enable_model_summary=False,
         profiler=profiler,
-        callbacks=run_callbacks(evaluates=False),
+        callbacks=run_callbacks(evaluates=False, prints_profile=torch_profiler_summary),
     )
     refuse_unsupported(
         trainer, budget=model.total_env_steps
@@ -159,7 +160,8 @@ def train_ppo_vectorized(
         if profiler is not None:
             _keep_profile(profiler, ours, show=torch_profiler_summary)
     except BaseException as error:
-        error.add_note(_where(ours, layout, profiler))
+        if not any("Run directory" in note for note in getattr(error, "__notes__", ())):
+            error.add_note(_where(ours, layout, profiler))
         raise
     return read_json_lines(ours.history)
 
@@ -180,12 +182,19 @@ def run_callbacks(
     saves: bool = True,
     shows_progress: bool = True,
     writes_history: bool = True,
+    records: bool = True,
+    prints_profile: bool = True,
 ) -> list[Callback]:
     """What every run has.
 
-    History, progress bar, ``last.ckpt``, and ``best.ckpt`` where there are evaluations.
+    Flight recorder, history, progress bar, ``last.ckpt``, and ``best.ckpt`` where there are
+    evaluations.
     """
-    callbacks: list[Callback] = [History()] if writes_history else []
+    callbacks: list[Callback] = []
+    if records:
+        callbacks.append(FlightRecorder(print_profile=prints_profile))
+    if writes_history:
+        callbacks.append(History())
     if shows_progress:
         callbacks.append(RunProgressBar())
     if saves and evaluates:

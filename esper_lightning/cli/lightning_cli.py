@@ -24,6 +24,7 @@ from typing_extensions import override
 
 import esper_lightning.envs  # pyright: ignore[reportUnusedImport] - to be named in a config, specs
 import esper_lightning.policies  # noqa: F401  # pyright: ignore[reportUnusedImport] - must be known
+from esper_lightning.callbacks.flight_recorder import FlightRecorder
 from esper_lightning.callbacks.history import History
 from esper_lightning.callbacks.run_directory import run_directory
 from esper_lightning.core.validate import require
@@ -162,6 +163,7 @@ class EsperCLI(LightningCLI):
             shows_progress=settings["enable_progress_bar"] is not False
             and not any(isinstance(callback, ProgressBar) for callback in given),
             writes_history=not any(isinstance(callback, History) for callback in given),
+            records=not any(isinstance(callback, FlightRecorder) for callback in given),
         )
         return super().instantiate_trainer(**kwargs)
 

@@ -32,6 +32,41 @@ class RankLayout:
         """Tables of the profiler."""
         return self.directory / "profile.txt"
 
+    @property
+    def phases(self) -> Path:
+        """Memory-mapped ring of the latest spans (``forensics.phases``)."""
+        return self.directory / "phases.ring"
+
+    @property
+    def process(self) -> Path:
+        """Which process this rank is, and how it fared (``forensics.report``)."""
+        return self.directory / "process.json"
+
+    @property
+    def crash(self) -> Path:
+        """The report of a death (``forensics.report``)."""
+        return self.directory / "crash.json"
+
+    @property
+    def crash_checkpoint(self) -> Path:
+        """Weights, optimizer, counters and random states at the moment of death."""
+        return self.directory / "crash.ckpt"
+
+    @property
+    def stacks(self) -> Path:
+        """Python stacks of all threads, if a signal, a hang or a native fault called for them."""
+        return self.directory / "stacks.txt"
+
+    @property
+    def memory(self) -> Path:
+        """Snapshot of the CUDA allocator, if memory ran out."""
+        return self.directory / "memory.pickle"
+
+    @property
+    def bad_minibatch(self) -> Path:
+        """The minibatch on which a loss or gradient was not finite, for replay."""
+        return self.directory / "nan.pt"
+
 
 @dataclass(frozen=True)
 class RunLayout:

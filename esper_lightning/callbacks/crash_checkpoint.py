@@ -1,0 +1,79 @@
+"""A checkpoint of the moment of death: enough to look at, evaluate, or warm-start from."""
+# Lightning sets many attributes of its Trainer where no type checker sees them.
+# pyright: reportAttributeAccessIssue=false, reportPrivateUsage=false
+# pyright: reportUnknownVariableType=false, reportUnknownArgumentType=false
+
+import io
+import random
+from collections.abc import Iterable, Mapping
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from lightning.pytorch import Trainer
+from lightning.pytorch.strategies import DDPStrategy, SingleDeviceStrategy
+from torch import Tensor
+
+from esper_lightning.forensics.files import write_atomically
+
+__all__ = ["CRASH_KEY", "save_crash_checkpoint"]
+
+CRASH_KEY = "crash"
+
+
+def save_crash_checkpoint(trainer: Trainer, path: Path, reason: str) -> str:
+    """Write Lightning's checkpoint of this rank, with random states and what is not finite.
+
+    No collective is called. Under ``"crash"`` the file holds ``reason``, the names of weights and
+    optimizer states that are not finite, and the states of the global random generators.
+
+    Returns:
+        A sentence on what the file holds.
+
+    Raises:
+        ValueError: If the strategy shards the weights: saving them would need the other ranks.
+        OSError: If the disk takes no more.
+    """
+    strategy = trainer.strategy
+    if not isinstance(strategy, SingleDeviceStrategy | DDPStrategy):
+        name = type(strategy).__name__
+        raise ValueError(f"{name} may shard the weights; collecting them would need every rank")
+    checkpoint = trainer._checkpoint_connector.dump_checkpoint(weights_only=False)
+    parts = {"weights": checkpoint["state_dict"], "optimizer": checkpoint["optimizer_states"]}
+    bad = [name for name, value in _tensors(parts) if not _finite(value)]
+    checkpoint[CRASH_KEY] = {
+        "reason": reason,
+        "finite": not bad,
+        "non_finite": bad,
+        "random": _random_states(),
+    }
+    buffer = io.BytesIO()
+    torch.save(checkpoint, buffer)
+    write_atomically(path, buffer.getvalue())
+    return f"NOT FINITE: {', '.join(bad[:8])}" if bad else "all weights finite"
+
+
+def _finite(value: Tensor) -> bool:
+    return not (value.is_floating_point() or value.is_complex()) or bool(value.isfinite().all())
+
+
+def _tensors(tree: Any, name: str = "") -> Iterable[tuple[str, Tensor]]:
+    if isinstance(tree, Tensor):
+        yield name, tree
+    elif isinstance(tree, Mapping):
+        for key, value in tree.items():
+            yield from _tensors(value, f"{name}.{key}" if name else str(key))
+    elif isinstance(tree, list | tuple):
+        for index, value in enumerate(tree):
+            yield from _tensors(value, f"{name}.{index}")
+
+
+def _random_states() -> dict[str, Any]:
+    """As ``torch.load(weights_only=True)`` takes them."""
+    states: dict[str, Any] = {"torch": torch.get_rng_state(), "python": random.getstate()}
+    numpy: Any = np.random.get_state()  # noqa: NPY002 - the global one is what a program may use
+    states["numpy"] = [numpy[0], torch.from_numpy(numpy[1].astype(np.int64)), *numpy[2:]]
+    if torch.cuda.is_available() and torch.cuda.is_initialized():
+        states["cuda"] = torch.cuda.get_rng_state_all()
+    return states

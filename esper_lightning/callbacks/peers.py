@@ -1,0 +1,116 @@
+"""The other ranks of a run, known by the files they leave in the run directory: no collective."""
+
+import os
+import socket
+import threading
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any, cast
+
+from esper_lightning.forensics.layout import RunLayout
+from esper_lightning.forensics.report import read_report, write_report
+
+__all__ = ["Peers", "keep_launcher_from_killing"]
+
+_HOST = socket.gethostname()
+
+
+class Peers:
+    """This rank's ``process.json``, and what those of the others say.
+
+    Args:
+        layout: Of the run.
+        rank: Global rank of this process.
+        world_size: Number of ranks.
+    """
+
+    def __init__(self, layout: RunLayout, rank: int, world_size: int) -> None:
+        self._layout = layout
+        self._others = [peer for peer in range(world_size) if peer != rank]
+        self._started_s = time.time()
+        self._path = layout.rank(rank).process
+        self._process: dict[str, Any] = {
+            "rank": rank,
+            "world_size": world_size,
+            "pid": os.getpid(),
+            "host": _HOST,
+            "started_s": self._started_s,
+        }
+
+    def tell(self, state: str, *, saved: bool = False) -> None:
+        """Say how this rank fares.
+
+        Args:
+            state: ``running``, ``finished`` or ``failed``.
+            saved: Whether its evidence is on disk.
+
+        Raises:
+            OSError: If the disk takes no more.
+        """
+        process = {**self._process, "state": state, "saved": saved, "changed_s": time.time()}
+        write_report(self._path, process)
+
+    def first_failure(self) -> tuple[int, str] | None:
+        """A rank that failed or vanished in this run, and what is known of it."""
+        for peer in self._others:
+            process = self._read(peer)
+            if process is None:
+                continue
+            if process.get("state") == "failed":
+                return peer, "it failed"
+            if process.get("state") == "running" and not _alive(process):
+                return peer, "its process vanished"
+        return None
+
+    def wait_until_saved(self, timeout_s: float) -> None:
+        """Stay alive while others still save.
+
+        Launchers kill every process soon after the first has left.
+        """
+        end = time.monotonic() + timeout_s
+        while time.monotonic() < end and any(map(self._is_saving, self._others)):
+            time.sleep(0.05)
+
+    def _is_saving(self, peer: int) -> bool:
+        process = self._read(peer)
+        if process is None or process.get("state") == "finished" or process.get("saved"):
+            return False
+        return _alive(process)
+
+    def _read(self, peer: int) -> dict[str, Any] | None:
+        """``None`` where it has not started, or the file is of an earlier run."""
+        process = read_report(self._layout.rank(peer).process)
+        if process is None or process.get("state") is None:
+            return None
+        if process.get("host") == _HOST and process.get("started_s", 0) < self._started_s - 600:
+            return None
+        return process
+
+
+def keep_launcher_from_killing(save: Callable[[], None]) -> None:
+    """Lightning's launcher thread kills every rank, this one too, when one died: save before."""
+    for thread in threading.enumerate():
+        if thread.name == "child-process-observer":
+            _save_before_killing(thread, save)
+
+
+def _save_before_killing(thread: Any, save: Callable[[], None]) -> None:
+    kill = cast(Callable[[], None], type(thread)._terminate_all.__get__(thread))
+
+    def save_and_kill() -> None:
+        save()
+        kill()
+
+    thread._terminate_all = save_and_kill
+
+
+def _alive(process: dict[str, Any]) -> bool:
+    """Whether a rank's process still runs; one on another host is taken to."""
+    if process.get("host") != _HOST:
+        return True
+    try:
+        stat = Path(f"/proc/{int(process['pid'])}/stat").read_text()
+    except (OSError, ValueError, KeyError):
+        return not Path("/proc/self/stat").exists()
+    return stat.rpartition(")")[2].split()[0] not in "ZX"

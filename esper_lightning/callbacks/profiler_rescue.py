@@ -1,0 +1,244 @@
+"""What Lightning's profilers need so that their evidence outlives the run.
+
+``ProfilerGuard`` sits round ``trainer.profiler`` for one run. It writes every span into the phase
+ring, keeps errors of the profiler out of the run, keeps an exception that unwinds from advancing
+the schedule, and at a death takes out what was recorded. It works on the user's own object and
+leaves it as it was.
+"""
+# Lightning sets many attributes of its Trainer where no type checker sees them.
+# pyright: reportAttributeAccessIssue=false, reportPrivateUsage=false
+# pyright: reportUnknownVariableType=false, reportUnknownArgumentType=false
+
+import contextlib
+import itertools
+import logging
+import os
+import socket
+import sys
+import threading
+from collections.abc import Callable
+from pathlib import Path
+
+import torch
+from lightning.pytorch.profilers import PassThroughProfiler, Profiler, PyTorchProfiler
+from torch.profiler import ProfilerAction
+
+from esper_lightning.callbacks.operator_table import operator_table
+from esper_lightning.callbacks.signals import Signals
+from esper_lightning.callbacks.trace_export import export_trace
+from esper_lightning.forensics.phases import PhaseRing
+
+__all__ = ["ProfilerGuard"]
+
+_log = logging.getLogger(__name__)
+_RECORDING = (ProfilerAction.RECORD, ProfilerAction.RECORD_AND_SAVE)
+_WRAPPED = ("start", "stop", "describe")
+_numbers = itertools.count(1)
+
+
+class ProfilerGuard:
+    """Round one profiler, for one run.
+
+    Args:
+        profiler: Of the Trainer.
+        ring: Where spans go.
+        signals: Held back while a window is written.
+        on_described: Called after the run's last act, the profiler's own report.
+    """
+
+    def __init__(
+        self,
+        profiler: Profiler,
+        ring: PhaseRing,
+        signals: Signals,
+        on_described: Callable[[], None],
+    ) -> None:
+        self.profiler = profiler
+        self._ring = ring
+        self._signals = signals
+        self._on_described = on_described
+        self._thread = threading.get_ident()
+        self._outer: list[BaseException | None] = []
+        self._off = False
+        for name in _WRAPPED:
+            setattr(profiler, name, getattr(self, f"_{name}"))
+        self._methods = {name: getattr(type(profiler), name).__get__(profiler) for name in _WRAPPED}
+        if isinstance(profiler, PyTorchProfiler):
+            _make_global(profiler)
+
+    def release(self) -> None:
+        """Give the profiler its own methods back."""
+        self._off = True
+        for name in _WRAPPED:
+            self.profiler.__dict__.pop(name, None)
+
+    @property
+    def action(self) -> str | None:
+        """What the torch profiler is doing: NONE (waiting), WARMUP, RECORD, RECORD_AND_SAVE."""
+        profile = self._profile
+        return None if profile is None else profile.current_action.name
+
+    @property
+    def has_window(self) -> bool:
+        """Whether anything is being recorded."""
+        profile = self._profile
+        return profile is not None and profile.current_action in _RECORDING
+
+    # What the Trainer calls.
+
+    def _start(self, action_name: str) -> None:
+        if threading.get_ident() == self._thread:
+            self._outer.append(sys.exc_info()[1])
+            self._ring.enter(action_name)
+        if not self._off:
+            self._guarded("start", action_name)
+
+    def _stop(self, action_name: str) -> None:
+        unwinding = False
+        if threading.get_ident() == self._thread and self._outer:
+            unwinding = sys.exc_info()[1] is not self._outer.pop()
+            if not unwinding:
+                self._ring.leave(action_name)
+        if self._off:
+            return
+        steps = isinstance(self.profiler, PyTorchProfiler) and any(
+            action_name.endswith(step) for step in self.profiler.STEP_FUNCTIONS
+        )
+        if not (unwinding and steps):  # a step of the schedule would be one too many
+            self._guarded("stop", action_name)
+
+    def _describe(self) -> None:
+        if not self._off:
+            self._guarded("describe")
+        self._on_described()
+
+    def _guarded(self, method: str, *args: str) -> None:
+        """Call the profiler's own method; a run does not fail because of its profiler."""
+        try:
+            with self._signals.held():
+                self._methods[method](*args)
+        except Exception as error:
+            if isinstance(self.profiler, PyTorchProfiler):
+                self._off = True
+                lost = self.has_window or not isinstance(error, AssertionError)
+                with contextlib.suppress(Exception):
+                    self.abandon()
+                if not lost:  # Lightning's assertion when a run ends without any window
+                    return
+            _log.warning("The profiler failed and is off from here on: %r", error)
+
+    # At a death.
+
+    @property
+    def _profile(self) -> torch.profiler.profile | None:
+        profile = getattr(self.profiler, "profiler", None)
+        return profile if isinstance(profile, torch.profiler.profile) else None
+
+    def finish(self, directory: Path, rank: int) -> tuple[Path, str]:
+        """Close the open window and export it; the profiler is off afterwards.
+
+        Args:
+            directory: Where the trace goes if it cannot go where the user's traces go.
+            rank: Of this process, for the name.
+
+        Returns:
+            The file, and the table of operators.
+
+        Raises:
+            ValueError: If nothing is being recorded, or the session was lost.
+            OSError: If no place takes the file.
+        """
+        profile = self._profile
+        self._off = True
+        if profile is None or profile.current_action not in _RECORDING:
+            self.abandon()
+            raise ValueError("no window was open")
+        first_error: OSError | None = None
+        self.abandon()
+        assert profile.profiler is not None
+        if profile.profiler.kineto_results is None:
+            raise ValueError("the session had been ended by someone else")
+        process = f"{socket.gethostname()}-{os.getpid()}-{next(_numbers)}"
+        name = f"crash-rank{rank}-{process}.pt.trace.json.gz"
+        theirs = getattr(self.profiler, "dirpath", None)
+        places = [Path(theirs)] if theirs and Path(theirs) not in directory.parents else []
+        for place in (*places, directory):
+            try:
+                place.mkdir(parents=True, exist_ok=True)
+                path = export_trace(profile, place / name)
+                return path, operator_table(profile.profiler.kineto_results)
+            except OSError as error:
+                first_error = first_error or error
+        assert first_error is not None
+        raise first_error
+
+    def abandon(self) -> None:
+        """Stop recording and leave the profiler as it was before its first action."""
+        self._off = True
+        profiler, profile = self.profiler, self._profile
+        if not isinstance(profiler, PyTorchProfiler):
+            return
+        on_own_thread = threading.get_ident() == self._thread
+        register, profiler._register = profiler._register, None
+        if on_own_thread:
+            for record in reversed(list(register._records.values()) if register else []):
+                if getattr(record, "record", None) is not None:
+                    _quietly(lambda record=record: record.__exit__(None, None, None))
+            for name in reversed(list(profiler._recording_map)):
+                record = profiler._recording_map[name]
+                _quietly(lambda record=record: record.__exit__(None, None, None))
+        profiler._recording_map.clear()
+        if register is not None:
+            register.__exit__(None, None, None)
+        if profile is not None:
+            running = profile.current_action != ProfilerAction.NONE
+            profile.on_trace_ready = None
+            if running and profile.profiler is not None:
+                profile.profiler.use_device = None  # after a CUDA error its synchronise would raise
+                _quietly(profile.stop)
+            profile.current_action = profile._prev_schedule_action = ProfilerAction.NONE
+        parent, profiler._parent_profiler = profiler._parent_profiler, None
+        if profile is None and profiler.profiler is not None:  # emit_nvtx
+            _quietly(lambda: profiler.profiler.__exit__(None, None, None))  # pyright: ignore[reportOptionalMemberAccess]
+        if parent is not None:
+            _quietly(lambda: parent.__exit__(None, None, None))
+        profiler.profiler = None
+        if profiler._schedule is not None:
+            profiler._schedule.reset()
+
+    def text(self) -> str:
+        """The report of a profiler that keeps text only, such as ``SimpleProfiler``."""
+        if isinstance(self.profiler, PyTorchProfiler | PassThroughProfiler):
+            return ""
+        for name in reversed(self._ring.open_names):
+            with contextlib.suppress(Exception):
+                self._methods["stop"](name)
+        return self.profiler.summary()
+
+
+def _quietly(action: Callable[[], object]) -> None:
+    try:
+        action()
+    except Exception as error:
+        _log.debug("While closing the profiler: %r", error)
+
+
+def _make_global(profiler: PyTorchProfiler) -> None:
+    """Let any thread stop the session: the watchdog too, while the main thread is stuck in C."""
+    if profiler._emit_nvtx or profiler._profiler_kwargs.get("experimental_config") is not None:
+        return
+    try:
+        config = torch._C._profiler._ExperimentalConfig(profile_all_threads=True)
+    except TypeError:  # an older torch
+        return
+    profiler._profiler_kwargs["experimental_config"] = config
+    profile = profiler.profiler
+    if isinstance(profile, torch.profiler.profile):  # the Trainer's first hooks have opened it
+        ready, profile.on_trace_ready = profile.on_trace_ready, None
+        running = profile.current_action != ProfilerAction.NONE
+        if running:
+            profile.stop()
+        profile.experimental_config, profile.profiler = config, None
+        if running:
+            profile.start()
+        profile.on_trace_ready = ready

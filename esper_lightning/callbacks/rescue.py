@@ -1,0 +1,314 @@
+"""Saving what a dying run knows: cheap and certain first, slow and fragile last.
+
+Each step is guarded, bounded in time, and told in the report. Nothing here raises, starts a
+collective, or needs the main thread to be well.
+"""
+# Lightning sets many attributes of its Trainer where no type checker sees them.
+# pyright: reportAttributeAccessIssue=false, reportPrivateUsage=false
+# pyright: reportUnknownVariableType=false, reportUnknownArgumentType=false
+
+import logging
+import math
+import os
+import platform
+import socket
+import tempfile
+import threading
+import time
+import traceback
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from importlib.metadata import version
+from pathlib import Path
+from typing import Any
+
+import torch
+from lightning.pytorch import Trainer
+
+from esper_lightning.callbacks.crash_checkpoint import save_crash_checkpoint
+from esper_lightning.callbacks.profiler_rescue import ProfilerGuard
+from esper_lightning.callbacks.signals import dump_stacks
+from esper_lightning.forensics.files import write_atomically
+from esper_lightning.forensics.layout import RankLayout
+from esper_lightning.forensics.phases import PhaseRing
+from esper_lightning.forensics.report import write_report
+
+__all__ = ["Death", "Rescue"]
+
+_log = logging.getLogger(__name__)
+_COUNTERS = ("iteration", "env_steps", "gradient_steps")
+
+
+@dataclass(frozen=True, kw_only=True)
+class Death:
+    """What ends the run, as far as the process itself can tell."""
+
+    cause: str  # one of those in forensics.report
+    error: BaseException | None = None
+    signal: str | None = None
+    peer: tuple[int, str] | None = None
+
+    @property
+    def reason(self) -> str:
+        """In one line."""
+        if self.error is not None:
+            return f"{type(self.error).__name__}: {self.error}"
+        if self.peer is not None:
+            return f"rank {self.peer[0]}: {self.peer[1]}"
+        return self.signal or self.cause
+
+
+@dataclass(kw_only=True)
+class Rescue:
+    """Saves the evidence of one death of one rank."""
+
+    trainer: Trainer
+    files: RankLayout
+    ring: PhaseRing
+    guard: ProfilerGuard
+    print_profile: bool
+    bounded: bool = True  # whether steps may take threads of their own: not in a signal handler
+    report: dict[str, Any] = field(default_factory=dict[str, Any])
+
+    def run(self, death: Death) -> Path | None:
+        """Take all steps; returns where the report is, ``None`` if no place takes it."""
+        started = time.monotonic()
+        self.report = {**self._describe(death), "evidence": {}, "complete": False}
+        self.report["profiler"] = self._describe_profiler()
+        self._step("history", self._flush_history, seconds=5)
+        if self.bounded:
+            self._step("loggers", self._flush_loggers, seconds=5)
+        self._evidence("trace", "pending")
+        self._write_report()
+        if isinstance(death.error, torch.OutOfMemoryError) and torch.cuda.is_available():
+            self._step("memory", self._save_memory, seconds=20)
+        if death.cause in ("signal", "hang", "peer", "exit") and self.bounded:
+            self._step("stacks", lambda: self._save_stacks(death), seconds=5)
+        elif death.cause == "native":
+            self._evidence("stacks", "saved", self.files.stacks)
+        self._save_checkpoint(death)
+        self._step("minibatch", lambda: self._save_minibatch(death), seconds=20)
+        table = self._save_trace()
+        if table:
+            self._step("profile", lambda: self._save_profile(table), seconds=5)
+        self.report |= {"complete": True, "duration_s": round(time.monotonic() - started, 4)}
+        return self._write_report()
+
+    def amend(self, error: BaseException) -> None:
+        """Add the error that the main thread met after its evidence had been saved for it."""
+        if self.report.get("error") is None:
+            self.report |= {"error": _describe_error(error), "exit_status": _exit_status(error)}
+            self._write_report()
+
+    # What happened.
+
+    def _describe(self, death: Death) -> dict[str, Any]:
+        trainer, module = self.trainer, self.trainer.lightning_module
+        counters = {name: getattr(module, name, None) for name in _COUNTERS}
+        numbers = {
+            name: float(value)
+            for name, value in trainer.callback_metrics.items()
+            if value.numel() == 1 and value.device.type == "cpu"  # no synchronisation with a device
+        }
+        return {
+            "rank": trainer.global_rank,
+            "world_size": trainer.world_size,
+            "pid": os.getpid(),
+            "host": socket.gethostname(),
+            "time_s": time.time(),
+            "cause": death.cause,
+            "error": None if death.error is None else _describe_error(death.error),
+            "signal": death.signal or getattr(death.error, "signal", None),
+            "exit_status": _exit_status(death.error),
+            "peer": None
+            if death.peer is None
+            else {"rank": death.peer[0], "reason": death.peer[1]},
+            "stage": str(trainer.state.fn.value) if trainer.state.fn else None,
+            "global_step": trainer.global_step,
+            "epoch": trainer.current_epoch,
+            **{name: value for name, value in counters.items() if isinstance(value, int)},
+            "iteration": self.ring.iteration,
+            "phases": self.ring.open_names,
+            "metrics": {k: v if math.isfinite(v) else repr(v) for k, v in numbers.items()},
+            "module": type(module).__name__,
+            "versions": {
+                "python": platform.python_version(),
+                "torch": torch.__version__,
+                "lightning": version("lightning"),
+            },
+        }
+
+    def _describe_profiler(self) -> dict[str, Any] | None:
+        if type(self.guard.profiler).__name__ == "PassThroughProfiler":
+            return None
+        return {"class": type(self.guard.profiler).__name__, "action": self.guard.action}
+
+    # Steps.
+
+    def _flush_history(self) -> tuple[Path, str]:
+        path = self.files.history
+        if not path.exists():
+            raise _AbsentError("no iteration was finished")
+        descriptor = os.open(path, os.O_RDONLY)
+        try:
+            os.fsync(descriptor)  # what was appended is safe from a power failure, too
+        finally:
+            os.close(descriptor)
+        with path.open("rb") as file:
+            rows = sum(1 for _ in file)
+        return path, f"{rows} rows"
+
+    def _flush_loggers(self) -> tuple[None, str]:
+        for logger in self.trainer.loggers:
+            logger.save()
+            flush = getattr(getattr(logger, "experiment", None), "flush", None)
+            if callable(flush):
+                flush()
+        return None, f"{len(self.trainer.loggers)} flushed"
+
+    def _save_memory(self) -> tuple[Path, str]:
+        if (
+            not self.files.memory.exists()
+        ):  # else the allocator's observer wrote it, before unwinding
+            torch.cuda.memory._dump_snapshot(str(self.files.memory))
+        return self.files.memory, "CUDA allocator"
+
+    def _save_stacks(self, death: Death) -> tuple[Path, str]:
+        dump_stacks(self.files.stacks, f"{death.cause}: {death.reason}")
+        return self.files.stacks, "Python stacks of all threads"
+
+    def _save_checkpoint(self, death: Death) -> None:
+        if not self.bounded:
+            self._evidence("checkpoint", "absent", detail="not from within a native fault")
+        elif not self.trainer.strategy.optimizers:
+            self._evidence("checkpoint", "absent", detail="training had not begun")
+        else:
+            path = self.files.crash_checkpoint
+
+            def save() -> tuple[Path, str]:
+                return path, save_crash_checkpoint(self.trainer, path, death.reason)
+
+            self._step("checkpoint", save, seconds=30)
+
+    def _save_minibatch(self, death: Death) -> tuple[Path, str]:
+        minibatch = getattr(death.error, "minibatch", None)
+        if minibatch is None:
+            raise _AbsentError("no value was found not to be finite")
+        path = self.files.bad_minibatch
+        if not path.exists():
+            torch.save(minibatch, path)
+        return path, "the minibatch that was not finite"
+
+    def _save_trace(self) -> str:
+        """Returns the table to show."""
+        guard, action = self.guard, self.guard.action
+        tables: list[str] = []
+
+        def export() -> tuple[Path, str]:
+            path, table = guard.finish(self.files.trace, self.trainer.global_rank)
+            tables.append(table)
+            return path, "the window that was open, up to the death"
+
+        if guard.has_window:
+            # Sessions that are not global must be stopped by the thread that started them.
+            self._step("trace", export, seconds=None)
+            return "".join(tables)
+        guard.abandon()
+        waiting = {"NONE": "the profiler was waiting", "WARMUP": "the profiler was warming up"}
+        detail = (
+            "no PyTorchProfiler was attached" if action is None else waiting.get(action, action)
+        )
+        self._evidence("trace", "absent", detail=f"{detail}; closed windows stay")
+        try:
+            return guard.text()
+        except Exception as error:
+            self._evidence("profile", "failed", detail=repr(error))
+            return ""
+
+    def _save_profile(self, table: str) -> tuple[Path, str]:
+        write_atomically(self.files.profile, table.encode())
+        if self.print_profile and self.trainer.global_rank == 0:
+            print(table, flush=True)  # noqa: T201 - the summary belongs on the console
+        return self.files.profile, "of the open window"
+
+    # How steps are taken.
+
+    def _step(
+        self, name: str, action: Callable[[], tuple[Path | None, str]], *, seconds: float | None
+    ) -> None:
+        """Take a step and write down how it went."""
+        failures: list[BaseException] = []
+        results: list[tuple[Path | None, str]] = []
+
+        def take() -> None:
+            try:
+                results.append(action())
+            except BaseException as error:
+                failures.append(error)
+
+        in_time = True
+        if self.bounded and seconds is not None:
+            in_time = _finishes(take, seconds)
+        else:
+            take()
+        if results:
+            self._evidence(name, "saved", *results[0])
+        elif failures and isinstance(failures[0], _AbsentError):
+            self._evidence(name, "absent", detail=str(failures[0]))
+        elif failures:
+            self._evidence(name, "failed", detail=repr(failures[0]))
+        elif not in_time:
+            self._evidence(name, "failed", detail=f"not done within {seconds} s")
+
+    def _evidence(
+        self, name: str, state: str, path: Path | None = None, detail: str | None = None
+    ) -> None:
+        where = None
+        if path is not None:
+            inside = path.is_relative_to(self.files.directory)
+            where = str(path.relative_to(self.files.directory) if inside else path)
+        self.report["evidence"][name] = {"state": state, "path": where, "detail": detail}
+
+    def _write_report(self) -> Path | None:
+        elsewhere = Path(tempfile.gettempdir()) / f"crash-{os.getpid()}-{self.files.directory.name}"
+        for path in (self.files.crash, elsewhere.with_suffix(".json")):
+            try:
+                write_report(path, self.report)
+            except OSError as error:
+                _log.error("The crash report cannot be written to %s: %s", path, error)
+            else:
+                return path
+        return None
+
+
+class _AbsentError(Exception):
+    """There is nothing to save, and that is no failure."""
+
+
+def _finishes(action: Callable[[], None], seconds: float) -> bool:
+    thread = threading.Thread(target=action, daemon=True, name="flight-recorder-step")
+    try:
+        thread.start()
+    except RuntimeError:  # no memory for a thread
+        action()
+        return True
+    thread.join(seconds)
+    return not thread.is_alive()
+
+
+def _describe_error(error: BaseException) -> dict[str, Any]:
+    return {
+        "type": type(error).__name__,
+        "message": str(error),
+        "traceback": "".join(traceback.format_exception(error, limit=-30)).splitlines(),
+    }
+
+
+def _exit_status(error: BaseException | None) -> int | None:
+    """Of the process, if nobody catches the error."""
+    if error is None:
+        return None
+    if isinstance(error, SystemExit):
+        code = error.code
+        return code if isinstance(code, int) else int(code is not None)
+    return 1

@@ -1,0 +1,110 @@
+"""A thread that looks after a run whose main thread cannot: stuck in C, or in a collective."""
+
+import os
+import signal
+import sys
+import threading
+import time
+from collections.abc import Callable
+from typing import NamedTuple
+
+__all__ = ["Alarm", "Watchdog"]
+
+_PERIOD_S = 0.1
+_PEERS_EVERY = 3
+_PEER_GRACE_S = 0.5
+
+
+class Alarm(NamedTuple):
+    """What the watchdog noticed: ``signal``, ``peer`` or ``hang``."""
+
+    cause: str
+    signal: str | None = None
+    peer: tuple[int, str] | None = None
+    silent_s: float = 0.0
+
+
+class Watchdog:
+    """Polls ten times a second, and hands what it notices to ``act`` once the main thread had time.
+
+    Args:
+        received: Numbers of the signals that came in since the last call.
+        peer: A rank that failed, with the reason.
+        act: Saves evidence; for ``signal`` and ``peer`` the first time only.
+        is_saved: Whether evidence is saved.
+        hang_timeout_s: An iteration that takes longer hangs; ``None`` for never.
+        stuck_grace_s: Time that the main thread has to react to a signal.
+        exit_grace_s: Time after which a process that was told to end, and does not, is ended.
+    """
+
+    def __init__(
+        self,
+        *,
+        received: Callable[[], list[int]],
+        peer: Callable[[], tuple[int, str] | None],
+        act: Callable[[Alarm], None],
+        is_saved: Callable[[], bool],
+        hang_timeout_s: float | None,
+        stuck_grace_s: float,
+        exit_grace_s: float,
+    ) -> None:
+        self._received, self._peer, self._act, self._is_saved = received, peer, act, is_saved
+        self._hang_timeout_s = hang_timeout_s
+        self._stuck_grace_s, self._exit_grace_s = stuck_grace_s, exit_grace_s
+        self._beat_s: float | None = None
+        self._hung = False
+        self._due: tuple[float, Alarm] | None = None
+        self._exit: tuple[float, int] | None = None
+        self._pid = os.getpid()
+        self._ended = threading.Event()
+        self._thread = threading.Thread(target=self._watch, daemon=True, name="flight-recorder")
+        self._thread.start()
+
+    def beat(self) -> None:
+        """The main thread is alive: an iteration begins or ended."""
+        self._beat_s = time.monotonic()
+        self._hung = False
+
+    def rest(self) -> None:
+        """No iteration is running: silence is no hang."""
+        self._beat_s = None
+
+    def stop(self) -> None:
+        """End the thread; from the thread itself it ends soon after."""
+        self._ended.set()
+        if threading.current_thread() is not self._thread and self._pid == os.getpid():
+            self._thread.join(timeout=2.0)
+
+    def _watch(self) -> None:
+        turn = 0
+        while not self._ended.wait(_PERIOD_S):
+            turn += 1
+            now = time.monotonic()
+            self._look_for_signals(now)
+            if self._due is None and turn % _PEERS_EVERY == 0:
+                failed = self._peer()
+                if failed is not None and not self._is_saved():
+                    self._due = (now + _PEER_GRACE_S, Alarm("peer", peer=failed))
+            self._look_for_a_hang(now)
+            if self._due is not None and now >= self._due[0] and not self._is_saved():
+                self._act(self._due[1])
+            if self._exit is not None and now >= self._exit[0] and self._is_saved():
+                sys.stdout.flush()
+                sys.stderr.flush()
+                os._exit(self._exit[1])
+
+    def _look_for_signals(self, now: float) -> None:
+        for number in self._received():
+            if self._due is None or self._due[1].cause == "peer":
+                alarm = Alarm("signal", signal=signal.Signals(number).name)
+                self._due = (now + self._stuck_grace_s, alarm)
+            if self._exit is None and number != signal.SIGINT:
+                self._exit = (now + self._exit_grace_s, 128 + number)
+
+    def _look_for_a_hang(self, now: float) -> None:
+        beat = self._beat_s
+        if self._hang_timeout_s is None or beat is None or self._hung:
+            return
+        if now - beat > self._hang_timeout_s:
+            self._hung = True
+            self._act(Alarm("hang", silent_s=now - beat))

@@ -1,0 +1,155 @@
+"""Which phases a process was in: a small memory-mapped file that outlives it.
+
+Layout, little-endian, written in place by one process and readable at any moment: a header, a table
+of names, the stack of open spans, and a ring of closed ones. A page that was written belongs to the
+kernel, so that SIGKILL loses nothing of it.
+"""
+
+import mmap
+import os
+import struct
+import time
+from pathlib import Path
+from typing import NamedTuple
+
+__all__ = ["PhaseRing", "Phases", "Span", "read_phases"]
+
+_MAGIC = b"ESPERPH1"
+_HEADER = struct.Struct("<8sqIIqqII")  # magic, iteration, names, depth, closed, start, 2 spare
+_SPAN = struct.Struct("<qqqHHI")  # begin_ns, end_ns, iteration, name, depth, spare
+_NAME_BYTES, _MAX_NAMES, _MAX_DEPTH, _MAX_CLOSED = 96, 1024, 64, 4096
+_NAMES_AT = 64
+_STACK_AT = _NAMES_AT + _NAME_BYTES * _MAX_NAMES
+_RING_AT = _STACK_AT + _SPAN.size * _MAX_DEPTH
+_SIZE = _RING_AT + _SPAN.size * _MAX_CLOSED
+_ITERATION_AT, _NAMES_COUNT_AT, _DEPTH_AT, _CLOSED_AT = 8, 16, 20, 24
+_I64, _U32 = struct.Struct("<q"), struct.Struct("<I")
+
+
+class Span(NamedTuple):
+    """One phase, in nanoseconds since the epoch; ``end_ns`` is 0 while it is open."""
+
+    name: str
+    begin_ns: int
+    end_ns: int
+    iteration: int
+    depth: int
+
+
+class Phases(NamedTuple):
+    """What a ring holds: where the process is or was, and the latest spans, oldest first."""
+
+    iteration: int
+    open: list[Span]
+    closed: list[Span]
+
+
+class PhaseRing:
+    """Writer of the file; about a microsecond a span, no system call.
+
+    Not for several threads: ``enter`` and ``leave`` are called by the thread that trains.
+    """
+
+    def __init__(self, path: Path) -> None:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        fd = os.open(path, os.O_RDWR | os.O_CREAT | os.O_TRUNC | os.O_CLOEXEC, 0o644)
+        try:
+            # Not sparse: a full disk is to be an error here and not a SIGBUS later.
+            os.posix_fallocate(fd, 0, _SIZE)
+            self._map = mmap.mmap(fd, _SIZE)
+        finally:
+            os.close(fd)
+        self._ids: dict[str, int] = {}
+        self._stack: list[tuple[int, int]] = []
+        self._closed = 0
+        self._iteration = 0
+        _HEADER.pack_into(self._map, 0, _MAGIC, 0, 0, 0, 0, time.time_ns(), 0, 0)
+
+    @property
+    def iteration(self) -> int:
+        """Number of the iteration that spans belong to."""
+        return self._iteration
+
+    @iteration.setter
+    def iteration(self, value: int) -> None:
+        self._iteration = value
+        _I64.pack_into(self._map, _ITERATION_AT, value)
+
+    @property
+    def open_names(self) -> list[str]:
+        """Names of the open spans, outermost first."""
+        names = list(self._ids)
+        return [names[identity] for identity, _ in self._stack]
+
+    def enter(self, name: str) -> None:
+        """Open a span within those that are open."""
+        identity = self._ids.get(name)
+        if identity is None:
+            identity = self._add_name(name)
+        depth, now = len(self._stack), time.time_ns()
+        self._stack.append((identity, now))
+        if depth < _MAX_DEPTH:
+            at = _STACK_AT + depth * _SPAN.size
+            _SPAN.pack_into(self._map, at, now, 0, self._iteration, identity, depth, 0)
+            _U32.pack_into(self._map, _DEPTH_AT, depth + 1)
+
+    def leave(self, name: str) -> None:
+        """Close the innermost span of this name, and what was left open within it."""
+        identity = self._ids.get(name)
+        if all(identity != opened for opened, _ in self._stack):
+            return
+        now = time.time_ns()
+        while True:
+            innermost, begin = self._stack.pop()
+            depth = len(self._stack)
+            at = _RING_AT + (self._closed % _MAX_CLOSED) * _SPAN.size
+            _SPAN.pack_into(self._map, at, begin, now, self._iteration, innermost, depth, 0)
+            self._closed += 1
+            _I64.pack_into(self._map, _CLOSED_AT, self._closed)
+            if innermost == identity:
+                break
+        _U32.pack_into(self._map, _DEPTH_AT, min(len(self._stack), _MAX_DEPTH))
+
+    def close(self) -> None:
+        """Unmap the file, which stays."""
+        self._map.close()
+
+    def _add_name(self, name: str) -> int:
+        if len(self._ids) == _MAX_NAMES:  # names made up as the run goes: they share the last one
+            return _MAX_NAMES - 1
+        identity = self._ids[name] = len(self._ids)
+        text = name.encode()[:_NAME_BYTES].ljust(_NAME_BYTES, b"\0")
+        at = _NAMES_AT + identity * _NAME_BYTES
+        self._map[at : at + _NAME_BYTES] = text
+        _U32.pack_into(self._map, _NAMES_COUNT_AT, identity + 1)
+        return identity
+
+
+def read_phases(path: Path) -> Phases:
+    """What the file of a living or dead process holds.
+
+    Raises:
+        OSError: If it cannot be read.
+        ValueError: If it is no such file.
+    """
+    content = path.read_bytes()
+    if len(content) < _SIZE or not content.startswith(_MAGIC):
+        raise ValueError(f"{path} must be a phase ring, got {content[:8]!r}.")
+    _, iteration, names, depth, closed, *_ = _HEADER.unpack_from(content, 0)
+    table: list[str] = [
+        content[_NAMES_AT + i * _NAME_BYTES : _NAMES_AT + (i + 1) * _NAME_BYTES]
+        .rstrip(b"\0")
+        .decode(errors="replace")
+        for i in range(min(names, _MAX_NAMES))
+    ]
+
+    def span(at: int) -> Span:
+        fields: tuple[int, ...] = _SPAN.unpack_from(content, at)
+        begin_ns, end_ns, number, identity, level, _ = fields
+        name = table[identity] if identity < len(table) else "?"
+        return Span(name, begin_ns, end_ns, number, level)
+
+    first = max(0, closed - _MAX_CLOSED)
+    ring = [span(_RING_AT + (i % _MAX_CLOSED) * _SPAN.size) for i in range(first, closed)]
+    stack = [span(_STACK_AT + i * _SPAN.size) for i in range(min(depth, _MAX_DEPTH))]
+    return Phases(iteration, stack, ring)

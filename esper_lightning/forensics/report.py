@@ -1,0 +1,62 @@
+"""``crash.json`` and ``process.json``: what one rank leaves behind about its end.
+
+``process.json`` is written when a rank starts and again when it ends::
+
+    {"schema": 1, "rank": 0, "world_size": 2, "pid": 71, "host": "a", "started_s": 1.7e9,
+     "state": "running" | "finished" | "failed", "changed_s": 1.7e9}
+
+``crash.json`` (times in seconds since the epoch, paths relative to the rank's folder)::
+
+    {"schema": 1, "rank": 0, "world_size": 2, "pid": 71, "host": "a", "time_s": 1.7e9,
+     "cause": "exception" | "signal" | "native" | "vanished" | "peer" | "hang" | "exit",
+     "error": {"type": "ValueError", "message": "...", "traceback": ["...", ...]} | null,
+     "signal": "SIGTERM" | null, "exit_status": 143 | null,
+     "peer": {"rank": 1, "reason": "..."} | null,
+     "stage": "fit", "iteration": 12, "global_step": 12, "epoch": 0,
+     "phases": ["run_training_batch", "...training_step", "update"],
+     "metrics": {"loss": 0.1},
+     "profiler": {"class": "PyTorchProfiler", "action": "RECORD" | "WARMUP" | "NONE"} | null,
+     "evidence": {"history": {"state": "saved", "path": "history.jsonl", "detail": "12 rows"},
+                  "trace": {"state": "saved" | "absent" | "pending" | "failed", "path": ...,
+                            "detail": "why, where there is nothing"},
+                  "checkpoint": ..., "profile": ..., "stacks": ..., "memory": ..., ...},
+     "cgroup": {"before": {"oom_kill": 0}, "after": {"oom_kill": 1}} | null,
+     "duration_s": 0.3, "complete": true, "versions": {"torch": "2.13.0", ...}}
+"""
+
+import json
+from pathlib import Path
+from typing import Any, cast
+
+from esper_lightning.forensics.files import write_atomically
+
+__all__ = ["SCHEMA", "read_report", "set_aside", "write_report"]
+
+SCHEMA = 1
+
+
+def write_report(path: Path, report: dict[str, Any]) -> None:
+    """Replace ``crash.json`` or ``process.json`` whole; what JSON does not know becomes text.
+
+    Raises:
+        OSError: If the disk takes no more.
+    """
+    write_atomically(path, json.dumps({"schema": SCHEMA, **report}, default=str).encode() + b"\n")
+
+
+def read_report(path: Path) -> dict[str, Any] | None:
+    """What ``write_report`` wrote; ``None`` where there is none or it is damaged."""
+    try:
+        report: Any = json.loads(path.read_bytes())
+    except (OSError, ValueError):
+        return None
+    return cast(dict[str, Any], report) if isinstance(report, dict) else None
+
+
+def set_aside(path: Path) -> None:
+    """Give what an earlier run left here another name, ``<name>.<n>``."""
+    if path.exists():
+        number = 1
+        while (aside := path.with_name(f"{path.name}.{number}")).exists():
+            number += 1
+        path.rename(aside)

@@ -1,0 +1,211 @@
+"""A second process that completes the report of a run whose process vanished.
+
+SIGKILL, the kernel's OOM killer and ``os._exit`` leave a process no moment to write. This one waits
+for its end, and writes from the files it left. Standard library only.
+"""
+
+import contextlib
+import os
+import select
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+from typing import Any
+
+from esper_lightning.forensics.layout import RankLayout
+from esper_lightning.forensics.phases import read_phases
+from esper_lightning.forensics.report import read_report, write_report
+
+__all__ = ["Sidecar", "complete_report", "oom_kills", "start", "watch"]
+
+_CGROUP = Path("/sys/fs/cgroup")
+
+
+class Sidecar:
+    """Handle of the process that watches."""
+
+    def __init__(self, process: "subprocess.Popen[bytes]") -> None:
+        self._process = process
+        self._owner = os.getpid()
+
+    def stop(self) -> None:
+        """End it: there will be nothing to complete. In a forked child nothing happens."""
+        if os.getpid() != self._owner:
+            return
+        self._process.terminate()
+        with contextlib.suppress(subprocess.TimeoutExpired):
+            self._process.wait(timeout=1.0)
+
+
+def start(directory: Path, pid: int) -> Sidecar | None:
+    """Watch a process.
+
+    Args:
+        directory: Folder of its rank, with its ``process.json``.
+        pid: Of the process.
+
+    Returns:
+        A handle, or ``None`` where processes cannot be watched (no ``pidfd``) or started.
+    """
+    if not hasattr(os, "pidfd_open"):
+        return None
+    package_root = Path(__file__).parents[2]
+    program = (
+        f"import sys; sys.path.insert(0, {str(package_root)!r}); "
+        "from esper_lightning.forensics.sidecar import watch; watch(*sys.argv[1:])"
+    )
+    command = [sys.executable, "-S", "-E", "-s", "-c", program, str(directory), str(pid)]
+    try:
+        process = subprocess.Popen(
+            command,
+            stdin=subprocess.DEVNULL,
+            stdout=subprocess.DEVNULL,
+            stderr=subprocess.DEVNULL,
+            start_new_session=True,  # Ctrl-C in the terminal is not for it
+        )
+    except OSError:
+        return None
+    return Sidecar(process)
+
+
+def complete_report(
+    files: RankLayout, *, before: dict[str, int] | None = None, after: dict[str, int] | None = None
+) -> bool:
+    """Write what the process no longer could; call it when the process is gone.
+
+    Args:
+        files: Of the rank.
+        before: The kernel's OOM counters when the run began.
+        after: The same now.
+
+    Returns:
+        Whether there was something to complete.
+    """
+    process, report = read_report(files.process) or {}, read_report(files.crash)
+    if report is not None and not report.get("complete"):
+        for evidence in report.get("evidence", {}).values():
+            if evidence.get("state") == "pending":
+                detail = "the process died while this was being saved"
+                evidence |= {"state": "failed", "detail": detail}
+        report["complete"] = True
+    elif report is None and process.get("state") == "running":
+        report = _post_mortem(files, process, before or {}, after or {})
+    else:
+        return False
+    _remove_temporaries(files)
+    report["cgroup"] = {"before": before, "after": after}
+    write_report(files.crash, report)
+    write_report(files.process, {**process, "state": "failed", "changed_s": time.time()})
+    return True
+
+
+def oom_kills(pid: int, root: Path = _CGROUP) -> dict[str, int]:
+    """Counters of the kernel's OOM killer that concern a process; empty where none is readable."""
+    counters: dict[str, int] = {}
+    places = [root]
+    with contextlib.suppress(OSError):
+        for line in Path(f"/proc/{pid}/cgroup").read_text().splitlines():
+            _, controllers, path = line.split(":", 2)
+            base = root / controllers if controllers else root
+            places.append(base / path.lstrip("/"))
+    for place in places:
+        for name in ("memory.events", "memory.oom_control"):
+            counters |= _counters(place / name, prefix="oom")
+    return counters | _counters(Path("/proc/vmstat"), prefix="oom_kill", rename="host_")
+
+
+def _counters(path: Path, *, prefix: str, rename: str = "") -> dict[str, int]:
+    try:
+        pairs = [line.split() for line in path.read_text().splitlines()]
+        return {rename + pair[0]: int(pair[1]) for pair in pairs if pair[0].startswith(prefix)}
+    except (OSError, ValueError, IndexError):
+        return {}
+
+
+def _post_mortem(
+    files: RankLayout, process: dict[str, Any], before: dict[str, int], after: dict[str, int]
+) -> dict[str, Any]:
+    iteration, phases = None, list[str]()
+    with contextlib.suppress(OSError, ValueError):
+        ring = read_phases(files.phases)
+        iteration, phases = ring.iteration, [span.name for span in ring.open]
+    fault = _native_fault(files.stacks)
+    killed = any(after.get(name, 0) > count for name, count in before.items() if "kill" in name)
+    vanished = "The process vanished: SIGKILL, os._exit or a power failure."
+    if killed:
+        vanished = "The process vanished; meanwhile the kernel's OOM killer killed a process."
+    return {
+        **{name: process.get(name) for name in ("rank", "world_size", "pid", "host")},
+        "time_s": time.time(),
+        "cause": "native" if fault else "vanished",
+        "error": {"type": None, "message": fault or vanished, "traceback": []},
+        "signal": None,
+        "exit_status": None,
+        "peer": None,
+        "iteration": iteration,
+        "phases": phases,
+        "metrics": {},
+        "profiler": None,
+        "evidence": _evidence(files),
+        "complete": True,
+        "written_by": "sidecar",
+    }
+
+
+def _evidence(files: RankLayout) -> dict[str, dict[str, str | None]]:
+    def entry(path: Path, saved: str, absent: str) -> dict[str, str | None]:
+        if not path.exists():
+            return {"state": "absent", "path": None, "detail": absent}
+        return {"state": "saved", "path": path.name, "detail": saved}
+
+    rows, torn = 0, ""
+    with contextlib.suppress(OSError):
+        content = files.history.read_bytes()
+        rows = content.count(b"\n")
+        torn = "; the last line is torn" if content and not content.endswith(b"\n") else ""
+    traces = sorted(files.trace.glob("*.json*")) if files.trace.is_dir() else []
+    lost = "a window that was open died with the process"
+    return {
+        "history": entry(files.history, f"{rows} rows{torn}", "no iteration was finished"),
+        "trace": {
+            "state": "absent",
+            "path": None,
+            "detail": f"{lost}; {len(traces)} closed windows stay",
+        },
+        "checkpoint": entry(files.crash_checkpoint, "", "the process had no time to write one"),
+        "stacks": entry(files.stacks, "of all threads", "the process had no time to write them"),
+    }
+
+
+def _native_fault(stacks: Path) -> str | None:
+    with contextlib.suppress(OSError):
+        for line in stacks.read_text(errors="replace").splitlines():
+            if line.startswith("Fatal Python error"):
+                return line
+    return None
+
+
+def _remove_temporaries(files: RankLayout) -> None:
+    for folder in (files.directory, files.trace):
+        for path in folder.glob(".*"):
+            if ".tmp" in path.suffixes or path.name.endswith((".tmp", ".json")):
+                path.unlink(missing_ok=True)
+
+
+def watch(directory: str, pid_text: str) -> None:
+    """Wait until a process is gone, and complete its report; what the second process runs."""
+    files, pid = RankLayout(Path(directory)), int(pid_text)
+    before = oom_kills(pid)
+    try:
+        watched = os.pidfd_open(pid)
+    except OSError:  # it is gone already
+        watched = None
+    if watched is not None:
+        signal.signal(signal.SIGHUP, signal.SIG_IGN)
+        poll = select.poll()
+        poll.register(watched, select.POLLIN)
+        poll.poll()
+    with contextlib.suppress(OSError):
+        complete_report(files, before=before, after=oom_kills(os.getpid()))
