@@ -8,16 +8,15 @@ Above ``training`` and ``callbacks``, which do not know each other.
 from pathlib import Path
 from typing import Any
 
-import torch
 import yaml
 from lightning.pytorch import Trainer
 from lightning.pytorch.callbacks import Callback, ModelCheckpoint
 from lightning.pytorch.loggers import TensorBoardLogger
-from lightning.pytorch.profilers import PyTorchProfiler
 
 from esper_lightning.callbacks.flight_recorder import FlightRecorder
 from esper_lightning.callbacks.history import History
 from esper_lightning.callbacks.progress import RunProgressBar
+from esper_lightning.callbacks.window_profiler import WindowProfiler
 from esper_lightning.core.validate import require
 from esper_lightning.envs.base import EnvSpec
 from esper_lightning.forensics.files import read_json_lines, write_atomically
@@ -68,13 +67,12 @@ def train_ppo_vectorized(
         devices: How many of them.
         run_dir: Where history, logs and checkpoints go; ``None`` for a new
             ``runs/<env>/version_<n>``.
-        torch_profiler: Whether Lightning's ``PyTorchProfiler`` records Chrome traces.
+        torch_profiler: Whether a ``WindowProfiler`` (a ``PyTorchProfiler``) records Chrome traces.
         torch_profiler_dir: Where traces go; ``None`` for ``rank0/trace`` in the run directory.
         torch_profiler_wait: Iterations that are not recorded, at the start of each cycle.
         torch_profiler_warmup: Iterations recorded and thrown away, next in the cycle.
         torch_profiler_active: Iterations recorded, next in the cycle.
-        torch_profiler_repeat: Number of cycles; 0 for as many as there are. Lightning's profiler
-            stops after the first one whatever this says (Lightning issue 14063).
+        torch_profiler_repeat: Number of cycles; 0 for as many as there are.
         torch_profiler_record_shapes: Whether operators are recorded with the shapes of their
             inputs.
         torch_profiler_profile_memory: Whether allocations are recorded.
@@ -94,11 +92,9 @@ def train_ppo_vectorized(
     """
     require(iterations >= 1, "train_ppo_vectorized.iterations", "be at least 1", iterations)
     recorded_from = torch_profiler_wait + torch_profiler_warmup
-    rule = f"lie in [1, iterations = {iterations})"
-    hint = (
-        "Lightning never records the first iteration, and a window that never opens leaves nothing."
-    )
-    fits = not torch_profiler or 1 <= recorded_from < iterations
+    rule = f"be less than iterations = {iterations}"
+    hint = "A window that never opens leaves nothing."
+    fits = not torch_profiler or recorded_from < iterations
     require(fits, "torch_profiler_wait + torch_profiler_warmup", rule, recorded_from, hint)
     counts = {"wait": torch_profiler_wait, "warmup": torch_profiler_warmup}
     for name, value in (counts | {"repeat": torch_profiler_repeat}).items():
@@ -121,15 +117,13 @@ def train_ppo_vectorized(
     ours = layout.rank(0)
     profiler = None
     if torch_profiler:
-        profiler = PyTorchProfiler(
-            dirpath=torch_profiler_dir or ours.trace,
-            filename="ppo",
-            schedule=torch.profiler.schedule(
-                wait=torch_profiler_wait,
-                warmup=torch_profiler_warmup,
-                active=torch_profiler_active,
-                repeat=torch_profiler_repeat,
-            ),
+        profiler = WindowProfiler(
+            torch_profiler_dir or ours.trace,
+            "ppo",
+            wait=torch_profiler_wait,
+            warmup=torch_profiler_warmup,
+            active=torch_profiler_active,
+            repeat=torch_profiler_repeat,
             record_shapes=torch_profiler_record_shapes,
             profile_memory=torch_profiler_profile_memory,
             with_stack=torch_profiler_with_stack,
@@ -157,8 +151,8 @@ def train_ppo_vectorized(
         trainer.fit(model, ckpt_path=resume_path, weights_only=True)
         if save_path is not None:
             write_atomically(Path(save_path), (layout.checkpoints / "last.ckpt").read_bytes())
-        if profiler is not None:
-            _keep_profile(profiler, ours, show=torch_profiler_summary)
+        if profiler is not None and torch_profiler_summary:
+            print(profiler.last_table or "")  # noqa: T201 - what the caller asked for
     except BaseException as error:
         if not any("Run directory" in note for note in getattr(error, "__notes__", ())):
             error.add_note(_where(ours, layout, profiler))
@@ -213,16 +207,6 @@ def run_callbacks(
     return callbacks
 
 
-def _keep_profile(profiler: PyTorchProfiler, rank: RankLayout, *, show: bool) -> None:
-    """Move the table that Lightning wrote among the traces to ``profile.txt``."""
-    written = Path(profiler.dirpath or ".") / f"fit-{profiler.filename}.txt"
-    table = written.read_text()
-    write_atomically(rank.profile, table.encode())
-    written.unlink()
-    if show:
-        print(table)  # noqa: T201 - what the caller asked for
-
-
-def _where(rank: RankLayout, layout: RunLayout, profiler: PyTorchProfiler | None) -> str:
+def _where(rank: RankLayout, layout: RunLayout, profiler: WindowProfiler | None) -> str:
     trace = "" if profiler is None else f"; traces in {profiler.dirpath}"
     return f"Run directory: {layout.directory} (history in {rank.history}{trace})"

@@ -26,6 +26,7 @@ from torch.profiler import ProfilerAction
 from esper_lightning.callbacks.operator_table import operator_table
 from esper_lightning.callbacks.signals import Signals
 from esper_lightning.callbacks.trace_export import export_trace
+from esper_lightning.callbacks.window_profiler import WindowProfiler, global_session
 from esper_lightning.forensics.phases import PhaseRing
 
 __all__ = ["ProfilerGuard"]
@@ -225,11 +226,12 @@ def _quietly(action: Callable[[], object]) -> None:
 
 def _make_global(profiler: PyTorchProfiler) -> None:
     """Let any thread stop the session: the watchdog too, while the main thread is stuck in C."""
+    if isinstance(profiler, WindowProfiler):  # its sessions are global already
+        return
     if profiler._emit_nvtx or profiler._profiler_kwargs.get("experimental_config") is not None:
         return
-    try:
-        config = torch._C._profiler._ExperimentalConfig(profile_all_threads=True)
-    except TypeError:  # an older torch
+    config = global_session()
+    if config is None:
         return
     profiler._profiler_kwargs["experimental_config"] = config
     profile = profiler.profiler

@@ -1,0 +1,283 @@
+"""Lightning's ``PyTorchProfiler`` with a schedule that does what it says.
+
+The stock class records one cycle whatever ``repeat`` says, never the first step, loses windows to a
+validation in their midst, and costs up to a fifth of the run while it waits.
+"""
+# Lightning sets many attributes of its Trainer where no type checker sees them.
+# pyright: reportAttributeAccessIssue=false
+# pyright: reportUnknownVariableType=false, reportUnknownArgumentType=false
+
+import itertools
+import logging
+import os
+import socket
+import sys
+from pathlib import Path
+from typing import Any
+
+import torch
+from lightning.fabric.utilities.rank_zero import rank_zero_only
+from lightning.pytorch.profilers import PyTorchProfiler
+from torch.profiler import ProfilerAction, record_function
+from typing_extensions import override
+
+from esper_lightning.callbacks.operator_table import operator_table
+from esper_lightning.callbacks.trace_export import export_trace
+from esper_lightning.core.validate import require
+from esper_lightning.forensics.files import write_atomically
+from esper_lightning.forensics.layout import RunLayout
+
+__all__ = ["WindowProfiler", "global_session"]
+
+_log = logging.getLogger(__name__)
+_numbers = itertools.count(1)  # a second run in this process does not replace files of the first
+_OTHER_STEPS = ("validation_step", "test_step", "predict_step")
+
+
+class WindowProfiler(PyTorchProfiler):
+    """Record windows of whole training steps, each into a gzipped Chrome trace of its own.
+
+    A cycle is ``wait`` steps that are not recorded, and cost nothing; ``warmup`` steps, the last of
+    which is recorded, counted and thrown away; ``active`` steps that are recorded. Only training
+    steps count; what happens between two of them, a validation too, is part of the window. A window
+    that is open when the run ends is kept. Outside ``fit``, steps are those of the stage.
+
+    Files are ``<filename>-rank<k>-<host>-<pid>-steps<first>-<last>-<n>.pt.trace.json.gz``, and the
+    table of the latest window is ``rank<k>/profile.txt`` of the run directory. A folder that takes
+    no files costs the trace and a warning, never the run.
+
+    Args:
+        dirpath: Where traces go; ``None`` for ``rank<k>/trace`` in the run directory.
+        filename: First part of their names.
+        wait: Steps before each window, not recorded.
+        warmup: Steps before each window, thrown away.
+        active: Steps of a window.
+        repeat: Number of cycles; 0 for as many as there are.
+        max_events: A window ends early, after at least one step, where by the count of the steps
+            recorded last it would hold more events. The first window is not bounded without a
+            warm-up. An event takes about 0.2 kB while recording and 1.5 kB when the window closes.
+        record_shapes: Whether operators are recorded with the shapes of their inputs.
+        profile_memory: Whether allocations are recorded.
+        with_stack: Whether operators are recorded with their source lines.
+        row_limit: Rows of the table.
+
+    Attributes:
+        windows: Files written in this run, oldest first.
+        last_table: Where the time of the latest window went.
+
+    Raises:
+        ValueError: If a number is out of range.
+    """
+
+    def __init__(
+        self,
+        dirpath: str | Path | None = None,
+        filename: str = "window",
+        *,
+        wait: int = 1,
+        warmup: int = 1,
+        active: int = 3,
+        repeat: int = 1,
+        max_events: int = 1_000_000,
+        record_shapes: bool = False,
+        profile_memory: bool = False,
+        with_stack: bool = False,
+        row_limit: int = 20,
+    ) -> None:
+        super().__init__(
+            dirpath,
+            filename,
+            schedule=None,
+            record_module_names=False,
+            record_shapes=record_shapes,
+            profile_memory=profile_memory,
+            with_stack=with_stack,
+        )
+        for name, value in {"wait": wait, "warmup": warmup, "repeat": repeat}.items():
+            require(value >= 0, f"WindowProfiler.{name}", "not be negative", value)
+        positive = {"active": active, "max_events": max_events, "row_limit": row_limit}
+        for name, value in positive.items():
+            require(value >= 1, f"WindowProfiler.{name}", "be at least 1", value)
+        self.wait, self.warmup, self.active, self.repeat = wait, warmup, active, repeat
+        self.max_events, self.row_limit = max_events, row_limit
+        self._given_dirpath = dirpath
+        self._run_directory: str | None = None
+        self._rank = 0
+        self._begin()
+
+    def _begin(self) -> None:
+        self.windows: list[Path] = []
+        self.last_table: str | None = None
+        self._steps = 0  # finished
+        self._first = 0  # of the window
+        self._events_per_step = 0.0
+        self._probing = False
+        self._outer: BaseException | None = None
+
+    @override
+    def setup(self, stage: str, local_rank: int | None = None, log_dir: str | None = None) -> None:
+        """A run begins."""
+        super().setup(stage, local_rank, log_dir)
+        self._begin()
+        self._rank = getattr(rank_zero_only, "rank", 0) or 0
+        self._run_directory = log_dir
+        if self._given_dirpath is None and log_dir is not None:
+            self.dirpath = RunLayout(Path(log_dir)).rank(self._rank).trace
+
+    @override
+    def start(self, action_name: str) -> None:
+        """Open a span where something is being recorded, and a window where its step begins."""
+        if self._is_step(action_name):
+            self._outer = sys.exc_info()[1]
+            self._before_step()
+        if self.profiler is not None and action_name not in self._recording_map:
+            span = record_function("[pl][profile]" + action_name)
+            span.__enter__()
+            self._recording_map[action_name] = span
+
+    @override
+    def stop(self, action_name: str) -> None:
+        """Close the span, and the window where its last step has ended."""
+        span = self._recording_map.pop(action_name, None)
+        if span is not None:
+            span.__exit__(None, None, None)
+        # A step that an exception ended does not count: the open window is evidence.
+        if self._is_step(action_name) and sys.exc_info()[1] is self._outer:
+            self._after_step()
+
+    def finish_window(self) -> Path | None:
+        """Close the open window and write it, whatever the schedule says; ``None`` without one.
+
+        To be called in the thread that trains. Nothing is being recorded afterwards.
+        """
+        results = self._end_session()
+        profile, self.profiler = self.profiler, None
+        if results is None or not isinstance(profile, torch.profiler.profile) or self._probing:
+            self._probing = False
+            return None
+        steps = max(1, self._steps - self._first)
+        self._events_per_step = len(results.events()) / steps
+        self.last_table = operator_table(results, row_limit=self.row_limit)
+        try:
+            self._write_table(self.last_table)
+            place = Path(self.dirpath or "")
+            place.mkdir(parents=True, exist_ok=True)
+            path = export_trace(profile, place / self._name())
+        except (OSError, ValueError) as error:
+            _log.warning("A recorded window is lost: %s", error)
+            return None
+        self.windows.append(path)
+        return path
+
+    @override
+    def summary(self) -> str:
+        """The table of the latest window."""
+        self.finish_window()
+        return self.last_table or ""
+
+    @override
+    def describe(self) -> None:
+        """Keep a window that is still open, and log the table."""
+        table = self.summary()
+        if table:
+            self._rank_zero_info(table)
+        self.teardown(stage=self._stage)
+
+    @override
+    def teardown(self, stage: str | None) -> None:
+        """Stop what is still being recorded."""
+        self._end_session()
+        self.profiler = None
+
+    # The schedule.
+
+    def _is_step(self, action_name: str) -> bool:
+        if self._stage in (None, "fit"):
+            return action_name == "run_training_batch"  # backward and optimizer are in it
+        return action_name.endswith(_OTHER_STEPS)
+
+    def _before_step(self) -> None:
+        length = self.wait + self.warmup + self.active
+        cycle, position = divmod(self._steps, length)
+        if self.profiler is not None or (self.repeat and cycle >= self.repeat):
+            return
+        if position == self.wait + self.warmup:
+            self._first = self._steps
+            self._begin_session()
+        elif position == self.wait + self.warmup - 1:
+            self._probing = True
+            self._first = self._steps
+            self._begin_session()
+
+    def _after_step(self) -> None:
+        self._steps += 1
+        if self.profiler is None:
+            return
+        recorded = self._steps - self._first
+        if self._probing:
+            results = self._end_session()
+            self._events_per_step = len(results.events()) if results is not None else 0.0
+            self._probing, self.profiler = False, None
+        elif recorded >= self.active or (recorded + 1) * self._events_per_step > self.max_events:
+            self.finish_window()
+
+    def _begin_session(self) -> None:
+        kwargs = {k: v for k, v in self._profiler_kwargs.items() if k in _PROFILE_KWARGS}
+        config = kwargs.pop("experimental_config", None) or global_session()
+        profile = torch.profiler.profile(**kwargs, experimental_config=config)
+        profile.current_action = ProfilerAction.NONE
+        if torch._C._autograd._profiler_enabled():  # pyright: ignore[reportPrivateUsage]
+            _log.warning("Another profiler is recording: this window is left out")
+            return
+        profile.prepare_trace()
+        profile.start_trace()
+        profile.current_action = ProfilerAction.RECORD
+        self.profiler = profile
+
+    def _end_session(self) -> Any:
+        """Returns what was recorded, or ``None``."""
+        for name in reversed(list(self._recording_map)):
+            self._recording_map.pop(name).__exit__(None, None, None)
+        profile = self.profiler
+        if not isinstance(profile, torch.profiler.profile):
+            return None
+        if profile.current_action == ProfilerAction.RECORD:
+            profile.current_action = ProfilerAction.NONE
+            profile.stop_trace()
+        results = None if profile.profiler is None else profile.profiler.kineto_results
+        return None if results is None or results.trace_start_ns() == 0 else results
+
+    @override
+    def _delete_profilers(self) -> None:
+        self._end_session()
+        self.profiler = None
+
+    # Files.
+
+    def _name(self) -> str:
+        process = f"rank{self._rank}-{socket.gethostname()}-{os.getpid()}"
+        last = max(self._first, self._steps - 1)
+        steps = f"steps{self._first}-{last}-{next(_numbers)}"
+        return f"{self.filename}-{process}-{steps}.pt.trace.json.gz"
+
+    def _write_table(self, table: str) -> None:
+        if self._run_directory is not None:
+            path = RunLayout(Path(self._run_directory)).rank(self._rank).profile
+            write_atomically(path, table.encode())
+
+
+_PROFILE_KWARGS = (
+    "activities",
+    "experimental_config",
+    "profile_memory",
+    "record_shapes",
+    "with_stack",
+)
+
+
+def global_session() -> Any:
+    """A configuration under which any thread can stop a recording; ``None`` on an older torch."""
+    try:
+        return torch._C._profiler._ExperimentalConfig(profile_all_threads=True)  # pyright: ignore[reportPrivateUsage]
+    except TypeError:
+        return None

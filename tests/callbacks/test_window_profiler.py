@@ -1,0 +1,131 @@
+"""WindowProfiler: a schedule that does what it says, and never costs the run."""
+
+import gzip
+import json
+import pickle
+import re
+
+import pytest
+import torch
+from lightning.pytorch import LightningModule
+from torch.utils.data import DataLoader
+
+from esper_lightning.callbacks.window_profiler import WindowProfiler
+
+
+class Plain(LightningModule):
+    """Runs an operator that names its step, in training and in validation."""
+
+    def __init__(self, dies_at=None):
+        super().__init__()
+        self.layer = torch.nn.Linear(4, 1)
+        self.dies_at = dies_at
+
+    def training_step(self, batch, batch_idx):
+        torch.special.erfcx(torch.ones(1 + self.global_step))
+        if self.global_step == self.dies_at:
+            raise RuntimeError("injected")
+        return self.layer(batch).sum()
+
+    def validation_step(self, batch, batch_idx):
+        torch.special.i1e(torch.ones(1))
+
+    def configure_optimizers(self):
+        return torch.optim.SGD(self.parameters(), 1e-3)
+
+
+@pytest.fixture
+def fit(make_trainer, tmp_path):
+    def run(profiler, *, steps, module=None, **settings):
+        trainer = make_trainer(max_epochs=1, profiler=profiler, **settings)
+        data = DataLoader(torch.randn(steps, 4))
+        trainer.fit(module or Plain(), data, DataLoader(torch.randn(2, 4)))
+        assert not torch._C._autograd._profiler_enabled()
+        return sorted((tmp_path / "rank0" / "trace").glob("*"), key=first_step)
+
+    return run
+
+
+def first_step(path):
+    return int(re.search(r"steps(\d+)", path.name).group(1))
+
+
+def calls(path, name):
+    events = json.loads(gzip.decompress(path.read_bytes()))["traceEvents"]
+    return sum(event.get("name") == name and event.get("ph") == "X" for event in events)
+
+
+@pytest.mark.parametrize(
+    ("schedule", "steps", "expected"),
+    [
+        ({"wait": 1, "warmup": 1, "active": 3, "repeat": 1}, 12, [(2, 4)]),
+        ({"wait": 1, "warmup": 1, "active": 2, "repeat": 0}, 12, [(2, 3), (6, 7), (10, 11)]),
+        ({"wait": 2, "warmup": 0, "active": 1, "repeat": 2}, 12, [(2, 2), (5, 5)]),
+        ({"wait": 0, "warmup": 0, "active": 2, "repeat": 1}, 4, [(0, 1)]),
+        ({"wait": 1, "warmup": 1, "active": 5, "repeat": 1}, 4, [(2, 3)]),  # open at the end
+        ({"wait": 9, "warmup": 1, "active": 5, "repeat": 1}, 4, []),
+    ],
+)
+def test_records_what_the_schedule_says(fit, schedule, steps, expected):
+    profiler = WindowProfiler(**schedule)
+    traces = fit(profiler, steps=steps)
+    found = [tuple(map(int, re.search(r"steps(\d+)-(\d+)", path.name).groups())) for path in traces]
+    assert found == expected
+    for path, (first, last) in zip(traces, expected, strict=True):
+        assert calls(path, "aten::special_erfcx") == last - first + 1
+    assert sorted(profiler.windows) == sorted(traces)
+    assert (profiler.last_table is None) == (not expected)
+
+
+def test_a_validation_within_a_window_belongs_to_it(fit):
+    profiler = WindowProfiler(wait=1, warmup=1, active=4)
+    settings = {"val_check_interval": 4, "limit_val_batches": 2, "num_sanity_val_steps": 2}
+    (trace,) = fit(profiler, steps=8, **settings)
+    assert calls(trace, "aten::special_erfcx") == 4
+    assert calls(trace, "aten::special_i1e") == 2
+
+
+def test_a_window_is_bounded_by_events(fit):
+    profiler = WindowProfiler(wait=1, warmup=1, active=8, repeat=1, max_events=1)
+    (trace,) = fit(profiler, steps=12)
+    assert calls(trace, "aten::special_erfcx") == 1
+
+
+def test_an_exception_does_not_end_a_step(make_trainer, tmp_path):
+    profiler = WindowProfiler(wait=1, warmup=1, active=1)
+    trainer = make_trainer(max_epochs=1, profiler=profiler)
+    with pytest.raises(RuntimeError, match="injected"):
+        data = DataLoader(torch.randn(6, 4))
+        trainer.fit(Plain(dies_at=2), data, data)
+    path = profiler.finish_window()
+    assert path is not None
+    assert calls(path, "aten::special_erfcx") == 1
+    assert profiler.finish_window() is None
+    assert not torch._C._autograd._profiler_enabled()
+
+
+def test_a_folder_that_takes_nothing_costs_the_trace_only(fit, tmp_path, caplog):
+    (tmp_path / "file").write_text("")
+    profiler = WindowProfiler(tmp_path / "file" / "folder", wait=0, warmup=0)
+    assert fit(profiler, steps=5) == []
+    assert "A recorded window is lost" in caplog.text
+    assert "aten::" in profiler.last_table
+
+
+def test_can_be_pickled_and_used_twice(fit, tmp_path):
+    profiler = pickle.loads(pickle.dumps(WindowProfiler(wait=1, warmup=0, active=1)))
+    assert len(fit(profiler, steps=3)) == 1
+    assert len(fit(profiler, steps=3)) == 2
+    assert len(profiler.windows) == 1
+
+
+@pytest.mark.parametrize(
+    ("setting", "message"),
+    [
+        ({"wait": -1}, "WindowProfiler.wait must not be negative, got -1."),
+        ({"active": 0}, "WindowProfiler.active must be at least 1, got 0."),
+    ],
+)
+def test_settings_that_cannot_work(setting, message):
+    with pytest.raises(ValueError, match="^" + re.escape(message)):
+        WindowProfiler(**setting)
