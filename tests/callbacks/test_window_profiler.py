@@ -94,8 +94,8 @@ def test_a_window_is_bounded_by_events(fit):
 def test_an_exception_does_not_end_a_step(make_trainer, tmp_path):
     profiler = WindowProfiler(wait=1, warmup=1, active=1)
     trainer = make_trainer(max_epochs=1, profiler=profiler)
+    data = DataLoader(torch.randn(6, 4))
     with pytest.raises(RuntimeError, match="injected"):
-        data = DataLoader(torch.randn(6, 4))
         trainer.fit(Plain(dies_at=2), data, data)
     path = profiler.finish_window()
     assert path is not None

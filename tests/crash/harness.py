@@ -1,0 +1,117 @@
+"""Runs one dying program in a session of its own, and looks at what it left."""
+
+import gzip
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from esper_lightning.forensics.files import read_json_lines
+from esper_lightning.forensics.layout import RankLayout, RunLayout
+from esper_lightning.forensics.report import read_report
+
+PROGRAM = Path(__file__).with_name("program.py")
+FAILING_OPERATOR = b"aten::special_erfcx"
+_LIMIT_S = 60.0
+_LEAVING_S = 4.0
+
+
+@dataclass(frozen=True, kw_only=True)
+class Outcome:
+    """What was seen from outside."""
+
+    status: int | None  # None: it had to be killed
+    stderr: str
+    directory: Path
+    leftovers: list[str] = field(default_factory=list)
+    seconds: float = 0.0
+
+    def rank(self, rank: int = 0) -> RankLayout:
+        return RunLayout(self.directory).rank(rank)
+
+    def report(self, rank: int = 0) -> dict[str, Any] | None:
+        return read_report(self.rank(rank).crash)
+
+    def traces(self) -> list[bytes]:
+        """Contents of all traces; each of them is whole JSON."""
+        files = sorted(self.directory.rglob("*.pt.trace.json*"))
+        packed = [
+            gzip.decompress(path.read_bytes()) if path.suffix == ".gz" else path.read_bytes()
+            for path in files
+        ]
+        for content in packed:
+            json.loads(content)
+        return packed
+
+    def rows(self, rank: int = 0) -> list[int]:
+        return [row["iteration"] for row in read_json_lines(self.rank(rank).history)]
+
+    def truth(self, rank: int = 0) -> int:
+        path = self.directory / f"truth{rank}"
+        return len(path.read_bytes()) if path.exists() else 0
+
+    def state(self) -> dict[str, Any]:
+        path = self.directory / "state.json"
+        return json.loads(path.read_text()) if path.exists() else {}
+
+
+def run(case: dict[str, Any], directory: Path) -> Outcome:
+    """Let the program die, at most a minute long."""
+    directory.mkdir(parents=True, exist_ok=True)
+    argument = json.dumps({**case, "directory": str(directory)})
+    environment = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONWARNINGS": "ignore"}
+    started = time.monotonic()
+    with (directory / "stderr").open("wb") as stderr:
+        process = subprocess.Popen(
+            [sys.executable, str(PROGRAM), argument],
+            stdin=subprocess.DEVNULL,
+            stdout=stderr,
+            stderr=stderr,
+            env=environment,
+            start_new_session=True,
+        )
+        try:
+            status = process.wait(_LIMIT_S)
+        except subprocess.TimeoutExpired:
+            status = None
+    seconds = time.monotonic() - started
+    alive = _still_there(process.pid, directory)
+    if alive:
+        os.killpg(process.pid, signal.SIGKILL)
+    temporary = [str(p) for p in directory.rglob("*") if p.name.endswith((".tmp", ".part"))]
+    temporary += [str(p) for p in directory.rglob(".*.json")]
+    return Outcome(
+        status=status,
+        stderr=(directory / "stderr").read_text(errors="replace"),
+        directory=directory,
+        leftovers=alive + temporary,
+        seconds=seconds,
+    )
+
+
+def _still_there(session: int, directory: Path) -> list[str]:
+    """Processes that the program started and that do not leave by themselves."""
+    end = time.monotonic() + _LEAVING_S
+    while True:
+        found = [
+            f"process {entry.name}"
+            for entry in Path("/proc").iterdir()
+            if entry.name.isdigit() and _belongs(entry, session, directory)
+        ]
+        if not found or time.monotonic() > end:
+            return found
+        time.sleep(0.1)
+
+
+def _belongs(entry: Path, session: int, directory: Path) -> bool:
+    try:
+        fields = (entry / "stat").read_text().rpartition(")")[2].split()
+        command = (entry / "cmdline").read_bytes().decode(errors="replace")
+    except OSError:
+        return False
+    return fields[0] != "Z" and (int(fields[3]) == session or str(directory) in command)

@@ -1,0 +1,60 @@
+"""Every fault, in a process of its own: what must be on disk afterwards."""
+
+import pytest
+
+from esper_lightning.forensics.report import read_report
+from tests.crash.cases import ALL, QUICK, Case, expected, name
+from tests.crash.harness import FAILING_OPERATOR, Outcome, run
+
+pytestmark = pytest.mark.crash
+_MORE = [case for case in ALL if case not in QUICK]
+
+
+def check(case: Case, outcome: Outcome) -> list[str]:
+    """What is wrong with what a run left."""
+    due, report = expected(case), outcome.report()
+    if case.get("again"):  # the second run put the first one's report aside
+        if report is not None:
+            return ["a report of a run that did not die"]
+        report = read_report(outcome.rank().crash.with_suffix(".json.1"))
+    if report is None:
+        return ["no report"]
+    error = report["error"] or {}
+    evidence = report["evidence"]
+    found = {
+        "exit status": (outcome.status, due.status),
+        "cause": (report["cause"], due.cause),
+        "error": (error.get("type"), due.error),
+        "complete": (report["complete"], True),
+        "history": (outcome.rows(), list(range(1, outcome.truth() + 1))),
+        "trace": (any(FAILING_OPERATOR in t for t in outcome.traces()), due.trace),
+        "trace in report": (evidence["trace"]["state"], "saved" if due.trace else "absent"),
+        "why no trace": (bool(evidence["trace"]["detail"]), True),
+        "left over": (outcome.leftovers, []),
+    }
+    state = outcome.state()
+    if due.cause in ("exception", "signal") and due.error is not None:
+        found["still profiling"] = (state.get("profiling"), False)
+        found["threads"] = (state.get("threads"), [])
+        found["handlers"] = (state.get("handlers"), [])
+        notes = " ".join(state.get("notes", []))
+        found["note"] = (str(outcome.directory) in notes, True)
+        if case.get("site", "training_step") == "training_step":
+            found["phases"] = (any("training_step" in p for p in report["phases"]), True)
+    if case.get("again"):
+        del found["history"]  # both runs' steps are in it
+        found["second fit"] = (state.get("again"), 24)
+    return [f"{k}: {seen!r}, not {right!r}" for k, (seen, right) in found.items() if seen != right]
+
+
+@pytest.mark.parametrize("case", QUICK, ids=name)
+def test_evidence_of(case, tmp_path):
+    outcome = run(case, tmp_path)
+    assert not check(case, outcome), outcome.stderr[-3000:]
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("case", _MORE, ids=name)
+def test_more_evidence_of(case, tmp_path):
+    outcome = run(case, tmp_path)
+    assert not check(case, outcome), outcome.stderr[-3000:]
