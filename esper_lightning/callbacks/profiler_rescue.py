@@ -21,7 +21,7 @@ from pathlib import Path
 
 import torch
 from lightning.pytorch.profilers import PassThroughProfiler, Profiler, PyTorchProfiler
-from torch.profiler import ProfilerAction
+from torch.profiler import ProfilerAction, ProfilerActivity
 
 from esper_lightning.callbacks.operator_table import operator_table
 from esper_lightning.callbacks.signals import Signals
@@ -134,6 +134,12 @@ class ProfilerGuard:
     def _profile(self) -> torch.profiler.profile | None:
         profile = getattr(self.profiler, "profiler", None)
         return profile if isinstance(profile, torch.profiler.profile) else None
+
+    def pause(self) -> None:
+        """Keep what the rescue itself does out of the window."""
+        profile = self._profile
+        if profile is not None and profile.current_action in _RECORDING:
+            _quietly(lambda: profile.toggle_collection_dynamic(False, [ProfilerActivity.CPU]))
 
     def finish(self, directory: Path, rank: int) -> tuple[Path, str]:
         """Close the open window and export it; the profiler is off afterwards.

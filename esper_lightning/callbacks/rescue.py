@@ -73,6 +73,7 @@ class Rescue:
     def run(self, death: Death) -> Path | None:
         """Take all steps; returns where the report is, ``None`` if no place takes it."""
         started = time.monotonic()
+        self.guard.pause()
         self.report = {**self._describe(death), "evidence": {}, "complete": False}
         self.report["profiler"] = self._describe_profiler()
         self._step("history", self._flush_history, seconds=5)

@@ -2,6 +2,8 @@
 
 import sys
 
+from esper_lightning.cli import crash
+
 __all__ = ["main"]
 
 
@@ -11,9 +13,13 @@ def main(arguments: list[str] | None = None) -> None:
     Args:
         arguments: What follows ``esper``; ``None`` for the process's own.
     """
-    from esper_lightning.cli.lightning_cli import run  # noqa: PLC0415 - torch is not needed to print a usage error
+    words = sys.argv[1:] if arguments is None else arguments
+    if words[:1] == ["crash"]:  # on a login node there may be no torch
+        crash.run(words[1:])
+        return
+    from esper_lightning.cli.lightning_cli import run  # noqa: PLC0415
 
-    run(sys.argv[1:] if arguments is None else arguments)
+    run(words)
 
 
 if __name__ == "__main__":

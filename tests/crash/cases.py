@@ -42,7 +42,7 @@ _RAISED = {
 }
 _VANISHED = {"SIGKILL": -9, "os._exit0": 0, "os._exit3": 3}
 _OPEN_WINDOW = ("2/1/20", "always", "stacks", "own", "window", "unwritable")
-_SITES = [
+_SITES = (
     "callback",
     "backward",
     "optimizer_step",
@@ -55,7 +55,7 @@ _SITES = [
     "validation_step",
     "sanity",
     "loader",
-]
+)
 
 
 def expected(case: Case) -> Expected:
