@@ -4,10 +4,13 @@
 about a second for each recorded iteration of PPO.
 """
 
+from array import array
 from collections import defaultdict
 from typing import Any, NamedTuple
 
 from torch._C._autograd import DeviceType
+
+from esper_lightning.forensics.trace import sum_nested
 
 __all__ = ["OperatorTime", "operator_table", "operator_times"]
 
@@ -29,25 +32,25 @@ def operator_times(results: Any) -> tuple[list[OperatorTime], list[OperatorTime]
     Args:
         results: ``kineto_results`` of a stopped profiler.
     """
-    host: list[tuple[int, int, int, str]] = []
-    device: dict[str, list[int]] = defaultdict(lambda: [0, 0, 0])
+    names: dict[str, int] = {}
+    threads: dict[int, tuple[array[int], array[int], array[int]]] = defaultdict(
+        lambda: (array("q"), array("q"), array("q"))  # starts, durations, names
+    )
+    device: dict[str, list[float]] = defaultdict(lambda: [0, 0, 0])
     for event in results.events():
         duration = event.duration_ns()
         if event.device_type() == DeviceType.CPU:
-            host.append((event.start_thread_id(), event.start_ns(), -duration, event.name()))
+            starts, durations, identities = threads[event.start_thread_id()]
+            starts.append(event.start_ns())
+            durations.append(duration)
+            identities.append(names.setdefault(event.name(), len(names)))
         else:
-            _add(device[event.name()], duration, duration)
-    host.sort()
-    times: dict[str, list[int]] = defaultdict(lambda: [0, 0, 0])
-    open_events: list[tuple[int, int, str]] = []  # thread, end, name
-    for thread, start, negative, name in host:
-        while open_events and (open_events[-1][0] != thread or open_events[-1][1] <= start):
-            open_events.pop()
-        if open_events and start - negative <= open_events[-1][1]:
-            times[open_events[-1][2]][0] += negative
-        _add(times[name], -negative, -negative)
-        open_events.append((thread, start - negative, name))
-    return _ranked(times), _ranked(device)
+            entry = device[event.name()]
+            entry[:] = [entry[0] + duration, entry[1] + duration, entry[2] + 1]
+    sums: list[list[float]] = [[0, 0, 0] for _ in names]
+    for columns in threads.values():
+        sum_nested(*columns, sums)
+    return _ranked(dict(zip(names, sums, strict=True))), _ranked(device)
 
 
 def operator_table(results: Any, *, row_limit: int = 20) -> str:
@@ -64,14 +67,8 @@ def operator_table(results: Any, *, row_limit: int = 20) -> str:
     return "\n".join(lines) + "\n"
 
 
-def _add(entry: list[int], self_ns: int, total_ns: int) -> None:
-    entry[0] += self_ns
-    entry[1] += total_ns
-    entry[2] += 1
-
-
-def _ranked(times: dict[str, list[int]]) -> list[OperatorTime]:
-    rows = [OperatorTime(name, *entry) for name, entry in times.items()]
+def _ranked(times: dict[str, list[float]]) -> list[OperatorTime]:
+    rows = [OperatorTime(name, *map(int, entry)) for name, entry in times.items()]
     return sorted(rows, key=lambda row: -row.self_ns)
 
 

@@ -5,11 +5,11 @@ import json
 import zlib
 from array import array
 from collections import defaultdict
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple, cast
 
-__all__ = ["OperatorSum", "TraceSummary", "summarize"]
+__all__ = ["OperatorSum", "TraceSummary", "sum_nested", "summarize"]
 
 _CHUNK = 1 << 20
 _HOST = ("cpu_op", "user_annotation", "python_function", "cpu_instant_event", "cuda_runtime")
@@ -112,16 +112,7 @@ def _sum_thread(
 ) -> list[LastOperator]:
     """Add one thread's events to ``sums``; returns its last operators."""
     starts, durations, identities = columns
-    order = sorted(range(len(starts)), key=lambda i: (starts[i], -durations[i]))
-    open_events: list[tuple[float, int]] = []
-    for i in order:
-        start, duration, identity = starts[i], durations[i], identities[i]
-        while open_events and open_events[-1][0] <= start:
-            open_events.pop()
-        if open_events:
-            sums[open_events[-1][1]][0] -= duration
-        _add(sums[identity], duration, duration)
-        open_events.append((start + duration, identity))
+    order = sum_nested(starts, durations, identities, sums)
     latest: list[LastOperator] = []
     for i in reversed(order):
         if identities[i] not in is_span:
@@ -129,6 +120,50 @@ def _sum_thread(
         if len(latest) == last:
             break
     return latest
+
+
+def sum_nested(
+    starts: Sequence[float],
+    durations: Sequence[float],
+    identities: Sequence[int],
+    sums: list[list[float]],
+) -> list[int]:
+    """Add the events of one thread to their names' self time, total time and calls.
+
+    As ``key_averages`` does, an event that holds nothing but one of its own name counts once.
+
+    Args:
+        starts: Of each event.
+        durations: In the same unit.
+        identities: Which entry of ``sums`` an event belongs to.
+        sums: Self time, total time and calls by name, added to in place.
+
+    Returns:
+        The order of the events in time, outer ones first.
+    """
+    order = sorted(range(len(starts)), key=lambda i: (starts[i], -durations[i]))
+    open_events: list[list[float]] = []  # end, identity, children, duration of one like itself
+
+    def close() -> None:
+        _, identity, children, like_itself = open_events.pop()
+        if children == 1 and like_itself >= 0:
+            sums[int(identity)][1] -= like_itself
+            sums[int(identity)][2] -= 1
+
+    for i in order:
+        start, duration, identity = starts[i], durations[i], identities[i]
+        while open_events and open_events[-1][0] <= start:
+            close()
+        if open_events:
+            parent = open_events[-1]
+            sums[int(parent[1])][0] -= duration
+            parent[2] += 1
+            parent[3] = duration if parent[1] == identity else -1
+        _add(sums[identity], duration, duration)
+        open_events.append([start + duration, identity, 0, -1])
+    while open_events:
+        close()
+    return order
 
 
 def _events(path: Path) -> Iterator[dict[str, Any] | None]:

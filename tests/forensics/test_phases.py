@@ -1,0 +1,82 @@
+"""The phase ring: what was open and what took time, readable after any death."""
+
+import os
+import signal
+import subprocess
+import sys
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from esper_lightning.forensics.phases import PhaseRing, read_phases
+
+DIES = """
+import os, sys
+from pathlib import Path
+from esper_lightning.forensics.phases import PhaseRing
+ring = PhaseRing(Path(sys.argv[1]))
+ring.iteration = 7
+ring.enter("epoch")
+for _ in range(10_000):
+    ring.enter("step")
+    ring.leave("step")
+ring.enter("update")
+os.kill(os.getpid(), 9)
+"""
+
+
+def test_survives_sigkill_and_wraps_round(tmp_path):
+    path = tmp_path / "phases.ring"
+    status = subprocess.run([sys.executable, "-c", DIES, str(path)], check=False).returncode
+    assert status == -signal.SIGKILL
+    phases = read_phases(path)
+    assert phases.iteration == 7
+    assert [span.name for span in phases.open] == ["epoch", "update"]
+    assert len(phases.closed) == 4096
+    assert {span.name for span in phases.closed} == {"step"}
+    begins = [span.begin_ns for span in phases.closed]
+    assert begins == sorted(begins)
+    assert all(span.end_ns >= span.begin_ns and span.depth == 1 for span in phases.closed)
+
+
+@given(st.lists(st.tuples(st.booleans(), st.sampled_from("abc")), max_size=40))
+def test_agrees_with_a_stack(tmp_path_factory, actions):
+    """Leaving a name closes what is open within it; a name that is not open is no matter."""
+    path = tmp_path_factory.mktemp("ring") / "phases.ring"
+    ring, stack, closed = PhaseRing(path), [], []
+    for enters, name in actions:
+        if enters:
+            ring.enter(name)
+            stack.append(name)
+        else:
+            ring.leave(name)
+            while name in stack:
+                closed.append(stack.pop())
+                if closed[-1] == name:
+                    break
+    phases = read_phases(path)
+    assert [span.name for span in phases.open] == stack == ring.open_names
+    assert [span.name for span in phases.closed] == closed
+    ring.close()
+
+
+def test_more_names_and_depth_than_there_is_room_for(tmp_path):
+    ring = PhaseRing(tmp_path / "phases.ring")
+    for number in range(2000):
+        ring.enter(f"name {number}")
+    assert len(read_phases(tmp_path / "phases.ring").open) == 64
+    for number in reversed(range(2000)):
+        ring.leave(f"name {number}")
+    phases = read_phases(tmp_path / "phases.ring")
+    assert phases.open == []
+    assert phases.closed[-1].name == "name 0"
+
+
+def test_what_is_no_ring(tmp_path):
+    path = tmp_path / "phases.ring"
+    with pytest.raises(FileNotFoundError):
+        read_phases(path)
+    path.write_bytes(b"ESPERPH1" + os.urandom(100))
+    with pytest.raises(ValueError, match="must be a phase ring"):
+        read_phases(path)
