@@ -1,0 +1,266 @@
+"""A training run that dies as it is told: ``python program.py '{"fault": ..., ...}'``.
+
+The failing step runs ``torch.special.erfcx`` before it dies; ``truth`` counts finished steps.
+"""
+
+import ctypes
+import json
+import os
+import signal
+import sys
+import threading
+import time
+from pathlib import Path
+
+import torch
+from lightning.pytorch import Callback, LightningModule, Trainer
+from lightning.pytorch.profilers import AdvancedProfiler, PyTorchProfiler, SimpleProfiler
+from torch.utils.data import DataLoader, Dataset
+
+from esper_lightning import PPO, FlightRecorder, PPOConfig
+from esper_lightning.callbacks.window_profiler import WindowProfiler
+from esper_lightning.envs import CartPole
+
+CASE = json.loads(sys.argv[1])
+DIRECTORY = Path(CASE["directory"])
+RANK = int(os.environ.get("LOCAL_RANK", "0"))
+
+
+def signal_self(name, times=1):
+    for _ in range(times):
+        os.kill(os.getpid(), getattr(signal, name))
+    for _ in range(200):
+        time.sleep(0.1)
+
+
+def later(name, delay_s=0.5):
+    threading.Timer(delay_s, os.kill, (os.getpid(), getattr(signal, name))).start()
+
+
+def stuck(name):
+    """Blocked in C: a wait that starts again when a signal interrupts it, as a collective does."""
+    later(name)
+    semaphore, libc = ctypes.create_string_buffer(64), ctypes.CDLL(None)
+    libc.sem_init(semaphore, 0, 0)
+    mask = ctypes.create_string_buffer(128)
+    libc.sigfillset(mask)
+    libc.pthread_sigmask(signal.SIG_BLOCK, mask, None)  # so that another thread gets the signal
+    libc.sem_wait(semaphore)
+
+
+def long_step():
+    end = time.monotonic() + 20
+    while time.monotonic() < end:
+        sum(range(1000))
+
+
+def deeper(function):
+    return function(function)
+
+
+def raises(error):
+    def fault():
+        raise error
+
+    return fault
+
+
+FAULTS = {
+    "none": lambda: None,
+    "RuntimeError": raises(RuntimeError("injected")),
+    "ValueError": raises(ValueError("injected")),
+    "OutOfMemoryError": raises(torch.OutOfMemoryError("injected")),
+    "allocation": lambda: torch.empty(1 << 60),
+    "MemoryError": raises(MemoryError("injected")),
+    "RecursionError": lambda: deeper(deeper),
+    "KeyboardInterrupt": raises(KeyboardInterrupt()),
+    "exit0": lambda: sys.exit(0),
+    "exit3": lambda: sys.exit(3),
+    "SIGINT": lambda: signal_self("SIGINT"),
+    "SIGINT5": lambda: signal_self("SIGINT", 5),
+    "SIGTERM": lambda: signal_self("SIGTERM"),
+    "SIGHUP": lambda: signal_self("SIGHUP"),
+    "SIGUSR1": lambda: signal_self("SIGUSR1"),
+    "SIGUSR2": lambda: signal_self("SIGUSR2"),
+    "SIGXCPU": lambda: signal_self("SIGXCPU"),
+    "SIGQUIT": lambda: signal_self("SIGQUIT"),
+    "SIGTERM in a long step": lambda: (later("SIGTERM"), long_step()),
+    "SIGTERM in C": lambda: stuck("SIGTERM"),
+    "SIGUSR1 in C": lambda: stuck("SIGUSR1"),
+    "abort": os.abort,
+    "segfault": lambda: ctypes.string_at(0),
+    "SIGBUS": lambda: signal_self("SIGBUS"),
+    "SIGSEGV": lambda: signal_self("SIGSEGV"),
+    "SIGKILL": lambda: signal_self("SIGKILL"),
+    "os._exit0": lambda: os._exit(0),
+    "os._exit3": lambda: os._exit(3),
+    "hang": lambda: time.sleep(3),
+}
+
+
+def die(site):
+    if CASE.get("site", "training_step") == site and CASE.get("rank", 0) == RANK:
+        torch.special.erfcx(torch.ones(3))
+        FAULTS[CASE["fault"]]()
+
+
+class Rows(Dataset):
+    def __init__(self, site):
+        self.site = site
+
+    def __len__(self):
+        return 24
+
+    def __getitem__(self, index):
+        if self.site is not None and index == 14:
+            die(self.site)
+        return torch.full((4,), float(index))
+
+
+class Plain(LightningModule):
+    def __init__(self):
+        super().__init__()
+        self.layer = torch.nn.Linear(4, 2)
+
+    def _die(self, site):
+        if self.global_step == CASE.get("step", 6):
+            die(site)
+
+    def setup(self, stage):
+        die("setup")
+
+    def on_fit_start(self):
+        die("on_fit_start")
+
+    def on_train_start(self):
+        die("on_train_start")
+
+    def on_train_epoch_end(self):
+        die("on_train_epoch_end")
+
+    def on_train_end(self):
+        die("on_train_end")
+
+    def teardown(self, stage):
+        die("teardown")
+
+    def training_step(self, batch, batch_idx):
+        self._die("training_step")
+        out = self.layer(batch)
+        if self.global_step == CASE.get("step", 6) and CASE.get("site") == "backward":
+            out.register_hook(lambda gradient: die("backward"))
+        loss = out.square().mean()
+        self.log("loss", loss)
+        return loss
+
+    def optimizer_step(self, *args, **kwargs):
+        super().optimizer_step(*args, **kwargs)
+        self._die("optimizer_step")
+
+    def validation_step(self, batch, batch_idx):
+        site = "sanity" if self.trainer.sanity_checking else "validation_step"
+        if site == "sanity" or self.global_step >= 4:
+            die(site)
+
+    def configure_optimizers(self):
+        return torch.optim.SGD(self.parameters(), 1e-3)
+
+
+class Truth(Callback):
+    """What the history must hold: a byte for each finished step."""
+
+    def on_train_batch_end(self, trainer, module, *_):
+        path = DIRECTORY / f"truth{trainer.global_rank}"
+        descriptor = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_APPEND)
+        os.write(descriptor, b".")
+        os.close(descriptor)
+
+    def on_train_batch_start(self, trainer, module, *_):
+        if trainer.global_step == 6:
+            die("callback")
+
+    def on_exception(self, trainer, module, exception):
+        if CASE.get("raises_in_on_exception"):
+            raise LookupError("in another callback")
+
+
+def schedule(**settings):
+    return torch.profiler.schedule(**settings)
+
+
+PROFILERS = {
+    "none": lambda: None,
+    "default": PyTorchProfiler,
+    "2/1/20": lambda: PyTorchProfiler(schedule=schedule(wait=2, warmup=1, active=20)),
+    "always": lambda: PyTorchProfiler(schedule=None),
+    "waiting": lambda: PyTorchProfiler(schedule=schedule(wait=100, warmup=1, active=1)),
+    "warming": lambda: PyTorchProfiler(schedule=schedule(wait=2, warmup=100, active=1)),
+    "stacks": lambda: PyTorchProfiler(schedule=None, with_stack=True),
+    "own": lambda: PyTorchProfiler(schedule=None, on_trace_ready=lambda _: None),
+    "unwritable": lambda: PyTorchProfiler(dirpath="/proc/none", filename="x", schedule=None),
+    "window": lambda: WindowProfiler(wait=2, warmup=1, active=20),
+    "simple": SimpleProfiler,
+    "advanced": AdvancedProfiler,
+}
+
+
+def fit():
+    trainer = Trainer(
+        accelerator="cpu",
+        max_epochs=-1 if CASE.get("module") == "ppo" else 1,
+        max_steps=30,
+        profiler=PROFILERS[CASE.get("profiler", "none")](),
+        logger=False,
+        enable_checkpointing=False,
+        enable_progress_bar=False,
+        enable_model_summary=False,
+        default_root_dir=DIRECTORY,
+        callbacks=[Truth(), FlightRecorder(hang_timeout_s=CASE.get("hang_timeout_s"))],
+        num_sanity_val_steps=2 if CASE.get("site") == "sanity" else 0,
+        val_check_interval=5 if "validation" in CASE.get("site", "") else None,
+        limit_val_batches=0 if CASE.get("module") == "ppo" else 2,
+        **CASE.get("trainer", {}),
+    )
+    if CASE.get("module") == "ppo":
+        return trainer, PPO(CartPole(num_envs=16), ppo=PPOConfig(rollout_steps=8)), ()
+    site = CASE.get("site")
+    workers = CASE.get("workers", 0)
+    data = DataLoader(Rows("loader" if site == "loader" else None), num_workers=workers)
+    return trainer, Plain(), (data, DataLoader(Rows(None)))
+
+
+def main():
+    before = {number: signal.getsignal(number) for number in signal.valid_signals()}
+    trainer, module, data = fit()
+    if CASE.get("module") == "ppo":
+        collect = module._collect
+
+        def dying(rollout):
+            healthy = collect(rollout)
+            if module.iteration == 6:
+                die("training_step")
+            return healthy
+
+        module._collect = dying
+    try:
+        trainer.fit(module, *data)
+    except BaseException as error:
+        CASE["fault"] = "none"
+        state = {
+            "profiling": torch._C._autograd._profiler_enabled(),
+            "threads": [thread.name for thread in threading.enumerate() if "flight" in thread.name],
+            "handlers": [n.name for n in before if signal.getsignal(n) != before[n]],
+            "notes": getattr(error, "__notes__", []) + getattr(error.__context__, "__notes__", []),
+        }
+        if CASE.get("again"):
+            trainer, module, data = fit()
+            trainer.fit(module, *data)
+            state["again"] = trainer.global_step
+        if CASE.get("rank", 0) == RANK:
+            (DIRECTORY / "state.json").write_text(json.dumps(state))
+        raise
+
+
+if __name__ == "__main__":
+    torch.set_num_threads(1)
+    main()
