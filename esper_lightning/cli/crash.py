@@ -22,6 +22,7 @@ from esper_lightning.forensics.trace import TraceSummary, summarize
 __all__ = ["Remains", "examine", "run"]
 
 _ROWS, _NAME = 5, 60
+_NOTICED_S = 2.0
 _COLUMNS = (
     "iteration",
     "env_steps",
@@ -102,7 +103,16 @@ def first_failure(ranks: list[Remains]) -> Remains | None:
     """The rank that failed first, for a reason of its own if any did."""
     failed = [rank for rank in ranks if rank.report is not None or rank.state == "vanished"]
     own = [rank for rank in failed if rank.is_first_cause]
-    return min(own or failed, key=lambda rank: rank.time_s, default=None)
+    return min(own or failed, key=_failed_at, default=None)
+
+
+def _failed_at(remains: Remains) -> float:
+    """A process that vanished is noticed later than it did, and by its peers at the same moment."""
+    cause = (remains.report or {}).get("cause")
+    vanished = remains.state == "vanished" or cause == "vanished"
+    if remains.report is None and remains.phases is not None and remains.phases.open:
+        return remains.phases.open[-1].begin_ns / 1e9
+    return remains.time_s - (_NOTICED_S if vanished else 0.0)
 
 
 def _remains(rank: int, files: RankLayout) -> Remains:

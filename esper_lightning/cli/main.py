@@ -1,5 +1,7 @@
 """``esper``: one command, a subcommand for each thing to do with a run."""
 
+import contextlib
+import os
 import sys
 
 from esper_lightning.cli import crash
@@ -15,7 +17,11 @@ def main(arguments: list[str] | None = None) -> None:
     """
     words = sys.argv[1:] if arguments is None else arguments
     if words[:1] == ["crash"]:  # on a login node there may be no torch
-        crash.run(words[1:])
+        with contextlib.suppress(BrokenPipeError):  # esper crash ... | head
+            crash.run(words[1:])
+            sys.stdout.flush()
+            return
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # nor at exit
         return
     from esper_lightning.cli.lightning_cli import run  # noqa: PLC0415
 

@@ -70,6 +70,13 @@ def test_the_first_cause_is_not_the_first_to_notice(tmp_path, capsys):
     assert json.loads(shown(capsys, tmp_path, "--json"))["first_failure"] == 1
 
 
+def test_a_rank_that_vanished_fails_before_those_that_notice(tmp_path, capsys):
+    rank(tmp_path, 0, time_s=100.0)
+    error = {"type": None, "message": "The process vanished.", "traceback": []}
+    rank(tmp_path, 1, time_s=100.1, cause="vanished", error=error)
+    assert "Rank 1 failed first: The process vanished." in shown(capsys, tmp_path)
+
+
 def test_a_missing_rank_is_named(tmp_path, capsys):
     rank(tmp_path, 1, time_s=100.0)
     rank(tmp_path, 3, time_s=101.0, world_size=4)
