@@ -4,7 +4,7 @@ VENV := .venv
 BIN := $(VENV)/bin
 
 .DEFAULT_GOAL := help
-.PHONY: help demo test slow check bench clean
+.PHONY: help demo test slow check bench faults clean
 
 help: ## Show this list
 	@grep -E '^[a-z]+:.*## ' $(MAKEFILE_LIST) | sed -E 's/:[^#]*## /\t/' | expand -t 10
@@ -32,6 +32,9 @@ check: $(VENV)/.installed ## Lint, types, import contracts
 
 bench: $(VENV)/.installed ## Measure learning on every task, 5 seeds each (six minutes)
 	$(BIN)/python benchmarks/learning.py
+
+faults: $(VENV)/.installed ## Let runs die in every way, and write what they leave (eight minutes)
+	$(BIN)/python benchmarks/faults.py
 
 clean: ## Remove the virtual environment and caches
 	rm -rf $(VENV) build dist *.egg-info .pytest_cache .ruff_cache .hypothesis .import_linter_cache

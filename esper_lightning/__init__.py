@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING
 if TYPE_CHECKING:
     from esper_lightning.callbacks.flight_recorder import FlightRecorder
     from esper_lightning.callbacks.history import History
+    from esper_lightning.callbacks.nan_guard import NanGuard
     from esper_lightning.callbacks.progress import RunProgressBar
     from esper_lightning.envs.check import check_env
     from esper_lightning.policies.feedforward import MLP
@@ -21,6 +22,7 @@ __all__ = [
     "PPO",
     "FlightRecorder",
     "History",
+    "NanGuard",
     "PPOConfig",
     "RunProgressBar",
     "check_env",
@@ -31,6 +33,7 @@ _HOMES = {
     "FlightRecorder": "callbacks.flight_recorder",
     "History": "callbacks.history",
     "MLP": "policies.feedforward",
+    "NanGuard": "callbacks.nan_guard",
     "PPO": "training.module",
     "PPOConfig": "training.config",
     "RunProgressBar": "callbacks.progress",

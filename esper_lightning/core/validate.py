@@ -1,6 +1,33 @@
 """One form for every error about what a user wrote, *Owner.field must rule, got value. Hint.*."""
 
-__all__ = ["require"]
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+__all__ = ["NonFiniteError", "require"]
+
+
+class NonFiniteError(ValueError):
+    """A NaN or an infinity where training cannot go on.
+
+    Attributes:
+        phase: What was going on: ``rollout``, ``update``, or ``training_step``.
+        tensors: Names of what was not finite.
+        environments: Indices of the environments concerned, if that is known.
+        minibatch: Tensors by name on which it can be seen again.
+    """
+
+    def __init__(
+        self,
+        message: str,
+        *,
+        phase: str,
+        tensors: Sequence[str] = (),
+        environments: Sequence[int] = (),
+        minibatch: Mapping[str, Any] | None = None,
+    ) -> None:
+        super().__init__(message)
+        self.phase, self.tensors, self.environments = phase, list(tensors), list(environments)
+        self.minibatch = minibatch
 
 
 def require(ok: bool, field: str, rule: str, got: object, hint: str = "") -> None:

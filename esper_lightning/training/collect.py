@@ -18,7 +18,15 @@ from esper_lightning.envs.base import BatchedEnv
 from esper_lightning.policies.base import Policy
 from esper_lightning.training.config import PPOConfig
 
-__all__ = ["ActingState", "Normalize", "collect", "first_non_finite", "is_finite", "scale_reward"]
+__all__ = [
+    "ActingState",
+    "Fault",
+    "Normalize",
+    "collect",
+    "first_non_finite",
+    "is_finite",
+    "scale_reward",
+]
 
 Normalize = Callable[[Observation], Observation]
 
@@ -121,14 +129,22 @@ def is_finite(rollout: Rollout) -> Bool[Tensor, ""]:
     return torch.stack([value.isfinite().all() for _, value in _watched(rollout)]).all()
 
 
-def first_non_finite(rollout: Rollout) -> tuple[str, str]:
+class Fault(NamedTuple):
+    """The first value of a rollout that is not finite."""
+
+    owner: str  # "policy" or "environment"
+    text: str
+    name: str  # of the field
+    environments: list[int]
+    step: int
+
+
+def first_non_finite(rollout: Rollout) -> Fault:
     """Say what was not finite first: whose it is, and field, step, environments, columns.
 
     Within a step an observation comes before the policy's answer to it, and that before what the
     environment makes of it. Synchronises.
 
-    Returns:
-        ``"policy"`` or ``"environment"``, and the description.
     """
     faults = [(_first_step(value), name, value) for name, value in _watched(rollout)]
     step, name, value = min((fault for fault in faults if fault[0] >= 0), key=lambda f: f[0])
@@ -139,7 +155,7 @@ def first_non_finite(rollout: Rollout) -> tuple[str, str]:
     of = "" if bad.dim() == 1 else f", column {_some(columns)}"
     found = f"{value[step][bad][0].item()} in {name} of environment {_some(envs)}{of}"
     owner = "policy" if name == "log_prob" else "environment"
-    return owner, f"{found} at rollout step {step}"
+    return Fault(owner, f"{found} at rollout step {step}", name, envs, step)
 
 
 def _first_step(value: Tensor) -> int:

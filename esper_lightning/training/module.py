@@ -54,7 +54,7 @@ from esper_lightning.training.metrics import (
     iteration_figures,
     to_host,
 )
-from esper_lightning.training.reporting import publish, refuse_non_finite
+from esper_lightning.training.reporting import publish, refuse_gradient, refuse_rollout
 from esper_lightning.training.specs import describe, for_evaluation, plain
 from esper_lightning.training.update import (
     UpdateMetrics,
@@ -185,6 +185,7 @@ class PPO(LightningModule):
                 healthy = self._collect(rollout)
             with profile("advantages"):
                 samples = self._prepare(rollout, healthy)
+                self._order_state = self._sample_order.get_state()
             with profile("update"):
                 metrics = update(
                     self.policy,
@@ -410,7 +411,11 @@ class PPO(LightningModule):
         self.recent_episodes.update(rollout.episode_return, rollout.episode_length, where=healthy)
         variance = explained_variance(samples.value, samples.value_target)
         host = to_host(self.recent_episodes.compute(), rollout, metrics, variance, healthy)
-        refuse_non_finite(host, rollout, env=type(self.env).__name__, iteration=self.iteration + 1)
+        iteration = self.iteration + 1
+        if not host["healthy"]:
+            refuse_rollout(rollout, env=type(self.env).__name__, iteration=iteration)
+        if not host["learner_finite"]:
+            refuse_gradient(self.policy, samples, self.ppo, self._order_state, iteration=iteration)
         return host
 
     def _count(

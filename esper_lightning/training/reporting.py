@@ -5,43 +5,95 @@
 
 import math
 from collections.abc import Mapping
+from typing import Any, NoReturn
 
 import torch
 from lightning.pytorch import Trainer
 
-from esper_lightning.core.types import Rollout
-from esper_lightning.core.validate import require
-from esper_lightning.training.collect import first_non_finite
+from esper_lightning.core.types import Rollout, Samples, map_obs
+from esper_lightning.core.validate import NonFiniteError
+from esper_lightning.policies.base import Policy
+from esper_lightning.training.collect import Fault, first_non_finite
+from esper_lightning.training.config import PPOConfig
 from esper_lightning.training.metrics import shown_in_progress_bar
+from esper_lightning.training.update import find_non_finite
 
-__all__ = ["publish", "refuse_non_finite"]
+__all__ = ["publish", "refuse_gradient", "refuse_rollout"]
 
 
-def refuse_non_finite(
-    host: Mapping[str, float], rollout: Rollout, *, env: str, iteration: int
-) -> None:
-    """Stop where a number is not finite, and say whose it is.
+def refuse_rollout(rollout: Rollout, *, env: str, iteration: int) -> NoReturn:
+    """Stop where a number of the rollout is not finite, and say whose it is.
 
     Args:
-        host: From ``to_host``.
         rollout: Of the iteration.
         env: Name of the environment, for the error.
-        iteration: Number of the iteration, likewise.
+        iteration: Number of the iteration.
 
     Raises:
-        ValueError: Naming the environment, the policy, or the gradient.
+        NonFiniteError: Naming the environment or the policy, with the step in which it appeared.
     """
+    fault = first_non_finite(rollout)
     kept = "The weights are those of the previous iteration."
-    slower = "Lower PPOConfig.learning_rate."
-    if not host["healthy"]:
-        whose, found = first_non_finite(rollout)
-        if whose == "environment":
-            require(False, f"{env}.step", "return finite values", found, kept)
-        hint = f"It has diverged. {slower} {kept}"
-        require(False, "PPO.policy", "give finite probabilities", found, hint)
-    found = f"NaN or infinity in iteration {iteration}"
-    hint = f"The weights are those of before it. {slower}"
-    require(host["learner_finite"] == 1.0, "PPO's gradient", "be finite", found, hint)
+    if fault.owner == "environment":
+        message = f"{env}.step must return finite values, got {fault.text!r}. {kept}"
+    else:
+        hint = f"It has diverged. Lower PPOConfig.learning_rate. {kept}"
+        message = f"PPO.policy must give finite probabilities, got {fault.text!r}. {hint}"
+    raise NonFiniteError(
+        f"{message} (Iteration {iteration}.)",
+        phase="rollout",
+        tensors=[fault.name],
+        environments=fault.environments,
+        minibatch=_step_of(rollout, fault),
+    )
+
+
+def refuse_gradient(
+    policy: Policy,
+    samples: Samples,
+    config: PPOConfig,
+    order_state: torch.Tensor,
+    *,
+    iteration: int,
+) -> NoReturn:
+    """Stop where a loss or gradient was not finite, and find the minibatch.
+
+    Args:
+        policy: After the update.
+        samples: Of the update.
+        config: Likewise.
+        order_state: Of the generator of the sample order, when the update began.
+        iteration: Number of the iteration.
+
+    Raises:
+        NonFiniteError: Naming gradient step and tensors, with the minibatch.
+    """
+    order = torch.Generator(samples.log_prob.device)
+    order.set_state(order_state)
+    found = find_non_finite(policy, samples, config, order)
+    where, names, minibatch = "", list[str](), None
+    if found is not None:
+        step, names, batch = found
+        where = f", gradient step {step}: {', '.join(names[:4])}"
+        minibatch = {k: v for k, v in batch._asdict().items() if v is not None}
+    got = f"NaN or infinity in iteration {iteration}{where}"
+    hint = "The weights are those of before it. Lower PPOConfig.learning_rate."
+    raise NonFiniteError(
+        f"PPO's gradient must be finite, got {got!r}. {hint}",
+        phase="update",
+        tensors=names,
+        minibatch=minibatch,
+    )
+
+
+def _step_of(rollout: Rollout, fault: Fault) -> dict[str, Any]:
+    """Everything of the step in which it appeared, of all environments."""
+
+    def row(tensor: torch.Tensor) -> torch.Tensor:
+        return tensor[fault.step].clone()
+
+    fields = rollout._asdict().items()
+    return {name: map_obs(row, value) for name, value in fields if value is not None}
 
 
 def publish(trainer: Trainer, row: Mapping[str, float | int | None]) -> None:

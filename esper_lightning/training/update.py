@@ -27,6 +27,7 @@ __all__ = [
     "UpdateMetrics",
     "adapt_learning_rate",
     "build_optimizer",
+    "find_non_finite",
     "ppo_loss_terms",
     "prepare_samples",
     "schedule_learning_rate",
@@ -187,6 +188,43 @@ def update(
     steps = weight.sum()
     total = torch.where(weight[:, None] > 0, torch.stack(rows), 0.0).sum(0)
     return UpdateMetrics._make([*(total / steps).unbind(), steps, finite])
+
+
+def find_non_finite(
+    policy: Policy, samples: Samples, config: PPOConfig, order: torch.Generator
+) -> tuple[int, list[str], Samples] | None:
+    """Look again for the minibatch whose loss or gradient was not finite.
+
+    The weights are those that it met: no step was applied from it on.
+
+    Args:
+        policy: After the update.
+        samples: Of the update.
+        config: Likewise.
+        order: In the state that the update began with.
+
+    Returns:
+        Number of the gradient step in the iteration, names of the loss terms and gradients, and the
+        minibatch; ``None`` if it cannot be found.
+    """
+    parts = min(config.minibatches, samples.log_prob.shape[0])
+    named = dict(policy.named_parameters())
+    for epoch in range(config.epochs):
+        for number, batch in enumerate(minibatches(samples, parts, generator=order)):
+            evaluation = policy.evaluate(batch.obs, batch.action, batch.action_mask)
+            terms = ppo_loss_terms(evaluation, batch, config)
+            loss = (
+                terms.policy.mean()
+                + config.value_coef * terms.value.mean()
+                - config.entropy_coef * terms.entropy.mean()
+            )
+            gradients = torch.autograd.grad(loss, list(named.values()), allow_unused=True)
+            watched = {f"loss/{k}": v for k, v in terms._asdict().items()}
+            watched |= {f"gradient of {k}": g for k, g in zip(named, gradients, strict=True)}
+            bad = [k for k, v in watched.items() if v is not None and not v.isfinite().all()]
+            if bad:
+                return epoch * parts + number + 1, bad, batch
+    return None
 
 
 def _step_unless(skip: Float[Tensor, ""], optimizer: torch.optim.Adam) -> None:

@@ -1,0 +1,89 @@
+"""NanGuard: the first NaN ends the run, and can be seen again."""
+
+import math
+
+import pytest
+import torch
+from lightning.pytorch import LightningModule
+from torch.utils.data import DataLoader
+
+from esper_lightning import PPO, FlightRecorder, NanGuard, PPOConfig
+from esper_lightning.core.validate import NonFiniteError
+from esper_lightning.envs import CartPole
+from esper_lightning.training.update import ppo_loss_terms
+
+
+class Fragile(LightningModule):
+    """Row 3 is negative: its root is NaN, or has a gradient that is not finite where it is 0."""
+
+    def __init__(self, root_of_zero=False):
+        super().__init__()
+        self.layer = torch.nn.Linear(2, 1, bias=False)
+        self.root_of_zero = root_of_zero
+        torch.nn.init.constant_(self.layer.weight, 1.0)
+
+    def training_step(self, batch, batch_idx):
+        out = self.layer(batch)
+        return (out * 0).sqrt().sum() if self.root_of_zero and batch_idx == 3 else out.sqrt().sum()
+
+    def configure_optimizers(self):
+        return torch.optim.SGD(self.parameters(), 0.0)
+
+
+def data(bad=-1.0):
+    rows = torch.ones(6, 2)
+    rows[3] = bad
+    return DataLoader(rows)
+
+
+@pytest.mark.parametrize(
+    ("module", "rows", "tensors"),
+    [
+        (Fragile(), data(), ["loss", "gradient of layer.weight"]),
+        (Fragile(root_of_zero=True), data(1.0), ["gradient of layer.weight"]),
+        (Fragile(), data(math.inf), ["loss", "gradient of layer.weight"]),
+    ],
+)
+def test_stops_before_the_optimizer_does(make_trainer, tmp_path, module, rows, tensors):
+    trainer = make_trainer(max_epochs=1, callbacks=[NanGuard(), FlightRecorder(watch=False)])
+    with pytest.raises(NonFiniteError, match=r"in step 4: ") as caught:
+        trainer.fit(module, rows)
+    assert caught.value.tensors == tensors
+    assert module.layer.weight.isfinite().all()
+    saved = torch.load(tmp_path / "rank0" / "nan.pt", weights_only=True)
+    assert torch.equal(saved["batch"], list(rows)[3])
+
+
+def test_leaves_a_healthy_run_alone(make_trainer):
+    def weights(callbacks):
+        torch.manual_seed(0)
+        module = Fragile()
+        make_trainer(max_epochs=1, callbacks=callbacks).fit(module, data(1.0))
+        return module.layer.weight
+
+    assert torch.equal(weights([]), weights([NanGuard()]))
+
+
+def test_ppo_names_the_gradient_step_and_keeps_its_minibatch(make_trainer, tmp_path, monkeypatch):
+    """A log-probability of minus infinity in the rollout makes ratios of infinity."""
+    config = PPOConfig(rollout_steps=8, minibatches=2)
+    model = PPO(CartPole(num_envs=4), ppo=config, total_env_steps=320)
+    prepare = PPO._prepare
+
+    def poisoned(self, rollout, healthy):
+        samples = prepare(self, rollout, healthy)
+        if self.iteration == 2:
+            samples.value_target[5] = math.nan
+        return samples
+
+    monkeypatch.setattr(PPO, "_prepare", poisoned)
+    trainer = make_trainer(callbacks=[FlightRecorder(watch=False)])
+    with pytest.raises(NonFiniteError, match=r"in iteration 3, gradient step [12]: ") as caught:
+        trainer.fit(model)
+    assert caught.value.phase == "update"
+    assert "loss/value" in caught.value.tensors
+    minibatch = torch.load(tmp_path / "rank0" / "nan.pt", weights_only=True)
+    assert minibatch["value_target"].isnan().any()
+    batch = type("Batch", (), {**minibatch, "action_mask": None})
+    evaluation = model.policy.evaluate(batch.obs, batch.action, None)
+    assert not ppo_loss_terms(evaluation, batch, config).value.isfinite().all()
