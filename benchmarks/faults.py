@@ -1,4 +1,4 @@
-"""Let runs die of every fault in ``tests/faults/cases.py``: writes ``results/faults.md``."""
+"""Let runs die of every fault in ``tests/crash/cases.py``: writes ``results/faults.md``."""
 
 import sys
 import tempfile
@@ -11,9 +11,9 @@ sys.path[:0] = [str(ROOT), str(ROOT / "benchmarks")]
 
 from learning import conditions  # noqa: E402
 
-from tests.faults.cases import ALL, expected, name  # noqa: E402
-from tests.faults.harness import Outcome, run  # noqa: E402
-from tests.faults.test_faults import check  # noqa: E402
+from tests.crash.cases import ALL, expected, name  # noqa: E402
+from tests.crash.harness import Outcome, run  # noqa: E402
+from tests.crash.test_faults import check  # noqa: E402
 
 
 def main() -> None:

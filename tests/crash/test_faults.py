@@ -3,8 +3,8 @@
 import pytest
 
 from esper_lightning.forensics.report import read_report
-from tests.faults.cases import ALL, QUICK, Case, expected, name
-from tests.faults.harness import FAILING_OPERATOR, Outcome, run
+from tests.crash.cases import ALL, QUICK, Case, expected, name
+from tests.crash.harness import FAILING_OPERATOR, Outcome, run
 
 pytestmark = pytest.mark.crash
 _MORE = [case for case in ALL if case not in QUICK]

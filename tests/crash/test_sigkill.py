@@ -1,0 +1,109 @@
+"""SIGKILL at any moment: no finished iteration is lost, and every file can be read."""
+
+import os
+import random
+import signal
+import subprocess
+import sys
+import time
+
+import pytest
+import torch
+
+from esper_lightning.cli import crash
+from esper_lightning.forensics.files import read_json_lines
+from esper_lightning.forensics.layout import RunLayout
+
+pytestmark = pytest.mark.crash
+
+# One process imports; each run is a child of it, forked before any thread is there.
+PROGRAM = """
+import os, sys
+import torch
+torch.set_num_threads(1)
+from esper_lightning import PPO, FlightRecorder, History, PPOConfig
+from esper_lightning.callbacks.history import JsonLines
+from esper_lightning.envs import CartPole
+from lightning.pytorch import Trainer
+from lightning.pytorch.callbacks import ModelCheckpoint
+
+for line in sys.stdin:
+    pid = os.fork()
+    if pid == 0:
+        directory = line.strip()
+        append = JsonLines.append
+        def counted(self, row):
+            append(self, row)
+            os.write(truth, b".")
+        os.makedirs(directory)
+        truth = os.open(directory + "/truth", os.O_WRONLY | os.O_CREAT | os.O_APPEND)
+        JsonLines.append = counted
+        saves = ModelCheckpoint(directory + "/checkpoints", save_top_k=0, save_last=True,
+                                every_n_train_steps=5)
+        trainer = Trainer(accelerator="cpu", max_epochs=-1, logger=False, callbacks=[
+            FlightRecorder(), History(), saves], enable_progress_bar=False,
+            enable_model_summary=False, limit_val_batches=0, default_root_dir=directory)
+        trainer.fit(PPO(CartPole(num_envs=4), ppo=PPOConfig(rollout_steps=4, minibatches=1)))
+    print(pid, flush=True)
+    os.waitpid(pid, 0)
+"""
+
+
+@pytest.fixture(scope="module")
+def factory():
+    environment = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONWARNINGS": "ignore"}
+    process = subprocess.Popen(
+        [sys.executable, "-c", PROGRAM],
+        stdin=subprocess.PIPE,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.DEVNULL,
+        env=environment,
+        text=True,
+    )
+    yield process
+    process.stdin.close()
+    process.stdout.close()
+    process.wait(30)
+
+
+def kill_at_a_random_moment(factory, directory, moment):
+    factory.stdin.write(f"{directory}\n")
+    factory.stdin.flush()
+    pid = int(factory.stdout.readline())
+    end = time.monotonic() + 60
+    while not (directory / "rank0" / "history.jsonl").exists() and time.monotonic() < end:
+        time.sleep(0.005)
+    time.sleep(moment.uniform(0.0, 0.6))
+    os.kill(pid, signal.SIGKILL)
+
+
+def check(directory):
+    files = RunLayout(directory).rank(0)
+    end = time.monotonic() + 10
+    while not files.crash.exists() and time.monotonic() < end:
+        time.sleep(0.02)
+    finished = len((directory / "truth").read_bytes())
+    rows = [row["iteration"] for row in read_json_lines(files.history)]
+    assert rows == list(range(1, len(rows) + 1))
+    assert len(rows) >= finished  # a row may be on disk before it could be counted
+    (remains,) = crash.examine(directory)
+    assert remains.report["cause"] == "vanished"
+    assert remains.report["complete"]
+    assert remains.phases is not None
+    for checkpoint in (directory / "checkpoints").glob("*.ckpt"):
+        torch.load(checkpoint, weights_only=True)
+
+
+@pytest.mark.parametrize("number", range(4))
+def test_sigkill(factory, tmp_path, number):
+    kill_at_a_random_moment(factory, tmp_path / "run", random.Random(number))
+    check(tmp_path / "run")
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(900)
+def test_sigkill_at_a_hundred_moments(factory, tmp_path):
+    for number in range(100):
+        directory = tmp_path / str(number)
+        kill_at_a_random_moment(factory, directory, random.Random(1000 + number))
+        check(directory)
