@@ -58,3 +58,15 @@ def test_evidence_of(case, tmp_path):
 def test_more_evidence_of(case, tmp_path):
     outcome = run(case, tmp_path)
     assert not check(case, outcome), outcome.stderr[-3000:]
+
+
+def test_a_hang_is_on_record_and_the_run_goes_on(tmp_path):
+    outcome = run({"fault": "hang", "profiler": "always", "hang_timeout_s": 1.0}, tmp_path)
+    assert outcome.status == 0, outcome.stderr[-3000:]
+    report = outcome.report()
+    assert report["cause"] == "hang"
+    assert report["complete"]
+    assert "No iteration has ended for" in outcome.rank().stacks.read_text()
+    assert any(FAILING_OPERATOR in trace for trace in outcome.traces())
+    assert outcome.rows() == list(range(1, 25))
+    assert outcome.leftovers == []
