@@ -9,7 +9,7 @@ from pathlib import Path
 ROOT = Path(__file__).parents[1]
 sys.path[:0] = [str(ROOT), str(ROOT / "benchmarks")]
 
-from learning import conditions  # noqa: E402
+from conditions import conditions  # noqa: E402
 
 from tests.crash.cases import ALL, expected, name  # noqa: E402
 from tests.crash.harness import Outcome, run  # noqa: E402

@@ -7,16 +7,15 @@ writes a table and the raw figures to ``benchmarks/results/``.
 """
 
 import argparse
-import datetime
 import json
 import os
-import platform
 import subprocess
 import sys
 import tempfile
 from concurrent.futures import ThreadPoolExecutor
-from importlib.metadata import version
 from pathlib import Path
+
+from conditions import conditions
 
 ROOT = Path(__file__).resolve().parent.parent
 GOALS = {"cartpole": 475.0, "acrobot": -100.0, "pendulum": -250.0, "mountain_car": None}
@@ -73,36 +72,6 @@ def table(results: list[dict[str, float]], tasks: list[str]) -> str:
             f"| {min(returns):.1f} | {mean:.1f} | {median_s:.0f} |"
         )
     return "\n".join(lines)
-
-
-def conditions(command: str) -> str:
-    commit = subprocess.run(
-        ["git", "describe", "--always", "--dirty", "--abbrev=12"],
-        cwd=ROOT,
-        capture_output=True,
-        text=True,
-        check=False,
-    )
-    cpu = next(
-        (
-            line.split(":")[1].strip()
-            for line in Path("/proc/cpuinfo").read_text().splitlines()
-            if "model name" in line
-        ),
-        platform.processor(),
-    )
-    packages = ", ".join(
-        f"{name} {version(name)}" for name in ("torch", "lightning", "torchmetrics")
-    )
-    return "\n".join(
-        [
-            f"- hardware: {cpu}, {os.cpu_count()} cores, one thread a run",
-            f"- versions: Python {platform.python_version()}, {packages}",
-            f"- commit: {commit.stdout.strip() or 'unknown'}",
-            f"- command: `{command}`",
-            f"- date: {datetime.datetime.now(tz=datetime.UTC).date()}",
-        ]
-    )
 
 
 def main() -> None:

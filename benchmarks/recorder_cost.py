@@ -1,0 +1,226 @@
+"""What the flight recorder costs: while a run goes well, and from a fault to the exit.
+
+CartPole with 2048 environments. Ratios are of the median iteration, between fits that follow each
+other in one process, in an order that turns with every round. A round's fits share the noise of
+the machine, so the median over rounds of their ratio is what counts. Writes
+``results/recorder_cost.md``.
+"""
+
+import argparse
+import itertools
+import json
+import logging
+import os
+import statistics
+import subprocess
+import sys
+import tempfile
+import time
+import warnings
+from pathlib import Path
+from typing import Any
+
+import torch
+from conditions import ROOT, conditions
+from lightning.pytorch import Callback, Trainer
+from lightning.pytorch.profilers import PyTorchProfiler
+
+from esper_lightning import PPO, FlightRecorder, History, PPOConfig
+from esper_lightning.callbacks.window_profiler import WindowProfiler
+from esper_lightning.envs import CartPole
+from esper_lightning.forensics.files import read_json_lines
+
+_ITERATIONS, _SETTLING = 14, 2
+_RECORDED = 10
+
+
+def _stock(**settings: int) -> PyTorchProfiler:
+    return PyTorchProfiler(schedule=torch.profiler.schedule(**settings))
+
+
+VARIANTS: dict[str, tuple[bool, Any]] = {
+    "recorder off, no profiler": (False, lambda: None),
+    "recorder on, no profiler": (True, lambda: None),
+    "recorder off, debug_profile.yaml waiting": (False, lambda: WindowProfiler(wait=1000)),
+    "recorder on, debug_profile.yaml waiting": (True, lambda: WindowProfiler(wait=1000)),
+    "recorder off, stock profiler waiting": (False, lambda: _stock(wait=999, warmup=1, active=1)),
+    "recorder on, stock profiler waiting": (True, lambda: _stock(wait=999, warmup=1, active=1)),
+}
+PAIRS = [
+    ("recorder on, no profiler", "recorder off, no profiler"),
+    ("recorder on, debug_profile.yaml waiting", "recorder off, debug_profile.yaml waiting"),
+    ("recorder on, stock profiler waiting", "recorder off, stock profiler waiting"),
+    ("recorder on, debug_profile.yaml waiting", "recorder off, no profiler"),
+    ("recorder off, stock profiler waiting", "recorder off, no profiler"),
+]
+
+
+def trainer(
+    directory: str, *, recorder: bool, profiler: Any, steps: int, more: Any = ()
+) -> Trainer:
+    callbacks: list[Callback] = [History(), *more]
+    if recorder:
+        callbacks.insert(0, FlightRecorder())
+    return Trainer(
+        accelerator="cpu",
+        max_epochs=-1,
+        max_steps=steps,
+        logger=False,
+        enable_checkpointing=False,
+        enable_progress_bar=False,
+        enable_model_summary=False,
+        limit_val_batches=0,
+        default_root_dir=directory,
+        callbacks=callbacks,
+        profiler=profiler,
+    )
+
+
+def module() -> PPO:
+    return PPO(CartPole(num_envs=2048), ppo=PPOConfig(rollout_steps=32))
+
+
+def median_iteration_s(recorder: bool, profiler: Any) -> float:
+    """Of one fit, without its first iterations."""
+    with tempfile.TemporaryDirectory() as directory:
+        trainer(directory, recorder=recorder, profiler=profiler(), steps=_ITERATIONS).fit(module())
+        rows = read_json_lines(Path(directory) / "rank0" / "history.jsonl")[_SETTLING:]
+    times = [row["time_s"] for row in rows]
+    return statistics.median(b - a for a, b in itertools.pairwise(times))
+
+
+def measure_iterations(rounds: int) -> list[str]:
+    """The table of ratios."""
+    seconds: dict[str, list[float]] = {name: [] for name in VARIANTS}
+    names = list(VARIANTS)
+    for number in range(rounds):
+        turn = number % len(names)
+        for name in names[turn:] + names[:turn]:
+            seconds[name].append(median_iteration_s(*VARIANTS[name]))
+        print(f"round {number + 1} of {rounds}", flush=True)
+    lines = [
+        "| iteration of | over | median ratio | quartiles | ms |",
+        "| --- | --- | --- | --- | --- |",
+    ]
+    for name, base in PAIRS:
+        ratios = [a / b for a, b in zip(seconds[name], seconds[base], strict=True)]
+        low, middle, high = statistics.quantiles(ratios, n=4)
+        ms = statistics.median(seconds[name]) * 1e3
+        lines.append(f"| {name} | {base} | {middle:.3f} | {low:.3f} to {high:.3f} | {ms:.0f} |")
+    return lines
+
+
+class _Fault(Callback):
+    """Raises, or ends the run, after ten recorded iterations."""
+
+    def __init__(self, notes: Path, *, raises: bool) -> None:
+        self.notes, self.raises = notes, raises
+
+    def on_train_batch_end(self, trainer: Trainer, *_: Any) -> None:
+        if trainer.global_step == _RECORDED + 2:
+            peak = _status_kb("VmHWM")
+            self.notes.write_text(json.dumps({"time_s": time.time(), "peak_kb": peak}))
+            if self.raises:
+                raise RuntimeError("injected")
+
+
+def _status_kb(name: str) -> int:
+    lines = Path("/proc/self/status").read_text().splitlines()
+    return next(int(line.split()[1]) for line in lines if line.startswith(name))
+
+
+DEATHS: dict[str, tuple[bool, bool, Any]] = {
+    "fault, recorder, WindowProfiler": (
+        True,
+        True,
+        lambda: WindowProfiler(wait=1, warmup=1, active=50, max_events=10**9),
+    ),
+    "fault, recorder, stock profiler": (True, True, lambda: _stock(wait=1, warmup=1, active=50)),
+    "no fault, no recorder, stock profiler": (
+        False,
+        False,
+        lambda: _stock(wait=1, warmup=1, active=50),
+    ),
+}
+
+
+def die(name: str, directory: str) -> None:
+    """Run in a process of its own."""
+    recorder, raises, profiler = DEATHS[name]
+    fault = _Fault(Path(directory) / "fault.json", raises=raises)
+    steps = _RECORDED + 2 + raises
+    trainer(directory, recorder=recorder, profiler=profiler(), steps=steps, more=[fault]).fit(
+        module()
+    )
+
+
+def measure_deaths(times: int) -> list[str]:
+    """The table of exits."""
+    lines = [
+        "| 10 recorded iterations, then | s to the exit | MB above the peak before "
+        "| trace, KB an iteration |",
+        "| --- | --- | --- | --- |",
+    ]
+    for name in DEATHS:
+        found = [measure_death(name) for _ in range(times)]
+        seconds, memory, size = (statistics.median(column) for column in zip(*found, strict=True))
+        lines.append(f"| {name} | {seconds:.1f} | {memory:.0f} | {size:.0f} |")
+        print(lines[-1], flush=True)
+    return lines
+
+
+def measure_death(name: str) -> tuple[float, float, float]:
+    """Seconds to the exit, MB more than before, KB of trace for each recorded iteration."""
+    with tempfile.TemporaryDirectory() as directory:
+        process = subprocess.Popen(
+            [sys.executable, __file__, "--die", name, directory],
+            stdout=subprocess.DEVNULL,
+            stderr=subprocess.DEVNULL,
+        )
+        _, _, usage = os.wait4(process.pid, 0)
+        ended = time.time()
+        fault = json.loads((Path(directory) / "fault.json").read_text())
+        traces = [path.stat().st_size for path in Path(directory).rglob("*.pt.trace.json*")]
+    return (
+        ended - fault["time_s"],
+        (usage.ru_maxrss - fault["peak_kb"]) / 1024,
+        sum(traces) / 1024 / _RECORDED,
+    )
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("--rounds", type=int, default=12)
+    parser.add_argument("--die", nargs=2, help=argparse.SUPPRESS)
+    arguments = parser.parse_args()
+    logging.getLogger("lightning.pytorch").setLevel(logging.ERROR)
+    warnings.filterwarnings("ignore")
+    if arguments.die:
+        die(*arguments.die)
+        return
+    deaths = measure_deaths(3)
+    iterations = measure_iterations(arguments.rounds)
+    threads = f"{torch.get_num_threads()} threads, shared with other work"
+    command = " ".join(["python", "benchmarks/recorder_cost.py", *sys.argv[1:]])
+    text = "\n".join(
+        [
+            "# What the flight recorder costs: CartPole, 2048 environments, 32 steps",
+            "",
+            conditions(command, threads),
+            "",
+            f"## While a run goes well: {arguments.rounds} rounds",
+            "",
+            *iterations,
+            "",
+            "## From a fault to the exit of the process: medians of 3",
+            "",
+            *deaths,
+            "",
+        ]
+    )
+    (ROOT / "benchmarks" / "results" / "recorder_cost.md").write_text(text)
+    print(text)
+
+
+if __name__ == "__main__":
+    main()
