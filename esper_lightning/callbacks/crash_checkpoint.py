@@ -3,9 +3,7 @@
 # pyright: reportAttributeAccessIssue=false, reportPrivateUsage=false
 # pyright: reportUnknownVariableType=false, reportUnknownArgumentType=false
 
-import io
 import random
-from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -15,7 +13,8 @@ from lightning.pytorch import Trainer
 from lightning.pytorch.strategies import DDPStrategy, SingleDeviceStrategy
 from torch import Tensor
 
-from esper_lightning.forensics.files import write_atomically
+from esper_lightning.core.tensor_trees import named_tensors
+from esper_lightning.forensics.files import replacing
 
 __all__ = ["CRASH_KEY", "save_crash_checkpoint"]
 
@@ -33,7 +32,7 @@ def save_crash_checkpoint(trainer: Trainer, path: Path, reason: str) -> str:
 
     Raises:
         ValueError: If the strategy shards the weights: saving them would need the other ranks.
-        OSError: If the disk takes no more.
+        OSError, RuntimeError: If the disk takes no more.
     """
     strategy = trainer.strategy
     if not isinstance(strategy, SingleDeviceStrategy | DDPStrategy):
@@ -41,32 +40,20 @@ def save_crash_checkpoint(trainer: Trainer, path: Path, reason: str) -> str:
         raise ValueError(f"{name} may shard the weights; collecting them would need every rank")
     checkpoint = trainer._checkpoint_connector.dump_checkpoint(weights_only=False)
     parts = {"weights": checkpoint["state_dict"], "optimizer": checkpoint["optimizer_states"]}
-    bad = [name for name, value in _tensors(parts) if not _finite(value)]
+    bad = [name for name, value in named_tensors(parts) if not _finite(value)]
     checkpoint[CRASH_KEY] = {
         "reason": reason,
         "finite": not bad,
         "non_finite": bad,
         "random": _random_states(),
     }
-    buffer = io.BytesIO()
-    torch.save(checkpoint, buffer)
-    write_atomically(path, buffer.getvalue())
+    with replacing(path) as temporary:
+        torch.save(checkpoint, temporary)
     return f"NOT FINITE: {', '.join(bad[:8])}" if bad else "all weights finite"
 
 
 def _finite(value: Tensor) -> bool:
     return not (value.is_floating_point() or value.is_complex()) or bool(value.isfinite().all())
-
-
-def _tensors(tree: Any, name: str = "") -> Iterable[tuple[str, Tensor]]:
-    if isinstance(tree, Tensor):
-        yield name, tree
-    elif isinstance(tree, Mapping):
-        for key, value in tree.items():
-            yield from _tensors(value, f"{name}.{key}" if name else str(key))
-    elif isinstance(tree, list | tuple):
-        for index, value in enumerate(tree):
-            yield from _tensors(value, f"{name}.{index}")
 
 
 def _random_states() -> dict[str, Any]:

@@ -12,6 +12,7 @@ import logging
 import multiprocessing.util
 import os
 import threading
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -37,7 +38,7 @@ from esper_lightning.forensics.report import set_aside
 __all__ = ["FlightRecorder"]
 
 _log = logging.getLogger(__name__)
-_STUCK_GRACE_S, _EXIT_GRACE_S, _PEER_GRACE_S = 2.0, 5.0, 10.0
+_STUCK_GRACE_S, _EXIT_GRACE_S, _PEER_GRACE_S = 2.0, 4.0, 10.0
 
 
 class FlightRecorder(Callback):
@@ -148,8 +149,10 @@ class _Recording:
         self._print_profile = recorder.print_profile
         self._lock = threading.RLock()
         self._rescue: Rescue | None = None
+        self._hung = False
         self._closed = False
-        for path in (self._files.crash, self._files.stacks, self._files.bad_minibatch):
+        files = self._files
+        for path in (files.crash, files.stacks, files.bad_minibatch, files.memory):
             set_aside(path)
         self._ring = PhaseRing(self._files.phases)
         self._peers = Peers(layout, trainer.global_rank, trainer.world_size)
@@ -277,7 +280,12 @@ class _Recording:
                 if death.error is not None:
                     self._rescue.amend(death.error)
                 return
-            rescue = self._rescue = Rescue(
+            hangs = death.cause == "hang"
+            if self._hung:
+                if hangs:  # once is enough: the profiler is off, and the run is slow
+                    return
+                set_aside(self._files.crash)  # the run went on, and now it dies
+            rescue = Rescue(
                 trainer=self._trainer,
                 files=self._files,
                 ring=self._ring,
@@ -285,11 +293,14 @@ class _Recording:
                 print_profile=self._print_profile,
                 bounded=bounded,
             )
-            for action in (
-                lambda: self._peers.tell("failed"),
-                lambda: rescue.run(death),
-                lambda: self._peers.tell("failed", saved=True),
-            ):
+            steps: tuple[Callable[[], object], ...] = (lambda: rescue.run(death),)
+            if hangs:
+                self._hung = True
+            else:
+                self._rescue = rescue
+                tell = self._peers.tell
+                steps = (lambda: tell("failed"), *steps, lambda: tell("failed", saved=True))
+            for action in steps:
                 try:
                     action()
                 except Exception as error:

@@ -3,7 +3,9 @@
 # pyright: reportAttributeAccessIssue=false, reportPrivateImportUsage=false
 # pyright: reportUnknownVariableType=false, reportUnknownArgumentType=false
 
-from typing import Any
+from collections import deque
+from collections.abc import Mapping
+from typing import Any, NamedTuple
 
 import torch
 from lightning.pytorch import Callback, LightningModule, Trainer
@@ -11,32 +13,36 @@ from torch import Tensor
 from torch.optim import Optimizer
 from typing_extensions import override
 
+from esper_lightning.core.tensor_trees import named_tensors
 from esper_lightning.core.validate import NonFiniteError
 
 __all__ = ["NanGuard"]
 
+_AHEAD = 8  # looks that may be waiting for the device
+
 
 class NanGuard(Callback):
-    """Stop the run at the first loss or gradient that is not finite, before the optimizer uses it.
+    """Stop the run at the first input, loss or gradient that is not finite.
 
-    For modules with automatic optimisation; ``PPO`` guards itself. With a ``FlightRecorder`` the
-    batch is in ``rank<k>/nan.pt``. On a CPU the step is not applied. On a GPU nothing waits for the
-    device: the flag of a step is looked at in the next one, so that the weights are those after the
-    faulty step, and the batch is the faulty one.
+    For any module whose steps go through Lightning: automatic optimisation, or manual with
+    ``manual_backward`` and the optimizers of ``self.optimizers()``. ``PPO`` guards itself. With a
+    ``FlightRecorder`` the batch is in ``rank<k>/nan.pt``. On a CPU the faulty step is not applied.
+    On a GPU nothing waits for the device: a fault is known when its flag has arrived, at most a few
+    steps later; the batch kept is the faulty one.
 
     Raises:
-        NonFiniteError: Naming the step, and the loss and parameters concerned.
+        NonFiniteError: Naming the step, and the tensors concerned.
     """
 
     def __init__(self) -> None:
         self._batch: Any = None
-        self._loss: Tensor | None = None
-        self._pending: tuple[Tensor, torch.cuda.Event | None, list[str], Any, int] | None = None
+        self._looks: deque[_Look] = deque()
 
     @override
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """A new run."""
-        self._batch = self._loss = self._pending = None
+        self._batch = None
+        self._looks.clear()
 
     @override
     def on_train_batch_start(
@@ -49,55 +55,75 @@ class NanGuard(Callback):
     def on_before_backward(
         self, trainer: Trainer, pl_module: LightningModule, loss: Tensor
     ) -> None:
-        """Keep the loss."""
-        self._loss = loss.detach()
+        """Look at what the loss was made from, and at the loss."""
+        inputs = {
+            f"batch.{name}" if name else "batch": tensor
+            for name, tensor in named_tensors(self._batch)
+            if tensor.is_floating_point() and tensor.device == loss.device
+        }
+        self._look_at({**inputs, "loss": loss.detach()}, trainer.global_step)
 
     @override
     def on_before_optimizer_step(
         self, trainer: Trainer, pl_module: LightningModule, optimizer: Optimizer
     ) -> None:
-        """Look at loss and gradients."""
-        self._look()
-        named = {
+        """Look at the gradients."""
+        gradients = {
             f"gradient of {name}": parameter.grad
             for name, parameter in pl_module.named_parameters()
             if parameter.grad is not None
         }
-        if self._loss is not None:
-            named = {"loss": self._loss, **named}
-        if not named:
-            return
-        # A norm is not finite where an element is not: one fused call for all of them.
-        norms = torch.stack(torch._foreach_norm(list(named.values()), float("inf")))  # pyright: ignore[reportPrivateUsage]
-        finite, event = norms.isfinite(), None
-        if finite.is_cuda:
-            finite = finite.to("cpu", non_blocking=True)
-            event = torch.cuda.Event()
-            event.record()
-        self._pending = (finite, event, list(named), self._batch, trainer.global_step)
-        if event is None:
-            self._look()
+        if gradients:
+            self._look_at(gradients, trainer.global_step)
 
     @override
     def on_train_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        """Look at the last step."""
-        self._look()
+        """Look at the last steps."""
+        self._judge(ahead=0)
 
-    def _look(self) -> None:
-        pending, self._pending = self._pending, None
-        if pending is None:
-            return
-        finite, event, names, batch, step = pending
-        if event is not None:
-            event.synchronize()  # of the step before: it is done
-        if finite.all():
-            return
-        bad = [name for name, ok in zip(names, finite.tolist(), strict=True) if not ok]
-        more = f" and {len(bad) - 4} more" if len(bad) > 4 else ""
-        raise NonFiniteError(
-            f"Loss and gradients must be finite, got NaN or infinity in step {step + 1}: "
-            f"{', '.join(bad[:4])}{more}.",
-            phase="training_step",
-            tensors=bad,
-            minibatch=batch if isinstance(batch, dict) else {"batch": batch},
+    def _look_at(self, named: Mapping[str, Tensor], step: int) -> None:
+        # A norm is not finite where an element is not: one fused call for all of them.
+        norms = torch._foreach_norm(  # pyright: ignore[reportPrivateUsage]
+            [tensor.detach() for tensor in named.values()], float("inf")
         )
+        finite, event = torch.stack([norm.float() for norm in norms]).isfinite(), None
+        if finite.is_cuda:
+            # Into pinned memory: a copy into pageable memory would wait for the device.
+            on_host = torch.empty(finite.shape, dtype=torch.bool, pin_memory=True)
+            finite = on_host.copy_(finite, non_blocking=True)
+            event = torch.cuda.Event()
+            event.record()
+        self._looks.append(_Look(finite, event, list(named), self._batch, step))
+        self._judge(ahead=_AHEAD)
+
+    def _judge(self, *, ahead: int) -> None:
+        """Raise for a look that found something; wait for the device beyond ``ahead`` looks."""
+        while self._looks:
+            look = self._looks[0]
+            if look.event is not None and not look.event.query():
+                if len(self._looks) <= ahead:
+                    return
+                look.event.synchronize()
+            self._looks.popleft()
+            if not look.finite.all():
+                raise _error(look)
+
+
+class _Look(NamedTuple):
+    finite: Tensor  # on the host, once ``event`` has come
+    event: torch.cuda.Event | None
+    names: list[str]
+    batch: Any
+    step: int
+
+
+def _error(look: _Look) -> NonFiniteError:
+    bad = [name for name, ok in zip(look.names, look.finite.tolist(), strict=True) if not ok]
+    more = f" and {len(bad) - 4} more" if len(bad) > 4 else ""
+    return NonFiniteError(
+        f"Inputs, loss and gradients must be finite, got NaN or infinity in step {look.step + 1}: "
+        f"{', '.join(bad[:4])}{more}.",
+        phase="training_step",
+        tensors=bad,
+        minibatch=look.batch if isinstance(look.batch, dict) else {"batch": look.batch},
+    )

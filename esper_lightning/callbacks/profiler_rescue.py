@@ -80,6 +80,13 @@ class ProfilerGuard:
         return None if profile is None else profile.current_action.name
 
     @property
+    def why_no_session(self) -> str:
+        """Where ``action`` is ``None``."""
+        if not isinstance(self.profiler, PyTorchProfiler):
+            return "no PyTorchProfiler was attached"
+        return "the profiler was off by then" if self._off else "the profiler was waiting"
+
+    @property
     def has_window(self) -> bool:
         """Whether anything is being recorded."""
         profile = self._profile

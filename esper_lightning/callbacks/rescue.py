@@ -28,7 +28,7 @@ from lightning.pytorch import Trainer
 from esper_lightning.callbacks.crash_checkpoint import save_crash_checkpoint
 from esper_lightning.callbacks.profiler_rescue import ProfilerGuard
 from esper_lightning.callbacks.signals import dump_stacks
-from esper_lightning.forensics.files import write_atomically
+from esper_lightning.forensics.files import replacing, write_atomically
 from esper_lightning.forensics.layout import RankLayout
 from esper_lightning.forensics.phases import PhaseRing
 from esper_lightning.forensics.report import write_report
@@ -197,7 +197,8 @@ class Rescue:
             raise _AbsentError("no value was found not to be finite")
         path = self.files.bad_minibatch
         if not path.exists():
-            torch.save(minibatch, path)
+            with replacing(path) as temporary:
+                torch.save(minibatch, temporary)
         return path, "the minibatch that was not finite"
 
     def _save_trace(self) -> str:
@@ -217,7 +218,7 @@ class Rescue:
         guard.abandon()
         waiting = {"NONE": "the profiler was waiting", "WARMUP": "the profiler was warming up"}
         detail = (
-            "no PyTorchProfiler was attached" if action is None else waiting.get(action, action)
+            guard.why_no_session if action is None else waiting.get(action, action)
         )
         self._evidence("trace", "absent", detail=f"{detail}; closed windows stay")
         try:

@@ -4,11 +4,11 @@ import contextlib
 import json
 import math
 import os
-from collections.abc import Iterable, Mapping
+from collections.abc import Generator, Iterable, Mapping
 from pathlib import Path
 from typing import Any, cast
 
-__all__ = ["JsonLines", "encode_rows", "read_json_lines", "write_atomically"]
+__all__ = ["JsonLines", "encode_rows", "read_json_lines", "replacing", "write_atomically"]
 
 Row = Mapping[str, Any]
 _NON_FINITE = {"NaN": math.nan, "Infinity": math.inf, "-Infinity": -math.inf}
@@ -68,13 +68,27 @@ def read_json_lines(path: Path) -> list[dict[str, Any]]:
 
 
 def write_atomically(path: Path, content: bytes) -> None:
-    """Put a file in place whole or not at all: temporary file, fsync, rename."""
+    """Put a file in place whole or not at all.
+
+    Raises:
+        OSError: If the disk takes no more.
+    """
+    with replacing(path) as temporary:
+        temporary.write_bytes(content)
+
+
+@contextlib.contextmanager
+def replacing(path: Path) -> Generator[Path]:
+    """A temporary file to write, put in place at the end (fsync, rename), or removed at an error.
+
+    Raises:
+        OSError: If the disk takes no more.
+    """
     path.parent.mkdir(parents=True, exist_ok=True)
     temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
     try:
-        with temporary.open("wb") as file:
-            file.write(content)
-            file.flush()
+        yield temporary
+        with temporary.open("rb") as file:
             os.fsync(file.fileno())
         temporary.replace(path)
     except BaseException:

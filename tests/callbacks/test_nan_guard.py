@@ -16,15 +16,20 @@ from esper_lightning.training.update import ppo_loss_terms
 class Fragile(LightningModule):
     """Row 3 is negative: its root is NaN, or has a gradient that is not finite where it is 0."""
 
-    def __init__(self, root_of_zero=False):
+    def __init__(self, root_of_zero=False, manual=False):
         super().__init__()
+        self.automatic_optimization = not manual
         self.layer = torch.nn.Linear(2, 1, bias=False)
         self.root_of_zero = root_of_zero
         torch.nn.init.constant_(self.layer.weight, 1.0)
 
     def training_step(self, batch, batch_idx):
         out = self.layer(batch)
-        return (out * 0).sqrt().sum() if self.root_of_zero and batch_idx == 3 else out.sqrt().sum()
+        root = (out * 0 if self.root_of_zero and batch_idx == 3 else out).sqrt()
+        if not self.automatic_optimization:
+            self.manual_backward(root.sum())
+            self.optimizers().step()
+        return root.sum()
 
     def configure_optimizers(self):
         return torch.optim.SGD(self.parameters(), 0.0)
@@ -39,9 +44,11 @@ def data(bad=-1.0):
 @pytest.mark.parametrize(
     ("module", "rows", "tensors"),
     [
-        (Fragile(), data(), ["loss", "gradient of layer.weight"]),
+        (Fragile(), data(), ["loss"]),
+        (Fragile(manual=True), data(), ["loss"]),
+        (Fragile(manual=True, root_of_zero=True), data(1.0), ["gradient of layer.weight"]),
         (Fragile(root_of_zero=True), data(1.0), ["gradient of layer.weight"]),
-        (Fragile(), data(math.inf), ["loss", "gradient of layer.weight"]),
+        (Fragile(), data(math.inf), ["batch", "loss"]),
     ],
 )
 def test_stops_before_the_optimizer_does(make_trainer, tmp_path, module, rows, tensors):
@@ -50,6 +57,16 @@ def test_stops_before_the_optimizer_does(make_trainer, tmp_path, module, rows, t
         trainer.fit(module, rows)
     assert caught.value.tensors == tensors
     assert module.layer.weight.isfinite().all()
+    saved = torch.load(tmp_path / "rank0" / "nan.pt", weights_only=True)
+    assert torch.equal(saved["batch"], list(rows)[3])
+
+
+def test_names_the_batch_that_spoiled_an_accumulated_gradient(make_trainer, tmp_path):
+    callbacks = [NanGuard(), FlightRecorder(watch=False)]
+    trainer = make_trainer(max_epochs=1, accumulate_grad_batches=6, callbacks=callbacks)
+    rows = data()
+    with pytest.raises(NonFiniteError, match=r"in step 1: loss"):
+        trainer.fit(Fragile(), rows)
     saved = torch.load(tmp_path / "rank0" / "nan.pt", weights_only=True)
     assert torch.equal(saved["batch"], list(rows)[3])
 
