@@ -53,6 +53,13 @@ class Remains:
         return float((self.report or {}).get("time_s") or float("inf"))
 
     @property
+    def failed(self) -> bool:
+        """Whether it died; a hang after which the run went on is no death."""
+        hung = self.report is not None and self.report.get("cause") == "hang"
+        alive = hung and self.state in ("finished", "running")
+        return (self.report is not None and not alive) or self.state == "vanished"
+
+    @property
     def is_first_cause(self) -> bool:
         """Whether it failed for a reason of its own."""
         return self.state == "vanished" or (
@@ -101,7 +108,7 @@ def examine(directory: Path) -> list[Remains]:
 
 def first_failure(ranks: list[Remains]) -> Remains | None:
     """The rank that failed first, for a reason of its own if any did."""
-    failed = [rank for rank in ranks if rank.report is not None or rank.state == "vanished"]
+    failed = [rank for rank in ranks if rank.failed]
     own = [rank for rank in failed if rank.is_first_cause]
     return min(own or failed, key=_failed_at, default=None)
 
@@ -189,7 +196,13 @@ def _text(directory: Path, ranks: list[Remains], first: Remains | None) -> list[
         lines += [*_side_by_side(ranks), ""]
     if first is None:
         states = sorted({rank.state for rank in ranks})
-        return [*lines, f"No death on record: {', '.join(states)}.", *_last_rows(ranks[0])]
+        lines.append(f"No death on record: {', '.join(states)}.")
+        lines += [
+            f"Rank {rank.rank} hung in iteration {rank.report.get('iteration')}, and went on."
+            for rank in ranks
+            if rank.report is not None
+        ]
+        return [*lines, *_last_rows(ranks[0])]
     sections = (_death, _where_time_went, _last_rows, _evidence, _operators)
     for section in sections:
         lines += [*section(first), ""]

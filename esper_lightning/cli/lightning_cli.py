@@ -70,7 +70,12 @@ def run(arguments: list[str]) -> None:
                 name: {"exit_on_error": False, "allow_abbrev": False}
                 for name in ("fit", "evaluate")
             }
-            | {"exit_on_error": False, "allow_abbrev": False, "prog": "esper"},
+            | {
+                "exit_on_error": False,
+                "allow_abbrev": False,
+                "prog": "esper",
+                "epilog": "esper crash RUN_DIR tells how a run died; it needs no torch.",
+            },
         )
     except _CONFIG_ERRORS as error:
         _fail(error)

@@ -52,6 +52,13 @@ def shown(capsys, directory, *options):
     return capsys.readouterr().out
 
 
+def test_a_hang_that_passed_is_no_death(tmp_path, capsys):
+    rank(tmp_path, 0, time_s=100.0, cause="hang", state="finished")
+    text = shown(capsys, tmp_path)
+    assert "No death on record: finished." in text
+    assert "Rank 0 hung in iteration 10, and went on." in text
+
+
 def test_names_error_phase_and_evidence(tmp_path, capsys):
     rank(tmp_path, 0, time_s=100.0)
     text = shown(capsys, tmp_path)

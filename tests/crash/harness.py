@@ -65,6 +65,7 @@ def run(case: dict[str, Any], directory: Path) -> Outcome:
     directory.mkdir(parents=True, exist_ok=True)
     argument = json.dumps({**case, "directory": str(directory)})
     environment = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONWARNINGS": "ignore"}
+    environment |= case.get("environment", {})
     started = time.monotonic()
     with (directory / "stderr").open("wb") as stderr:
         # A process of its own writes it: the program may have forbidden itself to write files.

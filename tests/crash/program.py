@@ -104,6 +104,8 @@ FAULTS = {
     "SIGTERM": lambda: signal_self("SIGTERM"),
     "SIGHUP": lambda: signal_self("SIGHUP"),
     "SIGUSR1": lambda: signal_self("SIGUSR1"),
+    "SIGUSR1, and on": lambda: os.kill(os.getpid(), signal.SIGUSR1),
+    "SIGTERM, and on": lambda: os.kill(os.getpid(), signal.SIGTERM),
     "SIGUSR2": lambda: signal_self("SIGUSR2"),
     "SIGXCPU": lambda: signal_self("SIGXCPU"),
     "SIGQUIT": lambda: signal_self("SIGQUIT"),

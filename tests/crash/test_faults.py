@@ -1,5 +1,6 @@
 """Every fault, in a process of its own: what must be on disk afterwards."""
 
+import os
 import re
 from pathlib import Path
 
@@ -112,3 +113,25 @@ def test_a_death_after_a_hang_has_a_report_of_its_own(tmp_path):
     assert (report["cause"], report["error"]["message"]) == ("exception", "injected")
     assert "off by then" in report["evidence"]["trace"]["detail"]
     assert any(FAILING_OPERATOR in trace for trace in outcome.traces())
+
+
+@pytest.mark.parametrize(
+    ("fault", "requeued"), [("SIGUSR1, and on", True), ("SIGTERM, and on", False)]
+)
+def test_where_lightning_requeues_a_slurm_job_its_signals_stay_its_own(tmp_path, fault, requeued):
+    scontrol = tmp_path / "bin" / "scontrol"
+    scontrol.parent.mkdir()
+    scontrol.write_text(f'#!/bin/sh\necho "$@" >> {tmp_path}/scontrol.log\n')
+    scontrol.chmod(0o755)
+    job = {"JOB_ID": "7", "JOB_NAME": "train", "NTASKS": "1", "NTASKS_PER_NODE": "1"}
+    job |= {"PROCID": "0", "LOCALID": "0", "NODEID": "0", "NODELIST": "localhost"}
+    environment = {f"SLURM_{name}": value for name, value in job.items()}
+    environment["PATH"] = f"{scontrol.parent}:{os.environ['PATH']}"
+    outcome = run({"fault": fault, "environment": environment}, tmp_path / "run")
+    assert outcome.status == 0, outcome.stderr[-3000:]
+    assert outcome.report() is None
+    assert outcome.rows() == list(range(1, 25))
+    log = tmp_path / "scontrol.log"
+    assert (log.read_text() if log.exists() else "") == ("requeue 7\n" if requeued else "")
+    assert bool(list(outcome.directory.glob("hpc_ckpt_*.ckpt"))) == requeued
+    assert outcome.leftovers == []

@@ -19,15 +19,23 @@ PROGRAM = Path(__file__).with_name("ranks.py")
     [
         ("raises", "ddp", 1),
         ("killed", "ddp", 1),
+        ("raises", "torchrun", 1),
         pytest.param("raises", "ddp", 0, marks=pytest.mark.slow),
         pytest.param("hangs", "ddp", 1, marks=pytest.mark.slow),
         pytest.param("terminated", "ddp", 1, marks=pytest.mark.slow),
+        pytest.param("killed", "torchrun", 0, marks=pytest.mark.slow),
+        pytest.param("terminated", "torchrun", 1, marks=pytest.mark.slow),
         pytest.param("raises", "ddp_spawn", 1, marks=pytest.mark.slow),
         pytest.param("killed", "ddp_fork", 1, marks=pytest.mark.slow),
     ],
 )
 def test_every_rank_saves_its_own(tmp_path, fault, strategy, rank):
-    command = [sys.executable, str(PROGRAM), fault, strategy, str(tmp_path), str(rank)]
+    launcher, lightning = [], strategy
+    if strategy == "torchrun":
+        launcher = ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2"]
+        lightning = "ddp"
+    program = [str(PROGRAM), fault, lightning, str(tmp_path), str(rank)]
+    command = [sys.executable, *launcher, *program]
     environment = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONWARNINGS": "ignore"}
     result = subprocess.run(
         command, env=environment, capture_output=True, text=True, timeout=90, check=False
