@@ -113,6 +113,7 @@ ALL: list[Case] = [
         {"fault": f, "profiler": "none", "site": "loader", "workers": 2}
         for f in ("RuntimeError", "SIGTERM", "segfault", "os._exit3")
     ),
+    {"fault": "SIGKILL", "profiler": "always", "site": "loader", "workers": 2},
     {"fault": "SIGTERM and SIGKILL in a long step", "profiler": "always"},
     *({"fault": "room for a report", "profiler": p} for p in ("none", "always")),
     *({"fault": "RuntimeError", "profiler": "nvtx", "module": m} for m in ("plain", "ppo")),
