@@ -116,23 +116,32 @@ def test_a_death_after_a_hang_has_a_report_of_its_own(tmp_path):
     assert any(FAILING_OPERATOR in trace for trace in outcome.traces())
 
 
-@pytest.mark.parametrize(
-    ("fault", "requeued"), [("SIGUSR1, and on", True), ("SIGTERM, and on", False)]
-)
-def test_where_lightning_requeues_a_slurm_job_its_signals_stay_its_own(tmp_path, fault, requeued):
+def test_where_lightning_requeues_a_slurm_job_its_signal_does_so(tmp_path):
     scontrol = tmp_path / "bin" / "scontrol"
     scontrol.parent.mkdir()
     scontrol.write_text(f'#!/bin/sh\necho "$@" >> {tmp_path}/scontrol.log\n')
     scontrol.chmod(0o755)
-    job = {"JOB_ID": "7", "JOB_NAME": "train", "NTASKS": "1", "NTASKS_PER_NODE": "1"}
-    job |= {"PROCID": "0", "LOCALID": "0", "NODEID": "0", "NODELIST": "localhost"}
-    environment = {f"SLURM_{name}": value for name, value in job.items()}
-    environment["PATH"] = f"{scontrol.parent}:{os.environ['PATH']}"
-    outcome = run({"fault": fault, "environment": environment}, tmp_path / "run")
+    outcome = _run_in_slurm("SIGUSR1, and on", tmp_path / "run", path=scontrol.parent)
     assert outcome.status == 0, outcome.stderr[-3000:]
     assert outcome.report() is None
     assert outcome.rows() == list(range(1, 25))
-    log = tmp_path / "scontrol.log"
-    assert (log.read_text() if log.exists() else "") == ("requeue 7\n" if requeued else "")
-    assert bool(list(outcome.directory.glob("hpc_ckpt_*.ckpt"))) == requeued
+    assert (tmp_path / "scontrol.log").read_text() == "requeue 7\n"
+    assert list(outcome.directory.glob("hpc_ckpt_*.ckpt"))
+
+
+def test_where_lightning_requeues_a_slurm_job_it_ends_a_terminated_run_itself(tmp_path):
+    outcome = _run_in_slurm("SIGTERM, and on", tmp_path / "run", path=tmp_path)
+    assert outcome.status == 0, outcome.stderr[-3000:]  # at the end of the batch, as without us
+    report = outcome.report()
+    assert (report["cause"], report["error"]["type"]) == ("signal", "SIGTERMException")
+    assert outcome.rows() == list(range(1, 8))  # with the batch in which it came
+
+
+def _run_in_slurm(fault: str, directory: Path, *, path: Path) -> Outcome:
+    job = {"JOB_ID": "7", "JOB_NAME": "train", "NTASKS": "1", "NTASKS_PER_NODE": "1"}
+    job |= {"PROCID": "0", "LOCALID": "0", "NODEID": "0", "NODELIST": "localhost"}
+    environment = {f"SLURM_{name}": value for name, value in job.items()}
+    environment["PATH"] = f"{path}:{os.environ['PATH']}"
+    outcome = run({"fault": fault, "environment": environment}, directory)
     assert outcome.leftovers == []
+    return outcome
