@@ -78,6 +78,7 @@ def run(case: dict[str, Any], directory: Path) -> Outcome:
             stderr=writer.stdin,
             env=environment,
             start_new_session=True,
+            preexec_fn=_as_from_a_terminal,
         )
         writer.stdin.close()
         try:
@@ -98,6 +99,12 @@ def run(case: dict[str, Any], directory: Path) -> Outcome:
         leftovers=alive + temporary,
         seconds=seconds,
     )
+
+
+def _as_from_a_terminal() -> None:
+    """Shells start background jobs with these two ignored, and a test run may be one."""
+    signal.signal(signal.SIGINT, signal.SIG_DFL)
+    signal.signal(signal.SIGQUIT, signal.SIG_DFL)
 
 
 def _still_there(session: int, directory: Path) -> list[str]:
