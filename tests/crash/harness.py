@@ -78,7 +78,7 @@ def run(case: dict[str, Any], directory: Path) -> Outcome:
             stderr=writer.stdin,
             env=environment,
             start_new_session=True,
-            preexec_fn=_as_from_a_terminal,
+            preexec_fn=_as_from_a_terminal,  # noqa: PLW1509 - two system calls
         )
         writer.stdin.close()
         try:
