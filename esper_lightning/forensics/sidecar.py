@@ -148,13 +148,13 @@ def _post_mortem(
         "phases": phases,
         "metrics": {},
         "profiler": None,
-        "evidence": _evidence(files),
+        "evidence": _evidence(files, process.get("started_s") or 0.0),
         "complete": True,
         "written_by": "sidecar",
     }
 
 
-def _evidence(files: RankLayout) -> dict[str, dict[str, str | None]]:
+def _evidence(files: RankLayout, started_s: float) -> dict[str, dict[str, str | None]]:
     def entry(path: Path, saved: str, absent: str) -> dict[str, str | None]:
         if not path.exists():
             return {"state": "absent", "path": None, "detail": absent}
@@ -165,7 +165,8 @@ def _evidence(files: RankLayout) -> dict[str, dict[str, str | None]]:
         content = files.history.read_bytes()
         rows = content.count(b"\n")
         torn = "; the last line is torn" if content and not content.endswith(b"\n") else ""
-    traces = sorted(files.trace.glob("*.json*")) if files.trace.is_dir() else []
+    traces = list(files.trace.glob("[!.]*.json*")) if files.trace.is_dir() else []
+    traces = [path for path in traces if path.stat().st_mtime >= started_s - 0.1]  # of this run
     lost = "a window that was open died with the process"
     return {
         "history": entry(files.history, f"{rows} rows{torn}", "no iteration was finished"),

@@ -46,7 +46,7 @@ def test_every_rank_saves_its_own(tmp_path, fault, strategy, rank):
     assert first_failure(ranks).rank == rank, [remains.report for remains in ranks]
     for remains in ranks:
         assert remains.report["complete"], remains.report
-        assert len(remains.history) == 6
+        assert remains.rows == 6
         vanished = fault == "killed" and remains.rank == rank
         assert (remains.report["evidence"]["trace"]["state"] == "saved") == (not vanished)
         if remains.trace_path is not None:
