@@ -37,7 +37,7 @@ _OTHER_STEPS = ("validation_step", "test_step", "predict_step")
 class WindowProfiler(PyTorchProfiler):
     """Record windows of whole training steps, each into a gzipped Chrome trace of its own.
 
-    A cycle is ``wait`` steps that are not recorded, and cost nothing; ``warmup`` steps, the last of
+    A cycle is ``wait`` steps that are not recorded, and cost little; ``warmup`` steps, the last of
     which is recorded, counted and thrown away; ``active`` steps that are recorded. Only training
     steps count; what happens between two of them, a validation too, is part of the window. A window
     that is open when the run ends is kept. Outside ``fit``, steps are those of the stage.

@@ -148,13 +148,13 @@ def _post_mortem(
         "phases": phases,
         "metrics": {},
         "profiler": None,
-        "evidence": _evidence(files, process.get("started_s") or 0.0),
+        "evidence": _evidence(files),
         "complete": True,
         "written_by": "sidecar",
     }
 
 
-def _evidence(files: RankLayout, started_s: float) -> dict[str, dict[str, str | None]]:
+def _evidence(files: RankLayout) -> dict[str, dict[str, str | None]]:
     def entry(path: Path, saved: str, absent: str) -> dict[str, str | None]:
         if not path.exists():
             return {"state": "absent", "path": None, "detail": absent}
@@ -165,16 +165,10 @@ def _evidence(files: RankLayout, started_s: float) -> dict[str, dict[str, str | 
         content = files.history.read_bytes()
         rows = content.count(b"\n")
         torn = "; the last line is torn" if content and not content.endswith(b"\n") else ""
-    traces = list(files.trace.glob("[!.]*.json*")) if files.trace.is_dir() else []
-    traces = [path for path in traces if path.stat().st_mtime >= started_s - 0.1]  # of this run
-    lost = "a window that was open died with the process"
+    lost = "a window that was open died with the process; closed windows stay"
     return {
         "history": entry(files.history, f"{rows} rows{torn}", "no iteration was finished"),
-        "trace": {
-            "state": "absent",
-            "path": None,
-            "detail": f"{lost}; {len(traces)} closed windows stay",
-        },
+        "trace": {"state": "absent", "path": None, "detail": lost},
         "checkpoint": entry(files.crash_checkpoint, "", "the process had no time to write one"),
         "stacks": entry(files.stacks, "of all threads", "the process had no time to write them"),
     }
