@@ -44,7 +44,7 @@ def describe(directory: Path, ranks: list[Remains], first: Remains | None) -> li
     known = {rank.rank for rank in ranks}
     others = ", ".join(f"rank{k}" for k in rank_folders(directory) if k not in known)
     if others:
-        lines += [f"Of an earlier run with more ranks, and left out: {_cut(others, _NAME)}", ""]
+        lines += [f"Of an earlier run, and left out: {_cut(others, _NAME)}", ""]
     if first is None:
         states = sorted({rank.state for rank in ranks})
         lines.append(f"No death on record: {', '.join(states)}.")
@@ -158,9 +158,8 @@ def _last_rows(first: Remains) -> list[str]:
 
 def _columns(rows: list[dict[str, Any]]) -> list[str]:
     """The names under which there are numbers, the best known first."""
-    names = {
-        name: None for row in rows for name, value in row.items() if isinstance(value, int | float)
-    }
+    numbers = (name for row in rows for name, value in row.items() if _is_number(value))
+    names = dict.fromkeys(numbers)
     return [*(name for name in _COLUMNS if name in names), *(n for n in names if n not in _COLUMNS)]
 
 
@@ -213,6 +212,10 @@ def _before(first: Remains, window: Window) -> str:
     if not -_LATER_S < before_s < float("inf"):  # the files were copied, perhaps
         return "at a time unknown"
     return f"{max(0.0, before_s):.1f} s before the death"
+
+
+def _is_number(value: Any) -> bool:
+    return isinstance(value, int | float) or value in ("NaN", "Infinity", "-Infinity")
 
 
 def _number(value: Any) -> str:

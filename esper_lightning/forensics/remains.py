@@ -22,6 +22,7 @@ __all__ = ["LAST_ROWS", "Remains", "Window", "examine", "first_failure", "rank_f
 LAST_ROWS = 5
 _NOTICED_S = 2.0
 _CLOCKS_S = 0.1  # by which a file's time may lag behind the process's clock
+_TOGETHER_S = 60.0  # within which the ranks of a run begin: they wait for each other before
 _LONGEST_LINE = 1 << 20
 _TIME = "seconds since the epoch"
 _PROCESS: dict[str, Any] = {
@@ -116,10 +117,17 @@ def examine(directory: Path) -> list[Remains]:
     if not ranks:
         raise ValueError(f"RUN_DIR must hold rank folders (rank0, ...), got {str(directory)!r}.")
     latest = max(ranks, key=lambda remains: remains.started_s or 0.0)
-    if latest.started_s is None or not latest.world_size or latest.world_size < 1:
-        return ranks
-    # An earlier run may have had more ranks.
-    return [remains for remains in ranks if remains.rank < latest.world_size]
+    return [remains for remains in ranks if _of_the_same_run(remains, latest)]
+
+
+def _of_the_same_run(remains: Remains, latest: Remains) -> bool:
+    """An earlier run may have had more ranks, and a later one may have died before all began."""
+    if latest.started_s is None:
+        return True
+    began_s = latest.started_s if remains.started_s is None else remains.started_s
+    world_size = latest.world_size or 0
+    together = latest.started_s - began_s < _TOGETHER_S
+    return together and (remains.rank < world_size or world_size < 1)
 
 
 def rank_folders(directory: Path) -> list[int]:

@@ -211,16 +211,26 @@ def test_traces_and_ranks_of_an_earlier_run_are_not_of_this_death(tmp_path, caps
         trace(files.trace / "window-rank0.pt.trace.json", before_s=70.0)
     text = shown(capsys, tmp_path)
     assert "No trace." in text
-    assert "Of an earlier run with more ranks, and left out: rank2" in text
+    assert "Of an earlier run, and left out: rank2" in text
     assert [r["rank"] for r in json.loads(shown(capsys, tmp_path, "--json"))["ranks"]] == [0, 1]
     trace(RunLayout(tmp_path).rank(0).trace / "window-rank0-2.pt.trace.json", before_s=50.0)
     assert "it ended 50.0 s before the death" in shown(capsys, tmp_path)
 
 
+def test_a_rank_that_never_began_did_not_die_of_what_it_died_of_before(tmp_path, capsys):
+    for number, ago_s in enumerate((0.0, 3600.0)):
+        files = rank(tmp_path, number, time_s=DIED_S - ago_s)
+        process = {"started_s": DIED_S - ago_s - 5, "world_size": 2}
+        write_report(files.process, {"state": "failed", **process})
+    text = shown(capsys, tmp_path)
+    assert "Rank 0 failed first" in text
+    assert "Of an earlier run, and left out: rank1" in text
+
+
 def test_columns_are_what_the_rows_hold(tmp_path, capsys):
     files = rank(tmp_path, 0, time_s=DIED_S)
     row = {"iteration": 7, "note": "text", "train_loss": 0.25, "val/acc": 0.5, "train/acc": "NaN"}
-    files.history.write_bytes(encode_rows([row | {"train/acc": 0.75}, row]))
+    files.history.write_bytes(encode_rows([row, row]))
     text = shown(capsys, tmp_path)
     assert ["iteration", "train_loss", "val/acc", "train/acc"] in map(str.split, text.splitlines())
     assert ["7", "0.25", "0.5", "NaN"] in map(str.split, text.splitlines())
