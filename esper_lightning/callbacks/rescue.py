@@ -141,9 +141,11 @@ class Rescue:
         }
 
     def _describe_profiler(self) -> dict[str, Any] | None:
-        if type(self.guard.profiler).__name__ == "PassThroughProfiler":
+        profiler, name = self.guard.profiler, type(self.guard.profiler).__name__
+        if name == "PassThroughProfiler":
             return None
-        return {"class": type(self.guard.profiler).__name__, "action": self.guard.action}
+        dirpath = None if profiler.dirpath is None else str(Path(profiler.dirpath).absolute())
+        return {"class": name, "action": self.guard.action, "dirpath": dirpath}
 
     # Steps.
 
