@@ -1,0 +1,157 @@
+"""Compiled training is eager training: the same rows, weights and episodes."""
+
+import dataclasses
+import logging
+
+import pytest
+import torch
+
+from esper_lightning import MLP, PPO, PPOConfig
+from esper_lightning.core import compiling
+from esper_lightning.envs import Acrobot, CartPole, Pendulum
+
+SMALL = PPOConfig(rollout_steps=8, minibatches=2, epochs=2, learning_rate=3e-3)
+EVERYTHING = dataclasses.replace(
+    SMALL,
+    normalize_obs=True,
+    normalize_reward=True,
+    value_clip=0.2,
+    entropy_coef=0.01,
+    target_kl=0.02,
+    learning_rate_schedule="linear",
+)
+CASES = {
+    "discrete": (CartPole(num_envs=16, time_limit=5), MLP(), SMALL),
+    "continuous": (
+        Pendulum(num_envs=16, time_limit=5),
+        MLP(action_bounds="tanh", trunk="shared", activation="elu"),
+        EVERYTHING,
+    ),
+}
+ITERATIONS = 3
+
+
+def warnings_of(caplog):
+    records = [record for record in caplog.records if record.levelno >= logging.WARNING]
+    return [r.getMessage() for r in records if r.name.startswith("esper_lightning")]
+
+
+def train(make_trainer, mode, case="discrete", *, iterations=ITERATIONS, **trainer):
+    env, policy, ppo = CASES[case]
+    steps = env.num_envs * ppo.rollout_steps
+    # The last iteration is shorter than the others.
+    budget = steps * (iterations - 1) + steps // 2
+    model = PPO(env, policy, ppo, total_env_steps=budget, compile=mode)
+    make_trainer(limit_val_batches=0, **trainer).fit(model)
+    return model
+
+
+def assert_same(model, other):
+    assert (model.iteration, model.env_steps) == (other.iteration, other.env_steps)
+    assert model.gradient_steps == other.gradient_steps
+    expected = other.state_dict()
+    for name, value in model.state_dict().items():
+        torch.testing.assert_close(value, expected[name], rtol=2e-3, atol=2e-5, msg=name)
+    state, theirs = (m._learner._env.state_dict() for m in (model, other))
+    for name, value in state.items():
+        torch.testing.assert_close(value, theirs[name], rtol=1e-3, atol=1e-4, msg=name)
+
+
+@pytest.mark.parametrize(
+    ("mode", "case"),
+    [
+        ("default", "discrete"),
+        ("max", "continuous"),
+        pytest.param("max", "discrete", marks=pytest.mark.slow),
+        pytest.param("default", "continuous", marks=pytest.mark.slow),
+    ],
+)
+def test_it_is_what_eager_training_is(make_trainer, caplog, mode, case):
+    eager = train(make_trainer, "off", case)
+    compiled = train(make_trainer, mode, case)
+    assert_same(compiled, eager)
+    assert [m for m in warnings_of(caplog) if "compile" in m] == []
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Foreign:
+    """CartPole behind an adapter: its step is not known to be a pure function."""
+
+    num_envs: int = 16
+
+    def spaces(self):
+        return CartPole().spaces()
+
+    def build(self, device, seed):
+        env = CartPole(num_envs=self.num_envs, time_limit=5).build(device, seed)
+
+        class Adapter:
+            reset, step = env.reset, env.step
+            state_dict, load_state_dict = env.state_dict, env.load_state_dict
+
+        return Adapter()
+
+
+def test_an_environment_behind_an_adapter_is_stepped_and_the_rest_compiled(make_trainer, caplog):
+    models = []
+    for env, mode in ((Foreign(), "default"), (CartPole(num_envs=16, time_limit=5), "off")):
+        model = PPO(env, ppo=SMALL, total_env_steps=16 * 8 * 2, compile=mode)
+        make_trainer(limit_val_batches=0).fit(model)
+        models.append(model)
+    assert_same(*models)
+    (message,) = [m for m in warnings_of(caplog) if "not compiled" in m]
+    assert message.startswith("Rollouts of Adapter are not compiled")
+
+
+@pytest.mark.slow
+def test_a_compiled_run_resumes_bit_for_bit(make_trainer, tmp_path):
+    def run(name, budget, **fit):
+        env = CartPole(num_envs=4, time_limit=5)
+        model = PPO(env, ppo=SMALL, total_env_steps=budget, compile="max")
+        trainer = make_trainer(limit_val_batches=0)
+        trainer.fit(model, **fit)
+        trainer.save_checkpoint(tmp_path / name)
+        return model
+
+    whole = run("whole", 4 * 8 * 4)
+    run("half", 4 * 8 * 2)
+    resumed = run("resumed", 4 * 8 * 4, ckpt_path=tmp_path / "half", weights_only=True)
+    assert resumed.iteration == whole.iteration == 4
+    for name, value in whole.state_dict().items():
+        assert torch.equal(value, resumed.state_dict()[name]), name
+
+
+def test_an_overridden_step_is_not_bypassed(make_trainer):
+    from esper_lightning.envs.autoreset import AutoresetEnv  # noqa: PLC0415
+    from esper_lightning.training.collect import _is_functional  # noqa: PLC0415
+
+    class Noisy(AutoresetEnv):
+        def step(self, action):
+            return super().step(action)
+
+    class Whole(Noisy):
+        def transition(self, episodes, action, initial):
+            return super().transition(episodes, action, initial)
+
+    def build(kind):
+        return kind(Acrobot(num_envs=2), device=torch.device("cpu"), seed=0)
+
+    assert [_is_functional(build(kind)) for kind in (AutoresetEnv, Noisy, Whole)] == [
+        True,
+        False,
+        True,
+    ]
+
+
+def test_a_nan_is_found_in_compiled_training_too(make_trainer, monkeypatch):
+    model = PPO(CartPole(num_envs=16), ppo=SMALL, total_env_steps=16 * 8 * 4, compile="default")
+    monkeypatch.setattr(model, "_set_learning_rate", lambda: float("nan"))
+    with pytest.raises(ValueError, match="PPO") as caught:
+        make_trainer(limit_val_batches=0).fit(model)
+    assert "iteration 1" in str(caught.value) or "Iteration 2" in str(caught.value)
+
+
+def test_modes_are_checked():
+    with pytest.raises(ValueError, match="PPO.compile must be one of off, default, max"):
+        PPO(CartPole(), compile="fast")
+    assert compiling.CompileMode.__args__ == ("off", "default", "max")
