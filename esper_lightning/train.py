@@ -17,6 +17,7 @@ from esper_lightning.callbacks.flight_recorder import FlightRecorder
 from esper_lightning.callbacks.history import History
 from esper_lightning.callbacks.progress import RunProgressBar
 from esper_lightning.callbacks.window_profiler import WindowProfiler
+from esper_lightning.core.compiling import CompileMode
 from esper_lightning.core.validate import require
 from esper_lightning.envs.base import EnvSpec
 from esper_lightning.forensics.files import read_json_lines, write_atomically
@@ -54,6 +55,7 @@ def train_ppo_vectorized(
     torch_profiler_summary: bool = False,
     save_path: str | Path | None = None,
     resume_path: str | Path | None = None,
+    compile: CompileMode = "off",  # noqa: A002 - as it is called everywhere
 ) -> list[dict[str, Any]]:
     """Train PPO for a number of iterations and return its history.
 
@@ -82,6 +84,7 @@ def train_ppo_vectorized(
         save_path: File that gets a checkpoint of the end of the run, besides
             ``checkpoints/last.ckpt``.
         resume_path: Checkpoint to go on from.
+        compile: How rollouts and updates run: ``off``, ``default`` or ``max`` (see ``PPO``).
 
     Returns:
         The rows of ``rank0/history.jsonl``, one for each iteration of this run directory.
@@ -111,6 +114,7 @@ def train_ppo_vectorized(
         ppo,
         seed,
         total_env_steps=iterations * ppo.rollout_steps * env.num_envs * devices,
+        compile=compile,
     )
     logger = run_logger(env, run_dir)
     layout = RunLayout(Path(logger.log_dir))
