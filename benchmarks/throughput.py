@@ -37,7 +37,7 @@ class Contender:
     def __init__(self, name: str, setting: dict[str, Any], environment: dict[str, str]) -> None:
         options = [f"--{k.replace('_', '-')}={v}" for k, v in setting.items()]
         self.name = name
-        self._log = tempfile.TemporaryFile("w+")
+        self._log = tempfile.TemporaryFile("w+")  # noqa: SIM115 - closed with the process
         started = time.perf_counter()
         self._process = subprocess.Popen(
             [sys.executable, str(PROGRAM), name, *options],
@@ -89,9 +89,11 @@ def compare(names: list[str], setting: dict[str, Any], rounds: int) -> list[str]
             times = contender.run(counts[contender.name])
             seconds[contender.name].append(statistics.median(times))
         print(f"round {number + 1} of {rounds}", flush=True)
-    for contender in contenders:
-        if "slower way" in contender.close():
-            lines.append(f"Fell back to a slower way: {contender.name}")
+    lines += [
+        f"Fell back to a slower way: {contender.name}"
+        for contender in contenders
+        if "slower way" in contender.close()
+    ]
     env_steps = setting["num_envs"] * setting["steps"]
     table = [
         f"| | env-steps/s | ms an iteration | {OURS}: times as fast | quartiles |",

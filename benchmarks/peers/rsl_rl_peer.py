@@ -35,7 +35,8 @@ class TorchCartPole(VecEnv):
         self.episode_length_buf = torch.zeros(num_envs, dtype=torch.int64)
         self.device = "cpu"
         self.cfg = {}
-        self._obs = self._group(self._env.reset()[0])
+        with torch.inference_mode():  # like every later one: compiled models are specialised on it
+            self._obs = self._group(self._env.reset()[0])
 
     def get_observations(self) -> TensorDict:
         return self._obs

@@ -22,7 +22,7 @@ def compute_gae(
     discount: float,
     lambda_: float,
 ) -> Advantages:
-    r"""Generalised advantage estimation (Schulman et al. 2016), backwards in time.
+    r"""Generalised advantage estimation (Schulman et al. 2016).
 
     .. math::
         \delta_t = r_t + \gamma V(s_{t+1}) - V(s_t), \qquad A_t = \delta_t + \gamma \lambda A_{t+1}
@@ -46,11 +46,7 @@ def compute_gae(
     """
     delta = reward + discount * next_value.masked_fill(terminated, 0.0) - value
     decay = (~(terminated | truncated)).to(reward.dtype) * (discount * lambda_)
-    advantage = torch.empty_like(delta)
-    tail = torch.zeros_like(delta[0])
-    for t in range(delta.shape[0] - 1, -1, -1):
-        tail = torch.addcmul(delta[t], decay[t], tail)
-        advantage[t] = tail
+    advantage = _solve(delta, decay)
     return Advantages(advantage, advantage + value)
 
 
@@ -76,9 +72,26 @@ def discounted_returns(
     Returns:
         The return so far at each step, and what to carry to the next call.
     """
-    returns = torch.empty_like(reward)
-    for t in range(reward.shape[0]):
-        so_far = discount * carried + reward[t]
-        returns[t] = so_far
-        carried = so_far.masked_fill(ended[t], 0.0)
-    return returns, carried
+    first = (reward[0] + discount * carried)[None]
+    goes_on = torch.cat([torch.zeros_like(ended[:1]), ~ended[:-1]])  # into step t
+    terms, factors = torch.cat([first, reward[1:]]), goes_on.to(reward.dtype) * discount
+    returns = _solve(terms.flip(0), factors.flip(0)).flip(0)
+    return returns, returns[-1].masked_fill(ended[-1], 0.0)
+
+
+def _solve(term: Float[Tensor, "T B"], factor: Float[Tensor, "T B"]) -> Float[Tensor, "T B"]:
+    """``x[t] = term[t] + factor[t] * x[t + 1]``, with nothing beyond the end.
+
+    By doubling (Hillis and Steele 1986): after ``k`` passes every ``x`` knows of ``2**k`` steps. That
+    is ``log2(T)`` operations on whole rollouts where the recursion takes ``T`` on single steps. A
+    factor of 0 lets nothing through, not even what is not finite.
+    """
+    reach, steps = 1, term.shape[0]
+    while reach < steps:
+        beyond = (0, 0, 0, reach)
+        term_ahead = torch.nn.functional.pad(term[reach:], beyond)
+        factor_ahead = torch.nn.functional.pad(factor[reach:], beyond)
+        term = torch.where(factor != 0.0, term + factor * term_ahead, term)
+        factor = factor * factor_ahead
+        reach *= 2
+    return term

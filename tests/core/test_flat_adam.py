@@ -109,5 +109,5 @@ def test_gradients_of_shared_weights_are_those_of_autograd() -> None:
 
 def test_other_precisions_are_refused() -> None:
     module = network().double()
-    with pytest.raises(ValueError, match="PPO.policy must have float32 parameters on one device"):
+    with pytest.raises(ValueError, match=r"PPO\.policy must have float32 parameters on one device"):
         FlatParameters(module, adam(module))

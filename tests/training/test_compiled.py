@@ -152,6 +152,6 @@ def test_a_nan_is_found_in_compiled_training_too(make_trainer, monkeypatch):
 
 
 def test_modes_are_checked():
-    with pytest.raises(ValueError, match="PPO.compile must be one of off, default, max"):
+    with pytest.raises(ValueError, match=r"PPO\.compile must be one of off, default, max"):
         PPO(CartPole(), compile="fast")
     assert compiling.CompileMode.__args__ == ("off", "default", "max")
