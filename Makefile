@@ -4,7 +4,7 @@ VENV := .venv
 BIN := $(VENV)/bin
 
 .DEFAULT_GOAL := help
-.PHONY: help demo test slow check bench faults clean
+.PHONY: help demo test slow check learning bench faults clean
 
 help: ## Show this list
 	@grep -E '^[a-z]+:.*## ' $(MAKEFILE_LIST) | sed -E 's/:[^#]*## /\t/' | expand -t 10
@@ -30,8 +30,12 @@ check: $(VENV)/.installed ## Lint, types, import contracts
 	$(BIN)/pyright
 	$(BIN)/lint-imports
 
-bench: $(VENV)/.installed ## Measure learning on every task, 5 seeds each (six minutes)
+learning: $(VENV)/.installed ## Measure learning on every task, 5 seeds each (six minutes)
 	$(BIN)/python benchmarks/learning.py
+
+bench: $(VENV)/.installed ## Measure throughput against the peers (half an hour)
+	$(BIN)/python -m pip install --quiet -c constraints.txt -e '.[dev,bench]'
+	$(BIN)/python benchmarks/throughput.py
 
 faults: $(VENV)/.installed ## Let runs die in every way, and write what they leave (a quarter of an hour)
 	$(BIN)/python benchmarks/faults.py

@@ -82,8 +82,8 @@ def discounted_returns(
 def _solve(term: Float[Tensor, "T B"], factor: Float[Tensor, "T B"]) -> Float[Tensor, "T B"]:
     """``x[t] = term[t] + factor[t] * x[t + 1]``, with nothing beyond the end.
 
-    By doubling (Hillis and Steele 1986): after ``k`` passes every ``x`` knows of ``2**k`` steps. That
-    is ``log2(T)`` operations on whole rollouts where the recursion takes ``T`` on single steps. A
+    By doubling (Hillis and Steele 1986): after ``k`` passes ``x`` knows of ``2**k`` steps. That
+    is ``log2(T)`` operations on whole rollouts; the recursion takes ``T`` on single steps. A
     factor of 0 lets nothing through, not even what is not finite.
     """
     reach, steps = 1, term.shape[0]
