@@ -21,12 +21,13 @@ from lightning.pytorch.profilers import PassThroughProfiler, Profiler
 from lightning.pytorch.utilities.exceptions import _TunerExitException
 from typing_extensions import override
 
+from esper_lightning.callbacks.death import Death, in_words
 from esper_lightning.callbacks.history import History
 from esper_lightning.callbacks.memory_snapshot import forget_memory, watch_memory
 from esper_lightning.callbacks.peers import Peers, keep_launcher_from_killing
 from esper_lightning.callbacks.profiler_rescue import ProfilerGuard
 from esper_lightning.callbacks.progress import RunProgressBar
-from esper_lightning.callbacks.rescue import Death, Rescue
+from esper_lightning.callbacks.rescue import Rescue
 from esper_lightning.callbacks.run_directory import run_directory
 from esper_lightning.callbacks.signals import NativeFaults, SignalExit, Signals, dump_stacks
 from esper_lightning.callbacks.watchdog import Alarm, Watchdog
@@ -316,7 +317,7 @@ class _Recording:
                 try:
                     action()
                 except Exception as error:
-                    _log.error("While saving evidence: %r", error)
+                    _log.error("While saving evidence: %s", in_words(error))
 
     def _stand_in(self) -> None:
         """No hook that follows may start the profiler again; the next run finds it in place."""

@@ -1,0 +1,122 @@
+"""The flight recorder in the process of the tests; ``tests/crash`` lets whole processes die."""
+
+import pytest
+import torch
+import torchmetrics
+from lightning.pytorch import LightningModule
+from lightning.pytorch.profilers import PyTorchProfiler
+from torch.utils.data import DataLoader
+
+from esper_lightning import FlightRecorder
+from esper_lightning.callbacks import rescue
+from esper_lightning.forensics.layout import RunLayout
+from esper_lightning.forensics.report import read_report
+
+
+class Plain(LightningModule):
+    """Calls ``act(module, batch_idx)`` in every step."""
+
+    def __init__(self, act=None):
+        super().__init__()
+        self.layer = torch.nn.Linear(4, 1)
+        self.act = act or (lambda *_: None)
+
+    def training_step(self, batch, batch_idx):
+        self.act(self, batch_idx)
+        loss = self.layer(batch).square().mean()
+        self.log("loss", loss)
+        return loss
+
+    def configure_optimizers(self):
+        return torch.optim.SGD(self.parameters(), 1e-2)
+
+
+def data(rows=6):
+    return DataLoader(torch.ones(rows, 4))
+
+
+def raise_at(step, error=None):
+    def act(module, batch_idx):
+        if batch_idx == step:
+            raise error or RuntimeError("injected")
+
+    return act
+
+
+@pytest.fixture
+def files(tmp_path):
+    return RunLayout(tmp_path).rank(0)
+
+
+@pytest.fixture
+def fit(make_trainer):
+    """Fit with a recorder that starts no second process; returns the error."""
+
+    def fit(module, *loaders, recorder=None, **settings):
+        recorder = recorder or FlightRecorder(watch=False)
+        defaults = {"max_epochs": 1, "callbacks": [recorder]}
+        trainer = make_trainer(**{**defaults, **settings})
+        try:
+            trainer.fit(module, *(loaders or (data(),)))
+        except BaseException as error:
+            return error
+        return None
+
+    return fit
+
+
+class TestNothingIsComputed:
+    def test_metrics_of_the_epoch_stay_as_they_are(self, fit, files):
+        computed = []
+
+        class Mean(torchmetrics.MeanMetric):
+            def compute(self):
+                computed.append(True)  # under ddp it would wait for the other ranks
+                return super().compute()
+
+        def act(module, batch_idx):
+            module.mean.update(1.0)
+            module.log("mean", module.mean, on_step=False, on_epoch=True)
+
+        class Epoch(Plain):
+            def on_train_epoch_end(self):
+                raise RuntimeError("injected")
+
+        module = Epoch(act)
+        module.mean = Mean()
+        assert str(fit(module)) == "injected"
+        assert computed == []
+        assert list(read_report(files.crash)["metrics"]) == ["loss"]
+
+
+class UnspeakableError(Exception):
+    def __str__(self):
+        raise RuntimeError("no words")
+
+
+class TestOneFieldDoesNotTakeTheReport:
+    def test_an_error_that_cannot_be_shown(self, fit, files):
+        assert isinstance(fit(Plain(raise_at(3, UnspeakableError()))), UnspeakableError)
+        report = read_report(files.crash)
+        assert report["complete"]
+        assert report["error"]["type"] == "UnspeakableError"
+        assert report["evidence"]["checkpoint"]["state"] == "saved"
+
+    def test_a_counter_that_raises(self, fit, files):
+        class Odd(Plain):
+            @property
+            def env_steps(self):
+                raise ValueError("not yet")
+
+        fit(Odd(raise_at(3)))
+        report = read_report(files.crash)
+        assert (report["complete"], report["iteration"]) == (True, 4)
+
+    def test_whatever_fails_the_next_steps_are_taken(self, fit, files, monkeypatch):
+        monkeypatch.setattr(rescue, "describe", lambda *_: 1 / 0)
+        fit(Plain(raise_at(3)), profiler=PyTorchProfiler(schedule=None))
+        report = read_report(files.crash)
+        assert (report["cause"], report["complete"]) == ("exception", True)
+        assert report["evidence"]["death"]["state"] == "failed"
+        for name in ("history", "checkpoint", "trace"):
+            assert report["evidence"][name]["state"] == "saved"
