@@ -52,6 +52,7 @@ class Rescue:
     bounded: bool = True  # whether steps may take threads of their own: not in a signal handler
     report: dict[str, Any] = field(default_factory=dict[str, Any])
     written: Path | None = None  # where the report is
+    progress_s: float = field(default_factory=time.monotonic)  # when the latest step began
 
     def run(self, death: Death) -> None:
         """Take all steps."""
@@ -190,6 +191,7 @@ class Rescue:
         self, name: str, action: Callable[[], tuple[Path | None, str]], *, seconds: float | None
     ) -> None:
         """Take a step and write down how it went."""
+        self.progress_s = time.monotonic()
         failures: list[BaseException] = []
         results: list[tuple[Path | None, str]] = []
 

@@ -62,6 +62,7 @@ class Signals:
         self._raised_s = -float("inf")
         self._wakeup: tuple[int, int] | None = None
         self._active = False
+        self.ignoring_interrupts = False  # afterwards, as Lightning has it while it shuts down
 
     def install(self) -> None:
         """Take over. Outside the main thread, where Python forbids it, nothing happens."""
@@ -115,18 +116,14 @@ class Signals:
         """Drop what arrived while evidence was being saved: the run is ending anyway."""
         self._pending = []
 
-    def restore(self, *, ignoring_interrupts: bool = False) -> None:
-        """Put everything back.
-
-        Args:
-            ignoring_interrupts: SIGINT stays ignored, as Lightning has it while it shuts down.
-        """
+    def restore(self) -> None:
+        """Put everything back."""
         if not self._active or os.getpid() != self._pid:
             return
         self._active = False
         for number, original in self._originals.items():
             mine = signal.getsignal(number) == self._handle
-            if ignoring_interrupts and number == signal.SIGINT:
+            if self.ignoring_interrupts and number == signal.SIGINT:
                 signal.signal(number, signal.SIG_IGN)
                 self._trainer._signal_connector._original_handlers[number] = original
             elif mine:
