@@ -285,10 +285,9 @@ class Recording:
 
     def _close_ours(self) -> None:
         """Lightning calls no teardown when a run fails."""
-        trainer = self._trainer
+        trainer, module = self._trainer, self._trainer.lightning_module
         for callback in trainer.callbacks:
             if isinstance(callback, History | RunProgressBar):
-                module = trainer.lightning_module
                 self._attempt(lambda ours=callback: ours.teardown(trainer, module, "fit"))
 
 

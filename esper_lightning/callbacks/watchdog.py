@@ -91,11 +91,14 @@ class Watchdog:
             saving_for_s = self._saving_for_s()
             if self._due is not None and now >= self._due[0] and saving_for_s is None:
                 self._act(self._due[1])
-            elif self._exit is not None and now >= self._exit[0] and saving_for_s is not None:
-                if saving_for_s > _STALLED_S:
-                    sys.stdout.flush()
-                    sys.stderr.flush()
-                    os._exit(self._exit[1])
+            elif self._exit is not None and now >= self._exit[0]:
+                self._leave(saving_for_s)
+
+    def _leave(self, saving_for_s: float | None) -> None:
+        if saving_for_s is not None and saving_for_s > _STALLED_S:
+            sys.stdout.flush()
+            sys.stderr.flush()
+            os._exit(self._exit[1] if self._exit else 1)
 
     def _look_for_peers(self, now: float) -> None:
         if self._due is None and self._saving_for_s() is None:

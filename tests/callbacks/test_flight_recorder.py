@@ -1,5 +1,8 @@
 """The flight recorder in the process of the tests; ``tests/crash`` lets whole processes die."""
 
+import gc
+import weakref
+
 import pytest
 import torch
 import torchmetrics
@@ -120,3 +123,14 @@ class TestOneFieldDoesNotTakeTheReport:
         assert report["evidence"]["death"]["state"] == "failed"
         for name in ("history", "checkpoint", "trace"):
             assert report["evidence"][name]["state"] == "saved"
+
+
+def test_a_run_that_ended_is_not_kept(make_trainer):
+    kept = []
+    for _ in range(2):
+        trainer, module = make_trainer(max_epochs=1, callbacks=[FlightRecorder()]), Plain()
+        trainer.fit(module, data())
+        kept += [weakref.ref(trainer), weakref.ref(module)]
+        del trainer, module
+    gc.collect()
+    assert [reference() for reference in kept] == [None] * 4
