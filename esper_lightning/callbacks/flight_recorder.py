@@ -14,11 +14,16 @@ from lightning.pytorch import Callback, LightningModule, Trainer
 from typing_extensions import override
 
 from esper_lightning.callbacks.history import History
-from esper_lightning.callbacks.peers import keep_launcher_from_killing
+from esper_lightning.callbacks.peers import (
+    end_of_run,
+    is_of_this_run,
+    keep_launcher_from_killing,
+)
 from esper_lightning.callbacks.recording import Recording, add_note
 from esper_lightning.callbacks.run_directory import run_directory
 from esper_lightning.core.validate import require
 from esper_lightning.forensics.layout import RunLayout
+from esper_lightning.forensics.report import read_report
 
 __all__ = ["FlightRecorder"]
 
@@ -68,22 +73,16 @@ class FlightRecorder(Callback):
         if self._recording is not None:
             self._recording.close("failed")
             self._recording = None
-        directory = None if trainer.fast_dev_run else self.dirpath or run_directory(trainer)
-        if directory is None:
+        layout = self._layout(trainer)
+        if layout is None:
             return
         others = [callback for callback in trainer.callbacks if callback is not self]
         if stage == "fit" and not any(isinstance(callback, History) for callback in others):
-            others.insert(0, History(directory))
+            others.insert(0, History(layout.directory))
         # First, before anything that may raise in its own on_exception. A new list: the old one is
         # being walked through.
         trainer.callbacks = [self, *others]
-        self._recording = Recording(
-            trainer,
-            RunLayout(Path(directory)),
-            hang_timeout_s=self.hang_timeout_s,
-            print_profile=self.print_profile,
-            watch=self.watch,
-        )
+        self._recording = self._record(trainer, layout, watch=self.watch)
 
     @override
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
@@ -120,11 +119,38 @@ class FlightRecorder(Callback):
         self, trainer: Trainer, pl_module: LightningModule, exception: BaseException
     ) -> None:
         """Save everything, unless that was done closer to the fault."""
-        if self._recording is not None:
-            self._recording.die(exception)
-            self._recording = None
-            return
+        recording, self._recording = self._recording, None
+        if recording is not None and recording.ended_well:
+            recording = None
+        layout = self._layout(trainer)
+        if recording is None and layout is not None:
+            if _saved_by_its_processes(layout):
+                add_note(exception, layout.directory, "every rank has a folder of its own")
+                end_of_run()
+                return
+            # It died before ``setup`` was called.
+            recording = self._record(trainer, layout, watch=False)
+        if recording is not None:
+            recording.die(exception)
+
+    def _layout(self, trainer: Trainer) -> RunLayout | None:
         directory = None if trainer.fast_dev_run else self.dirpath or run_directory(trainer)
-        if directory is not None and any(Path(directory).glob("rank*/process.json")):
-            # A process that the launcher spawned died, and saved its own.
-            add_note(exception, Path(directory), "every rank has a folder of its own")
+        return None if directory is None else RunLayout(Path(directory))
+
+    def _record(self, trainer: Trainer, layout: RunLayout, *, watch: bool) -> Recording:
+        return Recording(
+            trainer,
+            layout,
+            hang_timeout_s=self.hang_timeout_s,
+            print_profile=self.print_profile,
+            watch=watch,
+        )
+
+
+def _saved_by_its_processes(layout: RunLayout) -> bool:
+    """Whether processes that a launcher spawned recorded this run; in theirs, ours has no setup."""
+    processes = [read_report(path) for path in layout.directory.glob("rank*/process.json")]
+    return any(
+        process is not None and process.get("state") != "finished" and is_of_this_run(process)
+        for process in processes
+    )

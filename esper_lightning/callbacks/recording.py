@@ -21,7 +21,7 @@ from lightning.pytorch.utilities.exceptions import _TunerExitException
 from esper_lightning.callbacks.death import Death, in_words
 from esper_lightning.callbacks.history import History
 from esper_lightning.callbacks.memory_snapshot import forget_memory, watch_memory
-from esper_lightning.callbacks.peers import Peers
+from esper_lightning.callbacks.peers import Peers, end_of_run
 from esper_lightning.callbacks.profiler_rescue import ProfilerGuard
 from esper_lightning.callbacks.progress import RunProgressBar
 from esper_lightning.callbacks.rescue import Rescue
@@ -121,6 +121,11 @@ class Recording:
         )
         undo.callback(self.watchdog.stop)
 
+    @property
+    def ended_well(self) -> bool:
+        """Whether the run is over, and did not die."""
+        return self._closed and self._state != "failed"
+
     def begin_iteration(self, number: int) -> None:
         """Tell ring and watchdog."""
         self._ring.iteration = number
@@ -164,6 +169,7 @@ class Recording:
         self._closed, self._state = True, state
         self._undo.close()
         self._rescue = None
+        end_of_run()
 
     # What calls us.
 
@@ -236,6 +242,7 @@ class Recording:
                 ring=self._ring,
                 guard=self._guard,
                 print_profile=self._print_profile,
+                started_s=self._peers.started_s,
                 bounded=bounded,
             )
             if hangs:

@@ -49,6 +49,7 @@ class Rescue:
     ring: PhaseRing
     guard: ProfilerGuard
     print_profile: bool
+    started_s: float  # of the recording
     bounded: bool = True  # whether steps may take threads of their own: not in a signal handler
     report: dict[str, Any] = field(default_factory=dict[str, Any])
     written: Path | None = None  # where the report is
@@ -108,7 +109,8 @@ class Rescue:
             os.close(descriptor)
         with path.open("rb") as file:
             rows = sum(1 for _ in file)
-        return path, f"{rows} rows"
+        earlier = path.stat().st_mtime < self.started_s
+        return path, f"{rows} rows" + (", all of an earlier run" if earlier else "")
 
     def _flush_loggers(self) -> tuple[None, str]:
         for logger in self.trainer.loggers:

@@ -6,7 +6,7 @@ import weakref
 import pytest
 import torch
 import torchmetrics
-from lightning.pytorch import LightningModule
+from lightning.pytorch import LightningDataModule, LightningModule
 from lightning.pytorch.profilers import PyTorchProfiler
 from torch.utils.data import DataLoader
 
@@ -60,7 +60,10 @@ def fit(make_trainer):
         defaults = {"max_epochs": 1, "callbacks": [recorder]}
         trainer = make_trainer(**{**defaults, **settings})
         try:
-            trainer.fit(module, *(loaders or (data(),)))
+            if loaders and isinstance(loaders[0], LightningDataModule):
+                trainer.fit(module, datamodule=loaders[0])
+            else:
+                trainer.fit(module, *(loaders or (data(),)))
         except BaseException as error:
             return error
         return None
@@ -134,3 +137,40 @@ def test_a_run_that_ended_is_not_kept(make_trainer):
         del trainer, module
     gc.collect()
     assert [reference() for reference in kept] == [None] * 4
+
+
+class Early(LightningDataModule):
+    """Dies before any callback is asked to set up."""
+
+    def __init__(self, dies=True):
+        super().__init__()
+        self.dies = dies
+
+    def prepare_data(self):
+        if self.dies:
+            raise RuntimeError("download failed")
+
+    def train_dataloader(self):
+        return data()
+
+
+class TestBeforeSetup:
+    def test_a_death_has_a_report(self, fit, files):
+        error = fit(Plain(), Early(), profiler=PyTorchProfiler(schedule=None))
+        report = read_report(files.crash)
+        assert report["error"]["message"] == str(error) == "download failed"
+        assert report["evidence"]["trace"]["state"] == "saved"
+        assert report["evidence"]["history"]["state"] == "absent"
+        assert str(files.crash) in error.__notes__[0]
+        assert read_report(files.process)["state"] == "failed"
+
+    @pytest.mark.parametrize("same", [True, False], ids=["same recorder", "new recorder"])
+    @pytest.mark.parametrize("act", [None, raise_at(3)], ids=["healthy", "died"])
+    def test_it_is_not_taken_for_that_of_the_run_before(self, fit, files, act, same):
+        recorder = FlightRecorder(watch=False)
+        fit(Plain(act), recorder=recorder)
+        error = fit(Plain(), Early(), recorder=recorder if same else None)
+        assert str(files.crash) in error.__notes__[0]
+        report = read_report(files.crash)
+        assert report["error"]["message"] == "download failed"
+        assert "of an earlier run" in report["evidence"]["history"]["detail"]
