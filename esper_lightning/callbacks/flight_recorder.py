@@ -7,13 +7,18 @@ whatever ends it, leaves the profiler's trace, the history and a report in the r
 # pyright: reportAttributeAccessIssue=false, reportPrivateUsage=false
 # pyright: reportUnknownVariableType=false, reportUnknownArgumentType=false
 
+import contextlib
+import functools
+import logging
+from collections.abc import Callable
 from pathlib import Path
-from typing import Any
+from typing import Any, Concatenate, ParamSpec
 
 from lightning.pytorch import Callback, LightningModule, Trainer
 from typing_extensions import override
 
-from esper_lightning.callbacks.history import History
+from esper_lightning.callbacks.death import in_words
+from esper_lightning.callbacks.history import History, finished_iterations
 from esper_lightning.callbacks.peers import (
     end_of_run,
     is_of_this_run,
@@ -26,6 +31,24 @@ from esper_lightning.forensics.layout import RunLayout
 from esper_lightning.forensics.report import read_report
 
 __all__ = ["FlightRecorder"]
+
+_log = logging.getLogger(__name__)
+_P = ParamSpec("_P")
+
+
+def _guarded(
+    hook: Callable[Concatenate["FlightRecorder", _P], None],
+) -> Callable[Concatenate["FlightRecorder", _P], None]:
+    """A run does not fail because of its recorder, which is off from its first error on."""
+
+    @functools.wraps(hook)
+    def call(self: "FlightRecorder", *args: _P.args, **kwargs: _P.kwargs) -> None:
+        try:
+            hook(self, *args, **kwargs)
+        except Exception as error:
+            self.give_up(error)
+
+    return call
 
 
 class FlightRecorder(Callback):
@@ -68,6 +91,7 @@ class FlightRecorder(Callback):
         return {**self.__dict__, "_recording": None}
 
     @override
+    @_guarded
     def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
         """Begin to record, before anything of the run can fail."""
         if self._recording is not None:
@@ -85,6 +109,7 @@ class FlightRecorder(Callback):
         self._recording = self._record(trainer, layout, watch=self.watch)
 
     @override
+    @_guarded
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Lightning's launcher is running by now, and CUDA is in use if it will be."""
         if self._recording is not None:
@@ -92,15 +117,16 @@ class FlightRecorder(Callback):
             self._recording.watch_memory()
 
     @override
+    @_guarded
     def on_train_batch_start(
         self, trainer: Trainer, pl_module: LightningModule, batch: Any, batch_idx: int
     ) -> None:
         """Another iteration begins."""
         if self._recording is not None:
-            done: int = getattr(pl_module, "iteration", trainer.global_step)
-            self._recording.begin_iteration(done + 1)
+            self._recording.begin_iteration(finished_iterations(trainer, pl_module) + 1)
 
     @override
+    @_guarded
     def on_train_batch_end(
         self, trainer: Trainer, pl_module: LightningModule, outputs: Any, batch: Any, batch_idx: int
     ) -> None:
@@ -109,12 +135,14 @@ class FlightRecorder(Callback):
             self._recording.watchdog.beat()
 
     @override
+    @_guarded
     def on_train_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """What follows is no iteration."""
         if self._recording is not None:
             self._recording.watchdog.rest()
 
     @override
+    @_guarded
     def on_exception(
         self, trainer: Trainer, pl_module: LightningModule, exception: BaseException
     ) -> None:
@@ -133,9 +161,17 @@ class FlightRecorder(Callback):
         if recording is not None:
             recording.die(exception)
 
+    def give_up(self, error: Exception) -> None:
+        """Leave the run alone from here on."""
+        _log.warning("FlightRecorder is off: %s. The run goes on without it.", in_words(error))
+        recording, self._recording = self._recording, None
+        if recording is not None:
+            with contextlib.suppress(Exception):  # one warning is enough
+                recording.close("off")
+
     def _layout(self, trainer: Trainer) -> RunLayout | None:
         directory = None if trainer.fast_dev_run else self.dirpath or run_directory(trainer)
-        return None if directory is None else RunLayout(Path(directory))
+        return None if directory is None else RunLayout(Path(directory).absolute())
 
     def _record(self, trainer: Trainer, layout: RunLayout, *, watch: bool) -> Recording:
         return Recording(

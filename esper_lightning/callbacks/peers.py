@@ -59,7 +59,7 @@ class Peers:
         """Say how this rank fares.
 
         Args:
-            state: ``running``, ``finished`` or ``failed``.
+            state: ``running``, ``finished``, ``failed``, or ``off``: it runs, but is not recorded.
             saved: Whether its evidence is on disk.
 
         Raises:
@@ -91,7 +91,7 @@ class Peers:
 
     def _is_saving(self, peer: int) -> bool:
         process = self._read(peer)
-        if process is None or process.get("state") == "finished" or process.get("saved"):
+        if process is None or process.get("state") in ("finished", "off") or process.get("saved"):
             return False
         return _alive(process)
 

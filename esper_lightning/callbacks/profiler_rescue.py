@@ -61,6 +61,8 @@ class ProfilerGuard:
         self._thread = threading.get_ident()
         self._outer: list[BaseException | None] = []
         self._off = False
+        theirs = getattr(profiler, "dirpath", None)
+        self._theirs = Path(theirs).absolute() if theirs else None  # before anyone changes places
         for name in _WRAPPED:
             setattr(profiler, name, getattr(self, f"_{name}"))
         self._methods = {name: getattr(type(profiler), name).__get__(profiler) for name in _WRAPPED}
@@ -174,8 +176,8 @@ class ProfilerGuard:
             raise ValueError("the session had been ended by someone else")
         process = f"{socket.gethostname()}-{os.getpid()}-{next(_numbers)}"
         name = f"crash-rank{rank}-{process}.pt.trace.json.gz"
-        theirs = getattr(self.profiler, "dirpath", None)
-        places = [Path(theirs)] if theirs and Path(theirs) not in directory.parents else []
+        theirs = self._theirs
+        places = [theirs] if theirs is not None and theirs not in directory.parents else []
         for place in (*places, directory):
             try:
                 place.mkdir(parents=True, exist_ok=True)

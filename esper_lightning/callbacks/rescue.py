@@ -28,6 +28,7 @@ from esper_lightning.callbacks.death import (
     exit_status,
     in_words,
 )
+from esper_lightning.callbacks.history import History
 from esper_lightning.callbacks.profiler_rescue import ProfilerGuard
 from esper_lightning.callbacks.signals import dump_stacks
 from esper_lightning.forensics.files import replacing, write_atomically
@@ -100,6 +101,10 @@ class Rescue:
 
     def _flush_history(self) -> tuple[Path, str]:
         path = self.files.history
+        histories = [c for c in self.trainer.callbacks if isinstance(c, History)]
+        waiting = sum(history.waiting for history in histories)
+        if waiting:
+            raise OSError(f"the disk has not taken the last {waiting} rows")
         if not path.exists():
             raise _AbsentError("no iteration was finished")
         descriptor = os.open(path, os.O_RDONLY)

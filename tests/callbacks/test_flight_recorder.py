@@ -1,6 +1,8 @@
 """The flight recorder in the process of the tests; ``tests/crash`` lets whole processes die."""
 
 import gc
+import signal
+import threading
 import weakref
 
 import pytest
@@ -12,6 +14,8 @@ from torch.utils.data import DataLoader
 
 from esper_lightning import FlightRecorder
 from esper_lightning.callbacks import rescue
+from esper_lightning.callbacks.recording import Recording
+from esper_lightning.forensics.files import read_json_lines
 from esper_lightning.forensics.layout import RunLayout
 from esper_lightning.forensics.report import read_report
 
@@ -174,3 +178,44 @@ class TestBeforeSetup:
         report = read_report(files.crash)
         assert report["error"]["message"] == "download failed"
         assert "of an earlier run" in report["evidence"]["history"]["detail"]
+
+
+class TestAHealthyRunStaysHealthy:
+    def test_where_the_directory_cannot_be_made(self, fit, tmp_path, caplog):
+        (tmp_path / "file").write_text("")
+        before = signal.getsignal(signal.SIGTERM)
+        assert fit(Plain(), recorder=FlightRecorder(tmp_path / "file" / "run")) is None
+        assert caplog.text.count("FlightRecorder is off: NotADirectoryError") == 1
+        assert "6 rows are lost" in caplog.text
+        assert signal.getsignal(signal.SIGTERM) == before
+        assert not [t for t in threading.enumerate() if t.name == "flight-recorder"]
+
+    def test_where_a_hook_fails(self, fit, files, caplog, monkeypatch):
+        monkeypatch.setattr(Recording, "begin_iteration", lambda *_: 1 / 0)
+        assert fit(Plain()) is None
+        assert caplog.text.count("FlightRecorder is off: ZeroDivisionError") == 1
+        assert read_report(files.process)["state"] == "off"
+        assert len(read_json_lines(files.history)) == 6
+
+    @pytest.mark.parametrize("iteration", [None, 0.5, True, print], ids=str)
+    def test_whatever_the_module_calls_iteration(self, fit, files, iteration):
+        module = Plain()
+        module.iteration = iteration
+        assert fit(module) is None
+        assert [row["iteration"] for row in read_json_lines(files.history)] == [1, 2, 3, 4, 5, 6]
+
+
+def test_a_relative_directory_is_where_it_was_at_the_start(fit, tmp_path, monkeypatch):
+    (tmp_path / "elsewhere").mkdir()
+    monkeypatch.chdir(tmp_path)
+
+    def act(module, batch_idx):
+        if batch_idx == 2:
+            monkeypatch.chdir(tmp_path / "elsewhere")
+        raise_at(3)(module, batch_idx)
+
+    profiler = PyTorchProfiler(dirpath="traces", schedule=None)
+    fit(Plain(act), recorder=FlightRecorder("run", watch=False), profiler=profiler)
+    assert read_report(RunLayout(tmp_path / "run").rank(0).crash)["error"]["message"] == "injected"
+    assert list((tmp_path / "traces").glob("crash-*"))
+    assert not list((tmp_path / "elsewhere").iterdir())
