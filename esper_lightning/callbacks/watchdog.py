@@ -90,9 +90,15 @@ class Watchdog:
             self._look_for_a_hang(now)
             saving_for_s = self._saving_for_s()
             if self._due is not None and now >= self._due[0] and saving_for_s is None:
-                self._act(self._due[1])
+                self._act_on(self._due[1])
             elif self._exit is not None and now >= self._exit[0]:
                 self._leave(saving_for_s)
+
+    def _act_on(self, alarm: Alarm) -> None:
+        if alarm.cause == "peer" and self._peer() is None:  # it was starting, or is back
+            self._due = None
+        else:
+            self._act(alarm)
 
     def _leave(self, saving_for_s: float | None) -> None:
         if saving_for_s is not None and saving_for_s > _STALLED_S:

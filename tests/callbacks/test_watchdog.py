@@ -59,3 +59,14 @@ def test_a_save_that_is_stuck_does_not_keep_the_process(run, watchdog, monkeypat
     run.saving_for_s, run.signals = 0.1, [signal.SIGTERM]
     time.sleep(1.0)
     assert run.exits[0] == 143
+
+
+def test_a_peer_is_looked_at_again_before_anything_is_done(run, watchdog):
+    run.failed = (1, "it failed")
+    time.sleep(0.5)
+    run.failed = None
+    time.sleep(0.8)
+    assert run.alarms == []
+    run.failed = (1, "it failed")
+    time.sleep(1.2)
+    assert run.alarms[0].peer == (1, "it failed")
