@@ -60,8 +60,9 @@ class FlightRecorder(Callback):
 
     Args:
         dirpath: Run directory; ``None`` for where the Trainer's first logger writes.
-        hang_timeout_s: Seconds after which an iteration counts as hanging: stacks and evidence are
-            saved and the run goes on, without its profiler. ``None`` for never.
+        hang_timeout_s: Seconds after which an iteration, or a batch of a validation, counts as
+            hanging: stacks and evidence are saved and the run goes on, without its profiler.
+            ``None`` for never.
         print_profile: Whether the table of a rescued profiler window is printed on rank 0.
         watch: Whether a second process of a few megabytes completes the report if this one vanishes
             (SIGKILL, the kernel's OOM killer, ``os._exit``).
@@ -136,6 +137,39 @@ class FlightRecorder(Callback):
 
     @override
     @_guarded
+    def on_validation_batch_start(
+        self,
+        trainer: Trainer,
+        pl_module: LightningModule,
+        batch: Any,
+        batch_idx: int,
+        dataloader_idx: int = 0,
+    ) -> None:
+        """A validation may take long; a batch of it counts as an iteration does."""
+        self._beat(trainer)
+
+    @override
+    @_guarded
+    def on_validation_batch_end(
+        self,
+        trainer: Trainer,
+        pl_module: LightningModule,
+        outputs: Any,
+        batch: Any,
+        batch_idx: int,
+        dataloader_idx: int = 0,
+    ) -> None:
+        """It is done."""
+        self._beat(trainer)
+
+    @override
+    @_guarded
+    def on_validation_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """Back to training."""
+        self._beat(trainer)
+
+    @override
+    @_guarded
     def on_train_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """What follows is no iteration."""
         if self._recording is not None:
@@ -160,6 +194,14 @@ class FlightRecorder(Callback):
             recording = self._record(trainer, layout, watch=False)
         if recording is not None:
             recording.die(exception)
+
+    def _beat(self, trainer: Trainer) -> None:
+        if (
+            self._recording is not None
+            and trainer.state.fn == "fit"
+            and not trainer.sanity_checking
+        ):
+            self._recording.watchdog.beat()
 
     def give_up(self, error: Exception) -> None:
         """Leave the run alone from here on."""

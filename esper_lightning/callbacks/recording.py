@@ -128,6 +128,8 @@ class Recording:
 
     def begin_iteration(self, number: int) -> None:
         """Tell ring and watchdog."""
+        if self._rescue is not None:
+            self._go_on()
         self._ring.iteration = number
         self.watchdog.beat()
 
@@ -254,6 +256,14 @@ class Recording:
             self._attempt(lambda: rescue.run(death))
             rescue.progress_s, self._saved = time.monotonic(), True
             self._attempt(lambda: self._peers.tell("failed", saved=True))
+
+    def _go_on(self) -> None:
+        """The signal for which evidence was saved ended nothing; a death will have its own."""
+        with self._lock:
+            if self._rescue is not None and self._rescue.report.get("cause") == "signal":
+                self._rescue, self._saved = None, False
+                self._attempt(lambda: set_aside(self._files.crash))
+                self._attempt(lambda: self._peers.tell("running"))
 
     def _saving_for_s(self) -> float | None:
         """Since the latest step began; ``None`` before the first.

@@ -56,6 +56,7 @@ class Watchdog:
         self._hang_timeout_s = hang_timeout_s
         self._stuck_grace_s, self._exit_grace_s = stuck_grace_s, exit_grace_s
         self._beat_s: float | None = None
+        self._alive_s = -float("inf")
         self._hung = False
         self._due: tuple[float, Alarm] | None = None
         self._exit: tuple[float, int] | None = None
@@ -65,8 +66,11 @@ class Watchdog:
         self._thread.start()
 
     def beat(self) -> None:
-        """The main thread is alive: an iteration begins or ended."""
-        self._beat_s = time.monotonic()
+        """The main thread is alive: an iteration, or a batch of a validation, begins or ended.
+
+        A signal that came before this ended nothing: somebody caught what it raised.
+        """
+        self._beat_s = self._alive_s = time.monotonic()
         self._hung = False
 
     def rest(self) -> None:
@@ -88,11 +92,19 @@ class Watchdog:
             if turn % _PEERS_EVERY == 0:
                 self._look_for_peers(now)
             self._look_for_a_hang(now)
+            self._forget_what_was_caught()
             saving_for_s = self._saving_for_s()
             if self._due is not None and now >= self._due[0] and saving_for_s is None:
                 self._act_on(self._due[1])
             elif self._exit is not None and now >= self._exit[0]:
                 self._leave(saving_for_s)
+
+    def _forget_what_was_caught(self) -> None:
+        due, leaves = self._due, self._exit
+        if due is not None and due[1].cause == "signal":
+            self._due = due if due[0] - self._stuck_grace_s >= self._alive_s else None
+        if leaves is not None and leaves[0] - self._exit_grace_s < self._alive_s:
+            self._exit = None
 
     def _act_on(self, alarm: Alarm) -> None:
         if alarm.cause == "peer" and self._peer() is None:  # it was starting, or is back

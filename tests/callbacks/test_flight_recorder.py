@@ -1,8 +1,11 @@
 """The flight recorder in the process of the tests; ``tests/crash`` lets whole processes die."""
 
+import contextlib
 import gc
+import os
 import signal
 import threading
+import time
 import weakref
 
 import pytest
@@ -13,7 +16,7 @@ from lightning.pytorch.profilers import PyTorchProfiler
 from torch.utils.data import DataLoader
 
 from esper_lightning import FlightRecorder
-from esper_lightning.callbacks import rescue
+from esper_lightning.callbacks import recording, rescue
 from esper_lightning.callbacks.recording import Recording
 from esper_lightning.forensics.files import read_json_lines
 from esper_lightning.forensics.layout import RunLayout
@@ -219,3 +222,43 @@ def test_a_relative_directory_is_where_it_was_at_the_start(fit, tmp_path, monkey
     assert read_report(RunLayout(tmp_path / "run").rank(0).crash)["error"]["message"] == "injected"
     assert list((tmp_path / "traces").glob("crash-*"))
     assert not list((tmp_path / "elsewhere").iterdir())
+
+
+def test_a_long_validation_is_no_hang(fit, files):
+    class Validated(Plain):
+        def validation_step(self, batch, batch_idx):
+            time.sleep(0.3)
+
+    recorder = FlightRecorder(hang_timeout_s=1.0, watch=False)
+    assert fit(Validated(), data(), data(5), recorder=recorder, limit_val_batches=5) is None
+    assert not files.crash.exists()
+
+
+class TestAnInterruptThatIsCaught:
+    @staticmethod
+    def interrupted(rest_s):
+        def act(module, batch_idx):
+            if batch_idx == 2:
+                with contextlib.suppress(KeyboardInterrupt):
+                    os.kill(os.getpid(), signal.SIGINT)
+                    time.sleep(5)
+                time.sleep(rest_s)
+            time.sleep(0.1)
+            raise_at(8)(module, batch_idx)
+
+        return act
+
+    def test_is_forgotten(self, fit, files, monkeypatch):
+        monkeypatch.setattr(recording, "_STUCK_GRACE_S", 0.4)
+        fit(Plain(self.interrupted(0.0)), data(10))
+        report = read_report(files.crash)
+        assert (report["cause"], report["signal"], report["iteration"]) == ("exception", None, 9)
+        assert not files.crash.with_suffix(".json.1").exists()
+
+    def test_for_which_evidence_was_saved_is_not_the_later_death(self, fit, files, monkeypatch):
+        monkeypatch.setattr(recording, "_STUCK_GRACE_S", 0.4)
+        fit(Plain(self.interrupted(1.0)), data(10))
+        report = read_report(files.crash)
+        assert (report["cause"], report["iteration"]) == ("exception", 9)
+        earlier = read_report(files.crash.with_suffix(".json.1"))
+        assert (earlier["signal"], earlier["iteration"]) == ("SIGINT", 3)
