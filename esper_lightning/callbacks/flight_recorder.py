@@ -107,7 +107,7 @@ class FlightRecorder(Callback):
         # First, before anything that may raise in its own on_exception. A new list: the old one is
         # being walked through.
         trainer.callbacks = [self, *others]
-        self._recording = self._record(trainer, layout, watch=self.watch)
+        self._recording = self._record(trainer, layout, stage, watch=self.watch)
 
     @override
     @_guarded
@@ -115,7 +115,7 @@ class FlightRecorder(Callback):
         """Lightning's launcher is running by now, and CUDA is in use if it will be."""
         if self._recording is not None:
             keep_launcher_from_killing(self._recording.save_for_launcher)
-            self._recording.watch_memory()
+            self._recording.begin_training()
 
     @override
     @_guarded
@@ -191,7 +191,7 @@ class FlightRecorder(Callback):
                 end_of_run()
                 return
             # It died before ``setup`` was called.
-            recording = self._record(trainer, layout, watch=False)
+            recording = self._record(trainer, layout, "fit", watch=False)
         if recording is not None:
             recording.die(exception)
 
@@ -215,13 +215,14 @@ class FlightRecorder(Callback):
         directory = None if trainer.fast_dev_run else self.dirpath or run_directory(trainer)
         return None if directory is None else RunLayout(Path(directory).absolute())
 
-    def _record(self, trainer: Trainer, layout: RunLayout, *, watch: bool) -> Recording:
+    def _record(self, trainer: Trainer, layout: RunLayout, stage: str, *, watch: bool) -> Recording:
         return Recording(
             trainer,
             layout,
             hang_timeout_s=self.hang_timeout_s,
             print_profile=self.print_profile,
             watch=watch,
+            stage=stage,
         )
 
 

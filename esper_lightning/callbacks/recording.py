@@ -30,7 +30,7 @@ from esper_lightning.callbacks.watchdog import Alarm, Watchdog
 from esper_lightning.forensics import sidecar
 from esper_lightning.forensics.layout import RankLayout, RunLayout
 from esper_lightning.forensics.phases import PhaseRing
-from esper_lightning.forensics.report import set_aside
+from esper_lightning.forensics.report import read_report, set_aside, write_report
 
 __all__ = ["Recording", "add_note"]
 
@@ -47,6 +47,8 @@ class Recording:
         hang_timeout_s: As for ``FlightRecorder``, like the others.
         print_profile: Whether the table of a rescued window is printed.
         watch: Whether a second process watches this one.
+        stage: As Lightning calls it; where it is not ``fit`` and all goes well, what was found of
+            an earlier run is there again afterwards.
 
     Raises:
         OSError: If the run directory takes no files; nothing is in place then.
@@ -60,6 +62,7 @@ class Recording:
         hang_timeout_s: float | None,
         print_profile: bool,
         watch: bool,
+        stage: str = "fit",
     ) -> None:
         self._pid = os.getpid()
         self._trainer, self._layout = trainer, layout
@@ -72,6 +75,8 @@ class Recording:
         self._hung = False
         self._closed = False
         self._state = "failed"
+        self._stage = stage
+        self._asides: dict[Path, Path] = {}
         with contextlib.ExitStack() as undo:
             self._begin_files(undo, watch=watch)
             self._begin_watching(undo, hang_timeout_s)
@@ -79,8 +84,8 @@ class Recording:
 
     def _begin_files(self, undo: contextlib.ExitStack, *, watch: bool) -> None:
         trainer, files = self._trainer, self._files
-        for path in (files.crash, files.stacks, files.bad_minibatch, files.memory):
-            set_aside(path)
+        self._found = read_report(files.process)
+        self._set_aside_earlier()
         self._ring = PhaseRing(files.phases)
         undo.callback(self._ring.close)
         self._peers = Peers(self._layout, trainer.global_rank, trainer.world_size)
@@ -126,6 +131,24 @@ class Recording:
         """Whether the run is over, and did not die."""
         return self._closed and self._state != "failed"
 
+    def _set_aside_earlier(self) -> None:
+        """What is found here is not to pass for evidence of this run."""
+        files = self._files
+        paths = [files.crash, files.stacks, files.bad_minibatch, files.memory, files.profile]
+        if self._stage != "fit":
+            paths.append(files.phases)
+        for path in paths:
+            aside = set_aside(path)
+            if aside is not None:
+                self._asides[path] = aside
+
+    def _put_back_earlier(self) -> None:
+        for path, aside in self._asides.items():
+            if path == self._files.phases or not path.exists():
+                aside.rename(path)
+        if self._found is not None:
+            write_report(self._files.process, self._found)
+
     def begin_iteration(self, number: int) -> None:
         """Tell ring and watchdog."""
         if self._rescue is not None:
@@ -133,8 +156,9 @@ class Recording:
         self._ring.iteration = number
         self.watchdog.beat()
 
-    def watch_memory(self) -> None:
-        """See to it that memory that runs out is looked at."""
+    def begin_training(self) -> None:
+        """Checkpoints are loaded by now, and CUDA is in use if it will be."""
+        set_aside(self._files.crash_checkpoint)
         watch_memory(self._files.memory)
 
     def die(self, error: BaseException) -> None:
@@ -284,6 +308,8 @@ class Recording:
 
     def _tell_end(self) -> None:
         self._peers.tell(self._state, saved=self._state == "failed")
+        if self._stage != "fit" and self._state == "finished":
+            self._put_back_earlier()
 
     def _stand_in(self) -> None:
         """No hook that follows may start the profiler again; the next run finds it in place."""

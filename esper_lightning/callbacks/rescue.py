@@ -34,7 +34,7 @@ from esper_lightning.callbacks.signals import dump_stacks
 from esper_lightning.forensics.files import replacing, write_atomically
 from esper_lightning.forensics.layout import RankLayout
 from esper_lightning.forensics.phases import PhaseRing
-from esper_lightning.forensics.report import write_report
+from esper_lightning.forensics.report import set_aside, write_report
 
 __all__ = ["Rescue"]
 
@@ -59,7 +59,8 @@ class Rescue:
     def run(self, death: Death) -> None:
         """Take all steps."""
         started = time.monotonic()
-        self.report = {"cause": death.cause, "evidence": {}, "complete": False}
+        self.report = {"cause": death.cause, "started_s": self.started_s}
+        self.report |= {"evidence": {}, "complete": False}
         self._guarded("profiler", self._pause_profiler)
         self._guarded("death", lambda: self.report.update(self._describe(death)))
         self._step("history", self._flush_history, seconds=5)
@@ -135,12 +136,14 @@ class Rescue:
         return self.files.stacks, "Python stacks of all threads"
 
     def _save_checkpoint(self, death: Death) -> None:
+        path = self.files.crash_checkpoint
+        if path.exists() and path.stat().st_mtime < self.started_s:
+            set_aside(path)
         if not self.bounded:
             self._evidence("checkpoint", "absent", detail="not from within a native fault")
         elif not self.trainer.strategy.optimizers:
             self._evidence("checkpoint", "absent", detail="training had not begun")
         else:
-            path = self.files.crash_checkpoint
 
             def save() -> tuple[Path, str]:
                 return path, save_crash_checkpoint(self.trainer, path, death.reason)

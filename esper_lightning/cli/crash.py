@@ -103,6 +103,11 @@ def examine(directory: Path) -> list[Remains]:
     if not folders:
         raise ValueError(f"RUN_DIR must hold rank folders (rank0, ...), got {str(directory)!r}.")
     layout = RunLayout(directory)
+    # Of the latest run; one with more ranks may have been here before.
+    processes = [read_report(RankLayout(folder).process) or {} for folder in folders]
+    latest = max(processes, key=lambda process: process.get("started_s") or 0.0)
+    world_size = latest.get("world_size") or sys.maxsize
+    folders = [path for path in folders if int(path.name[4:]) < world_size]
     return [_remains(int(path.name[4:]), layout.rank(int(path.name[4:]))) for path in folders]
 
 
@@ -142,7 +147,7 @@ def _remains(rank: int, files: RankLayout) -> Remains:
         history=rows,
         damaged_rows=damaged,
         phases=phases,
-        trace_path=_newest_trace(files, report),
+        trace_path=_newest_trace(files, report, process.get("started_s") or 0.0),
     )
 
 
@@ -163,11 +168,15 @@ def _read_history(path: Path) -> tuple[list[dict[str, Any]], int]:
         return rows, len(lines) - len(rows)
 
 
-def _newest_trace(files: RankLayout, report: dict[str, Any] | None) -> Path | None:
+def _newest_trace(
+    files: RankLayout, report: dict[str, Any] | None, started_s: float
+) -> Path | None:
+    """That which the report names, or else the newest of the latest run."""
     named = ((report or {}).get("evidence") or {}).get("trace", {}).get("path")
     if named and (path := files.directory / str(named)).exists():
         return path
     traces = list(files.trace.glob("*.pt.trace.json*")) if files.trace.is_dir() else []
+    traces = [path for path in traces if path.stat().st_mtime >= started_s]
     return max(traces, key=lambda path: path.stat().st_mtime, default=None)
 
 

@@ -262,3 +262,32 @@ class TestAnInterruptThatIsCaught:
         assert (report["cause"], report["iteration"]) == ("exception", 9)
         earlier = read_report(files.crash.with_suffix(".json.1"))
         assert (earlier["signal"], earlier["iteration"]) == ("SIGINT", 3)
+
+
+class TestASecondRunInTheSameDirectory:
+    def test_sets_aside_what_the_first_one_left(self, fit, files):
+        fit(Plain(raise_at(3)), profiler=PyTorchProfiler(schedule=None))
+        assert files.crash_checkpoint.exists()
+        assert files.profile.exists()
+        fit(Plain())
+        for path in (files.crash, files.crash_checkpoint, files.profile):
+            assert not path.exists()
+            assert path.with_name(f"{path.name}.1").exists()
+
+    @pytest.mark.filterwarnings("ignore:.*your dataloader is not resumable")
+    def test_may_go_on_from_the_crash_checkpoint(self, fit, make_trainer, files):
+        fit(Plain(raise_at(3)))
+        trainer = make_trainer(max_epochs=1, callbacks=[FlightRecorder(watch=False)])
+        trainer.fit(Plain(), data(), ckpt_path=files.crash_checkpoint, weights_only=True)
+        assert trainer.global_step > 3
+
+    def test_that_validates_well_leaves_the_death_on_record(self, fit, make_trainer, files):
+        class Validated(Plain):
+            def validation_step(self, batch, batch_idx):
+                pass
+
+        fit(Validated(raise_at(3)))
+        left = {path: path.read_bytes() for path in files.directory.iterdir() if path.is_file()}
+        settings = {"callbacks": [FlightRecorder(watch=False)], "limit_val_batches": 1}
+        make_trainer(**settings).validate(Validated(), data(), verbose=False)
+        assert {p: p.read_bytes() for p in files.directory.iterdir() if p.is_file()} == left
