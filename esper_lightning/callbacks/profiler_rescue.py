@@ -33,6 +33,7 @@ __all__ = ["ProfilerGuard"]
 
 _log = logging.getLogger(__name__)
 _RECORDING = (ProfilerAction.RECORD, ProfilerAction.RECORD_AND_SAVE)
+_TABLE_BYTES = 20_000_000  # of a packed trace, about a million events: the table takes 7 s then
 _WRAPPED = ("start", "stop", "describe")
 _numbers = itertools.count(1)
 
@@ -158,7 +159,7 @@ class ProfilerGuard:
             rank: Of this process, for the name.
 
         Returns:
-            The file, and the table of operators.
+            The file, and the table of operators; that is empty where it would take too long.
 
         Raises:
             ValueError: If nothing is being recorded, or the session was lost.
@@ -182,7 +183,8 @@ class ProfilerGuard:
             try:
                 place.mkdir(parents=True, exist_ok=True)
                 path = export_trace(profile, place / name)
-                return path, operator_table(profile.profiler.kineto_results)
+                small = path.stat().st_size <= _TABLE_BYTES
+                return path, operator_table(profile.profiler.kineto_results) if small else ""
             except OSError as error:
                 first_error = first_error or error
         assert first_error is not None

@@ -173,15 +173,20 @@ class Rescue:
         def export() -> tuple[Path, str]:
             path, table = guard.finish(self.files.trace, self.trainer.global_rank)
             tables.append(table)
+            if not table:
+                detail = (
+                    "the window is too large for a table at a death; esper crash reads the trace"
+                )
+                self._evidence("profile", "absent", detail=detail)
             return path, "the window that was open, up to the death"
 
         if guard.has_window:
             # Sessions that are not global must be stopped by the thread that started them.
             self._step("trace", export, seconds=None)
             return "".join(tables)
-        guard.abandon()
         waiting = {"NONE": "the profiler was waiting", "WARMUP": "the profiler was warming up"}
         detail = guard.why_no_session if action is None else waiting.get(action, action)
+        guard.abandon()
         self._evidence("trace", "absent", detail=f"{detail}; closed windows stay")
         try:
             return guard.text()

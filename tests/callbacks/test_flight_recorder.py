@@ -16,11 +16,16 @@ from lightning.pytorch.profilers import PyTorchProfiler
 from torch.utils.data import DataLoader
 
 from esper_lightning import FlightRecorder
-from esper_lightning.callbacks import recording, rescue
+from esper_lightning.callbacks import profiler_rescue, recording, rescue
 from esper_lightning.callbacks.recording import Recording
+from esper_lightning.callbacks.window_profiler import WindowProfiler
 from esper_lightning.forensics.files import read_json_lines
 from esper_lightning.forensics.layout import RunLayout
 from esper_lightning.forensics.report import read_report
+
+
+def schedule(wait, warmup=0):
+    return torch.profiler.schedule(wait=wait, warmup=warmup, active=1)
 
 
 class Plain(LightningModule):
@@ -291,3 +296,33 @@ class TestASecondRunInTheSameDirectory:
         settings = {"callbacks": [FlightRecorder(watch=False)], "limit_val_batches": 1}
         make_trainer(**settings).validate(Validated(), data(), verbose=False)
         assert {p: p.read_bytes() for p in files.directory.iterdir() if p.is_file()} == left
+
+
+@pytest.mark.parametrize(
+    ("profiler", "why"),
+    [
+        (lambda: None, "no PyTorchProfiler was attached"),
+        (lambda: WindowProfiler(wait=100), "the profiler was waiting"),
+        (
+            lambda: PyTorchProfiler(schedule=schedule(wait=100, warmup=1)),
+            "the profiler was waiting",
+        ),
+        (lambda: PyTorchProfiler(schedule=schedule(wait=1, warmup=99)), "was warming up"),
+    ],
+    ids=["none", "window", "stock", "warming up"],
+)
+def test_the_report_says_why_there_is_no_trace(fit, files, profiler, why):
+    error = fit(Plain(raise_at(3)), profiler=profiler())
+    trace = read_report(files.crash)["evidence"]["trace"]
+    assert trace["state"] == "absent"
+    assert why in trace["detail"]
+    assert f"no trace: {trace['detail']}" in error.__notes__[0]
+
+
+def test_a_large_window_has_a_trace_and_no_table(fit, files, monkeypatch):
+    monkeypatch.setattr(profiler_rescue, "_TABLE_BYTES", 10)
+    fit(Plain(raise_at(3)), profiler=PyTorchProfiler(schedule=None))
+    evidence = read_report(files.crash)["evidence"]
+    assert evidence["trace"]["state"] == "saved"
+    assert "too large" in evidence["profile"]["detail"]
+    assert not files.profile.exists()
