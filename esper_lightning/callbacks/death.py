@@ -18,6 +18,7 @@ import torch
 from lightning.pytorch import Trainer
 from torch import Tensor
 
+from esper_lightning.core.validate import NonFiniteError
 from esper_lightning.forensics.phases import PhaseRing
 
 __all__ = ["Death", "describe", "describe_error", "exit_status", "in_words"]
@@ -92,12 +93,18 @@ def describe(death: Death, trainer: Trainer, ring: PhaseRing) -> dict[str, Any]:
 
 
 def describe_error(error: BaseException) -> dict[str, Any]:
-    """Type, message and traceback."""
+    """Type, message and traceback; of a NaN, where it is."""
     described: dict[str, Any] = {"type": type(error).__name__, "message": _message(error)}
     try:
         lines = "".join(traceback.format_exception(error, limit=-30)).splitlines()
     except Exception as problem:
         lines = [f"(the traceback cannot be shown: {type(problem).__name__})"]
+    if isinstance(error, NonFiniteError):
+        described["non_finite"] = {
+            "phase": error.phase,
+            "tensors": error.tensors,
+            "environments": error.environments,
+        }
     return {**described, "traceback": lines}
 
 

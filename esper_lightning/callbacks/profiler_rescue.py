@@ -16,12 +16,12 @@ import os
 import socket
 import sys
 import threading
-from collections.abc import Callable
+from collections.abc import Callable, Generator
 from pathlib import Path
 
 import torch
 from lightning.pytorch.profilers import PassThroughProfiler, Profiler, PyTorchProfiler
-from torch.profiler import ProfilerAction, ProfilerActivity
+from torch.profiler import ProfilerAction
 
 from esper_lightning.callbacks.operator_table import operator_table
 from esper_lightning.callbacks.signals import Signals
@@ -29,7 +29,7 @@ from esper_lightning.callbacks.trace_export import export_trace
 from esper_lightning.callbacks.window_profiler import WindowProfiler, global_session
 from esper_lightning.forensics.phases import PhaseRing
 
-__all__ = ["ProfilerGuard"]
+__all__ = ["ProfilerGuard", "unrecorded"]
 
 _log = logging.getLogger(__name__)
 _RECORDING = (ProfilerAction.RECORD, ProfilerAction.RECORD_AND_SAVE)
@@ -67,14 +67,15 @@ class ProfilerGuard:
         for name in _WRAPPED:
             setattr(profiler, name, getattr(self, f"_{name}"))
         self._methods = {name: getattr(type(profiler), name).__get__(profiler) for name in _WRAPPED}
-        if isinstance(profiler, PyTorchProfiler):
-            _make_global(profiler)
+        self._made_global = isinstance(profiler, PyTorchProfiler) and _make_global(profiler)
 
     def release(self) -> None:
         """Give the profiler its own methods back."""
         self._off = True
         for name in _WRAPPED:
             self.profiler.__dict__.pop(name, None)
+        if self._made_global and isinstance(self.profiler, PyTorchProfiler):
+            self.profiler._profiler_kwargs.pop("experimental_config", None)
 
     @property
     def action(self) -> str | None:
@@ -144,12 +145,6 @@ class ProfilerGuard:
     def _profile(self) -> torch.profiler.profile | None:
         profile = getattr(self.profiler, "profiler", None)
         return profile if isinstance(profile, torch.profiler.profile) else None
-
-    def pause(self) -> None:
-        """Keep what the rescue itself does out of the window."""
-        profile = self._profile
-        if profile is not None and profile.current_action in _RECORDING:
-            _quietly(lambda: profile.toggle_collection_dynamic(False, [ProfilerActivity.CPU]))
 
     def finish(self, directory: Path, rank: int) -> tuple[Path, str]:
         """Close the open window and export it; the profiler is off afterwards.
@@ -234,6 +229,19 @@ class ProfilerGuard:
         return self.profiler.summary()
 
 
+@contextlib.contextmanager
+def unrecorded() -> Generator[None]:
+    """Keep what this thread does out of the window, as the work of the rescue itself."""
+    switch = getattr(torch._C._autograd, "_enable_record_function", None)
+    if switch is not None:
+        switch(False)
+    try:
+        yield
+    finally:
+        if switch is not None:
+            switch(True)
+
+
 def _quietly(action: Callable[[], object]) -> None:
     try:
         action()
@@ -241,15 +249,19 @@ def _quietly(action: Callable[[], object]) -> None:
         _log.debug("While closing the profiler: %r", error)
 
 
-def _make_global(profiler: PyTorchProfiler) -> None:
-    """Let any thread stop the session: the watchdog too, while the main thread is stuck in C."""
+def _make_global(profiler: PyTorchProfiler) -> bool:
+    """Let any thread stop the session: the watchdog too, while the main thread is stuck in C.
+
+    Returns:
+        Whether the profiler's settings were changed.
+    """
     if isinstance(profiler, WindowProfiler):  # its sessions are global already
-        return
+        return False
     if profiler._emit_nvtx or profiler._profiler_kwargs.get("experimental_config") is not None:
-        return
+        return False
     config = global_session()
     if config is None:
-        return
+        return False
     profiler._profiler_kwargs["experimental_config"] = config
     profile = profiler.profiler
     if isinstance(profile, torch.profiler.profile):  # the Trainer's first hooks have opened it
@@ -261,3 +273,4 @@ def _make_global(profiler: PyTorchProfiler) -> None:
         if running:
             profile.start()
         profile.on_trace_ready = ready
+    return True

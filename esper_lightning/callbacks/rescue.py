@@ -29,7 +29,7 @@ from esper_lightning.callbacks.death import (
     in_words,
 )
 from esper_lightning.callbacks.history import History
-from esper_lightning.callbacks.profiler_rescue import ProfilerGuard
+from esper_lightning.callbacks.profiler_rescue import ProfilerGuard, unrecorded
 from esper_lightning.callbacks.signals import dump_stacks
 from esper_lightning.forensics.files import replacing, write_atomically
 from esper_lightning.forensics.layout import RankLayout
@@ -58,10 +58,14 @@ class Rescue:
 
     def run(self, death: Death) -> None:
         """Take all steps."""
+        with unrecorded():
+            self._run(death)
+
+    def _run(self, death: Death) -> None:
         started = time.monotonic()
         self.report = {"cause": death.cause, "started_s": self.started_s}
         self.report |= {"evidence": {}, "complete": False}
-        self._guarded("profiler", self._pause_profiler)
+        self._guarded("profiler", self._describe_profiler)
         self._guarded("death", lambda: self.report.update(self._describe(death)))
         self._step("history", self._flush_history, seconds=5)
         if self.bounded:
@@ -91,12 +95,11 @@ class Rescue:
     def _describe(self, death: Death) -> dict[str, Any]:
         return describe(death, self.trainer, self.ring)
 
-    def _pause_profiler(self) -> None:
+    def _describe_profiler(self) -> None:
         self.report["profiler"] = None
         name = type(self.guard.profiler).__name__
         if name != "PassThroughProfiler":
             self.report["profiler"] = {"class": name, "action": self.guard.action}
-        self.guard.pause()
 
     # Steps.
 
@@ -212,7 +215,8 @@ class Rescue:
 
         def take() -> None:
             try:
-                results.append(action())
+                with unrecorded():
+                    results.append(action())
             except BaseException as error:
                 failures.append(error)
 

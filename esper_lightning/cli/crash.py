@@ -262,6 +262,11 @@ def _death(first: Remains) -> list[str]:
     at = time.strftime("%Y-%m-%d %H:%M:%S", time.localtime(when)) if when else "unknown"
     shown = "" if status is None else f", exit status {status}"
     lines.append(f"{at}, {report.get('cause')}{signal}{shown}, pid {report.get('pid')}")
+    found = (report.get("error") or {}).get("non_finite") or {}
+    if found:
+        where = f", environments {found['environments']}" if found.get("environments") else ""
+        names = ", ".join(map(str, found.get("tensors") or []))
+        lines.append(f"Not finite, in {found.get('phase')}: {names}{where}"[:100])
     phases = report.get("phases") or []
     lines.append(f"Iteration {report.get('iteration')}, in:")
     lines += [f"    {name}" for name in phases] or ["    no phase was open"]

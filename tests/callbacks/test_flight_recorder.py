@@ -2,6 +2,7 @@
 
 import contextlib
 import gc
+import gzip
 import os
 import signal
 import threading
@@ -19,6 +20,7 @@ from esper_lightning import FlightRecorder
 from esper_lightning.callbacks import profiler_rescue, recording, rescue
 from esper_lightning.callbacks.recording import Recording
 from esper_lightning.callbacks.window_profiler import WindowProfiler
+from esper_lightning.core.validate import NonFiniteError
 from esper_lightning.forensics.files import read_json_lines
 from esper_lightning.forensics.layout import RunLayout
 from esper_lightning.forensics.report import read_report
@@ -326,3 +328,28 @@ def test_a_large_window_has_a_trace_and_no_table(fit, files, monkeypatch):
     assert evidence["trace"]["state"] == "saved"
     assert "too large" in evidence["profile"]["detail"]
     assert not files.profile.exists()
+
+
+def test_of_a_nan_the_report_says_where_it_is(fit, files):
+    error = NonFiniteError("NaN", phase="rollout", tensors=["reward"], environments=[3, 5])
+    fit(Plain(raise_at(3, error)))
+    found = read_report(files.crash)["error"]["non_finite"]
+    assert found == {"phase": "rollout", "tensors": ["reward"], "environments": [3, 5]}
+
+
+@pytest.mark.parametrize("act", [None, raise_at(3)], ids=["healthy", "died"])
+def test_a_profiler_keeps_its_own_settings_and_says_nothing(fit, capfd, act):
+    profiler = PyTorchProfiler(schedule=schedule(wait=1, warmup=1))
+    before = dict(profiler._profiler_kwargs)
+    fit(Plain(act), profiler=profiler)
+    assert {**profiler._profiler_kwargs, "schedule": None} == {**before, "schedule": None}
+    assert "Toggling" not in capfd.readouterr().err
+
+
+def test_what_the_rescue_does_is_not_in_the_window(fit, files):
+    fit(Plain(raise_at(3)), profiler=PyTorchProfiler(schedule=None))
+    (path,) = files.trace.glob("*.gz")
+    assert b"isfinite" not in gzip.decompress(path.read_bytes())
+    with torch.profiler.profile() as after:
+        torch.ones(2).isfinite()
+    assert any("isfinite" in event.name for event in after.events())
