@@ -33,7 +33,7 @@ check: $(VENV)/.installed ## Lint, types, import contracts
 bench: $(VENV)/.installed ## Measure learning on every task, 5 seeds each (six minutes)
 	$(BIN)/python benchmarks/learning.py
 
-faults: $(VENV)/.installed ## Let runs die in every way, and write what they leave (eight minutes)
+faults: $(VENV)/.installed ## Let runs die in every way, and write what they leave (a quarter of an hour)
 	$(BIN)/python benchmarks/faults.py
 
 clean: ## Remove the virtual environment and caches

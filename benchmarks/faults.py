@@ -3,6 +3,7 @@
 import sys
 import tempfile
 from collections import Counter
+from collections.abc import Iterable
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
@@ -11,53 +12,82 @@ sys.path[:0] = [str(ROOT), str(ROOT / "benchmarks")]
 
 from conditions import conditions  # noqa: E402
 
-from tests.crash.cases import ALL, expected, name  # noqa: E402
-from tests.crash.harness import Outcome, run  # noqa: E402
+from tests.crash.cases import ALL, ALL_RANKS, Case, RankCase, expected, name  # noqa: E402
+from tests.crash.harness import FAILING_OPERATOR, Outcome, run, run_ranks  # noqa: E402
 from tests.crash.test_faults import check  # noqa: E402
+from tests.crash.test_ranks import check_ranks  # noqa: E402
 
 
 def main() -> None:
+    totals, of_ranks = Counter[str](), Counter[str]()
     with tempfile.TemporaryDirectory() as folder, ThreadPoolExecutor(2) as pool:
         places = [Path(folder) / str(number) for number in range(len(ALL))]
-        outcomes = list(pool.map(run, ALL, places))
-        problems = [check(case, outcome) for case, outcome in zip(ALL, outcomes, strict=True)]
-        reports = [read(outcome) for outcome in outcomes]
-    totals = Counter[str]()
-    rows: list[str] = []
-    for case, outcome, wrong, report in zip(ALL, outcomes, problems, reports, strict=True):
-        due = expected(case)
-        totals["runs"] += 1
-        totals["as expected"] += not wrong
-        totals["with the failing step in a trace"] += report["trace"]
-        totals["of which it was due in"] += due.trace
-        totals["with a report"] += report["cause"] is not None
-        totals["that had to be killed"] += outcome.status is None
-        totals["with leftovers"] += bool(outcome.leftovers)
-        cells = (name(case), outcome.status, report["cause"], report["error"], report["evidence"])
-        verdict = "; ".join(wrong) or "as expected"
-        rows.append(" | ".join(["", *map(str, cells), f"{outcome.seconds:.1f}", verdict, ""]))
+        rows = [row_of(*done, totals) for done in zip(ALL, pool.map(run, ALL, places), strict=True)]
+        places = [Path(folder) / f"ranks{number}" for number in range(len(ALL_RANKS))]
+        outcomes = pool.map(run_ranks, ALL_RANKS, places)
+        rank_rows = [row_of_ranks(*d, of_ranks) for d in zip(ALL_RANKS, outcomes, strict=True)]
     head = ["# What runs leave when they die", "", conditions("make faults"), ""]
-    counted = [f"- {label}: {count}" for label, count in totals.items()]
-    table = ["| fault, profiler, ... | status | cause | error | evidence saved | s | |"]
-    lines = [*head, *counted, "", *table, "| --- " * 7 + "|", *(row.strip() for row in rows)]
-    target = ROOT / "benchmarks" / "results" / "faults.md"
-    target.write_text("\n".join(lines) + "\n")
-    print("\n".join(counted))
+    one = ("fault, profiler, ...", "status", "cause", "error", "saved", "s", "")
+    two = ("fault, strategy, rank that dies", "status", "rank 0: saved", "rank 1: saved", "s", "")
+    lines = [*head, *counted(totals), *table(one, rows), "", "## Two ranks, one of which dies", ""]
+    lines += [*counted(of_ranks), *table(two, rank_rows)]
+    (ROOT / "benchmarks" / "results" / "faults.md").write_text("\n".join(lines) + "\n")
+    print("\n".join([*counted(totals), "Two ranks:", *counted(of_ranks)]))
 
 
-def read(outcome: Outcome) -> dict[str, object]:
-    """What the table shows; read while the folder is there."""
-    report = outcome.report() or {}
-    evidence = report.get("evidence", {})
-    saved = [key for key, entry in evidence.items() if entry["state"] == "saved"]
+def row_of(case: Case, outcome: Outcome, totals: Counter[str]) -> str:
+    """A line of the first table."""
+    wrong, report = check(case, outcome), outcome.report() or {}
+    totals["runs"] += 1
+    totals["as expected"] += not wrong
+    totals["with the failing step in a trace"] += any(
+        FAILING_OPERATOR in content for content in outcome.traces()
+    )
+    totals["of which it was due in"] += expected(case).trace
+    totals["with a report"] += bool(report)
+    count_ends(outcome, totals)
     error = (report.get("error") or {}).get("type")
-    trace = any(b"aten::special_erfcx" in content for content in outcome.traces())
-    return {
-        "cause": report.get("cause"),
-        "error": error,
-        "evidence": ", ".join(saved),
-        "trace": trace,
-    }
+    cells = (name(case), outcome.status, report.get("cause"), error, saved(report))
+    return row(*cells, f"{outcome.seconds:.1f}", verdict(wrong))
+
+
+def row_of_ranks(case: RankCase, outcome: Outcome, totals: Counter[str]) -> str:
+    """A line of the second table."""
+    wrong = check_ranks(case, outcome)
+    totals["runs"] += 1
+    totals["as expected"] += not wrong
+    totals["with a report of both ranks"] += all(outcome.report(rank) for rank in (0, 1))
+    count_ends(outcome, totals)
+    reports = [outcome.report(rank) or {} for rank in (0, 1)]
+    left = [f"{report.get('cause')}: {saved(report)}" for report in reports]
+    seconds = f"{outcome.seconds:.1f}"
+    return row(", ".join(map(str, case)), outcome.status, *left, seconds, verdict(wrong))
+
+
+def count_ends(outcome: Outcome, totals: Counter[str]) -> None:
+    totals["that had to be killed"] += outcome.status is None
+    totals["with leftovers"] += bool(outcome.leftovers)
+
+
+def saved(report: dict[str, dict[str, dict[str, str]]]) -> str:
+    """Names of the evidence that was saved."""
+    return ", ".join(k for k, v in report.get("evidence", {}).items() if v["state"] == "saved")
+
+
+def verdict(wrong: list[str]) -> str:
+    return "; ".join(wrong) or "as expected"
+
+
+def row(*cells: object) -> str:
+    return f"| {' | '.join(map(str, cells))} |"
+
+
+def table(heads: tuple[str, ...], rows: list[str]) -> list[str]:
+    return ["", row(*heads), "| --- " * len(heads) + "|", *rows]
+
+
+def counted(totals: Counter[str]) -> Iterable[str]:
+    return [f"- {label}: {count}" for label, count in totals.items()]
 
 
 if __name__ == "__main__":

@@ -12,6 +12,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, cast
 
+import torch
 from lightning.pytorch import Callback, LightningModule, Trainer
 from typing_extensions import override
 
@@ -178,9 +179,14 @@ def _given_row(outputs: Any) -> Mapping[str, Any] | None:
 
 
 def _numbers(trainer: Trainer) -> dict[str, float]:
-    return {
-        name: float(value) for name, value in trainer.callback_metrics.items() if value.numel() == 1
-    }
+    """All metrics in one copy from each device: it is waited for once, not for each of them."""
+    metrics = {k: v for k, v in trainer.callback_metrics.items() if v.numel() == 1}
+    numbers: dict[str, float] = dict.fromkeys(metrics, 0.0)
+    for device in {value.device for value in metrics.values()}:
+        there = {name: v.detach() for name, v in metrics.items() if v.device == device}
+        copied = torch.cat([value.reshape(1) for value in there.values()]).tolist()
+        numbers |= zip(there, map(float, copied), strict=True)
+    return numbers
 
 
 def _set_aside_after(path: Path, iteration: int) -> None:

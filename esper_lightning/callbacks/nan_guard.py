@@ -28,7 +28,8 @@ class NanGuard(Callback):
     ``manual_backward`` and the optimizers of ``self.optimizers()``. ``PPO`` guards itself. With a
     ``FlightRecorder`` the batch is in ``rank<k>/nan.pt``. On a CPU the faulty step is not applied.
     On a GPU nothing waits for the device: a fault is known when its flag has arrived, at most a few
-    steps later; the batch kept is the faulty one.
+    steps later; the batch kept is the faulty one. Under a gradient scaler (``16-mixed``) gradients
+    are left alone: infinite ones are how it finds its scale, and it skips their step.
 
     Raises:
         NonFiniteError: Naming the step, and the tensors concerned.
@@ -68,6 +69,8 @@ class NanGuard(Callback):
         self, trainer: Trainer, pl_module: LightningModule, optimizer: Optimizer
     ) -> None:
         """Look at the gradients."""
+        if getattr(trainer.precision_plugin, "scaler", None) is not None:
+            return
         gradients = {
             f"gradient of {name}": parameter.grad
             for name, parameter in pl_module.named_parameters()
@@ -82,10 +85,12 @@ class NanGuard(Callback):
         self._judge(ahead=0)
 
     def _look_at(self, named: Mapping[str, Tensor], step: int) -> None:
+        elements = {name: _elements(tensor.detach()) for name, tensor in named.items()}
+        elements = {name: tensor for name, tensor in elements.items() if tensor.numel()}
+        if not elements:
+            return
         # A norm is not finite where an element is not: one fused call for all of them.
-        norms = torch._foreach_norm(  # pyright: ignore[reportPrivateUsage]
-            [tensor.detach() for tensor in named.values()], float("inf")
-        )
+        norms = torch._foreach_norm(list(elements.values()), float("inf"))  # pyright: ignore[reportPrivateUsage]
         finite, event = torch.stack([norm.float() for norm in norms]).isfinite(), None
         if finite.is_cuda:
             # Into pinned memory: a copy into pageable memory would wait for the device.
@@ -93,7 +98,7 @@ class NanGuard(Callback):
             finite = on_host.copy_(finite, non_blocking=True)
             event = torch.cuda.Event()
             event.record()
-        self._looks.append(_Look(finite, event, list(named), self._batch, step))
+        self._looks.append(_Look(finite, event, list(elements), self._batch, step))
         self._judge(ahead=_AHEAD)
 
     def _judge(self, *, ahead: int) -> None:
@@ -115,6 +120,13 @@ class _Look(NamedTuple):
     names: list[str]
     batch: Any
     step: int
+
+
+def _elements(tensor: Tensor) -> Tensor:
+    """All of a dense tensor; the stored values of a sparse one, as they are: sorting would wait."""
+    if tensor.layout == torch.sparse_coo:
+        return tensor._values()
+    return tensor if tensor.layout == torch.strided else tensor.values()
 
 
 def _error(look: _Look) -> NonFiniteError:

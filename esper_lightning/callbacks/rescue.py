@@ -96,10 +96,12 @@ class Rescue:
         return describe(death, self.trainer, self.ring)
 
     def _describe_profiler(self) -> None:
+        profiler, name = self.guard.profiler, type(self.guard.profiler).__name__
         self.report["profiler"] = None
-        name = type(self.guard.profiler).__name__
         if name != "PassThroughProfiler":
-            self.report["profiler"] = {"class": name, "action": self.guard.action}
+            dirpath = None if profiler.dirpath is None else str(Path(profiler.dirpath).absolute())
+            described = {"class": name, "action": self.guard.action, "dirpath": dirpath}
+            self.report["profiler"] = described
 
     # Steps.
 

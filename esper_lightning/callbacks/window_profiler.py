@@ -37,7 +37,7 @@ _OTHER_STEPS = ("validation_step", "test_step", "predict_step")
 class WindowProfiler(PyTorchProfiler):
     """Record windows of whole training steps, each into a gzipped Chrome trace of its own.
 
-    A cycle is ``wait`` steps that are not recorded, and cost nothing; ``warmup`` steps, the last of
+    A cycle is ``wait`` steps that are not recorded, and cost little; ``warmup`` steps, the last of
     which is recorded, counted and thrown away; ``active`` steps that are recorded. Only training
     steps count; what happens between two of them, a validation too, is part of the window. A window
     that is open when the run ends is kept. Outside ``fit``, steps are those of the stage.
@@ -53,6 +53,8 @@ class WindowProfiler(PyTorchProfiler):
         warmup: Steps before each window, thrown away.
         active: Steps of a window.
         repeat: Number of cycles; 0 for as many as there are.
+        keep: Number of windows that stay on disk; beyond it the oldest of this run is removed, so
+            that a run that dies late has its latest windows, and room for them.
         max_events: A window ends early, after at least one step, where by the count of the steps
             recorded last it would hold more events. The first window is not bounded without a
             warm-up. An event takes about 0.2 kB while recording and 1.5 kB when the window closes.
@@ -62,7 +64,7 @@ class WindowProfiler(PyTorchProfiler):
         row_limit: Rows of the table.
 
     Attributes:
-        windows: Files written in this run, oldest first.
+        windows: Files of this run, oldest first.
         last_table: Where the time of the latest window went.
         logs_table: Whether the table is logged at the end of a run.
 
@@ -79,6 +81,7 @@ class WindowProfiler(PyTorchProfiler):
         warmup: int = 1,
         active: int = 3,
         repeat: int = 1,
+        keep: int = 10,
         max_events: int = 1_000_000,
         record_shapes: bool = False,
         profile_memory: bool = False,
@@ -96,11 +99,12 @@ class WindowProfiler(PyTorchProfiler):
         )
         for name, value in {"wait": wait, "warmup": warmup, "repeat": repeat}.items():
             require(value >= 0, f"WindowProfiler.{name}", "not be negative", value)
-        positive = {"active": active, "max_events": max_events, "row_limit": row_limit}
+        positive = {"active": active, "keep": keep, "max_events": max_events}
+        positive["row_limit"] = row_limit
         for name, value in positive.items():
             require(value >= 1, f"WindowProfiler.{name}", "be at least 1", value)
         self.wait, self.warmup, self.active, self.repeat = wait, warmup, active, repeat
-        self.max_events, self.row_limit = max_events, row_limit
+        self.keep, self.max_events, self.row_limit = keep, max_events, row_limit
         self.logs_table = True
         self._given_dirpath = dirpath
         self._run_directory: str | None = None
@@ -169,6 +173,7 @@ class WindowProfiler(PyTorchProfiler):
             _log.warning("A recorded window is lost: %s", error)
             return None
         self.windows.append(path)
+        self._remove_oldest()
         return path
 
     @override
@@ -207,9 +212,9 @@ class WindowProfiler(PyTorchProfiler):
             self._first = self._steps
             self._begin_session()
         elif position == self.wait + self.warmup - 1:
-            self._probing = True
             self._first = self._steps
             self._begin_session()
+            self._probing = self.profiler is not None
 
     def _after_step(self) -> None:
         self._steps += 1
@@ -261,6 +266,13 @@ class WindowProfiler(PyTorchProfiler):
         last = max(self._first, self._steps - 1)
         steps = f"steps{self._first}-{last}-{next(_numbers)}"
         return f"{self.filename}-{process}-{steps}.pt.trace.json.gz"
+
+    def _remove_oldest(self) -> None:
+        while len(self.windows) > self.keep:
+            try:
+                self.windows.pop(0).unlink(missing_ok=True)
+            except OSError as error:
+                _log.warning("An old window stays: %s", error)
 
     def _write_table(self, table: str) -> None:
         if self._run_directory is not None:

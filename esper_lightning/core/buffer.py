@@ -1,11 +1,12 @@
 """Storage of one rollout: allocated once, written in place. Axes: ``T`` step, ``B`` environment."""
 
+from typing import cast
+
 import torch
 from torch import Tensor
 
-from esper_lightning.core.shapes import Shaped
 from esper_lightning.core.spaces import Box, EnvSpaces, MultiDiscrete, mask_size
-from esper_lightning.core.types import Observation, Rollout, StepResult
+from esper_lightning.core.types import Observation, Rollout
 
 __all__ = ["allocate_rollout", "first_steps", "write_step"]
 
@@ -48,45 +49,20 @@ def first_steps(rollout: Rollout, steps: int) -> Rollout:
     return Rollout(*(None if field is None else _head(field, steps) for field in rollout))  # pyright: ignore[reportArgumentType]
 
 
-def write_step(
-    rollout: Rollout,
-    t: int,
-    *,
-    obs: Observation,
-    action_mask: Shaped[Tensor, "B K"] | None,
-    action: Shaped[Tensor, "B *A"],
-    log_prob: Shaped[Tensor, " B"],
-    result: StepResult,
-) -> None:
-    """Copy step ``t``: what was seen and done, and what came of it.
+def write_step(rollout: Rollout, t: int, row: Rollout) -> None:
+    """Copy step ``t``, whose fields are without the axis ``T``.
 
     Environments may then reuse their tensors.
     """
-    _copy_obs(rollout.obs, t, obs)
-    _copy_obs(rollout.reached_obs, t, result.reached_obs)
-    rollout.action[t] = action
-    rollout.log_prob[t] = log_prob
-    if rollout.action_mask is not None:
-        assert action_mask is not None
-        rollout.action_mask[t] = action_mask
-    rollout.reward[t] = result.reward
-    rollout.terminated[t] = result.terminated
-    rollout.truncated[t] = result.truncated
-    rollout.episode_return[t] = result.episode_return
-    rollout.episode_length[t] = result.episode_length
+    for storage, value in zip(rollout, row, strict=True):
+        if isinstance(storage, dict):
+            for name, group in storage.items():
+                group[t] = cast(dict[str, Tensor], value)[name]
+        elif storage is not None:
+            storage[t] = cast(Tensor, value)
 
 
 def _head(field: Observation, steps: int) -> Observation:
     if isinstance(field, Tensor):
         return field[:steps]
     return {name: value[:steps] for name, value in field.items()}
-
-
-def _copy_obs(target: Observation, t: int, source: Observation) -> None:
-    if isinstance(target, Tensor):
-        assert isinstance(source, Tensor)
-        target[t] = source
-    else:
-        assert isinstance(source, dict)
-        for name, value in target.items():
-            value[t] = source[name]

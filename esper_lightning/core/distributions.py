@@ -2,9 +2,9 @@
 
 Axes: ``M`` sample, ``A`` component, ``K`` choice.
 
-Each is built from a network's output in float32 (also under autocast), samples from an explicit
-generator without host synchronisation, and keeps what it sampled apart from what the environment is
-given.
+Each is built from a network's output in float32 (also under autocast), samples from noise that was
+drawn before, so that acting is a pure function, and keeps what it sampled apart from what the
+environment is given.
 """
 
 import math
@@ -25,8 +25,8 @@ _HALF_LOG_TAU = 0.5 * math.log(2.0 * math.pi)
 class Distribution(Protocol):
     """What acting and the update need of a distribution over ``M`` actions."""
 
-    def sample(self, generator: torch.Generator | None) -> Shaped[Tensor, "M *A"]:
-        """Draw one action for each row."""
+    def sample(self, noise: Float[Tensor, "M N"]) -> Shaped[Tensor, "M *A"]:
+        """One action for each row, from noise of the kind that the class names."""
         ...
 
     def mode(self) -> Shaped[Tensor, "M *A"]:
@@ -46,7 +46,7 @@ class Categorical:
     """One choice among ``K``, of which ``mask`` allows some.
 
     A forbidden choice has probability zero, and neither it nor its logit takes part in
-    log-probability, entropy or gradient (Huang and Ontanon 2022).
+    log-probability, entropy or gradient (Huang and Ontanon 2022). Noise: unit exponential.
     """
 
     def __init__(
@@ -58,13 +58,9 @@ class Categorical:
         self._log_p = logits.log_softmax(-1)
         self._mask = mask
 
-    def sample(self, generator: torch.Generator | None) -> Int[Tensor, " M"]:
-        """Draw by the Gumbel-max trick: the choice whose exponential clock rings first.
-
-        No host synchronisation.
-        """
-        clock = torch.empty_like(self._log_p).exponential_(generator=generator)
-        return (self._log_p - clock.log()).argmax(-1)
+    def sample(self, noise: Float[Tensor, "M K"]) -> Int[Tensor, " M"]:
+        """Draw by the Gumbel-max trick: the choice whose exponential clock rings first."""
+        return (self._log_p - noise.log()).argmax(-1)
 
     def mode(self) -> Int[Tensor, " M"]:
         """The most probable choice; the first of equals."""
@@ -85,7 +81,8 @@ class Categorical:
 class FactoredCategorical:
     """``A`` independent choices.
 
-    ``logits`` and ``mask`` hold the choices of all components one after another.
+    ``logits``, ``mask`` and noise (unit exponential) hold the choices of all components one after
+    another.
     """
 
     def __init__(
@@ -94,7 +91,7 @@ class FactoredCategorical:
         nvec: tuple[int, ...],
         mask: Bool[Tensor, "M K"] | None = None,
     ) -> None:
-        sizes = list(nvec)
+        self._sizes = sizes = list(nvec)
         parts = cast(tuple[Tensor, ...], logits.split(sizes, -1))
         masks: Sequence[Tensor | None] = [None] * len(sizes)
         if mask is not None:
@@ -103,9 +100,11 @@ class FactoredCategorical:
             Categorical(part, allowed) for part, allowed in zip(parts, masks, strict=True)
         ]
 
-    def sample(self, generator: torch.Generator | None) -> Int[Tensor, "M A"]:
+    def sample(self, noise: Float[Tensor, "M K"]) -> Int[Tensor, "M A"]:
         """Draw each component."""
-        return torch.stack([part.sample(generator) for part in self._parts], -1)
+        clocks = cast(tuple[Tensor, ...], noise.split(self._sizes, -1))
+        drawn = [part.sample(clock) for part, clock in zip(self._parts, clocks, strict=True)]
+        return torch.stack(drawn, -1)
 
     def mode(self) -> Int[Tensor, "M A"]:
         """The most probable choice of each component."""
@@ -123,14 +122,13 @@ class FactoredCategorical:
 
 
 class DiagonalGaussian:
-    """Independent normal components."""
+    """Independent normal components. Noise: standard normal."""
 
     def __init__(self, mean: Float[Tensor, "M A"], log_std: Float[Tensor, "M A"]) -> None:
         self._mean, self._log_std = mean.float(), log_std.float()
 
-    def sample(self, generator: torch.Generator | None) -> Float[Tensor, "M A"]:
+    def sample(self, noise: Float[Tensor, "M A"]) -> Float[Tensor, "M A"]:
         """Draw each component."""
-        noise = torch.empty_like(self._mean).normal_(generator=generator)
         return self._mean + self._log_std.exp() * noise
 
     def mode(self) -> Float[Tensor, "M A"]:
@@ -151,16 +149,16 @@ class TanhGaussian:
     """A diagonal Gaussian seen through ``tanh``: the density is that of ``tanh(u)`` on (-1, 1).
 
     An action is kept as ``u``, before ``tanh``: the change of variables then needs no inverse,
-    which is infinite where ``tanh`` saturates.
+    which is infinite where ``tanh`` saturates. Noise: standard normal.
     """
 
     def __init__(self, mean: Float[Tensor, "M A"], log_std: Float[Tensor, "M A"]) -> None:
         self._base = DiagonalGaussian(mean, log_std)
         self._mean, self._log_std = mean.float(), log_std.float()
 
-    def sample(self, generator: torch.Generator | None) -> Float[Tensor, "M A"]:
+    def sample(self, noise: Float[Tensor, "M A"]) -> Float[Tensor, "M A"]:
         """Draw ``u``."""
-        return self._base.sample(generator)
+        return self._base.sample(noise)
 
     def mode(self) -> Float[Tensor, "M A"]:
         """The ``u`` of the mean: the median action."""

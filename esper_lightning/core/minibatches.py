@@ -1,13 +1,11 @@
-"""Rollouts cut into shuffled minibatches. Axes: ``T`` step, ``B`` environment, ``M`` sample."""
+"""Rollouts as rows without order, and minibatches of them. Axes: ``T`` step, ``B`` environment."""
 
-from collections.abc import Iterator
-
-import torch
 from torch import Tensor
 
+from esper_lightning.core.shapes import Int
 from esper_lightning.core.types import Observation, Samples, map_obs
 
-__all__ = ["flatten_steps", "minibatches"]
+__all__ = ["flatten_steps", "take"]
 
 
 def flatten_steps(value: Observation) -> Observation:
@@ -15,33 +13,21 @@ def flatten_steps(value: Observation) -> Observation:
     return map_obs(_flatten, value)
 
 
-def minibatches(samples: Samples, count: int, *, generator: torch.Generator) -> Iterator[Samples]:
-    """One pass over all samples in random order, in ``count`` parts of equal size give or take 1.
+def take(samples: Samples, index: Int[Tensor, " M"]) -> Samples:
+    """Copies of the chosen rows."""
 
-    Args:
-        samples: ``N`` samples.
-        count: Number of parts, from 1 to ``N``.
-        generator: Source of the order, on the device of the samples.
+    def rows(tensor: Tensor) -> Tensor:
+        return tensor[index]
 
-    Yields:
-        Copies of the chosen rows.
-    """
-    total = samples.log_prob.shape[0]
-    order = torch.randperm(total, generator=generator, device=samples.log_prob.device)
-    for index in order.tensor_split(count):
-
-        def rows(tensor: Tensor, index: Tensor = index) -> Tensor:
-            return tensor[index]
-
-        yield Samples(
-            obs=map_obs(rows, samples.obs),
-            action=rows(samples.action),
-            log_prob=rows(samples.log_prob),
-            action_mask=None if samples.action_mask is None else rows(samples.action_mask),
-            advantage=rows(samples.advantage),
-            value=rows(samples.value),
-            value_target=rows(samples.value_target),
-        )
+    return Samples(
+        obs=map_obs(rows, samples.obs),
+        action=rows(samples.action),
+        log_prob=rows(samples.log_prob),
+        action_mask=None if samples.action_mask is None else rows(samples.action_mask),
+        advantage=rows(samples.advantage),
+        value=rows(samples.value),
+        value_target=rows(samples.value_target),
+    )
 
 
 def _flatten(tensor: Tensor) -> Tensor:

@@ -1,5 +1,7 @@
 """Mean and variance of a stream of batches, frozen while they are used, part of the checkpoint."""
 
+from typing import NamedTuple
+
 import torch
 from torch import Tensor, nn
 
@@ -7,7 +9,7 @@ from esper_lightning.core.shapes import Bool, Float
 from esper_lightning.core.spaces import Box, ObsSpace
 from esper_lightning.core.types import Observation
 
-__all__ = ["ObsNormalizer", "RunningStats", "merge_moments"]
+__all__ = ["Moments", "ObsNormalizer", "RunningStats", "merge_moments"]
 
 
 def merge_moments(
@@ -31,36 +33,23 @@ def merge_moments(
     return total, merged_mean, merged
 
 
-class RunningStats(nn.Module):
-    """Running mean and variance of each component of ``[..., *O]`` batches, in double precision.
+class Moments(NamedTuple):
+    """Mean and biased variance of each component of ``[..., *O]`` batches."""
 
-    Before the first ``update`` it is the identity (mean 0, variance 1). It changes only in
-    ``update``, so whoever calls that between rollouts works with frozen statistics within one.
-    """
+    number: Float[Tensor, ""]  # of rows
+    mean: Float[Tensor, "*O"]
+    variance: Float[Tensor, "*O"]
 
-    count: Tensor
-    mean: Tensor
-    variance: Tensor
-
-    def __init__(self, shape: tuple[int, ...]) -> None:
-        super().__init__()
-        self.register_buffer("count", torch.zeros((), dtype=torch.float64))
-        self.register_buffer("mean", torch.zeros(shape, dtype=torch.float64))
-        self.register_buffer("variance", torch.ones(shape, dtype=torch.float64))
-
-    @torch.no_grad()
-    def update(self, batch: Float[Tensor, "..."], *, where: Bool[Tensor, ""] | None = None) -> None:
-        """Take in a batch ``[..., *O]``.
-
-        With ``where``, only if it is True, decided on the device.
-        """
+    def merged(self, batch: Float[Tensor, "..."], *, where: Bool[Tensor, ""] | None) -> "Moments":
+        """With a batch ``[..., *O]`` taken in; with ``where``, only if it is True."""
         rows = batch.reshape(-1, *self.mean.shape).double()
-        count = torch.full_like(self.count, rows.shape[0])
-        merged = merge_moments(
-            self.count, self.mean, self.variance, count, rows.mean(0), rows.var(0, correction=0)
+        count = torch.full_like(self.number, rows.shape[0])
+        merged = Moments(*merge_moments(*self, count, rows.mean(0), rows.var(0, correction=0)))
+        if where is None:
+            return merged
+        return Moments(
+            *(torch.where(where, new, old) for new, old in zip(merged, self, strict=True))
         )
-        for buffer, value in zip((self.count, self.mean, self.variance), merged, strict=True):
-            buffer.copy_(value if where is None else torch.where(where, value, buffer))
 
     def normalize(self, batch: Float[Tensor, "..."], *, clip: float) -> Float[Tensor, "..."]:
         """``(batch - mean) / std``, held within ``[-clip, clip]``; the dtype of ``batch``."""
@@ -74,6 +63,53 @@ class RunningStats(nn.Module):
         """
         std = (self.variance + 1e-8).sqrt().to(batch.dtype)
         return (batch / std).clamp(-clip, clip)
+
+
+class RunningStats(nn.Module):
+    """Moments of a stream of batches, in double precision, as a module that is checkpointed.
+
+    Before the first ``update`` it is the identity (mean 0, variance 1). It changes only in
+    ``update`` and ``keep``, so whoever calls those between rollouts works with frozen statistics
+    within one.
+    """
+
+    count: Tensor
+    mean: Tensor
+    variance: Tensor
+
+    def __init__(self, shape: tuple[int, ...]) -> None:
+        super().__init__()
+        self.register_buffer("count", torch.zeros((), dtype=torch.float64))
+        self.register_buffer("mean", torch.zeros(shape, dtype=torch.float64))
+        self.register_buffer("variance", torch.ones(shape, dtype=torch.float64))
+
+    @property
+    def moments(self) -> Moments:
+        """As they are."""
+        return Moments(self.count, self.mean, self.variance)
+
+    @torch.no_grad()
+    def keep(self, moments: Moments) -> None:
+        """Go on from ``moments``."""
+        for buffer, value in zip(self.moments, moments, strict=True):
+            if buffer is not value:
+                buffer.copy_(value)
+
+    @torch.no_grad()
+    def update(self, batch: Float[Tensor, "..."], *, where: Bool[Tensor, ""] | None = None) -> None:
+        """Take in a batch ``[..., *O]``.
+
+        With ``where``, only if it is True, decided on the device.
+        """
+        self.keep(self.moments.merged(batch, where=where))
+
+    def normalize(self, batch: Float[Tensor, "..."], *, clip: float) -> Float[Tensor, "..."]:
+        """See ``Moments.normalize``."""
+        return self.moments.normalize(batch, clip=clip)
+
+    def scale(self, batch: Float[Tensor, "..."], *, clip: float) -> Float[Tensor, "..."]:
+        """See ``Moments.scale``."""
+        return self.moments.scale(batch, clip=clip)
 
 
 class ObsNormalizer(nn.Module):

@@ -1,11 +1,11 @@
-"""Tensors in nested containers, by name."""
+"""Tensors in nested containers: tuples (named or not), lists and mappings."""
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from typing import Any, cast
 
 from torch import Tensor
 
-__all__ = ["named_tensors"]
+__all__ = ["leaves", "map_tree", "named_tensors", "rebuild"]
 
 
 def named_tensors(tree: Any, name: str = "") -> Iterator[tuple[str, Tensor]]:
@@ -25,3 +25,46 @@ def named_tensors(tree: Any, name: str = "") -> Iterator[tuple[str, Tensor]]:
         parts = list(enumerate(cast(Sequence[Any], tree)))
     for key, value in parts:
         yield from named_tensors(value, f"{name}.{key}" if name else str(key))
+
+
+def leaves(tree: Any) -> list[Tensor]:
+    """Every tensor of a tree, in order; whatever else is in it is left out."""
+    found: list[Tensor] = []
+    _gather(tree, found)
+    return found
+
+
+def rebuild(tree: Any, tensors: Iterable[Tensor]) -> Any:
+    """``tree`` with its tensors replaced, in order."""
+    return _replace(tree, iter(tensors))
+
+
+def map_tree(function: Callable[[Tensor], Tensor], tree: Any) -> Any:
+    """``tree`` with ``function`` applied to every tensor."""
+    return rebuild(tree, map(function, leaves(tree)))
+
+
+def _gather(tree: Any, found: list[Tensor]) -> None:
+    if isinstance(tree, Tensor):
+        found.append(tree)
+    elif isinstance(tree, list | tuple):
+        for part in cast(Sequence[Any], tree):
+            _gather(part, found)
+    elif isinstance(tree, Mapping):
+        for part in cast(Mapping[Any, Any], tree).values():
+            _gather(part, found)
+
+
+def _replace(tree: Any, tensors: Iterator[Tensor]) -> Any:
+    if isinstance(tree, Tensor):
+        return next(tensors)
+    if isinstance(tree, Mapping):
+        items = cast(Mapping[Any, Any], tree).items()
+        return {key: _replace(part, tensors) for key, part in items}
+    if not isinstance(tree, list | tuple):
+        return tree
+    parts = [_replace(part, tensors) for part in cast(Sequence[Any], tree)]
+    if isinstance(tree, list):
+        return parts
+    kind = cast(Any, type(cast(Any, tree)))
+    return kind(*parts) if hasattr(kind, "_fields") else tuple(parts)

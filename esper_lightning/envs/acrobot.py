@@ -53,11 +53,11 @@ class Acrobot(EnvSpec):
         """Allocate the environments."""
         return AutoresetEnv(self, device=device, seed=seed)
 
-    def sample_state(
-        self, generator: torch.Generator, device: torch.device
-    ) -> Float[Tensor, "B 4"]:
+    def sample_states(
+        self, steps: int, generator: torch.Generator, device: torch.device
+    ) -> Float[Tensor, "T B 4"]:
         """All four uniform in [-0.1, 0.1)."""
-        state = torch.empty(self.num_envs, 4, device=device)
+        state = torch.empty(steps, self.num_envs, 4, device=device)
         return state.uniform_(-0.1, 0.1, generator=generator)
 
     def observe(self, state: Float[Tensor, "B 4"]) -> Float[Tensor, "B 6"]:

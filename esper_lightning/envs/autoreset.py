@@ -1,8 +1,8 @@
 """Batched environments for tasks that are equations, with a time limit and a reset within the step.
 
 Axes: ``B`` environment, ``S`` component of the simulator's state. A step is the same tensor
-operations whatever happens in it: no branch on a value, no host synchronisation, and the state
-stays at fixed addresses, so that a rollout can be captured as a CUDA graph. Hence it does not check
+operations whatever happens in it: no branch on a value, no host synchronisation, and everything
+random is drawn before, so that a rollout can be compiled or captured whole. Hence it does not check
 the values of actions.
 """
 
@@ -12,12 +12,20 @@ from typing import NamedTuple, Protocol, runtime_checkable
 import torch
 from torch import Tensor
 
-from esper_lightning.core.shapes import Bool, Float, Shaped
+from esper_lightning.core.shapes import Bool, Float, Int, Shaped
 from esper_lightning.core.spaces import EnvSpaces
 from esper_lightning.core.types import StepResult
 from esper_lightning.core.validate import require
 
-__all__ = ["AutoresetEnv", "Task", "Transition", "validate_sizes"]
+__all__ = ["AutoresetEnv", "Episodes", "Task", "Transition", "validate_sizes"]
+
+
+class Episodes(NamedTuple):
+    """Everything that a step changes: the running episodes."""
+
+    state: Float[Tensor, "B S"]
+    elapsed: Int[Tensor, " B"]  # steps so far
+    episode_return: Float[Tensor, " B"]  # so far
 
 
 class Transition(NamedTuple):
@@ -49,10 +57,10 @@ class Task(Protocol):
         """What it shows and takes; unmasked."""
         ...
 
-    def sample_state(
-        self, generator: torch.Generator, device: torch.device
-    ) -> Float[Tensor, "B S"]:
-        """Initial states. Called in every step, so it should be cheap."""
+    def sample_states(
+        self, steps: int, generator: torch.Generator, device: torch.device
+    ) -> Float[Tensor, "T B S"]:
+        """Initial states for so many steps of every environment, used or not: keep it cheap."""
         ...
 
     def observe(self, state: Float[Tensor, "B S"]) -> Float[Tensor, "B *O"]:
@@ -68,8 +76,7 @@ class AutoresetEnv:
     """``BatchedEnv`` of a ``Task``. It may be stepped from construction on; ``reset`` starts anew.
 
     Attributes:
-        generator: The random stream of the initial states. A CUDA graph that captures a step must
-        register it.
+        generator: The random stream of the initial states.
     """
 
     def __init__(self, task: Task, *, device: torch.device, seed: int) -> None:
@@ -80,9 +87,9 @@ class AutoresetEnv:
         self._spaces = task.spaces()
         self.generator = torch.Generator(device=device).manual_seed(seed)
         # Never returned, only written in place: see the head of the file.
-        self._state = task.sample_state(self.generator, device)
-        self._elapsed = torch.zeros(task.num_envs, dtype=torch.int64, device=device)
-        self._episode_return = torch.zeros(task.num_envs, dtype=self._state.dtype, device=device)
+        state = self.draw(1)[0]
+        zeros = torch.zeros(task.num_envs, dtype=torch.int64, device=device)
+        self._episodes = Episodes(state, zeros, zeros.to(state.dtype))
 
     @property
     def num_envs(self) -> int:
@@ -97,27 +104,53 @@ class AutoresetEnv:
     @torch.no_grad()
     def reset(self) -> tuple[Float[Tensor, "B *O"], None]:
         """Start a new episode everywhere."""
-        state = self._task.sample_state(self.generator, self._device)
-        self._state.copy_(state)
-        self._elapsed.zero_()
-        self._episode_return.zero_()
+        state = self.draw(1)[0]
+        self._episodes.state.copy_(state)
+        self._episodes.elapsed.zero_()
+        self._episodes.episode_return.zero_()
         return self._task.observe(state), None
 
     @torch.no_grad()
     def step(self, action: Shaped[Tensor, "B *A"]) -> StepResult:
         """Act everywhere; start a new episode where one ended."""
-        reached, reward, terminated = self._task.advance(self._state, action)
-        elapsed = self._elapsed + 1
-        episode_return = self._episode_return + reward
+        episodes, result = self.transition(self._episodes, action, self.draw(1)[0])
+        self.keep(episodes)
+        return result
+
+    # The same as pure functions, for rollouts that are compiled.
+
+    def episodes(self) -> Episodes:
+        """The state of all environments, at addresses that stay."""
+        return self._episodes
+
+    def keep(self, episodes: Episodes) -> None:
+        """Go on from ``episodes``."""
+        for buffer, value in zip(self._episodes, episodes, strict=True):
+            if buffer is not value:
+                buffer.copy_(value)
+
+    def draw(self, steps: int) -> Float[Tensor, "T B S"]:
+        """What the next steps need of the random stream: an initial state for every step.
+
+        On a CPU one draw of ``T`` steps gives the numbers of ``T`` draws of one.
+        """
+        return self._task.sample_states(steps, self.generator, self._device)
+
+    def transition(
+        self, episodes: Episodes, action: Shaped[Tensor, "B *A"], initial: Float[Tensor, "B S"]
+    ) -> tuple[Episodes, StepResult]:
+        """One step from ``episodes``; those that end go on from ``initial``. Changes nothing."""
+        reached, reward, terminated = self._task.advance(episodes.state, action)
+        elapsed = episodes.elapsed + 1
+        episode_return = episodes.episode_return + reward
         truncated = (elapsed >= self._task.time_limit) & ~terminated
         ended = terminated | truncated
         running = ~ended
-        initial = self._task.sample_state(self.generator, self._device)
         state = torch.where(ended.unsqueeze(-1), initial, reached)
-        self._state.copy_(state)
-        self._elapsed.copy_(elapsed.masked_fill(ended, 0))
-        self._episode_return.copy_(episode_return.masked_fill(ended, 0.0))
-        return StepResult(
+        after = Episodes(
+            state, elapsed.masked_fill(ended, 0), episode_return.masked_fill(ended, 0.0)
+        )
+        return after, StepResult(
             obs=self._task.observe(state),
             reward=reward,
             terminated=terminated,
@@ -130,7 +163,7 @@ class AutoresetEnv:
 
     def state_dict(self) -> dict[str, Tensor]:
         """Simulator state, episode accumulators and random stream, copied."""
-        buffers = {name: buffer.clone() for name, buffer in self._buffers().items()}
+        buffers = {name: buffer.clone() for name, buffer in self._episodes._asdict().items()}
         return {**buffers, "generator": self.generator.get_state()}
 
     def load_state_dict(self, state: dict[str, Tensor]) -> None:
@@ -141,7 +174,7 @@ class AutoresetEnv:
                 kind of device; nothing is changed then.
         """
         field = f"{self._owner}.load_state_dict()"
-        expected = {**self._buffers(), "generator": self.generator.get_state()}
+        expected = {**self._episodes._asdict(), "generator": self.generator.get_state()}
         require(state.keys() == expected.keys(), field, f"get {sorted(expected)}", sorted(state))
         for name, tensor in expected.items():
             rule = f"be {tensor.dtype} of shape {list(tensor.shape)}"
@@ -150,16 +183,9 @@ class AutoresetEnv:
             require(
                 got == (tensor.dtype, list(tensor.shape)), f"{field}[{name!r}]", rule, got, hint
             )
-        for name, buffer in self._buffers().items():
+        for name, buffer in self._episodes._asdict().items():
             buffer.copy_(state[name])
         self.generator.set_state(state["generator"].cpu())
-
-    def _buffers(self) -> dict[str, Tensor]:
-        return {
-            "state": self._state,
-            "elapsed": self._elapsed,
-            "episode_return": self._episode_return,
-        }
 
 
 def validate_sizes(task: Task) -> None:

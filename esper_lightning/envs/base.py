@@ -10,7 +10,7 @@ from esper_lightning.core.shapes import Bool, Shaped
 from esper_lightning.core.spaces import EnvSpaces
 from esper_lightning.core.types import Observation, StepResult
 
-__all__ = ["BatchedEnv", "EnvSpec"]
+__all__ = ["BatchedEnv", "EnvSpec", "FunctionalEnv"]
 
 
 @runtime_checkable
@@ -39,6 +39,29 @@ class BatchedEnv(Protocol):
         Raises:
             ValueError: If it comes from an environment of another size.
         """
+        ...
+
+
+@runtime_checkable
+class FunctionalEnv(BatchedEnv, Protocol):
+    """An environment whose step is also a pure function: a rollout of it can be compiled whole."""
+
+    def episodes(self) -> Any:
+        """Everything that a step changes, but for the random stream: a tuple of tensors."""
+        ...
+
+    def keep(self, episodes: Any) -> None:
+        """Go on from ``episodes``."""
+        ...
+
+    def draw(self, steps: int) -> Any:
+        """What so many steps need of the random stream: a tensor ``[T, B, ...]``, or a tuple."""
+        ...
+
+    def transition(
+        self, episodes: Any, action: Shaped[Tensor, "B *A"], drawn: Any
+    ) -> tuple[Any, StepResult]:
+        """The step: episodes after it and what it returns, from one row of ``draw``."""
         ...
 
 

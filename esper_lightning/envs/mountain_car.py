@@ -52,11 +52,11 @@ class MountainCar(EnvSpec):
         """Allocate the environments."""
         return AutoresetEnv(self, device=device, seed=seed)
 
-    def sample_state(
-        self, generator: torch.Generator, device: torch.device
-    ) -> Float[Tensor, "B 2"]:
+    def sample_states(
+        self, steps: int, generator: torch.Generator, device: torch.device
+    ) -> Float[Tensor, "T B 2"]:
         """Position uniform in [-0.6, -0.4), at rest."""
-        position = torch.empty(self.num_envs, device=device).uniform_(
+        position = torch.empty(steps, self.num_envs, device=device).uniform_(
             -0.6, -0.4, generator=generator
         )
         return torch.stack((position, torch.zeros_like(position)), dim=-1)

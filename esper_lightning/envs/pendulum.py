@@ -50,12 +50,14 @@ class Pendulum(EnvSpec):
         """Allocate the environments."""
         return AutoresetEnv(self, device=device, seed=seed)
 
-    def sample_state(
-        self, generator: torch.Generator, device: torch.device
-    ) -> Float[Tensor, "B 2"]:
+    def sample_states(
+        self, steps: int, generator: torch.Generator, device: torch.device
+    ) -> Float[Tensor, "T B 2"]:
         """Angle uniform in [-pi, pi), velocity in [-1, 1)."""
-        unit = torch.empty(self.num_envs, 2, device=device).uniform_(-1.0, 1.0, generator=generator)
-        return torch.stack((unit[:, 0] * math.pi, unit[:, 1]), dim=-1)
+        unit = torch.empty(steps, self.num_envs, 2, device=device).uniform_(
+            -1.0, 1.0, generator=generator
+        )
+        return torch.stack((unit[..., 0] * math.pi, unit[..., 1]), dim=-1)
 
     def observe(self, state: Float[Tensor, "B 2"]) -> Float[Tensor, "B 3"]:
         """The angle on the circle, the velocity as it is."""

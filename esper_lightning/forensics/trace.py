@@ -1,18 +1,26 @@
-"""Chrome traces of any size, read in bounded memory; torn ones as far as they go."""
+"""Chrome traces of any size, read in bounded memory; torn and damaged ones as far as they go."""
 
 import gzip
+import heapq
 import json
+import math
+import re
 import zlib
-from array import array
 from collections import defaultdict
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple, cast
 
-__all__ = ["OperatorSum", "TraceSummary", "sum_nested", "summarize"]
+__all__ = ["LastOperator", "NestedSums", "OperatorSum", "TraceSummary", "sum_nested", "summarize"]
 
-_CHUNK = 1 << 20
-_HOST = ("cpu_op", "user_annotation", "python_function", "cpu_instant_event", "cuda_runtime")
+_CHUNK = 1 << 17
+_LONGEST = 1 << 17  # characters of one event; what is longer is damaged
+_DISORDER = 1024  # events of a thread are in order of time but for so many
+_MAX_NAMES, _MAX_THREADS = 20_000, 512
+_EVENT = re.compile(r'\{\s*"(?:ph|name|cat)"\s*:')
+_HOST = {"cpu_op": 0, "user_annotation": 0, "cpu_instant_event": 0, "cuda_runtime": 1}
+_LEFT_OUT = ("Trace", "python_function")  # marks, and the frames of with_stack: no operators
+_OTHERS = "(other names)"
 
 
 class OperatorSum(NamedTuple):
@@ -55,71 +63,131 @@ def summarize(path: Path, *, top: int = 15, last: int = 15) -> TraceSummary:
     Raises:
         OSError: If the file cannot be opened. Damage within is not an error: ``complete`` tells.
     """
-    names: dict[str, int] = {}
-    threads: dict[tuple[Any, Any], tuple[array[float], array[float], array[int]]] = {}
-    device: dict[str, list[float]] = defaultdict(lambda: [0.0, 0.0, 0])
-    is_span: set[int] = set()
+    host, device = _Host(last), defaultdict[str, list[float]](lambda: [0.0, 0.0, 0])
     complete, events = True, 0
-    first, end = float("inf"), float("-inf")
+    first, end = math.inf, -math.inf
     for event in _events(path):
         if event is None:
             complete = False
-            break
+            continue
         events += 1
-        start, duration, name = event.get("ts"), event.get("dur"), event.get("name")
-        kind = event.get("cat")
-        timed = isinstance(start, int | float) and isinstance(duration, int | float)
-        if event.get("ph") != "X" or not timed or kind == "Trace":
+        start, duration, kind = event.get("ts"), event.get("dur"), event.get("cat")
+        timed = _is_time(start) and _is_time(duration)
+        if event.get("ph") != "X" or not timed or kind in _LEFT_OUT:
             continue
-        start, duration = cast(float, start), cast(float, duration)
+        start, duration, name = cast(float, start), cast(float, duration), str(event.get("name"))
         first, end = min(first, start), max(end, start + duration)
-        if kind not in _HOST:
-            _add(device[str(name)], duration, duration)
-            continue
-        identity = names.setdefault(str(name), len(names))
-        if kind == "user_annotation":
-            is_span.add(identity)
-        key = (event.get("pid"), event.get("tid"))
-        if key not in threads:
-            threads[key] = (array("d"), array("d"), array("l"))
-        starts, durations, identities = threads[key]
-        starts.append(start)
-        durations.append(duration)
-        identities.append(identity)
-    table = list(names)
-    sums: list[list[float]] = [[0.0, 0.0, 0] for _ in table]
-    latest: list[LastOperator] = []
-    for columns in threads.values():
-        latest += _sum_thread(columns, table, sums, is_span, last)
-    by_name = [OperatorSum(name, *_typed(entry)) for name, entry in zip(table, sums, strict=True)]
+        if kind in _HOST:
+            host.add(event, name, start, duration)
+        else:
+            known = name in device or len(device) < _MAX_NAMES
+            _add(device[name if known else _OTHERS], duration)
+    operators, spans = host.finish()
     return TraceSummary(
         complete,
         events,
-        max(0.0, end - first) / 1e6 if events and end > first else 0.0,
-        _ranked([row for i, row in enumerate(by_name) if i not in is_span], top),
+        max(0.0, end - first) / 1e6 if end > first else 0.0,
+        _ranked(operators, top),
         _ranked([OperatorSum(name, *_typed(entry)) for name, entry in device.items()], top),
-        _ranked([row for i, row in enumerate(by_name) if i in is_span], top),
-        sorted(latest, key=lambda operator: operator.start_us)[-last:],
+        _ranked(spans, top),
+        [LastOperator(name, start, duration) for start, _, name, duration in sorted(host.latest)],
     )
 
 
-def _sum_thread(
-    columns: "tuple[array[float], array[float], array[int]]",
-    table: list[str],
-    sums: list[list[float]],
-    is_span: set[int],
-    last: int,
-) -> list[LastOperator]:
-    """Add one thread's events to ``sums``; returns its last operators."""
-    starts, durations, identities = columns
-    order = sum_nested(starts, durations, identities, sums)
-    latest: list[LastOperator] = []
-    for i in reversed(order):
-        if identities[i] not in is_span:
-            latest.append(LastOperator(table[identities[i]], starts[i], durations[i]))
-        if len(latest) == last:
-            break
-    return latest
+class _Host:
+    """Sums over what ran on the CPU, and the operators that began last.
+
+    Calls of the CUDA runtime are in the file apart from the operators that made them: each of the
+    two is nested in itself only.
+    """
+
+    def __init__(self, last: int) -> None:
+        self.latest: list[tuple[float, int, str, float]] = []  # a heap: start, number, ...
+        self._last = last
+        self._number = 0
+        self._names: dict[str, int] = {}
+        self._sums: list[list[float]] = []
+        self._spans: set[int] = set()
+        self._waiting: dict[Any, list[tuple[float, float, int]]] = {}  # heaps, by thread
+        self._threads: dict[Any, NestedSums] = {}
+
+    def add(self, event: dict[str, Any], name: str, start: float, duration: float) -> None:
+        """Take an event."""
+        if name not in self._names and len(self._names) >= _MAX_NAMES:
+            name = _OTHERS
+        identity = self._names.setdefault(name, len(self._names))
+        if identity == len(self._sums):
+            self._sums.append([0.0, 0.0, 0])
+        self._number += 1
+        if event["cat"] == "user_annotation":
+            self._spans.add(identity)
+        elif len(self.latest) < self._last:
+            heapq.heappush(self.latest, (start, self._number, name, duration))
+        elif self.latest and start >= self.latest[0][0]:
+            heapq.heapreplace(self.latest, (start, self._number, name, duration))
+        key: Any = (str(event.get("pid")), str(event.get("tid")), _HOST[event["cat"]])
+        if key not in self._waiting and len(self._waiting) >= _MAX_THREADS:
+            key = None
+        waiting = self._waiting.setdefault(key, [])
+        heapq.heappush(waiting, (start, -duration, identity))
+        if len(waiting) > _DISORDER:
+            self._take(key, heapq.heappop(waiting))
+
+    def _take(self, key: Any, event: tuple[float, float, int]) -> None:
+        if key not in self._threads:
+            self._threads[key] = NestedSums(self._sums)
+        self._threads[key].add(event[0], -event[1], event[2])
+
+    def finish(self) -> tuple[list[OperatorSum], list[OperatorSum]]:
+        """Sums of the operators, and of the spans."""
+        for key, waiting in self._waiting.items():
+            while waiting:
+                self._take(key, heapq.heappop(waiting))
+        for thread in self._threads.values():
+            thread.close()
+        rows: tuple[list[OperatorSum], list[OperatorSum]] = ([], [])
+        for name, identity in self._names.items():
+            row = OperatorSum(name, *_typed(self._sums[identity]))
+            rows[identity in self._spans].append(row)
+        return rows
+
+
+class NestedSums:
+    """Adds the events of one thread, in order of time, to their names' sums.
+
+    As ``key_averages`` does, an event that holds nothing but one of its own name counts once.
+
+    Args:
+        sums: Self time, total time and calls by name, added to in place.
+    """
+
+    def __init__(self, sums: list[list[float]]) -> None:
+        self._sums = sums
+        self._open: list[list[float]] = []  # end, identity, children, duration of one like itself
+
+    def add(self, start: float, duration: float, identity: int) -> None:
+        """Take the next event: none that began earlier follows, outer ones come first."""
+        opened = self._open
+        while opened and opened[-1][0] <= start:
+            self._close_innermost()
+        if opened:
+            parent = opened[-1]
+            self._sums[int(parent[1])][0] -= duration
+            parent[2] += 1
+            parent[3] = duration if parent[1] == identity else -1
+        _add(self._sums[identity], duration)
+        opened.append([start + duration, identity, 0, -1])
+
+    def close(self) -> None:
+        """The thread has no more events."""
+        while self._open:
+            self._close_innermost()
+
+    def _close_innermost(self) -> None:
+        _, identity, children, like_itself = self._open.pop()
+        if children == 1 and like_itself >= 0:
+            self._sums[int(identity)][1] -= like_itself
+            self._sums[int(identity)][2] -= 1
 
 
 def sum_nested(
@@ -127,57 +195,28 @@ def sum_nested(
     durations: Sequence[float],
     identities: Sequence[int],
     sums: list[list[float]],
-) -> list[int]:
-    """Add the events of one thread to their names' self time, total time and calls.
-
-    As ``key_averages`` does, an event that holds nothing but one of its own name counts once.
+) -> None:
+    """Add the events of one thread to the sums of ``NestedSums``, whatever their order.
 
     Args:
         starts: Of each event.
         durations: In the same unit.
         identities: Which entry of ``sums`` an event belongs to.
         sums: Self time, total time and calls by name, added to in place.
-
-    Returns:
-        The order of the events in time, outer ones first.
     """
-    order = sorted(range(len(starts)), key=lambda i: (starts[i], -durations[i]))
-    open_events: list[list[float]] = []  # end, identity, children, duration of one like itself
-
-    def close() -> None:
-        _, identity, children, like_itself = open_events.pop()
-        if children == 1 and like_itself >= 0:
-            sums[int(identity)][1] -= like_itself
-            sums[int(identity)][2] -= 1
-
-    for i in order:
-        start, duration, identity = starts[i], durations[i], identities[i]
-        while open_events and open_events[-1][0] <= start:
-            close()
-        if open_events:
-            parent = open_events[-1]
-            sums[int(parent[1])][0] -= duration
-            parent[2] += 1
-            parent[3] = duration if parent[1] == identity else -1
-        _add(sums[identity], duration, duration)
-        open_events.append([start + duration, identity, 0, -1])
-    while open_events:
-        close()
-    return order
+    nested = NestedSums(sums)
+    for i in sorted(range(len(starts)), key=lambda i: (starts[i], -durations[i])):
+        nested.add(starts[i], durations[i], identities[i])
+    nested.close()
 
 
 def _events(path: Path) -> Iterator[dict[str, Any] | None]:
-    """The objects in ``traceEvents`` one after another; ``None`` at the end of a torn file."""
-    decoder = json.JSONDecoder()
-    text, at, ended = "", 0, False
-    chunks = _chunks(path)
-    while '"traceEvents"' not in text:
-        chunk = next(chunks, None)
-        if chunk is None:
-            yield None
-            return
-        text += chunk
-    at = text.index("[", text.index('"traceEvents"')) + 1
+    """The objects in ``traceEvents`` one after another; ``None`` where something is damaged."""
+    decoder, chunks = json.JSONDecoder(), _chunks(path)
+    text, at = _find_events(chunks), 0
+    if text is None:
+        yield None
+        return
     while True:
         while at < len(text) and text[at] in " \t\r\n,":
             at += 1
@@ -187,15 +226,31 @@ def _events(path: Path) -> Iterator[dict[str, Any] | None]:
             return
         try:
             event, at = decoder.raw_decode(text, at)
-        except ValueError:
-            chunk = None if ended else next(chunks, None)
-            if chunk is None:
-                yield None
-                return
-            text, at = text[at:] + chunk, 0
+        except (ValueError, RecursionError):  # cut by the end of the text, or damaged
+            chunk = next(chunks, "") if len(text) - at < _LONGEST else None
+            if chunk:
+                text, at = text[at:] + chunk, 0
+                continue
+            yield None
+            while not (found := _EVENT.search(text, at + 1)):
+                chunk = next(chunks, "")
+                if not chunk:
+                    return
+                text, at = text[-64:] + chunk, -1
+            at = found.start()
             continue
         if isinstance(event, dict):
             yield cast(dict[str, Any], event)
+
+
+def _find_events(chunks: Iterator[str]) -> str | None:
+    """Text from within the list of events on; ``None`` if there is no list."""
+    text = ""
+    for chunk in chunks:
+        text = text[-64:] + chunk
+        if found := re.search(r'"traceEvents"\s*:\s*\[', text):
+            return text[found.end() :]
+    return None
 
 
 def _chunks(path: Path) -> Iterator[str]:
@@ -211,9 +266,13 @@ def _chunks(path: Path) -> Iterator[str]:
             yield content.decode("latin-1")  # names are ASCII; a cut character must not stop us
 
 
-def _add(entry: list[float], self_us: float, total_us: float) -> None:
-    entry[0] += self_us
-    entry[1] += total_us
+def _is_time(value: Any) -> bool:
+    return isinstance(value, int | float) and -1e18 < value < 1e18
+
+
+def _add(entry: list[float], duration: float) -> None:
+    entry[0] += duration
+    entry[1] += duration
     entry[2] += 1
 
 

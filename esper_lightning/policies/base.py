@@ -38,10 +38,17 @@ class Policy(nn.Module, ABC):
     """
 
     @abstractmethod
+    def noise(self, shape: tuple[int, ...], generator: torch.Generator) -> Float[Tensor, "... N"]:
+        """Random numbers for ``act``: ``[*shape, N]``, on the device of the generator."""
+
+    @abstractmethod
     def act(
-        self, obs: Observation, mask: Bool[Tensor, "M K"] | None, generator: torch.Generator | None
+        self,
+        obs: Observation,
+        mask: Bool[Tensor, "M K"] | None,
+        noise: Float[Tensor, "M N"],
     ) -> SampledAction:
-        """Sample an action for each row."""
+        """Sample an action for each row; everything random about it is in ``noise``."""
 
     @abstractmethod
     def act_deterministically(

@@ -107,12 +107,19 @@ class FeedForwardPolicy(Policy):
         )
         self.value_head = orthogonal_linear(width, 1, gain=1.0, generator=generator)
 
+    def noise(self, shape: tuple[int, ...], generator: torch.Generator) -> Float[Tensor, "... N"]:
+        """Random numbers for ``act``: ``[*shape, N]``, on the device of the generator."""
+        return self.action_head.noise(shape, generator)
+
     def act(
-        self, obs: Observation, mask: Bool[Tensor, "M K"] | None, generator: torch.Generator | None
+        self,
+        obs: Observation,
+        mask: Bool[Tensor, "M K"] | None,
+        noise: Float[Tensor, "M N"],
     ) -> SampledAction:
-        """Sample an action for each row."""
+        """Sample an action for each row; everything random about it is in ``noise``."""
         distribution = self.action_head(self.actor(_flat(obs, self._actor_obs)), mask)
-        action = distribution.sample(generator)
+        action = distribution.sample(noise)
         return SampledAction(action, distribution.log_prob(action))
 
     def act_deterministically(

@@ -37,6 +37,11 @@ class CategoricalHead(nn.Module):
             features, mask_size(space), gain=_HEAD_GAIN, generator=generator
         )
 
+    def noise(self, shape: tuple[int, ...], generator: torch.Generator) -> Float[Tensor, "... K"]:
+        """What sampling consumes, ``[*shape, K]``, on the device of the generator."""
+        size = self.logits.out_features
+        return torch.empty(*shape, size, device=generator.device).exponential_(generator=generator)
+
     def forward(
         self, features: Float[Tensor, "M H"], mask: Bool[Tensor, "M K"] | None
     ) -> Distribution:
@@ -77,6 +82,11 @@ class GaussianHead(nn.Module):
         self.log_std = nn.Parameter(torch.full((space.size,), initial_std).log())
         self.register_buffer("low", torch.tensor(space.lows), persistent=False)
         self.register_buffer("high", torch.tensor(space.highs), persistent=False)
+
+    def noise(self, shape: tuple[int, ...], generator: torch.Generator) -> Float[Tensor, "... A"]:
+        """What sampling consumes, ``[*shape, A]``, on the device of the generator."""
+        size = self.mean.out_features
+        return torch.empty(*shape, size, device=generator.device).normal_(generator=generator)
 
     def forward(
         self, features: Float[Tensor, "M H"], mask: Bool[Tensor, "M K"] | None

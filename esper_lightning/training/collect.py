@@ -3,30 +3,36 @@
 No gradient, no host synchronisation, no allocation of the rollout; it knows nothing of Lightning.
 """
 
+import logging
 from collections.abc import Callable
-from typing import NamedTuple, cast
+from typing import Any, NamedTuple, cast
 
 import torch
 from torch import Tensor
 
 from esper_lightning.core.buffer import write_step
+from esper_lightning.core.compiling import CompileMode, compile_loop
 from esper_lightning.core.gae import discounted_returns
-from esper_lightning.core.running_stats import RunningStats
+from esper_lightning.core.running_stats import Moments
 from esper_lightning.core.shapes import Bool, Float
-from esper_lightning.core.types import Observation, Rollout, map_obs
-from esper_lightning.envs.base import BatchedEnv
-from esper_lightning.policies.base import Policy
+from esper_lightning.core.types import Observation, Rollout, StepResult, map_obs
+from esper_lightning.envs.base import BatchedEnv, FunctionalEnv
+from esper_lightning.policies.base import SampledAction
+from esper_lightning.training.agent import Agent, Weights
 from esper_lightning.training.config import PPOConfig
 
 __all__ = [
     "ActingState",
+    "Collector",
     "Fault",
     "Normalize",
-    "collect",
+    "as_row",
     "first_non_finite",
     "is_finite",
     "scale_reward",
 ]
+
+_log = logging.getLogger(__name__)
 
 Normalize = Callable[[Observation], Observation]
 
@@ -51,77 +57,151 @@ class ActingState(NamedTuple):
         return ActingState(map_obs(move, self.obs), mask, move(self.discounted_return))
 
 
-@torch.no_grad()
-def collect(
-    env: BatchedEnv,
-    policy: Policy,
-    normalize: Normalize,
-    state: ActingState,
-    rollout: Rollout,
-    *,
-    generator: torch.Generator,
-) -> ActingState:
-    """Fill ``rollout`` by acting in ``env``.
+class _Running(NamedTuple):
+    """What one step of a rollout hands to the next."""
+
+    episodes: Any
+    obs: Observation
+    action_mask: Bool[Tensor, "B K"] | None
+
+
+class Collector:
+    """Fills rollouts by acting in ``env``.
+
+    Environments that are pure functions are stepped as ``mode`` says; others by calling ``step``.
 
     Args:
         env: ``B`` environments.
-        policy: Acts on normalised observations.
-        normalize: Applied to what the policy sees; the rollout keeps observations as they are.
-        state: Where the previous rollout ended.
-        rollout: ``T`` steps to overwrite.
-        generator: Source of exploration noise, on the device.
-
-    Returns:
-        Where the next rollout begins.
+        agent: Acts in them.
+        mode: How rollouts run.
+        device: Of environments and agent.
     """
-    obs, action_mask = state.obs, state.action_mask
-    for t in range(rollout.reward.shape[0]):
-        action, log_prob = policy.act(normalize(obs), action_mask, generator)
-        result = env.step(policy.to_env(action))
-        write_step(
-            rollout,
-            t,
-            obs=obs,
-            action_mask=action_mask,
-            action=action,
-            log_prob=log_prob,
-            result=result,
-        )
-        obs, action_mask = result.obs, result.action_mask
-    return ActingState(obs, action_mask, state.discounted_return)
+
+    def __init__(
+        self, env: BatchedEnv, agent: Agent, *, mode: CompileMode, device: torch.device
+    ) -> None:
+        self._env, self._agent = env, agent
+        self._functional = cast(FunctionalEnv, env) if _is_functional(env) else None
+        if self._functional is None and mode != "off":
+            reason = "its step is no pure function (FunctionalEnv)"
+            _log.warning("Rollouts of %s are not compiled: %s.", type(env).__name__, reason)
+        self._loop = compile_loop("rollout", self._step, mode=mode, device=device)
+
+    @torch.no_grad()
+    def collect(
+        self,
+        state: ActingState,
+        rollout: Rollout,
+        *,
+        generator: torch.Generator,
+    ) -> tuple[Rollout, ActingState]:
+        """Act for as many steps as ``rollout`` has.
+
+        Args:
+            state: Where the previous rollout ended.
+            rollout: ``T`` steps that may be overwritten.
+            generator: Source of exploration noise, on the device.
+
+        Returns:
+            The rollout, maybe not in the storage that was given, and where the next one begins.
+        """
+        steps, num_envs = rollout.reward.shape
+        weights = self._agent.weights
+        noise = self._agent.noise((steps, num_envs), generator)
+        if self._functional is None:
+            return rollout, self._call_env(state, rollout, weights, noise)
+        env = self._functional
+        running = _Running(env.episodes(), state.obs, state.action_mask)
+        xs = (noise, env.draw(steps))
+        running, rollout = self._loop(running, xs, None, weights, rollout)
+        env.keep(running.episodes)
+        return rollout, state._replace(obs=running.obs, action_mask=running.action_mask)
+
+    def _step(
+        self, running: _Running, x: tuple[Tensor, Any], weights: Weights
+    ) -> tuple[_Running, Rollout]:
+        """One step of an environment that is a pure function."""
+        assert self._functional is not None
+        noise, drawn = x
+        sampled, action = self._agent.act(weights, running.obs, running.action_mask, noise)
+        episodes, result = self._functional.transition(running.episodes, action, drawn)
+        row = as_row(running.obs, running.action_mask, sampled, result)
+        return _Running(episodes, result.obs, result.action_mask), row
+
+    def _call_env(
+        self, state: ActingState, rollout: Rollout, weights: Weights, noise: Tensor
+    ) -> ActingState:
+        """Any other environment."""
+        obs, action_mask = state.obs, state.action_mask
+        for t in range(rollout.reward.shape[0]):
+            sampled, action = self._agent.act(weights, obs, action_mask, noise[t])
+            result = self._env.step(action)
+            write_step(rollout, t, as_row(obs, action_mask, sampled, result))
+            obs, action_mask = result.obs, result.action_mask
+        return state._replace(obs=obs, action_mask=action_mask)
 
 
-@torch.no_grad()
+def _is_functional(env: BatchedEnv) -> bool:
+    """Whether ``transition`` is what ``step`` does: a subclass may have replaced one of the two."""
+    if not isinstance(env, FunctionalEnv) or "step" in vars(env):
+        return False
+    owner = {
+        name: next((i for i, kind in enumerate(type(env).__mro__) if name in vars(kind)), -1)
+        for name in ("transition", "step")
+    }
+    return owner["transition"] <= owner["step"]
+
+
+def as_row(
+    obs: Observation,
+    action_mask: Bool[Tensor, "B K"] | None,
+    sampled: SampledAction,
+    result: StepResult,
+) -> Rollout:
+    """One step as a row of a rollout: what was seen and done, and what came of it."""
+    action = sampled.action
+    return Rollout(
+        obs=map_obs(Tensor.float, obs),
+        reached_obs=map_obs(Tensor.float, result.reached_obs),
+        action=action.float() if action.is_floating_point() else action.long(),
+        log_prob=sampled.log_prob.float(),
+        action_mask=action_mask,
+        reward=result.reward.float(),
+        terminated=result.terminated,
+        truncated=result.truncated,
+        episode_return=result.episode_return.float(),
+        episode_length=result.episode_length.long(),
+    )
+
+
 def scale_reward(
     rollout: Rollout,
-    state: ActingState,
-    stats: RunningStats | None,
+    discounted_return: Float[Tensor, " B"],
+    moments: Moments | None,
     config: PPOConfig,
     *,
     healthy: Bool[Tensor, ""],
-) -> tuple[Float[Tensor, "T B"], ActingState]:
+) -> tuple[Float[Tensor, "T B"], Float[Tensor, " B"], Moments | None]:
     """Rewards as the learner sees them: one scale for a whole rollout, which it helps to set.
 
     Args:
         rollout: What was collected.
-        state: Where acting goes on; carries the discounted returns of running episodes.
-        stats: Of discounted returns, updated in place; ``None`` leaves rewards as they are.
+        discounted_return: Of the running episodes, before the rollout.
+        moments: Of discounted returns; ``None`` leaves rewards as they are.
         config: Discount and limit.
-        healthy: Where False, the statistics stay as they are.
+        healthy: Where False, the moments stay as they are.
 
     Returns:
-        The rewards, and the state to go on from.
+        The rewards, the discounted returns after the rollout, and the moments.
     """
-    if stats is None:
-        return rollout.reward, state
+    if moments is None:
+        return rollout.reward, discounted_return, None
     ended = rollout.terminated | rollout.truncated
     returns, carried = discounted_returns(
-        rollout.reward, ended, state.discounted_return, discount=config.discount
+        rollout.reward, ended, discounted_return, discount=config.discount
     )
-    stats.update(returns, where=healthy)
-    return stats.scale(rollout.reward, clip=config.reward_clip), state._replace(
-        discounted_return=carried
-    )
+    moments = moments.merged(returns, where=healthy)
+    return moments.scale(rollout.reward, clip=config.reward_clip), carried, moments
 
 
 def is_finite(rollout: Rollout) -> Bool[Tensor, ""]:

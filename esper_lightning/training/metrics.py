@@ -1,28 +1,26 @@
 """Names of every metric, and what is accumulated over iterations.
 
-Axes: ``T`` step, ``B`` environment, ``W`` window.
+Axes: ``T`` step, ``B`` environment.
 """
 
 import math
+from collections import deque
 from collections.abc import Mapping
-from typing import NamedTuple, cast
+from typing import cast
 
 import torch
 from torch import Tensor
-from torchmetrics import Metric
-from typing_extensions import override
 
-from esper_lightning.core.shapes import Bool, Float, Int
+from esper_lightning.core.shapes import Float
 from esper_lightning.core.types import Rollout
-from esper_lightning.training.update import UpdateMetrics
 
 __all__ = [
     "EVAL_RETURN",
     "ROLLOUT_RETURN",
-    "EpisodeMeans",
     "RecentEpisodes",
     "evaluation_metrics",
     "iteration_figures",
+    "rollout_figures",
     "shown_in_progress_bar",
     "to_host",
 ]
@@ -31,9 +29,11 @@ ROLLOUT_RETURN = "rollout/episode_return_mean"
 ROLLOUT_LENGTH = "rollout/episode_length_mean"
 EVAL_RETURN = "eval/episode_return_mean"
 _COPIED = (
-    ROLLOUT_RETURN,
-    ROLLOUT_LENGTH,
+    "healthy",
+    "return_sum",
+    "length_sum",
     "rollout/episodes",
+    "policy/explained_variance",
     "loss/policy",
     "loss/value",
     "loss/entropy",
@@ -42,89 +42,71 @@ _COPIED = (
     "optim/grad_norm",
     "gradient_steps",
     "learner_finite",
-    "policy/explained_variance",
-    "healthy",
 )
-_NOT_REPORTED = ("gradient_steps", "learner_finite", "healthy")
+_NOT_REPORTED = ("healthy", "return_sum", "length_sum", "gradient_steps", "learner_finite")
 
 
-class EpisodeMeans(NamedTuple):
-    """Means over recent episodes; NaN while no episode has ended."""
-
-    episode_return: Float[Tensor, ""]
-    episode_length: Float[Tensor, ""]
-
-
-class RecentEpisodes(Metric):
+class RecentEpisodes:
     """Means over the latest iterations that together hold ``window`` episodes, or all there are.
 
-    The state is bounded: sums of the last 64 iterations in which an episode ended. Nothing
-    synchronises.
+    Kept on the host, from figures that it gets anyway, and bounded: the last 64 iterations in which
+    an episode ended.
     """
 
-    higher_is_better = None
-    full_state_update = False
-    sums: Tensor  # [W, 3] sums of returns and lengths, number of episodes; the newest first
-
     def __init__(self, window: int = 100) -> None:
-        super().__init__()
         self._window = window
-        self.add_state("sums", torch.zeros(64, 3), dist_reduce_fx="sum", persistent=True)
+        self._sums: deque[list[float]] = deque(maxlen=64)  # the newest last
 
-    @override
-    def update(
-        self,
-        episode_return: Float[Tensor, "T B"],
-        episode_length: Int[Tensor, "T B"],
-        *,
-        where: Bool[Tensor, ""],
-    ) -> None:
-        """Take in one iteration, if ``where``; a length of 0 means that no episode ended there."""
-        ended = episode_length > 0
-        newest = torch.stack(
-            [
-                torch.where(ended, episode_return, 0.0).float().sum(),
-                episode_length.float().sum(),
-                ended.float().sum(),
-            ]
-        )
-        self.sums = torch.where(
-            where & (newest[2] > 0), torch.cat([newest[None], self.sums[:-1]]), self.sums
-        )
+    def update(self, return_sum: float, length_sum: float, episodes: float) -> None:
+        """Take in the sums of one iteration."""
+        if episodes > 0:
+            self._sums.append([return_sum, length_sum, episodes])
 
-    @override
-    def compute(self) -> EpisodeMeans:
-        """Means over the window."""
-        episodes = self.sums[:, 2]
-        newer = episodes.cumsum(0) - episodes
-        total = torch.where((newer < self._window)[:, None], self.sums, 0.0).sum(0)
-        return EpisodeMeans(total[0] / total[2], total[1] / total[2])
+    def means(self) -> tuple[float, float]:
+        """Mean return and mean length; NaN while no episode has ended."""
+        total = [0.0, 0.0, 0.0]
+        for sums in reversed(self._sums):
+            if total[2] >= self._window:
+                break
+            total = [a + b for a, b in zip(total, sums, strict=True)]
+        if total[2] == 0.0:
+            return math.nan, math.nan
+        return total[0] / total[2], total[1] / total[2]
+
+    def state(self) -> list[list[float]]:
+        """For a checkpoint."""
+        return list(self._sums)
+
+    def load(self, state: list[list[float]]) -> None:
+        """Continue from ``state``."""
+        self._sums = deque(state, maxlen=64)
 
 
-def to_host(
-    recent: EpisodeMeans,
-    rollout: Rollout,
-    metrics: UpdateMetrics,
-    variance: Float[Tensor, ""],
-    healthy: Bool[Tensor, ""],
-) -> dict[str, float]:
+def rollout_figures(rollout: Rollout) -> Float[Tensor, "3"]:
+    """Of the episodes that ended: sum of returns, sum of lengths, number; in double precision."""
+    ended = rollout.episode_length > 0
+    episode_return = torch.where(ended, rollout.episode_return, 0.0)
+    return torch.stack([x.double().sum() for x in (episode_return, rollout.episode_length, ended)])
+
+
+def to_host(*figures: Float[Tensor, "..."]) -> dict[str, float]:
     """Everything that the host wants to know of an iteration, in one copy."""
-    episodes = (rollout.episode_length > 0).sum()
-    scalars = [*recent, episodes, *metrics, variance, healthy]
-    values = cast(list[float], torch.stack([scalar.float() for scalar in scalars]).tolist())
-    return dict(zip(_COPIED, values, strict=True))
+    scalars = torch.cat([figure.double().reshape(-1) for figure in figures])
+    return dict(zip(_COPIED, cast(list[float], scalars.tolist()), strict=True))
 
 
-def iteration_figures(host: Mapping[str, float]) -> dict[str, float | int | None]:
+def iteration_figures(
+    host: Mapping[str, float], recent: RecentEpisodes
+) -> dict[str, float | int | None]:
     """The figures of a history row; means over episodes are ``None`` while none has ended."""
-    figures: dict[str, float | int | None] = {
-        name: value for name, value in host.items() if name not in _NOT_REPORTED
+    episode_return, episode_length = recent.means()
+    known = not math.isnan(episode_return)
+    return {
+        ROLLOUT_RETURN: episode_return if known else None,
+        ROLLOUT_LENGTH: episode_length if known else None,
+        "rollout/episodes": int(host["rollout/episodes"]),
+        **{k: v for k, v in host.items() if k not in (*_NOT_REPORTED, "rollout/episodes")},
     }
-    figures["rollout/episodes"] = int(host["rollout/episodes"])
-    for name in (ROLLOUT_RETURN, ROLLOUT_LENGTH):
-        if math.isnan(host[name]):
-            figures[name] = None
-    return figures
 
 
 def evaluation_metrics(

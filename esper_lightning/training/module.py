@@ -12,7 +12,7 @@ import math
 import time
 from collections.abc import Iterable
 from pathlib import Path
-from typing import Any, Self, cast
+from typing import Any, Self, cast, get_args
 
 import torch
 from lightning.pytorch import LightningModule
@@ -22,16 +22,16 @@ from torch import Tensor
 from torchmetrics import CatMetric
 from typing_extensions import override
 
-from esper_lightning.core.buffer import allocate_rollout, first_steps
-from esper_lightning.core.diagnostics import explained_variance
+from esper_lightning.core.compiling import CompileMode
 from esper_lightning.core.running_stats import ObsNormalizer, RunningStats
 from esper_lightning.core.seeding import stream, stream_seed
-from esper_lightning.core.types import Observation, Rollout, Samples, map_obs
+from esper_lightning.core.types import Observation, Rollout, map_obs
 from esper_lightning.core.validate import require
 from esper_lightning.envs.base import EnvSpec
 from esper_lightning.policies import MLP
 from esper_lightning.policies.base import PolicySpec
 from esper_lightning.training import trainer_support
+from esper_lightning.training.agent import Agent
 from esper_lightning.training.checkpoints import (
     STATE_KEY,
     load_checkpoint,
@@ -39,15 +39,10 @@ from esper_lightning.training.checkpoints import (
     refuse_not_ours,
     settings_of,
 )
-from esper_lightning.training.collect import (
-    ActingState,
-    collect,
-    is_finite,
-    scale_reward,
-)
 from esper_lightning.training.config import PPOConfig
 from esper_lightning.training.evaluation import evaluate_policy
 from esper_lightning.training.iterations import Iterations
+from esper_lightning.training.learner import Learner, Prepared
 from esper_lightning.training.metrics import (
     RecentEpisodes,
     evaluation_metrics,
@@ -60,9 +55,7 @@ from esper_lightning.training.update import (
     UpdateMetrics,
     adapt_learning_rate,
     build_optimizer,
-    prepare_samples,
     schedule_learning_rate,
-    update,
 )
 
 __all__ = ["PPO"]
@@ -95,6 +88,7 @@ class PPO(LightningModule):
         total_env_steps: int | None = None,
         iterations_per_epoch: int = 50,
         eval_episodes: int | None = None,
+        compile: CompileMode = "off",  # noqa: A002 - as it is called everywhere
     ) -> None:
         """Check the settings and build the networks; ``setup`` builds environments, on the device.
 
@@ -110,6 +104,10 @@ class PPO(LightningModule):
             iterations_per_epoch: Length of Lightning's epoch.
             eval_episodes: Episodes of one evaluation, each in an environment of its own. ``None``
                 for 100, or ``env.num_envs`` where the spec is not a dataclass.
+            compile: How rollouts and updates run. ``off`` begins at once; ``default`` compiles
+                single steps; ``max`` compiles (or, on CUDA, captures) whole rollouts and updates,
+                several times as fast after half a minute of compilation. The results are the same
+                to float32 rounding; what cannot be compiled runs a slower way, with a warning.
 
         Raises:
             ValueError: If a setting is out of range or does not fit the environment.
@@ -127,6 +125,8 @@ class PPO(LightningModule):
         enough = total_env_steps is None or total_env_steps >= env.num_envs
         rule = f"be at least env.num_envs = {env.num_envs}"
         require(enough, "PPO.total_env_steps", rule, total_env_steps)
+        modes = get_args(CompileMode)
+        require(compile in modes, "PPO.compile", f"be one of {', '.join(modes)}", compile)
 
         self.automatic_optimization = False
         settings: dict[str, Any] = {
@@ -137,10 +137,12 @@ class PPO(LightningModule):
             "total_env_steps": total_env_steps,
             "iterations_per_epoch": iterations_per_epoch,
             "eval_episodes": eval_episodes,
+            "compile": compile,
         }
         self.save_hyperparameters(settings)
         self.settings: dict[str, Any] = settings
         self.env, self.ppo, self.seed = env, ppo, seed
+        self.compile_mode: CompileMode = compile
         self.total_env_steps, self.iterations_per_epoch = total_env_steps, iterations_per_epoch
         self.iteration = self.env_steps = self.gradient_steps = 0
         self.train_time_s = 0.0
@@ -155,7 +157,6 @@ class PPO(LightningModule):
         self.eval_return = CatMetric(nan_strategy="error")
         self.eval_length = CatMetric(nan_strategy="error")
         self._eval_env = for_evaluation(env, eval_episodes)
-        self._acting: ActingState | None = None
         self._within_iteration = False
         self._resumed: dict[str, Any] | None = None
 
@@ -174,30 +175,21 @@ class PPO(LightningModule):
         """
         started = time.perf_counter()
         self._within_iteration = True
-        profile = self.trainer.profiler.profile
-        rollout = first_steps(self._rollout, self._next_rollout_steps())
+        profile, learner = self.trainer.profiler.profile, self._learner
+        steps = self._next_rollout_steps()
         learning_rate = self._set_learning_rate()
         with (
             trainer_support.autocast_without_cache(self.device),
-            trainer_support.few_cpu_threads(rollout.reward.numel() // self.ppo.minibatches),
+            trainer_support.few_cpu_threads(steps * self.env.num_envs // self.ppo.minibatches),
         ):
             with profile("rollout"):
-                healthy = self._collect(rollout)
+                rollout = self._collect(steps)
             with profile("advantages"):
-                samples = self._prepare(rollout, healthy)
-                self._order_state = self._sample_order.get_state()
+                prepared = learner.advantages(rollout)
             with profile("update"):
-                metrics = update(
-                    self.policy,
-                    self._optimizer,
-                    samples,
-                    self.ppo,
-                    healthy=healthy,
-                    generator=self._sample_order,
-                    backward=self.manual_backward,
-                )
+                metrics = learner.update(prepared, learning_rate=learning_rate)
         with profile("logging"):
-            host = self._to_host(rollout, samples, metrics, healthy)
+            host = self._to_host(rollout, prepared, metrics)
             if self.obs_normalizer is not None:
                 # Only now: acting and learning are to see the same statistics.
                 self.obs_normalizer.update(rollout.obs)
@@ -277,13 +269,18 @@ class PPO(LightningModule):
         def name(purpose: str) -> str:  # a second fit is not to repeat the noise of the first
             return f"{purpose} from iteration {self.iteration}"
 
-        self._exploration = stream(self.seed, rank=rank, purpose=name("acting"), device=device)
-        self._sample_order = stream(self.seed, rank=rank, purpose=name("order"), device=device)
         env_seed = stream_seed(self.seed, rank=rank, purpose=name("environments"))
-        self._env = self.env.build(device, env_seed)
-        steps, num_envs = self.ppo.rollout_steps, self.env.num_envs
-        self._rollout = allocate_rollout(self.env.spaces(), steps, num_envs, device=device)
-        self._acting = None
+        self._learner = Learner(
+            self.env,
+            self.env.build(device, env_seed),
+            Agent(self.policy, self.obs_normalizer),
+            self.ppo,
+            self.return_stats,
+            exploration=stream(self.seed, rank=rank, purpose=name("acting"), device=device),
+            sample_order=stream(self.seed, rank=rank, purpose=name("order"), device=device),
+            mode=self.compile_mode,
+            device=device,
+        )
 
     @override
     def on_train_start(self) -> None:
@@ -299,13 +296,8 @@ class PPO(LightningModule):
         endless = self._planned_env_steps is None and self.ppo.learning_rate_schedule == "linear"
         rule = "be known for PPOConfig.learning_rate_schedule='linear'"
         require(not endless, "PPO.total_env_steps", rule, self.total_env_steps)
-        if self._resumed is not None:
-            self._restore_acting(self._resumed)
-            self._resumed = None
-        else:
-            obs, mask = self._env.reset()
-            zeros = torch.zeros(self.env.num_envs, device=self.device)
-            self._acting = ActingState(obs, mask, zeros)
+        self._learner.start(self._optimizer, self._resumed)
+        self._resumed = None
         if self._next_rollout_steps() == 0:
             used = "PPO.total_env_steps=%s is used up: %d env steps were taken. Nothing to train."
             _log.warning(used, self.total_env_steps, self.env_steps)
@@ -329,11 +321,10 @@ class PPO(LightningModule):
             "env_steps": self.env_steps,
             "gradient_steps": self.gradient_steps,
             "train_time_s": self.train_time_s,
+            "recent_episodes": self.recent_episodes.state(),
         }
-        if self._acting is not None and not self._within_iteration:
-            state["acting"] = self._acting._asdict()
-            state["env"] = self._env.state_dict()
-            state["generators"] = [g.get_state() for g in (self._exploration, self._sample_order)]
+        if hasattr(self, "_learner") and not self._within_iteration:
+            state |= self._learner.state_dict() or {}
         checkpoint[STATE_KEY] = state
 
     @override
@@ -351,6 +342,7 @@ class PPO(LightningModule):
         state = checkpoint[STATE_KEY]
         self.iteration, self.env_steps = state["iteration"], state["env_steps"]
         self.gradient_steps, self.train_time_s = state["gradient_steps"], state["train_time_s"]
+        self.recent_episodes.load(state["recent_episodes"])
         self._resumed = state if resuming and "env" in state else None
         if resuming and self._resumed is None:
             _log.warning("The checkpoint was written within an iteration: new episodes begin.")
@@ -374,48 +366,26 @@ class PPO(LightningModule):
         settings = settings_of(checkpoint, kwargs)
         return super().load_from_checkpoint(checkpoint_path, weights_only=True, **settings)  # pyright: ignore[reportArgumentType]
 
-    def _restore_acting(self, state: dict[str, Any]) -> None:
-        self._env.load_state_dict(state["env"])
-        self._acting = ActingState(**state["acting"]).to(self.device)
-        generators = (self._exploration, self._sample_order)
-        for generator, saved in zip(generators, state["generators"], strict=True):
-            generator.set_state(saved.cpu())
-
     # Parts of an iteration.
 
-    def _collect(self, rollout: Rollout) -> Tensor:
-        """Fill the rollout; returns whether all of it is finite, on the device."""
-        assert self._acting is not None
-        self._acting = collect(
-            self._env,
-            self.policy,
-            self._normalize,
-            self._acting,
-            rollout,
-            generator=self._exploration,
-        )
-        return is_finite(rollout)
-
-    def _prepare(self, rollout: Rollout, healthy: Tensor) -> Samples:
-        """Scale rewards and estimate advantages."""
-        assert self._acting is not None
-        reward, self._acting = scale_reward(
-            rollout, self._acting, self.return_stats, self.ppo, healthy=healthy
-        )
-        return prepare_samples(self.policy, self._normalize, rollout, reward, self.ppo)
+    def _collect(self, steps: int) -> Rollout:
+        """Act for so many steps."""
+        return self._learner.rollout(steps)
 
     def _to_host(
-        self, rollout: Rollout, samples: Samples, metrics: UpdateMetrics, healthy: Tensor
+        self, rollout: Rollout, prepared: Prepared, metrics: UpdateMetrics
     ) -> dict[str, float]:
         """The one device-to-host copy of an iteration, which also tells whether it was healthy."""
-        self.recent_episodes.update(rollout.episode_return, rollout.episode_length, where=healthy)
-        variance = explained_variance(samples.value, samples.value_target)
-        host = to_host(self.recent_episodes.compute(), rollout, metrics, variance, healthy)
-        iteration = self.iteration + 1
+        figures = (prepared.healthy, prepared.episodes, prepared.explained_variance, *metrics)
+        host = to_host(*figures)
+        iteration, learner = self.iteration + 1, self._learner
         if not host["healthy"]:
             refuse_rollout(rollout, env=type(self.env).__name__, iteration=iteration)
         if not host["learner_finite"]:
-            refuse_gradient(self.policy, samples, self.ppo, self._order_state, iteration=iteration)
+            samples, agent = prepared.samples, learner.agent
+            refuse_gradient(agent, samples, self.ppo, learner.order, iteration=iteration)
+        sums = (host["return_sum"], host["length_sum"], host["rollout/episodes"])
+        self.recent_episodes.update(*sums)
         return host
 
     def _count(
@@ -434,7 +404,7 @@ class PPO(LightningModule):
             "gradient_steps": self.gradient_steps,
             "time_s": self.train_time_s,
             "env_steps_per_s": env_steps / duration_s,
-            **iteration_figures(host),
+            **iteration_figures(host, self.recent_episodes),
         }
 
     def _normalize(self, obs: Observation) -> Observation:

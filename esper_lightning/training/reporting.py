@@ -4,7 +4,7 @@
 # pyright: reportUnknownVariableType=false, reportUnknownArgumentType=false
 
 import math
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any, NoReturn
 
 import torch
@@ -12,7 +12,7 @@ from lightning.pytorch import Trainer
 
 from esper_lightning.core.types import Rollout, Samples, map_obs
 from esper_lightning.core.validate import NonFiniteError
-from esper_lightning.policies.base import Policy
+from esper_lightning.training.agent import Agent
 from esper_lightning.training.collect import Fault, first_non_finite
 from esper_lightning.training.config import PPOConfig
 from esper_lightning.training.metrics import shown_in_progress_bar
@@ -49,28 +49,26 @@ def refuse_rollout(rollout: Rollout, *, env: str, iteration: int) -> NoReturn:
 
 
 def refuse_gradient(
-    policy: Policy,
+    agent: Agent,
     samples: Samples,
     config: PPOConfig,
-    order_state: torch.Tensor,
+    order: Sequence[torch.Tensor],
     *,
     iteration: int,
 ) -> NoReturn:
     """Stop where a loss or gradient was not finite, and find the minibatch.
 
     Args:
-        policy: After the update.
+        agent: After the update.
         samples: Of the update.
         config: Likewise.
-        order_state: Of the generator of the sample order, when the update began.
+        order: Likewise.
         iteration: Number of the iteration.
 
     Raises:
         NonFiniteError: Naming gradient step and tensors, with the minibatch.
     """
-    order = torch.Generator(samples.log_prob.device)
-    order.set_state(order_state)
-    found = find_non_finite(policy, samples, config, order)
+    found = find_non_finite(agent, agent.weights, samples, config, order)
     where, names, minibatch = "", list[str](), None
     if found is not None:
         step, names, batch = found

@@ -1,37 +1,42 @@
 """The update: advantages of a rollout, then epochs of minibatch steps.
 
-Axes: ``T`` step, ``B`` environment, ``M`` sample.
+Axes: ``T`` step, ``B`` environment, ``M`` sample, ``S`` gradient step, ``P`` weight.
 
 No host synchronisation: what must not be applied is skipped on the device. It knows nothing of
 Lightning.
 """
 
-from collections.abc import Callable
+from collections.abc import Sequence
 from typing import NamedTuple
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
-from esper_lightning.core.diagnostics import approx_kl, clip_fraction
+from esper_lightning.core.compiling import CompileMode, compile_loop, in_cache
+from esper_lightning.core.diagnostics import approx_kl, clip_fraction, explained_variance
+from esper_lightning.core.flat_adam import AdamState, adam_step
 from esper_lightning.core.gae import compute_gae
 from esper_lightning.core.losses import clipped_surrogate, normalize_advantage, value_loss
-from esper_lightning.core.minibatches import flatten_steps, minibatches
+from esper_lightning.core.minibatches import take
 from esper_lightning.core.schedules import adaptive_learning_rate, linear_learning_rate
-from esper_lightning.core.shapes import Bool, Float
-from esper_lightning.core.types import LossTerms, Rollout, Samples
+from esper_lightning.core.shapes import Bool, Float, Int
+from esper_lightning.core.tensor_trees import map_tree
+from esper_lightning.core.types import LossTerms, Observation, Rollout, Samples
 from esper_lightning.policies.base import Evaluation, Policy
-from esper_lightning.training.collect import Normalize
+from esper_lightning.training.agent import Agent, Weights
 from esper_lightning.training.config import PPOConfig
 
 __all__ = [
+    "Critic",
     "UpdateMetrics",
+    "Updater",
+    "Values",
     "adapt_learning_rate",
     "build_optimizer",
     "find_non_finite",
     "ppo_loss_terms",
     "prepare_samples",
     "schedule_learning_rate",
-    "update",
 ]
 
 
@@ -49,10 +54,9 @@ class UpdateMetrics(NamedTuple):
 
 
 def build_optimizer(policy: Policy, config: PPOConfig) -> torch.optim.Adam:
-    """Adam, fused: by its ``found_inf`` it can leave out a step without asking the host."""
-    return torch.optim.Adam(
-        policy.parameters(), lr=config.learning_rate, eps=config.adam_eps, fused=True
-    )
+    """Adam over the policy: what holds its state and learning rate; ``Updater`` takes its steps."""
+    trained = [parameter for parameter in policy.parameters() if parameter.requires_grad]
+    return torch.optim.Adam(trained, lr=config.learning_rate, eps=config.adam_eps)
 
 
 def schedule_learning_rate(
@@ -80,45 +84,84 @@ def adapt_learning_rate(optimizer: torch.optim.Adam, config: PPOConfig, *, kl: f
         group["lr"] = adaptive_learning_rate(group["lr"], kl=kl, desired_kl=config.desired_kl)
 
 
-@torch.no_grad()
-def prepare_samples(
-    policy: Policy,
-    normalize: Normalize,
-    rollout: Rollout,
-    reward: Float[Tensor, "T B"],
-    config: PPOConfig,
-) -> Samples:
-    """Values, advantages and value targets of a rollout, in one pass over all ``T * B`` states.
+class Values(NamedTuple):
+    """What the critic says of a rollout, ``N = T * B``."""
+
+    obs: Observation  # [N, *O] normalised
+    value: Float[Tensor, " N"]  # of the state acted on
+    next_value: Float[Tensor, " N"]  # of the state reached
+
+
+class Critic:
+    """Values of a rollout under the weights that acted, in one pass over all states.
 
     Args:
-        policy: The critic that the advantages are measured against.
-        normalize: The observation statistics that acting used.
+        agent: Whose critic.
+        mode: How the pass runs.
+        device: Of everything.
+    """
+
+    def __init__(self, agent: Agent, *, mode: CompileMode, device: torch.device) -> None:
+        self._agent, self._device = agent, device
+        self._mode: CompileMode = mode
+        self._loop = compile_loop("values", self._part, mode=mode, device=device)
+
+    def values(self, weights: Weights, rollout: Rollout) -> Values:
+        """Value both ends of every step."""
+        parts = in_cache(rollout.reward.numel(), mode=self._mode, device=self._device)
+
+        def cut(value: Tensor) -> Tensor:
+            return value.reshape(parts, -1, *value.shape[2:])
+
+        xs = map_tree(cut, (rollout.obs, rollout.reached_obs))
+        counter = torch.zeros((), device=self._device)  # a loop carries something
+        with torch.no_grad():
+            _, rows = self._loop(counter, xs, None, weights, None)
+        return map_tree(lambda value: value.flatten(0, 1), rows)
+
+    def _part(
+        self, counter: Tensor, x: tuple[Observation, Observation], weights: Weights
+    ) -> tuple[Tensor, Values]:
+        obs, reached = (self._agent.normalize(weights, part) for part in x)
+        values = (self._agent.value(weights, part) for part in (obs, reached))
+        return counter + 1.0, Values(obs, *values)
+
+
+def prepare_samples(
+    values: Values, rollout: Rollout, reward: Float[Tensor, "T B"], config: PPOConfig
+) -> tuple[Samples, Float[Tensor, ""]]:
+    """Advantages and value targets of a rollout.
+
+    Args:
+        values: Of its states.
         rollout: What was collected.
         reward: The rollout's rewards, scaled if they are to be.
         config: Discount, lambda and normalisation.
+
+    Returns:
+        The samples, and the share of the targets' variance that the critic explains.
     """
-    obs = normalize(flatten_steps(rollout.obs))
-    value = policy.value(obs)
-    next_value = policy.value(normalize(flatten_steps(rollout.reached_obs)))
     advantages = compute_gae(
         reward,
-        value.view_as(reward),
-        next_value.view_as(reward),
+        values.value.view_as(reward),
+        values.next_value.view_as(reward),
         rollout.terminated,
         rollout.truncated,
         discount=config.discount,
         lambda_=config.gae_lambda,
     )
     advantage = advantages.advantage.flatten()
-    return Samples(
-        obs=obs,
+    target = advantages.value_target.flatten()
+    samples = Samples(
+        obs=values.obs,
         action=rollout.action.flatten(0, 1),
         log_prob=rollout.log_prob.flatten(),
         action_mask=None if rollout.action_mask is None else rollout.action_mask.flatten(0, 1),
         advantage=normalize_advantage(advantage) if config.normalize_advantage else advantage,
-        value=value,
-        value_target=advantages.value_target.flatten(),
+        value=values.value,
+        value_target=target,
     )
+    return samples, explained_variance(values.value, target)
 
 
 def ppo_loss_terms(evaluation: Evaluation, batch: Samples, config: PPOConfig) -> LossTerms:
@@ -132,106 +175,175 @@ def ppo_loss_terms(evaluation: Evaluation, batch: Samples, config: PPOConfig) ->
     )
 
 
-def update(
-    policy: Policy,
-    optimizer: torch.optim.Adam,
-    samples: Samples,
-    config: PPOConfig,
-    *,
-    healthy: Bool[Tensor, ""],
-    generator: torch.Generator,
-    backward: Callable[[Tensor], object] = Tensor.backward,
-) -> UpdateMetrics:
+def total_loss(terms: LossTerms, config: PPOConfig) -> Float[Tensor, " M"]:
+    """What is minimised, per sample."""
+    return terms.policy + config.value_coef * terms.value - config.entropy_coef * terms.entropy
+
+
+class _Progress(NamedTuple):
+    """What one gradient step hands to the next."""
+
+    adam: AdamState
+    skip: Bool[Tensor, ""]  # steps are left out from here on
+    finite: Bool[Tensor, ""]  # every gradient was, so far
+    kl: Float[Tensor, ""]  # sum over the steps of this pass
+
+
+class _Sums(NamedTuple):
+    """Sums over the samples of (a chunk of) a minibatch."""
+
+    gradient: Float[Tensor, " P"]
+    figures: Float[Tensor, "6"]  # policy loss, value loss, entropy, KL, clip fraction; samples
+
+
+class _Constants(NamedTuple):
+    samples: Samples
+    buffers: dict[str, Tensor]
+    learning_rate: Float[Tensor, ""]
+
+
+class Updater:
     """``epochs`` passes of ``minibatches`` gradient steps.
 
     Args:
-        policy: Trained in place.
-        optimizer: From ``build_optimizer``.
-        samples: From ``prepare_samples``.
+        agent: Whose loss is minimised.
         config: Coefficients and limits.
-        healthy: Where False, no step is applied: weights, moments and step counts stay as they are.
-        generator: Source of the order, on the device.
-        backward: How gradients of the loss are computed.
+        mode: How the passes run.
+        device: Of everything.
     """
-    parameters = [parameter for group in optimizer.param_groups for parameter in group["params"]]
-    # The last rollout of a budget may have fewer samples than there are to be minibatches.
-    parts = min(config.minibatches, samples.log_prob.shape[0])
-    skip = (~healthy).float()
-    finite = torch.ones_like(skip)
-    rows: list[Tensor] = []
-    applied: list[Tensor] = []
-    for _ in range(config.epochs):
-        kls: list[Tensor] = []
-        for batch in minibatches(samples, parts, generator=generator):
-            evaluation = policy.evaluate(batch.obs, batch.action, batch.action_mask)
-            terms = ppo_loss_terms(evaluation, batch, config)
-            policy_loss, value_loss_, entropy = (term.mean() for term in terms)
-            optimizer.zero_grad(set_to_none=True)
-            backward(policy_loss + config.value_coef * value_loss_ - config.entropy_coef * entropy)
-            max_norm = float("inf") if config.max_grad_norm is None else config.max_grad_norm
-            grad_norm = nn.utils.clip_grad_norm_(parameters, max_norm)
-            # A NaN or an infinity stops the rest of the update, too.
-            finite = torch.minimum(finite, grad_norm.detach().isfinite().float())
-            skip = torch.maximum(skip, 1.0 - finite)
-            _step_unless(skip, optimizer)
 
-            log_prob = evaluation.log_prob.detach()
-            kls.append(approx_kl(log_prob, batch.log_prob).mean())
-            clipped = clip_fraction(log_prob, batch.log_prob, clip=config.clip).mean()
-            figures = (policy_loss, value_loss_, entropy, kls[-1], clipped, grad_norm)
-            rows.append(torch.stack([figure.detach() for figure in figures]))
-            applied.append(1.0 - skip)
+    def __init__(
+        self, agent: Agent, config: PPOConfig, *, mode: CompileMode, device: torch.device
+    ) -> None:
+        self._agent, self._config, self._device = agent, config, device
+        self._loop = compile_loop("update", self._step, self._sum, mode=mode, device=device)
+
+    def order(self, samples: int, generator: torch.Generator) -> Sequence[Tensor]:
+        """Which samples each gradient step takes: a new random order for each pass.
+
+        ``[S, M]``, or parts of sizes that differ by one where they cannot be equal.
+        """
+        # The last rollout of a budget may have fewer samples than there are to be minibatches.
+        parts = min(self._config.minibatches, samples)
+        orders = [
+            torch.randperm(samples, generator=generator, device=self._device)
+            for _ in range(self._config.epochs)
+        ]
+        if samples % parts == 0:
+            return torch.stack(orders).view(-1, samples // parts)  # pyright: ignore[reportReturnType]
+        return [part for order in orders for part in order.tensor_split(parts)]
+
+    def update(
+        self,
+        adam: AdamState,
+        weights: Weights,
+        samples: Samples,
+        order: Sequence[Tensor],
+        *,
+        learning_rate: Float[Tensor, ""],
+        healthy: Bool[Tensor, ""],
+    ) -> tuple[AdamState, UpdateMetrics]:
+        """Take every gradient step.
+
+        Args:
+            adam: Before; may be changed in place.
+            weights: Whose buffers the policy computes with.
+            samples: From ``prepare_samples``.
+            order: From ``order``.
+            learning_rate: Of the whole update.
+            healthy: Where False, no step is applied: weights and moments stay as they are.
+        """
+        parts = len(order) // self._config.epochs
+        steps = torch.arange(1, len(order) + 1, device=self._device)
+        mean_of_pass = (steps % parts == 0).float() / parts
+        start = _Progress(adam, ~healthy, healthy | True, torch.zeros_like(learning_rate))
+        constants = _Constants(samples, weights.buffers, learning_rate)
+        end, rows = self._loop(start, mean_of_pass, order, constants, None)
+        # Where, not a product with the weight: a step that was left out may hold NaN.
+        applied = rows[:, -1]
+        total = torch.where(applied[:, None] > 0, rows[:, :-1], 0.0).sum(0)
+        count = applied.sum()
+        figures = [*(total / count).unbind(), count, end.finite.float()]
+        return end.adam, UpdateMetrics._make(figures)
+
+    def _sum(self, progress: _Progress, index: Int[Tensor, " M"], constants: _Constants) -> _Sums:
+        """Gradient and figures, summed over some samples."""
+        batch = take(constants.samples, index)
+        with torch.enable_grad():
+            weight = progress.adam.weight.detach().requires_grad_()
+            weights = Weights(weight, constants.buffers)
+            evaluation = self._agent.evaluate(weights, batch.obs, batch.action, batch.action_mask)
+            terms = ppo_loss_terms(evaluation, batch, self._config)
+            loss = total_loss(terms, self._config).sum()
+            (gradient,) = torch.autograd.grad(loss, [weight])
+        log_prob = evaluation.log_prob.detach()
+        kl = approx_kl(log_prob, batch.log_prob)
+        clipped = clip_fraction(log_prob, batch.log_prob, clip=self._config.clip)
+        columns = (*terms, kl, clipped, torch.ones_like(kl))
+        figures = torch.stack([column.detach().sum() for column in columns])
+        return _Sums(gradient, figures)
+
+    def _step(
+        self, progress: _Progress, x: tuple[_Sums, Tensor], constants: _Constants
+    ) -> tuple[_Progress, Tensor]:
+        """Clip, and step unless something forbids it; returns the figures and whether it did.
+
+        ``mean_of_pass`` is what the last step of a pass multiplies its sum of KL with; before, 0.
+        """
+        sums, mean_of_pass = x
+        config, samples = self._config, sums.figures[-1]
+        gradient, figures = sums.gradient / samples, sums.figures[:-1] / samples
+        norm = gradient.square().sum().sqrt()
+        if config.max_grad_norm is not None:
+            gradient = gradient * (config.max_grad_norm / (norm + 1e-6)).clamp(max=1.0)
+        # A NaN or an infinity stops the rest of the update, too.
+        finite = progress.finite & norm.isfinite()
+        skip = progress.skip | ~finite
+        adam = adam_step(
+            progress.adam,
+            gradient,
+            learning_rate=constants.learning_rate,
+            eps=config.adam_eps,
+            skip=skip,
+        )
+        row = torch.cat([figures, norm[None], (~skip).float()[None]])
+        kl = progress.kl + figures[3]
         if config.target_kl is not None:
-            skip = torch.maximum(skip, (torch.stack(kls).mean() > config.target_kl).float())
-    # Where, not a product with the weight: a step that was left out may hold NaN.
-    weight = torch.stack(applied)
-    steps = weight.sum()
-    total = torch.where(weight[:, None] > 0, torch.stack(rows), 0.0).sum(0)
-    return UpdateMetrics._make([*(total / steps).unbind(), steps, finite])
+            skip = skip | (kl * mean_of_pass > config.target_kl)
+        return _Progress(adam, skip, finite, torch.where(mean_of_pass > 0, 0.0, kl)), row
 
 
 def find_non_finite(
-    policy: Policy, samples: Samples, config: PPOConfig, order: torch.Generator
+    agent: Agent, weights: Weights, samples: Samples, config: PPOConfig, order: Sequence[Tensor]
 ) -> tuple[int, list[str], Samples] | None:
     """Look again for the minibatch whose loss or gradient was not finite.
 
     The weights are those that it met: no step was applied from it on.
 
     Args:
-        policy: After the update.
-        samples: Of the update.
+        agent: Of the update.
+        weights: After it.
+        samples: Likewise.
         config: Likewise.
-        order: In the state that the update began with.
+        order: Likewise.
 
     Returns:
         Number of the gradient step in the iteration, names of the loss terms and gradients, and the
         minibatch; ``None`` if it cannot be found.
     """
-    parts = min(config.minibatches, samples.log_prob.shape[0])
-    named = dict(policy.named_parameters())
-    for epoch in range(config.epochs):
-        for number, batch in enumerate(minibatches(samples, parts, generator=order)):
-            evaluation = policy.evaluate(batch.obs, batch.action, batch.action_mask)
-            terms = ppo_loss_terms(evaluation, batch, config)
-            loss = (
-                terms.policy.mean()
-                + config.value_coef * terms.value.mean()
-                - config.entropy_coef * terms.entropy.mean()
+    for number, index in enumerate(order):
+        batch = take(samples, index)
+        with torch.enable_grad():
+            flat = weights.parameters.detach().requires_grad_()
+            evaluation = agent.evaluate(
+                weights._replace(parameters=flat), batch.obs, batch.action, batch.action_mask
             )
-            gradients = torch.autograd.grad(loss, list(named.values()), allow_unused=True)
-            watched = {f"loss/{k}": v for k, v in terms._asdict().items()}
-            watched |= {f"gradient of {k}": g for k, g in zip(named, gradients, strict=True)}
-            bad = [k for k, v in watched.items() if v is not None and not v.isfinite().all()]
-            if bad:
-                return epoch * parts + number + 1, bad, batch
+            terms = ppo_loss_terms(evaluation, batch, config)
+            (gradient,) = torch.autograd.grad(total_loss(terms, config).mean(), [flat])
+        watched = {f"loss/{k}": v for k, v in terms._asdict().items()}
+        gradients = agent.named(gradient).items()
+        watched |= {f"gradient of {name}": value for name, value in gradients}
+        bad = [name for name, value in watched.items() if not value.isfinite().all()]
+        if bad:
+            return number + 1, bad, batch
     return None
-
-
-def _step_unless(skip: Float[Tensor, ""], optimizer: torch.optim.Adam) -> None:
-    """One step of Adam where ``skip`` is 0; where it is 1, nothing changes. Decided on the device.
-
-    ``found_inf`` is how ``torch.amp.GradScaler`` tells a fused optimizer to leave out a step.
-    """
-    optimizer.found_inf = skip  # pyright: ignore[reportAttributeAccessIssue]
-    optimizer.step()
-    del optimizer.found_inf  # pyright: ignore[reportAttributeAccessIssue]

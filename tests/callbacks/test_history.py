@@ -12,6 +12,7 @@ import pytest
 import torch
 from lightning.pytorch import LightningModule
 from lightning.pytorch.loggers import CSVLogger, TensorBoardLogger
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from esper_lightning import PPO, History, PPOConfig
 from esper_lightning.envs import CartPole
@@ -222,3 +223,38 @@ def test_sigkill_loses_no_finished_iteration(tmp_path):
     assert finished <= len(found) <= finished + 1
     for line in (tmp_path / "rank0" / "history.jsonl").read_text().splitlines():
         json.loads(line)
+
+
+def test_metrics_are_fetched_in_one_copy(make_trainer, tmp_path, monkeypatch):
+    """Each ``float`` of a tensor on a device would wait for the device."""
+
+    class Waits(TorchDispatchMode):
+        count = 0
+
+        def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+            self.count += func is torch.ops.aten._local_scalar_dense.default
+            return func(*args, **(kwargs or {}))
+
+    class Logging(LightningModule):
+        layer = torch.nn.Linear(2, 1)
+
+        def training_step(self, batch, batch_idx):
+            self.log_dict({f"m{i}": torch.tensor(i / 2) for i in range(8)})
+            self.log("count", torch.tensor([batch_idx], dtype=torch.float64))
+            return self.layer(batch).sum()
+
+        def configure_optimizers(self):
+            return torch.optim.SGD(self.layer.parameters(), 1e-3)
+
+    append, waits = History.on_train_batch_end, Waits()
+
+    def counted(*args):
+        with waits:
+            append(*args)
+
+    monkeypatch.setattr(History, "on_train_batch_end", counted)
+    data = torch.utils.data.DataLoader(torch.ones(3, 2))
+    make_trainer(max_epochs=1, callbacks=[History()]).fit(Logging(), data)
+    assert waits.count == 0
+    row = read_json_lines(tmp_path / "rank0" / "history.jsonl")[-1]
+    assert row == {"iteration": 3, **{f"m{i}": i / 2 for i in range(8)}, "count": 2.0}

@@ -5,6 +5,7 @@ import math
 import pytest
 import torch
 from lightning.pytorch import LightningModule
+from lightning.pytorch.plugins import MixedPrecision
 from torch.utils.data import DataLoader
 
 from esper_lightning import PPO, FlightRecorder, NanGuard, PPOConfig
@@ -79,6 +80,49 @@ def test_leaves_a_healthy_run_alone(make_trainer):
         return module.layer.weight
 
     assert torch.equal(weights([]), weights([NanGuard()]))
+
+
+class Unusual(LightningModule):
+    """Healthy, with a sparse gradient and with tensors in the batch that hold nothing."""
+
+    def __init__(self, gradient=1.0):
+        super().__init__()
+        self.table = torch.nn.Embedding(4, 2, sparse=True)
+        self.gradient = gradient
+
+    def training_step(self, batch, batch_idx):
+        out = self.table(batch["row"])
+        out.register_hook(lambda gradient: gradient * self.gradient)
+        return out.sum()
+
+    def configure_optimizers(self):
+        return torch.optim.SGD(self.parameters(), 1e-3)
+
+
+def unusual():
+    batch = {"row": torch.tensor([1, 1, 2]), "boxes": torch.empty(0, 4)}
+    return DataLoader([batch] * 4, batch_size=None)
+
+
+def test_empty_tensors_and_sparse_gradients_are_no_fault(make_trainer):
+    trainer = make_trainer(max_epochs=1, callbacks=[NanGuard()])
+    trainer.fit(Unusual(), unusual())
+    assert trainer.global_step == 4
+
+
+def test_a_sparse_gradient_is_looked_at(make_trainer):
+    trainer = make_trainer(max_epochs=1, callbacks=[NanGuard()])
+    with pytest.raises(NonFiniteError, match=r"gradient of table\.weight"):
+        trainer.fit(Unusual(gradient=math.inf), unusual())
+
+
+def test_a_gradient_scaler_finds_its_scale(make_trainer):
+    """The first scale is far too large: gradients overflow, as they do in half precision."""
+    scaler = torch.amp.GradScaler("cpu", init_scale=2.0**126, backoff_factor=2.0**-8)
+    plugin = MixedPrecision("16-mixed", "cpu", scaler)
+    trainer = make_trainer(max_epochs=1, callbacks=[NanGuard()], plugins=[plugin])
+    trainer.fit(Fragile(), DataLoader(torch.full((6, 2), 0.01)))
+    assert scaler.get_scale() < 2.0**126
 
 
 def test_ppo_names_the_gradient_step_and_keeps_its_minibatch(make_trainer, tmp_path, monkeypatch):

@@ -4,13 +4,17 @@ import gzip
 import json
 import pickle
 import re
+from pathlib import Path
 
 import pytest
 import torch
+import yaml
 from lightning.pytorch import LightningModule
 from torch.utils.data import DataLoader
 
 from esper_lightning.callbacks.window_profiler import WindowProfiler
+
+CONFIGS = Path(__file__).parents[2] / "configs"
 
 
 class Plain(LightningModule):
@@ -89,6 +93,40 @@ def test_a_window_is_bounded_by_events(fit):
     profiler = WindowProfiler(wait=1, warmup=1, active=8, repeat=1, max_events=1)
     (trace,) = fit(profiler, steps=12)
     assert calls(trace, "aten::special_erfcx") == 1
+
+
+def test_keeps_its_latest_windows_only(fit, tmp_path):
+    kept = tmp_path / "rank0" / "trace" / "of-another-run-steps0-0.pt.trace.json.gz"
+    kept.parent.mkdir(parents=True)
+    kept.write_bytes(b"")
+    profiler = WindowProfiler(wait=1, warmup=0, active=1, repeat=0, keep=2)
+    traces = fit(profiler, steps=9)
+    assert traces == [kept, *profiler.windows]
+    assert list(map(first_step, profiler.windows)) == [5, 7]
+
+
+def test_the_debug_profile_records_as_long_as_the_run_goes_on():
+    config = yaml.safe_load((CONFIGS / "debug_profile.yaml").read_text())
+    settings = config["trainer"]["profiler"]["init_args"]
+    assert settings["repeat"] == 0
+    assert WindowProfiler(**settings).keep >= 1
+
+
+def test_another_profiler_costs_the_window_that_it_meets_only(fit):
+    """It records while the warm-up step would be counted."""
+
+    class Profiled(Plain):
+        def on_train_batch_start(self, batch, batch_idx):
+            if batch_idx == 0:
+                self.other = torch.profiler.profile()
+                self.other.start()
+
+        def on_train_batch_end(self, outputs, batch, batch_idx):
+            if batch_idx == 1:
+                self.other.stop()
+
+    (trace,) = fit(WindowProfiler(wait=1, warmup=1, active=2), steps=6, module=Profiled())
+    assert calls(trace, "aten::special_erfcx") == 2
 
 
 def test_an_exception_does_not_end_a_step(make_trainer, tmp_path):

@@ -7,7 +7,10 @@ import subprocess
 import sys
 
 import pytest
+import torch
+from lightning.pytorch import LightningModule
 
+from esper_lightning import FlightRecorder
 from esper_lightning.cli import crash
 from esper_lightning.forensics.files import encode_rows
 from esper_lightning.forensics.layout import RunLayout
@@ -21,6 +24,12 @@ for name in ("torch", "lightning", "numpy", "jsonargparse"):
 from esper_lightning.cli.main import main
 main(["crash", sys.argv[1]])
 """
+
+
+DIED_S = 1_800_000_000.0
+ODD = (None, "text", 5, -1, 1e300, [], {}, ["text"], {"text": 1}, [[]], {"text": {"path": 1}})
+FIELDS = ("time_s", "error", "evidence", "phases", "metrics", "peer", "profiler", "schema")
+FIELDS += ("world_size", "cause", "signal", "exit_status", "iteration", "pid", "host")
 
 
 def rank(directory, number, *, time_s=None, cause="exception", state="failed", **more):
@@ -49,7 +58,24 @@ def rank(directory, number, *, time_s=None, cause="exception", state="failed", *
 
 def shown(capsys, directory, *options):
     crash.run([str(directory), *options])
-    return capsys.readouterr().out
+    out, err = capsys.readouterr()
+    assert err == ""
+    if options:
+        json.loads(out, parse_constant=pytest.fail)  # NaN is no JSON
+    return out
+
+
+def trace(path, *, before_s, operator="aten::mul"):
+    """A window that ended before the death."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    event = {"ph": "X", "cat": "cpu_op", "name": operator, "ts": 1.0, "dur": 2.0}
+    path.write_text(json.dumps({"traceEvents": [event]}))
+    os.utime(path, (DIED_S - before_s, DIED_S - before_s))
+
+
+def lightnings_name(before_s, step="training_step", number=""):
+    at_ns = int((DIED_S - before_s) * 1e9)
+    return f"fit-{number}[Strategy]DDPStrategy.{step}.{at_ns}.pt.trace.json"
 
 
 def test_a_hang_that_passed_is_no_death(tmp_path, capsys):
@@ -151,3 +177,147 @@ def test_needs_no_torch(tmp_path):
     result = subprocess.run(command, capture_output=True, text=True, check=False)
     assert result.returncode == 0, result.stderr
     assert "Rank 0 failed first" in result.stdout
+
+
+@pytest.mark.parametrize("elsewhere", [False, True])
+def test_a_window_that_lightning_closed_before_the_death_is_shown(tmp_path, capsys, elsewhere):
+    place = tmp_path / "elsewhere" if elsewhere else tmp_path / "run"
+    profiler = {"class": "PyTorchProfiler", "action": "NONE", "dirpath": str(place)}
+    rank(tmp_path / "run", 0, time_s=DIED_S, profiler=profiler)
+    trace(place / lightnings_name(30.0), before_s=29.0, operator="aten::early")
+    trace(place / lightnings_name(12.5), before_s=12.0)
+    trace(place / lightnings_name(2.0, "validation_step"), before_s=2.0, operator="aten::val")
+    trace(place / lightnings_name(1.0, number="1-"), before_s=1.0, operator="aten::of_rank_1")
+    text = shown(capsys, tmp_path / "run")
+    assert lightnings_name(12.5) in text
+    assert "The latest closed window; it ended 12.5 s before the death" in text
+    assert text.count("aten::mul") == 2
+    assert "Last operators of that window:" in text
+    assert "30.0 s before the death" in text
+    assert "aten::of_rank_1" not in text
+    (remains,) = json.loads(shown(capsys, tmp_path / "run", "--json"))["ranks"]
+    assert len(remains["windows"]) == 3
+
+
+def test_the_window_that_was_open_comes_before_closed_ones(tmp_path, capsys):
+    evidence = {"trace": {"state": "saved", "path": "trace/crash-rank0.pt.trace.json"}}
+    files = rank(tmp_path, 0, time_s=DIED_S, evidence=evidence)
+    trace(files.trace / "crash-rank0.pt.trace.json", before_s=-3.0)
+    trace(files.trace / "window-rank0-1.pt.trace.json", before_s=-4.0, operator="aten::closed")
+    text = shown(capsys, tmp_path)
+    assert "The window that was open at the death" in text
+    assert "aten::mul" in text
+    assert "aten::closed" not in text
+
+
+def test_traces_and_ranks_of_an_earlier_run_are_not_of_this_death(tmp_path, capsys):
+    for number in range(3):
+        files = rank(tmp_path, number, time_s=DIED_S)
+        started_s = DIED_S - (1000 if number == 2 else 60)
+        process = {"started_s": started_s, "world_size": 3 if number == 2 else 2}
+        write_report(files.process, {"state": "failed", **process})
+        trace(files.trace / "window-rank0.pt.trace.json", before_s=70.0)
+    text = shown(capsys, tmp_path)
+    assert "No trace." in text
+    assert "Of an earlier run, and left out: rank2" in text
+    assert [r["rank"] for r in json.loads(shown(capsys, tmp_path, "--json"))["ranks"]] == [0, 1]
+    trace(RunLayout(tmp_path).rank(0).trace / "window-rank0-2.pt.trace.json", before_s=50.0)
+    assert "it ended 50.0 s before the death" in shown(capsys, tmp_path)
+
+
+def test_a_rank_that_never_began_did_not_die_of_what_it_died_of_before(tmp_path, capsys):
+    for number, ago_s in enumerate((0.0, 3600.0)):
+        files = rank(tmp_path, number, time_s=DIED_S - ago_s)
+        process = {"started_s": DIED_S - ago_s - 5, "world_size": 2}
+        write_report(files.process, {"state": "failed", **process})
+    text = shown(capsys, tmp_path)
+    assert "Rank 0 failed first" in text
+    assert "Of an earlier run, and left out: rank1" in text
+
+
+def test_columns_are_what_the_rows_hold(tmp_path, capsys):
+    files = rank(tmp_path, 0, time_s=DIED_S)
+    row = {"iteration": 7, "note": "text", "train_loss": 0.25, "val/acc": 0.5, "train/acc": "NaN"}
+    files.history.write_bytes(encode_rows([row, row]))
+    text = shown(capsys, tmp_path)
+    assert ["iteration", "train_loss", "val/acc", "train/acc"] in map(str.split, text.splitlines())
+    assert ["7", "0.25", "0.5", "NaN"] in map(str.split, text.splitlines())
+    many = {f"metrics/a_name_that_is_rather_long_{i}": 0.5 for i in range(40)}
+    files.history.write_bytes(encode_rows([{**many, "loss/policy": 0.125, "iteration": 7}]))
+    lines = shown(capsys, tmp_path).splitlines()
+    assert max(map(len, lines)) <= 100
+    assert next(line for line in lines if "0.125" in line).split()[:2] == ["7", "0.125"]
+    assert any(line.startswith("Not shown: metrics/a_name") for line in lines)
+
+
+@pytest.mark.parametrize("field", FIELDS)
+def test_fields_of_another_type_are_left_out(tmp_path, capsys, field):
+    files = rank(tmp_path, 0, time_s=DIED_S)
+    whole = json.loads(files.crash.read_bytes())
+    for value in ODD:
+        files.crash.write_text(json.dumps(whole | {field: value}))
+        files.process.write_text(json.dumps({"state": "failed", field: value}))
+        assert "Rank 0 failed first" in shown(capsys, tmp_path)
+        assert json.loads(shown(capsys, tmp_path, "--json"))["first_failure"] == 0
+
+
+def test_numbers_that_are_not_finite_are_strict_json(tmp_path, capsys):
+    files = rank(tmp_path, 0, time_s=DIED_S)
+    text = files.crash.read_text().replace('"iteration": 10', '"iteration": 10, "a": -Infinity')
+    files.crash.write_text(text)
+    files.history.write_text('{"iteration": 1, "loss": NaN}\n{"iteration": 2, "loss": "NaN"}\n')
+    (remains,) = json.loads(shown(capsys, tmp_path, "--json"))["ranks"]
+    assert [row["loss"] for row in remains["last_rows"]] == ["NaN", "NaN"]
+    assert remains["report"]["a"] == "-Infinity"
+
+
+@pytest.mark.parametrize("damage", ["history", "pid", "nested", "trace", "ring"])
+def test_no_damage_is_an_error(tmp_path, capsys, damage):
+    files = rank(tmp_path, 0, time_s=DIED_S)
+    if damage == "history":
+        files.history.unlink()
+        files.history.mkdir()
+    elif damage == "pid":
+        process = {"state": "running", "host": socket.gethostname(), "pid": 10**12}
+        write_report(files.process, process)
+    elif damage == "nested":
+        files.crash.write_text("[" * 100_000)
+        files.history.write_text("[" * 100_000)
+    elif damage == "trace":
+        files.trace.mkdir()
+        (files.trace / "a.pt.trace.json").write_text('{"traceEvents": null}')
+    else:
+        files.phases.write_bytes(b"ESPERPH1" + b"\xff" * 300_000)
+    assert shown(capsys, tmp_path).startswith("Run directory: ")
+    shown(capsys, tmp_path, "--json")
+
+
+def test_the_stock_profilers_window_is_found_after_a_death(make_trainer, tmp_path, capsys):
+    """As a stranger would use it: the profiler's only window has closed by then."""
+
+    class Dying(LightningModule):
+        layer = torch.nn.Linear(2, 1)
+
+        def training_step(self, batch, batch_idx):
+            if batch_idx == 15:
+                raise RuntimeError("injected")
+            return self.layer(batch).sum()
+
+        def configure_optimizers(self):
+            return torch.optim.SGD(self.layer.parameters(), 1e-3)
+
+    trainer = make_trainer(max_epochs=1, profiler="pytorch", callbacks=[FlightRecorder()])
+    with pytest.raises(RuntimeError, match="injected"):
+        trainer.fit(Dying(), torch.utils.data.DataLoader(torch.ones(20, 2)))
+    capsys.readouterr()
+    text = shown(capsys, tmp_path)
+    assert "The latest closed window; it ended " in text
+    assert "aten::addmm" in text or "aten::linear" in text
+
+
+def test_of_a_nan_it_shows_where_it_is(tmp_path, capsys):
+    found = {"phase": "rollout", "tensors": ["reward"], "environments": [3, 5]}
+    error = {"type": "NonFiniteError", "message": "NaN", "traceback": [], "non_finite": found}
+    rank(tmp_path, 0, time_s=1.0, error=error)
+    text = shown(capsys, tmp_path)
+    assert "Not finite, in rollout: reward, environments [3, 5]" in text

@@ -6,7 +6,7 @@ from torch import Tensor
 
 from esper_lightning.core.buffer import allocate_rollout, first_steps, write_step
 from esper_lightning.core.spaces import Box, Discrete, EnvSpaces, MultiDiscrete
-from esper_lightning.core.types import Observation, Rollout, StepResult, map_obs
+from esper_lightning.core.types import Observation, Rollout, map_obs
 
 STEPS, ENVS = 3, 2
 CPU = torch.device("cpu")
@@ -31,8 +31,8 @@ def random_obs(spaces: EnvSpaces, generator: torch.Generator) -> Observation:
     }
 
 
-def random_step(spaces: EnvSpaces, generator: torch.Generator) -> dict[str, object]:
-    """The arguments of ``write_step``; the action as a distribution samples it."""
+def random_step(spaces: EnvSpaces, generator: torch.Generator) -> Rollout:
+    """A row for ``write_step``; the action as a distribution samples it."""
 
     def flag(*shape: int) -> Tensor:
         return torch.rand(ENVS, *shape, generator=generator) < 0.5
@@ -48,30 +48,18 @@ def random_step(spaces: EnvSpaces, generator: torch.Generator) -> dict[str, obje
     else:
         action = torch.randint(spaces.action.n, (ENVS,), generator=generator)
         mask = flag(spaces.action.n)
-    result = StepResult(
+    return Rollout(
         obs=random_obs(spaces, generator),
+        action=action,
+        log_prob=torch.randn(ENVS, generator=generator),
+        action_mask=mask if spaces.masked else None,
         reward=torch.randn(ENVS, generator=generator),
         terminated=flag(),
         truncated=flag(),
         reached_obs=random_obs(spaces, generator),
-        action_mask=None,
         episode_return=torch.randn(ENVS, generator=generator),
         episode_length=torch.randint(99, (ENVS,), generator=generator),
     )
-    return {
-        "obs": random_obs(spaces, generator),
-        "action_mask": mask if spaces.masked else None,
-        "action": action,
-        "log_prob": torch.randn(ENVS, generator=generator),
-        "result": result,
-    }
-
-
-def expected_of(step: dict[str, object]) -> dict[str, object]:
-    result = step["result"]
-    assert isinstance(result, StepResult)
-    taken = result._asdict()
-    return {name: step.get(name, taken.get(name)) for name in Rollout._fields}
 
 
 def storages(rollout: Rollout) -> set[int]:
@@ -88,9 +76,9 @@ def test_what_is_written_is_what_is_read(spaces: EnvSpaces, generator: torch.Gen
     before = storages(rollout)
     written = [random_step(spaces, generator) for _ in range(STEPS)]
     for t in (1, 0, 2, 1):  # a step may be overwritten
-        write_step(rollout, t, **written[t])
+        write_step(rollout, t, written[t])
     for t, step in enumerate(written):
-        for name, value in expected_of(step).items():
+        for name, value in step._asdict().items():
             field = getattr(rollout, name)
             if value is None:
                 assert field is None, name
@@ -108,9 +96,9 @@ def test_the_rollout_keeps_copies(generator: torch.Generator) -> None:
     spaces = SPACES["groups"]
     rollout = allocate_rollout(spaces, STEPS, ENVS, device=CPU)
     step = random_step(spaces, generator)
-    write_step(rollout, 0, **step)
+    write_step(rollout, 0, step)
     kept = rollout.obs["joints"][0].clone()
-    step["obs"]["joints"].zero_()
+    step.obs["joints"].zero_()
     assert torch.equal(rollout.obs["joints"][0], kept)
 
 
@@ -123,8 +111,8 @@ def test_the_first_steps_are_views_of_the_same_storage(
     assert part.reward.shape == (2, ENVS)
     assert storages(part) == storages(rollout)
     step = random_step(spaces, generator)
-    write_step(part, 1, **step)
-    assert torch.equal(rollout.action[1], step["action"])
+    write_step(part, 1, step)
+    assert torch.equal(rollout.action[1], step.action)
     assert (part.action_mask is None) == (not spaces.masked)
     expected = map_obs(lambda tensor: tensor[:2], rollout.obs)
     torch.testing.assert_close(part.obs, expected, rtol=0, atol=0, equal_nan=True)

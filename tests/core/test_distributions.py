@@ -25,6 +25,10 @@ def seeded(seed: int) -> torch.Generator:
     return torch.Generator().manual_seed(seed)
 
 
+def exponential(rows: int, size: int, generator: torch.Generator) -> Tensor:
+    return torch.empty(rows, size).exponential_(generator=generator)
+
+
 def logits_and_mask(
     seed: int, rows: int, choices: int, *, scale: float = 2.0
 ) -> tuple[Tensor, Tensor]:
@@ -101,7 +105,7 @@ def test_nothing_flows_to_or_from_a_forbidden_logit(beyond: float, seed: int) ->
 def test_a_single_allowed_choice_is_certain(generator: torch.Generator) -> None:
     logits = torch.tensor([[3.0, -8.0, 0.0]], requires_grad=True)
     ours = Categorical(logits, torch.tensor([[False, True, False]]))
-    action = ours.sample(generator)
+    action = ours.sample(exponential(1, 3, generator))
     log_prob, entropy = ours.log_prob(action), ours.entropy()
     assert (action.item(), log_prob.item(), entropy.item()) == (1, 0.0, 0.0)
     (log_prob + entropy).backward()
@@ -113,7 +117,7 @@ def test_choices_are_sampled_as_often_as_their_probability_says(generator: torch
     mask = torch.tensor([True, True, True, False, True])
     rows = 40_000
     ours = Categorical(logits.expand(rows, 5), mask.expand(rows, 5))
-    counts = torch.bincount(ours.sample(generator), minlength=5)
+    counts = torch.bincount(ours.sample(exponential(rows, 5, generator)), minlength=5)
     probability = logits.masked_fill(~mask, -torch.inf).softmax(-1)
     assert_frequencies(counts, probability, greatest_chi_square=16.3)  # 3 degrees of freedom, 0.1%
 
@@ -121,7 +125,7 @@ def test_choices_are_sampled_as_often_as_their_probability_says(generator: torch
 @given(seeds)
 def test_a_forbidden_choice_is_never_sampled(seed: int) -> None:
     logits, mask = logits_and_mask(seed, 500, 6, scale=30.0)
-    action = Categorical(logits, mask).sample(seeded(seed))
+    action = Categorical(logits, mask).sample(exponential(500, 6, seeded(seed)))
     assert mask.gather(-1, action[:, None]).all()
 
 
@@ -132,7 +136,8 @@ def test_a_forbidden_choice_is_never_sampled(seed: int) -> None:
 def test_factored_choices_are_the_sum_of_their_parts(seed: int) -> None:
     logits, _ = logits_and_mask(seed, 5, sum(NVEC))
     mask = torch.cat([logits_and_mask(seed + n, 5, n)[1] for n in NVEC], -1)
-    action = FactoredCategorical(logits, NVEC, mask).sample(seeded(seed))
+    noise = exponential(5, sum(NVEC), seeded(seed))
+    action = FactoredCategorical(logits, NVEC, mask).sample(noise)
     masked = logits.masked_fill(~mask, -torch.inf).split(NVEC, -1)
     parts = [distributions.Categorical(logits=part, validate_args=False) for part in masked]
     ours = FactoredCategorical(logits, NVEC, mask)
@@ -145,7 +150,8 @@ def test_factored_choices_are_the_sum_of_their_parts(seed: int) -> None:
 def test_factored_choices_are_sampled_independently(generator: torch.Generator) -> None:
     logits = torch.tensor([0.3, -0.3, 1.0, 0.0, -1.0])
     rows = 40_000
-    action = FactoredCategorical(logits.expand(rows, 5), (2, 3)).sample(generator)
+    noise = exponential(rows, 5, generator)
+    action = FactoredCategorical(logits.expand(rows, 5), (2, 3)).sample(noise)
     counts = torch.bincount(action[:, 0] * 3 + action[:, 1], minlength=6)
     first, second = (part.softmax(-1) for part in logits.split([2, 3]))
     probability = (first[:, None] * second).flatten()
@@ -177,7 +183,8 @@ def test_gaussian_samples_have_the_moments_asked_for(
 ) -> None:
     mean, std = torch.tensor([-2.0, 0.5]), torch.tensor([0.1, 3.0])
     rows = 40_000
-    sample = kind(mean.expand(rows, 2), std.log().expand(rows, 2)).sample(generator)
+    noise = torch.randn(rows, 2, generator=generator)
+    sample = kind(mean.expand(rows, 2), std.log().expand(rows, 2)).sample(noise)
     error = std / rows**0.5
     assert ((sample.mean(0) - mean).abs() < 4 * error).all()
     assert ((sample.std(0) - std).abs() < 4 * error).all()
@@ -240,7 +247,7 @@ def test_the_entropy_of_a_tanh_gaussian_is_the_mean_surprise_of_its_samples(
     rows = 40_000
     mean, log_std = torch.tensor([0.4, -1.0]), torch.tensor([-0.5, 0.3])
     ours = TanhGaussian(mean.expand(rows, 2), log_std.expand(rows, 2))
-    surprise = -ours.log_prob(ours.sample(generator))
+    surprise = -ours.log_prob(ours.sample(torch.randn(rows, 2, generator=generator)))
     error = surprise.std().item() / rows**0.5
     assert ours.entropy()[0].item() == pytest.approx(surprise.mean().item(), abs=4 * error)
 
@@ -269,14 +276,13 @@ each_kind = pytest.mark.parametrize("make", KINDS.values(), ids=KINDS)
 
 
 @each_kind
-def test_samples_come_from_the_generator_alone(make: Callable[[Tensor], Distribution]) -> None:
+def test_samples_come_from_the_noise_alone(make: Callable[[Tensor], Distribution]) -> None:
     distribution = make(torch.randn(200, 6, generator=seeded(0)))
     before = torch.get_rng_state()
-    generator = seeded(1)
-    first, then = distribution.sample(generator), distribution.sample(generator)
+    first, then = exponential(2 * 200, 6, seeded(1)).split(200)
+    assert torch.equal(distribution.sample(first), distribution.sample(first))
+    assert not torch.equal(distribution.sample(first), distribution.sample(then))
     assert torch.equal(torch.get_rng_state(), before)
-    assert torch.equal(first, distribution.sample(seeded(1)))
-    assert not torch.equal(first, then)
 
 
 @each_kind
@@ -286,11 +292,12 @@ def test_results_are_single_precision_whatever_the_network_gave(
 ) -> None:
     output = torch.randn(50, 6, generator=seeded(0)).bfloat16()
     exact = make(output.float())
-    action = exact.sample(seeded(1))
+    noise = exponential(50, 6, seeded(1))
+    action = exact.sample(noise)
     with torch.autocast("cpu", torch.bfloat16, enabled=autocast):
         rounded = make(output)
         got = rounded.log_prob(action), rounded.entropy()
-        assert torch.equal(rounded.sample(seeded(1)), action)
+        assert torch.equal(rounded.sample(noise), action)
     for value, expected in zip(got, (exact.log_prob(action), exact.entropy()), strict=True):
         assert value.dtype == torch.float32
         torch.testing.assert_close(value, expected)

@@ -47,8 +47,10 @@ _SPECIAL = {
 }
 _VANISHED = {"SIGKILL": -9, "os._exit0": 0, "os._exit3": 3}
 _OPEN_WINDOW = ("2/1/20", "always", "stacks", "own", "window", "unwritable")
+_RECORDED = {"default": range(2, 5), "2/1/2": range(3, 5)}  # steps, of the one window there is
 _SITES = (
     "callback",
+    "forward",
     "backward",
     "optimizer_step",
     "setup",
@@ -60,6 +62,8 @@ _SITES = (
     "validation_step",
     "sanity",
     "loader",
+    "collate",
+    "logger",
 )
 
 
@@ -71,9 +75,21 @@ def expected(case: Case) -> Expected:
     if fault in _VANISHED:
         return Expected(_VANISHED[fault], "vanished", None, trace=False)
     status = (_RAISED | _SPECIAL)[fault]
-    if case.get("others"):  # theirs is raised in place of the run's error
+    if case.get("others") or case.get("logger"):  # theirs is raised in place of the run's error
         status = (1, *status[1:])
-    return Expected(*status, trace=profiler in _OPEN_WINDOW and "room" not in fault)
+    recorded = profiler in _OPEN_WINDOW or case.get("step", 6) in _RECORDED.get(profiler, ())
+    return Expected(*status, trace=recorded and "room" not in fault)
+
+
+def has_open_window(case: Case) -> bool:
+    """Whether something is being recorded at the death, if not what the failing process does."""
+    return case.get("profiler") in _OPEN_WINDOW
+
+
+def has_closed_window(case: Case) -> bool:
+    """Whether the profiler's window has closed before the death."""
+    window = _RECORDED.get(case.get("profiler", "none"))
+    return window is not None and case.get("step", 6) >= window.stop
 
 
 def name(case: Case) -> str:
@@ -88,6 +104,9 @@ QUICK: list[Case] = [
     *({"fault": "RuntimeError", "profiler": p} for p in ("none", "waiting", "warming", "always")),
     *({"fault": "RuntimeError", "profiler": p} for p in ("window", "simple", "advanced")),
     *({"fault": f, "profiler": "window", "module": "ppo"} for f in ("RuntimeError", "SIGINT")),
+    {"fault": "RuntimeError", "profiler": "default", "step": 3},
+    {"fault": "SIGINT", "profiler": "default", "step": 10},
+    {"fault": "RuntimeError", "profiler": "always", "site": "forward"},
     {"fault": "RuntimeError", "profiler": "unwritable"},
     *({"fault": "RuntimeError", "profiler": "always", "again": a} for a in AGAIN),
     *({"fault": "RuntimeError", "profiler": "always", "others": o} for o in ("before", "after")),
@@ -107,7 +126,35 @@ ALL: list[Case] = [
         {"fault": "RuntimeError", "profiler": p, "site": s}
         for s in _SITES
         for p in ("always", "none")
-        if (p, s) not in (("always", "on_train_start"), ("always", "validation_step"))
+        if {"fault": "RuntimeError", "profiler": p, "site": s} not in QUICK
+    ),
+    *(
+        {"fault": "RuntimeError", "profiler": p, "step": s}
+        for p in _RECORDED
+        for s in (1, 2, 3, 4, 10)
+        if (p, s) != ("default", 3)
+    ),
+    *(
+        {"fault": f, "profiler": p, "step": s}
+        for f in _MORE_FAULTS[1:]
+        for p in _RECORDED
+        for s in (3, 10)
+    ),
+    *(
+        {"fault": f, "profiler": "default", "step": s, "module": "ppo"}
+        for f in ("RuntimeError", "SIGINT", "SIGKILL")
+        for s in (3, 10)
+    ),
+    *({"fault": "RuntimeError", "profiler": p, "site": "forward"} for p in ("2/1/20", "simple")),
+    {"fault": "RuntimeError", "profiler": "default", "site": "forward", "step": 3},
+    {"fault": "KeyboardInterrupt", "profiler": "always", "site": "forward"},
+    *({"fault": f, "profiler": "always", "logger": "broken"} for f in ("RuntimeError", "SIGTERM")),
+    *({"fault": f, "profiler": "2/1/20", "site": "loader"} for f in ("SIGINT", "MemoryError")),
+    *({"fault": f, "profiler": "default", "site": "collate"} for f in ("SIGTERM", "exit3")),
+    *(
+        {"fault": "RuntimeError", "profiler": p, "site": s, "workers": 2}
+        for p in ("always", "default")
+        for s in ("loader", "collate")
     ),
     *(
         {"fault": f, "profiler": "none", "site": "loader", "workers": 2}
@@ -128,4 +175,30 @@ ALL: list[Case] = [
         for p in ("none", "2/1/20", "window")
         if (f, p) != ("RuntimeError", "window")
     ),
+]
+
+
+class RankCase(NamedTuple):
+    """A fault in one of two ranks."""
+
+    fault: str  # one of those in ranks.py
+    strategy: str  # of Lightning, or torchrun
+    rank: int
+
+
+def name_ranks(case: RankCase) -> str:
+    """For the test's id."""
+    return "-".join(map(str, case))
+
+
+_STRATEGIES = ("ddp", "torchrun", "ddp_spawn", "ddp_fork")
+
+QUICK_RANKS = [
+    RankCase("raises", "ddp", 1),
+    RankCase("killed", "ddp", 1),
+    RankCase("raises", "torchrun", 1),
+]
+ALL_RANKS = [
+    *(RankCase(f, s, 1) for f in ("raises", "killed", "terminated", "hangs") for s in _STRATEGIES),
+    *(RankCase(f, s, 0) for f in ("raises", "killed") for s in _STRATEGIES),
 ]

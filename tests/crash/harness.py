@@ -1,5 +1,6 @@
 """Runs one dying program in a session of its own, and looks at what it left."""
 
+import contextlib
 import gzip
 import json
 import os
@@ -14,8 +15,10 @@ from typing import Any
 from esper_lightning.forensics.files import read_json_lines
 from esper_lightning.forensics.layout import RankLayout, RunLayout
 from esper_lightning.forensics.report import read_report
+from tests.crash.cases import RankCase
 
 PROGRAM = Path(__file__).with_name("program.py")
+RANKS = Path(__file__).with_name("ranks.py")
 FAILING_OPERATOR = b"aten::special_erfcx"
 _LIMIT_S = 60.0
 _LEAVING_S = 4.0
@@ -39,14 +42,7 @@ class Outcome:
 
     def traces(self) -> list[bytes]:
         """Contents of all traces; each of them is whole JSON."""
-        files = sorted(self.directory.rglob("*.pt.trace.json*"))
-        packed = [
-            gzip.decompress(path.read_bytes()) if path.suffix == ".gz" else path.read_bytes()
-            for path in files
-        ]
-        for content in packed:
-            json.loads(content)
-        return packed
+        return [read_trace(path) for path in sorted(self.directory.rglob("*.pt.trace.json*"))]
 
     def rows(self, rank: int = 0) -> list[int]:
         return [row["iteration"] for row in read_json_lines(self.rank(rank).history)]
@@ -60,19 +56,41 @@ class Outcome:
         return json.loads(path.read_text()) if path.exists() else {}
 
 
+def read_trace(path: Path) -> bytes:
+    """The content of a trace, which must be whole JSON."""
+    content = path.read_bytes()
+    content = gzip.decompress(content) if path.suffix == ".gz" else content
+    json.loads(content)
+    return content
+
+
 def run(case: dict[str, Any], directory: Path) -> Outcome:
     """Let the program die, at most a minute long."""
     directory.mkdir(parents=True, exist_ok=True)
     argument = json.dumps({**case, "directory": str(directory)})
-    environment = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONWARNINGS": "ignore"}
-    environment |= case.get("environment", {})
+    return _watch([str(PROGRAM), argument], directory, case.get("environment", {}))
+
+
+def run_ranks(case: RankCase, directory: Path) -> Outcome:
+    """Let one of two ranks die, at most a minute long."""
+    directory.mkdir(parents=True, exist_ok=True)
+    launcher, strategy = [], case.strategy
+    if strategy == "torchrun":
+        launcher = ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2"]
+        strategy = "ddp"
+    program = [str(RANKS), case.fault, strategy, str(directory), str(case.rank)]
+    return _watch([*launcher, *program], directory, {})
+
+
+def _watch(arguments: list[str], directory: Path, variables: dict[str, str]) -> Outcome:
+    environment = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONWARNINGS": "ignore", **variables}
     started = time.monotonic()
     with (directory / "stderr").open("wb") as stderr:
         # A process of its own writes it: the program may have forbidden itself to write files.
         writer = subprocess.Popen(["cat"], stdin=subprocess.PIPE, stdout=stderr)
         assert writer.stdin is not None
         process = subprocess.Popen(
-            [sys.executable, str(PROGRAM), argument],
+            [sys.executable, *arguments],
             stdin=subprocess.DEVNULL,
             stdout=writer.stdin,
             stderr=writer.stdin,
@@ -87,8 +105,9 @@ def run(case: dict[str, Any], directory: Path) -> Outcome:
             status = None
     seconds = time.monotonic() - started
     alive = _still_there(process.pid, directory)
-    if alive:
-        os.killpg(process.pid, signal.SIGKILL)
+    for number in alive:
+        with contextlib.suppress(ProcessLookupError):
+            os.kill(number, signal.SIGKILL)
     writer.wait(_LIMIT_S)
     temporary = [str(p) for p in directory.rglob("*") if p.name.endswith((".tmp", ".part"))]
     temporary += [str(p) for p in directory.rglob(".*.json")]
@@ -96,7 +115,7 @@ def run(case: dict[str, Any], directory: Path) -> Outcome:
         status=status,
         stderr=(directory / "stderr").read_text(errors="replace"),
         directory=directory,
-        leftovers=alive + temporary,
+        leftovers=[*(f"process {number}" for number in alive), *temporary],
         seconds=seconds,
     )
 
@@ -107,12 +126,12 @@ def _as_from_a_terminal() -> None:
     signal.signal(signal.SIGQUIT, signal.SIG_DFL)
 
 
-def _still_there(session: int, directory: Path) -> list[str]:
+def _still_there(session: int, directory: Path) -> list[int]:
     """Processes that the program started and that do not leave by themselves."""
     end = time.monotonic() + _LEAVING_S
     while True:
         found = [
-            f"process {entry.name}"
+            int(entry.name)
             for entry in Path("/proc").iterdir()
             if entry.name.isdigit() and _belongs(entry, session, directory)
         ]

@@ -18,6 +18,7 @@ from pathlib import Path
 
 import torch
 from lightning.pytorch import Callback, LightningModule, Trainer
+from lightning.pytorch.loggers import Logger
 from lightning.pytorch.profilers import AdvancedProfiler, PyTorchProfiler, SimpleProfiler
 from torch.utils.data import DataLoader, Dataset
 
@@ -28,6 +29,7 @@ from esper_lightning.envs import CartPole
 CASE = json.loads(sys.argv[1])
 DIRECTORY = Path(CASE["directory"])
 RANK = int(os.environ.get("LOCAL_RANK", "0"))
+DYING = threading.Event()
 
 
 def signal_self(name, times=1):
@@ -132,6 +134,7 @@ FAULTS = {
 def die(site):
     if CASE.get("site", "training_step") == site and CASE.get("rank", 0) == RANK:
         torch.special.erfcx(torch.ones(3))
+        DYING.set()
         FAULTS[CASE["fault"]]()
 
 
@@ -148,10 +151,27 @@ class Rows(Dataset):
         return torch.full((4,), float(index))
 
 
+def collate(rows):
+    if rows[0][0] == 14:
+        die("collate")
+    return torch.stack(rows)
+
+
+class Layer(torch.nn.Linear):
+    """Dies with the profiler's record of this module open."""
+
+    step = 0
+
+    def forward(self, batch):
+        if self.step == CASE.get("step", 6):
+            die("forward")
+        return super().forward(batch)
+
+
 class Plain(LightningModule):
     def __init__(self):
         super().__init__()
-        self.layer = torch.nn.Linear(4, 2)
+        self.layer = Layer(4, 2)
 
     def _die(self, site):
         if self.global_step == CASE.get("step", 6):
@@ -177,6 +197,7 @@ class Plain(LightningModule):
 
     def training_step(self, batch, batch_idx):
         self._die("training_step")
+        self.layer.step = self.global_step
         out = self.layer(batch)
         if self.global_step == CASE.get("step", 6) and CASE.get("site") == "backward":
             out.register_hook(lambda gradient: die("backward"))
@@ -215,6 +236,23 @@ class Truth(Callback):
             raise LookupError("in another callback")
 
 
+class Log(Logger):
+    """A logger that dies, or cannot save what it has when the run dies."""
+
+    name, version, save_dir = "log", 0, str(DIRECTORY)
+
+    def log_hyperparams(self, *_):
+        pass
+
+    def log_metrics(self, metrics, step=None):
+        if step == 6:
+            die("logger")
+
+    def save(self):
+        if CASE.get("logger") == "broken" and DYING.is_set():
+            raise LookupError("in a logger")
+
+
 def schedule(**settings):
     return torch.profiler.schedule(**settings)
 
@@ -240,6 +278,7 @@ def nvtx():
 PROFILERS = {
     "none": lambda: None,
     "default": PyTorchProfiler,
+    "2/1/2": lambda: PyTorchProfiler(schedule=schedule(wait=2, warmup=1, active=2)),
     "2/1/20": lambda: PyTorchProfiler(schedule=schedule(wait=2, warmup=1, active=20)),
     "always": lambda: PyTorchProfiler(schedule=None),
     "waiting": lambda: PyTorchProfiler(schedule=schedule(wait=100, warmup=1, active=1)),
@@ -258,27 +297,29 @@ def fit(trainer=None, profiler=None):
     callbacks = [Truth(), FlightRecorder(hang_timeout_s=CASE.get("hang_timeout_s"))]
     if CASE.get("others") == "after":
         callbacks.reverse()
+    site = CASE.get("site", "training_step")
     trainer = trainer or Trainer(
         accelerator="cpu",
         max_epochs=-1 if CASE.get("module") == "ppo" else 1,
         max_steps=30,
         profiler=profiler or PROFILERS[CASE.get("profiler", "none")](),
-        logger=False,
+        logger=Log() if site == "logger" or CASE.get("logger") else False,
+        log_every_n_steps=1,
         enable_checkpointing=False,
         enable_progress_bar=False,
         enable_model_summary=False,
         default_root_dir=DIRECTORY,
         callbacks=callbacks,
-        num_sanity_val_steps=2 if CASE.get("site") == "sanity" else 0,
-        val_check_interval=5 if "validation" in CASE.get("site", "") else None,
+        num_sanity_val_steps=2 if site == "sanity" else 0,
+        val_check_interval=5 if "validation" in site else None,
         limit_val_batches=0 if CASE.get("module") == "ppo" else 2,
         **CASE.get("trainer", {}),
     )
     if CASE.get("module") == "ppo":
         return trainer, PPO(CartPole(num_envs=16), ppo=PPOConfig(rollout_steps=8)), ()
-    site = CASE.get("site")
     workers = CASE.get("workers", 0)
-    data = DataLoader(Rows("loader" if site == "loader" else None), num_workers=workers)
+    rows = Rows("loader" if site == "loader" else None)
+    data = DataLoader(rows, num_workers=workers, collate_fn=collate)
     return trainer, Plain(), (data, DataLoader(Rows(None)))
 
 
@@ -305,7 +346,7 @@ def main():
 
         def dying(rollout):
             healthy = collect(rollout)
-            if module.iteration == 6:
+            if module.iteration == CASE.get("step", 6):
                 die("training_step")
             return healthy
 

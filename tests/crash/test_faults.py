@@ -6,8 +6,18 @@ from pathlib import Path
 
 import pytest
 
+from esper_lightning.forensics.remains import examine
 from esper_lightning.forensics.report import read_report
-from tests.crash.cases import ALL, QUICK, Case, Expected, expected, name
+from tests.crash.cases import (
+    ALL,
+    QUICK,
+    Case,
+    Expected,
+    expected,
+    has_closed_window,
+    has_open_window,
+    name,
+)
 from tests.crash.harness import FAILING_OPERATOR, Outcome, run
 
 pytestmark = pytest.mark.crash
@@ -39,6 +49,11 @@ def check(case: Case, outcome: Outcome) -> list[str]:
         "why no trace": (bool(evidence["trace"]["detail"]), True),
         "left over": (outcome.leftovers, []),
     }
+    if has_closed_window(case):
+        shown = [window.was_open for window in examine(outcome.directory)[0].windows]
+        found["closed window"] = (shown, [False])
+    if case.get("logger"):
+        found["logger"] = (evidence["loggers"]["state"], "failed")
     state = outcome.state()
     if due.cause in ("exception", "signal") and due.error is not None:
         found["still profiling"] = (state.get("profiling"), False)
@@ -57,7 +72,7 @@ def check(case: Case, outcome: Outcome) -> list[str]:
 def _state_of_trace(case: Case, due: Expected) -> str:
     if "room" in case["fault"] and case["profiler"] != "none":
         return "failed"
-    workers_window = case.get("workers") and case["profiler"] == "always"
+    workers_window = case.get("workers") and has_open_window(case)
     return "saved" if due.trace or workers_window else "absent"
 
 

@@ -1,56 +1,56 @@
 """Two ranks, one of which dies: both save their own, and the one that failed first is named."""
 
-import gzip
-import os
-import subprocess
-import sys
-from pathlib import Path
-
 import pytest
 
-from esper_lightning.cli.crash import examine, first_failure
+from esper_lightning.forensics.remains import Remains, examine, first_failure, rank_folders
+from tests.crash.cases import ALL_RANKS, QUICK_RANKS, RankCase, name_ranks
+from tests.crash.harness import FAILING_OPERATOR, Outcome, read_trace, run_ranks
 
 pytestmark = [pytest.mark.crash, pytest.mark.ddp]
-PROGRAM = Path(__file__).with_name("ranks.py")
+_CAUSES = {"killed": "vanished", "terminated": "signal"}
+_MORE = [case for case in ALL_RANKS if case not in QUICK_RANKS]
 
 
-@pytest.mark.parametrize(
-    ("fault", "strategy", "rank"),
-    [
-        ("raises", "ddp", 1),
-        ("killed", "ddp", 1),
-        ("raises", "torchrun", 1),
-        pytest.param("raises", "ddp", 0, marks=pytest.mark.slow),
-        pytest.param("hangs", "ddp", 1, marks=pytest.mark.slow),
-        pytest.param("terminated", "ddp", 1, marks=pytest.mark.slow),
-        pytest.param("killed", "torchrun", 0, marks=pytest.mark.slow),
-        pytest.param("terminated", "torchrun", 1, marks=pytest.mark.slow),
-        pytest.param("raises", "ddp_spawn", 1, marks=pytest.mark.slow),
-        pytest.param("killed", "ddp_fork", 1, marks=pytest.mark.slow),
-    ],
-)
-def test_every_rank_saves_its_own(tmp_path, fault, strategy, rank):
-    launcher, lightning = [], strategy
-    if strategy == "torchrun":
-        launcher = ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2"]
-        lightning = "ddp"
-    program = [str(PROGRAM), fault, lightning, str(tmp_path), str(rank)]
-    command = [sys.executable, *launcher, *program]
-    environment = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONWARNINGS": "ignore"}
-    result = subprocess.run(
-        command, env=environment, capture_output=True, text=True, timeout=90, check=False
-    )
-    assert result.returncode != 0
-    ranks = examine(tmp_path)
-    assert [remains.rank for remains in ranks] == [0, 1]
-    assert first_failure(ranks).rank == rank, [remains.report for remains in ranks]
+def check_ranks(case: RankCase, outcome: Outcome) -> list[str]:
+    """What is wrong with what two ranks left."""
+    ranks = examine(outcome.directory) if rank_folders(outcome.directory) else []
+    found = {
+        "ranks": ([remains.rank for remains in ranks], [0, 1]),
+        "ended by itself": (outcome.status is not None, True),
+        "failed": (outcome.status != 0, True),
+        "left over": (outcome.leftovers, []),
+    }
+    first = first_failure(ranks)
+    found["first failure"] = (None if first is None else first.rank, case.rank)
     for remains in ranks:
-        assert remains.report["complete"], remains.report
-        assert len(remains.history) == 6
-        vanished = fault == "killed" and remains.rank == rank
-        assert (remains.report["evidence"]["trace"]["state"] == "saved") == (not vanished)
-        if remains.trace_path is not None:
-            content = gzip.decompress(remains.trace_path.read_bytes())
-            assert (b"aten::special_erfcx" in content) == (remains.rank == rank)
-    peer = ranks[1 - rank].report
-    assert peer["time_s"] - ranks[rank].report["time_s"] < 10
+        died, who = remains.rank == case.rank, f"rank {remains.rank}"
+        report = remains.report or {}
+        cause = _CAUSES.get(case.fault, "exception") if died else report.get("cause")
+        found[f"{who}: cause"] = (report.get("cause"), cause)
+        found[f"{who}: complete"] = (report.get("complete"), True)
+        found[f"{who}: rows"] = (remains.rows, 6)
+        traced = [_has_failing_step(remains)] if remains.windows else []
+        due = [] if died and case.fault == "killed" else [died]
+        found[f"{who}: failing step traced"] = (traced, due)
+    if len(ranks) == 2:
+        apart_s = ranks[1 - case.rank].time_s - ranks[case.rank].time_s
+        found["the peer saved within 10 s"] = (apart_s < 10, True)
+    return [f"{k}: {seen!r}, not {right!r}" for k, (seen, right) in found.items() if seen != right]
+
+
+def _has_failing_step(remains: Remains) -> bool:
+    assert remains.trace_path is not None
+    return FAILING_OPERATOR in read_trace(remains.trace_path)
+
+
+@pytest.mark.parametrize("case", QUICK_RANKS, ids=name_ranks)
+def test_every_rank_saves_its_own(tmp_path, case):
+    outcome = run_ranks(case, tmp_path)
+    assert not check_ranks(case, outcome), outcome.stderr[-3000:]
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("case", _MORE, ids=name_ranks)
+def test_every_rank_saves_its_own_also_where(tmp_path, case):
+    outcome = run_ranks(case, tmp_path)
+    assert not check_ranks(case, outcome), outcome.stderr[-3000:]

@@ -180,7 +180,7 @@ def test_initial_states_are_those_of_gymnasium(reference: Reference) -> None:
         theirs.append(np.array(env.state, dtype=np.float64))
     expected = torch.as_tensor(np.stack(theirs))
     generator = torch.Generator().manual_seed(0)
-    state = reference.spec(num_envs=1000).sample_state(generator, torch.device("cpu"))
+    state = reference.spec(num_envs=1000).sample_states(1, generator, torch.device("cpu"))[0]
     width = (expected.amax(0) - expected.amin(0)).float()
     for ours, other in (
         (state.amin(0), expected.amin(0)),
@@ -201,8 +201,8 @@ class DoublePrecision:
         self.num_envs, self.time_limit = task.num_envs, task.time_limit
         self.spaces, self.observe, self.advance = task.spaces, task.observe, task.advance
 
-    def sample_state(self, generator: torch.Generator, device: torch.device) -> Tensor:
-        return self._task.sample_state(generator, device).double()
+    def sample_states(self, steps: int, generator: torch.Generator, device: torch.device) -> Tensor:
+        return self._task.sample_states(steps, generator, device).double()
 
 
 def energetic(name: str, obs: np.ndarray, step: int) -> Any:

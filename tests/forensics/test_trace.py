@@ -1,13 +1,26 @@
 """Reading traces: against torch's own sums, packed or not, whole or torn."""
 
 import gzip
+import itertools
+import json
 import random
+import subprocess
+import sys
 
 import pytest
 import torch
 
 from esper_lightning.callbacks.operator_table import operator_table, operator_times
 from esper_lightning.forensics.trace import summarize
+
+MEASURED = """
+import re, sys
+from pathlib import Path
+from esper_lightning.forensics.trace import summarize
+summary = summarize(Path(sys.argv[1]))
+peak = re.search(r"VmHWM:\\s+(\\d+)", Path("/proc/self/status").read_text())[1]
+print(summary.events, summary.complete, summary.operators[0].calls, summary.last[-1].name, peak)
+"""
 
 
 @pytest.fixture(scope="module")
@@ -82,3 +95,65 @@ def test_a_torn_trace_is_read_as_far_as_it_goes(recorded, tmp_path):
         torn = tmp_path / "torn.json.gz"
         torn.write_bytes(packed[: cut * len(packed) // len(content)])
         assert not summarize(torn).complete
+
+
+@pytest.mark.parametrize("damage", [b"", b"\0", b'"'])
+def test_memory_is_bounded(tmp_path, damage):
+    """Thirty megabytes, of which a damaged byte in the middle costs one event or two."""
+    path, events, width = tmp_path / "large.pt.trace.json", 100_000, 300
+    with path.open("wb") as file:
+        file.write(b'{"schemaVersion": 1, "traceEvents": [\n')
+        for i in range(events):
+            text = json.dumps({"ph": "X", "cat": "cpu_op", "name": "op", "ts": i, "dur": 0.5})
+            file.write(text.ljust(width).encode() + b",\n")
+        file.write(b'{"ph": "X", "cat": "cpu_op", "name": "last", "ts": 1e6, "dur": 1}]}')
+        if damage:
+            file.seek(40 + (width + 2) * (events // 2))
+            file.write(damage)
+    command = [sys.executable, "-c", MEASURED, str(path)]
+    result = subprocess.run(command, capture_output=True, text=True, check=True, timeout=60)
+    found, complete, calls, last, peak_kb = result.stdout.split()
+    assert complete == str(not damage)
+    assert events - 2 * bool(damage) <= int(calls) == int(found) - 1 <= events
+    assert last == "last"
+    assert int(peak_kb) < 40_000
+
+
+def test_reads_on_behind_damage(recorded, tmp_path):
+    _, path = recorded
+    content, chance = path.read_bytes(), random.Random(0)
+    whole, damaged = summarize(path), tmp_path / "damaged.json"
+    for _ in range(50):
+        spoiled = bytearray(content)
+        at = chance.randrange(content.index(b'"ph": "X"'), content.rindex(b'"ph": "X"'))
+        spoiled[at : at + 4] = chance.randbytes(4)
+        damaged.write_bytes(spoiled)
+        assert whole.events - 3 <= summarize(damaged).events <= whole.events + 3
+
+
+def test_a_trace_that_is_damaged_throughout_takes_no_longer(tmp_path):
+    path = tmp_path / "a.json"
+    path.write_bytes(b'{"traceEvents": [' + b'{"ph": "X", "name": "\\x"},' * 100_000 + b"]}")
+    summary = summarize(path)
+    assert (summary.events, summary.complete) == (0, False)
+
+
+@pytest.mark.parametrize("text", ["", "null", '{"traceEvents": null}', '{"traceEvents": [[[[', "{"])
+def test_what_holds_no_events(tmp_path, text):
+    path = tmp_path / "a.json"
+    path.write_text(text)
+    summary = summarize(path)
+    assert (summary.events, summary.complete) == (0, False)
+
+
+def test_operators_are_summed_apart_from_python_frames_and_cuda_calls(tmp_path):
+    """Which kineto writes behind the operators, not in order of time."""
+    kinds = [("cpu_op", "op"), ("python_function", "frame"), ("cuda_runtime", "launch")]
+    events = [
+        {"ph": "X", "cat": kind, "name": name, "ts": 10 * i, "dur": 5 if kind == "cpu_op" else 2}
+        for (kind, name), i in itertools.product(kinds, range(3000))
+    ]
+    path = tmp_path / "a.json"
+    path.write_text(json.dumps({"traceEvents": events}))
+    rows = {row.name: row[1:] for row in summarize(path).operators}
+    assert rows == {"op": (15000, 15000, 3000), "launch": (6000, 6000, 3000)}

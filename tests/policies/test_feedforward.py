@@ -147,13 +147,13 @@ def test_what_acting_said_of_its_action_is_what_learning_says(spec: MLP, spaces:
     policy = trained(spec.build(spaces, seeded(0)))
     obs, mask = random_obs(spaces), random_mask(spaces)
     with torch.no_grad():
-        action, log_prob = policy.act(obs, mask, seeded(3))
+        action, log_prob = policy.act(obs, mask, policy.noise((ROWS,), seeded(3)))
     evaluation = policy.evaluate(obs, action, mask)
     torch.testing.assert_close(evaluation.log_prob, log_prob)
     torch.testing.assert_close(evaluation.value, policy.value(obs))
     assert {value.dtype for value in evaluation} == {torch.float32}
     assert {tuple(value.shape) for value in evaluation} == {(ROWS,)}
-    repeated, _ = policy.act(obs, mask, seeded(3))
+    repeated, _ = policy.act(obs, mask, policy.noise((ROWS,), seeded(3)))
     assert torch.equal(action, repeated)
 
 
@@ -168,7 +168,7 @@ def test_acting_deterministically_is_more_probable_than_any_sample(
         policy.action_head.log_std.data.fill_(-3.0)
     greatest = policy.evaluate(obs, most, mask).log_prob
     for seed in range(20):
-        _, log_prob = policy.act(obs, mask, seeded(seed))
+        _, log_prob = policy.act(obs, mask, policy.noise((ROWS,), seeded(seed)))
         if spec.action_bounds == "tanh":
             assert (greatest >= log_prob).float().mean() > 0.5
         else:
@@ -180,7 +180,8 @@ def test_actions_obey_the_space_and_the_mask(spec: MLP, spaces: EnvSpaces) -> No
     policy = trained(spec.build(spaces, seeded(0)))
     obs, mask = random_obs(spaces), random_mask(spaces)
     space = spaces.action
-    for sample in (policy.act(obs, mask, seeded(3))[0], policy.act_deterministically(obs, mask)):
+    sampled, _ = policy.act(obs, mask, policy.noise((ROWS,), seeded(3)))
+    for sample in (sampled, policy.act_deterministically(obs, mask)):
         action = policy.to_env(sample)
         if isinstance(space, Box):
             assert action.shape == (ROWS, *space.shape)
@@ -284,11 +285,12 @@ def test_the_order_of_groups_in_an_observation_does_not_matter(groups) -> None:
 def test_results_are_single_precision_under_autocast(spec: MLP, spaces: EnvSpaces) -> None:
     policy = trained(spec.build(spaces, seeded(0)))
     obs, mask = random_obs(spaces), random_mask(spaces)
-    action, _ = policy.act(obs, mask, seeded(3))
+    action, _ = policy.act(obs, mask, policy.noise((ROWS,), seeded(3)))
     exact = policy.evaluate(obs, action, mask)
     with torch.autocast("cpu", torch.bfloat16):
         rounded = policy.evaluate(obs, action, mask)
-        assert policy.act(obs, mask, seeded(3)).log_prob.dtype == torch.float32
+        noise = policy.noise((ROWS,), seeded(3))
+        assert policy.act(obs, mask, noise).log_prob.dtype == torch.float32
         assert policy.value(obs).dtype == torch.float32
     for got, expected in zip(rounded, exact, strict=True):
         assert got.dtype == torch.float32

@@ -44,14 +44,15 @@ def test_choices_reach_the_environment_as_they_are(
     space: ActionSpace, generator: torch.Generator
 ) -> None:
     head = make(space)
-    action = head(features(20), None).sample(generator)
+    action = head(features(20), None).sample(head.noise((20,), generator))
     assert action.dtype == torch.int64
     assert torch.equal(head.to_env(action), action)
 
 
 def test_a_mask_reaches_every_component(generator: torch.Generator) -> None:
     mask = torch.tensor([True, False, False, True, False]).expand(50, 5)
-    action = make(MultiDiscrete((2, 3)))(features(50), mask).sample(generator)
+    head = make(MultiDiscrete((2, 3)))
+    action = head(features(50), mask).sample(head.noise((50,), generator))
     assert torch.equal(action, torch.tensor([0, 1]).expand(50, 2))
 
 
@@ -100,7 +101,7 @@ def test_actions_get_the_shape_of_the_space(
 ) -> None:
     for space in (Box(shape), Box(shape, low=-1.0, high=1.0)):
         head = make(space)
-        sample = head(features(4), None).sample(generator)
+        sample = head(features(4), None).sample(head.noise((4,), generator))
         assert sample.shape == (4, math.prod(shape))
         action = head.to_env(sample)
         assert action.shape == (4, *shape)

@@ -8,7 +8,7 @@ import torch
 from esper_lightning.core.buffer import allocate_rollout
 from esper_lightning.core.running_stats import RunningStats
 from esper_lightning.envs import CartPole
-from esper_lightning.training.collect import ActingState, scale_reward
+from esper_lightning.training.collect import scale_reward
 from esper_lightning.training.config import PPOConfig
 from esper_lightning.training.trainer_support import few_cpu_threads
 
@@ -28,11 +28,14 @@ def rollout(generator):
 def test_rewards_are_divided_by_the_deviation_of_all_returns_so_far(generator):
     config = PPOConfig(discount=0.9, reward_clip=1.0)
     stats = RunningStats(())
-    state = ActingState(torch.zeros(ENVS, 4), None, torch.zeros(ENVS))
+    carried = torch.zeros(ENVS)
     running, returns = [0.0] * ENVS, []
     for _ in range(3):
         collected = rollout(generator)
-        scaled, state = scale_reward(collected, state, stats, config, healthy=torch.tensor(True))
+        scaled, carried, moments = scale_reward(
+            collected, carried, stats.moments, config, healthy=torch.tensor(True)
+        )
+        stats.keep(moments)
         for t in range(STEPS):
             for env in range(ENVS):
                 running[env] = 0.9 * running[env] + collected.reward[t, env].item()
@@ -48,17 +51,17 @@ def test_rewards_are_divided_by_the_deviation_of_all_returns_so_far(generator):
 def test_a_broken_rollout_leaves_the_statistics_alone(generator):
     collected, stats = rollout(generator), RunningStats(())
     collected.reward[0, 0] = torch.nan
-    state = ActingState(torch.zeros(ENVS, 4), None, torch.zeros(ENVS))
-    scale_reward(collected, state, stats, PPOConfig(), healthy=torch.tensor(False))
-    assert (stats.count, stats.mean, stats.variance) == (0, 0, 1)
+    no = torch.tensor(False)
+    *_, moments = scale_reward(collected, torch.zeros(ENVS), stats.moments, PPOConfig(), healthy=no)
+    assert moments == (0, 0, 1)
 
 
 def test_without_statistics_rewards_stay(generator):
     collected = rollout(generator)
-    state = ActingState(torch.zeros(ENVS, 4), None, torch.zeros(ENVS))
-    scaled, after = scale_reward(collected, state, None, PPOConfig(), healthy=torch.tensor(True))
+    carried, yes = torch.zeros(ENVS), torch.tensor(True)
+    scaled, after, _ = scale_reward(collected, carried, None, PPOConfig(), healthy=yes)
     assert scaled is collected.reward
-    assert after is state
+    assert after is carried
 
 
 @pytest.mark.parametrize(("samples", "threads"), [(64, 1), (2047, 1), (2048, 2)])

@@ -109,7 +109,7 @@ class TestBudget:
         noise = []
         for _ in range(2):
             fit(model, make_trainer(max_epochs=1))
-            noise.append(model._exploration.initial_seed())
+            noise.append(model._learner._exploration.initial_seed())
         assert model.iteration == 2
         assert noise[0] != noise[1]
 

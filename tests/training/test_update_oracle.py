@@ -1,7 +1,6 @@
 """The update against Stable-Baselines3's PPO, and which of its steps leave a trace."""
 
 import copy
-from collections.abc import Callable
 from contextlib import AbstractContextManager, nullcontext
 from itertools import pairwise
 from typing import Any, NamedTuple
@@ -21,9 +20,16 @@ from esper_lightning.core.minibatches import flatten_steps
 from esper_lightning.core.spaces import ActionSpace, Box, Discrete, EnvSpaces, MultiDiscrete
 from esper_lightning.core.types import Rollout, Samples
 from esper_lightning.policies import MLP, Policy
+from esper_lightning.training.agent import Agent
 from esper_lightning.training.config import PPOConfig
 from esper_lightning.training.trainer_support import autocast_without_cache
-from esper_lightning.training.update import UpdateMetrics, build_optimizer, prepare_samples, update
+from esper_lightning.training.update import (
+    Critic,
+    UpdateMetrics,
+    Updater,
+    build_optimizer,
+    prepare_samples,
+)
 
 STEPS, ENVS, FEATURES = 16, 4, 5
 CPU = torch.device("cpu")
@@ -64,7 +70,8 @@ def new_rollout(
     rollout = allocate_rollout(spaces, STEPS, ENVS, device=CPU)
     rollout.obs.normal_(std=spread, generator=generator)
     with torch.no_grad():
-        acted = policy.act(flatten_steps(rollout.obs), None, generator)
+        noise = policy.noise((STEPS * ENVS,), generator)
+        acted = policy.act(flatten_steps(rollout.obs), None, noise)
     rollout.action.copy_(acted.action.view_as(rollout.action))
     rollout.log_prob.copy_(acted.log_prob.view(STEPS, ENVS))
     rollout.reward.normal_(generator=generator).add_(reward)
@@ -81,12 +88,30 @@ def new_rollout(
 
 class Step(NamedTuple):
     loss: float
-    gradient: dict[int, Tensor]  # of each parameter, by its id; before clipping
+    gradient: dict[str, Tensor]  # of each parameter, before clipping
 
 
 @pytest.fixture
-def recorded(monkeypatch: pytest.MonkeyPatch) -> list[Step]:
-    """Loss and gradients of every gradient step, whoever makes it."""
+def ours(monkeypatch: pytest.MonkeyPatch) -> list[Step]:
+    """Loss and gradients of our gradient steps."""
+    steps: list[Step] = []
+    add_up = Updater._sum
+
+    def recording(updater: Updater, *args: Any) -> Any:
+        sums = add_up(updater, *args)
+        figures, samples = (sums.figures / sums.figures[-1]).tolist(), sums.figures[-1]
+        config = updater._config
+        loss = figures[0] + config.value_coef * figures[1] - config.entropy_coef * figures[2]
+        steps.append(Step(loss, updater._agent.named(sums.gradient / samples)))
+        return sums
+
+    monkeypatch.setattr(Updater, "_sum", recording)
+    return steps
+
+
+@pytest.fixture
+def theirs(monkeypatch: pytest.MonkeyPatch) -> list[Step]:
+    """Loss and gradients of SB3's, by the number of the parameter."""
     losses: list[float] = []
     steps: list[Step] = []
     backward, clip = torch.Tensor.backward, torch.nn.utils.clip_grad_norm_
@@ -97,7 +122,7 @@ def recorded(monkeypatch: pytest.MonkeyPatch) -> list[Step]:
 
     def recording_clip(parameters: Any, max_norm: float, **kwargs: Any) -> Tensor:
         parameters = list(parameters)
-        steps.append(Step(losses[-1], {id(p): p.grad.clone() for p in parameters}))
+        steps.append(Step(losses[-1], {str(i): p.grad.clone() for i, p in enumerate(parameters)}))
         return clip(parameters, max_norm, **kwargs)
 
     monkeypatch.setattr(torch.Tensor, "backward", recording_backward)
@@ -203,7 +228,8 @@ def test_an_update_is_that_of_stable_baselines3(
     kind: str,
     changes: dict[str, Any],
     world: dict[str, float],
-    recorded: list[Step],
+    ours: list[Step],
+    theirs: list[Step],
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     space, gym_space = ACTIONS[kind]
@@ -215,36 +241,26 @@ def test_an_update_is_that_of_stable_baselines3(
 
     fill(model, rollout)
     raw = PPOConfig(**{**vars(config), "normalize_advantage": False})
-    advantage = prepare_samples(policy, lambda obs: obs, rollout, rollout.reward, raw).advantage
+    learner = Learner(space, policy, rollout, config)
+    advantage = learner.prepare(rollout, raw).advantage
     np.testing.assert_allclose(
         advantage.view(STEPS, ENVS), model.rollout_buffer.advantages, rtol=1e-5, atol=1e-5
     )
 
     share_the_order(monkeypatch, seeded(7))
     model.train()
-    theirs = recorded.copy()
-    recorded.clear()
-    samples = prepare_samples(policy, lambda obs: obs, rollout, rollout.reward, config)
-    metrics = update(
-        policy,
-        build_optimizer(policy, config),
-        samples,
-        config,
-        healthy=YES,
-        generator=seeded(7),
-        backward=torch.Tensor.backward,
-    )
+    metrics = learner.update()
 
-    assert len(recorded) == len(theirs) == config.epochs * config.minibatches
+    assert len(ours) == len(theirs) == config.epochs * config.minibatches
     names = {name: theirs_of(name) for name, _ in policy.named_parameters()}
     ours_by_name = dict(policy.named_parameters())
     theirs_by_name = dict(model.policy.named_parameters())
     assert set(names.values()) == set(theirs_by_name)
-    for mine, other in zip(recorded, theirs, strict=True):
+    number = {name: str(i) for i, name in enumerate(theirs_by_name)}
+    for mine, other in zip(ours, theirs, strict=True):
         assert mine.loss == pytest.approx(other.loss, rel=1e-5, abs=1e-5)
         for name, their_name in names.items():
-            got = mine.gradient[id(ours_by_name[name])]
-            expected = other.gradient[id(theirs_by_name[their_name])]
+            got, expected = mine.gradient[name], other.gradient[number[their_name]]
             torch.testing.assert_close(got, expected, rtol=0.0, atol=1e-5, msg=name)
     for name, their_name in names.items():
         got, expected = ours_by_name[name], theirs_by_name[their_name]
@@ -272,32 +288,44 @@ Weights = dict[str, Tensor]
 class Learner:
     """A policy, its optimizer and samples to learn from."""
 
-    def __init__(self, space: ActionSpace = ACTIONS["Box"][0]) -> None:
-        self.policy = new_policy(space)
-        self.optimizer = build_optimizer(self.policy, CONFIG)
-        rollout = new_rollout(self.policy, space)
-        self.samples = prepare_samples(
-            self.policy, lambda obs: obs, rollout, rollout.reward, CONFIG
-        )
+    def __init__(
+        self,
+        space: ActionSpace = ACTIONS["Box"][0],
+        policy: Policy | None = None,
+        rollout: Rollout | None = None,
+        config: PPOConfig = CONFIG,
+    ) -> None:
+        self.policy = policy or new_policy(space)
+        self.config = config
+        self.optimizer = build_optimizer(self.policy, config)
+        self.agent = Agent(self.policy, None)
+        self.parameters = self.agent.bind(self.optimizer)
+        self.samples = self.prepare(rollout or new_rollout(self.policy, space), config)
         self.order = seeded(7)
+
+    def prepare(self, rollout: Rollout, config: PPOConfig) -> Samples:
+        values = Critic(self.agent, mode="off", device=CPU).values(self.agent.weights, rollout)
+        return prepare_samples(values, rollout, rollout.reward, config)[0]
 
     def update(
         self,
         *,
         healthy: Tensor = YES,
         samples: Samples | None = None,
-        backward: Callable[[Tensor], None] = torch.Tensor.backward,
         **changes: Any,
     ) -> UpdateMetrics:
-        return update(
-            self.policy,
-            self.optimizer,
+        config = PPOConfig(**{**vars(self.config), **changes})
+        updater = Updater(self.agent, config, mode="off", device=CPU)
+        adam, metrics = updater.update(
+            self.parameters.state,
+            self.agent.weights,
             samples or self.samples,
-            PPOConfig(**{**vars(CONFIG), **changes}),
+            updater.order(STEPS * ENVS, self.order),
+            learning_rate=torch.tensor(config.learning_rate),
             healthy=healthy,
-            generator=self.order,
-            backward=backward,
         )
+        self.parameters.keep(adam)
+        return metrics
 
     def state(self) -> Weights:
         """Weights, moments and step counts, copied."""
@@ -361,17 +389,17 @@ def test_a_divergence_that_stays_small_stops_nothing() -> None:
     assert same_bits(limited.state(), free.state())
 
 
-def test_metrics_are_means_over_the_gradient_steps(recorded: list[Step]) -> None:
-    metrics = Learner().update(backward=torch.Tensor.backward)
+def test_metrics_are_means_over_the_gradient_steps(ours: list[Step]) -> None:
+    metrics = Learner().update()
     loss = (
         metrics.policy_loss
         + CONFIG.value_coef * metrics.value_loss
         - CONFIG.entropy_coef * metrics.entropy
     )
-    assert loss.item() == pytest.approx(np.mean([step.loss for step in recorded]), rel=1e-4)
-    norms = [torch.cat([g.flatten() for g in s.gradient.values()]).norm() for s in recorded]
+    assert loss.item() == pytest.approx(np.mean([step.loss for step in ours]), rel=1e-4)
+    norms = [torch.cat([g.flatten() for g in s.gradient.values()]).norm() for s in ours]
     assert metrics.grad_norm.item() == pytest.approx(torch.stack(norms).mean().item(), rel=1e-4)
-    assert metrics.gradient_steps == len(recorded)
+    assert metrics.gradient_steps == len(ours)
 
 
 def test_gradients_are_scaled_down_to_the_greatest_norm() -> None:
@@ -391,7 +419,7 @@ def half_precision() -> AbstractContextManager[object]:
 
 
 def test_under_autocast_every_step_uses_the_weights_of_the_step_before(
-    recorded: list[Step],
+    ours: list[Step],
 ) -> None:
     def two_passes(contexts: list[AbstractContextManager[object]]) -> Weights:
         learner = Learner()
@@ -399,15 +427,13 @@ def test_under_autocast_every_step_uses_the_weights_of_the_step_before(
             with context, autocast_without_cache(CPU):
                 with torch.no_grad():  # casts weights without gradient, as acting does
                     learner.policy.value(learner.samples.obs)
-                learner.update(
-                    epochs=2 // len(contexts), minibatches=1, backward=torch.Tensor.backward
-                )
+                learner.update(epochs=2 // len(contexts), minibatches=1)
         return learner.state()
 
     together = two_passes([half_precision()])
-    for step in recorded:
+    for step in ours:
         assert all(gradient.abs().sum() > 0 for gradient in step.gradient.values())
-    assert recorded[0].loss != recorded[1].loss
+    assert ours[0].loss != ours[1].loss
     apart = two_passes([half_precision(), half_precision()])
     # The order of a full batch only decides about rounding.
     for name, value in together.items():

@@ -1,0 +1,238 @@
+"""What ``esper crash`` prints. Standard library only."""
+# Reports are read as they are, from whatever version wrote them.
+# pyright: reportUnknownVariableType=false, reportUnknownArgumentType=false
+
+import itertools
+import time
+from collections import defaultdict
+from pathlib import Path
+from typing import Any
+
+from esper_lightning.forensics.phases import Phases
+from esper_lightning.forensics.remains import Remains, Window, rank_folders
+from esper_lightning.forensics.report import SCHEMA
+
+__all__ = ["describe", "seconds_by_phase"]
+
+_WIDTH, _COLUMN, _NAME = 100, 15, 60
+_MOST_RANKS = 16  # that left nothing, by name
+_MOST_WINDOWS = 4
+_LATER_S = 5.0  # by which a file may seem to be later than the death
+# Columns of the last rows that come first; what else a run has in its history follows.
+_COLUMNS = (
+    "iteration",
+    "env_steps",
+    "rollout/episode_return_mean",
+    "loss/policy",
+    "loss/value",
+    "loss",
+    "optim/grad_norm",
+)
+
+
+def describe(directory: Path, ranks: list[Remains], first: Remains | None) -> list[str]:
+    """The lines to print.
+
+    Args:
+        directory: Of the run.
+        ranks: What each left.
+        first: The one that failed first, if any did.
+    """
+    lines = [f"Run directory: {directory}", ""]
+    if len(ranks) > 1:
+        lines += [*_side_by_side(ranks), ""]
+    known = {rank.rank for rank in ranks}
+    others = ", ".join(f"rank{k}" for k in rank_folders(directory) if k not in known)
+    if others:
+        lines += [f"Of an earlier run, and left out: {_cut(others, _NAME)}", ""]
+    if first is None:
+        states = sorted({rank.state for rank in ranks})
+        lines.append(f"No death on record: {', '.join(states)}.")
+        lines += [
+            f"Rank {rank.rank} hung in iteration {rank.report.get('iteration')}, and went on."
+            for rank in ranks
+            if rank.report is not None
+        ]
+        return [*lines, *_last_rows(ranks[0])]
+    sections = (_death, _where_time_went, _last_rows, _evidence, _operators)
+    for section in sections:
+        lines += [*section(first), ""]
+    return lines[:-1]
+
+
+def _side_by_side(ranks: list[Remains]) -> list[str]:
+    lines = [f"{'rank':>4}  {'state':<9}{'cause':<11}{'time':<17}{'rows':>6}  what"]
+    known = {rank.rank for rank in ranks}
+    world = max(rank.world_size or 1 for rank in ranks)
+    start = min(rank.time_s for rank in ranks)
+    for rank in ranks:
+        report = rank.report or {}
+        when = f"+{rank.time_s - start:.2f} s" if report else "-"
+        what = _cut(_what(report), 50)
+        cause = report.get("cause") or "-"
+        lines.append(f"{rank.rank:>4}  {rank.state:<9}{cause:<11}{when:<17}{rank.rows:>6}  {what}")
+    absent = world - len(known)
+    named = (rank for rank in range(world) if rank not in known)
+    lines += [f"{rank:>4}  left nothing" for rank in itertools.islice(named, _MOST_RANKS)]
+    if absent > _MOST_RANKS:
+        lines.append(f"      {absent - _MOST_RANKS} more left nothing")
+    return lines
+
+
+def _what(report: dict[str, Any]) -> str:
+    error, peer = report.get("error") or {}, report.get("peer") or {}
+    if report.get("cause") == "peer":
+        return f"rank {peer.get('rank')}: {peer.get('reason')}"
+    if error.get("type"):
+        return f"{error['type']}: {error.get('message', '')}".rstrip(": ")
+    return str(error.get("message") or report.get("signal") or report.get("cause") or "")
+
+
+def _death(first: Remains) -> list[str]:
+    report = first.report
+    if report is None:
+        phases = " > ".join(span.name for span in first.phases.open) if first.phases else "unknown"
+        iteration = first.phases.iteration if first.phases else "unknown"
+        return [
+            f"Rank {first.rank} failed first: its process vanished without a report.",
+            f"Iteration {iteration}, in: {phases}",
+        ]
+    lines = [f"Rank {first.rank} failed first: {_what(report)}"]
+    if report.get("schema") != SCHEMA:
+        lines.append(f"(Written with schema {report.get('schema')}; this reads {SCHEMA}.)")
+    when, status, signal = (report.get(name) for name in ("time_s", "exit_status", "signal"))
+    at = time.strftime("%Y-%m-%d %H:%M:%S", time.localtime(when)) if when else "at a time unknown"
+    how = [at, report.get("cause") or "for a cause unknown"]
+    how += [f"signal {signal}"] if signal else []
+    how += [] if status is None else [f"exit status {status}"]
+    lines.append(f"{', '.join(how)}, pid {report.get('pid') or 'unknown'}")
+    lines += _where_not_finite((report.get("error") or {}).get("non_finite"))
+    phases = report.get("phases") or []
+    iteration = report.get("iteration")
+    lines.append(f"Iteration {'unknown' if iteration is None else iteration}, in:")
+    lines += [f"    {name}" for name in phases] or ["    no phase was open"]
+    metrics = report.get("metrics") or {}
+    if metrics:
+        text = ", ".join(f"{name} {_number(value)}" for name, value in list(metrics.items())[:8])
+        lines.append(f"Last metrics: {text}")
+    traceback = (report.get("error") or {}).get("traceback") or []
+    return lines + [f"    {line}"[:100] for line in traceback[-8:]]
+
+
+def _where_not_finite(found: dict[str, Any] | None) -> list[str]:
+    if not found:
+        return []
+    names, environments = ", ".join(found.get("tensors") or []), found.get("environments")
+    where = f", environments {environments}" if environments else ""
+    return [f"Not finite, in {found.get('phase')}: {names}{where}"[:100]]
+
+
+def seconds_by_phase(phases: Phases | None) -> dict[str, float]:
+    """Self time of the latest closed spans."""
+    seconds: dict[str, float] = defaultdict(float)
+    nested: dict[int, float] = defaultdict(float)  # by depth
+    for span in phases.closed if phases else []:
+        duration = (span.end_ns - span.begin_ns) / 1e9
+        seconds[span.name] += duration - nested.pop(span.depth + 1, 0.0)
+        nested[span.depth] += duration
+    return dict(sorted(seconds.items(), key=lambda item: -item[1]))
+
+
+def _where_time_went(first: Remains) -> list[str]:
+    seconds = seconds_by_phase(first.phases)
+    if not seconds or first.phases is None:
+        return ["No phases on record."]
+    iterations = {span.iteration for span in first.phases.closed}
+    lines = [f"Where time went, iterations {min(iterations)} to {max(iterations)} (self time):"]
+    whole = sum(seconds.values()) or 1.0
+    shown = list(seconds.items())[:8]
+    return lines + [f"{s:>10.3f} s {s / whole:>6.1%}  {_cut(name, _NAME)}" for name, s in shown]
+
+
+def _last_rows(first: Remains) -> list[str]:
+    if not first.history:
+        return ["No iteration was finished."]
+    columns = _columns(first.history)
+    fitting = columns[: _WIDTH // _COLUMN]
+    lines = [f"Last of {first.rows} rows:", "".join(f"{h:>{_COLUMN}}" for h in _heads(fitting))]
+    lines += [
+        "".join(f"{_number(row.get(name)):>{_COLUMN}}" for name in fitting) for row in first.history
+    ]
+    if len(columns) > len(fitting):
+        lines.append(f"Not shown: {_cut(', '.join(columns[len(fitting) :]), _NAME)}")
+    if first.damaged_rows:
+        lines.append(f"{first.damaged_rows} lines are damaged and left out.")
+    return lines
+
+
+def _columns(rows: list[dict[str, Any]]) -> list[str]:
+    """The names under which there are numbers, the best known first."""
+    numbers = (name for row in rows for name, value in row.items() if _is_number(value))
+    names = dict.fromkeys(numbers)
+    return [*(name for name in _COLUMNS if name in names), *(n for n in names if n not in _COLUMNS)]
+
+
+def _heads(columns: list[str]) -> list[str]:
+    """The last parts of their names, or more where two would be the same."""
+    short = [name.rpartition("/")[2].replace("episode_", "") for name in columns]
+    heads = [s if short.count(s) == 1 else c for s, c in zip(short, columns, strict=True)]
+    return [head if len(head) < _COLUMN else f"..{head[3 - _COLUMN :]}" for head in heads]
+
+
+def _evidence(first: Remains) -> list[str]:
+    evidence = (first.report or {}).get("evidence") or {}
+    lines = ["Evidence:"]
+    for name, entry in evidence.items():
+        detail = entry.get("detail") or ""
+        path = entry.get("path") or ""
+        lines.append(f"    {name:<12}{entry.get('state', '?'):<9}{path}")
+        if detail:
+            lines.append(f"    {'':<21}{detail}"[:100])
+    return lines if evidence else ["Evidence: nothing but history and phases."]
+
+
+def _operators(first: Remains) -> list[str]:
+    trace, path = first.trace, first.trace_path
+    if trace is None or path is None:
+        return ["No trace."]
+    window, others = first.windows[-1], first.windows[-2::-1]
+    which = "The window that was open at the death"
+    if not window.was_open:
+        which = f"The latest closed window; it ended {_before(first, window)}"
+    whole = "" if trace.complete else ", torn or damaged: read as far as it goes"
+    lines = [
+        f"Trace: {path}",
+        f"    {which}",
+        f"    {trace.events:,} events over {trace.duration_s:.3f} s{whole}",
+        f"{'self ms':>12}{'total ms':>12}{'calls':>9}  most time",
+    ]
+    for row in (*trace.device_operators[:5], *trace.operators[:10]):
+        times = f"{row.self_us / 1e3:>12.3f}{row.total_us / 1e3:>12.3f}{row.calls:>9}"
+        lines.append(f"{times}  {_cut(row.name, _NAME)}")
+    lines.append("Last operators:" if window.was_open else "Last operators of that window:")
+    lines += [f"{op.duration_us:>12.1f} us  {_cut(op.name, _NAME)}" for op in trace.last]
+    lines += ["Other windows:"] if others else []
+    lines += [f"    {_before(first, other):>30}  {other.path}" for other in others[:_MOST_WINDOWS]]
+    return lines
+
+
+def _before(first: Remains, window: Window) -> str:
+    before_s = first.failed_at_s - window.ended_s
+    if not -_LATER_S < before_s < float("inf"):  # the files were copied, perhaps
+        return "at a time unknown"
+    return f"{max(0.0, before_s):.1f} s before the death"
+
+
+def _is_number(value: Any) -> bool:
+    return isinstance(value, int | float) or value in ("NaN", "Infinity", "-Infinity")
+
+
+def _number(value: Any) -> str:
+    if isinstance(value, float):
+        return f"{value:.4g}"
+    return "-" if value is None else str(value)
+
+
+def _cut(text: str, width: int) -> str:
+    text = " ".join(text.split())
+    return text if len(text) <= width else text[: width - 3] + "..."

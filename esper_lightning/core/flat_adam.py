@@ -1,0 +1,130 @@
+"""All parameters as one vector, and Adam on it as a pure function.
+
+Axis: ``P`` weight. One vector makes clipping and the optimizer two kernels instead of some for each
+parameter, and an update a function of a few tensors, which can be compiled or captured whole.
+"""
+
+from collections.abc import Iterable
+from typing import NamedTuple, cast
+
+import torch
+from torch import Tensor, nn
+
+from esper_lightning.core.shapes import Bool, Float
+from esper_lightning.core.validate import require
+
+__all__ = ["AdamState", "FlatParameters", "adam_step"]
+
+_BETA_1, _BETA_2 = 0.9, 0.999
+
+
+class AdamState(NamedTuple):
+    """Weights, and what Adam remembers."""
+
+    weight: Float[Tensor, " P"]
+    mean: Float[Tensor, " P"]  # of gradients
+    square: Float[Tensor, " P"]  # mean of squared gradients
+    step: Float[Tensor, ""]  # steps taken
+
+
+def adam_step(
+    state: AdamState,
+    gradient: Float[Tensor, " P"],
+    *,
+    learning_rate: Float[Tensor, ""],
+    eps: float,
+    skip: Bool[Tensor, ""],
+) -> AdamState:
+    """One step of Adam (Kingma and Ba 2015) as ``torch.optim.Adam`` takes it.
+
+    Args:
+        state: Before.
+        gradient: Of the loss.
+        learning_rate: A tensor, so that a schedule changes no compiled code.
+        eps: Added to the denominator.
+        skip: Where True, nothing changes, whatever the gradient holds.
+    """
+    step = state.step + 1.0
+    mean = torch.lerp(state.mean, gradient, 1.0 - _BETA_1)
+    square = state.square * _BETA_2 + gradient * gradient * (1.0 - _BETA_2)
+    correction_1 = 1.0 - torch.pow(_BETA_1, step)
+    correction_2 = 1.0 - torch.pow(_BETA_2, step)
+    denominator = square.sqrt() / correction_2.sqrt() + eps
+    weight = state.weight - (learning_rate / correction_1) * mean / denominator
+    after = AdamState(weight, mean, square, step)
+    chosen = [torch.where(skip, old, new) for old, new in zip(state, after, strict=True)]
+    return AdamState._make(chosen)
+
+
+class FlatParameters:
+    """Binds a module and its ``torch.optim.Adam`` to one vector each for weights and moments.
+
+    The module's parameters and the optimizer's state become views, so that both stay what they were
+    to everybody else: checkpoints, callbacks, ``state_dict``.
+
+    Args:
+        module: On its device, with what a checkpoint brought.
+        optimizer: Adam over all trainable parameters of the module, in its order.
+
+    Raises:
+        ValueError: If parameters are not float32 on one device.
+    """
+
+    def __init__(self, module: nn.Module, optimizer: torch.optim.Adam) -> None:
+        named = {n: p for n, p in module.named_parameters() if p.requires_grad}
+        kinds = {(p.dtype, p.device) for p in named.values()}
+        float32 = len(kinds) == 1 and next(iter(kinds))[0] == torch.float32
+        require(
+            float32, "PPO.policy", "have float32 parameters on one device", sorted(map(str, kinds))
+        )
+        self._names = list(named)
+        number = {parameter: i for i, parameter in enumerate(named.values())}
+        # A weight may be in several modules; a module that is in several places has one name here.
+        modules = cast(Iterable[tuple[str, nn.Module]], module.named_modules())
+        self._places = {
+            f"{path}.{name}" if path else name: number[parameter]
+            for path, part in modules
+            for name, parameter in part.named_parameters(recurse=False)
+            if parameter in number
+        }
+        self._shapes = [parameter.shape for parameter in named.values()]
+        self._sizes = [parameter.numel() for parameter in named.values()]
+        parameters = list(named.values())
+        device = parameters[0].device
+        old = [optimizer.state.get(parameter, {}) for parameter in parameters]
+        size = sum(self._sizes)
+
+        def gather(key: str) -> Tensor:
+            flat = torch.zeros(size, device=device)
+            for part, state in zip(self._split(flat), old, strict=True):
+                if key in state:
+                    part.copy_(state[key])
+            return flat
+
+        weight = torch.cat([parameter.detach().flatten() for parameter in parameters])
+        step = next((s["step"] for s in old if "step" in s), torch.zeros(()))
+        step = step.detach().to(device, torch.float32, copy=True)
+        self.state = AdamState(weight, gather("exp_avg"), gather("exp_avg_sq"), step)
+        views = [self._split(flat) for flat in self.state[:3]]
+        for parameter, value, mean, square in zip(parameters, *views, strict=True):
+            parameter.data = value
+            optimizer.state[parameter] = {"step": step, "exp_avg": mean, "exp_avg_sq": square}
+
+    def named(self, weight: Float[Tensor, " P"]) -> dict[str, Tensor]:
+        """Views of a weight vector by parameter name."""
+        return dict(zip(self._names, self._split(weight), strict=True))
+
+    def placed(self, weight: Float[Tensor, " P"]) -> dict[str, Tensor]:
+        """Views for ``torch.func.functional_call(..., tie_weights=False)``, tied ones twice."""
+        views = self._split(weight)
+        return {place: views[number] for place, number in self._places.items()}
+
+    def keep(self, state: AdamState) -> None:
+        """Go on from ``state``."""
+        for buffer, value in zip(self.state, state, strict=True):
+            if buffer is not value:
+                buffer.copy_(value)
+
+    def _split(self, flat: Tensor) -> list[Tensor]:
+        parts = cast(tuple[Tensor, ...], flat.split(self._sizes))
+        return [part.view(shape) for part, shape in zip(parts, self._shapes, strict=True)]

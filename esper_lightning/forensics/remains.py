@@ -1,0 +1,282 @@
+"""What a run left, rank by rank, whatever of it is missing, damaged or of another run."""
+# Reports are read as they are, from whatever version wrote them.
+# pyright: reportUnknownVariableType=false, reportUnknownArgumentType=false
+
+import contextlib
+import dataclasses
+import json
+import os
+import re
+import socket
+from collections import deque
+from pathlib import Path
+from typing import Any, NamedTuple
+
+from esper_lightning.forensics.layout import RankLayout, RunLayout
+from esper_lightning.forensics.phases import Phases, read_phases
+from esper_lightning.forensics.report import read_report
+from esper_lightning.forensics.trace import TraceSummary
+
+__all__ = ["LAST_ROWS", "Remains", "Window", "examine", "first_failure", "rank_folders"]
+
+LAST_ROWS = 5
+_NOTICED_S = 2.0
+_CLOCKS_S = 0.1  # by which a file's time may lag behind the process's clock
+_TOGETHER_S = 60.0  # within which the ranks of a run begin: they wait for each other before
+_LONGEST_LINE = 1 << 20
+_TIME = "seconds since the epoch"
+_PROCESS: dict[str, Any] = {
+    "state": str,
+    "host": str,
+    "pid": int,
+    "world_size": int,
+    "started_s": _TIME,
+}
+_REPORT: dict[str, Any] = {
+    **dict.fromkeys(("rank", "world_size", "pid", "exit_status", "iteration"), int),
+    **dict.fromkeys(("host", "cause", "signal", "stage"), str),
+    "time_s": _TIME,
+    "error": {
+        **{"type": str, "message": str, "traceback": [str]},
+        "non_finite": {"phase": str, "tensors": [str], "environments": [int]},
+    },
+    "peer": {"rank": int, "reason": str},
+    "phases": [str],
+    "metrics": {"*": (int, float, str)},
+    "profiler": {"class": str, "action": str, "dirpath": str},
+    "evidence": {"*": {"state": str, "path": str, "detail": str}},
+}
+# Ours are ...-rank<k>-...; Lightning's are <stage>-<local rank>-[Strategy]<step>.<time>...
+_RANK_IN_NAME = re.compile(r"-rank(\d+)-|-(\d+)-\[")
+_NO_TRAINING = re.compile(r"\.(validation|test|predict)_step\.")
+_TIME_IN_NAME = re.compile(r"\.(\d{18,19})\.pt\.trace\.json")
+
+
+class Window(NamedTuple):
+    """A trace of this run: a window that was open at the death, or one closed before it."""
+
+    path: Path
+    ended_s: float
+    was_open: bool
+
+
+@dataclasses.dataclass(kw_only=True)
+class Remains:
+    """What one rank left."""
+
+    rank: int
+    state: str  # finished, running, failed, vanished, unknown
+    world_size: int | None
+    started_s: float | None
+    report: dict[str, Any] | None  # fields that are not of their type are left out
+    rows: int
+    history: list[dict[str, Any]]  # the last rows
+    damaged_rows: int
+    phases: Phases | None
+    windows: list[Window]  # the one nearest to the end comes last
+    trace: TraceSummary | None = None
+
+    @property
+    def time_s(self) -> float:
+        """When it failed; infinite if it did not."""
+        return float((self.report or {}).get("time_s") or float("inf"))
+
+    @property
+    def failed(self) -> bool:
+        """Whether it died; a hang after which the run went on is no death."""
+        hung = self.report is not None and self.report.get("cause") == "hang"
+        alive = hung and self.state in ("finished", "running")
+        return (self.report is not None and not alive) or self.state == "vanished"
+
+    @property
+    def is_first_cause(self) -> bool:
+        """Whether it failed for a reason of its own."""
+        return self.state == "vanished" or (
+            self.report is not None and self.report.get("cause") != "peer"
+        )
+
+    @property
+    def failed_at_s(self) -> float:
+        """A process that vanished is noticed later than it did, and by its peers at once."""
+        cause = (self.report or {}).get("cause")
+        vanished = self.state == "vanished" or cause == "vanished"
+        if self.report is None and self.phases is not None and self.phases.open:
+            return self.phases.open[-1].begin_ns / 1e9
+        return self.time_s - (_NOTICED_S if vanished else 0.0)
+
+    @property
+    def trace_path(self) -> Path | None:
+        """The trace nearest to the end."""
+        return self.windows[-1].path if self.windows else None
+
+
+def examine(directory: Path) -> list[Remains]:
+    """What each rank of the latest run in a directory left.
+
+    Raises:
+        ValueError: If the directory is not that of a run.
+    """
+    ranks = [_remains(directory, rank) for rank in rank_folders(directory)]
+    if not ranks:
+        raise ValueError(f"RUN_DIR must hold rank folders (rank0, ...), got {str(directory)!r}.")
+    latest = max(ranks, key=lambda remains: remains.started_s or 0.0)
+    return [remains for remains in ranks if _of_the_same_run(remains, latest)]
+
+
+def _of_the_same_run(remains: Remains, latest: Remains) -> bool:
+    """An earlier run may have had more ranks, and a later one may have died before all began."""
+    if latest.started_s is None:
+        return True
+    began_s = latest.started_s if remains.started_s is None else remains.started_s
+    world_size = latest.world_size or 0
+    together = latest.started_s - began_s < _TOGETHER_S
+    return together and (remains.rank < world_size or world_size < 1)
+
+
+def rank_folders(directory: Path) -> list[int]:
+    """The ranks that have a folder, of whatever run."""
+    return sorted(
+        int(path.name[4:])
+        for path in directory.glob("rank*")
+        if path.name[4:].isdecimal() and path.is_dir()
+    )
+
+
+def first_failure(ranks: list[Remains]) -> Remains | None:
+    """The rank that failed first, for a reason of its own if any did."""
+    failed = [rank for rank in ranks if rank.failed]
+    own = [rank for rank in failed if rank.is_first_cause]
+    return min(own or failed, key=lambda remains: remains.failed_at_s, default=None)
+
+
+def _remains(directory: Path, rank: int) -> Remains:
+    files = RunLayout(directory).rank(rank)
+    process, report = _read(files.process, _PROCESS) or {}, _read(files.crash, _REPORT)
+    try:
+        phases = read_phases(files.phases)
+    except (OSError, ValueError):
+        phases = None
+    rows, damaged, last_rows = _read_history(files.history)
+    windows: list[Window] = []
+    with contextlib.suppress(OSError, ValueError):  # a path that cannot be one
+        windows = _windows(directory, rank, report or {}, process.get("started_s"))
+    return Remains(
+        rank=rank,
+        state=_state(process),
+        world_size=process.get("world_size") or (report or {}).get("world_size"),
+        started_s=process.get("started_s"),
+        report=report,
+        rows=rows,
+        history=last_rows,
+        damaged_rows=damaged,
+        phases=phases,
+        windows=windows,
+    )
+
+
+def _state(process: dict[str, Any]) -> str:
+    state = process.get("state") or "unknown"
+    if state != "running" or process.get("host") != socket.gethostname():
+        return state
+    pid = process.get("pid") or 0
+    try:
+        os.kill(pid, 0)
+    except PermissionError:  # it is there, and somebody else's
+        return state
+    except (OSError, OverflowError):
+        return "vanished"
+    return state if pid > 0 else "vanished"
+
+
+def _read(path: Path, shape: dict[str, Any]) -> dict[str, Any] | None:
+    try:
+        return _fitting(read_report(path), shape)
+    except RecursionError:  # brackets without end
+        return None
+
+
+def _fitting(value: Any, shape: Any) -> Any:
+    """What of a value is of a shape: a type, or a list or dictionary of shapes; else ``None``."""
+    if shape is _TIME:
+        is_time = isinstance(value, int | float) and 0 <= value < 1e11
+        return value if is_time and not isinstance(value, bool) else None
+    if isinstance(shape, list):
+        if not isinstance(value, list):
+            return None
+        return [entry for entry in value if _fitting(entry, shape[0]) is not None]
+    if not isinstance(shape, dict):
+        return value if isinstance(value, shape) else None
+    if not isinstance(value, dict):
+        return None
+    fitting = {k: _fitting(v, shape.get(k, shape.get("*", object))) for k, v in value.items()}
+    return {k: v for k, v in fitting.items() if v is not None or (value[k] is None and k in shape)}
+
+
+def _read_history(path: Path) -> tuple[int, int, list[dict[str, Any]]]:
+    """How many rows there are, how many lines cannot be read, and the last rows."""
+    rows, damaged, last = 0, 0, deque[dict[str, Any]](maxlen=LAST_ROWS)
+    try:
+        file = path.open("rb")
+    except OSError:
+        return 0, 0, []
+    with file:
+        while line := file.readline(_LONGEST_LINE):
+            try:
+                row = json.loads(line)
+            except (ValueError, RecursionError):
+                row = None
+            if isinstance(row, dict):
+                rows += 1
+                last.append(row)
+            else:
+                damaged += 1
+    return rows, damaged, list(last)
+
+
+def _windows(
+    directory: Path, rank: int, report: dict[str, Any], started_s: float | None
+) -> list[Window]:
+    """Traces of this run: those of the rank, and Lightning's own in the run directory."""
+    files = RunLayout(directory).rank(rank)
+    crash = _open_window(files, report)
+    places = [files.trace, directory]
+    if dirpath := (report.get("profiler") or {}).get("dirpath"):
+        places.append(Path(dirpath))
+    windows: dict[Path, Window] = {}
+    for place in places:
+        for path in place.glob("*.pt.trace.json*") if place.is_dir() else ():
+            window = _window(path, was_open=False)
+            of_rank = place == files.trace or _names_rank(path, rank)
+            is_old = started_s is not None and window.ended_s < started_s - _CLOCKS_S
+            if of_rank and not is_old and not path.name.startswith("."):
+                windows[path.resolve()] = window
+    if crash is not None:
+        windows[crash.resolve()] = _window(crash, was_open=True)
+    return sorted(windows.values(), key=_nearness)
+
+
+def _nearness(window: Window) -> tuple[bool, bool, float]:
+    """What is nearest to the death of a training run; a validation's window says little of it."""
+    trains = _NO_TRAINING.search(window.path.name) is None
+    return window.was_open, trains, window.ended_s
+
+
+def _open_window(files: RankLayout, report: dict[str, Any]) -> Path | None:
+    trace = (report.get("evidence") or {}).get("trace") or {}
+    if trace.get("state") != "saved" or not trace.get("path"):
+        return None
+    path = files.directory / trace["path"]
+    places = (path, files.trace / path.name)  # the directory may have been moved
+    return next((place for place in places if place.is_file()), None)
+
+
+def _window(path: Path, *, was_open: bool) -> Window:
+    written = _TIME_IN_NAME.search(path.name)
+    ended_s = int(written[1]) / 1e9 if written else path.stat().st_mtime
+    return Window(path, ended_s, was_open)
+
+
+def _names_rank(path: Path, rank: int) -> bool:
+    """Whether a file in a folder that ranks share is of this one, or of the only one."""
+    named = _RANK_IN_NAME.search(path.name)
+    return named is None or int(named[1] or named[2]) == rank

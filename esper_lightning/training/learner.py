@@ -1,0 +1,174 @@
+"""The three parts of an iteration with all they act on: rollout, advantages, update.
+
+Axes: ``T`` step, ``B`` environment, ``S`` gradient step. It knows nothing of Lightning, and nothing
+here waits for the device.
+"""
+
+from collections.abc import Sequence
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+
+from esper_lightning.core.buffer import allocate_rollout, first_steps
+from esper_lightning.core.compiling import CompileMode, compile_function
+from esper_lightning.core.flat_adam import FlatParameters
+from esper_lightning.core.running_stats import Moments, RunningStats
+from esper_lightning.core.shapes import Bool, Float
+from esper_lightning.core.types import Rollout, Samples
+from esper_lightning.envs.base import BatchedEnv, EnvSpec
+from esper_lightning.training.agent import Agent
+from esper_lightning.training.collect import ActingState, Collector, is_finite, scale_reward
+from esper_lightning.training.config import PPOConfig
+from esper_lightning.training.metrics import rollout_figures
+from esper_lightning.training.update import (
+    Critic,
+    UpdateMetrics,
+    Updater,
+    Values,
+    prepare_samples,
+)
+
+__all__ = ["Learner", "Prepared"]
+
+
+class Prepared(NamedTuple):
+    """What is made of a rollout before the update."""
+
+    samples: Samples
+    discounted_return: Float[Tensor, " B"]
+    moments: Moments | None  # of discounted returns
+    healthy: Bool[Tensor, ""]  # every number of the rollout is finite
+    episodes: Float[Tensor, "3"]  # sum of returns, sum of lengths, number of those that ended
+    explained_variance: Float[Tensor, ""]
+
+
+class Learner:
+    """Environments, rollout storage and random streams of one run on one device.
+
+    Args:
+        spec: Of the environments.
+        env: Built from it.
+        agent: Acts and learns.
+        config: How.
+        return_stats: Of discounted returns; ``None`` leaves rewards as they are.
+        exploration: Random stream of actions, on the device.
+        sample_order: Random stream of minibatches, on the device.
+        mode: How the parts run.
+        device: Of everything.
+    """
+
+    def __init__(
+        self,
+        spec: EnvSpec,
+        env: BatchedEnv,
+        agent: Agent,
+        config: PPOConfig,
+        return_stats: RunningStats | None,
+        *,
+        exploration: torch.Generator,
+        sample_order: torch.Generator,
+        mode: CompileMode,
+        device: torch.device,
+    ) -> None:
+        self._env, self.agent, self._config = env, agent, config
+        self._return_stats, self._device = return_stats, device
+        self._exploration, self._sample_order = exploration, sample_order
+        self._storage = allocate_rollout(
+            spec.spaces(), config.rollout_steps, spec.num_envs, device=device
+        )
+        self._collector = Collector(env, agent, mode=mode, device=device)
+        self._critic = Critic(agent, mode=mode, device=device)
+        self._prepare = compile_function("advantages", self._prepared, mode=mode, device=device)
+        self._updater = Updater(agent, config, mode=mode, device=device)
+        self._acting: ActingState | None = None
+        self._parameters: FlatParameters | None = None
+        self._learning_rate = torch.zeros((), device=device)
+        self.order: Sequence[Tensor] = ()
+
+    def start(self, optimizer: torch.optim.Adam, state: dict[str, Any] | None) -> None:
+        """Begin to train.
+
+        Args:
+            optimizer: Over the policy, with what a checkpoint brought.
+            state: What ``state_dict`` gave; ``None`` starts new episodes.
+        """
+        self._parameters = self.agent.bind(optimizer)
+        if state is None:
+            obs, mask = self._env.reset()
+            zeros = torch.zeros(self._storage.reward.shape[1], device=self._device)
+            self._acting = ActingState(obs, mask, zeros)
+            return
+        self._env.load_state_dict(state["env"])
+        self._acting = ActingState(**state["acting"]).to(self._device)
+        generators = (self._exploration, self._sample_order)
+        for generator, saved in zip(generators, state["generators"], strict=True):
+            generator.set_state(saved.cpu())
+
+    def state_dict(self) -> dict[str, Any] | None:
+        """Environments, running episodes and random streams; ``None`` before ``start``."""
+        if self._acting is None:
+            return None
+        return {
+            "acting": self._acting._asdict(),
+            "env": self._env.state_dict(),
+            "generators": [g.get_state() for g in (self._exploration, self._sample_order)],
+        }
+
+    def rollout(self, steps: int) -> Rollout:
+        """Act for ``steps`` steps."""
+        assert self._acting is not None
+        storage = first_steps(self._storage, steps)
+        rollout, self._acting = self._collector.collect(
+            self._acting, storage, generator=self._exploration
+        )
+        return rollout
+
+    def advantages(self, rollout: Rollout) -> Prepared:
+        """Scale rewards and estimate advantages."""
+        assert self._acting is not None
+        stats = self._return_stats
+        moments = None if stats is None else stats.moments
+        with torch.no_grad():
+            values = self._critic.values(self.agent.weights, rollout)
+            prepared: Prepared = self._prepare(
+                values, rollout, self._acting.discounted_return, moments
+            )
+        if stats is not None and prepared.moments is not None:
+            stats.keep(prepared.moments)
+        carried = prepared.discounted_return
+        if carried is not self._acting.discounted_return:
+            self._acting = self._acting._replace(discounted_return=carried.clone())
+        return prepared
+
+    def update(self, prepared: Prepared, *, learning_rate: float) -> UpdateMetrics:
+        """Take every gradient step of an iteration."""
+        assert self._parameters is not None
+        samples = prepared.samples
+        self.order = self._updater.order(samples.log_prob.shape[0], self._sample_order)
+        adam, metrics = self._updater.update(
+            self._parameters.state,
+            self.agent.weights,
+            samples,
+            self.order,
+            learning_rate=self._learning_rate.fill_(learning_rate),
+            healthy=prepared.healthy,
+        )
+        self._parameters.keep(adam)
+        return metrics
+
+    def _prepared(
+        self,
+        values: Values,
+        rollout: Rollout,
+        discounted_return: Float[Tensor, " B"],
+        moments: Moments | None,
+    ) -> Prepared:
+        healthy = is_finite(rollout)
+        reward, discounted_return, moments = scale_reward(
+            rollout, discounted_return, moments, self._config, healthy=healthy
+        )
+        samples, variance = prepare_samples(values, rollout, reward, self._config)
+        return Prepared(
+            samples, discounted_return, moments, healthy, rollout_figures(rollout), variance
+        )
