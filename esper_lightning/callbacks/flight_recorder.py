@@ -26,6 +26,7 @@ from esper_lightning.callbacks.peers import (
 )
 from esper_lightning.callbacks.recording import Recording, add_note
 from esper_lightning.callbacks.run_directory import run_directory
+from esper_lightning.callbacks.signals import ignore_interrupts_while_ending
 from esper_lightning.core.validate import require
 from esper_lightning.forensics.layout import RunLayout
 from esper_lightning.forensics.report import read_report
@@ -194,6 +195,8 @@ class FlightRecorder(Callback):
             recording = self._record(trainer, layout, "fit", watch=False)
         if recording is not None:
             recording.die(exception)
+        if isinstance(exception, KeyboardInterrupt):
+            ignore_interrupts_while_ending(trainer)
 
     def _beat(self, trainer: Trainer) -> None:
         if (

@@ -19,13 +19,21 @@ import weakref
 from collections.abc import Callable, Generator
 from contextlib import contextmanager
 from pathlib import Path
+from types import FrameType
 from typing import Any
 
 from lightning.fabric.plugins.environments.slurm import SLURMEnvironment
 from lightning.pytorch import Trainer
 from lightning.pytorch.utilities.exceptions import SIGTERMException
 
-__all__ = ["ENDING", "NativeFaults", "SignalExit", "Signals", "dump_stacks"]
+__all__ = [
+    "ENDING",
+    "NativeFaults",
+    "SignalExit",
+    "Signals",
+    "dump_stacks",
+    "ignore_interrupts_while_ending",
+]
 
 ENDING = tuple(
     getattr(signal, name)
@@ -170,6 +178,26 @@ class Signals:
         error = SIGTERMException()
         error.code = 128 + number  # Lightning leaves None: status 0
         raise error
+
+
+def ignore_interrupts_while_ending(trainer: Trainer) -> None:
+    """Have Ctrl-C ignored until Lightning has shut down, and not for good.
+
+    Lightning ignores it from an interrupt on, and for good where another callback then raises.
+    """
+    original: Any = trainer._signal_connector._original_handlers.get(signal.SIGINT)
+    if original is None or signal.getsignal(signal.SIGINT) is not signal.SIG_IGN:
+        return
+
+    def handle(number: int, frame: FrameType | None) -> None:
+        while frame is not None:
+            if frame.f_code.co_name == "_call_and_handle_interrupt":  # Lightning's
+                return
+            frame = frame.f_back
+        signal.signal(number, original)
+        os.kill(os.getpid(), number)
+
+    signal.signal(signal.SIGINT, handle)
 
 
 class NativeFaults:

@@ -1,5 +1,6 @@
 """A thread that looks after a run whose main thread cannot: stuck in C, or in a collective."""
 
+import contextlib
 import os
 import signal
 import sys
@@ -114,8 +115,9 @@ class Watchdog:
 
     def _leave(self, saving_for_s: float | None) -> None:
         if saving_for_s is not None and saving_for_s > _STALLED_S:
-            sys.stdout.flush()
-            sys.stderr.flush()
+            with contextlib.suppress(Exception):  # nobody may be reading any more
+                sys.stdout.flush()
+                sys.stderr.flush()
             os._exit(self._exit[1] if self._exit else 1)
 
     def _look_for_peers(self, now: float) -> None:

@@ -37,7 +37,8 @@ _REPORT: dict[str, Any] = {
     **dict.fromkeys(("host", "cause", "signal", "stage"), str),
     "time_s": _TIME,
     "error": {
-        **{"type": str, "message": str, "traceback": [str]},
+        **dict.fromkeys(("type", "message"), str),
+        "traceback": [str],
         "non_finite": {"phase": str, "tensors": [str], "environments": [int]},
     },
     "peer": {"rank": int, "reason": str},

@@ -12,7 +12,7 @@ import weakref
 import pytest
 import torch
 import torchmetrics
-from lightning.pytorch import LightningDataModule, LightningModule
+from lightning.pytorch import Callback, LightningDataModule, LightningModule
 from lightning.pytorch.profilers import PyTorchProfiler
 from torch.utils.data import DataLoader
 
@@ -353,3 +353,21 @@ def test_what_the_rescue_does_is_not_in_the_window(fit, files):
     with torch.profiler.profile() as after:
         torch.ones(2).isfinite()
     assert any("isfinite" in event.name for event in after.events())
+
+
+def test_ctrl_c_works_again_although_another_callback_raised(fit):
+    class Raises(Callback):
+        def on_exception(self, *_):
+            os.kill(os.getpid(), signal.SIGINT)  # impatience, while Lightning shuts down
+            raise LookupError("in another callback")
+
+    def interrupted(module, batch_idx):
+        os.kill(os.getpid(), signal.SIGINT)
+        time.sleep(5)
+
+    before = signal.getsignal(signal.SIGINT)
+    error = fit(Plain(interrupted), callbacks=[Raises(), FlightRecorder(watch=False)])
+    assert isinstance(error, LookupError)
+    with pytest.raises(KeyboardInterrupt):
+        signal.raise_signal(signal.SIGINT)
+    assert signal.getsignal(signal.SIGINT) == before
