@@ -132,6 +132,7 @@ def train_ppo_vectorized(
             profile_memory=torch_profiler_profile_memory,
             with_stack=torch_profiler_with_stack,
         )
+        profiler.logs_table = False  # printed below, or not at all
     trainer = Trainer(
         accelerator=device,
         devices=devices,

@@ -11,9 +11,26 @@ from typing import Any, cast
 from esper_lightning.forensics.layout import RunLayout
 from esper_lightning.forensics.report import read_report, write_report
 
-__all__ = ["Peers", "keep_launcher_from_killing"]
+__all__ = ["Peers", "end_of_run", "is_of_this_run", "keep_launcher_from_killing"]
 
 _HOST = socket.gethostname()
+_CLOCKS_DIFFER_S = 10.0
+_previous_end_s = [time.time()]  # of a run in this process, or of the import of this module
+
+
+def is_of_this_run(process: dict[str, Any]) -> bool:
+    """Whether a ``process.json`` is no remainder of an earlier run in the same directory.
+
+    Lightning has all ranks meet before any of them calls ``setup``, where a rank says that it
+    runs: then each has imported this, and left the run before.
+    """
+    tolerance_s = 0.0 if process.get("host") == _HOST else _CLOCKS_DIFFER_S
+    return process.get("started_s", 0.0) >= _previous_end_s[0] - tolerance_s
+
+
+def end_of_run() -> None:
+    """What starts from here on in this process is another run."""
+    _previous_end_s[0] = time.time()
 
 
 class Peers:
@@ -28,21 +45,21 @@ class Peers:
     def __init__(self, layout: RunLayout, rank: int, world_size: int) -> None:
         self._layout = layout
         self._others = [peer for peer in range(world_size) if peer != rank]
-        self._started_s = time.time()
+        self.started_s = time.time()
         self._path = layout.rank(rank).process
         self._process: dict[str, Any] = {
             "rank": rank,
             "world_size": world_size,
             "pid": os.getpid(),
             "host": _HOST,
-            "started_s": self._started_s,
+            "started_s": self.started_s,
         }
 
     def tell(self, state: str, *, saved: bool = False) -> None:
         """Say how this rank fares.
 
         Args:
-            state: ``running``, ``finished`` or ``failed``.
+            state: ``running``, ``finished``, ``failed``, or ``off``: it runs, but is not recorded.
             saved: Whether its evidence is on disk.
 
         Raises:
@@ -74,7 +91,7 @@ class Peers:
 
     def _is_saving(self, peer: int) -> bool:
         process = self._read(peer)
-        if process is None or process.get("state") == "finished" or process.get("saved"):
+        if process is None or process.get("state") in ("finished", "off") or process.get("saved"):
             return False
         return _alive(process)
 
@@ -83,9 +100,7 @@ class Peers:
         process = read_report(self._layout.rank(peer).process)
         if process is None or process.get("state") is None:
             return None
-        if process.get("host") == _HOST and process.get("started_s", 0) < self._started_s - 600:
-            return None
-        return process
+        return process if is_of_this_run(process) else None
 
 
 def keep_launcher_from_killing(save: Callable[[], None]) -> None:

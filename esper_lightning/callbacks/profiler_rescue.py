@@ -16,12 +16,12 @@ import os
 import socket
 import sys
 import threading
-from collections.abc import Callable
+from collections.abc import Callable, Generator
 from pathlib import Path
 
 import torch
 from lightning.pytorch.profilers import PassThroughProfiler, Profiler, PyTorchProfiler
-from torch.profiler import ProfilerAction, ProfilerActivity
+from torch.profiler import ProfilerAction
 
 from esper_lightning.callbacks.operator_table import operator_table
 from esper_lightning.callbacks.signals import Signals
@@ -29,10 +29,11 @@ from esper_lightning.callbacks.trace_export import export_trace
 from esper_lightning.callbacks.window_profiler import WindowProfiler, global_session
 from esper_lightning.forensics.phases import PhaseRing
 
-__all__ = ["ProfilerGuard"]
+__all__ = ["ProfilerGuard", "unrecorded"]
 
 _log = logging.getLogger(__name__)
 _RECORDING = (ProfilerAction.RECORD, ProfilerAction.RECORD_AND_SAVE)
+_TABLE_BYTES = 20_000_000  # of a packed trace, about a million events: the table takes 7 s then
 _WRAPPED = ("start", "stop", "describe")
 _numbers = itertools.count(1)
 
@@ -61,17 +62,20 @@ class ProfilerGuard:
         self._thread = threading.get_ident()
         self._outer: list[BaseException | None] = []
         self._off = False
+        theirs = getattr(profiler, "dirpath", None)
+        self._theirs = Path(theirs).absolute() if theirs else None  # before anyone changes places
         for name in _WRAPPED:
             setattr(profiler, name, getattr(self, f"_{name}"))
         self._methods = {name: getattr(type(profiler), name).__get__(profiler) for name in _WRAPPED}
-        if isinstance(profiler, PyTorchProfiler):
-            _make_global(profiler)
+        self._made_global = isinstance(profiler, PyTorchProfiler) and _make_global(profiler)
 
     def release(self) -> None:
         """Give the profiler its own methods back."""
         self._off = True
         for name in _WRAPPED:
             self.profiler.__dict__.pop(name, None)
+        if self._made_global and isinstance(self.profiler, PyTorchProfiler):
+            self.profiler._profiler_kwargs.pop("experimental_config", None)
 
     @property
     def action(self) -> str | None:
@@ -142,12 +146,6 @@ class ProfilerGuard:
         profile = getattr(self.profiler, "profiler", None)
         return profile if isinstance(profile, torch.profiler.profile) else None
 
-    def pause(self) -> None:
-        """Keep what the rescue itself does out of the window."""
-        profile = self._profile
-        if profile is not None and profile.current_action in _RECORDING:
-            _quietly(lambda: profile.toggle_collection_dynamic(False, [ProfilerActivity.CPU]))
-
     def finish(self, directory: Path, rank: int) -> tuple[Path, str]:
         """Close the open window and export it; the profiler is off afterwards.
 
@@ -156,7 +154,7 @@ class ProfilerGuard:
             rank: Of this process, for the name.
 
         Returns:
-            The file, and the table of operators.
+            The file, and the table of operators; that is empty where it would take too long.
 
         Raises:
             ValueError: If nothing is being recorded, or the session was lost.
@@ -174,13 +172,14 @@ class ProfilerGuard:
             raise ValueError("the session had been ended by someone else")
         process = f"{socket.gethostname()}-{os.getpid()}-{next(_numbers)}"
         name = f"crash-rank{rank}-{process}.pt.trace.json.gz"
-        theirs = getattr(self.profiler, "dirpath", None)
-        places = [Path(theirs)] if theirs and Path(theirs) not in directory.parents else []
+        theirs = self._theirs
+        places = [theirs] if theirs is not None and theirs not in directory.parents else []
         for place in (*places, directory):
             try:
                 place.mkdir(parents=True, exist_ok=True)
                 path = export_trace(profile, place / name)
-                return path, operator_table(profile.profiler.kineto_results)
+                small = path.stat().st_size <= _TABLE_BYTES
+                return path, operator_table(profile.profiler.kineto_results) if small else ""
             except OSError as error:
                 first_error = first_error or error
         assert first_error is not None
@@ -230,6 +229,19 @@ class ProfilerGuard:
         return self.profiler.summary()
 
 
+@contextlib.contextmanager
+def unrecorded() -> Generator[None]:
+    """Keep what this thread does out of the window, as the work of the rescue itself."""
+    switch = getattr(torch._C._autograd, "_enable_record_function", None)
+    if switch is not None:
+        switch(False)
+    try:
+        yield
+    finally:
+        if switch is not None:
+            switch(True)
+
+
 def _quietly(action: Callable[[], object]) -> None:
     try:
         action()
@@ -237,15 +249,19 @@ def _quietly(action: Callable[[], object]) -> None:
         _log.debug("While closing the profiler: %r", error)
 
 
-def _make_global(profiler: PyTorchProfiler) -> None:
-    """Let any thread stop the session: the watchdog too, while the main thread is stuck in C."""
+def _make_global(profiler: PyTorchProfiler) -> bool:
+    """Let any thread stop the session: the watchdog too, while the main thread is stuck in C.
+
+    Returns:
+        Whether the profiler's settings were changed.
+    """
     if isinstance(profiler, WindowProfiler):  # its sessions are global already
-        return
+        return False
     if profiler._emit_nvtx or profiler._profiler_kwargs.get("experimental_config") is not None:
-        return
+        return False
     config = global_session()
     if config is None:
-        return
+        return False
     profiler._profiler_kwargs["experimental_config"] = config
     profile = profiler.profiler
     if isinstance(profile, torch.profiler.profile):  # the Trainer's first hooks have opened it
@@ -257,3 +273,4 @@ def _make_global(profiler: PyTorchProfiler) -> None:
         if running:
             profile.start()
         profile.on_trace_ready = ready
+    return True

@@ -8,17 +8,12 @@ collective, or needs the main thread to be well.
 # pyright: reportUnknownVariableType=false, reportUnknownArgumentType=false
 
 import logging
-import math
 import os
-import platform
-import socket
 import tempfile
 import threading
 import time
-import traceback
 from collections.abc import Callable
 from dataclasses import dataclass, field
-from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
@@ -26,36 +21,24 @@ import torch
 from lightning.pytorch import Trainer
 
 from esper_lightning.callbacks.crash_checkpoint import save_crash_checkpoint
-from esper_lightning.callbacks.profiler_rescue import ProfilerGuard
+from esper_lightning.callbacks.death import (
+    Death,
+    describe,
+    describe_error,
+    exit_status,
+    in_words,
+)
+from esper_lightning.callbacks.history import History
+from esper_lightning.callbacks.profiler_rescue import ProfilerGuard, unrecorded
 from esper_lightning.callbacks.signals import dump_stacks
 from esper_lightning.forensics.files import replacing, write_atomically
 from esper_lightning.forensics.layout import RankLayout
 from esper_lightning.forensics.phases import PhaseRing
-from esper_lightning.forensics.report import write_report
+from esper_lightning.forensics.report import set_aside, write_report
 
-__all__ = ["Death", "Rescue"]
+__all__ = ["Rescue"]
 
 _log = logging.getLogger(__name__)
-_COUNTERS = ("iteration", "env_steps", "gradient_steps")
-
-
-@dataclass(frozen=True, kw_only=True)
-class Death:
-    """What ends the run, as far as the process itself can tell."""
-
-    cause: str  # one of those in forensics.report
-    error: BaseException | None = None
-    signal: str | None = None
-    peer: tuple[int, str] | None = None
-
-    @property
-    def reason(self) -> str:
-        """In one line."""
-        if self.error is not None:
-            return f"{type(self.error).__name__}: {self.error}"
-        if self.peer is not None:
-            return f"rank {self.peer[0]}: {self.peer[1]}"
-        return self.signal or self.cause
 
 
 @dataclass(kw_only=True)
@@ -67,90 +50,67 @@ class Rescue:
     ring: PhaseRing
     guard: ProfilerGuard
     print_profile: bool
+    started_s: float  # of the recording
     bounded: bool = True  # whether steps may take threads of their own: not in a signal handler
     report: dict[str, Any] = field(default_factory=dict[str, Any])
     written: Path | None = None  # where the report is
+    progress_s: float = field(default_factory=time.monotonic)  # when the latest step began
 
     def run(self, death: Death) -> None:
         """Take all steps."""
+        with unrecorded():
+            self._run(death)
+
+    def _run(self, death: Death) -> None:
         started = time.monotonic()
-        self.guard.pause()
-        self.report = {**self._describe(death), "evidence": {}, "complete": False}
-        self.report["profiler"] = self._describe_profiler()
+        self.report = {"cause": death.cause, "started_s": self.started_s}
+        self.report |= {"evidence": {}, "complete": False}
+        self._guarded("profiler", self._describe_profiler)
+        self._guarded("death", lambda: self.report.update(self._describe(death)))
         self._step("history", self._flush_history, seconds=5)
         if self.bounded:
             self._step("loggers", self._flush_loggers, seconds=5)
         self._evidence("trace", "pending")
-        self._write_report()
+        self._guarded("report", self._write_report)
         if isinstance(death.error, torch.OutOfMemoryError) and torch.cuda.is_available():
             self._step("memory", self._save_memory, seconds=20)
         if death.cause in ("signal", "hang", "peer", "exit") and self.bounded:
             self._step("stacks", lambda: self._save_stacks(death), seconds=5)
         elif death.cause == "native":
             self._evidence("stacks", "saved", self.files.stacks)
-        self._save_checkpoint(death)
+        self._guarded("checkpoint", lambda: self._save_checkpoint(death))
         self._step("minibatch", lambda: self._save_minibatch(death), seconds=20)
-        table = self._save_trace()
-        if table:
-            self._step("profile", lambda: self._save_profile(table), seconds=5)
+        self._guarded("trace", self._save_trace_and_table)
         self.report |= {"complete": True, "duration_s": round(time.monotonic() - started, 4)}
-        self._write_report()
+        self._guarded("report", self._write_report)
 
     def amend(self, error: BaseException) -> None:
         """Add the error that the main thread met after its evidence had been saved for it."""
-        if self.report.get("error") is None:
-            self.report |= {"error": _describe_error(error), "exit_status": _exit_status(error)}
-            self._write_report()
+        if self.report and self.report.get("error") is None:
+            self.report |= {"error": describe_error(error), "exit_status": exit_status(error)}
+            self._guarded("report", self._write_report)
 
     # What happened.
 
     def _describe(self, death: Death) -> dict[str, Any]:
-        trainer, module = self.trainer, self.trainer.lightning_module
-        counters = {name: getattr(module, name, None) for name in _COUNTERS}
-        numbers = {
-            name: float(value)
-            for name, value in trainer.callback_metrics.items()
-            if value.numel() == 1 and value.device.type == "cpu"  # no synchronisation with a device
-        }
-        return {
-            "rank": trainer.global_rank,
-            "world_size": trainer.world_size,
-            "pid": os.getpid(),
-            "host": socket.gethostname(),
-            "time_s": time.time(),
-            "cause": death.cause,
-            "error": None if death.error is None else _describe_error(death.error),
-            "signal": death.signal or getattr(death.error, "signal", None),
-            "exit_status": _exit_status(death.error),
-            "peer": None
-            if death.peer is None
-            else {"rank": death.peer[0], "reason": death.peer[1]},
-            "stage": str(trainer.state.fn.value) if trainer.state.fn else None,
-            "global_step": trainer.global_step,
-            "epoch": trainer.current_epoch,
-            **{name: value for name, value in counters.items() if isinstance(value, int)},
-            "iteration": self.ring.iteration,
-            "phases": self.ring.open_names,
-            "metrics": {k: v if math.isfinite(v) else repr(v) for k, v in numbers.items()},
-            "module": type(module).__name__,
-            "versions": {
-                "python": platform.python_version(),
-                "torch": torch.__version__,
-                "lightning": version("lightning"),
-            },
-        }
+        return describe(death, self.trainer, self.ring)
 
-    def _describe_profiler(self) -> dict[str, Any] | None:
+    def _describe_profiler(self) -> None:
         profiler, name = self.guard.profiler, type(self.guard.profiler).__name__
-        if name == "PassThroughProfiler":
-            return None
-        dirpath = None if profiler.dirpath is None else str(Path(profiler.dirpath).absolute())
-        return {"class": name, "action": self.guard.action, "dirpath": dirpath}
+        self.report["profiler"] = None
+        if name != "PassThroughProfiler":
+            dirpath = None if profiler.dirpath is None else str(Path(profiler.dirpath).absolute())
+            described = {"class": name, "action": self.guard.action, "dirpath": dirpath}
+            self.report["profiler"] = described
 
     # Steps.
 
     def _flush_history(self) -> tuple[Path, str]:
         path = self.files.history
+        histories = [c for c in self.trainer.callbacks if isinstance(c, History)]
+        waiting = sum(history.waiting for history in histories)
+        if waiting:
+            raise OSError(f"the disk has not taken the last {waiting} rows")
         if not path.exists():
             raise _AbsentError("no iteration was finished")
         descriptor = os.open(path, os.O_RDONLY)
@@ -160,7 +120,8 @@ class Rescue:
             os.close(descriptor)
         with path.open("rb") as file:
             rows = sum(1 for _ in file)
-        return path, f"{rows} rows"
+        earlier = path.stat().st_mtime < self.started_s
+        return path, f"{rows} rows" + (", all of an earlier run" if earlier else "")
 
     def _flush_loggers(self) -> tuple[None, str]:
         for logger in self.trainer.loggers:
@@ -180,12 +141,14 @@ class Rescue:
         return self.files.stacks, "Python stacks of all threads"
 
     def _save_checkpoint(self, death: Death) -> None:
+        path = self.files.crash_checkpoint
+        if path.exists() and path.stat().st_mtime < self.started_s:
+            set_aside(path)
         if not self.bounded:
             self._evidence("checkpoint", "absent", detail="not from within a native fault")
         elif not self.trainer.strategy.optimizers:
             self._evidence("checkpoint", "absent", detail="training had not begun")
         else:
-            path = self.files.crash_checkpoint
 
             def save() -> tuple[Path, str]:
                 return path, save_crash_checkpoint(self.trainer, path, death.reason)
@@ -202,6 +165,11 @@ class Rescue:
                 torch.save(minibatch, temporary)
         return path, "the minibatch that was not finite"
 
+    def _save_trace_and_table(self) -> None:
+        table = self._save_trace()
+        if table:
+            self._step("profile", lambda: self._save_profile(table), seconds=5)
+
     def _save_trace(self) -> str:
         """Returns the table to show."""
         guard, action = self.guard, self.guard.action
@@ -210,20 +178,25 @@ class Rescue:
         def export() -> tuple[Path, str]:
             path, table = guard.finish(self.files.trace, self.trainer.global_rank)
             tables.append(table)
+            if not table:
+                detail = (
+                    "the window is too large for a table at a death; esper crash reads the trace"
+                )
+                self._evidence("profile", "absent", detail=detail)
             return path, "the window that was open, up to the death"
 
         if guard.has_window:
             # Sessions that are not global must be stopped by the thread that started them.
             self._step("trace", export, seconds=None)
             return "".join(tables)
-        guard.abandon()
         waiting = {"NONE": "the profiler was waiting", "WARMUP": "the profiler was warming up"}
         detail = guard.why_no_session if action is None else waiting.get(action, action)
+        guard.abandon()
         self._evidence("trace", "absent", detail=f"{detail}; closed windows stay")
         try:
             return guard.text()
         except Exception as error:
-            self._evidence("profile", "failed", detail=repr(error))
+            self._evidence("profile", "failed", detail=in_words(error))
             return ""
 
     def _save_profile(self, table: str) -> tuple[Path, str]:
@@ -238,12 +211,14 @@ class Rescue:
         self, name: str, action: Callable[[], tuple[Path | None, str]], *, seconds: float | None
     ) -> None:
         """Take a step and write down how it went."""
+        self.progress_s = time.monotonic()
         failures: list[BaseException] = []
         results: list[tuple[Path | None, str]] = []
 
         def take() -> None:
             try:
-                results.append(action())
+                with unrecorded():
+                    results.append(action())
             except BaseException as error:
                 failures.append(error)
 
@@ -257,9 +232,17 @@ class Rescue:
         elif failures and isinstance(failures[0], _AbsentError):
             self._evidence(name, "absent", detail=str(failures[0]))
         elif failures:
-            self._evidence(name, "failed", detail=repr(failures[0]))
+            self._evidence(name, "failed", detail=in_words(failures[0]))
         elif not in_time:
             self._evidence(name, "failed", detail=f"not done within {seconds} s")
+
+    def _guarded(self, name: str, action: Callable[[], object]) -> None:
+        """For what is no step of its own: an error is told, and the next step follows."""
+        try:
+            action()
+        except Exception as error:
+            _log.error("While saving evidence (%s): %s", name, in_words(error))
+            self._evidence(name, "failed", detail=in_words(error))
 
     def _evidence(
         self, name: str, state: str, path: Path | None = None, detail: str | None = None
@@ -275,8 +258,8 @@ class Rescue:
         for path in (self.files.crash, elsewhere.with_suffix(".json")):
             try:
                 write_report(path, self.report)
-            except OSError as error:
-                _log.error("The crash report cannot be written to %s: %s", path, error)
+            except Exception as error:
+                _log.error("The crash report cannot be written to %s: %s", path, in_words(error))
             else:
                 self.written = path
                 return
@@ -295,21 +278,3 @@ def _finishes(action: Callable[[], None], seconds: float) -> bool:
         return True
     thread.join(seconds)
     return not thread.is_alive()
-
-
-def _describe_error(error: BaseException) -> dict[str, Any]:
-    return {
-        "type": type(error).__name__,
-        "message": str(error),
-        "traceback": "".join(traceback.format_exception(error, limit=-30)).splitlines(),
-    }
-
-
-def _exit_status(error: BaseException | None) -> int | None:
-    """Of the process, if nobody catches the error."""
-    if error is None:
-        return None
-    if isinstance(error, SystemExit):
-        code = error.code
-        return code if isinstance(code, int) else int(code is not None)
-    return 1

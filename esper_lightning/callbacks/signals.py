@@ -19,13 +19,21 @@ import weakref
 from collections.abc import Callable, Generator
 from contextlib import contextmanager
 from pathlib import Path
+from types import FrameType
 from typing import Any
 
 from lightning.fabric.plugins.environments.slurm import SLURMEnvironment
 from lightning.pytorch import Trainer
 from lightning.pytorch.utilities.exceptions import SIGTERMException
 
-__all__ = ["ENDING", "NativeFaults", "SignalExit", "Signals", "dump_stacks"]
+__all__ = [
+    "ENDING",
+    "NativeFaults",
+    "SignalExit",
+    "Signals",
+    "dump_stacks",
+    "ignore_interrupts_while_ending",
+]
 
 ENDING = tuple(
     getattr(signal, name)
@@ -36,6 +44,9 @@ _FAULTS = ("SIGSEGV", "SIGABRT", "SIGBUS", "SIGFPE", "SIGILL")
 _UNWINDING_S = 2.0
 _LAST_GASP_S = 10
 _Handler = Any
+_libc = ctypes.CDLL(None)
+_libc.signal.restype = ctypes.c_void_p
+_libc.signal.argtypes = [ctypes.c_int, ctypes.c_void_p]
 
 
 class SignalExit(SystemExit):
@@ -62,6 +73,7 @@ class Signals:
         self._raised_s = -float("inf")
         self._wakeup: tuple[int, int] | None = None
         self._active = False
+        self.ignoring_interrupts = False  # afterwards, as Lightning has it while it shuts down
 
     def install(self) -> None:
         """Take over. Outside the main thread, where Python forbids it, nothing happens."""
@@ -115,18 +127,14 @@ class Signals:
         """Drop what arrived while evidence was being saved: the run is ending anyway."""
         self._pending = []
 
-    def restore(self, *, ignoring_interrupts: bool = False) -> None:
-        """Put everything back.
-
-        Args:
-            ignoring_interrupts: SIGINT stays ignored, as Lightning has it while it shuts down.
-        """
+    def restore(self) -> None:
+        """Put everything back."""
         if not self._active or os.getpid() != self._pid:
             return
         self._active = False
         for number, original in self._originals.items():
             mine = signal.getsignal(number) == self._handle
-            if ignoring_interrupts and number == signal.SIGINT:
+            if self.ignoring_interrupts and number == signal.SIGINT:
                 signal.signal(number, signal.SIG_IGN)
                 self._trainer._signal_connector._original_handlers[number] = original
             elif mine:
@@ -172,51 +180,85 @@ class Signals:
         raise error
 
 
+def ignore_interrupts_while_ending(trainer: Trainer) -> None:
+    """Have Ctrl-C ignored until Lightning has shut down, and not for good.
+
+    Lightning ignores it from an interrupt on, and for good where another callback then raises.
+    """
+    original: Any = trainer._signal_connector._original_handlers.get(signal.SIGINT)
+    if original is None or signal.getsignal(signal.SIGINT) is not signal.SIG_IGN:
+        return
+
+    def handle(number: int, frame: FrameType | None) -> None:
+        while frame is not None:
+            if frame.f_code.co_name == "_call_and_handle_interrupt":  # Lightning's
+                return
+            frame = frame.f_back
+        signal.signal(number, original)
+        os.kill(os.getpid(), number)
+
+    signal.signal(signal.SIGINT, handle)
+
+
 class NativeFaults:
     """Last words of a process that dies inside C: stacks, then ``rescue``, then the same death.
 
     Not async-signal-safe, and no worse than dying at once: the default action is restored first, so
-    that a second fault kills, and ``alarm`` ends what hangs.
+    that a second fault kills, and ``alarm`` ends what hangs. A handler that was there before, such
+    as that of ``PYTHONFAULTHANDLER``, has the last word.
     """
+
+    _latest: "NativeFaults | None" = None
 
     def __init__(self, stacks: Path, rescue: Callable[[str], None]) -> None:
         self._pid = os.getpid()
         self._stacks = stacks
         self._rescue = rescue
         self._previous: dict[int, Any] = {}
-        self._libc = ctypes.CDLL(None)
-        self._libc.signal.restype = ctypes.c_void_p
-        self._libc.signal.argtypes = [ctypes.c_int, ctypes.c_void_p]
-        self._callback = ctypes.CFUNCTYPE(None, ctypes.c_int)(self._die)
-        _KEPT.append(self._callback)  # C may still hold it when this object is gone
+        self._outer: NativeFaults | None = None
 
     def install(self) -> None:
         """Take over."""
+        self._outer, NativeFaults._latest = NativeFaults._latest, self
         for name in _FAULTS:
             number = getattr(signal, name)
-            address = ctypes.cast(self._callback, ctypes.c_void_p)
-            self._previous[number] = self._libc.signal(number, address)
+            self._previous[number] = _libc.signal(number, ctypes.cast(_on_fault, ctypes.c_void_p))
         _watch_forks(self)
 
     def restore(self) -> None:
         """Put the previous handlers back."""
         previous, self._previous = self._previous, {}
         for number, handler in previous.items():
-            self._libc.signal(number, handler)
+            _libc.signal(number, handler)
+        if NativeFaults._latest is self:
+            NativeFaults._latest = self._outer
+        self._outer = None
 
     def leave_in_child(self) -> None:
         """In a forked child, which is not the run."""
         self.restore()
 
-    def _die(self, number: int) -> None:
-        self._libc.signal(number, None)
+    def die(self, number: int) -> None:
+        """Called in the C handler, in whichever thread failed."""
         if os.getpid() == self._pid:
-            self._libc.signal(signal.SIGALRM, None)
-            self._libc.alarm(_LAST_GASP_S)
+            _libc.signal(signal.SIGALRM, None)
+            _libc.alarm(_LAST_GASP_S)
             name = signal.Signals(number).name
             dump_stacks(self._stacks, f"Fatal Python error: {signal.strsignal(number)} ({name})")
             self._rescue(name)
-        os.kill(os.getpid(), number)
+            _libc.alarm(0)
+        _libc.signal(number, self._previous.get(number))
+
+
+# One for all runs: C may hold it for ever, and is to hold no run by it.
+@ctypes.CFUNCTYPE(None, ctypes.c_int)
+def _on_fault(number: int) -> None:
+    _libc.signal(number, None)
+    try:
+        if NativeFaults._latest is not None:
+            NativeFaults._latest.die(number)
+    finally:
+        getattr(_libc, "raise")(number)  # takes effect when this handler has returned
 
 
 def dump_stacks(path: Path, heading: str) -> None:
@@ -231,7 +273,6 @@ def dump_stacks(path: Path, heading: str) -> None:
         file.write(b"\n")
 
 
-_KEPT: list[object] = []
 _in_runs: "weakref.WeakSet[Signals | NativeFaults]" = weakref.WeakSet()
 
 

@@ -66,6 +66,7 @@ class WindowProfiler(PyTorchProfiler):
     Attributes:
         windows: Files of this run, oldest first.
         last_table: Where the time of the latest window went.
+        logs_table: Whether the table is logged at the end of a run.
 
     Raises:
         ValueError: If a number is out of range.
@@ -104,6 +105,7 @@ class WindowProfiler(PyTorchProfiler):
             require(value >= 1, f"WindowProfiler.{name}", "be at least 1", value)
         self.wait, self.warmup, self.active, self.repeat = wait, warmup, active, repeat
         self.keep, self.max_events, self.row_limit = keep, max_events, row_limit
+        self.logs_table = True
         self._given_dirpath = dirpath
         self._run_directory: str | None = None
         self._rank = 0
@@ -184,7 +186,7 @@ class WindowProfiler(PyTorchProfiler):
     def describe(self) -> None:
         """Keep a window that is still open, and log the table."""
         table = self.summary()
-        if table:
+        if table and self.logs_table:
             self._rank_zero_info(table)
         self.teardown(stage=self._stage)
 

@@ -106,6 +106,7 @@ def _death(first: Remains) -> list[str]:
     how += [f"signal {signal}"] if signal else []
     how += [] if status is None else [f"exit status {status}"]
     lines.append(f"{', '.join(how)}, pid {report.get('pid') or 'unknown'}")
+    lines += _where_not_finite((report.get("error") or {}).get("non_finite"))
     phases = report.get("phases") or []
     iteration = report.get("iteration")
     lines.append(f"Iteration {'unknown' if iteration is None else iteration}, in:")
@@ -116,6 +117,14 @@ def _death(first: Remains) -> list[str]:
         lines.append(f"Last metrics: {text}")
     traceback = (report.get("error") or {}).get("traceback") or []
     return lines + [f"    {line}"[:100] for line in traceback[-8:]]
+
+
+def _where_not_finite(found: dict[str, Any] | None) -> list[str]:
+    if not found:
+        return []
+    names, environments = ", ".join(found.get("tensors") or []), found.get("environments")
+    where = f", environments {environments}" if environments else ""
+    return [f"Not finite, in {found.get('phase')}: {names}{where}"[:100]]
 
 
 def seconds_by_phase(phases: Phases | None) -> dict[str, float]:

@@ -29,11 +29,17 @@ class JsonLines:
         """Add a row.
 
         Raises:
-            OSError: If the disk takes no more.
+            OSError: If the disk takes no more; nothing of the row is in the file then.
         """
-        line = memoryview(_encode(row))
-        while line:
-            line = line[os.write(self._fd, line) :]
+        whole = line = memoryview(_encode(row))
+        try:
+            while line:
+                line = line[os.write(self._fd, line) :]
+        except OSError:
+            if len(line) < len(whole):
+                written = len(whole) - len(line)
+                os.ftruncate(self._fd, os.fstat(self._fd).st_size - written)
+            raise
 
     def close(self) -> None:
         """Give the file descriptor back."""

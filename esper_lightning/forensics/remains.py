@@ -36,7 +36,11 @@ _REPORT: dict[str, Any] = {
     **dict.fromkeys(("rank", "world_size", "pid", "exit_status", "iteration"), int),
     **dict.fromkeys(("host", "cause", "signal", "stage"), str),
     "time_s": _TIME,
-    "error": {"type": str, "message": str, "traceback": [str]},
+    "error": {
+        **dict.fromkeys(("type", "message"), str),
+        "traceback": [str],
+        "non_finite": {"phase": str, "tensors": [str], "environments": [int]},
+    },
     "peer": {"rank": int, "reason": str},
     "phases": [str],
     "metrics": {"*": (int, float, str)},

@@ -3,13 +3,15 @@
 ``process.json`` is written when a rank starts and again when it ends::
 
     {"schema": 1, "rank": 0, "world_size": 2, "pid": 71, "host": "a", "started_s": 1.7e9,
-     "state": "running" | "finished" | "failed", "changed_s": 1.7e9}
+     "state": "running" | "finished" | "failed" | "off", "changed_s": 1.7e9}
 
 ``crash.json`` (times in seconds since the epoch, paths relative to the rank's folder)::
 
-    {"schema": 1, "rank": 0, "world_size": 2, "pid": 71, "host": "a", "time_s": 1.7e9,
+    {"schema": 1, "rank": 0, "world_size": 2, "pid": 71, "host": "a", "started_s": 1.7e9,
+     "time_s": 1.7e9,
      "cause": "exception" | "signal" | "native" | "vanished" | "peer" | "hang" | "exit",
-     "error": {"type": "ValueError", "message": "...", "traceback": ["...", ...]} | null,
+     "error": {"type": "ValueError", "message": "...", "traceback": ["...", ...],
+               "non_finite": {"phase": "rollout", "tensors": [...], "environments": [...]}} | null,
      "signal": "SIGTERM" | null, "exit_status": 143 | null,
      "peer": {"rank": 1, "reason": "..."} | null,
      "stage": "fit", "iteration": 12, "global_step": 12, "epoch": 0,
@@ -54,10 +56,11 @@ def read_report(path: Path) -> dict[str, Any] | None:
     return cast(dict[str, Any], report) if isinstance(report, dict) else None
 
 
-def set_aside(path: Path) -> None:
-    """Give what an earlier run left here another name, ``<name>.<n>``."""
-    if path.exists():
-        number = 1
-        while (aside := path.with_name(f"{path.name}.{number}")).exists():
-            number += 1
-        path.rename(aside)
+def set_aside(path: Path) -> Path | None:
+    """Give what an earlier run left here another name, ``<name>.<n>``, and return that."""
+    if not path.exists():
+        return None
+    number = 1
+    while (aside := path.with_name(f"{path.name}.{number}")).exists():
+        number += 1
+    return path.rename(aside)

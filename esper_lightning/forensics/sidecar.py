@@ -7,7 +7,6 @@ for its end, and writes from the files it left. Standard library only.
 import contextlib
 import os
 import select
-import signal
 import subprocess
 import sys
 import time
@@ -16,10 +15,11 @@ from typing import Any
 
 from esper_lightning.forensics.layout import RankLayout
 from esper_lightning.forensics.phases import read_phases
-from esper_lightning.forensics.report import read_report, write_report
+from esper_lightning.forensics.report import read_report, set_aside, write_report
 
 __all__ = ["Sidecar", "complete_report", "oom_kills", "start", "watch"]
 
+_PROCESS = ("rank", "world_size", "pid", "host", "started_s")
 _CGROUP = Path("/sys/fs/cgroup")
 
 
@@ -34,9 +34,14 @@ class Sidecar:
         """End it: there will be nothing to complete. In a forked child nothing happens."""
         if os.getpid() != self._owner:
             return
-        self._process.terminate()
-        with contextlib.suppress(subprocess.TimeoutExpired):
-            self._process.wait(timeout=1.0)
+        assert self._process.stdin is not None
+        with contextlib.suppress(OSError), self._process.stdin as pipe:
+            pipe.write(b".")
+        try:
+            self._process.wait(timeout=2.0)
+        except subprocess.TimeoutExpired:
+            self._process.kill()
+            self._process.wait()
 
 
 def start(directory: Path, pid: int) -> Sidecar | None:
@@ -56,11 +61,17 @@ def start(directory: Path, pid: int) -> Sidecar | None:
         f"import sys; sys.path.insert(0, {str(package_root)!r}); "
         "from esper_lightning.forensics.sidecar import watch; watch(*sys.argv[1:])"
     )
-    command = [sys.executable, "-S", "-E", "-s", "-c", program, str(directory), str(pid)]
+    # Of the signals that a scheduler sends to all processes of a job, none is for it.
+    ignoring = (
+        "import signal; [signal.signal(getattr(signal, name), signal.SIG_IGN) for name in "
+        "('SIGTERM', 'SIGINT', 'SIGHUP', 'SIGUSR1', 'SIGUSR2', 'SIGXCPU', 'SIGQUIT')]; "
+    )
+    command = [sys.executable, "-S", "-E", "-s", "-c", ignoring + program, str(directory), str(pid)]
     try:
         process = subprocess.Popen(
             command,
-            stdin=subprocess.DEVNULL,
+            stdin=subprocess.PIPE,
+            bufsize=0,
             stdout=subprocess.DEVNULL,
             stderr=subprocess.DEVNULL,
             start_new_session=True,  # Ctrl-C in the terminal is not for it
@@ -84,6 +95,9 @@ def complete_report(
         Whether there was something to complete.
     """
     process, report = read_report(files.process) or {}, read_report(files.crash)
+    if report is not None and not _is_its_death(report, process):
+        set_aside(files.crash)
+        report = None
     if report is not None and not report.get("complete"):
         for evidence in report.get("evidence", {}).values():
             if evidence.get("state") == "pending":
@@ -99,6 +113,13 @@ def complete_report(
     write_report(files.crash, report)
     write_report(files.process, {**process, "state": "failed", "changed_s": time.time()})
     return True
+
+
+def _is_its_death(report: dict[str, Any], process: dict[str, Any]) -> bool:
+    """Not a hang after which it went on, nor the death of an earlier run."""
+    went_on = report.get("cause") == "hang" and process.get("state") == "running"
+    times = report.get("started_s"), process.get("started_s")
+    return not went_on and (None in times or times[0] == times[1])
 
 
 def oom_kills(pid: int, root: Path = _CGROUP) -> dict[str, int]:
@@ -137,7 +158,7 @@ def _post_mortem(
     if killed:
         vanished = "The process vanished; meanwhile the kernel's OOM killer killed a process."
     return {
-        **{name: process.get(name) for name in ("rank", "world_size", "pid", "host")},
+        **{name: process.get(name) for name in _PROCESS},
         "time_s": time.time(),
         "cause": "native" if fault else "vanished",
         "error": {"type": None, "message": fault or vanished, "traceback": []},
@@ -148,15 +169,15 @@ def _post_mortem(
         "phases": phases,
         "metrics": {},
         "profiler": None,
-        "evidence": _evidence(files),
+        "evidence": _evidence(files, process.get("started_s") or 0.0),
         "complete": True,
         "written_by": "sidecar",
     }
 
 
-def _evidence(files: RankLayout) -> dict[str, dict[str, str | None]]:
+def _evidence(files: RankLayout, started_s: float) -> dict[str, dict[str, str | None]]:
     def entry(path: Path, saved: str, absent: str) -> dict[str, str | None]:
-        if not path.exists():
+        if not path.exists() or path.stat().st_mtime < started_s:
             return {"state": "absent", "path": None, "detail": absent}
         return {"state": "saved", "path": path.name, "detail": saved}
 
@@ -169,7 +190,11 @@ def _evidence(files: RankLayout) -> dict[str, dict[str, str | None]]:
     return {
         "history": entry(files.history, f"{rows} rows{torn}", "no iteration was finished"),
         "trace": {"state": "absent", "path": None, "detail": lost},
-        "checkpoint": entry(files.crash_checkpoint, "", "the process had no time to write one"),
+        "checkpoint": entry(
+            files.crash_checkpoint,
+            "from earlier in the run",
+            "the process had no time to write one",
+        ),
         "stacks": entry(files.stacks, "of all threads", "the process had no time to write them"),
     }
 
@@ -189,6 +214,21 @@ def _remove_temporaries(files: RankLayout) -> None:
                 path.unlink(missing_ok=True)
 
 
+def _is_told_to_end(watched: int, pipe: int) -> bool:
+    """Wait for one of two: a word in the pipe, or the end of the process, which closes it too."""
+    poll = select.poll()
+    for descriptor in (watched, pipe):
+        poll.register(descriptor, select.POLLIN)
+    while True:
+        ready = [descriptor for descriptor, _ in poll.poll()]
+        if pipe in ready:
+            if os.read(pipe, 1):
+                return True
+            poll.unregister(pipe)
+        if watched in ready:
+            return False
+
+
 def watch(directory: str, pid_text: str) -> None:
     """Wait until a process is gone, and complete its report; what the second process runs."""
     files, pid = RankLayout(Path(directory)), int(pid_text)
@@ -197,10 +237,7 @@ def watch(directory: str, pid_text: str) -> None:
         watched = os.pidfd_open(pid)
     except OSError:  # it is gone already
         watched = None
-    if watched is not None:
-        signal.signal(signal.SIGHUP, signal.SIG_IGN)
-        poll = select.poll()
-        poll.register(watched, select.POLLIN)
-        poll.poll()
+    if watched is not None and _is_told_to_end(watched, sys.stdin.fileno()):
+        return
     with contextlib.suppress(OSError):
         complete_report(files, before=before, after=oom_kills(os.getpid()))

@@ -1,5 +1,6 @@
 """The history: complete, durable, never an iteration twice, for any LightningModule."""
 
+import itertools
 import json
 import signal
 import subprocess
@@ -15,7 +16,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 from esper_lightning import PPO, History, PPOConfig
 from esper_lightning.envs import CartPole
-from esper_lightning.forensics.files import read_json_lines
+from esper_lightning.forensics.files import JsonLines, read_json_lines
 
 
 def ppo(iterations=3, **settings) -> PPO:
@@ -137,6 +138,51 @@ def test_any_lightning_module(make_trainer, tmp_path):
     rows = read_json_lines(tmp_path / "rank0" / "history.jsonl")
     assert [row["iteration"] for row in rows] == [1, 2, 3, 4, 5, 6]
     assert all(row["loss"] >= 0 for row in rows[1:])
+
+
+@pytest.mark.parametrize("row", [torch.ones(2), {"x": torch.ones(2)}, {1: 2}], ids=str)
+def test_a_row_that_is_no_row_is_left_alone(make_trainer, tmp_path, row):
+    class Own(Plain):
+        def training_step(self, batch, batch_idx):
+            return {"loss": super().training_step(batch, batch_idx), "row": row}
+
+    batches = torch.utils.data.DataLoader(torch.ones(6, 2), batch_size=2)
+    make_trainer(callbacks=[History()], max_epochs=1).fit(Own(), batches)
+    rows = read_json_lines(tmp_path / "rank0" / "history.jsonl")
+    assert [list(row) for row in rows] == [["iteration", "loss"]] * 3
+
+
+@pytest.mark.parametrize("until", [4, 99])
+def test_a_full_disk_ends_no_training_and_loses_nothing_in_silence(
+    make_trainer, tmp_path, monkeypatch, caplog, until
+):
+    write, calls = JsonLines.append, itertools.count(1)
+
+    def append(file, row):
+        if 2 <= next(calls) < until:
+            raise OSError("No space left on device")
+        write(file, row)
+
+    monkeypatch.setattr(JsonLines, "append", append)
+    trainer = make_trainer(callbacks=[History()])
+    trainer.fit(ppo(iterations=6))
+    assert trainer.global_step > 0
+    recovered = until == 4
+    found = iterations(tmp_path / "rank0" / "history.jsonl")
+    assert found == ([1, 2, 3, 4, 5, 6] if recovered else [1])
+    assert caplog.text.count("takes no rows: No space left on device") == 1
+    assert ("takes rows again" in caplog.text) == recovered
+    assert ("5 rows are lost" in caplog.text) == (not recovered)
+
+
+def test_a_damaged_history_is_set_aside(make_trainer, tmp_path, caplog):
+    path = tmp_path / "rank0" / "history.jsonl"
+    path.parent.mkdir()
+    path.write_text('{"iteration":1}\nnonsense\n{"iteration":2}\n')
+    make_trainer(callbacks=[History()]).fit(ppo())
+    assert iterations(path) == [1, 2, 3]
+    assert "nonsense" in path.with_name("history.jsonl.1").read_text()
+    assert "set aside" in caplog.text
 
 
 SCRIPT = """

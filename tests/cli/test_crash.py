@@ -110,6 +110,14 @@ def test_a_rank_that_vanished_fails_before_those_that_notice(tmp_path, capsys):
     assert "Rank 1 failed first: The process vanished." in shown(capsys, tmp_path)
 
 
+def test_ranks_of_an_earlier_run_with_more_of_them_are_left_out(tmp_path):
+    for number, started_s in ((0, 200.0), (1, 100.0)):
+        rank(tmp_path, number, time_s=started_s + 1)
+        process = {"state": "failed", "world_size": 2 - (number == 0), "started_s": started_s}
+        write_report(RunLayout(tmp_path).rank(number).process, process)
+    assert [remains.rank for remains in crash.examine(tmp_path)] == [0]
+
+
 def test_a_missing_rank_is_named(tmp_path, capsys):
     rank(tmp_path, 1, time_s=100.0)
     rank(tmp_path, 3, time_s=101.0, world_size=4)
@@ -305,3 +313,11 @@ def test_the_stock_profilers_window_is_found_after_a_death(make_trainer, tmp_pat
     text = shown(capsys, tmp_path)
     assert "The latest closed window; it ended " in text
     assert "aten::addmm" in text or "aten::linear" in text
+
+
+def test_of_a_nan_it_shows_where_it_is(tmp_path, capsys):
+    found = {"phase": "rollout", "tensors": ["reward"], "environments": [3, 5]}
+    error = {"type": "NonFiniteError", "message": "NaN", "traceback": [], "non_finite": found}
+    rank(tmp_path, 0, time_s=1.0, error=error)
+    text = shown(capsys, tmp_path)
+    assert "Not finite, in rollout: reward, environments [3, 5]" in text

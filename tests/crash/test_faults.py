@@ -131,6 +131,13 @@ def test_a_death_after_a_hang_has_a_report_of_its_own(tmp_path):
     assert any(FAILING_OPERATOR in trace for trace in outcome.traces())
 
 
+def test_the_handler_of_pythonfaulthandler_has_the_last_word(tmp_path):
+    outcome = run({"fault": "segfault", "environment": {"PYTHONFAULTHANDLER": "1"}}, tmp_path)
+    assert outcome.status == -11
+    assert "Fatal Python error: Segmentation fault" in outcome.stderr
+    assert outcome.report()["cause"] == "native"
+
+
 def test_where_lightning_requeues_a_slurm_job_its_signal_does_so(tmp_path):
     scontrol = tmp_path / "bin" / "scontrol"
     scontrol.parent.mkdir()

@@ -101,3 +101,22 @@ def test_layout_is_what_the_design_promises(tmp_path):
     assert run.rank(0).profile == tmp_path / "rank0" / "profile.txt"
     assert run.checkpoints == tmp_path / "checkpoints"
     assert run.config == tmp_path / "config.yaml"
+
+
+def test_a_row_that_does_not_fit_leaves_nothing_behind(tmp_path, monkeypatch):
+    file, write = JsonLines(tmp_path / "rows.jsonl"), os.write
+    file.append({"iteration": 1})
+    room = iter([5])
+
+    def full(descriptor, content):
+        for bytes_left in room:
+            return write(descriptor, content[:bytes_left])
+        raise OSError("No space left on device")
+
+    monkeypatch.setattr(os, "write", full)
+    with pytest.raises(OSError, match="No space"):
+        file.append({"iteration": 2})
+    monkeypatch.undo()
+    file.append({"iteration": 2})
+    file.close()
+    assert (tmp_path / "rows.jsonl").read_text() == '{"iteration":1}\n{"iteration":2}\n'

@@ -1,6 +1,7 @@
 """The second process: what it completes, what it leaves alone, and what it knows of the kernel."""
 
 import os
+import signal
 import subprocess
 import sys
 import time
@@ -88,6 +89,54 @@ def test_it_waits_for_the_process_and_then_leaves(files):
     process.wait()
     assert sidecar._process.wait(timeout=10) == 0
     assert read_report(files.crash)["cause"] == "vanished"
+    sidecar.stop()
+
+
+@pytest.mark.parametrize("complete", [True, False])
+def test_a_process_that_vanishes_after_a_hang_has_a_report_of_its_own(files, complete):
+    hang = {"cause": "hang", "evidence": {"trace": {"state": "pending"}}, "complete": complete}
+    write_report(files.crash, hang)
+    assert complete_report(files)
+    assert read_report(files.crash)["cause"] == "vanished"
+    assert read_report(files.crash.with_suffix(".json.1"))["cause"] == "hang"
+
+
+def test_what_an_earlier_run_left_is_no_evidence(files):
+    os.utime(files.history, (0, 0))
+    files.crash_checkpoint.write_text("weights of the earlier run")
+    os.utime(files.crash_checkpoint, (0, 0))
+    write_report(files.crash, {"cause": "exception", "started_s": 100.0, "complete": True})
+    write_report(files.process, {"rank": 0, "state": "running", "started_s": 200.0})
+    assert complete_report(files)
+    report = read_report(files.crash)
+    assert (report["cause"], report["started_s"]) == ("vanished", 200.0)
+    assert report["evidence"]["checkpoint"]["state"] == "absent"
+    assert report["evidence"]["history"]["state"] == "absent"
+
+
+def test_signals_to_all_processes_of_a_job_are_not_for_it(files):
+    process = subprocess.Popen([sys.executable, "-c", "import time; time.sleep(60)"])
+    sidecar = start(files.directory, process.pid)
+    time.sleep(0.5)
+    for name in ("SIGTERM", "SIGINT", "SIGHUP"):
+        sidecar._process.send_signal(getattr(signal, name))
+    process.kill()
+    process.wait()
+    assert sidecar._process.wait(timeout=10) == 0
+    assert read_report(files.crash)["cause"] == "vanished"
+    sidecar.stop()
+
+
+def test_it_ends_when_told_to_and_writes_nothing(files):
+    process = subprocess.Popen([sys.executable, "-c", "import time; time.sleep(60)"])
+    sidecar = start(files.directory, process.pid)
+    started = time.monotonic()
+    sidecar.stop()
+    assert time.monotonic() - started < 1.5
+    assert sidecar._process.returncode == 0
+    process.kill()
+    process.wait()
+    assert not files.crash.exists()
 
 
 def test_counters_of_both_cgroup_versions(tmp_path):

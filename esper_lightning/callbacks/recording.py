@@ -1,0 +1,363 @@
+"""All that a flight recorder has in place during one run, and what it does when the run dies."""
+# Lightning sets many attributes of its Trainer where no type checker sees them.
+# pyright: reportAttributeAccessIssue=false, reportPrivateUsage=false
+# pyright: reportUnknownVariableType=false, reportUnknownArgumentType=false
+
+import atexit
+import contextlib
+import logging
+import multiprocessing.util
+import os
+import threading
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+from lightning.pytorch import Trainer
+from lightning.pytorch.profilers import PassThroughProfiler, Profiler
+from lightning.pytorch.utilities.exceptions import _TunerExitException
+
+from esper_lightning.callbacks.death import Death, in_words
+from esper_lightning.callbacks.history import History
+from esper_lightning.callbacks.memory_snapshot import forget_memory, watch_memory
+from esper_lightning.callbacks.peers import Peers, end_of_run
+from esper_lightning.callbacks.profiler_rescue import ProfilerGuard
+from esper_lightning.callbacks.progress import RunProgressBar
+from esper_lightning.callbacks.rescue import Rescue
+from esper_lightning.callbacks.signals import NativeFaults, SignalExit, Signals, dump_stacks
+from esper_lightning.callbacks.watchdog import Alarm, Watchdog
+from esper_lightning.forensics import sidecar
+from esper_lightning.forensics.layout import RankLayout, RunLayout
+from esper_lightning.forensics.phases import PhaseRing
+from esper_lightning.forensics.report import read_report, set_aside, write_report
+
+__all__ = ["Recording", "add_note"]
+
+_log = logging.getLogger(__name__)
+_STUCK_GRACE_S, _EXIT_GRACE_S, _PEER_GRACE_S = 2.0, 4.0, 10.0
+
+
+class Recording:
+    """Begins when it is made; ``close`` puts everything back.
+
+    Args:
+        trainer: Of the run.
+        layout: Of its directory.
+        hang_timeout_s: As for ``FlightRecorder``, like the others.
+        print_profile: Whether the table of a rescued window is printed.
+        watch: Whether a second process watches this one.
+        stage: As Lightning calls it; where it is not ``fit`` and all goes well, what was found of
+            an earlier run is there again afterwards.
+
+    Raises:
+        OSError: If the run directory takes no files; nothing is in place then.
+    """
+
+    def __init__(
+        self,
+        trainer: Trainer,
+        layout: RunLayout,
+        *,
+        hang_timeout_s: float | None,
+        print_profile: bool,
+        watch: bool,
+        stage: str = "fit",
+    ) -> None:
+        self._pid = os.getpid()
+        self._trainer, self._layout = trainer, layout
+        self._files: RankLayout = layout.rank(trainer.global_rank)
+        self._print_profile = print_profile
+        self._lock = threading.RLock()
+        self._rescue: Rescue | None = None
+        self._saved = False
+        self._dying = False  # the main thread has seen to it
+        self._hung = False
+        self._closed = False
+        self._state = "failed"
+        self._stage = stage
+        self._asides: dict[Path, Path] = {}
+        with contextlib.ExitStack() as undo:
+            self._begin_files(undo, watch=watch)
+            self._begin_watching(undo, hang_timeout_s)
+            self._undo = undo.pop_all()
+
+    def _begin_files(self, undo: contextlib.ExitStack, *, watch: bool) -> None:
+        trainer, files = self._trainer, self._files
+        self._found = read_report(files.process)
+        self._set_aside_earlier()
+        self._ring = PhaseRing(files.phases)
+        undo.callback(self._ring.close)
+        self._peers = Peers(self._layout, trainer.global_rank, trainer.world_size)
+        self._peers.tell("running")
+        second = sidecar.start(files.directory, self._pid) if watch else None
+        if second is not None:
+            undo.callback(second.stop)
+        undo.callback(self._attempt, self._tell_end)
+
+    def _begin_watching(self, undo: contextlib.ExitStack, hang_timeout_s: float | None) -> None:
+        trainer = self._trainer
+        atexit.register(self._at_exit)
+        undo.callback(atexit.unregister, self._at_exit)
+        # Worker processes of multiprocessing leave without atexit.
+        finalizer = multiprocessing.util.Finalize(self, self._at_exit, exitpriority=50)
+        undo.callback(finalizer.cancel)
+        self._run_stage = trainer._run_stage
+        trainer._run_stage = self._run_guarded
+        undo.callback(trainer.__dict__.pop, "_run_stage", None)
+        self._signals = Signals(trainer)
+        self._signals.install()
+        undo.callback(self._signals.restore)
+        faults = NativeFaults(self._files.stacks, self._last_gasp)
+        faults.install()
+        undo.callback(faults.restore)
+        undo.callback(forget_memory, self._files.memory)
+        self._profiler = _take_profiler(trainer)
+        self._guard = ProfilerGuard(self._profiler, self._ring, self._signals, self._described)
+        undo.callback(self._guard.release)
+        self.watchdog = Watchdog(
+            received=self._signals.received,
+            peer=self._peers.first_failure,
+            act=self._act,
+            saving_for_s=self._saving_for_s,
+            hang_timeout_s=hang_timeout_s,
+            stuck_grace_s=_STUCK_GRACE_S,
+            exit_grace_s=_EXIT_GRACE_S,
+        )
+        undo.callback(self.watchdog.stop)
+
+    @property
+    def ended_well(self) -> bool:
+        """Whether the run is over, and did not die."""
+        return self._closed and self._state != "failed"
+
+    def _set_aside_earlier(self) -> None:
+        """What is found here is not to pass for evidence of this run."""
+        files = self._files
+        paths = [files.crash, files.stacks, files.bad_minibatch, files.memory, files.profile]
+        if self._stage != "fit":
+            paths.append(files.phases)
+        for path in paths:
+            aside = set_aside(path)
+            if aside is not None:
+                self._asides[path] = aside
+
+    def _put_back_earlier(self) -> None:
+        for path, aside in self._asides.items():
+            if path == self._files.phases or not path.exists():
+                aside.rename(path)
+        if self._found is not None:
+            write_report(self._files.process, self._found)
+
+    def begin_iteration(self, number: int) -> None:
+        """Tell ring and watchdog."""
+        if self._rescue is not None:
+            self._go_on()
+        self._ring.iteration = number
+        self.watchdog.beat()
+
+    def begin_training(self) -> None:
+        """Checkpoints are loaded by now, and CUDA is in use if it will be."""
+        set_aside(self._files.crash_checkpoint)
+        watch_memory(self._files.memory)
+
+    def die(self, error: BaseException) -> None:
+        """Save everything in the main thread, wait for other ranks, and leave nothing behind."""
+        if self._closed:  # done already, closer to the fault
+            return
+        self._dying = True
+        with self._signals.held():
+            signal_name = _signal_of(error)
+            cause = "exception" if signal_name is None else "signal"
+            self._save(Death(cause=cause, error=error, signal=signal_name))
+            self._attempt(lambda: self._note(error))
+            self._attempt(self._close_ours)
+            self._attempt(lambda: self._peers.wait_until_saved(_PEER_GRACE_S))
+            self._signals.forget_pending()
+        self._attempt(self._stand_in)
+        self._signals.ignoring_interrupts = isinstance(error, KeyboardInterrupt)
+        self._attempt(lambda: self.close("failed"))
+
+    def save_for_launcher(self) -> None:
+        """Called by the launcher's thread, which is about to kill this process."""
+        peer = self._peers.first_failure() or (-1, "the launcher kills every rank")
+        self._save(Death(cause="peer", peer=peer))
+
+    def close(self, state: str) -> None:
+        """Put everything back as it was before the run.
+
+        Args:
+            state: As other ranks are told: ``finished``, ``failed``, or ``off`` where the run goes
+                on without its recorder.
+        """
+        if self._closed or os.getpid() != self._pid:
+            return
+        self._closed, self._state = True, state
+        self._undo.close()
+        self._rescue = None
+        end_of_run()
+
+    # What calls us.
+
+    def _run_guarded(self) -> Any:
+        """Round the run itself.
+
+        Launchers that spawn processes never call ``on_exception`` in them, and another callback's
+        could raise before ours.
+        """
+        try:
+            self._signals.reinstall()
+            return self._run_stage()
+        except _TunerExitException:
+            raise
+        except BaseException as error:
+            self.die(error)
+            raise
+
+    def _act(self, alarm: Alarm) -> None:
+        """In the watchdog's thread."""
+        if alarm.cause == "hang":
+            heading = f"No iteration has ended for {alarm.silent_s:.1f} s"
+            self._attempt(lambda: dump_stacks(self._files.stacks, heading))
+        self._save(Death(cause=alarm.cause, signal=alarm.signal, peer=alarm.peer))
+
+    def _last_gasp(self, signal_name: str) -> None:
+        """In a C signal handler, in whichever thread failed."""
+        if self._lock.acquire(blocking=False):
+            self._save(Death(cause="native", signal=signal_name), bounded=False)
+
+    def _at_exit(self) -> None:
+        if not self._closed and os.getpid() == self._pid:
+            self._save(Death(cause="exit"))
+            self.close("failed")
+
+    def _described(self) -> None:
+        """The last act of a run that reached its end."""
+        self.close("finished")
+
+    # What is done.
+
+    def _note(self, error: BaseException) -> None:
+        if self._rescue is None:  # saving failed altogether, and was logged
+            return
+        report, written = self._rescue.report, self._rescue.written
+        trace = report.get("evidence", {}).get("trace", {})
+        where = f"no trace: {trace.get('detail')}"
+        if trace.get("state") == "saved":
+            where = f"trace in {self._files.directory / trace['path']}"
+        there = "nowhere: no place took it" if written is None else f"in {written}"
+        details = f"history in {self._files.history}; report {there}; {where}"
+        add_note(error, self._layout.directory, details)
+
+    def _save(self, death: Death, *, bounded: bool = True) -> None:
+        if self._closed or os.getpid() != self._pid:
+            return
+        with self._lock:
+            if self._rescue is not None:
+                if death.error is not None:
+                    self._rescue.amend(death.error)
+                return
+            hangs = death.cause == "hang"
+            if self._hung:
+                if hangs:  # once is enough: the profiler is off, and the run is slow
+                    return
+                self._attempt(lambda: set_aside(self._files.crash))  # it went on, and now it dies
+            rescue = Rescue(
+                trainer=self._trainer,
+                files=self._files,
+                ring=self._ring,
+                guard=self._guard,
+                print_profile=self._print_profile,
+                started_s=self._peers.started_s,
+                bounded=bounded,
+            )
+            if hangs:
+                self._hung = True
+                self._attempt(lambda: rescue.run(death))
+                return
+            self._rescue = rescue
+            self._attempt(lambda: self._peers.tell("failed"))
+            self._attempt(lambda: rescue.run(death))
+            rescue.progress_s, self._saved = time.monotonic(), True
+            self._attempt(lambda: self._peers.tell("failed", saved=True))
+
+    def _go_on(self) -> None:
+        """The signal for which evidence was saved ended nothing; a death will have its own."""
+        with self._lock:
+            if self._rescue is not None and self._rescue.report.get("cause") == "signal":
+                self._rescue, self._saved = None, False
+                self._attempt(lambda: set_aside(self._files.crash))
+                self._attempt(lambda: self._peers.tell("running"))
+
+    def _saving_for_s(self) -> float | None:
+        """Since the latest step began; ``None`` before the first.
+
+        Infinite once all is saved and the main thread knows nothing of it.
+        """
+        rescue = self._rescue
+        if rescue is None:
+            return None
+        stuck = self._saved and not self._dying
+        return float("inf") if stuck else time.monotonic() - rescue.progress_s
+
+    def _attempt(self, action: Callable[[], object]) -> None:
+        try:
+            action()
+        except Exception as error:
+            _log.error("While saving evidence: %s", in_words(error))
+
+    def _tell_end(self) -> None:
+        self._peers.tell(self._state, saved=self._state == "failed")
+        if self._stage != "fit" and self._state == "finished":
+            self._put_back_earlier()
+
+    def _stand_in(self) -> None:
+        """No hook that follows may start the profiler again; the next run finds it in place."""
+        trainer, profiler = self._trainer, self._profiler
+        trainer.profiler = _StandIn(profiler)
+        teardown = trainer._teardown
+
+        def teardown_and_return() -> None:
+            trainer.__dict__.pop("_teardown", None)
+            try:
+                teardown()
+            finally:
+                _take_profiler(trainer)
+
+        trainer._teardown = teardown_and_return
+
+    def _close_ours(self) -> None:
+        """Lightning calls no teardown when a run fails."""
+        trainer, module = self._trainer, self._trainer.lightning_module
+        for callback in trainer.callbacks:
+            if isinstance(callback, History | RunProgressBar):
+                self._attempt(lambda ours=callback: ours.teardown(trainer, module, "fit"))
+
+
+class _StandIn(PassThroughProfiler):
+    """In place of the profiler of a run that died, until Lightning has taken it down."""
+
+    def __init__(self, profiler: Profiler) -> None:
+        super().__init__()
+        self.kept = profiler
+
+
+def add_note(error: BaseException, directory: Path, details: str) -> None:
+    """Where to look; on stderr too, for errors that Python does not show."""
+    error.add_note(f"Run directory: {directory} ({details}). Shown by: esper crash {directory}")
+    if isinstance(error, KeyboardInterrupt | SystemExit):
+        _log.warning("%s: %s", type(error).__name__, error.__notes__[-1])
+
+
+def _take_profiler(trainer: Trainer) -> Profiler:
+    if isinstance(trainer.profiler, _StandIn):
+        trainer.profiler = trainer.profiler.kept
+    return trainer.profiler
+
+
+def _signal_of(error: BaseException) -> str | None:
+    if isinstance(error, KeyboardInterrupt):
+        return "SIGINT"
+    if isinstance(error, SignalExit):
+        return error.signal
+    return "SIGTERM" if type(error).__name__ == "SIGTERMException" else None

@@ -1,0 +1,72 @@
+"""The watchdog: when it acts, and when it ends the process."""
+
+import signal
+import time
+
+import pytest
+
+from esper_lightning.callbacks import watchdog as module
+from esper_lightning.callbacks.watchdog import Watchdog
+
+
+class Run:
+    """What a watchdog looks at, and what it did."""
+
+    def __init__(self):
+        self.signals, self.failed, self.saving_for_s = [], None, None
+        self.alarms, self.exits = [], []
+
+    def received(self):
+        received, self.signals = self.signals, []
+        return received
+
+    def watched(self, **settings):
+        defaults = {"hang_timeout_s": None, "stuck_grace_s": 0.3, "exit_grace_s": 0.5}
+        return Watchdog(
+            received=self.received,
+            peer=lambda: self.failed,
+            act=self.alarms.append,
+            saving_for_s=lambda: self.saving_for_s,
+            **{**defaults, **settings},
+        )
+
+
+@pytest.fixture
+def run(monkeypatch):
+    run = Run()
+    monkeypatch.setattr(module.os, "_exit", run.exits.append)
+    return run
+
+
+@pytest.fixture
+def watchdog(run):
+    watchdog = run.watched()
+    yield watchdog
+    watchdog.stop()
+
+
+def test_a_process_that_still_saves_is_not_ended(run, watchdog):
+    run.saving_for_s, run.signals = 0.1, [signal.SIGTERM]
+    time.sleep(1.0)
+    assert run.exits == []
+    run.saving_for_s = float("inf")
+    time.sleep(0.3)
+    assert run.exits[0] == 143
+
+
+def test_a_save_that_is_stuck_does_not_keep_the_process(run, watchdog, monkeypatch):
+    monkeypatch.setattr(module, "_STALLED_S", 0.05)
+    run.saving_for_s, run.signals = 0.1, [signal.SIGTERM]
+    time.sleep(1.0)
+    assert run.exits[0] == 143
+
+
+def test_a_peer_is_looked_at_again_before_anything_is_done(run, watchdog):
+    run.failed = (1, "it failed")
+    time.sleep(0.5)
+    run.failed = None
+    time.sleep(0.8)
+    assert run.alarms == []
+    run.failed = (1, "it failed")
+    time.sleep(1.2)
+    assert run.alarms[0].peer == (1, "it failed")
