@@ -62,6 +62,7 @@ class ProfilerGuard:
         self._thread = threading.get_ident()
         self._outer: list[BaseException | None] = []
         self._off = False
+        self._does_nothing = type(profiler) is PassThroughProfiler
         theirs = getattr(profiler, "dirpath", None)
         self._theirs = Path(theirs).absolute() if theirs else None  # before anyone changes places
         for name in _WRAPPED:
@@ -102,7 +103,7 @@ class ProfilerGuard:
         if threading.get_ident() == self._thread:
             self._outer.append(sys.exc_info()[1])
             self._ring.enter(action_name)
-        if not self._off:
+        if not (self._off or self._does_nothing):
             self._guarded("start", action_name)
 
     def _stop(self, action_name: str) -> None:
@@ -111,7 +112,7 @@ class ProfilerGuard:
             unwinding = sys.exc_info()[1] is not self._outer.pop()
             if not unwinding:
                 self._ring.leave(action_name)
-        if self._off:
+        if self._off or self._does_nothing:
             return
         steps = isinstance(self.profiler, PyTorchProfiler) and any(
             action_name.endswith(step) for step in self.profiler.STEP_FUNCTIONS

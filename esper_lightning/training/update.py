@@ -216,6 +216,7 @@ class Updater:
         self, agent: Agent, config: PPOConfig, *, mode: CompileMode, device: torch.device
     ) -> None:
         self._agent, self._config, self._device = agent, config, device
+        self._mean_of_pass: Tensor | None = None
         self._loop = compile_loop("update", self._step, self._sum, mode=mode, device=device)
 
     def order(self, samples: int, generator: torch.Generator) -> Sequence[Tensor]:
@@ -253,9 +254,11 @@ class Updater:
             learning_rate: Of the whole update.
             healthy: Where False, no step is applied: weights and moments stay as they are.
         """
-        parts = len(order) // self._config.epochs
-        steps = torch.arange(1, len(order) + 1, device=self._device)
-        mean_of_pass = (steps % parts == 0).float() / parts
+        mean_of_pass = self._mean_of_pass
+        if mean_of_pass is None or len(mean_of_pass) != len(order):
+            parts = len(order) // self._config.epochs
+            steps = torch.arange(1, len(order) + 1, device=self._device)
+            self._mean_of_pass = mean_of_pass = (steps % parts == 0).float() / parts
         start = _Progress(adam, ~healthy, healthy | True, torch.zeros_like(learning_rate))
         constants = _Constants(samples, weights.buffers, learning_rate)
         end, rows = self._loop(start, mean_of_pass, order, constants, None)
