@@ -11,6 +11,7 @@ from torch.utils.data import DataLoader
 from esper_lightning import PPO, FlightRecorder, NanGuard, PPOConfig
 from esper_lightning.core.validate import NonFiniteError
 from esper_lightning.envs import CartPole
+from esper_lightning.training.learner import Learner
 from esper_lightning.training.update import ppo_loss_terms
 
 
@@ -129,15 +130,15 @@ def test_ppo_names_the_gradient_step_and_keeps_its_minibatch(make_trainer, tmp_p
     """A log-probability of minus infinity in the rollout makes ratios of infinity."""
     config = PPOConfig(rollout_steps=8, minibatches=2)
     model = PPO(CartPole(num_envs=4), ppo=config, total_env_steps=320)
-    prepare = PPO._prepare
+    prepare = Learner.advantages
 
-    def poisoned(self, rollout, healthy):
-        samples = prepare(self, rollout, healthy)
-        if self.iteration == 2:
-            samples.value_target[5] = math.nan
-        return samples
+    def poisoned(self, rollout):
+        prepared = prepare(self, rollout)
+        if model.iteration == 2:
+            prepared.samples.value_target[5] = math.nan
+        return prepared
 
-    monkeypatch.setattr(PPO, "_prepare", poisoned)
+    monkeypatch.setattr(Learner, "advantages", poisoned)
     trainer = make_trainer(callbacks=[FlightRecorder(watch=False)])
     with pytest.raises(NonFiniteError, match=r"in iteration 3, gradient step [12]: ") as caught:
         trainer.fit(model)
