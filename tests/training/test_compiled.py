@@ -2,9 +2,12 @@
 
 import dataclasses
 import logging
+import os
+from pathlib import Path
 
 import pytest
 import torch
+from lightning.pytorch import Callback
 
 from esper_lightning import MLP, PPO, PPOConfig
 from esper_lightning.core import compiling
@@ -155,3 +158,29 @@ def test_modes_are_checked():
     with pytest.raises(ValueError, match=r"PPO\.compile must be one of off, default, max"):
         PPO(CartPole(), compile="fast")
     assert compiling.CompileMode.__args__ == ("off", "default", "max")
+
+
+def resident_bytes():
+    pages = int(Path("/proc/self/statm").read_text().split()[1])
+    return pages * os.sysconf("SC_PAGE_SIZE")
+
+
+@pytest.mark.skipif(not Path("/proc/self/statm").exists(), reason="needs /proc")
+@pytest.mark.parametrize(
+    "mode", ["off", pytest.param("max", marks=pytest.mark.slow)], ids=["off", "max"]
+)
+def test_memory_does_not_grow_with_iterations(make_trainer, mode):
+    """By the slope over the second half of a run, when all is allocated and compiled."""
+    sizes = []
+
+    class Watch(Callback):
+        def on_train_batch_end(self, trainer, pl_module, *_):
+            if pl_module.iteration % 50 == 0:
+                sizes.append(resident_bytes())
+
+    env = CartPole(num_envs=16, time_limit=5)
+    model = PPO(env, ppo=SMALL, total_env_steps=16 * 8 * 1000, compile=mode)
+    make_trainer(limit_val_batches=0, callbacks=[Watch()]).fit(model)
+    second = torch.tensor(sizes[len(sizes) // 2 :], dtype=torch.float64)
+    growth_per_iteration = (second[-5:].mean() - second[:5].mean()) / (50 * (len(second) - 5))
+    assert growth_per_iteration < 1024  # bytes: 10 MB in 10,000 iterations
