@@ -2,7 +2,8 @@
 
 Every contender is a process of its own that waits for its turn; in a round each runs for about a
 second, in an order that moves on with every round. Ratios are within rounds; medians and quartiles
-over rounds. Writes ``results/throughput_<hardware>_<date>.md``.
+over rounds. Also start-up times, and speed and memory over the number of environments. Writes
+``results/throughput_<hardware>_<date>.md``.
 """
 
 import argparse
@@ -28,6 +29,7 @@ SETTINGS = {
 }
 SMALL_ONLY, LARGE_ONLY = {"stable-baselines3, Gymnasium"}, {"stable-baselines3, batched env"}
 SCALING = (1, 16, 256, 2048, 16384, 65536)
+PARTS = ("peers", "startup", "scaling")
 PROGRAM = Path(__file__).with_name("contenders.py")
 
 
@@ -56,6 +58,11 @@ class Contender:
         assert self._process.stdin is not None
         print(count, file=self._process.stdin, flush=True)
         return self._read()
+
+    def peak_mb(self) -> float:
+        """Most memory that the process had resident."""
+        status = Path(f"/proc/{self._process.pid}/status").read_text()
+        return int(re.search(r"VmHWM:\s+(\d+) kB", status)[1]) / 1024  # pyright: ignore[reportOptionalSubscript]
 
     def close(self) -> str:
         """Let it end; returns what it wrote about itself."""
@@ -112,14 +119,18 @@ def compare(names: list[str], setting: dict[str, Any], rounds: int) -> list[str]
 
 def scaling(threads: int) -> list[str]:
     """Throughput over the number of environments, 32 steps each."""
-    lines = ["| environments | env-steps/s | ms an iteration |", "| --- | --- | --- |"]
+    lines = [
+        "| environments | env-steps/s | ms an iteration | peak memory of the process, MB |",
+        "| --- | --- | --- | --- |",
+    ]
     for num_envs in SCALING:
         few = num_envs * 32 // 4 < 2048
         setting = {"num_envs": num_envs, "steps": 32, "threads": 1 if few else threads}
         contender = Contender(OURS, setting, {})
         typical = statistics.median(contender.run(max(3, 20000 // num_envs // 4 + 1)))
+        speed, peak_mb = num_envs * 32 / typical, contender.peak_mb()
         contender.close()
-        lines.append(f"| {num_envs:,} | {num_envs * 32 / typical:,.0f} | {typical * 1e3:.2f} |")
+        lines.append(f"| {num_envs:,} | {speed:,.0f} | {typical * 1e3:.2f} | {peak_mb:,.0f} |")
         print(lines[-1], flush=True)
     return lines
 
@@ -177,12 +188,12 @@ def main() -> None:
     parser.add_argument("--rounds", type=int, default=9)
     parser.add_argument("--only", nargs="+", help="contenders to compare with")
     parser.add_argument("--settings", nargs="+", default=["2048", "4"], choices=["2048", "4"])
-    parser.add_argument("--quick", action="store_true", help="no scaling, no start-up times")
+    parser.add_argument("--parts", nargs="+", default=list(PARTS), choices=PARTS)
     parser.add_argument("--output", type=Path)
     arguments = parser.parse_args()
     sections: list[str] = []
     for title, setting in SETTINGS.items():
-        if title.split()[0] not in arguments.settings:
+        if "peers" not in arguments.parts or title.split()[0] not in arguments.settings:
             continue
         small = setting["num_envs"] == 4
         names = [
@@ -193,14 +204,17 @@ def main() -> None:
         ]
         sections += [f"## {title}, {setting['threads']} threads", ""]
         sections += [*compare(names, setting, arguments.rounds), "", *split(setting), ""]
-    if not arguments.quick:
-        large = SETTINGS["2048 environments x 32 steps"]
-        sections += ["## Start-up, 2048 x 32", "", *startup(large), ""]
+    large = SETTINGS["2048 environments x 32 steps"]
+    if "startup" in arguments.parts:
+        sections += ["## From the start to the end of the first iteration, 2048 x 32", ""]
+        sections += [*startup(large), ""]
+    if "scaling" in arguments.parts:
         sections += ["## Scaling, 32 steps", "", *scaling(large["threads"]), ""]
     command = " ".join(["python", "benchmarks/throughput.py", *sys.argv[1:]])
     hardware = re.sub(r"\W+", "-", f"{os.cpu_count()}-core-cpu").lower()
     date = datetime.datetime.now(tz=datetime.UTC).date()
-    output = arguments.output or ROOT / f"benchmarks/results/throughput_{hardware}_{date}.md"
+    what = "throughput" if "peers" in arguments.parts else "_".join(arguments.parts)
+    output = arguments.output or ROOT / f"benchmarks/results/{what}_{hardware}_{date}.md"
     text = "\n".join(
         [
             "# Throughput of the whole training loop: CartPole, two hidden layers of 64\n",

@@ -96,7 +96,8 @@ class PhaseRing:
     def leave(self, name: str) -> None:
         """Close the innermost span of this name, and what was left open within it."""
         identity = self._ids.get(name)
-        if all(identity != opened for opened, _ in self._stack):
+        innermost_is_it = bool(self._stack) and self._stack[-1][0] == identity
+        if not innermost_is_it and all(identity != opened for opened, _ in self._stack):
             return
         now = time.time_ns()
         while True:
