@@ -21,7 +21,7 @@ ROOT = Path(__file__).resolve().parent.parent
 GOALS = {"cartpole": 475.0, "acrobot": -100.0, "pendulum": -250.0, "mountain_car": None}
 
 
-def train(task: str, seed: int, workdir: Path) -> dict[str, float]:
+def train(task: str, seed: int, mode: str, workdir: Path) -> dict[str, float]:
     """One run; returns its last evaluation and its last history row."""
     run = workdir / f"{task}-{seed}"
     logger = {
@@ -35,7 +35,14 @@ def train(task: str, seed: int, workdir: Path) -> dict[str, float]:
             "--config",
             str(ROOT / "configs" / f"{task}.yaml"),
         ),
-        *("--model.seed", str(seed), "--trainer.logger", json.dumps(logger)),
+        *(
+            "--model.seed",
+            str(seed),
+            "--model.compile",
+            mode,
+            "--trainer.logger",
+            json.dumps(logger),
+        ),
         *("--trainer.enable_progress_bar", "false"),
     ]
     environment = {**os.environ, "OMP_NUM_THREADS": "1"}
@@ -78,13 +85,15 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--tasks", nargs="+", default=list(GOALS), choices=list(GOALS))
     parser.add_argument("--seeds", type=int, default=5)
-    parser.add_argument(
-        "--output", type=Path, default=ROOT / "benchmarks" / "results" / "learning.md"
-    )
+    parser.add_argument("--compile", default="off", choices=("off", "default", "max"))
+    parser.add_argument("--output", type=Path)
     arguments = parser.parse_args()
     jobs = [(task, seed) for task in arguments.tasks for seed in range(arguments.seeds)]
     with tempfile.TemporaryDirectory() as workdir, ThreadPoolExecutor(os.cpu_count()) as pool:
-        results = list(pool.map(lambda job: train(*job, Path(workdir)), jobs))
+        results = list(pool.map(lambda job: train(*job, arguments.compile, Path(workdir)), jobs))
+    if arguments.output is None:
+        name = "learning" if arguments.compile == "off" else f"learning_compile_{arguments.compile}"
+        arguments.output = ROOT / "benchmarks" / "results" / f"{name}.md"
     command = " ".join(["python", "benchmarks/learning.py", *sys.argv[1:]])
     text = (
         "# Learning: mean return of 100 deterministic evaluation episodes after training\n\n"

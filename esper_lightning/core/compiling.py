@@ -27,6 +27,7 @@ __all__ = [
     "compile_loop",
     "in_cache",
     "rational_tanh",
+    "tell_reasons_again",
 ]
 
 CompileMode = Literal["off", "default", "max"]
@@ -39,6 +40,7 @@ Loop = Callable[..., tuple[Tree, Tree]]
 """``(carry, xs, chunked, constants, out=None) -> (carry, rows)``"""
 
 _log = logging.getLogger(__name__)
+_REASONS_TOLD: set[str] = set()
 _ROWS_IN_CACHE = 1024  # of 64 features: activations of one thread then stay in its L2 cache
 
 
@@ -82,6 +84,11 @@ def compile_function(
     return _FirstThatWorks(name, mode, ways)
 
 
+def tell_reasons_again() -> None:
+    """A new run begins: why something does not work is told once in each."""
+    _REASONS_TOLD.clear()
+
+
 def rational_tanh(x: Tensor) -> Tensor:
     """``tanh`` as a quotient of polynomials, within 4 units in the last place of float32.
 
@@ -104,6 +111,10 @@ def rational_tanh(x: Tensor) -> Tensor:
     for coefficient in (1.18534705686654e-04, 2.26843463243900e-03, 4.89352518554385e-03):
         denominator = denominator * square + coefficient
     return x * numerator / denominator
+
+
+def _single_tanh(x: Tensor) -> Tensor:
+    return rational_tanh(x) if x.dtype == torch.float32 else NotImplemented
 
 
 def _mm_and_bias(
@@ -185,7 +196,7 @@ def _make_fx(
 
     decompositions: dict[Any, Callable[..., Any]] = {}
     if device.type == "cpu":
-        decompositions[torch.ops.aten.tanh.default] = rational_tanh
+        decompositions[torch.ops.aten.tanh.default] = _single_tanh
         decompositions[torch.ops.aten.addmm.default] = _mm_and_bias
     return make_fx(flat, decomposition_table=decompositions)(*inputs)
 
@@ -385,7 +396,8 @@ class _Captured:
                 self._function(*map_tree(torch.clone, args))
         torch.cuda.current_stream().wait_stream(side)
         graph = torch.cuda.CUDAGraph()
-        with torch.cuda.graph(graph):
+        # Other threads may use CUDA meanwhile: loggers, watchdogs.
+        with torch.cuda.graph(graph, capture_error_mode="thread_local"):
             self._result = self._function(*args)
         self._graph = graph
 
@@ -400,17 +412,20 @@ class _FirstThatWorks:
     def __init__(self, name: str, mode: CompileMode, ways: Sequence[Callable[..., Tree]]) -> None:
         self._name, self._mode = name, mode
         self._ways = list(ways)
-        self._shapes: list[torch.Size] | None = None
+        self._kinds: list[tuple[torch.Size, torch.dtype]] | None = None
 
     def __call__(self, *args: Tree) -> Tree:
         if len(self._ways) == 1:
             return self._ways[0](*args)
-        shapes = [leaf.shape for leaf in leaves(args)]
-        if shapes == self._shapes:
-            return self._ways[0](*args)
-        if self._shapes is not None:
+        if any(isinstance(arg, list) for arg in args):  # minibatches of unequal size
             return self._ways[-1](*args)
-        self._shapes = shapes
+        kinds = [(leaf.shape, leaf.dtype) for leaf in leaves(args)]
+        if kinds == self._kinds:
+            return self._ways[0](*args)
+        if self._kinds is not None:
+            _log.debug("The %s has other shapes than at first and runs plainly.", self._name)
+            return self._ways[-1](*args)
+        self._kinds = kinds
         while len(self._ways) > 1:
             try:
                 with warnings.catch_warnings():
@@ -423,6 +438,8 @@ class _FirstThatWorks:
                 cause = getattr(error, "inner_exception", error)  # of a compiler's backend
                 reason = f"{type(cause).__name__}: {cause}".strip().splitlines()[0][:300]
                 text = "compile=%r does not work for the %s, which takes a slower way: %s"
-                _log.warning(text, self._mode, self._name, reason)
+                level = logging.DEBUG if reason in _REASONS_TOLD else logging.WARNING
+                _REASONS_TOLD.add(reason)
+                _log.log(level, text, self._mode, self._name, reason)
                 _log.debug("The whole error:", exc_info=error)
         return self._ways[0](*args)

@@ -5,7 +5,7 @@ parameter, and an update a function of a few tensors, which can be compiled or c
 """
 
 from collections.abc import Iterable
-from typing import NamedTuple, cast
+from typing import Any, NamedTuple, cast
 
 import torch
 from torch import Tensor, nn
@@ -67,16 +67,18 @@ class FlatParameters:
         optimizer: Adam over all trainable parameters of the module, in its order.
 
     Raises:
-        ValueError: If parameters are not float32 on one device.
+        ValueError: If parameters are not float32 on one device, or the optimizer is not plain Adam:
+            ``adam_step`` would not do what it says.
     """
 
-    def __init__(self, module: nn.Module, optimizer: torch.optim.Adam) -> None:
+    def __init__(self, module: nn.Module, optimizer: torch.optim.Optimizer) -> None:
         named = {n: p for n, p in module.named_parameters() if p.requires_grad}
         kinds = {(p.dtype, p.device) for p in named.values()}
         float32 = len(kinds) == 1 and next(iter(kinds))[0] == torch.float32
         require(
             float32, "PPO.policy", "have float32 parameters on one device", sorted(map(str, kinds))
         )
+        _require_plain_adam(optimizer, list(named.values()))
         self._names = list(named)
         number = {parameter: i for i, parameter in enumerate(named.values())}
         # A weight may be in several modules; a module that is in several places has one name here.
@@ -106,9 +108,24 @@ class FlatParameters:
         step = step.detach().to(device, torch.float32, copy=True)
         self.state = AdamState(weight, gather("exp_avg"), gather("exp_avg_sq"), step)
         views = [self._split(flat) for flat in self.state[:3]]
+        self._optimizer, self._parameters, self._views = optimizer, parameters, views[0]
+        optimizer.register_state_dict_post_hook(_own_steps)
         for parameter, value, mean, square in zip(parameters, *views, strict=True):
             parameter.data = value
             optimizer.state[parameter] = {"step": step, "exp_avg": mean, "exp_avg_sq": square}
+
+    @torch.no_grad()
+    def refresh(self) -> None:
+        """Take in what others have done to the parameters; looks at the host only.
+
+        Raises:
+            ValueError: If other parameters are to be trained than at the start.
+        """
+        _require_plain_adam(self._optimizer, self._parameters)
+        for parameter, view in zip(self._parameters, self._views, strict=True):
+            if parameter.data_ptr() != view.data_ptr():  # somebody has set ``parameter.data``
+                view.copy_(parameter)
+                parameter.data = view
 
     def named(self, weight: Float[Tensor, " P"]) -> dict[str, Tensor]:
         """Views of a weight vector by parameter name."""
@@ -128,3 +145,30 @@ class FlatParameters:
     def _split(self, flat: Tensor) -> list[Tensor]:
         parts = cast(tuple[Tensor, ...], flat.split(self._sizes))
         return [part.view(shape) for part, shape in zip(parts, self._shapes, strict=True)]
+
+
+def _require_plain_adam(optimizer: torch.optim.Optimizer, trained: list[nn.Parameter]) -> None:
+    hint = "PPO takes Adam's steps itself; set PPOConfig.learning_rate and PPOConfig.adam_eps."
+    kind = type(optimizer)
+    require(kind is torch.optim.Adam, "PPO's optimizer", "be torch.optim.Adam", kind.__name__, hint)
+    group, *others = optimizer.param_groups
+    plain = {"betas": (_BETA_1, _BETA_2), "weight_decay": 0, "amsgrad": False, "maximize": False}
+    got = {name: group[name] for name in plain}
+    require(got == plain, "PPO's optimizer", f"have {plain}", got, hint)
+    same = not others and len(group["params"]) == len(trained)
+    same = same and all(
+        parameter is mine and parameter.requires_grad
+        for parameter, mine in zip(group["params"], trained, strict=False)
+    )
+    rule = "train the parameters that it had when training began"
+    hint = "Freeze what is not to be trained before; it cannot change within a run."
+    require(same, "PPO's optimizer", rule, "others", hint)
+
+
+def _own_steps(optimizer: torch.optim.Optimizer, state: dict[str, Any]) -> dict[str, Any]:
+    """Each parameter's step count by itself, as Adam has it; here they share one."""
+    del optimizer
+    own = {
+        k: {**v, "step": v["step"].clone()} if "step" in v else v for k, v in state["state"].items()
+    }
+    return {**state, "state": own}

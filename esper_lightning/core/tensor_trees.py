@@ -28,7 +28,11 @@ def named_tensors(tree: Any, name: str = "") -> Iterator[tuple[str, Tensor]]:
 
 
 def leaves(tree: Any) -> list[Tensor]:
-    """Every tensor of a tree, in order; whatever else is in it is left out."""
+    """Every tensor of a tree, in order; mappings by sorted key, numbers and ``None`` left out.
+
+    Raises:
+        ValueError: If something in it is neither a tensor, a number, ``None`` nor a container.
+    """
     found: list[Tensor] = []
     _gather(tree, found)
     return found
@@ -51,16 +55,21 @@ def _gather(tree: Any, found: list[Tensor]) -> None:
         for part in cast(Sequence[Any], tree):
             _gather(part, found)
     elif isinstance(tree, Mapping):
-        for part in cast(Mapping[Any, Any], tree).values():
-            _gather(part, found)
+        mapping = cast(Mapping[Any, Any], tree)
+        for key in sorted(mapping):  # equal mappings may be ordered differently
+            _gather(mapping[key], found)
+    elif not (tree is None or isinstance(tree, bool | int | float | str)):
+        rule = "Trees of tensors must be made of tuples, lists and mappings"
+        raise ValueError(f"{rule}, got {type(tree).__name__!r}.")
 
 
 def _replace(tree: Any, tensors: Iterator[Tensor]) -> Any:
     if isinstance(tree, Tensor):
         return next(tensors)
     if isinstance(tree, Mapping):
-        items = cast(Mapping[Any, Any], tree).items()
-        return {key: _replace(part, tensors) for key, part in items}
+        mapping = cast(Mapping[Any, Any], tree)
+        replaced = {key: _replace(mapping[key], tensors) for key in sorted(mapping)}
+        return {key: replaced[key] for key in mapping}
     if not isinstance(tree, list | tuple):
         return tree
     parts = [_replace(part, tensors) for part in cast(Sequence[Any], tree)]

@@ -10,7 +10,7 @@ from esper_lightning.core.shapes import Bool, Shaped
 from esper_lightning.core.spaces import EnvSpaces
 from esper_lightning.core.types import Observation, StepResult
 
-__all__ = ["BatchedEnv", "EnvSpec", "FunctionalEnv"]
+__all__ = ["BatchedEnv", "EnvSpec", "FunctionalEnv", "is_functional"]
 
 
 @runtime_checkable
@@ -44,7 +44,12 @@ class BatchedEnv(Protocol):
 
 @runtime_checkable
 class FunctionalEnv(BatchedEnv, Protocol):
-    """An environment whose step is also a pure function: a rollout of it can be compiled whole."""
+    """An environment whose step is also a pure function: a rollout of it can be compiled whole.
+
+    ``step(action)`` is ``transition(episodes(), action, draw(1)[0])`` followed by ``keep``. A class
+    that replaces ``step`` replaces ``transition`` too, or is stepped. Where it is compiled, only
+    ``episodes`` may change: other attributes are read once.
+    """
 
     def episodes(self) -> Any:
         """Everything that a step changes, but for the random stream: a tuple of tensors."""
@@ -91,3 +96,18 @@ class EnvSpec(ABC):
             all(callable(getattr(other, name, None)) for name in ("spaces", "build"))
             or NotImplemented
         )
+
+
+def is_functional(env: BatchedEnv) -> bool:
+    """Whether ``transition`` is what ``step`` does.
+
+    Asked of the class alone: a wrapper may pass on what it does not have, and a subclass or an
+    instance may have replaced ``step`` and nothing else.
+    """
+    kinds = type(env).__mro__
+    owner = {
+        name: next((i for i, kind in enumerate(kinds) if name in vars(kind)), len(kinds))
+        for name in ("step", "transition", "episodes", "keep", "draw")
+    }
+    known = max(owner.values()) < len(kinds) and "step" not in vars(env)
+    return known and owner["transition"] <= owner["step"]

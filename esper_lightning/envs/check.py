@@ -14,9 +14,10 @@ import torch
 from torch import Tensor
 
 from esper_lightning.core.spaces import EnvSpaces
+from esper_lightning.core.tensor_trees import leaves, map_tree
 from esper_lightning.core.types import StepResult
 from esper_lightning.core.validate import require
-from esper_lightning.envs.base import BatchedEnv, EnvSpec
+from esper_lightning.envs.base import BatchedEnv, EnvSpec, FunctionalEnv, is_functional
 from esper_lightning.envs.contract import (
     Contract,
     Report,
@@ -35,6 +36,7 @@ logger = logging.getLogger(__name__)
 
 ENV_MEMBERS = ("reset", "step", "state_dict", "load_state_dict")
 TELLING_MEMBERS = ("num_envs", "spaces")  # what a spec tells, and else the environment must
+TRANSITION_STEPS = 100
 WARM_UP_STEPS = 3  # may compile and allocate, hence synchronise
 TOLERANCE = 1e-4  # of an episode's return, relative to the sum of its absolute rewards
 
@@ -144,7 +146,37 @@ def _check_env(
     mask = _drive(run, generator, seen, forbid_sync=True)
     seen.conclude(run)
     _check_state(run, mask)
+    if is_functional(env):
+        _check_transition(run._replace(env=env))
     return run
+
+
+def _check_transition(run: _Run) -> None:
+    """``step`` must be ``transition`` of what ``draw`` gives, and ``transition`` change nothing."""
+    env, contract, report = cast(FunctionalEnv, run.env), run.contract, run.report
+    generator = torch.Generator().manual_seed(run.seed)
+    mask = cast(Tensor | None, _start(env, report)["action_mask"])
+    for _ in range(min(run.steps, TRANSITION_STEPS)):
+        allowed = None if mask is None else mask.cpu()
+        action = sample_action(contract.spaces.action, contract.num_envs, allowed, generator)
+        action = action.to(contract.device)
+        saved, before = env.state_dict(), map_tree(torch.clone, env.episodes())
+        drawn = map_tree(lambda rows: rows[0], env.draw(1))
+        after, pure = env.transition(env.episodes(), action, drawn)
+        after, pure = map_tree(torch.clone, (after, tuple(pure)))
+        kept = _same(before, env.episodes())
+        report.expect(kept, "transition()", "change nothing", Words("other episodes() after it"))
+        env.load_state_dict(saved)
+        result = env.step(action)
+        hint = "step(action) is transition(episodes(), action, draw(1)[0]), then keep()."
+        same = _same(pure, tuple(result)) and _same(after, env.episodes())
+        report.insist(same, "transition()", "do what step() does", Words("something else"), hint)
+        mask = result.action_mask
+
+
+def _same(tree: Any, other: Any) -> bool:
+    pairs = zip(leaves(tree), leaves(other), strict=True)
+    return all(torch.equal(a.nan_to_num(), b.nan_to_num()) for a, b in pairs)
 
 
 def _require_members(owner: object, members: tuple[str, ...], report: Report) -> None:

@@ -34,7 +34,8 @@ class Evaluation(NamedTuple):
 class Policy(nn.Module, ABC):
     """An actor and a critic.
 
-    Observations come normalised; results are float32, also under autocast.
+    Observations come normalised; results are float32, also under autocast. Where training is
+    compiled, only parameters and buffers may change: other attributes are read once.
     """
 
     @abstractmethod

@@ -1,6 +1,6 @@
 """The rollout: act, step, write, ``T`` times. Axes: ``T`` step, ``B`` environment.
 
-No gradient, no host synchronisation, no allocation of the rollout; it knows nothing of Lightning.
+No gradient, no host synchronisation; it knows nothing of Lightning.
 """
 
 import logging
@@ -16,7 +16,7 @@ from esper_lightning.core.gae import discounted_returns
 from esper_lightning.core.running_stats import Moments
 from esper_lightning.core.shapes import Bool, Float
 from esper_lightning.core.types import Observation, Rollout, StepResult, map_obs
-from esper_lightning.envs.base import BatchedEnv, FunctionalEnv
+from esper_lightning.envs.base import BatchedEnv, FunctionalEnv, is_functional
 from esper_lightning.policies.base import SampledAction
 from esper_lightning.training.agent import Agent, Weights
 from esper_lightning.training.config import PPOConfig
@@ -81,7 +81,7 @@ class Collector:
         self, env: BatchedEnv, agent: Agent, *, mode: CompileMode, device: torch.device
     ) -> None:
         self._env, self._agent = env, agent
-        self._functional = cast(FunctionalEnv, env) if _is_functional(env) else None
+        self._functional = cast(FunctionalEnv, env) if is_functional(env) else None
         if self._functional is None and mode != "off":
             reason = "its step is no pure function (FunctionalEnv)"
             _log.warning("Rollouts of %s are not compiled: %s.", type(env).__name__, reason)
@@ -139,17 +139,6 @@ class Collector:
             write_step(rollout, t, as_row(obs, action_mask, sampled, result))
             obs, action_mask = result.obs, result.action_mask
         return state._replace(obs=obs, action_mask=action_mask)
-
-
-def _is_functional(env: BatchedEnv) -> bool:
-    """Whether ``transition`` is what ``step`` does: a subclass may have replaced one of the two."""
-    if not isinstance(env, FunctionalEnv) or "step" in vars(env):
-        return False
-    owner = {
-        name: next((i for i, kind in enumerate(type(env).__mro__) if name in vars(kind)), -1)
-        for name in ("transition", "step")
-    }
-    return owner["transition"] <= owner["step"]
 
 
 def as_row(

@@ -11,10 +11,11 @@ import torch
 from torch import Tensor
 
 from esper_lightning.core.buffer import allocate_rollout, first_steps
-from esper_lightning.core.compiling import CompileMode, compile_function
+from esper_lightning.core.compiling import CompileMode, compile_function, tell_reasons_again
 from esper_lightning.core.flat_adam import FlatParameters
 from esper_lightning.core.running_stats import Moments, RunningStats
 from esper_lightning.core.shapes import Bool, Float
+from esper_lightning.core.tensor_trees import map_tree
 from esper_lightning.core.types import Rollout, Samples
 from esper_lightning.envs.base import BatchedEnv, EnvSpec
 from esper_lightning.training.agent import Agent
@@ -71,6 +72,7 @@ class Learner:
         mode: CompileMode,
         device: torch.device,
     ) -> None:
+        tell_reasons_again()
         self._env, self.agent, self._config = env, agent, config
         self._return_stats, self._device = return_stats, device
         self._exploration, self._sample_order = exploration, sample_order
@@ -110,7 +112,7 @@ class Learner:
         if self._acting is None:
             return None
         return {
-            "acting": self._acting._asdict(),
+            "acting": map_tree(torch.clone, self._acting)._asdict(),  # it is changed in place
             "env": self._env.state_dict(),
             "generators": [g.get_state() for g in (self._exploration, self._sample_order)],
         }
@@ -118,6 +120,8 @@ class Learner:
     def rollout(self, steps: int) -> Rollout:
         """Act for ``steps`` steps."""
         assert self._acting is not None
+        assert self._parameters is not None
+        self._parameters.refresh()
         storage = first_steps(self._storage, steps)
         rollout, self._acting = self._collector.collect(
             self._acting, storage, generator=self._exploration

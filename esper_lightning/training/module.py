@@ -106,8 +106,9 @@ class PPO(LightningModule):
                 for 100, or ``env.num_envs`` where the spec is not a dataclass.
             compile: How rollouts and updates run. ``off`` begins at once; ``default`` compiles
                 single steps; ``max`` compiles (or, on CUDA, captures) whole rollouts and updates,
-                several times as fast after half a minute of compilation. The results are the same
-                to float32 rounding; what cannot be compiled runs a slower way, with a warning.
+                several times as fast after half a minute of compilation or more. The results are
+                the same to rounding (that of bfloat16 under ``bf16-mixed``); what cannot be
+                compiled runs a slower way, with a warning.
 
         Raises:
             ValueError: If a setting is out of range or does not fit the environment.
@@ -312,6 +313,11 @@ class PPO(LightningModule):
         return self._planned_env_steps
 
     # Checkpoints.
+
+    def __getstate__(self) -> dict[str, Any]:
+        """What is pickled: not what belongs to a run."""
+        state = super().__getstate__()
+        return {name: value for name, value in state.items() if name != "_learner"}
 
     @override
     def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:

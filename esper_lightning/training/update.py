@@ -104,11 +104,15 @@ class Critic:
     def __init__(self, agent: Agent, *, mode: CompileMode, device: torch.device) -> None:
         self._agent, self._device = agent, device
         self._mode: CompileMode = mode
+        self._parts: dict[int, int] = {}  # by number of rows
         self._loop = compile_loop("values", self._part, mode=mode, device=device)
 
     def values(self, weights: Weights, rollout: Rollout) -> Values:
         """Value both ends of every step."""
-        parts = in_cache(rollout.reward.numel(), mode=self._mode, device=self._device)
+        rows = rollout.reward.numel()
+        if rows not in self._parts:
+            self._parts[rows] = in_cache(rows, mode=self._mode, device=self._device)
+        parts = self._parts[rows]
 
         def cut(value: Tensor) -> Tensor:
             return value.reshape(parts, -1, *value.shape[2:])
@@ -116,8 +120,8 @@ class Critic:
         xs = map_tree(cut, (rollout.obs, rollout.reached_obs))
         counter = torch.zeros((), device=self._device)  # a loop carries something
         with torch.no_grad():
-            _, rows = self._loop(counter, xs, None, weights, None)
-        return map_tree(lambda value: value.flatten(0, 1), rows)
+            _, values = self._loop(counter, xs, None, weights, None)
+        return map_tree(lambda value: value.flatten(0, 1), values)
 
     def _part(
         self, counter: Tensor, x: tuple[Observation, Observation], weights: Weights

@@ -111,3 +111,45 @@ def test_other_precisions_are_refused() -> None:
     module = network().double()
     with pytest.raises(ValueError, match=r"PPO\.policy must have float32 parameters on one device"):
         FlatParameters(module, adam(module))
+
+
+@pytest.mark.parametrize(
+    "make",
+    [
+        lambda weights: torch.optim.SGD(weights, lr=RATE),
+        lambda weights: torch.optim.AdamW(weights, lr=RATE),
+        lambda weights: torch.optim.Adam(weights, lr=RATE, weight_decay=0.1),
+        lambda weights: torch.optim.Adam(weights, lr=RATE, betas=(0.5, 0.9)),
+        lambda weights: torch.optim.Adam(weights[:2], lr=RATE),
+    ],
+)
+def test_an_optimizer_that_would_be_ignored_is_refused(make) -> None:
+    module = network()
+    with pytest.raises(ValueError, match="PPO's optimizer must"):
+        FlatParameters(module, make(list(module.parameters())))
+
+
+def test_what_others_do_to_the_parameters_is_taken_in_or_refused() -> None:
+    module = network()
+    parameters = FlatParameters(module, adam(module))
+    weight = module[0].weight
+    weight.data = 2.0 * weight.data
+    doubled = weight.detach().clone()
+    parameters.refresh()
+    advance(parameters, torch.zeros_like(parameters.state.weight))
+    torch.testing.assert_close(module[0].weight, doubled)
+    weight.requires_grad_(False)
+    with pytest.raises(ValueError, match="train the parameters that it had"):
+        parameters.refresh()
+
+
+def test_saved_state_goes_on_in_a_plain_adam() -> None:
+    module, other = network(), network()
+    optimizer, plain = adam(module), adam(other)
+    parameters = FlatParameters(module, optimizer)
+    advance(parameters, torch.ones_like(parameters.state.weight))
+    plain.load_state_dict(optimizer.state_dict())
+    for parameter in other.parameters():
+        parameter.grad = torch.ones_like(parameter)
+    plain.step()
+    assert {state["step"].item() for state in plain.state.values()} == {2.0}

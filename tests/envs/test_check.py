@@ -14,6 +14,7 @@ from torch import Tensor
 from esper_lightning.core.spaces import Box, Discrete, EnvSpaces, MultiDiscrete, mask_size
 from esper_lightning.core.types import StepResult
 from esper_lightning.envs import Acrobot, CartPole, MountainCar, Pendulum, check_env
+from esper_lightning.envs.autoreset import AutoresetEnv
 from esper_lightning.envs.contract import sample_action
 
 CPU = torch.device("cpu")
@@ -616,3 +617,44 @@ def test_an_environment_behind_a_spec_need_not_tell_what_the_spec_does():
     check_env(BareSpec(), steps=50)
     with pytest.raises(ValueError, match="got Bare without num_envs, spaces"):
         check_env(BareSpec().build(torch.device("cpu"), 0))
+
+
+# --- environments whose rollouts are compiled ---
+
+
+def built(transition: Any) -> Any:
+    original = AutoresetEnv.transition
+
+    class Both(AutoresetEnv):
+        def step(self, action: Tensor) -> StepResult:
+            episodes, result = original(self, self.episodes(), action, self.draw(1)[0])
+            self.keep(episodes)
+            return result
+
+        def transition(self, *args: Any) -> Any:
+            return transition(self, *args)
+
+    return Both(CartPole(num_envs=4, time_limit=9), device=torch.device("cpu"), seed=0)
+
+
+def test_a_transition_that_is_the_step_is_accepted() -> None:
+    check_env(built(AutoresetEnv.transition), steps=30)
+
+
+def test_a_transition_that_is_another_step_is_found() -> None:
+    def other(env: Any, *args: Any) -> Any:
+        episodes, result = AutoresetEnv.transition(env, *args)
+        return episodes, result._replace(reward=2.0 * result.reward)
+
+    with pytest.raises(ValueError, match=r"transition\(\) must do what step\(\) does"):
+        check_env(built(other), steps=30)
+
+
+def test_a_transition_that_changes_the_environment_is_found() -> None:
+    def writing(env: Any, episodes: Any, *args: Any) -> Any:
+        after = AutoresetEnv.transition(env, episodes, *args)
+        episodes.elapsed.add_(1)
+        return after
+
+    with pytest.raises(ValueError, match=r"transition\(\) must change nothing"):
+        check_env(built(writing), steps=30)

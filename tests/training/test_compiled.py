@@ -126,7 +126,7 @@ def test_a_compiled_run_resumes_bit_for_bit(make_trainer, tmp_path):
 
 def test_an_overridden_step_is_not_bypassed(make_trainer):
     from esper_lightning.envs.autoreset import AutoresetEnv  # noqa: PLC0415
-    from esper_lightning.training.collect import _is_functional  # noqa: PLC0415
+    from esper_lightning.envs.base import is_functional  # noqa: PLC0415
 
     class Noisy(AutoresetEnv):
         def step(self, action):
@@ -136,10 +136,24 @@ def test_an_overridden_step_is_not_bypassed(make_trainer):
         def transition(self, episodes, action, initial):
             return super().transition(episodes, action, initial)
 
+    class Forwards:
+        """What it does not have, it asks another."""
+
+        def __init__(self, env):
+            self._env = env
+
+        def __getattr__(self, name):
+            return getattr(self._env, name)
+
+        def step(self, action):
+            return self._env.step(action)
+
+    assert not is_functional(Forwards(CartPole(num_envs=2).build(torch.device("cpu"), 0)))
+
     def build(kind):
         return kind(Acrobot(num_envs=2), device=torch.device("cpu"), seed=0)
 
-    assert [_is_functional(build(kind)) for kind in (AutoresetEnv, Noisy, Whole)] == [
+    assert [is_functional(build(kind)) for kind in (AutoresetEnv, Noisy, Whole)] == [
         True,
         False,
         True,

@@ -1,0 +1,44 @@
+"""Trees: what is found is what is put back, and nothing is silently left out."""
+
+from dataclasses import dataclass
+from typing import NamedTuple
+
+import pytest
+import torch
+
+from esper_lightning.core.tensor_trees import leaves, map_tree, rebuild
+
+
+class Pair(NamedTuple):
+    first: object
+    second: object
+
+
+def test_rebuilding_keeps_the_shape_of_the_tree() -> None:
+    tree = Pair({"b": torch.ones(1), "a": [torch.zeros(2), None, 3]}, (torch.ones(3), "name"))
+    again = rebuild(tree, leaves(tree))
+    assert isinstance(again, Pair)
+    assert list(again.first) == ["b", "a"]
+    assert again.first["a"][1:] == [None, 3]
+    assert again.second[1] == "name"
+    assert [leaf.numel() for leaf in leaves(again)] == [2, 1, 3]  # by sorted key
+
+
+def test_equal_mappings_agree_whatever_their_order() -> None:
+    one = {"a": torch.zeros(1), "b": torch.ones(1)}
+    other = {"b": torch.ones(1), "a": torch.zeros(1)}
+    assert [a.item() == b.item() for a, b in zip(leaves(one), leaves(other), strict=True)] == [
+        True,
+        True,
+    ]
+    doubled = map_tree(lambda leaf: 2 * leaf, other)
+    assert (doubled["a"].item(), doubled["b"].item()) == (0.0, 2.0)
+
+
+def test_what_is_no_tree_is_refused() -> None:
+    @dataclass
+    class Box:
+        value: torch.Tensor
+
+    with pytest.raises(ValueError, match="tuples, lists and mappings, got 'Box'"):
+        leaves((Box(torch.ones(1)),))
