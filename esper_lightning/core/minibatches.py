@@ -1,16 +1,11 @@
-"""Rollouts as rows without order, and minibatches of them. Axes: ``T`` step, ``B`` environment."""
+"""Minibatches: some rows of the samples. Axis: ``M`` sample."""
 
 from torch import Tensor
 
 from esper_lightning.core.shapes import Int
-from esper_lightning.core.types import Observation, Samples, map_obs
+from esper_lightning.core.types import Samples, map_obs
 
-__all__ = ["flatten_steps", "take"]
-
-
-def flatten_steps(value: Observation) -> Observation:
-    """``[T, B, ...] -> [T*B, ...]``, of a tensor or of every group; a view."""
-    return map_obs(_flatten, value)
+__all__ = ["take"]
 
 
 def take(samples: Samples, index: Int[Tensor, " M"]) -> Samples:
@@ -28,7 +23,3 @@ def take(samples: Samples, index: Int[Tensor, " M"]) -> Samples:
         value=rows(samples.value),
         value_target=rows(samples.value_target),
     )
-
-
-def _flatten(tensor: Tensor) -> Tensor:
-    return tensor.flatten(0, 1)

@@ -15,7 +15,7 @@ from esper_lightning.core.shapes import Bool, Float, Shaped
 from esper_lightning.core.types import Observation, map_obs
 from esper_lightning.policies.base import Evaluation, Policy, SampledAction
 
-__all__ = ["Agent", "Weights"]
+__all__ = ["Agent", "Weights", "as_seen"]
 
 
 class Weights(NamedTuple):
@@ -23,6 +23,12 @@ class Weights(NamedTuple):
 
     parameters: Float[Tensor, " P"]
     buffers: dict[str, Tensor]
+
+
+def as_seen(obs: Observation, normalizer: ObsNormalizer | None) -> Observation:
+    """Observations as the policy sees them."""
+    obs = map_obs(Tensor.float, obs)
+    return obs if normalizer is None else normalizer(obs)
 
 
 class _Both(nn.Module):
@@ -43,8 +49,7 @@ class _Both(nn.Module):
 
     def normalize(self, obs: Observation) -> Observation:
         """Observations as the policy sees them."""
-        obs = map_obs(Tensor.float, obs)
-        return obs if self.normalizer is None else self.normalizer(obs)
+        return as_seen(obs, self.normalizer)
 
 
 class Agent:

@@ -18,20 +18,19 @@ import torch
 from lightning.pytorch import LightningModule
 from lightning.pytorch.callbacks import Callback
 from lightning.pytorch.trainer.states import TrainerFn
-from torch import Tensor
 from torchmetrics import CatMetric
 from typing_extensions import override
 
 from esper_lightning.core.compiling import CompileMode
 from esper_lightning.core.running_stats import ObsNormalizer, RunningStats
 from esper_lightning.core.seeding import stream, stream_seed
-from esper_lightning.core.types import Observation, Rollout, map_obs
+from esper_lightning.core.types import Observation, Rollout
 from esper_lightning.core.validate import require
 from esper_lightning.envs.base import EnvSpec
 from esper_lightning.policies import MLP
 from esper_lightning.policies.base import PolicySpec
 from esper_lightning.training import trainer_support
-from esper_lightning.training.agent import Agent
+from esper_lightning.training.agent import Agent, as_seen
 from esper_lightning.training.checkpoints import (
     STATE_KEY,
     load_checkpoint,
@@ -414,8 +413,7 @@ class PPO(LightningModule):
         }
 
     def _normalize(self, obs: Observation) -> Observation:
-        obs = map_obs(Tensor.float, obs)
-        return obs if self.obs_normalizer is None else self.obs_normalizer(obs)
+        return as_seen(obs, self.obs_normalizer)
 
     def _next_rollout_steps(self) -> int:
         """``T`` of the next iteration: less where the budget leaves less, 0 where it is used up."""

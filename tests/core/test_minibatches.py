@@ -1,9 +1,9 @@
-"""Rollouts as rows without order."""
+"""The fields of a sample stay together."""
 
 import pytest
 import torch
 
-from esper_lightning.core.minibatches import flatten_steps, take
+from esper_lightning.core.minibatches import take
 from esper_lightning.core.types import Observation, Samples, map_obs
 
 
@@ -37,12 +37,3 @@ def test_the_fields_of_a_row_stay_together(grouped: bool, masked: bool) -> None:
         else:
             expected = map_obs(lambda tensor: tensor[rows], whole)
             torch.testing.assert_close(got, expected, rtol=0, atol=0, msg=name)
-
-
-def test_flattening_keeps_the_rows_of_a_step_together_and_copies_nothing() -> None:
-    value = torch.arange(24).view(2, 3, 4)
-    flat = flatten_steps(value)
-    assert torch.equal(flat[4], value[1, 1])
-    assert flat.data_ptr() == value.data_ptr()
-    groups = flatten_steps({"a": value, "b": value[..., 0]})
-    assert {name: tuple(group.shape) for name, group in groups.items()} == {"a": (6, 4), "b": (6,)}

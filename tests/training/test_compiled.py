@@ -10,7 +10,6 @@ import torch
 from lightning.pytorch import Callback
 
 from esper_lightning import MLP, PPO, PPOConfig
-from esper_lightning.core import compiling
 from esper_lightning.envs import Acrobot, CartPole, Pendulum
 
 SMALL = PPOConfig(rollout_steps=8, minibatches=2, epochs=2, learning_rate=3e-3)
@@ -163,15 +162,13 @@ def test_an_overridden_step_is_not_bypassed(make_trainer):
 def test_a_nan_is_found_in_compiled_training_too(make_trainer, monkeypatch):
     model = PPO(CartPole(num_envs=16), ppo=SMALL, total_env_steps=16 * 8 * 4, compile="default")
     monkeypatch.setattr(model, "_set_learning_rate", lambda: float("nan"))
-    with pytest.raises(ValueError, match="PPO") as caught:
+    with pytest.raises(ValueError, match=r"gradient must be finite.* in iteration 1, gradient step"):
         make_trainer(limit_val_batches=0).fit(model)
-    assert "iteration 1" in str(caught.value) or "Iteration 2" in str(caught.value)
 
 
 def test_modes_are_checked():
     with pytest.raises(ValueError, match=r"PPO\.compile must be one of off, default, max"):
         PPO(CartPole(), compile="fast")
-    assert compiling.CompileMode.__args__ == ("off", "default", "max")
 
 
 def resident_bytes():

@@ -16,7 +16,6 @@ from stable_baselines3.common.vec_env import DummyVecEnv
 from torch import Tensor
 
 from esper_lightning.core.buffer import allocate_rollout
-from esper_lightning.core.minibatches import flatten_steps
 from esper_lightning.core.spaces import ActionSpace, Box, Discrete, EnvSpaces, MultiDiscrete
 from esper_lightning.core.types import Rollout, Samples
 from esper_lightning.policies import MLP, Policy
@@ -71,7 +70,7 @@ def new_rollout(
     rollout.obs.normal_(std=spread, generator=generator)
     with torch.no_grad():
         noise = policy.noise((STEPS * ENVS,), generator)
-        acted = policy.act(flatten_steps(rollout.obs), None, noise)
+        acted = policy.act(rollout.obs.flatten(0, 1), None, noise)
     rollout.action.copy_(acted.action.view_as(rollout.action))
     rollout.log_prob.copy_(acted.log_prob.view(STEPS, ENVS))
     rollout.reward.normal_(generator=generator).add_(reward)
@@ -175,9 +174,9 @@ def fill(model: stable_baselines3.PPO, rollout: Rollout) -> None:
     A truncation adds the value beyond to the reward.
     """
     buffer, policy = model.rollout_buffer, model.policy
-    obs = flatten_steps(rollout.obs)
-    value, log_prob, _ = policy.evaluate_actions(obs, flatten_steps(rollout.action))
-    beyond = policy.predict_values(flatten_steps(rollout.reached_obs)).view(STEPS, ENVS)
+    obs = rollout.obs.flatten(0, 1)
+    value, log_prob, _ = policy.evaluate_actions(obs, rollout.action.flatten(0, 1))
+    beyond = policy.predict_values(rollout.reached_obs.flatten(0, 1)).view(STEPS, ENVS)
     ended = rollout.terminated | rollout.truncated
     buffer.reset()
     buffer.observations[:] = rollout.obs
