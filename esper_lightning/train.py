@@ -66,7 +66,8 @@ def train_ppo_vectorized(
         policy: Which networks to train.
         seed: Of everything random.
         device: Lightning's accelerator: ``auto``, ``cpu``, ``gpu``, ...
-        devices: How many of them.
+        devices: How many of them; with more than one, each has ``env.num_envs`` environments, and
+            the calling program is started once for each.
         run_dir: Where history, logs and checkpoints go; ``None`` for a new
             ``runs/<env>/version_<n>``.
         torch_profiler: Whether a ``WindowProfiler`` (a ``PyTorchProfiler``) records Chrome traces.
@@ -144,9 +145,8 @@ def train_ppo_vectorized(
         profiler=profiler,
         callbacks=run_callbacks(evaluates=False, prints_profile=torch_profiler_summary),
     )
-    refuse_unsupported(
-        trainer, budget=model.total_env_steps
-    )  # before it starts processes for other ranks
+    # Before it starts processes for other ranks.
+    refuse_unsupported(trainer, num_envs=env.num_envs, budget=model.total_env_steps)
     settings = {
         "model": model.settings,
         "trainer": {"accelerator": device, "devices": devices},

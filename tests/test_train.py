@@ -104,7 +104,6 @@ def test_profiler_writes_where_it_is_told(train, tmp_path):
             {"torch_profiler": True, "torch_profiler_wait": 2, "iterations": 3},
             "torch_profiler_wait + torch_profiler_warmup must be less than iterations = 3, got 3.",
         ),
-        ({"devices": 2}, "Trainer.devices * Trainer.num_nodes must be 1, got 2."),
     ],
 )
 def test_settings_that_cannot_work(train, settings, message):

@@ -3,13 +3,15 @@
 # pyright: reportAttributeAccessIssue=false, reportPrivateUsage=false
 # pyright: reportUnknownVariableType=false, reportUnknownArgumentType=false
 
+import contextlib
 import random
+from collections.abc import Generator
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
-from lightning.pytorch import Trainer
+from lightning.pytorch import LightningModule, Trainer
 from lightning.pytorch.strategies import DDPStrategy, SingleDeviceStrategy
 from torch import Tensor
 
@@ -24,8 +26,10 @@ CRASH_KEY = "crash"
 def save_crash_checkpoint(trainer: Trainer, path: Path, reason: str) -> str:
     """Write Lightning's checkpoint of this rank, with random states and what is not finite.
 
-    No collective is called. Under ``"crash"`` the file holds ``reason``, the names of weights and
-    optimizer states that are not finite, and the states of the global random generators.
+    No collective is called: a module whose ``on_save_checkpoint`` would call one is asked not to,
+    by its attribute ``saves_alone``. Under ``"crash"`` the file holds ``reason``, the names of
+    weights and optimizer states that are not finite, and the states of the global random
+    generators.
 
     Returns:
         A sentence on what the file holds.
@@ -38,7 +42,8 @@ def save_crash_checkpoint(trainer: Trainer, path: Path, reason: str) -> str:
     if not isinstance(strategy, SingleDeviceStrategy | DDPStrategy):
         name = type(strategy).__name__
         raise ValueError(f"{name} may shard the weights; collecting them would need every rank")
-    checkpoint = trainer._checkpoint_connector.dump_checkpoint(weights_only=False)
+    with _saving_alone(trainer.lightning_module):
+        checkpoint = trainer._checkpoint_connector.dump_checkpoint(weights_only=False)
     parts = {"weights": checkpoint["state_dict"], "optimizer": checkpoint["optimizer_states"]}
     bad = [name for name, value in named_tensors(parts) if not _finite(value)]
     checkpoint[CRASH_KEY] = {
@@ -50,6 +55,19 @@ def save_crash_checkpoint(trainer: Trainer, path: Path, reason: str) -> str:
     with replacing(path) as temporary:
         torch.save(checkpoint, temporary)
     return f"NOT FINITE: {', '.join(bad[:8])}" if bad else "all weights finite"
+
+
+@contextlib.contextmanager
+def _saving_alone(module: LightningModule) -> Generator[None]:
+    if not hasattr(module, "saves_alone"):
+        yield
+        return
+    asked: Any = module
+    asked.saves_alone = True
+    try:
+        yield
+    finally:
+        asked.saves_alone = False
 
 
 def _finite(value: Tensor) -> bool:

@@ -25,7 +25,7 @@ from esper_lightning.callbacks.peers import (
     keep_launcher_from_killing,
 )
 from esper_lightning.callbacks.recording import Recording, add_note
-from esper_lightning.callbacks.run_directory import run_directory
+from esper_lightning.callbacks.run_directory import agree_on_run_directory, run_directory
 from esper_lightning.callbacks.signals import ignore_interrupts_while_ending
 from esper_lightning.core.validate import require
 from esper_lightning.forensics.layout import RunLayout
@@ -99,6 +99,7 @@ class FlightRecorder(Callback):
         if self._recording is not None:
             self._recording.close("failed")
             self._recording = None
+        agree_on_run_directory(trainer)
         layout = self._layout(trainer)
         if layout is None:
             return

@@ -16,7 +16,7 @@ import torch
 from lightning.pytorch import Callback, LightningModule, Trainer
 from typing_extensions import override
 
-from esper_lightning.callbacks.run_directory import run_directory
+from esper_lightning.callbacks.run_directory import agree_on_run_directory, run_directory
 from esper_lightning.forensics.files import (
     JsonLines,
     encode_rows,
@@ -66,6 +66,11 @@ class History(Callback):
     def waiting(self) -> int:
         """Rows that the disk has not taken."""
         return len(self._files[0].waiting) if self._files else 0
+
+    @override
+    def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
+        """Find out where the first rank writes."""
+        agree_on_run_directory(trainer)
 
     @override
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:

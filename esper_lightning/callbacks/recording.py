@@ -27,6 +27,7 @@ from esper_lightning.callbacks.progress import RunProgressBar
 from esper_lightning.callbacks.rescue import Rescue
 from esper_lightning.callbacks.signals import NativeFaults, SignalExit, Signals, dump_stacks
 from esper_lightning.callbacks.watchdog import Alarm, Watchdog
+from esper_lightning.core.ranks import PeerFailedError
 from esper_lightning.forensics import sidecar
 from esper_lightning.forensics.layout import RankLayout, RunLayout
 from esper_lightning.forensics.phases import PhaseRing
@@ -169,6 +170,8 @@ class Recording:
         with self._signals.held():
             signal_name = _signal_of(error)
             cause = "exception" if signal_name is None else "signal"
+            if isinstance(error, PeerFailedError):
+                cause = "peer"
             self._save(Death(cause=cause, error=error, signal=signal_name))
             self._attempt(lambda: self._note(error))
             self._attempt(self._close_ours)

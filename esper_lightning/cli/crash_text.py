@@ -81,7 +81,7 @@ def _side_by_side(ranks: list[Remains]) -> list[str]:
 
 def _what(report: dict[str, Any]) -> str:
     error, peer = report.get("error") or {}, report.get("peer") or {}
-    if report.get("cause") == "peer":
+    if report.get("cause") == "peer" and peer:
         return f"rank {peer.get('rank')}: {peer.get('reason')}"
     if error.get("type"):
         return f"{error['type']}: {error.get('message', '')}".rstrip(": ")

@@ -175,11 +175,12 @@ class EsperCLI(LightningCLI):
     @override
     def after_instantiate_classes(self) -> None:
         """Refuse now what the run would refuse later."""
-        refuse_unsupported(self.trainer, budget=self.model.total_env_steps)
+        model = self.model
+        refuse_unsupported(self.trainer, num_envs=model.env.num_envs, budget=model.total_env_steps)
         path = self.config[self.subcommand]["ckpt_path"]
         if path not in (None, "last", "best", "hpc"):
-            resuming = self.subcommand == "fit"
-            refuse_foreign(load_checkpoint(path), self.model.settings, resuming=resuming)
+            ranks = self.trainer.world_size if self.subcommand == "fit" else None
+            refuse_foreign(load_checkpoint(path), self.model.settings, world_size=ranks)
 
     def fit(self, **kwargs: Any) -> None:
         """Remember to train."""
@@ -192,6 +193,8 @@ class EsperCLI(LightningCLI):
     def execute(self) -> None:
         """Do it, and print what came of it."""
         self._start()
+        if not self.trainer.is_global_zero:
+            return
         metrics = {name: value.item() for name, value in self.trainer.callback_metrics.items()}
         name = type(self.model.env).__name__
         if EVAL_RETURN in metrics:

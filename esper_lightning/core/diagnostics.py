@@ -3,6 +3,7 @@
 import torch
 from torch import Tensor
 
+from esper_lightning.core.running_stats import Moments
 from esper_lightning.core.shapes import Float
 
 __all__ = ["approx_kl", "clip_fraction", "explained_variance"]
@@ -31,14 +32,10 @@ def clip_fraction(
     return ((log_prob - old_log_prob).expm1().abs() > clip).to(log_prob.dtype)
 
 
-def explained_variance(
-    value: Float[Tensor, " *N"], value_target: Float[Tensor, " *N"]
-) -> Float[Tensor, ""]:
-    """``1 - Var(target - value) / Var(target)``: 1 is perfect, 0 no better than a constant.
+def explained_variance(value_target: Moments, error: Moments) -> Float[Tensor, ""]:
+    """``1 - Var(error) / Var(target)``, the error being target minus value.
 
-    NaN for a constant target.
+    1 is perfect, 0 no better than a constant; NaN for a constant target.
     """
-    variance = value_target.var(correction=0)
-    explained = 1.0 - (value_target - value).var(correction=0) / variance
-    varies = value_target.amax() > value_target.amin()  # rounding can give equal numbers a variance
-    return torch.where(varies, explained, torch.nan)
+    explained = 1.0 - error.variance / value_target.variance
+    return torch.where(value_target.variance > 0.0, explained, torch.nan)

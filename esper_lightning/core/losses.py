@@ -3,6 +3,7 @@
 import torch
 from torch import Tensor
 
+from esper_lightning.core.running_stats import Moments
 from esper_lightning.core.shapes import Float
 
 __all__ = ["clipped_surrogate", "normalize_advantage", "value_loss"]
@@ -56,14 +57,13 @@ def value_loss(
 
 
 def normalize_advantage(
-    advantage: Float[Tensor, " *N"], *, eps: float = 1e-8
+    advantage: Float[Tensor, " *N"], moments: Moments, *, eps: float = 1e-8
 ) -> Float[Tensor, " *N"]:
-    """Shift and scale to mean 0 and standard deviation 1 over all elements.
+    """Shift and scale to mean 0 and standard deviation 1 over all that ``moments`` are of.
 
     All zero if they are all equal.
     """
-    if advantage.numel() == 1:
-        return torch.zeros_like(advantage)
-    # Shifted twice, because the mean of equal numbers may be off by a rounding.
-    shifted = advantage - advantage.flatten()[0]
-    return (shifted - shifted.mean()) / (shifted.std() + eps)
+    mean = moments.mean.to(advantage.dtype)  # in double precision that of equal numbers is exact
+    correction = moments.number / (moments.number - 1.0).clamp(min=1.0)
+    std = (moments.variance * correction).sqrt().to(advantage.dtype)
+    return (advantage - mean) / (std + eps)

@@ -5,6 +5,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor, nn
 
+from esper_lightning.core.ranks import ALONE, Ranks
 from esper_lightning.core.shapes import Bool, Float
 from esper_lightning.core.spaces import Box, ObsSpace
 from esper_lightning.core.types import Observation
@@ -40,11 +41,18 @@ class Moments(NamedTuple):
     mean: Float[Tensor, "*O"]
     variance: Float[Tensor, "*O"]
 
-    def merged(self, batch: Float[Tensor, "..."], *, where: Bool[Tensor, ""] | None) -> "Moments":
-        """With a batch ``[..., *O]`` taken in; with ``where``, only if it is True."""
-        rows = batch.reshape(-1, *self.mean.shape).double()
-        count = torch.full_like(self.number, rows.shape[0])
-        merged = Moments(*merge_moments(*self, count, rows.mean(0), rows.var(0, correction=0)))
+    @classmethod
+    def of(cls, batch: Float[Tensor, "..."], shape: tuple[int, ...] = ()) -> "Moments":
+        """Of a batch ``[..., *O]``, where ``shape`` is ``*O``; in double precision."""
+        rows = batch.reshape(-1, *shape).double()
+        number = torch.full((), rows.shape[0], dtype=torch.float64, device=rows.device)
+        return cls(number, rows.mean(0), rows.var(0, correction=0))
+
+    def merged(self, *others: "Moments", where: Bool[Tensor, ""] | None = None) -> "Moments":
+        """With others taken in; with ``where``, only if it is True."""
+        merged = self
+        for other in others:
+            merged = Moments(*merge_moments(*merged, *other))
         if where is None:
             return merged
         return Moments(
@@ -95,13 +103,9 @@ class RunningStats(nn.Module):
             if buffer is not value:
                 buffer.copy_(value)
 
-    @torch.no_grad()
-    def update(self, batch: Float[Tensor, "..."], *, where: Bool[Tensor, ""] | None = None) -> None:
-        """Take in a batch ``[..., *O]``.
-
-        With ``where``, only if it is True, decided on the device.
-        """
-        self.keep(self.moments.merged(batch, where=where))
+    def update(self, *batches: Moments) -> None:
+        """Take in the moments of batches."""
+        self.keep(self.moments.merged(*batches))
 
     def normalize(self, batch: Float[Tensor, "..."], *, clip: float) -> Float[Tensor, "..."]:
         """See ``Moments.normalize``."""
@@ -134,10 +138,14 @@ class ObsNormalizer(nn.Module):
             name: self._of(name).normalize(value, clip=self._clip) for name, value in obs.items()
         }
 
-    def update(self, obs: Observation) -> None:
-        """Take in a batch ``[..., *O]``."""
-        for name, value in ({"obs": obs} if isinstance(obs, Tensor) else obs).items():
-            self._of(name).update(value)
+    @torch.no_grad()
+    def update(self, obs: Observation, ranks: Ranks = ALONE) -> None:
+        """Take in a batch ``[..., *O]``, and those of the other ranks."""
+        groups = {"obs": obs} if isinstance(obs, Tensor) else obs
+        batch = {name: Moments.of(v, self._of(name).mean.shape) for name, v in groups.items()}
+        everywhere = ranks.gather(batch)
+        for name in groups:
+            self._of(name).update(*(one[name] for one in everywhere))
 
     def _of(self, name: str) -> RunningStats:
         stats = self._stats[f"group_{name}"]

@@ -29,8 +29,11 @@ class BatchedEnv(Protocol):
         """Act in every environment."""
         ...
 
-    def state_dict(self) -> dict[str, Tensor]:
-        """Everything that decides the future, copied: simulator, episodes, random stream."""
+    def state_dict(self) -> dict[str, Tensor] | None:
+        """Everything that decides the future, copied: simulator, episodes, random stream.
+
+        ``None`` where a simulator cannot tell: a resumed run then begins new episodes.
+        """
         ...
 
     def load_state_dict(self, state: dict[str, Tensor]) -> None:

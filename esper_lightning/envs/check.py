@@ -161,6 +161,7 @@ def _check_transition(run: _Run) -> None:
         action = sample_action(contract.spaces.action, contract.num_envs, allowed, generator)
         action = action.to(contract.device)
         saved, before = env.state_dict(), map_tree(torch.clone, env.episodes())
+        assert saved is not None
         drawn = map_tree(lambda rows: rows[0], env.draw(1))
         after, pure = env.transition(env.episodes(), action, drawn)
         after, pure = map_tree(torch.clone, (after, tuple(pure)))
@@ -336,6 +337,8 @@ def _check_state(run: _Run, mask: Tensor | None) -> None:
     """Saving and loading: copies, bit for bit, and no state of another size."""
     env, contract, report, *_ = run
     saved = env.state_dict()
+    if saved is None:
+        return
     others = {name: type(value) for name, value in saved.items() if not isinstance(value, Tensor)}  # pyright: ignore[reportUnnecessaryIsInstance]
     report.insist(not others, "state_dict()", "hold tensors only", others)
     before = fingerprint(saved)

@@ -6,12 +6,20 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from torch import nn
 
 from esper_lightning.core.validate import require
 from esper_lightning.training.config import PPOConfig
 from esper_lightning.training.specs import instantiate
 
-__all__ = ["STATE_KEY", "load_checkpoint", "refuse_foreign", "refuse_not_ours", "settings_of"]
+__all__ = [
+    "STATE_KEY",
+    "load_checkpoint",
+    "load_weights",
+    "refuse_foreign",
+    "refuse_not_ours",
+    "settings_of",
+]
 
 STATE_KEY = "esper_lightning"
 """Where a checkpoint keeps what Lightning does not: counters, environments, random streams."""
@@ -33,6 +41,21 @@ def load_checkpoint(path: str | Path) -> dict[str, Any]:
     return checkpoint
 
 
+def load_weights(module: nn.Module, path: str | Path) -> None:
+    """Weights and normalisers of a checkpoint into a PPO module, for a warm start.
+
+    Raises:
+        ValueError: If there is no checkpoint of PPO at ``path``, or it is of other networks or
+            another normalisation.
+    """
+    try:
+        module.load_state_dict(load_checkpoint(path)["state_dict"])
+    except RuntimeError as error:
+        reason = " ".join(str(error).split()[:40])
+        rule = "be of the same networks and normalisers"
+        raise ValueError(f"PPO.warm_start must {rule}, got {str(path)!r}. {reason}") from error
+
+
 def refuse_not_ours(checkpoint: Mapping[str, Any], path: str) -> None:
     """Refuse a checkpoint that another module wrote.
 
@@ -43,19 +66,22 @@ def refuse_not_ours(checkpoint: Mapping[str, Any], path: str) -> None:
 
 
 def refuse_foreign(
-    checkpoint: Mapping[str, Any], settings: Mapping[str, Any], *, resuming: bool
+    checkpoint: Mapping[str, Any], settings: Mapping[str, Any], *, world_size: int | None
 ) -> None:
-    """Refuse a checkpoint of another environment, policy or normalisation.
+    """Refuse a checkpoint of another environment, policy, normalisation or number of ranks.
 
     Args:
         checkpoint: Of PPO.
         settings: ``PPO.settings`` of the run that is to use it.
-        resuming: Whether training is to go on; evaluation may use another ``num_envs``.
+        world_size: Number of ranks on which training is to go on; ``None`` for an evaluation, which
+            may use another ``num_envs``.
 
     Raises:
         ValueError: Naming the first setting that differs.
     """
-    hint = "Use the config of the run that wrote the checkpoint."
+    resuming = world_size is not None
+    hint = "Use the config of the run that wrote the checkpoint"
+    hint += ", or take its weights alone: PPO(warm_start=PATH)." if resuming else "."
     for name in ("env", "policy"):
         mine, theirs = (_flat(side[name]) for side in (settings, checkpoint["hyper_parameters"]))
         for key in ("class_path", *sorted((mine.keys() | theirs.keys()) - {"class_path"})):
@@ -67,6 +93,9 @@ def refuse_foreign(
     for key in ("normalize_obs", "normalize_reward"):
         mine, theirs = (side["ppo"][key] for side in (settings, checkpoint["hyper_parameters"]))
         require(mine == theirs, f"PPOConfig.{key}", f"be the checkpoint's, {theirs}", mine, hint)
+    if resuming:
+        theirs, field = checkpoint[STATE_KEY]["world_size"], "Trainer.devices * Trainer.num_nodes"
+        require(world_size == theirs, field, f"be the checkpoint's, {theirs}", world_size, hint)
 
 
 def settings_of(checkpoint: Mapping[str, Any], given: Mapping[str, Any]) -> dict[str, Any]:

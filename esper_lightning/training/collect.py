@@ -13,6 +13,7 @@ from torch import Tensor
 from esper_lightning.core.buffer import write_step
 from esper_lightning.core.compiling import CompileMode, compile_loop
 from esper_lightning.core.gae import discounted_returns
+from esper_lightning.core.ranks import ALONE, Ranks
 from esper_lightning.core.running_stats import Moments
 from esper_lightning.core.shapes import Bool, Float
 from esper_lightning.core.types import Observation, Rollout, StepResult, map_obs
@@ -170,6 +171,7 @@ def scale_reward(
     config: PPOConfig,
     *,
     healthy: Bool[Tensor, ""],
+    ranks: Ranks = ALONE,
 ) -> tuple[Float[Tensor, "T B"], Float[Tensor, " B"], Moments | None]:
     """Rewards as the learner sees them: one scale for a whole rollout, which it helps to set.
 
@@ -179,6 +181,7 @@ def scale_reward(
         moments: Of discounted returns; ``None`` leaves rewards as they are.
         config: Discount and limit.
         healthy: Where False, the moments stay as they are.
+        ranks: Whose returns count, too.
 
     Returns:
         The rewards, the discounted returns after the rollout, and the moments.
@@ -189,7 +192,7 @@ def scale_reward(
     returns, carried = discounted_returns(
         rollout.reward, ended, discounted_return, discount=config.discount
     )
-    moments = moments.merged(returns, where=healthy)
+    moments = moments.merged(*ranks.gather(Moments.of(returns)), where=healthy)
     return moments.scale(rollout.reward, clip=config.reward_clip), carried, moments
 
 
@@ -208,15 +211,20 @@ class Fault(NamedTuple):
     step: int
 
 
-def first_non_finite(rollout: Rollout) -> Fault:
+def first_non_finite(rollout: Rollout) -> Fault | None:
     """Say what was not finite first: whose it is, and field, step, environments, columns.
+
+    ``None`` if everything is finite.
 
     Within a step an observation comes before the policy's answer to it, and that before what the
     environment makes of it. Synchronises.
 
     """
-    faults = [(_first_step(value), name, value) for name, value in _watched(rollout)]
-    step, name, value = min((fault for fault in faults if fault[0] >= 0), key=lambda f: f[0])
+    steps = [(_first_step(value), name, value) for name, value in _watched(rollout)]
+    faults = [fault for fault in steps if fault[0] >= 0]
+    if not faults:
+        return None
+    step, name, value = min(faults, key=lambda fault: fault[0])
     bad = ~value[step].isfinite()
     where = bad.flatten(1) if bad.dim() > 1 else bad[:, None]
     envs = cast(list[int], where.any(1).nonzero()[:, 0].tolist())

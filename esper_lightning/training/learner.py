@@ -13,6 +13,7 @@ from torch import Tensor
 from esper_lightning.core.buffer import allocate_rollout, first_steps
 from esper_lightning.core.compiling import CompileMode, compile_function, tell_reasons_again
 from esper_lightning.core.flat_adam import FlatParameters
+from esper_lightning.core.ranks import ALONE, Ranks
 from esper_lightning.core.running_stats import Moments, RunningStats
 from esper_lightning.core.shapes import Bool, Float
 from esper_lightning.core.tensor_trees import map_tree
@@ -39,8 +40,8 @@ class Prepared(NamedTuple):
     samples: Samples
     discounted_return: Float[Tensor, " B"]
     moments: Moments | None  # of discounted returns
-    healthy: Bool[Tensor, ""]  # every number of the rollout is finite
-    episodes: Float[Tensor, "3"]  # sum of returns, sum of lengths, number of those that ended
+    healthy: Bool[Tensor, ""]  # every number of the rollout is finite, on every rank
+    episodes: Float[Tensor, "3"]  # sum of returns, of lengths, number of those that ended; likewise
     explained_variance: Float[Tensor, ""]
 
 
@@ -57,6 +58,7 @@ class Learner:
         sample_order: Random stream of minibatches, on the device.
         mode: How the parts run.
         device: Of everything.
+        ranks: With which it learns, each in environments of its own.
     """
 
     def __init__(
@@ -71,41 +73,50 @@ class Learner:
         sample_order: torch.Generator,
         mode: CompileMode,
         device: torch.device,
+        ranks: Ranks = ALONE,
     ) -> None:
         tell_reasons_again()
         self._env, self.agent, self._config = env, agent, config
-        self._return_stats, self._device = return_stats, device
+        self._return_stats, self._device, self._ranks = return_stats, device, ranks
         self._exploration, self._sample_order = exploration, sample_order
         self._storage = allocate_rollout(
             spec.spaces(), config.rollout_steps, spec.num_envs, device=device
         )
         self._collector = Collector(env, agent, mode=mode, device=device)
         self._critic = Critic(agent, mode=mode, device=device)
-        self._prepare = compile_function("advantages", self._prepared, mode=mode, device=device)
-        self._updater = Updater(agent, config, mode=mode, device=device)
+        alone = ranks.size == 1  # else it communicates half-way
+        self._prepare = compile_function(
+            "advantages", self._prepared, mode=mode if alone else "off", device=device
+        )
+        self._updater = Updater(agent, config, mode=mode, device=device, ranks=ranks)
         self._acting: ActingState | None = None
         self._parameters: FlatParameters | None = None
         self._learning_rate = torch.zeros((), device=device)
         self.order: Sequence[Tensor] = ()
 
-    def start(self, optimizer: torch.optim.Adam, state: dict[str, Any] | None) -> None:
+    def start(self, optimizer: torch.optim.Adam, state: dict[str, Any] | None) -> bool:
         """Begin to train.
 
         Args:
             optimizer: Over the policy, with what a checkpoint brought.
             state: What ``state_dict`` gave; ``None`` starts new episodes.
+
+        Returns:
+            Whether the episodes of ``state`` go on.
         """
         self._parameters = self.agent.bind(optimizer)
-        if state is None:
+        generators = (self._exploration, self._sample_order)
+        if state is not None:
+            for generator, saved in zip(generators, state["generators"], strict=True):
+                generator.set_state(saved.cpu())
+        if state is None or state["env"] is None:
             obs, mask = self._env.reset()
             zeros = torch.zeros(self._storage.reward.shape[1], device=self._device)
             self._acting = ActingState(obs, mask, zeros)
-            return
+            return False
         self._env.load_state_dict(state["env"])
         self._acting = ActingState(**state["acting"]).to(self._device)
-        generators = (self._exploration, self._sample_order)
-        for generator, saved in zip(generators, state["generators"], strict=True):
-            generator.set_state(saved.cpu())
+        return True
 
     def state_dict(self) -> dict[str, Any] | None:
         """Environments, running episodes and random streams; ``None`` before ``start``."""
@@ -168,11 +179,13 @@ class Learner:
         discounted_return: Float[Tensor, " B"],
         moments: Moments | None,
     ) -> Prepared:
-        healthy = is_finite(rollout)
+        config, ranks = self._config, self._ranks
+        everywhere = ranks.gather((is_finite(rollout), rollout_figures(rollout)))
+        healthy, episodes = (torch.stack(each) for each in zip(*everywhere, strict=True))
         reward, discounted_return, moments = scale_reward(
-            rollout, discounted_return, moments, self._config, healthy=healthy
+            rollout, discounted_return, moments, config, healthy=healthy.all(), ranks=ranks
         )
-        samples, variance = prepare_samples(values, rollout, reward, self._config)
+        samples, variance = prepare_samples(values, rollout, reward, config, ranks)
         return Prepared(
-            samples, discounted_return, moments, healthy, rollout_figures(rollout), variance
+            samples, discounted_return, moments, healthy.all(), episodes.sum(0), variance
         )

@@ -22,6 +22,7 @@ from torchmetrics import CatMetric
 from typing_extensions import override
 
 from esper_lightning.core.compiling import CompileMode
+from esper_lightning.core.ranks import ALONE, Ranks
 from esper_lightning.core.running_stats import ObsNormalizer, RunningStats
 from esper_lightning.core.seeding import stream, stream_seed
 from esper_lightning.core.types import Observation, Rollout
@@ -34,6 +35,7 @@ from esper_lightning.training.agent import Agent, as_seen
 from esper_lightning.training.checkpoints import (
     STATE_KEY,
     load_checkpoint,
+    load_weights,
     refuse_foreign,
     refuse_not_ours,
     settings_of,
@@ -75,6 +77,8 @@ class PPO(LightningModule):
         iteration: Iterations finished.
         env_steps: Environment steps taken, over all environments.
         gradient_steps: Optimizer steps applied.
+        saves_alone: Whether the next checkpoint is one of this rank alone, because others may not
+            be there: it holds the environments of this rank only.
         settings: The arguments as plain data, in the form of a config's ``model``.
     """
 
@@ -88,11 +92,12 @@ class PPO(LightningModule):
         iterations_per_epoch: int = 50,
         eval_episodes: int | None = None,
         compile: CompileMode = "off",  # noqa: A002 - as it is called everywhere
+        warm_start: str | None = None,
     ) -> None:
         """Check the settings and build the networks; ``setup`` builds environments, on the device.
 
         Args:
-            env: Which environments to train in.
+            env: Which environments to train in, on each rank.
             policy: Which networks to train.
             ppo: How to train them.
             seed: Of everything random: weights, environments, exploration, sample order,
@@ -101,13 +106,15 @@ class PPO(LightningModule):
                 the last rollout is shortened to fit, and less than one step of all environments is
                 left unused. ``None`` leaves the end to the Trainer's own limits.
             iterations_per_epoch: Length of Lightning's epoch.
-            eval_episodes: Episodes of one evaluation, each in an environment of its own. ``None``
-                for 100, or ``env.num_envs`` where the spec is not a dataclass.
+            eval_episodes: Episodes of one evaluation on each rank, each in an environment of its
+                own. ``None`` for 100, or ``env.num_envs`` where the spec is not a dataclass.
             compile: How rollouts and updates run. ``off`` begins at once; ``default`` compiles
                 single steps; ``max`` compiles (or, on CUDA, captures) whole rollouts and updates,
                 several times as fast after half a minute of compilation or more. The results are
                 the same to rounding (that of bfloat16 under ``bf16-mixed``); what cannot be
                 compiled runs a slower way, with a warning.
+            warm_start: Checkpoint whose weights and normalisers a new run begins with; nothing else
+                of it is used. Of no effect where a run is resumed.
 
         Raises:
             ValueError: If a setting is out of range or does not fit the environment.
@@ -138,6 +145,7 @@ class PPO(LightningModule):
             "iterations_per_epoch": iterations_per_epoch,
             "eval_episodes": eval_episodes,
             "compile": compile,
+            "warm_start": warm_start,
         }
         self.save_hyperparameters(settings)
         self.settings: dict[str, Any] = settings
@@ -146,6 +154,8 @@ class PPO(LightningModule):
         self.total_env_steps, self.iterations_per_epoch = total_env_steps, iterations_per_epoch
         self.iteration = self.env_steps = self.gradient_steps = 0
         self.train_time_s = 0.0
+        self.warm_start = warm_start
+        self.saves_alone = False
 
         spaces = env.spaces()
         weights = stream(seed, rank=0, purpose="weights", device=torch.device("cpu"))
@@ -157,8 +167,9 @@ class PPO(LightningModule):
         self.eval_return = CatMetric(nan_strategy="error")
         self.eval_length = CatMetric(nan_strategy="error")
         self._eval_env = for_evaluation(env, eval_episodes)
-        self._within_iteration = False
+        self._within_iteration = self._new_episodes = False
         self._resumed: dict[str, Any] | None = None
+        self._ranks = ALONE
 
     # The main path.
 
@@ -192,7 +203,7 @@ class PPO(LightningModule):
             host = self._to_host(rollout, prepared, metrics)
             if self.obs_normalizer is not None:
                 # Only now: acting and learning are to see the same statistics.
-                self.obs_normalizer.update(rollout.obs)
+                self.obs_normalizer.update(rollout.obs, self._ranks)
             row = self._count(rollout, host, time.perf_counter() - started)
             row["optim/learning_rate"] = learning_rate
             adapt_learning_rate(self._optimizer, self.ppo, kl=host["policy/approx_kl"])
@@ -229,7 +240,8 @@ class PPO(LightningModule):
         fitting = self.trainer.state.fn == TrainerFn.FITTING
         if not self.trainer.barebones:
             # Lightning's x axis would be iterations; but what it logs is what ``validate`` returns.
-            self.log_dict(metrics, logger=False if fitting else None)
+            # Every rank has the same figures; Lightning wants them reduced all the same.
+            self.log_dict(metrics, logger=False if fitting else None, sync_dist=True)
             if not fitting and self.trainer.loggers:  # "step" is its name for the x axis
                 self.log("step", torch.tensor(self.env_steps, dtype=torch.float64))
         if fitting and not self.trainer.sanity_checking:
@@ -240,7 +252,9 @@ class PPO(LightningModule):
     @override
     def configure_callbacks(self) -> list[Callback]:
         """Add none: this is the first hook of a run, the place to refuse what cannot work."""
-        trainer_support.refuse_unsupported(self.trainer, budget=self.total_env_steps)
+        trainer_support.refuse_unsupported(
+            self.trainer, num_envs=self.env.num_envs, budget=self.total_env_steps
+        )
         return []
 
     @override
@@ -265,6 +279,10 @@ class PPO(LightningModule):
             return
         trainer_support.silence_checkpoint_advice()
         device, rank = self.trainer.strategy.root_device, self.trainer.global_rank
+        self._ranks = Ranks(self.trainer.world_size)
+        begins = self.iteration == 0 and self.trainer.ckpt_path is None
+        if self.warm_start is not None and begins:
+            load_weights(self, self.warm_start)
 
         def name(purpose: str) -> str:  # a second fit is not to repeat the noise of the first
             return f"{purpose} from iteration {self.iteration}"
@@ -280,6 +298,7 @@ class PPO(LightningModule):
             sample_order=stream(self.seed, rank=rank, purpose=name("order"), device=device),
             mode=self.compile_mode,
             device=device,
+            ranks=self._ranks,
         )
 
     @override
@@ -296,8 +315,14 @@ class PPO(LightningModule):
         endless = self._planned_env_steps is None and self.ppo.learning_rate_schedule == "linear"
         rule = "be known for PPOConfig.learning_rate_schedule='linear'"
         require(not endless, "PPO.total_env_steps", rule, self.total_env_steps)
-        self._learner.start(self._optimizer, self._resumed)
+        goes_on = self._learner.start(self._optimizer, self._resumed)
         self._resumed = None
+        self._new_episodes = self.trainer.ckpt_path is not None and not goes_on
+        if self._new_episodes:
+            _log.warning(
+                "The checkpoint holds no environments of rank %d: new episodes begin there.",
+                self.global_rank,
+            )
         if self._next_rollout_steps() == 0:
             used = "PPO.total_env_steps=%s is used up: %d env steps were taken. Nothing to train."
             _log.warning(used, self.total_env_steps, self.env_steps)
@@ -320,16 +345,19 @@ class PPO(LightningModule):
 
     @override
     def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
-        """Add counters and, while training, the state of environments and random streams."""
+        """Add counters and, between iterations, environments and random streams of every rank.
+
+        A collective, unless ``saves_alone``.
+        """
         state: dict[str, Any] = {
             "iteration": self.iteration,
             "env_steps": self.env_steps,
             "gradient_steps": self.gradient_steps,
             "train_time_s": self.train_time_s,
             "recent_episodes": self.recent_episodes.state(),
+            "world_size": self._ranks.size,
+            "ranks": self._rank_states(),
         }
-        if hasattr(self, "_learner") and not self._within_iteration:
-            state |= self._learner.state_dict() or {}
         checkpoint[STATE_KEY] = state
 
     @override
@@ -343,14 +371,13 @@ class PPO(LightningModule):
         resuming = False
         if self._trainer is not None:  # else it is being built from this very checkpoint
             resuming = self.trainer.state.fn == TrainerFn.FITTING
-            refuse_foreign(checkpoint, self.settings, resuming=resuming)
+            ranks = self.trainer.world_size if resuming else None
+            refuse_foreign(checkpoint, self.settings, world_size=ranks)
         state = checkpoint[STATE_KEY]
         self.iteration, self.env_steps = state["iteration"], state["env_steps"]
         self.gradient_steps, self.train_time_s = state["gradient_steps"], state["train_time_s"]
         self.recent_episodes.load(state["recent_episodes"])
-        self._resumed = state if resuming and "env" in state else None
-        if resuming and self._resumed is None:
-            _log.warning("The checkpoint was written within an iteration: new episodes begin.")
+        self._resumed = state["ranks"].get(self.global_rank) if resuming else None
 
     @classmethod
     @override
@@ -371,6 +398,16 @@ class PPO(LightningModule):
         settings = settings_of(checkpoint, kwargs)
         return super().load_from_checkpoint(checkpoint_path, weights_only=True, **settings)  # pyright: ignore[reportArgumentType]
 
+    def _rank_states(self) -> dict[int, dict[str, Any]]:
+        """``Learner.state_dict`` of each rank, on the first; empty within an iteration."""
+        learner: Learner | None = getattr(self, "_learner", None)
+        mine = None if learner is None or self._within_iteration else learner.state_dict()
+        if mine is None:
+            return {}
+        if self.saves_alone:
+            return {self.global_rank: mine}
+        return dict(enumerate(self._ranks.collect_states(mine)))
+
     # Parts of an iteration.
 
     def _collect(self, steps: int) -> Rollout:
@@ -388,7 +425,10 @@ class PPO(LightningModule):
             refuse_rollout(rollout, env=type(self.env).__name__, iteration=iteration)
         if not host["learner_finite"]:
             samples, agent = prepared.samples, learner.agent
-            refuse_gradient(agent, samples, self.ppo, learner.order, iteration=iteration)
+            ranks = self._ranks.size
+            refuse_gradient(
+                agent, samples, self.ppo, learner.order, iteration=iteration, ranks=ranks
+            )
         sums = (host["return_sum"], host["length_sum"], host["rollout/episodes"])
         self.recent_episodes.update(*sums)
         return host
@@ -397,7 +437,8 @@ class PPO(LightningModule):
         self, rollout: Rollout, host: dict[str, float], duration_s: float
     ) -> dict[str, float | int | None]:
         """Advance every counter; returns the history row."""
-        env_steps = rollout.reward.numel() * self.trainer.world_size
+        env_steps = rollout.reward.numel() * self._ranks.size
+        new_episodes, self._new_episodes = self._new_episodes, False
         self.iteration += 1
         self.env_steps += env_steps
         self.gradient_steps += int(host["gradient_steps"])
@@ -410,6 +451,7 @@ class PPO(LightningModule):
             "time_s": self.train_time_s,
             "env_steps_per_s": env_steps / duration_s,
             **iteration_figures(host, self.recent_episodes),
+            **({"resumed_with_new_episodes": 1} if new_episodes else {}),
         }
 
     def _normalize(self, obs: Observation) -> Observation:
@@ -420,7 +462,7 @@ class PPO(LightningModule):
         steps = self.ppo.rollout_steps
         if self.total_env_steps is None:
             return steps
-        per_step = self.env.num_envs * self.trainer.world_size
+        per_step = self.env.num_envs * self._ranks.size
         return max(0, min(steps, (self.total_env_steps - self.env_steps) // per_step))
 
     def _set_learning_rate(self) -> float:

@@ -10,6 +10,7 @@ from typing import Any, NoReturn
 import torch
 from lightning.pytorch import Trainer
 
+from esper_lightning.core.ranks import PeerFailedError
 from esper_lightning.core.types import Rollout, Samples, map_obs
 from esper_lightning.core.validate import NonFiniteError
 from esper_lightning.training.agent import Agent
@@ -31,8 +32,11 @@ def refuse_rollout(rollout: Rollout, *, env: str, iteration: int) -> NoReturn:
 
     Raises:
         NonFiniteError: Naming the environment or the policy, with the step in which it appeared.
+        PeerFailedError: If it was not this rank's.
     """
     fault = first_non_finite(rollout)
+    if fault is None:
+        raise PeerFailedError(f"A rollout of another rank was not finite in iteration {iteration}.")
     kept = "The weights are those of the previous iteration."
     if fault.owner == "environment":
         message = f"{env}.step must return finite values, got {fault.text!r}. {kept}"
@@ -55,6 +59,7 @@ def refuse_gradient(
     order: Sequence[torch.Tensor],
     *,
     iteration: int,
+    ranks: int,
 ) -> NoReturn:
     """Stop where a loss or gradient was not finite, and find the minibatch.
 
@@ -64,11 +69,17 @@ def refuse_gradient(
         config: Likewise.
         order: Likewise.
         iteration: Number of the iteration.
+        ranks: Number of ranks.
 
     Raises:
         NonFiniteError: Naming gradient step and tensors, with the minibatch.
+        PeerFailedError: If they are finite on this rank, and there are others.
     """
     found = find_non_finite(agent, agent.weights, samples, config, order)
+    if found is None and ranks > 1:
+        raise PeerFailedError(
+            f"A gradient of another rank was not finite in iteration {iteration}."
+        )
     where, names, minibatch = "", list[str](), None
     if found is not None:
         step, names, batch = found

@@ -3,7 +3,7 @@
 Which Trainer settings work, how a run is counted.
 """
 # Lightning sets many attributes of its Trainer where no type checker sees them.
-# pyright: reportAttributeAccessIssue=false
+# pyright: reportAttributeAccessIssue=false, reportPrivateUsage=false
 # pyright: reportUnknownVariableType=false, reportUnknownArgumentType=false
 
 import logging
@@ -13,6 +13,8 @@ from contextlib import AbstractContextManager, contextmanager, nullcontext
 
 import torch
 from lightning.pytorch import Trainer
+from lightning.pytorch.strategies import DDPStrategy, DeepSpeedStrategy, SingleDeviceStrategy
+from lightning.pytorch.strategies.launchers import _MultiProcessingLauncher
 
 from esper_lightning.core.validate import require
 
@@ -30,11 +32,12 @@ _PRECISIONS = ("32-true", "bf16-mixed")
 _SAMPLES_WORTH_A_THREAD = 2048
 
 
-def refuse_unsupported(trainer: Trainer, *, budget: int | None) -> None:
+def refuse_unsupported(trainer: Trainer, *, num_envs: int, budget: int | None) -> None:
     """Refuse Trainer settings under which PPO would be wrong.
 
     Args:
         trainer: Before it runs.
+        num_envs: Environments on each rank.
         budget: ``PPO.total_env_steps``.
 
     Raises:
@@ -57,14 +60,26 @@ def refuse_unsupported(trainer: Trainer, *, budget: int | None) -> None:
         interval = getattr(callback, "_train_time_interval", None)
         hint = "Lightning ignores it with manual optimisation: set every_n_train_steps."
         require(interval is None, "ModelCheckpoint.train_time_interval", "be None", interval, hint)
-    hint = "Statistics are not reduced over ranks yet: set Trainer(devices=1)."
-    require(
-        trainer.world_size == 1,
-        "Trainer.devices * Trainer.num_nodes",
-        "be 1",
-        trainer.world_size,
-        hint,
+    _refuse_strategy(trainer)
+    least = num_envs * trainer.world_size
+    rule = f"be at least env.num_envs * Trainer.world_size = {least}"
+    require(budget is None or budget >= least, "PPO.total_env_steps", rule, budget)
+
+
+def _refuse_strategy(trainer: Trainer) -> None:
+    strategy, name = trainer.strategy, type(trainer.strategy).__name__
+    known = isinstance(strategy, SingleDeviceStrategy | DDPStrategy)
+    reason = "PPO steps all weights as one vector, of which every rank needs the whole."
+    ok = known and not isinstance(strategy, DeepSpeedStrategy)
+    rule = "be 'ddp', or 'auto' with one device"
+    require(ok, "Trainer.strategy", rule, name, reason)
+    launcher = strategy.launcher
+    reason = (
+        "It trains in child processes that hand back weights and nothing else: counters and "
+        "environments would be lost."
     )
+    ok = not isinstance(launcher, _MultiProcessingLauncher)
+    require(ok, "Trainer.strategy", rule, f"{name} by {type(launcher).__name__}", reason)
 
 
 def silence_checkpoint_advice() -> None:

@@ -12,12 +12,19 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from esper_lightning.core.compiling import CompileMode, compile_loop, in_cache
+from esper_lightning.core.compiling import (
+    CompileMode,
+    compile_function,
+    compile_loop,
+    in_cache,
+)
 from esper_lightning.core.diagnostics import approx_kl, clip_fraction, explained_variance
 from esper_lightning.core.flat_adam import AdamState, adam_step
 from esper_lightning.core.gae import compute_gae
 from esper_lightning.core.losses import clipped_surrogate, normalize_advantage, value_loss
 from esper_lightning.core.minibatches import take
+from esper_lightning.core.ranks import ALONE, Ranks
+from esper_lightning.core.running_stats import Moments
 from esper_lightning.core.schedules import adaptive_learning_rate, linear_learning_rate
 from esper_lightning.core.shapes import Bool, Float, Int
 from esper_lightning.core.tensor_trees import map_tree
@@ -132,7 +139,11 @@ class Critic:
 
 
 def prepare_samples(
-    values: Values, rollout: Rollout, reward: Float[Tensor, "T B"], config: PPOConfig
+    values: Values,
+    rollout: Rollout,
+    reward: Float[Tensor, "T B"],
+    config: PPOConfig,
+    ranks: Ranks = ALONE,
 ) -> tuple[Samples, Float[Tensor, ""]]:
     """Advantages and value targets of a rollout.
 
@@ -141,9 +152,10 @@ def prepare_samples(
         rollout: What was collected.
         reward: The rollout's rewards, scaled if they are to be.
         config: Discount, lambda and normalisation.
+        ranks: Over which advantages are normalised.
 
     Returns:
-        The samples, and the share of the targets' variance that the critic explains.
+        The samples, and the share of the targets' variance that the critic explains on all ranks.
     """
     advantages = compute_gae(
         reward,
@@ -156,16 +168,22 @@ def prepare_samples(
     )
     advantage = advantages.advantage.flatten()
     target = advantages.value_target.flatten()
+    mine = tuple(Moments.of(each) for each in (advantage, target, target - values.value))
+    spread, of_target, of_error = (
+        first.merged(*others) for first, *others in zip(*ranks.gather(mine), strict=True)
+    )
     samples = Samples(
         obs=values.obs,
         action=rollout.action.flatten(0, 1),
         log_prob=rollout.log_prob.flatten(),
         action_mask=None if rollout.action_mask is None else rollout.action_mask.flatten(0, 1),
-        advantage=normalize_advantage(advantage) if config.normalize_advantage else advantage,
+        advantage=normalize_advantage(advantage, spread)
+        if config.normalize_advantage
+        else advantage,
         value=values.value,
         value_target=target,
     )
-    return samples, explained_variance(values.value, target)
+    return samples, explained_variance(of_target, of_error)
 
 
 def ppo_loss_terms(evaluation: Evaluation, batch: Samples, config: PPOConfig) -> LossTerms:
@@ -214,14 +232,29 @@ class Updater:
         config: Coefficients and limits.
         mode: How the passes run.
         device: Of everything.
+        ranks: Over which gradients and figures are averaged.
     """
 
     def __init__(
-        self, agent: Agent, config: PPOConfig, *, mode: CompileMode, device: torch.device
+        self,
+        agent: Agent,
+        config: PPOConfig,
+        *,
+        mode: CompileMode,
+        device: torch.device,
+        ranks: Ranks = ALONE,
     ) -> None:
         self._agent, self._config, self._device = agent, config, device
         self._mean_of_pass: Tensor | None = None
-        self._loop = compile_loop("update", self._step, self._sum, mode=mode, device=device)
+        part, around = self._sum, mode
+        if ranks.size > 1:
+            mine = compile_function("gradient", self._sum, mode=mode, device=device)
+
+            def part(progress: _Progress, index: Tensor, constants: _Constants) -> _Sums:
+                return ranks.sum(mine(progress, index, constants))
+
+            around = "off"  # compiled steps of two ranks might differ in a rounding
+        self._loop = compile_loop("update", self._step, part, mode=around, device=device)
 
     def order(self, samples: int, generator: torch.Generator) -> Sequence[Tensor]:
         """Which samples each gradient step takes: a new random order for each pass.

@@ -7,7 +7,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from torch import Tensor
 
-from esper_lightning.core.running_stats import ObsNormalizer, RunningStats
+from esper_lightning.core.running_stats import Moments, ObsNormalizer, RunningStats
 from esper_lightning.core.spaces import Box
 
 
@@ -27,7 +27,7 @@ def test_batches_one_by_one_are_all_at_once(sizes: list[int], seed: int) -> None
     row = 1e4 + 3.0 * torch.randn(sum(sizes), 2, 3, generator=generator, dtype=torch.float64)
     stats = RunningStats((2, 3))
     for batch in row.split(sizes):
-        stats.update(batch)
+        stats.update(Moments.of(batch, (2, 3)))
     assert stats.count == len(row)
     np.testing.assert_allclose(stats.mean, row.numpy().mean(0), rtol=1e-12)
     np.testing.assert_allclose(stats.variance, row.numpy().var(0), rtol=1e-6, atol=1e-9)
@@ -36,18 +36,18 @@ def test_batches_one_by_one_are_all_at_once(sizes: list[int], seed: int) -> None
 def test_leading_axes_are_one_batch(generator: torch.Generator) -> None:
     batch = torch.randn(5, 4, 3, generator=generator)
     nested, flat = RunningStats((3,)), RunningStats((3,))
-    nested.update(batch)
-    flat.update(batch.flatten(0, 1))
+    nested.update(Moments.of(batch, (3,)))
+    flat.update(Moments.of(batch.flatten(0, 1), (3,)))
     assert_same_bits(state(nested), state(flat))
     scalar = RunningStats(())
-    scalar.update(batch)
+    scalar.update(Moments.of(batch))
     assert scalar.mean.item() == pytest.approx(batch.mean().item(), abs=1e-6)
 
 
 def test_normalised_data_has_mean_0_and_deviation_1(generator: torch.Generator) -> None:
     batch = 5.0 + 20.0 * torch.randn(1000, 2, generator=generator)
     stats = RunningStats((2,))
-    stats.update(batch)
+    stats.update(Moments.of(batch, (2,)))
     got = stats.normalize(batch, clip=100.0)
     torch.testing.assert_close(got.mean(0), torch.zeros(2), rtol=0, atol=1e-5)
     torch.testing.assert_close(got.std(0, correction=0), torch.ones(2))
@@ -75,32 +75,33 @@ def test_results_are_clipped_and_keep_their_dtype() -> None:
 
 def test_a_component_that_never_varies_stays_finite() -> None:
     stats = RunningStats((1,))
-    stats.update(torch.full((7, 1), 3.0))
+    stats.update(Moments.of(torch.full((7, 1), 3.0), (1,)))
     assert stats.normalize(torch.full((1, 1), 3.0), clip=10.0).item() == 0.0
 
 
 @pytest.mark.parametrize("bad", [1.0, torch.nan])
-def test_an_update_that_is_not_to_be_changes_no_bit(bad: float, generator: torch.Generator) -> None:
-    stats = RunningStats((3,))
-    stats.update(torch.randn(9, 3, generator=generator))
-    before = state(stats)
-    stats.update(torch.full((4, 3), bad), where=torch.tensor(False))
-    assert_same_bits(state(stats), before)
+def test_moments_that_are_not_to_be_merged_change_no_bit(
+    bad: float, generator: torch.Generator
+) -> None:
+    before = Moments.of(torch.randn(9, 3, generator=generator), (3,))
+    batch = Moments.of(torch.full((4, 3), bad), (3,))
+    after = before.merged(batch, where=torch.tensor(False))
+    assert all(torch.equal(a, b) for a, b in zip(before, after, strict=True))
 
 
-def test_an_update_that_is_to_be_is_that_without_the_question(generator: torch.Generator) -> None:
-    batch = torch.randn(9, 3, generator=generator)
-    asked, unasked = RunningStats((3,)), RunningStats((3,))
-    asked.update(batch, where=torch.tensor(True))
-    unasked.update(batch)
-    assert_same_bits(state(asked), state(unasked))
+def test_moments_that_are_to_be_merged_are_as_without_the_question(
+    generator: torch.Generator,
+) -> None:
+    before, batch = (Moments.of(torch.randn(n, 3, generator=generator), (3,)) for n in (9, 4))
+    asked, unasked = before.merged(batch, where=torch.tensor(True)), before.merged(batch)
+    assert all(torch.equal(a, b) for a, b in zip(asked, unasked, strict=True))
 
 
 def test_normalising_changes_no_statistics_and_lets_gradients_through(
     generator: torch.Generator,
 ) -> None:
     stats = RunningStats((3,))
-    stats.update(2.0 * torch.randn(9, 3, generator=generator))
+    stats.update(Moments.of(2.0 * torch.randn(9, 3, generator=generator), (3,)))
     before = state(stats)
     batch = torch.randn(4, 3, generator=generator, requires_grad=True)
     stats.normalize(batch, clip=100.0).sum().backward()

@@ -1,0 +1,80 @@
+"""What the processes that train together tell each other: sums of gradients, statistics, states.
+
+Nothing here knows of Lightning, which starts the processes and their process group.
+"""
+
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch import distributed as dist
+
+from esper_lightning.core.tensor_trees import leaves, map_tree, rebuild
+
+__all__ = ["ALONE", "PeerFailedError", "Ranks"]
+
+Tree = Any
+
+
+class PeerFailedError(RuntimeError):
+    """This rank stops because of what another one found."""
+
+
+class Ranks:
+    """The ranks of the default process group, which all call the same methods in the same order.
+
+    Every rank gets the same bits back, so that decisions made of them are the same everywhere.
+
+    Args:
+        size: Number of ranks; with 1, nothing is communicated.
+    """
+
+    def __init__(self, size: int) -> None:
+        self.size = size
+
+    def sum(self, tree: Tree) -> Tree:
+        """Each tensor, summed over ranks, in one collective; they share a dtype."""
+        if self.size == 1:
+            return tree
+        parts = leaves(tree)
+        total = torch.cat([part.reshape(-1) for part in parts])
+        dist.all_reduce(total)
+        return _unpack(total, tree)
+
+    def gather(self, tree: Tree) -> list[Tree]:
+        """The same tree of every rank, in their order.
+
+        For small things: it travels as one tensor of doubles.
+        """
+        if self.size == 1:
+            return [tree]
+        parts = leaves(tree)
+        packed = torch.cat([part.reshape(-1).double() for part in parts])
+        gathered = [torch.empty_like(packed) for _ in range(self.size)]
+        dist.all_gather(gathered, packed)
+        return [_unpack(values, tree) for values in gathered]
+
+    def collect_states(self, state: Tree) -> list[Tree]:
+        """On the first rank the state of every rank, on the CPU; elsewhere an empty list."""
+        on_host = map_tree(lambda leaf: leaf.to("cpu", copy=True), state)
+        if self.size == 1:
+            return [on_host]
+        first = dist.get_rank() == 0
+        states: list[Tree] = [None] * self.size if first else []
+        dist.gather_object(on_host, states if first else None)
+        return states
+
+
+def _unpack(packed: Tensor, tree: Tree) -> Tree:
+    """One vector as the tensors of ``tree``: their shapes and dtypes."""
+    unpacked: list[Tensor] = []
+    start = 0
+    for leaf in leaves(tree):
+        piece = packed[start : start + leaf.numel()]
+        unpacked.append(piece.view_as(leaf).to(leaf.dtype))
+        start += leaf.numel()
+    return rebuild(tree, unpacked)
+
+
+ALONE = Ranks(1)
+"""One process."""

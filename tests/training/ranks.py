@@ -1,0 +1,141 @@
+"""One of several ranks: ``python ranks.py SETTINGS``, started once; Lightning starts the others.
+
+``SETTINGS`` is JSON: ``directory``, ``devices``, and what else ``main`` takes.
+"""
+
+import hashlib
+import itertools
+import json
+import os
+import signal
+import sys
+import threading
+from pathlib import Path
+
+import torch
+from lightning.pytorch import Callback, Trainer
+from lightning.pytorch.callbacks import ModelCheckpoint
+from lightning.pytorch.loggers import TensorBoardLogger
+
+from esper_lightning import PPO, FlightRecorder, PPOConfig
+from esper_lightning.callbacks.history import History
+from esper_lightning.envs import CartPole
+
+ENVS = {"plain": CartPole}
+
+
+class Slow(CartPole):
+    """No episode ends on any rank but the first."""
+
+    def build(self, device, seed):
+        env = super().build(device, seed)
+        if int(os.environ.get("LOCAL_RANK", "0")) > 0:
+            step = env.step
+            env.step = lambda action: without_ends(step(action))
+        return env
+
+
+def without_ends(result):
+    no = torch.zeros_like(result.terminated)
+    return result._replace(
+        terminated=no,
+        truncated=no,
+        reached_obs=result.obs,
+        episode_return=torch.full_like(result.episode_return, torch.nan),
+        episode_length=torch.zeros_like(result.episode_length),
+    )
+
+
+class Breaks(CartPole):
+    """Observations of all ranks but the first are no numbers after a while."""
+
+    def build(self, device, seed):
+        env = super().build(device, seed)
+        if int(os.environ.get("LOCAL_RANK", "0")) > 0:
+            step, steps = env.step, itertools.count()
+            env.step = lambda action: broken(step(action), next(steps))
+        return env
+
+
+def broken(result, steps):
+    bad = torch.full_like(result.reward, torch.nan)
+    return result._replace(reward=bad) if steps >= 40 else result
+
+
+ENVS |= {"never ends elsewhere": Slow, "breaks elsewhere": Breaks}
+
+
+class Digest(Callback):
+    """Adds the bits of all weights and statistics to the row, and may end the process."""
+
+    def __init__(self, dies_in, delay_s, fault, rank):
+        self.dies_in, self.delay_s, self.fault, self.rank = dies_in, delay_s, fault, rank
+
+    def on_train_batch_end(self, trainer, pl_module, outputs, batch, batch_idx):
+        digest = hashlib.sha256()
+        for value in pl_module.state_dict().values():
+            digest.update(value.numpy().tobytes())
+        outputs["row"]["digest"] = digest.hexdigest()
+
+    def on_train_batch_start(self, trainer, pl_module, batch, batch_idx):
+        if pl_module.iteration + 1 == self.dies_in and trainer.global_rank == self.rank:
+            threading.Timer(self.delay_s, self.die).start()
+
+    def die(self):
+        os.kill(os.getpid(), getattr(signal, self.fault))
+
+
+def main(
+    *,
+    directory,
+    devices,
+    ppo=None,
+    env="plain",
+    num_envs=4,
+    budget=None,
+    dies_in=None,
+    delay_s=0.0,
+    fault="SIGKILL",
+    rank=1,
+    resumes=False,
+    every=2,
+    compile="off",  # noqa: A002
+    evaluates=True,
+):
+    torch.set_num_threads(1)
+    config = PPOConfig(**{"rollout_steps": 16, "minibatches": 2, "epochs": 2, **(ppo or {})})
+    model = PPO(
+        ENVS[env](num_envs=num_envs),
+        ppo=config,
+        total_env_steps=budget,
+        eval_episodes=3,
+        iterations_per_epoch=5,
+        compile=compile,
+    )
+    last = Path(directory) / "checkpoints" / "last.ckpt"
+    saves = ModelCheckpoint(
+        dirpath=last.parent,
+        save_top_k=0,
+        save_last=True,
+        every_n_train_steps=every,
+        enable_version_counter=False,
+    )
+    trainer = Trainer(
+        accelerator="cpu",
+        devices=devices,
+        strategy="ddp" if devices > 1 else "auto",
+        max_epochs=-1,
+        logger=TensorBoardLogger(directory, name="", version=""),
+        callbacks=[FlightRecorder(), Digest(dies_in, delay_s, fault, rank), History(), saves],
+        enable_progress_bar=False,
+        enable_model_summary=False,
+        num_sanity_val_steps=0,
+        log_every_n_steps=1,
+        limit_val_batches=1 if evaluates else 0,
+    )
+    path = last if resumes and last.exists() else None
+    trainer.fit(model, ckpt_path=path, weights_only=True)
+
+
+if __name__ == "__main__":
+    main(**json.loads(sys.argv[1]))

@@ -1,0 +1,201 @@
+"""Several ranks are one process with all of their environments, and stay together."""
+
+import json
+import os
+import random
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+from lightning.pytorch import Trainer
+from lightning.pytorch.strategies import FSDPStrategy
+
+from esper_lightning import PPO, PPOConfig
+from esper_lightning.core.tensor_trees import named_tensors
+from esper_lightning.envs import CartPole
+from esper_lightning.forensics.files import read_json_lines
+from esper_lightning.forensics.remains import examine, first_failure
+from tests.training import halves
+
+pytestmark = pytest.mark.ddp
+HERE = Path(__file__).parent
+TIMES = ("time_s", "env_steps_per_s")
+
+
+def start(program, *arguments):
+    env = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONWARNINGS": "ignore"}
+    words = [sys.executable, str(HERE / program), *map(str, arguments)]
+    return subprocess.Popen(words, env=env, stderr=subprocess.PIPE, stdout=subprocess.PIPE)
+
+
+def run(directory, **settings):
+    """Train in processes of their own; returns the exit status and what they wrote to stderr."""
+    process = start("ranks.py", json.dumps({"directory": str(directory), **settings}))
+    try:
+        _, stderr = process.communicate(timeout=240)
+    finally:
+        process.kill()
+    return process.returncode, stderr.decode()
+
+
+def history(directory, rank=0):
+    rows = read_json_lines(directory / f"rank{rank}" / "history.jsonl")
+    return [{k: v for k, v in row.items() if k not in TIMES} for row in rows]
+
+
+@pytest.fixture(scope="module")
+def of_two_ranks(tmp_path_factory):
+    directory = tmp_path_factory.mktemp("halves")
+    processes = [start("halves.py", rank, 2, directory) for rank in range(2)]
+    for process in processes:
+        _, stderr = process.communicate(timeout=240)
+        assert process.returncode == 0, stderr.decode()
+    return [torch.load(directory / f"{rank}.pt") for rank in range(2)]
+
+
+@pytest.mark.parametrize("case", halves.CASES)
+def test_two_ranks_learn_as_one_process_with_all_environments(of_two_ranks, case):
+    first, second = (results[case] for results in of_two_ranks)
+    whole = halves.learn(0, 1, case)
+    advantage = torch.cat([first.pop("advantage"), second.pop("advantage")], dim=1)
+    torch.testing.assert_close(advantage, whole.pop("advantage"), rtol=1e-6, atol=1e-6)
+    assert [state["who"].item() for state in first.pop("states")] == [0, 1]
+    assert second.pop("states") == []
+    whole.pop("states")
+    others, expected = dict(named_tensors(second)), dict(named_tensors(whole))
+    for name, value in named_tensors(first):
+        assert torch.equal(value, others[name]), name
+        torch.testing.assert_close(value, expected[name], rtol=1e-5, atol=1e-6, msg=name)
+    applied = whole["metrics"]["gradient_steps"]
+    config = halves.CASES[case]
+    all_steps = config.epochs * config.minibatches
+    assert 1 <= applied < all_steps if case == "stops" else applied == all_steps
+
+
+@pytest.fixture(scope="module")
+def of_1000_steps(tmp_path_factory):
+    """Runs that nothing disturbed, by number of ranks."""
+    directories = {ranks: tmp_path_factory.mktemp(f"whole{ranks}") for ranks in (1, 2)}
+    for ranks, directory in directories.items():
+        status, stderr = run(directory, devices=ranks, budget=1000)
+        assert status == 0, stderr
+    return directories
+
+
+def check_together(directory, budget):
+    rows = history(directory)
+    assert rows == history(directory, rank=1)
+    assert len({row["digest"] for row in rows}) == len(rows)
+    assert [row["env_steps"] for row in rows[:-1]] == [128 * (n + 1) for n in range(len(rows) - 1)]
+    assert rows[-1]["env_steps"] == budget // 8 * 8
+    assert rows[-1]["rollout/episode_return_mean"] > 5.0
+    assert [remains.rows for remains in examine(directory)] == [len(rows)] * 2
+
+
+def test_ranks_have_the_same_weights_and_figures_in_every_iteration(of_1000_steps):
+    check_together(of_1000_steps[2], 1000)
+
+
+EVERYTHING = {
+    "target_kl": 1e-5,
+    "normalize_obs": True,
+    "normalize_reward": True,
+    "learning_rate_schedule": "adaptive",
+}
+ALSO = {
+    "no episode ends on one rank": {"env": "never ends elsewhere", "ppo": EVERYTHING},
+    "compiled": {"compile": "default"},
+    "compiled whole": {"compile": "max", "ppo": EVERYTHING},
+}
+SLOW = [pytest.param(name, marks=pytest.mark.slow) for name in ALSO if "compiled" in name]
+
+
+@pytest.mark.parametrize("case", ["no episode ends on one rank", *SLOW])
+def test_they_do_so_also_where(tmp_path, case):
+    status, stderr = run(tmp_path, devices=2, budget=700, evaluates=False, **ALSO[case])
+    assert status == 0, stderr
+    check_together(tmp_path, 700)
+
+
+def test_nan_on_one_rank_ends_both_and_is_blamed_on_it(tmp_path):
+    status, _ = run(tmp_path, devices=2, env="breaks elsewhere", budget=1000, evaluates=False)
+    assert status != 0
+    ranks = examine(tmp_path)
+    assert [remains.rows for remains in ranks] == [2, 2]
+    assert first_failure(ranks).rank == 1
+    reports = [remains.report for remains in ranks]
+    assert [report["cause"] for report in reports] == ["peer", "exception"]
+    assert reports[0]["error"]["type"].endswith("PeerFailedError")
+    assert reports[1]["error"]["type"].endswith("NonFiniteError")
+
+
+def diff(directory, whole, ranks):
+    """Where histories of a run that was resumed differ from those of one that was not."""
+    found = []
+    for rank in range(ranks):
+        pairs = zip(history(directory, rank), history(whole, rank), strict=True)
+        found += [(rank, *pair) for pair in pairs if pair[0] != pair[1]]
+    return found
+
+
+def disturbed(directory, ranks, fault, random_moment, budget):
+    """Let a run die and resume it; returns whether it died."""
+    moment = {"dies_in": random_moment[0], "delay_s": random_moment[1]}
+    rank = ranks - 1
+    died, _ = run(directory, devices=ranks, budget=budget, fault=fault, rank=rank, **moment)
+    status, stderr = run(directory, devices=ranks, budget=budget, resumes=True)
+    assert status == 0, stderr
+    return died != 0
+
+
+@pytest.mark.crash
+@pytest.mark.parametrize(("ranks", "fault"), [(1, "SIGTERM"), (2, "SIGKILL")])
+def test_a_run_that_died_goes_on_bit_for_bit(tmp_path, of_1000_steps, ranks, fault):
+    assert disturbed(tmp_path, ranks, fault, (6, 0.0), budget=1000)
+    assert diff(tmp_path, of_1000_steps[ranks], ranks) == []
+
+
+@pytest.mark.crash
+@pytest.mark.slow
+@pytest.mark.timeout(3600)
+@pytest.mark.parametrize("ranks", [1, 2])
+def test_runs_that_died_at_20_random_moments_go_on_bit_for_bit(tmp_path, ranks):
+    whole, budget = tmp_path / "whole", 12 * 64 * ranks
+    status, stderr = run(whole, devices=ranks, budget=budget)
+    assert status == 0, stderr
+    dice, deaths = random.Random(ranks), 0
+    for number in range(20):
+        moment = (dice.randint(1, 12), dice.choice([0.0, dice.uniform(0.0, 0.05)]))
+        fault = dice.choice(["SIGKILL", "SIGTERM"])
+        directory = tmp_path / str(number)
+        deaths += disturbed(directory, ranks, fault, moment, budget)
+        assert diff(directory, whole, ranks) == [], (moment, fault)
+    assert deaths >= 15
+
+
+def attached(trainer, **settings):
+    model = PPO(CartPole(num_envs=4), ppo=PPOConfig(minibatches=2), **settings)
+    model.trainer = trainer
+    return model
+
+
+@pytest.mark.parametrize("strategy", ["ddp_spawn", "ddp_fork", "ddp_notebook"])
+def test_launchers_that_lose_the_state_of_a_run_are_refused(make_trainer, strategy):
+    model = attached(make_trainer(devices=2, strategy=strategy))
+    with pytest.raises(ValueError, match="hand back weights and nothing else"):
+        model.configure_callbacks()
+
+
+def test_sharded_weights_are_refused(make_trainer, monkeypatch):
+    model = attached(make_trainer())
+    monkeypatch.setattr(Trainer, "strategy", FSDPStrategy())
+    with pytest.raises(ValueError, match=r"be 'ddp'.*got 'FSDPStrategy'.*weights as one vector"):
+        model.configure_callbacks()
+
+
+def test_a_budget_of_less_than_a_step_of_all_ranks_is_refused(make_trainer):
+    model = attached(make_trainer(devices=2, strategy="ddp"), total_env_steps=7)
+    with pytest.raises(ValueError, match=r"env.num_envs \* Trainer.world_size = 8, got 7"):
+        model.configure_callbacks()
