@@ -165,14 +165,28 @@ def train_ppo_vectorized(
     return read_json_lines(ours.history)
 
 
-def run_logger(env: EnvSpec, run_dir: str | Path | None = None) -> TensorBoardLogger:
-    """TensorBoard in ``run_dir``, or in a new ``runs/<env>/version_<n>``.
+def run_logger(
+    env: EnvSpec, run_dir: str | Path | None = None, *, newest: bool = False
+) -> TensorBoardLogger:
+    """TensorBoard in the run directory, which is its ``log_dir``.
 
-    Its ``log_dir`` is the run directory.
+    Args:
+        env: Names the folder of its runs.
+        run_dir: The run directory; ``None`` for a new ``runs/<env>/version_<n>``.
+        newest: Instead of a new one, take that of the latest run that saved a checkpoint, if any.
     """
+    name = type(env).__name__.lower()
+    if run_dir is None and newest:
+        saved = Path("runs", name).glob("version_*/checkpoints/last.ckpt")
+        run_dir = max((path.parents[1] for path in saved), key=_version, default=None)
     if run_dir is None:
-        return TensorBoardLogger("runs", name=type(env).__name__.lower())
+        return TensorBoardLogger("runs", name=name)
     return TensorBoardLogger(run_dir, name="", version="")
+
+
+def _version(directory: Path) -> int:
+    number = directory.name.removeprefix("version_")
+    return int(number) if number.isdecimal() else -1
 
 
 def run_callbacks(

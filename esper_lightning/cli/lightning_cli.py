@@ -53,6 +53,9 @@ def run(arguments: list[str]) -> None:
     """
     # Lightning's use of torch's internals and its advertisements are not the user's business.
     warnings.filterwarnings("ignore", message=".*treespec, LeafSpec.*", category=FutureWarning)
+    # A run that goes on is to find its checkpoints, and one that begins none.
+    for text in ("Checkpoint directory .* exists", r".*ckpt_path=.last.\) is set, but there is no"):
+        warnings.filterwarnings("ignore", message=text, category=UserWarning)
     for name in ("lightning.pytorch.utilities.rank_zero", "lightning.fabric.utilities.rank_zero"):
         logging.getLogger(name).addFilter(lambda record: "Tip:" not in record.getMessage())
     try:
@@ -83,10 +86,22 @@ def run(arguments: list[str]) -> None:
 
 
 class EsperTrainer(Trainer):
-    """Lightning's Trainer.
+    """Lightning's Trainer, with the arguments that the command line is to have."""
 
-    ``evaluate`` is ``validate`` under the name that the command line gives it.
-    """
+    @override
+    def fit(  # pyright: ignore[reportIncompatibleMethodOverride]
+        self, model: PPO, ckpt_path: str | None = None, run_dir: str | None = None
+    ) -> None:
+        """Train.
+
+        Args:
+            model: To train.
+            ckpt_path: Checkpoint to go on from; ``last`` for that of the run directory, or of the
+                newest run where none is given, or to begin where there is none.
+            run_dir: Where the run writes; by default a new ``runs/<env>/version_<n>``.
+        """
+        del run_dir  # the logger has it by now
+        super().fit(model, ckpt_path=ckpt_path, weights_only=True)
 
     def evaluate(self, model: PPO, ckpt_path: str) -> None:
         """Play deterministic evaluation episodes with the policy of a checkpoint.
@@ -124,7 +139,7 @@ class EsperCLI(LightningCLI):
     def subcommands() -> dict[str, set[str]]:
         """What can be done, and which arguments of the Trainer's method are not the user's."""
         return {
-            "fit": {"model", "train_dataloaders", "val_dataloaders", "datamodule", "weights_only"},
+            "fit": {"model"},
             "evaluate": {"model"},
         }
 
@@ -157,8 +172,13 @@ class EsperCLI(LightningCLI):
             kwargs |= dict.fromkeys(_NOT_BAREBONES)
             return super().instantiate_trainer(**kwargs)
         leaves_files = not settings["fast_dev_run"]
-        if settings["logger"] in (None, True) and leaves_files:
-            kwargs["logger"] = run_logger(self.model.env)
+        ours = settings["logger"] in (None, True)
+        run_dir = self._get(self.config_init, "run_dir")
+        hint = "The logger says where the run writes."
+        require(ours or run_dir is None, "--run_dir", "be absent beside a logger", run_dir, hint)
+        if ours and leaves_files:
+            resumes = self._get(self.config_init, "ckpt_path") == "last"
+            kwargs["logger"] = run_logger(self.model.env, run_dir, newest=resumes)
         callbacks: Any = settings["callbacks"] or []
         given = cast(list[Callback], callbacks if isinstance(callbacks, list) else [callbacks])
         saves = settings["enable_checkpointing"] is not False and leaves_files
@@ -184,7 +204,7 @@ class EsperCLI(LightningCLI):
 
     def fit(self, **kwargs: Any) -> None:
         """Remember to train."""
-        self._start = lambda: self.trainer.fit(**kwargs, weights_only=True)
+        self._start = lambda: self.trainer.fit(**kwargs)
 
     def evaluate(self, **kwargs: Any) -> None:
         """Remember to evaluate."""

@@ -3,6 +3,7 @@
 from pathlib import Path
 
 import pytest
+import torch
 import yaml
 
 from esper_lightning.cli.main import main
@@ -231,3 +232,60 @@ def test_checkpoints_of_others(capsys):
     for path in ("torn.ckpt", CARTPOLE):
         line = fails(capsys, "evaluate", "--ckpt_path", path)
         assert line.endswith(f"ckpt_path must name a whole checkpoint, got '{path}'.")
+
+
+class TestGoingOn:
+    def test_last_goes_on_in_the_newest_run(self, capsys):
+        for budget in ("64", "32"):  # the newer run is version_1
+            main(["fit", "--config", CARTPOLE, *QUICK, "--model.total_env_steps", budget])
+        resume = ["--ckpt_path", "last", "--model.total_env_steps", "96"]
+        main(["fit", "--config", CARTPOLE, *QUICK, *resume])
+        assert capsys.readouterr().out.splitlines()[-1].endswith("runs/cartpole/version_1")
+        rows = read_json_lines(Path("runs/cartpole/version_1/rank0/history.jsonl"))
+        assert [row["env_steps"] for row in rows] == [32, 64, 96]
+        assert len(list(Path("runs/cartpole").iterdir())) == 2
+
+    def test_last_begins_where_there_is_none(self):
+        for budget in ("32", "64"):
+            resume = ["--ckpt_path", "last", "--run_dir", "elsewhere"]
+            resume += ["--model.total_env_steps", budget]
+            main(["fit", "--config", CARTPOLE, *QUICK, *resume])
+        rows = read_json_lines(Path("elsewhere/rank0/history.jsonl"))
+        assert [row["env_steps"] for row in rows] == [32, 64]
+        assert not Path("runs").exists()
+
+    def test_a_run_directory_beside_a_logger(self, capsys):
+        logger = ["--trainer.logger", "lightning.pytorch.loggers.CSVLogger"]
+        logger += ["--trainer.logger.save_dir", "logs"]
+        message = fails(capsys, "fit", "--config", CARTPOLE, *logger, "--run_dir", "here")
+        assert "--run_dir must be absent beside a logger, got 'here'" in message
+
+    def test_a_checkpoint_of_other_ranks(self, capsys):
+        main(["fit", "--config", CARTPOLE, *QUICK])
+        capsys.readouterr()
+        last = "runs/cartpole/version_0/checkpoints/last.ckpt"
+        ranks = ["--trainer.devices", "2", "--trainer.strategy", "ddp"]
+        message = fails(capsys, "fit", "--config", CARTPOLE, *QUICK, *ranks, "--ckpt_path", last)
+        assert "num_nodes must be the checkpoint's, 1, got 2." in message
+        assert "PPO(warm_start=PATH)" in message
+
+    def test_a_warm_start_takes_weights_and_nothing_else(self):
+        main(["fit", "--config", CARTPOLE, *QUICK])
+        last = "runs/cartpole/version_0/checkpoints/last.ckpt"
+        nothing = ["--model.ppo.learning_rate", "1e-30", "--model.ppo.rollout_steps", "16"]
+        main(["fit", "--config", CARTPOLE, *QUICK, *nothing, "--model.warm_start", last])
+        rows = read_json_lines(Path("runs/cartpole/version_1/rank0/history.jsonl"))
+        assert [row["env_steps"] for row in rows] == [64]
+        first, second = (
+            torch.load(f"runs/cartpole/version_{number}/checkpoints/last.ckpt", weights_only=True)
+            for number in range(2)
+        )
+        for name, value in first["state_dict"].items():
+            torch.testing.assert_close(second["state_dict"][name], value, rtol=0, atol=1e-20)
+
+    def test_a_warm_start_of_other_networks(self, capsys, tmp_path):
+        main(["fit", "--config", CARTPOLE, *QUICK])
+        last = "runs/cartpole/version_0/checkpoints/last.ckpt"
+        other = ["--model.policy.hidden_sizes", "[8]", "--model.warm_start", last]
+        with pytest.raises(ValueError, match=r"warm_start must be of the same networks"):
+            main(["fit", "--config", CARTPOLE, *QUICK, *other])
