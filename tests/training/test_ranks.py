@@ -3,8 +3,10 @@
 import json
 import os
 import random
+import signal
 import subprocess
 import sys
+import time
 from pathlib import Path
 
 import pytest
@@ -199,3 +201,29 @@ def test_a_budget_of_less_than_a_step_of_all_ranks_is_refused(make_trainer):
     model = attached(make_trainer(devices=2, strategy="ddp"), total_env_steps=7)
     with pytest.raises(ValueError, match=r"env.num_envs \* Trainer.world_size = 8, got 7"):
         model.configure_callbacks()
+
+
+@pytest.mark.crash
+@pytest.mark.slow
+@pytest.mark.timeout(1800)
+def test_three_minutes_of_deaths_end_with_the_weights_of_an_undisturbed_run(tmp_path):
+    """Killed and terminated by turns at random moments: starting, training, saving, evaluating."""
+    whole, directory, settings = tmp_path / "whole", tmp_path / "soak", {"devices": 2, "every": 7}
+    settings |= {"budget": 128 * 4000}
+    status, stderr = run(whole, **settings)
+    assert status == 0, stderr
+    dice, began, deaths = random.Random(0), time.monotonic(), 0
+    words = json.dumps({"directory": str(directory), "resumes": True, **settings})
+    while time.monotonic() - began < 180:
+        process = start("ranks.py", words)
+        try:
+            process.communicate(timeout=dice.uniform(2.0, 15.0))
+        except subprocess.TimeoutExpired:
+            process.send_signal(dice.choice([signal.SIGKILL, signal.SIGTERM]))
+            process.communicate(timeout=60)
+            deaths += 1
+    status, stderr = run(directory, resumes=True, **settings)
+    assert status == 0, stderr
+    assert deaths >= 10
+    assert diff(directory, whole, 2) == []
+    print(f"{deaths} deaths, {len(history(directory))} iterations")
