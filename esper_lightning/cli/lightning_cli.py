@@ -29,7 +29,7 @@ from esper_lightning.callbacks.history import History
 from esper_lightning.callbacks.run_directory import run_directory
 from esper_lightning.core.validate import require
 from esper_lightning.train import run_callbacks, run_logger
-from esper_lightning.training.checkpoints import load_checkpoint, refuse_foreign
+from esper_lightning.training.checkpoints import load_checkpoint, load_weights, refuse_foreign
 from esper_lightning.training.metrics import EVAL_RETURN
 from esper_lightning.training.module import PPO
 from esper_lightning.training.trainer_support import refuse_unsupported
@@ -198,6 +198,8 @@ class EsperCLI(LightningCLI):
         model = self.model
         refuse_unsupported(self.trainer, num_envs=model.env.num_envs, budget=model.total_env_steps)
         path = self.config[self.subcommand]["ckpt_path"]
+        if model.warm_start is not None and self.subcommand == "fit" and path is None:
+            load_weights(model, model.warm_start)
         if path not in (None, "last", "best", "hpc"):
             ranks = self.trainer.world_size if self.subcommand == "fit" else None
             refuse_foreign(load_checkpoint(path), self.model.settings, world_size=ranks)

@@ -156,6 +156,8 @@ def _check_transition(run: _Run) -> None:
     env, contract, report = cast(FunctionalEnv, run.env), run.contract, run.report
     generator = torch.Generator().manual_seed(run.seed)
     mask = cast(Tensor | None, _start(env, report)["action_mask"])
+    if env.state_dict() is None:  # it cannot be taken back to before a step
+        return
     for _ in range(min(run.steps, TRANSITION_STEPS)):
         allowed = None if mask is None else mask.cpu()
         action = sample_action(contract.spaces.action, contract.num_envs, allowed, generator)

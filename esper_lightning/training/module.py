@@ -167,7 +167,7 @@ class PPO(LightningModule):
         self.eval_return = CatMetric(nan_strategy="error")
         self.eval_length = CatMetric(nan_strategy="error")
         self._eval_env = for_evaluation(env, eval_episodes)
-        self._within_iteration = self._new_episodes = False
+        self._within_iteration = self._resuming = self._new_episodes = False
         self._resumed: dict[str, Any] | None = None
         self._ranks = ALONE
 
@@ -280,9 +280,6 @@ class PPO(LightningModule):
         trainer_support.silence_checkpoint_advice()
         device, rank = self.trainer.strategy.root_device, self.trainer.global_rank
         self._ranks = Ranks(self.trainer.world_size)
-        begins = self.iteration == 0 and self.trainer.ckpt_path is None
-        if self.warm_start is not None and begins:
-            load_weights(self, self.warm_start)
 
         def name(purpose: str) -> str:  # a second fit is not to repeat the noise of the first
             return f"{purpose} from iteration {self.iteration}"
@@ -302,6 +299,12 @@ class PPO(LightningModule):
         )
 
     @override
+    def on_fit_start(self) -> None:
+        """Take up the weights of another run, unless this one is resumed."""
+        if self.warm_start is not None and self.iteration == 0 and not self._resuming:
+            load_weights(self, self.warm_start)
+
+    @override
     def on_train_start(self) -> None:
         """Take up the environments where the checkpoint left them, or reset them."""
         self._optimizer = cast(torch.optim.Adam, self.optimizers(use_pl_optimizer=False))
@@ -316,8 +319,8 @@ class PPO(LightningModule):
         rule = "be known for PPOConfig.learning_rate_schedule='linear'"
         require(not endless, "PPO.total_env_steps", rule, self.total_env_steps)
         goes_on = self._learner.start(self._optimizer, self._resumed)
-        self._resumed = None
-        self._new_episodes = self.trainer.ckpt_path is not None and not goes_on
+        self._new_episodes = self._resuming and not goes_on
+        self._resumed, self._resuming = None, False
         if self._new_episodes:
             _log.warning(
                 "The checkpoint holds no environments of rank %d: new episodes begin there.",
@@ -368,16 +371,15 @@ class PPO(LightningModule):
             ValueError: If it was not written by PPO, or for another environment or policy.
         """
         refuse_not_ours(checkpoint, "another module's")
-        resuming = False
         if self._trainer is not None:  # else it is being built from this very checkpoint
-            resuming = self.trainer.state.fn == TrainerFn.FITTING
-            ranks = self.trainer.world_size if resuming else None
+            self._resuming = self.trainer.state.fn == TrainerFn.FITTING
+            ranks = self.trainer.world_size if self._resuming else None
             refuse_foreign(checkpoint, self.settings, world_size=ranks)
         state = checkpoint[STATE_KEY]
         self.iteration, self.env_steps = state["iteration"], state["env_steps"]
         self.gradient_steps, self.train_time_s = state["gradient_steps"], state["train_time_s"]
         self.recent_episodes.load(state["recent_episodes"])
-        self._resumed = state["ranks"].get(self.global_rank) if resuming else None
+        self._resumed = state["ranks"].get(self.global_rank) if self._resuming else None
 
     @classmethod
     @override

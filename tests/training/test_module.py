@@ -378,6 +378,37 @@ class TestCheckpoints:
         trainer.save_checkpoint(tmp_path / "x.ckpt")
         return model, tmp_path / "x.ckpt"
 
+    @dataclasses.dataclass(frozen=True, kw_only=True)
+    class Simulator(CartPole):
+        """Cannot say in which state it is."""
+
+        def build(self, device, seed):
+            env = super().build(device, seed)
+            env.state_dict = lambda: None
+            return env
+
+    def test_environments_that_cannot_be_saved_begin_new_episodes_and_say_so(
+        self, make_trainer, tmp_path, caplog
+    ):
+        env = self.Simulator(num_envs=4)
+        check_env(env)
+        _, path = self.saved(make_trainer, tmp_path, env=env)
+        more = cartpole(env=env, total_env_steps=32 * 5)
+        rows = fit(more, make_trainer(), ckpt_path=path, weights_only=True)
+        assert "holds no environments of rank 0: new episodes begin" in caplog.text
+        assert [row.get("resumed_with_new_episodes") for row in rows] == [1, None]
+        assert [row["env_steps"] for row in rows] == [128, 160]
+
+    def test_a_warm_start_plays_no_part_where_a_run_is_resumed(self, make_trainer, tmp_path):
+        _, path = self.saved(make_trainer, tmp_path)
+        plain, warm = (
+            cartpole(total_env_steps=32 * 4, warm_start=start) for start in (None, "nowhere.ckpt")
+        )
+        rows = [fit(m, make_trainer(), ckpt_path=path, weights_only=True) for m in (plain, warm)]
+        assert rows[0] == rows[1]
+        with pytest.raises(ValueError, match=r"name an existing checkpoint, got 'nowhere.ckpt'"):
+            make_trainer().fit(cartpole(warm_start="nowhere.ckpt"))
+
     def test_load_from_checkpoint_needs_nothing_but_the_file(self, make_trainer, tmp_path):
         model, path = self.saved(
             make_trainer, tmp_path, ppo=self.PPO, policy=MLP(hidden_sizes=(16,), trunk="shared")
