@@ -1,0 +1,110 @@
+"""``esper compare RUN ...``: variants over the same seeds. Needs scipy and matplotlib, no torch."""
+
+import argparse
+import dataclasses
+import importlib.util
+import json
+import math
+import sys
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, NoReturn, cast
+
+from esper_lightning.forensics.files import write_atomically
+
+if TYPE_CHECKING:
+    from esper_lightning.comparison.runs import Run
+    from esper_lightning.comparison.scores import Comparison
+
+__all__ = ["run"]
+
+_NEEDED = ("scipy", "matplotlib", "yaml")
+
+
+def run(arguments: list[str]) -> None:
+    """Print the comparison; exit status 2 where there is none to make."""
+    parser = argparse.ArgumentParser(
+        prog="esper compare",
+        description="Compare runs over the seeds that all variants have.",
+        epilog="Runs that differ in more than their seed are variants, named by the settings.",
+    )
+    parser.add_argument("runs", type=Path, nargs="+", metavar="RUN", help="or a folder of runs")
+    parser.add_argument("--baseline", help="name of a variant; the first if not given")
+    parser.add_argument(
+        "--score",
+        choices=("evaluation", "rollout"),
+        help="returns to compare; evaluations if not given and every run has some",
+    )
+    parser.add_argument(
+        "--output", type=Path, metavar="DIR", help="write comparison.md and comparison.png there"
+    )
+    parser.add_argument("--json", action="store_true", help="the same for programs")
+    options = parser.parse_args(arguments)
+    absent = [name for name in _NEEDED if importlib.util.find_spec(name) is None]
+    if absent:
+        _fail(f"{' and '.join(absent)} must be there: pip install 'esper_lightning[compare]'")
+    try:
+        comparison = _compare(options)
+        if options.output is not None:
+            _write(comparison, options.output)
+    except (ValueError, OSError) as error:
+        _fail(str(error))
+    if options.json:
+        print(json.dumps(_plain(comparison), indent=2, allow_nan=False))
+    else:
+        from esper_lightning.comparison.text import describe  # noqa: PLC0415
+
+        print(describe(comparison))
+
+
+def _compare(options: argparse.Namespace) -> "Comparison":
+    from esper_lightning.comparison.runs import find_runs, read_run  # noqa: PLC0415
+    from esper_lightning.comparison.scores import compare  # noqa: PLC0415
+    from esper_lightning.comparison.variants import group  # noqa: PLC0415
+
+    runs: list[Run] = []
+    unreadable: list[str] = []
+    for directory in find_runs(options.runs):
+        try:
+            runs.append(read_run(directory))
+        except (ValueError, OSError) as error:
+            unreadable.append(f"Left out, unreadable: {error}")
+    if not runs:
+        raise ValueError(" ".join(unreadable))
+    variants = group(runs)
+    return compare(variants, baseline=options.baseline, score=options.score, notes=unreadable)
+
+
+def _write(comparison: "Comparison", directory: Path) -> None:
+    from esper_lightning.comparison.figure import draw  # noqa: PLC0415
+    from esper_lightning.comparison.text import describe  # noqa: PLC0415
+
+    picture = "![Learning curves and scores](comparison.png)\n"
+    text = f"{describe(comparison, markdown=True)}\n{picture}"
+    write_atomically(directory / "comparison.md", text.encode())
+    draw(comparison, directory / "comparison.png")
+
+
+def _plain(value: Any) -> Any:
+    """For JSON: what is not finite becomes null."""
+    from esper_lightning.comparison.runs import Point  # noqa: PLC0415
+    from esper_lightning.comparison.statistics import Estimate  # noqa: PLC0415
+
+    if dataclasses.is_dataclass(value) and not isinstance(value, type):
+        return {
+            field.name: _plain(getattr(value, field.name)) for field in dataclasses.fields(value)
+        }
+    if isinstance(value, dict):
+        pairs = cast(dict[Any, Any], value).items()
+        return {str(key): _plain(entry) for key, entry in pairs}
+    if isinstance(value, Point | Estimate):
+        return _plain(value._asdict())
+    if isinstance(value, list | tuple):
+        return [_plain(entry) for entry in cast(list[Any], value)]
+    if isinstance(value, float) and not math.isfinite(value):
+        return None
+    return str(value) if isinstance(value, Path) else value
+
+
+def _fail(message: str) -> NoReturn:
+    print("esper: error: " + " ".join(message.split()), file=sys.stderr)
+    sys.exit(2)
