@@ -17,7 +17,9 @@ if TYPE_CHECKING:
 
 __all__ = ["run"]
 
-_NEEDED = ("scipy", "matplotlib", "yaml")
+# How a package is called in an import, and for pip.
+_NEEDED = {"scipy": "scipy", "yaml": "PyYAML"}
+_NEEDED_TO_DRAW = {"matplotlib": "matplotlib"}
 
 
 def run(arguments: list[str]) -> None:
@@ -39,9 +41,10 @@ def run(arguments: list[str]) -> None:
     )
     parser.add_argument("--json", action="store_true", help="the same for programs")
     options = parser.parse_args(arguments)
-    absent = [name for name in _NEEDED if importlib.util.find_spec(name) is None]
+    needed = _NEEDED | (_NEEDED_TO_DRAW if options.output is not None else {})
+    absent = [needed[name] for name in needed if not _is_installed(name)]
     if absent:
-        _fail(f"{' and '.join(absent)} must be there: pip install 'esper_lightning[compare]'")
+        _fail(f"esper compare needs {' and '.join(absent)}: pip install {' '.join(absent)}")
     try:
         comparison = _compare(options)
         if options.output is not None:
@@ -103,6 +106,10 @@ def _plain(value: Any) -> Any:
     if isinstance(value, float) and not math.isfinite(value):
         return None
     return str(value) if isinstance(value, Path) else value
+
+
+def _is_installed(name: str) -> bool:
+    return importlib.util.find_spec(name) is not None
 
 
 def _fail(message: str) -> NoReturn:
