@@ -84,14 +84,8 @@ def _scores(axes: Axes, place: Place, comparison: Comparison) -> None:
         figure = row.interquartile_mean
         axes.plot(row.score, [k] * len(row.score), "|", color=colour, alpha=0.6, ms=9)
         if figure.low is not None and figure.high is not None:
-            axes.plot(
-                [figure.low, figure.high],
-                [k, k],
-                color=colour,
-                lw=8,
-                alpha=0.3,
-                solid_capstyle="butt",
-            )
+            width = figure.high - figure.low
+            axes.barh(k, width, height=0.2, left=figure.low, color=colour, alpha=0.3)
         axes.plot(figure.value, k, "o", color=colour, ms=7, mec="white")
     which = "end" if place.is_end else "reached by every run"
     axes.set_title(
