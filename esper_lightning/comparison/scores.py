@@ -5,6 +5,7 @@ to two places to compare at: the *end*, over the seeds whose runs got there in e
 the last place that *every run reached*, over all seeds.
 """
 
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 
@@ -111,8 +112,9 @@ def compare(
     got = f"none in {', '.join(str(run.directory) for run in runs)}"
     require(bool(measured), "Runs", f"have a return of {score}s to be compared", got)
     everywhere = min(run.measured(score) for run in measured)
-    ended = [r for r in measured if r.ended == "finished"]
-    ended = ended or [r for r in measured if r.ended == "stopped"]
+    known = [run for run in measured if math.isfinite(run.points[score][-1].value)]
+    ended = [run for run in known if run.ended == "finished"]
+    ended = ended or [run for run in known if run.ended == "stopped"]
     end = min((run.measured(score) for run in ended), default=everywhere)
     places = [_place(variants, end, score, baseline, is_end=True)] if ended else []
     if everywhere < end or not ended:
