@@ -44,6 +44,7 @@ def main() -> None:
     options = parser.parse_args()
     with tempfile.TemporaryDirectory(dir=ROOT) as folder:
         output = Path(folder).relative_to(ROOT) / "ab"
+        under = conditions("python benchmarks/ab.py")
         arguments = [*COMMAND, "--output", str(output), "--jobs", str(options.jobs)]
         arguments += ["--", "--model.iterations_per_epoch", "10"]
         start = time.monotonic()
@@ -55,7 +56,7 @@ def main() -> None:
         results = ROOT / "benchmarks" / "results"
         title, _, rest = text.partition("\n")
         head = [
-            *(title, "", conditions("python benchmarks/ab.py"), f"- killed: {killed}"),
+            *(title, "", under, f"- killed: {killed}"),
             f"- {options.jobs} runs at a time; {took_s:.0f} s in all, exit status {status}",
         ]
         text = "\n".join(head) + "\n" + rest.replace("comparison.png", "ab.png")

@@ -1,15 +1,12 @@
 """``esper compare RUN ...``: variants over the same seeds. Needs scipy and matplotlib, no torch."""
 
 import argparse
-import dataclasses
 import importlib.util
-import json
-import math
 import sys
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, NoReturn, cast
+from typing import TYPE_CHECKING, NoReturn
 
-from esper_lightning.forensics.files import write_atomically
+from esper_lightning.forensics.files import strict_json, write_atomically
 
 if TYPE_CHECKING:
     from esper_lightning.comparison.runs import Run
@@ -52,7 +49,7 @@ def run(arguments: list[str]) -> None:
     except (ValueError, OSError) as error:
         _fail(str(error))
     if options.json:
-        print(json.dumps(_plain(comparison), indent=2, allow_nan=False))
+        print(strict_json(comparison))
     else:
         from esper_lightning.comparison.text import describe  # noqa: PLC0415
 
@@ -85,27 +82,6 @@ def _write(comparison: "Comparison", directory: Path) -> None:
     text = f"{describe(comparison, markdown=True)}\n{picture}"
     write_atomically(directory / "comparison.md", text.encode())
     draw(comparison, directory / "comparison.png")
-
-
-def _plain(value: Any) -> Any:
-    """For JSON: what is not finite becomes null."""
-    from esper_lightning.comparison.runs import Point  # noqa: PLC0415
-    from esper_lightning.comparison.statistics import Estimate  # noqa: PLC0415
-
-    if dataclasses.is_dataclass(value) and not isinstance(value, type):
-        return {
-            field.name: _plain(getattr(value, field.name)) for field in dataclasses.fields(value)
-        }
-    if isinstance(value, dict):
-        pairs = cast(dict[Any, Any], value).items()
-        return {str(key): _plain(entry) for key, entry in pairs}
-    if isinstance(value, Point | Estimate):
-        return _plain(value._asdict())
-    if isinstance(value, list | tuple):
-        return [_plain(entry) for entry in cast(list[Any], value)]
-    if isinstance(value, float) and not math.isfinite(value):
-        return None
-    return str(value) if isinstance(value, Path) else value
 
 
 def _is_installed(name: str) -> bool:

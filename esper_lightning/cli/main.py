@@ -4,11 +4,12 @@ import contextlib
 import os
 import sys
 
-from esper_lightning.cli import compare, crash
+from esper_lightning.cli import compare, crash, report
 
 __all__ = ["main"]
 
-_WITHOUT_TORCH = {"compare": compare.run, "crash": crash.run}  # there is none on a login node
+# A login node may have none.
+_WITHOUT_TORCH = {"compare": compare.run, "crash": crash.run, "report": report.run}
 
 
 def main(arguments: list[str] | None = None) -> None:

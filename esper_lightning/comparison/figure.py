@@ -91,6 +91,8 @@ def _scores(axes: Axes, place: Place, comparison: Comparison) -> None:
     axes.set_title(
         f"{place.env_steps:,} env steps\n({which}, {len(place.seeds)} seeds)", fontsize=10
     )
+    axes.use_sticky_edges = False  # bars would end where the picture does
+    axes.margins(x=0.08)
     axes.set_ylim(len(place.rows) - 0.5, -0.5)
     axes.set_yticks([])
     axes.set_xlabel("return")

@@ -208,7 +208,7 @@ def _end(directory: Path, *, is_short: bool) -> tuple[Any, str]:
         report = first.report or {}
         what = what_happened(report) or "its process vanished without a report"
         where = "" if len(ranks) == 1 else f" (rank {first.rank})"
-        return "died", f"died{where}: {' '.join(what.split())}"
+        return "died", f"died{where}: {' '.join(what.split()).rstrip('.')}"
     if ranks[0].state == "running":
         return "running", "still running, or died on another machine"
     if not is_short:

@@ -102,7 +102,7 @@ def _interval(figure: Estimate) -> str:
 def _runs(comparison: Comparison) -> _Section:
     places = [place.env_steps for place in comparison.places]
     head = ["variant", "seed", "env steps", *(f"return at {p:,}" for p in places)]
-    head += ["latest return", "how it ended", "run"]
+    head += ["latest return", "run", "how it ended"]
     rows: list[list[str]] = []
     runs = [(v, seed, run) for v in comparison.variants for seed, run in v.runs.items()]
     for variant, seed, run in runs:
@@ -112,7 +112,7 @@ def _runs(comparison: Comparison) -> _Section:
         rows.append(
             [
                 *(variant.name, str(seed), f"{run.env_steps:,}{mark}", *scores, latest),
-                *(run.how, str(run.directory)),
+                *(str(run.directory), run.how),
             ]
         )
     marked = any(run.ended != "finished" for _, _, run in runs)
