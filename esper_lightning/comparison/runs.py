@@ -6,6 +6,7 @@ Reads what is on disk; of what is damaged it says so. Computes no statistics.
 import json
 import math
 import re
+import textwrap
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -27,6 +28,8 @@ SCORES: dict[Score, str] = {
     "rollout": "rollout/episode_return_mean",
 }
 """What a run can be scored by, and under which name its files have it."""
+
+_LONGEST_REASON = 100
 
 # Where a run writes, what it shows, which seed it has: no setting of what is compared.
 _NOT_COMPARED = re.compile(
@@ -128,9 +131,11 @@ def read_run(directory: Path) -> Run:
         "rollout": _points(history, SCORES["rollout"]),
     }
     last = history[-1] if history else {}
-    env_steps = int(last.get("env_steps") or 0)
-    per_iteration = env_steps / max(1, int(last.get("iteration") or 1))
+    env_steps = _steps(last)
+    per_iteration = env_steps / (last.get("iteration") or 1)
     budget = settings.get("total_env_steps")
+    is_budget = budget is None or isinstance(budget, int)
+    require(is_budget, f"{layout.config}: model.total_env_steps", "be an integer or null", budget)
     is_short = budget is not None and budget - env_steps > per_iteration
     ended, how = _end(directory, is_short=is_short)
     return Run(
@@ -195,7 +200,12 @@ def _class_name(path: str) -> str:
 def _points(rows: Iterable[Mapping[str, Any]], name: str) -> list[Point]:
     """Rows without the number are left out: no episode had ended."""
     known = (row for row in rows if isinstance(row.get(name), int | float))
-    return [Point(int(row["env_steps"]), float(row[name])) for row in known if "env_steps" in row]
+    return [Point(row["env_steps"], float(row[name])) for row in known if _steps(row)]
+
+
+def _steps(row: Mapping[str, Any]) -> int:
+    env_steps = row.get("env_steps")
+    return env_steps if isinstance(env_steps, int) else 0
 
 
 def _end(directory: Path, *, is_short: bool) -> tuple[Any, str]:
@@ -208,7 +218,8 @@ def _end(directory: Path, *, is_short: bool) -> tuple[Any, str]:
         report = first.report or {}
         what = what_happened(report) or "its process vanished without a report"
         where = "" if len(ranks) == 1 else f" (rank {first.rank})"
-        return "died", f"died{where}: {' '.join(what.split()).rstrip('.')}"
+        short = textwrap.shorten(what, _LONGEST_REASON, placeholder="...").rstrip(".")
+        return "died", f"died{where}: {short}"
     if ranks[0].state == "running":
         return "running", "still running, or died on another machine"
     if not is_short:

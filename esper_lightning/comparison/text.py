@@ -39,7 +39,8 @@ class _Section:
     def markdown(self) -> list[str]:
         """A heading, a table, a list."""
         rules = [" --- " if name in _TEXT_COLUMNS else " ---: " for name in self.head]
-        rows = [f"| {' | '.join(row)} |" for row in self.rows]
+        cells = ([cell.replace("|", "\\|") for cell in row] for row in self.rows)
+        rows = [f"| {' | '.join(row)} |" for row in cells]
         table = [f"| {' | '.join(self.head)} |", f"|{'|'.join(rules)}|", *rows, ""]
         remarks = [f"- {remark}" for remark in self.remarks]
         return [f"## {self.title}", "", *(table if rows else []), *remarks, *[""] * bool(remarks)]

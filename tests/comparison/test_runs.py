@@ -34,6 +34,21 @@ def test_a_torn_last_line_is_left_out(make_run):
     assert read_run(directory).env_steps == 9_000
 
 
+def test_a_damaged_history_is_named(make_run):
+    directory = make_run("a")
+    (directory / "rank0" / "history.jsonl").write_text('{"iteration": 1}\n{"iter\n{}\n')
+    with pytest.raises(ValueError, match=r"a/rank0/history\.jsonl:2 must be a JSON object"):
+        read_run(directory)
+
+
+def test_rows_that_say_nothing_are_passed_over(make_run):
+    directory = make_run("a", returns=[1, 2])
+    more = '{"iteration": 3}\n{"env_steps": null, "rollout/episode_return_mean": 9}\n{}\n'
+    with (directory / "rank0" / "history.jsonl").open("a") as history:
+        history.write(more)
+    assert read_run(directory).measured("rollout") == 2_000
+
+
 def test_what_is_not_finite_is_not_known(make_run):
     diverged = read_run(make_run("a", returns=[None, 2, math.nan, 4, math.inf, math.nan]))
     assert diverged.measured("rollout") == 4_000
@@ -69,7 +84,12 @@ def test_a_run_that_left_only_its_config_died(make_run):
     assert (run.ended, run.env_steps, run.measured("rollout")) == ("died", 0, 0)
 
 
-@pytest.mark.parametrize("content", [None, "", "{", "a: [", "model: 3", "model: {seed: x}", "\0"])
+MANY = "model: {seed: 0, total_env_steps: many}"
+
+
+@pytest.mark.parametrize(
+    "content", [None, "", "{", "a: [", "model: 3", "model: {seed: x}", "\0", MANY]
+)
 def test_a_config_that_cannot_be_read_is_named(make_run, content):
     directory = make_run("a")
     config = directory / "config.yaml"

@@ -97,6 +97,14 @@ def test_a_baseline_that_died_whole_has_nothing_to_be_better_than(make_run):
     assert describe(result)
 
 
+def test_long_reasons_stay_in_their_cell(make_run):
+    crash = {"error": {"type": "OutOfMemoryError", "message": "a | b\n" * 99}}
+    text = describe(comparison(make_run("a", returns=[1], crash=crash)), markdown=True)
+    (line,) = [line for line in text.splitlines() if "OutOfMemoryError" in line]
+    assert line.count("|") - line.count("\\|") == 8
+    assert len(line) < 300
+
+
 def test_when_all_died_there_is_no_end(make_run):
     runs = [make_run("a", returns=[1, 2, 3], crash=KILLED)]
     runs += [make_run("b", returns=[1, 2], settings=FAST, crash=KILLED)]
