@@ -58,7 +58,7 @@ class Job(NamedTuple):
             return True
         write_atomically(self.run / "ab.txt", self.started_with.encode())
         log = self.run / "fit.log"
-        with log.open("wb") as file:
+        with log.open("ab") as file:  # what an earlier attempt said stays
             status = subprocess.run(
                 self.resumed(), stdout=file, stderr=file, env=environment, check=False
             ).returncode
