@@ -61,7 +61,7 @@ def read_report(path: Path) -> dict[str, Any] | None:
 def what_happened(report: dict[str, Any]) -> str:
     """What ended a run, in a few words; empty where a report does not say."""
     error, peer = report.get("error") or {}, report.get("peer") or {}
-    if report.get("cause") == "peer":
+    if report.get("cause") == "peer" and peer:
         return f"rank {peer.get('rank')}: {peer.get('reason')}"
     if error.get("type"):
         return f"{error['type']}: {error.get('message', '')}".rstrip(": ")
