@@ -1,13 +1,12 @@
 """``esper crash RUN_DIR``: how a run died, from what it left. Standard library only."""
 
 import argparse
-import json
-import math
 import sys
 from pathlib import Path
 from typing import Any
 
 from esper_lightning.cli.crash_text import describe, seconds_by_phase
+from esper_lightning.forensics.files import strict_json
 from esper_lightning.forensics.remains import Remains, examine, first_failure
 from esper_lightning.forensics.report import SCHEMA
 from esper_lightning.forensics.trace import summarize
@@ -33,8 +32,7 @@ def run(arguments: list[str]) -> None:
         except OSError as error:
             print(f"esper: {first.trace_path}: {error}", file=sys.stderr)
     if options.json:
-        content = _strict(_as_json(ranks, first))
-        print(json.dumps(content, default=str, indent=2, allow_nan=False))
+        print(strict_json(_as_json(ranks, first)))
     else:
         print("\n".join(describe(options.run_dir, ranks, first)))
 
@@ -50,21 +48,10 @@ def _as_json(ranks: list[Remains], first: Remains | None) -> dict[str, Any]:
             "damaged_rows": remains.damaged_rows,
             "open_phases": [span.name for span in remains.phases.open] if remains.phases else [],
             "seconds_by_phase": seconds_by_phase(remains.phases),
-            "trace": remains.trace and remains.trace._asdict(),
+            "trace": remains.trace,
             "trace_path": remains.trace_path,
-            "windows": [window._asdict() for window in remains.windows],
+            "windows": remains.windows,
         }
 
     died = None if first is None else first.rank
     return {"schema": SCHEMA, "first_failure": died, "ranks": [plain(rank) for rank in ranks]}
-
-
-def _strict(value: Any) -> Any:
-    """JSON knows no NaN and no infinity: they become strings, as in the history."""
-    if isinstance(value, float) and not math.isfinite(value):
-        return "NaN" if math.isnan(value) else ("Infinity" if value > 0 else "-Infinity")
-    if isinstance(value, dict):
-        return {str(key): _strict(entry) for key, entry in value.items()}  # pyright: ignore[reportUnknownVariableType, reportUnknownArgumentType]
-    if isinstance(value, list | tuple):
-        return [_strict(entry) for entry in value]  # pyright: ignore[reportUnknownVariableType]
-    return value

@@ -10,7 +10,7 @@ from typing import Any
 
 from esper_lightning.forensics.phases import Phases
 from esper_lightning.forensics.remains import Remains, Window, rank_folders
-from esper_lightning.forensics.report import SCHEMA
+from esper_lightning.forensics.report import SCHEMA, what_happened
 
 __all__ = ["describe", "seconds_by_phase"]
 
@@ -68,7 +68,7 @@ def _side_by_side(ranks: list[Remains]) -> list[str]:
     for rank in ranks:
         report = rank.report or {}
         when = f"+{rank.time_s - start:.2f} s" if report else "-"
-        what = _cut(_what(report), 50)
+        what = _cut(what_happened(report), 50)
         cause = report.get("cause") or "-"
         lines.append(f"{rank.rank:>4}  {rank.state:<9}{cause:<11}{when:<17}{rank.rows:>6}  {what}")
     absent = world - len(known)
@@ -77,15 +77,6 @@ def _side_by_side(ranks: list[Remains]) -> list[str]:
     if absent > _MOST_RANKS:
         lines.append(f"      {absent - _MOST_RANKS} more left nothing")
     return lines
-
-
-def _what(report: dict[str, Any]) -> str:
-    error, peer = report.get("error") or {}, report.get("peer") or {}
-    if report.get("cause") == "peer" and peer:
-        return f"rank {peer.get('rank')}: {peer.get('reason')}"
-    if error.get("type"):
-        return f"{error['type']}: {error.get('message', '')}".rstrip(": ")
-    return str(error.get("message") or report.get("signal") or report.get("cause") or "")
 
 
 def _death(first: Remains) -> list[str]:
@@ -97,7 +88,7 @@ def _death(first: Remains) -> list[str]:
             f"Rank {first.rank} failed first: its process vanished without a report.",
             f"Iteration {iteration}, in: {phases}",
         ]
-    lines = [f"Rank {first.rank} failed first: {_what(report)}"]
+    lines = [f"Rank {first.rank} failed first: {what_happened(report)}"]
     if report.get("schema") != SCHEMA:
         lines.append(f"(Written with schema {report.get('schema')}; this reads {SCHEMA}.)")
     when, status, signal = (report.get(name) for name in ("time_s", "exit_status", "signal"))

@@ -77,7 +77,8 @@ def run(arguments: list[str]) -> None:
                 "exit_on_error": False,
                 "allow_abbrev": False,
                 "prog": "esper",
-                "epilog": "esper crash RUN_DIR tells how a run died; it needs no torch.",
+                "epilog": "esper crash RUN_DIR tells how a run died, esper compare RUN ... how"
+                " variants did over the same seeds; they need no torch.",
             },
         )
     except _CONFIG_ERRORS as error:

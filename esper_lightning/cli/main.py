@@ -4,9 +4,12 @@ import contextlib
 import os
 import sys
 
-from esper_lightning.cli import crash
+from esper_lightning.cli import compare, crash, report
 
 __all__ = ["main"]
+
+# A login node may have none.
+_WITHOUT_TORCH = {"compare": compare.run, "crash": crash.run, "report": report.run}
 
 
 def main(arguments: list[str] | None = None) -> None:
@@ -16,9 +19,9 @@ def main(arguments: list[str] | None = None) -> None:
         arguments: What follows ``esper``; ``None`` for the process's own.
     """
     words = sys.argv[1:] if arguments is None else arguments
-    if words[:1] == ["crash"]:  # on a login node there may be no torch
+    if words and words[0] in _WITHOUT_TORCH:
         with contextlib.suppress(BrokenPipeError):  # esper crash ... | head
-            crash.run(words[1:])
+            _WITHOUT_TORCH[words[0]](words[1:])
             sys.stdout.flush()
             return
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # nor at exit

@@ -1,6 +1,7 @@
 """Files that a dying process cannot spoil: JSON lines appended whole, files replaced whole."""
 
 import contextlib
+import dataclasses
 import json
 import math
 import os
@@ -8,7 +9,14 @@ from collections.abc import Generator, Iterable, Mapping
 from pathlib import Path
 from typing import Any, cast
 
-__all__ = ["JsonLines", "encode_rows", "read_json_lines", "replacing", "write_atomically"]
+__all__ = [
+    "JsonLines",
+    "encode_rows",
+    "read_json_lines",
+    "replacing",
+    "strict_json",
+    "write_atomically",
+]
 
 Row = Mapping[str, Any]
 _NON_FINITE = {"NaN": math.nan, "Infinity": math.inf, "-Infinity": -math.inf}
@@ -106,6 +114,28 @@ def replacing(path: Path) -> Generator[Path]:
 def encode_rows(rows: Iterable[Row]) -> bytes:
     """Rows as a file of JSON lines."""
     return b"".join(map(_encode, rows))
+
+
+def strict_json(value: Any) -> str:
+    """Text for other programs.
+
+    Records become objects. JSON knows no NaN and no infinity: they are spelled as in the history.
+    """
+    return json.dumps(_plain(value), default=str, indent=2, allow_nan=False)
+
+
+def _plain(value: Any) -> Any:
+    if dataclasses.is_dataclass(value) and not isinstance(value, type):
+        names = (field.name for field in dataclasses.fields(value))
+        return {name: _plain(getattr(value, name)) for name in names}
+    if isinstance(value, tuple) and hasattr(cast(Any, value), "_asdict"):
+        return _plain(cast(Any, value)._asdict())
+    if isinstance(value, Mapping):
+        pairs = cast(Mapping[Any, Any], value).items()
+        return {str(key): _plain(entry) for key, entry in pairs}
+    if isinstance(value, list | tuple):
+        return [_plain(entry) for entry in cast(list[Any], value)]
+    return _spell(value)
 
 
 def _encode(row: Row) -> bytes:

@@ -26,6 +26,8 @@
      "cgroup": {"before": {"oom_kill": 0}, "after": {"oom_kill": 1}} | null,
      "duration_s": 0.3, "complete": true, "versions": {"torch": "2.13.0", ...}}
 """
+# Reports are read as they are, from whatever version wrote them.
+# pyright: reportUnknownVariableType=false, reportUnknownArgumentType=false
 
 import json
 from pathlib import Path
@@ -33,7 +35,7 @@ from typing import Any, cast
 
 from esper_lightning.forensics.files import write_atomically
 
-__all__ = ["SCHEMA", "read_report", "set_aside", "write_report"]
+__all__ = ["SCHEMA", "read_report", "set_aside", "what_happened", "write_report"]
 
 SCHEMA = 1
 
@@ -54,6 +56,16 @@ def read_report(path: Path) -> dict[str, Any] | None:
     except (OSError, ValueError):
         return None
     return cast(dict[str, Any], report) if isinstance(report, dict) else None
+
+
+def what_happened(report: dict[str, Any]) -> str:
+    """What ended a run, in a few words; empty where a report does not say."""
+    error, peer = report.get("error") or {}, report.get("peer") or {}
+    if report.get("cause") == "peer" and peer:
+        return f"rank {peer.get('rank')}: {peer.get('reason')}"
+    if error.get("type"):
+        return f"{error['type']}: {error.get('message', '')}".rstrip(": ")
+    return str(error.get("message") or report.get("signal") or report.get("cause") or "")
 
 
 def set_aside(path: Path) -> Path | None:

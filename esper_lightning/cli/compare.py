@@ -1,0 +1,93 @@
+"""``esper compare RUN ...``: variants over the same seeds. Needs scipy and matplotlib, no torch."""
+
+import argparse
+import importlib.util
+import sys
+from pathlib import Path
+from typing import TYPE_CHECKING, NoReturn
+
+from esper_lightning.forensics.files import strict_json, write_atomically
+
+if TYPE_CHECKING:
+    from esper_lightning.comparison.runs import Run
+    from esper_lightning.comparison.scores import Comparison
+
+__all__ = ["run"]
+
+# How a package is called in an import, and for pip.
+_NEEDED = {"scipy": "scipy", "yaml": "PyYAML"}
+_NEEDED_TO_DRAW = {"matplotlib": "matplotlib"}
+
+
+def run(arguments: list[str]) -> None:
+    """Print the comparison; exit status 2 where there is none to make."""
+    parser = argparse.ArgumentParser(
+        prog="esper compare",
+        description="Compare runs over the seeds that all variants have.",
+        epilog="Runs that differ in more than their seed are variants, named by the settings.",
+    )
+    parser.add_argument("runs", type=Path, nargs="+", metavar="RUN", help="or a folder of runs")
+    parser.add_argument("--baseline", help="name of a variant; the first if not given")
+    parser.add_argument(
+        "--score",
+        choices=("evaluation", "rollout"),
+        help="returns to compare; evaluations if not given and every run has some",
+    )
+    parser.add_argument(
+        "--output", type=Path, metavar="DIR", help="write comparison.md and comparison.png there"
+    )
+    parser.add_argument("--json", action="store_true", help="the same for programs")
+    options = parser.parse_args(arguments)
+    needed = _NEEDED | (_NEEDED_TO_DRAW if options.output is not None else {})
+    absent = [needed[name] for name in needed if not _is_installed(name)]
+    if absent:
+        _fail(f"esper compare needs {' and '.join(absent)}: pip install {' '.join(absent)}")
+    try:
+        comparison = _compare(options)
+        if options.output is not None:
+            _write(comparison, options.output)
+    except (ValueError, OSError) as error:
+        _fail(str(error))
+    if options.json:
+        print(strict_json(comparison))
+    else:
+        from esper_lightning.comparison.text import describe  # noqa: PLC0415
+
+        print(describe(comparison))
+
+
+def _compare(options: argparse.Namespace) -> "Comparison":
+    from esper_lightning.comparison.runs import find_runs, read_run  # noqa: PLC0415
+    from esper_lightning.comparison.scores import compare  # noqa: PLC0415
+    from esper_lightning.comparison.variants import group  # noqa: PLC0415
+
+    runs: list[Run] = []
+    unreadable: list[str] = []
+    for directory in find_runs(options.runs):
+        try:
+            runs.append(read_run(directory))
+        except (ValueError, OSError) as error:
+            unreadable.append(f"Left out, unreadable: {error}")
+    if not runs:
+        raise ValueError(" ".join(unreadable))
+    variants = group(runs)
+    return compare(variants, baseline=options.baseline, score=options.score, notes=unreadable)
+
+
+def _write(comparison: "Comparison", directory: Path) -> None:
+    from esper_lightning.comparison.figure import draw  # noqa: PLC0415
+    from esper_lightning.comparison.text import describe  # noqa: PLC0415
+
+    picture = "![Learning curves and scores](comparison.png)\n"
+    text = f"{describe(comparison, markdown=True)}\n{picture}"
+    write_atomically(directory / "comparison.md", text.encode())
+    draw(comparison, directory / "comparison.png")
+
+
+def _is_installed(name: str) -> bool:
+    return importlib.util.find_spec(name) is not None
+
+
+def _fail(message: str) -> NoReturn:
+    print("esper: error: " + " ".join(message.split()), file=sys.stderr)
+    sys.exit(2)

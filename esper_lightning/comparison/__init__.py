@@ -1,0 +1,1 @@
+"""Runs against runs: what each scored, paired over seeds. Without torch."""

@@ -1,0 +1,234 @@
+"""A run as a comparison sees it: its settings, its returns by environment steps, how it ended.
+
+Reads what is on disk; of what is damaged it says so. Computes no statistics.
+"""
+
+import json
+import math
+import re
+import textwrap
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Literal, NamedTuple, cast
+
+import yaml
+
+from esper_lightning.core.validate import require
+from esper_lightning.forensics.files import read_json_lines
+from esper_lightning.forensics.layout import RunLayout
+from esper_lightning.forensics.remains import examine, first_failure
+from esper_lightning.forensics.report import what_happened
+
+__all__ = ["SCORES", "Point", "Run", "Score", "find_runs", "identity", "read_run"]
+
+Score = Literal["evaluation", "rollout"]
+SCORES: dict[Score, str] = {
+    "evaluation": "eval/episode_return_mean",
+    "rollout": "rollout/episode_return_mean",
+}
+"""What a run can be scored by, and under which name its files have it."""
+
+_LONGEST_REASON = 100
+
+# Where a run writes, what it shows, which seed it has: no setting of what is compared.
+_NOT_COMPARED = re.compile(
+    r"(seed|seed_everything|ckpt_path|config|data)$"
+    r"|(.*\.)?(dirpath|save_dir|default_root_dir|run_dir)$"
+    r"|trainer\.(logger|profiler|enable_|log_every_n_steps|detect_anomaly|num_sanity_val_steps)"
+)
+
+
+class Point(NamedTuple):
+    """A return and when it was measured; it may be NaN or infinite."""
+
+    env_steps: int
+    value: float
+
+
+@dataclass(frozen=True, kw_only=True)
+class Run:
+    """One run directory.
+
+    Attributes:
+        directory: As the user named it, or found below that.
+        seed: ``model.seed`` of its config.
+        settings: Everything else of its config that may matter, flat, by names like
+            ``ppo.learning_rate``.
+        points: Its returns by either score, in order of environment steps.
+        env_steps: How far its history goes.
+        time_s: Training time so far.
+        ended: ``finished`` at its budget, ``stopped`` before it, ``died``, ``running``, or
+            ``unknown``.
+        how: The same in words, with what it died of.
+    """
+
+    directory: Path
+    seed: int
+    settings: Mapping[str, Any]
+    points: Mapping[Score, list[Point]]
+    env_steps: int
+    time_s: float
+    ended: Literal["finished", "stopped", "died", "running", "unknown"]
+    how: str
+
+    @property
+    def budget(self) -> int | None:
+        """Environment steps that it was to take; ``None`` where the Trainer decides."""
+        return self.settings.get("total_env_steps")
+
+    def measured(self, score: Score) -> int:
+        """Up to how many environment steps its return is known; 0 where it never was.
+
+        A return that is not finite at the end is not known.
+        """
+        finite = (p.env_steps for p in reversed(self.points[score]) if math.isfinite(p.value))
+        return next(finite, 0)
+
+    def at(self, env_steps: int, score: Score) -> float | None:
+        """The latest return at ``env_steps``; ``None`` where the run did not get so far.
+
+        That of one measurement and not a mean over several: each is one over many episodes, of one
+        policy, at one time.
+        """
+        if self.measured(score) < env_steps:
+            return None
+        before = [p.value for p in self.points[score] if p.env_steps <= env_steps]
+        return before[-1] if before and math.isfinite(before[-1]) else None
+
+
+def find_runs(paths: Iterable[Path]) -> list[Path]:
+    """Run directories among ``paths`` and below them, each once, sorted below each path.
+
+    Raises:
+        ValueError: Naming a path with no run.
+    """
+    found: dict[Path, Path] = {}
+    for path in paths:
+        runs = sorted(_below(path), key=_naturally)
+        rule = "be a run directory, or have some below it (config.yaml, rank0)"
+        require(bool(runs), "RUN", rule, str(path))
+        for run in runs:
+            found.setdefault(run.resolve(), run)
+    return list(found.values())
+
+
+def read_run(directory: Path) -> Run:
+    """Read one run.
+
+    Raises:
+        ValueError: Naming the file that is missing or damaged.
+    """
+    layout = RunLayout(directory)
+    settings = _settings(layout.config)
+    seed = settings.get("seed")
+    owner = f"{layout.config}: model.seed"
+    require(isinstance(seed, int) and not isinstance(seed, bool), owner, "be an integer", seed)
+    rank = layout.rank(0)
+    history, evaluations = read_json_lines(rank.history), read_json_lines(rank.evaluations)
+    points: dict[Score, list[Point]] = {
+        "evaluation": _points(evaluations, SCORES["evaluation"]),
+        "rollout": _points(history, SCORES["rollout"]),
+    }
+    last = history[-1] if history else {}
+    env_steps = _steps(last)
+    per_iteration = env_steps / (last.get("iteration") or 1)
+    budget = settings.get("total_env_steps")
+    is_budget = budget is None or isinstance(budget, int)
+    require(is_budget, f"{layout.config}: model.total_env_steps", "be an integer or null", budget)
+    is_short = budget is not None and budget - env_steps > per_iteration
+    ended, how = _end(directory, is_short=is_short)
+    return Run(
+        directory=directory,
+        seed=cast(int, seed),
+        settings={k: v for k, v in settings.items() if not _NOT_COMPARED.match(k)},
+        points=points,
+        env_steps=env_steps,
+        time_s=float(last.get("time_s") or 0.0),
+        ended=ended,
+        how=how,
+    )
+
+
+def _below(path: Path) -> list[Path]:
+    if (path / "rank0").is_dir() or (path / "config.yaml").is_file():
+        return [path]
+    if not path.is_dir():
+        return []
+    return [run for folder in path.iterdir() if folder.is_dir() for run in _below(folder)]
+
+
+def _naturally(path: Path) -> list[Any]:
+    """So that ``seed10`` comes after ``seed9``."""
+    pieces = re.split(r"(\d+)", str(path))
+    return [int(piece) if piece.isdecimal() else piece for piece in pieces]
+
+
+def _settings(path: Path) -> dict[str, Any]:
+    try:
+        content: Any = yaml.safe_load(path.read_bytes())
+    except (OSError, UnicodeDecodeError, yaml.YAMLError) as error:
+        reason = " ".join(str(error).split())
+        raise ValueError(f"{path} must be a readable config.yaml: {reason}.") from error
+    model = cast(dict[str, Any], content).get("model") if isinstance(content, dict) else None
+    require(isinstance(model, dict), str(path), "hold the settings of a run under 'model'", model)
+    settings = cast(dict[str, Any], content)
+    others = {key: value for key, value in settings.items() if key != "model"}
+    return dict(_flat(cast(dict[str, Any], model))) | dict(_flat(others))
+
+
+def _flat(settings: Mapping[str, Any], prefix: str = "") -> Iterable[tuple[str, Any]]:
+    """Names as the command line has them: ``env.num_envs``, without ``init_args``."""
+    for key, value in settings.items():
+        name = prefix if key == "init_args" else f"{prefix}{key}."
+        if isinstance(value, dict):
+            yield from _flat(cast(dict[str, Any], value), name)
+        elif isinstance(value, list) and any(isinstance(x, dict) for x in cast(list[Any], value)):
+            entries = {str(i): entry for i, entry in enumerate(cast(list[Any], value))}
+            yield from _flat(entries, name)
+        else:
+            plain = cast(object, value)
+            yield name[:-1], _class_name(str(plain)) if key == "class_path" else plain
+
+
+def _class_name(path: str) -> str:
+    """Without the modules between: a class has the same name wherever a package offers it."""
+    package, _, name = path.rpartition(".")
+    return f"{package.partition('.')[0]}.{name}" if package else name
+
+
+def _points(rows: Iterable[Mapping[str, Any]], name: str) -> list[Point]:
+    """Rows without the number are left out: no episode had ended."""
+    known = (row for row in rows if isinstance(row.get(name), int | float))
+    return [Point(row["env_steps"], float(row[name])) for row in known if _steps(row)]
+
+
+def _steps(row: Mapping[str, Any]) -> int:
+    env_steps = row.get("env_steps")
+    return env_steps if isinstance(env_steps, int) else 0
+
+
+def _end(directory: Path, *, is_short: bool) -> tuple[Any, str]:
+    try:
+        ranks = examine(directory)
+    except ValueError:
+        return "died", "left nothing but its config"
+    first = first_failure(ranks)
+    if first is not None:
+        report = first.report or {}
+        what = what_happened(report) or "its process vanished without a report"
+        where = "" if len(ranks) == 1 else f" (rank {first.rank})"
+        short = textwrap.shorten(what, _LONGEST_REASON, placeholder="...").rstrip(".")
+        return "died", f"died{where}: {short}"
+    if ranks[0].state == "running":
+        return "running", "still running, or died on another machine"
+    if not is_short:
+        return "finished", "finished"
+    if ranks[0].state == "finished":
+        return "stopped", "stopped before its budget"
+    return "unknown", "ended before its budget, nobody knows how"
+
+
+def identity(value: Any) -> str:
+    """Equal for equal settings, whatever their type."""
+    return json.dumps(value, sort_keys=True, default=str)

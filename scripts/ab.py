@@ -1,0 +1,147 @@
+"""Train variants x seeds with ``esper fit``, then compare them with ``esper compare``.
+
+    python scripts/ab.py --config configs/cartpole.yaml --seeds 0 1 2 3 4 --output runs/ab \
+        --variant base --variant "lr3e-3: --model.ppo.learning_rate 3e-3" -- --model.compile max
+
+Each run has the directory ``OUTPUT/<variant>/seed<k>``, with what it printed in ``fit.log``. A run
+that fails stops no other; the exit status is 1 then. Called again, it leaves out runs that are
+finished (``rank0/process.json`` says so), goes on with others from ``checkpoints/last.ckpt`` where
+there is one, and refuses to mix runs of other settings (``ab.txt`` has what a run was started
+with). On a cluster, ``--dry-run`` prints the commands, one a line, for a job array.
+"""
+
+import argparse
+import json
+import os
+import shlex
+import subprocess
+import sys
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+from typing import NamedTuple
+
+from esper_lightning.forensics.files import write_atomically
+from esper_lightning.forensics.layout import RunLayout
+from esper_lightning.forensics.report import read_report
+
+ESPER = [sys.executable, "-m", "esper_lightning.cli.main"]
+SHOWN_LINES = 15
+
+
+class Job(NamedTuple):
+    """One run."""
+
+    place: tuple[int, int]  # in the order of the command line: variant, seed
+    run: Path
+    command: list[str]
+    started_with: str
+
+    @property
+    def is_finished(self) -> bool:
+        """Whether the run ended by itself."""
+        return (read_report(RunLayout(self.run).rank(0).process) or {}).get("state") == "finished"
+
+    @property
+    def has_begun(self) -> bool:
+        """Whether it got beyond its settings."""
+        return RunLayout(self.run).config.is_file()
+
+    def resumed(self) -> list[str]:
+        """The command, to go on from the last checkpoint where there is one."""
+        last = RunLayout(self.run).checkpoints / "last.ckpt"
+        return [*self.command, *(["--ckpt_path", str(last)] if last.is_file() else [])]
+
+    def start(self, environment: dict[str, str]) -> bool:
+        """Run it to its end, and say how it went; whether it went well."""
+        if self.is_finished:
+            print(f"{self.run}: finished before", flush=True)
+            return True
+        write_atomically(self.run / "ab.txt", self.started_with.encode())
+        log = self.run / "fit.log"
+        with log.open("ab") as file:  # what an earlier attempt said stays
+            status = subprocess.run(
+                self.resumed(), stdout=file, stderr=file, env=environment, check=False
+            ).returncode
+        lines = log.read_text(errors="replace").splitlines()
+        said = [] if status == 0 else [f"    {line}" for line in lines[-SHOWN_LINES:]]
+        end = "finished" if status == 0 else f"FAILED with exit status {status}; {log} ends with:"
+        print("\n".join([f"{self.run}: {end}", *said]), flush=True)
+        return status == 0
+
+
+def main() -> None:
+    """Parse, train, compare."""
+    options = parse()
+    jobs = [
+        job(options, variant, seed) for seed in options.seeds for variant in options.variant
+    ]  # seeds first: what is cut short has whole pairs
+    if options.dry_run:
+        print("\n".join(shlex.join(job.resumed()) for job in jobs if not job.is_finished))
+        return
+    for one in jobs:
+        before = one.run / "ab.txt"
+        if one.has_begun and before.exists() and before.read_text() != one.started_with:
+            sys.exit(f"{before} must be of the same settings. Choose another --output.")
+    threads = str(max(1, (os.cpu_count() or 1) // options.jobs))
+    environment = {"OMP_NUM_THREADS": threads, **os.environ}
+    pool = ThreadPoolExecutor(options.jobs)
+    try:
+        well = list(pool.map(lambda job: job.start(environment), jobs))
+    finally:
+        pool.shutdown(cancel_futures=True)  # Ctrl-C ends the runs; no other is to begin
+    runs = [str(job.run) for job in sorted(jobs, key=lambda job: job.place) if job.has_begun]
+    compare = [*ESPER, "compare", *runs]
+    status = 1
+    if runs:
+        status = subprocess.run([*compare, "--output", str(options.output)], check=False).returncode
+    sys.exit(status or not all(well))
+
+
+def parse() -> argparse.Namespace:
+    """The options; ``--variant`` as a pair of name and arguments."""
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument("--config", type=Path, nargs="+", required=True, help="of esper fit")
+    parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2, 3, 4])
+    parser.add_argument(
+        "--variant",
+        action="append",
+        required=True,
+        metavar="NAME[: ARGUMENTS]",
+        help="the first is the baseline",
+    )
+    parser.add_argument("--output", type=Path, required=True)
+    parser.add_argument("--jobs", type=int, default=1, help="runs at a time")
+    parser.add_argument("--dry-run", action="store_true", help="print the commands that are left")
+    parser.add_argument("arguments", nargs="*", help="of esper fit, for all, after --")
+    options = parser.parse_args()
+    pairs = [text.partition(":") for text in options.variant]
+    options.variant = [(name.strip(), shlex.split(rest)) for name, _, rest in pairs]
+    names = [name for name, _ in options.variant]
+    if len(set(names)) < len(names) or any(not n or Path(n).name != n for n in names):
+        parser.error(f"--variant must have a name of its own that a folder can have, got {names}")
+    if options.jobs < 1:
+        parser.error(f"--jobs must be at least 1, got {options.jobs}")
+    return options
+
+
+def job(options: argparse.Namespace, variant: tuple[str, list[str]], seed: int) -> Job:
+    """The run of a variant and a seed."""
+    name, arguments = variant
+    run = options.output / name / f"seed{seed}"
+    logger = {
+        "class_path": "lightning.pytorch.loggers.TensorBoardLogger",
+        "init_args": {"save_dir": str(run), "name": "", "version": ""},
+    }
+    configs = [word for config in options.config for word in ("--config", str(config))]
+    settings = [*configs, *options.arguments, *arguments, "--model.seed", str(seed)]
+    where = ["--trainer.logger", json.dumps(logger), "--trainer.enable_progress_bar", "false"]
+    contents = [config.read_text() for config in options.config]
+    started_with = "\n".join([shlex.join(settings), *contents])
+    place = options.variant.index(variant), options.seeds.index(seed)
+    return Job(place, run, [*ESPER, "fit", *settings, *where], started_with)
+
+
+if __name__ == "__main__":
+    main()

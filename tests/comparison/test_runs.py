@@ -1,0 +1,109 @@
+"""What is read of a run, whatever is missing, torn or not a number."""
+
+import math
+
+import pytest
+
+from esper_lightning.comparison.runs import find_runs, read_run
+from tests.comparison.conftest import KILLED
+
+
+def test_a_run_is_read(make_run):
+    run = read_run(make_run("a", seed=3, evaluations=[1, 2, 3, 4, 5]))
+    assert (run.seed, run.env_steps, run.budget, run.ended) == (3, 10_000, 10_000, "finished")
+    assert run.settings["env.class_path"] == "esper_lightning.CartPole"
+    assert run.settings["ppo.learning_rate"] == 1e-3
+    assert not [name for name in run.settings if "seed" in name or "logger" in name]
+    assert run.at(10_000, "evaluation") == 5
+    assert run.at(7_000, "evaluation") == 3  # the latest, of 6,000
+    assert run.at(1_000, "evaluation") is None
+    assert run.at(7_000, "rollout") == 7
+
+
+def test_beyond_what_it_reached_nothing_is_known(make_run):
+    run = read_run(make_run("a", returns=[1, 2, 3, 4], state="running", crash=KILLED))
+    assert (run.ended, run.how) == ("died", "died: the process is gone: SIGKILL")
+    assert run.at(4_000, "rollout") == 4
+    assert run.at(4_001, "rollout") is None
+
+
+def test_a_torn_last_line_is_left_out(make_run):
+    directory = make_run("a", state="running", crash=KILLED)
+    history = directory / "rank0" / "history.jsonl"
+    history.write_bytes(history.read_bytes()[:-9])
+    assert read_run(directory).env_steps == 9_000
+
+
+def test_a_damaged_history_is_named(make_run):
+    directory = make_run("a")
+    (directory / "rank0" / "history.jsonl").write_text('{"iteration": 1}\n{"iter\n{}\n')
+    with pytest.raises(ValueError, match=r"a/rank0/history\.jsonl:2 must be a JSON object"):
+        read_run(directory)
+
+
+def test_rows_that_say_nothing_are_passed_over(make_run):
+    directory = make_run("a", returns=[1, 2])
+    more = '{"iteration": 3}\n{"env_steps": null, "rollout/episode_return_mean": 9}\n{}\n'
+    with (directory / "rank0" / "history.jsonl").open("a") as history:
+        history.write(more)
+    assert read_run(directory).measured("rollout") == 2_000
+
+
+def test_what_is_not_finite_is_not_known(make_run):
+    diverged = read_run(make_run("a", returns=[None, 2, math.nan, 4, math.inf, math.nan]))
+    assert diverged.measured("rollout") == 4_000
+    assert diverged.at(3_000, "rollout") is None
+    assert diverged.at(4_000, "rollout") == 4
+    assert diverged.at(6_000, "rollout") is None
+    assert read_run(make_run("b", returns=[None, None])).measured("rollout") == 0
+
+
+@pytest.mark.parametrize(
+    ("reached", "state", "budget", "ended"),
+    [
+        (10, "finished", 10_000, "finished"),
+        (10, "finished", 10_999, "finished"),  # less than an iteration is left
+        (9, "finished", 11_000, "stopped"),
+        (9, "finished", None, "finished"),  # the Trainer's limits
+        (9, "running", 10_000, "running"),
+        (9, "unknown", 11_000, "unknown"),
+        (10, "unknown", 10_000, "finished"),
+    ],
+)
+def test_how_it_ended(make_run, reached, state, budget, ended):
+    run = read_run(make_run("a", returns=[1] * reached, state=state, budget=budget))
+    assert run.ended == ended
+
+
+def test_a_run_that_left_only_its_config_died(make_run):
+    directory = make_run("a")
+    for path in (directory / "rank0").iterdir():
+        path.unlink()
+    (directory / "rank0").rmdir()
+    run = read_run(directory)
+    assert (run.ended, run.env_steps, run.measured("rollout")) == ("died", 0, 0)
+
+
+MANY = "model: {seed: 0, total_env_steps: many}"
+
+
+@pytest.mark.parametrize(
+    "content", [None, "", "{", "a: [", "model: 3", "model: {seed: x}", "\0", MANY]
+)
+def test_a_config_that_cannot_be_read_is_named(make_run, content):
+    directory = make_run("a")
+    config = directory / "config.yaml"
+    config.unlink() if content is None else config.write_text(content)
+    with pytest.raises(ValueError, match=r"a/config\.yaml"):
+        read_run(directory)
+
+
+def test_runs_are_found_once_and_in_order(make_run, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    runs = [make_run(f"runs/a/seed{k}", seed=k) for k in (10, 9)]
+    (tmp_path / "runs" / "empty").mkdir()
+    assert find_runs([tmp_path / "runs", runs[0]]) == runs[::-1]
+    with pytest.raises(ValueError, match="RUN must be a run directory"):
+        find_runs([tmp_path / "runs" / "empty"])
+    with pytest.raises(ValueError, match="nowhere"):
+        find_runs([tmp_path / "nowhere"])
