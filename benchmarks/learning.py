@@ -24,10 +24,6 @@ GOALS = {"cartpole": 475.0, "acrobot": -100.0, "pendulum": -250.0, "mountain_car
 def train(task: str, seed: int, mode: str, workdir: Path) -> dict[str, float]:
     """One run; returns its last evaluation and its last history row."""
     run = workdir / f"{task}-{seed}"
-    logger = {
-        "class_path": "lightning.pytorch.loggers.TensorBoardLogger",
-        "init_args": {"save_dir": str(run), "name": "", "version": ""},
-    }
     command = [
         *(
             str(Path(sys.executable).with_name("esper")),
@@ -40,8 +36,8 @@ def train(task: str, seed: int, mode: str, workdir: Path) -> dict[str, float]:
             str(seed),
             "--model.compile",
             mode,
-            "--trainer.logger",
-            json.dumps(logger),
+            "--run_dir",
+            str(run),
         ),
         *("--trainer.enable_progress_bar", "false"),
     ]

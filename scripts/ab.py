@@ -11,7 +11,6 @@ with). On a cluster, ``--dry-run`` prints the commands, one a line, for a job ar
 """
 
 import argparse
-import json
 import os
 import shlex
 import subprocess
@@ -46,11 +45,6 @@ class Job(NamedTuple):
         """Whether it got beyond its settings."""
         return RunLayout(self.run).config.is_file()
 
-    def resumed(self) -> list[str]:
-        """The command, to go on from the last checkpoint where there is one."""
-        last = RunLayout(self.run).checkpoints / "last.ckpt"
-        return [*self.command, *(["--ckpt_path", str(last)] if last.is_file() else [])]
-
     def start(self, environment: dict[str, str]) -> bool:
         """Run it to its end, and say how it went; whether it went well."""
         if self.is_finished:
@@ -60,7 +54,7 @@ class Job(NamedTuple):
         log = self.run / "fit.log"
         with log.open("ab") as file:  # what an earlier attempt said stays
             status = subprocess.run(
-                self.resumed(), stdout=file, stderr=file, env=environment, check=False
+                self.command, stdout=file, stderr=file, env=environment, check=False
             ).returncode
         lines = log.read_text(errors="replace").splitlines()
         said = [] if status == 0 else [f"    {line}" for line in lines[-SHOWN_LINES:]]
@@ -76,7 +70,7 @@ def main() -> None:
         job(options, variant, seed) for seed in options.seeds for variant in options.variant
     ]  # seeds first: what is cut short has whole pairs
     if options.dry_run:
-        print("\n".join(shlex.join(job.resumed()) for job in jobs if not job.is_finished))
+        print("\n".join(shlex.join(job.command) for job in jobs if not job.is_finished))
         return
     for one in jobs:
         before = one.run / "ab.txt"
@@ -130,13 +124,10 @@ def job(options: argparse.Namespace, variant: tuple[str, list[str]], seed: int) 
     """The run of a variant and a seed."""
     name, arguments = variant
     run = options.output / name / f"seed{seed}"
-    logger = {
-        "class_path": "lightning.pytorch.loggers.TensorBoardLogger",
-        "init_args": {"save_dir": str(run), "name": "", "version": ""},
-    }
     configs = [word for config in options.config for word in ("--config", str(config))]
     settings = [*configs, *options.arguments, *arguments, "--model.seed", str(seed)]
-    where = ["--trainer.logger", json.dumps(logger), "--trainer.enable_progress_bar", "false"]
+    where = ["--run_dir", str(run), "--ckpt_path", "last"]
+    where += ["--trainer.enable_progress_bar", "false"]
     contents = [config.read_text() for config in options.config]
     started_with = "\n".join([shlex.join(settings), *contents])
     place = options.variant.index(variant), options.seeds.index(seed)
