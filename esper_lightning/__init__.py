@@ -14,12 +14,14 @@ if TYPE_CHECKING:
     from esper_lightning.envs.check import check_env
     from esper_lightning.policies.feedforward import MLP
     from esper_lightning.train import train_ppo_vectorized
+    from esper_lightning.training.checkpoint_io import AtomicCheckpointIO
     from esper_lightning.training.config import PPOConfig
     from esper_lightning.training.module import PPO
 
 __all__ = [
     "MLP",
     "PPO",
+    "AtomicCheckpointIO",
     "FlightRecorder",
     "History",
     "NanGuard",
@@ -30,6 +32,7 @@ __all__ = [
 ]
 
 _HOMES = {
+    "AtomicCheckpointIO": "training.checkpoint_io",
     "FlightRecorder": "callbacks.flight_recorder",
     "History": "callbacks.history",
     "MLP": "policies.feedforward",
