@@ -45,7 +45,13 @@ class AtomicCheckpointIO(TorchCheckpointIO):
             return
         path = Path(path)
         with replacing(path) as temporary, temporary.open("wb") as file:
-            torch.save(checkpoint, file)
+            try:
+                torch.save(checkpoint, file)
+            except RuntimeError as error:  # torch's writer stumbles over the error of the disk
+                if not isinstance(error.__context__, OSError):
+                    raise
+                cause = error.__context__
+                raise OSError(cause.errno, cause.strerror, str(path)) from error
         for left in path.parent.glob(f".{path.name}.*.tmp"):
             left.unlink(missing_ok=True)
 
