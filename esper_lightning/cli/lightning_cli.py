@@ -35,9 +35,9 @@ from esper_lightning.training.metrics import EVAL_RETURN
 from esper_lightning.training.module import PPO
 from esper_lightning.training.trainer_support import refuse_unsupported
 
-__all__ = ["run"]
+__all__ = ["CONFIG_ERRORS", "fail", "run"]
 
-_CONFIG_ERRORS = (argparse.ArgumentError, ValueError, TypeError, OSError, MisconfigurationException)
+CONFIG_ERRORS = (argparse.ArgumentError, ValueError, TypeError, OSError, MisconfigurationException)
 _NOT_BAREBONES = {
     "num_sanity_val_steps": 0,
     "log_every_n_steps": 1,
@@ -75,11 +75,12 @@ def run(arguments: list[str]) -> None:
                 "exit_on_error": False,
                 "allow_abbrev": False,
                 "prog": "esper",
-                "epilog": "esper crash RUN_DIR tells how a run died; it needs no torch.",
+                "epilog": "esper export --help tells how to write a policy for elsewhere. "
+                "esper crash RUN_DIR tells how a run died; it needs no torch.",
             },
         )
-    except _CONFIG_ERRORS as error:
-        _fail(error)
+    except CONFIG_ERRORS as error:
+        fail(error)
     cli.execute()
 
 
@@ -226,6 +227,7 @@ def _ckpt_option() -> argparse.ArgumentParser:
     return parser
 
 
-def _fail(error: BaseException) -> NoReturn:
+def fail(error: BaseException) -> NoReturn:
+    """Tell a mistake in one line; exit status 2."""
     print("esper: error: " + " ".join(str(error).split()), file=sys.stderr)
     sys.exit(2)

@@ -100,9 +100,7 @@ def check_checkpoints(layout, evaluations):
         return
     best, last = map(read_checkpoint, (layout.best_checkpoint, layout.last_checkpoint))
     (score,) = (
-        s["best_model_score"].item()
-        for s in best["callbacks"].values()
-        if s.get("monitor")
+        s["best_model_score"].item() for s in best["callbacks"].values() if s.get("monitor")
     )
     winners = [
         max((row[EVAL_RETURN], row["iteration"]) for row in rows)
