@@ -153,7 +153,7 @@ def train_ppo_vectorized(
         max_epochs=-1,
         logger=logger,
         log_every_n_steps=1,
-        limit_val_batches=1 if evaluates else 0,
+        limit_val_batches=1.0 if evaluates else 0,
         num_sanity_val_steps=0,
         enable_model_summary=False,
         profiler=profiler,
