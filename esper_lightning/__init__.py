@@ -7,6 +7,7 @@ import importlib
 from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
+    from esper_lightning.callbacks.checkpoints import BestCheckpoint, LastCheckpoint
     from esper_lightning.callbacks.flight_recorder import FlightRecorder
     from esper_lightning.callbacks.history import History
     from esper_lightning.callbacks.nan_guard import NanGuard
@@ -22,8 +23,10 @@ __all__ = [
     "MLP",
     "PPO",
     "AtomicCheckpointIO",
+    "BestCheckpoint",
     "FlightRecorder",
     "History",
+    "LastCheckpoint",
     "NanGuard",
     "PPOConfig",
     "RunProgressBar",
@@ -33,8 +36,10 @@ __all__ = [
 
 _HOMES = {
     "AtomicCheckpointIO": "training.checkpoint_io",
+    "BestCheckpoint": "callbacks.checkpoints",
     "FlightRecorder": "callbacks.flight_recorder",
     "History": "callbacks.history",
+    "LastCheckpoint": "callbacks.checkpoints",
     "MLP": "policies.feedforward",
     "NanGuard": "callbacks.nan_guard",
     "PPO": "training.module",

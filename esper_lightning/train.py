@@ -115,6 +115,8 @@ def train_ppo_vectorized(
     )
     ok = evaluate_every is None or evaluate_every >= 1
     require(ok, "train_ppo_vectorized.evaluate_every", "be at least 1", evaluate_every)
+    ok = save_path is None or not Path(save_path).is_dir()
+    require(ok, "train_ppo_vectorized.save_path", "name a file", str(save_path))
     if resume_path is not None:
         load_checkpoint(resume_path)  # refused before anything is written
 

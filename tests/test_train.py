@@ -98,6 +98,12 @@ def test_saves_the_best_policy(train, tmp_path, monkeypatch):
     assert PPO.load_from_checkpoint(path).iteration == 4
 
 
+def test_an_evaluation_that_is_not_due_before_the_end_is_at_the_end(train, tmp_path):
+    train(3, save_path=tmp_path / "saved.ckpt", evaluate_every=10, eval_episodes=2)
+    assert (tmp_path / "run" / "checkpoints" / "best.ckpt").exists()
+    assert PPO.load_from_checkpoint(tmp_path / "saved.ckpt").iteration == 3
+
+
 @pytest.mark.parametrize(
     ("dies_at", "evaluate_every", "saved"), [(6, 2, 2), (6, None, None), (2, 2, None)]
 )
@@ -176,6 +182,7 @@ def test_profiler_writes_where_it_is_told(train, tmp_path):
             "torch_profiler_wait + torch_profiler_warmup must be less than iterations = 3, got 3.",
         ),
         ({"evaluate_every": 0}, "train_ppo_vectorized.evaluate_every must be at least 1, got 0."),
+        ({"save_path": "/"}, "train_ppo_vectorized.save_path must name a file, got '/'."),
         ({"eval_episodes": 0}, "PPO.eval_episodes must be at least 1, got 0."),
         ({"devices": 2}, "Trainer.devices * Trainer.num_nodes must be 1, got 2."),
     ],
