@@ -100,7 +100,7 @@ def test_the_best_is_there_as_soon_as_its_evaluation_is_over(fit, tmp_path, monk
     def dies(*_):
         raise RuntimeError("injected")
 
-    monkeypatch.setattr(LastCheckpoint, "on_train_epoch_end", dies)
+    monkeypatch.setattr(PPO, "on_train_epoch_end", dies)
     with pytest.raises(RuntimeError, match="injected"):
         fit([1.0, 2.0])
     assert names(tmp_path / "run" / "checkpoints") == ["best.ckpt"]
