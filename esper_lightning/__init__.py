@@ -7,6 +7,7 @@ import importlib
 from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
+    from esper_lightning.callbacks.checkpoints import BestCheckpoint, LastCheckpoint
     from esper_lightning.callbacks.flight_recorder import FlightRecorder
     from esper_lightning.callbacks.history import History
     from esper_lightning.callbacks.nan_guard import NanGuard
@@ -14,14 +15,18 @@ if TYPE_CHECKING:
     from esper_lightning.envs.check import check_env
     from esper_lightning.policies.feedforward import MLP
     from esper_lightning.train import train_ppo_vectorized
+    from esper_lightning.training.checkpoint_io import AtomicCheckpointIO
     from esper_lightning.training.config import PPOConfig
     from esper_lightning.training.module import PPO
 
 __all__ = [
     "MLP",
     "PPO",
+    "AtomicCheckpointIO",
+    "BestCheckpoint",
     "FlightRecorder",
     "History",
+    "LastCheckpoint",
     "NanGuard",
     "PPOConfig",
     "RunProgressBar",
@@ -30,8 +35,11 @@ __all__ = [
 ]
 
 _HOMES = {
+    "AtomicCheckpointIO": "training.checkpoint_io",
+    "BestCheckpoint": "callbacks.checkpoints",
     "FlightRecorder": "callbacks.flight_recorder",
     "History": "callbacks.history",
+    "LastCheckpoint": "callbacks.checkpoints",
     "MLP": "policies.feedforward",
     "NanGuard": "callbacks.nan_guard",
     "PPO": "training.module",

@@ -6,13 +6,15 @@ Above ``training`` and ``callbacks``, which do not know each other.
 """
 
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import yaml
 from lightning.pytorch import Trainer
-from lightning.pytorch.callbacks import Callback, ModelCheckpoint
+from lightning.pytorch.callbacks import Callback
 from lightning.pytorch.loggers import TensorBoardLogger
+from lightning.pytorch.plugins import CheckpointIO
 
+from esper_lightning.callbacks.checkpoints import BestCheckpoint, LastCheckpoint
 from esper_lightning.callbacks.flight_recorder import FlightRecorder
 from esper_lightning.callbacks.history import History
 from esper_lightning.callbacks.progress import RunProgressBar
@@ -24,13 +26,14 @@ from esper_lightning.forensics.files import read_json_lines, write_atomically
 from esper_lightning.forensics.layout import RankLayout, RunLayout
 from esper_lightning.policies import MLP
 from esper_lightning.policies.base import PolicySpec
+from esper_lightning.training.checkpoint_io import AtomicCheckpointIO
 from esper_lightning.training.checkpoints import load_checkpoint
 from esper_lightning.training.config import PPOConfig
 from esper_lightning.training.metrics import EVAL_RETURN
 from esper_lightning.training.module import PPO
 from esper_lightning.training.trainer_support import refuse_unsupported
 
-__all__ = ["run_callbacks", "run_logger", "train_ppo_vectorized"]
+__all__ = ["run_callbacks", "run_logger", "run_plugins", "train_ppo_vectorized"]
 
 
 def train_ppo_vectorized(
@@ -56,6 +59,8 @@ def train_ppo_vectorized(
     save_path: str | Path | None = None,
     resume_path: str | Path | None = None,
     compile: CompileMode = "off",  # noqa: A002 - as it is called everywhere
+    evaluate_every: int | None = None,
+    eval_episodes: int | None = None,
 ) -> list[dict[str, Any]]:
     """Train PPO for a number of iterations and return its history.
 
@@ -82,10 +87,13 @@ def train_ppo_vectorized(
         torch_profiler_with_stack: Whether operators are recorded with their source lines.
         torch_profiler_summary: Whether the profiler's table is printed at the end; it is always in
             ``profile.txt``.
-        save_path: File that gets a checkpoint of the end of the run, besides
-            ``checkpoints/last.ckpt``.
+        save_path: File that gets a copy of ``checkpoints/best.ckpt``, or of ``last.ckpt`` where
+            nothing was evaluated; of a run that died, too, if it left either.
         resume_path: Checkpoint to go on from.
         compile: How rollouts and updates run: ``off``, ``default`` or ``max`` (see ``PPO``).
+        evaluate_every: Iterations between evaluations, each of which keeps the policy as
+            ``checkpoints/best.ckpt`` if none was better. ``None`` for no evaluations.
+        eval_episodes: Episodes of an evaluation (see ``PPO``).
 
     Returns:
         The rows of ``rank0/history.jsonl``, one for each iteration of this run directory.
@@ -106,15 +114,22 @@ def train_ppo_vectorized(
     require(
         torch_profiler_active >= 1, "torch_profiler_active", "be at least 1", torch_profiler_active
     )
+    ok = evaluate_every is None or evaluate_every >= 1
+    require(ok, "train_ppo_vectorized.evaluate_every", "be at least 1", evaluate_every)
+    ok = save_path is None or not Path(save_path).is_dir()
+    require(ok, "train_ppo_vectorized.save_path", "name a file", str(save_path))
     if resume_path is not None:
         load_checkpoint(resume_path)  # refused before anything is written
 
+    evaluates = evaluate_every is not None
     model = PPO(
         env,
         policy,
         ppo,
         seed,
         total_env_steps=iterations * ppo.rollout_steps * env.num_envs * devices,
+        iterations_per_epoch=evaluate_every or 50,
+        eval_episodes=eval_episodes,
         compile=compile,
     )
     logger = run_logger(env, run_dir)
@@ -140,10 +155,12 @@ def train_ppo_vectorized(
         max_epochs=-1,
         logger=logger,
         log_every_n_steps=1,
-        limit_val_batches=0,
+        limit_val_batches=1.0 if evaluates else 0,
+        num_sanity_val_steps=0,
         enable_model_summary=False,
         profiler=profiler,
-        callbacks=run_callbacks(evaluates=False, prints_profile=torch_profiler_summary),
+        callbacks=run_callbacks(evaluates=evaluates, prints_profile=torch_profiler_summary),
+        plugins=run_plugins(),
     )
     # Before it starts processes for other ranks.
     refuse_unsupported(trainer, num_envs=env.num_envs, budget=model.total_env_steps)
@@ -155,12 +172,17 @@ def train_ppo_vectorized(
     try:
         trainer.fit(model, ckpt_path=resume_path, weights_only=True)
         if save_path is not None:
-            write_atomically(Path(save_path), (layout.checkpoints / "last.ckpt").read_bytes())
+            _save(trainer, Path(save_path))
         if profiler is not None and torch_profiler_summary:
             print(profiler.last_table or "")  # noqa: T201 - what the caller asked for
     except BaseException as error:
         if not any("Run directory" in note for note in getattr(error, "__notes__", ())):
             error.add_note(_where(ours, layout, profiler))
+        if save_path is not None:
+            try:
+                _save(trainer, Path(save_path))
+            except Exception as problem:  # what ended the run is what the caller is to see
+                error.add_note(f"save_path={str(save_path)!r} was not written: {problem}")
         raise
     return read_json_lines(ours.history)
 
@@ -201,7 +223,7 @@ def run_callbacks(
     """What every run has.
 
     Flight recorder, history, progress bar, ``last.ckpt``, and ``best.ckpt`` where there are
-    evaluations.
+    evaluations (before ``last.ckpt``, which is to know of it).
     """
     callbacks: list[Callback] = []
     if records:
@@ -211,19 +233,39 @@ def run_callbacks(
     if shows_progress:
         callbacks.append(RunProgressBar())
     if saves and evaluates:
-        best = ModelCheckpoint(
-            filename="best",
-            monitor=EVAL_RETURN,
-            mode="max",
-            save_last=True,
-            enable_version_counter=False,
-        )
-        callbacks.append(best)
-    elif saves:
-        callbacks.append(
-            ModelCheckpoint(save_top_k=0, save_last=True, enable_version_counter=False)
-        )
+        callbacks.append(BestCheckpoint(EVAL_RETURN))
+    if saves:
+        callbacks.append(LastCheckpoint())
     return callbacks
+
+
+def run_plugins(given: Any = None, strategy: object = None) -> list[Any]:
+    """What every run has: checkpoints that a crash cannot tear, unless the user chose otherwise.
+
+    Args:
+        given: The user's ``Trainer(plugins=...)``.
+        strategy: The user's ``Trainer(strategy=...)``, which may bring a ``CheckpointIO``.
+    """
+    listed = cast(list[Any], given if isinstance(given, list) else [given])
+    plugins = [plugin for plugin in listed if plugin is not None]
+    chosen = [*plugins, getattr(strategy, "_checkpoint_io", None)]
+    if not any(isinstance(plugin, CheckpointIO) for plugin in chosen):
+        plugins.append(AtomicCheckpointIO())
+    return plugins
+
+
+def _save(trainer: Trainer, path: Path) -> None:
+    """Copy the best checkpoint of a run, or else the last.
+
+    Raises:
+        OSError: If the disk takes no more.
+        FileNotFoundError: If the run has none.
+    """
+    written = (getattr(c, "best_model_path", "") for c in trainer.checkpoint_callbacks)
+    source = next((name for name in written if name and Path(name).exists()), None)
+    if source is None:
+        raise FileNotFoundError("the run had no checkpoint yet")
+    write_atomically(path, Path(source).read_bytes())
 
 
 def _where(rank: RankLayout, layout: RunLayout, profiler: WindowProfiler | None) -> str:

@@ -8,8 +8,11 @@ import pytest
 import yaml
 
 from esper_lightning import MLP, PPO, PPOConfig, train_ppo_vectorized
+from esper_lightning.callbacks.checkpoints import LastCheckpoint
 from esper_lightning.envs import CartPole
 from esper_lightning.forensics.files import read_json_lines
+from esper_lightning.training import module
+from esper_lightning.training.metrics import EVAL_RETURN
 
 SMALL = PPOConfig(rollout_steps=4, minibatches=2, epochs=1)
 
@@ -65,6 +68,80 @@ def test_saves_and_resumes(train, tmp_path):
     assert timeless(rows) == timeless(whole)
 
 
+def scores(monkeypatch, *values):
+    """What evaluations are to find."""
+    left, true = iter(values), module.evaluation_metrics
+    monkeypatch.setattr(
+        module, "evaluation_metrics", lambda *figures: true(*figures) | {EVAL_RETURN: next(left)}
+    )
+
+
+def test_saves_the_best_policy(train, tmp_path, monkeypatch):
+    scores(monkeypatch, 1.0, 5.0, 2.0)
+    path = tmp_path / "saved.ckpt"
+    train(6, save_path=path, evaluate_every=2, eval_episodes=3)
+    assert PPO.load_from_checkpoint(path).iteration == 4
+    assert (
+        PPO.load_from_checkpoint(path.parent / "run" / "checkpoints" / "last.ckpt").iteration == 6
+    )
+    (first, *_) = read_json_lines(tmp_path / "run" / "rank0" / "evaluations.jsonl")
+    assert first["eval/episodes"] == 3
+    scores(monkeypatch, 4.0)
+    train(
+        8,
+        resume_path=path.parent / "run" / "checkpoints" / "last.ckpt",
+        evaluate_every=2,
+        eval_episodes=3,
+        run_dir=tmp_path / "other",
+        save_path=path,
+    )
+    assert PPO.load_from_checkpoint(path).iteration == 4
+
+
+def test_an_evaluation_that_is_not_due_before_the_end_is_at_the_end(train, tmp_path):
+    train(3, save_path=tmp_path / "saved.ckpt", evaluate_every=10, eval_episodes=2)
+    assert (tmp_path / "run" / "checkpoints" / "best.ckpt").exists()
+    assert PPO.load_from_checkpoint(tmp_path / "saved.ckpt").iteration == 3
+
+
+@pytest.mark.parametrize(
+    ("dies_at", "evaluate_every", "saved"), [(6, 2, 2), (6, None, None), (2, 2, None)]
+)
+def test_saves_what_there_is_when_it_dies(
+    train, tmp_path, monkeypatch, dies_at, evaluate_every, saved
+):
+    scores(monkeypatch, 5.0, 1.0)
+    report = PPO._report
+
+    def dies(self, row):
+        report(self, row)
+        if row["iteration"] == dies_at:
+            raise RuntimeError("injected")
+
+    monkeypatch.setattr(PPO, "_report", dies)
+    path = tmp_path / "saved.ckpt"
+    with pytest.raises(RuntimeError, match="injected") as caught:
+        train(8, save_path=path, evaluate_every=evaluate_every)
+    missing = [note for note in caught.value.__notes__ if "saved.ckpt" in note]
+    if saved is None:
+        assert missing == [
+            f"save_path={str(path)!r} was not written: the run had no checkpoint yet"
+        ]
+        assert not path.exists()
+    else:
+        assert missing == []
+        assert PPO.load_from_checkpoint(path).iteration == saved
+
+
+def test_an_error_is_not_masked_by_a_place_that_takes_no_file(train, tmp_path, monkeypatch):
+    (tmp_path / "file").write_text("")
+    scores(monkeypatch, 5.0, 1.0)
+    monkeypatch.setattr(LastCheckpoint, "on_train_epoch_end", lambda *_: 1 / 0)
+    with pytest.raises(ZeroDivisionError) as caught:
+        train(4, save_path=tmp_path / "file" / "x.ckpt", evaluate_every=2)
+    assert any("was not written" in note for note in caught.value.__notes__)
+
+
 def trace_names(path):
     trace = json.loads(gzip.decompress(path.read_bytes()))
     return {event.get("name") for event in trace["traceEvents"]}
@@ -104,6 +181,9 @@ def test_profiler_writes_where_it_is_told(train, tmp_path):
             {"torch_profiler": True, "torch_profiler_wait": 2, "iterations": 3},
             "torch_profiler_wait + torch_profiler_warmup must be less than iterations = 3, got 3.",
         ),
+        ({"evaluate_every": 0}, "train_ppo_vectorized.evaluate_every must be at least 1, got 0."),
+        ({"save_path": "/"}, "train_ppo_vectorized.save_path must name a file, got '/'."),
+        ({"eval_episodes": 0}, "PPO.eval_episodes must be at least 1, got 0."),
     ],
 )
 def test_settings_that_cannot_work(train, settings, message):

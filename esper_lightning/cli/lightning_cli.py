@@ -20,6 +20,7 @@ from lightning.pytorch.cli import (
     LightningCLI,
     SaveConfigCallback,
 )
+from lightning.pytorch.trainer.states import TrainerFn
 from typing_extensions import override
 
 import esper_lightning.envs  # pyright: ignore[reportUnusedImport] - to be named in a config, specs
@@ -28,15 +29,20 @@ from esper_lightning.callbacks.flight_recorder import FlightRecorder
 from esper_lightning.callbacks.history import History
 from esper_lightning.callbacks.run_directory import run_directory
 from esper_lightning.core.validate import require
-from esper_lightning.train import run_callbacks, run_logger
-from esper_lightning.training.checkpoints import load_checkpoint, load_weights, refuse_foreign
+from esper_lightning.train import run_callbacks, run_logger, run_plugins
+from esper_lightning.training.checkpoints import (
+    checkpoint_at,
+    load_checkpoint,
+    load_weights,
+    refuse_foreign,
+)
 from esper_lightning.training.metrics import EVAL_RETURN
 from esper_lightning.training.module import PPO
 from esper_lightning.training.trainer_support import refuse_unsupported
 
-__all__ = ["run"]
+__all__ = ["CONFIG_ERRORS", "fail", "run"]
 
-_CONFIG_ERRORS = (argparse.ArgumentError, ValueError, TypeError, OSError, MisconfigurationException)
+CONFIG_ERRORS = (argparse.ArgumentError, ValueError, TypeError, OSError, MisconfigurationException)
 _NOT_BAREBONES = {
     "num_sanity_val_steps": 0,
     "log_every_n_steps": 1,
@@ -77,12 +83,13 @@ def run(arguments: list[str]) -> None:
                 "exit_on_error": False,
                 "allow_abbrev": False,
                 "prog": "esper",
-                "epilog": "esper crash RUN_DIR tells how a run died, esper compare RUN ... how"
-                " variants did over the same seeds; they need no torch.",
+                "epilog": "esper export --help tells how to write a policy for elsewhere. "
+                "esper crash RUN_DIR tells how a run died, esper compare RUN ... how variants did "
+                "over the same seeds; they need no torch.",
             },
         )
-    except _CONFIG_ERRORS as error:
-        _fail(error)
+    except CONFIG_ERRORS as error:
+        fail(error)
     cli.execute()
 
 
@@ -109,7 +116,7 @@ class EsperTrainer(Trainer):
 
         Args:
             model: Built from the settings in the checkpoint.
-            ckpt_path: Checkpoint to evaluate.
+            ckpt_path: Checkpoint to evaluate, or a run directory for its best one.
         """
         model.load_state_dict(load_checkpoint(ckpt_path)["state_dict"])
         self.validate(model, verbose=False)
@@ -151,8 +158,12 @@ class EsperCLI(LightningCLI):
         if words[:1] == ["evaluate"] and not {"-h", "--help"} & set(words):
             known, _ = _ckpt_option().parse_known_args(words[1:])
             require(known.ckpt_path is not None, "--ckpt_path", "be given", None)
-            settings = {"model": load_checkpoint(known.ckpt_path)["hyper_parameters"]}
+            path = checkpoint_at(known.ckpt_path)
+            if str(path) != known.ckpt_path:
+                print(f"Checkpoint: {path}")
+            settings = {"model": load_checkpoint(path)["hyper_parameters"]}
             words = ["evaluate", "--config", json.dumps(settings), *words[1:]]
+            words += ["--ckpt_path", str(path)]
         self.config = parser.parse_args(words)
 
     @override
@@ -166,9 +177,10 @@ class EsperCLI(LightningCLI):
     def instantiate_trainer(self, **kwargs: Any) -> Trainer:
         """Add what every run has, unless the user chose otherwise."""
         settings = self._get(self.config_init, "trainer")
+        kwargs["plugins"] = run_plugins(settings["plugins"], settings["strategy"])
         if self.subcommand == "evaluate":
             quiet = {"logger": False, "enable_checkpointing": False, "enable_progress_bar": False}
-            return super().instantiate_trainer(**quiet)
+            return super().instantiate_trainer(**kwargs, **quiet)
         if settings["barebones"]:  # it refuses what we choose, too
             kwargs |= dict.fromkeys(_NOT_BAREBONES)
             return super().instantiate_trainer(**kwargs)
@@ -199,11 +211,17 @@ class EsperCLI(LightningCLI):
         model = self.model
         refuse_unsupported(self.trainer, num_envs=model.env.num_envs, budget=model.total_env_steps)
         path = self.config[self.subcommand]["ckpt_path"]
-        if model.warm_start is not None and self.subcommand == "fit" and path is None:
-            load_weights(model, model.warm_start)
-        if path not in (None, "last", "best", "hpc"):
-            ranks = self.trainer.world_size if self.subcommand == "fit" else None
+        fits = self.subcommand == "fit"
+        if path in ("last", "best", "hpc"):  # a file, by the name that Lightning gives it
+            connector: Any = self.trainer._checkpoint_connector  # pyright: ignore[reportPrivateUsage]
+            path = connector._parse_ckpt_path(
+                TrainerFn.FITTING, path, model_provided=True, model_connected=False
+            )
+        if path is not None:
+            ranks = self.trainer.world_size if fits else None
             refuse_foreign(load_checkpoint(path), self.model.settings, world_size=ranks)
+        elif fits and model.warm_start is not None:
+            load_weights(model, model.warm_start)
 
     def fit(self, **kwargs: Any) -> None:
         """Remember to train."""
@@ -241,6 +259,7 @@ def _ckpt_option() -> argparse.ArgumentParser:
     return parser
 
 
-def _fail(error: BaseException) -> NoReturn:
+def fail(error: BaseException) -> NoReturn:
+    """Tell a mistake in one line; exit status 2."""
     print("esper: error: " + " ".join(str(error).split()), file=sys.stderr)
     sys.exit(2)

@@ -26,6 +26,11 @@ def main(arguments: list[str] | None = None) -> None:
             return
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # nor at exit
         return
+    if words[:1] == ["export"]:
+        from esper_lightning.cli import export  # noqa: PLC0415
+
+        export.run(words[1:])
+        return
     from esper_lightning.cli.lightning_cli import run  # noqa: PLC0415
 
     run(words)

@@ -84,6 +84,16 @@ class RunLayout:
         """Folder of ``last.ckpt`` and ``best.ckpt``."""
         return self.directory / "checkpoints"
 
+    @property
+    def best_checkpoint(self) -> Path:
+        """The policy with the greatest evaluation return, once there was an evaluation."""
+        return self.checkpoints / "best.ckpt"
+
+    @property
+    def last_checkpoint(self) -> Path:
+        """The state of training at the end of the latest epoch."""
+        return self.checkpoints / "last.ckpt"
+
     def rank(self, rank: int) -> RankLayout:
         """The folder of a global rank."""
         return RankLayout(self.directory / f"rank{rank}")

@@ -1,19 +1,20 @@
 """What a checkpoint of PPO says about the run that wrote it, and which runs it may serve."""
 
-import pickle
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-import torch
 from torch import nn
 
 from esper_lightning.core.validate import require
+from esper_lightning.forensics.layout import RunLayout
+from esper_lightning.training.checkpoint_io import read_checkpoint
 from esper_lightning.training.config import PPOConfig
 from esper_lightning.training.specs import instantiate
 
 __all__ = [
     "STATE_KEY",
+    "checkpoint_at",
     "load_checkpoint",
     "load_weights",
     "refuse_foreign",
@@ -29,16 +30,27 @@ def load_checkpoint(path: str | Path) -> dict[str, Any]:
     """Read a checkpoint of PPO into memory of the CPU, tensors and plain data only.
 
     Raises:
-        ValueError: If there is none at ``path``.
+        ValueError: If there is none at ``path``, saying what there is.
     """
-    require(Path(path).is_file(), "ckpt_path", "name an existing checkpoint", str(path))
-    try:
-        checkpoint = torch.load(path, map_location="cpu", weights_only=True)
-    except (RuntimeError, EOFError, pickle.UnpicklingError) as error:
-        message = f"ckpt_path must name a whole checkpoint, got {str(path)!r}."
-        raise ValueError(message) from error
+    checkpoint = read_checkpoint(path)
     refuse_not_ours(checkpoint, str(path))
     return checkpoint
+
+
+def checkpoint_at(path: str | Path) -> Path:
+    """A checkpoint's own path, or the best one in a run directory, or the last one there.
+
+    Raises:
+        ValueError: If there is none.
+    """
+    path = Path(path)
+    if not path.is_dir():
+        return path
+    layout = RunLayout(path)
+    found = [file for file in (layout.best_checkpoint, layout.last_checkpoint) if file.exists()]
+    rule = "name a checkpoint, or a run directory with checkpoints/best.ckpt or last.ckpt"
+    require(len(found) > 0, "ckpt_path", rule, str(path))
+    return found[0]
 
 
 def load_weights(module: nn.Module, path: str | Path) -> None:

@@ -5,7 +5,10 @@ from pathlib import Path
 import pytest
 import torch
 import yaml
+from lightning.pytorch.plugins import TorchCheckpointIO
 
+from esper_lightning import AtomicCheckpointIO
+from esper_lightning.cli.lightning_cli import EsperCLI
 from esper_lightning.cli.main import main
 from esper_lightning.forensics.files import read_json_lines
 
@@ -36,7 +39,6 @@ pytestmark = pytest.mark.filterwarnings(
     "ignore:LightningCLI's args parameter is intended",
     # What Lightning's command line calls.
     "ignore::jsonargparse._deprecated.JsonargparseDeprecationWarning",
-    "ignore:The dirpath has changed",
 )
 
 
@@ -228,10 +230,6 @@ def test_checkpoints_of_others(capsys):
         assert "PPO.env must be the checkpoint's" in line
     line = fails(capsys, "evaluate", *ckpt, "--model.policy.hidden_sizes", "[32]")
     assert "PPO.policy.hidden_sizes must be the checkpoint's, [64, 64], got [32]." in line
-    Path("torn.ckpt").write_bytes(Path(ckpt[1]).read_bytes()[:-1000])
-    for path in ("torn.ckpt", CARTPOLE):
-        line = fails(capsys, "evaluate", "--ckpt_path", path)
-        assert line.endswith(f"ckpt_path must name a whole checkpoint, got '{path}'.")
 
 
 class TestGoingOn:
@@ -290,3 +288,87 @@ class TestGoingOn:
         capsys.readouterr()
         message = fails(capsys, "fit", "--config", CARTPOLE, *QUICK, *other)
         assert "PPO.warm_start must be of the same networks and normalisers" in message
+
+
+@pytest.mark.parametrize("command", ["fit", "evaluate"])
+def test_files_that_are_no_checkpoints(capsys, command):
+    main(["fit", "--config", CARTPOLE, *QUICK])
+    capsys.readouterr()
+    whole = Path("runs/cartpole/version_0/checkpoints/last.ckpt").read_bytes()
+    torn, flipped = Path("torn.ckpt"), bytearray(whole)
+    torn.write_bytes(whole[:-1000])
+    flipped[len(whole) // 2] ^= 1
+    Path("flipped.ckpt").write_bytes(flipped)
+    Path("empty.ckpt").write_bytes(b"")
+    torch.save({"state_dict": {}, "pytorch-lightning_version": "2.5.0"}, "other.ckpt")
+    torch.save({"state_dict": Path("x")}, "code.ckpt")
+    config = ["--config", CARTPOLE, *QUICK] if command == "fit" else []
+    for path, said in {
+        "torn.ckpt": "whole checkpoint, got 'torn.ckpt'. It is torn: it has no end, or a damaged",
+        "flipped.ckpt": "whole checkpoint, got 'flipped.ckpt'. It is damaged, in its part '",
+        "empty.ckpt": "whole checkpoint, got 'empty.ckpt'. It is empty.",
+        "other.ckpt": "name a checkpoint of PPO, got 'other.ckpt'.",
+        "code.ckpt": "only tensors and plain data, got 'code.ckpt'. It holds objects of pathlib",
+        CARTPOLE: f"whole checkpoint, got '{CARTPOLE}'. It begins with b'# Ca', which is no",
+    }.items():
+        assert said in fails(capsys, command, *config, "--ckpt_path", path)
+
+
+LOGGER = ("--trainer.logger", "TensorBoardLogger", "--trainer.logger.save_dir", "here")
+SAME = (*LOGGER, "--trainer.logger.name", "", "--trainer.logger.version", "")
+
+
+def test_a_torn_last(capsys):
+    main(["fit", "--config", CARTPOLE, *QUICK, *SAME])
+    capsys.readouterr()
+    path = Path("here/checkpoints/last.ckpt")
+    again = ["fit", "--config", CARTPOLE, *QUICK, *SAME, "--ckpt_path", "last"]
+    main([*again, "--model.total_env_steps", "96"])
+    assert read_json_lines(Path("here/rank0/history.jsonl"))[-1]["env_steps"] == 96
+    path.write_bytes(path.read_bytes()[:1000])
+    capsys.readouterr()
+    line = fails(capsys, *again)
+    assert "must name a whole checkpoint" in line
+    assert "here/checkpoints/last.ckpt" in line
+
+
+def test_evaluate_takes_the_best_of_a_run(capsys):
+    main(["fit", "--config", CARTPOLE, *QUICK])
+    capsys.readouterr()
+    run = Path("runs/cartpole/version_0")
+    main(["evaluate", "--ckpt_path", str(run)])
+    first, second = capsys.readouterr().out.splitlines()
+    assert first == f"Checkpoint: {run}/checkpoints/best.ckpt"
+    assert second.startswith("CartPole: mean return ")
+    (run / "checkpoints" / "best.ckpt").unlink()
+    main(["evaluate", f"--ckpt_path={run}"])
+    assert f"Checkpoint: {run}/checkpoints/last.ckpt\n" in capsys.readouterr().out
+    (run / "checkpoints" / "last.ckpt").unlink()
+    line = fails(capsys, "evaluate", "--ckpt_path", str(run))
+    assert "a run directory with checkpoints/best.ckpt or last.ckpt, got 'runs/cartpole" in line
+
+
+@pytest.mark.parametrize(
+    ("arguments", "expected"),
+    [
+        ([], AtomicCheckpointIO),
+        (["--trainer.plugins+=LightningEnvironment"], AtomicCheckpointIO),
+        (["--trainer.plugins", "TorchCheckpointIO"], TorchCheckpointIO),
+        (
+            [
+                "--trainer.strategy",
+                "SingleDeviceStrategy",
+                "--trainer.strategy.device",
+                "cpu",
+                "--trainer.strategy.checkpoint_io",
+                "TorchCheckpointIO",
+            ],
+            TorchCheckpointIO,
+        ),
+    ],
+)
+def test_users_own_way_of_writing_checkpoints(capsys, monkeypatch, arguments, expected):
+    used = []
+    monkeypatch.setattr(EsperCLI, "execute", lambda cli: used.append(cli.trainer.strategy))
+    main(["fit", "--config", CARTPOLE, *QUICK, *arguments])
+    assert type(used[0].checkpoint_io) is expected

@@ -8,11 +8,12 @@ import sys
 import time
 
 import pytest
-import torch
 
 from esper_lightning.cli import crash
 from esper_lightning.forensics.files import read_json_lines
 from esper_lightning.forensics.layout import RunLayout
+from esper_lightning.training.checkpoint_io import read_checkpoint
+from esper_lightning.training.metrics import EVAL_RETURN
 
 pytestmark = pytest.mark.crash
 
@@ -21,11 +22,11 @@ PROGRAM = """
 import os, sys
 import torch
 torch.set_num_threads(1)
-from esper_lightning import PPO, FlightRecorder, History, PPOConfig
+from esper_lightning import PPO, PPOConfig
 from esper_lightning.callbacks.history import JsonLines
 from esper_lightning.envs import CartPole
+from esper_lightning.train import run_callbacks, run_plugins
 from lightning.pytorch import Trainer
-from lightning.pytorch.callbacks import ModelCheckpoint
 
 for line in sys.stdin:
     pid = os.fork()
@@ -34,16 +35,17 @@ for line in sys.stdin:
         append = JsonLines.append
         def counted(self, row):
             append(self, row)
-            os.write(truth, b".")
+            if "loss/value" in row:  # not an evaluation
+                os.write(truth, b".")
         os.makedirs(directory)
         truth = os.open(directory + "/truth", os.O_WRONLY | os.O_CREAT | os.O_APPEND)
         JsonLines.append = counted
-        saves = ModelCheckpoint(directory + "/checkpoints", save_top_k=0, save_last=True,
-                                every_n_train_steps=5)
-        trainer = Trainer(accelerator="cpu", max_epochs=-1, logger=False, callbacks=[
-            FlightRecorder(), History(), saves], enable_progress_bar=False,
-            enable_model_summary=False, limit_val_batches=0, default_root_dir=directory)
-        trainer.fit(PPO(CartPole(num_envs=4), ppo=PPOConfig(rollout_steps=4, minibatches=1)))
+        trainer = Trainer(accelerator="cpu", max_epochs=-1, logger=False, plugins=run_plugins(),
+            callbacks=run_callbacks(evaluates=True, shows_progress=False),
+            enable_progress_bar=False, enable_model_summary=False, num_sanity_val_steps=0,
+            default_root_dir=directory)
+        trainer.fit(PPO(CartPole(num_envs=4, time_limit=20), eval_episodes=2,
+            iterations_per_epoch=5, ppo=PPOConfig(rollout_steps=4, minibatches=1)))
     print(pid, flush=True)
     os.waitpid(pid, 0)
 """
@@ -90,8 +92,22 @@ def check(directory):
     assert remains.report["cause"] == "vanished"
     assert remains.report["complete"]
     assert remains.phases is not None
-    for checkpoint in (directory / "checkpoints").glob("*.ckpt"):
-        torch.load(checkpoint, weights_only=True)
+    check_checkpoints(RunLayout(directory), read_json_lines(files.evaluations))
+
+
+def check_checkpoints(layout, evaluations):
+    if len(evaluations) < 2:  # the latest may have been killed before its checkpoint
+        return
+    best, last = map(read_checkpoint, (layout.best_checkpoint, layout.last_checkpoint))
+    (score,) = (
+        s["best_model_score"].item() for s in best["callbacks"].values() if s.get("monitor")
+    )
+    winners = [
+        max((row[EVAL_RETURN], row["iteration"]) for row in rows)
+        for rows in (evaluations, evaluations[:-1])
+    ]
+    assert (score, best["esper_lightning"]["iteration"]) in winners
+    assert last["esper_lightning"]["iteration"] >= evaluations[-2]["iteration"]
 
 
 @pytest.mark.parametrize("number", range(4))

@@ -1,0 +1,56 @@
+"""``esper export``: a trained policy as a file for elsewhere."""
+
+import argparse
+from typing import NoReturn, get_args
+
+from typing_extensions import override
+
+from esper_lightning.cli.lightning_cli import CONFIG_ERRORS, fail
+from esper_lightning.training.checkpoints import checkpoint_at
+from esper_lightning.training.export import ExportFormat, export_policy
+from esper_lightning.training.module import PPO
+
+__all__ = ["run"]
+
+
+class _Parser(argparse.ArgumentParser):
+    @override
+    def error(self, message: str) -> NoReturn:
+        fail(ValueError(message))
+
+
+def run(arguments: list[str]) -> None:
+    """Write the policy and print what was written; a mistake is one line and exit status 2."""
+    parser = _Parser(
+        prog="esper export",
+        description="Write the deterministic policy of a checkpoint, with its observation "
+        "statistics, after comparing it with the original on random observations.",
+        allow_abbrev=False,
+    )
+    parser.add_argument(
+        "--ckpt_path", required=True, help="a checkpoint, or a run directory for its best one"
+    )
+    parser.add_argument("--output", required=True, metavar="FILE", help="written or replaced")
+    parser.add_argument(
+        "--format",
+        choices=get_args(ExportFormat),
+        default="torch",
+        help="torch for torch.export.load, or onnx (default: %(default)s)",
+    )
+    options = parser.parse_args(arguments)
+    try:
+        path = checkpoint_at(options.ckpt_path)
+        model = PPO.load_from_checkpoint(path, map_location="cpu")
+        exported = export_policy(model, options.output, options.format)
+    except CONFIG_ERRORS as error:
+        fail(error)
+    print(f"Checkpoint: {path} (iteration {model.iteration:,})")
+    for name, value in exported.batch.items():
+        axes = ", ".join(["batch", *map(str, value.shape[1:])])
+        arrow = "<-" if name == "action" else "->"
+        print(f"{arrow} {name}: {str(value.dtype).removeprefix('torch.')} [{axes}]")
+    print(
+        f"Differs from the original by at most {exported.difference:.3g} "
+        f"over {exported.samples:,} random observations"
+    )
+    print(f"Policy: {options.output}")

@@ -1,0 +1,190 @@
+"""Exported policies act like the original, in programs that know nothing of this package."""
+
+import dataclasses
+import logging
+import subprocess
+import sys
+
+import onnxruntime
+import pytest
+import torch
+
+from esper_lightning import MLP, PPO, PPOConfig
+from esper_lightning.envs import Acrobot, CartPole, MountainCar, Pendulum
+from esper_lightning.training import export
+from esper_lightning.training.export import export_policy
+from tests.training.test_module import NotADataclass
+
+CASES = {
+    "CartPole": (CartPole(num_envs=4), MLP()),
+    "Acrobot": (Acrobot(num_envs=4), MLP(trunk="shared", activation="elu")),
+    "MountainCar": (MountainCar(num_envs=4), MLP()),
+    "clipped": (Pendulum(num_envs=4), MLP()),
+    "squashed": (Pendulum(num_envs=4), MLP(action_bounds="tanh")),
+    "groups and masks": (NotADataclass(), MLP(actor_obs=("position",))),
+}
+
+
+@pytest.fixture
+def trained(make_trainer):
+    """A model whose statistics and weights are not those it began with."""
+
+    def train(case="CartPole", **ppo):
+        env, policy = CASES[case]
+        settings = PPOConfig(rollout_steps=16, minibatches=1, learning_rate=0.05, **ppo)
+        model = PPO(env, policy, settings, total_env_steps=128)
+        make_trainer().fit(model)
+        return model
+
+    return train
+
+
+def seen_by(model, samples):
+    """Observations of the environment after some steps, and masks."""
+    env = model.env.build(torch.device("cpu"), 7)
+    obs, mask = env.reset()
+    for _ in range(10):
+        result = env.step(act(model, obs, mask))
+        obs, mask = result.obs, result.action_mask
+    choice = torch.arange(samples) % 4
+
+    def rows(value):
+        return None if value is None else value[choice]
+
+    return {k: rows(v) for k, v in obs.items()} if isinstance(obs, dict) else rows(obs), rows(mask)
+
+
+@torch.no_grad()
+def act(model, obs, mask):
+    seen = model._normalize(obs)
+    return model.policy.to_env(model.policy.act_deterministically(seen, mask))
+
+
+@pytest.mark.parametrize("normalize_obs", [True, False])
+@pytest.mark.parametrize("case", CASES)
+def test_torch(trained, tmp_path, case, normalize_obs):
+    model = trained(case, normalize_obs=normalize_obs)
+    exported = export_policy(model, tmp_path / "x.pt2", "torch")
+    assert exported.difference <= 1e-6
+    policy = torch.export.load(tmp_path / "x.pt2").module()
+    for samples in (1, 4, 37):
+        obs, mask = seen_by(model, samples)
+        action = policy(obs) if mask is None else policy(obs, mask)
+        torch.testing.assert_close(action, act(model, obs, mask), rtol=1e-6, atol=1e-6)
+        assert not action.requires_grad
+
+
+@pytest.mark.parametrize("case", CASES)
+def test_onnx(trained, tmp_path, case):
+    model = trained(case, normalize_obs=True)
+    exported = export_policy(model, tmp_path / "x.onnx", "onnx")
+    assert exported.difference <= 1e-5
+    session = onnxruntime.InferenceSession(tmp_path / "x.onnx")
+    for samples in (1, 4, 37):
+        obs, mask = seen_by(model, samples)
+        named = dict(obs) if isinstance(obs, dict) else {"obs": obs}
+        named |= {} if mask is None else {"action_mask": mask}
+        assert {i.name for i in session.get_inputs()} == set(named)
+        (action,) = session.run(["action"], {name: value.numpy() for name, value in named.items()})
+        expected = act(model, obs, mask)
+        torch.testing.assert_close(torch.from_numpy(action), expected, rtol=1e-5, atol=1e-5)
+
+
+def test_what_is_needed_to_read_it(trained, tmp_path):
+    model = trained()
+    path = tmp_path / "x.pt2"
+    export_policy(model, path, "torch")
+    program = f"""
+import sys
+sys.modules["esper_lightning"] = sys.modules["lightning"] = None
+import torch
+print(torch.export.load({str(path)!r}).module()(torch.zeros(3, 4)).tolist())
+"""
+    done = subprocess.run([sys.executable, "-c", program], capture_output=True, check=True)
+    assert done.stdout.decode().strip() == str(act(model, torch.zeros(3, 4), None).tolist())
+
+
+def test_says_what_goes_in_and_what_comes_out(trained, tmp_path, caplog, recwarn):
+    exported = export_policy(trained("groups and masks"), tmp_path / "x.onnx", "onnx")
+    shapes = {name: (value.dtype, value.shape[1:]) for name, value in exported.batch.items()}
+    assert shapes == {
+        "position": (torch.float64, (2,)),
+        "speed": (torch.float64, (2,)),
+        "action_mask": (torch.bool, (5,)),
+        "action": (torch.int64, (2,)),
+    }
+    assert exported.samples == 1024
+    assert [r for r in caplog.records if r.levelno >= logging.WARNING] == []
+    assert [warning for warning in recwarn if "treespec" not in str(warning.message)] == []
+
+
+@pytest.mark.parametrize("file_format", ["torch", "onnx"])
+def test_what_acts_differently_is_not_written(trained, tmp_path, monkeypatch, file_format):
+    path = tmp_path / "x"
+    path.write_text("earlier")
+    true = export._program
+
+    def wrong(policy, example):
+        policy = export.DeterministicPolicy(model)  # of another bias
+        policy.policy.action_head.mean.bias.data += 0.01
+        return true(policy, example)
+
+    model = trained("clipped")
+    monkeypatch.setattr(export, "_program", wrong)
+    with pytest.raises(
+        ValueError, match="The exported policy must act like the original on random"
+    ):
+        export_policy(model, path, file_format)
+    assert path.read_text() == "earlier"
+
+
+def test_masks_are_random_and_allow_something():
+    generator = torch.Generator().manual_seed(0)
+    space = NotADataclass().spaces().action
+    example = ({"position": torch.zeros(4, 2)}, torch.ones(4, 5, dtype=torch.bool))
+    _, mask = export._random_inputs(example, space, 1000, generator)
+    for part in mask.split(space.nvec, 1):
+        assert part.any(1).all()
+        assert (~part).any(1).sum() > 300
+
+
+@pytest.mark.parametrize("mean", [0.0, 1000.0])
+def test_random_observations_are_of_the_environments_scale(mean):
+    generator = torch.Generator().manual_seed(0)
+    (obs,) = export._random_inputs((torch.full((4, 3), mean),), None, 1000, generator)
+    assert obs.mean().item() == pytest.approx(mean, abs=0.2 * max(mean, 1.0))
+    assert obs.std().item() == pytest.approx(max(mean, 1.0), rel=0.1)
+
+
+@pytest.mark.parametrize("missing", ["onnx", "onnxscript"])
+def test_packages_that_are_missing(trained, tmp_path, monkeypatch, missing):
+    monkeypatch.setitem(sys.modules, missing, None)
+    message = r"--format onnx needs onnx and onnxscript: .* pip install 'esper_lightning\[export\]'"
+    with pytest.raises(ValueError, match=message):
+        export_policy(trained(), tmp_path / "x.onnx", "onnx")
+
+
+def test_a_group_that_is_called_as_the_mask(monkeypatch):
+    example = ({"action_mask": torch.zeros(4, 2)}, torch.ones(4, 5, dtype=torch.bool))
+    with pytest.raises(ValueError, match="must not be action_mask"):
+        export._names(example)
+
+
+def test_formats_and_places(trained, tmp_path):
+    model = trained()
+    with pytest.raises(ValueError, match=r"^--format must be one of torch, onnx, got 'tflite'"):
+        export_policy(model, tmp_path / "x", "tflite")
+    with pytest.raises(ValueError, match=r"^--output must name a file, got '"):
+        export_policy(model, tmp_path, "torch")
+    (tmp_path / "file").write_text("")
+    with pytest.raises(OSError, match="file"):
+        export_policy(model, tmp_path / "file" / "x", "torch")
+
+
+def test_the_model_stays_as_it_was(trained, tmp_path):
+    model = trained(normalize_obs=True)
+    before = {name: value.clone() for name, value in model.state_dict().items()}
+    export_policy(model, tmp_path / "x.pt2", "torch")
+    assert all(torch.equal(value, before[name]) for name, value in model.state_dict().items())
+    assert all(p.requires_grad for p in model.policy.parameters())
+    assert model.ppo == dataclasses.replace(model.ppo)
