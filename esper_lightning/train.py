@@ -18,6 +18,7 @@ from esper_lightning.callbacks.checkpoints import BestCheckpoint, LastCheckpoint
 from esper_lightning.callbacks.flight_recorder import FlightRecorder
 from esper_lightning.callbacks.history import History
 from esper_lightning.callbacks.progress import RunProgressBar
+from esper_lightning.callbacks.run_directory import run_directory
 from esper_lightning.callbacks.window_profiler import WindowProfiler
 from esper_lightning.core.compiling import CompileMode
 from esper_lightning.core.validate import require
@@ -76,7 +77,7 @@ def train_ppo_vectorized(
         run_dir: Where history, logs and checkpoints go; ``None`` for a new
             ``runs/<env>/version_<n>``.
         torch_profiler: Whether a ``WindowProfiler`` (a ``PyTorchProfiler``) records Chrome traces.
-        torch_profiler_dir: Where traces go; ``None`` for ``rank0/trace`` in the run directory.
+        torch_profiler_dir: Where traces go; ``None`` for ``rank<k>/trace`` in the run directory.
         torch_profiler_wait: Iterations that are not recorded, at the start of each cycle.
         torch_profiler_warmup: Iterations recorded and thrown away, next in the cycle.
         torch_profiler_active: Iterations recorded, next in the cycle.
@@ -96,7 +97,7 @@ def train_ppo_vectorized(
         eval_episodes: Episodes of an evaluation (see ``PPO``).
 
     Returns:
-        The rows of ``rank0/history.jsonl``, one for each iteration of this run directory.
+        The rows of this rank's ``history.jsonl``, one for each iteration of this run directory.
 
     Raises:
         ValueError: If a setting is out of range, or ``resume_path`` names no checkpoint.
@@ -133,12 +134,10 @@ def train_ppo_vectorized(
         compile=compile,
     )
     logger = run_logger(env, run_dir)
-    layout = RunLayout(Path(logger.log_dir))
-    ours = layout.rank(0)
     profiler = None
     if torch_profiler:
         profiler = WindowProfiler(
-            torch_profiler_dir or ours.trace,
+            torch_profiler_dir,
             "ppo",
             wait=torch_profiler_wait,
             warmup=torch_profiler_warmup,
@@ -168,23 +167,26 @@ def train_ppo_vectorized(
         "model": model.settings,
         "trainer": {"accelerator": device, "devices": devices},
     }
-    write_atomically(layout.config, yaml.safe_dump(settings, sort_keys=False).encode())
+    if trainer.is_global_zero:
+        config = RunLayout(Path(logger.log_dir)).config
+        write_atomically(config, yaml.safe_dump(settings, sort_keys=False).encode())
+    copies_to = Path(save_path) if save_path is not None and trainer.is_global_zero else None
     try:
         trainer.fit(model, ckpt_path=resume_path, weights_only=True)
-        if save_path is not None:
-            _save(trainer, Path(save_path))
+        if copies_to is not None:
+            _save(trainer, copies_to)
         if profiler is not None and torch_profiler_summary:
             print(profiler.last_table or "")  # noqa: T201 - what the caller asked for
     except BaseException as error:
         if not any("Run directory" in note for note in getattr(error, "__notes__", ())):
-            error.add_note(_where(ours, layout, profiler))
-        if save_path is not None:
+            error.add_note(_where(_layout_of_rank(trainer), profiler))
+        if copies_to is not None:
             try:
-                _save(trainer, Path(save_path))
+                _save(trainer, copies_to)
             except Exception as problem:  # what ended the run is what the caller is to see
                 error.add_note(f"save_path={str(save_path)!r} was not written: {problem}")
         raise
-    return read_json_lines(ours.history)
+    return read_json_lines(_layout_of_rank(trainer).history)
 
 
 def run_logger(
@@ -268,6 +270,14 @@ def _save(trainer: Trainer, path: Path) -> None:
     write_atomically(path, Path(source).read_bytes())
 
 
-def _where(rank: RankLayout, layout: RunLayout, profiler: WindowProfiler | None) -> str:
+def _layout_of_rank(trainer: Trainer) -> RankLayout:
+    """Once the ranks have met they agree on the run directory."""
+    directory = run_directory(trainer)
+    assert directory is not None
+    return RunLayout(directory).rank(trainer.global_rank)
+
+
+def _where(rank: RankLayout, profiler: WindowProfiler | None) -> str:
     trace = "" if profiler is None else f"; traces in {profiler.dirpath}"
-    return f"Run directory: {layout.directory} (history in {rank.history}{trace})"
+    directory = rank.directory.parent
+    return f"Run directory: {directory} (history in {rank.history}{trace})"

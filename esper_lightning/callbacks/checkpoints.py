@@ -11,6 +11,7 @@ import warnings
 from pathlib import Path
 from typing import Any
 
+import torch
 from lightning.pytorch import LightningModule, Trainer
 from lightning.pytorch.callbacks import ModelCheckpoint
 from lightning.pytorch.trainer.states import TrainerFn
@@ -45,9 +46,13 @@ class _OneFile(ModelCheckpoint):
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """What is found here is not to pass for a checkpoint of this run."""
         super().on_train_start(trainer, pl_module)
-        resumed = Path(trainer.ckpt_path or "").absolute()
-        if trainer.is_global_zero and not self.best_model_path and self.path.absolute() != resumed:
+        if trainer.is_global_zero and not self._is_own(trainer.ckpt_path):
             set_aside(self.path)
+
+    def _is_own(self, resumed: str | Path | None) -> bool:
+        """Whether the file that is there, if any, belongs to the run that begins or goes on."""
+        del resumed
+        return bool(self.best_model_path)
 
     @override
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
@@ -65,6 +70,16 @@ class LastCheckpoint(_OneFile):
         super().__init__(
             filename="last", enable_version_counter=False, save_on_train_epoch_end=True
         )
+
+    @override
+    def _is_own(self, resumed: str | Path | None) -> bool:
+        """Also where the run goes on from a checkpoint in its own directory.
+
+        Until the next one is written, that is all there is to go on from.
+        """
+        directory = self.path.parents[1].resolve()
+        goes_on = resumed is not None and directory in Path(resumed).resolve().parents
+        return goes_on or super()._is_own(resumed)
 
 
 class BestCheckpoint(_OneFile):
@@ -106,12 +121,14 @@ class BestCheckpoint(_OneFile):
         score = state.get("best_model_score")
         if score is None or trainer.state.fn != TrainerFn.FITTING:
             return
-        saved = Path(state["best_model_path"])
-        beside = Path(trainer.ckpt_path or "").parent / saved.name  # all of it may have been moved
-        found = next((path for path in (saved, beside) if self.file_exists(path, trainer)), None)
-        if found is None:
-            lost = "%s is not there any more: which checkpoint is the best is found out anew."
-            _log.warning(lost, saved)
+        loaded = Path(trainer.ckpt_path or "").resolve()  # of a rank's folder, if it is crash.ckpt
+        folders = (loaded.parent, loaded.parent.parent / "checkpoints")
+        found = next((f / self.path.name for f in folders if (f / self.path.name).is_file()), None)
+        # Its own word counts: it may have been written after the checkpoint that was loaded.
+        score = None if found is None else _score_of(found, self.state_key)
+        if found is None or score is None:
+            lost = "No %s beside %s: which checkpoint is the best is found out anew."
+            _log.warning(lost, self.path.name, loaded)
             return
         if trainer.is_global_zero and found.resolve() != self.path.resolve():
             set_aside(self.path)
@@ -120,3 +137,13 @@ class BestCheckpoint(_OneFile):
         self.best_model_path = self.kth_best_model_path = str(self.path)
         self.best_model_score = self.kth_value = score
         self.best_k_models = {str(self.path): score}
+
+
+def _score_of(path: Path, state_key: str) -> Tensor | None:
+    """What a best checkpoint says that it scored; ``None`` if it cannot be read."""
+    try:
+        checkpoint = torch.load(path, map_location="cpu", weights_only=True)
+        return checkpoint["callbacks"][state_key]["best_model_score"]
+    except Exception as error:  # a file may be damaged in every way there is
+        _log.warning("%s cannot be read: %s", path, error)
+        return None

@@ -4,17 +4,16 @@
 # pyright: reportUnknownVariableType=false, reportUnknownArgumentType=false
 
 import contextlib
-import random
 from collections.abc import Generator
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import torch
 from lightning.pytorch import LightningModule, Trainer
 from lightning.pytorch.strategies import DDPStrategy, SingleDeviceStrategy
 from torch import Tensor
 
+from esper_lightning.core.seeding import global_random_states
 from esper_lightning.core.tensor_trees import named_tensors
 from esper_lightning.forensics.files import replacing
 
@@ -50,7 +49,7 @@ def save_crash_checkpoint(trainer: Trainer, path: Path, reason: str) -> str:
         "reason": reason,
         "finite": not bad,
         "non_finite": bad,
-        "random": _random_states(),
+        "random": global_random_states(),
     }
     with replacing(path) as temporary:
         torch.save(checkpoint, temporary)
@@ -72,13 +71,3 @@ def _saving_alone(module: LightningModule) -> Generator[None]:
 
 def _finite(value: Tensor) -> bool:
     return not (value.is_floating_point() or value.is_complex()) or bool(value.isfinite().all())
-
-
-def _random_states() -> dict[str, Any]:
-    """As ``torch.load(weights_only=True)`` takes them."""
-    states: dict[str, Any] = {"torch": torch.get_rng_state(), "python": random.getstate()}
-    numpy: Any = np.random.get_state()  # noqa: NPY002 - the global one is what a program may use
-    states["numpy"] = [numpy[0], torch.from_numpy(numpy[1].astype(np.int64)), *numpy[2:]]
-    if torch.cuda.is_available() and torch.cuda.is_initialized():
-        states["cuda"] = torch.cuda.get_rng_state_all()
-    return states

@@ -291,8 +291,13 @@ def _watch_forks(handlers: Signals | NativeFaults) -> None:
 
 
 def _requeue_signals(trainer: Trainer) -> set[int]:
-    """Signals that Lightning handles to requeue a SLURM job."""
+    """Signals that Lightning handles to requeue a SLURM job.
+
+    With several ranks its SIGTERM handler broadcasts from within, wherever the others are: they
+    would wait for each other for ever.
+    """
     environment = trainer._accelerator_connector.cluster_environment
-    if isinstance(environment, SLURMEnvironment) and environment.auto_requeue:
-        return {signal.SIGTERM, environment.requeue_signal or signal.SIGUSR1}
-    return set()
+    if not isinstance(environment, SLURMEnvironment) or not environment.auto_requeue:
+        return set()
+    requeue: int = environment.requeue_signal or signal.SIGUSR1
+    return {requeue, signal.SIGTERM} if trainer.world_size == 1 else {requeue}

@@ -116,9 +116,17 @@ def compare(
     ended = [run for run in known if run.ended == "finished"]
     ended = ended or [run for run in known if run.ended == "stopped"]
     end = min((run.measured(score) for run in ended), default=everywhere)
-    places = [_place(variants, end, score, baseline, is_end=True)] if ended else []
+    budgets = {variant.budget for variant in variants}
+    own_ends = {run.measured(score) for run in ended if run.ended == "finished"}
+    if len(budgets) > 1 or None in budgets or len(own_ends) < 2:
+        own_ends.clear()
+    if own_ends:
+        each = ", ".join(f"{env_steps:,}" for env_steps in sorted(own_ends))
+        text = "Finished runs of one budget end where the last whole step of all environments does"
+        remarks.append(f"{text}, each compared at its own: {each} env steps.")
+    places = [_place(variants, end, score, baseline, own_ends=own_ends)] if ended else []
     if everywhere < end or not ended:
-        places.append(_place(variants, everywhere, score, baseline, is_end=False))
+        places.append(_place(variants, everywhere, score, baseline, own_ends=None))
     curves: dict[str, Curve] = {}
     for place in reversed(places):  # the end comes last and wins
         for row in place.rows:
@@ -154,12 +162,23 @@ def _choose(runs: Sequence[Run]) -> tuple[Score, list[str]]:
 
 
 def _place(
-    variants: Sequence[Variant], env_steps: int, score: Score, baseline: str, *, is_end: bool
+    variants: Sequence[Variant],
+    env_steps: int,
+    score: Score,
+    baseline: str,
+    *,
+    own_ends: set[int] | None,
 ) -> Place:
+    """Scores there; of a finished run at its own of the ``own_ends`` (``None``: it is no end)."""
+
+    def place_of(run: Run) -> int:
+        own = run.measured(score)
+        return own if own_ends and own in own_ends and run.ended == "finished" else env_steps
+
     known: dict[str, dict[int, float]] = {}
     left_out: list[str] = []
     for variant in variants:
-        values = {seed: run.at(env_steps, score) for seed, run in variant.runs.items()}
+        values = {seed: run.at(place_of(run), score) for seed, run in variant.runs.items()}
         known[variant.name] = {seed: value for seed, value in values.items() if value is not None}
         if not known[variant.name]:
             left_out.append(f"{variant.name}: none of its runs has a return there")
@@ -171,7 +190,7 @@ def _place(
     seeds = sorted(paired)
     array = {v.name: np.array([known[v.name][seed] for seed in seeds]) for v in present}
     rows = [_row(v, array[v.name], array.get(baseline), baseline) for v in present if seeds]
-    return Place(env_steps, is_end, seeds, rows, left_out)
+    return Place(env_steps, own_ends is not None, seeds, rows, left_out)
 
 
 def _lack(variant: Variant, seed: int, score: Score) -> str:

@@ -1,10 +1,13 @@
 """Independent random streams from one seed."""
 
 import hashlib
+import random
+from typing import Any
 
+import numpy as np
 import torch
 
-__all__ = ["stream", "stream_seed"]
+__all__ = ["global_random_states", "set_global_random_states", "stream", "stream_seed"]
 
 
 def stream_seed(seed: int, *, rank: int, purpose: str) -> int:
@@ -20,3 +23,24 @@ def stream_seed(seed: int, *, rank: int, purpose: str) -> int:
 def stream(seed: int, *, rank: int, purpose: str, device: torch.device) -> torch.Generator:
     """A generator on ``device`` seeded by ``stream_seed``."""
     return torch.Generator(device).manual_seed(stream_seed(seed, rank=rank, purpose=purpose))
+
+
+def global_random_states() -> dict[str, Any]:
+    """Of the generators that nobody owns, as ``torch.load(weights_only=True)`` takes them."""
+    states: dict[str, Any] = {"torch": torch.get_rng_state(), "python": random.getstate()}
+    numpy: Any = np.random.get_state()  # noqa: NPY002 - the global one is what a program may use
+    states["numpy"] = [numpy[0], torch.from_numpy(numpy[1].astype(np.int64)), *numpy[2:]]
+    if torch.cuda.is_available() and torch.cuda.is_initialized():
+        states["cuda"] = torch.cuda.get_rng_state_all()
+    return states
+
+
+def set_global_random_states(states: dict[str, Any]) -> None:
+    """Go on from what ``global_random_states`` returned."""
+    torch.set_rng_state(states["torch"].cpu())
+    version, numbers, gauss = states["python"]
+    random.setstate((version, tuple(numbers), gauss))
+    name, keys, *rest = states["numpy"]
+    np.random.set_state((name, keys.numpy().astype(np.uint32), *rest))  # noqa: NPY002
+    if "cuda" in states and len(states["cuda"]) == torch.cuda.device_count():
+        torch.cuda.set_rng_state_all([state.cpu() for state in states["cuda"]])

@@ -24,7 +24,12 @@ from typing_extensions import override
 from esper_lightning.core.compiling import CompileMode
 from esper_lightning.core.ranks import ALONE, Ranks
 from esper_lightning.core.running_stats import ObsNormalizer, RunningStats
-from esper_lightning.core.seeding import stream, stream_seed
+from esper_lightning.core.seeding import (
+    global_random_states,
+    set_global_random_states,
+    stream,
+    stream_seed,
+)
 from esper_lightning.core.types import Observation, Rollout
 from esper_lightning.core.validate import require
 from esper_lightning.envs.base import EnvSpec
@@ -214,6 +219,13 @@ class PPO(LightningModule):
         return {"row": row}
 
     @override
+    def on_train_batch_end(self, outputs: Any, batch: int, batch_idx: int) -> None:
+        """Stop everywhere if a callback stops one rank: the others would wait for it for ever."""
+        if self._ranks.size > 1:
+            strategy, stops = self.trainer.strategy, self.trainer.should_stop
+            self.trainer.should_stop = strategy.reduce_boolean_decision(stops, all=False)
+
+    @override
     def validation_step(self, batch: int, batch_idx: int) -> None:
         """Evaluate deterministically.
 
@@ -255,6 +267,7 @@ class PPO(LightningModule):
         trainer_support.refuse_unsupported(
             self.trainer, num_envs=self.env.num_envs, budget=self.total_env_steps
         )
+        trainer_support.keep_lightning_from_requeueing(self.trainer)
         return []
 
     @override
@@ -319,6 +332,8 @@ class PPO(LightningModule):
         rule = "be known for PPOConfig.learning_rate_schedule='linear'"
         require(not endless, "PPO.total_env_steps", rule, self.total_env_steps)
         goes_on = self._learner.start(self._optimizer, self._resumed)
+        if self._resumed is not None:
+            set_global_random_states(self._resumed["global_random"])
         self._new_episodes = self._resuming and not goes_on
         self._resumed, self._resuming = None, False
         if self._new_episodes:
@@ -406,6 +421,7 @@ class PPO(LightningModule):
         mine = None if learner is None or self._within_iteration else learner.state_dict()
         if mine is None:
             return {}
+        mine["global_random"] = global_random_states()
         if self.saves_alone:
             return {self.global_rank: mine}
         return dict(enumerate(self._ranks.collect_states(mine)))

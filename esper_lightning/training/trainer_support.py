@@ -12,6 +12,7 @@ from collections.abc import Generator
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 
 import torch
+from lightning.fabric.plugins.environments.slurm import SLURMEnvironment
 from lightning.pytorch import Trainer
 from lightning.pytorch.strategies import DDPStrategy, DeepSpeedStrategy, SingleDeviceStrategy
 from lightning.pytorch.strategies.launchers import _MultiProcessingLauncher
@@ -22,6 +23,7 @@ __all__ = [
     "autocast_without_cache",
     "count_step",
     "few_cpu_threads",
+    "keep_lightning_from_requeueing",
     "planned_env_steps",
     "refuse_unsupported",
     "silence_checkpoint_advice",
@@ -80,6 +82,23 @@ def _refuse_strategy(trainer: Trainer) -> None:
     )
     ok = not isinstance(launcher, _MultiProcessingLauncher)
     require(ok, "Trainer.strategy", rule, f"{name} by {type(launcher).__name__}", reason)
+
+
+def keep_lightning_from_requeueing(trainer: Trainer) -> None:
+    """Switch off Lightning's own requeueing of SLURM jobs of several ranks.
+
+    On a signal it saves a checkpoint from within the handler, in the middle of whatever the rank
+    does: ranks that meet in other collectives would wait for ever.
+    """
+    environment = trainer._accelerator_connector.cluster_environment
+    if (
+        trainer.world_size > 1
+        and isinstance(environment, SLURMEnvironment)
+        and environment.auto_requeue
+    ):
+        environment.auto_requeue = False
+        hangs = "Lightning's requeueing is off: with several ranks it hangs"
+        _log.info("%s. scripts/slurm.sh does it.", hangs)
 
 
 def silence_checkpoint_advice() -> None:

@@ -226,8 +226,9 @@ def test_three_minutes_of_deaths_end_with_the_weights_of_an_undisturbed_run(tmp_
                 process.communicate(timeout=30)
             except subprocess.TimeoutExpired:  # torch waits for half an hour to meet the first rank
                 os.killpg(process.pid, signal.SIGKILL)
+                process.communicate()
     status, stderr = run(directory, resumes=True, **settings)
     assert status == 0, stderr
-    assert deaths >= 10
     assert diff(directory, whole, 2) == []
+    assert deaths >= 5
     print(f"{deaths} deaths, {len(history(directory))} iterations")
