@@ -14,12 +14,11 @@ from pathlib import Path
 
 import torch
 from lightning.pytorch import Callback, Trainer
-from lightning.pytorch.callbacks import ModelCheckpoint
 from lightning.pytorch.loggers import TensorBoardLogger
 
-from esper_lightning import PPO, FlightRecorder, PPOConfig
-from esper_lightning.callbacks.history import History
+from esper_lightning import PPO, PPOConfig
 from esper_lightning.envs import CartPole
+from esper_lightning.train import run_callbacks, run_plugins
 
 ENVS = {"plain": CartPole}
 
@@ -79,9 +78,13 @@ class Digest(Callback):
 
     def on_train_batch_start(self, trainer, pl_module, batch, batch_idx):
         if pl_module.iteration + 1 == self.dies_in and trainer.global_rank == self.rank:
+            self.trainer = trainer
             threading.Timer(self.delay_s, self.die).start()
 
     def die(self):
+        if self.fault == "stop":
+            self.trainer.should_stop = True
+            return
         os.kill(os.getpid(), getattr(signal, self.fault))
 
 
@@ -109,24 +112,20 @@ def main(
         ppo=config,
         total_env_steps=budget,
         eval_episodes=3,
-        iterations_per_epoch=5,
+        iterations_per_epoch=every,
         compile=compile,
     )
     last = Path(directory) / "checkpoints" / "last.ckpt"
-    saves = ModelCheckpoint(
-        dirpath=last.parent,
-        save_top_k=0,
-        save_last=True,
-        every_n_train_steps=every,
-        enable_version_counter=False,
-    )
+    ours = run_callbacks(evaluates=evaluates, shows_progress=False)
+    ours.insert(1, Digest(dies_in, delay_s, fault, rank))  # before the history
     trainer = Trainer(
         accelerator="cpu",
         devices=devices,
         strategy="ddp" if devices > 1 else "auto",
         max_epochs=-1,
         logger=TensorBoardLogger(directory, name="", version=""),
-        callbacks=[FlightRecorder(), Digest(dies_in, delay_s, fault, rank), History(), saves],
+        callbacks=ours,
+        plugins=run_plugins(),
         enable_progress_bar=False,
         enable_model_summary=False,
         num_sanity_val_steps=0,

@@ -26,8 +26,8 @@ HERE = Path(__file__).parent
 TIMES = ("time_s", "env_steps_per_s")
 
 
-def start(program, *arguments):
-    env = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONWARNINGS": "ignore"}
+def start(program, *arguments, more=None):
+    env = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONWARNINGS": "ignore", **(more or {})}
     words = [sys.executable, str(HERE / program), *map(str, arguments)]
     pipes = {"stderr": subprocess.PIPE, "stdout": subprocess.PIPE}
     return subprocess.Popen(words, env=env, start_new_session=True, **pipes)
@@ -134,13 +134,64 @@ def test_nan_on_one_rank_ends_both_and_is_blamed_on_it(tmp_path):
     assert reports[1]["error"]["type"].endswith("NonFiniteError")
 
 
+def test_a_stop_of_one_rank_stops_all(tmp_path):
+    status, stderr = run(tmp_path, devices=2, budget=2000, fault="stop", dies_in=3)
+    assert status == 0, stderr
+    rows = history(tmp_path)
+    assert 3 <= len(rows) <= 4
+    assert rows == history(tmp_path, rank=1)
+    assert (tmp_path / "checkpoints" / "best.ckpt").exists()
+
+
+@pytest.mark.crash
+def test_slurm_ends_ranks_and_they_save_what_they_know(tmp_path):
+    name = {"SLURM_JOB_NAME": "esper", "SLURM_NODELIST": "localhost", "MASTER_ADDR": "127.0.0.1"}
+    number = {"JOB_ID": 7, "NTASKS": 2, "NTASKS_PER_NODE": 2, "NODEID": 0, "JOB_NUM_NODES": 1}
+    slurm = {**name, **{f"SLURM_{key}": str(value) for key, value in number.items()}}
+    words = json.dumps({"directory": str(tmp_path), "devices": 2, "budget": 10**6})
+    processes = [
+        start("ranks.py", words, more={**slurm, "SLURM_PROCID": str(r), "SLURM_LOCALID": str(r)})
+        for r in range(2)
+    ]
+    try:
+        wait_for(lambda: len(history(tmp_path)) >= 5)
+        for process in processes:
+            process.send_signal(signal.SIGTERM)
+        statuses = [process.communicate(timeout=60) and process.returncode for process in processes]
+    finally:
+        for process in processes:
+            process.kill()
+    assert 0 not in statuses
+    reports = [remains.report for remains in examine(tmp_path)]
+    assert {report["cause"] for report in reports} <= {"signal", "peer"}
+    assert reports[0]["cause"] == "signal"
+
+
+def wait_for(condition, *, seconds=120):
+    began = time.monotonic()
+    while not condition():
+        assert time.monotonic() - began < seconds
+        time.sleep(0.1)
+
+
 def diff(directory, whole, ranks):
-    """Where histories of a run that was resumed differ from those of one that was not."""
+    """Where a run that was resumed differs from one that was not: histories and checkpoints."""
     found = []
     for rank in range(ranks):
         pairs = zip(history(directory, rank), history(whole, rank), strict=True)
         found += [(rank, *pair) for pair in pairs if pair[0] != pair[1]]
+        files = [d / f"rank{rank}" / "evaluations.jsonl" for d in (directory, whole)]
+        found += [rank] if read_json_lines(files[0]) != read_json_lines(files[1]) else []
+    found += [name for name in ("last", "best") if tensors(directory, name) != tensors(whole, name)]
     return found
+
+
+def tensors(directory, name):
+    """Every bit of a checkpoint that training goes on from: optimizer and environments, too."""
+    checkpoint = torch.load(directory / "checkpoints" / f"{name}.ckpt", weights_only=True)
+    parts = [checkpoint[key] for key in ("state_dict", "optimizer_states", "esper_lightning")]
+    named = dict(named_tensors(parts))  # nobody seeds the global generators
+    return {k: v.numpy().tobytes() for k, v in named.items() if "global_random" not in k}
 
 
 def disturbed(directory, ranks, fault, random_moment, budget):
