@@ -161,10 +161,10 @@ class ConditionedCategorical:
         self._others: list[_GivenFirst] = []
         for head, place in zip(space.heads[1:], others, strict=True):
             values = space.heads[0].size if head.conditioned else 1
-            own = logits[:, place].unflatten(-1, (values, head.size))
+            own = _table(logits[:, place], values, head.size)
             allowed = None
             if mask is not None:
-                allowed = mask[:, place].unflatten(-1, (values, head.size))
+                allowed = _table(mask[:, place], values, head.size)
                 if head.conditioned:  # what a forbidden value would mean is as forbidden
                     allowed = allowed & mask[:, first, None]
             self._others.append(_GivenFirst(own, allowed, place))
@@ -197,8 +197,10 @@ class ConditionedCategorical:
         terms = [self._first.entropy()]
         for head, other in zip(self._space.heads[1:], self._others, strict=True):
             entropy = other.entropy().unbind(-1)
-            for value in _values(self._space, head):
-                terms.append(probability[value] * entropy[value if head.conditioned else 0])
+            terms += [
+                probability[value] * entropy[value if head.conditioned else 0]
+                for value in _values(self._space, head)
+            ]
         return torch.stack(terms).sum(0)
 
     def _choose(self, noise: Float[Tensor, "M K"] | None) -> Int[Tensor, "M A"]:
@@ -238,7 +240,7 @@ class _GivenFirst:
 
     def noise(self, noise: Float[Tensor, "M N"], first: Int[Tensor, " M"]) -> Float[Tensor, "M K"]:
         """What it takes of the noise."""
-        return _at(noise[:, self._place].unflatten(-1, self._log_p.shape[1:]), first)
+        return _at(_table(noise[:, self._place], *self._log_p.shape[1:]), first)
 
     def entropy(self) -> Float[Tensor, "M V"]:
         """Over the allowed choices."""
@@ -251,6 +253,10 @@ class _GivenFirst:
 def _values(space: FactoredDiscrete, head: Head) -> Sequence[int]:
     """First choices for which a head means something."""
     return range(space.heads[0].size) if head.used_by is None else head.used_by
+
+
+def _table(row: Shaped[Tensor, "M N"], values: int, size: int) -> Shaped[Tensor, "M V K"]:
+    return row.reshape(len(row), values, size)
 
 
 def _at(table: Float[Tensor, "M V K"], first: Int[Tensor, " M"]) -> Float[Tensor, "M K"]:
@@ -274,9 +280,11 @@ def has_choice(space: ActionSpace, mask: Bool[Tensor, "M K"]) -> Bool[Tensor, " 
         several = [possible.sum(-1) > 1]
         for head, place in zip(space.heads[1:], others, strict=True):
             values = space.heads[0].size if head.conditioned else 1
-            open_ = mask[:, place].unflatten(-1, (values, head.size)).sum(-1) > 1  # [M, V]
-            for value in _values(space, head):
-                several.append(possible[:, value] & open_[:, value if head.conditioned else 0])
+            among = _table(mask[:, place], values, head.size).sum(-1) > 1  # [M, V]
+            several += [
+                possible[:, value] & among[:, value if head.conditioned else 0]
+                for value in _values(space, head)
+            ]
         return torch.stack(several).any(0)
     assert isinstance(space, Discrete | MultiDiscrete)
     nvec = [space.n] if isinstance(space, Discrete) else list(space.nvec)

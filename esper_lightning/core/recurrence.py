@@ -10,7 +10,7 @@ weights is one product over all steps, so that only what is truly sequential run
 """
 
 from collections.abc import Callable
-from typing import Literal, NamedTuple
+from typing import Any, Literal, NamedTuple
 
 import torch
 from torch import Tensor
@@ -83,7 +83,8 @@ class _Slopes(NamedTuple):
 def _gru_slopes(
     x: Tensor, before: Tensor, after: Tensor, weight: Tensor, bias: Tensor
 ) -> tuple[_Slopes, Tensor]:
-    """Also, what a gate input's gradient is to that of the same gate's recurrent part."""
+    """Also the derivatives of the inputs of gates, which are not those of what memory adds."""
+    del after
     size = before.shape[-1]
     inner = torch.nn.functional.linear(before, weight, bias)
     reset, update = (x[..., : 2 * size] + inner[..., : 2 * size]).sigmoid().chunk(2, -1)
@@ -137,11 +138,6 @@ def _sequence(
     return after
 
 
-@_sequence.register_fake
-def _(cell: str, x: Tensor, begins: Tensor, memory: Tensor, weight: Tensor, bias: Tensor) -> Tensor:
-    return x.new_empty(*x.shape[:2], memory.shape[-1])
-
-
 @torch.library.custom_op("esper_lightning::recurrence_backward", mutates_args=())
 def _sequence_backward(
     cell: str,
@@ -180,36 +176,28 @@ def _sequence_backward(
     return by_x, carried, by_weight, by_bias
 
 
-@_sequence_backward.register_fake
-def _(
-    cell: str,
-    x: Tensor,
-    begins: Tensor,
-    memory: Tensor,
-    weight: Tensor,
-    bias: Tensor,
-    after: Tensor,
-    gradient: Tensor,
-) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    return (
-        torch.empty_like(x),
-        torch.empty_like(memory),
-        torch.empty_like(weight),
-        torch.empty_like(bias),
-    )
+def _shape_of_sequence(cell: str, x: Tensor, begins: Tensor, memory: Tensor, *_: Tensor) -> Tensor:
+    del cell, begins
+    return x.new_empty(*x.shape[:2], memory.shape[-1])
 
 
-def _save(ctx, inputs, output):
+def _shapes_of_gradients(
+    cell: str, x: Tensor, begins: Tensor, *others: Tensor
+) -> tuple[Tensor, ...]:
+    del cell, begins
+    return tuple(torch.empty_like(value) for value in (x, *others[:3]))
+
+
+def _save(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
     ctx.cell = inputs[0]
     ctx.save_for_backward(*inputs[1:], output)
 
 
-def _backward(ctx, gradient):
-    x, begins, memory, weight, bias, after = ctx.saved_tensors
-    by_x, by_memory, by_weight, by_bias = _sequence_backward(
-        ctx.cell, x, begins, memory, weight, bias, after, gradient.contiguous()
-    )
-    return None, by_x, None, by_memory, by_weight, by_bias
+def _backward(ctx: Any, gradient: Tensor) -> tuple[Tensor | None, ...]:
+    by_x, *others = _sequence_backward(ctx.cell, *ctx.saved_tensors, gradient.contiguous())
+    return None, by_x, None, *others
 
 
+_sequence.register_fake(_shape_of_sequence)
+_sequence_backward.register_fake(_shapes_of_gradients)
 _sequence.register_autograd(_backward, setup_context=_save)

@@ -146,7 +146,11 @@ def see(
     """One step: what to decide on, and the memory after it."""
     if memory is None:
         return obs, None
-    after = policy.remember(map_obs(lambda value: value[None], obs), memory, None)[0]
+
+    def one_step(value: Tensor) -> Tensor:
+        return value[None]
+
+    after = policy.remember(map_obs(one_step, obs), memory, None)[0]
     return after, after
 
 
@@ -160,9 +164,11 @@ def recall(
     if memory is None:
         return obs
     assert begins is not None
-    shape = (-1, len(memory))
-    sequence = map_obs(lambda value: value.unflatten(0, shape), obs)
-    return policy.remember(sequence, memory, begins.unflatten(0, shape)).flatten(0, 1)
+
+    def by_step(value: Tensor) -> Tensor:
+        return value.reshape(-1, len(memory), *value.shape[1:])
+
+    return policy.remember(map_obs(by_step, obs), memory, by_step(begins)).flatten(0, 1)
 
 
 def forget(

@@ -169,7 +169,7 @@ def test_actions_are_sampled_as_often_as_their_probability_says(space) -> None:
         (SPACES["growth"], [0, 1, 0, 0] + [1, 0, 0] * 4 + [1, 0, 1, 0], False),
         (
             SPACES["growth"],
-            [0, 1, 0, 0] + [1, 0, 0, 1, 1, 0, 1, 0, 0, 1, 0, 0] + [1, 0, 1, 0],
+            [0, 1, 0, 0, 1, 0, 0, 1, 1, 0, 1, 0, 0, 1, 0, 0, 1, 0, 1, 0],
             True,
         ),
         (SPACES["growth"], [0, 1, 0, 0] + [1, 0, 0] * 4 + [1, 1, 1, 0], True),
