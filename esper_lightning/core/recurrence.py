@@ -3,10 +3,10 @@
 Axes: ``T`` step, ``M`` sequence, ``H`` feature, ``G`` gate inputs: 3 H for a GRU, 4 H for an LSTM.
 
 What a step does with its input is the same for all steps and done before, in one product; here is
-what has to go from step to step. A sequence is one operator with a gradient of its own: a graph
-that is compiled holds it as one node, whatever ``T`` is, where unrolled steps took a compiler
-minutes. The gates are computed again for the gradient, for all steps at once, and the gradient of
-weights is one product over all steps, so that only what is truly sequential runs step by step.
+what has to go from step to step. A sequence is one operator with a gradient of its own, which a
+compiled graph holds as one node, whatever ``T`` is. For the gradient, gates are computed again for
+all steps at once, and that of weights is one product over all steps: only what is truly sequential
+runs step by step.
 """
 
 from collections.abc import Callable
@@ -69,7 +69,7 @@ def _lstm(x: Tensor, memory: Tensor, weight: Tensor, bias: Tensor) -> Tensor:
 
 
 class _Slopes(NamedTuple):
-    """Derivatives at every step, so that going back through a step is a few products.
+    """Derivatives at every step, known before going back through the first.
 
     ``[T, M, H]``, or ``[T, M, k, H]`` where there are several.
     """

@@ -132,7 +132,12 @@ def test_nothing_flows_to_what_is_forbidden_or_unused(space, seed) -> None:
             others = [k for k in range(len(mask[row])) if k not in allowed]
             assert (gradient[row, others] == 0.0).all()
         assert (by_entropy[row].abs().sum() > 0) == bool(has_choice(space, mask)[row])
-    changed = logits.masked_fill(~mask, torch.nan)
+    forbidden = ~mask
+    for head, place in zip(space.heads, space.mask_slices, strict=True):
+        if head.conditioned:  # on a value that is forbidden itself
+            impossible = forbidden[:, space.mask_slices[0]].repeat_interleave(head.size, 1)
+            forbidden[:, place] |= impossible
+    changed = logits.masked_fill(forbidden, torch.nan)
     for got, expected in zip(results(changed), (action, by_log_prob, by_entropy), strict=True):
         assert torch.equal(got, expected)
 
