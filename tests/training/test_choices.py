@@ -1,17 +1,21 @@
 """Steps at which there is no choice teach the critic alone."""
 
 import copy
+import dataclasses
+import math
 
 import pytest
 import torch
 from torch import Tensor
+from torch.nn.functional import one_hot
 
-from esper_lightning import MLP, PPOConfig
+from esper_lightning import MLP, PPO, PPOConfig, Recurrent
 from esper_lightning.core.buffer import allocate_rollout
 from esper_lightning.core.distributions import has_choice
 from esper_lightning.core.running_stats import Moments
 from esper_lightning.core.spaces import Box, EnvSpaces, FactoredDiscrete, Head, mask_size
-from esper_lightning.core.types import Rollout, Samples
+from esper_lightning.core.types import Rollout, Samples, StepResult
+from esper_lightning.envs.base import EnvSpec
 from esper_lightning.training.advantages import Critic, prepare_samples
 from esper_lightning.training.agent import Agent
 from esper_lightning.training.update import UpdateMetrics, Updater, build_optimizer
@@ -141,3 +145,92 @@ def test_moments_of_some_numbers_are_those_of_them_alone() -> None:
     nothing = Moments.of(numbers.fill_(torch.nan), where=some & False)
     assert nothing == nothing.merged(nothing) == (0.0, 0.0, 0.0)
     assert nothing.merged(expected) == expected
+
+
+GROWTH = FactoredDiscrete(
+    (
+        Head("op", 3),
+        Head("slot", 3, used_by=(1, 2), conditioned=True),
+        Head("kind", 2, used_by=(1,)),
+    )
+)
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Garden(EnvSpec):
+    """Shows a slot and a kind: 1 for planting them, after a step in which one can only wait."""
+
+    num_envs: int = 32
+    time_limit: int = 2
+
+    def spaces(self) -> EnvSpaces:
+        return EnvSpaces(obs=Box((5,)), action=GROWTH, masked=True)
+
+    def build(self, device, seed) -> "GardenEnv":
+        return GardenEnv(self.num_envs, seed)
+
+
+class GardenEnv:
+    """On the CPU."""
+
+    def __init__(self, num_envs: int, seed: int) -> None:
+        self.generator = torch.Generator().manual_seed(seed)
+        self.wanted, self.step_number = torch.zeros(2, num_envs, dtype=torch.int64), 0
+
+    def seen(self) -> tuple[Tensor, Tensor]:
+        slot, kind = (one_hot(w, n) for w, n in zip(self.wanted, (3, 2), strict=True))
+        mask = torch.ones(len(slot), mask_size(GROWTH), dtype=torch.bool)
+        if self.step_number == 0:
+            mask[:, 1:3] = False
+        mask[:, 2] = False  # what would pull it out again is never allowed
+        return torch.cat([slot, kind], -1).float(), mask
+
+    def reset(self) -> tuple[Tensor, Tensor]:
+        sizes = ((0, 3), (1, 2))
+        for row, size in sizes:
+            self.wanted[row].random_(size, generator=self.generator)
+        self.step_number = 0
+        return self.seen()
+
+    def step(self, action: Tensor) -> StepResult:
+        planted = (action[:, 0] == 1) & (self.wanted == action[:, 1:].T).all(0)
+        reward, ended = planted.float(), torch.full_like(planted, self.step_number == 1)
+        self.step_number += 1
+        reached, mask = self.seen()
+        obs = reached
+        if ended[0]:
+            obs, mask = self.reset()
+        nothing = torch.full_like(reward, torch.nan)
+        return StepResult(
+            obs=obs,
+            reward=reward,
+            terminated=ended,
+            truncated=torch.zeros_like(ended),
+            reached_obs=reached,
+            action_mask=mask,
+            episode_return=torch.where(ended, reward, nothing),
+            episode_length=torch.where(ended, 2, 0),
+        )
+
+    def state_dict(self) -> None:
+        return None
+
+    def load_state_dict(self, state: dict[str, Tensor]) -> None:
+        raise AssertionError
+
+
+def test_a_factored_choice_is_learnt(make_trainer) -> None:
+    """Every step of random play earns 1/12: GROW of two, a slot of three, a kind of two."""
+    ppo = PPOConfig(rollout_steps=16, learning_rate=1e-2, minibatches=2)
+    model = PPO(Garden(), Recurrent(encoder_sizes=()), ppo, total_env_steps=16 * 32 * 16)
+    rows = []
+    publish = model._report
+    model._report = lambda row: rows.append(row) or publish(row)
+    make_trainer().fit(model)
+    start = rows[0]
+    assert start["rollout/episode_return_mean"] < 0.25
+    # The entropy of a step with a choice; over all steps it would be half of it.
+    assert start["loss/entropy"] == pytest.approx(math.log(2) + 0.5 * math.log(6), rel=0.1)
+    assert rows[-1]["rollout/episode_return_mean"] > 0.8
+    (metrics,) = make_trainer(limit_val_batches=1.0).validate(model, verbose=False)
+    assert metrics["eval/episode_return_mean"] > 0.9
