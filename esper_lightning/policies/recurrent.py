@@ -33,7 +33,9 @@ class Recurrent(PolicySpec):
 
     They share the memory: the cell is what takes the time, as its steps wait for each other, and
     the critic's errors, which are there from the first step on, teach it what is worth remembering.
-    Behind it each has hidden layers of its own. Memory begins blank with each episode and learns
+    Behind it each has hidden layers of its own. Errors far above 1 drown what the actor would have
+    it remember: scale observations and rewards (``PPOConfig.normalize_obs``,
+    ``normalize_reward``). Memory begins blank with each episode and learns
     from the steps of one rollout: what is to be remembered for longer than ``rollout_steps`` is not
     taught, though it is kept.
 
