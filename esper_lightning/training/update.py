@@ -1,6 +1,6 @@
-"""The update: advantages of a rollout, then epochs of minibatch steps.
+"""The update: epochs of minibatch steps.
 
-Axes: ``T`` step, ``B`` environment, ``M`` sample, ``S`` gradient step, ``P`` weight.
+Axes: ``M`` sample, ``S`` gradient step, ``P`` weight.
 
 No host synchronisation: what must not be applied is skipped on the device. It knows nothing of
 Lightning.
@@ -16,33 +16,26 @@ from esper_lightning.core.compiling import (
     CompileMode,
     compile_function,
     compile_loop,
-    in_cache,
 )
-from esper_lightning.core.diagnostics import approx_kl, clip_fraction, explained_variance
+from esper_lightning.core.diagnostics import approx_kl, clip_fraction
 from esper_lightning.core.flat_adam import AdamState, adam_step
-from esper_lightning.core.gae import compute_gae
-from esper_lightning.core.losses import clipped_surrogate, normalize_advantage, value_loss
+from esper_lightning.core.losses import clipped_surrogate, value_loss
 from esper_lightning.core.minibatches import take
 from esper_lightning.core.ranks import ALONE, Ranks
-from esper_lightning.core.running_stats import Moments
 from esper_lightning.core.schedules import adaptive_learning_rate, linear_learning_rate
 from esper_lightning.core.shapes import Bool, Float, Int
-from esper_lightning.core.tensor_trees import map_tree
-from esper_lightning.core.types import LossTerms, Observation, Rollout, Samples
+from esper_lightning.core.types import LossTerms, Samples
 from esper_lightning.policies.base import Evaluation, Policy
 from esper_lightning.training.agent import Agent, Weights
 from esper_lightning.training.config import PPOConfig
 
 __all__ = [
-    "Critic",
     "UpdateMetrics",
     "Updater",
-    "Values",
     "adapt_learning_rate",
     "build_optimizer",
     "find_non_finite",
     "ppo_loss_terms",
-    "prepare_samples",
     "schedule_learning_rate",
 ]
 
@@ -91,110 +84,22 @@ def adapt_learning_rate(optimizer: torch.optim.Adam, config: PPOConfig, *, kl: f
         group["lr"] = adaptive_learning_rate(group["lr"], kl=kl, desired_kl=config.desired_kl)
 
 
-class Values(NamedTuple):
-    """What the critic says of a rollout, ``N = T * B``."""
-
-    obs: Observation  # [N, *O] normalised
-    value: Float[Tensor, " N"]  # of the state acted on
-    next_value: Float[Tensor, " N"]  # of the state reached
-
-
-class Critic:
-    """Values of a rollout under the weights that acted, in one pass over all states.
-
-    Args:
-        agent: Whose critic.
-        mode: How the pass runs.
-        device: Of everything.
-    """
-
-    def __init__(self, agent: Agent, *, mode: CompileMode, device: torch.device) -> None:
-        self._agent, self._device = agent, device
-        self._mode: CompileMode = mode
-        self._parts: dict[int, int] = {}  # by number of rows
-        self._loop = compile_loop("values", self._part, mode=mode, device=device)
-
-    def values(self, weights: Weights, rollout: Rollout) -> Values:
-        """Value both ends of every step."""
-        rows = rollout.reward.numel()
-        if rows not in self._parts:
-            self._parts[rows] = in_cache(rows, mode=self._mode, device=self._device)
-        parts = self._parts[rows]
-
-        def cut(value: Tensor) -> Tensor:
-            return value.reshape(parts, -1, *value.shape[2:])
-
-        xs = map_tree(cut, (rollout.obs, rollout.reached_obs))
-        counter = torch.zeros((), device=self._device)  # a loop carries something
-        with torch.no_grad():
-            _, values = self._loop(counter, xs, None, weights, None)
-        return map_tree(lambda value: value.flatten(0, 1), values)
-
-    def _part(
-        self, counter: Tensor, x: tuple[Observation, Observation], weights: Weights
-    ) -> tuple[Tensor, Values]:
-        obs, reached = (self._agent.normalize(weights, part) for part in x)
-        values = (self._agent.value(weights, part) for part in (obs, reached))
-        return counter + 1.0, Values(obs, *values)
-
-
-def prepare_samples(
-    values: Values,
-    rollout: Rollout,
-    reward: Float[Tensor, "T B"],
-    config: PPOConfig,
-    ranks: Ranks = ALONE,
-) -> tuple[Samples, Float[Tensor, ""]]:
-    """Advantages and value targets of a rollout.
-
-    Args:
-        values: Of its states.
-        rollout: What was collected.
-        reward: The rollout's rewards, scaled if they are to be.
-        config: Discount, lambda and normalisation.
-        ranks: Over which advantages are normalised.
-
-    Returns:
-        The samples, and the share of the targets' variance that the critic explains on all ranks.
-    """
-    advantages = compute_gae(
-        reward,
-        values.value.view_as(reward),
-        values.next_value.view_as(reward),
-        rollout.terminated,
-        rollout.truncated,
-        discount=config.discount,
-        lambda_=config.gae_lambda,
-    )
-    advantage = advantages.advantage.flatten()
-    target = advantages.value_target.flatten()
-    mine = tuple(Moments.of(each) for each in (advantage, target, target - values.value))
-    spread, of_target, of_error = (
-        first.merged(*others) for first, *others in zip(*ranks.gather(mine), strict=True)
-    )
-    samples = Samples(
-        obs=values.obs,
-        action=rollout.action.flatten(0, 1),
-        log_prob=rollout.log_prob.flatten(),
-        action_mask=None if rollout.action_mask is None else rollout.action_mask.flatten(0, 1),
-        advantage=normalize_advantage(advantage, spread)
-        if config.normalize_advantage
-        else advantage,
-        value=values.value,
-        value_target=target,
-    )
-    return samples, explained_variance(of_target, of_error)
-
-
 def ppo_loss_terms(evaluation: Evaluation, batch: Samples, config: PPOConfig) -> LossTerms:
     """Per-sample terms of the objective under the current weights."""
-    return LossTerms(
-        policy=clipped_surrogate(
-            evaluation.log_prob, batch.log_prob, batch.advantage, clip=config.clip
-        ),
-        value=value_loss(evaluation.value, batch.value, batch.value_target, clip=config.value_clip),
-        entropy=evaluation.entropy,
+    policy = clipped_surrogate(
+        evaluation.log_prob, batch.log_prob, batch.advantage, clip=config.clip
     )
+    return LossTerms(
+        policy=_weighted(policy, batch),
+        value=value_loss(evaluation.value, batch.value, batch.value_target, clip=config.value_clip),
+        entropy=_weighted(evaluation.entropy, batch),
+    )
+
+
+def _weighted(term: Float[Tensor, " M"], batch: Samples) -> Float[Tensor, " M"]:
+    """A term of the actor: its mean is that over the steps at which there was a choice."""
+    weight = batch.actor_weight
+    return term if weight is None else torch.where(weight > 0.0, term * weight, 0.0)
 
 
 def total_loss(terms: LossTerms, config: PPOConfig) -> Float[Tensor, " M"]:
@@ -257,7 +162,7 @@ class Updater:
         self._loop = compile_loop("update", self._step, part, mode=around, device=device)
 
     def order(self, samples: int, generator: torch.Generator) -> Sequence[Tensor]:
-        """Which samples each gradient step takes: a new random order for each pass.
+        """Which of the ``Samples.parts`` each gradient step takes: anew for each pass.
 
         ``[S, M]``, or parts of sizes that differ by one where they cannot be equal.
         """
@@ -312,13 +217,14 @@ class Updater:
         with torch.enable_grad():
             weight = progress.adam.weight.detach().requires_grad_()
             weights = Weights(weight, constants.buffers)
-            evaluation = self._agent.evaluate(weights, batch.obs, batch.action, batch.action_mask)
+            evaluation = self._agent.evaluate(weights, batch)
             terms = ppo_loss_terms(evaluation, batch, self._config)
             loss = total_loss(terms, self._config).sum()
             (gradient,) = torch.autograd.grad(loss, [weight])
         log_prob = evaluation.log_prob.detach()
-        kl = approx_kl(log_prob, batch.log_prob)
+        kl = _weighted(approx_kl(log_prob, batch.log_prob), batch)
         clipped = clip_fraction(log_prob, batch.log_prob, clip=self._config.clip)
+        clipped = _weighted(clipped, batch)
         columns = (*terms, kl, clipped, torch.ones_like(kl))
         figures = torch.stack([column.detach().sum() for column in columns])
         return _Sums(gradient, figures)
@@ -375,9 +281,7 @@ def find_non_finite(
         batch = take(samples, index)
         with torch.enable_grad():
             flat = weights.parameters.detach().requires_grad_()
-            evaluation = agent.evaluate(
-                weights._replace(parameters=flat), batch.obs, batch.action, batch.action_mask
-            )
+            evaluation = agent.evaluate(weights._replace(parameters=flat), batch)
             terms = ppo_loss_terms(evaluation, batch, config)
             (gradient,) = torch.autograd.grad(total_loss(terms, config).mean(), [flat])
         watched = {f"loss/{k}": v for k, v in terms._asdict().items()}

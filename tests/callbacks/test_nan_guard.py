@@ -9,6 +9,7 @@ from lightning.pytorch.plugins import MixedPrecision
 from torch.utils.data import DataLoader
 
 from esper_lightning import PPO, FlightRecorder, NanGuard, PPOConfig
+from esper_lightning.core.types import Samples
 from esper_lightning.core.validate import NonFiniteError
 from esper_lightning.envs import CartPole
 from esper_lightning.training.learner import Learner
@@ -146,6 +147,6 @@ def test_ppo_names_the_gradient_step_and_keeps_its_minibatch(make_trainer, tmp_p
     assert "loss/value" in caught.value.tensors
     minibatch = torch.load(tmp_path / "rank0" / "nan.pt", weights_only=True)
     assert minibatch["value_target"].isnan().any()
-    batch = type("Batch", (), {**minibatch, "action_mask": None})
+    batch = Samples(**minibatch, action_mask=None)
     evaluation = model.policy.evaluate(batch.obs, batch.action, None)
     assert not ppo_loss_terms(evaluation, batch, config).value.isfinite().all()

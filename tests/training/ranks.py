@@ -16,7 +16,7 @@ import torch
 from lightning.pytorch import Callback, Trainer
 from lightning.pytorch.loggers import TensorBoardLogger
 
-from esper_lightning import PPO, PPOConfig
+from esper_lightning import MLP, PPO, PPOConfig, Recurrent
 from esper_lightning.envs import CartPole
 from esper_lightning.train import run_callbacks, run_plugins
 
@@ -104,12 +104,14 @@ def main(
     every=2,
     compile="off",  # noqa: A002
     evaluates=True,
+    remembers=False,
 ):
     torch.set_num_threads(1)
     config = PPOConfig(**{"rollout_steps": 16, "minibatches": 2, "epochs": 2, **(ppo or {})})
     model = PPO(
         ENVS[env](num_envs=num_envs),
-        ppo=config,
+        Recurrent(memory_size=8) if remembers else MLP(),
+        config,
         total_env_steps=budget,
         eval_episodes=3,
         iterations_per_epoch=every,
