@@ -14,6 +14,7 @@ if TYPE_CHECKING:
     from esper_lightning.callbacks.progress import RunProgressBar
     from esper_lightning.envs.check import check_env
     from esper_lightning.policies.feedforward import MLP
+    from esper_lightning.policies.recurrent import Recurrent
     from esper_lightning.train import train_ppo_vectorized
     from esper_lightning.training.checkpoint_io import AtomicCheckpointIO
     from esper_lightning.training.config import PPOConfig
@@ -29,6 +30,7 @@ __all__ = [
     "LastCheckpoint",
     "NanGuard",
     "PPOConfig",
+    "Recurrent",
     "RunProgressBar",
     "check_env",
     "train_ppo_vectorized",
@@ -44,6 +46,7 @@ _HOMES = {
     "NanGuard": "callbacks.nan_guard",
     "PPO": "training.module",
     "PPOConfig": "training.config",
+    "Recurrent": "policies.recurrent",
     "RunProgressBar": "callbacks.progress",
     "check_env": "envs.check",
     "train_ppo_vectorized": "train",

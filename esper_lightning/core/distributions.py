@@ -15,8 +15,23 @@ import torch
 from torch import Tensor
 
 from esper_lightning.core.shapes import Bool, Float, Int, Shaped
+from esper_lightning.core.spaces import (
+    ActionSpace,
+    Discrete,
+    FactoredDiscrete,
+    Head,
+    MultiDiscrete,
+)
 
-__all__ = ["Categorical", "DiagonalGaussian", "Distribution", "FactoredCategorical", "TanhGaussian"]
+__all__ = [
+    "Categorical",
+    "ConditionedCategorical",
+    "DiagonalGaussian",
+    "Distribution",
+    "FactoredCategorical",
+    "TanhGaussian",
+    "has_choice",
+]
 
 _HALF_LOG_TAU = 0.5 * math.log(2.0 * math.pi)
 
@@ -70,6 +85,10 @@ class Categorical:
         """Log-probability of the choice."""
         return self._log_p.gather(-1, action[:, None])[:, 0]
 
+    def probability(self) -> Float[Tensor, "M K"]:
+        """Of each choice."""
+        return self._log_p.exp()
+
     def entropy(self) -> Float[Tensor, " M"]:
         """Entropy over the allowed choices."""
         surprise = self._log_p.exp() * self._log_p
@@ -119,6 +138,158 @@ class FactoredCategorical:
     def entropy(self) -> Float[Tensor, " M"]:
         """Sum over the components."""
         return torch.stack([part.entropy() for part in self._parts]).sum(0)
+
+
+class ConditionedCategorical:
+    """The choices of a ``FactoredDiscrete``: the first, then the others given it.
+
+    A conditioned head has logits of its own for each value of the first one, as it has masks;
+    another head has one set for all. Logits, mask and noise (unit exponential) have the layout that
+    the space gives to masks. A head that the first choice does not use takes no part in
+    log-probability, entropy or gradient; ``sample`` fills it with one of its allowed choices.
+    """
+
+    def __init__(
+        self,
+        logits: Float[Tensor, "M K"],
+        space: FactoredDiscrete,
+        mask: Bool[Tensor, "M K"] | None = None,
+    ) -> None:
+        self._space = space
+        first, *others = space.mask_slices
+        self._first = Categorical(logits[:, first], None if mask is None else mask[:, first])
+        self._others: list[_GivenFirst] = []
+        for head, place in zip(space.heads[1:], others, strict=True):
+            values = space.heads[0].size if head.conditioned else 1
+            own = _table(logits[:, place], values, head.size)
+            allowed = None
+            if mask is not None:
+                allowed = _table(mask[:, place], values, head.size)
+                if head.conditioned:  # what a forbidden value would mean is as forbidden
+                    allowed = allowed & mask[:, first, None]
+            self._others.append(_GivenFirst(own, allowed, place))
+
+    def sample(self, noise: Float[Tensor, "M K"]) -> Int[Tensor, "M A"]:
+        """Draw the first choice, then the others given it."""
+        return self._choose(noise)
+
+    def mode(self) -> Int[Tensor, "M A"]:
+        """The most probable first choice, then the most probable others given it."""
+        return self._choose(None)
+
+    def log_prob(self, action: Int[Tensor, "M A"]) -> Float[Tensor, " M"]:
+        """Sum over the first choice and the heads that it uses."""
+        first = action[:, 0]
+        terms = [self._first.log_prob(first)]
+        for a, (head, other) in enumerate(zip(self._space.heads[1:], self._others, strict=True), 1):
+            term = other.given(first).gather(-1, action[:, a, None])[:, 0]
+            used = [first == value for value in _values(self._space, head)]
+            if used:
+                terms.append(torch.where(torch.stack(used).any(0), term, 0.0))
+        return torch.stack(terms).sum(0)
+
+    def entropy(self) -> Float[Tensor, " M"]:
+        """Entropy of the joint choice.
+
+        That of the first choice, and the mean over it of that of the heads that it uses.
+        """
+        probability = self._first.probability().unbind(-1)
+        terms = [self._first.entropy()]
+        for head, other in zip(self._space.heads[1:], self._others, strict=True):
+            entropy = other.entropy().unbind(-1)
+            terms += [
+                probability[value] * entropy[value if head.conditioned else 0]
+                for value in _values(self._space, head)
+            ]
+        return torch.stack(terms).sum(0)
+
+    def _choose(self, noise: Float[Tensor, "M K"] | None) -> Int[Tensor, "M A"]:
+        """By noise, or the most probable."""
+        place = self._space.mask_slices[0]
+        first = self._first.mode() if noise is None else self._first.sample(noise[:, place])
+        choices = [first]
+        for other in self._others:
+            score = other.given(first)
+            if noise is not None:
+                score = score - other.noise(noise, first).log()
+            choices.append(score.argmax(-1))
+        return torch.stack(choices, -1)
+
+
+class _GivenFirst:
+    """One choice under each of ``V`` values of the first; ``V`` is 1 if it is the same under all.
+
+    ``place`` is where it is in logits and noise.
+    """
+
+    def __init__(
+        self,
+        logits: Float[Tensor, "M V K"],
+        allowed: Bool[Tensor, "M V K"] | None,
+        place: slice,
+    ) -> None:
+        logits = logits.float()
+        if allowed is not None:
+            logits = logits.masked_fill(~allowed, torch.finfo(logits.dtype).min)
+        self._log_p = logits.log_softmax(-1)
+        self._allowed, self._place = allowed, place
+
+    def given(self, first: Int[Tensor, " M"]) -> Float[Tensor, "M K"]:
+        """Log-probabilities of the choices."""
+        return _at(self._log_p, first)
+
+    def noise(self, noise: Float[Tensor, "M N"], first: Int[Tensor, " M"]) -> Float[Tensor, "M K"]:
+        """What it takes of the noise."""
+        return _at(_table(noise[:, self._place], *self._log_p.shape[1:]), first)
+
+    def entropy(self) -> Float[Tensor, "M V"]:
+        """Over the allowed choices."""
+        surprise = self._log_p.exp() * self._log_p
+        if self._allowed is not None:
+            surprise = surprise.masked_fill(~self._allowed, 0.0)
+        return -surprise.sum(-1)
+
+
+def _values(space: FactoredDiscrete, head: Head) -> Sequence[int]:
+    """First choices for which a head means something."""
+    return range(space.heads[0].size) if head.used_by is None else head.used_by
+
+
+def _table(row: Shaped[Tensor, "M N"], values: int, size: int) -> Shaped[Tensor, "M V K"]:
+    return row.reshape(len(row), values, size)
+
+
+def _at(table: Float[Tensor, "M V K"], first: Int[Tensor, " M"]) -> Float[Tensor, "M K"]:
+    if table.shape[1] == 1:
+        return table[:, 0]
+    return table.take_along_dim(first[:, None, None], 1)[:, 0]
+
+
+def has_choice(space: ActionSpace, mask: Bool[Tensor, "M K"]) -> Bool[Tensor, " M"]:
+    """Whether a mask leaves more than one action to choose from.
+
+    Choices that the only possible first one does not use are none.
+
+    Args:
+        space: Discrete, of any kind.
+        mask: Of its actions.
+    """
+    if isinstance(space, FactoredDiscrete):
+        first, *others = space.mask_slices
+        possible = mask[:, first]
+        several = [possible.sum(-1) > 1]
+        for head, place in zip(space.heads[1:], others, strict=True):
+            values = space.heads[0].size if head.conditioned else 1
+            among = _table(mask[:, place], values, head.size).sum(-1) > 1  # [M, V]
+            several += [
+                possible[:, value] & among[:, value if head.conditioned else 0]
+                for value in _values(space, head)
+            ]
+        return torch.stack(several).any(0)
+    assert isinstance(space, Discrete | MultiDiscrete)
+    nvec = [space.n] if isinstance(space, Discrete) else list(space.nvec)
+    parts = cast(tuple[Tensor, ...], mask.split(nvec, -1))
+    return torch.stack([part.sum(-1) > 1 for part in parts]).any(0)
 
 
 class DiagonalGaussian:

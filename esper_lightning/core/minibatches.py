@@ -1,5 +1,6 @@
-"""Minibatches: some rows of the samples. Axis: ``M`` sample."""
+"""Minibatches: some rows of the samples. Axes: ``M`` sample, ``P`` part."""
 
+import torch
 from torch import Tensor
 
 from esper_lightning.core.shapes import Int
@@ -8,18 +9,28 @@ from esper_lightning.core.types import Samples, map_obs
 __all__ = ["take"]
 
 
-def take(samples: Samples, index: Int[Tensor, " M"]) -> Samples:
-    """Copies of the chosen rows."""
+def take(samples: Samples, index: Int[Tensor, " P"]) -> Samples:
+    """Copies of the chosen parts: rows, or where there is memory, whole sequences."""
+    row, memory = index, samples.memory
+    if memory is not None:
+        steps = torch.arange(0, len(samples.log_prob), len(memory), device=index.device)
+        row, memory = (steps[:, None] + index).flatten(), memory[index]  # [T, P] -> [T * P]
 
     def rows(tensor: Tensor) -> Tensor:
-        return tensor[index]
+        return tensor[row]
+
+    def rows_if_any(tensor: Tensor | None) -> Tensor | None:
+        return None if tensor is None else rows(tensor)
 
     return Samples(
         obs=map_obs(rows, samples.obs),
         action=rows(samples.action),
         log_prob=rows(samples.log_prob),
-        action_mask=None if samples.action_mask is None else rows(samples.action_mask),
+        action_mask=rows_if_any(samples.action_mask),
         advantage=rows(samples.advantage),
         value=rows(samples.value),
         value_target=rows(samples.value_target),
+        actor_weight=rows_if_any(samples.actor_weight),
+        memory=memory,
+        begins=rows_if_any(samples.begins),
     )

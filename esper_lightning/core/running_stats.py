@@ -23,7 +23,7 @@ def merge_moments(
 ) -> tuple[Float[Tensor, ""], Float[Tensor, "*O"], Float[Tensor, "*O"]]:
     """Count, mean and biased variance of two sets taken together (Chan, Golub, LeVeque 1979)."""
     total = count + other_count
-    weight = other_count / total
+    weight = other_count / total.clamp(min=1.0)  # of nothing and nothing: nothing
     shift = other_mean - mean
     merged_mean = mean + shift * weight
     merged = (
@@ -42,9 +42,26 @@ class Moments(NamedTuple):
     variance: Float[Tensor, "*O"]
 
     @classmethod
-    def of(cls, batch: Float[Tensor, "..."], shape: tuple[int, ...] = ()) -> "Moments":
-        """Of a batch ``[..., *O]``, where ``shape`` is ``*O``; in double precision."""
+    def of(
+        cls,
+        batch: Float[Tensor, "..."],
+        shape: tuple[int, ...] = (),
+        *,
+        where: Bool[Tensor, "..."] | None = None,
+    ) -> "Moments":
+        """Of a batch ``[..., *O]``, where ``shape`` is ``*O``; in double precision.
+
+        With ``where``, of the numbers ``[...]`` at which it is True; of none, all zero.
+        """
         rows = batch.reshape(-1, *shape).double()
+        if where is not None:
+            assert shape == ()
+            chosen = where.reshape(-1)
+            number = chosen.sum().double()
+            at_least_1 = number.clamp(min=1.0)
+            mean = torch.where(chosen, rows, 0.0).sum() / at_least_1
+            spread = torch.where(chosen, rows - mean, 0.0).square().sum()
+            return cls(number, mean, spread / at_least_1)
         number = torch.full((), rows.shape[0], dtype=torch.float64, device=rows.device)
         return cls(number, rows.mean(0), rows.var(0, correction=0))
 

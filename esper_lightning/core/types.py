@@ -63,9 +63,10 @@ class Advantages(NamedTuple):
 
 
 class Samples(NamedTuple):
-    """What the update learns from: a rollout's steps without their order.
+    """What the update learns from: a rollout's steps, and what is left of their order.
 
-    ``M`` is ``T * B`` or a minibatch of it.
+    ``M`` is ``T * B`` or a minibatch of it. With memory the rows are ``T`` steps of ``b`` whole
+    sequences, one step of all after another.
     """
 
     obs: Observation  # [M, *O], normalised
@@ -75,6 +76,17 @@ class Samples(NamedTuple):
     advantage: Float[Tensor, " M"]
     value: Float[Tensor, " M"]  # when acting
     value_target: Float[Tensor, " M"]
+    # Of a step in the actor's loss: 0 where there was no choice, with a mean of 1 over the rollouts
+    # of all ranks. ``None`` for 1.
+    actor_weight: Float[Tensor, " M"] | None = None
+    # Of a policy with memory:
+    memory: Float[Tensor, "b S"] | None = None  # before the first step
+    begins: Bool[Tensor, " M"] | None = None  # the first step of an episode
+
+    @property
+    def parts(self) -> int:
+        """Into how many pieces it can be cut: steps, or whole sequences."""
+        return len(self.log_prob if self.memory is None else self.memory)
 
 
 class LossTerms(NamedTuple):

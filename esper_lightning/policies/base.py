@@ -1,6 +1,6 @@
 """The policy protocol: what acting and the update need of an actor-critic.
 
-Axes: ``M`` sample, ``*O`` observation.
+Axes: ``T`` step, ``M`` sample, ``*O`` observation, ``S`` number in a memory.
 """
 
 from abc import ABC, abstractmethod
@@ -11,9 +11,19 @@ from torch import Tensor, nn
 
 from esper_lightning.core.shapes import Bool, Float, Shaped
 from esper_lightning.core.spaces import EnvSpaces
-from esper_lightning.core.types import Observation
+from esper_lightning.core.tensor_trees import leaves
+from esper_lightning.core.types import Observation, map_obs
 
-__all__ = ["Evaluation", "Policy", "PolicySpec", "SampledAction"]
+__all__ = [
+    "Evaluation",
+    "Policy",
+    "PolicySpec",
+    "SampledAction",
+    "blank_memory",
+    "forget",
+    "recall",
+    "see",
+]
 
 
 class SampledAction(NamedTuple):
@@ -36,7 +46,32 @@ class Policy(nn.Module, ABC):
 
     Observations come normalised; results are float32, also under autocast. Where training is
     compiled, only parameters and buffers may change: other attributes are read once.
+
+    A policy with memory sets ``memory_size`` and has ``remember``. Its other methods are given the
+    memory after an observation, ``[M, S]``, in place of the observation: what it decides on is what
+    it remembers.
     """
+
+    memory_size: int = 0
+    """``S``: how many numbers it carries from step to step, zeros when an episode begins."""
+
+    def remember(
+        self,
+        obs: Observation,
+        memory: Float[Tensor, "M S"],
+        begins: Bool[Tensor, "T M"] | None,
+    ) -> Float[Tensor, "T M S"]:
+        """The memory after each of ``T`` observations ``[T, M, *O]``.
+
+        Acting asks for one step, learning for many: both are to give the same.
+
+        Args:
+            obs: In order of time.
+            memory: Before the first of them.
+            begins: Where an observation is the first of an episode, so that nothing from before it
+                counts; ``None`` for nowhere.
+        """
+        raise NotImplementedError
 
     @abstractmethod
     def noise(self, shape: tuple[int, ...], generator: torch.Generator) -> Float[Tensor, "... N"]:
@@ -91,3 +126,53 @@ class PolicySpec(ABC):
         if cls is not PolicySpec:
             return NotImplemented
         return callable(getattr(other, "build", None)) or NotImplemented
+
+
+# What a policy is to be given in place of an observation. Without memory (``None``) that is the
+# observation.
+
+
+def blank_memory(policy: Policy, obs: Observation) -> Float[Tensor, "M S"] | None:
+    """At the beginning of episodes whose first observations are ``obs``."""
+    if policy.memory_size == 0:
+        return None
+    first = leaves(obs)[0]
+    return torch.zeros(len(first), policy.memory_size, device=first.device)
+
+
+def see(
+    policy: Policy, obs: Observation, memory: Float[Tensor, "M S"] | None
+) -> tuple[Observation, Float[Tensor, "M S"] | None]:
+    """One step: what to decide on, and the memory after it."""
+    if memory is None:
+        return obs, None
+
+    def one_step(value: Tensor) -> Tensor:
+        return value[None]
+
+    after = policy.remember(map_obs(one_step, obs), memory, None)[0]
+    return after, after
+
+
+def recall(
+    policy: Policy,
+    obs: Observation,
+    memory: Float[Tensor, "M S"] | None,
+    begins: Bool[Tensor, " N"] | None,
+) -> Observation:
+    """What to decide on at each of ``T`` steps of ``M`` sequences, ``N = T * M`` rows by time."""
+    if memory is None:
+        return obs
+    assert begins is not None
+
+    def by_step(value: Tensor) -> Tensor:
+        return value.reshape(-1, len(memory), *value.shape[1:])
+
+    return policy.remember(map_obs(by_step, obs), memory, by_step(begins)).flatten(0, 1)
+
+
+def forget(
+    memory: Float[Tensor, "M S"] | None, ended: Bool[Tensor, " M"]
+) -> Float[Tensor, "M S"] | None:
+    """Blank where an episode ended."""
+    return None if memory is None else memory.masked_fill(ended[:, None], 0.0)

@@ -17,7 +17,7 @@ from esper_lightning.policies.base import Evaluation, Policy, PolicySpec, Sample
 from esper_lightning.policies.heads import action_head
 from esper_lightning.policies.layers import Activation, mlp, orthogonal_linear
 
-__all__ = ["MLP", "FeedForwardPolicy"]
+__all__ = ["MLP", "FeedForwardPolicy", "flat_obs", "obs_size"]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -46,18 +46,11 @@ class MLP(PolicySpec):
     initial_std: float = 1.0
 
     def __post_init__(self) -> None:
-        ok = len(self.hidden_sizes) > 0 and all(size >= 1 for size in self.hidden_sizes)
-        require(ok, "MLP.hidden_sizes", "be one or more widths of at least 1", self.hidden_sizes)
-        for name, choices in (
-            ("activation", get_args(Activation)),
-            ("trunk", ("separate", "shared")),
-            ("action_bounds", ("clip", "tanh")),
-        ):
-            value = getattr(self, name)
-            require(value in choices, f"MLP.{name}", f"be one of {', '.join(choices)}", value)
-        require(
-            0.0 < self.initial_std < 100.0, "MLP.initial_std", "lie in (0, 100)", self.initial_std
+        check_layers(
+            "MLP", self.hidden_sizes, self.activation, self.action_bounds, self.initial_std
         )
+        ok = self.trunk in ("separate", "shared")
+        require(ok, "MLP.trunk", "be one of separate, shared", self.trunk)
         for name in ("actor_obs", "critic_obs"):
             groups = getattr(self, name)
             require(
@@ -83,7 +76,9 @@ class MLP(PolicySpec):
 class FeedForwardPolicy(Policy):
     """What ``MLP`` builds."""
 
-    def __init__(self, spec: MLP, spaces: EnvSpaces, generator: torch.Generator) -> None:
+    def __init__(
+        self, spec: MLP, spaces: EnvSpaces, generator: torch.Generator, *, owner: str = "MLP"
+    ) -> None:
         super().__init__()
         # The order of the space, not of each observation: dicts that are equal may be ordered
         # differently.
@@ -92,7 +87,7 @@ class FeedForwardPolicy(Policy):
         width = spec.hidden_sizes[-1]
 
         def trunk(groups: tuple[str, ...] | None) -> nn.Sequential:
-            inputs = _size(spaces.obs, groups)
+            inputs = obs_size(spaces.obs, groups)
             return mlp(inputs, spec.hidden_sizes, activation=spec.activation, generator=generator)
 
         self.actor = trunk(self._actor_obs)
@@ -100,7 +95,7 @@ class FeedForwardPolicy(Policy):
         self.action_head = action_head(
             width,
             spaces.action,
-            owner="MLP",
+            owner=owner,
             bounds=spec.action_bounds,
             initial_std=spec.initial_std,
             generator=generator,
@@ -118,7 +113,7 @@ class FeedForwardPolicy(Policy):
         noise: Float[Tensor, "M N"],
     ) -> SampledAction:
         """Sample an action for each row; everything random about it is in ``noise``."""
-        distribution = self.action_head(self.actor(_flat(obs, self._actor_obs)), mask)
+        distribution = self.action_head(self.actor(flat_obs(obs, self._actor_obs)), mask)
         action = distribution.sample(noise)
         return SampledAction(action, distribution.log_prob(action))
 
@@ -126,15 +121,15 @@ class FeedForwardPolicy(Policy):
         self, obs: Observation, mask: Bool[Tensor, "M K"] | None
     ) -> Shaped[Tensor, "M *A"]:
         """The most probable action of each row."""
-        return self.action_head(self.actor(_flat(obs, self._actor_obs)), mask).mode()
+        return self.action_head(self.actor(flat_obs(obs, self._actor_obs)), mask).mode()
 
     def evaluate(
         self, obs: Observation, action: Shaped[Tensor, "M *A"], mask: Bool[Tensor, "M K"] | None
     ) -> Evaluation:
         """Log-probability of given actions, entropy and value, with gradients."""
-        features = self.actor(_flat(obs, self._actor_obs))
+        features = self.actor(flat_obs(obs, self._actor_obs))
         seen_by_critic = (
-            features if self.critic is self.actor else self.critic(_flat(obs, self._critic_obs))
+            features if self.critic is self.actor else self.critic(flat_obs(obs, self._critic_obs))
         )
         distribution = self.action_head(features, mask)
         return Evaluation(
@@ -145,23 +140,50 @@ class FeedForwardPolicy(Policy):
 
     def value(self, obs: Observation) -> Float[Tensor, " M"]:
         """Value of each row."""
-        return self.value_head(self.critic(_flat(obs, self._critic_obs)))[:, 0].float()
+        return self.value_head(self.critic(flat_obs(obs, self._critic_obs)))[:, 0].float()
 
     def to_env(self, action: Shaped[Tensor, "M *A"]) -> Shaped[Tensor, "M ..."]:
         """Sampled actions in the environment's units and range."""
         return self.action_head.to_env(action)
 
 
-def _size(space: ObsSpace, groups: tuple[str, ...] | None) -> int:
+def check_layers(
+    owner: str, hidden_sizes: tuple[int, ...], activation: str, action_bounds: str, std: float
+) -> None:
+    """Check what every spec says of hidden layers and Gaussians.
+
+    Raises:
+        ValueError: In the name of ``owner``.
+    """
+    ok = len(hidden_sizes) > 0 and all(size >= 1 for size in hidden_sizes)
+    require(ok, f"{owner}.hidden_sizes", "be one or more widths of at least 1", hidden_sizes)
+    for name, value, choices in (
+        ("activation", activation, get_args(Activation)),
+        ("action_bounds", action_bounds, ("clip", "tanh")),
+    ):
+        require(value in choices, f"{owner}.{name}", f"be one of {', '.join(choices)}", value)
+    require(0.0 < std < 100.0, f"{owner}.initial_std", "lie in (0, 100)", std)
+
+
+def obs_size(space: ObsSpace, groups: tuple[str, ...] | None) -> int:
+    """Length of ``flat_obs``."""
     if isinstance(space, Box):
         return space.size
     assert groups is not None
     return sum(space[name].size for name in groups)
 
 
-def _flat(obs: Observation, groups: tuple[str, ...] | None) -> Float[Tensor, "M O"]:
-    """[M, *O] -> [M, O]; groups one after another."""
+def flat_obs(
+    obs: Observation, groups: tuple[str, ...] | None, *, axes: int = 1
+) -> Float[Tensor, "... O"]:
+    """[M, *O] -> [M, O]; groups one after another.
+
+    Args:
+        obs: What is seen.
+        groups: Of a grouped observation, in this order.
+        axes: How many come before the observation's own.
+    """
     if isinstance(obs, Tensor):
-        return obs[:, None].flatten(1)  # also [M] -> [M, 1]
+        return obs.unsqueeze(axes).flatten(axes)  # also [M] -> [M, 1]
     assert groups is not None
-    return torch.cat([obs[name][:, None].flatten(1) for name in groups], -1)
+    return torch.cat([obs[name].unsqueeze(axes).flatten(axes) for name in groups], -1)

@@ -10,13 +10,21 @@ from torch import Tensor, nn
 
 from esper_lightning.core.distributions import (
     Categorical,
+    ConditionedCategorical,
     DiagonalGaussian,
     Distribution,
     FactoredCategorical,
     TanhGaussian,
 )
 from esper_lightning.core.shapes import Bool, Float, Shaped
-from esper_lightning.core.spaces import ActionSpace, Box, Discrete, MultiDiscrete, mask_size
+from esper_lightning.core.spaces import (
+    ActionSpace,
+    Box,
+    Discrete,
+    FactoredDiscrete,
+    MultiDiscrete,
+    mask_size,
+)
 from esper_lightning.core.validate import require
 from esper_lightning.policies.layers import orthogonal_linear
 
@@ -29,10 +37,14 @@ class CategoricalHead(nn.Module):
     """Logits of one choice, or of several at once."""
 
     def __init__(
-        self, features: int, space: Discrete | MultiDiscrete, *, generator: torch.Generator
+        self,
+        features: int,
+        space: Discrete | MultiDiscrete | FactoredDiscrete,
+        *,
+        generator: torch.Generator,
     ) -> None:
         super().__init__()
-        self._nvec = space.nvec if isinstance(space, MultiDiscrete) else None
+        self._space = space
         self.logits = orthogonal_linear(
             features, mask_size(space), gain=_HEAD_GAIN, generator=generator
         )
@@ -47,9 +59,11 @@ class CategoricalHead(nn.Module):
     ) -> Distribution:
         """The distribution over allowed choices."""
         logits = self.logits(features)
-        if self._nvec is None:
-            return Categorical(logits, mask)
-        return FactoredCategorical(logits, self._nvec, mask)
+        if isinstance(self._space, FactoredDiscrete):
+            return ConditionedCategorical(logits, self._space, mask)
+        if isinstance(self._space, MultiDiscrete):
+            return FactoredCategorical(logits, self._space.nvec, mask)
+        return Categorical(logits, mask)
 
     def to_env(self, action: Shaped[Tensor, "M *A"]) -> Shaped[Tensor, "M ..."]:
         """Choices are taken as they are."""
@@ -133,10 +147,11 @@ def action_head(
     Raises:
         ValueError: If no head serves the space.
     """
-    if isinstance(space, Discrete | MultiDiscrete):
+    if isinstance(space, Discrete | MultiDiscrete | FactoredDiscrete):
         return CategoricalHead(features, space, generator=generator)
     supported = isinstance(space, Box)  # pyright: ignore[reportUnnecessaryIsInstance]
-    require(supported, f"{owner}'s action space", "be Discrete, MultiDiscrete or Box", space)
+    rule = "be Discrete, MultiDiscrete, FactoredDiscrete or Box"
+    require(supported, f"{owner}'s action space", rule, space)
     free = all(low == -torch.inf for low in space.lows) and all(
         high == torch.inf for high in space.highs
     )

@@ -24,12 +24,16 @@ _ACTIVATIONS: dict[str, Callable[[], nn.Module]] = {
 
 
 def orthogonal_linear(
-    inputs: int, outputs: int, *, gain: float, generator: torch.Generator
+    inputs: int, outputs: int, *, gain: float, generator: torch.Generator, parts: int = 1
 ) -> nn.Linear:
-    """A linear layer with orthogonal weight and zero bias, which draws from ``generator`` only."""
+    """A linear layer with orthogonal weight and zero bias, which draws from ``generator`` only.
+
+    With ``parts``, each of so many equal parts of the outputs is orthogonal in itself.
+    """
     layer = nn.utils.skip_init(nn.Linear, inputs, outputs)
     assert isinstance(layer, nn.Linear)
-    nn.init.orthogonal_(layer.weight, gain, generator=generator)
+    for part in layer.weight.detach().chunk(parts):
+        nn.init.orthogonal_(part, gain, generator=generator)
     nn.init.zeros_(layer.bias)
     return layer
 

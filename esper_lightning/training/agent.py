@@ -12,10 +12,17 @@ from torch.func import functional_call
 from esper_lightning.core.flat_adam import FlatParameters
 from esper_lightning.core.running_stats import ObsNormalizer
 from esper_lightning.core.shapes import Bool, Float, Shaped
-from esper_lightning.core.types import Observation, map_obs
-from esper_lightning.policies.base import Evaluation, Policy, SampledAction
+from esper_lightning.core.types import Observation, Samples, map_obs
+from esper_lightning.policies.base import (
+    Evaluation,
+    Policy,
+    SampledAction,
+    blank_memory,
+    recall,
+    see,
+)
 
-__all__ = ["Agent", "Weights", "as_seen"]
+__all__ = ["Acted", "Agent", "Values", "Weights", "as_seen"]
 
 
 class Weights(NamedTuple):
@@ -23,6 +30,22 @@ class Weights(NamedTuple):
 
     parameters: Float[Tensor, " P"]
     buffers: dict[str, Tensor]
+
+
+class Acted(NamedTuple):
+    """What an agent makes of an observation when it acts."""
+
+    sampled: SampledAction
+    action: Shaped[Tensor, "M ..."]  # as the environment takes it
+    memory: Float[Tensor, "M S"] | None  # after the observation
+
+
+class Values(NamedTuple):
+    """What the critic says of a rollout, ``N = T * B``."""
+
+    obs: Observation  # [N, *O] normalised
+    value: Float[Tensor, " N"]  # of the state acted on
+    next_value: Float[Tensor, " N"]  # of the state reached
 
 
 def as_seen(obs: Observation, normalizer: ObsNormalizer | None) -> Observation:
@@ -39,17 +62,30 @@ class _Both(nn.Module):
         self.policy, self.normalizer = policy, normalizer
 
     def forward(self, method: str, *args: Any) -> Any:
-        """Call a method of this or of the policy."""
-        return getattr(self if method in ("normalize", "sample") else self.policy, method)(*args)
+        """Call a method."""
+        return getattr(self, method)(*args)
 
-    def sample(self, obs: Observation, *args: Any) -> tuple[SampledAction, Tensor]:
-        """Actions as sampled, and as the environment takes them."""
-        sampled = self.policy.act(self.normalize(obs), *args)
-        return sampled, self.policy.to_env(sampled.action)
+    def act(self, obs: Observation, mask: Any, noise: Tensor, memory: Tensor | None) -> Acted:
+        """See ``Agent``."""
+        seen, memory = see(self.policy, as_seen(obs, self.normalizer), memory)
+        sampled = self.policy.act(seen, mask, noise)
+        return Acted(sampled, self.policy.to_env(sampled.action), memory)
 
-    def normalize(self, obs: Observation) -> Observation:
-        """Observations as the policy sees them."""
-        return as_seen(obs, self.normalizer)
+    def value(
+        self, obs: Observation, reached: Observation, memory: Tensor | None, begins: Tensor | None
+    ) -> Values:
+        """See ``Agent``."""
+        obs, reached = as_seen(obs, self.normalizer), as_seen(reached, self.normalizer)
+        seen = recall(self.policy, obs, memory, begins)
+        if memory is not None:  # that of each step, from which the next observation is seen
+            assert isinstance(seen, Tensor)
+            reached, _ = see(self.policy, reached, seen)
+        return Values(obs, self.policy.value(seen), self.policy.value(reached))
+
+    def evaluate(self, batch: Samples) -> Evaluation:
+        """See ``Agent``."""
+        seen = recall(self.policy, batch.obs, batch.memory, batch.begins)
+        return self.policy.evaluate(seen, batch.action, batch.action_mask)
 
 
 class Agent:
@@ -83,33 +119,38 @@ class Agent:
         assert self._weights is not None
         return self._weights
 
-    def normalize(self, weights: Weights, obs: Observation) -> Observation:
-        """Observations as the policy sees them."""
-        return self._call(weights, "normalize", obs)
-
     def act(
         self,
         weights: Weights,
         obs: Observation,
         mask: Bool[Tensor, "M K"] | None,
         noise: Float[Tensor, "M N"],
-    ) -> tuple[SampledAction, Shaped[Tensor, "M ..."]]:
-        """Sample actions; also as the environment takes them. Observations come as they are."""
-        return self._call(weights, "sample", obs, mask, noise)
+        memory: Float[Tensor, "M S"] | None,
+    ) -> Acted:
+        """Sample actions. Observations come as they are, with the memory before them."""
+        return self._call(weights, "act", obs, mask, noise, memory)
 
-    def value(self, weights: Weights, obs: Observation) -> Float[Tensor, " M"]:
-        """Value of normalised observations."""
-        return self._call(weights, "value", obs)
-
-    def evaluate(
+    def value(
         self,
         weights: Weights,
         obs: Observation,
-        action: Shaped[Tensor, "M *A"],
-        mask: Bool[Tensor, "M K"] | None,
-    ) -> Evaluation:
-        """Actions taken earlier, seen by these weights; of normalised observations."""
-        return self._call(weights, "evaluate", obs, action, mask)
+        reached: Observation,
+        memory: Float[Tensor, "B S"] | None,
+        begins: Bool[Tensor, " N"] | None,
+    ) -> Values:
+        """Value both ends of every step; of observations ``[N, *O]`` as they are.
+
+        With memory the rows are steps of whole sequences: see ``Samples``.
+        """
+        return self._call(weights, "value", obs, reached, memory, begins)
+
+    def evaluate(self, weights: Weights, batch: Samples) -> Evaluation:
+        """Actions taken earlier, seen by these weights."""
+        return self._call(weights, "evaluate", batch)
+
+    def blank_memory(self, obs: Observation) -> Float[Tensor, "M S"] | None:
+        """At the beginning of episodes; ``None`` for a policy without memory."""
+        return blank_memory(self._both.policy, obs)
 
     def noise(self, shape: tuple[int, ...], generator: torch.Generator) -> Float[Tensor, "... N"]:
         """Random numbers for ``act``."""

@@ -16,9 +16,10 @@ from esper_lightning.core.gae import discounted_returns
 from esper_lightning.core.ranks import ALONE, Ranks
 from esper_lightning.core.running_stats import Moments
 from esper_lightning.core.shapes import Bool, Float
+from esper_lightning.core.tensor_trees import map_tree
 from esper_lightning.core.types import Observation, Rollout, StepResult, map_obs
 from esper_lightning.envs.base import BatchedEnv, FunctionalEnv, is_functional
-from esper_lightning.policies.base import SampledAction
+from esper_lightning.policies.base import SampledAction, forget
 from esper_lightning.training.agent import Agent, Weights
 from esper_lightning.training.config import PPOConfig
 
@@ -47,15 +48,11 @@ class ActingState(NamedTuple):
     obs: Observation  # [B, *O]
     action_mask: Bool[Tensor, "B K"] | None
     discounted_return: Float[Tensor, " B"]  # of the running episodes so far, for reward scaling
+    memory: Float[Tensor, "B S"] | None = None  # before obs
 
     def to(self, device: torch.device) -> "ActingState":
         """The same on another device."""
-
-        def move(tensor: Tensor) -> Tensor:
-            return tensor.to(device)
-
-        mask = None if self.action_mask is None else move(self.action_mask)
-        return ActingState(map_obs(move, self.obs), mask, move(self.discounted_return))
+        return map_tree(lambda tensor: tensor.to(device), self)
 
 
 class _Running(NamedTuple):
@@ -64,6 +61,7 @@ class _Running(NamedTuple):
     episodes: Any
     obs: Observation
     action_mask: Bool[Tensor, "B K"] | None
+    memory: Float[Tensor, "B S"] | None
 
 
 class Collector:
@@ -112,11 +110,12 @@ class Collector:
         if self._functional is None:
             return rollout, self._call_env(state, rollout, weights, noise)
         env = self._functional
-        running = _Running(env.episodes(), state.obs, state.action_mask)
+        running = _Running(env.episodes(), state.obs, state.action_mask, state.memory)
         xs = (noise, env.draw(steps))
         running, rollout = self._loop(running, xs, None, weights, rollout)
         env.keep(running.episodes)
-        return rollout, state._replace(obs=running.obs, action_mask=running.action_mask)
+        _, obs, action_mask, memory = running
+        return rollout, state._replace(obs=obs, action_mask=action_mask, memory=memory)
 
     def _step(
         self, running: _Running, x: tuple[Tensor, Any], weights: Weights
@@ -124,22 +123,26 @@ class Collector:
         """One step of an environment that is a pure function."""
         assert self._functional is not None
         noise, drawn = x
-        sampled, action = self._agent.act(weights, running.obs, running.action_mask, noise)
-        episodes, result = self._functional.transition(running.episodes, action, drawn)
-        row = as_row(running.obs, running.action_mask, sampled, result)
-        return _Running(episodes, result.obs, result.action_mask), row
+        before, obs, action_mask, memory = running
+        acted = self._agent.act(weights, obs, action_mask, noise, memory)
+        episodes, result = self._functional.transition(before, acted.action, drawn)
+        row = as_row(obs, action_mask, acted.sampled, result)
+        memory = forget(acted.memory, result.terminated | result.truncated)
+        return _Running(episodes, result.obs, result.action_mask, memory), row
 
     def _call_env(
         self, state: ActingState, rollout: Rollout, weights: Weights, noise: Tensor
     ) -> ActingState:
         """Any other environment."""
-        obs, action_mask = state.obs, state.action_mask
+        obs, action_mask, memory = state.obs, state.action_mask, state.memory
         for t in range(rollout.reward.shape[0]):
-            sampled, action = self._agent.act(weights, obs, action_mask, noise[t])
-            result = self._env.step(action)
-            write_step(rollout, t, as_row(obs, action_mask, sampled, result))
+            acted = self._agent.act(weights, obs, action_mask, noise[t], memory)
+            result = self._env.step(acted.action)
+            write_step(rollout, t, as_row(obs, action_mask, acted.sampled, result))
             obs, action_mask = result.obs, result.action_mask
-        return state._replace(obs=obs, action_mask=action_mask)
+            if acted.memory is not None:
+                memory = forget(acted.memory, result.terminated | result.truncated)
+        return state._replace(obs=obs, action_mask=action_mask, memory=memory)
 
 
 def as_row(

@@ -18,7 +18,8 @@ class PPOConfig:
     Attributes:
         rollout_steps: Steps of every environment in one iteration, ``T``.
         epochs: Passes over a rollout.
-        minibatches: Parts of each pass; must divide ``rollout_steps * num_envs``.
+        minibatches: Parts of each pass; must divide ``rollout_steps * num_envs``, or for a policy
+            with memory, which learns from whole sequences, ``num_envs``.
         discount: ``gamma``, per step.
         gae_lambda: ``lambda`` of generalised advantage estimation: 0 is one-step TD, 1 the
             discounted return.
@@ -94,14 +95,17 @@ class PPOConfig:
         rule = f"be one of {', '.join(_SCHEDULES)}"
         require(ok, "PPOConfig.learning_rate_schedule", rule, self.learning_rate_schedule)
 
-    def check_against(self, *, num_envs: int) -> None:
-        """Check what depends on the environments.
+    def check_against(self, *, num_envs: int, whole_sequences: bool = False) -> None:
+        """Check what depends on the environments, and on whether the policy has memory.
 
         Raises:
             ValueError: If a rollout cannot be cut into minibatches of equal size.
         """
         total = self.rollout_steps * num_envs
         rule = f"divide rollout_steps * num_envs = {self.rollout_steps} * {num_envs} = {total}"
+        if whole_sequences:
+            total = num_envs
+            rule = f"divide num_envs = {num_envs} for a policy with memory"
         near = [n for n in range(1, total + 1) if total % n == 0 and n <= 4 * self.minibatches]
         hint = f"Near values that do: {', '.join(map(str, near[-3:]))}."
         require(

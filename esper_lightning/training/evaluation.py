@@ -9,9 +9,10 @@ import torch
 from torch import Tensor
 
 from esper_lightning.core.shapes import Float, Int
+from esper_lightning.core.types import Observation, StepResult
 from esper_lightning.core.validate import require
 from esper_lightning.envs.base import BatchedEnv
-from esper_lightning.policies.base import Policy
+from esper_lightning.policies.base import Policy, blank_memory, forget, see
 from esper_lightning.training.collect import Normalize
 
 __all__ = ["Episodes", "evaluate_policy"]
@@ -45,13 +46,21 @@ def evaluate_policy(
         ValueError: If an episode has not ended after ``max_steps`` steps.
     """
     obs, action_mask = env.reset()
-    result = env.step(policy.to_env(policy.act_deterministically(normalize(obs), action_mask)))
+    memory = blank_memory(policy, obs)
+
+    def step(
+        obs: Observation, action_mask: Tensor | None, memory: Tensor | None
+    ) -> tuple[StepResult, Tensor | None]:
+        seen, memory = see(policy, normalize(obs), memory)
+        result = env.step(policy.to_env(policy.act_deterministically(seen, action_mask)))
+        return result, forget(memory, result.terminated | result.truncated)
+
+    result, memory = step(obs, action_mask, memory)
     episode_return, episode_length = result.episode_return, result.episode_length
-    for step in range(1, max_steps):
-        if step % _STEPS_BETWEEN_CHECKS == 0 and bool((episode_length > 0).all()):
+    for number in range(1, max_steps):
+        if number % _STEPS_BETWEEN_CHECKS == 0 and bool((episode_length > 0).all()):
             break
-        action = policy.act_deterministically(normalize(result.obs), result.action_mask)
-        result = env.step(policy.to_env(action))
+        result, memory = step(result.obs, result.action_mask, memory)
         running = episode_length == 0
         episode_return = torch.where(running, result.episode_return, episode_return)
         episode_length = torch.where(running, result.episode_length, episode_length)

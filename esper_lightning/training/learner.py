@@ -12,6 +12,7 @@ from torch import Tensor
 
 from esper_lightning.core.buffer import allocate_rollout, first_steps
 from esper_lightning.core.compiling import CompileMode, compile_function, tell_reasons_again
+from esper_lightning.core.distributions import has_choice
 from esper_lightning.core.flat_adam import FlatParameters
 from esper_lightning.core.ranks import ALONE, Ranks
 from esper_lightning.core.running_stats import Moments, RunningStats
@@ -19,7 +20,7 @@ from esper_lightning.core.shapes import Bool, Float
 from esper_lightning.core.tensor_trees import map_tree
 from esper_lightning.core.types import Rollout, Samples
 from esper_lightning.envs.base import BatchedEnv, EnvSpec
-from esper_lightning.training.agent import Agent
+from esper_lightning.training.agent import Agent, Values
 from esper_lightning.training.collect import ActingState, Collector, is_finite, scale_reward
 from esper_lightning.training.config import PPOConfig
 from esper_lightning.training.metrics import rollout_figures
@@ -27,7 +28,6 @@ from esper_lightning.training.update import (
     Critic,
     UpdateMetrics,
     Updater,
-    Values,
     prepare_samples,
 )
 
@@ -92,6 +92,8 @@ class Learner:
         self._acting: ActingState | None = None
         self._parameters: FlatParameters | None = None
         self._learning_rate = torch.zeros((), device=device)
+        self._action_space = spec.spaces().action
+        self._first_memory: Tensor | None = None  # at the beginning of the latest rollout
         self.order: Sequence[Tensor] = ()
 
     def start(self, optimizer: torch.optim.Adam, state: dict[str, Any] | None) -> bool:
@@ -112,10 +114,12 @@ class Learner:
         if state is None or state["env"] is None:
             obs, mask = self._env.reset()
             zeros = torch.zeros(self._storage.reward.shape[1], device=self._device)
-            self._acting = ActingState(obs, mask, zeros)
+            self._acting = ActingState(obs, mask, zeros, self.agent.blank_memory(obs))
+            self._first_memory = self._acting.memory
             return False
         self._env.load_state_dict(state["env"])
         self._acting = ActingState(**state["acting"]).to(self._device)
+        self._first_memory = self._acting.memory
         return True
 
     def state_dict(self) -> dict[str, Any] | None:
@@ -134,6 +138,8 @@ class Learner:
         assert self._parameters is not None
         self._parameters.refresh()
         storage = first_steps(self._storage, steps)
+        memory = self._acting.memory  # it is changed in place
+        self._first_memory = None if memory is None else memory.clone()
         rollout, self._acting = self._collector.collect(
             self._acting, storage, generator=self._exploration
         )
@@ -145,9 +151,10 @@ class Learner:
         stats = self._return_stats
         moments = None if stats is None else stats.moments
         with torch.no_grad():
-            values = self._critic.values(self.agent.weights, rollout)
+            begun = self._first_memory
+            values = self._critic.values(self.agent.weights, rollout, begun)
             prepared: Prepared = self._prepare(
-                values, rollout, self._acting.discounted_return, moments
+                values, rollout, begun, self._acting.discounted_return, moments
             )
         if stats is not None and prepared.moments is not None:
             stats.keep(prepared.moments)
@@ -160,7 +167,7 @@ class Learner:
         """Take every gradient step of an iteration."""
         assert self._parameters is not None
         samples = prepared.samples
-        self.order = self._updater.order(samples.log_prob.shape[0], self._sample_order)
+        self.order = self._updater.order(samples.parts, self._sample_order)
         adam, metrics = self._updater.update(
             self._parameters.state,
             self.agent.weights,
@@ -176,6 +183,7 @@ class Learner:
         self,
         values: Values,
         rollout: Rollout,
+        memory: Float[Tensor, "B S"] | None,
         discounted_return: Float[Tensor, " B"],
         moments: Moments | None,
     ) -> Prepared:
@@ -185,7 +193,11 @@ class Learner:
         reward, discounted_return, moments = scale_reward(
             rollout, discounted_return, moments, config, healthy=healthy.all(), ranks=ranks
         )
-        samples, variance = prepare_samples(values, rollout, reward, config, ranks)
+        mask = rollout.action_mask
+        choice = None if mask is None else has_choice(self._action_space, mask.flatten(0, 1))
+        samples, variance = prepare_samples(
+            values, rollout, reward, config, ranks, memory=memory, choice=choice
+        )
         return Prepared(
             samples, discounted_return, moments, healthy.all(), episodes.sum(0), variance
         )

@@ -128,7 +128,6 @@ class PPO(LightningModule):
         at_least_1 = {"iterations_per_epoch": iterations_per_epoch, "eval_episodes": eval_episodes}
         for name, value in at_least_1.items():
             require(value is None or value >= 1, f"PPO.{name}", "be at least 1", value)
-        ppo.check_against(num_envs=env.num_envs)
         enough = total_env_steps is None or total_env_steps >= env.num_envs
         rule = f"be at least env.num_envs = {env.num_envs}"
         require(enough, "PPO.total_env_steps", rule, total_env_steps)
@@ -160,6 +159,7 @@ class PPO(LightningModule):
         spaces = env.spaces()
         weights = stream(seed, rank=0, purpose="weights", device=torch.device("cpu"))
         self.policy = policy.build(spaces, weights)
+        ppo.check_against(num_envs=env.num_envs, whole_sequences=self.policy.memory_size > 0)
         normalizes = ppo.normalize_obs
         self.obs_normalizer = ObsNormalizer(spaces.obs, clip=ppo.obs_clip) if normalizes else None
         self.return_stats = RunningStats(()) if ppo.normalize_reward else None

@@ -30,14 +30,13 @@ from esper_lightning.core.shapes import Bool, Float, Int
 from esper_lightning.core.tensor_trees import map_tree
 from esper_lightning.core.types import LossTerms, Observation, Rollout, Samples
 from esper_lightning.policies.base import Evaluation, Policy
-from esper_lightning.training.agent import Agent, Weights
+from esper_lightning.training.agent import Agent, Values, Weights
 from esper_lightning.training.config import PPOConfig
 
 __all__ = [
     "Critic",
     "UpdateMetrics",
     "Updater",
-    "Values",
     "adapt_learning_rate",
     "build_optimizer",
     "find_non_finite",
@@ -91,14 +90,6 @@ def adapt_learning_rate(optimizer: torch.optim.Adam, config: PPOConfig, *, kl: f
         group["lr"] = adaptive_learning_rate(group["lr"], kl=kl, desired_kl=config.desired_kl)
 
 
-class Values(NamedTuple):
-    """What the critic says of a rollout, ``N = T * B``."""
-
-    obs: Observation  # [N, *O] normalised
-    value: Float[Tensor, " N"]  # of the state acted on
-    next_value: Float[Tensor, " N"]  # of the state reached
-
-
 class Critic:
     """Values of a rollout under the weights that acted, in one pass over all states.
 
@@ -114,28 +105,42 @@ class Critic:
         self._parts: dict[int, int] = {}  # by number of rows
         self._loop = compile_loop("values", self._part, mode=mode, device=device)
 
-    def values(self, weights: Weights, rollout: Rollout) -> Values:
-        """Value both ends of every step."""
+    def values(
+        self, weights: Weights, rollout: Rollout, memory: Float[Tensor, "B S"] | None = None
+    ) -> Values:
+        """Value both ends of every step; ``memory`` is that before the first."""
         rows = rollout.reward.numel()
         if rows not in self._parts:
-            self._parts[rows] = in_cache(rows, mode=self._mode, device=self._device)
+            whole = memory is not None  # sequences are not cut
+            mode = self._mode
+            self._parts[rows] = 1 if whole else in_cache(rows, mode=mode, device=self._device)
         parts = self._parts[rows]
 
         def cut(value: Tensor) -> Tensor:
             return value.reshape(parts, -1, *value.shape[2:])
 
-        xs = map_tree(cut, (rollout.obs, rollout.reached_obs))
+        begins = None if memory is None else first_steps_of_episodes(rollout)
+        xs = map_tree(cut, (rollout.obs, rollout.reached_obs, begins))
+        xs = (*xs, None if memory is None else memory[None])
         counter = torch.zeros((), device=self._device)  # a loop carries something
         with torch.no_grad():
             _, values = self._loop(counter, xs, None, weights, None)
         return map_tree(lambda value: value.flatten(0, 1), values)
 
     def _part(
-        self, counter: Tensor, x: tuple[Observation, Observation], weights: Weights
+        self,
+        counter: Tensor,
+        x: tuple[Observation, Observation, Tensor | None, Tensor | None],
+        weights: Weights,
     ) -> tuple[Tensor, Values]:
-        obs, reached = (self._agent.normalize(weights, part) for part in x)
-        values = (self._agent.value(weights, part) for part in (obs, reached))
-        return counter + 1.0, Values(obs, *values)
+        obs, reached, begins, memory = x
+        return counter + 1.0, self._agent.value(weights, obs, reached, memory, begins)
+
+
+def first_steps_of_episodes(rollout: Rollout) -> Bool[Tensor, "T B"]:
+    """Where an episode begins within the rollout; not before its first step, which is the past."""
+    ended = rollout.terminated | rollout.truncated
+    return torch.cat([torch.zeros_like(ended[:1]), ended[:-1]])
 
 
 def prepare_samples(
@@ -144,6 +149,9 @@ def prepare_samples(
     reward: Float[Tensor, "T B"],
     config: PPOConfig,
     ranks: Ranks = ALONE,
+    *,
+    memory: Float[Tensor, "B S"] | None = None,
+    choice: Bool[Tensor, " N"] | None = None,
 ) -> tuple[Samples, Float[Tensor, ""]]:
     """Advantages and value targets of a rollout.
 
@@ -153,6 +161,9 @@ def prepare_samples(
         reward: The rollout's rewards, scaled if they are to be.
         config: Discount, lambda and normalisation.
         ranks: Over which advantages are normalised.
+        memory: Of the policy, before the first step; ``None`` for none.
+        choice: Where there was more than one action to choose from: the other steps teach the
+            critic alone. ``None`` for everywhere.
 
     Returns:
         The samples, and the share of the targets' variance that the critic explains on all ranks.
@@ -168,10 +179,17 @@ def prepare_samples(
     )
     advantage = advantages.advantage.flatten()
     target = advantages.value_target.flatten()
-    mine = tuple(Moments.of(each) for each in (advantage, target, target - values.value))
+    mine = (
+        Moments.of(advantage, where=choice),
+        *(Moments.of(each) for each in (target, target - values.value)),
+    )
     spread, of_target, of_error = (
         first.merged(*others) for first, *others in zip(*ranks.gather(mine), strict=True)
     )
+    weight = None
+    if choice is not None:
+        share = (spread.number / of_target.number).to(advantage.dtype)
+        weight = torch.where(choice, 1.0 / share, 0.0)
     samples = Samples(
         obs=values.obs,
         action=rollout.action.flatten(0, 1),
@@ -182,19 +200,29 @@ def prepare_samples(
         else advantage,
         value=values.value,
         value_target=target,
+        actor_weight=weight,
+        memory=memory,
+        begins=None if memory is None else first_steps_of_episodes(rollout).flatten(),
     )
     return samples, explained_variance(of_target, of_error)
 
 
 def ppo_loss_terms(evaluation: Evaluation, batch: Samples, config: PPOConfig) -> LossTerms:
     """Per-sample terms of the objective under the current weights."""
-    return LossTerms(
-        policy=clipped_surrogate(
-            evaluation.log_prob, batch.log_prob, batch.advantage, clip=config.clip
-        ),
-        value=value_loss(evaluation.value, batch.value, batch.value_target, clip=config.value_clip),
-        entropy=evaluation.entropy,
+    policy = clipped_surrogate(
+        evaluation.log_prob, batch.log_prob, batch.advantage, clip=config.clip
     )
+    return LossTerms(
+        policy=_weighted(policy, batch),
+        value=value_loss(evaluation.value, batch.value, batch.value_target, clip=config.value_clip),
+        entropy=_weighted(evaluation.entropy, batch),
+    )
+
+
+def _weighted(term: Float[Tensor, " M"], batch: Samples) -> Float[Tensor, " M"]:
+    """A term of the actor: its mean is that over the steps at which there was a choice."""
+    weight = batch.actor_weight
+    return term if weight is None else torch.where(weight > 0.0, term * weight, 0.0)
 
 
 def total_loss(terms: LossTerms, config: PPOConfig) -> Float[Tensor, " M"]:
@@ -257,7 +285,7 @@ class Updater:
         self._loop = compile_loop("update", self._step, part, mode=around, device=device)
 
     def order(self, samples: int, generator: torch.Generator) -> Sequence[Tensor]:
-        """Which samples each gradient step takes: a new random order for each pass.
+        """Which of the ``Samples.parts`` each gradient step takes: anew for each pass.
 
         ``[S, M]``, or parts of sizes that differ by one where they cannot be equal.
         """
@@ -312,13 +340,14 @@ class Updater:
         with torch.enable_grad():
             weight = progress.adam.weight.detach().requires_grad_()
             weights = Weights(weight, constants.buffers)
-            evaluation = self._agent.evaluate(weights, batch.obs, batch.action, batch.action_mask)
+            evaluation = self._agent.evaluate(weights, batch)
             terms = ppo_loss_terms(evaluation, batch, self._config)
             loss = total_loss(terms, self._config).sum()
             (gradient,) = torch.autograd.grad(loss, [weight])
         log_prob = evaluation.log_prob.detach()
-        kl = approx_kl(log_prob, batch.log_prob)
+        kl = _weighted(approx_kl(log_prob, batch.log_prob), batch)
         clipped = clip_fraction(log_prob, batch.log_prob, clip=self._config.clip)
+        clipped = _weighted(clipped, batch)
         columns = (*terms, kl, clipped, torch.ones_like(kl))
         figures = torch.stack([column.detach().sum() for column in columns])
         return _Sums(gradient, figures)
@@ -375,9 +404,7 @@ def find_non_finite(
         batch = take(samples, index)
         with torch.enable_grad():
             flat = weights.parameters.detach().requires_grad_()
-            evaluation = agent.evaluate(
-                weights._replace(parameters=flat), batch.obs, batch.action, batch.action_mask
-            )
+            evaluation = agent.evaluate(weights._replace(parameters=flat), batch)
             terms = ppo_loss_terms(evaluation, batch, config)
             (gradient,) = torch.autograd.grad(total_loss(terms, config).mean(), [flat])
         watched = {f"loss/{k}": v for k, v in terms._asdict().items()}

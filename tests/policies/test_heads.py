@@ -147,7 +147,8 @@ def test_bounds_move_with_the_head_but_are_no_weights() -> None:
         (
             "Text",
             "clip",
-            "MLP's action space must be Discrete, MultiDiscrete or Box, got 'Text'.",
+            "MLP's action space must be Discrete, MultiDiscrete, FactoredDiscrete or Box, "
+            "got 'Text'.",
         ),
     ],
 )

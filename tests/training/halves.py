@@ -10,7 +10,7 @@ from pathlib import Path
 import torch
 from torch import distributed as dist
 
-from esper_lightning import MLP, PPOConfig
+from esper_lightning import MLP, PPOConfig, Recurrent
 from esper_lightning.core.ranks import Ranks
 from esper_lightning.core.running_stats import ObsNormalizer, RunningStats
 from esper_lightning.core.types import Rollout
@@ -28,10 +28,12 @@ CASES = {
     "stops": PPOConfig(
         rollout_steps=STEPS, epochs=6, minibatches=2, learning_rate=0.01, target_kl=0.02
     ),
+    "memory": PPOConfig(rollout_steps=STEPS, epochs=3, minibatches=1),
+    "choices": PPOConfig(rollout_steps=STEPS, epochs=3, minibatches=4, entropy_coef=0.1),
 }
 
 
-def everything():
+def everything(*, masked):
     """A rollout of all environments, as a policy unlike that of ``learn`` might have made it."""
     generator = torch.Generator().manual_seed(3)
 
@@ -40,12 +42,18 @@ def everything():
 
     ends = torch.rand(2, STEPS, ENVS, generator=generator) < 0.1
     ended = ends.any(0)
+    action = torch.randint(2, (STEPS, ENVS), generator=generator)
+    # The first environments hardly ever have a choice.
+    allowed = (
+        torch.rand(STEPS, ENVS, 2, generator=generator) < torch.linspace(0.1, 0.9, ENVS)[:, None]
+    )
+    allowed |= torch.nn.functional.one_hot(action, 2).bool()
     return Rollout(
         obs=3.0 + 2.0 * normal(STEPS, ENVS, 4),
         reached_obs=3.0 + 2.0 * normal(STEPS, ENVS, 4),
-        action=torch.randint(2, (STEPS, ENVS), generator=generator),
+        action=action,
         log_prob=-0.7 + 0.1 * normal(STEPS, ENVS),
-        action_mask=None,
+        action_mask=allowed if masked else None,
         reward=normal(STEPS, ENVS),
         terminated=ends[0],
         truncated=ends[1] & ~ends[0],
@@ -74,7 +82,8 @@ def learn(rank, size, case, mode="off"):
     """One update; what came of it."""
     config, ranks = CASES[case], Ranks(size)
     spec = CartPole(num_envs=ENVS // size)
-    policy = MLP().build(spec.spaces(), torch.Generator().manual_seed(0))
+    kind = Recurrent(cell="lstm") if case == "memory" else MLP()
+    policy = kind.build(spec.spaces(), torch.Generator().manual_seed(0))
     normalizer = ObsNormalizer(spec.spaces().obs, clip=10.0) if config.normalize_obs else None
     stats = RunningStats(()) if config.normalize_reward else None
     learner = Learner(
@@ -92,10 +101,11 @@ def learn(rank, size, case, mode="off"):
     optimizer = build_optimizer(policy, config)
     learner.start(optimizer, None)
     own = slice(rank * spec.num_envs, (rank + 1) * spec.num_envs)
-    parts = everything()._asdict().items()
+    parts = everything(masked=case == "choices")._asdict().items()
     rollout = Rollout(**{name: None if v is None else v[:, own] for name, v in parts})
     prepared = learner.advantages(rollout)
-    learner._updater.order = lambda *_: shared_order(config, rank, size)
+    if case != "memory":  # there a step takes everything
+        learner._updater.order = lambda *_: shared_order(config, rank, size)
     metrics = learner.update(prepared, learning_rate=config.learning_rate)
     if normalizer is not None:
         normalizer.update(rollout.obs, ranks)

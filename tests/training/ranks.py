@@ -17,7 +17,7 @@ from lightning.pytorch import Callback, Trainer
 from lightning.pytorch.callbacks import ModelCheckpoint
 from lightning.pytorch.loggers import TensorBoardLogger
 
-from esper_lightning import PPO, FlightRecorder, PPOConfig
+from esper_lightning import MLP, PPO, FlightRecorder, PPOConfig, Recurrent
 from esper_lightning.callbacks.history import History
 from esper_lightning.envs import CartPole
 
@@ -101,12 +101,14 @@ def main(
     every=2,
     compile="off",  # noqa: A002
     evaluates=True,
+    remembers=False,
 ):
     torch.set_num_threads(1)
     config = PPOConfig(**{"rollout_steps": 16, "minibatches": 2, "epochs": 2, **(ppo or {})})
     model = PPO(
         ENVS[env](num_envs=num_envs),
-        ppo=config,
+        Recurrent(memory_size=8) if remembers else MLP(),
+        config,
         total_env_steps=budget,
         eval_episodes=3,
         iterations_per_epoch=5,

@@ -9,7 +9,7 @@ import pytest
 import torch
 from lightning.pytorch import Callback
 
-from esper_lightning import MLP, PPO, PPOConfig
+from esper_lightning import MLP, PPO, PPOConfig, Recurrent
 from esper_lightning.envs import Acrobot, CartPole, Pendulum
 
 SMALL = PPOConfig(rollout_steps=8, minibatches=2, epochs=2, learning_rate=3e-3)
@@ -29,6 +29,7 @@ CASES = {
         MLP(action_bounds="tanh", trunk="shared", activation="elu"),
         EVERYTHING,
     ),
+    "memory": (CartPole(num_envs=16, time_limit=5), Recurrent(), EVERYTHING),
 }
 ITERATIONS = 3
 
@@ -64,6 +65,8 @@ def assert_same(model, other):
     [
         ("default", "discrete"),
         ("max", "continuous"),
+        pytest.param("default", "memory", marks=pytest.mark.slow),
+        pytest.param("max", "memory", marks=pytest.mark.slow),
         pytest.param("max", "discrete", marks=pytest.mark.slow),
         pytest.param("default", "continuous", marks=pytest.mark.slow),
     ],

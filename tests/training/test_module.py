@@ -344,13 +344,18 @@ class TestCheckpoints:
 
     @pytest.mark.filterwarnings("ignore:Checkpoint directory .* exists and is not empty")
     @pytest.mark.parametrize(
-        "env",
-        [CartPole(num_envs=4), Pendulum(num_envs=4, time_limit=20)],
-        ids=lambda env: type(env).__name__,
+        ("env", "policy"),
+        [
+            (CartPole(num_envs=4), MLP()),
+            (Pendulum(num_envs=4, time_limit=20), MLP()),
+            (CartPole(num_envs=4), Recurrent(cell="lstm")),
+        ],
+        ids=lambda spec: type(spec).__name__,
     )
-    def test_resumed_run_continues_bit_for_bit(self, make_trainer, tmp_path, env):
+    def test_resumed_run_continues_bit_for_bit(self, make_trainer, tmp_path, env, policy):
         def model():
-            return cartpole(env=env, ppo=self.PPO, total_env_steps=32 * 6, iterations_per_epoch=2)
+            settings = {"env": env, "policy": policy, "ppo": self.PPO}
+            return cartpole(**settings, total_env_steps=32 * 6, iterations_per_epoch=2)
 
         whole, reference = model(), make_trainer()
         expected = fit(whole, reference)
@@ -571,6 +576,11 @@ class TestErrors:
                 {"ppo": PPOConfig(rollout_steps=8, minibatches=5)},
                 "PPOConfig.minibatches must divide rollout_steps * num_envs = 8 * 4 = 32, got 5. "
                 "Near values that do: 4, 8, 16.",
+            ),
+            (
+                {"ppo": PPOConfig(rollout_steps=8, minibatches=8), "policy": Recurrent()},
+                "PPOConfig.minibatches must divide num_envs = 4 for a policy with memory, got 8. "
+                "Near values that do: 1, 2, 4.",
             ),
             (
                 {"env": Pendulum(num_envs=4), "policy": MLP(actor_obs=("camera",))},

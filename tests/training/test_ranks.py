@@ -142,12 +142,13 @@ def diff(directory, whole, ranks):
     return found
 
 
-def disturbed(directory, ranks, fault, random_moment, budget):
+def disturbed(directory, ranks, fault, random_moment, budget, **settings):
     """Let a run die and resume it; returns whether it died."""
     moment = {"dies_in": random_moment[0], "delay_s": random_moment[1]}
     rank = ranks - 1
-    died, _ = run(directory, devices=ranks, budget=budget, fault=fault, rank=rank, **moment)
-    status, stderr = run(directory, devices=ranks, budget=budget, resumes=True)
+    settings |= {"devices": ranks, "budget": budget}
+    died, _ = run(directory, fault=fault, rank=rank, **moment, **settings)
+    status, stderr = run(directory, resumes=True, **settings)
     assert status == 0, stderr
     return died != 0
 
@@ -157,6 +158,17 @@ def disturbed(directory, ranks, fault, random_moment, budget):
 def test_a_run_that_died_goes_on_bit_for_bit(tmp_path, of_1000_steps, ranks, fault):
     assert disturbed(tmp_path, ranks, fault, (6, 0.0), budget=1000)
     assert diff(tmp_path, of_1000_steps[ranks], ranks) == []
+
+
+@pytest.mark.crash
+def test_a_run_with_memory_that_died_goes_on_bit_for_bit(tmp_path):
+    settings = {"budget": 500, "remembers": True, "evaluates": False}
+    status, stderr = run(tmp_path / "whole", devices=1, **settings)
+    assert status == 0, stderr
+    died = tmp_path / "died"
+    assert disturbed(died, 1, "SIGKILL", (6, 0.0), **settings)
+    assert diff(died, tmp_path / "whole", 1) == []
+    assert len(history(died)) == 8
 
 
 @pytest.mark.crash

@@ -1,0 +1,156 @@
+"""Policies with memory.
+
+Axes: ``T`` step, ``M`` sample, ``*O`` observation, ``H`` feature, ``S`` number in a memory.
+"""
+
+from dataclasses import dataclass
+from typing import Literal, get_args
+
+import torch
+from torch import Tensor, nn
+
+from esper_lightning.core.recurrence import Cell, unroll
+from esper_lightning.core.shapes import Bool, Float, Shaped
+from esper_lightning.core.spaces import Box, EnvSpaces
+from esper_lightning.core.types import Observation
+from esper_lightning.core.validate import require
+from esper_lightning.policies.base import Evaluation, Policy, PolicySpec, SampledAction
+from esper_lightning.policies.feedforward import (
+    MLP,
+    FeedForwardPolicy,
+    check_layers,
+    flat_obs,
+    obs_size,
+)
+from esper_lightning.policies.layers import Activation, mlp, orthogonal_linear
+
+__all__ = ["Recurrent", "RecurrentPolicy"]
+
+
+@dataclass(frozen=True, kw_only=True)
+class Recurrent(PolicySpec):
+    """Actor and critic that decide on what a recurrent cell remembers of an episode.
+
+    They share the memory: the cell is what takes the time, as its steps wait for each other, and
+    the critic's errors, which are there from the first step on, teach it what is worth remembering.
+    Behind it each has hidden layers of its own. Memory begins blank with each episode and learns
+    from the steps of one rollout: what is to be remembered for longer than ``rollout_steps`` is not
+    taught, though it is kept.
+
+    Attributes:
+        cell: A gated recurrent unit, or a long short-term memory.
+        memory_size: Width of the cell.
+        encoder_sizes: Width of each hidden layer between observation and cell; may be none.
+        hidden_sizes: Width of each hidden layer behind the cell, of actor and critic.
+        activation: Nonlinearity after each hidden layer.
+        action_bounds: Whether a Gaussian is cut at the bounds of the action space or squashed into
+            them.
+        initial_std: Standard deviation of a Gaussian at the start, in units where the bounds are -1
+            and 1.
+    """
+
+    cell: Cell = "gru"
+    memory_size: int = 64
+    encoder_sizes: tuple[int, ...] = (64,)
+    hidden_sizes: tuple[int, ...] = (64,)
+    activation: Activation = "tanh"
+    action_bounds: Literal["clip", "tanh"] = "clip"
+    initial_std: float = 1.0
+
+    def __post_init__(self) -> None:
+        cells = get_args(Cell)
+        require(self.cell in cells, "Recurrent.cell", f"be one of {', '.join(cells)}", self.cell)
+        size = self.memory_size
+        require(size >= 1, "Recurrent.memory_size", "be at least 1", size)
+        ok = all(size >= 1 for size in self.encoder_sizes)
+        rule = "be widths of at least 1"
+        require(ok, "Recurrent.encoder_sizes", rule, self.encoder_sizes)
+        check_layers(
+            "Recurrent", self.hidden_sizes, self.activation, self.action_bounds, self.initial_std
+        )
+
+    def build(self, spaces: EnvSpaces, generator: torch.Generator) -> Policy:
+        """Allocate and initialise on the CPU, drawing from ``generator`` only.
+
+        Raises:
+            ValueError: If the action space has no head.
+        """
+        return RecurrentPolicy(self, spaces, generator)
+
+
+class RecurrentPolicy(Policy):
+    """What ``Recurrent`` builds."""
+
+    def __init__(self, spec: Recurrent, spaces: EnvSpaces, generator: torch.Generator) -> None:
+        super().__init__()
+        self._groups = None if isinstance(spaces.obs, Box) else tuple(spaces.obs)
+        self._cell: Cell = spec.cell
+        self._size = size = spec.memory_size
+        gates = {"gru": 3, "lstm": 4}[spec.cell]
+        self.memory_size = {"gru": size, "lstm": 2 * size}[spec.cell]
+
+        inputs = obs_size(spaces.obs, self._groups)
+        self.encoder = mlp(
+            inputs, spec.encoder_sizes, activation=spec.activation, generator=generator
+        )
+        inputs = spec.encoder_sizes[-1] if spec.encoder_sizes else inputs
+
+        def gate_inputs(inputs: int) -> nn.Linear:
+            outputs = gates * size
+            return orthogonal_linear(inputs, outputs, gain=1.0, generator=generator, parts=gates)
+
+        self.from_input, self.from_memory = gate_inputs(inputs), gate_inputs(size)
+        output = EnvSpaces(obs=Box((size,)), action=spaces.action, masked=spaces.masked)
+        behind = MLP(
+            hidden_sizes=spec.hidden_sizes,
+            activation=spec.activation,
+            action_bounds=spec.action_bounds,
+            initial_std=spec.initial_std,
+        )
+        self.decides = FeedForwardPolicy(behind, output, generator, owner="Recurrent")
+
+    def remember(
+        self,
+        obs: Observation,
+        memory: Float[Tensor, "M S"],
+        begins: Bool[Tensor, "T M"] | None,
+    ) -> Float[Tensor, "T M S"]:
+        """The memory after each of ``T`` observations ``[T, M, *O]``; float32 under autocast."""
+        encoded = self.encoder(flat_obs(obs, self._groups, axes=2))
+        x = self.from_input(encoded).to(memory.dtype)
+        return unroll(self._cell, x, begins, memory, self.from_memory.weight, self.from_memory.bias)
+
+    def noise(self, shape: tuple[int, ...], generator: torch.Generator) -> Float[Tensor, "... N"]:
+        """Random numbers for ``act``: ``[*shape, N]``, on the device of the generator."""
+        return self.decides.noise(shape, generator)
+
+    def act(
+        self, obs: Observation, mask: Bool[Tensor, "M K"] | None, noise: Float[Tensor, "M N"]
+    ) -> SampledAction:
+        """Sample an action for each memory; everything random about it is in ``noise``."""
+        return self.decides.act(self._output(obs), mask, noise)
+
+    def act_deterministically(
+        self, obs: Observation, mask: Bool[Tensor, "M K"] | None
+    ) -> Shaped[Tensor, "M *A"]:
+        """The most probable action for each memory."""
+        return self.decides.act_deterministically(self._output(obs), mask)
+
+    def evaluate(
+        self, obs: Observation, action: Shaped[Tensor, "M *A"], mask: Bool[Tensor, "M K"] | None
+    ) -> Evaluation:
+        """Log-probability of given actions, entropy and value, with gradients."""
+        return self.decides.evaluate(self._output(obs), action, mask)
+
+    def value(self, obs: Observation) -> Float[Tensor, " M"]:
+        """Value of each memory."""
+        return self.decides.value(self._output(obs))
+
+    def to_env(self, action: Shaped[Tensor, "M *A"]) -> Shaped[Tensor, "M ..."]:
+        """Sampled actions in the environment's units and range."""
+        return self.decides.to_env(action)
+
+    def _output(self, memory: Observation) -> Float[Tensor, "M H"]:
+        """Of the cell: an LSTM's memory holds more than it shows."""
+        assert isinstance(memory, Tensor)
+        return memory[:, : self._size]
