@@ -5,7 +5,7 @@ from typing import cast
 import torch
 from torch import Tensor
 
-from esper_lightning.core.spaces import Box, EnvSpaces, MultiDiscrete, mask_size
+from esper_lightning.core.spaces import Box, EnvSpaces, FactoredDiscrete, MultiDiscrete, mask_size
 from esper_lightning.core.types import Observation, Rollout
 
 __all__ = ["allocate_rollout", "first_steps", "write_step"]
@@ -26,7 +26,7 @@ def allocate_rollout(
 
     if isinstance(spaces.action, Box):
         action = empty(spaces.action.size)  # flat, as distributions have it
-    elif isinstance(spaces.action, MultiDiscrete):
+    elif isinstance(spaces.action, MultiDiscrete | FactoredDiscrete):
         action = empty(len(spaces.action.nvec), dtype=torch.int64)
     else:
         action = empty(dtype=torch.int64)

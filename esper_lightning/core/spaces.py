@@ -8,7 +8,17 @@ from dataclasses import dataclass
 
 from esper_lightning.core.validate import require
 
-__all__ = ["ActionSpace", "Box", "Discrete", "EnvSpaces", "MultiDiscrete", "ObsSpace", "mask_size"]
+__all__ = [
+    "ActionSpace",
+    "Box",
+    "Discrete",
+    "EnvSpaces",
+    "FactoredDiscrete",
+    "Head",
+    "MultiDiscrete",
+    "ObsSpace",
+    "mask_size",
+]
 
 
 @dataclass(frozen=True)
@@ -77,8 +87,80 @@ class MultiDiscrete:
         require(ok, "MultiDiscrete.nvec", "be a non-empty tuple of sizes of at least 1", self.nvec)
 
 
+@dataclass(frozen=True)
+class Head:
+    """One of the choices of a ``FactoredDiscrete``.
+
+    Attributes:
+        name: What is chosen.
+        size: Among how many.
+        used_by: Values of the first head for which this choice means something; ``None`` for all.
+        conditioned: Whether what is allowed depends on the value of the first head.
+    """
+
+    name: str
+    size: int
+    used_by: tuple[int, ...] | None = None
+    conditioned: bool = False
+
+    def __post_init__(self) -> None:
+        require(self.size >= 1, "Head.size", "be at least 1", self.size)
+
+
+@dataclass(frozen=True)
+class FactoredDiscrete:
+    """Several choices at once, of which the first decides what the others mean.
+
+    An int64 tensor ``[B, A]``, component ``a`` in ``[0, heads[a].size)``. Where the first choice
+    does not use a head, the environment ignores that component: it deserves no log-probability, no
+    entropy and no gradient.
+
+    An action mask is the masks of the heads one after another: ``size`` entries for a head, and for
+    a conditioned head ``size`` entries for each value of the first one: ``mask_parts``. Each of
+    these, used or not, allows something.
+    """
+
+    heads: tuple[Head, ...]
+
+    def __post_init__(self) -> None:
+        field = "FactoredDiscrete.heads"
+        require(len(self.heads) >= 1, field, "not be empty", self.heads)
+        names = [head.name for head in self.heads]
+        require(len(set(names)) == len(names), field, "have different names", names)
+        first = self.heads[0]
+        free = first.used_by is None and not first.conditioned
+        require(free, field, "begin with one that is always used and not conditioned", first)
+        for head in self.heads[1:]:
+            ok = head.used_by is None or all(0 <= value < first.size for value in head.used_by)
+            require(ok, f"Head.used_by of {head.name!r}", f"lie in [0, {first.size})", head.used_by)
+
+    @property
+    def nvec(self) -> tuple[int, ...]:
+        """Size of each component."""
+        return tuple(head.size for head in self.heads)
+
+    @property
+    def mask_parts(self) -> tuple[int, ...]:
+        """Lengths of the parts of a mask that must each allow something, in order."""
+        parts: list[int] = []
+        for head in self.heads:
+            parts += [head.size] * (self.heads[0].size if head.conditioned else 1)
+        return tuple(parts)
+
+    @property
+    def mask_slices(self) -> tuple[slice, ...]:
+        """Where in a mask each head is; ``[values of the first head, size]`` if conditioned."""
+        slices: list[slice] = []
+        start = 0
+        for head in self.heads:
+            length = head.size * (self.heads[0].size if head.conditioned else 1)
+            slices.append(slice(start, start + length))
+            start += length
+        return tuple(slices)
+
+
 ObsSpace = Box | dict[str, Box]
-ActionSpace = Discrete | MultiDiscrete | Box
+ActionSpace = Discrete | MultiDiscrete | FactoredDiscrete | Box
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -112,6 +194,8 @@ def mask_size(space: ActionSpace) -> int:
     """
     if isinstance(space, Discrete):
         return space.n
+    if isinstance(space, FactoredDiscrete):
+        return sum(space.mask_parts)
     require(isinstance(space, MultiDiscrete), "mask_size", "be asked of a discrete space", space)
     assert isinstance(space, MultiDiscrete)
     return sum(space.nvec)

@@ -16,6 +16,7 @@ from esper_lightning.core.spaces import (
     Box,
     Discrete,
     EnvSpaces,
+    FactoredDiscrete,
     MultiDiscrete,
     mask_size,
 )
@@ -184,10 +185,26 @@ def sample_action(
         action = torch.where(uniform.isfinite(), uniform, normal).clamp(low, high)
         return action.reshape(num_envs, *space.shape)
     allowed = torch.ones(num_envs, mask_size(space)) if mask is None else mask.float()
+    if isinstance(space, FactoredDiscrete):
+        return _sample_factored(space, allowed, generator)
     nvec = [space.n] if isinstance(space, Discrete) else list(space.nvec)
     parts = _split(allowed, nvec)
     action = torch.cat([part.multinomial(1, generator=generator) for part in parts], dim=1)
     return action if isinstance(space, MultiDiscrete) else action[:, 0]
+
+
+def _sample_factored(
+    space: FactoredDiscrete, allowed: Shaped[Tensor, "B K"], generator: torch.Generator
+) -> Shaped[Tensor, "B A"]:
+    """The first component, then each other under the mask that goes with it."""
+    choices: list[Tensor] = []
+    for head, place in zip(space.heads, space.mask_slices, strict=True):
+        part = allowed[:, place]
+        if head.conditioned:
+            given = part.unflatten(1, (space.heads[0].size, head.size))
+            part = given[torch.arange(len(given)), choices[0]]
+        choices.append(part.multinomial(1, generator=generator)[:, 0])
+    return torch.stack(choices, dim=1)
 
 
 def _check_form(got: object, leaf: _Leaf, device: torch.device, field: str, report: Report) -> bool:
@@ -233,8 +250,11 @@ def _expect_everywhere(ok: Tensor, value: Tensor, field: str, rule: str, report:
 
 
 def _check_mask(mask: Tensor, space: ActionSpace, field: str, report: Report) -> None:
-    nvec = list(space.nvec) if isinstance(space, MultiDiscrete) else [mask_size(space)]
-    for component, part in enumerate(_split(mask, nvec)):
+    if isinstance(space, FactoredDiscrete):
+        parts = list(space.mask_parts)
+    else:
+        parts = list(space.nvec) if isinstance(space, MultiDiscrete) else [mask_size(space)]
+    for component, part in enumerate(_split(mask, parts)):
         stuck = ~part.any(dim=1)
         place = f"none in environment {int(stuck.int().argmax())}, component {component}"
         rule = "allow a choice for every component"
