@@ -1,4 +1,4 @@
-"""Host networks: blocks of 3x3 convolution, batch norm, max pooling and relu, then a linear layer.
+"""Host networks: blocks of convolution, batch norm, max pooling and relu, then a linear layer.
 
 Axes: ``M`` image, ``N`` host, ``C`` channel of one host, ``K`` class. Activations are
 ``[M, N*C, H, W]`` in ``channels_last``: hosts are groups of a convolution, and batch norm over
@@ -29,12 +29,14 @@ class Architecture:
     Attributes:
         image: Channels and side of a square image.
         channels: Of each block.
+        kernels: Side of each block's convolution, odd.
         pools: Factor by which each block reduces the side.
         classes: ``K``.
     """
 
     image: tuple[int, int]
     channels: tuple[int, ...]
+    kernels: tuple[int, ...]
     pools: tuple[int, ...]
     classes: int
 
@@ -50,8 +52,9 @@ class Architecture:
         """
         inputs = (self.image[0], *self.channels)
         found: list[Part] = []
-        for before, after in zip(inputs, self.channels, strict=False):
-            found.append(Part((after, before, 3, 3), std=math.sqrt(2.0 / (9 * before))))
+        for before, after, side in zip(inputs, self.channels, self.kernels, strict=False):
+            std = math.sqrt(2.0 / (side**2 * before))
+            found.append(Part((after, before, side, side), std=std))
             found += [Part((after,), mean=1.0), Part((after,))]
         return [*found, Part((self.channels[-1], self.classes)), Part((self.classes,))]
 
@@ -72,7 +75,7 @@ class Architecture:
 class Block:
     """Parameters of one block of ``N`` hosts."""
 
-    kernel: Tensor  # [N, C, C before, 3, 3]
+    kernel: Tensor  # [N, C, C before, side, side]
     scale: Tensor  # [N, C]
     shift: Tensor  # [N, C]
     pool: int
@@ -105,8 +108,9 @@ def run_block(
         training: Whether to normalise by the statistics of ``h`` itself.
     """
     kernel, shift = block.kernel, block.shift
+    padding = kernel.shape[-1] // 2
     if training:
-        h = F.conv2d(h, kernel.flatten(0, 1), padding=1, groups=kernel.shape[0])
+        h = F.conv2d(h, kernel.flatten(0, 1), padding=padding, groups=kernel.shape[0])
         h = F.batch_norm(
             h,
             None if mean is None else mean.view(-1),
@@ -124,7 +128,7 @@ def run_block(
         kernel = kernel * factor[:, :, None, None, None]
         shift = shift - mean * factor
         groups = kernel.shape[0]
-        h = F.conv2d(h, kernel.flatten(0, 1), shift.flatten(), padding=1, groups=groups)
+        h = F.conv2d(h, kernel.flatten(0, 1), shift.flatten(), padding=padding, groups=groups)
     if block.pool > 1:
         h = F.max_pool2d(h, block.pool)
     return h.relu()

@@ -41,6 +41,7 @@ class Morphogenesis(EnvSpec):
         classes: Number of classes of ``synthetic`` images.
         noise: Deviation of what is added once to every image, in units of the images' deviation.
         channels: Of each block of the host; a slot follows each block.
+        kernels: Side of each block's convolution, odd.
         pools: Factor by which each block reduces the side.
         epochs: Steps of an episode.
         train_batches: SGD updates in a step.
@@ -69,14 +70,15 @@ class Morphogenesis(EnvSpec):
     folder: str | None = None
     image: tuple[int, int] = (1, 8)
     classes: int = 10
-    noise: float = 1.0
-    channels: tuple[int, ...] = (4, 4, 4)
-    pools: tuple[int, ...] = (1, 2, 2)
+    noise: float = 0.0
+    channels: tuple[int, ...] = (8, 16, 16)
+    kernels: tuple[int, ...] = (3, 1, 1)
+    pools: tuple[int, ...] = (2, 1, 1)
     epochs: int = 24
     train_batches: int = 8
     batch_size: int = 64
     validation_size: int = 400
-    learning_rate: float = 0.05
+    learning_rate: float = 0.2
     momentum: float = 0.9
     weight_decay: float = 5e-4
     max_grad_norm: float = 1.0
@@ -110,12 +112,16 @@ class Morphogenesis(EnvSpec):
         _require("dataset", self.dataset in known, f"be one of {known}", self.dataset)
         shapes = ("linear", "cosine", "sigmoid")
         _require("ramp_shape", self.ramp_shape in shapes, f"be one of {shapes}", self.ramp_shape)
-        for name in ("channels", "pools", "ramp_epochs"):
+        for name in ("channels", "kernels", "pools", "ramp_epochs"):
             values = getattr(self, name)
             ok = len(values) >= 1 and all(isinstance(v, int) and v >= 1 for v in values)
             _require(name, ok, "be a tuple of integers of at least 1", values)
-        ok = len(self.pools) == len(self.channels)
-        _require("pools", ok, f"have an entry for each of {len(self.channels)} blocks", self.pools)
+        for name in ("kernels", "pools"):
+            ok = len(getattr(self, name)) == len(self.channels)
+            rule = f"have an entry for each of {len(self.channels)} blocks"
+            _require(name, ok, rule, getattr(self, name))
+        odd = all(side % 2 == 1 for side in self.kernels)
+        _require("kernels", odd, "be odd", self.kernels)
         architecture, side = self.architecture(), self.architecture().image[1]
         for pool in self.pools:
             side //= pool
@@ -155,7 +161,7 @@ class Morphogenesis(EnvSpec):
         """The host."""
         image = IMAGE.get(self.dataset, self.image)
         classes = self.classes if self.dataset == "synthetic" else 10
-        return Architecture(image, self.channels, self.pools, classes)
+        return Architecture(image, self.channels, self.kernels, self.pools, classes)
 
     def sgd(self) -> SGD:
         """How hosts are trained."""
@@ -204,8 +210,8 @@ def _require_int(field: str, value: object, *, minimum: int) -> None:
 _LARGE = Morphogenesis(
     dataset="synthetic",
     image=(3, 32),
-    noise=0.0,
     channels=(8, 16, 32),
+    kernels=(3, 3, 3),
     pools=(2, 2, 2),
     epochs=60,
     validation_size=256,
