@@ -142,7 +142,7 @@ def gather_hosts(
     return grouped.index_select(3, index).flatten(3).permute(0, 3, 1, 2)
 
 
-def host_input(image: Shaped[Tensor, "M N H W C"]) -> Float[Tensor, "M NC H W"]:
+def host_input(image: Shaped[Tensor, "M H W N C"]) -> Float[Tensor, "M NC H W"]:
     """Images of each host as an activation."""
     return image.flatten(3).permute(0, 3, 1, 2)
 
