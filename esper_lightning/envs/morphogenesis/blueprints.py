@@ -5,7 +5,8 @@ Axes: ``M`` image, ``N`` host, ``C`` channel of one host, ``P`` parameter of a s
 parameters are the first entries of a row ``[P]`` that is as long as the largest blueprint needs.
 
 Blueprints of one family run together: their parameters make kernels of one shape, chosen row by row
-with ``where``. Every ``f`` starts near 0 and with a gradient in all its parts.
+with ``where``. Means and products with a channel's factor go through pooling, convolution,
+interpolation and batched products, whose sums round alike however many hosts there are; plain reductions do not. Every ``f`` starts near 0 and with a gradient in all its parts.
 """
 
 import math
@@ -18,7 +19,7 @@ from torch.nn import functional as F
 
 from esper_lightning.core.shapes import Float, Int
 
-__all__ = ["BLUEPRINTS", "FAMILIES", "Part", "count_parameters", "parts", "residual"]
+__all__ = ["BLUEPRINTS", "FAMILIES", "Part", "affine", "count_parameters", "image_mean", "parts", "residual"]
 
 BLUEPRINTS = (
     "norm",
@@ -131,13 +132,11 @@ def residual(
     pieces = [(name, _unpack(row, parts(name, channels))) for name in names]
     if family == "norm":
         part = pieces[0][1]
-        scale, bias = (
-            (part[what] * gate.unsqueeze(1)).flatten()[:, None, None] for what in ("scale", "bias")
-        )
+        scale, bias = (pieces[0][1][what] * gate.unsqueeze(1) for what in ("scale", "bias"))
         # Given scale and bias, its backward pass on a CPU crashes where ``h`` needs no gradient.
-        return torch.addcmul(bias, F.group_norm(h, hosts), scale)
+        return _scale(F.group_norm(h, hosts), scale, bias)
     if family == "attention":
-        return h * _excitation(h, pieces[0][1], gate)
+        return h * F.interpolate(_excitation(h, pieces[0][1], gate), size=h.shape[2:])
     # All members of a family have these two in the same place.
     bias, scale = pieces[0][1]["bias"], pieces[0][1]["scale"] * gate.unsqueeze(1)
     if family == "double":
@@ -147,16 +146,38 @@ def residual(
         )
         h = _convolve(h, kernel, inner_bias)
     kernel = _choose(kind, [(name, _kernel(name, part)) for name, part in pieces])
-    return _convolve(h, kernel, bias) * scale.flatten()[:, None, None]
+    return _scale(_convolve(h, kernel, bias), scale)
+
+
+def image_mean(h: Float[Tensor, "M NC H W"], hosts: int) -> Float[Tensor, "N M C"]:
+    """Mean over each image."""
+    mean = F.avg_pool2d(h, (h.shape[2], h.shape[3])).flatten(1)
+    return mean.unflatten(1, (hosts, -1)).transpose(0, 1)  # [M, N*C] -> [N, M, C]
+
+
+def affine(
+    x: Float[Tensor, "N M C"], weight: Float[Tensor, "N C K"], bias: Float[Tensor, "N K"]
+) -> Float[Tensor, "N M K"]:
+    """A linear layer for each host; the bias is the weight of a feature that is always 1."""
+    return torch.bmm(F.pad(x, (0, 1), value=1.0), torch.cat((weight, bias.unsqueeze(1)), dim=1))
+
+
+def _scale(
+    h: Float[Tensor, "M NC H W"],
+    scale: Float[Tensor, "N C"],
+    bias: Float[Tensor, "N C"] | None = None,
+) -> Float[Tensor, "M NC H W"]:
+    shift = None if bias is None else bias.flatten()
+    return F.conv2d(h, scale.view(-1, 1, 1, 1), shift, groups=h.shape[1])
 
 
 def _excitation(
     h: Float[Tensor, "M NC H W"], part: dict[str, Tensor], gate: Float[Tensor, " N"]
 ) -> Float[Tensor, "M NC 1 1"]:
     """A factor for each channel: ``2 * sigmoid(z) - 1``, 0 where the excitation is."""
-    mean = h.mean((2, 3)).unflatten(1, (gate.shape[0], -1)).transpose(0, 1)  # [N, M, C]
-    squeezed = torch.baddbmm(part["squeeze_bias"].unsqueeze(1), mean, part["squeeze"].mT).relu()
-    z = torch.baddbmm(part["bias"].unsqueeze(1), squeezed, part["excite"].mT)
+    mean = image_mean(h, gate.shape[0])
+    squeezed = affine(mean, part["squeeze"].mT, part["squeeze_bias"]).relu()
+    z = affine(squeezed, part["excite"].mT, part["bias"])
     factor = (0.5 * z).tanh() * gate[:, None, None]
     return factor.transpose(0, 1).flatten(1)[:, :, None, None]  # [N, M, C] -> [M, N*C, 1, 1]
 

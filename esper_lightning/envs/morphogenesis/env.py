@@ -327,7 +327,7 @@ class MorphogenesisEnv:
             slots.alpha,
             torch.full_like(before.episode_return, math.nan),
         )
-        return torch.stack(list(terms.values())).sum(0)
+        return sum(terms.values(), torch.zeros_like(grown, dtype=self._dtype))
 
     def _test(self, hosts: Hosts, ended: Bool[Tensor, " B"]) -> None:
         if not self.tests_ends or not (self._static or bool(ended.any())):

@@ -14,7 +14,7 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from esper_lightning.core.shapes import Float, Int, Shaped
-from esper_lightning.envs.morphogenesis.blueprints import Part
+from esper_lightning.envs.morphogenesis.blueprints import Part, affine, image_mean
 
 __all__ = ["Architecture", "Block", "gather_hosts", "host_input", "image_loss", "run_block"]
 
@@ -144,7 +144,7 @@ def gather_hosts(
 
 def host_input(image: Shaped[Tensor, "M H W N C"]) -> Float[Tensor, "M NC H W"]:
     """Images of each host as an activation."""
-    return image.flatten(3).permute(0, 3, 1, 2)
+    return image.contiguous().flatten(3).permute(0, 3, 1, 2)
 
 
 def image_loss(
@@ -154,8 +154,7 @@ def image_loss(
     label: Int[Tensor, "N M"],
 ) -> tuple[Float[Tensor, "N M"], Float[Tensor, "N M"]]:
     """Cross-entropy in nats of each image, and whether it is classified right (1 or 0)."""
-    mean = h.mean((2, 3)).unflatten(1, (weight.shape[0], -1)).transpose(0, 1)  # [N, M, C]
-    logits = torch.baddbmm(bias.unsqueeze(1), mean, weight)
+    logits = affine(image_mean(h, weight.shape[0]), weight, bias)
     picked = logits.log_softmax(2).gather(2, label.unsqueeze(2)).squeeze(2)
     right = (logits.detach().argmax(2) == label).to(logits.dtype)
     return -picked, right

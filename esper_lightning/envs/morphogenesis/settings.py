@@ -215,4 +215,5 @@ _LARGE = Morphogenesis(
     pools=(2, 2, 2),
     epochs=60,
     validation_size=256,
+    learning_rate=0.1,
 )

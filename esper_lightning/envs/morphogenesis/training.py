@@ -1,7 +1,8 @@
 """SGD over all hosts at once, each as if it were alone.
 
 Axes: ``B`` environment, ``M`` image, ``N`` host of a chunk, ``S`` slot. Losses are summed over hosts,
-so gradients do not mix. What is not finite changes nothing: parameters are updated with ``where``.
+so gradients do not mix. Short sums are written out: ``Tensor.sum`` rounds as the number of hosts
+has it. What is not finite changes nothing: parameters are updated with ``where``.
 """
 
 from dataclasses import dataclass
@@ -140,7 +141,8 @@ def _update(
         dim=1,
     )  # [N, 1 + S]
     attached = is_in(slots.stage, ATTACHED)
-    joint = (squares[:, 0] + squares[:, 1:].masked_fill(~attached, 0.0).sum(1)).sqrt()
+    mine = squares[:, 1:].masked_fill(~attached, 0.0)
+    joint = sum(mine.unbind(1), squares[:, 0]).sqrt()
     seed_norm = squares[:, 1:].sqrt()
     finite = loss.isfinite() & joint.isfinite()
     norm = torch.where(attached, joint.unsqueeze(1), seed_norm)
@@ -194,8 +196,10 @@ def measure(
             other = None if losses.branches is None else losses.branches[1].sum(1)
             columns.append((losses.trunk[0].sum(1), losses.trunk[1].sum(1), other))
         count = image.shape[0]
-        loss.append(torch.stack([column[0] for column in columns]).sum(0) / count)
-        right = torch.stack([column[1] for column in columns]).sum(0)
+        total, right = columns[0][0], columns[0][1]
+        for column in columns[1:]:
+            total, right = total + column[0], right + column[1]
+        loss.append(total / count)
         accuracy.append(right / count)
         contribution.append(_contribution(mine, plan, right, [c[2] for c in columns]) / count)
     judged = is_in(slots.stage, JUDGED)

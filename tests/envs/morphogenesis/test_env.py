@@ -32,7 +32,7 @@ PRESETS = {
 def small(num_envs=4, **changes):
     sizes = {
         "image": (1, 8),
-        "channels": (4, 4, 4),
+        "channels": (8, 8, 8),
         "train_batches": 2,
         "batch_size": 16,
         "validation_size": 32,
@@ -202,7 +202,7 @@ def test_rent_counts_what_a_seed_uses():
         (torch.full_like(kinds, Op.GERMINATE), torch.full_like(kinds, 2), kinds, kinds * 0), 1
     )
     env.step(germinate)
-    expected = [count_parameters(name, 4) for name in BLUEPRINTS]
+    expected = [count_parameters(name, 8) for name in BLUEPRINTS]
     assert env.report.grown_parameters.tolist() == expected
     used = (env.hosts.velocity.seeds[2] != 0).sum(1)
     assert (used <= torch.tensor(expected)).all()
@@ -252,9 +252,9 @@ def test_every_blueprint_lowers_the_loss_of_the_network_in_which_it_is_on(preset
         **{
             **{name: getattr(spec, name) for name in spec.__dataclass_fields__},
             "num_envs": kinds * slots,
-            "train_batches": 2 if large else 8,
-            "batch_size": 16 if large else 64,
-            "validation_size": 32 if large else 400,
+            "train_batches": 4 if large else 8,
+            "batch_size": 32 if large else 64,
+            "validation_size": 1,
         }
     )
     env = spec.build(CPU, 0)
