@@ -201,7 +201,7 @@ def _sample_factored(
     for head, place in zip(space.heads, space.mask_slices, strict=True):
         part = allowed[:, place]
         if head.conditioned:
-            given = part.unflatten(1, (space.heads[0].size, head.size))
+            given = part.reshape(len(part), space.heads[0].size, head.size)
             part = given[torch.arange(len(given)), choices[0]]
         choices.append(part.multinomial(1, generator=generator)[:, 0])
     return torch.stack(choices, dim=1)

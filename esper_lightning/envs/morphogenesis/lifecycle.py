@@ -91,7 +91,9 @@ class Slots(NamedTuple):
     measured: Bool[Tensor, "B S"]  # whether the contribution of this life is known
 
     @classmethod
-    def empty(cls, num_envs: int, slots: int, *, dtype: torch.dtype, device: torch.device) -> "Slots":
+    def empty(
+        cls, num_envs: int, slots: int, *, dtype: torch.dtype, device: torch.device
+    ) -> "Slots":
         """All dormant."""
         zeros = torch.zeros(num_envs, slots, dtype=torch.int64, device=device)
         share = zeros.to(dtype)

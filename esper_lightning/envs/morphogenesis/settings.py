@@ -1,6 +1,6 @@
 """The settings of the environment; the defaults are the preset ``digits``."""
 
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -29,9 +29,9 @@ class Morphogenesis(EnvSpec):
     the network until the agent blends it in, fossilizes it (keeps it for good) or prunes it.
     Reward: accuracy gained on a validation split, less rent for grown parameters.
 
-    Action: ``FactoredDiscrete`` with heads ``op``, ``slot`` (given ``op``), ``blueprint``, ``ramp``;
-    see ``lifecycle``. Observation: a vector; ``feature_names`` says what is where. An episode is
-    truncated after ``epochs``; a host whose loss is not finite terminates.
+    Action: ``FactoredDiscrete`` with heads ``op``, ``slot`` (given ``op``), ``blueprint`` and
+    ``ramp``; see ``lifecycle``. Observation: a vector; ``feature_names`` says what is where. An
+    episode is truncated after ``epochs``; a host whose loss is not finite terminates.
 
     Attributes:
         num_envs: Hosts on each rank.
@@ -145,17 +145,18 @@ class Morphogenesis(EnvSpec):
     @classmethod
     def cifar10(cls, folder: str, **changes: Any) -> "Morphogenesis":
         """CIFAR-10 and a host of 6,418 parameters, which is too small for it."""
-        return replace(_LARGE, dataset="cifar10", folder=folder, **changes)
+        data: dict[str, Any] = {"dataset": "cifar10", "folder": folder}
+        return cls(**_LARGE | data | changes)
 
     @classmethod
     def synthetic(cls, **changes: Any) -> "Morphogenesis":
         """Templates under noise, for tests and benchmarks."""
-        return cls(**{"dataset": "synthetic", **changes})
+        return cls(**_SYNTHETIC | changes)
 
     @classmethod
     def benchmark(cls, **changes: Any) -> "Morphogenesis":
         """The shapes of ``cifar10`` without its data."""
-        return replace(_LARGE, **changes)
+        return cls(**_LARGE | changes)
 
     def architecture(self) -> Architecture:
         """The host."""
@@ -207,13 +208,15 @@ def _require_int(field: str, value: object, *, minimum: int) -> None:
     require(ok, field, f"be an integer of at least {minimum}", value)
 
 
-_LARGE = Morphogenesis(
-    dataset="synthetic",
-    image=(3, 32),
-    channels=(8, 16, 32),
-    kernels=(3, 3, 3),
-    pools=(2, 2, 2),
-    epochs=60,
-    validation_size=256,
-    learning_rate=0.1,
-)
+_SYNTHETIC: dict[str, Any] = {"dataset": "synthetic"}
+_LARGE: dict[str, Any] = {
+    "dataset": "synthetic",
+    "image": (3, 32),
+    "channels": (8, 16, 32),
+    "kernels": (3, 3, 3),
+    "pools": (2, 2, 2),
+    "epochs": 60,
+    "batch_size": 64,
+    "validation_size": 256,
+    "learning_rate": 0.1,
+}
