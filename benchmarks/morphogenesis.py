@@ -115,6 +115,7 @@ def table(preset: str, counts: list[int], env_steps: int, rounds: int) -> list[s
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--counts", type=int, nargs="+", default=[1, 4, 16, 64, 256])
+    parser.add_argument("--digits-counts", type=int, nargs="+", default=[1, 16, 64, 256])
     parser.add_argument("--env-steps", type=int, default=48, help="of all hosts, at least")
     parser.add_argument("--rounds", type=int, default=3)
     arguments = parser.parse_args()
@@ -125,7 +126,7 @@ def main() -> None:
         "digits": "The digits preset",
     }
     for preset, title in titles.items():
-        counts = [c for c in arguments.counts if preset == "benchmark" or c <= 64]
+        counts = arguments.counts if preset == "benchmark" else arguments.digits_counts
         rows = table(preset, counts, arguments.env_steps, arguments.rounds)
         sections += [f"## {title}", "", *rows, ""]
     goals = ", ".join(f"{goal} with {name}" for name, goal in GOALS.items())

@@ -73,12 +73,12 @@ class Morphogenesis(EnvSpec):
     noise: float = 0.0
     channels: tuple[int, ...] = (8, 16, 16)
     kernels: tuple[int, ...] = (3, 1, 1)
-    pools: tuple[int, ...] = (2, 1, 1)
-    epochs: int = 24
+    pools: tuple[int, ...] = (4, 1, 1)
+    epochs: int = 32
     train_batches: int = 8
-    batch_size: int = 64
-    validation_size: int = 400
-    learning_rate: float = 0.2
+    batch_size: int = 32
+    validation_size: int = 300
+    learning_rate: float = 0.1
     momentum: float = 0.9
     weight_decay: float = 5e-4
     max_grad_norm: float = 1.0
@@ -89,7 +89,7 @@ class Morphogenesis(EnvSpec):
     fade_epochs: int = 1
     cooldown_epochs: int = 1
     gain_weight: float = 10.0
-    rent_weight: float = 0.01
+    rent_weight: float = 0.005
     intervention_cost: float = 0.01
     divergence_penalty: float = -5.0
     shaping_weight: float = 0.0
