@@ -393,7 +393,7 @@ class MorphogenesisEnv:
             vitals,
             episode.clone(),
             empty(count),
-            torch.tensor(self._seed, device=self._device),
+            torch.full((), self._seed, dtype=torch.int64, device=self._device),
         )
 
     def _place(self, hosts: Hosts, rows: Tensor | None) -> Place:
