@@ -43,7 +43,7 @@ class Convolutional(nn.Module):
     def __init__(self, name, c):
         super().__init__()
         self.name = name
-        quarter = max(2, c // 4)
+        quarter = max(4, c // 4)
         self.scale, self.bias = nn.Parameter(torch.empty(c)), nn.Parameter(torch.empty(c))
         conv = lambda i, o, k, **more: nn.Conv2d(i, o, k, padding=k // 2, **more)  # noqa: E731
         if name == "depthwise":
