@@ -116,6 +116,7 @@ class Morphogenesis(EnvSpec):
             values = getattr(self, name)
             ok = len(values) >= 1 and all(isinstance(v, int) and v >= 1 for v in values)
             _require(name, ok, "be a tuple of integers of at least 1", values)
+        _require("channels", min(self.channels) >= 4, "be at least 4", self.channels)
         for name in ("kernels", "pools"):
             ok = len(getattr(self, name)) == len(self.channels)
             rule = f"have an entry for each of {len(self.channels)} blocks"
