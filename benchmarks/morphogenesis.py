@@ -20,10 +20,10 @@ from conditions import ROOT, conditions
 
 sys.path.insert(0, str(ROOT))
 
-from esper_lightning.envs.morphogenesis import Morphogenesis, MorphogenesisEnv  # noqa: E402
-from esper_lightning.envs.morphogenesis.baselines import random_legal  # noqa: E402
-from esper_lightning.envs.morphogenesis.lifecycle import Op, Stage  # noqa: E402
-from tests.envs.morphogenesis.reference import LoneHost  # noqa: E402
+from esper_lightning.envs.morphogenesis import Morphogenesis, MorphogenesisEnv
+from esper_lightning.envs.morphogenesis.baselines import random_legal
+from esper_lightning.envs.morphogenesis.lifecycle import Op, Stage
+from tests.envs.morphogenesis.reference import LoneHost
 
 LOOPED = 4  # hosts of the loop
 GOALS = {"random legal": 9.5, "seeds kept alive": 4.4}
@@ -100,7 +100,9 @@ def table(preset: str, counts: list[int], env_steps: int, rounds: int) -> list[s
             spec = getattr(Morphogenesis, preset)(num_envs=count, epochs=60)
             steps = max(6 if count <= 64 else 3, env_steps // count)
             seen = [measure(spec, policy, steps) for _ in range(rounds if count <= 64 else 1)]
-            ours, theirs = (statistics.median(column) for column in list(zip(*seen))[:2])
+            ours, theirs = (
+                statistics.median(column) for column in list(zip(*seen, strict=True))[:2]
+            )
             ratios = ", ".join(f"{b / a:.2f}" for a, b, _ in seen)
             lines.append(
                 f"| {name} | {count} | {1 / ours:.1f} | {1 / theirs:.1f} | {theirs / ours:.2f} "
@@ -113,17 +115,18 @@ def table(preset: str, counts: list[int], env_steps: int, rounds: int) -> list[s
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--counts", type=int, nargs="+", default=[1, 4, 16, 64, 256])
+    parser.add_argument("--digits-counts", type=int, nargs="+", default=[1, 16, 64, 256])
     parser.add_argument("--env-steps", type=int, default=48, help="of all hosts, at least")
     parser.add_argument("--rounds", type=int, default=3)
     arguments = parser.parse_args()
     torch.set_num_threads(1)
     sections: list[str] = []
     titles = {
-        "benchmark": "3x32x32 images, the host of 6,418 parameters, 3 slots, 8 batches of 64 a step",
+        "benchmark": "3x32x32 images, host of 6,418 parameters, 3 slots, 8 batches of 64 a step",
         "digits": "The digits preset",
     }
     for preset, title in titles.items():
-        counts = [c for c in arguments.counts if preset == "benchmark" or c <= 64]
+        counts = arguments.counts if preset == "benchmark" else arguments.digits_counts
         rows = table(preset, counts, arguments.env_steps, arguments.rounds)
         sections += [f"## {title}", "", *rows, ""]
     goals = ", ".join(f"{goal} with {name}" for name, goal in GOALS.items())

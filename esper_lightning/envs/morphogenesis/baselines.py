@@ -118,4 +118,3 @@ def _pick(allowed: Bool[Tensor, "B N"], unit: Tensor) -> Int[Tensor, " B"]:
     """A uniform choice among what is allowed, from a number in ``[0, 1)`` each."""
     rank = (unit * allowed.sum(1)).long().unsqueeze(1)
     return ((allowed.cumsum(1) - 1 == rank) & allowed).int().argmax(1)
-

@@ -6,7 +6,8 @@ parameters are the first entries of a row ``[P]`` that is as long as the largest
 
 Blueprints of one family run together: their parameters make kernels of one shape, chosen row by row
 with ``where``. Means and products with a channel's factor go through pooling, convolution,
-interpolation and batched products, whose sums round alike however many hosts there are; plain reductions do not. Every ``f`` starts near 0 and with a gradient in all its parts.
+interpolation and batched products, whose sums round alike however many hosts there are; plain
+reductions do not. Every ``f`` starts near 0 and with a gradient in all its parts.
 """
 
 import math
@@ -15,11 +16,21 @@ from typing import NamedTuple
 
 import torch
 from torch import Tensor
-from torch.nn import functional as F
+from torch.nn import functional
 
 from esper_lightning.core.shapes import Float, Int
+from esper_lightning.envs.morphogenesis.layout import split_columns, unflatten
 
-__all__ = ["BLUEPRINTS", "FAMILIES", "Part", "affine", "count_parameters", "image_mean", "parts", "residual"]
+__all__ = [
+    "BLUEPRINTS",
+    "FAMILIES",
+    "Part",
+    "affine",
+    "count_parameters",
+    "image_mean",
+    "parts",
+    "residual",
+]
 
 BLUEPRINTS = (
     "norm",
@@ -60,9 +71,9 @@ def parts(name: str, channels: int) -> dict[str, Part]:
     ``conv_light``: a 3x3 convolution. ``conv_heavy``: two. ``bottleneck``: 1x1 to a quarter of the
     channels, 3x3 back. ``low_rank``: 3x3 to a quarter of the channels and 1x1 back, nothing
     between. All convolutions with bias, a ``relu`` after each but within the factored ones, and a
-    scale for each channel.
+    scale for each channel. A quarter is at least 4: of two units after a ``relu`` both may be dead.
     """
-    c, quarter, half = channels, max(2, channels // 4), max(2, channels // 2)
+    c, quarter, half = channels, max(4, channels // 4), max(2, channels // 2)
     bias, scale = Part((c,)), Part((c,), mean=_SMALL)
     dense = Part((c, c, 3, 3), std=_he(9 * c))
     table: dict[str, dict[str, Part]] = {
@@ -131,12 +142,11 @@ def residual(
     channels = h.shape[1] // hosts
     pieces = [(name, _unpack(row, parts(name, channels))) for name in names]
     if family == "norm":
-        part = pieces[0][1]
         scale, bias = (pieces[0][1][what] * gate.unsqueeze(1) for what in ("scale", "bias"))
         # Given scale and bias, its backward pass on a CPU crashes where ``h`` needs no gradient.
-        return _scale(F.group_norm(h, hosts), scale, bias)
+        return _scale(functional.group_norm(h, hosts), scale, bias)
     if family == "attention":
-        return h * F.interpolate(_excitation(h, pieces[0][1], gate), size=h.shape[2:])
+        return h * functional.interpolate(_excitation(h, pieces[0][1], gate), size=h.shape[2:])
     # All members of a family have these two in the same place.
     bias, scale = pieces[0][1]["bias"], pieces[0][1]["scale"] * gate.unsqueeze(1)
     if family == "double":
@@ -151,15 +161,17 @@ def residual(
 
 def image_mean(h: Float[Tensor, "M NC H W"], hosts: int) -> Float[Tensor, "N M C"]:
     """Mean over each image."""
-    mean = F.avg_pool2d(h, (h.shape[2], h.shape[3])).flatten(1)
-    return mean.unflatten(1, (hosts, -1)).transpose(0, 1)  # [M, N*C] -> [N, M, C]
+    mean = functional.avg_pool2d(h, (h.shape[2], h.shape[3])).flatten(1)
+    return unflatten(mean, 1, (hosts, -1)).transpose(0, 1)  # [M, N*C] -> [N, M, C]
 
 
 def affine(
     x: Float[Tensor, "N M C"], weight: Float[Tensor, "N C K"], bias: Float[Tensor, "N K"]
 ) -> Float[Tensor, "N M K"]:
     """A linear layer for each host; the bias is the weight of a feature that is always 1."""
-    return torch.bmm(F.pad(x, (0, 1), value=1.0), torch.cat((weight, bias.unsqueeze(1)), dim=1))
+    return torch.bmm(
+        functional.pad(x, (0, 1), value=1.0), torch.cat((weight, bias.unsqueeze(1)), dim=1)
+    )
 
 
 def _scale(
@@ -168,7 +180,7 @@ def _scale(
     bias: Float[Tensor, "N C"] | None = None,
 ) -> Float[Tensor, "M NC H W"]:
     shift = None if bias is None else bias.flatten()
-    return F.conv2d(h, scale.view(-1, 1, 1, 1), shift, groups=h.shape[1])
+    return functional.conv2d(h, scale.view(-1, 1, 1, 1), shift, groups=h.shape[1])
 
 
 def _excitation(
@@ -186,21 +198,23 @@ def _convolve(
     h: Float[Tensor, "M NC H W"], kernel: Float[Tensor, "N C C 3 3"], bias: Float[Tensor, "N C"]
 ) -> Float[Tensor, "M NC H W"]:
     groups = kernel.shape[0]
-    return F.conv2d(h, kernel.flatten(0, 1), bias.flatten(), padding=1, groups=groups).relu()
+    return functional.conv2d(
+        h, kernel.flatten(0, 1), bias.flatten(), padding=1, groups=groups
+    ).relu()
 
 
 def _kernel(name: str, part: dict[str, Tensor]) -> Float[Tensor, "N C C 3 3"]:
     if name == "depthwise":
         return part["point"][:, :, :, None, None] * part["depth"].unsqueeze(1)
     if name == "low_rank":
-        return torch.bmm(part["mix"], part["basis"].flatten(2)).unflatten(2, (-1, 3, 3))
+        return unflatten(torch.bmm(part["mix"], part["basis"].flatten(2)), 2, (-1, 3, 3))
     return _pad(part["kernel"], 2, part["kernel"].shape[1])
 
 
 def _inner_kernel(part: dict[str, Tensor]) -> Float[Tensor, "N C C 3 3"]:
     inner = part["inner"]
     if inner.dim() == 3:  # 1x1: only the middle of the kernel
-        inner = F.pad(inner[:, :, :, None, None], (1, 1, 1, 1))
+        inner = functional.pad(inner[:, :, :, None, None], (1, 1, 1, 1))
     return _pad(inner, 1, inner.shape[2])
 
 
@@ -213,7 +227,7 @@ def _pad(tensor: Tensor, dim: int, size: int) -> Tensor:
     missing = size - tensor.shape[dim]
     if missing == 0:
         return tensor
-    return F.pad(tensor, (0, 0) * (tensor.dim() - 1 - dim) + (0, missing))
+    return functional.pad(tensor, (0, 0) * (tensor.dim() - 1 - dim) + (0, missing))
 
 
 def _choose(kind: Int[Tensor, " N"], options: list[tuple[str, Tensor]]) -> Tensor:
@@ -227,9 +241,9 @@ def _choose(kind: Int[Tensor, " N"], options: list[tuple[str, Tensor]]) -> Tenso
 
 def _unpack(row: Float[Tensor, "N P"], layout: dict[str, Part]) -> dict[str, Tensor]:
     sizes = [part.size for part in layout.values()]
-    pieces = row.split([*sizes, row.shape[1] - sum(sizes)], dim=1)
+    pieces = split_columns(row, [*sizes, row.shape[1] - sum(sizes)])
     return {
-        name: piece.unflatten(1, part.shape)
+        name: unflatten(piece, 1, part.shape)
         for (name, part), piece in zip(layout.items(), pieces, strict=False)
     }
 

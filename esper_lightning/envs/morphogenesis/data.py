@@ -9,7 +9,7 @@ import pickle
 import tarfile
 from importlib import import_module
 from pathlib import Path
-from typing import Any, Literal, NamedTuple
+from typing import Any, Literal, NamedTuple, cast
 
 import torch
 from torch import Tensor
@@ -98,7 +98,9 @@ def _digits() -> Splits:
     label = torch.from_numpy(found.target).long()
     order = torch.randperm(len(label), generator=torch.Generator().manual_seed(_SPLIT_SEED))
     cuts = [897, 400, 500]
-    return Splits(*(Split(image[rows], label[rows]) for rows in order.split(cuts)))
+    return Splits(
+        *(Split(image[rows], label[rows]) for rows in cast(tuple[Tensor, ...], order.split(cuts)))
+    )
 
 
 def _synthetic(image: tuple[int, int], classes: int) -> Splits:

@@ -17,6 +17,7 @@ from esper_lightning.core.types import StepResult
 from esper_lightning.core.validate import require
 from esper_lightning.envs.morphogenesis.blueprints import BLUEPRINTS, Part, parts
 from esper_lightning.envs.morphogenesis.data import Split, Splits, load
+from esper_lightning.envs.morphogenesis.layout import unflatten
 from esper_lightning.envs.morphogenesis.lifecycle import LIVE, Action, LifeCycle, Op, Slots, is_in
 from esper_lightning.envs.morphogenesis.network import Weights
 from esper_lightning.envs.morphogenesis.observation import HISTORY, Vitals, action_mask, observe
@@ -103,7 +104,10 @@ class MorphogenesisEnv:
         ]
         self._kinds = torch.tensor([BLUEPRINTS.index(name) for name in spec.blueprints]).to(device)
         counts = [
-            [sum(part.size for part in parts(name, channels).values()) for channels in spec.channels]
+            [
+                sum(part.size for part in parts(name, channels).values())
+                for channels in spec.channels
+            ]
             for name in BLUEPRINTS
         ]
         self._seed_parameters = torch.tensor(counts, device=device)  # [blueprint, S]
@@ -275,7 +279,7 @@ class MorphogenesisEnv:
             hosts.velocity,
             slots,
             *training,
-            index.unflatten(1, (spec.train_batches, spec.batch_size)),
+            unflatten(index, 1, (spec.train_batches, spec.batch_size)),
             self._architecture,
             spec.sgd(),
             enabled=spec.blueprints,
@@ -389,7 +393,7 @@ class MorphogenesisEnv:
             vitals,
             episode.clone(),
             empty(count),
-            torch.tensor(self._seed, device=self._device),
+            torch.full((), self._seed, dtype=torch.int64, device=self._device),
         )
 
     def _place(self, hosts: Hosts, rows: Tensor | None) -> Place:

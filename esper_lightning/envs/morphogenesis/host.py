@@ -9,12 +9,12 @@ time it takes.
 import math
 from dataclasses import dataclass
 
-import torch
 from torch import Tensor
-from torch.nn import functional as F
+from torch.nn import functional
 
 from esper_lightning.core.shapes import Float, Int, Shaped
 from esper_lightning.envs.morphogenesis.blueprints import Part, affine, image_mean
+from esper_lightning.envs.morphogenesis.layout import split_columns, unflatten
 
 __all__ = ["Architecture", "Block", "gather_hosts", "host_input", "image_loss", "run_block"]
 
@@ -62,12 +62,12 @@ class Architecture:
         """Blocks, weight ``[N, C, K]`` and bias ``[N, K]`` of the head."""
         layout = self.parts()
         pieces = [
-            piece.unflatten(1, part.shape)
-            for piece, part in zip(row.split([p.size for p in layout], dim=1), layout, strict=True)
+            unflatten(piece, 1, part.shape)
+            for piece, part in zip(
+                split_columns(row, [p.size for p in layout]), layout, strict=True
+            )
         ]
-        blocks = [
-            Block(*pieces[3 * i : 3 * i + 3], pool=pool) for i, pool in enumerate(self.pools)
-        ]
+        blocks = [Block(*pieces[3 * i : 3 * i + 3], pool=pool) for i, pool in enumerate(self.pools)]
         return blocks, pieces[-2], pieces[-1]
 
 
@@ -110,8 +110,8 @@ def run_block(
     kernel, shift = block.kernel, block.shift
     padding = kernel.shape[-1] // 2
     if training:
-        h = F.conv2d(h, kernel.flatten(0, 1), padding=padding, groups=kernel.shape[0])
-        h = F.batch_norm(
+        h = functional.conv2d(h, kernel.flatten(0, 1), padding=padding, groups=kernel.shape[0])
+        h = functional.batch_norm(
             h,
             None if mean is None else mean.view(-1),
             None if variance is None else variance.view(-1),
@@ -128,9 +128,11 @@ def run_block(
         kernel = kernel * factor[:, :, None, None, None]
         shift = shift - mean * factor
         groups = kernel.shape[0]
-        h = F.conv2d(h, kernel.flatten(0, 1), shift.flatten(), padding=padding, groups=groups)
+        h = functional.conv2d(
+            h, kernel.flatten(0, 1), shift.flatten(), padding=padding, groups=groups
+        )
     if block.pool > 1:
-        h = F.max_pool2d(h, block.pool)
+        h = functional.max_pool2d(h, block.pool)
     return h.relu()
 
 
@@ -138,7 +140,7 @@ def gather_hosts(
     h: Float[Tensor, "M NC H W"], hosts: int, index: Int[Tensor, " E"]
 ) -> Float[Tensor, "M EC H W"]:
     """Some of the hosts of an activation."""
-    grouped = h.permute(0, 2, 3, 1).unflatten(3, (hosts, -1))  # [M, H, W, N, C]
+    grouped = unflatten(h.permute(0, 2, 3, 1), 3, (hosts, -1))  # [M, H, W, N, C]
     return grouped.index_select(3, index).flatten(3).permute(0, 3, 1, 2)
 
 

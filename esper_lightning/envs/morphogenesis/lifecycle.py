@@ -4,6 +4,7 @@ Axes: ``B`` environment, ``S`` slot. Ops are applied where they are legal and no
 a policy asks for.
 """
 
+import math
 from enum import IntEnum
 from typing import Literal, NamedTuple
 
@@ -91,7 +92,9 @@ class Slots(NamedTuple):
     measured: Bool[Tensor, "B S"]  # whether the contribution of this life is known
 
     @classmethod
-    def empty(cls, num_envs: int, slots: int, *, dtype: torch.dtype, device: torch.device) -> "Slots":
+    def empty(
+        cls, num_envs: int, slots: int, *, dtype: torch.dtype, device: torch.device
+    ) -> "Slots":
         """All dormant."""
         zeros = torch.zeros(num_envs, slots, dtype=torch.int64, device=device)
         share = zeros.to(dtype)
@@ -181,7 +184,7 @@ def ramp(share: Float[Tensor, "*N"], shape: RampShape) -> Float[Tensor, "*N"]:
     if shape == "cosine":
         return 0.5 - 0.5 * (share * torch.pi).cos()
     steep = (12.0 * (share - 0.5)).sigmoid()
-    low = torch.sigmoid(torch.tensor(-6.0, dtype=share.dtype)).item()
+    low = 1 / (1 + math.exp(6.0))
     return (steep - low) / (1 - 2 * low)
 
 

@@ -1,15 +1,15 @@
-"""Hosts with their seeds, run once as they are (the trunk) and once with a slot switched (branches).
+"""Hosts with their seeds, run as they are (the trunk) and with a slot switched (the branches).
 
 Axes: ``M`` image, ``N`` host, ``S`` slot, ``E`` branch. A branch is a host with one of its slots
 switched: off where it is attached, on where it trains in isolation. It leaves the trunk at that
 slot, so what comes before is computed once.
 
-Who runs what is planned before, from the stages alone. A plan that reads them names the hosts that a
-computation concerns; where reading would wait for the device the plan is static: everything runs
+Who runs what is planned before, from the stages alone. A plan that reads them names the hosts that
+a computation concerns; where reading would wait for the device the plan is static: everything runs
 for everyone, and gates decide.
 """
 
-from typing import NamedTuple
+from typing import NamedTuple, cast
 
 import torch
 from torch import Tensor
@@ -22,6 +22,7 @@ from esper_lightning.envs.morphogenesis.host import (
     image_loss,
     run_block,
 )
+from esper_lightning.envs.morphogenesis.layout import unflatten
 from esper_lightning.envs.morphogenesis.lifecycle import ATTACHED, JUDGED, Slots, Stage, is_in
 
 __all__ = ["Losses", "Plan", "Weights", "plan_training", "plan_validation", "run"]
@@ -163,8 +164,8 @@ def _grow(h: Tensor, hosts: int, seeds: Tensor, buckets: list[_Bucket]) -> Tenso
         mine = gather_hosts(h, hosts, bucket.position)
         part = residual(bucket.family, bucket.names, mine, row, bucket.kind, bucket.gate)
         count = bucket.position.shape[0]
-        wide = grown.permute(0, 2, 3, 1).unflatten(3, (hosts, -1))  # [M, H, W, N, C]
-        narrow = part.permute(0, 2, 3, 1).unflatten(3, (count, -1))
+        wide = unflatten(grown.permute(0, 2, 3, 1), 3, (hosts, -1))  # [M, H, W, N, C]
+        narrow = unflatten(part.permute(0, 2, 3, 1), 3, (count, -1))
         grown = wide.index_add(3, bucket.position, narrow).flatten(3).permute(0, 3, 1, 2)
     return grown
 
@@ -231,7 +232,7 @@ def _buckets(
     active = gate != 0
     if not bool(active.any()):
         return buckets
-    present = set(kind[active].tolist())
+    present = set(cast(list[int], kind[active].tolist()))
     for family, members in FAMILIES.items():
         names = tuple(name for name in members if BLUEPRINTS.index(name) in present)
         if not names:

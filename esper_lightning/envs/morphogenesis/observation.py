@@ -1,6 +1,6 @@
 """What the agent sees of its host, its rewards, and which choices it has.
 
-Axes: ``B`` environment, ``S`` slot, ``O`` feature. Features are scaled to about 1 and always finite.
+Axes: ``B`` environment, ``S`` slot, ``O`` feature. Features are scaled to about 1, always finite.
 """
 
 import math
@@ -8,7 +8,7 @@ from typing import NamedTuple
 
 import torch
 from torch import Tensor
-from torch.nn import functional as F
+from torch.nn import functional
 
 from esper_lightning.core.shapes import Bool, Float, Int
 from esper_lightning.core.spaces import FactoredDiscrete, Head
@@ -50,9 +50,7 @@ def action_space(slots: int, blueprints: int, ramps: int) -> FactoredDiscrete:
     )
 
 
-def action_mask(
-    legal: Bool[Tensor, "B O S"], blueprints: int, ramps: int
-) -> Bool[Tensor, "B K"]:
+def action_mask(legal: Bool[Tensor, "B O S"], blueprints: int, ramps: int) -> Bool[Tensor, "B K"]:
     """Masks of the heads one after another, as ``FactoredDiscrete`` has them.
 
     An op is allowed where it has a slot. Slots of an op that is not, or that needs none, are all
@@ -117,8 +115,8 @@ def observe(
             (vitals.step / epochs).unsqueeze(1),
             losses,
             vitals.accuracies,
-            F.one_hot(vitals.last_op, len(Op)),
-            F.one_hot(vitals.last_slot, count),
+            functional.one_hot(vitals.last_op, len(Op)),
+            functional.one_hot(vitals.last_slot, count),
             vitals.changed.unsqueeze(1),
             grown.unsqueeze(1),
         ),
@@ -137,7 +135,7 @@ def observe(
         ),
         dim=2,
     )
-    blueprint = F.one_hot(slots.blueprint, len(BLUEPRINTS)) * live.unsqueeze(2)
-    stage = F.one_hot(slots.stage, len(Stage))
+    blueprint = functional.one_hot(slots.blueprint, len(BLUEPRINTS)) * live.unsqueeze(2)
+    stage = functional.one_hot(slots.stage, len(Stage))
     each = torch.cat((stage.to(dtype), blueprint.to(dtype), numbers), dim=2)
     return torch.cat((shared.to(dtype), each.flatten(1)), dim=1)

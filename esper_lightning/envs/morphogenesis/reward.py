@@ -47,8 +47,11 @@ class RewardWeights:
 
 def stage_potential(stage: Int[Tensor, "B S"], dtype: torch.dtype) -> Float[Tensor, " B"]:
     """How far the slots of a host have come, summed."""
-    table = [_POTENTIAL[s] for s in Stage]
-    return torch.tensor(table, dtype=dtype, device=stage.device)[stage].sum(1)
+    # Not a table on the device: to copy one there would wait for it.
+    total = torch.zeros(stage.shape, dtype=dtype, device=stage.device)
+    for each, value in _POTENTIAL.items():
+        total = total.masked_fill(stage == each, value)
+    return total.sum(1)
 
 
 def reward_terms(

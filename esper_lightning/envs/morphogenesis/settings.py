@@ -1,6 +1,6 @@
 """The settings of the environment; the defaults are the preset ``digits``."""
 
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -29,9 +29,9 @@ class Morphogenesis(EnvSpec):
     the network until the agent blends it in, fossilizes it (keeps it for good) or prunes it.
     Reward: accuracy gained on a validation split, less rent for grown parameters.
 
-    Action: ``FactoredDiscrete`` with heads ``op``, ``slot`` (given ``op``), ``blueprint``, ``ramp``;
-    see ``lifecycle``. Observation: a vector; ``feature_names`` says what is where. An episode is
-    truncated after ``epochs``; a host whose loss is not finite terminates.
+    Action: ``FactoredDiscrete`` with heads ``op``, ``slot`` (given ``op``), ``blueprint`` and
+    ``ramp``; see ``lifecycle``. Observation: a vector; ``feature_names`` says what is where. An
+    episode is truncated after ``epochs``; a host whose loss is not finite terminates.
 
     Attributes:
         num_envs: Hosts on each rank.
@@ -73,12 +73,12 @@ class Morphogenesis(EnvSpec):
     noise: float = 0.0
     channels: tuple[int, ...] = (8, 16, 16)
     kernels: tuple[int, ...] = (3, 1, 1)
-    pools: tuple[int, ...] = (2, 1, 1)
-    epochs: int = 24
+    pools: tuple[int, ...] = (4, 1, 1)
+    epochs: int = 32
     train_batches: int = 8
-    batch_size: int = 64
-    validation_size: int = 400
-    learning_rate: float = 0.2
+    batch_size: int = 32
+    validation_size: int = 300
+    learning_rate: float = 0.1
     momentum: float = 0.9
     weight_decay: float = 5e-4
     max_grad_norm: float = 1.0
@@ -89,7 +89,7 @@ class Morphogenesis(EnvSpec):
     fade_epochs: int = 1
     cooldown_epochs: int = 1
     gain_weight: float = 10.0
-    rent_weight: float = 0.01
+    rent_weight: float = 0.005
     intervention_cost: float = 0.01
     divergence_penalty: float = -5.0
     shaping_weight: float = 0.0
@@ -116,6 +116,7 @@ class Morphogenesis(EnvSpec):
             values = getattr(self, name)
             ok = len(values) >= 1 and all(isinstance(v, int) and v >= 1 for v in values)
             _require(name, ok, "be a tuple of integers of at least 1", values)
+        _require("channels", min(self.channels) >= 4, "be at least 4", self.channels)
         for name in ("kernels", "pools"):
             ok = len(getattr(self, name)) == len(self.channels)
             rule = f"have an entry for each of {len(self.channels)} blocks"
@@ -145,17 +146,18 @@ class Morphogenesis(EnvSpec):
     @classmethod
     def cifar10(cls, folder: str, **changes: Any) -> "Morphogenesis":
         """CIFAR-10 and a host of 6,418 parameters, which is too small for it."""
-        return replace(_LARGE, dataset="cifar10", folder=folder, **changes)
+        data: dict[str, Any] = {"dataset": "cifar10", "folder": folder}
+        return cls(**_LARGE | data | changes)
 
     @classmethod
     def synthetic(cls, **changes: Any) -> "Morphogenesis":
         """Templates under noise, for tests and benchmarks."""
-        return cls(**{"dataset": "synthetic", **changes})
+        return cls(**_SYNTHETIC | changes)
 
     @classmethod
     def benchmark(cls, **changes: Any) -> "Morphogenesis":
         """The shapes of ``cifar10`` without its data."""
-        return replace(_LARGE, **changes)
+        return cls(**_LARGE | changes)
 
     def architecture(self) -> Architecture:
         """The host."""
@@ -207,13 +209,15 @@ def _require_int(field: str, value: object, *, minimum: int) -> None:
     require(ok, field, f"be an integer of at least {minimum}", value)
 
 
-_LARGE = Morphogenesis(
-    dataset="synthetic",
-    image=(3, 32),
-    channels=(8, 16, 32),
-    kernels=(3, 3, 3),
-    pools=(2, 2, 2),
-    epochs=60,
-    validation_size=256,
-    learning_rate=0.1,
-)
+_SYNTHETIC: dict[str, Any] = {"dataset": "synthetic"}
+_LARGE: dict[str, Any] = {
+    "dataset": "synthetic",
+    "image": (3, 32),
+    "channels": (8, 16, 32),
+    "kernels": (3, 3, 3),
+    "pools": (2, 2, 2),
+    "epochs": 60,
+    "batch_size": 64,
+    "validation_size": 256,
+    "learning_rate": 0.1,
+}

@@ -9,7 +9,7 @@ Axes: ``B`` environment, ``N`` number drawn.
 
 import math
 from enum import IntEnum
-from typing import NamedTuple
+from typing import NamedTuple, cast
 
 import torch
 from torch import Tensor
@@ -63,7 +63,7 @@ def philox(counter: _Words, key: tuple[int, int]) -> _Words:
 def integers(
     seed: int, purpose: Purpose, place: Place, *, count: int, high: int
 ) -> Int[Tensor, "B N"]:
-    """Integers in ``[0, high)``; no value is likelier than another by more than ``high / 2**32``."""
+    """Integers in ``[0, high)``, uniform up to a share of ``high / 2**32``."""
     return _words(seed, purpose, place, count) * high >> 32
 
 
@@ -83,6 +83,6 @@ def normals(seed: int, purpose: Purpose, place: Place, *, count: int) -> Float[T
 def _words(seed: int, purpose: Purpose, place: Place, count: int) -> Int[Tensor, "B N"]:
     blocks = torch.arange((count + 3) // 4, device=place.env.device)
     rows = [axis.unsqueeze(1) for axis in (place.step, place.episode, place.env)]
-    counter = torch.broadcast_tensors(blocks.unsqueeze(0), *rows)
+    counter = cast(list[Tensor], torch.broadcast_tensors(blocks.unsqueeze(0), *rows))
     words = philox((counter[0], counter[1], counter[2], counter[3]), (seed & _WORD, int(purpose)))
     return torch.stack(words, dim=2).flatten(1)[:, :count]  # [B, blocks, 4] -> [B, N]

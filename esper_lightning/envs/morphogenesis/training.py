@@ -1,12 +1,13 @@
 """SGD over all hosts at once, each as if it were alone.
 
-Axes: ``B`` environment, ``M`` image, ``N`` host of a chunk, ``S`` slot. Losses are summed over hosts,
-so gradients do not mix. Short sums are written out: ``Tensor.sum`` rounds as the number of hosts
-has it. What is not finite changes nothing: parameters are updated with ``where``.
+Axes: ``B`` environment, ``M`` image, ``N`` host of a chunk, ``S`` slot. Losses are summed over
+hosts, so gradients do not mix. Short sums are written out: ``Tensor.sum`` rounds as the number of
+hosts has it. What is not finite changes nothing: parameters are updated with ``where``.
 """
 
 from dataclasses import dataclass
-from typing import NamedTuple, cast
+from itertools import pairwise
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
@@ -65,7 +66,7 @@ def chunk_bounds(count: int, size: int) -> list[tuple[int, int]]:
     """
     chunks = max(1, min(-(-count // size), count // 2))
     edges = [count * i // chunks for i in range(chunks + 1)]
-    return list(zip(edges[:-1], edges[1:], strict=True))
+    return list(pairwise(edges))
 
 
 def train(
@@ -83,7 +84,8 @@ def train(
     static: bool,
 ) -> Trained:
     """One epoch: ``U`` updates from the images ``index``. Writes into weights and velocity."""
-    finite, norms = [], []
+    finite: list[Tensor] = []
+    norms: list[Tensor] = []
     for low, high in chunk_bounds(index.shape[0], chunk):
         part = slice(low, high)
         mine = Slots(*(tensor[part] for tensor in slots))
@@ -131,7 +133,7 @@ def _update(
             total = total + losses.branches[0].mean(1).masked_fill(~plan.branch_counts, 0.0).sum()
         wanted = [leaf.host, *(s for s, skip in zip(leaf.seeds, idle, strict=True) if not skip)]
         found = iter(torch.autograd.grad(total, wanted, allow_unused=True))
-    host_grad = cast(Tensor, next(found))
+    host_grad = next(found)
     grads = [None if skip else next(found) for skip in idle]
     squares = torch.stack(
         [
@@ -156,7 +158,9 @@ def _update(
     return finite, seed_norm.detach()
 
 
-def _descend(row: Tensor, speed: Tensor, grad: Tensor, norm: Tensor, sound: Tensor, sgd: SGD) -> None:
+def _descend(
+    row: Tensor, speed: Tensor, grad: Tensor, norm: Tensor, sound: Tensor, sgd: SGD
+) -> None:
     """Clip, decay, accelerate and move, in place and only where ``sound``."""
     factor = (sgd.max_grad_norm / (norm + 1e-6)).clamp(max=1.0).unsqueeze(1)
     pull = torch.addcmul(row * sgd.weight_decay, grad, factor)
@@ -179,7 +183,9 @@ def measure(
     switch: bool = True,
 ) -> Measured:
     """Loss and accuracy on given images, and with ``switch`` what each slot contributes."""
-    loss, accuracy, contribution = [], [], []
+    loss: list[Tensor] = []
+    accuracy: list[Tensor] = []
+    contribution: list[Tensor] = []
     for low, high in chunk_bounds(slots.stage.shape[0], chunk):
         part = slice(low, high)
         mine = Slots(*(tensor[part] for tensor in slots))

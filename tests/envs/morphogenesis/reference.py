@@ -9,7 +9,7 @@ import math
 
 import torch
 from torch import nn
-from torch.nn import functional as F
+from torch.nn import functional
 
 
 class Norm(nn.Module):
@@ -18,7 +18,7 @@ class Norm(nn.Module):
         self.scale, self.bias = nn.Parameter(torch.empty(c)), nn.Parameter(torch.empty(c))
 
     def forward(self, h):
-        normed = F.layer_norm(h, h.shape[1:])
+        normed = functional.layer_norm(h, h.shape[1:])
         return self.scale[:, None, None] * normed + self.bias[:, None, None]
 
 
@@ -43,7 +43,7 @@ class Convolutional(nn.Module):
     def __init__(self, name, c):
         super().__init__()
         self.name = name
-        quarter = max(2, c // 4)
+        quarter = max(4, c // 4)
         self.scale, self.bias = nn.Parameter(torch.empty(c)), nn.Parameter(torch.empty(c))
         conv = lambda i, o, k, **more: nn.Conv2d(i, o, k, padding=k // 2, **more)  # noqa: E731
         if name == "depthwise":
@@ -120,10 +120,10 @@ class Host(nn.Module):
         ):
             x = conv(x)
             if shadow:
-                x = F.batch_norm(x, None, None, norm.weight, norm.bias, training=True)
+                x = functional.batch_norm(x, None, None, norm.weight, norm.bias, training=True)
             else:
                 x = norm(x)
-            x = F.max_pool2d(x.relu(), pool)
+            x = functional.max_pool2d(x.relu(), pool)
             if gates[s] != 0:
                 x = x + gates[s] * seeds[s](x)
         return self.head(x.mean((2, 3)))
@@ -271,14 +271,14 @@ class LoneHost:
         for image, label in batches:
             modules = [self.host, *(self.seeds[s] for s in attached)]
             parameters = [p for module in modules for p in module.parameters()]
-            loss = F.cross_entropy(self.host(image, self.seeds, self.gates()), label)
+            loss = functional.cross_entropy(self.host(image, self.seeds, self.gates()), label)
             grads = torch.autograd.grad(loss, parameters)
             for s in isolated:
                 gates = self.gates()
                 gates[s] = 1.0
                 mine = list(self.seeds[s].parameters())
                 logits = self.host(image, self.seeds, gates, shadow=True)
-                shadow_loss = F.cross_entropy(logits, label)
+                shadow_loss = functional.cross_entropy(logits, label)
                 found = torch.autograd.grad(shadow_loss, mine)
                 self._descend(mine, found, [self.optimizers[s]])
             optimizers = [self.optimizer, *(self.optimizers[s] for s in attached)]
@@ -311,7 +311,7 @@ class LoneHost:
                 gates[s] = 0.0
                 contribution[s] = here - accuracy(gates)
         self.life.measured()
-        return F.cross_entropy(logits, label).item(), here, contribution
+        return functional.cross_entropy(logits, label).item(), here, contribution
 
     def rows(self):
         """Parameters as rows, to compare."""

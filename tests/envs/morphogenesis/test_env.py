@@ -18,7 +18,9 @@ from esper_lightning.envs.morphogenesis.blueprints import (
     residual,
 )
 from esper_lightning.envs.morphogenesis.data import load
+from esper_lightning.envs.morphogenesis.host import host_input
 from esper_lightning.envs.morphogenesis.lifecycle import Op, Stage
+from esper_lightning.envs.morphogenesis.network import plan_training, run
 from esper_lightning.envs.morphogenesis.observation import feature_names
 
 CPU = torch.device("cpu")
@@ -119,7 +121,8 @@ def test_a_seed_that_diverges_in_isolation_leaves_its_host_alone():
     broken.hosts.weights.seeds[1][0, 20] = math.inf
     wait = torch.zeros_like(germinate)
     for _ in range(3):
-        one, other = sound.step(wait), broken.step(wait)
+        sound.step(wait)
+        other = broken.step(wait)
     assert not other.terminated.any()
     assert torch.equal(sound.hosts.weights.host, broken.hosts.weights.host)
 
@@ -174,7 +177,7 @@ def test_baselines_are_legal(name):
 def test_shaping_telescopes_and_adds_the_same_to_every_return():
     env = small(6, epochs=12, shaping_weight=0.7, shaping_discount=0.9).build(CPU, 0)
     total = torch.zeros(6)
-    for t, result in enumerate(actions(env, 12)):
+    for t, result in enumerate(actions(env, 12)):  # noqa: B007
         total += 0.9**t * env.report.terms["shaping"]
     assert result.truncated.all()
     assert env.report.terms["shaping"].abs().sum() > 0
@@ -212,9 +215,7 @@ def test_test_accuracy_is_measured_before_the_host_goes_and_not_seen_by_the_agen
     spec = small(3, epochs=4)
     plain, tested = spec.build(CPU, 0), spec.build(CPU, 0)
     tested.tests_ends = True
-    for step, (one, other) in enumerate(
-        zip(actions(plain, 8), actions(tested, 8), strict=True)
-    ):
+    for step, (one, other) in enumerate(zip(actions(plain, 8), actions(tested, 8), strict=True)):
         assert same(one, other)
         assert plain.report.test_accuracy.isnan().all()
         assert tested.report.test_accuracy.isnan().all() == (step % 4 != 3)
@@ -252,7 +253,7 @@ def test_every_blueprint_lowers_the_loss_of_the_network_in_which_it_is_on(preset
         **{
             **{name: getattr(spec, name) for name in spec.__dataclass_fields__},
             "num_envs": kinds * slots,
-            "train_batches": 4 if large else 8,
+            "train_batches": 1,
             "batch_size": 32 if large else 64,
             "validation_size": 1,
         }
@@ -262,6 +263,10 @@ def test_every_blueprint_lowers_the_loss_of_the_network_in_which_it_is_on(preset
     for _ in range(3):
         env.step(wait)
     env.hosts.weights.host[:] = env.hosts.weights.host[:1]  # one host for all
+    # A head at a few steps from zero would hardly say in which direction to learn.
+    head = spec.channels[-1] * 10
+    generator = torch.Generator().manual_seed(0)
+    env.hosts.weights.host[:, -head - 10 : -10] += 0.3 * torch.randn(head, generator=generator)
     for tensor in (*env.hosts.weights.means, *env.hosts.weights.variances):
         tensor[:] = tensor[:1]
     kind, slot = wait[:, 0].clone(), wait[:, 0].clone()
@@ -271,9 +276,6 @@ def test_every_blueprint_lowers_the_loss_of_the_network_in_which_it_is_on(preset
     env.step(torch.stack((wait[:, 0] + Op.GERMINATE, slot, kind, kind * 0), 1))
 
     def shadow_loss():
-        from esper_lightning.envs.morphogenesis.host import host_input
-        from esper_lightning.envs.morphogenesis.network import plan_training, run
-
         image, label = (t[:64] for t in env._splits.training)
         wide = host_input(image.unsqueeze(3).expand(-1, -1, -1, kinds * slots, -1))
         plan = plan_training(env.hosts.slots, spec.blueprints, static=False)
@@ -285,12 +287,10 @@ def test_every_blueprint_lowers_the_loss_of_the_network_in_which_it_is_on(preset
         labels = label.expand(kinds * slots, -1)
         losses = run(weights, spec.architecture(), wide, labels, plan, training=True)
         trunk = losses.trunk[0].mean(1)
-        branch = torch.zeros_like(trunk).index_put(
-            (plan.branch_host,), losses.branches[0].mean(1)
-        )
+        branch = torch.zeros_like(trunk).index_put((plan.branch_host,), losses.branches[0].mean(1))
         return trunk, branch
 
-    for _ in range(4 if large else 6):
+    for _ in range(20):
         env.hosts.weights.host.copy_(host)  # only seeds learn
         env.hosts.velocity.host.zero_()
         env.step(wait)
@@ -329,7 +329,7 @@ def test_splits_never_mix():
 def test_errors_say_what_to_do(tmp_path):
     with pytest.raises(ValueError, match=r"folder must be given.*Download https.*cifar-10-python"):
         Morphogenesis(dataset="cifar10").build(CPU, 0)
-    with pytest.raises(ValueError, match="hold CIFAR-10.*cifar-10-batches-py"):
+    with pytest.raises(ValueError, match=r"hold CIFAR-10.*cifar-10-batches-py"):
         Morphogenesis.cifar10(str(tmp_path)).build(CPU, 0)
     with pytest.raises(ValueError, match=r"Morphogenesis.blueprints must be different names"):
         Morphogenesis(blueprints=("norm", "magic"))

@@ -3,7 +3,6 @@
 import pytest
 import torch
 
-
 from esper_lightning.envs.morphogenesis import Morphogenesis, MorphogenesisEnv
 from esper_lightning.envs.morphogenesis.blueprints import BLUEPRINTS
 from esper_lightning.envs.morphogenesis.lifecycle import Op

@@ -9,9 +9,7 @@ from esper_lightning.envs.morphogenesis.lifecycle import Action, LifeCycle, Op, 
 from esper_lightning.envs.morphogenesis.observation import action_mask, action_space
 from tests.envs.morphogenesis.reference import LifeCycleOracle
 
-CHOICES = st.tuples(
-    st.integers(0, 4), st.integers(0, 2), st.integers(0, 6), st.integers(0, 2)
-)
+CHOICES = st.tuples(st.integers(0, 4), st.integers(0, 2), st.integers(0, 6), st.integers(0, 2))
 HOSTS = 3
 
 
