@@ -20,16 +20,12 @@ from esper_lightning.core.shapes import Bool, Float
 from esper_lightning.core.tensor_trees import map_tree
 from esper_lightning.core.types import Rollout, Samples
 from esper_lightning.envs.base import BatchedEnv, EnvSpec
+from esper_lightning.training.advantages import Critic, prepare_samples
 from esper_lightning.training.agent import Agent, Values
 from esper_lightning.training.collect import ActingState, Collector, is_finite, scale_reward
 from esper_lightning.training.config import PPOConfig
 from esper_lightning.training.metrics import rollout_figures
-from esper_lightning.training.update import (
-    Critic,
-    UpdateMetrics,
-    Updater,
-    prepare_samples,
-)
+from esper_lightning.training.update import UpdateMetrics, Updater
 
 __all__ = ["Learner", "Prepared"]
 

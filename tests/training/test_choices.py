@@ -12,14 +12,9 @@ from esper_lightning.core.distributions import has_choice
 from esper_lightning.core.running_stats import Moments
 from esper_lightning.core.spaces import Box, EnvSpaces, FactoredDiscrete, Head, mask_size
 from esper_lightning.core.types import Rollout, Samples
+from esper_lightning.training.advantages import Critic, prepare_samples
 from esper_lightning.training.agent import Agent
-from esper_lightning.training.update import (
-    Critic,
-    UpdateMetrics,
-    Updater,
-    build_optimizer,
-    prepare_samples,
-)
+from esper_lightning.training.update import UpdateMetrics, Updater, build_optimizer
 
 STEPS, ENVS, CPU = 12, 5, torch.device("cpu")
 WAITS, CHOOSES = [1, 0, 1, 1, 1, 0, 1, 0], [1, 1, 1, 1, 1, 1, 1, 1]

@@ -3,7 +3,7 @@
 import pytest
 import torch
 
-from esper_lightning import MLP, PPO, PPOConfig
+from esper_lightning import MLP, PPO, PPOConfig, Recurrent
 from esper_lightning.envs import CartPole, Pendulum
 from esper_lightning.training.learner import Learner
 
@@ -18,6 +18,7 @@ EVERYTHING = PPOConfig(
 CASES = {
     "discrete": (CartPole(num_envs=64, time_limit=20), MLP()),
     "continuous": (Pendulum(num_envs=64, time_limit=20), MLP(action_bounds="tanh")),
+    "memory": (CartPole(num_envs=64, time_limit=20), Recurrent()),
 }
 
 

@@ -20,7 +20,7 @@ from lightning.pytorch.callbacks import (
 from lightning.pytorch.loggers import CSVLogger, TensorBoardLogger
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
-from esper_lightning import MLP, PPO, PPOConfig, check_env
+from esper_lightning import MLP, PPO, PPOConfig, Recurrent, check_env
 from esper_lightning.core.seeding import stream_seed
 from esper_lightning.core.spaces import Box, EnvSpaces, MultiDiscrete
 from esper_lightning.envs import CartPole, EnvSpec, MountainCar, Pendulum

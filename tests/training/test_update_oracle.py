@@ -19,16 +19,11 @@ from esper_lightning.core.buffer import allocate_rollout
 from esper_lightning.core.spaces import ActionSpace, Box, Discrete, EnvSpaces, MultiDiscrete
 from esper_lightning.core.types import Rollout, Samples
 from esper_lightning.policies import MLP, Policy
+from esper_lightning.training.advantages import Critic, prepare_samples
 from esper_lightning.training.agent import Agent
 from esper_lightning.training.config import PPOConfig
 from esper_lightning.training.trainer_support import autocast_without_cache
-from esper_lightning.training.update import (
-    Critic,
-    UpdateMetrics,
-    Updater,
-    build_optimizer,
-    prepare_samples,
-)
+from esper_lightning.training.update import UpdateMetrics, Updater, build_optimizer
 
 STEPS, ENVS, FEATURES = 16, 4, 5
 CPU = torch.device("cpu")
