@@ -47,7 +47,8 @@ def compare_policies(model: PPO, device: torch.device, *, figures: Path | None) 
     Returns:
         The table, and where the figures are.
     """
-    env = fresh_hosts(model, device)
+    hosts = model.settings["eval_episodes"]
+    env = fresh_hosts(model.env, hosts=hosts, device=device, seed=model.seed)
     played = dict([*play_trained(model, env), *play_baselines(env)])
     plural = {name: [one] for name, one in played.items()}
     lines = table(plural, host_parameters=env.host_parameters).plain()

@@ -56,7 +56,7 @@ def draw(played: Played, host: int, spec: Morphogenesis, path: Path, *, title: s
     figure = Figure(figsize=(8.0, height), dpi=130, layout="constrained")
     ratios = [2.4, 0.75 * slots, 1.7]
     fate, growth, actions = figure.subplots(3, 1, sharex=True, height_ratios=ratios)
-    end = "diverged" if bool(played.diverged[host]) else "at the end"
+    end = "when it diverged" if bool(played.diverged[host]) else "at the end"
     test, size = float(played.test_accuracy[host]), int(played.grown_parameters[host])
     figure.suptitle(
         f"{title}: return {float(played.episode_return[host]):.3g}\n"
@@ -95,7 +95,7 @@ def _slots(axes: Axes, epoch: _Axis, course: dict[str, _Axis]) -> None:
         stage, blueprint = course["stage"][:, s], course["blueprint"][:, s]
         for kind, colour in _STAGES.items():
             spans = [(t - 0.5, 1.0) for t in epoch[stage == kind]]
-            axes.broken_barh(spans, (floor, 1.0), color=colour, lw=0)
+            axes.broken_barh(spans, (floor, 1.0), color=colour, lw=0, antialiased=False)
         begins = (stage == Stage.TRAINING) & (np.roll(stage, 1) != Stage.TRAINING)
         begins[0] = stage[0] == Stage.TRAINING
         for t in epoch[begins]:
@@ -131,8 +131,15 @@ def _actions(axes: Axes, epoch: _Axis, action: _Axis, spec: Morphogenesis) -> No
         axes.plot(t, row, "o", color=_SLOTS[slot % len(_SLOTS)], ms=11)
         axes.text(t, row, str(slot), color="white", fontsize=7, ha="center", va="center_baseline")
         if op == Op.BLEND:
-            over = f" in {spec.ramp_epochs[ramp]}"
-            axes.text(t + 0.25, row, over, fontsize=7, va="center", color="0.25")
+            axes.annotate(
+                f"over {spec.ramp_epochs[ramp]}",
+                (t, row),
+                xytext=(8, 0),
+                textcoords="offset points",
+                va="center",
+                fontsize=7,
+                color="0.25",
+            )
     axes.set_yticks(range(len(Op)))
     axes.set_yticklabels([op.name.lower() for op in reversed(Op)])
     axes.set_ylim(-0.6, len(Op) - 0.4)

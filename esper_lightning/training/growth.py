@@ -13,6 +13,7 @@ from esper_lightning.core.seeding import stream, stream_seed
 from esper_lightning.core.shapes import Bool, Float, Int
 from esper_lightning.core.tensor_trees import map_tree
 from esper_lightning.core.types import Observation
+from esper_lightning.envs.base import EnvSpec
 from esper_lightning.envs.morphogenesis import MorphogenesisEnv, StepReport
 from esper_lightning.envs.morphogenesis.baselines import BASELINES, Baseline
 from esper_lightning.envs.morphogenesis.observation import feature_names
@@ -60,17 +61,19 @@ class Played(NamedTuple):
     course: Course
 
 
-def fresh_hosts(model: PPO, device: torch.device, seed: int | None = None) -> MorphogenesisEnv:
+def fresh_hosts(
+    spec: EnvSpec, *, hosts: int | None, device: torch.device, seed: int
+) -> MorphogenesisEnv:
     """Hosts that neither training nor the choice of the best checkpoint has seen.
 
     Args:
-        model: Whose environment it is to be; there are as many hosts as evaluation episodes.
+        spec: A ``Morphogenesis``.
+        hosts: How many; ``None`` for as many as an evaluation has by default.
         device: Where they are to live.
-        seed: Of the hosts; ``None`` for one of the model's own.
+        seed: Equal ones give equal hosts.
     """
-    spec = for_evaluation(model.env, model.settings["eval_episodes"])
-    chosen = stream_seed(model.seed if seed is None else seed, rank=0, purpose="fresh hosts")
-    env = spec.build(device, chosen)
+    chosen = stream_seed(seed, rank=0, purpose="fresh hosts")
+    env = for_evaluation(spec, hosts).build(device, chosen)
     assert isinstance(env, MorphogenesisEnv)
     return env
 
