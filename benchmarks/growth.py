@@ -16,11 +16,13 @@ import subprocess
 import sys
 from pathlib import Path
 
+import numpy as np
 import torch
 from conditions import conditions
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from matplotlib.ticker import EngFormatter
+from numpy.typing import NDArray
 
 from esper_lightning import PPO
 from esper_lightning.cli.growth import table
@@ -57,15 +59,13 @@ def play(models: list[PPO], hosts: int, seed: int) -> tuple[dict[str, list[Playe
     return played, env.host_parameters
 
 
-def returns(played: dict[str, list[Played]]) -> dict[str, Estimate]:
-    return {
-        name: estimate_crossed(torch.stack([one.episode_return for one in plays]).double().numpy())
-        for name, plays in played.items()
-    }
+def returns(plays: list[Played]) -> NDArray[np.float64]:
+    """``[R, N]``: by training seed and host."""
+    return torch.stack([one.episode_return for one in plays]).double().numpy()
 
 
-def verdicts(found: dict[str, Estimate]) -> list[str]:
-    """Whether intervals overlap."""
+def verdicts(played: dict[str, list[Played]], found: dict[str, Estimate]) -> list[str]:
+    """Whether intervals overlap, and how far PPO is ahead on the same host."""
     ppo, lines = found["PPO"], list[str]()
     for name, other in found.items():
         if name.startswith("PPO"):
@@ -75,9 +75,11 @@ def verdicts(found: dict[str, Estimate]) -> list[str]:
             where = "lies above that of"
         elif ppo.high < other.low:
             where = "lies below that of"
+        ahead = estimate_crossed(returns(played["PPO"]) - returns(played[name]))
         lines.append(
             f"- PPO's interval of return, {ppo.low:.3f} to {ppo.high:.3f}, {where} {name}, "
-            f"{other.low:.3f} to {other.high:.3f}."
+            f"{other.low:.3f} to {other.high:.3f}. Host by host, PPO's return less that is "
+            f"{ahead.value:.3f} ({ahead.low:.3f} to {ahead.high:.3f})."
         )
     return lines
 
@@ -149,7 +151,7 @@ def main() -> None:
     torch.set_num_threads(1)
     models = [PPO.load_from_checkpoint(checkpoint_at(run)) for run in runs]
     played, host_parameters = play(models, options.hosts, options.host_seed)
-    found = returns(played)
+    found = {name: estimate_crossed(returns(plays)) for name, plays in played.items()}
     options.results.parent.mkdir(parents=True, exist_ok=True)
     beside = options.results.with_suffix("")
     picture(runs, found, beside.with_suffix(".png"))
@@ -170,7 +172,7 @@ def main() -> None:
         "that no reward and no observation comes from. Intervals draw training seeds and hosts",
         "anew (Owen 2007, the pigeonhole bootstrap); baselines have no training seeds.\n",
         *section,
-        *verdicts(found),
+        *verdicts(played, found),
         f"\n![Learning curves and intervals]({beside.name}.png)\n",
         "## Training seeds\n",
         *each_seed(models, played),
