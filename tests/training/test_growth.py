@@ -77,7 +77,7 @@ def test_of_a_host_that_diverges_its_first_episode_counts():
 
     def poison(obs, mask):
         epochs.append(None)
-        if len(epochs) == 3:
+        if len(epochs) in (3, 5):  # the second time it is another host
             env.hosts.weights.host[1] = math.nan
         return BASELINES["never grow"](env)
 
@@ -92,8 +92,11 @@ def test_of_a_host_that_diverges_its_first_episode_counts():
 
 
 @pytest.mark.parametrize("policy", POLICIES)
-def test_everyone_meets_the_same_hosts(policy):
+def test_everyone_meets_the_same_hosts(policy, generator):
     model = make_model(policy)
+    with torch.no_grad():
+        for weight in model.policy.parameters():  # so that much decides, memory too
+            weight.copy_(torch.randn(weight.shape, generator=generator))
     env = make_env(model)
     ppo, drawn = (one for _, one in play_trained(model, env))
     alone = evaluate_policy(model.policy, model._normalize, make_env(model))
