@@ -4,7 +4,7 @@ VENV := .venv
 BIN := $(VENV)/bin
 
 .DEFAULT_GOAL := help
-.PHONY: help demo test slow check learning bench faults clean
+.PHONY: help demo test slow check learning growth bench faults clean
 
 help: ## Show this list
 	@grep -E '^[a-z]+:.*## ' $(MAKEFILE_LIST) | sed -E 's/:[^#]*## /\t/' | expand -t 10
@@ -32,6 +32,9 @@ check: $(VENV)/.installed ## Lint, types, import contracts
 
 learning: $(VENV)/.installed ## Measure learning on every task, 5 seeds each (six minutes)
 	$(BIN)/python benchmarks/learning.py
+
+growth: $(VENV)/.installed ## Train policies that grow networks, 5 seeds, against baselines (hours)
+	$(BIN)/python benchmarks/growth.py
 
 bench: $(VENV)/.installed ## Measure throughput against the peers (half an hour)
 	$(BIN)/python -m pip install --quiet -c constraints.txt -e '.[dev,bench]'

@@ -9,6 +9,7 @@ import logging
 import sys
 import warnings
 from collections.abc import Callable
+from pathlib import Path
 from typing import Any, NoReturn, cast
 
 from lightning.fabric.utilities.exceptions import MisconfigurationException
@@ -28,7 +29,9 @@ import esper_lightning.policies  # noqa: F401  # pyright: ignore[reportUnusedImp
 from esper_lightning.callbacks.flight_recorder import FlightRecorder
 from esper_lightning.callbacks.history import History
 from esper_lightning.callbacks.run_directory import run_directory
+from esper_lightning.cli.growth import compare_policies, refuse_figures
 from esper_lightning.core.validate import require
+from esper_lightning.envs import Morphogenesis
 from esper_lightning.train import run_callbacks, run_logger, run_plugins
 from esper_lightning.training.checkpoints import (
     checkpoint_at,
@@ -111,13 +114,17 @@ class EsperTrainer(Trainer):
         del run_dir  # the logger has it by now
         super().fit(model, ckpt_path=ckpt_path, weights_only=True)
 
-    def evaluate(self, model: PPO, ckpt_path: str) -> None:
+    def evaluate(self, model: PPO, ckpt_path: str, figures: Path | None = None) -> None:
         """Play deterministic evaluation episodes with the policy of a checkpoint.
+
+        Of Morphogenesis, it is then compared with baselines on hosts that nobody has seen.
 
         Args:
             model: Built from the settings in the checkpoint.
             ckpt_path: Checkpoint to evaluate, or a run directory for its best one.
+            figures: Folder for pictures of three episodes of Morphogenesis; none if not given.
         """
+        del figures  # drawn when this is over
         model.load_state_dict(load_checkpoint(ckpt_path)["state_dict"])
         self.validate(model, verbose=False)
 
@@ -212,6 +219,8 @@ class EsperCLI(LightningCLI):
         refuse_unsupported(self.trainer, num_envs=model.env.num_envs, budget=model.total_env_steps)
         path = self.config[self.subcommand]["ckpt_path"]
         fits = self.subcommand == "fit"
+        if not fits and self.config_init["evaluate"]["figures"] is not None:
+            refuse_figures(model.env)
         if path in ("last", "best", "hpc"):  # a file, by the name that Lightning gives it
             connector: Any = self.trainer._checkpoint_connector  # pyright: ignore[reportPrivateUsage]
             path = connector._parse_ckpt_path(
@@ -244,6 +253,10 @@ class EsperCLI(LightningCLI):
                 f"(std {metrics['eval/episode_return_std']:.1f}) "
                 f"over {metrics['eval/episodes']:.0f} deterministic evaluation episodes"
             )
+        if self.subcommand == "evaluate" and isinstance(self.model.env, Morphogenesis):
+            device = self.trainer.strategy.root_device
+            figures = self.config_init["evaluate"]["figures"]
+            print(compare_policies(self.model, device, figures=figures))
         if self.subcommand == "fit":
             steps, seconds = self.model.env_steps, self.model.train_time_s
             rate = steps / seconds if seconds > 0 else 0.0

@@ -77,3 +77,27 @@ def estimate(samples: tuple[Scores, ...], statistic: Callable[..., Scores]) -> E
     """A statistic of ``[N]`` scores with its interval."""
     value, ends = float(statistic(*samples)), interval(samples, statistic)
     return Estimate(value, *(None, None) if ends is None else map(float, ends))
+
+
+def estimate_crossed(score: Scores) -> Estimate:
+    """Interquartile mean over all of ``[R, N]`` scores, with its interval.
+
+    Rows (policies) and columns (tasks that all of them met) are both drawn anew, apart from each
+    other: the pigeonhole bootstrap (Owen 2007, arXiv 0712.1111). With one row, the interval is that
+    of ``estimate``, and says nothing of other rows.
+    """
+    value = float(interquartile_mean(score.ravel()))
+    rows, columns = score.shape
+    if columns < 2:
+        return Estimate(value, None, None)
+    rng = np.random.default_rng(0)
+    means = [
+        interquartile_mean(score[row[:, :, None], column[:, None, :]].reshape(len(row), -1))
+        for row, column in (
+            (rng.integers(rows, size=(count, rows)), rng.integers(columns, size=(count, columns)))
+            for count in [_RESAMPLES_AT_ONCE] * (_RESAMPLES // _RESAMPLES_AT_ONCE)
+        )
+    ]
+    tail = 50 * (1 - _LEVEL)
+    low, high = np.percentile(np.concatenate(means), [tail, 100 - tail])
+    return Estimate(value, float(low), float(high))

@@ -1,49 +1,14 @@
 """A comparison as text: plain for a terminal, Markdown for a file."""
 
-import math
-from collections.abc import Sequence
-from dataclasses import dataclass, field
-
 from esper_lightning.comparison.runs import SCORES, Run
 from esper_lightning.comparison.scores import Comparison, Place, Row
+from esper_lightning.comparison.section import Section, number
 from esper_lightning.comparison.statistics import Estimate
 
-__all__ = ["describe", "number"]
+__all__ = ["describe"]
 
 _FEW_SEEDS = 5
-_TEXT_COLUMNS = ("variant", "run", "how it ended")  # to the left; numbers go to the right
 _KINDS = {"evaluation": "deterministic evaluation", "rollout": "rollout, actions drawn"}
-
-
-@dataclass(frozen=True)
-class _Section:
-    title: str
-    head: Sequence[str] = ()
-    rows: Sequence[Sequence[str]] = ()
-    remarks: Sequence[str] = field(default_factory=list[str])
-
-    def plain(self) -> list[str]:
-        """Columns side by side, remarks below."""
-        table = [self.head, *self.rows] if self.rows else []
-        columns = range(len(self.head))
-        widths = [max((len(row[k]) for row in table), default=0) for k in columns]
-        is_text = [name in _TEXT_COLUMNS for name in self.head]
-        lines = [
-            "  ".join(
-                row[k].ljust(widths[k]) if is_text[k] else row[k].rjust(widths[k]) for k in columns
-            ).rstrip()
-            for row in table
-        ]
-        return [self.title, *(f"  {line}" for line in (*lines, *self.remarks))]
-
-    def markdown(self) -> list[str]:
-        """A heading, a table, a list."""
-        rules = [" --- " if name in _TEXT_COLUMNS else " ---: " for name in self.head]
-        cells = ([cell.replace("|", "\\|") for cell in row] for row in self.rows)
-        rows = [f"| {' | '.join(row)} |" for row in cells]
-        table = [f"| {' | '.join(self.head)} |", f"|{'|'.join(rules)}|", *rows, ""]
-        remarks = [f"- {remark}" for remark in self.remarks]
-        return [f"## {self.title}", "", *(table if rows else []), *remarks, *[""] * bool(remarks)]
 
 
 def describe(comparison: Comparison, *, markdown: bool = False) -> str:
@@ -54,21 +19,14 @@ def describe(comparison: Comparison, *, markdown: bool = False) -> str:
     sections = [_place(comparison, place) for place in comparison.places]
     sections.append(_runs(comparison))
     if comparison.notes:
-        sections.append(_Section("Notes", remarks=comparison.notes))
+        sections.append(Section("Notes", remarks=comparison.notes))
     if markdown:
         lines = [f"# {title}", "", *(line for s in sections for line in s.markdown())]
         return "\n".join(lines).rstrip() + "\n"
     return "\n\n".join([title, *("\n".join(section.plain()) for section in sections)])
 
 
-def number(value: float | None) -> str:
-    """Four digits, thousands whole; a dash for what is not known."""
-    if value is None:
-        return "-"
-    return f"{value:,.0f}" if math.isfinite(value) and abs(value) >= 1000 else f"{value:.4g}"
-
-
-def _place(comparison: Comparison, place: Place) -> _Section:
+def _place(comparison: Comparison, place: Place) -> Section:
     which = "the end" if place.is_end else "the last place that every run reached"
     seeds = f"seeds {' '.join(map(str, place.seeds))}" if place.seeds else "no seed in common"
     head = ["variant", "seeds", "mean", "IQM", "95 % interval"]
@@ -83,7 +41,7 @@ def _place(comparison: Comparison, place: Place) -> _Section:
         remarks.append("One seed: there is no interval.")
     elif 0 < len(place.seeds) < _FEW_SEEDS:
         remarks.append(f"Bootstrap intervals of {len(place.seeds)} seeds are too narrow.")
-    return _Section(f"At {place.env_steps:,} env steps ({which}), {seeds}", head, rows, remarks)
+    return Section(f"At {place.env_steps:,} env steps ({which}), {seeds}", head, rows, remarks)
 
 
 def _row(row: Row, comparison: Comparison) -> list[str]:
@@ -100,7 +58,7 @@ def _interval(figure: Estimate) -> str:
     return "-" if figure.low is None else f"{number(figure.low)} to {number(figure.high)}"
 
 
-def _runs(comparison: Comparison) -> _Section:
+def _runs(comparison: Comparison) -> Section:
     places = [place.env_steps for place in comparison.places]
     head = ["variant", "seed", "env steps", *(f"return at {p:,}" for p in places)]
     head += ["latest return", "run", "how it ended"]
@@ -118,7 +76,7 @@ def _runs(comparison: Comparison) -> _Section:
         )
     marked = any(run.ended != "finished" for _, _, run in runs)
     text = "† Ended before its budget, or goes on: its latest return is not one at the end."
-    return _Section("Runs", head, rows, [text] if marked else [])
+    return Section("Runs", head, rows, [text] if marked else [])
 
 
 def _latest(run: Run, comparison: Comparison) -> str:

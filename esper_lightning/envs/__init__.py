@@ -1,9 +1,10 @@
-"""Batched environments: the protocol, its check, and the classic control tasks."""
+"""Batched environments: the protocol, its check, classic control tasks, and growing networks."""
 
 from esper_lightning.envs.acrobot import Acrobot
 from esper_lightning.envs.base import BatchedEnv, EnvSpec
 from esper_lightning.envs.cartpole import CartPole
 from esper_lightning.envs.check import check_env
+from esper_lightning.envs.morphogenesis import Morphogenesis
 from esper_lightning.envs.mountain_car import MountainCar
 from esper_lightning.envs.pendulum import Pendulum
 
@@ -12,6 +13,7 @@ __all__ = [
     "BatchedEnv",
     "CartPole",
     "EnvSpec",
+    "Morphogenesis",
     "MountainCar",
     "Pendulum",
     "check_env",

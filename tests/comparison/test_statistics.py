@@ -11,6 +11,7 @@ from scipy.stats import mannwhitneyu
 
 from esper_lightning.comparison.statistics import (
     estimate,
+    estimate_crossed,
     interquartile_mean,
     interval,
     probability_of_improvement,
@@ -70,3 +71,26 @@ def test_a_curve_is_its_places_one_by_one():
     for k, score in enumerate(curve):
         one = estimate((score,), interquartile_mean)
         assert (ends[0][k], ends[1][k]) == pytest.approx(one[1:])
+
+
+@pytest.mark.parametrize(
+    "score",
+    [[[0.0, 1.0, 10.0, 2.0]], [[0.0, 3.0, 4.0], [7.0, 1.0, 12.0]], [[2.0, 2.0], [5.0, 5.0]]],
+)
+def test_crossed_intervals_are_those_of_all_rows_with_all_columns(score):
+    score = np.array(score)
+    chosen = [list(itertools.product(range(n), repeat=n)) for n in score.shape]
+    means = [
+        interquartile_mean(score[np.ix_(rows, columns)].ravel())
+        for rows, columns in itertools.product(*chosen)
+    ]
+    found, distinct = estimate_crossed(score), np.unique(means)
+    assert found.value == interquartile_mean(score.ravel())
+    exact = np.quantile(means, [0.025, 0.975])
+    near = [np.abs(distinct - end).argmin() for end in (*exact, found.low, found.high)]
+    assert abs(near[0] - near[2]) <= 1
+    assert abs(near[1] - near[3]) <= 1
+
+
+def test_one_column_has_no_crossed_interval():
+    assert estimate_crossed(np.array([[3.0], [5.0]])) == (4.0, None, None)

@@ -1,0 +1,186 @@
+"""Does PPO grow networks better than rules do?
+
+Trains ``configs/morphogenesis.yaml`` with several seeds, one thread each; then lets the best
+checkpoint of each, by its evaluations, and four baselines play the same fresh hosts, and writes a
+table and figures to ``benchmarks/results/``. Runs stay in ``--output``: called again, those that
+are finished are not repeated, and others go on.
+
+    python benchmarks/growth.py --jobs 2
+    python benchmarks/growth.py --seeds 0 1 --hosts 4 --output runs/try --results runs/try/a.md \
+        -- --model.total_env_steps 5_120
+"""
+
+import argparse
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import numpy as np
+import torch
+from conditions import conditions
+from matplotlib.axes import Axes
+from matplotlib.figure import Figure
+from matplotlib.ticker import EngFormatter
+from numpy.typing import NDArray
+
+from esper_lightning import PPO
+from esper_lightning.cli.growth import table
+from esper_lightning.cli.growth_figure import draw
+from esper_lightning.comparison.runs import read_run
+from esper_lightning.comparison.statistics import Estimate, estimate_crossed
+from esper_lightning.training.checkpoints import checkpoint_at
+from esper_lightning.training.growth import Played, fresh_hosts, play_baselines, play_trained
+
+ROOT = Path(__file__).resolve().parent.parent
+COLOURS = ("#0072B2", "#56B4E9", "#666666", "#009E73", "#CC79A7", "#D55E00")
+
+
+def train(options: argparse.Namespace) -> list[Path]:
+    """Run directories, one for each seed."""
+    command = [sys.executable, str(ROOT / "scripts" / "ab.py")]
+    command += ["--config", str(ROOT / "configs" / "morphogenesis.yaml")]
+    command += ["--seeds", *map(str, options.seeds), "--jobs", str(options.jobs)]
+    command += ["--variant", "ppo", "--output", str(options.output), "--", *options.arguments]
+    subprocess.run(command, check=True, env={**os.environ, "OMP_NUM_THREADS": "1"})
+    return [options.output / "ppo" / f"seed{seed}" for seed in options.seeds]
+
+
+def play(models: list[PPO], hosts: int, seed: int) -> tuple[dict[str, list[Played]], int]:
+    """Everyone on the same hosts, by name, and the parameters of a host."""
+    cpu = torch.device("cpu")
+    played: dict[str, list[Played]] = {}
+    env = fresh_hosts(models[0].env, hosts=hosts, device=cpu, seed=seed)
+    for model in models:
+        for name, one in play_trained(model, env):
+            played.setdefault(name, []).append(one)
+            print(f"seed {model.seed}, {name}: {one.episode_return.mean():.3f}", flush=True)
+    played |= {name: [one] for name, one in play_baselines(env)}
+    return played, env.host_parameters
+
+
+def returns(plays: list[Played]) -> NDArray[np.float64]:
+    """``[R, N]``: by training seed and host."""
+    return torch.stack([one.episode_return for one in plays]).double().numpy()
+
+
+def verdicts(played: dict[str, list[Played]], found: dict[str, Estimate]) -> list[str]:
+    """Whether intervals overlap, and how far PPO is ahead on the same host."""
+    ppo, lines = found["PPO"], list[str]()
+    for name, other in found.items():
+        if name.startswith("PPO"):
+            continue
+        where = "overlaps that of"
+        if ppo.low > other.high:
+            where = "lies above that of"
+        elif ppo.high < other.low:
+            where = "lies below that of"
+        ahead = estimate_crossed(returns(played["PPO"]) - returns(played[name]))
+        lines.append(
+            f"- PPO's interval of return, {ppo.low:.3f} to {ppo.high:.3f}, {where} {name}, "
+            f"{other.low:.3f} to {other.high:.3f}. Host by host, PPO's return less that is "
+            f"{ahead.value:.3f} ({ahead.low:.3f} to {ahead.high:.3f})."
+        )
+    return lines
+
+
+def each_seed(models: list[PPO], played: dict[str, list[Played]]) -> list[str]:
+    lines = ["| seed | best after env steps | mean return | mean test accuracy, % |"]
+    lines += ["| ---: | ---: | ---: | ---: |"]
+    for model, one in zip(models, played["PPO"], strict=True):
+        accuracy = 100 * one.test_accuracy.mean()
+        mean = one.episode_return.mean()
+        lines.append(f"| {model.seed} | {model.env_steps:,} | {mean:.3f} | {accuracy:.1f} |")
+    return lines
+
+
+def picture(runs: list[Path], found: dict[str, Estimate], path: Path) -> None:
+    figure = Figure(figsize=(11, 5.0), dpi=130, layout="constrained")
+    curves, ends = figure.subplots(1, 2, width_ratios=[3, 2])
+    colour = dict(zip(found, COLOURS, strict=True))
+    for k, run in enumerate(map(read_run, runs)):
+        for score, style, name in (
+            ("rollout", "-", "PPO, actions drawn"),
+            ("evaluation", "o", "PPO"),
+        ):
+            shape = {"lw": 0.9, "ms": 4, "color": colour[name]}
+            label = f"{name}, each seed ({score})" if k == 0 else None
+            points = run.points[score]
+            if points:
+                curves.plot(*zip(*points, strict=True), style, label=label, **shape)
+    for name, estimate in found.items():
+        if not name.startswith("PPO"):
+            curves.axhline(estimate.value, color=colour[name], ls="--", lw=1.2, label=name)
+    curves.set_xlabel("environment steps")
+    curves.set_ylabel("return")
+    curves.set_title("Training; baselines on fresh hosts", fontsize=10)
+    curves.xaxis.set_major_formatter(EngFormatter(sep=""))
+    figure.legend(loc="outside lower center", ncols=3, fontsize=8, frameon=False)
+    intervals(ends, found, colour)
+    for axes in (curves, ends):
+        axes.grid(alpha=0.25)
+        axes.spines[["top", "right"]].set_visible(False)
+    figure.savefig(path)
+
+
+def intervals(axes: Axes, found: dict[str, Estimate], colour: dict[str, str]) -> None:
+    for k, (name, (value, low, high)) in enumerate(found.items()):
+        axes.plot([low, high], [k, k], "-", color=colour[name], lw=3, alpha=0.6)
+        axes.plot(value, k, "o", color=colour[name], ms=7, mec="white")
+    axes.set_yticks(range(len(found)), list(found))
+    axes.set_ylim(len(found) - 0.5, -0.5)
+    axes.set_xlabel("return on fresh hosts")
+    axes.set_title("Interquartile mean, 95 % intervals", fontsize=10)
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2, 3, 4])
+    parser.add_argument("--jobs", type=int, default=2, help="runs at a time")
+    parser.add_argument("--hosts", type=int, default=200, help="fresh ones, the same for all")
+    parser.add_argument("--host-seed", type=int, default=2026)
+    parser.add_argument("--output", type=Path, default=Path("runs/growth"), help="of the runs")
+    parser.add_argument("--results", type=Path, default=ROOT / "benchmarks/results/growth.md")
+    parser.add_argument("arguments", nargs="*", help="of esper fit, after --")
+    options = parser.parse_args()
+    if options.hosts < 2:
+        parser.error(f"--hosts must be at least 2, got {options.hosts}")
+    runs = train(options)
+    torch.set_num_threads(1)
+    models = [PPO.load_from_checkpoint(checkpoint_at(run)) for run in runs]
+    played, host_parameters = play(models, options.hosts, options.host_seed)
+    found = {name: estimate_crossed(returns(plays)) for name, plays in played.items()}
+    options.results.parent.mkdir(parents=True, exist_ok=True)
+    beside = options.results.with_suffix("")
+    picture(runs, found, beside.with_suffix(".png"))
+    episode = beside.with_name(f"{beside.name}_episode.png")
+    one = played["PPO"][0]
+    median = int(one.episode_return.argsort()[options.hosts // 2])
+    title = f"PPO, seed {options.seeds[0]}, median of {options.hosts} hosts"
+    draw(one, median, models[0].env, episode, title=title)
+    section = table(played, host_parameters=host_parameters).markdown()
+    command = " ".join(["python", "benchmarks/growth.py", *sys.argv[1:]])
+    steps = f"{models[0].total_env_steps:,}"
+    text = [
+        "# Growing networks: PPO against four baselines\n",
+        f"{conditions(command)}\n",
+        f"`configs/morphogenesis.yaml`, {len(runs)} training seeds of {steps} env steps.",
+        "Of each, the best checkpoint by its evaluations during training. Then everyone plays the",
+        "same hosts, which neither training nor that choice has seen. Test accuracy is of a split",
+        "that no reward and no observation comes from. Intervals draw training seeds and hosts",
+        "anew (Owen 2007, the pigeonhole bootstrap); baselines have no training seeds.\n",
+        *section,
+        *verdicts(played, found),
+        f"\n![Learning curves and intervals]({beside.name}.png)\n",
+        "## Training seeds\n",
+        *each_seed(models, played),
+        f"\n## An episode\n\n![An episode]({episode.name})\n",
+    ]
+    options.results.write_text("\n".join(text))
+    print(options.results.read_text())
+
+
+if __name__ == "__main__":
+    main()

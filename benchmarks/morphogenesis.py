@@ -1,0 +1,152 @@
+"""Env-steps/s of growing networks, against a plain loop over modules and optimizers.
+
+One process, one thread; both take turns within a round, and the seconds are processor time of the
+process, because others share the machine. The loop is the reference of the tests: one ``nn.Module``
+and its optimizers per host; its time is linear in the number of hosts, so it runs at most 4 of
+them. Writes ``results/morphogenesis_<hardware>_<date>.md``.
+"""
+
+import argparse
+import datetime
+import os
+import re
+import statistics
+import sys
+import time
+from collections.abc import Callable
+
+import torch
+from conditions import ROOT, conditions
+
+sys.path.insert(0, str(ROOT))
+
+from esper_lightning.envs.morphogenesis import Morphogenesis, MorphogenesisEnv
+from esper_lightning.envs.morphogenesis.baselines import random_legal
+from esper_lightning.envs.morphogenesis.lifecycle import Op, Stage
+from tests.envs.morphogenesis.reference import LoneHost
+
+LOOPED = 4  # hosts of the loop
+GOALS = {"random legal": 9.5, "seeds kept alive": 4.4}
+
+
+def keep_alive(env: MorphogenesisEnv) -> torch.Tensor:
+    """Fill the slots one after another and keep every seed: blended, never judged."""
+    legal, count = env.legal(), env.num_envs
+    op = torch.zeros(count, dtype=torch.int64)
+    for wanted in (Op.GERMINATE, Op.BLEND):
+        op = op.masked_fill(legal[:, wanted].any(1), wanted)
+    slot = legal[torch.arange(count), op].int().argmax(1)
+    kind = (torch.arange(count) + env.hosts.vitals.step) % len(env.spec.blueprints)
+    return torch.stack((op, slot, kind, torch.zeros_like(op)), dim=1)
+
+
+class Loop:
+    """Plain modules that do what the environment does."""
+
+    def __init__(self, env: MorphogenesisEnv) -> None:
+        self.env = env
+        self.hosts = [
+            LoneHost(env.spec, row) for row in env.hosts.weights.host[: min(LOOPED, env.num_envs)]
+        ]
+        self.generator = torch.Generator().manual_seed(0)
+        training, validation, _ = env._splits
+        self.image = training.image.permute(0, 3, 1, 2).contiguous()
+        self.label = training.label
+        self.validation = validation.image.permute(0, 3, 1, 2).contiguous(), validation.label
+
+    def step(self, action: torch.Tensor) -> None:
+        spec = self.env.spec
+        for host, (op, slot, blueprint, ramp) in zip(self.hosts, action.tolist(), strict=False):
+            if host.life.act(Op(op).name, slot, blueprint, ramp):
+                row = 0.05 * torch.randn(1 << 15, generator=self.generator)
+                host.germinate(slot, row)
+            host.life.tick()
+            index = torch.randint(
+                len(self.label), (spec.train_batches, spec.batch_size), generator=self.generator
+            )
+            host.train([(self.image[rows], self.label[rows]) for rows in index])
+            host.measure(*self.validation)
+
+
+def measure(
+    spec: Morphogenesis, policy: Callable[[MorphogenesisEnv], torch.Tensor], steps: int
+) -> tuple[float, float, float]:
+    """Processor seconds per env-step of ours and of the loop, and seeds alive on average."""
+    env = spec.build(torch.device("cpu"), 0)
+    env.reset()
+    loop, ours, theirs, alive = Loop(env), 0.0, 0.0, 0.0
+    warm_up = 1
+    for step in range(warm_up + steps):
+        action = policy(env)
+        start = time.process_time()
+        env.step(action)
+        middle = time.process_time()
+        loop.step(action)
+        end = time.process_time()
+        if step >= warm_up:
+            ours, theirs = ours + middle - start, theirs + end - middle
+            stage = env.hosts.slots.stage
+            alive += ((stage != Stage.DORMANT) & (stage != Stage.EMBARGOED)).sum(1).float().mean()
+    return ours / steps / spec.num_envs, theirs / steps / len(loop.hosts), float(alive) / steps
+
+
+def table(preset: str, counts: list[int], env_steps: int, rounds: int) -> list[str]:
+    lines = [
+        "| actions | hosts | env-steps/s | loop | times as fast | of each round | seeds alive |",
+        "| --- | --- | --- | --- | --- | --- | --- |",
+    ]
+    for name, policy in (("random legal", random_legal), ("seeds kept alive", keep_alive)):
+        for count in counts:
+            spec = getattr(Morphogenesis, preset)(num_envs=count, epochs=60)
+            steps = max(6 if count <= 64 else 3, env_steps // count)
+            seen = [measure(spec, policy, steps) for _ in range(rounds if count <= 64 else 1)]
+            ours, theirs = (
+                statistics.median(column) for column in list(zip(*seen, strict=True))[:2]
+            )
+            ratios = ", ".join(f"{b / a:.2f}" for a, b, _ in seen)
+            lines.append(
+                f"| {name} | {count} | {1 / ours:.1f} | {1 / theirs:.1f} | {theirs / ours:.2f} "
+                f"| {ratios} | {seen[0][2]:.2f} |"
+            )
+            print(lines[-1], flush=True)
+    return lines
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("--counts", type=int, nargs="+", default=[1, 4, 16, 64, 256])
+    parser.add_argument("--digits-counts", type=int, nargs="+", default=[1, 16, 64, 256])
+    parser.add_argument("--env-steps", type=int, default=48, help="of all hosts, at least")
+    parser.add_argument("--rounds", type=int, default=3)
+    arguments = parser.parse_args()
+    torch.set_num_threads(1)
+    sections: list[str] = []
+    titles = {
+        "benchmark": "3x32x32 images, host of 6,418 parameters, 3 slots, 8 batches of 64 a step",
+        "digits": "The digits preset",
+    }
+    for preset, title in titles.items():
+        counts = arguments.counts if preset == "benchmark" else arguments.digits_counts
+        rows = table(preset, counts, arguments.env_steps, arguments.rounds)
+        sections += [f"## {title}", "", *rows, ""]
+    goals = ", ".join(f"{goal} with {name}" for name, goal in GOALS.items())
+    load = ", ".join(f"{value:.1f}" for value in os.getloadavg())
+    hardware = re.sub(r"\W+", "-", f"{os.cpu_count()}-core-cpu").lower()
+    date = datetime.datetime.now(tz=datetime.UTC).date()
+    command = " ".join(["python", "benchmarks/morphogenesis.py", *sys.argv[1:]])
+    text = "\n".join(
+        [
+            "# Hosts trained and grown together, against a loop over modules\n",
+            conditions(command, "one thread, shared with other work"),
+            f"- load averages at the end: {load}; seconds are processor time of the process",
+            f"- goals up to 16 hosts, env-steps/s: {goals}; at least 5 times the loop on digits\n",
+            *sections,
+        ]
+    )
+    output = ROOT / f"benchmarks/results/morphogenesis_{hardware}_{date}.md"
+    output.write_text(text.rstrip() + "\n")
+    print(text)
+
+
+if __name__ == "__main__":
+    main()

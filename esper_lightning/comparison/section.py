@@ -1,0 +1,50 @@
+"""A table under a title: plain for a terminal, Markdown for a file."""
+
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+
+__all__ = ["Section", "number"]
+
+# To the left; numbers go to the right.
+_TEXT_COLUMNS = ("variant", "policy", "run", "how it ended")
+
+
+@dataclass(frozen=True)
+class Section:
+    """Title, table and remarks."""
+
+    title: str
+    head: Sequence[str] = ()
+    rows: Sequence[Sequence[str]] = ()
+    remarks: Sequence[str] = field(default_factory=list[str])
+
+    def plain(self) -> list[str]:
+        """Columns side by side, remarks below."""
+        table = [self.head, *self.rows] if self.rows else []
+        columns = range(len(self.head))
+        widths = [max((len(row[k]) for row in table), default=0) for k in columns]
+        is_text = [name in _TEXT_COLUMNS for name in self.head]
+        lines = [
+            "  ".join(
+                row[k].ljust(widths[k]) if is_text[k] else row[k].rjust(widths[k]) for k in columns
+            ).rstrip()
+            for row in table
+        ]
+        return [self.title, *(f"  {line}" for line in (*lines, *self.remarks))]
+
+    def markdown(self) -> list[str]:
+        """A heading, a table, a list."""
+        rules = [" --- " if name in _TEXT_COLUMNS else " ---: " for name in self.head]
+        cells = ([cell.replace("|", "\\|") for cell in row] for row in self.rows)
+        rows = [f"| {' | '.join(row)} |" for row in cells]
+        table = [f"| {' | '.join(self.head)} |", f"|{'|'.join(rules)}|", *rows, ""]
+        remarks = [f"- {remark}" for remark in self.remarks]
+        return [f"## {self.title}", "", *(table if rows else []), *remarks, *[""] * bool(remarks)]
+
+
+def number(value: float | None) -> str:
+    """Four digits, thousands whole; a dash for what is not known."""
+    if value is None:
+        return "-"
+    return f"{value:,.0f}" if math.isfinite(value) and abs(value) >= 1000 else f"{value:.4g}"

@@ -1,0 +1,120 @@
+"""Policies to beat, on what every policy sees of the environment: its state and its mask.
+
+Axes: ``B`` environment, ``S`` slot. Each returns an action ``[B, 4]`` that is legal; none waits for
+the device.
+"""
+
+from collections.abc import Callable
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from esper_lightning.core.shapes import Bool, Int
+from esper_lightning.envs.morphogenesis.env import MorphogenesisEnv
+from esper_lightning.envs.morphogenesis.lifecycle import Op, Stage
+from esper_lightning.envs.morphogenesis.streams import Place, Purpose, uniforms
+
+__all__ = ["BASELINES", "Baseline", "grow_at_start", "never_grow", "plateau", "random_legal"]
+
+Baseline = Callable[[MorphogenesisEnv], Int[Tensor, "B 4"]]
+
+
+def never_grow(env: MorphogenesisEnv) -> Int[Tensor, "B 4"]:
+    """The static host: WAIT."""
+    return torch.zeros(env.num_envs, 4, dtype=torch.int64, device=env.hosts.episode.device)
+
+
+def random_legal(env: MorphogenesisEnv) -> Int[Tensor, "B 4"]:
+    """An op among those allowed, then a slot among those allowed for it; the rest alike."""
+    hosts, spec = env.hosts, env.spec
+    number = torch.arange(env.num_envs, device=hosts.episode.device)
+    place = Place(number, hosts.episode, hosts.vitals.step)
+    drawn = uniforms(0, Purpose.POLICY, place, count=4)
+    legal = env.legal()
+    allowed = legal.any(2)
+    allowed[:, Op.WAIT] = True
+    op = _pick(allowed, drawn[:, 0])
+    row = torch.arange(env.num_envs, device=op.device)
+    slots = legal[row, op]
+    slot = _pick(slots | (op == Op.WAIT).unsqueeze(1), drawn[:, 1])
+    blueprint = (drawn[:, 2] * len(spec.blueprints)).long()
+    ramp = (drawn[:, 3] * len(spec.ramp_epochs)).long()
+    return torch.stack((op, slot, blueprint, ramp), dim=1)
+
+
+def grow_at_start(env: MorphogenesisEnv, *, blueprint: str = "conv_light") -> Int[Tensor, "B 4"]:
+    """Every slot as soon as may be: germinate, blend, fossilize, one after the other."""
+    legal = env.legal()
+    return _first_legal(
+        env, legal, (Op.FOSSILIZE, Op.BLEND, Op.GERMINATE), blueprint=blueprint, ramp=0
+    )
+
+
+@dataclass(frozen=True, kw_only=True)
+class plateau:  # noqa: N801 - used like the functions beside it
+    """Germinate when accuracy stops rising, blend when trained, keep what contributes.
+
+    Attributes:
+        blueprint: What to grow.
+        rise: Accuracy that must be gained in ``window`` epochs, or a seed is germinated.
+        window: Epochs, at most 4.
+        training_epochs: In isolation before blending.
+        contribution: Accuracy that a seed must add to be kept when its alpha is 1.
+    """
+
+    blueprint: str = "conv_light"
+    rise: float = 0.02
+    window: int = 3
+    training_epochs: int = 2
+    contribution: float = 0.01
+
+    def __call__(self, env: MorphogenesisEnv) -> Int[Tensor, "B 4"]:
+        """An action for each environment."""
+        hosts, legal = env.hosts, env.legal()
+        accuracies, contribution = hosts.vitals.accuracies, hosts.vitals.contribution
+        flat = accuracies[:, 0] - accuracies[:, self.window] < self.rise
+        flat &= hosts.vitals.step > self.window
+        trained = hosts.slots.epochs_in_stage >= self.training_epochs
+        useful = contribution >= self.contribution
+        held = hosts.slots.stage == Stage.HOLDING
+        wanted = legal.clone()
+        wanted[:, Op.GERMINATE] &= flat.unsqueeze(1)
+        wanted[:, Op.BLEND] &= trained
+        wanted[:, Op.FOSSILIZE] &= useful
+        wanted[:, Op.PRUNE] &= held & ~useful
+        order = (Op.FOSSILIZE, Op.PRUNE, Op.BLEND, Op.GERMINATE)
+        return _first_legal(env, wanted, order, blueprint=self.blueprint, ramp=0)
+
+
+BASELINES: dict[str, Baseline] = {
+    "never grow": never_grow,
+    "grow at the start": grow_at_start,
+    "random legal": random_legal,
+    "plateau": plateau(),
+}
+
+
+def _first_legal(
+    env: MorphogenesisEnv,
+    wanted: Bool[Tensor, "B O S"],
+    order: tuple[Op, ...],
+    *,
+    blueprint: str,
+    ramp: int,
+) -> Int[Tensor, "B 4"]:
+    """The first op of ``order`` that has a wanted slot, in the first such slot; else WAIT."""
+    op = torch.zeros(env.num_envs, dtype=torch.int64, device=wanted.device)
+    for candidate in reversed(order):
+        op = op.masked_fill(wanted[:, candidate].any(1), candidate)
+    row = torch.arange(env.num_envs, device=wanted.device)
+    slot = wanted[row, op].int().argmax(1)
+    names = env.spec.blueprints
+    kind = names.index(blueprint) if blueprint in names else 0
+    return torch.stack((op, slot, torch.full_like(op, kind), torch.full_like(op, ramp)), dim=1)
+
+
+def _pick(allowed: Bool[Tensor, "B N"], unit: Tensor) -> Int[Tensor, " B"]:
+    """A uniform choice among what is allowed, from a number in ``[0, 1)`` each."""
+    rank = (unit * allowed.sum(1)).long().unsqueeze(1)
+    return ((allowed.cumsum(1) - 1 == rank) & allowed).int().argmax(1)

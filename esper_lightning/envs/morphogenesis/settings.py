@@ -1,0 +1,223 @@
+"""The settings of the environment; the defaults are the preset ``digits``."""
+
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+
+from esper_lightning.core.spaces import Box, EnvSpaces
+from esper_lightning.core.validate import require
+from esper_lightning.envs.base import EnvSpec
+from esper_lightning.envs.morphogenesis.blueprints import BLUEPRINTS
+from esper_lightning.envs.morphogenesis.data import IMAGE, Dataset
+from esper_lightning.envs.morphogenesis.env import MorphogenesisEnv
+from esper_lightning.envs.morphogenesis.host import Architecture
+from esper_lightning.envs.morphogenesis.lifecycle import RampShape
+from esper_lightning.envs.morphogenesis.observation import action_space, feature_names
+from esper_lightning.envs.morphogenesis.reward import RewardWeights
+from esper_lightning.envs.morphogenesis.training import SGD
+
+__all__ = ["Morphogenesis"]
+
+
+@dataclass(frozen=True, kw_only=True)
+class Morphogenesis(EnvSpec):
+    """Small networks under training, which the agent decides how to grow.
+
+    Each environment trains a *host* from scratch by SGD, one epoch a step. The agent may germinate
+    a *seed*, a small residual module, in a slot after any block; it trains there without being in
+    the network until the agent blends it in, fossilizes it (keeps it for good) or prunes it.
+    Reward: accuracy gained on a validation split, less rent for grown parameters.
+
+    Action: ``FactoredDiscrete`` with heads ``op``, ``slot`` (given ``op``), ``blueprint`` and
+    ``ramp``; see ``lifecycle``. Observation: a vector; ``feature_names`` says what is where. An
+    episode is truncated after ``epochs``; a host whose loss is not finite terminates.
+
+    Attributes:
+        num_envs: Hosts on each rank.
+        dataset: ``digits`` (scikit-learn's, 8x8 images), ``cifar10`` or ``synthetic``.
+        folder: Where ``cifar10`` is: holds ``cifar-10-batches-py`` or its archive.
+        image: Channels and side of ``synthetic`` images; the other data sets have their own.
+        classes: Number of classes of ``synthetic`` images.
+        noise: Deviation of what is added once to every image, in units of the images' deviation.
+        channels: Of each block of the host; a slot follows each block.
+        kernels: Side of each block's convolution, odd.
+        pools: Factor by which each block reduces the side.
+        epochs: Steps of an episode.
+        train_batches: SGD updates in a step.
+        batch_size: Images in an update, drawn with replacement.
+        validation_size: Images that accuracy is measured on: the first of the validation split.
+        learning_rate: Of hosts and seeds.
+        momentum: Of SGD.
+        weight_decay: L2 penalty of every parameter.
+        max_grad_norm: Gradients of a host are clipped to this norm.
+        blueprints: Names of what can be grown.
+        ramp_epochs: The choices of how long blending takes, in epochs.
+        ramp_shape: How alpha rises: ``linear``, ``cosine`` or ``sigmoid``.
+        min_training_epochs: Epochs in isolation before a seed may be blended.
+        fade_epochs: Epochs that an attached seed takes to go when pruned.
+        cooldown_epochs: Epochs for which a slot stays empty after that.
+        gain_weight: Reward for accuracy from 0 to 1.
+        rent_weight: Price of as many grown parameters as the host has, in each step.
+        intervention_cost: Price of each op but WAIT.
+        divergence_penalty: Reward of the step in which a host diverges.
+        shaping_weight: Of potential-based shaping on stages; 0 is off.
+        shaping_discount: The discount of the learner, for shaping.
+    """
+
+    num_envs: int = 64
+    dataset: Dataset = "digits"
+    folder: str | None = None
+    image: tuple[int, int] = (1, 8)
+    classes: int = 10
+    noise: float = 0.0
+    channels: tuple[int, ...] = (8, 16, 16)
+    kernels: tuple[int, ...] = (3, 1, 1)
+    pools: tuple[int, ...] = (4, 1, 1)
+    epochs: int = 32
+    train_batches: int = 8
+    batch_size: int = 32
+    validation_size: int = 300
+    learning_rate: float = 0.1
+    momentum: float = 0.9
+    weight_decay: float = 5e-4
+    max_grad_norm: float = 1.0
+    blueprints: tuple[str, ...] = BLUEPRINTS
+    ramp_epochs: tuple[int, ...] = (1, 2, 4)
+    ramp_shape: RampShape = "linear"
+    min_training_epochs: int = 1
+    fade_epochs: int = 1
+    cooldown_epochs: int = 1
+    gain_weight: float = 10.0
+    rent_weight: float = 0.005
+    intervention_cost: float = 0.01
+    divergence_penalty: float = -5.0
+    shaping_weight: float = 0.0
+    shaping_discount: float = 0.99
+
+    def __post_init__(self) -> None:
+        for name in (
+            "num_envs",
+            "epochs",
+            "train_batches",
+            "batch_size",
+            "validation_size",
+            "min_training_epochs",
+            "fade_epochs",
+        ):
+            _require_int(f"Morphogenesis.{name}", getattr(self, name), minimum=1)
+        _require_int("Morphogenesis.cooldown_epochs", self.cooldown_epochs, minimum=0)
+        _require_int("Morphogenesis.classes", self.classes, minimum=2)
+        known = ("digits", "cifar10", "synthetic")
+        _require("dataset", self.dataset in known, f"be one of {known}", self.dataset)
+        shapes = ("linear", "cosine", "sigmoid")
+        _require("ramp_shape", self.ramp_shape in shapes, f"be one of {shapes}", self.ramp_shape)
+        for name in ("channels", "kernels", "pools", "ramp_epochs"):
+            values = getattr(self, name)
+            ok = len(values) >= 1 and all(isinstance(v, int) and v >= 1 for v in values)
+            _require(name, ok, "be a tuple of integers of at least 1", values)
+        _require("channels", min(self.channels) >= 4, "be at least 4", self.channels)
+        for name in ("kernels", "pools"):
+            ok = len(getattr(self, name)) == len(self.channels)
+            rule = f"have an entry for each of {len(self.channels)} blocks"
+            _require(name, ok, rule, getattr(self, name))
+        odd = all(side % 2 == 1 for side in self.kernels)
+        _require("kernels", odd, "be odd", self.kernels)
+        architecture, side = self.architecture(), self.architecture().image[1]
+        for pool in self.pools:
+            side //= pool
+        _require("pools", side >= 1, f"leave something of {architecture.image[1]}", self.pools)
+        ok = len(self.blueprints) >= 1 and len(set(self.blueprints)) == len(self.blueprints)
+        ok &= all(name in BLUEPRINTS for name in self.blueprints)
+        _require("blueprints", ok, f"be different names of {BLUEPRINTS}", self.blueprints)
+        for name in ("learning_rate", "max_grad_norm"):
+            _require(name, getattr(self, name) > 0, "be positive", getattr(self, name))
+        for name in ("noise", "weight_decay", "rent_weight", "intervention_cost", "shaping_weight"):
+            _require(name, getattr(self, name) >= 0, "not be negative", getattr(self, name))
+        _require("momentum", 0 <= self.momentum < 1, "lie in [0, 1)", self.momentum)
+        ok = 0 < self.shaping_discount <= 1
+        _require("shaping_discount", ok, "lie in (0, 1]", self.shaping_discount)
+
+    @classmethod
+    def digits(cls, **changes: Any) -> "Morphogenesis":
+        """The defaults: real data that needs no download, a step of 64 hosts in a moment."""
+        return cls(**changes)
+
+    @classmethod
+    def cifar10(cls, folder: str, **changes: Any) -> "Morphogenesis":
+        """CIFAR-10 and a host of 6,418 parameters, which is too small for it."""
+        data: dict[str, Any] = {"dataset": "cifar10", "folder": folder}
+        return cls(**_LARGE | data | changes)
+
+    @classmethod
+    def synthetic(cls, **changes: Any) -> "Morphogenesis":
+        """Templates under noise, for tests and benchmarks."""
+        return cls(**_SYNTHETIC | changes)
+
+    @classmethod
+    def benchmark(cls, **changes: Any) -> "Morphogenesis":
+        """The shapes of ``cifar10`` without its data."""
+        return cls(**_LARGE | changes)
+
+    def architecture(self) -> Architecture:
+        """The host."""
+        image = IMAGE.get(self.dataset, self.image)
+        classes = self.classes if self.dataset == "synthetic" else 10
+        return Architecture(image, self.channels, self.kernels, self.pools, classes)
+
+    def sgd(self) -> SGD:
+        """How hosts are trained."""
+        return SGD(
+            learning_rate=self.learning_rate,
+            momentum=self.momentum,
+            weight_decay=self.weight_decay,
+            max_grad_norm=self.max_grad_norm,
+        )
+
+    def reward_weights(self) -> RewardWeights:
+        """What counts how much."""
+        return RewardWeights(
+            gain=self.gain_weight,
+            rent=self.rent_weight,
+            intervention=self.intervention_cost,
+            divergence=self.divergence_penalty,
+            shaping=self.shaping_weight,
+            shaping_discount=self.shaping_discount,
+        )
+
+    def spaces(self) -> EnvSpaces:
+        """A vector, four choices under a mask."""
+        slots = len(self.channels)
+        action = action_space(slots, len(self.blueprints), len(self.ramp_epochs))
+        return EnvSpaces(obs=Box((len(feature_names(slots)),)), action=action, masked=True)
+
+    def build(self, device: torch.device, seed: int) -> MorphogenesisEnv:
+        """Read the data and allocate the hosts.
+
+        Raises:
+            ValueError: If the data is not there.
+        """
+        return MorphogenesisEnv(self, device=device, seed=seed)
+
+
+def _require(name: str, ok: bool, rule: str, got: object) -> None:
+    require(ok, f"Morphogenesis.{name}", rule, got)
+
+
+def _require_int(field: str, value: object, *, minimum: int) -> None:
+    ok = isinstance(value, int) and not isinstance(value, bool) and value >= minimum
+    require(ok, field, f"be an integer of at least {minimum}", value)
+
+
+_SYNTHETIC: dict[str, Any] = {"dataset": "synthetic"}
+_LARGE: dict[str, Any] = {
+    "dataset": "synthetic",
+    "image": (3, 32),
+    "channels": (8, 16, 32),
+    "kernels": (3, 3, 3),
+    "pools": (2, 2, 2),
+    "epochs": 60,
+    "batch_size": 64,
+    "validation_size": 256,
+    "learning_rate": 0.1,
+}

@@ -1,0 +1,239 @@
+"""SGD over all hosts at once, each as if it were alone.
+
+Axes: ``B`` environment, ``M`` image, ``N`` host of a chunk, ``S`` slot. Losses are summed over
+hosts, so gradients do not mix. Short sums are written out: ``Tensor.sum`` rounds as the number of
+hosts has it. What is not finite changes nothing: parameters are updated with ``where``.
+"""
+
+from dataclasses import dataclass
+from itertools import pairwise
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from esper_lightning.core.shapes import Bool, Float, Int
+from esper_lightning.envs.morphogenesis.host import Architecture, host_input
+from esper_lightning.envs.morphogenesis.lifecycle import ATTACHED, JUDGED, LIVE, Slots, Stage, is_in
+from esper_lightning.envs.morphogenesis.network import (
+    Plan,
+    Weights,
+    plan_training,
+    plan_validation,
+    run,
+)
+
+__all__ = ["SGD", "Measured", "Trained", "chunk_bounds", "measure", "train"]
+
+
+@dataclass(frozen=True, kw_only=True)
+class SGD:
+    """``torch.optim.SGD`` with momentum and weight decay, after clipping by the norm.
+
+    Attributes:
+        learning_rate: Of hosts and seeds.
+        momentum: Factor of the velocity.
+        weight_decay: L2 penalty of every parameter.
+        max_grad_norm: Of a host with its attached seeds, and of each isolated seed by itself.
+    """
+
+    learning_rate: float
+    momentum: float
+    weight_decay: float
+    max_grad_norm: float
+
+
+class Trained(NamedTuple):
+    """What an epoch of SGD showed."""
+
+    finite: Bool[Tensor, " B"]  # whether all losses and gradients of the host were
+    grad_norm: Float[Tensor, "B S"]  # of each seed in the last batch, before clipping
+
+
+class Measured(NamedTuple):
+    """What the validation split shows."""
+
+    loss: Float[Tensor, " B"]  # nats
+    accuracy: Float[Tensor, " B"]
+    contribution: Float[Tensor, "B S"]  # accuracy with the slot on less that with it off
+    judged: Bool[Tensor, "B S"]  # where the contribution means something
+
+
+def chunk_bounds(count: int, size: int) -> list[tuple[int, int]]:
+    """Ranges of about ``size`` hosts, none of one host alone unless there is only one.
+
+    What a chunk works on stays in the cache. A convolution of one group would round differently.
+    """
+    chunks = max(1, min(-(-count // size), count // 2))
+    edges = [count * i // chunks for i in range(chunks + 1)]
+    return list(pairwise(edges))
+
+
+def train(
+    weights: Weights,
+    velocity: Weights,
+    slots: Slots,
+    image: Float[Tensor, "I H W C"],
+    label: Int[Tensor, " I"],
+    index: Int[Tensor, "B U M"],
+    architecture: Architecture,
+    sgd: SGD,
+    *,
+    enabled: tuple[str, ...],
+    chunk: int,
+    static: bool,
+) -> Trained:
+    """One epoch: ``U`` updates from the images ``index``. Writes into weights and velocity."""
+    finite: list[Tensor] = []
+    norms: list[Tensor] = []
+    for low, high in chunk_bounds(index.shape[0], chunk):
+        part = slice(low, high)
+        mine = Slots(*(tensor[part] for tensor in slots))
+        plan = plan_training(mine, enabled, static=static)
+        rows, speeds = _rows(weights, part), _rows(velocity, part)
+        ok = torch.ones(high - low, dtype=torch.bool, device=index.device)
+        norm = torch.zeros_like(mine.alpha)
+        for picked in index[part].unbind(1):  # [N, M]
+            # [N, M] -> [M, N, H, W, C] -> [M, H, W, N, C]
+            batch = host_input(image[picked.T].permute(0, 2, 3, 1, 4))
+            batch_finite, norm = _update(
+                rows, speeds, mine, plan, batch, label[picked], architecture, sgd, static=static
+            )
+            ok = ok & batch_finite
+        finite.append(ok)
+        norms.append(norm)
+    return Trained(torch.cat(finite), torch.cat(norms))
+
+
+def _update(
+    weights: Weights,
+    velocity: Weights,
+    slots: Slots,
+    plan: Plan,
+    batch: Tensor,
+    label: Tensor,
+    architecture: Architecture,
+    sgd: SGD,
+    *,
+    static: bool,
+) -> tuple[Bool[Tensor, " N"], Float[Tensor, "N S"]]:
+    """One SGD step of every host; returns which were finite, and gradient norms of seeds."""
+    live = is_in(slots.stage, LIVE)
+    idle = [not static and not bool(column.any()) for column in live.unbind(1)]
+    with torch.enable_grad():
+        leaf = weights._replace(
+            host=weights.host.detach().requires_grad_(),
+            seeds=tuple(seed.detach().requires_grad_() for seed in weights.seeds),
+        )
+        losses = run(leaf, architecture, batch, label, plan, training=True)
+        loss = losses.trunk[0].mean(1)
+        total = loss.sum()
+        if losses.branches is not None:
+            assert plan.branch_counts is not None
+            total = total + losses.branches[0].mean(1).masked_fill(~plan.branch_counts, 0.0).sum()
+        wanted = [leaf.host, *(s for s, skip in zip(leaf.seeds, idle, strict=True) if not skip)]
+        found = iter(torch.autograd.grad(total, wanted, allow_unused=True))
+    host_grad = next(found)
+    grads = [None if skip else next(found) for skip in idle]
+    squares = torch.stack(
+        [
+            torch.zeros_like(loss) if grad is None else grad.square().sum(1)
+            for grad in (host_grad, *grads)
+        ],
+        dim=1,
+    )  # [N, 1 + S]
+    attached = is_in(slots.stage, ATTACHED)
+    mine = squares[:, 1:].masked_fill(~attached, 0.0)
+    joint = sum(mine.unbind(1), squares[:, 0]).sqrt()
+    seed_norm = squares[:, 1:].sqrt()
+    finite = loss.isfinite() & joint.isfinite()
+    norm = torch.where(attached, joint.unsqueeze(1), seed_norm)
+    isolated = slots.stage == Stage.TRAINING
+    sound = torch.where(attached, finite.unsqueeze(1), isolated & norm.isfinite())
+    _descend(weights.host, velocity.host, host_grad, joint, finite, sgd)
+    for s, grad in enumerate(grads):
+        if grad is not None:
+            row, speed = weights.seeds[s], velocity.seeds[s]
+            _descend(row, speed, grad, norm[:, s], sound[:, s], sgd)
+    return finite, seed_norm.detach()
+
+
+def _descend(
+    row: Tensor, speed: Tensor, grad: Tensor, norm: Tensor, sound: Tensor, sgd: SGD
+) -> None:
+    """Clip, decay, accelerate and move, in place and only where ``sound``."""
+    factor = (sgd.max_grad_norm / (norm + 1e-6)).clamp(max=1.0).unsqueeze(1)
+    pull = torch.addcmul(row * sgd.weight_decay, grad, factor)
+    faster = torch.where(sound.unsqueeze(1), torch.add(pull, speed, alpha=sgd.momentum), speed)
+    speed.copy_(faster)
+    row.sub_(faster.masked_fill_(~sound.unsqueeze(1), 0.0), alpha=sgd.learning_rate)
+
+
+def measure(
+    weights: Weights,
+    slots: Slots,
+    image: Float[Tensor, "I H W C"],
+    label: Int[Tensor, " I"],
+    architecture: Architecture,
+    *,
+    enabled: tuple[str, ...],
+    chunk: int,
+    images_at_once: int,
+    static: bool,
+    switch: bool = True,
+) -> Measured:
+    """Loss and accuracy on given images, and with ``switch`` what each slot contributes."""
+    loss: list[Tensor] = []
+    accuracy: list[Tensor] = []
+    contribution: list[Tensor] = []
+    for low, high in chunk_bounds(slots.stage.shape[0], chunk):
+        part = slice(low, high)
+        mine = Slots(*(tensor[part] for tensor in slots))
+        plan = plan_validation(mine, enabled, static=static, switch=switch)
+        rows = _rows(weights, part)
+        columns: list[tuple[Tensor, Tensor, Tensor | None]] = []
+        for start in range(0, image.shape[0], images_at_once):
+            some = image[start : start + images_at_once]
+            few = label[start : start + images_at_once]
+            # [M, H, W, C] -> [M, H, W, N, C]
+            batch = host_input(some.unsqueeze(3).expand(-1, -1, -1, high - low, -1))
+            labels = few.expand(high - low, -1)
+            losses = run(rows, architecture, batch, labels, plan, training=False)
+            other = None if losses.branches is None else losses.branches[1].sum(1)
+            columns.append((losses.trunk[0].sum(1), losses.trunk[1].sum(1), other))
+        count = image.shape[0]
+        total, right = columns[0][0], columns[0][1]
+        for column in columns[1:]:
+            total, right = total + column[0], right + column[1]
+        loss.append(total / count)
+        accuracy.append(right / count)
+        contribution.append(_contribution(mine, plan, right, [c[2] for c in columns]) / count)
+    judged = is_in(slots.stage, JUDGED)
+    return Measured(torch.cat(loss), torch.cat(accuracy), torch.cat(contribution), judged)
+
+
+def _contribution(
+    slots: Slots, plan: Plan, right: Float[Tensor, " N"], others: list[Tensor | None]
+) -> Float[Tensor, "N S"]:
+    """Images classified right with a slot on, less those with it off."""
+    gained = torch.zeros_like(slots.alpha)
+    if plan.branch_host is None:
+        return gained
+    assert plan.branch_slot is not None
+    host, slot = plan.branch_host, plan.branch_slot
+    switched = torch.stack([other for other in others if other is not None]).sum(0)
+    difference = right[host] - switched
+    isolated = (slots.stage == Stage.TRAINING)[host, slot]
+    signed = torch.where(isolated, -difference, difference)
+    # A branch that is computed twice gives the same twice.
+    return gained.index_put((host, slot), signed)
+
+
+def _rows(weights: Weights, part: slice) -> Weights:
+    """Some hosts, in place."""
+    return Weights(
+        weights.host[part],
+        tuple(seed[part] for seed in weights.seeds),
+        tuple(mean[part] for mean in weights.means),
+        tuple(variance[part] for variance in weights.variances),
+    )

@@ -1,0 +1,332 @@
+"""One ``nn.Module`` and its optimizers per host, and a life cycle of plain Python: the oracle.
+
+Everything that the environment does with stacked tensors is done here for one host, the way one
+would write it for one host. Nothing of the environment is used but names and initial parameters.
+"""
+
+import copy
+import math
+
+import torch
+from torch import nn
+from torch.nn import functional
+
+
+class Norm(nn.Module):
+    def __init__(self, c):
+        super().__init__()
+        self.scale, self.bias = nn.Parameter(torch.empty(c)), nn.Parameter(torch.empty(c))
+
+    def forward(self, h):
+        normed = functional.layer_norm(h, h.shape[1:])
+        return self.scale[:, None, None] * normed + self.bias[:, None, None]
+
+
+class Attention(nn.Module):
+    def __init__(self, c):
+        super().__init__()
+        half = max(2, c // 2)
+        self.squeeze, self.excite = nn.Linear(c, half), nn.Linear(half, c)
+
+    def forward(self, h):
+        z = self.excite(self.squeeze(h.mean((2, 3))).relu())
+        return (2 * z.sigmoid() - 1)[:, :, None, None] * h
+
+    def ordered(self):
+        squeeze, excite = self.squeeze, self.excite
+        return [squeeze.weight, squeeze.bias, excite.weight, excite.bias]
+
+
+class Convolutional(nn.Module):
+    """``scale * relu(last(...))``, where what comes before differs."""
+
+    def __init__(self, name, c):
+        super().__init__()
+        self.name = name
+        quarter = max(4, c // 4)
+        self.scale, self.bias = nn.Parameter(torch.empty(c)), nn.Parameter(torch.empty(c))
+        conv = lambda i, o, k, **more: nn.Conv2d(i, o, k, padding=k // 2, **more)  # noqa: E731
+        if name == "depthwise":
+            self.depth = conv(c, c, 3, groups=c, bias=False)
+            self.point = conv(c, c, 1, bias=False)
+        elif name == "conv_light":
+            self.kernel = conv(c, c, 3, bias=False)
+        elif name == "low_rank":
+            self.basis = conv(c, quarter, 3, bias=False)
+            self.mix = conv(quarter, c, 1, bias=False)
+        elif name == "conv_heavy":
+            self.inner, self.kernel = conv(c, c, 3), conv(c, c, 3, bias=False)
+        elif name == "bottleneck":
+            self.inner, self.kernel = conv(c, quarter, 1), conv(quarter, c, 3, bias=False)
+
+    def forward(self, h):
+        if self.name == "depthwise":
+            h = self.point(self.depth(h))
+        elif self.name == "low_rank":
+            h = self.mix(self.basis(h))
+        elif self.name == "conv_light":
+            h = self.kernel(h)
+        else:
+            h = self.kernel(self.inner(h).relu())
+        return self.scale[:, None, None] * (h + self.bias[:, None, None]).relu()
+
+    def ordered(self):
+        rest = {
+            "depthwise": lambda: [self.depth.weight, self.point.weight],
+            "conv_light": lambda: [self.kernel.weight],
+            "low_rank": lambda: [self.basis.weight, self.mix.weight],
+            "conv_heavy": lambda: [self.inner.weight, self.inner.bias, self.kernel.weight],
+            "bottleneck": lambda: [self.inner.weight, self.inner.bias, self.kernel.weight],
+        }[self.name]()
+        return [self.bias, self.scale, *rest]
+
+
+def make_seed(name, channels):
+    if name == "norm":
+        return Norm(channels)
+    if name == "attention":
+        return Attention(channels)
+    return Convolutional(name, channels)
+
+
+def ordered(seed):
+    return seed.ordered() if hasattr(seed, "ordered") else [seed.scale, seed.bias]
+
+
+def fill(parameters, row):
+    """Parameters from the first entries of a row."""
+    start = 0
+    with torch.no_grad():
+        for parameter in parameters:
+            parameter.copy_(row[start : start + parameter.numel()].view_as(parameter))
+            start += parameter.numel()
+
+
+class Host(nn.Module):
+    def __init__(self, architecture):
+        super().__init__()
+        inputs = (architecture.image[0], *architecture.channels)
+        self.convs, self.norms = nn.ModuleList(), nn.ModuleList()
+        for i, o, k in zip(inputs, architecture.channels, architecture.kernels, strict=False):
+            self.convs.append(nn.Conv2d(i, o, k, padding=k // 2, bias=False))
+            self.norms.append(nn.BatchNorm2d(o))
+        self.pools = architecture.pools
+        self.head = nn.Linear(architecture.channels[-1], architecture.classes)
+
+    def forward(self, x, seeds, gates, *, shadow=False):
+        """``seeds`` and ``gates`` by slot; a shadow leaves running statistics alone."""
+        for s, (conv, norm, pool) in enumerate(
+            zip(self.convs, self.norms, self.pools, strict=True)
+        ):
+            x = conv(x)
+            if shadow:
+                x = functional.batch_norm(x, None, None, norm.weight, norm.bias, training=True)
+            else:
+                x = norm(x)
+            x = functional.max_pool2d(x.relu(), pool)
+            if gates[s] != 0:
+                x = x + gates[s] * seeds[s](x)
+        return self.head(x.mean((2, 3)))
+
+    def fill(self, row):
+        parameters = []
+        for conv, norm in zip(self.convs, self.norms, strict=True):
+            parameters += [conv.weight, norm.weight, norm.bias]
+        fill(parameters, row)
+        used = sum(p.numel() for p in parameters)
+        with torch.no_grad():
+            count = self.head.weight.numel()
+            self.head.weight.copy_(row[used : used + count].view(-1, self.head.out_features).T)
+            self.head.bias.copy_(row[used + count :])
+
+
+class Slot:
+    """A slot's life cycle, in words."""
+
+    def __init__(self, spec):
+        self.spec = spec
+        self.stage, self.alpha, self.epochs, self.measured = "DORMANT", 0.0, 0, False
+        self.blueprint, self.ramp, self.fade_from = None, 1, 0.0
+
+    def enter(self, stage, epochs=0):
+        self.stage, self.epochs = stage, epochs
+
+    @property
+    def attached(self):
+        return self.stage in ("BLENDING", "HOLDING", "FOSSILIZED", "FADING")
+
+    @property
+    def live(self):
+        return self.attached or self.stage == "TRAINING"
+
+    def tick(self):
+        self.epochs += 1
+        if self.stage == "BLENDING":
+            share = min(1.0, self.epochs / self.ramp)
+            self.alpha = {
+                "linear": share,
+                "cosine": (1 - math.cos(math.pi * share)) / 2,
+                "sigmoid": (sigmoid(12 * share - 6) - sigmoid(-6)) / (sigmoid(6) - sigmoid(-6)),
+            }[self.spec.ramp_shape]
+            if self.epochs >= self.ramp:
+                self.alpha = 1.0
+                self.enter("HOLDING", 1)
+        elif self.stage == "FADING":
+            self.alpha = self.fade_from * max(0.0, 1 - self.epochs / self.spec.fade_epochs)
+            if self.epochs >= self.spec.fade_epochs:
+                self.enter("EMBARGOED", 1)
+        elif self.stage == "EMBARGOED" and self.epochs > self.spec.cooldown_epochs:
+            self.enter("DORMANT", 1)
+        if not self.live:
+            self.alpha, self.measured = 0.0, False
+
+
+def sigmoid(x):
+    return 1 / (1 + math.exp(-x))
+
+
+class LifeCycleOracle:
+    """What may be done with the slots of one host, and what becomes of them."""
+
+    def __init__(self, spec):
+        self.spec = spec
+        self.slots = [Slot(spec) for _ in spec.channels]
+
+    def legal(self, op, s):
+        slot = self.slots[s]
+        if op == "GERMINATE":
+            busy = any(other.stage in ("TRAINING", "BLENDING") for other in self.slots)
+            return slot.stage == "DORMANT" and not busy
+        if op == "BLEND":
+            return slot.stage == "TRAINING" and slot.epochs >= self.spec.min_training_epochs
+        if op == "FOSSILIZE":
+            return slot.stage == "HOLDING" and slot.measured
+        return op == "PRUNE" and slot.stage in ("TRAINING", "BLENDING", "HOLDING")
+
+    def act(self, op, s, blueprint, ramp):
+        """Returns whether a seed was germinated."""
+        if op == "WAIT" or not self.legal(op, s):
+            return False
+        slot = self.slots[s]
+        if op == "GERMINATE":
+            slot.enter("TRAINING")
+            slot.blueprint, slot.measured = self.spec.blueprints[blueprint], False
+        elif op == "BLEND":
+            slot.enter("BLENDING")
+            slot.ramp = self.spec.ramp_epochs[ramp]
+        elif op == "FOSSILIZE":
+            slot.enter("FOSSILIZED")
+        elif slot.stage == "TRAINING":
+            slot.enter("EMBARGOED")
+        else:
+            slot.fade_from = slot.alpha
+            slot.enter("FADING")
+        return op == "GERMINATE"
+
+    def tick(self):
+        for slot in self.slots:
+            slot.tick()
+
+    def measured(self):
+        for slot in self.slots:
+            slot.measured |= slot.stage in ("TRAINING", "BLENDING", "HOLDING", "FADING")
+
+
+class LoneHost:
+    """One environment: a module, an optimizer for it and one for each seed."""
+
+    def __init__(self, spec, row, dtype=torch.float32):
+        self.spec, self.life = spec, LifeCycleOracle(spec)
+        self.host = Host(spec.architecture()).to(dtype)
+        self.host.fill(row)
+        self.optimizer = self._optimizer(self.host)
+        self.seeds = [None] * len(spec.channels)
+        self.optimizers = [None] * len(spec.channels)
+        self.dtype = dtype
+
+    def germinate(self, s, row):
+        seed = make_seed(self.life.slots[s].blueprint, self.spec.channels[s]).to(self.dtype)
+        fill(ordered(seed), row)
+        self.seeds[s], self.optimizers[s] = seed, self._optimizer(seed)
+
+    def _optimizer(self, module):
+        spec = self.spec
+        return torch.optim.SGD(
+            module.parameters(),
+            lr=spec.learning_rate,
+            momentum=spec.momentum,
+            weight_decay=spec.weight_decay,
+            foreach=False,
+        )
+
+    def gates(self):
+        return [slot.alpha if slot.attached else 0.0 for slot in self.life.slots]
+
+    def train(self, batches):
+        """SGD over ``(image [M, C, H, W], label [M])``."""
+        self.host.train()
+        slots = self.life.slots
+        attached = [s for s, slot in enumerate(slots) if slot.attached]
+        isolated = [s for s, slot in enumerate(slots) if slot.stage == "TRAINING"]
+        for image, label in batches:
+            modules = [self.host, *(self.seeds[s] for s in attached)]
+            parameters = [p for module in modules for p in module.parameters()]
+            loss = functional.cross_entropy(self.host(image, self.seeds, self.gates()), label)
+            grads = torch.autograd.grad(loss, parameters)
+            for s in isolated:
+                gates = self.gates()
+                gates[s] = 1.0
+                mine = list(self.seeds[s].parameters())
+                logits = self.host(image, self.seeds, gates, shadow=True)
+                shadow_loss = functional.cross_entropy(logits, label)
+                found = torch.autograd.grad(shadow_loss, mine)
+                self._descend(mine, found, [self.optimizers[s]])
+            optimizers = [self.optimizer, *(self.optimizers[s] for s in attached)]
+            self._descend(parameters, grads, optimizers)
+
+    def _descend(self, parameters, grads, optimizers):
+        for parameter, grad in zip(parameters, grads, strict=True):
+            parameter.grad = grad
+        nn.utils.clip_grad_norm_(parameters, self.spec.max_grad_norm)
+        for optimizer in optimizers:
+            optimizer.step()
+
+    @torch.no_grad()
+    def measure(self, image, label):
+        """Loss, accuracy, and contribution by slot."""
+        self.host.eval()
+
+        def accuracy(gates):
+            return (self.host(image, self.seeds, gates).argmax(1) == label).float().mean().item()
+
+        logits = self.host(image, self.seeds, self.gates())
+        here = (logits.argmax(1) == label).float().mean().item()
+        contribution = {}
+        for s, slot in enumerate(self.life.slots):
+            gates = self.gates()
+            if slot.stage == "TRAINING":
+                gates[s] = 1.0
+                contribution[s] = accuracy(gates) - here
+            elif slot.attached and slot.stage != "FOSSILIZED":
+                gates[s] = 0.0
+                contribution[s] = here - accuracy(gates)
+        self.life.measured()
+        return functional.cross_entropy(logits, label).item(), here, contribution
+
+    def rows(self):
+        """Parameters as rows, to compare."""
+        head = self.host.head
+        parameters = []
+        for conv, norm in zip(self.host.convs, self.host.norms, strict=True):
+            parameters += [conv.weight, norm.weight, norm.bias]
+        host = torch.cat([p.detach().flatten() for p in parameters])
+        host = torch.cat((host, head.weight.detach().T.flatten(), head.bias.detach()))
+        seeds = {
+            s: torch.cat([p.detach().flatten() for p in ordered(seed)])
+            for s, seed in enumerate(self.seeds)
+            if self.life.slots[s].live
+        }
+        return host, seeds
+
+    def clone(self):
+        return copy.deepcopy(self)

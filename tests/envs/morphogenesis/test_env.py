@@ -1,0 +1,337 @@
+"""The environment as a whole."""
+
+import math
+
+import pytest
+import torch
+
+from esper_lightning.core.spaces import FactoredDiscrete
+from esper_lightning.envs import check_env
+from esper_lightning.envs.contract import sample_action
+from esper_lightning.envs.morphogenesis import Morphogenesis, MorphogenesisEnv
+from esper_lightning.envs.morphogenesis.baselines import BASELINES
+from esper_lightning.envs.morphogenesis.blueprints import (
+    BLUEPRINTS,
+    FAMILIES,
+    count_parameters,
+    parts,
+    residual,
+)
+from esper_lightning.envs.morphogenesis.data import load
+from esper_lightning.envs.morphogenesis.host import host_input
+from esper_lightning.envs.morphogenesis.lifecycle import Op, Stage
+from esper_lightning.envs.morphogenesis.network import plan_training, run
+from esper_lightning.envs.morphogenesis.observation import feature_names
+
+CPU = torch.device("cpu")
+PRESETS = {
+    "digits": Morphogenesis.digits(),
+    "synthetic": Morphogenesis.synthetic(),
+    "cifar10": Morphogenesis.benchmark(),  # its shapes, without its data
+}
+
+
+def small(num_envs=4, **changes):
+    sizes = {
+        "image": (1, 8),
+        "channels": (8, 8, 8),
+        "train_batches": 2,
+        "batch_size": 16,
+        "validation_size": 32,
+        "epochs": 6,
+    }
+    return Morphogenesis.synthetic(**{"num_envs": num_envs, **sizes, **changes})
+
+
+def actions(env, steps, seed=0):
+    """Random legal actions that environment ``i`` would also get among more environments."""
+    generators = [torch.Generator().manual_seed(seed + i) for i in range(env.num_envs)]
+    mask = env.action_mask()
+    for _ in range(steps):
+        rows = [
+            sample_action(env.spaces.action, 1, mask[i : i + 1], g)
+            for i, g in enumerate(generators)
+        ]
+        result = env.step(torch.cat(rows))
+        mask = result.action_mask
+        yield result
+
+
+def same(first, other, rows=slice(None), other_rows=slice(None)):
+    """Whether two results are equal bit for bit in some environments."""
+    return all(
+        torch.equal(a[rows].nan_to_num(), b[other_rows].nan_to_num())
+        for a, b in zip(first, other, strict=True)
+    )
+
+
+def test_it_keeps_the_contract():
+    check_env(small(3), steps=14)
+
+
+def test_a_static_plan_keeps_the_contract():
+    check_env(MorphogenesisEnv(small(2), device=CPU, seed=0, static=True), steps=8)
+
+
+def test_environment_7_of_64_equals_environment_7_of_8():
+    many, few = (small(count, epochs=5).build(CPU, 1) for count in (64, 8))
+    for one, other in zip(actions(many, 12), actions(few, 12), strict=True):
+        assert same(one, other, slice(0, 8))
+
+
+def test_planned_and_static_work_agree():
+    spec = small(4, epochs=20)
+    planned, static = (
+        MorphogenesisEnv(spec, device=CPU, seed=1, dtype=torch.float64, static=kind)
+        for kind in (False, True)
+    )
+    for one, other in zip(actions(planned, 10), actions(static, 10), strict=True):
+        torch.testing.assert_close(one.obs, other.obs, rtol=1e-6, atol=1e-8)
+        torch.testing.assert_close(one.reward, other.reward, rtol=1e-6, atol=1e-8)
+
+
+@pytest.mark.parametrize("static", [False, True])
+def test_a_host_that_diverges_changes_no_bit_of_another(static):
+    spec = small(5, epochs=8)
+    sound, broken = (MorphogenesisEnv(spec, device=CPU, seed=2, static=static) for _ in range(2))
+    others = [0, 1, 3, 4]
+    pairs = zip(actions(sound, 8), actions(broken, 8), strict=True)
+    for step, (one, other) in enumerate(pairs):
+        assert same(one, other, others, others)
+        if step == 3:
+            assert other.terminated.tolist() == [False, False, True, False, False]
+            assert not other.truncated.any()
+            assert other.reached_obs.isfinite().all()
+            assert other.episode_length[2] == 4
+            assert other.obs[2, 0] == 0  # a new host
+            terms = broken.report.terms
+            assert terms["divergence"][2] == spec.divergence_penalty
+            assert terms["gain"][2] == 0
+        if step == 2:
+            broken.hosts.weights.host[2, 7] = math.inf
+    assert broken.hosts.weights.host.isfinite().all()
+
+
+def test_a_seed_that_diverges_in_isolation_leaves_its_host_alone():
+    spec = small(2, epochs=20)
+    sound, broken = (spec.build(CPU, 0) for _ in range(2))
+    germinate = torch.tensor([[Op.GERMINATE, 1, 3, 0]] * 2)
+    for env in (sound, broken):
+        env.step(germinate)
+    broken.hosts.weights.seeds[1][0, 20] = math.inf
+    wait = torch.zeros_like(germinate)
+    for _ in range(3):
+        sound.step(wait)
+        other = broken.step(wait)
+    assert not other.terminated.any()
+    assert torch.equal(sound.hosts.weights.host, broken.hosts.weights.host)
+
+
+def test_a_run_goes_on_in_the_middle_of_blending():
+    spec = small(3, epochs=30)
+    env = spec.build(CPU, 4)
+    for op in (Op.GERMINATE, Op.BLEND):
+        env.step(torch.tensor([[op, 1, kind, 2] for kind in (1, 3, 4)]))
+    assert (env.hosts.slots.stage[:, 1] == Stage.BLENDING).all()
+    saved = env.state_dict()
+    other = spec.build(CPU, 99)
+    other.load_state_dict(saved)
+    for one, two in zip(actions(env, 10), actions(other, 10), strict=True):
+        assert same(one, two)
+    for name, tensor in env.state_dict().items():
+        assert torch.equal(tensor, other.state_dict()[name]), name
+
+
+def test_a_state_of_other_settings_is_refused():
+    env = small(3).build(CPU, 0)
+    with pytest.raises(ValueError, match=r"load_state_dict\(\)\[.*other settings"):
+        env.load_state_dict(small(2).build(CPU, 0).state_dict())
+
+
+@pytest.mark.parametrize("name", BASELINES)
+def test_baselines_are_legal(name):
+    env = small(6, epochs=14).build(CPU, 0)
+    space = env.spaces.action
+    assert isinstance(space, FactoredDiscrete)
+    done = set()
+    for _ in range(28):
+        mask, action = env.action_mask(), BASELINES[name](env)
+        op, slot, blueprint, ramp = (mask[:, place] for place in space.mask_slices)
+        row = torch.arange(6)
+        assert op[row, action[:, 0]].all()
+        assert slot.unflatten(1, (5, 3))[row, action[:, 0], action[:, 1]].all()
+        assert blueprint[row, action[:, 2]].all()
+        assert ramp[row, action[:, 3]].all()
+        done |= set(action[:, 0].tolist())
+        env.step(action)
+        assert torch.equal(env.hosts.vitals.changed, (action[:, 0] != 0) & ~env.report.ended)
+    expected = {
+        "never grow": {0},
+        "grow at the start": {0, 1, 2, 3},
+        "random legal": {0, 1, 2, 3, 4},
+        "plateau": {0, 1, 2},
+    }
+    assert done >= expected[name]
+
+
+def test_shaping_telescopes_and_adds_the_same_to_every_return():
+    env = small(6, epochs=12, shaping_weight=0.7, shaping_discount=0.9).build(CPU, 0)
+    total = torch.zeros(6)
+    for t, result in enumerate(actions(env, 12)):  # noqa: B007
+        total += 0.9**t * env.report.terms["shaping"]
+    assert result.truncated.all()
+    assert env.report.terms["shaping"].abs().sum() > 0
+    torch.testing.assert_close(total, torch.zeros(6), rtol=0, atol=1e-5)
+
+
+def test_the_reward_is_accuracy_gained_less_rent_and_interventions():
+    spec = small(6, epochs=10)
+    env = spec.build(CPU, 0)
+    total, rent, paid = torch.zeros(6), torch.zeros(6), torch.zeros(6)
+    for result in actions(env, 10):
+        total += result.reward
+        rent += spec.rent_weight * env.report.grown_parameters / env.host_parameters
+        paid -= env.report.terms["intervention"]
+    gain = spec.gain_weight * (env.report.accuracy - 1 / spec.classes)
+    torch.testing.assert_close(total, gain - rent - paid, rtol=1e-4, atol=1e-4)
+    torch.testing.assert_close(result.episode_return, total)
+    assert rent.min() > 0
+
+
+def test_rent_counts_what_a_seed_uses():
+    env = small(7, epochs=40).build(CPU, 0)
+    kinds = torch.arange(7)
+    germinate = torch.stack(
+        (torch.full_like(kinds, Op.GERMINATE), torch.full_like(kinds, 2), kinds, kinds * 0), 1
+    )
+    env.step(germinate)
+    expected = [count_parameters(name, 8) for name in BLUEPRINTS]
+    assert env.report.grown_parameters.tolist() == expected
+    used = (env.hosts.velocity.seeds[2] != 0).sum(1)
+    assert (used <= torch.tensor(expected)).all()
+
+
+def test_test_accuracy_is_measured_before_the_host_goes_and_not_seen_by_the_agent():
+    spec = small(3, epochs=4)
+    plain, tested = spec.build(CPU, 0), spec.build(CPU, 0)
+    tested.tests_ends = True
+    for step, (one, other) in enumerate(zip(actions(plain, 8), actions(tested, 8), strict=True)):
+        assert same(one, other)
+        assert plain.report.test_accuracy.isnan().all()
+        assert tested.report.test_accuracy.isnan().all() == (step % 4 != 3)
+        if step % 4 == 2:
+            before = tested.test_accuracy()
+    assert ((tested.report.test_accuracy - before).abs() < 0.5).all()
+
+
+@pytest.mark.parametrize("preset", PRESETS)
+@pytest.mark.parametrize("name", BLUEPRINTS)
+def test_a_seed_starts_near_identity_with_a_gradient_everywhere(preset, name):
+    channels = PRESETS[preset].channels[-1]
+    generator = torch.Generator().manual_seed(0)
+    h = torch.randn(16, channels, 4, 4, generator=generator).relu()
+    layout = parts(name, channels).values()
+    row = torch.cat(
+        [part.mean + part.std * torch.randn(part.size, generator=generator) for part in layout]
+    )[None].requires_grad_()
+    family = next(f for f, members in FAMILIES.items() if name in members)
+    kind = torch.tensor([BLUEPRINTS.index(name)])
+    f = residual(family, [name], h, row, kind, torch.ones(1))
+    assert f.square().mean().sqrt() < 0.25 * h.square().mean().sqrt()
+    (grad,) = torch.autograd.grad((f * torch.randn(f.shape, generator=generator)).sum(), row)
+    for piece in grad[0].split([part.size for part in layout]):
+        assert piece.abs().max() > 1e-6
+
+
+@pytest.mark.parametrize("preset", PRESETS)
+def test_every_blueprint_lowers_the_loss_of_the_network_in_which_it_is_on(preset):
+    """All blueprints in all slots, in isolation beside a host that stands still."""
+    spec = PRESETS[preset]
+    kinds, slots = len(BLUEPRINTS), len(spec.channels)
+    large = spec.channels[-1] == 32
+    spec = Morphogenesis(
+        **{
+            **{name: getattr(spec, name) for name in spec.__dataclass_fields__},
+            "num_envs": kinds * slots,
+            "train_batches": 1,
+            "batch_size": 32 if large else 64,
+            "validation_size": 1,
+        }
+    )
+    env = spec.build(CPU, 0)
+    wait = torch.zeros(kinds * slots, 4, dtype=torch.int64)
+    for _ in range(3):
+        env.step(wait)
+    env.hosts.weights.host[:] = env.hosts.weights.host[:1]  # one host for all
+    # A head at a few steps from zero would hardly say in which direction to learn.
+    head = spec.channels[-1] * 10
+    generator = torch.Generator().manual_seed(0)
+    env.hosts.weights.host[:, -head - 10 : -10] += 0.3 * torch.randn(head, generator=generator)
+    for tensor in (*env.hosts.weights.means, *env.hosts.weights.variances):
+        tensor[:] = tensor[:1]
+    kind, slot = wait[:, 0].clone(), wait[:, 0].clone()
+    kind[:] = torch.arange(kinds).repeat(slots)
+    slot[:] = torch.arange(slots).repeat_interleave(kinds)
+    host = env.hosts.weights.host.clone()
+    env.step(torch.stack((wait[:, 0] + Op.GERMINATE, slot, kind, kind * 0), 1))
+
+    def shadow_loss():
+        image, label = (t[:64] for t in env._splits.training)
+        wide = host_input(image.unsqueeze(3).expand(-1, -1, -1, kinds * slots, -1))
+        plan = plan_training(env.hosts.slots, spec.blueprints, static=False)
+        weights = env.hosts.weights._replace(
+            host=host,
+            means=tuple(t.clone() for t in env.hosts.weights.means),
+            variances=tuple(t.clone() for t in env.hosts.weights.variances),
+        )
+        labels = label.expand(kinds * slots, -1)
+        losses = run(weights, spec.architecture(), wide, labels, plan, training=True)
+        trunk = losses.trunk[0].mean(1)
+        branch = torch.zeros_like(trunk).index_put((plan.branch_host,), losses.branches[0].mean(1))
+        return trunk, branch
+
+    for _ in range(20):
+        env.hosts.weights.host.copy_(host)  # only seeds learn
+        env.hosts.velocity.host.zero_()
+        env.step(wait)
+    with torch.no_grad():
+        trunk, branch = shadow_loss()
+    better = (branch < trunk).view(slots, kinds)
+    assert better.all(), [(trunk - branch).view(slots, kinds), better]
+
+
+def test_features_are_named():
+    spec = small(2)
+    assert spec.spaces().obs.shape == (len(feature_names(3)),)
+    env = spec.build(CPU, 0)
+    obs, _ = env.reset()
+    names = feature_names(3)
+    assert obs[0, names.index("accuracy_0")] == pytest.approx(1 / spec.classes)
+    assert obs[0, names.index("loss_0")] == pytest.approx(1.0)
+    env.step(torch.tensor([[Op.GERMINATE, 1, 4, 0]] * 2))
+    obs = env.step(torch.zeros(2, 4, dtype=torch.int64)).obs
+    assert obs[0, names.index("slot1_stage_training")] == 1
+    assert obs[0, names.index("slot1_blueprint_conv_heavy")] == 1
+    assert obs[0, names.index("slot1_freshness")] == 1
+    assert obs[0, names.index("slot1_grad_norm")] > 0
+
+
+def test_the_host_of_the_benchmark_has_6418_parameters():
+    assert sum(part.size for part in Morphogenesis.benchmark().architecture().parts()) == 6418
+
+
+def test_splits_never_mix():
+    splits = load("digits", folder=None, image=(1, 8), classes=10, noise=0.0, device=CPU)
+    assert [len(split.label) for split in splits] == [897, 400, 500]
+    assert splits.training.image.mean().abs() < 1e-4
+
+
+def test_errors_say_what_to_do(tmp_path):
+    with pytest.raises(ValueError, match=r"folder must be given.*Download https.*cifar-10-python"):
+        Morphogenesis(dataset="cifar10").build(CPU, 0)
+    with pytest.raises(ValueError, match=r"hold CIFAR-10.*cifar-10-batches-py"):
+        Morphogenesis.cifar10(str(tmp_path)).build(CPU, 0)
+    with pytest.raises(ValueError, match=r"Morphogenesis.blueprints must be different names"):
+        Morphogenesis(blueprints=("norm", "magic"))
+    with pytest.raises(ValueError, match=r"Morphogenesis.pools must have an entry for each of 3"):
+        Morphogenesis(pools=(2,))
