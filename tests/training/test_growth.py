@@ -92,8 +92,8 @@ def test_of_a_host_that_diverges_its_first_episode_counts():
 
 
 @pytest.mark.parametrize("policy", POLICIES)
-def test_everyone_meets_the_same_hosts(policy, generator):
-    model = make_model(policy)
+def test_everyone_meets_the_same_hosts(policy):
+    model, generator = make_model(policy), torch.Generator().manual_seed(1)
     with torch.no_grad():
         for weight in model.policy.parameters():  # so that much decides, memory too
             weight.copy_(torch.randn(weight.shape, generator=generator))
@@ -102,6 +102,7 @@ def test_everyone_meets_the_same_hosts(policy, generator):
     alone = evaluate_policy(model.policy, model._normalize, make_env(model))
     assert torch.equal(ppo.episode_return, alone.episode_return)
     assert torch.equal(ppo.episode_length, alone.episode_length)
+    assert (ppo.course.stage == Stage.BLENDING).any()
     assert not torch.equal(ppo.course.action, drawn.course.action)
     again = dict(play_trained(model, env))  # who came before changes nothing
     assert torch.equal(again["PPO, actions drawn"].episode_return, drawn.episode_return)
