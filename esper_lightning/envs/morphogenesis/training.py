@@ -13,7 +13,8 @@ import torch
 from torch import Tensor
 
 from esper_lightning.core.shapes import Bool, Float, Int
-from esper_lightning.envs.morphogenesis.host import Architecture, host_input
+from esper_lightning.envs.morphogenesis.host import Architecture
+from esper_lightning.envs.morphogenesis.layout import unflatten
 from esper_lightning.envs.morphogenesis.lifecycle import ATTACHED, JUDGED, LIVE, Slots, Stage, is_in
 from esper_lightning.envs.morphogenesis.network import (
     Plan,
@@ -94,8 +95,7 @@ def train(
         ok = torch.ones(high - low, dtype=torch.bool, device=index.device)
         norm = torch.zeros_like(mine.alpha)
         for picked in index[part].unbind(1):  # [N, M]
-            # [N, M] -> [M, N, H, W, C] -> [M, H, W, N, C]
-            batch = host_input(image[picked.T].permute(0, 2, 3, 1, 4))
+            batch = unflatten(image.index_select(0, picked.flatten()), 0, picked.shape)
             batch_finite, norm = _update(
                 rows, speeds, mine, plan, batch, label[picked], architecture, sgd, static=static
             )
@@ -195,8 +195,7 @@ def measure(
         for start in range(0, image.shape[0], images_at_once):
             some = image[start : start + images_at_once]
             few = label[start : start + images_at_once]
-            # [M, H, W, C] -> [M, H, W, N, C]
-            batch = host_input(some.unsqueeze(3).expand(-1, -1, -1, high - low, -1))
+            batch = some.expand(high - low, -1, -1, -1, -1)
             labels = few.expand(high - low, -1)
             losses = run(rows, architecture, batch, labels, plan, training=False)
             other = None if losses.branches is None else losses.branches[1].sum(1)
