@@ -202,7 +202,7 @@ def _inner_kernel(name: str, part: dict[str, Tensor]) -> Float[Tensor, "N C C 3 
     return _pad(inner, 1, inner.shape[2])
 
 
-def _inner_bias(name: str, part: dict[str, Tensor]) -> Float[Tensor, "N C"]:
+def _inner_bias(_: str, part: dict[str, Tensor]) -> Float[Tensor, "N C"]:
     return _pad(part["inner_bias"], 1, part["bias"].shape[1])
 
 

@@ -23,7 +23,7 @@ from esper_lightning.envs.morphogenesis.host import (
     run_block,
 )
 from esper_lightning.envs.morphogenesis.layout import split_rows
-from esper_lightning.envs.morphogenesis.lifecycle import ATTACHED, JUDGED, Slots, Stage, is_in
+from esper_lightning.envs.morphogenesis.lifecycle import ATTACHED, JUDGED, LIVE, Slots, Stage, is_in
 
 __all__ = ["Losses", "Plan", "Weights", "plan_training", "plan_validation", "run"]
 
@@ -50,7 +50,7 @@ class _Seeds(NamedTuple):
     """Seeds of one slot, one bucket after another."""
 
     position: Tensor | None  # [n] where they sit; None: every bucket everywhere
-    host: Tensor  # [n] whose parameters
+    row: Tensor  # [n] of which parameters
     learns: Tensor | None  # [n] bool: whose parameters get gradients; None: all
     buckets: list[_Bucket]
 
@@ -79,10 +79,13 @@ class Losses(NamedTuple):
 
 
 def plan_training(slots: Slots, enabled: tuple[str, ...], *, static: bool) -> Plan:
-    """Branches: hosts with a slot that trains in isolation, in which that slot is on."""
+    """Branches: hosts with a slot that trains in isolation, in which that slot is on.
+
+    Unless ``static``, the seeds of a slot are those of the hosts in which they are live.
+    """
     training = slots.stage == Stage.TRAINING
     if not static:
-        return _plan(slots, training)
+        return _plan(slots, training, packed=True)
     # One branch for each host, from the first slot on; whose nothing trains runs for nothing.
     hosts = torch.arange(training.shape[0], device=training.device)
     first = torch.zeros_like(hosts)
@@ -96,7 +99,7 @@ def plan_validation(
     """Branches, if ``switch``: a host for each slot to be judged, with that slot switched."""
     judged = is_in(slots.stage, JUDGED) & switch
     if not static:
-        return _plan(slots, judged)
+        return _plan(slots, judged, packed=False)
     hosts, count = judged.shape
     host = torch.arange(hosts, device=judged.device).repeat(count)
     slot = torch.arange(count, device=judged.device).repeat_interleave(hosts)
@@ -153,7 +156,7 @@ def run(
 
 def _grow(h: Tensor, parameters: Tensor, seeds: _Seeds) -> Tensor:
     """Add what the seeds of a slot contribute."""
-    row = parameters.index_select(0, seeds.host)
+    row = parameters.index_select(0, seeds.row)
     if seeds.learns is not None:
         row = torch.where(seeds.learns.unsqueeze(1), row, row.detach())
     if seeds.position is None:
@@ -191,28 +194,31 @@ def _switched(
     return torch.where(chosen, on, gate)
 
 
-def _plan(slots: Slots, switched: Bool[Tensor, "N S"]) -> Plan:
-    """A plan that names the hosts concerned, from stages that can be read."""
+def _plan(slots: Slots, switched: Bool[Tensor, "N S"], *, packed: bool) -> Plan:
+    """A plan that names the hosts concerned, from stages that can be read.
+
+    ``packed``: the parameters of a slot are those of live seeds alone.
+    """
     hosts, count = switched.shape
     everyone = torch.arange(hosts)
     # By slot, then host.
     slot, branch = switched.T.nonzero(as_tuple=True)
     gate = torch.cat((_trunk_gate(slots), _switched(slots, branch, slot)))
-    isolated = (slots.stage == Stage.TRAINING)[branch] & (
-        torch.arange(count) == slot.unsqueeze(1)
-    )
+    isolated = (slots.stage == Stage.TRAINING)[branch] & (torch.arange(count) == slot.unsqueeze(1))
     learns = torch.cat((torch.ones(hosts, count, dtype=torch.bool), isolated))
     host = torch.cat((everyone, branch))
+    live = is_in(slots.stage, LIVE)
     levels: list[_Level] = []
     for s in range(count):
         joins = branch[slot == s]
+        row = live[:, s].cumsum(0) - 1 if packed else everyone
         so_far = hosts + int((slot <= s).sum())
         found = host[:so_far]
         levels.append(
             _Level(
                 joins if len(joins) else None,
                 _seeds(
-                    found,
+                    row[found],
                     slots.blueprint[found, s],
                     gate[:so_far, s],
                     learns[:so_far, s],
@@ -226,7 +232,7 @@ def _plan(slots: Slots, switched: Bool[Tensor, "N S"]) -> Plan:
 
 
 def _seeds(
-    host: Tensor, kind: Tensor, gate: Tensor, learns: Tensor, *, twice: bool
+    row: Tensor, kind: Tensor, gate: Tensor, learns: Tensor, *, twice: bool
 ) -> _Seeds | None:
     """The seeds that are in the network; ``twice``: run those twice that are alone."""
     active = gate != 0
@@ -237,9 +243,7 @@ def _seeds(
         names = tuple(name for name in members if BLUEPRINTS.index(name) in present)
         if not names:
             continue
-        mine = [
-            (active & (kind == BLUEPRINTS.index(name))).nonzero().squeeze(1) for name in names
-        ]
+        mine = [(active & (kind == BLUEPRINTS.index(name))).nonzero().squeeze(1) for name in names]
         position = torch.cat(mine)
         counts, factor = tuple(len(some) for some in mine), gate[position]
         if twice and len(position) == 1:
@@ -252,7 +256,7 @@ def _seeds(
         return None
     position = torch.cat(positions)
     learning = learns[position]
-    return _Seeds(position, host[position], None if bool(learning.all()) else learning, buckets)
+    return _Seeds(position, row[position], None if bool(learning.all()) else learning, buckets)
 
 
 def _plan_static(

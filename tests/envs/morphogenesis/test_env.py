@@ -277,7 +277,7 @@ def test_every_blueprint_lowers_the_loss_of_the_network_in_which_it_is_on(preset
     def shadow_loss():
         image, label = (t[:64] for t in env._splits.training)
         wide = image.expand(kinds * slots, -1, -1, -1, -1)
-        plan = plan_training(env.hosts.slots, spec.blueprints, static=False)
+        plan = plan_training(env.hosts.slots, spec.blueprints, static=True)
         weights = env.hosts.weights._replace(
             host=host,
             means=tuple(t.clone() for t in env.hosts.weights.means),
