@@ -1,17 +1,13 @@
 """What can be grown: residuals ``f`` of seeds ``h + alpha * f(h)``, for several hosts at once.
 
-Axes: ``M`` image, ``N`` host, ``C`` channel of one host, ``P`` parameter of a seed. Activations are
-``[M, N*C, H, W]`` in ``channels_last``, where the hosts are groups of a convolution. A seed's
+Axes: ``N`` host, ``M`` image, ``C`` channel of one host, ``P`` parameter of a seed. A seed's
 parameters are the first entries of a row ``[P]`` that is as long as the largest blueprint needs.
-
-Blueprints of one family run together: their parameters make kernels of one shape, chosen row by row
-with ``where``. Means and products with a channel's factor go through pooling, convolution,
-interpolation and batched products, whose sums round alike however many hosts there are; plain
-reductions do not. Every ``f`` starts near 0 and with a gradient in all its parts.
+Blueprints of one family run together: their parameters make kernels of one shape. Every ``f``
+starts near 0 and with a gradient in all its parts.
 """
 
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import NamedTuple
 
 import torch
@@ -19,15 +15,14 @@ from torch import Tensor
 from torch.nn import functional
 
 from esper_lightning.core.shapes import Float, Int
-from esper_lightning.envs.morphogenesis.layout import split_columns, unflatten
+from esper_lightning.envs.morphogenesis.layout import split_columns, split_rows, unflatten
+from esper_lightning.envs.morphogenesis.operations import affine, convolve, image_mean
 
 __all__ = [
     "BLUEPRINTS",
     "FAMILIES",
     "Part",
-    "affine",
     "count_parameters",
-    "image_mean",
     "parts",
     "residual",
 ]
@@ -123,11 +118,11 @@ def count_parameters(name: str, channels: int) -> int:
 def residual(
     family: str,
     names: Sequence[str],
-    h: Float[Tensor, "M NC H W"],
+    h: Float[Tensor, "N M H W C"],
     row: Float[Tensor, "N P"],
-    kind: Int[Tensor, " N"],
+    kind: Int[Tensor, " N"] | Sequence[int],
     gate: Float[Tensor, " N"],
-) -> Float[Tensor, "M NC H W"]:
+) -> Float[Tensor, "N M H W C"]:
     """``gate * f(h)``.
 
     Args:
@@ -135,72 +130,61 @@ def residual(
         names: The blueprints that occur among them.
         h: Where the seeds sit.
         row: Their parameters.
-        kind: Their blueprints, as positions in ``BLUEPRINTS``.
+        kind: Their blueprints, as positions in ``BLUEPRINTS``; or, where the seeds are in the order
+            of ``names``, how many there are of each.
         gate: Factor of each.
     """
-    hosts = row.shape[0]
-    channels = h.shape[1] // hosts
-    pieces = [(name, _unpack(row, parts(name, channels))) for name in names]
+    channels, factor = h.shape[4], gate.unsqueeze(1)
     if family == "norm":
-        scale, bias = (pieces[0][1][what] * gate.unsqueeze(1) for what in ("scale", "bias"))
-        # Given scale and bias, its backward pass on a CPU crashes where ``h`` needs no gradient.
-        return _scale(functional.group_norm(h, hosts), scale, bias)
+        part = _unpack(row, parts("norm", channels))
+        normed = functional.layer_norm(h, h.shape[2:])
+        scale, bias = part["scale"] * factor, part["bias"] * factor
+        return torch.addcmul(bias[:, None, None, None], normed, scale[:, None, None, None])
     if family == "attention":
-        return h * functional.interpolate(_excitation(h, pieces[0][1], gate), size=h.shape[2:])
+        part = _unpack(row, parts("attention", channels))
+        return h * _excitation(h, part, gate)[:, :, None, None]
+
+    def make(what: Callable[[str, dict[str, Tensor]], Tensor]) -> Tensor:
+        return _assemble(names, row, channels, kind, what)
+
     # All members of a family have these two in the same place.
-    bias, scale = pieces[0][1]["bias"], pieces[0][1]["scale"] * gate.unsqueeze(1)
+    common = _unpack(row, parts(names[0], channels))
     if family == "double":
-        kernel, inner_bias = (
-            _choose(kind, [(name, make(part)) for name, part in pieces])
-            for make in (_inner_kernel, _inner_bias)
-        )
-        h = _convolve(h, kernel, inner_bias)
-    kernel = _choose(kind, [(name, _kernel(name, part)) for name, part in pieces])
-    return _scale(_convolve(h, kernel, bias), scale)
-
-
-def image_mean(h: Float[Tensor, "M NC H W"], hosts: int) -> Float[Tensor, "N M C"]:
-    """Mean over each image."""
-    mean = functional.avg_pool2d(h, (h.shape[2], h.shape[3])).flatten(1)
-    return unflatten(mean, 1, (hosts, -1)).transpose(0, 1)  # [M, N*C] -> [N, M, C]
-
-
-def affine(
-    x: Float[Tensor, "N M C"], weight: Float[Tensor, "N C K"], bias: Float[Tensor, "N K"]
-) -> Float[Tensor, "N M K"]:
-    """A linear layer for each host; the bias is the weight of a feature that is always 1."""
-    return torch.bmm(
-        functional.pad(x, (0, 1), value=1.0), torch.cat((weight, bias.unsqueeze(1)), dim=1)
-    )
-
-
-def _scale(
-    h: Float[Tensor, "M NC H W"],
-    scale: Float[Tensor, "N C"],
-    bias: Float[Tensor, "N C"] | None = None,
-) -> Float[Tensor, "M NC H W"]:
-    shift = None if bias is None else bias.flatten()
-    return functional.conv2d(h, scale.view(-1, 1, 1, 1), shift, groups=h.shape[1])
+        h = convolve(h, make(_inner_kernel), make(_inner_bias)).relu()
+    h = convolve(h, make(_kernel), common["bias"]).relu()
+    return h * (common["scale"] * factor)[:, None, None, None]
 
 
 def _excitation(
-    h: Float[Tensor, "M NC H W"], part: dict[str, Tensor], gate: Float[Tensor, " N"]
-) -> Float[Tensor, "M NC 1 1"]:
+    h: Float[Tensor, "N M H W C"], part: dict[str, Tensor], gate: Float[Tensor, " N"]
+) -> Float[Tensor, "N M C"]:
     """A factor for each channel: ``2 * sigmoid(z) - 1``, 0 where the excitation is."""
-    mean = image_mean(h, gate.shape[0])
-    squeezed = affine(mean, part["squeeze"].mT, part["squeeze_bias"]).relu()
+    squeezed = affine(image_mean(h), part["squeeze"].mT, part["squeeze_bias"]).relu()
     z = affine(squeezed, part["excite"].mT, part["bias"])
-    factor = (0.5 * z).tanh() * gate[:, None, None]
-    return factor.transpose(0, 1).flatten(1)[:, :, None, None]  # [N, M, C] -> [M, N*C, 1, 1]
+    return (0.5 * z).tanh() * gate[:, None, None]
 
 
-def _convolve(
-    h: Float[Tensor, "M NC H W"], kernel: Float[Tensor, "N C C 3 3"], bias: Float[Tensor, "N C"]
-) -> Float[Tensor, "M NC H W"]:
-    groups = kernel.shape[0]
-    return functional.conv2d(
-        h, kernel.flatten(0, 1), bias.flatten(), padding=1, groups=groups
-    ).relu()
+def _assemble(
+    names: Sequence[str],
+    row: Float[Tensor, "N P"],
+    channels: int,
+    kind: Int[Tensor, " N"] | Sequence[int],
+    what: Callable[[str, dict[str, Tensor]], Tensor],
+) -> Tensor:
+    """Row by row, what the seed's blueprint makes of its parameters."""
+    if not isinstance(kind, Tensor):
+        pieces = split_rows(row, kind)
+        made = [
+            what(name, _unpack(piece, parts(name, channels)))
+            for name, piece in zip(names, pieces, strict=True)
+        ]
+        return made[0] if len(made) == 1 else torch.cat(made)
+    chosen = what(names[0], _unpack(row, parts(names[0], channels)))
+    for name in names[1:]:
+        tensor = what(name, _unpack(row, parts(name, channels)))
+        mine = (kind == BLUEPRINTS.index(name)).view(-1, *[1] * (tensor.dim() - 1))
+        chosen = torch.where(mine, tensor, chosen)
+    return chosen
 
 
 def _kernel(name: str, part: dict[str, Tensor]) -> Float[Tensor, "N C C 3 3"]:
@@ -211,14 +195,14 @@ def _kernel(name: str, part: dict[str, Tensor]) -> Float[Tensor, "N C C 3 3"]:
     return _pad(part["kernel"], 2, part["kernel"].shape[1])
 
 
-def _inner_kernel(part: dict[str, Tensor]) -> Float[Tensor, "N C C 3 3"]:
+def _inner_kernel(name: str, part: dict[str, Tensor]) -> Float[Tensor, "N C C 3 3"]:
     inner = part["inner"]
-    if inner.dim() == 3:  # 1x1: only the middle of the kernel
+    if name == "bottleneck":  # 1x1: only the middle of the kernel
         inner = functional.pad(inner[:, :, :, None, None], (1, 1, 1, 1))
     return _pad(inner, 1, inner.shape[2])
 
 
-def _inner_bias(part: dict[str, Tensor]) -> Float[Tensor, "N C"]:
+def _inner_bias(_: str, part: dict[str, Tensor]) -> Float[Tensor, "N C"]:
     return _pad(part["inner_bias"], 1, part["bias"].shape[1])
 
 
@@ -228,15 +212,6 @@ def _pad(tensor: Tensor, dim: int, size: int) -> Tensor:
     if missing == 0:
         return tensor
     return functional.pad(tensor, (0, 0) * (tensor.dim() - 1 - dim) + (0, missing))
-
-
-def _choose(kind: Int[Tensor, " N"], options: list[tuple[str, Tensor]]) -> Tensor:
-    """Row by row the option of that blueprint."""
-    _, chosen = options[0]
-    for name, tensor in options[1:]:
-        mine = (kind == BLUEPRINTS.index(name)).view(-1, *[1] * (tensor.dim() - 1))
-        chosen = torch.where(mine, tensor, chosen)
-    return chosen
 
 
 def _unpack(row: Float[Tensor, "N P"], layout: dict[str, Part]) -> dict[str, Tensor]:

@@ -31,6 +31,7 @@ if TYPE_CHECKING:
 __all__ = ["Hosts", "MorphogenesisEnv", "StepReport"]
 
 _CACHE_BYTES = 8 << 20  # activations of the first block of a chunk
+_IMAGES = 150  # that a chunk looks at together in validation, at most
 
 
 class Hosts(NamedTuple):
@@ -96,7 +97,7 @@ class MorphogenesisEnv:
         side, item = self._architecture.image[1], torch.empty(0, dtype=dtype).element_size()
         per_host = spec.batch_size * spec.channels[0] * side**2 * item
         self._chunk = max(1, _CACHE_BYTES // per_host) if device.type == "cpu" else spec.num_envs
-        self._images_at_once = 2 * spec.batch_size if device.type == "cpu" else spec.validation_size
+        self._images_at_once = _IMAGES if device.type == "cpu" else spec.validation_size
         self._host_init = _initial([self._architecture.parts()], device)
         self._seed_init = [
             _initial([list(parts(name, channels).values()) for name in spec.blueprints], device)

@@ -1,22 +1,30 @@
 """Host networks: blocks of convolution, batch norm, max pooling and relu, then a linear layer.
 
-Axes: ``M`` image, ``N`` host, ``C`` channel of one host, ``K`` class. Activations are
-``[M, N*C, H, W]`` in ``channels_last``: hosts are groups of a convolution, and batch norm over
-``N*C`` channels is ``N`` independent ones. Pooling comes before relu, which changes nothing but the
-time it takes.
+Axes: ``N`` host, ``M`` image, ``C`` channel, ``K`` class. Pooling comes before relu, which changes
+nothing but the time it takes.
 """
 
 import math
 from dataclasses import dataclass
 
+import torch
 from torch import Tensor
 from torch.nn import functional
 
-from esper_lightning.core.shapes import Float, Int, Shaped
-from esper_lightning.envs.morphogenesis.blueprints import Part, affine, image_mean
+from esper_lightning.core.shapes import Float, Int
+from esper_lightning.envs.morphogenesis.blueprints import Part
 from esper_lightning.envs.morphogenesis.layout import split_columns, unflatten
+from esper_lightning.envs.morphogenesis.operations import (
+    affine,
+    convolve,
+    convolve_images_first,
+    hosts_first,
+    image_mean,
+    standardise,
+    standardise_pooled,
+)
 
-__all__ = ["Architecture", "Block", "gather_hosts", "host_input", "image_loss", "run_block"]
+__all__ = ["BATCH_NORM_MOMENTUM", "Architecture", "Block", "image_loss", "run_block"]
 
 BATCH_NORM_EPS = 1e-5
 BATCH_NORM_MOMENTUM = 0.1
@@ -80,83 +88,58 @@ class Block:
     shift: Tensor  # [N, C]
     pool: int
 
-    def of(self, host: Int[Tensor, " E"]) -> "Block":
-        """The same for some hosts, cut off from gradients."""
-        kernel, scale, shift = (
-            tensor.detach().index_select(0, host)
-            for tensor in (self.kernel, self.scale, self.shift)
-        )
-        return Block(kernel, scale, shift, self.pool)
+    def first(self, count: int) -> "Block":
+        """The same for the first hosts."""
+        if count == self.kernel.shape[0]:
+            return self
+        return Block(self.kernel[:count], self.scale[:count], self.shift[:count], self.pool)
 
 
 def run_block(
-    h: Float[Tensor, "M _ H W"],
+    h: Float[Tensor, "N M H W _"],
     block: Block,
-    mean: Float[Tensor, "N C"] | None,
-    variance: Float[Tensor, "N C"] | None,
-    *,
-    training: bool,
-) -> Float[Tensor, "M NC Hp Wp"]:
+    running: tuple[Float[Tensor, "N C"], Float[Tensor, "N C"]] | None,
+) -> tuple[Float[Tensor, "N M Hp Wp C"], tuple[Tensor, Tensor] | None]:
     """One block.
 
     Args:
         h: What comes in.
         block: Parameters.
-        mean: Running mean of the batch norm: updated in place when training, unless ``None``; used
-            otherwise.
-        variance: Likewise.
-        training: Whether to normalise by the statistics of ``h`` itself.
+        running: Mean and variance to normalise by; ``None`` in training: those of ``h`` itself.
+
+    Returns:
+        What goes out and, in training, mean and unbiased variance ``[N, C]``.
     """
-    kernel, shift = block.kernel, block.shift
-    padding = kernel.shape[-1] // 2
-    if training:
-        h = functional.conv2d(h, kernel.flatten(0, 1), padding=padding, groups=kernel.shape[0])
-        h = functional.batch_norm(
-            h,
-            None if mean is None else mean.view(-1),
-            None if variance is None else variance.view(-1),
-            block.scale.flatten(),
-            shift.flatten(),
-            training=True,
-            momentum=BATCH_NORM_MOMENTUM,
-            eps=BATCH_NORM_EPS,
-        )
-    else:
-        assert mean is not None
-        assert variance is not None
-        factor = block.scale * (variance + BATCH_NORM_EPS).rsqrt()
+    kernel, scale, shift, pool = block.kernel, block.scale, block.shift, block.pool
+    if running is not None:
+        mean, variance = running
+        factor = scale * (variance + BATCH_NORM_EPS).rsqrt()
         kernel = kernel * factor[:, :, None, None, None]
         shift = shift - mean * factor
-        groups = kernel.shape[0]
-        h = functional.conv2d(
-            h, kernel.flatten(0, 1), shift.flatten(), padding=padding, groups=groups
-        )
-    if block.pool > 1:
-        h = functional.max_pool2d(h, block.pool)
-    return h.relu()
-
-
-def gather_hosts(
-    h: Float[Tensor, "M NC H W"], hosts: int, index: Int[Tensor, " E"]
-) -> Float[Tensor, "M EC H W"]:
-    """Some of the hosts of an activation."""
-    grouped = unflatten(h.permute(0, 2, 3, 1), 3, (hosts, -1))  # [M, H, W, N, C]
-    return grouped.index_select(3, index).flatten(3).permute(0, 3, 1, 2)
-
-
-def host_input(image: Shaped[Tensor, "M H W N C"]) -> Float[Tensor, "M NC H W"]:
-    """Images of each host as an activation."""
-    return image.contiguous().flatten(3).permute(0, 3, 1, 2)
+        if pool == 1:
+            return convolve(h, kernel, shift).relu(), None
+        wide = convolve_images_first(h, kernel, shift)
+        return hosts_first(functional.max_pool2d(wide, pool), kernel.shape[0]).relu(), None
+    if pool == 1:
+        h, mean, variance = standardise(convolve(h, kernel, None), BATCH_NORM_EPS)
+    else:
+        # The largest of what is scaled is the scaled largest, if the sign goes into the kernel.
+        sign = torch.where(scale.detach() < 0, -1.0, 1.0).to(scale.dtype)
+        wide = convolve_images_first(h, kernel * sign[:, :, None, None, None], None)
+        h, mean, variance = standardise_pooled(wide, kernel.shape[0], pool, BATCH_NORM_EPS)
+        scale, mean = scale * sign, mean * sign
+    h = torch.addcmul(shift[:, None, None, None], h, scale[:, None, None, None]).relu()
+    return h, (mean, variance)
 
 
 def image_loss(
-    h: Float[Tensor, "M NC H W"],
+    h: Float[Tensor, "N M H W C"],
     weight: Float[Tensor, "N C K"],
     bias: Float[Tensor, "N K"],
     label: Int[Tensor, "N M"],
 ) -> tuple[Float[Tensor, "N M"], Float[Tensor, "N M"]]:
     """Cross-entropy in nats of each image, and whether it is classified right (1 or 0)."""
-    logits = affine(image_mean(h, weight.shape[0]), weight, bias)
+    logits = affine(image_mean(h), weight, bias)
     picked = logits.log_softmax(2).gather(2, label.unsqueeze(2)).squeeze(2)
     right = (logits.detach().argmax(2) == label).to(logits.dtype)
     return -picked, right

@@ -5,12 +5,17 @@ from typing import cast
 
 from torch import Tensor
 
-__all__ = ["split_columns", "unflatten"]
+__all__ = ["split_columns", "split_rows", "unflatten"]
 
 
 def split_columns(row: Tensor, sizes: Sequence[int]) -> tuple[Tensor, ...]:
     """Pieces of these sizes along axis 1: one backward pass for all."""
     return cast(tuple[Tensor, ...], row.split(list(sizes), dim=1))  # pyright: ignore[reportUnknownMemberType]
+
+
+def split_rows(tensor: Tensor, sizes: Sequence[int]) -> tuple[Tensor, ...]:
+    """Pieces of these sizes along axis 0: one backward pass for all."""
+    return cast(tuple[Tensor, ...], tensor.split(list(sizes)))  # pyright: ignore[reportUnknownMemberType]
 
 
 def unflatten(tensor: Tensor, dim: int, sizes: Sequence[int]) -> Tensor:

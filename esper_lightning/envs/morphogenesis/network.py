@@ -17,13 +17,13 @@ from torch import Tensor
 from esper_lightning.core.shapes import Bool, Float, Int
 from esper_lightning.envs.morphogenesis.blueprints import BLUEPRINTS, FAMILIES, residual
 from esper_lightning.envs.morphogenesis.host import (
+    BATCH_NORM_MOMENTUM,
     Architecture,
-    gather_hosts,
     image_loss,
     run_block,
 )
-from esper_lightning.envs.morphogenesis.layout import unflatten
-from esper_lightning.envs.morphogenesis.lifecycle import ATTACHED, JUDGED, Slots, Stage, is_in
+from esper_lightning.envs.morphogenesis.layout import split_rows
+from esper_lightning.envs.morphogenesis.lifecycle import ATTACHED, JUDGED, LIVE, Slots, Stage, is_in
 
 __all__ = ["Losses", "Plan", "Weights", "plan_training", "plan_validation", "run"]
 
@@ -42,24 +42,28 @@ class _Bucket(NamedTuple):
 
     family: str
     names: tuple[str, ...]  # blueprints among them
-    position: Tensor | None  # [n] on the host axis of the activation; None: everywhere, in order
-    host: Tensor  # [n] whose parameters
-    kind: Tensor  # [n]
+    kind: Tensor | tuple[int, ...]  # [n], or how many of each name, in that order
     gate: Tensor  # [n]
+
+
+class _Seeds(NamedTuple):
+    """Seeds of one slot, one bucket after another."""
+
+    position: Tensor | None  # [n] where they sit; None: every bucket everywhere
+    row: Tensor  # [n] of which parameters
     learns: Tensor | None  # [n] bool: whose parameters get gradients; None: all
+    buckets: list[_Bucket]
 
 
 class _Level(NamedTuple):
     """What happens in one slot."""
 
-    trunk: list[_Bucket]
     joins: Tensor | None  # [j] hosts of the branches that begin here
-    branches: list[_Bucket]
-    host: Tensor | None  # [e] host of every branch that runs here
+    seeds: _Seeds | None
 
 
 class Plan(NamedTuple):
-    """Who runs what."""
+    """Who runs what. Branches come after the hosts, in the order in which they begin."""
 
     levels: list[_Level]
     branch_host: Tensor | None  # [E]
@@ -75,10 +79,13 @@ class Losses(NamedTuple):
 
 
 def plan_training(slots: Slots, enabled: tuple[str, ...], *, static: bool) -> Plan:
-    """Branches: hosts with a slot that trains in isolation, in which that slot is on."""
+    """Branches: hosts with a slot that trains in isolation, in which that slot is on.
+
+    Unless ``static``, the seeds of a slot are those of the hosts in which they are live.
+    """
     training = slots.stage == Stage.TRAINING
     if not static:
-        return _plan(slots, training)
+        return _plan(slots, training, packed=True)
     # One branch for each host, from the first slot on; whose nothing trains runs for nothing.
     hosts = torch.arange(training.shape[0], device=training.device)
     first = torch.zeros_like(hosts)
@@ -92,7 +99,7 @@ def plan_validation(
     """Branches, if ``switch``: a host for each slot to be judged, with that slot switched."""
     judged = is_in(slots.stage, JUDGED) & switch
     if not static:
-        return _plan(slots, judged)
+        return _plan(slots, judged, packed=False)
     hosts, count = judged.shape
     host = torch.arange(hosts, device=judged.device).repeat(count)
     slot = torch.arange(count, device=judged.device).repeat_interleave(hosts)
@@ -104,7 +111,7 @@ def plan_validation(
 def run(
     weights: Weights,
     architecture: Architecture,
-    image: Float[Tensor, "M NC H W"],
+    image: Float[Tensor, "N M H W C"],
     label: Int[Tensor, "N M"],
     plan: Plan,
     *,
@@ -115,59 +122,62 @@ def run(
     In training, batch norm uses the batch and the trunk updates the running statistics in place;
     gradients of a branch reach the seed that trains in it and nothing else.
     """
-    blocks, head, bias = architecture.unpack(weights.host)
-    hosts = weights.host.shape[0]
-    h, branch, branch_hosts = image, None, None
-    for level, (block, seeds, mean, variance) in zip(
-        plan.levels,
-        zip(blocks, weights.seeds, weights.means, weights.variances, strict=True),
-        strict=True,
+    hosts, branch = image.shape[0], plan.branch_host
+    rows = weights.host
+    if branch is not None:
+        rows = torch.cat((rows, rows.detach().index_select(0, branch)))
+    blocks, head, bias = architecture.unpack(rows)
+    h = image
+    for level, block, seeds, *running in zip(
+        plan.levels, blocks, weights.seeds, weights.means, weights.variances, strict=True
     ):
-        h = run_block(h, block, mean, variance, training=training)
-        if branch is not None:
-            assert branch_hosts is not None
-            rows = (
-                (None, None)
-                if training
-                else (mean.index_select(0, branch_hosts), variance.index_select(0, branch_hosts))
-            )
-            branch = run_block(branch, block.of(branch_hosts), *rows, training=training)
+        count = h.shape[0]
+        if training:
+            h, found = run_block(h, block.first(count), None)
+            assert found is not None
+            for target, value in zip(running, found, strict=True):
+                target.lerp_(value[:hosts], BATCH_NORM_MOMENTUM)
+        else:
+            mean, variance = running
+            if branch is not None and count > hosts:
+                some = branch[: count - hosts]
+                mean, variance = (torch.cat((t, t.index_select(0, some))) for t in running)
+            h, _ = run_block(h, block.first(count), (mean, variance))
         if level.joins is not None:
-            started = gather_hosts(h.detach(), hosts, level.joins)
-            branch = started if branch is None else torch.cat((branch, started), dim=1)
-        branch_hosts = level.host
-        if branch is not None:
-            assert branch_hosts is not None
-            branch = _grow(branch, branch_hosts.shape[0], seeds, level.branches)
-        h = _grow(h, hosts, seeds, level.trunk)
-    trunk = image_loss(h, head, bias, label)
+            h = torch.cat((h, h.detach().index_select(0, level.joins)))
+        if level.seeds is not None:
+            h = _grow(h, seeds, level.seeds)
     if branch is None:
-        return Losses(trunk, None)
-    assert branch_hosts is not None
-    head, bias = (t.detach().index_select(0, branch_hosts) for t in (head, bias))
-    return Losses(trunk, image_loss(branch, head, bias, label.index_select(0, branch_hosts)))
+        return Losses(image_loss(h, head, bias, label), None)
+    label = torch.cat((label, label.index_select(0, branch)))
+    loss, right = image_loss(h, head, bias, label)
+    return Losses((loss[:hosts], right[:hosts]), (loss[hosts:], right[hosts:]))
 
 
-def _grow(h: Tensor, hosts: int, seeds: Tensor, buckets: list[_Bucket]) -> Tensor:
+def _grow(h: Tensor, parameters: Tensor, seeds: _Seeds) -> Tensor:
     """Add what the seeds of a slot contribute."""
-    grown = h
-    for bucket in buckets:
-        row = seeds.index_select(0, bucket.host)
-        # What is not in the network must not reach it as 0 * inf either.
-        row = torch.where((bucket.gate != 0).unsqueeze(1), row, 0.0)
-        if bucket.learns is not None:
-            row = torch.where(bucket.learns.unsqueeze(1), row, row.detach())
-        if bucket.position is None:
-            part = residual(bucket.family, bucket.names, h, row, bucket.kind, bucket.gate)
-            grown = grown + part
-            continue
-        mine = gather_hosts(h, hosts, bucket.position)
-        part = residual(bucket.family, bucket.names, mine, row, bucket.kind, bucket.gate)
-        count = bucket.position.shape[0]
-        wide = unflatten(grown.permute(0, 2, 3, 1), 3, (hosts, -1))  # [M, H, W, N, C]
-        narrow = unflatten(part.permute(0, 2, 3, 1), 3, (count, -1))
-        grown = wide.index_add(3, bucket.position, narrow).flatten(3).permute(0, 3, 1, 2)
-    return grown
+    row = parameters.index_select(0, seeds.row)
+    if seeds.learns is not None:
+        row = torch.where(seeds.learns.unsqueeze(1), row, row.detach())
+    if seeds.position is None:
+        grown = h
+        for family, names, kind, gate in seeds.buckets:
+            # What is not in the network must not reach it as 0 * inf either.
+            mine = torch.where((gate != 0).unsqueeze(1), row, 0.0)
+            grown = grown + residual(family, names, h, mine, kind, gate)
+        return grown
+    sizes = [bucket.gate.shape[0] for bucket in seeds.buckets]
+    pieces = zip(
+        seeds.buckets,
+        split_rows(h.index_select(0, seeds.position), sizes),
+        split_rows(row, sizes),
+        strict=True,
+    )
+    found = [
+        residual(bucket.family, bucket.names, where, mine, bucket.kind, bucket.gate)
+        for bucket, where, mine in pieces
+    ]
+    return h.index_add(0, seeds.position, torch.cat(found))
 
 
 def _trunk_gate(slots: Slots) -> Float[Tensor, "N S"]:
@@ -184,84 +194,75 @@ def _switched(
     return torch.where(chosen, on, gate)
 
 
-def _plan(slots: Slots, switched: Bool[Tensor, "N S"]) -> Plan:
-    """A plan that names the hosts concerned, from stages that can be read."""
+def _plan(slots: Slots, switched: Bool[Tensor, "N S"], *, packed: bool) -> Plan:
+    """A plan that names the hosts concerned, from stages that can be read.
+
+    ``packed``: the parameters of a slot are those of live seeds alone.
+    """
     hosts, count = switched.shape
     everyone = torch.arange(hosts)
-    trunk = _trunk_gate(slots)
     # By slot, then host.
-    slot, host = switched.T.nonzero(as_tuple=True)
-    counts = torch.ones_like(host, dtype=torch.bool)
-    first = int((slot == slot[0]).sum()) if len(slot) else 0
-    if first == 1 and hosts > 1:
-        # A convolution of one group takes another path, with other roundings: run it twice.
-        slot, host = torch.cat((slot[:1], slot)), torch.cat((host[:1], host))
-        counts = torch.cat((torch.zeros(1, dtype=torch.bool), counts))
-    gate = _switched(slots, host, slot)
-    isolated = (slots.stage == Stage.TRAINING)[host] & (torch.arange(count) == slot.unsqueeze(1))
+    slot, branch = switched.T.nonzero(as_tuple=True)
+    gate = torch.cat((_trunk_gate(slots), _switched(slots, branch, slot)))
+    isolated = (slots.stage == Stage.TRAINING)[branch] & (torch.arange(count) == slot.unsqueeze(1))
+    learns = torch.cat((torch.ones(hosts, count, dtype=torch.bool), isolated))
+    host = torch.cat((everyone, branch))
+    live = is_in(slots.stage, LIVE)
     levels: list[_Level] = []
     for s in range(count):
-        began, begins = host[slot <= s], host[slot == s]
+        joins = branch[slot == s]
+        row = live[:, s].cumsum(0) - 1 if packed else everyone
+        so_far = hosts + int((slot <= s).sum())
+        found = host[:so_far]
         levels.append(
             _Level(
-                _buckets(everyone, slots.blueprint[:, s], trunk[:, s], None, hosts),
-                begins if len(begins) else None,
-                _buckets(
-                    began,
-                    slots.blueprint[began, s],
-                    gate[slot <= s, s],
-                    isolated[slot <= s, s],
-                    hosts,
+                joins if len(joins) else None,
+                _seeds(
+                    row[found],
+                    slots.blueprint[found, s],
+                    gate[:so_far, s],
+                    learns[:so_far, s],
+                    twice=hosts > 1,
                 ),
-                began if len(began) else None,
             )
         )
-    if not len(host):
+    if not len(branch):
         return Plan(levels, None, None, None)
-    return Plan(levels, host, slot, counts)
+    return Plan(levels, branch, slot, torch.ones_like(branch, dtype=torch.bool))
 
 
-def _buckets(
-    host: Tensor,
-    kind: Tensor,
-    gate: Tensor,
-    learns: Tensor | None,
-    hosts: int,
-) -> list[_Bucket]:
-    buckets: list[_Bucket] = []
+def _seeds(
+    row: Tensor, kind: Tensor, gate: Tensor, learns: Tensor, *, twice: bool
+) -> _Seeds | None:
+    """The seeds that are in the network; ``twice``: run those twice that are alone."""
     active = gate != 0
-    if not bool(active.any()):
-        return buckets
     present = set(cast(list[int], kind[active].tolist()))
+    buckets: list[_Bucket] = []
+    positions: list[Tensor] = []
     for family, members in FAMILIES.items():
         names = tuple(name for name in members if BLUEPRINTS.index(name) in present)
         if not names:
             continue
-        mine = active & _is_one_of(kind, names)
-        position = mine.nonzero().squeeze(1)
-        factor = gate[position]
-        if len(position) == 1 and hosts > 1:  # see _plan
-            position = position.repeat(2)
+        mine = [(active & (kind == BLUEPRINTS.index(name))).nonzero().squeeze(1) for name in names]
+        position = torch.cat(mine)
+        counts, factor = tuple(len(some) for some in mine), gate[position]
+        if twice and len(position) == 1:
+            # A convolution of one group takes another path, with other roundings.
+            position, counts = position.repeat(2), (2,)
             factor = torch.cat((factor, torch.zeros_like(factor)))
-        everywhere = len(position) == len(host) and bool(mine.all())
-        buckets.append(
-            _Bucket(
-                family,
-                names,
-                None if everywhere else position,
-                host[position],
-                kind[position],
-                factor,
-                None if learns is None else learns[position],
-            )
-        )
-    return buckets
+        positions.append(position)
+        buckets.append(_Bucket(family, names, counts, factor))
+    if not buckets:
+        return None
+    position = torch.cat(positions)
+    learning = learns[position]
+    return _Seeds(position, row[position], None if bool(learning.all()) else learning, buckets)
 
 
 def _plan_static(
     slots: Slots,
     enabled: tuple[str, ...],
-    host: Tensor,
+    branch: Tensor,
     slot: Tensor,
     gate: Tensor,
     learns: Tensor,
@@ -269,37 +270,25 @@ def _plan_static(
 ) -> Plan:
     """The same work whatever the stages are: every family for every host."""
     hosts, count = slots.stage.shape
-    everyone = torch.arange(hosts, device=host.device)
-    trunk = _trunk_gate(slots)
+    everyone = torch.arange(hosts, device=branch.device)
+    host = torch.cat((everyone, branch))
+    gate = torch.cat((_trunk_gate(slots), gate))
+    learns = torch.cat((torch.ones_like(learns[:hosts]), learns))
     begin = slot.shape[0] // hosts  # branches of a host: one, or one a slot
     levels: list[_Level] = []
     for s in range(count):
-        joins = everyone if s < begin else None
-        so_far = min(s + 1, begin) * hosts
-        began = host[:so_far]
-        kind = slots.blueprint[:, s]
-        levels.append(
-            _Level(
-                _static(everyone, kind, trunk[:, s], None, enabled),
-                joins,
-                _static(began, kind[began], gate[:so_far, s], learns[began, s], enabled),
-                began,
-            )
-        )
-    return Plan(levels, host, slot, counts)
-
-
-def _static(
-    host: Tensor, kind: Tensor, gate: Tensor, learns: Tensor | None, enabled: tuple[str, ...]
-) -> list[_Bucket]:
-    buckets: list[_Bucket] = []
-    for family, members in FAMILIES.items():
-        names = tuple(name for name in members if name in enabled)
-        if names:
-            mine = _is_one_of(kind, names)
-            factor = gate.masked_fill(~mine, 0.0)
-            buckets.append(_Bucket(family, names, None, host, kind, factor, learns))
-    return buckets
+        so_far = hosts + min(s + 1, begin) * hosts
+        found = host[:so_far]
+        kind = slots.blueprint[:, s].index_select(0, found)
+        buckets: list[_Bucket] = []
+        for family, members in FAMILIES.items():
+            names = tuple(name for name in members if name in enabled)
+            if names:
+                factor = gate[:so_far, s].masked_fill(~_is_one_of(kind, names), 0.0)
+                buckets.append(_Bucket(family, names, kind, factor))
+        seeds = _Seeds(None, found, learns[:so_far, s], buckets)
+        levels.append(_Level(everyone if s < begin else None, seeds))
+    return Plan(levels, branch, slot, counts)
 
 
 def _is_one_of(kind: Tensor, names: tuple[str, ...]) -> Tensor:

@@ -13,7 +13,8 @@ import torch
 from torch import Tensor
 
 from esper_lightning.core.shapes import Bool, Float, Int
-from esper_lightning.envs.morphogenesis.host import Architecture, host_input
+from esper_lightning.envs.morphogenesis.host import Architecture
+from esper_lightning.envs.morphogenesis.layout import unflatten
 from esper_lightning.envs.morphogenesis.lifecycle import ATTACHED, JUDGED, LIVE, Slots, Stage, is_in
 from esper_lightning.envs.morphogenesis.network import (
     Plan,
@@ -91,15 +92,22 @@ def train(
         mine = Slots(*(tensor[part] for tensor in slots))
         plan = plan_training(mine, enabled, static=static)
         rows, speeds = _rows(weights, part), _rows(velocity, part)
+        # Only live seeds take part, where reading who they are costs nothing.
+        live = is_in(mine.stage, LIVE).unbind(1)
+        chosen = None if static else [column.nonzero().squeeze(1) for column in live]
+        packed, packed_speeds = _pack(rows, chosen), _pack(speeds, chosen)
         ok = torch.ones(high - low, dtype=torch.bool, device=index.device)
         norm = torch.zeros_like(mine.alpha)
         for picked in index[part].unbind(1):  # [N, M]
-            # [N, M] -> [M, N, H, W, C] -> [M, H, W, N, C]
-            batch = host_input(image[picked.T].permute(0, 2, 3, 1, 4))
+            batch = unflatten(image.index_select(0, picked.flatten()), 0, picked.shape)
             batch_finite, norm = _update(
-                rows, speeds, mine, plan, batch, label[picked], architecture, sgd, static=static
+                packed, packed_speeds, mine, chosen, plan, batch, label[picked], architecture, sgd
             )
             ok = ok & batch_finite
+        if chosen is not None:
+            for whole, some in ((rows, packed), (speeds, packed_speeds)):
+                for target, index_of, seed in zip(whole.seeds, chosen, some.seeds, strict=True):
+                    target.index_copy_(0, index_of, seed)
         finite.append(ok)
         norms.append(norm)
     return Trained(torch.cat(finite), torch.cat(norms))
@@ -109,17 +117,18 @@ def _update(
     weights: Weights,
     velocity: Weights,
     slots: Slots,
+    chosen: list[Tensor] | None,
     plan: Plan,
     batch: Tensor,
     label: Tensor,
     architecture: Architecture,
     sgd: SGD,
-    *,
-    static: bool,
 ) -> tuple[Bool[Tensor, " N"], Float[Tensor, "N S"]]:
-    """One SGD step of every host; returns which were finite, and gradient norms of seeds."""
-    live = is_in(slots.stage, LIVE)
-    idle = [not static and not bool(column.any()) for column in live.unbind(1)]
+    """One SGD step of every host; returns which were finite, and gradient norms of seeds.
+
+    Seeds of a slot are those of the hosts ``chosen``, or all.
+    """
+    idle = [seed.shape[0] == 0 for seed in weights.seeds]
     with torch.enable_grad():
         leaf = weights._replace(
             host=weights.host.detach().requires_grad_(),
@@ -135,13 +144,13 @@ def _update(
         found = iter(torch.autograd.grad(total, wanted, allow_unused=True))
     host_grad = next(found)
     grads = [None if skip else next(found) for skip in idle]
-    squares = torch.stack(
-        [
-            torch.zeros_like(loss) if grad is None else grad.square().sum(1)
-            for grad in (host_grad, *grads)
-        ],
-        dim=1,
-    )  # [N, 1 + S]
+    squares = [host_grad.square().sum(1)]
+    for s, grad in enumerate(grads):
+        square = torch.zeros_like(loss) if grad is None else grad.square().sum(1)
+        if grad is not None and chosen is not None:
+            square = torch.zeros_like(loss).index_copy(0, chosen[s], square)
+        squares.append(square)
+    squares = torch.stack(squares, dim=1)  # [N, 1 + S]
     attached = is_in(slots.stage, ATTACHED)
     mine = squares[:, 1:].masked_fill(~attached, 0.0)
     joint = sum(mine.unbind(1), squares[:, 0]).sqrt()
@@ -154,7 +163,10 @@ def _update(
     for s, grad in enumerate(grads):
         if grad is not None:
             row, speed = weights.seeds[s], velocity.seeds[s]
-            _descend(row, speed, grad, norm[:, s], sound[:, s], sgd)
+            length, fine = norm[:, s], sound[:, s]
+            if chosen is not None:
+                length, fine = length[chosen[s]], fine[chosen[s]]
+            _descend(row, speed, grad, length, fine, sgd)
     return finite, seed_norm.detach()
 
 
@@ -195,8 +207,7 @@ def measure(
         for start in range(0, image.shape[0], images_at_once):
             some = image[start : start + images_at_once]
             few = label[start : start + images_at_once]
-            # [M, H, W, C] -> [M, H, W, N, C]
-            batch = host_input(some.unsqueeze(3).expand(-1, -1, -1, high - low, -1))
+            batch = some.expand(high - low, -1, -1, -1, -1)
             labels = few.expand(high - low, -1)
             losses = run(rows, architecture, batch, labels, plan, training=False)
             other = None if losses.branches is None else losses.branches[1].sum(1)
@@ -237,3 +248,11 @@ def _rows(weights: Weights, part: slice) -> Weights:
         tuple(mean[part] for mean in weights.means),
         tuple(variance[part] for variance in weights.variances),
     )
+
+
+def _pack(weights: Weights, chosen: list[Tensor] | None) -> Weights:
+    """Seeds of the hosts chosen, copied; all the rest in place."""
+    if chosen is None:
+        return weights
+    pairs = zip(weights.seeds, chosen, strict=True)
+    return weights._replace(seeds=tuple(seed.index_select(0, index) for seed, index in pairs))

@@ -18,7 +18,6 @@ from esper_lightning.envs.morphogenesis.blueprints import (
     residual,
 )
 from esper_lightning.envs.morphogenesis.data import load
-from esper_lightning.envs.morphogenesis.host import host_input
 from esper_lightning.envs.morphogenesis.lifecycle import Op, Stage
 from esper_lightning.envs.morphogenesis.network import plan_training, run
 from esper_lightning.envs.morphogenesis.observation import feature_names
@@ -229,7 +228,7 @@ def test_test_accuracy_is_measured_before_the_host_goes_and_not_seen_by_the_agen
 def test_a_seed_starts_near_identity_with_a_gradient_everywhere(preset, name):
     channels = PRESETS[preset].channels[-1]
     generator = torch.Generator().manual_seed(0)
-    h = torch.randn(16, channels, 4, 4, generator=generator).relu()
+    h = torch.randn(1, 16, 4, 4, channels, generator=generator).relu()
     layout = parts(name, channels).values()
     row = torch.cat(
         [part.mean + part.std * torch.randn(part.size, generator=generator) for part in layout]
@@ -277,8 +276,8 @@ def test_every_blueprint_lowers_the_loss_of_the_network_in_which_it_is_on(preset
 
     def shadow_loss():
         image, label = (t[:64] for t in env._splits.training)
-        wide = host_input(image.unsqueeze(3).expand(-1, -1, -1, kinds * slots, -1))
-        plan = plan_training(env.hosts.slots, spec.blueprints, static=False)
+        wide = image.expand(kinds * slots, -1, -1, -1, -1)
+        plan = plan_training(env.hosts.slots, spec.blueprints, static=True)
         weights = env.hosts.weights._replace(
             host=host,
             means=tuple(t.clone() for t in env.hosts.weights.means),

@@ -1,0 +1,201 @@
+"""What hosts are made of, for several hosts at once.
+
+Axes: ``N`` host, ``M`` image, ``C`` and ``O`` channels of one host before and after. Activations
+are ``[N, M, H, W, C]``: a host is one block of memory, so hosts are gathered at once, and what is
+done to one rounds alike whatever is beside it. Convolutions of larger images are ``[M, N*C, H, W]``
+in ``channels_last`` within, where the hosts are groups.
+"""
+
+from functools import cache
+from typing import Any, cast
+
+import torch
+from torch import Tensor
+from torch.nn import functional
+
+from esper_lightning.core.shapes import Float, Shaped
+from esper_lightning.envs.morphogenesis.layout import unflatten
+
+__all__ = [
+    "affine",
+    "convolve",
+    "convolve_images_first",
+    "hosts_first",
+    "image_mean",
+    "standardise",
+    "standardise_pooled",
+]
+
+
+def affine(
+    x: Float[Tensor, "N M C"], weight: Float[Tensor, "N C O"], bias: Float[Tensor, "N O"] | None
+) -> Float[Tensor, "N M O"]:
+    """A linear layer for each host."""
+    if bias is None:
+        return torch.bmm(x, weight)
+    return torch.baddbmm(bias.unsqueeze(1), x, weight)
+
+
+def image_mean(h: Float[Tensor, "N M H W C"]) -> Float[Tensor, "N M C"]:
+    """Mean over each image."""
+    return h.flatten(2, 3).sum(2) / (h.shape[2] * h.shape[3])
+
+
+def convolve(
+    h: Float[Tensor, "N M H W C"],
+    kernel: Float[Tensor, "N O C side side"],
+    bias: Float[Tensor, "N O"] | None,
+) -> Float[Tensor, "N M H W O"]:
+    """A convolution for each host, with zeros around the image."""
+    hosts, images, height, width, _ = h.shape
+    out, side = kernel.shape[1], kernel.shape[-1]
+    if side == 1:
+        y = affine(h.flatten(1, 3), kernel.flatten(2).mT, bias)
+    elif max(height, width) <= side // 2 + 1:
+        # Each pixel reaches each other: one matrix, [N, H*W*C, H*W*O].
+        places = height * width
+        taps = _taps(height, width, side, h.dtype, h.device).expand(hosts, -1, -1)
+        matrix = unflatten(kernel.flatten(3).flatten(1, 2).bmm(taps), 1, (out, -1))
+        matrix = unflatten(matrix, 3, (places, places)).permute(0, 4, 2, 3, 1)
+        wide = None if bias is None else bias.repeat(1, places)
+        y = affine(h.flatten(2), matrix.flatten(3).flatten(1, 2), wide)
+    else:
+        return hosts_first(convolve_images_first(h, kernel, bias), hosts)
+    return y.view(hosts, images, height, width, out)
+
+
+def convolve_images_first(
+    h: Float[Tensor, "N M H W C"],
+    kernel: Float[Tensor, "N O C side side"],
+    bias: Float[Tensor, "N O"] | None,
+) -> Float[Tensor, "M NO H W"]:
+    """A grouped convolution, in ``channels_last``."""
+    return functional.conv2d(
+        images_first(h),
+        kernel.flatten(0, 1),
+        None if bias is None else bias.flatten(),
+        padding=kernel.shape[-1] // 2,
+        groups=kernel.shape[0],
+    )
+
+
+def images_first(h: Float[Tensor, "N M H W C"]) -> Float[Tensor, "M NC H W"]:
+    """Hosts as channels, in ``channels_last``."""
+    return cast(Tensor, cast(Any, _ImagesFirst.apply)(h))
+
+
+def hosts_first(h: Float[Tensor, "M NC H W"], hosts: int) -> Float[Tensor, "N M H W C"]:
+    """The inverse of ``images_first``."""
+    return cast(Tensor, cast(Any, _HostsFirst.apply)(h, hosts))
+
+
+class _ImagesFirst(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, h: Tensor) -> Tensor:
+        ctx.hosts = h.shape[0]
+        return _join(h)
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Tensor) -> Tensor:
+        return _hosts_first_view(grads[0], ctx.hosts).contiguous()
+
+
+class _HostsFirst(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, h: Tensor, hosts: int) -> Tensor:  # noqa: ARG004
+        return _hosts_first_view(h, hosts).contiguous()
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor, None]:  # noqa: ARG004
+        return _join(grads[0]), None
+
+
+def _join(h: Tensor) -> Tensor:
+    # On a CPU two to three times as fast as a copy of the permuted tensor.
+    return torch.cat(h.unbind(0), dim=-1).permute(0, 3, 1, 2)
+
+
+def standardise(
+    h: Float[Tensor, "N M H W C"], eps: float
+) -> tuple[Tensor, Float[Tensor, "N C"], Float[Tensor, "N C"]]:
+    """Batch norm without scale and shift; also mean and unbiased variance."""
+    flat = h.flatten(1, 3)
+    count = flat.shape[1]
+    mean = flat.sum(1, keepdim=True) / count
+    centred = flat - mean
+    variance = (centred * centred).sum(1, keepdim=True) / count
+    y = (centred * (variance + eps).rsqrt()).view_as(h)
+    unbiased = variance.detach() * (count / max(1, count - 1))
+    return y, mean.detach().squeeze(1), unbiased.squeeze(1)
+
+
+def standardise_pooled(
+    h: Float[Tensor, "M NC H W"], hosts: int, pool: int, eps: float
+) -> tuple[Float[Tensor, "N M Hp Wp C"], Float[Tensor, "N C"], Float[Tensor, "N C"]]:
+    """``standardise`` and max pooling, of which only what the pooling leaves is computed.
+
+    The backward pass overwrites ``h``, which must be the output of a convolution (it needs its
+    input alone).
+    """
+    apply = cast(Any, _StandardisePooled.apply)
+    return cast(tuple[Tensor, Tensor, Tensor], apply(h, hosts, pool, eps))
+
+
+class _StandardisePooled(torch.autograd.Function):
+    """The gradient of a batch norm is a multiple of its input, but where the pooling picked."""
+
+    @staticmethod
+    def forward(ctx: Any, h: Tensor, hosts: int, pool: int, eps: float) -> Any:
+        mean, variance = torch.batch_norm_update_stats(h, None, None, 0.0)
+        picked, index = functional.max_pool2d(h, pool, return_indices=True)
+        rate = (variance + eps).rsqrt()
+        view = _hosts_first_view(picked, hosts)
+        y = torch.empty(view.shape, dtype=h.dtype, device=h.device)
+        torch.sub(view, _rows(mean, hosts), out=y).mul_(_rows(rate, hosts))
+        ctx.save_for_backward(h, index, mean, rate, y)
+        count = h.numel() // h.shape[1]
+        unbiased = variance * (count / max(1, count - 1))
+        mean, unbiased = mean.view(hosts, -1), unbiased.view(hosts, -1)
+        ctx.mark_non_differentiable(mean, unbiased)
+        return y, mean, unbiased
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Tensor) -> Any:
+        grad = grads[0]
+        h, index, mean, rate, y = ctx.saved_tensors
+        hosts, count = grad.shape[0], h.numel() // h.shape[1]
+        pull = grad.flatten(1, 3).sum(1).flatten() / count
+        tilt = (grad * y).flatten(1, 3).sum(1).flatten() / count
+        factor = -rate * rate * tilt
+        shift = -rate * pull - factor * mean
+        # In place: nobody else needs what went in, and fresh memory costs more than the sums.
+        torch.addcmul(_channels(shift), h, _channels(factor), out=h)
+        sparse = _join(grad * _rows(rate, hosts))
+        _pixels(h).scatter_add_(1, _pixels(index), _pixels(sparse))
+        return h, None, None, None
+
+
+def _hosts_first_view(h: Tensor, hosts: int) -> Tensor:
+    return unflatten(h.permute(0, 2, 3, 1), 3, (hosts, -1)).permute(3, 0, 1, 2, 4)
+
+
+def _pixels(h: Shaped[Tensor, "M NC H W"]) -> Shaped[Tensor, "M HW NC"]:
+    return h.permute(0, 2, 3, 1).flatten(1, 2)
+
+
+def _rows(channel: Tensor, hosts: int) -> Tensor:
+    return channel.view(hosts, 1, 1, 1, -1)
+
+
+def _channels(channel: Tensor) -> Tensor:
+    return channel.view(1, -1, 1, 1)
+
+
+@cache
+def _taps(height: int, width: int, side: int, dtype: torch.dtype, device: torch.device) -> Tensor:
+    """``[side*side, out*in]``: 1 where a tap takes the pixel ``in`` to the pixel ``out``."""
+    row = torch.arange(height, device=device).repeat_interleave(width)
+    column = torch.arange(width, device=device).repeat(height)
+    down, right = (axis - axis.unsqueeze(1) + side // 2 for axis in (row, column))  # [out, in]
+    tap = (down * side + right).flatten()
+    return (tap == torch.arange(side * side, device=device).unsqueeze(1)).to(dtype)
