@@ -144,7 +144,7 @@ def play(env: MorphogenesisEnv, choose: Choose) -> Played:
             ends.append(
                 (
                     *(result.episode_return, result.episode_length, report.test_accuracy),
-                    *(report.grown_parameters, result.terminated),
+                    *(report.grown_parameters, report.diverged),
                 )
             )
             loss, blueprint = features.loss(reached), features.blueprint(reached)

@@ -51,6 +51,7 @@ class StepReport(NamedTuple):
 
     terms: dict[str, Float[Tensor, " B"]]  # of the reward
     ended: Bool[Tensor, " B"]
+    diverged: Bool[Tensor, " B"]
     accuracy: Float[Tensor, " B"]  # on the validation split
     grown_parameters: Int[Tensor, " B"]
     stage: Int[Tensor, "B S"]  # before any reset
@@ -90,6 +91,7 @@ class MorphogenesisEnv:
             ramp_choices=spec.ramp_epochs,
             ramp_shape=spec.ramp_shape,
             min_training_epochs=spec.min_training_epochs,
+            min_prune_epochs=spec.min_prune_epochs,
             fade_epochs=spec.fade_epochs,
             cooldown_epochs=spec.cooldown_epochs,
             device=device,
@@ -147,8 +149,7 @@ class MorphogenesisEnv:
         measured = self._measure(before.weights, slots, self._splits.validation)
         diverged = ~trained.finite | ~measured.loss.isfinite()
         vitals = _next_vitals(before.vitals, slots, trained, measured, choice, changed)
-        truncated = (vitals.step >= self.spec.epochs) & ~diverged
-        ended = diverged | truncated
+        ended = diverged | (vitals.step >= self.spec.epochs)
         slots = slots._replace(measured=slots.measured | measured.judged)
         reward = self._reward(before, slots, vitals, choice, diverged, ended)
         episode_return = before.episode_return + reward
@@ -164,8 +165,8 @@ class MorphogenesisEnv:
         return StepResult(
             obs=torch.where(ended.unsqueeze(1), self._observe(self.hosts), reached_obs),
             reward=reward,
-            terminated=diverged,
-            truncated=truncated,
+            terminated=ended,
+            truncated=torch.zeros_like(ended),
             reached_obs=reached_obs,
             action_mask=self.action_mask(),
             episode_return=episode_return.masked_fill(~ended, math.nan),
@@ -326,6 +327,7 @@ class MorphogenesisEnv:
         self.report = StepReport(
             terms,
             ended,
+            diverged,
             vitals.accuracies[:, 0],
             grown,
             slots.stage,

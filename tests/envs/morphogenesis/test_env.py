@@ -178,7 +178,8 @@ def test_shaping_telescopes_and_adds_the_same_to_every_return():
     total = torch.zeros(6)
     for t, result in enumerate(actions(env, 12)):  # noqa: B007
         total += 0.9**t * env.report.terms["shaping"]
-    assert result.truncated.all()
+    assert result.terminated.all()
+    assert not result.truncated.any()
     assert env.report.terms["shaping"].abs().sum() > 0
     torch.testing.assert_close(total, torch.zeros(6), rtol=0, atol=1e-5)
 
