@@ -91,7 +91,6 @@ class MorphogenesisEnv:
             ramp_choices=spec.ramp_epochs,
             ramp_shape=spec.ramp_shape,
             min_training_epochs=spec.min_training_epochs,
-            min_prune_epochs=spec.min_prune_epochs,
             fade_epochs=spec.fade_epochs,
             cooldown_epochs=spec.cooldown_epochs,
             device=device,

@@ -110,7 +110,6 @@ class LifeCycle:
         ramp_choices: tuple[int, ...],
         ramp_shape: RampShape,
         min_training_epochs: int,
-        min_prune_epochs: int,
         fade_epochs: int,
         cooldown_epochs: int,
         device: torch.device,
@@ -122,7 +121,6 @@ class LifeCycle:
         self._ramp_choices = torch.tensor(ramp_choices, device=device)
         self._ramp_shape: RampShape = ramp_shape
         self._min_training_epochs = min_training_epochs
-        self._min_prune_epochs = min_prune_epochs
         self._fade_epochs, self._cooldown_epochs = fade_epochs, cooldown_epochs
 
     def legal(self, slots: Slots) -> Bool[Tensor, "B O S"]:
@@ -131,7 +129,6 @@ class LifeCycle:
         busy = is_in(slots.stage, DEVELOPING).any(1, keepdim=True)
         legal[:, Op.GERMINATE] &= ~busy
         legal[:, Op.BLEND] &= slots.epochs_in_stage >= self._min_training_epochs
-        legal[:, Op.PRUNE] &= slots.epochs_in_stage >= self._min_prune_epochs
         legal[:, Op.FOSSILIZE] &= slots.measured
         return legal
 

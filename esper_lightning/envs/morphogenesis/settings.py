@@ -55,8 +55,6 @@ class Morphogenesis(EnvSpec):
         ramp_epochs: The choices of how long blending takes, in epochs.
         ramp_shape: How alpha rises: ``linear``, ``cosine`` or ``sigmoid``.
         min_training_epochs: Epochs in isolation before a seed may be blended.
-        min_prune_epochs: Epochs in its stage before a seed may be pruned. Who explores by chance
-            prunes most seeds before they were of use.
         fade_epochs: Epochs that an attached seed takes to go when pruned.
         cooldown_epochs: Epochs for which a slot stays empty after that.
         gain_weight: Reward for accuracy from 0 to 1.
@@ -88,7 +86,6 @@ class Morphogenesis(EnvSpec):
     ramp_epochs: tuple[int, ...] = (1, 2, 4)
     ramp_shape: RampShape = "linear"
     min_training_epochs: int = 1
-    min_prune_epochs: int = 0
     fade_epochs: int = 1
     cooldown_epochs: int = 1
     gain_weight: float = 10.0
@@ -109,8 +106,7 @@ class Morphogenesis(EnvSpec):
             "fade_epochs",
         ):
             _require_int(f"Morphogenesis.{name}", getattr(self, name), minimum=1)
-        for name in ("cooldown_epochs", "min_prune_epochs"):
-            _require_int(f"Morphogenesis.{name}", getattr(self, name), minimum=0)
+        _require_int("Morphogenesis.cooldown_epochs", self.cooldown_epochs, minimum=0)
         _require_int("Morphogenesis.classes", self.classes, minimum=2)
         known = ("digits", "cifar10", "synthetic")
         _require("dataset", self.dataset in known, f"be one of {known}", self.dataset)

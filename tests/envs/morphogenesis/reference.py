@@ -201,8 +201,7 @@ class LifeCycleOracle:
             return slot.stage == "TRAINING" and slot.epochs >= self.spec.min_training_epochs
         if op == "FOSSILIZE":
             return slot.stage == "HOLDING" and slot.measured
-        old_enough = slot.epochs >= self.spec.min_prune_epochs
-        return op == "PRUNE" and slot.stage in ("TRAINING", "BLENDING", "HOLDING") and old_enough
+        return op == "PRUNE" and slot.stage in ("TRAINING", "BLENDING", "HOLDING")
 
     def act(self, op, s, blueprint, ramp):
         """Returns whether a seed was germinated."""

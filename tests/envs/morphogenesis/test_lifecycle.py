@@ -19,13 +19,11 @@ HOSTS = 3
     st.integers(1, 3),
     st.integers(1, 3),
     st.integers(0, 2),
-    st.integers(0, 3),
 )
-def test_every_action_does_what_the_oracle_says(script, shape, training, fade, cooldown, prune):
+def test_every_action_does_what_the_oracle_says(script, shape, training, fade, cooldown):
     spec = Morphogenesis(
         ramp_shape=shape,
         min_training_epochs=training,
-        min_prune_epochs=prune,
         fade_epochs=fade,
         cooldown_epochs=cooldown,
     )
@@ -33,7 +31,6 @@ def test_every_action_does_what_the_oracle_says(script, shape, training, fade, c
         ramp_choices=spec.ramp_epochs,
         ramp_shape=shape,
         min_training_epochs=training,
-        min_prune_epochs=prune,
         fade_epochs=fade,
         cooldown_epochs=cooldown,
         device=torch.device("cpu"),
