@@ -63,8 +63,9 @@ def fails(capsys, *arguments) -> str:
 )
 def test_every_config_trains_one_iteration(config, capsys):
     spec = yaml.safe_load(config.read_text())["model"]
-    steps = spec["env"]["init_args"]["num_envs"] * spec["ppo"]["rollout_steps"]
+    steps = 4 * spec["ppo"]["rollout_steps"]
     settings = ["--model.total_env_steps", str(steps), "--model.eval_episodes", "2"]
+    settings += ["--model.env.num_envs", "4"]
     main(["fit", "--config", str(config), *settings, "--trainer.accelerator", "cpu"])
     (history,) = Path().glob("runs/*/version_0/rank0/history.jsonl")
     assert [row["env_steps"] for row in read_json_lines(history)] == [steps]

@@ -182,7 +182,9 @@ def diff(directory, whole, ranks):
         found += [(rank, *pair) for pair in pairs if pair[0] != pair[1]]
         files = [d / f"rank{rank}" / "evaluations.jsonl" for d in (directory, whole)]
         found += [rank] if read_json_lines(files[0]) != read_json_lines(files[1]) else []
-    found += [name for name in ("last", "best") if tensors(directory, name) != tensors(whole, name)]
+    names = [path.stem for path in (whole / "checkpoints").glob("*.ckpt")]
+    assert "last" in names
+    found += [name for name in names if tensors(directory, name) != tensors(whole, name)]
     return found
 
 
