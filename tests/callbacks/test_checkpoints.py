@@ -175,3 +175,34 @@ def test_a_second_fit_of_one_trainer_keeps_what_it_wrote(make_trainer, tmp_path)
     assert names(tmp_path / "checkpoints") == ["best.ckpt", "last.ckpt"]
     trainer.validate(model, ckpt_path=trainer.checkpoint_callback.best_model_path, verbose=False)
     assert names(tmp_path / "checkpoints") == ["best.ckpt", "last.ckpt"]
+
+
+def test_a_moved_run_is_not_given_the_best_of_what_took_its_place(fit, tmp_path):
+    fit([5.0, 4.0])
+    (tmp_path / "run").rename(tmp_path / "old")
+    fit([9.0])
+    fit([4.5], name="old", ckpt_path=tmp_path / "old" / "checkpoints" / "last.ckpt")
+    best = torch.load(tmp_path / "old" / "checkpoints" / "best.ckpt", weights_only=True)
+    state = next(v for k, v in best["callbacks"].items() if k.startswith("BestCheckpoint"))
+    assert state["best_model_score"] == 5.0
+
+
+@pytest.mark.parametrize("way", ["another of its checkpoints", "a path with dots"])
+def test_the_last_stays_until_there_is_a_newer_one(fit, tmp_path, way):
+    fit([1.0, 2.0])
+    last = tmp_path / "run" / "checkpoints" / "last.ckpt"
+    before, path = last.read_bytes(), tmp_path / "run" / "rank0" / "crash.ckpt"
+    path.parent.mkdir()
+    shutil.copy(last, path)
+    if way == "a path with dots":
+        path = tmp_path / "run" / ".." / "run" / "checkpoints" / "last.ckpt"
+    seen = []
+
+    class Looks(EarlyStopping):
+        def on_train_batch_end(self, *_):
+            seen.append(last.read_bytes() == before)
+
+    fit([3.0], ckpt_path=path, callbacks=[Looks(EVAL_RETURN, mode="max", patience=9)])
+    assert seen[0]
+    assert iteration(last) == 3 * EPOCH
+    assert names(last.parent) == ["best.ckpt", "last.ckpt"]
