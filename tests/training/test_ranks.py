@@ -215,6 +215,7 @@ def test_a_run_that_died_goes_on_bit_for_bit(tmp_path, of_1000_steps, ranks, fau
 
 
 @pytest.mark.crash
+@pytest.mark.slow
 def test_a_run_with_memory_that_died_goes_on_bit_for_bit(tmp_path):
     settings = {"budget": 500, "remembers": True, "evaluates": False}
     status, stderr = run(tmp_path / "whole", devices=1, **settings)
