@@ -1,12 +1,16 @@
 """Fixtures that several folders share, and how Hypothesis explores."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
 from hypothesis import settings
 from lightning.pytorch import Trainer
+
+from esper_lightning.envs.morphogenesis.data import load
+from tests.envs.morphogenesis import cifar10
 
 # The same examples in every run: a red test is the fault of the change it is red on.
 settings.register_profile("esper", deadline=None, max_examples=25, derandomize=True)
@@ -19,6 +23,13 @@ def generator() -> torch.Generator:
 
 
 torch.set_num_threads(1)  # the tests run side by side
+
+
+@pytest.fixture(scope="session")
+def cifar10_folder(tmp_path_factory) -> Iterator[Path]:
+    """Where noise is in the place of CIFAR-10's batches, unpacked."""
+    yield cifar10.unpacked(tmp_path_factory.mktemp("cifar10"))
+    load.cache_clear()  # a gigabyte
 
 
 @pytest.fixture

@@ -10,11 +10,13 @@ from lightning.pytorch.plugins import TorchCheckpointIO
 from esper_lightning import AtomicCheckpointIO
 from esper_lightning.cli.lightning_cli import EsperCLI
 from esper_lightning.cli.main import main
+from esper_lightning.envs import Morphogenesis
 from esper_lightning.forensics.files import read_json_lines
 
 CONFIGS = sorted((Path(__file__).parents[2] / "configs").glob("*.yaml"))
 OVERLAYS = ("debug_profile", "ddp")  # go on top of another config
 CARTPOLE = str(Path(__file__).parents[2] / "configs" / "cartpole.yaml")
+CIFAR10 = CARTPOLE.replace("cartpole", "morphogenesis_cifar10")
 PENDULUM = CARTPOLE.replace("cartpole", "pendulum")
 QUICK = (
     *(
@@ -59,7 +61,9 @@ def fails(capsys, *arguments) -> str:
 
 
 @pytest.mark.parametrize(
-    "config", [path for path in CONFIGS if path.stem not in OVERLAYS], ids=lambda path: path.stem
+    "config",
+    [path for path in CONFIGS if path.stem not in OVERLAYS and str(path) != CIFAR10],
+    ids=lambda path: path.stem,
 )
 def test_every_config_trains_one_iteration(config, capsys):
     spec = yaml.safe_load(config.read_text())["model"]
@@ -69,6 +73,27 @@ def test_every_config_trains_one_iteration(config, capsys):
     main(["fit", "--config", str(config), *settings, "--trainer.accelerator", "cpu"])
     (history,) = Path().glob("runs/*/version_0/rank0/history.jsonl")
     assert [row["env_steps"] for row in read_json_lines(history)] == [steps]
+
+
+def test_hosts_are_grown_on_cifar10_as_the_guide_says(cifar10_folder, capsys):
+    few = {"num_envs": 2, "epochs": 2, "train_batches": 2, "batch_size": 8}
+    settings = [f"--model.env.{name}={value}" for name, value in few.items()]
+    settings += ["--model.ppo.rollout_steps=2", "--model.ppo.minibatches=2"]
+    settings += [
+        "--model.total_env_steps=4",
+        "--model.eval_episodes=2",
+        "--trainer.accelerator=cpu",
+    ]
+    main(["fit", "--config", CIFAR10, "--model.env.folder", str(cifar10_folder), *settings])
+    (history,) = Path().glob("runs/*/version_0/rank0/history.jsonl")
+    assert [row["env_steps"] for row in read_json_lines(history)] == [4]
+
+
+def test_the_config_for_cifar10_is_the_preset():
+    found = yaml.safe_load(Path(CIFAR10).read_text())["model"]["env"]["init_args"]
+    found = {name: tuple(v) if isinstance(v, list) else v for name, v in found.items()}
+    preset = Morphogenesis.cifar10("x", num_envs=found["num_envs"])
+    assert Morphogenesis(**found, folder="x", image=preset.image) == preset
 
 
 def test_fit_says_what_it_learned_and_where_it_is(capsys):

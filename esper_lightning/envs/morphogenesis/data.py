@@ -7,10 +7,13 @@ reports alone. Images are channels last, with mean 0 and deviation 1 over the tr
 import io
 import pickle
 import tarfile
+import zlib
+from functools import lru_cache
 from importlib import import_module
 from pathlib import Path
 from typing import Any, Literal, NamedTuple, cast
 
+import numpy as np
 import torch
 from torch import Tensor
 
@@ -26,7 +29,11 @@ IMAGE: dict[str, tuple[int, int]] = {"digits": (1, 8), "cifar10": (3, 32)}
 
 _CIFAR_FOLDER = "cifar-10-batches-py"
 _CIFAR_ARCHIVE = "cifar-10-python.tar.gz"
-_CIFAR_URL = "https://www.cs.toronto.edu/~kriz/cifar-10-python.tar.gz"
+_CIFAR_BATCHES = (*(f"data_batch_{number}" for number in range(1, 6)), "test_batch")
+_CIFAR_HINT = (
+    f"Download https://www.cs.toronto.edu/~kriz/{_CIFAR_ARCHIVE} and name the folder that holds "
+    f"{_CIFAR_ARCHIVE}, or the {_CIFAR_FOLDER} unpacked from it."
+)
 _SPLIT_SEED = 20  # of what is fixed for every run: splits, templates, noise
 
 
@@ -45,6 +52,7 @@ class Splits(NamedTuple):
     test: Split
 
 
+@lru_cache(maxsize=1)  # for training and for every evaluation
 def load(
     dataset: Dataset,
     *,
@@ -54,7 +62,7 @@ def load(
     noise: float,
     device: torch.device,
 ) -> Splits:
-    """Read or make a data set.
+    """Read or make a data set; who asks for the last one again shares its tensors.
 
     Args:
         dataset: Which.
@@ -65,7 +73,7 @@ def load(
         device: Where it will live.
 
     Raises:
-        ValueError: If the data set, or what reads it, is not there.
+        ValueError: If the data set, or what reads it, is not there, or is broken.
     """
     if dataset == "digits":
         splits = _digits()
@@ -77,7 +85,7 @@ def load(
     deviation = splits.training.image.std((0, 1, 2))
     finished: list[Split] = []
     for number, (pixels, label) in enumerate(splits):
-        scaled = (pixels - mean) / deviation
+        scaled = (pixels - mean).div_(deviation)
         if noise > 0:
             scaled = (scaled + noise * _noise(number, scaled.shape)) / (1 + noise**2) ** 0.5
         finished.append(Split(scaled.to(device), label.to(device)))
@@ -125,40 +133,56 @@ def _noise(number: int, shape: torch.Size) -> Tensor:
 
 def _cifar10(folder: str | None) -> Splits:
     """60,000 images of 32x32 pixels: 45,000, 5,000 and, as published, 10,000 of them."""
-    training = [_cifar_batch(folder, f"data_batch_{number}") for number in range(1, 6)]
-    image = torch.cat([batch.image for batch in training])
-    label = torch.cat([batch.label for batch in training])
-    first, last = slice(0, 45_000), slice(45_000, None)
-    return Splits(
-        Split(image[first], label[first]),
-        Split(image[last], label[last]),
-        _cifar_batch(folder, "test_batch"),
-    )
-
-
-def _cifar_batch(folder: str | None, name: str) -> Split:
-    hint = (
-        f"Download {_CIFAR_URL} and name the folder that holds {_CIFAR_ARCHIVE}, or the "
-        f"{_CIFAR_FOLDER} unpacked from it."
-    )
-    require(folder is not None, "Morphogenesis.folder", "be given for 'cifar10'", folder, hint)
+    field = "Morphogenesis.folder"
+    require(folder is not None, field, "be given for 'cifar10'", folder, _CIFAR_HINT)
     assert folder is not None
-    root = Path(folder).expanduser()
-    for place in (root / _CIFAR_FOLDER / name, root / name):
-        if place.is_file():
-            return _cifar_split(place.read_bytes())
-    archive = root / _CIFAR_ARCHIVE
-    require(archive.is_file(), "Morphogenesis.folder", "hold CIFAR-10", folder, hint)
-    with tarfile.open(archive) as packed:
-        member = packed.extractfile(f"{_CIFAR_FOLDER}/{name}")
-        assert member is not None
-        return _cifar_split(member.read())
+    place, files = _cifar_files(Path(folder).expanduser())
+    complete = all(name in files for name in _CIFAR_BATCHES)
+    require(complete, str(place), f"hold all of {_CIFAR_BATCHES}", sorted(files), _CIFAR_HINT)
+    batches = [_cifar_batch(files[name], place / name) for name in _CIFAR_BATCHES]
+    pixels, label = (torch.cat(column) for column in zip(*batches, strict=True))
+    uses = (slice(0, 45_000), slice(45_000, 50_000), slice(50_000, None))
+    return Splits(*(Split(pixels[rows].float(), label[rows]) for rows in uses))
 
 
-def _cifar_split(content: bytes) -> Split:
-    batch = _ArrayUnpickler(io.BytesIO(content), encoding="bytes").load()
-    image = torch.from_numpy(batch[b"data"]).view(-1, 3, 32, 32).permute(0, 2, 3, 1)
-    return Split(image.float().contiguous(), torch.tensor(batch[b"labels"]))
+def _cifar_files(root: Path) -> tuple[Path, dict[str, bytes]]:
+    """The folder or the archive where batches are, and what is in each, by name."""
+    for place in (root / _CIFAR_FOLDER, root):
+        paths = [place / name for name in _CIFAR_BATCHES if (place / name).is_file()]
+        if paths:
+            return place, {path.name: path.read_bytes() for path in paths}
+    archive, files = root / _CIFAR_ARCHIVE, dict[str, bytes]()
+    require(archive.is_file(), "Morphogenesis.folder", "hold CIFAR-10", str(root), _CIFAR_HINT)
+    try:
+        with tarfile.open(archive) as packed:
+            for member in packed:  # in its own order: to go back is to unpack from the start
+                folder, _, name = member.name.rpartition("/")
+                file = packed.extractfile(member) if member.isfile() else None
+                if file is not None and folder == _CIFAR_FOLDER and name in _CIFAR_BATCHES:
+                    files[name] = file.read()
+    except (tarfile.TarError, EOFError, OSError, zlib.error) as error:
+        require(False, str(archive), "be an unbroken archive", error, _CIFAR_HINT)
+    return archive, files
+
+
+def _cifar_batch(content: bytes, path: Path) -> tuple[Tensor, Tensor]:
+    """Pixels, still bytes, channels last; labels."""
+    try:
+        batch = _ArrayUnpickler(io.BytesIO(content), encoding="bytes").load()
+        pixels, label = torch.from_numpy(batch[b"data"]), torch.tensor(batch[b"labels"])
+    except Exception as error:  # what is no such pickle may raise anything
+        rule = "be a pickled dict with an array b'data' and a list b'labels'"
+        require(False, str(path), rule, error, _CIFAR_HINT)
+        raise
+    ok = pixels.dtype == torch.uint8 and pixels.shape == (10_000, 3072)
+    got = (pixels.dtype, tuple(pixels.shape))
+    require(ok, str(path), "have data of 10,000 rows of 3,072 bytes", got, _CIFAR_HINT)
+    ok = label.dtype == torch.int64 and label.shape == (10_000,)
+    got = (label.dtype, tuple(label.shape))
+    require(ok, str(path), "have 10,000 integers as labels", got, _CIFAR_HINT)
+    low, high = label.min().item(), label.max().item()
+    require(low >= 0 and high <= 9, str(path), "have labels in [0, 9]", (low, high), _CIFAR_HINT)
+    return pixels.view(-1, 3, 32, 32).permute(0, 2, 3, 1).contiguous(), label
 
 
 class _ArrayUnpickler(pickle.Unpickler):
@@ -166,7 +190,12 @@ class _ArrayUnpickler(pickle.Unpickler):
 
     def find_class(self, module_name: str, global_name: str) -> Any:
         """Refuse what the archive has no need of."""
-        allowed = {"_reconstruct": "numpy._core.multiarray", "ndarray": "numpy", "dtype": "numpy"}
-        if not module_name.startswith("numpy") or global_name not in allowed:
+        reconstruct = np.empty(0).__reduce__()[0]  # in a module that other versions call otherwise
+        allowed = {
+            ("numpy.core.multiarray", "_reconstruct"): reconstruct,
+            ("numpy", "ndarray"): np.ndarray,
+            ("numpy", "dtype"): np.dtype,
+        }
+        if (module_name, global_name) not in allowed:
             raise pickle.UnpicklingError(f"CIFAR-10 does not hold {module_name}.{global_name}")
-        return getattr(import_module(allowed[global_name]), global_name)
+        return allowed[module_name, global_name]
