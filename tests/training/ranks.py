@@ -17,7 +17,7 @@ from lightning.pytorch import Callback, Trainer
 from lightning.pytorch.loggers import TensorBoardLogger
 
 from esper_lightning import MLP, PPO, PPOConfig, Recurrent
-from esper_lightning.envs import CartPole
+from esper_lightning.envs import CartPole, Morphogenesis
 from esper_lightning.train import run_callbacks, run_plugins
 
 ENVS = {"plain": CartPole}
@@ -61,7 +61,23 @@ def broken(result, steps):
     return result._replace(reward=bad) if steps >= 40 else result
 
 
-ENVS |= {"never ends elsewhere": Slow, "breaks elsewhere": Breaks}
+def grows(num_envs):
+    return Morphogenesis.synthetic(
+        num_envs=num_envs,
+        image=(1, 4),
+        channels=(4, 4),
+        kernels=(3, 1),
+        pools=(2, 1),
+        classes=3,
+        epochs=11,  # no rollout of 16 steps ends where episodes do
+        train_batches=2,
+        batch_size=8,
+        validation_size=32,
+        ramp_epochs=(3, 4),
+    )
+
+
+ENVS |= {"never ends elsewhere": Slow, "breaks elsewhere": Breaks, "grows": grows}
 
 
 class Digest(Callback):

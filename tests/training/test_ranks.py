@@ -17,6 +17,7 @@ from lightning.pytorch.strategies import FSDPStrategy
 from esper_lightning import PPO, PPOConfig
 from esper_lightning.core.tensor_trees import named_tensors
 from esper_lightning.envs import CartPole
+from esper_lightning.envs.morphogenesis.lifecycle import Stage
 from esper_lightning.forensics.files import read_json_lines
 from esper_lightning.forensics.remains import examine, first_failure
 from tests.training import halves
@@ -224,6 +225,37 @@ def test_a_run_with_memory_that_died_goes_on_bit_for_bit(tmp_path):
     assert disturbed(died, 1, "SIGKILL", (6, 0.0), **settings)
     assert diff(died, tmp_path / "whole", 1) == []
     assert len(history(died)) == 8
+
+
+GROWS = {"devices": 1, "env": "grows", "remembers": True, "budget": 8 * 64}
+
+
+@pytest.fixture(scope="module")
+def of_growth(tmp_path_factory):
+    """A run of eight iterations that grows networks, and that nothing disturbed."""
+    directory = tmp_path_factory.mktemp("grows")
+    status, stderr = run(directory, **GROWS)
+    assert status == 0, stderr
+    assert len(history(directory)) == 8
+    return directory
+
+
+@pytest.mark.crash
+@pytest.mark.parametrize(("fault", "expected"), [("SIGKILL", -9), ("SIGTERM", 143)])
+def test_a_run_killed_in_the_middle_of_blending_goes_on_bit_for_bit(
+    tmp_path, of_growth, fault, expected
+):
+    status, stderr = run(tmp_path, fault=fault, rank=0, dies_in=6, delay_s=0.02, **GROWS)
+    assert status == expected, stderr
+    assert len(history(tmp_path)) == 5
+    saved = torch.load(tmp_path / "checkpoints" / "last.ckpt", weights_only=True)["esper_lightning"]
+    assert saved["iteration"] == 4
+    hosts = saved["ranks"][0]["env"]
+    blending = hosts["slots.stage"] == Stage.BLENDING
+    assert ((hosts["slots.alpha"] > 0) & (hosts["slots.alpha"] < 1) & blending).any()
+    status, stderr = run(tmp_path, resumes=True, **GROWS)
+    assert status == 0, stderr
+    assert diff(tmp_path, of_growth, 1) == []
 
 
 @pytest.mark.crash
