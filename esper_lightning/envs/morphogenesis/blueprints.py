@@ -16,7 +16,7 @@ from torch.nn import functional
 
 from esper_lightning.core.shapes import Float, Int
 from esper_lightning.envs.morphogenesis.layout import split_columns, split_rows, unflatten
-from esper_lightning.envs.morphogenesis.operations import affine, convolve, image_mean
+from esper_lightning.envs.morphogenesis.operations import affine, as_rows, convolve, image_mean
 
 __all__ = [
     "BLUEPRINTS",
@@ -139,7 +139,7 @@ def residual(
         part = _unpack(row, parts("norm", channels))
         normed = functional.layer_norm(h, h.shape[2:])
         scale, bias = part["scale"] * factor, part["bias"] * factor
-        return torch.addcmul(bias[:, None, None, None], normed, scale[:, None, None, None])
+        return torch.addcmul(as_rows(bias), normed, as_rows(scale))
     if family == "attention":
         part = _unpack(row, parts("attention", channels))
         return h * _excitation(h, part, gate)[:, :, None, None]
@@ -152,7 +152,7 @@ def residual(
     if family == "double":
         h = convolve(h, make(_inner_kernel), make(_inner_bias)).relu()
     h = convolve(h, make(_kernel), common["bias"]).relu()
-    return h * (common["scale"] * factor)[:, None, None, None]
+    return h * as_rows(common["scale"] * factor)
 
 
 def _excitation(

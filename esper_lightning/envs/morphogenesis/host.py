@@ -16,12 +16,13 @@ from esper_lightning.envs.morphogenesis.blueprints import Part
 from esper_lightning.envs.morphogenesis.layout import split_columns, unflatten
 from esper_lightning.envs.morphogenesis.operations import (
     affine,
+    as_rows,
     convolve,
     convolve_images_first,
     hosts_first,
     image_mean,
+    normalise_pooled,
     standardise,
-    standardise_pooled,
 )
 
 __all__ = ["BATCH_NORM_MOMENTUM", "Architecture", "Block", "image_loss", "run_block"]
@@ -114,21 +115,20 @@ def run_block(
     if running is not None:
         mean, variance = running
         factor = scale * (variance + BATCH_NORM_EPS).rsqrt()
-        kernel = kernel * factor[:, :, None, None, None]
+        kernel = kernel * factor.view(*factor.shape, 1, 1, 1)
         shift = shift - mean * factor
         if pool == 1:
             return convolve(h, kernel, shift).relu(), None
         wide = convolve_images_first(h, kernel, shift)
         return hosts_first(functional.max_pool2d(wide, pool), kernel.shape[0]).relu(), None
-    if pool == 1:
-        h, mean, variance = standardise(convolve(h, kernel, None), BATCH_NORM_EPS)
-    else:
+    if pool > 1:
         # The largest of what is scaled is the scaled largest, if the sign goes into the kernel.
         sign = torch.where(scale.detach() < 0, -1.0, 1.0).to(scale.dtype)
-        wide = convolve_images_first(h, kernel * sign[:, :, None, None, None], None)
-        h, mean, variance = standardise_pooled(wide, kernel.shape[0], pool, BATCH_NORM_EPS)
-        scale, mean = scale * sign, mean * sign
-    h = torch.addcmul(shift[:, None, None, None], h, scale[:, None, None, None]).relu()
+        wide = convolve_images_first(h, kernel * sign.view(*sign.shape, 1, 1, 1), None)
+        h, mean, variance = normalise_pooled(wide, scale * sign, shift, pool, BATCH_NORM_EPS)
+        return h, (mean * sign, variance)
+    h, mean, variance = standardise(convolve(h, kernel, None), BATCH_NORM_EPS)
+    h = torch.addcmul(as_rows(shift), h, as_rows(scale)).relu()
     return h, (mean, variance)
 
 

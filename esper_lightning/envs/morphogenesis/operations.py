@@ -18,12 +18,13 @@ from esper_lightning.envs.morphogenesis.layout import unflatten
 
 __all__ = [
     "affine",
+    "as_rows",
     "convolve",
     "convolve_images_first",
     "hosts_first",
     "image_mean",
+    "normalise_pooled",
     "standardise",
-    "standardise_pooled",
 ]
 
 
@@ -34,6 +35,11 @@ def affine(
     if bias is None:
         return torch.bmm(x, weight)
     return torch.baddbmm(bias.unsqueeze(1), x, weight)
+
+
+def as_rows(channel: Float[Tensor, "N C"]) -> Float[Tensor, "N 1 1 1 C"]:
+    """Something for each channel, to go with ``[N, M, H, W, C]``."""
+    return channel.reshape(channel.shape[0], 1, 1, 1, -1)
 
 
 def image_mean(h: Float[Tensor, "N M H W C"]) -> Float[Tensor, "N M C"]:
@@ -112,7 +118,8 @@ class _HostsFirst(torch.autograd.Function):
 
 def _join(h: Tensor) -> Tensor:
     # On a CPU two to three times as fast as a copy of the permuted tensor.
-    return torch.cat(h.unbind(0), dim=-1).permute(0, 3, 1, 2)
+    joined = h[0].contiguous() if h.shape[0] == 1 else torch.cat(h.unbind(0), dim=-1)
+    return joined.permute(0, 3, 1, 2)
 
 
 def standardise(
@@ -129,50 +136,57 @@ def standardise(
     return y, mean.detach().squeeze(1), unbiased.squeeze(1)
 
 
-def standardise_pooled(
-    h: Float[Tensor, "M NC H W"], hosts: int, pool: int, eps: float
+def normalise_pooled(
+    h: Float[Tensor, "M NC H W"],
+    scale: Float[Tensor, "N C"],
+    shift: Float[Tensor, "N C"],
+    pool: int,
+    eps: float,
 ) -> tuple[Float[Tensor, "N M Hp Wp C"], Float[Tensor, "N C"], Float[Tensor, "N C"]]:
-    """``standardise`` and max pooling, of which only what the pooling leaves is computed.
+    """Batch norm, max pooling and relu, of which only what the pooling leaves is computed.
 
-    The backward pass overwrites ``h``, which must be the output of a convolution (it needs its
-    input alone).
+    ``scale`` must not be negative: the largest of what is scaled is then the scaled largest. The
+    backward pass overwrites ``h``, which must be the output of a convolution (it needs its input
+    alone). Also returns mean and unbiased variance.
     """
-    apply = cast(Any, _StandardisePooled.apply)
-    return cast(tuple[Tensor, Tensor, Tensor], apply(h, hosts, pool, eps))
+    apply = cast(Any, _NormalisePooled.apply)
+    return cast(tuple[Tensor, Tensor, Tensor], apply(h, scale, shift, pool, eps))
 
 
-class _StandardisePooled(torch.autograd.Function):
+class _NormalisePooled(torch.autograd.Function):
     """The gradient of a batch norm is a multiple of its input, but where the pooling picked."""
 
     @staticmethod
-    def forward(ctx: Any, h: Tensor, hosts: int, pool: int, eps: float) -> Any:
+    def forward(
+        ctx: Any, h: Tensor, scale: Tensor, shift: Tensor, pool: int, eps: float
+    ) -> tuple[Tensor, Tensor, Tensor]:
+        hosts, count = scale.shape[0], h.numel() // h.shape[1]
         mean, variance = torch.batch_norm_update_stats(h, None, None, 0.0)
-        picked, index = functional.max_pool2d(h, pool, return_indices=True)
+        mean, variance = mean.view_as(scale), variance.view_as(scale)
         rate = (variance + eps).rsqrt()
-        view = _hosts_first_view(picked, hosts)
-        y = torch.empty(view.shape, dtype=h.dtype, device=h.device)
-        torch.sub(view, _rows(mean, hosts), out=y).mul_(_rows(rate, hosts))
-        ctx.save_for_backward(h, index, mean, rate, y)
-        count = h.numel() // h.shape[1]
+        picked, index = functional.max_pool2d(h, pool, return_indices=True)
+        picked, factor = _hosts_first_view(picked, hosts), scale * rate
+        y = torch.empty(picked.shape, dtype=h.dtype, device=h.device)
+        torch.addcmul(as_rows(shift - factor * mean), picked, as_rows(factor), out=y).relu_()
+        ctx.save_for_backward(h, index, picked, y, mean, rate, factor)
         unbiased = variance * (count / max(1, count - 1))
-        mean, unbiased = mean.view(hosts, -1), unbiased.view(hosts, -1)
         ctx.mark_non_differentiable(mean, unbiased)
         return y, mean, unbiased
 
     @staticmethod
     def backward(ctx: Any, *grads: Tensor) -> Any:
-        grad = grads[0]
-        h, index, mean, rate, y = ctx.saved_tensors
-        hosts, count = grad.shape[0], h.numel() // h.shape[1]
-        pull = grad.flatten(1, 3).sum(1).flatten() / count
-        tilt = (grad * y).flatten(1, 3).sum(1).flatten() / count
-        factor = -rate * rate * tilt
-        shift = -rate * pull - factor * mean
+        h, index, picked, y, mean, rate, factor = ctx.saved_tensors
+        count = h.numel() // h.shape[1]
+        grad = torch.ops.aten.threshold_backward(grads[0], y, 0.0)
+        shift_grad = grad.flatten(1, 3).sum(1)
+        scale_grad = rate * ((grad * picked).flatten(1, 3).sum(1) - mean * shift_grad)
+        slope = factor * rate * scale_grad / -count
+        offset = factor * shift_grad / -count - slope * mean
         # In place: nobody else needs what went in, and fresh memory costs more than the sums.
-        torch.addcmul(_channels(shift), h, _channels(factor), out=h)
-        sparse = _join(grad * _rows(rate, hosts))
+        torch.addcmul(offset.view(1, -1, 1, 1), h, slope.view(1, -1, 1, 1), out=h)
+        sparse = _join(grad * as_rows(factor))
         _pixels(h).scatter_add_(1, _pixels(index), _pixels(sparse))
-        return h, None, None, None
+        return h, scale_grad, shift_grad, None, None
 
 
 def _hosts_first_view(h: Tensor, hosts: int) -> Tensor:
@@ -181,14 +195,6 @@ def _hosts_first_view(h: Tensor, hosts: int) -> Tensor:
 
 def _pixels(h: Shaped[Tensor, "M NC H W"]) -> Shaped[Tensor, "M HW NC"]:
     return h.permute(0, 2, 3, 1).flatten(1, 2)
-
-
-def _rows(channel: Tensor, hosts: int) -> Tensor:
-    return channel.view(hosts, 1, 1, 1, -1)
-
-
-def _channels(channel: Tensor) -> Tensor:
-    return channel.view(1, -1, 1, 1)
 
 
 @cache

@@ -93,6 +93,7 @@ def train(
         plan = plan_training(mine, enabled, static=static)
         rows, speeds = _rows(weights, part), _rows(velocity, part)
         # Only live seeds take part, where reading who they are costs nothing.
+        attached, isolated = is_in(mine.stage, ATTACHED), mine.stage == Stage.TRAINING
         live = is_in(mine.stage, LIVE).unbind(1)
         chosen = None if static else [column.nonzero().squeeze(1) for column in live]
         packed, packed_speeds = _pack(rows, chosen), _pack(speeds, chosen)
@@ -101,7 +102,16 @@ def train(
         for picked in index[part].unbind(1):  # [N, M]
             batch = unflatten(image.index_select(0, picked.flatten()), 0, picked.shape)
             batch_finite, norm = _update(
-                packed, packed_speeds, mine, chosen, plan, batch, label[picked], architecture, sgd
+                packed,
+                packed_speeds,
+                chosen,
+                plan,
+                batch,
+                label[picked],
+                architecture,
+                sgd,
+                attached=attached,
+                isolated=isolated,
             )
             ok = ok & batch_finite
         if chosen is not None:
@@ -116,13 +126,15 @@ def train(
 def _update(
     weights: Weights,
     velocity: Weights,
-    slots: Slots,
     chosen: list[Tensor] | None,
     plan: Plan,
     batch: Tensor,
     label: Tensor,
     architecture: Architecture,
     sgd: SGD,
+    *,
+    attached: Bool[Tensor, "N S"],
+    isolated: Bool[Tensor, "N S"],
 ) -> tuple[Bool[Tensor, " N"], Float[Tensor, "N S"]]:
     """One SGD step of every host; returns which were finite, and gradient norms of seeds.
 
@@ -151,13 +163,11 @@ def _update(
             square = torch.zeros_like(loss).index_copy(0, chosen[s], square)
         squares.append(square)
     squares = torch.stack(squares, dim=1)  # [N, 1 + S]
-    attached = is_in(slots.stage, ATTACHED)
     mine = squares[:, 1:].masked_fill(~attached, 0.0)
     joint = sum(mine.unbind(1), squares[:, 0]).sqrt()
     seed_norm = squares[:, 1:].sqrt()
     finite = loss.isfinite() & joint.isfinite()
     norm = torch.where(attached, joint.unsqueeze(1), seed_norm)
-    isolated = slots.stage == Stage.TRAINING
     sound = torch.where(attached, finite.unsqueeze(1), isolated & norm.isfinite())
     _descend(weights.host, velocity.host, host_grad, joint, finite, sgd)
     for s, grad in enumerate(grads):
