@@ -2,8 +2,9 @@
 
 Trains ``configs/morphogenesis.yaml`` with several seeds, one thread each; then lets the best
 checkpoint of each, by its evaluations, and four baselines play the same fresh hosts, and writes a
-table and figures to ``benchmarks/results/``. Runs stay in ``--output``: called again, those that
-are finished are not repeated, and others go on.
+table and figures to ``benchmarks/results/``. One of the baselines, to grow at the start, is tried
+with every blueprint. Runs stay in ``--output``: called again, those that are finished are not
+repeated, and others go on.
 
     python benchmarks/growth.py --jobs 2
     python benchmarks/growth.py --seeds 0 1 --hosts 4 --output runs/try --results runs/try/a.md \
@@ -14,6 +15,7 @@ import argparse
 import os
 import subprocess
 import sys
+from functools import partial
 from pathlib import Path
 
 import numpy as np
@@ -29,6 +31,8 @@ from esper_lightning.cli.growth import table
 from esper_lightning.cli.growth_figure import draw
 from esper_lightning.comparison.runs import read_run
 from esper_lightning.comparison.statistics import Estimate, estimate_crossed
+from esper_lightning.envs.morphogenesis import MorphogenesisEnv
+from esper_lightning.envs.morphogenesis.baselines import grow_at_start
 from esper_lightning.training.checkpoints import checkpoint_at
 from esper_lightning.training.growth import Played, fresh_hosts, play_baselines, play_trained
 
@@ -46,17 +50,15 @@ def train(options: argparse.Namespace) -> list[Path]:
     return [options.output / "ppo" / f"seed{seed}" for seed in options.seeds]
 
 
-def play(models: list[PPO], hosts: int, seed: int) -> tuple[dict[str, list[Played]], int]:
-    """Everyone on the same hosts, by name, and the parameters of a host."""
-    cpu = torch.device("cpu")
+def play(models: list[PPO], env: MorphogenesisEnv) -> dict[str, list[Played]]:
+    """Everyone on the same hosts, by name."""
     played: dict[str, list[Played]] = {}
-    env = fresh_hosts(models[0].env, hosts=hosts, device=cpu, seed=seed)
     for model in models:
         for name, one in play_trained(model, env):
             played.setdefault(name, []).append(one)
             print(f"seed {model.seed}, {name}: {one.episode_return.mean():.3f}", flush=True)
     played |= {name: [one] for name, one in play_baselines(env)}
-    return played, env.host_parameters
+    return played
 
 
 def returns(plays: list[Played]) -> NDArray[np.float64]:
@@ -64,8 +66,14 @@ def returns(plays: list[Played]) -> NDArray[np.float64]:
     return torch.stack([one.episode_return for one in plays]).double().numpy()
 
 
-def verdicts(played: dict[str, list[Played]], found: dict[str, Estimate]) -> list[str]:
+def estimates(played: dict[str, list[Played]]) -> dict[str, Estimate]:
+    """Of returns."""
+    return {name: estimate_crossed(returns(plays)) for name, plays in played.items()}
+
+
+def verdicts(played: dict[str, list[Played]]) -> list[str]:
     """Whether intervals overlap, and how far PPO is ahead on the same host."""
+    found = estimates(played)
     ppo, lines = found["PPO"], list[str]()
     for name, other in found.items():
         if name.startswith("PPO"):
@@ -82,6 +90,12 @@ def verdicts(played: dict[str, list[Played]], found: dict[str, Estimate]) -> lis
             f"{ahead.value:.3f} ({ahead.low:.3f} to {ahead.high:.3f})."
         )
     return lines
+
+
+def each_blueprint(env: MorphogenesisEnv) -> dict[str, list[Played]]:
+    """To grow at the start, whatever it is that grows."""
+    rules = {name: partial(grow_at_start, blueprint=name) for name in env.spec.blueprints}
+    return {name: [one] for name, one in play_baselines(env, rules)}
 
 
 def each_seed(models: list[PPO], played: dict[str, list[Played]]) -> list[str]:
@@ -150,8 +164,10 @@ def main() -> None:
     runs = train(options)
     torch.set_num_threads(1)
     models = [PPO.load_from_checkpoint(checkpoint_at(run)) for run in runs]
-    played, host_parameters = play(models, options.hosts, options.host_seed)
-    found = {name: estimate_crossed(returns(plays)) for name, plays in played.items()}
+    cpu = torch.device("cpu")
+    env = fresh_hosts(models[0].env, hosts=options.hosts, device=cpu, seed=options.host_seed)
+    played, others = play(models, env), each_blueprint(env)
+    found = estimates(played)
     options.results.parent.mkdir(parents=True, exist_ok=True)
     beside = options.results.with_suffix("")
     picture(runs, found, beside.with_suffix(".png"))
@@ -160,7 +176,7 @@ def main() -> None:
     median = int(one.episode_return.argsort()[options.hosts // 2])
     title = f"PPO, seed {options.seeds[0]}, median of {options.hosts} hosts"
     draw(one, median, models[0].env, episode, title=title)
-    section = table(played, host_parameters=host_parameters).markdown()
+    section = table(played, host_parameters=env.host_parameters).markdown()
     command = " ".join(["python", "benchmarks/growth.py", *sys.argv[1:]])
     steps = f"{models[0].total_env_steps:,}"
     text = [
@@ -172,7 +188,11 @@ def main() -> None:
         "that no reward and no observation comes from. Intervals draw training seeds and hosts",
         "anew (Owen 2007, the pigeonhole bootstrap); baselines have no training seeds.\n",
         *section,
-        *verdicts(played, found),
+        *verdicts(played),
+        "\n## Grow at the start, with each blueprint\n",
+        "The baseline above grows `conv_light`. PPO learnt what to grow; these rules were told.\n",
+        *table(others, host_parameters=env.host_parameters).markdown()[2:],
+        *verdicts({"PPO": played["PPO"], **others}),
         f"\n![Learning curves and intervals]({beside.name}.png)\n",
         "## Training seeds\n",
         *each_seed(models, played),

@@ -131,8 +131,10 @@ class FactoredDiscrete:
         free = first.used_by is None and not first.conditioned
         require(free, field, "begin with one that is always used and not conditioned", first)
         for head in self.heads[1:]:
-            ok = head.used_by is None or all(0 <= value < first.size for value in head.used_by)
-            require(ok, f"Head.used_by of {head.name!r}", f"lie in [0, {first.size})", head.used_by)
+            values = range(first.size) if head.used_by is None else head.used_by
+            ok = len(values) > 0 and set(values) <= set(range(first.size))
+            rule = f"have values, all in [0, {first.size})"
+            require(ok, f"Head.used_by of {head.name!r}", rule, head.used_by)
 
     @property
     def nvec(self) -> tuple[int, ...]:

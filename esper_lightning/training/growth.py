@@ -3,7 +3,7 @@
 Axes: ``T`` epoch, ``B`` host, ``S`` slot. It trains no policy.
 """
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from typing import NamedTuple, cast
 
 import torch
@@ -92,9 +92,11 @@ def play_trained(model: PPO, env: MorphogenesisEnv) -> Iterator[tuple[str, Playe
     yield "PPO, actions drawn", _play_from_here(env, trained(policy, normalize, drawn))
 
 
-def play_baselines(env: MorphogenesisEnv) -> Iterator[tuple[str, Played]]:
+def play_baselines(
+    env: MorphogenesisEnv, baselines: Mapping[str, Baseline] = BASELINES
+) -> Iterator[tuple[str, Played]]:
     """Each baseline on the same hosts."""
-    for name, baseline in BASELINES.items():
+    for name, baseline in baselines.items():
         yield name, _play_from_here(env, _looks_itself(baseline, env))
 
 

@@ -65,8 +65,8 @@ def assert_same(model, other):
     [
         ("default", "discrete"),
         ("max", "continuous"),
-        pytest.param("default", "memory", marks=[pytest.mark.slow, pytest.mark.timeout(900)]),
-        pytest.param("max", "memory", marks=[pytest.mark.slow, pytest.mark.timeout(900)]),
+        pytest.param("default", "memory", marks=[pytest.mark.slow, pytest.mark.timeout(300)]),
+        pytest.param("max", "memory", marks=[pytest.mark.slow, pytest.mark.timeout(300)]),
         pytest.param("max", "discrete", marks=pytest.mark.slow),
         pytest.param("default", "continuous", marks=pytest.mark.slow),
     ],

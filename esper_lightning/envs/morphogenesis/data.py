@@ -21,7 +21,7 @@ from esper_lightning.core.shapes import Float, Int
 from esper_lightning.core.validate import require
 from esper_lightning.envs.morphogenesis.streams import Place, Purpose, integers, normals
 
-__all__ = ["IMAGE", "Dataset", "Split", "Splits", "load"]
+__all__ = ["CIFAR_HINT", "IMAGE", "Dataset", "Split", "Splits", "load"]
 
 Dataset = Literal["digits", "cifar10", "synthetic"]
 IMAGE: dict[str, tuple[int, int]] = {"digits": (1, 8), "cifar10": (3, 32)}
@@ -30,7 +30,7 @@ IMAGE: dict[str, tuple[int, int]] = {"digits": (1, 8), "cifar10": (3, 32)}
 _CIFAR_FOLDER = "cifar-10-batches-py"
 _CIFAR_ARCHIVE = "cifar-10-python.tar.gz"
 _CIFAR_BATCHES = (*(f"data_batch_{number}" for number in range(1, 6)), "test_batch")
-_CIFAR_HINT = (
+CIFAR_HINT = (
     f"Download https://www.cs.toronto.edu/~kriz/{_CIFAR_ARCHIVE} and name the folder that holds "
     f"{_CIFAR_ARCHIVE}, or the {_CIFAR_FOLDER} unpacked from it."
 )
@@ -126,19 +126,21 @@ def _synthetic(image: tuple[int, int], classes: int) -> Splits:
 
 
 def _noise(number: int, shape: torch.Size) -> Tensor:
-    place = Place(*(torch.full((1,), value) for value in (number, 0, 0)))
-    drawn = normals(_SPLIT_SEED, Purpose.DATA, place, count=shape.numel())
-    return drawn.float().view(shape)
+    drawn: list[Tensor] = []
+    for start in range(0, shape[0], 4096):  # drawing takes many times the memory of what is drawn
+        some = torch.Size((min(4096, shape[0] - start), *shape[1:]))
+        place = Place(*(torch.full((1,), value) for value in (number, start, 0)))
+        values = normals(_SPLIT_SEED, Purpose.DATA, place, count=some.numel())
+        drawn.append(values.float().view(some))
+    return torch.cat(drawn)
 
 
 def _cifar10(folder: str | None) -> Splits:
     """60,000 images of 32x32 pixels: 45,000, 5,000 and, as published, 10,000 of them."""
-    field = "Morphogenesis.folder"
-    require(folder is not None, field, "be given for 'cifar10'", folder, _CIFAR_HINT)
-    assert folder is not None
+    assert folder is not None  # the settings see to it
     place, files = _cifar_files(Path(folder).expanduser())
     complete = all(name in files for name in _CIFAR_BATCHES)
-    require(complete, str(place), f"hold all of {_CIFAR_BATCHES}", sorted(files), _CIFAR_HINT)
+    require(complete, str(place), f"hold all of {_CIFAR_BATCHES}", sorted(files), CIFAR_HINT)
     batches = [_cifar_batch(files[name], place / name) for name in _CIFAR_BATCHES]
     pixels, label = (torch.cat(column) for column in zip(*batches, strict=True))
     uses = (slice(0, 45_000), slice(45_000, 50_000), slice(50_000, None))
@@ -152,7 +154,7 @@ def _cifar_files(root: Path) -> tuple[Path, dict[str, bytes]]:
         if paths:
             return place, {path.name: path.read_bytes() for path in paths}
     archive, files = root / _CIFAR_ARCHIVE, dict[str, bytes]()
-    require(archive.is_file(), "Morphogenesis.folder", "hold CIFAR-10", str(root), _CIFAR_HINT)
+    require(archive.is_file(), "Morphogenesis.folder", "hold CIFAR-10", str(root), CIFAR_HINT)
     try:
         with tarfile.open(archive) as packed:
             for member in packed:  # in its own order: to go back is to unpack from the start
@@ -161,7 +163,7 @@ def _cifar_files(root: Path) -> tuple[Path, dict[str, bytes]]:
                 if file is not None and folder == _CIFAR_FOLDER and name in _CIFAR_BATCHES:
                     files[name] = file.read()
     except (tarfile.TarError, EOFError, OSError, zlib.error) as error:
-        require(False, str(archive), "be an unbroken archive", error, _CIFAR_HINT)
+        require(False, str(archive), "be an unbroken archive", error, CIFAR_HINT)
     return archive, files
 
 
@@ -172,16 +174,16 @@ def _cifar_batch(content: bytes, path: Path) -> tuple[Tensor, Tensor]:
         pixels, label = torch.from_numpy(batch[b"data"]), torch.tensor(batch[b"labels"])
     except Exception as error:  # what is no such pickle may raise anything
         rule = "be a pickled dict with an array b'data' and a list b'labels'"
-        require(False, str(path), rule, error, _CIFAR_HINT)
+        require(False, str(path), rule, error, CIFAR_HINT)
         raise
     ok = pixels.dtype == torch.uint8 and pixels.shape == (10_000, 3072)
     got = (pixels.dtype, tuple(pixels.shape))
-    require(ok, str(path), "have data of 10,000 rows of 3,072 bytes", got, _CIFAR_HINT)
+    require(ok, str(path), "have data of 10,000 rows of 3,072 bytes", got, CIFAR_HINT)
     ok = label.dtype == torch.int64 and label.shape == (10_000,)
     got = (label.dtype, tuple(label.shape))
-    require(ok, str(path), "have 10,000 integers as labels", got, _CIFAR_HINT)
+    require(ok, str(path), "have 10,000 integers as labels", got, CIFAR_HINT)
     low, high = label.min().item(), label.max().item()
-    require(low >= 0 and high <= 9, str(path), "have labels in [0, 9]", (low, high), _CIFAR_HINT)
+    require(low >= 0 and high <= 9, str(path), "have labels in [0, 9]", (low, high), CIFAR_HINT)
     return pixels.view(-1, 3, 32, 32).permute(0, 2, 3, 1).contiguous(), label
 
 

@@ -9,7 +9,7 @@ from esper_lightning.core.spaces import Box, EnvSpaces
 from esper_lightning.core.validate import require
 from esper_lightning.envs.base import EnvSpec
 from esper_lightning.envs.morphogenesis.blueprints import BLUEPRINTS
-from esper_lightning.envs.morphogenesis.data import IMAGE, Dataset
+from esper_lightning.envs.morphogenesis.data import CIFAR_HINT, IMAGE, Dataset
 from esper_lightning.envs.morphogenesis.env import MorphogenesisEnv
 from esper_lightning.envs.morphogenesis.host import Architecture
 from esper_lightning.envs.morphogenesis.lifecycle import RampShape
@@ -110,6 +110,9 @@ class Morphogenesis(EnvSpec):
         _require_int("Morphogenesis.classes", self.classes, minimum=2)
         known = ("digits", "cifar10", "synthetic")
         _require("dataset", self.dataset in known, f"be one of {known}", self.dataset)
+        ok = self.dataset != "cifar10" or self.folder is not None
+        rule = "be given for 'cifar10'"
+        require(ok, "Morphogenesis.folder", rule, self.folder, CIFAR_HINT)
         shapes = ("linear", "cosine", "sigmoid")
         _require("ramp_shape", self.ramp_shape in shapes, f"be one of {shapes}", self.ramp_shape)
         for name in ("channels", "kernels", "pools", "ramp_epochs"):
