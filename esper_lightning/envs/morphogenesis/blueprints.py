@@ -66,9 +66,10 @@ def parts(name: str, channels: int) -> dict[str, Part]:
     ``conv_light``: a 3x3 convolution. ``conv_heavy``: two. ``bottleneck``: 1x1 to a quarter of the
     channels, 3x3 back. ``low_rank``: 3x3 to a quarter of the channels and 1x1 back, nothing
     between. All convolutions with bias, a ``relu`` after each but within the factored ones, and a
-    scale for each channel. A quarter is at least 4: of two units after a ``relu`` both may be dead.
+    scale for each channel. A quarter is at least 4, as is the squeeze to a half: of two units after
+    a ``relu`` both may be dead.
     """
-    c, quarter, half = channels, max(4, channels // 4), max(2, channels // 2)
+    c, quarter, half = channels, max(4, channels // 4), max(4, channels // 2)
     bias, scale = Part((c,)), Part((c,), mean=_SMALL)
     dense = Part((c, c, 3, 3), std=_he(9 * c))
     table: dict[str, dict[str, Part]] = {

@@ -25,7 +25,7 @@ class Norm(nn.Module):
 class Attention(nn.Module):
     def __init__(self, c):
         super().__init__()
-        half = max(2, c // 2)
+        half = max(4, c // 2)
         self.squeeze, self.excite = nn.Linear(c, half), nn.Linear(half, c)
 
     def forward(self, h):

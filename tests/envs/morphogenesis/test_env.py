@@ -253,7 +253,8 @@ def test_every_blueprint_lowers_the_loss_of_the_network_in_which_it_is_on(preset
         **{
             **{name: getattr(spec, name) for name in spec.__dataclass_fields__},
             "num_envs": kinds * slots,
-            "train_batches": 1,
+            "epochs": 60,
+            "train_batches": 1 if large else 4,
             "batch_size": 32 if large else 64,
             "validation_size": 1,
         }
