@@ -23,6 +23,7 @@ from esper_lightning.core.tensor_trees import leaves, map_tree, rebuild
 __all__ = [
     "CompileMode",
     "Loop",
+    "capture_function",
     "compile_function",
     "compile_loop",
     "in_cache",
@@ -68,7 +69,7 @@ def compile_loop(
     if mode == "max":
         whole = _Captured(stepwise) if device.type == "cuda" else _ScanLoop(body, part, device)
         ways.insert(0, whole)
-    return _FirstThatWorks(name, mode, ways)
+    return _FirstThatWorks(name, f"compile={mode!r}", ways)
 
 
 def compile_function(
@@ -81,7 +82,21 @@ def compile_function(
         ways.insert(0, compiled)
     if mode == "max" and device.type == "cuda":
         ways.insert(0, _Captured(compiled))
-    return _FirstThatWorks(name, mode, ways)
+    return _FirstThatWorks(name, f"compile={mode!r}", ways)
+
+
+def capture_function(
+    name: str, function: Callable[..., Tree], *, device: torch.device
+) -> Callable[..., Tree]:
+    """A function of trees of tensors, replayed as a CUDA graph; on other devices as it is.
+
+    It may change its arguments, no two of which may share memory, and does nothing else but return.
+    What it returns is overwritten by the next call.
+    """
+    ways: list[Callable[..., Tree]] = [function]
+    if device.type == "cuda":
+        ways.insert(0, _Captured(function))
+    return _FirstThatWorks(name, "A CUDA graph", ways)
 
 
 def tell_reasons_again() -> None:
@@ -409,8 +424,8 @@ class _FirstThatWorks:
     not worth a compilation and run plainly.
     """
 
-    def __init__(self, name: str, mode: CompileMode, ways: Sequence[Callable[..., Tree]]) -> None:
-        self._name, self._mode = name, mode
+    def __init__(self, name: str, how: str, ways: Sequence[Callable[..., Tree]]) -> None:
+        self._name, self._how = name, how
         self._ways = list(ways)
         self._kinds: list[tuple[torch.Size, torch.dtype]] | None = None
 
@@ -437,9 +452,9 @@ class _FirstThatWorks:
                 del self._ways[0]
                 cause = getattr(error, "inner_exception", error)  # of a compiler's backend
                 reason = f"{type(cause).__name__}: {cause}".strip().splitlines()[0][:300]
-                text = "compile=%r does not work for the %s, which takes a slower way: %s"
+                text = "%s does not work for the %s, which takes a slower way: %s"
                 level = logging.DEBUG if reason in _REASONS_TOLD else logging.WARNING
                 _REASONS_TOLD.add(reason)
-                _log.log(level, text, self._mode, self._name, reason)
+                _log.log(level, text, self._how, self._name, reason)
                 _log.debug("The whole error:", exc_info=error)
         return self._ways[0](*args)

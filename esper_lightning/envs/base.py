@@ -6,11 +6,11 @@ from typing import Any, Protocol, runtime_checkable
 import torch
 from torch import Tensor
 
-from esper_lightning.core.shapes import Bool, Shaped
+from esper_lightning.core.shapes import Bool, Float, Shaped
 from esper_lightning.core.spaces import EnvSpaces
 from esper_lightning.core.types import Observation, StepResult
 
-__all__ = ["BatchedEnv", "EnvSpec", "FunctionalEnv", "is_functional"]
+__all__ = ["BatchedEnv", "EnvSpec", "FunctionalEnv", "ReportingEnv", "is_functional"]
 
 
 @runtime_checkable
@@ -70,6 +70,18 @@ class FunctionalEnv(BatchedEnv, Protocol):
         self, episodes: Any, action: Shaped[Tensor, "B *A"], drawn: Any
     ) -> tuple[Any, StepResult]:
         """The step: episodes after it and what it returns, from one row of ``draw``."""
+        ...
+
+
+@runtime_checkable
+class ReportingEnv(BatchedEnv, Protocol):
+    """An environment that has more to tell of a rollout than returns and lengths."""
+
+    def figures(self) -> dict[str, Float[Tensor, ""]]:
+        """Means over environments and steps since the last call, under names that never change.
+
+        History has them as ``env/<name>``. Not waiting for the device is up to the environment.
+        """
         ...
 
 

@@ -19,7 +19,7 @@ from esper_lightning.core.running_stats import Moments, RunningStats
 from esper_lightning.core.shapes import Bool, Float
 from esper_lightning.core.tensor_trees import map_tree
 from esper_lightning.core.types import Rollout, Samples
-from esper_lightning.envs.base import BatchedEnv, EnvSpec
+from esper_lightning.envs.base import BatchedEnv, EnvSpec, ReportingEnv
 from esper_lightning.training.advantages import Critic, prepare_samples
 from esper_lightning.training.agent import Agent, Values
 from esper_lightning.training.collect import ActingState, Collector, is_finite, scale_reward
@@ -140,6 +140,14 @@ class Learner:
             self._acting, storage, generator=self._exploration
         )
         return rollout
+
+    def env_figures(self) -> dict[str, Float[Tensor, ""]]:
+        """What the environments tell of the latest rollout, averaged over ranks."""
+        if not isinstance(self._env, ReportingEnv):
+            return {}
+        figures = self._env.figures()
+        total = self._ranks.sum(torch.stack(list(figures.values())))
+        return dict(zip(figures, (total / self._ranks.size).unbind(), strict=True))
 
     def advantages(self, rollout: Rollout) -> Prepared:
         """Scale rewards and estimate advantages."""

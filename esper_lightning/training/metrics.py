@@ -89,10 +89,19 @@ def rollout_figures(rollout: Rollout) -> Float[Tensor, "3"]:
     return torch.stack([x.double().sum() for x in (episode_return, rollout.episode_length, ended)])
 
 
-def to_host(*figures: Float[Tensor, "..."]) -> dict[str, float]:
-    """Everything that the host wants to know of an iteration, in one copy."""
-    scalars = torch.cat([figure.double().reshape(-1) for figure in figures])
-    return dict(zip(_COPIED, cast(list[float], scalars.tolist()), strict=True))
+def to_host(
+    *figures: Float[Tensor, "..."], env: Mapping[str, Float[Tensor, ""]]
+) -> dict[str, float]:
+    """Everything that the host wants to know of an iteration, in one copy.
+
+    Args:
+        figures: Ours.
+        env: The environments' own.
+    """
+    every = (*figures, *env.values())
+    scalars = torch.cat([figure.double().reshape(-1) for figure in every])
+    names = (*_COPIED, *(f"env/{name}" for name in env))
+    return dict(zip(names, cast(list[float], scalars.tolist()), strict=True))
 
 
 def iteration_figures(

@@ -437,8 +437,8 @@ class PPO(LightningModule):
     ) -> dict[str, float]:
         """The one device-to-host copy of an iteration, which also tells whether it was healthy."""
         figures = (prepared.healthy, prepared.episodes, prepared.explained_variance, *metrics)
-        host = to_host(*figures)
         iteration, learner = self.iteration + 1, self._learner
+        host = to_host(*figures, env=learner.env_figures())
         if not host["healthy"]:
             refuse_rollout(rollout, env=type(self.env).__name__, iteration=iteration)
         if not host["learner_finite"]:

@@ -4,7 +4,7 @@ import pytest
 import torch
 
 from esper_lightning import MLP, PPO, PPOConfig, Recurrent
-from esper_lightning.envs import CartPole, Pendulum
+from esper_lightning.envs import CartPole, Morphogenesis, Pendulum
 from esper_lightning.training.learner import Learner
 
 pytestmark = [
@@ -23,7 +23,7 @@ CASES = {
 
 
 def train(make_trainer, case, mode, iterations=4):
-    env, policy = CASES[case]
+    env, policy = (CASES | {"growth": (Morphogenesis.synthetic(num_envs=64), MLP())})[case]
     budget = env.num_envs * EVERYTHING.rollout_steps * iterations
     model = PPO(env, policy, EVERYTHING, total_env_steps=budget, compile=mode)
     make_trainer(accelerator="gpu", devices=1, limit_val_batches=0).fit(model)
@@ -31,7 +31,7 @@ def train(make_trainer, case, mode, iterations=4):
     return model
 
 
-@pytest.mark.parametrize("case", CASES)
+@pytest.mark.parametrize("case", [*CASES, "growth"])
 @pytest.mark.parametrize("mode", MODES)
 def test_nothing_synchronises_before_the_one_copy(make_trainer, monkeypatch, case, mode):
     calls = []

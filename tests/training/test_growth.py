@@ -164,3 +164,26 @@ def test_a_nan_is_reported_with_the_hosts_it_is_of(make_trainer, tmp_path):
     found = read_report(RunLayout(tmp_path).rank(0).crash)["error"]["non_finite"]
     assert found["environments"] == [2]
     assert found["phase"] == "rollout"
+
+
+@pytest.mark.parametrize("precision", ["32-true", "bf16-mixed"])
+def test_history_says_what_rewards_were_made_of(make_trainer, precision):
+    rows = []
+
+    class Remember(Callback):
+        def on_train_batch_end(self, trainer, module, outputs, batch, batch_idx):
+            rows.append(outputs["row"])
+
+    ppo = PPOConfig(rollout_steps=EPOCHS, minibatches=2, epochs=1)
+    model = PPO(SPEC, POLICIES["MLP"], ppo, total_env_steps=3 * EPOCHS * SPEC.num_envs)
+    make_trainer(callbacks=[Remember()], limit_val_batches=0, precision=precision).fit(model)
+    assert len(rows) == 3
+    totals = []
+    for row in rows:
+        terms = [value for name, value in row.items() if name.startswith("env/reward_")]
+        assert len(terms) == 5
+        totals.append(EPOCHS * sum(terms))  # a rollout is an episode
+    mean = sum(totals) / 3  # every episode so far counts
+    assert rows[-1]["rollout/episode_return_mean"] == pytest.approx(mean, rel=1e-4, abs=1e-5)
+    assert any(row["env/grown_parameters"] > 0 for row in rows)
+    assert all(row["env/diverged"] == 0 for row in rows)

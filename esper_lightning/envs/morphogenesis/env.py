@@ -5,45 +5,37 @@ what the action led to. Everything is a tensor with a row for each environment.
 """
 
 import math
+from collections.abc import Callable
+from functools import partial
 from typing import TYPE_CHECKING, NamedTuple, cast
 
 import torch
 from torch import Tensor
 
+from esper_lightning.core.compiling import capture_function
 from esper_lightning.core.shapes import Bool, Float, Int
 from esper_lightning.core.spaces import EnvSpaces
-from esper_lightning.core.tensor_trees import leaves, named_tensors, rebuild
+from esper_lightning.core.tensor_trees import leaves, map_tree, named_tensors, rebuild
 from esper_lightning.core.types import StepResult
 from esper_lightning.core.validate import require
-from esper_lightning.envs.morphogenesis.blueprints import BLUEPRINTS, Part, parts
+from esper_lightning.envs.morphogenesis.blueprints import BLUEPRINTS, parts
 from esper_lightning.envs.morphogenesis.data import Split, Splits, load
 from esper_lightning.envs.morphogenesis.layout import unflatten
 from esper_lightning.envs.morphogenesis.lifecycle import LIVE, Action, LifeCycle, Op, Slots, is_in
 from esper_lightning.envs.morphogenesis.network import Weights
-from esper_lightning.envs.morphogenesis.observation import HISTORY, Vitals, action_mask, observe
-from esper_lightning.envs.morphogenesis.reward import reward_terms, stage_potential
-from esper_lightning.envs.morphogenesis.streams import Place, Purpose, integers, normals
+from esper_lightning.envs.morphogenesis.observation import Vitals, action_mask, observe
+from esper_lightning.envs.morphogenesis.reward import REWARD_TERMS, reward_terms, stage_potential
+from esper_lightning.envs.morphogenesis.state import Hosts, Nursery, place_of
+from esper_lightning.envs.morphogenesis.streams import Purpose, integers
 from esper_lightning.envs.morphogenesis.training import Measured, Trained, measure, train
 
 if TYPE_CHECKING:
     from esper_lightning.envs.morphogenesis.settings import Morphogenesis
 
-__all__ = ["Hosts", "MorphogenesisEnv", "StepReport"]
+__all__ = ["MorphogenesisEnv", "StepReport"]
 
 _CACHE_BYTES = 8 << 20  # activations of the first block of a chunk
 _IMAGES = 150  # that a chunk looks at together in validation, at most
-
-
-class Hosts(NamedTuple):
-    """Everything that decides the future of the environments."""
-
-    weights: Weights
-    velocity: Weights
-    slots: Slots
-    vitals: Vitals
-    episode: Int[Tensor, " B"]
-    episode_return: Float[Tensor, " B"]
-    seed: Int[Tensor, ""]  # of all random numbers
 
 
 class StepReport(NamedTuple):
@@ -59,8 +51,16 @@ class StepReport(NamedTuple):
     test_accuracy: Float[Tensor, " B"]  # NaN where no episode ended, or if not asked for
 
 
+class _Advanced(NamedTuple):
+    """What a step makes."""
+
+    hosts: Hosts
+    result: StepResult
+    report: StepReport
+
+
 class MorphogenesisEnv:
-    """``BatchedEnv`` of ``Morphogenesis``.
+    """``BatchedEnv`` of ``Morphogenesis``; on CUDA a step is one graph.
 
     Attributes:
         spec: The settings.
@@ -99,11 +99,6 @@ class MorphogenesisEnv:
         per_host = spec.batch_size * spec.channels[0] * side**2 * item
         self._chunk = max(1, _CACHE_BYTES // per_host) if device.type == "cpu" else spec.num_envs
         self._images_at_once = _IMAGES if device.type == "cpu" else spec.validation_size
-        self._host_init = _initial([self._architecture.parts()], device)
-        self._seed_init = [
-            _initial([list(parts(name, channels).values()) for name in spec.blueprints], device)
-            for channels in spec.channels
-        ]
         self._kinds = torch.tensor([BLUEPRINTS.index(name) for name in spec.blueprints]).to(device)
         counts = [
             [
@@ -114,8 +109,11 @@ class MorphogenesisEnv:
         ]
         self._seed_parameters = torch.tensor(counts, device=device)  # [blueprint, S]
         self.host_parameters = sum(part.size for part in self._architecture.parts())
-        self._env = torch.arange(spec.num_envs, device=device)
-        self.hosts = self._fresh(torch.zeros_like(self._env))
+        self._nursery = Nursery(spec, device=device, dtype=dtype)
+        self.hosts = self._nursery.hosts(seed, torch.zeros(spec.num_envs, device=device).long())
+        self._advance: dict[bool, Callable[..., _Advanced]] = {}
+        self._sums: Tensor | None = None
+        self._steps = 0
 
     @property
     def num_envs(self) -> int:
@@ -130,7 +128,7 @@ class MorphogenesisEnv:
     @torch.no_grad()
     def reset(self) -> tuple[Float[Tensor, "B O"], Bool[Tensor, "B K"]]:
         """Start to train a new host everywhere."""
-        self.hosts = self._fresh(self.hosts.episode + 1)
+        self.hosts = self._nursery.hosts(self._seed, self.hosts.episode + 1)
         return self._observe(self.hosts), self.action_mask()
 
     @torch.no_grad()
@@ -139,10 +137,48 @@ class MorphogenesisEnv:
 
         An op that is not legal does nothing.
         """
+        if self.tests_ends not in self._advance:
+            self._advance[self.tests_ends] = capture_function(
+                "step of Morphogenesis",
+                partial(self._advanced, tests_ends=self.tests_ends),
+                device=self._device,
+            )
+        with self._own_precision():
+            advanced = self._advance[self.tests_ends](self.hosts, action)
+        if self._static:  # a graph overwrites what it returned
+            shown = map_tree(torch.clone, (advanced.result, advanced.report))
+            advanced = _Advanced(advanced.hosts, *shown)
+        self.hosts, result, self.report = advanced
+        self._add_up(advanced.report)
+        return result
+
+    def figures(self) -> dict[str, Float[Tensor, ""]]:
+        """Means over hosts and steps since the last call: reward terms, size, share that diverged.
+
+        Returns:
+            NaN where there was no step.
+        """
+        names = [*(f"reward_{name}" for name in REWARD_TERMS), "grown_parameters", "diverged"]
+        sums = torch.full((len(names),), math.nan, device=self._device)
+        if self._sums is not None:
+            sums = self._sums / self._steps
+        self._sums, self._steps = None, 0
+        return dict(zip(names, sums.unbind(), strict=True))
+
+    def _add_up(self, report: StepReport) -> None:
+        terms = [report.terms[name] for name in REWARD_TERMS]
+        means = torch.stack([*terms, report.grown_parameters, report.diverged], 1).mean(0)
+        self._sums = means if self._sums is None else self._sums + means
+        self._steps += 1
+
+    def _advanced(
+        self, before: Hosts, action: Int[Tensor, "B 4"], *, tests_ends: bool
+    ) -> _Advanced:
+        """A step; weights and velocity are changed in place."""
         choice = Action(*action.unbind(1))
-        before = self.hosts
         slots, changed = self._lifecycle.apply(before.slots, self._name_blueprint(choice))
-        self._germinate(before, slots, changed & (choice.op == Op.GERMINATE).unsqueeze(1))
+        germinated = changed & (choice.op == Op.GERMINATE).unsqueeze(1)
+        self._nursery.germinate(self._seed, before, slots, germinated, static=self._static)
         slots = self._lifecycle.tick(slots)
         trained = self._train(before, slots)
         measured = self._measure(before.weights, slots, self._splits.validation)
@@ -150,7 +186,9 @@ class MorphogenesisEnv:
         vitals = _next_vitals(before.vitals, slots, trained, measured, choice, changed)
         ended = diverged | (vitals.step >= self.spec.epochs)
         slots = slots._replace(measured=slots.measured | measured.judged)
-        reward = self._reward(before, slots, vitals, choice, diverged, ended)
+        grown = self.grown_parameters(slots)
+        terms = self._reward(before, slots, vitals, choice, diverged, ended)
+        reward = sum(terms.values(), torch.zeros_like(before.episode_return))
         episode_return = before.episode_return + reward
         reached = before._replace(
             slots=slots,
@@ -159,22 +197,36 @@ class MorphogenesisEnv:
             episode_return=episode_return.masked_fill(ended, 0.0),
         )
         reached_obs = self._observe(reached)
-        self._test(reached, ended)
-        self.hosts = self._restart(reached, ended)
-        return StepResult(
-            obs=torch.where(ended.unsqueeze(1), self._observe(self.hosts), reached_obs),
+        test_accuracy = self._test(reached, ended, wanted=tests_ends)
+        hosts = self._restart(reached, ended)
+        result = StepResult(
+            obs=torch.where(ended.unsqueeze(1), self._observe(hosts), reached_obs),
             reward=reward,
             terminated=ended,
             truncated=torch.zeros_like(ended),
             reached_obs=reached_obs,
-            action_mask=self.action_mask(),
+            action_mask=self._action_mask(hosts),
             episode_return=episode_return.masked_fill(~ended, math.nan),
             episode_length=vitals.step.masked_fill(~ended, 0),
         )
+        report = StepReport(
+            terms,
+            ended,
+            diverged,
+            vitals.accuracies[:, 0],
+            grown,
+            slots.stage,
+            slots.alpha,
+            test_accuracy,
+        )
+        return _Advanced(hosts, result, report)
 
     def action_mask(self) -> Bool[Tensor, "B K"]:
         """What is allowed now."""
-        legal = self._lifecycle.legal(self.hosts.slots)
+        return self._action_mask(self.hosts)
+
+    def _action_mask(self, hosts: Hosts) -> Bool[Tensor, "B K"]:
+        legal = self._lifecycle.legal(hosts.slots)
         return action_mask(legal, len(self.spec.blueprints), len(self.spec.ramp_epochs))
 
     def legal(self) -> Bool[Tensor, "B O S"]:
@@ -190,8 +242,9 @@ class MorphogenesisEnv:
     @torch.no_grad()
     def test_accuracy(self) -> Float[Tensor, " B"]:
         """Accuracy of the hosts as they are now on the test split; for reports alone."""
-        hosts = self.hosts
-        return self._measure(hosts.weights, hosts.slots, self._splits.test, switch=False).accuracy
+        hosts, test = self.hosts, self._splits.test
+        with self._own_precision():
+            return self._measure(hosts.weights, hosts.slots, test, switch=False).accuracy
 
     def state_dict(self) -> dict[str, Tensor]:
         """Hosts, seeds, their momentum, life cycles and counters, copied."""
@@ -216,6 +269,7 @@ class MorphogenesisEnv:
         copies = [state[name].to(self._device, copy=True) for name in expected]
         self.hosts = cast(Hosts, rebuild(self.hosts, copies))
         self._seed = int(state["seed"])
+        self._advance.clear()  # it may hold another seed
 
     @staticmethod
     def _named(hosts: Hosts) -> dict[str, object]:
@@ -251,30 +305,10 @@ class MorphogenesisEnv:
         position = choice.blueprint.clamp(0, self._kinds.shape[0] - 1)
         return choice._replace(blueprint=self._kinds[position])
 
-    def _germinate(self, hosts: Hosts, slots: Slots, germinated: Bool[Tensor, "B S"]) -> None:
-        """New parameters where a seed was put, in place."""
-        rows = self._rows(germinated.any(1))
-        if rows is not None and rows.shape[0] == 0:
-            return
-        place = self._place(hosts, rows)
-        most = max(mean.shape[1] for mean, _ in self._seed_init)
-        drawn = normals(self._seed, Purpose.SEED, place, count=most)
-        for s, (mean, std) in enumerate(self._seed_init):
-            mine, kind = germinated[:, s], slots.blueprint[:, s]
-            seed, speed = hosts.weights.seeds[s], hosts.velocity.seeds[s]
-            if rows is not None:
-                mine, kind = mine[rows], kind[rows]
-            # Position among the settings' blueprints; whose slot did not germinate may have none.
-            at = (kind.unsqueeze(1) == self._kinds).int().argmax(1)
-            fresh = (mean[at] + std[at] * drawn[:, : mean.shape[1]]).to(self._dtype)
-            _overwrite(seed, fresh, mine, rows)
-            _overwrite(speed, torch.zeros_like(fresh), mine, rows)
-
     def _train(self, hosts: Hosts, slots: Slots) -> Trained:
         spec, training = self.spec, self._splits.training
         count, high = spec.train_batches * spec.batch_size, training.label.shape[0]
-        place = self._place(hosts, None)
-        index = integers(self._seed, Purpose.BATCHES, place, count=count, high=high)
+        index = integers(self._seed, Purpose.BATCHES, place_of(hosts), count=count, high=high)
         return train(
             hosts.weights,
             hosts.velocity,
@@ -311,37 +345,29 @@ class MorphogenesisEnv:
         choice: Action,
         diverged: Bool[Tensor, " B"],
         ended: Bool[Tensor, " B"],
-    ) -> Float[Tensor, " B"]:
+    ) -> dict[str, Float[Tensor, " B"]]:
         potential = stage_potential(slots.stage, self._dtype)
-        grown = self.grown_parameters(slots)
-        terms = reward_terms(
+        return reward_terms(
             self.spec.reward_weights(),
             gain=vitals.accuracies[:, 0] - before.vitals.accuracies[:, 0],
-            grown=grown / self.host_parameters,
+            grown=self.grown_parameters(slots) / self.host_parameters,
             intervened=choice.op != Op.WAIT,
             diverged=diverged,
             potential=potential.masked_fill(ended, 0.0),
             potential_before=stage_potential(before.slots.stage, self._dtype),
         )
-        self.report = StepReport(
-            terms,
-            ended,
-            diverged,
-            vitals.accuracies[:, 0],
-            grown,
-            slots.stage,
-            slots.alpha,
-            torch.full_like(before.episode_return, math.nan),
-        )
-        return sum(terms.values(), torch.zeros_like(grown, dtype=self._dtype))
 
-    def _test(self, hosts: Hosts, ended: Bool[Tensor, " B"]) -> None:
-        if not self.tests_ends or not (self._static or bool(ended.any())):
-            return
+    def _test(
+        self, hosts: Hosts, ended: Bool[Tensor, " B"], *, wanted: bool
+    ) -> Float[Tensor, " B"]:
+        if not wanted or not (self._static or bool(ended.any())):
+            return torch.full_like(hosts.episode_return, math.nan)
         found = self._measure(hosts.weights, hosts.slots, self._splits.test, switch=False)
-        assert self.report is not None
-        accuracy = found.accuracy.masked_fill(~ended, math.nan)
-        self.report = self.report._replace(test_accuracy=accuracy)
+        return found.accuracy.masked_fill(~ended, math.nan)
+
+    def _own_precision(self) -> torch.autocast:
+        """Hosts are trained as they are, whatever precision a policy has."""
+        return torch.autocast(self._device.type, enabled=False)
 
     def _observe(self, hosts: Hosts) -> Float[Tensor, "B O"]:
         return observe(
@@ -355,63 +381,15 @@ class MorphogenesisEnv:
     def _restart(self, hosts: Hosts, ended: Bool[Tensor, " B"]) -> Hosts:
         if not self._static and not bool(ended.any()):
             return hosts
-        fresh = self._fresh(hosts.episode)._replace(episode_return=hosts.episode_return)
+        fresh = self._nursery.hosts(self._seed, hosts.episode)._replace(
+            episode_return=hosts.episode_return
+        )
         pairs = zip(leaves(hosts), leaves(fresh), strict=True)
         chosen = [
             old if old.dim() == 0 else torch.where(ended.view(-1, *[1] * (old.dim() - 1)), new, old)
             for old, new in pairs
         ]
         return cast(Hosts, rebuild(hosts, chosen))
-
-    def _fresh(self, episode: Int[Tensor, " B"]) -> Hosts:
-        """Hosts that nobody has trained yet."""
-        spec, count, slots = self.spec, self.num_envs, len(self.spec.channels)
-        mean, std = self._host_init
-        place = Place(self._env, episode, torch.zeros_like(episode))
-        drawn = normals(self._seed, Purpose.HOST, place, count=mean.shape[1])
-        host = (mean + std * drawn).to(self._dtype)
-        empty = host.new_zeros
-        seeds = tuple(empty(count, init.shape[1]) for init, _ in self._seed_init)
-        means = tuple(empty(count, channels) for channels in spec.channels)
-        ones = tuple(mean + 1.0 for mean in means)
-        number, share = torch.zeros_like(episode), empty(count, slots)
-        classes = self._architecture.classes
-        vitals = Vitals(
-            step=number,
-            losses=empty(count, HISTORY) + math.log(classes),
-            accuracies=empty(count, HISTORY) + 1 / classes,
-            contribution=share,
-            contribution_age=share.long(),
-            germination_accuracy=share.clone(),
-            grad_norm=share.clone(),
-            last_op=number.clone(),
-            last_slot=number.clone(),
-            changed=number.bool(),
-        )
-        return Hosts(
-            Weights(host, seeds, means, ones),
-            Weights(torch.zeros_like(host), tuple(map(torch.zeros_like, seeds)), (), ()),
-            Slots.empty(count, slots, dtype=self._dtype, device=self._device),
-            vitals,
-            episode.clone(),
-            empty(count),
-            torch.full((), self._seed, dtype=torch.int64, device=self._device),
-        )
-
-    def _place(self, hosts: Hosts, rows: Tensor | None) -> Place:
-        place = Place(self._env, hosts.episode, hosts.vitals.step)
-        return place if rows is None else Place(*(axis[rows] for axis in place))
-
-    def _rows(self, wanted: Bool[Tensor, " B"]) -> Tensor | None:
-        """The environments meant, or ``None`` where asking would wait for the device."""
-        return None if self._static else wanted.nonzero().squeeze(1)
-
-
-def _overwrite(target: Tensor, fresh: Tensor, mine: Tensor, rows: Tensor | None) -> None:
-    if rows is None:
-        target.copy_(torch.where(mine.unsqueeze(1), fresh, target))
-    else:
-        target[rows[mine]] = fresh[mine]
 
 
 def _next_vitals(
@@ -441,17 +419,3 @@ def _next_vitals(
         last_slot=choice.slot.clamp(0, slot_count - 1),
         changed=changed.any(1),
     )
-
-
-def _initial(rows: list[list[Part]], device: torch.device) -> tuple[Tensor, Tensor]:
-    """Mean and deviation of each parameter, a row for each list of parts, zeros at the end."""
-    most = max(sum(part.size for part in row) for row in rows)
-    mean = torch.zeros(len(rows), most, dtype=torch.float64)
-    std = torch.zeros_like(mean)
-    for number, row in enumerate(rows):
-        start = 0
-        for part in row:
-            mean[number, start : start + part.size] = part.mean
-            std[number, start : start + part.size] = part.std
-            start += part.size
-    return mean.to(device), std.to(device)

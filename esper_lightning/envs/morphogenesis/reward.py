@@ -11,7 +11,9 @@ from torch import Tensor
 from esper_lightning.core.shapes import Bool, Float, Int
 from esper_lightning.envs.morphogenesis.lifecycle import Stage
 
-__all__ = ["RewardWeights", "reward_terms", "stage_potential"]
+__all__ = ["REWARD_TERMS", "RewardWeights", "reward_terms", "stage_potential"]
+
+REWARD_TERMS = ("gain", "rent", "intervention", "divergence", "shaping")
 
 _POTENTIAL = {
     Stage.DORMANT: 0.0,

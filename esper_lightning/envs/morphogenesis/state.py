@@ -1,0 +1,154 @@
+"""The state of all environments, and what hosts and seeds begin with.
+
+Axes: ``B`` environment, ``S`` slot, ``P`` parameter. Initial parameters are drawn from normal
+distributions, from streams that depend on the seed, the environment and the episode alone.
+"""
+
+import math
+from typing import TYPE_CHECKING, NamedTuple
+
+import torch
+from torch import Tensor
+
+from esper_lightning.core.shapes import Bool, Float, Int
+from esper_lightning.core.tensor_trees import map_tree
+from esper_lightning.envs.morphogenesis.blueprints import BLUEPRINTS, Part, parts
+from esper_lightning.envs.morphogenesis.lifecycle import Slots
+from esper_lightning.envs.morphogenesis.network import Weights
+from esper_lightning.envs.morphogenesis.observation import HISTORY, Vitals
+from esper_lightning.envs.morphogenesis.streams import Place, Purpose, normals
+
+if TYPE_CHECKING:
+    from esper_lightning.envs.morphogenesis.settings import Morphogenesis
+
+__all__ = ["Hosts", "Nursery", "place_of"]
+
+
+class Hosts(NamedTuple):
+    """Everything that decides the future of the environments."""
+
+    weights: Weights
+    velocity: Weights
+    slots: Slots
+    vitals: Vitals
+    episode: Int[Tensor, " B"]
+    episode_return: Float[Tensor, " B"]
+    seed: Int[Tensor, ""]  # of all random numbers
+
+
+def place_of(hosts: Hosts) -> Place:
+    """Where in their streams of random numbers the environments are."""
+    env = torch.arange(hosts.episode.shape[0], device=hosts.episode.device)
+    return Place(env, hosts.episode, hosts.vitals.step)
+
+
+class Nursery:
+    """Makes hosts and seeds that nobody has trained yet.
+
+    Args:
+        spec: The settings.
+        device: Where they live.
+        dtype: Of their parameters.
+    """
+
+    def __init__(self, spec: "Morphogenesis", *, device: torch.device, dtype: torch.dtype) -> None:
+        self._spec, self._device, self._dtype = spec, device, dtype
+        self._host = _distribution([spec.architecture().parts()], device)
+        self._seeds = [
+            _distribution([[*parts(name, channels).values()] for name in spec.blueprints], device)
+            for channels in spec.channels
+        ]
+        self._kinds = torch.tensor([BLUEPRINTS.index(name) for name in spec.blueprints]).to(device)
+
+    def hosts(self, seed: int, episode: Int[Tensor, " B"]) -> Hosts:
+        """Hosts at the beginning of these episodes."""
+        spec, count, slots = self._spec, episode.shape[0], len(self._spec.channels)
+        mean, std = self._host
+        start = torch.zeros_like(episode)
+        place = Place(torch.arange(count, device=self._device), episode, start)
+        drawn = normals(seed, Purpose.HOST, place, count=mean.shape[1])
+        host = (mean + std * drawn).to(self._dtype)
+        zeros = host.new_zeros
+        seeds = tuple(zeros(count, mean.shape[1]) for mean, _ in self._seeds)
+        means = tuple(zeros(count, channels) for channels in spec.channels)
+        ones = tuple(mean + 1.0 for mean in means)
+        share, classes = zeros(count, slots), spec.architecture().classes
+        vitals = Vitals(
+            step=start,
+            losses=zeros(count, HISTORY) + math.log(classes),
+            accuracies=zeros(count, HISTORY) + 1 / classes,
+            contribution=share,
+            contribution_age=share.long(),
+            germination_accuracy=share,
+            grad_norm=share,
+            last_op=start,
+            last_slot=start,
+            changed=start.bool(),
+        )
+        fresh = Hosts(
+            Weights(host, seeds, means, ones),
+            Weights(torch.zeros_like(host), tuple(map(torch.zeros_like, seeds)), (), ()),
+            Slots.empty(count, slots, dtype=self._dtype, device=self._device),
+            vitals,
+            episode,
+            zeros(count),
+            torch.full((), seed, dtype=torch.int64, device=self._device),
+        )
+        return map_tree(torch.clone, fresh)  # none shares memory with another
+
+    def germinate(
+        self,
+        seed: int,
+        hosts: Hosts,
+        slots: Slots,
+        germinated: Bool[Tensor, "B S"],
+        *,
+        static: bool,
+    ) -> None:
+        """New parameters where a seed was put, in place.
+
+        Args:
+            seed: Of all random numbers.
+            hosts: As they are.
+            slots: Says of which blueprint.
+            germinated: Where.
+            static: Whether to draw for every host, because asking would wait for the device.
+        """
+        rows = None if static else germinated.any(1).nonzero().squeeze(1)
+        if rows is not None and rows.shape[0] == 0:
+            return
+        place = place_of(hosts)
+        if rows is not None:
+            place = Place(*(axis[rows] for axis in place))
+        most = max(mean.shape[1] for mean, _ in self._seeds)
+        drawn = normals(seed, Purpose.SEED, place, count=most)
+        for s, (mean, std) in enumerate(self._seeds):
+            mine, kind = germinated[:, s], slots.blueprint[:, s]
+            if rows is not None:
+                mine, kind = mine[rows], kind[rows]
+            # Position among the settings' blueprints; whose slot did not germinate may have none.
+            at = (kind.unsqueeze(1) == self._kinds).int().argmax(1)
+            fresh = (mean[at] + std[at] * drawn[:, : mean.shape[1]]).to(self._dtype)
+            _overwrite(hosts.weights.seeds[s], fresh, mine, rows)
+            _overwrite(hosts.velocity.seeds[s], torch.zeros_like(fresh), mine, rows)
+
+
+def _overwrite(target: Tensor, fresh: Tensor, mine: Tensor, rows: Tensor | None) -> None:
+    if rows is None:
+        target.copy_(torch.where(mine.unsqueeze(1), fresh, target))
+    else:
+        target[rows[mine]] = fresh[mine]
+
+
+def _distribution(rows: list[list[Part]], device: torch.device) -> tuple[Tensor, Tensor]:
+    """Mean and deviation ``[*, P]`` of each parameter, a row a list of parts, zeros at its end."""
+    most = max(sum(part.size for part in row) for row in rows)
+    mean = torch.zeros(len(rows), most, dtype=torch.float64)
+    std = torch.zeros_like(mean)
+    for number, row in enumerate(rows):
+        start = 0
+        for part in row:
+            mean[number, start : start + part.size] = part.mean
+            std[number, start : start + part.size] = part.std
+            start += part.size
+    return mean.to(device), std.to(device)

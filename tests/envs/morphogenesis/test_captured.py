@@ -1,0 +1,114 @@
+"""A step that is replayed, as CUDA graphs are, and one in a policy's precision."""
+
+import pytest
+import torch
+
+from esper_lightning.core.tensor_trees import leaves, map_tree
+from esper_lightning.envs.morphogenesis import Morphogenesis, MorphogenesisEnv
+from esper_lightning.envs.morphogenesis import env as module
+from esper_lightning.envs.morphogenesis.baselines import random_legal
+
+CPU = torch.device("cpu")
+SPEC = Morphogenesis.synthetic(
+    num_envs=3, channels=(8, 8), kernels=(3, 1), pools=(4, 1), train_batches=2, batch_size=16,
+    validation_size=32, epochs=4,
+)  # fmt: skip
+
+
+class Replayed:
+    """What a graph does: works where arguments lived at first, and returns the same tensors."""
+
+    def __init__(self, function):
+        self.function, self.args, self.result = function, None, None
+
+    def __call__(self, *args):
+        if self.args is None:
+            self.args = args
+            memory = [leaf.untyped_storage().data_ptr() for leaf in leaves(args)]
+            assert len(set(memory)) == len(memory)
+        for static, value in zip(leaves(self.args), leaves(args), strict=True):
+            if static.data_ptr() != value.data_ptr():
+                static.copy_(value)
+        result = self.function(*self.args)
+        if self.result is None:
+            self.result = result
+        for static, value in zip(leaves(self.result), leaves(result), strict=True):
+            static.copy_(value)
+        return self.result
+
+
+def play(env, steps, *, tests_ends=()):
+    """Everything that is shown, as it is when it is shown and as it is later."""
+    obs, mask = env.reset()
+    at_once, later = [], [(obs, mask)]
+    for step in range(steps):
+        env.tests_ends = step in tests_ends
+        if step == 5:
+            env.load_state_dict(env.state_dict())
+        result = env.step(random_legal(env))
+        later.append((result, env.report, env.figures()))
+        at_once.append(map_tree(torch.clone, later[-1]))
+    return at_once, later[1:], env.state_dict()
+
+
+def equal(first, other):
+    pairs = zip(leaves(first), leaves(other), strict=True)
+    return all(torch.equal(a.nan_to_num(), b.nan_to_num()) for a, b in pairs)
+
+
+def test_a_replayed_step_is_a_step(monkeypatch):
+    def build():
+        return MorphogenesisEnv(SPEC, device=CPU, seed=4, static=True)
+
+    expected, _, end = play(build(), 10, tests_ends=(3, 7))
+    monkeypatch.setattr(module, "capture_function", lambda _, f, *, device: Replayed(f))
+    at_once, later, its_end = play(build(), 10, tests_ends=(3, 7))
+    assert equal(at_once, expected)
+    assert equal(later, expected)  # nothing shown is written into again
+    assert equal(its_end, end)
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
+def test_a_captured_step_is_a_step(monkeypatch, caplog):
+    device = torch.device("cuda")
+    captured = play(SPEC.build(device, 4), 10, tests_ends=(3, 7))
+    assert "slower way" not in caplog.text
+    monkeypatch.setattr(module, "capture_function", lambda _, f, *, device: f)
+    plain = play(SPEC.build(device, 4), 10, tests_ends=(3, 7))
+    for a, b in zip(leaves(captured), leaves(plain), strict=True):
+        torch.testing.assert_close(a, b, rtol=1e-3, atol=1e-3, equal_nan=True)
+
+
+@pytest.mark.parametrize("static", [False, True])
+def test_hosts_are_trained_in_their_own_precision(static):
+    """A policy in bfloat16 acts in the same environments."""
+
+    def course():
+        return play(MorphogenesisEnv(SPEC, device=CPU, seed=5, static=static), 6, tests_ends=(3,))
+
+    expected = course()
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        assert equal(course(), expected)
+
+
+def test_figures_are_means_of_what_was_reported():
+    env = SPEC.build(CPU, 6)
+    env.reset()
+    assert all(figure.isnan() for figure in env.figures().values())
+    reports = []
+    for _ in range(5):
+        env.step(random_legal(env))
+        reports.append(env.report)
+    figures = env.figures()
+    expected = {
+        f"reward_{name}": torch.stack([report.terms[name] for report in reports]).mean()
+        for name in reports[0].terms
+    }
+    for name in ("grown_parameters", "diverged"):
+        expected[name] = torch.stack([getattr(r, name) for r in reports]).float().mean()
+    assert figures.keys() == expected.keys()
+    assert expected["grown_parameters"] > 0
+    for name, figure in figures.items():
+        torch.testing.assert_close(figure, expected[name], msg=name)
+    assert all(figure.isnan() for figure in env.figures().values())
