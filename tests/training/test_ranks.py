@@ -227,7 +227,7 @@ def test_a_run_with_memory_that_died_goes_on_bit_for_bit(tmp_path):
     assert len(history(died)) == 8
 
 
-GROWS = {"devices": 1, "env": "grows", "remembers": True, "budget": 8 * 64}
+GROWS = {"devices": 1, "env": "grows", "num_envs": 32, "remembers": True, "budget": 8 * 16 * 32}
 
 
 @pytest.fixture(scope="module")
