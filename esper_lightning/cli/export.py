@@ -45,10 +45,10 @@ def run(arguments: list[str]) -> None:
     except CONFIG_ERRORS as error:
         fail(error)
     print(f"Checkpoint: {path} (iteration {model.iteration:,})")
-    for name, value in exported.batch.items():
-        axes = ", ".join(["batch", *map(str, value.shape[1:])])
-        arrow = "<-" if name == "action" else "->"
-        print(f"{arrow} {name}: {str(value.dtype).removeprefix('torch.')} [{axes}]")
+    for arrow, tensors in (("->", exported.inputs), ("<-", exported.outputs)):
+        for name, value in tensors.items():
+            axes = ", ".join(["batch", *map(str, value.shape[1:])])
+            print(f"{arrow} {name}: {str(value.dtype).removeprefix('torch.')} [{axes}]")
     print(
         f"Differs from the original by at most {exported.difference:.3g} "
         f"over {exported.samples:,} random observations"

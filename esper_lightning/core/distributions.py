@@ -256,13 +256,14 @@ def _values(space: FactoredDiscrete, head: Head) -> Sequence[int]:
 
 
 def _table(row: Shaped[Tensor, "M N"], values: int, size: int) -> Shaped[Tensor, "M V K"]:
-    return row.reshape(len(row), values, size)
+    return row.reshape(row.shape[0], values, size)
 
 
 def _at(table: Float[Tensor, "M V K"], first: Int[Tensor, " M"]) -> Float[Tensor, "M K"]:
     if table.shape[1] == 1:
         return table[:, 0]
-    return table.take_along_dim(first[:, None, None], 1)[:, 0]
+    chosen = first[:, None, None].expand(-1, 1, table.shape[2])
+    return table.gather(1, chosen)[:, 0]
 
 
 def has_choice(space: ActionSpace, mask: Bool[Tensor, "M K"]) -> Bool[Tensor, " M"]:

@@ -5,7 +5,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from esper_lightning import PPOConfig, train_ppo_vectorized
+from esper_lightning import PPOConfig, Recurrent, train_ppo_vectorized
 from esper_lightning.cli.main import main
 from esper_lightning.envs import CartPole
 
@@ -34,6 +34,21 @@ def test_exports_the_best_of_a_run(run, capsys, file_format):
     ]
     assert said.err == ""
     assert [path.name for path in Path("new").iterdir()] == ["policy"]
+
+
+def test_memory_goes_in_and_comes_out(tmp_path, monkeypatch, capsys):
+    monkeypatch.chdir(tmp_path)
+    ppo = PPOConfig(rollout_steps=4, minibatches=1, epochs=1)
+    policy = Recurrent(memory_size=3, cell="lstm")
+    env = CartPole(num_envs=4)
+    train_ppo_vectorized(env, policy=policy, iterations=1, ppo=ppo, device="cpu", run_dir="run")
+    main(["export", "--ckpt_path", "run", "--output", "policy"])
+    assert capsys.readouterr().out.splitlines()[1:5] == [
+        "-> obs: float32 [batch, 4]",
+        "-> memory: float32 [batch, 6]",
+        "<- action: int64 [batch]",
+        "<- next_memory: float32 [batch, 6]",
+    ]
 
 
 def test_another_checkpoint(run, capsys):

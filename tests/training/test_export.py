@@ -9,10 +9,12 @@ import onnxruntime
 import pytest
 import torch
 
-from esper_lightning import MLP, PPO, PPOConfig
+from esper_lightning import MLP, PPO, PPOConfig, Recurrent
+from esper_lightning.core.spaces import Discrete
 from esper_lightning.envs import Acrobot, CartPole, MountainCar, Pendulum
 from esper_lightning.training import export
-from esper_lightning.training.export import export_policy
+from esper_lightning.training.export import Inputs, export_policy
+from tests.training.test_growth import SPEC as GROWTH
 from tests.training.test_module import NotADataclass
 
 CASES = {
@@ -22,6 +24,14 @@ CASES = {
     "clipped": (Pendulum(num_envs=4), MLP()),
     "squashed": (Pendulum(num_envs=4), MLP(action_bounds="tanh")),
     "groups and masks": (NotADataclass(), MLP(actor_obs=("position",))),
+    "growth": (GROWTH, MLP(hidden_sizes=(8,))),
+}
+GRU, LSTM = Recurrent(memory_size=8), Recurrent(memory_size=8, cell="lstm")
+WITH_MEMORY = {
+    "CartPole, GRU": (CartPole(num_envs=4), GRU),
+    "groups and masks, LSTM": (NotADataclass(), LSTM),
+    "growth, GRU": (GROWTH, GRU),
+    "growth, LSTM": (GROWTH, LSTM),
 }
 
 
@@ -30,7 +40,7 @@ def trained(make_trainer):
     """A model whose statistics and weights are not those it began with."""
 
     def train(case="CartPole", **ppo):
-        env, policy = CASES[case]
+        env, policy = (CASES | WITH_MEMORY)[case]
         settings = PPOConfig(rollout_steps=16, minibatches=1, learning_rate=0.05, **ppo)
         model = PPO(env, policy, settings, total_env_steps=128)
         make_trainer().fit(model)
@@ -90,6 +100,70 @@ def test_onnx(trained, tmp_path, case):
         torch.testing.assert_close(torch.from_numpy(action), expected, rtol=1e-5, atol=1e-5)
 
 
+def loaded(path, file_format):
+    """What was written, as a function of observations, masks or ``None``, and memory."""
+    if file_format == "torch":
+        program = torch.export.load(path).module()
+
+        def run(obs, mask, memory):
+            return program(*[obs] if mask is None else [obs, mask], memory=memory)
+
+        return run
+    session = onnxruntime.InferenceSession(path)
+
+    def run(obs, mask, memory):
+        named = {**(obs if isinstance(obs, dict) else {"obs": obs}), "memory": memory}
+        named |= {} if mask is None else {"action_mask": mask}
+        arrays = {name: value.numpy() for name, value in named.items()}
+        return map(torch.from_numpy, session.run(["action", "next_memory"], arrays))
+
+    return run
+
+
+@pytest.mark.parametrize(
+    ("case", "file_format"),
+    [
+        ("CartPole, GRU", "torch"),
+        ("groups and masks, LSTM", "torch"),
+        ("growth, GRU", "torch"),
+        ("CartPole, GRU", "onnx"),
+        ("growth, LSTM", "onnx"),
+    ],
+)
+def test_memory_is_carried_as_told(trained, tmp_path, case, file_format):
+    """From step to step, zeros where an episode ended; the original sees whole sequences."""
+    model = trained(case, normalize_obs=True)
+    generator = torch.Generator().manual_seed(0)
+    for p in model.policy.parameters():  # else some do the same at every step
+        p.data.normal_(0.0, 0.5, generator=generator)
+    exported = export_policy(model, tmp_path / "x", file_format)
+    assert exported.difference <= 1e-5
+    run = loaded(tmp_path / "x", file_format)
+    env = model.env.build(torch.device("cpu"), 7)
+    obs, mask = env.reset()
+    blank = memory = torch.zeros(4, model.policy.memory_size)
+    ended, steps = torch.zeros(4, dtype=torch.bool), []
+    for _ in range(20):
+        memory = memory.masked_fill(ended[:, None], 0.0)
+        action, memory = run(obs, mask, memory)
+        steps.append((model._normalize(obs), mask, ended, action, memory))
+        result = env.step(action)
+        obs, mask, ended = result.obs, result.action_mask, result.terminated | result.truncated
+    obs, mask, ended, action, memory = zip(*steps, strict=True)
+    assert 0 < torch.stack(ended).sum() < 40
+    if isinstance(obs[0], dict):
+        obs = {name: torch.stack([o[name] for o in obs]) for name in obs[0]}
+    else:
+        obs = torch.stack(obs)
+    mask = None if mask[0] is None else torch.cat(mask)
+    with torch.no_grad():
+        expected = model.policy.remember(obs, blank, torch.stack(ended))
+        best = model.policy.act_deterministically(expected.flatten(0, 1), mask)
+    torch.testing.assert_close(torch.stack(memory), expected, rtol=1e-5, atol=1e-5)
+    assert torch.equal(torch.cat(action), model.policy.to_env(best))
+    assert len(best.unique(dim=0)) > 1
+
+
 def test_what_is_needed_to_read_it(trained, tmp_path):
     model = trained()
     path = tmp_path / "x.pt2"
@@ -105,14 +179,18 @@ print(torch.export.load({str(path)!r}).module()(torch.zeros(3, 4)).tolist())
 
 
 def test_says_what_goes_in_and_what_comes_out(trained, tmp_path, caplog, recwarn):
-    exported = export_policy(trained("groups and masks"), tmp_path / "x.onnx", "onnx")
-    shapes = {name: (value.dtype, value.shape[1:]) for name, value in exported.batch.items()}
-    assert shapes == {
+    exported = export_policy(trained("groups and masks, LSTM"), tmp_path / "x.onnx", "onnx")
+    inputs, outputs = (
+        {name: (value.dtype, value.shape[1:]) for name, value in tensors.items()}
+        for tensors in (exported.inputs, exported.outputs)
+    )
+    assert inputs == {
         "position": (torch.float64, (2,)),
         "speed": (torch.float64, (2,)),
         "action_mask": (torch.bool, (5,)),
-        "action": (torch.int64, (2,)),
+        "memory": (torch.float32, (16,)),
     }
+    assert outputs == {"action": (torch.int64, (2,)), "next_memory": (torch.float32, (16,))}
     assert exported.samples == 1024
     assert [r for r in caplog.records if r.levelno >= logging.WARNING] == []
     assert [warning for warning in recwarn if "treespec" not in str(warning.message)] == []
@@ -138,22 +216,46 @@ def test_what_acts_differently_is_not_written(trained, tmp_path, monkeypatch, fi
     assert path.read_text() == "earlier"
 
 
-def test_masks_are_random_and_allow_something():
+def test_what_remembers_differently_is_not_written(trained, tmp_path, monkeypatch):
+    true = export._program
+
+    def wrong(policy, example):
+        policy = export.DeterministicPolicy(model)
+        policy.policy.from_memory.bias.data += 1e-4
+        return true(policy, example)
+
+    model = trained("CartPole, GRU")
+    monkeypatch.setattr(export, "_program", wrong)
+    with pytest.raises(ValueError, match=r"a difference of \S+ in next_memory"):
+        export_policy(model, tmp_path / "x", "torch")
+    assert list(tmp_path.glob("x*")) == []
+
+
+@pytest.mark.parametrize(
+    ("space", "parts"),
+    [
+        (Discrete(5), [5]),
+        (NotADataclass().spaces().action, [2, 3]),
+        (GROWTH.spaces().action, [5, 2, 2, 2, 2, 2, 7, 2]),  # a slot's for each of 5 ops
+    ],
+)
+def test_masks_are_random_and_allow_something(space, parts):
     generator = torch.Generator().manual_seed(0)
-    space = NotADataclass().spaces().action
-    example = ({"position": torch.zeros(4, 2)}, torch.ones(4, 5, dtype=torch.bool))
-    _, mask = export._random_inputs(example, space, 1000, generator)
-    for part in mask.split(space.nvec, 1):
+    example = Inputs(torch.zeros(4, 2), torch.ones(4, sum(parts), dtype=torch.bool))
+    mask = export._random_inputs(example, space, 1000, generator).action_mask
+    for part in mask.split(parts, 1):
         assert part.any(1).all()
-        assert (~part).any(1).sum() > 300
+        assert (~part).any(1).sum() > 200
 
 
 @pytest.mark.parametrize("mean", [0.0, 1000.0])
-def test_random_observations_are_of_the_environments_scale(mean):
+def test_random_inputs_are_of_the_environments_scale(mean):
     generator = torch.Generator().manual_seed(0)
-    (obs,) = export._random_inputs((torch.full((4, 3), mean),), None, 1000, generator)
+    example = Inputs(torch.full((4, 3), mean), memory=torch.zeros(4, 3))
+    obs, _, memory = export._random_inputs(example, None, 1000, generator)
     assert obs.mean().item() == pytest.approx(mean, abs=0.2 * max(mean, 1.0))
     assert obs.std().item() == pytest.approx(max(mean, 1.0), rel=0.1)
+    assert memory.std().item() == pytest.approx(1.0, rel=0.1)
 
 
 @pytest.mark.parametrize("missing", ["onnx", "onnxscript"])
@@ -164,10 +266,13 @@ def test_packages_that_are_missing(trained, tmp_path, monkeypatch, missing):
         export_policy(trained(), tmp_path / "x.onnx", "onnx")
 
 
-def test_a_group_that_is_called_as_the_mask(monkeypatch):
-    example = ({"action_mask": torch.zeros(4, 2)}, torch.ones(4, 5, dtype=torch.bool))
-    with pytest.raises(ValueError, match="must not be action_mask"):
-        export._names(example)
+@pytest.mark.parametrize("name", ["action_mask", "memory", "action", "next_memory"])
+def test_a_group_that_is_called_as_something_else(name):
+    zeros = torch.zeros(4, 2)
+    with pytest.raises(ValueError, match=f"^Group of observations must not be .*{name}"):
+        _ = Inputs({name: zeros}, zeros.bool(), zeros).named
+    if name != "action":  # of which these have none
+        assert [*Inputs({name: zeros}).named] == [name]
 
 
 def test_formats_and_places(trained, tmp_path):
