@@ -132,8 +132,8 @@ class FactoredDiscrete:
         require(free, field, "begin with one that is always used and not conditioned", first)
         for head in self.heads[1:]:
             values = range(first.size) if head.used_by is None else head.used_by
-            ok = len(values) > 0 and set(values) <= set(range(first.size))
-            rule = f"have values, all in [0, {first.size})"
+            ok = set(values) <= set(range(first.size))
+            rule = f"lie in [0, {first.size})"
             require(ok, f"Head.used_by of {head.name!r}", rule, head.used_by)
 
     @property
