@@ -24,16 +24,21 @@ __all__ = ["compare_policies", "refuse_figures", "table"]
 _HINT = "pip install 'esper_lightning[compare]'"
 
 
-def refuse_figures(env: EnvSpec) -> None:
-    """Refuse ``--figures`` where none can be drawn.
+def refuse_figures(env: EnvSpec, folder: Path) -> None:
+    """Refuse ``--figures`` where none can be drawn; makes the folder if they can.
 
     Raises:
-        ValueError: If the environment is another, or matplotlib is missing.
+        ValueError: If the environment is another, matplotlib is missing, or the folder cannot be.
     """
     grows = isinstance(env, Morphogenesis)
     require(grows, "--figures", "be of growing networks: Morphogenesis", type(env).__name__)
     drawn = importlib.util.find_spec("matplotlib") is not None
     require(drawn, "--figures", "find matplotlib", "none", f"{_HINT}.")
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        rule = f"be a folder that can be made ({error.strerror})"
+        require(False, "--figures", rule, str(folder))
 
 
 def compare_policies(model: PPO, device: torch.device, *, figures: Path | None) -> str:

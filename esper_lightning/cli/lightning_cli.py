@@ -219,8 +219,6 @@ class EsperCLI(LightningCLI):
         refuse_unsupported(self.trainer, num_envs=model.env.num_envs, budget=model.total_env_steps)
         path = self.config[self.subcommand]["ckpt_path"]
         fits = self.subcommand == "fit"
-        if not fits and self.config_init["evaluate"]["figures"] is not None:
-            refuse_figures(model.env)
         if path in ("last", "best", "hpc"):  # a file, by the name that Lightning gives it
             connector: Any = self.trainer._checkpoint_connector  # pyright: ignore[reportPrivateUsage]
             path = connector._parse_ckpt_path(
@@ -231,6 +229,9 @@ class EsperCLI(LightningCLI):
             refuse_foreign(load_checkpoint(path), self.model.settings, world_size=ranks)
         elif fits and model.warm_start is not None:
             load_weights(model, model.warm_start)
+        figures = None if fits else self.config_init["evaluate"]["figures"]
+        if figures is not None:
+            refuse_figures(model.env, figures)
 
     def fit(self, **kwargs: Any) -> None:
         """Remember to train."""

@@ -123,6 +123,22 @@ def test_figures_that_cannot_be_drawn_are_refused(
     assert not Path("drawn").exists()
 
 
+def test_a_folder_for_figures_that_cannot_be_made_is_refused_before_anything_is_played(
+    saved, capsys, monkeypatch
+):
+    saved(SPEC)
+    monkeypatch.setattr(PPO, "validation_step", None)  # nothing could be played
+    Path("file").write_text("")
+    for folder in ("file", "file/below"):
+        with pytest.raises(SystemExit) as caught:
+            evaluate("--figures", folder)
+        assert caught.value.code == 2
+        message = (
+            rf"^esper: error: --figures must be a folder that can be made \(.*\), got '{folder}'"
+        )
+        assert re.search(message, capsys.readouterr().err)
+
+
 def test_a_host_that_diverges_is_counted_and_drawn():
     env, baseline = SPEC.build(CPU, 1), BASELINES["grow at the start"]
 

@@ -44,6 +44,14 @@ def make_env(model):
     return fresh_hosts(model.env, hosts=5, device=CPU, seed=3)
 
 
+def test_an_evaluation_on_a_cpu_ends_with_the_last_episode():
+    model, env, steps = make_model(), SPEC.build(CPU, 1), []
+    step = env.step
+    env.step = lambda action: steps.append(None) or step(action)
+    evaluate_policy(model.policy, model._normalize, env)
+    assert len(steps) == EPOCHS
+
+
 @pytest.mark.parametrize("name", BASELINES)
 def test_figures_are_those_of_a_longer_episode_stopped_by_hand(name):
     """In an episode that goes on, everything can be read off the hosts."""

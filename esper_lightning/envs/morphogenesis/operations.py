@@ -32,9 +32,17 @@ def affine(
     x: Float[Tensor, "N M C"], weight: Float[Tensor, "N C O"], bias: Float[Tensor, "N O"] | None
 ) -> Float[Tensor, "N M O"]:
     """A linear layer for each host."""
-    if bias is None:
-        return torch.bmm(x, weight)
-    return torch.baddbmm(bias.unsqueeze(1), x, weight)
+    # A batched product rounds as the addresses of its matrices have it, modulo 16 bytes: zeros
+    # make each host's a multiple of 4 numbers, those of the gradients too.
+    (rows, inputs), out = x.shape[1:], weight.shape[2]
+    more_rows = -rows % 4 if rows * inputs % 4 or rows * out % 4 else 0
+    more_out = -out % 4 if inputs * out % 4 else 0
+    x = functional.pad(x, (0, 0, 0, more_rows)) if more_rows else x
+    if more_out:
+        weight = functional.pad(weight, (0, more_out))
+        bias = None if bias is None else functional.pad(bias, (0, more_out))
+    y = torch.bmm(x, weight) if bias is None else torch.baddbmm(bias.unsqueeze(1), x, weight)
+    return y[:, :rows, :out].contiguous() if more_rows or more_out else y
 
 
 def as_rows(channel: Float[Tensor, "N C"]) -> Float[Tensor, "N 1 1 1 C"]:
@@ -61,7 +69,7 @@ def convolve(
         # Each pixel reaches each other: one matrix, [N, H*W*C, H*W*O].
         places = height * width
         taps = _taps(height, width, side, h.dtype, h.device).expand(hosts, -1, -1)
-        matrix = unflatten(kernel.flatten(3).flatten(1, 2).bmm(taps), 1, (out, -1))
+        matrix = unflatten(affine(kernel.flatten(3).flatten(1, 2), taps, None), 1, (out, -1))
         matrix = unflatten(matrix, 3, (places, places)).permute(0, 4, 2, 3, 1)
         wide = None if bias is None else bias.repeat(1, places)
         y = affine(h.flatten(2), matrix.flatten(3).flatten(1, 2), wide)

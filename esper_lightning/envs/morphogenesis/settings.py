@@ -1,7 +1,10 @@
 """The settings of the environment; the defaults are the preset ``digits``."""
 
+import math
+from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any
+from numbers import Real
+from typing import Any, cast
 
 import torch
 
@@ -34,7 +37,8 @@ class Morphogenesis(EnvSpec):
     episode ends after ``epochs``, beyond which nothing counts, or when a loss is not finite.
 
     Attributes:
-        num_envs: Hosts on each rank.
+        num_envs: Hosts on each rank. A host is the same bits among 2 or 2,000; alone it rounds
+            otherwise.
         dataset: ``digits`` (scikit-learn's, 8x8 images), ``cifar10`` or ``synthetic``.
         folder: Where ``cifar10`` is: holds ``cifar-10-batches-py`` or its archive.
         image: Channels and side of ``synthetic`` images; the other data sets have their own.
@@ -115,10 +119,12 @@ class Morphogenesis(EnvSpec):
         require(ok, "Morphogenesis.folder", rule, self.folder, CIFAR_HINT)
         shapes = ("linear", "cosine", "sigmoid")
         _require("ramp_shape", self.ramp_shape in shapes, f"be one of {shapes}", self.ramp_shape)
-        for name in ("channels", "kernels", "pools", "ramp_epochs"):
+        for name in ("channels", "kernels", "pools", "ramp_epochs", "image"):
             values = getattr(self, name)
-            ok = len(values) >= 1 and all(isinstance(v, int) and v >= 1 for v in values)
+            ok = _is_sequence(values) and all(_is_int(value, minimum=1) for value in values)
             _require(name, ok, "be a tuple of integers of at least 1", values)
+        _require("image", len(self.image) == 2, "be channels and side", self.image)
+        self._refuse_foreign_data()
         _require("channels", min(self.channels) >= 4, "be at least 4", self.channels)
         for name in ("kernels", "pools"):
             ok = len(getattr(self, name)) == len(self.channels)
@@ -130,9 +136,12 @@ class Morphogenesis(EnvSpec):
         for pool in self.pools:
             side //= pool
         _require("pools", side >= 1, f"leave something of {architecture.image[1]}", self.pools)
-        ok = len(self.blueprints) >= 1 and len(set(self.blueprints)) == len(self.blueprints)
-        ok &= all(name in BLUEPRINTS for name in self.blueprints)
+        ok = _is_sequence(self.blueprints) and all(name in BLUEPRINTS for name in self.blueprints)
+        ok = ok and len(set(self.blueprints)) == len(self.blueprints)
         _require("blueprints", ok, f"be different names of {BLUEPRINTS}", self.blueprints)
+        for name in _NUMBERS:
+            value = getattr(self, name)
+            _require(name, _is_finite(value), "be a finite number", value)
         for name in ("learning_rate", "max_grad_norm"):
             _require(name, getattr(self, name) > 0, "be positive", getattr(self, name))
         for name in ("noise", "weight_decay", "rent_weight", "intervention_cost", "shaping_weight"):
@@ -140,6 +149,18 @@ class Morphogenesis(EnvSpec):
         _require("momentum", 0 <= self.momentum < 1, "lie in [0, 1)", self.momentum)
         ok = 0 < self.shaping_discount <= 1
         _require("shaping_discount", ok, "lie in (0, 1]", self.shaping_discount)
+
+    def _refuse_foreign_data(self) -> None:
+        """What only ``synthetic`` can have, unless it says what is so anyway."""
+        if self.dataset == "synthetic":
+            return
+        own = IMAGE[self.dataset]
+        ok = tuple(self.image) in (own, Morphogenesis.image)
+        hint = "Only 'synthetic' has a choice."
+        rule = f"be {own} for {self.dataset!r}"
+        require(ok, "Morphogenesis.image", rule, self.image, hint)
+        rule = f"be 10 for {self.dataset!r}"
+        require(self.classes == 10, "Morphogenesis.classes", rule, self.classes, hint)
 
     @classmethod
     def digits(cls, **changes: Any) -> "Morphogenesis":
@@ -165,8 +186,7 @@ class Morphogenesis(EnvSpec):
     def architecture(self) -> Architecture:
         """The host."""
         image = IMAGE.get(self.dataset, self.image)
-        classes = self.classes if self.dataset == "synthetic" else 10
-        return Architecture(image, self.channels, self.kernels, self.pools, classes)
+        return Architecture(image, self.channels, self.kernels, self.pools, self.classes)
 
     def sgd(self) -> SGD:
         """How hosts are trained."""
@@ -208,10 +228,34 @@ def _require(name: str, ok: bool, rule: str, got: object) -> None:
 
 
 def _require_int(field: str, value: object, *, minimum: int) -> None:
-    ok = isinstance(value, int) and not isinstance(value, bool) and value >= minimum
-    require(ok, field, f"be an integer of at least {minimum}", value)
+    require(_is_int(value, minimum=minimum), field, f"be an integer of at least {minimum}", value)
 
 
+def _is_int(value: object, *, minimum: int) -> bool:
+    return isinstance(value, int) and not isinstance(value, bool) and value >= minimum
+
+
+def _is_finite(value: object) -> bool:
+    return isinstance(value, Real) and not isinstance(value, bool) and math.isfinite(value)
+
+
+def _is_sequence(value: object) -> bool:
+    return isinstance(value, tuple | list) and len(cast(Sequence[object], value)) >= 1
+
+
+_NUMBERS = (
+    "noise",
+    "learning_rate",
+    "momentum",
+    "weight_decay",
+    "max_grad_norm",
+    "gain_weight",
+    "rent_weight",
+    "intervention_cost",
+    "divergence_penalty",
+    "shaping_weight",
+    "shaping_discount",
+)
 _SYNTHETIC: dict[str, Any] = {"dataset": "synthetic"}
 _LARGE: dict[str, Any] = {
     "dataset": "synthetic",

@@ -81,6 +81,10 @@ class Convolutional(nn.Module):
         return [self.bias, self.scale, *rest]
 
 
+def norm_of(grads):
+    return math.sqrt(sum(grad.square().sum().item() for grad in grads))
+
+
 def make_seed(name, channels):
     if name == "norm":
         return Norm(channels)
@@ -146,7 +150,7 @@ class Slot:
     def __init__(self, spec):
         self.spec = spec
         self.stage, self.alpha, self.epochs, self.measured = "DORMANT", 0.0, 0, False
-        self.blueprint, self.ramp, self.fade_from = None, 1, 0.0
+        self.blueprint, self.ramp, self.fade_from, self.age = None, 1, 0.0, 0
 
     def enter(self, stage, epochs=0):
         self.stage, self.epochs = stage, epochs
@@ -177,8 +181,20 @@ class Slot:
                 self.enter("EMBARGOED", 1)
         elif self.stage == "EMBARGOED" and self.epochs > self.spec.cooldown_epochs:
             self.enter("DORMANT", 1)
+        self.age += 1
         if not self.live:
-            self.alpha, self.measured = 0.0, False
+            self.alpha, self.measured, self.age = 0.0, False, 0
+
+    def observe(self, epochs):
+        """Features of the slot that its life cycle decides."""
+        kind = f"blueprint_{self.blueprint}" if self.live else None
+        return {
+            f"stage_{self.stage.lower()}": 1.0,
+            **({kind: 1.0} if kind else {}),
+            "alpha": self.alpha,
+            "epochs_in_stage": self.epochs / epochs,
+            "age": self.age / epochs,
+        }
 
 
 def sigmoid(x):
@@ -211,6 +227,7 @@ class LifeCycleOracle:
         if op == "GERMINATE":
             slot.enter("TRAINING")
             slot.blueprint, slot.measured = self.spec.blueprints[blueprint], False
+            slot.age = 0
         elif op == "BLEND":
             slot.enter("BLENDING")
             slot.ramp = self.spec.ramp_epochs[ramp]
@@ -243,6 +260,29 @@ class LoneHost:
         self.seeds = [None] * len(spec.channels)
         self.optimizers = [None] * len(spec.channels)
         self.dtype = dtype
+        self.losses, self.accuracies = [math.log(spec.classes)] * 5, [1 / spec.classes] * 5
+        self.grad_norm, self.germination_accuracy = {}, {}
+        self.contribution, self.judged_at = {}, {}
+        self.last, self.clipped = None, set()
+
+    def step(self, action, drawn_seed, batches, validation):
+        """One epoch of the environment; ``drawn_seed`` is what a new seed begins with.
+
+        Returns what ``measure`` does.
+        """
+        op, s, blueprint, ramp = action
+        self.last = (op, s, op != "WAIT" and self.life.legal(op, s))
+        if self.life.act(op, s, blueprint, ramp):
+            self.germinate(s, drawn_seed)
+            self.germination_accuracy[s] = self.accuracies[-1]
+        self.life.tick()
+        self.train(batches)
+        loss, accuracy, contribution = self.measure(*validation)
+        self.losses.append(loss)
+        self.accuracies.append(accuracy)
+        self.contribution |= contribution
+        self.judged_at |= dict.fromkeys(contribution, len(self.losses))
+        return loss, accuracy, contribution
 
     def germinate(self, s, row):
         seed = make_seed(self.life.slots[s].blueprint, self.spec.channels[s]).to(self.dtype)
@@ -273,6 +313,9 @@ class LoneHost:
             parameters = [p for module in modules for p in module.parameters()]
             loss = functional.cross_entropy(self.host(image, self.seeds, self.gates()), label)
             grads = torch.autograd.grad(loss, parameters)
+            by_parameter = dict(zip(parameters, grads, strict=True))
+            for s in attached:
+                self.grad_norm[s] = norm_of([by_parameter[p] for p in self.seeds[s].parameters()])
             for s in isolated:
                 gates = self.gates()
                 gates[s] = 1.0
@@ -280,14 +323,16 @@ class LoneHost:
                 logits = self.host(image, self.seeds, gates, shadow=True)
                 shadow_loss = functional.cross_entropy(logits, label)
                 found = torch.autograd.grad(shadow_loss, mine)
-                self._descend(mine, found, [self.optimizers[s]])
+                self.grad_norm[s] = norm_of(found)
+                self._descend("isolated", mine, found, [self.optimizers[s]])
             optimizers = [self.optimizer, *(self.optimizers[s] for s in attached)]
-            self._descend(parameters, grads, optimizers)
+            self._descend("joint", parameters, grads, optimizers)
 
-    def _descend(self, parameters, grads, optimizers):
+    def _descend(self, kind, parameters, grads, optimizers):
         for parameter, grad in zip(parameters, grads, strict=True):
             parameter.grad = grad
-        nn.utils.clip_grad_norm_(parameters, self.spec.max_grad_norm)
+        if nn.utils.clip_grad_norm_(parameters, self.spec.max_grad_norm) > self.spec.max_grad_norm:
+            self.clipped.add(kind)
         for optimizer in optimizers:
             optimizer.step()
 
@@ -312,6 +357,31 @@ class LoneHost:
                 contribution[s] = here - accuracy(gates)
         self.life.measured()
         return functional.cross_entropy(logits, label).item(), here, contribution
+
+    def observe(self):
+        """Features that are not 0, by name."""
+        spec, (op, last_slot, changed) = self.spec, self.last
+        live = [s for s, slot in enumerate(self.life.slots) if slot.live]
+        grown = sum(p.numel() for s in live for p in self.seeds[s].parameters())
+        found = {
+            "time": (len(self.losses) - 5) / spec.epochs,
+            f"last_op_{op.lower()}": 1.0,
+            f"last_slot_{last_slot}": 1.0,
+            "changed": float(changed),
+            "grown": grown / sum(p.numel() for p in self.host.parameters()),
+        }
+        for k in range(5):
+            found[f"loss_{k}"] = min(5.0, self.losses[-1 - k] / math.log(spec.classes))
+            found[f"accuracy_{k}"] = self.accuracies[-1 - k]
+        for s, slot in enumerate(self.life.slots):
+            mine = slot.observe(spec.epochs)
+            if slot.live:
+                mine["contribution"] = 10 * self.contribution[s]
+                mine["freshness"] = 1 / (1 + len(self.losses) - self.judged_at[s])
+                mine["grad_norm"] = math.log1p(self.grad_norm[s])
+                mine["gain_since_germination"] = self.accuracies[-1] - self.germination_accuracy[s]
+            found |= {f"slot{s}_{name}": value for name, value in mine.items()}
+        return found
 
     def rows(self):
         """Parameters as rows, to compare."""

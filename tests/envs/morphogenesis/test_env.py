@@ -4,12 +4,13 @@ import math
 
 import pytest
 import torch
+from torch.nn import functional
 
 from esper_lightning.core.spaces import FactoredDiscrete
 from esper_lightning.envs import check_env
 from esper_lightning.envs.contract import sample_action
 from esper_lightning.envs.morphogenesis import Morphogenesis, MorphogenesisEnv
-from esper_lightning.envs.morphogenesis.baselines import BASELINES
+from esper_lightning.envs.morphogenesis.baselines import BASELINES, random_legal
 from esper_lightning.envs.morphogenesis.blueprints import (
     BLUEPRINTS,
     FAMILIES,
@@ -72,8 +73,19 @@ def test_a_static_plan_keeps_the_contract():
     check_env(MorphogenesisEnv(small(2), device=CPU, seed=0, static=True), steps=8)
 
 
-def test_environment_7_of_64_equals_environment_7_of_8():
-    many, few = (small(count, epochs=5).build(CPU, 1) for count in (64, 8))
+@pytest.mark.parametrize(
+    ("count", "changes"),
+    [
+        (64, {}),
+        # Sizes at which matrices of one host would begin at any address.
+        (19, {"batch_size": 7}),
+        (19, {"batch_size": 10, "classes": 7, "validation_size": 151}),
+        (19, {"batch_size": 9, "channels": (10, 6, 14), "kernels": (3, 1, 3)}),
+    ],
+)
+def test_environment_7_of_many_equals_environment_7_of_8(count, changes):
+    many, few = (small(hosts, epochs=5, **changes).build(CPU, 1) for hosts in (count, 8))
+    few._chunk = 3
     for one, other in zip(actions(many, 12), actions(few, 12), strict=True):
         assert same(one, other, slice(0, 8))
 
@@ -89,8 +101,18 @@ def test_planned_and_static_work_agree():
         torch.testing.assert_close(one.reward, other.reward, rtol=1e-6, atol=1e-8)
 
 
+def an_infinite_weight(host):
+    host[7] = math.inf
+
+
+def a_huge_head(host):
+    """Loss and gradients are finite in float32, but not the square of a gradient."""
+    host[-90:-10] = 1e25 * torch.randn(80, generator=torch.Generator().manual_seed(0))
+
+
+@pytest.mark.parametrize("poison", [an_infinite_weight, a_huge_head])
 @pytest.mark.parametrize("static", [False, True])
-def test_a_host_that_diverges_changes_no_bit_of_another(static):
+def test_a_host_that_diverges_changes_no_bit_of_another(static, poison):
     spec = small(5, epochs=8)
     sound, broken = (MorphogenesisEnv(spec, device=CPU, seed=2, static=static) for _ in range(2))
     others = [0, 1, 3, 4]
@@ -107,8 +129,22 @@ def test_a_host_that_diverges_changes_no_bit_of_another(static):
             assert terms["divergence"][2] == spec.divergence_penalty
             assert terms["gain"][2] == 0
         if step == 2:
-            broken.hosts.weights.host[2, 7] = math.inf
+            poison(broken.hosts.weights.host[2])
     assert broken.hosts.weights.host.isfinite().all()
+
+
+@pytest.mark.parametrize("poison", [an_infinite_weight, a_huge_head])
+def test_what_is_not_finite_changes_nothing(poison):
+    env = small(3).build(CPU, 0)
+    env.step(torch.tensor([[Op.GERMINATE, 1, 3, 0]] * 3))
+    hosts = env.hosts
+    poison(hosts.weights.host[1])
+    measured = env._measure(hosts.weights, hosts.slots, env._splits.validation)
+    assert measured.loss[1].isfinite() == (poison is a_huge_head)
+    before = [t.clone() for t in (hosts.weights.host, hosts.velocity.host)]
+    assert env._train(hosts, hosts.slots).finite.tolist() == [True, False, True]
+    for old, new in zip(before, (hosts.weights.host, hosts.velocity.host), strict=True):
+        assert [torch.equal(*rows) for rows in zip(old, new, strict=True)] == [False, True, False]
 
 
 def test_a_seed_that_diverges_in_isolation_leaves_its_host_alone():
@@ -149,14 +185,14 @@ def test_a_state_of_other_settings_is_refused():
 
 @pytest.mark.parametrize("name", BASELINES)
 def test_baselines_are_legal(name):
-    env = small(6, epochs=14).build(CPU, 0)
+    env = small(12, epochs=28).build(CPU, 0)
     space = env.spaces.action
     assert isinstance(space, FactoredDiscrete)
     done = set()
     for _ in range(28):
         mask, action = env.action_mask(), BASELINES[name](env)
         op, slot, blueprint, ramp = (mask[:, place] for place in space.mask_slices)
-        row = torch.arange(6)
+        row = torch.arange(12)
         assert op[row, action[:, 0]].all()
         assert slot.unflatten(1, (5, 3))[row, action[:, 0], action[:, 1]].all()
         assert blueprint[row, action[:, 2]].all()
@@ -168,9 +204,33 @@ def test_baselines_are_legal(name):
         "never grow": {0},
         "grow at the start": {0, 1, 2, 3},
         "random legal": {0, 1, 2, 3, 4},
-        "plateau": {0, 1, 2},
+        "plateau": {0, 1, 2, 3, 4},
     }
-    assert done >= expected[name]
+    assert done == expected[name]
+
+
+def test_random_actions_are_drawn_evenly_from_what_is_allowed():
+    """Each choice as often as its chance says, within five deviations; also in pairs."""
+    env = small(4096, channels=(4, 4, 4)).build(CPU, 0)
+    slots = env.hosts.slots
+    stage = torch.randint(7, slots.stage.shape, generator=torch.Generator().manual_seed(0))
+    slots = slots._replace(
+        stage=stage, epochs_in_stage=slots.epochs_in_stage + 1, measured=~slots.measured
+    )
+    env.hosts = env.hosts._replace(slots=slots)
+    op, slot, blueprint, ramp = random_legal(env).unbind(1)
+    legal = env.legal().double()
+    legal[:, Op.WAIT] = 1.0  # needs no slot
+    slots_of_op = legal[torch.arange(4096), op]
+    for chosen, allowed in (
+        (op, legal.any(2)),
+        (slot, slots_of_op),
+        (blueprint * 3 + ramp, torch.ones(4096, 21)),
+        (slot * 7 + blueprint, slots_of_op.repeat_interleave(7, dim=1)),
+    ):
+        chance = allowed / allowed.sum(1, keepdim=True)
+        off = functional.one_hot(chosen, chance.shape[1]).sum(0) - chance.sum(0)
+        assert (off.abs() < 5 * (chance * (1 - chance)).sum(0).sqrt()).all()
 
 
 def test_shaping_telescopes_and_adds_the_same_to_every_return():
