@@ -12,6 +12,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any, NoReturn, cast
 
+import torch
 from lightning.fabric.utilities.exceptions import MisconfigurationException
 from lightning.pytorch import LightningModule, Trainer
 from lightning.pytorch.callbacks import Callback, Checkpoint, ProgressBar
@@ -219,6 +220,8 @@ class EsperCLI(LightningCLI):
         refuse_unsupported(self.trainer, num_envs=model.env.num_envs, budget=model.total_env_steps)
         path = self.config[self.subcommand]["ckpt_path"]
         fits = self.subcommand == "fit"
+        if isinstance(model.env, Morphogenesis):
+            model.env.splits(torch.device("cpu"))
         if path in ("last", "best", "hpc"):  # a file, by the name that Lightning gives it
             connector: Any = self.trainer._checkpoint_connector  # pyright: ignore[reportPrivateUsage]
             path = connector._parse_ckpt_path(

@@ -17,6 +17,7 @@ CONFIGS = sorted((Path(__file__).parents[2] / "configs").glob("*.yaml"))
 OVERLAYS = ("debug_profile", "ddp")  # go on top of another config
 CARTPOLE = str(Path(__file__).parents[2] / "configs" / "cartpole.yaml")
 CIFAR10 = CARTPOLE.replace("cartpole", "morphogenesis_cifar10")
+GROWTH = CARTPOLE.replace("cartpole", "morphogenesis")
 PENDULUM = CARTPOLE.replace("cartpole", "pendulum")
 QUICK = (
     *(
@@ -225,6 +226,22 @@ def test_a_mistake_is_one_line_and_status_2(capsys, arguments, message):
     line = fails(capsys, "fit", "--config", CARTPOLE, *arguments)
     assert line.startswith("esper: error: ")
     assert message in line
+    assert not Path("runs").exists()
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["--model.env.validation_size", "401"], "must be at most 400 for 'digits', got 401."),
+        (["--model.env.dataset", "cifar10"], "Morphogenesis.folder must be given for 'cifar10'"),
+        (
+            ["--model.env.dataset", "cifar10", "--model.env.folder", "nowhere"],
+            "Morphogenesis.folder must hold CIFAR-10, got 'nowhere'. Download https://",
+        ),
+    ],
+)
+def test_data_that_is_not_there_is_missed_before_a_run_begins(capsys, arguments, message):
+    assert message in fails(capsys, "fit", "--config", GROWTH, *arguments)
     assert not Path("runs").exists()
 
 

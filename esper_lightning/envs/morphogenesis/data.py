@@ -75,6 +75,19 @@ def load(
     Raises:
         ValueError: If the data set, or what reads it, is not there, or is broken.
     """
+    splits = _read(dataset, folder=folder, image=image, classes=classes, noise=noise)
+    return Splits(*(Split(pixels.to(device), label.to(device)) for pixels, label in splits))
+
+
+@lru_cache(maxsize=1)  # whoever looks early whether it is there reads it for all
+def _read(
+    dataset: Dataset,
+    *,
+    folder: str | None,
+    image: tuple[int, int],
+    classes: int,
+    noise: float,
+) -> Splits:
     if dataset == "digits":
         splits = _digits()
     elif dataset == "cifar10":
@@ -88,7 +101,7 @@ def load(
         scaled = (pixels - mean).div_(deviation)
         if noise > 0:
             scaled = (scaled + noise * _noise(number, scaled.shape)) / (1 + noise**2) ** 0.5
-        finished.append(Split(scaled.to(device), label.to(device)))
+        finished.append(Split(scaled, label))
     return Splits(*finished)
 
 

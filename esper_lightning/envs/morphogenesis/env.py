@@ -19,7 +19,7 @@ from esper_lightning.core.tensor_trees import leaves, map_tree, named_tensors, r
 from esper_lightning.core.types import StepResult
 from esper_lightning.core.validate import require
 from esper_lightning.envs.morphogenesis.blueprints import BLUEPRINTS, parts
-from esper_lightning.envs.morphogenesis.data import Split, Splits, load
+from esper_lightning.envs.morphogenesis.data import Split, Splits
 from esper_lightning.envs.morphogenesis.layout import unflatten
 from esper_lightning.envs.morphogenesis.lifecycle import LIVE, Action, LifeCycle, Op, Slots, is_in
 from esper_lightning.envs.morphogenesis.network import Weights
@@ -86,7 +86,8 @@ class MorphogenesisEnv:
         self._static = device.type != "cpu" if static is None else static
         self._spaces = spec.spaces()
         self._architecture = spec.architecture()
-        self._splits = self._load()
+        splits = spec.splits(device)
+        self._splits = Splits(*(Split(image.to(dtype), label) for image, label in splits))
         self._lifecycle = LifeCycle(
             ramp_choices=spec.ramp_epochs,
             ramp_shape=spec.ramp_shape,
@@ -277,28 +278,6 @@ class MorphogenesisEnv:
         for name, value in hosts._asdict().items():
             tree[name] = value._asdict() if hasattr(value, "_asdict") else value
         return tree
-
-    def _load(self) -> Splits:
-        spec = self.spec
-        splits = load(
-            spec.dataset,
-            folder=spec.folder,
-            image=self._architecture.image,
-            classes=self._architecture.classes,
-            noise=spec.noise,
-            device=self._device,
-        )
-        most = splits.validation.label.shape[0]
-        rule = f"be at most {most} for {spec.dataset!r}"
-        ok = spec.validation_size <= most
-        require(ok, "Morphogenesis.validation_size", rule, spec.validation_size)
-        few = Split(*(tensor[: spec.validation_size] for tensor in splits.validation))
-        return Splits(
-            *(
-                Split(image.to(self._dtype), label)
-                for image, label in (splits.training, few, splits.test)
-            )
-        )
 
     def _name_blueprint(self, choice: Action) -> Action:
         """From a position among the settings' blueprints to one among all."""

@@ -12,7 +12,14 @@ from esper_lightning.core.spaces import Box, EnvSpaces
 from esper_lightning.core.validate import require
 from esper_lightning.envs.base import EnvSpec
 from esper_lightning.envs.morphogenesis.blueprints import BLUEPRINTS
-from esper_lightning.envs.morphogenesis.data import CIFAR_HINT, IMAGE, Dataset
+from esper_lightning.envs.morphogenesis.data import (
+    CIFAR_HINT,
+    IMAGE,
+    Dataset,
+    Split,
+    Splits,
+    load,
+)
 from esper_lightning.envs.morphogenesis.env import MorphogenesisEnv
 from esper_lightning.envs.morphogenesis.host import Architecture
 from esper_lightning.envs.morphogenesis.lifecycle import RampShape
@@ -213,6 +220,27 @@ class Morphogenesis(EnvSpec):
         slots = len(self.channels)
         action = action_space(slots, len(self.blueprints), len(self.ramp_epochs))
         return EnvSpaces(obs=Box((len(feature_names(slots)),)), action=action, masked=True)
+
+    def splits(self, device: torch.device) -> Splits:
+        """The data, read once: training, as much of the validation split as is used, test.
+
+        Raises:
+            ValueError: If it is not there, is broken, or is less than the settings ask for.
+        """
+        architecture = self.architecture()
+        splits = load(
+            self.dataset,
+            folder=self.folder,
+            image=architecture.image,
+            classes=architecture.classes,
+            noise=self.noise,
+            device=device,
+        )
+        most = splits.validation.label.shape[0]
+        rule = f"be at most {most} for {self.dataset!r}"
+        _require("validation_size", self.validation_size <= most, rule, self.validation_size)
+        few = Split(*(tensor[: self.validation_size] for tensor in splits.validation))
+        return splits._replace(validation=few)
 
     def build(self, device: torch.device, seed: int) -> MorphogenesisEnv:
         """Read the data and allocate the hosts.
