@@ -59,6 +59,16 @@ class Cue(EnvSpec):
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
+class Uneven(Cue):
+    """Ends after the question where the sign was +1, else three times as late."""
+
+    def advance(self, state: Tensor, action: Tensor) -> Transition:
+        sign, elapsed = state.unbind(-1)
+        ends = elapsed == torch.where(sign > 0, self.delay, 3 * self.delay)
+        return super().advance(state, action)._replace(terminated=ends)
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
 class HiddenVelocities(CartPole):
     """CartPole that shows where cart and pole are, not where they go."""
 
@@ -146,23 +156,22 @@ def test_before_the_first_gradient_step_nothing_has_moved():
 
 
 def test_evaluation_remembers_and_forgets():
-    spec = Cue(num_envs=8, delay=2)
+    spec = Uneven(num_envs=8, delay=2)
     policy = Recurrent(memory_size=8).build(spec.spaces(), torch.Generator().manual_seed(0))
     seen = []
     act = policy.act_deterministically
     policy.act_deterministically = lambda memory, mask: seen.append(memory) or act(memory, mask)
     env = spec.build(CPU, 3)
     evaluate_policy(policy, lambda obs: obs, env)
-    memory = torch.zeros(8, policy.memory_size)
+    memory, ended = torch.zeros(8, policy.memory_size), torch.zeros(8, 1, dtype=torch.bool)
     other = spec.build(CPU, 3)
     obs, _ = other.reset()
-    for t, got in enumerate(seen):
-        if t % 3 == 0:  # every episode ends after its third step
-            memory = torch.zeros_like(memory)
-        _, memory = see(policy, obs, memory)
+    for got in seen:
+        _, memory = see(policy, obs, memory.masked_fill(ended, 0.0))
         assert torch.equal(got, memory)
-        obs = other.step(act(memory, None)).obs
-    assert len(seen) == 32
+        result = other.step(act(memory, None))
+        obs, ended = result.obs, result.terminated.unsqueeze(1)
+    assert len(seen) == 7  # the longest first episode, in which others began anew
 
 
 def test_a_minibatch_that_is_not_finite_is_found_with_its_memory(make_trainer, monkeypatch):

@@ -192,7 +192,7 @@ def _kernel(name: str, part: dict[str, Tensor]) -> Float[Tensor, "N C C 3 3"]:
     if name == "depthwise":
         return part["point"][:, :, :, None, None] * part["depth"].unsqueeze(1)
     if name == "low_rank":
-        return unflatten(torch.bmm(part["mix"], part["basis"].flatten(2)), 2, (-1, 3, 3))
+        return unflatten(affine(part["mix"], part["basis"].flatten(2), None), 2, (-1, 3, 3))
     return _pad(part["kernel"], 2, part["kernel"].shape[1])
 
 
