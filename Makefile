@@ -33,7 +33,7 @@ check: $(VENV)/.installed ## Lint, types, import contracts
 learning: $(VENV)/.installed ## Measure learning on every task, 5 seeds each (six minutes)
 	$(BIN)/python benchmarks/learning.py
 
-growth: $(VENV)/.installed ## Train policies that grow networks, 5 seeds, against baselines (hours)
+growth: $(VENV)/.installed ## Train policies that grow networks, 5 seeds, against baselines (most of an hour)
 	$(BIN)/python benchmarks/growth.py
 
 bench: $(VENV)/.installed ## Measure throughput against the peers (half an hour)

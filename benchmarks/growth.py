@@ -164,6 +164,8 @@ def main() -> None:
     runs = train(options)
     torch.set_num_threads(1)
     models = [PPO.load_from_checkpoint(checkpoint_at(run)) for run in runs]
+    command = " ".join(["python", "benchmarks/growth.py", *sys.argv[1:]])
+    where = conditions(command)  # before results change the working tree
     cpu = torch.device("cpu")
     env = fresh_hosts(models[0].env, hosts=options.hosts, device=cpu, seed=options.host_seed)
     played, others = play(models, env), each_blueprint(env)
@@ -177,11 +179,10 @@ def main() -> None:
     title = f"PPO, seed {options.seeds[0]}, median of {options.hosts} hosts"
     draw(one, median, models[0].env, episode, title=title)
     section = table(played, host_parameters=env.host_parameters).markdown()
-    command = " ".join(["python", "benchmarks/growth.py", *sys.argv[1:]])
     steps = f"{models[0].total_env_steps:,}"
     text = [
         "# Growing networks: PPO against four baselines\n",
-        f"{conditions(command)}\n",
+        f"{where}\n",
         f"`configs/morphogenesis.yaml`, {len(runs)} training seeds of {steps} env steps.",
         "Of each, the best checkpoint by its evaluations during training. Then everyone plays the",
         "same hosts, which neither training nor that choice has seen. Test accuracy is of a split",
