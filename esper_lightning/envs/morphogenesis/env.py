@@ -144,6 +144,8 @@ class MorphogenesisEnv:
                 partial(self._advanced, tests_ends=self.tests_ends),
                 device=self._device,
             )
+        if self._static:  # a graph goes on to write where its first action lived
+            action = action.clone(memory_format=torch.contiguous_format)
         with self._own_precision():
             advanced = self._advance[self.tests_ends](self.hosts, action)
         if self._static:  # a graph overwrites what it returned
@@ -269,8 +271,10 @@ class MorphogenesisEnv:
             require(ok, f"{field}[{name!r}]", rule, got, hint)
         copies = [state[name].to(self._device, copy=True) for name in expected]
         self.hosts = cast(Hosts, rebuild(self.hosts, copies))
-        self._seed = int(state["seed"])
-        self._advance.clear()  # it may hold another seed
+        seed = int(state["seed"])
+        if seed != self._seed:
+            self._advance.clear()  # what is captured holds the other
+        self._seed = seed
 
     @staticmethod
     def _named(hosts: Hosts) -> dict[str, object]:

@@ -45,8 +45,9 @@ def play(env, steps, *, tests_ends=()):
         env.tests_ends = step in tests_ends
         if step == 5:
             env.load_state_dict(env.state_dict())
-        result = env.step(random_legal(env))
-        later.append((result, env.report, env.figures()))
+        action = random_legal(env)
+        result = env.step(action)
+        later.append((action, result, env.report, env.figures()))
         at_once.append(map_tree(torch.clone, later[-1]))
     return at_once, later[1:], env.state_dict()
 
