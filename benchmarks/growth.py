@@ -15,6 +15,7 @@ import argparse
 import os
 import subprocess
 import sys
+from dataclasses import replace
 from functools import partial
 from pathlib import Path
 
@@ -178,6 +179,7 @@ def main() -> None:
     median = int(one.episode_return.argsort()[options.hosts // 2])
     title = f"PPO, seed {options.seeds[0]}, median of {options.hosts} hosts"
     draw(one, median, models[0].env, episode, title=title)
+    told = table(others, host_parameters=env.host_parameters)
     section = table(played, host_parameters=env.host_parameters).markdown()
     steps = f"{models[0].total_env_steps:,}"
     text = [
@@ -190,9 +192,9 @@ def main() -> None:
         "anew (Owen 2007, the pigeonhole bootstrap); baselines have no training seeds.\n",
         *section,
         *verdicts(played),
-        "\n## Grow at the start, with each blueprint\n",
+        "",
+        *replace(told, title="Grow at the start, with each blueprint").markdown(),
         "The baseline above grows `conv_light`. PPO learnt what to grow; these rules were told.\n",
-        *table(others, host_parameters=env.host_parameters).markdown()[2:],
         *verdicts({"PPO": played["PPO"], **others}),
         f"\n![Learning curves and intervals]({beside.name}.png)\n",
         "## Training seeds\n",

@@ -12,7 +12,6 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any, NoReturn, cast
 
-import torch
 from lightning.fabric.utilities.exceptions import MisconfigurationException
 from lightning.pytorch import LightningModule, Trainer
 from lightning.pytorch.callbacks import Callback, Checkpoint, ProgressBar
@@ -221,7 +220,7 @@ class EsperCLI(LightningCLI):
         path = self.config[self.subcommand]["ckpt_path"]
         fits = self.subcommand == "fit"
         if isinstance(model.env, Morphogenesis):
-            model.env.splits(torch.device("cpu"))
+            model.env.splits(self.trainer.strategy.root_device)
         if path in ("last", "best", "hpc"):  # a file, by the name that Lightning gives it
             connector: Any = self.trainer._checkpoint_connector  # pyright: ignore[reportPrivateUsage]
             path = connector._parse_ckpt_path(

@@ -91,7 +91,7 @@ def capture_function(
     """A function of trees of tensors, replayed as a CUDA graph; on other devices as it is.
 
     It may change its arguments, no two of which may share memory, and does nothing else but return.
-    What it returns is overwritten by the next call.
+    The next call overwrites what the first was given and what any returned.
     """
     ways: list[Callable[..., Tree]] = [function]
     if device.type == "cuda":

@@ -3,7 +3,7 @@
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-__all__ = ["NonFiniteError", "require"]
+__all__ = ["NonFiniteError", "require", "require_int"]
 
 
 class NonFiniteError(ValueError):
@@ -45,3 +45,15 @@ def require(ok: bool, field: str, rule: str, got: object, hint: str = "") -> Non
     """
     if not ok:
         raise ValueError(f"{field} must {rule}, got {got!r}." + (f" {hint}" if hint else ""))
+
+
+def require_int(field: str, value: object, *, minimum: int) -> None:
+    """Raise unless it is an integer, which a bool is not, and great enough.
+
+    Raises:
+        ValueError: As ``require`` does.
+    """
+    is_int = isinstance(value, int) and not isinstance(value, bool)
+    require(is_int, field, "be an integer", value)
+    assert isinstance(value, int)
+    require(value >= minimum, field, f"be at least {minimum}", value)

@@ -15,7 +15,7 @@ from torch import Tensor
 from esper_lightning.core.shapes import Bool, Float, Int, Shaped
 from esper_lightning.core.spaces import EnvSpaces
 from esper_lightning.core.types import StepResult
-from esper_lightning.core.validate import require
+from esper_lightning.core.validate import require, require_int
 
 __all__ = ["AutoresetEnv", "Episodes", "Task", "Transition", "validate_sizes"]
 
@@ -81,7 +81,7 @@ class AutoresetEnv:
 
     def __init__(self, task: Task, *, device: torch.device, seed: int) -> None:
         self._owner = type(task).__name__
-        _require_int(f"{self._owner}.build().seed", seed, minimum=0)
+        require_int(f"{self._owner}.build().seed", seed, minimum=0)
         self._task = task
         self._device = device
         self._spaces = task.spaces()
@@ -195,12 +195,5 @@ def validate_sizes(task: Task) -> None:
         ValueError: If one is not an integer of at least 1.
     """
     owner = type(task).__name__
-    _require_int(f"{owner}.num_envs", task.num_envs, minimum=1)
-    _require_int(f"{owner}.time_limit", task.time_limit, minimum=1)
-
-
-def _require_int(field: str, value: object, *, minimum: int) -> None:
-    is_int = isinstance(value, int) and not isinstance(value, bool)
-    require(is_int, field, "be an integer", value)
-    assert isinstance(value, int)
-    require(value >= minimum, field, f"be at least {minimum}", value)
+    require_int(f"{owner}.num_envs", task.num_envs, minimum=1)
+    require_int(f"{owner}.time_limit", task.time_limit, minimum=1)

@@ -52,7 +52,7 @@ class Splits(NamedTuple):
     test: Split
 
 
-@lru_cache(maxsize=1)  # for training and for every evaluation
+@lru_cache(maxsize=1)  # for training, evaluations, and who asks before if it is there
 def load(
     dataset: Dataset,
     *,
@@ -75,19 +75,6 @@ def load(
     Raises:
         ValueError: If the data set, or what reads it, is not there, or is broken.
     """
-    splits = _read(dataset, folder=folder, image=image, classes=classes, noise=noise)
-    return Splits(*(Split(pixels.to(device), label.to(device)) for pixels, label in splits))
-
-
-@lru_cache(maxsize=1)  # whoever looks early whether it is there reads it for all
-def _read(
-    dataset: Dataset,
-    *,
-    folder: str | None,
-    image: tuple[int, int],
-    classes: int,
-    noise: float,
-) -> Splits:
     if dataset == "digits":
         splits = _digits()
     elif dataset == "cifar10":
@@ -101,7 +88,7 @@ def _read(
         scaled = (pixels - mean).div_(deviation)
         if noise > 0:
             scaled = (scaled + noise * _noise(number, scaled.shape)) / (1 + noise**2) ** 0.5
-        finished.append(Split(scaled, label))
+        finished.append(Split(scaled.to(device), label.to(device)))
     return Splits(*finished)
 
 

@@ -18,7 +18,7 @@ from esper_lightning.core.spaces import EnvSpaces
 from esper_lightning.core.tensor_trees import leaves, map_tree, named_tensors, rebuild
 from esper_lightning.core.types import StepResult
 from esper_lightning.core.validate import require
-from esper_lightning.envs.morphogenesis.blueprints import BLUEPRINTS, parts
+from esper_lightning.envs.morphogenesis.blueprints import BLUEPRINTS, count_parameters
 from esper_lightning.envs.morphogenesis.data import Split, Splits
 from esper_lightning.envs.morphogenesis.layout import unflatten
 from esper_lightning.envs.morphogenesis.lifecycle import LIVE, Action, LifeCycle, Op, Slots, is_in
@@ -101,13 +101,7 @@ class MorphogenesisEnv:
         self._chunk = max(1, _CACHE_BYTES // per_host) if device.type == "cpu" else spec.num_envs
         self._images_at_once = _IMAGES if device.type == "cpu" else spec.validation_size
         self._kinds = torch.tensor([BLUEPRINTS.index(name) for name in spec.blueprints]).to(device)
-        counts = [
-            [
-                sum(part.size for part in parts(name, channels).values())
-                for channels in spec.channels
-            ]
-            for name in BLUEPRINTS
-        ]
+        counts = [[count_parameters(name, width) for width in spec.channels] for name in BLUEPRINTS]
         self._seed_parameters = torch.tensor(counts, device=device)  # [blueprint, S]
         self.host_parameters = sum(part.size for part in self._architecture.parts())
         self._nursery = Nursery(spec, device=device, dtype=dtype)
@@ -190,7 +184,15 @@ class MorphogenesisEnv:
         ended = diverged | (vitals.step >= self.spec.epochs)
         slots = slots._replace(measured=slots.measured | measured.judged)
         grown = self.grown_parameters(slots)
-        terms = self._reward(before, slots, vitals, choice, diverged, ended)
+        terms = reward_terms(
+            self.spec.reward_weights(),
+            gain=vitals.accuracies[:, 0] - before.vitals.accuracies[:, 0],
+            grown=grown / self.host_parameters,
+            intervened=choice.op != Op.WAIT,
+            diverged=diverged,
+            potential=stage_potential(slots.stage, self._dtype).masked_fill(ended, 0.0),
+            potential_before=stage_potential(before.slots.stage, self._dtype),
+        )
         reward = sum(terms.values(), torch.zeros_like(before.episode_return))
         episode_return = before.episode_return + reward
         reached = before._replace(
@@ -318,26 +320,6 @@ class MorphogenesisEnv:
             images_at_once=self._images_at_once,
             static=self._static,
             switch=switch,
-        )
-
-    def _reward(
-        self,
-        before: Hosts,
-        slots: Slots,
-        vitals: Vitals,
-        choice: Action,
-        diverged: Bool[Tensor, " B"],
-        ended: Bool[Tensor, " B"],
-    ) -> dict[str, Float[Tensor, " B"]]:
-        potential = stage_potential(slots.stage, self._dtype)
-        return reward_terms(
-            self.spec.reward_weights(),
-            gain=vitals.accuracies[:, 0] - before.vitals.accuracies[:, 0],
-            grown=self.grown_parameters(slots) / self.host_parameters,
-            intervened=choice.op != Op.WAIT,
-            diverged=diverged,
-            potential=potential.masked_fill(ended, 0.0),
-            potential_before=stage_potential(before.slots.stage, self._dtype),
         )
 
     def _test(

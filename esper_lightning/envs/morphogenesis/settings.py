@@ -9,7 +9,7 @@ from typing import Any, cast
 import torch
 
 from esper_lightning.core.spaces import Box, EnvSpaces
-from esper_lightning.core.validate import require
+from esper_lightning.core.validate import require, require_int
 from esper_lightning.envs.base import EnvSpec
 from esper_lightning.envs.morphogenesis.blueprints import BLUEPRINTS
 from esper_lightning.envs.morphogenesis.data import (
@@ -116,9 +116,9 @@ class Morphogenesis(EnvSpec):
             "min_training_epochs",
             "fade_epochs",
         ):
-            _require_int(f"Morphogenesis.{name}", getattr(self, name), minimum=1)
-        _require_int("Morphogenesis.cooldown_epochs", self.cooldown_epochs, minimum=0)
-        _require_int("Morphogenesis.classes", self.classes, minimum=2)
+            require_int(f"Morphogenesis.{name}", getattr(self, name), minimum=1)
+        require_int("Morphogenesis.cooldown_epochs", self.cooldown_epochs, minimum=0)
+        require_int("Morphogenesis.classes", self.classes, minimum=2)
         known = ("digits", "cifar10", "synthetic")
         _require("dataset", self.dataset in known, f"be one of {known}", self.dataset)
         ok = self.dataset != "cifar10" or self.folder is not None
@@ -253,10 +253,6 @@ class Morphogenesis(EnvSpec):
 
 def _require(name: str, ok: bool, rule: str, got: object) -> None:
     require(ok, f"Morphogenesis.{name}", rule, got)
-
-
-def _require_int(field: str, value: object, *, minimum: int) -> None:
-    require(_is_int(value, minimum=minimum), field, f"be an integer of at least {minimum}", value)
 
 
 def _is_int(value: object, *, minimum: int) -> bool:

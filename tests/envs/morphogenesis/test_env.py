@@ -82,7 +82,7 @@ def test_a_static_plan_keeps_the_contract():
         (19, {"batch_size": 10, "classes": 7, "validation_size": 151}),
         (19, {"batch_size": 9, "channels": (10, 6, 14), "kernels": (3, 1, 3)}),
         (19, {"channels": (10, 14, 6), "blueprints": ("attention",)}),
-        (19, {"channels": (9, 5, 7), "blueprints": ("low_rank",)}),
+        (19, {"channels": (21, 21, 21), "blueprints": ("low_rank",)}),
     ],
 )
 def test_environment_7_of_many_equals_environment_7_of_8(count, changes):
