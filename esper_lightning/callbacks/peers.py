@@ -5,10 +5,10 @@ import socket
 import threading
 import time
 from collections.abc import Callable
-from pathlib import Path
 from typing import Any, cast
 
 from esper_lightning.forensics.layout import RunLayout
+from esper_lightning.forensics.processes import identify, is_alive
 from esper_lightning.forensics.report import read_report, write_report
 
 __all__ = ["Peers", "end_of_run", "is_of_this_run", "keep_launcher_from_killing"]
@@ -50,8 +50,7 @@ class Peers:
         self._process: dict[str, Any] = {
             "rank": rank,
             "world_size": world_size,
-            "pid": os.getpid(),
-            "host": _HOST,
+            **identify(os.getpid()),
             "started_s": self.started_s,
         }
 
@@ -76,7 +75,7 @@ class Peers:
                 continue
             if process.get("state") == "failed":
                 return peer, "it failed"
-            if process.get("state") == "running" and not _alive(process):
+            if process.get("state") == "running" and is_alive(process) is False:
                 return peer, "its process vanished"
         return None
 
@@ -93,7 +92,7 @@ class Peers:
         process = self._read(peer)
         if process is None or process.get("state") in ("finished", "off") or process.get("saved"):
             return False
-        return _alive(process)
+        return is_alive(process) is not False  # one that cannot be seen from here is taken to live
 
     def _read(self, peer: int) -> dict[str, Any] | None:
         """``None`` where it has not started, or the file is of an earlier run."""
@@ -118,14 +117,3 @@ def _save_before_killing(thread: Any, save: Callable[[], None]) -> None:
         kill()
 
     thread._terminate_all = save_and_kill
-
-
-def _alive(process: dict[str, Any]) -> bool:
-    """Whether a rank's process still runs; one on another host is taken to."""
-    if process.get("host") != _HOST:
-        return True
-    try:
-        stat = Path(f"/proc/{int(process['pid'])}/stat").read_text()
-    except (OSError, ValueError, KeyError):
-        return not Path("/proc/self/stat").exists()
-    return stat.rpartition(")")[2].split()[0] not in "ZX"

@@ -5,15 +5,14 @@
 import contextlib
 import dataclasses
 import json
-import os
 import re
-import socket
 from collections import deque
 from pathlib import Path
 from typing import Any, NamedTuple
 
 from esper_lightning.forensics.layout import RankLayout, RunLayout
 from esper_lightning.forensics.phases import Phases, read_phases
+from esper_lightning.forensics.processes import is_alive
 from esper_lightning.forensics.report import read_report
 from esper_lightning.forensics.trace import TraceSummary
 
@@ -28,8 +27,8 @@ _TIME = "seconds since the epoch"
 _PROCESS: dict[str, Any] = {
     "state": str,
     "host": str,
-    "pid": int,
-    "world_size": int,
+    **dict.fromkeys(("pid", "start_ticks", "pid_namespace", "world_size"), int),
+    "boot": str,
     "started_s": _TIME,
 }
 _REPORT: dict[str, Any] = {
@@ -177,16 +176,7 @@ def _remains(directory: Path, rank: int) -> Remains:
 
 def _state(process: dict[str, Any]) -> str:
     state = process.get("state") or "unknown"
-    if state != "running" or process.get("host") != socket.gethostname():
-        return state
-    pid = process.get("pid") or 0
-    try:
-        os.kill(pid, 0)
-    except PermissionError:  # it is there, and somebody else's
-        return state
-    except (OSError, OverflowError):
-        return "vanished"
-    return state if pid > 0 else "vanished"
+    return "vanished" if state == "running" and is_alive(process) is False else state
 
 
 def _read(path: Path, shape: dict[str, Any]) -> dict[str, Any] | None:

@@ -2,8 +2,11 @@
 
 ``process.json`` is written when a rank starts and again when it ends::
 
-    {"schema": 1, "rank": 0, "world_size": 2, "pid": 71, "host": "a", "started_s": 1.7e9,
+    {"schema": 1, "rank": 0, "world_size": 2, "pid": 71, "host": "a", "start_ticks": 8,
+     "boot": "5f1c...", "pid_namespace": 4, "started_s": 1.7e9,
      "state": "running" | "finished" | "failed" | "off", "changed_s": 1.7e9}
+
+(``forensics.processes.identify`` says what tells one process from another.)
 
 ``crash.json`` (times in seconds since the epoch, paths relative to the rank's folder)::
 
