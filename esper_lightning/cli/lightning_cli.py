@@ -13,13 +13,12 @@ from pathlib import Path
 from typing import Any, NoReturn, cast
 
 from lightning.fabric.utilities.exceptions import MisconfigurationException
-from lightning.pytorch import LightningModule, Trainer
+from lightning.pytorch import Trainer
 from lightning.pytorch.callbacks import Callback, Checkpoint, ProgressBar
 from lightning.pytorch.cli import (
     ArgsType,
     LightningArgumentParser,
     LightningCLI,
-    SaveConfigCallback,
 )
 from lightning.pytorch.trainer.states import TrainerFn
 from typing_extensions import override
@@ -32,7 +31,7 @@ from esper_lightning.callbacks.run_directory import run_directory
 from esper_lightning.cli.growth import compare_policies, refuse_figures
 from esper_lightning.core.validate import require
 from esper_lightning.envs import Morphogenesis
-from esper_lightning.train import run_callbacks, run_logger, run_plugins
+from esper_lightning.train import begin_run, newest_run, run_callbacks, run_logger, run_plugins
 from esper_lightning.training.checkpoints import (
     checkpoint_at,
     load_checkpoint,
@@ -73,8 +72,7 @@ def run(arguments: list[str]) -> None:
             args=arguments,
             trainer_class=EsperTrainer,
             trainer_defaults=dict(_TRAINER_DEFAULTS),
-            save_config_callback=SaveFitConfig,
-            save_config_kwargs={"overwrite": True},
+            save_config_callback=None,  # ``begin_run`` writes it
             seed_everything_default=False,
             auto_configure_optimizers=False,
             load_from_checkpoint_support=False,
@@ -129,16 +127,6 @@ class EsperTrainer(Trainer):
         self.validate(model, verbose=False)
 
 
-class SaveFitConfig(SaveConfigCallback):
-    """``config.yaml`` in the run directory, of a training run only."""
-
-    @override
-    def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
-        """Write it."""
-        if stage == "fit":
-            super().setup(trainer, pl_module, stage)
-
-
 class EsperCLI(LightningCLI):
     """Lightning's command line for PPO.
 
@@ -147,6 +135,7 @@ class EsperCLI(LightningCLI):
 
     model: PPO
     subcommand: str
+    _run_dir: str | Path | None = None
     _start: Callable[[], None]
 
     @staticmethod
@@ -192,13 +181,13 @@ class EsperCLI(LightningCLI):
             kwargs |= dict.fromkeys(_NOT_BAREBONES)
             return super().instantiate_trainer(**kwargs)
         leaves_files = not settings["fast_dev_run"]
-        ours = settings["logger"] in (None, True)
         run_dir = self._get(self.config_init, "run_dir")
-        hint = "The logger says where the run writes."
-        require(ours or run_dir is None, "--run_dir", "be absent beside a logger", run_dir, hint)
-        if ours and leaves_files:
-            resumes = self._get(self.config_init, "ckpt_path") == "last"
-            kwargs["logger"] = run_logger(self.model.env, run_dir, newest=resumes)
+        require(run_dir != "", "--run_dir", "name a directory", run_dir)
+        if run_dir is None and self._get(self.config_init, "ckpt_path") == "last":
+            run_dir = newest_run(self.model.env)
+        self._run_dir = run_dir
+        if settings["logger"] in (None, True) and leaves_files:
+            kwargs["logger"] = run_logger(self.model.env, run_dir)
         callbacks: Any = settings["callbacks"] or []
         given = cast(list[Callback], callbacks if isinstance(callbacks, list) else [callbacks])
         saves = settings["enable_checkpointing"] is not False and leaves_files
@@ -245,6 +234,8 @@ class EsperCLI(LightningCLI):
 
     def execute(self) -> None:
         """Do it, and print what came of it."""
+        if self.subcommand == "fit" and not self.trainer.barebones:
+            self._begin_run()
         self._start()
         if not self.trainer.is_global_zero:
             return
@@ -265,8 +256,16 @@ class EsperCLI(LightningCLI):
             rate = steps / seconds if seconds > 0 else 0.0
             print(f"Trained for {steps:,} env steps in {seconds:.1f} s: {rate:,.0f} env-steps/s")
             directory = run_directory(self.trainer)
-            if directory is not None and not self.trainer.barebones:
-                print(f"Run directory: {directory}")
+            if directory is not None:
+                here = directory.is_relative_to(Path.cwd())
+                print(f"Run directory: {directory.relative_to(Path.cwd()) if here else directory}")
+
+    def _begin_run(self) -> None:
+        config = self._parser("fit").dump(self.config["fit"], skip_none=False)
+        try:
+            begin_run(self.trainer, self.model.env, self._run_dir, config)
+        except (ValueError, OSError) as error:
+            fail(error)
 
 
 def _ckpt_option() -> argparse.ArgumentParser:
