@@ -17,6 +17,7 @@ from lightning.pytorch.plugins import CheckpointIO
 from esper_lightning.callbacks.checkpoints import BestCheckpoint, LastCheckpoint
 from esper_lightning.callbacks.flight_recorder import FlightRecorder
 from esper_lightning.callbacks.history import History
+from esper_lightning.callbacks.mirror import Mirror, place_of
 from esper_lightning.callbacks.progress import RunProgressBar
 from esper_lightning.callbacks.run_directory import (
     assign_run_directory,
@@ -220,7 +221,7 @@ def run_logger(env: EnvSpec, run_dir: str | Path | None = None) -> TensorBoardLo
     """
     if run_dir is None:
         return TensorBoardLogger(_folder(env).parent, name=_folder(env).name)
-    return TensorBoardLogger(run_dir, name="", version="")
+    return TensorBoardLogger(place_of(run_dir)[0], name="", version="")
 
 
 def begin_run(trainer: Trainer, env: EnvSpec, run_dir: str | Path | None, config: str) -> None:
@@ -240,20 +241,27 @@ def begin_run(trainer: Trainer, env: EnvSpec, run_dir: str | Path | None, config
     leaves_files = not trainer.fast_dev_run  # pyright: ignore[reportAttributeAccessIssue]
     if not (trainer.is_global_zero and leaves_files):
         return
-    held = claim_new(trainer, _folder(env)) if run_dir is None else claim(Path(run_dir))
+    if run_dir is None:
+        held, address = claim_new(trainer, _folder(env))
+    else:
+        directory, address = place_of(run_dir)
+        held = claim(directory)
     layout = RunLayout(held.directory)
     try:
+        if address is not None and not held.was_run:  # it may have run on another machine
+            Mirror(held.directory, address, rank=0).fetch()
+        is_known = held.was_run or address is not None
         theirs = [path.name for path in (layout.config, layout.checkpoints) if path.exists()]
         hint = f"It holds {' and '.join(theirs)}, which no run wrote."
         rule = "name a new directory or that of a run"
-        require(held.was_run or not theirs, "run_dir", rule, str(held.directory), hint)
+        require(is_known or not theirs, "run_dir", rule, str(held.directory), hint)
         if not layout.config.exists() or layout.config.read_text() != config:
             set_aside(layout.config)
             write_atomically(layout.config, config.encode())
     except BaseException:
         held.release(used=False)
         raise
-    assign_run_directory(trainer, held)
+    assign_run_directory(trainer, held, address)
 
 
 def _folder(env: EnvSpec) -> Path:

@@ -28,6 +28,7 @@ from esper_lightning.callbacks.recording import Recording, add_note
 from esper_lightning.callbacks.run_directory import (
     WritesRun,
     close_run_directory,
+    copy_run_directory,
     open_run_directory,
 )
 from esper_lightning.callbacks.signals import ignore_interrupts_while_ending
@@ -94,6 +95,7 @@ class FlightRecorder(WritesRun):
         self.print_profile = print_profile
         self.watch = watch
         self._recording: Recording | None = None
+        self._has_saved = False  # a checkpoint, since the directory was copied
 
     def __getstate__(self) -> dict[str, Any]:
         """Launchers that spawn processes pickle callbacks; a recording is of one process."""
@@ -130,7 +132,10 @@ class FlightRecorder(WritesRun):
     def on_train_batch_start(
         self, trainer: Trainer, pl_module: LightningModule, batch: Any, batch_idx: int
     ) -> None:
-        """Another iteration begins."""
+        """Another iteration begins; checkpoints of the one before are closed."""
+        if self._has_saved:
+            self._has_saved = False
+            copy_run_directory(trainer)
         if self._recording is not None:
             self._recording.begin_iteration(finished_iterations(trainer, pl_module) + 1)
 
@@ -175,6 +180,14 @@ class FlightRecorder(WritesRun):
     def on_validation_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Back to training."""
         self._beat(trainer)
+
+    @override
+    @_guarded
+    def on_save_checkpoint(
+        self, trainer: Trainer, pl_module: LightningModule, checkpoint: dict[str, Any]
+    ) -> None:
+        """A checkpoint is about to be written."""
+        self._has_saved = True
 
     @override
     @_guarded

@@ -4,7 +4,8 @@ The run directory of a Trainer is, in this order: the ``dirpath`` that one of it
 given; the folder of its first logger that has a folder for each run (TensorBoard and CSV);
 ``default_root_dir``, where that is not the current directory and no living run has it; or else a
 new ``lightning_logs/version_<n>`` below. The first rank claims it (``forensics.claims``), the
-others are told.
+others are told. Where it is a remote address, the run writes into a local folder, which is copied
+there at every checkpoint and at the end (``callbacks.mirror``).
 """
 # Lightning sets many attributes of its Trainer where no type checker sees them.
 # pyright: reportAttributeAccessIssue=false, reportPrivateUsage=false
@@ -22,6 +23,7 @@ from lightning.pytorch.loggers import CSVLogger, TensorBoardLogger
 from lightning.pytorch.loggers.csv_logs import ExperimentWriter
 from lightning.pytorch.trainer.states import TrainerStatus
 
+from esper_lightning.callbacks.mirror import Mirror, place_of
 from esper_lightning.core.validate import require
 from esper_lightning.forensics.claims import Claim, DirectoryInUseError, claim, claim_next
 from esper_lightning.forensics.layout import RunLayout
@@ -32,6 +34,7 @@ __all__ = [
     "assign_run_directory",
     "claim_new",
     "close_run_directory",
+    "copy_run_directory",
     "end_run",
     "open_run_directory",
     "run_directory",
@@ -39,6 +42,7 @@ __all__ = [
 
 _log = logging.getLogger(__name__)
 _Numbered = TensorBoardLogger | CSVLogger
+_COPY_S = 30.0  # at the end of a run; a scheduler's grace period is often as long
 
 
 class WritesRun(Callback):
@@ -60,15 +64,27 @@ class WritesRun(Callback):
 class _RunDirectory:
     """The directory of one Trainer, and which of its callbacks use it."""
 
-    def __init__(self, directory: Path, held: Claim | None) -> None:
-        self.directory, self.claim = directory, held
+    def __init__(self, directory: Path, held: Claim | None, address: str | None = None) -> None:
+        self.directory, self.claim, self.address = directory, held, address
         self.users: set[int] = set()
         self.is_open = False  # on all ranks
+        self.mirror: Mirror | None = None
+
+    def begin(self, rank: int) -> None:
+        """Say where the files are, if that is not where they were asked for."""
+        self.is_open = True
+        if self.address is not None:
+            self.mirror = Mirror(self.directory, self.address, rank)
+            text = "The run writes into %s, which is copied to %s at checkpoints and at the end."
+            _log.warning(text, self.directory, self.address)
 
     def end(self) -> None:
-        """Let the directory go."""
+        """Let the directory go, when it is where it was asked for."""
         self.is_open = False
         self.users.clear()
+        if self.mirror is not None:
+            self.mirror.copy(seconds=_COPY_S)
+            self.mirror = None
         if self.claim is not None:
             self.claim.release()
 
@@ -107,7 +123,7 @@ def open_run_directory(
     if found is None or not found.is_open:
         told = _default_directory(trainer)
         found = _take(trainer) if alone else _agree(trainer)
-        found.is_open = True
+        found.begin(trainer.global_rank)
         _of_trainers[trainer] = found
         if told != found.directory:
             _move_profiler(trainer, told, found.directory)
@@ -132,41 +148,59 @@ def end_run(trainer: Trainer) -> None:
         found.end()
 
 
-def claim_new(trainer: Trainer, parent: Path) -> Claim:
+def copy_run_directory(trainer: Trainer) -> None:
+    """Have a run directory with a remote address copied there, while the run goes on."""
+    found = _of_trainers.get(trainer)
+    if found is not None and found.mirror is not None:
+        found.mirror.copy_soon()
+
+
+def claim_new(trainer: Trainer, parent: Path) -> tuple[Claim, str | None]:
     """Claim the directory for a run that has not begun, with its number where it has none yet.
 
     Args:
         trainer: Trainer of the run, whose callbacks or loggers may have been given a place.
         parent: Folder of a new directory where they were not.
 
+    Returns:
+        The claim, and the remote address if the place has one.
+
     Raises:
         DirectoryInUseError: If a living run owns the place that was given.
         OSError: If the directory cannot be made.
     """
     given, logger = _given(trainer), _numbered(trainer)
+    if given is None and logger is not None and logger._version is not None:
+        given = logger.log_dir
     if given is not None:
-        return claim(given)
-    if logger is not None and logger._version is not None:
-        return claim(Path(logger.log_dir))
-    return claim_next(parent if logger is None else Path(logger.root_dir))
+        directory, address = place_of(given)
+        return claim(directory), address
+    parent, address = place_of(parent if logger is None else logger.root_dir)
+    held = claim_next(parent)
+    return held, None if address is None else f"{address}/{held.directory.name}"
 
 
-def assign_run_directory(trainer: Trainer, held: Claim) -> None:
+def assign_run_directory(trainer: Trainer, held: Claim, address: str | None = None) -> None:
     """Have a Trainer's runs write into a directory that is claimed already, by the first rank.
 
     A logger that would have chosen its own number in the same folder gets the directory's.
     Checkpoints without a place of their own go there too.
+
+    Args:
+        trainer: Trainer that has not begun.
+        held: Claim of the directory.
+        address: Remote address that the directory is copied to.
     """
-    _of_trainers[trainer] = _RunDirectory(held.directory, held)
+    _of_trainers[trainer] = _RunDirectory(held.directory, held, address)
     weakref.finalize(trainer, held.release)
     for logger in trainer.loggers:
         if (
             isinstance(logger, _Numbered)
             and logger._version is None
-            and Path(logger.root_dir).absolute() == held.directory.parent
+            and place_of(logger.root_dir)[0] == held.directory.parent
         ):
             logger._version = int(held.directory.name.removeprefix("version_"))
-        if isinstance(logger, CSVLogger) and Path(logger.log_dir).absolute() == held.directory:
+        if isinstance(logger, CSVLogger) and place_of(logger.log_dir) == (held.directory, None):
             set_aside(held.directory / ExperimentWriter.NAME_METRICS_FILE)  # else it is deleted
             with warnings.catch_warnings():
                 warnings.filterwarnings("ignore", message="Experiment logs directory .* not empty")
@@ -179,12 +213,13 @@ def assign_run_directory(trainer: Trainer, held: Claim) -> None:
 def _agree(trainer: Trainer) -> _RunDirectory:
     """Have every rank write where the first one does."""
     mine: _RunDirectory | None = None
-    told: tuple[str, int | str | None] | DirectoryInUseError | None = None
+    told: tuple[str, str | None, int | str | None] | DirectoryInUseError | None = None
     if trainer.is_global_zero:
         try:
             mine = _take(trainer)
             logger = _numbered(trainer)
-            told = (str(mine.directory), None if logger is None else logger.version)
+            version = None if logger is None else logger.version
+            told = (str(mine.directory), mine.address, version)
         except DirectoryInUseError as error:
             told = error
     if trainer.world_size > 1:
@@ -192,11 +227,11 @@ def _agree(trainer: Trainer) -> _RunDirectory:
     if isinstance(told, DirectoryInUseError):
         raise told
     assert told is not None
-    directory, version = told
+    directory, address, version = told
     logger = _numbered(trainer)
     if logger is not None:
         logger._version = version
-    return mine or _RunDirectory(Path(directory), None)
+    return mine or _RunDirectory(Path(directory), None, address)
 
 
 def _take(trainer: Trainer) -> _RunDirectory:
@@ -206,23 +241,25 @@ def _take(trainer: Trainer) -> _RunDirectory:
         if found.claim is None or not found.claim.holds:
             found.claim = _claim(found.directory)
     else:
-        found = _RunDirectory(*_choose(trainer))
+        found = _choose(trainer)
     if found.claim is not None:
         weakref.finalize(trainer, found.claim.release)
     return found
 
 
-def _choose(trainer: Trainer) -> tuple[Path, Claim | None]:
-    chosen, logger = _given(trainer), _numbered(trainer)
-    if chosen is not None:
-        return chosen, _claim(chosen)
+def _choose(trainer: Trainer) -> _RunDirectory:
+    given, logger = _given(trainer), _numbered(trainer)
+    if given is not None:
+        directory, address = place_of(given)
+        return _RunDirectory(directory, _claim(directory), address)
     if logger is not None:
         held = _claim_folder_of(logger)
-        return Path(logger.log_dir).absolute(), held
-    root = Path(trainer.default_root_dir).absolute()
+        directory, address = place_of(logger.log_dir)
+        return _RunDirectory(directory, held, address)
+    root, address = place_of(trainer.default_root_dir)
     if root != Path.cwd():
         try:
-            return root, _claim(root)
+            return _RunDirectory(root, _claim(root), address)
         except DirectoryInUseError as error:
             _log.warning("%s This run makes a directory below it.", error)
     parent = root / "lightning_logs"
@@ -230,14 +267,15 @@ def _choose(trainer: Trainer) -> tuple[Path, Claim | None]:
         held = claim_next(parent)
     except OSError as error:
         _log.warning("No run directory can be made in %s: %s", parent, error)
-        return parent / "version_0", None
-    return held.directory, held
+        return _RunDirectory(parent / "version_0", None)
+    below = f"{address}/lightning_logs/{held.directory.name}"
+    return _RunDirectory(held.directory, held, None if address is None else below)
 
 
-def _given(trainer: Trainer) -> Path | None:
+def _given(trainer: Trainer) -> str | Path | None:
     callbacks: list[Any] = trainer.callbacks
     given = (each.dirpath for each in callbacks if isinstance(each, WritesRun))
-    return next((Path(dirpath).absolute() for dirpath in given if dirpath is not None), None)
+    return next((dirpath for dirpath in given if dirpath is not None), None)
 
 
 def _claim(directory: Path) -> Claim | None:
@@ -260,7 +298,7 @@ def _claim_folder_of(logger: _Numbered) -> Claim | None:
     """
     while True:
         try:
-            return _claim(Path(logger.log_dir).absolute())
+            return _claim(place_of(logger.log_dir)[0])
         except DirectoryInUseError as error:
             if not isinstance(logger.version, int):
                 raise
@@ -274,7 +312,7 @@ def _renumber(logger: _Numbered) -> None:
         writer: Any = logger._experiment.file_writer
         logger._experiment.close()
         Path(writer.event_writer._file_name).unlink(missing_ok=True)
-    folder = Path(logger.log_dir)
+    folder, _address = place_of(logger.log_dir)
     for _ in Path(getattr(logger, "sub_dir", None) or "").parts:
         folder = folder.parent
     number = int(logger.version)
