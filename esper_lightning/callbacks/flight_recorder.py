@@ -10,7 +10,7 @@ whatever ends it, leaves the profiler's trace, the history and a report in the r
 import contextlib
 import functools
 import logging
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any, Concatenate, ParamSpec
 
@@ -23,6 +23,7 @@ from esper_lightning.callbacks.peers import (
     end_of_run,
     is_of_this_run,
     keep_launcher_from_killing,
+    meet,
 )
 from esper_lightning.callbacks.recording import Recording, add_note
 from esper_lightning.callbacks.run_directory import agree_on_run_directory, run_directory
@@ -100,6 +101,7 @@ class FlightRecorder(Callback):
             self._recording.close("failed")
             self._recording = None
         agree_on_run_directory(trainer)
+        met = meet(trainer.world_size)
         layout = self._layout(trainer)
         if layout is None:
             return
@@ -109,7 +111,7 @@ class FlightRecorder(Callback):
         # First, before anything that may raise in its own on_exception. A new list: the old one is
         # being walked through.
         trainer.callbacks = [self, *others]
-        self._recording = self._record(trainer, layout, stage, watch=self.watch)
+        self._recording = self._record(trainer, layout, stage, watch=self.watch, met=met)
 
     @override
     @_guarded
@@ -219,7 +221,15 @@ class FlightRecorder(Callback):
         directory = None if trainer.fast_dev_run else self.dirpath or run_directory(trainer)
         return None if directory is None else RunLayout(Path(directory).absolute())
 
-    def _record(self, trainer: Trainer, layout: RunLayout, stage: str, *, watch: bool) -> Recording:
+    def _record(
+        self,
+        trainer: Trainer,
+        layout: RunLayout,
+        stage: str,
+        *,
+        watch: bool,
+        met: Sequence[dict[str, Any]] = (),
+    ) -> Recording:
         return Recording(
             trainer,
             layout,
@@ -227,6 +237,7 @@ class FlightRecorder(Callback):
             print_profile=self.print_profile,
             watch=watch,
             stage=stage,
+            met=met,
         )
 
 
