@@ -10,7 +10,7 @@ whatever ends it, leaves the profiler's trace, the history and a report in the r
 import contextlib
 import functools
 import logging
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any, Concatenate, ParamSpec
 
@@ -23,6 +23,7 @@ from esper_lightning.callbacks.peers import (
     end_of_run,
     is_of_this_run,
     keep_launcher_from_killing,
+    meet,
 )
 from esper_lightning.callbacks.recording import Recording, add_note
 from esper_lightning.callbacks.run_directory import (
@@ -109,6 +110,7 @@ class FlightRecorder(WritesRun):
             self._recording.close("failed")
             self._recording = None
         layout = _layout(open_run_directory(trainer, self))
+        met = meet(trainer.world_size)
         if layout is None:
             return
         others = [callback for callback in trainer.callbacks if callback is not self]
@@ -117,7 +119,7 @@ class FlightRecorder(WritesRun):
         # First, before anything that may raise in its own on_exception. A new list: the old one is
         # being walked through.
         trainer.callbacks = [self, *others]
-        self._recording = self._record(trainer, layout, stage, watch=self.watch)
+        self._recording = self._record(trainer, layout, stage, watch=self.watch, met=met)
 
     @override
     @_guarded
@@ -237,7 +239,15 @@ class FlightRecorder(WritesRun):
             with contextlib.suppress(Exception):  # one warning is enough
                 recording.close("off")
 
-    def _record(self, trainer: Trainer, layout: RunLayout, stage: str, *, watch: bool) -> Recording:
+    def _record(
+        self,
+        trainer: Trainer,
+        layout: RunLayout,
+        stage: str,
+        *,
+        watch: bool,
+        met: Sequence[dict[str, Any]] = (),
+    ) -> Recording:
         return Recording(
             trainer,
             layout,
@@ -246,6 +256,7 @@ class FlightRecorder(WritesRun):
             watch=watch,
             let_go=functools.partial(close_run_directory, trainer, self),
             stage=stage,
+            met=met,
         )
 
 

@@ -10,7 +10,7 @@ import multiprocessing.util
 import os
 import threading
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -21,7 +21,7 @@ from lightning.pytorch.utilities.exceptions import _TunerExitException
 from esper_lightning.callbacks.death import Death, in_words
 from esper_lightning.callbacks.history import History
 from esper_lightning.callbacks.memory_snapshot import forget_memory, watch_memory
-from esper_lightning.callbacks.peers import Peers, end_of_run
+from esper_lightning.callbacks.peers import Peers, end_of_run, lost_a_peer
 from esper_lightning.callbacks.profiler_rescue import ProfilerGuard
 from esper_lightning.callbacks.progress import RunProgressBar
 from esper_lightning.callbacks.rescue import Rescue
@@ -51,6 +51,7 @@ class Recording:
         let_go: Called at the end, when nothing more is written.
         stage: As Lightning calls it; where it is not ``fit`` and all goes well, what was found of
             an earlier run is there again afterwards.
+        met: Processes of the ranks, as ``peers.meet`` returns them; empty where they have not met.
 
     Raises:
         OSError: If the run directory takes no files; nothing is in place then.
@@ -66,6 +67,7 @@ class Recording:
         watch: bool,
         let_go: Callable[[], None] = lambda: None,
         stage: str = "fit",
+        met: Sequence[dict[str, Any]] = (),
     ) -> None:
         self._pid = os.getpid()
         self._let_go = let_go
@@ -82,19 +84,38 @@ class Recording:
         self._stage = stage
         self._asides: dict[Path, Path] = {}
         with contextlib.ExitStack() as undo:
-            self._begin_files(undo, watch=watch)
+            self._begin_files(undo, met, watch=watch)
             self._begin_watching(undo, hang_timeout_s)
             self._undo = undo.pop_all()
 
-    def _begin_files(self, undo: contextlib.ExitStack, *, watch: bool) -> None:
+    def _begin_files(
+        self, undo: contextlib.ExitStack, met: Sequence[dict[str, Any]], *, watch: bool
+    ) -> None:
         trainer, files = self._trainer, self._files
-        self._found = read_report(files.process)
-        self._set_aside_earlier()
-        self._ring = PhaseRing(files.phases)
-        undo.callback(self._ring.close)
-        self._peers = Peers(self._layout, trainer.global_rank, trainer.world_size)
-        self._peers.tell("running")
-        second = sidecar.start(files.directory, self._pid) if watch else None
+        files.directory.mkdir(parents=True, exist_ok=True)
+        self._peers = Peers(self._layout, trainer.global_rank, trainer.world_size, met)
+        refused: list[OSError] = []
+
+        def attempt(action: Callable[[], object]) -> None:
+            try:
+                action()
+            except OSError as error:  # one file that is impossible is no reason to have no other
+                refused.append(error)
+
+        with sidecar.locked(files.directory):
+            # The second process of a run dies with its container, and may be late elsewhere.
+            attempt(lambda: sidecar.complete_report(files))
+            self._found = read_report(files.process)
+            attempt(self._set_aside_earlier)
+            self._ring = PhaseRing(files.phases)
+            undo.callback(self._ring.close)
+            attempt(lambda: self._peers.tell("running"))
+        refused += [] if self._ring.error is None else [self._ring.error]
+        if refused:
+            text = "%s does not take every file: %s. At a death, what can be saved will be."
+            _log.warning(text, files.directory, in_words(refused[0]))
+        running = {**self._peers.process, "state": "running"}
+        second = sidecar.start(files.directory, self._pid, running) if watch else None
         if second is not None:
             undo.callback(second.stop)
         undo.callback(self._attempt, self._tell_end)
@@ -117,12 +138,15 @@ class Recording:
         undo.callback(faults.restore)
         undo.callback(forget_memory, self._files.memory)
         self._profiler = _take_profiler(trainer)
-        self._guard = ProfilerGuard(self._profiler, self._ring, self._signals, self._described)
+        self._guard = ProfilerGuard(
+            self._profiler, self._ring, self._signals, self._described, self._files
+        )
         undo.callback(self._guard.release)
         self.watchdog = Watchdog(
             received=self._signals.received,
             peer=self._peers.first_failure,
             act=self._act,
+            look=self._ring.note_memory,
             saving_for_s=self._saving_for_s,
             hang_timeout_s=hang_timeout_s,
             stuck_grace_s=_STUCK_GRACE_S,
@@ -173,9 +197,10 @@ class Recording:
         with self._signals.held():
             signal_name = _signal_of(error)
             cause = "exception" if signal_name is None else "signal"
-            if isinstance(error, PeerFailedError):
-                cause = "peer"
-            self._save(Death(cause=cause, error=error, signal=signal_name))
+            peer = None
+            if isinstance(error, PeerFailedError) or lost_a_peer(error):
+                cause, peer = "peer", self._peers.first_failure()
+            self._save(Death(cause=cause, error=error, signal=signal_name, peer=peer))
             self._attempt(lambda: self._note(error))
             self._attempt(self._close_ours)
             self._attempt(lambda: self._peers.wait_until_saved(_PEER_GRACE_S))
@@ -276,7 +301,7 @@ class Recording:
                 ring=self._ring,
                 guard=self._guard,
                 print_profile=self._print_profile,
-                started_s=self._peers.started_s,
+                process=self._peers.process,
                 bounded=bounded,
             )
             if hangs:

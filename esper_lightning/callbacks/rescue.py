@@ -12,7 +12,7 @@ import os
 import tempfile
 import threading
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -50,11 +50,16 @@ class Rescue:
     ring: PhaseRing
     guard: ProfilerGuard
     print_profile: bool
-    started_s: float  # of the recording
+    process: Mapping[str, Any]  # which one this is, as in process.json
     bounded: bool = True  # whether steps may take threads of their own: not in a signal handler
     report: dict[str, Any] = field(default_factory=dict[str, Any])
     written: Path | None = None  # where the report is
     progress_s: float = field(default_factory=time.monotonic)  # when the latest step began
+
+    @property
+    def started_s(self) -> float:
+        """When the recording began."""
+        return self.process["started_s"]
 
     def run(self, death: Death) -> None:
         """Take all steps."""
@@ -63,7 +68,7 @@ class Rescue:
 
     def _run(self, death: Death) -> None:
         started = time.monotonic()
-        self.report = {"cause": death.cause, "started_s": self.started_s}
+        self.report = {**self.process, "cause": death.cause}
         self.report |= {"evidence": {}, "complete": False}
         self._guarded("profiler", self._describe_profiler)
         self._guarded("death", lambda: self.report.update(self._describe(death)))
@@ -176,14 +181,17 @@ class Rescue:
         tables: list[str] = []
 
         def export() -> tuple[Path, str]:
-            path, table = guard.finish(self.files.trace, self.trainer.global_rank)
+            paths, table = guard.finish()
             tables.append(table)
             if not table:
                 detail = (
                     "the window is too large for a table at a death; esper crash reads the trace"
                 )
                 self._evidence("profile", "absent", detail=detail)
-            return path, "the window that was open, up to the death"
+            detail = "the window that was open, up to the death"
+            if len(paths) > 1:
+                detail += f"; in {len(paths)} pieces, of which this is the last"
+            return paths[-1], detail
 
         if guard.has_window:
             # Sessions that are not global must be stopped by the thread that started them.
@@ -254,8 +262,10 @@ class Rescue:
         self.report["evidence"][name] = {"state": state, "path": where, "detail": detail}
 
     def _write_report(self) -> None:
-        elsewhere = Path(tempfile.gettempdir()) / f"crash-{os.getpid()}-{self.files.directory.name}"
-        for path in (self.files.crash, elsewhere.with_suffix(".json")):
+        # In a container every run may be process 1.
+        name = f"crash-{os.getpid()}-{self.started_s:.3f}-{self.files.directory.name}.json"
+        elsewhere = Path(tempfile.gettempdir()) / name
+        for path in (self.files.crash, elsewhere):
             try:
                 write_report(path, self.report)
             except Exception as error:

@@ -12,7 +12,7 @@ from typing import NamedTuple
 __all__ = ["Alarm", "Watchdog"]
 
 _PERIOD_S = 0.1
-_PEERS_EVERY = 3
+_PEERS_EVERY, _LOOKS_EVERY = 3, 5
 _PEER_GRACE_S = 0.5
 _STALLED_S = 60.0  # more than any step of saving is given
 
@@ -32,6 +32,7 @@ class Watchdog:
     Args:
         received: Numbers of the signals that came in since the last call.
         peer: A rank that failed, with the reason.
+        look: Called twice a second.
         act: Saves evidence; for ``signal`` and ``peer`` the first time only.
         saving_for_s: Seconds since the latest step of saving evidence began: ``None`` before the
             first, infinite after the last.
@@ -47,12 +48,13 @@ class Watchdog:
         received: Callable[[], list[int]],
         peer: Callable[[], tuple[int, str] | None],
         act: Callable[[Alarm], None],
+        look: Callable[[], None] = lambda: None,
         saving_for_s: Callable[[], float | None],
         hang_timeout_s: float | None,
         stuck_grace_s: float,
         exit_grace_s: float,
     ) -> None:
-        self._received, self._peer, self._act = received, peer, act
+        self._received, self._peer, self._act, self._look = received, peer, act, look
         self._saving_for_s = saving_for_s
         self._hang_timeout_s = hang_timeout_s
         self._stuck_grace_s, self._exit_grace_s = stuck_grace_s, exit_grace_s
@@ -92,6 +94,8 @@ class Watchdog:
             self._look_for_signals(now)
             if turn % _PEERS_EVERY == 0:
                 self._look_for_peers(now)
+            if turn % _LOOKS_EVERY == 0:
+                self._look()
             self._look_for_a_hang(now)
             self._forget_what_was_caught()
             saving_for_s = self._saving_for_s()

@@ -53,5 +53,5 @@ def _as_json(ranks: list[Remains], first: Remains | None) -> dict[str, Any]:
             "windows": remains.windows,
         }
 
-    died = None if first is None else first.rank
+    died = first.rank if first is not None and first.is_first_cause else None
     return {"schema": SCHEMA, "first_failure": died, "ranks": [plain(rank) for rank in ranks]}

@@ -39,7 +39,7 @@ def describe(directory: Path, ranks: list[Remains], first: Remains | None) -> li
         first: The one that failed first, if any did.
     """
     lines = [f"Run directory: {directory}", ""]
-    if len(ranks) > 1:
+    if len(ranks) > 1 or (ranks[0].world_size or 1) > 1:
         lines += [*_side_by_side(ranks), ""]
     known = {rank.rank for rank in ranks}
     others = ", ".join(f"rank{k}" for k in rank_folders(directory) if k not in known)
@@ -54,7 +54,8 @@ def describe(directory: Path, ranks: list[Remains], first: Remains | None) -> li
             if rank.report is not None
         ]
         return [*lines, *_last_rows(ranks[0])]
-    sections = (_death, _where_time_went, _last_rows, _evidence, _operators)
+    lines += [*_death(first, ranks), ""]
+    sections = (_where_time_went, _last_rows, _evidence, _operators)
     for section in sections:
         lines += [*section(first), ""]
     return lines[:-1]
@@ -79,7 +80,7 @@ def _side_by_side(ranks: list[Remains]) -> list[str]:
     return lines
 
 
-def _death(first: Remains) -> list[str]:
+def _death(first: Remains, ranks: list[Remains]) -> list[str]:
     report = first.report
     if report is None:
         phases = " > ".join(span.name for span in first.phases.open) if first.phases else "unknown"
@@ -89,6 +90,10 @@ def _death(first: Remains) -> list[str]:
             f"Iteration {iteration}, in: {phases}",
         ]
     lines = [f"Rank {first.rank} failed first: {what_happened(report)}"]
+    if not first.is_first_cause:  # and neither did any other rank that left something
+        elsewhere = len(ranks) < (first.world_size or 0)
+        why = "its folder is on another host" if elsewhere else "no rank tells why"
+        lines = [f"Rank {first.rank} lost a peer; {why}.", _cut(what_happened(report), _WIDTH)]
     if report.get("schema") != SCHEMA:
         lines.append(f"(Written with schema {report.get('schema')}; this reads {SCHEMA}.)")
     when, status, signal = (report.get(name) for name in ("time_s", "exit_status", "signal"))
@@ -97,6 +102,7 @@ def _death(first: Remains) -> list[str]:
     how += [f"signal {signal}"] if signal else []
     how += [] if status is None else [f"exit status {status}"]
     lines.append(f"{', '.join(how)}, pid {report.get('pid') or 'unknown'}")
+    lines += _memory(report)
     lines += _where_not_finite((report.get("error") or {}).get("non_finite"))
     phases = report.get("phases") or []
     iteration = report.get("iteration")
@@ -108,6 +114,19 @@ def _death(first: Remains) -> list[str]:
         lines.append(f"Last metrics: {text}")
     traceback = (report.get("error") or {}).get("traceback") or []
     return lines + [f"    {line}"[:100] for line in traceback[-8:]]
+
+
+def _memory(report: dict[str, Any]) -> list[str]:
+    """What the process had, and what the kernel counted meanwhile."""
+    memory, cgroup = report.get("memory") or {}, report.get("cgroup") or {}
+    numbers = [
+        f"{name.removesuffix('_bytes')} {count / 1e9:.2f} GB"
+        for name, count in memory.items()
+        if 0 <= count < 1 << 60
+    ]
+    before, after = (cgroup.get(name) or {} for name in ("before", "after"))
+    numbers += [f"{name} {count} -> {after.get(name)}" for name, count in before.items()]
+    return [_cut(f"Memory: {', '.join(numbers)}", _WIDTH)] if numbers else []
 
 
 def _where_not_finite(found: dict[str, Any] | None) -> list[str]:

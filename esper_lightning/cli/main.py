@@ -33,6 +33,10 @@ def main(arguments: list[str] | None = None) -> None:
         return
     from esper_lightning.cli.lightning_cli import run  # noqa: PLC0415
 
+    if os.environ.get("TORCHELASTIC_ERROR_FILE"):  # where torchrun looks for what a rank died of
+        from torch.distributed.elastic.multiprocessing.errors import record  # noqa: PLC0415
+
+        run = record(run)
     run(words)
 
 

@@ -28,7 +28,7 @@ _PROCESS: dict[str, Any] = {
     "state": str,
     "host": str,
     **dict.fromkeys(("pid", "start_ticks", "pid_namespace", "world_size"), int),
-    "boot": str,
+    **dict.fromkeys(("boot", "run"), str),
     "started_s": _TIME,
 }
 _REPORT: dict[str, Any] = {
@@ -45,6 +45,8 @@ _REPORT: dict[str, Any] = {
     "metrics": {"*": (int, float, str)},
     "profiler": {"class": str, "action": str, "dirpath": str},
     "evidence": {"*": {"state": str, "path": str, "detail": str}},
+    "memory": {"*": int},
+    "cgroup": {"before": {"*": int}, "after": {"*": int}},
 }
 # Ours are ...-rank<k>-...; Lightning's are <stage>-<local rank>-[Strategy]<step>.<time>...
 _RANK_IN_NAME = re.compile(r"-rank(\d+)-|-(\d+)-\[")
@@ -75,6 +77,7 @@ class Remains:
     phases: Phases | None
     windows: list[Window]  # the one nearest to the end comes last
     trace: TraceSummary | None = None
+    run: str | None = None  # the same for all ranks of a run
 
     @property
     def time_s(self) -> float:
@@ -125,6 +128,8 @@ def examine(directory: Path) -> list[Remains]:
 
 def _of_the_same_run(remains: Remains, latest: Remains) -> bool:
     """An earlier run may have had more ranks, and a later one may have died before all began."""
+    if remains.run is not None and latest.run is not None:
+        return remains.run == latest.run
     if latest.started_s is None:
         return True
     began_s = latest.started_s if remains.started_s is None else remains.started_s
@@ -171,6 +176,7 @@ def _remains(directory: Path, rank: int) -> Remains:
         damaged_rows=damaged,
         phases=phases,
         windows=windows,
+        run=process.get("run"),
     )
 
 

@@ -39,6 +39,7 @@ from esper_lightning.training import trainer_support
 from esper_lightning.training.agent import Agent, as_seen
 from esper_lightning.training.checkpoints import (
     STATE_KEY,
+    digest,
     load_checkpoint,
     load_weights,
     refuse_foreign,
@@ -174,6 +175,7 @@ class PPO(LightningModule):
         self._eval_env = for_evaluation(env, eval_episodes)
         self._within_iteration = self._resuming = self._new_episodes = False
         self._resumed: dict[str, Any] | None = None
+        self._loaded_digest = 0  # of the checkpoint, where several ranks resume
         self._ranks = ALONE
 
     # The main path.
@@ -313,9 +315,16 @@ class PPO(LightningModule):
 
     @override
     def on_fit_start(self) -> None:
-        """Take up the weights of another run, unless this one is resumed."""
+        """Take up the weights of another run, unless this one is resumed.
+
+        Raises:
+            ValueError: If the ranks would not begin with the same state, on each of them.
+        """
         if self.warm_start is not None and self.iteration == 0 and not self._resuming:
             load_weights(self, self.warm_start)
+        if self._ranks.size > 1:
+            # Not in on_train_start: a rank whose checkpoint is the end of a run never comes there.
+            self._refuse_to_disagree()
 
     @override
     def on_train_start(self) -> None:
@@ -345,6 +354,20 @@ class PPO(LightningModule):
             used = "PPO.total_env_steps=%s is used up: %d env steps were taken. Nothing to train."
             _log.warning(used, self.total_env_steps, self.env_steps)
             self.trainer.should_stop = True
+
+    def _refuse_to_disagree(self) -> None:
+        """Refuse ranks that found other checkpoints: they would sum gradients of other weights."""
+        numbers = (self.iteration, self._loaded_digest, digest({"state_dict": self.state_dict()}))
+        mine = torch.tensor(numbers, dtype=torch.float64, device=self.device)
+        everyones = [tuple(map(int, each.tolist())) for each in self._ranks.gather(mine)]
+        self._loaded_digest = 0
+        got: list[int | str] = [iteration for iteration, *_ in everyones]
+        if len(set(got)) == 1:  # what the files hold tells them apart
+            got = [f"iteration {i} of {loaded ^ weights:012x}" for i, loaded, weights in everyones]
+        resumes = any(iteration or loaded for iteration, loaded, _ in everyones)
+        field = "ckpt_path" if resumes else "PPO.warm_start"
+        hint = "Every host must find the same checkpoint: copy it, or use a shared directory."
+        require(len(set(everyones)) == 1, field, "be the same on all ranks", got, hint)
 
     @property
     def planned_env_steps(self) -> int | None:
@@ -395,6 +418,8 @@ class PPO(LightningModule):
         self.gradient_steps, self.train_time_s = state["gradient_steps"], state["train_time_s"]
         self.recent_episodes.load(state["recent_episodes"])
         self._resumed = state["ranks"].get(self.global_rank) if self._resuming else None
+        if self._resuming and self.trainer.world_size > 1:
+            self._loaded_digest = digest(checkpoint)
 
     @classmethod
     @override

@@ -1,5 +1,6 @@
 """``esper fit`` and ``esper evaluate`` as a user meets them."""
 
+import json
 from pathlib import Path
 
 import pytest
@@ -8,6 +9,7 @@ import yaml
 from lightning.pytorch.plugins import TorchCheckpointIO
 
 from esper_lightning import AtomicCheckpointIO
+from esper_lightning.cli import lightning_cli
 from esper_lightning.cli.lightning_cli import EsperCLI
 from esper_lightning.cli.main import main
 from esper_lightning.envs import Morphogenesis
@@ -442,3 +444,21 @@ def test_users_own_way_of_writing_checkpoints(capsys, monkeypatch, arguments, ex
     monkeypatch.setattr(EsperCLI, "execute", lambda cli: used.append(cli.trainer.strategy))
     main(["fit", "--config", CARTPOLE, *QUICK, *arguments])
     assert type(used[0].checkpoint_io) is expected
+
+
+@pytest.mark.parametrize("asked", [True, False])
+def test_what_a_rank_dies_of_is_where_torchrun_looks_for_it(tmp_path, monkeypatch, asked):
+    def dies(words):
+        raise RuntimeError(f"injected by {words}")
+
+    monkeypatch.setattr(lightning_cli, "run", dies)
+    path = tmp_path / "error.json"
+    # The file of a launcher that runs these tests is not for this error.
+    monkeypatch.setenv("TORCHELASTIC_ERROR_FILE", str(path) if asked else "")
+    with pytest.raises(RuntimeError, match="injected"):
+        main(["fit"])
+    assert path.exists() == asked
+    if asked:
+        said = json.loads(path.read_text())["message"]
+        assert "injected by ['fit']" in said["message"]
+        assert "Traceback" in said["extraInfo"]["py_callstack"]

@@ -29,7 +29,17 @@ main(["crash", sys.argv[1]])
 DIED_S = 1_800_000_000.0
 ODD = (None, "text", 5, -1, 1e300, [], {}, ["text"], {"text": 1}, [[]], {"text": {"path": 1}})
 FIELDS = ("time_s", "error", "evidence", "phases", "metrics", "peer", "profiler", "schema")
-FIELDS += ("world_size", "cause", "signal", "exit_status", "iteration", "pid", "host")
+FIELDS += (
+    "memory",
+    "cgroup",
+    "world_size",
+    "cause",
+    "signal",
+    "exit_status",
+    "iteration",
+    "pid",
+    "host",
+)
 
 
 def rank(directory, number, *, time_s=None, cause="exception", state="failed", **more):
@@ -101,6 +111,27 @@ def test_the_first_cause_is_not_the_first_to_notice(tmp_path, capsys):
     rank(tmp_path, 1, time_s=100.0)
     assert "Rank 1 failed first: ValueError: of rank 1" in shown(capsys, tmp_path)
     assert json.loads(shown(capsys, tmp_path, "--json"))["first_failure"] == 1
+
+
+@pytest.mark.parametrize("folders", [1, 2])
+def test_a_rank_that_lost_a_peer_is_not_blamed(tmp_path, capsys, folders):
+    error = {"type": "RuntimeError", "message": "Connection closed by peer", "traceback": []}
+    for number in range(folders):
+        rank(tmp_path, number, time_s=100.0, cause="peer", error=error)
+    text = shown(capsys, tmp_path)
+    assert "failed first" not in text
+    where = "its folder is on another host" if folders == 1 else "no rank tells why"
+    assert f"Rank 0 lost a peer; {where}.\nRuntimeError: Connection closed by peer" in text
+    assert ("   1  left nothing" in text) == (folders == 1)
+    assert json.loads(shown(capsys, tmp_path, "--json"))["first_failure"] is None
+
+
+def test_memory_and_the_kernels_counters_stand_beside_each_other(tmp_path, capsys):
+    memory = {"rss_bytes": 1_500_000_000, "limit_bytes": 2_000_000_000, "odd": 10**400}
+    cgroup = {"before": {"oom_kill": 3}, "after": {"oom_kill": 4}}
+    rank(tmp_path, 0, time_s=100.0, memory=memory, cgroup=cgroup)
+    text = shown(capsys, tmp_path)
+    assert "Memory: rss 1.50 GB, limit 2.00 GB, oom_kill 3 -> 4" in text
 
 
 def test_a_rank_that_vanished_fails_before_those_that_notice(tmp_path, capsys):
@@ -233,6 +264,18 @@ def test_a_rank_that_never_began_did_not_die_of_what_it_died_of_before(tmp_path,
     text = shown(capsys, tmp_path)
     assert "Rank 0 failed first" in text
     assert "Of an earlier run, and left out: rank1" in text
+
+
+@pytest.mark.parametrize("same", [True, False])
+def test_ranks_that_have_met_know_that_they_are_one_run(tmp_path, capsys, same):
+    """A launcher may start the next attempt a moment after the death of one."""
+    for number in range(2):
+        files = rank(tmp_path, number, time_s=DIED_S - number)
+        process = {"started_s": DIED_S - number, "world_size": 2, "state": "failed"}
+        write_report(files.process, {**process, "run": "a" if same else str(number)})
+    text = shown(capsys, tmp_path)
+    assert f"Rank {int(same)} failed first" in text
+    assert ("Of an earlier run, and left out: rank1" in text) != same
 
 
 def test_columns_are_what_the_rows_hold(tmp_path, capsys):

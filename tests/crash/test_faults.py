@@ -52,6 +52,10 @@ def check(case: Case, outcome: Outcome) -> list[str]:
     if has_closed_window(case):
         shown = [window.was_open for window in examine(outcome.directory)[0].windows]
         found["closed window"] = (shown, [False])
+    if due.cause == "vanished" and case.get("limit", 1 << 20) > 300_000:
+        had = (report["memory"] or {}).get("rss_bytes", 0)
+        found["memory"] = (50e6 < had < 50e9, True)
+        found["memory in words"] = (f"it had {had / 1e9:.2f} GB" in error["message"], True)
     if case.get("logger"):
         found["logger"] = (evidence["loggers"]["state"], "failed")
     state = outcome.state()
@@ -70,8 +74,6 @@ def check(case: Case, outcome: Outcome) -> list[str]:
 
 
 def _state_of_trace(case: Case, due: Expected) -> str:
-    if "room" in case["fault"] and case["profiler"] != "none":
-        return "failed"
     workers_window = case.get("workers") and has_open_window(case)
     return "saved" if due.trace or workers_window else "absent"
 
