@@ -12,7 +12,7 @@ import functools
 import logging
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any, Concatenate, ParamSpec
+from typing import Any, Concatenate, ParamSpec, cast
 
 from lightning.pytorch import Callback, LightningModule, Trainer
 from typing_extensions import override
@@ -24,9 +24,9 @@ from esper_lightning.callbacks.peers import (
     is_of_this_run,
     keep_launcher_from_killing,
 )
-from esper_lightning.callbacks.recording import Recording, add_note
+from esper_lightning.callbacks.protection import run_depth
+from esper_lightning.callbacks.recording import Recording, add_note, recording_of
 from esper_lightning.callbacks.run_directory import agree_on_run_directory, run_directory
-from esper_lightning.callbacks.signals import ignore_interrupts_while_ending
 from esper_lightning.core.validate import require
 from esper_lightning.forensics.layout import RunLayout
 from esper_lightning.forensics.report import read_report
@@ -47,7 +47,7 @@ def _guarded(
         try:
             hook(self, *args, **kwargs)
         except Exception as error:
-            self.give_up(error)
+            self.give_up(cast(Trainer, args[0]), error)
 
     return call
 
@@ -86,19 +86,14 @@ class FlightRecorder(Callback):
         self.hang_timeout_s = hang_timeout_s
         self.print_profile = print_profile
         self.watch = watch
-        self._recording: Recording | None = None
-
-    def __getstate__(self) -> dict[str, Any]:
-        """Launchers that spawn processes pickle callbacks; a recording is of one process."""
-        return {**self.__dict__, "_recording": None}
 
     @override
     @_guarded
     def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
         """Begin to record, before anything of the run can fail."""
-        if self._recording is not None:
-            self._recording.close("failed")
-            self._recording = None
+        if run_depth(trainer) > 1 and recording_of(trainer) is not None:
+            return  # a run within a run of the same Trainer is part of that
+        _close_earlier(trainer)
         agree_on_run_directory(trainer)
         layout = self._layout(trainer)
         if layout is None:
@@ -109,15 +104,16 @@ class FlightRecorder(Callback):
         # First, before anything that may raise in its own on_exception. A new list: the old one is
         # being walked through.
         trainer.callbacks = [self, *others]
-        self._recording = self._record(trainer, layout, stage, watch=self.watch)
+        self._record(trainer, layout, stage, watch=self.watch)
 
     @override
     @_guarded
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Lightning's launcher is running by now, and CUDA is in use if it will be."""
-        if self._recording is not None:
-            keep_launcher_from_killing(self._recording.save_for_launcher)
-            self._recording.begin_training()
+        recording = recording_of(trainer)
+        if recording is not None:
+            keep_launcher_from_killing(recording.save_for_launcher)
+            recording.begin_training()
 
     @override
     @_guarded
@@ -125,8 +121,9 @@ class FlightRecorder(Callback):
         self, trainer: Trainer, pl_module: LightningModule, batch: Any, batch_idx: int
     ) -> None:
         """Another iteration begins."""
-        if self._recording is not None:
-            self._recording.begin_iteration(finished_iterations(trainer, pl_module) + 1)
+        recording = recording_of(trainer)
+        if recording is not None:
+            recording.begin_iteration(finished_iterations(trainer, pl_module) + 1)
 
     @override
     @_guarded
@@ -134,8 +131,9 @@ class FlightRecorder(Callback):
         self, trainer: Trainer, pl_module: LightningModule, outputs: Any, batch: Any, batch_idx: int
     ) -> None:
         """The iteration is done."""
-        if self._recording is not None:
-            self._recording.watchdog.beat()
+        recording = recording_of(trainer)
+        if recording is not None:
+            recording.beat()
 
     @override
     @_guarded
@@ -174,8 +172,9 @@ class FlightRecorder(Callback):
     @_guarded
     def on_train_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """What follows is no iteration."""
-        if self._recording is not None:
-            self._recording.watchdog.rest()
+        recording = recording_of(trainer)
+        if recording is not None:
+            recording.watchdog.rest()
 
     @override
     @_guarded
@@ -183,34 +182,26 @@ class FlightRecorder(Callback):
         self, trainer: Trainer, pl_module: LightningModule, exception: BaseException
     ) -> None:
         """Save everything, unless that was done closer to the fault."""
-        recording, self._recording = self._recording, None
-        if recording is not None and recording.ended_well:
-            recording = None
+        recording = recording_of(trainer)
         layout = self._layout(trainer)
-        if recording is None and layout is not None:
-            if _saved_by_its_processes(layout):
-                add_note(exception, layout.directory, "every rank has a folder of its own")
-                end_of_run()
-                return
-            # It died before ``setup`` was called.
-            recording = self._record(trainer, layout, "fit", watch=False)
-        if recording is not None:
-            recording.die(exception)
-        if isinstance(exception, KeyboardInterrupt):
-            ignore_interrupts_while_ending(trainer)
+        if recording is not None or layout is None:  # ours was saved before any callback was told
+            return
+        if _saved_by_its_processes(layout):
+            add_note(exception, layout.directory, "every rank has a folder of its own")
+            end_of_run()
+            return
+        # It died before ``setup`` was called.
+        self._record(trainer, layout, "fit", watch=False).die(exception, lingers=False)
 
     def _beat(self, trainer: Trainer) -> None:
-        if (
-            self._recording is not None
-            and trainer.state.fn == "fit"
-            and not trainer.sanity_checking
-        ):
-            self._recording.watchdog.beat()
+        recording = recording_of(trainer)
+        if recording is not None and trainer.state.fn == "fit" and not trainer.sanity_checking:
+            recording.beat()
 
-    def give_up(self, error: Exception) -> None:
+    def give_up(self, trainer: Trainer, error: Exception) -> None:
         """Leave the run alone from here on."""
         _log.warning("FlightRecorder is off: %s. The run goes on without it.", in_words(error))
-        recording, self._recording = self._recording, None
+        recording = recording_of(trainer)
         if recording is not None:
             with contextlib.suppress(Exception):  # one warning is enough
                 recording.close("off")
@@ -228,6 +219,13 @@ class FlightRecorder(Callback):
             watch=watch,
             stage=stage,
         )
+
+
+def _close_earlier(trainer: Trainer) -> None:
+    """End what is left of a run whose end was not seen."""
+    earlier = recording_of(trainer)
+    if earlier is not None:
+        earlier.close("failed")
 
 
 def _saved_by_its_processes(layout: RunLayout) -> bool:

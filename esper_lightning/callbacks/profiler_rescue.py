@@ -24,7 +24,7 @@ from lightning.pytorch.profilers import PassThroughProfiler, Profiler, PyTorchPr
 from torch.profiler import ProfilerAction
 
 from esper_lightning.callbacks.operator_table import operator_table
-from esper_lightning.callbacks.signals import Signals
+from esper_lightning.callbacks.protection import Patch, Protection
 from esper_lightning.callbacks.trace_export import export_trace
 from esper_lightning.callbacks.window_profiler import WindowProfiler, global_session
 from esper_lightning.forensics.phases import PhaseRing
@@ -44,7 +44,7 @@ class ProfilerGuard:
     Args:
         profiler: Of the Trainer.
         ring: Where spans go.
-        signals: Held back while a window is written.
+        protection: Holds signals back while a window is written.
         on_described: Called after the run's last act, the profiler's own report.
     """
 
@@ -52,12 +52,12 @@ class ProfilerGuard:
         self,
         profiler: Profiler,
         ring: PhaseRing,
-        signals: Signals,
+        protection: Protection,
         on_described: Callable[[], None],
     ) -> None:
         self.profiler = profiler
         self._ring = ring
-        self._signals = signals
+        self._protection = protection
         self._on_described = on_described
         self._thread = threading.get_ident()
         self._outer: list[BaseException | None] = []
@@ -65,16 +65,15 @@ class ProfilerGuard:
         self._does_nothing = type(profiler) is PassThroughProfiler
         theirs = getattr(profiler, "dirpath", None)
         self._theirs = Path(theirs).absolute() if theirs else None  # before anyone changes places
-        for name in _WRAPPED:
-            setattr(profiler, name, getattr(self, f"_{name}"))
+        self._patches = [Patch(profiler, name, getattr(self, f"_{name}")) for name in _WRAPPED]
         self._methods = {name: getattr(type(profiler), name).__get__(profiler) for name in _WRAPPED}
         self._made_global = isinstance(profiler, PyTorchProfiler) and _make_global(profiler)
 
     def release(self) -> None:
         """Give the profiler its own methods back."""
         self._off = True
-        for name in _WRAPPED:
-            self.profiler.__dict__.pop(name, None)
+        for patch in self._patches:
+            patch.undo()
         if self._made_global and isinstance(self.profiler, PyTorchProfiler):
             self.profiler._profiler_kwargs.pop("experimental_config", None)
 
@@ -128,7 +127,7 @@ class ProfilerGuard:
     def _guarded(self, method: str, *args: str) -> None:
         """Call the profiler's own method; a run does not fail because of its profiler."""
         try:
-            with self._signals.held():
+            with self._protection.held():
                 self._methods[method](*args)
         except Exception as error:
             if isinstance(self.profiler, PyTorchProfiler):
