@@ -178,6 +178,14 @@ class FlightRecorder(Callback):
 
     @override
     @_guarded
+    def teardown(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
+        """All went well."""
+        recording = recording_of(trainer)
+        if recording is not None:
+            recording.approach_end()
+
+    @override
+    @_guarded
     def on_exception(
         self, trainer: Trainer, pl_module: LightningModule, exception: BaseException
     ) -> None:

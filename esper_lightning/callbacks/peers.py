@@ -18,14 +18,19 @@ _CLOCKS_DIFFER_S = 10.0
 _previous_end_s = [time.time()]  # of a run in this process, or of the import of this module
 
 
-def is_of_this_run(process: dict[str, Any]) -> bool:
+def is_of_this_run(process: dict[str, Any], since_s: float | None = None) -> bool:
     """Whether a ``process.json`` is no remainder of an earlier run in the same directory.
 
     Lightning has all ranks meet before any of them calls ``setup``, where a rank says that it
     runs: then each has imported this, and left the run before.
+
+    Args:
+        process: Its content.
+        since_s: End of the run before, in this process; ``None`` for the latest end of any.
     """
     tolerance_s = 0.0 if process.get("host") == _HOST else _CLOCKS_DIFFER_S
-    return process.get("started_s", 0.0) >= _previous_end_s[0] - tolerance_s
+    since_s = _previous_end_s[0] if since_s is None else since_s
+    return process.get("started_s", 0.0) >= since_s - tolerance_s
 
 
 def end_of_run() -> None:
@@ -44,6 +49,7 @@ class Peers:
 
     def __init__(self, layout: RunLayout, rank: int, world_size: int) -> None:
         self._layout = layout
+        self._since_s = _previous_end_s[0]  # other runs of this process may end meanwhile
         self._others = [peer for peer in range(world_size) if peer != rank]
         self.started_s = time.time()
         self._path = layout.rank(rank).process
@@ -99,7 +105,7 @@ class Peers:
         process = read_report(self._layout.rank(peer).process)
         if process is None or process.get("state") is None:
             return None
-        return process if is_of_this_run(process) else None
+        return process if is_of_this_run(process, self._since_s) else None
 
 
 def keep_launcher_from_killing(save: Callable[[], None]) -> None:

@@ -45,6 +45,7 @@ class ProfilerGuard:
         profiler: Of the Trainer.
         ring: Where spans go.
         protection: Holds signals back while a window is written.
+        on_batch: Called when a training batch begins, also in a loop that a tuner runs.
         on_described: Called after the run's last act, the profiler's own report.
     """
 
@@ -53,12 +54,14 @@ class ProfilerGuard:
         profiler: Profiler,
         ring: PhaseRing,
         protection: Protection,
+        *,
+        on_batch: Callable[[], None],
         on_described: Callable[[], None],
     ) -> None:
         self.profiler = profiler
         self._ring = ring
         self._protection = protection
-        self._on_described = on_described
+        self._on_batch, self._on_described = on_batch, on_described
         self._thread = threading.get_ident()
         self._outer: list[BaseException | None] = []
         self._off = False
@@ -102,6 +105,8 @@ class ProfilerGuard:
         if threading.get_ident() == self._thread:
             self._outer.append(sys.exc_info()[1])
             self._ring.enter(action_name)
+            if action_name == "run_training_batch":
+                self._on_batch()
         if not (self._off or self._does_nothing):
             self._guarded("start", action_name)
 

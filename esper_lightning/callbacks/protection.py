@@ -254,23 +254,30 @@ class _Wakeup:
         self._arrive = arrive
         self._read, self._write = os.pipe2(os.O_CLOEXEC)
         os.set_blocking(self._write, False)
-        self._previous = signal.set_wakeup_fd(self._write, warn_on_full_buffer=False)
-        self._file = _file_of(self._previous)
-        self._thread = threading.Thread(
+        self._installed = False
+        self._previous, self._file = -1, _file_of(-1)
+        self.thread = threading.Thread(
             target=self._pass_on, daemon=True, name="flight-recorder-signals"
         )
-        self._thread.start()
+        self.thread.start()
+
+    def install(self) -> None:
+        """Have C write to it; for the main thread alone, as ``close``."""
+        if not self._installed:
+            self._previous = signal.set_wakeup_fd(self._write, warn_on_full_buffer=False)
+            self._file = _file_of(self._previous)
+            self._installed = True
 
     def close(self) -> None:
         """Put the previous descriptor back, unless somebody has replaced ours."""
-        self._put_back(self._previous if _file_of(self._previous) == self._file else -1)
-        os.write(self._write, b"\0")
-        self._thread.join()
-        self._close_files()
+        if self._installed:
+            self._put_back(self._previous if _file_of(self._previous) == self._file else -1)
+        os.write(self._write, b"\0")  # the last words that the thread reads
 
     def leave_in_child(self) -> None:
         """In a forked child, which is not the run, and whose signals are nothing to its parent."""
-        self._put_back(-1)
+        if self._installed:
+            self._put_back(-1)
         self._close_files()
 
     def _put_back(self, previous: int) -> None:
@@ -292,6 +299,7 @@ class _Wakeup:
                 with contextlib.suppress(OSError):
                     os.write(self._previous, sent)
             if len(sent) < len(numbers):
+                self._close_files()
                 return
 
 
@@ -328,10 +336,8 @@ class _Process:
                     self._begin()
                 if member.in_main_thread:
                     self.raised = None
-                    self._sync()
                 else:
                     self._catch_in_c()
-                    run_in_main_thread(self._sync_later)
             except BaseException:
                 self._remove(member)
                 raise
@@ -348,20 +354,26 @@ class _Process:
             self.raised = None
         if not self.members:
             self._undo.close()
-        if _in_main_thread():
-            self._sync()
-        else:
-            run_in_main_thread(self._sync_later)
 
     @contextmanager
     def _changing(self) -> Generator[None]:
+        """Alone; afterwards the main thread brings its own things to what is needed."""
+        if not _in_main_thread():
+            try:
+                with self._lock:
+                    yield
+            finally:
+                run_in_main_thread(self._sync_later)
+            return
         with self._lock, self.held():
-            outer = self._busy
-            self._busy = outer or _in_main_thread()
+            outer, self._busy = self._busy, True
             try:
                 yield
             finally:
+                ended = self._sync()
                 self._busy = outer
+        if ended is not None:
+            ended.join()
 
     def member_of(self, trainer: Trainer) -> Protection | None:
         """The latest recording of a Trainer, up to the end of Lightning's shutdown."""
@@ -370,6 +382,7 @@ class _Process:
 
     def _begin(self) -> None:
         """What any thread may do."""
+        self._pid = os.getpid()
         self._interrupt = Patch(call, "_interrupt", self._interrupted)
         self._undo.callback(self._interrupt.undo)
         atexit.register(self._at_exit)
@@ -377,6 +390,7 @@ class _Process:
         # Worker processes of multiprocessing leave without atexit.
         finalizer = multiprocessing.util.Finalize(self, self._at_exit, exitpriority=50)
         self._undo.callback(finalizer.cancel)
+        self._wakeup = self._wakeup or _Wakeup(self._arrive_early)
         self._undo.callback(self._give_back_in_c)
         for number in FAULTS:
             ours = c_handler(number) == _ADDRESS
@@ -405,26 +419,41 @@ class _Process:
     # What the main thread alone may do.
 
     def _sync_later(self) -> None:
-        if not self._busy:  # else it comes to that itself
-            with self._lock:
-                self._sync()
+        """Called between two instructions of whatever the main thread does.
 
-    def _sync(self) -> None:
-        """Bring Python's handlers and the wakeup descriptor to what the living recordings need."""
+        That may hold any lock, so that nothing here waits for one, or starts a thread. Whoever
+        has our lock asks for this again.
+        """
+        if not self._busy and self._lock.acquire(blocking=False):
+            try:
+                self._sync()
+            finally:
+                self._lock.release()
+
+    def _sync(self) -> threading.Thread | None:
+        """Bring Python's handlers and the wakeup descriptor to what the living recordings need.
+
+        Returns:
+            The thread of the wakeup descriptor where that is no longer needed; it ends by itself.
+        """
         unwinds = any(member.in_main_thread for member in self.members)
         for number in list(self.handlers):
             was_default = self.handlers[number] is signal.SIG_DFL
             if not self.members or not (unwinds or was_default):
                 self._give_back(number)
+        wakeup = self._wakeup
         if self.members:
             kept = set[int]().union(*(member.kept for member in self.members))
             for number in ENDING:
                 if number not in kept:
                     self._take(number, unwinds=unwinds)
-            self._wakeup = self._wakeup or _Wakeup(self._arrive_early)
-        elif self._wakeup is not None:
-            self._wakeup.close()
+            if wakeup is not None:
+                wakeup.install()
+        elif wakeup is not None:
             self._wakeup = None
+            wakeup.close()
+            return wakeup.thread
+        return None
 
     def _take(self, number: int, *, unwinds: bool) -> None:
         """Set our handler where nobody listens.
@@ -647,7 +676,6 @@ class _Process:
         if self._wakeup is not None:
             self._wakeup.leave_in_child()
             self._wakeup = None
-        self._pid = os.getpid()
 
 
 _process = _Process()

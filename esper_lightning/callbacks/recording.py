@@ -109,10 +109,16 @@ class Recording:
         undo.callback(self._run_stage.undo)
         self._protection = Protection(self)
         self._protection.install()
-        leave.callback(self._restore)
+        leave.callback(lambda: self._protection.restore(run_goes_on=self._state == "off"))
         undo.callback(forget_memory, self._files.memory)
         self._profiler = _take_profiler(trainer)
-        self._guard = ProfilerGuard(self._profiler, self._ring, self._protection, self._described)
+        self._guard = ProfilerGuard(
+            self._profiler,
+            self._ring,
+            self._protection,
+            on_batch=self.beat,
+            on_described=self._described,
+        )
         undo.callback(self._guard.release)
         self.watchdog = Watchdog(
             received=self._protection.received,
@@ -223,15 +229,18 @@ class Recording:
 
     def leave(self) -> None:
         """Take no part any more in what protects the process."""
-        if os.getpid() == self._pid:
-            self._leave.close()
-            self._rescue = None
-
-    def _restore(self) -> None:
-        self._protection.restore(run_goes_on=self._state == "off")
+        if os.getpid() != self._pid:
+            return
+        self._leave.close()
+        self._rescue = None
         number = self.watchdog.ends_by
         if number is not None and not self._protection.others_saving_for_s():
-            end_by(number)  # the run came to its end before the signal took effect
+            end_by(number)  # this run, the last one, came to its end before the signal took effect
+
+    def approach_end(self) -> None:
+        """The run has reached its end, but for the report of its profiler."""
+        if self.trainer.profiler is not self._profiler:  # somebody replaced what we wait for
+            self._described()
 
     # What calls us.
 
