@@ -33,15 +33,20 @@ _CLOCKS_DIFFER_S = 10.0
 _previous_end_s = [time.time()]  # of a run in this process, or of the import of this module
 
 
-def is_of_this_run(process: dict[str, Any]) -> bool:
+def is_of_this_run(process: dict[str, Any], since_s: float | None = None) -> bool:
     """Whether a ``process.json`` is no remainder of an earlier run in the same directory.
 
     For where the ranks have not met: time is all there is to compare. Lightning has all ranks meet
     before any of them calls ``setup``, where a rank says that it runs: then each has imported this,
     and left the run before.
+
+    Args:
+        process: Content of the file.
+        since_s: End of the run before, in this process; ``None`` for the latest end of any.
     """
     tolerance_s = 0.0 if process.get("host") == _HOST else _CLOCKS_DIFFER_S
-    return process.get("started_s", 0.0) >= _previous_end_s[0] - tolerance_s
+    since_s = _previous_end_s[0] if since_s is None else since_s
+    return process.get("started_s", 0.0) >= since_s - tolerance_s
 
 
 def end_of_run() -> None:
@@ -93,6 +98,7 @@ class Peers:
         met: Sequence[dict[str, Any]] = (),
     ) -> None:
         self._layout = layout
+        self._since_s = _previous_end_s[0]  # other runs of this process may end meanwhile
         self._others = [peer for peer in range(world_size) if peer != rank]
         self._met = list(met)
         mine = self._met[rank] if self._met else meet(1)[0]
@@ -149,7 +155,8 @@ class Peers:
         if process is None or process.get("state") is None:
             return None
         known = self._met and same_recording(process, self._met[peer])
-        return process if known or (not self._met and is_of_this_run(process)) else None
+        of_this_run = not self._met and is_of_this_run(process, self._since_s)
+        return process if known or of_this_run else None
 
 
 # gloo names the place in its source at which an operation failed, as nobody else does.

@@ -27,7 +27,7 @@ from torch.profiler import ProfilerAction
 
 from esper_lightning.callbacks.death import in_words
 from esper_lightning.callbacks.operator_table import operator_table
-from esper_lightning.callbacks.signals import Signals
+from esper_lightning.callbacks.protection import Patch, Protection
 from esper_lightning.callbacks.trace_export import export_trace
 from esper_lightning.callbacks.window_profiler import WindowProfiler, global_session
 from esper_lightning.forensics.files import write_atomically
@@ -49,7 +49,8 @@ class ProfilerGuard:
     Args:
         profiler: Of the Trainer.
         ring: Where spans go.
-        signals: Held back while a window is written.
+        protection: Holds signals back while a window is written.
+        on_batch: Called when a training batch begins, also in a loop that a tuner runs.
         on_described: Called after the run's last act, the profiler's own report.
         files: Of this rank, for what cannot go where the user wants it.
     """
@@ -58,14 +59,16 @@ class ProfilerGuard:
         self,
         profiler: Profiler,
         ring: PhaseRing,
-        signals: Signals,
+        protection: Protection,
+        *,
+        on_batch: Callable[[], None],
         on_described: Callable[[], None],
         files: RankLayout,
     ) -> None:
         self.profiler = profiler
         self._ring = ring
-        self._signals = signals
-        self._on_described = on_described
+        self._protection = protection
+        self._on_batch, self._on_described = on_batch, on_described
         self._files = files
         self._warned = False
         self._thread = threading.get_ident()
@@ -74,16 +77,15 @@ class ProfilerGuard:
         self._does_nothing = type(profiler) is PassThroughProfiler
         theirs = getattr(profiler, "dirpath", None)
         self._theirs = Path(theirs).absolute() if theirs else None  # before anyone changes places
-        for name in _WRAPPED:
-            setattr(profiler, name, getattr(self, f"_{name}"))
+        self._patches = [Patch(profiler, name, getattr(self, f"_{name}")) for name in _WRAPPED]
         self._methods = {name: getattr(type(profiler), name).__get__(profiler) for name in _WRAPPED}
         self._made_global = isinstance(profiler, PyTorchProfiler) and _make_global(profiler)
 
     def release(self) -> None:
         """Give the profiler its own methods back."""
         self._off = True
-        for name in _WRAPPED:
-            self.profiler.__dict__.pop(name, None)
+        for patch in self._patches:
+            patch.undo()
         if self._made_global and isinstance(self.profiler, PyTorchProfiler):
             self.profiler._profiler_kwargs.pop("experimental_config", None)
 
@@ -112,6 +114,8 @@ class ProfilerGuard:
         if threading.get_ident() == self._thread:
             self._outer.append(sys.exc_info()[1])
             self._ring.enter(action_name)
+            if action_name == "run_training_batch":
+                self._on_batch()
         if not (self._off or self._does_nothing):
             self._guarded("start", action_name)
 
@@ -137,7 +141,7 @@ class ProfilerGuard:
     def _guarded(self, method: str, *args: str) -> None:
         """Call the profiler's own method; a run does not fail because of its profiler."""
         try:
-            with self._signals.held():
+            with self._protection.held():
                 self._methods[method](*args)
                 self._look_after_windows()
         except Exception as error:

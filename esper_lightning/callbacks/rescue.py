@@ -31,6 +31,7 @@ from esper_lightning.callbacks.death import (
 from esper_lightning.callbacks.history import History
 from esper_lightning.callbacks.profiler_rescue import ProfilerGuard, unrecorded
 from esper_lightning.callbacks.signals import dump_stacks
+from esper_lightning.callbacks.watchdog import awake_s
 from esper_lightning.forensics.files import replacing, write_atomically
 from esper_lightning.forensics.layout import RankLayout
 from esper_lightning.forensics.phases import PhaseRing
@@ -54,7 +55,8 @@ class Rescue:
     bounded: bool = True  # whether steps may take threads of their own: not in a signal handler
     report: dict[str, Any] = field(default_factory=dict[str, Any])
     written: Path | None = None  # where the report is
-    progress_s: float = field(default_factory=time.monotonic)  # when the latest step began
+    begun_s: float = field(default_factory=awake_s)
+    progress_s: float = field(default_factory=awake_s)  # when the latest step began
 
     @property
     def started_s(self) -> float:
@@ -219,7 +221,7 @@ class Rescue:
         self, name: str, action: Callable[[], tuple[Path | None, str]], *, seconds: float | None
     ) -> None:
         """Take a step and write down how it went."""
-        self.progress_s = time.monotonic()
+        self.progress_s = awake_s()
         failures: list[BaseException] = []
         results: list[tuple[Path | None, str]] = []
 
@@ -286,5 +288,7 @@ def _finishes(action: Callable[[], None], seconds: float) -> bool:
     except RuntimeError:  # no memory for a thread
         action()
         return True
-    thread.join(seconds)
+    end = awake_s() + seconds
+    while thread.is_alive() and awake_s() < end:
+        thread.join(0.1)
     return not thread.is_alive()

@@ -76,8 +76,8 @@ def start(directory: Path, pid: int, process: Mapping[str, Any] | None = None) -
     )
     # Of the signals that a scheduler sends to all processes of a job, none is for it.
     ignoring = (
-        "import signal; [signal.signal(getattr(signal, name), signal.SIG_IGN) for name in "
-        "('SIGTERM', 'SIGINT', 'SIGHUP', 'SIGUSR1', 'SIGUSR2', 'SIGXCPU', 'SIGQUIT')]; "
+        "import signal; [signal.signal(number, signal.SIG_IGN) for number in "
+        "signal.valid_signals() - {signal.SIGKILL, signal.SIGSTOP}]; "
     )
     watched = json.dumps([identify(pid), dict(process)])
     command = [sys.executable, "-S", "-E", "-s", "-c", ignoring + program, str(directory), watched]

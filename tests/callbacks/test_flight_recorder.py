@@ -17,8 +17,15 @@ import pytest
 import torch
 import torchmetrics
 from lightning.pytorch import Callback, LightningDataModule, LightningModule
+from lightning.pytorch.callbacks import BatchSizeFinder, LearningRateFinder
 from lightning.pytorch.loggers import CSVLogger
-from lightning.pytorch.profilers import AdvancedProfiler, PyTorchProfiler, SimpleProfiler
+from lightning.pytorch.loops import _FitLoop
+from lightning.pytorch.profilers import (
+    AdvancedProfiler,
+    PassThroughProfiler,
+    PyTorchProfiler,
+    SimpleProfiler,
+)
 from torch.utils.data import DataLoader
 
 from esper_lightning import FlightRecorder
@@ -599,3 +606,161 @@ def test_ctrl_c_works_again_although_another_callback_raised(fit):
     with pytest.raises(KeyboardInterrupt):
         signal.raise_signal(signal.SIGINT)
     assert signal.getsignal(signal.SIGINT) == before
+
+
+class Tunable(Plain):
+    """What the finders of Lightning can tune."""
+
+    def __init__(self, act=None):
+        super().__init__(act)
+        self.lr = 1e-3
+        self.batch_size = 1
+
+    def train_dataloader(self):
+        return DataLoader(torch.ones(64, 4), self.batch_size)
+
+    def configure_optimizers(self):
+        return torch.optim.SGD(self.parameters(), self.lr)
+
+
+class Replaces(Callback):
+    """Has other callbacks in place of all others from some hook on."""
+
+    def __init__(self, hook):
+        setattr(self, hook, self._replace)
+
+    def _replace(self, trainer, *_):
+        trainer.callbacks = [Callback()]
+
+
+class RunsTheLoop(Callback):
+    """Trains by itself before training begins."""
+
+    def on_fit_start(self, trainer, module):
+        trainer.fit_loop.run()
+
+
+class Loop(_FitLoop):
+    """Of somebody's own."""
+
+
+class ReplacesTheLoop(Callback):
+    def on_fit_start(self, trainer, module):
+        own = Loop(trainer, max_epochs=1)
+        own._data_source = trainer.fit_loop._data_source
+        trainer.fit_loop = own
+
+
+def finders():
+    return {
+        "learning rate": LearningRateFinder(num_training_steps=5),
+        "batch size": BatchSizeFinder(steps_per_trial=4, max_trials=2, init_val=1),
+        "own callbacks from on_fit_start": Replaces("on_fit_start"),
+        "own callbacks from a batch on": Replaces("on_train_batch_start"),
+        "runs the loop": RunsTheLoop(),
+        "own loop": ReplacesTheLoop(),
+    }
+
+
+@pytest.mark.filterwarnings("ignore:.*max_epochs")
+class TestACallbackThatTakesOver:
+    @pytest.fixture
+    def fit_tuned(self, make_trainer):
+        def fit_tuned(module, name):
+            callbacks = [FlightRecorder(watch=False), finders()[name]]
+            trainer = make_trainer(callbacks=callbacks, max_epochs=1, limit_train_batches=6)
+            try:
+                trainer.fit(module)  # with its own data: BatchSizeFinder takes no other
+            except BaseException as error:
+                return error
+            return None
+
+        return fit_tuned
+
+    @pytest.mark.parametrize("name", finders())
+    def test_does_not_lose_an_error(self, fit_tuned, files, name):
+        error = fit_tuned(Tunable(raise_at(3)), name)
+        assert str(error) == "injected"
+        report = read_report(files.crash)
+        assert (report["error"]["message"], report["complete"]) == ("injected", True)
+        assert str(files.crash) in error.__notes__[0]
+        assert len(error.__notes__) == 1
+        assert read_report(files.process)["state"] == "failed"
+
+    @pytest.mark.parametrize("name", finders())
+    def test_leaves_a_healthy_run_healthy(self, fit_tuned, files, name):
+        assert fit_tuned(Tunable(), name) is None
+        assert read_report(files.process)["state"] == "finished"
+        assert not files.crash.exists()
+        if "own callbacks" not in name:
+            rows = [row["iteration"] for row in read_json_lines(files.history)]
+            assert rows[-6:] == list(range(rows[-6], rows[-6] + 6))
+
+
+class Within(Callback):
+    """Does something in the middle of a fit."""
+
+    def __init__(self, act):
+        self.act = act
+
+    def on_train_batch_start(self, trainer, module, batch, batch_idx):
+        if batch_idx == 3:
+            self.act(trainer, module)
+
+
+class TestARunWithinARun:
+    def test_of_another_trainer_is_recorded_for_itself_by_the_same_recorder(self, fit, tmp_path):
+        recorder, errors = FlightRecorder(watch=False), []
+
+        def inner(trainer, module):
+            root = tmp_path / "inner"
+            errors.append(fit(Plain(raise_at(2)), recorder=recorder, default_root_dir=root))
+
+        assert fit(Plain(), callbacks=[recorder, Within(inner)]) is None
+        outer, inner = RunLayout(tmp_path).rank(0), RunLayout(tmp_path / "inner").rank(0)
+        assert read_report(inner.crash)["iteration"] == 3
+        assert read_report(inner.process)["state"] == "failed"
+        assert str(errors[0]) == "injected"
+        assert not outer.crash.exists()
+        assert read_report(outer.process)["state"] == "finished"
+        assert len(read_json_lines(outer.history)) == 6
+
+    @pytest.mark.parametrize("fails", [False, True])
+    def test_of_the_same_trainer_is_part_of_it(self, fit, files, fails):
+        class Validated(Plain):
+            def validation_step(self, batch, batch_idx):
+                if fails:
+                    raise LookupError("in the validation")
+
+        def inner(trainer, module):
+            with contextlib.suppress(LookupError):
+                trainer.validate(module, data(1), verbose=False)
+            assert read_report(files.process)["state"] == "running"
+            raise RuntimeError("afterwards")
+
+        recorder = FlightRecorder(watch=False)
+        settings = {"callbacks": [recorder, Within(inner)], "limit_val_batches": 1}
+        assert str(fit(Validated(), data(), data(), **settings)) == "afterwards"
+        assert read_report(files.crash)["error"]["message"] == "afterwards"
+        assert read_report(files.process)["state"] == "failed"
+
+
+def test_a_profiler_that_somebody_replaces_makes_no_death_of_the_run(fit, files):
+    def replace(trainer, module):
+        trainer.profiler = PassThroughProfiler()
+
+    assert fit(Plain(), callbacks=[FlightRecorder(watch=False), Within(replace)]) is None
+    assert read_report(files.process)["state"] == "finished"
+
+
+def test_a_tuner_that_trains_for_long_is_no_hang(fit, files):
+    class Trains(Callback):
+        def on_train_epoch_start(self, trainer, module):
+            if trainer.current_epoch == 1:
+                for _ in range(5):
+                    with trainer.profiler.profile("run_training_batch"):
+                        time.sleep(0.3)
+
+    recorder = FlightRecorder(hang_timeout_s=1.0, watch=False)
+    assert fit(Plain(), callbacks=[recorder, Trains()], max_epochs=2) is None
+    assert not files.crash.exists()
