@@ -104,9 +104,10 @@ def _find_modules_here() -> None:
     if spec is not None and spec.name.partition(".")[0] == "esper_lightning":  # by python -m
         sys.path.append(sys.path.pop(0))
         return
-    here = os.getcwd()  # noqa: PTH109 - pathlib takes time to import
-    if not {here, ""} & set(sys.path):
-        sys.path.append(here)
+    with suppress(FileNotFoundError):  # the directory was removed
+        here = os.getcwd()  # noqa: PTH109 - pathlib takes time to import
+        if not {here, ""} & set(sys.path):
+            sys.path.append(here)
 
 
 @contextmanager

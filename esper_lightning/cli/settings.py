@@ -74,7 +74,7 @@ class SettingsParser(LightningArgumentParser):
         except UnicodeDecodeError as error:
             raise SettingsError("", f"{path} must be text in UTF-8: {error.reason}.") from error
         except (SettingsError, SurpriseError) as error:
-            if getattr(error, "key", ""):
+            if getattr(error, "key", "") not in ("", "--config"):
                 raise
             raise SettingsError("", f"{path}{getattr(error, 'says', error)}") from error
         known = {action.dest.partition(".")[0] for action in _actions(self)}
@@ -100,7 +100,8 @@ def _explain(parser: SettingsParser, message: str, cause: BaseException | None) 
     if key == "config":
         return SettingsError("", f"--config must name a file with settings: {text}")
     if text.startswith("Unexpected config"):
-        return SettingsError("", " must hold settings by their names (model: ..., trainer: ...).")
+        rule = "must hold settings by their names (model: ..., trainer: ...)"
+        return SettingsError("--config", f" {rule}.")
     return _explain_value(parser, key, text) if key else _explain_name(parser, text)
 
 

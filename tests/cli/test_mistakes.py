@@ -424,11 +424,7 @@ def test_a_mistake_is_one_short_line_and_status_2_and_leaves_nothing(arguments, 
 @pytest.mark.parametrize(
     "arguments",
     [
-        fit("--model.env CartPoll"),
-        fit("--model.env mine.HasNoSpaces"),
-        fit("--trainer.precision 16-true"),
-        fit("--run_dir file/below"),
-        ["fit", "--config", "twice.yaml"],
+        fit("--run_dir file/below"),  # the last that is checked
         ["evaluate", "--ckpt_path", "torn.ckpt"],
         ["crash", "none"],
     ],
