@@ -119,7 +119,7 @@ def _explain_cause(key: str, cause: BaseException | None) -> SettingsError | Non
             mark = getattr(error, "problem_mark", None)
             problem = getattr(error, "problem", None) or getattr(error, "reason", None) or error
             return SettingsError(
-                owner, f"{'' if mark is None else place(mark)}: no YAML: {problem}."
+                owner, f"{'' if mark is None else place(mark)}: not valid YAML: {problem}."
             )
     return None
 
@@ -245,7 +245,7 @@ def _subclasses(kind: type) -> Iterator[type]:
 
 def _is_public(kind: type) -> bool:
     names = kind.__module__.split(".")
-    packages = (sys.modules[".".join(names[:k])] for k in range(1, len(names)))
+    packages = (sys.modules.get(".".join(names[:k])) for k in range(1, len(names)))
     known = any(kind.__name__ in getattr(package, "__all__", ()) for package in packages)
     return known and kind.__module__.startswith(_OURS) and not inspect.isabstract(kind)
 

@@ -102,27 +102,39 @@ FILES = {
     "comment.yaml": ("# nothing\n", "comment.yaml must hold settings by their names"),
     "list.yaml": ("- 1\n- 2\n", "list.yaml must hold settings by their names"),
     "scalar.yaml": ("hello\n", "scalar.yaml must hold settings by their names"),
-    "open.yaml": ("model: [1, 2\n", "open.yaml:2:1: no YAML: did not find expected ',' or ']'."),
+    "open.yaml": (
+        "model: [1, 2\n",
+        "open.yaml:2:1: not valid YAML: did not find expected ',' or ']'.",
+    ),
     "indent.yaml": (
         "model:\n  env: CartPole\n   seed: 1\n",
-        "indent.yaml:3:8: no YAML: mapping values are not allowed in this context.",
+        "indent.yaml:3:8: not valid YAML: mapping values are not allowed in this context.",
     ),
-    "tab.yaml": ("model:\n\tenv: CartPole\n", "tab.yaml:2:1: no YAML: found character that cannot"),
-    "quote.yaml": ("model: 'x\n", "quote.yaml:2:1: no YAML: found unexpected end of stream."),
+    "tab.yaml": (
+        "model:\n\tenv: CartPole\n",
+        "tab.yaml:2:1: not valid YAML: found character that cannot",
+    ),
+    "quote.yaml": (
+        "model: 'x\n",
+        "quote.yaml:2:1: not valid YAML: found unexpected end of stream.",
+    ),
     "two.yaml": (
         "model: {}\n---\nmodel: {}\n",
-        "two.yaml:2:1: no YAML: but found another document",
+        "two.yaml:2:1: not valid YAML: but found another document",
     ),
     "code.yaml": (
         "model: !!python/name:os.system\n",
-        "code.yaml:1:8: no YAML: could not determine",
+        "code.yaml:1:8: not valid YAML: could not determine",
     ),
-    "no_anchor.yaml": ("model: *m\n", "no_anchor.yaml:1:8: no YAML: found undefined alias."),
-    "merge.yaml": ("model:\n  <<: 3\n", "merge.yaml:2:7: no YAML: expected a mapping or list"),
+    "no_anchor.yaml": ("model: *m\n", "no_anchor.yaml:1:8: not valid YAML: found undefined alias."),
+    "merge.yaml": (
+        "model:\n  <<: 3\n",
+        "merge.yaml:2:7: not valid YAML: expected a mapping or list",
+    ),
     "number.yaml": ("1: 2\n", "number.yaml: Key must be a string, got: 1."),
-    "key.yaml": ("? [1]\n: 2\n", "key.yaml:1:3: no YAML: found unhashable key."),
+    "key.yaml": ("? [1]\n: 2\n", "key.yaml:1:3: not valid YAML: found unhashable key."),
     "space.yaml": ("model:\n  e nv: 1\n", "space.yaml: Spaces not allowed in keys"),
-    "nul.yaml": ("model: \0\n", "nul.yaml: no YAML: control characters are not allowed."),
+    "nul.yaml": ("model: \0\n", "nul.yaml: not valid YAML: control characters are not allowed."),
     "group.yaml": ("modle:\n  env: CartPole\n", "'modle' is no setting. The nearest is 'model'."),
     "setting.yaml": (
         "model:\n  env: CartPole\n  ppo:\n    rolout_steps: 3\n",
@@ -288,7 +300,7 @@ FIT = {
     "--config ''": "--config must hold settings by their names",
     "--config /dev/zero": "must name a file with settings: Path is not a file: '/dev/zero'",
     "--config '{a: 1, a: 2}'": "--config:1:8: the key 'a' stands here again.",
-    "--config [1": "--config:2:1: no YAML: did not find expected ',' or ']'.",
+    "--config [1": "--config:2:1: not valid YAML: did not find expected ',' or ']'.",
 }
 
 # Whole command lines.
