@@ -17,14 +17,22 @@ from lightning.pytorch.plugins import CheckpointIO
 from esper_lightning.callbacks.checkpoints import BestCheckpoint, LastCheckpoint
 from esper_lightning.callbacks.flight_recorder import FlightRecorder
 from esper_lightning.callbacks.history import History
+from esper_lightning.callbacks.mirror import Mirror, place_of
 from esper_lightning.callbacks.progress import RunProgressBar
-from esper_lightning.callbacks.run_directory import run_directory
+from esper_lightning.callbacks.run_directory import (
+    assign_run_directory,
+    claim_new,
+    end_run,
+    run_directory,
+)
 from esper_lightning.callbacks.window_profiler import WindowProfiler
 from esper_lightning.core.compiling import CompileMode
 from esper_lightning.core.validate import require
 from esper_lightning.envs.base import EnvSpec
+from esper_lightning.forensics.claims import claim
 from esper_lightning.forensics.files import read_json_lines, write_atomically
 from esper_lightning.forensics.layout import RankLayout, RunLayout
+from esper_lightning.forensics.report import set_aside
 from esper_lightning.policies import MLP
 from esper_lightning.policies.base import PolicySpec
 from esper_lightning.training.checkpoint_io import AtomicCheckpointIO
@@ -34,7 +42,14 @@ from esper_lightning.training.metrics import EVAL_RETURN
 from esper_lightning.training.module import PPO
 from esper_lightning.training.trainer_support import refuse_unsupported
 
-__all__ = ["run_callbacks", "run_logger", "run_plugins", "train_ppo_vectorized"]
+__all__ = [
+    "begin_run",
+    "newest_run",
+    "run_callbacks",
+    "run_logger",
+    "run_plugins",
+    "train_ppo_vectorized",
+]
 
 
 def train_ppo_vectorized(
@@ -100,7 +115,8 @@ def train_ppo_vectorized(
         The rows of this rank's ``history.jsonl``, one for each iteration of this run directory.
 
     Raises:
-        ValueError: If a setting is out of range, or ``resume_path`` names no checkpoint.
+        ValueError: If a setting is out of range, ``resume_path`` names no checkpoint, or a living
+            run owns ``run_dir``.
         BaseException: Whatever ended the run, with a note that says where its evidence is.
     """
     require(iterations >= 1, "train_ppo_vectorized.iterations", "be at least 1", iterations)
@@ -119,6 +135,8 @@ def train_ppo_vectorized(
     require(ok, "train_ppo_vectorized.evaluate_every", "be at least 1", evaluate_every)
     ok = save_path is None or not Path(save_path).is_dir()
     require(ok, "train_ppo_vectorized.save_path", "name a file", str(save_path))
+    named = run_dir is None or str(run_dir) != ""
+    require(named, "train_ppo_vectorized.run_dir", "name a directory", run_dir)
     if resume_path is not None:
         load_checkpoint(resume_path)  # refused before anything is written
 
@@ -133,7 +151,6 @@ def train_ppo_vectorized(
         eval_episodes=eval_episodes,
         compile=compile,
     )
-    logger = run_logger(env, run_dir)
     profiler = None
     if torch_profiler:
         profiler = WindowProfiler(
@@ -152,7 +169,7 @@ def train_ppo_vectorized(
         accelerator=device,
         devices=devices,
         max_epochs=-1,
-        logger=logger,
+        logger=run_logger(env, run_dir),
         log_every_n_steps=1,
         limit_val_batches=1.0 if evaluates else 0,
         num_sanity_val_steps=0,
@@ -167,9 +184,7 @@ def train_ppo_vectorized(
         "model": model.settings,
         "trainer": {"accelerator": device, "devices": devices},
     }
-    if trainer.is_global_zero:
-        config = RunLayout(Path(logger.log_dir)).config
-        write_atomically(config, yaml.safe_dump(settings, sort_keys=False).encode())
+    begin_run(trainer, env, run_dir, yaml.safe_dump(settings, sort_keys=False))
     copies_to = Path(save_path) if save_path is not None and trainer.is_global_zero else None
     try:
         trainer.fit(model, ckpt_path=resume_path, weights_only=True)
@@ -186,26 +201,71 @@ def train_ppo_vectorized(
             except Exception as problem:  # what ended the run is what the caller is to see
                 error.add_note(f"save_path={str(save_path)!r} was not written: {problem}")
         raise
+    finally:
+        end_run(trainer)  # which may have failed before a callback knew of it
     return read_json_lines(_layout_of_rank(trainer).history)
 
 
-def run_logger(
-    env: EnvSpec, run_dir: str | Path | None = None, *, newest: bool = False
-) -> TensorBoardLogger:
+def newest_run(env: EnvSpec) -> Path | None:
+    """Directory of the latest run in an environment of this kind that saved a checkpoint."""
+    saved = _folder(env).glob("version_*/checkpoints/last.ckpt")
+    return max((path.parents[1] for path in saved), key=_version, default=None)
+
+
+def run_logger(env: EnvSpec, run_dir: str | Path | None = None) -> TensorBoardLogger:
     """TensorBoard in the run directory, which is its ``log_dir``.
 
     Args:
-        env: Names the folder of its runs.
-        run_dir: The run directory; ``None`` for a new ``runs/<env>/version_<n>``.
-        newest: Instead of a new one, take that of the latest run that saved a checkpoint, if any.
+        env: Environments of the run, which name the folder of a new run directory.
+        run_dir: The run directory; ``None`` for a new one, whose number ``begin_run`` chooses.
     """
-    name = type(env).__name__.lower()
-    if run_dir is None and newest:
-        saved = Path("runs", name).glob("version_*/checkpoints/last.ckpt")
-        run_dir = max((path.parents[1] for path in saved), key=_version, default=None)
     if run_dir is None:
-        return TensorBoardLogger("runs", name=name)
-    return TensorBoardLogger(run_dir, name="", version="")
+        return TensorBoardLogger(_folder(env).parent, name=_folder(env).name)
+    return TensorBoardLogger(place_of(run_dir)[0], name="", version="")
+
+
+def begin_run(trainer: Trainer, env: EnvSpec, run_dir: str | Path | None, config: str) -> None:
+    """Claim the run directory and write its ``config.yaml``, on the first rank.
+
+    Args:
+        trainer: Trainer of the run.
+        env: Environments of the run, which name the folder of a new run directory.
+        run_dir: The run directory; ``None`` for that of a callback or logger that was given one,
+            or else for a new ``runs/<env>/version_<n>``.
+        config: What repeats the run, as YAML.
+
+    Raises:
+        ValueError: If another run is using the directory, or it holds files that no run wrote.
+        OSError: If the directory cannot be made.
+    """
+    leaves_files = not trainer.fast_dev_run  # pyright: ignore[reportAttributeAccessIssue]
+    if not (trainer.is_global_zero and leaves_files):
+        return
+    if run_dir is None:
+        held, address = claim_new(trainer, _folder(env))
+    else:
+        directory, address = place_of(run_dir)
+        held = claim(directory)
+    layout = RunLayout(held.directory)
+    try:
+        if address is not None and not held.was_run:  # it may have run on another machine
+            Mirror(held.directory, address, rank=0).fetch()
+        is_known = held.was_run or address is not None
+        theirs = [path.name for path in (layout.config, layout.checkpoints) if path.exists()]
+        hint = f"It holds {' and '.join(theirs)}, which no run wrote."
+        rule = "name a new directory or that of a run"
+        require(is_known or not theirs, "run_dir", rule, str(held.directory), hint)
+        if not layout.config.exists() or layout.config.read_text() != config:
+            set_aside(layout.config)
+            write_atomically(layout.config, config.encode())
+    except BaseException:
+        held.release(used=False)
+        raise
+    assign_run_directory(trainer, held, address)
+
+
+def _folder(env: EnvSpec) -> Path:
+    return Path("runs", type(env).__name__.lower())
 
 
 def _version(directory: Path) -> int:

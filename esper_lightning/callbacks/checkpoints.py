@@ -18,7 +18,9 @@ from lightning.pytorch.trainer.states import TrainerFn
 from torch import Tensor
 from typing_extensions import override
 
+from esper_lightning.callbacks.run_directory import open_run_directory
 from esper_lightning.forensics.files import write_atomically
+from esper_lightning.forensics.layout import RunLayout
 from esper_lightning.forensics.report import set_aside
 
 __all__ = ["BestCheckpoint", "LastCheckpoint"]
@@ -37,10 +39,20 @@ class _OneFile(ModelCheckpoint):
 
     @override
     def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
-        """Find the directory. That it is not empty is no surprise."""
+        """Write into the run directory. That it is not empty is no surprise."""
+        directory = open_run_directory(trainer)
+        if self.dirpath is None and directory is not None:
+            self.dirpath = str(RunLayout(directory).checkpoints)
         with warnings.catch_warnings():
             warnings.filterwarnings("ignore", message="Checkpoint directory .* is not empty")
             super().setup(trainer, pl_module, stage)
+
+    @override
+    def _find_last_checkpoints(self, trainer: Trainer) -> set[str]:
+        """None where the run will have a new directory: to look for it would choose its number."""
+        logger = trainer.loggers[0] if trainer.loggers else None
+        is_new = self.dirpath is None and getattr(logger, "_version", "") is None
+        return set() if is_new else super()._find_last_checkpoints(trainer)
 
     @override
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:

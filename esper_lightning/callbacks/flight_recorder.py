@@ -14,7 +14,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any, Concatenate, ParamSpec
 
-from lightning.pytorch import Callback, LightningModule, Trainer
+from lightning.pytorch import LightningModule, Trainer
 from typing_extensions import override
 
 from esper_lightning.callbacks.death import in_words
@@ -25,9 +25,15 @@ from esper_lightning.callbacks.peers import (
     keep_launcher_from_killing,
 )
 from esper_lightning.callbacks.recording import Recording, add_note
-from esper_lightning.callbacks.run_directory import agree_on_run_directory, run_directory
+from esper_lightning.callbacks.run_directory import (
+    WritesRun,
+    close_run_directory,
+    copy_run_directory,
+    open_run_directory,
+)
 from esper_lightning.callbacks.signals import ignore_interrupts_while_ending
 from esper_lightning.core.validate import require
+from esper_lightning.forensics.claims import DirectoryInUseError
 from esper_lightning.forensics.layout import RunLayout
 from esper_lightning.forensics.report import read_report
 
@@ -46,13 +52,15 @@ def _guarded(
     def call(self: "FlightRecorder", *args: _P.args, **kwargs: _P.kwargs) -> None:
         try:
             hook(self, *args, **kwargs)
+        except DirectoryInUseError:  # nor does it write where another run does
+            raise
         except Exception as error:
             self.give_up(error)
 
     return call
 
 
-class FlightRecorder(Callback):
+class FlightRecorder(WritesRun):
     """Save what a dying run knows, then let it die of what it died of.
 
     Works with any LightningModule, with any of Lightning's profilers or none. A history is kept
@@ -60,7 +68,7 @@ class FlightRecorder(Callback):
     an error gets a note that names the run directory. Nothing is done under ``fast_dev_run``.
 
     Args:
-        dirpath: Run directory; ``None`` for where the Trainer's first logger writes.
+        dirpath: Run directory; ``None`` for that of the Trainer (``callbacks.run_directory``).
         hang_timeout_s: Seconds after which an iteration, or a batch of a validation, counts as
             hanging: stacks and evidence are saved and the run goes on, without its profiler.
             ``None`` for never.
@@ -69,7 +77,7 @@ class FlightRecorder(Callback):
             (SIGKILL, the kernel's OOM killer, ``os._exit``).
 
     Raises:
-        ValueError: If ``hang_timeout_s`` is not positive.
+        ValueError: If ``hang_timeout_s`` is not positive, or ``dirpath`` is empty.
     """
 
     def __init__(
@@ -82,11 +90,12 @@ class FlightRecorder(Callback):
     ) -> None:
         positive = hang_timeout_s is None or hang_timeout_s > 0
         require(positive, "FlightRecorder.hang_timeout_s", "be positive", hang_timeout_s)
-        self.dirpath = dirpath
+        super().__init__(dirpath)
         self.hang_timeout_s = hang_timeout_s
         self.print_profile = print_profile
         self.watch = watch
         self._recording: Recording | None = None
+        self._has_saved = False  # a checkpoint, since the directory was copied
 
     def __getstate__(self) -> dict[str, Any]:
         """Launchers that spawn processes pickle callbacks; a recording is of one process."""
@@ -99,13 +108,12 @@ class FlightRecorder(Callback):
         if self._recording is not None:
             self._recording.close("failed")
             self._recording = None
-        agree_on_run_directory(trainer)
-        layout = self._layout(trainer)
+        layout = _layout(open_run_directory(trainer, self))
         if layout is None:
             return
         others = [callback for callback in trainer.callbacks if callback is not self]
         if stage == "fit" and not any(isinstance(callback, History) for callback in others):
-            others.insert(0, History(layout.directory))
+            others.insert(0, History())
         # First, before anything that may raise in its own on_exception. A new list: the old one is
         # being walked through.
         trainer.callbacks = [self, *others]
@@ -124,7 +132,10 @@ class FlightRecorder(Callback):
     def on_train_batch_start(
         self, trainer: Trainer, pl_module: LightningModule, batch: Any, batch_idx: int
     ) -> None:
-        """Another iteration begins."""
+        """Another iteration begins; checkpoints of the one before are closed."""
+        if self._has_saved:
+            self._has_saved = False
+            copy_run_directory(trainer)
         if self._recording is not None:
             self._recording.begin_iteration(finished_iterations(trainer, pl_module) + 1)
 
@@ -172,6 +183,14 @@ class FlightRecorder(Callback):
 
     @override
     @_guarded
+    def on_save_checkpoint(
+        self, trainer: Trainer, pl_module: LightningModule, checkpoint: dict[str, Any]
+    ) -> None:
+        """A checkpoint is about to be written."""
+        self._has_saved = True
+
+    @override
+    @_guarded
     def on_train_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """What follows is no iteration."""
         if self._recording is not None:
@@ -186,8 +205,11 @@ class FlightRecorder(Callback):
         recording, self._recording = self._recording, None
         if recording is not None and recording.ended_well:
             recording = None
-        layout = self._layout(trainer)
-        if recording is None and layout is not None:
+        layout = None
+        if recording is None and not isinstance(exception, DirectoryInUseError):
+            with contextlib.suppress(DirectoryInUseError):
+                layout = _layout(open_run_directory(trainer, self, alone=True))
+        if layout is not None:
             if _saved_by_its_processes(layout):
                 add_note(exception, layout.directory, "every rank has a folder of its own")
                 end_of_run()
@@ -215,10 +237,6 @@ class FlightRecorder(Callback):
             with contextlib.suppress(Exception):  # one warning is enough
                 recording.close("off")
 
-    def _layout(self, trainer: Trainer) -> RunLayout | None:
-        directory = None if trainer.fast_dev_run else self.dirpath or run_directory(trainer)
-        return None if directory is None else RunLayout(Path(directory).absolute())
-
     def _record(self, trainer: Trainer, layout: RunLayout, stage: str, *, watch: bool) -> Recording:
         return Recording(
             trainer,
@@ -226,8 +244,13 @@ class FlightRecorder(Callback):
             hang_timeout_s=self.hang_timeout_s,
             print_profile=self.print_profile,
             watch=watch,
+            let_go=functools.partial(close_run_directory, trainer, self),
             stage=stage,
         )
+
+
+def _layout(directory: Path | None) -> RunLayout | None:
+    return None if directory is None else RunLayout(directory)
 
 
 def _saved_by_its_processes(layout: RunLayout) -> bool:

@@ -13,10 +13,15 @@ from pathlib import Path
 from typing import Any, cast
 
 import torch
-from lightning.pytorch import Callback, LightningModule, Trainer
+from lightning.pytorch import LightningModule, Trainer
 from typing_extensions import override
 
-from esper_lightning.callbacks.run_directory import agree_on_run_directory, run_directory
+from esper_lightning.callbacks.run_directory import (
+    WritesRun,
+    close_run_directory,
+    open_run_directory,
+    run_directory,
+)
 from esper_lightning.forensics.files import (
     JsonLines,
     encode_rows,
@@ -38,7 +43,7 @@ def finished_iterations(trainer: Trainer, module: LightningModule) -> int:
     return own if isinstance(own, int) and not isinstance(own, bool) else trainer.global_step
 
 
-class History(Callback):
+class History(WritesRun):
     """Append ``rank<k>/history.jsonl`` in the run directory, and ``evaluations.jsonl`` beside it.
 
     Works with any LightningModule. A row is what ``training_step`` returned under ``"row"``, if
@@ -49,11 +54,11 @@ class History(Callback):
     the history never holds an iteration twice.
 
     Args:
-        dirpath: Run directory; ``None`` for where the Trainer's first logger writes.
+        dirpath: Run directory; ``None`` for that of the Trainer (``callbacks.run_directory``).
     """
 
     def __init__(self, dirpath: str | Path | None = None) -> None:
-        self._dirpath = dirpath
+        super().__init__(dirpath)
         self._files: list[_Rows] = []
         self._layout: RankLayout | None = None
 
@@ -69,17 +74,17 @@ class History(Callback):
 
     @override
     def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
-        """Find out where the first rank writes."""
-        agree_on_run_directory(trainer)
+        """Claim the run directory."""
+        open_run_directory(trainer, self)
 
     @override
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Open the files; whatever lies beyond the checkpoint is set aside."""
         self._close()
-        directory = None if trainer.fast_dev_run else self._dirpath or run_directory(trainer)
+        directory = run_directory(trainer)
         if directory is None:
             return
-        self._layout = RunLayout(Path(directory).absolute()).rank(trainer.global_rank)
+        self._layout = RunLayout(directory).rank(trainer.global_rank)
         done = finished_iterations(trainer, pl_module)
         for path in (self._layout.history, self._layout.evaluations):
             self._files.append(_Rows(path, done))
@@ -113,6 +118,7 @@ class History(Callback):
     def teardown(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
         """Close the files."""
         self._close()
+        close_run_directory(trainer, self)
 
     def _close(self) -> None:
         for file in self._files:

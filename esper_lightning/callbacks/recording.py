@@ -48,6 +48,7 @@ class Recording:
         hang_timeout_s: As for ``FlightRecorder``, like the others.
         print_profile: Whether the table of a rescued window is printed.
         watch: Whether a second process watches this one.
+        let_go: Called at the end, when nothing more is written.
         stage: As Lightning calls it; where it is not ``fit`` and all goes well, what was found of
             an earlier run is there again afterwards.
 
@@ -63,9 +64,11 @@ class Recording:
         hang_timeout_s: float | None,
         print_profile: bool,
         watch: bool,
+        let_go: Callable[[], None] = lambda: None,
         stage: str = "fit",
     ) -> None:
         self._pid = os.getpid()
+        self._let_go = let_go
         self._trainer, self._layout = trainer, layout
         self._files: RankLayout = layout.rank(trainer.global_rank)
         self._print_profile = print_profile
@@ -197,6 +200,8 @@ class Recording:
             return
         self._closed, self._state = True, state
         self._undo.close()
+        if state != "off":  # else the history is still written
+            self._let_go()
         self._rescue = None
         end_of_run()
 

@@ -5,14 +5,14 @@ Standard library only: ``esper crash`` needs no more.
 
 import argparse
 import difflib
-import os
+import errno
 import re
 import sys
-from collections.abc import Iterable
-from pathlib import Path
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
 from typing import NoReturn
 
-__all__ = ["CommandParser", "fail", "make_folder", "nearest", "one_line"]
+__all__ = ["CommandParser", "fail", "nearest", "one_line", "requires_folder"]
 
 LONGEST_LINE = 200
 _LONGEST_WORD, _WORD_START, _WORD_END = 60, 24, 28
@@ -59,23 +59,25 @@ def nearest(word: str, known: Iterable[str]) -> str:
     return f" The nearest is {found[0]!r}." if found else ""
 
 
-def make_folder(path: Path, field: str) -> None:
-    """Make a folder in which a command is to write, unless it is there.
+@contextmanager
+def requires_folder(field: str, path: object = None) -> Iterator[None]:
+    """Make a folder in which a command is to write within; that it cannot be is a mistake.
+
+    Args:
+        field: The setting that names the folder.
+        path: The folder; ``None`` for the one that the error names.
 
     Raises:
-        ValueError: If it cannot be made or written, naming the setting ``field``.
+        ValueError: Naming the setting and the reason, for an ``OSError`` or a NUL byte.
     """
-    reason = None
     try:
-        path.mkdir(parents=True, exist_ok=True)
-    except (OSError, ValueError) as error:  # a NUL byte is a ValueError
-        reason = getattr(error, "strerror", None) or str(error)
-    else:
-        if not os.access(path, os.W_OK | os.X_OK):
-            reason = "Permission denied"
-    if reason is not None:
-        rule = f"be a folder that can be made ({reason})"
-        raise ValueError(f"{field} must {rule}, got {str(path)!r}.")
+        if "\0" in str(path):
+            raise OSError(errno.EINVAL, "embedded null byte")
+        yield
+    except OSError as error:
+        rule = f"be a folder that can be made ({error.strerror or error})"
+        got = str(error.filename if path is None else path)
+        raise ValueError(f"{field} must {rule}, got {got!r}.") from error
 
 
 def _escaped(character: str) -> str:

@@ -11,19 +11,18 @@ import sysconfig
 import traceback
 import warnings
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from functools import partial
 from pathlib import Path
 from typing import Any, cast
 
 from lightning.fabric.utilities.exceptions import MisconfigurationException
-from lightning.pytorch import LightningModule, Trainer
+from lightning.pytorch import Trainer
 from lightning.pytorch.callbacks import Callback, Checkpoint, ProgressBar
 from lightning.pytorch.cli import (
     ArgsType,
     LightningArgumentParser,
     LightningCLI,
-    SaveConfigCallback,
 )
 from lightning.pytorch.strategies import StrategyRegistry
 from lightning.pytorch.trainer.states import TrainerFn
@@ -34,12 +33,12 @@ import esper_lightning.policies  # pyright: ignore[reportUnusedImport] - must be
 from esper_lightning.callbacks.flight_recorder import FlightRecorder
 from esper_lightning.callbacks.history import History
 from esper_lightning.callbacks.run_directory import run_directory
-from esper_lightning.cli.errors import fail, make_folder, nearest
+from esper_lightning.cli.errors import fail, nearest, requires_folder
 from esper_lightning.cli.growth import compare_policies, refuse_figures
 from esper_lightning.cli.settings import SettingsParser
 from esper_lightning.core.validate import require
 from esper_lightning.envs import Morphogenesis
-from esper_lightning.train import run_callbacks, run_logger, run_plugins
+from esper_lightning.train import begin_run, newest_run, run_callbacks, run_logger, run_plugins
 from esper_lightning.training.checkpoints import (
     STATE_KEY,
     checkpoint_at,
@@ -86,8 +85,7 @@ def prepare(arguments: list[str]) -> Callable[[], None]:
             args=arguments,
             trainer_class=EsperTrainer,
             trainer_defaults=dict(_TRAINER_DEFAULTS),
-            save_config_callback=SaveFitConfig,
-            save_config_kwargs={"overwrite": True},
+            save_config_callback=None,  # ``begin_run`` writes it
             seed_everything_default=False,
             auto_configure_optimizers=False,
             load_from_checkpoint_support=False,
@@ -191,16 +189,6 @@ class EsperTrainer(Trainer):
         self.validate(model, verbose=False)
 
 
-class SaveFitConfig(SaveConfigCallback):
-    """``config.yaml`` in the run directory, of a training run only."""
-
-    @override
-    def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
-        """Write it."""
-        if stage == "fit":
-            super().setup(trainer, pl_module, stage)
-
-
 class EsperCLI(LightningCLI):
     """Lightning's command line for PPO.
 
@@ -209,6 +197,7 @@ class EsperCLI(LightningCLI):
 
     model: PPO
     subcommand: str
+    _run_dir: str | Path | None = None
     _start: Callable[[], None]
     _says: Sequence[str] = ()
     _resumes_from: int = 0
@@ -267,13 +256,13 @@ class EsperCLI(LightningCLI):
             kwargs |= dict.fromkeys(_NOT_BAREBONES)
             return super().instantiate_trainer(**kwargs)
         leaves_files = not settings["fast_dev_run"]
-        ours = settings["logger"] in (None, True)
         run_dir = self._get(self.config_init, "run_dir")
-        hint = "The logger says where the run writes."
-        require(ours or run_dir is None, "--run_dir", "be absent beside a logger", run_dir, hint)
-        if ours and leaves_files:
-            resumes = self._get(self.config_init, "ckpt_path") == "last"
-            kwargs["logger"] = run_logger(self.model.env, run_dir, newest=resumes)
+        require(run_dir != "", "--run_dir", "name a directory", run_dir)
+        if run_dir is None and self._get(self.config_init, "ckpt_path") == "last":
+            run_dir = newest_run(self.model.env)
+        self._run_dir = run_dir
+        if settings["logger"] in (None, True) and leaves_files:
+            kwargs["logger"] = run_logger(self.model.env, run_dir)
         callbacks: Any = settings["callbacks"] or []
         given = cast(list[Callback], callbacks if isinstance(callbacks, list) else [callbacks])
         saves = settings["enable_checkpointing"] is not False and leaves_files
@@ -313,10 +302,11 @@ class EsperCLI(LightningCLI):
         figures = None if fits else self.config_init["evaluate"]["figures"]
         if figures is not None:
             refuse_figures(model.env, figures)
-        directory = run_directory(self.trainer)
-        if fits and directory is not None and self.trainer.is_global_zero:
-            given = self._get(self.config_init, "run_dir") is not None
-            make_folder(directory, "--run_dir" if given else "The run directory")
+        if fits and not self.trainer.barebones:  # last: nothing is left where anything is refused
+            config = self._parser("fit").dump(self.config["fit"], skip_none=False)
+            field = "The run directory" if self._run_dir is None else "--run_dir"
+            with requires_folder(field, self._run_dir):
+                begin_run(self.trainer, model.env, self._run_dir, config)
 
     def fit(self, **kwargs: Any) -> None:
         """Remember to train."""
@@ -355,7 +345,9 @@ class EsperCLI(LightningCLI):
             rate = steps / seconds if seconds > 0 else 0.0
             print(f"Trained for {steps:,} env steps in {seconds:.1f} s: {rate:,.0f} env-steps/s")
             directory = run_directory(self.trainer)
-            if directory is not None and not self.trainer.barebones:
+            if directory is not None:
+                with suppress(ValueError, OSError):  # elsewhere; or nowhere: it was removed
+                    directory = directory.relative_to(Path.cwd())
                 print(f"Run directory: {directory}")
 
 

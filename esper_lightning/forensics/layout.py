@@ -75,6 +75,11 @@ class RunLayout:
     directory: Path
 
     @property
+    def owner(self) -> Path:
+        """Lock that the owning process holds, and its name (``forensics.claims``)."""
+        return self.directory / "owner.lock"
+
+    @property
     def config(self) -> Path:
         """Everything needed to repeat the run."""
         return self.directory / "config.yaml"

@@ -262,8 +262,35 @@ class TestGoingOn:
     def test_a_run_directory_beside_a_logger(self, capsys):
         logger = ["--trainer.logger", "lightning.pytorch.loggers.CSVLogger"]
         logger += ["--trainer.logger.save_dir", "logs"]
-        message = fails(capsys, "fit", "--config", CARTPOLE, *logger, "--run_dir", "here")
-        assert "--run_dir must be absent beside a logger, got 'here'" in message
+        main(["fit", "--config", CARTPOLE, *QUICK, *logger, "--run_dir", "here"])
+        assert capsys.readouterr().out.endswith("Run directory: here\n")
+        assert Path("here/rank0/history.jsonl").is_file()
+        assert Path("here/checkpoints/last.ckpt").is_file()
+        assert Path("logs/lightning_logs/version_0/metrics.csv").is_file()
+
+    def test_the_users_own_files_are_never_replaced(self, capsys):
+        Path("config.yaml").write_text(Path(CARTPOLE).read_text())
+        before = Path("config.yaml").read_text()
+        main(["fit", "--config", "config.yaml", *QUICK, "--trainer.logger", "false"])
+        assert capsys.readouterr().out.endswith("Run directory: runs/cartpole/version_0\n")
+        assert Path("runs/cartpole/version_0/checkpoints/last.ckpt").is_file()
+        for _ in range(2):
+            message = fails(capsys, "fit", "--config", "config.yaml", *QUICK, "--run_dir", ".")
+            assert "It holds config.yaml, which no run wrote." in message
+        assert sorted(path.name for path in Path().iterdir()) == ["config.yaml", "runs"]
+        assert Path("config.yaml").read_text() == before
+
+    def test_a_run_directory_has_a_name(self, capsys):
+        message = fails(capsys, "fit", "--config", CARTPOLE, *QUICK, "--run_dir", "")
+        assert "--run_dir must name a directory, got ''." in message
+
+    def test_a_config_that_differs_from_the_runs_is_set_beside_it(self):
+        here = ["fit", "--config", CARTPOLE, *QUICK, "--run_dir", "here"]
+        main(here)
+        first = Path("here/config.yaml").read_text()
+        main([*here, "--model.seed", "7"])
+        assert Path("here/config.yaml.1").read_text() == first
+        assert "seed: 7" in Path("here/config.yaml").read_text()
 
     def test_a_checkpoint_of_other_ranks(self, capsys):
         main(["fit", "--config", CARTPOLE, *QUICK])

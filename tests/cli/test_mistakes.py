@@ -287,6 +287,7 @@ FIT = {
     "--model.warm_start none.ckpt": "must name an existing checkpoint, got 'none.ckpt'.",
     "--model.warm_start other.ckpt": "must name a checkpoint of PPO, got 'other.ckpt'.",
     # Run directories that cannot be.
+    "--run_dir ''": "--run_dir must name a directory, got ''.",
     "--run_dir file": "--run_dir must be a folder that can be made (File exists), got 'file'.",
     "--run_dir file/below": "that can be made (Not a directory), got 'file/below'.",
     "--run_dir dangling": "--run_dir must be a folder that can be made (File exists)",

@@ -1,0 +1,137 @@
+"""A copy of a run directory in a remote place, so that evidence survives the machine.
+
+What must survive a kill is written to a local disk. A run whose directory is a remote address
+(``s3://``, ``gs://``, ...) writes into a local folder, and its files are copied from there.
+"""
+# fsspec has no types.
+# pyright: reportMissingTypeStubs=false, reportUnknownVariableType=false
+# pyright: reportUnknownArgumentType=false
+
+import logging
+import re
+import sys
+import threading
+from pathlib import Path
+from typing import Any
+
+import fsspec
+
+__all__ = ["Mirror", "place_of"]
+
+_log = logging.getLogger(__name__)
+_ADDRESS = re.compile(r"([a-z][a-z0-9+.-]+):/+(.*)", re.DOTALL)
+_LOCAL = ("file", "local")
+_NOT_COPIED = ("owner.lock", "phases.ring")
+
+
+def place_of(location: str | Path) -> tuple[Path, str | None]:
+    """Local folder for a run directory, and its remote address if it has one.
+
+    Args:
+        location: A path, or an address such as ``s3://bucket/runs``; a ``Path`` made of one, which
+            has lost a slash, is taken for the address.
+
+    Returns:
+        The folder, absolute: ``runs/<protocol>/<rest>`` in the current directory for an address.
+    """
+    found = _ADDRESS.fullmatch(str(location))
+    if found is None or found[1] not in fsspec.available_protocols():
+        return Path(location).absolute(), None
+    protocol, rest = found[1], found[2]
+    if protocol in _LOCAL:
+        return Path("/", rest), None
+    parts = [part for part in rest.split("/") if part not in ("", ".", "..")]
+    return Path("runs", protocol, *parts).absolute(), f"{protocol}://{'/'.join(parts)}"
+
+
+class Mirror:
+    """Copies files of a local folder to a remote address; errors are warnings.
+
+    Args:
+        folder: The local folder.
+        address: Where to copy to.
+        rank: Global rank, whose ``rank<k>`` is copied; the first also copies what is beside those.
+    """
+
+    def __init__(self, folder: Path, address: str, rank: int) -> None:
+        self.folder, self.address = folder, address
+        self._rank = rank
+        self._copied: dict[Path, tuple[int, int]] = {}
+        self._lock = threading.Lock()
+        self._thread: threading.Thread | None = None
+
+    def copy(self, *, seconds: float) -> bool:
+        """Copy what has changed since it was copied.
+
+        Args:
+            seconds: How long to wait for it.
+
+        Returns:
+            Whether everything was copied within that time.
+        """
+        self.copy_soon()
+        assert self._thread is not None
+        self._thread.join(seconds)
+        if self._thread.is_alive():
+            text = "Copying %s to %s has not ended within %g s: the rest may be missing there."
+            _log.warning(text, self.folder, self.address, seconds)
+        return not self._thread.is_alive()
+
+    def copy_soon(self) -> None:
+        """Copy in a thread; what is being copied is ended first."""
+        self._thread = threading.Thread(target=self._copy, daemon=True, name="run-mirror")
+        self._thread.start()
+
+    def fetch(self) -> None:
+        """Copy everything from the remote address, if there is anything, for a run to go on from.
+
+        Raises:
+            OSError: If it cannot be read.
+        """
+        there, root = _file_system(self.address)
+        for path in there.find(root):
+            name = str(path).removeprefix(root).lstrip("/")
+            local = self.folder / name
+            if not local.exists():
+                local.parent.mkdir(parents=True, exist_ok=True)
+                there.get_file(path, str(local))
+
+    def _copy(self) -> None:
+        with self._lock:
+            try:
+                there, root = _file_system(self.address)
+                for path in self._files():
+                    known = path.stat()
+                    version = (known.st_size, known.st_mtime_ns)
+                    if self._copied.get(path) != version:
+                        target = f"{root}/{path.relative_to(self.folder).as_posix()}"
+                        there.makedirs(target.rpartition("/")[0], exist_ok=True)
+                        there.put_file(str(path), target)
+                        self._copied[path] = version
+            except Exception as error:  # of whatever library speaks to the remote place
+                text = "%s cannot be copied to %s: %s. It stays where it is."
+                _log.warning(text, self.folder, self.address, error)
+
+    def _files(self) -> list[Path]:
+        mine = f"rank{self._rank}"
+        return [
+            path
+            for path in sorted(self.folder.rglob("*"))
+            if path.is_file()
+            and not path.name.startswith(".")
+            and path.name not in _NOT_COPIED
+            and self._is_mine(path.relative_to(self.folder).parts[0], mine)
+        ]
+
+    def _is_mine(self, top: str, mine: str) -> bool:
+        of_a_rank = top.startswith("rank") and top[4:].isdecimal()
+        return top == mine or (self._rank == 0 and not of_a_rank)
+
+
+def _file_system(address: str) -> tuple[Any, str]:
+    there, root = fsspec.url_to_fs(address)
+    return there, str(root).rstrip("/")
+
+
+if __name__ == "__main__":  # for the rank of a process that vanished
+    Mirror(Path(sys.argv[1]), sys.argv[2], int(sys.argv[3])).copy(seconds=float(sys.argv[4]))

@@ -1,0 +1,200 @@
+"""Who owns a run directory: one process at a time, until it ends.
+
+An owner holds a lock on ``owner.lock`` in the directory, which the kernel drops when the process is
+gone, however it ended; the file names the process. A directory whose owner is dead is free.
+"""
+
+import contextlib
+import errno
+import fcntl
+import json
+import os
+import time
+import weakref
+from pathlib import Path
+from typing import Any, cast
+
+from esper_lightning.forensics.layout import RunLayout
+from esper_lightning.forensics.processes import identify, is_alive, same_process
+from esper_lightning.forensics.report import read_report
+
+__all__ = ["Claim", "DirectoryInUseError", "claim", "claim_next"]
+
+_VERSION = "version_"
+_HANDOVER_S = 1.0  # in which a process that has just taken the lock writes who it is
+_MOST_BYTES = 4096
+_NO_LOCKS = (errno.ENOLCK, errno.ENOSYS, errno.EOPNOTSUPP, errno.EINVAL)
+
+
+class DirectoryInUseError(ValueError):
+    """A living run owns the directory."""
+
+
+class Claim:
+    """Ownership of a run directory; lasts until ``release`` or the end of the process.
+
+    Attributes:
+        directory: The run directory, absolute.
+        was_run: Whether an earlier run had left its files in the directory.
+    """
+
+    def __init__(self, directory: Path, lock: int, *, made: bool, had_owner: bool) -> None:
+        self.directory = directory
+        self.was_run = had_owner or _holds_a_run(directory)
+        self._lock, self._made, self._had_owner = lock, made, had_owner
+        self._pid = os.getpid()
+        _claims.add(self)
+
+    @property
+    def holds(self) -> bool:
+        """Whether the directory is still this process's."""
+        return self._lock >= 0 and self._pid == os.getpid()
+
+    def release(self, *, used: bool = True) -> None:
+        """Let the directory go; one that was made for the claim and not used is removed.
+
+        Args:
+            used: Whether the directory is that of a run from here on. If not, it is left as it was.
+        """
+        if not self.holds:
+            return
+        path = RunLayout(self.directory).owner
+        with contextlib.suppress(OSError):
+            os.ftruncate(self._lock, 0)  # the process may live on, and is no owner any more
+            is_empty = self._made and list(self.directory.iterdir()) == [path]
+            if is_empty or not (used or self._had_owner):
+                path.unlink()
+            if is_empty:
+                self.directory.rmdir()
+        self.leave()
+
+    def leave(self) -> None:
+        """Close the lock's descriptor, as a forked child does with its copy of it."""
+        lock, self._lock = self._lock, -1
+        if lock >= 0:
+            os.close(lock)
+
+
+_claims: "weakref.WeakSet[Claim]" = weakref.WeakSet()
+
+
+def _leave_in_child() -> None:
+    for held in list(_claims):  # a lock lives as long as any process has it open
+        held.leave()
+
+
+os.register_at_fork(after_in_child=_leave_in_child)
+
+
+def claim(directory: Path) -> Claim:
+    """Take a run directory, which is made if it does not exist.
+
+    Raises:
+        DirectoryInUseError: If a living run owns it, naming the process.
+        OSError: If the directory, or a file in it, cannot be made.
+    """
+    directory = directory.absolute()
+    made = not directory.exists()
+    directory.mkdir(parents=True, exist_ok=True)
+    return _claim(directory, made=made)
+
+
+def claim_next(parent: Path) -> Claim:
+    """Take a new directory ``version_<n>``, with a greater number than any that is there.
+
+    Raises:
+        OSError: If the directory cannot be made.
+    """
+    parent = parent.absolute()
+    parent.mkdir(parents=True, exist_ok=True)
+    number = 1 + max((_number(path.name) for path in parent.iterdir()), default=-1)
+    while True:
+        directory = parent / f"{_VERSION}{number}"
+        with contextlib.suppress(FileExistsError, DirectoryInUseError):  # somebody was faster
+            directory.mkdir()
+            return _claim(directory, made=True)
+        number += 1
+
+
+def _number(name: str) -> int:
+    digits = name.removeprefix(_VERSION)
+    is_version = name.startswith(_VERSION) and digits.isascii() and digits.isdecimal()
+    return int(digits) if is_version and len(digits) < 19 else -1
+
+
+def _claim(directory: Path, *, made: bool) -> Claim:
+    had_owner = RunLayout(directory).owner.exists()
+    lock = _lock(directory)
+    try:
+        for owner in _owners(directory, lock):
+            if is_alive(owner) and not same_process(owner, identify(os.getpid())):
+                raise _in_use(directory, owner)
+        _write(lock, {**identify(os.getpid()), "claimed_s": time.time()})
+    except BaseException:
+        os.close(lock)
+        raise
+    return Claim(directory, lock, made=made, had_owner=had_owner)
+
+
+def _lock(directory: Path) -> int:
+    """Descriptor of the locked file; of the unlocked one where the file system has no locks."""
+    path = RunLayout(directory).owner
+    end = time.monotonic() + _HANDOVER_S
+    while True:
+        lock = os.open(path, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o644)
+        try:
+            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except OSError as error:
+            owner = _read(lock)
+            if error.errno in _NO_LOCKS:
+                return lock
+            os.close(lock)
+            if error.errno not in (errno.EWOULDBLOCK, errno.EACCES):
+                raise
+            if owner or time.monotonic() > end:
+                raise _in_use(directory, owner) from None
+            time.sleep(0.02)
+            continue
+        with contextlib.suppress(OSError):
+            if os.path.samestat(os.fstat(lock), path.stat()):
+                return lock
+        os.close(lock)  # a claim that was not used was being removed
+        directory.mkdir(parents=True, exist_ok=True)
+
+
+def _owners(directory: Path, lock: int) -> list[dict[str, Any]]:
+    """Processes that may be writing here: the owner on record, and ranks that say they run."""
+    ranks = [read_report(path) or {} for path in directory.glob("rank*/process.json")]
+    return [_read(lock), *(rank for rank in ranks if rank.get("state") == "running")]
+
+
+def _holds_a_run(directory: Path) -> bool:
+    left = ("rank*/process.json", "rank*/history.jsonl")  # of versions without an owner, too
+    return any(next(directory.glob(name), None) is not None for name in left)
+
+
+def _in_use(directory: Path, owner: dict[str, Any]) -> DirectoryInUseError:
+    pid, host = owner.get("pid"), owner.get("host")
+    who = "another run" if pid is None else f"process {pid}"
+    if pid == os.getpid():
+        who = f"another run of this process, {pid}"
+    elif host is not None and host != identify(os.getpid())["host"]:
+        who += f" on {host}"
+    return DirectoryInUseError(
+        f"The run directory must be free, got {str(directory)!r}, where {who} is running. "
+        "Choose another run directory, or end that run."
+    )
+
+
+def _read(lock: int) -> dict[str, Any]:
+    try:
+        found: Any = json.loads(os.pread(lock, _MOST_BYTES, 0) or b"{}")
+    except (OSError, ValueError, RecursionError):
+        return {}
+    return cast(dict[str, Any], found) if isinstance(found, dict) else {}
+
+
+def _write(lock: int, owner: dict[str, Any]) -> None:
+    with contextlib.suppress(OSError):  # a full disk: the lock alone must do
+        os.ftruncate(lock, 0)
+        os.pwrite(lock, json.dumps(owner).encode() + b"\n", 0)

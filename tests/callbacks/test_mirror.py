@@ -1,0 +1,171 @@
+"""A run with a remote address keeps its evidence on a local disk, and copies it there."""
+
+import logging
+import shutil
+import time
+from pathlib import Path
+
+import fsspec
+import pytest
+import torch
+from lightning.pytorch import Callback
+from lightning.pytorch.loggers import TensorBoardLogger
+from torch.utils.data import DataLoader
+
+from esper_lightning import FlightRecorder, History, LastCheckpoint
+from esper_lightning.callbacks.mirror import Mirror, place_of
+from esper_lightning.callbacks.run_directory import run_directory
+from esper_lightning.cli.main import main
+from esper_lightning.train import run_plugins
+from tests.callbacks.test_flight_recorder import Plain, raise_at
+from tests.cli.test_cli import CARTPOLE, QUICK
+
+
+@pytest.fixture(autouse=True)
+def memory(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    there = fsspec.filesystem("memory")
+    there.store.clear()
+    yield there
+    there.store.clear()
+
+
+def run(make_trainer, *callbacks, act=None, epochs=1, **settings):
+    trainer = make_trainer(
+        callbacks=list(callbacks), max_epochs=epochs, enable_checkpointing=True, **settings
+    )
+    trainer.fit(Plain(act), DataLoader(torch.ones(3, 4)))
+    return trainer
+
+
+def same(memory, folder, address):
+    """Whether every closed file of a folder is at the address."""
+    files = [
+        path
+        for path in folder.rglob("*")
+        if path.is_file() and path.name not in ("owner.lock", "phases.ring")
+    ]
+    assert files
+    return all(
+        memory.cat_file(f"/{address}/{path.relative_to(folder)}") == path.read_bytes()
+        for path in files
+    )
+
+
+@pytest.mark.parametrize(
+    ("location", "folder", "address"),
+    [
+        ("here/run", "here/run", None),
+        ("memory://a/b", "runs/memory/a/b", "memory://a/b"),
+        (Path("s3://bucket/runs"), "runs/s3/bucket/runs", "s3://bucket/runs"),
+        ("gs://a/../b//c/", "runs/gs/a/b/c", "gs://a/b/c"),
+        ("memory:", "memory:", None),
+        ("nothing://a", "nothing:/a", None),
+    ],
+)
+def test_a_location_is_a_folder_or_an_address_with_one(tmp_path, location, folder, address):
+    assert place_of(location) == (tmp_path / folder, address)
+
+
+def test_an_address_of_the_local_disk_is_a_path():
+    assert place_of("file:///a/b") == (Path("/a/b"), None)
+
+
+def test_evidence_is_local_and_at_the_address_too(make_trainer, memory, tmp_path, caplog):
+    recorder = FlightRecorder("memory://bucket/run", watch=False)
+    with caplog.at_level(logging.WARNING):
+        run(make_trainer, recorder, LastCheckpoint(), plugins=run_plugins())
+    folder = tmp_path / "runs" / "memory" / "bucket" / "run"
+    assert (folder / "checkpoints" / "last.ckpt").exists()
+    assert same(memory, folder, "bucket/run")
+    assert [path.name for path in tmp_path.iterdir()] == ["runs"]
+    told = [record.getMessage() for record in caplog.records if "copied" in record.getMessage()]
+    assert told == [
+        f"The run writes into {folder}, which is copied to memory://bucket/run "
+        "at checkpoints and at the end."
+    ]
+
+
+def test_a_run_that_died_is_at_the_address(make_trainer, memory, tmp_path):
+    with pytest.raises(RuntimeError, match="injected"):
+        run(make_trainer, FlightRecorder("memory://b/run", watch=False), act=raise_at(1))
+    assert memory.exists("/b/run/rank0/crash.json")
+    assert same(memory, tmp_path / "runs" / "memory" / "b" / "run", "b/run")
+
+
+def test_a_checkpoint_is_at_the_address_while_the_run_goes_on(make_trainer, memory):
+    class Looks(Callback):
+        seen = False
+
+        def on_train_batch_end(self, trainer, pl_module, outputs, batch, batch_idx):
+            if trainer.current_epoch == 1:
+                end = time.monotonic() + 30
+                while not self.seen and time.monotonic() < end:
+                    self.seen = memory.exists("/b/run/checkpoints/last.ckpt")
+                    time.sleep(0.01)
+
+    looks = Looks()
+    recorder = FlightRecorder("memory://b/run", watch=False)
+    run(make_trainer, recorder, looks, LastCheckpoint(), epochs=2, plugins=run_plugins())
+    assert looks.seen
+
+
+@pytest.mark.parametrize("where", ["logger", "root", "history"])
+def test_wherever_the_address_was_given(make_trainer, memory, tmp_path, where):
+    callbacks = [History("memory://b/run")] if where == "history" else [FlightRecorder(watch=False)]
+    settings = {}
+    if where == "logger":
+        settings["logger"] = TensorBoardLogger("memory://b", name="n", version="run")
+    if where == "root":
+        settings["default_root_dir"] = "memory://b/run"
+    trainer = run(make_trainer, *callbacks, LastCheckpoint(), **settings, plugins=run_plugins())
+    parts = ("b", "n", "run") if where == "logger" else ("b", "run")
+    assert run_directory(trainer) == tmp_path.joinpath("runs", "memory", *parts)
+    assert memory.exists(f"/{'/'.join(parts)}/rank0/history.jsonl")
+    assert not (tmp_path / "memory:").exists()
+
+
+def test_a_place_that_takes_nothing_is_a_warning(make_trainer, monkeypatch, caplog):
+    def refuse(*args, **kwargs):
+        raise RuntimeError("no credentials")
+
+    monkeypatch.setattr(fsspec.implementations.memory.MemoryFileSystem, "put_file", refuse)
+    run(make_trainer, FlightRecorder("memory://b/run", watch=False))
+    assert "no credentials" in caplog.text
+
+
+def test_a_place_that_hangs_is_waited_for_so_long(tmp_path, monkeypatch, caplog):
+    def hang(*args, **kwargs):
+        time.sleep(5)
+
+    (tmp_path / "run").mkdir()
+    (tmp_path / "run" / "file").write_text("x")
+    monkeypatch.setattr(fsspec.implementations.memory.MemoryFileSystem, "put_file", hang)
+    began = time.monotonic()
+    assert not Mirror(tmp_path / "run", "memory://b", rank=0).copy(seconds=0.2)
+    assert time.monotonic() - began < 3
+    assert "has not ended within 0.2 s" in caplog.text
+
+
+def test_each_rank_copies_its_folder_and_the_first_what_is_beside(tmp_path, memory):
+    for name in ("rank0/a", "rank1/b", "checkpoints/c", "d", ".d.1.tmp", "rank0/phases.ring"):
+        path = tmp_path / "run" / name
+        path.parent.mkdir(parents=True, exist_ok=True)
+        path.write_text(name)
+    Mirror(tmp_path / "run", "memory://r", rank=1).copy(seconds=30)
+    assert sorted(memory.find("/r")) == ["/r/rank1/b"]
+    Mirror(tmp_path / "run", "memory://r", rank=0).copy(seconds=30)
+    assert sorted(memory.find("/r")) == ["/r/checkpoints/c", "/r/d", "/r/rank0/a", "/r/rank1/b"]
+
+
+@pytest.mark.filterwarnings("ignore::jsonargparse._deprecated.JsonargparseDeprecationWarning")
+def test_a_run_goes_on_from_its_address_on_a_machine_that_has_nothing(memory, tmp_path, capsys):
+    there = ["fit", "--config", CARTPOLE, *QUICK, "--run_dir", "memory://b/run"]
+    main([*there, "--model.total_env_steps", "64"])
+    shutil.rmtree(tmp_path / "runs")
+    main([*there, "--model.total_env_steps", "96", "--ckpt_path", "last"])
+    folder = tmp_path / "runs" / "memory" / "b" / "run"
+    rows = (folder / "rank0" / "history.jsonl").read_text().splitlines()
+    assert len(rows) == 3
+    assert same(memory, folder, "b/run")
+    assert capsys.readouterr().out.endswith("Run directory: runs/memory/b/run\n")

@@ -1,0 +1,179 @@
+"""A run directory has one owner: claimed at once, refused while it lives, free when it is dead."""
+
+import multiprocessing
+import os
+import signal
+import subprocess
+import sys
+import threading
+import time
+
+import pytest
+
+from esper_lightning.forensics import claims
+from esper_lightning.forensics.claims import DirectoryInUseError, claim, claim_next
+from esper_lightning.forensics.layout import RunLayout
+from esper_lightning.forensics.processes import identify
+from esper_lightning.forensics.report import write_report
+
+PROGRAM = """
+import os, sys
+from pathlib import Path
+from esper_lightning.forensics.claims import claim
+held = claim(Path(sys.argv[1]))
+print("claimed", flush=True)
+sys.stdin.readline()
+"""
+
+
+@pytest.fixture
+def other(tmp_path):
+    """Another process that owns ``tmp_path / "run"``."""
+    command = [sys.executable, "-c", PROGRAM, str(tmp_path / "run")]
+    pipes = {"stdin": subprocess.PIPE, "stdout": subprocess.PIPE}
+    with subprocess.Popen(command, text=True, **pipes) as process:
+        assert process.stdout.readline() == "claimed\n"
+        yield process
+        process.kill()
+
+
+def test_a_directory_of_a_living_process_is_refused_in_one_line_that_names_it(other, tmp_path):
+    with pytest.raises(DirectoryInUseError, match=f"process {other.pid} ") as refusal:
+        claim(tmp_path / "run")
+    assert "\n" not in str(refusal.value)
+
+
+@pytest.mark.parametrize("end", [signal.SIGKILL, signal.SIGTERM, None])
+def test_a_directory_is_free_when_its_owner_is_dead(other, tmp_path, end):
+    if end is None:
+        other.communicate("\n")
+    else:
+        other.send_signal(end)
+        other.wait()
+    held = claim(tmp_path / "run")
+    assert held.was_run
+    held.release()
+
+
+def test_a_suspended_owner_is_alive(other, tmp_path):
+    other.send_signal(signal.SIGSTOP)
+    with pytest.raises(DirectoryInUseError):
+        claim(tmp_path / "run")
+
+
+def test_without_locks_the_name_of_the_owner_decides(other, tmp_path, monkeypatch):
+    def no_locks(fd, how):
+        raise OSError(claims.errno.ENOLCK, "No locks available")
+
+    monkeypatch.setattr(claims.fcntl, "flock", no_locks)
+    with pytest.raises(DirectoryInUseError, match=f"process {other.pid} "):
+        claim(tmp_path / "run")
+    other.kill()
+    other.wait()
+    claim(tmp_path / "run").release()
+
+
+def test_the_same_process_may_claim_again_only_after_it_let_go(tmp_path):
+    held = claim(tmp_path)
+    with pytest.raises(DirectoryInUseError, match="another run of this process"):
+        claim(tmp_path)
+    held.release()
+    claim(tmp_path).release()
+
+
+def test_what_was_released_is_free_for_others_while_the_process_lives(tmp_path):
+    claim(tmp_path / "run").release()
+    code = PROGRAM.replace("sys.stdin.readline()", "")
+    claimed = subprocess.run([sys.executable, "-c", code, str(tmp_path / "run")], check=False)
+    assert claimed.returncode == 0
+
+
+def test_a_rank_that_still_writes_keeps_the_directory(tmp_path):
+    child = subprocess.Popen([sys.executable, "-c", "input()"], stdin=subprocess.PIPE)
+    with child:
+        process = {"state": "running", "rank": 1, **identify(child.pid)}
+        write_report(RunLayout(tmp_path).rank(1).process, process)
+        with pytest.raises(DirectoryInUseError, match=f"process {child.pid} "):
+            claim(tmp_path)
+        child.kill()
+        child.wait()
+        claim(tmp_path).release()
+
+
+def test_a_forked_child_does_not_keep_its_parents_directory(tmp_path):
+    """A worker that outlives the run is not the run."""
+    held = claim(tmp_path)
+    worker = multiprocessing.get_context("fork").Process(target=time.sleep, args=(30,))
+    worker.start()
+    held.release()
+    try:
+        claim(tmp_path).release()
+        claimed_in_child = multiprocessing.get_context("fork").Process(
+            target=lambda: os._exit(int(held.holds))
+        )
+        claimed_in_child.start()
+        claimed_in_child.join()
+        assert claimed_in_child.exitcode == 0
+    finally:
+        worker.kill()
+        worker.join()
+
+
+def test_each_new_directory_has_a_number_of_its_own_however_many_ask_at_once(tmp_path):
+    (tmp_path / "version_3").mkdir()
+    (tmp_path / "version_x").mkdir()
+    found = []
+    start = threading.Barrier(16)
+
+    def take():
+        start.wait()
+        found.append(claim_next(tmp_path))
+
+    threads = [threading.Thread(target=take) for _ in range(16)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    names = sorted(int(held.directory.name[8:]) for held in found)
+    assert names == list(range(4, 20))
+    for held in found:
+        held.release()
+
+
+def test_a_claim_that_was_not_used_leaves_nothing(tmp_path):
+    claim_next(tmp_path / "runs").release()
+    assert list((tmp_path / "runs").iterdir()) == []
+    held = claim_next(tmp_path / "runs")
+    (held.directory / "file").touch()
+    held.release()
+    assert (tmp_path / "runs" / "version_0" / "file").exists()
+
+
+def test_a_directory_that_was_there_stays_and_is_told_from_a_runs(tmp_path):
+    (tmp_path / "notes.txt").touch()
+    held = claim(tmp_path)
+    assert not held.was_run
+    held.release(used=False)
+    assert [path.name for path in tmp_path.iterdir()] == ["notes.txt"]
+    claim(tmp_path).release()
+    held = claim(tmp_path)  # of a run that was killed before it wrote anything else
+    assert held.was_run
+    held.release(used=False)
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["notes.txt", "owner.lock"]
+
+
+@pytest.mark.parametrize("content", [b"", b"{", b"[1]", b"\xff" * 9000, b"[" * 4096])
+def test_a_damaged_record_of_a_dead_owner_is_no_obstacle(tmp_path, content):
+    RunLayout(tmp_path).owner.write_bytes(content)
+    claim(tmp_path).release()
+
+
+def test_a_full_disk_takes_no_name_but_the_lock_holds(tmp_path, monkeypatch):
+    def full(*args):
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr(claims.os, "pwrite", full)
+    held = claim(tmp_path)
+    with pytest.raises(DirectoryInUseError, match="another run is running"):
+        claim(tmp_path)
+    held.release()
