@@ -2,10 +2,10 @@
 
 import argparse
 import importlib.util
-import sys
 from pathlib import Path
-from typing import TYPE_CHECKING, NoReturn
+from typing import TYPE_CHECKING
 
+from esper_lightning.cli.errors import CommandParser, fail
 from esper_lightning.forensics.files import strict_json, write_atomically
 
 if TYPE_CHECKING:
@@ -21,9 +21,9 @@ _NEEDED_TO_DRAW = {"matplotlib": "matplotlib"}
 
 def run(arguments: list[str]) -> None:
     """Print the comparison; exit status 2 where there is none to make."""
-    parser = argparse.ArgumentParser(
-        prog="esper compare",
-        description="Compare runs over the seeds that all variants have.",
+    parser = CommandParser(
+        "esper compare",
+        "Compare runs over the seeds that all variants have.",
         epilog="Runs that differ in more than their seed are variants, named by the settings.",
     )
     parser.add_argument("runs", type=Path, nargs="+", metavar="RUN", help="or a folder of runs")
@@ -41,13 +41,13 @@ def run(arguments: list[str]) -> None:
     needed = _NEEDED | (_NEEDED_TO_DRAW if options.output is not None else {})
     absent = [needed[name] for name in needed if not _is_installed(name)]
     if absent:
-        _fail(f"esper compare needs {' and '.join(absent)}: pip install {' '.join(absent)}")
+        fail(f"esper compare needs {' and '.join(absent)}: pip install {' '.join(absent)}")
     try:
         comparison = _compare(options)
         if options.output is not None:
             _write(comparison, options.output)
     except (ValueError, OSError) as error:
-        _fail(str(error))
+        fail(error)
     if options.json:
         print(strict_json(comparison))
     else:
@@ -86,8 +86,3 @@ def _write(comparison: "Comparison", directory: Path) -> None:
 
 def _is_installed(name: str) -> bool:
     return importlib.util.find_spec(name) is not None
-
-
-def _fail(message: str) -> NoReturn:
-    print("esper: error: " + " ".join(message.split()), file=sys.stderr)
-    sys.exit(2)

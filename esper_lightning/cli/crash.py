@@ -1,11 +1,11 @@
 """``esper crash RUN_DIR``: how a run died, from what it left. Standard library only."""
 
-import argparse
 import sys
 from pathlib import Path
 from typing import Any
 
 from esper_lightning.cli.crash_text import describe, seconds_by_phase
+from esper_lightning.cli.errors import CommandParser, fail
 from esper_lightning.forensics.files import strict_json
 from esper_lightning.forensics.remains import Remains, examine, first_failure
 from esper_lightning.forensics.report import SCHEMA
@@ -16,15 +16,14 @@ __all__ = ["Remains", "examine", "first_failure", "run"]
 
 def run(arguments: list[str]) -> None:
     """Print the report; exit status 2 where there is no run."""
-    parser = argparse.ArgumentParser(prog="esper crash", description="How a run died.")
+    parser = CommandParser("esper crash", "How a run died.")
     parser.add_argument("run_dir", type=Path, metavar="RUN_DIR")
     parser.add_argument("--json", action="store_true", help="the same for programs")
     options = parser.parse_args(arguments)
     try:
         ranks = examine(options.run_dir)
-    except ValueError as error:
-        print(f"esper: error: {error}", file=sys.stderr)
-        sys.exit(2)
+    except (ValueError, OSError) as error:
+        fail(error)
     first = first_failure(ranks)
     if first is not None and first.trace_path is not None:
         try:

@@ -1,11 +1,9 @@
 """``esper export``: a trained policy as a file for elsewhere."""
 
-import argparse
-from typing import NoReturn, get_args
+from typing import get_args
 
-from typing_extensions import override
-
-from esper_lightning.cli.lightning_cli import CONFIG_ERRORS, fail
+from esper_lightning.cli.errors import CommandParser
+from esper_lightning.cli.lightning_cli import settings_come_first
 from esper_lightning.training.checkpoints import checkpoint_at
 from esper_lightning.training.export import ExportFormat, export_policy
 from esper_lightning.training.module import PPO
@@ -13,19 +11,12 @@ from esper_lightning.training.module import PPO
 __all__ = ["run"]
 
 
-class _Parser(argparse.ArgumentParser):
-    @override
-    def error(self, message: str) -> NoReturn:
-        fail(ValueError(message))
-
-
 def run(arguments: list[str]) -> None:
     """Write the policy and print what was written; a mistake is one line and exit status 2."""
-    parser = _Parser(
-        prog="esper export",
-        description="Write the deterministic policy of a checkpoint, with its observation "
+    parser = CommandParser(
+        "esper export",
+        "Write the deterministic policy of a checkpoint, with its observation "
         "statistics, after comparing it with the original on random observations.",
-        allow_abbrev=False,
     )
     parser.add_argument(
         "--ckpt_path", required=True, help="a checkpoint, or a run directory for its best one"
@@ -38,12 +29,10 @@ def run(arguments: list[str]) -> None:
         help="torch for torch.export.load, or onnx (default: %(default)s)",
     )
     options = parser.parse_args(arguments)
-    try:
+    with settings_come_first():
         path = checkpoint_at(options.ckpt_path)
         model = PPO.load_from_checkpoint(path, map_location="cpu")
         exported = export_policy(model, options.output, options.format)
-    except CONFIG_ERRORS as error:
-        fail(error)
     print(f"Checkpoint: {path} (iteration {model.iteration:,})")
     for arrow, tensors in (("->", exported.inputs), ("<-", exported.outputs)):
         for name, value in tensors.items():

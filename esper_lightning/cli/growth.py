@@ -12,6 +12,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from esper_lightning.cli.errors import requires_folder
 from esper_lightning.comparison.section import Section, number
 from esper_lightning.core.validate import require
 from esper_lightning.envs.base import EnvSpec
@@ -34,11 +35,8 @@ def refuse_figures(env: EnvSpec, folder: Path) -> None:
     require(grows, "--figures", "be of growing networks: Morphogenesis", type(env).__name__)
     drawn = importlib.util.find_spec("matplotlib") is not None
     require(drawn, "--figures", "find matplotlib", "none", f"{_HINT}.")
-    try:
+    with requires_folder("--figures", folder):
         folder.mkdir(parents=True, exist_ok=True)
-    except OSError as error:
-        rule = f"be a folder that can be made ({error.strerror})"
-        require(False, "--figures", rule, str(folder))
 
 
 def compare_policies(model: PPO, device: torch.device, *, figures: Path | None) -> str:

@@ -6,11 +6,15 @@ Lightning's command line with our defaults and one-line errors.
 import argparse
 import json
 import logging
-import sys
+import os
+import sysconfig
+import traceback
 import warnings
-from collections.abc import Callable
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager, suppress
+from functools import partial
 from pathlib import Path
-from typing import Any, NoReturn, cast
+from typing import Any, cast
 
 from lightning.fabric.utilities.exceptions import MisconfigurationException
 from lightning.pytorch import Trainer
@@ -20,19 +24,23 @@ from lightning.pytorch.cli import (
     LightningArgumentParser,
     LightningCLI,
 )
+from lightning.pytorch.strategies import StrategyRegistry
 from lightning.pytorch.trainer.states import TrainerFn
 from typing_extensions import override
 
 import esper_lightning.envs  # pyright: ignore[reportUnusedImport] - to be named in a config, specs
-import esper_lightning.policies  # noqa: F401  # pyright: ignore[reportUnusedImport] - must be known
+import esper_lightning.policies  # pyright: ignore[reportUnusedImport] - must be known
 from esper_lightning.callbacks.flight_recorder import FlightRecorder
 from esper_lightning.callbacks.history import History
 from esper_lightning.callbacks.run_directory import run_directory
+from esper_lightning.cli.errors import fail, nearest, requires_folder
 from esper_lightning.cli.growth import compare_policies, refuse_figures
+from esper_lightning.cli.settings import SettingsParser
 from esper_lightning.core.validate import require
 from esper_lightning.envs import Morphogenesis
 from esper_lightning.train import begin_run, newest_run, run_callbacks, run_logger, run_plugins
 from esper_lightning.training.checkpoints import (
+    STATE_KEY,
     checkpoint_at,
     load_checkpoint,
     load_weights,
@@ -42,22 +50,26 @@ from esper_lightning.training.metrics import EVAL_RETURN
 from esper_lightning.training.module import PPO
 from esper_lightning.training.trainer_support import refuse_unsupported
 
-__all__ = ["CONFIG_ERRORS", "fail", "run"]
+__all__ = ["prepare", "settings_come_first"]
 
-CONFIG_ERRORS = (argparse.ArgumentError, ValueError, TypeError, OSError, MisconfigurationException)
+_CONFIG_ERRORS = (argparse.ArgumentError, ValueError, TypeError, OSError, MisconfigurationException)
 _NOT_BAREBONES = {
     "num_sanity_val_steps": 0,
     "log_every_n_steps": 1,
     "enable_model_summary": False,
 }
 _TRAINER_DEFAULTS = {"max_epochs": -1, "devices": 1, **_NOT_BAREBONES}
+_PACKAGE = Path(esper_lightning.__file__).parent
 
 
-def run(arguments: list[str]) -> None:
-    """Parse, train or evaluate, and print what came of it.
+def prepare(arguments: list[str]) -> Callable[[], None]:
+    """Parse the settings and build everything from them.
 
     A mistake in the settings is one line on stderr and exit status 2; what happens later is not
     touched.
+
+    Returns:
+        A function that trains or evaluates, and prints what came of it.
     """
     # Lightning's use of torch's internals and its advertisements are not the user's business.
     warnings.filterwarnings("ignore", message=".*treespec, LeafSpec.*", category=FutureWarning)
@@ -66,9 +78,10 @@ def run(arguments: list[str]) -> None:
         warnings.filterwarnings("ignore", message=text, category=UserWarning)
     for name in ("lightning.pytorch.utilities.rank_zero", "lightning.fabric.utilities.rank_zero"):
         logging.getLogger(name).addFilter(lambda record: "Tip:" not in record.getMessage())
-    try:
+    with settings_come_first():
         cli = EsperCLI(
-            PPO,
+            arguments[0],
+            model_class=PPO,
             args=arguments,
             trainer_class=EsperTrainer,
             trainer_defaults=dict(_TRAINER_DEFAULTS),
@@ -76,22 +89,71 @@ def run(arguments: list[str]) -> None:
             seed_everything_default=False,
             auto_configure_optimizers=False,
             load_from_checkpoint_support=False,
+            parser_class=SettingsParser,
             parser_kwargs={
-                name: {"exit_on_error": False, "allow_abbrev": False}
-                for name in ("fit", "evaluate")
-            }
-            | {
+                arguments[0]: {"exit_on_error": False, "allow_abbrev": False},
                 "exit_on_error": False,
                 "allow_abbrev": False,
                 "prog": "esper",
-                "epilog": "esper export --help tells how to write a policy for elsewhere. "
-                "esper crash RUN_DIR tells how a run died, esper compare RUN ... how variants did "
-                "over the same seeds; they need no torch.",
             },
         )
-    except CONFIG_ERRORS as error:
-        fail(error)
-    cli.execute()
+    return cli.execute
+
+
+@contextmanager
+def settings_come_first() -> Iterator[None]:
+    """Whatever goes wrong within is a mistake in the settings, and is all that is printed.
+
+    What is logged and warned of meanwhile appears once the settings are known to be good. An error
+    that is no statement about settings is a bug, of a class that the user named perhaps: its line
+    says where. ``JSONARGPARSE_DEBUG=true`` shows the traceback of any.
+    """
+    held: list[Callable[[], object]] = []
+    names = (None, "lightning.pytorch", "lightning.fabric")
+    handlers = [handler for name in names for handler in logging.getLogger(name).handlers]
+    filters = [(handler, _Hold(handler, held)) for handler in handlers]
+    for handler, hold in filters:
+        handler.addFilter(hold)
+    show = warnings.showwarning
+    warnings.showwarning = lambda *args, **kwargs: held.append(partial(show, *args, **kwargs))
+    try:
+        yield
+    except Exception as error:
+        if os.environ.get("JSONARGPARSE_DEBUG", "").lower() == "true":
+            raise
+        fail(_tell(error))
+    finally:
+        warnings.showwarning = show
+        for handler, hold in filters:
+            handler.removeFilter(hold)
+    for emit in held:
+        emit()
+
+
+class _Hold(logging.Filter):
+    """Keeps the records of a handler for later."""
+
+    def __init__(self, handler: logging.Handler, held: list[Callable[[], object]]) -> None:
+        super().__init__()
+        self._handler, self._held = handler, held
+
+    @override
+    def filter(self, record: logging.LogRecord) -> bool:
+        self._held.append(partial(self._handler.handle, record))
+        return False
+
+
+def _tell(error: Exception) -> str:
+    """What an error says; of one that is not about settings, or raised by a user's code, where."""
+    said = str(error)
+    if not isinstance(error, _CONFIG_ERRORS) or not said:
+        said = f"{type(error).__name__}: {said}"
+    libraries = (*map(sysconfig.get_path, ("stdlib", "purelib", "platlib")), str(_PACKAGE))
+    frames = traceback.extract_tb(error.__traceback__)
+    own = [frame for frame in frames if not frame.filename.startswith((*libraries, "<"))]
+    if own and (own[-1] is frames[-1] or not isinstance(error, _CONFIG_ERRORS)):
+        return f"{said} ({Path(own[-1].filename).name}, line {own[-1].lineno})"
+    return said
 
 
 class EsperTrainer(Trainer):
@@ -137,15 +199,20 @@ class EsperCLI(LightningCLI):
     subcommand: str
     _run_dir: str | Path | None = None
     _start: Callable[[], None]
+    _says: Sequence[str] = ()
+    _resumes_from: int = 0
 
-    @staticmethod
+    def __init__(self, command: str, **kwargs: Any) -> None:
+        self._command = command
+        super().__init__(**kwargs)
+
     @override
-    def subcommands() -> dict[str, set[str]]:
-        """What can be done, and which arguments of the Trainer's method are not the user's."""
-        return {
-            "fit": {"model"},
-            "evaluate": {"model"},
-        }
+    def subcommands(self) -> dict[str, set[str]]:  # pyright: ignore[reportIncompatibleMethodOverride]
+        """What is to be done, and which arguments of the Trainer's method are not the user's.
+
+        Not all that can be: the parser of each takes a tenth of a second to make.
+        """
+        return {self._command: {"model"}}
 
     @override
     def parse_arguments(self, parser: LightningArgumentParser, args: ArgsType) -> None:
@@ -155,8 +222,7 @@ class EsperCLI(LightningCLI):
             known, _ = _ckpt_option().parse_known_args(words[1:])
             require(known.ckpt_path is not None, "--ckpt_path", "be given", None)
             path = checkpoint_at(known.ckpt_path)
-            if str(path) != known.ckpt_path:
-                print(f"Checkpoint: {path}")
+            self._says = [] if str(path) == known.ckpt_path else [f"Checkpoint: {path}"]
             settings = {"model": load_checkpoint(path)["hyper_parameters"]}
             words = ["evaluate", "--config", json.dumps(settings), *words[1:]]
             words += ["--ckpt_path", str(path)]
@@ -168,6 +234,15 @@ class EsperCLI(LightningCLI):
 
         Those of the checkpoint must agree with them, and never replace them.
         """
+
+    @override
+    def before_instantiate_classes(self) -> None:
+        """Refuse what Lightning would refuse in too many words."""
+        strategy = self._get(self.config, "trainer")["strategy"]
+        known = ["auto", *StrategyRegistry.available_strategies()]
+        ok = not isinstance(strategy, str) or strategy in known
+        hint = nearest(str(strategy), known).strip()
+        require(ok, "trainer.strategy", "be 'ddp', or 'auto' with one device", strategy, hint)
 
     @override
     def instantiate_trainer(self, **kwargs: Any) -> Trainer:
@@ -215,14 +290,23 @@ class EsperCLI(LightningCLI):
             path = connector._parse_ckpt_path(
                 TrainerFn.FITTING, path, model_provided=True, model_connected=False
             )
+            if path is None:
+                self._says = ["No checkpoint to resume from (--ckpt_path last): a new run begins."]
         if path is not None:
             ranks = self.trainer.world_size if fits else None
-            refuse_foreign(load_checkpoint(path), self.model.settings, world_size=ranks)
+            checkpoint = load_checkpoint(path)
+            refuse_foreign(checkpoint, self.model.settings, world_size=ranks)
+            self._resumes_from = checkpoint[STATE_KEY]["iteration"]
         elif fits and model.warm_start is not None:
             load_weights(model, model.warm_start)
         figures = None if fits else self.config_init["evaluate"]["figures"]
         if figures is not None:
             refuse_figures(model.env, figures)
+        if fits and not self.trainer.barebones:  # last: nothing is left where anything is refused
+            config = self._parser("fit").dump(self.config["fit"], skip_none=False)
+            field = "The run directory" if self._run_dir is None else "--run_dir"
+            with requires_folder(field, self._run_dir):
+                begin_run(self.trainer, model.env, self._run_dir, config)
 
     def fit(self, **kwargs: Any) -> None:
         """Remember to train."""
@@ -234,9 +318,14 @@ class EsperCLI(LightningCLI):
 
     def execute(self) -> None:
         """Do it, and print what came of it."""
-        if self.subcommand == "fit" and not self.trainer.barebones:
-            self._begin_run()
-        self._start()
+        if self.trainer.is_global_zero and self._says:
+            print(*self._says, sep="\n", flush=True)
+        try:
+            self._start()
+        except MisconfigurationException as error:  # what a callback or loop finds at the start
+            if self.model.iteration > self._resumes_from:
+                raise
+            fail(error)
         if not self.trainer.is_global_zero:
             return
         metrics = {name: value.item() for name, value in self.trainer.callback_metrics.items()}
@@ -257,24 +346,12 @@ class EsperCLI(LightningCLI):
             print(f"Trained for {steps:,} env steps in {seconds:.1f} s: {rate:,.0f} env-steps/s")
             directory = run_directory(self.trainer)
             if directory is not None:
-                here = directory.is_relative_to(Path.cwd())
-                print(f"Run directory: {directory.relative_to(Path.cwd()) if here else directory}")
-
-    def _begin_run(self) -> None:
-        config = self._parser("fit").dump(self.config["fit"], skip_none=False)
-        try:
-            begin_run(self.trainer, self.model.env, self._run_dir, config)
-        except (ValueError, OSError) as error:
-            fail(error)
+                with suppress(ValueError, OSError):  # elsewhere; or nowhere: it was removed
+                    directory = directory.relative_to(Path.cwd())
+                print(f"Run directory: {directory}")
 
 
 def _ckpt_option() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(add_help=False, exit_on_error=False, allow_abbrev=False)
     parser.add_argument("--ckpt_path")
     return parser
-
-
-def fail(error: BaseException) -> NoReturn:
-    """Tell a mistake in one line; exit status 2."""
-    print("esper: error: " + " ".join(str(error).split()), file=sys.stderr)
-    sys.exit(2)

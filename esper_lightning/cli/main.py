@@ -1,15 +1,30 @@
 """``esper``: one command, a subcommand for each thing to do with a run."""
+# Little is imported before `main` begins: an interrupt would show where an import stood.
 
-import contextlib
+import errno
+import functools
+import io
 import os
+import signal
 import sys
-
-from esper_lightning.cli import compare, crash, report
+import threading
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager, suppress
+from typing import cast
 
 __all__ = ["main"]
 
-# A login node may have none.
-_WITHOUT_TORCH = {"compare": compare.run, "crash": crash.run, "report": report.run}
+_COMMANDS = {
+    "fit": "train",
+    "evaluate": "play deterministic evaluation episodes with the policy of a checkpoint",
+    "export": "write the policy of a checkpoint as a file for elsewhere",
+    "report": "what a run reached, and how it ended (needs no torch)",
+    "crash": "how a run died (needs no torch)",
+    "compare": "how variants did over the same seeds (needs no torch)",
+}
+_BUILD_FROM_SETTINGS = ("fit", "evaluate", "export")  # and so may name the user's own classes
+_ONLY_PRINT = ("report", "crash", "compare")
+_INTERRUPTED = 1  # Lightning's own exit status after Ctrl-C
 
 
 def main(arguments: list[str] | None = None) -> None:
@@ -19,25 +34,161 @@ def main(arguments: list[str] | None = None) -> None:
         arguments: What follows ``esper``; ``None`` for the process's own.
     """
     words = sys.argv[1:] if arguments is None else arguments
-    if words and words[0] in _WITHOUT_TORCH:
-        with contextlib.suppress(BrokenPipeError):  # esper crash ... | head
-            _WITHOUT_TORCH[words[0]](words[1:])
-            sys.stdout.flush()
-            return
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # nor at exit
+    stdout = _open_standard_streams()
+    try:
+        with _ended_by_interrupts(arguments is None):
+            execute = _prepare(words)
+        execute()
+        sys.stdout.flush()
+    except KeyboardInterrupt:
+        sys.exit(_INTERRUPTED)
+    if stdout is not None and stdout.error is not None and stdout.error.errno != errno.EPIPE:
+        print(f"esper: what was printed is not whole: {stdout.error.strerror}", file=sys.stderr)
+        if words[0] in _ONLY_PRINT:
+            sys.exit(1)
+
+
+def _prepare(words: list[str]) -> Callable[[], None]:
+    """Import a command and check as much as can be checked before it does anything."""
+    name, rest = (words or [""])[0], words[1:]
+    if name in _BUILD_FROM_SETTINGS:
+        _find_modules_here()
+    if name in ("fit", "evaluate"):
+        from esper_lightning.cli.lightning_cli import prepare  # noqa: PLC0415
+
+        execute = prepare(words)
+        if os.environ.get("TORCHELASTIC_ERROR_FILE"):  # torchrun looks there for a rank's error
+            from torch.distributed.elastic.multiprocessing.errors import record  # noqa: PLC0415
+
+            return record(execute)
+        return execute
+    if name == "export":
+        from esper_lightning.cli.export import run  # noqa: PLC0415
+    elif name == "report":
+        from esper_lightning.cli.report import run  # noqa: PLC0415
+    elif name == "crash":
+        from esper_lightning.cli.crash import run  # noqa: PLC0415
+    elif name == "compare":
+        from esper_lightning.cli.compare import run  # noqa: PLC0415
+    else:
+        return functools.partial(_no_command, words)
+    return functools.partial(run, rest)
+
+
+def _no_command(words: list[str]) -> None:
+    """``esper --help``, ``esper --version``, and what is no command."""
+    from importlib.metadata import PackageNotFoundError, version  # noqa: PLC0415
+
+    from esper_lightning.cli.errors import fail, nearest  # noqa: PLC0415
+
+    name = words[0] if words else None
+    if name in ("-h", "--help"):
+        print("usage: esper COMMAND ...\n\nPPO with PyTorch Lightning over batched environments.\n")
+        print("\n".join(f"  {command:<10}{does}" for command, does in _COMMANDS.items()))
+        print("\nesper COMMAND --help describes all that a command takes.")
+    elif name == "--version":
+        try:
+            print(f"esper_lightning {version('esper_lightning')}")
+        except PackageNotFoundError:  # run from its source
+            print("esper_lightning, not installed")
+    else:
+        got = f", got {name!r}." if words else "."
+        hint = nearest(name or "", _COMMANDS)
+        fail(f"esper must be followed by one of {', '.join(_COMMANDS)}{got}{hint}")
+
+
+def _find_modules_here() -> None:
+    """Let a config name modules in the current directory, as a script there could.
+
+    The directory comes last. ``python -m`` puts it first, where a ``yaml.py`` that happens to be
+    there would take the place of the library.
+    """
+    if sys.flags.safe_path:
         return
-    if words[:1] == ["export"]:
-        from esper_lightning.cli import export  # noqa: PLC0415
-
-        export.run(words[1:])
+    spec = sys.modules["__main__"].__spec__
+    if spec is not None and spec.name.partition(".")[0] == "esper_lightning":  # by python -m
+        sys.path.append(sys.path.pop(0))
         return
-    from esper_lightning.cli.lightning_cli import run  # noqa: PLC0415
+    with suppress(FileNotFoundError):  # the directory was removed
+        here = os.getcwd()  # noqa: PTH109 - pathlib takes time to import
+        if not {here, ""} & set(sys.path):
+            sys.path.append(here)
 
-    if os.environ.get("TORCHELASTIC_ERROR_FILE"):  # where torchrun looks for what a rank died of
-        from torch.distributed.elastic.multiprocessing.errors import record  # noqa: PLC0415
 
-        run = record(run)
-    run(words)
+@contextmanager
+def _ended_by_interrupts(own_process: bool) -> Iterator[None]:
+    """Let Ctrl-C end the process without a word: imports in C make errors of their own of it.
+
+    Args:
+        own_process: Whether the process is for this command alone; otherwise nothing changes.
+    """
+    before = signal.getsignal(signal.SIGINT)
+    is_main = threading.current_thread() is threading.main_thread()
+    if not own_process or not is_main or before is not signal.default_int_handler:
+        yield
+        return
+    signal.signal(signal.SIGINT, lambda *_: os._exit(_INTERRUPTED))
+    try:
+        yield
+    finally:
+        signal.signal(signal.SIGINT, before)
+
+
+class _Forgiving(io.FileIO):
+    """A standard stream that takes what it is given, even if it cannot pass it on.
+
+    What a run prints is no part of it: a reader that left (``esper fit ... | head -1``) or a full
+    disk must not end it, whoever prints.
+
+    Attributes:
+        error: Why something was not written, the first time.
+    """
+
+    error: OSError | None = None
+
+    def write(self, data: "bytes | bytearray | memoryview") -> int:  # pyright: ignore[reportIncompatibleMethodOverride]
+        """Write, or remember why not."""
+        try:
+            return super().write(data)
+        except OSError as error:
+            self.error = self.error or error
+            return len(data)
+
+
+def _open_standard_streams() -> _Forgiving | None:
+    """Make standard streams that fail no run: not by a name in another encoding either.
+
+    A descriptor that was closed at the start is opened: the next file of the run, its history
+    perhaps, would get its number, and with it what libraries print.
+
+    Returns:
+        What is below ``sys.stdout``, unless a program that uses ``main`` has one of its own.
+    """
+    for descriptor in (0, 1, 2):
+        try:
+            os.fstat(descriptor)
+        except OSError:
+            os.set_inheritable(os.open(os.devnull, os.O_RDWR), True)  # the lowest that is free
+    stdout = None
+    for descriptor, name in ((1, "stdout"), (2, "stderr")):
+        stream = cast(io.TextIOWrapper | None, getattr(sys, name))
+        if stream is not getattr(sys, f"__{name}__"):
+            continue
+        if stream is not None:
+            with suppress(OSError):
+                stream.flush()
+        below = _Forgiving(descriptor, "w", closefd=False)
+        unbuffered = stream is not None and stream.write_through  # python -u
+        text = io.TextIOWrapper(
+            cast(io.BufferedWriter, below) if unbuffered else io.BufferedWriter(below),
+            encoding=None if stream is None else stream.encoding,
+            errors="backslashreplace",
+            line_buffering=name == "stderr" or below.isatty(),
+            write_through=unbuffered,
+        )
+        setattr(sys, name, text)
+        stdout = below if descriptor == 1 else stdout
+    return stdout
 
 
 if __name__ == "__main__":

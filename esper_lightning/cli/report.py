@@ -1,10 +1,9 @@
 """``esper report RUN_DIR``: what a run reached, and how it ended. Needs no torch."""
 
-import argparse
 import math
-import sys
 from pathlib import Path
 
+from esper_lightning.cli.errors import CommandParser, fail
 from esper_lightning.forensics.files import strict_json
 
 __all__ = ["run"]
@@ -17,15 +16,14 @@ def run(arguments: list[str]) -> None:
     # PyYAML is not in the standard library, and esper crash does without.
     from esper_lightning.comparison.runs import read_run  # noqa: PLC0415
 
-    parser = argparse.ArgumentParser(prog="esper report", description="What a run reached.")
+    parser = CommandParser("esper report", "What a run reached.")
     parser.add_argument("run_dir", type=Path, metavar="RUN_DIR")
     parser.add_argument("--json", action="store_true", help="the same for programs")
     options = parser.parse_args(arguments)
     try:
         found = read_run(options.run_dir)
     except (ValueError, OSError) as error:
-        print("esper: error: " + " ".join(str(error).split()), file=sys.stderr)
-        sys.exit(2)
+        fail(error)
     if options.json:
         print(strict_json(found))
         return

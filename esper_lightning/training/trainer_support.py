@@ -76,10 +76,7 @@ def _refuse_strategy(trainer: Trainer) -> None:
     rule = "be 'ddp', or 'auto' with one device"
     require(ok, "Trainer.strategy", rule, name, reason)
     launcher = strategy.launcher
-    reason = (
-        "It trains in child processes that hand back weights and nothing else: counters and "
-        "environments would be lost."
-    )
+    reason = "Its child processes hand back weights and nothing else."
     ok = not isinstance(launcher, _MultiProcessingLauncher)
     require(ok, "Trainer.strategy", rule, f"{name} by {type(launcher).__name__}", reason)
 

@@ -1,0 +1,84 @@
+"""What every command says about a mistake: one short line on stderr, and exit status 2.
+
+Standard library only: ``esper crash`` needs no more.
+"""
+
+import argparse
+import difflib
+import errno
+import re
+import sys
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
+from typing import NoReturn
+
+__all__ = ["CommandParser", "fail", "nearest", "one_line", "requires_folder"]
+
+LONGEST_LINE = 200
+_LONGEST_WORD, _WORD_START, _WORD_END = 60, 24, 28
+
+
+class CommandParser(argparse.ArgumentParser):
+    """A parser of the standard library whose mistakes are one line, as those of every command."""
+
+    def __init__(self, prog: str, description: str, epilog: str | None = None) -> None:
+        super().__init__(prog=prog, description=description, epilog=epilog, allow_abbrev=False)
+
+    def error(self, message: str) -> NoReturn:
+        """Print the line; exit status 2."""
+        unknown = re.match(r"unrecognized arguments: (--[^ =]+)", message)
+        hint = nearest(unknown[1], self._option_string_actions) if unknown else ""
+        fail(f"{message}.{hint}" if hint else message)
+
+
+def fail(mistake: BaseException | str) -> NoReturn:
+    """Print one line about a mistake in the settings; exit status 2."""
+    if sys.stderr is not None:  # pyright: ignore[reportUnnecessaryComparison] - closed at the start
+        print(one_line(f"esper: error: {mistake}"), file=sys.stderr)
+    sys.exit(2)
+
+
+def one_line(text: str, limit: int = LONGEST_LINE) -> str:
+    """The text in one line of printable characters.
+
+    Where it is too long its longest words (paths, values) lose their middle, and then it its end.
+    """
+    words = "".join(c if c.isprintable() or c.isspace() else _escaped(c) for c in text).split()
+    line = " ".join(words)
+    if len(line) > limit:
+        line = " ".join(
+            f"{word[:_WORD_START]}...{word[-_WORD_END:]}" if len(word) > _LONGEST_WORD else word
+            for word in words
+        )
+    return line if len(line) <= limit else f"{line[: limit - 3]}..."
+
+
+def nearest(word: str, known: Iterable[str]) -> str:
+    """A sentence with the known word that is most like ``word``; empty if none is."""
+    found = difflib.get_close_matches(word, list(known), 1, 0.5)
+    return f" The nearest is {found[0]!r}." if found else ""
+
+
+@contextmanager
+def requires_folder(field: str, path: object = None) -> Iterator[None]:
+    """Make a folder in which a command is to write within; that it cannot be is a mistake.
+
+    Args:
+        field: The setting that names the folder.
+        path: The folder; ``None`` for the one that the error names.
+
+    Raises:
+        ValueError: Naming the setting and the reason, for an ``OSError`` or a NUL byte.
+    """
+    try:
+        if "\0" in str(path):
+            raise OSError(errno.EINVAL, "embedded null byte")
+        yield
+    except OSError as error:
+        rule = f"be a folder that can be made ({error.strerror or error})"
+        got = str(error.filename if path is None else path)
+        raise ValueError(f"{field} must {rule}, got {got!r}.") from error
+
+
+def _escaped(character: str) -> str:
+    return character.encode("unicode_escape").decode()

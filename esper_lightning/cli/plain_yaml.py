@@ -1,0 +1,83 @@
+"""YAML without surprises: a key stands once in a mapping, and everything has an end.
+
+Events are looked at before anything is built: they cost nothing where the values cost the world.
+"""
+
+from typing import Any
+
+import yaml
+
+__all__ = ["SurpriseError", "place", "refuse_surprises"]
+
+_DEEPEST, _MOST_VALUES = 50, 100_000
+_LOADER: Any = getattr(yaml, "CSafeLoader", yaml.SafeLoader)
+
+
+class SurpriseError(ValueError):
+    """YAML whose meaning is not what it seems, or has no end."""
+
+
+def refuse_surprises(text: str) -> None:
+    """Refuse what PyYAML takes without a word.
+
+    Raises:
+        SurpriseError: If a key stands twice in a mapping, or if what is nested or repeated by
+            anchors has no end that a program could live to see; with line and column.
+        yaml.YAMLError: If it is not YAML.
+    """
+    opened: list[_Collection] = []
+    values: dict[str, int] = {}  # behind each anchor, with what its aliases repeat
+    total = 0
+    for event in yaml.parse(text, Loader=_LOADER):
+        if isinstance(event, yaml.CollectionEndEvent):
+            closed = opened.pop()
+            if closed.anchor is not None:
+                values[closed.anchor] = closed.values
+            if opened:
+                opened[-1].values += closed.values
+        elif isinstance(event, yaml.NodeEvent):
+            where = place(event.start_mark)
+            if opened and opened[-1].repeats(event):
+                raise SurpriseError(f"{where}: the key {event.value!r} stands here again.")
+            if isinstance(event, yaml.CollectionStartEvent):
+                opened.append(_Collection(event))
+                _require_end(len(opened) <= _DEEPEST, where, f"nested more than {_DEEPEST} deep")
+                continue
+            is_alias = isinstance(event, yaml.AliasEvent)
+            ends = not (is_alias and any(one.anchor == event.anchor for one in opened))
+            _require_end(ends, where, f"*{event.anchor} is a part of itself")
+            repeated = values.get(event.anchor, 1) if is_alias else 1
+            total += repeated
+            _require_end(total <= _MOST_VALUES, where, f"more than {_MOST_VALUES:,} values")
+            if opened:
+                opened[-1].values += repeated
+
+
+def place(mark: Any) -> str:
+    """Line and column, to follow the name of a file."""
+    return f":{mark.line + 1}:{mark.column + 1}"
+
+
+class _Collection:
+    """A mapping or sequence whose end has not come."""
+
+    def __init__(self, event: yaml.CollectionStartEvent) -> None:
+        self.anchor: str | None = event.anchor
+        self.values = 1
+        self._is_mapping = isinstance(event, yaml.MappingStartEvent)
+        self._entries, self._keys = 0, set[str]()
+
+    def repeats(self, event: yaml.NodeEvent) -> bool:
+        """Take the next key, value or entry, and say whether it is a key that was there before."""
+        is_key = self._is_mapping and self._entries % 2 == 0
+        self._entries += 1
+        if not is_key or not isinstance(event, yaml.ScalarEvent):
+            return False
+        known = event.value in self._keys
+        self._keys.add(event.value)
+        return known
+
+
+def _require_end(ok: bool, where: str, what: str) -> None:
+    if not ok:
+        raise SurpriseError(f"{where}: {what}.")
