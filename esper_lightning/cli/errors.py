@@ -8,7 +8,7 @@ import difflib
 import errno
 import re
 import sys
-from collections.abc import Iterable, Iterator
+from collections.abc import Generator, Iterable
 from contextlib import contextmanager
 from typing import NoReturn
 
@@ -60,7 +60,7 @@ def nearest(word: str, known: Iterable[str]) -> str:
 
 
 @contextmanager
-def requires_folder(field: str, path: object = None) -> Iterator[None]:
+def requires_folder(field: str, path: object = None) -> Generator[None]:
     """Make a folder in which a command is to write within; that it cannot be is a mistake.
 
     Args:

@@ -10,7 +10,7 @@ import os
 import sysconfig
 import traceback
 import warnings
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Generator, Sequence
 from contextlib import contextmanager, suppress
 from functools import partial
 from pathlib import Path
@@ -101,7 +101,7 @@ def prepare(arguments: list[str]) -> Callable[[], None]:
 
 
 @contextmanager
-def settings_come_first() -> Iterator[None]:
+def settings_come_first() -> Generator[None]:
     """Whatever goes wrong within is a mistake in the settings, and is all that is printed.
 
     What is logged and warned of meanwhile appears once the settings are known to be good. An error
@@ -115,7 +115,11 @@ def settings_come_first() -> Iterator[None]:
     for handler, hold in filters:
         handler.addFilter(hold)
     show = warnings.showwarning
-    warnings.showwarning = lambda *args, **kwargs: held.append(partial(show, *args, **kwargs))
+
+    def hold_warning(*args: Any, **kwargs: Any) -> None:
+        held.append(partial(show, *args, **kwargs))
+
+    warnings.showwarning = hold_warning
     try:
         yield
     except Exception as error:
@@ -239,7 +243,7 @@ class EsperCLI(LightningCLI):
     def before_instantiate_classes(self) -> None:
         """Refuse what Lightning would refuse in too many words."""
         strategy = self._get(self.config, "trainer")["strategy"]
-        known = ["auto", *StrategyRegistry.available_strategies()]
+        known = ["auto", *cast(list[str], StrategyRegistry.available_strategies())]
         ok = not isinstance(strategy, str) or strategy in known
         hint = nearest(str(strategy), known).strip()
         require(ok, "trainer.strategy", "be 'ddp', or 'auto' with one device", strategy, hint)

@@ -8,9 +8,9 @@ import os
 import signal
 import sys
 import threading
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Generator
 from contextlib import contextmanager, suppress
-from typing import cast
+from typing import Any, cast
 
 __all__ = ["main"]
 
@@ -116,7 +116,7 @@ def _find_modules_here() -> None:
 
 
 @contextmanager
-def _ended_by_interrupts(own_process: bool) -> Iterator[None]:
+def _ended_by_interrupts(own_process: bool) -> Generator[None]:
     """Let Ctrl-C end the process without a word: imports in C make errors of their own of it.
 
     Args:
@@ -127,7 +127,11 @@ def _ended_by_interrupts(own_process: bool) -> Iterator[None]:
     if not own_process or not is_main or before is not signal.default_int_handler:
         yield
         return
-    signal.signal(signal.SIGINT, lambda *_: os._exit(_INTERRUPTED))
+
+    def leave(*_: object) -> None:
+        os._exit(_INTERRUPTED)
+
+    signal.signal(signal.SIGINT, leave)
     try:
         yield
     finally:
@@ -146,8 +150,8 @@ class _Forgiving(io.FileIO):
 
     error: OSError | None = None
 
-    def write(self, data: "bytes | bytearray | memoryview") -> int:  # pyright: ignore[reportIncompatibleMethodOverride]
-        """Write, or remember why not."""
+    def write(self, data: Any, /) -> int:
+        """Write the bytes, or remember why not."""
         try:
             return super().write(data)
         except OSError as error:
