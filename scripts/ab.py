@@ -91,8 +91,8 @@ def main() -> None:
     sys.exit(status or not all(well))
 
 
-def parse() -> argparse.Namespace:
-    """The options; ``--variant`` as a pair of name and arguments."""
+def parser() -> argparse.ArgumentParser:
+    """The options."""
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
@@ -109,14 +109,20 @@ def parse() -> argparse.Namespace:
     parser.add_argument("--jobs", type=int, default=1, help="runs at a time")
     parser.add_argument("--dry-run", action="store_true", help="print the commands that are left")
     parser.add_argument("arguments", nargs="*", help="of esper fit, for all, after --")
-    options = parser.parse_args()
+    return parser
+
+
+def parse() -> argparse.Namespace:
+    """The options of this call; ``--variant`` as a pair of name and arguments."""
+    parsed = parser()
+    options = parsed.parse_args()
     pairs = [text.partition(":") for text in options.variant]
     options.variant = [(name.strip(), shlex.split(rest)) for name, _, rest in pairs]
     names = [name for name, _ in options.variant]
     if len(set(names)) < len(names) or any(not n or Path(n).name != n for n in names):
-        parser.error(f"--variant must have a name of its own that a folder can have, got {names}")
+        parsed.error(f"--variant must have a name of its own that a folder can have, got {names}")
     if options.jobs < 1:
-        parser.error(f"--jobs must be at least 1, got {options.jobs}")
+        parsed.error(f"--jobs must be at least 1, got {options.jobs}")
     return options
 
 
