@@ -31,7 +31,7 @@ from torch.utils.data import DataLoader
 from esper_lightning import FlightRecorder
 from esper_lightning.callbacks import profiler_rescue, recording, rescue
 from esper_lightning.callbacks.peers import Peers
-from esper_lightning.callbacks.recording import Recording
+from esper_lightning.callbacks.recording import Recording, recording_of
 from esper_lightning.callbacks.window_profiler import WindowProfiler
 from esper_lightning.core.validate import NonFiniteError
 from esper_lightning.forensics.files import read_json_lines
@@ -259,7 +259,8 @@ class TestEvidenceIsSavedInOrder:
 
         def act(module, batch_idx):
             if batch_idx == 3:
-                others.append(threading.Thread(target=recorder._recording.save_for_launcher))
+                recording = recording_of(module.trainer)
+                others.append(threading.Thread(target=recording.save_for_launcher))
                 others[0].start()
                 raise RuntimeError("injected")
 
