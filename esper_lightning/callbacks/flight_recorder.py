@@ -29,6 +29,7 @@ from esper_lightning.callbacks.run_directory import agree_on_run_directory, run_
 from esper_lightning.callbacks.signals import ignore_interrupts_while_ending
 from esper_lightning.core.validate import require
 from esper_lightning.forensics.layout import RunLayout
+from esper_lightning.forensics.loggers import guard_loggers
 from esper_lightning.forensics.report import read_report
 
 __all__ = ["FlightRecorder"]
@@ -57,7 +58,9 @@ class FlightRecorder(Callback):
 
     Works with any LightningModule, with any of Lightning's profilers or none. A history is kept
     even if there is no ``History`` among the callbacks. Errors and exit statuses stay the user's;
-    an error gets a note that names the run directory. Nothing is done under ``fast_dev_run``.
+    an error gets a note that names the run directory. Loggers cannot end the run: what they raise
+    is a warning, and metrics that they did not take are logged when they take them again. Nothing
+    is recorded under ``fast_dev_run``.
 
     Args:
         dirpath: Run directory; ``None`` for where the Trainer's first logger writes.
@@ -99,6 +102,7 @@ class FlightRecorder(Callback):
         if self._recording is not None:
             self._recording.close("failed")
             self._recording = None
+        guard_loggers(trainer.loggers)
         agree_on_run_directory(trainer)
         layout = self._layout(trainer)
         if layout is None:

@@ -31,11 +31,19 @@ from esper_lightning.core.ranks import PeerFailedError
 from esper_lightning.forensics import sidecar
 from esper_lightning.forensics.layout import RankLayout, RunLayout
 from esper_lightning.forensics.phases import PhaseRing
-from esper_lightning.forensics.report import read_report, set_aside, write_report
+from esper_lightning.forensics.report import (
+    keep_latest,
+    read_report,
+    release_room,
+    reserve_room,
+    set_aside,
+    write_report,
+)
 
 __all__ = ["Recording", "add_note"]
 
 _log = logging.getLogger(__name__)
+_KEPT_EVENT_FILES = 20  # of TensorBoard: each resumed run adds one
 _STUCK_GRACE_S, _EXIT_GRACE_S, _PEER_GRACE_S = 2.0, 4.0, 10.0
 
 
@@ -89,6 +97,8 @@ class Recording:
         self._set_aside_earlier()
         self._ring = PhaseRing(files.phases)
         undo.callback(self._ring.close)
+        reserve_room(files.directory)
+        undo.callback(release_room, files.directory)
         self._peers = Peers(self._layout, trainer.global_rank, trainer.world_size)
         self._peers.tell("running")
         second = sidecar.start(files.directory, self._pid) if watch else None
@@ -142,6 +152,9 @@ class Recording:
             aside = set_aside(path)
             if aside is not None:
                 self._asides[path] = aside
+        if self._stage == "fit" and self._trainer.is_global_zero:
+            events = self._layout.directory.glob("events.out.tfevents.*")
+            keep_latest(sorted(events, key=lambda path: path.stat().st_mtime), _KEPT_EVENT_FILES)
 
     def _put_back_earlier(self) -> None:
         for path, aside in self._asides.items():

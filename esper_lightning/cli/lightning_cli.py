@@ -32,6 +32,8 @@ from esper_lightning.callbacks.run_directory import run_directory
 from esper_lightning.cli.growth import compare_policies, refuse_figures
 from esper_lightning.core.validate import require
 from esper_lightning.envs import Morphogenesis
+from esper_lightning.forensics.files import write_atomically
+from esper_lightning.forensics.layout import RunLayout
 from esper_lightning.train import run_callbacks, run_logger, run_plugins
 from esper_lightning.training.checkpoints import (
     checkpoint_at,
@@ -74,7 +76,7 @@ def run(arguments: list[str]) -> None:
             trainer_class=EsperTrainer,
             trainer_defaults=dict(_TRAINER_DEFAULTS),
             save_config_callback=SaveFitConfig,
-            save_config_kwargs={"overwrite": True},
+            save_config_kwargs={"save_to_log_dir": False},  # where Lightning would write it
             seed_everything_default=False,
             auto_configure_optimizers=False,
             load_from_checkpoint_support=False,
@@ -130,13 +132,21 @@ class EsperTrainer(Trainer):
 
 
 class SaveFitConfig(SaveConfigCallback):
-    """``config.yaml`` in the run directory, of a training run only."""
+    """``config.yaml`` in the run directory, of a training run only, whole or not there."""
 
     @override
     def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
         """Write it."""
         if stage == "fit":
             super().setup(trainer, pl_module, stage)
+
+    @override
+    def save_config(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
+        """Write it on the first rank, in place of Lightning's own, which a kill would cut short."""
+        directory = run_directory(trainer)
+        assert directory is not None  # Lightning adds this callback to no ``fast_dev_run``
+        content = self.parser.dump(self.config, skip_none=False)
+        write_atomically(RunLayout(directory).config, content.encode())
 
 
 class EsperCLI(LightningCLI):

@@ -19,6 +19,7 @@ __all__ = [
     "Backlog",
     "JsonLines",
     "encode_rows",
+    "first_cause",
     "read_json_lines",
     "replacing",
     "strict_json",
@@ -96,6 +97,10 @@ class Backlog(Generic[Entry]):
         errors: What ``take`` raises where the place takes none.
         prepare: Called before entries are offered, for instance to open a file; may raise the same.
         drops_refused: Whether the oldest entry is given up where the place takes the newest one.
+        said: Kinds of warnings that were given; shared by places that are one to the user.
+
+    Attributes:
+        error: Why the place takes none; ``None`` where it does.
     """
 
     def __init__(
@@ -106,14 +111,14 @@ class Backlog(Generic[Entry]):
         errors: type[Exception] = OSError,
         prepare: Callable[[], object] = lambda: None,
         drops_refused: bool = False,
+        said: set[str] | None = None,
     ) -> None:
         self._name, self._take, self._errors, self._prepare = name, take, errors, prepare
         self._drops_refused = drops_refused
         self._entries: deque[Entry] = deque()
         self._lost = 0
-        self._said: set[str] = set()
+        self.said = set[str]() if said is None else said
         self.error: Exception | None = None
-        """Why the place takes none; ``None`` where it does."""
 
     def __len__(self) -> int:
         """The number of entries that wait."""
@@ -125,7 +130,7 @@ class Backlog(Generic[Entry]):
             self._entries.append(entry)
         else:
             self._lost += 1
-            self._say(logging.ERROR, "%s: rows are lost from here on: %d wait already.", _KEPT)
+            self._say("full", "%s: rows are lost from here on: %d wait already.", _KEPT)
         self.offer()
 
     def offer(self) -> None:
@@ -135,18 +140,23 @@ class Backlog(Generic[Entry]):
             while self._entries:
                 self._offer_oldest()
         except self._errors as error:
-            self.refused(error)
+            self.error = error
+            text = "%s takes no rows: %s. Training goes on; rows are kept to be written later."
+            self._say("refused", text, first_cause(error))
         else:
             if self.error is not None:
                 text = "%s takes rows again" + ("." if self._lost else ": none is lost.")
-                self._say(logging.WARNING, text)
+                self._say("taken", text)
             self.error = None
 
-    def refused(self, error: Exception) -> None:
-        """Warn, the first time, that the place takes none."""
-        self.error = error
-        text = "%s takes no rows: %s. Training goes on; rows are kept to be written later."
-        self._say(logging.WARNING, text, _cause(error))
+    def warn(self, text: str, *values: object) -> None:
+        """Give a warning of the place, unless there was one.
+
+        Args:
+            text: With ``%s`` for the name of the place, and for each of the values.
+            *values: The other values.
+        """
+        self._say("refused", text, *values)
 
     def close(self) -> None:
         """Hand over what can be handed over, and say how much is lost."""
@@ -157,25 +167,32 @@ class Backlog(Generic[Entry]):
             _log.error("%s: %d rows are lost: none was taken.", self._name, lost)
 
     def _offer_oldest(self) -> None:
+        oldest = self._entries.popleft()  # not offered again if something else ends the attempt
         try:
-            self._take(self._entries[0])
+            self._take(oldest)
         except self._errors:
+            self._entries.appendleft(oldest)
             if not self._drops_refused or len(self._entries) == 1:
                 raise
             self._take(self._entries[-1])  # raises, too, unless only the oldest is refused
             self._entries.pop()
+            self._entries.popleft()
             self._lost += 1
-        self._entries.popleft()
 
-    def _say(self, level: int, text: str, *values: object) -> None:
-        if text not in self._said:
-            self._said.add(text)
-            _log.log(level, text, self._name, *values)
+    def _say(self, kind: str, text: str, *values: object) -> None:
+        if kind not in self.said:
+            self.said.add(kind)
+            _log.warning(text, self._name, *values)
 
 
-def _cause(error: BaseException) -> BaseException:
-    """What was raised first: libraries replace it by errors of their own, less telling."""
-    while error.__cause__ is not None:
+def first_cause(error: BaseException) -> BaseException:
+    """The error that caused others: libraries put errors of their own, less telling, in its place.
+
+    (TensorBoard's logger makes "currently not supported" of a full disk.)
+    """
+    seen = list[BaseException]()
+    while error.__cause__ is not None and error not in seen:
+        seen.append(error)
         error = error.__cause__
     return error
 
@@ -218,9 +235,7 @@ def write_atomically(path: Path, content: bytes) -> None:
 
 
 @contextlib.contextmanager
-def replacing(
-    path: Path, *, place: Callable[[Path], object] | None = None
-) -> Generator[Path]:
+def replacing(path: Path, *, place: Callable[[Path], object] | None = None) -> Generator[Path]:
     """A temporary file to write, put in place at the end (fsync, rename), or removed at an error.
 
     Temporary files that dead processes left of ``path`` are removed at the end, too.

@@ -15,7 +15,7 @@ from typing import Any
 
 from esper_lightning.forensics.layout import RankLayout
 from esper_lightning.forensics.phases import read_phases
-from esper_lightning.forensics.report import read_report, set_aside, write_report
+from esper_lightning.forensics.report import read_report, release_room, set_aside, write_report
 
 __all__ = ["Sidecar", "complete_report", "oom_kills", "start", "watch"]
 
@@ -112,6 +112,7 @@ def complete_report(
     report["cgroup"] = {"before": before, "after": after}
     write_report(files.crash, report)
     write_report(files.process, {**process, "state": "failed", "changed_s": time.time()})
+    release_room(files.directory)
     return True
 
 

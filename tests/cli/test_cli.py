@@ -5,6 +5,7 @@ from pathlib import Path
 import pytest
 import torch
 import yaml
+from lightning.pytorch.cli import LightningArgumentParser
 from lightning.pytorch.plugins import TorchCheckpointIO
 
 from esper_lightning import AtomicCheckpointIO
@@ -415,3 +416,17 @@ def test_users_own_way_of_writing_checkpoints(capsys, monkeypatch, arguments, ex
     monkeypatch.setattr(EsperCLI, "execute", lambda cli: used.append(cli.trainer.strategy))
     main(["fit", "--config", CARTPOLE, *QUICK, *arguments])
     assert type(used[0].checkpoint_io) is expected
+
+
+def test_the_config_is_not_there_before_it_is_whole(tmp_path, monkeypatch):
+    """A kill while it is written would leave a file without content."""
+    dump, seen = LightningArgumentParser.dump, []
+
+    def looking(*args, **kwargs):
+        seen.extend(tmp_path.rglob("config.yaml"))
+        return dump(*args, **kwargs)
+
+    monkeypatch.setattr(LightningArgumentParser, "dump", looking)
+    main(["fit", "--config", CARTPOLE, *QUICK, "--run_dir", "run"])
+    assert seen == []
+    assert yaml.safe_load((tmp_path / "run" / "config.yaml").read_text())["model"]["seed"] == 0
