@@ -36,6 +36,7 @@ from esper_lightning.callbacks.run_directory import (
 from esper_lightning.core.validate import require
 from esper_lightning.forensics.claims import DirectoryInUseError
 from esper_lightning.forensics.layout import RunLayout
+from esper_lightning.forensics.loggers import guard_loggers
 from esper_lightning.forensics.report import read_report
 
 __all__ = ["FlightRecorder"]
@@ -66,7 +67,9 @@ class FlightRecorder(WritesRun):
 
     Works with any LightningModule, with any of Lightning's profilers or none. A history is kept
     even if there is no ``History`` among the callbacks. Errors and exit statuses stay the user's;
-    an error gets a note that names the run directory. Nothing is done under ``fast_dev_run``.
+    an error gets a note that names the run directory. Loggers cannot end the run: what they raise
+    is a warning, and metrics that they did not take are logged when they take them again. Nothing
+    is recorded under ``fast_dev_run``.
 
     Args:
         dirpath: Run directory; ``None`` for that of the Trainer (``callbacks.run_directory``).
@@ -104,6 +107,7 @@ class FlightRecorder(WritesRun):
         if run_depth(trainer) > 1 and recording_of(trainer) is not None:
             return  # a run within a run of the same Trainer is part of that
         _close_earlier(trainer)
+        guard_loggers(trainer.loggers)
         layout = _layout(open_run_directory(trainer, self))
         met = meet(trainer.world_size)
         if layout is None:

@@ -29,11 +29,19 @@ from esper_lightning.core.ranks import PeerFailedError
 from esper_lightning.forensics import sidecar
 from esper_lightning.forensics.layout import RankLayout, RunLayout
 from esper_lightning.forensics.phases import PhaseRing
-from esper_lightning.forensics.report import read_report, set_aside, write_report
+from esper_lightning.forensics.report import (
+    keep_latest,
+    read_report,
+    release_room,
+    reserve_room,
+    set_aside,
+    write_report,
+)
 
 __all__ = ["Recording", "add_note", "recording_of"]
 
 _log = logging.getLogger(__name__)
+_KEPT_EVENT_FILES = 20  # of TensorBoard: each resumed run adds one
 _STUCK_GRACE_S, _EXIT_GRACE_S, _PEER_GRACE_S = 2.0, 4.0, 10.0
 
 
@@ -111,6 +119,8 @@ class Recording:
             attempt(self._set_aside_earlier)
             self._ring = PhaseRing(files.phases)
             undo.callback(self._ring.close)
+            attempt(lambda: reserve_room(files.directory))
+            undo.callback(release_room, files.directory)
             attempt(lambda: self._peers.tell("running"))
         refused += [] if self._ring.error is None else [self._ring.error]
         if refused:
@@ -179,6 +189,9 @@ class Recording:
             aside = set_aside(path)
             if aside is not None:
                 self._asides[path] = aside
+        if self._stage == "fit" and self._trainer.is_global_zero:
+            events = self._layout.directory.glob("events.out.tfevents.*")
+            keep_latest(sorted(events, key=lambda path: path.stat().st_mtime), _KEPT_EVENT_FILES)
 
     def _put_back_earlier(self) -> None:
         for path, aside in self._asides.items():

@@ -29,11 +29,13 @@ from esper_lightning.callbacks.death import (
     in_words,
 )
 from esper_lightning.callbacks.history import History
+from esper_lightning.callbacks.memory_snapshot import save_memory
 from esper_lightning.callbacks.profiler_rescue import ProfilerGuard, unrecorded
 from esper_lightning.callbacks.signals import dump_stacks
 from esper_lightning.callbacks.watchdog import awake_s
 from esper_lightning.forensics.files import replacing, write_atomically
 from esper_lightning.forensics.layout import RankLayout
+from esper_lightning.forensics.loggers import flush_logger
 from esper_lightning.forensics.phases import PhaseRing
 from esper_lightning.forensics.report import set_aside, write_report
 
@@ -132,15 +134,12 @@ class Rescue:
 
     def _flush_loggers(self) -> tuple[None, str]:
         for logger in self.trainer.loggers:
-            logger.save()
-            flush = getattr(getattr(logger, "experiment", None), "flush", None)
-            if callable(flush):
-                flush()
+            flush_logger(logger)
         return None, f"{len(self.trainer.loggers)} flushed"
 
     def _save_memory(self) -> tuple[Path, str]:
         if not self.files.memory.exists():  # else the allocator's observer wrote it in time
-            torch.cuda.memory._dump_snapshot(str(self.files.memory))
+            save_memory(self.files.memory)
         return self.files.memory, "CUDA allocator"
 
     def _save_stacks(self, death: Death) -> tuple[Path, str]:

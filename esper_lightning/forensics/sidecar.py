@@ -22,6 +22,7 @@ from esper_lightning.forensics.phases import Phases, read_phases
 from esper_lightning.forensics.processes import identify, is_alive
 from esper_lightning.forensics.report import (
     read_report,
+    release_room,
     same_recording,
     set_aside,
     write_report,
@@ -174,6 +175,7 @@ def complete_report(
     write_report(files.crash, report)
     ended = {"state": "failed", "saved": True, "changed_s": time.time()}
     write_report(files.process, {**process, **ended})
+    release_room(files.directory)
     return True
 
 

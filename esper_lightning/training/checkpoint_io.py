@@ -52,8 +52,6 @@ class AtomicCheckpointIO(TorchCheckpointIO):
                     raise
                 cause = error.__context__
                 raise OSError(cause.errno, cause.strerror, str(path)) from error
-        for left in path.parent.glob(f".{path.name}.*.tmp"):
-            left.unlink(missing_ok=True)
 
     @override
     def load_checkpoint(

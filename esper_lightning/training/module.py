@@ -33,6 +33,7 @@ from esper_lightning.core.seeding import (
 from esper_lightning.core.types import Observation, Rollout
 from esper_lightning.core.validate import require
 from esper_lightning.envs.base import EnvSpec
+from esper_lightning.forensics.loggers import guard_loggers
 from esper_lightning.policies import MLP
 from esper_lightning.policies.base import PolicySpec
 from esper_lightning.training import trainer_support
@@ -265,11 +266,15 @@ class PPO(LightningModule):
 
     @override
     def configure_callbacks(self) -> list[Callback]:
-        """Add none: this is the first hook of a run, the place to refuse what cannot work."""
+        """Add none: this is the first hook of a run, the place to refuse what cannot work.
+
+        From here on loggers cannot end the run.
+        """
         trainer_support.refuse_unsupported(
             self.trainer, num_envs=self.env.num_envs, budget=self.total_env_steps
         )
         trainer_support.keep_lightning_from_requeueing(self.trainer)
+        guard_loggers(self.trainer.loggers)
         return []
 
     @override

@@ -38,7 +38,9 @@ from esper_lightning.forensics.files import read_json_lines
 from esper_lightning.forensics.layout import RunLayout
 from esper_lightning.forensics.phases import PhaseRing
 from esper_lightning.forensics.processes import identify
-from esper_lightning.forensics.report import read_report, write_report
+from esper_lightning.forensics.report import read_report, reserve_room, write_report
+from esper_lightning.forensics.sidecar import complete_report
+from tests.disks import fill
 
 
 def schedule(wait, warmup=0):
@@ -505,6 +507,46 @@ class TestAnInterruptThatIsCaught:
         assert (report["cause"], report["iteration"]) == ("exception", 9)
         earlier = read_report(files.crash.with_suffix(".json.1"))
         assert (earlier["signal"], earlier["iteration"]) == ("SIGINT", 3)
+
+
+class TestRoomForTheReport:
+    def test_is_there_during_a_run_and_given_back_afterwards(self, fit, files):
+        rooms = []
+
+        def act(module, batch_idx):
+            rooms.append(sum(p.stat().st_blocks * 512 for p in files.directory.glob(".reserved*")))
+
+        assert fit(Plain(act)) is None
+        assert min(rooms) >= 3 << 16
+        assert not list(files.directory.glob(".*"))
+
+    def test_lets_a_healthy_run_on_a_full_disk_say_that_it_finished(self, fit, small_disk):
+        recorder = FlightRecorder(small_disk, watch=False)
+
+        def act(module, batch_idx):
+            if batch_idx == 2:
+                fill(small_disk)
+
+        assert fit(Plain(act), recorder=recorder) is None
+        process = read_report(RunLayout(small_disk).rank(0).process)
+        assert process["state"] == "finished"
+
+    def test_is_given_back_by_the_second_process_where_the_first_one_vanished(self, files):
+        files.directory.mkdir(parents=True)
+        reserve_room(files.directory)
+        write_report(files.process, {"state": "running", "rank": 0})
+        assert complete_report(files)
+        assert not list(files.directory.glob(".*"))
+
+
+def test_the_latest_event_files_of_a_run_directory_are_kept(fit, tmp_path):
+    for number in range(30):
+        path = tmp_path / f"events.out.tfevents.{number}"
+        path.write_text(str(number))
+        os.utime(path, (number, number))
+    fit(Plain())
+    kept = [int(path.read_text()) for path in tmp_path.glob("events.out.tfevents.*")]
+    assert sorted(kept) == list(range(10, 30))
 
 
 class TestASecondRunInTheSameDirectory:

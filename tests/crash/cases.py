@@ -63,7 +63,6 @@ _SITES = (
     "sanity",
     "loader",
     "collate",
-    "logger",
 )
 
 
@@ -75,7 +74,7 @@ def expected(case: Case) -> Expected:
     if fault in _VANISHED:
         return Expected(_VANISHED[fault], "vanished", None, trace=False)
     status = (_RAISED | _SPECIAL)[fault]
-    if case.get("others") or case.get("logger"):  # theirs is raised in place of the run's error
+    if case.get("others"):  # theirs is raised in place of the run's error
         status = (1, *status[1:])
     recorded = profiler in _OPEN_WINDOW or case.get("step", 6) in _RECORDED.get(profiler, ())
     return Expected(*status, trace=recorded)

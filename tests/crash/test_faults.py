@@ -103,6 +103,13 @@ def test_a_hang_is_on_record_and_the_run_goes_on(tmp_path):
     assert outcome.leftovers == []
 
 
+def test_a_logger_ends_no_run(tmp_path):
+    outcome = run({"fault": "RuntimeError", "site": "logger"}, tmp_path)
+    assert outcome.status == 0, outcome.stderr[-3000:]
+    assert outcome.report() is None
+    assert outcome.rows() == list(range(1, 25))
+
+
 def test_without_any_room_the_error_comes_through_and_the_history_stays(tmp_path):
     outcome = run({"fault": "no room at all", "profiler": "always"}, tmp_path)
     assert outcome.status == 1
