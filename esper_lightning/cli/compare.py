@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, NoReturn
 
 from esper_lightning.forensics.files import strict_json, write_atomically
+from esper_lightning.forensics.reading import one_line
 
 if TYPE_CHECKING:
     from esper_lightning.comparison.runs import Run
@@ -89,5 +90,5 @@ def _is_installed(name: str) -> bool:
 
 
 def _fail(message: str) -> NoReturn:
-    print("esper: error: " + " ".join(message.split()), file=sys.stderr)
+    print(f"esper: error: {one_line(message)}", file=sys.stderr)
     sys.exit(2)
