@@ -25,7 +25,7 @@ def is_of_this_run(process: dict[str, Any]) -> bool:
     runs: then each has imported this, and left the run before.
     """
     tolerance_s = 0.0 if process.get("host") == _HOST else _CLOCKS_DIFFER_S
-    return process.get("started_s", 0.0) >= _previous_end_s[0] - tolerance_s
+    return (process.get("started_s") or 0.0) >= _previous_end_s[0] - tolerance_s
 
 
 def end_of_run() -> None:

@@ -4,6 +4,7 @@ Lightning's command line with our defaults and one-line errors.
 """
 
 import argparse
+import contextlib
 import json
 import logging
 import sys
@@ -32,12 +33,13 @@ from esper_lightning.callbacks.run_directory import run_directory
 from esper_lightning.cli.growth import compare_policies, refuse_figures
 from esper_lightning.core.validate import require
 from esper_lightning.envs import Morphogenesis
+from esper_lightning.forensics.reading import one_line
 from esper_lightning.train import run_callbacks, run_logger, run_plugins
 from esper_lightning.training.checkpoints import (
     checkpoint_at,
     load_checkpoint,
     load_weights,
-    refuse_foreign,
+    refuse_huge,
 )
 from esper_lightning.training.metrics import EVAL_RETURN
 from esper_lightning.training.module import PPO
@@ -149,6 +151,10 @@ class EsperCLI(LightningCLI):
     subcommand: str
     _start: Callable[[], None]
 
+    def __init__(self, *args: Any, **kwargs: Any) -> None:
+        with contextlib.ExitStack() as self._building:
+            super().__init__(*args, **kwargs)
+
     @staticmethod
     @override
     def subcommands() -> dict[str, set[str]]:
@@ -168,7 +174,9 @@ class EsperCLI(LightningCLI):
             path = checkpoint_at(known.ckpt_path)
             if str(path) != known.ckpt_path:
                 print(f"Checkpoint: {path}")
-            settings = {"model": load_checkpoint(path)["hyper_parameters"]}
+            checkpoint = load_checkpoint(path)
+            self._building.enter_context(refuse_huge(checkpoint))
+            settings = {"model": checkpoint["hyper_parameters"]}
             words = ["evaluate", "--config", json.dumps(settings), *words[1:]]
             words += ["--ckpt_path", str(path)]
         self.config = parser.parse_args(words)
@@ -228,7 +236,7 @@ class EsperCLI(LightningCLI):
             )
         if path is not None:
             ranks = self.trainer.world_size if fits else None
-            refuse_foreign(load_checkpoint(path), self.model.settings, world_size=ranks)
+            model.refuse_checkpoint(load_checkpoint(path), str(path), world_size=ranks)
         elif fits and model.warm_start is not None:
             load_weights(model, model.warm_start)
         figures = None if fits else self.config_init["evaluate"]["figures"]
@@ -245,7 +253,15 @@ class EsperCLI(LightningCLI):
 
     def execute(self) -> None:
         """Do it, and print what came of it."""
-        self._start()
+        try:
+            self._start()
+        except Exception as error:
+            if not self.model.is_resuming:
+                raise
+            path = self.config[self.subcommand]["ckpt_path"]
+            reason = f"{type(error).__name__}: {error}"
+            message = f"ckpt_path must hold what a run can resume from, got {path!r}. {reason}"
+            fail(ValueError(message))
         if not self.trainer.is_global_zero:
             return
         metrics = {name: value.item() for name, value in self.trainer.callback_metrics.items()}
@@ -277,5 +293,5 @@ def _ckpt_option() -> argparse.ArgumentParser:
 
 def fail(error: BaseException) -> NoReturn:
     """Tell a mistake in one line; exit status 2."""
-    print("esper: error: " + " ".join(str(error).split()), file=sys.stderr)
+    print("esper: error: " + one_line(str(error)), file=sys.stderr)
     sys.exit(2)

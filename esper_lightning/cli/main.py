@@ -1,6 +1,7 @@
 """``esper``: one command, a subcommand for each thing to do with a run."""
 
 import contextlib
+import io
 import os
 import sys
 
@@ -20,6 +21,9 @@ def main(arguments: list[str] | None = None) -> None:
     """
     words = sys.argv[1:] if arguments is None else arguments
     if words and words[0] in _WITHOUT_TORCH:
+        for stream in (sys.stdout, sys.stderr):  # an ASCII terminal gets é as \xe9
+            if isinstance(stream, io.TextIOWrapper):
+                stream.reconfigure(errors="backslashreplace")
         with contextlib.suppress(BrokenPipeError):  # esper crash ... | head
             _WITHOUT_TORCH[words[0]](words[1:])
             sys.stdout.flush()

@@ -246,7 +246,7 @@ def read_yaml(path: Path) -> Any:
         ValueError: If it cannot be read, or has entries without end.
     """
     try:
-        content: Any = yaml.load(read_file(path, most_bytes=_MOST_YAML_BYTES), _Loader)  # noqa: S506
+        content: Any = yaml.load(read_file(path, most_bytes=_MOST_YAML_BYTES), _Loader)
         refuse_unbounded(content)
         return parse_json(strict_json(content).encode())
     except RecursionError:

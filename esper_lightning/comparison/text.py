@@ -15,8 +15,8 @@ _KINDS = {"evaluation": "deterministic evaluation", "rollout": "rollout, actions
 def describe(comparison: Comparison, *, markdown: bool = False) -> str:
     """Everything but the curves, to print or to write."""
     settings = next(iter(comparison.variants[0].runs.values())).settings
-    environment = str(settings.get("env.class_path", "Runs")).rpartition(".")[2]
-    title = f"{printable(environment)}: return by {SCORES[comparison.score]} ({_KINDS[comparison.score]})"
+    environment = printable(str(settings.get("env.class_path", "Runs")).rpartition(".")[2])
+    title = f"{environment}: return by {SCORES[comparison.score]} ({_KINDS[comparison.score]})"
     sections = [_place(comparison, place) for place in comparison.places]
     sections.append(_runs(comparison))
     if comparison.notes:

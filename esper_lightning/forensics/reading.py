@@ -12,7 +12,6 @@ from pathlib import Path
 from typing import Any, BinaryIO, cast
 
 __all__ = [
-    "LINE_WIDTH",
     "RowOrder",
     "RowReader",
     "one_line",
@@ -24,9 +23,7 @@ __all__ = [
     "whole_number",
 ]
 
-LINE_WIDTH = 200
-"""Characters of a line that tells an error."""
-
+_LINE_WIDTH = 200 - len("esper: error: ")
 _MOST_BYTES = 16 << 20  # of a file that is read as a whole
 _MOST_ROW_BYTES = 128 << 20  # of rows: two seconds, or a day of training
 _LONGEST_LINE = 1 << 20
@@ -53,7 +50,7 @@ def open_file(path: Path) -> BinaryIO:
         mode = path.stat().st_mode
         if not stat.S_ISREG(mode):
             kind = next((name for is_it, name in _KINDS if is_it(mode)), "something else")
-            raise ValueError(f"it is {kind}, not a file")
+            raise ValueError(f"it is {kind}")
         return os.fdopen(os.open(path, os.O_RDONLY | os.O_NONBLOCK | os.O_CLOEXEC), "rb")
     except FileNotFoundError:
         raise
@@ -300,9 +297,9 @@ def printable(text: str) -> str:
 
 
 def one_line(text: str) -> str:
-    """Text as a line of at most 200 characters, of which the middle is cut out."""
+    """Text as a line for behind "esper: error: ", of which the middle is cut out if it is long."""
     line = printable(" ".join(text[: 1 << 16].split()))
-    if len(line) <= LINE_WIDTH:
+    if len(line) <= _LINE_WIDTH:
         return line
-    end = LINE_WIDTH // 3
-    return f"{line[: LINE_WIDTH - end - 5]} ... {line[-end:]}"
+    end = _LINE_WIDTH // 3
+    return f"{line[: _LINE_WIDTH - end - 5]} ... {line[-end:]}"

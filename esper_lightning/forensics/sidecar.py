@@ -5,22 +5,26 @@ for its end, and writes from the files it left. Standard library only.
 """
 
 import contextlib
+import itertools
 import os
 import select
 import subprocess
 import sys
 import time
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 from esper_lightning.forensics.layout import RankLayout
 from esper_lightning.forensics.phases import read_phases
+from esper_lightning.forensics.reading import open_file, read_file
 from esper_lightning.forensics.report import read_report, set_aside, write_report
 
 __all__ = ["Sidecar", "complete_report", "oom_kills", "start", "watch"]
 
 _PROCESS = ("rank", "world_size", "pid", "host", "started_s")
 _CGROUP = Path("/sys/fs/cgroup")
+_MOST_MEGABYTES = 4096  # of a history, in which lines are counted
 
 
 class Sidecar:
@@ -99,7 +103,7 @@ def complete_report(
         set_aside(files.crash)
         report = None
     if report is not None and not report.get("complete"):
-        for evidence in report.get("evidence", {}).values():
+        for evidence in (report.get("evidence") or {}).values():
             if evidence.get("state") == "pending":
                 detail = "the process died while this was being saved"
                 evidence |= {"state": "failed", "detail": detail}
@@ -181,11 +185,11 @@ def _evidence(files: RankLayout, started_s: float) -> dict[str, dict[str, str | 
             return {"state": "absent", "path": None, "detail": absent}
         return {"state": "saved", "path": path.name, "detail": saved}
 
-    rows, torn = 0, ""
-    with contextlib.suppress(OSError):
-        content = files.history.read_bytes()
-        rows = content.count(b"\n")
-        torn = "; the last line is torn" if content and not content.endswith(b"\n") else ""
+    rows, last = 0, b"\n"
+    with contextlib.suppress(OSError, ValueError), open_file(files.history) as file:
+        for piece in itertools.islice(iter(partial(file.read, 1 << 20), b""), _MOST_MEGABYTES):
+            rows, last = rows + piece.count(b"\n"), piece[-1:]
+    torn = "" if last == b"\n" else "; the last line is torn"
     lost = "a window that was open died with the process; closed windows stay"
     return {
         "history": entry(files.history, f"{rows} rows{torn}", "no iteration was finished"),
@@ -200,8 +204,8 @@ def _evidence(files: RankLayout, started_s: float) -> dict[str, dict[str, str | 
 
 
 def _native_fault(stacks: Path) -> str | None:
-    with contextlib.suppress(OSError):
-        for line in stacks.read_text(errors="replace").splitlines():
+    with contextlib.suppress(FileNotFoundError, ValueError):
+        for line in read_file(stacks).decode(errors="replace").splitlines():
             if line.startswith("Fatal Python error"):
                 return line
     return None
