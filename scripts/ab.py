@@ -21,10 +21,12 @@ from typing import NamedTuple
 
 from esper_lightning.forensics.files import write_atomically
 from esper_lightning.forensics.layout import RunLayout
+from esper_lightning.forensics.reading import printable, read_file
 from esper_lightning.forensics.report import read_report
 
 ESPER = [sys.executable, "-m", "esper_lightning.cli.main"]
 SHOWN_LINES = 15
+LONGEST_END = 1 << 16  # bytes of a log in which they are looked for
 
 
 class Job(NamedTuple):
@@ -56,8 +58,10 @@ class Job(NamedTuple):
             status = subprocess.run(
                 self.command, stdout=file, stderr=file, env=environment, check=False
             ).returncode
-        lines = log.read_text(errors="replace").splitlines()
-        said = [] if status == 0 else [f"    {line}" for line in lines[-SHOWN_LINES:]]
+        with log.open("rb") as file:
+            file.seek(max(0, log.stat().st_size - LONGEST_END))
+            lines = file.read(LONGEST_END).decode(errors="replace").splitlines()
+        said = [] if status == 0 else [f"    {printable(line)}" for line in lines[-SHOWN_LINES:]]
         end = "finished" if status == 0 else f"FAILED with exit status {status}; {log} ends with:"
         print("\n".join([f"{self.run}: {end}", *said]), flush=True)
         return status == 0
@@ -74,7 +78,7 @@ def main() -> None:
         return
     for one in jobs:
         before = one.run / "ab.txt"
-        if one.has_begun and before.exists() and before.read_text() != one.started_with:
+        if one.has_begun and before.exists() and not is_content(before, one.started_with):
             sys.exit(f"{before} must be of the same settings. Choose another --output.")
     threads = str(max(1, (os.cpu_count() or 1) // options.jobs))
     environment = {"OMP_NUM_THREADS": threads, **os.environ}
@@ -89,6 +93,14 @@ def main() -> None:
     if runs:
         status = subprocess.run([*compare, "--output", str(options.output)], check=False).returncode
     sys.exit(status or not all(well))
+
+
+def is_content(path: Path, text: str) -> bool:
+    """Whether a file holds a text, whatever else may be in its place."""
+    try:
+        return read_file(path) == text.encode()
+    except (FileNotFoundError, ValueError):
+        return False
 
 
 def parser() -> argparse.ArgumentParser:

@@ -46,7 +46,7 @@ def is_of_this_run(process: dict[str, Any], since_s: float | None = None) -> boo
     """
     tolerance_s = 0.0 if process.get("host") == _HOST else _CLOCKS_DIFFER_S
     since_s = _previous_end_s[0] if since_s is None else since_s
-    return process.get("started_s", 0.0) >= since_s - tolerance_s
+    return (process.get("started_s") or 0.0) >= since_s - tolerance_s
 
 
 def end_of_run() -> None:

@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import Any, Generic, TypeVar, cast
 
 from esper_lightning.forensics.processes import identify, is_alive
+from esper_lightning.forensics.reading import RowReader
 
 __all__ = [
     "Appender",
@@ -203,25 +204,9 @@ def read_json_lines(path: Path) -> list[dict[str, Any]]:
     A last line that was torn by a crash is left out, a missing file is empty.
 
     Raises:
-        ValueError: If a line before the last is damaged.
+        ValueError: If a line before the last is damaged, or it is no file.
     """
-    try:
-        lines = path.read_bytes().split(b"\n")
-    except FileNotFoundError:
-        return []
-    rows: list[dict[str, Any]] = []
-    for number, line in enumerate(lines, 1):
-        if not line:
-            continue
-        try:
-            rows.append(_decode(json.loads(line)))
-        except ValueError as error:
-            if number == len(lines):  # no newline after it: its write was cut short
-                break
-            raise ValueError(
-                f"{path}:{number} must be a JSON object, got {line[:80]!r}."
-            ) from error
-    return rows
+    return [_decode(row) for row in RowReader(path, strict=True, most_bytes=None)]
 
 
 def write_atomically(path: Path, content: bytes) -> None:
@@ -317,11 +302,8 @@ def _spell(value: Any) -> Any:
     return value
 
 
-def _decode(row: Any) -> dict[str, Any]:
-    if not isinstance(row, dict):
-        raise ValueError("not an object")
-    values = cast(dict[str, Any], row)
+def _decode(row: Row) -> dict[str, Any]:
     return {
         key: _NON_FINITE.get(value, value) if isinstance(value, str) else value
-        for key, value in values.items()
+        for key, value in row.items()
     }

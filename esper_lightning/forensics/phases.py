@@ -15,6 +15,7 @@ from pathlib import Path
 from typing import NamedTuple
 
 from esper_lightning.forensics.memory import Memory, measure_memory
+from esper_lightning.forensics.reading import read_file
 
 __all__ = ["PhaseRing", "Phases", "Span", "read_phases"]
 
@@ -164,10 +165,10 @@ def read_phases(path: Path) -> Phases:
     """What the file of a living or dead process holds.
 
     Raises:
-        OSError: If it cannot be read.
-        ValueError: If it is no such file.
+        FileNotFoundError: If there is none.
+        ValueError: If it cannot be read, or is no such file.
     """
-    content = path.read_bytes()
+    content = read_file(path, most_bytes=_SIZE)
     if len(content) < _MEMORY_AT or not content.startswith(_MAGIC):
         raise ValueError(f"{path} must be a phase ring, got {content[:8]!r}.")
     _, iteration, names, depth, closed, *_ = _HEADER.unpack_from(content, 0)

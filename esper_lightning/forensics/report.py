@@ -47,11 +47,13 @@ from typing import Any, cast
 
 from esper_lightning.forensics.files import replacing, write_atomically
 from esper_lightning.forensics.processes import same_process
+from esper_lightning.forensics.reading import parse_json, read_file
 
 __all__ = [
     "KEPT_ASIDE",
     "SCHEMA",
     "keep_latest",
+    "load_report",
     "read_report",
     "release_room",
     "reserve_room",
@@ -68,6 +70,26 @@ KEPT_ASIDE = 10
 _ROOM_BYTES = 1 << 16
 _ROOMS = 3  # crash.json, process.json, and the next version of either
 _CUTS = (4096, 512, 64)  # characters of a text, until a report fits
+_TIME = "seconds since the epoch"
+_SHAPE: dict[str, Any] = {
+    **dict.fromkeys(("rank", "world_size", "pid", "exit_status", "iteration"), int),
+    **dict.fromkeys(("start_ticks", "pid_namespace"), int),
+    **dict.fromkeys(("state", "host", "boot", "run", "cause", "signal", "stage"), str),
+    **dict.fromkeys(("time_s", "started_s", "changed_s"), _TIME),
+    **dict.fromkeys(("saved", "complete"), bool),
+    "error": {
+        **dict.fromkeys(("type", "message"), str),
+        "traceback": [str],
+        "non_finite": {"phase": str, "tensors": [str], "environments": [int]},
+    },
+    "peer": {"rank": int, "reason": str},
+    "phases": [str],
+    "metrics": {"*": (int, float, str)},
+    "profiler": {"class": str, "action": str, "dirpath": str},
+    "evidence": {"*": {"state": str, "path": str, "detail": str}},
+    "memory": {"*": int},
+    "cgroup": {"before": {"*": int}, "after": {"*": int}},
+}
 
 
 def write_report(path: Path, report: dict[str, Any]) -> None:
@@ -169,12 +191,45 @@ def _fill(room: Path, content: bytes) -> None:
 
 
 def read_report(path: Path) -> dict[str, Any] | None:
-    """What ``write_report`` wrote; ``None`` where there is none or it is damaged."""
+    """What ``write_report`` wrote; ``None`` where there is none or it is damaged.
+
+    Fields that are not of their type are left out.
+    """
     try:
-        report: Any = json.loads(path.read_bytes())
-    except (OSError, ValueError):
+        return load_report(path)
+    except (FileNotFoundError, ValueError):
         return None
-    return cast(dict[str, Any], report) if isinstance(report, dict) else None
+
+
+def load_report(path: Path) -> dict[str, Any]:
+    """What ``write_report`` wrote, without the fields that are not of their type.
+
+    Raises:
+        FileNotFoundError: If there is none.
+        ValueError: If it cannot be read, saying why in a few words.
+    """
+    report = parse_json(read_file(path))
+    if not isinstance(report, dict):
+        raise ValueError("it is no JSON object")
+    return cast(dict[str, Any], _fitting(report, _SHAPE))
+
+
+def _fitting(value: Any, shape: Any) -> Any:
+    """What of a value is of a shape: a type, or a list or dictionary of shapes; else ``None``."""
+    if shape is _TIME:
+        is_time = isinstance(value, int | float) and 0 <= value < 1e11
+        return value if is_time and not isinstance(value, bool) else None
+    if isinstance(shape, list):
+        if not isinstance(value, list):
+            return None
+        return [entry for entry in value if _fitting(entry, shape[0]) is not None]
+    if not isinstance(shape, dict):
+        is_flag = isinstance(value, bool) and shape not in (bool, object)
+        return value if isinstance(value, shape) and not is_flag else None
+    if not isinstance(value, dict):
+        return None
+    fitting = {k: _fitting(v, shape.get(k, shape.get("*", object))) for k, v in value.items()}
+    return {k: v for k, v in fitting.items() if v is not None or (value[k] is None and k in shape)}
 
 
 def same_recording(one: Mapping[str, Any], other: Mapping[str, Any]) -> bool:

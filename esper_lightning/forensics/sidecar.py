@@ -4,8 +4,11 @@ SIGKILL, the kernel's OOM killer and ``os._exit`` leave a process no moment to w
 for its end, and writes from the files it left. Standard library only.
 """
 
+# pyright: reportUnknownVariableType=false, reportUnknownArgumentType=false
+
 import contextlib
 import fcntl
+import itertools
 import json
 import os
 import select
@@ -13,6 +16,7 @@ import subprocess
 import sys
 import time
 from collections.abc import Generator, Mapping
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -20,6 +24,7 @@ from esper_lightning.forensics.layout import RankLayout
 from esper_lightning.forensics.memory import Memory, oom_kills
 from esper_lightning.forensics.phases import Phases, read_phases
 from esper_lightning.forensics.processes import identify, is_alive
+from esper_lightning.forensics.reading import open_file, read_file
 from esper_lightning.forensics.report import (
     read_report,
     release_room,
@@ -32,6 +37,7 @@ __all__ = ["Sidecar", "complete_report", "locked", "start", "watch"]
 
 _NOT_OF_A_REPORT = ("schema", "state", "saved", "changed_s")
 _LOCK_S = 5.0
+_MOST_MEGABYTES = 4096  # of a history, in which lines are counted
 
 
 class Sidecar:
@@ -157,7 +163,7 @@ def complete_report(
         report = None
     unsaved = process.get("state") == "failed" and process.get("saved") is False
     if report is not None and not report.get("complete"):
-        for evidence in report.get("evidence", {}).values():
+        for evidence in (report.get("evidence") or {}).values():
             if evidence.get("state") == "pending":
                 detail = "the process died while this was being saved"
                 evidence |= {"state": "failed", "detail": detail}
@@ -248,11 +254,11 @@ def _evidence(files: RankLayout, started_s: float) -> dict[str, dict[str, str | 
             return {"state": "absent", "path": None, "detail": absent}
         return {"state": "saved", "path": path.name, "detail": saved}
 
-    rows, torn = 0, ""
-    with contextlib.suppress(OSError):
-        content = files.history.read_bytes()
-        rows = content.count(b"\n")
-        torn = "; the last line is torn" if content and not content.endswith(b"\n") else ""
+    rows, last = 0, b"\n"
+    with contextlib.suppress(OSError, ValueError), open_file(files.history) as file:
+        for piece in itertools.islice(iter(partial(file.read, 1 << 20), b""), _MOST_MEGABYTES):
+            rows, last = rows + piece.count(b"\n"), piece[-1:]
+    torn = "" if last == b"\n" else "; the last line is torn"
     lost = "a window that was open died with the process; closed windows stay"
     return {
         "history": entry(files.history, f"{rows} rows{torn}", "no iteration was finished"),
@@ -267,8 +273,8 @@ def _evidence(files: RankLayout, started_s: float) -> dict[str, dict[str, str | 
 
 
 def _native_fault(stacks: Path) -> str | None:
-    with contextlib.suppress(OSError):
-        for line in stacks.read_text(errors="replace").splitlines():
+    with contextlib.suppress(FileNotFoundError, ValueError):
+        for line in read_file(stacks).decode(errors="replace").splitlines():
             if line.startswith("Fatal Python error"):
                 return line
     return None

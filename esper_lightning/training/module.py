@@ -44,7 +44,12 @@ from esper_lightning.training.checkpoints import (
     load_checkpoint,
     load_weights,
     refuse_foreign,
+    refuse_huge,
+    refuse_non_finite,
     refuse_not_ours,
+    refuse_not_whole,
+    refuse_other_optimizer,
+    refuse_other_weights,
     settings_of,
 )
 from esper_lightning.training.config import PPOConfig
@@ -384,6 +389,11 @@ class PPO(LightningModule):
 
     # Checkpoints.
 
+    @property
+    def is_resuming(self) -> bool:
+        """Whether a checkpoint is being taken up, and training has not begun."""
+        return self._resuming
+
     def __getstate__(self) -> dict[str, Any]:
         """What is pickled: not what belongs to a run."""
         state = super().__getstate__()
@@ -411,13 +421,16 @@ class PPO(LightningModule):
         """Take counters; refuse a checkpoint of something else.
 
         Raises:
-            ValueError: If it was not written by PPO, or for another environment or policy.
+            ValueError: If it was not written by PPO, or for another environment or policy, or is
+                not finite.
         """
         refuse_not_ours(checkpoint, "another module's")
-        if self._trainer is not None:  # else it is being built from this very checkpoint
+        if self._trainer is None:  # it is being built from this very checkpoint
+            refuse_other_weights(self, checkpoint, "its own")
+        else:
             self._resuming = self.trainer.state.fn == TrainerFn.FITTING
             ranks = self.trainer.world_size if self._resuming else None
-            refuse_foreign(checkpoint, self.settings, world_size=ranks)
+            self.refuse_checkpoint(checkpoint, "another run's", world_size=ranks)
         state = checkpoint[STATE_KEY]
         self.iteration, self.env_steps = state["iteration"], state["env_steps"]
         self.gradient_steps, self.train_time_s = state["gradient_steps"], state["train_time_s"]
@@ -443,7 +456,38 @@ class PPO(LightningModule):
         """
         checkpoint = load_checkpoint(checkpoint_path)
         settings = settings_of(checkpoint, kwargs)
-        return super().load_from_checkpoint(checkpoint_path, weights_only=True, **settings)  # pyright: ignore[reportArgumentType]
+        try:
+            with refuse_huge(checkpoint):
+                return super().load_from_checkpoint(checkpoint_path, weights_only=True, **settings)  # pyright: ignore[reportArgumentType]
+        except ValueError:
+            raise
+        except Exception as error:  # settings and weights that do not fit may fail anywhere
+            message = (
+                f"ckpt_path must hold PPO's settings and weights, got {str(checkpoint_path)!r}"
+            )
+            raise ValueError(f"{message}. {' '.join(str(error).split())}") from error
+
+    def refuse_checkpoint(
+        self, checkpoint: dict[str, Any], path: str, *, world_size: int | None
+    ) -> None:
+        """Refuse a checkpoint that cannot serve this module: of other settings, or not finite.
+
+        Args:
+            checkpoint: Of PPO.
+            path: Of the checkpoint, for the error.
+            world_size: Number of ranks that resume training; ``None`` for an evaluation.
+
+        Raises:
+            ValueError: Naming what does not fit.
+        """
+        resuming = world_size is not None
+        refuse_not_whole(checkpoint, path)
+        refuse_foreign(checkpoint, self.settings, world_size=world_size)
+        refuse_other_weights(self, checkpoint, path)
+        if resuming:
+            trained = [weight for weight in self.policy.parameters() if weight.requires_grad]
+            refuse_other_optimizer(trained, checkpoint, path)
+        refuse_non_finite(checkpoint, path, resuming=resuming)
 
     def _rank_states(self) -> dict[int, dict[str, Any]]:
         """``Learner.state_dict`` of each rank, on the first; empty within an iteration."""
