@@ -31,6 +31,7 @@ from esper_lightning.callbacks.flight_recorder import FlightRecorder
 from esper_lightning.callbacks.history import History
 from esper_lightning.callbacks.run_directory import run_directory
 from esper_lightning.cli.growth import compare_policies, refuse_figures
+from esper_lightning.comparison.runs import read_yaml
 from esper_lightning.core.validate import require
 from esper_lightning.envs import Morphogenesis
 from esper_lightning.forensics.reading import one_line
@@ -168,8 +169,11 @@ class EsperCLI(LightningCLI):
     def parse_arguments(self, parser: LightningArgumentParser, args: ArgsType) -> None:
         """Parse; ``evaluate`` starts from the settings in the checkpoint."""
         words = cast(list[str], args)
+        for config in _options().parse_known_args(words)[0].config or []:
+            if _is_there(config):
+                read_yaml(Path(config))  # what cannot be read is said before Lightning tries
         if words[:1] == ["evaluate"] and not {"-h", "--help"} & set(words):
-            known, _ = _ckpt_option().parse_known_args(words[1:])
+            known, _ = _options().parse_known_args(words[1:])
             require(known.ckpt_path is not None, "--ckpt_path", "be given", None)
             path = checkpoint_at(known.ckpt_path)
             if str(path) != known.ckpt_path:
@@ -285,10 +289,19 @@ class EsperCLI(LightningCLI):
                 print(f"Run directory: {directory}")
 
 
-def _ckpt_option() -> argparse.ArgumentParser:
+def _options() -> argparse.ArgumentParser:
+    """Those that are looked at before Lightning's parser is."""
     parser = argparse.ArgumentParser(add_help=False, exit_on_error=False, allow_abbrev=False)
     parser.add_argument("--ckpt_path")
+    parser.add_argument("--config", action="append")
     return parser
+
+
+def _is_there(config: str) -> bool:
+    """Whether a config is a path; it may be the settings themselves."""
+    with contextlib.suppress(OSError, ValueError):
+        return Path(config).exists()
+    return False
 
 
 def fail(error: BaseException) -> NoReturn:
