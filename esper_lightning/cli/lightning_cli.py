@@ -152,9 +152,7 @@ class EsperCLI(LightningCLI):
     subcommand: str
     _start: Callable[[], None]
 
-    def __init__(self, *args: Any, **kwargs: Any) -> None:
-        with contextlib.ExitStack() as self._building:
-            super().__init__(*args, **kwargs)
+    _checkpoint: dict[str, Any] | None = None  # whose networks are built
 
     @staticmethod
     @override
@@ -178,9 +176,8 @@ class EsperCLI(LightningCLI):
             path = checkpoint_at(known.ckpt_path)
             if str(path) != known.ckpt_path:
                 print(f"Checkpoint: {path}")
-            checkpoint = load_checkpoint(path)
-            self._building.enter_context(refuse_huge(checkpoint))
-            settings = {"model": checkpoint["hyper_parameters"]}
+            self._checkpoint = load_checkpoint(path)
+            settings = {"model": self._checkpoint["hyper_parameters"]}
             words = ["evaluate", "--config", json.dumps(settings), *words[1:]]
             words += ["--ckpt_path", str(path)]
         self.config = parser.parse_args(words)
@@ -191,6 +188,13 @@ class EsperCLI(LightningCLI):
 
         Those of the checkpoint must agree with them, and never replace them.
         """
+
+    @override
+    def instantiate_classes(self) -> None:
+        """Build model and Trainer; what a checkpoint asks for may not take all memory."""
+        given = self._checkpoint
+        with contextlib.nullcontext() if given is None else refuse_huge(given):
+            super().instantiate_classes()
 
     @override
     def instantiate_trainer(self, **kwargs: Any) -> Trainer:

@@ -488,3 +488,14 @@ def test_environments_that_cannot_be_taken_up_are_told_in_a_line(capsys):
     assert caught.value.code == 2
     (line,) = [x for x in capsys.readouterr().err.splitlines() if x.startswith("esper: error: ")]
     assert "ckpt_path must hold what a run can resume from, got 'wrong.ckpt'" in line
+
+
+def test_networks_that_would_take_all_memory_are_not_built(capsys):
+    main(["fit", "--config", CARTPOLE, *QUICK])
+    capsys.readouterr()
+    checkpoint = torch.load("runs/cartpole/version_0/checkpoints/last.ckpt", weights_only=True)
+    checkpoint["hyper_parameters"]["policy"]["init_args"]["hidden_sizes"] = [10**6, 10**6]
+    torch.save(checkpoint, "huge.ckpt")
+    for arguments in (["evaluate"], ["export", "--output", "x"]):
+        line = fails(capsys, *arguments, "--ckpt_path", "huge.ckpt")
+        assert "hyper_parameters must describe the networks of its weights" in line
