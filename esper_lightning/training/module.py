@@ -428,9 +428,10 @@ class PPO(LightningModule):
         if self._trainer is None:  # it is being built from this very checkpoint
             refuse_other_weights(self, checkpoint, "its own")
         else:
-            self._resuming = self.trainer.state.fn == TrainerFn.FITTING
-            ranks = self.trainer.world_size if self._resuming else None
+            resumes = self.trainer.state.fn == TrainerFn.FITTING
+            ranks = self.trainer.world_size if resumes else None
             self.refuse_checkpoint(checkpoint, "another run's", world_size=ranks)
+            self._resuming = resumes
         state = checkpoint[STATE_KEY]
         self.iteration, self.env_steps = state["iteration"], state["env_steps"]
         self.gradient_steps, self.train_time_s = state["gradient_steps"], state["train_time_s"]
