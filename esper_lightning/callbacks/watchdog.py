@@ -16,6 +16,7 @@ __all__ = ["Alarm", "Arrival", "Watchdog", "awake_s"]
 _PERIOD_S = 0.1
 _LONGEST_GAP_S = 0.5  # between two polls of a process that is not suspended
 _PEERS_EVERY = 3
+_RENEWED_EVERY = 10
 _PEER_GRACE_S = 0.5
 _STALLED_S = 60.0  # more than any step of saving is given
 
@@ -83,6 +84,7 @@ class Watchdog:
         received: Signals that came in since the last call.
         caught_s: When the main thread was last seen to go on: a signal that came before that ended
             nothing, for somebody caught what it raised.
+        renew: Called once a second, for what others may have undone.
         peer: A rank that failed, with the reason.
         act: Saves evidence; for ``signal`` and ``peer`` the first time only.
         saving_for_s: Seconds since the latest step of saving evidence began: ``None`` before the
@@ -99,6 +101,7 @@ class Watchdog:
         *,
         received: Callable[[], list[Arrival]],
         caught_s: Callable[[], float],
+        renew: Callable[[], None],
         peer: Callable[[], tuple[int, str] | None],
         act: Callable[[Alarm], None],
         saving_for_s: Callable[[], float | None],
@@ -107,7 +110,7 @@ class Watchdog:
         stuck_grace_s: float,
         exit_grace_s: float,
     ) -> None:
-        self._received, self._caught_s = received, caught_s
+        self._received, self._caught_s, self._renew = received, caught_s, renew
         self._peer, self._act = peer, act
         self._saving_for_s, self._others_saving_for_s = saving_for_s, others_saving_for_s
         self._hang_timeout_s = hang_timeout_s
@@ -151,6 +154,8 @@ class Watchdog:
             if turn % _PEERS_EVERY == 0 or self._peer_due is not None:
                 self._look_for_peers(now)
             self._look_for_a_hang(now)
+            if turn % _RENEWED_EVERY == 0:
+                self._renew()
 
     def _look_for_signals(self, now: float) -> None:
         for arrival in self._received():
