@@ -18,6 +18,7 @@ from lightning.pytorch.trainer.states import TrainerFn
 from torch import Tensor
 from typing_extensions import override
 
+from esper_lightning.core.validate import check_arguments
 from esper_lightning.forensics.files import write_atomically
 from esper_lightning.forensics.report import set_aside
 
@@ -92,6 +93,7 @@ class BestCheckpoint(_OneFile):
         monitor: Name of the figure, logged by an evaluation.
     """
 
+    @check_arguments
     def __init__(self, monitor: str) -> None:
         super().__init__(
             filename="best",

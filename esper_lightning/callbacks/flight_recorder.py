@@ -10,6 +10,7 @@ whatever ends it, leaves the profiler's trace, the history and a report in the r
 import contextlib
 import functools
 import logging
+import math
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any, Concatenate, ParamSpec
@@ -27,7 +28,7 @@ from esper_lightning.callbacks.peers import (
 from esper_lightning.callbacks.recording import Recording, add_note
 from esper_lightning.callbacks.run_directory import agree_on_run_directory, run_directory
 from esper_lightning.callbacks.signals import ignore_interrupts_while_ending
-from esper_lightning.core.validate import require
+from esper_lightning.core.validate import check_arguments, require
 from esper_lightning.forensics.layout import RunLayout
 from esper_lightning.forensics.report import read_report
 
@@ -69,9 +70,10 @@ class FlightRecorder(Callback):
             (SIGKILL, the kernel's OOM killer, ``os._exit``).
 
     Raises:
-        ValueError: If ``hang_timeout_s`` is not positive.
+        ValueError: If an argument has another type, or ``hang_timeout_s`` is not positive.
     """
 
+    @check_arguments
     def __init__(
         self,
         dirpath: str | Path | None = None,
@@ -80,7 +82,7 @@ class FlightRecorder(Callback):
         print_profile: bool = True,
         watch: bool = True,
     ) -> None:
-        positive = hang_timeout_s is None or hang_timeout_s > 0
+        positive = hang_timeout_s is None or 0 < hang_timeout_s < math.inf
         require(positive, "FlightRecorder.hang_timeout_s", "be positive", hang_timeout_s)
         self.dirpath = dirpath
         self.hang_timeout_s = hang_timeout_s

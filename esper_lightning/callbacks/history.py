@@ -17,6 +17,7 @@ from lightning.pytorch import Callback, LightningModule, Trainer
 from typing_extensions import override
 
 from esper_lightning.callbacks.run_directory import agree_on_run_directory, run_directory
+from esper_lightning.core.validate import check_arguments
 from esper_lightning.forensics.files import (
     JsonLines,
     encode_rows,
@@ -52,6 +53,7 @@ class History(Callback):
         dirpath: Run directory; ``None`` for where the Trainer's first logger writes.
     """
 
+    @check_arguments
     def __init__(self, dirpath: str | Path | None = None) -> None:
         self._dirpath = dirpath
         self._files: list[_Rows] = []

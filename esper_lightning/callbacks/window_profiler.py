@@ -23,7 +23,7 @@ from typing_extensions import override
 
 from esper_lightning.callbacks.operator_table import operator_table
 from esper_lightning.callbacks.trace_export import export_trace
-from esper_lightning.core.validate import require
+from esper_lightning.core.validate import check_arguments, require
 from esper_lightning.forensics.files import write_atomically
 from esper_lightning.forensics.layout import RunLayout
 
@@ -72,6 +72,7 @@ class WindowProfiler(PyTorchProfiler):
         ValueError: If a number is out of range.
     """
 
+    @check_arguments
     def __init__(
         self,
         dirpath: str | Path | None = None,

@@ -6,17 +6,22 @@ Which Trainer settings work, how a run is counted.
 # pyright: reportAttributeAccessIssue=false, reportPrivateUsage=false
 # pyright: reportUnknownVariableType=false, reportUnknownArgumentType=false
 
+import functools
 import logging
 import warnings
 from collections.abc import Generator
 from contextlib import AbstractContextManager, contextmanager, nullcontext
+from typing import Any
 
 import torch
 from lightning.fabric.plugins.environments.slurm import SLURMEnvironment
 from lightning.pytorch import Trainer
+from lightning.pytorch.loggers import Logger
 from lightning.pytorch.strategies import DDPStrategy, DeepSpeedStrategy, SingleDeviceStrategy
 from lightning.pytorch.strategies.launchers import _MultiProcessingLauncher
+from lightning.pytorch.trainer.states import TrainerStatus
 
+from esper_lightning.core.seeding import require_torch_defaults
 from esper_lightning.core.validate import require
 
 __all__ = [
@@ -24,6 +29,7 @@ __all__ = [
     "count_step",
     "few_cpu_threads",
     "keep_lightning_from_requeueing",
+    "log_over_env_steps",
     "planned_env_steps",
     "refuse_unsupported",
     "silence_checkpoint_advice",
@@ -45,6 +51,7 @@ def refuse_unsupported(trainer: Trainer, *, num_envs: int, budget: int | None) -
     Raises:
         ValueError: Naming the setting and what to use instead.
     """
+    require_torch_defaults("PPO")
     clip = trainer.gradient_clip_val
     hint = "PPO clips gradients itself: set PPOConfig.max_grad_norm."
     require(not clip, "Trainer.gradient_clip_val", "be None", clip, hint)
@@ -120,6 +127,38 @@ def count_step(trainer: Trainer) -> None:
     progress = trainer.fit_loop.epoch_loop.manual_optimization.optim_step_progress
     progress.increment_ready()
     progress.increment_completed()
+
+
+def log_over_env_steps(trainer: Trainer, module: Any) -> None:
+    """Give whatever is logged in a run the module's ``env_steps`` as its x axis.
+
+    Lightning and its callbacks hand iterations to ``Logger.log_metrics``, or nothing. Each logger's
+    method is replaced by one that puts ``module.env_steps`` in their place, and that passes on what
+    it is given wherever ``module`` is not at work in ``trainer``: before, after and in other runs.
+
+    Args:
+        trainer: The loggers that it has now get the axis.
+        module: Counts environment steps.
+    """
+    for logger in trainer.loggers:
+        if getattr(logger.log_metrics, "axis_of", None) is not module:
+            _give_axis(logger, trainer, module)
+
+
+def _give_axis(logger: Logger, trainer: Trainer, module: Any) -> None:
+    log_metrics = logger.log_metrics
+
+    @functools.wraps(log_metrics)
+    def log_over_env_steps(
+        metrics: dict[str, float], step: int | None = None, *args: Any, **kwargs: Any
+    ) -> None:
+        at_work = trainer.state.status == TrainerStatus.RUNNING
+        if at_work and trainer.lightning_module is module:
+            step = module.env_steps
+        log_metrics(metrics, *args, step=step, **kwargs)
+
+    log_over_env_steps.axis_of = module  # pyright: ignore[reportFunctionMemberAccess]
+    logger.log_metrics = log_over_env_steps
 
 
 def planned_env_steps(
