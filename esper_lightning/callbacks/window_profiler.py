@@ -13,6 +13,7 @@ import os
 import socket
 import sys
 from pathlib import Path
+from types import MappingProxyType
 from typing import Any
 
 import torch
@@ -71,6 +72,11 @@ class WindowProfiler(PyTorchProfiler):
     Raises:
         ValueError: If a number is out of range.
     """
+
+    # What ``__del__`` looks at where an argument was refused.
+    profiler: Any = None
+    _recording_map: Any = MappingProxyType({})
+    _stage: str | None = None
 
     @check_arguments
     def __init__(

@@ -176,7 +176,7 @@ class Inspector:
         scale = self._books.scale + reward.abs()
         length = self._books.length + 1
         close = ((got - total).abs() <= TOLERANCE * (1 + scale)) | (got.isnan() & total.isnan())
-        judged = ended if self._finite else ended & total.isfinite()
+        judged = ended if self._finite else ended & total.isfinite() & ~got.isinf()
         expect(judged & ~close, "episode_return", "be the sum of the episode's rewards")
         expect(ended & (steps != length), "episode_length", "count the episode's steps")
         self._books.total = total.masked_fill(ended, 0.0)

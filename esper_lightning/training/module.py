@@ -77,9 +77,10 @@ class PPO(LightningModule):
 
     Train it with ``Trainer.fit(model)``; no data module is needed. ``global_step`` counts
     iterations, an epoch is ``iterations_per_epoch`` of them: what Lightning does per epoch -
-    evaluate, save, check for an early stop - happens that often. Loggers get ``env_steps`` as their
-    x axis. Callbacks can monitor every figure of a history row; those of episodes are NaN until one
-    has ended, which ``EarlyStopping`` takes for a reason to stop unless ``check_finite=False``.
+    evaluate, save, check for an early stop - happens that often. Whatever is logged in a run has
+    ``env_steps`` as its x axis, except what is written past ``Logger.log_metrics``. Callbacks can
+    monitor every figure of a history row; those of episodes are NaN until one has ended, which
+    ``EarlyStopping`` takes for a reason to stop unless ``check_finite=False``.
 
     Attributes:
         iteration: Iterations finished.

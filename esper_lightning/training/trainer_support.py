@@ -9,14 +9,14 @@ Which Trainer settings work, how a run is counted.
 import functools
 import logging
 import warnings
-from collections.abc import Generator
+import weakref
+from collections.abc import Callable, Generator
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from typing import Any
 
 import torch
 from lightning.fabric.plugins.environments.slurm import SLURMEnvironment
 from lightning.pytorch import Trainer
-from lightning.pytorch.loggers import Logger
 from lightning.pytorch.strategies import DDPStrategy, DeepSpeedStrategy, SingleDeviceStrategy
 from lightning.pytorch.strategies.launchers import _MultiProcessingLauncher
 from lightning.pytorch.trainer.states import TrainerStatus
@@ -141,24 +141,29 @@ def log_over_env_steps(trainer: Trainer, module: Any) -> None:
         module: Counts environment steps.
     """
     for logger in trainer.loggers:
-        if getattr(logger.log_metrics, "axis_of", None) is not module:
-            _give_axis(logger, trainer, module)
+        given: Any = getattr(logger.log_metrics, "axis_of", None)
+        if given is None or given[0]() is not trainer or given[1]() is not module:
+            plain: Any = logger.log_metrics if given is None else logger.log_metrics.__wrapped__
+            logger.log_metrics = _over_env_steps(plain, weakref.ref(trainer), weakref.ref(module))
 
 
-def _give_axis(logger: Logger, trainer: Trainer, module: Any) -> None:
-    log_metrics = logger.log_metrics
+def _over_env_steps(
+    log_metrics: Callable[..., None],
+    trainer_ref: "weakref.ref[Trainer]",
+    module_ref: "weakref.ref[Any]",
+) -> Callable[..., None]:
+    """``log_metrics`` with the module's environment steps in place of any step."""
 
     @functools.wraps(log_metrics)
-    def log_over_env_steps(
-        metrics: dict[str, float], step: int | None = None, *args: Any, **kwargs: Any
-    ) -> None:
-        at_work = trainer.state.status == TrainerStatus.RUNNING
-        if at_work and trainer.lightning_module is module:
+    def over_env_steps(metrics: Any, step: int | None = None, *args: Any, **kwargs: Any) -> None:
+        trainer, module = trainer_ref(), module_ref()
+        running = trainer is not None and trainer.state.status == TrainerStatus.RUNNING
+        if running and module is not None and trainer.lightning_module is module:
             step = module.env_steps
         log_metrics(metrics, *args, step=step, **kwargs)
 
-    log_over_env_steps.axis_of = module  # pyright: ignore[reportFunctionMemberAccess]
-    logger.log_metrics = log_over_env_steps
+    over_env_steps.axis_of = trainer_ref, module_ref  # pyright: ignore[reportFunctionMemberAccess]
+    return over_env_steps
 
 
 def planned_env_steps(
