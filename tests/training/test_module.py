@@ -3,6 +3,7 @@
 Counting, budgets, determinism, evaluation, checkpoints, and what it refuses.
 """
 
+import csv
 import dataclasses
 import datetime
 import math
@@ -16,13 +17,16 @@ from lightning.pytorch.callbacks import (
     EarlyStopping,
     LearningRateMonitor,
     ModelCheckpoint,
+    ThroughputMonitor,
 )
+from lightning.pytorch.demos.boring_classes import BoringModel
 from lightning.pytorch.loggers import CSVLogger, TensorBoardLogger
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
-from esper_lightning import MLP, PPO, PPOConfig, Recurrent, check_env
+from esper_lightning import MLP, PPO, FlightRecorder, PPOConfig, Recurrent, check_env
 from esper_lightning.core.seeding import stream_seed
 from esper_lightning.core.spaces import Box, EnvSpaces, MultiDiscrete
+from esper_lightning.core.validate import NonFiniteError
 from esper_lightning.envs import CartPole, EnvSpec, MountainCar, Pendulum
 from esper_lightning.training.evaluation import evaluate_policy
 
@@ -59,6 +63,40 @@ def cartpole(**settings) -> PPO:
         "eval_episodes": 3,
     }
     return PPO(**{**defaults, **settings})
+
+
+class LogsItself(Callback):
+    """Logs in all the ways that callbacks have."""
+
+    def on_train_batch_end(self, trainer, pl_module, outputs, batch, batch_idx):
+        pl_module.log("of a callback", 1.0)
+        trainer.logger.log_metrics({"plain": 1.0}, step=trainer.global_step)
+        trainer.logger.log_metrics({"without step": 1.0})
+
+    def on_train_epoch_end(self, trainer, pl_module):
+        trainer.logger.log_metrics({"of the epoch": 1.0}, trainer.current_epoch)
+
+
+class LogsMore(PPO):
+    """A user's own figures."""
+
+    flops_per_batch = 1
+
+    def training_step(self, batch, batch_idx):
+        output = super().training_step(batch, batch_idx)
+        self.log("mine", 1.0)
+        self.log("mine_epoch", 1.0, on_step=False, on_epoch=True)
+        return output
+
+
+def x_axes(folder, kind):
+    """Where each series of a run has its points."""
+    if kind is TensorBoardLogger:
+        events = EventAccumulator(str(folder)).Reload()
+        return {k: [e.step for e in events.Scalars(k)] for k in events.Tags()["scalars"]}
+    lines = list(csv.DictReader((folder / "metrics.csv").read_text().splitlines()))
+    names = set(lines[0]) - {"step"}
+    return {n: [int(line["step"]) for line in lines if line[n]] for n in names}
 
 
 def fit(model, trainer, **kwargs):
@@ -270,6 +308,61 @@ class TestLoggersAndCallbacks:
         lines = (tmp_path / "metrics.csv").read_text().splitlines()
         step = lines[0].split(",").index("env_steps")
         assert [float(line.split(",")[step]) for line in lines[1:]] == [32, 64, 96]
+
+    @pytest.mark.parametrize("kind", [TensorBoardLogger, CSVLogger])
+    def test_whatever_is_logged_has_env_steps_as_its_x_axis(self, make_trainer, tmp_path, kind):
+        logger = kind(tmp_path, name="", version="")
+        callbacks = [
+            LearningRateMonitor("step"),
+            LearningRateMonitor("epoch"),
+            ThroughputMonitor(batch_size_fn=lambda batch: 1, window_size=2),
+            LogsItself(),
+        ]
+        defaults = {"env": CartPole(num_envs=4), "ppo": SMALL, "eval_episodes": 3}
+        model = LogsMore(**defaults, total_env_steps=96, iterations_per_epoch=2)
+        trainer = make_trainer(logger=logger, callbacks=callbacks, limit_val_batches=1.0)
+        fit(model, trainer)
+        found = x_axes(tmp_path, kind)
+        assert {"loss/value", "lr-Adam", "mine", "mine_epoch", "eval/episode_return_mean"} <= set(
+            found
+        )
+        assert {"plain", "without step", "of the epoch", "train/batches"} <= set(found)
+        for name, steps in found.items():
+            assert set(steps) <= {0, 32, 64, 96}, (name, steps)
+        assert found["loss/value"] == found["mine"] == found["plain"] == [32, 64, 96]
+        assert found["eval/episode_return_mean"] == [64, 96]
+        # What is logged outside the run is not ours to place.
+        logger.log_metrics({"after": 1.0}, step=7)
+        logger.save()
+        assert x_axes(tmp_path, kind)["after"] == [7]
+
+    def test_a_resumed_run_and_an_evaluation_keep_to_the_axis(self, make_trainer, tmp_path):
+        trainer = make_trainer()
+        fit(cartpole(), trainer)
+        trainer.save_checkpoint(tmp_path / "x.ckpt")
+        logger = CSVLogger(tmp_path, name="", version="")
+        more = cartpole(total_env_steps=32 * 5)
+        again = make_trainer(logger=logger, callbacks=[LearningRateMonitor("step"), LogsItself()])
+        fit(more, again, ckpt_path=tmp_path / "x.ckpt", weights_only=True)
+        found = x_axes(tmp_path, CSVLogger)
+        assert (found["lr-Adam"], found["plain"]) == ([96, 128], [128, 160])
+        alone = CSVLogger(tmp_path / "alone", name="", version="")
+        make_trainer(logger=alone, limit_val_batches=1.0).validate(more, verbose=False)
+        assert x_axes(tmp_path / "alone", CSVLogger)["eval/episode_return_mean"] == [160]
+
+    def test_a_logger_goes_back_to_what_it_was_in_a_run_of_something_else(
+        self, make_trainer, tmp_path
+    ):
+        logger = CSVLogger(tmp_path, name="", version="")
+        with pytest.raises(RuntimeError, match="in iteration 2"):
+            fit(cartpole(), make_trainer(logger=logger, callbacks=[DiesIn(2)]))
+        other = BoringModel()
+        other.training_step = lambda batch, index: (
+            other.log("boring", 1.0),
+            BoringModel.training_step(other, batch, index),
+        )[1]
+        make_trainer(logger=logger, max_epochs=1, limit_train_batches=2).fit(other)
+        assert x_axes(tmp_path, CSVLogger)["boring"] == [0, 1]
 
     def test_logs_at_intervals(self, make_trainer, tmp_path):
         logger = TensorBoardLogger(tmp_path, name="", version="")
@@ -518,6 +611,18 @@ class Broken:
         return env
 
 
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Rich(CartPole):
+    """CartPole with another reward."""
+
+    num_envs: int = 4
+    reward: float = 1.0
+
+    def advance(self, state, action):
+        after = super().advance(state, action)
+        return after._replace(reward=torch.full_like(after.reward, self.reward))
+
+
 class TestErrors:
     @pytest.mark.parametrize(
         ("field", "where"),
@@ -553,6 +658,79 @@ class TestErrors:
         with pytest.raises(ValueError, match=r"^PPO('s gradient|\.policy) must .* finite"):
             fit(model, make_trainer())
         assert all(value.isfinite().all() for value in model.policy.state_dict().values())
+
+    @pytest.mark.parametrize(
+        "mode", ["off", *(pytest.param(m, marks=pytest.mark.slow) for m in ("default", "max"))]
+    )
+    def test_rewards_whose_gradients_have_infinite_squares_are_trained_on(self, make_trainer, mode):
+        rows = fit(cartpole(env=Rich(reward=1e17), compile=mode), make_trainer())
+        assert len(rows) == 3
+        assert all(1e17 < row["optim/grad_norm"] < math.inf for row in rows)
+        assert all(row["gradient_steps"] > 0 for row in rows)
+
+    @pytest.mark.parametrize(
+        ("reward", "limit", "tensors"),
+        [(1e30, 0.5, ["loss/value"]), (1e17, None, ["gradient of "]), (1e38, 0.5, ["loss/"])],
+    )
+    def test_rewards_that_are_too_large_are_named_and_can_be_seen_again(
+        self, make_trainer, tmp_path, reward, limit, tensors
+    ):
+        ppo = dataclasses.replace(SMALL, max_grad_norm=limit)
+        model = cartpole(env=Rich(reward=reward), ppo=ppo)
+        before = {k: v.clone() for k, v in model.policy.state_dict().items()}
+        with pytest.raises(NonFiniteError, match=r"^PPO's gradient must be finite") as error:
+            fit(model, make_trainer(callbacks=[FlightRecorder(watch=False)]))
+        assert re.search(r"in iteration 1, gradient step \d: ", str(error.value))
+        assert f"Rewards of Rich reach {reward:.1e}: set PPOConfig.norm" in str(error.value)
+        assert error.value.tensors[0].startswith(tensors[0])
+        saved = torch.load(tmp_path / "rank0" / "nan.pt", weights_only=True)
+        assert saved["value_target"].abs().max() >= reward / 2
+        for name, value in model.policy.state_dict().items():
+            assert torch.equal(value, before[name]), name
+
+    def test_large_rewards_that_are_scaled_are_no_fault(self, make_trainer):
+        ppo = dataclasses.replace(SMALL, normalize_reward=True)
+        rows = fit(cartpole(env=Rich(reward=1e30), ppo=ppo), make_trainer())
+        assert all(row["optim/grad_norm"] < 1e3 for row in rows)
+
+    @pytest.mark.parametrize(
+        ("start", "end", "message"),
+        [
+            (
+                lambda: torch.set_default_dtype(torch.float64),
+                lambda: torch.set_default_dtype(torch.float32),
+                "torch.get_default_dtype() for PPO must be torch.float32, got torch.float64.",
+            ),
+            (
+                lambda: torch.set_default_dtype(torch.bfloat16),
+                lambda: torch.set_default_dtype(torch.float32),
+                "torch.get_default_dtype() for PPO must be torch.float32, got torch.bfloat16.",
+            ),
+            (
+                lambda: torch.set_default_device("meta"),
+                lambda: torch.set_default_device(None),
+                "torch.get_default_device() for PPO must be cpu, got meta.",
+            ),
+        ],
+    )
+    def test_defaults_of_torch_that_would_make_other_tensors(
+        self, make_trainer, start, end, message
+    ):
+        model = cartpole()
+        start()
+        try:
+            for run in (cartpole, lambda: make_trainer().fit(model)):
+                with pytest.raises(ValueError, match="^" + re.escape(message)):
+                    run()
+            with pytest.raises(ValueError, match=r"^torch.get_default_.* for check_env must be"):
+                check_env(CartPole(num_envs=2))
+        finally:
+            end()
+        torch.set_default_device("cpu")
+        try:
+            fit(model, make_trainer())
+        finally:
+            torch.set_default_device(None)
 
     @pytest.mark.parametrize("least", [{"min_epochs": 2}, {"min_steps": 5}])
     def test_a_least_length_beside_a_budget(self, make_trainer, least):
