@@ -87,7 +87,7 @@ def flaws(mutant: Mutant, root: Path = ROOT) -> list[str]:
     text = path.read_text()
     times = text.count(mutant.old)
     if times != 1:
-        found.append(f"{mutant.title}: its text occurs {times} times and not once")
+        return [f"{mutant.title}: its text occurs {times} times and not once"]
     try:
         changed = ast.dump(ast.parse(text)) != ast.dump(ast.parse(mutated(mutant, root)))
     except SyntaxError as error:

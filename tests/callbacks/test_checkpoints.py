@@ -233,6 +233,7 @@ def test_a_best_that_a_crash_checkpoint_is_not_beside_is_found(fit, tmp_path):
     assert iteration(tmp_path / "another" / "checkpoints" / "best.ckpt") == 1 * EPOCH
 
 
+@pytest.mark.filterwarnings("ignore:Be aware that when using `ckpt_path`")
 def test_an_evaluation_takes_no_checkpoint_along(fit, make_trainer, tmp_path):
     model = fit([5.0, 2.0])
     settings = {"enable_checkpointing": True, "default_root_dir": tmp_path / "elsewhere"}

@@ -1,11 +1,19 @@
 """What a report tells of a death, and what it leaves out."""
 
 import math
+import types
 
 import pytest
 import torch
 
-from esper_lightning.callbacks.death import Death, describe, describe_error, exit_status, in_words
+from esper_lightning.callbacks.death import (
+    Death,
+    _known_metrics,
+    describe,
+    describe_error,
+    exit_status,
+    in_words,
+)
 from esper_lightning.callbacks.signals import SignalExit
 from esper_lightning.forensics.phases import PhaseRing
 from tests.callbacks.test_flight_recorder import Plain, UnspeakableError, data
@@ -58,10 +66,10 @@ def described(make_trainer, tmp_path):
         told = {}
 
         def act_and_look(module, batch_idx):
+            act(module, batch_idx)
             if batch_idx == 1:
                 death = Death(cause="exception", error=ValueError("no"))
                 told.update(describe(death, module.trainer, ring))
-            act(module, batch_idx)
 
         ring = PhaseRing(tmp_path / "phases.ring")
         ring.iteration = 7
@@ -77,15 +85,24 @@ def test_where_it_was_and_what_was_known_is_told(described):
     def act(module, batch_idx):
         module.log("nan", torch.tensor(math.nan), on_step=True, on_epoch=False)
         module.log("mean", torch.tensor(2.0), on_step=False, on_epoch=True)
-        module.log_dict({"inf": torch.tensor(-math.inf)})
+        module.log_dict({"inf": torch.tensor(-math.inf), "number": float(batch_idx)})
 
     told = described(act)
     assert (told["cause"], told["iteration"], told["phases"]) == ("exception", 7, ["update"])
     assert (told["rank"], told["world_size"], told["stage"]) == (0, 1, "fit")
     assert told["global_step"] == 1
-    assert told["metrics"].keys() == {"nan", "inf", "loss"}  # that of the epoch is not computed
+    # That of the epoch is not computed.
+    assert told["metrics"].keys() == {"nan", "inf", "number", "loss"}
+    assert told["metrics"]["number"] == 1.0  # of this step
     assert (told["metrics"]["nan"], told["metrics"]["inf"]) == ("nan", "-inf")  # JSON has no NaN
     assert "untold" not in told
+
+
+def test_no_device_is_waited_for():
+    metrics = {"here": torch.tensor(2.0), "there": torch.tensor(3.0, device="meta")}
+    connector = types.SimpleNamespace(_callback_metrics=metrics)
+    trainer = types.SimpleNamespace(_logger_connector=connector, _results=None)
+    assert _known_metrics(trainer) == {"here": 2.0}
 
 
 def test_a_field_that_cannot_be_told_costs_no_other(described, monkeypatch):

@@ -9,7 +9,7 @@ from esper_lightning import MLP, PPOConfig
 from esper_lightning.core.ranks import ALONE, Ranks
 from esper_lightning.core.running_stats import RunningStats
 from esper_lightning.core.tensor_trees import leaves, map_tree
-from esper_lightning.envs import CartPole
+from esper_lightning.envs import CartPole, Pendulum
 from esper_lightning.training.agent import Agent
 from esper_lightning.training.learner import Learner
 from esper_lightning.training.update import build_optimizer
@@ -77,6 +77,26 @@ def test_what_others_set_as_the_weights_acts_and_learns() -> None:
         policy_of(learner).parameters(), policy_of(other).parameters(), strict=True
     ):
         assert torch.equal(mine, theirs)
+
+
+def test_environments_are_given_actions_within_their_range() -> None:
+    spec = Pendulum(num_envs=ENVS)
+    policy = MLP(initial_std=5.0).build(spec.spaces(), torch.Generator().manual_seed(0))
+    env, given = spec.build(CPU, 1), []
+    step = env.step
+    env.step = lambda action: given.append(action) or step(action)
+    streams = {
+        "exploration": torch.Generator().manual_seed(2),
+        "sample_order": torch.Generator().manual_seed(3),
+    }
+    agent = Agent(policy, None)
+    learner = Learner(spec, env, agent, CONFIG, None, **streams, mode="off", device=CPU)
+    learner.start(build_optimizer(policy, CONFIG), None)
+    drawn = learner.rollout(STEPS).action
+    for action, taken in zip(drawn, given, strict=True):
+        assert torch.equal(policy.to_env(action), taken)
+    assert torch.stack(given).abs().max() <= 2.0
+    assert drawn.abs().max() > 2.0
 
 
 def test_frozen_weights_stay() -> None:
