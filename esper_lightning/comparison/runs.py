@@ -147,7 +147,7 @@ def read_run(directory: Path) -> Run:
     budget = settings.get("total_env_steps")
     is_budget = budget is None or whole_number(budget) is not None
     require(is_budget, f"{layout.config}: model.total_env_steps", "be an integer or null", budget)
-    is_short = budget is not None and budget - env_steps > per_iteration
+    is_short = budget is not None and budget - env_steps >= per_iteration
     ended, how = _end(directory, is_short=is_short)
     return Run(
         directory=directory,

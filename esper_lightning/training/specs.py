@@ -121,7 +121,7 @@ def _frozen(value: object) -> object:
         fields = cast(dict[str, object], value)
         if _OPAQUE in fields:
             raise TypeError(f"{fields[_OPAQUE]} is not plain data")
-        return fields
+        return {key: _frozen(item) for key, item in fields.items()}
     if isinstance(value, list):
         return tuple(_frozen(item) for item in cast(list[object], value))
     return value

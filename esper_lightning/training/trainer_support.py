@@ -154,8 +154,12 @@ def _over_env_steps(
     @functools.wraps(log_metrics)
     def over_env_steps(metrics: Any, step: int | None = None, *args: Any, **kwargs: Any) -> None:
         trainer, module = trainer_ref(), module_ref()
-        running = trainer is not None and trainer.state.status == TrainerStatus.RUNNING
-        if running and module is not None and trainer.lightning_module is module:
+        if (
+            trainer is not None
+            and trainer.state.status == TrainerStatus.RUNNING
+            and module is not None
+            and trainer.lightning_module is module
+        ):
             step = module.env_steps
         log_metrics(metrics, *args, step=step, **kwargs)
 

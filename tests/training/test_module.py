@@ -3,12 +3,15 @@
 Counting, budgets, determinism, evaluation, checkpoints, and what it refuses.
 """
 
+import copy
 import csv
 import dataclasses
 import datetime
 import math
+import pickle
 import re
 
+import numpy as np
 import pytest
 import torch
 from lightning.pytorch import Trainer
@@ -28,7 +31,9 @@ from esper_lightning.core.seeding import stream_seed
 from esper_lightning.core.spaces import Box, EnvSpaces, MultiDiscrete
 from esper_lightning.core.validate import NonFiniteError
 from esper_lightning.envs import CartPole, EnvSpec, MountainCar, Pendulum
+from esper_lightning.training import module
 from esper_lightning.training.evaluation import evaluate_policy
+from esper_lightning.training.learner import Learner
 
 SMALL = PPOConfig(rollout_steps=8, minibatches=2, epochs=2)
 TIMES = ("time_s", "env_steps_per_s")
@@ -158,6 +163,14 @@ class TestBudget:
         assert "before PPO.total_env_steps=96" in caplog.text
         assert model.planned_env_steps == 64
 
+    def test_a_module_that_has_trained_can_be_pickled_without_its_environments(self, make_trainer):
+        model = cartpole(env=TestCheckpoints.Simulator(num_envs=4))
+        fit(model, make_trainer())
+        with pytest.raises((AttributeError, pickle.PicklingError)):
+            pickle.dumps(model._learner._env)
+        again = pickle.loads(pickle.dumps(model))
+        assert (again.iteration, again.env) == (3, model.env)
+
     def test_gradient_steps_are_counted_apart(self, make_trainer):
         rows = fit(cartpole(), make_trainer())
         assert [row["gradient_steps"] for row in rows] == [4, 8, 12]
@@ -285,7 +298,15 @@ class TestRow:
 
     def test_rollout_figures_are_null_while_no_episode_has_ended(self, make_trainer):
         model = cartpole(env=Pendulum(num_envs=4, time_limit=20), total_env_steps=4 * 8 * 4)
-        rows = fit(model, make_trainer())
+        known = []
+
+        class Looks(Callback):
+            def on_train_batch_end(self, trainer, pl_module, outputs, batch, batch_idx):
+                metric = trainer.callback_metrics["rollout/episode_return_mean"]
+                known.append((not metric.isnan(), "return" in trainer.progress_bar_metrics))
+
+        rows = fit(model, make_trainer(callbacks=[Looks()]))
+        assert known == [(False, False)] * 2 + [(True, True)] * 2
         returns = [row["rollout/episode_return_mean"] for row in rows]
         assert returns[:2] == [None, None]
         assert returns[2] is not None
@@ -298,7 +319,7 @@ class TestLoggersAndCallbacks:
     def test_tensorboard_x_axis_is_env_steps(self, make_trainer, tmp_path):
         logger = TensorBoardLogger(tmp_path, name="", version="")
         model = cartpole(iterations_per_epoch=2)
-        fit(model, make_trainer(logger=logger, limit_val_batches=1.0))
+        fit(model, make_trainer(logger=logger, limit_val_batches=1.0, num_sanity_val_steps=1))
         events = EventAccumulator(str(tmp_path)).Reload()
         assert [event.step for event in events.Scalars("loss/value")] == [32, 64, 96]
         assert [event.step for event in events.Scalars("eval/episode_return_mean")] == [64, 96]
@@ -416,6 +437,29 @@ class TestEvaluation:
         )
         assert repr(rows) == repr(without)
 
+    def test_every_evaluation_is_of_its_own_episodes(self, make_trainer, monkeypatch):
+        found, true = [], module.evaluation_metrics
+        monkeypatch.setattr(
+            module, "evaluation_metrics", lambda *figures: found.append(figures) or true(*figures)
+        )
+        model = cartpole(iterations_per_epoch=1)
+        fit(model, make_trainer(limit_val_batches=1.0))
+        assert [[len(figure) for figure in figures] for figures in found] == [[3, 3]] * 3
+
+    @pytest.mark.parametrize("rank", [0, 1])
+    def test_each_rank_plays_episodes_of_its_own(self, make_trainer, monkeypatch, rank):
+        model, seeds = cartpole(), []
+
+        class Spy(CartPole):
+            def build(self, device, seed):
+                seeds.append(seed)
+                return super().build(device, seed)
+
+        model._eval_env = Spy(num_envs=3)
+        monkeypatch.setattr(PPO, "global_rank", rank)
+        make_trainer(limit_val_batches=1.0).validate(model, verbose=False)
+        assert seeds == [stream_seed(0, rank=rank, purpose="evaluation")]
+
     def test_counts_the_first_episode_of_each_environment(self, make_trainer):
         model = cartpole(env=MountainCar(num_envs=4, time_limit=37), eval_episodes=5)
         result = make_trainer(limit_val_batches=1.0).validate(model, verbose=False)[0]
@@ -507,6 +551,105 @@ class TestCheckpoints:
         with pytest.raises(ValueError, match=r"name an existing checkpoint, got 'nowhere.ckpt'"):
             make_trainer().fit(cartpole(warm_start="nowhere.ckpt"))
 
+    def test_a_warm_start_is_for_the_first_fit_alone(self, make_trainer, tmp_path):
+        donor, path = self.saved(make_trainer, tmp_path)
+        begun = []
+
+        class Looks(Callback):
+            def on_train_start(self, trainer, pl_module):
+                begun.append(copy.deepcopy(pl_module.state_dict()))
+
+        model = cartpole(warm_start=str(path), total_env_steps=None, iterations_per_epoch=2)
+        ends = []
+        for _ in range(2):
+            fit(model, make_trainer(max_epochs=1, callbacks=[Looks()]))
+            ends.append(copy.deepcopy(model.state_dict()))
+        for name, value in donor.state_dict().items():
+            assert torch.equal(begun[0][name], value), name
+            assert torch.equal(begun[1][name], ends[0][name]), name
+        assert any(not torch.equal(ends[0][name], begun[0][name]) for name in begun[0])
+
+    def test_a_second_fit_of_a_resumed_module_does_not_go_back(
+        self, make_trainer, tmp_path, monkeypatch
+    ):
+        _, path = self.saved(make_trainer, tmp_path)
+        states, start = [], Learner.start
+
+        def spy(learner, optimizer, state):
+            states.append(state)
+            return start(learner, optimizer, state)
+
+        monkeypatch.setattr(Learner, "start", spy)
+        model = cartpole(total_env_steps=None, iterations_per_epoch=2)
+        fit(model, make_trainer(max_steps=4), ckpt_path=path, weights_only=True)
+        fit(model, make_trainer(max_steps=1))
+        assert [state is None for state in states] == [False, True]
+        assert model.iteration == 5
+
+    @dataclasses.dataclass(frozen=True, kw_only=True)
+    class Careless(CartPole):
+        """Draws from the generators that nobody owns."""
+
+        def build(self, device, seed):
+            env = super().build(device, seed)
+            step = env.step
+
+            def noisy(action):
+                result = step(action)
+                # Not from Python's own: checks of types, which only tests have, draw from that.
+                noise = torch.rand(4) + float(np.random.rand())  # noqa: NPY002
+                return result._replace(reward=result.reward + noise)
+
+            env.step = noisy
+            return env
+
+    def test_the_global_random_generators_go_on_as_well(self, make_trainer, tmp_path):
+        def model(iterations):
+            env = self.Careless(num_envs=4)
+            return cartpole(env=env, total_env_steps=32 * iterations)
+
+        def seed(number):
+            np.random.seed(number)  # noqa: NPY002
+            torch.manual_seed(number)
+
+        seed(1)
+        expected = fit(model(4), make_trainer())
+        seed(1)
+        trainer = make_trainer()
+        fit(model(2), trainer)
+        trainer.save_checkpoint(tmp_path / "x.ckpt")
+        seed(2)
+        rows = fit(model(4), make_trainer(), ckpt_path=tmp_path / "x.ckpt", weights_only=True)
+        assert repr(rows) == repr(expected[2:])
+
+    def test_the_clock_goes_on(self, make_trainer, tmp_path):
+        model, trainer = cartpole(), make_trainer()
+        trainer.fit(model)
+        model.train_time_s = 1000.0
+        trainer.save_checkpoint(tmp_path / "x.ckpt")
+        more = cartpole(total_env_steps=32 * 4)
+        fit(more, make_trainer(), ckpt_path=tmp_path / "x.ckpt", weights_only=True)
+        assert 1000.0 < more.train_time_s < 1100.0
+
+    def test_a_budget_that_the_checkpoint_is_beyond_is_used_up(
+        self, make_trainer, tmp_path, caplog
+    ):
+        _, path = self.saved(make_trainer, tmp_path)
+        less = cartpole(total_env_steps=32)
+        assert fit(less, make_trainer(), ckpt_path=path, weights_only=True) == []
+        assert "PPO.total_env_steps=32 is used up: 96 env steps were taken" in caplog.text
+
+    def test_a_rank_that_saves_alone_waits_for_nobody(self, make_trainer, monkeypatch):
+        model = cartpole()
+        fit(model, make_trainer())
+        monkeypatch.setattr(model._ranks, "collect_states", lambda state: 1 / 0)
+        saved = {}
+        with pytest.raises(ZeroDivisionError):
+            model.on_save_checkpoint(saved)
+        model.saves_alone = True
+        model.on_save_checkpoint(saved)
+        assert list(saved["esper_lightning"]["ranks"]) == [0]
+
     def test_load_from_checkpoint_needs_nothing_but_the_file(self, make_trainer, tmp_path):
         model, path = self.saved(
             make_trainer, tmp_path, ppo=self.PPO, policy=MLP(hidden_sizes=(16,), trunk="shared")
@@ -566,6 +709,10 @@ class TestCheckpoints:
             (
                 {"ppo": dataclasses.replace(SMALL, normalize_obs=True)},
                 "PPOConfig.normalize_obs must be the checkpoint's, False, got True.",
+            ),
+            (
+                {"ppo": dataclasses.replace(SMALL, normalize_reward=True)},
+                "PPOConfig.normalize_reward must be the checkpoint's, False, got True.",
             ),
             (
                 {"policy": MLP(hidden_sizes=(8,))},
@@ -642,14 +789,17 @@ class TestErrors:
         good = cartpole(env=Broken(field=field), ppo=ppo, total_env_steps=32)
         fit(good, make_trainer())
         message = f"Broken.step must return finite values, got '{where}'. The weights are those of"
-        with pytest.raises(ValueError, match="^" + re.escape(message)):
+        with pytest.raises(NonFiniteError, match="^" + re.escape(message)) as caught:
             fit(model, make_trainer())
+        assert (caught.value.tensors, caught.value.environments) == ([field], [2])
+        bad = ~caught.value.minibatch[field].isfinite()  # of the step in which it appeared
+        assert bad.view(4, -1).any(1).tolist() == [False, False, True, False]
         assert model.iteration == 1
         for name, value in good.state_dict().items():
             assert torch.equal(value, model.state_dict()[name]), name
         saved = {"hyper_parameters": {}}
         model.on_save_checkpoint(saved)
-        assert "env" not in saved["esper_lightning"]  # it stands within an iteration
+        assert saved["esper_lightning"]["ranks"] == {}  # it stands within an iteration
 
     @pytest.mark.parametrize("env", [CartPole(num_envs=4), Pendulum(num_envs=4)])
     def test_a_learner_that_diverges_is_not_blamed_on_the_environment(self, make_trainer, env):
