@@ -3,7 +3,8 @@
 Events are looked at before anything is built: they cost nothing where the values cost the world.
 """
 
-from typing import Any
+from collections.abc import Iterator
+from typing import Any, cast
 
 import yaml
 
@@ -28,7 +29,7 @@ def refuse_surprises(text: str) -> None:
     opened: list[_Collection] = []
     values: dict[str, int] = {}  # behind each anchor, with what its aliases repeat
     total = 0
-    for event in yaml.parse(text, Loader=_LOADER):
+    for event in cast(Iterator[Any], yaml.parse(text, Loader=_LOADER)):
         if isinstance(event, yaml.CollectionEndEvent):
             closed = opened.pop()
             if closed.anchor is not None:
@@ -67,7 +68,7 @@ class _Collection:
         self._is_mapping = isinstance(event, yaml.MappingStartEvent)
         self._entries, self._keys = 0, set[str]()
 
-    def repeats(self, event: yaml.NodeEvent) -> bool:
+    def repeats(self, event: Any) -> bool:
         """Take the next key, value or entry, and say whether it is a key that was there before."""
         is_key = self._is_mapping and self._entries % 2 == 0
         self._entries += 1

@@ -37,8 +37,16 @@ _BAD_CLASS = re.compile(r"Problem with given class_path '(\S*?)': (.*?)(?: - |Gi
 _NO_SETTINGS = ("help", "print_config")
 _HINTS = {"model.env": " Name one, or a config that does: --config configs/cartpole.yaml"}
 _PLURALS = {int: " of integers", float: " of numbers", str: " of texts"}
-_WORDS = {int: "an integer", float: "a number", bool: "true or false", str: "text"}
-_WORDS |= {type(None): "null", dict: "a mapping", list: "a list", tuple: "a list"}
+_WORDS: dict[Any, str] = {
+    int: "an integer",
+    float: "a number",
+    bool: "true or false",
+    str: "text",
+    type(None): "null",
+    dict: "a mapping",
+    list: "a list",
+    tuple: "a list",
+}
 
 
 class SettingsError(argparse.ArgumentError):
@@ -58,7 +66,8 @@ class SettingsParser(LightningArgumentParser):
     """Lightning's parser, with short errors, and YAML in which a key stands once."""
 
     def __init__(self, *args: Any, **kwargs: Any) -> None:
-        super().__init__(*args, **{"parser_mode": _MODE, **kwargs})
+        kwargs.setdefault("parser_mode", _MODE)
+        super().__init__(*args, **kwargs)
 
     @override
     def error(self, message: str, ex: Exception | None = None) -> NoReturn:
