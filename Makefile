@@ -4,7 +4,7 @@ VENV := .venv
 BIN := $(VENV)/bin
 
 .DEFAULT_GOAL := help
-.PHONY: help demo test slow check learning growth bench faults clean
+.PHONY: help demo test slow check learning growth bench faults soak clean
 
 help: ## Show this list
 	@grep -E '^[a-z]+:.*## ' $(MAKEFILE_LIST) | sed -E 's/:[^#]*## /\t/' | expand -t 10
@@ -42,6 +42,9 @@ bench: $(VENV)/.installed ## Measure throughput against the peers (half an hour)
 
 faults: $(VENV)/.installed ## Let runs die in every way, and write what they leave (a quarter of an hour)
 	$(BIN)/python benchmarks/faults.py
+
+soak: $(VENV)/.installed ## Kill runs at random moments and resume them (20 minutes)
+	$(BIN)/python benchmarks/soak.py
 
 clean: ## Remove the virtual environment and caches
 	rm -rf $(VENV) build dist *.egg-info .pytest_cache .ruff_cache .hypothesis .import_linter_cache

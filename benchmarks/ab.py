@@ -1,11 +1,10 @@
 """An A/B on CartPole from one command, with one of its runs killed half-way.
 
 Starts ``scripts/ab.py`` as a user would, sends SIGKILL to one run when it has half its budget, and
-writes what ``esper compare`` made of it to ``benchmarks/results/ab.md`` and ``ab.png``.
+writes what ``esper compare`` made of it to ``results/ab.md`` and ``ab.png``.
 """
 
 import argparse
-import json
 import os
 import shutil
 import signal
@@ -15,53 +14,73 @@ import tempfile
 import time
 from pathlib import Path
 
-from conditions import ROOT, conditions
+from conditions import ROOT, benchmark_parser, results
 
 from esper_lightning.forensics.files import read_json_lines
+from esper_lightning.forensics.report import read_report
 
-KILLED, AT_ENV_STEPS = Path("slow/seed3"), 250_000
-COMMAND = [
-    *("scripts/ab.py", "--config", "configs/cartpole.yaml", "--seeds", "0", "1", "2", "3", "4"),
-    *("--variant", "base", "--variant", "slow: --model.ppo.learning_rate 3e-4"),
-]
+VARIANTS = ("--variant", "base", "--variant", "slow: --model.ppo.learning_rate 3e-4")
 
 
-def kill_half_way(run: Path) -> str:
+def kill_half_way(launcher: subprocess.Popen[bytes], run: Path, at_env_steps: int) -> str:
     """Wait for the run to get there, and kill it."""
     while True:
         rows = read_json_lines(run / "rank0" / "history.jsonl")
-        if rows and rows[-1]["env_steps"] >= AT_ENV_STEPS:
+        if rows and rows[-1]["env_steps"] >= at_env_steps:
             break
-        time.sleep(0.05)
-    process = json.loads((run / "rank0" / "process.json").read_text())
+        if launcher.poll() is not None:
+            sys.exit(f"{run} must get to {at_env_steps:,} env steps, and everything has ended.")
+        time.sleep(0.01)
+    process = read_report(run / "rank0" / "process.json")
+    assert process is not None
     os.kill(process["pid"], signal.SIGKILL)
-    return f"SIGKILL to `{KILLED}` when it had {rows[-1]['env_steps']:,} env steps"
+    return f"SIGKILL to `slow/{run.name}` when it had {rows[-1]['env_steps']:,} env steps"
+
+
+def parser() -> argparse.ArgumentParser:
+    settings = ["--model.env.num_envs", "4", "--model.total_env_steps", "2_560"]
+    settings += ["--model.eval_episodes", "2", "--model.iterations_per_epoch", "5"]
+    smallest = {"seeds": [0], "killed": 0, "at_env_steps": 256, "settings": settings}
+    parser = benchmark_parser(__doc__, smallest)
+    parser.add_argument("--jobs", type=int, default=2, help="runs at a time")
+    parser.set_defaults(
+        seeds=[0, 1, 2, 3, 4],
+        killed=3,  # seed
+        at_env_steps=250_000,
+        settings=["--model.iterations_per_epoch", "10"],
+    )
+    return parser
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("--jobs", type=int, default=2)
-    options = parser.parse_args()
-    with tempfile.TemporaryDirectory(dir=ROOT) as folder:
-        output = Path(folder).relative_to(ROOT) / "ab"
-        under = conditions("python benchmarks/ab.py")
-        arguments = [*COMMAND, "--output", str(output), "--jobs", str(options.jobs)]
-        arguments += ["--", "--model.iterations_per_epoch", "10"]
+    options = parser().parse_args()
+    with (
+        results(__file__, options, threads="one thread a run") as files,
+        tempfile.TemporaryDirectory() as folder,
+    ):
+        output = Path(folder) / "ab"
+        command = [sys.executable, str(ROOT / "scripts" / "ab.py"), *VARIANTS]
+        command += ["--config", "configs/cartpole.yaml", "--output", str(output)]
+        command += ["--seeds", *map(str, options.seeds), "--jobs", str(options.jobs)]
         start = time.monotonic()
-        launcher = subprocess.Popen([sys.executable, *arguments], cwd=ROOT)
-        killed = kill_half_way(ROOT / output / KILLED)
+        launcher = subprocess.Popen([*command, "--", *options.settings], cwd=ROOT)
+        killed = kill_half_way(
+            launcher, output / "slow" / f"seed{options.killed}", options.at_env_steps
+        )
         status = launcher.wait()
         took_s = time.monotonic() - start
-        text = (ROOT / output / "comparison.md").read_text().replace(f"{output}/", "")
-        results = ROOT / "benchmarks" / "results"
-        title, _, rest = text.partition("\n")
-        head = [
-            *(title, "", under, f"- killed: {killed}"),
-            f"- {options.jobs} runs at a time; {took_s:.0f} s in all, exit status {status}",
-        ]
-        text = "\n".join(head) + "\n" + rest.replace("comparison.png", "ab.png")
-        (results / "ab.md").write_text(text)
-        shutil.copyfile(ROOT / output / "comparison.png", results / "ab.png")
+        title, _, rest = (output / "comparison.md").read_text().partition("\n")
+        told = rest.replace(f"{output}/", "").replace("comparison.png", "ab.png").strip()
+        files.write(
+            title.removeprefix("# "),
+            [
+                f"- killed: {killed}",
+                f"- {options.jobs} runs at a time; {took_s:.0f} s in all, exit status {status}",
+                "",
+                told,
+            ],
+        )
+        shutil.copyfile(output / "comparison.png", files.path(suffix=".png"))
 
 
 if __name__ == "__main__":

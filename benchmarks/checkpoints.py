@@ -1,4 +1,4 @@
-"""What checkpoints cost: to write, to read, and of a run. Writes ``results/checkpoints_<name>.md``.
+"""What checkpoints cost: to write, to read, and of a run. Writes ``results/checkpoints.md``.
 
 CartPole, an actor and a critic of two layers of 64, one thread. Ways to write (and to read) follow
 each other in turn within one process; medians over rounds. An epoch of 50 iterations writes
@@ -12,93 +12,77 @@ import time
 from collections import defaultdict
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any, NamedTuple
 
 import torch
-from conditions import ROOT, conditions
+from conditions import benchmark_parser, results
 from lightning.pytorch import Trainer
-from lightning.pytorch.plugins import TorchCheckpointIO
+from lightning.pytorch.plugins import CheckpointIO, TorchCheckpointIO
+from typing_extensions import override
 
 from esper_lightning import PPO, AtomicCheckpointIO, PPOConfig
 from esper_lightning.envs import CartPole
 from esper_lightning.training.checkpoint_io import read_checkpoint
 
-_EPOCH = 50
-# Environments, steps: iterations.
-_SIZES = {(4, 128): 200, (64, 32): 200, (2048, 32): 30, (65_536, 8): 12}
+EPOCH = 50
 
 
-def main() -> None:
-    parser = argparse.ArgumentParser()
-    parser.add_argument("name", help="of the machine and day, for the results file")
-    parser.add_argument("--rounds", type=int, default=30)
-    arguments = parser.parse_args()
-    torch.set_num_threads(1)
-    lines = [row(*size, iterations, arguments.rounds) for size, iterations in _SIZES.items()]
-    heads = ("environments x steps", "KB", "write, ms", "quartiles", "of which collecting")
-    heads += (
-        "Lightning's own, ms",
-        "read, ms",
-        "torch.load, ms",
-        "fastest iteration, ms",
-        "of an epoch",
-    )
-    command = f"python benchmarks/checkpoints.py {arguments.name} --rounds {arguments.rounds}"
-    text = [
-        "# What checkpoints cost",
-        "",
-        conditions(command, "one thread, shared with other work"),
-        "",
-        f"Medians of {arguments.rounds} rounds. *Write*: collecting the state from Trainer and",
-        "module, serialising, flushing to the disk, renaming. *Read*: with checksums.",
-        f"*Of an epoch*: two writes (`last.ckpt` and `best.ckpt`) against {_EPOCH} times the",
-        'fastest iteration with `compile="max"`; the evaluation is not counted to the epoch.',
-        "",
-        f"| {' | '.join(heads)} |",
-        "| --- " * len(heads) + "|",
-        *lines,
-    ]
-    path = ROOT / "benchmarks" / "results" / f"checkpoints_{arguments.name}.md"
-    path.write_text("\n".join(text) + "\n")
-    print("\n".join(text))
+class Size(NamedTuple):
+    """How large a run is whose checkpoint is measured, and how many iterations are timed."""
+
+    num_envs: int
+    steps: int
+    iterations: int
 
 
-def row(num_envs: int, steps: int, iterations: int, rounds: int) -> str:
+SIZES = [Size(4, 128, 200), Size(64, 32, 200), Size(2048, 32, 30), Size(65_536, 8, 12)]
+
+
+class Nowhere(TorchCheckpointIO):
+    """Writes nothing: what is left of a save is to collect the state."""
+
+    @override
+    def save_checkpoint(self, checkpoint: Any, path: Any, storage_options: Any = None) -> None:
+        pass
+
+
+def row(size: Size, options: argparse.Namespace) -> str:
     """Measure one size."""
     with tempfile.TemporaryDirectory() as folder:
-        trainer, iteration_ms = trained(num_envs, steps, iterations, folder)
+        trainer, iteration_ms = trained(size, options.compile, folder)
         ours, theirs = Path(folder) / "ours.ckpt", Path(folder) / "theirs.ckpt"
         ways: dict[str, Callable[[], object]] = {
             "write": lambda: save(trainer, AtomicCheckpointIO(), ours),
             "lightning": lambda: save(trainer, TorchCheckpointIO(), theirs),
-            "collect": trainer._checkpoint_connector.dump_checkpoint,
+            "collect": lambda: save(trainer, Nowhere(), theirs),
             "read": lambda: read_checkpoint(ours),
             "load": lambda: torch.load(ours, map_location="cpu", weights_only=True),
         }
         times: dict[str, list[float]] = defaultdict(list)
-        for number in range(rounds + 1):
+        for number in range(options.rounds + 1):
             for name, way in ways.items():
                 started = time.perf_counter()
                 way()
                 if number > 0:  # the first one warms up
                     times[name].append((time.perf_counter() - started) * 1e3)
-        size = ours.stat().st_size
+        kilobytes = ours.stat().st_size / 1e3
     ms = {name: statistics.median(values) for name, values in times.items()}
     low, _, high = statistics.quantiles(times["write"], n=4)
-    share = 2 * ms["write"] / (_EPOCH * iteration_ms)
-    cells = (f"{num_envs:,} x {steps}", f"{size / 1e3:,.0f}", f"{ms['write']:.1f}")
+    share = 2 * ms["write"] / (EPOCH * iteration_ms)
+    cells = (f"{size.num_envs:,} x {size.steps}", f"{kilobytes:,.0f}", f"{ms['write']:.1f}")
     cells += (f"{low:.1f} to {high:.1f}", f"{ms['collect']:.1f}", f"{ms['lightning']:.1f}")
     cells += (f"{ms['read']:.1f}", f"{ms['load']:.1f}", f"{iteration_ms:.1f}", f"{share:.2%}")
     return f"| {' | '.join(cells)} |"
 
 
-def trained(num_envs: int, steps: int, iterations: int, folder: str) -> tuple[Trainer, float]:
+def trained(size: Size, compile_mode: str, folder: str) -> tuple[Trainer, float]:
     """A Trainer after some iterations, and the time of the fastest."""
-    ppo = PPOConfig(rollout_steps=steps, normalize_obs=True)
-    model = PPO(CartPole(num_envs=num_envs), ppo=ppo, compile="max")
+    ppo = PPOConfig(rollout_steps=size.steps, normalize_obs=True)
+    model = PPO(CartPole(num_envs=size.num_envs), ppo=ppo, compile=compile_mode)  # pyright: ignore[reportArgumentType]
     trainer = Trainer(
         accelerator="cpu",
         max_epochs=-1,
-        max_steps=iterations,
+        max_steps=size.iterations,
         limit_val_batches=0,
         logger=False,
         enable_checkpointing=False,
@@ -120,9 +104,41 @@ def trained(num_envs: int, steps: int, iterations: int, folder: str) -> tuple[Tr
     return trainer, min(times)
 
 
-def save(trainer: Trainer, checkpoint_io: TorchCheckpointIO, path: Path) -> None:
+def save(trainer: Trainer, checkpoint_io: CheckpointIO, path: Path) -> None:
     trainer.strategy.checkpoint_io = checkpoint_io
     trainer.save_checkpoint(path)
+
+
+def parser() -> argparse.ArgumentParser:
+    smallest = {"rounds": 2, "sizes": [Size(4, 8, 2)], "compile": "off"}
+    parser = benchmark_parser(__doc__, smallest)
+    parser.add_argument("--rounds", type=int, default=30)
+    parser.set_defaults(sizes=SIZES, compile="max")
+    return parser
+
+
+def main() -> None:
+    options = parser().parse_args()
+    torch.set_num_threads(1)
+    heads = ("environments x steps", "KB", "write, ms", "quartiles", "of which collecting")
+    heads += ("Lightning's own, ms", "read, ms", "torch.load, ms", "fastest iteration, ms")
+    heads += ("of an epoch",)
+    with results(__file__, options, threads="one thread, shared with other work") as files:
+        lines = [row(size, options) for size in options.sizes]
+        files.write(
+            "What checkpoints cost",
+            [
+                f"Medians of {options.rounds} rounds. *Write*: collecting the state from Trainer",
+                "and module, serialising, flushing to the disk, renaming. *Read*: with checksums.",
+                f"*Of an epoch*: two writes (`last.ckpt` and `best.ckpt`) against {EPOCH} times",
+                f'the fastest iteration with `compile="{options.compile}"`; the evaluation is not',
+                "counted to the epoch.",
+                "",
+                f"| {' | '.join(heads)} |",
+                "| --- " * len(heads) + "|",
+                *lines,
+            ],
+        )
 
 
 if __name__ == "__main__":

@@ -1,41 +1,182 @@
-"""Under what a figure was measured: hardware, versions, commit, command, date."""
+"""What every benchmark shares: its options, and the one writer of results files.
 
+A results file says under what it was measured, and by which command it is measured again. It is
+refused where the working tree is not that of a commit: before anything is measured, and once more
+before anything is written. ``--smallest`` is how the tests run a benchmark, at sizes that measure
+nothing: its files go to a folder that is removed, whatever the state of the tree.
+"""
+
+import argparse
 import datetime
 import os
 import platform
+import shlex
 import subprocess
-from importlib.metadata import version
+import sys
+import tempfile
+from collections.abc import Iterable, Iterator, Mapping
+from contextlib import contextmanager
+from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
+from typing import Any
 
 ROOT = Path(__file__).resolve().parent.parent
+RESULTS = ROOT / "benchmarks" / "results"
+PACKAGES = ("torch", "lightning", "torchmetrics")
+# What the environment of a process changes about a measurement.
+VARIABLES = ("CUDA_VISIBLE_DEVICES", "GOMP_SPINCOUNT", "MKL_NUM_THREADS", "OMP_NUM_THREADS")
 
 
-def conditions(command: str, threads: str = "one thread a run") -> str:
-    """Lines for the head of a results file."""
-    commit = subprocess.run(
-        ["git", "describe", "--always", "--dirty", "--abbrev=12"],
-        cwd=ROOT,
-        capture_output=True,
-        text=True,
-        check=False,
+class _Smallest(argparse.Action):
+    """Gives other options their smallest values; words that follow may change them again."""
+
+    def __call__(self, parser: Any, namespace: argparse.Namespace, *_: Any) -> None:
+        for name, value in self.const.items():
+            assert hasattr(namespace, name), f"{name} is no option of {parser.prog}"
+            setattr(namespace, name, value)
+        namespace.smallest = True
+
+
+def benchmark_parser(doc: str | None, smallest: Mapping[str, Any]) -> argparse.ArgumentParser:
+    """The options that every benchmark has; it adds its own.
+
+    Args:
+        doc: What the benchmark measures.
+        smallest: Values of options under ``--smallest``, by name.
+    """
+    parser = argparse.ArgumentParser(
+        description=doc,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+        allow_abbrev=False,
     )
-    cpu = next(
-        (
-            line.split(":")[1].strip()
-            for line in Path("/proc/cpuinfo").read_text().splitlines()
-            if "model name" in line
-        ),
-        platform.processor(),
+    parser.add_argument(
+        "--output",
+        type=Path,
+        default=RESULTS,
+        metavar="DIR",
+        help="folder of the results files (default: %(default)s)",
     )
-    packages = ", ".join(
-        f"{name} {version(name)}" for name in ("torch", "lightning", "torchmetrics")
+    parser.add_argument(
+        "--smallest",
+        action=_Smallest,
+        nargs=0,
+        const=smallest,
+        default=False,
+        help="run everything at sizes that measure nothing, and leave no file",
     )
-    return "\n".join(
-        [
-            f"- hardware: {cpu}, {os.cpu_count()} cores, {threads}",
+    return parser
+
+
+class Results:
+    """The results files of one call of a benchmark.
+
+    Args:
+        script: The benchmark's file; its files begin with its name.
+        folder: Where they go.
+        threads: How many threads measured, and what else was running.
+        packages: Names of packages that took part, besides our own.
+        kept: Whether they are results; ``False`` for a trial at the smallest size.
+
+    Attributes:
+        commit: What is measured.
+    """
+
+    def __init__(
+        self, script: Path, folder: Path, *, threads: str, packages: Iterable[str], kept: bool
+    ) -> None:
+        self._script, self._folder, self._kept = script, folder, kept
+        self.commit = _commit(script) if kept else "none: the smallest size"
+        self._threads, self._packages = threads, (*PACKAGES, *packages)
+        self._load = _load()
+
+    def path(self, part: str = "", suffix: str = ".md") -> Path:
+        """Place of a file: that of a part of the benchmark, or a picture beside it."""
+        return self._folder / f"{'_'.join(filter(None, (self._script.stem, part)))}{suffix}"
+
+    def write(self, title: str, lines: Iterable[str], *, part: str = "") -> None:
+        """Print a results file, and write it if the tree is still that of the same commit."""
+        text = "\n".join([f"# {title}", "", *self._head(), "", *lines]).rstrip() + "\n"
+        print(text, flush=True)
+        if self._kept and _commit(self._script) != self.commit:
+            sys.exit(f"{self.path(part)} must be of one commit, and {self.commit} is not any more")
+        self._folder.mkdir(parents=True, exist_ok=True)
+        self.path(part).write_text(text)
+
+    def _head(self) -> list[str]:
+        packages = ", ".join(f"{name} {_version(name)}" for name in self._packages)
+        variables = [f"{name}={os.environ[name]}" for name in VARIABLES if name in os.environ]
+        script = self._script.relative_to(ROOT)
+        command = shlex.join([*variables, "python", str(script), *sys.argv[1:]])
+        return [
+            f"- hardware: {_hardware()}, {self._threads}",
             f"- versions: Python {platform.python_version()}, {packages}",
-            f"- commit: {commit.stdout.strip() or 'unknown'}",
+            f"- commit: {self.commit}",
             f"- command: `{command}`",
             f"- date: {datetime.datetime.now(tz=datetime.UTC).date()}",
+            f"- load averages: {self._load} at the start, {_load()} at the end",
         ]
-    )
+
+
+@contextmanager
+def results(
+    script: str, options: argparse.Namespace, *, threads: str, packages: Iterable[str] = ()
+) -> Iterator[Results]:
+    """Refuse to measure what could not be repeated; else give the writer of results files.
+
+    Args:
+        script: ``__file__`` of the benchmark.
+        options: What its parser gave.
+        threads: How many threads measure, and what else is running.
+        packages: Names of packages that take part, besides our own.
+    """
+    told: dict[str, Any] = {"threads": threads, "packages": packages, "kept": not options.smallest}
+    path = Path(script).resolve()
+    if not options.smallest:
+        yield Results(path, options.output, **told)
+        return
+    with tempfile.TemporaryDirectory() as folder:
+        yield Results(path, Path(folder), **told)
+
+
+def _commit(script: Path) -> str:
+    """The commit of the working tree; results files may differ, nothing is measured by them."""
+    found = _git("rev-parse", "--short=12", "HEAD")
+    changed = _git("status", "--porcelain", "--untracked-files=all", "--", ".", f":!{RESULTS}")
+    if changed:
+        names = ", ".join(line[3:] for line in changed.splitlines()[:3])
+        sys.exit(
+            f"{script.name} must measure a commit, got changes in {names}. Commit them, or look "
+            "at the smallest size with --smallest."
+        )
+    return found.strip()
+
+
+def _git(*words: str) -> str:
+    done = subprocess.run(["git", *words], cwd=ROOT, capture_output=True, text=True, check=False)
+    if done.returncode != 0:
+        sys.exit(f"{ROOT} must be a git repository, git says: {done.stderr.strip()}")
+    return done.stdout
+
+
+def _hardware() -> str:
+    """Processor, cores, and GPUs if there are some."""
+    models = _named("model name", [Path("/proc/cpuinfo")]) or [platform.processor()]
+    gpus = _named("Model", Path("/proc/driver/nvidia/gpus").glob("*/information"))
+    return ", ".join([models[0], f"{os.cpu_count()} cores", *gpus])
+
+
+def _named(name: str, files: Iterable[Path]) -> list[str]:
+    """Values of a name in files of the kernel, as far as they are there."""
+    lines = [line for file in files if file.exists() for line in file.read_text().splitlines()]
+    return [line.partition(":")[2].strip() for line in lines if line.startswith(name)]
+
+
+def _version(package: str) -> str:
+    try:
+        return version(package)
+    except PackageNotFoundError:
+        return "(not installed)"
+
+
+def _load() -> str:
+    return f"{os.getloadavg()[0]:.1f}"

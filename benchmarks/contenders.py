@@ -1,26 +1,48 @@
-"""What is compared: each contender builds a callable that runs one PPO iteration of CartPole.
+"""What is compared: each contender runs one PPO iteration of CartPole after the other.
 
-Two hidden layers of 64 (tanh), actor and critic; 4 epochs of 4 minibatches. Run as a worker, it
-builds, says ``ready``, and then times as many iterations as each line of its input asks for.
+Two hidden layers of 64 (tanh), actor and critic; 4 epochs of 4 minibatches. Run as a worker, a
+contender is built, runs one iteration, and then as many as each line of the standard input asks
+for. It answers with a JSON line: for each iteration the seconds of its stages, or of the whole.
+``--smallest`` runs an iteration of every contender in one process instead.
 """
 
 import argparse
 import contextlib
+import importlib
+import importlib.util
+import itertools
 import json
 import sys
 import tempfile
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
+from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 sys.path.insert(0, str(Path(__file__).parent / "peers"))
 EPOCHS, MINIBATCHES, HIDDEN, OBS, ACTIONS = 4, 4, 64, 4, 2
-Iteration = Callable[[], None]
+STAGES = ("rollout", "advantages", "update", "copy to the host")
+Seconds = list[list[float]]
+"""For each iteration those of its stages, or of the whole."""
+Iteration = Callable[[], Sequence[float] | None]
+"""Runs one; gives the seconds of its stages, if it knows them."""
 
 
-def ours_in_trainer(
-    size: argparse.Namespace, mode: str, *, records: bool = True, profiler: str | None = None
+class Caller(NamedTuple):
+    """Who asks for iterations, and hears how long they took."""
+
+    counts: Iterator[int]
+    answer: Callable[[Seconds], None]
+
+
+def in_trainer(
+    size: argparse.Namespace,
+    caller: Caller,
+    *,
+    mode: str = "off",
+    records: bool = True,
+    profiler: str | None = None,
 ) -> None:
     """``Trainer.fit`` as ``esper fit`` has it: loggers, history, bar, checkpoints, recorder."""
     from lightning.pytorch import Callback, Trainer  # noqa: PLC0415
@@ -35,19 +57,17 @@ def ours_in_trainer(
         """Serves one request after the other, from within the run."""
 
         def __init__(self) -> None:
-            self.left, self.started, self.times = 0, 0.0, list[float]()
+            self.left, self.started, self.seconds = 1, time.perf_counter(), Seconds()
 
         def on_train_batch_end(self, trainer: Any, *_: Any) -> None:
-            now = time.perf_counter()
-            self.times.append(now - self.started)
+            self.seconds.append([time.perf_counter() - self.started])
             self.left -= 1
-            if self.left <= 0:
-                answer(self.times)
-                self.left, self.times = request(), []
+            if self.left == 0:
+                caller.answer(self.seconds)
+                self.left, self.seconds = next(caller.counts, 0), []
                 if self.left == 0:
                     trainer.should_stop = True
-                now = time.perf_counter()
-            self.started = now
+            self.started = time.perf_counter()
 
     windows = {
         None: lambda: None,
@@ -67,16 +87,32 @@ def ours_in_trainer(
             PPO(
                 CartPole(num_envs=size.num_envs),
                 ppo=PPOConfig(rollout_steps=size.steps, epochs=EPOCHS, minibatches=MINIBATCHES),
-                compile=mode,  # pyright: ignore[reportArgumentType]
+                compile="off" if size.eager else mode,  # pyright: ignore[reportArgumentType]
             )
         )
 
 
-def ours_bare(size: argparse.Namespace, mode: str, marks: list[float] | None = None) -> Iteration:
-    """The same computation in a plain loop, without Trainer, history or recorder.
+def in_loop(
+    size: argparse.Namespace,
+    caller: Caller,
+    *,
+    build: Callable[[argparse.Namespace], Iteration],
+) -> None:
+    """A plain loop over iterations."""
+    iterate = build(size)
+    count = 1
+    while count:
+        seconds = Seconds()
+        for _ in range(count):
+            started = time.perf_counter()
+            stages = iterate()
+            seconds.append(list(stages or [time.perf_counter() - started]))
+        caller.answer(seconds)
+        count = next(caller.counts, 0)
 
-    ``marks`` receives the time after each part of the last iteration.
-    """
+
+def bare(size: argparse.Namespace) -> Iteration:
+    """The computation of ours in a plain loop, without Trainer, history or recorder."""
     import torch  # noqa: PLC0415
 
     from esper_lightning import MLP, PPOConfig  # noqa: PLC0415
@@ -98,23 +134,28 @@ def ours_bare(size: argparse.Namespace, mode: str, marks: list[float] | None = N
         None,
         exploration=torch.Generator().manual_seed(1),
         sample_order=torch.Generator().manual_seed(2),
-        mode=mode,  # pyright: ignore[reportArgumentType]
+        mode="off" if size.eager else "max",
         device=device,
     )
     learner.start(build_optimizer(policy, config), None)
 
-    def iterate() -> None:
-        times = [time.perf_counter()]
+    def iterate() -> list[float]:
+        marks = [time.perf_counter()]
         rollout = learner.rollout(size.steps)
-        times.append(time.perf_counter())
+        marks.append(time.perf_counter())
         prepared = learner.advantages(rollout)
-        times.append(time.perf_counter())
+        marks.append(time.perf_counter())
         metrics = learner.update(prepared, learning_rate=3e-4)
-        times.append(time.perf_counter())
-        to_host(prepared.healthy, prepared.episodes, prepared.explained_variance, *metrics)
-        times.append(time.perf_counter())
-        if marks is not None:
-            marks[:] = times
+        marks.append(time.perf_counter())
+        to_host(
+            prepared.healthy,
+            prepared.episodes,
+            prepared.explained_variance,
+            *metrics,
+            env=learner.env_figures(),
+        )
+        marks.append(time.perf_counter())
+        return [after - before for before, after in itertools.pairwise(marks)]
 
     return iterate
 
@@ -167,89 +208,98 @@ def jax(size: argparse.Namespace) -> Iteration:
     held = [state]
 
     def iterate() -> None:
-        held[0], figures = step(held[0])
-        library.block_until_ready((held[0].params, figures))
+        held[0], metrics = step(held[0])
+        library.block_until_ready((held[0].params, metrics))
 
     return iterate
 
 
-def peer(module: str, function: str = "build", **options: Any) -> Callable[..., Iteration]:
+def peer(
+    size: argparse.Namespace, *, module: str, function: str = "build", compiles: bool = False
+) -> Iteration:
     """Another library's trainer, on the same batched environments."""
-
-    def build(size: argparse.Namespace) -> Iteration:
-        builder = getattr(__import__(module), function)
-        sizes = (size.num_envs, size.steps, EPOCHS, MINIBATCHES)
-        return builder(*sizes, threads=size.threads, **options)
-
-    return build
+    build = getattr(importlib.import_module(module), function)
+    compiling = {"compile": True} if compiles and not size.eager else {}
+    sizes = (size.num_envs, size.steps, EPOCHS, MINIBATCHES)
+    return build(*sizes, threads=size.threads, **compiling)
 
 
-IN_TRAINER: dict[str, dict[str, Any]] = {
-    "esper, max": {"mode": "max"},
-    "esper, default": {"mode": "default"},
-    "esper, off": {"mode": "off"},
-    "esper, max, no recorder": {"mode": "max", "records": False},
-    "esper, max, profiler waits": {"mode": "max", "profiler": "waiting"},
-    "esper, max, profiler records": {"mode": "max", "profiler": "recording"},
+class Contender(NamedTuple):
+    """How a contender is run, and the names of the packages that it imports beside our own."""
+
+    run: Callable[[argparse.Namespace, Caller], None]
+    needs: tuple[str, ...] = ()
+
+    @property
+    def absent(self) -> list[str]:
+        """Packages that are not installed."""
+        return [name for name in self.needs if importlib.util.find_spec(name) is None]
+
+
+def _peer(*needs: str, **settings: Any) -> Contender:
+    return Contender(partial(in_loop, build=partial(peer, **settings)), needs)
+
+
+CONTENDERS: dict[str, Contender] = {
+    "esper, max": Contender(partial(in_trainer, mode="max")),
+    "esper, default": Contender(partial(in_trainer, mode="default")),
+    "esper, off": Contender(partial(in_trainer, mode="off")),
+    "esper, max, no recorder": Contender(partial(in_trainer, mode="max", records=False)),
+    "esper, max, profiler waits": Contender(partial(in_trainer, mode="max", profiler="waiting")),
+    "esper, max, profiler records": Contender(
+        partial(in_trainer, mode="max", profiler="recording")
+    ),
+    "esper, max, bare loop": Contender(partial(in_loop, build=bare)),
+    "library arithmetic alone": Contender(partial(in_loop, build=arithmetic)),
+    "PureJaxRL style (JAX)": Contender(partial(in_loop, build=jax), ("jax",)),
+    "stable-baselines3, batched env": _peer("stable_baselines3", module="sb3"),
+    "stable-baselines3, Gymnasium": _peer(
+        "stable_baselines3", "gymnasium", module="sb3", function="build_gymnasium"
+    ),
+    "rsl_rl": _peer("rsl_rl", "tensordict", module="rsl_rl_peer"),
+    "rsl_rl, its compile on": _peer("rsl_rl", "tensordict", module="rsl_rl_peer", compiles=True),
+    "skrl": _peer("skrl", "gymnasium", module="skrl_peer"),
 }
-IN_LOOP: dict[str, Callable[[argparse.Namespace], Iteration]] = {
-    "esper, max, bare loop": lambda size: ours_bare(size, "max"),
-    "library arithmetic alone": arithmetic,
-    "PureJaxRL style (JAX)": jax,
-    "stable-baselines3, batched env": peer("sb3"),
-    "stable-baselines3, Gymnasium": peer("sb3", "build_gymnasium"),
-    "rsl_rl": peer("rsl_rl_peer"),
-    "rsl_rl, its compile on": peer("rsl_rl_peer", compile=True),
-    "skrl": peer("skrl_peer"),
-}
 
 
-def request() -> int:
-    """How many iterations are asked for; 0 for the end."""
-    line = sys.stdin.readline().strip()
-    return int(line) if line else 0
+def parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(description=__doc__, allow_abbrev=False)
+    parser.add_argument("name", nargs="?", choices=list(CONTENDERS))
+    parser.add_argument("--num-envs", type=int, default=4)
+    parser.add_argument("--steps", type=int, default=8)
+    parser.add_argument("--threads", type=int, default=1)
+    parser.add_argument("--eager", action="store_true", help="compile nothing")
+    parser.add_argument("--smallest", action="store_true", help="an iteration of every contender")
+    return parser
 
 
-def answer(times: list[float]) -> None:
-    """Tell how long each took."""
-    print(json.dumps(times), file=_OUT, flush=True)
-
-
-_OUT = sys.stdout
-
-
-@contextlib.contextmanager
-def quiet() -> Iterator[None]:
-    """Libraries print; the answers are to stand alone on standard output."""
-    with contextlib.redirect_stdout(sys.stderr):
-        yield
+def run_each(size: argparse.Namespace) -> None:
+    """An iteration of every contender that is installed, and one more when it is asked for."""
+    size.eager = True
+    for name, contender in CONTENDERS.items():
+        if contender.absent:
+            print(f"{name}: not installed: {', '.join(contender.absent)}", flush=True)
+            continue
+        heard: list[Seconds] = []
+        with contextlib.redirect_stdout(sys.stderr):
+            contender.run(size, Caller(iter((1,)), heard.append))
+        assert [len(seconds) for seconds in heard] == [1, 1], name
+        print(f"{name}: {sum(heard[1][0]) * 1e3:.1f} ms", flush=True)
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("name")
-    parser.add_argument("--num-envs", type=int, required=True)
-    parser.add_argument("--steps", type=int, required=True)
-    parser.add_argument("--threads", type=int, required=True)
-    size = parser.parse_args()
+    options = parser().parse_args()
     import torch  # noqa: PLC0415
 
-    torch.set_num_threads(size.threads)
-    with quiet():
-        if size.name in IN_TRAINER:
-            ours_in_trainer(size, **IN_TRAINER[size.name])
-            return
-        iterate = IN_LOOP[size.name](size)
-        started = time.perf_counter()
-        iterate()
-        answer([time.perf_counter() - started])
-        while count := request():
-            times: list[float] = []
-            for _ in range(count):
-                started = time.perf_counter()
-                iterate()
-                times.append(time.perf_counter() - started)
-            answer(times)
+    torch.set_num_threads(options.threads)
+    if options.smallest:
+        run_each(options)
+        return
+    answers = sys.stdout
+    counts = iter(lambda: int(sys.stdin.readline().strip() or 0), 0)
+    answer = lambda seconds: print(json.dumps(seconds), file=answers, flush=True)  # noqa: E731
+    with contextlib.redirect_stdout(sys.stderr):  # libraries print
+        CONTENDERS[options.name].run(options, Caller(counts, answer))
 
 
 if __name__ == "__main__":

@@ -1,5 +1,6 @@
 """Let runs die of every fault in ``tests/crash/cases.py``: writes ``results/faults.md``."""
 
+import argparse
 import sys
 import tempfile
 from collections import Counter
@@ -7,10 +8,9 @@ from collections.abc import Iterable
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
-ROOT = Path(__file__).parents[1]
-sys.path[:0] = [str(ROOT), str(ROOT / "benchmarks")]
+sys.path[:0] = [str(Path(__file__).parents[1])]
 
-from conditions import conditions  # noqa: E402
+from conditions import benchmark_parser, results  # noqa: E402
 
 from tests.crash.cases import ALL, ALL_RANKS, Case, RankCase, expected, name  # noqa: E402
 from tests.crash.harness import FAILING_OPERATOR, Outcome, run, run_ranks  # noqa: E402
@@ -18,21 +18,20 @@ from tests.crash.test_faults import check  # noqa: E402
 from tests.crash.test_ranks import check_ranks  # noqa: E402
 
 
-def main() -> None:
+def measure(cases: list[Case], rank_cases: list[RankCase]) -> list[str]:
+    """What every case left, counted and one by one."""
     totals, of_ranks = Counter[str](), Counter[str]()
     with tempfile.TemporaryDirectory() as folder, ThreadPoolExecutor(2) as pool:
-        places = [Path(folder) / str(number) for number in range(len(ALL))]
-        rows = [row_of(*done, totals) for done in zip(ALL, pool.map(run, ALL, places), strict=True)]
-        places = [Path(folder) / f"ranks{number}" for number in range(len(ALL_RANKS))]
-        outcomes = pool.map(run_ranks, ALL_RANKS, places)
-        rank_rows = [row_of_ranks(*d, of_ranks) for d in zip(ALL_RANKS, outcomes, strict=True)]
-    head = ["# What runs leave when they die", "", conditions("make faults"), ""]
+        places = [Path(folder) / str(number) for number in range(len(cases))]
+        outcomes = pool.map(run, cases, places)
+        rows = [row_of(*done, totals) for done in zip(cases, outcomes, strict=True)]
+        places = [Path(folder) / f"ranks{number}" for number in range(len(rank_cases))]
+        outcomes = pool.map(run_ranks, rank_cases, places)
+        rank_rows = [row_of_ranks(*d, of_ranks) for d in zip(rank_cases, outcomes, strict=True)]
     one = ("fault, profiler, ...", "status", "cause", "error", "saved", "s", "")
     two = ("fault, strategy, rank that dies", "status", "rank 0: saved", "rank 1: saved", "s", "")
-    lines = [*head, *counted(totals), *table(one, rows), "", "## Two ranks, one of which dies", ""]
-    lines += [*counted(of_ranks), *table(two, rank_rows)]
-    (ROOT / "benchmarks" / "results" / "faults.md").write_text("\n".join(lines) + "\n")
-    print("\n".join([*counted(totals), "Two ranks:", *counted(of_ranks)]))
+    lines = [*counted(totals), *table(one, rows), "", "## Two ranks, one of which dies", ""]
+    return [*lines, *counted(of_ranks), *table(two, rank_rows)]
 
 
 def row_of(case: Case, outcome: Outcome, totals: Counter[str]) -> str:
@@ -88,6 +87,19 @@ def table(heads: tuple[str, ...], rows: list[str]) -> list[str]:
 
 def counted(totals: Counter[str]) -> Iterable[str]:
     return [f"- {label}: {count}" for label, count in totals.items()]
+
+
+def parser() -> argparse.ArgumentParser:
+    smallest = {"cases": ALL[:1], "rank_cases": ALL_RANKS[:1]}
+    parser = benchmark_parser(__doc__, smallest)
+    parser.set_defaults(cases=ALL, rank_cases=ALL_RANKS)
+    return parser
+
+
+def main() -> None:
+    options = parser().parse_args()
+    with results(__file__, options, threads="one thread a run") as files:
+        files.write("What runs leave when they die", measure(options.cases, options.rank_cases))
 
 
 if __name__ == "__main__":

@@ -2,26 +2,26 @@
 
 Trains ``configs/morphogenesis.yaml`` with several seeds, one thread each; then lets the best
 checkpoint of each, by its evaluations, and four baselines play the same fresh hosts, and writes a
-table and figures to ``benchmarks/results/``. One of the baselines, to grow at the start, is tried
-with every blueprint. Runs stay in ``--output``: called again, those that are finished are not
-repeated, and others go on.
+table and figures: ``results/growth.md``, ``growth.png`` and ``growth_episode.png``. One of the
+baselines, to grow at the start, is tried with every blueprint. Runs stay in a folder of the commit
+below ``--runs``: called again, those that are finished are not repeated, and others resume.
 
     python benchmarks/growth.py --jobs 2
-    python benchmarks/growth.py --seeds 0 1 --hosts 4 --output runs/try --results runs/try/a.md \
-        -- --model.total_env_steps 5_120
+    python benchmarks/growth.py --seeds 0 1 --hosts 4 -- --model.total_env_steps 5_120
 """
 
 import argparse
 import os
 import subprocess
 import sys
+import tempfile
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
 
 import numpy as np
 import torch
-from conditions import conditions
+from conditions import ROOT, Results, benchmark_parser, results
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from matplotlib.ticker import EngFormatter
@@ -37,18 +37,17 @@ from esper_lightning.envs.morphogenesis.baselines import grow_at_start
 from esper_lightning.training.checkpoints import checkpoint_at
 from esper_lightning.training.growth import Played, fresh_hosts, play_baselines, play_trained
 
-ROOT = Path(__file__).resolve().parent.parent
 COLOURS = ("#0072B2", "#56B4E9", "#666666", "#009E73", "#CC79A7", "#D55E00")
 
 
-def train(options: argparse.Namespace) -> list[Path]:
+def train(options: argparse.Namespace, folder: Path) -> list[Path]:
     """Run directories, one for each seed."""
     command = [sys.executable, str(ROOT / "scripts" / "ab.py")]
     command += ["--config", str(ROOT / "configs" / "morphogenesis.yaml")]
     command += ["--seeds", *map(str, options.seeds), "--jobs", str(options.jobs)]
-    command += ["--variant", "ppo", "--output", str(options.output), "--", *options.arguments]
+    command += ["--variant", "ppo", "--output", str(folder), "--", *options.arguments]
     subprocess.run(command, check=True, env={**os.environ, "OMP_NUM_THREADS": "1"})
-    return [options.output / "ppo" / f"seed{seed}" for seed in options.seeds]
+    return [folder / "ppo" / f"seed{seed}" for seed in options.seeds]
 
 
 def play(models: list[PPO], env: MorphogenesisEnv) -> dict[str, list[Played]]:
@@ -148,43 +147,19 @@ def intervals(axes: Axes, found: dict[str, Estimate], colour: dict[str, str]) ->
     axes.set_title("Interquartile mean, 95 % intervals", fontsize=10)
 
 
-def main() -> None:
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
-    parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2, 3, 4])
-    parser.add_argument("--jobs", type=int, default=2, help="runs at a time")
-    parser.add_argument("--hosts", type=int, default=200, help="fresh ones, the same for all")
-    parser.add_argument("--host-seed", type=int, default=2026)
-    parser.add_argument("--output", type=Path, default=Path("runs/growth"), help="of the runs")
-    parser.add_argument("--results", type=Path, default=ROOT / "benchmarks/results/growth.md")
-    parser.add_argument("arguments", nargs="*", help="of esper fit, after --")
-    options = parser.parse_args()
-    if options.hosts < 2:
-        parser.error(f"--hosts must be at least 2, got {options.hosts}")
-    runs = train(options)
+def measure(options: argparse.Namespace, files: Results, folder: Path) -> None:
+    """Train, play, and write table and figures."""
+    runs = train(options, folder)
     torch.set_num_threads(1)
     models = [PPO.load_from_checkpoint(checkpoint_at(run)) for run in runs]
-    command = " ".join(["python", "benchmarks/growth.py", *sys.argv[1:]])
-    where = conditions(command)  # before results change the working tree
     cpu = torch.device("cpu")
     env = fresh_hosts(models[0].env, hosts=options.hosts, device=cpu, seed=options.host_seed)
     played, others = play(models, env), each_blueprint(env)
-    found = estimates(played)
-    options.results.parent.mkdir(parents=True, exist_ok=True)
-    beside = options.results.with_suffix("")
-    picture(runs, found, beside.with_suffix(".png"))
-    episode = beside.with_name(f"{beside.name}_episode.png")
-    one = played["PPO"][0]
-    median = int(one.episode_return.argsort()[options.hosts // 2])
-    title = f"PPO, seed {options.seeds[0]}, median of {options.hosts} hosts"
-    draw(one, median, models[0].env, episode, title=title)
     told = table(others, host_parameters=env.host_parameters)
     section = table(played, host_parameters=env.host_parameters).markdown()
     steps = f"{models[0].total_env_steps:,}"
+    curves, episode = files.path(suffix=".png"), files.path("episode", ".png")
     text = [
-        "# Growing networks: PPO against four baselines\n",
-        f"{where}\n",
         f"`configs/morphogenesis.yaml`, {len(runs)} training seeds of {steps} env steps.",
         "Of each, the best checkpoint by its evaluations during training. Then everyone plays the",
         "same hosts, which neither training nor that choice has seen. Test accuracy is of a split",
@@ -196,13 +171,45 @@ def main() -> None:
         *replace(told, title="Grow at the start, with each blueprint").markdown(),
         "The baseline above grows `conv_light`. PPO learnt what to grow; these rules were told.\n",
         *verdicts({"PPO": played["PPO"], **others}),
-        f"\n![Learning curves and intervals]({beside.name}.png)\n",
+        f"\n![Learning curves and intervals]({curves.name})\n",
         "## Training seeds\n",
         *each_seed(models, played),
         f"\n## An episode\n\n![An episode]({episode.name})\n",
     ]
-    options.results.write_text("\n".join(text))
-    print(options.results.read_text())
+    files.write("Growing networks: PPO against four baselines", text)
+    picture(runs, estimates(played), curves)
+    one = played["PPO"][0]
+    median = int(one.episode_return.argsort()[options.hosts // 2])
+    title = f"PPO, seed {options.seeds[0]}, median of {options.hosts} hosts"
+    draw(one, median, models[0].env, episode, title=title)
+
+
+def parser() -> argparse.ArgumentParser:
+    arguments = ["--model.env.num_envs", "2", "--model.env.epochs", "10"]
+    arguments += ["--model.env.train_batches", "1", "--model.total_env_steps", "40"]
+    arguments += ["--model.eval_episodes", "2", "--model.ppo.minibatches", "2"]
+    smallest = {"seeds": [0], "hosts": 2, "arguments": arguments}
+    parser = benchmark_parser(__doc__, smallest)
+    parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2, 3, 4])
+    parser.add_argument("--jobs", type=int, default=2, help="runs at a time")
+    parser.add_argument("--hosts", type=int, default=200, help="fresh ones, the same for all")
+    parser.add_argument("--host-seed", type=int, default=2026)
+    parser.add_argument("--runs", type=Path, default=ROOT / "runs" / "growth", metavar="DIR")
+    parser.add_argument("arguments", nargs="*", help="of esper fit, after --")
+    return parser
+
+
+def main() -> None:
+    parsed = parser()
+    options = parsed.parse_args()
+    if options.hosts < 2:
+        parsed.error(f"--hosts must be at least 2, got {options.hosts}")
+    with results(__file__, options, threads="one thread a run") as files:
+        if options.smallest:
+            with tempfile.TemporaryDirectory() as folder:
+                measure(options, files, Path(folder))
+        else:  # what another commit trained is none of its results
+            measure(options, files, options.runs / files.commit)
 
 
 if __name__ == "__main__":

@@ -3,7 +3,8 @@
 5 seeds, the configs as they are, 100 deterministic evaluation episodes at the end.
 
 Runs ``esper fit`` as a user would, one thread each, as many at a time as there are cores, and
-writes a table and the raw figures to ``benchmarks/results/``.
+writes a table and the raw metrics: ``results/learning.md`` and ``learning.json``, or
+``learning_compile_<mode>`` of compiled training.
 """
 
 import argparse
@@ -13,36 +14,25 @@ import subprocess
 import sys
 import tempfile
 from concurrent.futures import ThreadPoolExecutor
+from functools import partial
 from pathlib import Path
+from typing import Any
 
-from conditions import conditions
+from conditions import ROOT, benchmark_parser, results
 
-ROOT = Path(__file__).resolve().parent.parent
 GOALS = {"cartpole": 475.0, "acrobot": -100.0, "pendulum": -250.0, "mountain_car": None}
 
 
-def train(task: str, seed: int, mode: str, workdir: Path) -> dict[str, float]:
+def train(job: tuple[str, int], options: argparse.Namespace, folder: Path) -> dict[str, Any]:
     """One run; returns its last evaluation and its last history row."""
-    run = workdir / f"{task}-{seed}"
-    command = [
-        *(
-            str(Path(sys.executable).with_name("esper")),
-            "fit",
-            "--config",
-            str(ROOT / "configs" / f"{task}.yaml"),
-        ),
-        *(
-            "--model.seed",
-            str(seed),
-            "--model.compile",
-            mode,
-            "--run_dir",
-            str(run),
-        ),
-        *("--trainer.enable_progress_bar", "false"),
-    ]
+    task, seed = job
+    run = folder / f"{task}-{seed}"
+    command = [sys.executable, "-m", "esper_lightning.cli.main", "fit"]
+    command += ["--config", str(ROOT / "configs" / f"{task}.yaml"), "--run_dir", str(run)]
+    command += ["--model.seed", str(seed), "--model.compile", options.compile]
+    command += ["--trainer.enable_progress_bar", "false", *options.settings]
     environment = {**os.environ, "OMP_NUM_THREADS": "1"}
-    subprocess.run(command, check=True, cwd=workdir, env=environment, capture_output=True)
+    subprocess.run(command, check=True, cwd=folder, env=environment, stdout=subprocess.DEVNULL)
     evaluation = json.loads((run / "rank0" / "evaluations.jsonl").read_text().splitlines()[-1])
     row = json.loads((run / "rank0" / "history.jsonl").read_text().splitlines()[-1])
     assert evaluation["iteration"] == row["iteration"]
@@ -58,48 +48,57 @@ def train(task: str, seed: int, mode: str, workdir: Path) -> dict[str, float]:
     }
 
 
-def table(results: list[dict[str, float]], tasks: list[str]) -> str:
+def table(runs: list[dict[str, Any]], tasks: list[str]) -> list[str]:
     lines = [
         "| task | env steps | goal | mean return of each seed | worst | mean | training, s |",
         "| --- | --- | --- | --- | --- | --- | --- |",
     ]
     for task in tasks:
-        mine = [result for result in results if result["task"] == task]
-        returns = [result["return_mean"] for result in mine]
+        mine = [run for run in runs if run["task"] == task]
+        returns = [run["return_mean"] for run in mine]
         goal = "none" if GOALS[task] is None else f">= {GOALS[task]:g}"
-        seconds = sorted(result["train_time_s"] for result in mine)
+        seconds = sorted(run["train_time_s"] for run in mine)
         each = ", ".join(f"{value:.1f}" for value in returns)
         mean, median_s = sum(returns) / len(returns), seconds[len(seconds) // 2]
         lines.append(
             f"| {task} | {mine[0]['env_steps']:,} | {goal} | {each} "
             f"| {min(returns):.1f} | {mean:.1f} | {median_s:.0f} |"
         )
-    return "\n".join(lines)
+    return lines
 
 
-def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__)
+def parser() -> argparse.ArgumentParser:
+    settings = ["--model.env.num_envs", "4", "--model.total_env_steps", "256"]
+    settings += ["--model.eval_episodes", "2"]
+    smallest = {"tasks": ["cartpole"], "seeds": 1, "settings": settings}
+    parser = benchmark_parser(__doc__, smallest)
     parser.add_argument("--tasks", nargs="+", default=list(GOALS), choices=list(GOALS))
     parser.add_argument("--seeds", type=int, default=5)
     parser.add_argument("--compile", default="off", choices=("off", "default", "max"))
-    parser.add_argument("--output", type=Path)
-    arguments = parser.parse_args()
-    jobs = [(task, seed) for task in arguments.tasks for seed in range(arguments.seeds)]
-    with tempfile.TemporaryDirectory() as workdir, ThreadPoolExecutor(os.cpu_count()) as pool:
-        results = list(pool.map(lambda job: train(*job, arguments.compile, Path(workdir)), jobs))
-    if arguments.output is None:
-        name = "learning" if arguments.compile == "off" else f"learning_compile_{arguments.compile}"
-        arguments.output = ROOT / "benchmarks" / "results" / f"{name}.md"
-    command = " ".join(["python", "benchmarks/learning.py", *sys.argv[1:]])
-    text = (
-        "# Learning: mean return of 100 deterministic evaluation episodes after training\n\n"
-        f"{conditions(command)}\n\n{table(results, arguments.tasks)}\n\n"
-        "Steps are totals over all environments. Raw figures: the `.json` beside this file.\n"
-    )
-    arguments.output.parent.mkdir(parents=True, exist_ok=True)
-    arguments.output.write_text(text)
-    arguments.output.with_suffix(".json").write_text(json.dumps(results, indent=1) + "\n")
-    print(text)
+    parser.set_defaults(settings=[])
+    return parser
+
+
+def main() -> None:
+    options = parser().parse_args()
+    jobs = [(task, seed) for task in options.tasks for seed in range(options.seeds)]
+    part = "" if options.compile == "off" else f"compile_{options.compile}"
+    with (
+        results(__file__, options, threads="one thread a run") as files,
+        tempfile.TemporaryDirectory() as folder,
+        ThreadPoolExecutor(os.cpu_count()) as pool,
+    ):
+        runs = list(pool.map(partial(train, options=options, folder=Path(folder)), jobs))
+        files.write(
+            "Learning: mean return of 100 deterministic evaluation episodes after training",
+            [
+                *table(runs, options.tasks),
+                "",
+                "Steps are totals over all environments. The `.json` beside this has every run.",
+            ],
+            part=part,
+        )
+        files.path(part, ".json").write_text(json.dumps(runs, indent=1) + "\n")
 
 
 if __name__ == "__main__":

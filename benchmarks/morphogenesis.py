@@ -4,23 +4,22 @@ One process, one thread; both take turns within a round, and the seconds are pro
 process, because others share the machine. The loop is the reference of the tests: one ``nn.Module``
 and its optimizers per host; its time is linear in the number of hosts, so it runs at most 4 of
 them. Both are measured in the middle of an episode, where seeds live: up to there hosts follow the
-same actions but train on next to nothing. Writes ``results/morphogenesis_<hardware>_<date>.md``.
+same actions but train on next to nothing. Writes ``results/morphogenesis.md``.
 """
 
 import argparse
-import datetime
-import os
-import re
 import statistics
 import sys
 import time
 from collections.abc import Callable
 from dataclasses import replace
+from pathlib import Path
 
 import torch
-from conditions import ROOT, conditions
 
-sys.path.insert(0, str(ROOT))
+sys.path.insert(0, str(Path(__file__).parents[1]))
+
+from conditions import benchmark_parser, results
 
 from esper_lightning.envs.morphogenesis import Morphogenesis, MorphogenesisEnv
 from esper_lightning.envs.morphogenesis.baselines import never_grow, random_legal
@@ -28,7 +27,6 @@ from esper_lightning.envs.morphogenesis.lifecycle import Op, Stage
 from tests.envs.morphogenesis.reference import LoneHost
 
 LOOPED = 4  # hosts of the loop
-EPOCH = 24  # at which measuring begins, of 60
 GOALS = {"random legal": 9.5, "seeds kept alive": 4.4}
 
 
@@ -59,7 +57,7 @@ class Loop:
             LoneHost(env.spec, row) for row in env.hosts.weights.host[: min(LOOPED, env.num_envs)]
         ]
         self.generator = torch.Generator().manual_seed(0)
-        training, validation, _ = env._splits
+        training, validation, _ = env.spec.splits(torch.device("cpu"))
         self.image = training.image.permute(0, 3, 1, 2).contiguous()
         self.label = training.label
         self.validation = validation.image.permute(0, 3, 1, 2).contiguous(), validation.label
@@ -89,15 +87,15 @@ class Loop:
 
 
 def in_the_middle(
-    spec: Morphogenesis, policy: Callable[[MorphogenesisEnv], torch.Tensor]
+    spec: Morphogenesis, policy: Callable[[MorphogenesisEnv], torch.Tensor], epoch: int
 ) -> tuple[MorphogenesisEnv, Loop]:
-    """Hosts whose slots are as the policy has them at ``EPOCH``, and the loop over the same."""
+    """Hosts whose slots are as the policy has them at ``epoch``, and the loop over the same."""
     cpu = torch.device("cpu")
     quick = replace(spec, train_batches=1, batch_size=2, validation_size=2).build(cpu, 0)
     quick.reset()
     env = spec.build(cpu, 0)
     loop = Loop(env)
-    for _ in range(EPOCH):
+    for _ in range(epoch):
         action = policy(quick)
         loop.skip(action)
         quick.step(action)
@@ -108,10 +106,14 @@ def in_the_middle(
 
 
 def measure(
-    spec: Morphogenesis, policy: Callable[[MorphogenesisEnv], torch.Tensor], steps: int
+    spec: Morphogenesis,
+    policy: Callable[[MorphogenesisEnv], torch.Tensor],
+    steps: int,
+    *,
+    epoch: int,
 ) -> tuple[float, float, float]:
     """Processor seconds per env-step of ours and of the loop, and seeds alive on average."""
-    env, loop = in_the_middle(spec, policy)
+    env, loop = in_the_middle(spec, policy, epoch)
     ours, theirs, alive = 0.0, 0.0, 0.0
     warm_up = 1
     for step in range(warm_up + steps):
@@ -128,7 +130,7 @@ def measure(
     return ours / steps / spec.num_envs, theirs / steps / len(loop.hosts), float(alive) / steps
 
 
-def table(preset: str, counts: list[int], env_steps: int, rounds: int) -> list[str]:
+def table(preset: str, counts: list[int], options: argparse.Namespace) -> list[str]:
     lines = [
         "| actions | hosts | env-steps/s | loop | times as fast | of each round | seeds alive |",
         "| --- | --- | --- | --- | --- | --- | --- |",
@@ -136,8 +138,9 @@ def table(preset: str, counts: list[int], env_steps: int, rounds: int) -> list[s
     for name, policy in POLICIES.items():
         for count in counts:
             spec = getattr(Morphogenesis, preset)(num_envs=count, epochs=60)
-            steps = max(6 if count <= 16 else 3, env_steps // count)
-            seen = [measure(spec, policy, steps) for _ in range(rounds if count <= 16 else 1)]
+            steps = max(options.steps if count <= 16 else 3, options.env_steps // count)
+            rounds = options.rounds if count <= 16 else 1
+            seen = [measure(spec, policy, steps, epoch=options.epoch) for _ in range(rounds)]
             ours, theirs = (
                 statistics.median(column) for column in list(zip(*seen, strict=True))[:2]
             )
@@ -150,40 +153,37 @@ def table(preset: str, counts: list[int], env_steps: int, rounds: int) -> list[s
     return lines
 
 
-def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__)
+def parser() -> argparse.ArgumentParser:
+    sizes = {"env_steps": 1, "steps": 1, "rounds": 1, "epoch": 2}
+    parser = benchmark_parser(__doc__, {"counts": [1], "digits_counts": [2], **sizes})
     parser.add_argument("--counts", type=int, nargs="+", default=[1, 4, 16, 64, 256])
     parser.add_argument("--digits-counts", type=int, nargs="+", default=[1, 16, 64, 256])
     parser.add_argument("--env-steps", type=int, default=48, help="of all hosts, at least")
     parser.add_argument("--rounds", type=int, default=3)
-    arguments = parser.parse_args()
+    parser.set_defaults(
+        steps=6, epoch=24
+    )  # at least so many steps; epoch at which they begin, of 60
+    return parser
+
+
+def main() -> None:
+    options = parser().parse_args()
     torch.set_num_threads(1)
-    sections: list[str] = []
     titles = {
         "benchmark": "3x32x32 images, host of 6,418 parameters, 3 slots, 8 batches of 64 a step",
         "digits": "The digits preset",
     }
-    for preset, title in titles.items():
-        counts = arguments.counts if preset == "benchmark" else arguments.digits_counts
-        rows = table(preset, counts, arguments.env_steps, arguments.rounds)
-        sections += [f"## {title}", "", *rows, ""]
     goals = ", ".join(f"{goal} with {name}" for name, goal in GOALS.items())
-    load = ", ".join(f"{value:.1f}" for value in os.getloadavg())
-    hardware = re.sub(r"\W+", "-", f"{os.cpu_count()}-core-cpu").lower()
-    date = datetime.datetime.now(tz=datetime.UTC).date()
-    command = " ".join(["python", "benchmarks/morphogenesis.py", *sys.argv[1:]])
-    text = "\n".join(
-        [
-            "# Hosts trained and grown together, against a loop over modules\n",
-            conditions(command, "one thread, shared with other work"),
-            f"- load averages at the end: {load}; seconds are processor time of the process",
-            f"- goals up to 16 hosts, env-steps/s: {goals}; at least 5 times the loop on digits\n",
-            *sections,
-        ]
-    )
-    output = ROOT / f"benchmarks/results/morphogenesis_{hardware}_{date}.md"
-    output.write_text(text.rstrip() + "\n")
-    print(text)
+    lines = [
+        "- seconds are processor time of the process",
+        f"- goals up to 16 hosts, env-steps/s: {goals}; at least 5 times the loop on digits",
+        "",
+    ]
+    with results(__file__, options, threads="one thread, shared with other work") as files:
+        for preset, title in titles.items():
+            counts = options.counts if preset == "benchmark" else options.digits_counts
+            lines += [f"## {title}", "", *table(preset, counts, options), ""]
+        files.write("Hosts trained and grown together, against a loop over modules", lines)
 
 
 if __name__ == "__main__":

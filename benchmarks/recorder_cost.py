@@ -5,7 +5,7 @@ process, in an order that turns with every round: of the fastest iteration, to w
 the machine added least, and of the processor time of all iterations and threads. Medians over
 rounds. Writes ``results/recorder_cost.md``.
 
-``--small`` measures what it costs in microseconds, which does not depend on the size of an
+The part ``small`` measures what it costs in microseconds, which does not depend on the size of an
 iteration, on iterations of a few milliseconds: the difference is larger than the noise there.
 Writes ``results/recorder_cost_small.md``.
 """
@@ -26,7 +26,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from conditions import ROOT, conditions
+from conditions import benchmark_parser, results
 from lightning.pytorch import Callback, Trainer
 from lightning.pytorch.profilers import PyTorchProfiler
 
@@ -34,8 +34,9 @@ from esper_lightning import PPO, FlightRecorder, History, PPOConfig
 from esper_lightning.callbacks.window_profiler import WindowProfiler
 from esper_lightning.envs import CartPole
 
-_ITERATIONS, _SETTLING = 14, 2
+_SETTLING = 2
 _RECORDED = 10
+PARTS = ("small", "large")
 
 
 def _stock(**settings: int) -> PyTorchProfiler:
@@ -80,8 +81,8 @@ def trainer(
     )
 
 
-def module() -> PPO:
-    return PPO(CartPole(num_envs=2048), ppo=PPOConfig(rollout_steps=32))
+def module(num_envs: int) -> PPO:
+    return PPO(CartPole(num_envs=num_envs), ppo=PPOConfig(rollout_steps=32))
 
 
 class _Clock(Callback):
@@ -94,31 +95,37 @@ class _Clock(Callback):
         self.times.append((time.perf_counter(), time.process_time()))
 
 
-def seconds_of_iteration(recorder: bool, profiler: Any) -> tuple[float, float]:
-    """Fastest by the clock, and mean processor time of all threads; without the first ones."""
+def fit(model: PPO, *, recorder: bool, profiler: Any, steps: int) -> list[tuple[float, float]]:
+    """Wall-clock and processor time at the end of each iteration of a fit."""
     clock = _Clock()
     with tempfile.TemporaryDirectory() as directory:
-        run = trainer(
-            directory, recorder=recorder, profiler=profiler(), steps=_ITERATIONS, more=[clock]
-        )
+        run = trainer(directory, recorder=recorder, profiler=profiler(), steps=steps, more=[clock])
         # Without the recorder, Lightning fails a healthy run whose profiler is still waiting.
         with contextlib.suppress(*(() if recorder else (AssertionError,))):
-            run.fit(module())
-    times = clock.times[_SETTLING:]
+            run.fit(model)
+    return clock.times
+
+
+def seconds_of_iteration(
+    recorder: bool, profiler: Any, options: argparse.Namespace
+) -> tuple[float, float]:
+    """Fastest by the clock, and mean processor time of all threads; without the first ones."""
+    model, steps = module(options.num_envs), _SETTLING + options.iterations
+    times = fit(model, recorder=recorder, profiler=profiler, steps=steps)[_SETTLING:]
     fastest = min(after[0] - before[0] for before, after in itertools.pairwise(times))
     return fastest, (times[-1][1] - times[0][1]) / (len(times) - 1)
 
 
-def measure_iterations(rounds: int) -> list[str]:
+def measure_iterations(options: argparse.Namespace) -> list[str]:
     """The table of ratios."""
     torch.set_num_threads(1)
     seconds: dict[str, list[tuple[float, float]]] = {name: [] for name in VARIANTS}
     names = list(VARIANTS)
-    for number in range(rounds):
+    for number in range(options.rounds):
         turn = number % len(names)
         for name in names[turn:] + names[:turn]:
-            seconds[name].append(seconds_of_iteration(*VARIANTS[name]))
-        print(f"round {number + 1} of {rounds}", flush=True)
+            seconds[name].append(seconds_of_iteration(*VARIANTS[name], options))
+        print(f"round {number + 1} of {options.rounds}", flush=True)
     lines = [
         "| iteration of | over | fastest, ratio | quartiles | processor time, ratio | quartiles |",
         "| --- | --- | --- | --- | --- | --- |",
@@ -134,24 +141,18 @@ def measure_iterations(rounds: int) -> list[str]:
     return [*lines, "", f"The fastest iteration of a fit without recorder: {milliseconds:.0f} ms."]
 
 
-def measure_small(rounds: int) -> list[str]:
+def measure_small(options: argparse.Namespace) -> list[str]:
     """The table of microseconds."""
+    iterations = options.small_iterations
     torch.set_num_threads(1)
     milliseconds: dict[str, list[float]] = {name: [] for name in VARIANTS}
-    for _ in range(rounds):
+    for _ in range(options.rounds):
         for name, (recorder, profiler) in VARIANTS.items():
-            clock = _Clock()
-            model = PPO(
-                CartPole(num_envs=8), ppo=PPOConfig(rollout_steps=1, epochs=1, minibatches=1)
-            )
-            with tempfile.TemporaryDirectory() as directory:
-                run = trainer(
-                    directory, recorder=recorder, profiler=profiler(), steps=300, more=[clock]
-                )
-                with contextlib.suppress(*(() if recorder else (AssertionError,))):
-                    run.fit(model)
-            times = clock.times[20:]
-            each = [after[0] - before[0] for before, after in itertools.pairwise(times)]
+            ppo = PPOConfig(rollout_steps=1, epochs=1, minibatches=1)
+            model = PPO(CartPole(num_envs=8), ppo=ppo)
+            ends = fit(model, recorder=recorder, profiler=profiler, steps=iterations)
+            pairs = itertools.pairwise(ends[iterations // 15 :])
+            each = [after[0] - before[0] for before, after in pairs]
             milliseconds[name].append(statistics.median(each) * 1e3)
     lines = [
         "| iteration of | over | microseconds more | quartiles | ms |",
@@ -199,36 +200,42 @@ DEATHS: dict[str, tuple[bool, bool, Any]] = {
 }
 
 
-def die(name: str, directory: str) -> None:
+def die(name: str, directory: str, num_envs: int) -> None:
     """Run in a process of its own."""
     recorder, raises, profiler = DEATHS[name]
     fault = _Fault(Path(directory) / "fault.json", raises=raises)
     steps = _RECORDED + 2 + raises
-    trainer(directory, recorder=recorder, profiler=profiler(), steps=steps, more=[fault]).fit(
-        module()
-    )
+    run = trainer(directory, recorder=recorder, profiler=profiler(), steps=steps, more=[fault])
+    run.fit(module(num_envs))
 
 
-def measure_deaths(times: int) -> list[str]:
+def measure_deaths(options: argparse.Namespace) -> list[str]:
     """The table of exits."""
     lines = [
         "| 10 recorded iterations, then | s to the exit | MB above the peak before "
         "| trace, KB an iteration |",
         "| --- | --- | --- | --- |",
     ]
-    for name in DEATHS:
-        found = [measure_death(name) for _ in range(times)]
+    for name in options.deaths:
+        found = [measure_death(name, options) for _ in range(options.times)]
         seconds, memory, size = (statistics.median(column) for column in zip(*found, strict=True))
         lines.append(f"| {name} | {seconds:.1f} | {memory:.0f} | {size:.0f} |")
         print(lines[-1], flush=True)
     return lines
 
 
-def measure_death(name: str) -> tuple[float, float, float]:
+def measure_death(name: str, options: argparse.Namespace) -> tuple[float, float, float]:
     """Seconds to the exit, MB more than before, KB of trace for each recorded iteration."""
     with tempfile.TemporaryDirectory() as directory:
         process = subprocess.Popen(
-            [sys.executable, __file__, "--die", name, directory],
+            [
+                sys.executable,
+                __file__,
+                *["--smallest"] * options.smallest,
+                "--die",
+                name,
+                directory,
+            ],
             stdout=subprocess.DEVNULL,
             stderr=subprocess.DEVNULL,
         )
@@ -243,53 +250,51 @@ def measure_death(name: str) -> tuple[float, float, float]:
     )
 
 
-def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__)
+def parser() -> argparse.ArgumentParser:
+    sizes = {"num_envs": 8, "iterations": 2, "small_iterations": 15, "rounds": 2}
+    parser = benchmark_parser(__doc__, {"deaths": list(DEATHS)[:1], "times": 1, **sizes})
     parser.add_argument("--rounds", type=int, default=12)
-    parser.add_argument("--small", action="store_true")
+    parser.add_argument("--parts", nargs="+", default=list(PARTS), choices=PARTS)
     parser.add_argument("--die", nargs=2, help=argparse.SUPPRESS)
-    arguments = parser.parse_args()
+    parser.set_defaults(num_envs=2048, iterations=12, small_iterations=300)
+    parser.set_defaults(deaths=list(DEATHS), times=3)
+    return parser
+
+
+def main() -> None:
+    options = parser().parse_args()
     logging.getLogger("lightning.pytorch").setLevel(logging.ERROR)
     warnings.filterwarnings("ignore")
-    if arguments.die:
-        die(*arguments.die)
+    if options.die:
+        die(*options.die, options.num_envs)
         return
-    if arguments.small:
-        command = " ".join(["python", "benchmarks/recorder_cost.py", *sys.argv[1:]])
-        head = [
-            "# What the flight recorder costs in an iteration: CartPole, 8 environments, 1 step",
-            "",
-            conditions(command, "one thread, shared with other work"),
-            "",
-            f"Median iteration of 300 in a fit; {arguments.rounds} rounds.",
-            "",
-        ]
-        text = "\n".join([*head, *measure_small(arguments.rounds), ""])
-        (ROOT / "benchmarks" / "results" / "recorder_cost_small.md").write_text(text)
-        print(text)
-        return
-    deaths = measure_deaths(3)
-    iterations = measure_iterations(arguments.rounds)
     threads = "one thread (from fault to exit: two), shared with other work"
-    command = " ".join(["python", "benchmarks/recorder_cost.py", *sys.argv[1:]])
-    text = "\n".join(
-        [
-            "# What the flight recorder costs: CartPole, 2048 environments, 32 steps",
-            "",
-            conditions(command, threads),
-            "",
-            f"## While a run goes well: {arguments.rounds} rounds",
-            "",
-            *iterations,
-            "",
-            "## From a fault to the exit of the process: medians of 3",
-            "",
-            *deaths,
-            "",
-        ]
-    )
-    (ROOT / "benchmarks" / "results" / "recorder_cost.md").write_text(text)
-    print(text)
+    with results(__file__, options, threads=threads) as files:
+        if "small" in options.parts:
+            files.write(
+                "What the flight recorder costs in an iteration: CartPole, 8 environments, 1 step",
+                [
+                    f"Median iteration of {options.small_iterations} in a fit; "
+                    f"{options.rounds} rounds.",
+                    "",
+                    *measure_small(options),
+                ],
+                part="small",
+            )
+        if "large" in options.parts:
+            deaths = measure_deaths(options)
+            files.write(
+                "What the flight recorder costs: CartPole, 2048 environments, 32 steps",
+                [
+                    f"## While a run goes well: {options.rounds} rounds",
+                    "",
+                    *measure_iterations(options),
+                    "",
+                    f"## From a fault to the exit of the process: medians of {options.times}",
+                    "",
+                    *deaths,
+                ],
+            )
 
 
 if __name__ == "__main__":

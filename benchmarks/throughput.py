@@ -3,11 +3,10 @@
 Every contender is a process of its own that waits for its turn; in a round each runs for about a
 second, in an order that moves on with every round. Ratios are within rounds; medians and quartiles
 over rounds. Also start-up times, and speed and memory over the number of environments. Writes
-``results/throughput_<hardware>_<date>.md``.
+``results/throughput.md``, ``throughput_startup.md`` and ``throughput_scaling.md``.
 """
 
 import argparse
-import datetime
 import json
 import os
 import re
@@ -16,33 +15,58 @@ import subprocess
 import sys
 import tempfile
 import time
+from collections import defaultdict
 from pathlib import Path
-from typing import Any
+from typing import NamedTuple
 
-from conditions import ROOT, conditions
-from contenders import IN_LOOP, IN_TRAINER
+from conditions import benchmark_parser, results
+from contenders import CONTENDERS, STAGES, Seconds
 
-OURS = "esper, max"
-SETTINGS = {
-    "2048 environments x 32 steps": {"num_envs": 2048, "steps": 32, "threads": os.cpu_count()},
-    "4 environments x 128 steps": {"num_envs": 4, "steps": 128, "threads": 1},
-}
-SMALL_ONLY, LARGE_ONLY = {"stable-baselines3, Gymnasium"}, {"stable-baselines3, batched env"}
-SCALING = (1, 16, 256, 2048, 16384, 65536)
+OURS, BARE, ARITHMETIC = "esper, max", "esper, max, bare loop", "library arithmetic alone"
+PEERS = ("gymnasium", "jax", "rsl-rl-lib", "skrl", "stable-baselines3")
 PARTS = ("peers", "startup", "scaling")
 PROGRAM = Path(__file__).with_name("contenders.py")
+TITLE = "the whole training loop: CartPole, two hidden layers of 64"
 
 
-class Contender:
-    """A process that runs iterations when it is asked to."""
+class Setting(NamedTuple):
+    """How much a contender does in an iteration, and with how many threads."""
 
-    def __init__(self, name: str, setting: dict[str, Any], environment: dict[str, str]) -> None:
-        options = [f"--{k.replace('_', '-')}={v}" for k, v in setting.items()]
-        self.name = name
+    num_envs: int
+    steps: int
+    threads: int
+    eager: bool = False
+
+    @property
+    def title(self) -> str:
+        return f"{self.num_envs} environments x {self.steps} steps, {self.threads} threads"
+
+    @property
+    def env_steps(self) -> int:
+        return self.num_envs * self.steps
+
+
+CORES = os.cpu_count() or 1
+LARGE, SMALL = Setting(2048, 32, CORES), Setting(4, 128, 1)
+TINY = Setting(4, 8, 1, eager=True)
+ONLY_IN = {"stable-baselines3, Gymnasium": SMALL, "stable-baselines3, batched env": LARGE}
+
+
+class Worker:
+    """A process of a contender, which runs iterations when it is asked to.
+
+    Raises:
+        RuntimeError: If the contender fails, with the end of what it wrote.
+    """
+
+    def __init__(self, name: str, setting: Setting, environment: dict[str, str]) -> None:
+        self.name, self.env_steps = name, setting.env_steps
+        words = [f"--num-envs={setting.num_envs}", f"--steps={setting.steps}"]
+        words += [f"--threads={setting.threads}", *["--eager"] * setting.eager]
         self._log = tempfile.TemporaryFile("w+")  # noqa: SIM115 - closed with the process
         started = time.perf_counter()
         self._process = subprocess.Popen(
-            [sys.executable, str(PROGRAM), name, *options],
+            [sys.executable, str(PROGRAM), name, *words],
             stdin=subprocess.PIPE,
             stdout=subprocess.PIPE,
             stderr=self._log,
@@ -53,8 +77,8 @@ class Contender:
         self.start_s = time.perf_counter() - started
         self.run(2)
 
-    def run(self, count: int) -> list[float]:
-        """Seconds of each of so many iterations."""
+    def run(self, count: int) -> Seconds:
+        """Of each of so many iterations, the seconds of its stages or of the whole."""
         assert self._process.stdin is not None
         print(count, file=self._process.stdin, flush=True)
         return self._read()
@@ -70,7 +94,7 @@ class Contender:
         self._log.seek(0)
         return self._log.read()
 
-    def _read(self) -> list[float]:
+    def _read(self) -> Seconds:
         assert self._process.stdout is not None
         line = self._process.stdout.readline()
         if not line:
@@ -78,153 +102,150 @@ class Contender:
         return json.loads(line)
 
 
-def compare(names: list[str], setting: dict[str, Any], rounds: int) -> list[str]:
-    """A table of speeds and ratios."""
-    contenders: list[Contender] = []
-    lines: list[str] = []
-    for name in names:
-        try:
-            contenders.append(Contender(name, setting, {}))
-        except RuntimeError as error:
-            lines.append(f"Not measured: {str(error).splitlines()[0]} {str(error)[-200:]}")
-            print(lines[-1], flush=True)
-    counts = {c.name: max(1, round(1.0 / min(c.run(3)))) for c in contenders}
-    seconds: dict[str, list[float]] = {c.name: [] for c in contenders}
+def compare(names: list[str], setting: Setting, options: argparse.Namespace) -> list[str]:
+    """Tables of speeds, of ratios, and of where the time of the bare loop goes."""
+    ours, rounds = options.ours, options.rounds
+    workers = [Worker(name, setting, {}) for name in names]
+    counts = {worker.name: iterations_in(options.turn_s, worker) for worker in workers}
+    seconds: dict[str, list[float]] = defaultdict(list)
+    stages = Seconds()
     for number in range(rounds):
-        turn = number % len(contenders)
-        for contender in contenders[turn:] + contenders[:turn]:
-            times = contender.run(counts[contender.name])
-            seconds[contender.name].append(statistics.median(times))
+        turn = number % len(workers)
+        for worker in workers[turn:] + workers[:turn]:
+            found = worker.run(counts[worker.name])
+            seconds[worker.name].append(statistics.median(map(sum, found)))
+            stages += found if worker.name == BARE else []
         print(f"round {number + 1} of {rounds}", flush=True)
-    lines += [
-        f"Fell back to a slower way: {contender.name}"
-        for contender in contenders
-        if "slower way" in contender.close()
-    ]
-    env_steps = setting["num_envs"] * setting["steps"]
+    for worker in workers:
+        worker.close()
     table = [
-        f"| | env-steps/s | ms an iteration | {OURS}: times as fast | quartiles |",
+        f"| | env-steps/s | ms an iteration | {ours}: times as fast | quartiles |",
         "| --- | --- | --- | --- | --- |",
     ]
-    for name, times in seconds.items():
-        ratios = [t / ours for t, ours in zip(times, seconds[OURS], strict=True)]
+    for name in names:
+        times = seconds[name]
+        ratios = [theirs / mine for theirs, mine in zip(times, seconds[ours], strict=True)]
         first, median, third = statistics.quantiles(ratios, n=4)
         typical = statistics.median(times)
         table.append(
-            f"| {name} | {env_steps / typical:,.0f} | {typical * 1e3:.2f} "
+            f"| {name} | {setting.env_steps / typical:,.0f} | {typical * 1e3:.2f} "
             f"| {median:.3g} | {first:.3g} to {third:.3g} |"
         )
-    return [*table, "", *lines]
+    return [*table, "", *(split(stages) if stages else [])]
 
 
-def scaling(threads: int) -> list[str]:
+def iterations_in(seconds: float, worker: Worker) -> int:
+    """How many a worker does meanwhile; at least one."""
+    return max(1, round(seconds / min(map(sum, worker.run(3)))))
+
+
+def split(stages: Seconds) -> list[str]:
+    """Where the time of an iteration goes, by medians."""
+    typical = [statistics.median(column) for column in zip(*stages, strict=True)]
+    return [
+        f"| stage of {BARE} | ms | share |",
+        "| --- | --- | --- |",
+        *(
+            f"| {name} | {part * 1e3:.2f} | {part / sum(typical):.0%} |"
+            for name, part in zip(STAGES, typical, strict=True)
+        ),
+        "",
+    ]
+
+
+def peers(options: argparse.Namespace) -> list[str]:
+    """Everyone who is installed, setting by setting."""
+    sections: list[str] = []
+    for setting in options.settings:
+        chosen = [
+            name
+            for name in CONTENDERS
+            if ONLY_IN.get(name, setting) == setting
+            and (options.only is None or name == options.ours or name in options.only)
+        ]
+        names = [name for name in chosen if not CONTENDERS[name].absent]
+        sections += [f"## {setting.title}", ""]
+        sections += compare(names, setting, options)
+        for name in chosen:
+            if absent := CONTENDERS[name].absent:
+                hint = "pip install '.[bench]'"
+                sections += [f"Not measured: {name}: {', '.join(absent)} not installed. {hint}", ""]
+    return sections
+
+
+def scaling(options: argparse.Namespace) -> list[str]:
     """Throughput over the number of environments, 32 steps each."""
     lines = [
         "| environments | env-steps/s | ms an iteration | peak memory of the process, MB |",
         "| --- | --- | --- | --- |",
     ]
-    for num_envs in SCALING:
+    for num_envs in options.scaling:
         few = num_envs * 32 // 4 < 2048
-        setting = {"num_envs": num_envs, "steps": 32, "threads": 1 if few else threads}
-        contender = Contender(OURS, setting, {})
-        typical = statistics.median(contender.run(max(3, 20000 // num_envs // 4 + 1)))
-        speed, peak_mb = num_envs * 32 / typical, contender.peak_mb()
-        contender.close()
+        worker = Worker(options.scales, Setting(num_envs, 32, 1 if few else CORES), {})
+        count = max(3, iterations_in(20 * options.turn_s, worker))
+        typical = statistics.median(map(sum, worker.run(count)))
+        speed, peak_mb = worker.env_steps / typical, worker.peak_mb()
+        worker.close()
         lines.append(f"| {num_envs:,} | {speed:,.0f} | {typical * 1e3:.2f} | {peak_mb:,.0f} |")
         print(lines[-1], flush=True)
     return lines
 
 
-def startup(setting: dict[str, Any]) -> list[str]:
+def startup(options: argparse.Namespace) -> list[str]:
     """From the start of the process to the end of the first iteration, without and with caches."""
     lines = ["| | caches empty, s | caches filled, s |", "| --- | --- | --- |"]
-    for mode in ("off", "default", "max"):
+    for name in options.starts:
         with tempfile.TemporaryDirectory() as cache:
             times: list[float] = []
             for _ in range(2):
-                contender = Contender(f"esper, {mode}", setting, {"TORCHINDUCTOR_CACHE_DIR": cache})
-                times.append(contender.start_s)
-                contender.close()
+                worker = Worker(name, options.settings[0], {"TORCHINDUCTOR_CACHE_DIR": cache})
+                times.append(worker.start_s)
+                worker.close()
+        mode = name.removeprefix("esper, ")
         lines.append(f"| {mode} | {times[0]:.1f} | {times[1]:.1f} |")
         print(lines[-1], flush=True)
     return lines
 
 
-SPLIT = """
-import json, statistics, sys, argparse
-sys.path.insert(0, {folder!r})
-import torch
-from contenders import ours_bare
-torch.set_num_threads({threads})
-marks, parts = [], []
-iterate = ours_bare(argparse.Namespace(num_envs={num_envs}, steps={steps}), "max", marks)
-for _ in range({rounds}):
-    iterate()
-    parts.append([b - a for a, b in zip(marks, marks[1:])])
-print(json.dumps([statistics.median(column) for column in zip(*parts[3:])]))
-"""
-
-
-def split(setting: dict[str, Any]) -> list[str]:
-    """Where the time of an iteration goes."""
-    code = SPLIT.format(folder=str(Path(__file__).parent), rounds=20, **setting)
-    out = subprocess.run(
-        [sys.executable, "-W", "ignore", "-c", code], capture_output=True, text=True, check=True
-    ).stdout
-    parts = json.loads(out.splitlines()[-1])
-    names = ("rollout", "advantages", "update", "copy to the host")
-    return [
-        "| part | ms | share |",
-        "| --- | --- | --- |",
-        *(
-            f"| {name} | {part * 1e3:.2f} | {part / sum(parts):.0%} |"
-            for name, part in zip(names, parts, strict=True)
-        ),
-    ]
+def parser() -> argparse.ArgumentParser:
+    smallest = {
+        "settings": [TINY],
+        "ours": BARE,
+        "only": [ARITHMETIC],
+        "starts": [ARITHMETIC],
+        "scales": ARITHMETIC,
+        "scaling": [1],
+        "turn_s": 0.0,
+        "rounds": 2,
+    }
+    parser = benchmark_parser(__doc__, smallest)
+    parser.add_argument("--rounds", type=int, default=9)
+    parser.add_argument(
+        "--only", nargs="+", choices=list(CONTENDERS), help="contenders to compare with"
+    )
+    parser.add_argument("--parts", nargs="+", default=list(PARTS), choices=PARTS)
+    parser.set_defaults(
+        settings=[LARGE, SMALL],
+        ours=OURS,
+        turn_s=1.0,
+        starts=["esper, off", "esper, default", "esper, max"],
+        scales=OURS,
+        scaling=[1, 16, 256, 2048, 16384, 65536],
+    )
+    return parser
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("--rounds", type=int, default=9)
-    parser.add_argument("--only", nargs="+", help="contenders to compare with")
-    parser.add_argument("--settings", nargs="+", default=["2048", "4"], choices=["2048", "4"])
-    parser.add_argument("--parts", nargs="+", default=list(PARTS), choices=PARTS)
-    parser.add_argument("--output", type=Path)
-    arguments = parser.parse_args()
-    sections: list[str] = []
-    for title, setting in SETTINGS.items():
-        if "peers" not in arguments.parts or title.split()[0] not in arguments.settings:
-            continue
-        small = setting["num_envs"] == 4
-        names = [
-            name
-            for name in (*IN_TRAINER, *IN_LOOP)
-            if name not in (LARGE_ONLY if small else SMALL_ONLY)
-            and (arguments.only is None or name == OURS or name in arguments.only)
-        ]
-        sections += [f"## {title}, {setting['threads']} threads", ""]
-        sections += [*compare(names, setting, arguments.rounds), "", *split(setting), ""]
-    large = SETTINGS["2048 environments x 32 steps"]
-    if "startup" in arguments.parts:
-        sections += ["## From the start to the end of the first iteration, 2048 x 32", ""]
-        sections += [*startup(large), ""]
-    if "scaling" in arguments.parts:
-        sections += ["## Scaling, 32 steps", "", *scaling(large["threads"]), ""]
-    command = " ".join(["python", "benchmarks/throughput.py", *sys.argv[1:]])
-    hardware = re.sub(r"\W+", "-", f"{os.cpu_count()}-core-cpu").lower()
-    date = datetime.datetime.now(tz=datetime.UTC).date()
-    what = "throughput" if "peers" in arguments.parts else "_".join(arguments.parts)
-    output = arguments.output or ROOT / f"benchmarks/results/{what}_{hardware}_{date}.md"
-    text = "\n".join(
-        [
-            "# Throughput of the whole training loop: CartPole, two hidden layers of 64\n",
-            conditions(command, "shared with other work"),
-            "",
-            *sections,
-        ]
-    )
-    output.write_text(text.rstrip() + "\n")
-    print(text)
+    options = parser().parse_args()
+    with results(__file__, options, threads="shared with other work", packages=PEERS) as files:
+        if "peers" in options.parts:
+            files.write(f"Throughput of {TITLE}", peers(options))
+        if "startup" in options.parts:
+            large = options.settings[0].title
+            title = f"From the start to the end of the first iteration: CartPole, {large}"
+            files.write(title, startup(options), part="startup")
+        if "scaling" in options.parts:
+            files.write(f"Scaling of {TITLE}, 32 steps", scaling(options), part="scaling")
 
 
 if __name__ == "__main__":

@@ -21,10 +21,12 @@ from typing import NamedTuple
 
 from esper_lightning.forensics.files import write_atomically
 from esper_lightning.forensics.layout import RunLayout
+from esper_lightning.forensics.reading import printable, read_file
 from esper_lightning.forensics.report import read_report
 
 ESPER = [sys.executable, "-m", "esper_lightning.cli.main"]
 SHOWN_LINES = 15
+LONGEST_END = 1 << 16  # bytes of a log in which they are looked for
 
 
 class Job(NamedTuple):
@@ -56,8 +58,10 @@ class Job(NamedTuple):
             status = subprocess.run(
                 self.command, stdout=file, stderr=file, env=environment, check=False
             ).returncode
-        lines = log.read_text(errors="replace").splitlines()
-        said = [] if status == 0 else [f"    {line}" for line in lines[-SHOWN_LINES:]]
+        with log.open("rb") as file:
+            file.seek(max(0, log.stat().st_size - LONGEST_END))
+            lines = file.read(LONGEST_END).decode(errors="replace").splitlines()
+        said = [] if status == 0 else [f"    {printable(line)}" for line in lines[-SHOWN_LINES:]]
         end = "finished" if status == 0 else f"FAILED with exit status {status}; {log} ends with:"
         print("\n".join([f"{self.run}: {end}", *said]), flush=True)
         return status == 0
@@ -74,7 +78,7 @@ def main() -> None:
         return
     for one in jobs:
         before = one.run / "ab.txt"
-        if one.has_begun and before.exists() and before.read_text() != one.started_with:
+        if one.has_begun and before.exists() and not is_content(before, one.started_with):
             sys.exit(f"{before} must be of the same settings. Choose another --output.")
     threads = str(max(1, (os.cpu_count() or 1) // options.jobs))
     environment = {"OMP_NUM_THREADS": threads, **os.environ}
@@ -91,8 +95,16 @@ def main() -> None:
     sys.exit(status or not all(well))
 
 
-def parse() -> argparse.Namespace:
-    """The options; ``--variant`` as a pair of name and arguments."""
+def is_content(path: Path, text: str) -> bool:
+    """Whether a file holds a text, whatever else may be in its place."""
+    try:
+        return read_file(path) == text.encode()
+    except (FileNotFoundError, ValueError):
+        return False
+
+
+def parser() -> argparse.ArgumentParser:
+    """The options."""
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
@@ -109,14 +121,20 @@ def parse() -> argparse.Namespace:
     parser.add_argument("--jobs", type=int, default=1, help="runs at a time")
     parser.add_argument("--dry-run", action="store_true", help="print the commands that are left")
     parser.add_argument("arguments", nargs="*", help="of esper fit, for all, after --")
-    options = parser.parse_args()
+    return parser
+
+
+def parse() -> argparse.Namespace:
+    """The options of this call; ``--variant`` as a pair of name and arguments."""
+    parsed = parser()
+    options = parsed.parse_args()
     pairs = [text.partition(":") for text in options.variant]
     options.variant = [(name.strip(), shlex.split(rest)) for name, _, rest in pairs]
     names = [name for name, _ in options.variant]
     if len(set(names)) < len(names) or any(not n or Path(n).name != n for n in names):
-        parser.error(f"--variant must have a name of its own that a folder can have, got {names}")
+        parsed.error(f"--variant must have a name of its own that a folder can have, got {names}")
     if options.jobs < 1:
-        parser.error(f"--jobs must be at least 1, got {options.jobs}")
+        parsed.error(f"--jobs must be at least 1, got {options.jobs}")
     return options
 
 

@@ -10,6 +10,7 @@ from hypothesis import settings
 from lightning.pytorch import Trainer
 
 from esper_lightning.envs.morphogenesis.data import load
+from tests.disks import mounted
 from tests.envs.morphogenesis import cifar10
 
 # The same examples in every run: a red test is the fault of the change it is red on.
@@ -30,6 +31,13 @@ def cifar10_folder(tmp_path_factory) -> Iterator[Path]:
     """Where noise is in the place of CIFAR-10's batches, unpacked."""
     yield cifar10.unpacked(tmp_path_factory.mktemp("cifar10"))
     load.cache_clear()  # a gigabyte
+
+
+@pytest.fixture
+def small_disk(tmp_path) -> Iterator[Path]:
+    """A file system of two megabytes."""
+    with mounted(tmp_path / "disk", 2 << 20) as disk:
+        yield disk
 
 
 @pytest.fixture

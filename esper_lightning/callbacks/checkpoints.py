@@ -125,6 +125,12 @@ class BestCheckpoint(_OneFile):
         return trainer.strategy.reduce_boolean_decision(better)
 
     @override
+    def on_fit_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """Wait for the first rank's copy. Not while loading, which not every rank may do."""
+        super().on_fit_start(trainer, pl_module)
+        trainer.strategy.barrier("best checkpoint")
+
+    @override
     def on_load_checkpoint(
         self, trainer: Trainer, pl_module: LightningModule, checkpoint: dict[str, Any]
     ) -> None:
@@ -145,7 +151,6 @@ class BestCheckpoint(_OneFile):
         if trainer.is_global_zero and found.resolve() != self.path.resolve():
             set_aside(self.path)
             write_atomically(self.path, found.read_bytes())
-        trainer.strategy.barrier("best checkpoint")
         self.best_model_path = self.kth_best_model_path = str(self.path)
         self.best_model_score = self.kth_value = score
         self.best_k_models = {str(self.path): score}

@@ -19,6 +19,7 @@ from lightning.pytorch import Trainer
 from torch import Tensor
 
 from esper_lightning.core.validate import NonFiniteError
+from esper_lightning.forensics.memory import measure_memory
 from esper_lightning.forensics.phases import PhaseRing
 
 __all__ = ["Death", "describe", "describe_error", "exit_status", "in_words"]
@@ -67,6 +68,7 @@ def describe(death: Death, trainer: Trainer, ring: PhaseRing) -> dict[str, Any]:
         "epoch": lambda: trainer.current_epoch,
         "iteration": lambda: ring.iteration,
         "phases": lambda: ring.open_names,
+        "memory": lambda: memory._asdict() if (memory := measure_memory()) else None,
         "metrics": lambda: _known_metrics(trainer),
         "module": lambda: type(module).__name__,
         "versions": lambda: {

@@ -10,9 +10,9 @@ whatever ends it, leaves the profiler's trace, the history and a report in the r
 import contextlib
 import functools
 import logging
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import Any, Concatenate, ParamSpec
+from typing import Any, Concatenate, ParamSpec, cast
 
 from lightning.pytorch import LightningModule, Trainer
 from typing_extensions import override
@@ -23,18 +23,20 @@ from esper_lightning.callbacks.peers import (
     end_of_run,
     is_of_this_run,
     keep_launcher_from_killing,
+    meet,
 )
-from esper_lightning.callbacks.recording import Recording, add_note
+from esper_lightning.callbacks.protection import run_depth
+from esper_lightning.callbacks.recording import Recording, add_note, recording_of
 from esper_lightning.callbacks.run_directory import (
     WritesRun,
     close_run_directory,
     copy_run_directory,
     open_run_directory,
 )
-from esper_lightning.callbacks.signals import ignore_interrupts_while_ending
 from esper_lightning.core.validate import require
 from esper_lightning.forensics.claims import DirectoryInUseError
 from esper_lightning.forensics.layout import RunLayout
+from esper_lightning.forensics.loggers import guard_loggers
 from esper_lightning.forensics.report import read_report
 
 __all__ = ["FlightRecorder"]
@@ -55,7 +57,7 @@ def _guarded(
         except DirectoryInUseError:  # nor does it write where another run does
             raise
         except Exception as error:
-            self.give_up(error)
+            self.give_up(cast(Trainer, args[0]), error)
 
     return call
 
@@ -65,7 +67,9 @@ class FlightRecorder(WritesRun):
 
     Works with any LightningModule, with any of Lightning's profilers or none. A history is kept
     even if there is no ``History`` among the callbacks. Errors and exit statuses stay the user's;
-    an error gets a note that names the run directory. Nothing is done under ``fast_dev_run``.
+    an error gets a note that names the run directory. Loggers cannot end the run: what they raise
+    is a warning, and metrics that they did not take are logged when they take them again. Nothing
+    is recorded under ``fast_dev_run``.
 
     Args:
         dirpath: Run directory; ``None`` for that of the Trainer (``callbacks.run_directory``).
@@ -94,21 +98,18 @@ class FlightRecorder(WritesRun):
         self.hang_timeout_s = hang_timeout_s
         self.print_profile = print_profile
         self.watch = watch
-        self._recording: Recording | None = None
         self._has_saved = False  # a checkpoint, since the directory was copied
-
-    def __getstate__(self) -> dict[str, Any]:
-        """Launchers that spawn processes pickle callbacks; a recording is of one process."""
-        return {**self.__dict__, "_recording": None}
 
     @override
     @_guarded
     def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
         """Begin to record, before anything of the run can fail."""
-        if self._recording is not None:
-            self._recording.close("failed")
-            self._recording = None
+        if run_depth(trainer) > 1 and recording_of(trainer) is not None:
+            return  # a run within a run of the same Trainer is part of that
+        _close_earlier(trainer)
+        guard_loggers(trainer.loggers)
         layout = _layout(open_run_directory(trainer, self))
+        met = meet(trainer.world_size)
         if layout is None:
             return
         others = [callback for callback in trainer.callbacks if callback is not self]
@@ -117,15 +118,16 @@ class FlightRecorder(WritesRun):
         # First, before anything that may raise in its own on_exception. A new list: the old one is
         # being walked through.
         trainer.callbacks = [self, *others]
-        self._recording = self._record(trainer, layout, stage, watch=self.watch)
+        self._record(trainer, layout, stage, watch=self.watch, met=met)
 
     @override
     @_guarded
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Lightning's launcher is running by now, and CUDA is in use if it will be."""
-        if self._recording is not None:
-            keep_launcher_from_killing(self._recording.save_for_launcher)
-            self._recording.begin_training()
+        recording = recording_of(trainer)
+        if recording is not None:
+            keep_launcher_from_killing(recording.save_for_launcher)
+            recording.begin_training()
 
     @override
     @_guarded
@@ -136,8 +138,9 @@ class FlightRecorder(WritesRun):
         if self._has_saved:
             self._has_saved = False
             copy_run_directory(trainer)
-        if self._recording is not None:
-            self._recording.begin_iteration(finished_iterations(trainer, pl_module) + 1)
+        recording = recording_of(trainer)
+        if recording is not None:
+            recording.begin_iteration(finished_iterations(trainer, pl_module) + 1)
 
     @override
     @_guarded
@@ -145,8 +148,9 @@ class FlightRecorder(WritesRun):
         self, trainer: Trainer, pl_module: LightningModule, outputs: Any, batch: Any, batch_idx: int
     ) -> None:
         """The iteration is done."""
-        if self._recording is not None:
-            self._recording.watchdog.beat()
+        recording = recording_of(trainer)
+        if recording is not None:
+            recording.beat()
 
     @override
     @_guarded
@@ -193,8 +197,17 @@ class FlightRecorder(WritesRun):
     @_guarded
     def on_train_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """What follows is no iteration."""
-        if self._recording is not None:
-            self._recording.watchdog.rest()
+        recording = recording_of(trainer)
+        if recording is not None:
+            recording.watchdog.rest()
+
+    @override
+    @_guarded
+    def teardown(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
+        """All went well."""
+        recording = recording_of(trainer)
+        if recording is not None:
+            recording.approach_end()
 
     @override
     @_guarded
@@ -202,42 +215,44 @@ class FlightRecorder(WritesRun):
         self, trainer: Trainer, pl_module: LightningModule, exception: BaseException
     ) -> None:
         """Save everything, unless that was done closer to the fault."""
-        recording, self._recording = self._recording, None
-        if recording is not None and recording.ended_well:
-            recording = None
+        # A recording's own deaths are saved before any callback is told.
+        if recording_of(trainer) is not None or isinstance(exception, DirectoryInUseError):
+            return
         layout = None
-        if recording is None and not isinstance(exception, DirectoryInUseError):
-            with contextlib.suppress(DirectoryInUseError):
-                layout = _layout(open_run_directory(trainer, self, alone=True))
-        if layout is not None:
-            if _saved_by_its_processes(layout):
-                add_note(exception, layout.directory, "every rank has a folder of its own")
-                end_of_run()
-                return
-            # It died before ``setup`` was called.
-            recording = self._record(trainer, layout, "fit", watch=False)
-        if recording is not None:
-            recording.die(exception)
-        if isinstance(exception, KeyboardInterrupt):
-            ignore_interrupts_while_ending(trainer)
+        with contextlib.suppress(DirectoryInUseError):
+            layout = _layout(open_run_directory(trainer, self, alone=True))
+        if layout is None:
+            return
+        if _saved_by_its_processes(layout):
+            add_note(exception, layout.directory, "every rank has a folder of its own")
+            end_of_run()
+            close_run_directory(trainer, self)
+            return
+        # It died before ``setup`` was called.
+        self._record(trainer, layout, "fit", watch=False).die(exception, lingers=False)
 
     def _beat(self, trainer: Trainer) -> None:
-        if (
-            self._recording is not None
-            and trainer.state.fn == "fit"
-            and not trainer.sanity_checking
-        ):
-            self._recording.watchdog.beat()
+        recording = recording_of(trainer)
+        if recording is not None and trainer.state.fn == "fit" and not trainer.sanity_checking:
+            recording.beat()
 
-    def give_up(self, error: Exception) -> None:
+    def give_up(self, trainer: Trainer, error: Exception) -> None:
         """Leave the run alone from here on."""
         _log.warning("FlightRecorder is off: %s. The run goes on without it.", in_words(error))
-        recording, self._recording = self._recording, None
+        recording = recording_of(trainer)
         if recording is not None:
             with contextlib.suppress(Exception):  # one warning is enough
                 recording.close("off")
 
-    def _record(self, trainer: Trainer, layout: RunLayout, stage: str, *, watch: bool) -> Recording:
+    def _record(
+        self,
+        trainer: Trainer,
+        layout: RunLayout,
+        stage: str,
+        *,
+        watch: bool,
+        met: Sequence[dict[str, Any]] = (),
+    ) -> Recording:
         return Recording(
             trainer,
             layout,
@@ -246,11 +261,19 @@ class FlightRecorder(WritesRun):
             watch=watch,
             let_go=functools.partial(close_run_directory, trainer, self),
             stage=stage,
+            met=met,
         )
 
 
 def _layout(directory: Path | None) -> RunLayout | None:
     return None if directory is None else RunLayout(directory)
+
+
+def _close_earlier(trainer: Trainer) -> None:
+    """End what is left of a run whose end was not seen."""
+    earlier = recording_of(trainer)
+    if earlier is not None:
+        earlier.close("failed")
 
 
 def _saved_by_its_processes(layout: RunLayout) -> bool:

@@ -7,7 +7,6 @@ One JSON line for each finished iteration, on disk before the next begins.
 # pyright: reportUnknownVariableType=false, reportUnknownArgumentType=false
 
 import logging
-from collections import deque
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, cast
@@ -23,18 +22,18 @@ from esper_lightning.callbacks.run_directory import (
     run_directory,
 )
 from esper_lightning.forensics.files import (
+    Backlog,
     JsonLines,
     encode_rows,
     read_json_lines,
     write_atomically,
 )
 from esper_lightning.forensics.layout import RankLayout, RunLayout
-from esper_lightning.forensics.report import set_aside
+from esper_lightning.forensics.report import set_aside, write_aside
 
 __all__ = ["History", "finished_iterations"]
 
 _log = logging.getLogger(__name__)
-_KEPT_ROWS = 100_000  # of each file, while the disk takes none
 
 
 def finished_iterations(trainer: Trainer, module: LightningModule) -> int:
@@ -49,9 +48,9 @@ class History(WritesRun):
     Works with any LightningModule. A row is what ``training_step`` returned under ``"row"``, if
     that is a mapping of plain values; without one it is the step's number and every metric that the
     module logged. A disk that takes no rows ends no training: there is a warning, and they are kept
-    and written when it does. When a run is
-    resumed, rows of iterations that it will repeat are set aside as ``history.jsonl.<n>``, so that
-    the history never holds an iteration twice.
+    and written when it does. When a run is resumed, the rows of iterations that it will repeat are
+    moved to ``history.jsonl.<n>``, so that the history never holds an iteration twice; the latest
+    ten such files are kept.
 
     Args:
         dirpath: Run directory; ``None`` for that of the Trainer (``callbacks.run_directory``).
@@ -70,7 +69,7 @@ class History(WritesRun):
     @property
     def waiting(self) -> int:
         """Rows that the disk has not taken."""
-        return len(self._files[0].waiting) if self._files else 0
+        return self._files[0].waiting if self._files else 0
 
     @override
     def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
@@ -137,43 +136,32 @@ class _Rows:
     def __init__(self, path: Path, done: int) -> None:
         self._path, self._done = path, done
         self._file: JsonLines | None = None
-        self.waiting: deque[Mapping[str, Any]] = deque()
-        self._failed = False
-        self._write()
+        self._backlog = Backlog[Mapping[str, Any]](str(path), self._take, prepare=self._open)
+        self._backlog.offer()
+
+    @property
+    def waiting(self) -> int:
+        """Rows that the disk has not taken."""
+        return len(self._backlog)
 
     def append(self, row: Mapping[str, Any]) -> None:
         """Add a row."""
-        if len(self.waiting) == _KEPT_ROWS:
-            _log.error("%s: a row is lost: %d rows wait already.", self._path, _KEPT_ROWS)
-        else:
-            self.waiting.append(row)
-        self._write()
+        self._backlog.put(row)
 
     def close(self) -> None:
         """Write what can be written, and say what is lost."""
-        self._write()
-        if self.waiting:
-            _log.error("%s: %d rows are lost: the disk took none.", self._path, len(self.waiting))
+        self._backlog.close()
         if self._file is not None:
             self._file.close()
 
-    def _write(self) -> None:
-        try:
-            if self._file is None:
-                _set_aside_after(self._path, self._done)
-                self._file = JsonLines(self._path)
-            while self.waiting:
-                self._file.append(self.waiting[0])
-                self.waiting.popleft()
-        except OSError as error:
-            if not self._failed:
-                text = "%s takes no rows: %s. Training goes on; rows are kept to be written later."
-                _log.warning(text, self._path, error)
-            self._failed = True
-        else:
-            if self._failed:
-                _log.warning("%s takes rows again: none is lost.", self._path)
-            self._failed = False
+    def _open(self) -> None:
+        if self._file is None:
+            _set_aside_after(self._path, self._done)
+            self._file = JsonLines(self._path)
+
+    def _take(self, row: Mapping[str, Any]) -> None:
+        assert self._file is not None
+        self._file.append(row)
 
 
 def _given_row(outputs: Any) -> Mapping[str, Any] | None:
@@ -201,10 +189,7 @@ def _numbers(trainer: Trainer) -> dict[str, float]:
 
 
 def _set_aside_after(path: Path, iteration: int) -> None:
-    """Keep the rows up to ``iteration``.
-
-    If that is not all, keep the whole file under another name.
-    """
+    """Keep the rows up to ``iteration``, and move later ones to a file of another name."""
     if not path.exists():
         return
     try:
@@ -214,11 +199,9 @@ def _set_aside_after(path: Path, iteration: int) -> None:
         set_aside(path)
         return
     kept = [row for row in rows if row.get("iteration", 0) <= iteration]
+    dropped = [row for row in rows if row.get("iteration", 0) > iteration]
+    if dropped:
+        write_aside(path, encode_rows(dropped))
     content = encode_rows(kept)
-    if content == path.read_bytes():
-        return
-    number = 1
-    while (aside := path.with_name(f"{path.name}.{number}")).exists():
-        number += 1
-    aside.write_bytes(path.read_bytes())
-    write_atomically(path, content)
+    if content != path.read_bytes():
+        write_atomically(path, content)

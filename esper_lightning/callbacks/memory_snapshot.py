@@ -6,7 +6,9 @@ from pathlib import Path
 
 import torch
 
-__all__ = ["forget_memory", "watch_memory"]
+from esper_lightning.forensics.files import replacing
+
+__all__ = ["forget_memory", "save_memory", "watch_memory"]
 
 _targets: list[Path] = []
 
@@ -31,6 +33,12 @@ def forget_memory(target: Path) -> None:
         _targets.remove(target)
 
 
+def save_memory(target: Path) -> None:
+    """Write a snapshot of the allocator, whole or not at all."""
+    with replacing(target) as temporary:
+        torch.cuda.memory._dump_snapshot(str(temporary))  # pyright: ignore[reportPrivateUsage]
+
+
 @functools.cache
 def _attach() -> None:  # there is no way to detach an observer
     torch._C._cuda_attach_out_of_memory_observer(_observe)  # pyright: ignore - of CUDA builds only
@@ -39,4 +47,4 @@ def _attach() -> None:  # there is no way to detach an observer
 def _observe(*_: int) -> None:
     for target in _targets:
         with contextlib.suppress(Exception):  # on the way to the user's own error
-            torch.cuda.memory._dump_snapshot(str(target))  # pyright: ignore[reportPrivateUsage]
+            save_memory(target)

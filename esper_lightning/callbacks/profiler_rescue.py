@@ -10,6 +10,7 @@ leaves it as it was.
 # pyright: reportUnknownVariableType=false, reportUnknownArgumentType=false
 
 import contextlib
+import functools
 import itertools
 import logging
 import os
@@ -18,15 +19,19 @@ import sys
 import threading
 from collections.abc import Callable, Generator
 from pathlib import Path
+from typing import Any
 
 import torch
 from lightning.pytorch.profilers import PassThroughProfiler, Profiler, PyTorchProfiler
 from torch.profiler import ProfilerAction
 
+from esper_lightning.callbacks.death import in_words
 from esper_lightning.callbacks.operator_table import operator_table
-from esper_lightning.callbacks.signals import Signals
+from esper_lightning.callbacks.protection import Patch, Protection
 from esper_lightning.callbacks.trace_export import export_trace
 from esper_lightning.callbacks.window_profiler import WindowProfiler, global_session
+from esper_lightning.forensics.files import write_atomically
+from esper_lightning.forensics.layout import RankLayout
 from esper_lightning.forensics.phases import PhaseRing
 
 __all__ = ["ProfilerGuard", "unrecorded"]
@@ -44,37 +49,43 @@ class ProfilerGuard:
     Args:
         profiler: Of the Trainer.
         ring: Where spans go.
-        signals: Held back while a window is written.
+        protection: Holds signals back while a window is written.
+        on_batch: Called when a training batch begins, also in a loop that a tuner runs.
         on_described: Called after the run's last act, the profiler's own report.
+        files: Of this rank, for what cannot go where the user wants it.
     """
 
     def __init__(
         self,
         profiler: Profiler,
         ring: PhaseRing,
-        signals: Signals,
+        protection: Protection,
+        *,
+        on_batch: Callable[[], None],
         on_described: Callable[[], None],
+        files: RankLayout,
     ) -> None:
         self.profiler = profiler
         self._ring = ring
-        self._signals = signals
-        self._on_described = on_described
+        self._protection = protection
+        self._on_batch, self._on_described = on_batch, on_described
+        self._files = files
+        self._warned = False
         self._thread = threading.get_ident()
         self._outer: list[BaseException | None] = []
         self._off = False
         self._does_nothing = type(profiler) is PassThroughProfiler
         theirs = getattr(profiler, "dirpath", None)
         self._theirs = Path(theirs).absolute() if theirs else None  # before anyone changes places
-        for name in _WRAPPED:
-            setattr(profiler, name, getattr(self, f"_{name}"))
+        self._patches = [Patch(profiler, name, getattr(self, f"_{name}")) for name in _WRAPPED]
         self._methods = {name: getattr(type(profiler), name).__get__(profiler) for name in _WRAPPED}
         self._made_global = isinstance(profiler, PyTorchProfiler) and _make_global(profiler)
 
     def release(self) -> None:
         """Give the profiler its own methods back."""
         self._off = True
-        for name in _WRAPPED:
-            self.profiler.__dict__.pop(name, None)
+        for patch in self._patches:
+            patch.undo()
         if self._made_global and isinstance(self.profiler, PyTorchProfiler):
             self.profiler._profiler_kwargs.pop("experimental_config", None)
 
@@ -103,6 +114,8 @@ class ProfilerGuard:
         if threading.get_ident() == self._thread:
             self._outer.append(sys.exc_info()[1])
             self._ring.enter(action_name)
+            if action_name == "run_training_batch":
+                self._on_batch()
         if not (self._off or self._does_nothing):
             self._guarded("start", action_name)
 
@@ -128,17 +141,78 @@ class ProfilerGuard:
     def _guarded(self, method: str, *args: str) -> None:
         """Call the profiler's own method; a run does not fail because of its profiler."""
         try:
-            with self._signals.held():
+            with self._protection.held():
                 self._methods[method](*args)
+                self._look_after_windows()
         except Exception as error:
             if isinstance(self.profiler, PyTorchProfiler):
-                self._off = True
                 lost = self.has_window or not isinstance(error, AssertionError)
-                with contextlib.suppress(Exception):
-                    self.abandon()
+                self._keep_what_there_is(method)
                 if not lost:  # Lightning's assertion when a run ends without any window
                     return
+            elif method == "describe":
+                self._keep_what_there_is(method)
             _log.warning("The profiler failed and is off from here on: %r", error)
+
+    def _keep_what_there_is(self, method: str) -> None:
+        """After a failure: a window that is open, and the table, in the run directory."""
+        table = ""
+        with contextlib.suppress(Exception):
+            if method == "describe":
+                table = self.profiler.summary()
+            elif self.has_window:
+                _, table = self.finish("window")
+        with contextlib.suppress(Exception):
+            self.abandon()
+        if table:
+            with contextlib.suppress(OSError):
+                write_atomically(self._files.profile, table.encode())
+
+    # Windows that close while the run is healthy.
+
+    def _look_after_windows(self) -> None:
+        """Have a torch profiler that Lightning has just made hand over its windows through here."""
+        profile = self._profile
+        ours = isinstance(self.profiler, WindowProfiler)  # it does so by itself
+        if profile is None or ours or "step" in profile.__dict__:
+            return
+        for name in ("step", "stop"):
+            setattr(profile, name, functools.partial(self._close_window, profile, name))
+
+    def _close_window(self, profile: torch.profiler.profile, name: str) -> None:
+        """The profiler's own ``step`` or ``stop``, which may end a window."""
+        theirs = profile.on_trace_ready
+        if theirs is not None:
+            profile.on_trace_ready = functools.partial(self._hand_over, theirs)
+        try:
+            getattr(type(profile), name)(profile)
+        finally:
+            profile.on_trace_ready = theirs
+
+    def _hand_over(
+        self, theirs: Callable[[torch.profiler.profile], object], profile: torch.profiler.profile
+    ) -> None:
+        """Let the user's own function write a window; where it cannot, the run directory has it."""
+        profile.export_chrome_trace = functools.partial(_export, profile)
+        try:
+            theirs(profile)
+        except Exception as error:
+            name = f"window-{self._files.directory.name}-{_process()}.pt.trace.json.gz"
+            try:
+                self._files.trace.mkdir(parents=True, exist_ok=True)
+                export_trace(profile, self._files.trace / name)
+            except (OSError, ValueError) as problem:
+                self._warn("A recorded window is lost: %s (%s)", problem, in_words(error))
+            else:
+                text = "The profiler's traces go to %s, for it cannot write them: %s"
+                self._warn(text, self._files.trace, in_words(error))
+        finally:
+            del profile.__dict__["export_chrome_trace"]
+
+    def _warn(self, text: str, *values: object) -> None:
+        if not self._warned:
+            self._warned = True
+            _log.warning(text, *values)
 
     # At a death.
 
@@ -147,15 +221,15 @@ class ProfilerGuard:
         profile = getattr(self.profiler, "profiler", None)
         return profile if isinstance(profile, torch.profiler.profile) else None
 
-    def finish(self, directory: Path, rank: int) -> tuple[Path, str]:
+    def finish(self, name: str = "crash") -> tuple[list[Path], str]:
         """Close the open window and export it; the profiler is off afterwards.
 
         Args:
-            directory: Where the trace goes if it cannot go where the user's traces go.
-            rank: Of this process, for the name.
+            name: First part of the file's name.
 
         Returns:
-            The file, and the table of operators; that is empty where it would take too long.
+            The file, or its pieces in order of time, and the table of operators; that is empty
+            where it would take too long.
 
         Raises:
             ValueError: If nothing is being recorded, or the session was lost.
@@ -171,16 +245,15 @@ class ProfilerGuard:
         assert profile.profiler is not None
         if profile.profiler.kineto_results is None:
             raise ValueError("the session had been ended by someone else")
-        process = f"{socket.gethostname()}-{os.getpid()}-{next(_numbers)}"
-        name = f"crash-rank{rank}-{process}.pt.trace.json.gz"
-        theirs = self._theirs
-        places = [theirs] if theirs is not None and theirs not in directory.parents else []
-        for place in (*places, directory):
+        file = f"{name}-{self._files.directory.name}-{_process()}.pt.trace.json.gz"
+        theirs, ours = self._theirs, self._files.trace
+        places = [theirs] if theirs is not None and theirs not in ours.parents else []
+        for place in (*places, ours):
             try:
                 place.mkdir(parents=True, exist_ok=True)
-                path = export_trace(profile, place / name)
-                small = path.stat().st_size <= _TABLE_BYTES
-                return path, operator_table(profile.profiler.kineto_results) if small else ""
+                paths = export_trace(profile, place / file)
+                small = sum(path.stat().st_size for path in paths) <= _TABLE_BYTES
+                return paths, operator_table(profile.profiler.kineto_results) if small else ""
             except OSError as error:
                 first_error = first_error or error
         assert first_error is not None
@@ -241,6 +314,25 @@ def unrecorded() -> Generator[None]:
     finally:
         if switch is not None:
             switch(True)
+
+
+def _process() -> str:
+    return f"{socket.gethostname()}-{os.getpid()}-{next(_numbers)}"
+
+
+def _export(profile: torch.profiler.profile, path: str, *args: Any, **kwargs: Any) -> None:
+    """Torch's own export, which leaves nothing torn, and says so if it left nothing."""
+    target, was_there = Path(path), Path(path).exists()
+    try:
+        type(profile).export_chrome_trace(profile, path, *args, **kwargs)
+        if not target.exists():
+            raise OSError(f"{target.parent} takes no trace")
+    except BaseException:
+        torn = [Path(f"{path}.tmp"), *([] if was_there else [target])]
+        for left in torn:
+            with contextlib.suppress(OSError):
+                left.unlink(missing_ok=True)
+        raise
 
 
 def _quietly(action: Callable[[], object]) -> None:

@@ -12,7 +12,7 @@ import os
 import tempfile
 import threading
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -29,10 +29,13 @@ from esper_lightning.callbacks.death import (
     in_words,
 )
 from esper_lightning.callbacks.history import History
+from esper_lightning.callbacks.memory_snapshot import save_memory
 from esper_lightning.callbacks.profiler_rescue import ProfilerGuard, unrecorded
 from esper_lightning.callbacks.signals import dump_stacks
+from esper_lightning.callbacks.watchdog import awake_s
 from esper_lightning.forensics.files import replacing, write_atomically
 from esper_lightning.forensics.layout import RankLayout
+from esper_lightning.forensics.loggers import flush_logger
 from esper_lightning.forensics.phases import PhaseRing
 from esper_lightning.forensics.report import set_aside, write_report
 
@@ -50,11 +53,17 @@ class Rescue:
     ring: PhaseRing
     guard: ProfilerGuard
     print_profile: bool
-    started_s: float  # of the recording
+    process: Mapping[str, Any]  # which one this is, as in process.json
     bounded: bool = True  # whether steps may take threads of their own: not in a signal handler
     report: dict[str, Any] = field(default_factory=dict[str, Any])
     written: Path | None = None  # where the report is
-    progress_s: float = field(default_factory=time.monotonic)  # when the latest step began
+    begun_s: float = field(default_factory=awake_s)
+    progress_s: float = field(default_factory=awake_s)  # when the latest step began
+
+    @property
+    def started_s(self) -> float:
+        """When the recording began."""
+        return self.process["started_s"]
 
     def run(self, death: Death) -> None:
         """Take all steps."""
@@ -63,7 +72,7 @@ class Rescue:
 
     def _run(self, death: Death) -> None:
         started = time.monotonic()
-        self.report = {"cause": death.cause, "started_s": self.started_s}
+        self.report = {**self.process, "cause": death.cause}
         self.report |= {"evidence": {}, "complete": False}
         self._guarded("profiler", self._describe_profiler)
         self._guarded("death", lambda: self.report.update(self._describe(death)))
@@ -125,15 +134,12 @@ class Rescue:
 
     def _flush_loggers(self) -> tuple[None, str]:
         for logger in self.trainer.loggers:
-            logger.save()
-            flush = getattr(getattr(logger, "experiment", None), "flush", None)
-            if callable(flush):
-                flush()
+            flush_logger(logger)
         return None, f"{len(self.trainer.loggers)} flushed"
 
     def _save_memory(self) -> tuple[Path, str]:
         if not self.files.memory.exists():  # else the allocator's observer wrote it in time
-            torch.cuda.memory._dump_snapshot(str(self.files.memory))
+            save_memory(self.files.memory)
         return self.files.memory, "CUDA allocator"
 
     def _save_stacks(self, death: Death) -> tuple[Path, str]:
@@ -176,14 +182,17 @@ class Rescue:
         tables: list[str] = []
 
         def export() -> tuple[Path, str]:
-            path, table = guard.finish(self.files.trace, self.trainer.global_rank)
+            paths, table = guard.finish()
             tables.append(table)
             if not table:
                 detail = (
                     "the window is too large for a table at a death; esper crash reads the trace"
                 )
                 self._evidence("profile", "absent", detail=detail)
-            return path, "the window that was open, up to the death"
+            detail = "the window that was open, up to the death"
+            if len(paths) > 1:
+                detail += f"; in {len(paths)} pieces, of which this is the last"
+            return paths[-1], detail
 
         if guard.has_window:
             # Sessions that are not global must be stopped by the thread that started them.
@@ -211,7 +220,7 @@ class Rescue:
         self, name: str, action: Callable[[], tuple[Path | None, str]], *, seconds: float | None
     ) -> None:
         """Take a step and write down how it went."""
-        self.progress_s = time.monotonic()
+        self.progress_s = awake_s()
         failures: list[BaseException] = []
         results: list[tuple[Path | None, str]] = []
 
@@ -254,8 +263,10 @@ class Rescue:
         self.report["evidence"][name] = {"state": state, "path": where, "detail": detail}
 
     def _write_report(self) -> None:
-        elsewhere = Path(tempfile.gettempdir()) / f"crash-{os.getpid()}-{self.files.directory.name}"
-        for path in (self.files.crash, elsewhere.with_suffix(".json")):
+        # In a container every run may be process 1.
+        name = f"crash-{os.getpid()}-{self.started_s:.3f}-{self.files.directory.name}.json"
+        elsewhere = Path(tempfile.gettempdir()) / name
+        for path in (self.files.crash, elsewhere):
             try:
                 write_report(path, self.report)
             except Exception as error:
@@ -276,5 +287,7 @@ def _finishes(action: Callable[[], None], seconds: float) -> bool:
     except RuntimeError:  # no memory for a thread
         action()
         return True
-    thread.join(seconds)
+    end = awake_s() + seconds
+    while thread.is_alive() and awake_s() < end:
+        thread.join(0.1)
     return not thread.is_alive()

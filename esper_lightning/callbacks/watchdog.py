@@ -9,12 +9,43 @@ import time
 from collections.abc import Callable
 from typing import NamedTuple
 
-__all__ = ["Alarm", "Watchdog"]
+from esper_lightning.callbacks.signals import end_by, signal_name
+
+__all__ = ["Alarm", "Arrival", "Watchdog", "awake_s"]
 
 _PERIOD_S = 0.1
-_PEERS_EVERY = 3
+_LONGEST_GAP_S = 0.5  # between two polls of a process that is not suspended
+_PEERS_EVERY, _LOOKS_EVERY = 3, 5
 _PEER_GRACE_S = 0.5
 _STALLED_S = 60.0  # more than any step of saving is given
+
+
+class _AwakeClock:
+    """Time that does not pass while the process is suspended (SIGSTOP, Ctrl-Z, a debugger).
+
+    It is read ten times a second while any watchdog lives: a longer gap was none of the process's.
+    """
+
+    def __init__(self) -> None:
+        self._lock = threading.RLock()  # handlers of signals read it, too
+        self._read_s = time.monotonic()
+        self._suspended_s = 0.0
+        os.register_at_fork(after_in_child=self._renew_lock)
+
+    def __call__(self) -> float:
+        with self._lock:
+            now = time.monotonic()
+            gap_s, self._read_s = now - self._read_s, now
+            if gap_s > _LONGEST_GAP_S:
+                self._suspended_s += gap_s - _PERIOD_S
+            return now - self._suspended_s
+
+    def _renew_lock(self) -> None:
+        self._lock = threading.RLock()
+
+
+awake_s = _AwakeClock()
+"""Seconds that this process was awake, from an arbitrary start."""
 
 
 class Alarm(NamedTuple):
@@ -26,15 +57,38 @@ class Alarm(NamedTuple):
     silent_s: float = 0.0
 
 
+class Arrival(NamedTuple):
+    """A signal that came in: its number, and when (``awake_s``).
+
+    ``unwinds`` says whether the main thread runs a recorded fit, which a Python handler ends by an
+    exception. Elsewhere the process dies as without its recorder, once evidence is saved.
+    """
+
+    number: int
+    time_s: float
+    unwinds: bool = True
+
+    @property
+    def interrupts(self) -> bool:
+        """Whether it raises ``KeyboardInterrupt``, whose unwinding may take as long as it likes."""
+        return self.unwinds and self.number == signal.SIGINT
+
+
 class Watchdog:
     """Polls ten times a second, and hands what it notices to ``act`` once the main thread had time.
 
+    Time is that of ``awake_s``.
+
     Args:
-        received: Numbers of the signals that came in since the last call.
+        received: Signals that came in since the last call.
+        caught_s: When the main thread was last seen to go on: a signal that came before that ended
+            nothing, for somebody caught what it raised.
         peer: A rank that failed, with the reason.
+        look: Called twice a second.
         act: Saves evidence; for ``signal`` and ``peer`` the first time only.
         saving_for_s: Seconds since the latest step of saving evidence began: ``None`` before the
             first, infinite after the last.
+        others_saving_for_s: The same for every recording of this process.
         hang_timeout_s: An iteration that takes longer hangs; ``None`` for never.
         stuck_grace_s: Time that the main thread has to react to a signal.
         exit_grace_s: Time after which a process that was told to end, and does not, is ended; not
@@ -44,34 +98,40 @@ class Watchdog:
     def __init__(
         self,
         *,
-        received: Callable[[], list[int]],
+        received: Callable[[], list[Arrival]],
+        caught_s: Callable[[], float],
         peer: Callable[[], tuple[int, str] | None],
         act: Callable[[Alarm], None],
+        look: Callable[[], None] = lambda: None,
         saving_for_s: Callable[[], float | None],
+        others_saving_for_s: Callable[[], list[float | None]],
         hang_timeout_s: float | None,
         stuck_grace_s: float,
         exit_grace_s: float,
     ) -> None:
-        self._received, self._peer, self._act = received, peer, act
-        self._saving_for_s = saving_for_s
+        self._received, self._caught_s = received, caught_s
+        self._peer, self._act, self._look = peer, act, look
+        self._saving_for_s, self._others_saving_for_s = saving_for_s, others_saving_for_s
         self._hang_timeout_s = hang_timeout_s
         self._stuck_grace_s, self._exit_grace_s = stuck_grace_s, exit_grace_s
         self._beat_s: float | None = None
-        self._alive_s = -float("inf")
         self._hung = False
-        self._due: tuple[float, Alarm] | None = None
-        self._exit: tuple[float, int] | None = None
+        self._arrival: Arrival | None = None  # of the signal that is to end the process
+        self._peer_due: tuple[float, Alarm] | None = None
         self._pid = os.getpid()
         self._ended = threading.Event()
         self._thread = threading.Thread(target=self._watch, daemon=True, name="flight-recorder")
         self._thread.start()
 
-    def beat(self) -> None:
-        """The main thread is alive: an iteration, or a batch of a validation, begins or ended.
+    @property
+    def ends_by(self) -> int | None:
+        """The signal that ends the process whatever becomes of this run."""
+        arrivals = [*filter(None, [self._arrival]), *self._received()]
+        return next((each.number for each in arrivals if not each.unwinds), None)
 
-        A signal that came before this ended nothing: somebody caught what it raised.
-        """
-        self._beat_s = self._alive_s = time.monotonic()
+    def beat(self) -> None:
+        """The run goes on: an iteration, or a batch of a validation, begins or ended."""
+        self._beat_s = awake_s()
         self._hung = False
 
     def rest(self) -> None:
@@ -88,51 +148,51 @@ class Watchdog:
         turn = 0
         while not self._ended.wait(_PERIOD_S):
             turn += 1
-            now = time.monotonic()
+            now = awake_s()
             self._look_for_signals(now)
-            if turn % _PEERS_EVERY == 0:
+            if turn % _PEERS_EVERY == 0 or self._peer_due is not None:
                 self._look_for_peers(now)
+            if turn % _LOOKS_EVERY == 0:
+                self._look()
             self._look_for_a_hang(now)
-            self._forget_what_was_caught()
-            saving_for_s = self._saving_for_s()
-            if self._due is not None and now >= self._due[0] and saving_for_s is None:
-                self._act_on(self._due[1])
-            elif self._exit is not None and now >= self._exit[0]:
-                self._leave(saving_for_s)
-
-    def _forget_what_was_caught(self) -> None:
-        due, leaves = self._due, self._exit
-        if due is not None and due[1].cause == "signal":
-            self._due = due if due[0] - self._stuck_grace_s >= self._alive_s else None
-        if leaves is not None and leaves[0] - self._exit_grace_s < self._alive_s:
-            self._exit = None
-
-    def _act_on(self, alarm: Alarm) -> None:
-        if alarm.cause == "peer" and self._peer() is None:  # it was starting, or is back
-            self._due = None
-        else:
-            self._act(alarm)
-
-    def _leave(self, saving_for_s: float | None) -> None:
-        if saving_for_s is not None and saving_for_s > _STALLED_S:
-            with contextlib.suppress(Exception):  # nobody may be reading any more
-                sys.stdout.flush()
-                sys.stderr.flush()
-            os._exit(self._exit[1] if self._exit else 1)
-
-    def _look_for_peers(self, now: float) -> None:
-        if self._due is None and self._saving_for_s() is None:
-            failed = self._peer()
-            if failed is not None:
-                self._due = (now + _PEER_GRACE_S, Alarm("peer", peer=failed))
 
     def _look_for_signals(self, now: float) -> None:
-        for number in self._received():
-            if self._due is None or self._due[1].cause == "peer":
-                alarm = Alarm("signal", signal=signal.Signals(number).name)
-                self._due = (now + self._stuck_grace_s, alarm)
-            if self._exit is None and number != signal.SIGINT:
-                self._exit = (now + self._exit_grace_s, 128 + number)
+        for arrival in self._received():
+            if self._arrival is None or self._arrival.interrupts:
+                self._arrival = arrival
+        arrival = self._arrival
+        if arrival is None:
+            return
+        if arrival.unwinds and arrival.time_s < self._caught_s():
+            self._arrival = None
+            return
+        waited_s = now - arrival.time_s if arrival.unwinds else float("inf")
+        if waited_s >= self._stuck_grace_s and self._saving_for_s() is None:
+            self._act(Alarm("signal", signal=signal_name(arrival.number)))
+        if waited_s >= self._exit_grace_s and not arrival.interrupts:
+            self._leave(arrival)
+
+    def _leave(self, arrival: Arrival) -> None:
+        saving_for_s = [self._saving_for_s(), *self._others_saving_for_s()]
+        if any(seconds is None or seconds <= _STALLED_S for seconds in saving_for_s):
+            return
+        with contextlib.suppress(Exception):  # nobody may be reading any more
+            sys.stdout.flush()
+            sys.stderr.flush()
+        if not arrival.unwinds:
+            end_by(arrival.number)
+        os._exit(128 + arrival.number)
+
+    def _look_for_peers(self, now: float) -> None:
+        if self._arrival is not None or self._saving_for_s() is not None:
+            return
+        failed = self._peer()
+        if failed is None:  # a rank was starting, or is back
+            self._peer_due = None
+        elif self._peer_due is None:
+            self._peer_due = (now + _PEER_GRACE_S, Alarm("peer", peer=failed))
+        elif now >= self._peer_due[0]:
+            self._act(self._peer_due[1])
 
     def _look_for_a_hang(self, now: float) -> None:
         beat = self._beat_s

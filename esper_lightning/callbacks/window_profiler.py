@@ -43,8 +43,9 @@ class WindowProfiler(PyTorchProfiler):
     that is open when the run ends is kept. Outside ``fit``, steps are those of the stage.
 
     Files are ``<filename>-rank<k>-<host>-<pid>-steps<first>-<last>-<n>.pt.trace.json.gz``, and the
-    table of the latest window is ``rank<k>/profile.txt`` of the run directory. A folder that takes
-    no files costs the trace and a warning, never the run.
+    table of the latest window is ``rank<k>/profile.txt`` of the run directory. Where ``dirpath``
+    takes no files, windows go to ``rank<k>/trace`` of the run directory, with one warning; where
+    that takes none either, they are lost, and the run goes on.
 
     Args:
         dirpath: Where traces go; ``None`` for ``rank<k>/trace`` in the run directory.
@@ -64,7 +65,8 @@ class WindowProfiler(PyTorchProfiler):
         row_limit: Rows of the table.
 
     Attributes:
-        windows: Files of this run, oldest first.
+        windows: Files of this run, oldest first; under a limit on the size of files a window may
+            be in several.
         last_table: Where the time of the latest window went.
         logs_table: Whether the table is logged at the end of a run.
 
@@ -114,6 +116,7 @@ class WindowProfiler(PyTorchProfiler):
     def _begin(self) -> None:
         self.windows: list[Path] = []
         self.last_table: str | None = None
+        self._warned: set[str] = set()
         self._steps = 0  # finished
         self._first = 0  # of the window
         self._events_per_step = 0.0
@@ -166,15 +169,39 @@ class WindowProfiler(PyTorchProfiler):
         self.last_table = operator_table(results, row_limit=self.row_limit)
         try:
             self._write_table(self.last_table)
-            place = Path(self.dirpath or "")
-            place.mkdir(parents=True, exist_ok=True)
-            path = export_trace(profile, place / self._name())
-        except (OSError, ValueError) as error:
-            _log.warning("A recorded window is lost: %s", error)
-            return None
-        self.windows.append(path)
+        except OSError as error:
+            self._warn("The table of the latest window cannot be written: %s", error)
+        written = self._write_window(profile)
+        self.windows += written
         self._remove_oldest()
-        return path
+        return written[-1] if written else None
+
+    def _write_window(self, profile: torch.profiler.profile) -> list[Path]:
+        """Where the user wants it, or else in the run directory; empty where neither takes it."""
+        places = [Path(self.dirpath or "") / self._name()]
+        if self._given_dirpath is not None and self._run_directory is not None:
+            folder = RunLayout(Path(self._run_directory)).rank(self._rank).trace
+            places.append(folder / self._name("window"))  # the user's may be too long
+        problem: Exception | None = None
+        for path in places:
+            try:
+                path.parent.mkdir(parents=True, exist_ok=True)
+                written = export_trace(profile, path)
+            except (OSError, ValueError) as error:
+                problem = problem or error
+            else:
+                if problem is not None:
+                    text = "%s takes no traces (%s): they are in %s"
+                    self._warn(text, places[0].parent, problem, path.parent)
+                return written
+        self._warn("A recorded window is lost: %s", problem)
+        return []
+
+    def _warn(self, text: str, *values: object) -> None:
+        """Once in a run: there may be hundreds of windows."""
+        if text not in self._warned:
+            self._warned.add(text)
+            _log.warning(text, *values)
 
     @override
     def summary(self) -> str:
@@ -261,11 +288,11 @@ class WindowProfiler(PyTorchProfiler):
 
     # Files.
 
-    def _name(self) -> str:
+    def _name(self, filename: str | None = None) -> str:
         process = f"rank{self._rank}-{socket.gethostname()}-{os.getpid()}"
         last = max(self._first, self._steps - 1)
         steps = f"steps{self._first}-{last}-{next(_numbers)}"
-        return f"{self.filename}-{process}-{steps}.pt.trace.json.gz"
+        return f"{filename or self.filename}-{process}-{steps}.pt.trace.json.gz"
 
     def _remove_oldest(self) -> None:
         while len(self.windows) > self.keep:

@@ -1,12 +1,12 @@
 """``esper crash RUN_DIR``: how a run died, from what it left. Standard library only."""
 
-import sys
 from pathlib import Path
 from typing import Any
 
 from esper_lightning.cli.crash_text import describe, seconds_by_phase
 from esper_lightning.cli.errors import CommandParser, fail
 from esper_lightning.forensics.files import strict_json
+from esper_lightning.forensics.reading import printable
 from esper_lightning.forensics.remains import Remains, examine, first_failure
 from esper_lightning.forensics.report import SCHEMA
 from esper_lightning.forensics.trace import summarize
@@ -28,12 +28,12 @@ def run(arguments: list[str]) -> None:
     if first is not None and first.trace_path is not None:
         try:
             first.trace = summarize(first.trace_path)
-        except OSError as error:
-            print(f"esper: {first.trace_path}: {error}", file=sys.stderr)
+        except (FileNotFoundError, ValueError) as error:
+            first.unreadable[first.trace_path.name] = str(error)
     if options.json:
         print(strict_json(_as_json(ranks, first)))
     else:
-        print("\n".join(describe(options.run_dir, ranks, first)))
+        print("\n".join(map(printable, describe(options.run_dir, ranks, first))))
 
 
 def _as_json(ranks: list[Remains], first: Remains | None) -> dict[str, Any]:
@@ -42,9 +42,11 @@ def _as_json(ranks: list[Remains], first: Remains | None) -> dict[str, Any]:
             "rank": remains.rank,
             "state": remains.state,
             "report": remains.report,
+            "unreadable": remains.unreadable,
             "last_rows": remains.history,
             "rows": remains.rows,
             "damaged_rows": remains.damaged_rows,
+            "remarks": remains.remarks,
             "open_phases": [span.name for span in remains.phases.open] if remains.phases else [],
             "seconds_by_phase": seconds_by_phase(remains.phases),
             "trace": remains.trace,
@@ -52,5 +54,5 @@ def _as_json(ranks: list[Remains], first: Remains | None) -> dict[str, Any]:
             "windows": remains.windows,
         }
 
-    died = None if first is None else first.rank
+    died = first.rank if first is not None and first.is_first_cause else None
     return {"schema": SCHEMA, "first_failure": died, "ranks": [plain(rank) for rank in ranks]}

@@ -39,12 +39,17 @@ def describe(directory: Path, ranks: list[Remains], first: Remains | None) -> li
         first: The one that failed first, if any did.
     """
     lines = [f"Run directory: {directory}", ""]
-    if len(ranks) > 1:
+    if len(ranks) > 1 or (ranks[0].world_size or 1) > 1:
         lines += [*_side_by_side(ranks), ""]
     known = {rank.rank for rank in ranks}
     others = ", ".join(f"rank{k}" for k in rank_folders(directory) if k not in known)
     if others:
         lines += [f"Of an earlier run, and left out: {_cut(others, _NAME)}", ""]
+    lines += [
+        f"Rank {rank.rank}: {name} is there and cannot be read: {_cut(reason, _NAME)}"
+        for rank in ranks
+        for name, reason in rank.unreadable.items()
+    ]
     if first is None:
         states = sorted({rank.state for rank in ranks})
         lines.append(f"No death on record: {', '.join(states)}.")
@@ -54,7 +59,8 @@ def describe(directory: Path, ranks: list[Remains], first: Remains | None) -> li
             if rank.report is not None
         ]
         return [*lines, *_last_rows(ranks[0])]
-    sections = (_death, _where_time_went, _last_rows, _evidence, _operators)
+    lines += [*_death(first, ranks), ""]
+    sections = (_where_time_went, _last_rows, _evidence, _operators)
     for section in sections:
         lines += [*section(first), ""]
     return lines[:-1]
@@ -79,24 +85,33 @@ def _side_by_side(ranks: list[Remains]) -> list[str]:
     return lines
 
 
-def _death(first: Remains) -> list[str]:
+def _death(first: Remains, ranks: list[Remains]) -> list[str]:
     report = first.report
     if report is None:
+        without = "its process vanished without a report"
+        if first.state != "vanished":
+            without = "how is not known, for there is no report that can be read"
         phases = " > ".join(span.name for span in first.phases.open) if first.phases else "unknown"
         iteration = first.phases.iteration if first.phases else "unknown"
         return [
-            f"Rank {first.rank} failed first: its process vanished without a report.",
+            f"Rank {first.rank} failed first: {without}.",
             f"Iteration {iteration}, in: {phases}",
         ]
     lines = [f"Rank {first.rank} failed first: {what_happened(report)}"]
+    if not first.is_first_cause:  # and neither did any other rank that left something
+        elsewhere = len(ranks) < (first.world_size or 0)
+        why = "its folder is on another host" if elsewhere else "no rank tells why"
+        lines = [f"Rank {first.rank} lost a peer; {why}.", _cut(what_happened(report), _WIDTH)]
     if report.get("schema") != SCHEMA:
-        lines.append(f"(Written with schema {report.get('schema')}; this reads {SCHEMA}.)")
+        written = _cut(str(report.get("schema")), _NAME)
+        lines.append(f"(Written with schema {written}; this reads {SCHEMA}.)")
     when, status, signal = (report.get(name) for name in ("time_s", "exit_status", "signal"))
     at = time.strftime("%Y-%m-%d %H:%M:%S", time.localtime(when)) if when else "at a time unknown"
     how = [at, report.get("cause") or "for a cause unknown"]
     how += [f"signal {signal}"] if signal else []
     how += [] if status is None else [f"exit status {status}"]
     lines.append(f"{', '.join(how)}, pid {report.get('pid') or 'unknown'}")
+    lines += _memory(report)
     lines += _where_not_finite((report.get("error") or {}).get("non_finite"))
     phases = report.get("phases") or []
     iteration = report.get("iteration")
@@ -108,6 +123,19 @@ def _death(first: Remains) -> list[str]:
         lines.append(f"Last metrics: {text}")
     traceback = (report.get("error") or {}).get("traceback") or []
     return lines + [f"    {line}"[:100] for line in traceback[-8:]]
+
+
+def _memory(report: dict[str, Any]) -> list[str]:
+    """What the process had, and what the kernel counted meanwhile."""
+    memory, cgroup = report.get("memory") or {}, report.get("cgroup") or {}
+    numbers = [
+        f"{name.removesuffix('_bytes')} {count / 1e9:.2f} GB"
+        for name, count in memory.items()
+        if 0 <= count < 1 << 60
+    ]
+    before, after = (cgroup.get(name) or {} for name in ("before", "after"))
+    numbers += [f"{name} {count} -> {after.get(name)}" for name, count in before.items()]
+    return [_cut(f"Memory: {', '.join(numbers)}", _WIDTH)] if numbers else []
 
 
 def _where_not_finite(found: dict[str, Any] | None) -> list[str]:
@@ -142,7 +170,8 @@ def _where_time_went(first: Remains) -> list[str]:
 
 def _last_rows(first: Remains) -> list[str]:
     if not first.history:
-        return ["No iteration was finished."]
+        unknown = "history.jsonl" in first.unreadable or first.damaged_rows > 0
+        return ["No row of the history can be read." if unknown else "No iteration was finished."]
     columns = _columns(first.history)
     fitting = columns[: _WIDTH // _COLUMN]
     lines = [f"Last of {first.rows} rows:", "".join(f"{h:>{_COLUMN}}" for h in _heads(fitting))]
@@ -153,7 +182,7 @@ def _last_rows(first: Remains) -> list[str]:
         lines.append(f"Not shown: {_cut(', '.join(columns[len(fitting) :]), _NAME)}")
     if first.damaged_rows:
         lines.append(f"{first.damaged_rows} lines are damaged and left out.")
-    return lines
+    return lines + first.remarks
 
 
 def _columns(rows: list[dict[str, Any]]) -> list[str]:
@@ -191,6 +220,8 @@ def _operators(first: Remains) -> list[str]:
     if not window.was_open:
         which = f"The latest closed window; it ended {_before(first, window)}"
     whole = "" if trace.complete else ", torn or damaged: read as far as it goes"
+    if trace.left_out_bytes:
+        whole = f", without {trace.left_out_bytes / 1e6:,.0f} MB in the middle, which were not read"
     lines = [
         f"Trace: {path}",
         f"    {which}",
@@ -221,9 +252,9 @@ def _is_number(value: Any) -> bool:
 def _number(value: Any) -> str:
     if isinstance(value, float):
         return f"{value:.4g}"
-    return "-" if value is None else str(value)
+    return "-" if value is None else _cut(str(value), _COLUMN - 1)
 
 
 def _cut(text: str, width: int) -> str:
-    text = " ".join(text.split())
+    text = " ".join(text[: 1 << 16].split())
     return text if len(text) <= width else text[: width - 3] + "..."

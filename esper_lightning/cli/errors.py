@@ -12,9 +12,12 @@ from collections.abc import Generator, Iterable
 from contextlib import contextmanager
 from typing import NoReturn
 
+from esper_lightning.forensics.reading import printable
+
 __all__ = ["CommandParser", "fail", "nearest", "one_line", "requires_folder"]
 
 LONGEST_LINE = 200
+_LONGEST_TEXT = 1 << 16
 _LONGEST_WORD, _WORD_START, _WORD_END = 60, 24, 28
 
 
@@ -43,7 +46,7 @@ def one_line(text: str, limit: int = LONGEST_LINE) -> str:
 
     Where it is too long its longest words (paths, values) lose their middle, and then it its end.
     """
-    words = "".join(c if c.isprintable() or c.isspace() else _escaped(c) for c in text).split()
+    words = [printable(word) for word in text[:_LONGEST_TEXT].split()]
     line = " ".join(words)
     if len(line) > limit:
         line = " ".join(
@@ -78,7 +81,3 @@ def requires_folder(field: str, path: object = None) -> Generator[None]:
         rule = f"be a folder that can be made ({error.strerror or error})"
         got = str(error.filename if path is None else path)
         raise ValueError(f"{field} must {rule}, got {got!r}.") from error
-
-
-def _escaped(character: str) -> str:
-    return character.encode("unicode_escape").decode()

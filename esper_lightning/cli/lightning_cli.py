@@ -4,6 +4,7 @@ Lightning's command line with our defaults and one-line errors.
 """
 
 import argparse
+import contextlib
 import json
 import logging
 import os
@@ -44,7 +45,7 @@ from esper_lightning.training.checkpoints import (
     checkpoint_at,
     load_checkpoint,
     load_weights,
-    refuse_foreign,
+    refuse_huge,
 )
 from esper_lightning.training.metrics import EVAL_RETURN
 from esper_lightning.training.module import PPO
@@ -208,7 +209,8 @@ class EsperCLI(LightningCLI):
 
     def __init__(self, command: str, **kwargs: Any) -> None:
         self._command = command
-        super().__init__(**kwargs)
+        with contextlib.ExitStack() as self._building:
+            super().__init__(**kwargs)
 
     @override
     def subcommands(self) -> dict[str, set[str]]:  # pyright: ignore[reportIncompatibleMethodOverride]
@@ -227,7 +229,9 @@ class EsperCLI(LightningCLI):
             require(known.ckpt_path is not None, "--ckpt_path", "be given", None)
             path = checkpoint_at(known.ckpt_path)
             self._says = [] if str(path) == known.ckpt_path else [f"Checkpoint: {path}"]
-            settings = {"model": load_checkpoint(path)["hyper_parameters"]}
+            checkpoint = load_checkpoint(path)
+            self._building.enter_context(refuse_huge(checkpoint))
+            settings = {"model": checkpoint["hyper_parameters"]}
             words = ["evaluate", "--config", json.dumps(settings), *words[1:]]
             words += ["--ckpt_path", str(path)]
         self.config = parser.parse_args(words)
@@ -299,7 +303,7 @@ class EsperCLI(LightningCLI):
         if path is not None:
             ranks = self.trainer.world_size if fits else None
             checkpoint = load_checkpoint(path)
-            refuse_foreign(checkpoint, self.model.settings, world_size=ranks)
+            model.refuse_checkpoint(checkpoint, str(path), world_size=ranks)
             self._resumes_from = checkpoint[STATE_KEY]["iteration"]
         elif fits and model.warm_start is not None:
             load_weights(model, model.warm_start)
@@ -326,10 +330,15 @@ class EsperCLI(LightningCLI):
             print(*self._says, sep="\n", flush=True)
         try:
             self._start()
-        except MisconfigurationException as error:  # what a callback or loop finds at the start
-            if self.model.iteration > self._resumes_from:
+        except Exception as error:
+            if self.model.is_resuming:
+                path = self.config[self.subcommand]["ckpt_path"]
+                reason = f"{type(error).__name__}: {error}"
+                fail(f"ckpt_path must hold what a run can resume from, got {path!r}. {reason}")
+            began = self.model.iteration > self._resumes_from
+            if began or not isinstance(error, MisconfigurationException):
                 raise
-            fail(error)
+            fail(error)  # what a callback or loop finds at the start
         if not self.trainer.is_global_zero:
             return
         metrics = {name: value.item() for name, value in self.trainer.callback_metrics.items()}

@@ -64,7 +64,12 @@ def _prepare(words: list[str]) -> Callable[[], None]:
     if name in ("fit", "evaluate"):
         from esper_lightning.cli.lightning_cli import prepare  # noqa: PLC0415
 
-        return prepare(words)
+        execute = prepare(words)
+        if os.environ.get("TORCHELASTIC_ERROR_FILE"):  # torchrun looks there for a rank's error
+            from torch.distributed.elastic.multiprocessing.errors import record  # noqa: PLC0415
+
+            return record(execute)
+        return execute
     if name == "export":
         from esper_lightning.cli.export import run  # noqa: PLC0415
     elif name == "report":

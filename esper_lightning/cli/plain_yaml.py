@@ -3,7 +3,7 @@
 Events are looked at before anything is built: they cost nothing where the values cost the world.
 """
 
-from collections.abc import Iterator
+from collections.abc import Iterable
 from typing import Any, cast
 
 import yaml
@@ -29,7 +29,7 @@ def refuse_surprises(text: str) -> None:
     opened: list[_Collection] = []
     values: dict[str, int] = {}  # behind each anchor, with what its aliases repeat
     total = 0
-    for event in cast(Iterator[Any], yaml.parse(text, Loader=_LOADER)):
+    for event in cast(Iterable[Any], yaml.parse(text, Loader=_LOADER)):
         if isinstance(event, yaml.CollectionEndEvent):
             closed = opened.pop()
             if closed.anchor is not None:
@@ -39,7 +39,8 @@ def refuse_surprises(text: str) -> None:
         elif isinstance(event, yaml.NodeEvent):
             where = place(event.start_mark)
             if opened and opened[-1].repeats(event):
-                raise SurpriseError(f"{where}: the key {event.value!r} stands here again.")
+                key = cast(yaml.ScalarEvent, event).value
+                raise SurpriseError(f"{where}: the key {key!r} stands here again.")
             if isinstance(event, yaml.CollectionStartEvent):
                 opened.append(_Collection(event))
                 _require_end(len(opened) <= _DEEPEST, where, f"nested more than {_DEEPEST} deep")
@@ -68,7 +69,7 @@ class _Collection:
         self._is_mapping = isinstance(event, yaml.MappingStartEvent)
         self._entries, self._keys = 0, set[str]()
 
-    def repeats(self, event: Any) -> bool:
+    def repeats(self, event: yaml.NodeEvent) -> bool:
         """Take the next key, value or entry, and say whether it is a key that was there before."""
         is_key = self._is_mapping and self._entries % 2 == 0
         self._entries += 1

@@ -2,9 +2,14 @@
 
 import math
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 from esper_lightning.cli.errors import CommandParser, fail
 from esper_lightning.forensics.files import strict_json
+from esper_lightning.forensics.reading import printable
+
+if TYPE_CHECKING:
+    from esper_lightning.comparison.runs import Run
 
 __all__ = ["run"]
 
@@ -26,23 +31,30 @@ def run(arguments: list[str]) -> None:
         fail(error)
     if options.json:
         print(strict_json(found))
-        return
-    environment = str(found.settings.get("env.class_path")).rpartition(".")[2]
-    budget = "" if found.budget is None else f" of {found.budget:,}"
-    rate = found.env_steps / found.time_s if found.time_s > 0 else 0.0
-    print(f"Run directory: {found.directory}")
-    print(f"{environment}, seed {found.seed}: {found.how}")
-    took = f"in {found.time_s:.1f} s: {rate:,.0f} env-steps/s"
-    print(f"Trained for {found.env_steps:,}{budget} env steps {took}")
-    for score, points in found.points.items():
+    else:
+        print("\n".join(map(printable, _describe(found))))
+
+
+def _describe(run: "Run") -> list[str]:
+    environment = str(run.settings.get("env.class_path")).rpartition(".")[2]
+    budget = "" if run.budget is None else f" of {run.budget:,}"
+    rate = run.env_steps / run.time_s if run.time_s > 0 else 0.0
+    took = f"in {run.time_s:.1f} s: {rate:,.0f} env-steps/s"
+    lines = [
+        f"Run directory: {run.directory}",
+        f"{environment}, seed {run.seed}: {run.how}",
+        f"Trained for {run.env_steps:,}{budget} env steps {took}",
+        *run.remarks,
+    ]
+    for score, points in run.points.items():
         finite = [point for point in points if math.isfinite(point.value)]
         if not finite:
-            print(f"No return of {score}s is known.")
+            lines.append(f"No return of {score}s is known.")
             continue
         best = max(finite, key=lambda point: point.value)
-        print(f"\n{'env steps':>12}  mean return ({score})")
+        lines += ["", f"{'env steps':>12}  mean return ({score})"]
         last = len(points) - 1
         shown = sorted({k * last // (_PLACES - 1) for k in range(_PLACES)})
-        for env_steps, value in (points[k] for k in shown):
-            print(f"{env_steps:>12,}  {value:.4g}")
-        print(f"Best of {len(points)}: {best.value:.4g} at {best.env_steps:,} env steps")
+        lines += [f"{points[k].env_steps:>12,}  {points[k].value:.4g}" for k in shown]
+        lines.append(f"Best of {len(points)}: {best.value:.4g} at {best.env_steps:,} env steps")
+    return lines

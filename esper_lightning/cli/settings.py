@@ -66,8 +66,8 @@ class SettingsParser(LightningArgumentParser):
     """Lightning's parser, with short errors, and YAML in which a key stands once."""
 
     def __init__(self, *args: Any, **kwargs: Any) -> None:
-        kwargs.setdefault("parser_mode", _MODE)
-        super().__init__(*args, **kwargs)
+        settings: dict[str, Any] = {"parser_mode": _MODE, **kwargs}
+        super().__init__(*args, **settings)
 
     @override
     def error(self, message: str, ex: Exception | None = None) -> NoReturn:

@@ -3,6 +3,7 @@
 # pyright: reportUnknownVariableType=false, reportUnknownArgumentType=false
 
 import math
+import warnings
 from pathlib import Path
 
 from matplotlib.axes import Axes
@@ -12,6 +13,7 @@ from matplotlib.ticker import EngFormatter
 from esper_lightning.comparison.runs import SCORES
 from esper_lightning.comparison.scores import Comparison, Place
 from esper_lightning.forensics.files import replacing
+from esper_lightning.forensics.reading import printable
 
 __all__ = ["draw"]
 
@@ -35,7 +37,8 @@ def draw(comparison: Comparison, path: Path) -> None:
     for axes, place in zip(panels, places, strict=True):
         _scores(axes, place, comparison)
     figure.legend(loc="outside lower center", ncols=2 if len(comparison.variants) > 1 else 1)
-    with replacing(path) as temporary:
+    with replacing(path) as temporary, warnings.catch_warnings():
+        warnings.filterwarnings("ignore", message="Glyph .* missing", category=UserWarning)
         figure.savefig(temporary, format="png")
 
 
@@ -50,7 +53,8 @@ def _curves(axes: Axes, comparison: Comparison) -> None:
         curve = comparison.curves.get(variant.name)
         if curve is not None:
             many = len(curve.seeds)
-            label = f"{variant.name} ({many} seed{'s' * (many > 1)})"
+            name = printable(variant.name).replace("$", r"\$")  # it is no formula
+            label = f"{name} ({many} seed{'s' * (many > 1)})"
             marker = "o" if len(curve.env_steps) < 20 else ""
             axes.plot(
                 curve.env_steps, curve.value, style, color=colour, label=label, marker=marker, ms=3

@@ -13,14 +13,22 @@ from pathlib import Path
 from typing import Any, Literal, NamedTuple, cast
 
 import yaml
+from typing_extensions import override
 
 from esper_lightning.core.validate import require
-from esper_lightning.forensics.files import read_json_lines
+from esper_lightning.forensics.files import strict_json
 from esper_lightning.forensics.layout import RunLayout
+from esper_lightning.forensics.reading import (
+    RowReader,
+    parse_json,
+    read_file,
+    refuse_unbounded,
+    whole_number,
+)
 from esper_lightning.forensics.remains import examine, first_failure
 from esper_lightning.forensics.report import what_happened
 
-__all__ = ["SCORES", "Point", "Run", "Score", "find_runs", "identity", "read_run"]
+__all__ = ["SCORES", "Point", "Run", "Score", "find_runs", "identity", "read_run", "read_yaml"]
 
 Score = Literal["evaluation", "rollout"]
 SCORES: dict[Score, str] = {
@@ -30,6 +38,8 @@ SCORES: dict[Score, str] = {
 """What a run can be scored by, and under which name its files have it."""
 
 _LONGEST_REASON = 100
+_MOST_YAML_BYTES = 1 << 18  # PyYAML takes some seconds for them
+_DEEPEST_FOLDER = 20
 
 # Where a run writes, what it shows, which seed it has: no setting of what is compared.
 _NOT_COMPARED = re.compile(
@@ -55,12 +65,15 @@ class Run:
         seed: ``model.seed`` of its config.
         settings: Everything else of its config that may matter, flat, by names like
             ``ppo.learning_rate``.
-        points: Its returns by either score, in order of environment steps.
+        points: Its returns by either score, in order of environment steps; of several at the same
+            environment steps the one that was written last.
         env_steps: How far its history goes.
         time_s: Training time so far.
         ended: ``finished`` at its budget, ``stopped`` before it, ``died``, ``running``, or
             ``unknown``.
         how: The same in words, with what it died of.
+        remarks: What a reader of the numbers must know, in sentences: rows that are repeated, out
+            of order or missing.
     """
 
     directory: Path
@@ -71,6 +84,7 @@ class Run:
     time_s: float
     ended: Literal["finished", "stopped", "died", "running", "unknown"]
     how: str
+    remarks: list[str]
 
     @property
     def budget(self) -> int | None:
@@ -125,16 +139,12 @@ def read_run(directory: Path) -> Run:
     owner = f"{layout.config}: model.seed"
     require(isinstance(seed, int) and not isinstance(seed, bool), owner, "be an integer", seed)
     rank = layout.rank(0)
-    history, evaluations = read_json_lines(rank.history), read_json_lines(rank.evaluations)
-    points: dict[Score, list[Point]] = {
-        "evaluation": _points(evaluations, SCORES["evaluation"]),
-        "rollout": _points(history, SCORES["rollout"]),
-    }
-    last = history[-1] if history else {}
-    env_steps = _steps(last)
-    per_iteration = env_steps / (last.get("iteration") or 1)
+    history = _History(RowReader(rank.history, strict=True), SCORES["rollout"])
+    evaluations = _History(RowReader(rank.evaluations, strict=True), SCORES["evaluation"])
+    env_steps, last = history.env_steps, history.last
+    per_iteration = env_steps / (whole_number(last.get("iteration")) or 1)
     budget = settings.get("total_env_steps")
-    is_budget = budget is None or isinstance(budget, int)
+    is_budget = budget is None or whole_number(budget) is not None
     require(is_budget, f"{layout.config}: model.total_env_steps", "be an integer or null", budget)
     is_short = budget is not None and budget - env_steps > per_iteration
     ended, how = _end(directory, is_short=is_short)
@@ -142,20 +152,67 @@ def read_run(directory: Path) -> Run:
         directory=directory,
         seed=cast(int, seed),
         settings={k: v for k, v in settings.items() if not _NOT_COMPARED.match(k)},
-        points=points,
+        points={"evaluation": evaluations.points, "rollout": history.points},
         env_steps=env_steps,
-        time_s=float(last.get("time_s") or 0.0),
+        time_s=max(0.0, _finite(last.get("time_s"))),
         ended=ended,
         how=how,
+        remarks=[*history.remarks, *evaluations.remarks],
     )
 
 
+class _History:
+    """What is read of a file of rows, each of which is let go of as soon as it is read.
+
+    Attributes:
+        points: In order of environment steps, whatever the order of the rows.
+        last: The row with the most environment steps.
+        env_steps: Those of that row.
+        remarks: On the rows.
+    """
+
+    def __init__(self, rows: RowReader, score: str) -> None:
+        returns: dict[int, float] = {}
+        self.last: Mapping[str, Any] = {}
+        self.env_steps = 0
+        for row in rows:
+            env_steps = whole_number(row.get("env_steps")) or 0
+            if env_steps >= self.env_steps:
+                self.last, self.env_steps = row, env_steps
+            value = _number(row.get(score))
+            if env_steps and value is not None:
+                returns[env_steps] = value
+        self.points = [Point(env_steps, returns[env_steps]) for env_steps in sorted(returns)]
+        self.remarks = rows.remarks
+
+
+def _number(value: object) -> float | None:
+    """A number as the history spells it; ``None`` for what is none: no episode had ended."""
+    if isinstance(value, str):
+        return float(value) if value in ("NaN", "Infinity", "-Infinity") else None
+    if isinstance(value, bool) or not isinstance(value, int | float):
+        return None
+    return float(value)
+
+
+def _finite(value: object) -> float:
+    number = _number(value)
+    return number if number is not None and math.isfinite(number) else 0.0
+
+
 def _below(path: Path) -> list[Path]:
-    if (path / "rank0").is_dir() or (path / "config.yaml").is_file():
-        return [path]
-    if not path.is_dir():
-        return []
-    return [run for folder in path.iterdir() if folder.is_dir() for run in _below(folder)]
+    """Runs in a folder and in those below it, of which none is looked into twice."""
+    found: list[Path] = []
+    seen: set[Path] = set()
+    folders = [(path, 0)]
+    while folders:
+        folder, depth = folders.pop()
+        if (folder / "rank0").is_dir() or (folder / "config.yaml").is_file():
+            found.append(folder)
+        elif folder.is_dir() and folder.resolve() not in seen and depth < _DEEPEST_FOLDER:
+            seen.add(folder.resolve())
+            folders += [(inner, depth + 1) for inner in folder.iterdir() if inner.is_dir()]
+    return found
 
 
 def _naturally(path: Path) -> list[Any]:
@@ -165,16 +222,39 @@ def _naturally(path: Path) -> list[Any]:
 
 
 def _settings(path: Path) -> dict[str, Any]:
-    try:
-        content: Any = yaml.safe_load(path.read_bytes())
-    except (OSError, UnicodeDecodeError, yaml.YAMLError) as error:
-        reason = " ".join(str(error).split())
-        raise ValueError(f"{path} must be a readable config.yaml: {reason}.") from error
+    content = read_yaml(path)
     model = cast(dict[str, Any], content).get("model") if isinstance(content, dict) else None
     require(isinstance(model, dict), str(path), "hold the settings of a run under 'model'", model)
     settings = cast(dict[str, Any], content)
     others = {key: value for key, value in settings.items() if key != "model"}
     return dict(_flat(cast(dict[str, Any], model))) | dict(_flat(others))
+
+
+class _Loader(yaml.SafeLoader):
+    """Without merge keys: a few lines of them can stand for billions of entries."""
+
+    @override
+    def flatten_mapping(self, node: yaml.MappingNode) -> None:
+        for key, _ in node.value:
+            if key.tag == "tag:yaml.org,2002:merge":
+                raise ValueError("it has merge keys (<<)")
+
+
+def read_yaml(path: Path) -> Any:
+    """A file of settings as plain data, with text in the place of what JSON does not know.
+
+    Raises:
+        ValueError: If it cannot be read, or has entries without end.
+    """
+    try:
+        content: Any = yaml.load(read_file(path, most_bytes=_MOST_YAML_BYTES), _Loader)
+        refuse_unbounded(content)
+        return parse_json(strict_json(content).encode())
+    except RecursionError:
+        reason = "it is nested too deep"
+    except Exception as error:  # the parser raises whatever damaged text makes of it
+        reason = " ".join((str(error) or type(error).__name__).split())
+    raise ValueError(f"{path} must be a readable config.yaml: {reason}.")
 
 
 def _flat(settings: Mapping[str, Any], prefix: str = "") -> Iterable[tuple[str, Any]]:
@@ -197,17 +277,6 @@ def _class_name(path: str) -> str:
     return f"{package.partition('.')[0]}.{name}" if package else name
 
 
-def _points(rows: Iterable[Mapping[str, Any]], name: str) -> list[Point]:
-    """Rows without the number are left out: no episode had ended."""
-    known = (row for row in rows if isinstance(row.get(name), int | float))
-    return [Point(row["env_steps"], float(row[name])) for row in known if _steps(row)]
-
-
-def _steps(row: Mapping[str, Any]) -> int:
-    env_steps = row.get("env_steps")
-    return env_steps if isinstance(env_steps, int) else 0
-
-
 def _end(directory: Path, *, is_short: bool) -> tuple[Any, str]:
     try:
         ranks = examine(directory)
@@ -218,7 +287,7 @@ def _end(directory: Path, *, is_short: bool) -> tuple[Any, str]:
         report = first.report or {}
         what = what_happened(report) or "its process vanished without a report"
         where = "" if len(ranks) == 1 else f" (rank {first.rank})"
-        short = textwrap.shorten(what, _LONGEST_REASON, placeholder="...").rstrip(".")
+        short = textwrap.shorten(what[:1000], _LONGEST_REASON, placeholder="...").rstrip(".")
         return "died", f"died{where}: {short}"
     if ranks[0].state == "running":
         return "running", "still running, or died on another machine"

@@ -105,6 +105,7 @@ def compare(
     require(baseline in by_name, "--baseline", f"be one of {'; '.join(by_name)}", baseline)
     runs = [run for variant in variants for run in variant.runs.values()]
     remarks = [*notes, *_budgets(variants)]
+    remarks += [f"{run.directory}: {remark}" for run in runs for remark in run.remarks]
     if score is None:
         score, remark = _choose(runs)
         remarks += remark

@@ -4,6 +4,8 @@ import math
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 
+from esper_lightning.forensics.reading import printable
+
 __all__ = ["Section", "number"]
 
 # To the left; numbers go to the right.
@@ -21,7 +23,7 @@ class Section:
 
     def plain(self) -> list[str]:
         """Columns side by side, remarks below."""
-        table = [self.head, *self.rows] if self.rows else []
+        table = [[*map(printable, row)] for row in (self.head, *self.rows)] if self.rows else []
         columns = range(len(self.head))
         widths = [max((len(row[k]) for row in table), default=0) for k in columns]
         is_text = [name in _TEXT_COLUMNS for name in self.head]
@@ -31,7 +33,7 @@ class Section:
             ).rstrip()
             for row in table
         ]
-        return [self.title, *(f"  {line}" for line in (*lines, *self.remarks))]
+        return [*map(printable, (self.title, *(f"  {line}" for line in (*lines, *self.remarks))))]
 
     def markdown(self) -> list[str]:
         """A heading, a table, a list."""
@@ -40,7 +42,8 @@ class Section:
         rows = [f"| {' | '.join(row)} |" for row in cells]
         table = [f"| {' | '.join(self.head)} |", f"|{'|'.join(rules)}|", *rows, ""]
         remarks = [f"- {remark}" for remark in self.remarks]
-        return [f"## {self.title}", "", *(table if rows else []), *remarks, *[""] * bool(remarks)]
+        lines = [f"## {self.title}", "", *(table if rows else []), *remarks, *[""] * bool(remarks)]
+        return [*map(printable, lines)]
 
 
 def number(value: float | None) -> str:

@@ -4,6 +4,7 @@ from esper_lightning.comparison.runs import SCORES, Run
 from esper_lightning.comparison.scores import Comparison, Place, Row
 from esper_lightning.comparison.section import Section, number
 from esper_lightning.comparison.statistics import Estimate
+from esper_lightning.forensics.reading import printable
 
 __all__ = ["describe"]
 
@@ -14,7 +15,7 @@ _KINDS = {"evaluation": "deterministic evaluation", "rollout": "rollout, actions
 def describe(comparison: Comparison, *, markdown: bool = False) -> str:
     """Everything but the curves, to print or to write."""
     settings = next(iter(comparison.variants[0].runs.values())).settings
-    environment = str(settings.get("env.class_path", "Runs")).rpartition(".")[2]
+    environment = printable(str(settings.get("env.class_path", "Runs")).rpartition(".")[2])
     title = f"{environment}: return by {SCORES[comparison.score]} ({_KINDS[comparison.score]})"
     sections = [_place(comparison, place) for place in comparison.places]
     sections.append(_runs(comparison))

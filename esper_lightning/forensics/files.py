@@ -2,16 +2,25 @@
 
 import contextlib
 import dataclasses
+import itertools
 import json
+import logging
 import math
 import os
-from collections.abc import Generator, Iterable, Mapping
+from collections import deque
+from collections.abc import Callable, Generator, Iterable, Mapping
 from pathlib import Path
-from typing import Any, cast
+from typing import Any, Generic, TypeVar, cast
+
+from esper_lightning.forensics.processes import identify, is_alive
+from esper_lightning.forensics.reading import RowReader
 
 __all__ = [
+    "Appender",
+    "Backlog",
     "JsonLines",
     "encode_rows",
+    "first_cause",
     "read_json_lines",
     "replacing",
     "strict_json",
@@ -19,33 +28,37 @@ __all__ = [
 ]
 
 Row = Mapping[str, Any]
+Entry = TypeVar("Entry")
+_log = logging.getLogger(__name__)
+_numbers = itertools.count(1)  # of temporary files: two threads may write the same file
+_KEPT = 100_000  # entries, while nothing is taken
 _NON_FINITE = {"NaN": math.nan, "Infinity": math.inf, "-Infinity": -math.inf}
 
 
-class JsonLines:
-    """An append-only file of one JSON object a line.
+class Appender:
+    """A file to which whole pieces are appended.
 
-    A line is one ``write`` to the kernel: what ``append`` returned from survives the death of the
-    process, by SIGKILL too. (A power failure may take the last seconds.)
+    What ``append`` returned from survives the death of the process, by SIGKILL too. (A power
+    failure may take the last seconds.)
     """
 
     def __init__(self, path: Path) -> None:
         path.parent.mkdir(parents=True, exist_ok=True)
         self._fd = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_APPEND | os.O_CLOEXEC, 0o644)
 
-    def append(self, row: Row) -> None:
-        """Add a row.
+    def append(self, content: bytes) -> None:
+        """Add a piece.
 
         Raises:
-            OSError: If the disk takes no more; nothing of the row is in the file then.
+            OSError: If the disk takes no more; nothing of the piece is in the file then.
         """
-        whole = line = memoryview(_encode(row))
+        whole = rest = memoryview(content)
         try:
-            while line:
-                line = line[os.write(self._fd, line) :]
+            while rest:
+                rest = rest[os.write(self._fd, rest) :]
         except OSError:
-            if len(line) < len(whole):
-                written = len(whole) - len(line)
+            if len(rest) < len(whole):
+                written = len(whole) - len(rest)
                 os.ftruncate(self._fd, os.fstat(self._fd).st_size - written)
             raise
 
@@ -54,31 +67,146 @@ class JsonLines:
         os.close(self._fd)
 
 
+class JsonLines:
+    """An append-only file of one JSON object a line; a line is one ``write`` to the kernel."""
+
+    def __init__(self, path: Path) -> None:
+        self._file = Appender(path)
+
+    def append(self, row: Row) -> None:
+        """Add a row.
+
+        Raises:
+            OSError: If the disk takes no more; nothing of the row is in the file then.
+        """
+        self._file.append(_encode(row))
+
+    def close(self) -> None:
+        """Give the file descriptor back."""
+        self._file.close()
+
+
+class Backlog(Generic[Entry]):
+    """Entries for a place that may take none for a while: kept in order, and offered again.
+
+    There is one warning when the place first refuses, one when it first takes entries again, and
+    one at the end about entries that are lost.
+
+    Args:
+        name: Name of the place, for the warnings.
+        take: Hands one entry to the place, or raises.
+        errors: What ``take`` raises where the place takes none.
+        prepare: Called before entries are offered, for instance to open a file; may raise the same.
+        drops_refused: Whether the oldest entry is given up where the place takes the newest one.
+        said: Kinds of warnings that were given; shared by places that are one to the user.
+
+    Attributes:
+        error: Why the place takes none; ``None`` where it does.
+    """
+
+    def __init__(
+        self,
+        name: str,
+        take: Callable[[Entry], object],
+        *,
+        errors: type[Exception] = OSError,
+        prepare: Callable[[], object] = lambda: None,
+        drops_refused: bool = False,
+        said: set[str] | None = None,
+    ) -> None:
+        self._name, self._take, self._errors, self._prepare = name, take, errors, prepare
+        self._drops_refused = drops_refused
+        self._entries: deque[Entry] = deque()
+        self._lost = 0
+        self.said = set[str]() if said is None else said
+        self.error: Exception | None = None
+
+    def __len__(self) -> int:
+        """The number of entries that wait."""
+        return len(self._entries)
+
+    def put(self, entry: Entry) -> None:
+        """Hand over an entry, after those that wait."""
+        if len(self._entries) < _KEPT:
+            self._entries.append(entry)
+        else:
+            self._lost += 1
+            self._say("full", "%s: rows are lost from here on: %d wait already.", _KEPT)
+        self.offer()
+
+    def offer(self) -> None:
+        """Hand over what waits, as far as the place takes it."""
+        try:
+            self._prepare()
+            while self._entries:
+                self._offer_oldest()
+        except self._errors as error:
+            self.error = error
+            text = "%s takes no rows: %s. Training goes on; rows are kept to be written later."
+            self._say("refused", text, first_cause(error))
+        else:
+            if self.error is not None:
+                text = "%s takes rows again" + ("." if self._lost else ": none is lost.")
+                self._say("taken", text)
+            self.error = None
+
+    def warn(self, text: str, *values: object) -> None:
+        """Give a warning of the place, unless there was one.
+
+        Args:
+            text: With ``%s`` for the name of the place, and for each of the values.
+            *values: The other values.
+        """
+        self._say("refused", text, *values)
+
+    def close(self) -> None:
+        """Hand over what can be handed over, and say how much is lost."""
+        self.offer()
+        lost, self._lost = self._lost + len(self._entries), 0
+        self._entries.clear()
+        if lost:
+            _log.error("%s: %d rows are lost: none was taken.", self._name, lost)
+
+    def _offer_oldest(self) -> None:
+        oldest = self._entries.popleft()  # not offered again if something else ends the attempt
+        try:
+            self._take(oldest)
+        except self._errors:
+            self._entries.appendleft(oldest)
+            if not self._drops_refused or len(self._entries) == 1:
+                raise
+            self._take(self._entries[-1])  # raises, too, unless only the oldest is refused
+            self._entries.pop()
+            self._entries.popleft()
+            self._lost += 1
+
+    def _say(self, kind: str, text: str, *values: object) -> None:
+        if kind not in self.said:
+            self.said.add(kind)
+            _log.warning(text, self._name, *values)
+
+
+def first_cause(error: BaseException) -> BaseException:
+    """The error that caused others: libraries put errors of their own, less telling, in its place.
+
+    (TensorBoard's logger makes "currently not supported" of a full disk.)
+    """
+    seen = list[BaseException]()
+    while error.__cause__ is not None and error not in seen:
+        seen.append(error)
+        error = error.__cause__
+    return error
+
+
 def read_json_lines(path: Path) -> list[dict[str, Any]]:
     """Rows of a file of JSON lines.
 
     A last line that was torn by a crash is left out, a missing file is empty.
 
     Raises:
-        ValueError: If a line before the last is damaged.
+        ValueError: If a line before the last is damaged, or it is no file.
     """
-    try:
-        lines = path.read_bytes().split(b"\n")
-    except FileNotFoundError:
-        return []
-    rows: list[dict[str, Any]] = []
-    for number, line in enumerate(lines, 1):
-        if not line:
-            continue
-        try:
-            rows.append(_decode(json.loads(line)))
-        except ValueError as error:
-            if number == len(lines):  # no newline after it: its write was cut short
-                break
-            raise ValueError(
-                f"{path}:{number} must be a JSON object, got {line[:80]!r}."
-            ) from error
-    return rows
+    return [_decode(row) for row in RowReader(path, strict=True, most_bytes=None)]
 
 
 def write_atomically(path: Path, content: bytes) -> None:
@@ -92,23 +220,44 @@ def write_atomically(path: Path, content: bytes) -> None:
 
 
 @contextlib.contextmanager
-def replacing(path: Path) -> Generator[Path]:
+def replacing(path: Path, *, place: Callable[[Path], object] | None = None) -> Generator[Path]:
     """A temporary file to write, put in place at the end (fsync, rename), or removed at an error.
+
+    Temporary files that dead processes left of ``path`` are removed at the end, too.
+
+    Args:
+        path: Where the file goes.
+        place: Gives the temporary file, which it gets, its name; by default that is ``path``.
 
     Raises:
         OSError: If the disk takes no more.
     """
     path.parent.mkdir(parents=True, exist_ok=True)
-    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
+    temporary = path.with_name(f".{path.name}.{os.getpid()}.{next(_numbers)}.tmp")
     try:
         yield temporary
         with temporary.open("rb") as file:
             os.fsync(file.fileno())
-        temporary.replace(path)
+        if place is None:
+            temporary.replace(path)
+        else:
+            place(temporary)
     except BaseException:
         with contextlib.suppress(FileNotFoundError):
             temporary.unlink()
         raise
+    _remove_leftovers(path)
+
+
+def _remove_leftovers(path: Path) -> None:
+    start = f".{path.name}."
+    with contextlib.suppress(OSError):
+        for left in path.parent.iterdir():
+            if not (left.name.startswith(start) and left.name.endswith(".tmp")):
+                continue
+            owner = left.name[len(start) :].partition(".")[0]
+            if owner.isdecimal() and is_alive(identify(int(owner))) is False:
+                left.unlink(missing_ok=True)
 
 
 def encode_rows(rows: Iterable[Row]) -> bytes:
@@ -153,11 +302,8 @@ def _spell(value: Any) -> Any:
     return value
 
 
-def _decode(row: Any) -> dict[str, Any]:
-    if not isinstance(row, dict):
-        raise ValueError("not an object")
-    values = cast(dict[str, Any], row)
+def _decode(row: Row) -> dict[str, Any]:
     return {
         key: _NON_FINITE.get(value, value) if isinstance(value, str) else value
-        for key, value in values.items()
+        for key, value in row.items()
     }

@@ -1,16 +1,21 @@
 """Which phases a process was in: a small memory-mapped file that outlives it.
 
 Layout, little-endian, written in place by one process and readable at any moment: a header, a table
-of names, the stack of open spans, and a ring of closed ones. A page that was written belongs to the
+of names, the stack of open spans, a ring of closed ones, and the memory of the process (which rings
+of earlier versions lack). A page that was written belongs to the
 kernel, so that SIGKILL loses nothing of it.
 """
 
+import contextlib
 import mmap
 import os
 import struct
 import time
 from pathlib import Path
 from typing import NamedTuple
+
+from esper_lightning.forensics.memory import Memory, measure_memory
+from esper_lightning.forensics.reading import read_file
 
 __all__ = ["PhaseRing", "Phases", "Span", "read_phases"]
 
@@ -21,7 +26,9 @@ _NAME_BYTES, _MAX_NAMES, _MAX_DEPTH, _MAX_CLOSED = 96, 1024, 64, 4096
 _NAMES_AT = 64
 _STACK_AT = _NAMES_AT + _NAME_BYTES * _MAX_NAMES
 _RING_AT = _STACK_AT + _SPAN.size * _MAX_DEPTH
-_SIZE = _RING_AT + _SPAN.size * _MAX_CLOSED
+_MEMORY_AT = _RING_AT + _SPAN.size * _MAX_CLOSED
+_MEMORY = struct.Struct("<4q")  # rss, peak, limit, available; 0 in all where it is not known
+_SIZE = _MEMORY_AT + _MEMORY.size
 _ITERATION_AT, _NAMES_COUNT_AT, _DEPTH_AT, _CLOSED_AT = 8, 16, 20, 24
 _I64, _U32 = struct.Struct("<q"), struct.Struct("<I")
 
@@ -42,28 +49,41 @@ class Phases(NamedTuple):
     iteration: int
     open: list[Span]
     closed: list[Span]
+    memory: Memory | None = None
 
 
 class PhaseRing:
     """Writer of the file; about a microsecond a span, no system call.
 
     Not for several threads: ``enter`` and ``leave`` are called by the thread that trains.
+
+    Args:
+        path: Of the file. A file that is there is replaced, not truncated: it may be mapped.
+
+    Attributes:
+        error: Why there is no file, where the disk or a limit does not allow one: spans are then
+            known to this process alone. ``None`` where there is a file.
     """
 
     def __init__(self, path: Path) -> None:
-        path.parent.mkdir(parents=True, exist_ok=True)
-        fd = os.open(path, os.O_RDWR | os.O_CREAT | os.O_TRUNC | os.O_CLOEXEC, 0o644)
+        self.error: OSError | None = None
         try:
-            # Not sparse: a full disk is to be an error here and not a SIGBUS later.
-            os.posix_fallocate(fd, 0, _SIZE)
-            self._map = mmap.mmap(fd, _SIZE)
-        finally:
-            os.close(fd)
+            self._map = _map_new_file(path)
+        except OSError as error:
+            self.error, self._map = error, mmap.mmap(-1, _SIZE)
         self._ids: dict[str, int] = {}
         self._stack: list[tuple[int, int]] = []
         self._closed = 0
         self._iteration = 0
         _HEADER.pack_into(self._map, 0, _MAGIC, 0, 0, 0, 0, time.time_ns(), 0, 0)
+        self.note_memory()
+
+    def note_memory(self) -> None:
+        """Write down how much memory the process has; any thread may call this, at any time."""
+        memory = measure_memory()
+        if memory is not None:
+            with contextlib.suppress(TypeError, ValueError):  # the ring has been closed
+                _MEMORY.pack_into(self._map, _MEMORY_AT, *memory)
 
     @property
     def iteration(self) -> int:
@@ -126,15 +146,30 @@ class PhaseRing:
         return identity
 
 
+def _map_new_file(path: Path) -> mmap.mmap:
+    path.parent.mkdir(parents=True, exist_ok=True)
+    path.unlink(missing_ok=True)
+    fd = os.open(path, os.O_RDWR | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC, 0o644)
+    try:
+        # Not sparse: a full disk is to be an error here and not a SIGBUS later.
+        os.posix_fallocate(fd, 0, _SIZE)
+        return mmap.mmap(fd, _SIZE)
+    except OSError:
+        path.unlink(missing_ok=True)
+        raise
+    finally:
+        os.close(fd)
+
+
 def read_phases(path: Path) -> Phases:
     """What the file of a living or dead process holds.
 
     Raises:
-        OSError: If it cannot be read.
-        ValueError: If it is no such file.
+        FileNotFoundError: If there is none.
+        ValueError: If it cannot be read, or is no such file.
     """
-    content = path.read_bytes()
-    if len(content) < _SIZE or not content.startswith(_MAGIC):
+    content = read_file(path, most_bytes=_SIZE)
+    if len(content) < _MEMORY_AT or not content.startswith(_MAGIC):
         raise ValueError(f"{path} must be a phase ring, got {content[:8]!r}.")
     _, iteration, names, depth, closed, *_ = _HEADER.unpack_from(content, 0)
     table: list[str] = [
@@ -153,4 +188,7 @@ def read_phases(path: Path) -> Phases:
     first = max(0, closed - _MAX_CLOSED)
     ring = [span(_RING_AT + (i % _MAX_CLOSED) * _SPAN.size) for i in range(first, closed)]
     stack = [span(_STACK_AT + i * _SPAN.size) for i in range(min(depth, _MAX_DEPTH))]
-    return Phases(iteration, stack, ring)
+    memory = None
+    if len(content) >= _SIZE:
+        memory = Memory(*_MEMORY.unpack_from(content, _MEMORY_AT))
+    return Phases(iteration, stack, ring, memory if memory and memory.limit_bytes > 0 else None)

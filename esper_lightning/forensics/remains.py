@@ -4,48 +4,29 @@
 
 import contextlib
 import dataclasses
-import json
 import re
 from collections import deque
+from collections.abc import Callable
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, TypeVar
 
 from esper_lightning.forensics.layout import RankLayout, RunLayout
 from esper_lightning.forensics.phases import Phases, read_phases
 from esper_lightning.forensics.processes import is_alive
-from esper_lightning.forensics.report import read_report
+from esper_lightning.forensics.reading import RowReader
+from esper_lightning.forensics.report import load_report
 from esper_lightning.forensics.trace import TraceSummary
 
 __all__ = ["LAST_ROWS", "Remains", "Window", "examine", "first_failure", "rank_folders"]
+
+T = TypeVar("T")
 
 LAST_ROWS = 5
 _NOTICED_S = 2.0
 _CLOCKS_S = 0.1  # by which a file's time may lag behind the process's clock
 _TOGETHER_S = 60.0  # within which the ranks of a run begin: they wait for each other before
-_LONGEST_LINE = 1 << 20
-_TIME = "seconds since the epoch"
-_PROCESS: dict[str, Any] = {
-    "state": str,
-    "host": str,
-    **dict.fromkeys(("pid", "start_ticks", "pid_namespace", "world_size"), int),
-    "boot": str,
-    "started_s": _TIME,
-}
-_REPORT: dict[str, Any] = {
-    **dict.fromkeys(("rank", "world_size", "pid", "exit_status", "iteration"), int),
-    **dict.fromkeys(("host", "cause", "signal", "stage"), str),
-    "time_s": _TIME,
-    "error": {
-        **dict.fromkeys(("type", "message"), str),
-        "traceback": [str],
-        "non_finite": {"phase": str, "tensors": [str], "environments": [int]},
-    },
-    "peer": {"rank": int, "reason": str},
-    "phases": [str],
-    "metrics": {"*": (int, float, str)},
-    "profiler": {"class": str, "action": str, "dirpath": str},
-    "evidence": {"*": {"state": str, "path": str, "detail": str}},
-}
+# As RunLayout names them: rank7, and not rank007.
+_RANK_FOLDER = re.compile(r"rank(0|[1-9]\d{0,8})", re.ASCII)
 # Ours are ...-rank<k>-...; Lightning's are <stage>-<local rank>-[Strategy]<step>.<time>...
 _RANK_IN_NAME = re.compile(r"-rank(\d+)-|-(\d+)-\[")
 _NO_TRAINING = re.compile(r"\.(validation|test|predict)_step\.")
@@ -69,12 +50,15 @@ class Remains:
     world_size: int | None
     started_s: float | None
     report: dict[str, Any] | None  # fields that are not of their type are left out
+    unreadable: dict[str, str]  # files that are there and cannot be read, by name, with the reason
     rows: int
     history: list[dict[str, Any]]  # the last rows
     damaged_rows: int
+    remarks: list[str]  # on the rows, in sentences
     phases: Phases | None
     windows: list[Window]  # the one nearest to the end comes last
     trace: TraceSummary | None = None
+    run: str | None = None  # the same for all ranks of a run
 
     @property
     def time_s(self) -> float:
@@ -85,15 +69,15 @@ class Remains:
     def failed(self) -> bool:
         """Whether it died; a hang after which the run went on is no death."""
         hung = self.report is not None and self.report.get("cause") == "hang"
-        alive = hung and self.state in ("finished", "running")
-        return (self.report is not None and not alive) or self.state == "vanished"
+        alive = self.state in ("finished", "running")
+        reported = self.report is not None and not (hung and alive)
+        is_lost = "crash.json" in self.unreadable and not alive
+        return reported or is_lost or self.state in ("vanished", "failed")
 
     @property
     def is_first_cause(self) -> bool:
-        """Whether it failed for a reason of its own."""
-        return self.state == "vanished" or (
-            self.report is not None and self.report.get("cause") != "peer"
-        )
+        """Whether it failed for a reason of its own, as far as is known."""
+        return self.state == "vanished" or (self.report or {}).get("cause") != "peer"
 
     @property
     def failed_at_s(self) -> float:
@@ -116,7 +100,10 @@ def examine(directory: Path) -> list[Remains]:
     Raises:
         ValueError: If the directory is not that of a run.
     """
-    ranks = [_remains(directory, rank) for rank in rank_folders(directory)]
+    try:
+        ranks = [_remains(directory, rank) for rank in rank_folders(directory)]
+    except OSError as error:
+        raise ValueError(f"RUN_DIR must be readable, got {str(directory)!r}: {error}.") from error
     if not ranks:
         raise ValueError(f"RUN_DIR must hold rank folders (rank0, ...), got {str(directory)!r}.")
     latest = max(ranks, key=lambda remains: remains.started_s or 0.0)
@@ -125,6 +112,8 @@ def examine(directory: Path) -> list[Remains]:
 
 def _of_the_same_run(remains: Remains, latest: Remains) -> bool:
     """An earlier run may have had more ranks, and a later one may have died before all began."""
+    if remains.run is not None and latest.run is not None:
+        return remains.run == latest.run
     if latest.started_s is None:
         return True
     began_s = latest.started_s if remains.started_s is None else remains.started_s
@@ -135,11 +124,8 @@ def _of_the_same_run(remains: Remains, latest: Remains) -> bool:
 
 def rank_folders(directory: Path) -> list[int]:
     """The ranks that have a folder, of whatever run."""
-    return sorted(
-        int(path.name[4:])
-        for path in directory.glob("rank*")
-        if path.name[4:].isdecimal() and path.is_dir()
-    )
+    named = ((_RANK_FOLDER.fullmatch(path.name), path) for path in directory.glob("rank*"))
+    return sorted(int(name[1]) for name, path in named if name is not None and path.is_dir())
 
 
 def first_failure(ranks: list[Remains]) -> Remains | None:
@@ -151,77 +137,42 @@ def first_failure(ranks: list[Remains]) -> Remains | None:
 
 def _remains(directory: Path, rank: int) -> Remains:
     files = RunLayout(directory).rank(rank)
-    process, report = _read(files.process, _PROCESS) or {}, _read(files.crash, _REPORT)
-    try:
-        phases = read_phases(files.phases)
-    except (OSError, ValueError):
-        phases = None
-    rows, damaged, last_rows = _read_history(files.history)
-    windows: list[Window] = []
-    with contextlib.suppress(OSError, ValueError):  # a path that cannot be one
-        windows = _windows(directory, rank, report or {}, process.get("started_s"))
+    unreadable: dict[str, str] = {}
+    process = _read(files.process, load_report, unreadable) or {}
+    report = _read(files.crash, load_report, unreadable)
+    rows = RowReader(files.history)
+    windows = _windows(directory, rank, report or {}, process.get("started_s"))
     return Remains(
         rank=rank,
         state=_state(process),
         world_size=process.get("world_size") or (report or {}).get("world_size"),
         started_s=process.get("started_s"),
         report=report,
-        rows=rows,
-        history=last_rows,
-        damaged_rows=damaged,
-        phases=phases,
+        phases=_read(files.phases, read_phases, unreadable),
+        history=list(_read(files.history, lambda _: deque(rows, LAST_ROWS), unreadable) or ()),
+        rows=rows.rows,
+        damaged_rows=rows.damaged,
+        remarks=rows.remarks,
+        unreadable=unreadable,
         windows=windows,
+        run=process.get("run"),
     )
+
+
+def _read(path: Path, read: Callable[[Path], T], unreadable: dict[str, str]) -> T | None:
+    """What a file holds, or ``None``, with the reason in ``unreadable`` if there is a file."""
+    try:
+        return read(path)
+    except FileNotFoundError:
+        return None
+    except (OSError, ValueError) as error:
+        unreadable[path.name] = str(error)
+        return None
 
 
 def _state(process: dict[str, Any]) -> str:
     state = process.get("state") or "unknown"
     return "vanished" if state == "running" and is_alive(process) is False else state
-
-
-def _read(path: Path, shape: dict[str, Any]) -> dict[str, Any] | None:
-    try:
-        return _fitting(read_report(path), shape)
-    except RecursionError:  # brackets without end
-        return None
-
-
-def _fitting(value: Any, shape: Any) -> Any:
-    """What of a value is of a shape: a type, or a list or dictionary of shapes; else ``None``."""
-    if shape is _TIME:
-        is_time = isinstance(value, int | float) and 0 <= value < 1e11
-        return value if is_time and not isinstance(value, bool) else None
-    if isinstance(shape, list):
-        if not isinstance(value, list):
-            return None
-        return [entry for entry in value if _fitting(entry, shape[0]) is not None]
-    if not isinstance(shape, dict):
-        return value if isinstance(value, shape) else None
-    if not isinstance(value, dict):
-        return None
-    fitting = {k: _fitting(v, shape.get(k, shape.get("*", object))) for k, v in value.items()}
-    return {k: v for k, v in fitting.items() if v is not None or (value[k] is None and k in shape)}
-
-
-def _read_history(path: Path) -> tuple[int, int, list[dict[str, Any]]]:
-    """How many rows there are, how many lines cannot be read, and the last rows."""
-    rows, damaged, last = 0, 0, deque[dict[str, Any]](maxlen=LAST_ROWS)
-    try:
-        file = path.open("rb")
-    except OSError:
-        return 0, 0, []
-    with file:
-        while line := file.readline(_LONGEST_LINE):
-            try:
-                row = json.loads(line)
-            except (ValueError, RecursionError):
-                row = None
-            if isinstance(row, dict):
-                rows += 1
-                last.append(row)
-            else:
-                damaged += 1
-    return rows, damaged, list(last)
 
 
 def _windows(
@@ -235,11 +186,13 @@ def _windows(
         places.append(Path(dirpath))
     windows: dict[Path, Window] = {}
     for place in places:
-        for path in place.glob("*.pt.trace.json*") if place.is_dir() else ():
+        for path in place.glob("*.pt.trace.json*") if _is(place.is_dir) else ():
+            if path.name.startswith(".") or not _is(path.is_file):
+                continue
             window = _window(path, was_open=False)
             of_rank = place == files.trace or _names_rank(path, rank)
             is_old = started_s is not None and window.ended_s < started_s - _CLOCKS_S
-            if of_rank and not is_old and not path.name.startswith("."):
+            if of_rank and not is_old:
                 windows[path.resolve()] = window
     if crash is not None:
         windows[crash.resolve()] = _window(crash, was_open=True)
@@ -258,7 +211,14 @@ def _open_window(files: RankLayout, report: dict[str, Any]) -> Path | None:
         return None
     path = files.directory / trace["path"]
     places = (path, files.trace / path.name)  # the directory may have been moved
-    return next((place for place in places if place.is_file()), None)
+    return next((place for place in places if _is(place.is_file)), None)
+
+
+def _is(check: Callable[[], bool]) -> bool:
+    """Whether a path from a report, which may be none, is what ``check`` asks for."""
+    with contextlib.suppress(OSError, ValueError):
+        return check()
+    return False
 
 
 def _window(path: Path, *, was_open: bool) -> Window:

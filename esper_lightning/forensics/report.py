@@ -3,12 +3,14 @@
 ``process.json`` is written when a rank starts and again when it ends::
 
     {"schema": 1, "rank": 0, "world_size": 2, "pid": 71, "host": "a", "start_ticks": 8,
-     "boot": "5f1c...", "pid_namespace": 4, "started_s": 1.7e9,
+     "boot": "5f1c...", "pid_namespace": 4, "started_s": 1.7e9, "run": "9f3c...",
      "state": "running" | "finished" | "failed" | "off", "changed_s": 1.7e9}
 
-(``forensics.processes.identify`` says what tells one process from another.)
+(``forensics.processes.identify`` says what tells one process from another. ``run`` is the same for
+all ranks of a run that have met, and for no other run.)
 
-``crash.json`` (times in seconds since the epoch, paths relative to the rank's folder)::
+``crash.json`` (times in seconds since the epoch, paths relative to the rank's folder), which also
+has what tells the process from others in ``process.json``::
 
     {"schema": 1, "rank": 0, "world_size": 2, "pid": 71, "host": "a", "started_s": 1.7e9,
      "time_s": 1.7e9,
@@ -27,38 +29,216 @@
                             "detail": "why, where there is nothing"},
                   "checkpoint": ..., "profile": ..., "stacks": ..., "memory": ..., ...},
      "cgroup": {"before": {"oom_kill": 0}, "after": {"oom_kill": 1}} | null,
+     "memory": {"rss_bytes": 1, "peak_bytes": 1, "limit_bytes": 9, "available_bytes": 8} | null,
      "duration_s": 0.3, "complete": true, "versions": {"torch": "2.13.0", ...}}
 """
 # Reports are read as they are, from whatever version wrote them.
 # pyright: reportUnknownVariableType=false, reportUnknownArgumentType=false
 
+import contextlib
+import errno
 import json
+import mmap
+import os
+import time
+from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any, cast
 
-from esper_lightning.forensics.files import write_atomically
+from esper_lightning.forensics.files import replacing, write_atomically
+from esper_lightning.forensics.processes import same_process
+from esper_lightning.forensics.reading import parse_json, read_file
 
-__all__ = ["SCHEMA", "read_report", "set_aside", "what_happened", "write_report"]
+__all__ = [
+    "KEPT_ASIDE",
+    "SCHEMA",
+    "keep_latest",
+    "load_report",
+    "read_report",
+    "release_room",
+    "reserve_room",
+    "same_recording",
+    "set_aside",
+    "what_happened",
+    "write_aside",
+    "write_report",
+]
 
 SCHEMA = 1
+KEPT_ASIDE = 10
+"""How many files of an earlier run are kept under each name; the oldest are removed."""
+_ROOM_BYTES = 1 << 16
+_ROOMS = 3  # crash.json, process.json, and the next version of either
+_CUTS = (4096, 512, 64)  # characters of a text, until a report fits
+_TIME = "seconds since the epoch"
+_SHAPE: dict[str, Any] = {
+    **dict.fromkeys(("rank", "world_size", "pid", "exit_status", "iteration"), int),
+    **dict.fromkeys(("start_ticks", "pid_namespace"), int),
+    **dict.fromkeys(("state", "host", "boot", "run", "cause", "signal", "stage"), str),
+    **dict.fromkeys(("time_s", "started_s", "changed_s"), _TIME),
+    **dict.fromkeys(("saved", "complete"), bool),
+    "error": {
+        **dict.fromkeys(("type", "message"), str),
+        "traceback": [str],
+        "non_finite": {"phase": str, "tensors": [str], "environments": [int]},
+    },
+    "peer": {"rank": int, "reason": str},
+    "phases": [str],
+    "metrics": {"*": (int, float, str)},
+    "profiler": {"class": str, "action": str, "dirpath": str},
+    "evidence": {"*": {"state": str, "path": str, "detail": str}},
+    "memory": {"*": int},
+    "cgroup": {"before": {"*": int}, "after": {"*": int}},
+}
 
 
 def write_report(path: Path, report: dict[str, Any]) -> None:
     """Replace ``crash.json`` or ``process.json`` whole; what JSON does not know becomes text.
 
+    Where the disk takes no new file, the report is written into room that ``reserve_room`` made in
+    its folder, shortened to fit, and padded with blanks.
+
     Raises:
-        OSError: If the disk takes no more.
+        OSError: If the disk takes no more, and there is no such room.
     """
-    write_atomically(path, json.dumps({"schema": SCHEMA, **report}, default=str).encode() + b"\n")
+    content = _encode(report)
+    try:
+        write_atomically(path, content)
+    except OSError:
+        for cut in _CUTS:
+            if len(content) > _ROOM_BYTES:
+                content = _encode({name: _shorten(value, cut) for name, value in report.items()})
+        if len(content) > _ROOM_BYTES or not _write_in_room(path, content):
+            raise
+
+
+def reserve_room(folder: Path) -> None:
+    """Occupy space on the disk for the reports of a folder, for when the disk is full.
+
+    Files ``.reserved.<n>``; fewer or none where the disk is full already.
+    """
+    for number in range(_ROOMS):
+        room = folder / f".reserved.{number}"
+        try:
+            fd = os.open(room, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o644)
+            try:
+                os.posix_fallocate(fd, 0, _ROOM_BYTES)
+            finally:
+                os.close(fd)
+        except OSError:
+            with contextlib.suppress(OSError):
+                room.unlink()
+            return
+
+
+def release_room(folder: Path) -> None:
+    """Give the space back that ``reserve_room`` occupied and no report needed."""
+    for room in folder.glob(".reserved.*"):
+        with contextlib.suppress(OSError):
+            room.unlink()
+
+
+def _encode(report: dict[str, Any]) -> bytes:
+    return json.dumps({"schema": SCHEMA, **report}, default=str).encode() + b"\n"
+
+
+def _shorten(value: Any, cut: int) -> Any:
+    """A value whose texts, and whose lists and dictionaries by their last entries, are cut."""
+    if isinstance(value, str):
+        return value if len(value) <= cut else value[:cut] + "..."
+    if isinstance(value, dict):
+        return {name: _shorten(entry, cut) for name, entry in list(value.items())[-cut:]}
+    if isinstance(value, list | tuple):
+        return [_shorten(entry, cut) for entry in value[-max(8, cut // 64) :]]
+    return value
+
+
+def _write_in_room(path: Path, content: bytes) -> bool:
+    """Write into a reserved file and give it the name of the report; whether there was one."""
+    for room in sorted(path.parent.glob(".reserved.*")):
+        if not _is_room(room):
+            continue
+        _fill(room, content.ljust(_ROOM_BYTES))
+        if _is_room(path):  # where the report before this one is: the next one will need it
+            with contextlib.suppress(OSError):
+                os.link(path, room.with_name(f".reserved.{time.time_ns()}"))
+        room.replace(path)
+        return True
+    return False
+
+
+def _is_room(path: Path) -> bool:
+    """Whether a file has all its blocks, and no other name under which it is a report."""
+    try:
+        found = path.stat()
+    except OSError:
+        return False
+    size = found.st_size
+    return size == _ROOM_BYTES and found.st_blocks * 512 >= size and found.st_nlink == 1
+
+
+def _fill(room: Path, content: bytes) -> None:
+    with room.open("r+b", buffering=0) as file:
+        try:
+            file.write(content)
+        except OSError as error:
+            if error.errno != errno.EFBIG:
+                raise
+            # RLIMIT_FSIZE forbids to write beyond it even into a file that is as long already.
+            with mmap.mmap(file.fileno(), len(content)) as mapped:
+                mapped[:] = content
+        os.fsync(file.fileno())
 
 
 def read_report(path: Path) -> dict[str, Any] | None:
-    """What ``write_report`` wrote; ``None`` where there is none or it is damaged."""
+    """What ``write_report`` wrote; ``None`` where there is none or it is damaged.
+
+    Fields that are not of their type are left out.
+    """
     try:
-        report: Any = json.loads(path.read_bytes())
-    except (OSError, ValueError):
+        return load_report(path)
+    except (FileNotFoundError, ValueError):
         return None
-    return cast(dict[str, Any], report) if isinstance(report, dict) else None
+
+
+def load_report(path: Path) -> dict[str, Any]:
+    """What ``write_report`` wrote, without the fields that are not of their type.
+
+    Raises:
+        FileNotFoundError: If there is none.
+        ValueError: If it cannot be read, saying why in a few words.
+    """
+    report = parse_json(read_file(path))
+    if not isinstance(report, dict):
+        raise ValueError("it is no JSON object")
+    return cast(dict[str, Any], _fitting(report, _SHAPE))
+
+
+def _fitting(value: Any, shape: Any) -> Any:
+    """What of a value is of a shape: a type, or a list or dictionary of shapes; else ``None``."""
+    if shape is _TIME:
+        is_time = isinstance(value, int | float) and 0 <= value < 1e11
+        return value if is_time and not isinstance(value, bool) else None
+    if isinstance(shape, list):
+        if not isinstance(value, list):
+            return None
+        return [entry for entry in value if _fitting(entry, shape[0]) is not None]
+    if not isinstance(shape, dict):
+        is_flag = isinstance(value, bool) and shape not in (bool, object)
+        return value if isinstance(value, shape) and not is_flag else None
+    if not isinstance(value, dict):
+        return None
+    fitting = {k: _fitting(v, shape.get(k, shape.get("*", object))) for k, v in value.items()}
+    return {k: v for k, v in fitting.items() if v is not None or (value[k] is None and k in shape)}
+
+
+def same_recording(one: Mapping[str, Any], other: Mapping[str, Any]) -> bool:
+    """Whether two records, of ``process.json`` or ``crash.json``, are of one run of one process.
+
+    A field that either record lacks is not compared.
+    """
+    began = one.get("started_s"), other.get("started_s")
+    return same_process(one, other) and (None in began or began[0] == began[1])
 
 
 def what_happened(report: dict[str, Any]) -> str:
@@ -72,10 +252,67 @@ def what_happened(report: dict[str, Any]) -> str:
 
 
 def set_aside(path: Path) -> Path | None:
-    """Give what an earlier run left here another name, ``<name>.<n>``, and return that."""
-    if not path.exists():
-        return None
-    number = 1
-    while (aside := path.with_name(f"{path.name}.{number}")).exists():
-        number += 1
-    return path.rename(aside)
+    """Give what an earlier run left here another name, ``<name>.<n>``, and return that.
+
+    No file is replaced, and of several processes one has its way. The latest ``KEPT_ASIDE`` files
+    are kept.
+    """
+    return _move_aside(path, path) if path.exists() else None
+
+
+def write_aside(path: Path, content: bytes) -> Path:
+    """Write what is taken out of a file into a new one, ``<name>.<n>``, whole or not at all.
+
+    Raises:
+        OSError: If the disk takes no more; nothing new is there then.
+    """
+    asides: list[Path | None] = []
+
+    def place(temporary: Path) -> None:
+        asides.append(_move_aside(temporary, path))
+
+    with replacing(path, place=place) as temporary:
+        temporary.write_bytes(content)
+    assert asides[0] is not None
+    return asides[0]
+
+
+def _move_aside(source: Path, path: Path) -> Path | None:
+    """Move ``source`` to the next free ``<name of path>.<n>``; ``None`` where it is gone."""
+    number = max((number for number, _ in _asides(path)), default=0) + 1
+    while True:
+        aside = path.with_name(f"{path.name}.{number}")
+        try:
+            os.close(os.open(aside, os.O_WRONLY | os.O_CREAT | os.O_EXCL))  # nobody else's now
+        except FileExistsError:
+            number += 1
+            continue
+        try:
+            source.replace(aside)
+        except OSError as error:
+            aside.unlink(missing_ok=True)
+            if isinstance(error, FileNotFoundError):
+                return None
+            raise
+        keep_latest((file for _, file in sorted(_asides(path))), KEPT_ASIDE)
+        return aside
+
+
+def _asides(path: Path) -> list[tuple[int, Path]]:
+    """Files set aside under a name, with their numbers."""
+    start = f"{path.name}."
+    names = [file.name for file in path.parent.iterdir() if file.name.startswith(start)]
+    numbers = [name.removeprefix(start) for name in names]
+    return [(int(n), path.with_name(start + n)) for n in numbers if n.isdecimal()]
+
+
+def keep_latest(files: Iterable[Path], number: int) -> None:
+    """Remove all but the last of some files.
+
+    Args:
+        files: From the oldest to the newest.
+        number: How many stay.
+    """
+    for file in list(files)[:-number]:
+        with contextlib.suppress(OSError):
+            file.unlink()

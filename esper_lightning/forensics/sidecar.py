@@ -4,23 +4,40 @@ SIGKILL, the kernel's OOM killer and ``os._exit`` leave a process no moment to w
 for its end, and writes from the files it left. Standard library only.
 """
 
+# pyright: reportUnknownVariableType=false, reportUnknownArgumentType=false
+
 import contextlib
+import fcntl
+import itertools
+import json
 import os
 import select
 import subprocess
 import sys
 import time
+from collections.abc import Generator, Mapping
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 from esper_lightning.forensics.layout import RankLayout
-from esper_lightning.forensics.phases import read_phases
-from esper_lightning.forensics.report import read_report, set_aside, write_report
+from esper_lightning.forensics.memory import Memory, oom_kills
+from esper_lightning.forensics.phases import Phases, read_phases
+from esper_lightning.forensics.processes import identify, is_alive
+from esper_lightning.forensics.reading import open_file, read_file
+from esper_lightning.forensics.report import (
+    read_report,
+    release_room,
+    same_recording,
+    set_aside,
+    write_report,
+)
 
-__all__ = ["Sidecar", "complete_report", "oom_kills", "start", "watch"]
+__all__ = ["Sidecar", "complete_report", "locked", "start", "watch"]
 
-_PROCESS = ("rank", "world_size", "pid", "host", "started_s")
-_CGROUP = Path("/sys/fs/cgroup")
+_NOT_OF_A_REPORT = ("schema", "state", "saved", "changed_s")
+_LOCK_S = 5.0
+_MOST_MEGABYTES = 4096  # of a history, in which lines are counted
 
 
 class Sidecar:
@@ -44,18 +61,21 @@ class Sidecar:
             self._process.wait()
 
 
-def start(directory: Path, pid: int) -> Sidecar | None:
+def start(directory: Path, pid: int, process: Mapping[str, Any] | None = None) -> Sidecar | None:
     """Watch a process.
 
     Args:
-        directory: Folder of its rank, with its ``process.json``.
-        pid: Of the process.
+        directory: Folder of its rank.
+        pid: Process identifier.
+        process: The record of the process in ``process.json``; ``None`` to read it there.
 
     Returns:
         A handle, or ``None`` where processes cannot be watched (no ``pidfd``) or started.
     """
     if not hasattr(os, "pidfd_open"):
         return None
+    if process is None:
+        process = read_report(RankLayout(directory).process) or {}
     package_root = Path(__file__).parents[2]
     program = (
         f"import sys; sys.path.insert(0, {str(package_root)!r}); "
@@ -63,12 +83,13 @@ def start(directory: Path, pid: int) -> Sidecar | None:
     )
     # Of the signals that a scheduler sends to all processes of a job, none is for it.
     ignoring = (
-        "import signal; [signal.signal(getattr(signal, name), signal.SIG_IGN) for name in "
-        "('SIGTERM', 'SIGINT', 'SIGHUP', 'SIGUSR1', 'SIGUSR2', 'SIGXCPU', 'SIGQUIT')]; "
+        "import signal; [signal.signal(number, signal.SIG_IGN) for number in "
+        "signal.valid_signals() - {signal.SIGKILL, signal.SIGSTOP}]; "
     )
-    command = [sys.executable, "-S", "-E", "-s", "-c", ignoring + program, str(directory), str(pid)]
+    watched = json.dumps([identify(pid), dict(process)])
+    command = [sys.executable, "-S", "-E", "-s", "-c", ignoring + program, str(directory), watched]
     try:
-        process = subprocess.Popen(
+        second = subprocess.Popen(
             command,
             stdin=subprocess.PIPE,
             bufsize=0,
@@ -78,95 +99,125 @@ def start(directory: Path, pid: int) -> Sidecar | None:
         )
     except OSError:
         return None
-    return Sidecar(process)
+    return Sidecar(second)
+
+
+@contextlib.contextmanager
+def locked(directory: Path) -> Generator[None]:
+    """Let one process at a time decide what the files of a rank say about its end.
+
+    The lock is released by the death of its holder. Where the file system knows no locks, or the
+    lock is not free within some seconds, the block runs without it.
+    """
+    try:
+        descriptor = os.open(directory, os.O_RDONLY | os.O_CLOEXEC)
+    except OSError:
+        yield
+        return
+    try:
+        end = time.monotonic() + _LOCK_S
+        while time.monotonic() < end:
+            try:
+                fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            except BlockingIOError:
+                time.sleep(0.01)
+                continue
+            except OSError:
+                pass
+            break
+        yield
+    finally:
+        os.close(descriptor)
 
 
 def complete_report(
-    files: RankLayout, *, before: dict[str, int] | None = None, after: dict[str, int] | None = None
+    files: RankLayout,
+    *,
+    before: dict[str, int] | None = None,
+    after: dict[str, int] | None = None,
+    watched: Mapping[str, Any] | None = None,
 ) -> bool:
-    """Write what the process no longer could; call it when the process is gone.
+    """Write what a process that is gone no longer could.
+
+    The second process calls this when the process that it watches has ended, and the next run in
+    the directory for one whose second process died with it, as in a container. Both hold the lock
+    of ``locked``.
 
     Args:
-        files: Of the rank.
+        files: Files of the rank.
         before: The kernel's OOM counters when the run began.
-        after: The same now.
+        after: The same counters now.
+        watched: The record in ``process.json`` of the process that is gone. Files of another
+            process are left alone. ``None`` for whichever process the files are of, unless it is
+            alive.
 
     Returns:
         Whether there was something to complete.
     """
-    process, report = read_report(files.process) or {}, read_report(files.crash)
+    process = read_report(files.process) or dict(watched or {})
+    if not _is_gone(process, watched):
+        return False
+    report = read_report(files.crash)
     if report is not None and not _is_its_death(report, process):
         set_aside(files.crash)
         report = None
+    unsaved = process.get("state") == "failed" and process.get("saved") is False
     if report is not None and not report.get("complete"):
-        for evidence in report.get("evidence", {}).values():
+        for evidence in (report.get("evidence") or {}).values():
             if evidence.get("state") == "pending":
                 detail = "the process died while this was being saved"
                 evidence |= {"state": "failed", "detail": detail}
         report["complete"] = True
-    elif report is None and process.get("state") == "running":
+    elif report is None and (process.get("state") == "running" or unsaved):
         report = _post_mortem(files, process, before or {}, after or {})
+        if watched is not None:  # it has just ended
+            report["time_s"] = time.time()
     else:
         return False
-    _remove_temporaries(files)
     report["cgroup"] = {"before": before, "after": after}
+    if not _is_gone(read_report(files.process) or process, process):
+        return False
+    _remove_temporaries(files)
     write_report(files.crash, report)
-    write_report(files.process, {**process, "state": "failed", "changed_s": time.time()})
+    ended = {"state": "failed", "saved": True, "changed_s": time.time()}
+    write_report(files.process, {**process, **ended})
+    release_room(files.directory)
     return True
 
 
+def _is_gone(process: Mapping[str, Any], watched: Mapping[str, Any] | None) -> bool:
+    """Whether files are of the process that is gone, and not of the next one in the directory."""
+    if watched is None:
+        return is_alive(process) is not True
+    return same_recording(process, watched)
+
+
 def _is_its_death(report: dict[str, Any], process: dict[str, Any]) -> bool:
-    """Not a hang after which it went on, nor the death of an earlier run."""
+    """Whether a report is neither of a hang after which the run continued, nor of another run."""
     went_on = report.get("cause") == "hang" and process.get("state") == "running"
-    times = report.get("started_s"), process.get("started_s")
-    return not went_on and (None in times or times[0] == times[1])
-
-
-def oom_kills(pid: int, root: Path = _CGROUP) -> dict[str, int]:
-    """Counters of the kernel's OOM killer that concern a process; empty where none is readable."""
-    counters: dict[str, int] = {}
-    places = [root]
-    with contextlib.suppress(OSError):
-        for line in Path(f"/proc/{pid}/cgroup").read_text().splitlines():
-            _, controllers, path = line.split(":", 2)
-            base = root / controllers if controllers else root
-            places.append(base / path.lstrip("/"))
-    for place in places:
-        for name in ("memory.events", "memory.oom_control"):
-            counters |= _counters(place / name, prefix="oom")
-    return counters | _counters(Path("/proc/vmstat"), prefix="oom_kill", rename="host_")
-
-
-def _counters(path: Path, *, prefix: str, rename: str = "") -> dict[str, int]:
-    try:
-        pairs = [line.split() for line in path.read_text().splitlines()]
-        return {rename + pair[0]: int(pair[1]) for pair in pairs if pair[0].startswith(prefix)}
-    except (OSError, ValueError, IndexError):
-        return {}
+    return not went_on and same_recording(report, process)
 
 
 def _post_mortem(
     files: RankLayout, process: dict[str, Any], before: dict[str, int], after: dict[str, int]
 ) -> dict[str, Any]:
-    iteration, phases = None, list[str]()
+    ring: Phases | None = None
     with contextlib.suppress(OSError, ValueError):
         ring = read_phases(files.phases)
-        iteration, phases = ring.iteration, [span.name for span in ring.open]
+    memory = None if ring is None else ring.memory
     fault = _native_fault(files.stacks)
-    killed = any(after.get(name, 0) > count for name, count in before.items() if "kill" in name)
-    vanished = "The process vanished: SIGKILL, os._exit or a power failure."
-    if killed:
-        vanished = "The process vanished; meanwhile the kernel's OOM killer killed a process."
+    message = fault or _vanished(memory, before, after)
     return {
-        **{name: process.get(name) for name in _PROCESS},
-        "time_s": time.time(),
+        **{name: value for name, value in process.items() if name not in _NOT_OF_A_REPORT},
+        "time_s": _last_sign_of_life(files, ring, process),
         "cause": "native" if fault else "vanished",
-        "error": {"type": None, "message": fault or vanished, "traceback": []},
+        "error": {"type": None, "message": message, "traceback": []},
         "signal": None,
         "exit_status": None,
         "peer": None,
-        "iteration": iteration,
-        "phases": phases,
+        "iteration": None if ring is None else ring.iteration,
+        "phases": [] if ring is None else [span.name for span in ring.open],
+        "memory": None if memory is None else memory._asdict(),
         "metrics": {},
         "profiler": None,
         "evidence": _evidence(files, process.get("started_s") or 0.0),
@@ -175,17 +226,39 @@ def _post_mortem(
     }
 
 
+def _vanished(memory: Memory | None, before: dict[str, int], after: dict[str, int]) -> str:
+    """Why a process may have vanished: the OOM killer where numbers speak for it."""
+    kills = [
+        f"{name} {count} -> {after[name]}"
+        for name, count in before.items()
+        if "kill" in name and after.get(name, 0) > count
+    ]
+    numbers = "; ".join([*kills, memory.in_words if memory else "its memory is not known"])
+    if kills or (memory is not None and memory.is_short):
+        return f"The process vanished; first suspect: the kernel's OOM killer ({numbers})."
+    return f"The process vanished: SIGKILL by somebody, os._exit or a power failure ({numbers})."
+
+
+def _last_sign_of_life(files: RankLayout, ring: Phases | None, process: dict[str, Any]) -> float:
+    signs = [float(process.get("changed_s") or 0.0)]
+    if ring is not None:
+        signs += [max(span.begin_ns, span.end_ns) / 1e9 for span in (*ring.open, *ring.closed[-1:])]
+    with contextlib.suppress(OSError):
+        signs.append(files.history.stat().st_mtime)
+    return max(signs)
+
+
 def _evidence(files: RankLayout, started_s: float) -> dict[str, dict[str, str | None]]:
     def entry(path: Path, saved: str, absent: str) -> dict[str, str | None]:
         if not path.exists() or path.stat().st_mtime < started_s:
             return {"state": "absent", "path": None, "detail": absent}
         return {"state": "saved", "path": path.name, "detail": saved}
 
-    rows, torn = 0, ""
-    with contextlib.suppress(OSError):
-        content = files.history.read_bytes()
-        rows = content.count(b"\n")
-        torn = "; the last line is torn" if content and not content.endswith(b"\n") else ""
+    rows, last = 0, b"\n"
+    with contextlib.suppress(OSError, ValueError), open_file(files.history) as file:
+        for piece in itertools.islice(iter(partial(file.read, 1 << 20), b""), _MOST_MEGABYTES):
+            rows, last = rows + piece.count(b"\n"), piece[-1:]
+    torn = "" if last == b"\n" else "; the last line is torn"
     lost = "a window that was open died with the process; closed windows stay"
     return {
         "history": entry(files.history, f"{rows} rows{torn}", "no iteration was finished"),
@@ -200,8 +273,8 @@ def _evidence(files: RankLayout, started_s: float) -> dict[str, dict[str, str | 
 
 
 def _native_fault(stacks: Path) -> str | None:
-    with contextlib.suppress(OSError):
-        for line in stacks.read_text(errors="replace").splitlines():
+    with contextlib.suppress(FileNotFoundError, ValueError):
+        for line in read_file(stacks).decode(errors="replace").splitlines():
             if line.startswith("Fatal Python error"):
                 return line
     return None
@@ -229,15 +302,20 @@ def _is_told_to_end(watched: int, pipe: int) -> bool:
             return False
 
 
-def watch(directory: str, pid_text: str) -> None:
-    """Wait until a process is gone, and complete its report; what the second process runs."""
-    files, pid = RankLayout(Path(directory)), int(pid_text)
-    before = oom_kills(pid)
-    try:
-        watched = os.pidfd_open(pid)
-    except OSError:  # it is gone already
-        watched = None
-    if watched is not None and _is_told_to_end(watched, sys.stdin.fileno()):
-        return
+def watch(directory: str, told: str) -> None:
+    """Wait until a process is gone, and complete its report; what the second process runs.
+
+    Args:
+        directory: Folder of its rank.
+        told: JSON of two records: ``identify`` of the process, and that in ``process.json``.
+    """
+    files, (identity, process) = RankLayout(Path(directory)), json.loads(told)
+    before = oom_kills(identity["pid"])
+    watched = None
     with contextlib.suppress(OSError):
-        complete_report(files, before=before, after=oom_kills(os.getpid()))
+        watched = os.pidfd_open(identity["pid"])
+    # By now the identifier may be of a process that began later.
+    if watched is not None and is_alive(identity) and _is_told_to_end(watched, sys.stdin.fileno()):
+        return
+    with contextlib.suppress(OSError), locked(files.directory):
+        complete_report(files, before=before, after=oom_kills(os.getpid()), watched=process)

@@ -2,18 +2,25 @@
 
 import gzip
 import heapq
+import itertools
 import json
 import math
+import os
 import re
 import zlib
-from collections import defaultdict
+from collections import defaultdict, deque
 from collections.abc import Iterator, Sequence
+from functools import partial
 from pathlib import Path
-from typing import Any, NamedTuple, cast
+from typing import Any, BinaryIO, NamedTuple, cast
+
+from esper_lightning.forensics.reading import open_file
 
 __all__ = ["LastOperator", "NestedSums", "OperatorSum", "TraceSummary", "sum_nested", "summarize"]
 
 _CHUNK = 1 << 17
+_HALF = 48 << 20  # bytes from the start of a trace, and as many from its end: some six seconds
+_MOST_UNPACKED = 1 << 30  # bytes of a packed trace that are unpacked to get to its end
 _LONGEST = 1 << 17  # characters of one event; what is longer is damaged
 _DISORDER = 1024  # events of a thread are in order of time but for so many
 _MAX_NAMES, _MAX_THREADS = 20_000, 512
@@ -44,6 +51,7 @@ class TraceSummary(NamedTuple):
     """What a trace says; lists are longest self time first, ``last`` is oldest first."""
 
     complete: bool
+    left_out_bytes: int  # of the middle, which was not read
     events: int
     duration_s: float
     operators: list[OperatorSum]
@@ -61,21 +69,26 @@ def summarize(path: Path, *, top: int = 15, last: int = 15) -> TraceSummary:
         last: Number of last operators.
 
     Raises:
-        OSError: If the file cannot be opened. Damage within is not an error: ``complete`` tells.
+        FileNotFoundError: If there is no file.
+        ValueError: If it is no file that can be opened. Damage within is not an error: ``complete``
+            says so. Of a trace with more than 128 MB of text the beginning and the end are read.
     """
+    text = _Text(path)
     host, device = _Host(last), defaultdict[str, list[float]](lambda: [0.0, 0.0, 0])
     complete, events = True, 0
     first, end = math.inf, -math.inf
-    for event in _events(path):
+    for event in _events(text.chunks()):
         if event is None:
             complete = False
             continue
         events += 1
         start, duration, kind = event.get("ts"), event.get("dur"), event.get("cat")
+        name = event.get("name")
         timed = _is_time(start) and _is_time(duration)
-        if event.get("ph") != "X" or not timed or kind in _LEFT_OUT:
+        named = isinstance(name, str) and isinstance(kind, str | None)
+        if event.get("ph") != "X" or not timed or not named or kind in _LEFT_OUT:
             continue
-        start, duration, name = cast(float, start), cast(float, duration), str(event.get("name"))
+        start, duration, name = float(cast(float, start)), float(cast(float, duration)), str(name)
         first, end = min(first, start), max(end, start + duration)
         if kind in _HOST:
             host.add(event, name, start, duration)
@@ -84,7 +97,8 @@ def summarize(path: Path, *, top: int = 15, last: int = 15) -> TraceSummary:
             _add(device[name if known else _OTHERS], duration)
     operators, spans = host.finish()
     return TraceSummary(
-        complete,
+        complete and not text.left_out_bytes,
+        text.left_out_bytes,
         events,
         max(0.0, end - first) / 1e6 if end > first else 0.0,
         _ranked(operators, top),
@@ -125,7 +139,7 @@ class _Host:
             heapq.heappush(self.latest, (start, self._number, name, duration))
         elif self.latest and start >= self.latest[0][0]:
             heapq.heapreplace(self.latest, (start, self._number, name, duration))
-        key: Any = (str(event.get("pid")), str(event.get("tid")), _HOST[event["cat"]])
+        key: Any = (*(_number_or_name(event.get(k)) for k in ("pid", "tid")), _HOST[event["cat"]])
         if key not in self._waiting and len(self._waiting) >= _MAX_THREADS:
             key = None
         waiting = self._waiting.setdefault(key, [])
@@ -210,9 +224,9 @@ def sum_nested(
     nested.close()
 
 
-def _events(path: Path) -> Iterator[dict[str, Any] | None]:
+def _events(chunks: Iterator[str]) -> Iterator[dict[str, Any] | None]:
     """The objects in ``traceEvents`` one after another; ``None`` where something is damaged."""
-    decoder, chunks = json.JSONDecoder(), _chunks(path)
+    decoder = json.JSONDecoder()
     text, at = _find_events(chunks), 0
     if text is None:
         yield None
@@ -253,17 +267,50 @@ def _find_events(chunks: Iterator[str]) -> str | None:
     return None
 
 
-def _chunks(path: Path) -> Iterator[str]:
-    """Text of a plain or packed file, as far as it can be read."""
-    with gzip.open(path, "rb") if path.suffix == ".gz" else path.open("rb") as file:
-        while True:
-            try:
-                content = file.read(_CHUNK)
-            except (EOFError, OSError, zlib.error):  # torn
+class _Text:
+    """Text of a plain or packed file, as far as it can be read; of a long one, without the middle.
+
+    Attributes:
+        left_out_bytes: Length of the middle that was not read.
+    """
+
+    def __init__(self, path: Path) -> None:
+        self._file, self._is_packed = open_file(path), path.suffix == ".gz"
+        self.left_out_bytes = 0
+
+    def chunks(self) -> Iterator[str]:
+        """Pieces of it, in order."""
+        with self._file as file, gzip.open(file) if self._is_packed else file as unpacked:
+            pieces = iter(partial(_read, unpacked), b"")
+            yield from map(_decoded, itertools.islice(pieces, _HALF // _CHUNK))
+            if self._is_packed:
+                few = itertools.islice(pieces, _MOST_UNPACKED // _CHUNK)
+                last = deque[bytes](maxlen=_HALF // _CHUNK)
+                for piece in few:
+                    self.left_out_bytes += len(last[0]) if len(last) == last.maxlen else 0
+                    last.append(piece)
+                yield from map(_decoded, last)
                 return
-            if not content:
-                return
-            yield content.decode("latin-1")  # names are ASCII; a cut character must not stop us
+            size, at = os.fstat(file.fileno()).st_size, file.tell()
+            self.left_out_bytes = max(0, size - _HALF - at)
+            file.seek(at + self.left_out_bytes)
+            yield from map(_decoded, itertools.islice(pieces, _HALF // _CHUNK + 1))
+
+
+def _read(file: BinaryIO | gzip.GzipFile) -> bytes:
+    """The next piece; empty at the end, or where it is torn."""
+    try:
+        return file.read(_CHUNK)
+    except (EOFError, OSError, zlib.error):
+        return b""
+
+
+def _decoded(piece: bytes) -> str:
+    return piece.decode("latin-1")  # names are ASCII; a cut character must not stop us
+
+
+def _number_or_name(value: Any) -> int | float | str | None:
+    return value if isinstance(value, int | float | str) else None
 
 
 def _is_time(value: Any) -> bool:

@@ -3,6 +3,7 @@
 It reads tensors and plain data, never code; and says what is wrong with a file that it refuses.
 """
 
+import os
 import zipfile
 from pathlib import Path
 from typing import Any
@@ -13,6 +14,7 @@ from typing_extensions import override
 
 from esper_lightning.core.validate import require
 from esper_lightning.forensics.files import replacing
+from esper_lightning.forensics.reading import open_file
 
 __all__ = ["AtomicCheckpointIO", "read_checkpoint"]
 
@@ -52,8 +54,6 @@ class AtomicCheckpointIO(TorchCheckpointIO):
                     raise
                 cause = error.__context__
                 raise OSError(cause.errno, cause.strerror, str(path)) from error
-        for left in path.parent.glob(f".{path.name}.*.tmp"):
-            left.unlink(missing_ok=True)
 
     @override
     def load_checkpoint(
@@ -82,8 +82,11 @@ def read_checkpoint(path: str | Path, *, map_location: Any = "cpu") -> dict[str,
         ValueError: Naming the file and what is wrong with it.
     """
     path = Path(path)
-    require(path.exists(), "ckpt_path", "name an existing checkpoint", str(path))
-    flaw = _flaw(path)
+    try:
+        flaw = _flaw(path)
+    except FileNotFoundError as error:
+        message = f"ckpt_path must name an existing checkpoint, got {str(path)!r}."
+        raise ValueError(message) from error
     require(flaw is None, "ckpt_path", "name a whole checkpoint", str(path), flaw or "")
     refused = _refused_classes(path)
     hint = f"It holds objects of {', '.join(refused)}, and reading those could run code."
@@ -100,18 +103,21 @@ def read_checkpoint(path: str | Path, *, map_location: Any = "cpu") -> dict[str,
 
 def _flaw(path: Path) -> str | None:
     """What is wrong with an archive, in a sentence."""
-    if path.is_dir():
-        return "It is a directory."
-    with path.open("rb") as file:
-        start = file.read(len(_ZIP_MAGIC))
-    if not start:
-        return "It is empty."
+    try:
+        with open_file(path) as file:
+            start, size = file.read(len(_ZIP_MAGIC)), os.fstat(file.fileno()).st_size
+    except ValueError as error:
+        return f"I{str(error)[1:]}." if str(error).startswith("it ") else f"{error}."
     if not start.startswith(_ZIP_MAGIC):
-        return f"It begins with {start!r}, which is no file of torch.save."
+        what = f"It begins with {start!r}, which is no file of torch.save."
+        return what if start else "It is empty."
     try:
         with zipfile.ZipFile(path) as archive:
+            parts = archive.infolist()
+            if sum(part.file_size for part in parts) > size:
+                return "It is damaged: its parts are longer than the file."
             # torch takes a part that says it is a directory for whatever is in memory.
-            directories = (part.filename for part in archive.infolist() if part.external_attr)
+            directories = (part.filename for part in parts if part.external_attr)
             damaged = next(directories, None) or archive.testzip()
     except zipfile.BadZipFile:
         return "It is torn: it has no end, or a damaged one."

@@ -27,6 +27,7 @@ from esper_lightning.core.validate import require
 from esper_lightning.forensics.files import write_atomically
 from esper_lightning.policies.base import blank_memory, see
 from esper_lightning.training.agent import as_seen
+from esper_lightning.training.checkpoints import refuse_non_finite
 from esper_lightning.training.module import PPO
 from esper_lightning.training.specs import for_evaluation
 
@@ -135,14 +136,16 @@ def export_policy(model: PPO, path: str | Path, file_format: ExportFormat) -> Ex
             ``action``, then ``next_memory``.
 
     Raises:
-        ValueError: If the format is unknown, needs a package that is missing, or what came out of
-            it acts differently; if a group of observations is called as another input or output.
+        ValueError: If a weight is not finite; if the format is unknown, needs a package that is
+            missing, or what came out of it acts differently; if a group of observations is called
+            as another input or output.
         OSError: If the file cannot be written.
     """
     formats = get_args(ExportFormat)
     require(file_format in formats, "--format", f"be one of {', '.join(formats)}", file_format)
     path = Path(path)
     require(not path.is_dir(), "--output", "name a file", str(path))
+    refuse_non_finite({"state_dict": model.state_dict()}, type(model).__name__, field="The policy")
     policy, example = DeterministicPolicy(model), _example(model)
     original, inputs = _function(policy), example.named
     outputs = original(example)

@@ -17,8 +17,9 @@ from esper_lightning.core.flat_adam import FlatParameters
 from esper_lightning.core.ranks import ALONE, Ranks
 from esper_lightning.core.running_stats import Moments, RunningStats
 from esper_lightning.core.shapes import Bool, Float
-from esper_lightning.core.tensor_trees import map_tree
+from esper_lightning.core.tensor_trees import leaves, map_tree
 from esper_lightning.core.types import Rollout, Samples
+from esper_lightning.core.validate import require
 from esper_lightning.envs.base import BatchedEnv, EnvSpec, ReportingEnv
 from esper_lightning.training.advantages import Critic, prepare_samples
 from esper_lightning.training.agent import Agent, Values
@@ -101,6 +102,9 @@ class Learner:
 
         Returns:
             Whether the episodes of ``state`` go on.
+
+        Raises:
+            ValueError: If ``state`` is of other environments.
         """
         self._parameters = self.agent.bind(optimizer)
         generators = (self._exploration, self._sample_order)
@@ -114,7 +118,12 @@ class Learner:
             self._first_memory = self._acting.memory
             return False
         self._env.load_state_dict(state["env"])
-        self._acting = ActingState(**state["acting"]).to(self._device)
+        acting = ActingState(**state["acting"]).to(self._device)
+        expected = self._storage.obs, self._storage.action_mask, self._storage.reward
+        shapes = [leaf.shape[1:] for leaf in leaves(expected)]
+        got = [leaf.shape for leaf in leaves(acting[:3])]
+        require(got == shapes, "acting", f"have shapes {[*map(list, shapes)]}", [*map(list, got)])
+        self._acting = acting
         self._first_memory = self._acting.memory
         return True
 

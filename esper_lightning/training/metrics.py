@@ -13,6 +13,7 @@ from torch import Tensor
 
 from esper_lightning.core.shapes import Float
 from esper_lightning.core.types import Rollout
+from esper_lightning.core.validate import require
 
 __all__ = [
     "EVAL_RETURN",
@@ -78,7 +79,13 @@ class RecentEpisodes:
         return list(self._sums)
 
     def load(self, state: list[list[float]]) -> None:
-        """Continue from ``state``."""
+        """Continue from ``state``.
+
+        Raises:
+            ValueError: If it is not what ``state`` returned.
+        """
+        rule = "hold sums of returns, of lengths, and numbers of episodes"
+        require(all(len(sums) == 3 for sums in state), "recent_episodes", rule, state[:1])
         self._sums = deque(state, maxlen=64)
 
 

@@ -33,16 +33,23 @@ from esper_lightning.core.seeding import (
 from esper_lightning.core.types import Observation, Rollout
 from esper_lightning.core.validate import require
 from esper_lightning.envs.base import EnvSpec
+from esper_lightning.forensics.loggers import guard_loggers
 from esper_lightning.policies import MLP
 from esper_lightning.policies.base import PolicySpec
 from esper_lightning.training import trainer_support
 from esper_lightning.training.agent import Agent, as_seen
 from esper_lightning.training.checkpoints import (
     STATE_KEY,
+    digest,
     load_checkpoint,
     load_weights,
     refuse_foreign,
+    refuse_huge,
+    refuse_non_finite,
     refuse_not_ours,
+    refuse_not_whole,
+    refuse_other_optimizer,
+    refuse_other_weights,
     settings_of,
 )
 from esper_lightning.training.config import PPOConfig
@@ -174,6 +181,7 @@ class PPO(LightningModule):
         self._eval_env = for_evaluation(env, eval_episodes)
         self._within_iteration = self._resuming = self._new_episodes = False
         self._resumed: dict[str, Any] | None = None
+        self._loaded_digest = 0  # of the checkpoint, where several ranks resume
         self._ranks = ALONE
 
     # The main path.
@@ -263,11 +271,15 @@ class PPO(LightningModule):
 
     @override
     def configure_callbacks(self) -> list[Callback]:
-        """Add none: this is the first hook of a run, the place to refuse what cannot work."""
+        """Add none: this is the first hook of a run, the place to refuse what cannot work.
+
+        From here on loggers cannot end the run.
+        """
         trainer_support.refuse_unsupported(
             self.trainer, num_envs=self.env.num_envs, budget=self.total_env_steps
         )
         trainer_support.keep_lightning_from_requeueing(self.trainer)
+        guard_loggers(self.trainer.loggers)
         return []
 
     @override
@@ -313,9 +325,16 @@ class PPO(LightningModule):
 
     @override
     def on_fit_start(self) -> None:
-        """Take up the weights of another run, unless this one is resumed."""
+        """Take up the weights of another run, unless this one is resumed.
+
+        Raises:
+            ValueError: If the ranks would not begin with the same state, on each of them.
+        """
         if self.warm_start is not None and self.iteration == 0 and not self._resuming:
             load_weights(self, self.warm_start)
+        if self._ranks.size > 1:
+            # Not in on_train_start: a rank whose checkpoint is the end of a run never comes there.
+            self._refuse_to_disagree()
 
     @override
     def on_train_start(self) -> None:
@@ -346,6 +365,20 @@ class PPO(LightningModule):
             _log.warning(used, self.total_env_steps, self.env_steps)
             self.trainer.should_stop = True
 
+    def _refuse_to_disagree(self) -> None:
+        """Refuse ranks that found other checkpoints: they would sum gradients of other weights."""
+        numbers = (self.iteration, self._loaded_digest, digest({"state_dict": self.state_dict()}))
+        mine = torch.tensor(numbers, dtype=torch.float64, device=self.device)
+        everyones = [tuple(map(int, each.tolist())) for each in self._ranks.gather(mine)]
+        self._loaded_digest = 0
+        got: list[int | str] = [iteration for iteration, *_ in everyones]
+        if len(set(got)) == 1:  # what the files hold tells them apart
+            got = [f"iteration {i} of {loaded ^ weights:012x}" for i, loaded, weights in everyones]
+        resumes = any(iteration or loaded for iteration, loaded, _ in everyones)
+        field = "ckpt_path" if resumes else "PPO.warm_start"
+        hint = "Every host must find the same checkpoint: copy it, or use a shared directory."
+        require(len(set(everyones)) == 1, field, "be the same on all ranks", got, hint)
+
     @property
     def planned_env_steps(self) -> int | None:
         """Where this run will end, in environment steps; ``None`` without a limit.
@@ -355,6 +388,11 @@ class PPO(LightningModule):
         return self._planned_env_steps
 
     # Checkpoints.
+
+    @property
+    def is_resuming(self) -> bool:
+        """Whether a checkpoint is being taken up, and training has not begun."""
+        return self._resuming
 
     def __getstate__(self) -> dict[str, Any]:
         """What is pickled: not what belongs to a run."""
@@ -383,18 +421,23 @@ class PPO(LightningModule):
         """Take counters; refuse a checkpoint of something else.
 
         Raises:
-            ValueError: If it was not written by PPO, or for another environment or policy.
+            ValueError: If it was not written by PPO, or for another environment or policy, or is
+                not finite.
         """
         refuse_not_ours(checkpoint, "another module's")
-        if self._trainer is not None:  # else it is being built from this very checkpoint
+        if self._trainer is None:  # it is being built from this very checkpoint
+            refuse_other_weights(self, checkpoint, "its own")
+        else:
             self._resuming = self.trainer.state.fn == TrainerFn.FITTING
             ranks = self.trainer.world_size if self._resuming else None
-            refuse_foreign(checkpoint, self.settings, world_size=ranks)
+            self.refuse_checkpoint(checkpoint, "another run's", world_size=ranks)
         state = checkpoint[STATE_KEY]
         self.iteration, self.env_steps = state["iteration"], state["env_steps"]
         self.gradient_steps, self.train_time_s = state["gradient_steps"], state["train_time_s"]
         self.recent_episodes.load(state["recent_episodes"])
         self._resumed = state["ranks"].get(self.global_rank) if self._resuming else None
+        if self._resuming and self.trainer.world_size > 1:
+            self._loaded_digest = digest(checkpoint)
 
     @classmethod
     @override
@@ -413,7 +456,38 @@ class PPO(LightningModule):
         """
         checkpoint = load_checkpoint(checkpoint_path)
         settings = settings_of(checkpoint, kwargs)
-        return super().load_from_checkpoint(checkpoint_path, weights_only=True, **settings)  # pyright: ignore[reportArgumentType]
+        try:
+            with refuse_huge(checkpoint):
+                return super().load_from_checkpoint(checkpoint_path, weights_only=True, **settings)  # pyright: ignore[reportArgumentType]
+        except ValueError:
+            raise
+        except Exception as error:  # settings and weights that do not fit may fail anywhere
+            message = (
+                f"ckpt_path must hold PPO's settings and weights, got {str(checkpoint_path)!r}"
+            )
+            raise ValueError(f"{message}. {' '.join(str(error).split())}") from error
+
+    def refuse_checkpoint(
+        self, checkpoint: dict[str, Any], path: str, *, world_size: int | None
+    ) -> None:
+        """Refuse a checkpoint that cannot serve this module: of other settings, or not finite.
+
+        Args:
+            checkpoint: Of PPO.
+            path: Of the checkpoint, for the error.
+            world_size: Number of ranks that resume training; ``None`` for an evaluation.
+
+        Raises:
+            ValueError: Naming what does not fit.
+        """
+        resuming = world_size is not None
+        refuse_not_whole(checkpoint, path)
+        refuse_foreign(checkpoint, self.settings, world_size=world_size)
+        refuse_other_weights(self, checkpoint, path)
+        if resuming:
+            trained = [weight for weight in self.policy.parameters() if weight.requires_grad]
+            refuse_other_optimizer(trained, checkpoint, path)
+        refuse_non_finite(checkpoint, path, resuming=resuming)
 
     def _rank_states(self) -> dict[int, dict[str, Any]]:
         """``Learner.state_dict`` of each rank, on the first; empty within an iteration."""

@@ -46,18 +46,27 @@ def describe(spec: object) -> Description:
     }
 
 
-def instantiate(description: Description, *, owner: str) -> Any:
+def instantiate(description: Description, *, owner: str, kind: type) -> Any:
     """The spec that ``describe`` described.
 
+    Args:
+        description: Of the spec; nothing else than a spec is made from it.
+        owner: Name of the setting, for the error.
+        kind: What its class must be, ``EnvSpec`` or ``PolicySpec``.
+
     Raises:
-        ValueError: If its class cannot be imported, or takes other settings.
+        ValueError: If its class cannot be imported, is none of a spec, or takes other settings.
     """
     path = str(description["class_path"])
     settings = cast(dict[str, object], description["init_args"])
     try:
-        kind = _locate(path)
-        return kind(**{key: _frozen(value) for key, value in settings.items()})
-    except (ImportError, AttributeError, TypeError) as error:
+        found = _locate(path)
+        if not (isinstance(found, type) and issubclass(found, kind)):
+            raise TypeError(f"it is no {kind.__name__}")
+        return found(**{key: _frozen(value) for key, value in settings.items()})
+    except ValueError:
+        raise
+    except Exception as error:  # whatever a class makes of settings that are not its own
         hint = f"Pass {owner} yourself."
         raise ValueError(f"{owner} must be one that {path} makes anew: {error}. {hint}") from error
 

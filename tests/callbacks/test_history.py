@@ -7,16 +7,18 @@ import subprocess
 import sys
 import time
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
-from lightning.pytorch import LightningModule
+from lightning.pytorch import Callback, LightningModule
 from lightning.pytorch.loggers import CSVLogger, TensorBoardLogger
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from esper_lightning import PPO, History, PPOConfig
 from esper_lightning.envs import CartPole
 from esper_lightning.forensics.files import JsonLines, read_json_lines
+from tests.disks import fill
 
 
 def ppo(iterations=3, **settings) -> PPO:
@@ -89,7 +91,7 @@ def test_a_resumed_run_goes_on_where_its_checkpoint_ended(make_trainer, tmp_path
     resumed.fit(ppo(iterations=4), ckpt_path=tmp_path / "2.ckpt", weights_only=True)
     assert iterations(path) == [1, 2, 3, 4]
     assert "loss/value" in read_json_lines(path)[2]
-    assert iterations(path.with_name("history.jsonl.1")) == [1, 2, 3]
+    assert iterations(path.with_name("history.jsonl.1")) == [3]
 
 
 def test_a_second_fit_of_the_same_module_loses_no_row(make_trainer, tmp_path):
@@ -173,6 +175,65 @@ def test_a_full_disk_ends_no_training_and_loses_nothing_in_silence(
     assert caplog.text.count("takes no rows: No space left on device") == 1
     assert ("takes rows again" in caplog.text) == recovered
     assert ("5 rows are lost" in caplog.text) == (not recovered)
+
+
+def test_resuming_time_and_again_keeps_each_dropped_row_once_and_few_files(make_trainer, tmp_path):
+    first = make_trainer(callbacks=[History()])
+    first.fit(ppo(iterations=20))
+    path = tmp_path / "rank0" / "history.jsonl"
+    for number in range(1, 31):
+        history = History()
+        history.on_train_start(make_trainer(), SimpleNamespace(iteration=20))
+        with path.open("a") as file:
+            file.write(f'{{"iteration":21,"attempt":{number}}}\n')
+        history._close()
+    History().on_train_start(make_trainer(), SimpleNamespace(iteration=20))
+    assert iterations(path) == list(range(1, 21))
+    kept = sorted(path.parent.glob("history.jsonl.*"), key=lambda p: int(p.suffix[1:]))
+    assert [read_json_lines(p) for p in kept] == [
+        [{"iteration": 21, "attempt": number}] for number in range(21, 31)
+    ]
+
+
+def test_resuming_on_a_full_disk_leaves_nothing_new_and_loses_no_row(
+    make_trainer, small_disk, caplog
+):
+    def trainer():
+        return make_trainer(callbacks=[History()], default_root_dir=small_disk)
+
+    trainer().fit(ppo(iterations=5))
+    path = small_disk / "rank0" / "history.jsonl"
+    content = path.read_bytes()
+    fill(small_disk)
+    resumed = ppo(iterations=5)
+    resumed.iteration, resumed.env_steps = 2, 64  # as a checkpoint would have it
+    second = trainer()
+    second.fit(resumed)
+    assert path.read_bytes() == content
+    assert {p.name for p in path.parent.iterdir()} == {"history.jsonl", "evaluations.jsonl"}
+    assert caplog.text.count("takes no rows") == 1
+
+
+def test_rows_of_a_run_resumed_on_a_full_disk_are_written_when_there_is_room(
+    make_trainer, small_disk
+):
+    def trainer(*callbacks):
+        return make_trainer(callbacks=[History(), *callbacks], default_root_dir=small_disk)
+
+    trainer().fit(ppo(iterations=5))
+    path = small_disk / "rank0" / "history.jsonl"
+    ballast = fill(small_disk)
+    resumed = ppo(iterations=8)
+    resumed.iteration, resumed.env_steps = 2, 64
+
+    class MakesRoom(Callback):
+        def on_train_batch_start(self, trainer, pl_module, batch, batch_idx):
+            if pl_module.iteration == 6:
+                ballast.unlink()
+
+    trainer(MakesRoom()).fit(resumed)
+    assert iterations(path) == [1, 2, 3, 4, 5, 6, 7, 8]
+    assert iterations(path.with_name("history.jsonl.1")) == [3, 4, 5]
 
 
 def test_a_damaged_history_is_set_aside(make_trainer, tmp_path, caplog):

@@ -1,6 +1,7 @@
 """CUDA memory that runs out is looked at before unwinding frees it."""
 
 import pickle
+from pathlib import Path
 
 import pytest
 import torch
@@ -45,11 +46,17 @@ def test_the_snapshot_holds_what_unwinding_frees(make_trainer, tmp_path):
 
 def test_each_time_memory_runs_out_the_run_that_goes_on_gets_a_snapshot(tmp_path, monkeypatch):
     observers, written = [], []
+
+    def dump(name):
+        written.append(name)
+        assert not (tmp_path / str(len(written) - 1)).exists()  # written beside its place
+        Path(name).write_text("snapshot")
+
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
     monkeypatch.setattr(torch.cuda, "is_initialized", lambda: True)
     name = "_cuda_attach_out_of_memory_observer"
     monkeypatch.setattr(torch._C, name, observers.append, raising=False)
-    monkeypatch.setattr(torch.cuda.memory, "_dump_snapshot", written.append)
+    monkeypatch.setattr(torch.cuda.memory, "_dump_snapshot", dump)
     memory_snapshot._attach.cache_clear()
     for number in range(2):
         target = tmp_path / str(number)
@@ -59,4 +66,8 @@ def test_each_time_memory_runs_out_the_run_that_goes_on_gets_a_snapshot(tmp_path
     memory_snapshot._attach.cache_clear()
     observers[0](0, 1, 2, 3)
     assert len(observers) == 1
-    assert written == [str(tmp_path / "0"), str(tmp_path / "1")]
+    assert len(written) == 2
+    assert {path.name: path.read_text() for path in tmp_path.iterdir()} == {
+        "0": "snapshot",
+        "1": "snapshot",
+    }

@@ -6,7 +6,7 @@ import time
 import pytest
 
 from esper_lightning.callbacks import watchdog as module
-from esper_lightning.callbacks.watchdog import Watchdog
+from esper_lightning.callbacks.watchdog import Arrival, Watchdog, awake_s
 
 
 class Run:
@@ -14,16 +14,19 @@ class Run:
 
     def __init__(self):
         self.signals, self.failed, self.saving_for_s = [], None, None
+        self.others_saving_for_s, self.caught_s = [], 0.0
         self.alarms, self.exits = [], []
 
     def received(self):
         received, self.signals = self.signals, []
-        return received
+        return [Arrival(number, awake_s()) for number in received]
 
     def watched(self, **settings):
         defaults = {"hang_timeout_s": None, "stuck_grace_s": 0.3, "exit_grace_s": 0.5}
         return Watchdog(
             received=self.received,
+            caught_s=lambda: self.caught_s,
+            others_saving_for_s=lambda: self.others_saving_for_s,
             peer=lambda: self.failed,
             act=self.alarms.append,
             saving_for_s=lambda: self.saving_for_s,

@@ -1,7 +1,9 @@
 """WindowProfiler: a schedule that does what it says, and never costs the run."""
 
+import errno
 import gzip
 import json
+import os
 import pickle
 import re
 from pathlib import Path
@@ -12,6 +14,7 @@ import yaml
 from lightning.pytorch import LightningModule
 from torch.utils.data import DataLoader
 
+from esper_lightning.callbacks import trace_export
 from esper_lightning.callbacks.window_profiler import WindowProfiler
 
 CONFIGS = Path(__file__).parents[2] / "configs"
@@ -95,6 +98,17 @@ def test_a_window_is_bounded_by_events(fit):
     assert calls(trace, "aten::special_erfcx") == 1
 
 
+def test_a_window_has_all_the_steps_that_its_bound_allows_and_no_more(fit):
+    profiler = WindowProfiler(wait=1, warmup=1, active=1)
+    fit(profiler, steps=4)
+    of_one_step = profiler._events_per_step
+    for bound, steps in ((1.5, 1), (2.5, 2), (3.5, 3)):
+        settings = {"wait": 1, "warmup": 1, "active": 8, "max_events": int(bound * of_one_step)}
+        profiler = WindowProfiler(filename=f"bound{steps}", **settings)
+        fit(profiler, steps=12)
+        assert [calls(path, "aten::special_erfcx") for path in profiler.windows] == [steps]
+
+
 def test_keeps_its_latest_windows_only(fit, tmp_path):
     kept = tmp_path / "rank0" / "trace" / "of-another-run-steps0-0.pt.trace.json.gz"
     kept.parent.mkdir(parents=True)
@@ -142,12 +156,59 @@ def test_an_exception_does_not_end_a_step(make_trainer, tmp_path):
     assert not torch._C._autograd._profiler_enabled()
 
 
-def test_a_folder_that_takes_nothing_costs_the_trace_only(fit, tmp_path, caplog):
+@pytest.mark.parametrize("problem", ["a file", "full", "name"])
+def test_where_a_folder_takes_nothing_the_run_directory_does(
+    fit, tmp_path, caplog, monkeypatch, problem
+):
+    folder, settings = tmp_path / "folder", {"wait": 0, "warmup": 0, "active": 1, "repeat": 3}
+    if problem == "a file":
+        folder.write_text("")
+    elif problem == "full":
+        refuse_in(folder, monkeypatch)
+    else:
+        settings["filename"] = "n" * 250
+    profiler = WindowProfiler(folder, **settings)
+    traces = fit(profiler, steps=5)
+    assert [calls(path, "aten::special_erfcx") for path in traces] == [1, 1, 1]
+    assert profiler.windows == traces
+    assert caplog.text.count(f"{folder} takes no traces") == 1
+    assert [path for path in tmp_path.rglob("*.*") if path.name.startswith(".")] == []
+
+
+def refuse_in(folder, monkeypatch):
+    """A full disk, as Kineto and Python meet it."""
+    true = torch.profiler.profile.export_chrome_trace
+
+    def export(profile, path, *args, **kwargs):
+        if folder in Path(path).parents:
+            Path(f"{path}.tmp").write_text("{")
+        else:
+            true(profile, path, *args, **kwargs)
+
+    def write(path, content):
+        if folder in path.parents:
+            raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+        path.write_bytes(content)
+
+    monkeypatch.setattr(torch.profiler.profile, "export_chrome_trace", export)
+    monkeypatch.setattr(trace_export, "write_atomically", write)
+
+
+def test_where_nothing_takes_a_window_it_is_lost_with_one_warning(fit, tmp_path, caplog):
     (tmp_path / "file").write_text("")
-    profiler = WindowProfiler(tmp_path / "file" / "folder", wait=0, warmup=0)
+    (tmp_path / "rank0").write_text("")
+    settings = {"wait": 0, "warmup": 0, "active": 1, "repeat": 3}
+    profiler = WindowProfiler(tmp_path / "file" / "folder", **settings)
     assert fit(profiler, steps=5) == []
-    assert "A recorded window is lost" in caplog.text
+    assert caplog.text.count("A recorded window is lost") == 1
     assert "aten::" in profiler.last_table
+
+
+def test_a_table_that_cannot_be_written_costs_no_trace(fit, tmp_path, caplog):
+    (tmp_path / "rank0" / "profile.txt").mkdir(parents=True)
+    (tmp_path / "rank0" / "profile.txt" / "in the way").write_text("")
+    assert len(fit(WindowProfiler(wait=0, warmup=0), steps=5)) == 1
+    assert caplog.text.count("The table of the latest window cannot be written") == 1
 
 
 def test_can_be_pickled_and_used_twice(fit, tmp_path):

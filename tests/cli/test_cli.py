@@ -1,13 +1,16 @@
 """``esper fit`` and ``esper evaluate`` as a user meets them."""
 
+import json
 from pathlib import Path
 
 import pytest
 import torch
 import yaml
+from lightning.pytorch.cli import LightningArgumentParser
 from lightning.pytorch.plugins import TorchCheckpointIO
 
 from esper_lightning import AtomicCheckpointIO
+from esper_lightning.cli import lightning_cli
 from esper_lightning.cli.lightning_cli import EsperCLI
 from esper_lightning.cli.main import main
 from esper_lightning.envs import Morphogenesis
@@ -406,3 +409,35 @@ def test_users_own_way_of_writing_checkpoints(capsys, monkeypatch, arguments, ex
     monkeypatch.setattr(EsperCLI, "execute", lambda cli: used.append(cli.trainer.strategy))
     main(["fit", "--config", CARTPOLE, *QUICK, *arguments])
     assert type(used[0].checkpoint_io) is expected
+
+
+@pytest.mark.parametrize("asked", [True, False])
+def test_what_a_rank_dies_of_is_where_torchrun_looks_for_it(tmp_path, monkeypatch, asked):
+    def dies():
+        raise RuntimeError("injected")
+
+    monkeypatch.setattr(lightning_cli, "prepare", lambda words: dies)
+    path = tmp_path / "error.json"
+    # The file of a launcher that runs these tests is not for this error.
+    monkeypatch.setenv("TORCHELASTIC_ERROR_FILE", str(path) if asked else "")
+    with pytest.raises(RuntimeError, match="injected"):
+        main(["fit"])
+    assert path.exists() == asked
+    if asked:
+        said = json.loads(path.read_text())["message"]
+        assert "injected" in said["message"]
+        assert "Traceback" in said["extraInfo"]["py_callstack"]
+
+
+def test_the_config_is_not_there_before_it_is_whole(tmp_path, monkeypatch):
+    """A kill while it is written would leave a file without content."""
+    dump, seen = LightningArgumentParser.dump, []
+
+    def looking(*args, **kwargs):
+        seen.extend(tmp_path.rglob("config.yaml"))
+        return dump(*args, **kwargs)
+
+    monkeypatch.setattr(LightningArgumentParser, "dump", looking)
+    main(["fit", "--config", CARTPOLE, *QUICK, "--run_dir", "run"])
+    assert seen == []
+    assert yaml.safe_load((tmp_path / "run" / "config.yaml").read_text())["model"]["seed"] == 0

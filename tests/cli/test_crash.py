@@ -1,7 +1,9 @@
 """``esper crash``: the first failure is named, whatever is missing or damaged."""
 
+import gzip
 import json
 import os
+import re
 import socket
 import subprocess
 import sys
@@ -29,7 +31,17 @@ main(["crash", sys.argv[1]])
 DIED_S = 1_800_000_000.0
 ODD = (None, "text", 5, -1, 1e300, [], {}, ["text"], {"text": 1}, [[]], {"text": {"path": 1}})
 FIELDS = ("time_s", "error", "evidence", "phases", "metrics", "peer", "profiler", "schema")
-FIELDS += ("world_size", "cause", "signal", "exit_status", "iteration", "pid", "host")
+FIELDS += (
+    "memory",
+    "cgroup",
+    "world_size",
+    "cause",
+    "signal",
+    "exit_status",
+    "iteration",
+    "pid",
+    "host",
+)
 
 
 def rank(directory, number, *, time_s=None, cause="exception", state="failed", **more):
@@ -101,6 +113,27 @@ def test_the_first_cause_is_not_the_first_to_notice(tmp_path, capsys):
     rank(tmp_path, 1, time_s=100.0)
     assert "Rank 1 failed first: ValueError: of rank 1" in shown(capsys, tmp_path)
     assert json.loads(shown(capsys, tmp_path, "--json"))["first_failure"] == 1
+
+
+@pytest.mark.parametrize("folders", [1, 2])
+def test_a_rank_that_lost_a_peer_is_not_blamed(tmp_path, capsys, folders):
+    error = {"type": "RuntimeError", "message": "Connection closed by peer", "traceback": []}
+    for number in range(folders):
+        rank(tmp_path, number, time_s=100.0, cause="peer", error=error)
+    text = shown(capsys, tmp_path)
+    assert "failed first" not in text
+    where = "its folder is on another host" if folders == 1 else "no rank tells why"
+    assert f"Rank 0 lost a peer; {where}.\nRuntimeError: Connection closed by peer" in text
+    assert ("   1  left nothing" in text) == (folders == 1)
+    assert json.loads(shown(capsys, tmp_path, "--json"))["first_failure"] is None
+
+
+def test_memory_and_the_kernels_counters_stand_beside_each_other(tmp_path, capsys):
+    memory = {"rss_bytes": 1_500_000_000, "limit_bytes": 2_000_000_000, "odd": 10**400}
+    cgroup = {"before": {"oom_kill": 3}, "after": {"oom_kill": 4}}
+    rank(tmp_path, 0, time_s=100.0, memory=memory, cgroup=cgroup)
+    text = shown(capsys, tmp_path)
+    assert "Memory: rss 1.50 GB, limit 2.00 GB, oom_kill 3 -> 4" in text
 
 
 def test_a_rank_that_vanished_fails_before_those_that_notice(tmp_path, capsys):
@@ -235,6 +268,18 @@ def test_a_rank_that_never_began_did_not_die_of_what_it_died_of_before(tmp_path,
     assert "Of an earlier run, and left out: rank1" in text
 
 
+@pytest.mark.parametrize("same", [True, False])
+def test_ranks_that_have_met_know_that_they_are_one_run(tmp_path, capsys, same):
+    """A launcher may start the next attempt a moment after the death of one."""
+    for number in range(2):
+        files = rank(tmp_path, number, time_s=DIED_S - number)
+        process = {"started_s": DIED_S - number, "world_size": 2, "state": "failed"}
+        write_report(files.process, {**process, "run": "a" if same else str(number)})
+    text = shown(capsys, tmp_path)
+    assert f"Rank {int(same)} failed first" in text
+    assert ("Of an earlier run, and left out: rank1" in text) != same
+
+
 def test_columns_are_what_the_rows_hold(tmp_path, capsys):
     files = rank(tmp_path, 0, time_s=DIED_S)
     row = {"iteration": 7, "note": "text", "train_loss": 0.25, "val/acc": 0.5, "train/acc": "NaN"}
@@ -321,3 +366,87 @@ def test_of_a_nan_it_shows_where_it_is(tmp_path, capsys):
     rank(tmp_path, 0, time_s=1.0, error=error)
     text = shown(capsys, tmp_path)
     assert "Not finite, in rollout: reward, environments [3, 5]" in text
+
+
+@pytest.mark.parametrize("place", ["cut", "directory", "pipe", "deep", "nothing"])
+def test_a_damaged_report_is_there_and_unreadable(tmp_path, capsys, place):
+    files = rank(tmp_path, 0, time_s=DIED_S)
+    files.crash.unlink()
+    if place == "directory":
+        files.crash.mkdir()
+    elif place == "pipe":
+        os.mkfifo(files.crash)
+    else:
+        files.crash.write_text(
+            {"cut": '{"rank": 0, "cau', "deep": "[" * 10**5, "nothing": ""}[place]
+        )
+    text = shown(capsys, tmp_path)
+    assert "Rank 0: crash.json is there and cannot be read: " in text
+    assert "Rank 0 failed first: how is not known" in text
+    assert "Last of 9 rows" in text
+    content = json.loads(shown(capsys, tmp_path, "--json"))
+    assert content["first_failure"] == 0
+    assert list(content["ranks"][0]["unreadable"]) == ["crash.json"]
+
+
+def test_a_report_of_a_run_that_finished_is_damaged(tmp_path, capsys):
+    files = rank(tmp_path, 0, state="finished")
+    files.crash.write_text("{")
+    text = shown(capsys, tmp_path)
+    assert "Rank 0: crash.json is there and cannot be read: " in text
+    assert "No death on record: finished." in text
+
+
+def test_what_a_run_says_does_not_steer_the_terminal(tmp_path, capsys):
+    error = {
+        "type": "\x1b[2J",
+        "message": "a\nRank 1 failed\ud800\r",
+        "traceback": ["\x1b]0;t\x07"],
+    }
+    files = rank(tmp_path, 0, time_s=DIED_S, error=error, phases=["\x9b31m"])
+    files.history.write_bytes(encode_rows([{"iteration": 1, "\x1b[5m": 0.5}]))
+    text = shown(capsys, tmp_path)
+    assert all(line.isprintable() for line in text.split("\n"))
+    assert r"\x1b[2J: a\nRank 1 failed\ud800\r" in text
+    assert shown(capsys, tmp_path, "--json").isascii()
+
+
+def test_rows_that_are_doubled_are_said_and_not_summed(tmp_path, capsys):
+    files = rank(tmp_path, 0, time_s=DIED_S)
+    files.history.write_bytes(files.history.read_bytes() * 2)
+    text = shown(capsys, tmp_path)
+    said = "history.jsonl has not one row for each iteration in order: of 18 rows, 9 repeated."
+    assert said in text
+    assert json.loads(shown(capsys, tmp_path, "--json"))["ranks"][0]["remarks"] == [said]
+
+
+def test_folders_that_are_no_ranks_are_none(tmp_path, capsys):
+    rank(tmp_path, 0, time_s=DIED_S)
+    for name in ("rank007", "rank-1", "rank99999999999999999999", "rank\u0663", "rank1.5"):
+        (tmp_path / name).mkdir()
+    content = json.loads(shown(capsys, tmp_path, "--json"))
+    assert [found["rank"] for found in content["ranks"]] == [0]
+
+
+def test_a_packed_trace_without_end_is_read_at_both_ends(tmp_path, capsys):
+    files = rank(tmp_path, 0, time_s=DIED_S)
+    files.trace.mkdir()
+    event = b'{"ph": "X", "cat": "cpu_op", "name": "%s", "ts": 1, "dur": 2},'
+    with gzip.open(files.trace / "a.pt.trace.json.gz", "wb", compresslevel=1) as file:
+        file.write(b'{"traceEvents": [' + event % b"aten::first")
+        for _ in range(150):
+            file.write(b" " * (1 << 20))
+        file.write(event % b"aten::last")
+    text = shown(capsys, tmp_path)
+    assert "aten::first" in text
+    assert "aten::last" in text
+    assert re.search(r"without \d\d MB in the middle, which were not read", text)
+
+
+@pytest.mark.parametrize("odd", [[], {}, ["cpu_op"], {"a": [1]}, None, True, 5])
+def test_events_of_a_trace_may_hold_anything(tmp_path, odd):
+    path = tmp_path / "a.pt.trace.json"
+    whole = {"ph": "X", "cat": "cpu_op", "name": "op", "ts": 1.0, "dur": 2.0, "pid": 1, "tid": 2}
+    events = [whole, *(whole | {name: odd} for name in whole)]
+    path.write_text(json.dumps({"traceEvents": events}))
+    assert crash.summarize(path).events == len(events)

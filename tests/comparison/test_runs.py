@@ -1,10 +1,11 @@
 """What is read of a run, whatever is missing, torn or not a number."""
 
+import json
 import math
 
 import pytest
 
-from esper_lightning.comparison.runs import find_runs, read_run
+from esper_lightning.comparison.runs import find_runs, identity, read_run
 from tests.comparison.conftest import KILLED
 
 
@@ -107,3 +108,92 @@ def test_runs_are_found_once_and_in_order(make_run, tmp_path, monkeypatch):
         find_runs([tmp_path / "runs" / "empty"])
     with pytest.raises(ValueError, match="nowhere"):
         find_runs([tmp_path / "nowhere"])
+
+
+def test_rows_that_are_doubled_or_out_of_order_are_said(make_run):
+    directory = make_run("a", evaluations=[1, 2, 3])
+    history = directory / "rank0" / "history.jsonl"
+    rows = history.read_bytes().splitlines(keepends=True)
+    history.write_bytes(b"".join([*rows[5:], *rows]))
+    run = read_run(directory)
+    assert [point.env_steps for point in run.points["rollout"]] == list(range(1000, 11_000, 1000))
+    assert run.env_steps == 10_000
+    (remark,) = run.remarks
+    assert "of 15 rows, 5 repeated, 5 out of order, 1 going back in env_steps." in remark
+    assert read_run(make_run("b")).remarks == []
+
+
+def test_of_rows_at_the_same_place_the_last_counts(make_run):
+    directory = make_run("a", returns=[1, 2])
+    more = '{"iteration": 2, "env_steps": 2000, "rollout/episode_return_mean": 7}\n'
+    with (directory / "rank0" / "history.jsonl").open("a") as history:
+        history.write(more)
+    assert read_run(directory).points["rollout"] == [(1000, 1), (2000, 7)]
+
+
+ODD = ("5", True, None, [], {}, -5, 1e300, "NaN", 10**30, [[1]])
+
+
+@pytest.mark.parametrize("odd", ODD, ids=str)
+@pytest.mark.parametrize(
+    "name", ["iteration", "env_steps", "time_s", "rollout/episode_return_mean"]
+)
+def test_values_of_another_kind_are_not_taken_for_numbers(make_run, name, odd):
+    directory = make_run("a", returns=[1, 2, 3])
+    history = directory / "rank0" / "history.jsonl"
+    rows = [json.loads(line) for line in history.read_bytes().splitlines()]
+    history.write_text(
+        "".join(json.dumps(row) + "\n" for row in [*rows[:2], rows[2] | {name: odd}])
+    )
+    run = read_run(directory)
+    assert run.env_steps == (2000 if name == "env_steps" else 3000)
+    assert math.isfinite(run.time_s)
+    assert len(run.points["rollout"]) == 2 + (
+        name in ("iteration", "time_s")
+        or (name != "env_steps" and odd in (-5, 1e300, "NaN", 10**30))
+    )
+
+
+@pytest.mark.parametrize(
+    "content",
+    [
+        "[" * 10_000,
+        "&a [*a]",
+        "model: &a {seed: 0, x: *a}",
+        "model: {a0: &a0 [x, x]"
+        + "".join(f", a{k}: &a{k} [*a{k - 1}, *a{k - 1}]" for k in range(1, 40))
+        + "}",
+        "a0: &a0 {k: 1}\n"
+        + "".join(f"a{k}: &a{k} {{<<: [*a{k - 1}, *a{k - 1}]}}\n" for k in range(1, 40)),
+        "model: {seed: " + "9" * 5000 + "}",
+        "model: {seed: 0, x: !!timestamp x}",
+        "model: {seed: 0, x: !!int ''}",
+        "model: {seed: 0, x: !!bool x}",
+        "model: {seed: 0, x: 2001-99-99}",
+        "model: {seed: 0, x: !!python/object/apply:os.system [true]}",
+        "model: " + "x" * 10**6,
+    ],
+    ids=lambda content: content[:30],
+)
+def test_a_config_without_end_is_named(make_run, content):
+    directory = make_run("a")
+    (directory / "config.yaml").write_text(content)
+    with pytest.raises(ValueError, match=r"a/config\.yaml") as caught:
+        read_run(directory)
+    assert "\n" not in str(caught.value)
+
+
+def test_names_in_a_config_may_be_of_any_kind(make_run):
+    directory = make_run("a")
+    with (directory / "config.yaml").open("a") as config:
+        config.write("other: {1: a, x: b, null: [[{1: a, x: b}]], 2001-01-01: .nan}\n")
+    run = read_run(directory)
+    assert run.settings["other.1"] == "a"
+    assert json.loads(identity(dict(run.settings)))
+
+
+def test_folders_that_lead_back_to_themselves_are_looked_into_once(make_run, tmp_path):
+    runs = [make_run("runs/a"), make_run("runs/b")]
+    for k in range(3):
+        (tmp_path / "runs" / f"loop{k}").symlink_to(tmp_path / "runs")
+    assert find_runs([tmp_path / "runs"]) == runs

@@ -63,7 +63,6 @@ _SITES = (
     "sanity",
     "loader",
     "collate",
-    "logger",
 )
 
 
@@ -75,10 +74,10 @@ def expected(case: Case) -> Expected:
     if fault in _VANISHED:
         return Expected(_VANISHED[fault], "vanished", None, trace=False)
     status = (_RAISED | _SPECIAL)[fault]
-    if case.get("others") or case.get("logger"):  # theirs is raised in place of the run's error
+    if case.get("others"):  # theirs is raised in place of the run's error
         status = (1, *status[1:])
     recorded = profiler in _OPEN_WINDOW or case.get("step", 6) in _RECORDED.get(profiler, ())
-    return Expected(*status, trace=recorded and "room" not in fault)
+    return Expected(*status, trace=recorded)
 
 
 def has_open_window(case: Case) -> bool:
@@ -111,6 +110,8 @@ QUICK: list[Case] = [
     *({"fault": "RuntimeError", "profiler": "always", "again": a} for a in AGAIN),
     *({"fault": "RuntimeError", "profiler": "always", "others": o} for o in ("before", "after")),
     {"fault": "SIGTERM and SIGKILL in C", "profiler": "always"},
+    {"fault": "room for a report", "profiler": "always"},
+    *({"fault": f, "profiler": "always", "limit": 100_000} for f in ("RuntimeError", "SIGKILL")),
     {"fault": "SIGKILL", "profiler": "none", "site": "loader", "workers": 2},
     {"fault": "RuntimeError", "profiler": "always", "site": "on_train_start"},
     {"fault": "RuntimeError", "profiler": "always", "site": "validation_step"},
@@ -162,7 +163,13 @@ ALL: list[Case] = [
     ),
     {"fault": "SIGKILL", "profiler": "always", "site": "loader", "workers": 2},
     {"fault": "SIGTERM and SIGKILL in a long step", "profiler": "always"},
-    *({"fault": "room for a report", "profiler": p} for p in ("none", "always")),
+    {"fault": "room for a report", "profiler": "none"},
+    *(
+        {"fault": f, "profiler": p, "limit": b}
+        for f in ("RuntimeError", "SIGTERM", "segfault")
+        for p in ("always", "window")
+        for b in (20_000, 300_000)
+    ),
     *({"fault": "RuntimeError", "profiler": "nvtx", "module": m} for m in ("plain", "ppo")),
     {"fault": "SIGINT", "profiler": "nvtx"},
     *({"fault": "SIGTERM", "profiler": p, "others": "before"} for p in ("none", "2/1/20")),

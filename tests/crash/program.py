@@ -72,6 +72,11 @@ def no_more_room(bytes_each):
     raise RuntimeError("injected")
 
 
+def limit_files(bytes_each):
+    """What ``ulimit -f`` does: no file may grow beyond, from the start of the program on."""
+    resource.setrlimit(resource.RLIMIT_FSIZE, (bytes_each, bytes_each))
+
+
 def directory_gone():
     """Somebody removed the run directory and put a file in its place."""
     shutil.rmtree(DIRECTORY / "rank0")
@@ -339,6 +344,8 @@ def fit_again(trainer):
 
 
 def main():
+    if "limit" in CASE:
+        limit_files(CASE["limit"])
     before = {number: signal.getsignal(number) for number in signal.valid_signals()}
     trainer, module, data = fit()
     if CASE.get("module") == "ppo":

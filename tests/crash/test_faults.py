@@ -52,6 +52,10 @@ def check(case: Case, outcome: Outcome) -> list[str]:
     if has_closed_window(case):
         shown = [window.was_open for window in examine(outcome.directory)[0].windows]
         found["closed window"] = (shown, [False])
+    if due.cause == "vanished" and case.get("limit", 1 << 20) > 300_000:
+        had = (report["memory"] or {}).get("rss_bytes", 0)
+        found["memory"] = (50e6 < had < 50e9, True)
+        found["memory in words"] = (f"it had {had / 1e9:.2f} GB" in error["message"], True)
     if case.get("logger"):
         found["logger"] = (evidence["loggers"]["state"], "failed")
     state = outcome.state()
@@ -70,8 +74,6 @@ def check(case: Case, outcome: Outcome) -> list[str]:
 
 
 def _state_of_trace(case: Case, due: Expected) -> str:
-    if "room" in case["fault"] and case["profiler"] != "none":
-        return "failed"
     workers_window = case.get("workers") and has_open_window(case)
     return "saved" if due.trace or workers_window else "absent"
 
@@ -99,6 +101,13 @@ def test_a_hang_is_on_record_and_the_run_goes_on(tmp_path):
     assert any(FAILING_OPERATOR in trace for trace in outcome.traces())
     assert outcome.rows() == list(range(1, 25))
     assert outcome.leftovers == []
+
+
+def test_a_logger_ends_no_run(tmp_path):
+    outcome = run({"fault": "RuntimeError", "site": "logger"}, tmp_path)
+    assert outcome.status == 0, outcome.stderr[-3000:]
+    assert outcome.report() is None
+    assert outcome.rows() == list(range(1, 25))
 
 
 def test_without_any_room_the_error_comes_through_and_the_history_stays(tmp_path):

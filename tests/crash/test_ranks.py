@@ -25,7 +25,7 @@ def check_ranks(case: RankCase, outcome: Outcome) -> list[str]:
     for remains in ranks:
         died, who = remains.rank == case.rank, f"rank {remains.rank}"
         report = remains.report or {}
-        cause = _CAUSES.get(case.fault, "exception") if died else report.get("cause")
+        cause = _CAUSES.get(case.fault, "exception") if died else "peer"
         found[f"{who}: cause"] = (report.get("cause"), cause)
         found[f"{who}: complete"] = (report.get("complete"), True)
         found[f"{who}: rows"] = (remains.rows, 6)

@@ -3,14 +3,17 @@
 import json
 import math
 import os
+import subprocess
 from pathlib import Path
 
 import pytest
 
 from esper_lightning.forensics.files import (
+    Backlog,
     JsonLines,
     encode_rows,
     read_json_lines,
+    replacing,
     write_atomically,
 )
 from esper_lightning.forensics.layout import RunLayout
@@ -120,3 +123,78 @@ def test_a_row_that_does_not_fit_leaves_nothing_behind(tmp_path, monkeypatch):
     file.append({"iteration": 2})
     file.close()
     assert (tmp_path / "rows.jsonl").read_text() == '{"iteration":1}\n{"iteration":2}\n'
+
+
+def dead_process() -> int:
+    process = subprocess.Popen(["true"])
+    process.wait()
+    return process.pid
+
+
+def test_what_a_killed_write_left_is_removed_by_the_next_and_what_is_being_written_is_not(tmp_path):
+    path = tmp_path / "last.ckpt"
+    for name in (f".last.ckpt.{dead_process()}.tmp", f".last.ckpt.{dead_process()}.7.tmp"):
+        (tmp_path / name).write_text("half")
+    (tmp_path / f".last.ckpt.{os.getppid()}.1.tmp").write_text("being written")
+    (tmp_path / f".best.ckpt.{dead_process()}.1.tmp").write_text("of another file")
+    with replacing(path) as mine, replacing(path) as same_process:
+        mine.write_text("mine")
+        same_process.write_text("another thread's")
+    assert path.read_text() == "mine"
+    contents = sorted(file.read_text() for file in tmp_path.iterdir())
+    assert contents == ["being written", "mine", "of another file"]
+
+
+class Place:
+    """Takes entries while it is open; never one that is bad."""
+
+    def __init__(self):
+        self.open, self.taken = True, []
+
+    def take(self, entry):
+        if not self.open or entry == "bad":
+            raise ValueError("it has no room") from OSError("No space left")
+        self.taken.append(entry)
+
+
+def test_entries_wait_in_order_with_one_warning_for_all_of_them(caplog):
+    place = Place()
+    backlog = Backlog("place", place.take, errors=ValueError)
+    for number in range(10):
+        place.open = number not in (2, 3, 4, 7)
+        backlog.put(number)
+        assert (backlog.error is None) == place.open
+        assert len(place.taken) + len(backlog) == number + 1
+    assert place.taken == list(range(10))
+    messages = [record.getMessage() for record in caplog.records]
+    assert messages == [
+        "place takes no rows: No space left. Training goes on; rows are kept to be written later.",
+        "place takes rows again: none is lost.",
+    ]
+
+
+@pytest.mark.parametrize("drops", [False, True])
+def test_an_entry_that_is_never_taken_holds_up_the_others_only_where_order_matters(drops, caplog):
+    place = Place()
+    backlog = Backlog("place", place.take, errors=ValueError, drops_refused=drops)
+    for entry in (1, "bad", 2, 3):
+        backlog.put(entry)
+    assert place.taken == ([1, 2, 3] if drops else [1])
+    backlog.close()
+    assert f"place: {1 if drops else 3} rows are lost" in caplog.text
+
+
+def test_entries_beyond_the_bound_are_lost_with_one_message(monkeypatch, caplog):
+    monkeypatch.setattr("esper_lightning.forensics.files._KEPT", 3)
+    place = Place()
+    place.open = False
+    backlog = Backlog("place", place.take, errors=ValueError)
+    for number in range(9):
+        backlog.put(number)
+    place.open = True
+    backlog.close()
+    assert place.taken == [0, 1, 2]
+    assert [record.getMessage() for record in caplog.records if "lost" in record.getMessage()] == [
+        "place: rows are lost from here on: 3 wait already.",
+        "place: 6 rows are lost: none was taken.",
+    ]

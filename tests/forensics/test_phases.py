@@ -1,6 +1,7 @@
 """The phase ring: what was open and what took time, readable after any death."""
 
 import os
+import resource
 import signal
 import subprocess
 import sys
@@ -38,6 +39,8 @@ def test_survives_sigkill_and_wraps_round(tmp_path):
     begins = [span.begin_ns for span in phases.closed]
     assert begins == sorted(begins)
     assert all(span.end_ns >= span.begin_ns and span.depth == 1 for span in phases.closed)
+    memory = phases.memory
+    assert 1 << 20 < memory.rss_bytes <= memory.peak_bytes < memory.limit_bytes
 
 
 @given(st.lists(st.tuples(st.booleans(), st.sampled_from("abc")), max_size=40))
@@ -80,3 +83,48 @@ def test_what_is_no_ring(tmp_path):
     path.write_bytes(b"ESPERPH1" + os.urandom(100))
     with pytest.raises(ValueError, match="must be a phase ring"):
         read_phases(path)
+
+
+def test_a_ring_of_an_earlier_version_has_no_memory(tmp_path):
+    path = tmp_path / "phases.ring"
+    ring = PhaseRing(path)
+    ring.enter("update")
+    path.write_bytes(path.read_bytes()[:-32])
+    phases = read_phases(path)
+    assert ([span.name for span in phases.open], phases.memory) == (["update"], None)
+
+
+def test_memory_is_that_of_now(tmp_path):
+    ring = PhaseRing(tmp_path / "phases.ring")
+    before = read_phases(tmp_path / "phases.ring").memory
+    kept = bytearray(os.urandom(1 << 16) * 1024)
+    ring.note_memory()
+    after = read_phases(tmp_path / "phases.ring").memory
+    assert after.rss_bytes - before.rss_bytes > len(kept) // 2
+    ring.close()
+    ring.note_memory()  # the thread that watches may come late
+
+
+def test_a_ring_that_is_in_use_stays_whole_when_another_takes_its_place(tmp_path):
+    path = tmp_path / "phases.ring"
+    first = PhaseRing(path)
+    second = PhaseRing(path)  # truncated under the first one, this would be SIGBUS
+    first.enter("first")
+    second.enter("second")
+    assert [span.name for span in read_phases(path).open] == ["second"]
+    assert first.open_names == ["first"]
+
+
+def test_without_room_for_the_file_spans_are_known_to_the_process(tmp_path):
+    path = tmp_path / "phases.ring"
+    PhaseRing(path).enter("of an earlier run")
+    limits = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (100_000, limits[1]))
+    try:
+        ring = PhaseRing(path)
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, limits)
+    assert isinstance(ring.error, OSError)
+    assert not path.exists()
+    ring.enter("update")
+    assert ring.open_names == ["update"]

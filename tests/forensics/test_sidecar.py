@@ -5,14 +5,19 @@ import signal
 import subprocess
 import sys
 import time
+from pathlib import Path
 
 import pytest
 
+from esper_lightning.forensics import phases as phases_module
+from esper_lightning.forensics import sidecar as sidecar_module
 from esper_lightning.forensics.files import encode_rows
 from esper_lightning.forensics.layout import RankLayout
+from esper_lightning.forensics.memory import Memory
 from esper_lightning.forensics.phases import PhaseRing
-from esper_lightning.forensics.report import read_report, write_report
-from esper_lightning.forensics.sidecar import complete_report, oom_kills, start
+from esper_lightning.forensics.processes import identify
+from esper_lightning.forensics.report import read_report, same_recording, write_report
+from esper_lightning.forensics.sidecar import complete_report, locked, start
 
 
 @pytest.fixture
@@ -139,9 +144,133 @@ def test_it_ends_when_told_to_and_writes_nothing(files):
     assert not files.crash.exists()
 
 
-def test_counters_of_both_cgroup_versions(tmp_path):
-    (tmp_path / "memory.events").write_text("low 0\noom 2\noom_kill 1\n")
-    assert oom_kills(os.getpid(), tmp_path).items() >= {"oom": 2, "oom_kill": 1}.items()
-    (tmp_path / "memory.events").write_text("torn\n")
-    (tmp_path / "memory.oom_control").write_text("oom_kill_disable 0\noom_kill 5\n")
-    assert oom_kills(os.getpid(), tmp_path)["oom_kill"] == 5
+def another(identity, **changes):
+    """The record of a run that began later in the same directory."""
+    return {"rank": 0, "world_size": 1, **identity, "started_s": 9.0, "state": "running"} | changes
+
+
+def test_one_that_is_late_leaves_the_next_run_alone(files):
+    process = subprocess.Popen([sys.executable, "-c", "import time; time.sleep(60)"])
+    write_report(files.process, another(identify(process.pid), started_s=1.0))
+    sidecar = start(files.directory, process.pid)
+    sidecar._process.send_signal(signal.SIGSTOP)
+    process.kill()
+    process.wait()
+    write_report(files.process, another(identify(os.getpid())))
+    half = files.directory / ".last.ckpt.2.tmp"
+    half.write_text("the next run is writing this")
+    left = {path: path.read_bytes() for path in files.directory.iterdir()}
+    sidecar._process.send_signal(signal.SIGCONT)
+    assert sidecar._process.wait(timeout=10) == 0
+    assert {path: path.read_bytes() for path in files.directory.iterdir()} == left
+    sidecar.stop()
+
+
+WATCHED = {"pid": 7, "host": "h", "start_ticks": 1, "boot": "b", "pid_namespace": 4}
+
+
+@pytest.mark.parametrize(
+    "change",
+    [{"pid": 8}, {"start_ticks": 2}, {"boot": "c"}, {"pid_namespace": 5}, {"started_s": 2.0}],
+)
+def test_a_process_that_differs_in_anything_is_not_the_one_that_was_watched(files, change):
+    watched = another(WATCHED, started_s=1.0)
+    write_report(files.process, watched | change)
+    before = files.process.read_bytes()
+    assert not complete_report(files, watched=watched)
+    assert not files.crash.exists()
+    assert files.process.read_bytes() == before
+    write_report(files.process, watched)
+    assert complete_report(files, watched=watched)
+
+
+def test_a_run_that_begins_while_the_report_is_made_is_left_alone(files, monkeypatch):
+    watched, of_the_dead = another(WATCHED), sidecar_module._post_mortem
+
+    def slow(*args):
+        write_report(files.process, another(identify(os.getpid())))
+        return of_the_dead(*args)
+
+    monkeypatch.setattr(sidecar_module, "_post_mortem", slow)
+    write_report(files.process, watched)
+    assert not complete_report(files, watched=watched)
+    assert not files.crash.exists()
+    assert read_report(files.process)["pid"] == os.getpid()
+
+
+def test_a_run_that_begins_waits_for_the_report_of_the_one_before(files):
+    """The lock of the directory ends with its holder, whatever that died of."""
+    holds = "import sys; sys.path.insert(0, sys.argv[2]);"
+    holds += "from esper_lightning.forensics.sidecar import locked; from pathlib import Path;"
+    holds += "print(end='', file=open(Path(sys.argv[1]) / 'asked', 'w'));"
+    holds += "locked(Path(sys.argv[1])).__enter__();"
+    holds += "print(end='', file=open(Path(sys.argv[1]) / 'got', 'w'))"
+    root = str(Path(sidecar_module.__file__).parents[2])
+    with locked(files.directory):
+        command = [sys.executable, "-S", "-c", holds, str(files.directory), root]
+        other = subprocess.Popen(command)
+        while not (files.directory / "asked").exists():
+            time.sleep(0.01)
+        time.sleep(0.2)
+        assert not (files.directory / "got").exists()
+    assert other.wait(10) == 0
+    assert (files.directory / "got").exists()
+    started = time.monotonic()
+    with locked(files.directory):
+        assert time.monotonic() - started < 1.0
+
+
+def test_the_next_run_completes_what_a_second_process_could_not(files):
+    """It died with its container. What is alive, or was completed, is left alone."""
+    write_report(files.process, another(identify(os.getpid())))
+    assert not complete_report(files)
+    gone = another(identify(os.getpid()), start_ticks=1, changed_s=5.0)
+    write_report(files.process, gone)
+    os.utime(files.history, (50.0, 50.0))
+    assert complete_report(files)
+    report, process = read_report(files.crash), read_report(files.process)
+    assert (report["cause"], report["time_s"]) == ("vanished", 50.0)  # when it was seen last
+    assert same_recording(report, gone)
+    assert (process["state"], process["saved"]) == ("failed", True)
+    assert not complete_report(files)
+
+
+def test_one_that_was_killed_before_its_first_report_has_one(files):
+    write_report(files.process, another(WATCHED, state="failed", saved=False))
+    assert complete_report(files)
+    assert read_report(files.crash)["cause"] == "vanished"
+    files.crash.unlink()  # its own report went elsewhere
+    write_report(files.process, another(WATCHED, state="failed", saved=True))
+    assert not complete_report(files)
+
+
+@pytest.mark.parametrize(
+    ("left", "suspect"), [(0.0, True), (0.05, True), (0.5, False), (None, False)], ids=str
+)
+def test_the_oom_killer_is_the_first_suspect_where_memory_was_short(
+    files, monkeypatch, left, suspect
+):
+    memory = None
+    if left is not None:
+        memory = Memory(1_500_000_000, 2_000_000_000, 4_000_000_000, int(left * 4e9))
+    monkeypatch.setattr(phases_module, "measure_memory", lambda: memory)
+    PhaseRing(files.phases).close()
+    assert complete_report(files, before={"oom_kill": 1}, after={"oom_kill": 1})
+    report = read_report(files.crash)
+    assert ("first suspect: the kernel's OOM killer" in report["error"]["message"]) == suspect
+    assert ("SIGKILL by somebody" in report["error"]["message"]) != suspect
+    assert report["memory"] == (None if memory is None else memory._asdict())
+    assert ("1.50 GB, at most 2.00 GB" in report["error"]["message"]) == (memory is not None)
+    assert report["cgroup"]["after"] == {"oom_kill": 1}
+
+
+def test_without_a_place_for_its_record_it_still_knows_whom_it_watched(files):
+    process = subprocess.Popen([sys.executable, "-c", "import time; time.sleep(60)"])
+    files.process.unlink()
+    sidecar = start(files.directory, process.pid, another(identify(process.pid)))
+    process.kill()
+    process.wait()
+    assert sidecar._process.wait(timeout=10) == 0
+    report = read_report(files.crash)
+    assert (report["cause"], report["pid"]) == ("vanished", process.pid)
+    sidecar.stop()

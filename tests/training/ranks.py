@@ -123,6 +123,8 @@ def main(
     remembers=False,
 ):
     torch.set_num_threads(1)
+    # "{rank}" in it: hosts that share no disk.
+    directory = directory.format(rank=os.environ.get("LOCAL_RANK", "0"))
     config = PPOConfig(**{"rollout_steps": 16, "minibatches": 2, "epochs": 2, **(ppo or {})})
     model = PPO(
         ENVS[env](num_envs=num_envs),

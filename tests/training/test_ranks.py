@@ -3,6 +3,8 @@
 import json
 import os
 import random
+import re
+import shutil
 import signal
 import subprocess
 import sys
@@ -274,6 +276,60 @@ def test_runs_that_died_at_20_random_moments_go_on_bit_for_bit(tmp_path, ranks):
         deaths += disturbed(directory, ranks, fault, moment, budget)
         assert diff(directory, whole, ranks) == [], (moment, fault)
     assert deaths >= 15
+
+
+def other_weights(path):
+    """As of another run, which has come as far."""
+    checkpoint = torch.load(path, weights_only=True)
+    for state in checkpoint["optimizer_states"][0]["state"].values():
+        state["exp_avg"] += 1e-3
+    torch.save(checkpoint, path)
+
+
+RESUMES = {
+    "nothing on one rank, the end of a run on the other": (None, True, 1000, [8, 0]),
+    "another run's": (other_weights, False, 2000, [8, 8]),
+}
+MORE_RESUMES = {
+    "nothing on one rank": (None, False, 2000, [8, 0]),
+    "nothing on one rank, and there are evaluations": (None, True, 2000, [8, 0]),
+}
+
+
+def check_refused(tmp_path, of_1000_steps, change, evaluates, budget, begins):
+    """Each rank has a directory of its own, as on hosts that share no disk."""
+    for rank in range(2 if change else 1):
+        last = tmp_path / str(rank) / "checkpoints" / "last.ckpt"
+        last.parent.mkdir(parents=True)
+        shutil.copy(of_1000_steps[2] / "checkpoints" / "last.ckpt", last)
+    if change:
+        change(last)
+    began = time.monotonic()
+    settings = {"devices": 2, "budget": budget, "evaluates": evaluates, "resumes": True}
+    status, stderr = run(str(tmp_path / "{rank}"), **settings)
+    assert time.monotonic() - began < 100
+    assert status == 1, stderr
+    said = re.findall(r"ValueError: ckpt_path must be the same on all ranks, got \[(.*)\]", stderr)
+    assert len(said) == 2, stderr
+    assert said[0] == said[1]
+    numbers = re.findall(r"\b\d+\b(?= of|,|$)", said[0])
+    assert list(map(int, numbers)) == begins
+    assert len(set(said[0].split(", "))) == 2  # they can be told apart
+    for rank in range(2):
+        report = examine(tmp_path / str(rank))[0].report
+        assert report["error"]["message"].startswith("ckpt_path must be the same on all ranks")
+        assert history(tmp_path / str(rank), rank) == []
+
+
+@pytest.mark.parametrize("case", RESUMES.values(), ids=RESUMES)
+def test_ranks_that_find_different_checkpoints_are_refused(tmp_path, of_1000_steps, case):
+    check_refused(tmp_path, of_1000_steps, *case)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("case", MORE_RESUMES.values(), ids=MORE_RESUMES)
+def test_ranks_that_find_different_checkpoints_are_refused_also(tmp_path, of_1000_steps, case):
+    check_refused(tmp_path, of_1000_steps, *case)
 
 
 def attached(trainer, **settings):

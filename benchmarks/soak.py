@@ -1,0 +1,60 @@
+"""Kill runs at random moments, for twenty minutes: writes ``results/soak.md``."""
+
+import argparse
+import sys
+import tempfile
+import time
+from pathlib import Path
+
+ROOT = Path(__file__).parents[1]
+sys.path[:0] = [str(ROOT), str(ROOT / "benchmarks")]
+
+from conditions import conditions  # noqa: E402
+
+from esper_lightning.forensics.files import write_atomically  # noqa: E402
+from tests.crash.soak import Soak, Tally  # noqa: E402
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("--minutes", type=float, default=20.0)
+    parser.add_argument("--seed", type=int, default=0)
+    results = ROOT / "benchmarks" / "results" / "soak.md"
+    parser.add_argument("--output", type=Path, default=results)
+    options = parser.parse_args()
+    folder = Path(tempfile.mkdtemp(prefix="soak-"))  # stays if something is wrong
+    end = time.monotonic() + 60 * options.minutes
+    with Soak(folder, options.seed).running() as soak:
+        while time.monotonic() < end:
+            soak.one_run(until_s=end)
+    text = report(soak.tally, options.minutes)
+    write_atomically(options.output, text.encode())
+    print(text)
+
+
+def report(tally: Tally, minutes: float) -> str:
+    """The results file."""
+    kills = sum(tally.kills.values())
+    lines = [
+        "# Runs that are killed at random moments",
+        "",
+        conditions("make soak"),
+        "",
+        f"`esper fit` of CartPole, SIGKILLed at random moments for {minutes:g} minutes and resumed",
+        "with `--ckpt_path last` until it was done. After each kill every file in the run",
+        "directory could be read to its end; each run ended with the history, the evaluations and",
+        "the checkpoints of an undisturbed run, bit for bit, but for wall-clock times.",
+        "",
+        f"- kills: {kills}",
+        f"- runs, each of which came to its end: {tally.runs}",
+        f"- times that a run was resumed: {tally.resumed}",
+        "",
+        "| what the run was doing when it was killed | kills |",
+        "| --- | --- |",
+        *(f"| {name} | {count} |" for name, count in tally.kills.most_common()),
+    ]
+    return "\n".join(lines) + "\n"
+
+
+if __name__ == "__main__":
+    main()

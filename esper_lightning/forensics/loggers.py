@@ -1,0 +1,300 @@
+"""Loggers that cannot end a run: a guard round each of them, from the run's start to its end.
+
+The guard knows loggers by the methods that Lightning calls, and two of Lightning's own by their
+attributes. It imports neither: this folder is standard library only.
+"""
+# Loggers are objects of other libraries.
+# pyright: reportUnknownVariableType=false, reportUnknownArgumentType=false
+
+import contextlib
+import errno
+import functools
+import logging
+import os
+import threading
+from collections.abc import Callable, Generator, Iterable
+from contextlib import AbstractContextManager
+from pathlib import Path
+from typing import Any, NamedTuple
+
+from esper_lightning.forensics.files import Appender, Backlog, first_cause, replacing
+
+__all__ = ["flush_logger", "guard_loggers"]
+
+_log = logging.getLogger(__name__)
+_GUARD = "_esper_lightning_guard"
+_KEPT_CALLS = ("log_metrics", "log_hyperparams")
+_OTHER_CALLS = ("log_graph", "after_save_checkpoint")
+_EXPERIMENT_BYTES = 1 << 16
+_NO_ROOM = (errno.ENOSPC, errno.EDQUOT)
+
+
+def guard_loggers(loggers: Iterable[Any]) -> None:
+    """Keep errors of loggers out of the run that begins.
+
+    What a logger raises is one warning with the error that caused it. Metrics and hyperparameters
+    that it did not take wait, and are logged when it takes them again. Files that TensorBoard's and
+    the CSV logger write anew are put in place whole. The guard ends with ``finalize``, the last
+    call of a run; a logger that has one is left as it is.
+
+    Args:
+        loggers: ``trainer.loggers``.
+    """
+    for logger in loggers:
+        if _GUARD not in vars(logger):
+            _Guard(logger)
+
+
+def flush_logger(logger: Any) -> None:
+    """Write what a logger holds.
+
+    Raises:
+        Exception: Whatever keeps the logger from it.
+    """
+    guard: _Guard | None = vars(logger).get(_GUARD)
+    if guard is not None:
+        guard.flush()
+    else:
+        logger.save()
+    flush = getattr(getattr(logger, "experiment", None), "flush", None)
+    if callable(flush):
+        flush()
+
+
+class _Call(NamedTuple):
+    method: str
+    args: tuple[Any, ...]
+    kwargs: dict[str, Any]
+
+
+class _Guard:
+    """Stands in the class of one logger, so that properties are guarded as methods are."""
+
+    def __init__(self, logger: Any) -> None:
+        self._logger, self._class = logger, type(logger)
+        self._name = self._class.__name__
+        self._calls = Backlog[_Call](self._name, self._take, errors=Exception, drops_refused=True)
+        self._events: _EventFile | None = None
+        self._absent: OSError | None = None  # why there is no experiment
+        self._unsaved: Exception | None = None  # why the latest ``save`` failed
+        members: dict[str, Any] = {name: self._kept(name) for name in _KEPT_CALLS}
+        members |= {name: self._guarded(name) for name in _OTHER_CALLS}
+        members |= {"save": self._guarded("save"), "finalize": self._finalizing()}
+        if isinstance(getattr(self._class, "experiment", None), property):
+            members["experiment"] = property(lambda _: self._experiment())
+        members = {name: value for name, value in members.items() if hasattr(self._class, name)}
+        members |= {"__module__": self._class.__module__, "__doc__": self._class.__doc__}
+        try:
+            logger.__class__ = type(self._name, (self._class,), members)
+        except TypeError as error:  # a class that cannot be derived from
+            _log.warning("%s has no guard against its own errors: %s", self._name, error)
+            return
+        vars(logger)[_GUARD] = self
+        if vars(logger).get("_experiment") is not None:
+            self._keep_events(logger._experiment)
+
+    def flush(self) -> None:
+        """Write what the logger holds; raises what keeps it from it."""
+        self._calls.offer()
+        self._original("save")
+        for backlog in (self._calls, self._events and self._events.backlog):
+            if backlog is not None and backlog.error is not None:
+                raise first_cause(backlog.error)
+
+    # What is in the place of the logger's own.
+
+    def _kept(self, name: str) -> Callable[..., None]:
+        @functools.wraps(getattr(self._class, name, lambda: None))
+        def call(_: Any, *args: Any, **kwargs: Any) -> None:
+            self._calls.put(_Call(name, tuple(map(_copy, args)), _copied(kwargs)))
+
+        return call
+
+    def _guarded(self, name: str) -> Callable[..., Any]:
+        @functools.wraps(getattr(self._class, name, lambda: None))
+        def call(_: Any, *args: Any, **kwargs: Any) -> Any:
+            self._calls.offer()
+            error = None
+            try:
+                return self._original(name, *args, **kwargs)
+            except Exception as problem:
+                error = problem
+                text = "%s failed: %s. Training goes on."
+                self._calls.warn(text, first_cause(error))
+            finally:
+                if name == "save":
+                    self._unsaved = error
+
+        return call
+
+    def _finalizing(self) -> Callable[..., Any]:
+        finalize = self._guarded("finalize")
+
+        @functools.wraps(getattr(self._class, "finalize", lambda: None))
+        def call(logger: Any, *args: Any, **kwargs: Any) -> None:
+            try:
+                finalize(logger, *args, **kwargs)
+                if self._unsaved is not None:
+                    _log.error("%s: what it held is lost: %s", self._name, self._unsaved)
+            finally:
+                self._calls.close()
+                logger.__class__ = self._class
+                del vars(logger)[_GUARD]
+
+        return call
+
+    def _experiment(self) -> Any:
+        """The logger's own; what does nothing, while the disk has no room to make it."""
+        try:
+            self._refuse_full_disk()
+            experiment = self._class.experiment.fget(self._logger)
+        except OSError as error:
+            if error.errno not in _NO_ROOM:
+                raise
+            self._absent = error
+            self._calls.warn("%s failed: %s. Training goes on.", error)
+            return _Nothing()
+        self._absent = None
+        self._keep_events(experiment)
+        return experiment
+
+    def _refuse_full_disk(self) -> None:
+        """Raise where an experiment has no room to begin: attempts would leave empty files."""
+        if vars(self._logger).get("_experiment", self) is not None:  # there already, or not a file
+            return
+        place = Path(str(self._logger.log_dir)).absolute()
+        found = os.statvfs(next(parent for parent in (place, *place.parents) if parent.exists()))
+        blocks = found.f_bfree if os.geteuid() == 0 else found.f_bavail
+        if blocks * found.f_frsize < _EXPERIMENT_BYTES:
+            raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC), str(place))
+
+    # How they do it.
+
+    def _take(self, call: _Call) -> None:
+        if self._absent is not None:
+            _ = self._logger.experiment  # there may be room by now
+        if self._absent is not None:
+            raise self._absent
+        self._original(call.method, *call.args, **call.kwargs)
+
+    def _original(self, name: str, *args: Any, **kwargs: Any) -> Any:
+        """Call the logger's own method; files that it writes anew are put in place whole."""
+        with self._whole_files(name):
+            return getattr(self._class, name)(self._logger, *args, **kwargs)
+
+    def _whole_files(self, name: str) -> AbstractContextManager[object]:
+        logger = self._logger
+        if "_experiment" in vars(logger) and name in ("log_hyperparams", "save"):
+            _ = logger.experiment  # what they begin with
+        experiment = vars(logger).get("_experiment")
+        if hasattr(experiment, "metrics_file_path"):  # the CSV logger's
+            if name == "log_hyperparams":
+                return _whole_hyperparams(experiment, experiment.log_dir)
+            if name == "save":
+                return _whole_table(experiment)
+        elif experiment is not None and hasattr(logger, "NAME_HPARAMS_FILE"):  # TensorBoard's
+            written = Path(logger.log_dir, logger.NAME_HPARAMS_FILE).exists()
+            if name == "save" and not written:
+                return _whole_hyperparams(logger, logger.log_dir)
+        return contextlib.nullcontext()
+
+    def _keep_events(self, experiment: Any) -> None:
+        """Have events of TensorBoard wait while the disk takes none.
+
+        The thread that writes them ends with the first error otherwise, and they are lost.
+        """
+        if self._events is not None and not self._events.closed:
+            return
+        with contextlib.suppress(AttributeError):  # another logger, or a writer that is closed
+            writer = experiment.file_writer.event_writer
+            records = writer._async_writer._writer
+            writer.flush()
+            self._events = _EventFile(Path(writer._file_name), self._calls.said)
+            records._writer = self._events
+
+
+class _EventFile:
+    """In the place of TensorBoard's own file, below its writer of records."""
+
+    def __init__(self, path: Path, said: set[str]) -> None:
+        self._file, self._lock = Appender(path), threading.Lock()
+        self.backlog = Backlog[bytes](str(path), self._file.append, said=said)
+        self.closed = False
+
+    def write(self, record: bytes) -> None:
+        """Append a record, or keep it for later."""
+        with self._lock:
+            self.backlog.put(record)
+
+    def flush(self) -> None:
+        """Append what waits."""
+        with self._lock:
+            self.backlog.offer()
+
+    def close(self) -> None:
+        """Append what can be appended, and say what is lost."""
+        with self._lock:
+            self.backlog.close()
+            self._file.close()
+            self.closed = True
+
+
+class _Nothing:
+    """Does nothing, whatever it is asked for."""
+
+    def __getattr__(self, name: str) -> Callable[..., None]:
+        if name.startswith("__"):
+            raise AttributeError(name)
+        return lambda *_, **__: None
+
+
+def _copy(value: Any) -> Any:
+    """A mapping of metrics as it is now: the caller may write the next ones into it."""
+    return dict(value) if type(value) is dict else value
+
+
+def _copied(values: dict[str, Any]) -> dict[str, Any]:
+    return {name: _copy(value) for name, value in values.items()}
+
+
+@contextlib.contextmanager
+def _whole_hyperparams(owner: Any, folder: str) -> Generator[None]:
+    """Let ``owner`` write its ``hparams.yaml`` under another name, and put it in place."""
+    name = owner.NAME_HPARAMS_FILE
+    if "://" in str(folder) or not Path(folder).is_dir():
+        yield
+        return
+    with replacing(Path(folder, name)) as temporary:
+        owner.NAME_HPARAMS_FILE = temporary.name
+        try:
+            yield
+        finally:
+            del owner.NAME_HPARAMS_FILE
+
+
+@contextlib.contextmanager
+def _whole_table(experiment: Any) -> Generator[None]:
+    """Let the CSV logger write a longer head into a copy, and keep its rows if there is no room."""
+    path, keys = Path(experiment.metrics_file_path), list(experiment.metrics_keys)
+    if "://" in str(path):
+        yield
+        return
+    size = path.stat().st_size if path.exists() else None
+    has_new_head = any(not set(keys).issuperset(row) for row in experiment.metrics)
+    try:
+        if size is None or not has_new_head:
+            yield
+            return
+        with replacing(path) as temporary:
+            temporary.write_bytes(path.read_bytes())
+            experiment.metrics_file_path = str(temporary)
+            yield
+    except BaseException:
+        experiment.metrics_keys = keys
+        if size is None:
+            path.unlink(missing_ok=True)
+        elif path.stat().st_size > size:
+            os.truncate(path, size)
+        raise
+    finally:
+        experiment.metrics_file_path = str(path)

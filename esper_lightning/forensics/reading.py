@@ -1,0 +1,295 @@
+"""Reading what is in a run directory, whatever that is, in bounded time and memory.
+
+Files may be damaged, of any length, or not be files at all. What cannot be read is a ``ValueError``
+with the reason in a few words, and a ``FileNotFoundError`` where there is nothing.
+"""
+
+import json
+import os
+import stat
+from collections.abc import Iterator, Mapping
+from pathlib import Path
+from typing import Any, BinaryIO, cast
+
+__all__ = [
+    "RowOrder",
+    "RowReader",
+    "open_file",
+    "parse_json",
+    "printable",
+    "read_file",
+    "refuse_unbounded",
+    "whole_number",
+]
+
+_MOST_BYTES = 16 << 20  # of a file that is read as a whole
+_MOST_ROW_BYTES = 128 << 20  # of rows: two seconds, or a day of training
+_LONGEST_LINE = 1 << 20
+_DEEPEST, _MOST_ENTRIES = 100, 1_000_000
+_DIGITS = 18  # of an integer that int64 and float64 can hold
+_KNOWN_ITERATIONS = 1_000_000
+_KINDS = (
+    (stat.S_ISDIR, "a directory"),
+    (stat.S_ISFIFO, "a pipe"),
+    (stat.S_ISSOCK, "a socket"),
+    (stat.S_ISCHR, "a device"),
+    (stat.S_ISBLK, "a device"),
+)
+
+
+def open_file(path: Path) -> BinaryIO:
+    """Open a regular file: a pipe would be waited for, and a device may have no end.
+
+    Raises:
+        FileNotFoundError: If there is nothing.
+        ValueError: If it is no regular file, or cannot be opened.
+    """
+    try:
+        mode = path.stat().st_mode
+        if not stat.S_ISREG(mode):
+            kind = next((name for is_it, name in _KINDS if is_it(mode)), "something else")
+            raise ValueError(f"it is {kind}")
+        return os.fdopen(os.open(path, os.O_RDONLY | os.O_NONBLOCK | os.O_CLOEXEC), "rb")
+    except FileNotFoundError:
+        raise
+    except OSError as error:
+        raise ValueError(error.strerror or str(error)) from error
+
+
+def read_file(path: Path, *, most_bytes: int = _MOST_BYTES) -> bytes:
+    """The content of a file that is expected to be small.
+
+    Raises:
+        FileNotFoundError: If there is nothing.
+        ValueError: If it is no regular file, cannot be read, or is longer than ``most_bytes``.
+    """
+    with open_file(path) as file:
+        try:
+            content = file.read(most_bytes + 1) or b""
+        except OSError as error:
+            raise ValueError(error.strerror or str(error)) from error
+    if len(content) > most_bytes:
+        raise ValueError(f"it is longer than {most_bytes:,} bytes")
+    return content
+
+
+def parse_json(content: bytes) -> Any:
+    """A value that every reader can work with.
+
+    It is not deep, not endless, and its integers have at most 18 digits: longer ones become floats.
+
+    Raises:
+        ValueError: If ``content`` is no JSON, or nested too deep.
+    """
+    try:
+        value = _DECODER.decode(content.decode("utf-8", "surrogatepass"))
+    except RecursionError:
+        raise ValueError(f"it is nested more than {_DEEPEST} deep") from None
+    refuse_unbounded(value)
+    return value
+
+
+def _integer(digits: str) -> int | float:
+    return int(digits) if len(digits) <= _DIGITS else float(digits)
+
+
+_DECODER = json.JSONDecoder(parse_int=_integer)
+
+
+def refuse_unbounded(value: object) -> None:
+    """Refuse a value that holds itself, or more than a reader can walk through.
+
+    Entries that are in it several times count as often: a few lines of YAML can stand for billions.
+
+    Raises:
+        ValueError: If it is nested more than 100 deep, or has more than a million entries.
+    """
+    entries, level = 0, [value]
+    for _ in range(_DEEPEST):
+        within: list[object] = []
+        for container in level:
+            inner: list[object] = []
+            if isinstance(container, Mapping):
+                inner = list(cast(Mapping[object, object], container).values())
+            elif isinstance(container, list | tuple):
+                inner = cast(list[object], container)
+            entries += len(inner)
+            if entries > _MOST_ENTRIES:
+                raise ValueError(f"it has more than {_MOST_ENTRIES:,} entries")
+            within += [entry for entry in inner if isinstance(entry, Mapping | list | tuple)]
+        if not within:
+            return
+        level = within
+    raise ValueError(f"it is nested more than {_DEEPEST} deep")
+
+
+def whole_number(value: object) -> int | None:
+    """A count as it should be; ``None`` for what is negative or no integer (a bool is none)."""
+    if isinstance(value, bool) or not isinstance(value, int) or value < 0:
+        return None
+    return value
+
+
+class RowReader:
+    """Rows of a file of JSON lines, one after another; what is wrong with it is known at the end.
+
+    Of a file of more than 128 MB the beginning and the end are read.
+
+    Args:
+        path: Of the file; rows of a file that is not there are none.
+        strict: Whether a damaged line before the last is an error.
+        most_bytes: Of the file that are read; ``None`` for all.
+
+    Attributes:
+        rows: Number of rows so far.
+        damaged: Number of lines that are no rows, a torn last one among them.
+        left_out_bytes: Length of the middle that was not read.
+        order: Whether rows come one for each iteration.
+    """
+
+    def __init__(
+        self, path: Path, *, strict: bool = False, most_bytes: int | None = _MOST_ROW_BYTES
+    ) -> None:
+        self._path, self._strict, self._most_bytes = path, strict, most_bytes
+        self.rows = self.damaged = self.left_out_bytes = 0
+        self.order = RowOrder()
+
+    def __iter__(self) -> Iterator[dict[str, Any]]:
+        """Read.
+
+        Raises:
+            ValueError: If it is no file or cannot be read; if ``strict``, also for damage.
+        """
+        try:
+            file = open_file(self._path)
+        except FileNotFoundError:
+            return
+        except ValueError as error:
+            raise ValueError(f"{self._path} cannot be read: {error}.") from error
+        with file:
+            for number, line in enumerate(self._lines(file), 1):
+                row = _row(line)
+                if row is not None:
+                    self.rows += 1
+                    self.order.add(row)
+                    yield row
+                elif line.strip():
+                    self.damaged += 1
+                    if self._strict and line.endswith(b"\n"):  # else its write was cut short
+                        got = line.rstrip(b"\n")[:80]
+                        raise ValueError(f"{self._path}:{number} must be a JSON object, got {got}.")
+
+    @property
+    def remarks(self) -> list[str]:
+        """What a reader of the rows must know, in sentences."""
+        name, remarks = self._path.name, list[str]()
+        if self.left_out_bytes:
+            size = f"{self.left_out_bytes / 1e6:,.0f} MB"
+            remarks.append(f"The middle of {name}, {size}, was not read.")
+        if disorder := self.order.disorder:
+            rule = f"{name} has not one row for each iteration in order"
+            remarks.append(f"{rule}: of {self.rows:,} rows, {disorder}.")
+        return remarks
+
+    def _lines(self, file: BinaryIO) -> Iterator[bytes]:
+        size = os.fstat(file.fileno()).st_size
+        if self._most_bytes is None or size <= self._most_bytes:
+            yield from _lines(file, size)
+            return
+        half = self._most_bytes // 2
+        yield from _lines(file, half)
+        begins = max(file.tell(), size - half)
+        self.left_out_bytes = begins - file.tell()
+        self.order.leave_gap()
+        file.seek(begins)
+        file.readline(_LONGEST_LINE)  # the rest of one
+        yield from _lines(file, half)
+
+
+def _lines(file: BinaryIO, most_bytes: int) -> Iterator[bytes]:
+    """Lines that begin within so many bytes; of one that is too long, its beginning."""
+    done = 0
+    while done < most_bytes and (line := file.readline(_LONGEST_LINE)):
+        done, rest = done + len(line), line
+        while len(rest) == _LONGEST_LINE and rest[-1:] != b"\n" and done < most_bytes:
+            rest = file.readline(_LONGEST_LINE)
+            done += len(rest)
+        yield line if rest is line else line + b"\n" * rest.endswith(b"\n")
+
+
+def _row(line: bytes) -> dict[str, Any] | None:
+    try:
+        row = parse_json(line) if len(line) < _LONGEST_LINE else None
+    except ValueError:
+        return None
+    return cast(dict[str, Any], row) if isinstance(row, dict) else None
+
+
+class RowOrder:
+    """Whether rows come one for each iteration, each after the one before."""
+
+    def __init__(self) -> None:
+        self._repeated = self._late = self._unnumbered = self._env_steps_back = 0
+        self._seen: set[int] = set()
+        self._first: int | None = None
+        self._filled = 0  # late ones that are after the first
+        self._greatest = self._env_steps = -1
+        self._stride: int | None = None  # the least from an iteration to the next
+        self._jumps = self._jumped = 0  # how many, and how far in all
+        self._is_first = True
+
+    def add(self, row: Mapping[str, Any]) -> None:
+        """Take the next row."""
+        iteration = whole_number(row.get("iteration"))
+        if iteration is None:
+            self._unnumbered += 1
+        elif iteration in self._seen or iteration == self._greatest:
+            self._repeated += 1
+        else:
+            self._place(iteration)
+        env_steps = whole_number(row.get("env_steps"))
+        if env_steps is not None:
+            self._env_steps_back += env_steps < self._env_steps
+            self._env_steps = env_steps
+
+    def _place(self, iteration: int) -> None:
+        jump = iteration - self._greatest
+        if jump < 0:
+            self._late += 1
+            self._filled += iteration > (self._first or 0)
+        elif not self._is_first:
+            self._stride = min(jump, self._stride or jump)
+            self._jumps, self._jumped = self._jumps + 1, self._jumped + jump
+        if len(self._seen) < _KNOWN_ITERATIONS:
+            self._seen.add(iteration)
+        self._first = iteration if self._first is None else self._first
+        self._greatest, self._is_first = max(iteration, self._greatest), False
+
+    def leave_gap(self) -> None:
+        """Rows in between were not read."""
+        self._is_first = True
+
+    @property
+    def disorder(self) -> str:
+        """What is not as it should be, with counts; empty if nothing is.
+
+        Iterations are missing where a step is longer than the shortest one: a module with several
+        optimizers may count by twos.
+        """
+        missing = self._jumped // self._stride - self._jumps - self._filled if self._stride else 0
+        counts = (
+            (self._repeated, "repeated"),
+            (self._late, "out of order"),
+            (self._unnumbered, "without an iteration"),
+            (max(0, missing), "missing"),
+            (self._env_steps_back, "going back in env_steps"),
+        )
+        return ", ".join(f"{count:,} {what}" for count, what in counts if count)
+
+
+def printable(text: str) -> str:
+    """Text for a terminal: escape sequences, line ends and lone surrogates are spelled out."""
+    if text.isprintable():
+        return text
+    spelled = (c if c.isprintable() else c.encode("unicode_escape").decode() for c in text)
+    return "".join(spelled)

@@ -1,0 +1,388 @@
+"""Numbers in the documents are those of the results files that they name.
+
+A statement is a piece of text in which ``#`` stands for a measured number, and the places in a
+results file that these numbers come from. A number as written is the file's number rounded to as
+many decimals as are written. Numbers that are no measurement (sizes, counts, settings) are part of
+the text: who changes one finds the statement missing.
+"""
+
+import re
+from collections.abc import Sequence
+from decimal import Decimal
+from pathlib import Path
+from typing import NamedTuple
+
+import pytest
+
+ROOT = Path(__file__).parents[2]
+RESULTS = ROOT / "benchmarks" / "results"
+NUMBER = re.compile(r"(?<![\w.])-?\d[\d,]*(?:\.\d+)?(?![\w]*\d)")
+
+
+class Cell(NamedTuple):
+    """All numbers in a cell of a table: under a heading, in the row that begins so, by column.
+
+    Of several such rows, ``choose`` takes the least or the greatest number.
+    """
+
+    row: str
+    column: str
+    heading: str = ""
+    choose: str = ""
+
+    def numbers(self, text: str) -> list[Decimal]:
+        found: list[Decimal] = []
+        columns: list[str] = []
+        heading = ""
+        for line in text.splitlines():
+            if line.startswith("## "):
+                heading, columns = line, []
+            elif not line.startswith("|"):
+                columns = []
+            elif not columns:
+                columns = [cell.strip() for cell in line.strip("|").split("|")]
+            elif self.column in columns and self._is_meant(line, heading):
+                found += numbers_in(line.strip("|").split("|")[columns.index(self.column)])
+                if not self.choose:
+                    return found
+        return [{"min": min, "max": max}[self.choose](found)] if self.choose and found else found
+
+    def _is_meant(self, line: str, heading: str) -> bool:
+        row = f"| {self.row} |" if self.row else "|"
+        return self.heading in heading and line.startswith(row)
+
+
+class Line(NamedTuple):
+    """The numbers that follow a pattern, on its line, below a heading."""
+
+    before: str
+    heading: str = ""
+    count: int = 1
+
+    def numbers(self, text: str) -> list[Decimal]:
+        match = re.search(f"{self.before}(.*)", text[text.index(self.heading) :])
+        return numbers_in(match[1])[: self.count] if match else []
+
+
+class Statement(NamedTuple):
+    """What a document says of a results file."""
+
+    text: str
+    file: str
+    sources: Sequence[Cell | Line] = ()
+    document: str = "README.md"
+
+
+def least(row: str, column: str, heading: str = "") -> Cell:
+    return Cell(row, column, heading, "min")
+
+
+def greatest(row: str, column: str, heading: str = "") -> Cell:
+    return Cell(row, column, heading, "max")
+
+
+LARGE, SMALL = "2048 environments x 32 steps", "4 environments x 128 steps"
+FASTER, OVER = "esper, max: times as fast", " | recorder off, no profiler"
+FRESH, RULES = "fresh hosts", "with each blueprint"
+IMAGES, DIGITS = "3x32x32 images", "digits preset"
+
+
+def speeds(label: str, large: str, small: str | None = None) -> Statement:
+    """A row of the table of speeds."""
+    cells = Cell(large, "env-steps/s", LARGE), Cell(small or large, "env-steps/s", SMALL)
+    return Statement(label, "throughput.md", cells)
+
+
+STATEMENTS = [
+    Statement(
+        "mean return # (std 0.0) over 100 deterministic evaluation episodes "
+        "Trained for # env steps in # s: # env-steps/s",
+        "demo.md",
+        (
+            Line("deterministic evaluation episodes after it"),
+            Line("of it training,"),
+            Line("env steps of CartPole"),
+            Line(r"env steps of CartPole \| [\d.]+ s,"),
+        ),
+    ),
+    Statement(
+        "# deaths, each in a process of its own, and # of one rank of two left what they should",
+        "faults.md",
+        (Line("- as expected:"), Line("- as expected:", "## Two ranks")),
+    ),
+    Statement(
+        "It adds # microseconds to an iteration without a profiler and # with the waiting one",
+        "recorder_cost_small.md",
+        (
+            Cell(f"recorder on, no profiler{OVER}", "microseconds more"),
+            Cell(f"recorder on, debug_profile.yaml waiting{OVER}", "microseconds more"),
+        ),
+    ),
+    Statement(
+        "with ten recorded iterations of 2048 environments it takes # s and # MB; an ordinary end "
+        "under Lightning's own profiler takes # s and # MB",
+        "recorder_cost.md",
+        (
+            Cell("fault, recorder, WindowProfiler", "s to the exit"),
+            Cell("fault, recorder, WindowProfiler", "MB above the peak before"),
+            Cell("no fault, no recorder, stock profiler", "s to the exit"),
+            Cell("no fault, no recorder, stock profiler", "MB above the peak before"),
+        ),
+    ),
+    Statement(
+        "A write takes # to # ms on two busy CPU cores, a read # to #",
+        "checkpoints.md",
+        (
+            least("", "write, ms"),
+            greatest("", "write, ms"),
+            least("", "read, ms"),
+            greatest("", "read, ms"),
+        ),
+    ),
+    Statement(
+        "both writes of an epoch are # % of 50 iterations of 2048 environments x 32 steps at their "
+        "fastest, but # % of those of 4 x 128",
+        "checkpoints.md",
+        (Cell("2,048 x 32", "of an epoch"), Cell("4 x 128", "of an epoch")),
+    ),
+    Statement(
+        "Over five training seeds and 200 fresh networks, PPO returns # (# to #) where the best "
+        "baseline, which grows a convolution everywhere at the start, returns # (# to #); that one "
+        "is as accurate on test images (# against # %), with # grown parameters against #. "
+        "Networks that never grow return # and reach # %. The rule that grows at the start, told "
+        "in hindsight which of seven parts is best, returns # (# to #)",
+        "growth.md",
+        (
+            Cell("PPO", "return", FRESH),
+            Cell("PPO", "95 % interval", FRESH),
+            Cell("grow at the start", "return", FRESH),
+            Cell("grow at the start", "95 % interval", FRESH),
+            Cell("grow at the start", "test accuracy, %", FRESH),
+            Cell("PPO", "test accuracy, %", FRESH),
+            Cell("grow at the start", "grown parameters", FRESH),
+            Cell("PPO", "grown parameters", FRESH),
+            Cell("never grow", "return", FRESH),
+            Cell("never grow", "test accuracy, %", FRESH),
+            Cell("low_rank", "return", RULES),
+            Cell("low_rank", "95 % interval", RULES),
+        ),
+    ),
+    Statement("interquartile means with 95 % intervals", "growth.md"),
+    Statement(
+        "On one processor thread 64 of these networks are trained and grown # to # times as fast "
+        "as by a loop over modules and optimizers, a single one # to # times.",
+        "morphogenesis.md",
+        (
+            Cell("seeds kept alive | 64", "times as fast", DIGITS),
+            Cell("random legal | 64", "times as fast", DIGITS),
+            Cell("seeds kept alive | 1", "times as fast", DIGITS),
+            Cell("random legal | 1", "times as fast", DIGITS),
+        ),
+    ),
+    Statement(
+        "Of networks of 6,418 parameters on 3x32x32 images it is # to # times, # to # env-steps/s "
+        "with random legal actions whatever their number: a goal of # was missed",
+        "morphogenesis.md",
+        (
+            least("random legal", "times as fast", IMAGES),
+            greatest("random legal", "times as fast", IMAGES),
+            least("random legal", "env-steps/s", IMAGES),
+            greatest("random legal", "env-steps/s", IMAGES),
+            Line("goals up to 16 hosts, env-steps/s:"),
+        ),
+    ),
+    Statement(
+        "it takes # s with empty caches and # s with filled ones, where `off` takes #",
+        "throughput_startup.md",
+        (
+            Cell("max", "caches empty, s"),
+            Cell("max", "caches filled, s"),
+            Cell("off", "caches empty, s"),
+        ),
+    ),
+    Statement(
+        "two hidden layers of 64, actor and critic, 4 epochs of 4 minibatches", "throughput.md"
+    ),
+    Statement("| 2048 environments x 32 steps | 4 environments x 128 steps |", "throughput.md"),
+    speeds("| **esper_lightning, `max`** | **#** | **#** |", "esper, max"),
+    speeds("| esper_lightning, `default` | # | # |", "esper, default"),
+    speeds("| esper_lightning, `off` | # | # |", "esper, off"),
+    speeds("| PureJaxRL style, one jitted JAX program | # | # |", "PureJaxRL style (JAX)"),
+    speeds("| library products and `tanh` alone | # | # |", "library arithmetic alone"),
+    speeds("| rsl_rl, its own compilation on | # | # |", "rsl_rl, its compile on"),
+    speeds("| skrl | # | # |", "skrl"),
+    speeds("| rsl_rl | # | # |", "rsl_rl"),
+    speeds(
+        "| stable-baselines3 | # | # (with Gymnasium) |",
+        "stable-baselines3, batched env",
+        "stable-baselines3, Gymnasium",
+    ),
+    Statement(
+        "# times JAX and # times the best of the others at 2048 x 32, # times stable-baselines3 at "
+        "4 x 128, where JAX takes # of our time",
+        "throughput.md",
+        (
+            Cell("PureJaxRL style (JAX)", FASTER, LARGE),
+            Cell("rsl_rl, its compile on", FASTER, LARGE),
+            Cell("stable-baselines3, Gymnasium", FASTER, SMALL),
+            Cell("PureJaxRL style (JAX)", FASTER, SMALL),
+        ),
+    ),
+    Statement(
+        "a run of 1 environment holds # MB at its peak, one of 65,536 holds # MB",
+        "throughput_scaling.md",
+        (
+            Cell("1", "peak memory of the process, MB"),
+            Cell("65,536", "peak memory of the process, MB"),
+        ),
+    ),
+    Statement("Mean return of 100 deterministic evaluation episodes", "learning_compile_max.md"),
+    Statement("at the end of training, 5 seeds", "learning_compile_max.md"),
+    Statement(
+        "(a mean return of #), at # env-steps/s in all on a busy two-core machine, # and # times",
+        "ranks.md",
+        (
+            Cell("2 ranks x 64", "last evaluation"),
+            Cell("2 ranks x 64", "env-steps/s"),
+            Line("environments on each:", count=2),
+        ),
+        "docs/ranks-and-resume.md",
+    ),
+    Statement(
+        "the rule comes close to PPO (# against #; host by host PPO is ahead by # to #)",
+        "growth.md",
+        (
+            Cell("low_rank", "return", RULES),
+            Cell("PPO", "return", FRESH),
+            Line(r"that of low_rank, .* \(", count=2),
+        ),
+        "docs/morphogenesis.md",
+    ),
+]
+# Tables that are the file's own, row by row.
+COPIED = {"| task | env steps | goal |": "learning_compile_max.md"}
+NOT_MEASURED = [
+    "agree with stable-baselines3 to 1e-5",
+    "on 1,024 random observations",
+    "8x8 digits",
+    "(`iterations_per_epoch`, 50 by default)",
+    "with 95 % bootstrap intervals",
+    "([Agarwal et al. 2021]",
+    "is evaluated every 10 iterations",
+    "Published single-file references reach 492 on CartPole and -90 on Acrobot in 500,000 steps.",
+    "with 64 environments it did",
+    "(Gymnasium calls -110 solved)",
+    "one line and exit status 2",
+    "Apache-2.0",
+]
+
+
+def numbers_in(text: str) -> list[Decimal]:
+    return [Decimal(found.replace(",", "")) for found in NUMBER.findall(text)]
+
+
+def prose(text: str) -> str:
+    """What a document says, in one line: without programs and the targets of links."""
+    fences = re.split(r"^```(\w*)$", text, flags=re.MULTILINE)
+    parts: list[str] = []
+    for k in range(0, len(fences), 2):  # text, language, ...
+        language = fences[k - 1] if k % 4 == 2 else ""
+        if k % 4 == 0:
+            parts.append(fences[k])
+        elif language == "console":  # what commands print
+            parts += [line for line in fences[k].splitlines() if not line.startswith(("$", "    "))]
+    return " ".join(re.sub(r"\]\([^)]*\)", "]", " ".join(parts)).split())
+
+
+def find(statement: Statement) -> re.Match[str] | None:
+    pattern = re.escape(statement.text).replace(r"\#", f"({NUMBER.pattern})")
+    return re.search(pattern, prose((ROOT / statement.document).read_text()))
+
+
+def agrees(written: str, measured: Decimal) -> bool:
+    """Whether ``measured`` rounds to what is written."""
+    value = Decimal(written.replace(",", ""))
+    step = Decimal(1).scaleb(int(value.as_tuple().exponent))
+    return abs(value - measured) <= step / 2
+
+
+def wrong_numbers(statement: Statement) -> list[str]:
+    """What a document says otherwise than the file."""
+    match = find(statement)
+    if match is None:
+        return [f"{statement.document} does not say: {statement.text}"]
+    text = (RESULTS / statement.file).read_text()
+    measured = [number for source in statement.sources for number in source.numbers(text)]
+    written = match.groups()
+    if len(measured) != len(written):
+        return [f"{len(written)} numbers are written, {statement.file} has {measured}"]
+    return [
+        f"{statement.document} says {said}, {statement.file} says {is_}"
+        for said, is_ in zip(written, measured, strict=True)
+        if not agrees(said, is_)
+    ]
+
+
+@pytest.mark.parametrize("statement", STATEMENTS, ids=lambda s: f"{s.file}: {s.text[:30]}")
+def test_what_a_document_says_is_what_the_results_file_says(statement):
+    assert not wrong_numbers(statement)
+
+
+@pytest.mark.parametrize(("head", "file"), COPIED.items())
+def test_a_table_of_a_results_file_is_copied_as_it_is(head, file):
+    lines = (ROOT / "README.md").read_text().splitlines()
+    start = next(k for k, line in enumerate(lines) if line.startswith(head))
+    table = lines[start : lines.index("", start)]
+    assert len(table) > 2
+    assert set(table) <= set((RESULTS / file).read_text().splitlines())
+
+
+def test_no_number_of_the_readme_is_without_a_source():
+    """Every number belongs to a statement, to a copied table or to what is no measurement."""
+    text = (ROOT / "README.md").read_text()
+    for head in COPIED:
+        table = text[text.index(head) :].partition("\n\n")[0]
+        text = text.replace(table, "")
+    said = prose(text)
+    for statement in STATEMENTS:
+        if statement.document == "README.md" and (match := find(statement)):
+            said = said.replace(match[0], "")
+    for phrase in NOT_MEASURED:
+        assert phrase in said, f"nobody says any more: {phrase}"
+        said = said.replace(phrase, "")
+    said = re.sub(r"`[^`]*`", "", said)
+    around = [said[max(0, m.start() - 40) : m.end() + 20] for m in NUMBER.finditer(said)]
+    assert around == []
+
+
+@pytest.mark.parametrize(
+    ("written", "measured", "fits"),
+    [
+        ("6.04", "6.0401", True),
+        ("6.05", "6.04", False),
+        ("12", "11.6", True),
+        ("13", "11.6", False),
+        ("294,623", "294623", True),
+        ("294,624", "294623", False),
+        ("-82", "-81.8", True),
+    ],
+)
+def test_a_number_is_rounded_to_as_many_decimals_as_are_written(written, measured, fits):
+    assert agrees(written, Decimal(measured)) == fits
+
+
+@pytest.mark.parametrize("statement", STATEMENTS, ids=lambda s: f"{s.file}: {s.text[:30]}")
+def test_a_number_that_is_changed_by_hand_is_found(statement, tmp_path, monkeypatch):
+    match = find(statement)
+    assert match is not None
+    words = statement.text.split("#")
+    for changed in range(len(match.groups())):
+        numbers = list(match.groups())
+        last = "1" if numbers[changed][-1] != "1" else "3"
+        numbers[changed] = numbers[changed][:-1] + last
+        text = "".join(a + b for a, b in zip(words, [*numbers, ""], strict=True))
+        document = tmp_path / "README.md"
+        document.write_text(text)
+        monkeypatch.setattr(f"{__name__}.ROOT", tmp_path)
+        assert wrong_numbers(statement._replace(document="README.md")), text
+        monkeypatch.undo()

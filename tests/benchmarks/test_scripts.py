@@ -1,0 +1,136 @@
+"""Every script of ``benchmarks/`` and ``scripts/`` runs, at its smallest size.
+
+A benchmark runs with ``--smallest``; the tools of ``scripts/`` have an entry each.
+"""
+
+import importlib.util
+import os
+import re
+import shlex
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from tests.benchmarks.commands import wrong
+
+ROOT = Path(__file__).parents[2]
+PROGRAMS = [
+    path
+    for pattern in ("benchmarks/**/*.py", "scripts/**/*")
+    for path in sorted(ROOT.glob(pattern))
+    if path.is_file() and "__pycache__" not in path.parts
+]
+# Files that do not run by themselves, and what runs them.
+MODULES = {
+    "benchmarks/conditions.py": "benchmarks/*.py",
+    "benchmarks/peers/purejax.py": "benchmarks/contenders.py",
+    "benchmarks/peers/rsl_rl_peer.py": "benchmarks/contenders.py",
+    "benchmarks/peers/sb3.py": "benchmarks/contenders.py",
+    "benchmarks/peers/skrl_peer.py": "benchmarks/contenders.py",
+}
+IN_PLACE_OF_SRUN = """#!/bin/sh
+echo "$@" > srun.said
+[ -e quick ] && exit 3
+trap 'exit 143' TERM
+kill -USR1 "$PPID"
+sleep 30 & wait
+"""
+IN_PLACE_OF_SCONTROL = '#!/bin/sh\necho "$@" > scontrol.said\n'
+pytestmark = pytest.mark.filterwarnings(
+    "ignore:LightningCLI's args parameter is intended",
+    "ignore::jsonargparse._deprecated.JsonargparseDeprecationWarning",
+)
+
+
+def name(path: Path) -> str:
+    return path.relative_to(ROOT).as_posix()
+
+
+def run(command: list[str], folder: Path, **variables: str) -> subprocess.CompletedProcess[str]:
+    environment = {**os.environ, "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1", **variables}
+    return subprocess.run(
+        command, cwd=folder, env=environment, capture_output=True, text=True, check=False
+    )
+
+
+def smallest(path: Path, folder: Path) -> None:
+    """Run a benchmark, which prints what it would write."""
+    done = run([sys.executable, str(path), "--smallest"], folder)
+    assert done.returncode == 0, done.stderr[-3000:]
+    if path.stem == "contenders":
+        told = done.stdout.splitlines()
+        for library in ("jax", "stable_baselines3", "rsl_rl", "skrl"):
+            absent = importlib.util.find_spec(library) is None
+            assert any(f"not installed: {library}" in line for line in told) == absent
+        assert sum(line.endswith(" ms") for line in told) >= 8  # ours need nothing else
+        return
+    for said in ("# ", "- hardware: ", "- commit: none: the smallest size", f"{name(path)} --"):
+        assert re.search(f"^{re.escape(said)}" if said[0] in "#-" else said, done.stdout, re.M), (
+            said
+        )
+    assert "nan" not in done.stdout.lower().split()
+
+
+def dry(path: Path, folder: Path) -> None:
+    """What the launcher of variants and seeds would run is what ``esper`` understands."""
+    words = ["--config", str(ROOT / "configs" / "cartpole.yaml"), "--seeds", "0", "1"]
+    words += ["--output", "out", "--variant", "base", "--variant", "b: --model.ppo.clip 0.1"]
+    done = run([sys.executable, str(path), *words, "--dry-run", "--", "--model.seed", "3"], folder)
+    assert done.returncode == 0, done.stderr
+    commands = done.stdout.splitlines()
+    assert len(commands) == 4
+    for command in commands:
+        assert wrong(command.replace(shlex.quote(sys.executable), "python")) is None
+
+
+def on_a_cluster(path: Path, folder: Path) -> None:
+    """The job starts ``esper fit``, hands on its status, and queues itself when its time is up."""
+    assert run(["bash", "-n", str(path)], folder).returncode == 0
+    for program, text in (("srun", IN_PLACE_OF_SRUN), ("scontrol", IN_PLACE_OF_SCONTROL)):
+        (folder / program).write_text(text)
+        (folder / program).chmod(0o755)
+    variables = {"PATH": f"{folder}:{os.environ['PATH']}", "SLURM_JOB_ID": "12"}
+    variables |= {"SLURM_JOB_NUM_NODES": "2", "SLURM_NTASKS_PER_NODE": "8"}
+    command = ["bash", str(path), "--config", str(ROOT / "configs" / "cartpole.yaml")]
+    run(command, folder, **variables)
+    assert (folder / "scontrol.said").read_text() == "requeue 12\n"
+    _, _, started = (folder / "srun.said").read_text().partition("esper ")
+    assert wrong(f"esper {started}") is None
+    for words in ("--trainer.num_nodes 2", "--trainer.devices 8", "--run_dir runs/slurm_12"):
+        assert words in started
+    (folder / "quick").touch()
+    (folder / "scontrol.said").unlink()
+    assert run(command, folder, **variables).returncode == 3
+    assert not (folder / "scontrol.said").exists()
+
+
+TOOLS = {"scripts/ab.py": dry, "scripts/slurm.sh": on_a_cluster}
+
+
+@pytest.mark.parametrize("path", [p for p in PROGRAMS if name(p) not in MODULES], ids=name)
+def test_every_script_runs_at_its_smallest_size(path, tmp_path, monkeypatch):
+    monkeypatch.setattr("sys.argv", ["esper"])
+    is_benchmark = path.parent == ROOT / "benchmarks"
+    assert is_benchmark or name(path) in TOOLS, f"{name(path)} needs an entry in TOOLS"
+    before = sorted((ROOT / "benchmarks" / "results").iterdir())
+    (smallest if is_benchmark else TOOLS[name(path)])(path, tmp_path)
+    assert sorted((ROOT / "benchmarks" / "results").iterdir()) == before
+
+
+@pytest.mark.parametrize("module", MODULES)
+def test_a_file_that_does_not_run_by_itself_is_used_by_one_that_does(module):
+    path = ROOT / module
+    assert "__main__" not in path.read_text()
+    users = "".join(user.read_text() for user in ROOT.glob(MODULES[module]) if user != path)
+    assert re.search(rf"\b{path.stem}\b", users)
+
+
+def test_make_bench_installs_every_peer_and_runs_what_compares_them():
+    done = run(["make", "--dry-run", "bench", "VENV=absent"], ROOT)
+    assert done.returncode == 0, done.stderr
+    assert "-c constraints.txt -e '.[dev,bench]'" in done.stdout
+    assert "absent/bin/python benchmarks/throughput.py" in done.stdout
+    assert shutil.which("bash") is not None

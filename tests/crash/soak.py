@@ -1,0 +1,332 @@
+"""Runs of ``esper fit`` that are killed at random moments and resumed, until they are done.
+
+After each kill every file in the run directory is whole; in the end history, evaluations and
+checkpoints are those of a run that nobody disturbed, bit for bit, but for wall-clock times.
+"""
+
+import contextlib
+import json
+import os
+import random
+import signal
+import subprocess
+import sys
+import time
+from collections import Counter
+from collections.abc import Iterator
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import torch
+import yaml
+from tensorboard.backend.event_processing.event_file_loader import RawEventFileLoader
+
+from esper_lightning.cli import crash
+from esper_lightning.forensics.files import read_json_lines
+from esper_lightning.forensics.layout import RunLayout
+from esper_lightning.training.checkpoint_io import read_checkpoint
+
+ROOT = Path(__file__).parents[2]
+FIT = (
+    *("fit", "--config", str(ROOT / "configs" / "cartpole.yaml"), "--trainer.accelerator", "cpu"),
+    *("--model.env.num_envs", "4", "--model.env.time_limit", "30", "--model.eval_episodes", "2"),
+    *("--model.ppo.rollout_steps", "8", "--model.ppo.minibatches", "2", "--model.ppo.epochs", "1"),
+    *("--model.total_env_steps", "3200", "--model.iterations_per_epoch", "10"),
+    *("--trainer.enable_progress_bar", "false", "--ckpt_path", "last"),
+)
+MOMENTS = ("start", "any", "write", "import")
+_CLOCK = ("time_s", "env_steps_per_s")
+_LIMIT_S = 120.0
+
+# One process imports; each run is a child of it, forked before any thread is there.
+_SERVER = """
+import json, os, sys
+import torch
+torch.set_num_threads(1)
+import esper_lightning.cli.lightning_cli
+from esper_lightning.cli.main import main
+
+for line in sys.stdin:
+    pid = os.fork()
+    if pid == 0:
+        folder, arguments = json.loads(line)
+        os.chdir(folder)
+        output = os.open("output", os.O_WRONLY | os.O_CREAT | os.O_APPEND)
+        os.dup2(output, 1)
+        os.dup2(output, 2)
+        sys.argv = ["esper", *arguments]
+        sys.exit(main(arguments))
+    print(pid, flush=True)
+    print(os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1]), flush=True)
+"""
+
+
+@dataclass
+class Tally:
+    """What happened in a soak."""
+
+    kills: Counter[str] = field(default_factory=Counter[str])  # by what the run was doing
+    moments: Counter[str] = field(default_factory=Counter[str])  # by how they were chosen
+    runs: int = 0
+    resumed: int = 0
+
+
+class Soak:
+    """Kills runs below a folder.
+
+    Args:
+        folder: Empty; what a failed check looked at stays there.
+        seed: Of the moments at which runs are killed.
+    """
+
+    def __init__(self, folder: Path, seed: int) -> None:
+        self._folder, self._random = folder, random.Random(seed)
+        self._environment = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONWARNINGS": "ignore"}
+        self._environment["PYTHONPATH"] = str(ROOT)
+        self.tally = Tally()
+
+    @contextlib.contextmanager
+    def running(self) -> Iterator["Soak"]:
+        """Start what starts runs, and train the undisturbed run."""
+        self._server = subprocess.Popen(
+            [sys.executable, "-c", _SERVER],
+            stdin=subprocess.PIPE,
+            stdout=subprocess.PIPE,
+            env=self._environment,
+            text=True,
+        )
+        try:
+            self._reference = self._folder / "reference"
+            self._start_s, self._whole_s = self._train_undisturbed()
+            yield self
+        finally:
+            assert self._server.stdin is not None
+            self._server.stdin.close()
+            self._server.wait(_LIMIT_S)
+
+    def one_run(self, *, kills: int | None = None, until_s: float = float("inf")) -> None:
+        """Kill a run and resume it, again and again, and compare what it was in the end.
+
+        Args:
+            kills: After so many the run is left to finish; ``None`` to kill until it does.
+            until_s: Of ``time.monotonic``: from here on it is left to finish.
+
+        Raises:
+            AssertionError: Naming the file that is not whole, or the row that differs.
+        """
+        self.tally.runs += 1
+        directory = self._folder / f"run{self.tally.runs}"
+        done, killed = False, 0
+        while not done:
+            is_over = time.monotonic() > until_s or (kills is not None and killed == kills)
+            moment = None if is_over else self._moment(killed)
+            done = self._attempt(directory, moment)
+            killed += not done
+            self.tally.resumed += killed > 0
+            _wait_for_second_process(directory)
+            check_whole(directory)
+            self._check_rows(directory)
+        self._check_end(directory)
+
+    def _moment(self, number: int) -> str:
+        """Imports take long: few of the kills are there."""
+        return self._random.choices(MOMENTS, (4, 5, 5, 1))[0] if number else "import"
+
+    def _train_undisturbed(self) -> tuple[float, float]:
+        began, first_row = time.monotonic(), float("inf")
+        pid = self._launch(self._reference)
+        history = RunLayout(self._reference).rank(0).history
+        while not _ended(pid):
+            if first_row == float("inf") and history.exists() and history.stat().st_size:
+                first_row = time.monotonic() - began
+            time.sleep(0.01)
+        assert self._status() == 0, self._output(self._reference)
+        return first_row, time.monotonic() - began
+
+    def _attempt(self, directory: Path, moment: str | None) -> bool:
+        """One process of a run; whether it came to the end."""
+        if moment == "import":
+            return self._attempt_import(directory)
+        pid = self._launch(directory)
+        longest = self._start_s if moment == "start" else self._whole_s
+        end = float("inf") if moment is None else self._random.uniform(0.0, longest)
+        end += time.monotonic()
+        while time.monotonic() < end and not _ended(pid):
+            time.sleep(0.002)
+        if moment == "write":
+            while not _ended(pid) and not _writes(directory):
+                pass
+        doing = self._doing(directory)
+        with contextlib.suppress(ProcessLookupError):
+            os.kill(pid, signal.SIGKILL)
+        status = self._status()
+        assert status in (0, -signal.SIGKILL), self._output(directory)
+        if status != 0:
+            assert moment is not None
+            self.tally.kills[doing] += 1
+            self.tally.moments[moment] += 1
+        return status == 0
+
+    def _attempt_import(self, directory: Path) -> bool:
+        """A process of its own, killed while it imports, or soon after."""
+        command = [sys.executable, "-m", "esper_lightning", *self._arguments(directory)]
+        directory.parent.mkdir(exist_ok=True)
+        quiet = {"stdout": subprocess.DEVNULL, "stderr": subprocess.DEVNULL}
+        process = subprocess.Popen(command, cwd=self._folder, env=self._environment, **quiet)
+        with contextlib.suppress(subprocess.TimeoutExpired):
+            process.wait(self._random.uniform(0.0, 3.0))
+        doing = self._doing(directory)
+        process.kill()
+        status = process.wait()
+        assert status in (0, -signal.SIGKILL)
+        if status != 0:
+            self.tally.kills[doing] += 1
+            self.tally.moments["import"] += 1
+        return status == 0
+
+    def _arguments(self, directory: Path) -> list[str]:
+        return [*FIT, "--run_dir", str(directory)]
+
+    def _launch(self, directory: Path) -> int:
+        assert self._server.stdin is not None
+        assert self._server.stdout is not None
+        request = json.dumps([str(self._folder), self._arguments(directory)])
+        self._server.stdin.write(request + "\n")
+        self._server.stdin.flush()
+        return int(self._server.stdout.readline())
+
+    def _status(self) -> int:
+        assert self._server.stdout is not None
+        return int(self._server.stdout.readline())
+
+    def _output(self, directory: Path) -> str:
+        return f"{directory}: {(self._folder / 'output').read_text()[-4000:]}"
+
+    def _doing(self, directory: Path) -> str:
+        """What the run is doing, by its files."""
+        files = RunLayout(directory).rank(0)
+        if not directory.exists():
+            return "before the run directory"
+        if _writes(directory):
+            return "writing a file"
+        if not files.process.exists():
+            return "before the recorder"
+        if b'"running"' not in files.process.read_bytes():
+            return "at the end, or starting again"
+        return "training"
+
+    # What must be so.
+
+    def _check_rows(self, directory: Path) -> None:
+        files, right = RunLayout(directory).rank(0), RunLayout(self._reference).rank(0)
+        for mine, theirs in (
+            (files.history, right.history),
+            (files.evaluations, right.evaluations),
+        ):
+            found, due = _rows(mine), _rows(theirs)
+            assert found == due[: len(found)], f"{mine} differs from an undisturbed run's"
+
+    def _check_end(self, directory: Path) -> None:
+        run, right = RunLayout(directory), RunLayout(self._reference)
+        for name in ("history", "evaluations"):
+            mine, theirs = getattr(run.rank(0), name), getattr(right.rank(0), name)
+            assert _rows(mine) == _rows(theirs), f"{mine} differs from an undisturbed run's"
+        for name in ("last_checkpoint", "best_checkpoint"):
+            mine, theirs = getattr(run, name), getattr(right, name)
+            assert _same(_state(mine), _state(theirs)), f"{mine} differs from an undisturbed run's"
+
+
+def check_whole(directory: Path) -> None:
+    """Every file that a killed run left can be read to its end.
+
+    Raises:
+        AssertionError: Naming the first that cannot.
+    """
+    for path in sorted(directory.rglob("*")):
+        if path.is_file():
+            try:
+                _read(path)
+            except Exception as error:
+                raise AssertionError(f"{path} ({path.stat().st_size} bytes): {error}") from error
+    if list(directory.glob("rank*")):
+        crash.examine(directory)
+
+
+def _read(path: Path) -> None:
+    name = path.name.rstrip("0123456789").rstrip(".") if ".json" in path.name else path.name
+    if name.startswith("."):  # being written, or room for what may come
+        assert name.endswith(".tmp") or name.startswith(".reserved."), "an unknown hidden file"
+    elif name.endswith(".yaml"):
+        assert isinstance(yaml.safe_load(path.read_text()), dict), "not a mapping"
+    elif name.endswith(".jsonl"):
+        read_json_lines(path)
+        assert path.read_bytes() or name == path.name, "an empty file set aside"
+    elif name.endswith(".json"):
+        assert isinstance(json.loads(path.read_bytes()), dict), "not an object"
+    elif ".ckpt" in name:
+        read_checkpoint(path)
+    elif name.startswith("events.out.tfevents."):
+        list(RawEventFileLoader(str(path)).Load())
+    else:
+        assert name in ("phases.ring", "stacks.txt"), "an unknown file"
+
+
+def _rows(path: Path) -> list[dict[str, Any]]:
+    rows = read_json_lines(path)
+    return [{k: v for k, v in row.items() if k not in _CLOCK} for row in rows]
+
+
+def _state(path: Path) -> dict[str, Any]:
+    """What of a checkpoint no clock and no folder's name is in."""
+    checkpoint = read_checkpoint(path)
+    own = {k: v for k, v in checkpoint["esper_lightning"].items() if k != "train_time_s"}
+    names = ("state_dict", "optimizer_states", "global_step", "epoch")
+    return {"own": own, **{name: checkpoint[name] for name in names}}
+
+
+def _same(one: Any, other: Any) -> bool:
+    """Whether two trees are equal, bit for bit."""
+    if isinstance(one, torch.Tensor):
+        return one.dtype == other.dtype and torch.equal(
+            one.contiguous().view(torch.uint8), other.contiguous().view(torch.uint8)
+        )
+    if isinstance(one, dict):
+        return one.keys() == other.keys() and all(_same(v, other[k]) for k, v in one.items())
+    if isinstance(one, list | tuple):
+        return len(one) == len(other) and all(map(_same, one, other))
+    return bool(one == other) or repr(one) == repr(other) == "nan"
+
+
+def _writes(directory: Path) -> bool:
+    """Whether a temporary file is there, or a file is not in place yet."""
+    for folder in (directory, directory / "checkpoints", directory / "rank0"):
+        with contextlib.suppress(OSError):
+            if any(entry.name.endswith(".tmp") for entry in os.scandir(folder)):
+                return True
+    return False
+
+
+def _ended(pid: int) -> bool:
+    try:
+        return Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[0] in "ZX"
+    except OSError:
+        return True
+
+
+def _wait_for_second_process(directory: Path) -> None:
+    """It completes the report of a run that was killed, and leaves."""
+    end = time.monotonic() + 20.0
+    while time.monotonic() < end and any(_watches(pid, directory) for pid in _processes()):
+        time.sleep(0.02)
+
+
+def _processes() -> list[str]:
+    return [entry.name for entry in Path("/proc").iterdir() if entry.name.isdecimal()]
+
+
+def _watches(pid: str, directory: Path) -> bool:
+    with contextlib.suppress(OSError):
+        command = Path("/proc", pid, "cmdline").read_bytes()
+        return b"forensics.sidecar" in command and os.fsencode(f"{directory}/") in command
+    return False

@@ -1,0 +1,34 @@
+"""A disk so small that a test can fill it."""
+
+import contextlib
+import ctypes
+import os
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+
+_LIBC = ctypes.CDLL(None, use_errno=True)
+_DETACH = 2
+
+
+@contextlib.contextmanager
+def mounted(place: Path, size: int) -> Iterator[Path]:
+    """A file system of so many bytes, in memory; the test is skipped where none may be mounted."""
+    place.mkdir()
+    options = f"size={size}".encode()
+    if _LIBC.mount(b"tmpfs", bytes(place), b"tmpfs", 0, options) != 0:
+        pytest.skip(f"no file system can be mounted here: {os.strerror(ctypes.get_errno())}")
+    try:
+        yield place
+    finally:
+        _LIBC.umount2(bytes(place), _DETACH)
+
+
+def fill(disk: Path) -> Path:
+    """Take all room there is; returns the file that takes it."""
+    ballast = disk / "ballast"
+    with ballast.open("ab", buffering=0) as file, contextlib.suppress(OSError):
+        while file.write(bytes(4096)):
+            pass
+    return ballast
