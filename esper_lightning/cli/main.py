@@ -8,8 +8,8 @@ import os
 import signal
 import sys
 import threading
-from collections.abc import Callable, Generator
-from contextlib import contextmanager, suppress
+from collections.abc import Callable
+from contextlib import suppress
 from typing import Any, cast
 
 __all__ = ["main"]
@@ -34,12 +34,20 @@ def main(arguments: list[str] | None = None) -> None:
         arguments: What follows ``esper``; ``None`` for the process's own.
     """
     words = sys.argv[1:] if arguments is None else arguments
-    stdout = _open_standard_streams()
+    is_main = threading.current_thread() is threading.main_thread()
+    unused = signal.getsignal(signal.SIGINT) is signal.default_int_handler
+    owns_signals = arguments is None and is_main and unused
     try:
-        with _ended_by_interrupts(arguments is None):
-            execute = _prepare(words)
+        stdout = _open_standard_streams()
+        if owns_signals:  # imports in C make errors of their own of an interrupt
+            signal.signal(signal.SIGINT, _leave)
+        execute = _prepare(words)
+        if owns_signals:
+            signal.signal(signal.SIGINT, signal.default_int_handler)
         execute()
         sys.stdout.flush()
+        if owns_signals:  # everything is done
+            signal.signal(signal.SIGINT, _leave)
     except KeyboardInterrupt:
         sys.exit(_INTERRUPTED)
     if stdout is not None and stdout.error is not None and stdout.error.errno != errno.EPIPE:
@@ -115,27 +123,9 @@ def _find_modules_here() -> None:
             sys.path.append(here)
 
 
-@contextmanager
-def _ended_by_interrupts(own_process: bool) -> Generator[None]:
-    """Let Ctrl-C end the process without a word: imports in C make errors of their own of it.
-
-    Args:
-        own_process: Whether the process is for this command alone; otherwise nothing changes.
-    """
-    before = signal.getsignal(signal.SIGINT)
-    is_main = threading.current_thread() is threading.main_thread()
-    if not own_process or not is_main or before is not signal.default_int_handler:
-        yield
-        return
-
-    def leave(*_: object) -> None:
-        os._exit(_INTERRUPTED)
-
-    signal.signal(signal.SIGINT, leave)
-    try:
-        yield
-    finally:
-        signal.signal(signal.SIGINT, before)
+def _leave(*_: object) -> None:
+    """Let Ctrl-C end the process without a word, before a command begins and after it ended."""
+    os._exit(_INTERRUPTED)
 
 
 class _Forgiving(io.FileIO):

@@ -37,7 +37,7 @@ _BAD_CLASS = re.compile(r"Problem with given class_path '(\S*?)': (.*?)(?: - |Gi
 _NO_SETTINGS = ("help", "print_config")
 _HINTS = {"model.env": " Name one, or a config that does: --config configs/cartpole.yaml"}
 _PLURALS = {int: " of integers", float: " of numbers", str: " of texts"}
-_WORDS = {
+_WORDS: dict[Any, str] = {
     int: "an integer",
     float: "a number",
     bool: "true or false",

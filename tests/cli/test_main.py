@@ -21,9 +21,14 @@ FIT = ("fit", "--config", CARTPOLE, *QUICK)
 # A console script: the directory of the script is the first in which modules are sought.
 SCRIPT = """
 import sys
-from esper_lightning.cli.main import main
-print("began", file=sys.stderr, flush=True)
-main()
+from esper_lightning.cli import main as command
+
+def prepare(words, then=command._prepare):
+    print("began", file=sys.stderr, flush=True)
+    return then(words)
+
+command._prepare = prepare
+command.main()
 """
 TWICE = """
 import sys
@@ -156,10 +161,9 @@ class TestInterrupts:
         assert process.returncode == 1
         assert "Traceback" not in process.said[1]
 
-    @pytest.mark.parametrize("after_s", [0.0, 0.1])
-    def test_ctrl_c_during_a_quick_command_leaves_no_traceback(self, script, after_s):
-        process = self.stopped(script, signal.SIGINT, after_s, "--help")
-        assert process.returncode in (0, 1)
+    def test_ctrl_c_during_a_quick_command_leaves_no_traceback(self, script):
+        process = self.stopped(script, signal.SIGINT, 0.0, "--help")
+        assert process.returncode in (0, 1)  # it may have been faster
         assert process.said[1] == ""
 
     def test_sigterm_before_training_is_quiet(self, script):
