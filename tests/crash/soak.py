@@ -71,7 +71,6 @@ class Tally:
     kills: Counter[str] = field(default_factory=Counter[str])  # by what the run was doing
     moments: Counter[str] = field(default_factory=Counter[str])  # by how they were chosen
     runs: int = 0
-    resumed: int = 0
 
 
 class Soak:
@@ -128,7 +127,6 @@ class Soak:
             moment = None if is_over else self._moment(killed)
             done = self._attempt(directory, moment)
             killed += not done
-            self.tally.resumed += killed > 0
             _wait_for_second_process(directory)
             check_whole(directory)
             self._check_rows(directory)
