@@ -70,6 +70,7 @@ def test_a_report_that_was_not_finished_says_what_is_missing(files):
     assert report["evidence"]["history"]["state"] == "saved"
     assert report["evidence"]["trace"]["state"] == "failed"
     assert "died while this was being saved" in report["evidence"]["trace"]["detail"]
+    assert report["complete"]
 
 
 def test_what_is_complete_is_left_alone(files):

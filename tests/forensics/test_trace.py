@@ -11,7 +11,7 @@ import pytest
 import torch
 
 from esper_lightning.callbacks.operator_table import operator_table, operator_times
-from esper_lightning.forensics.trace import summarize
+from esper_lightning.forensics.trace import sum_nested, summarize
 
 MEASURED = """
 import re, sys
@@ -155,5 +155,31 @@ def test_operators_are_summed_apart_from_python_frames_and_cuda_calls(tmp_path):
     ]
     path = tmp_path / "a.json"
     path.write_text(json.dumps({"traceEvents": events}))
-    rows = {row.name: row[1:] for row in summarize(path).operators}
+    summary = summarize(path)
+    rows = {row.name: row[1:] for row in summary.operators}
     assert rows == {"op": (15000, 15000, 3000), "launch": (6000, 6000, 3000)}
+    assert summary.device_operators == []
+
+
+def written(path, *events):
+    kind = {"ph": "X", "cat": "cpu_op", "tid": 1}
+    named = [{**kind, "name": name, "ts": start, "dur": length} for name, start, length in events]
+    path.write_text(json.dumps({"traceEvents": named}))
+    return path
+
+
+def test_self_time_is_without_what_is_nested_and_not_without_what_follows_at_once(tmp_path):
+    events = [("inner", 0, 4), ("outer", 0, 10), ("next", 10, 5), ("inner", 10, 2), ("last", 15, 1)]
+    rows = {row.name: row[1:] for row in summarize(written(tmp_path / "a.json", *events)).operators}
+    assert rows == {"outer": (6, 10, 1), "inner": (6, 6, 2), "next": (3, 5, 1), "last": (1, 1, 1)}
+    names = [*rows]
+    sums = [[0.0, 0.0, 0] for _ in names]
+    places, starts, durations = zip(*events, strict=True)
+    sum_nested(starts, durations, [names.index(name) for name in places], sums)
+    assert dict(zip(names, map(tuple, sums), strict=True)) == rows
+
+
+def test_the_last_operators_are_those_that_began_last_wherever_they_are_written(tmp_path):
+    events = [(f"op{start}", start, 1) for start in (5, 9, 1, 8, 2, 7, 3)]
+    summary = summarize(written(tmp_path / "a.json", *events), last=3)
+    assert [operator.name for operator in summary.last] == ["op7", "op8", "op9"]

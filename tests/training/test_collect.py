@@ -7,8 +7,9 @@ import torch
 
 from esper_lightning.core.buffer import allocate_rollout
 from esper_lightning.core.running_stats import RunningStats
+from esper_lightning.core.types import Rollout
 from esper_lightning.envs import CartPole
-from esper_lightning.training.collect import scale_reward
+from esper_lightning.training.collect import first_non_finite, is_finite, scale_reward
 from esper_lightning.training.config import PPOConfig
 from esper_lightning.training.trainer_support import few_cpu_threads
 
@@ -75,3 +76,43 @@ def test_small_batches_get_one_thread_and_give_the_others_back(samples, threads)
         assert torch.get_num_threads() == 2
     finally:
         torch.set_num_threads(before)
+
+
+def healthy() -> Rollout:
+    storage = allocate_rollout(CartPole().spaces(), STEPS, ENVS, device=torch.device("cpu"))
+    for field in (storage.obs, storage.reached_obs, storage.log_prob, storage.reward):
+        field.zero_()
+    return storage
+
+
+@pytest.mark.parametrize(
+    ("bad", "owner", "name", "step", "environments"),
+    [
+        ([("obs", 2, 1), ("log_prob", 2, 1), ("reward", 2, 1)], "environment", "obs", 2, [1]),
+        ([("log_prob", 2, 1), ("reward", 2, 0)], "policy", "log_prob", 2, [1]),
+        ([("reward", 3, 2), ("reached_obs", 3, 0)], "environment", "reward", 3, [2]),
+        ([("reward", 4, 0), ("reached_obs", 1, 2)], "environment", "reached_obs", 1, [2]),
+        (
+            [("reward", 4, 0), ("reward", 0, 2), ("reward", 0, 1)],
+            "environment",
+            "reward",
+            0,
+            [1, 2],
+        ),
+        ([("log_prob", 5, 0), ("log_prob", 4, 2)], "policy", "log_prob", 4, [2]),
+    ],
+    ids=str,
+)
+def test_what_is_not_finite_first_is_blamed(bad, owner, name, step, environments):
+    storage = healthy()
+    assert first_non_finite(storage) is None
+    assert is_finite(storage)
+    for field, t, env in bad:
+        value = getattr(storage, field)[t]
+        value[(env, 3) if value.dim() == 2 else env] = torch.inf
+    fault = first_non_finite(storage)
+    assert (fault.owner, fault.name, fault.step) == (owner, name, step)
+    assert fault.environments == environments
+    assert f"rollout step {step}" in fault.text
+    assert ("column 3" in fault.text) == ("obs" in name)
+    assert not is_finite(storage)

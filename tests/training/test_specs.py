@@ -6,8 +6,10 @@ from typing import Any
 import pytest
 import torch
 
+from esper_lightning import MLP, PPOConfig
 from esper_lightning.envs import CartPole, EnvSpec
-from esper_lightning.training.specs import describe, for_evaluation, instantiate, plain
+from esper_lightning.training.checkpoints import settings_of
+from esper_lightning.training.specs import describe, for_evaluation, plain
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -28,6 +30,12 @@ class Odd(EnvSpec):
         raise NotImplementedError
 
 
+def again(spec: EnvSpec) -> EnvSpec:
+    """As a checkpoint gives it back."""
+    saved = {"env": describe(spec), "policy": describe(MLP()), "ppo": plain(PPOConfig())}
+    return settings_of({"hyper_parameters": saved}, {})["env"]
+
+
 @pytest.mark.parametrize(
     "sizes",
     [
@@ -40,7 +48,7 @@ class Odd(EnvSpec):
 )
 def test_tuples_come_back_as_tuples_all_the_way_down(sizes):
     spec = Odd(sizes=sizes)
-    assert repr(instantiate(describe(spec), owner="env")) == repr(spec)
+    assert repr(again(spec)) == repr(spec)
 
 
 def test_what_is_stored_is_plain_data_all_the_way_down():
@@ -52,13 +60,13 @@ def test_what_is_stored_is_plain_data_all_the_way_down():
 
 def test_a_field_that_is_no_argument_is_no_setting():
     assert describe(Odd(num_envs=7))["init_args"] == {"num_envs": 7, "sizes": []}
-    assert instantiate(describe(Odd(num_envs=7)), owner="env").total == 7
+    assert again(Odd(num_envs=7)).total == 7
 
 
 @pytest.mark.parametrize("sizes", [torch.float32, (torch.float32,), {"a": {"b": torch.float32}}])
 def test_what_is_no_plain_data_is_refused_wherever_it_is(sizes):
     with pytest.raises(ValueError, match=r"torch.float32 is not plain data. Pass env yourself."):
-        instantiate(describe(Odd(sizes=sizes)), owner="env")
+        again(Odd(sizes=sizes))
 
 
 def test_an_evaluation_has_a_hundred_episodes_unless_it_is_told_otherwise():
