@@ -156,10 +156,10 @@ def _over_env_steps(
 
     @functools.wraps(log_metrics)
     def over_env_steps(metrics: Any, step: int | None = None, *args: Any, **kwargs: Any) -> None:
-        trainer, module = trainer_ref(), module_ref()
-        running = trainer is not None and trainer.state.status == TrainerStatus.RUNNING
-        if running and module is not None and trainer.lightning_module is module:
-            step = module.env_steps
+        trainer, module = trainer_ref(), module_ref()  # None once they are gone
+        if trainer is not None and trainer.state.status == TrainerStatus.RUNNING:
+            at_work = module is not None and trainer.lightning_module is module
+            step = module.env_steps if at_work else step
         log_metrics(metrics, *args, step=step, **kwargs)
 
     over_env_steps.axis_of = trainer_ref, module_ref  # pyright: ignore[reportFunctionMemberAccess]
