@@ -15,7 +15,7 @@ from esper_lightning.core.spaces import EnvSpaces
 from esper_lightning.core.tensor_trees import leaves, map_tree
 from esper_lightning.core.types import Observation, StepResult
 from esper_lightning.core.validate import Words
-from esper_lightning.envs.base import BatchedEnv, EnvSpec, FunctionalEnv
+from esper_lightning.envs.base import EnvSpec, FunctionalEnv
 from esper_lightning.envs.contract import (
     Contract,
     Report,
@@ -59,7 +59,7 @@ def is_count(value: object) -> bool:
     return isinstance(value, int) and not isinstance(value, bool) and value >= 1
 
 
-def check_built(spec: EnvSpec, spaces: object, env: BatchedEnv, report: Report) -> tuple[Any, Any]:
+def check_built(spec: EnvSpec, spaces: object, env: Any, report: Report) -> tuple[Any, Any]:
     """Compare what a spec tells with what it built.
 
     Returns:
@@ -206,7 +206,7 @@ class FirstSteps:
     Args:
         spec: Which environment; names it in errors.
         spaces: What the spec tells.
-        env: Built from the spec.
+        env: The environment that the spec built, which may turn out to be none.
         device: Where it is to be.
         steps: How many steps are inspected; 0 for none, and no reset.
 
@@ -224,7 +224,7 @@ class FirstSteps:
         self,
         spec: EnvSpec,
         spaces: EnvSpaces,
-        env: BatchedEnv,
+        env: Any,
         device: torch.device,
         *,
         steps: int = FIRST_STEPS,

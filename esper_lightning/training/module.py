@@ -267,6 +267,11 @@ class PPO(LightningModule):
             # Every rank has the same figures; Lightning wants them reduced all the same.
             self.log_dict(metrics, sync_dist=True)
 
+    @override
+    def log(self, *args: Any, batch_size: int | None = None, **kwargs: Any) -> None:  # pyright: ignore[reportIncompatibleMethodOverride]
+        """Log a metric as any module does; an iteration weighs as much as any other in an epoch."""
+        super().log(*args, batch_size=batch_size or 1, **kwargs)
+
     # Life cycle.
 
     @override

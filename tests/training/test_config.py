@@ -36,6 +36,6 @@ def test_absurd_sizes_are_accepted_or_refused_in_a_moment(rollout_steps, num_env
     if rollout_steps * num_envs % minibatches == 0:
         PPO(CartPole(num_envs=num_envs), ppo=config)
     else:
-        with pytest.raises(ValueError, match=r"minibatches must divide .* Near values that do: 1"):
+        with pytest.raises(ValueError, match=r"minibatches must divide .* Near values that do: \d"):
             PPO(CartPole(num_envs=num_envs), ppo=config)
     assert time.process_time() - started < 0.5
