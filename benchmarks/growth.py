@@ -45,7 +45,8 @@ def train(options: argparse.Namespace, folder: Path) -> list[Path]:
     command = [sys.executable, str(ROOT / "scripts" / "ab.py")]
     command += ["--config", str(ROOT / "configs" / "morphogenesis.yaml")]
     command += ["--seeds", *map(str, options.seeds), "--jobs", str(options.jobs)]
-    command += ["--variant", "ppo", "--output", str(folder), "--", *options.arguments]
+    command += ["--variant", "ppo", "--output", str(folder)]
+    command += ["--", *options.settings, *options.arguments]
     subprocess.run(command, check=True, env={**os.environ, "OMP_NUM_THREADS": "1"})
     return [folder / "ppo" / f"seed{seed}" for seed in options.seeds]
 
@@ -185,10 +186,10 @@ def measure(options: argparse.Namespace, files: Results, folder: Path) -> None:
 
 
 def parser() -> argparse.ArgumentParser:
-    arguments = ["--model.env.num_envs", "2", "--model.env.epochs", "10"]
-    arguments += ["--model.env.train_batches", "1", "--model.total_env_steps", "40"]
-    arguments += ["--model.eval_episodes", "2", "--model.ppo.minibatches", "2"]
-    smallest = {"seeds": [0], "hosts": 2, "arguments": arguments}
+    settings = ["--model.env.num_envs", "2", "--model.env.epochs", "10"]
+    settings += ["--model.env.train_batches", "1", "--model.total_env_steps", "40"]
+    settings += ["--model.eval_episodes", "2", "--model.ppo.minibatches", "2"]
+    smallest = {"seeds": [0], "hosts": 2, "settings": settings}
     parser = benchmark_parser(__doc__, smallest)
     parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2, 3, 4])
     parser.add_argument("--jobs", type=int, default=2, help="runs at a time")
@@ -196,6 +197,7 @@ def parser() -> argparse.ArgumentParser:
     parser.add_argument("--host-seed", type=int, default=2026)
     parser.add_argument("--runs", type=Path, default=ROOT / "runs" / "growth", metavar="DIR")
     parser.add_argument("arguments", nargs="*", help="of esper fit, after --")
+    parser.set_defaults(settings=[])
     return parser
 
 
