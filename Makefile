@@ -4,7 +4,7 @@ VENV := .venv
 BIN := $(VENV)/bin
 
 .DEFAULT_GOAL := help
-.PHONY: help demo test slow check learning growth bench faults soak clean
+.PHONY: help demo test slow check learning growth bench faults soak mutants clean
 
 help: ## Show this list
 	@grep -E '^[a-z]+:.*## ' $(MAKEFILE_LIST) | sed -E 's/:[^#]*## /\t/' | expand -t 10
@@ -45,6 +45,9 @@ faults: $(VENV)/.installed ## Let runs die in every way, and write what they lea
 
 soak: $(VENV)/.installed ## Kill runs at random moments and resume them (20 minutes)
 	$(BIN)/python benchmarks/soak.py
+
+mutants: $(VENV)/.installed ## Break the package in small ways: the fast tests must notice (a quarter of an hour)
+	$(BIN)/python scripts/mutants.py
 
 clean: ## Remove the virtual environment and caches
 	rm -rf $(VENV) build dist *.egg-info .pytest_cache .ruff_cache .hypothesis .import_linter_cache

@@ -141,7 +141,8 @@ def results(
 def _commit(script: Path) -> str:
     """The commit of the working tree; results files may differ, nothing is measured by them."""
     found = _git("rev-parse", "--short=12", "HEAD")
-    changed = _git("status", "--porcelain", "--untracked-files=all", "--", ".", f":!{RESULTS}")
+    but = f":(exclude){RESULTS.relative_to(ROOT)}"
+    changed = _git("status", "--porcelain", "--untracked-files=all", "--", ".", but)
     if changed:
         names = ", ".join(line[3:] for line in changed.splitlines()[:3])
         sys.exit(

@@ -85,6 +85,11 @@ def module(num_envs: int) -> PPO:
     return PPO(CartPole(num_envs=num_envs), ppo=PPOConfig(rollout_steps=32))
 
 
+def variants_of(pairs: list[tuple[str, str]]) -> list[str]:
+    """Those that appear in pairs, each once, in the order of ``VARIANTS``."""
+    return [name for name in VARIANTS if any(name in pair for pair in pairs)]
+
+
 class _Clock(Callback):
     """Wall-clock and processor time of each iteration."""
 
@@ -119,8 +124,8 @@ def seconds_of_iteration(
 def measure_iterations(options: argparse.Namespace) -> list[str]:
     """The table of ratios."""
     torch.set_num_threads(1)
-    seconds: dict[str, list[tuple[float, float]]] = {name: [] for name in VARIANTS}
-    names = list(VARIANTS)
+    names = variants_of(options.pairs)
+    seconds: dict[str, list[tuple[float, float]]] = {name: [] for name in names}
     for number in range(options.rounds):
         turn = number % len(names)
         for name in names[turn:] + names[:turn]:
@@ -130,7 +135,7 @@ def measure_iterations(options: argparse.Namespace) -> list[str]:
         "| iteration of | over | fastest, ratio | quartiles | processor time, ratio | quartiles |",
         "| --- | --- | --- | --- | --- | --- |",
     ]
-    for name, base in PAIRS:
+    for name, base in options.pairs:
         cells: list[str] = []
         for kind in range(2):
             pairs = zip(seconds[name], seconds[base], strict=True)
@@ -145,9 +150,11 @@ def measure_small(options: argparse.Namespace) -> list[str]:
     """The table of microseconds."""
     iterations = options.small_iterations
     torch.set_num_threads(1)
-    milliseconds: dict[str, list[float]] = {name: [] for name in VARIANTS}
+    names = variants_of(options.pairs)
+    milliseconds: dict[str, list[float]] = {name: [] for name in names}
     for _ in range(options.rounds):
-        for name, (recorder, profiler) in VARIANTS.items():
+        for name in names:
+            recorder, profiler = VARIANTS[name]
             ppo = PPOConfig(rollout_steps=1, epochs=1, minibatches=1)
             model = PPO(CartPole(num_envs=8), ppo=ppo)
             ends = fit(model, recorder=recorder, profiler=profiler, steps=iterations)
@@ -158,7 +165,7 @@ def measure_small(options: argparse.Namespace) -> list[str]:
         "| iteration of | over | microseconds more | quartiles | ms |",
         "| --- | --- | --- | --- | --- |",
     ]
-    for name, base in PAIRS:
+    for name, base in options.pairs:
         pairs = zip(milliseconds[name], milliseconds[base], strict=True)
         low, middle, high = statistics.quantiles(((a - b) * 1e3 for a, b in pairs), n=4)
         whole = statistics.median(milliseconds[name])
@@ -252,12 +259,13 @@ def measure_death(name: str, options: argparse.Namespace) -> tuple[float, float,
 
 def parser() -> argparse.ArgumentParser:
     sizes = {"num_envs": 8, "iterations": 2, "small_iterations": 15, "rounds": 2}
-    parser = benchmark_parser(__doc__, {"deaths": list(DEATHS)[:1], "times": 1, **sizes})
+    chosen = {"pairs": PAIRS[3:4], "deaths": list(DEATHS)[1:2], "times": 1}  # both profilers
+    parser = benchmark_parser(__doc__, {**chosen, **sizes})
     parser.add_argument("--rounds", type=int, default=12)
     parser.add_argument("--parts", nargs="+", default=list(PARTS), choices=PARTS)
     parser.add_argument("--die", nargs=2, help=argparse.SUPPRESS)
     parser.set_defaults(num_envs=2048, iterations=12, small_iterations=300)
-    parser.set_defaults(deaths=list(DEATHS), times=3)
+    parser.set_defaults(pairs=PAIRS, deaths=list(DEATHS), times=3)
     return parser
 
 

@@ -10,6 +10,7 @@ from typing import Any, cast
 
 import yaml
 from lightning.pytorch import Trainer
+from lightning.pytorch.accelerators import AcceleratorRegistry
 from lightning.pytorch.callbacks import Callback
 from lightning.pytorch.loggers import TensorBoardLogger
 from lightning.pytorch.plugins import CheckpointIO
@@ -27,7 +28,7 @@ from esper_lightning.callbacks.run_directory import (
 )
 from esper_lightning.callbacks.window_profiler import WindowProfiler
 from esper_lightning.core.compiling import CompileMode
-from esper_lightning.core.validate import require
+from esper_lightning.core.validate import check_arguments, require
 from esper_lightning.envs.base import EnvSpec
 from esper_lightning.forensics.claims import claim
 from esper_lightning.forensics.files import read_json_lines, write_atomically
@@ -40,6 +41,7 @@ from esper_lightning.training.checkpoints import load_checkpoint
 from esper_lightning.training.config import PPOConfig
 from esper_lightning.training.metrics import EVAL_RETURN
 from esper_lightning.training.module import PPO
+from esper_lightning.training.specs import require_specs
 from esper_lightning.training.trainer_support import refuse_unsupported
 
 __all__ = [
@@ -52,6 +54,7 @@ __all__ = [
 ]
 
 
+@check_arguments
 def train_ppo_vectorized(
     env: EnvSpec,
     *,
@@ -119,7 +122,13 @@ def train_ppo_vectorized(
             run owns ``run_dir``.
         BaseException: Whatever ended the run, with a note that says where its evidence is.
     """
-    require(iterations >= 1, "train_ppo_vectorized.iterations", "be at least 1", iterations)
+    require_specs("train_ppo_vectorized", env, policy)
+    counts = {"iterations": iterations, "devices": devices, "evaluate_every": evaluate_every}
+    for name, value in (counts | {"torch_profiler_active": torch_profiler_active}).items():
+        ok = value is None or value >= 1
+        require(ok, f"train_ppo_vectorized.{name}", "be at least 1", value)
+    known = ("auto", "gpu", *sorted(AcceleratorRegistry.available_accelerators()))
+    require(device in known, "train_ppo_vectorized.device", f"be one of {', '.join(known)}", device)
     recorded_from = torch_profiler_wait + torch_profiler_warmup
     rule = f"be less than iterations = {iterations}"
     hint = "A window that never opens leaves nothing."
@@ -127,12 +136,8 @@ def train_ppo_vectorized(
     require(fits, "torch_profiler_wait + torch_profiler_warmup", rule, recorded_from, hint)
     counts = {"wait": torch_profiler_wait, "warmup": torch_profiler_warmup}
     for name, value in (counts | {"repeat": torch_profiler_repeat}).items():
-        require(value >= 0, f"torch_profiler_{name}", "not be negative", value)
-    require(
-        torch_profiler_active >= 1, "torch_profiler_active", "be at least 1", torch_profiler_active
-    )
-    ok = evaluate_every is None or evaluate_every >= 1
-    require(ok, "train_ppo_vectorized.evaluate_every", "be at least 1", evaluate_every)
+        field = f"train_ppo_vectorized.torch_profiler_{name}"
+        require(value >= 0, field, "not be negative", value)
     ok = save_path is None or not Path(save_path).is_dir()
     require(ok, "train_ppo_vectorized.save_path", "name a file", str(save_path))
     named = run_dir is None or str(run_dir) != ""

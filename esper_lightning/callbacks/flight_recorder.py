@@ -10,6 +10,7 @@ whatever ends it, leaves the profiler's trace, the history and a report in the r
 import contextlib
 import functools
 import logging
+import math
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any, Concatenate, ParamSpec, cast
@@ -33,7 +34,7 @@ from esper_lightning.callbacks.run_directory import (
     copy_run_directory,
     open_run_directory,
 )
-from esper_lightning.core.validate import require
+from esper_lightning.core.validate import check_arguments, require
 from esper_lightning.forensics.claims import DirectoryInUseError
 from esper_lightning.forensics.layout import RunLayout
 from esper_lightning.forensics.loggers import guard_loggers
@@ -81,9 +82,11 @@ class FlightRecorder(WritesRun):
             (SIGKILL, the kernel's OOM killer, ``os._exit``).
 
     Raises:
-        ValueError: If ``hang_timeout_s`` is not positive, or ``dirpath`` is empty.
+        ValueError: If an argument has another type, ``hang_timeout_s`` is not positive, or
+            ``dirpath`` is empty.
     """
 
+    @check_arguments
     def __init__(
         self,
         dirpath: str | Path | None = None,
@@ -92,7 +95,7 @@ class FlightRecorder(WritesRun):
         print_profile: bool = True,
         watch: bool = True,
     ) -> None:
-        positive = hang_timeout_s is None or hang_timeout_s > 0
+        positive = hang_timeout_s is None or 0 < hang_timeout_s < math.inf
         require(positive, "FlightRecorder.hang_timeout_s", "be positive", hang_timeout_s)
         super().__init__(dirpath)
         self.hang_timeout_s = hang_timeout_s

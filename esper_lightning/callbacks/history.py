@@ -21,6 +21,7 @@ from esper_lightning.callbacks.run_directory import (
     open_run_directory,
     run_directory,
 )
+from esper_lightning.core.validate import check_arguments
 from esper_lightning.forensics.files import (
     Backlog,
     JsonLines,
@@ -56,6 +57,7 @@ class History(WritesRun):
         dirpath: Run directory; ``None`` for that of the Trainer (``callbacks.run_directory``).
     """
 
+    @check_arguments
     def __init__(self, dirpath: str | Path | None = None) -> None:
         super().__init__(dirpath)
         self._files: list[_Rows] = []

@@ -9,17 +9,17 @@ What must survive a kill is written to a local disk. A run whose directory is a 
 
 import logging
 import re
-import sys
 import threading
 from pathlib import Path
 from typing import Any
 
 import fsspec
 
-__all__ = ["Mirror", "place_of"]
+__all__ = ["Mirror", "main", "place_of"]
 
 _log = logging.getLogger(__name__)
 _ADDRESS = re.compile(r"([a-z][a-z0-9+.-]+):/+(.*)", re.DOTALL)
+_OF_THE_DEAD_S = 60.0
 _LOCAL = ("file", "local")
 _NOT_COPIED = ("owner.lock", "phases.ring")
 
@@ -133,5 +133,6 @@ def _file_system(address: str) -> tuple[Any, str]:
     return there, str(root).rstrip("/")
 
 
-if __name__ == "__main__":  # for the rank of a process that vanished
-    Mirror(Path(sys.argv[1]), sys.argv[2], int(sys.argv[3])).copy(seconds=float(sys.argv[4]))
+def main(folder: str, address: str, rank: str) -> None:
+    """Copy for a process that vanished; what its second process runs."""
+    Mirror(Path(folder), address, int(rank)).copy(seconds=_OF_THE_DEAD_S)

@@ -195,10 +195,19 @@ class Protection:
         """
         if self.in_main_thread:
             connector = self.of.trainer._signal_connector
-            self._left_to_us = set(_process.handlers).intersection(connector._original_handlers)
+            ours = {*_process.handlers, *_process.caught_in_c()}
+            self._left_to_us = ours.intersection(connector._original_handlers)
             for number in self._left_to_us:
                 del connector._original_handlers[number]
             self._lightnings = _process.replace_handler_of_lightning(connector)
+
+    @staticmethod
+    def renew() -> None:
+        """Take again what somebody has set to its default action; called by the watchdogs.
+
+        A Trainer that is not recorded does so at its end, with all signals and in C too.
+        """
+        _process.renew()
 
     def received(self) -> list[Arrival]:
         """Ending signals since the last call, also while the main thread is stuck."""
@@ -399,6 +408,22 @@ class _Process:
                 set_c_handler(number, _ADDRESS)
         _register_at_fork()
 
+    def renew(self) -> None:
+        """Called in any thread but the main one."""
+        with self._lock:
+            if not self.members:
+                return
+            for number in self._faults_before:
+                if c_handler(number) == 0 and signal.getsignal(number) is signal.SIG_DFL:
+                    set_c_handler(number, _ADDRESS)
+            if not any(member.in_main_thread for member in self.members):
+                self._catch_in_c()
+        run_in_main_thread(self._sync_later)
+
+    def caught_in_c(self) -> set[int]:
+        """Signals whose handler in C is ours, behind Python's back."""
+        return {number for number in (*FAULTS, *ENDING) if c_handler(number) == _ADDRESS}
+
     def _give_back_in_c(self) -> None:
         for number, action in self._faults_before.items():
             if c_handler(number) == _ADDRESS:
@@ -411,10 +436,14 @@ class _Process:
                 set_c_handler(number, 0)
 
     def _catch_in_c(self) -> None:
-        for number in ENDING:
+        for number in self._wanted():
             pythons = signal.getsignal(number)
             if c_handler(number) == 0 and (pythons is signal.SIG_DFL or pythons == self._handle):
                 set_c_handler(number, _ADDRESS)
+
+    def _wanted(self) -> list[int]:
+        kept = set[int]().union(*(member.kept for member in self.members))
+        return [number for number in ENDING if number not in kept]
 
     # What the main thread alone may do.
 
@@ -443,10 +472,8 @@ class _Process:
                 self._give_back(number)
         wakeup = self._wakeup
         if self.members:
-            kept = set[int]().union(*(member.kept for member in self.members))
-            for number in ENDING:
-                if number not in kept:
-                    self._take(number, unwinds=unwinds)
+            for number in self._wanted():
+                self._take(number, unwinds=unwinds)
             if wakeup is not None:
                 wakeup.install()
         elif wakeup is not None:
@@ -525,7 +552,7 @@ class _Process:
         Called by our handler, and from within C.
         """
         unwinds = any(member.unwinds for member in self.members)
-        if unwinds and number not in self.handlers:
+        if unwinds and number not in self.handlers and c_handler(number) != _ADDRESS:
             return
         if not unwinds and not self._ends_process(number):
             return
@@ -567,9 +594,11 @@ class _Process:
     def _unwinds(self) -> bool:
         """Whether what the latest signal raised is on its way, through somebody's ``finally``."""
         error = sys.exc_info()[1]
-        while error is not None and self.raised is not None:
+        seen = set[int]()  # a chain that somebody made may have no end
+        while error is not None and id(error) not in seen:
             if error is self.raised:
                 return True
+            seen.add(id(error))
             error = error.__context__
         return False
 

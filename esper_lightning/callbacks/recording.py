@@ -158,6 +158,7 @@ class Recording:
         self.watchdog = Watchdog(
             received=self._protection.received,
             caught_s=self._protection.caught_s,
+            renew=self._protection.renew,
             peer=self._peers.first_failure,
             act=self._act,
             look=self._ring.note_memory,

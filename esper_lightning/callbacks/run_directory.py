@@ -75,6 +75,8 @@ class _RunDirectory:
         self.is_open = True
         if self.address is not None:
             self.mirror = Mirror(self.directory, self.address, rank)
+            if self.claim is not None:  # the second process of a rank that vanishes copies, too
+                self.claim.note(address=self.address)
             text = "The run writes into %s, which is copied to %s at checkpoints and at the end."
             _log.warning(text, self.directory, self.address)
 

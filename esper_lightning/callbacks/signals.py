@@ -144,5 +144,6 @@ def run_in_main_thread(function: Callable[[], None]) -> None:
     if threading.current_thread() is threading.main_thread():
         function()
     else:
-        _jobs.append(function)
+        if function not in _jobs:
+            _jobs.append(function)
         ctypes.pythonapi.Py_AddPendingCall(_run_jobs, None)

@@ -15,7 +15,7 @@ __all__ = ["Alarm", "Arrival", "Watchdog", "awake_s"]
 
 _PERIOD_S = 0.1
 _LONGEST_GAP_S = 0.5  # between two polls of a process that is not suspended
-_PEERS_EVERY, _LOOKS_EVERY = 3, 5
+_PEERS_EVERY, _LOOKS_EVERY, _RENEWED_EVERY = 3, 5, 10  # polls
 _PEER_GRACE_S = 0.5
 _STALLED_S = 60.0  # more than any step of saving is given
 
@@ -83,6 +83,7 @@ class Watchdog:
         received: Signals that came in since the last call.
         caught_s: When the main thread was last seen to go on: a signal that came before that ended
             nothing, for somebody caught what it raised.
+        renew: Called once a second, for what others may have undone.
         peer: A rank that failed, with the reason.
         look: Called twice a second.
         act: Saves evidence; for ``signal`` and ``peer`` the first time only.
@@ -100,6 +101,7 @@ class Watchdog:
         *,
         received: Callable[[], list[Arrival]],
         caught_s: Callable[[], float],
+        renew: Callable[[], None],
         peer: Callable[[], tuple[int, str] | None],
         act: Callable[[Alarm], None],
         look: Callable[[], None] = lambda: None,
@@ -109,7 +111,7 @@ class Watchdog:
         stuck_grace_s: float,
         exit_grace_s: float,
     ) -> None:
-        self._received, self._caught_s = received, caught_s
+        self._received, self._caught_s, self._renew = received, caught_s, renew
         self._peer, self._act, self._look = peer, act, look
         self._saving_for_s, self._others_saving_for_s = saving_for_s, others_saving_for_s
         self._hang_timeout_s = hang_timeout_s
@@ -155,6 +157,8 @@ class Watchdog:
             if turn % _LOOKS_EVERY == 0:
                 self._look()
             self._look_for_a_hang(now)
+            if turn % _RENEWED_EVERY == 0:
+                self._renew()
 
     def _look_for_signals(self, now: float) -> None:
         for arrival in self._received():

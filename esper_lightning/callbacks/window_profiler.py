@@ -13,6 +13,7 @@ import os
 import socket
 import sys
 from pathlib import Path
+from types import MappingProxyType
 from typing import Any
 
 import torch
@@ -23,7 +24,7 @@ from typing_extensions import override
 
 from esper_lightning.callbacks.operator_table import operator_table
 from esper_lightning.callbacks.trace_export import export_trace
-from esper_lightning.core.validate import require
+from esper_lightning.core.validate import check_arguments, require
 from esper_lightning.forensics.files import write_atomically
 from esper_lightning.forensics.layout import RunLayout
 
@@ -74,6 +75,12 @@ class WindowProfiler(PyTorchProfiler):
         ValueError: If a number is out of range.
     """
 
+    # What ``__del__`` looks at where an argument was refused.
+    profiler: Any = None
+    _recording_map: Any = MappingProxyType({})
+    _stage: str | None = None
+
+    @check_arguments
     def __init__(
         self,
         dirpath: str | Path | None = None,

@@ -5,7 +5,9 @@ from typing import Any
 
 from esper_lightning.cli.crash_text import describe, seconds_by_phase
 from esper_lightning.cli.errors import CommandParser, fail
+from esper_lightning.forensics.claims import read_owner
 from esper_lightning.forensics.files import strict_json
+from esper_lightning.forensics.processes import is_alive
 from esper_lightning.forensics.reading import printable
 from esper_lightning.forensics.remains import Remains, examine, first_failure
 from esper_lightning.forensics.report import SCHEMA
@@ -23,7 +25,15 @@ def run(arguments: list[str]) -> None:
     try:
         ranks = examine(options.run_dir)
     except (ValueError, OSError) as error:
-        fail(error)
+        owner = read_owner(options.run_dir)
+        if not owner:
+            fail(error)
+        if options.json:
+            nothing: dict[str, Any] = {"schema": SCHEMA, "first_failure": None, "ranks": []}
+            print(strict_json({**nothing, "owner": owner}))
+        else:
+            print(printable(_before_it_recorded(options.run_dir, owner)))
+        return
     first = first_failure(ranks)
     if first is not None and first.trace_path is not None:
         try:
@@ -34,6 +44,17 @@ def run(arguments: list[str]) -> None:
         print(strict_json(_as_json(ranks, first)))
     else:
         print("\n".join(map(printable, describe(options.run_dir, ranks, first))))
+
+
+def _before_it_recorded(directory: Path, owner: dict[str, Any]) -> str:
+    """What is known of a run of which no rank has a folder yet."""
+    process = f"Process {owner.get('pid')} on {owner.get('host')}"
+    how = {
+        True: "is starting, and has recorded nothing yet",
+        False: "vanished while it was starting, before it could record anything",
+        None: "has recorded nothing; whether it lives cannot be seen from here",
+    }
+    return f"Run directory: {directory}: {process} {how[is_alive(owner)]}."
 
 
 def _as_json(ranks: list[Remains], first: Remains | None) -> dict[str, Any]:

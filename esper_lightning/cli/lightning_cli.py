@@ -39,6 +39,7 @@ from esper_lightning.cli.growth import compare_policies, refuse_figures
 from esper_lightning.cli.settings import SettingsParser
 from esper_lightning.core.validate import require
 from esper_lightning.envs import Morphogenesis
+from esper_lightning.forensics.reading import read_file
 from esper_lightning.train import begin_run, newest_run, run_callbacks, run_logger, run_plugins
 from esper_lightning.training.checkpoints import (
     STATE_KEY,
@@ -207,10 +208,11 @@ class EsperCLI(LightningCLI):
     _says: Sequence[str] = ()
     _resumes_from: int = 0
 
+    _checkpoint: dict[str, Any] | None = None  # whose networks are built
+
     def __init__(self, command: str, **kwargs: Any) -> None:
         self._command = command
-        with contextlib.ExitStack() as self._building:
-            super().__init__(**kwargs)
+        super().__init__(**kwargs)
 
     @override
     def subcommands(self) -> dict[str, set[str]]:  # pyright: ignore[reportIncompatibleMethodOverride]
@@ -224,14 +226,15 @@ class EsperCLI(LightningCLI):
     def parse_arguments(self, parser: LightningArgumentParser, args: ArgsType) -> None:
         """Parse; ``evaluate`` starts from the settings in the checkpoint."""
         words = cast(list[str], args)
+        for config in cast(list[str], _options().parse_known_args(words)[0].config or []):
+            _refuse_endless(config)
         if words[:1] == ["evaluate"] and not {"-h", "--help"} & set(words):
-            known, _ = _ckpt_option().parse_known_args(words[1:])
+            known, _ = _options().parse_known_args(words[1:])
             require(known.ckpt_path is not None, "--ckpt_path", "be given", None)
             path = checkpoint_at(known.ckpt_path)
             self._says = [] if str(path) == known.ckpt_path else [f"Checkpoint: {path}"]
-            checkpoint = load_checkpoint(path)
-            self._building.enter_context(refuse_huge(checkpoint))
-            settings = {"model": checkpoint["hyper_parameters"]}
+            self._checkpoint = load_checkpoint(path)
+            settings = {"model": self._checkpoint["hyper_parameters"]}
             words = ["evaluate", "--config", json.dumps(settings), *words[1:]]
             words += ["--ckpt_path", str(path)]
         self.config = parser.parse_args(words)
@@ -251,6 +254,13 @@ class EsperCLI(LightningCLI):
         ok = not isinstance(strategy, str) or strategy in known
         hint = nearest(str(strategy), known).strip()
         require(ok, "trainer.strategy", "be 'ddp', or 'auto' with one device", strategy, hint)
+
+    @override
+    def instantiate_classes(self) -> None:
+        """Build model and Trainer; what a checkpoint asks for may not take all memory."""
+        given = self._checkpoint
+        with contextlib.nullcontext() if given is None else refuse_huge(given):
+            super().instantiate_classes()
 
     @override
     def instantiate_trainer(self, **kwargs: Any) -> Trainer:
@@ -364,7 +374,20 @@ class EsperCLI(LightningCLI):
                 print(f"Run directory: {directory}")
 
 
-def _ckpt_option() -> argparse.ArgumentParser:
+def _options() -> argparse.ArgumentParser:
+    """Those that are looked at before Lightning's parser is."""
     parser = argparse.ArgumentParser(add_help=False, exit_on_error=False, allow_abbrev=False)
     parser.add_argument("--ckpt_path")
+    parser.add_argument("--config", action="append")
     return parser
+
+
+def _refuse_endless(config: str) -> None:
+    """Refuse a config that is no regular file, or has no end; it may be the settings themselves."""
+    with suppress(FileNotFoundError):
+        try:
+            read_file(Path(config))
+        except ValueError as error:
+            if "null byte" in str(error) or "name too long" in str(error):
+                return
+            raise ValueError(f"--config must name a file, got {config!r}: {error}.") from error

@@ -10,6 +10,7 @@ import sys
 import threading
 from collections.abc import Callable
 from contextlib import suppress
+from itertools import pairwise
 from typing import Any, cast
 
 __all__ = ["main"]
@@ -61,10 +62,16 @@ def _prepare(words: list[str]) -> Callable[[], None]:
     name, rest = (words or [""])[0], words[1:]
     if name in _BUILD_FROM_SETTINGS:
         _find_modules_here()
+    if name == "fit":
+        _reserve_run_directory(rest)
     if name in ("fit", "evaluate"):
         from esper_lightning.cli.lightning_cli import prepare  # noqa: PLC0415
 
-        execute = prepare(words)
+        try:
+            execute = prepare(words)
+        finally:
+            if name == "fit":
+                _return_reserved()
         if os.environ.get("TORCHELASTIC_ERROR_FILE"):  # torchrun looks there for a rank's error
             from torch.distributed.elastic.multiprocessing.errors import record  # noqa: PLC0415
 
@@ -103,6 +110,28 @@ def _no_command(words: list[str]) -> None:
         got = f", got {name!r}." if words else "."
         hint = nearest(name or "", _COMMANDS)
         fail(f"esper must be followed by one of {', '.join(_COMMANDS)}{got}{hint}")
+
+
+def _reserve_run_directory(words: list[str]) -> None:
+    """Own a run directory that is named before the seconds in which everything is imported.
+
+    A launcher that kills the process in these finds its name, and that it had begun.
+    """
+    ranks = (os.environ.get(name, "0") for name in ("RANK", "SLURM_PROCID", "LOCAL_RANK"))
+    given = [word.partition("=")[2] for word in words if word.startswith("--run_dir=")]
+    given += [value for word, value in pairwise(words) if word == "--run_dir"]
+    if given and given[-1] and "://" not in given[-1] and all(rank == "0" for rank in ranks):
+        from pathlib import Path  # noqa: PLC0415
+
+        from esper_lightning.forensics.claims import reserve  # noqa: PLC0415
+
+        reserve(Path(given[-1]))
+
+
+def _return_reserved() -> None:
+    from esper_lightning.forensics.claims import return_reserved  # noqa: PLC0415
+
+    return_reserved()
 
 
 def _find_modules_here() -> None:

@@ -39,6 +39,7 @@ SCORES: dict[Score, str] = {
 
 _LONGEST_REASON = 100
 _MOST_YAML_BYTES = 1 << 18  # PyYAML takes some seconds for them
+_MOST_KEYS = 1_000  # in one dictionary of settings
 _DEEPEST_FOLDER = 20
 
 # Where a run writes, what it shows, which seed it has: no setting of what is compared.
@@ -146,7 +147,7 @@ def read_run(directory: Path) -> Run:
     budget = settings.get("total_env_steps")
     is_budget = budget is None or whole_number(budget) is not None
     require(is_budget, f"{layout.config}: model.total_env_steps", "be an integer or null", budget)
-    is_short = budget is not None and budget - env_steps > per_iteration
+    is_short = budget is not None and budget - env_steps >= per_iteration
     ended, how = _end(directory, is_short=is_short)
     return Run(
         directory=directory,
@@ -231,13 +232,13 @@ def _settings(path: Path) -> dict[str, Any]:
 
 
 class _Loader(yaml.SafeLoader):
-    """Without merge keys: a few lines of them can stand for billions of entries."""
+    """With a bound on merge keys: a few lines of them can stand for billions of entries."""
 
     @override
     def flatten_mapping(self, node: yaml.MappingNode) -> None:
-        for key, _ in node.value:
-            if key.tag == "tag:yaml.org,2002:merge":
-                raise ValueError("it has merge keys (<<)")
+        super().flatten_mapping(node)
+        if len(node.value) > _MOST_KEYS:
+            raise ValueError(f"it has more than {_MOST_KEYS:,} keys in one place")
 
 
 def read_yaml(path: Path) -> Any:
@@ -254,7 +255,7 @@ def read_yaml(path: Path) -> Any:
         reason = "it is nested too deep"
     except Exception as error:  # the parser raises whatever damaged text makes of it
         reason = " ".join((str(error) or type(error).__name__).split())
-    raise ValueError(f"{path} must be a readable config.yaml: {reason}.")
+    raise ValueError(f"{path} must be a readable YAML file: {reason}.")
 
 
 def _flat(settings: Mapping[str, Any], prefix: str = "") -> Iterable[tuple[str, Any]]:

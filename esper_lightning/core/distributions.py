@@ -21,6 +21,7 @@ from esper_lightning.core.spaces import (
     FactoredDiscrete,
     Head,
     MultiDiscrete,
+    mask_parts,
 )
 
 __all__ = [
@@ -30,6 +31,7 @@ __all__ = [
     "Distribution",
     "FactoredCategorical",
     "TanhGaussian",
+    "allows_choice",
     "has_choice",
 ]
 
@@ -291,6 +293,12 @@ def has_choice(space: ActionSpace, mask: Bool[Tensor, "M K"]) -> Bool[Tensor, " 
     nvec = [space.n] if isinstance(space, Discrete) else list(space.nvec)
     parts = cast(tuple[Tensor, ...], mask.split(nvec, -1))
     return torch.stack([part.sum(-1) > 1 for part in parts]).any(0)
+
+
+def allows_choice(space: ActionSpace, mask: Bool[Tensor, "M K"]) -> Bool[Tensor, "M A"]:
+    """Whether each part of a mask allows something, without which no action would be allowed."""
+    parts = cast(tuple[Tensor, ...], mask.split(list(mask_parts(space)), -1))
+    return torch.stack([part.any(-1) for part in parts], -1)
 
 
 class DiagonalGaussian:

@@ -1,4 +1,4 @@
-"""Independent random streams from one seed."""
+"""Independent random streams from one seed, and the state of torch that belongs to the process."""
 
 import hashlib
 import random
@@ -7,7 +7,15 @@ from typing import Any
 import numpy as np
 import torch
 
-__all__ = ["global_random_states", "set_global_random_states", "stream", "stream_seed"]
+from esper_lightning.core.validate import Words, require
+
+__all__ = [
+    "global_random_states",
+    "require_torch_defaults",
+    "set_global_random_states",
+    "stream",
+    "stream_seed",
+]
 
 
 def stream_seed(seed: int, *, rank: int, purpose: str) -> int:
@@ -44,3 +52,18 @@ def set_global_random_states(states: dict[str, Any]) -> None:
     np.random.set_state((name, keys.numpy().astype(np.uint32), *rest))  # noqa: NPY002
     if "cuda" in states and len(states["cuda"]) == torch.cuda.device_count():
         torch.cuda.set_rng_state_all([state.cpu() for state in states["cuda"]])
+
+
+def require_torch_defaults(owner: str) -> None:
+    """Refuse a default dtype or device of torch under which ``owner`` would make other tensors.
+
+    Raises:
+        ValueError: Unless the default dtype is float32 and the default device the CPU.
+    """
+    dtype, device = torch.get_default_dtype(), torch.get_default_device()
+    hint = "torch.set_default_dtype(torch.float32) sets it."
+    field = f"torch.get_default_dtype() for {owner}"
+    require(dtype == torch.float32, field, "be torch.float32", dtype, hint)
+    hint = "torch.set_default_device(None) sets it; what runs where is chosen by its own settings."
+    field = f"torch.get_default_device() for {owner}"
+    require(device.type == "cpu", field, "be cpu", Words(device), hint)

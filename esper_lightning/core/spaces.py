@@ -6,7 +6,7 @@ Data without tensors, so that a policy can be built before any device is chosen.
 import math
 from dataclasses import dataclass
 
-from esper_lightning.core.validate import require
+from esper_lightning.core.validate import check_fields, require
 
 __all__ = [
     "ActionSpace",
@@ -17,8 +17,11 @@ __all__ = [
     "Head",
     "MultiDiscrete",
     "ObsSpace",
+    "mask_parts",
     "mask_size",
 ]
+
+_MOST = 2**24  # components of an observation, choices of an action
 
 
 @dataclass(frozen=True)
@@ -37,8 +40,12 @@ class Box:
     high: float | tuple[float, ...] = math.inf
 
     def __post_init__(self) -> None:
+        bound_rule = "be a number, or a tuple with one for each component of a flat shape"
+        check_fields(self, {"low": bound_rule, "high": bound_rule})
         size = math.prod(self.shape)
-        require(size > 0, "Box.shape", "have at least one component", self.shape)
+        ok = size > 0 and min(self.shape, default=1) > 0
+        require(ok, "Box.shape", "have at least one component", self.shape)
+        require(size <= _MOST, "Box.shape", f"have at most {_MOST} components", self.shape)
         for name, bound in (("low", self.low), ("high", self.high)):
             ok = not isinstance(bound, tuple) or (len(self.shape) == 1 and len(bound) == size)
             require(ok, f"Box.{name}", f"be a number or a tuple of {size} for a flat shape", bound)
@@ -73,7 +80,9 @@ class Discrete:
     n: int
 
     def __post_init__(self) -> None:
+        check_fields(self)
         require(self.n >= 1, "Discrete.n", "be at least 1", self.n)
+        require(self.n <= _MOST, "Discrete.n", f"be at most {_MOST}", self.n)
 
 
 @dataclass(frozen=True)
@@ -83,8 +92,11 @@ class MultiDiscrete:
     nvec: tuple[int, ...]
 
     def __post_init__(self) -> None:
-        ok = len(self.nvec) > 0 and all(n >= 1 for n in self.nvec)
+        check_fields(self)
+        ok = len(self.nvec) > 0 and min(self.nvec) >= 1
         require(ok, "MultiDiscrete.nvec", "be a non-empty tuple of sizes of at least 1", self.nvec)
+        ok = sum(self.nvec) <= _MOST
+        require(ok, "MultiDiscrete.nvec", f"have at most {_MOST} choices", self.nvec)
 
 
 @dataclass(frozen=True)
@@ -104,7 +116,9 @@ class Head:
     conditioned: bool = False
 
     def __post_init__(self) -> None:
+        check_fields(self)
         require(self.size >= 1, "Head.size", "be at least 1", self.size)
+        require(self.size <= _MOST, "Head.size", f"be at most {_MOST}", self.size)
 
 
 @dataclass(frozen=True)
@@ -124,6 +138,7 @@ class FactoredDiscrete:
 
     def __post_init__(self) -> None:
         field = "FactoredDiscrete.heads"
+        check_fields(self)
         require(len(self.heads) >= 1, field, "not be empty", self.heads)
         names = [head.name for head in self.heads]
         require(len(set(names)) == len(names), field, "have different names", names)
@@ -180,12 +195,24 @@ class EnvSpaces:
     masked: bool = False
 
     def __post_init__(self) -> None:
+        check_fields(self)
         ok = not (self.masked and isinstance(self.action, Box))
         require(ok, "EnvSpaces.masked", "be False for a continuous action space", self.masked)
         if isinstance(self.obs, dict):
             named = len(self.obs) > 0 and all(name.isidentifier() for name in self.obs)
             rule = "have groups, named like Python identifiers"
             require(named, "EnvSpaces.obs", rule, list(self.obs))
+
+
+def mask_parts(space: ActionSpace) -> tuple[int, ...]:
+    """Lengths of the parts of an action mask that must each allow something, in order.
+
+    Raises:
+        ValueError: If the space is continuous.
+    """
+    if isinstance(space, FactoredDiscrete):
+        return space.mask_parts
+    return space.nvec if isinstance(space, MultiDiscrete) else (mask_size(space),)
 
 
 def mask_size(space: ActionSpace) -> int:

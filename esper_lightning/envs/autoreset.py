@@ -6,6 +6,7 @@ random is drawn before, so that a rollout can be compiled or captured whole. Hen
 the values of actions.
 """
 
+import dataclasses
 import math
 from typing import NamedTuple, Protocol, runtime_checkable
 
@@ -15,7 +16,7 @@ from torch import Tensor
 from esper_lightning.core.shapes import Bool, Float, Int, Shaped
 from esper_lightning.core.spaces import EnvSpaces
 from esper_lightning.core.types import StepResult
-from esper_lightning.core.validate import require, require_int
+from esper_lightning.core.validate import check_fields, require, require_int
 
 __all__ = ["AutoresetEnv", "Episodes", "Task", "Transition", "validate_sizes"]
 
@@ -141,6 +142,8 @@ class AutoresetEnv:
     ) -> tuple[Episodes, StepResult]:
         """One step from ``episodes``; those that end go on from ``initial``. Changes nothing."""
         reached, reward, terminated = self._task.advance(episodes.state, action)
+        if not reward.shape == terminated.shape == episodes.elapsed.shape:  # they would broadcast
+            self._refuse_shapes(reward, terminated)
         elapsed = episodes.elapsed + 1
         episode_return = episodes.episode_return + reward
         truncated = (elapsed >= self._task.time_limit) & ~terminated
@@ -160,6 +163,13 @@ class AutoresetEnv:
             episode_return=episode_return.masked_fill(running, math.nan),
             episode_length=elapsed.masked_fill(running, 0),
         )
+
+    def _refuse_shapes(self, reward: Tensor, terminated: Tensor) -> None:
+        expected = [self.num_envs]
+        for name, value in (("reward", reward), ("terminated", terminated)):
+            shape = list(value.shape)
+            field = f"{self._owner}.advance().{name}"
+            require(shape == expected, field, f"have shape {expected}", shape)
 
     def state_dict(self) -> dict[str, Tensor]:
         """Simulator state, episode accumulators and random stream, copied."""
@@ -189,11 +199,14 @@ class AutoresetEnv:
 
 
 def validate_sizes(task: Task) -> None:
-    """Check the two settings that every task has; for ``__post_init__``.
+    """Check the types of all settings and the two sizes that every task has; for ``__post_init__``.
 
     Raises:
-        ValueError: If one is not an integer of at least 1.
+        ValueError: If a size is not an integer of at least 1, or a setting is of another type than
+            its annotation.
     """
     owner = type(task).__name__
+    if dataclasses.is_dataclass(task):
+        check_fields(task)
     require_int(f"{owner}.num_envs", task.num_envs, minimum=1)
     require_int(f"{owner}.time_limit", task.time_limit, minimum=1)

@@ -13,37 +13,40 @@ from typing import Any, NamedTuple, cast
 import torch
 from torch import Tensor
 
-from esper_lightning.core.spaces import EnvSpaces
-from esper_lightning.core.tensor_trees import leaves, map_tree
-from esper_lightning.core.types import StepResult
-from esper_lightning.core.validate import require
+from esper_lightning.core.seeding import require_torch_defaults
+from esper_lightning.core.tensor_trees import map_tree, named_tensors
+from esper_lightning.core.validate import Words, check_arguments, require
 from esper_lightning.envs.base import BatchedEnv, EnvSpec, FunctionalEnv, is_functional
 from esper_lightning.envs.contract import (
     Contract,
     Report,
-    Returned,
     UncheckableError,
-    Words,
     fingerprint,
     flatten,
     sample_action,
-    where,
+)
+from esper_lightning.envs.inspector import (
+    ENV_MEMBERS,
+    Inspector,
+    check_built,
+    check_told,
+    require_members,
+    same_values,
 )
 
 __all__ = ["check_env"]
 
 logger = logging.getLogger(__name__)
 
-ENV_MEMBERS = ("reset", "step", "state_dict", "load_state_dict")
 TELLING_MEMBERS = ("num_envs", "spaces")  # what a spec tells, and else the environment must
 TRANSITION_STEPS = 100
 WARM_UP_STEPS = 3  # may compile and allocate, hence synchronise
-TOLERANCE = 1e-4  # of an episode's return, relative to the sum of its absolute rewards
 
 _Trajectory = list[dict[str, int]]
 """Fingerprint of every tensor, for every step."""
 
 
+@check_arguments
 def check_env(
     env: BatchedEnv | EnvSpec,
     *,
@@ -69,19 +72,35 @@ def check_env(
             environment itself raises passes through.
     """
     require(steps >= 1, "check_env.steps", "be at least 1", steps)
+    require(seed >= 0, "check_env.seed", "be at least 0", seed)
+    require_torch_defaults("check_env")
     report = Report(type(env).__name__)
     try:
         if hasattr(env, "build"):
-            _require_members(env, ("num_envs", "spaces", "build"), report)
-            place = torch.empty(0, device=device).device  # with its index
-            _check_spec(cast(EnvSpec, env), report, steps, seed, place)
+            require_members(env, ("num_envs", "spaces", "build"), report)
+            _check_spec(cast(EnvSpec, env), report, steps, seed, _place(device))
         else:
-            _require_members(env, TELLING_MEMBERS + ENV_MEMBERS, report)
+            require_members(env, TELLING_MEMBERS + ENV_MEMBERS, report)
             num_envs, spaces = (getattr(env, name) for name in TELLING_MEMBERS)
             _check_env(cast(BatchedEnv, env), num_envs, spaces, report, steps, seed, None)
     except UncheckableError:
         pass
     report.raise_if_any()
+
+
+def _place(device: str | torch.device) -> torch.device:
+    """The device, with its index.
+
+    Raises:
+        ValueError: If it is not there.
+    """
+    rule, reason = "be a device of this machine", ""
+    try:
+        place = torch.empty(0, device=device).device
+    except (RuntimeError, AssertionError) as error:
+        place, reason = torch.device("meta"), str(error).splitlines()[0]
+    require(place.type != "meta", "check_env.device", rule, str(device), reason)
+    return place
 
 
 class _Run(NamedTuple):
@@ -96,12 +115,7 @@ class _Run(NamedTuple):
 
 def _check_spec(spec: EnvSpec, report: Report, steps: int, seed: int, device: torch.device) -> None:
     env = spec.build(device, seed)
-    _require_members(env, ENV_MEMBERS, report)
-    num_envs, spaces = spec.num_envs, spec.spaces()
-    built = getattr(env, "num_envs", num_envs)
-    report.expect(num_envs == built, "num_envs", f"equal {built}, as built", num_envs)
-    shown = getattr(env, "spaces", spaces)
-    report.expect(spaces == shown, "spaces()", f"equal {shown}, as built", spaces)
+    built, shown = check_built(spec, spec.spaces(), env, report)
     run = _check_env(env, built, shown, report, steps, seed, device)
 
     def trajectory(env_seed: int) -> tuple[_Trajectory, bool]:
@@ -131,20 +145,17 @@ def _check_env(
     seed: int,
     device: torch.device | None,
 ) -> _Run:
-    report.insist(isinstance(spaces, EnvSpaces), "spaces", "be an EnvSpaces", spaces)
-    is_int = isinstance(num_envs, int) and not isinstance(num_envs, bool) and num_envs >= 1
-    report.insist(is_int, "num_envs", "be an integer of at least 1", num_envs)
+    check_told(num_envs, spaces, report)
     if device is None:
-        found = flatten(_start(env, report)).values()
-        devices = [leaf.device for leaf in found if isinstance(leaf, Tensor)]
+        devices = [tensor.device for _, tensor in named_tensors(env.reset())]
         device = devices[0] if devices else torch.device("cpu")
     run = _Run(env, Contract(spaces, num_envs, device), report, steps, seed)
     generator = torch.Generator().manual_seed(seed)
-    seen = _Seen()
-    _drive(run._replace(steps=WARM_UP_STEPS), generator, seen, forbid_sync=False)
+    inspector, seen = Inspector(run.contract, report), _Seen()
+    _drive(run._replace(steps=WARM_UP_STEPS), generator, inspector, seen, forbid_sync=False)
     # Again, so that one reset falls within episodes.
-    mask = _drive(run, generator, seen, forbid_sync=True)
-    seen.conclude(run)
+    mask = _drive(run, generator, inspector, seen, forbid_sync=True)
+    _conclude(run, inspector, seen)
     _check_state(run, mask)
     if is_functional(env):
         _check_transition(run._replace(env=env))
@@ -155,7 +166,7 @@ def _check_transition(run: _Run) -> None:
     """``step`` must be ``transition`` of what ``draw`` gives, and ``transition`` change nothing."""
     env, contract, report = cast(FunctionalEnv, run.env), run.contract, run.report
     generator = torch.Generator().manual_seed(run.seed)
-    mask = cast(Tensor | None, _start(env, report)["action_mask"])
+    _, mask = env.reset()
     if env.state_dict() is None:  # it cannot be taken back to before a step
         return
     for _ in range(min(run.steps, TRANSITION_STEPS)):
@@ -167,100 +178,67 @@ def _check_transition(run: _Run) -> None:
         drawn = map_tree(lambda rows: rows[0], env.draw(1))
         after, pure = env.transition(env.episodes(), action, drawn)
         after, pure = map_tree(torch.clone, (after, tuple(pure)))
-        kept = _same(before, env.episodes())
+        kept = same_values(before, env.episodes())
         report.expect(kept, "transition()", "change nothing", Words("other episodes() after it"))
         env.load_state_dict(saved)
         result = env.step(action)
         hint = "step(action) is transition(episodes(), action, draw(1)[0]), then keep()."
-        same = _same(pure, tuple(result)) and _same(after, env.episodes())
+        same = same_values(pure, tuple(result)) and same_values(after, env.episodes())
         report.insist(same, "transition()", "do what step() does", Words("something else"), hint)
         mask = result.action_mask
-
-
-def _same(tree: Any, other: Any) -> bool:
-    pairs = zip(leaves(tree), leaves(other), strict=True)
-    return all(torch.equal(a.nan_to_num(), b.nan_to_num()) for a, b in pairs)
-
-
-def _require_members(owner: object, members: tuple[str, ...], report: Report) -> None:
-    missing = [name for name in members if not hasattr(owner, name)]
-    got = Words(f"{type(owner).__name__} without {', '.join(missing)}")
-    report.insist(not missing, "members", f"be {', '.join(members)}", got)
-
-
-def _start(env: BatchedEnv, report: Report) -> dict[str, object]:
-    start = cast(tuple[object, object], env.reset())
-    got = Words(type(start).__name__)
-    is_pair = isinstance(start, tuple) and len(start) == 2  # pyright: ignore[reportUnnecessaryIsInstance]
-    report.insist(is_pair, "reset()", "return (obs, action_mask)", got)
-    return {"obs": start[0], "action_mask": start[1]}
 
 
 @dataclass
 class _Seen:
     """What only a whole drive can show."""
 
-    ends: int = 0
-    reached_differs: bool = False  # from the observation after a reset
     obs_moves: bool = False
     envs_differ: bool = False
 
-    def conclude(self, run: _Run) -> None:
-        """Judge what was seen in ``run.steps`` steps."""
-        report = run.report
-        if self.ends == 0:
-            message = "%s: no episode ended within %d steps, so resetting was not checked."
-            logger.warning(message, report.owner, run.steps)
-        if run.contract.num_envs > 1 and not self.envs_differ:
-            message = "%s: all environments looked alike under random actions, step after step."
-            logger.warning(message, report.owner)
-        copied = self.ends > 0 and self.obs_moves and not self.reached_differs
-        rule = "be what the last action led to, where an episode ended"
-        got = Words(f"the observation after the reset at each of {self.ends} ends")
-        report.expect(not copied, "step().reached_obs", rule, got, "Observe before the reset.")
 
-
-@dataclass
-class _Books:
-    """The running episodes, as their rewards tell."""
-
-    total: Tensor
-    scale: Tensor
-    length: Tensor
+def _conclude(run: _Run, inspector: Inspector, seen: _Seen) -> None:
+    """Judge what was seen in ``run.steps`` steps."""
+    report, ends = run.report, inspector.ends
+    if ends == 0:
+        message = "%s: no episode ended within %d steps, so resetting was not checked."
+        logger.warning(message, report.owner, run.steps)
+    if run.contract.num_envs > 1 and not seen.envs_differ:
+        message = "%s: all environments looked alike under random actions, step after step."
+        logger.warning(message, report.owner)
+    copied = ends > 0 and seen.obs_moves and not inspector.reached_differs
+    rule = "be what the last action led to, where an episode ended"
+    got = Words(f"the observation after the reset at each of {ends} ends")
+    report.expect(not copied, "step().reached_obs", rule, got, "Observe before the reset.")
 
 
 def _drive(
-    run: _Run, generator: torch.Generator, seen: _Seen, *, forbid_sync: bool
+    run: _Run, generator: torch.Generator, inspector: Inspector, seen: _Seen, *, forbid_sync: bool
 ) -> Tensor | None:
     """Reset, then check every step; returns the last action mask."""
     env, contract, report, steps, _ = run
-    last = contract.inspect("reset()", _start(env, report), report)
-    start = {name: value for name, value in last.values.items() if name != "action_mask"}
-    zeros = torch.zeros(contract.num_envs, dtype=torch.float64)
-    books = _Books(zeros, zeros, torch.zeros(contract.num_envs, dtype=torch.int64))
+    inspector.begin(env.reset())
+    assert inspector.last is not None
+    start = {k: v for k, v in inspector.last.values.items() if k != "action_mask"}
     for _ in range(steps):
-        mask = last.values.get("action_mask")
+        mask = inspector.last.values.get("action_mask")
         action = sample_action(contract.spaces.action, contract.num_envs, mask, generator)
         given = action.to(contract.device, copy=True)
         result = _step(env, given, report, contract.device, forbid_sync=forbid_sync)
-        unchanged = torch.equal(given.cpu(), action)
-        report.expect(unchanged, "step().action", "be left as it was", Words("another"))
-        _check_kept(last, report)
-        last = contract.inspect("step()", result._asdict(), report)
-        _check_ends(last.values, books, report)
-        _check_reached(last.values, list(contract.groups()), report, seen)
+        inspector.action_kept(action, given)
+        inspector.proceed(result)
+        values = inspector.last.values
         for name, value in start.items():
-            seen.obs_moves |= not torch.equal(last.values[name], value)
-            seen.envs_differ |= bool((last.values[name] != last.values[name][:1]).any())
-    return last.live.get("action_mask")
+            seen.obs_moves |= not torch.equal(values[name], value)
+            seen.envs_differ |= bool((values[name] != values[name][:1]).any())
+    return inspector.last.live.get("action_mask")
 
 
 def _step(
     env: BatchedEnv, action: Tensor, report: Report, device: torch.device, *, forbid_sync: bool
-) -> StepResult:
+) -> object:
     with _sync_is_error(forbid_sync and device.type == "cuda"):
         try:
-            result = cast(object, env.step(action))
+            return env.step(action)
         except RuntimeError as error:
             if "synchronizing" not in str(error):
                 raise
@@ -268,9 +246,6 @@ def _step(
             hint = "torch.cuda.set_sync_debug_mode('error') shows where."
             report.insist(False, "step()", rule, Words(error), hint)
             raise
-    got = Words(type(result).__name__)
-    report.insist(isinstance(result, StepResult), "step()", "return a StepResult", got)
-    return cast(StepResult, result)
 
 
 @contextmanager
@@ -284,55 +259,6 @@ def _sync_is_error(active: bool) -> Generator[None, None, None]:
         yield
     finally:
         torch.cuda.set_sync_debug_mode(before)
-
-
-def _check_kept(returned: Returned, report: Report) -> None:
-    before, now = fingerprint(returned.values), fingerprint(returned.live)
-    for name, value in now.items():
-        kept = value == before[name]
-        rule, got = "keep its values when stepped on", Words("others")
-        hint = "Return a tensor that is not written to again."
-        report.expect(kept, f"{returned.call}.{name}", rule, got, hint)
-
-
-def _check_ends(values: dict[str, Tensor], books: _Books, report: Report) -> None:
-    """Flags, and the return and length of episodes that ended."""
-
-    def expect(bad: Tensor, field: str, rule: str) -> None:
-        report.expect(not bool(bad.any()), f"step().{field}", rule, where(bad, values[field]))
-
-    terminated, truncated = values["terminated"], values["truncated"]
-    expect(terminated & truncated, "truncated", "be False where terminated")
-    ended = terminated | truncated
-    reward = values["reward"].double()
-    total, scale = books.total + reward, books.scale + reward.abs()
-    length = books.length + 1
-    got = values["episode_return"].double()
-    expect(~ended & ~got.isnan(), "episode_return", "be NaN where no episode ended")
-    close = ((got - total).abs() <= TOLERANCE * (1 + scale)) | (got.isnan() & total.isnan())
-    expect(ended & ~close, "episode_return", "be the sum of the episode's rewards")
-    steps = values["episode_length"]
-    expect(~ended & (steps != 0), "episode_length", "be 0 where no episode ended")
-    expect(ended & (steps != length), "episode_length", "count the episode's steps")
-    books.total = total.masked_fill(ended, 0.0)
-    books.scale = scale.masked_fill(ended, 0.0)
-    books.length = length.masked_fill(ended, 0)
-
-
-def _check_reached(
-    values: dict[str, Tensor], groups: list[str], report: Report, seen: _Seen
-) -> None:
-    ended = values["terminated"] | values["truncated"]
-    seen.ends += int(ended.sum())
-    for group in groups:
-        obs, reached = values[f"obs{group}"], values[f"reached_obs{group}"]
-        same = (obs == reached) | (obs.isnan() & reached.isnan())
-        differs = ~same.flatten(1).all(dim=1)
-        bad = differs & ~ended
-        got = Words(f"another in environment {int(bad.int().argmax())}")
-        rule = f"equal obs{group} where no episode ended"
-        report.expect(not bool(bad.any()), f"step().reached_obs{group}", rule, got)
-        seen.reached_differs |= bool((differs & ended).any())
 
 
 def _check_state(run: _Run, mask: Tensor | None) -> None:

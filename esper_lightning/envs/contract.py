@@ -4,7 +4,8 @@ Axes: ``B`` environment, ``K`` choice. ``check`` adds what only several steps ca
 """
 
 import zlib
-from collections.abc import Mapping
+from collections.abc import Generator, Mapping
+from contextlib import contextmanager, suppress
 from typing import Any, NamedTuple, cast
 
 import torch
@@ -18,16 +19,16 @@ from esper_lightning.core.spaces import (
     EnvSpaces,
     FactoredDiscrete,
     MultiDiscrete,
+    mask_parts,
     mask_size,
 )
-from esper_lightning.core.validate import require
+from esper_lightning.core.validate import Words, require
 
 __all__ = [
     "Contract",
     "Report",
     "Returned",
     "UncheckableError",
-    "Words",
     "fingerprint",
     "flatten",
     "sample_action",
@@ -37,13 +38,6 @@ __all__ = [
 
 class UncheckableError(Exception):
     """What was found makes every further check meaningless."""
-
-
-class Words(str):
-    """Text that an error shows without quotes."""
-
-    __slots__ = ()
-    __repr__ = str.__str__
 
 
 class Report:
@@ -66,6 +60,13 @@ class Report:
         if not self.expect(ok, field, rule, got, hint):
             raise UncheckableError
 
+    @contextmanager
+    def told(self) -> Generator[None, None, None]:
+        """Raise what was found within: see ``raise_if_any``."""
+        with suppress(UncheckableError):
+            yield
+        self.raise_if_any()
+
     def raise_if_any(self) -> None:
         """Raise a ``ValueError`` with one line for each problem."""
         if self._lines:
@@ -82,7 +83,7 @@ class Returned(NamedTuple):
 
 class _Leaf(NamedTuple):
     shape: list[int]
-    kind: str
+    kinds: tuple[str, ...]
     box: Box | None = None  # within which the values lie
     finite: bool = False
 
@@ -94,8 +95,16 @@ class Contract(NamedTuple):
     num_envs: int
     device: torch.device
 
-    def inspect(self, call: str, fields: Mapping[str, object], report: Report) -> Returned:
+    def inspect(
+        self, call: str, fields: Mapping[str, object], report: Report, *, finite: bool = True
+    ) -> Returned:
         """Check what ``call`` returned, named by field.
+
+        Args:
+            call: Method of the environment, for the report.
+            fields: What it returned.
+            report: Gets the problems.
+            finite: Whether numbers that are not finite are problems.
 
         Raises:
             UncheckableError: If something is missing, or of another shape, kind or device.
@@ -113,7 +122,7 @@ class Contract(NamedTuple):
         live = cast(dict[str, Tensor], found)
         values = {name: tensor.detach().to("cpu", copy=True) for name, tensor in live.items()}
         for name, leaf in expected.items():
-            _check_values(values[name], leaf, f"{call}.{name}", report)
+            _check_values(values[name], leaf, f"{call}.{name}", report, finite=finite)
         if self.spaces.masked:
             _check_mask(values["action_mask"], self.spaces.action, f"{call}.action_mask", report)
         return Returned(call, live, values)
@@ -130,16 +139,17 @@ class Contract(NamedTuple):
         for field in fields:
             if field in ("obs", "reached_obs"):
                 for group, box in self.groups().items():
-                    leaf = _Leaf([*batch, *box.shape], "a floating", box, finite=True)
+                    kinds = ("a floating", "an integer", "a bool")
+                    leaf = _Leaf([*batch, *box.shape], kinds, box, finite=True)
                     leaves[field + group] = leaf
             elif field in ("terminated", "truncated"):
-                leaves[field] = _Leaf(batch, "a bool")
+                leaves[field] = _Leaf(batch, ("a bool",))
             elif field == "episode_length":
-                leaves[field] = _Leaf(batch, "an integer")
+                leaves[field] = _Leaf(batch, ("an integer",))
             elif field != "action_mask":
-                leaves[field] = _Leaf(batch, "a floating", finite=field == "reward")
+                leaves[field] = _Leaf(batch, ("a floating",), finite=field == "reward")
             elif self.spaces.masked:
-                leaves[field] = _Leaf([*batch, mask_size(self.spaces.action)], "a bool")
+                leaves[field] = _Leaf([*batch, mask_size(self.spaces.action)], ("a bool",))
         return leaves
 
 
@@ -209,7 +219,7 @@ def _sample_factored(
 
 def _check_form(got: object, leaf: _Leaf, device: torch.device, field: str, report: Report) -> bool:
     if not isinstance(got, Tensor):
-        rule = f"be {leaf.kind} tensor of shape {leaf.shape}"
+        rule = f"be {leaf.kinds[0]} tensor of shape {leaf.shape}"
         return report.expect(False, field, rule, _describe(got))
     dtype = got.dtype
     if dtype.is_floating_point:
@@ -221,22 +231,27 @@ def _check_form(got: object, leaf: _Leaf, device: torch.device, field: str, repo
     shape_ok = report.expect(
         list(got.shape) == leaf.shape, field, f"have shape {leaf.shape}", list(got.shape)
     )
-    kind_ok = report.expect(kind == leaf.kind, field, f"have {leaf.kind} dtype", dtype)
+    kind_ok = report.expect(
+        kind in leaf.kinds, field, f"have {' or '.join(leaf.kinds)} dtype", dtype
+    )
     device_ok = report.expect(got.device == device, field, f"be on {device}", Words(got.device))
     hint = "Step under torch.no_grad()."
     report.expect(not got.requires_grad, field, "not require grad", True, hint)
     return shape_ok and kind_ok and device_ok
 
 
-def _check_values(value: Tensor, leaf: _Leaf, field: str, report: Report) -> None:
+def _check_values(value: Tensor, leaf: _Leaf, field: str, report: Report, *, finite: bool) -> None:
     flat = value.reshape(value.shape[0], -1)
-    if leaf.finite:
+    if leaf.finite and finite:
         _expect_everywhere(flat.isfinite(), flat, field, "be finite", report)
     if leaf.box is not None:
         # Bounds are rounded as the observation itself was.
-        low = torch.tensor(leaf.box.lows, dtype=value.dtype)
-        high = torch.tensor(leaf.box.highs, dtype=value.dtype)
+        flat = flat if value.is_floating_point() else flat.double()
+        low = torch.tensor(leaf.box.lows, dtype=flat.dtype)
+        high = torch.tensor(leaf.box.highs, dtype=flat.dtype)
         outside = (flat < low) | (flat > high)
+        if not finite:
+            outside &= flat.isfinite()
         _expect_everywhere(~outside, flat, field, "lie within its Box", report)
 
 
@@ -250,11 +265,7 @@ def _expect_everywhere(ok: Tensor, value: Tensor, field: str, rule: str, report:
 
 
 def _check_mask(mask: Tensor, space: ActionSpace, field: str, report: Report) -> None:
-    if isinstance(space, FactoredDiscrete):
-        parts = list(space.mask_parts)
-    else:
-        parts = list(space.nvec) if isinstance(space, MultiDiscrete) else [mask_size(space)]
-    for component, part in enumerate(_split(mask, parts)):
+    for component, part in enumerate(_split(mask, list(mask_parts(space)))):
         stuck = ~part.any(dim=1)
         place = f"none in environment {int(stuck.int().argmax())}, component {component}"
         rule = "allow a choice for every component"
@@ -269,5 +280,6 @@ def _describe(value: object) -> Words:
     if isinstance(value, Tensor):
         return Words(f"{value.dtype} of shape {list(value.shape)}")
     if isinstance(value, dict):
-        return Words(f"groups {sorted(cast(dict[str, object], value))}")
-    return Words(repr(value))
+        return Words(f"groups {sorted(map(str, cast(dict[object, object], value)))}")
+    text = repr(value)
+    return Words(text if len(text) <= 100 and "\n" not in text else f"a {type(value).__name__}")

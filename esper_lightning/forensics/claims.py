@@ -4,6 +4,7 @@ An owner holds a lock on ``owner.lock`` in the directory, which the kernel drops
 gone, however it ended; the file names the process. A directory whose owner is dead is free.
 """
 
+import atexit
 import contextlib
 import errno
 import fcntl
@@ -16,9 +17,18 @@ from typing import Any, cast
 
 from esper_lightning.forensics.layout import RunLayout
 from esper_lightning.forensics.processes import identify, is_alive, same_process
+from esper_lightning.forensics.reading import parse_json, read_file
 from esper_lightning.forensics.report import read_report
 
-__all__ = ["Claim", "DirectoryInUseError", "claim", "claim_next"]
+__all__ = [
+    "Claim",
+    "DirectoryInUseError",
+    "claim",
+    "claim_next",
+    "read_owner",
+    "reserve",
+    "return_reserved",
+]
 
 _VERSION = "version_"
 _HANDOVER_S = 1.0  # in which a process that has just taken the lock writes who it is
@@ -44,6 +54,11 @@ class Claim:
         self._lock, self._made, self._had_owner = lock, made, had_owner
         self._pid = os.getpid()
         _claims.add(self)
+
+    def note(self, **fields: str) -> None:
+        """Add to what ``owner.lock`` says, for others to read."""
+        if self.holds:
+            _write(self._lock, {**_read(self._lock), **fields})
 
     @property
     def holds(self) -> bool:
@@ -76,6 +91,7 @@ class Claim:
 
 
 _claims: "weakref.WeakSet[Claim]" = weakref.WeakSet()
+_reserved: dict[Path, Claim] = {}
 
 
 def _leave_in_child() -> None:
@@ -94,9 +110,50 @@ def claim(directory: Path) -> Claim:
         OSError: If the directory, or a file in it, cannot be made.
     """
     directory = directory.absolute()
+    reserved = _reserved.pop(directory, None)
+    if reserved is not None and reserved.holds:
+        return reserved
     made = not directory.exists()
     directory.mkdir(parents=True, exist_ok=True)
     return _claim(directory, made=made)
+
+
+def reserve(directory: Path) -> None:
+    """Take a run directory for a later ``claim`` of this process, if that is possible.
+
+    Whatever ends the process until then, ``owner.lock`` says that it had begun. A directory that
+    holds something else than a run is left alone, and one that is not claimed in the end is as it
+    was.
+    """
+    directory = directory.absolute()
+    with contextlib.suppress(OSError, ValueError):
+        of_a_run = RunLayout(directory).owner.exists() or _holds_a_run(directory)
+        if not of_a_run and directory.exists() and any(directory.iterdir()):
+            return
+        _reserved[directory] = claim(directory)
+
+
+def return_reserved() -> None:
+    """Let go what was reserved and not claimed."""
+    while _reserved:
+        _reserved.popitem()[1].release(used=False)
+
+
+atexit.register(return_reserved)
+
+
+def read_owner(directory: Path) -> dict[str, Any]:
+    """What ``owner.lock`` says of the process that owns or owned a directory.
+
+    Returns:
+        The fields of ``processes.identify``, ``claimed_s`` and ``address`` (of a remote copy), as
+        far as they are known; empty where nobody owns the directory, or its owner has let it go.
+    """
+    try:
+        found = parse_json(read_file(RunLayout(directory).owner, most_bytes=_MOST_BYTES))
+    except (FileNotFoundError, ValueError):
+        return {}
+    return cast(dict[str, Any], found) if isinstance(found, dict) else {}
 
 
 def claim_next(parent: Path) -> Claim:

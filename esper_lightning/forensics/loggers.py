@@ -159,7 +159,7 @@ class _Guard:
         return experiment
 
     def _refuse_full_disk(self) -> None:
-        """Raise where an experiment has no room to begin: attempts would leave empty files."""
+        """Raise where an experiment has no room: attempts would leave empty files."""
         if vars(self._logger).get("_experiment", self) is not None:  # there already, or not a file
             return
         place = Path(str(self._logger.log_dir)).absolute()

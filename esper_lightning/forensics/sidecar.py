@@ -20,6 +20,7 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
+from esper_lightning.forensics.claims import read_owner
 from esper_lightning.forensics.layout import RankLayout
 from esper_lightning.forensics.memory import Memory, oom_kills
 from esper_lightning.forensics.phases import Phases, read_phases
@@ -37,6 +38,7 @@ __all__ = ["Sidecar", "complete_report", "locked", "start", "watch"]
 
 _NOT_OF_A_REPORT = ("schema", "state", "saved", "changed_s")
 _LOCK_S = 5.0
+_COPY_S = 90.0
 _MOST_MEGABYTES = 4096  # of a history, in which lines are counted
 
 
@@ -319,3 +321,21 @@ def watch(directory: str, told: str) -> None:
         return
     with contextlib.suppress(OSError), locked(files.directory):
         complete_report(files, before=before, after=oom_kills(os.getpid()), watched=process)
+    _copy(files, process.get("rank"))
+
+
+def _copy(files: RankLayout, rank: object) -> None:
+    """Copy the run directory of a process that vanished to its remote address, if it has one.
+
+    That takes a library, which is not to be loaded while the process lives.
+    """
+    directory = files.directory.parent
+    address = read_owner(directory).get("address")
+    if isinstance(address, str):
+        program = (
+            f"import sys; sys.path.insert(0, {str(Path(__file__).parents[2])!r}); "
+            "from esper_lightning.callbacks.mirror import main; main(*sys.argv[1:])"
+        )
+        command = [sys.executable, "-c", program, str(directory), address, str(rank or 0)]
+        with contextlib.suppress(OSError, subprocess.TimeoutExpired):
+            subprocess.run(command, check=False, timeout=_COPY_S, stderr=subprocess.DEVNULL)

@@ -4,7 +4,7 @@ Axes: ``M`` sample, ``*O`` observation, ``H`` feature, ``A`` action component.
 """
 
 from dataclasses import dataclass
-from typing import Literal, get_args
+from typing import Literal
 
 import torch
 from torch import Tensor, nn
@@ -12,12 +12,14 @@ from torch import Tensor, nn
 from esper_lightning.core.shapes import Bool, Float, Shaped
 from esper_lightning.core.spaces import Box, EnvSpaces, ObsSpace
 from esper_lightning.core.types import Observation
-from esper_lightning.core.validate import require
+from esper_lightning.core.validate import check_fields, require
 from esper_lightning.policies.base import Evaluation, Policy, PolicySpec, SampledAction
 from esper_lightning.policies.heads import action_head
 from esper_lightning.policies.layers import Activation, mlp, orthogonal_linear
 
-__all__ = ["MLP", "FeedForwardPolicy", "flat_obs", "obs_size"]
+__all__ = ["MLP", "FeedForwardPolicy", "check_layers", "check_widest", "flat_obs", "obs_size"]
+
+_WIDEST = 65_536
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -46,11 +48,8 @@ class MLP(PolicySpec):
     initial_std: float = 1.0
 
     def __post_init__(self) -> None:
-        check_layers(
-            "MLP", self.hidden_sizes, self.activation, self.action_bounds, self.initial_std
-        )
-        ok = self.trunk in ("separate", "shared")
-        require(ok, "MLP.trunk", "be one of separate, shared", self.trunk)
+        check_fields(self)
+        check_layers("MLP", self.hidden_sizes, self.initial_std)
         for name in ("actor_obs", "critic_obs"):
             groups = getattr(self, name)
             require(
@@ -147,22 +146,26 @@ class FeedForwardPolicy(Policy):
         return self.action_head.to_env(action)
 
 
-def check_layers(
-    owner: str, hidden_sizes: tuple[int, ...], activation: str, action_bounds: str, std: float
-) -> None:
-    """Check what every spec says of hidden layers and Gaussians.
+def check_layers(owner: str, hidden_sizes: tuple[int, ...], std: float) -> None:
+    """Check the ranges of what every spec says of hidden layers and Gaussians.
 
     Raises:
         ValueError: In the name of ``owner``.
     """
-    ok = len(hidden_sizes) > 0 and all(size >= 1 for size in hidden_sizes)
+    ok = len(hidden_sizes) > 0 and min(hidden_sizes) >= 1
     require(ok, f"{owner}.hidden_sizes", "be one or more widths of at least 1", hidden_sizes)
-    for name, value, choices in (
-        ("activation", activation, get_args(Activation)),
-        ("action_bounds", action_bounds, ("clip", "tanh")),
-    ):
-        require(value in choices, f"{owner}.{name}", f"be one of {', '.join(choices)}", value)
+    check_widest(f"{owner}.hidden_sizes", *hidden_sizes)
     require(0.0 < std < 100.0, f"{owner}.initial_std", "lie in (0, 100)", std)
+
+
+def check_widest(field: str, *widths: int) -> None:
+    """Refuse a layer that no machine initialises in a human time.
+
+    Raises:
+        ValueError: In the name of ``field``.
+    """
+    widest = max(widths, default=0)
+    require(widest <= _WIDEST, field, f"be at most {_WIDEST}", widest)
 
 
 def obs_size(space: ObsSpace, groups: tuple[str, ...] | None) -> int:

@@ -4,7 +4,7 @@ Axes: ``T`` step, ``M`` sample, ``*O`` observation, ``H`` feature, ``S`` number 
 """
 
 from dataclasses import dataclass
-from typing import Literal, get_args
+from typing import Literal
 
 import torch
 from torch import Tensor, nn
@@ -13,12 +13,13 @@ from esper_lightning.core.recurrence import Cell, unroll
 from esper_lightning.core.shapes import Bool, Float, Shaped
 from esper_lightning.core.spaces import Box, EnvSpaces
 from esper_lightning.core.types import Observation
-from esper_lightning.core.validate import require
+from esper_lightning.core.validate import check_fields, require
 from esper_lightning.policies.base import Evaluation, Policy, PolicySpec, SampledAction
 from esper_lightning.policies.feedforward import (
     MLP,
     FeedForwardPolicy,
     check_layers,
+    check_widest,
     flat_obs,
     obs_size,
 )
@@ -60,16 +61,14 @@ class Recurrent(PolicySpec):
     initial_std: float = 1.0
 
     def __post_init__(self) -> None:
-        cells = get_args(Cell)
-        require(self.cell in cells, "Recurrent.cell", f"be one of {', '.join(cells)}", self.cell)
-        size = self.memory_size
+        check_fields(self)
+        size, encoder_sizes = self.memory_size, self.encoder_sizes
         require(size >= 1, "Recurrent.memory_size", "be at least 1", size)
-        ok = all(size >= 1 for size in self.encoder_sizes)
-        rule = "be widths of at least 1"
-        require(ok, "Recurrent.encoder_sizes", rule, self.encoder_sizes)
-        check_layers(
-            "Recurrent", self.hidden_sizes, self.activation, self.action_bounds, self.initial_std
-        )
+        check_widest("Recurrent.memory_size", size)
+        ok = min(encoder_sizes, default=1) >= 1
+        require(ok, "Recurrent.encoder_sizes", "be widths of at least 1", encoder_sizes)
+        check_widest("Recurrent.encoder_sizes", *encoder_sizes)
+        check_layers("Recurrent", self.hidden_sizes, self.initial_std)
 
     def build(self, spaces: EnvSpaces, generator: torch.Generator) -> Policy:
         """Allocate and initialise on the CPU, drawing from ``generator`` only.

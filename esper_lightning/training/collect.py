@@ -12,13 +12,17 @@ from torch import Tensor
 
 from esper_lightning.core.buffer import write_step
 from esper_lightning.core.compiling import CompileMode, compile_loop
+from esper_lightning.core.distributions import allows_choice
 from esper_lightning.core.gae import discounted_returns
 from esper_lightning.core.ranks import ALONE, Ranks
 from esper_lightning.core.running_stats import Moments
 from esper_lightning.core.shapes import Bool, Float
+from esper_lightning.core.spaces import ActionSpace
 from esper_lightning.core.tensor_trees import map_tree
 from esper_lightning.core.types import Observation, Rollout, StepResult, map_obs
+from esper_lightning.core.validate import Words, require
 from esper_lightning.envs.base import BatchedEnv, FunctionalEnv, is_functional
+from esper_lightning.envs.inspector import FirstSteps
 from esper_lightning.policies.base import SampledAction, forget
 from esper_lightning.training.agent import Agent, Weights
 from esper_lightning.training.config import PPOConfig
@@ -30,7 +34,9 @@ __all__ = [
     "Normalize",
     "as_row",
     "first_non_finite",
-    "is_finite",
+    "is_healthy",
+    "refuse_stuck",
+    "refuse_stuck_cause",
     "scale_reward",
 ]
 
@@ -72,18 +78,25 @@ class Collector:
     Args:
         env: ``B`` environments.
         agent: Acts in them.
+        first_steps: The same environments, while their steps are inspected.
         mode: How rollouts run.
         device: Of environments and agent.
     """
 
     def __init__(
-        self, env: BatchedEnv, agent: Agent, *, mode: CompileMode, device: torch.device
+        self,
+        env: BatchedEnv,
+        agent: Agent,
+        first_steps: FirstSteps,
+        *,
+        mode: CompileMode,
+        device: torch.device,
     ) -> None:
-        self._env, self._agent = env, agent
+        self._env, self._agent, self._first_steps = env, agent, first_steps
         self._functional = cast(FunctionalEnv, env) if is_functional(env) else None
         if self._functional is None and mode != "off":
             reason = "its step is no pure function (FunctionalEnv)"
-            _log.warning("Rollouts of %s are not compiled: %s.", type(env).__name__, reason)
+            _log.warning("Rollouts of %s are not compiled: %s.", first_steps.owner, reason)
         self._loop = compile_loop("rollout", self._step, mode=mode, device=device)
 
     @torch.no_grad()
@@ -112,6 +125,8 @@ class Collector:
         env = self._functional
         running = _Running(env.episodes(), state.obs, state.action_mask, state.memory)
         xs = (noise, env.draw(steps))
+        if self._first_steps.left > 0:
+            self._rehearse(running, xs, weights)
         running, rollout = self._loop(running, xs, None, weights, rollout)
         env.keep(running.episodes)
         _, obs, action_mask, memory = running
@@ -130,14 +145,30 @@ class Collector:
         memory = forget(acted.memory, result.terminated | result.truncated)
         return _Running(episodes, result.obs, result.action_mask, memory), row
 
+    def _rehearse(self, running: _Running, xs: tuple[Tensor, Any], weights: Weights) -> None:
+        """Inspect the steps that a rollout begins with, before a loop takes them."""
+        for t in range(min(self._first_steps.left, len(xs[0]))):
+            noise, drawn = map_tree(lambda rows, t=t: rows[t], xs)
+            episodes, obs, action_mask, memory = running
+            acted = self._agent.act(weights, obs, action_mask, noise, memory)
+            episodes, result = self._first_steps.rehearse(episodes, acted.action, drawn)
+            memory = forget(acted.memory, result.terminated | result.truncated)
+            running = _Running(episodes, result.obs, result.action_mask, memory)
+
     def _call_env(
         self, state: ActingState, rollout: Rollout, weights: Weights, noise: Tensor
     ) -> ActingState:
         """Any other environment."""
+        first_steps = self._first_steps
+        env = first_steps if first_steps.left > 0 else self._env
         obs, action_mask, memory = state.obs, state.action_mask, state.memory
         for t in range(rollout.reward.shape[0]):
             acted = self._agent.act(weights, obs, action_mask, noise[t], memory)
-            result = self._env.step(acted.action)
+            try:
+                result = env.step(acted.action)
+            except Exception as error:
+                refuse_stuck_cause(error, action_mask, first_steps)
+                raise
             write_step(rollout, t, as_row(obs, action_mask, acted.sampled, result))
             obs, action_mask = result.obs, result.action_mask
             if acted.memory is not None:
@@ -199,9 +230,55 @@ def scale_reward(
     return moments.scale(rollout.reward, clip=config.reward_clip), carried, moments
 
 
-def is_finite(rollout: Rollout) -> Bool[Tensor, ""]:
-    """Whether every number of the rollout is finite; stays on the device."""
-    return torch.stack([value.isfinite().all() for _, value in _watched(rollout)]).all()
+def is_healthy(rollout: Rollout, space: ActionSpace) -> Bool[Tensor, ""]:
+    """Whether every number is finite and every mask allows something; stays on the device."""
+    sound = [value.isfinite().all() for _, value in _watched(rollout)]
+    if rollout.action_mask is not None:
+        sound.append(allows_choice(space, rollout.action_mask.flatten(0, 1)).all())
+    return torch.stack(sound).all()
+
+
+def refuse_stuck_cause(error: Exception, mask: Bool[Tensor, "B K"] | None, env: FirstSteps) -> None:
+    """Refuse a mask that allows nothing where a step failed after it.
+
+    Raises:
+        ValueError: From ``error``, which is then what became of an action that no mask allowed.
+    """
+    if mask is None:
+        return
+    try:
+        stuck = not bool(allows_choice(env.spaces.action, mask).all())
+    except RuntimeError:  # the device may have failed, too
+        return
+    if stuck:
+        try:
+            refuse_stuck(mask, env.spaces.action, env=env.owner)
+        except ValueError as cause:
+            raise cause from error
+
+
+def refuse_stuck(
+    mask: Bool[Tensor, "... K"], space: ActionSpace, *, env: str, where: str = ""
+) -> None:
+    """Refuse masks of which a part allows nothing; synchronises.
+
+    Args:
+        mask: Of environments ``[B, K]``, or of the steps of a rollout ``[T, B, K]``.
+        space: Of their actions.
+        env: Name of the environment.
+        where: What is to be said after the place.
+
+    Raises:
+        ValueError: Naming environment and component, and of a rollout the first step.
+    """
+    allowed = allows_choice(space, mask.flatten(0, -2))  # [..., K] -> [N, A]
+    stuck = (~allowed).reshape(*mask.shape[:-1], -1)
+    places = cast(list[list[int]], stuck.nonzero()[:1].tolist())
+    for *step, environment, component in places:
+        got = f"none in environment {environment}, component {component}"
+        got += "".join(f" at rollout step {t}" for t in step)
+        field = f"{env}.step().action_mask"
+        require(False, field, "allow a choice for every component", Words(got), where)
 
 
 class Fault(NamedTuple):

@@ -4,11 +4,11 @@ import math
 from dataclasses import dataclass
 from typing import Literal
 
-from esper_lightning.core.validate import require
+from esper_lightning.core.validate import check_fields, require
 
 __all__ = ["PPOConfig"]
 
-_SCHEDULES = ("constant", "linear", "adaptive")
+_LARGEST_FACTOR = 1000  # that is looked for in the number of samples, to name its divisors
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -66,10 +66,10 @@ class PPOConfig:
     reward_clip: float = 10.0
 
     def __post_init__(self) -> None:
+        check_fields(self)
         for name in ("rollout_steps", "epochs", "minibatches"):
             value = getattr(self, name)
-            ok = isinstance(value, int) and value >= 1
-            require(ok, f"PPOConfig.{name}", "be an integer of at least 1", value)
+            require(value >= 1, f"PPOConfig.{name}", "be at least 1", value)
         for name in ("discount", "gae_lambda"):
             value = getattr(self, name)
             require(0.0 <= value <= 1.0, f"PPOConfig.{name}", "lie in [0, 1]", value)
@@ -91,9 +91,6 @@ class PPOConfig:
             ok = value is None or 0.0 < value < math.inf
             hint = "None switches it off."
             require(ok, f"PPOConfig.{name}", "be finite and positive", value, hint)
-        ok = self.learning_rate_schedule in _SCHEDULES
-        rule = f"be one of {', '.join(_SCHEDULES)}"
-        require(ok, "PPOConfig.learning_rate_schedule", rule, self.learning_rate_schedule)
 
     def check_against(self, *, num_envs: int, whole_sequences: bool = False) -> None:
         """Check what depends on the environments, and on whether the policy has memory.
@@ -106,8 +103,20 @@ class PPOConfig:
         if whole_sequences:
             total = num_envs
             rule = f"divide num_envs = {num_envs} for a policy with memory"
-        near = [n for n in range(1, total + 1) if total % n == 0 and n <= 4 * self.minibatches]
-        hint = f"Near values that do: {', '.join(map(str, near[-3:]))}."
-        require(
-            total % self.minibatches == 0, "PPOConfig.minibatches", rule, self.minibatches, hint
-        )
+        if total % self.minibatches:
+            near = _divisors(total, most=4 * self.minibatches)[-3:]
+            hint = f"Near values that do: {', '.join(map(str, near))}."
+            require(False, "PPOConfig.minibatches", rule, self.minibatches, hint)
+
+
+def _divisors(number: int, *, most: int) -> list[int]:
+    """Divisors of ``number`` up to ``most``, in order, in a moment.
+
+    Divisors with two prime factors above 1,000 may be missing.
+    """
+    found, rest = {1}, number
+    for factor in range(2, _LARGEST_FACTOR + 1):
+        while rest % factor == 0:
+            rest //= factor
+            found |= {n * factor for n in found if n * factor <= most}
+    return sorted(found | {n * rest for n in found if n * rest <= most})

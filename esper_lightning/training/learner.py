@@ -21,9 +21,10 @@ from esper_lightning.core.tensor_trees import leaves, map_tree
 from esper_lightning.core.types import Rollout, Samples
 from esper_lightning.core.validate import require
 from esper_lightning.envs.base import BatchedEnv, EnvSpec, ReportingEnv
+from esper_lightning.envs.inspector import FirstSteps
 from esper_lightning.training.advantages import Critic, prepare_samples
 from esper_lightning.training.agent import Agent, Values
-from esper_lightning.training.collect import ActingState, Collector, is_finite, scale_reward
+from esper_lightning.training.collect import ActingState, Collector, is_healthy, scale_reward
 from esper_lightning.training.config import PPOConfig
 from esper_lightning.training.metrics import rollout_figures
 from esper_lightning.training.update import UpdateMetrics, Updater
@@ -37,7 +38,7 @@ class Prepared(NamedTuple):
     samples: Samples
     discounted_return: Float[Tensor, " B"]
     moments: Moments | None  # of discounted returns
-    healthy: Bool[Tensor, ""]  # every number of the rollout is finite, on every rank
+    healthy: Bool[Tensor, ""]  # every number is finite, every mask allows something, on every rank
     episodes: Float[Tensor, "3"]  # sum of returns, of lengths, number of those that ended; likewise
     explained_variance: Float[Tensor, ""]
 
@@ -76,10 +77,10 @@ class Learner:
         self._env, self.agent, self._config = env, agent, config
         self._return_stats, self._device, self._ranks = return_stats, device, ranks
         self._exploration, self._sample_order = exploration, sample_order
-        self._storage = allocate_rollout(
-            spec.spaces(), config.rollout_steps, spec.num_envs, device=device
-        )
-        self._collector = Collector(env, agent, mode=mode, device=device)
+        spaces = spec.spaces()
+        self._first_steps = FirstSteps(spec, spaces, env, device)
+        self._storage = allocate_rollout(spaces, config.rollout_steps, spec.num_envs, device=device)
+        self._collector = Collector(env, agent, self._first_steps, mode=mode, device=device)
         self._critic = Critic(agent, mode=mode, device=device)
         alone = ranks.size == 1  # else it communicates half-way
         self._prepare = compile_function(
@@ -89,7 +90,7 @@ class Learner:
         self._acting: ActingState | None = None
         self._parameters: FlatParameters | None = None
         self._learning_rate = torch.zeros((), device=device)
-        self._action_space = spec.spaces().action
+        self._action_space = spaces.action
         self._first_memory: Tensor | None = None  # at the beginning of the latest rollout
         self.order: Sequence[Tensor] = ()
 
@@ -112,7 +113,7 @@ class Learner:
             for generator, saved in zip(generators, state["generators"], strict=True):
                 generator.set_state(saved.cpu())
         if state is None or state["env"] is None:
-            obs, mask = self._env.reset()
+            obs, mask = self._first_steps.reset()
             zeros = torch.zeros(self._storage.reward.shape[1], device=self._device)
             self._acting = ActingState(obs, mask, zeros, self.agent.blank_memory(obs))
             self._first_memory = self._acting.memory
@@ -201,7 +202,8 @@ class Learner:
         moments: Moments | None,
     ) -> Prepared:
         config, ranks = self._config, self._ranks
-        everywhere = ranks.gather((is_finite(rollout), rollout_figures(rollout)))
+        mine = (is_healthy(rollout, self._action_space), rollout_figures(rollout))
+        everywhere = ranks.gather(mine)
         healthy, episodes = (torch.stack(each) for each in zip(*everywhere, strict=True))
         reward, discounted_return, moments = scale_reward(
             rollout, discounted_return, moments, config, healthy=healthy.all(), ranks=ranks

@@ -12,7 +12,7 @@ import math
 import time
 from collections.abc import Iterable
 from pathlib import Path
-from typing import Any, Self, cast, get_args
+from typing import Any, Self, cast
 
 import torch
 from lightning.pytorch import LightningModule
@@ -26,13 +26,16 @@ from esper_lightning.core.ranks import ALONE, Ranks
 from esper_lightning.core.running_stats import ObsNormalizer, RunningStats
 from esper_lightning.core.seeding import (
     global_random_states,
+    require_torch_defaults,
     set_global_random_states,
     stream,
     stream_seed,
 )
 from esper_lightning.core.types import Observation, Rollout
-from esper_lightning.core.validate import require
+from esper_lightning.core.validate import check_arguments, require
 from esper_lightning.envs.base import EnvSpec
+from esper_lightning.envs.contract import Report
+from esper_lightning.envs.inspector import FIRST_STEPS, FirstSteps, check_told
 from esper_lightning.forensics.loggers import guard_loggers
 from esper_lightning.policies import MLP
 from esper_lightning.policies.base import PolicySpec
@@ -63,7 +66,7 @@ from esper_lightning.training.metrics import (
     to_host,
 )
 from esper_lightning.training.reporting import publish, refuse_gradient, refuse_rollout
-from esper_lightning.training.specs import describe, for_evaluation, plain
+from esper_lightning.training.specs import describe, for_evaluation, plain, require_specs
 from esper_lightning.training.update import (
     UpdateMetrics,
     adapt_learning_rate,
@@ -81,9 +84,10 @@ class PPO(LightningModule):
 
     Train it with ``Trainer.fit(model)``; no data module is needed. ``global_step`` counts
     iterations, an epoch is ``iterations_per_epoch`` of them: what Lightning does per epoch -
-    evaluate, save, check for an early stop - happens that often. Loggers get ``env_steps`` as their
-    x axis. Callbacks can monitor every figure of a history row; those of episodes are NaN until one
-    has ended, which ``EarlyStopping`` takes for a reason to stop unless ``check_finite=False``.
+    evaluate, save, check for an early stop - happens that often. Whatever is logged in a run has
+    ``env_steps`` as its x axis, except what is written past ``Logger.log_metrics``. Callbacks can
+    monitor every figure of a history row; those of episodes are NaN until one has ended, which
+    ``EarlyStopping`` takes for a reason to stop unless ``check_finite=False``.
 
     Attributes:
         iteration: Iterations finished.
@@ -94,6 +98,7 @@ class PPO(LightningModule):
         settings: The arguments as plain data, in the form of a config's ``model``.
     """
 
+    @check_arguments
     def __init__(
         self,
         env: EnvSpec,
@@ -132,19 +137,17 @@ class PPO(LightningModule):
             ValueError: If a setting is out of range or does not fit the environment.
         """
         super().__init__()
-        hint = "CartPole(num_envs=64), for example."
-        require(isinstance(env, EnvSpec), "PPO.env", "be an environment spec", env, hint)
-        ok = isinstance(policy, PolicySpec) and not isinstance(policy, EnvSpec)
-        require(ok, "PPO.policy", "be a policy spec", policy, "MLP(), for example.")
-        require(isinstance(ppo, PPOConfig), "PPO.ppo", "be a PPOConfig", ppo)
+        require_torch_defaults("PPO")
+        require_specs("PPO", env, policy)
+        spaces, report = env.spaces(), Report(type(env).__name__)
+        with report.told():
+            check_told(env.num_envs, spaces, report)
         at_least_1 = {"iterations_per_epoch": iterations_per_epoch, "eval_episodes": eval_episodes}
         for name, value in at_least_1.items():
             require(value is None or value >= 1, f"PPO.{name}", "be at least 1", value)
         enough = total_env_steps is None or total_env_steps >= env.num_envs
         rule = f"be at least env.num_envs = {env.num_envs}"
         require(enough, "PPO.total_env_steps", rule, total_env_steps)
-        modes = get_args(CompileMode)
-        require(compile in modes, "PPO.compile", f"be one of {', '.join(modes)}", compile)
 
         self.automatic_optimization = False
         settings: dict[str, Any] = {
@@ -168,7 +171,6 @@ class PPO(LightningModule):
         self.warm_start = warm_start
         self.saves_alone = False
 
-        spaces = env.spaces()
         weights = stream(seed, rank=0, purpose="weights", device=torch.device("cpu"))
         self.policy = policy.build(spaces, weights)
         ppo.check_against(num_envs=env.num_envs, whole_sequences=self.policy.memory_size > 0)
@@ -179,6 +181,7 @@ class PPO(LightningModule):
         self.eval_return = CatMetric(nan_strategy="error")
         self.eval_length = CatMetric(nan_strategy="error")
         self._eval_env = for_evaluation(env, eval_episodes)
+        self._spaces, self._evaluated = spaces, False
         self._within_iteration = self._resuming = self._new_episodes = False
         self._resumed: dict[str, Any] | None = None
         self._loaded_digest = 0  # of the checkpoint, where several ranks resume
@@ -247,7 +250,10 @@ class PPO(LightningModule):
         ):
             seed = stream_seed(self.seed, rank=self.global_rank, purpose="evaluation")
             env = self._eval_env.build(self.device, seed)
-            episodes = evaluate_policy(self.policy, self._normalize, env)
+            steps = 0 if self._evaluated else FIRST_STEPS
+            first = FirstSteps(self._eval_env, self._spaces, env, self.device, steps=steps)
+            episodes = evaluate_policy(self.policy, self._normalize, env, first_steps=first)
+        self._evaluated = True
         self.eval_return.update(episodes.episode_return)
         self.eval_length.update(episodes.episode_length)
 
@@ -257,15 +263,9 @@ class PPO(LightningModule):
         metrics = evaluation_metrics(self.eval_return.compute(), self.eval_length.compute())
         self.eval_return.reset()
         self.eval_length.reset()
-        fitting = self.trainer.state.fn == TrainerFn.FITTING
         if not self.trainer.barebones:
-            # Lightning's x axis would be iterations; but what it logs is what ``validate`` returns.
             # Every rank has the same figures; Lightning wants them reduced all the same.
-            self.log_dict(metrics, logger=False if fitting else None, sync_dist=True)
-            if not fitting and self.trainer.loggers:  # "step" is its name for the x axis
-                self.log("step", torch.tensor(self.env_steps, dtype=torch.float64))
-        if fitting and not self.trainer.sanity_checking:
-            self._log_to_loggers(metrics)
+            self.log_dict(metrics, sync_dist=True)
 
     # Life cycle.
 
@@ -300,6 +300,7 @@ class PPO(LightningModule):
     @override
     def setup(self, stage: str) -> None:
         """Build environments and rollout storage on the device."""
+        trainer_support.log_over_env_steps(self.trainer, self)
         if stage != "fit":
             return
         trainer_support.silence_checkpoint_advice()
@@ -339,6 +340,7 @@ class PPO(LightningModule):
     @override
     def on_train_start(self) -> None:
         """Take up the environments where the checkpoint left them, or reset them."""
+        trainer_support.log_over_env_steps(self.trainer, self)  # loggers may have come since
         self._optimizer = cast(torch.optim.Adam, self.optimizers(use_pl_optimizer=False))
         self._optimizer.param_groups[0]["eps"] = self.ppo.adam_eps  # not that of a checkpoint
         self._planned_env_steps = trainer_support.planned_env_steps(
@@ -428,9 +430,10 @@ class PPO(LightningModule):
         if self._trainer is None:  # it is being built from this very checkpoint
             refuse_other_weights(self, checkpoint, "its own")
         else:
-            self._resuming = self.trainer.state.fn == TrainerFn.FITTING
-            ranks = self.trainer.world_size if self._resuming else None
+            resumes = self.trainer.state.fn == TrainerFn.FITTING
+            ranks = self.trainer.world_size if resumes else None
             self.refuse_checkpoint(checkpoint, "another run's", world_size=ranks)
+            self._resuming = resumes
         state = checkpoint[STATE_KEY]
         self.iteration, self.env_steps = state["iteration"], state["env_steps"]
         self.gradient_steps, self.train_time_s = state["gradient_steps"], state["train_time_s"]
@@ -514,12 +517,19 @@ class PPO(LightningModule):
         iteration, learner = self.iteration + 1, self._learner
         host = to_host(*figures, env=learner.env_figures())
         if not host["healthy"]:
-            refuse_rollout(rollout, env=type(self.env).__name__, iteration=iteration)
+            refuse_rollout(rollout, self.env, self._spaces.action, iteration=iteration)
         if not host["learner_finite"]:
             samples, agent = prepared.samples, learner.agent
             ranks = self._ranks.size
             refuse_gradient(
-                agent, samples, self.ppo, learner.order, iteration=iteration, ranks=ranks
+                agent,
+                samples,
+                self.ppo,
+                learner.order,
+                env=type(self.env).__name__,
+                largest_reward=rollout.reward.abs().max().item(),
+                iteration=iteration,
+                ranks=ranks,
             )
         sums = (host["return_sum"], host["length_sum"], host["rollout/episodes"])
         self.recent_episodes.update(*sums)
@@ -568,8 +578,5 @@ class PPO(LightningModule):
         interval = self.trainer.log_every_n_steps  # 0 for a barebones Trainer
         if interval and self.iteration % interval == 0:
             known = {name: float(value) for name, value in row.items() if value is not None}
-            self._log_to_loggers(known)
-
-    def _log_to_loggers(self, metrics: dict[str, float]) -> None:
-        for logger in self.trainer.loggers:
-            logger.log_metrics(metrics, step=self.env_steps)
+            for logger in self.trainer.loggers:
+                logger.log_metrics(known, step=self.env_steps)

@@ -10,8 +10,10 @@ from typing import Any, cast
 
 from esper_lightning.core.validate import require
 from esper_lightning.envs.base import EnvSpec
+from esper_lightning.envs.inspector import is_count
+from esper_lightning.policies.base import PolicySpec
 
-__all__ = ["describe", "for_evaluation", "instantiate", "plain"]
+__all__ = ["describe", "for_evaluation", "instantiate", "plain", "require_specs"]
 
 Description = dict[str, Any]
 _PLAIN = (bool, int, float, str, type(None))
@@ -76,13 +78,15 @@ def for_evaluation(spec: EnvSpec, episodes: int | None) -> EnvSpec:
 
     Args:
         spec: Of the training environments.
-        episodes: How many; ``None`` for 100, or as many as the spec has if it is not a dataclass,
-            which cannot be copied with another number.
+        episodes: How many; ``None`` for 100, or as many as the spec has if it is not a dataclass
+            with a field ``num_envs``, without which it cannot be copied with another number.
 
     Raises:
-        ValueError: If the spec is not a dataclass and has another number.
+        ValueError: If the spec cannot be copied and has another number.
     """
-    num_envs, copies = spec.num_envs, dataclasses.is_dataclass(spec)
+    num_envs = spec.num_envs
+    own = dataclasses.fields(cast(Any, spec)) if dataclasses.is_dataclass(spec) else ()
+    copies = any(field.name == "num_envs" and field.init for field in own)
     if episodes is None:
         episodes = 100 if copies else num_envs
     if num_envs == episodes:
@@ -90,6 +94,21 @@ def for_evaluation(spec: EnvSpec, episodes: int | None) -> EnvSpec:
     hint = "Make the spec a dataclass, so that it can be copied with another num_envs."
     require(copies, "PPO.eval_episodes", f"equal env.num_envs = {num_envs}", episodes, hint)
     return dataclasses.replace(cast(Any, spec), num_envs=episodes)
+
+
+def require_specs(owner: str, env: object, policy: object) -> None:
+    """Refuse what are no specs, in the name of ``owner``.
+
+    Raises:
+        ValueError: Naming the argument.
+    """
+    hint = "CartPole(num_envs=64), for example."
+    ok = isinstance(env, EnvSpec) and not isinstance(env, type)
+    require(ok, f"{owner}.env", "be an environment spec", env, hint)
+    field, num_envs = f"{type(env).__name__}.num_envs", getattr(env, "num_envs", None)
+    require(is_count(num_envs), field, "be an integer of at least 1", num_envs)
+    ok = isinstance(policy, PolicySpec) and not isinstance(policy, EnvSpec | type)
+    require(ok, f"{owner}.policy", "be a policy spec", policy, "MLP(), for example.")
 
 
 def _frozen(value: object) -> object:
@@ -102,7 +121,7 @@ def _frozen(value: object) -> object:
         fields = cast(dict[str, object], value)
         if _OPAQUE in fields:
             raise TypeError(f"{fields[_OPAQUE]} is not plain data")
-        return fields
+        return {key: _frozen(item) for key, item in fields.items()}
     if isinstance(value, list):
         return tuple(_frozen(item) for item in cast(list[object], value))
     return value

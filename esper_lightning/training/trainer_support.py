@@ -6,17 +6,22 @@ Which Trainer settings work, how a run is counted.
 # pyright: reportAttributeAccessIssue=false, reportPrivateUsage=false
 # pyright: reportUnknownVariableType=false, reportUnknownArgumentType=false
 
+import functools
 import logging
 import warnings
-from collections.abc import Generator
+import weakref
+from collections.abc import Callable, Generator
 from contextlib import AbstractContextManager, contextmanager, nullcontext
+from typing import Any
 
 import torch
 from lightning.fabric.plugins.environments.slurm import SLURMEnvironment
 from lightning.pytorch import Trainer
 from lightning.pytorch.strategies import DDPStrategy, DeepSpeedStrategy, SingleDeviceStrategy
 from lightning.pytorch.strategies.launchers import _MultiProcessingLauncher
+from lightning.pytorch.trainer.states import TrainerStatus
 
+from esper_lightning.core.seeding import require_torch_defaults
 from esper_lightning.core.validate import require
 
 __all__ = [
@@ -24,6 +29,7 @@ __all__ = [
     "count_step",
     "few_cpu_threads",
     "keep_lightning_from_requeueing",
+    "log_over_env_steps",
     "planned_env_steps",
     "refuse_unsupported",
     "silence_checkpoint_advice",
@@ -45,6 +51,7 @@ def refuse_unsupported(trainer: Trainer, *, num_envs: int, budget: int | None) -
     Raises:
         ValueError: Naming the setting and what to use instead.
     """
+    require_torch_defaults("PPO")
     clip = trainer.gradient_clip_val
     hint = "PPO clips gradients itself: set PPOConfig.max_grad_norm."
     require(not clip, "Trainer.gradient_clip_val", "be None", clip, hint)
@@ -117,6 +124,47 @@ def count_step(trainer: Trainer) -> None:
     progress = trainer.fit_loop.epoch_loop.manual_optimization.optim_step_progress
     progress.increment_ready()
     progress.increment_completed()
+
+
+def log_over_env_steps(trainer: Trainer, module: Any) -> None:
+    """Give whatever is logged in a run the module's ``env_steps`` as its x axis.
+
+    Lightning and its callbacks hand iterations to ``Logger.log_metrics``, or nothing. Each logger's
+    method is replaced by one that puts ``module.env_steps`` in their place, and that passes on what
+    it is given wherever ``module`` is not at work in ``trainer``: before, after and in other runs.
+
+    Args:
+        trainer: The loggers that it has now get the axis.
+        module: Counts environment steps.
+    """
+    for logger in trainer.loggers:
+        given: Any = getattr(logger.log_metrics, "axis_of", None)
+        if given is None or given[0]() is not trainer or given[1]() is not module:
+            plain: Any = logger.log_metrics if given is None else logger.log_metrics.__wrapped__
+            logger.log_metrics = _over_env_steps(plain, weakref.ref(trainer), weakref.ref(module))
+
+
+def _over_env_steps(
+    log_metrics: Callable[..., None],
+    trainer_ref: "weakref.ref[Trainer]",
+    module_ref: "weakref.ref[Any]",
+) -> Callable[..., None]:
+    """``log_metrics`` with the module's environment steps in place of any step."""
+
+    @functools.wraps(log_metrics)
+    def over_env_steps(metrics: Any, step: int | None = None, *args: Any, **kwargs: Any) -> None:
+        trainer, module = trainer_ref(), module_ref()
+        if (
+            trainer is not None
+            and trainer.state.status == TrainerStatus.RUNNING
+            and module is not None
+            and trainer.lightning_module is module
+        ):
+            step = module.env_steps
+        log_metrics(metrics, *args, step=step, **kwargs)
+
+    over_env_steps.axis_of = trainer_ref, module_ref  # pyright: ignore[reportFunctionMemberAccess]
+    return over_env_steps
 
 
 def planned_env_steps(

@@ -30,14 +30,19 @@ from esper_lightning.training.agent import Agent, Weights
 from esper_lightning.training.config import PPOConfig
 
 __all__ = [
+    "GradientFault",
     "UpdateMetrics",
     "Updater",
     "adapt_learning_rate",
     "build_optimizer",
-    "find_non_finite",
+    "find_fault",
     "ppo_loss_terms",
     "schedule_learning_rate",
 ]
+
+
+_SCALE = 2.0**-80  # of gradients whose squares would be infinite: float32 ends at 2**128
+_LARGEST_SQUARED = 1e18  # a number whose square, and the sum of many such, is finite in float32
 
 
 class UpdateMetrics(NamedTuple):
@@ -241,9 +246,13 @@ class Updater:
         gradient, figures = sums.gradient / samples, sums.figures[:-1] / samples
         norm = gradient.square().sum().sqrt()
         if config.max_grad_norm is not None:
+            if config.max_grad_norm < _LARGEST_SQUARED:
+                # The squares of a large gradient are infinite; clipped, it is one like any other.
+                scaled = (gradient * _SCALE).square().sum().sqrt() / _SCALE
+                norm = torch.where(norm.isfinite(), norm, scaled)
             gradient = gradient * (config.max_grad_norm / (norm + 1e-6)).clamp(max=1.0)
         # A NaN or an infinity stops the rest of the update, too.
-        finite = progress.finite & norm.isfinite()
+        finite = progress.finite & norm.isfinite() & figures[:3].isfinite().all()
         skip = progress.skip | ~finite
         adam = adam_step(
             progress.adam,
@@ -259,35 +268,52 @@ class Updater:
         return _Progress(adam, skip, finite, torch.where(mean_of_pass > 0, 0.0, kl)), row
 
 
-def find_non_finite(
+class GradientFault(NamedTuple):
+    """A minibatch at which training could not go on."""
+
+    step: int  # number of the gradient step in the iteration
+    names: list[str]  # of the loss terms and gradients that are not finite; may be none
+    largest: float  # magnitude of the largest gradient
+    largest_name: str
+    minibatch: Samples
+
+
+def find_fault(
     agent: Agent, weights: Weights, samples: Samples, config: PPOConfig, order: Sequence[Tensor]
-) -> tuple[int, list[str], Samples] | None:
+) -> GradientFault:
     """Look again for the minibatch whose loss or gradient was not finite.
 
     The weights are those that it met: no step was applied from it on.
 
     Args:
-        agent: Of the update.
-        weights: After it.
-        samples: Likewise.
-        config: Likewise.
-        order: Likewise.
+        agent: The actor and critic of the update.
+        weights: Weights after the update.
+        samples: Samples of the update.
+        config: PPO settings of the update.
+        order: Samples of each gradient step.
 
     Returns:
-        Number of the gradient step in the iteration, names of the loss terms and gradients, and the
-        minibatch; ``None`` if it cannot be found.
+        The first minibatch at which something is not finite. Where everything is, the one with the
+        largest gradient: squares of it, or sums over ranks, may still be too large.
     """
+    largest: GradientFault | None = None
     for number, index in enumerate(order):
         batch = take(samples, index)
         with torch.enable_grad():
             flat = weights.parameters.detach().requires_grad_()
             evaluation = agent.evaluate(weights._replace(parameters=flat), batch)
             terms = ppo_loss_terms(evaluation, batch, config)
-            (gradient,) = torch.autograd.grad(total_loss(terms, config).mean(), [flat])
-        watched = {f"loss/{k}": v for k, v in terms._asdict().items()}
-        gradients = agent.named(gradient).items()
-        watched |= {f"gradient of {name}": value for name, value in gradients}
-        bad = [name for name, value in watched.items() if not value.isfinite().all()]
+            (gradient,) = torch.autograd.grad(total_loss(terms, config).sum(), [flat])
+        # Sums, as the update has them: they may be infinite where no term is.
+        watched = {f"loss/{name}": term.sum() for name, term in terms._asdict().items()}
+        gradients = {f"gradient of {k}": v for k, v in agent.named(gradient).items()}
+        bad = [name for name, value in (watched | gradients).items() if not value.isfinite().all()]
+        peaks = {k: v.abs().max().item() / len(batch.log_prob) for k, v in gradients.items()}
+        name = max(peaks, key=peaks.__getitem__)
+        fault = GradientFault(number + 1, bad, peaks[name], name, batch)
         if bad:
-            return number + 1, bad, batch
-    return None
+            return fault
+        if largest is None or fault.largest > largest.largest:
+            largest = fault
+    assert largest is not None
+    return largest

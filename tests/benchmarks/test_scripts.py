@@ -35,8 +35,9 @@ IN_PLACE_OF_SRUN = """#!/bin/sh
 echo "$@" > srun.said
 [ -e quick ] && exit 3
 trap 'exit 143' TERM
+sleep 1 # for the job to set its own trap
 kill -USR1 "$PPID"
-sleep 30 & wait
+while :; do sleep 0.1; done
 """
 IN_PLACE_OF_SCONTROL = '#!/bin/sh\necho "$@" > scontrol.said\n'
 pytestmark = pytest.mark.filterwarnings(

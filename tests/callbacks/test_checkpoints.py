@@ -2,6 +2,7 @@
 
 import math
 import shutil
+import types
 
 import pytest
 import torch
@@ -206,3 +207,37 @@ def test_the_last_stays_until_there_is_a_newer_one(fit, tmp_path, way):
     assert seen[0]
     assert iteration(last) == 3 * EPOCH
     assert names(last.parent) == ["best.ckpt", "last.ckpt"]
+
+
+def test_whether_it_is_the_best_is_decided_together():
+    """A rank that alone saved, or alone did not, would wait for the others for ever."""
+    asked = []
+
+    def reduce(better):
+        asked.append(better)
+        return "as all have it"
+
+    strategy = types.SimpleNamespace(reduce_boolean_decision=reduce)
+    best, trainer = BestCheckpoint(EVAL_RETURN), types.SimpleNamespace(strategy=strategy)
+    assert best.check_monitor_top_k(trainer, torch.tensor(1.0)) == "as all have it"
+    assert best.check_monitor_top_k(trainer, None) == "as all have it"
+    assert asked == [True, False]
+
+
+def test_a_best_that_a_crash_checkpoint_is_not_beside_is_found(fit, tmp_path):
+    fit([5.0, 2.0])
+    rank = tmp_path / "run" / "rank0"
+    rank.mkdir()
+    shutil.copy(tmp_path / "run" / "checkpoints" / "last.ckpt", rank / "crash.ckpt")
+    fit([4.0], name="another", ckpt_path=rank / "crash.ckpt")
+    assert iteration(tmp_path / "another" / "checkpoints" / "best.ckpt") == 1 * EPOCH
+
+
+@pytest.mark.filterwarnings("ignore:Be aware that when using `ckpt_path`")
+def test_an_evaluation_takes_no_checkpoint_along(fit, make_trainer, tmp_path):
+    model = fit([5.0, 2.0])
+    settings = {"enable_checkpointing": True, "default_root_dir": tmp_path / "elsewhere"}
+    settings |= {"limit_val_batches": 1, "callbacks": [BestCheckpoint(EVAL_RETURN)]}
+    path = tmp_path / "run" / "checkpoints" / "last.ckpt"
+    make_trainer(**settings).validate(model, ckpt_path=path, verbose=False, weights_only=True)
+    assert not list((tmp_path / "elsewhere").rglob("*.ckpt"))

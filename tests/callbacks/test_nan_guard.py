@@ -1,5 +1,6 @@
 """NanGuard: the first NaN ends the run, and can be seen again."""
 
+import contextlib
 import math
 
 import pytest
@@ -9,6 +10,7 @@ from lightning.pytorch.plugins import MixedPrecision
 from torch.utils.data import DataLoader
 
 from esper_lightning import PPO, FlightRecorder, NanGuard, PPOConfig
+from esper_lightning.callbacks import nan_guard
 from esper_lightning.core.types import Samples
 from esper_lightning.core.validate import NonFiniteError
 from esper_lightning.envs import CartPole
@@ -150,3 +152,41 @@ def test_ppo_names_the_gradient_step_and_keeps_its_minibatch(make_trainer, tmp_p
     batch = Samples(**minibatch, action_mask=None)
     evaluation = model.policy.evaluate(batch.obs, batch.action, None)
     assert not ppo_loss_terms(evaluation, batch, config).value.isfinite().all()
+
+
+@pytest.mark.parametrize("finite", [True, False])
+def test_what_a_device_has_not_yet_told_is_waited_for_at_the_end(make_trainer, finite):
+    waited = []
+
+    class Event:
+        """A device that is behind."""
+
+        def query(self):
+            return False
+
+        def synchronize(self):
+            waited.append(True)
+
+    guard, trainer = NanGuard(), make_trainer()
+    guard._looks.append(nan_guard._Look(torch.tensor([finite]), Event(), ["loss"], None, 6))
+    guard._judge(ahead=1)
+    assert waited == []
+    expected = contextlib.nullcontext() if finite else pytest.raises(NonFiniteError, match="step 7")
+    with expected:
+        guard.on_train_end(trainer, Fragile())
+    assert waited == [True]
+
+
+def test_a_gradient_of_a_bias_is_looked_at(make_trainer):
+    class Biased(Fragile):
+        def __init__(self):
+            super().__init__()
+            self.bias = torch.nn.Parameter(torch.zeros(1))
+
+        def training_step(self, batch, batch_idx):
+            bad = 0.0 * self.bias if batch_idx == 3 else self.bias
+            return self.layer(batch).sum() + (bad + (batch_idx != 3)).sqrt().sum()
+
+    trainer = make_trainer(max_epochs=1, callbacks=[NanGuard()])
+    with pytest.raises(NonFiniteError, match=r"in step 4: gradient of bias\."):
+        trainer.fit(Biased(), data(1.0))

@@ -5,6 +5,7 @@ import re
 import pytest
 
 from esper_lightning import PPO, PPOConfig, RunProgressBar
+from esper_lightning.callbacks import progress
 from esper_lightning.envs import CartPole
 
 
@@ -40,3 +41,39 @@ def test_closes_when_training_fails(make_trainer, monkeypatch):
         trainer.fit(model)
     trainer.progress_bar_callback.teardown(trainer, model, "fit")
     assert trainer.progress_bar_callback._bar is None
+
+
+@pytest.fixture
+def bars(monkeypatch):
+    """Every bar that is made."""
+    made = []
+
+    class Kept(progress.tqdm):
+        def __init__(self, *args, **kwargs):
+            super().__init__(*args, **kwargs)
+            self.begins, self.all = self.n, []
+            made.append(self)
+
+        def update(self, n=1):
+            super().update(n)
+            self.all.append(self.n)
+
+    monkeypatch.setattr(progress, "tqdm", Kept)
+    return made
+
+
+def test_a_resumed_run_goes_on_where_it_was(make_trainer, bars):
+    model = ppo(total_env_steps=512 * 4)
+    model.env_steps, model.iteration = 512, 1  # as a checkpoint would have it
+    fit(make_trainer, model)
+    (bar,) = bars
+    assert (bar.begins, bar.all) == (512, [1024, 1536, 2048])
+
+
+def test_other_ranks_than_the_first_show_nothing(make_trainer, capfd, bars):
+    callback = RunProgressBar()
+    trainer = make_trainer(callbacks=[callback], enable_progress_bar=True)
+    callback.disable()
+    trainer.fit(ppo(total_env_steps=512 * 2))
+    assert all(bar.disable for bar in bars)
+    assert "env steps" not in capfd.readouterr().err

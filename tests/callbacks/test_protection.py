@@ -111,6 +111,20 @@ class TestWhatSomebodyElseInstalls:
         finally:
             signal.signal(signal.SIGUSR1, signal.SIG_DFL)
 
+    @pytest.mark.parametrize("in_main_thread", [True, False])
+    def test_as_a_default_action_is_taken_again(self, in_main_thread):
+        before, run = state_of_the_process(), Run(in_main_thread)
+        run.begin()
+        for number in (signal.SIGUSR1, signal.SIGSEGV):  # a Trainer that is not recorded does so
+            signal.signal(number, signal.SIG_DFL)
+        thread = threading.Thread(target=run.protection.renew)
+        thread.start()
+        thread.join()
+        for number in (signal.SIGUSR1, signal.SIGSEGV):
+            assert protected(number, before)
+        run.end()
+        assert state_of_the_process() == before
+
     def test_and_puts_back_late_does_what_was_done_before(self):
         seen, run = [], Run()
         before = signal.signal(signal.SIGTERM, lambda *_: seen.append("before"))
@@ -152,7 +166,7 @@ class TestTheWakeupDescriptor:
         except BlockingIOError:
             return False
 
-    @pytest.mark.parametrize("order", itertools.permutations([0, 1]))
+    @pytest.mark.parametrize("order", list(itertools.permutations([0, 1])))
     def test_of_somebody_else_hears_what_ours_hears(self, pair, order):
         signal.set_wakeup_fd(pair[1].fileno())
         runs = [Run(), Run()]
@@ -224,7 +238,7 @@ class Counter:
 
 
 class TestAPatch:
-    @pytest.mark.parametrize("order", itertools.permutations(range(3)))
+    @pytest.mark.parametrize("order", list(itertools.permutations(range(3))))
     def test_is_taken_back_in_any_order(self, order):
         counter, patches = Counter(), []
 

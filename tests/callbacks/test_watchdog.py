@@ -26,6 +26,7 @@ class Run:
         return Watchdog(
             received=self.received,
             caught_s=lambda: self.caught_s,
+            renew=lambda: None,
             others_saving_for_s=lambda: self.others_saving_for_s,
             peer=lambda: self.failed,
             act=self.alarms.append,

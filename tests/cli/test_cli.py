@@ -1,6 +1,7 @@
 """``esper fit`` and ``esper evaluate`` as a user meets them."""
 
 import json
+import os
 from pathlib import Path
 
 import pytest
@@ -441,3 +442,86 @@ def test_the_config_is_not_there_before_it_is_whole(tmp_path, monkeypatch):
     main(["fit", "--config", CARTPOLE, *QUICK, "--run_dir", "run"])
     assert seen == []
     assert yaml.safe_load((tmp_path / "run" / "config.yaml").read_text())["model"]["seed"] == 0
+
+
+ENDLESS = [
+    "[" * 5000,
+    "model: &a [*a]",
+    "model: {seed: " + "9" * 5000 + "}",
+    "x" * 10**6,
+    "pipe",
+    "folder",
+]
+
+
+@pytest.mark.parametrize("content", ENDLESS, ids=lambda content: content[:15])
+def test_a_config_that_cannot_be_read_is_one_line(capsys, content):
+    path = Path("config.yaml")
+    if content == "pipe":
+        os.mkfifo(path)
+    elif content == "folder":
+        path.mkdir()
+    else:
+        path.write_text(content)
+    line = fails(capsys, "fit", "--config", "config.yaml")
+    assert line.startswith("esper: error: config.yaml must be a readable YAML file: ")
+    assert len(line) <= 200
+
+
+def wrong(checkpoint, name):
+    """A checkpoint of which something is wrong that its checksums do not tell."""
+    weight = next(iter(checkpoint["state_dict"]))
+    if name == "NaN":
+        checkpoint["state_dict"][weight].view(-1)[0] = torch.nan
+    elif name == "shape":
+        checkpoint["state_dict"][weight] = torch.zeros(3)
+    elif name == "settings":
+        checkpoint["hyper_parameters"] = "text"
+    elif name == "environments":
+        checkpoint["esper_lightning"]["ranks"][0]["env"] = {"state": torch.zeros(2)}
+    return checkpoint
+
+
+@pytest.mark.parametrize("name", ["NaN", "shape", "settings"])
+def test_a_checkpoint_of_wrong_content_is_one_line_everywhere(capsys, name):
+    main(["fit", "--config", CARTPOLE, *QUICK])
+    capsys.readouterr()
+    path = "runs/cartpole/version_0/checkpoints/last.ckpt"
+    torch.save(wrong(torch.load(path, weights_only=True), name), "wrong.ckpt")
+    fit = ["fit", "--config", CARTPOLE, *QUICK]
+    for arguments in (
+        ["evaluate", "--ckpt_path", "wrong.ckpt"],
+        ["export", "--ckpt_path", "wrong.ckpt", "--output", "x"],
+        [*fit, "--ckpt_path", "wrong.ckpt"],
+        [*fit, "--model.warm_start", "wrong.ckpt"],
+    ):
+        line = fails(capsys, *arguments)
+        assert line.startswith("esper: error: ")
+        assert len(line) <= 200
+        assert name != "NaN" or "Not finite: " in line or "finite weights" in line
+    assert not Path("x").exists()
+    assert [path.name for path in Path("runs/cartpole").iterdir()] == ["version_0"]
+
+
+def test_environments_that_cannot_be_taken_up_are_told_in_a_line(capsys):
+    main(["fit", "--config", CARTPOLE, *QUICK])
+    path = "runs/cartpole/version_0/checkpoints/last.ckpt"
+    torch.save(wrong(torch.load(path, weights_only=True), "environments"), "wrong.ckpt")
+    capsys.readouterr()
+    more = ["--ckpt_path", "wrong.ckpt", "--model.total_env_steps", "128"]
+    with pytest.raises(SystemExit) as caught:
+        main(["fit", "--config", CARTPOLE, *QUICK, *more])
+    assert caught.value.code == 2
+    (line,) = [x for x in capsys.readouterr().err.splitlines() if x.startswith("esper: error: ")]
+    assert "ckpt_path must hold what a run can resume from, got 'wrong.ckpt'" in line
+
+
+def test_networks_that_would_take_all_memory_are_not_built(capsys):
+    main(["fit", "--config", CARTPOLE, *QUICK])
+    capsys.readouterr()
+    checkpoint = torch.load("runs/cartpole/version_0/checkpoints/last.ckpt", weights_only=True)
+    checkpoint["hyper_parameters"]["policy"]["init_args"]["hidden_sizes"] = [10**6, 10**6]
+    torch.save(checkpoint, "huge.ckpt")
+    for arguments in (["evaluate"], ["export", "--output", "x"]):
+        line = fails(capsys, *arguments, "--ckpt_path", "huge.ckpt")
+        assert "hyper_parameters must describe the networks of its weights" in line

@@ -223,3 +223,20 @@ def test_help_and_version_need_no_torch():
         done = esper(argument, start=("-c", blocked))
         assert (done.returncode, done.stderr) == (0, "")
         assert said in done.stdout
+
+
+def test_a_kill_during_imports_leaves_the_name_of_the_process(tmp_path, capsys):
+    run = tmp_path / "run"
+    command = [sys.executable, "-m", "esper_lightning", "fit", "--run_dir", str(run)]
+    process = subprocess.Popen(command, cwd=tmp_path)
+    while not (run / "owner.lock").exists() or not (run / "owner.lock").read_bytes():
+        assert process.poll() is None
+        time.sleep(0.001)
+    process.kill()
+    process.wait()
+    main(["crash", str(run)])
+    vanished = "vanished while it was starting, before it could record anything."
+    assert f"Process {process.pid} on " in (said := capsys.readouterr().out)
+    assert said.rstrip().endswith(vanished)
+    main(["crash", "--json", str(run)])
+    assert json.loads(capsys.readouterr().out)["owner"]["pid"] == process.pid

@@ -2,6 +2,7 @@
 
 import json
 import math
+from pathlib import Path
 
 import pytest
 
@@ -13,6 +14,7 @@ def test_a_run_is_read(make_run):
     run = read_run(make_run("a", seed=3, evaluations=[1, 2, 3, 4, 5]))
     assert (run.seed, run.env_steps, run.budget, run.ended) == (3, 10_000, 10_000, "finished")
     assert run.settings["env.class_path"] == "esper_lightning.CartPole"
+    assert run.settings["env.num_envs"] == 10
     assert run.settings["ppo.learning_rate"] == 1e-3
     assert not [name for name in run.settings if "seed" in name or "logger" in name]
     assert run.at(10_000, "evaluation") == 5
@@ -45,6 +47,7 @@ def test_a_damaged_history_is_named(make_run):
 def test_rows_that_say_nothing_are_passed_over(make_run):
     directory = make_run("a", returns=[1, 2])
     more = '{"iteration": 3}\n{"env_steps": null, "rollout/episode_return_mean": 9}\n{}\n'
+    more += '{"env_steps": "3000", "rollout/episode_return_mean": 9}\n'
     with (directory / "rank0" / "history.jsonl").open("a") as history:
         history.write(more)
     assert read_run(directory).measured("rollout") == 2_000
@@ -65,6 +68,7 @@ def test_what_is_not_finite_is_not_known(make_run):
         (10, "finished", 10_000, "finished"),
         (10, "finished", 10_999, "finished"),  # less than an iteration is left
         (9, "finished", 11_000, "stopped"),
+        (9, "finished", 10_000, "stopped"),  # a whole iteration is left
         (9, "finished", None, "finished"),  # the Trainer's limits
         (9, "running", 10_000, "running"),
         (9, "unknown", 11_000, "unknown"),
@@ -89,7 +93,8 @@ MANY = "model: {seed: 0, total_env_steps: many}"
 
 
 @pytest.mark.parametrize(
-    "content", [None, "", "{", "a: [", "model: 3", "model: {seed: x}", "\0", MANY]
+    "content",
+    [None, "", "{", "a: [", "model: 3", "model: {seed: x}", "model: {seed: true}", "\0", MANY],
 )
 def test_a_config_that_cannot_be_read_is_named(make_run, content):
     directory = make_run("a")
@@ -104,6 +109,7 @@ def test_runs_are_found_once_and_in_order(make_run, tmp_path, monkeypatch):
     runs = [make_run(f"runs/a/seed{k}", seed=k) for k in (10, 9)]
     (tmp_path / "runs" / "empty").mkdir()
     assert find_runs([tmp_path / "runs", runs[0]]) == runs[::-1]
+    assert find_runs([Path("runs"), *runs]) == [run.relative_to(tmp_path) for run in runs[::-1]]
     with pytest.raises(ValueError, match="RUN must be a run directory"):
         find_runs([tmp_path / "runs" / "empty"])
     with pytest.raises(ValueError, match="nowhere"):

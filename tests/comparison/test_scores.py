@@ -181,6 +181,13 @@ def test_a_run_that_diverged_has_no_score_at_the_end(make_run):
     assert everywhere.env_steps == 3_000
 
 
+def test_a_curve_begins_where_every_run_has_a_return(make_run):
+    runs = [make_run(f"a/{k}", seed=k, returns=[None] * k + [9 - k] * (10 - k)) for k in range(3)]
+    (curve,) = comparison(*runs).curves.values()
+    assert curve.env_steps == [k * 1000 for k in range(3, 11)]
+    assert curve.value == [8.0] * 8
+
+
 def test_long_histories_have_curves_of_bounded_length(make_run):
     run = make_run("a", returns=range(1, 1001), budget=1_000_000)
     curve = comparison(run).curves["a"]
@@ -188,3 +195,14 @@ def test_long_histories_have_curves_of_bounded_length(make_run):
     assert (curve.env_steps[0], curve.env_steps[-1]) == (1_000, 1_000_000)
     assert curve.value == [steps / 1_000 for steps in curve.env_steps]
     assert curve.low is None
+
+
+def test_finished_runs_of_one_budget_are_each_compared_at_their_own_end(make_run):
+    """The last whole step of all environments may be a little before the budget."""
+    whole, before = make_run("a"), make_run("b", settings=FAST)
+    history = before / "rank0" / "history.jsonl"
+    history.write_text(history.read_text().replace('"env_steps":10000', '"env_steps":9990'))
+    result = comparison(whole, before)
+    (place,) = result.places
+    assert [row.score for row in place.rows] == [[10], [10]]
+    assert any("each compared at its own: 9,990, 10,000" in note for note in result.notes)

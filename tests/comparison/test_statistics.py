@@ -94,3 +94,16 @@ def test_crossed_intervals_are_those_of_all_rows_with_all_columns(score):
 
 def test_one_column_has_no_crossed_interval():
     assert estimate_crossed(np.array([[3.0], [5.0]])) == (4.0, None, None)
+
+
+def test_a_crossed_interval_of_one_policy_is_that_of_its_tasks():
+    """Between 90 % and 95 % lies a third of a deviation: many times the noise of resampling."""
+    score = np.random.default_rng(0).normal(size=(1, 60))
+    crossed, plain = estimate_crossed(score), estimate((score[0],), interquartile_mean)
+    width = plain.high - plain.low
+    assert (crossed.low, crossed.high) == pytest.approx((plain.low, plain.high), abs=0.03 * width)
+
+
+def test_equal_scores_have_equal_intervals_each_time():
+    assert estimate_crossed(np.array([X, Y])) == estimate_crossed(np.array([X, Y]))
+    assert estimate((X,), interquartile_mean) == estimate((X,), interquartile_mean)

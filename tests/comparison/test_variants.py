@@ -72,3 +72,19 @@ def test_other_environments_are_refused(make_run):
 def test_variants_without_a_common_seed_are_refused(make_run):
     with pytest.raises(ValueError, match=r"a seed in common.*clip=0.2: 0; ppo.clip=0.1: 1"):
         names(make_run("a"), make_run("b", seed=1, settings={"clip": 0.1}))
+
+
+def test_a_setting_that_only_the_later_environment_has_makes_it_another(make_run):
+    first, later = make_run("a"), make_run("b", env={"time_limit": 7}, settings={"clip": 0.1})
+    for runs in ((first, later), (later, first)):
+        with pytest.raises(ValueError, match=r"model\.env\.time_limit must be the same"):
+            names(*runs)
+
+
+@pytest.mark.parametrize("own", ["version_0", "seed0", "seed-12", "3"])
+def test_a_folder_that_has_the_number_of_a_run_names_no_variant(make_run, own):
+    settings = {"learning_rate": 1, "clip": 0.1, "epochs": 3, "minibatches": 1}
+    runs = [make_run(f"base/{own}"), make_run(f"other/{own}", settings=settings)]
+    assert list(names(*runs)) == ["base", "other"]
+    alone = [make_run("x/fast"), make_run("x/slow", settings=settings)]
+    assert list(names(*alone)) == ["fast", "slow"]

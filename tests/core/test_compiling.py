@@ -127,6 +127,9 @@ def test_without_a_compiler_it_still_runs(
     torch.testing.assert_close(Regression().run("max"), Regression().run("off"))
     assert len(ours(caplog)) == 1  # the same reason for the program and the single step
     assert all("no C++ compiler" in record.getMessage() for record in ours(caplog))
+    compiling.tell_reasons_again()
+    Regression().run("max")
+    assert len(ours(caplog)) == 2  # another run is told, too
 
 
 def test_running_out_of_memory_is_no_reason_to_try_again() -> None:

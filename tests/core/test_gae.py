@@ -175,3 +175,16 @@ def test_the_return_so_far_looks_back_to_the_start_of_its_episode(data: Columns)
                 DISCOUNT ** (t - k) * data.reward[k, b].item() for k in range(start, t + 1)
             )
             assert got[t, b].item() == pytest.approx(expected)
+
+
+@pytest.mark.parametrize("bad", [torch.nan, torch.inf])
+def test_not_even_what_is_not_finite_passes_the_end_of_an_episode(bad: float) -> None:
+    """Neither back to the episode before, nor on to the one after."""
+    reward, value = torch.zeros(2, 6, 1, dtype=torch.float64)
+    ended = torch.tensor([False, False, True, False, True, False])[:, None]
+    reward[3] = bad
+    got = compute_gae(reward, value, value, ended, ended & False, discount=1.0, lambda_=1.0)
+    assert got.advantage.isfinite()[:, 0].tolist() == [True, True, True, False, True, True]
+    returns, carried = discounted_returns(reward, ended, torch.zeros(1).double(), discount=1.0)
+    assert returns.isfinite()[:, 0].tolist() == [True, True, True, False, False, True]
+    assert carried.isfinite().all()

@@ -90,9 +90,11 @@ def test_a_value_clip_only_ever_raises_the_loss_and_none_within_it(seed: int) ->
 def test_a_value_that_moved_far_enough_towards_its_target_is_left_alone(
     value: float, slope: float
 ) -> None:
-    new = torch.tensor([value], requires_grad=True)
-    value_loss(new, torch.tensor([1.0]), torch.tensor([3.0]), clip=0.5).sum().backward()
-    torch.testing.assert_close(new.grad, torch.tensor([slope]))
+    for sign in (1.0, -1.0):
+        new = torch.tensor([sign * value], requires_grad=True)
+        old, target = torch.tensor([sign * 1.0]), torch.tensor([sign * 3.0])
+        value_loss(new, old, target, clip=0.5).sum().backward()
+        torch.testing.assert_close(new.grad, torch.tensor([sign * slope]))
 
 
 def normalized(advantage: Tensor) -> Tensor:

@@ -153,3 +153,16 @@ def test_the_state_dict_carries_everything(groups: bool, generator: torch.Genera
 def test_observations_are_clipped(generator: torch.Generator) -> None:
     obs = 100.0 * torch.randn(50, 3, generator=generator)
     assert ObsNormalizer(Box((3,)), clip=2.0)(obs).abs().max() == 2.0
+
+
+def test_a_spread_that_is_small_beside_the_mean_is_found() -> None:
+    """In single precision, the mean of such numbers is off by more than they vary."""
+    row = torch.tensor([2.0**23 + k for k in range(-3, 4)] * 1000)
+    moments = Moments.of(row)
+    assert (moments.mean, moments.variance) == (2.0**23, 4.0)
+
+
+def test_returns_that_never_vary_leave_rewards_finite() -> None:
+    stats = RunningStats(())
+    stats.update(Moments.of(torch.zeros(7)))
+    assert stats.scale(torch.tensor([0.0, 1.0, -1.0]), clip=10.0).tolist() == [0.0, 10.0, -10.0]

@@ -43,3 +43,13 @@ def test_adaptive_stays_within_its_bounds(kls: list[float]) -> None:
     for kl in kls:
         rate = adaptive_learning_rate(rate, kl=kl, desired_kl=0.01, least=5e-4, greatest=2e-3)
         assert 5e-4 <= rate <= 2e-3
+
+
+@pytest.mark.parametrize(("kl", "bound"), [(1.0, 5e-4), (0.0, 2e-3)])
+def test_adaptive_ends_at_its_bound_where_the_policy_always_moves_too_much_or_too_little(
+    kl: float, bound: float
+) -> None:
+    rate = 1e-3
+    for _ in range(4):
+        rate = adaptive_learning_rate(rate, kl=kl, desired_kl=0.01, least=5e-4, greatest=2e-3)
+    assert rate == bound

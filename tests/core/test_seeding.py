@@ -1,10 +1,17 @@
 """Random streams: apart by seed, rank and purpose; the same on every machine, in every version."""
 
 import itertools
+import random
 
+import numpy as np
 import torch
 
-from esper_lightning.core.seeding import stream, stream_seed
+from esper_lightning.core.seeding import (
+    global_random_states,
+    set_global_random_states,
+    stream,
+    stream_seed,
+)
 
 CPU = torch.device("cpu")
 
@@ -46,3 +53,19 @@ def test_a_stream_leaves_the_global_one_alone() -> None:
     before = torch.get_rng_state()
     torch.rand(8, generator=stream(0, rank=0, purpose="a", device=CPU))
     assert torch.equal(torch.get_rng_state(), before)
+
+
+def test_global_generators_go_on_from_a_saved_state(tmp_path) -> None:
+    def numbers() -> list[float]:
+        own = [random.random(), random.gauss(0.0, 1.0), float(np.random.rand())]  # noqa: NPY002
+        return [*own, float(np.random.normal()), torch.rand(()).item()]  # noqa: NPY002
+
+    before = global_random_states()
+    try:
+        numbers()  # half of a pair of normal numbers is kept for the next call
+        torch.save(global_random_states(), tmp_path / "states.pt")
+        expected = [numbers() for _ in range(3)]
+        set_global_random_states(torch.load(tmp_path / "states.pt", weights_only=True))
+        assert [numbers() for _ in range(3)] == expected
+    finally:
+        set_global_random_states(before)

@@ -6,7 +6,7 @@ from typing import NamedTuple
 import pytest
 import torch
 
-from esper_lightning.core.tensor_trees import leaves, map_tree, rebuild
+from esper_lightning.core.tensor_trees import leaves, map_tree, named_tensors, rebuild
 
 
 class Pair(NamedTuple):
@@ -42,3 +42,11 @@ def test_what_is_no_tree_is_refused() -> None:
 
     with pytest.raises(ValueError, match="tuples, lists and mappings, got 'Box'"):
         leaves((Box(torch.ones(1)),))
+
+
+def test_tensors_are_named_by_their_whole_path() -> None:
+    tree = {"layers": [{"weight": torch.zeros(1)}, (torch.ones(1), None)], 7: torch.ones(2), "n": 3}
+    named = [(name, leaf.numel()) for name, leaf in named_tensors(tree)]
+    assert named == [("layers.0.weight", 1), ("layers.1.0", 1), ("7", 2)]
+    assert next(named_tensors(tree, "state"))[0] == "state.layers.0.weight"
+    assert [name for name, _ in named_tensors(torch.ones(1))] == [""]

@@ -301,6 +301,25 @@ def within(number):
     fit("outer", lambda _: None, callbacks=[Inner()])
 
 
+def beside_an_unrecorded_trainer(fault):
+    """Lightning sets all signals to what it found, when it is done."""
+
+    def act():
+        trainer = Trainer(
+            accelerator="cpu",
+            max_epochs=1,
+            logger=False,
+            enable_checkpointing=False,
+            enable_progress_bar=False,
+            enable_model_summary=False,
+        )
+        trainer.fit(Plain(lambda _: None), DataLoader(torch.ones(2, 4)))
+        time.sleep(1.5)
+        segfault() if fault == "segfault" else kill_self(fault)
+
+    fit("run", at(3, act))
+
+
 def raises_in_another_thread(name):
     def fails():
         raise RuntimeError("in another thread")

@@ -11,7 +11,14 @@ import time
 import pytest
 
 from esper_lightning.forensics import claims
-from esper_lightning.forensics.claims import DirectoryInUseError, claim, claim_next
+from esper_lightning.forensics.claims import (
+    DirectoryInUseError,
+    claim,
+    claim_next,
+    read_owner,
+    reserve,
+    return_reserved,
+)
 from esper_lightning.forensics.layout import RunLayout
 from esper_lightning.forensics.processes import identify
 from esper_lightning.forensics.report import write_report
@@ -177,3 +184,32 @@ def test_a_full_disk_takes_no_name_but_the_lock_holds(tmp_path, monkeypatch):
     with pytest.raises(DirectoryInUseError, match="another run is running"):
         claim(tmp_path)
     held.release()
+
+
+def test_what_was_reserved_is_claimed_or_left_as_it_was(tmp_path):
+    reserve(tmp_path / "run")
+    assert read_owner(tmp_path / "run")["pid"] == os.getpid()
+    held = claim(tmp_path / "run")
+    return_reserved()
+    assert held.holds
+    held.note(address="s3://bucket")
+    assert read_owner(tmp_path / "run")["address"] == "s3://bucket"
+    held.release()
+    assert read_owner(tmp_path / "run") == {}
+    reserve(tmp_path / "other")
+    return_reserved()
+    assert not (tmp_path / "other").exists()
+
+
+def test_what_is_no_runs_is_not_reserved(tmp_path):
+    (tmp_path / "config.yaml").write_text("mine")
+    reserve(tmp_path)
+    assert [path.name for path in tmp_path.iterdir()] == ["config.yaml"]
+    reserve(tmp_path / "config.yaml")  # nor is that an error: whoever claims it will meet it
+    return_reserved()
+
+
+def test_what_another_run_owns_is_not_reserved(other, tmp_path):
+    reserve(tmp_path / "run")
+    return_reserved()
+    assert read_owner(tmp_path / "run")["pid"] == other.pid

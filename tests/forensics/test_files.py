@@ -1,10 +1,12 @@
 """Files that a dying process cannot spoil."""
 
+import dataclasses
 import json
 import math
 import os
 import subprocess
 from pathlib import Path
+from typing import NamedTuple
 
 import pytest
 
@@ -14,6 +16,7 @@ from esper_lightning.forensics.files import (
     encode_rows,
     read_json_lines,
     replacing,
+    strict_json,
     write_atomically,
 )
 from esper_lightning.forensics.layout import RunLayout
@@ -58,6 +61,40 @@ def test_damage_before_the_last_line_is_an_error(tmp_path):
     (tmp_path / "h.jsonl").write_bytes(b'{"iteration": 1}\n{"itera\n{"iteration": 3}\n')
     with pytest.raises(ValueError, match=r"h.jsonl:2 must be a JSON object, got b'{\"itera'\."):
         read_json_lines(tmp_path / "h.jsonl")
+
+
+def test_damage_in_a_last_line_that_is_whole_is_an_error(tmp_path):
+    (tmp_path / "h.jsonl").write_bytes(b'{"iteration": 1}\n{"itera\n')
+    with pytest.raises(ValueError, match=r"h.jsonl:2 must be a JSON object"):
+        read_json_lines(tmp_path / "h.jsonl")
+
+
+def test_who_reads_a_file_that_is_replaced_goes_on_reading_the_old_one(tmp_path):
+    path = tmp_path / "crash.json"
+    write_atomically(path, b"old and long")
+    with path.open("rb") as file:
+        write_atomically(path, b"new")
+        assert file.read() == b"old and long"
+    assert path.read_bytes() == b"new"
+
+
+class Record(NamedTuple):
+    value: float
+    inner: object = None
+
+
+def test_records_become_objects_for_other_programs():
+    @dataclasses.dataclass
+    class Data:
+        path: Path
+        records: list[Record]
+
+    text = strict_json(
+        {"a": Data(Path("/x"), [Record(math.nan, Record(-math.inf, (1, 2)))]), 7: None}
+    )
+    inner = {"value": "-Infinity", "inner": [1, 2]}
+    records = [{"value": "NaN", "inner": inner}]
+    assert json.loads(text) == {"a": {"path": "/x", "records": records}, "7": None}
 
 
 def test_a_missing_file_is_empty(tmp_path):

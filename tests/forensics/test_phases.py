@@ -66,14 +66,26 @@ def test_agrees_with_a_stack(tmp_path_factory, actions):
 
 def test_more_names_and_depth_than_there_is_room_for(tmp_path):
     ring = PhaseRing(tmp_path / "phases.ring")
+    ring.enter("before")
+    ring.leave("before")
+    before = read_phases(tmp_path / "phases.ring").closed
     for number in range(2000):
         ring.enter(f"name {number}")
-    assert len(read_phases(tmp_path / "phases.ring").open) == 64
+    opened = read_phases(tmp_path / "phases.ring").open
+    assert [span.name for span in opened] == [f"name {number}" for number in range(64)]
+    assert read_phases(tmp_path / "phases.ring").closed == before
     for number in reversed(range(2000)):
         ring.leave(f"name {number}")
     phases = read_phases(tmp_path / "phases.ring")
     assert phases.open == []
     assert phases.closed[-1].name == "name 0"
+
+
+def test_the_room_is_taken_at_once(tmp_path):
+    """On a full disk, a hole in a mapped file would be a SIGBUS later."""
+    PhaseRing(tmp_path / "phases.ring").close()
+    size = (tmp_path / "phases.ring").stat()
+    assert size.st_blocks * 512 >= size.st_size > 100_000
 
 
 def test_what_is_no_ring(tmp_path):

@@ -6,6 +6,7 @@ import sys
 
 import pytest
 
+from esper_lightning.forensics import processes
 from esper_lightning.forensics.processes import identify, is_alive, same_process
 
 
@@ -40,8 +41,12 @@ def test_what_cannot_be_seen_from_here_is_not_known(change):
 
 
 @pytest.mark.parametrize("pid", [None, 0, -1, True, "7", 1.0, 1 << 40])
-def test_what_is_no_process_identifier_is_not_alive(pid):
+def test_what_is_no_process_identifier_is_not_alive(pid, monkeypatch, tmp_path):
     assert is_alive({**identify(os.getpid()), "pid": pid}) is False
+    earlier = {"pid": pid, "host": identify(1)["host"]}  # without the time of its start
+    assert is_alive(earlier) is False
+    monkeypatch.setattr(processes, "_PROC", tmp_path)  # where there is no /proc
+    assert is_alive(earlier) is False
 
 
 def test_records_of_one_process_agree_in_what_both_have():

@@ -117,6 +117,7 @@ def learn(rank, size, case, mode="off"):
         "episodes": prepared.episodes,
         "explained": prepared.explained_variance,
         "advantage": prepared.samples.advantage.view(STEPS, -1),
+        "gathered": [who.item() for who in ranks.gather(torch.tensor(rank))],
         "states": ranks.collect_states({"who": torch.tensor(rank)}),
     }
 

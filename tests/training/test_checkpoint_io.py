@@ -108,6 +108,13 @@ def test_objects_are_named_and_not_made(tmp_path):
     assert AtomicCheckpointIO().load_checkpoint(path, weights_only=False)["settings"] == 0.5
 
 
+def test_remote_places_are_left_to_lightning(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    AtomicCheckpointIO().save_checkpoint(CONTENT, "memory://run/x.ckpt")
+    assert list(tmp_path.iterdir()) == []
+    assert_is_content(AtomicCheckpointIO().load_checkpoint("memory://run/x.ckpt"))
+
+
 def test_a_trainer_reads_through_it(path, make_trainer):
     path.write_bytes(path.read_bytes()[:-50])
     with pytest.raises(ValueError, match="must name a whole checkpoint"):

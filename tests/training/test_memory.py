@@ -84,15 +84,19 @@ class HiddenVelocities(CartPole):
 STEPS, ENVS = 9, 6
 
 
-def make_learner(cell="lstm", **config) -> tuple[Learner, PPOConfig]:
+def make_learner(cell="lstm", *, plain=False, **config) -> tuple[Learner, PPOConfig]:
+    """In episodes that end in both ways, by a pure function or by a ``plain`` step."""
     config = PPOConfig(**{"rollout_steps": STEPS, "minibatches": 3, "epochs": 1, **config})
-    spec = CartPole(num_envs=ENVS, time_limit=5)
+    spec = Uneven(num_envs=ENVS, delay=2, time_limit=5)
     policy = Recurrent(cell=cell, memory_size=8).build(
         spec.spaces(), torch.Generator().manual_seed(0)
     )
+    env = spec.build(CPU, 1)
+    if plain:
+        env.step = env.step
     learner = Learner(
         spec,
-        spec.build(CPU, 1),
+        env,
         Agent(policy, None),
         config,
         None,
@@ -105,15 +109,18 @@ def make_learner(cell="lstm", **config) -> tuple[Learner, PPOConfig]:
     return learner, config
 
 
+@pytest.mark.parametrize("plain", [False, True])
 @pytest.mark.parametrize("cell", ["gru", "lstm"])
-def test_learning_sees_what_acting_saw(cell):
-    learner, _ = make_learner(cell)
+def test_learning_sees_what_acting_saw(cell, plain):
+    learner, _ = make_learner(cell, plain=plain)
     policy = learner.agent._both.policy
     memory = torch.zeros(ENVS, policy.memory_size)
     for _ in range(3):  # memory goes on from rollout to rollout
         rollout = learner.rollout(STEPS)
         begun, ended = memory, rollout.terminated | rollout.truncated
         assert ended[:-1].any(0).all()
+        assert rollout.terminated[:-1].any()
+        assert rollout.truncated[:-1].any()
         log_probs, values, next_values = [], [], []
         with torch.no_grad():
             for t in range(STEPS):

@@ -3,11 +3,15 @@
 Counting, budgets, determinism, evaluation, checkpoints, and what it refuses.
 """
 
+import copy
+import csv
 import dataclasses
 import datetime
 import math
+import pickle
 import re
 
+import numpy as np
 import pytest
 import torch
 from lightning.pytorch import Trainer
@@ -16,15 +20,20 @@ from lightning.pytorch.callbacks import (
     EarlyStopping,
     LearningRateMonitor,
     ModelCheckpoint,
+    ThroughputMonitor,
 )
+from lightning.pytorch.demos.boring_classes import BoringModel
 from lightning.pytorch.loggers import CSVLogger, TensorBoardLogger
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
-from esper_lightning import MLP, PPO, PPOConfig, Recurrent, check_env
+from esper_lightning import MLP, PPO, FlightRecorder, PPOConfig, Recurrent, check_env
 from esper_lightning.core.seeding import stream_seed
 from esper_lightning.core.spaces import Box, EnvSpaces, MultiDiscrete
+from esper_lightning.core.validate import NonFiniteError
 from esper_lightning.envs import CartPole, EnvSpec, MountainCar, Pendulum
+from esper_lightning.training import module
 from esper_lightning.training.evaluation import evaluate_policy
+from esper_lightning.training.learner import Learner
 
 SMALL = PPOConfig(rollout_steps=8, minibatches=2, epochs=2)
 TIMES = ("time_s", "env_steps_per_s")
@@ -59,6 +68,40 @@ def cartpole(**settings) -> PPO:
         "eval_episodes": 3,
     }
     return PPO(**{**defaults, **settings})
+
+
+class LogsItself(Callback):
+    """Logs in all the ways that callbacks have."""
+
+    def on_train_batch_end(self, trainer, pl_module, outputs, batch, batch_idx):
+        pl_module.log("of a callback", 1.0)
+        trainer.logger.log_metrics({"plain": 1.0}, step=trainer.global_step)
+        trainer.logger.log_metrics({"without step": 1.0})
+
+    def on_train_epoch_end(self, trainer, pl_module):
+        trainer.logger.log_metrics({"of the epoch": 1.0}, trainer.current_epoch)
+
+
+class LogsMore(PPO):
+    """A user's own figures."""
+
+    flops_per_batch = 1
+
+    def training_step(self, batch, batch_idx):
+        output = super().training_step(batch, batch_idx)
+        self.log("mine", 1.0)
+        self.log("mine_epoch", 1.0, on_step=False, on_epoch=True)
+        return output
+
+
+def x_axes(folder, kind):
+    """Where each series of a run has its points."""
+    if kind is TensorBoardLogger:
+        events = EventAccumulator(str(folder)).Reload()
+        return {k: [e.step for e in events.Scalars(k)] for k in events.Tags()["scalars"]}
+    lines = list(csv.DictReader((folder / "metrics.csv").read_text().splitlines()))
+    names = set(lines[0]) - {"step"}
+    return {n: [int(line["step"]) for line in lines if line[n]] for n in names}
 
 
 def fit(model, trainer, **kwargs):
@@ -119,6 +162,14 @@ class TestBudget:
         assert len(fit(model, make_trainer(**limit))) == 2
         assert "before PPO.total_env_steps=96" in caplog.text
         assert model.planned_env_steps == 64
+
+    def test_a_module_that_has_trained_can_be_pickled_without_its_environments(self, make_trainer):
+        model = cartpole(env=TestCheckpoints.Simulator(num_envs=4))
+        fit(model, make_trainer())
+        with pytest.raises((AttributeError, pickle.PicklingError)):
+            pickle.dumps(model._learner._env)
+        again = pickle.loads(pickle.dumps(model))
+        assert (again.iteration, again.env) == (3, model.env)
 
     def test_gradient_steps_are_counted_apart(self, make_trainer):
         rows = fit(cartpole(), make_trainer())
@@ -247,7 +298,15 @@ class TestRow:
 
     def test_rollout_figures_are_null_while_no_episode_has_ended(self, make_trainer):
         model = cartpole(env=Pendulum(num_envs=4, time_limit=20), total_env_steps=4 * 8 * 4)
-        rows = fit(model, make_trainer())
+        known = []
+
+        class Looks(Callback):
+            def on_train_batch_end(self, trainer, pl_module, outputs, batch, batch_idx):
+                metric = trainer.callback_metrics["rollout/episode_return_mean"]
+                known.append((not metric.isnan(), "return" in trainer.progress_bar_metrics))
+
+        rows = fit(model, make_trainer(callbacks=[Looks()]))
+        assert known == [(False, False)] * 2 + [(True, True)] * 2
         returns = [row["rollout/episode_return_mean"] for row in rows]
         assert returns[:2] == [None, None]
         assert returns[2] is not None
@@ -260,7 +319,7 @@ class TestLoggersAndCallbacks:
     def test_tensorboard_x_axis_is_env_steps(self, make_trainer, tmp_path):
         logger = TensorBoardLogger(tmp_path, name="", version="")
         model = cartpole(iterations_per_epoch=2)
-        fit(model, make_trainer(logger=logger, limit_val_batches=1.0))
+        fit(model, make_trainer(logger=logger, limit_val_batches=1.0, num_sanity_val_steps=1))
         events = EventAccumulator(str(tmp_path)).Reload()
         assert [event.step for event in events.Scalars("loss/value")] == [32, 64, 96]
         assert [event.step for event in events.Scalars("eval/episode_return_mean")] == [64, 96]
@@ -270,6 +329,61 @@ class TestLoggersAndCallbacks:
         lines = (tmp_path / "metrics.csv").read_text().splitlines()
         step = lines[0].split(",").index("env_steps")
         assert [float(line.split(",")[step]) for line in lines[1:]] == [32, 64, 96]
+
+    @pytest.mark.parametrize("kind", [TensorBoardLogger, CSVLogger])
+    def test_whatever_is_logged_has_env_steps_as_its_x_axis(self, make_trainer, tmp_path, kind):
+        logger = kind(tmp_path, name="", version="")
+        callbacks = [
+            LearningRateMonitor("step"),
+            LearningRateMonitor("epoch"),
+            ThroughputMonitor(batch_size_fn=lambda batch: 1, window_size=2),
+            LogsItself(),
+        ]
+        defaults = {"env": CartPole(num_envs=4), "ppo": SMALL, "eval_episodes": 3}
+        model = LogsMore(**defaults, total_env_steps=96, iterations_per_epoch=2)
+        trainer = make_trainer(logger=logger, callbacks=callbacks, limit_val_batches=1.0)
+        fit(model, trainer)
+        found = x_axes(tmp_path, kind)
+        assert {"loss/value", "lr-Adam", "mine", "mine_epoch", "eval/episode_return_mean"} <= set(
+            found
+        )
+        assert {"plain", "without step", "of the epoch", "train/batches"} <= set(found)
+        for name, steps in found.items():
+            assert set(steps) <= {0, 32, 64, 96}, (name, steps)
+        assert found["loss/value"] == found["mine"] == found["plain"] == [32, 64, 96]
+        assert found["eval/episode_return_mean"] == [64, 96]
+        # What is logged outside the run is not ours to place.
+        logger.log_metrics({"after": 1.0}, step=7)
+        logger.save()
+        assert x_axes(tmp_path, kind)["after"] == [7]
+
+    def test_a_resumed_run_and_an_evaluation_keep_to_the_axis(self, make_trainer, tmp_path):
+        trainer = make_trainer()
+        fit(cartpole(), trainer)
+        trainer.save_checkpoint(tmp_path / "x.ckpt")
+        logger = CSVLogger(tmp_path, name="", version="")
+        more = cartpole(total_env_steps=32 * 5)
+        again = make_trainer(logger=logger, callbacks=[LearningRateMonitor("step"), LogsItself()])
+        fit(more, again, ckpt_path=tmp_path / "x.ckpt", weights_only=True)
+        found = x_axes(tmp_path, CSVLogger)
+        assert (found["lr-Adam"], found["plain"]) == ([96, 128], [128, 160])
+        alone = CSVLogger(tmp_path / "alone", name="", version="")
+        make_trainer(logger=alone, limit_val_batches=1.0).validate(more, verbose=False)
+        assert x_axes(tmp_path / "alone", CSVLogger)["eval/episode_return_mean"] == [160]
+
+    def test_a_logger_goes_back_to_what_it_was_in_a_run_of_something_else(
+        self, make_trainer, tmp_path
+    ):
+        logger = CSVLogger(tmp_path, name="", version="")
+        with pytest.raises(RuntimeError, match="in iteration 2"):
+            fit(cartpole(), make_trainer(logger=logger, callbacks=[DiesIn(2)]))
+        other = BoringModel()
+        other.training_step = lambda batch, index: (
+            other.log("boring", 1.0),
+            BoringModel.training_step(other, batch, index),
+        )[1]
+        make_trainer(logger=logger, max_epochs=1, limit_train_batches=2).fit(other)
+        assert x_axes(tmp_path, CSVLogger)["boring"] == [0, 1]
 
     def test_logs_at_intervals(self, make_trainer, tmp_path):
         logger = TensorBoardLogger(tmp_path, name="", version="")
@@ -322,6 +436,29 @@ class TestEvaluation:
             make_trainer(limit_val_batches=1.0, num_sanity_val_steps=1),
         )
         assert repr(rows) == repr(without)
+
+    def test_every_evaluation_is_of_its_own_episodes(self, make_trainer, monkeypatch):
+        found, true = [], module.evaluation_metrics
+        monkeypatch.setattr(
+            module, "evaluation_metrics", lambda *figures: found.append(figures) or true(*figures)
+        )
+        model = cartpole(iterations_per_epoch=1)
+        fit(model, make_trainer(limit_val_batches=1.0))
+        assert [[len(figure) for figure in figures] for figures in found] == [[3, 3]] * 3
+
+    @pytest.mark.parametrize("rank", [0, 1])
+    def test_each_rank_plays_episodes_of_its_own(self, make_trainer, monkeypatch, rank):
+        model, seeds = cartpole(), []
+
+        class Spy(CartPole):
+            def build(self, device, seed):
+                seeds.append(seed)
+                return super().build(device, seed)
+
+        model._eval_env = Spy(num_envs=3)
+        monkeypatch.setattr(PPO, "global_rank", rank)
+        make_trainer(limit_val_batches=1.0).validate(model, verbose=False)
+        assert seeds == [stream_seed(0, rank=rank, purpose="evaluation")]
 
     def test_counts_the_first_episode_of_each_environment(self, make_trainer):
         model = cartpole(env=MountainCar(num_envs=4, time_limit=37), eval_episodes=5)
@@ -414,6 +551,105 @@ class TestCheckpoints:
         with pytest.raises(ValueError, match=r"name an existing checkpoint, got 'nowhere.ckpt'"):
             make_trainer().fit(cartpole(warm_start="nowhere.ckpt"))
 
+    def test_a_warm_start_is_for_the_first_fit_alone(self, make_trainer, tmp_path):
+        donor, path = self.saved(make_trainer, tmp_path)
+        begun = []
+
+        class Looks(Callback):
+            def on_train_start(self, trainer, pl_module):
+                begun.append(copy.deepcopy(pl_module.state_dict()))
+
+        model = cartpole(warm_start=str(path), total_env_steps=None, iterations_per_epoch=2)
+        ends = []
+        for _ in range(2):
+            fit(model, make_trainer(max_epochs=1, callbacks=[Looks()]))
+            ends.append(copy.deepcopy(model.state_dict()))
+        for name, value in donor.state_dict().items():
+            assert torch.equal(begun[0][name], value), name
+            assert torch.equal(begun[1][name], ends[0][name]), name
+        assert any(not torch.equal(ends[0][name], begun[0][name]) for name in begun[0])
+
+    def test_a_second_fit_of_a_resumed_module_does_not_go_back(
+        self, make_trainer, tmp_path, monkeypatch
+    ):
+        _, path = self.saved(make_trainer, tmp_path)
+        states, start = [], Learner.start
+
+        def spy(learner, optimizer, state):
+            states.append(state)
+            return start(learner, optimizer, state)
+
+        monkeypatch.setattr(Learner, "start", spy)
+        model = cartpole(total_env_steps=None, iterations_per_epoch=2)
+        fit(model, make_trainer(max_steps=4), ckpt_path=path, weights_only=True)
+        fit(model, make_trainer(max_steps=1))
+        assert [state is None for state in states] == [False, True]
+        assert model.iteration == 5
+
+    @dataclasses.dataclass(frozen=True, kw_only=True)
+    class Careless(CartPole):
+        """Draws from the generators that nobody owns."""
+
+        def build(self, device, seed):
+            env = super().build(device, seed)
+            step = env.step
+
+            def noisy(action):
+                result = step(action)
+                # Not from Python's own: checks of types, which only tests have, draw from that.
+                noise = torch.rand(4) + float(np.random.rand())  # noqa: NPY002
+                return result._replace(reward=result.reward + noise)
+
+            env.step = noisy
+            return env
+
+    def test_the_global_random_generators_go_on_as_well(self, make_trainer, tmp_path):
+        def model(iterations):
+            env = self.Careless(num_envs=4)
+            return cartpole(env=env, total_env_steps=32 * iterations)
+
+        def seed(number):
+            np.random.seed(number)  # noqa: NPY002
+            torch.manual_seed(number)
+
+        seed(1)
+        expected = fit(model(4), make_trainer())
+        seed(1)
+        trainer = make_trainer()
+        fit(model(2), trainer)
+        trainer.save_checkpoint(tmp_path / "x.ckpt")
+        seed(2)
+        rows = fit(model(4), make_trainer(), ckpt_path=tmp_path / "x.ckpt", weights_only=True)
+        assert repr(rows) == repr(expected[2:])
+
+    def test_the_clock_goes_on(self, make_trainer, tmp_path):
+        model, trainer = cartpole(), make_trainer()
+        trainer.fit(model)
+        model.train_time_s = 1000.0
+        trainer.save_checkpoint(tmp_path / "x.ckpt")
+        more = cartpole(total_env_steps=32 * 4)
+        fit(more, make_trainer(), ckpt_path=tmp_path / "x.ckpt", weights_only=True)
+        assert 1000.0 < more.train_time_s < 1100.0
+
+    def test_a_budget_that_the_checkpoint_is_beyond_is_used_up(
+        self, make_trainer, tmp_path, caplog
+    ):
+        _, path = self.saved(make_trainer, tmp_path)
+        less = cartpole(total_env_steps=32)
+        assert fit(less, make_trainer(), ckpt_path=path, weights_only=True) == []
+        assert "PPO.total_env_steps=32 is used up: 96 env steps were taken" in caplog.text
+
+    def test_a_rank_that_saves_alone_waits_for_nobody(self, make_trainer, monkeypatch):
+        model = cartpole()
+        fit(model, make_trainer())
+        monkeypatch.setattr(model._ranks, "collect_states", lambda state: 1 / 0)
+        saved = {}
+        with pytest.raises(ZeroDivisionError):
+            model.on_save_checkpoint(saved)
+        model.saves_alone = True
+        model.on_save_checkpoint(saved)
+        assert list(saved["esper_lightning"]["ranks"]) == [0]
+
     def test_load_from_checkpoint_needs_nothing_but_the_file(self, make_trainer, tmp_path):
         model, path = self.saved(
             make_trainer, tmp_path, ppo=self.PPO, policy=MLP(hidden_sizes=(16,), trunk="shared")
@@ -475,6 +711,10 @@ class TestCheckpoints:
                 "PPOConfig.normalize_obs must be the checkpoint's, False, got True.",
             ),
             (
+                {"ppo": dataclasses.replace(SMALL, normalize_reward=True)},
+                "PPOConfig.normalize_reward must be the checkpoint's, False, got True.",
+            ),
+            (
                 {"policy": MLP(hidden_sizes=(8,))},
                 "PPO.policy.hidden_sizes must be the checkpoint's, [64, 64], got [8].",
             ),
@@ -518,6 +758,18 @@ class Broken:
         return env
 
 
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Rich(CartPole):
+    """CartPole with another reward."""
+
+    num_envs: int = 4
+    reward: float = 1.0
+
+    def advance(self, state, action):
+        after = super().advance(state, action)
+        return after._replace(reward=torch.full_like(after.reward, self.reward))
+
+
 class TestErrors:
     @pytest.mark.parametrize(
         ("field", "where"),
@@ -537,14 +789,17 @@ class TestErrors:
         good = cartpole(env=Broken(field=field), ppo=ppo, total_env_steps=32)
         fit(good, make_trainer())
         message = f"Broken.step must return finite values, got '{where}'. The weights are those of"
-        with pytest.raises(ValueError, match="^" + re.escape(message)):
+        with pytest.raises(NonFiniteError, match="^" + re.escape(message)) as caught:
             fit(model, make_trainer())
+        assert (caught.value.tensors, caught.value.environments) == ([field], [2])
+        bad = ~caught.value.minibatch[field].isfinite()  # of the step in which it appeared
+        assert bad.view(4, -1).any(1).tolist() == [False, False, True, False]
         assert model.iteration == 1
         for name, value in good.state_dict().items():
             assert torch.equal(value, model.state_dict()[name]), name
         saved = {"hyper_parameters": {}}
         model.on_save_checkpoint(saved)
-        assert "env" not in saved["esper_lightning"]  # it stands within an iteration
+        assert saved["esper_lightning"]["ranks"] == {}  # it stands within an iteration
 
     @pytest.mark.parametrize("env", [CartPole(num_envs=4), Pendulum(num_envs=4)])
     def test_a_learner_that_diverges_is_not_blamed_on_the_environment(self, make_trainer, env):
@@ -553,6 +808,79 @@ class TestErrors:
         with pytest.raises(ValueError, match=r"^PPO('s gradient|\.policy) must .* finite"):
             fit(model, make_trainer())
         assert all(value.isfinite().all() for value in model.policy.state_dict().values())
+
+    @pytest.mark.parametrize(
+        "mode", ["off", *(pytest.param(m, marks=pytest.mark.slow) for m in ("default", "max"))]
+    )
+    def test_rewards_whose_gradients_have_infinite_squares_are_trained_on(self, make_trainer, mode):
+        rows = fit(cartpole(env=Rich(reward=1e17), compile=mode), make_trainer())
+        assert len(rows) == 3
+        assert all(1e17 < row["optim/grad_norm"] < math.inf for row in rows)
+        assert all(row["gradient_steps"] > 0 for row in rows)
+
+    @pytest.mark.parametrize(
+        ("reward", "limit", "tensors"),
+        [(1e30, 0.5, ["loss/value"]), (1e17, None, ["gradient of "]), (1e38, 0.5, ["loss/"])],
+    )
+    def test_rewards_that_are_too_large_are_named_and_can_be_seen_again(
+        self, make_trainer, tmp_path, reward, limit, tensors
+    ):
+        ppo = dataclasses.replace(SMALL, max_grad_norm=limit)
+        model = cartpole(env=Rich(reward=reward), ppo=ppo)
+        before = {k: v.clone() for k, v in model.policy.state_dict().items()}
+        with pytest.raises(NonFiniteError, match=r"^PPO's gradient must be finite") as error:
+            fit(model, make_trainer(callbacks=[FlightRecorder(watch=False)]))
+        assert re.search(r"in iteration 1, gradient step \d: ", str(error.value))
+        assert f"Rewards of Rich reach {reward:.1e}: set PPOConfig.norm" in str(error.value)
+        assert error.value.tensors[0].startswith(tensors[0])
+        saved = torch.load(tmp_path / "rank0" / "nan.pt", weights_only=True)
+        assert saved["value_target"].abs().max() >= reward / 2
+        for name, value in model.policy.state_dict().items():
+            assert torch.equal(value, before[name]), name
+
+    def test_large_rewards_that_are_scaled_are_no_fault(self, make_trainer):
+        ppo = dataclasses.replace(SMALL, normalize_reward=True)
+        rows = fit(cartpole(env=Rich(reward=1e30), ppo=ppo), make_trainer())
+        assert all(row["optim/grad_norm"] < 1e3 for row in rows)
+
+    @pytest.mark.parametrize(
+        ("start", "end", "message"),
+        [
+            (
+                lambda: torch.set_default_dtype(torch.float64),
+                lambda: torch.set_default_dtype(torch.float32),
+                "torch.get_default_dtype() for PPO must be torch.float32, got torch.float64.",
+            ),
+            (
+                lambda: torch.set_default_dtype(torch.bfloat16),
+                lambda: torch.set_default_dtype(torch.float32),
+                "torch.get_default_dtype() for PPO must be torch.float32, got torch.bfloat16.",
+            ),
+            (
+                lambda: torch.set_default_device("meta"),
+                lambda: torch.set_default_device(None),
+                "torch.get_default_device() for PPO must be cpu, got meta.",
+            ),
+        ],
+    )
+    def test_defaults_of_torch_that_would_make_other_tensors(
+        self, make_trainer, start, end, message
+    ):
+        model = cartpole()
+        start()
+        try:
+            for run in (cartpole, lambda: make_trainer().fit(model)):
+                with pytest.raises(ValueError, match="^" + re.escape(message)):
+                    run()
+            with pytest.raises(ValueError, match=r"^torch.get_default_.* for check_env must be"):
+                check_env(CartPole(num_envs=2))
+        finally:
+            end()
+        torch.set_default_device("cpu")
+        try:
+            fit(model, make_trainer())
+        finally:
+            torch.set_default_device(None)
 
     @pytest.mark.parametrize("least", [{"min_epochs": 2}, {"min_steps": 5}])
     def test_a_least_length_beside_a_budget(self, make_trainer, least):

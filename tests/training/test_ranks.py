@@ -69,7 +69,9 @@ def test_two_ranks_learn_as_one_process_with_all_environments(of_two_ranks, case
     torch.testing.assert_close(advantage, whole.pop("advantage"), rtol=1e-6, atol=1e-6)
     assert [state["who"].item() for state in first.pop("states")] == [0, 1]
     assert second.pop("states") == []
+    assert first.pop("gathered") == second.pop("gathered") == [0, 1]
     whole.pop("states")
+    whole.pop("gathered")
     others, expected = dict(named_tensors(second)), dict(named_tensors(whole))
     for name, value in named_tensors(first):
         assert torch.equal(value, others[name]), name

@@ -1,15 +1,13 @@
 """The settings of the environment; the defaults are the preset ``digits``."""
 
 import math
-from collections.abc import Sequence
 from dataclasses import dataclass
-from numbers import Real
 from typing import Any, cast
 
 import torch
 
 from esper_lightning.core.spaces import Box, EnvSpaces
-from esper_lightning.core.validate import require, require_int
+from esper_lightning.core.validate import check_fields, require
 from esper_lightning.envs.base import EnvSpec
 from esper_lightning.envs.morphogenesis.blueprints import BLUEPRINTS
 from esper_lightning.envs.morphogenesis.data import (
@@ -79,7 +77,7 @@ class Morphogenesis(EnvSpec):
     num_envs: int = 64
     dataset: Dataset = "digits"
     folder: str | None = None
-    image: tuple[int, int] = (1, 8)
+    image: tuple[int, ...] = (1, 8)
     classes: int = 10
     noise: float = 0.0
     channels: tuple[int, ...] = (4, 16, 16)
@@ -107,8 +105,15 @@ class Morphogenesis(EnvSpec):
     shaping_discount: float = 0.99
 
     def __post_init__(self) -> None:
+        sizes = ("channels", "kernels", "pools", "ramp_epochs", "image")
+        rules: dict[str, str] = dict.fromkeys(sizes, "be a tuple of integers of at least 1")
+        rules["blueprints"] = f"be different names of {BLUEPRINTS}"
+        check_fields(self, rules)
+        least = {"cooldown_epochs": 0, "classes": 2}
         for name in (
             "num_envs",
+            "cooldown_epochs",
+            "classes",
             "epochs",
             "train_batches",
             "batch_size",
@@ -116,20 +121,14 @@ class Morphogenesis(EnvSpec):
             "min_training_epochs",
             "fade_epochs",
         ):
-            require_int(f"Morphogenesis.{name}", getattr(self, name), minimum=1)
-        require_int("Morphogenesis.cooldown_epochs", self.cooldown_epochs, minimum=0)
-        require_int("Morphogenesis.classes", self.classes, minimum=2)
-        known = ("digits", "cifar10", "synthetic")
-        _require("dataset", self.dataset in known, f"be one of {known}", self.dataset)
+            minimum, value = least.get(name, 1), getattr(self, name)
+            _require(name, value >= minimum, f"be at least {minimum}", value)
         ok = self.dataset != "cifar10" or self.folder is not None
         rule = "be given for 'cifar10'"
         require(ok, "Morphogenesis.folder", rule, self.folder, CIFAR_HINT)
-        shapes = ("linear", "cosine", "sigmoid")
-        _require("ramp_shape", self.ramp_shape in shapes, f"be one of {shapes}", self.ramp_shape)
-        for name in ("channels", "kernels", "pools", "ramp_epochs", "image"):
+        for name in sizes:
             values = getattr(self, name)
-            ok = _is_sequence(values) and all(_is_int(value, minimum=1) for value in values)
-            _require(name, ok, "be a tuple of integers of at least 1", values)
+            _require(name, len(values) >= 1 and min(values) >= 1, rules[name], values)
         _require("image", len(self.image) == 2, "be channels and side", self.image)
         self._refuse_foreign_data()
         _require("channels", min(self.channels) >= 4, "be at least 4", self.channels)
@@ -143,12 +142,12 @@ class Morphogenesis(EnvSpec):
         for pool in self.pools:
             side //= pool
         _require("pools", side >= 1, f"leave something of {architecture.image[1]}", self.pools)
-        ok = _is_sequence(self.blueprints) and all(name in BLUEPRINTS for name in self.blueprints)
+        ok = len(self.blueprints) >= 1 and all(name in BLUEPRINTS for name in self.blueprints)
         ok = ok and len(set(self.blueprints)) == len(self.blueprints)
-        _require("blueprints", ok, f"be different names of {BLUEPRINTS}", self.blueprints)
+        _require("blueprints", ok, rules["blueprints"], self.blueprints)
         for name in _NUMBERS:
             value = getattr(self, name)
-            _require(name, _is_finite(value), "be a finite number", value)
+            _require(name, math.isfinite(value), "be a finite number", value)
         for name in ("learning_rate", "max_grad_norm"):
             _require(name, getattr(self, name) > 0, "be positive", getattr(self, name))
         for name in ("noise", "weight_decay", "rent_weight", "intervention_cost", "shaping_weight"):
@@ -192,7 +191,7 @@ class Morphogenesis(EnvSpec):
 
     def architecture(self) -> Architecture:
         """The host."""
-        image = IMAGE.get(self.dataset, self.image)
+        image = cast(tuple[int, int], IMAGE.get(self.dataset, self.image))
         return Architecture(image, self.channels, self.kernels, self.pools, self.classes)
 
     def sgd(self) -> SGD:
@@ -253,18 +252,6 @@ class Morphogenesis(EnvSpec):
 
 def _require(name: str, ok: bool, rule: str, got: object) -> None:
     require(ok, f"Morphogenesis.{name}", rule, got)
-
-
-def _is_int(value: object, *, minimum: int) -> bool:
-    return isinstance(value, int) and not isinstance(value, bool) and value >= minimum
-
-
-def _is_finite(value: object) -> bool:
-    return isinstance(value, Real) and not isinstance(value, bool) and math.isfinite(value)
-
-
-def _is_sequence(value: object) -> bool:
-    return isinstance(value, tuple | list) and len(cast(Sequence[object], value)) >= 1
 
 
 _NUMBERS = (

@@ -1,0 +1,283 @@
+"""What an environment returns, call after call, held against its contract.
+
+``check_env`` inspects every step that it takes, and training the first ones of a run: the rules are
+the same. Axes: ``B`` environment.
+"""
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any, cast
+
+import torch
+from torch import Tensor
+
+from esper_lightning.core.spaces import EnvSpaces
+from esper_lightning.core.tensor_trees import leaves, map_tree
+from esper_lightning.core.types import Observation, StepResult
+from esper_lightning.core.validate import Words
+from esper_lightning.envs.base import BatchedEnv, EnvSpec, FunctionalEnv
+from esper_lightning.envs.contract import (
+    Contract,
+    Report,
+    Returned,
+    fingerprint,
+    where,
+)
+
+__all__ = [
+    "ENV_MEMBERS",
+    "FIRST_STEPS",
+    "FirstSteps",
+    "Inspector",
+    "check_built",
+    "check_told",
+    "is_count",
+    "require_members",
+    "same_values",
+]
+
+ENV_MEMBERS = ("reset", "step", "state_dict", "load_state_dict")
+TOLERANCE = 1e-4  # of an episode's return, relative to the sum of its absolute rewards
+FIRST_STEPS = 8  # of a run, that are inspected
+
+
+def require_members(owner: object, members: tuple[str, ...], report: Report) -> None:
+    """Give up unless ``owner`` has all members."""
+    missing = [name for name in members if not hasattr(owner, name)]
+    got = Words(f"{type(owner).__name__} without {', '.join(missing)}")
+    report.insist(not missing, "members", f"be {', '.join(members)}", got)
+
+
+def check_told(num_envs: object, spaces: object, report: Report) -> None:
+    """Give up unless a spec, or an environment, tells its number and its spaces."""
+    report.insist(isinstance(spaces, EnvSpaces), "spaces", "be an EnvSpaces", spaces)
+    report.insist(is_count(num_envs), "num_envs", "be an integer of at least 1", num_envs)
+
+
+def is_count(value: object) -> bool:
+    """Whether a value can be a number of environments."""
+    return isinstance(value, int) and not isinstance(value, bool) and value >= 1
+
+
+def check_built(spec: EnvSpec, spaces: object, env: BatchedEnv, report: Report) -> tuple[Any, Any]:
+    """Compare what a spec tells with what it built.
+
+    Returns:
+        Number and spaces as built.
+    """
+    require_members(env, ENV_MEMBERS, report)
+    num_envs = spec.num_envs
+    built = getattr(env, "num_envs", num_envs)
+    report.expect(num_envs == built, "num_envs", f"equal {built}, as built", num_envs)
+    shown = getattr(env, "spaces", spaces)
+    report.expect(spaces == shown, "spaces()", f"equal {shown}, as built", spaces)
+    return built, shown
+
+
+@dataclass
+class _Books:
+    """The running episodes, as their rewards tell."""
+
+    total: Tensor
+    scale: Tensor
+    length: Tensor
+
+
+class Inspector:
+    """Holds what an environment returns, call after call, against its contract.
+
+    Args:
+        contract: What each tensor must be by itself.
+        report: Gets the problems.
+        finite: Whether numbers that are not finite are problems. Training looks for those itself.
+
+    Attributes:
+        last: What the latest call returned.
+        ends: Episodes that ended so far.
+        reached_differs: Whether ``reached_obs`` ever differed from the observation after a reset.
+    """
+
+    def __init__(self, contract: Contract, report: Report, *, finite: bool = True) -> None:
+        self._contract, self._report, self._finite = contract, report, finite
+        self.last: Returned | None = None
+        self.ends = 0
+        self.reached_differs = False
+        self._books: _Books | None = None  # unknown until a reset
+        self._dtypes: dict[str, torch.dtype] = {}
+
+    def begin(self, returned: object) -> None:
+        """Inspect what ``reset()`` returned.
+
+        Raises:
+            UncheckableError: If further calls cannot be inspected.
+        """
+        pair = cast(tuple[object, object], returned)
+        got = Words(type(returned).__name__)
+        is_pair = isinstance(returned, tuple) and len(pair) == 2
+        self._report.insist(is_pair, "reset()", "return (obs, action_mask)", got)
+        self._inspect("reset()", {"obs": pair[0], "action_mask": pair[1]})
+        zeros = torch.zeros(self._contract.num_envs, dtype=torch.float64)
+        self._books = _Books(zeros, zeros, torch.zeros_like(zeros, dtype=torch.int64))
+
+    def proceed(self, result: object) -> None:
+        """Inspect what ``step()`` returned, and whether it wrote into what came before.
+
+        Raises:
+            UncheckableError: If further calls cannot be inspected.
+        """
+        got = Words(type(result).__name__)
+        self._report.insist(isinstance(result, StepResult), "step()", "return a StepResult", got)
+        self._check_kept()
+        values = self._inspect("step()", cast(StepResult, result)._asdict()).values
+        self._check_ends(values)
+        self._check_reached(values)
+
+    def action_kept(self, before: Tensor, after: Tensor) -> None:
+        """Compare the action that was given with what it was before."""
+        kept = torch.equal(after.cpu(), before.cpu())
+        self._report.expect(kept, "step().action", "be left as it was", Words("another"))
+
+    def _inspect(self, call: str, fields: Mapping[str, object]) -> Returned:
+        self.last = self._contract.inspect(call, fields, self._report, finite=self._finite)
+        for name, value in self.last.live.items():
+            if name.startswith(("obs", "reached_obs")):
+                first = self._dtypes.setdefault(name.removeprefix("reached_"), value.dtype)
+                rule = f"keep the dtype {first} of the first observation"
+                self._report.expect(value.dtype == first, f"{call}.{name}", rule, value.dtype)
+        return self.last
+
+    def _check_kept(self) -> None:
+        if self.last is None:
+            return
+        before, now = fingerprint(self.last.values), fingerprint(self.last.live)
+        for name, value in now.items():
+            kept = value == before[name]
+            rule, got = "keep its values when stepped on", Words("others")
+            hint = "Return a tensor that is not written to again."
+            self._report.expect(kept, f"{self.last.call}.{name}", rule, got, hint)
+
+    def _check_ends(self, values: dict[str, Tensor]) -> None:
+        """Flags, and the return and length of episodes that ended."""
+
+        def expect(bad: Tensor, field: str, rule: str) -> None:
+            ok = not bool(bad.any())
+            self._report.expect(ok, f"step().{field}", rule, where(bad, values[field]))
+
+        terminated, truncated = values["terminated"], values["truncated"]
+        expect(terminated & truncated, "truncated", "be False where terminated")
+        ended = terminated | truncated
+        got, steps = values["episode_return"].double(), values["episode_length"]
+        expect(~ended & ~got.isnan(), "episode_return", "be NaN where no episode ended")
+        expect(~ended & (steps != 0), "episode_length", "be 0 where no episode ended")
+        if self._books is None:
+            return
+        reward = values["reward"].double()
+        total = self._books.total + reward
+        scale = self._books.scale + reward.abs()
+        length = self._books.length + 1
+        close = ((got - total).abs() <= TOLERANCE * (1 + scale)) | (got.isnan() & total.isnan())
+        judged = ended if self._finite else ended & total.isfinite() & ~got.isinf()
+        expect(judged & ~close, "episode_return", "be the sum of the episode's rewards")
+        expect(ended & (steps != length), "episode_length", "count the episode's steps")
+        self._books.total = total.masked_fill(ended, 0.0)
+        self._books.scale = scale.masked_fill(ended, 0.0)
+        self._books.length = length.masked_fill(ended, 0)
+
+    def _check_reached(self, values: dict[str, Tensor]) -> None:
+        ended = values["terminated"] | values["truncated"]
+        self.ends += int(ended.sum())
+        for group in self._contract.groups():
+            obs, reached = values[f"obs{group}"], values[f"reached_obs{group}"]
+            same = (obs == reached) | (obs.isnan() & reached.isnan())
+            if not self._finite:  # one of them may be broken, which training says in its own way
+                same |= ~(obs.isfinite() & reached.isfinite())
+            differs = ~same.flatten(1).all(dim=1)
+            bad = differs & ~ended
+            got = Words(f"another in environment {int(bad.int().argmax())}")
+            rule = f"equal obs{group} where no episode ended"
+            field = f"step().reached_obs{group}"
+            self._report.expect(not bool(bad.any()), field, rule, got)
+            self.reached_differs |= bool((differs & ended).any())
+
+
+class FirstSteps:
+    """The environment of a run, whose first steps are held against the contract.
+
+    Args:
+        spec: Which environment; names it in errors.
+        spaces: What the spec tells.
+        env: Built from the spec.
+        device: Where it is to be.
+        steps: How many steps are inspected; 0 for none, and no reset.
+
+    Attributes:
+        owner: Name of the environment in errors.
+        spaces: What the spec tells.
+        left: Steps that are still to be inspected.
+
+    Raises:
+        ValueError: If something that was built, or returned, breaks the contract; one line for each
+            way in which it does.
+    """
+
+    def __init__(
+        self,
+        spec: EnvSpec,
+        spaces: EnvSpaces,
+        env: BatchedEnv,
+        device: torch.device,
+        *,
+        steps: int = FIRST_STEPS,
+    ) -> None:
+        self.owner, self.spaces, self.left = type(spec).__name__, spaces, steps
+        self._env, self._report = env, Report(self.owner)
+        place = torch.empty(0, device=device).device  # with its index
+        contract = Contract(spaces, spec.num_envs, place)
+        self._inspector = Inspector(contract, self._report, finite=False)
+        with self._report.told():
+            check_built(spec, spaces, env, self._report)
+
+    def reset(self) -> tuple[Observation, Tensor | None]:
+        """Start a new episode everywhere."""
+        returned = self._env.reset()
+        if self.left > 0:
+            with self._report.told():
+                self._inspector.begin(returned)
+        return returned
+
+    def step(self, action: Tensor) -> StepResult:
+        """Act in every environment."""
+        if self.left == 0:
+            return self._env.step(action)
+        given = action.clone()
+        result = self._env.step(action)
+        with self._report.told():
+            self._inspector.action_kept(given, action)
+            self._judge(result)
+        return result
+
+    def rehearse(self, episodes: Any, action: Tensor, drawn: Any) -> tuple[Any, StepResult]:
+        """``transition`` of a functional environment, which is to change nothing."""
+        env, given = cast(FunctionalEnv, self._env), map_tree(torch.clone, (episodes, action))
+        returned = cast(object, env.transition(episodes, action, drawn))
+        with self._report.told():
+            got = Words(type(returned).__name__)
+            is_pair = isinstance(returned, tuple) and len(cast(tuple[Any, ...], returned)) == 2
+            rule = "return (episodes, StepResult)"
+            self._report.insist(is_pair, "transition()", rule, got)
+            got = Words("other episodes() after it")
+            kept = same_values(given[0], episodes)
+            self._report.expect(kept, "transition()", "change nothing", got)
+            self._inspector.action_kept(given[1], action)
+            self._judge(cast(tuple[Any, Any], returned)[1])
+        return cast(tuple[Any, StepResult], returned)
+
+    def _judge(self, result: object) -> None:
+        self._inspector.proceed(result)
+        self.left -= 1
+
+
+def same_values(tree: Any, other: Any) -> bool:
+    """Whether two trees hold equal tensors; NaN equals NaN."""
+    pairs = zip(leaves(tree), leaves(other), strict=True)
+    return all(torch.equal(a.nan_to_num(), b.nan_to_num()) for a, b in pairs)

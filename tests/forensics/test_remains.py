@@ -1,0 +1,66 @@
+"""Which of what is found in a directory is of the latest run, and who failed first."""
+
+import pytest
+
+from esper_lightning.forensics.files import encode_rows
+from esper_lightning.forensics.layout import RunLayout
+from esper_lightning.forensics.remains import LAST_ROWS, examine, first_failure
+from esper_lightning.forensics.report import write_report
+
+
+@pytest.fixture
+def make_rank(tmp_path):
+    def make(rank, *, started_s=1000.0, world_size=2, state="finished", crash=None, rows=1):
+        files = RunLayout(tmp_path).rank(rank)
+        process = {"rank": rank, "world_size": world_size, "host": "elsewhere", "pid": 7}
+        write_report(files.process, {**process, "started_s": started_s, "state": state})
+        files.history.write_bytes(encode_rows({"iteration": k + 1} for k in range(rows)))
+        if crash is not None:
+            write_report(files.crash, {"rank": rank, "time_s": started_s + 10.0, **crash})
+
+    return make
+
+
+def ranks(tmp_path):
+    return [remains.rank for remains in examine(tmp_path)]
+
+
+def test_ranks_of_an_earlier_run_take_no_part(make_rank, tmp_path):
+    make_rank(0, started_s=2000.0, world_size=1)
+    make_rank(1, started_s=1000.0)
+    assert ranks(tmp_path) == [0]
+    make_rank(1, started_s=1995.0, world_size=1)  # soon before, of a run that had more ranks
+    assert ranks(tmp_path) == [0]
+    make_rank(0, started_s=2000.0)
+    make_rank(1, started_s=1995.0)
+    assert ranks(tmp_path) == [0, 1]
+
+
+def test_the_last_rows_are_kept_and_all_are_counted(make_rank, tmp_path):
+    make_rank(0, rows=100)
+    history = RunLayout(tmp_path).rank(0).history
+    with history.open("ab") as file:
+        file.write(b"nonsense\n[]\n")
+    (remains,) = examine(tmp_path)
+    assert (remains.rows, remains.damaged_rows) == (100, 2)
+    assert [row["iteration"] for row in remains.history] == list(range(101 - LAST_ROWS, 101))
+
+
+def test_who_failed_for_a_reason_of_its_own_failed_first(make_rank, tmp_path):
+    make_rank(0, state="failed", crash={"cause": "peer", "time_s": 1005.0})
+    make_rank(1, state="failed", crash={"cause": "exception", "time_s": 1009.0})
+    assert first_failure(examine(tmp_path)).rank == 1
+
+
+def test_of_a_process_that_vanished_its_peers_know_at_once(make_rank, tmp_path):
+    make_rank(0, state="failed", crash={"cause": "exception", "time_s": 1009.0})
+    make_rank(1, state="failed", crash={"cause": "vanished", "time_s": 1010.0})
+    assert first_failure(examine(tmp_path)).rank == 1
+
+
+@pytest.mark.parametrize("state", ["finished", "running"])
+def test_a_hang_after_which_a_run_went_on_is_no_death(make_rank, tmp_path, state):
+    make_rank(0, state=state, crash={"cause": "hang"})
+    assert first_failure(examine(tmp_path)) is None
+    make_rank(0, state="failed", crash={"cause": "hang"})
+    assert first_failure(examine(tmp_path)).rank == 0

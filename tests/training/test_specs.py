@@ -1,0 +1,68 @@
+"""Specs written as plain data come back as they were."""
+
+import dataclasses
+from typing import Any
+
+import pytest
+import torch
+
+from esper_lightning.envs import CartPole, EnvSpec
+from esper_lightning.training.specs import describe, for_evaluation, instantiate, plain
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Odd(EnvSpec):
+    """Settings of every kind."""
+
+    num_envs: int = 4
+    sizes: Any = ()
+    total: int = dataclasses.field(default=0, init=False)
+
+    def __post_init__(self):
+        object.__setattr__(self, "total", self.num_envs)
+
+    def spaces(self):
+        return CartPole().spaces()
+
+    def build(self, device, seed):
+        raise NotImplementedError
+
+
+@pytest.mark.parametrize(
+    "sizes",
+    [
+        (1, 2),
+        ((1, 2), (3,), ()),
+        (((1.5, None), ("a", True)), ((),)),
+        {"a": (1, 2), "b": {"c": ((3,),)}},
+    ],
+    ids=str,
+)
+def test_tuples_come_back_as_tuples_all_the_way_down(sizes):
+    spec = Odd(sizes=sizes)
+    assert repr(instantiate(describe(spec), owner="env")) == repr(spec)
+
+
+def test_what_is_stored_is_plain_data_all_the_way_down():
+    nested = plain({"specs": (CartPole(num_envs=2), [CartPole(num_envs=3)])})
+    assert nested["specs"][0]["num_envs"] == 2
+    assert nested["specs"][1][0]["num_envs"] == 3
+    assert plain((torch.float32,)) == [{"repr()": "torch.float32"}]
+
+
+def test_a_field_that_is_no_argument_is_no_setting():
+    assert describe(Odd(num_envs=7))["init_args"] == {"num_envs": 7, "sizes": []}
+    assert instantiate(describe(Odd(num_envs=7)), owner="env").total == 7
+
+
+@pytest.mark.parametrize("sizes", [torch.float32, (torch.float32,), {"a": {"b": torch.float32}}])
+def test_what_is_no_plain_data_is_refused_wherever_it_is(sizes):
+    with pytest.raises(ValueError, match=r"torch.float32 is not plain data. Pass env yourself."):
+        instantiate(describe(Odd(sizes=sizes)), owner="env")
+
+
+def test_an_evaluation_has_a_hundred_episodes_unless_it_is_told_otherwise():
+    spec = CartPole(num_envs=4)
+    assert for_evaluation(spec, None).num_envs == 100
+    assert for_evaluation(spec, 3) == CartPole(num_envs=3)
+    assert for_evaluation(spec, 4) is spec
