@@ -178,8 +178,9 @@ def _explain_value(parser: SettingsParser, key: str, text: str) -> SettingsError
         lacks = ", ".join(sorted(getattr(_locate(match[1]), "__abstractmethods__", ())))
         rule = f"must name a class that can be built, got {match[1]!r}. It lacks {lacks}."
         return SettingsError(key, f" {rule}")
-    if typehint is None or value is None:
-        return SettingsError(key, f": {text}")
+    ambiguous = re.search(r"Multiple subclasses with name .*?(?= - |$)", text)
+    if ambiguous or typehint is None or value is None:
+        return SettingsError(key, f": {ambiguous[0] if ambiguous else text}")
     choices = _choices(typehint)
     hint = nearest(value, choices or map(str, _literals(typehint)))
     hint += f" Known are {_listed(choices)}." if choices else ""

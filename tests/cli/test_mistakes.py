@@ -282,7 +282,7 @@ FIT = {
     "--ckpt_path other.ckpt": "ckpt_path must name a checkpoint of PPO, got 'other.ckpt'.",
     "--ckpt_path best": "is not configured to save the best model.",
     "--ckpt_path hpc": "no HPC checkpoint was found.",
-    "--ckpt_path 'a\0b'": r"ckpt_path must name an existing checkpoint, got 'a\x00b'.",
+    "--ckpt_path 'a\0b'": r"got 'a\x00b'.",
     f"--ckpt_path {LONG}": "File name too long",
     "--model.warm_start none.ckpt": "must name an existing checkpoint, got 'none.ckpt'.",
     "--model.warm_start other.ckpt": "must name a checkpoint of PPO, got 'other.ckpt'.",
