@@ -190,7 +190,7 @@ class Recording:
             aside = set_aside(path)
             if aside is not None:
                 self._asides[path] = aside
-        if self._stage == "fit" and self._trainer.is_global_zero:
+        if self._stage == "fit" and self.trainer.is_global_zero:
             events = self._layout.directory.glob("events.out.tfevents.*")
             keep_latest(sorted(events, key=lambda path: path.stat().st_mtime), _KEPT_EVENT_FILES)
 

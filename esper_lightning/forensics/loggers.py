@@ -84,6 +84,8 @@ class _Guard:
             members["experiment"] = property(lambda _: self._experiment())
         members = {name: value for name, value in members.items() if hasattr(self._class, name)}
         members |= {"__module__": self._class.__module__, "__doc__": self._class.__doc__}
+        # Of one logger: who looks for classes by their name is not to find two.
+        members["__qualname__"] = f"guard_loggers.<locals>.{self._class.__qualname__}"
         try:
             logger.__class__ = type(self._name, (self._class,), members)
         except TypeError as error:  # a class that cannot be derived from
