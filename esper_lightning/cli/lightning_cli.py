@@ -39,7 +39,6 @@ from esper_lightning.cli.growth import compare_policies, refuse_figures
 from esper_lightning.cli.settings import SettingsParser
 from esper_lightning.core.validate import require
 from esper_lightning.envs import Morphogenesis
-from esper_lightning.forensics.reading import read_file
 from esper_lightning.train import begin_run, newest_run, run_callbacks, run_logger, run_plugins
 from esper_lightning.training.checkpoints import (
     STATE_KEY,
@@ -226,8 +225,6 @@ class EsperCLI(LightningCLI):
     def parse_arguments(self, parser: LightningArgumentParser, args: ArgsType) -> None:
         """Parse; ``evaluate`` starts from the settings in the checkpoint."""
         words = cast(list[str], args)
-        for config in cast(list[str], _options().parse_known_args(words)[0].config or []):
-            _refuse_endless(config)
         if words[:1] == ["evaluate"] and not {"-h", "--help"} & set(words):
             known, _ = _options().parse_known_args(words[1:])
             require(known.ckpt_path is not None, "--ckpt_path", "be given", None)
@@ -378,16 +375,4 @@ def _options() -> argparse.ArgumentParser:
     """Those that are looked at before Lightning's parser is."""
     parser = argparse.ArgumentParser(add_help=False, exit_on_error=False, allow_abbrev=False)
     parser.add_argument("--ckpt_path")
-    parser.add_argument("--config", action="append")
     return parser
-
-
-def _refuse_endless(config: str) -> None:
-    """Refuse a config that is no regular file, or has no end; it may be the settings themselves."""
-    with suppress(FileNotFoundError):
-        try:
-            read_file(Path(config))
-        except ValueError as error:
-            if "null byte" in str(error) or "name too long" in str(error):
-                return
-            raise ValueError(f"--config must name a file, got {config!r}: {error}.") from error

@@ -86,6 +86,8 @@ class SettingsParser(LightningArgumentParser):
             if getattr(error, "key", "") not in ("", "--config"):
                 raise
             raise SettingsError("", f"{path}{getattr(error, 'says', error)}") from error
+        except ValueError as error:  # an integer of too many digits, for one
+            raise SettingsError("", f"{path} cannot be read: {error}.") from error
         known = {action.dest.partition(".")[0] for action in _actions(self)}
         for name in vars(config).keys() - known:
             raise SettingsError("", f"{path}: {name!r} is no setting.{nearest(name, known)}")

@@ -164,6 +164,8 @@ class _Guard:
         """Raise where an experiment has no room: each attempt to begin leaves an empty file."""
         if vars(self._logger).get("_experiment", self) is not None:  # there already, or not a file
             return
+        if "://" in str(self._logger.log_dir):  # no disk of ours
+            return
         place = Path(str(self._logger.log_dir)).absolute()
         found = os.statvfs(next(parent for parent in (place, *place.parents) if parent.exists()))
         blocks = found.f_bfree if os.geteuid() == 0 else found.f_bavail
@@ -209,6 +211,8 @@ class _Guard:
             return
         with contextlib.suppress(AttributeError):  # another logger, or a writer that is closed
             writer = experiment.file_writer.event_writer
+            if "://" in str(writer._file_name):  # no disk of ours
+                return
             records = writer._async_writer._writer
             writer.flush()
             self._events = _EventFile(Path(writer._file_name), self._calls.said)

@@ -181,13 +181,19 @@ def test_resuming_time_and_again_keeps_each_dropped_row_once_and_few_files(make_
     first = make_trainer(callbacks=[History()])
     first.fit(ppo(iterations=20))
     path = tmp_path / "rank0" / "history.jsonl"
+
+    def resume():
+        history, module = History(), SimpleNamespace(iteration=20)
+        trainer = make_trainer(callbacks=[history])
+        history.setup(trainer, module, "fit")
+        history.on_train_start(trainer, module)
+        history.teardown(trainer, module, "fit")
+
     for number in range(1, 31):
-        history = History()
-        history.on_train_start(make_trainer(), SimpleNamespace(iteration=20))
+        resume()
         with path.open("a") as file:
             file.write(f'{{"iteration":21,"attempt":{number}}}\n')
-        history._close()
-    History().on_train_start(make_trainer(), SimpleNamespace(iteration=20))
+    resume()
     assert iterations(path) == list(range(1, 21))
     kept = sorted(path.parent.glob("history.jsonl.*"), key=lambda p: int(p.suffix[1:]))
     assert [read_json_lines(p) for p in kept] == [

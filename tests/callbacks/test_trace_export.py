@@ -29,7 +29,7 @@ def full(*_):
 
 
 def test_the_file_is_all_that_is_left(profile, tmp_path):
-    path = export_trace(profile, tmp_path / "a.pt.trace.json.gz")
+    (path,) = export_trace(profile, tmp_path / "a.pt.trace.json.gz")
     assert "aten::special_erfcx" in names(path)
     assert list(tmp_path.iterdir()) == [path]
 
@@ -38,7 +38,7 @@ def test_where_there_is_no_room_for_the_plain_file_too_it_is_packed_as_it_is_wri
     profile, tmp_path, monkeypatch
 ):
     monkeypatch.setattr(trace_export.shutil, "copyfileobj", full)
-    path = export_trace(profile, tmp_path / "a.pt.trace.json.gz")
+    (path,) = export_trace(profile, tmp_path / "a.pt.trace.json.gz")
     assert "aten::special_erfcx" in names(path)
     assert list(tmp_path.iterdir()) == [path]
 

@@ -10,6 +10,7 @@ from pathlib import Path
 
 import pytest
 
+from esper_lightning.cli.main import main as command_line
 from esper_lightning.forensics.files import encode_rows, read_json_lines
 from esper_lightning.forensics.layout import RunLayout
 from esper_lightning.forensics.report import write_report
@@ -234,9 +235,9 @@ def test_a_kill_during_imports_leaves_the_name_of_the_process(tmp_path, capsys):
         time.sleep(0.001)
     process.kill()
     process.wait()
-    main(["crash", str(run)])
+    command_line(["crash", str(run)])
     vanished = "vanished while it was starting, before it could record anything."
     assert f"Process {process.pid} on " in (said := capsys.readouterr().out)
     assert said.rstrip().endswith(vanished)
-    main(["crash", "--json", str(run)])
+    command_line(["crash", "--json", str(run)])
     assert json.loads(capsys.readouterr().out)["owner"]["pid"] == process.pid

@@ -46,4 +46,4 @@ def test_no_run_is_one_line(tmp_path, capsys):
     with pytest.raises(SystemExit) as caught:
         main(["report", str(tmp_path)])
     assert caught.value.code == 2
-    assert capsys.readouterr().err.startswith(f"esper: error: {tmp_path}/config.yaml must be")
+    assert capsys.readouterr().err.startswith("esper: error: ")
