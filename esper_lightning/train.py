@@ -24,6 +24,7 @@ from esper_lightning.callbacks.run_directory import (
     assign_run_directory,
     claim_new,
     end_run,
+    given_directory,
     run_directory,
 )
 from esper_lightning.callbacks.window_profiler import WindowProfiler
@@ -43,6 +44,8 @@ from esper_lightning.training.metrics import EVAL_RETURN
 from esper_lightning.training.module import PPO
 from esper_lightning.training.specs import require_specs
 from esper_lightning.training.trainer_support import refuse_unsupported
+
+_WRITTEN = ("config.yaml", "checkpoints", "hparams.yaml", "metrics.csv")  # beside rank<k>
 
 __all__ = [
     "begin_run",
@@ -140,7 +143,7 @@ def train_ppo_vectorized(
         require(value >= 0, field, "not be negative", value)
     ok = save_path is None or not Path(save_path).is_dir()
     require(ok, "train_ppo_vectorized.save_path", "name a file", str(save_path))
-    named = run_dir is None or str(run_dir) != ""
+    named = run_dir is None or (str(run_dir) != "" and "\0" not in str(run_dir))
     require(named, "train_ppo_vectorized.run_dir", "name a directory", run_dir)
     if resume_path is not None:
         load_checkpoint(resume_path)  # refused before anything is written
@@ -246,6 +249,9 @@ def begin_run(trainer: Trainer, env: EnvSpec, run_dir: str | Path | None, config
     leaves_files = not trainer.fast_dev_run  # pyright: ignore[reportAttributeAccessIssue]
     if not (trainer.is_global_zero and leaves_files):
         return
+    own = given_directory(trainer)
+    alike = run_dir is None or own is None or place_of(run_dir) == place_of(own)
+    require(alike, "run_dir", f"be the dirpath of a callback, {str(own)!r}", str(run_dir))
     if run_dir is None:
         held, address = claim_new(trainer, _folder(env))
     else:
@@ -256,7 +262,11 @@ def begin_run(trainer: Trainer, env: EnvSpec, run_dir: str | Path | None, config
         if address is not None and not held.was_run:  # it may have run on another machine
             Mirror(held.directory, address, rank=0).fetch()
         is_known = held.was_run or address is not None
-        theirs = [path.name for path in (layout.config, layout.checkpoints) if path.exists()]
+        theirs = sorted(
+            path.name
+            for path in held.directory.iterdir()
+            if path.name in _WRITTEN or path.name.removeprefix("rank").isdecimal()
+        )
         hint = f"It holds {' and '.join(theirs)}, which no run wrote."
         rule = "name a new directory or that of a run"
         require(is_known or not theirs, "run_dir", rule, str(held.directory), hint)

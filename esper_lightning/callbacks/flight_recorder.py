@@ -110,7 +110,8 @@ class FlightRecorder(WritesRun):
         if run_depth(trainer) > 1 and recording_of(trainer) is not None:
             return  # a run within a run of the same Trainer is part of that
         _close_earlier(trainer)
-        guard_loggers(trainer.loggers)
+        if not trainer.fast_dev_run:  # else they are dummies
+            guard_loggers(trainer.loggers)
         layout = _layout(open_run_directory(trainer, self))
         met = meet(trainer.world_size)
         if layout is None:

@@ -15,6 +15,8 @@ from typing import Any
 
 import fsspec
 
+from esper_lightning.core.validate import require
+
 __all__ = ["Mirror", "main", "place_of"]
 
 _log = logging.getLogger(__name__)
@@ -33,15 +35,21 @@ def place_of(location: str | Path) -> tuple[Path, str | None]:
 
     Returns:
         The folder, absolute: ``runs/<protocol>/<rest>`` in the current directory for an address.
+
+    Raises:
+        ValueError: If it is an address of a protocol that nobody knows.
     """
     found = _ADDRESS.fullmatch(str(location))
-    if found is None or found[1] not in fsspec.available_protocols():
+    is_known = found is not None and found[1] in fsspec.available_protocols()
+    rule = "be a path, or an address of a protocol that fsspec knows"
+    require(is_known or "://" not in str(location), "The run directory", rule, str(location))
+    if found is None or not is_known:
         return Path(location).absolute(), None
     protocol, rest = found[1], found[2]
     if protocol in _LOCAL:
         return Path("/", rest), None
     parts = [part for part in rest.split("/") if part not in ("", ".", "..")]
-    return Path("runs", protocol, *parts).absolute(), f"{protocol}://{'/'.join(parts)}"
+    return Path("runs", protocol, *parts).absolute(), f"{protocol}://{rest.strip('/')}"
 
 
 class Mirror:

@@ -36,6 +36,7 @@ __all__ = [
     "close_run_directory",
     "copy_run_directory",
     "end_run",
+    "given_directory",
     "open_run_directory",
     "run_directory",
 ]
@@ -171,7 +172,7 @@ def claim_new(trainer: Trainer, parent: Path) -> tuple[Claim, str | None]:
         DirectoryInUseError: If a living run owns the place that was given.
         OSError: If the directory cannot be made.
     """
-    given, logger = _given(trainer), _numbered(trainer)
+    given, logger = given_directory(trainer), _numbered(trainer)
     if given is None and logger is not None and logger._version is not None:
         given = logger.log_dir
     if given is not None:
@@ -250,7 +251,7 @@ def _take(trainer: Trainer) -> _RunDirectory:
 
 
 def _choose(trainer: Trainer) -> _RunDirectory:
-    given, logger = _given(trainer), _numbered(trainer)
+    given, logger = given_directory(trainer), _numbered(trainer)
     if given is not None:
         directory, address = place_of(given)
         return _RunDirectory(directory, _claim(directory), address)
@@ -274,7 +275,8 @@ def _choose(trainer: Trainer) -> _RunDirectory:
     return _RunDirectory(held.directory, held, None if address is None else below)
 
 
-def _given(trainer: Trainer) -> str | Path | None:
+def given_directory(trainer: Trainer) -> str | Path | None:
+    """Run directory that a callback of the Trainer was given."""
     callbacks: list[Any] = trainer.callbacks
     given = (each.dirpath for each in callbacks if isinstance(each, WritesRun))
     return next((dirpath for dirpath in given if dirpath is not None), None)

@@ -12,6 +12,7 @@ import json
 import os
 import time
 import weakref
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, cast
 
@@ -33,6 +34,7 @@ __all__ = [
 _VERSION = "version_"
 _HANDOVER_S = 1.0  # in which a process that has just taken the lock writes who it is
 _MOST_BYTES = 4096
+_OURS = b'{"pid"'  # how what ``_write`` writes begins
 _NO_LOCKS = (errno.ENOLCK, errno.ENOSYS, errno.EOPNOTSUPP, errno.EINVAL)
 
 
@@ -48,7 +50,9 @@ class Claim:
         was_run: Whether an earlier run had left its files in the directory.
     """
 
-    def __init__(self, directory: Path, lock: int, *, made: bool, had_owner: bool) -> None:
+    def __init__(
+        self, directory: Path, lock: int, *, made: Sequence[Path], had_owner: bool
+    ) -> None:
         self.directory = directory
         self.was_run = had_owner or _holds_a_run(directory)
         self._lock, self._made, self._had_owner = lock, made, had_owner
@@ -76,11 +80,11 @@ class Claim:
         path = RunLayout(self.directory).owner
         with contextlib.suppress(OSError):
             os.ftruncate(self._lock, 0)  # the process may live on, and is no owner any more
-            is_empty = self._made and list(self.directory.iterdir()) == [path]
+            is_empty = bool(self._made) and list(self.directory.iterdir()) == [path]
             if is_empty or not (used or self._had_owner):
                 path.unlink()
-            if is_empty:
-                self.directory.rmdir()
+            for folder in self._made if is_empty else ():
+                folder.rmdir()
         self.leave()
 
     def leave(self) -> None:
@@ -107,13 +111,14 @@ def claim(directory: Path) -> Claim:
 
     Raises:
         DirectoryInUseError: If a living run owns it, naming the process.
+        ValueError: If its ``owner.lock`` is somebody else's file.
         OSError: If the directory, or a file in it, cannot be made.
     """
     directory = directory.absolute()
     reserved = _reserved.pop(directory, None)
     if reserved is not None and reserved.holds:
         return reserved
-    made = not directory.exists()
+    made = [folder for folder in (directory, *directory.parents) if not folder.exists()]
     directory.mkdir(parents=True, exist_ok=True)
     return _claim(directory, made=made)
 
@@ -169,7 +174,7 @@ def claim_next(parent: Path) -> Claim:
         directory = parent / f"{_VERSION}{number}"
         with contextlib.suppress(FileExistsError, DirectoryInUseError):  # somebody was faster
             directory.mkdir()
-            return _claim(directory, made=True)
+            return _claim(directory, made=[directory])
         number += 1
 
 
@@ -179,7 +184,7 @@ def _number(name: str) -> int:
     return int(digits) if is_version and len(digits) < 19 else -1
 
 
-def _claim(directory: Path, *, made: bool) -> Claim:
+def _claim(directory: Path, *, made: Sequence[Path]) -> Claim:
     had_owner = RunLayout(directory).owner.exists()
     lock = _lock(directory)
     try:
@@ -198,7 +203,13 @@ def _lock(directory: Path) -> int:
     path = RunLayout(directory).owner
     end = time.monotonic() + _HANDOVER_S
     while True:
-        lock = os.open(path, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o644)
+        lock = os.open(path, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC | os.O_NOFOLLOW, 0o644)
+        begins = os.pread(lock, len(_OURS), 0)
+        if not _OURS.startswith(begins):
+            os.close(lock)
+            rule = "name a new directory or that of a run"
+            hint = f"It holds {path.name}, which no run wrote."
+            raise ValueError(f"The run directory must {rule}, got {str(directory)!r}. {hint}")
         try:
             fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except OSError as error:
@@ -226,8 +237,8 @@ def _owners(directory: Path, lock: int) -> list[dict[str, Any]]:
 
 
 def _holds_a_run(directory: Path) -> bool:
-    left = ("rank*/process.json", "rank*/history.jsonl")  # of versions without an owner, too
-    return any(next(directory.glob(name), None) is not None for name in left)
+    ranks = directory.glob("rank*/process.json")  # of versions without an owner, too
+    return any("pid" in (read_report(path) or {}) for path in ranks)
 
 
 def _in_use(directory: Path, owner: dict[str, Any]) -> DirectoryInUseError:

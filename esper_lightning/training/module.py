@@ -284,7 +284,8 @@ class PPO(LightningModule):
             self.trainer, num_envs=self.env.num_envs, budget=self.total_env_steps
         )
         trainer_support.keep_lightning_from_requeueing(self.trainer)
-        guard_loggers(self.trainer.loggers)
+        if not self.trainer.fast_dev_run:  # else they are dummies
+            guard_loggers(self.trainer.loggers)
         return []
 
     @override

@@ -58,13 +58,17 @@ def same(memory, folder, address):
         ("here/run", "here/run", None),
         ("memory://a/b", "runs/memory/a/b", "memory://a/b"),
         (Path("s3://bucket/runs"), "runs/s3/bucket/runs", "s3://bucket/runs"),
-        ("gs://a/../b//c/", "runs/gs/a/b/c", "gs://a/b/c"),
+        ("gs://a/../b/c/", "runs/gs/a/b/c", "gs://a/../b/c"),
         ("memory:", "memory:", None),
-        ("nothing://a", "nothing:/a", None),
     ],
 )
 def test_a_location_is_a_folder_or_an_address_with_one(tmp_path, location, folder, address):
     assert place_of(location) == (tmp_path / folder, address)
+
+
+def test_an_address_that_nobody_knows_is_no_folder():
+    with pytest.raises(ValueError, match="protocol that fsspec knows, got 'nothing://a'"):
+        place_of("nothing://a")
 
 
 def test_an_address_of_the_local_disk_is_a_path():

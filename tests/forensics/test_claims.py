@@ -169,10 +169,34 @@ def test_a_directory_that_was_there_stays_and_is_told_from_a_runs(tmp_path):
     assert sorted(path.name for path in tmp_path.iterdir()) == ["notes.txt", "owner.lock"]
 
 
-@pytest.mark.parametrize("content", [b"", b"{", b"[1]", b"\xff" * 9000, b"[" * 4096])
+@pytest.mark.parametrize("content", [b"", b"{", b'{"pid": 1', b'{"pid"' + b"[" * 9000])
 def test_a_damaged_record_of_a_dead_owner_is_no_obstacle(tmp_path, content):
     RunLayout(tmp_path).owner.write_bytes(content)
     claim(tmp_path).release()
+
+
+@pytest.mark.parametrize("content", [b"precious", b"[1]", b"\xff" * 9000])
+def test_a_file_that_no_run_wrote_is_left_alone(tmp_path, content):
+    path = RunLayout(tmp_path).owner
+    path.write_bytes(content)
+    with pytest.raises(ValueError, match="which no run wrote"):
+        claim(tmp_path)
+    assert path.read_bytes() == content
+
+
+def test_a_link_in_the_place_of_the_lock_is_not_followed(tmp_path):
+    victim = tmp_path / "victim"
+    victim.write_text("precious")
+    (tmp_path / "run").mkdir()
+    RunLayout(tmp_path / "run").owner.symlink_to(victim)
+    with pytest.raises(OSError, match="symbolic links"):
+        claim(tmp_path / "run")
+    assert victim.read_text() == "precious"
+
+
+def test_all_folders_that_were_made_for_a_claim_go_with_it(tmp_path):
+    claim(tmp_path / "a" / "b" / "c").release(used=False)
+    assert list(tmp_path.iterdir()) == []
 
 
 def test_a_full_disk_takes_no_name_but_the_lock_holds(tmp_path, monkeypatch):
