@@ -9,37 +9,34 @@ from pathlib import Path
 ROOT = Path(__file__).parents[1]
 sys.path[:0] = [str(ROOT), str(ROOT / "benchmarks")]
 
-from conditions import conditions  # noqa: E402
+from conditions import benchmark_parser, results  # noqa: E402
 
-from esper_lightning.forensics.files import write_atomically  # noqa: E402
 from tests.crash.soak import Soak, Tally  # noqa: E402
 
 
+def parser() -> argparse.ArgumentParser:
+    """The options."""
+    options = benchmark_parser(__doc__, {"minutes": 0.1})
+    options.add_argument("--minutes", type=float, default=20.0)
+    options.add_argument("--seed", type=int, default=0)
+    return options
+
+
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("--minutes", type=float, default=20.0)
-    parser.add_argument("--seed", type=int, default=0)
-    results = ROOT / "benchmarks" / "results" / "soak.md"
-    parser.add_argument("--output", type=Path, default=results)
-    options = parser.parse_args()
+    options = parser().parse_args()
     folder = Path(tempfile.mkdtemp(prefix="soak-"))  # stays if something is wrong
     end = time.monotonic() + 60 * options.minutes
-    with Soak(folder, options.seed).running() as soak:
-        while time.monotonic() < end:
-            soak.one_run(until_s=end)
-    text = report(soak.tally, options.minutes)
-    write_atomically(options.output, text.encode())
-    print(text)
+    with results(__file__, options, threads="runs of one thread each") as files:
+        with Soak(folder, options.seed).running() as soak:
+            while time.monotonic() < end:
+                soak.one_run(until_s=end)
+        files.write("Runs that are killed at random moments", report(soak.tally, options.minutes))
 
 
-def report(tally: Tally, minutes: float) -> str:
-    """The results file."""
+def report(tally: Tally, minutes: float) -> list[str]:
+    """Lines of the results file."""
     kills = sum(tally.kills.values())
-    lines = [
-        "# Runs that are killed at random moments",
-        "",
-        conditions("make soak"),
-        "",
+    return [
         f"`esper fit` of CartPole, SIGKILLed at random moments for {minutes:g} minutes and resumed",
         "with `--ckpt_path last` until it was done. After each kill every file in the run",
         "directory could be read to its end; each run ended with the history, the evaluations and",
@@ -52,7 +49,6 @@ def report(tally: Tally, minutes: float) -> str:
         "| --- | --- |",
         *(f"| {name} | {count} |" for name, count in tally.kills.most_common()),
     ]
-    return "\n".join(lines) + "\n"
 
 
 if __name__ == "__main__":

@@ -1,8 +1,7 @@
 """Break the package in small ways, and see that the fast tests notice each of them.
 
-    python scripts/mutants.py                 every mutant of tests/mutants.toml (``make mutants``)
-    python scripts/mutants.py --only gae      those whose file or reason holds the word
-    python scripts/mutants.py --list          what there is
+``--only gae`` takes those whose file or reason holds the word, ``--list`` says what there is;
+without either, every mutant of ``tests/mutants.toml`` is tried (``make mutants``).
 
 Each mutant is one text of one file in the place of another. It is put into a copy of the tree,
 never into the tree itself, and the tests that it names are run against it, without those marked
@@ -304,17 +303,22 @@ def _run_tests(root: Path, tests: Sequence[str], *, keeps_bytecode: bool) -> Non
 # The command line.
 
 
+def parser() -> argparse.ArgumentParser:
+    """The options."""
+    options = argparse.ArgumentParser(description="Break the package, and see the tests notice.")
+    options.add_argument("--only", metavar="WORD", help="mutants whose file or reason holds it")
+    options.add_argument("--jobs", type=int, default=2, help="processes at a time (%(default)s)")
+    options.add_argument("--limit", type=float, default=120.0, help="seconds a mutant has")
+    options.add_argument("--list", action="store_true", help="say what there is, and try nothing")
+    options.add_argument("--mutants", type=Path, default=MUTANTS, help="the list")
+    options.add_argument("--root", type=Path, default=ROOT, help="the tree")
+    options.add_argument("--import-nothing", action="store_true", help="no library in advance")
+    return options
+
+
 def main() -> None:
     """Try mutants, and say which survive."""
-    parser = argparse.ArgumentParser(description="Break the package, and see the tests notice.")
-    parser.add_argument("--only", metavar="WORD", help="mutants whose file or reason holds it")
-    parser.add_argument("--jobs", type=int, default=2, help="processes at a time (%(default)s)")
-    parser.add_argument("--limit", type=float, default=120.0, help="seconds a mutant has")
-    parser.add_argument("--list", action="store_true", help="say what there is, and try nothing")
-    parser.add_argument("--mutants", type=Path, default=MUTANTS, help="the list")
-    parser.add_argument("--root", type=Path, default=ROOT, help="the tree")
-    parser.add_argument("--import-nothing", action="store_true", help="no library in advance")
-    given = parser.parse_args()
+    given = parser().parse_args()
     chosen = [m for m in read_mutants(given.mutants) if not given.only or given.only in m.title]
     if given.list:
         for mutant in chosen:

@@ -186,7 +186,7 @@ def test_nothing_but_specs_is_made_from_a_checkpoint(damaged, tmp_path, monkeypa
 
 
 def test_networks_greater_than_their_weights_are_not_built(damaged):
-    path = damaged(put("hyper_parameters.policy.init_args.hidden_sizes", [10**9, 64]))
+    path = damaged(put("hyper_parameters.policy.init_args.hidden_sizes", [65536, 65536]))
     refused(lambda: PPO.load_from_checkpoint(path), "must describe the networks of its weights")
 
 

@@ -9,7 +9,7 @@ from esper_lightning.core.buffer import allocate_rollout
 from esper_lightning.core.running_stats import RunningStats
 from esper_lightning.core.types import Rollout
 from esper_lightning.envs import CartPole
-from esper_lightning.training.collect import first_non_finite, is_finite, scale_reward
+from esper_lightning.training.collect import first_non_finite, is_healthy, scale_reward
 from esper_lightning.training.config import PPOConfig
 from esper_lightning.training.trainer_support import few_cpu_threads
 
@@ -106,7 +106,7 @@ def healthy() -> Rollout:
 def test_what_is_not_finite_first_is_blamed(bad, owner, name, step, environments):
     storage = healthy()
     assert first_non_finite(storage) is None
-    assert is_finite(storage)
+    assert is_healthy(storage)
     for field, t, env in bad:
         value = getattr(storage, field)[t]
         value[(env, 3) if value.dim() == 2 else env] = torch.inf
@@ -115,4 +115,4 @@ def test_what_is_not_finite_first_is_blamed(bad, owner, name, step, environments
     assert fault.environments == environments
     assert f"rollout step {step}" in fault.text
     assert ("column 3" in fault.text) == ("obs" in name)
-    assert not is_finite(storage)
+    assert not is_healthy(storage)

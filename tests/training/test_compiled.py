@@ -105,7 +105,7 @@ def test_an_environment_behind_an_adapter_is_stepped_and_the_rest_compiled(make_
         models.append(model)
     assert_same(*models)
     (message,) = [m for m in warnings_of(caplog) if "not compiled" in m]
-    assert message.startswith("Rollouts of Adapter are not compiled")
+    assert message.startswith("Rollouts of Foreign are not compiled")
 
 
 @pytest.mark.slow

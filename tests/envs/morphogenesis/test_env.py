@@ -89,7 +89,11 @@ def test_environment_7_of_many_equals_environment_7_of_8(count, changes):
     many, few = (small(hosts, epochs=5, **changes).build(CPU, 1) for hosts in (count, 8))
     few._chunk = 3
     for one, other in zip(actions(many, 12), actions(few, 12), strict=True):
-        assert same(one, other, slice(0, 8))
+        # Batched products round by their sizes on some processors.
+        for a, b in zip(one, other, strict=True):
+            exact = {} if a.is_floating_point() else {"rtol": 0, "atol": 0}
+            tolerance = exact or {"rtol": 1e-5, "atol": 1e-6}
+            torch.testing.assert_close(a[:8], b, equal_nan=True, **tolerance)
 
 
 def test_planned_and_static_work_agree():
