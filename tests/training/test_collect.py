@@ -106,7 +106,8 @@ def healthy() -> Rollout:
 def test_what_is_not_finite_first_is_blamed(bad, owner, name, step, environments):
     storage = healthy()
     assert first_non_finite(storage) is None
-    assert is_healthy(storage)
+    space = CartPole().spaces().action
+    assert is_healthy(storage, space)
     for field, t, env in bad:
         value = getattr(storage, field)[t]
         value[(env, 3) if value.dim() == 2 else env] = torch.inf
@@ -115,4 +116,4 @@ def test_what_is_not_finite_first_is_blamed(bad, owner, name, step, environments
     assert fault.environments == environments
     assert f"rollout step {step}" in fault.text
     assert ("column 3" in fault.text) == ("obs" in name)
-    assert not is_healthy(storage)
+    assert not is_healthy(storage, space)
