@@ -225,6 +225,10 @@ class EsperCLI(LightningCLI):
     def parse_arguments(self, parser: LightningArgumentParser, args: ArgsType) -> None:
         """Parse; ``evaluate`` starts from the settings in the checkpoint."""
         words = cast(list[str], args)
+        for config in cast(list[str], _options().parse_known_args(words)[0].config or []):
+            with suppress(OSError, ValueError):  # the settings themselves, perhaps
+                if Path(config).is_fifo():
+                    fail(f"--config must name a file, got {config!r}, which is a pipe.")
         if words[:1] == ["evaluate"] and not {"-h", "--help"} & set(words):
             known, _ = _options().parse_known_args(words[1:])
             require(known.ckpt_path is not None, "--ckpt_path", "be given", None)
@@ -375,4 +379,5 @@ def _options() -> argparse.ArgumentParser:
     """Those that are looked at before Lightning's parser is."""
     parser = argparse.ArgumentParser(add_help=False, exit_on_error=False, allow_abbrev=False)
     parser.add_argument("--ckpt_path")
+    parser.add_argument("--config", action="append")
     return parser
