@@ -119,6 +119,8 @@ def open_run_directory(
 
     Raises:
         DirectoryInUseError: If a living run owns the directory; on all ranks alike.
+        ValueError: If it holds somebody else's ``owner.lock``, or its address has no known
+            protocol; on all ranks alike.
     """
     if trainer.fast_dev_run:
         return None
@@ -216,18 +218,18 @@ def assign_run_directory(trainer: Trainer, held: Claim, address: str | None = No
 def _agree(trainer: Trainer) -> _RunDirectory:
     """Have every rank write where the first one does."""
     mine: _RunDirectory | None = None
-    told: tuple[str, str | None, int | str | None] | DirectoryInUseError | None = None
+    told: tuple[str, str | None, int | str | None] | ValueError | None = None
     if trainer.is_global_zero:
         try:
             mine = _take(trainer)
             logger = _numbered(trainer)
             version = None if logger is None else logger.version
             told = (str(mine.directory), mine.address, version)
-        except DirectoryInUseError as error:
+        except ValueError as error:  # the others are waiting to be told
             told = error
     if trainer.world_size > 1:
         told = trainer.strategy.broadcast(told)
-    if isinstance(told, DirectoryInUseError):
+    if isinstance(told, ValueError):
         raise told
     assert told is not None
     directory, address, version = told
