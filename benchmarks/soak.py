@@ -27,9 +27,10 @@ def main() -> None:
     folder = Path(tempfile.mkdtemp(prefix="soak-"))  # stays if something is wrong
     end = time.monotonic() + 60 * options.minutes
     with results(__file__, options, threads="runs of one thread each") as files:
-        with Soak(folder, options.seed).running() as soak:
-            while time.monotonic() < end:
-                soak.one_run(until_s=end)
+        soak = Soak(folder, options.seed)
+        soak.train_undisturbed()
+        while time.monotonic() < end:
+            soak.one_run(until_s=end)
         files.write("Runs that are killed at random moments", report(soak.tally, options.minutes))
 
 

@@ -5,6 +5,7 @@
 Above ``training`` and ``callbacks``, which do not know each other.
 """
 
+import os
 from pathlib import Path
 from typing import Any, cast
 
@@ -43,7 +44,6 @@ from esper_lightning.training.config import PPOConfig
 from esper_lightning.training.metrics import EVAL_RETURN
 from esper_lightning.training.module import PPO
 from esper_lightning.training.specs import require_specs
-from esper_lightning.training.trainer_support import refuse_unsupported
 
 _WRITTEN = ("config.yaml", "checkpoints", "hparams.yaml", "metrics.csv")  # beside rank<k>
 
@@ -141,8 +141,8 @@ def train_ppo_vectorized(
     for name, value in (counts | {"repeat": torch_profiler_repeat}).items():
         field = f"train_ppo_vectorized.torch_profiler_{name}"
         require(value >= 0, field, "not be negative", value)
-    ok = save_path is None or not Path(save_path).is_dir()
-    require(ok, "train_ppo_vectorized.save_path", "name a file", str(save_path))
+    if save_path is not None:
+        _refuse_no_file(Path(save_path))
     named = run_dir is None or (str(run_dir) != "" and "\0" not in str(run_dir))
     require(named, "train_ppo_vectorized.run_dir", "name a directory", run_dir)
     if resume_path is not None:
@@ -186,8 +186,7 @@ def train_ppo_vectorized(
         callbacks=run_callbacks(evaluates=evaluates, prints_profile=torch_profiler_summary),
         plugins=run_plugins(),
     )
-    # Before it starts processes for other ranks.
-    refuse_unsupported(trainer, num_envs=env.num_envs, budget=model.total_env_steps)
+    model.refuse_trainer(trainer)  # before it starts processes for other ranks
     settings = {
         "model": model.settings,
         "trainer": {"accelerator": device, "devices": devices},
@@ -343,6 +342,18 @@ def _save(trainer: Trainer, path: Path) -> None:
     if source is None:
         raise FileNotFoundError("the run had no checkpoint yet")
     write_atomically(path, Path(source).read_bytes())
+
+
+def _refuse_no_file(path: Path) -> None:
+    """Raise ``ValueError`` where no file can be, before hours of training."""
+    reason = ""
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        place = path if path.exists() else path.parent
+        ok = not path.is_dir() and "\0" not in str(path) and os.access(place, os.W_OK)
+    except (OSError, ValueError) as error:
+        ok, reason = False, f"{error}."
+    require(ok, "train_ppo_vectorized.save_path", "name a file", str(path), reason)
 
 
 def _layout_of_rank(trainer: Trainer) -> RankLayout:

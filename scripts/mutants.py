@@ -326,6 +326,9 @@ def main() -> None:
         count = Counter(Path(mutant.file).parts[0] for mutant in chosen)
         print(f"{len(chosen)} mutants:", ", ".join(f"{n} of {name}" for name, n in count.items()))
         return
+    if not chosen:
+        print(f"--only must be a word of a mutant, got {given.only!r}.")
+        sys.exit(2)
     wrong = [flaw for mutant in chosen for flaw in flaws(mutant, given.root)]
     if wrong:
         print(*wrong, sep="\n")

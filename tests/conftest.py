@@ -1,5 +1,6 @@
 """Fixtures that several folders share, and how Hypothesis explores."""
 
+import signal
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
@@ -24,6 +25,8 @@ def generator() -> torch.Generator:
 
 
 torch.set_num_threads(1)  # the tests run side by side
+if signal.getsignal(signal.SIGINT) is signal.SIG_IGN:  # as of ``make test &``; children inherit it
+    signal.signal(signal.SIGINT, signal.default_int_handler)
 
 
 @pytest.fixture(scope="session")

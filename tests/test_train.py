@@ -134,12 +134,25 @@ def test_saves_what_there_is_when_it_dies(
 
 
 def test_an_error_is_not_masked_by_a_place_that_takes_no_file(train, tmp_path, monkeypatch):
-    (tmp_path / "file").write_text("")
+    def dies(*_):
+        (tmp_path / "place").rmdir()
+        (tmp_path / "place").write_text("")
+        raise ZeroDivisionError
+
     scores(monkeypatch, 5.0, 1.0)
-    monkeypatch.setattr(LastCheckpoint, "on_train_epoch_end", lambda *_: 1 / 0)
+    monkeypatch.setattr(LastCheckpoint, "on_train_epoch_end", dies)
     with pytest.raises(ZeroDivisionError) as caught:
-        train(4, save_path=tmp_path / "file" / "x.ckpt", evaluate_every=2)
+        train(4, save_path=tmp_path / "place" / "x.ckpt", evaluate_every=2)
     assert any("was not written" in note for note in caught.value.__notes__)
+
+
+@pytest.mark.parametrize("place", ["file/x.ckpt", "folder", "/proc/none/x.ckpt", "a\0b"])
+def test_a_place_that_takes_no_file_is_refused_before_training(train, tmp_path, place):
+    (tmp_path / "file").write_text("")
+    (tmp_path / "folder").mkdir()
+    with pytest.raises(ValueError, match="save_path must name a file"):
+        train(4, save_path=tmp_path / place)
+    assert not (tmp_path / "run").exists()
 
 
 def trace_names(path):

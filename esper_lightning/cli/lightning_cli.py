@@ -19,7 +19,7 @@ from typing import Any, cast
 
 from lightning.fabric.utilities.exceptions import MisconfigurationException
 from lightning.pytorch import Trainer
-from lightning.pytorch.callbacks import Callback, Checkpoint, ProgressBar
+from lightning.pytorch.callbacks import Callback, Checkpoint, ProgressBar, early_stopping
 from lightning.pytorch.cli import (
     ArgsType,
     LightningArgumentParser,
@@ -49,7 +49,6 @@ from esper_lightning.training.checkpoints import (
 )
 from esper_lightning.training.metrics import EVAL_RETURN
 from esper_lightning.training.module import PPO
-from esper_lightning.training.trainer_support import refuse_unsupported
 
 __all__ = ["prepare", "settings_come_first"]
 
@@ -60,6 +59,7 @@ _NOT_BAREBONES = {
     "enable_model_summary": False,
 }
 _TRAINER_DEFAULTS = {"max_epochs": -1, "devices": 1, **_NOT_BAREBONES}
+_LIGHTNING_CALLBACKS = Path(early_stopping.__file__).parent
 _PACKAGE = Path(esper_lightning.__file__).parent
 
 
@@ -150,6 +150,8 @@ class _Hold(logging.Filter):
 
 def _tell(error: Exception) -> str:
     """What an error says; of one that is not about settings, or raised by a user's code, where."""
+    while "any of the Union subtypes" in str(error) and isinstance(error.__cause__, Exception):
+        error = error.__cause__  # what a class said that could not be built
     said = str(error)
     if not isinstance(error, _CONFIG_ERRORS) or not said:
         said = f"{type(error).__name__}: {said}"
@@ -281,6 +283,8 @@ class EsperCLI(LightningCLI):
             run_dir = newest_run(self.model.env)
         self._run_dir = run_dir
         if settings["logger"] in (None, True) and leaves_files:
+            root, hint = settings["default_root_dir"], "--run_dir says where a run writes."
+            require(root is None, "trainer.default_root_dir", "be null", str(root), hint)
             kwargs["logger"] = run_logger(self.model.env, run_dir)
         callbacks: Any = settings["callbacks"] or []
         given = cast(list[Callback], callbacks if isinstance(callbacks, list) else [callbacks])
@@ -299,7 +303,7 @@ class EsperCLI(LightningCLI):
     def after_instantiate_classes(self) -> None:
         """Refuse now what the run would refuse later."""
         model = self.model
-        refuse_unsupported(self.trainer, num_envs=model.env.num_envs, budget=model.total_env_steps)
+        model.refuse_trainer(self.trainer)
         path = self.config[self.subcommand]["ckpt_path"]
         fits = self.subcommand == "fit"
         if isinstance(model.env, Morphogenesis):
@@ -347,9 +351,10 @@ class EsperCLI(LightningCLI):
                 reason = f"{type(error).__name__}: {error}"
                 fail(f"ckpt_path must hold what a run can resume from, got {path!r}. {reason}")
             began = self.model.iteration > self._resumes_from
-            if began or not isinstance(error, MisconfigurationException):
+            early = isinstance(error, MisconfigurationException) and not began
+            if not early and not _is_refusal_of_callback(error):
                 raise
-            fail(error)  # what a callback or loop finds at the start
+            fail(error)
         if not self.trainer.is_global_zero:
             return
         metrics = {name: value.item() for name, value in self.trainer.callback_metrics.items()}
@@ -373,6 +378,16 @@ class EsperCLI(LightningCLI):
                 with suppress(ValueError, OSError):  # elsewhere; or nowhere: it was removed
                     directory = directory.relative_to(Path.cwd())
                 print(f"Run directory: {directory}")
+
+
+def _is_refusal_of_callback(error: Exception) -> bool:
+    """Whether one of Lightning's own callbacks says that its settings are wrong.
+
+    ``EarlyStopping`` and ``ModelCheckpoint`` look for what they monitor only after an epoch.
+    """
+    raised_in = traceback.extract_tb(error.__traceback__)[-1].filename
+    ours = isinstance(error, MisconfigurationException | RuntimeError)
+    return ours and Path(raised_in).parent == _LIGHTNING_CALLBACKS
 
 
 def _options() -> argparse.ArgumentParser:

@@ -167,6 +167,14 @@ def _explain_value(parser: SettingsParser, key: str, text: str) -> SettingsError
     """What a value must be, and why this one is not."""
     typehint: Any = next((_typehint(one) for one in _actions(parser) if one.dest == key), None)
     value, below = _value(text)
+    if (
+        below
+        and "Subclass types expect" not in text
+        and typehint is not None
+        and _choices(typehint)
+    ):
+        rule = f"must follow the name of a class that has it (--{_COMMAND.sub('', key)} NAME)"
+        return SettingsError(f"{key}.{below}", f" {rule}, got {value!r}.")
     if below:
         return SettingsError(f"{key}.{below}", f": {text}")
     if match := re.search(r"Unable to load config ['\"](.*?)['\"]", text):

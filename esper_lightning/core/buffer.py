@@ -6,9 +6,10 @@ import torch
 from torch import Tensor
 
 from esper_lightning.core.spaces import Box, EnvSpaces, FactoredDiscrete, MultiDiscrete, mask_size
+from esper_lightning.core.tensor_trees import leaves
 from esper_lightning.core.types import Observation, Rollout
 
-__all__ = ["allocate_rollout", "first_steps", "write_step"]
+__all__ = ["allocate_rollout", "first_steps", "rollout_bytes", "write_step"]
 
 
 def allocate_rollout(
@@ -42,6 +43,12 @@ def allocate_rollout(
         episode_return=empty(),
         episode_length=empty(dtype=torch.int64),
     )
+
+
+def rollout_bytes(spaces: EnvSpaces, steps: int, num_envs: int) -> int:
+    """Memory that such a rollout takes; none is taken here."""
+    one = allocate_rollout(spaces, 1, 1, device=torch.device("meta"))
+    return steps * num_envs * sum(leaf.nbytes for leaf in leaves(one))
 
 
 def first_steps(rollout: Rollout, steps: int) -> Rollout:

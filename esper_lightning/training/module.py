@@ -15,12 +15,13 @@ from pathlib import Path
 from typing import Any, Self, cast
 
 import torch
-from lightning.pytorch import LightningModule
+from lightning.pytorch import LightningModule, Trainer
 from lightning.pytorch.callbacks import Callback
 from lightning.pytorch.trainer.states import TrainerFn
 from torchmetrics import CatMetric
 from typing_extensions import override
 
+from esper_lightning.core.buffer import rollout_bytes
 from esper_lightning.core.compiling import CompileMode
 from esper_lightning.core.ranks import ALONE, Ranks
 from esper_lightning.core.running_stats import ObsNormalizer, RunningStats
@@ -280,9 +281,7 @@ class PPO(LightningModule):
 
         From here on loggers cannot end the run.
         """
-        trainer_support.refuse_unsupported(
-            self.trainer, num_envs=self.env.num_envs, budget=self.total_env_steps
-        )
+        self.refuse_trainer(self.trainer)
         trainer_support.keep_lightning_from_requeueing(self.trainer)
         if not self.trainer.fast_dev_run:  # else they are dummies
             guard_loggers(self.trainer.loggers)
@@ -475,6 +474,19 @@ class PPO(LightningModule):
                 f"ckpt_path must hold PPO's settings and weights, got {str(checkpoint_path)!r}"
             )
             raise ValueError(f"{message}. {' '.join(str(error).split())}") from error
+
+    def refuse_trainer(self, trainer: Trainer) -> None:
+        """Refuse a Trainer in which PPO would be wrong, or could not begin.
+
+        Raises:
+            ValueError: Naming the setting and what to use instead.
+        """
+        trainer_support.refuse_unsupported(
+            trainer,
+            num_envs=self.env.num_envs,
+            budget=self.total_env_steps,
+            rollout_bytes=rollout_bytes(self._spaces, self.ppo.rollout_steps, self.env.num_envs),
+        )
 
     def refuse_checkpoint(
         self, checkpoint: dict[str, Any], path: str, *, world_size: int | None

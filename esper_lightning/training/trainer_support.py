@@ -8,6 +8,7 @@ Which Trainer settings work, how a run is counted.
 
 import functools
 import logging
+import os
 import warnings
 import weakref
 from collections.abc import Callable, Generator
@@ -17,12 +18,13 @@ from typing import Any
 import torch
 from lightning.fabric.plugins.environments.slurm import SLURMEnvironment
 from lightning.pytorch import Trainer
+from lightning.pytorch.callbacks import BatchSizeFinder, LearningRateFinder
 from lightning.pytorch.strategies import DDPStrategy, DeepSpeedStrategy, SingleDeviceStrategy
 from lightning.pytorch.strategies.launchers import _MultiProcessingLauncher
 from lightning.pytorch.trainer.states import TrainerStatus
 
 from esper_lightning.core.seeding import require_torch_defaults
-from esper_lightning.core.validate import require
+from esper_lightning.core.validate import Words, require
 
 __all__ = [
     "autocast_without_cache",
@@ -40,13 +42,16 @@ _PRECISIONS = ("32-true", "bf16-mixed")
 _SAMPLES_WORTH_A_THREAD = 2048
 
 
-def refuse_unsupported(trainer: Trainer, *, num_envs: int, budget: int | None) -> None:
-    """Refuse Trainer settings under which PPO would be wrong.
+def refuse_unsupported(
+    trainer: Trainer, *, num_envs: int, budget: int | None, rollout_bytes: int
+) -> None:
+    """Refuse Trainer settings under which PPO would be wrong, or could not begin.
 
     Args:
         trainer: Before it runs.
         num_envs: Environments on each rank.
         budget: ``PPO.total_env_steps``.
+        rollout_bytes: Memory that a rollout takes on each rank.
 
     Raises:
         ValueError: Naming the setting and what to use instead.
@@ -65,7 +70,15 @@ def refuse_unsupported(trainer: Trainer, *, num_envs: int, budget: int | None) -
         hint = "The budget could end the run before it."
         ok = budget is None or not least
         require(ok, f"Trainer.{name}", f"be None with PPO.total_env_steps={budget}", least, hint)
+    share = trainer.overfit_batches
+    hint = "PPO has no data set: every iteration plays new steps."
+    require(not share, "Trainer.overfit_batches", "be 0", share, hint)
+    every = trainer.log_every_n_steps
+    require(every >= 0, "Trainer.log_every_n_steps", "be at least 0", every)
     for callback in trainer.callbacks:
+        hint = "PPO schedules its learning rate and sizes its minibatches itself: see PPOConfig."
+        tunes = isinstance(callback, LearningRateFinder | BatchSizeFinder)
+        require(not tunes, "Trainer.callbacks", "tune nothing", type(callback).__name__, hint)
         interval = getattr(callback, "_train_time_interval", None)
         hint = "Lightning ignores it with manual optimisation: set every_n_train_steps."
         require(interval is None, "ModelCheckpoint.train_time_interval", "be None", interval, hint)
@@ -73,6 +86,17 @@ def refuse_unsupported(trainer: Trainer, *, num_envs: int, budget: int | None) -
     least = num_envs * trainer.world_size
     rule = f"be at least env.num_envs * Trainer.world_size = {least}"
     require(budget is None or budget >= least, "PPO.total_env_steps", rule, budget)
+    memory = _memory_of(trainer.strategy.root_device)
+    rule = f"give a rollout that fits into the memory, {memory / 1e9:.0f} GB"
+    got = Words(f"one of {rollout_bytes / 1e9:,.0f} GB")
+    require(rollout_bytes <= memory, "PPOConfig.rollout_steps * env.num_envs", rule, got)
+
+
+def _memory_of(device: torch.device) -> int:
+    """Bytes that a device has in all."""
+    if device.type == "cuda":
+        return torch.cuda.get_device_properties(device).total_memory
+    return os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
 
 
 def _refuse_strategy(trainer: Trainer) -> None:

@@ -14,6 +14,7 @@ from pathlib import Path
 
 import pytest
 
+from tests import forked
 from tests.benchmarks.commands import wrong
 
 ROOT = Path(__file__).parents[2]
@@ -59,7 +60,7 @@ def run(command: list[str], folder: Path, **variables: str) -> subprocess.Comple
 
 def smallest(path: Path, folder: Path) -> None:
     """Run a benchmark, which prints what it would write."""
-    done = run([sys.executable, str(path), "--smallest"], folder)
+    done = forked.run([path, "--smallest"], cwd=folder)
     assert done.returncode == 0, done.stderr[-3000:]
     if path.stem == "contenders":
         told = done.stdout.splitlines()
@@ -108,7 +109,19 @@ def on_a_cluster(path: Path, folder: Path) -> None:
     assert not (folder / "scontrol.said").exists()
 
 
-TOOLS = {"scripts/ab.py": dry, "scripts/slurm.sh": on_a_cluster}
+def one_mutant(path: Path, folder: Path) -> None:
+    """A mutant of the package dies; the tree that it was put into was a copy."""
+    word = "A truncation loses the value beyond it"
+    done = run([sys.executable, str(path), "--only", word, "--import-nothing"], folder)
+    assert done.returncode == 0, done.stdout + done.stderr
+    assert done.stdout.splitlines()[-1] == "1 killed, 0 alive, 0 equivalent"
+
+
+TOOLS = {
+    "scripts/ab.py": dry,
+    "scripts/mutants.py": one_mutant,
+    "scripts/slurm.sh": on_a_cluster,
+}
 
 
 @pytest.mark.parametrize("path", [p for p in PROGRAMS if name(p) not in MODULES], ids=name)

@@ -2,9 +2,7 @@
 
 import itertools
 import json
-import signal
-import subprocess
-import sys
+import os
 import time
 from pathlib import Path
 from types import SimpleNamespace
@@ -18,6 +16,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from esper_lightning import PPO, History, PPOConfig
 from esper_lightning.envs import CartPole
 from esper_lightning.forensics.files import JsonLines, read_json_lines
+from tests import forked
 from tests.disks import fill
 
 
@@ -273,17 +272,19 @@ Trainer(accelerator="cpu", max_epochs=-1, logger=False, enable_checkpointing=Fal
 
 @pytest.mark.crash
 def test_sigkill_loses_no_finished_iteration(tmp_path):
-    command = [sys.executable, "-c", SCRIPT, str(tmp_path)]
-    pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.DEVNULL}
-    with subprocess.Popen(command, text=True, **pipes) as process:
+    reads, writes = os.pipe()
+    with (tmp_path / "stderr").open("wb") as stderr:
+        process = forked.start(["-c", SCRIPT, tmp_path], output=(writes, stderr))
+    os.close(writes)
+    with open(reads) as stdout:  # noqa: PTH123
         try:
             begun = 0
             deadline = time.monotonic() + 120
             while begun < 25 and time.monotonic() < deadline:
-                begun = int(process.stdout.readline())
+                begun = int(stdout.readline())
         finally:
-            process.send_signal(signal.SIGKILL)
-        rest = process.stdout.read().split()
+            process.kill()
+        rest = stdout.read().split()
     finished = max([begun, *map(int, rest)])  # iteration n begins when n are finished
     found = iterations(tmp_path / "rank0" / "history.jsonl")
     assert found == list(range(1, len(found) + 1))

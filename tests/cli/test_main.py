@@ -150,10 +150,13 @@ class TestInterrupts:
         process = subprocess.Popen(
             [*script, *arguments], stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True
         )
-        assert process.stderr.readline() == "began\n"
-        time.sleep(after_s)
-        process.send_signal(number)
-        process.said = process.communicate(timeout=60)
+        try:
+            assert process.stderr.readline() == "began\n"
+            time.sleep(after_s)
+            process.send_signal(number)
+            process.said = process.communicate(timeout=60)
+        finally:
+            process.kill()
         return process
 
     @pytest.mark.parametrize("after_s", [0.0, 0.3, 1.0, 2.0])

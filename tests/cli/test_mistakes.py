@@ -273,6 +273,18 @@ FIT = {
     "--trainer.accumulate_grad_batches 2": "Trainer.accumulate_grad_batches must be 1, got 2.",
     "--trainer.precision 16-true": "Trainer.precision must be one of 32-true, bf16-mixed",
     "--trainer.min_epochs 3": "Trainer.min_epochs must be None",
+    "--trainer.default_root_dir /proc/x": "trainer.default_root_dir must be null, got '/proc/x'.",
+    "--trainer.overfit_batches 0.3": "Trainer.overfit_batches must be 0, got 0.3.",
+    "--trainer.log_every_n_steps -1": "Trainer.log_every_n_steps must be at least 0, got -1.",
+    "--trainer.callbacks+=LearningRateFinder": "must tune nothing, got 'LearningRateFinder'.",
+    "--model.ppo.rollout_steps 100_000_000_000": "must give a rollout that fits into the memory",
+    "--model.env.num_envs 100_000_000_000 --model.total_env_steps null": "fits into the memory",
+    # What a class refuses of which a setting is one of several.
+    "--trainer.callbacks FlightRecorder --trainer.callbacks.dirpath ''": "error: "
+    "FlightRecorder.dirpath must name a directory, got ''.",
+    "--trainer.callbacks FlightRecorder --trainer.callbacks.hang_timeout_s -1": "error: "
+    "FlightRecorder.hang_timeout_s must",
+    "--trainer.logger.save_dir x": "trainer.logger.save_dir must follow the name of a class",
     # Checkpoints.
     "--ckpt_path none.ckpt": "ckpt_path must name an existing checkpoint, got 'none.ckpt'.",
     "--ckpt_path folder": "got 'folder'. It is a directory.",
@@ -438,7 +450,6 @@ def test_a_mistake_is_one_short_line_and_status_2_and_leaves_nothing(arguments, 
     "arguments",
     [
         fit("--run_dir file/below"),  # the last that is checked
-        ["evaluate", "--ckpt_path", "torn.ckpt"],
         ["crash", "none"],
     ],
     ids=lambda arguments: arguments[-1],

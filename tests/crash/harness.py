@@ -1,6 +1,7 @@
 """Runs one dying program in a session of its own, and looks at what it left."""
 
 import contextlib
+import functools
 import gzip
 import json
 import os
@@ -8,13 +9,15 @@ import signal
 import subprocess
 import sys
 import time
+from collections.abc import Callable
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import IO, Any
 
 from esper_lightning.forensics.files import read_json_lines
 from esper_lightning.forensics.layout import RankLayout, RunLayout
 from esper_lightning.forensics.report import read_report
+from tests import forked
 from tests.crash.cases import RankCase
 
 PROGRAM = Path(__file__).with_name("program.py")
@@ -67,8 +70,12 @@ def read_trace(path: Path) -> bytes:
 def run(case: dict[str, Any], directory: Path) -> Outcome:
     """Let the program die, at most a minute long."""
     directory.mkdir(parents=True, exist_ok=True)
-    argument = json.dumps({**case, "directory": str(directory)})
-    return _watch([str(PROGRAM), argument], directory, case.get("environment", {}))
+    words = [str(PROGRAM), json.dumps({**case, "directory": str(directory)})]
+    more = case.get("environment", {})
+    if any(name.startswith("PYTHON") for name in more):  # Python reads them as it starts
+        return _watch(functools.partial(_start, words, more), directory)
+    how = {"env": {**os.environ, **forked.QUIET, **more}, "new_session": True}
+    return _watch(lambda output: forked.start(words, output=output, **how), directory)
 
 
 def run_ranks(case: RankCase, directory: Path) -> Outcome:
@@ -79,25 +86,32 @@ def run_ranks(case: RankCase, directory: Path) -> Outcome:
         launcher = ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2"]
         strategy = "ddp"
     program = [str(RANKS), case.fault, strategy, str(directory), str(case.rank)]
-    return _watch([*launcher, *program], directory, {})
+    return _watch(functools.partial(_start, [*launcher, *program], {}), directory)
 
 
-def _watch(arguments: list[str], directory: Path, variables: dict[str, str]) -> Outcome:
-    environment = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONWARNINGS": "ignore", **variables}
+def _start(
+    words: list[str], variables: dict[str, str], output: IO[bytes]
+) -> "subprocess.Popen[bytes]":
+    return subprocess.Popen(
+        [sys.executable, *words],
+        stdin=subprocess.DEVNULL,
+        stdout=output,
+        stderr=output,
+        env={**os.environ, **forked.QUIET, **variables},
+        start_new_session=True,
+        preexec_fn=_as_from_a_terminal,  # noqa: PLW1509 - two system calls
+    )
+
+
+def _watch(
+    start: "Callable[[IO[bytes]], subprocess.Popen[bytes] | forked.Forked]", directory: Path
+) -> Outcome:
     started = time.monotonic()
     with (directory / "stderr").open("wb") as stderr:
         # A process of its own writes it: the program may have forbidden itself to write files.
         writer = subprocess.Popen(["cat"], stdin=subprocess.PIPE, stdout=stderr)
         assert writer.stdin is not None
-        process = subprocess.Popen(
-            [sys.executable, *arguments],
-            stdin=subprocess.DEVNULL,
-            stdout=writer.stdin,
-            stderr=writer.stdin,
-            env=environment,
-            start_new_session=True,
-            preexec_fn=_as_from_a_terminal,  # noqa: PLW1509 - two system calls
-        )
+        process = start(writer.stdin)
         writer.stdin.close()
         try:
             status = process.wait(_LIMIT_S)

@@ -1,14 +1,12 @@
-"""Processes that several runs, signals and threads share: one child for each line of stdin.
+"""Processes that several runs, signals and threads share.
 
-The program imports once, and forks before any thread is there. A line is JSON: the name of a
-function of this file, its arguments, and a directory; the child calls the function there.
+Called with the name of a function of this file, and its arguments as JSON.
 """
 
 import asyncio
 import contextlib
 import ctypes
 import faulthandler
-import gc
 import json
 import os
 import signal
@@ -25,7 +23,7 @@ from torch.utils.data import DataLoader
 
 from esper_lightning import FlightRecorder
 
-HERE = Path()  # a child goes to the directory of its scenario
+HERE = Path()
 
 
 class Plain(LightningModule):
@@ -357,22 +355,5 @@ def suspended_after_a_signal(seconds):
     fit("run", at(3, act))
 
 
-def main():
-    torch.set_num_threads(1)
-    gc.freeze()  # what is imported is not walked through in each child
-    for line in sys.stdin:
-        name, arguments, directory = json.loads(line)
-        pid = os.fork()
-        if pid == 0:
-            os.chdir(directory)
-            output = os.open("output", os.O_WRONLY | os.O_CREAT)
-            os.dup2(output, 1)
-            os.dup2(output, 2)
-            globals()[name](*arguments)
-            return
-        print(pid, flush=True)
-        print(os.waitpid(pid, 0)[1], flush=True)
-
-
 if __name__ == "__main__":
-    main()
+    globals()[sys.argv[1]](*json.loads(sys.argv[2]))

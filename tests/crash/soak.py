@@ -13,7 +13,6 @@ import subprocess
 import sys
 import time
 from collections import Counter
-from collections.abc import Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -23,9 +22,11 @@ import yaml
 from tensorboard.backend.event_processing.event_file_loader import RawEventFileLoader
 
 from esper_lightning.cli import crash
+from esper_lightning.forensics.claims import read_owner
 from esper_lightning.forensics.files import read_json_lines
 from esper_lightning.forensics.layout import RunLayout
 from esper_lightning.training.checkpoint_io import read_checkpoint
+from tests import forked
 
 ROOT = Path(__file__).parents[2]
 FIT = (
@@ -39,29 +40,6 @@ FIT = (
 MOMENTS = ("start", "any", "write", "import")
 _CLOCK = ("time_s", "env_steps_per_s")
 _LIMIT_S = 120.0
-
-# One process imports; each run is a child of it, forked before any thread is there.
-_SERVER = """
-import json, os, sys
-import torch
-torch.set_num_threads(1)
-import esper_lightning.cli.lightning_cli
-from esper_lightning.cli.main import main
-
-print("ready", flush=True)
-for line in sys.stdin:
-    pid = os.fork()
-    if pid == 0:
-        folder, arguments = json.loads(line)
-        os.chdir(folder)
-        output = os.open("output", os.O_WRONLY | os.O_CREAT | os.O_APPEND)
-        os.dup2(output, 1)
-        os.dup2(output, 2)
-        sys.argv = ["esper", *arguments]
-        sys.exit(main(arguments))
-    print(pid, flush=True)
-    print(os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1]), flush=True)
-"""
 
 
 @dataclass
@@ -83,31 +61,20 @@ class Soak:
 
     def __init__(self, folder: Path, seed: int) -> None:
         self._folder, self._random = folder, random.Random(seed)
-        self._environment = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONWARNINGS": "ignore"}
-        self._environment["PYTHONPATH"] = str(ROOT)
+        self._environment = {**os.environ, **forked.QUIET, "PYTHONPATH": str(ROOT)}
         self.tally = Tally()
 
-    @contextlib.contextmanager
-    def running(self) -> Iterator["Soak"]:
-        """Start what starts runs, and train the undisturbed run."""
-        self._server = subprocess.Popen(
-            [sys.executable, "-c", _SERVER],
-            stdin=subprocess.PIPE,
-            stdout=subprocess.PIPE,
-            env=self._environment,
-            text=True,
-        )
-        try:
-            assert self._server.stdout is not None
-            assert self._server.stdout.readline() == "ready\n"
-            self._reference = self._folder / "reference"
-            self._start_s, self._whole_s = self._train_undisturbed()
-            yield self
-        finally:
-            for pipe in (self._server.stdin, self._server.stdout):
-                assert pipe is not None
-                pipe.close()
-            self._server.wait(_LIMIT_S)
+    def train_undisturbed(self) -> None:
+        """Train the run that the others must equal."""
+        self._reference = self._folder / "reference"
+        process, began, first_row = self._launch(self._reference), time.monotonic(), float("inf")
+        history = RunLayout(self._reference).rank(0).history
+        while process.poll() is None:
+            if first_row == float("inf") and history.exists() and history.stat().st_size:
+                first_row = time.monotonic() - began
+            time.sleep(0.01)
+        assert process.returncode == 0, self._output(self._reference)
+        self._start_s, self._whole_s = first_row, time.monotonic() - began
 
     def one_run(self, *, kills: int | None = None, until_s: float = float("inf")) -> None:
         """Kill a run and resume it, again and again, and compare what it was in the end.
@@ -136,34 +103,22 @@ class Soak:
         """Imports take long: few of the kills are there."""
         return self._random.choices(MOMENTS, (4, 5, 5, 1))[0] if number else "import"
 
-    def _train_undisturbed(self) -> tuple[float, float]:
-        began, first_row = time.monotonic(), float("inf")
-        pid = self._launch(self._reference)
-        history = RunLayout(self._reference).rank(0).history
-        while not _ended(pid):
-            if first_row == float("inf") and history.exists() and history.stat().st_size:
-                first_row = time.monotonic() - began
-            time.sleep(0.01)
-        assert self._status() == 0, self._output(self._reference)
-        return first_row, time.monotonic() - began
-
     def _attempt(self, directory: Path, moment: str | None) -> bool:
         """One process of a run; whether it came to the end."""
         if moment == "import":
             return self._attempt_import(directory)
-        pid = self._launch(directory)
+        process = self._launch(directory)
         longest = self._start_s if moment == "start" else self._whole_s
         end = float("inf") if moment is None else self._random.uniform(0.0, longest)
         end += time.monotonic()
-        while time.monotonic() < end and not _ended(pid):
+        while time.monotonic() < end and process.poll() is None:
             time.sleep(0.002)
         if moment == "write":
-            while not _ended(pid) and not _writes(directory):
+            while process.poll() is None and not _writes(directory):
                 pass
         doing = self._doing(directory)
-        with contextlib.suppress(ProcessLookupError):
-            os.kill(pid, signal.SIGKILL)
-        status = self._status()
+        process.kill()
+        status = process.wait(_LIMIT_S)
         assert status in (0, -signal.SIGKILL), self._output(directory)
         if status != 0:
             assert moment is not None
@@ -191,17 +146,10 @@ class Soak:
     def _arguments(self, directory: Path) -> list[str]:
         return [*FIT, "--run_dir", str(directory)]
 
-    def _launch(self, directory: Path) -> int:
-        assert self._server.stdin is not None
-        assert self._server.stdout is not None
-        request = json.dumps([str(self._folder), self._arguments(directory)])
-        self._server.stdin.write(request + "\n")
-        self._server.stdin.flush()
-        return int(self._server.stdout.readline())
-
-    def _status(self) -> int:
-        assert self._server.stdout is not None
-        return int(self._server.stdout.readline())
+    def _launch(self, directory: Path) -> forked.Forked:
+        words = ["-m", "esper_lightning", *self._arguments(directory)]
+        with (self._folder / "output").open("ab") as output:
+            return forked.start(words, output=output, cwd=self._folder, env=self._environment)
 
     def _output(self, directory: Path) -> str:
         return f"{directory}: {(self._folder / 'output').read_text()[-4000:]}"
@@ -267,6 +215,8 @@ def _read(path: Path) -> None:
         assert path.read_bytes() or name == path.name, "an empty file set aside"
     elif name.endswith(".json"):
         assert isinstance(json.loads(path.read_bytes()), dict), "not an object"
+    elif name == "owner.lock":
+        assert not path.stat().st_size or "pid" in read_owner(path.parent), "no owner"
     elif ".ckpt" in name:
         read_checkpoint(path)
     elif name.startswith("events.out.tfevents."):
@@ -307,13 +257,6 @@ def _writes(directory: Path) -> bool:
             if any(entry.name.endswith(".tmp") for entry in os.scandir(folder)):
                 return True
     return False
-
-
-def _ended(pid: int) -> bool:
-    try:
-        return Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[0] in "ZX"
-    except OSError:
-        return True
 
 
 def _wait_for_second_process(directory: Path) -> None:

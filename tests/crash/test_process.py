@@ -1,9 +1,6 @@
 """What runs share with the rest of their process: signals, handlers, threads, and time."""
 
-import contextlib
 import json
-import os
-import select
 import signal
 import subprocess
 import sys
@@ -15,47 +12,13 @@ from esper_lightning.callbacks.signals import ENDING, FAULTS, signal_name
 from esper_lightning.forensics.files import read_json_lines
 from esper_lightning.forensics.layout import RunLayout
 from esper_lightning.forensics.report import read_report
+from tests import forked
 from tests.crash.harness import FAILING_OPERATOR, read_trace
 
 pytestmark = pytest.mark.crash
 _PROGRAM = Path(__file__).with_name("scenarios.py")
 _LIMIT_S = 60
 _ROOT = Path(__file__).parents[2]
-
-
-class Factory:
-    """The program that forks; it imports once for all scenarios."""
-
-    def __init__(self) -> None:
-        environment = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONWARNINGS": "ignore"}
-        self._process = subprocess.Popen(
-            [sys.executable, str(_PROGRAM)],
-            stdin=subprocess.PIPE,
-            stdout=subprocess.PIPE,
-            stderr=subprocess.DEVNULL,
-            env=environment,
-            text=True,
-            bufsize=1,
-            start_new_session=True,
-            preexec_fn=_default_actions,  # noqa: PLW1509 - a few system calls
-        )
-
-    def run(self, directory: Path, name: str, *arguments: object) -> "Outcome":
-        """Let a child act."""
-        assert self._process.stdin is not None
-        assert self._process.stdout is not None
-        self._process.stdin.write(json.dumps([name, arguments, str(directory)]) + "\n")
-        pid = int(self._process.stdout.readline())
-        ready, _, _ = select.select([self._process.stdout], [], [], _LIMIT_S)
-        if not ready:
-            with contextlib.suppress(ProcessLookupError):
-                os.kill(pid, signal.SIGKILL)
-        status = os.waitstatus_to_exitcode(int(self._process.stdout.readline()))
-        return Outcome(directory, status if ready else None)
-
-    def close(self) -> None:
-        """End it."""
-        self._process.communicate(timeout=30)
 
 
 class Outcome:
@@ -85,23 +48,18 @@ class Outcome:
         return (self.directory / "output").read_text()[-3000:]
 
 
-def _default_actions() -> None:
-    """As Python finds them from a terminal; a test run may be in the background."""
-    for number in (*ENDING, *FAULTS):
-        signal.signal(number, signal.SIG_DFL)
-
-
-@pytest.fixture(scope="module")
-def factory():
-    factory = Factory()
-    yield factory
-    factory.close()
-
-
 @pytest.fixture
-def run(factory, tmp_path):
+def run(tmp_path):
     def run(name, *arguments):
-        return factory.run(tmp_path, name, *arguments)
+        with (tmp_path / "output").open("wb") as output:
+            words = [_PROGRAM, name, json.dumps(arguments)]
+            process = forked.start(words, output=output, cwd=tmp_path, new_session=True)
+        try:
+            status = process.wait(_LIMIT_S)
+        except subprocess.TimeoutExpired:
+            process.kill()
+            status = None
+        return Outcome(tmp_path, status)
 
     return run
 

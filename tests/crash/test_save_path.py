@@ -1,9 +1,6 @@
 """``train_ppo_vectorized(save_path=...)``: a signal ends the run, and the best policy is there."""
 
-import os
 import signal
-import subprocess
-import sys
 import time
 
 import pytest
@@ -11,12 +8,11 @@ import pytest
 from esper_lightning.forensics.files import read_json_lines
 from esper_lightning.forensics.layout import RunLayout
 from esper_lightning.training.checkpoint_io import read_checkpoint
+from tests import forked
 
 pytestmark = pytest.mark.crash
 
 PROGRAM = """
-import signal, sys
-signal.signal(signal.SIGINT, signal.default_int_handler)  # shells let jobs ignore it
 from esper_lightning import PPOConfig, train_ppo_vectorized
 from esper_lightning.envs import CartPole
 
@@ -30,17 +26,10 @@ train_ppo_vectorized(
 
 @pytest.mark.parametrize("name", ["SIGTERM", "SIGINT"])
 def test_a_signal(tmp_path, name):
-    environment = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONWARNINGS": "ignore"}
     files = RunLayout(tmp_path / "run")
     evaluations = files.rank(0).evaluations
     with (tmp_path / "stderr").open("wb") as stderr:
-        process = subprocess.Popen(
-            [sys.executable, "-c", PROGRAM],
-            cwd=tmp_path,
-            stdout=subprocess.DEVNULL,
-            stderr=stderr,
-            env=environment,
-        )
+        process = forked.start(["-c", PROGRAM], output=stderr, cwd=tmp_path)
         end = time.monotonic() + 60
         while len(read_json_lines(evaluations)) < 3 and time.monotonic() < end:
             time.sleep(0.02)

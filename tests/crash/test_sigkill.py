@@ -1,10 +1,7 @@
 """SIGKILL at any moment: no finished iteration is lost, and every file can be read."""
 
-import os
 import random
 import signal
-import subprocess
-import sys
 import time
 
 import pytest
@@ -14,69 +11,44 @@ from esper_lightning.forensics.files import read_json_lines
 from esper_lightning.forensics.layout import RunLayout
 from esper_lightning.training.checkpoint_io import read_checkpoint
 from esper_lightning.training.metrics import EVAL_RETURN
+from tests import forked
 
 pytestmark = pytest.mark.crash
 
-# One process imports; each run is a child of it, forked before any thread is there.
 PROGRAM = """
 import os, sys
-import torch
-torch.set_num_threads(1)
 from esper_lightning import PPO, PPOConfig
 from esper_lightning.callbacks.history import JsonLines
 from esper_lightning.envs import CartPole
 from esper_lightning.train import run_callbacks, run_plugins
 from lightning.pytorch import Trainer
 
-for line in sys.stdin:
-    pid = os.fork()
-    if pid == 0:
-        directory = line.strip()
-        append = JsonLines.append
-        def counted(self, row):
-            append(self, row)
-            if "loss/value" in row:  # not an evaluation
-                os.write(truth, b".")
-        os.makedirs(directory)
-        truth = os.open(directory + "/truth", os.O_WRONLY | os.O_CREAT | os.O_APPEND)
-        JsonLines.append = counted
-        trainer = Trainer(accelerator="cpu", max_epochs=-1, logger=False, plugins=run_plugins(),
-            callbacks=run_callbacks(evaluates=True, shows_progress=False),
-            enable_progress_bar=False, enable_model_summary=False, num_sanity_val_steps=0,
-            default_root_dir=directory)
-        trainer.fit(PPO(CartPole(num_envs=4, time_limit=20), eval_episodes=2,
-            iterations_per_epoch=5, ppo=PPOConfig(rollout_steps=4, minibatches=1)))
-    print(pid, flush=True)
-    os.waitpid(pid, 0)
+append = JsonLines.append
+def counted(self, row):
+    append(self, row)
+    if "loss/value" in row:  # not an evaluation
+        os.write(truth, b".")
+truth = os.open(sys.argv[1] + "/truth", os.O_WRONLY | os.O_CREAT | os.O_APPEND)
+JsonLines.append = counted
+trainer = Trainer(accelerator="cpu", max_epochs=-1, logger=False, plugins=run_plugins(),
+    callbacks=run_callbacks(evaluates=True, shows_progress=False),
+    enable_progress_bar=False, enable_model_summary=False, num_sanity_val_steps=0,
+    default_root_dir=sys.argv[1])
+trainer.fit(PPO(CartPole(num_envs=4, time_limit=20), eval_episodes=2,
+    iterations_per_epoch=5, ppo=PPOConfig(rollout_steps=4, minibatches=1)))
 """
 
 
-@pytest.fixture(scope="module")
-def factory():
-    environment = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONWARNINGS": "ignore"}
-    process = subprocess.Popen(
-        [sys.executable, "-c", PROGRAM],
-        stdin=subprocess.PIPE,
-        stdout=subprocess.PIPE,
-        stderr=subprocess.DEVNULL,
-        env=environment,
-        text=True,
-    )
-    yield process
-    process.stdin.close()
-    process.stdout.close()
-    process.wait(30)
-
-
-def kill_at_a_random_moment(factory, directory, moment):
-    factory.stdin.write(f"{directory}\n")
-    factory.stdin.flush()
-    pid = int(factory.stdout.readline())
+def kill_at_a_random_moment(directory, moment):
+    directory.mkdir()
+    with (directory.parent / "output").open("ab") as output:
+        process = forked.start(["-c", PROGRAM, directory], output=output)
     end = time.monotonic() + 60
     while not (directory / "rank0" / "history.jsonl").exists() and time.monotonic() < end:
         time.sleep(0.005)
     time.sleep(moment.uniform(0.0, 0.6))
-    os.kill(pid, signal.SIGKILL)
+    process.kill()
+    assert process.wait(60) == -signal.SIGKILL
 
 
 def check(directory):
@@ -111,15 +83,15 @@ def check_checkpoints(layout, evaluations):
 
 
 @pytest.mark.parametrize("number", range(4))
-def test_sigkill(factory, tmp_path, number):
-    kill_at_a_random_moment(factory, tmp_path / "run", random.Random(number))
+def test_sigkill(tmp_path, number):
+    kill_at_a_random_moment(tmp_path / "run", random.Random(number))
     check(tmp_path / "run")
 
 
 @pytest.mark.slow
 @pytest.mark.timeout(900)
-def test_sigkill_at_a_hundred_moments(factory, tmp_path):
+def test_sigkill_at_a_hundred_moments(tmp_path):
     for number in range(100):
         directory = tmp_path / str(number)
-        kill_at_a_random_moment(factory, directory, random.Random(1000 + number))
+        kill_at_a_random_moment(directory, random.Random(1000 + number))
         check(directory)

@@ -69,12 +69,12 @@ def tree(tmp_path) -> Path:
     return root
 
 
-def tried(tree, *entries, limit="60") -> tuple[int, list[str]]:
+def tried(tree, *entries, limit="60", more=()) -> tuple[int, list[str]]:
     listed = tree / "mutants.toml"
     listed.write_text("".join(written(**entry) for entry in entries))
     words = [sys.executable, SCRIPT, "--mutants", listed, "--root", tree, "--limit", limit]
     done = subprocess.run(
-        [*map(str, words), "--import-nothing"], capture_output=True, text=True, check=False
+        [*map(str, words), "--import-nothing", *more], capture_output=True, text=True, check=False
     )
     assert done.stderr == ""
     return done.returncode, done.stdout.splitlines()
@@ -126,6 +126,13 @@ def test_what_cannot_be_tried_is_said(tree, entry, message):
 def test_nothing_is_tried_where_a_mutant_does_not_apply(tree):
     status, lines = tried(tree, KILLED, {**KILLED, "old": "a - b"})
     assert (status, len(lines)) == (2, 1)
+
+
+def test_a_word_of_no_mutant_is_said_and_runs_no_test(tree):
+    assert tried(tree, KILLED, more=["--only", "nothing"]) == (
+        2,
+        ["--only must be a word of a mutant, got 'nothing'."],
+    )
 
 
 def test_a_test_that_fails_without_a_mutant_kills_none(tree):

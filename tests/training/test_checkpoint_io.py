@@ -4,8 +4,6 @@ import fractions
 import pickle
 import random
 import re
-import subprocess
-import sys
 
 import pytest
 import torch
@@ -13,6 +11,7 @@ import torch
 from esper_lightning import PPO, AtomicCheckpointIO
 from esper_lightning.envs import CartPole
 from esper_lightning.training.checkpoint_io import read_checkpoint
+from tests import forked
 
 CONTENT = {"weight": torch.arange(3.0), "nested": {"count": torch.ones(2, dtype=torch.int64)}}
 CONTENT |= {"number": 7, "share": 1.5}
@@ -177,9 +176,7 @@ print("after", read_checkpoint(path)["number"], [file.name for file in path.pare
 @pytest.mark.crash
 def test_a_save_that_is_killed_leaves_the_previous_file(tmp_path):
     path = str(tmp_path / "checkpoints" / "last.ckpt")
-    done = subprocess.run(
-        [sys.executable, "-c", KILLED, path], capture_output=True, text=True, check=False
-    )
+    done = forked.run(["-c", KILLED, path])
     assert done.stdout.splitlines() == [
         "1 9 1 2",
         "5000 9 1 3",
@@ -211,8 +208,6 @@ print([file.name for file in path.parent.iterdir()])
 
 def test_a_full_disk_is_told_and_leaves_the_previous_file(tmp_path):
     path = tmp_path / "checkpoints" / "last.ckpt"
-    done = subprocess.run(
-        [sys.executable, "-c", FULL, str(path)], capture_output=True, text=True, check=False
-    )
+    done = forked.run(["-c", FULL, path])
     assert done.stdout.splitlines() == ["File too large True", "['last.ckpt']"], done.stderr
     assert torch.equal(read_checkpoint(path)["weight"], torch.zeros(10))

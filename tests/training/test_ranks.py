@@ -7,7 +7,7 @@ import re
 import shutil
 import signal
 import subprocess
-import sys
+import tempfile
 import time
 from pathlib import Path
 
@@ -22,6 +22,7 @@ from esper_lightning.envs import CartPole
 from esper_lightning.envs.morphogenesis.lifecycle import Stage
 from esper_lightning.forensics.files import read_json_lines
 from esper_lightning.forensics.remains import examine, first_failure
+from tests import forked
 from tests.training import halves
 
 pytestmark = pytest.mark.ddp
@@ -29,21 +30,23 @@ HERE = Path(__file__).parent
 TIMES = ("time_s", "env_steps_per_s")
 
 
-def start(program, *arguments, more=None):
-    env = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONWARNINGS": "ignore", **(more or {})}
-    words = [sys.executable, str(HERE / program), *map(str, arguments)]
-    pipes = {"stderr": subprocess.PIPE, "stdout": subprocess.PIPE}
-    return subprocess.Popen(words, env=env, start_new_session=True, **pipes)
+def start(program, *arguments, stderr, more=None):
+    env = {**os.environ, **forked.QUIET, **(more or {})}
+    words = [HERE / program, *arguments]
+    return forked.start(words, output=stderr, env=env, new_session=True)
 
 
 def run(directory, **settings):
     """Train in processes of their own; returns the exit status and what they wrote to stderr."""
-    process = start("ranks.py", json.dumps({"directory": str(directory), **settings}))
-    try:
-        _, stderr = process.communicate(timeout=600)
-    finally:
-        process.kill()
-    return process.returncode, stderr.decode()
+    words = json.dumps({"directory": str(directory), **settings})
+    with tempfile.TemporaryFile() as stderr:
+        process = start("ranks.py", words, stderr=stderr)
+        try:
+            status = process.wait(600)
+        finally:
+            process.kill()
+        stderr.seek(0)
+        return status, stderr.read().decode()
 
 
 def history(directory, rank=0):
@@ -54,10 +57,10 @@ def history(directory, rank=0):
 @pytest.fixture(scope="module")
 def of_two_ranks(tmp_path_factory):
     directory = tmp_path_factory.mktemp("halves")
-    processes = [start("halves.py", rank, 2, directory) for rank in range(2)]
+    with (directory / "stderr").open("wb") as stderr:
+        processes = [start("halves.py", rank, 2, directory, stderr=stderr) for rank in range(2)]
     for process in processes:
-        _, stderr = process.communicate(timeout=240)
-        assert process.returncode == 0, stderr.decode()
+        assert process.wait(240) == 0, (directory / "stderr").read_text()
     return [torch.load(directory / f"{rank}.pt") for rank in range(2)]
 
 
@@ -154,15 +157,17 @@ def test_slurm_ends_ranks_and_they_save_what_they_know(tmp_path):
     number = {"JOB_ID": 7, "NTASKS": 2, "NTASKS_PER_NODE": 2, "NODEID": 0, "JOB_NUM_NODES": 1}
     slurm = {**name, **{f"SLURM_{key}": str(value) for key, value in number.items()}}
     words = json.dumps({"directory": str(tmp_path), "devices": 2, "budget": 10**6})
-    processes = [
-        start("ranks.py", words, more={**slurm, "SLURM_PROCID": str(r), "SLURM_LOCALID": str(r)})
-        for r in range(2)
-    ]
+    ids = ("SLURM_PROCID", "SLURM_LOCALID")
+    with (tmp_path / "stderr").open("wb") as stderr:
+        processes = [
+            start("ranks.py", words, stderr=stderr, more={**slurm, **dict.fromkeys(ids, str(rank))})
+            for rank in range(2)
+        ]
     try:
         wait_for(lambda: len(history(tmp_path)) >= 5)
         for process in processes:
             process.send_signal(signal.SIGTERM)
-        statuses = [process.communicate(timeout=60) and process.returncode for process in processes]
+        statuses = [process.wait(60) for process in processes]
     finally:
         for process in processes:
             process.kill()
@@ -374,17 +379,18 @@ def test_three_minutes_of_deaths_end_with_the_weights_of_an_undisturbed_run(tmp_
     dice, began, deaths = random.Random(0), time.monotonic(), 0
     words = json.dumps({"directory": str(directory), "resumes": True, **settings})
     while time.monotonic() - began < 180:
-        process = start("ranks.py", words)
+        with (tmp_path / "stderr").open("ab") as stderr:
+            process = start("ranks.py", words, stderr=stderr)
         try:
-            process.communicate(timeout=dice.uniform(2.0, 15.0))
+            process.wait(dice.uniform(2.0, 15.0))
         except subprocess.TimeoutExpired:
             process.send_signal(dice.choice([signal.SIGKILL, signal.SIGTERM]))
             deaths += 1
             try:
-                process.communicate(timeout=30)
+                process.wait(30)
             except subprocess.TimeoutExpired:  # torch waits for half an hour to meet the first rank
                 os.killpg(process.pid, signal.SIGKILL)
-                process.communicate()
+                process.wait()
     status, stderr = run(directory, resumes=True, **settings)
     assert status == 0, stderr
     assert diff(directory, whole, 2) == []

@@ -1,0 +1,233 @@
+"""Python programs in processes of their own, without the seconds in which each imports torch.
+
+A server imports once, before it has any thread, and forks each program; ``start`` is for it what
+``subprocess.Popen([sys.executable, ...])`` is. What belongs to the start of the interpreter stays
+that of the server: its options, the encoding of its streams, and that the package is imported.
+"""
+
+import atexit
+import contextlib
+import functools
+import gc
+import json
+import os
+import runpy
+import select
+import signal
+import socket
+import subprocess
+import sys
+import tempfile
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+ROOT = Path(__file__).parents[1]
+QUIET = {"OMP_NUM_THREADS": "1", "PYTHONWARNINGS": "ignore"}
+_MOST_BYTES = 1 << 17
+_NUMBER_BYTES = 16
+
+
+class Forked:
+    """A process that was forked.
+
+    Attributes:
+        pid: Its number.
+        returncode: As ``subprocess.Popen`` has it; ``None`` while it runs.
+    """
+
+    def __init__(self, pid: int, status: int) -> None:
+        self.pid, self._status = pid, status
+        self.returncode: int | None = None
+
+    def wait(self, timeout: float | None = None) -> int:
+        """Wait for its end.
+
+        Raises:
+            subprocess.TimeoutExpired: If it runs longer.
+        """
+        if self.returncode is None:
+            if not select.select([self._status], [], [], timeout)[0]:
+                raise subprocess.TimeoutExpired(["forked"], timeout or 0.0)
+            self.returncode = _read_number(self._status)
+            os.close(self._status)
+        return self.returncode
+
+    def poll(self) -> int | None:
+        """Its exit status, if it has ended."""
+        with contextlib.suppress(subprocess.TimeoutExpired):
+            self.wait(0.0)
+        return self.returncode
+
+    def send_signal(self, number: int) -> None:
+        """Send a signal, unless it has ended."""
+        if self.poll() is None:
+            os.kill(self.pid, number)
+
+    def kill(self) -> None:
+        """End it."""
+        self.send_signal(signal.SIGKILL)
+
+
+def start(
+    arguments: Sequence[object],
+    *,
+    output: Any,
+    cwd: Path | None = None,
+    env: Mapping[str, str] | None = None,
+    new_session: bool = False,
+) -> Forked:
+    """Start a program; its standard input is empty.
+
+    Args:
+        arguments: What would follow ``python``: a file, or ``-m`` and a module, or ``-c`` and code,
+            and what is for the program.
+        output: File, or descriptor, of its standard output and error; a pair where they differ.
+        cwd: Where it starts.
+        env: Its environment; by default that of this process with ``QUIET``.
+        new_session: Whether it leads a session.
+    """
+    variables = {**os.environ, **QUIET} if env is None else dict(env)
+    words = [str(word) for word in arguments]
+    place = str(cwd or Path.cwd())
+    request = json.dumps([words, place, variables, new_session]).encode()
+    reads, writes = os.pipe()
+    outputs = output if isinstance(output, tuple) else (output, output)
+    descriptors = [one if isinstance(one, int) else one.fileno() for one in outputs]
+    socket.send_fds(_server(), [request], [*descriptors, writes])
+    os.close(writes)
+    return Forked(_read_number(reads), reads)
+
+
+def run(
+    arguments: Sequence[object], *, timeout: float = 240.0, **how: Any
+) -> "subprocess.CompletedProcess[str]":
+    """Start a program, wait for its end, and return what it wrote.
+
+    Raises:
+        subprocess.TimeoutExpired: If it runs longer; it is killed.
+    """
+    with tempfile.TemporaryFile() as stdout, tempfile.TemporaryFile() as stderr:
+        process = start(arguments, output=(stdout, stderr), **how)
+        try:
+            status = process.wait(timeout)
+        finally:
+            process.kill()
+        written = []
+        for file in (stdout, stderr):
+            file.seek(0)
+            written.append(file.read().decode())
+    return subprocess.CompletedProcess(list(arguments), status, *written)
+
+
+def _read_number(pipe: int) -> int:
+    return int(os.read(pipe, _NUMBER_BYTES))
+
+
+def _write_number(pipe: int, number: int) -> None:
+    os.write(pipe, str(number).encode().ljust(_NUMBER_BYTES))
+
+
+@functools.cache
+def _server() -> socket.socket:
+    """The connection to the server of this process, which ends with it."""
+    ours, its = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
+    subprocess.Popen(
+        [sys.executable, __file__, str(its.fileno())],
+        cwd=ROOT,
+        env={**os.environ, **QUIET, "PYTHONPATH": str(ROOT)},
+        pass_fds=[its.fileno()],
+        stdin=subprocess.DEVNULL,
+        stdout=subprocess.DEVNULL,
+        stderr=subprocess.DEVNULL,
+        start_new_session=True,
+    ).returncode = 0  # it leaves by itself
+    its.close()
+    assert ours.recv(100) == b"ready"
+    atexit.register(ours.close)
+    return ours
+
+
+# In the server.
+
+
+def _serve(connection: socket.socket) -> list[str]:
+    """Fork for each request; returns in the process that is to be the program."""
+    sys.path[0] = str(ROOT)  # not the folder of this file
+    import torch  # noqa: PLC0415
+
+    import esper_lightning.cli.lightning_cli  # noqa: PLC0415, F401
+
+    torch.set_num_threads(1)
+    gc.freeze()  # what is imported is not walked through in each program
+    of_python = {signal.SIGPIPE, signal.SIGXFSZ, signal.SIGKILL, signal.SIGSTOP}
+    for number in signal.valid_signals() - of_python:
+        signal.signal(number, signal.SIG_DFL)  # a test run may be in the background
+    signal.signal(signal.SIGINT, signal.default_int_handler)
+    connection.send(b"ready")
+    while True:
+        request, descriptors, _, _ = socket.recv_fds(connection, _MOST_BYTES, 3)
+        if not request:
+            os._exit(0)
+        between = os.fork()
+        if between == 0:
+            connection.close()
+            program = os.fork()
+            if program == 0:
+                return _become(request, *descriptors)
+            _report(program, descriptors)
+        for descriptor in descriptors:
+            os.close(descriptor)
+        # What is between forks and then waits for the program: nothing has to wait for it here.
+        with contextlib.suppress(ChildProcessError):
+            while os.waitpid(-1, os.WNOHANG)[0]:
+                pass
+
+
+def _report(program: int, descriptors: Sequence[int]) -> None:
+    """Tell the number and in the end the exit status of the program, and leave."""
+    stdout, stderr, status = descriptors
+    _write_number(status, program)
+    os.close(stdout)
+    if stderr != stdout:
+        os.close(stderr)
+    ended = os.waitstatus_to_exitcode(os.waitpid(program, 0)[1])
+    with contextlib.suppress(BrokenPipeError):  # nobody waited
+        _write_number(status, ended)
+    os._exit(0)
+
+
+def _become(request: bytes, stdout: int, stderr: int, status: int) -> list[str]:
+    words, folder, variables, new_session = json.loads(request)
+    if new_session:
+        os.setsid()
+    os.chdir(folder)
+    os.environ.clear()
+    os.environ.update(variables)
+    os.dup2(stdout, 1)
+    os.dup2(stderr, 2)
+    for descriptor in {stdout, stderr, status}:
+        os.close(descriptor)
+    return words
+
+
+def _execute(words: Sequence[str]) -> None:
+    """Be ``python`` with these arguments."""
+    main = sys.modules["__main__"]
+    kind, rest = words[0], list(words[1:])
+    if kind == "-m":
+        sys.argv, sys.path[0] = rest, str(Path.cwd())
+        runpy.run_module(rest[0], run_name="__main__", alter_sys=True)
+        return
+    if kind == "-c":
+        sys.argv, sys.path[0] = ["-c", *rest[1:]], ""
+        code = compile(rest[0], "<string>", "exec")
+    else:
+        sys.argv, sys.path[0] = list(words), str(Path(kind).parent)
+        main.__file__ = kind
+        code = compile(Path(kind).read_bytes(), kind, "exec")
+    exec(code, main.__dict__)
+
+
+if __name__ == "__main__":
+    _execute(_serve(socket.socket(fileno=int(sys.argv[1]))))
