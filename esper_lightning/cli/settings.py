@@ -167,16 +167,11 @@ def _explain_value(parser: SettingsParser, key: str, text: str) -> SettingsError
     """What a value must be, and why this one is not."""
     typehint: Any = next((_typehint(one) for one in _actions(parser) if one.dest == key), None)
     value, below = _value(text)
-    if (
-        below
-        and "Subclass types expect" not in text
-        and typehint is not None
-        and _choices(typehint)
-    ):
-        rule = f"must follow the name of a class that has it (--{_COMMAND.sub('', key)} NAME)"
-        return SettingsError(f"{key}.{below}", f" {rule}, got {value!r}.")
     if below:
-        return SettingsError(f"{key}.{below}", f": {text}")
+        rule = f"must follow the name of a class that has it (--{_COMMAND.sub('', key)} NAME)"
+        of_a_class = "Subclass types expect" not in text and bool(_choices(typehint))
+        says = f" {rule}, got {value!r}." if of_a_class else f": {text}"
+        return SettingsError(f"{key}.{below}", says)
     if match := re.search(r"Unable to load config ['\"](.*?)['\"]", text):
         rule = f"must hold settings by their names, or name a file with some, got {match[1]!r}"
         return SettingsError(key, f" {rule}.")
