@@ -22,7 +22,7 @@ from typing_extensions import override
 
 from esper_lightning import PPO, AtomicCheckpointIO, PPOConfig
 from esper_lightning.envs import CartPole
-from esper_lightning.training.checkpoint_io import read_checkpoint
+from esper_lightning.training.checkpoint.files import read_checkpoint
 
 EPOCH = 50
 

@@ -49,8 +49,8 @@ def in_trainer(
     from lightning.pytorch.loggers import TensorBoardLogger  # noqa: PLC0415
 
     from esper_lightning import PPO, PPOConfig  # noqa: PLC0415
-    from esper_lightning.callbacks.window_profiler import WindowProfiler  # noqa: PLC0415
     from esper_lightning.envs import CartPole  # noqa: PLC0415
+    from esper_lightning.recorder.profiling.window_profiler import WindowProfiler  # noqa: PLC0415
     from esper_lightning.train import run_callbacks  # noqa: PLC0415
 
     class Clock(Callback):
@@ -117,10 +117,10 @@ def bare(size: argparse.Namespace) -> Iteration:
 
     from esper_lightning import MLP, PPOConfig  # noqa: PLC0415
     from esper_lightning.envs import CartPole  # noqa: PLC0415
-    from esper_lightning.training.agent import Agent  # noqa: PLC0415
-    from esper_lightning.training.learner import Learner  # noqa: PLC0415
-    from esper_lightning.training.metrics import to_host  # noqa: PLC0415
-    from esper_lightning.training.update import build_optimizer  # noqa: PLC0415
+    from esper_lightning.ppo.agent import Agent  # noqa: PLC0415
+    from esper_lightning.ppo.learner import Learner  # noqa: PLC0415
+    from esper_lightning.ppo.metrics import to_host  # noqa: PLC0415
+    from esper_lightning.ppo.update import build_optimizer  # noqa: PLC0415
 
     device = torch.device("cpu")
     spec = CartPole(num_envs=size.num_envs)

@@ -28,14 +28,14 @@ from matplotlib.ticker import EngFormatter
 from numpy.typing import NDArray
 
 from esper_lightning import PPO
-from esper_lightning.cli.growth import table
-from esper_lightning.cli.growth_figure import draw
 from esper_lightning.comparison.runs import read_run
 from esper_lightning.comparison.statistics import Estimate, estimate_crossed
 from esper_lightning.envs.morphogenesis import MorphogenesisEnv
 from esper_lightning.envs.morphogenesis.baselines import grow_at_start
-from esper_lightning.training.checkpoints import checkpoint_at
-from esper_lightning.training.growth import Played, fresh_hosts, play_baselines, play_trained
+from esper_lightning.growth.figure import draw
+from esper_lightning.growth.play import Played, fresh_hosts, play_baselines, play_trained
+from esper_lightning.growth.table import table
+from esper_lightning.training.checkpoint.states import checkpoint_at
 
 COLOURS = ("#0072B2", "#56B4E9", "#666666", "#009E73", "#CC79A7", "#D55E00")
 

@@ -31,8 +31,8 @@ from lightning.pytorch import Callback, Trainer
 from lightning.pytorch.profilers import PyTorchProfiler
 
 from esper_lightning import PPO, FlightRecorder, History, PPOConfig
-from esper_lightning.callbacks.window_profiler import WindowProfiler
 from esper_lightning.envs import CartPole
+from esper_lightning.recorder.profiling.window_profiler import WindowProfiler
 
 _SETTLING = 2
 _RECORDED = 10

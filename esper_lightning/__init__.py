@@ -8,16 +8,17 @@ from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
     from esper_lightning.callbacks.checkpoints import BestCheckpoint, LastCheckpoint
-    from esper_lightning.callbacks.flight_recorder import FlightRecorder
     from esper_lightning.callbacks.history import History
     from esper_lightning.callbacks.nan_guard import NanGuard
     from esper_lightning.callbacks.progress import RunProgressBar
     from esper_lightning.envs.check import check_env
     from esper_lightning.policies.feedforward import MLP
     from esper_lightning.policies.recurrent import Recurrent
+    from esper_lightning.ppo.config import PPOConfig
+    from esper_lightning.recorder.flight_recorder import FlightRecorder
+    from esper_lightning.recorder.profiling.window_profiler import WindowProfiler
     from esper_lightning.train import train_ppo_vectorized
-    from esper_lightning.training.checkpoint_io import AtomicCheckpointIO
-    from esper_lightning.training.config import PPOConfig
+    from esper_lightning.training.checkpoint.files import AtomicCheckpointIO
     from esper_lightning.training.module import PPO
 
 __all__ = [
@@ -32,22 +33,24 @@ __all__ = [
     "PPOConfig",
     "Recurrent",
     "RunProgressBar",
+    "WindowProfiler",
     "check_env",
     "train_ppo_vectorized",
 ]
 
 _HOMES = {
-    "AtomicCheckpointIO": "training.checkpoint_io",
+    "AtomicCheckpointIO": "training.checkpoint.files",
     "BestCheckpoint": "callbacks.checkpoints",
-    "FlightRecorder": "callbacks.flight_recorder",
+    "FlightRecorder": "recorder.flight_recorder",
     "History": "callbacks.history",
     "LastCheckpoint": "callbacks.checkpoints",
     "MLP": "policies.feedforward",
     "NanGuard": "callbacks.nan_guard",
     "PPO": "training.module",
-    "PPOConfig": "training.config",
+    "PPOConfig": "ppo.config",
     "Recurrent": "policies.recurrent",
     "RunProgressBar": "callbacks.progress",
+    "WindowProfiler": "recorder.profiling.window_profiler",
     "check_env": "envs.check",
     "train_ppo_vectorized": "train",
 }

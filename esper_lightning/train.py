@@ -17,7 +17,6 @@ from lightning.pytorch.loggers import TensorBoardLogger
 from lightning.pytorch.plugins import CheckpointIO
 
 from esper_lightning.callbacks.checkpoints import BestCheckpoint, LastCheckpoint
-from esper_lightning.callbacks.flight_recorder import FlightRecorder
 from esper_lightning.callbacks.history import History
 from esper_lightning.callbacks.mirror import Mirror, place_of
 from esper_lightning.callbacks.progress import RunProgressBar
@@ -28,9 +27,8 @@ from esper_lightning.callbacks.run_directory import (
     given_directory,
     run_directory,
 )
-from esper_lightning.callbacks.window_profiler import WindowProfiler
-from esper_lightning.core.compiling import CompileMode
-from esper_lightning.core.validate import check_arguments, require
+from esper_lightning.compiling.loops import CompileMode
+from esper_lightning.core.errors import check_arguments, require
 from esper_lightning.envs.base import EnvSpec
 from esper_lightning.forensics.claims import claim
 from esper_lightning.forensics.files import read_json_lines, write_atomically
@@ -38,10 +36,12 @@ from esper_lightning.forensics.layout import RankLayout, RunLayout
 from esper_lightning.forensics.report import set_aside
 from esper_lightning.policies import MLP
 from esper_lightning.policies.base import PolicySpec
-from esper_lightning.training.checkpoint_io import AtomicCheckpointIO
-from esper_lightning.training.checkpoints import load_checkpoint
-from esper_lightning.training.config import PPOConfig
-from esper_lightning.training.metrics import EVAL_RETURN
+from esper_lightning.ppo.config import PPOConfig
+from esper_lightning.ppo.metrics import EVAL_RETURN
+from esper_lightning.recorder.flight_recorder import FlightRecorder
+from esper_lightning.recorder.profiling.window_profiler import WindowProfiler
+from esper_lightning.training.checkpoint.files import AtomicCheckpointIO
+from esper_lightning.training.checkpoint.states import load_checkpoint
 from esper_lightning.training.module import PPO
 from esper_lightning.training.specs import require_specs
 

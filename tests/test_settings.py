@@ -22,10 +22,10 @@ from esper_lightning import (
     check_env,
     train_ppo_vectorized,
 )
-from esper_lightning.callbacks.window_profiler import WindowProfiler
 from esper_lightning.core.spaces import Box, Discrete, EnvSpaces, FactoredDiscrete, Head
 from esper_lightning.core.spaces import MultiDiscrete as Multi
 from esper_lightning.envs import Acrobot, CartPole, Morphogenesis, MountainCar, Pendulum
+from esper_lightning.recorder.profiling.window_profiler import WindowProfiler
 
 SMALL = CartPole(num_envs=2)
 HEAD = Head("op", 2)

@@ -11,8 +11,8 @@ from esper_lightning import MLP, PPO, PPOConfig, train_ppo_vectorized
 from esper_lightning.callbacks.checkpoints import LastCheckpoint
 from esper_lightning.envs import CartPole
 from esper_lightning.forensics.files import read_json_lines
+from esper_lightning.ppo.metrics import EVAL_RETURN
 from esper_lightning.training import module
-from esper_lightning.training.metrics import EVAL_RETURN
 
 SMALL = PPOConfig(rollout_steps=4, minibatches=2, epochs=1)
 

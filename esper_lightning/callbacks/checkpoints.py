@@ -19,7 +19,7 @@ from torch import Tensor
 from typing_extensions import override
 
 from esper_lightning.callbacks.run_directory import open_run_directory
-from esper_lightning.core.validate import check_arguments
+from esper_lightning.core.errors import check_arguments
 from esper_lightning.forensics.files import write_atomically
 from esper_lightning.forensics.layout import RunLayout
 from esper_lightning.forensics.report import set_aside

@@ -21,7 +21,7 @@ from esper_lightning.callbacks.run_directory import (
     open_run_directory,
     run_directory,
 )
-from esper_lightning.core.validate import check_arguments
+from esper_lightning.core.errors import check_arguments
 from esper_lightning.forensics.files import (
     Backlog,
     JsonLines,

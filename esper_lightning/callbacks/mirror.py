@@ -15,7 +15,7 @@ from typing import Any
 
 import fsspec
 
-from esper_lightning.core.validate import require
+from esper_lightning.core.errors import require
 
 __all__ = ["Mirror", "main", "place_of"]
 

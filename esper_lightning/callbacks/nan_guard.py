@@ -13,8 +13,8 @@ from torch import Tensor
 from torch.optim import Optimizer
 from typing_extensions import override
 
+from esper_lightning.core.errors import NonFiniteError
 from esper_lightning.core.tensor_trees import named_tensors
-from esper_lightning.core.validate import NonFiniteError
 
 __all__ = ["NanGuard"]
 

@@ -24,7 +24,7 @@ from lightning.pytorch.loggers.csv_logs import ExperimentWriter
 from lightning.pytorch.trainer.states import TrainerStatus
 
 from esper_lightning.callbacks.mirror import Mirror, place_of
-from esper_lightning.core.validate import require
+from esper_lightning.core.errors import require
 from esper_lightning.forensics.claims import Claim, DirectoryInUseError, claim, claim_next
 from esper_lightning.forensics.layout import RunLayout
 from esper_lightning.forensics.report import set_aside

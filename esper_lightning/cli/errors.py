@@ -5,16 +5,14 @@ Standard library only: ``esper crash`` needs no more.
 
 import argparse
 import difflib
-import errno
 import re
 import sys
-from collections.abc import Generator, Iterable
-from contextlib import contextmanager
+from collections.abc import Iterable
 from typing import NoReturn
 
 from esper_lightning.forensics.reading import printable
 
-__all__ = ["CommandParser", "fail", "nearest", "one_line", "requires_folder"]
+__all__ = ["CommandParser", "fail", "nearest", "one_line"]
 
 LONGEST_LINE = 200
 _LONGEST_TEXT = 1 << 16
@@ -60,24 +58,3 @@ def nearest(word: str, known: Iterable[str]) -> str:
     """A sentence with the known word that is most like ``word``; empty if none is."""
     found = difflib.get_close_matches(word, list(known), 1, 0.5)
     return f" The nearest is {found[0]!r}." if found else ""
-
-
-@contextmanager
-def requires_folder(field: str, path: object = None) -> Generator[None]:
-    """Make a folder in which a command is to write within; that it cannot be is a mistake.
-
-    Args:
-        field: The setting that names the folder.
-        path: The folder; ``None`` for the one that the error names.
-
-    Raises:
-        ValueError: Naming the setting and the reason, for an ``OSError`` or a NUL byte.
-    """
-    try:
-        if "\0" in str(path):
-            raise OSError(errno.EINVAL, "embedded null byte")
-        yield
-    except OSError as error:
-        rule = f"be a folder that can be made ({error.strerror or error})"
-        got = str(error.filename if path is None else path)
-        raise ValueError(f"{field} must {rule}, got {got!r}.") from error

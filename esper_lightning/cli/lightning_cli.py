@@ -31,23 +31,23 @@ from typing_extensions import override
 
 import esper_lightning.envs  # pyright: ignore[reportUnusedImport] - to be named in a config, specs
 import esper_lightning.policies  # pyright: ignore[reportUnusedImport] - must be known
-from esper_lightning.callbacks.flight_recorder import FlightRecorder
 from esper_lightning.callbacks.history import History
 from esper_lightning.callbacks.run_directory import run_directory
-from esper_lightning.cli.errors import fail, nearest, requires_folder
-from esper_lightning.cli.growth import compare_policies, refuse_figures
+from esper_lightning.cli.errors import fail, nearest
 from esper_lightning.cli.settings import SettingsParser
-from esper_lightning.core.validate import require
+from esper_lightning.core.errors import require, requires_folder
 from esper_lightning.envs import Morphogenesis
+from esper_lightning.growth.table import compare_policies, refuse_figures
+from esper_lightning.ppo.metrics import EVAL_RETURN
+from esper_lightning.recorder.flight_recorder import FlightRecorder
 from esper_lightning.train import begin_run, newest_run, run_callbacks, run_logger, run_plugins
-from esper_lightning.training.checkpoints import (
+from esper_lightning.training.checkpoint.states import (
     STATE_KEY,
     checkpoint_at,
     load_checkpoint,
     load_weights,
     refuse_huge,
 )
-from esper_lightning.training.metrics import EVAL_RETURN
 from esper_lightning.training.module import PPO
 
 __all__ = ["prepare", "settings_come_first"]

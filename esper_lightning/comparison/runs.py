@@ -15,7 +15,7 @@ from typing import Any, Literal, NamedTuple, cast
 import yaml
 from typing_extensions import override
 
-from esper_lightning.core.validate import require
+from esper_lightning.core.errors import require
 from esper_lightning.forensics.files import strict_json
 from esper_lightning.forensics.layout import RunLayout
 from esper_lightning.forensics.reading import (

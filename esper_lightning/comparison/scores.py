@@ -21,7 +21,7 @@ from esper_lightning.comparison.statistics import (
     probability_of_improvement,
 )
 from esper_lightning.comparison.variants import Variant
-from esper_lightning.core.validate import require
+from esper_lightning.core.errors import require
 
 __all__ = ["Comparison", "Curve", "Place", "Row", "compare"]
 

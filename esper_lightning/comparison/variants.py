@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from esper_lightning.comparison.runs import Run, identity
-from esper_lightning.core.validate import require
+from esper_lightning.core.errors import require
 
 __all__ = ["Variant", "group"]
 

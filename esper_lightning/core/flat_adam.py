@@ -10,8 +10,8 @@ from typing import Any, NamedTuple, cast
 import torch
 from torch import Tensor, nn
 
+from esper_lightning.core.errors import require
 from esper_lightning.core.shapes import Bool, Float
-from esper_lightning.core.validate import require
 
 __all__ = ["AdamState", "FlatParameters", "adam_step"]
 

@@ -3,7 +3,7 @@
 Host numbers, no tensors.
 """
 
-from esper_lightning.core.validate import require
+from esper_lightning.core.errors import require
 
 __all__ = ["adaptive_learning_rate", "linear_learning_rate"]
 

@@ -7,7 +7,7 @@ from typing import Any
 import numpy as np
 import torch
 
-from esper_lightning.core.validate import Words, require
+from esper_lightning.core.errors import Words, require
 
 __all__ = [
     "global_random_states",

@@ -6,7 +6,7 @@ Data without tensors, so that a policy can be built before any device is chosen.
 import math
 from dataclasses import dataclass
 
-from esper_lightning.core.validate import check_fields, require
+from esper_lightning.core.errors import check_fields, require
 
 __all__ = [
     "ActionSpace",

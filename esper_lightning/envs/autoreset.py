@@ -13,10 +13,10 @@ from typing import NamedTuple, Protocol, runtime_checkable
 import torch
 from torch import Tensor
 
+from esper_lightning.core.errors import check_fields, require, require_int
 from esper_lightning.core.shapes import Bool, Float, Int, Shaped
 from esper_lightning.core.spaces import EnvSpaces
 from esper_lightning.core.types import StepResult
-from esper_lightning.core.validate import check_fields, require, require_int
 
 __all__ = ["AutoresetEnv", "Episodes", "Task", "Transition", "validate_sizes"]
 

@@ -13,9 +13,9 @@ from typing import Any, NamedTuple, cast
 import torch
 from torch import Tensor
 
+from esper_lightning.core.errors import Words, check_arguments, require
 from esper_lightning.core.seeding import require_torch_defaults
 from esper_lightning.core.tensor_trees import map_tree, named_tensors
-from esper_lightning.core.validate import Words, check_arguments, require
 from esper_lightning.envs.base import BatchedEnv, EnvSpec, FunctionalEnv, is_functional
 from esper_lightning.envs.contract import (
     Contract,

@@ -11,6 +11,7 @@ from typing import Any, NamedTuple, cast
 import torch
 from torch import Tensor
 
+from esper_lightning.core.errors import Words, require
 from esper_lightning.core.shapes import Bool, Shaped
 from esper_lightning.core.spaces import (
     ActionSpace,
@@ -22,7 +23,6 @@ from esper_lightning.core.spaces import (
     mask_parts,
     mask_size,
 )
-from esper_lightning.core.validate import Words, require
 
 __all__ = [
     "Contract",

@@ -11,10 +11,10 @@ from typing import Any, cast
 import torch
 from torch import Tensor
 
+from esper_lightning.core.errors import Words
 from esper_lightning.core.spaces import EnvSpaces
 from esper_lightning.core.tensor_trees import leaves, map_tree
 from esper_lightning.core.types import Observation, StepResult
-from esper_lightning.core.validate import Words
 from esper_lightning.envs.base import EnvSpec, FunctionalEnv
 from esper_lightning.envs.contract import (
     Contract,

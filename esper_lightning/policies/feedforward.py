@@ -9,10 +9,10 @@ from typing import Literal
 import torch
 from torch import Tensor, nn
 
+from esper_lightning.core.errors import check_fields, require
 from esper_lightning.core.shapes import Bool, Float, Shaped
 from esper_lightning.core.spaces import Box, EnvSpaces, ObsSpace
 from esper_lightning.core.types import Observation
-from esper_lightning.core.validate import check_fields, require
 from esper_lightning.policies.base import Evaluation, Policy, PolicySpec, SampledAction
 from esper_lightning.policies.heads import action_head
 from esper_lightning.policies.layers import Activation, mlp, orthogonal_linear

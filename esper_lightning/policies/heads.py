@@ -16,6 +16,7 @@ from esper_lightning.core.distributions import (
     FactoredCategorical,
     TanhGaussian,
 )
+from esper_lightning.core.errors import require
 from esper_lightning.core.shapes import Bool, Float, Shaped
 from esper_lightning.core.spaces import (
     ActionSpace,
@@ -25,7 +26,6 @@ from esper_lightning.core.spaces import (
     MultiDiscrete,
     mask_size,
 )
-from esper_lightning.core.validate import require
 from esper_lightning.policies.layers import orthogonal_linear
 
 __all__ = ["ActionHead", "CategoricalHead", "GaussianHead", "action_head"]

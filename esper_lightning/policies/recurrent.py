@@ -9,11 +9,11 @@ from typing import Literal
 import torch
 from torch import Tensor, nn
 
+from esper_lightning.core.errors import check_fields, require
 from esper_lightning.core.recurrence import Cell, unroll
 from esper_lightning.core.shapes import Bool, Float, Shaped
 from esper_lightning.core.spaces import Box, EnvSpaces
 from esper_lightning.core.types import Observation
-from esper_lightning.core.validate import check_fields, require
 from esper_lightning.policies.base import Evaluation, Policy, PolicySpec, SampledAction
 from esper_lightning.policies.feedforward import (
     MLP,

@@ -21,13 +21,13 @@ import torch
 from torch import Tensor, nn
 from torch.utils import _pytree as pytree  # the one that torch.export is built on
 
+from esper_lightning.core.errors import require
 from esper_lightning.core.spaces import ActionSpace, Discrete, FactoredDiscrete, MultiDiscrete
 from esper_lightning.core.types import Observation, map_obs
-from esper_lightning.core.validate import require
 from esper_lightning.forensics.files import write_atomically
 from esper_lightning.policies.base import blank_memory, see
-from esper_lightning.training.agent import as_seen
-from esper_lightning.training.checkpoints import refuse_non_finite
+from esper_lightning.ppo.agent import as_seen
+from esper_lightning.training.checkpoint.states import refuse_non_finite
 from esper_lightning.training.module import PPO
 from esper_lightning.training.specs import for_evaluation
 

@@ -21,8 +21,10 @@ from lightning.pytorch.trainer.states import TrainerFn
 from torchmetrics import CatMetric
 from typing_extensions import override
 
+from esper_lightning.callbacks.loggers import guard_loggers
+from esper_lightning.compiling.loops import CompileMode
 from esper_lightning.core.buffer import rollout_bytes
-from esper_lightning.core.compiling import CompileMode
+from esper_lightning.core.errors import check_arguments, require
 from esper_lightning.core.ranks import ALONE, Ranks
 from esper_lightning.core.running_stats import ObsNormalizer, RunningStats
 from esper_lightning.core.seeding import (
@@ -33,16 +35,29 @@ from esper_lightning.core.seeding import (
     stream_seed,
 )
 from esper_lightning.core.types import Observation, Rollout
-from esper_lightning.core.validate import check_arguments, require
 from esper_lightning.envs.base import EnvSpec
 from esper_lightning.envs.contract import Report
 from esper_lightning.envs.inspector import FIRST_STEPS, FirstSteps, check_told
-from esper_lightning.forensics.loggers import guard_loggers
 from esper_lightning.policies import MLP
 from esper_lightning.policies.base import PolicySpec
-from esper_lightning.training import trainer_support
-from esper_lightning.training.agent import Agent, as_seen
-from esper_lightning.training.checkpoints import (
+from esper_lightning.ppo.agent import Agent, as_seen
+from esper_lightning.ppo.config import PPOConfig
+from esper_lightning.ppo.evaluation import evaluate_policy
+from esper_lightning.ppo.learner import Learner, Prepared
+from esper_lightning.ppo.metrics import (
+    RecentEpisodes,
+    evaluation_metrics,
+    iteration_figures,
+    to_host,
+)
+from esper_lightning.ppo.update import (
+    UpdateMetrics,
+    adapt_learning_rate,
+    build_optimizer,
+    schedule_learning_rate,
+)
+from esper_lightning.training import trainer_rules
+from esper_lightning.training.checkpoint.states import (
     STATE_KEY,
     digest,
     load_checkpoint,
@@ -56,24 +71,9 @@ from esper_lightning.training.checkpoints import (
     refuse_other_weights,
     settings_of,
 )
-from esper_lightning.training.config import PPOConfig
-from esper_lightning.training.evaluation import evaluate_policy
 from esper_lightning.training.iterations import Iterations
-from esper_lightning.training.learner import Learner, Prepared
-from esper_lightning.training.metrics import (
-    RecentEpisodes,
-    evaluation_metrics,
-    iteration_figures,
-    to_host,
-)
 from esper_lightning.training.reporting import publish, refuse_gradient, refuse_rollout
 from esper_lightning.training.specs import describe, for_evaluation, plain, require_specs
-from esper_lightning.training.update import (
-    UpdateMetrics,
-    adapt_learning_rate,
-    build_optimizer,
-    schedule_learning_rate,
-)
 
 __all__ = ["PPO"]
 
@@ -207,8 +207,8 @@ class PPO(LightningModule):
         steps = self._next_rollout_steps()
         learning_rate = self._set_learning_rate()
         with (
-            trainer_support.autocast_without_cache(self.device),
-            trainer_support.few_cpu_threads(steps * self.env.num_envs // self.ppo.minibatches),
+            trainer_rules.autocast_without_cache(self.device),
+            trainer_rules.few_cpu_threads(steps * self.env.num_envs // self.ppo.minibatches),
         ):
             with profile("rollout"):
                 rollout = self._collect(steps)
@@ -247,7 +247,7 @@ class PPO(LightningModule):
         with (
             torch.inference_mode(False),
             torch.no_grad(),
-            trainer_support.few_cpu_threads(self._eval_env.num_envs),
+            trainer_rules.few_cpu_threads(self._eval_env.num_envs),
         ):
             seed = stream_seed(self.seed, rank=self.global_rank, purpose="evaluation")
             env = self._eval_env.build(self.device, seed)
@@ -282,7 +282,7 @@ class PPO(LightningModule):
         From here on loggers cannot end the run.
         """
         self.refuse_trainer(self.trainer)
-        trainer_support.keep_lightning_from_requeueing(self.trainer)
+        trainer_rules.keep_lightning_from_requeueing(self.trainer)
         if not self.trainer.fast_dev_run:  # else they are dummies
             guard_loggers(self.trainer.loggers)
         return []
@@ -305,10 +305,10 @@ class PPO(LightningModule):
     @override
     def setup(self, stage: str) -> None:
         """Build environments and rollout storage on the device."""
-        trainer_support.log_over_env_steps(self.trainer, self)
+        trainer_rules.log_over_env_steps(self.trainer, self)
         if stage != "fit":
             return
-        trainer_support.silence_checkpoint_advice()
+        trainer_rules.silence_checkpoint_advice()
         device, rank = self.trainer.strategy.root_device, self.trainer.global_rank
         self._ranks = Ranks(self.trainer.world_size)
 
@@ -345,10 +345,10 @@ class PPO(LightningModule):
     @override
     def on_train_start(self) -> None:
         """Take up the environments where the checkpoint left them, or reset them."""
-        trainer_support.log_over_env_steps(self.trainer, self)  # loggers may have come since
+        trainer_rules.log_over_env_steps(self.trainer, self)  # loggers may have come since
         self._optimizer = cast(torch.optim.Adam, self.optimizers(use_pl_optimizer=False))
         self._optimizer.param_groups[0]["eps"] = self.ppo.adam_eps  # not that of a checkpoint
-        self._planned_env_steps = trainer_support.planned_env_steps(
+        self._planned_env_steps = trainer_rules.planned_env_steps(
             self.trainer,
             done=self.env_steps,
             per_iteration=self.ppo.rollout_steps * self.env.num_envs * self.trainer.world_size,
@@ -481,7 +481,7 @@ class PPO(LightningModule):
         Raises:
             ValueError: Naming the setting and what to use instead.
         """
-        trainer_support.refuse_unsupported(
+        trainer_rules.refuse_unsupported(
             trainer,
             num_envs=self.env.num_envs,
             budget=self.total_env_steps,
@@ -563,7 +563,7 @@ class PPO(LightningModule):
         self.env_steps += env_steps
         self.gradient_steps += int(host["gradient_steps"])
         self.train_time_s += duration_s
-        trainer_support.count_step(self.trainer)
+        trainer_rules.count_step(self.trainer)
         return {
             "iteration": self.iteration,
             "env_steps": self.env_steps,

@@ -10,16 +10,16 @@ from typing import Any, NoReturn
 import torch
 from lightning.pytorch import Trainer
 
+from esper_lightning.core.errors import NonFiniteError
 from esper_lightning.core.ranks import PeerFailedError
 from esper_lightning.core.spaces import ActionSpace
 from esper_lightning.core.types import Rollout, Samples, map_obs
-from esper_lightning.core.validate import NonFiniteError
 from esper_lightning.envs.base import EnvSpec
-from esper_lightning.training.agent import Agent
-from esper_lightning.training.collect import Fault, first_non_finite, refuse_stuck
-from esper_lightning.training.config import PPOConfig
-from esper_lightning.training.metrics import shown_in_progress_bar
-from esper_lightning.training.update import find_fault
+from esper_lightning.ppo.agent import Agent
+from esper_lightning.ppo.collect import Fault, first_non_finite, refuse_stuck
+from esper_lightning.ppo.config import PPOConfig
+from esper_lightning.ppo.metrics import shown_in_progress_bar
+from esper_lightning.ppo.update import find_fault
 
 __all__ = ["publish", "refuse_gradient", "refuse_rollout"]
 

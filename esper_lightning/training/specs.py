@@ -8,7 +8,7 @@ import importlib
 from collections.abc import Mapping
 from typing import Any, cast
 
-from esper_lightning.core.validate import require
+from esper_lightning.core.errors import require
 from esper_lightning.envs.base import EnvSpec
 from esper_lightning.envs.inspector import is_count
 from esper_lightning.policies.base import PolicySpec

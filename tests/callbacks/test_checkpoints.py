@@ -11,8 +11,8 @@ from lightning.pytorch.callbacks import EarlyStopping
 from esper_lightning import PPO, PPOConfig
 from esper_lightning.callbacks.checkpoints import BestCheckpoint, LastCheckpoint
 from esper_lightning.envs import CartPole
+from esper_lightning.ppo.metrics import EVAL_RETURN
 from esper_lightning.training import module
-from esper_lightning.training.metrics import EVAL_RETURN
 
 EPOCH = 2  # iterations
 

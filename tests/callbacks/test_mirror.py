@@ -17,8 +17,8 @@ from esper_lightning.callbacks.mirror import Mirror, place_of
 from esper_lightning.callbacks.run_directory import run_directory
 from esper_lightning.cli.main import main
 from esper_lightning.train import run_plugins
-from tests.callbacks.test_flight_recorder import Plain, raise_at
 from tests.cli.test_cli import CARTPOLE, QUICK
+from tests.recorder.test_flight_recorder import Plain, raise_at
 
 
 @pytest.fixture(autouse=True)

@@ -11,11 +11,11 @@ from torch.utils.data import DataLoader
 
 from esper_lightning import PPO, FlightRecorder, NanGuard, PPOConfig
 from esper_lightning.callbacks import nan_guard
+from esper_lightning.core.errors import NonFiniteError
 from esper_lightning.core.types import Samples
-from esper_lightning.core.validate import NonFiniteError
 from esper_lightning.envs import CartPole
-from esper_lightning.training.learner import Learner
-from esper_lightning.training.update import ppo_loss_terms
+from esper_lightning.ppo.learner import Learner
+from esper_lightning.ppo.update import ppo_loss_terms
 
 
 class Fragile(LightningModule):

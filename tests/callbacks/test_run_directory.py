@@ -17,7 +17,7 @@ from esper_lightning import FlightRecorder, History, LastCheckpoint
 from esper_lightning.callbacks.run_directory import run_directory
 from esper_lightning.forensics.claims import DirectoryInUseError, claim
 from esper_lightning.forensics.files import read_json_lines
-from tests.callbacks.test_flight_recorder import Plain, raise_at
+from tests.recorder.test_flight_recorder import Plain, raise_at
 
 OWNER = """
 import sys

@@ -15,7 +15,7 @@ from esper_lightning.envs import CartPole
 from esper_lightning.forensics.layout import RankLayout, RunLayout
 from esper_lightning.forensics.report import read_report
 from esper_lightning.forensics.sidecar import complete_report
-from esper_lightning.training.checkpoints import load_checkpoint
+from esper_lightning.training.checkpoint.states import load_checkpoint
 from tests.cli.corruptions import corrupt
 
 MOST_S = 10.0

@@ -23,8 +23,8 @@ from lightning.pytorch.profilers import AdvancedProfiler, PyTorchProfiler, Simpl
 from torch.utils.data import DataLoader, Dataset
 
 from esper_lightning import PPO, FlightRecorder, PPOConfig
-from esper_lightning.callbacks.window_profiler import WindowProfiler
 from esper_lightning.envs import CartPole
+from esper_lightning.recorder.profiling.window_profiler import WindowProfiler
 
 CASE = json.loads(sys.argv[1])
 DIRECTORY = Path(CASE["directory"])

@@ -25,7 +25,7 @@ from esper_lightning.cli import crash
 from esper_lightning.forensics.claims import read_owner
 from esper_lightning.forensics.files import read_json_lines
 from esper_lightning.forensics.layout import RunLayout
-from esper_lightning.training.checkpoint_io import read_checkpoint
+from esper_lightning.training.checkpoint.files import read_checkpoint
 from tests import forked
 
 ROOT = Path(__file__).parents[2]

@@ -8,10 +8,10 @@ from pathlib import Path
 
 import pytest
 
-from esper_lightning.callbacks.signals import ENDING, FAULTS, signal_name
 from esper_lightning.forensics.files import read_json_lines
 from esper_lightning.forensics.layout import RunLayout
 from esper_lightning.forensics.report import read_report
+from esper_lightning.recorder.signals import ENDING, FAULTS, signal_name
 from tests import forked
 from tests.crash.harness import FAILING_OPERATOR, read_trace
 

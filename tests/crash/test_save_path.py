@@ -7,7 +7,7 @@ import pytest
 
 from esper_lightning.forensics.files import read_json_lines
 from esper_lightning.forensics.layout import RunLayout
-from esper_lightning.training.checkpoint_io import read_checkpoint
+from esper_lightning.training.checkpoint.files import read_checkpoint
 from tests import forked
 
 pytestmark = pytest.mark.crash

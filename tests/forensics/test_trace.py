@@ -10,8 +10,8 @@ import sys
 import pytest
 import torch
 
-from esper_lightning.callbacks.operator_table import operator_table, operator_times
 from esper_lightning.forensics.trace import sum_nested, summarize
+from esper_lightning.recorder.profiling.operator_table import operator_table, operator_times
 
 MEASURED = """
 import re, sys

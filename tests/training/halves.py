@@ -15,9 +15,9 @@ from esper_lightning.core.ranks import Ranks
 from esper_lightning.core.running_stats import ObsNormalizer, RunningStats
 from esper_lightning.core.types import Rollout
 from esper_lightning.envs import CartPole
-from esper_lightning.training.agent import Agent
-from esper_lightning.training.learner import Learner
-from esper_lightning.training.update import build_optimizer
+from esper_lightning.ppo.agent import Agent
+from esper_lightning.ppo.learner import Learner
+from esper_lightning.ppo.update import build_optimizer
 
 STEPS, ENVS, CPU = 16, 6, torch.device("cpu")
 CASES = {

@@ -5,7 +5,7 @@ import torch
 
 from esper_lightning import MLP, PPO, PPOConfig, Recurrent
 from esper_lightning.envs import CartPole, Morphogenesis, Pendulum
-from esper_lightning.training.learner import Learner
+from esper_lightning.ppo.learner import Learner
 
 pytestmark = [
     pytest.mark.gpu,

@@ -14,7 +14,7 @@ from esper_lightning.core.spaces import Discrete
 from esper_lightning.envs import Acrobot, CartPole, MountainCar, Pendulum
 from esper_lightning.training import export
 from esper_lightning.training.export import Inputs, export_policy
-from tests.training.test_growth import SPEC as GROWTH
+from tests.growth.test_play import SPEC as GROWTH
 from tests.training.test_module import NotADataclass
 
 CASES = {

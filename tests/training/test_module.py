@@ -27,13 +27,13 @@ from lightning.pytorch.loggers import CSVLogger, TensorBoardLogger
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
 from esper_lightning import MLP, PPO, FlightRecorder, PPOConfig, Recurrent, check_env
+from esper_lightning.core.errors import NonFiniteError
 from esper_lightning.core.seeding import stream_seed
 from esper_lightning.core.spaces import Box, EnvSpaces, MultiDiscrete
-from esper_lightning.core.validate import NonFiniteError
 from esper_lightning.envs import CartPole, EnvSpec, MountainCar, Pendulum
+from esper_lightning.ppo.evaluation import evaluate_policy
+from esper_lightning.ppo.learner import Learner
 from esper_lightning.training import module
-from esper_lightning.training.evaluation import evaluate_policy
-from esper_lightning.training.learner import Learner
 
 SMALL = PPOConfig(rollout_steps=8, minibatches=2, epochs=2)
 TIMES = ("time_s", "env_steps_per_s")

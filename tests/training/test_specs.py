@@ -8,7 +8,7 @@ import torch
 
 from esper_lightning import MLP, PPOConfig
 from esper_lightning.envs import CartPole, EnvSpec
-from esper_lightning.training.checkpoints import settings_of
+from esper_lightning.training.checkpoint.states import settings_of
 from esper_lightning.training.specs import describe, for_evaluation, plain
 
 

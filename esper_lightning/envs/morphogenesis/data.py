@@ -17,8 +17,8 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from esper_lightning.core.errors import require
 from esper_lightning.core.shapes import Float, Int
-from esper_lightning.core.validate import require
 from esper_lightning.envs.morphogenesis.streams import Place, Purpose, integers, normals
 
 __all__ = ["CIFAR_HINT", "IMAGE", "Dataset", "Split", "Splits", "load"]

@@ -12,12 +12,12 @@ from typing import TYPE_CHECKING, NamedTuple, cast
 import torch
 from torch import Tensor
 
-from esper_lightning.core.compiling import capture_function
+from esper_lightning.compiling.loops import capture_function
+from esper_lightning.core.errors import require
 from esper_lightning.core.shapes import Bool, Float, Int
 from esper_lightning.core.spaces import EnvSpaces
 from esper_lightning.core.tensor_trees import leaves, map_tree, named_tensors, rebuild
 from esper_lightning.core.types import StepResult
-from esper_lightning.core.validate import require
 from esper_lightning.envs.morphogenesis.blueprints import BLUEPRINTS, count_parameters
 from esper_lightning.envs.morphogenesis.data import Split, Splits
 from esper_lightning.envs.morphogenesis.layout import unflatten

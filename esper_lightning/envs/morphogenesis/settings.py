@@ -6,8 +6,8 @@ from typing import Any, cast
 
 import torch
 
+from esper_lightning.core.errors import check_fields, require
 from esper_lightning.core.spaces import Box, EnvSpaces
-from esper_lightning.core.validate import check_fields, require
 from esper_lightning.envs.base import EnvSpec
 from esper_lightning.envs.morphogenesis.blueprints import BLUEPRINTS
 from esper_lightning.envs.morphogenesis.data import (

@@ -1,0 +1,1 @@
+"""How loops over tensors run: eagerly, compiled, or captured as a graph."""

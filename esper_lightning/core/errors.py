@@ -1,0 +1,279 @@
+"""One form for every error about what a user wrote, *Owner.field must rule, got value. Hint.*.
+
+Types are checked by the annotations of dataclass fields and of arguments; ranges where they belong.
+"""
+
+import dataclasses
+import errno
+import functools
+import inspect
+import types
+from collections.abc import Callable, Generator, Mapping, Sequence
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any, Literal, ParamSpec, TypeVar, Union, cast, get_args, get_origin
+
+__all__ = [
+    "NonFiniteError",
+    "Words",
+    "check_arguments",
+    "check_fields",
+    "require",
+    "require_int",
+    "requires_folder",
+]
+
+_P = ParamSpec("_P")
+_R = TypeVar("_R")
+_MISFIT = object()
+_LONGEST_VALUE = 160  # characters of an error that show a value
+
+
+class NonFiniteError(ValueError):
+    """A NaN or an infinity where training cannot go on.
+
+    Attributes:
+        phase: What was going on: ``rollout``, ``update``, or ``training_step``.
+        tensors: Names of what was not finite.
+        environments: Indices of the environments concerned, if that is known.
+        minibatch: Tensors by name on which it can be seen again.
+    """
+
+    def __init__(
+        self,
+        message: str,
+        *,
+        phase: str,
+        tensors: Sequence[str] = (),
+        environments: Sequence[int] = (),
+        minibatch: Mapping[str, Any] | None = None,
+    ) -> None:
+        super().__init__(message)
+        self.phase, self.tensors, self.environments = phase, list(tensors), list(environments)
+        self.minibatch = minibatch
+
+
+class Words(str):
+    """Text that an error shows without quotes."""
+
+    __slots__ = ()
+    __repr__ = str.__str__
+
+
+def require(ok: bool, field: str, rule: str, got: object, hint: str = "") -> None:
+    """Raise unless ``ok``.
+
+    Args:
+        ok: Whether the value obeys the rule.
+        field: The setting as the user knows it, ``Owner.field``.
+        rule: What must hold, to follow the word "must".
+        got: The offending value.
+        hint: A sentence that helps to choose a better value.
+
+    Raises:
+        ValueError: ``{field} must {rule}, got {got}. {hint}``
+    """
+    if not ok:
+        raise ValueError(f"{field} must {rule}, got {_shown(got)}." + (f" {hint}" if hint else ""))
+
+
+def require_int(field: str, value: object, *, minimum: int) -> None:
+    """Raise unless it is an integer, which a bool is not, and great enough.
+
+    Raises:
+        ValueError: As ``require`` does.
+    """
+    is_int = isinstance(value, int) and not isinstance(value, bool)
+    require(is_int, field, "be an integer", value)
+    assert isinstance(value, int)
+    require(value >= minimum, field, f"be at least {minimum}", value)
+
+
+def check_fields(settings: Any, rules: Mapping[str, str] | None = None) -> None:
+    """Check the type of every field of a frozen dataclass; for ``__post_init__``.
+
+    A value that means the same becomes what the annotation says: a list a tuple, an integer where a
+    number is due a float, a scalar of NumPy one of Python. Fields with annotations of other kinds
+    than the settings of this package have are left as they are.
+
+    Args:
+        settings: The dataclass.
+        rules: What to say in place of the annotation's own words, by field.
+
+    Raises:
+        ValueError: As ``require`` does, naming the first field whose value has another type.
+    """
+    owner = type(settings).__name__
+    for field in dataclasses.fields(settings):
+        rule = (rules or {}).get(field.name)
+        value = getattr(settings, field.name)
+        fitted = _fit(f"{owner}.{field.name}", value, field.type, rule)
+        if fitted is not value:
+            object.__setattr__(settings, field.name, fitted)
+
+
+def check_arguments(function: Callable[_P, _R]) -> Callable[_P, _R]:
+    """Decorate a function or an ``__init__`` so that its arguments are checked as fields are.
+
+    The function gets the values that ``check_fields`` would have stored. Errors name the function,
+    or the class.
+    """
+    owner = function.__qualname__.removesuffix(".__init__")
+    signature, kinds = inspect.signature(function), function.__annotations__
+
+    @functools.wraps(function)
+    def checked(*args: _P.args, **kwargs: _P.kwargs) -> _R:
+        bound = signature.bind(*args, **kwargs)
+        for name, value in bound.arguments.items():
+            if name in kinds and signature.parameters[name].kind not in _VARIADIC:
+                bound.arguments[name] = _fit(f"{owner}.{name}", value, kinds[name], None)
+        return function(*bound.args, **bound.kwargs)
+
+    return checked
+
+
+@contextmanager
+def requires_folder(field: str, path: object = None) -> Generator[None]:
+    """Make a folder in which a command is to write within; that it cannot be is a mistake.
+
+    Args:
+        field: The setting that names the folder.
+        path: The folder; ``None`` for the one that the error names.
+
+    Raises:
+        ValueError: Naming the setting and the reason, for an ``OSError`` or a NUL byte.
+    """
+    try:
+        if "\0" in str(path):
+            raise OSError(errno.EINVAL, "embedded null byte")
+        yield
+    except OSError as error:
+        rule = f"be a folder that can be made ({error.strerror or error})"
+        got = str(error.filename if path is None else path)
+        raise ValueError(f"{field} must {rule}, got {got!r}.") from error
+
+
+_VARIADIC = (inspect.Parameter.VAR_POSITIONAL, inspect.Parameter.VAR_KEYWORD)
+
+
+def _shown(value: object) -> str:
+    """A value on one line, and not all of it where it is long."""
+    try:
+        text = repr(value)
+    except Exception:  # of somebody else's class, or an integer of too many digits
+        return f"a {type(value).__name__} that cannot be shown"
+    if "\n" in text:
+        text = " ".join(text.split())
+    if isinstance(value, str) or len(text) <= _LONGEST_VALUE:
+        return text
+    return text[:_LONGEST_VALUE] + "..."
+
+
+def _fit(field: str, value: object, kind: Any, rule: str | None) -> Any:
+    """``value`` as its annotation has it.
+
+    Raises:
+        ValueError: If it has another type.
+    """
+    fitted = _fitted(value, kind)
+    if fitted is _MISFIT and isinstance(value, int) and {kind, *get_args(kind)} & {int, float}:
+        require(-(2**63) <= value < 2**63, field, "fit into 64 bits", value)
+    require(fitted is not _MISFIT, field, rule or f"be {_in_words(kind)}", value)
+    return fitted
+
+
+def _fitted(value: Any, kind: Any) -> Any:
+    """``value`` as ``kind`` has it, or ``_MISFIT``."""
+    if type(value).__module__ == "numpy" and getattr(value, "ndim", None) == 0:
+        value = value.item()
+    origin = get_origin(kind)
+    if origin in _FITTED_GENERICS:
+        return _FITTED_GENERICS[origin](value, get_args(kind))
+    if kind in _FITTED_SCALARS:
+        return _FITTED_SCALARS[kind](value)
+    if kind in _CLASSES or dataclasses.is_dataclass(kind) or _is_of_torch(kind):
+        return value if isinstance(value, cast(type, kind)) else _MISFIT
+    return value
+
+
+def _is_of_torch(kind: Any) -> bool:
+    return isinstance(kind, type) and kind.__module__ == "torch"
+
+
+def _fitted_union(value: Any, options: tuple[Any, ...]) -> Any:
+    fits = (_fitted(value, option) for option in options)
+    return next((fitted for fitted in fits if fitted is not _MISFIT), _MISFIT)
+
+
+def _fitted_choice(value: Any, options: tuple[Any, ...]) -> Any:
+    same = (choice for choice in options if type(choice) is type(value) and choice == value)
+    return next(same, _MISFIT)
+
+
+def _fitted_tuple(value: Any, options: tuple[Any, ...]) -> Any:
+    if not isinstance(value, tuple | list):
+        return _MISFIT
+    items = cast(Sequence[Any], value)
+    kinds = [options[0]] * len(items) if options[-1] is ... else list(options)
+    if len(kinds) != len(items):
+        return _MISFIT
+    fits = tuple(_fitted(item, kind) for item, kind in zip(items, kinds, strict=True))
+    return _MISFIT if any(fitted is _MISFIT for fitted in fits) else fits
+
+
+def _fitted_dict(value: Any, options: tuple[Any, ...]) -> Any:
+    if not isinstance(value, dict):
+        return _MISFIT
+    entries = cast(dict[Any, Any], value)
+    pairs = [(_fitted(key, options[0]), _fitted(item, options[1])) for key, item in entries.items()]
+    return _MISFIT if any(part is _MISFIT for pair in pairs for part in pair) else entries
+
+
+def _fitted_int(value: Any) -> Any:
+    fits = isinstance(value, int) and not isinstance(value, bool) and -(2**63) <= value < 2**63
+    return int(value) if fits else _MISFIT
+
+
+def _fitted_float(value: Any) -> Any:
+    number = value if isinstance(value, float) else _fitted_int(value)
+    return number if number is _MISFIT else float(number)
+
+
+_FITTED_GENERICS: dict[Any, Callable[[Any, tuple[Any, ...]], Any]] = {
+    Union: _fitted_union,
+    types.UnionType: _fitted_union,
+    Literal: _fitted_choice,
+    tuple: _fitted_tuple,
+    dict: _fitted_dict,
+}
+_FITTED_SCALARS: dict[Any, Callable[[Any], Any]] = {
+    int: _fitted_int,
+    float: _fitted_float,
+    str: lambda value: str.__str__(value) if isinstance(value, str) else _MISFIT,
+    None: lambda value: value if value is None else _MISFIT,
+}
+_CLASSES = (bool, type(None), Path)
+_WORDS: dict[Any, str] = {
+    bool: "True or False",
+    int: "an integer",
+    float: "a finite number",
+    str: "a string",
+    Path: "a path",
+    None: "None",
+    type(None): "None",
+}
+_PLURALS: dict[Any, str] = {int: "integers", float: "finite numbers", str: "strings"}
+
+
+def _in_words(kind: Any) -> str:
+    """What an annotation asks for, to follow the word "be"."""
+    origin, options = get_origin(kind), get_args(kind)
+    if origin in (Union, types.UnionType):
+        return " or ".join(dict.fromkeys(_in_words(option) for option in options))
+    if origin is Literal:
+        return "one of " + ", ".join(map(str, options))
+    if origin is tuple:
+        count = "" if options[-1] is ... else f"{len(options)} "
+        name = getattr(options[0], "__name__", str(options[0]))
+        return f"a tuple of {count}{_PLURALS.get(options[0], name)}"
+    return _WORDS.get(kind, f"a {getattr(kind, '__name__', kind)}")

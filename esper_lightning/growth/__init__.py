@@ -1,0 +1,1 @@
+"""Evaluation of policies that grow networks: episodes, a table of results, a figure."""

@@ -1,0 +1,196 @@
+"""Policies and baselines at work on the same hosts of ``Morphogenesis``; for reports alone.
+
+Axes: ``T`` epoch, ``B`` host, ``S`` slot. It trains no policy.
+"""
+
+from collections.abc import Callable, Iterator, Mapping
+from typing import NamedTuple, cast
+
+import torch
+from torch import Tensor
+
+from esper_lightning.core.seeding import stream, stream_seed
+from esper_lightning.core.shapes import Bool, Float, Int
+from esper_lightning.core.tensor_trees import map_tree
+from esper_lightning.core.types import Observation
+from esper_lightning.envs.base import EnvSpec
+from esper_lightning.envs.morphogenesis import MorphogenesisEnv, StepReport
+from esper_lightning.envs.morphogenesis.baselines import BASELINES, Baseline
+from esper_lightning.envs.morphogenesis.observation import feature_names
+from esper_lightning.policies.base import Policy, blank_memory, see
+from esper_lightning.ppo.agent import as_seen
+from esper_lightning.ppo.collect import Normalize
+from esper_lightning.training.module import PPO
+from esper_lightning.training.specs import for_evaluation
+from esper_lightning.training.trainer_rules import few_cpu_threads
+
+__all__ = [
+    "Choose",
+    "Course",
+    "Played",
+    "fresh_hosts",
+    "play",
+    "play_baselines",
+    "play_trained",
+    "trained",
+]
+
+Choose = Callable[[Observation, Tensor], Tensor]
+"""An action ``[B, 4]`` from an observation and its mask."""
+
+
+class Course(NamedTuple):
+    """How the hosts fared, epoch by epoch; meaningless after a host's last."""
+
+    accuracy: Float[Tensor, "T B"]  # on the validation split
+    loss: Float[Tensor, "T B"]  # likewise; what is above 5 times that of a guess counts as that
+    action: Int[Tensor, "T B 4"]  # taken before the epoch
+    stage: Int[Tensor, "T B S"]
+    blueprint: Int[Tensor, "T B S"]  # among all; 0 where there is no seed
+    alpha: Float[Tensor, "T B S"]
+
+
+class Played(NamedTuple):
+    """The first episode of each host, in memory of the CPU."""
+
+    episode_return: Float[Tensor, " B"]
+    episode_length: Int[Tensor, " B"]
+    test_accuracy: Float[Tensor, " B"]  # at the end
+    grown_parameters: Int[Tensor, " B"]  # likewise
+    diverged: Bool[Tensor, " B"]
+    course: Course
+
+
+def fresh_hosts(
+    spec: EnvSpec, *, hosts: int | None, device: torch.device, seed: int
+) -> MorphogenesisEnv:
+    """Hosts that neither training nor the choice of the best checkpoint has seen.
+
+    Args:
+        spec: A ``Morphogenesis``.
+        hosts: How many; ``None`` for as many as an evaluation has by default.
+        device: Where they are to live.
+        seed: Equal ones give equal hosts.
+    """
+    chosen = stream_seed(seed, rank=0, purpose="fresh hosts")
+    env = for_evaluation(spec, hosts).build(device, chosen)
+    assert isinstance(env, MorphogenesisEnv)
+    return env
+
+
+def play_trained(model: PPO, env: MorphogenesisEnv) -> Iterator[tuple[str, Played]]:
+    """A model's policy, by its most probable actions and by drawn ones, on the same hosts."""
+    device = env.hosts.episode.device
+    policy = model.policy.to(device)
+    normalizer = None if model.obs_normalizer is None else model.obs_normalizer.to(device)
+    drawn = stream(model.seed, rank=0, purpose="drawn actions", device=device)
+
+    def normalize(obs: Observation) -> Observation:
+        return as_seen(obs, normalizer)
+
+    yield "PPO", _play_from_here(env, trained(policy, normalize))
+    yield "PPO, actions drawn", _play_from_here(env, trained(policy, normalize, drawn))
+
+
+def play_baselines(
+    env: MorphogenesisEnv, baselines: Mapping[str, Baseline] = BASELINES
+) -> Iterator[tuple[str, Played]]:
+    """Each baseline on the same hosts."""
+    for name, baseline in baselines.items():
+        yield name, _play_from_here(env, _looks_itself(baseline, env))
+
+
+def trained(policy: Policy, normalize: Normalize, drawn: torch.Generator | None = None) -> Choose:
+    """How a policy chooses, from the beginning of episodes on.
+
+    Args:
+        policy: With memory or without.
+        normalize: The observation statistics that training used.
+        drawn: Draws actions; ``None`` for the most probable ones.
+    """
+    memory: Tensor | None = None
+    begins = True
+
+    def choose(obs: Observation, mask: Tensor) -> Tensor:
+        nonlocal memory, begins
+        if begins:
+            memory, begins = blank_memory(policy, obs), False
+        seen, memory = see(policy, normalize(obs), memory)
+        if drawn is None:
+            return policy.to_env(policy.act_deterministically(seen, mask))
+        noise = policy.noise((len(mask),), drawn)
+        return policy.to_env(policy.act(seen, mask, noise).action)
+
+    return choose
+
+
+@torch.no_grad()
+def play(env: MorphogenesisEnv, choose: Choose) -> Played:
+    """Train the next host of every environment to its end.
+
+    Args:
+        env: Is reset; its ``tests_ends`` is set.
+        choose: Called once an epoch, from the first on. What it makes of a host that begins after
+            another has diverged is not counted.
+    """
+    env.tests_ends = True
+    features = _Features(env)
+    obs, mask = env.reset()
+    ends: list[tuple[Tensor, ...]] = []
+    courses: list[Course] = []
+    with few_cpu_threads(env.num_envs):
+        for _ in range(env.spec.epochs):
+            action = choose(obs, mask)
+            result = env.step(action)
+            report, reached = cast(StepReport, env.report), cast(Tensor, result.reached_obs)
+            ends.append(
+                (
+                    *(result.episode_return, result.episode_length, report.test_accuracy),
+                    *(report.grown_parameters, report.diverged),
+                )
+            )
+            loss, blueprint = features.loss(reached), features.blueprint(reached)
+            courses.append(
+                Course(report.accuracy, loss, action, report.stage, blueprint, report.alpha)
+            )
+            obs, mask = result.obs, cast(Tensor, result.action_mask)
+    # All begin together, and none goes beyond the last epoch: each has ended at least once.
+    first = (torch.stack([length for _, length, *_ in ends]) > 0).int().argmax(0, keepdim=True)
+    at_end = [torch.stack(steps).gather(0, first)[0] for steps in zip(*ends, strict=True)]
+    course = Course._make(torch.stack(steps) for steps in zip(*courses, strict=True))
+    return cast(Played, map_tree(Tensor.cpu, Played._make((*at_end, course))))
+
+
+def _looks_itself(baseline: Baseline, env: MorphogenesisEnv) -> Choose:
+    def choose(obs: Observation, mask: Tensor) -> Tensor:
+        del obs, mask
+        return baseline(env)
+
+    return choose
+
+
+def _play_from_here(env: MorphogenesisEnv, choose: Choose) -> Played:
+    """So that who comes next meets the same hosts."""
+    here = env.state_dict()
+    played = play(env, choose)
+    env.load_state_dict(here)
+    return played
+
+
+class _Features:
+    """What a step report does not have: reads it from the observation that the action led to."""
+
+    def __init__(self, env: MorphogenesisEnv) -> None:
+        names = feature_names(len(env.spec.channels))
+        self._loss = names.index("loss_0")
+        self._guess = float(torch.tensor(env.spec.architecture().classes).log())
+        self._blueprint = [
+            [k for k, name in enumerate(names) if name.startswith(f"slot{s}_blueprint_")]
+            for s in range(len(env.spec.channels))
+        ]
+
+    def loss(self, obs: Tensor) -> Float[Tensor, " B"]:
+        return self._guess * obs[:, self._loss]
+
+    def blueprint(self, obs: Tensor) -> Int[Tensor, "B S"]:
+        return torch.stack([obs[:, columns].argmax(1) for columns in self._blueprint], dim=1)

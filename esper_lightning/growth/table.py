@@ -1,0 +1,107 @@
+"""What ``esper evaluate`` says of ``Morphogenesis``: a policy beside those that any must beat.
+
+Axes: ``R`` trained policy, ``N`` host.
+"""
+
+import importlib.util
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import cast
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from esper_lightning.comparison.section import Section, number
+from esper_lightning.core.errors import require, requires_folder
+from esper_lightning.envs.base import EnvSpec
+from esper_lightning.envs.morphogenesis import Morphogenesis
+from esper_lightning.growth.play import Played, fresh_hosts, play_baselines, play_trained
+from esper_lightning.training.module import PPO
+
+__all__ = ["compare_policies", "refuse_figures", "table"]
+
+_HINT = "pip install 'esper_lightning[compare]'"
+
+
+def refuse_figures(env: EnvSpec, folder: Path) -> None:
+    """Refuse ``--figures`` where none can be drawn; makes the folder if they can.
+
+    Raises:
+        ValueError: If the environment is another, matplotlib is missing, or the folder cannot be.
+    """
+    grows = isinstance(env, Morphogenesis)
+    require(grows, "--figures", "be of growing networks: Morphogenesis", type(env).__name__)
+    drawn = importlib.util.find_spec("matplotlib") is not None
+    require(drawn, "--figures", "find matplotlib", "none", f"{_HINT}.")
+    with requires_folder("--figures", folder):
+        folder.mkdir(parents=True, exist_ok=True)
+
+
+def compare_policies(model: PPO, device: torch.device, *, figures: Path | None) -> str:
+    """Play everyone on the same fresh hosts.
+
+    Args:
+        model: With trained weights.
+        device: Where to play.
+        figures: Folder for the trained policy's worst, median and best episode; ``None`` for none.
+
+    Returns:
+        The table, and where the figures are.
+    """
+    hosts = model.settings["eval_episodes"]
+    env = fresh_hosts(model.env, hosts=hosts, device=device, seed=model.seed)
+    played = dict([*play_trained(model, env), *play_baselines(env)])
+    plural = {name: [one] for name, one in played.items()}
+    lines = table(plural, host_parameters=env.host_parameters).plain()
+    if figures is not None:
+        from esper_lightning.growth.figure import draw  # noqa: PLC0415
+
+        assert isinstance(model.env, Morphogenesis)
+        order = cast(list[int], played["PPO"].episode_return.argsort().tolist())
+        chosen = {"worst": order[0], "median": order[len(order) // 2], "best": order[-1]}
+        for name, host in chosen.items():
+            path = figures / f"episode_{name}.png"
+            draw(played["PPO"], host, model.env, path, title=f"PPO, {name} of {len(order)} hosts")
+            lines.append(f"Figure: {path}")
+    return "\n".join(lines)
+
+
+def table(played: Mapping[str, Sequence[Played]], *, host_parameters: int) -> Section:
+    """Everyone's return, test accuracy and size.
+
+    Args:
+        played: By name of the policy: the plays of each trained one, all on the same hosts.
+        host_parameters: Of a host on which nothing has grown.
+    """
+    estimates = importlib.util.find_spec("scipy") is not None
+    figure = "IQM" if estimates else "mean"
+    between = ["95 % interval"] if estimates else []
+    head = ["policy", "return", *between, "test accuracy, %", *between]
+    head += ["grown parameters", *between, "of the host's, %", "diverged"]
+    rows: list[list[str]] = []
+    for name, plays in played.items():
+        returns = _figure([one.episode_return for one in plays], estimates)
+        accuracy = _figure([100 * one.test_accuracy for one in plays], estimates)
+        grown = _figure([one.grown_parameters for one in plays], estimates)
+        share = _figure([100 * one.grown_parameters / host_parameters for one in plays], estimates)
+        diverged = torch.stack([one.diverged for one in plays])
+        many = f"{int(diverged.sum())} of {diverged.numel()}"
+        rows.append([name, *returns, *accuracy, *grown, share[0], many])
+    hosts = len(next(iter(played.values()))[0].episode_return)
+    title = f"{figure} over the same {hosts} fresh hosts of {host_parameters:,} parameters"
+    remarks = [] if estimates else [f"Plain means: {_HINT} for robust ones with intervals."]
+    if estimates and hosts < 2:
+        remarks.append("One host: there is no interval.")
+    return Section(title, head, rows, remarks)
+
+
+def _figure(score: Sequence[Tensor], estimates: bool) -> list[str]:
+    """Cells: a mean, or an interquartile mean and its interval."""
+    scores = np.stack([one.double().numpy() for one in score])  # [R, N]
+    if not estimates:
+        return [number(scores.mean())]
+    from esper_lightning.comparison.statistics import estimate_crossed  # noqa: PLC0415
+
+    value, low, high = estimate_crossed(scores)
+    return [number(value), "-" if low is None else f"{number(low)} to {number(high)}"]

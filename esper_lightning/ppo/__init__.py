@@ -1,0 +1,1 @@
+"""The algorithm, one file a phase; Lightning is never imported here."""

@@ -1,0 +1,139 @@
+"""Between rollout and update: values, advantages and value targets of every step.
+
+Axes: ``T`` step, ``B`` environment, ``N`` step of an environment, ``S`` number in a memory. It
+knows nothing of Lightning.
+"""
+
+import torch
+from torch import Tensor
+
+from esper_lightning.compiling.loops import CompileMode, compile_loop, in_cache
+from esper_lightning.core.diagnostics import explained_variance
+from esper_lightning.core.gae import compute_gae
+from esper_lightning.core.losses import normalize_advantage
+from esper_lightning.core.ranks import ALONE, Ranks
+from esper_lightning.core.running_stats import Moments
+from esper_lightning.core.shapes import Bool, Float
+from esper_lightning.core.tensor_trees import map_tree
+from esper_lightning.core.types import Observation, Rollout, Samples
+from esper_lightning.ppo.agent import Agent, Values, Weights
+from esper_lightning.ppo.config import PPOConfig
+
+__all__ = ["Critic", "prepare_samples"]
+
+
+class Critic:
+    """Values of a rollout under the weights that acted, in one pass over all states.
+
+    Args:
+        agent: Whose critic.
+        mode: How the pass runs.
+        device: Of everything.
+    """
+
+    def __init__(self, agent: Agent, *, mode: CompileMode, device: torch.device) -> None:
+        self._agent, self._device = agent, device
+        self._mode: CompileMode = mode
+        self._parts: dict[int, int] = {}  # by number of rows
+        self._loop = compile_loop("values", self._part, mode=mode, device=device)
+
+    def values(
+        self, weights: Weights, rollout: Rollout, memory: Float[Tensor, "B S"] | None = None
+    ) -> Values:
+        """Value both ends of every step; ``memory`` is that before the first."""
+        rows = rollout.reward.numel()
+        if rows not in self._parts:
+            whole = memory is not None  # sequences are not cut
+            mode = self._mode
+            self._parts[rows] = 1 if whole else in_cache(rows, mode=mode, device=self._device)
+        parts = self._parts[rows]
+
+        def cut(value: Tensor) -> Tensor:
+            return value.reshape(parts, -1, *value.shape[2:])
+
+        begins = None if memory is None else _beginnings(rollout)
+        xs = map_tree(cut, (rollout.obs, rollout.reached_obs, begins))
+        xs = (*xs, None if memory is None else memory[None])
+        counter = torch.zeros((), device=self._device)  # a loop carries something
+        with torch.no_grad():
+            _, values = self._loop(counter, xs, None, weights, None)
+        return map_tree(lambda value: value.flatten(0, 1), values)
+
+    def _part(
+        self,
+        counter: Tensor,
+        x: tuple[Observation, Observation, Tensor | None, Tensor | None],
+        weights: Weights,
+    ) -> tuple[Tensor, Values]:
+        obs, reached, begins, memory = x
+        return counter + 1.0, self._agent.value(weights, obs, reached, memory, begins)
+
+
+def _beginnings(rollout: Rollout) -> Bool[Tensor, "T B"]:
+    """Where an episode begins within the rollout; not before its first step, which is the past."""
+    ended = rollout.terminated | rollout.truncated
+    return torch.cat([torch.zeros_like(ended[:1]), ended[:-1]])
+
+
+def prepare_samples(
+    values: Values,
+    rollout: Rollout,
+    reward: Float[Tensor, "T B"],
+    config: PPOConfig,
+    ranks: Ranks = ALONE,
+    *,
+    memory: Float[Tensor, "B S"] | None = None,
+    choice: Bool[Tensor, " N"] | None = None,
+) -> tuple[Samples, Float[Tensor, ""]]:
+    """Advantages and value targets of a rollout.
+
+    Args:
+        values: Of its states.
+        rollout: What was collected.
+        reward: The rollout's rewards, scaled if they are to be.
+        config: Discount, lambda and normalisation.
+        ranks: Over which advantages are normalised.
+        memory: Of the policy, before the first step; ``None`` for none.
+        choice: Where there was more than one action to choose from: the other steps teach the
+            critic alone. ``None`` for everywhere.
+
+    Returns:
+        The samples, and the share of the targets' variance that the critic explains on all ranks.
+    """
+    advantages = compute_gae(
+        reward,
+        values.value.view_as(reward),
+        values.next_value.view_as(reward),
+        rollout.terminated,
+        rollout.truncated,
+        discount=config.discount,
+        lambda_=config.gae_lambda,
+    )
+    advantage = advantages.advantage.flatten()
+    target = advantages.value_target.flatten()
+    mine = (
+        Moments.of(advantage, where=choice),
+        *(Moments.of(each) for each in (target, target - values.value)),
+    )
+    spread, of_target, of_error = (
+        first.merged(*others) for first, *others in zip(*ranks.gather(mine), strict=True)
+    )
+    weight = None
+    if choice is not None:
+        share = (spread.number / of_target.number).to(advantage.dtype)
+        weight = torch.where(choice, 1.0 / share, 0.0)
+    samples = Samples(
+        obs=values.obs,
+        action=rollout.action.flatten(0, 1),
+        log_prob=rollout.log_prob.flatten(),
+        action_mask=None if rollout.action_mask is None else rollout.action_mask.flatten(0, 1),
+        advantage=normalize_advantage(advantage, spread)
+        if config.normalize_advantage
+        else advantage,
+        value=values.value,
+        value_target=target,
+        actor_weight=weight,
+        memory=memory,
+        begins=None if memory is None else _beginnings(rollout).flatten(),
+    )
+    return samples, explained_variance(of_target, of_error)

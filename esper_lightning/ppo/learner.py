@@ -1,0 +1,218 @@
+"""The three parts of an iteration with all they act on: rollout, advantages, update.
+
+Axes: ``T`` step, ``B`` environment, ``S`` gradient step. It knows nothing of Lightning, and nothing
+here waits for the device.
+"""
+
+from collections.abc import Sequence
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+
+from esper_lightning.compiling.loops import CompileMode, compile_function, tell_reasons_again
+from esper_lightning.core.buffer import allocate_rollout, first_steps
+from esper_lightning.core.distributions import has_choice
+from esper_lightning.core.errors import require
+from esper_lightning.core.flat_adam import FlatParameters
+from esper_lightning.core.ranks import ALONE, Ranks
+from esper_lightning.core.running_stats import Moments, RunningStats
+from esper_lightning.core.shapes import Bool, Float
+from esper_lightning.core.tensor_trees import leaves, map_tree
+from esper_lightning.core.types import Rollout, Samples
+from esper_lightning.envs.base import BatchedEnv, EnvSpec, ReportingEnv
+from esper_lightning.envs.inspector import FirstSteps
+from esper_lightning.ppo.advantages import Critic, prepare_samples
+from esper_lightning.ppo.agent import Agent, Values
+from esper_lightning.ppo.collect import ActingState, Collector, is_healthy, scale_reward
+from esper_lightning.ppo.config import PPOConfig
+from esper_lightning.ppo.metrics import rollout_figures
+from esper_lightning.ppo.update import UpdateMetrics, Updater
+
+__all__ = ["Learner", "Prepared"]
+
+
+class Prepared(NamedTuple):
+    """What is made of a rollout before the update."""
+
+    samples: Samples
+    discounted_return: Float[Tensor, " B"]
+    moments: Moments | None  # of discounted returns
+    healthy: Bool[Tensor, ""]  # every number is finite, every mask allows something, on every rank
+    episodes: Float[Tensor, "3"]  # sum of returns, of lengths, number of those that ended; likewise
+    explained_variance: Float[Tensor, ""]
+
+
+class Learner:
+    """Environments, rollout storage and random streams of one run on one device.
+
+    Args:
+        spec: Of the environments.
+        env: Built from it.
+        agent: Acts and learns.
+        config: How.
+        return_stats: Of discounted returns; ``None`` leaves rewards as they are.
+        exploration: Random stream of actions, on the device.
+        sample_order: Random stream of minibatches, on the device.
+        mode: How the parts run.
+        device: Of everything.
+        ranks: With which it learns, each in environments of its own.
+    """
+
+    def __init__(
+        self,
+        spec: EnvSpec,
+        env: BatchedEnv,
+        agent: Agent,
+        config: PPOConfig,
+        return_stats: RunningStats | None,
+        *,
+        exploration: torch.Generator,
+        sample_order: torch.Generator,
+        mode: CompileMode,
+        device: torch.device,
+        ranks: Ranks = ALONE,
+    ) -> None:
+        tell_reasons_again()
+        self._env, self.agent, self._config = env, agent, config
+        self._return_stats, self._device, self._ranks = return_stats, device, ranks
+        self._exploration, self._sample_order = exploration, sample_order
+        spaces = spec.spaces()
+        self._first_steps = FirstSteps(spec, spaces, env, device)
+        self._storage = allocate_rollout(spaces, config.rollout_steps, spec.num_envs, device=device)
+        self._collector = Collector(env, agent, self._first_steps, mode=mode, device=device)
+        self._critic = Critic(agent, mode=mode, device=device)
+        alone = ranks.size == 1  # else it communicates half-way
+        self._prepare = compile_function(
+            "advantages", self._prepared, mode=mode if alone else "off", device=device
+        )
+        self._updater = Updater(agent, config, mode=mode, device=device, ranks=ranks)
+        self._acting: ActingState | None = None
+        self._parameters: FlatParameters | None = None
+        self._learning_rate = torch.zeros((), device=device)
+        self._action_space = spaces.action
+        self._first_memory: Tensor | None = None  # at the beginning of the latest rollout
+        self.order: Sequence[Tensor] = ()
+
+    def start(self, optimizer: torch.optim.Adam, state: dict[str, Any] | None) -> bool:
+        """Begin to train.
+
+        Args:
+            optimizer: Over the policy, with what a checkpoint brought.
+            state: What ``state_dict`` gave; ``None`` starts new episodes.
+
+        Returns:
+            Whether the episodes of ``state`` go on.
+
+        Raises:
+            ValueError: If ``state`` is of other environments.
+        """
+        self._parameters = self.agent.bind(optimizer)
+        generators = (self._exploration, self._sample_order)
+        if state is not None:
+            for generator, saved in zip(generators, state["generators"], strict=True):
+                generator.set_state(saved.cpu())
+        if state is None or state["env"] is None:
+            obs, mask = self._first_steps.reset()
+            zeros = torch.zeros(self._storage.reward.shape[1], device=self._device)
+            self._acting = ActingState(obs, mask, zeros, self.agent.blank_memory(obs))
+            self._first_memory = self._acting.memory
+            return False
+        self._env.load_state_dict(state["env"])
+        acting = ActingState(**state["acting"]).to(self._device)
+        expected = self._storage.obs, self._storage.action_mask, self._storage.reward
+        shapes = [leaf.shape[1:] for leaf in leaves(expected)]
+        got = [leaf.shape for leaf in leaves(acting[:3])]
+        require(got == shapes, "acting", f"have shapes {[*map(list, shapes)]}", [*map(list, got)])
+        self._acting = acting
+        self._first_memory = self._acting.memory
+        return True
+
+    def state_dict(self) -> dict[str, Any] | None:
+        """Environments, running episodes and random streams; ``None`` before ``start``."""
+        if self._acting is None:
+            return None
+        return {
+            "acting": map_tree(torch.clone, self._acting)._asdict(),  # it is changed in place
+            "env": self._env.state_dict(),
+            "generators": [g.get_state() for g in (self._exploration, self._sample_order)],
+        }
+
+    def rollout(self, steps: int) -> Rollout:
+        """Act for ``steps`` steps."""
+        assert self._acting is not None
+        assert self._parameters is not None
+        self._parameters.refresh()
+        storage = first_steps(self._storage, steps)
+        memory = self._acting.memory  # it is changed in place
+        self._first_memory = None if memory is None else memory.clone()
+        rollout, self._acting = self._collector.collect(
+            self._acting, storage, generator=self._exploration
+        )
+        return rollout
+
+    def env_figures(self) -> dict[str, Float[Tensor, ""]]:
+        """What the environments tell of the latest rollout, averaged over ranks."""
+        if not isinstance(self._env, ReportingEnv):
+            return {}
+        figures = self._env.figures()
+        total = self._ranks.sum(torch.stack(list(figures.values())))
+        return dict(zip(figures, (total / self._ranks.size).unbind(), strict=True))
+
+    def advantages(self, rollout: Rollout) -> Prepared:
+        """Scale rewards and estimate advantages."""
+        assert self._acting is not None
+        stats = self._return_stats
+        moments = None if stats is None else stats.moments
+        with torch.no_grad():
+            begun = self._first_memory
+            values = self._critic.values(self.agent.weights, rollout, begun)
+            prepared: Prepared = self._prepare(
+                values, rollout, begun, self._acting.discounted_return, moments
+            )
+        if stats is not None and prepared.moments is not None:
+            stats.keep(prepared.moments)
+        carried = prepared.discounted_return
+        if carried is not self._acting.discounted_return:
+            self._acting = self._acting._replace(discounted_return=carried.clone())
+        return prepared
+
+    def update(self, prepared: Prepared, *, learning_rate: float) -> UpdateMetrics:
+        """Take every gradient step of an iteration."""
+        assert self._parameters is not None
+        samples = prepared.samples
+        self.order = self._updater.order(samples.parts, self._sample_order)
+        adam, metrics = self._updater.update(
+            self._parameters.state,
+            self.agent.weights,
+            samples,
+            self.order,
+            learning_rate=self._learning_rate.fill_(learning_rate),
+            healthy=prepared.healthy,
+        )
+        self._parameters.keep(adam)
+        return metrics
+
+    def _prepared(
+        self,
+        values: Values,
+        rollout: Rollout,
+        memory: Float[Tensor, "B S"] | None,
+        discounted_return: Float[Tensor, " B"],
+        moments: Moments | None,
+    ) -> Prepared:
+        config, ranks = self._config, self._ranks
+        mine = (is_healthy(rollout, self._action_space), rollout_figures(rollout))
+        everywhere = ranks.gather(mine)
+        healthy, episodes = (torch.stack(each) for each in zip(*everywhere, strict=True))
+        reward, discounted_return, moments = scale_reward(
+            rollout, discounted_return, moments, config, healthy=healthy.all(), ranks=ranks
+        )
+        mask = rollout.action_mask
+        choice = None if mask is None else has_choice(self._action_space, mask.flatten(0, 1))
+        samples, variance = prepare_samples(
+            values, rollout, reward, config, ranks, memory=memory, choice=choice
+        )
+        return Prepared(
+            samples, discounted_return, moments, healthy.all(), episodes.sum(0), variance
+        )

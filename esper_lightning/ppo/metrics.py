@@ -1,0 +1,143 @@
+"""Names of every metric, and what is accumulated over iterations.
+
+Axes: ``T`` step, ``B`` environment.
+"""
+
+import math
+from collections import deque
+from collections.abc import Mapping
+from typing import cast
+
+import torch
+from torch import Tensor
+
+from esper_lightning.core.errors import require
+from esper_lightning.core.shapes import Float
+from esper_lightning.core.types import Rollout
+
+__all__ = [
+    "EVAL_RETURN",
+    "ROLLOUT_RETURN",
+    "RecentEpisodes",
+    "evaluation_metrics",
+    "iteration_figures",
+    "rollout_figures",
+    "shown_in_progress_bar",
+    "to_host",
+]
+
+ROLLOUT_RETURN = "rollout/episode_return_mean"
+ROLLOUT_LENGTH = "rollout/episode_length_mean"
+EVAL_RETURN = "eval/episode_return_mean"
+_COPIED = (
+    "healthy",
+    "return_sum",
+    "length_sum",
+    "rollout/episodes",
+    "policy/explained_variance",
+    "loss/policy",
+    "loss/value",
+    "loss/entropy",
+    "policy/approx_kl",
+    "policy/clip_fraction",
+    "optim/grad_norm",
+    "gradient_steps",
+    "learner_finite",
+)
+_NOT_REPORTED = ("healthy", "return_sum", "length_sum", "gradient_steps", "learner_finite")
+
+
+class RecentEpisodes:
+    """Means over the latest iterations that together hold ``window`` episodes, or all there are.
+
+    Kept on the host, from figures that it gets anyway, and bounded: the last 64 iterations in which
+    an episode ended.
+    """
+
+    def __init__(self, window: int = 100) -> None:
+        self._window = window
+        self._sums: deque[list[float]] = deque(maxlen=64)  # the newest last
+
+    def update(self, return_sum: float, length_sum: float, episodes: float) -> None:
+        """Take in the sums of one iteration."""
+        if episodes > 0:
+            self._sums.append([return_sum, length_sum, episodes])
+
+    def means(self) -> tuple[float, float]:
+        """Mean return and mean length; NaN while no episode has ended."""
+        total = [0.0, 0.0, 0.0]
+        for sums in reversed(self._sums):
+            if total[2] >= self._window:
+                break
+            total = [a + b for a, b in zip(total, sums, strict=True)]
+        if total[2] == 0.0:
+            return math.nan, math.nan
+        return total[0] / total[2], total[1] / total[2]
+
+    def state(self) -> list[list[float]]:
+        """For a checkpoint."""
+        return list(self._sums)
+
+    def load(self, state: list[list[float]]) -> None:
+        """Continue from ``state``.
+
+        Raises:
+            ValueError: If it is not what ``state`` returned.
+        """
+        rule = "hold sums of returns, of lengths, and numbers of episodes"
+        require(all(len(sums) == 3 for sums in state), "recent_episodes", rule, state[:1])
+        self._sums = deque(state, maxlen=64)
+
+
+def rollout_figures(rollout: Rollout) -> Float[Tensor, "3"]:
+    """Of the episodes that ended: sum of returns, sum of lengths, number; in double precision."""
+    ended = rollout.episode_length > 0
+    episode_return = torch.where(ended, rollout.episode_return, 0.0)
+    return torch.stack([x.double().sum() for x in (episode_return, rollout.episode_length, ended)])
+
+
+def to_host(
+    *figures: Float[Tensor, "..."], env: Mapping[str, Float[Tensor, ""]]
+) -> dict[str, float]:
+    """Everything that the host wants to know of an iteration, in one copy.
+
+    Args:
+        figures: Ours.
+        env: The environments' own.
+    """
+    every = (*figures, *env.values())
+    scalars = torch.cat([figure.double().reshape(-1) for figure in every])
+    names = (*_COPIED, *(f"env/{name}" for name in env))
+    return dict(zip(names, cast(list[float], scalars.tolist()), strict=True))
+
+
+def iteration_figures(
+    host: Mapping[str, float], recent: RecentEpisodes
+) -> dict[str, float | int | None]:
+    """The figures of a history row; means over episodes are ``None`` while none has ended."""
+    episode_return, episode_length = recent.means()
+    known = not math.isnan(episode_return)
+    return {
+        ROLLOUT_RETURN: episode_return if known else None,
+        ROLLOUT_LENGTH: episode_length if known else None,
+        "rollout/episodes": int(host["rollout/episodes"]),
+        **{k: v for k, v in host.items() if k not in (*_NOT_REPORTED, "rollout/episodes")},
+    }
+
+
+def evaluation_metrics(
+    episode_return: Float[Tensor, " N"], episode_length: Float[Tensor, " N"]
+) -> dict[str, float]:
+    """Summary of ``N`` evaluation episodes; the standard deviation is over episodes."""
+    return {
+        EVAL_RETURN: episode_return.mean().item(),
+        "eval/episode_return_std": episode_return.std(correction=0).item(),
+        "eval/episode_length_mean": episode_length.mean().item(),
+        "eval/episodes": float(episode_return.numel()),
+    }
+
+
+def shown_in_progress_bar(metrics: Mapping[str, float]) -> dict[str, float]:
+    """What bars show of a row, under short names."""
+    short = {"return": ROLLOUT_RETURN, "env_steps/s": "env_steps_per_s"}
+    return {name: metrics[key] for name, key in short.items() if key in metrics}

@@ -1,0 +1,289 @@
+"""No death of a run loses its evidence.
+
+``FlightRecorder`` watches a run of ``Trainer.fit`` (or ``validate``, ``test``, ``predict``) and,
+whatever ends it, leaves the profiler's trace, the history and a report in the run directory.
+"""
+# Lightning sets many attributes of its Trainer where no type checker sees them.
+# pyright: reportAttributeAccessIssue=false, reportPrivateUsage=false
+# pyright: reportUnknownVariableType=false, reportUnknownArgumentType=false
+
+import contextlib
+import functools
+import logging
+import math
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any, Concatenate, ParamSpec, cast
+
+from lightning.pytorch import LightningModule, Trainer
+from typing_extensions import override
+
+from esper_lightning.callbacks.history import History, finished_iterations
+from esper_lightning.callbacks.loggers import guard_loggers
+from esper_lightning.callbacks.run_directory import (
+    WritesRun,
+    close_run_directory,
+    copy_run_directory,
+    open_run_directory,
+)
+from esper_lightning.core.errors import check_arguments, require
+from esper_lightning.forensics.claims import DirectoryInUseError
+from esper_lightning.forensics.layout import RunLayout
+from esper_lightning.forensics.report import read_report
+from esper_lightning.recorder.death import in_words
+from esper_lightning.recorder.peers import (
+    end_of_run,
+    is_of_this_run,
+    keep_launcher_from_killing,
+    meet,
+)
+from esper_lightning.recorder.protection import run_depth
+from esper_lightning.recorder.recording import Recording, add_note, recording_of
+
+__all__ = ["FlightRecorder"]
+
+_log = logging.getLogger(__name__)
+_P = ParamSpec("_P")
+
+
+def _guarded(
+    hook: Callable[Concatenate["FlightRecorder", _P], None],
+) -> Callable[Concatenate["FlightRecorder", _P], None]:
+    """A run does not fail because of its recorder, which is off from its first error on."""
+
+    @functools.wraps(hook)
+    def call(self: "FlightRecorder", *args: _P.args, **kwargs: _P.kwargs) -> None:
+        try:
+            hook(self, *args, **kwargs)
+        except DirectoryInUseError:  # nor does it write where another run does
+            raise
+        except Exception as error:
+            self.give_up(cast(Trainer, args[0]), error)
+
+    return call
+
+
+class FlightRecorder(WritesRun):
+    """Save what a dying run knows, then let it die of what it died of.
+
+    Works with any LightningModule, with any of Lightning's profilers or none. A history is kept
+    even if there is no ``History`` among the callbacks. Errors and exit statuses stay the user's;
+    an error gets a note that names the run directory. Loggers cannot end the run: what they raise
+    is a warning, and metrics that they did not take are logged when they take them again. Nothing
+    is recorded under ``fast_dev_run``.
+
+    Args:
+        dirpath: Run directory; ``None`` for that of the Trainer (``callbacks.run_directory``).
+        hang_timeout_s: Seconds after which an iteration, or a batch of a validation, counts as
+            hanging: stacks and evidence are saved and the run goes on, without its profiler.
+            ``None`` for never.
+        print_profile: Whether the table of a rescued profiler window is printed on rank 0.
+        watch: Whether a second process of a few megabytes completes the report if this one vanishes
+            (SIGKILL, the kernel's OOM killer, ``os._exit``).
+
+    Raises:
+        ValueError: If an argument has another type, ``hang_timeout_s`` is not positive, or
+            ``dirpath`` is empty.
+    """
+
+    @check_arguments
+    def __init__(
+        self,
+        dirpath: str | Path | None = None,
+        *,
+        hang_timeout_s: float | None = None,
+        print_profile: bool = True,
+        watch: bool = True,
+    ) -> None:
+        positive = hang_timeout_s is None or 0 < hang_timeout_s < math.inf
+        require(positive, "FlightRecorder.hang_timeout_s", "be positive", hang_timeout_s)
+        super().__init__(dirpath)
+        self.hang_timeout_s = hang_timeout_s
+        self.print_profile = print_profile
+        self.watch = watch
+        self._has_saved = False  # a checkpoint, since the directory was copied
+
+    @override
+    @_guarded
+    def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
+        """Begin to record, before anything of the run can fail."""
+        if run_depth(trainer) > 1 and recording_of(trainer) is not None:
+            return  # a run within a run of the same Trainer is part of that
+        _close_earlier(trainer)
+        if not trainer.fast_dev_run:  # else they are dummies
+            guard_loggers(trainer.loggers)
+        layout = _layout(open_run_directory(trainer, self))
+        met = meet(trainer.world_size)
+        if layout is None:
+            return
+        others = [callback for callback in trainer.callbacks if callback is not self]
+        if stage == "fit" and not any(isinstance(callback, History) for callback in others):
+            others.insert(0, History())
+        # First, before anything that may raise in its own on_exception. A new list: the old one is
+        # being walked through.
+        trainer.callbacks = [self, *others]
+        self._record(trainer, layout, stage, watch=self.watch, met=met)
+
+    @override
+    @_guarded
+    def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """Lightning's launcher is running by now, and CUDA is in use if it will be."""
+        recording = recording_of(trainer)
+        if recording is not None:
+            keep_launcher_from_killing(recording.save_for_launcher)
+            recording.begin_training()
+
+    @override
+    @_guarded
+    def on_train_batch_start(
+        self, trainer: Trainer, pl_module: LightningModule, batch: Any, batch_idx: int
+    ) -> None:
+        """Another iteration begins; checkpoints of the one before are closed."""
+        if self._has_saved:
+            self._has_saved = False
+            copy_run_directory(trainer)
+        recording = recording_of(trainer)
+        if recording is not None:
+            recording.begin_iteration(finished_iterations(trainer, pl_module) + 1)
+
+    @override
+    @_guarded
+    def on_train_batch_end(
+        self, trainer: Trainer, pl_module: LightningModule, outputs: Any, batch: Any, batch_idx: int
+    ) -> None:
+        """The iteration is done."""
+        recording = recording_of(trainer)
+        if recording is not None:
+            recording.beat()
+
+    @override
+    @_guarded
+    def on_validation_batch_start(
+        self,
+        trainer: Trainer,
+        pl_module: LightningModule,
+        batch: Any,
+        batch_idx: int,
+        dataloader_idx: int = 0,
+    ) -> None:
+        """A validation may take long; a batch of it counts as an iteration does."""
+        self._beat(trainer)
+
+    @override
+    @_guarded
+    def on_validation_batch_end(
+        self,
+        trainer: Trainer,
+        pl_module: LightningModule,
+        outputs: Any,
+        batch: Any,
+        batch_idx: int,
+        dataloader_idx: int = 0,
+    ) -> None:
+        """It is done."""
+        self._beat(trainer)
+
+    @override
+    @_guarded
+    def on_validation_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """Back to training."""
+        self._beat(trainer)
+
+    @override
+    @_guarded
+    def on_save_checkpoint(
+        self, trainer: Trainer, pl_module: LightningModule, checkpoint: dict[str, Any]
+    ) -> None:
+        """A checkpoint is about to be written."""
+        self._has_saved = True
+
+    @override
+    @_guarded
+    def on_train_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """What follows is no iteration."""
+        recording = recording_of(trainer)
+        if recording is not None:
+            recording.watchdog.rest()
+
+    @override
+    @_guarded
+    def teardown(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
+        """All went well."""
+        recording = recording_of(trainer)
+        if recording is not None:
+            recording.approach_end()
+
+    @override
+    @_guarded
+    def on_exception(
+        self, trainer: Trainer, pl_module: LightningModule, exception: BaseException
+    ) -> None:
+        """Save everything, unless that was done closer to the fault."""
+        # A recording's own deaths are saved before any callback is told.
+        if recording_of(trainer) is not None or isinstance(exception, DirectoryInUseError):
+            return
+        layout = None
+        with contextlib.suppress(DirectoryInUseError):
+            layout = _layout(open_run_directory(trainer, self, alone=True))
+        if layout is None:
+            return
+        if _saved_by_its_processes(layout):
+            add_note(exception, layout.directory, "every rank has a folder of its own")
+            end_of_run()
+            close_run_directory(trainer, self)
+            return
+        # It died before ``setup`` was called.
+        self._record(trainer, layout, "fit", watch=False).die(exception, lingers=False)
+
+    def _beat(self, trainer: Trainer) -> None:
+        recording = recording_of(trainer)
+        if recording is not None and trainer.state.fn == "fit" and not trainer.sanity_checking:
+            recording.beat()
+
+    def give_up(self, trainer: Trainer, error: Exception) -> None:
+        """Leave the run alone from here on."""
+        _log.warning("FlightRecorder is off: %s. The run goes on without it.", in_words(error))
+        recording = recording_of(trainer)
+        if recording is not None:
+            with contextlib.suppress(Exception):  # one warning is enough
+                recording.close("off")
+
+    def _record(
+        self,
+        trainer: Trainer,
+        layout: RunLayout,
+        stage: str,
+        *,
+        watch: bool,
+        met: Sequence[dict[str, Any]] = (),
+    ) -> Recording:
+        return Recording(
+            trainer,
+            layout,
+            hang_timeout_s=self.hang_timeout_s,
+            print_profile=self.print_profile,
+            watch=watch,
+            let_go=functools.partial(close_run_directory, trainer, self),
+            stage=stage,
+            met=met,
+        )
+
+
+def _layout(directory: Path | None) -> RunLayout | None:
+    return None if directory is None else RunLayout(directory)
+
+
+def _close_earlier(trainer: Trainer) -> None:
+    """End what is left of a run whose end was not seen."""
+    earlier = recording_of(trainer)
+    if earlier is not None:
+        earlier.close("failed")
+
+
+def _saved_by_its_processes(layout: RunLayout) -> bool:
+    """Whether processes that a launcher spawned recorded this run; in theirs, ours has no setup."""
+    processes = [read_report(path) for path in layout.directory.glob("rank*/process.json")]
+    return any(
+        process is not None and process.get("state") != "finished" and is_of_this_run(process)
+        for process in processes
+    )

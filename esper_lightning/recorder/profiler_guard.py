@@ -1,0 +1,369 @@
+"""What Lightning's profilers need so that their evidence outlives the run.
+
+``ProfilerGuard`` sits round ``trainer.profiler`` for one run. It writes every span into the phase
+ring, keeps errors of the profiler out of the run, keeps an exception that unwinds from advancing
+the schedule, and at a death takes out what was recorded. It works on the user's own object and
+leaves it as it was.
+"""
+# Lightning sets many attributes of its Trainer where no type checker sees them.
+# pyright: reportAttributeAccessIssue=false, reportPrivateUsage=false
+# pyright: reportUnknownVariableType=false, reportUnknownArgumentType=false
+
+import contextlib
+import functools
+import itertools
+import logging
+import os
+import socket
+import sys
+import threading
+from collections.abc import Callable, Generator
+from pathlib import Path
+from typing import Any
+
+import torch
+from lightning.pytorch.profilers import PassThroughProfiler, Profiler, PyTorchProfiler
+from torch.profiler import ProfilerAction
+
+from esper_lightning.forensics.files import write_atomically
+from esper_lightning.forensics.layout import RankLayout
+from esper_lightning.forensics.phases import PhaseRing
+from esper_lightning.recorder.death import in_words
+from esper_lightning.recorder.profiling.operator_table import operator_table
+from esper_lightning.recorder.profiling.trace_export import export_trace
+from esper_lightning.recorder.profiling.window_profiler import WindowProfiler, global_session
+from esper_lightning.recorder.protection import Patch, Protection
+
+__all__ = ["ProfilerGuard", "unrecorded"]
+
+_log = logging.getLogger(__name__)
+_RECORDING = (ProfilerAction.RECORD, ProfilerAction.RECORD_AND_SAVE)
+_TABLE_BYTES = 20_000_000  # of a packed trace, about a million events: the table takes 7 s then
+_WRAPPED = ("start", "stop", "describe")
+_numbers = itertools.count(1)
+
+
+class ProfilerGuard:
+    """Round one profiler, for one run.
+
+    Args:
+        profiler: Of the Trainer.
+        ring: Where spans go.
+        protection: Holds signals back while a window is written.
+        on_batch: Called when a training batch begins, also in a loop that a tuner runs.
+        on_described: Called after the run's last act, the profiler's own report.
+        files: Of this rank, for what cannot go where the user wants it.
+    """
+
+    def __init__(
+        self,
+        profiler: Profiler,
+        ring: PhaseRing,
+        protection: Protection,
+        *,
+        on_batch: Callable[[], None],
+        on_described: Callable[[], None],
+        files: RankLayout,
+    ) -> None:
+        self.profiler = profiler
+        self._ring = ring
+        self._protection = protection
+        self._on_batch, self._on_described = on_batch, on_described
+        self._files = files
+        self._warned = False
+        self._thread = threading.get_ident()
+        self._outer: list[BaseException | None] = []
+        self._off = False
+        self._does_nothing = type(profiler) is PassThroughProfiler
+        theirs = getattr(profiler, "dirpath", None)
+        self._theirs = Path(theirs).absolute() if theirs else None  # before anyone changes places
+        self._patches = [Patch(profiler, name, getattr(self, f"_{name}")) for name in _WRAPPED]
+        self._methods = {name: getattr(type(profiler), name).__get__(profiler) for name in _WRAPPED}
+        self._made_global = isinstance(profiler, PyTorchProfiler) and _make_global(profiler)
+
+    def release(self) -> None:
+        """Give the profiler its own methods back."""
+        self._off = True
+        for patch in self._patches:
+            patch.undo()
+        if self._made_global and isinstance(self.profiler, PyTorchProfiler):
+            self.profiler._profiler_kwargs.pop("experimental_config", None)
+
+    @property
+    def action(self) -> str | None:
+        """What the torch profiler is doing: NONE (waiting), WARMUP, RECORD, RECORD_AND_SAVE."""
+        profile = self._profile
+        return None if profile is None else profile.current_action.name
+
+    @property
+    def why_no_session(self) -> str:
+        """Where ``action`` is ``None``."""
+        if not isinstance(self.profiler, PyTorchProfiler):
+            return "no PyTorchProfiler was attached"
+        return "the profiler was off by then" if self._off else "the profiler was waiting"
+
+    @property
+    def has_window(self) -> bool:
+        """Whether anything is being recorded."""
+        profile = self._profile
+        return profile is not None and profile.current_action in _RECORDING
+
+    # What the Trainer calls.
+
+    def _start(self, action_name: str) -> None:
+        if threading.get_ident() == self._thread:
+            self._outer.append(sys.exc_info()[1])
+            self._ring.enter(action_name)
+            if action_name == "run_training_batch":
+                self._on_batch()
+        if not (self._off or self._does_nothing):
+            self._guarded("start", action_name)
+
+    def _stop(self, action_name: str) -> None:
+        unwinding = False
+        if threading.get_ident() == self._thread and self._outer:
+            unwinding = sys.exc_info()[1] is not self._outer.pop()
+            if not unwinding:
+                self._ring.leave(action_name)
+        if self._off or self._does_nothing:
+            return
+        steps = isinstance(self.profiler, PyTorchProfiler) and any(
+            action_name.endswith(step) for step in self.profiler.STEP_FUNCTIONS
+        )
+        if not (unwinding and steps):  # a step of the schedule would be one too many
+            self._guarded("stop", action_name)
+
+    def _describe(self) -> None:
+        if not self._off:
+            self._guarded("describe")
+        self._on_described()
+
+    def _guarded(self, method: str, *args: str) -> None:
+        """Call the profiler's own method; a run does not fail because of its profiler."""
+        try:
+            with self._protection.held():
+                self._methods[method](*args)
+                self._look_after_windows()
+        except Exception as error:
+            if isinstance(self.profiler, PyTorchProfiler):
+                lost = self.has_window or not isinstance(error, AssertionError)
+                self._keep_what_there_is(method)
+                if not lost:  # Lightning's assertion when a run ends without any window
+                    return
+            elif method == "describe":
+                self._keep_what_there_is(method)
+            _log.warning("The profiler failed and is off from here on: %r", error)
+
+    def _keep_what_there_is(self, method: str) -> None:
+        """After a failure: a window that is open, and the table, in the run directory."""
+        table = ""
+        with contextlib.suppress(Exception):
+            if method == "describe":
+                table = self.profiler.summary()
+            elif self.has_window:
+                _, table = self.finish("window")
+        with contextlib.suppress(Exception):
+            self.abandon()
+        if table:
+            with contextlib.suppress(OSError):
+                write_atomically(self._files.profile, table.encode())
+
+    # Windows that close while the run is healthy.
+
+    def _look_after_windows(self) -> None:
+        """Have a torch profiler that Lightning has just made hand over its windows through here."""
+        profile = self._profile
+        ours = isinstance(self.profiler, WindowProfiler)  # it does so by itself
+        if profile is None or ours or "step" in profile.__dict__:
+            return
+        for name in ("step", "stop"):
+            setattr(profile, name, functools.partial(self._close_window, profile, name))
+
+    def _close_window(self, profile: torch.profiler.profile, name: str) -> None:
+        """The profiler's own ``step`` or ``stop``, which may end a window."""
+        theirs = profile.on_trace_ready
+        if theirs is not None:
+            profile.on_trace_ready = functools.partial(self._hand_over, theirs)
+        try:
+            getattr(type(profile), name)(profile)
+        finally:
+            profile.on_trace_ready = theirs
+
+    def _hand_over(
+        self, theirs: Callable[[torch.profiler.profile], object], profile: torch.profiler.profile
+    ) -> None:
+        """Let the user's own function write a window; where it cannot, the run directory has it."""
+        profile.export_chrome_trace = functools.partial(_export, profile)
+        try:
+            theirs(profile)
+        except Exception as error:
+            name = f"window-{self._files.directory.name}-{_process()}.pt.trace.json.gz"
+            try:
+                self._files.trace.mkdir(parents=True, exist_ok=True)
+                export_trace(profile, self._files.trace / name)
+            except (OSError, ValueError) as problem:
+                self._warn("A recorded window is lost: %s (%s)", problem, in_words(error))
+            else:
+                text = "The profiler's traces go to %s, for it cannot write them: %s"
+                self._warn(text, self._files.trace, in_words(error))
+        finally:
+            del profile.__dict__["export_chrome_trace"]
+
+    def _warn(self, text: str, *values: object) -> None:
+        if not self._warned:
+            self._warned = True
+            _log.warning(text, *values)
+
+    # At a death.
+
+    @property
+    def _profile(self) -> torch.profiler.profile | None:
+        profile = getattr(self.profiler, "profiler", None)
+        return profile if isinstance(profile, torch.profiler.profile) else None
+
+    def finish(self, name: str = "crash") -> tuple[list[Path], str]:
+        """Close the open window and export it; the profiler is off afterwards.
+
+        Args:
+            name: First part of the file's name.
+
+        Returns:
+            The file, or its pieces in order of time, and the table of operators; that is empty
+            where it would take too long.
+
+        Raises:
+            ValueError: If nothing is being recorded, or the session was lost.
+            OSError: If no place takes the file.
+        """
+        profile = self._profile
+        self._off = True
+        if profile is None or profile.current_action not in _RECORDING:
+            self.abandon()
+            raise ValueError("no window was open")
+        first_error: OSError | None = None
+        self.abandon()
+        assert profile.profiler is not None
+        if profile.profiler.kineto_results is None:
+            raise ValueError("the session had been ended by someone else")
+        file = f"{name}-{self._files.directory.name}-{_process()}.pt.trace.json.gz"
+        theirs, ours = self._theirs, self._files.trace
+        places = [theirs] if theirs is not None and theirs not in ours.parents else []
+        for place in (*places, ours):
+            try:
+                place.mkdir(parents=True, exist_ok=True)
+                paths = export_trace(profile, place / file)
+                small = sum(path.stat().st_size for path in paths) <= _TABLE_BYTES
+                return paths, operator_table(profile.profiler.kineto_results) if small else ""
+            except OSError as error:
+                first_error = first_error or error
+        assert first_error is not None
+        raise first_error
+
+    def abandon(self) -> None:
+        """Stop recording and leave the profiler as it was before its first action."""
+        self._off = True
+        profiler, profile = self.profiler, self._profile
+        if not isinstance(profiler, PyTorchProfiler):
+            return
+        on_own_thread = threading.get_ident() == self._thread
+        register, profiler._register = profiler._register, None
+        if on_own_thread:
+            for record in reversed(list(register._records.values()) if register else []):
+                if getattr(record, "record", None) is not None:
+                    _quietly(lambda record=record: record.__exit__(None, None, None))
+            for name in reversed(list(profiler._recording_map)):
+                record = profiler._recording_map[name]
+                _quietly(lambda record=record: record.__exit__(None, None, None))
+        profiler._recording_map.clear()
+        if register is not None:
+            register.__exit__(None, None, None)
+        if profile is not None:
+            running = profile.current_action != ProfilerAction.NONE
+            profile.on_trace_ready = None
+            if running and profile.profiler is not None:
+                profile.profiler.use_device = None  # after a CUDA error its synchronise would raise
+                _quietly(profile.stop)
+            profile.current_action = profile._prev_schedule_action = ProfilerAction.NONE
+        parent, profiler._parent_profiler = profiler._parent_profiler, None
+        if profile is None and profiler.profiler is not None:  # emit_nvtx
+            _quietly(lambda: profiler.profiler.__exit__(None, None, None))  # pyright: ignore[reportOptionalMemberAccess]
+        if parent is not None:
+            _quietly(lambda: parent.__exit__(None, None, None))
+        profiler.profiler = None
+        if profiler._schedule is not None:
+            profiler._schedule.reset()
+
+    def text(self) -> str:
+        """The report of a profiler that keeps text only, such as ``SimpleProfiler``."""
+        if isinstance(self.profiler, PyTorchProfiler | PassThroughProfiler):
+            return ""
+        for name in reversed(self._ring.open_names):
+            with contextlib.suppress(Exception):
+                self._methods["stop"](name)
+        return self.profiler.summary()
+
+
+@contextlib.contextmanager
+def unrecorded() -> Generator[None]:
+    """Keep what this thread does out of the window, as the work of the rescue itself."""
+    switch = getattr(torch._C._autograd, "_enable_record_function", None)
+    if switch is not None:
+        switch(False)
+    try:
+        yield
+    finally:
+        if switch is not None:
+            switch(True)
+
+
+def _process() -> str:
+    return f"{socket.gethostname()}-{os.getpid()}-{next(_numbers)}"
+
+
+def _export(profile: torch.profiler.profile, path: str, *args: Any, **kwargs: Any) -> None:
+    """Torch's own export, which leaves nothing torn, and says so if it left nothing."""
+    target, was_there = Path(path), Path(path).exists()
+    try:
+        type(profile).export_chrome_trace(profile, path, *args, **kwargs)
+        if not target.exists():
+            raise OSError(f"{target.parent} takes no trace")
+    except BaseException:
+        torn = [Path(f"{path}.tmp"), *([] if was_there else [target])]
+        for left in torn:
+            with contextlib.suppress(OSError):
+                left.unlink(missing_ok=True)
+        raise
+
+
+def _quietly(action: Callable[[], object]) -> None:
+    try:
+        action()
+    except Exception as error:
+        _log.debug("While closing the profiler: %r", error)
+
+
+def _make_global(profiler: PyTorchProfiler) -> bool:
+    """Let any thread stop the session: the watchdog too, while the main thread is stuck in C.
+
+    Returns:
+        Whether the profiler's settings were changed.
+    """
+    if isinstance(profiler, WindowProfiler):  # its sessions are global already
+        return False
+    if profiler._emit_nvtx or profiler._profiler_kwargs.get("experimental_config") is not None:
+        return False
+    config = global_session()
+    if config is None:
+        return False
+    profiler._profiler_kwargs["experimental_config"] = config
+    profile = profiler.profiler
+    if isinstance(profile, torch.profiler.profile):  # the Trainer's first hooks have opened it
+        ready, profile.on_trace_ready = profile.on_trace_ready, None
+        running = profile.current_action != ProfilerAction.NONE
+        if running:
+            profile.stop()
+        profile.experimental_config, profile.profiler = config, None
+        if running:
+            profile.start()
+        profile.on_trace_ready = ready
+    return True

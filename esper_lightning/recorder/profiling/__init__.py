@@ -1,0 +1,1 @@
+"""``WindowProfiler``, and what becomes of its traces."""

@@ -1,0 +1,331 @@
+"""Lightning's ``PyTorchProfiler`` with a schedule that does what it says.
+
+The stock class records one cycle whatever ``repeat`` says, never the first step, loses windows to a
+validation in their midst, and costs up to a fifth of the run while it waits.
+"""
+# Lightning sets many attributes of its Trainer where no type checker sees them.
+# pyright: reportAttributeAccessIssue=false
+# pyright: reportUnknownVariableType=false, reportUnknownArgumentType=false
+
+import itertools
+import logging
+import os
+import socket
+import sys
+from pathlib import Path
+from types import MappingProxyType
+from typing import Any
+
+import torch
+from lightning.fabric.utilities.rank_zero import rank_zero_only
+from lightning.pytorch.profilers import PyTorchProfiler
+from torch.profiler import ProfilerAction, record_function
+from typing_extensions import override
+
+from esper_lightning.core.errors import check_arguments, require
+from esper_lightning.forensics.files import write_atomically
+from esper_lightning.forensics.layout import RunLayout
+from esper_lightning.recorder.profiling.operator_table import operator_table
+from esper_lightning.recorder.profiling.trace_export import export_trace
+
+__all__ = ["WindowProfiler", "global_session"]
+
+_log = logging.getLogger(__name__)
+_numbers = itertools.count(1)  # a second run in this process does not replace files of the first
+_OTHER_STEPS = ("validation_step", "test_step", "predict_step")
+
+
+class WindowProfiler(PyTorchProfiler):
+    """Record windows of whole training steps, each into a gzipped Chrome trace of its own.
+
+    A cycle is ``wait`` steps that are not recorded, and cost little; ``warmup`` steps, the last of
+    which is recorded, counted and thrown away; ``active`` steps that are recorded. Only training
+    steps count; what happens between two of them, a validation too, is part of the window. A window
+    that is open when the run ends is kept. Outside ``fit``, steps are those of the stage.
+
+    Files are ``<filename>-rank<k>-<host>-<pid>-steps<first>-<last>-<n>.pt.trace.json.gz``, and the
+    table of the latest window is ``rank<k>/profile.txt`` of the run directory. Where ``dirpath``
+    takes no files, windows go to ``rank<k>/trace`` of the run directory, with one warning; where
+    that takes none either, they are lost, and the run goes on.
+
+    Args:
+        dirpath: Where traces go; ``None`` for ``rank<k>/trace`` in the run directory.
+        filename: First part of their names.
+        wait: Steps before each window, not recorded.
+        warmup: Steps before each window, thrown away.
+        active: Steps of a window.
+        repeat: Number of cycles; 0 for as many as there are.
+        keep: Number of windows that stay on disk; beyond it the oldest of this run is removed, so
+            that a run that dies late has its latest windows, and room for them.
+        max_events: A window ends early, after at least one step, where by the count of the steps
+            recorded last it would hold more events. The first window is not bounded without a
+            warm-up. An event takes about 0.2 kB while recording and 1.5 kB when the window closes.
+        record_shapes: Whether operators are recorded with the shapes of their inputs.
+        profile_memory: Whether allocations are recorded.
+        with_stack: Whether operators are recorded with their source lines.
+        row_limit: Rows of the table.
+
+    Attributes:
+        windows: Files of this run, oldest first; under a limit on the size of files a window may
+            be in several.
+        last_table: Where the time of the latest window went.
+        logs_table: Whether the table is logged at the end of a run.
+
+    Raises:
+        ValueError: If a number is out of range.
+    """
+
+    # What ``__del__`` looks at where an argument was refused.
+    profiler: Any = None
+    _recording_map: Any = MappingProxyType({})
+    _stage: str | None = None
+
+    @check_arguments
+    def __init__(
+        self,
+        dirpath: str | Path | None = None,
+        filename: str = "window",
+        *,
+        wait: int = 1,
+        warmup: int = 1,
+        active: int = 3,
+        repeat: int = 1,
+        keep: int = 10,
+        max_events: int = 1_000_000,
+        record_shapes: bool = False,
+        profile_memory: bool = False,
+        with_stack: bool = False,
+        row_limit: int = 20,
+    ) -> None:
+        super().__init__(
+            dirpath,
+            filename,
+            schedule=None,
+            record_module_names=False,
+            record_shapes=record_shapes,
+            profile_memory=profile_memory,
+            with_stack=with_stack,
+        )
+        for name, value in {"wait": wait, "warmup": warmup, "repeat": repeat}.items():
+            require(value >= 0, f"WindowProfiler.{name}", "not be negative", value)
+        positive = {"active": active, "keep": keep, "max_events": max_events}
+        positive["row_limit"] = row_limit
+        for name, value in positive.items():
+            require(value >= 1, f"WindowProfiler.{name}", "be at least 1", value)
+        self.wait, self.warmup, self.active, self.repeat = wait, warmup, active, repeat
+        self.keep, self.max_events, self.row_limit = keep, max_events, row_limit
+        self.logs_table = True
+        self._given_dirpath = dirpath
+        self._run_directory: str | None = None
+        self._rank = 0
+        self._begin()
+
+    def _begin(self) -> None:
+        self.windows: list[Path] = []
+        self.last_table: str | None = None
+        self._warned: set[str] = set()
+        self._steps = 0  # finished
+        self._first = 0  # of the window
+        self._events_per_step = 0.0
+        self._probing = False
+        self._outer: BaseException | None = None
+
+    @override
+    def setup(self, stage: str, local_rank: int | None = None, log_dir: str | None = None) -> None:
+        """A run begins."""
+        super().setup(stage, local_rank, log_dir)
+        self._begin()
+        self._rank = getattr(rank_zero_only, "rank", 0) or 0
+        self._run_directory = log_dir
+        if self._given_dirpath is None and log_dir is not None:
+            self.dirpath = RunLayout(Path(log_dir)).rank(self._rank).trace
+
+    @override
+    def start(self, action_name: str) -> None:
+        """Open a span where something is being recorded, and a window where its step begins."""
+        if self._is_step(action_name):
+            self._outer = sys.exc_info()[1]
+            self._before_step()
+        if self.profiler is not None and action_name not in self._recording_map:
+            span = record_function("[pl][profile]" + action_name)
+            span.__enter__()
+            self._recording_map[action_name] = span
+
+    @override
+    def stop(self, action_name: str) -> None:
+        """Close the span, and the window where its last step has ended."""
+        span = self._recording_map.pop(action_name, None)
+        if span is not None:
+            span.__exit__(None, None, None)
+        # A step that an exception ended does not count: the open window is evidence.
+        if self._is_step(action_name) and sys.exc_info()[1] is self._outer:
+            self._after_step()
+
+    def finish_window(self) -> Path | None:
+        """Close the open window and write it, whatever the schedule says; ``None`` without one.
+
+        To be called in the thread that trains. Nothing is being recorded afterwards.
+        """
+        results = self._end_session()
+        profile, self.profiler = self.profiler, None
+        if results is None or not isinstance(profile, torch.profiler.profile) or self._probing:
+            self._probing = False
+            return None
+        steps = max(1, self._steps - self._first)
+        self._events_per_step = len(results.events()) / steps
+        self.last_table = operator_table(results, row_limit=self.row_limit)
+        try:
+            self._write_table(self.last_table)
+        except OSError as error:
+            self._warn("The table of the latest window cannot be written: %s", error)
+        written = self._write_window(profile)
+        self.windows += written
+        self._remove_oldest()
+        return written[-1] if written else None
+
+    def _write_window(self, profile: torch.profiler.profile) -> list[Path]:
+        """Where the user wants it, or else in the run directory; empty where neither takes it."""
+        places = [Path(self.dirpath or "") / self._name()]
+        if self._given_dirpath is not None and self._run_directory is not None:
+            folder = RunLayout(Path(self._run_directory)).rank(self._rank).trace
+            places.append(folder / self._name("window"))  # the user's may be too long
+        problem: Exception | None = None
+        for path in places:
+            try:
+                path.parent.mkdir(parents=True, exist_ok=True)
+                written = export_trace(profile, path)
+            except (OSError, ValueError) as error:
+                problem = problem or error
+            else:
+                if problem is not None:
+                    text = "%s takes no traces (%s): they are in %s"
+                    self._warn(text, places[0].parent, problem, path.parent)
+                return written
+        self._warn("A recorded window is lost: %s", problem)
+        return []
+
+    def _warn(self, text: str, *values: object) -> None:
+        """Once in a run: there may be hundreds of windows."""
+        if text not in self._warned:
+            self._warned.add(text)
+            _log.warning(text, *values)
+
+    @override
+    def summary(self) -> str:
+        """The table of the latest window."""
+        self.finish_window()
+        return self.last_table or ""
+
+    @override
+    def describe(self) -> None:
+        """Keep a window that is still open, and log the table."""
+        table = self.summary()
+        if table and self.logs_table:
+            self._rank_zero_info(table)
+        self.teardown(stage=self._stage)
+
+    @override
+    def teardown(self, stage: str | None) -> None:
+        """Stop what is still being recorded."""
+        self._end_session()
+        self.profiler = None
+
+    # The schedule.
+
+    def _is_step(self, action_name: str) -> bool:
+        if self._stage in (None, "fit"):
+            return action_name == "run_training_batch"  # backward and optimizer are in it
+        return action_name.endswith(_OTHER_STEPS)
+
+    def _before_step(self) -> None:
+        length = self.wait + self.warmup + self.active
+        cycle, position = divmod(self._steps, length)
+        if self.profiler is not None or (self.repeat and cycle >= self.repeat):
+            return
+        if position == self.wait + self.warmup:
+            self._first = self._steps
+            self._begin_session()
+        elif position == self.wait + self.warmup - 1:
+            self._first = self._steps
+            self._begin_session()
+            self._probing = self.profiler is not None
+
+    def _after_step(self) -> None:
+        self._steps += 1
+        if self.profiler is None:
+            return
+        recorded = self._steps - self._first
+        if self._probing:
+            results = self._end_session()
+            self._events_per_step = len(results.events()) if results is not None else 0.0
+            self._probing, self.profiler = False, None
+        elif recorded >= self.active or (recorded + 1) * self._events_per_step > self.max_events:
+            self.finish_window()
+
+    def _begin_session(self) -> None:
+        kwargs = {k: v for k, v in self._profiler_kwargs.items() if k in _PROFILE_KWARGS}
+        config = kwargs.pop("experimental_config", None) or global_session()
+        profile = torch.profiler.profile(**kwargs, experimental_config=config)
+        profile.current_action = ProfilerAction.NONE
+        if torch._C._autograd._profiler_enabled():  # pyright: ignore[reportPrivateUsage]
+            _log.warning("Another profiler is recording: this window is left out")
+            return
+        profile.prepare_trace()
+        profile.start_trace()
+        profile.current_action = ProfilerAction.RECORD
+        self.profiler = profile
+
+    def _end_session(self) -> Any:
+        """Returns what was recorded, or ``None``."""
+        for name in reversed(list(self._recording_map)):
+            self._recording_map.pop(name).__exit__(None, None, None)
+        profile = self.profiler
+        if not isinstance(profile, torch.profiler.profile):
+            return None
+        if profile.current_action == ProfilerAction.RECORD:
+            profile.current_action = ProfilerAction.NONE
+            profile.stop_trace()
+        results = None if profile.profiler is None else profile.profiler.kineto_results
+        return None if results is None or results.trace_start_ns() == 0 else results
+
+    @override
+    def _delete_profilers(self) -> None:
+        self._end_session()
+        self.profiler = None
+
+    # Files.
+
+    def _name(self, filename: str | None = None) -> str:
+        process = f"rank{self._rank}-{socket.gethostname()}-{os.getpid()}"
+        last = max(self._first, self._steps - 1)
+        steps = f"steps{self._first}-{last}-{next(_numbers)}"
+        return f"{filename or self.filename}-{process}-{steps}.pt.trace.json.gz"
+
+    def _remove_oldest(self) -> None:
+        while len(self.windows) > self.keep:
+            try:
+                self.windows.pop(0).unlink(missing_ok=True)
+            except OSError as error:
+                _log.warning("An old window stays: %s", error)
+
+    def _write_table(self, table: str) -> None:
+        if self._run_directory is not None:
+            path = RunLayout(Path(self._run_directory)).rank(self._rank).profile
+            write_atomically(path, table.encode())
+
+
+_PROFILE_KWARGS = (
+    "activities",
+    "experimental_config",
+    "profile_memory",
+    "record_shapes",
+    "with_stack",
+)
+
+
+def global_session() -> Any:
+    """A configuration under which any thread can stop a recording; ``None`` on an older torch."""
+    try:
+        return torch._C._profiler._ExperimentalConfig(profile_all_threads=True)  # pyright: ignore[reportPrivateUsage]
+    except TypeError:
+        return None

@@ -1,0 +1,207 @@
+"""A thread that looks after a run whose main thread cannot: stuck in C, or in a collective."""
+
+import contextlib
+import os
+import signal
+import sys
+import threading
+import time
+from collections.abc import Callable
+from typing import NamedTuple
+
+from esper_lightning.recorder.signals import end_by, signal_name
+
+__all__ = ["Alarm", "Arrival", "Watchdog", "awake_s"]
+
+_PERIOD_S = 0.1
+_LONGEST_GAP_S = 0.5  # between two polls of a process that is not suspended
+_PEERS_EVERY, _LOOKS_EVERY, _RENEWED_EVERY = 3, 5, 10  # polls
+_PEER_GRACE_S = 0.5
+_STALLED_S = 60.0  # more than any step of saving is given
+
+
+class _AwakeClock:
+    """Time that does not pass while the process is suspended (SIGSTOP, Ctrl-Z, a debugger).
+
+    It is read ten times a second while any watchdog lives: a longer gap was none of the process's.
+    """
+
+    def __init__(self) -> None:
+        self._lock = threading.RLock()  # handlers of signals read it, too
+        self._read_s = time.monotonic()
+        self._suspended_s = 0.0
+        os.register_at_fork(after_in_child=self._renew_lock)
+
+    def __call__(self) -> float:
+        with self._lock:
+            now = time.monotonic()
+            gap_s, self._read_s = now - self._read_s, now
+            if gap_s > _LONGEST_GAP_S:
+                self._suspended_s += gap_s - _PERIOD_S
+            return now - self._suspended_s
+
+    def _renew_lock(self) -> None:
+        self._lock = threading.RLock()
+
+
+awake_s = _AwakeClock()
+"""Seconds that this process was awake, from an arbitrary start."""
+
+
+class Alarm(NamedTuple):
+    """What the watchdog noticed: ``signal``, ``peer`` or ``hang``."""
+
+    cause: str
+    signal: str | None = None
+    peer: tuple[int, str] | None = None
+    silent_s: float = 0.0
+
+
+class Arrival(NamedTuple):
+    """A signal that came in: its number, and when (``awake_s``).
+
+    ``unwinds`` says whether the main thread runs a recorded fit, which a Python handler ends by an
+    exception. Elsewhere the process dies as without its recorder, once evidence is saved.
+    """
+
+    number: int
+    time_s: float
+    unwinds: bool = True
+
+    @property
+    def interrupts(self) -> bool:
+        """Whether it raises ``KeyboardInterrupt``, whose unwinding may take as long as it likes."""
+        return self.unwinds and self.number == signal.SIGINT
+
+
+class Watchdog:
+    """Polls ten times a second, and hands what it notices to ``act`` once the main thread had time.
+
+    Time is that of ``awake_s``.
+
+    Args:
+        received: Signals that came in since the last call.
+        caught_s: When the main thread was last seen to go on: a signal that came before that ended
+            nothing, for somebody caught what it raised.
+        renew: Called once a second, for what others may have undone.
+        peer: A rank that failed, with the reason.
+        look: Called twice a second.
+        act: Saves evidence; for ``signal`` and ``peer`` the first time only.
+        saving_for_s: Seconds since the latest step of saving evidence began: ``None`` before the
+            first, infinite after the last.
+        others_saving_for_s: The same for every recording of this process.
+        hang_timeout_s: An iteration that takes longer hangs; ``None`` for never.
+        stuck_grace_s: Time that the main thread has to react to a signal.
+        exit_grace_s: Time after which a process that was told to end, and does not, is ended; not
+            while it saves evidence.
+    """
+
+    def __init__(
+        self,
+        *,
+        received: Callable[[], list[Arrival]],
+        caught_s: Callable[[], float],
+        renew: Callable[[], None],
+        peer: Callable[[], tuple[int, str] | None],
+        act: Callable[[Alarm], None],
+        look: Callable[[], None] = lambda: None,
+        saving_for_s: Callable[[], float | None],
+        others_saving_for_s: Callable[[], list[float | None]],
+        hang_timeout_s: float | None,
+        stuck_grace_s: float,
+        exit_grace_s: float,
+    ) -> None:
+        self._received, self._caught_s, self._renew = received, caught_s, renew
+        self._peer, self._act, self._look = peer, act, look
+        self._saving_for_s, self._others_saving_for_s = saving_for_s, others_saving_for_s
+        self._hang_timeout_s = hang_timeout_s
+        self._stuck_grace_s, self._exit_grace_s = stuck_grace_s, exit_grace_s
+        self._beat_s: float | None = None
+        self._hung = False
+        self._arrival: Arrival | None = None  # of the signal that is to end the process
+        self._peer_due: tuple[float, Alarm] | None = None
+        self._pid = os.getpid()
+        self._ended = threading.Event()
+        self._thread = threading.Thread(target=self._watch, daemon=True, name="flight-recorder")
+        self._thread.start()
+
+    @property
+    def ends_by(self) -> int | None:
+        """The signal that ends the process whatever becomes of this run."""
+        arrivals = [*filter(None, [self._arrival]), *self._received()]
+        return next((each.number for each in arrivals if not each.unwinds), None)
+
+    def beat(self) -> None:
+        """The run goes on: an iteration, or a batch of a validation, begins or ended."""
+        self._beat_s = awake_s()
+        self._hung = False
+
+    def rest(self) -> None:
+        """No iteration is running: silence is no hang."""
+        self._beat_s = None
+
+    def stop(self) -> None:
+        """End the thread; from the thread itself it ends soon after."""
+        self._ended.set()
+        if threading.current_thread() is not self._thread and self._pid == os.getpid():
+            self._thread.join(timeout=2.0)
+
+    def _watch(self) -> None:
+        turn = 0
+        while not self._ended.wait(_PERIOD_S):
+            turn += 1
+            now = awake_s()
+            self._look_for_signals(now)
+            if turn % _PEERS_EVERY == 0 or self._peer_due is not None:
+                self._look_for_peers(now)
+            if turn % _LOOKS_EVERY == 0:
+                self._look()
+            self._look_for_a_hang(now)
+            if turn % _RENEWED_EVERY == 0:
+                self._renew()
+
+    def _look_for_signals(self, now: float) -> None:
+        for arrival in self._received():
+            if self._arrival is None or self._arrival.interrupts:
+                self._arrival = arrival
+        arrival = self._arrival
+        if arrival is None:
+            return
+        if arrival.unwinds and arrival.time_s < self._caught_s():
+            self._arrival = None
+            return
+        waited_s = now - arrival.time_s if arrival.unwinds else float("inf")
+        if waited_s >= self._stuck_grace_s and self._saving_for_s() is None:
+            self._act(Alarm("signal", signal=signal_name(arrival.number)))
+        if waited_s >= self._exit_grace_s and not arrival.interrupts:
+            self._leave(arrival)
+
+    def _leave(self, arrival: Arrival) -> None:
+        saving_for_s = [self._saving_for_s(), *self._others_saving_for_s()]
+        if any(seconds is None or seconds <= _STALLED_S for seconds in saving_for_s):
+            return
+        with contextlib.suppress(Exception):  # nobody may be reading any more
+            sys.stdout.flush()
+            sys.stderr.flush()
+        if not arrival.unwinds:
+            end_by(arrival.number)
+        os._exit(128 + arrival.number)
+
+    def _look_for_peers(self, now: float) -> None:
+        if self._arrival is not None or self._saving_for_s() is not None:
+            return
+        failed = self._peer()
+        if failed is None:  # a rank was starting, or is back
+            self._peer_due = None
+        elif self._peer_due is None:
+            self._peer_due = (now + _PEER_GRACE_S, Alarm("peer", peer=failed))
+        elif now >= self._peer_due[0]:
+            self._act(self._peer_due[1])
+
+    def _look_for_a_hang(self, now: float) -> None:
+        beat = self._beat_s
+        if self._hang_timeout_s is None or beat is None or self._hung:
+            return
+        if now - beat > self._hang_timeout_s:
+            self._hung = True
+            self._act(Alarm("hang", silent_s=now - beat))

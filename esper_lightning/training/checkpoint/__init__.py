@@ -1,0 +1,1 @@
+"""Checkpoints: their files, and the state of PPO in them."""

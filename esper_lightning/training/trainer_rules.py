@@ -1,0 +1,260 @@
+"""What PPO needs of Lightning beyond its hooks, in one place.
+
+Which Trainer settings work, how a run is counted.
+"""
+# Lightning sets many attributes of its Trainer where no type checker sees them.
+# pyright: reportAttributeAccessIssue=false, reportPrivateUsage=false
+# pyright: reportUnknownVariableType=false, reportUnknownArgumentType=false
+
+import functools
+import logging
+import os
+import warnings
+import weakref
+from collections.abc import Callable, Generator
+from contextlib import AbstractContextManager, contextmanager, nullcontext
+from typing import Any
+
+import torch
+from lightning.fabric.plugins.environments.slurm import SLURMEnvironment
+from lightning.pytorch import Trainer
+from lightning.pytorch.callbacks import BatchSizeFinder, LearningRateFinder
+from lightning.pytorch.strategies import DDPStrategy, DeepSpeedStrategy, SingleDeviceStrategy
+from lightning.pytorch.strategies.launchers import _MultiProcessingLauncher
+from lightning.pytorch.trainer.states import TrainerStatus
+
+from esper_lightning.core.errors import Words, require
+from esper_lightning.core.seeding import require_torch_defaults
+
+__all__ = [
+    "autocast_without_cache",
+    "count_step",
+    "few_cpu_threads",
+    "keep_lightning_from_requeueing",
+    "log_over_env_steps",
+    "planned_env_steps",
+    "refuse_unsupported",
+    "silence_checkpoint_advice",
+]
+
+_log = logging.getLogger(__name__)
+_PRECISIONS = ("32-true", "bf16-mixed")
+_SAMPLES_WORTH_A_THREAD = 2048
+
+
+def refuse_unsupported(
+    trainer: Trainer, *, num_envs: int, budget: int | None, rollout_bytes: int
+) -> None:
+    """Refuse Trainer settings under which PPO would be wrong, or could not begin.
+
+    Args:
+        trainer: Before it runs.
+        num_envs: Environments on each rank.
+        budget: ``PPO.total_env_steps``.
+        rollout_bytes: Memory that a rollout takes on each rank.
+
+    Raises:
+        ValueError: Naming the setting and what to use instead.
+    """
+    require_torch_defaults("PPO")
+    clip = trainer.gradient_clip_val
+    hint = "PPO clips gradients itself: set PPOConfig.max_grad_norm."
+    require(not clip, "Trainer.gradient_clip_val", "be None", clip, hint)
+    batches = trainer.accumulate_grad_batches
+    hint = "PPO takes several optimizer steps in an iteration: set PPOConfig.minibatches."
+    require(batches == 1, "Trainer.accumulate_grad_batches", "be 1", batches, hint)
+    rule = f"be one of {', '.join(_PRECISIONS)}"
+    hint = "float16 needs loss scaling, and running statistics need float32."
+    require(trainer.precision in _PRECISIONS, "Trainer.precision", rule, trainer.precision, hint)
+    for name, least in (("min_steps", trainer.min_steps), ("min_epochs", trainer.min_epochs)):
+        hint = "The budget could end the run before it."
+        ok = budget is None or not least
+        require(ok, f"Trainer.{name}", f"be None with PPO.total_env_steps={budget}", least, hint)
+    share = trainer.overfit_batches
+    hint = "PPO has no data set: every iteration plays new steps."
+    require(not share, "Trainer.overfit_batches", "be 0", share, hint)
+    every = trainer.log_every_n_steps
+    require(every >= 0, "Trainer.log_every_n_steps", "be at least 0", every)
+    for callback in trainer.callbacks:
+        hint = "PPO schedules its learning rate and sizes its minibatches itself: see PPOConfig."
+        tunes = isinstance(callback, LearningRateFinder | BatchSizeFinder)
+        require(not tunes, "Trainer.callbacks", "tune nothing", type(callback).__name__, hint)
+        interval = getattr(callback, "_train_time_interval", None)
+        hint = "Lightning ignores it with manual optimisation: set every_n_train_steps."
+        require(interval is None, "ModelCheckpoint.train_time_interval", "be None", interval, hint)
+    _refuse_strategy(trainer)
+    least = num_envs * trainer.world_size
+    rule = f"be at least env.num_envs * Trainer.world_size = {least}"
+    require(budget is None or budget >= least, "PPO.total_env_steps", rule, budget)
+    memory = _memory_of(trainer.strategy.root_device)
+    rule = f"give a rollout that fits into the memory, {memory / 1e9:.0f} GB"
+    got = Words(f"one of {rollout_bytes / 1e9:,.0f} GB")
+    require(rollout_bytes <= memory, "PPOConfig.rollout_steps * env.num_envs", rule, got)
+
+
+def _memory_of(device: torch.device) -> int:
+    """Bytes that a device has in all."""
+    if device.type == "cuda":
+        return torch.cuda.get_device_properties(device).total_memory
+    return os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
+
+
+def _refuse_strategy(trainer: Trainer) -> None:
+    strategy, name = trainer.strategy, type(trainer.strategy).__name__
+    known = isinstance(strategy, SingleDeviceStrategy | DDPStrategy)
+    reason = "PPO steps all weights as one vector, of which every rank needs the whole."
+    ok = known and not isinstance(strategy, DeepSpeedStrategy)
+    rule = "be 'ddp', or 'auto' with one device"
+    require(ok, "Trainer.strategy", rule, name, reason)
+    launcher = strategy.launcher
+    reason = "Its child processes hand back weights and nothing else."
+    ok = not isinstance(launcher, _MultiProcessingLauncher)
+    require(ok, "Trainer.strategy", rule, f"{name} by {type(launcher).__name__}", reason)
+
+
+def keep_lightning_from_requeueing(trainer: Trainer) -> None:
+    """Switch off Lightning's own requeueing of SLURM jobs of several ranks.
+
+    On a signal it saves a checkpoint from within the handler, in the middle of whatever the rank
+    does: ranks that meet in other collectives would wait for ever.
+    """
+    environment = trainer._accelerator_connector.cluster_environment
+    if (
+        trainer.world_size > 1
+        and isinstance(environment, SLURMEnvironment)
+        and environment.auto_requeue
+    ):
+        environment.auto_requeue = False
+        hangs = "Lightning's requeueing is off: with several ranks it hangs"
+        _log.info("%s. scripts/slurm.sh does it.", hangs)
+
+
+def silence_checkpoint_advice() -> None:
+    """Keep ``ModelCheckpoint`` from advising to save the weights of before a step.
+
+    Lightning says so to every module with manual optimisation. Here a checkpoint is to hold the
+    finished iteration.
+    """
+    warnings.filterwarnings("ignore", message="Using ModelCheckpoint with manual optimization")
+
+
+def count_step(trainer: Trainer) -> None:
+    """Count one iteration as one step of ``trainer.global_step``.
+
+    An iteration takes many optimizer steps. Counted one by one they would make ``max_steps`` and
+    ``ModelCheckpoint(every_n_train_steps=...)`` depend on the number of minibatches, and each would
+    pay Lightning's wrapper.
+    """
+    progress = trainer.fit_loop.epoch_loop.manual_optimization.optim_step_progress
+    progress.increment_ready()
+    progress.increment_completed()
+
+
+def log_over_env_steps(trainer: Trainer, module: Any) -> None:
+    """Give whatever is logged in a run the module's ``env_steps`` as its x axis.
+
+    Lightning and its callbacks hand iterations to ``Logger.log_metrics``, or nothing. Each logger's
+    method is replaced by one that puts ``module.env_steps`` in their place, and that passes on what
+    it is given wherever ``module`` is not at work in ``trainer``: before, after and in other runs.
+
+    Args:
+        trainer: The loggers that it has now get the axis.
+        module: Counts environment steps.
+    """
+    for logger in trainer.loggers:
+        given: Any = getattr(logger.log_metrics, "axis_of", None)
+        if given is None or given[0]() is not trainer or given[1]() is not module:
+            plain: Any = logger.log_metrics if given is None else logger.log_metrics.__wrapped__
+            logger.log_metrics = _over_env_steps(plain, weakref.ref(trainer), weakref.ref(module))
+
+
+def _over_env_steps(
+    log_metrics: Callable[..., None],
+    trainer_ref: "weakref.ref[Trainer]",
+    module_ref: "weakref.ref[Any]",
+) -> Callable[..., None]:
+    """``log_metrics`` with the module's environment steps in place of any step."""
+
+    @functools.wraps(log_metrics)
+    def over_env_steps(metrics: Any, step: int | None = None, *args: Any, **kwargs: Any) -> None:
+        trainer, module = trainer_ref(), module_ref()
+        if (
+            trainer is not None
+            and trainer.state.status == TrainerStatus.RUNNING
+            and module is not None
+            and trainer.lightning_module is module
+        ):
+            step = module.env_steps
+        log_metrics(metrics, *args, step=step, **kwargs)
+
+    over_env_steps.axis_of = trainer_ref, module_ref  # pyright: ignore[reportFunctionMemberAccess]
+    return over_env_steps
+
+
+def planned_env_steps(
+    trainer: Trainer, *, done: int, per_iteration: int, budget: int | None
+) -> int | None:
+    """Environment steps after which the first limit of a run is reached.
+
+    ``None`` if there is no limit.
+
+    Warns where the Trainer ends a run before its budget is used.
+
+    Args:
+        trainer: At the start of training.
+        done: Environment steps taken so far.
+        per_iteration: Environment steps of a full iteration.
+        budget: ``PPO.total_env_steps``.
+    """
+    iterations: list[float] = []
+    if trainer.max_epochs is not None and trainer.max_epochs >= 0:
+        epochs = trainer.max_epochs - trainer.fit_loop.epoch_progress.current.processed
+        iterations.append(epochs * trainer.num_training_batches)
+    if trainer.max_steps >= 0:
+        iterations.append(trainer.max_steps - trainer.global_step)
+    limit = done + int(min(iterations)) * per_iteration if iterations else None
+    if budget is None or limit is None:
+        return budget if limit is None else limit
+    if limit < budget and not trainer.fast_dev_run:
+        _log.warning(
+            "The Trainer's max_epochs=%s, max_steps=%s end the run after %d env steps, before "
+            "PPO.total_env_steps=%d. Set Trainer(max_epochs=-1) to use the budget.",
+            trainer.max_epochs,
+            trainer.max_steps,
+            limit,
+            budget,
+        )
+    return min(limit, budget)
+
+
+def autocast_without_cache(device: torch.device) -> AbstractContextManager[object]:
+    """The autocast in force, without its cache of cast weights.
+
+    The cache lives as long as Lightning's context, which is a whole iteration: after the first
+    optimizer step every later minibatch would still compute with the old weights.
+    """
+    if not torch.is_autocast_enabled(device.type):
+        return nullcontext()
+    dtype = torch.get_autocast_dtype(device.type)
+    return torch.autocast(device.type, dtype=dtype, cache_enabled=False)
+
+
+@contextmanager
+def few_cpu_threads(samples: int) -> Generator[None]:
+    """One CPU thread for tensors of so few rows that a second gains nothing.
+
+    Threads of an OpenMP team wait for each other by spinning: beside another busy process, 64
+    environments ran tens of times slower with two threads than with one (``docs/decisions/0008``).
+
+    Args:
+        samples: Rows of the largest tensors, those of a minibatch.
+    """
+    threads = torch.get_num_threads()
+    if samples >= _SAMPLES_WORTH_A_THREAD or threads == 1:
+        yield
+        return
+    torch.set_num_threads(1)
+    try:
+        yield
+    finally:
+        torch.set_num_threads(threads)

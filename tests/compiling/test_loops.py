@@ -1,0 +1,171 @@
+"""A loop gives the same however it runs, and what cannot be compiled runs a slower way."""
+
+import logging
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+
+from esper_lightning.compiling import loops as compiling
+from esper_lightning.compiling.loops import (
+    CompileMode,
+    compile_function,
+    compile_loop,
+    in_cache,
+    rational_tanh,
+)
+
+CPU = torch.device("cpu")
+STEPS, ROWS = 3, 4096
+MODES: list[CompileMode] = ["default", "max"]
+
+
+def ours(caplog: pytest.LogCaptureFixture) -> list[logging.LogRecord]:
+    """Warnings of this package: compilers write records of their own."""
+    return [r for r in caplog.records if r.name == compiling.__name__ and r.levelno > logging.INFO]
+
+
+def test_the_rational_tanh_is_exact_to_float32_rounding() -> None:
+    x = torch.cat([torch.linspace(-12, 12, 2_000_001), torch.logspace(-30, 0, 10_001)])
+    exact = x.double().tanh()
+    unit = torch.finfo(torch.float32).eps * exact.abs().clamp(min=torch.finfo(torch.float32).tiny)
+    assert ((rational_tanh(x).double() - exact).abs() / unit).max() < 4.0
+    assert rational_tanh(torch.tensor([torch.inf, -torch.inf])).tolist() == [1.0, -1.0]
+    assert rational_tanh(torch.tensor(torch.nan)).isnan()
+    assert (rational_tanh(x).abs() <= 1.0).all()
+
+
+class Regression:
+    """Gradient descent on a small network: a loop with a part, chunks, and a gradient inside."""
+
+    def __init__(self) -> None:
+        generator = torch.Generator().manual_seed(0)
+        self.carry = {"weight": torch.randn(64, 8, generator=generator) * 0.1, "n": torch.zeros(())}
+        self.rate = torch.tensor([0.1, 0.05, 0.2])
+        order = [torch.randperm(2 * ROWS, generator=generator)[:ROWS] for _ in range(STEPS)]
+        self.order = torch.stack(order)
+        x = torch.randn(2 * ROWS, 8, generator=generator)
+        self.constants = (x, (x.sum(1), None))
+
+    @staticmethod
+    def part(carry: dict[str, Tensor], index: Tensor, constants: Any) -> tuple[Tensor, Tensor]:
+        x, (y, _) = constants
+        with torch.enable_grad():
+            weight = carry["weight"].detach().requires_grad_()
+            hidden = torch.nn.functional.linear(x[index], weight, torch.ones(64)).tanh()
+            loss = (hidden.sum(1) - y[index]).square().sum()
+            (gradient,) = torch.autograd.grad(loss, [weight])
+        return gradient, loss.detach()
+
+    @staticmethod
+    def body(carry: dict[str, Tensor], x: Any, constants: Any) -> Any:
+        (gradient, loss), rate = x
+        weight = carry["weight"] - rate * 1e-2 * gradient / ROWS
+        return {"weight": weight, "n": carry["n"] + 1.0}, (loss / ROWS, carry["n"])
+
+    def run(self, mode: CompileMode) -> Any:
+        loop = compile_loop("test", self.body, self.part, mode=mode, device=CPU)
+        results = []
+        for _ in range(2):  # the first call compiles
+            carry = {name: value.clone() for name, value in self.carry.items()}
+            carry, rows = loop(carry, self.rate, self.order, self.constants, None)
+            results.append((carry, tuple(row.clone() for row in rows)))
+        torch.testing.assert_close(results[0], results[1], rtol=0, atol=0)
+        return results[0]
+
+
+@pytest.fixture(autouse=True)
+def new_run() -> None:
+    compiling.tell_reasons_again()
+
+
+@pytest.mark.parametrize("mode", MODES)
+def test_a_loop_gives_the_same_in_every_mode(
+    mode: CompileMode, caplog: pytest.LogCaptureFixture
+) -> None:
+    got, expected = Regression().run(mode), Regression().run("off")
+    torch.testing.assert_close(got, expected, rtol=1e-4, atol=1e-5)
+    assert expected[1][0][0] != expected[1][0][2]
+    assert ours(caplog) == []  # nothing fell back
+
+
+def test_rows_are_written_where_they_are_wanted_and_carry_goes_on() -> None:
+    def body(carry: Tensor, x: Tensor, constants: Tensor) -> tuple[Tensor, Tensor]:
+        return carry + x, carry * constants
+
+    xs, out = torch.tensor([1.0, 2.0, 4.0]), torch.empty(3)
+    for mode in ("off", "default"):
+        loop = compile_loop("test", body, mode=mode, device=CPU)
+        carry, rows = loop(torch.zeros(()), xs, None, torch.tensor(10.0), out)
+        assert carry == 7.0
+        assert rows is out
+        assert out.tolist() == [0.0, 10.0, 30.0]
+
+
+def test_what_cannot_be_compiled_runs_plainly_with_one_warning(
+    caplog: pytest.LogCaptureFixture,
+) -> None:
+    def branches(x: Tensor) -> Tensor:
+        return x + 1 if bool(x.sum() > 0) else x - 1
+
+    function = compile_function("test", branches, mode="max", device=CPU)
+    for value, expected in ((1.0, 2.0), (-1.0, -2.0), (1.0, 2.0)):
+        assert function(torch.tensor([value])).item() == expected
+    (record,) = ours(caplog)
+    assert record.levelno == logging.WARNING
+    assert "compile='max' does not work for the test" in record.getMessage()
+
+
+def test_without_a_compiler_it_still_runs(
+    monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    def absent(*args: Any, **kwargs: Any) -> Any:
+        raise RuntimeError("no C++ compiler")
+
+    monkeypatch.setattr(compiling, "_compile", absent)
+    torch.testing.assert_close(Regression().run("max"), Regression().run("off"))
+    assert len(ours(caplog)) == 1  # the same reason for the program and the single step
+    assert all("no C++ compiler" in record.getMessage() for record in ours(caplog))
+    compiling.tell_reasons_again()
+    Regression().run("max")
+    assert len(ours(caplog)) == 2  # another run is told, too
+
+
+def test_running_out_of_memory_is_no_reason_to_try_again() -> None:
+    calls = []
+
+    def exhausting(x: Tensor) -> Tensor:
+        calls.append(1)
+        raise torch.OutOfMemoryError("none left")
+
+    function = compile_function("test", exhausting, mode="default", device=CPU)
+    with pytest.raises(torch.OutOfMemoryError):
+        function(torch.zeros(1))
+    assert len(calls) == 1
+
+
+def test_other_shapes_than_the_first_run_plainly() -> None:
+    seen = []
+
+    def function(x: Tensor) -> Tensor:
+        seen.append(x.shape[0])
+        return 2 * x
+
+    compiled = compile_function("test", function, mode="default", device=CPU)
+    for size in (4, 3, 4, 3):
+        assert compiled(torch.ones(size)).tolist() == [2.0] * size
+    assert seen == [4, 3, 3]  # the trace, and every call that it does not serve
+
+
+@pytest.mark.parametrize(
+    ("rows", "parts"), [(512, 1), (1024, 1), (16384, 16), (65536, 64), (15000, 15), (16381, 1)]
+)
+def test_parts_divide_the_rows_and_fit_the_cache(rows: int, parts: int) -> None:
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    try:
+        assert in_cache(rows, mode="max", device=CPU) == parts
+        assert in_cache(rows, mode="default", device=CPU) == 1
+    finally:
+        torch.set_num_threads(threads)

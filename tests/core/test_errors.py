@@ -1,0 +1,40 @@
+"""The one form of an error about what a user wrote."""
+
+import re
+
+import pytest
+
+from esper_lightning.core.errors import require, require_int
+
+
+def test_what_obeys_the_rule_passes() -> None:
+    require(True, "Owner.field", "rule", 0)
+
+
+@pytest.mark.parametrize(
+    ("got", "hint", "message"),
+    [
+        (2.0, "", "PPOConfig.clip must lie in (0, 1), got 2.0."),
+        ("a", "Try 0.2.", "PPOConfig.clip must lie in (0, 1), got 'a'. Try 0.2."),
+        (None, "", "PPOConfig.clip must lie in (0, 1), got None."),
+    ],
+)
+def test_the_error_names_field_rule_value_and_hint(got: object, hint: str, message: str) -> None:
+    with pytest.raises(ValueError, match=f"^{re.escape(message)}$"):
+        require(False, "PPOConfig.clip", "lie in (0, 1)", got, hint)
+
+
+@pytest.mark.parametrize("value", [1, 2, 10**30])
+def test_integers_that_are_great_enough_pass(value: int) -> None:
+    require_int("Owner.field", value, minimum=1)
+
+
+@pytest.mark.parametrize("value", [True, 1.0, "1", None])
+def test_what_is_no_integer_is_refused(value: object) -> None:
+    with pytest.raises(ValueError, match=re.escape(f"must be an integer, got {value!r}.")):
+        require_int("Owner.field", value, minimum=0)
+
+
+def test_an_integer_that_is_too_small_is_refused() -> None:
+    with pytest.raises(ValueError, match=r"^Owner\.field must be at least 1, got 0\.$"):
+        require_int("Owner.field", 0, minimum=1)

@@ -1,0 +1,154 @@
+"""``esper evaluate`` on a policy that grows networks."""
+
+import re
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+from matplotlib.image import imread
+
+from esper_lightning import MLP, PPO, PPOConfig
+from esper_lightning.cli.main import main
+from esper_lightning.comparison.statistics import interquartile_mean
+from esper_lightning.envs import CartPole, Morphogenesis
+from esper_lightning.envs.morphogenesis.baselines import BASELINES
+from esper_lightning.growth.figure import draw
+from esper_lightning.growth.play import fresh_hosts, play, play_trained
+from esper_lightning.growth.table import table
+
+CPU = torch.device("cpu")
+SPEC = Morphogenesis.synthetic(
+    num_envs=4,
+    image=(1, 4),
+    channels=(4, 4),
+    kernels=(3, 1),
+    pools=(2, 1),
+    classes=3,
+    epochs=6,
+    train_batches=2,
+    batch_size=8,
+    validation_size=32,
+)
+POLICIES = ["PPO", "PPO, actions drawn", *BASELINES]
+
+pytestmark = pytest.mark.filterwarnings(
+    "ignore:LightningCLI's args parameter is intended",
+    # What Lightning's command line calls.
+    "ignore::jsonargparse._deprecated.JsonargparseDeprecationWarning",
+)
+
+
+@pytest.fixture(autouse=True)
+def _in_a_folder_of_its_own(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr("sys.argv", ["esper"])
+
+
+@pytest.fixture
+def saved(make_trainer):
+    """A function that leaves a checkpoint of an environment, and returns its model."""
+
+    def save(env) -> PPO:
+        ppo = PPOConfig(rollout_steps=2, minibatches=1, epochs=1)
+        settings = {"total_env_steps": 2 * env.num_envs, "eval_episodes": 5}
+        model, trainer = PPO(env, MLP(hidden_sizes=(8,)), ppo, **settings), make_trainer()
+        trainer.fit(model)
+        trainer.save_checkpoint("x.ckpt")
+        return model
+
+    return save
+
+
+def evaluate(*arguments) -> None:
+    main(["evaluate", "--ckpt_path", "x.ckpt", "--trainer.accelerator", "cpu", *arguments])
+
+
+def rows(said: str) -> dict[str, list[str]]:
+    """Cells of the table by policy."""
+    cells = [re.split(r" {2,}", line.strip()) for line in said.splitlines()]
+    return {row[0]: row[1:] for row in cells if row[0] in POLICIES}
+
+
+def test_it_prints_everyone_and_draws_three_episodes(saved, capsys):
+    model = saved(SPEC)
+    evaluate("--figures", "drawn")
+    said = capsys.readouterr().out
+    assert "Morphogenesis: mean return " in said
+    found = rows(said)
+    assert list(found) == POLICIES
+    env = fresh_hosts(SPEC, hosts=5, device=CPU, seed=0)
+    assert f"IQM over the same 5 fresh hosts of {env.host_parameters} parameters" in said
+    expected = dict(play_trained(model, env))["PPO"]
+    iqm = interquartile_mean(expected.episode_return.numpy())
+    assert float(found["PPO"][0]) == pytest.approx(float(iqm), rel=1e-3)
+    accuracy = 100 * interquartile_mean(expected.test_accuracy.numpy())
+    assert float(found["PPO"][2]) == pytest.approx(float(accuracy), rel=1e-3)
+    assert found["never grow"][4:] == ["0", "0 to 0", "0", "0 of 5"]
+    for which in ("worst", "median", "best"):
+        path = Path("drawn") / f"episode_{which}.png"
+        assert f"Figure: {path}" in said
+        assert imread(path).std() > 0.05
+
+
+def test_without_scipy_there_are_plain_means(saved, capsys, monkeypatch):
+    model = saved(SPEC)
+    monkeypatch.setitem(sys.modules, "scipy", None)
+    evaluate()
+    said = capsys.readouterr().out
+    assert "Plain means: pip install 'esper_lightning[compare]'" in said
+    assert "interval" not in said.partition("\n  Plain")[0]
+    env = fresh_hosts(SPEC, hosts=5, device=CPU, seed=0)
+    mean = dict(play_trained(model, env))["PPO"].episode_return.mean().item()
+    assert float(rows(said)["PPO"][0]) == pytest.approx(mean, rel=1e-3)
+
+
+@pytest.mark.parametrize(
+    ("env", "missing", "message"),
+    [
+        (CartPole(num_envs=2), None, "--figures must be of growing networks: Morphogenesis"),
+        (SPEC, "matplotlib", "--figures must find matplotlib, got 'none'. pip install"),
+    ],
+)
+def test_figures_that_cannot_be_drawn_are_refused(
+    saved, capsys, monkeypatch, env, missing, message
+):
+    saved(env)
+    if missing is not None:
+        monkeypatch.setitem(sys.modules, missing, None)
+    with pytest.raises(SystemExit) as caught:
+        evaluate("--figures", "drawn")
+    assert caught.value.code == 2
+    assert message in capsys.readouterr().err
+    assert not Path("drawn").exists()
+
+
+def test_a_folder_for_figures_that_cannot_be_made_is_refused_before_anything_is_played(
+    saved, capsys, monkeypatch
+):
+    saved(SPEC)
+    monkeypatch.setattr(PPO, "validation_step", None)  # nothing could be played
+    Path("file").write_text("")
+    for folder in ("file", "file/below"):
+        with pytest.raises(SystemExit) as caught:
+            evaluate("--figures", folder)
+        assert caught.value.code == 2
+        message = (
+            rf"^esper: error: --figures must be a folder that can be made \(.*\), got '{folder}'"
+        )
+        assert re.search(message, capsys.readouterr().err)
+
+
+def test_a_host_that_diverges_is_counted_and_drawn():
+    env, baseline = SPEC.build(CPU, 1), BASELINES["grow at the start"]
+
+    def poison(obs, mask):
+        if (env.hosts.vitals.step == 3).all():
+            env.hosts.weights.host[1] = float("nan")
+        return baseline(env)
+
+    played = play(env, poison)
+    (row,) = table({"x": [played, played]}, host_parameters=1).rows
+    assert row[-1] == "2 of 8"
+    draw(played, 1, SPEC, Path("x.png"), title="Poisoned")
+    assert imread("x.png").std() > 0.05

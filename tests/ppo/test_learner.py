@@ -1,0 +1,181 @@
+"""The parts of an iteration together: what is carried from one to the next, and over ranks."""
+
+import dataclasses
+
+import torch
+from torch import Tensor
+
+from esper_lightning import MLP, PPOConfig
+from esper_lightning.core.ranks import ALONE, Ranks
+from esper_lightning.core.running_stats import RunningStats
+from esper_lightning.core.tensor_trees import leaves, map_tree
+from esper_lightning.envs import CartPole, Pendulum
+from esper_lightning.ppo.agent import Agent
+from esper_lightning.ppo.learner import Learner
+from esper_lightning.ppo.update import build_optimizer
+
+CPU = torch.device("cpu")
+STEPS, ENVS = 8, 3
+CONFIG = PPOConfig(rollout_steps=STEPS, minibatches=2, epochs=1, normalize_reward=True)
+
+
+def make(ranks: Ranks = ALONE, config: PPOConfig = CONFIG, *, freeze: str = "") -> Learner:
+    spec = CartPole(num_envs=ENVS, time_limit=5)
+    policy = MLP(hidden_sizes=(8,)).build(spec.spaces(), torch.Generator().manual_seed(0))
+    for name, parameter in policy.named_parameters():
+        parameter.requires_grad_(not freeze or not name.startswith(freeze))
+    learner = Learner(
+        spec,
+        spec.build(CPU, 1),
+        Agent(policy, None),
+        config,
+        RunningStats(()),
+        exploration=torch.Generator().manual_seed(2),
+        sample_order=torch.Generator().manual_seed(3),
+        mode="off",
+        device=CPU,
+        ranks=ranks,
+    )
+    learner.start(build_optimizer(policy, config), None)
+    return learner
+
+
+def policy_of(learner: Learner) -> torch.nn.Module:
+    return learner.agent._both.policy
+
+
+def test_discounted_returns_go_on_from_rollout_to_rollout_and_end_with_their_episode() -> None:
+    learner = make()
+    running, returns = torch.zeros(ENVS), []
+    for _ in range(3):
+        rollout = learner.rollout(STEPS)
+        ended = rollout.terminated | rollout.truncated
+        assert ended.any()
+        for t in range(STEPS):
+            running = CONFIG.discount * running + rollout.reward[t]
+            returns.append(running.clone())
+            running[ended[t]] = 0.0
+        learner.advantages(rollout)
+        torch.testing.assert_close(learner._acting.discounted_return, running)
+        stats, expected = learner._return_stats, torch.stack(returns).double()
+        assert stats.count == expected.numel()
+        torch.testing.assert_close(stats.mean, expected.mean(), rtol=1e-6, atol=1e-6)
+        torch.testing.assert_close(stats.variance, expected.var(correction=0), rtol=1e-5, atol=1e-6)
+
+
+def test_what_others_set_as_the_weights_acts_and_learns() -> None:
+    learner, other = make(), make()
+    for one, replaces in ((learner, True), (other, False)):
+        for parameter in policy_of(one).parameters():
+            if replaces:
+                parameter.data = 2.0 * parameter.data
+            else:
+                parameter.data.mul_(2.0)
+        rollout = one.rollout(STEPS)
+        one.update(one.advantages(rollout), learning_rate=1e-2)
+    for mine, theirs in zip(
+        policy_of(learner).parameters(), policy_of(other).parameters(), strict=True
+    ):
+        assert torch.equal(mine, theirs)
+
+
+def test_environments_are_given_actions_within_their_range() -> None:
+    spec = Pendulum(num_envs=ENVS)
+    policy = MLP(initial_std=5.0).build(spec.spaces(), torch.Generator().manual_seed(0))
+    env, given = spec.build(CPU, 1), []
+    step = env.step
+    env.step = lambda action: given.append(action) or step(action)
+    streams = {
+        "exploration": torch.Generator().manual_seed(2),
+        "sample_order": torch.Generator().manual_seed(3),
+    }
+    agent = Agent(policy, None)
+    learner = Learner(spec, env, agent, CONFIG, None, **streams, mode="off", device=CPU)
+    learner.start(build_optimizer(policy, CONFIG), None)
+    drawn = learner.rollout(STEPS).action
+    for action, taken in zip(drawn, given, strict=True):
+        assert torch.equal(policy.to_env(action), taken)
+    assert torch.stack(given).abs().max() <= 2.0
+    assert drawn.abs().max() > 2.0
+
+
+def test_frozen_weights_stay() -> None:
+    learner = make(freeze="critic")
+    before = {name: value.clone() for name, value in policy_of(learner).state_dict().items()}
+    learner.update(learner.advantages(learner.rollout(STEPS)), learning_rate=1e-2)
+    for name, value in policy_of(learner).state_dict().items():
+        assert torch.equal(value, before[name]) == name.startswith("critic"), name
+
+
+def test_what_is_saved_shares_no_memory_with_what_goes_on() -> None:
+    learner = make()
+    learner.rollout(STEPS)
+    saved = learner.state_dict()
+    kept = map_tree(torch.clone, saved)
+    for buffer in leaves(learner._acting):
+        buffer.add_(1)
+    learner.rollout(STEPS)
+    for one, other in zip(leaves(saved), leaves(kept), strict=True):
+        assert torch.equal(one, other)
+
+
+# What two ranks make of what they tell each other, in one process.
+
+
+class Twins(Ranks):
+    """Two ranks; the other one tells what ``other`` makes of what this one does."""
+
+    def __init__(self, other=lambda leaf: leaf) -> None:
+        super().__init__(2)
+        self.other = other
+
+    def sum(self, tree):
+        return map_tree(lambda leaf: leaf + self.other(leaf), tree)
+
+    def gather(self, tree):
+        return [tree, map_tree(self.other, tree)]
+
+
+def test_a_rollout_that_is_broken_on_one_rank_is_broken_on_all() -> None:
+    def broken(leaf: Tensor) -> Tensor:
+        return torch.zeros_like(leaf) if leaf.dtype == torch.bool else leaf
+
+    learner = make(Twins(broken))
+    prepared = learner.advantages(learner.rollout(STEPS))
+    assert not prepared.healthy
+    assert learner._return_stats.count == 0
+    before = [parameter.clone() for parameter in policy_of(learner).parameters()]
+    learner.update(prepared, learning_rate=1e-2)
+    for mine, old in zip(policy_of(learner).parameters(), before, strict=True):
+        assert torch.equal(mine, old)
+
+
+def test_what_ranks_share_is_that_of_both() -> None:
+    config = dataclasses.replace(CONFIG, normalize_advantage=False)
+    alone, two = make(config=config), make(Twins(), config)
+    one, both = (learner.advantages(learner.rollout(STEPS)) for learner in (alone, two))
+    assert both.healthy
+    assert torch.equal(both.episodes, 2 * one.episodes)
+    assert two._return_stats.count == 2 * alone._return_stats.count
+    torch.testing.assert_close(both.explained_variance, one.explained_variance)
+    for learner, prepared in ((alone, one), (two, both)):
+        learner.update(prepared, learning_rate=1e-2)
+    weights = (policy_of(learner).parameters() for learner in (alone, two))
+    for mine, theirs in zip(*weights, strict=True):
+        torch.testing.assert_close(mine, theirs, rtol=1e-4, atol=1e-6)
+
+
+def test_metrics_of_environments_are_means_over_ranks() -> None:
+    learner = make(Twins(lambda leaf: leaf + 2.0))
+
+    class Reports:
+        def reset(self, *_: object) -> None:
+            raise NotImplementedError
+
+        step = state_dict = load_state_dict = reset
+
+        def figures(self) -> dict[str, Tensor]:
+            return {"a": torch.tensor(1.0), "b": torch.tensor(5.0)}
+
+    learner._env = Reports()
+    assert learner.env_figures() == {"a": 2.0, "b": 6.0}

@@ -1,0 +1,82 @@
+"""Means over recent episodes, and what is told of a rollout."""
+
+import math
+
+import pytest
+import torch
+
+from esper_lightning.core.buffer import allocate_rollout
+from esper_lightning.envs import CartPole
+from esper_lightning.ppo.metrics import (
+    RecentEpisodes,
+    evaluation_metrics,
+    rollout_figures,
+    to_host,
+)
+
+
+def test_the_latest_iterations_that_hold_the_window_count_and_no_earlier_one():
+    recent = RecentEpisodes(window=4)
+    recent.update(1000.0, 1000.0, 2.0)
+    recent.update(3.0, 6.0, 3.0)
+    recent.update(5.0, 10.0, 1.0)  # with the three before it, these are four
+    assert recent.means() == (2.0, 4.0)
+    recent.update(0.0, 0.0, 1.0)  # one and one, and the three before them
+    assert recent.means() == (8.0 / 5, 16.0 / 5)
+
+
+def test_with_fewer_episodes_than_the_window_all_there_are_count():
+    recent = RecentEpisodes(window=100)
+    assert all(math.isnan(mean) for mean in recent.means())
+    recent.update(6.0, 30.0, 3.0)
+    assert recent.means() == (2.0, 10.0)
+
+
+@pytest.mark.parametrize("resumed", [False, True])
+def test_what_is_remembered_is_bounded_by_iterations_in_which_an_episode_ended(resumed):
+    recent = RecentEpisodes(window=10**9)
+    if resumed:
+        recent.load([])
+    for number in range(100):
+        recent.update(float(number), 1.0, 1.0)
+        recent.update(0.0, 0.0, 0.0)
+    assert recent.means() == (sum(range(36, 100)) / 64, 1.0)
+    assert len(recent.state()) == 64
+
+
+def rollout():
+    storage = allocate_rollout(CartPole().spaces(), 3, 2, device=torch.device("cpu"))
+    storage.episode_return.fill_(math.nan)
+    storage.episode_length.zero_()
+    return storage
+
+
+def test_returns_are_summed_over_the_episodes_that_ended():
+    storage = rollout()
+    storage.episode_return[1, 0], storage.episode_length[1, 0] = 3.0, 5
+    storage.episode_return[2, 1], storage.episode_length[2, 1] = -1.0, 7
+    assert rollout_figures(storage).tolist() == [2.0, 12.0, 2.0]
+    storage.episode_return[0, 1], storage.episode_length[0, 1] = math.nan, 1
+    assert rollout_figures(storage)[0].isnan()  # of an episode that ended: no number
+
+
+def test_sums_over_many_episodes_are_not_rounded():
+    storage = rollout()
+    storage.episode_return[0, 0], storage.episode_length[0, 0] = 2.0**24, 2**24
+    storage.episode_return[1, 0], storage.episode_length[1, 0] = 1.0, 1
+    sums = rollout_figures(storage)
+    assert sums.tolist() == [2.0**24 + 1, 2**24 + 1, 2.0]
+    numbers = to_host(torch.tensor(True), sums, torch.zeros(9), env={})
+    assert numbers["return_sum"] == numbers["length_sum"] == 2.0**24 + 1
+    assert (numbers["healthy"], numbers["rollout/episodes"]) == (1.0, 2.0)
+
+
+def test_an_evaluation_is_summed_up_over_its_episodes():
+    metrics = evaluation_metrics(torch.tensor([1.0, 3.0]), torch.tensor([2.0, 4.0]))
+    assert metrics == {
+        "eval/episode_return_mean": 2.0,
+        "eval/episode_return_std": 1.0,
+        "eval/episode_length_mean": 3.0,
+        "eval/episodes": 2.0,
+    }
+    assert evaluation_metrics(*torch.ones(2, 1))["eval/episode_return_std"] == 0.0

@@ -1,0 +1,75 @@
+"""Which checkpoint serves which run."""
+
+import re
+import types
+
+import pytest
+from lightning.pytorch.trainer.states import TrainerFn
+
+from esper_lightning import PPO, PPOConfig
+from esper_lightning.envs import CartPole
+from esper_lightning.training.checkpoint.states import (
+    STATE_KEY,
+    checkpoint_at,
+    refuse_foreign,
+    settings_of,
+)
+
+CONFIG = PPOConfig(rollout_steps=8, minibatches=2)
+
+
+def model(**settings) -> PPO:
+    return PPO(**{"env": CartPole(num_envs=4), "ppo": CONFIG, **settings})
+
+
+def checkpoint(of: PPO, world_size=1) -> dict:
+    return {
+        "hyper_parameters": of.settings,
+        "state_dict": of.state_dict(),
+        STATE_KEY: {"world_size": world_size},
+    }
+
+
+def test_a_run_directory_stands_for_its_best_checkpoint_and_else_for_its_last(tmp_path):
+    folder = tmp_path / "checkpoints"
+    folder.mkdir()
+    with pytest.raises(ValueError, match="ckpt_path must name a checkpoint, or a run directory"):
+        checkpoint_at(tmp_path)
+    (folder / "last.ckpt").touch()
+    assert checkpoint_at(tmp_path) == folder / "last.ckpt"
+    (folder / "best.ckpt").touch()
+    assert checkpoint_at(tmp_path) == folder / "best.ckpt"
+    assert checkpoint_at(folder / "last.ckpt") == folder / "last.ckpt"
+
+
+def test_training_goes_on_with_as_many_ranks_and_environments_and_evaluation_with_any():
+    saved, other = checkpoint(model(), world_size=2), model(env=CartPole(num_envs=8))
+    refuse_foreign(saved, model().settings, world_size=2)
+    message = "Trainer.devices * Trainer.num_nodes must be the checkpoint's, 2, got 1. Use the"
+    with pytest.raises(ValueError, match="^" + re.escape(message)):
+        refuse_foreign(saved, model().settings, world_size=1)
+    with pytest.raises(ValueError, match=r"^PPO\.env\.num_envs must be the checkpoint's, 4, got 8"):
+        refuse_foreign(saved, other.settings, world_size=2)
+    refuse_foreign(saved, other.settings, world_size=None)
+
+
+def test_what_is_given_is_not_made_anew():
+    saved = checkpoint(model())
+    saved["hyper_parameters"]["env"]["class_path"] = "nowhere.Gone"
+    with pytest.raises(ValueError, match=r"env must be one that nowhere\.Gone makes anew"):
+        settings_of(saved, {})
+    given = settings_of(saved, {"env": CartPole(num_envs=9), "ppo": PPOConfig(epochs=7)})
+    assert (given["env"].num_envs, given["ppo"].epochs) == (9, 7)
+
+
+@pytest.mark.parametrize("rank", [0, 1])
+def test_every_rank_takes_up_its_own_environments(rank):
+    resumed = model()
+    state = types.SimpleNamespace(fn=TrainerFn.FITTING)
+    resumed._trainer = types.SimpleNamespace(state=state, world_size=2, global_rank=rank)
+    saved = checkpoint(model(), world_size=2)
+    saved[STATE_KEY] |= {"iteration": 3, "env_steps": 7, "gradient_steps": 5, "train_time_s": 1.0}
+    saved[STATE_KEY] |= {"recent_episodes": [], "ranks": {0: "the first's", 1: "the second's"}}
+    resumed.refuse_checkpoint = lambda *_, **__: None  # it is not whole
+    resumed.on_load_checkpoint(saved)
+    assert resumed._resumed == saved[STATE_KEY]["ranks"][rank]

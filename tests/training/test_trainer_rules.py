@@ -1,0 +1,66 @@
+"""How much of a run is planned, and what of Lightning is switched off."""
+
+import types
+
+import pytest
+from lightning.fabric.plugins.environments.slurm import SLURMEnvironment
+
+from esper_lightning.training.trainer_rules import (
+    keep_lightning_from_requeueing,
+    planned_env_steps,
+)
+
+
+def trainer(*, max_epochs=-1, max_steps=-1, epochs_done=0, steps_done=0, **others):
+    """What is asked of a Trainer whose epochs have ten iterations."""
+    processed = types.SimpleNamespace(processed=epochs_done)
+    progress = types.SimpleNamespace(current=processed)
+    return types.SimpleNamespace(
+        max_epochs=max_epochs,
+        max_steps=max_steps,
+        global_step=steps_done,
+        num_training_batches=10,
+        fast_dev_run=False,
+        fit_loop=types.SimpleNamespace(epoch_progress=progress),
+        **others,
+    )
+
+
+@pytest.mark.parametrize(
+    ("limits", "budget", "expected"),
+    [
+        ({}, None, None),
+        ({}, 900, 900),
+        ({"max_epochs": 2}, None, 2000),
+        ({"max_steps": 7}, None, 700),
+        ({"max_epochs": 2, "max_steps": 7}, None, 700),  # the first of two limits
+        ({"max_epochs": 2, "max_steps": 70}, None, 2000),
+        ({"max_epochs": 2}, 900, 900),
+        ({"max_epochs": 2}, 5000, 2000),
+    ],
+    ids=str,
+)
+def test_the_first_limit_of_a_run_is_its_end(limits, budget, expected):
+    assert (
+        planned_env_steps(trainer(**limits), done=0, per_iteration=100, budget=budget) == expected
+    )
+
+
+@pytest.mark.parametrize("limits", [{"max_epochs": 3}, {"max_steps": 30}], ids=str)
+def test_a_resumed_run_ends_where_the_whole_one_does(limits):
+    resumed = trainer(**limits, epochs_done=1, steps_done=10)
+    assert planned_env_steps(resumed, done=1000, per_iteration=100, budget=None) == 3000
+
+
+@pytest.mark.parametrize(("budget", "said"), [(2000, False), (2001, True)])
+def test_that_a_run_ends_before_its_budget_is_said_where_it_does(budget, said, caplog):
+    planned_env_steps(trainer(max_epochs=2), done=0, per_iteration=100, budget=budget)
+    assert ("before PPO.total_env_steps" in caplog.text) == said
+
+
+@pytest.mark.parametrize("ranks", [1, 2])
+def test_lightning_requeues_jobs_of_one_rank_and_no_others(ranks):
+    environment = SLURMEnvironment(auto_requeue=True)
+    connector = types.SimpleNamespace(cluster_environment=environment)
+    keep_lightning_from_requeueing(trainer(world_size=ranks, _accelerator_connector=connector))
+    assert environment.auto_requeue == (ranks == 1)
