@@ -120,7 +120,7 @@ def bare(size: argparse.Namespace) -> Iteration:
     from esper_lightning.ppo.agent import Agent  # noqa: PLC0415
     from esper_lightning.ppo.learner import Learner  # noqa: PLC0415
     from esper_lightning.ppo.metrics import to_host  # noqa: PLC0415
-    from esper_lightning.ppo.update import build_optimizer  # noqa: PLC0415
+    from esper_lightning.ppo.optimizer import build_optimizer  # noqa: PLC0415
 
     device = torch.device("cpu")
     spec = CartPole(num_envs=size.num_envs)
@@ -147,13 +147,7 @@ def bare(size: argparse.Namespace) -> Iteration:
         marks.append(time.perf_counter())
         metrics = learner.update(prepared, learning_rate=3e-4)
         marks.append(time.perf_counter())
-        to_host(
-            prepared.healthy,
-            prepared.episodes,
-            prepared.explained_variance,
-            *metrics,
-            env=learner.env_figures(),
-        )
+        to_host(learner.metrics(prepared, metrics))
         marks.append(time.perf_counter())
         return [after - before for before, after in itertools.pairwise(marks)]
 

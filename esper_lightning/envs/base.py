@@ -10,7 +10,7 @@ from esper_lightning.core.shapes import Bool, Float, Shaped
 from esper_lightning.core.spaces import EnvSpaces
 from esper_lightning.core.types import Observation, StepResult
 
-__all__ = ["BatchedEnv", "EnvSpec", "FunctionalEnv", "ReportingEnv", "is_functional"]
+__all__ = ["BatchedEnv", "EnvSpec", "FunctionalEnv", "MeasuringEnv", "is_functional"]
 
 
 @runtime_checkable
@@ -74,10 +74,10 @@ class FunctionalEnv(BatchedEnv, Protocol):
 
 
 @runtime_checkable
-class ReportingEnv(BatchedEnv, Protocol):
-    """An environment that has more to tell of a rollout than returns and lengths."""
+class MeasuringEnv(BatchedEnv, Protocol):
+    """An environment that has metrics of its own, beside returns and lengths of episodes."""
 
-    def figures(self) -> dict[str, Float[Tensor, ""]]:
+    def metrics(self) -> dict[str, Float[Tensor, ""]]:
         """Means over environments and steps since the last call, under names that never change.
 
         History has them as ``env/<name>``. Not waiting for the device is up to the environment.

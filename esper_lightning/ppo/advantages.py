@@ -9,7 +9,7 @@ from torch import Tensor
 
 from esper_lightning.compiling.loops import CompileMode, compile_loop, in_cache
 from esper_lightning.core.diagnostics import explained_variance
-from esper_lightning.core.gae import compute_gae
+from esper_lightning.core.gae import compute_gae, discounted_returns
 from esper_lightning.core.losses import normalize_advantage
 from esper_lightning.core.ranks import ALONE, Ranks
 from esper_lightning.core.running_stats import Moments
@@ -19,7 +19,7 @@ from esper_lightning.core.types import Observation, Rollout, Samples
 from esper_lightning.ppo.agent import Agent, Values, Weights
 from esper_lightning.ppo.config import PPOConfig
 
-__all__ = ["Critic", "prepare_samples"]
+__all__ = ["Critic", "prepare_samples", "scale_reward"]
 
 
 class Critic:
@@ -73,6 +73,38 @@ def _beginnings(rollout: Rollout) -> Bool[Tensor, "T B"]:
     """Where an episode begins within the rollout; not before its first step, which is the past."""
     ended = rollout.terminated | rollout.truncated
     return torch.cat([torch.zeros_like(ended[:1]), ended[:-1]])
+
+
+def scale_reward(
+    rollout: Rollout,
+    discounted_return: Float[Tensor, " B"],
+    moments: Moments | None,
+    config: PPOConfig,
+    *,
+    healthy: Bool[Tensor, ""],
+    ranks: Ranks = ALONE,
+) -> tuple[Float[Tensor, "T B"], Float[Tensor, " B"], Moments | None]:
+    """Rewards as the learner sees them: one scale for a whole rollout, which it helps to set.
+
+    Args:
+        rollout: What was collected.
+        discounted_return: Of the running episodes, before the rollout.
+        moments: Of discounted returns; ``None`` leaves rewards as they are.
+        config: Discount and limit.
+        healthy: Where False, the moments stay as they are.
+        ranks: Whose returns count, too.
+
+    Returns:
+        The rewards, the discounted returns after the rollout, and the moments.
+    """
+    if moments is None:
+        return rollout.reward, discounted_return, None
+    ended = rollout.terminated | rollout.truncated
+    returns, carried = discounted_returns(
+        rollout.reward, ended, discounted_return, discount=config.discount
+    )
+    moments = moments.merged(*ranks.gather(Moments.of(returns)), where=healthy)
+    return moments.scale(rollout.reward, clip=config.reward_clip), carried, moments
 
 
 def prepare_samples(

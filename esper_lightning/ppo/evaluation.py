@@ -14,7 +14,8 @@ from esper_lightning.core.types import Observation, StepResult
 from esper_lightning.envs.base import BatchedEnv
 from esper_lightning.envs.inspector import FirstSteps
 from esper_lightning.policies.base import Policy, blank_memory, forget, see
-from esper_lightning.ppo.collect import Normalize, refuse_stuck_cause
+from esper_lightning.ppo.collect import Normalize
+from esper_lightning.ppo.non_finite import refuse_stuck_cause
 
 __all__ = ["Episodes", "evaluate_policy"]
 

@@ -20,13 +20,14 @@ from esper_lightning.core.running_stats import Moments, RunningStats
 from esper_lightning.core.shapes import Bool, Float
 from esper_lightning.core.tensor_trees import leaves, map_tree
 from esper_lightning.core.types import Rollout, Samples
-from esper_lightning.envs.base import BatchedEnv, EnvSpec, ReportingEnv
+from esper_lightning.envs.base import BatchedEnv, EnvSpec, MeasuringEnv
 from esper_lightning.envs.inspector import FirstSteps
-from esper_lightning.ppo.advantages import Critic, prepare_samples
+from esper_lightning.ppo.advantages import Critic, prepare_samples, scale_reward
 from esper_lightning.ppo.agent import Agent, Values
-from esper_lightning.ppo.collect import ActingState, Collector, is_healthy, scale_reward
+from esper_lightning.ppo.collect import ActingState, Collector
 from esper_lightning.ppo.config import PPOConfig
-from esper_lightning.ppo.metrics import rollout_figures
+from esper_lightning.ppo.metrics import EpisodeSums, sum_episodes
+from esper_lightning.ppo.non_finite import is_healthy
 from esper_lightning.ppo.update import UpdateMetrics, Updater
 
 __all__ = ["Learner", "Prepared"]
@@ -39,7 +40,7 @@ class Prepared(NamedTuple):
     discounted_return: Float[Tensor, " B"]
     moments: Moments | None  # of discounted returns
     healthy: Bool[Tensor, ""]  # every number is finite, every mask allows something, on every rank
-    episodes: Float[Tensor, "3"]  # sum of returns, of lengths, number of those that ended; likewise
+    episodes: EpisodeSums  # of all ranks
     explained_variance: Float[Tensor, ""]
 
 
@@ -151,13 +152,35 @@ class Learner:
         )
         return rollout
 
-    def env_figures(self) -> dict[str, Float[Tensor, ""]]:
-        """What the environments tell of the latest rollout, averaged over ranks."""
-        if not isinstance(self._env, ReportingEnv):
+    def metrics(self, prepared: Prepared, update: UpdateMetrics) -> dict[str, Float[Tensor, ""]]:
+        """Every metric of an iteration by its name; scalars on the device.
+
+        Those with a ``/`` in their name are columns of the history.
+        """
+        return {
+            "healthy": prepared.healthy,
+            "return_sum": prepared.episodes.episode_return,
+            "length_sum": prepared.episodes.episode_length,
+            "episodes": prepared.episodes.episodes,
+            "policy/explained_variance": prepared.explained_variance,
+            "loss/policy": update.policy_loss,
+            "loss/value": update.value_loss,
+            "loss/entropy": update.entropy,
+            "policy/approx_kl": update.approx_kl,
+            "policy/clip_fraction": update.clip_fraction,
+            "optim/grad_norm": update.grad_norm,
+            "gradient_steps": update.gradient_steps,
+            "gradients_finite": update.finite,
+            **{f"env/{name}": metric for name, metric in self.env_metrics().items()},
+        }
+
+    def env_metrics(self) -> dict[str, Float[Tensor, ""]]:
+        """Metrics of the environments over the latest rollout, averaged over ranks."""
+        if not isinstance(self._env, MeasuringEnv):
             return {}
-        figures = self._env.figures()
-        total = self._ranks.sum(torch.stack(list(figures.values())))
-        return dict(zip(figures, (total / self._ranks.size).unbind(), strict=True))
+        metrics = self._env.metrics()
+        total = self._ranks.sum(torch.stack(list(metrics.values())))
+        return dict(zip(metrics, (total / self._ranks.size).unbind(), strict=True))
 
     def advantages(self, rollout: Rollout) -> Prepared:
         """Scale rewards and estimate advantages."""
@@ -202,17 +225,17 @@ class Learner:
         moments: Moments | None,
     ) -> Prepared:
         config, ranks = self._config, self._ranks
-        mine = (is_healthy(rollout, self._action_space), rollout_figures(rollout))
+        mine = (is_healthy(rollout, self._action_space), sum_episodes(rollout))
         everywhere = ranks.gather(mine)
-        healthy, episodes = (torch.stack(each) for each in zip(*everywhere, strict=True))
+        healthy = torch.stack([one for one, _ in everywhere]).all()
+        totals = zip(*(sums for _, sums in everywhere), strict=True)
+        episodes = EpisodeSums(*(torch.stack(each).sum() for each in totals))
         reward, discounted_return, moments = scale_reward(
-            rollout, discounted_return, moments, config, healthy=healthy.all(), ranks=ranks
+            rollout, discounted_return, moments, config, healthy=healthy, ranks=ranks
         )
         mask = rollout.action_mask
         choice = None if mask is None else has_choice(self._action_space, mask.flatten(0, 1))
         samples, variance = prepare_samples(
             values, rollout, reward, config, ranks, memory=memory, choice=choice
         )
-        return Prepared(
-            samples, discounted_return, moments, healthy.all(), episodes.sum(0), variance
-        )
+        return Prepared(samples, discounted_return, moments, healthy, episodes, variance)

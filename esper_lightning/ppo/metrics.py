@@ -6,7 +6,7 @@ Axes: ``T`` step, ``B`` environment.
 import math
 from collections import deque
 from collections.abc import Mapping
-from typing import cast
+from typing import NamedTuple, cast
 
 import torch
 from torch import Tensor
@@ -18,33 +18,26 @@ from esper_lightning.core.types import Rollout
 __all__ = [
     "EVAL_RETURN",
     "ROLLOUT_RETURN",
+    "EpisodeSums",
     "RecentEpisodes",
     "evaluation_metrics",
-    "iteration_figures",
-    "rollout_figures",
+    "rollout_metrics",
     "shown_in_progress_bar",
+    "sum_episodes",
     "to_host",
 ]
 
 ROLLOUT_RETURN = "rollout/episode_return_mean"
 ROLLOUT_LENGTH = "rollout/episode_length_mean"
 EVAL_RETURN = "eval/episode_return_mean"
-_COPIED = (
-    "healthy",
-    "return_sum",
-    "length_sum",
-    "rollout/episodes",
-    "policy/explained_variance",
-    "loss/policy",
-    "loss/value",
-    "loss/entropy",
-    "policy/approx_kl",
-    "policy/clip_fraction",
-    "optim/grad_norm",
-    "gradient_steps",
-    "learner_finite",
-)
-_NOT_REPORTED = ("healthy", "return_sum", "length_sum", "gradient_steps", "learner_finite")
+
+
+class EpisodeSums(NamedTuple):
+    """Sums over the episodes that ended in a rollout, in double precision."""
+
+    episode_return: Float[Tensor, ""]
+    episode_length: Float[Tensor, ""]
+    episodes: Float[Tensor, ""]  # how many ended
 
 
 class RecentEpisodes:
@@ -89,39 +82,33 @@ class RecentEpisodes:
         self._sums = deque(state, maxlen=64)
 
 
-def rollout_figures(rollout: Rollout) -> Float[Tensor, "3"]:
-    """Of the episodes that ended: sum of returns, sum of lengths, number; in double precision."""
+def sum_episodes(rollout: Rollout) -> EpisodeSums:
+    """Sum the returns and lengths of the episodes that ended in a rollout."""
     ended = rollout.episode_length > 0
     episode_return = torch.where(ended, rollout.episode_return, 0.0)
-    return torch.stack([x.double().sum() for x in (episode_return, rollout.episode_length, ended)])
+    columns = (episode_return, rollout.episode_length, ended)
+    return EpisodeSums(*(column.double().sum() for column in columns))
 
 
-def to_host(
-    *figures: Float[Tensor, "..."], env: Mapping[str, Float[Tensor, ""]]
-) -> dict[str, float]:
-    """Everything that the host wants to know of an iteration, in one copy.
+def to_host(metrics: Mapping[str, Float[Tensor, ""]]) -> dict[str, float]:
+    """Copy every metric of an iteration to the host, in one transfer."""
+    scalars = torch.stack([metric.double() for metric in metrics.values()])
+    return dict(zip(metrics, cast(list[float], scalars.tolist()), strict=True))
+
+
+def rollout_metrics(episodes: float, recent: RecentEpisodes) -> dict[str, float | int | None]:
+    """Metrics of a history row about episodes; means are ``None`` while no episode has ended.
 
     Args:
-        figures: Ours.
-        env: The environments' own.
+        episodes: Number of episodes that ended in the iteration.
+        recent: Episodes of the latest iterations, over which returns and lengths are averaged.
     """
-    every = (*figures, *env.values())
-    scalars = torch.cat([figure.double().reshape(-1) for figure in every])
-    names = (*_COPIED, *(f"env/{name}" for name in env))
-    return dict(zip(names, cast(list[float], scalars.tolist()), strict=True))
-
-
-def iteration_figures(
-    host: Mapping[str, float], recent: RecentEpisodes
-) -> dict[str, float | int | None]:
-    """The figures of a history row; means over episodes are ``None`` while none has ended."""
     episode_return, episode_length = recent.means()
     known = not math.isnan(episode_return)
     return {
         ROLLOUT_RETURN: episode_return if known else None,
         ROLLOUT_LENGTH: episode_length if known else None,
-        "rollout/episodes": int(host["rollout/episodes"]),
-        **{k: v for k, v in host.items() if k not in (*_NOT_REPORTED, "rollout/episodes")},
+        "rollout/episodes": int(episodes),
     }
 
 

@@ -19,26 +19,15 @@ from esper_lightning.compiling.loops import (
 )
 from esper_lightning.core.diagnostics import approx_kl, clip_fraction
 from esper_lightning.core.flat_adam import AdamState, adam_step
-from esper_lightning.core.losses import clipped_surrogate, value_loss
 from esper_lightning.core.minibatches import take
 from esper_lightning.core.ranks import ALONE, Ranks
-from esper_lightning.core.schedules import adaptive_learning_rate, linear_learning_rate
 from esper_lightning.core.shapes import Bool, Float, Int
-from esper_lightning.core.types import LossTerms, Samples
-from esper_lightning.policies.base import Evaluation, Policy
+from esper_lightning.core.types import Samples
 from esper_lightning.ppo.agent import Agent, Weights
 from esper_lightning.ppo.config import PPOConfig
+from esper_lightning.ppo.objective import ppo_loss_terms, total_loss, weighted
 
-__all__ = [
-    "GradientFault",
-    "UpdateMetrics",
-    "Updater",
-    "adapt_learning_rate",
-    "build_optimizer",
-    "find_fault",
-    "ppo_loss_terms",
-    "schedule_learning_rate",
-]
+__all__ = ["UpdateMetrics", "Updater"]
 
 
 _SCALE = 2.0**-80  # of gradients whose squares would be infinite: float32 ends at 2**128
@@ -58,60 +47,6 @@ class UpdateMetrics(NamedTuple):
     finite: Float[Tensor, ""]  # 1 where every gradient was, else 0
 
 
-def build_optimizer(policy: Policy, config: PPOConfig) -> torch.optim.Adam:
-    """Adam over the policy: what holds its state and learning rate; ``Updater`` takes its steps."""
-    trained = [parameter for parameter in policy.parameters() if parameter.requires_grad]
-    return torch.optim.Adam(trained, lr=config.learning_rate, eps=config.adam_eps)
-
-
-def schedule_learning_rate(
-    optimizer: torch.optim.Adam, config: PPOConfig, *, progress: float
-) -> float:
-    """Set and return the rate of the next iteration; an adaptive one stays as it is.
-
-    Args:
-        optimizer: From ``build_optimizer``.
-        config: Whose settings win over what a checkpoint brought.
-        progress: Share of the run that is done, in [0, 1].
-    """
-    group = optimizer.param_groups[0]
-    if config.learning_rate_schedule == "linear":
-        group["lr"] = linear_learning_rate(config.learning_rate, progress=progress)
-    elif config.learning_rate_schedule == "constant":
-        group["lr"] = config.learning_rate
-    return float(group["lr"])
-
-
-def adapt_learning_rate(optimizer: torch.optim.Adam, config: PPOConfig, *, kl: float) -> None:
-    """Where the schedule is adaptive, react to how far (nats) the iteration moved the policy."""
-    if config.learning_rate_schedule == "adaptive":
-        group = optimizer.param_groups[0]
-        group["lr"] = adaptive_learning_rate(group["lr"], kl=kl, desired_kl=config.desired_kl)
-
-
-def ppo_loss_terms(evaluation: Evaluation, batch: Samples, config: PPOConfig) -> LossTerms:
-    """Per-sample terms of the objective under the current weights."""
-    policy = clipped_surrogate(
-        evaluation.log_prob, batch.log_prob, batch.advantage, clip=config.clip
-    )
-    return LossTerms(
-        policy=_weighted(policy, batch),
-        value=value_loss(evaluation.value, batch.value, batch.value_target, clip=config.value_clip),
-        entropy=_weighted(evaluation.entropy, batch),
-    )
-
-
-def _weighted(term: Float[Tensor, " M"], batch: Samples) -> Float[Tensor, " M"]:
-    """A term of the actor: its mean is that over the steps at which there was a choice."""
-    weight = batch.actor_weight
-    return term if weight is None else torch.where(weight > 0.0, term * weight, 0.0)
-
-
-def total_loss(terms: LossTerms, config: PPOConfig) -> Float[Tensor, " M"]:
-    """What is minimised, per sample."""
-    return terms.policy + config.value_coef * terms.value - config.entropy_coef * terms.entropy
-
-
 class _Progress(NamedTuple):
     """What one gradient step hands to the next."""
 
@@ -121,11 +56,28 @@ class _Progress(NamedTuple):
     kl: Float[Tensor, ""]  # sum over the steps of this pass
 
 
-class _Sums(NamedTuple):
-    """Sums over the samples of (a chunk of) a minibatch."""
+class GradientSums(NamedTuple):
+    """Sums over the samples of a minibatch, or of a chunk of it."""
 
     gradient: Float[Tensor, " P"]
-    figures: Float[Tensor, "6"]  # policy loss, value loss, entropy, KL, clip fraction; samples
+    policy_loss: Float[Tensor, ""]
+    value_loss: Float[Tensor, ""]
+    entropy: Float[Tensor, ""]
+    approx_kl: Float[Tensor, ""]
+    clip_fraction: Float[Tensor, ""]
+    samples: Float[Tensor, ""]  # how many
+
+
+class _StepMetrics(NamedTuple):
+    """Means over the samples of one gradient step; of all steps ``[S]``."""
+
+    policy_loss: Float[Tensor, "*S"]
+    value_loss: Float[Tensor, "*S"]
+    entropy: Float[Tensor, "*S"]
+    approx_kl: Float[Tensor, "*S"]
+    clip_fraction: Float[Tensor, "*S"]
+    grad_norm: Float[Tensor, "*S"]
+    applied: Float[Tensor, "*S"]  # 1 where the step was applied, else 0
 
 
 class _Constants(NamedTuple):
@@ -160,7 +112,7 @@ class Updater:
         if ranks.size > 1:
             mine = compile_function("gradient", self._sum, mode=mode, device=device)
 
-            def part(progress: _Progress, index: Tensor, constants: _Constants) -> _Sums:
+            def part(progress: _Progress, index: Tensor, constants: _Constants) -> GradientSums:
                 return ranks.sum(mine(progress, index, constants))
 
             around = "off"  # compiled steps of two ranks might differ in a rounding
@@ -208,16 +160,13 @@ class Updater:
             self._mean_of_pass = mean_of_pass = (steps % parts == 0).float() / parts
         start = _Progress(adam, ~healthy, healthy | True, torch.zeros_like(learning_rate))
         constants = _Constants(samples, weights.buffers, learning_rate)
-        end, rows = self._loop(start, mean_of_pass, order, constants, None)
-        # Where, not a product with the weight: a step that was left out may hold NaN.
-        applied = rows[:, -1]
-        total = torch.where(applied[:, None] > 0, rows[:, :-1], 0.0).sum(0)
-        count = applied.sum()
-        figures = [*(total / count).unbind(), count, end.finite.float()]
-        return end.adam, UpdateMetrics._make(figures)
+        end, steps = self._loop(start, mean_of_pass, order, constants, None)
+        return end.adam, _mean_over_applied(steps, finite=end.finite)
 
-    def _sum(self, progress: _Progress, index: Int[Tensor, " M"], constants: _Constants) -> _Sums:
-        """Gradient and figures, summed over some samples."""
+    def _sum(
+        self, progress: _Progress, index: Int[Tensor, " M"], constants: _Constants
+    ) -> GradientSums:
+        """Gradient and metrics, summed over some samples."""
         batch = take(constants.samples, index)
         with torch.enable_grad():
             weight = progress.adam.weight.detach().requires_grad_()
@@ -227,23 +176,22 @@ class Updater:
             loss = total_loss(terms, self._config).sum()
             (gradient,) = torch.autograd.grad(loss, [weight])
         log_prob = evaluation.log_prob.detach()
-        kl = _weighted(approx_kl(log_prob, batch.log_prob), batch)
+        kl = weighted(approx_kl(log_prob, batch.log_prob), batch)
         clipped = clip_fraction(log_prob, batch.log_prob, clip=self._config.clip)
-        clipped = _weighted(clipped, batch)
-        columns = (*terms, kl, clipped, torch.ones_like(kl))
-        figures = torch.stack([column.detach().sum() for column in columns])
-        return _Sums(gradient, figures)
+        columns = (*terms, kl, weighted(clipped, batch), torch.ones_like(kl))
+        return GradientSums(gradient, *(column.detach().sum() for column in columns))
 
     def _step(
-        self, progress: _Progress, x: tuple[_Sums, Tensor], constants: _Constants
-    ) -> tuple[_Progress, Tensor]:
-        """Clip, and step unless something forbids it; returns the figures and whether it did.
+        self, progress: _Progress, x: tuple[GradientSums, Tensor], constants: _Constants
+    ) -> tuple[_Progress, _StepMetrics]:
+        """Clip the gradient, and apply the step unless something forbids it.
 
         ``mean_of_pass`` is what the last step of a pass multiplies its sum of KL with; before, 0.
         """
         sums, mean_of_pass = x
-        config, samples = self._config, sums.figures[-1]
-        gradient, figures = sums.gradient / samples, sums.figures[:-1] / samples
+        config = self._config
+        gradient, *means = (total / sums.samples for total in sums[:-1])
+        policy_loss, value_loss, entropy, kl, clipped = means
         norm = gradient.square().sum().sqrt()
         if config.max_grad_norm is not None:
             if config.max_grad_norm < _LARGEST_SQUARED:
@@ -252,7 +200,9 @@ class Updater:
                 norm = torch.where(norm.isfinite(), norm, scaled)
             gradient = gradient * (config.max_grad_norm / (norm + 1e-6)).clamp(max=1.0)
         # A NaN or an infinity stops the rest of the update, too.
-        finite = progress.finite & norm.isfinite() & figures[:3].isfinite().all()
+        finite = progress.finite & norm.isfinite()
+        for term in (policy_loss, value_loss, entropy):
+            finite = finite & term.isfinite()
         skip = progress.skip | ~finite
         adam = adam_step(
             progress.adam,
@@ -261,59 +211,18 @@ class Updater:
             eps=config.adam_eps,
             skip=skip,
         )
-        row = torch.cat([figures, norm[None], (~skip).float()[None]])
-        kl = progress.kl + figures[3]
+        step = _StepMetrics(policy_loss, value_loss, entropy, kl, clipped, norm, (~skip).float())
+        kl_of_pass = progress.kl + kl
         if config.target_kl is not None:
-            skip = skip | (kl * mean_of_pass > config.target_kl)
-        return _Progress(adam, skip, finite, torch.where(mean_of_pass > 0, 0.0, kl)), row
+            skip = skip | (kl_of_pass * mean_of_pass > config.target_kl)
+        kl_of_pass = torch.where(mean_of_pass > 0, 0.0, kl_of_pass)
+        return _Progress(adam, skip, finite, kl_of_pass), step
 
 
-class GradientFault(NamedTuple):
-    """A minibatch at which training could not go on."""
-
-    step: int  # number of the gradient step in the iteration
-    names: list[str]  # of the loss terms and gradients that are not finite; may be none
-    largest: float  # magnitude of the largest gradient
-    largest_name: str
-    minibatch: Samples
-
-
-def find_fault(
-    agent: Agent, weights: Weights, samples: Samples, config: PPOConfig, order: Sequence[Tensor]
-) -> GradientFault:
-    """Look again for the minibatch whose loss or gradient was not finite.
-
-    The weights are those that it met: no step was applied from it on.
-
-    Args:
-        agent: The actor and critic of the update.
-        weights: Weights after the update.
-        samples: Samples of the update.
-        config: PPO settings of the update.
-        order: Samples of each gradient step.
-
-    Returns:
-        The first minibatch at which something is not finite. Where everything is, the one with the
-        largest gradient: squares of it, or sums over ranks, may still be too large.
-    """
-    largest: GradientFault | None = None
-    for number, index in enumerate(order):
-        batch = take(samples, index)
-        with torch.enable_grad():
-            flat = weights.parameters.detach().requires_grad_()
-            evaluation = agent.evaluate(weights._replace(parameters=flat), batch)
-            terms = ppo_loss_terms(evaluation, batch, config)
-            (gradient,) = torch.autograd.grad(total_loss(terms, config).sum(), [flat])
-        # Sums, as the update has them: they may be infinite where no term is.
-        watched = {f"loss/{name}": term.sum() for name, term in terms._asdict().items()}
-        gradients = {f"gradient of {k}": v for k, v in agent.named(gradient).items()}
-        bad = [name for name, value in (watched | gradients).items() if not value.isfinite().all()]
-        peaks = {k: v.abs().max().item() / len(batch.log_prob) for k, v in gradients.items()}
-        name = max(peaks, key=peaks.__getitem__)
-        fault = GradientFault(number + 1, bad, peaks[name], name, batch)
-        if bad:
-            return fault
-        if largest is None or fault.largest > largest.largest:
-            largest = fault
-    assert largest is not None
-    return largest
+def _mean_over_applied(steps: _StepMetrics, *, finite: Bool[Tensor, ""]) -> UpdateMetrics:
+    """Mean of each metric over the gradient steps that were applied."""
+    *metrics, applied = steps
+    # Where, not a product with the weight: a step that was skipped may hold NaN.
+    total = torch.where(applied[:, None] > 0, torch.stack(metrics, dim=1), 0.0).sum(0)
+    count = applied.sum()
+    return UpdateMetrics(*(total / count).unbind(), gradient_steps=count, finite=finite.float())

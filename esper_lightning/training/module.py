@@ -47,15 +47,16 @@ from esper_lightning.ppo.learner import Learner, Prepared
 from esper_lightning.ppo.metrics import (
     RecentEpisodes,
     evaluation_metrics,
-    iteration_figures,
+    rollout_metrics,
     to_host,
 )
-from esper_lightning.ppo.update import (
-    UpdateMetrics,
+from esper_lightning.ppo.non_finite import refuse_gradient, refuse_rollout
+from esper_lightning.ppo.optimizer import (
     adapt_learning_rate,
     build_optimizer,
     schedule_learning_rate,
 )
+from esper_lightning.ppo.update import UpdateMetrics
 from esper_lightning.training import trainer_rules
 from esper_lightning.training.checkpoint.states import (
     STATE_KEY,
@@ -72,7 +73,7 @@ from esper_lightning.training.checkpoint.states import (
     settings_of,
 )
 from esper_lightning.training.iterations import Iterations
-from esper_lightning.training.reporting import publish, refuse_gradient, refuse_rollout
+from esper_lightning.training.publish import publish
 from esper_lightning.training.specs import describe, for_evaluation, plain, require_specs
 
 __all__ = ["PPO"]
@@ -531,12 +532,11 @@ class PPO(LightningModule):
         self, rollout: Rollout, prepared: Prepared, metrics: UpdateMetrics
     ) -> dict[str, float]:
         """The one device-to-host copy of an iteration, which also tells whether it was healthy."""
-        figures = (prepared.healthy, prepared.episodes, prepared.explained_variance, *metrics)
         iteration, learner = self.iteration + 1, self._learner
-        host = to_host(*figures, env=learner.env_figures())
+        host = to_host(learner.metrics(prepared, metrics))
         if not host["healthy"]:
             refuse_rollout(rollout, self.env, self._spaces.action, iteration=iteration)
-        if not host["learner_finite"]:
+        if not host["gradients_finite"]:
             samples, agent = prepared.samples, learner.agent
             ranks = self._ranks.size
             refuse_gradient(
@@ -549,8 +549,7 @@ class PPO(LightningModule):
                 iteration=iteration,
                 ranks=ranks,
             )
-        sums = (host["return_sum"], host["length_sum"], host["rollout/episodes"])
-        self.recent_episodes.update(*sums)
+        self.recent_episodes.update(host["return_sum"], host["length_sum"], host["episodes"])
         return host
 
     def _count(
@@ -570,7 +569,8 @@ class PPO(LightningModule):
             "gradient_steps": self.gradient_steps,
             "time_s": self.train_time_s,
             "env_steps_per_s": env_steps / duration_s,
-            **iteration_figures(host, self.recent_episodes),
+            **rollout_metrics(host["episodes"], self.recent_episodes),
+            **{name: value for name, value in host.items() if "/" in name},
             **({"resumed_with_new_episodes": 1} if new_episodes else {}),
         }
 

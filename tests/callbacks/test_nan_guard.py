@@ -15,7 +15,7 @@ from esper_lightning.core.errors import NonFiniteError
 from esper_lightning.core.types import Samples
 from esper_lightning.envs import CartPole
 from esper_lightning.ppo.learner import Learner
-from esper_lightning.ppo.update import ppo_loss_terms
+from esper_lightning.ppo.objective import ppo_loss_terms
 
 
 class Fragile(LightningModule):

@@ -4,7 +4,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from esper_lightning.core.schedules import adaptive_learning_rate, linear_learning_rate
+from esper_lightning.ppo.optimizer import adaptive_learning_rate, linear_learning_rate
 
 
 def test_linear_falls_in_a_straight_line_to_zero() -> None:

@@ -18,7 +18,8 @@ from esper_lightning.core.types import Rollout, Samples, StepResult
 from esper_lightning.envs.base import EnvSpec
 from esper_lightning.ppo.advantages import Critic, prepare_samples
 from esper_lightning.ppo.agent import Agent
-from esper_lightning.ppo.update import UpdateMetrics, Updater, build_optimizer
+from esper_lightning.ppo.optimizer import build_optimizer
+from esper_lightning.ppo.update import UpdateMetrics, Updater
 
 STEPS, ENVS, CPU = 12, 5, torch.device("cpu")
 WAITS, CHOOSES = [1, 0, 1, 1, 1, 0, 1, 0], [1, 1, 1, 1, 1, 1, 1, 1]
@@ -107,12 +108,12 @@ def test_the_actor_learns_from_the_steps_with_a_choice_and_the_critic_from_all()
     progress = type("Progress", (), {"adam": adam})
     constants = type("Constants", (), {"samples": learner.samples, "buffers": weights.buffers})
     sums = updater._sum(progress, index, constants)
-    for name, got in learner.agent.named(sums.gradient / sums.figures[-1]).items():
+    for name, got in learner.agent.named(sums.gradient / sums.samples).items():
         torch.testing.assert_close(got, expected[name], rtol=1e-5, atol=1e-6, msg=name)
     metrics = learner.update(learner.samples)
     kl = ((ratio - 1.0) - ratio.log()).mean()
-    figures = (metrics.policy_loss, metrics.value_loss, metrics.entropy, metrics.approx_kl)
-    for got, wanted in zip(figures, (policy, value, entropy, kl), strict=True):
+    means = (metrics.policy_loss, metrics.value_loss, metrics.entropy, metrics.approx_kl)
+    for got, wanted in zip(means, (policy, value, entropy, kl), strict=True):
         torch.testing.assert_close(got, wanted.detach(), rtol=1e-4, atol=1e-6)
 
 

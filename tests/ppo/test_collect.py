@@ -9,8 +9,9 @@ from esper_lightning.core.buffer import allocate_rollout
 from esper_lightning.core.running_stats import RunningStats
 from esper_lightning.core.types import Rollout
 from esper_lightning.envs import CartPole
-from esper_lightning.ppo.collect import first_non_finite, is_healthy, scale_reward
+from esper_lightning.ppo.advantages import scale_reward
 from esper_lightning.ppo.config import PPOConfig
+from esper_lightning.ppo.non_finite import first_non_finite, is_healthy
 from esper_lightning.training.trainer_rules import few_cpu_threads
 
 STEPS, ENVS = 6, 3

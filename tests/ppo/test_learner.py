@@ -12,7 +12,7 @@ from esper_lightning.core.tensor_trees import leaves, map_tree
 from esper_lightning.envs import CartPole, Pendulum
 from esper_lightning.ppo.agent import Agent
 from esper_lightning.ppo.learner import Learner
-from esper_lightning.ppo.update import build_optimizer
+from esper_lightning.ppo.optimizer import build_optimizer
 
 CPU = torch.device("cpu")
 STEPS, ENVS = 8, 3
@@ -155,7 +155,7 @@ def test_what_ranks_share_is_that_of_both() -> None:
     alone, two = make(config=config), make(Twins(), config)
     one, both = (learner.advantages(learner.rollout(STEPS)) for learner in (alone, two))
     assert both.healthy
-    assert torch.equal(both.episodes, 2 * one.episodes)
+    assert both.episodes == tuple(2 * total for total in one.episodes)
     assert two._return_stats.count == 2 * alone._return_stats.count
     torch.testing.assert_close(both.explained_variance, one.explained_variance)
     for learner, prepared in ((alone, one), (two, both)):
@@ -174,8 +174,8 @@ def test_metrics_of_environments_are_means_over_ranks() -> None:
 
         step = state_dict = load_state_dict = reset
 
-        def figures(self) -> dict[str, Tensor]:
+        def metrics(self) -> dict[str, Tensor]:
             return {"a": torch.tensor(1.0), "b": torch.tensor(5.0)}
 
     learner._env = Reports()
-    assert learner.env_figures() == {"a": 2.0, "b": 6.0}
+    assert learner.env_metrics() == {"a": 2.0, "b": 6.0}

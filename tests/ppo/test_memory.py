@@ -18,7 +18,7 @@ from esper_lightning.policies.base import forget, see
 from esper_lightning.ppo.agent import Agent
 from esper_lightning.ppo.evaluation import evaluate_policy
 from esper_lightning.ppo.learner import Learner
-from esper_lightning.ppo.update import build_optimizer
+from esper_lightning.ppo.optimizer import build_optimizer
 
 CPU = torch.device("cpu")
 

@@ -10,7 +10,7 @@ from esper_lightning.envs import CartPole
 from esper_lightning.ppo.metrics import (
     RecentEpisodes,
     evaluation_metrics,
-    rollout_figures,
+    sum_episodes,
     to_host,
 )
 
@@ -55,20 +55,19 @@ def test_returns_are_summed_over_the_episodes_that_ended():
     storage = rollout()
     storage.episode_return[1, 0], storage.episode_length[1, 0] = 3.0, 5
     storage.episode_return[2, 1], storage.episode_length[2, 1] = -1.0, 7
-    assert rollout_figures(storage).tolist() == [2.0, 12.0, 2.0]
+    assert sum_episodes(storage) == (2.0, 12.0, 2.0)
     storage.episode_return[0, 1], storage.episode_length[0, 1] = math.nan, 1
-    assert rollout_figures(storage)[0].isnan()  # of an episode that ended: no number
+    assert sum_episodes(storage).episode_return.isnan()  # of an episode that ended: no number
 
 
 def test_sums_over_many_episodes_are_not_rounded():
     storage = rollout()
     storage.episode_return[0, 0], storage.episode_length[0, 0] = 2.0**24, 2**24
     storage.episode_return[1, 0], storage.episode_length[1, 0] = 1.0, 1
-    sums = rollout_figures(storage)
-    assert sums.tolist() == [2.0**24 + 1, 2**24 + 1, 2.0]
-    numbers = to_host(torch.tensor(True), sums, torch.zeros(9), env={})
-    assert numbers["return_sum"] == numbers["length_sum"] == 2.0**24 + 1
-    assert (numbers["healthy"], numbers["rollout/episodes"]) == (1.0, 2.0)
+    sums = sum_episodes(storage)
+    assert sums == (2.0**24 + 1, 2**24 + 1, 2.0)
+    numbers = to_host({"healthy": torch.tensor(True), "return_sum": sums.episode_return})
+    assert numbers == {"healthy": 1.0, "return_sum": 2.0**24 + 1}
 
 
 def test_an_evaluation_is_summed_up_over_its_episodes():

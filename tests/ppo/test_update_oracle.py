@@ -22,7 +22,8 @@ from esper_lightning.policies import MLP, Policy
 from esper_lightning.ppo.advantages import Critic, prepare_samples
 from esper_lightning.ppo.agent import Agent
 from esper_lightning.ppo.config import PPOConfig
-from esper_lightning.ppo.update import UpdateMetrics, Updater, build_optimizer
+from esper_lightning.ppo.optimizer import build_optimizer
+from esper_lightning.ppo.update import UpdateMetrics, Updater
 from esper_lightning.training.trainer_rules import autocast_without_cache
 
 STEPS, ENVS, FEATURES = 16, 4, 5
@@ -93,10 +94,10 @@ def ours(monkeypatch: pytest.MonkeyPatch) -> list[Step]:
 
     def recording(updater: Updater, *args: Any) -> Any:
         sums = add_up(updater, *args)
-        figures, samples = (sums.figures / sums.figures[-1]).tolist(), sums.figures[-1]
-        config = updater._config
-        loss = figures[0] + config.value_coef * figures[1] - config.entropy_coef * figures[2]
-        steps.append(Step(loss, updater._agent.named(sums.gradient / samples)))
+        config, samples = updater._config, sums.samples
+        loss = sums.policy_loss + config.value_coef * sums.value_loss
+        loss = (loss - config.entropy_coef * sums.entropy) / samples
+        steps.append(Step(loss.item(), updater._agent.named(sums.gradient / samples)))
         return sums
 
     monkeypatch.setattr(Updater, "_sum", recording)

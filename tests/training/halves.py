@@ -17,7 +17,7 @@ from esper_lightning.core.types import Rollout
 from esper_lightning.envs import CartPole
 from esper_lightning.ppo.agent import Agent
 from esper_lightning.ppo.learner import Learner
-from esper_lightning.ppo.update import build_optimizer
+from esper_lightning.ppo.optimizer import build_optimizer
 
 STEPS, ENVS, CPU = 16, 6, torch.device("cpu")
 CASES = {

@@ -304,7 +304,7 @@ class TestRow:
         for row in fit(cartpole(), make_trainer()):
             assert set(self.NAMES) - set(TIMES) == set(row)
 
-    def test_rollout_figures_are_null_while_no_episode_has_ended(self, make_trainer):
+    def test_rollout_metrics_are_null_while_no_episode_has_ended(self, make_trainer):
         model = cartpole(env=Pendulum(num_envs=4, time_limit=20), total_env_steps=4 * 8 * 4)
         known = []
 

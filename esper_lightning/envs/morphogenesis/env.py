@@ -149,7 +149,7 @@ class MorphogenesisEnv:
         self._add_up(advanced.report)
         return result
 
-    def figures(self) -> dict[str, Float[Tensor, ""]]:
+    def metrics(self) -> dict[str, Float[Tensor, ""]]:
         """Means over hosts and steps since the last call: reward terms, size, share that diverged.
 
         Returns:

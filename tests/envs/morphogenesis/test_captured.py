@@ -47,7 +47,7 @@ def play(env, steps, *, tests_ends=()):
             env.load_state_dict(env.state_dict())
         action = random_legal(env)
         result = env.step(action)
-        later.append((action, result, env.report, env.figures()))
+        later.append((action, result, env.report, env.metrics()))
         at_once.append(map_tree(torch.clone, later[-1]))
     return at_once, later[1:], env.state_dict()
 
@@ -93,23 +93,23 @@ def test_hosts_are_trained_in_their_own_precision(static):
         assert equal(course(), expected)
 
 
-def test_figures_are_means_of_what_was_reported():
+def test_metrics_are_means_of_what_was_reported():
     env = SPEC.build(CPU, 6)
     env.reset()
-    assert all(figure.isnan() for figure in env.figures().values())
+    assert all(metric.isnan() for metric in env.metrics().values())
     reports = []
     for _ in range(5):
         env.step(random_legal(env))
         reports.append(env.report)
-    figures = env.figures()
+    metrics = env.metrics()
     expected = {
         f"reward_{name}": torch.stack([report.terms[name] for report in reports]).mean()
         for name in reports[0].terms
     }
     for name in ("grown_parameters", "diverged"):
         expected[name] = torch.stack([getattr(r, name) for r in reports]).float().mean()
-    assert figures.keys() == expected.keys()
+    assert metrics.keys() == expected.keys()
     assert expected["grown_parameters"] > 0
-    for name, figure in figures.items():
-        torch.testing.assert_close(figure, expected[name], msg=name)
-    assert all(figure.isnan() for figure in env.figures().values())
+    for name, metric in metrics.items():
+        torch.testing.assert_close(metric, expected[name], msg=name)
+    assert all(metric.isnan() for metric in env.metrics().values())

@@ -1,0 +1,35 @@
+"""The objective of PPO: a loss for each sample, and what is summed of it. Axis: ``M`` sample."""
+
+import torch
+from torch import Tensor
+
+from esper_lightning.core.losses import clipped_surrogate, value_loss
+from esper_lightning.core.shapes import Float
+from esper_lightning.core.types import LossTerms, Samples
+from esper_lightning.policies.base import Evaluation
+from esper_lightning.ppo.config import PPOConfig
+
+__all__ = ["ppo_loss_terms", "total_loss", "weighted"]
+
+
+def ppo_loss_terms(evaluation: Evaluation, batch: Samples, config: PPOConfig) -> LossTerms:
+    """Per-sample terms of the objective under the current weights."""
+    policy = clipped_surrogate(
+        evaluation.log_prob, batch.log_prob, batch.advantage, clip=config.clip
+    )
+    return LossTerms(
+        policy=weighted(policy, batch),
+        value=value_loss(evaluation.value, batch.value, batch.value_target, clip=config.value_clip),
+        entropy=weighted(evaluation.entropy, batch),
+    )
+
+
+def weighted(term: Float[Tensor, " M"], batch: Samples) -> Float[Tensor, " M"]:
+    """A term of the actor: its mean is that over the steps at which there was a choice."""
+    weight = batch.actor_weight
+    return term if weight is None else torch.where(weight > 0.0, term * weight, 0.0)
+
+
+def total_loss(terms: LossTerms, config: PPOConfig) -> Float[Tensor, " M"]:
+    """What is minimised, per sample."""
+    return terms.policy + config.value_coef * terms.value - config.entropy_coef * terms.entropy
