@@ -36,6 +36,7 @@ from esper_lightning.callbacks.run_directory import run_directory
 from esper_lightning.cli.errors import fail, nearest
 from esper_lightning.cli.settings import SettingsParser
 from esper_lightning.core.errors import require, requires_folder
+from esper_lightning.core.ranks import RanksDisagreeError
 from esper_lightning.envs import Morphogenesis
 from esper_lightning.growth.table import compare_policies, refuse_figures
 from esper_lightning.ppo.metrics import EVAL_RETURN
@@ -345,6 +346,8 @@ class EsperCLI(LightningCLI):
             print(*self._says, sep="\n", flush=True)
         try:
             self._start()
+        except RanksDisagreeError as error:
+            fail(error)
         except Exception as error:
             if self.model.is_resuming:
                 path = self.config[self.subcommand]["ckpt_path"]

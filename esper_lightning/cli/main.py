@@ -8,6 +8,7 @@ import os
 import signal
 import sys
 import threading
+import time
 from collections.abc import Callable
 from contextlib import suppress
 from itertools import pairwise
@@ -63,6 +64,7 @@ def _prepare(words: list[str]) -> Callable[[], None]:
     if name in _BUILD_FROM_SETTINGS:
         _find_modules_here()
     if name == "fit":
+        _leave_with_launcher()
         _reserve_run_directory(rest)
     if name in ("fit", "evaluate"):
         from esper_lightning.cli.lightning_cli import prepare  # noqa: PLC0415
@@ -126,6 +128,31 @@ def _reserve_run_directory(words: list[str]) -> None:
         from esper_lightning.forensics.claims import reserve  # noqa: PLC0415
 
         reserve(Path(given[-1]))
+
+
+def _leave_with_launcher() -> None:
+    """End a rank whose launcher is gone before the ranks have met.
+
+    It would wait half an hour for the first rank. Once they have met the flight recorder watches.
+    """
+    launcher = os.getppid()
+
+    def watch() -> None:
+        while not _ranks_have_met():
+            if os.getppid() != launcher:
+                said = "esper: what started this rank is gone, and the ranks had not met."
+                print(said, file=sys.stderr, flush=True)
+                os._exit(1)
+            time.sleep(0.5)
+
+    if os.environ.get("LOCAL_RANK", "0") != "0":
+        threading.Thread(target=watch, daemon=True, name="leaves with its launcher").start()
+
+
+def _ranks_have_met() -> bool:
+    distributed = sys.modules.get("torch.distributed")
+    is_initialized = getattr(distributed, "is_initialized", None)  # it may be half imported
+    return is_initialized is not None and is_initialized()
 
 
 def _return_reserved() -> None:

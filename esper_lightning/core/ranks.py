@@ -11,13 +11,17 @@ from torch import distributed as dist
 
 from esper_lightning.core.tensor_trees import leaves, map_tree, rebuild
 
-__all__ = ["ALONE", "PeerFailedError", "Ranks"]
+__all__ = ["ALONE", "PeerFailedError", "Ranks", "RanksDisagreeError"]
 
 Tree = Any
 
 
 class PeerFailedError(RuntimeError):
     """This rank stops because of what another one found."""
+
+
+class RanksDisagreeError(ValueError):
+    """The ranks do not begin with the same settings and the same state; raised on each of them."""
 
 
 class Ranks:
@@ -53,6 +57,14 @@ class Ranks:
         gathered = [torch.empty_like(packed) for _ in range(self.size)]
         dist.all_gather(gathered, packed)
         return [_unpack(values, tree) for values in gathered]
+
+    def gather_objects(self, mine: Any) -> list[Any]:
+        """A small picklable object of every rank, in their order."""
+        if self.size == 1:
+            return [mine]
+        everyones: list[Any] = [None] * self.size
+        dist.all_gather_object(everyones, mine)
+        return everyones
 
     def collect_states(self, state: Tree) -> list[Tree]:
         """On the first rank the state of every rank, on the CPU; elsewhere an empty list."""

@@ -25,7 +25,7 @@ from esper_lightning.callbacks.loggers import guard_loggers
 from esper_lightning.compiling.loops import CompileMode
 from esper_lightning.core.buffer import rollout_bytes
 from esper_lightning.core.errors import check_arguments, require
-from esper_lightning.core.ranks import ALONE, Ranks
+from esper_lightning.core.ranks import ALONE, Ranks, RanksDisagreeError
 from esper_lightning.core.running_stats import ObsNormalizer, RunningStats
 from esper_lightning.core.seeding import (
     global_random_states,
@@ -74,7 +74,13 @@ from esper_lightning.training.checkpoint.states import (
 )
 from esper_lightning.training.iterations import Iterations
 from esper_lightning.training.publish import publish
-from esper_lightning.training.specs import describe, for_evaluation, plain, require_specs
+from esper_lightning.training.specs import (
+    describe,
+    first_difference,
+    for_evaluation,
+    plain,
+    require_specs,
+)
 
 __all__ = ["PPO"]
 
@@ -239,6 +245,23 @@ class PPO(LightningModule):
             self.trainer.should_stop = strategy.reduce_boolean_decision(stops, all=False)
 
     @override
+    def on_train_epoch_end(self) -> None:
+        """Stop where the weights of ranks are not the same bits, before they are saved.
+
+        Raises:
+            RuntimeError: On every rank, if any differs.
+        """
+        if self._ranks.size > 1:
+            weights = digest({"state_dict": self.state_dict()})
+            got = [f"{each:012x}" for each in self._ranks.gather_objects(weights)]
+            if len(set(got)) > 1:
+                raise RuntimeError(
+                    f"The weights of all ranks must be the same, got {got} in iteration "
+                    f"{self.iteration}. Hosts with other software or hardware, or code that "
+                    "depends on the rank, train different weights."
+                )
+
+    @override
     def validation_step(self, batch: int, batch_idx: int) -> None:
         """Evaluate deterministically.
 
@@ -335,13 +358,16 @@ class PPO(LightningModule):
         """Take up the weights of another run, unless this one is resumed.
 
         Raises:
-            ValueError: If the ranks would not begin with the same state, on each of them.
+            RanksDisagreeError: If they would not begin with the same settings and the same state.
         """
         if self.warm_start is not None and self.iteration == 0 and not self._resuming:
             load_weights(self, self.warm_start)
         if self._ranks.size > 1:
             # Not in on_train_start: a rank whose checkpoint is the end of a run never comes there.
-            self._refuse_to_disagree()
+            try:
+                self._refuse_to_disagree()
+            except ValueError as error:
+                raise RanksDisagreeError(str(error)) from None
 
     @override
     def on_train_start(self) -> None:
@@ -374,10 +400,13 @@ class PPO(LightningModule):
             self.trainer.should_stop = True
 
     def _refuse_to_disagree(self) -> None:
-        """Refuse ranks that found other checkpoints: they would sum gradients of other weights."""
+        """Refuse ranks with other settings or checkpoints: they would train different weights."""
+        own = {name: value for name, value in self.settings.items() if name != "warm_start"}
+        name, values = first_difference("PPO", self._ranks.gather_objects(own))
+        hint = "Every host must have the same settings."
+        require(not values, name, "be the same on all ranks", values, hint)
         numbers = (self.iteration, self._loaded_digest, digest({"state_dict": self.state_dict()}))
-        mine = torch.tensor(numbers, dtype=torch.float64, device=self.device)
-        everyones = [tuple(map(int, each.tolist())) for each in self._ranks.gather(mine)]
+        everyones: list[tuple[int, int, int]] = self._ranks.gather_objects(numbers)
         self._loaded_digest = 0
         got: list[int | str] = [iteration for iteration, *_ in everyones]
         if len(set(got)) == 1:  # what the files hold tells them apart

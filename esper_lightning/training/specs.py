@@ -5,7 +5,7 @@ The form is the command line's own: ``class_path`` and ``init_args``.
 
 import dataclasses
 import importlib
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any, cast
 
 from esper_lightning.core.errors import require
@@ -13,7 +13,14 @@ from esper_lightning.envs.base import EnvSpec
 from esper_lightning.envs.inspector import is_count
 from esper_lightning.policies.base import PolicySpec
 
-__all__ = ["describe", "for_evaluation", "instantiate", "plain", "require_specs"]
+__all__ = [
+    "describe",
+    "first_difference",
+    "for_evaluation",
+    "instantiate",
+    "plain",
+    "require_specs",
+]
 
 Description = dict[str, Any]
 _PLAIN = (bool, int, float, str, type(None))
@@ -37,6 +44,29 @@ def plain(value: object) -> Any:
     if isinstance(value, list | tuple):
         return [plain(item) for item in cast(list[object], value)]
     return value if isinstance(value, _PLAIN) else {_OPAQUE: repr(value)}
+
+
+def first_difference(name: str, values: Sequence[Any]) -> tuple[str, list[Any]]:
+    """The first setting in which plain data differ.
+
+    Args:
+        name: Name of the whole, with which that of the setting begins.
+        values: Data from ``plain``, one for each rank.
+
+    Returns:
+        Its dotted name, and its values; no values if all are the same.
+    """
+    if all(value == values[0] for value in values):
+        return name, []
+    if not all(isinstance(value, Mapping) for value in values):
+        return name, list(values)
+    mappings = cast(Sequence[Mapping[str, Any]], values)
+    for key in dict.fromkeys(key for mapping in mappings for key in mapping):
+        inner = name if key == "init_args" else f"{name}.{key}"
+        found = first_difference(inner, [mapping.get(key) for mapping in mappings])
+        if found[1]:
+            return found
+    return name, list(values)
 
 
 def describe(spec: object) -> Description:

@@ -244,3 +244,30 @@ def test_a_kill_during_imports_leaves_the_name_of_the_process(tmp_path, capsys):
     assert said.rstrip().endswith(vanished)
     command_line(["crash", "--json", str(run)])
     assert json.loads(capsys.readouterr().out)["owner"]["pid"] == process.pid
+
+
+LAUNCHES = """
+import subprocess, sys
+subprocess.run([sys.executable, "-m", "esper_lightning", *sys.argv[1:]])
+"""
+
+
+@pytest.mark.ddp
+@pytest.mark.crash
+def test_a_rank_whose_launcher_is_killed_before_the_ranks_have_met_leaves():
+    ranks = {"RANK": "1", "LOCAL_RANK": "1", "WORLD_SIZE": "2", "LOCAL_WORLD_SIZE": "2"}
+    ranks |= {"GROUP_RANK": "0", "TORCHELASTIC_RUN_ID": "x"}  # and nobody is at the address:
+    ranks |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": "9"}
+    words = [*FIT, "--trainer.devices=2", "--trainer.strategy=ddp", "--run_dir=run"]
+    with subprocess.Popen(
+        [sys.executable, "-c", LAUNCHES, *words],
+        env={**os.environ, **ranks},
+        stderr=subprocess.PIPE,
+        text=True,
+    ) as launcher:
+        for line in launcher.stderr:
+            if "Initializing distributed" in line:
+                break
+        launcher.kill()
+        said = launcher.stderr.read()  # ends when the rank does
+    assert "what started this rank is gone" in said

@@ -94,6 +94,10 @@ class Digest(Callback):
 
     def on_train_batch_start(self, trainer, pl_module, batch, batch_idx):
         if pl_module.iteration + 1 == self.dies_in and trainer.global_rank == self.rank:
+            if self.fault == "drift":
+                with torch.no_grad():
+                    next(pl_module.parameters()).add_(1e-6)
+                return
             self.trainer = trainer
             threading.Timer(self.delay_s, self.die).start()
 
@@ -121,11 +125,15 @@ def main(
     compile="off",  # noqa: A002
     evaluates=True,
     remembers=False,
+    elsewhere=None,  # settings of PPO on the other ranks
 ):
     torch.set_num_threads(1)
     # "{rank}" in it: hosts that share no disk.
     directory = directory.format(rank=os.environ.get("LOCAL_RANK", "0"))
-    config = PPOConfig(**{"rollout_steps": 16, "minibatches": 2, "epochs": 2, **(ppo or {})})
+    ppo = {"rollout_steps": 16, "minibatches": 2, "epochs": 2, **(ppo or {})}
+    if os.environ.get("LOCAL_RANK", "0") != "0":
+        ppo |= elsewhere or {}
+    config = PPOConfig(**ppo)
     model = PPO(
         ENVS[env](num_envs=num_envs),
         Recurrent(memory_size=8) if remembers else MLP(),

@@ -142,6 +142,26 @@ def test_nan_on_one_rank_ends_both_and_is_blamed_on_it(tmp_path):
     assert reports[1]["error"]["type"].endswith("NonFiniteError")
 
 
+def test_ranks_with_other_settings_are_refused_on_all_of_them(tmp_path):
+    status, stderr = run(tmp_path, devices=2, budget=1000, elsewhere={"learning_rate": 0.1})
+    assert status != 0
+    said = "PPO.ppo.learning_rate must be the same on all ranks, got [0.0003, 0.1]. Every host"
+    assert stderr.count(f"RanksDisagreeError: {said}") == 2
+    assert [history(tmp_path, rank) for rank in range(2)] == [[], []]
+
+
+def test_ranks_whose_weights_come_apart_stop_before_they_are_saved(tmp_path):
+    settings = {"fault": "drift", "dies_in": 3, "every": 4, "evaluates": False}
+    status, stderr = run(tmp_path, devices=2, budget=2000, **settings)
+    assert status != 0
+    said = r"RuntimeError: The weights of all ranks must be the same, got \['(\w+)', '(\w+)'\]"
+    first, second = re.findall(said, stderr)
+    assert first == second
+    assert len(set(first)) == 2
+    assert [row["iteration"] for row in history(tmp_path)] == [1, 2, 3, 4]
+    assert not (tmp_path / "checkpoints" / "last.ckpt").exists()
+
+
 def test_a_stop_of_one_rank_stops_all(tmp_path):
     status, stderr = run(tmp_path, devices=2, budget=2000, fault="stop", dies_in=3)
     assert status == 0, stderr
@@ -316,7 +336,9 @@ def check_refused(tmp_path, of_1000_steps, change, evaluates, budget, begins):
     status, stderr = run(str(tmp_path / "{rank}"), **settings)
     assert time.monotonic() - began < 100
     assert status == 1, stderr
-    said = re.findall(r"ValueError: ckpt_path must be the same on all ranks, got \[(.*)\]", stderr)
+    said = re.findall(
+        r"RanksDisagreeError: ckpt_path must be the same on all ranks, got \[(.*)\]", stderr
+    )
     assert len(said) == 2, stderr
     assert said[0] == said[1]
     numbers = re.findall(r"\b\d+\b(?= of|,|$)", said[0])

@@ -9,7 +9,7 @@ import torch
 from esper_lightning import MLP, PPOConfig
 from esper_lightning.envs import CartPole, EnvSpec
 from esper_lightning.training.checkpoint.states import settings_of
-from esper_lightning.training.specs import describe, for_evaluation, plain
+from esper_lightning.training.specs import describe, first_difference, for_evaluation, plain
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -74,3 +74,12 @@ def test_an_evaluation_has_a_hundred_episodes_unless_it_is_told_otherwise():
     assert for_evaluation(spec, None).num_envs == 100
     assert for_evaluation(spec, 3) == CartPole(num_envs=3)
     assert for_evaluation(spec, 4) is spec
+
+
+def test_the_first_setting_that_differs_is_named() -> None:
+    one = {"env": {"class_path": "A", "init_args": {"n": 1, "m": 2}}, "ppo": {"clip": 0.2}}
+    other = {"env": {"class_path": "A", "init_args": {"n": 1, "m": 3}}, "ppo": {"clip": 0.1}}
+    assert first_difference("PPO", [one, one]) == ("PPO", [])
+    assert first_difference("PPO", [one, other, one]) == ("PPO.env.m", [2, 3, 2])
+    assert first_difference("PPO", [{"seed": 1}, {}]) == ("PPO.seed", [1, None])
+    assert first_difference("PPO", [{"env": one}, {"env": 3}]) == ("PPO.env", [one, 3])
