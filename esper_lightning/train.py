@@ -46,6 +46,7 @@ from esper_lightning.training.module import PPO
 from esper_lightning.training.specs import require_specs
 
 _WRITTEN = ("config.yaml", "checkpoints", "hparams.yaml", "metrics.csv")  # beside rank<k>
+_FETCH_S = 30.0  # without a byte from a remote place, before the run begins without it
 
 __all__ = [
     "begin_run",
@@ -259,7 +260,7 @@ def begin_run(trainer: Trainer, env: EnvSpec, run_dir: str | Path | None, config
     layout = RunLayout(held.directory)
     try:
         if address is not None and not held.was_run:  # it may have run on another machine
-            Mirror(held.directory, address, rank=0).fetch()
+            Mirror(held.directory, address, rank=0).fetch(seconds=_FETCH_S)
         is_known = held.was_run or address is not None
         theirs = sorted(
             path.name

@@ -7,6 +7,7 @@ What must survive a kill is written to a local disk. A run whose directory is a 
 # pyright: reportMissingTypeStubs=false, reportUnknownVariableType=false
 # pyright: reportUnknownArgumentType=false
 
+import contextlib
 import logging
 import re
 import threading
@@ -23,6 +24,7 @@ _log = logging.getLogger(__name__)
 _ADDRESS = re.compile(r"([a-z][a-z0-9+.-]+):/+(.*)", re.DOTALL)
 _OF_THE_DEAD_S = 60.0
 _LOCAL = ("file", "local")
+_PARTIAL = ".fetched"  # a file that is arriving
 _NOT_COPIED = ("owner.lock", "phases.ring")
 
 
@@ -40,7 +42,8 @@ def place_of(location: str | Path) -> tuple[Path, str | None]:
         ValueError: If it is an address of a protocol that nobody knows.
     """
     found = _ADDRESS.fullmatch(str(location))
-    is_known = found is not None and found[1] in fsspec.available_protocols()
+    known = (*fsspec.available_protocols(), *fsspec.registry)  # by name; as classes
+    is_known = found is not None and found[1] in known
     rule = "be a path, or an address of a protocol that fsspec knows"
     require(is_known or "://" not in str(location), "The run directory", rule, str(location))
     if found is None or not is_known:
@@ -55,6 +58,9 @@ def place_of(location: str | Path) -> tuple[Path, str | None]:
 class Mirror:
     """Copies files of a local folder to a remote address; errors are warnings.
 
+    The library that speaks to the remote place may take for ever, so only threads call it: one at
+    a time copies, and nobody waits for it longer than was said.
+
     Args:
         folder: The local folder.
         address: Where to copy to.
@@ -66,7 +72,9 @@ class Mirror:
         self._rank = rank
         self._copied: dict[Path, tuple[int, int]] = {}
         self._lock = threading.Lock()
-        self._thread: threading.Thread | None = None
+        self._thread: threading.Thread | None = None  # that copies
+        self._is_due = False  # another copy, after the one under way
+        self._is_refused = False  # what was copied last
 
     def copy(self, *, seconds: float) -> bool:
         """Copy what has changed since it was copied.
@@ -77,48 +85,113 @@ class Mirror:
         Returns:
             Whether everything was copied within that time.
         """
-        self.copy_soon()
-        assert self._thread is not None
-        self._thread.join(seconds)
-        if self._thread.is_alive():
+        thread = self.copy_soon()
+        thread.join(seconds)
+        if thread.is_alive():
             text = "Copying %s to %s has not ended within %g s: the rest may be missing there."
             _log.warning(text, self.folder, self.address, seconds)
-        return not self._thread.is_alive()
+        return not (thread.is_alive() or self._is_refused)
 
-    def copy_soon(self) -> None:
-        """Copy in a thread; what is being copied is ended first."""
-        self._thread = threading.Thread(target=self._copy, daemon=True, name="run-mirror")
-        self._thread.start()
+    def copy_soon(self) -> threading.Thread:
+        """Copy in a thread, which is returned; after the copy that is under way, if one is."""
+        with self._lock:
+            self._is_due = True
+            thread = self._thread
+            if thread is None:
+                thread = threading.Thread(target=self._copy_while_due, daemon=True)
+                thread.name = "run-mirror"
+                thread.start()
+                self._thread = thread
+        return thread
 
-    def fetch(self) -> None:
+    def _copy_while_due(self) -> None:
+        while True:
+            with self._lock:
+                if not self._is_due:
+                    self._thread = None
+                    return
+                self._is_due = False
+            self._copy()
+
+    def _copy(self) -> None:
+        try:
+            there, root = _file_system(self.address)
+            for path in self._files():
+                known = path.stat()
+                version = (known.st_size, known.st_mtime_ns)
+                if self._copied.get(path) != version:
+                    target = f"{root}/{path.relative_to(self.folder).as_posix()}"
+                    there.makedirs(target.rpartition("/")[0], exist_ok=True)
+                    there.put_file(str(path), target)
+                    self._copied[path] = version
+            self._is_refused = False
+        except Exception as error:  # of whatever library speaks to the remote place
+            if not self._is_refused:  # a copy is due at every checkpoint
+                text = "%s cannot be copied to %s: %r. It stays where it is."
+                _log.warning(text, self.folder, self.address, error)
+            self._is_refused = True
+
+    def fetch(self, *, seconds: float) -> bool:
         """Copy everything from the remote address, if there is anything, for a run to go on from.
 
-        Raises:
-            OSError: If it cannot be read.
+        Files that are here stay as they are. Each comes whole or not at all, and none comes later.
+
+        Args:
+            seconds: How long to wait while nothing arrives.
+
+        Returns:
+            Whether everything that is there is here; otherwise there is one warning.
         """
+        problems: list[str] = []
+        is_over = threading.Event()
+
+        def run() -> None:
+            try:
+                self._fetch(is_over)
+            except Exception as error:  # of whatever library speaks to the remote place
+                problems.append(repr(error))
+
+        thread = threading.Thread(target=run, daemon=True, name="run-fetch")
+        thread.start()
+        try:
+            before, arrived = -1, _bytes_in(self.folder)
+            while thread.is_alive() and arrived > before:
+                thread.join(seconds)
+                before, arrived = arrived, _bytes_in(self.folder)
+        finally:
+            with self._lock:
+                is_over.set()
+        if thread.is_alive():
+            problems.append(f"nothing came within {seconds:g} s")
+            for partial in self.folder.rglob(_PARTIAL):
+                partial.unlink(missing_ok=True)
+        if problems:
+            text = (
+                "What is at %s cannot be fetched: %s. The run begins with what is in %s, and "
+                "its files replace those of the same name there."
+            )
+            _log.warning(text, self.address, problems[0], self.folder)
+        return not problems
+
+    def _fetch(self, is_over: threading.Event) -> None:
         there, root = _file_system(self.address)
         for path in there.find(root):
             name = str(path).removeprefix(root).lstrip("/")
             local = self.folder / name
-            if not local.exists():
-                local.parent.mkdir(parents=True, exist_ok=True)
-                there.get_file(path, str(local))
-
-    def _copy(self) -> None:
-        with self._lock:
+            if is_over.is_set():
+                return
+            if local.exists():
+                continue
+            local.parent.mkdir(parents=True, exist_ok=True)
+            partial = local.with_name(_PARTIAL)
             try:
-                there, root = _file_system(self.address)
-                for path in self._files():
-                    known = path.stat()
-                    version = (known.st_size, known.st_mtime_ns)
-                    if self._copied.get(path) != version:
-                        target = f"{root}/{path.relative_to(self.folder).as_posix()}"
-                        there.makedirs(target.rpartition("/")[0], exist_ok=True)
-                        there.put_file(str(path), target)
-                        self._copied[path] = version
-            except Exception as error:  # of whatever library speaks to the remote place
-                text = "%s cannot be copied to %s: %s. It stays where it is."
-                _log.warning(text, self.folder, self.address, error)
+                there.get_file(path, str(partial))
+                with self._lock:
+                    if is_over.is_set():
+                        return
+                    partial.replace(local)
+            finally:
+                partial.unlink(missing_ok=True)
 
     def _files(self) -> list[Path]:
         mine = f"rank{self._rank}"
@@ -139,6 +212,14 @@ class Mirror:
 def _file_system(address: str) -> tuple[Any, str]:
     there, root = fsspec.url_to_fs(address)
     return there, str(root).rstrip("/")
+
+
+def _bytes_in(folder: Path) -> int:
+    total = 0
+    for path in folder.rglob("*"):
+        with contextlib.suppress(FileNotFoundError):  # it has just got its name
+            total += path.stat().st_size
+    return total
 
 
 def main(folder: str, address: str, rank: str) -> None:

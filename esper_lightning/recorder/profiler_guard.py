@@ -145,6 +145,7 @@ class ProfilerGuard:
                 self._methods[method](*args)
                 self._look_after_windows()
         except Exception as error:
+            self._close_output()
             if isinstance(self.profiler, PyTorchProfiler):
                 lost = self.has_window or not isinstance(error, AssertionError)
                 self._keep_what_there_is(method)
@@ -153,6 +154,21 @@ class ProfilerGuard:
             elif method == "describe":
                 self._keep_what_there_is(method)
             _log.warning("The profiler failed and is off from here on: %r", error)
+
+    def _close_output(self) -> None:
+        """Close the file of the profiler's report, which would raise again when it is collected.
+
+        Where nothing got into it, it does not stay.
+        """
+        file = getattr(self.profiler, "_output_file", None)
+        if file is None:
+            return
+        self.profiler._output_file = self.profiler._write_stream = None
+        _quietly(file.close)
+        with contextlib.suppress(OSError):
+            path = Path(file.name)
+            if path.stat().st_size == 0:
+                path.unlink()
 
     def _keep_what_there_is(self, method: str) -> None:
         """After a failure: a window that is open, and the table, in the run directory."""

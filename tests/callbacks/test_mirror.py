@@ -2,17 +2,20 @@
 
 import logging
 import shutil
+import threading
 import time
 from pathlib import Path
 
 import fsspec
 import pytest
 import torch
+from fsspec.implementations.memory import MemoryFileSystem
+from fsspec.registry import _registry
 from lightning.pytorch import Callback
 from lightning.pytorch.loggers import TensorBoardLogger
 from torch.utils.data import DataLoader
 
-from esper_lightning import FlightRecorder, History, LastCheckpoint
+from esper_lightning import FlightRecorder, History, LastCheckpoint, train
 from esper_lightning.callbacks.mirror import Mirror, place_of
 from esper_lightning.callbacks.run_directory import run_directory
 from esper_lightning.cli.main import main
@@ -28,6 +31,38 @@ def memory(tmp_path, monkeypatch):
     there.store.clear()
     yield there
     there.store.clear()
+
+
+@pytest.fixture
+def hangs(monkeypatch):
+    """Has a method of the remote place never return, until it is told to go on."""
+    go_on = threading.Event()
+
+    def hang(name):
+        true = getattr(MemoryFileSystem, name)
+
+        def held(*args, **kwargs):
+            go_on.wait(60)
+            return true(*args, **kwargs)
+
+        monkeypatch.setattr(MemoryFileSystem, name, held)
+        return go_on
+
+    yield hang
+    go_on.set()
+    assert ended("run-mirror")
+    assert ended("run-fetch")
+
+
+def threads(name):
+    return [thread for thread in threading.enumerate() if thread.name == name]
+
+
+def ended(name):
+    """Wait until no thread of that name is left."""
+    for thread in threads(name):
+        thread.join(30)
+    return not threads(name)
 
 
 def run(make_trainer, *callbacks, act=None, epochs=1, **settings):
@@ -69,6 +104,11 @@ def test_a_location_is_a_folder_or_an_address_with_one(tmp_path, location, folde
 def test_an_address_that_nobody_knows_is_no_folder():
     with pytest.raises(ValueError, match="protocol that fsspec knows, got 'nothing://a'"):
         place_of("nothing://a")
+
+
+def test_a_protocol_of_a_class_that_the_user_registered(tmp_path, monkeypatch):
+    monkeypatch.setitem(_registry, "ours", MemoryFileSystem)  # and back again
+    assert place_of("ours://a/b") == (tmp_path / "runs" / "ours" / "a" / "b", "ours://a/b")
 
 
 def test_an_address_of_the_local_disk_is_a_path():
@@ -133,22 +173,116 @@ def test_a_place_that_takes_nothing_is_a_warning(make_trainer, monkeypatch, capl
     def refuse(*args, **kwargs):
         raise RuntimeError("no credentials")
 
-    monkeypatch.setattr(fsspec.implementations.memory.MemoryFileSystem, "put_file", refuse)
+    monkeypatch.setattr(MemoryFileSystem, "put_file", refuse)
     run(make_trainer, FlightRecorder("memory://b/run", watch=False))
     assert "no credentials" in caplog.text
 
 
-def test_a_place_that_hangs_is_waited_for_so_long(tmp_path, monkeypatch, caplog):
-    def hang(*args, **kwargs):
-        time.sleep(5)
-
+def test_a_place_that_hangs_is_waited_for_so_long(tmp_path, hangs, caplog):
     (tmp_path / "run").mkdir()
     (tmp_path / "run" / "file").write_text("x")
-    monkeypatch.setattr(fsspec.implementations.memory.MemoryFileSystem, "put_file", hang)
+    hangs("put_file")
     began = time.monotonic()
     assert not Mirror(tmp_path / "run", "memory://b", rank=0).copy(seconds=0.2)
     assert time.monotonic() - began < 3
     assert "has not ended within 0.2 s" in caplog.text
+
+
+def test_one_copy_at_a_time_and_one_more_for_all_that_became_due(tmp_path, memory, hangs):
+    (tmp_path / "run").mkdir()
+    mirror = Mirror(tmp_path / "run", "memory://b", rank=0)
+    (tmp_path / "run" / "first").write_text("x")
+    go_on = hangs("put_file")
+    for number in range(20):
+        (tmp_path / "run" / f"later{number}").write_text("x")
+        mirror.copy_soon()
+    assert len(threads("run-mirror")) == 1
+    go_on.set()
+    assert ended("run-mirror")
+    assert len(memory.find("/b")) == 21
+    (tmp_path / "run" / "last").write_text("x")
+    assert mirror.copy(seconds=30)
+    assert memory.exists("/b/last")
+
+
+def test_a_place_that_refuses_is_told_of_once_until_it_works_again(
+    tmp_path, memory, monkeypatch, caplog
+):
+    def refuse(*args, **kwargs):
+        raise RuntimeError("no credentials")
+
+    (tmp_path / "run").mkdir()
+    (tmp_path / "run" / "file").write_text("x")
+    mirror = Mirror(tmp_path / "run", "memory://b", rank=0)
+    for times in (1, 2):
+        with monkeypatch.context() as patches:
+            patches.setattr(MemoryFileSystem, "put_file", refuse)
+            assert not any(mirror.copy(seconds=30) for _ in range(3))
+        assert caplog.text.count("no credentials") == times
+        assert mirror.copy(seconds=30)
+        (tmp_path / "run" / "file").write_text("changed")
+
+
+@pytest.mark.parametrize("method", ["find", "get_file"])
+def test_what_cannot_be_fetched_in_time_never_comes(tmp_path, memory, hangs, caplog, method):
+    memory.pipe_file("/b/rank0/history.jsonl", b"{}")
+    go_on = hangs(method)
+    folder = tmp_path / "run"
+    folder.mkdir()
+    assert not Mirror(folder, "memory://b", rank=0).fetch(seconds=0.1)
+    assert caplog.text.count("cannot be fetched: nothing came within 0.1 s") == 1
+    go_on.set()
+    assert ended("run-fetch")
+    assert [path for path in folder.rglob("*") if path.is_file()] == []
+
+
+def test_what_arrives_slowly_is_waited_for(tmp_path, memory, monkeypatch):
+    def slowly(there, source, target, **kwargs):
+        with Path(target).open("wb", buffering=0) as file:
+            for byte in there.cat_file(source):
+                time.sleep(0.2)
+                file.write(bytes([byte]))
+
+    memory.pipe_file("/b/rank0/history.jsonl", b"12345678")
+    monkeypatch.setattr(MemoryFileSystem, "get_file", slowly)
+    (tmp_path / "run").mkdir()
+    assert Mirror(tmp_path / "run", "memory://b", rank=0).fetch(seconds=0.8)
+    assert (tmp_path / "run" / "rank0" / "history.jsonl").read_bytes() == b"12345678"
+
+
+def test_a_file_that_comes_in_part_is_not_there(tmp_path, memory, monkeypatch, caplog):
+    def torn(there, source, target, **kwargs):
+        Path(target).write_bytes(b"1")
+        raise ConnectionError("gone")
+
+    memory.pipe_file("/b/last.ckpt", b"12345678")
+    monkeypatch.setattr(MemoryFileSystem, "get_file", torn)
+    (tmp_path / "run").mkdir()
+    assert not Mirror(tmp_path / "run", "memory://b", rank=0).fetch(seconds=30)
+    assert list((tmp_path / "run").iterdir()) == []
+    assert caplog.text.count("ConnectionError('gone')") == 1
+
+
+@pytest.mark.filterwarnings("ignore::jsonargparse._deprecated.JsonargparseDeprecationWarning")
+@pytest.mark.parametrize("problem", ["hangs", "refuses"])
+def test_a_run_begins_although_its_address_cannot_be_read(
+    memory, tmp_path, monkeypatch, hangs, caplog, problem
+):
+    class CredentialsError(Exception):
+        pass
+
+    def refuse(*args, **kwargs):
+        raise CredentialsError("none")
+
+    if problem == "hangs":
+        hangs("find")
+        monkeypatch.setattr(train, "_FETCH_S", 0.2)
+    else:
+        monkeypatch.setattr(MemoryFileSystem, "find", refuse)
+    settings = ["--run_dir", "memory://b/run", "--model.total_env_steps", "32"]
+    main(["fit", "--config", CARTPOLE, *QUICK, *settings])
+    assert caplog.text.count("cannot be fetched") == 1
+    assert (tmp_path / "runs" / "memory" / "b" / "run" / "rank0" / "history.jsonl").exists()
 
 
 def test_each_rank_copies_its_folder_and_the_first_what_is_beside(tmp_path, memory):

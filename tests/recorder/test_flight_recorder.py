@@ -376,6 +376,18 @@ class TestAWindowThatCannotGoWhereTheUsersGo:
         assert "Profiler Report" in files.profile.read_text()
         assert read_report(files.process)["state"] == "finished"
 
+    @pytest.mark.parametrize("kind", [SimpleProfiler, AdvancedProfiler, PyTorchProfiler])
+    def test_on_a_full_disk_it_says_nothing_more_when_it_is_collected(
+        self, fit, files, small_disk, caplog, kind
+    ):
+        fill(small_disk)
+        profiler = kind(dirpath=small_disk, filename="table")
+        assert fit(Plain(), profiler=profiler) is None
+        assert "Profiler Report" in files.profile.read_text()
+        assert caplog.text.count("The profiler failed and is off") == 1
+        assert not list(small_disk.glob("*.txt"))
+        profiler.__del__()
+
     def test_or_is_lost_with_one_warning(self, fit, files, tmp_path, caplog):
         (tmp_path / "traces").write_text("")
         files.directory.mkdir()

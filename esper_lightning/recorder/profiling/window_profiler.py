@@ -66,8 +66,8 @@ class WindowProfiler(PyTorchProfiler):
         row_limit: Rows of the table.
 
     Attributes:
-        windows: Files of this run, oldest first; under a limit on the size of files a window may
-            be in several.
+        windows: Those of this run that are on disk, oldest first, each with its files in order of
+            time: one, or several under a limit on the size of files.
         last_table: Where the time of the latest window went.
         logs_table: Whether the table is logged at the end of a run.
 
@@ -121,7 +121,7 @@ class WindowProfiler(PyTorchProfiler):
         self._begin()
 
     def _begin(self) -> None:
-        self.windows: list[Path] = []
+        self.windows: list[list[Path]] = []
         self.last_table: str | None = None
         self._warned: set[str] = set()
         self._steps = 0  # finished
@@ -161,16 +161,19 @@ class WindowProfiler(PyTorchProfiler):
         if self._is_step(action_name) and sys.exc_info()[1] is self._outer:
             self._after_step()
 
-    def finish_window(self) -> Path | None:
-        """Close the open window and write it, whatever the schedule says; ``None`` without one.
+    def finish_window(self) -> list[Path]:
+        """Close the open window and write it, whatever the schedule says.
 
         To be called in the thread that trains. Nothing is being recorded afterwards.
+
+        Returns:
+            The files of the window; none without one, or where no place takes it.
         """
         results = self._end_session()
         profile, self.profiler = self.profiler, None
         if results is None or not isinstance(profile, torch.profiler.profile) or self._probing:
             self._probing = False
-            return None
+            return []
         steps = max(1, self._steps - self._first)
         self._events_per_step = len(results.events()) / steps
         self.last_table = operator_table(results, row_limit=self.row_limit)
@@ -179,9 +182,10 @@ class WindowProfiler(PyTorchProfiler):
         except OSError as error:
             self._warn("The table of the latest window cannot be written: %s", error)
         written = self._write_window(profile)
-        self.windows += written
+        if written:
+            self.windows.append(written)
         self._remove_oldest()
-        return written[-1] if written else None
+        return written
 
     def _write_window(self, profile: torch.profiler.profile) -> list[Path]:
         """Where the user wants it, or else in the run directory; empty where neither takes it."""
@@ -303,10 +307,11 @@ class WindowProfiler(PyTorchProfiler):
 
     def _remove_oldest(self) -> None:
         while len(self.windows) > self.keep:
-            try:
-                self.windows.pop(0).unlink(missing_ok=True)
-            except OSError as error:
-                _log.warning("An old window stays: %s", error)
+            for path in self.windows.pop(0):
+                try:
+                    path.unlink(missing_ok=True)
+                except OSError as error:
+                    _log.warning("An old window stays: %s", error)
 
     def _write_table(self, table: str) -> None:
         if self._run_directory is not None:

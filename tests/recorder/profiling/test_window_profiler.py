@@ -17,7 +17,7 @@ from torch.utils.data import DataLoader
 from esper_lightning.recorder.profiling import trace_export
 from esper_lightning.recorder.profiling.window_profiler import WindowProfiler
 
-CONFIGS = Path(__file__).parents[2] / "configs"
+CONFIGS = Path(__file__).parents[3] / "configs"
 
 
 class Plain(LightningModule):
@@ -80,7 +80,7 @@ def test_records_what_the_schedule_says(fit, schedule, steps, expected):
     assert found == expected
     for path, (first, last) in zip(traces, expected, strict=True):
         assert calls(path, "aten::special_erfcx") == last - first + 1
-    assert sorted(profiler.windows) == sorted(traces)
+    assert profiler.windows == [[path] for path in traces]
     assert (profiler.last_table is None) == (not expected)
 
 
@@ -106,7 +106,7 @@ def test_a_window_has_all_the_steps_that_its_bound_allows_and_no_more(fit):
         settings = {"wait": 1, "warmup": 1, "active": 8, "max_events": int(bound * of_one_step)}
         profiler = WindowProfiler(filename=f"bound{steps}", **settings)
         fit(profiler, steps=12)
-        assert [calls(path, "aten::special_erfcx") for path in profiler.windows] == [steps]
+        assert [calls(path, "aten::special_erfcx") for (path,) in profiler.windows] == [steps]
 
 
 def test_keeps_its_latest_windows_only(fit, tmp_path):
@@ -115,8 +115,23 @@ def test_keeps_its_latest_windows_only(fit, tmp_path):
     kept.write_bytes(b"")
     profiler = WindowProfiler(wait=1, warmup=0, active=1, repeat=0, keep=2)
     traces = fit(profiler, steps=9)
-    assert traces == [kept, *profiler.windows]
-    assert list(map(first_step, profiler.windows)) == [5, 7]
+    assert [[path] for path in traces] == [[kept], *profiler.windows]
+    assert [first_step(path) for (path,) in profiler.windows] == [5, 7]
+
+
+def test_a_window_in_many_files_counts_as_one(fit, monkeypatch):
+    most = 1000  # bytes a file, as under a limit on the size of files
+    true = trace_export._pieces
+    monkeypatch.setattr(trace_export, "_BATCH", 8)
+    monkeypatch.setattr(trace_export, "_written_by_kineto", lambda *_: False)
+    monkeypatch.setattr(trace_export, "_pieces", lambda results, _: true(results, most))
+    profiler = WindowProfiler(wait=1, warmup=0, active=1, repeat=0, keep=2)
+    traces = fit(profiler, steps=9)
+    assert sorted(traces) == sorted(path for window in profiler.windows for path in window)
+    assert [{first_step(path) for path in window} for window in profiler.windows] == [{5}, {7}]
+    for window in profiler.windows:
+        assert len(window) > 2
+        assert sum(calls(path, "aten::special_erfcx") for path in window) == 1
 
 
 def test_the_debug_profile_records_as_long_as_the_run_goes_on():
@@ -149,10 +164,9 @@ def test_an_exception_does_not_end_a_step(make_trainer, tmp_path):
     data = DataLoader(torch.randn(6, 4))
     with pytest.raises(RuntimeError, match="injected"):
         trainer.fit(Plain(dies_at=2), data, data)
-    path = profiler.finish_window()
-    assert path is not None
+    (path,) = profiler.finish_window()
     assert calls(path, "aten::special_erfcx") == 1
-    assert profiler.finish_window() is None
+    assert profiler.finish_window() == []
     assert not torch._C._autograd._profiler_enabled()
 
 
@@ -170,7 +184,7 @@ def test_where_a_folder_takes_nothing_the_run_directory_does(
     profiler = WindowProfiler(folder, **settings)
     traces = fit(profiler, steps=5)
     assert [calls(path, "aten::special_erfcx") for path in traces] == [1, 1, 1]
-    assert profiler.windows == traces
+    assert profiler.windows == [[path] for path in traces]
     assert caplog.text.count(f"{folder} takes no traces") == 1
     assert [path for path in tmp_path.rglob("*.*") if path.name.startswith(".")] == []
 
