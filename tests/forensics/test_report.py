@@ -83,6 +83,29 @@ def test_where_no_file_may_grow_the_report_is_written_into_reserved_room(tmp_pat
     assert read_report(tmp_path / "crash.json")["number"] == 1
 
 
+@pytest.mark.parametrize("limit", [65536, 16384, 4096, 1024])
+@pytest.mark.parametrize("reserved", [False, True])
+def test_a_limit_on_the_size_of_files_leaves_as_much_of_a_report_as_it_allows(
+    tmp_path, limit, reserved
+):
+    report = {"cause": "exception", "pid": 1, "host": "a" * 30, "boot": "b" * 36}
+    error = {"type": "ValueError", "message": "m" * 99_999, "traceback": ["line " * 99] * 999}
+    report |= {"error": error, "metrics": {str(number): 0.5 for number in range(9999)}}
+    pid = os.fork()
+    if pid == 0:
+        signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
+        resource.setrlimit(resource.RLIMIT_FSIZE, (limit, limit))
+        if reserved:
+            reserve_room(tmp_path)
+        write_report(tmp_path / "crash.json", report)
+        os._exit(0)
+    assert os.waitpid(pid, 0)[1] == 0
+    found = read_report(tmp_path / "crash.json")
+    assert found["cause"] == "exception"
+    assert found["boot"] == "b" * 36
+    assert found["error"]["message"].startswith("m" * 64)
+
+
 def test_room_is_given_back(tmp_path):
     reserve_room(tmp_path)
     assert sum(path.stat().st_blocks * 512 for path in tmp_path.iterdir()) >= 3 * 65536
