@@ -230,7 +230,7 @@ def test_event_files_that_no_run_wrote_are_refused(train, tmp_path):
     path = tmp_path / "run" / "events.out.tfevents.1.mine.1.0"
     path.parent.mkdir()
     path.write_text("mine")
-    with pytest.raises(ValueError, match="It holds events.out.tfevents.1.mine.1.0, which no run"):
+    with pytest.raises(ValueError, match=r"It holds events\.out\.\S+, which no run"):
         train(2)
     assert [path.name for path in path.parent.iterdir()] == [path.name]
 

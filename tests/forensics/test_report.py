@@ -5,6 +5,7 @@ import multiprocessing
 import os
 import resource
 import signal
+import sys
 
 import pytest
 
@@ -12,6 +13,7 @@ from esper_lightning.forensics.report import (
     KEPT_ASIDE,
     read_report,
     release_room,
+    replace_keeping,
     reserve_room,
     set_aside,
     write_aside,
@@ -157,6 +159,38 @@ class TestSettingAside:
                 results = pool.map(set_aside, [path] * 4, chunksize=1)
                 (winner,) = [result for result in results if result]
                 assert contents(path.parent) == {winner.name: "x"}
+
+    @pytest.mark.parametrize("links", [True, False])
+    def test_for_a_new_version_has_one_or_the_other_in_place_at_any_moment(
+        self, tmp_path, monkeypatch, links
+    ):
+        path, seen = tmp_path / "config.yaml", []
+
+        def look(event, _):
+            if event.startswith("os.") or event == "open":
+                seen.append(path.exists() and path.read_bytes() in (b"old", b"new"))
+
+        def no_link(*_):
+            raise PermissionError
+
+        if not links:
+            monkeypatch.setattr(os, "link", no_link)
+        path.write_text("old")
+        busy = []
+
+        def hook(event, arguments):
+            if watching and not busy:
+                busy.append(True)
+                look(event, arguments)
+                busy.clear()
+
+        watching = True
+        sys.addaudithook(hook)
+        replace_keeping(path, b"new")
+        watching = False
+        assert seen
+        assert all(seen)
+        assert contents(tmp_path) == {"config.yaml": "new", "config.yaml.1": "old"}
 
     def test_of_parts_is_whole_or_not_at_all(self, small_disk):
         path = small_disk / "history.jsonl"

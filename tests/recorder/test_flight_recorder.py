@@ -585,6 +585,16 @@ def test_a_directory_with_somebody_elses_files_is_refused(fit, files, name):
     assert [path.name for path in files.directory.parent.iterdir()] == ["rank0"]
 
 
+def test_evidence_that_no_place_took_is_not_said_to_be_saved(fit, files, monkeypatch):
+    def refuse(*_):
+        raise OSError(errno.ENOSPC, "No space left")
+
+    monkeypatch.setattr(rescue, "write_report", refuse)
+    fit(Plain(raise_at(3)))
+    process = read_report(files.process)
+    assert (process["state"], process["saved"]) == ("failed", False)
+
+
 class TestASecondRunInTheSameDirectory:
     def test_sets_aside_what_the_first_one_left(self, fit, files):
         fit(Plain(raise_at(3)), profiler=PyTorchProfiler(schedule=None))
