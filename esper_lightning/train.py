@@ -33,7 +33,7 @@ from esper_lightning.envs.base import EnvSpec
 from esper_lightning.forensics.claims import claim
 from esper_lightning.forensics.files import read_json_lines, write_atomically
 from esper_lightning.forensics.layout import RankLayout, RunLayout
-from esper_lightning.forensics.report import set_aside
+from esper_lightning.forensics.report import replace_keeping
 from esper_lightning.policies import MLP
 from esper_lightning.policies.base import PolicySpec
 from esper_lightning.ppo.config import PPOConfig
@@ -45,8 +45,8 @@ from esper_lightning.training.checkpoint.states import load_checkpoint
 from esper_lightning.training.module import PPO
 from esper_lightning.training.specs import require_specs
 
-_WRITTEN = ("config.yaml", "checkpoints", "hparams.yaml", "metrics.csv")  # beside rank<k>
 _FETCH_S = 30.0  # without a byte from a remote place, before the run begins without it
+_WRITTEN = ("config.yaml", "checkpoints", "hparams.yaml", "metrics.csv", "events.out.tfevents.*")
 
 __all__ = [
     "begin_run",
@@ -258,23 +258,16 @@ def begin_run(trainer: Trainer, env: EnvSpec, run_dir: str | Path | None, config
         directory, address = place_of(run_dir)
         held = claim(directory)
     layout = RunLayout(held.directory)
+    used = False
     try:
+        held.refuse_others(_WRITTEN)
         if address is not None and not held.was_run:  # it may have run on another machine
+            used = True  # from the first file on that is fetched
             Mirror(held.directory, address, rank=0).fetch(seconds=_FETCH_S)
-        is_known = held.was_run or address is not None
-        theirs = sorted(
-            path.name
-            for path in held.directory.iterdir()
-            if path.name in _WRITTEN or path.name.removeprefix("rank").isdecimal()
-        )
-        hint = f"It holds {' and '.join(theirs)}, which no run wrote."
-        rule = "name a new directory or that of a run"
-        require(is_known or not theirs, "run_dir", rule, str(held.directory), hint)
         if not layout.config.exists() or layout.config.read_text() != config:
-            set_aside(layout.config)
-            write_atomically(layout.config, config.encode())
+            replace_keeping(layout.config, config.encode())
     except BaseException:
-        held.release(used=False)
+        held.release(used=used)
         raise
     assign_run_directory(trainer, held, address)
 

@@ -13,6 +13,7 @@ from esper_lightning.envs import CartPole
 from esper_lightning.forensics.files import read_json_lines
 from esper_lightning.ppo.metrics import EVAL_RETURN
 from esper_lightning.training import module
+from tests.disks import fill
 
 SMALL = PPOConfig(rollout_steps=4, minibatches=2, epochs=1)
 
@@ -213,6 +214,25 @@ def test_resuming_from_nothing(train, tmp_path):
     with pytest.raises(ValueError, match=r"ckpt_path must name a whole .*, got '.*torn'"):
         train(resume_path=tmp_path / "torn")
     assert not (tmp_path / "run").exists()
+
+
+def test_a_full_disk_leaves_the_settings_of_the_run_before(train, small_disk):
+    run = small_disk / "run"
+    train(2, run_dir=run)
+    before = {path.name: path.read_bytes() for path in run.glob("config.yaml*")}
+    fill(small_disk)
+    with pytest.raises(OSError, match="No space"):
+        train(2, run_dir=run, seed=1, ppo=PPOConfig(rollout_steps=8, minibatches=2, epochs=1))
+    assert {path.name: path.read_bytes() for path in run.glob("config.yaml*")} == before
+
+
+def test_event_files_that_no_run_wrote_are_refused(train, tmp_path):
+    path = tmp_path / "run" / "events.out.tfevents.1.mine.1.0"
+    path.parent.mkdir()
+    path.write_text("mine")
+    with pytest.raises(ValueError, match=r"It holds events\.out\.\S+, which no run"):
+        train(2)
+    assert [path.name for path in path.parent.iterdir()] == [path.name]
 
 
 def test_an_error_says_where_the_evidence_is(train, tmp_path, monkeypatch):

@@ -20,9 +20,8 @@ from typing_extensions import override
 
 from esper_lightning.callbacks.run_directory import open_run_directory
 from esper_lightning.core.errors import check_arguments
-from esper_lightning.forensics.files import write_atomically
 from esper_lightning.forensics.layout import RunLayout
-from esper_lightning.forensics.report import set_aside
+from esper_lightning.forensics.report import replace_keeping, set_aside
 
 __all__ = ["BestCheckpoint", "LastCheckpoint"]
 
@@ -151,8 +150,7 @@ class BestCheckpoint(_OneFile):
             _log.warning(lost, self.path.name, loaded)
             return
         if trainer.is_global_zero and found.resolve() != self.path.resolve():
-            set_aside(self.path)
-            write_atomically(self.path, found.read_bytes())
+            replace_keeping(self.path, found.read_bytes())
         self.best_model_path = self.kth_best_model_path = str(self.path)
         self.best_model_score = self.kth_value = score
         self.best_k_models = {str(self.path): score}

@@ -2,10 +2,11 @@
 
 The run directory of a Trainer is, in this order: the ``dirpath`` that one of its callbacks was
 given; the folder of its first logger that has a folder for each run (TensorBoard and CSV);
-``default_root_dir``, where that is not the current directory and no living run has it; or else a
-new ``lightning_logs/version_<n>`` below. The first rank claims it (``forensics.claims``), the
-others are told. Where it is a remote address, the run writes into a local folder, which is copied
-there at every checkpoint and at the end (``callbacks.mirror``).
+``default_root_dir``, where that is not the current directory and neither a run nor anybody else has
+or had files of a run's names there; or else a new ``lightning_logs/version_<n>`` below. The first
+rank claims it (``forensics.claims``), the others are told. Where it is a remote address, the run
+writes into a local folder, which is copied there at every checkpoint and at the end
+(``callbacks.mirror``).
 """
 # Lightning sets many attributes of its Trainer where no type checker sees them.
 # pyright: reportAttributeAccessIssue=false, reportPrivateUsage=false
@@ -21,11 +22,19 @@ from lightning.pytorch import Callback, Trainer
 from lightning.pytorch.callbacks import ModelCheckpoint
 from lightning.pytorch.loggers import CSVLogger, TensorBoardLogger
 from lightning.pytorch.loggers.csv_logs import ExperimentWriter
+from lightning.pytorch.strategies.launchers import _MultiProcessingLauncher
 from lightning.pytorch.trainer.states import TrainerStatus
 
 from esper_lightning.callbacks.mirror import Mirror, place_of
 from esper_lightning.core.errors import require
-from esper_lightning.forensics.claims import Claim, DirectoryInUseError, claim, claim_next
+from esper_lightning.forensics.claims import (
+    Claim,
+    DirectoryInUseError,
+    DirectoryRefusedError,
+    claim,
+    claim_next,
+    holds_a_run,
+)
 from esper_lightning.forensics.layout import RunLayout
 from esper_lightning.forensics.report import set_aside
 
@@ -119,15 +128,16 @@ def open_run_directory(
 
     Raises:
         DirectoryInUseError: If a living run owns the directory; on all ranks alike.
-        ValueError: If it holds somebody else's ``owner.lock``, or its address has no known
-            protocol; on all ranks alike.
+        DirectoryRefusedError: If it is not a run's, and files are where a run has its own; on all
+            ranks alike.
+        ValueError: If its address has no known protocol; on all ranks alike.
     """
     if trainer.fast_dev_run:
         return None
     found = _of_trainers.get(trainer)
     if found is None or not found.is_open:
         told = _default_directory(trainer)
-        found = _take(trainer) if alone else _agree(trainer)
+        found = _take(trainer, alone=alone) if alone else _agree(trainer)
         found.begin(trainer.global_rank)
         _of_trainers[trainer] = found
         if told != found.directory:
@@ -171,7 +181,8 @@ def claim_new(trainer: Trainer, parent: Path) -> tuple[Claim, str | None]:
         The claim, and the remote address if the place has one.
 
     Raises:
-        DirectoryInUseError: If a living run owns the place that was given.
+        DirectoryRefusedError: If a living run owns the place that was given, or files are where a
+            run has its own, and no run wrote them.
         OSError: If the directory cannot be made.
     """
     given, logger = given_directory(trainer), _numbered(trainer)
@@ -239,20 +250,22 @@ def _agree(trainer: Trainer) -> _RunDirectory:
     return mine or _RunDirectory(Path(directory), None, address)
 
 
-def _take(trainer: Trainer) -> _RunDirectory:
+def _take(trainer: Trainer, *, alone: bool = False) -> _RunDirectory:
     """Claim the directory of a Trainer, anew if its runs have one already."""
     found = _of_trainers.get(trainer)
     if found is not None:
         if found.claim is None or not found.claim.holds:
             found.claim = _claim(found.directory)
     else:
-        found = _choose(trainer)
+        spawned = isinstance(trainer.strategy.launcher, _MultiProcessingLauncher)
+        found = _choose(trainer, joins=alone and spawned)
     if found.claim is not None:
         weakref.finalize(trainer, found.claim.release)
     return found
 
 
-def _choose(trainer: Trainer) -> _RunDirectory:
+def _choose(trainer: Trainer, *, joins: bool) -> _RunDirectory:
+    """Choose and claim a directory; ``joins`` where processes of the run may have done so."""
     given, logger = given_directory(trainer), _numbered(trainer)
     if given is not None:
         directory, address = place_of(given)
@@ -262,12 +275,15 @@ def _choose(trainer: Trainer) -> _RunDirectory:
         directory, address = place_of(logger.log_dir)
         return _RunDirectory(directory, held, address)
     root, address = place_of(trainer.default_root_dir)
+    parent = root / "lightning_logs"
     if root != Path.cwd():
         try:
-            return _RunDirectory(root, _claim(root), address)
-        except DirectoryInUseError as error:
-            _log.warning("%s This run makes a directory below it.", error)
-    parent = root / "lightning_logs"
+            if joins or not holds_a_run(root):
+                return _RunDirectory(root, _claim(root), address)
+            text = "%s has the files of an earlier run: this one makes a directory in %s."
+            _log.warning(text, root, parent)
+        except DirectoryRefusedError as error:
+            _log.warning("%s This run makes a directory in %s.", error, parent)
     try:
         held = claim_next(parent)
     except OSError as error:

@@ -24,8 +24,10 @@ from esper_lightning.forensics.report import read_report
 __all__ = [
     "Claim",
     "DirectoryInUseError",
+    "DirectoryRefusedError",
     "claim",
     "claim_next",
+    "holds_a_run",
     "read_owner",
     "reserve",
     "return_reserved",
@@ -36,9 +38,14 @@ _HANDOVER_S = 1.0  # in which a process that has just taken the lock writes who 
 _MOST_BYTES = 4096
 _OURS = b'{"pid"'  # how what ``_write`` writes begins
 _NO_LOCKS = (errno.ENOLCK, errno.ENOSYS, errno.EOPNOTSUPP, errno.EINVAL)
+_WRITTEN = ("rank[0-9]*", "checkpoints/last.ckpt", "checkpoints/best.ckpt")  # by callbacks
 
 
-class DirectoryInUseError(ValueError):
+class DirectoryRefusedError(ValueError):
+    """The directory is no place for a run: what others have there could be lost."""
+
+
+class DirectoryInUseError(DirectoryRefusedError):
     """A living run owns the directory."""
 
 
@@ -54,7 +61,7 @@ class Claim:
         self, directory: Path, lock: int, *, made: Sequence[Path], had_owner: bool
     ) -> None:
         self.directory = directory
-        self.was_run = had_owner or _holds_a_run(directory)
+        self.was_run = had_owner or _names_a_process(directory)
         self._lock, self._made, self._had_owner = lock, made, had_owner
         self._pid = os.getpid()
         _claims.add(self)
@@ -63,6 +70,24 @@ class Claim:
         """Add to what ``owner.lock`` says, for others to read."""
         if self.holds:
             _write(self._lock, {**_read(self._lock), **fields})
+
+    def refuse_others(self, written: Sequence[str] = _WRITTEN) -> None:
+        """Refuse a directory in which somebody else than a run has files where a run has its own.
+
+        Args:
+            written: Patterns of the names that the run will write, relative to the directory; those
+                of its callbacks are looked for by ``claim``.
+
+        Raises:
+            DirectoryRefusedError: If there are such files.
+        """
+        if self.was_run:
+            return
+        theirs = sorted({path for pattern in written for path in self.directory.glob(pattern)})
+        if theirs:
+            names = str(theirs[0].relative_to(self.directory))
+            names += f" and {len(theirs) - 1} more" if len(theirs) > 1 else ""
+            raise _not_of_a_run(self.directory, names)
 
     @property
     def holds(self) -> bool:
@@ -111,7 +136,7 @@ def claim(directory: Path) -> Claim:
 
     Raises:
         DirectoryInUseError: If a living run owns it, naming the process.
-        ValueError: If its ``owner.lock`` is somebody else's file.
+        DirectoryRefusedError: If files are where a run has its own, and no run wrote them.
         OSError: If the directory, or a file in it, cannot be made.
     """
     directory = directory.absolute()
@@ -120,7 +145,18 @@ def claim(directory: Path) -> Claim:
         return reserved
     made = [folder for folder in (directory, *directory.parents) if not folder.exists()]
     directory.mkdir(parents=True, exist_ok=True)
-    return _claim(directory, made=made)
+    held = _claim(directory, made=made)
+    try:
+        held.refuse_others()
+    except BaseException:
+        held.release(used=False)
+        raise
+    return held
+
+
+def holds_a_run(directory: Path) -> bool:
+    """Whether a run has, or had, its files in a directory."""
+    return RunLayout(directory).owner.exists() or _names_a_process(directory)
 
 
 def reserve(directory: Path) -> None:
@@ -132,8 +168,7 @@ def reserve(directory: Path) -> None:
     """
     directory = directory.absolute()
     with contextlib.suppress(OSError, ValueError):
-        of_a_run = RunLayout(directory).owner.exists() or _holds_a_run(directory)
-        if not of_a_run and directory.exists() and any(directory.iterdir()):
+        if not holds_a_run(directory) and directory.exists() and any(directory.iterdir()):
             return
         _reserved[directory] = claim(directory)
 
@@ -207,9 +242,7 @@ def _lock(directory: Path) -> int:
         begins = os.pread(lock, len(_OURS), 0)
         if not _OURS.startswith(begins):
             os.close(lock)
-            rule = "name a new directory or that of a run"
-            hint = f"It holds {path.name}, which no run wrote."
-            raise ValueError(f"The run directory must {rule}, got {str(directory)!r}. {hint}")
+            raise _not_of_a_run(directory, path.name)
         try:
             fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except OSError as error:
@@ -236,7 +269,7 @@ def _owners(directory: Path, lock: int) -> list[dict[str, Any]]:
     return [_read(lock), *(rank for rank in ranks if rank.get("state") == "running")]
 
 
-def _holds_a_run(directory: Path) -> bool:
+def _names_a_process(directory: Path) -> bool:
     ranks = directory.glob("rank*/process.json")  # of versions without an owner, too
     return any("pid" in (read_report(path) or {}) for path in ranks)
 
@@ -252,6 +285,12 @@ def _in_use(directory: Path, owner: dict[str, Any]) -> DirectoryInUseError:
         f"The run directory must be free, got {str(directory)!r}, where {who} is running. "
         "Choose another run directory, or end that run."
     )
+
+
+def _not_of_a_run(directory: Path, names: str) -> DirectoryRefusedError:
+    rule = "name a new directory or that of a run"
+    hint = f"It holds {names}, which no run wrote."
+    return DirectoryRefusedError(f"The run directory must {rule}, got {str(directory)!r}. {hint}")
 
 
 def _read(lock: int) -> dict[str, Any]:

@@ -4,10 +4,12 @@
 
     {"schema": 1, "rank": 0, "world_size": 2, "pid": 71, "host": "a", "start_ticks": 8,
      "boot": "5f1c...", "pid_namespace": 4, "started_s": 1.7e9, "run": "9f3c...",
+     "event_files": ["events.out.tfevents...."],
      "state": "running" | "finished" | "failed" | "off", "changed_s": 1.7e9}
 
 (``forensics.processes.identify`` says what tells one process from another. ``run`` is the same for
-all ranks of a run that have met, and for no other run.)
+all ranks of a run that have met, and for no other run. ``event_files`` are those of TensorBoard
+that this run and earlier ones in the directory are known to have begun.)
 
 ``crash.json`` (times in seconds since the epoch, paths relative to the rank's folder), which also
 has what tells the process from others in ``process.json``::
@@ -56,9 +58,11 @@ __all__ = [
     "load_report",
     "read_report",
     "release_room",
+    "replace_keeping",
     "reserve_room",
     "same_recording",
     "set_aside",
+    "trim_report",
     "what_happened",
     "write_aside",
     "write_report",
@@ -67,9 +71,11 @@ __all__ = [
 SCHEMA = 1
 KEPT_ASIDE = 10
 """How many files of an earlier run are kept under each name; the oldest are removed."""
-_ROOM_BYTES = 1 << 16
+_ROOM_BYTES = (1 << 16, 1 << 14, 1 << 12)  # the largest for which there is space
+_LEAST_BYTES = 1 << 10
 _ROOMS = 3  # crash.json, process.json, and the next version of either
 _CUTS = (4096, 512, 64)  # characters of a text, until a report fits
+_LEFT_OUT = ("versions", "metrics", "cgroup", "memory", "evidence", "phases", "profiler")
 _TIME = "seconds since the epoch"
 _SHAPE: dict[str, Any] = {
     **dict.fromkeys(("rank", "world_size", "pid", "exit_status", "iteration"), int),
@@ -84,6 +90,7 @@ _SHAPE: dict[str, Any] = {
     },
     "peer": {"rank": int, "reason": str},
     "phases": [str],
+    "event_files": [str],
     "metrics": {"*": (int, float, str)},
     "profiler": {"class": str, "action": str, "dirpath": str},
     "evidence": {"*": {"state": str, "path": str, "detail": str}},
@@ -96,39 +103,54 @@ def write_report(path: Path, report: dict[str, Any]) -> None:
     """Replace ``crash.json`` or ``process.json`` whole; what JSON does not know becomes text.
 
     Where the disk takes no new file, the report is written into room that ``reserve_room`` made in
-    its folder, shortened to fit, and padded with blanks.
+    its folder, shortened to fit, and padded with blanks; without such room, into a new file that is
+    small enough for what the disk, or a limit on the size of files, takes.
 
     Raises:
-        OSError: If the disk takes no more, and there is no such room.
+        OSError: If the disk takes nothing, and there is no such room.
     """
-    content = _encode(report)
     try:
-        write_atomically(path, content)
+        write_atomically(path, _encode(report))
     except OSError:
-        for cut in _CUTS:
-            if len(content) > _ROOM_BYTES:
-                content = _encode({name: _shorten(value, cut) for name, value in report.items()})
-        if len(content) > _ROOM_BYTES or not _write_in_room(path, content):
+        if not _write_in_room(path, report) and not _write_short(path, report):
             raise
 
 
 def reserve_room(folder: Path) -> None:
     """Occupy space on the disk for the reports of a folder, for when the disk is full.
 
-    Files ``.reserved.<n>``; fewer or none where the disk is full already.
+    Files ``.reserved.<n>``; smaller ones, fewer or none where the disk is full already.
     """
     for number in range(_ROOMS):
         room = folder / f".reserved.{number}"
-        try:
-            fd = os.open(room, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o644)
-            try:
-                os.posix_fallocate(fd, 0, _ROOM_BYTES)
-            finally:
-                os.close(fd)
-        except OSError:
-            with contextlib.suppress(OSError):
-                room.unlink()
+        if not any(_reserve(room, size) for size in _ROOM_BYTES):
             return
+
+
+def _reserve(room: Path, size: int) -> bool:
+    try:
+        fd = os.open(room, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o644)
+        try:
+            os.posix_fallocate(fd, 0, size)
+        finally:
+            os.close(fd)
+    except OSError:
+        with contextlib.suppress(OSError):
+            room.unlink()
+        return False
+    return True
+
+
+def trim_report(path: Path) -> None:
+    """Give the space back that a report does not need which was written into reserved room.
+
+    Raises:
+        OSError: If the file cannot be changed.
+    """
+    if path.is_file() and path.stat().st_size in _ROOM_BYTES:
+        content = path.read_bytes()
+        if content.endswith(b" "):
+            os.truncate(path, len(content.rstrip(b" ")))
 
 
 def release_room(folder: Path) -> None:
@@ -153,12 +175,44 @@ def _shorten(value: Any, cut: int) -> Any:
     return value
 
 
-def _write_in_room(path: Path, content: bytes) -> bool:
+def _fit(report: dict[str, Any], size: int) -> bytes | None:
+    """A report of at most so many bytes: with texts cut, and at last without what can be missed."""
+    content = _encode(report)
+    for cut in _CUTS:
+        if len(content) > size:
+            content = _encode({name: _shorten(value, cut) for name, value in report.items()})
+    left = {name: _shorten(value, _CUTS[-1]) for name, value in report.items()}
+    for name in _LEFT_OUT:
+        if len(content) > size and name in left:
+            del left[name]
+            content = _encode(left)
+    if len(content) > size and isinstance(left.get("error"), dict):
+        error = {name: left["error"].get(name) for name in ("type", "message")}
+        content = _encode({**left, "error": error})
+    return content if len(content) <= size else None
+
+
+def _write_short(path: Path, report: dict[str, Any]) -> bool:
+    """Write the longest report that the disk takes as a new file; whether it takes one."""
+    for size in (*_ROOM_BYTES, _LEAST_BYTES):
+        content = _fit(report, size)
+        if content is not None:
+            with contextlib.suppress(OSError):
+                write_atomically(path, content)
+                return True
+    return False
+
+
+def _write_in_room(path: Path, report: dict[str, Any]) -> bool:
     """Write into a reserved file and give it the name of the report; whether there was one."""
     for room in sorted(path.parent.glob(".reserved.*")):
         if not _is_room(room):
             continue
-        _fill(room, content.ljust(_ROOM_BYTES))
+        size = room.stat().st_size
+        content = _fit(report, size)
+        if content is None:
+            continue
+        _fill(room, content.ljust(size))
         if _is_room(path):  # where the report before this one is: the next one will need it
             with contextlib.suppress(OSError):
                 os.link(path, room.with_name(f".reserved.{time.time_ns()}"))
@@ -174,7 +228,7 @@ def _is_room(path: Path) -> bool:
     except OSError:
         return False
     size = found.st_size
-    return size == _ROOM_BYTES and found.st_blocks * 512 >= size and found.st_nlink == 1
+    return size in _ROOM_BYTES and found.st_blocks * 512 >= size and found.st_nlink == 1
 
 
 def _fill(room: Path, content: bytes) -> None:
@@ -258,6 +312,33 @@ def set_aside(path: Path) -> Path | None:
     are kept.
     """
     return _move_aside(path, path) if path.exists() else None
+
+
+def replace_keeping(path: Path, content: bytes) -> None:
+    """Replace a file whole, and keep what an earlier run left there as ``<name>.<n>``.
+
+    Whatever fails or ends the process in between, a file that was there is there, old or new.
+
+    Raises:
+        OSError: If the disk takes no more; the file is as it was then.
+    """
+
+    def place(temporary: Path) -> None:
+        if path.exists():
+            with replacing(path, place=lambda kept: _move_aside(kept, path)) as kept:
+                _copy(path, kept)
+        temporary.replace(path)
+
+    with replacing(path, place=place) as temporary:
+        temporary.write_bytes(content)
+
+
+def _copy(path: Path, other: Path) -> None:
+    """Give a file another name, too, or copy it where files have one name each."""
+    try:
+        os.link(path, other)
+    except OSError:
+        other.write_bytes(path.read_bytes())
 
 
 def write_aside(path: Path, content: bytes) -> Path:

@@ -27,7 +27,7 @@ from esper_lightning.callbacks.run_directory import (
     open_run_directory,
 )
 from esper_lightning.core.errors import check_arguments, require
-from esper_lightning.forensics.claims import DirectoryInUseError
+from esper_lightning.forensics.claims import DirectoryRefusedError
 from esper_lightning.forensics.layout import RunLayout
 from esper_lightning.forensics.report import read_report
 from esper_lightning.recorder.death import in_words
@@ -55,7 +55,7 @@ def _guarded(
     def call(self: "FlightRecorder", *args: _P.args, **kwargs: _P.kwargs) -> None:
         try:
             hook(self, *args, **kwargs)
-        except DirectoryInUseError:  # nor does it write where another run does
+        except DirectoryRefusedError:  # nor does it write where others have their files
             raise
         except Exception as error:
             self.give_up(cast(Trainer, args[0]), error)
@@ -220,10 +220,10 @@ class FlightRecorder(WritesRun):
     ) -> None:
         """Save everything, unless that was done closer to the fault."""
         # A recording's own deaths are saved before any callback is told.
-        if recording_of(trainer) is not None or isinstance(exception, DirectoryInUseError):
+        if recording_of(trainer) is not None or isinstance(exception, DirectoryRefusedError):
             return
         layout = None
-        with contextlib.suppress(DirectoryInUseError):
+        with contextlib.suppress(DirectoryRefusedError):
             layout = _layout(open_run_directory(trainer, self, alone=True))
         if layout is None:
             return

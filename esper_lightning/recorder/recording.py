@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import Any
 
 from lightning.pytorch import Trainer
+from lightning.pytorch.loggers import TensorBoardLogger
 from lightning.pytorch.profilers import PassThroughProfiler, Profiler
 from lightning.pytorch.utilities.exceptions import _TunerExitException
 
@@ -27,6 +28,7 @@ from esper_lightning.forensics.report import (
     release_room,
     reserve_room,
     set_aside,
+    trim_report,
     write_report,
 )
 from esper_lightning.recorder.death import Death, in_words
@@ -117,6 +119,7 @@ class Recording:
             attempt(lambda: sidecar.complete_report(files))
             self._found = read_report(files.process)
             attempt(self._set_aside_earlier)
+            attempt(self._keep_latest_events)
             self._ring = PhaseRing(files.phases)
             undo.callback(self._ring.close)
             attempt(lambda: reserve_room(files.directory))
@@ -183,6 +186,8 @@ class Recording:
     def _set_aside_earlier(self) -> None:
         """What is found here is not to pass for evidence of this run."""
         files = self._files
+        for report in (files.crash, files.process):
+            trim_report(report)  # what it does not need may be all the room that there is
         paths = [files.crash, files.stacks, files.bad_minibatch, files.memory, files.profile]
         if self._stage != "fit":
             paths.append(files.phases)
@@ -190,16 +195,28 @@ class Recording:
             aside = set_aside(path)
             if aside is not None:
                 self._asides[path] = aside
-        if self._stage == "fit" and self.trainer.is_global_zero:
-            events = self._layout.directory.glob("events.out.tfevents.*")
-            keep_latest(sorted(events, key=lambda path: path.stat().st_mtime), _KEPT_EVENT_FILES)
+
+    def _keep_latest_events(self) -> None:
+        """Write down which event files are the runs' in this directory, and remove the oldest.
+
+        Only of those that are written down is it certain that no one else made them.
+        """
+        names: list[str] = (self._found or {}).get("event_files") or []
+        earlier = [self._layout.directory / name for name in names if _is_event_file(name)]
+        if self._stage == "fit":
+            keep_latest(earlier, _KEPT_EVENT_FILES)
+        files = [*earlier, *_event_files(self.trainer, self._layout.directory)]
+        kept = list(dict.fromkeys(path.name for path in files if path.exists()))
+        if kept:
+            self._peers.process["event_files"] = kept
 
     def _put_back_earlier(self) -> None:
         for path, aside in self._asides.items():
             if path == self._files.phases or not path.exists():
                 aside.rename(path)
         if self._found is not None:
-            write_report(self._files.process, self._found)
+            events = {k: v for k, v in self._peers.process.items() if k == "event_files"}
+            write_report(self._files.process, {**self._found, **events})
 
     def begin_iteration(self, number: int) -> None:
         """Tell ring and watchdog."""
@@ -375,7 +392,7 @@ class Recording:
             self._attempt(lambda: self._peers.tell("failed"))
             self._attempt(lambda: rescue.run(death))
             rescue.progress_s, self._saved = awake_s(), True
-            self._attempt(lambda: self._peers.tell("failed", saved=True))
+            self._attempt(lambda: self._peers.tell("failed", saved=rescue.written is not None))
 
     def _go_on(self) -> None:
         """The signal for which evidence was saved ended nothing; a death will have its own."""
@@ -405,7 +422,8 @@ class Recording:
             _log.error("While saving evidence: %s", in_words(error))
 
     def _tell_end(self) -> None:
-        self._peers.tell(self._state, saved=self._state == "failed")
+        is_lost = self._rescue is not None and self._rescue.written is None
+        self._peers.tell(self._state, saved=self._state == "failed" and not is_lost)
         if self._stage != "fit" and self._state == "finished":
             self._put_back_earlier()
 
@@ -458,6 +476,21 @@ def _take_profiler(trainer: Trainer) -> Profiler:
     if isinstance(trainer.profiler, _StandIn):
         trainer.profiler = trainer.profiler.kept
     return trainer.profiler
+
+
+def _is_event_file(name: str) -> bool:
+    return name.startswith("events.out.tfevents.") and "/" not in name
+
+
+def _event_files(trainer: Trainer, directory: Path) -> list[Path]:
+    """Files in a directory that the TensorBoard loggers of a run have begun."""
+    files: list[Path] = []
+    for logger in trainer.loggers:
+        experiment: Any = getattr(logger, "_experiment", None)
+        if isinstance(logger, TensorBoardLogger) and experiment is not None:
+            path = Path(experiment.file_writer.event_writer._file_name).absolute()
+            files += [path] if path.parent == directory else []
+    return files
 
 
 def _signal_of(error: BaseException) -> str | None:

@@ -10,6 +10,11 @@ from lightning.pytorch.callbacks import EarlyStopping
 
 from esper_lightning import PPO, PPOConfig
 from esper_lightning.callbacks.checkpoints import BestCheckpoint, LastCheckpoint
+from esper_lightning.callbacks.run_directory import (
+    WritesRun,
+    close_run_directory,
+    open_run_directory,
+)
 from esper_lightning.envs import CartPole
 from esper_lightning.ppo.metrics import EVAL_RETURN
 from esper_lightning.training import module
@@ -38,8 +43,8 @@ def fit(make_trainer, tmp_path, monkeypatch):
             iterations_per_epoch=EPOCH,
             eval_episodes=2,
         )
-        ours = [BestCheckpoint(EVAL_RETURN), LastCheckpoint()]
-        settings = {"enable_checkpointing": True, "default_root_dir": tmp_path / name}
+        ours = [InDirectory(tmp_path / name), BestCheckpoint(EVAL_RETURN), LastCheckpoint()]
+        settings = {"enable_checkpointing": True}
         settings |= {"limit_val_batches": 1, "callbacks": [*callbacks, *ours]}
         try:
             make_trainer(**{**settings, **trainer}).fit(model, ckpt_path=ckpt_path)
@@ -48,6 +53,19 @@ def fit(make_trainer, tmp_path, monkeypatch):
         return model
 
     return run
+
+
+class InDirectory(WritesRun):
+    """Names the run directory, and writes nothing."""
+
+    def setup(self, trainer, pl_module, stage):
+        open_run_directory(trainer, self)
+
+    def teardown(self, trainer, pl_module, stage):
+        close_run_directory(trainer, self)
+
+    def on_exception(self, trainer, pl_module, exception):
+        close_run_directory(trainer, self)
 
 
 def iteration(path) -> int:

@@ -60,7 +60,7 @@ def test_a_directory_of_its_own(make_trainer, tmp_path):
 def test_evaluations_have_a_file_of_their_own(make_trainer, tmp_path):
     model = ppo(iterations=4, iterations_per_epoch=2, eval_episodes=3)
     settings = {"limit_val_batches": 1.0, "num_sanity_val_steps": 1}
-    make_trainer(callbacks=[History()], **settings).fit(model)
+    make_trainer(callbacks=[History(tmp_path)], **settings).fit(model)
     rows = read_json_lines(tmp_path / "rank0" / "evaluations.jsonl")
     assert [(row["iteration"], row["env_steps"]) for row in rows] == [(2, 64), (4, 128)]
     assert all(row["eval/episodes"] == 3 for row in rows)
@@ -68,7 +68,7 @@ def test_evaluations_have_a_file_of_their_own(make_trainer, tmp_path):
 
 def test_a_second_run_in_the_same_directory_sets_the_first_aside(make_trainer, tmp_path):
     for _ in range(3):
-        make_trainer(callbacks=[History()]).fit(ppo())
+        make_trainer(callbacks=[History(tmp_path)]).fit(ppo())
     assert sorted(path.name for path in (tmp_path / "rank0").iterdir()) == [
         "evaluations.jsonl",
         "history.jsonl",
@@ -79,14 +79,14 @@ def test_a_second_run_in_the_same_directory_sets_the_first_aside(make_trainer, t
 
 
 def test_a_resumed_run_goes_on_where_its_checkpoint_ended(make_trainer, tmp_path):
-    first = make_trainer(callbacks=[History()])
+    first = make_trainer(callbacks=[History(tmp_path)])
     first.fit(ppo(iterations=2))
     first.save_checkpoint(tmp_path / "2.ckpt")
     # The run went on for an iteration and a half after the checkpoint, and died.
     path = tmp_path / "rank0" / "history.jsonl"
     with path.open("a") as file:
         file.write('{"iteration":3}\n{"iterat')
-    resumed = make_trainer(callbacks=[History()])
+    resumed = make_trainer(callbacks=[History(tmp_path)])
     resumed.fit(ppo(iterations=4), ckpt_path=tmp_path / "2.ckpt", weights_only=True)
     assert iterations(path) == [1, 2, 3, 4]
     assert "loss/value" in read_json_lines(path)[2]
@@ -96,12 +96,12 @@ def test_a_resumed_run_goes_on_where_its_checkpoint_ended(make_trainer, tmp_path
 def test_a_second_fit_of_the_same_module_loses_no_row(make_trainer, tmp_path):
     model = ppo()
     model.total_env_steps = None
-    make_trainer(callbacks=[History()], max_steps=2).fit(model)
-    second = make_trainer(callbacks=[History()], max_steps=3)
+    make_trainer(callbacks=[History(tmp_path)], max_steps=2).fit(model)
+    second = make_trainer(callbacks=[History(tmp_path)], max_steps=3)
     second.fit(model)
     second.save_checkpoint(tmp_path / "5.ckpt")
     resumed = ppo(iterations=7)
-    trainer = make_trainer(callbacks=[History()])
+    trainer = make_trainer(callbacks=[History(tmp_path)])
     trainer.fit(resumed, ckpt_path=tmp_path / "5.ckpt", weights_only=True)
     assert iterations(tmp_path / "rank0" / "history.jsonl") == [1, 2, 3, 4, 5, 6, 7]
 
@@ -110,7 +110,7 @@ def test_files_are_closed_when_training_fails(make_trainer, tmp_path, monkeypatc
     model = ppo()
     monkeypatch.setattr(model, "_report", lambda row: 1 / 0)
     before = open_files()
-    trainer = make_trainer(callbacks=[History()])
+    trainer = make_trainer(callbacks=[History(tmp_path)])
     with pytest.raises(ZeroDivisionError):
         trainer.fit(model)
     trainer.callbacks[0].teardown(trainer, model, "fit")  # which Lightning leaves out
@@ -135,7 +135,7 @@ class Plain(LightningModule):
 
 def test_any_lightning_module(make_trainer, tmp_path):
     batches = torch.utils.data.DataLoader(torch.ones(6, 2), batch_size=2)
-    make_trainer(callbacks=[History()], max_epochs=2).fit(Plain(), batches)
+    make_trainer(callbacks=[History(tmp_path)], max_epochs=2).fit(Plain(), batches)
     rows = read_json_lines(tmp_path / "rank0" / "history.jsonl")
     assert [row["iteration"] for row in rows] == [1, 2, 3, 4, 5, 6]
     assert all(row["loss"] >= 0 for row in rows[1:])
@@ -148,7 +148,7 @@ def test_a_row_that_is_no_row_is_left_alone(make_trainer, tmp_path, row):
             return {"loss": super().training_step(batch, batch_idx), "row": row}
 
     batches = torch.utils.data.DataLoader(torch.ones(6, 2), batch_size=2)
-    make_trainer(callbacks=[History()], max_epochs=1).fit(Own(), batches)
+    make_trainer(callbacks=[History(tmp_path)], max_epochs=1).fit(Own(), batches)
     rows = read_json_lines(tmp_path / "rank0" / "history.jsonl")
     assert [list(row) for row in rows] == [["iteration", "loss"]] * 3
 
@@ -165,7 +165,7 @@ def test_a_full_disk_ends_no_training_and_loses_nothing_in_silence(
         write(file, row)
 
     monkeypatch.setattr(JsonLines, "append", append)
-    trainer = make_trainer(callbacks=[History()])
+    trainer = make_trainer(callbacks=[History(tmp_path)])
     trainer.fit(ppo(iterations=6))
     assert trainer.global_step > 0
     recovered = until == 4
@@ -177,12 +177,12 @@ def test_a_full_disk_ends_no_training_and_loses_nothing_in_silence(
 
 
 def test_resuming_time_and_again_keeps_each_dropped_row_once_and_few_files(make_trainer, tmp_path):
-    first = make_trainer(callbacks=[History()])
+    first = make_trainer(callbacks=[History(tmp_path)])
     first.fit(ppo(iterations=20))
     path = tmp_path / "rank0" / "history.jsonl"
 
     def resume():
-        history, module = History(), SimpleNamespace(iteration=20)
+        history, module = History(tmp_path), SimpleNamespace(iteration=20)
         trainer = make_trainer(callbacks=[history])
         history.setup(trainer, module, "fit")
         history.on_train_start(trainer, module)
@@ -204,7 +204,7 @@ def test_resuming_on_a_full_disk_leaves_nothing_new_and_loses_no_row(
     make_trainer, small_disk, caplog
 ):
     def trainer():
-        return make_trainer(callbacks=[History()], default_root_dir=small_disk)
+        return make_trainer(callbacks=[History(small_disk)])
 
     trainer().fit(ppo(iterations=5))
     path = small_disk / "rank0" / "history.jsonl"
@@ -223,7 +223,7 @@ def test_rows_of_a_run_resumed_on_a_full_disk_are_written_when_there_is_room(
     make_trainer, small_disk
 ):
     def trainer(*callbacks):
-        return make_trainer(callbacks=[History(), *callbacks], default_root_dir=small_disk)
+        return make_trainer(callbacks=[History(small_disk), *callbacks])
 
     trainer().fit(ppo(iterations=5))
     path = small_disk / "rank0" / "history.jsonl"
@@ -244,8 +244,9 @@ def test_rows_of_a_run_resumed_on_a_full_disk_are_written_when_there_is_room(
 def test_a_damaged_history_is_set_aside(make_trainer, tmp_path, caplog):
     path = tmp_path / "rank0" / "history.jsonl"
     path.parent.mkdir()
+    (tmp_path / "owner.lock").touch()
     path.write_text('{"iteration":1}\nnonsense\n{"iteration":2}\n')
-    make_trainer(callbacks=[History()]).fit(ppo())
+    make_trainer(callbacks=[History(tmp_path)]).fit(ppo())
     assert iterations(path) == [1, 2, 3]
     assert "nonsense" in path.with_name("history.jsonl.1").read_text()
     assert "set aside" in caplog.text
@@ -322,7 +323,7 @@ def test_metrics_are_fetched_in_one_copy(make_trainer, tmp_path, monkeypatch):
 
     monkeypatch.setattr(History, "on_train_batch_end", counted)
     data = torch.utils.data.DataLoader(torch.ones(3, 2))
-    make_trainer(max_epochs=1, callbacks=[History()]).fit(Logging(), data)
+    make_trainer(max_epochs=1, callbacks=[History(tmp_path)]).fit(Logging(), data)
     assert waits.count == 0
     row = read_json_lines(tmp_path / "rank0" / "history.jsonl")[-1]
     assert row == {"iteration": 3, **{f"m{i}": i / 2 for i in range(8)}, "count": 2.0}

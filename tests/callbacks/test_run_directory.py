@@ -123,6 +123,26 @@ def test_a_root_of_its_own_is_the_runs_unless_another_run_has_it(fit, tmp_path):
     assert rows(run_directory(trainer)) == [1, 2, 3]
 
 
+def test_each_run_in_a_root_has_a_directory_of_its_own(fit, tmp_path, caplog):
+    root = tmp_path / "root"
+    made = [run_directory(fit(default_root_dir=root)) for _ in range(3)]
+    assert made == [root, *(root / "lightning_logs" / f"version_{n}" for n in (0, 1))]
+    assert [rows(directory) for directory in made] == [[1, 2, 3]] * 3
+    assert not list(root.rglob("*.1"))
+    assert caplog.text.count("has the files of an earlier run") == 2
+
+
+def test_a_root_with_somebody_elses_files_is_not_given_to_a_run(fit, tmp_path):
+    last = tmp_path / "root" / "checkpoints" / "last.ckpt"
+    last.parent.mkdir(parents=True)
+    last.write_text("mine")
+    callbacks = [FlightRecorder(watch=False), LastCheckpoint()]
+    trainer = fit(*callbacks, default_root_dir=tmp_path / "root", enable_checkpointing=True)
+    assert run_directory(trainer) == tmp_path / "root" / "lightning_logs" / "version_0"
+    assert [path.name for path in last.parent.iterdir()] == ["last.ckpt"]
+    assert last.read_text() == "mine"
+
+
 def test_the_first_logger_with_a_folder_counts(fit, tmp_path):
     trainer = fit(logger=[Shared(), CSVLogger(tmp_path, name="a", version="b")])
     assert run_directory(trainer) == tmp_path / "a" / "b"

@@ -5,6 +5,7 @@ import multiprocessing
 import os
 import resource
 import signal
+import sys
 
 import pytest
 
@@ -12,6 +13,7 @@ from esper_lightning.forensics.report import (
     KEPT_ASIDE,
     read_report,
     release_room,
+    replace_keeping,
     reserve_room,
     set_aside,
     write_aside,
@@ -83,6 +85,29 @@ def test_where_no_file_may_grow_the_report_is_written_into_reserved_room(tmp_pat
     assert read_report(tmp_path / "crash.json")["number"] == 1
 
 
+@pytest.mark.parametrize("limit", [65536, 16384, 4096, 1024])
+@pytest.mark.parametrize("reserved", [False, True])
+def test_a_limit_on_the_size_of_files_leaves_as_much_of_a_report_as_it_allows(
+    tmp_path, limit, reserved
+):
+    report = {"cause": "exception", "pid": 1, "host": "a" * 30, "boot": "b" * 36}
+    error = {"type": "ValueError", "message": "m" * 99_999, "traceback": ["line " * 99] * 999}
+    report |= {"error": error, "metrics": {str(number): 0.5 for number in range(9999)}}
+    pid = os.fork()
+    if pid == 0:
+        signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
+        resource.setrlimit(resource.RLIMIT_FSIZE, (limit, limit))
+        if reserved:
+            reserve_room(tmp_path)
+        write_report(tmp_path / "crash.json", report)
+        os._exit(0)
+    assert os.waitpid(pid, 0)[1] == 0
+    found = read_report(tmp_path / "crash.json")
+    assert found["cause"] == "exception"
+    assert found["boot"] == "b" * 36
+    assert found["error"]["message"].startswith("m" * 64)
+
+
 def test_room_is_given_back(tmp_path):
     reserve_room(tmp_path)
     assert sum(path.stat().st_blocks * 512 for path in tmp_path.iterdir()) >= 3 * 65536
@@ -134,6 +159,38 @@ class TestSettingAside:
                 results = pool.map(set_aside, [path] * 4, chunksize=1)
                 (winner,) = [result for result in results if result]
                 assert contents(path.parent) == {winner.name: "x"}
+
+    @pytest.mark.parametrize("links", [True, False])
+    def test_for_a_new_version_has_one_or_the_other_in_place_at_any_moment(
+        self, tmp_path, monkeypatch, links
+    ):
+        path, seen = tmp_path / "config.yaml", []
+
+        def look(event, _):
+            if event.startswith("os.") or event == "open":
+                seen.append(path.exists() and path.read_bytes() in (b"old", b"new"))
+
+        def no_link(*_):
+            raise PermissionError
+
+        if not links:
+            monkeypatch.setattr(os, "link", no_link)
+        path.write_text("old")
+        busy = []
+
+        def hook(event, arguments):
+            if watching and not busy:
+                busy.append(True)
+                look(event, arguments)
+                busy.clear()
+
+        watching = True
+        sys.addaudithook(hook)
+        replace_keeping(path, b"new")
+        watching = False
+        assert seen
+        assert all(seen)
+        assert contents(tmp_path) == {"config.yaml": "new", "config.yaml.1": "old"}
 
     def test_of_parts_is_whole_or_not_at_all(self, small_disk):
         path = small_disk / "history.jsonl"

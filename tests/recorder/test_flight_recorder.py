@@ -18,7 +18,7 @@ import torch
 import torchmetrics
 from lightning.pytorch import Callback, LightningDataModule, LightningModule
 from lightning.pytorch.callbacks import BatchSizeFinder, LearningRateFinder
-from lightning.pytorch.loggers import CSVLogger
+from lightning.pytorch.loggers import CSVLogger, TensorBoardLogger
 from lightning.pytorch.loops import _FitLoop
 from lightning.pytorch.profilers import (
     AdvancedProfiler,
@@ -199,9 +199,10 @@ class TestBeforeSetup:
     @pytest.mark.parametrize("same", [True, False], ids=["same recorder", "new recorder"])
     @pytest.mark.parametrize("act", [None, raise_at(3)], ids=["healthy", "died"])
     def test_it_is_not_taken_for_that_of_the_run_before(self, fit, files, act, same):
-        recorder = FlightRecorder(watch=False)
+        recorder = FlightRecorder(files.directory.parent, watch=False)
         fit(Plain(act), recorder=recorder)
-        error = fit(Plain(), Early(), recorder=recorder if same else None)
+        again = FlightRecorder(files.directory.parent, watch=False)
+        error = fit(Plain(), Early(), recorder=recorder if same else again)
         assert str(files.crash) in error.__notes__[0]
         report = read_report(files.crash)
         assert report["error"]["message"] == "download failed"
@@ -390,10 +391,11 @@ class TestAWindowThatCannotGoWhereTheUsersGo:
 
     def test_or_is_lost_with_one_warning(self, fit, files, tmp_path, caplog):
         (tmp_path / "traces").write_text("")
-        files.directory.mkdir()
+        write_report(files.process, {"pid": 1})
         files.trace.write_text("")
         profiler = PyTorchProfiler(dirpath=tmp_path / "traces", schedule=schedule(wait=1, warmup=1))
-        assert fit(Plain(), profiler=profiler) is None
+        recorder = FlightRecorder(tmp_path, watch=False)
+        assert fit(Plain(), recorder=recorder, profiler=profiler) is None
         assert caplog.text.count("A recorded window is lost") == 1
         assert len(read_json_lines(files.history)) == 6
 
@@ -416,7 +418,8 @@ def test_the_next_run_reports_the_death_of_one_that_died_with_its_container(fit,
     ring.iteration = 17
     ring.enter("rollout")
     ring.close()
-    assert fit(Plain()) is None
+    recorder = FlightRecorder(files.directory.parent, watch=False)
+    assert fit(Plain(), recorder=recorder) is None
     report = read_report(files.crash.with_suffix(".json.1"))
     assert (report["cause"], report["iteration"], report["phases"]) == ("vanished", 17, ["rollout"])
     assert report["start_ticks"] == 1
@@ -544,6 +547,19 @@ class TestRoomForTheReport:
         process = read_report(RunLayout(small_disk).rank(0).process)
         assert process["state"] == "finished"
 
+    def test_is_found_again_where_the_report_of_an_earlier_death_took_it(self, fit, small_disk):
+        for number in range(3):
+
+            def act(module, batch_idx, number=number):
+                if batch_idx == 2:
+                    fill(small_disk)
+                    raise RuntimeError(str(number))
+
+            fit(Plain(act), recorder=FlightRecorder(small_disk, watch=False))
+            report = read_report(RunLayout(small_disk).rank(0).crash)
+            assert report["error"]["message"] == str(number)
+            fill(small_disk)
+
     def test_is_given_back_by_the_second_process_where_the_first_one_vanished(self, files):
         files.directory.mkdir(parents=True)
         reserve_room(files.directory)
@@ -552,14 +568,43 @@ class TestRoomForTheReport:
         assert not list(files.directory.glob(".*"))
 
 
-def test_the_latest_event_files_of_a_run_directory_are_kept(fit, tmp_path):
-    for number in range(30):
-        path = tmp_path / f"events.out.tfevents.{number}"
-        path.write_text(str(number))
-        os.utime(path, (number, number))
-    fit(Plain())
-    kept = [int(path.read_text()) for path in tmp_path.glob("events.out.tfevents.*")]
-    assert sorted(kept) == list(range(10, 30))
+def test_the_latest_event_files_of_the_runs_are_kept_and_all_of_anybody_else(fit, tmp_path):
+    theirs = [tmp_path / f"events.out.tfevents.{number}.mine.1.0" for number in range(26)]
+    for path in theirs:
+        path.write_text("mine")
+    ours = []
+    for _ in range(24):
+        before = set(tmp_path.glob("events.out.tfevents.*"))
+        logger = TensorBoardLogger(tmp_path, name="", version="")
+        logger.experiment.add_text("one run", "in one second and another")
+        (path,) = set(tmp_path.glob("events.out.tfevents.*")) - before
+        ours.append(path)
+        assert fit(Plain(), data(1), logger=logger) is None
+    assert set(tmp_path.glob("events.out.tfevents.*")) == {*theirs, *ours[-21:]}
+    assert {path.read_text() for path in theirs} == {"mine"}
+
+
+@pytest.mark.parametrize("name", ["process.json", "phases.ring", "crash.json.1"])
+def test_a_directory_with_somebody_elses_files_is_refused(fit, files, name):
+    for number in range(12):
+        path = files.directory / f"{name}{number or ''}"
+        path.parent.mkdir(exist_ok=True)
+        path.write_text("mine")
+    before = {path: path.read_text() for path in files.directory.iterdir()}
+    error = fit(Plain(), recorder=FlightRecorder(files.directory.parent, watch=False))
+    assert "It holds rank0, which no run wrote." in str(error)
+    assert {path: path.read_text() for path in files.directory.iterdir()} == before
+    assert [path.name for path in files.directory.parent.iterdir()] == ["rank0"]
+
+
+def test_evidence_that_no_place_took_is_not_said_to_be_saved(fit, files, monkeypatch):
+    def refuse(*_):
+        raise OSError(errno.ENOSPC, "No space left")
+
+    monkeypatch.setattr(rescue, "write_report", refuse)
+    fit(Plain(raise_at(3)))
+    process = read_report(files.process)
+    assert (process["state"], process["saved"]) == ("failed", False)
 
 
 class TestASecondRunInTheSameDirectory:
@@ -567,7 +612,7 @@ class TestASecondRunInTheSameDirectory:
         fit(Plain(raise_at(3)), profiler=PyTorchProfiler(schedule=None))
         assert files.crash_checkpoint.exists()
         assert files.profile.exists()
-        fit(Plain())
+        fit(Plain(), recorder=FlightRecorder(files.directory.parent, watch=False))
         for path in (files.crash, files.crash_checkpoint, files.profile):
             assert not path.exists()
             assert path.with_name(f"{path.name}.1").exists()
@@ -575,7 +620,8 @@ class TestASecondRunInTheSameDirectory:
     @pytest.mark.filterwarnings("ignore:.*your dataloader is not resumable")
     def test_may_go_on_from_the_crash_checkpoint(self, fit, make_trainer, files):
         fit(Plain(raise_at(3)))
-        trainer = make_trainer(max_epochs=1, callbacks=[FlightRecorder(watch=False)])
+        recorder = FlightRecorder(files.directory.parent, watch=False)
+        trainer = make_trainer(max_epochs=1, callbacks=[recorder])
         trainer.fit(Plain(), data(), ckpt_path=files.crash_checkpoint, weights_only=True)
         assert trainer.global_step > 3
 
@@ -586,7 +632,8 @@ class TestASecondRunInTheSameDirectory:
 
         fit(Validated(raise_at(3)))
         left = {path: path.read_bytes() for path in files.directory.iterdir() if path.is_file()}
-        settings = {"callbacks": [FlightRecorder(watch=False)], "limit_val_batches": 1}
+        recorder = FlightRecorder(files.directory.parent, watch=False)
+        settings = {"callbacks": [recorder], "limit_val_batches": 1}
         make_trainer(**settings).validate(Validated(), data(), verbose=False)
         assert {p: p.read_bytes() for p in files.directory.iterdir() if p.is_file()} == left
 
