@@ -282,7 +282,7 @@ class PPO(LightningModule):
 
         From here on loggers cannot end the run.
         """
-        self.refuse_trainer(self.trainer)
+        self.refuse_trainer(self.trainer, fits=self.trainer.state.fn == TrainerFn.FITTING)
         trainer_rules.keep_lightning_from_requeueing(self.trainer)
         if not self.trainer.fast_dev_run:  # else they are dummies
             guard_loggers(self.trainer.loggers)
@@ -355,9 +355,6 @@ class PPO(LightningModule):
             per_iteration=self.ppo.rollout_steps * self.env.num_envs * self.trainer.world_size,
             budget=self.total_env_steps,
         )
-        endless = self._planned_env_steps is None and self.ppo.learning_rate_schedule == "linear"
-        rule = "be known for PPOConfig.learning_rate_schedule='linear'"
-        require(not endless, "PPO.total_env_steps", rule, self.total_env_steps)
         goes_on = self._learner.start(self._optimizer, self._resumed)
         if self._resumed is not None:
             set_global_random_states(self._resumed["global_random"])
@@ -476,8 +473,12 @@ class PPO(LightningModule):
             )
             raise ValueError(f"{message}. {' '.join(str(error).split())}") from error
 
-    def refuse_trainer(self, trainer: Trainer) -> None:
+    def refuse_trainer(self, trainer: Trainer, *, fits: bool = True) -> None:
         """Refuse a Trainer in which PPO would be wrong, or could not begin.
+
+        Args:
+            trainer: Before it runs.
+            fits: Whether it is to train, and not to evaluate alone.
 
         Raises:
             ValueError: Naming the setting and what to use instead.
@@ -487,7 +488,15 @@ class PPO(LightningModule):
             num_envs=self.env.num_envs,
             budget=self.total_env_steps,
             rollout_bytes=rollout_bytes(self._spaces, self.ppo.rollout_steps, self.env.num_envs),
+            evaluation_bytes=rollout_bytes(self._spaces, 1, self._eval_env.num_envs),
         )
+        if fits:
+            trainer_rules.refuse_unfit(
+                trainer,
+                iterations_per_epoch=self.iterations_per_epoch,
+                budget=self.total_env_steps,
+                needs_end=self.ppo.learning_rate_schedule == "linear",
+            )
 
     def refuse_checkpoint(
         self, checkpoint: dict[str, Any], path: str, *, world_size: int | None

@@ -971,6 +971,14 @@ class TestErrors:
                 {"precision": "bf16-true"},
                 "Trainer.precision must be one of 32-true, bf16-mixed, got 'bf16-true'.",
             ),
+            (
+                {"check_val_every_n_epoch": 0},
+                "Trainer.check_val_every_n_epoch must be at least 1, or None, got 0.",
+            ),
+            (
+                {"val_check_interval": 60, "limit_val_batches": 1.0},
+                "Trainer.val_check_interval must be at most 50, the iterations of an epoch, got 60",
+            ),
         ],
     )
     def test_trainer_settings_that_cannot_work(self, make_trainer, settings, message):
@@ -982,6 +990,17 @@ class TestErrors:
         message = "PPO.total_env_steps must be known for PPOConfig.learning_rate_schedule='linear'"
         with pytest.raises(ValueError, match=re.escape(message)):
             make_trainer().fit(cartpole(ppo=ppo, total_env_steps=None))
+
+    def test_an_evaluation_needs_no_end_of_a_run(self, make_trainer):
+        ppo = dataclasses.replace(SMALL, learning_rate_schedule="linear")
+        trainer = make_trainer(limit_val_batches=1.0)
+        (figures,) = trainer.validate(cartpole(ppo=ppo, total_env_steps=None), verbose=False)
+        assert figures["eval/episodes"] == 3
+
+    def test_an_evaluation_that_does_not_fit_into_the_memory(self, make_trainer):
+        message = "PPO.eval_episodes must give an evaluation that fits into the memory"
+        with pytest.raises(ValueError, match=message):
+            make_trainer(limit_val_batches=1.0).validate(cartpole(eval_episodes=10**12))
 
 
 class NotADataclass:
