@@ -203,6 +203,7 @@ class PPO(LightningModule):
                 those of the previous iteration.
         """
         started = time.perf_counter()
+        self._guard_loggers()
         self._within_iteration = True
         profile, learner = self.trainer.profiler.profile, self._learner
         steps = self._next_rollout_steps()
@@ -284,8 +285,7 @@ class PPO(LightningModule):
         """
         self.refuse_trainer(self.trainer, fits=self.trainer.state.fn == TrainerFn.FITTING)
         trainer_rules.keep_lightning_from_requeueing(self.trainer)
-        if not self.trainer.fast_dev_run:  # else they are dummies
-            guard_loggers(self.trainer.loggers)
+        self._guard_loggers()
         return []
 
     @override
@@ -306,7 +306,7 @@ class PPO(LightningModule):
     @override
     def setup(self, stage: str) -> None:
         """Build environments and rollout storage on the device."""
-        trainer_rules.log_over_env_steps(self.trainer, self)
+        self._guard_loggers()
         if stage != "fit":
             return
         trainer_rules.silence_checkpoint_advice()
@@ -346,7 +346,7 @@ class PPO(LightningModule):
     @override
     def on_train_start(self) -> None:
         """Take up the environments where the checkpoint left them, or reset them."""
-        trainer_rules.log_over_env_steps(self.trainer, self)  # loggers may have come since
+        self._guard_loggers()
         self._optimizer = cast(torch.optim.Adam, self.optimizers(use_pl_optimizer=False))
         self._optimizer.param_groups[0]["eps"] = self.ppo.adam_eps  # not that of a checkpoint
         self._planned_env_steps = trainer_rules.planned_env_steps(
@@ -369,6 +369,14 @@ class PPO(LightningModule):
             used = "PPO.total_env_steps=%s is used up: %d env steps were taken. Nothing to train."
             _log.warning(used, self.total_env_steps, self.env_steps)
             self.trainer.should_stop = True
+
+    def _guard_loggers(self) -> None:
+        """Give loggers, those that have come since too, ``env_steps`` as their x axis.
+
+        Until the run is over, however it ends; none of them ends it.
+        """
+        if not self.trainer.fast_dev_run:  # else they are dummies
+            guard_loggers(self.trainer.loggers, lambda: self.env_steps)
 
     def _refuse_to_disagree(self) -> None:
         """Refuse ranks that found other checkpoints: they would sum gradients of other weights."""

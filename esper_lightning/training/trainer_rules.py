@@ -6,15 +6,12 @@ Which Trainer settings work, how a run is counted.
 # pyright: reportAttributeAccessIssue=false, reportPrivateUsage=false
 # pyright: reportUnknownVariableType=false, reportUnknownArgumentType=false
 
-import functools
 import logging
 import os
 import warnings
-import weakref
-from collections.abc import Callable, Generator
+from collections.abc import Generator
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from pathlib import Path
-from typing import Any
 
 import torch
 from lightning.fabric.plugins.environments.slurm import SLURMEnvironment
@@ -33,7 +30,7 @@ from lightning.pytorch.callbacks import (
 from lightning.pytorch.strategies import DDPStrategy, DeepSpeedStrategy, SingleDeviceStrategy
 from lightning.pytorch.strategies.launchers import _MultiProcessingLauncher
 from lightning.pytorch.trainer.connectors.data_connector import _parse_num_batches
-from lightning.pytorch.trainer.states import RunningStage, TrainerStatus
+from lightning.pytorch.trainer.states import RunningStage
 
 from esper_lightning.core.errors import Words, require
 from esper_lightning.core.seeding import require_torch_defaults
@@ -43,7 +40,6 @@ __all__ = [
     "count_step",
     "few_cpu_threads",
     "keep_lightning_from_requeueing",
-    "log_over_env_steps",
     "planned_env_steps",
     "refuse_unfit",
     "refuse_unsupported",
@@ -248,47 +244,6 @@ def count_step(trainer: Trainer) -> None:
     progress = trainer.fit_loop.epoch_loop.manual_optimization.optim_step_progress
     progress.increment_ready()
     progress.increment_completed()
-
-
-def log_over_env_steps(trainer: Trainer, module: Any) -> None:
-    """Give whatever is logged in a run the module's ``env_steps`` as its x axis.
-
-    Lightning and its callbacks hand iterations to ``Logger.log_metrics``, or nothing. Each logger's
-    method is replaced by one that puts ``module.env_steps`` in their place, and that passes on what
-    it is given wherever ``module`` is not at work in ``trainer``: before, after and in other runs.
-
-    Args:
-        trainer: The loggers that it has now get the axis.
-        module: Counts environment steps.
-    """
-    for logger in trainer.loggers:
-        given: Any = getattr(logger.log_metrics, "axis_of", None)
-        if given is None or given[0]() is not trainer or given[1]() is not module:
-            plain: Any = logger.log_metrics if given is None else logger.log_metrics.__wrapped__
-            logger.log_metrics = _over_env_steps(plain, weakref.ref(trainer), weakref.ref(module))
-
-
-def _over_env_steps(
-    log_metrics: Callable[..., None],
-    trainer_ref: "weakref.ref[Trainer]",
-    module_ref: "weakref.ref[Any]",
-) -> Callable[..., None]:
-    """``log_metrics`` with the module's environment steps in place of any step."""
-
-    @functools.wraps(log_metrics)
-    def over_env_steps(metrics: Any, step: int | None = None, *args: Any, **kwargs: Any) -> None:
-        trainer, module = trainer_ref(), module_ref()
-        if (
-            trainer is not None
-            and trainer.state.status == TrainerStatus.RUNNING
-            and module is not None
-            and trainer.lightning_module is module
-        ):
-            step = module.env_steps
-        log_metrics(metrics, *args, step=step, **kwargs)
-
-    over_env_steps.axis_of = trainer_ref, module_ref  # pyright: ignore[reportFunctionMemberAccess]
-    return over_env_steps
 
 
 def planned_env_steps(

@@ -3,6 +3,7 @@
 Counting, budgets, determinism, evaluation, checkpoints, and what it refuses.
 """
 
+import contextlib
 import copy
 import csv
 import dataclasses
@@ -364,6 +365,37 @@ class TestLoggersAndCallbacks:
         logger.log_metrics({"after": 1.0}, step=7)
         logger.save()
         assert x_axes(tmp_path, kind)["after"] == [7]
+
+    def test_what_hooks_log_at_the_edges_of_a_run_is_on_the_axis(self, make_trainer, tmp_path):
+        logger = CSVLogger(tmp_path / "first", name="", version="")
+        late = CSVLogger(tmp_path / "late", name="", version="")
+
+        class AtTheEdges(Callback):
+            def setup(self, trainer, pl_module, stage):
+                trainer.logger.log_metrics({"at setup": 1.0}, 5)
+
+            def on_train_batch_end(self, trainer, pl_module, outputs, batch, batch_idx):
+                if late not in trainer.loggers:
+                    trainer.loggers.append(late)
+
+            def on_exception(self, trainer, pl_module, exception):
+                for each in trainer.loggers:
+                    each.log_metrics({"at the end": 1.0}, step=trainer.global_step)
+
+        trainer = make_trainer(logger=logger, callbacks=[AtTheEdges(), DiesIn(3)])
+        with pytest.raises(RuntimeError, match="in iteration 3"):
+            fit(cartpole(), trainer)
+        found = x_axes(tmp_path / "first", CSVLogger)
+        assert (found["at setup"], found["at the end"]) == ([0], [64])
+        found = x_axes(tmp_path / "late", CSVLogger)
+        assert (found["loss/value"], found["at the end"]) == ([64], [64])
+
+    @pytest.mark.parametrize("callbacks", [[], [DiesIn(2)]], ids=["well", "dies"])
+    def test_a_logger_can_be_pickled_when_a_run_is_over(self, make_trainer, tmp_path, callbacks):
+        logger = TensorBoardLogger(tmp_path, name="", version="")
+        with contextlib.suppress(RuntimeError):
+            fit(cartpole(), make_trainer(logger=logger, callbacks=callbacks))
+        assert pickle.loads(pickle.dumps(logger)).log_dir == logger.log_dir
 
     def test_a_resumed_run_and_an_evaluation_keep_to_the_axis(self, make_trainer, tmp_path):
         trainer = make_trainer()
