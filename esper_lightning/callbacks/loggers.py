@@ -29,20 +29,25 @@ _EXPERIMENT_BYTES = 1 << 16
 _NO_ROOM = (errno.ENOSPC, errno.EDQUOT)
 
 
-def guard_loggers(loggers: Iterable[Any]) -> None:
+def guard_loggers(loggers: Iterable[Any], step: Callable[[], int] | None = None) -> None:
     """Keep errors of loggers out of the run that begins.
 
     What a logger raises is one warning with the error that caused it. Metrics and hyperparameters
     that it did not take wait, and are logged when it takes them again. Files that TensorBoard's and
     the CSV logger write anew are put in place whole. The guard ends with ``finalize``, the last
-    call of a run; a logger that has one is left as it is.
+    call of a run; a logger that has one keeps it.
 
     Args:
         loggers: ``trainer.loggers``.
+        step: The x axis of whatever is logged while the guard is there; ``None`` for the step that
+            ``log_metrics`` is given: Lightning and its callbacks give iterations, or none.
     """
     for logger in loggers:
         if _GUARD not in vars(logger):
             _Guard(logger)
+        guard: _Guard | None = vars(logger).get(_GUARD)
+        if guard is not None and step is not None:
+            guard.step = step
 
 
 def flush_logger(logger: Any) -> None:
@@ -70,6 +75,8 @@ class _Call(NamedTuple):
 class _Guard:
     """Stands in the class of one logger, so that properties are guarded as methods are."""
 
+    step: Callable[[], int] | None = None
+
     def __init__(self, logger: Any) -> None:
         self._logger, self._class = logger, type(logger)
         self._name = self._class.__name__
@@ -90,6 +97,7 @@ class _Guard:
             logger.__class__ = type(self._name, (self._class,), members)
         except TypeError as error:  # a class that cannot be derived from
             _log.warning("%s has no guard against its own errors: %s", self._name, error)
+            vars(logger)[_GUARD] = None  # this is said once
             return
         vars(logger)[_GUARD] = self
         if vars(logger).get("_experiment") is not None:
@@ -108,6 +116,8 @@ class _Guard:
     def _kept(self, name: str) -> Callable[..., None]:
         @functools.wraps(getattr(self._class, name, lambda: None))
         def call(_: Any, *args: Any, **kwargs: Any) -> None:
+            if name == "log_metrics" and self.step is not None:
+                args, kwargs = args[:1] + args[2:], {**kwargs, "step": self.step()}
             self._calls.put(_Call(name, tuple(map(_copy, args)), _copied(kwargs)))
 
         return call

@@ -304,9 +304,9 @@ class EsperCLI(LightningCLI):
     def after_instantiate_classes(self) -> None:
         """Refuse now what the run would refuse later."""
         model = self.model
-        model.refuse_trainer(self.trainer)
         path = self.config[self.subcommand]["ckpt_path"]
         fits = self.subcommand == "fit"
+        model.refuse_trainer(self.trainer, fits=fits)
         if isinstance(model.env, Morphogenesis):
             model.env.splits(self.trainer.strategy.root_device)
         if path in ("last", "best", "hpc"):  # a file, by the name that Lightning gives it

@@ -12,7 +12,7 @@ import json
 import os
 import time
 import weakref
-from collections.abc import Sequence
+from collections.abc import Generator, Sequence
 from pathlib import Path
 from typing import Any, cast
 
@@ -143,9 +143,8 @@ def claim(directory: Path) -> Claim:
     reserved = _reserved.pop(directory, None)
     if reserved is not None and reserved.holds:
         return reserved
-    made = [folder for folder in (directory, *directory.parents) if not folder.exists()]
-    directory.mkdir(parents=True, exist_ok=True)
-    held = _claim(directory, made=made)
+    with _making(directory) as made:
+        held = _claim(directory, made=made)
     try:
         held.refuse_others()
     except BaseException:
@@ -203,14 +202,38 @@ def claim_next(parent: Path) -> Claim:
         OSError: If the directory cannot be made.
     """
     parent = parent.absolute()
-    parent.mkdir(parents=True, exist_ok=True)
-    number = 1 + max((_number(path.name) for path in parent.iterdir()), default=-1)
-    while True:
-        directory = parent / f"{_VERSION}{number}"
-        with contextlib.suppress(FileExistsError, DirectoryInUseError):  # somebody was faster
-            directory.mkdir()
-            return _claim(directory, made=[directory])
-        number += 1
+    with _making(parent):
+        number = 1 + max((_number(path.name) for path in parent.iterdir()), default=-1)
+        while True:
+            directory = parent / f"{_VERSION}{number}"
+            with contextlib.suppress(FileExistsError, DirectoryInUseError):  # somebody was faster
+                directory.mkdir()
+                return _claim(directory, made=[directory])
+            number += 1
+
+
+@contextlib.contextmanager
+def _making(directory: Path) -> Generator[list[Path]]:
+    """Make a directory and its parents, within; what was made goes again where that fails.
+
+    One by one: behind ``..`` there may be folders that exist, below one that does not yet.
+
+    Yields:
+        Those that were made, the deepest first.
+    """
+    made: list[Path] = []
+    try:
+        for folder in (*reversed(directory.parents), directory):
+            if not folder.exists():
+                folder.mkdir(exist_ok=True)  # somebody may be faster
+                made.insert(0, folder)
+        directory.mkdir(exist_ok=True)  # it may be a file
+        yield made
+    except BaseException:
+        for folder in made:
+            with contextlib.suppress(OSError):
+                folder.rmdir()
+        raise
 
 
 def _number(name: str) -> int:

@@ -209,6 +209,7 @@ class PPO(LightningModule):
                 those of the previous iteration.
         """
         started = time.perf_counter()
+        self._guard_loggers()
         self._within_iteration = True
         profile, learner = self.trainer.profiler.profile, self._learner
         steps = self._next_rollout_steps()
@@ -305,10 +306,9 @@ class PPO(LightningModule):
 
         From here on loggers cannot end the run.
         """
-        self.refuse_trainer(self.trainer)
+        self.refuse_trainer(self.trainer, fits=self.trainer.state.fn == TrainerFn.FITTING)
         trainer_rules.keep_lightning_from_requeueing(self.trainer)
-        if not self.trainer.fast_dev_run:  # else they are dummies
-            guard_loggers(self.trainer.loggers)
+        self._guard_loggers()
         return []
 
     @override
@@ -329,7 +329,7 @@ class PPO(LightningModule):
     @override
     def setup(self, stage: str) -> None:
         """Build environments and rollout storage on the device."""
-        trainer_rules.log_over_env_steps(self.trainer, self)
+        self._guard_loggers()
         if stage != "fit":
             return
         trainer_rules.silence_checkpoint_advice()
@@ -372,7 +372,7 @@ class PPO(LightningModule):
     @override
     def on_train_start(self) -> None:
         """Take up the environments where the checkpoint left them, or reset them."""
-        trainer_rules.log_over_env_steps(self.trainer, self)  # loggers may have come since
+        self._guard_loggers()
         self._optimizer = cast(torch.optim.Adam, self.optimizers(use_pl_optimizer=False))
         self._optimizer.param_groups[0]["eps"] = self.ppo.adam_eps  # not that of a checkpoint
         self._planned_env_steps = trainer_rules.planned_env_steps(
@@ -381,9 +381,6 @@ class PPO(LightningModule):
             per_iteration=self.ppo.rollout_steps * self.env.num_envs * self.trainer.world_size,
             budget=self.total_env_steps,
         )
-        endless = self._planned_env_steps is None and self.ppo.learning_rate_schedule == "linear"
-        rule = "be known for PPOConfig.learning_rate_schedule='linear'"
-        require(not endless, "PPO.total_env_steps", rule, self.total_env_steps)
         goes_on = self._learner.start(self._optimizer, self._resumed)
         if self._resumed is not None:
             set_global_random_states(self._resumed["global_random"])
@@ -398,6 +395,14 @@ class PPO(LightningModule):
             used = "PPO.total_env_steps=%s is used up: %d env steps were taken. Nothing to train."
             _log.warning(used, self.total_env_steps, self.env_steps)
             self.trainer.should_stop = True
+
+    def _guard_loggers(self) -> None:
+        """Give loggers, those that have come since too, ``env_steps`` as their x axis.
+
+        Until the run is over, however it ends; none of them ends it.
+        """
+        if not self.trainer.fast_dev_run:  # else they are dummies
+            guard_loggers(self.trainer.loggers, lambda: self.env_steps)
 
     def _refuse_to_disagree(self) -> None:
         """Refuse ranks with other settings or checkpoints: they would train different weights."""
@@ -505,8 +510,12 @@ class PPO(LightningModule):
             )
             raise ValueError(f"{message}. {' '.join(str(error).split())}") from error
 
-    def refuse_trainer(self, trainer: Trainer) -> None:
+    def refuse_trainer(self, trainer: Trainer, *, fits: bool = True) -> None:
         """Refuse a Trainer in which PPO would be wrong, or could not begin.
+
+        Args:
+            trainer: Before it runs.
+            fits: Whether it is to train, and not to evaluate alone.
 
         Raises:
             ValueError: Naming the setting and what to use instead.
@@ -516,7 +525,15 @@ class PPO(LightningModule):
             num_envs=self.env.num_envs,
             budget=self.total_env_steps,
             rollout_bytes=rollout_bytes(self._spaces, self.ppo.rollout_steps, self.env.num_envs),
+            evaluation_bytes=rollout_bytes(self._spaces, 1, self._eval_env.num_envs),
         )
+        if fits:
+            trainer_rules.refuse_unfit(
+                trainer,
+                iterations_per_epoch=self.iterations_per_epoch,
+                budget=self.total_env_steps,
+                needs_end=self.ppo.learning_rate_schedule == "linear",
+            )
 
     def refuse_checkpoint(
         self, checkpoint: dict[str, Any], path: str, *, world_size: int | None

@@ -6,22 +6,31 @@ Which Trainer settings work, how a run is counted.
 # pyright: reportAttributeAccessIssue=false, reportPrivateUsage=false
 # pyright: reportUnknownVariableType=false, reportUnknownArgumentType=false
 
-import functools
 import logging
 import os
 import warnings
-import weakref
-from collections.abc import Callable, Generator
+from collections.abc import Generator
 from contextlib import AbstractContextManager, contextmanager, nullcontext
-from typing import Any
+from pathlib import Path
 
 import torch
 from lightning.fabric.plugins.environments.slurm import SLURMEnvironment
 from lightning.pytorch import Trainer
-from lightning.pytorch.callbacks import BatchSizeFinder, LearningRateFinder
+from lightning.pytorch.callbacks import (
+    BatchSizeFinder,
+    Callback,
+    DeviceStatsMonitor,
+    GradientAccumulationScheduler,
+    LearningRateFinder,
+    LearningRateMonitor,
+    ModelCheckpoint,
+    StochasticWeightAveraging,
+    Timer,
+)
 from lightning.pytorch.strategies import DDPStrategy, DeepSpeedStrategy, SingleDeviceStrategy
 from lightning.pytorch.strategies.launchers import _MultiProcessingLauncher
-from lightning.pytorch.trainer.states import TrainerStatus
+from lightning.pytorch.trainer.connectors.data_connector import _parse_num_batches
+from lightning.pytorch.trainer.states import RunningStage
 
 from esper_lightning.core.errors import Words, require
 from esper_lightning.core.seeding import require_torch_defaults
@@ -31,8 +40,8 @@ __all__ = [
     "count_step",
     "few_cpu_threads",
     "keep_lightning_from_requeueing",
-    "log_over_env_steps",
     "planned_env_steps",
+    "refuse_unfit",
     "refuse_unsupported",
     "silence_checkpoint_advice",
 ]
@@ -40,10 +49,16 @@ __all__ = [
 _log = logging.getLogger(__name__)
 _PRECISIONS = ("32-true", "bf16-mixed")
 _SAMPLES_WORTH_A_THREAD = 2048
+_LOG_ONLY = (DeviceStatsMonitor, LearningRateMonitor)
 
 
 def refuse_unsupported(
-    trainer: Trainer, *, num_envs: int, budget: int | None, rollout_bytes: int
+    trainer: Trainer,
+    *,
+    num_envs: int,
+    budget: int | None,
+    rollout_bytes: int,
+    evaluation_bytes: int,
 ) -> None:
     """Refuse Trainer settings under which PPO would be wrong, or could not begin.
 
@@ -52,6 +67,7 @@ def refuse_unsupported(
         num_envs: Environments on each rank.
         budget: ``PPO.total_env_steps``.
         rollout_bytes: Memory that a rollout takes on each rank.
+        evaluation_bytes: Memory that a step of an evaluation takes on each rank.
 
     Raises:
         ValueError: Naming the setting and what to use instead.
@@ -75,21 +91,101 @@ def refuse_unsupported(
     require(not share, "Trainer.overfit_batches", "be 0", share, hint)
     every = trainer.log_every_n_steps
     require(every >= 0, "Trainer.log_every_n_steps", "be at least 0", every)
+    epochs = trainer.check_val_every_n_epoch
+    hint = "Switch evaluation off with Trainer(limit_val_batches=0)."
+    ok = epochs is None or epochs >= 1
+    require(ok, "Trainer.check_val_every_n_epoch", "be at least 1, or None", epochs, hint)
     for callback in trainer.callbacks:
-        hint = "PPO schedules its learning rate and sizes its minibatches itself: see PPOConfig."
-        tunes = isinstance(callback, LearningRateFinder | BatchSizeFinder)
-        require(not tunes, "Trainer.callbacks", "tune nothing", type(callback).__name__, hint)
-        interval = getattr(callback, "_train_time_interval", None)
-        hint = "Lightning ignores it with manual optimisation: set every_n_train_steps."
-        require(interval is None, "ModelCheckpoint.train_time_interval", "be None", interval, hint)
+        _refuse_callback(callback)
     _refuse_strategy(trainer)
     least = num_envs * trainer.world_size
     rule = f"be at least env.num_envs * Trainer.world_size = {least}"
     require(budget is None or budget >= least, "PPO.total_env_steps", rule, budget)
     memory = _memory_of(trainer.strategy.root_device)
-    rule = f"give a rollout that fits into the memory, {memory / 1e9:.0f} GB"
-    got = Words(f"one of {rollout_bytes / 1e9:,.0f} GB")
-    require(rollout_bytes <= memory, "PPOConfig.rollout_steps * env.num_envs", rule, got)
+    for field, what, taken in (
+        ("PPOConfig.rollout_steps * env.num_envs", "a rollout", rollout_bytes),
+        ("PPO.eval_episodes", "an evaluation", evaluation_bytes),
+    ):
+        rule = f"give {what} that fits into the memory, {memory / 1e9:.0f} GB"
+        require(taken <= memory, field, rule, Words(f"one of {taken / 1e9:,.0f} GB"))
+
+
+def refuse_unfit(
+    trainer: Trainer, *, iterations_per_epoch: int, budget: int | None, needs_end: bool
+) -> None:
+    """Refuse Trainer settings with which PPO could not train; they do not matter to evaluations.
+
+    Args:
+        trainer: Before it trains.
+        iterations_per_epoch: Length of Lightning's epoch.
+        budget: ``PPO.total_env_steps``.
+        needs_end: Whether it must be known where the run ends, for a learning rate.
+
+    Raises:
+        ValueError: Naming the setting and what to use instead.
+        MisconfigurationException: If a share of an epoch is less than one batch.
+    """
+    share = trainer.limit_train_batches
+    most = _parse_num_batches(RunningStage.TRAINING, iterations_per_epoch, share)
+    every = trainer.val_check_interval
+    if isinstance(every, int) and trainer.limit_val_batches:
+        hint = "Trainer(check_val_every_n_epoch=None) counts iterations of all epochs."
+        ok = trainer.check_val_every_n_epoch is None or every <= most
+        rule = f"be at most {most}, the iterations of an epoch"
+        require(ok, "Trainer.val_check_interval", rule, every, hint)
+        require(every >= 1, "Trainer.val_check_interval", "be at least 1 iteration", every)
+    monitors = [each for each in trainer.callbacks if isinstance(each, _LOG_ONLY)]
+    ok = bool(trainer.loggers) or not monitors
+    got = Words(f"none for {type(monitors[0]).__name__}" if monitors else "")
+    require(ok, "Trainer.logger", "be there for what callbacks log", got)
+    epochs = trainer.max_epochs
+    if epochs is None:  # Lightning then takes 1000, unless something else ends the run
+        epochs = -1 if any(isinstance(each, Timer) for each in trainer.callbacks) else 1000
+    endless = budget is None and epochs < 0 and trainer.max_steps < 0
+    rule = "be known for PPOConfig.learning_rate_schedule='linear'"
+    require(not (endless and needs_end), "PPO.total_env_steps", rule, budget)
+
+
+def _refuse_callback(callback: Callback) -> None:
+    """Refuse callbacks of Lightning that PPO's manual optimisation leaves without effect, or worse.
+
+    Where they find out themselves, it is when the run has begun.
+    """
+    name = type(callback).__name__
+    hint = "PPO schedules its learning rate and sizes its minibatches itself: see PPOConfig."
+    tunes = isinstance(callback, LearningRateFinder | BatchSizeFinder)
+    require(not tunes, "Trainer.callbacks", "tune nothing", name, hint)
+    hint = "PPO takes several optimizer steps in an iteration: set PPOConfig.minibatches."
+    accumulates = (
+        isinstance(callback, GradientAccumulationScheduler)
+        and callback.going_to_accumulate_grad_batches()
+    )
+    require(not accumulates, "Trainer.callbacks", "accumulate no gradients", name, hint)
+    hint = "It needs Lightning's automatic optimisation."
+    averages = isinstance(callback, StochasticWeightAveraging)
+    require(not averages, "Trainer.callbacks", "average no weights", name, hint)
+    interval = getattr(callback, "_train_time_interval", None)
+    hint = "Lightning ignores it with manual optimisation: set every_n_train_steps."
+    require(interval is None, "ModelCheckpoint.train_time_interval", "be None", interval, hint)
+    if isinstance(callback, ModelCheckpoint):
+        _refuse_no_place(callback)
+
+
+def _refuse_no_place(callback: ModelCheckpoint) -> None:
+    """Refuse a checkpoint whose folder or file name cannot be."""
+    path = str(callback.dirpath or "")
+    place = Path(path).absolute()
+    ok = "://" in path or (
+        "\0" not in path
+        and next(each for each in (place, *place.parents) if os.path.lexists(each)).is_dir()
+    )
+    require(ok, "ModelCheckpoint.dirpath", "be a folder that can be made", path)
+    try:
+        callback.format_checkpoint_name({})
+    except Exception as error:  # whatever is wrong with a format
+        rule = f"be a name with formats ({error})"
+        hint = "'{epoch}-{step}', for example."
+        require(False, "ModelCheckpoint.filename", rule, callback.filename, hint)
 
 
 def _memory_of(device: torch.device) -> int:
@@ -148,47 +244,6 @@ def count_step(trainer: Trainer) -> None:
     progress = trainer.fit_loop.epoch_loop.manual_optimization.optim_step_progress
     progress.increment_ready()
     progress.increment_completed()
-
-
-def log_over_env_steps(trainer: Trainer, module: Any) -> None:
-    """Give whatever is logged in a run the module's ``env_steps`` as its x axis.
-
-    Lightning and its callbacks hand iterations to ``Logger.log_metrics``, or nothing. Each logger's
-    method is replaced by one that puts ``module.env_steps`` in their place, and that passes on what
-    it is given wherever ``module`` is not at work in ``trainer``: before, after and in other runs.
-
-    Args:
-        trainer: The loggers that it has now get the axis.
-        module: Counts environment steps.
-    """
-    for logger in trainer.loggers:
-        given: Any = getattr(logger.log_metrics, "axis_of", None)
-        if given is None or given[0]() is not trainer or given[1]() is not module:
-            plain: Any = logger.log_metrics if given is None else logger.log_metrics.__wrapped__
-            logger.log_metrics = _over_env_steps(plain, weakref.ref(trainer), weakref.ref(module))
-
-
-def _over_env_steps(
-    log_metrics: Callable[..., None],
-    trainer_ref: "weakref.ref[Trainer]",
-    module_ref: "weakref.ref[Any]",
-) -> Callable[..., None]:
-    """``log_metrics`` with the module's environment steps in place of any step."""
-
-    @functools.wraps(log_metrics)
-    def over_env_steps(metrics: Any, step: int | None = None, *args: Any, **kwargs: Any) -> None:
-        trainer, module = trainer_ref(), module_ref()
-        if (
-            trainer is not None
-            and trainer.state.status == TrainerStatus.RUNNING
-            and module is not None
-            and trainer.lightning_module is module
-        ):
-            step = module.env_steps
-        log_metrics(metrics, *args, step=step, **kwargs)
-
-    over_env_steps.axis_of = trainer_ref, module_ref  # pyright: ignore[reportFunctionMemberAccess]
-    return over_env_steps
 
 
 def planned_env_steps(

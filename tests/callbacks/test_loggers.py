@@ -341,3 +341,14 @@ def test_the_history_is_complete_whatever_the_logger_does(make_trainer, tmp_path
     fit(make_trainer, Plain(), logger=Failing(*METHODS), default_root_dir=tmp_path)
     rows = read_json_lines(tmp_path / "rank0" / "history.jsonl")
     assert [row["iteration"] for row in rows] == [1, 2, 3, 4, 5, 6]
+
+
+def test_a_logger_that_cannot_be_guarded_is_named_once(caplog):
+    class Final:
+        def __init_subclass__(cls):
+            raise TypeError("it has no subclasses")
+
+    loggers = [Final()]
+    guard_loggers(loggers)
+    guard_loggers(loggers, lambda: 1)
+    assert caplog.text.count("Final has no guard against its own errors") == 1

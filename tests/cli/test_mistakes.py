@@ -277,8 +277,29 @@ FIT = {
     "--trainer.overfit_batches 0.3": "Trainer.overfit_batches must be 0, got 0.3.",
     "--trainer.log_every_n_steps -1": "Trainer.log_every_n_steps must be at least 0, got -1.",
     "--trainer.callbacks+=LearningRateFinder": "must tune nothing, got 'LearningRateFinder'.",
+    "--trainer.logger false --trainer.callbacks+=LearningRateMonitor": "error: "
+    "Trainer.logger must be there for what callbacks log, got none for LearningRateMonitor.",
+    "--trainer.logger false --trainer.callbacks+=DeviceStatsMonitor": "got none for DeviceStatsMon",
+    "--trainer.callbacks+=GradientAccumulationScheduler --trainer.callbacks.scheduling '{0: 4}'": (
+        "Trainer.callbacks must accumulate no gradients, got 'GradientAccumulationScheduler'."
+    ),
+    "--trainer.callbacks+=StochasticWeightAveraging --trainer.callbacks.swa_lrs 0.1": "error: "
+    "Trainer.callbacks must average no weights, got 'StochasticWeightAveraging'.",
     "--model.ppo.rollout_steps 100_000_000_000": "must give a rollout that fits into the memory",
     "--model.env.num_envs 100_000_000_000 --model.total_env_steps null": "fits into the memory",
+    "--model.eval_episodes 1_000_000_000_000": "PPO.eval_episodes must give an evaluation that fits"
+    " into the memory",
+    "--trainer.check_val_every_n_epoch 0": "Trainer.check_val_every_n_epoch must be at least 1, or",
+    "--trainer.val_check_interval 60": "Trainer.val_check_interval must be at most 50, the",
+    "--trainer.val_check_interval 0": "Trainer.val_check_interval must be at least 1 iteration",
+    "--trainer.limit_train_batches 0.001": "limit_train_batches",
+    "--model.total_env_steps null": "PPO.total_env_steps must be known for PPOConfig.learning_rate",
+    "--model.total_env_steps null --trainer.max_time 00:00:00:09": "must be known for PPOConfig.",
+    "--trainer.callbacks ModelCheckpoint --trainer.callbacks.dirpath file": "error: "
+    "ModelCheckpoint.dirpath must be a folder that can be made, got ",
+    "--trainer.callbacks ModelCheckpoint --trainer.callbacks.dirpath file/x": "folder that can be",
+    "--trainer.callbacks ModelCheckpoint --trainer.callbacks.filename '{nothing:d'": "error: "
+    "ModelCheckpoint.filename must be a name with formats (",
     # What a class refuses of which a setting is one of several.
     "--trainer.callbacks FlightRecorder --trainer.callbacks.dirpath ''": "error: "
     "FlightRecorder.dirpath must name a directory, got ''.",
@@ -307,6 +328,9 @@ FIT = {
     "--run_dir 'a\0b'": "--run_dir must be a folder that can be made (embedded null byte)",
     f"--run_dir {LONG}": "--run_dir must be a folder that can be made (File name too long)",
     "--trainer.logger CSVLogger --trainer.logger.save_dir file": "(Not a directory)",
+    "--run_dir new/../file/below": "(Not a directory), got 'new/../file/below'.",
+    "--trainer.logger TensorBoardLogger --trainer.logger.save_dir new --trainer.logger.name ../file"
+    "/below": "(Not a directory)",
     # Config files.
     "--config none.yaml": "--config must name a file with settings: File does not exist: '",
     "--config folder": "--config must name a file with settings: Path is not a file: '",

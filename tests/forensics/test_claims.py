@@ -199,6 +199,15 @@ def test_all_folders_that_were_made_for_a_claim_go_with_it(tmp_path):
     assert list(tmp_path.iterdir()) == []
 
 
+@pytest.mark.parametrize("take", [claim, claim_next])
+def test_folders_on_the_way_to_one_that_cannot_be_made_go_again(tmp_path, take):
+    (tmp_path / "mine").mkdir()
+    (tmp_path / "file").write_text("no folder")
+    with pytest.raises(NotADirectoryError):
+        take(tmp_path / "new" / "er" / ".." / ".." / "mine" / ".." / "file" / "run")
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["file", "mine"]
+
+
 def test_a_full_disk_takes_no_name_but_the_lock_holds(tmp_path, monkeypatch):
     def full(*args):
         raise OSError(28, "No space left on device")

@@ -867,3 +867,12 @@ def test_a_tuner_that_trains_for_long_is_no_hang(fit, files):
     recorder = FlightRecorder(hang_timeout_s=1.0, watch=False)
     assert fit(Plain(), callbacks=[recorder, Trains()], max_epochs=2) is None
     assert not files.crash.exists()
+
+
+@pytest.mark.filterwarnings("ignore:.*Profiler clears events", "ignore:.*num_workers")
+def test_the_guide_begins_with_a_program_that_runs(tmp_path, monkeypatch):
+    guide = Path(__file__).parents[2] / "docs" / "crash-guide.md"
+    monkeypatch.chdir(tmp_path)
+    exec(guide.read_text().split("```python\n")[1].split("```")[0], {})
+    (run,) = tmp_path.glob("lightning_logs/*")
+    assert read_report(RunLayout(run).rank(0).process)["state"] == "finished"

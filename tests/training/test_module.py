@@ -3,6 +3,7 @@
 Counting, budgets, determinism, evaluation, checkpoints, and what it refuses.
 """
 
+import contextlib
 import copy
 import csv
 import dataclasses
@@ -364,6 +365,37 @@ class TestLoggersAndCallbacks:
         logger.log_metrics({"after": 1.0}, step=7)
         logger.save()
         assert x_axes(tmp_path, kind)["after"] == [7]
+
+    def test_what_hooks_log_at_the_edges_of_a_run_is_on_the_axis(self, make_trainer, tmp_path):
+        logger = CSVLogger(tmp_path / "first", name="", version="")
+        late = CSVLogger(tmp_path / "late", name="", version="")
+
+        class AtTheEdges(Callback):
+            def setup(self, trainer, pl_module, stage):
+                trainer.logger.log_metrics({"at setup": 1.0}, 5)
+
+            def on_train_batch_end(self, trainer, pl_module, outputs, batch, batch_idx):
+                if late not in trainer.loggers:
+                    trainer.loggers.append(late)
+
+            def on_exception(self, trainer, pl_module, exception):
+                for each in trainer.loggers:
+                    each.log_metrics({"at the end": 1.0}, step=trainer.global_step)
+
+        trainer = make_trainer(logger=logger, callbacks=[AtTheEdges(), DiesIn(3)])
+        with pytest.raises(RuntimeError, match="in iteration 3"):
+            fit(cartpole(), trainer)
+        found = x_axes(tmp_path / "first", CSVLogger)
+        assert (found["at setup"], found["at the end"]) == ([0], [64])
+        found = x_axes(tmp_path / "late", CSVLogger)
+        assert (found["loss/value"], found["at the end"]) == ([64], [64])
+
+    @pytest.mark.parametrize("callbacks", [[], [DiesIn(2)]], ids=["well", "dies"])
+    def test_a_logger_can_be_pickled_when_a_run_is_over(self, make_trainer, tmp_path, callbacks):
+        logger = TensorBoardLogger(tmp_path, name="", version="")
+        with contextlib.suppress(RuntimeError):
+            fit(cartpole(), make_trainer(logger=logger, callbacks=callbacks))
+        assert pickle.loads(pickle.dumps(logger)).log_dir == logger.log_dir
 
     def test_a_resumed_run_and_an_evaluation_keep_to_the_axis(self, make_trainer, tmp_path):
         trainer = make_trainer()
@@ -971,6 +1003,14 @@ class TestErrors:
                 {"precision": "bf16-true"},
                 "Trainer.precision must be one of 32-true, bf16-mixed, got 'bf16-true'.",
             ),
+            (
+                {"check_val_every_n_epoch": 0},
+                "Trainer.check_val_every_n_epoch must be at least 1, or None, got 0.",
+            ),
+            (
+                {"val_check_interval": 60, "limit_val_batches": 1.0},
+                "Trainer.val_check_interval must be at most 50, the iterations of an epoch, got 60",
+            ),
         ],
     )
     def test_trainer_settings_that_cannot_work(self, make_trainer, settings, message):
@@ -982,6 +1022,17 @@ class TestErrors:
         message = "PPO.total_env_steps must be known for PPOConfig.learning_rate_schedule='linear'"
         with pytest.raises(ValueError, match=re.escape(message)):
             make_trainer().fit(cartpole(ppo=ppo, total_env_steps=None))
+
+    def test_an_evaluation_needs_no_end_of_a_run(self, make_trainer):
+        ppo = dataclasses.replace(SMALL, learning_rate_schedule="linear")
+        trainer = make_trainer(limit_val_batches=1.0)
+        (figures,) = trainer.validate(cartpole(ppo=ppo, total_env_steps=None), verbose=False)
+        assert figures["eval/episodes"] == 3
+
+    def test_an_evaluation_that_does_not_fit_into_the_memory(self, make_trainer):
+        message = "PPO.eval_episodes must give an evaluation that fits into the memory"
+        with pytest.raises(ValueError, match=message):
+            make_trainer(limit_val_batches=1.0).validate(cartpole(eval_episodes=10**12))
 
 
 class NotADataclass:

@@ -65,7 +65,7 @@ _OURS: dict[str, Any] = {
 _TO_RESUME: dict[str, Any] = {
     **dict.fromkeys(("epoch", "global_step"), int),
     "callbacks": {"*": object},
-    "loops": {"*": object},
+    "loops": {"fit_loop": {"*": object}, "*": object},
     "lr_schedulers": list,
     "optimizer_states": [{"state": dict, "param_groups": [{"params": [int], "*": object}]}],
 }

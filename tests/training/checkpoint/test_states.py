@@ -104,6 +104,7 @@ TO_RESUME = {
     "no optimizer": (put("optimizer_states", None), "optimizer_states is missing"),
     "no callbacks": (put("callbacks", None), "callbacks is missing"),
     "no loops": (put("loops", []), "loops is no dictionary"),
+    "empty loops": (put("loops", {}), "loops.fit_loop is missing"),
     "moments of another shape": (moments(lambda m: m[:1]), "State 0 is of another"),
     "moments that are not finite": (moments(to_nan), "Not finite: optimizer.0.0.exp_avg"),
     "two optimizers": (
