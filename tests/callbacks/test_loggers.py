@@ -335,6 +335,24 @@ def test_a_table_whose_longer_head_could_not_be_written_has_it_later(tmp_path, m
     ]
 
 
+def test_a_row_that_was_torn_is_not_in_the_table(tmp_path, monkeypatch):
+    logger = CSVLogger(tmp_path, name="", version="")
+    guard_loggers([logger])
+    logger.log_metrics({"a": 1.0}, step=0)
+    logger.save()
+
+    def torn(writer, _):
+        writer.writer.writerow(["2."])
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    with monkeypatch.context() as patch:
+        patch.setattr(csv.DictWriter, "writerows", torn)
+        logger.log_metrics({"a": 2.0}, step=1)
+        logger.save()
+    logger.save()
+    assert [row["a"] for row in table(tmp_path / "metrics.csv")] == ["1.0", "2.0"]
+
+
 @pytest.mark.parametrize("kind", [TensorBoardLogger, CSVLogger])
 def test_a_kill_while_a_logger_writes_leaves_whole_files(tmp_path, monkeypatch, kind):
     """Whatever is open for writing must not be a file that is there, unless it is appended to."""
