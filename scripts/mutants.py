@@ -183,6 +183,7 @@ class Laboratory:
         self._start(self._free.pop(), Trial(None), tests, limit_s)
         while not (ended := self._ended()):
             pass
+        shutil.rmtree(self._folder / "0" / "tmp", ignore_errors=True)  # pipes cannot be copied
         for number in range(1, self._jobs):
             shutil.copytree(self._folder / "0", self._folder / str(number), symlinks=True)
             self._free.append(_Copy(self._folder / str(number)))

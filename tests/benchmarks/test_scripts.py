@@ -3,13 +3,16 @@
 A benchmark runs with ``--smallest``; the tools of ``scripts/`` have an entry each.
 """
 
+import ast
 import importlib.util
+import inspect
 import os
 import re
 import shlex
 import shutil
 import subprocess
 import sys
+from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
@@ -140,6 +143,93 @@ def test_a_file_that_does_not_run_by_itself_is_used_by_one_that_does(module):
     assert "__main__" not in path.read_text()
     users = "".join(user.read_text() for user in ROOT.glob(MODULES[module]) if user != path)
     assert re.search(rf"\b{path.stem}\b", users)
+
+
+# What is asked of peers, by the text alone: their libraries are not installed here.
+
+CONTENDERS = ROOT / "benchmarks" / "contenders.py"
+PEERS = {path.stem: path for path in sorted((ROOT / "benchmarks" / "peers").glob("*.py"))}
+Call = tuple[str, str, int, set[str]]
+"""Module, function, number of positional arguments, names of the others."""
+
+
+def asked_of_peers(contenders: ast.Module) -> Iterator[Call]:
+    """Calls of functions of peers, by name or by the settings of a contender."""
+    (peer,) = (
+        node
+        for node in contenders.body
+        if isinstance(node, ast.FunctionDef) and node.name == "peer"
+    )
+    usual = {
+        argument.arg: ast.literal_eval(default)
+        for argument, default in zip(peer.args.kwonlyargs, peer.args.kw_defaults, strict=True)
+        if default is not None
+    }
+    sizes = next(
+        node.value
+        for node in ast.walk(peer)
+        if isinstance(node, ast.Assign) and ast.unparse(node.targets[0]) == "sizes"
+    )
+    assert isinstance(sizes, ast.Tuple)
+    for node in ast.walk(contenders):
+        if not isinstance(node, ast.Call):
+            continue
+        called = node.func
+        if isinstance(called, ast.Name) and called.id == "_peer":
+            settings = {word.arg: ast.literal_eval(word.value) for word in node.keywords}
+            settings = {**usual, **settings}
+            more = {"compile"} if settings["compiles"] else set[str]()
+            yield settings["module"], settings["function"], len(sizes.elts), {"threads", *more}
+        elif isinstance(called, ast.Attribute) and ast.unparse(called.value) in PEERS:
+            words = {word.arg for word in node.keywords if word.arg is not None}
+            yield ast.unparse(called.value), called.attr, len(node.args), words
+
+
+def names_of_peers(contenders: ast.Module) -> Iterator[tuple[str, str]]:
+    """Module and name of whatever is imported from a peer, or is an attribute of one."""
+    for node in ast.walk(contenders):
+        if isinstance(node, ast.ImportFrom) and node.module in PEERS:
+            yield from ((node.module, alias.name) for alias in node.names)
+        elif isinstance(node, ast.Attribute) and ast.unparse(node.value) in PEERS:
+            yield ast.unparse(node.value), node.attr
+
+
+def defined(module: str) -> dict[str, ast.stmt]:
+    """What the file of a peer defines, by name."""
+    body = ast.parse(PEERS[module].read_text()).body
+    return {
+        node.name: node for node in body if isinstance(node, ast.FunctionDef | ast.ClassDef)
+    } | {
+        ast.unparse(target): node
+        for node in body
+        if isinstance(node, ast.Assign)
+        for target in node.targets
+    }
+
+
+def signature_of(function: ast.stmt) -> inspect.Signature:
+    """That of a definition, without running it or its annotations."""
+    assert isinstance(function, ast.FunctionDef)
+    head = f"lambda {ast.unparse(without_annotations(function.args))}: None"
+    return inspect.signature(eval(head))
+
+
+def without_annotations(arguments: ast.arguments) -> ast.arguments:
+    for each in ast.walk(arguments):
+        if isinstance(each, ast.arg):
+            each.annotation = None
+    return arguments
+
+
+def test_what_contenders_ask_of_a_peer_is_there_and_takes_their_arguments():
+    contenders = ast.parse(CONTENDERS.read_text())
+    calls = list(asked_of_peers(contenders))
+    assert {module for module, *_ in calls} == set(PEERS)
+    for module, name_of, *_ in (*calls, *names_of_peers(contenders)):
+        assert name_of in defined(module), f"{module} has no {name_of}"
+    for module, function, positional, words in calls:
+        signature = signature_of(defined(module)[function])
+        signature.bind(*range(positional), **dict.fromkeys(words))  # a TypeError where it does not
 
 
 def test_make_bench_installs_every_peer_and_runs_what_compares_them():

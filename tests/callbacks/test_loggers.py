@@ -126,6 +126,20 @@ def test_rows_that_a_logger_did_not_take_are_logged_when_it_takes_them(make_trai
     assert caplog.text.count("takes no rows: no connection") == 1
 
 
+def test_a_row_that_waits_is_that_of_when_it_was_logged():
+    logger = Failing("log_metrics", "log_hyperparams")
+    guard_loggers([logger])
+    row, hyperparameters = {"loss": 1.0}, {"width": 2}
+    logger.log_metrics(row, step=1)
+    logger.log_hyperparams(params=hyperparameters)
+    row["loss"], hyperparameters["width"] = 5.0, 6
+    logger.methods = ()
+    logger.log_metrics(metrics=row, step=2)
+    row["loss"] = 9.0
+    assert logger.rows == [(1, {"loss": 1.0}), (2, {"loss": 5.0})]
+    assert logger.hyperparams == {"width": 2}
+
+
 def test_a_row_that_a_logger_never_takes_costs_no_other_row(make_trainer, caplog):
     logger = Failing("log_metrics", steps=(64, 128))
     fit(make_trainer, ppo(), logger=logger)
@@ -295,6 +309,48 @@ def test_the_table_of_the_csv_logger_is_whole_on_a_full_disk(
     assert all(None not in row and None not in row.values() for row in rows)
     assert yaml.safe_load((small_disk / "hparams.yaml").read_text())
     assert not list(small_disk.glob(".*"))
+
+
+def test_a_table_whose_longer_head_could_not_be_written_has_it_later(tmp_path, monkeypatch, caplog):
+    logger = CSVLogger(tmp_path, name="", version="")
+    guard_loggers([logger])
+    logger.log_metrics({"a": 1.0}, step=0)
+    logger.save()
+
+    def full(*_):
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    with monkeypatch.context() as patch:
+        patch.setattr(logger.experiment, "_rewrite_with_new_header", full)
+        logger.log_metrics({"a": 2.0, "b": 3.0}, step=1)
+        logger.save()
+    assert "No space left" in caplog.text
+    assert table(tmp_path / "metrics.csv") == [{"a": "1.0", "step": "0"}]
+    logger.log_metrics({"b": 4.0}, step=2)
+    logger.save()
+    assert table(tmp_path / "metrics.csv") == [
+        {"a": "1.0", "b": "", "step": "0"},
+        {"a": "2.0", "b": "3.0", "step": "1"},
+        {"a": "", "b": "4.0", "step": "2"},
+    ]
+
+
+def test_a_row_that_was_torn_is_not_in_the_table(tmp_path, monkeypatch):
+    logger = CSVLogger(tmp_path, name="", version="")
+    guard_loggers([logger])
+    logger.log_metrics({"a": 1.0}, step=0)
+    logger.save()
+
+    def torn(writer, _):
+        writer.writer.writerow(["2."])
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    with monkeypatch.context() as patch:
+        patch.setattr(csv.DictWriter, "writerows", torn)
+        logger.log_metrics({"a": 2.0}, step=1)
+        logger.save()
+    logger.save()
+    assert [row["a"] for row in table(tmp_path / "metrics.csv")] == ["1.0", "2.0"]
 
 
 @pytest.mark.parametrize("kind", [TensorBoardLogger, CSVLogger])

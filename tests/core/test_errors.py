@@ -1,10 +1,11 @@
 """The one form of an error about what a user wrote."""
 
 import re
+from dataclasses import dataclass
 
 import pytest
 
-from esper_lightning.core.errors import require, require_int
+from esper_lightning.core.errors import check_fields, require, require_int
 
 
 def test_what_obeys_the_rule_passes() -> None:
@@ -38,3 +39,26 @@ def test_what_is_no_integer_is_refused(value: object) -> None:
 def test_an_integer_that_is_too_small_is_refused() -> None:
     with pytest.raises(ValueError, match=r"^Owner\.field must be at least 1, got 0\.$"):
         require_int("Owner.field", 0, minimum=1)
+
+
+@dataclass(frozen=True)
+class Sizes:
+    """A setting of many numbers, by name."""
+
+    by_name: dict[str, int]
+
+    def __post_init__(self) -> None:
+        check_fields(self)
+
+
+def test_a_mapping_whose_entries_fit_is_kept() -> None:
+    given = {"a": 1, "b": 2}
+    assert Sizes(given).by_name is given
+
+
+@pytest.mark.parametrize("given", [{"a": 1, "b": 2.5}, {"a": True}, {"a": "1"}, {3: 1}, [("a", 1)]])
+def test_a_mapping_of_which_one_entry_has_another_type_is_refused(given: object) -> None:
+    with pytest.raises(
+        ValueError, match=r"^Sizes\.by_name must be .*, got " + re.escape(repr(given))
+    ):
+        Sizes(given)

@@ -162,6 +162,18 @@ def test_a_spread_that_is_small_beside_the_mean_is_found() -> None:
     assert (moments.mean, moments.variance) == (2.0**23, 4.0)
 
 
+@pytest.mark.parametrize("chooses", [True, False])
+def test_single_numbers_are_summed_in_double_precision(
+    chooses: bool, generator: torch.Generator
+) -> None:
+    row = 1e4 + torch.randn(50_000, generator=generator)
+    where = torch.rand(50_000, generator=generator) < 0.5 if chooses else None
+    moments = Moments.of(row, where=where)
+    expected = (row if where is None else row[where]).numpy().astype(np.float64)
+    np.testing.assert_allclose(moments.mean, expected.mean(), rtol=1e-12)
+    np.testing.assert_allclose(moments.variance, expected.var(), rtol=1e-9)
+
+
 def test_returns_that_never_vary_leave_rewards_finite() -> None:
     stats = RunningStats(())
     stats.update(Moments.of(torch.zeros(7)))

@@ -107,6 +107,17 @@ def test_a_rank_that_still_writes_keeps_the_directory(tmp_path):
         claim(tmp_path).release()
 
 
+def test_a_process_that_has_finished_its_run_may_live_on(tmp_path):
+    """Such as a notebook, with a version of the package that wrote no owner."""
+    with subprocess.Popen([sys.executable, "-c", "input()"], stdin=subprocess.PIPE) as child:
+        process = {"state": "finished", "rank": 0, **identify(child.pid)}
+        write_report(RunLayout(tmp_path).rank(0).process, process)
+        held = claim(tmp_path)
+        assert held.was_run
+        held.release()
+        child.kill()
+
+
 def test_a_forked_child_does_not_keep_its_parents_directory(tmp_path):
     """A worker that outlives the run is not the run."""
     held = claim(tmp_path)
@@ -226,7 +237,8 @@ def test_what_was_reserved_is_claimed_or_left_as_it_was(tmp_path):
     return_reserved()
     assert held.holds
     held.note(address="s3://bucket")
-    assert read_owner(tmp_path / "run")["address"] == "s3://bucket"
+    owner = read_owner(tmp_path / "run")
+    assert (owner["address"], owner["pid"]) == ("s3://bucket", os.getpid())
     held.release()
     assert read_owner(tmp_path / "run") == {}
     reserve(tmp_path / "other")

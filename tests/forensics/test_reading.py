@@ -65,6 +65,14 @@ def test_numbers_are_such_as_everything_can_work_with():
     ]
 
 
+def test_entries_are_counted_over_all_that_hold_some():
+    half = [0] * 499_999
+    refuse_unbounded([half, {"a": half[1:]}])
+    for too_many in ([half, half, [0]], {"a": half, "b": {"c": half, "d": 0}}):
+        with pytest.raises(ValueError, match="it has more than 1,000,000 entries"):
+            refuse_unbounded(too_many)
+
+
 def test_what_holds_itself_or_stands_for_billions_is_refused():
     itself: list[object] = []
     itself.append(itself)

@@ -17,6 +17,7 @@ mutants = importlib.util.module_from_spec(spec)
 sys.modules["mutants"] = mutants
 spec.loader.exec_module(mutants)
 LISTED = mutants.read_mutants()
+TRUNK = ("ppo", "training", "callbacks", "recorder", "forensics", "comparison", "core")
 
 
 def test_every_mutant_still_applies_and_names_tests_that_exist():
@@ -25,8 +26,7 @@ def test_every_mutant_still_applies_and_names_tests_that_exist():
 
 def test_mutants_differ_and_are_of_every_part_of_the_trunk():
     count = Counter(Path(mutant.file).parts[0] for mutant in LISTED)
-    assert count.keys() == {"training", "callbacks", "forensics", "comparison", "core"}
-    assert min(count.values()) >= 25
+    assert min(count[part] for part in TRUNK) >= 25
     assert len(LISTED) >= 150
     assert len({(mutant.file, mutant.old, mutant.new) for mutant in LISTED}) == len(LISTED)
     assert all(mutant.why.endswith(".") for mutant in LISTED)
