@@ -2,6 +2,7 @@
 
 import gzip
 import json
+import os
 import re
 
 import pytest
@@ -135,7 +136,6 @@ def test_saves_what_there_is_when_it_dies(
 
 def test_an_error_is_not_masked_by_a_place_that_takes_no_file(train, tmp_path, monkeypatch):
     def dies(*_):
-        (tmp_path / "place").rmdir()
         (tmp_path / "place").write_text("")
         raise ZeroDivisionError
 
@@ -146,13 +146,52 @@ def test_an_error_is_not_masked_by_a_place_that_takes_no_file(train, tmp_path, m
     assert any("was not written" in note for note in caught.value.__notes__)
 
 
-@pytest.mark.parametrize("place", ["file/x.ckpt", "folder", "/proc/none/x.ckpt", "a\0b"])
+PLACES = ["file/x.ckpt", "folder", "/proc/none/x.ckpt", "/proc/x.ckpt", "a\0b", "x" * 300]
+
+
+@pytest.mark.parametrize("place", [*PLACES, f"new/{'x' * 250}", "notes.txt", "fifo", "dangling"])
 def test_a_place_that_takes_no_file_is_refused_before_training(train, tmp_path, place):
     (tmp_path / "file").write_text("")
     (tmp_path / "folder").mkdir()
-    with pytest.raises(ValueError, match="save_path must name a file"):
+    (tmp_path / "notes.txt").write_text("PK is how an archive begins")
+    (tmp_path / "dangling").symlink_to("nowhere")
+    os.mkfifo(tmp_path / "fifo")
+    before = sorted(tmp_path.iterdir())
+    rule = r"^train_ppo_vectorized.save_path must name a new file or an earlier checkpoint, got '"
+    with pytest.raises(ValueError, match=rule):
         train(4, save_path=tmp_path / place)
-    assert not (tmp_path / "run").exists()
+    assert sorted(tmp_path.iterdir()) == before
+    assert (tmp_path / "notes.txt").read_text() == "PK is how an archive begins"
+
+
+def test_a_place_for_a_file_is_not_made_for_a_run_that_is_refused(train, tmp_path):
+    with pytest.raises(ValueError, match="ckpt_path"):
+        train(4, save_path=tmp_path / "new" / "x.ckpt", resume_path="nope")
+    assert not (tmp_path / "new").exists()
+
+
+def test_an_earlier_checkpoint_is_replaced_through_a_link_that_stays(train, tmp_path):
+    path, link = tmp_path / "saved.ckpt", tmp_path / "link.ckpt"
+    link.symlink_to("saved.ckpt")
+    train(1, save_path=path)
+    train(2, save_path=link, run_dir=tmp_path / "other")
+    assert link.is_symlink()
+    assert PPO.load_from_checkpoint(path).iteration == 2
+
+
+def test_a_folder_of_others_is_no_run_directory(train, tmp_path):
+    (tmp_path / "root" / "etc").mkdir(parents=True)
+    (tmp_path / "root" / "etc" / "passwd").write_text("")
+    rule = "run_dir must name a new directory or that of a run, got '.*It holds etc, which no run"
+    with pytest.raises(ValueError, match=rule):
+        train(1, run_dir=tmp_path / "root")
+    assert [path.name for path in (tmp_path / "root").iterdir()] == ["etc"]
+
+
+def test_what_a_launcher_leaves_is_no_reason_to_refuse_a_run_directory(train, tmp_path):
+    (tmp_path / "run" / ".hydra").mkdir(parents=True)
+    (tmp_path / "run" / "slurm-1.out").write_text("")
+    assert len(train(1)) == 1
 
 
 def trace_names(path):
@@ -195,7 +234,10 @@ def test_profiler_writes_where_it_is_told(train, tmp_path):
             "torch_profiler_wait + torch_profiler_warmup must be less than iterations = 3, got 3.",
         ),
         ({"evaluate_every": 0}, "train_ppo_vectorized.evaluate_every must be at least 1, got 0."),
-        ({"save_path": "/"}, "train_ppo_vectorized.save_path must name a file, got '/'."),
+        (
+            {"save_path": "/"},
+            "train_ppo_vectorized.save_path must name a new file or an earlier",
+        ),
         ({"eval_episodes": 0}, "PPO.eval_episodes must be at least 1, got 0."),
     ],
 )

@@ -342,6 +342,18 @@ OTHERS = {
     "export --ckpt_path last --output x": "must name an existing checkpoint, got 'last'.",
     "export --ckpt_path torn.ckpt --output x": "got 'torn.ckpt'. It is torn",
     "export --ckpt_path 'a\0b' --output x": r"got 'a\x00b'.",
+    "export --ckpt_path none --output file": "--output must name a new file or an earlier export,"
+    " got 'file'. Something else is there.",
+    "export --ckpt_path none --output fifo": "got 'fifo'. Something else is there.",
+    "export --ckpt_path none --output dangling": "No file can be written there: No such file",
+    "export --ckpt_path none --output folder": "got 'folder'. It is a folder.",
+    "export --ckpt_path none --output other.ckpt": "or an earlier export, got 'other.ckpt'.",
+    "export --ckpt_path none --output ''": "--output must name a new file or an earlier export",
+    "export --ckpt_path none --output file/x": "No file can be written there: Not a directory.",
+    "export --ckpt_path none --output /proc/x/y.pt2": "--output must name a new file or an earlier",
+    "export --ckpt_path none --output 'a\0b'": "written there: embedded null byte.",
+    f"export --ckpt_path none --output {LONG}": "written there: File name too long.",
+    f"export --ckpt_path none --output new/{LONG}": "written there: File name too long.",
     "export --ckpt_path x --output y --format tflite": "--format: invalid choice: 'tflite'",
     "export --ckpt_path x --output y --frmat onnx": "The nearest is '--format'.",
     "crash": "the following arguments are required: RUN_DIR",
@@ -363,6 +375,11 @@ OTHERS = {
     "compare folder file": "RUN must be a run directory",
     "compare folder --score best": "argument --score: invalid choice: 'best'",
     "compare folder --baseline": "argument --baseline: expected one argument",
+    "compare none --output file/x": "--output must be a folder that can be made (Not a directory)",
+    "compare none --output file": "--output must be a folder that can be made (Not a directory)",
+    "compare none --output /proc/x": "--output must be a folder that can be made (",
+    "compare none --output 'a\0b'": "--output must be a folder that can be made (embedded null",
+    f"compare none --output {LONG}": "--output must be a folder that can be made (File name too",
     "compare 'a\0b'": "RUN must be a run directory",
     f"compare {LONG}": "File name too long",
 }
@@ -390,6 +407,7 @@ def _folder_of_mistakes(tmp_path_factory):
         (folder / name).write_bytes(content)
     (folder / "file").write_text("no folder")
     (folder / "folder").mkdir()
+    os.mkfifo(folder / "fifo")
     (folder / "dangling").symlink_to("nowhere")
     torch.save({"state_dict": {}, "pytorch-lightning_version": "2.5.0"}, folder / "other.ckpt")
     (folder / "torn.ckpt").write_bytes((folder / "other.ckpt").read_bytes()[:-100])
