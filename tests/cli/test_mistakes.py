@@ -93,6 +93,22 @@ FILES = {
         "trainer:\n  callbacks: [{class_path: History, class_path: EarlyStopping}]\n",
         "twice_in_a_list.yaml:2:37: the key 'class_path' stands here again.",
     ),
+    "dotted.yaml": (
+        "model.seed: 7\nmodel: {env: CartPole, total_env_steps: 128}\n",
+        "dotted.yaml:1:1: the key 'model.seed' stands beside 'model': write 'seed' below it.",
+    ),
+    "dotted_after.yaml": (
+        "model: {env: CartPole}\nmodel.sed: 7\n",
+        "dotted_after.yaml:2:1: the key 'model.sed' stands beside 'model': write 'sed' below it.",
+    ),
+    "dotted_below.yaml": (
+        "model:\n  env: CartPole\n  ppo.clip: 0.1\n  ppo: {epochs: 1}\n",
+        "dotted_below.yaml:3:3: the key 'ppo.clip' stands beside 'ppo': write 'clip' below it.",
+    ),
+    "only_dotted.yaml": (
+        "model.env: CartPole\nmodel.seed: 7\nmodel.ppo.clip: 2.0\n",
+        "PPOConfig.clip must lie in (0, 1), got 2.0.",
+    ),
     "deep.yaml": ("model:\n  env: " + 5000 * "[", "deep.yaml:2:56: nested more than 50 deep."),
     "deep_mappings.yaml": ("{a: " * 3000 + "1" + "}" * 3000, "nested more than 50 deep."),
     "itself.yaml": ("model: &m\n  env: *m\n", "itself.yaml:2:8: *m is a part of itself."),
