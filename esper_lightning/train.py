@@ -27,7 +27,12 @@ from esper_lightning.callbacks.run_directory import (
     run_directory,
 )
 from esper_lightning.compiling.loops import CompileMode
-from esper_lightning.core.errors import check_arguments, require, require_output
+from esper_lightning.core.errors import (
+    check_arguments,
+    require,
+    require_output,
+    require_output_folder,
+)
 from esper_lightning.envs.base import EnvSpec
 from esper_lightning.forensics.claims import claim
 from esper_lightning.forensics.files import read_json_lines, write_atomically
@@ -145,8 +150,10 @@ def train_ppo_vectorized(
     copies_to = None if save_path is None else _copy_at(save_path)
     named = run_dir is None or (str(run_dir) != "" and "\0" not in str(run_dir))
     require(named, "train_ppo_vectorized.run_dir", "name a directory", run_dir)
+    if run_dir is not None:
+        require_output_folder("train_ppo_vectorized.run_dir", place_of(run_dir)[0])
     if resume_path is not None:
-        load_checkpoint(resume_path)  # refused before anything is written
+        load_checkpoint(resume_path, field="train_ppo_vectorized.resume_path")  # before a run is
 
     evaluates = evaluate_every is not None
     model = PPO(

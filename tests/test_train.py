@@ -165,7 +165,7 @@ def test_a_place_that_takes_no_file_is_refused_before_training(train, tmp_path, 
 
 
 def test_a_place_for_a_file_is_not_made_for_a_run_that_is_refused(train, tmp_path):
-    with pytest.raises(ValueError, match="ckpt_path"):
+    with pytest.raises(ValueError, match="resume_path must name an existing"):
         train(4, save_path=tmp_path / "new" / "x.ckpt", resume_path="nope")
     assert not (tmp_path / "new").exists()
 
@@ -238,6 +238,14 @@ def test_profiler_writes_where_it_is_told(train, tmp_path):
             {"save_path": "/"},
             "train_ppo_vectorized.save_path must name a new file or an earlier",
         ),
+        (
+            {"run_dir": "/proc/x"},
+            "train_ppo_vectorized.run_dir must be a folder that can be made (",
+        ),
+        (
+            {"run_dir": "x" * 300},
+            "train_ppo_vectorized.run_dir must be a folder that can be made (File name too long)",
+        ),
         ({"eval_episodes": 0}, "PPO.eval_episodes must be at least 1, got 0."),
     ],
 )
@@ -248,11 +256,12 @@ def test_settings_that_cannot_work(train, settings, message):
 
 def test_resuming_from_nothing(train, tmp_path):
     with pytest.raises(
-        ValueError, match=r"ckpt_path must name an existing checkpoint, got '.*none'"
+        ValueError,
+        match=r"resume_path must name an existing checkpoint, got '.*none'",
     ):
         train(resume_path=tmp_path / "none")
     (tmp_path / "torn").write_bytes(b"PK")
-    with pytest.raises(ValueError, match=r"ckpt_path must name a whole .*, got '.*torn'"):
+    with pytest.raises(ValueError, match=r"resume_path must name a whole .*, got '.*torn'"):
         train(resume_path=tmp_path / "torn")
     assert not (tmp_path / "run").exists()
 
@@ -270,3 +279,9 @@ def test_an_error_says_where_the_evidence_is(train, tmp_path, monkeypatch):
     assert len(read_json_lines(tmp_path / "run" / "rank0" / "history.jsonl")) == 2
     monkeypatch.undo()
     assert len(train(2, run_dir=tmp_path / "next")) == 2
+
+
+@pytest.mark.parametrize("path", [3, None])
+def test_what_is_no_path_is_no_checkpoint(path):
+    with pytest.raises(ValueError, match=rf"^ckpt_path must be a path, got {path}\.$"):
+        PPO.load_from_checkpoint(path)

@@ -298,6 +298,8 @@ FIT = {
     # What a class refuses of which a setting is one of several.
     "--trainer.callbacks FlightRecorder --trainer.callbacks.dirpath ''": "error: "
     "FlightRecorder.dirpath must name a directory, got ''.",
+    "--trainer.callbacks FlightRecorder --trainer.callbacks.dirpath 'a\0b'": "error: "
+    r"FlightRecorder.dirpath must name a directory, got 'a\x00b'.",
     "--trainer.callbacks FlightRecorder --trainer.callbacks.hang_timeout_s -1": "error: "
     "FlightRecorder.hang_timeout_s must",
     "--trainer.logger.save_dir x": "trainer.logger.save_dir must follow the name of a class",
@@ -312,7 +314,8 @@ FIT = {
     "--ckpt_path hpc": "no HPC checkpoint was found.",
     "--ckpt_path 'a\0b'": r"got 'a\x00b'.",
     f"--ckpt_path {LONG}": "File name too long",
-    "--model.warm_start none.ckpt": "must name an existing checkpoint, got 'none.ckpt'.",
+    "--model.warm_start ''": "PPO.warm_start must name",
+    "--model.warm_start none.ckpt": "PPO.warm_start must name an existing checkpoint",
     "--model.warm_start other.ckpt": "must name a checkpoint of PPO, got 'other.ckpt'.",
     # Run directories that cannot be.
     "--run_dir ''": "--run_dir must name a directory, got ''.",

@@ -678,3 +678,9 @@ def test_a_transition_that_changes_the_environment_is_found() -> None:
 
     with pytest.raises(ValueError, match=r"transition\(\) must change nothing"):
         check_env(built(writing), steps=30)
+
+
+def test_a_class_is_no_environment() -> None:
+    rule = r"^check_env.env must be a spec or an environment, not a class, got CartPole"
+    with pytest.raises(ValueError, match=rule):
+        inspect.unwrap(check_env)(CartPole)  # past the types of the test run
