@@ -323,6 +323,8 @@ FIT = {
     "--run_dir file/below": "that can be made (Not a directory), got 'file/below'.",
     "--run_dir dangling": "--run_dir must be a folder that can be made (File exists)",
     "--run_dir /proc/none/run": "(No such file or directory), got '/proc/none/run'.",
+    "--run_dir s3://bucket/run": "The run directory must be a place that this machine can reach,"
+    " got 's3://bucket/run'. Install s3fs",
     "--run_dir 'a\0b'": "--run_dir must be a folder that can be made (embedded null byte)",
     f"--run_dir {LONG}": "--run_dir must be a folder that can be made (File name too long)",
     "--trainer.logger CSVLogger --trainer.logger.save_dir file": "(Not a directory)",
