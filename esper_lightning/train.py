@@ -5,7 +5,6 @@
 Above ``training`` and ``callbacks``, which do not know each other.
 """
 
-import os
 from pathlib import Path
 from typing import Any, cast
 
@@ -28,7 +27,12 @@ from esper_lightning.callbacks.run_directory import (
     run_directory,
 )
 from esper_lightning.compiling.loops import CompileMode
-from esper_lightning.core.errors import check_arguments, require
+from esper_lightning.core.errors import (
+    check_arguments,
+    require,
+    require_output,
+    require_output_folder,
+)
 from esper_lightning.envs.base import EnvSpec
 from esper_lightning.forensics.claims import claim
 from esper_lightning.forensics.files import read_json_lines, write_atomically
@@ -40,13 +44,14 @@ from esper_lightning.ppo.config import PPOConfig
 from esper_lightning.ppo.metrics import EVAL_RETURN
 from esper_lightning.recorder.flight_recorder import FlightRecorder
 from esper_lightning.recorder.profiling.window_profiler import WindowProfiler
-from esper_lightning.training.checkpoint.files import AtomicCheckpointIO
+from esper_lightning.training.checkpoint.files import CHECKPOINT_BEGINS, AtomicCheckpointIO
 from esper_lightning.training.checkpoint.states import load_checkpoint
 from esper_lightning.training.module import PPO
 from esper_lightning.training.specs import require_specs
 
 _FETCH_S = 30.0  # without a byte from a remote place, before the run begins without it
 _WRITTEN = ("config.yaml", "checkpoints", "hparams.yaml", "metrics.csv", "events.out.tfevents.*")
+_FOLDERS = "[!.]*/"  # of others: it is no place of one run; what is hidden is a tool's
 
 __all__ = [
     "begin_run",
@@ -111,7 +116,8 @@ def train_ppo_vectorized(
         torch_profiler_summary: Whether the profiler's table is printed at the end; it is always in
             ``profile.txt``.
         save_path: File that gets a copy of ``checkpoints/best.ckpt``, or of ``last.ckpt`` where
-            nothing was evaluated; of a run that died, too, if it left either.
+            nothing was evaluated; of a run that died, too, if it left either. Nothing but a
+            checkpoint is replaced.
         resume_path: Checkpoint to go on from.
         compile: How rollouts and updates run: ``off``, ``default`` or ``max`` (see ``PPO``).
         evaluate_every: Iterations between evaluations, each of which keeps the policy as
@@ -122,8 +128,8 @@ def train_ppo_vectorized(
         The rows of this rank's ``history.jsonl``, one for each iteration of this run directory.
 
     Raises:
-        ValueError: If a setting is out of range, ``resume_path`` names no checkpoint, or a living
-            run owns ``run_dir``.
+        ValueError: If a setting is out of range, ``resume_path`` names no checkpoint, a living
+            run owns ``run_dir``, or ``save_path`` is something else than a checkpoint.
         BaseException: Whatever ended the run, with a note that says where its evidence is.
     """
     require_specs("train_ppo_vectorized", env, policy)
@@ -142,12 +148,13 @@ def train_ppo_vectorized(
     for name, value in (counts | {"repeat": torch_profiler_repeat}).items():
         field = f"train_ppo_vectorized.torch_profiler_{name}"
         require(value >= 0, field, "not be negative", value)
-    if save_path is not None:
-        _refuse_no_file(Path(save_path))
+    copies_to = None if save_path is None else _copy_at(save_path)
     named = run_dir is None or (str(run_dir) != "" and "\0" not in str(run_dir))
     require(named, "train_ppo_vectorized.run_dir", "name a directory", run_dir)
+    if run_dir is not None:
+        require_output_folder("train_ppo_vectorized.run_dir", place_of(run_dir)[0])
     if resume_path is not None:
-        load_checkpoint(resume_path)  # refused before anything is written
+        load_checkpoint(resume_path, field="train_ppo_vectorized.resume_path")  # before a run is
 
     evaluates = evaluate_every is not None
     model = PPO(
@@ -193,17 +200,16 @@ def train_ppo_vectorized(
         "trainer": {"accelerator": device, "devices": devices},
     }
     begin_run(trainer, env, run_dir, yaml.safe_dump(settings, sort_keys=False))
-    copies_to = Path(save_path) if save_path is not None and trainer.is_global_zero else None
     try:
         trainer.fit(model, ckpt_path=resume_path, weights_only=True)
-        if copies_to is not None:
+        if copies_to is not None and trainer.is_global_zero:
             _save(trainer, copies_to)
         if profiler is not None and torch_profiler_summary:
             print(profiler.last_table or "")  # noqa: T201 - what the caller asked for
     except BaseException as error:
         if not any("Run directory" in note for note in getattr(error, "__notes__", ())):
             error.add_note(_where(_layout_of_rank(trainer), profiler))
-        if copies_to is not None:
+        if copies_to is not None and trainer.is_global_zero:
             try:
                 _save(trainer, copies_to)
             except Exception as problem:  # what ended the run is what the caller is to see
@@ -260,7 +266,7 @@ def begin_run(trainer: Trainer, env: EnvSpec, run_dir: str | Path | None, config
     layout = RunLayout(held.directory)
     used = False
     try:
-        held.refuse_others(_WRITTEN)
+        held.refuse_others([*_WRITTEN, _FOLDERS])
         if address is not None and not held.was_run:  # it may have run on another machine
             used = True  # from the first file on that is fetched
             Mirror(held.directory, address, rank=0).fetch(seconds=_FETCH_S)
@@ -324,6 +330,12 @@ def run_plugins(given: Any = None, strategy: object = None) -> list[Any]:
     return plugins
 
 
+def _copy_at(save_path: str | Path) -> Path:
+    """Where a checkpoint is copied to; refused before hours of training where it cannot be."""
+    field = "train_ppo_vectorized.save_path"
+    return require_output(field, save_path, "checkpoint", CHECKPOINT_BEGINS)
+
+
 def _save(trainer: Trainer, path: Path) -> None:
     """Copy the best checkpoint of a run, or else the last.
 
@@ -336,18 +348,6 @@ def _save(trainer: Trainer, path: Path) -> None:
     if source is None:
         raise FileNotFoundError("the run had no checkpoint yet")
     write_atomically(path, Path(source).read_bytes())
-
-
-def _refuse_no_file(path: Path) -> None:
-    """Raise ``ValueError`` where no file can be, before hours of training."""
-    reason = ""
-    try:
-        path.parent.mkdir(parents=True, exist_ok=True)
-        place = path if path.exists() else path.parent
-        ok = not path.is_dir() and "\0" not in str(path) and os.access(place, os.W_OK)
-    except (OSError, ValueError) as error:
-        ok, reason = False, f"{error}."
-    require(ok, "train_ppo_vectorized.save_path", "name a file", str(path), reason)
 
 
 def _layout_of_rank(trainer: Trainer) -> RankLayout:

@@ -2,6 +2,7 @@
 
 import gzip
 import json
+import os
 import re
 
 import pytest
@@ -136,7 +137,6 @@ def test_saves_what_there_is_when_it_dies(
 
 def test_an_error_is_not_masked_by_a_place_that_takes_no_file(train, tmp_path, monkeypatch):
     def dies(*_):
-        (tmp_path / "place").rmdir()
         (tmp_path / "place").write_text("")
         raise ZeroDivisionError
 
@@ -147,13 +147,52 @@ def test_an_error_is_not_masked_by_a_place_that_takes_no_file(train, tmp_path, m
     assert any("was not written" in note for note in caught.value.__notes__)
 
 
-@pytest.mark.parametrize("place", ["file/x.ckpt", "folder", "/proc/none/x.ckpt", "a\0b"])
+PLACES = ["file/x.ckpt", "folder", "/proc/none/x.ckpt", "/proc/x.ckpt", "a\0b", "x" * 300]
+
+
+@pytest.mark.parametrize("place", [*PLACES, f"new/{'x' * 250}", "notes.txt", "fifo", "dangling"])
 def test_a_place_that_takes_no_file_is_refused_before_training(train, tmp_path, place):
     (tmp_path / "file").write_text("")
     (tmp_path / "folder").mkdir()
-    with pytest.raises(ValueError, match="save_path must name a file"):
+    (tmp_path / "notes.txt").write_text("PK is how an archive begins")
+    (tmp_path / "dangling").symlink_to("nowhere")
+    os.mkfifo(tmp_path / "fifo")
+    before = sorted(tmp_path.iterdir())
+    rule = r"^train_ppo_vectorized.save_path must name a new file or an earlier checkpoint, got '"
+    with pytest.raises(ValueError, match=rule):
         train(4, save_path=tmp_path / place)
-    assert not (tmp_path / "run").exists()
+    assert sorted(tmp_path.iterdir()) == before
+    assert (tmp_path / "notes.txt").read_text() == "PK is how an archive begins"
+
+
+def test_a_place_for_a_file_is_not_made_for_a_run_that_is_refused(train, tmp_path):
+    with pytest.raises(ValueError, match="resume_path must name an existing"):
+        train(4, save_path=tmp_path / "new" / "x.ckpt", resume_path="nope")
+    assert not (tmp_path / "new").exists()
+
+
+def test_an_earlier_checkpoint_is_replaced_through_a_link_that_stays(train, tmp_path):
+    path, link = tmp_path / "saved.ckpt", tmp_path / "link.ckpt"
+    link.symlink_to("saved.ckpt")
+    train(1, save_path=path)
+    train(2, save_path=link, run_dir=tmp_path / "other")
+    assert link.is_symlink()
+    assert PPO.load_from_checkpoint(path).iteration == 2
+
+
+def test_a_folder_of_others_is_no_run_directory(train, tmp_path):
+    (tmp_path / "root" / "etc").mkdir(parents=True)
+    (tmp_path / "root" / "etc" / "passwd").write_text("")
+    rule = "The run directory must name a new directory or that of a run, got '.*It holds etc, which no run"
+    with pytest.raises(ValueError, match=rule):
+        train(1, run_dir=tmp_path / "root")
+    assert [path.name for path in (tmp_path / "root").iterdir()] == ["etc"]
+
+
+def test_what_a_launcher_leaves_is_no_reason_to_refuse_a_run_directory(train, tmp_path):
+    (tmp_path / "run" / ".hydra").mkdir(parents=True)
+    (tmp_path / "run" / "slurm-1.out").write_text("")
+    assert len(train(1)) == 1
 
 
 def trace_names(path):
@@ -196,7 +235,18 @@ def test_profiler_writes_where_it_is_told(train, tmp_path):
             "torch_profiler_wait + torch_profiler_warmup must be less than iterations = 3, got 3.",
         ),
         ({"evaluate_every": 0}, "train_ppo_vectorized.evaluate_every must be at least 1, got 0."),
-        ({"save_path": "/"}, "train_ppo_vectorized.save_path must name a file, got '/'."),
+        (
+            {"save_path": "/"},
+            "train_ppo_vectorized.save_path must name a new file or an earlier",
+        ),
+        (
+            {"run_dir": "/proc/x"},
+            "train_ppo_vectorized.run_dir must be a folder that can be made (",
+        ),
+        (
+            {"run_dir": "x" * 300},
+            "train_ppo_vectorized.run_dir must be a folder that can be made (File name too long)",
+        ),
         ({"eval_episodes": 0}, "PPO.eval_episodes must be at least 1, got 0."),
     ],
 )
@@ -207,11 +257,12 @@ def test_settings_that_cannot_work(train, settings, message):
 
 def test_resuming_from_nothing(train, tmp_path):
     with pytest.raises(
-        ValueError, match=r"ckpt_path must name an existing checkpoint, got '.*none'"
+        ValueError,
+        match=r"resume_path must name an existing checkpoint, got '.*none'",
     ):
         train(resume_path=tmp_path / "none")
     (tmp_path / "torn").write_bytes(b"PK")
-    with pytest.raises(ValueError, match=r"ckpt_path must name a whole .*, got '.*torn'"):
+    with pytest.raises(ValueError, match=r"resume_path must name a whole .*, got '.*torn'"):
         train(resume_path=tmp_path / "torn")
     assert not (tmp_path / "run").exists()
 
@@ -248,3 +299,9 @@ def test_an_error_says_where_the_evidence_is(train, tmp_path, monkeypatch):
     assert len(read_json_lines(tmp_path / "run" / "rank0" / "history.jsonl")) == 2
     monkeypatch.undo()
     assert len(train(2, run_dir=tmp_path / "next")) == 2
+
+
+@pytest.mark.parametrize("path", [3, None])
+def test_what_is_no_path_is_no_checkpoint(path):
+    with pytest.raises(ValueError, match=rf"^ckpt_path must be a path, got {path}\.$"):
+        PPO.load_from_checkpoint(path)

@@ -210,7 +210,11 @@ class Mirror:
 
 
 def _file_system(address: str) -> tuple[Any, str]:
-    there, root = fsspec.url_to_fs(address)
+    try:
+        there, root = fsspec.url_to_fs(address)
+    except ImportError as error:
+        rule = "be a place that this machine can reach"
+        raise ValueError(f"The run directory must {rule}, got {address!r}. {error}.") from error
     return there, str(root).rstrip("/")
 
 

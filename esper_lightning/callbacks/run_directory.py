@@ -62,11 +62,11 @@ class WritesRun(Callback):
         dirpath: Run directory; ``None`` for that of the Trainer.
 
     Raises:
-        ValueError: If ``dirpath`` is empty.
+        ValueError: If ``dirpath`` is empty, or holds a NUL byte.
     """
 
     def __init__(self, dirpath: str | Path | None = None) -> None:
-        named = dirpath is None or str(dirpath) != ""
+        named = dirpath is None or (str(dirpath) != "" and "\0" not in str(dirpath))
         require(named, f"{type(self).__name__}.dirpath", "name a directory", dirpath)
         self.dirpath = dirpath
 

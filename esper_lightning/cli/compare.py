@@ -6,6 +6,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from esper_lightning.cli.errors import CommandParser, fail
+from esper_lightning.core.errors import require_output_folder
 from esper_lightning.forensics.files import strict_json, write_atomically
 
 if TYPE_CHECKING:
@@ -43,6 +44,8 @@ def run(arguments: list[str]) -> None:
     if absent:
         fail(f"esper compare needs {' and '.join(absent)}: pip install {' '.join(absent)}")
     try:
+        if options.output is not None:
+            require_output_folder("--output", options.output)
         comparison = _compare(options)
         if options.output is not None:
             _write(comparison, options.output)

@@ -5,7 +5,7 @@ from typing import get_args
 from esper_lightning.cli.errors import CommandParser
 from esper_lightning.cli.lightning_cli import settings_come_first
 from esper_lightning.training.checkpoint.states import checkpoint_at
-from esper_lightning.training.export import ExportFormat, export_policy
+from esper_lightning.training.export import ExportFormat, export_policy, output_at
 from esper_lightning.training.module import PPO
 
 __all__ = ["run"]
@@ -21,7 +21,7 @@ def run(arguments: list[str]) -> None:
     parser.add_argument(
         "--ckpt_path", required=True, help="a checkpoint, or a run directory for its best one"
     )
-    parser.add_argument("--output", required=True, metavar="FILE", help="written or replaced")
+    parser.add_argument("--output", required=True, metavar="FILE", help="new, or an earlier export")
     parser.add_argument(
         "--format",
         choices=get_args(ExportFormat),
@@ -30,6 +30,7 @@ def run(arguments: list[str]) -> None:
     )
     options = parser.parse_args(arguments)
     with settings_come_first():
+        output_at(options.output)  # refused before any work
         path = checkpoint_at(options.ckpt_path)
         model = PPO.load_from_checkpoint(path, map_location="cpu")
         exported = export_policy(model, options.output, options.format)

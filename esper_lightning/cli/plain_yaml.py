@@ -22,8 +22,9 @@ def refuse_surprises(text: str) -> None:
     """Refuse what PyYAML takes without a word.
 
     Raises:
-        SurpriseError: If a key stands twice in a mapping, or if what is nested or repeated by
-            anchors has no end that a program could live to see; with line and column.
+        SurpriseError: If a key stands twice in a mapping, or with a dot beside the group that it is
+            of, which would take its place; or if what is nested or repeated by anchors has no end
+            that a program could live to see; with line and column.
         yaml.YAMLError: If it is not YAML.
     """
     opened: list[_Collection] = []
@@ -38,9 +39,8 @@ def refuse_surprises(text: str) -> None:
                 opened[-1].values += closed.values
         elif isinstance(event, yaml.NodeEvent):
             where = place(event.start_mark)
-            if opened and opened[-1].repeats(event):
-                key = cast(yaml.ScalarEvent, event).value
-                raise SurpriseError(f"{where}: the key {key!r} stands here again.")
+            if opened:
+                opened[-1].take(event, where)
             if isinstance(event, yaml.CollectionStartEvent):
                 opened.append(_Collection(event))
                 _require_end(len(opened) <= _DEEPEST, where, f"nested more than {_DEEPEST} deep")
@@ -68,16 +68,31 @@ class _Collection:
         self.values = 1
         self._is_mapping = isinstance(event, yaml.MappingStartEvent)
         self._entries, self._keys = 0, set[str]()
+        self._dotted: dict[str, tuple[str, str]] = {}  # by their first part: key and place
 
-    def repeats(self, event: yaml.NodeEvent) -> bool:
-        """Take the next key, value or entry, and say whether it is a key that was there before."""
+    def take(self, event: yaml.NodeEvent, where: str) -> None:
+        """Take the next key, value or entry.
+
+        Raises:
+            SurpriseError: If it is a key that was there before, or one of a key and its group is.
+        """
         is_key = self._is_mapping and self._entries % 2 == 0
         self._entries += 1
         if not is_key or not isinstance(event, yaml.ScalarEvent):
-            return False
-        known = event.value in self._keys
-        self._keys.add(event.value)
-        return known
+            return
+        key: str = event.value
+        if key in self._keys:
+            raise SurpriseError(f"{where}: the key {key!r} stands here again.")
+        self._keys.add(key)
+        group, dot, _ = key.partition(".")
+        if dot:
+            self._dotted.setdefault(group, (key, where))
+        if group in self._keys and group in self._dotted:
+            dotted, where = self._dotted[group]
+            name = dotted.removeprefix(f"{group}.")
+            raise SurpriseError(
+                f"{where}: the key {dotted!r} stands beside {group!r}: write {name!r} below it."
+            )
 
 
 def _require_end(ok: bool, where: str, what: str) -> None:

@@ -3,13 +3,16 @@
 Types are checked by the annotations of dataclass fields and of arguments; ranges where they belong.
 """
 
+import contextlib
 import dataclasses
 import errno
 import functools
 import inspect
+import os
+import re
+import tempfile
 import types
 from collections.abc import Callable, Generator, Mapping, Sequence
-from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, Literal, ParamSpec, TypeVar, Union, cast, get_args, get_origin
 
@@ -20,6 +23,8 @@ __all__ = [
     "check_fields",
     "require",
     "require_int",
+    "require_output",
+    "require_output_folder",
     "requires_folder",
 ]
 
@@ -132,7 +137,7 @@ def check_arguments(function: Callable[_P, _R]) -> Callable[_P, _R]:
     return checked
 
 
-@contextmanager
+@contextlib.contextmanager
 def requires_folder(field: str, path: object = None) -> Generator[None]:
     """Make a folder in which a command is to write within; that it cannot be is a mistake.
 
@@ -153,6 +158,67 @@ def requires_folder(field: str, path: object = None) -> Generator[None]:
         raise ValueError(f"{field} must {rule}, got {got!r}.") from error
 
 
+def require_output(field: str, path: str | Path, what: str, begins: bytes) -> Path:
+    """Refuse a place where no file can be, or where one is that is not to be lost.
+
+    Nothing is made: whatever is refused later leaves no folders behind.
+
+    Args:
+        field: The setting that names the file.
+        path: Where it is to go.
+        what: What a file that may be replaced is, to follow "an earlier".
+        begins: How such a file begins, as a regular expression.
+
+    Returns:
+        The file to write: where ``path`` is a symbolic link, what that leads to.
+
+    Raises:
+        ValueError: As ``require`` does, with the reason.
+    """
+    rule = f"name a new file or an earlier {what}"
+    try:
+        if "\0" in str(path):
+            raise OSError(errno.EINVAL, "embedded null byte")
+        target = Path(path).resolve(strict=True) if Path(path).is_symlink() else Path(path)
+        require(not target.is_dir(), field, rule, str(path), "It is a folder.")
+        _require_room(target.parent, target.name)
+        is_known = not os.path.lexists(target)
+        if target.is_file():
+            with target.open("rb") as file:
+                is_known = re.match(begins, file.read(_HEADER), re.DOTALL) is not None
+    except OSError as error:
+        hint = f"No file can be written there: {error.strerror or error}."
+        raise ValueError(f"{field} must {rule}, got {str(path)!r}. {hint}") from error
+    require(is_known, field, rule, str(path), "Something else is there.")
+    return target
+
+
+def require_output_folder(field: str, path: str | Path) -> None:
+    """Refuse a folder in which no file can be written; it is not made.
+
+    Raises:
+        ValueError: As ``requires_folder`` does.
+    """
+    with requires_folder(field, path):
+        _require_room(Path(path))
+
+
+def _require_room(folder: Path, name: str = "") -> None:
+    """Make sure that a file can be written in a folder, by a nameless one in what exists of it.
+
+    Raises:
+        OSError: If it cannot.
+    """
+    folder = folder.absolute()
+    nearest = next(place for place in (folder, *folder.parents) if os.path.lexists(place))
+    for part in (*folder.relative_to(nearest).parts, f".{name}{_TEMPORARY}"):
+        with contextlib.suppress(FileNotFoundError, NotADirectoryError):
+            (nearest / part).lstat()  # its name may be too long
+    tempfile.TemporaryFile(dir=nearest).close()
+
+
+_HEADER = 512  # bytes of a file by which it is known
+_TEMPORARY = ".4194304.10000.tmp"  # what a file is called longest while it is written
 _VARIADIC = (inspect.Parameter.VAR_POSITIONAL, inspect.Parameter.VAR_KEYWORD)
 
 

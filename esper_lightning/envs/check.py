@@ -71,6 +71,9 @@ def check_env(
         ValueError: If it breaks the contract; one line for each way in which it does. What the
             environment itself raises passes through.
     """
+    if isinstance(env, type):
+        rule = "be a spec or an environment, not a class"
+        require(False, "check_env.env", rule, Words(env.__name__), f"Give {env.__name__}().")
     require(steps >= 1, "check_env.steps", "be at least 1", steps)
     require(seed >= 0, "check_env.seed", "be at least 0", seed)
     require_torch_defaults("check_env")

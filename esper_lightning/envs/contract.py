@@ -110,6 +110,10 @@ class Contract(NamedTuple):
             UncheckableError: If something is missing, or of another shape, kind or device.
         """
         found, expected = flatten(fields), self._leaves(fields)
+        known = {name.partition("[")[0] for name in expected}
+        for name, value in fields.items():
+            if isinstance(value, dict) and not value and name not in known:
+                found[name] = value
         sound = True
         for name in found.keys() - expected.keys():
             rule = "be declared in EnvSpaces"
@@ -221,6 +225,8 @@ def _check_form(got: object, leaf: _Leaf, device: torch.device, field: str, repo
     if not isinstance(got, Tensor):
         rule = f"be {leaf.kinds[0]} tensor of shape {leaf.shape}"
         return report.expect(False, field, rule, _describe(got))
+    if not report.expect(got.layout is torch.strided, field, "be dense", got.layout):
+        return False
     dtype = got.dtype
     if dtype.is_floating_point:
         kind = "a floating"

@@ -37,6 +37,7 @@ _VERSION = "version_"
 _HANDOVER_S = 1.0  # in which a process that has just taken the lock writes who it is
 _MOST_BYTES = 4096
 _OURS = b'{"pid"'  # how what ``_write`` writes begins
+_OF_FILE_SYSTEM = "lost+found"  # at the root of a mounted disk
 _NO_LOCKS = (errno.ENOLCK, errno.ENOSYS, errno.EOPNOTSUPP, errno.EINVAL)
 _WRITTEN = ("rank[0-9]*", "checkpoints/last.ckpt", "checkpoints/best.ckpt")  # by callbacks
 
@@ -83,7 +84,8 @@ class Claim:
         """
         if self.was_run:
             return
-        theirs = sorted({path for pattern in written for path in self.directory.glob(pattern)})
+        found = {path for pattern in written for path in self.directory.glob(pattern)}
+        theirs = sorted(path for path in found if path.name != _OF_FILE_SYSTEM)
         if theirs:
             names = str(theirs[0].relative_to(self.directory))
             names += f" and {len(theirs) - 1} more" if len(theirs) > 1 else ""

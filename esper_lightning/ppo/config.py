@@ -8,6 +8,7 @@ from esper_lightning.core.errors import check_fields, require
 
 __all__ = ["PPOConfig"]
 
+_FLOAT32 = 3.4e38  # about the greatest number of a weight
 _LARGEST_FACTOR = 1000  # that is looked for in the number of samples, to name its divisors
 
 
@@ -86,6 +87,8 @@ class PPOConfig:
         for name in ("learning_rate", "desired_kl", "adam_eps", "obs_clip", "reward_clip"):
             value = getattr(self, name)
             require(0.0 < value < math.inf, f"PPOConfig.{name}", "be finite and positive", value)
+        rule = "be held by float32, below 3.4e38"
+        require(self.learning_rate < _FLOAT32, "PPOConfig.learning_rate", rule, self.learning_rate)
         for name in ("value_clip", "max_grad_norm", "target_kl"):
             value = getattr(self, name)
             ok = value is None or 0.0 < value < math.inf

@@ -21,7 +21,7 @@ import torch
 from torch import Tensor, nn
 from torch.utils import _pytree as pytree  # the one that torch.export is built on
 
-from esper_lightning.core.errors import require
+from esper_lightning.core.errors import require, require_output
 from esper_lightning.core.spaces import ActionSpace, Discrete, FactoredDiscrete, MultiDiscrete
 from esper_lightning.core.types import Observation, map_obs
 from esper_lightning.forensics.files import write_atomically
@@ -31,10 +31,11 @@ from esper_lightning.training.checkpoint.states import refuse_non_finite
 from esper_lightning.training.module import PPO
 from esper_lightning.training.specs import for_evaluation
 
-__all__ = ["ExportFormat", "Exported", "export_policy"]
+__all__ = ["ExportFormat", "Exported", "export_policy", "output_at"]
 
 ExportFormat = Literal["torch", "onnx"]
 _BATCHES = (1, 2, 61, 960)  # samples
+_BEGINS = rb"PK\x03\x04.{26}archive/(?!data\.pkl)|\x08.\x12\x07pytorch"  # a program, or onnx
 _TOLERANCE = 1e-5  # of float32, relative to numbers greater than 1
 
 
@@ -128,7 +129,7 @@ def export_policy(model: PPO, path: str | Path, file_format: ExportFormat) -> Ex
 
     Args:
         model: Trained.
-        path: File to write, or to replace.
+        path: File to write; or to replace, if an earlier export is there.
         file_format: ``torch`` for a program that ``torch.export.load`` reads, or ``onnx``. Inputs
             are ``obs``, or the groups of a grouped observation (for ``torch``: in one dict), then
             ``action_mask`` where the environment has masks, then ``memory`` (for ``torch``: by
@@ -136,15 +137,14 @@ def export_policy(model: PPO, path: str | Path, file_format: ExportFormat) -> Ex
             ``action``, then ``next_memory``.
 
     Raises:
-        ValueError: If a weight is not finite; if the format is unknown, needs a package that is
-            missing, or what came out of it acts differently; if a group of observations is called
-            as another input or output.
+        ValueError: If something else is at ``path``; if a weight is not finite; if the format is
+            unknown, needs a package that is missing, or what came out of it acts differently; if a
+            group of observations is called as another input or output.
         OSError: If the file cannot be written.
     """
     formats = get_args(ExportFormat)
     require(file_format in formats, "--format", f"be one of {', '.join(formats)}", file_format)
-    path = Path(path)
-    require(not path.is_dir(), "--output", "name a file", str(path))
+    path = output_at(path)
     refuse_non_finite({"state_dict": model.state_dict()}, type(model).__name__, field="The policy")
     policy, example = DeterministicPolicy(model), _example(model)
     original, inputs = _function(policy), example.named
@@ -160,6 +160,15 @@ def export_policy(model: PPO, path: str | Path, file_format: ExportFormat) -> Ex
         difference = _compare(original, function, example, model.env.spaces().action)
     write_atomically(path, content)
     return Exported(inputs, outputs, difference, sum(_BATCHES))
+
+
+def output_at(path: str | Path) -> Path:
+    """Where an export goes: behind a symbolic link, what that leads to.
+
+    Raises:
+        ValueError: If no file can be there, or something else than an earlier export is.
+    """
+    return require_output("--output", path, "export", _BEGINS)
 
 
 # Formats.

@@ -75,7 +75,10 @@ def test_another_checkpoint(run, capsys):
             ["--ckpt_path", "run/config.yaml", "--output", "x"],
             "ckpt_path must name a whole checkpoint, got 'run/config.yaml'. It begins with b'mode'",
         ),
-        (["--ckpt_path", "run", "--output", "run"], "--output must name a file, got 'run'."),
+        (
+            ["--ckpt_path", "run", "--output", "run"],
+            "an earlier export, got 'run'. It is a folder.",
+        ),
         (["--ckpt_path", "run", "--output", "run/config.yaml/x"], "run/config.yaml"),
         (
             ["--ckpt_path", "run", "--output", "x", "--format", "tflite"],

@@ -93,6 +93,22 @@ FILES = {
         "trainer:\n  callbacks: [{class_path: History, class_path: EarlyStopping}]\n",
         "twice_in_a_list.yaml:2:37: the key 'class_path' stands here again.",
     ),
+    "dotted.yaml": (
+        "model.seed: 7\nmodel: {env: CartPole, total_env_steps: 128}\n",
+        "dotted.yaml:1:1: the key 'model.seed' stands beside 'model': write 'seed' below it.",
+    ),
+    "dotted_after.yaml": (
+        "model: {env: CartPole}\nmodel.sed: 7\n",
+        "dotted_after.yaml:2:1: the key 'model.sed' stands beside 'model': write 'sed' below it.",
+    ),
+    "dotted_below.yaml": (
+        "model:\n  env: CartPole\n  ppo.clip: 0.1\n  ppo: {epochs: 1}\n",
+        "dotted_below.yaml:3:3: the key 'ppo.clip' stands beside 'ppo': write 'clip' below it.",
+    ),
+    "only_dotted.yaml": (
+        "model.env: CartPole\nmodel.seed: 7\nmodel.ppo.clip: 2.0\n",
+        "PPOConfig.clip must lie in (0, 1), got 2.0.",
+    ),
     "deep.yaml": ("model:\n  env: " + 5000 * "[", "deep.yaml:2:56: nested more than 50 deep."),
     "deep_mappings.yaml": ("{a: " * 3000 + "1" + "}" * 3000, "nested more than 50 deep."),
     "itself.yaml": ("model: &m\n  env: *m\n", "itself.yaml:2:8: *m is a part of itself."),
@@ -303,6 +319,8 @@ FIT = {
     # What a class refuses of which a setting is one of several.
     "--trainer.callbacks FlightRecorder --trainer.callbacks.dirpath ''": "error: "
     "FlightRecorder.dirpath must name a directory, got ''.",
+    "--trainer.callbacks FlightRecorder --trainer.callbacks.dirpath 'a\0b'": "error: "
+    r"FlightRecorder.dirpath must name a directory, got 'a\x00b'.",
     "--trainer.callbacks FlightRecorder --trainer.callbacks.hang_timeout_s -1": "error: "
     "FlightRecorder.hang_timeout_s must",
     "--trainer.logger.save_dir x": "trainer.logger.save_dir must follow the name of a class",
@@ -317,7 +335,8 @@ FIT = {
     "--ckpt_path hpc": "no HPC checkpoint was found.",
     "--ckpt_path 'a\0b'": r"got 'a\x00b'.",
     f"--ckpt_path {LONG}": "File name too long",
-    "--model.warm_start none.ckpt": "must name an existing checkpoint, got 'none.ckpt'.",
+    "--model.warm_start ''": "PPO.warm_start must name",
+    "--model.warm_start none.ckpt": "PPO.warm_start must name an existing checkpoint",
     "--model.warm_start other.ckpt": "must name a checkpoint of PPO, got 'other.ckpt'.",
     # Run directories that cannot be.
     "--run_dir ''": "--run_dir must name a directory, got ''.",
@@ -325,6 +344,8 @@ FIT = {
     "--run_dir file/below": "that can be made (Not a directory), got 'file/below'.",
     "--run_dir dangling": "--run_dir must be a folder that can be made (File exists)",
     "--run_dir /proc/none/run": "(No such file or directory), got '/proc/none/run'.",
+    "--run_dir s3://bucket/run": "The run directory must be a place that this machine can reach,"
+    " got 's3://bucket/run'. Install s3fs",
     "--run_dir 'a\0b'": "--run_dir must be a folder that can be made (embedded null byte)",
     f"--run_dir {LONG}": "--run_dir must be a folder that can be made (File name too long)",
     "--trainer.logger CSVLogger --trainer.logger.save_dir file": "(Not a directory)",
@@ -366,6 +387,18 @@ OTHERS = {
     "export --ckpt_path last --output x": "must name an existing checkpoint, got 'last'.",
     "export --ckpt_path torn.ckpt --output x": "got 'torn.ckpt'. It is torn",
     "export --ckpt_path 'a\0b' --output x": r"got 'a\x00b'.",
+    "export --ckpt_path none --output file": "--output must name a new file or an earlier export,"
+    " got 'file'. Something else is there.",
+    "export --ckpt_path none --output fifo": "got 'fifo'. Something else is there.",
+    "export --ckpt_path none --output dangling": "No file can be written there: No such file",
+    "export --ckpt_path none --output folder": "got 'folder'. It is a folder.",
+    "export --ckpt_path none --output other.ckpt": "or an earlier export, got 'other.ckpt'.",
+    "export --ckpt_path none --output ''": "--output must name a new file or an earlier export",
+    "export --ckpt_path none --output file/x": "No file can be written there: Not a directory.",
+    "export --ckpt_path none --output /proc/x/y.pt2": "--output must name a new file or an earlier",
+    "export --ckpt_path none --output 'a\0b'": "written there: embedded null byte.",
+    f"export --ckpt_path none --output {LONG}": "written there: File name too long.",
+    f"export --ckpt_path none --output new/{LONG}": "written there: File name too long.",
     "export --ckpt_path x --output y --format tflite": "--format: invalid choice: 'tflite'",
     "export --ckpt_path x --output y --frmat onnx": "The nearest is '--format'.",
     "crash": "the following arguments are required: RUN_DIR",
@@ -387,6 +420,11 @@ OTHERS = {
     "compare folder file": "RUN must be a run directory",
     "compare folder --score best": "argument --score: invalid choice: 'best'",
     "compare folder --baseline": "argument --baseline: expected one argument",
+    "compare none --output file/x": "--output must be a folder that can be made (Not a directory)",
+    "compare none --output file": "--output must be a folder that can be made (Not a directory)",
+    "compare none --output /proc/x": "--output must be a folder that can be made (",
+    "compare none --output 'a\0b'": "--output must be a folder that can be made (embedded null",
+    f"compare none --output {LONG}": "--output must be a folder that can be made (File name too",
     "compare 'a\0b'": "RUN must be a run directory",
     f"compare {LONG}": "File name too long",
 }
@@ -414,6 +452,7 @@ def _folder_of_mistakes(tmp_path_factory):
         (folder / name).write_bytes(content)
     (folder / "file").write_text("no folder")
     (folder / "folder").mkdir()
+    os.mkfifo(folder / "fifo")
     (folder / "dangling").symlink_to("nowhere")
     torch.save({"state_dict": {}, "pytorch-lightning_version": "2.5.0"}, folder / "other.ckpt")
     (folder / "torn.ckpt").write_bytes((folder / "other.ckpt").read_bytes()[:-100])

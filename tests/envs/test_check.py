@@ -211,6 +211,10 @@ STEP_PROBLEMS = {
         changed(action_mask=lambda it: None),
         "step().action_mask must be a bool tensor of shape [8, 5], got None.",
     ),
+    "reward sparse": (
+        changed(reward=lambda it: it.reward.to_sparse()),
+        "step().reward must be dense, got torch.sparse_coo.",
+    ),
     "mask of nothing": (
         changed(action_mask=lambda it: it.action_mask & (torch.arange(5) < 2)),
         "step().action_mask must allow a choice for every component, "
@@ -289,6 +293,20 @@ class ResetObsShape(Walk):
     def reset(self) -> Any:
         obs, mask = super().reset()
         return {**obs, "actor": obs["actor"][:, :1]}, mask
+
+
+class ResetInfo(Walk):
+    masked = False
+
+    def reset(self) -> Any:
+        return super().reset()[0], {}
+
+
+class StepInfo(Walk):
+    masked = False
+
+    def step(self, action: Tensor) -> Any:
+        return super().step(action)._replace(action_mask={})
 
 
 class ForgetsReset(Walk):
@@ -395,6 +413,8 @@ OTHER_PROBLEMS = [
     (ReturnsTuple, "step() must return a StepResult, got tuple."),
     (ReturnsObsOnly, "reset() must return (obs, action_mask), got dict."),
     (ResetObsShape, "reset().obs['actor'] must have shape [8, 2], got [8, 1]."),
+    (ResetInfo, "reset().action_mask must be declared in EnvSpaces, got groups []."),
+    (StepInfo, "step().action_mask must be declared in EnvSpaces, got groups []."),
     (ForgetsReset, "step().episode_length must count the episode's steps, got 6 in environment "),
     (
         ReusesReward,
@@ -658,3 +678,9 @@ def test_a_transition_that_changes_the_environment_is_found() -> None:
 
     with pytest.raises(ValueError, match=r"transition\(\) must change nothing"):
         check_env(built(writing), steps=30)
+
+
+def test_a_class_is_no_environment() -> None:
+    rule = r"^check_env.env must be a spec or an environment, not a class, got CartPole"
+    with pytest.raises(ValueError, match=rule):
+        inspect.unwrap(check_env)(CartPole)  # past the types of the test run

@@ -39,3 +39,8 @@ def test_absurd_sizes_are_accepted_or_refused_in_a_moment(rollout_steps, num_env
         with pytest.raises(ValueError, match=r"minibatches must divide .* Near values that do: \d"):
             PPO(CartPole(num_envs=num_envs), ppo=config)
     assert time.process_time() - started < 0.5
+
+
+def test_a_step_that_no_weight_can_take():
+    with pytest.raises(ValueError, match=r"^PPOConfig.learning_rate must be held by float32"):
+        PPOConfig(learning_rate=1e308)

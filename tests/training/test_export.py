@@ -2,6 +2,7 @@
 
 import dataclasses
 import logging
+import os
 import subprocess
 import sys
 
@@ -279,11 +280,28 @@ def test_formats_and_places(trained, tmp_path):
     model = trained()
     with pytest.raises(ValueError, match=r"^--format must be one of torch, onnx, got 'tflite'"):
         export_policy(model, tmp_path / "x", "tflite")
-    with pytest.raises(ValueError, match=r"^--output must name a file, got '"):
-        export_policy(model, tmp_path, "torch")
     (tmp_path / "file").write_text("")
-    with pytest.raises(OSError, match="file"):
-        export_policy(model, tmp_path / "file" / "x", "torch")
+    (tmp_path / "dangling").symlink_to("nowhere")
+    os.mkfifo(tmp_path / "fifo")
+    torch.save({}, tmp_path / "best.ckpt")
+    names = ["", "file", "file/x", "fifo", "dangling", "best.ckpt", "a\0b", "x" * 300, "/proc/x/y"]
+    for name in names:
+        rule = r"^--output must name a new file or an earlier export, got '"
+        with pytest.raises(ValueError, match=rule):
+            export_policy(model, tmp_path / name, "torch")
+    assert (tmp_path / "fifo").is_fifo()
+    assert (tmp_path / "dangling").is_symlink()
+
+
+@pytest.mark.parametrize("file_format", ["torch", "onnx"])
+def test_an_earlier_export_is_replaced_through_a_link_that_stays(trained, tmp_path, file_format):
+    model, link = trained(), tmp_path / "link"
+    link.symlink_to("policy")
+    export_policy(model, tmp_path / "policy", file_format)
+    before = (tmp_path / "policy").stat().st_ino
+    export_policy(model, link, "torch")
+    assert link.is_symlink()
+    assert (tmp_path / "policy").stat().st_ino != before
 
 
 def test_the_model_stays_as_it_was(trained, tmp_path):

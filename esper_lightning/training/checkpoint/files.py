@@ -16,9 +16,11 @@ from esper_lightning.core.errors import require
 from esper_lightning.forensics.files import replacing
 from esper_lightning.forensics.reading import open_file
 
-__all__ = ["AtomicCheckpointIO", "read_checkpoint"]
+__all__ = ["CHECKPOINT_BEGINS", "AtomicCheckpointIO", "read_checkpoint"]
 
 _ZIP_MAGIC = b"PK\x03\x04"
+CHECKPOINT_BEGINS = _ZIP_MAGIC + rb".{26}[^/]+/data\.pkl"
+"""A regular expression: an archive whose first part is what ``torch.save`` pickled."""
 
 
 class AtomicCheckpointIO(TorchCheckpointIO):

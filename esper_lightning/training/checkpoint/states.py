@@ -79,15 +79,27 @@ _MOST_NAMES = 4
 _SMALL = 1_000_000  # numbers in a tensor that networks may always have
 
 
-def load_checkpoint(path: str | Path) -> dict[str, Any]:
+def load_checkpoint(path: str | Path, *, field: str = "ckpt_path") -> dict[str, Any]:
     """Read a checkpoint of PPO into memory of the CPU, tensors and plain data only.
+
+    Args:
+        path: Of the checkpoint.
+        field: The setting that names it, for errors.
 
     Raises:
         ValueError: If there is none at ``path``, saying what there is.
     """
-    checkpoint = read_checkpoint(path)
-    refuse_not_ours(checkpoint, str(path))
-    refuse_not_whole(checkpoint, str(path))
+    is_path = isinstance(path, str | Path)  # pyright: ignore[reportUnnecessaryIsInstance]
+    require(is_path, field, "be a path", path)
+    try:
+        checkpoint = read_checkpoint(path)
+        refuse_not_ours(checkpoint, str(path))
+        refuse_not_whole(checkpoint, str(path))
+    except ValueError as error:
+        said = str(error)
+        if field == "ckpt_path" or not said.startswith("ckpt_path "):
+            raise
+        raise ValueError(field + said.removeprefix("ckpt_path")) from error
     return checkpoint
 
 
@@ -130,7 +142,7 @@ def load_weights(module: nn.Module, path: str | Path) -> None:
         ValueError: If there is no checkpoint of PPO at ``path``, or it is of other networks or
             another normalisation, or not finite.
     """
-    checkpoint = load_checkpoint(path)
+    checkpoint = load_checkpoint(path, field="PPO.warm_start")
     refuse_other_weights(module, checkpoint, str(path), field="PPO.warm_start")
     refuse_non_finite(checkpoint, str(path), field="PPO.warm_start")
     module.load_state_dict(checkpoint["state_dict"])
