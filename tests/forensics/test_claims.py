@@ -239,6 +239,7 @@ def test_what_was_reserved_is_claimed_or_left_as_it_was(tmp_path):
     held.note(address="s3://bucket")
     owner = read_owner(tmp_path / "run")
     assert (owner["address"], owner["pid"]) == ("s3://bucket", os.getpid())
+    (tmp_path / "run" / "file").touch()  # it was used, and stays
     held.release()
     assert read_owner(tmp_path / "run") == {}
     reserve(tmp_path / "other")
