@@ -183,8 +183,8 @@ def test_an_earlier_checkpoint_is_replaced_through_a_link_that_stays(train, tmp_
 def test_a_folder_of_others_is_no_run_directory(train, tmp_path):
     (tmp_path / "root" / "etc").mkdir(parents=True)
     (tmp_path / "root" / "etc" / "passwd").write_text("")
-    rule = "The run directory must name a new directory or that of a run, got '.*It holds etc, which no run"
-    with pytest.raises(ValueError, match=rule):
+    rule = "The run directory must name a new directory or that of a run, got"
+    with pytest.raises(ValueError, match=f"{rule} '.*It holds etc, which no run"):
         train(1, run_dir=tmp_path / "root")
     assert [path.name for path in (tmp_path / "root").iterdir()] == ["etc"]
 

@@ -117,6 +117,13 @@ def test_the_actor_learns_from_the_steps_with_a_choice_and_the_critic_from_all()
         torch.testing.assert_close(got, wanted.detach(), rtol=1e-4, atol=1e-6)
 
 
+def test_the_clip_fraction_is_that_of_the_steps_with_a_choice() -> None:
+    learner = Learner(RANDOM)
+    assert 0 < learner.choice.sum() < len(learner.choice)
+    learner.config = dataclasses.replace(CONFIG, clip=0.05)  # where they have a ratio of exp(0.1)
+    assert learner.update(learner.samples).clip_fraction == 1.0
+
+
 def test_a_choice_at_every_step_is_as_no_mask_at_all() -> None:
     learner, other = Learner(EVERYWHERE), Learner(EVERYWHERE)
     assert torch.equal(learner.samples.actor_weight, torch.ones(STEPS * ENVS))
