@@ -268,8 +268,9 @@ def begin_run(trainer: Trainer, env: EnvSpec, run_dir: str | Path | None, config
     try:
         held.refuse_others([*_WRITTEN, _FOLDERS])
         if address is not None and not held.was_run:  # it may have run on another machine
+            mirror = Mirror(held.directory, address, rank=0)
             used = True  # from the first file on that is fetched
-            Mirror(held.directory, address, rank=0).fetch(seconds=_FETCH_S)
+            mirror.fetch(seconds=_FETCH_S)
         if not layout.config.exists() or layout.config.read_text() != config:
             replace_keeping(layout.config, config.encode())
     except BaseException:

@@ -68,6 +68,11 @@ class Mirror:
     """
 
     def __init__(self, folder: Path, address: str, rank: int) -> None:
+        try:
+            fsspec.get_filesystem_class(address.partition("://")[0])
+        except ImportError as error:
+            rule = "be a place that this machine can reach"
+            raise ValueError(f"The run directory must {rule}, got {address!r}. {error}.") from error
         self.folder, self.address = folder, address
         self._rank = rank
         self._copied: dict[Path, tuple[int, int]] = {}
@@ -210,11 +215,7 @@ class Mirror:
 
 
 def _file_system(address: str) -> tuple[Any, str]:
-    try:
-        there, root = fsspec.url_to_fs(address)
-    except ImportError as error:
-        rule = "be a place that this machine can reach"
-        raise ValueError(f"The run directory must {rule}, got {address!r}. {error}.") from error
+    there, root = fsspec.url_to_fs(address)
     return there, str(root).rstrip("/")
 
 

@@ -7,6 +7,8 @@ from pathlib import Path
 import pytest
 import torch
 import yaml
+from lightning.fabric.utilities.exceptions import MisconfigurationException
+from lightning.pytorch.callbacks import LearningRateMonitor
 from lightning.pytorch.cli import LightningArgumentParser
 from lightning.pytorch.plugins import TorchCheckpointIO
 
@@ -178,10 +180,16 @@ def test_users_own_callbacks_and_loggers(capsys):
     assert (run / "rank0" / "history.jsonl").is_file()
 
 
-def test_what_a_callback_refuses_before_the_first_iteration_is_a_mistake_in_the_settings(capsys):
-    monitor = ["--trainer.logger", "false", "--trainer.callbacks+=LearningRateMonitor"]
-    line = fails(capsys, "fit", "--config", CARTPOLE, *QUICK, *monitor)
-    assert "Cannot use `LearningRateMonitor` callback with `Trainer` that has no logger" in line
+def test_what_a_callback_refuses_before_the_first_iteration_is_a_mistake_in_the_settings(
+    capsys, monkeypatch
+):
+    def refuses(*_):
+        raise MisconfigurationException("the callback cannot work")
+
+    monkeypatch.setattr(LearningRateMonitor, "on_train_start", refuses)
+    words = ["--trainer.callbacks+=LearningRateMonitor"]
+    line = fails(capsys, "fit", "--config", CARTPOLE, *QUICK, *words)
+    assert "the callback cannot work" in line
 
 
 def test_users_own_history_and_bar_replace_ours(capsys):
@@ -280,7 +288,7 @@ class TestGoingOn:
         assert Path("runs/cartpole/version_0/checkpoints/last.ckpt").is_file()
         for _ in range(2):
             message = fails(capsys, "fit", "--config", "config.yaml", *QUICK, "--run_dir", ".")
-            assert "It holds config.yaml, which no run wrote." in message
+            assert "It holds config.yaml and 1 more, which no run wrote." in message
         assert sorted(path.name for path in Path().iterdir()) == ["config.yaml", "runs"]
         assert Path("config.yaml").read_text() == before
 

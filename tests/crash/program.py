@@ -299,7 +299,8 @@ PROFILERS = {
 
 
 def fit(trainer=None, profiler=None):
-    callbacks = [Truth(), FlightRecorder(hang_timeout_s=CASE.get("hang_timeout_s"))]
+    again = DIRECTORY if "again" in CASE else None  # both in one directory
+    callbacks = [Truth(), FlightRecorder(again, hang_timeout_s=CASE.get("hang_timeout_s"))]
     if CASE.get("others") == "after":
         callbacks.reverse()
     site = CASE.get("site", "training_step")

@@ -114,7 +114,7 @@ def learn(rank, size, case, mode="off"):
         "state": {n: m.state_dict() for n, m in modules.items() if m is not None},
         "gradient": {k: v["exp_avg"] / 0.1 for k, v in optimizer.state_dict()["state"].items()},
         "metrics": metrics._asdict(),
-        "episodes": prepared.episodes,
+        "episodes": tuple(prepared.episodes),
         "explained": prepared.explained_variance,
         "advantage": prepared.samples.advantage.view(STEPS, -1),
         "gathered": [who.item() for who in ranks.gather(torch.tensor(rank))],

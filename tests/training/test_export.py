@@ -199,22 +199,21 @@ def test_says_what_goes_in_and_what_comes_out(trained, tmp_path, caplog, recwarn
 
 @pytest.mark.parametrize("file_format", ["torch", "onnx"])
 def test_what_acts_differently_is_not_written(trained, tmp_path, monkeypatch, file_format):
-    path = tmp_path / "x"
-    path.write_text("earlier")
-    true = export._program
+    path, model = tmp_path / "x", trained("clipped")
+    export_policy(model, path, file_format)
+    earlier, true = path.read_bytes(), export._program
 
     def wrong(policy, example):
         policy = export.DeterministicPolicy(model)  # of another bias
         policy.policy.action_head.mean.bias.data += 0.01
         return true(policy, example)
 
-    model = trained("clipped")
     monkeypatch.setattr(export, "_program", wrong)
     with pytest.raises(
         ValueError, match="The exported policy must act like the original on random"
     ):
         export_policy(model, path, file_format)
-    assert path.read_text() == "earlier"
+    assert path.read_bytes() == earlier
 
 
 def test_what_remembers_differently_is_not_written(trained, tmp_path, monkeypatch):

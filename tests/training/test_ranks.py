@@ -329,6 +329,9 @@ def check_refused(tmp_path, of_1000_steps, change, evaluates, budget, begins):
         last = tmp_path / str(rank) / "checkpoints" / "last.ckpt"
         last.parent.mkdir(parents=True)
         shutil.copy(of_1000_steps[2] / "checkpoints" / "last.ckpt", last)
+        (tmp_path / str(rank) / "rank0").mkdir()
+        process = "rank0/process.json"
+        shutil.copy(of_1000_steps[2] / process, tmp_path / str(rank) / process)
     if change:
         change(last)
     began = time.monotonic()

@@ -4,11 +4,9 @@ import types
 
 import pytest
 from lightning.fabric.plugins.environments.slurm import SLURMEnvironment
-from lightning.pytorch.trainer.states import TrainerStatus
 
 from esper_lightning.training.trainer_rules import (
     keep_lightning_from_requeueing,
-    log_over_env_steps,
     planned_env_steps,
 )
 
@@ -73,33 +71,3 @@ class Shell:
 
     def __init__(self, **attributes):
         vars(self).update(attributes)
-
-
-def test_only_the_module_at_work_gives_a_logger_its_axis():
-    rows = []
-    logger = Shell(log_metrics=lambda metrics, step=None: rows.append(step))
-    mine, other = Shell(env_steps=320), Shell(env_steps=640)
-    state = types.SimpleNamespace(status=TrainerStatus.RUNNING)
-    of_mine = Shell(loggers=[logger], state=state, lightning_module=mine)
-    log_over_env_steps(of_mine, mine)
-    logger.log_metrics({}, step=1)
-    of_mine.lightning_module = other  # the same Trainer runs something else
-    logger.log_metrics({}, step=2)
-    of_mine.lightning_module = mine
-    logger.log_metrics({}, step=3)
-    state.status = TrainerStatus.FINISHED
-    logger.log_metrics({}, step=4)
-    assert rows == [320, 2, 320, 4]
-
-
-def test_a_logger_has_the_axis_of_the_latest_run_alone():
-    rows = []
-    logger = Shell(log_metrics=lambda metrics, step=None: rows.append(step))
-    state = types.SimpleNamespace(status=TrainerStatus.RUNNING)
-    first, second = Shell(env_steps=1), Shell(env_steps=2)
-    for module in (first, second, second):
-        running = Shell(loggers=[logger], state=state, lightning_module=module)
-        log_over_env_steps(running, module)
-        logger.log_metrics({}, step=9)
-    assert rows == [1, 2, 2]
-    assert not hasattr(logger.log_metrics.__wrapped__, "axis_of")
