@@ -253,8 +253,8 @@ def _same(one: Any, other: Any) -> bool:
 def _writes(directory: Path) -> bool:
     """Whether a temporary file is there, or a file is not in place yet."""
     for folder in (directory, directory / "checkpoints", directory / "rank0"):
-        with contextlib.suppress(OSError):
-            if any(entry.name.endswith(".tmp") for entry in os.scandir(folder)):
+        with contextlib.suppress(OSError), os.scandir(folder) as entries:
+            if any(entry.name.endswith(".tmp") for entry in entries):
                 return True
     return False
 
