@@ -36,7 +36,8 @@ from typing import Any
 ROOT = Path(__file__).parents[1]
 MUTANTS = ROOT / "tests" / "mutants.toml"
 PACKAGE = "esper_lightning"
-NOT_COPIED = (".git", ".venv", "runs", "lightning_logs", "build", "dist", ".*cache", "*.egg-info")
+NOT_COPIED = (".git", ".venv", ".*cache", "*.egg-info")
+NOT_COPIED_OF_ROOT = ("runs", "lightning_logs", "build", "dist")  # tests have a folder runs, too
 IMPORTED_ONCE = (
     *("pytest", "hypothesis.extra.numpy", "xdist", "pytest_timeout", "jaxtyping", "beartype.claw"),
     *("torch", "lightning.pytorch", "torchmetrics", "tensorboard.backend.event_processing"),
@@ -175,7 +176,12 @@ class Laboratory:
         self._free = [_Copy(folder / "0")]
         self._busy: list[_Copy] = []
         self._written = 0
-        ignored = shutil.ignore_patterns(*NOT_COPIED)
+        anywhere = shutil.ignore_patterns(*NOT_COPIED)
+
+        def ignored(parent: str, names: list[str]) -> set[str]:
+            of_root = set(NOT_COPIED_OF_ROOT) if Path(parent) == root else set[str]()
+            return {*anywhere(parent, names), *of_root.intersection(names)}
+
         shutil.copytree(root, folder / "0", ignore=ignored, symlinks=True)
 
     def check(self, tests: Sequence[str], *, limit_s: float) -> Trial:

@@ -388,9 +388,9 @@ def _is_refusal_of_callback(error: Exception) -> bool:
 
     ``EarlyStopping`` and ``ModelCheckpoint`` look for what they monitor only after an epoch.
     """
-    raised_in = traceback.extract_tb(error.__traceback__)[-1].filename
-    ours = isinstance(error, MisconfigurationException | RuntimeError)
-    return ours and Path(raised_in).parent == _LIGHTNING_CALLBACKS
+    raised_in = Path(traceback.extract_tb(error.__traceback__)[-1].filename).parent
+    refuses = isinstance(error, MisconfigurationException | RuntimeError)
+    return refuses and raised_in == _LIGHTNING_CALLBACKS
 
 
 def _options() -> argparse.ArgumentParser:

@@ -64,10 +64,3 @@ def test_lightning_requeues_jobs_of_one_rank_and_no_others(ranks):
     connector = types.SimpleNamespace(cluster_environment=environment)
     keep_lightning_from_requeueing(trainer(world_size=ranks, _accelerator_connector=connector))
     assert environment.auto_requeue == (ranks == 1)
-
-
-class Shell:
-    """What is asked of a Trainer, a module or a logger, which others refer to weakly."""
-
-    def __init__(self, **attributes):
-        vars(self).update(attributes)
