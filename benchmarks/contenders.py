@@ -143,11 +143,11 @@ def bare(size: argparse.Namespace) -> Iteration:
         marks = [time.perf_counter()]
         rollout = learner.rollout(size.steps)
         marks.append(time.perf_counter())
-        prepared = learner.advantages(rollout)
+        targets = learner.compute_targets(rollout)
         marks.append(time.perf_counter())
-        metrics = learner.update(prepared, learning_rate=3e-4)
+        metrics = learner.update(targets, learning_rate=3e-4)
         marks.append(time.perf_counter())
-        to_host(learner.metrics(prepared, metrics))
+        to_host(learner.metrics(targets, metrics))
         marks.append(time.perf_counter())
         return [after - before for before, after in itertools.pairwise(marks)]
 

@@ -11,7 +11,7 @@ from torch import distributed as dist
 
 from esper_lightning.core.tensor_trees import leaves, map_tree, rebuild
 
-__all__ = ["ALONE", "PeerFailedError", "Ranks", "RanksDisagreeError"]
+__all__ = ["SINGLE_RANK", "PeerFailedError", "Ranks", "RanksDisagreeError"]
 
 Tree = Any
 
@@ -88,5 +88,5 @@ def _unpack(packed: Tensor, tree: Tree) -> Tree:
     return rebuild(tree, unpacked)
 
 
-ALONE = Ranks(1)
+SINGLE_RANK = Ranks(1)
 """One process."""

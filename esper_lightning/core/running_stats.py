@@ -5,7 +5,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor, nn
 
-from esper_lightning.core.ranks import ALONE, Ranks
+from esper_lightning.core.ranks import SINGLE_RANK, Ranks
 from esper_lightning.core.shapes import Bool, Float
 from esper_lightning.core.spaces import Box, ObsSpace
 from esper_lightning.core.types import Observation
@@ -156,7 +156,7 @@ class ObsNormalizer(nn.Module):
         }
 
     @torch.no_grad()
-    def update(self, obs: Observation, ranks: Ranks = ALONE) -> None:
+    def update(self, obs: Observation, ranks: Ranks = SINGLE_RANK) -> None:
         """Take in a batch ``[..., *O]``, and those of the other ranks."""
         groups = {"obs": obs} if isinstance(obs, Tensor) else obs
         batch = {name: Moments.of(v, self._of(name).mean.shape) for name, v in groups.items()}

@@ -18,10 +18,10 @@ from esper_lightning.envs.morphogenesis import MorphogenesisEnv, StepReport
 from esper_lightning.envs.morphogenesis.baselines import BASELINES, Baseline
 from esper_lightning.envs.morphogenesis.observation import feature_names
 from esper_lightning.policies.base import Policy, blank_memory, see
-from esper_lightning.ppo.agent import as_seen
+from esper_lightning.ppo.agent import prepare_obs
 from esper_lightning.ppo.collect import Normalize
 from esper_lightning.training.module import PPO
-from esper_lightning.training.specs import for_evaluation
+from esper_lightning.training.specs import evaluation_spec
 from esper_lightning.training.trainer_rules import few_cpu_threads
 
 __all__ = [
@@ -73,7 +73,7 @@ def fresh_hosts(
         seed: Equal ones give equal hosts.
     """
     chosen = stream_seed(seed, rank=0, purpose="fresh hosts")
-    env = for_evaluation(spec, hosts).build(device, chosen)
+    env = evaluation_spec(spec, hosts).build(device, chosen)
     assert isinstance(env, MorphogenesisEnv)
     return env
 
@@ -86,7 +86,7 @@ def play_trained(model: PPO, env: MorphogenesisEnv) -> Iterator[tuple[str, Playe
     drawn = stream(model.seed, rank=0, purpose="drawn actions", device=device)
 
     def normalize(obs: Observation) -> Observation:
-        return as_seen(obs, normalizer)
+        return prepare_obs(obs, normalizer)
 
     yield "PPO", _play_from_here(env, trained(policy, normalize))
     yield "PPO, actions drawn", _play_from_here(env, trained(policy, normalize, drawn))

@@ -11,7 +11,7 @@ from esper_lightning.compiling.loops import CompileMode, compile_loop, in_cache
 from esper_lightning.core.diagnostics import explained_variance
 from esper_lightning.core.gae import compute_gae, discounted_returns
 from esper_lightning.core.losses import normalize_advantage
-from esper_lightning.core.ranks import ALONE, Ranks
+from esper_lightning.core.ranks import SINGLE_RANK, Ranks
 from esper_lightning.core.running_stats import Moments
 from esper_lightning.core.shapes import Bool, Float
 from esper_lightning.core.tensor_trees import map_tree
@@ -82,7 +82,7 @@ def scale_reward(
     config: PPOConfig,
     *,
     healthy: Bool[Tensor, ""],
-    ranks: Ranks = ALONE,
+    ranks: Ranks = SINGLE_RANK,
 ) -> tuple[Float[Tensor, "T B"], Float[Tensor, " B"], Moments | None]:
     """Rewards as the learner sees them: one scale for a whole rollout, which it helps to set.
 
@@ -112,7 +112,7 @@ def prepare_samples(
     rollout: Rollout,
     reward: Float[Tensor, "T B"],
     config: PPOConfig,
-    ranks: Ranks = ALONE,
+    ranks: Ranks = SINGLE_RANK,
     *,
     memory: Float[Tensor, "B S"] | None = None,
     choice: Bool[Tensor, " N"] | None = None,

@@ -22,7 +22,7 @@ from esper_lightning.policies.base import (
     see,
 )
 
-__all__ = ["Acted", "Agent", "Values", "Weights", "as_seen"]
+__all__ = ["Acted", "Agent", "Values", "Weights", "prepare_obs"]
 
 
 class Weights(NamedTuple):
@@ -48,7 +48,7 @@ class Values(NamedTuple):
     next_value: Float[Tensor, " N"]  # of the state reached
 
 
-def as_seen(obs: Observation, normalizer: ObsNormalizer | None) -> Observation:
+def prepare_obs(obs: Observation, normalizer: ObsNormalizer | None) -> Observation:
     """Observations as the policy sees them."""
     obs = map_obs(Tensor.float, obs)
     return obs if normalizer is None else normalizer(obs)
@@ -67,7 +67,7 @@ class _Both(nn.Module):
 
     def act(self, obs: Observation, mask: Any, noise: Tensor, memory: Tensor | None) -> Acted:
         """See ``Agent``."""
-        seen, memory = see(self.policy, as_seen(obs, self.normalizer), memory)
+        seen, memory = see(self.policy, prepare_obs(obs, self.normalizer), memory)
         sampled = self.policy.act(seen, mask, noise)
         return Acted(sampled, self.policy.to_env(sampled.action), memory)
 
@@ -75,7 +75,7 @@ class _Both(nn.Module):
         self, obs: Observation, reached: Observation, memory: Tensor | None, begins: Tensor | None
     ) -> Values:
         """See ``Agent``."""
-        obs, reached = as_seen(obs, self.normalizer), as_seen(reached, self.normalizer)
+        obs, reached = prepare_obs(obs, self.normalizer), prepare_obs(reached, self.normalizer)
         seen = recall(self.policy, obs, memory, begins)
         if memory is not None:  # that of each step, from which the next observation is seen
             assert isinstance(seen, Tensor)

@@ -15,7 +15,7 @@ from esper_lightning.core.buffer import allocate_rollout, first_steps
 from esper_lightning.core.distributions import has_choice
 from esper_lightning.core.errors import require
 from esper_lightning.core.flat_adam import FlatParameters
-from esper_lightning.core.ranks import ALONE, Ranks
+from esper_lightning.core.ranks import SINGLE_RANK, Ranks
 from esper_lightning.core.running_stats import Moments, RunningStats
 from esper_lightning.core.shapes import Bool, Float
 from esper_lightning.core.tensor_trees import leaves, map_tree
@@ -30,10 +30,10 @@ from esper_lightning.ppo.metrics import EpisodeSums, sum_episodes
 from esper_lightning.ppo.non_finite import is_healthy
 from esper_lightning.ppo.update import UpdateMetrics, Updater
 
-__all__ = ["Learner", "Prepared"]
+__all__ = ["Learner", "Targets"]
 
 
-class Prepared(NamedTuple):
+class Targets(NamedTuple):
     """What is made of a rollout before the update."""
 
     samples: Samples
@@ -72,7 +72,7 @@ class Learner:
         sample_order: torch.Generator,
         mode: CompileMode,
         device: torch.device,
-        ranks: Ranks = ALONE,
+        ranks: Ranks = SINGLE_RANK,
     ) -> None:
         tell_reasons_again()
         self._env, self.agent, self._config = env, agent, config
@@ -85,7 +85,7 @@ class Learner:
         self._critic = Critic(agent, mode=mode, device=device)
         alone = ranks.size == 1  # else it communicates half-way
         self._prepare = compile_function(
-            "advantages", self._prepared, mode=mode if alone else "off", device=device
+            "advantages", self._targets_of, mode=mode if alone else "off", device=device
         )
         self._updater = Updater(agent, config, mode=mode, device=device, ranks=ranks)
         self._acting: ActingState | None = None
@@ -152,17 +152,17 @@ class Learner:
         )
         return rollout
 
-    def metrics(self, prepared: Prepared, update: UpdateMetrics) -> dict[str, Float[Tensor, ""]]:
+    def metrics(self, targets: Targets, update: UpdateMetrics) -> dict[str, Float[Tensor, ""]]:
         """Every metric of an iteration by its name; scalars on the device.
 
         Those with a ``/`` in their name are columns of the history.
         """
         return {
-            "healthy": prepared.healthy,
-            "return_sum": prepared.episodes.episode_return,
-            "length_sum": prepared.episodes.episode_length,
-            "episodes": prepared.episodes.episodes,
-            "policy/explained_variance": prepared.explained_variance,
+            "healthy": targets.healthy,
+            "return_sum": targets.episodes.episode_return,
+            "length_sum": targets.episodes.episode_length,
+            "episodes": targets.episodes.episodes,
+            "policy/explained_variance": targets.explained_variance,
             "loss/policy": update.policy_loss,
             "loss/value": update.value_loss,
             "loss/entropy": update.entropy,
@@ -182,7 +182,7 @@ class Learner:
         total = self._ranks.sum(torch.stack(list(metrics.values())))
         return dict(zip(metrics, (total / self._ranks.size).unbind(), strict=True))
 
-    def advantages(self, rollout: Rollout) -> Prepared:
+    def compute_targets(self, rollout: Rollout) -> Targets:
         """Scale rewards and estimate advantages."""
         assert self._acting is not None
         stats = self._return_stats
@@ -190,20 +190,20 @@ class Learner:
         with torch.no_grad():
             begun = self._first_memory
             values = self._critic.values(self.agent.weights, rollout, begun)
-            prepared: Prepared = self._prepare(
+            targets: Targets = self._prepare(
                 values, rollout, begun, self._acting.discounted_return, moments
             )
-        if stats is not None and prepared.moments is not None:
-            stats.keep(prepared.moments)
-        carried = prepared.discounted_return
+        if stats is not None and targets.moments is not None:
+            stats.keep(targets.moments)
+        carried = targets.discounted_return
         if carried is not self._acting.discounted_return:
             self._acting = self._acting._replace(discounted_return=carried.clone())
-        return prepared
+        return targets
 
-    def update(self, prepared: Prepared, *, learning_rate: float) -> UpdateMetrics:
+    def update(self, targets: Targets, *, learning_rate: float) -> UpdateMetrics:
         """Take every gradient step of an iteration."""
         assert self._parameters is not None
-        samples = prepared.samples
+        samples = targets.samples
         self.order = self._updater.order(samples.parts, self._sample_order)
         adam, metrics = self._updater.update(
             self._parameters.state,
@@ -211,19 +211,19 @@ class Learner:
             samples,
             self.order,
             learning_rate=self._learning_rate.fill_(learning_rate),
-            healthy=prepared.healthy,
+            healthy=targets.healthy,
         )
         self._parameters.keep(adam)
         return metrics
 
-    def _prepared(
+    def _targets_of(
         self,
         values: Values,
         rollout: Rollout,
         memory: Float[Tensor, "B S"] | None,
         discounted_return: Float[Tensor, " B"],
         moments: Moments | None,
-    ) -> Prepared:
+    ) -> Targets:
         config, ranks = self._config, self._ranks
         mine = (is_healthy(rollout, self._action_space), sum_episodes(rollout))
         everywhere = ranks.gather(mine)
@@ -238,4 +238,4 @@ class Learner:
         samples, variance = prepare_samples(
             values, rollout, reward, config, ranks, memory=memory, choice=choice
         )
-        return Prepared(samples, discounted_return, moments, healthy, episodes, variance)
+        return Targets(samples, discounted_return, moments, healthy, episodes, variance)

@@ -20,7 +20,7 @@ from esper_lightning.compiling.loops import (
 from esper_lightning.core.diagnostics import approx_kl, clip_fraction
 from esper_lightning.core.flat_adam import AdamState, adam_step
 from esper_lightning.core.minibatches import take
-from esper_lightning.core.ranks import ALONE, Ranks
+from esper_lightning.core.ranks import SINGLE_RANK, Ranks
 from esper_lightning.core.shapes import Bool, Float, Int
 from esper_lightning.core.types import Samples
 from esper_lightning.ppo.agent import Agent, Weights
@@ -104,7 +104,7 @@ class Updater:
         *,
         mode: CompileMode,
         device: torch.device,
-        ranks: Ranks = ALONE,
+        ranks: Ranks = SINGLE_RANK,
     ) -> None:
         self._agent, self._config, self._device = agent, config, device
         self._mean_of_pass: Tensor | None = None

@@ -26,10 +26,10 @@ from esper_lightning.core.spaces import ActionSpace, Discrete, FactoredDiscrete,
 from esper_lightning.core.types import Observation, map_obs
 from esper_lightning.forensics.files import write_atomically
 from esper_lightning.policies.base import blank_memory, see
-from esper_lightning.ppo.agent import as_seen
+from esper_lightning.ppo.agent import prepare_obs
 from esper_lightning.training.checkpoint.states import refuse_non_finite
 from esper_lightning.training.module import PPO
-from esper_lightning.training.specs import for_evaluation
+from esper_lightning.training.specs import evaluation_spec
 
 __all__ = ["ExportFormat", "Exported", "export_policy", "output_at"]
 
@@ -119,7 +119,7 @@ class DeterministicPolicy(nn.Module):
             memory: ``[M, S]``, before the observations: zeros at the first of an episode. With it
                 come actions and the memory after the observations.
         """
-        seen, memory = see(self.policy, as_seen(obs, self.normalizer), memory)
+        seen, memory = see(self.policy, prepare_obs(obs, self.normalizer), memory)
         action = self.policy.to_env(self.policy.act_deterministically(seen, action_mask))
         return action if memory is None else (action, memory)
 
@@ -233,7 +233,7 @@ def _from_onnx(content: bytes) -> Function:
 
 def _example(model: PPO) -> Inputs:
     """Four observations of the environment, blank memory, and masks where it has them."""
-    env = for_evaluation(model.env, None).build(torch.device("cpu"), 0)
+    env = evaluation_spec(model.env, None).build(torch.device("cpu"), 0)
     obs, mask = env.reset()
 
     def four(leaf: Tensor) -> Tensor:

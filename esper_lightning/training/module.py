@@ -25,7 +25,7 @@ from esper_lightning.callbacks.loggers import guard_loggers
 from esper_lightning.compiling.loops import CompileMode
 from esper_lightning.core.buffer import rollout_bytes
 from esper_lightning.core.errors import check_arguments, require
-from esper_lightning.core.ranks import ALONE, Ranks, RanksDisagreeError
+from esper_lightning.core.ranks import SINGLE_RANK, Ranks, RanksDisagreeError
 from esper_lightning.core.running_stats import ObsNormalizer, RunningStats
 from esper_lightning.core.seeding import (
     global_random_states,
@@ -40,10 +40,10 @@ from esper_lightning.envs.contract import Report
 from esper_lightning.envs.inspector import FIRST_STEPS, FirstSteps, check_told
 from esper_lightning.policies import MLP
 from esper_lightning.policies.base import PolicySpec
-from esper_lightning.ppo.agent import Agent, as_seen
+from esper_lightning.ppo.agent import Agent, prepare_obs
 from esper_lightning.ppo.config import PPOConfig
 from esper_lightning.ppo.evaluation import evaluate_policy
-from esper_lightning.ppo.learner import Learner, Prepared
+from esper_lightning.ppo.learner import Learner, Targets
 from esper_lightning.ppo.metrics import (
     RecentEpisodes,
     evaluation_metrics,
@@ -75,11 +75,11 @@ from esper_lightning.training.checkpoint.states import (
 from esper_lightning.training.iterations import Iterations
 from esper_lightning.training.publish import publish
 from esper_lightning.training.specs import (
-    describe,
+    evaluation_spec,
     first_difference,
-    for_evaluation,
-    plain,
     require_specs,
+    spec_to_data,
+    to_data,
 )
 
 __all__ = ["PPO"]
@@ -159,9 +159,9 @@ class PPO(LightningModule):
 
         self.automatic_optimization = False
         settings: dict[str, Any] = {
-            "env": describe(env),
-            "policy": describe(policy),
-            "ppo": plain(ppo),
+            "env": spec_to_data(env),
+            "policy": spec_to_data(policy),
+            "ppo": to_data(ppo),
             "seed": seed,
             "total_env_steps": total_env_steps,
             "iterations_per_epoch": iterations_per_epoch,
@@ -188,12 +188,12 @@ class PPO(LightningModule):
         self.recent_episodes = RecentEpisodes()
         self.eval_return = CatMetric(nan_strategy="error")
         self.eval_length = CatMetric(nan_strategy="error")
-        self._eval_env = for_evaluation(env, eval_episodes)
+        self._eval_env = evaluation_spec(env, eval_episodes)
         self._spaces, self._evaluated = spaces, False
         self._within_iteration = self._resuming = self._new_episodes = False
         self._resumed: dict[str, Any] | None = None
         self._loaded_digest = 0  # of the checkpoint, where several ranks resume
-        self._ranks = ALONE
+        self._ranks = SINGLE_RANK
 
     # The main path.
 
@@ -221,11 +221,11 @@ class PPO(LightningModule):
             with profile("rollout"):
                 rollout = self._collect(steps)
             with profile("advantages"):
-                prepared = learner.advantages(rollout)
+                targets = learner.compute_targets(rollout)
             with profile("update"):
-                metrics = learner.update(prepared, learning_rate=learning_rate)
+                metrics = learner.update(targets, learning_rate=learning_rate)
         with profile("logging"):
-            host = self._to_host(rollout, prepared, metrics)
+            host = self._to_host(rollout, targets, metrics)
             if self.obs_normalizer is not None:
                 # Only now: acting and learning are to see the same statistics.
                 self.obs_normalizer.update(rollout.obs, self._ranks)
@@ -575,15 +575,15 @@ class PPO(LightningModule):
         return self._learner.rollout(steps)
 
     def _to_host(
-        self, rollout: Rollout, prepared: Prepared, metrics: UpdateMetrics
+        self, rollout: Rollout, targets: Targets, metrics: UpdateMetrics
     ) -> dict[str, float]:
         """The one device-to-host copy of an iteration, which also tells whether it was healthy."""
         iteration, learner = self.iteration + 1, self._learner
-        host = to_host(learner.metrics(prepared, metrics))
+        host = to_host(learner.metrics(targets, metrics))
         if not host["healthy"]:
             refuse_rollout(rollout, self.env, self._spaces.action, iteration=iteration)
         if not host["gradients_finite"]:
-            samples, agent = prepared.samples, learner.agent
+            samples, agent = targets.samples, learner.agent
             ranks = self._ranks.size
             refuse_gradient(
                 agent,
@@ -621,7 +621,7 @@ class PPO(LightningModule):
         }
 
     def _normalize(self, obs: Observation) -> Observation:
-        return as_seen(obs, self.obs_normalizer)
+        return prepare_obs(obs, self.obs_normalizer)
 
     def _next_rollout_steps(self) -> int:
         """``T`` of the next iteration: less where the budget leaves less, 0 where it is used up."""

@@ -14,35 +14,35 @@ from esper_lightning.envs.inspector import is_count
 from esper_lightning.policies.base import PolicySpec
 
 __all__ = [
-    "describe",
+    "evaluation_spec",
     "first_difference",
-    "for_evaluation",
-    "instantiate",
-    "plain",
     "require_specs",
+    "spec_from_data",
+    "spec_to_data",
+    "to_data",
 ]
 
-Description = dict[str, Any]
+SpecData = dict[str, Any]
 _PLAIN = (bool, int, float, str, type(None))
 _OPAQUE = "repr()"
 
 
-def plain(value: object) -> Any:
+def to_data(value: object) -> Any:
     """Dataclasses as dicts and tuples as lists, all the way down.
 
     What is not a number or text becomes its ``repr`` under a name that no setting has: it can be
-    compared, and ``instantiate`` refuses it.
+    compared, and ``spec_from_data`` refuses it.
     """
     if dataclasses.is_dataclass(value) and not isinstance(value, type):
         return {
-            field.name: plain(getattr(value, field.name))
+            field.name: to_data(getattr(value, field.name))
             for field in dataclasses.fields(value)
             if field.init
         }
     if isinstance(value, Mapping):
-        return {key: plain(item) for key, item in cast(Mapping[str, object], value).items()}
+        return {key: to_data(item) for key, item in cast(Mapping[str, object], value).items()}
     if isinstance(value, list | tuple):
-        return [plain(item) for item in cast(list[object], value)]
+        return [to_data(item) for item in cast(list[object], value)]
     return value if isinstance(value, _PLAIN) else {_OPAQUE: repr(value)}
 
 
@@ -51,7 +51,7 @@ def first_difference(name: str, values: Sequence[Any]) -> tuple[str, list[Any]]:
 
     Args:
         name: Name of the whole, with which that of the setting begins.
-        values: Data from ``plain``, one for each rank.
+        values: Data from ``to_data``, one for each rank.
 
     Returns:
         Its dotted name, and its values; no values if all are the same.
@@ -69,17 +69,17 @@ def first_difference(name: str, values: Sequence[Any]) -> tuple[str, list[Any]]:
     return name, list(values)
 
 
-def describe(spec: object) -> Description:
+def spec_to_data(spec: object) -> SpecData:
     """Class and settings of a spec; settings are empty for one that is not a dataclass."""
     kind = type(spec)
     return {
         "class_path": f"{kind.__module__}.{kind.__qualname__}",
-        "init_args": plain(spec) if dataclasses.is_dataclass(spec) else {},
+        "init_args": to_data(spec) if dataclasses.is_dataclass(spec) else {},
     }
 
 
-def instantiate(description: Description, *, owner: str, kind: type) -> Any:
-    """The spec that ``describe`` described.
+def spec_from_data(description: SpecData, *, owner: str, kind: type) -> Any:
+    """The spec that ``spec_to_data`` described.
 
     Args:
         description: Of the spec; nothing else than a spec is made from it.
@@ -103,7 +103,7 @@ def instantiate(description: Description, *, owner: str, kind: type) -> Any:
         raise ValueError(f"{owner} must be one that {path} makes anew: {error}. {hint}") from error
 
 
-def for_evaluation(spec: EnvSpec, episodes: int | None) -> EnvSpec:
+def evaluation_spec(spec: EnvSpec, episodes: int | None) -> EnvSpec:
     """The same environment with a copy for each episode of an evaluation.
 
     Args:

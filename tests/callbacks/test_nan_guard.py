@@ -133,15 +133,15 @@ def test_ppo_names_the_gradient_step_and_keeps_its_minibatch(make_trainer, tmp_p
     """A log-probability of minus infinity in the rollout makes ratios of infinity."""
     config = PPOConfig(rollout_steps=8, minibatches=2)
     model = PPO(CartPole(num_envs=4), ppo=config, total_env_steps=320)
-    prepare = Learner.advantages
+    prepare = Learner.compute_targets
 
     def poisoned(self, rollout):
-        prepared = prepare(self, rollout)
+        targets = prepare(self, rollout)
         if model.iteration == 2:
-            prepared.samples.value_target[5] = math.nan
-        return prepared
+            targets.samples.value_target[5] = math.nan
+        return targets
 
-    monkeypatch.setattr(Learner, "advantages", poisoned)
+    monkeypatch.setattr(Learner, "compute_targets", poisoned)
     trainer = make_trainer(callbacks=[FlightRecorder(watch=False)])
     with pytest.raises(NonFiniteError, match=r"in iteration 3, gradient step [12]: ") as caught:
         trainer.fit(model)

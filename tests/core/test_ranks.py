@@ -2,19 +2,19 @@
 
 import torch
 
-from esper_lightning.core.ranks import ALONE, Ranks, _unpack
+from esper_lightning.core.ranks import SINGLE_RANK, Ranks, _unpack
 
 TREE = {"b": torch.tensor([[1.0, 2.0], [3.0, 4.0]]), "a": (torch.tensor(True), torch.tensor(7))}
 
 
 def test_alone_everything_is_its_own() -> None:
-    assert ALONE.sum(TREE) is TREE
+    assert SINGLE_RANK.sum(TREE) is TREE
     assert Ranks(1).gather(TREE) == [TREE]
 
 
 def test_saved_states_are_copies_on_the_host() -> None:
     running = {"weight": torch.ones(2), "steps": torch.tensor(3)}
-    (saved,) = ALONE.collect_states(running)
+    (saved,) = SINGLE_RANK.collect_states(running)
     running["weight"].zero_()
     running["steps"].add_(1)
     assert saved["weight"].tolist() == [1.0, 1.0]

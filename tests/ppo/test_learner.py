@@ -6,7 +6,7 @@ import torch
 from torch import Tensor
 
 from esper_lightning import MLP, PPOConfig
-from esper_lightning.core.ranks import ALONE, Ranks
+from esper_lightning.core.ranks import SINGLE_RANK, Ranks
 from esper_lightning.core.running_stats import RunningStats
 from esper_lightning.core.tensor_trees import leaves, map_tree
 from esper_lightning.envs import CartPole, Pendulum
@@ -19,7 +19,7 @@ STEPS, ENVS = 8, 3
 CONFIG = PPOConfig(rollout_steps=STEPS, minibatches=2, epochs=1, normalize_reward=True)
 
 
-def make(ranks: Ranks = ALONE, config: PPOConfig = CONFIG, *, freeze: str = "") -> Learner:
+def make(ranks: Ranks = SINGLE_RANK, config: PPOConfig = CONFIG, *, freeze: str = "") -> Learner:
     spec = CartPole(num_envs=ENVS, time_limit=5)
     policy = MLP(hidden_sizes=(8,)).build(spec.spaces(), torch.Generator().manual_seed(0))
     for name, parameter in policy.named_parameters():
@@ -55,7 +55,7 @@ def test_discounted_returns_go_on_from_rollout_to_rollout_and_end_with_their_epi
             running = CONFIG.discount * running + rollout.reward[t]
             returns.append(running.clone())
             running[ended[t]] = 0.0
-        learner.advantages(rollout)
+        learner.compute_targets(rollout)
         torch.testing.assert_close(learner._acting.discounted_return, running)
         stats, expected = learner._return_stats, torch.stack(returns).double()
         assert stats.count == expected.numel()
@@ -72,7 +72,7 @@ def test_what_others_set_as_the_weights_acts_and_learns() -> None:
             else:
                 parameter.data.mul_(2.0)
         rollout = one.rollout(STEPS)
-        one.update(one.advantages(rollout), learning_rate=1e-2)
+        one.update(one.compute_targets(rollout), learning_rate=1e-2)
     for mine, theirs in zip(
         policy_of(learner).parameters(), policy_of(other).parameters(), strict=True
     ):
@@ -102,7 +102,7 @@ def test_environments_are_given_actions_within_their_range() -> None:
 def test_frozen_weights_stay() -> None:
     learner = make(freeze="critic")
     before = {name: value.clone() for name, value in policy_of(learner).state_dict().items()}
-    learner.update(learner.advantages(learner.rollout(STEPS)), learning_rate=1e-2)
+    learner.update(learner.compute_targets(learner.rollout(STEPS)), learning_rate=1e-2)
     for name, value in policy_of(learner).state_dict().items():
         assert torch.equal(value, before[name]) == name.startswith("critic"), name
 
@@ -141,11 +141,11 @@ def test_a_rollout_that_is_broken_on_one_rank_is_broken_on_all() -> None:
         return torch.zeros_like(leaf) if leaf.dtype == torch.bool else leaf
 
     learner = make(Twins(broken))
-    prepared = learner.advantages(learner.rollout(STEPS))
-    assert not prepared.healthy
+    targets = learner.compute_targets(learner.rollout(STEPS))
+    assert not targets.healthy
     assert learner._return_stats.count == 0
     before = [parameter.clone() for parameter in policy_of(learner).parameters()]
-    learner.update(prepared, learning_rate=1e-2)
+    learner.update(targets, learning_rate=1e-2)
     for mine, old in zip(policy_of(learner).parameters(), before, strict=True):
         assert torch.equal(mine, old)
 
@@ -153,13 +153,13 @@ def test_a_rollout_that_is_broken_on_one_rank_is_broken_on_all() -> None:
 def test_what_ranks_share_is_that_of_both() -> None:
     config = dataclasses.replace(CONFIG, normalize_advantage=False)
     alone, two = make(config=config), make(Twins(), config)
-    one, both = (learner.advantages(learner.rollout(STEPS)) for learner in (alone, two))
+    one, both = (learner.compute_targets(learner.rollout(STEPS)) for learner in (alone, two))
     assert both.healthy
     assert both.episodes == tuple(2 * total for total in one.episodes)
     assert two._return_stats.count == 2 * alone._return_stats.count
     torch.testing.assert_close(both.explained_variance, one.explained_variance)
-    for learner, prepared in ((alone, one), (two, both)):
-        learner.update(prepared, learning_rate=1e-2)
+    for learner, targets in ((alone, one), (two, both)):
+        learner.update(targets, learning_rate=1e-2)
     weights = (policy_of(learner).parameters() for learner in (alone, two))
     for mine, theirs in zip(*weights, strict=True):
         torch.testing.assert_close(mine, theirs, rtol=1e-4, atol=1e-6)

@@ -137,7 +137,7 @@ def test_learning_sees_what_acting_saw(cell, plain):
             found = learner._critic.values(learner.agent.weights, rollout, learner._first_memory)
         torch.testing.assert_close(found.value.view(STEPS, ENVS), torch.stack(values))
         torch.testing.assert_close(found.next_value.view(STEPS, ENVS), torch.stack(next_values))
-        samples = learner.advantages(rollout).samples
+        samples = learner.compute_targets(rollout).samples
         torch.testing.assert_close(samples.memory, begun)
         assert samples.parts == ENVS
 
@@ -154,12 +154,12 @@ def test_learning_sees_what_acting_saw(cell, plain):
 
 def test_before_the_first_gradient_step_nothing_has_moved():
     learner, _ = make_learner(minibatches=1)
-    prepared = learner.advantages(learner.rollout(STEPS))
-    metrics = learner.update(prepared, learning_rate=1e-3)
+    targets = learner.compute_targets(learner.rollout(STEPS))
+    metrics = learner.update(targets, learning_rate=1e-3)
     assert metrics.approx_kl.abs() < 1e-10
     assert metrics.clip_fraction == 0.0
-    learner.update(prepared, learning_rate=1e-3)
-    assert learner.update(prepared, learning_rate=0.0).approx_kl > 1e-9
+    learner.update(targets, learning_rate=1e-3)
+    assert learner.update(targets, learning_rate=0.0).approx_kl > 1e-9
 
 
 def test_evaluation_remembers_and_forgets():

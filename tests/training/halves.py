@@ -103,10 +103,10 @@ def learn(rank, size, case, mode="off"):
     own = slice(rank * spec.num_envs, (rank + 1) * spec.num_envs)
     parts = everything(masked=case == "choices")._asdict().items()
     rollout = Rollout(**{name: None if v is None else v[:, own] for name, v in parts})
-    prepared = learner.advantages(rollout)
+    targets = learner.compute_targets(rollout)
     if case != "memory":  # there a step takes everything
         learner._updater.order = lambda *_: shared_order(config, rank, size)
-    metrics = learner.update(prepared, learning_rate=config.learning_rate)
+    metrics = learner.update(targets, learning_rate=config.learning_rate)
     if normalizer is not None:
         normalizer.update(rollout.obs, ranks)
     modules = {"policy": policy, "obs": normalizer, "return": stats}
@@ -114,9 +114,9 @@ def learn(rank, size, case, mode="off"):
         "state": {n: m.state_dict() for n, m in modules.items() if m is not None},
         "gradient": {k: v["exp_avg"] / 0.1 for k, v in optimizer.state_dict()["state"].items()},
         "metrics": metrics._asdict(),
-        "episodes": tuple(prepared.episodes),
-        "explained": prepared.explained_variance,
-        "advantage": prepared.samples.advantage.view(STEPS, -1),
+        "episodes": tuple(targets.episodes),
+        "explained": targets.explained_variance,
+        "advantage": targets.samples.advantage.view(STEPS, -1),
         "gathered": [who.item() for who in ranks.gather(torch.tensor(rank))],
         "states": ranks.collect_states({"who": torch.tensor(rank)}),
     }

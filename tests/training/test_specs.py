@@ -9,7 +9,7 @@ import torch
 from esper_lightning import MLP, PPOConfig
 from esper_lightning.envs import CartPole, EnvSpec
 from esper_lightning.training.checkpoint.states import settings_of
-from esper_lightning.training.specs import describe, first_difference, for_evaluation, plain
+from esper_lightning.training.specs import evaluation_spec, first_difference, spec_to_data, to_data
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -32,7 +32,7 @@ class Odd(EnvSpec):
 
 def again(spec: EnvSpec) -> EnvSpec:
     """As a checkpoint gives it back."""
-    saved = {"env": describe(spec), "policy": describe(MLP()), "ppo": plain(PPOConfig())}
+    saved = {"env": spec_to_data(spec), "policy": spec_to_data(MLP()), "ppo": to_data(PPOConfig())}
     return settings_of({"hyper_parameters": saved}, {})["env"]
 
 
@@ -52,14 +52,14 @@ def test_tuples_come_back_as_tuples_all_the_way_down(sizes):
 
 
 def test_what_is_stored_is_plain_data_all_the_way_down():
-    nested = plain({"specs": (CartPole(num_envs=2), [CartPole(num_envs=3)])})
+    nested = to_data({"specs": (CartPole(num_envs=2), [CartPole(num_envs=3)])})
     assert nested["specs"][0]["num_envs"] == 2
     assert nested["specs"][1][0]["num_envs"] == 3
-    assert plain((torch.float32,)) == [{"repr()": "torch.float32"}]
+    assert to_data((torch.float32,)) == [{"repr()": "torch.float32"}]
 
 
 def test_a_field_that_is_no_argument_is_no_setting():
-    assert describe(Odd(num_envs=7))["init_args"] == {"num_envs": 7, "sizes": []}
+    assert spec_to_data(Odd(num_envs=7))["init_args"] == {"num_envs": 7, "sizes": []}
     assert again(Odd(num_envs=7)).total == 7
 
 
@@ -71,9 +71,9 @@ def test_what_is_no_plain_data_is_refused_wherever_it_is(sizes):
 
 def test_an_evaluation_has_a_hundred_episodes_unless_it_is_told_otherwise():
     spec = CartPole(num_envs=4)
-    assert for_evaluation(spec, None).num_envs == 100
-    assert for_evaluation(spec, 3) == CartPole(num_envs=3)
-    assert for_evaluation(spec, 4) is spec
+    assert evaluation_spec(spec, None).num_envs == 100
+    assert evaluation_spec(spec, 3) == CartPole(num_envs=3)
+    assert evaluation_spec(spec, 4) is spec
 
 
 def test_the_first_setting_that_differs_is_named() -> None:

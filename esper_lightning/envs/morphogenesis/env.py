@@ -25,7 +25,7 @@ from esper_lightning.envs.morphogenesis.lifecycle import LIVE, Action, LifeCycle
 from esper_lightning.envs.morphogenesis.network import Weights
 from esper_lightning.envs.morphogenesis.observation import Vitals, action_mask, observe
 from esper_lightning.envs.morphogenesis.reward import REWARD_TERMS, reward_terms, stage_potential
-from esper_lightning.envs.morphogenesis.state import Hosts, Nursery, place_of
+from esper_lightning.envs.morphogenesis.state import HostInitializer, Hosts, place_of
 from esper_lightning.envs.morphogenesis.streams import Purpose, integers
 from esper_lightning.envs.morphogenesis.training import Measured, Trained, measure, train
 
@@ -104,8 +104,8 @@ class MorphogenesisEnv:
         counts = [[count_parameters(name, width) for width in spec.channels] for name in BLUEPRINTS]
         self._seed_parameters = torch.tensor(counts, device=device)  # [blueprint, S]
         self.host_parameters = sum(part.size for part in self._architecture.parts())
-        self._nursery = Nursery(spec, device=device, dtype=dtype)
-        self.hosts = self._nursery.hosts(seed, torch.zeros(spec.num_envs, device=device).long())
+        self._initializer = HostInitializer(spec, device=device, dtype=dtype)
+        self.hosts = self._initializer.hosts(seed, torch.zeros(spec.num_envs, device=device).long())
         self._advance: dict[bool, Callable[..., _Advanced]] = {}
         self._sums: Tensor | None = None
         self._steps = 0
@@ -123,7 +123,7 @@ class MorphogenesisEnv:
     @torch.no_grad()
     def reset(self) -> tuple[Float[Tensor, "B O"], Bool[Tensor, "B K"]]:
         """Start to train a new host everywhere."""
-        self.hosts = self._nursery.hosts(self._seed, self.hosts.episode + 1)
+        self.hosts = self._initializer.hosts(self._seed, self.hosts.episode + 1)
         return self._observe(self.hosts), self.action_mask()
 
     @torch.no_grad()
@@ -175,7 +175,7 @@ class MorphogenesisEnv:
         choice = Action(*action.unbind(1))
         slots, changed = self._lifecycle.apply(before.slots, self._name_blueprint(choice))
         germinated = changed & (choice.op == Op.GERMINATE).unsqueeze(1)
-        self._nursery.germinate(self._seed, before, slots, germinated, static=self._static)
+        self._initializer.germinate(self._seed, before, slots, germinated, static=self._static)
         slots = self._lifecycle.tick(slots)
         trained = self._train(before, slots)
         measured = self._measure(before.weights, slots, self._splits.validation)
@@ -346,7 +346,7 @@ class MorphogenesisEnv:
     def _restart(self, hosts: Hosts, ended: Bool[Tensor, " B"]) -> Hosts:
         if not self._static and not bool(ended.any()):
             return hosts
-        fresh = self._nursery.hosts(self._seed, hosts.episode)._replace(
+        fresh = self._initializer.hosts(self._seed, hosts.episode)._replace(
             episode_return=hosts.episode_return
         )
         pairs = zip(leaves(hosts), leaves(fresh), strict=True)

@@ -21,7 +21,7 @@ from esper_lightning.envs.morphogenesis.streams import Place, Purpose, normals
 if TYPE_CHECKING:
     from esper_lightning.envs.morphogenesis.settings import Morphogenesis
 
-__all__ = ["Hosts", "Nursery", "place_of"]
+__all__ = ["HostInitializer", "Hosts", "place_of"]
 
 
 class Hosts(NamedTuple):
@@ -42,7 +42,7 @@ def place_of(hosts: Hosts) -> Place:
     return Place(env, hosts.episode, hosts.vitals.step)
 
 
-class Nursery:
+class HostInitializer:
     """Makes hosts and seeds that nobody has trained yet.
 
     Args:

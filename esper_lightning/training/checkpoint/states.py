@@ -23,7 +23,7 @@ from esper_lightning.forensics.reading import refuse_unbounded
 from esper_lightning.policies.base import PolicySpec
 from esper_lightning.ppo.config import PPOConfig
 from esper_lightning.training.checkpoint.files import read_checkpoint
-from esper_lightning.training.specs import instantiate
+from esper_lightning.training.specs import spec_from_data
 
 __all__ = [
     "STATE_KEY",
@@ -379,7 +379,7 @@ def settings_of(checkpoint: Mapping[str, Any], given: Mapping[str, Any]) -> dict
     """
     saved = checkpoint["hyper_parameters"]
     specs = {
-        name: instantiate(saved[name], owner=name, kind=kind)
+        name: spec_from_data(saved[name], owner=name, kind=kind)
         for name, kind in (("env", EnvSpec), ("policy", PolicySpec))
         if name not in given
     }
