@@ -1,12 +1,17 @@
-"""The package as a whole: what it exports, and what it needs."""
+"""The package as a whole: its exports, its requirements, and the form of its documents."""
 
+import re
 import subprocess
 import sys
+from pathlib import Path
 
 import pytest
 
 import esper_lightning
 
+ROOT = Path(__file__).parents[1]
+DECISIONS = sorted((ROOT / "docs" / "decisions").glob("*.md"))
+DOCUMENTS = [*sorted(ROOT.glob("*.md")), *sorted(ROOT.glob("docs/*.md")), *DECISIONS]
 TRAIN = """
 import sys
 for name in ("jaxtyping", "jsonargparse", "beartype", "gymnasium", "stable_baselines3"):
@@ -51,3 +56,28 @@ def test_reading_the_remains_of_a_run_needs_no_torch(tmp_path):
     )
     result = run(code)
     assert result.returncode == 0, result.stderr
+
+
+def test_decisions_are_numbered_without_gaps():
+    assert [int(path.name[:4]) for path in DECISIONS] == list(range(1, len(DECISIONS) + 1))
+
+
+@pytest.mark.parametrize("path", DECISIONS, ids=lambda path: path.name)
+def test_a_decision_has_a_numbered_title_and_its_three_sections_in_order(path):
+    title, blank, *rest = path.read_text().splitlines()
+    number = re.fullmatch(r"# (\d+)\. \S.*", title)
+    assert number is not None
+    assert int(number[1]) == int(path.name[:4])
+    assert blank == ""
+    sections = ("**Decision.** ", "**Why.** ", "**What follows.**")
+    assert rest[0].startswith(sections[0])
+    starts = [[k for k, line in enumerate(rest) if line.startswith(name)] for name in sections]
+    assert [len(lines) for lines in starts] == [1, 1, 1]
+    assert sorted(starts) == starts
+
+
+@pytest.mark.parametrize("path", DOCUMENTS, ids=lambda path: path.name)
+def test_links_of_a_document_lead_to_files(path):
+    links = re.findall(r"\]\(([^)#\s]+)[^)]*\)", path.read_text())
+    local = [link for link in links if not link.startswith(("https:", "http:"))]
+    assert [link for link in local if not (path.parent / link).exists()] == []
