@@ -26,7 +26,7 @@ def allocate_rollout(
         return {name: empty(*box.shape) for name, box in spaces.obs.items()}
 
     if isinstance(spaces.action, Box):
-        action = empty(spaces.action.size)  # flat, as distributions have it
+        action = empty(spaces.action.size)  # flat, as distributions expect it
     elif isinstance(spaces.action, MultiDiscrete | FactoredDiscrete):
         action = empty(len(spaces.action.nvec), dtype=torch.int64)
     else:
@@ -46,7 +46,7 @@ def allocate_rollout(
 
 
 def rollout_bytes(spaces: EnvSpaces, steps: int, num_envs: int) -> int:
-    """Memory that such a rollout takes; none is taken here."""
+    """Bytes that a rollout of this size takes; nothing is allocated."""
     one = allocate_rollout(spaces, 1, 1, device=torch.device("meta"))
     return steps * num_envs * sum(leaf.nbytes for leaf in leaves(one))
 
@@ -57,9 +57,9 @@ def first_steps(rollout: Rollout, steps: int) -> Rollout:
 
 
 def write_step(rollout: Rollout, t: int, row: Rollout) -> None:
-    """Copy step ``t``, whose fields are without the axis ``T``.
+    """Copy ``row``, whose fields have no axis ``T``, into step ``t`` of a rollout.
 
-    Environments may then reuse their tensors.
+    After the copy, environments may reuse their tensors.
     """
     for storage, value in zip(rollout, row, strict=True):
         if isinstance(storage, dict):

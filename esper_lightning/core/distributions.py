@@ -2,9 +2,9 @@
 
 Axes: ``M`` sample, ``A`` component, ``K`` choice.
 
-Each is built from a network's output in float32 (also under autocast), samples from noise that was
-drawn before, so that acting is a pure function, and keeps what it sampled apart from what the
-environment is given.
+Each distribution is built from a network's output in float32 (also under autocast). Its samples are
+functions of noise that was sampled before, so that acting is a pure function. A sample may differ
+from the action that the environment is given, as with ``TanhGaussian``.
 """
 
 import math
@@ -40,10 +40,10 @@ _HALF_LOG_TAU = 0.5 * math.log(2.0 * math.pi)
 
 @runtime_checkable
 class Distribution(Protocol):
-    """What acting and the update need of a distribution over ``M`` actions."""
+    """The methods that acting and the update need of a distribution over ``M`` actions."""
 
     def sample(self, noise: Float[Tensor, "M N"]) -> Shaped[Tensor, "M *A"]:
-        """One action for each row, from noise of the kind that the class names."""
+        """One action for each row, from noise of the kind that the class documents."""
         ...
 
     def mode(self) -> Shaped[Tensor, "M *A"]:
@@ -51,7 +51,7 @@ class Distribution(Protocol):
         ...
 
     def log_prob(self, action: Shaped[Tensor, "M *A"]) -> Float[Tensor, " M"]:
-        """Log-probability (density) of what ``sample`` or ``mode`` returned."""
+        """Log-probability (density) of actions that ``sample`` or ``mode`` returned."""
         ...
 
     def entropy(self) -> Float[Tensor, " M"]:
@@ -76,7 +76,7 @@ class Categorical:
         self._mask = mask
 
     def sample(self, noise: Float[Tensor, "M K"]) -> Int[Tensor, " M"]:
-        """Draw by the Gumbel-max trick: the choice whose exponential clock rings first."""
+        """Sample by the Gumbel-max trick: the choice whose exponential clock rings first."""
         return (self._log_p - noise.log()).argmax(-1)
 
     def mode(self) -> Int[Tensor, " M"]:
@@ -88,7 +88,7 @@ class Categorical:
         return self._log_p.gather(-1, action[:, None])[:, 0]
 
     def probability(self) -> Float[Tensor, "M K"]:
-        """Of each choice."""
+        """Probability of each choice."""
         return self._log_p.exp()
 
     def entropy(self) -> Float[Tensor, " M"]:
@@ -100,7 +100,7 @@ class Categorical:
 
 
 class FactoredCategorical:
-    """``A`` independent choices.
+    """``A`` independent choices, one for each component of the action.
 
     ``logits``, ``mask`` and noise (unit exponential) hold the choices of all components one after
     another.
@@ -122,7 +122,7 @@ class FactoredCategorical:
         ]
 
     def sample(self, noise: Float[Tensor, "M K"]) -> Int[Tensor, "M A"]:
-        """Draw each component."""
+        """A sample of each component."""
         clocks = cast(tuple[Tensor, ...], noise.split(self._sizes, -1))
         drawn = [part.sample(clock) for part, clock in zip(self._parts, clocks, strict=True)]
         return torch.stack(drawn, -1)
@@ -132,23 +132,24 @@ class FactoredCategorical:
         return torch.stack([part.mode() for part in self._parts], -1)
 
     def log_prob(self, action: Int[Tensor, "M A"]) -> Float[Tensor, " M"]:
-        """Sum over the components."""
+        """Log-probability, summed over the components."""
         return torch.stack([part.log_prob(action[:, a]) for a, part in enumerate(self._parts)]).sum(
             0
         )
 
     def entropy(self) -> Float[Tensor, " M"]:
-        """Sum over the components."""
+        """Entropy, summed over the components."""
         return torch.stack([part.entropy() for part in self._parts]).sum(0)
 
 
 class ConditionedCategorical:
-    """The choices of a ``FactoredDiscrete``: the first, then the others given it.
+    """The choices of a ``FactoredDiscrete``: the first choice, then the others given the first.
 
-    A conditioned head has logits of its own for each value of the first one, as it has masks;
-    another head has one set for all. Logits, mask and noise (unit exponential) have the layout that
-    the space gives to masks. A head that the first choice does not use takes no part in
-    log-probability, entropy or gradient; ``sample`` fills it with one of its allowed choices.
+    A conditioned head has logits of its own for each value of the first choice, as it has masks; a
+    head that is not conditioned has one set of logits for all values. Logits, mask and noise (unit
+    exponential) have the layout that the space gives to masks. A head that the first choice does
+    not use contributes nothing to log-probability, entropy or gradient; ``sample`` fills its
+    component with one of the allowed choices.
     """
 
     def __init__(
@@ -167,20 +168,20 @@ class ConditionedCategorical:
             allowed = None
             if mask is not None:
                 allowed = _table(mask[:, place], values, head.size)
-                if head.conditioned:  # what a forbidden value would mean is as forbidden
+                if head.conditioned:  # choices under a forbidden value are forbidden, too
                     allowed = allowed & mask[:, first, None]
             self._others.append(_GivenFirst(own, allowed, place))
 
     def sample(self, noise: Float[Tensor, "M K"]) -> Int[Tensor, "M A"]:
-        """Draw the first choice, then the others given it."""
+        """A sample of the first choice, then samples of the others given the first."""
         return self._choose(noise)
 
     def mode(self) -> Int[Tensor, "M A"]:
-        """The most probable first choice, then the most probable others given it."""
+        """The most probable first choice, then the most probable others given the first."""
         return self._choose(None)
 
     def log_prob(self, action: Int[Tensor, "M A"]) -> Float[Tensor, " M"]:
-        """Sum over the first choice and the heads that it uses."""
+        """Log-probability, summed over the first choice and the heads that it uses."""
         first = action[:, 0]
         terms = [self._first.log_prob(first)]
         for a, (head, other) in enumerate(zip(self._space.heads[1:], self._others, strict=True), 1):
@@ -193,7 +194,8 @@ class ConditionedCategorical:
     def entropy(self) -> Float[Tensor, " M"]:
         """Entropy of the joint choice.
 
-        That of the first choice, and the mean over it of that of the heads that it uses.
+        The sum of the entropy of the first choice and the mean, over the first choice, of the
+        entropy of the heads that the first choice uses.
         """
         probability = self._first.probability().unbind(-1)
         terms = [self._first.entropy()]
@@ -206,7 +208,7 @@ class ConditionedCategorical:
         return torch.stack(terms).sum(0)
 
     def _choose(self, noise: Float[Tensor, "M K"] | None) -> Int[Tensor, "M A"]:
-        """By noise, or the most probable."""
+        """Choices sampled with ``noise``, or the most probable choices if ``noise`` is ``None``."""
         place = self._space.mask_slices[0]
         first = self._first.mode() if noise is None else self._first.sample(noise[:, place])
         choices = [first]
@@ -219,9 +221,10 @@ class ConditionedCategorical:
 
 
 class _GivenFirst:
-    """One choice under each of ``V`` values of the first; ``V`` is 1 if it is the same under all.
+    """One choice under each of ``V`` values of the first choice.
 
-    ``place`` is where it is in logits and noise.
+    ``V`` is 1 if the distribution of the choice is the same under all values. ``place`` is the
+    slice of the choice in logits and noise.
     """
 
     def __init__(
@@ -237,15 +240,15 @@ class _GivenFirst:
         self._allowed, self._place = allowed, place
 
     def given(self, first: Int[Tensor, " M"]) -> Float[Tensor, "M K"]:
-        """Log-probabilities of the choices."""
+        """Log-probabilities of the choices under the first choice of each row."""
         return _at(self._log_p, first)
 
     def noise(self, noise: Float[Tensor, "M N"], first: Int[Tensor, " M"]) -> Float[Tensor, "M K"]:
-        """What it takes of the noise."""
+        """The share of the noise that belongs to this choice under the first choice of each row."""
         return _at(_table(noise[:, self._place], *self._log_p.shape[1:]), first)
 
     def entropy(self) -> Float[Tensor, "M V"]:
-        """Over the allowed choices."""
+        """Entropy over the allowed choices, under each value of the first choice."""
         surprise = self._log_p.exp() * self._log_p
         if self._allowed is not None:
             surprise = surprise.masked_fill(~self._allowed, 0.0)
@@ -253,7 +256,7 @@ class _GivenFirst:
 
 
 def _values(space: FactoredDiscrete, head: Head) -> Sequence[int]:
-    """First choices for which a head means something."""
+    """Values of the first choice under which a head has a meaning."""
     return range(space.heads[0].size) if head.used_by is None else head.used_by
 
 
@@ -271,11 +274,11 @@ def _at(table: Float[Tensor, "M V K"], first: Int[Tensor, " M"]) -> Float[Tensor
 def has_choice(space: ActionSpace, mask: Bool[Tensor, "M K"]) -> Bool[Tensor, " M"]:
     """Whether a mask leaves more than one action to choose from.
 
-    Choices that the only possible first one does not use are none.
+    Choices that the only possible first choice does not use do not count.
 
     Args:
-        space: Discrete, of any kind.
-        mask: Of its actions.
+        space: Discrete action space of any kind.
+        mask: Masks of the actions.
     """
     if isinstance(space, FactoredDiscrete):
         first, *others = space.mask_slices
@@ -296,7 +299,7 @@ def has_choice(space: ActionSpace, mask: Bool[Tensor, "M K"]) -> Bool[Tensor, " 
 
 
 def allows_choice(space: ActionSpace, mask: Bool[Tensor, "M K"]) -> Bool[Tensor, "M A"]:
-    """Whether each part of a mask allows something, without which no action would be allowed."""
+    """Whether each piece of a mask allows a choice; without one, no action would be allowed."""
     parts = cast(tuple[Tensor, ...], mask.split(list(mask_parts(space)), -1))
     return torch.stack([part.any(-1) for part in parts], -1)
 
@@ -308,7 +311,7 @@ class DiagonalGaussian:
         self._mean, self._log_std = mean.float(), log_std.float()
 
     def sample(self, noise: Float[Tensor, "M A"]) -> Float[Tensor, "M A"]:
-        """Draw each component."""
+        """A sample of each component."""
         return self._mean + self._log_std.exp() * noise
 
     def mode(self) -> Float[Tensor, "M A"]:
@@ -328,8 +331,8 @@ class DiagonalGaussian:
 class TanhGaussian:
     """A diagonal Gaussian seen through ``tanh``: the density is that of ``tanh(u)`` on (-1, 1).
 
-    An action is kept as ``u``, before ``tanh``: the change of variables then needs no inverse,
-    which is infinite where ``tanh`` saturates. Noise: standard normal.
+    An action is stored as ``u``, before ``tanh``: the change of variables then needs no inverse,
+    which would be infinite where ``tanh`` saturates. Noise: standard normal.
     """
 
     def __init__(self, mean: Float[Tensor, "M A"], log_std: Float[Tensor, "M A"]) -> None:
@@ -337,7 +340,7 @@ class TanhGaussian:
         self._mean, self._log_std = mean.float(), log_std.float()
 
     def sample(self, noise: Float[Tensor, "M A"]) -> Float[Tensor, "M A"]:
-        """Draw ``u``."""
+        """A sample of ``u``."""
         return self._base.sample(noise)
 
     def mode(self) -> Float[Tensor, "M A"]:
@@ -351,9 +354,8 @@ class TanhGaussian:
     def entropy(self) -> Float[Tensor, " M"]:
         """Differential entropy of ``tanh(u)``.
 
-        That of ``u`` plus the mean log-slope, by Gauss-Hermite quadrature.
-
-        The mean over a Gaussian of a smooth function: 32 nodes are exact to about 1e-4 for
+        The entropy of ``u`` plus the mean log-slope of ``tanh``, by Gauss-Hermite quadrature. The
+        mean is that of a smooth function over a Gaussian: 32 nodes are exact to about 1e-4 for
         deviations up to 2.
         """
         node, weight = _hermite_nodes(self._mean.device)
@@ -378,7 +380,7 @@ def _hermite_nodes(device: torch.device) -> tuple[Tensor, Tensor]:
 
         node, weight = np.polynomial.hermite_e.hermegauss(32)
         scaled = weight / math.sqrt(2.0 * math.pi)
-        with torch.inference_mode(False):  # else a first call there would spoil later gradients
+        with torch.inference_mode(False):  # else a first call would spoil later gradients
             _HERMITE[device] = (
                 torch.tensor(node, dtype=torch.float32, device=device),
                 torch.tensor(scaled, dtype=torch.float32, device=device),

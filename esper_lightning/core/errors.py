@@ -1,6 +1,7 @@
-"""One form for every error about what a user wrote, *Owner.field must rule, got value. Hint.*.
+"""One form for every error about what a user wrote: *Owner.field must rule, got value. Hint.*.
 
-Types are checked by the annotations of dataclass fields and of arguments; ranges where they belong.
+Types are checked against the annotations of dataclass fields and of arguments; ranges are checked
+where the settings are defined.
 """
 
 import contextlib
@@ -35,13 +36,13 @@ _LONGEST_VALUE = 160  # characters of an error that show a value
 
 
 class NonFiniteError(ValueError):
-    """A NaN or an infinity where training cannot go on.
+    """A NaN or an infinity with which training cannot continue.
 
     Attributes:
-        phase: What was going on: ``rollout``, ``update``, or ``training_step``.
-        tensors: Names of what was not finite.
-        environments: Indices of the environments concerned, if that is known.
-        minibatch: Tensors by name on which it can be seen again.
+        phase: Phase of the iteration: ``rollout``, ``update``, or ``training_step``.
+        tensors: Names of the tensors that were not finite.
+        environments: Indices of the environments concerned, if they are known.
+        minibatch: Tensors by name with which the error can be reproduced.
     """
 
     def __init__(
@@ -70,10 +71,10 @@ def require(ok: bool, field: str, rule: str, got: object, hint: str = "") -> Non
 
     Args:
         ok: Whether the value obeys the rule.
-        field: The setting as the user knows it, ``Owner.field``.
-        rule: What must hold, to follow the word "must".
-        got: The offending value.
-        hint: A sentence that helps to choose a better value.
+        field: Setting as the user knows it, ``Owner.field``.
+        rule: Rule for the value, in words that follow "must".
+        got: Value that breaks the rule.
+        hint: Sentence that helps to choose a better value.
 
     Raises:
         ValueError: ``{field} must {rule}, got {got}. {hint}``
@@ -83,7 +84,7 @@ def require(ok: bool, field: str, rule: str, got: object, hint: str = "") -> Non
 
 
 def require_int(field: str, value: object, *, minimum: int) -> None:
-    """Raise unless it is an integer, which a bool is not, and great enough.
+    """Raise unless the value is an integer of at least ``minimum``; a bool is no integer.
 
     Raises:
         ValueError: As ``require`` does.
@@ -97,13 +98,13 @@ def require_int(field: str, value: object, *, minimum: int) -> None:
 def check_fields(settings: Any, rules: Mapping[str, str] | None = None) -> None:
     """Check the type of every field of a frozen dataclass; for ``__post_init__``.
 
-    A value that means the same becomes what the annotation says: a list a tuple, an integer where a
-    number is due a float, a scalar of NumPy one of Python. Fields with annotations of other kinds
-    than the settings of this package have are left as they are.
+    A value that means the same is converted to the type of the annotation: a list to a tuple, an
+    integer to a float where the annotation asks for a float, a scalar of NumPy to one of Python.
+    Fields with annotations of other kinds than the settings of this package have are not checked.
 
     Args:
-        settings: The dataclass.
-        rules: What to say in place of the annotation's own words, by field.
+        settings: Instance of the dataclass.
+        rules: Rule to show instead of the words for the annotation, by name of the field.
 
     Raises:
         ValueError: As ``require`` does, naming the first field whose value has another type.
@@ -118,10 +119,10 @@ def check_fields(settings: Any, rules: Mapping[str, str] | None = None) -> None:
 
 
 def check_arguments(function: Callable[_P, _R]) -> Callable[_P, _R]:
-    """Decorate a function or an ``__init__`` so that its arguments are checked as fields are.
+    """Decorate a function or an ``__init__`` so that its arguments are checked like fields.
 
     The function gets the values that ``check_fields`` would have stored. Errors name the function,
-    or the class.
+    or the class of the ``__init__``.
     """
     owner = function.__qualname__.removesuffix(".__init__")
     signature, kinds = inspect.signature(function), function.__annotations__
@@ -139,11 +140,11 @@ def check_arguments(function: Callable[_P, _R]) -> Callable[_P, _R]:
 
 @contextlib.contextmanager
 def requires_folder(field: str, path: object = None) -> Generator[None]:
-    """Make a folder in which a command is to write within; that it cannot be is a mistake.
+    """Turn a folder that cannot be made within the context into an error about the setting.
 
     Args:
-        field: The setting that names the folder.
-        path: The folder; ``None`` for the one that the error names.
+        field: Setting that names the folder.
+        path: Folder to name in the error; ``None`` for the path of the ``OSError``.
 
     Raises:
         ValueError: Naming the setting and the reason, for an ``OSError`` or a NUL byte.
@@ -159,18 +160,18 @@ def requires_folder(field: str, path: object = None) -> Generator[None]:
 
 
 def require_output(field: str, path: str | Path, what: str, begins: bytes) -> Path:
-    """Refuse a place where no file can be, or where one is that is not to be lost.
+    """Refuse a path where no file can be written, or where a file is that must not be lost.
 
-    Nothing is made: whatever is refused later leaves no folders behind.
+    Nothing is created, so that an error that is found later leaves no folders behind.
 
     Args:
-        field: The setting that names the file.
-        path: Where it is to go.
-        what: What a file that may be replaced is, to follow "an earlier".
-        begins: How such a file begins, as a regular expression.
+        field: Setting that names the file.
+        path: Path of the file.
+        what: Word for a file that may be replaced, to follow "an earlier".
+        begins: Regular expression that the first bytes of such a file match.
 
     Returns:
-        The file to write: where ``path`` is a symbolic link, what that leads to.
+        The path of the file to write: the target if ``path`` is a symbolic link.
 
     Raises:
         ValueError: As ``require`` does, with the reason.
@@ -194,7 +195,7 @@ def require_output(field: str, path: str | Path, what: str, begins: bytes) -> Pa
 
 
 def require_output_folder(field: str, path: str | Path) -> None:
-    """Refuse a folder in which no file can be written; it is not made.
+    """Refuse a folder in which no file can be written; the folder is not made.
 
     Raises:
         ValueError: As ``requires_folder`` does.
@@ -204,29 +205,31 @@ def require_output_folder(field: str, path: str | Path) -> None:
 
 
 def _require_room(folder: Path, name: str = "") -> None:
-    """Make sure that a file can be written in a folder, by a nameless one in what exists of it.
+    """Make sure that a file can be written in a folder, or in its nearest parent that exists.
+
+    The check writes a nameless file.
 
     Raises:
-        OSError: If it cannot.
+        OSError: If no file can be written.
     """
     folder = folder.absolute()
     nearest = next(place for place in (folder, *folder.parents) if os.path.lexists(place))
     for part in (*folder.relative_to(nearest).parts, f".{name}{_TEMPORARY}"):
         with contextlib.suppress(FileNotFoundError, NotADirectoryError):
-            (nearest / part).lstat()  # its name may be too long
+            (nearest / part).lstat()  # an error if the name is too long
     tempfile.TemporaryFile(dir=nearest).close()
 
 
-_HEADER = 512  # bytes of a file by which it is known
-_TEMPORARY = ".4194304.10000.tmp"  # what a file is called longest while it is written
+_HEADER = 512  # bytes of a file by which its kind is known
+_TEMPORARY = ".4194304.10000.tmp"  # longest suffix of a file while it is written
 _VARIADIC = (inspect.Parameter.VAR_POSITIONAL, inspect.Parameter.VAR_KEYWORD)
 
 
 def _shown(value: object) -> str:
-    """A value on one line, and not all of it where it is long."""
+    """A value as text on one line, shortened where the text is long."""
     try:
         text = repr(value)
-    except Exception:  # of somebody else's class, or an integer of too many digits
+    except Exception:  # a foreign class, or an integer of too many digits, may raise anything
         return f"a {type(value).__name__} that cannot be shown"
     if "\n" in text:
         text = " ".join(text.split())
@@ -236,10 +239,10 @@ def _shown(value: object) -> str:
 
 
 def _fit(field: str, value: object, kind: Any, rule: str | None) -> Any:
-    """``value`` as its annotation has it.
+    """``value`` converted to the type of its annotation.
 
     Raises:
-        ValueError: If it has another type.
+        ValueError: If the value has another type.
     """
     fitted = _fitted(value, kind)
     if fitted is _MISFIT and isinstance(value, int) and {kind, *get_args(kind)} & {int, float}:
@@ -249,7 +252,7 @@ def _fit(field: str, value: object, kind: Any, rule: str | None) -> Any:
 
 
 def _fitted(value: Any, kind: Any) -> Any:
-    """``value`` as ``kind`` has it, or ``_MISFIT``."""
+    """``value`` converted to ``kind``, or ``_MISFIT``."""
     if type(value).__module__ == "numpy" and getattr(value, "ndim", None) == 0:
         value = value.item()
     origin = get_origin(kind)
@@ -332,7 +335,7 @@ _PLURALS: dict[Any, str] = {int: "integers", float: "finite numbers", str: "stri
 
 
 def _in_words(kind: Any) -> str:
-    """What an annotation asks for, to follow the word "be"."""
+    """The type that an annotation asks for, in words that follow "be"."""
     origin, options = get_origin(kind), get_args(kind)
     if origin in (Union, types.UnionType):
         return " or ".join(dict.fromkeys(_in_words(option) for option in options))

@@ -1,7 +1,8 @@
 """All parameters as one vector, and Adam on it as a pure function.
 
-Axis: ``P`` weight. One vector makes clipping and the optimizer two kernels instead of some for each
-parameter, and an update a function of a few tensors, which can be compiled or captured whole.
+Axis: ``P`` weight. With one vector, clipping and the optimizer are two kernels instead of several
+for each parameter tensor, and an update is a function of a few tensors, which can be compiled or
+captured whole.
 """
 
 from collections.abc import Iterable
@@ -19,7 +20,7 @@ _BETA_1, _BETA_2 = 0.9, 0.999
 
 
 class AdamState(NamedTuple):
-    """Weights, and what Adam remembers."""
+    """Weights, and the moments and step count of Adam."""
 
     weight: Float[Tensor, " P"]
     mean: Float[Tensor, " P"]  # of gradients
@@ -38,11 +39,11 @@ def adam_step(
     """One step of Adam (Kingma and Ba 2015) as ``torch.optim.Adam`` takes it.
 
     Args:
-        state: Before.
-        gradient: Of the loss.
-        learning_rate: A tensor, so that a schedule changes no compiled code.
-        eps: Added to the denominator.
-        skip: Where True, nothing changes, whatever the gradient holds.
+        state: State before the step.
+        gradient: Gradient of the loss.
+        learning_rate: Learning rate; a tensor, so that a schedule changes no compiled code.
+        eps: Number that is added to the denominator.
+        skip: If True, the state is returned unchanged, whatever the gradient holds.
     """
     step = state.step + 1.0
     mean = torch.lerp(state.mean, gradient, 1.0 - _BETA_1)
@@ -59,16 +60,16 @@ def adam_step(
 class FlatParameters:
     """Binds a module and its ``torch.optim.Adam`` to one vector each for weights and moments.
 
-    The module's parameters and the optimizer's state become views, so that both stay what they were
-    to everybody else: checkpoints, callbacks, ``state_dict``.
+    The module's parameters and the optimizer's state become views of the vectors, so that
+    checkpoints, callbacks and ``state_dict`` see no difference.
 
     Args:
-        module: On its device, with what a checkpoint brought.
-        optimizer: Adam over all trainable parameters of the module, in its order.
+        module: Module on its device, with the weights of a checkpoint already loaded.
+        optimizer: Adam over all trainable parameters of the module, in the module's order.
 
     Raises:
-        ValueError: If parameters are not float32 on one device, or the optimizer is not plain Adam:
-            ``adam_step`` would not do what it says.
+        ValueError: If parameters are not float32 on one device, or the optimizer is not plain Adam,
+            whose steps ``adam_step`` takes.
     """
 
     def __init__(self, module: nn.Module, optimizer: torch.optim.Optimizer) -> None:
@@ -81,7 +82,7 @@ class FlatParameters:
         _require_plain_adam(optimizer, list(named.values()))
         self._names = list(named)
         number = {parameter: i for i, parameter in enumerate(named.values())}
-        # A weight may be in several modules; a module that is in several places has one name here.
+        # A weight may be in several modules; a module that is in several places has one name.
         modules = cast(Iterable[tuple[str, nn.Module]], module.named_modules())
         self._places = {
             f"{path}.{name}" if path else name: number[parameter]
@@ -116,10 +117,10 @@ class FlatParameters:
 
     @torch.no_grad()
     def refresh(self) -> None:
-        """Take in what others have done to the parameters; looks at the host only.
+        """Copy parameters that others have replaced; no synchronisation with the device.
 
         Raises:
-            ValueError: If other parameters are to be trained than at the start.
+            ValueError: If the parameters to train are no longer those of the start.
         """
         _require_plain_adam(self._optimizer, self._parameters)
         for parameter, view in zip(self._parameters, self._views, strict=True):
@@ -132,12 +133,12 @@ class FlatParameters:
         return dict(zip(self._names, self._split(weight), strict=True))
 
     def placed(self, weight: Float[Tensor, " P"]) -> dict[str, Tensor]:
-        """Views for ``torch.func.functional_call(..., tie_weights=False)``, tied ones twice."""
+        """Views for ``torch.func.functional_call(..., tie_weights=False)``; tied weights twice."""
         views = self._split(weight)
         return {place: views[number] for place, number in self._places.items()}
 
     def keep(self, state: AdamState) -> None:
-        """Go on from ``state``."""
+        """Store ``state`` as the current state."""
         for buffer, value in zip(self.state, state, strict=True):
             if buffer is not value:
                 buffer.copy_(value)
@@ -166,7 +167,7 @@ def _require_plain_adam(optimizer: torch.optim.Optimizer, trained: list[nn.Param
 
 
 def _own_steps(optimizer: torch.optim.Optimizer, state: dict[str, Any]) -> dict[str, Any]:
-    """Each parameter's step count by itself, as Adam has it; here they share one."""
+    """A step count for each parameter, as Adam has it; here all parameters share one tensor."""
     del optimizer
     own = {
         k: {**v, "step": v["step"].clone()} if "step" in v else v for k, v in state["state"].items()

@@ -35,8 +35,8 @@ def compute_gae(
         reward: Reward of each step.
         value: Value of the state acted on.
         next_value: Value of the state reached; read where ``terminated`` is False.
-        terminated: The task ended with this step.
-        truncated: The episode was cut after this step.
+        terminated: Whether the task ended with this step.
+        truncated: Whether the episode was cut after this step.
         discount: ``gamma``, in [0, 1].
         lambda_: ``lambda``, in [0, 1]: 0 is the one-step TD error, 1 the discounted return minus
             the value.
@@ -61,12 +61,12 @@ def discounted_returns(
 
     :math:`R_t = \gamma R_{t-1} + r_t`.
 
-    Its variance is what rewards are scaled by (Engstrom et al. 2020, section 3).
+    Rewards are scaled by the variance of this return (Engstrom et al. 2020, section 3).
 
     Args:
         reward: Reward of each step.
-        ended: An episode ended with this step, so that the next one starts from zero.
-        carried: What the previous call returned second; zero at first.
+        ended: Whether an episode ended with this step, so that the next episode starts from zero.
+        carried: Second result of the previous call; zero in the first call.
         discount: ``gamma``, in [0, 1].
 
     Returns:
@@ -82,9 +82,10 @@ def discounted_returns(
 def _solve(term: Float[Tensor, "T B"], factor: Float[Tensor, "T B"]) -> Float[Tensor, "T B"]:
     """``x[t] = term[t] + factor[t] * x[t + 1]``, with nothing beyond the end.
 
-    By doubling (Hillis and Steele 1986): after ``k`` passes ``x`` knows of ``2**k`` steps. That
-    is ``log2(T)`` operations on whole rollouts; the recursion takes ``T`` on single steps. A
-    factor of 0 lets nothing through, not even what is not finite.
+    The solution is computed by doubling (Hillis and Steele 1986): after ``k`` passes ``x[t]``
+    includes ``2**k`` steps. This takes ``log2(T)`` operations on whole rollouts, where the
+    recursion takes ``T`` operations on single steps. A factor of 0 stops everything, also numbers
+    that are not finite.
     """
     reach, steps = 1, term.shape[0]
     while reach < steps:

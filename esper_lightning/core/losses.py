@@ -41,12 +41,13 @@ def value_loss(
 ) -> Float[Tensor, " M"]:
     """Squared error of the value.
 
-    With ``clip``, the worse of it and of the value held within ``clip`` of the old one.
+    With ``clip``, the greater of this error and of the error of the value clamped to within
+    ``clip`` of the old value.
 
     Args:
         value: Value under the critic being trained.
         old_value: Value when acting.
-        value_target: What to regress on.
+        value_target: Target of the regression.
         clip: Greatest change that lowers the loss, in units of value; ``None`` for no limit.
     """
     error = (value - value_target).square()
@@ -59,11 +60,11 @@ def value_loss(
 def normalize_advantage(
     advantage: Float[Tensor, " *N"], moments: Moments, *, eps: float = 1e-8
 ) -> Float[Tensor, " *N"]:
-    """Shift and scale to mean 0 and standard deviation 1 over all that ``moments`` are of.
+    """Shift and scale to mean 0 and standard deviation 1 over the samples of ``moments``.
 
-    All zero if they are all equal.
+    The result is zero if all advantages are equal.
     """
-    mean = moments.mean.to(advantage.dtype)  # in double precision that of equal numbers is exact
+    mean = moments.mean.to(advantage.dtype)  # the double mean of equal numbers is exact
     correction = moments.number / (moments.number - 1.0).clamp(min=1.0)
     std = (moments.variance * correction).sqrt().to(advantage.dtype)
     return (advantage - mean) / (std + eps)

@@ -1,4 +1,4 @@
-"""Minibatches: some rows of the samples. Axes: ``M`` sample, ``P`` part."""
+"""Minibatches: some rows of the samples. Axes: ``M`` sample, ``P`` chosen row or sequence."""
 
 import torch
 from torch import Tensor
@@ -10,7 +10,7 @@ __all__ = ["take"]
 
 
 def take(samples: Samples, index: Int[Tensor, " P"]) -> Samples:
-    """Copies of the chosen parts: rows, or where there is memory, whole sequences."""
+    """Copies of the chosen rows or, where there is memory, of the chosen whole sequences."""
     row, memory = index, samples.memory
     if memory is not None:
         steps = torch.arange(0, len(samples.log_prob), len(memory), device=index.device)

@@ -1,4 +1,4 @@
-"""What the processes that train together tell each other: sums of gradients, statistics, states.
+"""Communication between processes that train together: sums of gradients, statistics, states.
 
 Nothing here knows of Lightning, which starts the processes and their process group.
 """
@@ -17,17 +17,18 @@ Tree = Any
 
 
 class PeerFailedError(RuntimeError):
-    """This rank stops because of what another one found."""
+    """This rank stops because of an error on another rank."""
 
 
 class RanksDisagreeError(ValueError):
-    """The ranks do not begin with the same settings and the same state; raised on each of them."""
+    """The ranks do not begin with the same settings and the same state; raised on every rank."""
 
 
 class Ranks:
     """The ranks of the default process group, which all call the same methods in the same order.
 
-    Every rank gets the same bits back, so that decisions made of them are the same everywhere.
+    Every rank gets the same bits back, so that decisions that depend on them are the same
+    everywhere.
 
     Args:
         size: Number of ranks; with 1, nothing is communicated.
@@ -37,7 +38,7 @@ class Ranks:
         self.size = size
 
     def sum(self, tree: Tree) -> Tree:
-        """Each tensor, summed over ranks, in one collective; they share a dtype."""
+        """Each tensor summed over ranks, in one collective; all tensors share a dtype."""
         if self.size == 1:
             return tree
         parts = leaves(tree)
@@ -46,9 +47,9 @@ class Ranks:
         return _unpack(total, tree)
 
     def gather(self, tree: Tree) -> list[Tree]:
-        """The same tree of every rank, in their order.
+        """The same tree of every rank, in the order of the ranks.
 
-        For small things: it travels as one tensor of doubles.
+        For small trees: a tree travels as one tensor of doubles.
         """
         if self.size == 1:
             return [tree]
@@ -59,7 +60,7 @@ class Ranks:
         return [_unpack(values, tree) for values in gathered]
 
     def gather_objects(self, mine: Any) -> list[Any]:
-        """A small picklable object of every rank, in their order."""
+        """A small picklable object of every rank, in the order of the ranks."""
         if self.size == 1:
             return [mine]
         everyones: list[Any] = [None] * self.size
@@ -67,7 +68,7 @@ class Ranks:
         return everyones
 
     def collect_states(self, state: Tree) -> list[Tree]:
-        """On the first rank the state of every rank, on the CPU; elsewhere an empty list."""
+        """The state of every rank, on the CPU, on the first rank; elsewhere an empty list."""
         on_host = map_tree(lambda leaf: leaf.to("cpu", copy=True), state)
         if self.size == 1:
             return [on_host]
@@ -78,7 +79,7 @@ class Ranks:
 
 
 def _unpack(packed: Tensor, tree: Tree) -> Tree:
-    """One vector as the tensors of ``tree``: their shapes and dtypes."""
+    """A vector cut into tensors with the shapes and dtypes of ``tree``."""
     unpacked: list[Tensor] = []
     start = 0
     for leaf in leaves(tree):
@@ -89,4 +90,4 @@ def _unpack(packed: Tensor, tree: Tree) -> Tree:
 
 
 SINGLE_RANK = Ranks(1)
-"""One process."""
+"""The ranks of a run of one process."""

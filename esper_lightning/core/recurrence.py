@@ -2,11 +2,11 @@
 
 Axes: ``T`` step, ``M`` sequence, ``H`` feature, ``G`` gate inputs: 3 H for a GRU, 4 H for an LSTM.
 
-What a step does with its input is the same for all steps and done before, in one product; here is
-what has to go from step to step. A sequence is one operator with a gradient of its own, which a
-compiled graph holds as one node, whatever ``T`` is. For the gradient, gates are computed again for
-all steps at once, and that of weights is one product over all steps: only what is truly sequential
-runs step by step.
+The product of inputs and input weights is the same for all steps and is computed before, for all
+steps at once; this file computes what depends on the step before. A sequence is one operator with a
+gradient of its own, which a compiled graph holds as one node, whatever ``T`` is. For the gradient,
+gates are computed again for all steps at once, and the gradient of the weights is one product over
+all steps: only operations that are truly sequential run step by step.
 """
 
 from collections.abc import Callable
@@ -32,19 +32,20 @@ def unroll(
 ) -> Float[Tensor, "T M S"]:
     """The memory after each step.
 
-    A GRU's memory is its output, ``S = H``; an LSTM's is its output and then its cell, ``S = 2 H``.
+    The memory of a GRU is its output, ``S = H``; the memory of an LSTM is its output and then its
+    cell, ``S = 2 H``.
     The equations, and the order of gates in ``G``, are those of ``torch.nn.GRUCell`` and
     ``torch.nn.LSTMCell``.
 
     Args:
-        cell: Which.
-        x: What the inputs of each step contribute to the gates.
-        begins: Where a sequence begins anew at a step: from a memory of zeros.
-        memory: Before the first step.
-        weight: From the output of a step to the gates of the next.
-        bias: Likewise.
+        cell: Kind of the cell.
+        x: Contribution of the inputs of each step to the gates.
+        begins: Whether a sequence begins anew at a step, from a memory of zeros.
+        memory: Memory before the first step.
+        weight: Weights from the output of a step to the gates of the next step.
+        bias: Biases of the gates.
     """
-    if x.shape[0] == 1:  # acting: plain operations, which a compiler fuses with what is around
+    if x.shape[0] == 1:  # acting: plain operations, which a compiler fuses with others
         before = memory if begins is None else memory.masked_fill(begins[0, :, None], 0.0)
         return _KINDS[cell].step(x[0], before, weight, bias)[None]
     if begins is None:
@@ -69,9 +70,9 @@ def _lstm(x: Tensor, memory: Tensor, weight: Tensor, bias: Tensor) -> Tensor:
 
 
 class _Slopes(NamedTuple):
-    """Derivatives at every step, known before going back through the first.
+    """Derivatives at every step, computed before the backward loop over steps begins.
 
-    ``[T, M, H]``, or ``[T, M, k, H]`` where there are several.
+    Each tensor is ``[T, M, H]``, or ``[T, M, k, H]`` for ``k`` gates.
     """
 
     cell: Tensor | None  # of the LSTM's cell by its output
@@ -83,7 +84,7 @@ class _Slopes(NamedTuple):
 def _gru_slopes(
     x: Tensor, before: Tensor, after: Tensor, weight: Tensor, bias: Tensor
 ) -> tuple[_Slopes, Tensor]:
-    """Also the derivatives of the inputs of gates, which are not those of what memory adds."""
+    """Slopes, and derivatives by the inputs of gates, which differ from those by the memory."""
     del after
     size = before.shape[-1]
     inner = torch.nn.functional.linear(before, weight, bias)
@@ -120,7 +121,7 @@ _KINDS: dict[str, _Kind] = {"gru": _Kind(_gru, _gru_slopes), "lstm": _Kind(_lstm
 
 
 def _exactly(device: torch.device) -> torch.autocast:
-    """No autocast: what is rounded at every step would add up."""
+    """Autocast is switched off: roundings at every step would add up."""
     return torch.autocast(device.type, enabled=False)
 
 
@@ -128,7 +129,7 @@ def _exactly(device: torch.device) -> torch.autocast:
 def _sequence(
     cell: str, x: Tensor, begins: Tensor, memory: Tensor, weight: Tensor, bias: Tensor
 ) -> Tensor:
-    """``unroll``."""
+    """The operator of ``unroll`` for more than one step."""
     step, after = _KINDS[cell].step, x.new_empty(*x.shape[:2], memory.shape[-1])
     fresh = begins[:, :, None]
     with _exactly(x.device):

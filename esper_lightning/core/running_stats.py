@@ -1,4 +1,4 @@
-"""Mean and variance of a stream of batches, frozen while they are used, part of the checkpoint."""
+"""Mean and variance of a stream of batches: frozen within a rollout, part of the checkpoint."""
 
 from typing import NamedTuple
 
@@ -21,9 +21,9 @@ def merge_moments(
     other_mean: Float[Tensor, "*O"],
     other_variance: Float[Tensor, "*O"],
 ) -> tuple[Float[Tensor, ""], Float[Tensor, "*O"], Float[Tensor, "*O"]]:
-    """Count, mean and biased variance of two sets taken together (Chan, Golub, LeVeque 1979)."""
+    """Count, mean and biased variance of the union of two sets (Chan, Golub, LeVeque 1979)."""
     total = count + other_count
-    weight = other_count / total.clamp(min=1.0)  # of nothing and nothing: nothing
+    weight = other_count / total.clamp(min=1.0)  # 0 where both sets are empty
     shift = other_mean - mean
     merged_mean = mean + shift * weight
     merged = (
@@ -49,9 +49,10 @@ class Moments(NamedTuple):
         *,
         where: Bool[Tensor, "..."] | None = None,
     ) -> "Moments":
-        """Of a batch ``[..., *O]``, where ``shape`` is ``*O``; in double precision.
+        """Moments of a batch ``[..., *O]``, where ``shape`` is ``*O``; in double precision.
 
-        With ``where``, of the numbers ``[...]`` at which it is True; of none, all zero.
+        With ``where``, moments of the numbers ``[...]`` at which ``where`` is True; all zero if
+        there is no such number.
         """
         rows = batch.reshape(-1, *shape).double()
         if where is not None:
@@ -66,7 +67,7 @@ class Moments(NamedTuple):
         return cls(number, rows.mean(0), rows.var(0, correction=0))
 
     def merged(self, *others: "Moments", where: Bool[Tensor, ""] | None = None) -> "Moments":
-        """With others taken in; with ``where``, only if it is True."""
+        """Moments merged with others; unchanged if ``where`` is given and False."""
         merged = self
         for other in others:
             merged = Moments(*merge_moments(*merged, *other))
@@ -77,14 +78,14 @@ class Moments(NamedTuple):
         )
 
     def normalize(self, batch: Float[Tensor, "..."], *, clip: float) -> Float[Tensor, "..."]:
-        """``(batch - mean) / std``, held within ``[-clip, clip]``; the dtype of ``batch``."""
+        """``(batch - mean) / std``, clamped to ``[-clip, clip]``, in the dtype of ``batch``."""
         mean, std = self.mean.to(batch.dtype), (self.variance + 1e-8).sqrt().to(batch.dtype)
         return ((batch - mean) / std).clamp(-clip, clip)
 
     def scale(self, batch: Float[Tensor, "..."], *, clip: float) -> Float[Tensor, "..."]:
-        """``batch / std``, held within ``[-clip, clip]``.
+        """``batch / std``, clamped to ``[-clip, clip]``.
 
-        The mean stays, so that signs keep their meaning.
+        The mean is not subtracted, so that signs retain their meaning.
         """
         std = (self.variance + 1e-8).sqrt().to(batch.dtype)
         return (batch / std).clamp(-clip, clip)
@@ -93,9 +94,9 @@ class Moments(NamedTuple):
 class RunningStats(nn.Module):
     """Moments of a stream of batches, in double precision, as a module that is checkpointed.
 
-    Before the first ``update`` it is the identity (mean 0, variance 1). It changes only in
-    ``update`` and ``keep``, so whoever calls those between rollouts works with frozen statistics
-    within one.
+    Before the first ``update`` the statistics are the identity (mean 0, variance 1). They change
+    only in ``update`` and ``keep``: a caller that calls these methods only between rollouts has
+    frozen statistics within each rollout.
     """
 
     count: Tensor
@@ -110,33 +111,33 @@ class RunningStats(nn.Module):
 
     @property
     def moments(self) -> Moments:
-        """As they are."""
+        """Current moments."""
         return Moments(self.count, self.mean, self.variance)
 
     @torch.no_grad()
     def keep(self, moments: Moments) -> None:
-        """Go on from ``moments``."""
+        """Store ``moments`` as the current moments."""
         for buffer, value in zip(self.moments, moments, strict=True):
             if buffer is not value:
                 buffer.copy_(value)
 
     def update(self, *batches: Moments) -> None:
-        """Take in the moments of batches."""
+        """Merge the moments of batches into the current moments."""
         self.keep(self.moments.merged(*batches))
 
     def normalize(self, batch: Float[Tensor, "..."], *, clip: float) -> Float[Tensor, "..."]:
-        """See ``Moments.normalize``."""
+        """``batch`` normalised by the current moments: see ``Moments.normalize``."""
         return self.moments.normalize(batch, clip=clip)
 
     def scale(self, batch: Float[Tensor, "..."], *, clip: float) -> Float[Tensor, "..."]:
-        """See ``Moments.scale``."""
+        """``batch`` scaled by the current moments: see ``Moments.scale``."""
         return self.moments.scale(batch, clip=clip)
 
 
 class ObsNormalizer(nn.Module):
-    """Running statistics of an observation, or of each group of it.
+    """Running statistics of an observation, or of each group of a grouped observation.
 
-    Groups are named in the state dict.
+    The state dict contains the names of the groups.
     """
 
     def __init__(self, space: ObsSpace, *, clip: float) -> None:
@@ -148,7 +149,7 @@ class ObsNormalizer(nn.Module):
         self._stats = nn.ModuleDict(stats)
 
     def forward(self, obs: Observation) -> Observation:
-        """Shift, scale and clip ``[..., *O]`` with the statistics as they are."""
+        """Observations ``[..., *O]``, shifted, scaled and clipped by the current statistics."""
         if isinstance(obs, Tensor):
             return self._of("obs").normalize(obs, clip=self._clip)
         return {
@@ -157,7 +158,7 @@ class ObsNormalizer(nn.Module):
 
     @torch.no_grad()
     def update(self, obs: Observation, ranks: Ranks = SINGLE_RANK) -> None:
-        """Take in a batch ``[..., *O]``, and those of the other ranks."""
+        """Update the statistics with a batch ``[..., *O]`` and the batches of the other ranks."""
         groups = {"obs": obs} if isinstance(obs, Tensor) else obs
         batch = {name: Moments.of(v, self._of(name).mean.shape) for name, v in groups.items()}
         everywhere = ranks.gather(batch)

@@ -1,4 +1,4 @@
-"""Independent random streams from one seed, and the state of torch that belongs to the process."""
+"""Independent random streams from one seed, and the global random state of the process."""
 
 import hashlib
 import random
@@ -22,7 +22,7 @@ def stream_seed(seed: int, *, rank: int, purpose: str) -> int:
     """A 31-bit seed for one purpose on one rank.
 
     Streams that share a seed would share their numbers: exploration noise would repeat the initial
-    states. 31 bits, because some simulators take no more.
+    states. The seed has 31 bits, because some simulators take no more.
     """
     digest = hashlib.blake2b(f"{seed}/{rank}/{purpose}".encode(), digest_size=4).digest()
     return int.from_bytes(digest, "big") >> 1
@@ -34,7 +34,7 @@ def stream(seed: int, *, rank: int, purpose: str, device: torch.device) -> torch
 
 
 def global_random_states() -> dict[str, Any]:
-    """Of the generators that nobody owns, as ``torch.load(weights_only=True)`` takes them."""
+    """States of the global generators, in types that ``torch.load(weights_only=True)`` reads."""
     states: dict[str, Any] = {"torch": torch.get_rng_state(), "python": random.getstate()}
     numpy: Any = np.random.get_state()  # noqa: NPY002 - the global one is what a program may use
     states["numpy"] = [numpy[0], torch.from_numpy(numpy[1].astype(np.int64)), *numpy[2:]]
@@ -44,7 +44,7 @@ def global_random_states() -> dict[str, Any]:
 
 
 def set_global_random_states(states: dict[str, Any]) -> None:
-    """Go on from what ``global_random_states`` returned."""
+    """Restore the states that ``global_random_states`` returned."""
     torch.set_rng_state(states["torch"].cpu())
     version, numbers, gauss = states["python"]
     random.setstate((version, tuple(numbers), gauss))
@@ -55,7 +55,7 @@ def set_global_random_states(states: dict[str, Any]) -> None:
 
 
 def require_torch_defaults(owner: str) -> None:
-    """Refuse a default dtype or device of torch under which ``owner`` would make other tensors.
+    """Refuse a default dtype or device of torch under which ``owner`` would create other tensors.
 
     Raises:
         ValueError: Unless the default dtype is float32 and the default device the CPU.

@@ -2,8 +2,8 @@
 
 jaxtyping is only needed to *check* shapes, which the test run does; the package must import without
 it. Axes: ``T`` rollout step, ``B`` environment, ``M`` minibatch sample, ``O`` observation feature,
-``A`` action component, ``K`` choice. One-axis strings carry a leading space (``" B"``) so that
-linters do not read a name.
+``A`` action component, ``K`` choice. Strings of one axis have a leading space (``" B"``) so that
+linters do not take the axis for a name.
 """
 
 from typing import TYPE_CHECKING

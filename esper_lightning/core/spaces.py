@@ -1,6 +1,6 @@
-"""What an environment shows and takes.
+"""Spaces of observations and actions of an environment.
 
-Data without tensors, so that a policy can be built before any device is chosen.
+Spaces are data without tensors, so that a policy can be built before any device is chosen.
 """
 
 import math
@@ -26,13 +26,14 @@ _MOST = 2**24  # components of an observation, choices of an action
 
 @dataclass(frozen=True)
 class Box:
-    """Real vectors (or arrays) within bounds, each component alike.
+    """Real vectors (or arrays) within bounds.
 
     Attributes:
-        shape: Without the environment axis; ``(4,)`` for four features.
+        shape: Shape without the environment axis; ``(4,)`` for four features.
         low: Least value of every component; may be ``-inf``, or a tuple with one bound per
             component.
-        high: Greatest value of every component; may be ``inf``, or a tuple likewise.
+        high: Greatest value of every component; may be ``inf``, or a tuple with one bound per
+            component.
     """
 
     shape: tuple[int, ...]
@@ -104,10 +105,10 @@ class Head:
     """One of the choices of a ``FactoredDiscrete``.
 
     Attributes:
-        name: What is chosen.
-        size: Among how many.
-        used_by: Values of the first head for which this choice means something; ``None`` for all.
-        conditioned: Whether what is allowed depends on the value of the first head.
+        name: Name of the choice.
+        size: Number of values to choose from.
+        used_by: Values of the first head for which this choice has a meaning; ``None`` for all.
+        conditioned: Whether the allowed values depend on the value of the first head.
     """
 
     name: str
@@ -125,13 +126,13 @@ class Head:
 class FactoredDiscrete:
     """Several choices at once, of which the first decides what the others mean.
 
-    An int64 tensor ``[B, A]``, component ``a`` in ``[0, heads[a].size)``. Where the first choice
-    does not use a head, the environment ignores that component: it deserves no log-probability, no
-    entropy and no gradient.
+    An action is an int64 tensor ``[B, A]``, component ``a`` in ``[0, heads[a].size)``. Where the
+    first choice does not use a head, the environment ignores the component of that head, which
+    therefore contributes no log-probability, no entropy and no gradient.
 
     An action mask is the masks of the heads one after another: ``size`` entries for a head, and for
-    a conditioned head ``size`` entries for each value of the first one: ``mask_parts``. Each of
-    these, used or not, allows something.
+    a conditioned head ``size`` entries for each value of the first choice (``mask_parts``). Each of
+    these pieces, used or not, allows at least one value.
     """
 
     heads: tuple[Head, ...]
@@ -158,7 +159,7 @@ class FactoredDiscrete:
 
     @property
     def mask_parts(self) -> tuple[int, ...]:
-        """Lengths of the parts of a mask that must each allow something, in order."""
+        """Lengths of the pieces of a mask that must each allow a value, in order."""
         parts: list[int] = []
         for head in self.heads:
             parts += [head.size] * (self.heads[0].size if head.conditioned else 1)
@@ -166,7 +167,7 @@ class FactoredDiscrete:
 
     @property
     def mask_slices(self) -> tuple[slice, ...]:
-        """Where in a mask each head is; ``[values of the first head, size]`` if conditioned."""
+        """Slice of each head in a mask; ``[values of the first head, size]`` if conditioned."""
         slices: list[slice] = []
         start = 0
         for head in self.heads:
@@ -185,8 +186,8 @@ class EnvSpaces:
     """Spaces of one environment, without the environment axis.
 
     Attributes:
-        obs: A box, or a box for each named group.
-        action: What ``step`` takes.
+        obs: Space of observations: a box, or a box for each named group.
+        action: Space of the actions that ``step`` takes.
         masked: Whether every observation comes with an action mask.
     """
 
@@ -205,7 +206,7 @@ class EnvSpaces:
 
 
 def mask_parts(space: ActionSpace) -> tuple[int, ...]:
-    """Lengths of the parts of an action mask that must each allow something, in order.
+    """Lengths of the pieces of an action mask that must each allow a value, in order.
 
     Raises:
         ValueError: If the space is continuous.

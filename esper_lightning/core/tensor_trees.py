@@ -12,7 +12,7 @@ def named_tensors(tree: Any, name: str = "") -> Iterator[tuple[str, Tensor]]:
     """Every tensor of a tree of mappings, lists and tuples, with its path: ``"layers.0.weight"``.
 
     Args:
-        tree: What holds the tensors; whatever else is in it is left out.
+        tree: Containers that hold the tensors; values that are no tensors are skipped.
         name: Path of the tree itself.
     """
     if isinstance(tree, Tensor):
@@ -28,10 +28,11 @@ def named_tensors(tree: Any, name: str = "") -> Iterator[tuple[str, Tensor]]:
 
 
 def leaves(tree: Any) -> list[Tensor]:
-    """Every tensor of a tree, in order; mappings by sorted key, numbers and ``None`` left out.
+    """Every tensor of a tree, in order; mappings by sorted key, numbers and ``None`` skipped.
 
     Raises:
-        ValueError: If something in it is neither a tensor, a number, ``None`` nor a container.
+        ValueError: If the tree holds a value that is neither a tensor, a number, a string, ``None``
+            nor a container.
     """
     found: list[Tensor] = []
     _gather(tree, found)
@@ -39,7 +40,7 @@ def leaves(tree: Any) -> list[Tensor]:
 
 
 def rebuild(tree: Any, tensors: Iterable[Tensor]) -> Any:
-    """``tree`` with its tensors replaced, in order."""
+    """``tree`` with its tensors replaced by ``tensors``, in order."""
     return _replace(tree, iter(tensors))
 
 

@@ -1,7 +1,7 @@
-"""The records that travel through an iteration: step results, rollouts, advantages, loss terms.
+"""The records that an iteration passes on: step results, rollouts, advantages, loss terms.
 
 Axes: ``T`` rollout step, ``B`` environment, ``M`` sample of a minibatch, ``*O`` observation, ``*A``
-action. Nothing here computes; every field is a tensor on the device of the run.
+action. This file computes nothing; every field is a tensor on the device of the run.
 """
 
 from collections.abc import Callable
@@ -18,12 +18,12 @@ Observation = Tensor | dict[str, Tensor]
 
 
 class StepResult(NamedTuple):
-    """What one step of ``B`` environments returns.
+    """The result of one step of ``B`` environments.
 
-    Every field on the environments' device, at every step.
+    Every field is on the environments' device, at every step.
 
-    An environment whose episode ended has already been reset: ``obs`` starts its next episode,
-    ``reached_obs`` is what the last action led to.
+    An environment whose episode ended has already been reset: ``obs`` starts the next episode, and
+    ``reached_obs`` is the observation that the last action led to.
     """
 
     obs: Observation  # [B, *O] to act on next
@@ -31,7 +31,7 @@ class StepResult(NamedTuple):
     terminated: Bool[Tensor, " B"]  # the task ended: no value beyond
     truncated: Bool[
         Tensor, " B"
-    ]  # we stopped watching: value beyond; never together with terminated
+    ]  # the episode was cut: value beyond; never together with terminated
     reached_obs: Observation  # [B, *O], equal to obs where no episode ended
     action_mask: Bool[Tensor, "B K"] | None  # of obs; True = allowed; never all False
     episode_return: Float[Tensor, " B"]  # NaN where no episode ended
@@ -41,11 +41,11 @@ class StepResult(NamedTuple):
 class Rollout(NamedTuple):
     """``T`` steps of ``B`` environments, written in place."""
 
-    obs: Observation  # [T, B, *O] what the policy acted on
-    reached_obs: Observation  # [T, B, *O] what the action led to
+    obs: Observation  # [T, B, *O] on which the policy acted
+    reached_obs: Observation  # [T, B, *O] to which the action led
     action: Shaped[
         Tensor, "T B *A"
-    ]  # what the distribution sampled, not what the environment was given
+    ]  # as the distribution sampled it, which the environment may have got in another form
     log_prob: Float[Tensor, "T B"]
     action_mask: Bool[Tensor, "T B K"] | None
     reward: Float[Tensor, "T B"]
@@ -56,17 +56,17 @@ class Rollout(NamedTuple):
 
 
 class Advantages(NamedTuple):
-    """The result of generalised advantage estimation."""
+    """Results of generalised advantage estimation."""
 
     advantage: Float[Tensor, "T B"]
     value_target: Float[Tensor, "T B"]
 
 
 class Samples(NamedTuple):
-    """What the update learns from: a rollout's steps, and what is left of their order.
+    """Samples that the update learns from: the steps of a rollout, or of a minibatch of it.
 
-    ``M`` is ``T * B`` or a minibatch of it. With memory the rows are ``T`` steps of ``b`` whole
-    sequences, one step of all after another.
+    ``M`` is ``T * B``, or the size of a minibatch. With memory the rows are ``T`` steps of ``b``
+    whole sequences: the first step of all sequences, then the second step of all, and so on.
     """
 
     obs: Observation  # [M, *O], normalised
@@ -74,27 +74,27 @@ class Samples(NamedTuple):
     log_prob: Float[Tensor, " M"]
     action_mask: Bool[Tensor, "M K"] | None
     advantage: Float[Tensor, " M"]
-    value: Float[Tensor, " M"]  # when acting
+    value: Float[Tensor, " M"]  # of the critic that was current when acting
     value_target: Float[Tensor, " M"]
-    # Of a step in the actor's loss: 0 where there was no choice, with a mean of 1 over the rollouts
-    # of all ranks. ``None`` for 1.
+    # Weight of a step in the actor's loss: 0 where there was no choice, with a mean of 1 over the
+    # rollouts of all ranks. ``None`` means 1 for every step.
     actor_weight: Float[Tensor, " M"] | None = None
-    # Of a policy with memory:
+    # For a policy with memory:
     memory: Float[Tensor, "b S"] | None = None  # before the first step
     begins: Bool[Tensor, " M"] | None = None  # the first step of an episode
 
     @property
     def parts(self) -> int:
-        """Into how many pieces it can be cut: steps, or whole sequences."""
+        """Number of pieces into which the samples can be cut: steps, or whole sequences."""
         return len(self.log_prob if self.memory is None else self.memory)
 
 
 class LossTerms(NamedTuple):
-    """Per-sample terms of the PPO objective, all to be minimised; reduced once, by the caller."""
+    """Per-sample terms of the PPO objective, which the caller reduces once and minimises."""
 
     policy: Float[Tensor, " M"]
     value: Float[Tensor, " M"]
-    entropy: Float[Tensor, " M"]  # the entropy itself: the caller subtracts it
+    entropy: Float[Tensor, " M"]  # the entropy itself, which the caller subtracts
 
 
 def map_obs(function: Callable[..., Tensor], obs: Observation, *others: Observation) -> Observation:
