@@ -1,4 +1,4 @@
-"""Batched environments: the protocol, its check, classic control tasks, and growing networks."""
+"""Batched environments: protocol, check of the protocol, classic control, growing networks."""
 
 from esper_lightning.envs.acrobot import Acrobot
 from esper_lightning.envs.base import BatchedEnv, EnvSpec

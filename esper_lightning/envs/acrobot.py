@@ -1,7 +1,7 @@
 """Acrobot: swing up a two-link pendulum by torque at its elbow.
 
-Axes: ``B`` environment, four components of the state. Actions are not checked: that would
-synchronise.
+Axes: ``B`` environment, four components of the state. Actions are not checked, because
+a check would synchronise.
 """
 
 import math
@@ -25,16 +25,16 @@ MAX_VELOCITY_2 = 9 * math.pi  # rad/s
 
 @dataclass(frozen=True, kw_only=True)
 class Acrobot(EnvSpec):
-    """Sutton (1996), as ``Acrobot-v1`` of Gymnasium (``acrobot.py``, dynamics of the book).
+    """The acrobot of Sutton (1996), as ``Acrobot-v1`` of Gymnasium (dynamics of the book).
 
-    State: angle of the first link from hanging down, of the second relative to the first (rad),
-    their velocities. Observed are cosine and sine of both angles and the velocities. The torque is
-    ``action - 1`` N m. Reward -1, and 0 in the step that lifts the tip one link above the base,
-    which terminates.
+    The state is the angle of the first link from hanging down and the angle of the second link
+    relative to the first (rad), and the velocities of both. The observation is cosine and sine of
+    both angles and the velocities. The torque is ``action - 1`` N m. The reward is -1 for each
+    step, and 0 for the step that lifts the tip one link above the base, which terminates.
 
     Attributes:
-        num_envs: Environments on each rank.
-        time_limit: Steps after which an episode is truncated.
+        num_envs: Number of environments on each rank.
+        time_limit: Number of steps after which an episode is truncated.
     """
 
     num_envs: int = 64
@@ -56,12 +56,12 @@ class Acrobot(EnvSpec):
     def sample_states(
         self, steps: int, generator: torch.Generator, device: torch.device
     ) -> Float[Tensor, "T B 4"]:
-        """All four uniform in [-0.1, 0.1)."""
+        """Initial states, all four components uniform in [-0.1, 0.1)."""
         state = torch.empty(steps, self.num_envs, 4, device=device)
         return state.uniform_(-0.1, 0.1, generator=generator)
 
     def observe(self, state: Float[Tensor, "B 4"]) -> Float[Tensor, "B 6"]:
-        """Angles on the circle, velocities as they are."""
+        """Cosines and sines of the angles, and the velocities."""
         angle_1, angle_2, velocity_1, velocity_2 = state.unbind(-1)
         circle = (angle_1.cos(), angle_1.sin(), angle_2.cos(), angle_2.sin())
         return torch.stack((*circle, velocity_1, velocity_2), dim=-1)
@@ -94,7 +94,8 @@ class Acrobot(EnvSpec):
 def _rate(state: Float[Tensor, "4 B"], torque: Int[Tensor, " B"]) -> Float[Tensor, "4 B"]:
     """Time derivative of the state (Sutton and Barto 1998, section 11.3).
 
-    The book's constants are put in: links of 1 m, 1 kg and 1 kg m^2, centres of mass in the middle.
+    The constants are those of the book: links of 1 m, 1 kg and 1 kg m^2, centres of mass in the
+    middle of the links.
     """
     angle_1, angle_2, velocity_1, velocity_2 = state.unbind()
     sin_2, cos_2 = angle_2.sin(), angle_2.cos()
@@ -111,5 +112,5 @@ def _rate(state: Float[Tensor, "4 B"], torque: Int[Tensor, " B"]) -> Float[Tenso
 
 
 def _wrap(angle: Float[Tensor, " B"]) -> Float[Tensor, " B"]:
-    """The same angle in [-pi, pi]; unchanged, to the bit, where it lies there already."""
+    """The same angle in [-pi, pi]; an angle that lies there already does not change a bit."""
     return torch.sub(angle, (angle / math.tau).round(), alpha=math.tau)

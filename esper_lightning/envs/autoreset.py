@@ -1,9 +1,9 @@
 """Batched environments for tasks that are equations, with a time limit and a reset within the step.
 
 Axes: ``B`` environment, ``S`` component of the simulator's state. A step is the same tensor
-operations whatever happens in it: no branch on a value, no host synchronisation, and everything
-random is drawn before, so that a rollout can be compiled or captured whole. Hence it does not check
-the values of actions.
+operations whatever happens in it: there is no branch on a value and no host synchronisation, and
+all random numbers are sampled before, so that a rollout can be compiled or captured whole. For the
+same reason a step does not check the values of actions.
 """
 
 import dataclasses
@@ -30,7 +30,7 @@ class Episodes(NamedTuple):
 
 
 class Transition(NamedTuple):
-    """What an action led to, before any reset."""
+    """State, reward and termination that an action led to, before any reset."""
 
     state: Float[Tensor, "B S"]
     reward: Float[Tensor, " B"]
@@ -39,14 +39,14 @@ class Transition(NamedTuple):
 
 @runtime_checkable
 class Task(Protocol):
-    """A spec that is also the equations: pure functions that keep the dtype of the state.
+    """A spec that also holds the equations: pure functions that keep the dtype of the state.
 
-    None writes into its arguments; ``observe`` may return the state itself.
+    No method writes into its arguments; ``observe`` may return the state itself.
     """
 
     @property
     def num_envs(self) -> int:
-        """``B``."""
+        """``B``: number of environments on each rank."""
         ...
 
     @property
@@ -55,17 +55,17 @@ class Task(Protocol):
         ...
 
     def spaces(self) -> EnvSpaces:
-        """What it shows and takes; unmasked."""
+        """Spaces of observations and actions, without action masks."""
         ...
 
     def sample_states(
         self, steps: int, generator: torch.Generator, device: torch.device
     ) -> Float[Tensor, "T B S"]:
-        """Initial states for so many steps of every environment, used or not: keep it cheap."""
+        """Initial states for ``T`` steps of every environment; sampled for every step, so cheap."""
         ...
 
     def observe(self, state: Float[Tensor, "B S"]) -> Float[Tensor, "B *O"]:
-        """What the policy sees of a state."""
+        """Observation of a state."""
         ...
 
     def advance(self, state: Float[Tensor, "B S"], action: Shaped[Tensor, "B *A"]) -> Transition:
@@ -74,10 +74,10 @@ class Task(Protocol):
 
 
 class AutoresetEnv:
-    """``BatchedEnv`` of a ``Task``. It may be stepped from construction on; ``reset`` starts anew.
+    """``BatchedEnv`` of a ``Task``; it can be stepped without a ``reset`` before.
 
     Attributes:
-        generator: The random stream of the initial states.
+        generator: Random stream of the initial states.
     """
 
     def __init__(self, task: Task, *, device: torch.device, seed: int) -> None:
@@ -87,19 +87,19 @@ class AutoresetEnv:
         self._device = device
         self._spaces = task.spaces()
         self.generator = torch.Generator(device=device).manual_seed(seed)
-        # Never returned, only written in place: see the head of the file.
+        # These tensors are never returned, only written in place, so that a graph can be captured.
         state = self.draw(1)[0]
         zeros = torch.zeros(task.num_envs, dtype=torch.int64, device=device)
         self._episodes = Episodes(state, zeros, zeros.to(state.dtype))
 
     @property
     def num_envs(self) -> int:
-        """``B``."""
+        """``B``: number of environments on each rank."""
         return self._task.num_envs
 
     @property
     def spaces(self) -> EnvSpaces:
-        """What it shows and takes."""
+        """Spaces of observations and actions."""
         return self._spaces
 
     @torch.no_grad()
@@ -113,7 +113,7 @@ class AutoresetEnv:
 
     @torch.no_grad()
     def step(self, action: Shaped[Tensor, "B *A"]) -> StepResult:
-        """Act everywhere; start a new episode where one ended."""
+        """Act in every environment; start a new episode where one ended."""
         episodes, result = self.transition(self._episodes, action, self.draw(1)[0])
         self.keep(episodes)
         return result
@@ -121,26 +121,26 @@ class AutoresetEnv:
     # The same as pure functions, for rollouts that are compiled.
 
     def episodes(self) -> Episodes:
-        """The state of all environments, at addresses that stay."""
+        """The state of all environments, in tensors whose addresses never change."""
         return self._episodes
 
     def keep(self, episodes: Episodes) -> None:
-        """Go on from ``episodes``."""
+        """Store ``episodes`` as the current episodes."""
         for buffer, value in zip(self._episodes, episodes, strict=True):
             if buffer is not value:
                 buffer.copy_(value)
 
     def draw(self, steps: int) -> Float[Tensor, "T B S"]:
-        """What the next steps need of the random stream: an initial state for every step.
+        """Initial states for the next ``T`` steps, from the random stream.
 
-        On a CPU one draw of ``T`` steps gives the numbers of ``T`` draws of one.
+        On a CPU one call for ``T`` steps returns the same numbers as ``T`` calls for one step.
         """
         return self._task.sample_states(steps, self.generator, self._device)
 
     def transition(
         self, episodes: Episodes, action: Shaped[Tensor, "B *A"], initial: Float[Tensor, "B S"]
     ) -> tuple[Episodes, StepResult]:
-        """One step from ``episodes``; those that end go on from ``initial``. Changes nothing."""
+        """One step from ``episodes``, as a pure function; ended ones start from ``initial``."""
         reached, reward, terminated = self._task.advance(episodes.state, action)
         if not reward.shape == terminated.shape == episodes.elapsed.shape:  # they would broadcast
             self._refuse_shapes(reward, terminated)
@@ -172,7 +172,7 @@ class AutoresetEnv:
             require(shape == expected, field, f"have shape {expected}", shape)
 
     def state_dict(self) -> dict[str, Tensor]:
-        """Simulator state, episode accumulators and random stream, copied."""
+        """Copies of simulator state, episode accumulators and random stream."""
         buffers = {name: buffer.clone() for name, buffer in self._episodes._asdict().items()}
         return {**buffers, "generator": self.generator.get_state()}
 
@@ -180,8 +180,8 @@ class AutoresetEnv:
         """Continue from a ``state_dict`` bit for bit.
 
         Raises:
-            ValueError: If it comes from an environment of another size, another task or another
-                kind of device; nothing is changed then.
+            ValueError: If the state comes from an environment of another size, another task or
+                another kind of device; the environment is then unchanged.
         """
         field = f"{self._owner}.load_state_dict()"
         expected = {**self._episodes._asdict(), "generator": self.generator.get_state()}
@@ -189,7 +189,7 @@ class AutoresetEnv:
         for name, tensor in expected.items():
             rule = f"be {tensor.dtype} of shape {list(tensor.shape)}"
             got = (state[name].dtype, list(state[name].shape))
-            hint = "It was saved with another num_envs, task or kind of device."
+            hint = "The state was saved with another num_envs, task or kind of device."
             require(
                 got == (tensor.dtype, list(tensor.shape)), f"{field}[{name!r}]", rule, got, hint
             )

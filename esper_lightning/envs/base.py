@@ -1,4 +1,4 @@
-"""The environment protocol: what a simulator implements; ``check_env`` verifies it."""
+"""The environment protocol, which a simulator implements and ``check_env`` verifies."""
 
 from abc import ABC, abstractmethod
 from typing import Any, Protocol, runtime_checkable
@@ -18,11 +18,11 @@ class BatchedEnv(Protocol):
     """``B`` environments as tensors on one device.
 
     An environment whose episode ended resets itself in the same step. A step makes no host-device
-    copy and no synchronisation, and writes into nothing that it returned before.
+    copy and no synchronisation, and does not write into tensors that an earlier call returned.
     """
 
     def reset(self) -> tuple[Observation, Bool[Tensor, "B K"] | None]:
-        """Start a new episode everywhere; returns observation and mask (``None`` if unmasked)."""
+        """Start a new episode everywhere; return observation and mask (``None`` if unmasked)."""
         ...
 
     def step(self, action: Shaped[Tensor, "B *A"]) -> StepResult:
@@ -30,9 +30,9 @@ class BatchedEnv(Protocol):
         ...
 
     def state_dict(self) -> dict[str, Tensor] | None:
-        """Everything that decides the future, copied: simulator, episodes, random stream.
+        """Copies of everything that determines the future: simulator, episodes, random stream.
 
-        ``None`` where a simulator cannot tell: a resumed run then begins new episodes.
+        ``None`` where a simulator cannot save its state: a resumed run then begins new episodes.
         """
         ...
 
@@ -40,36 +40,36 @@ class BatchedEnv(Protocol):
         """Continue from a ``state_dict`` bit for bit.
 
         Raises:
-            ValueError: If it comes from an environment of another size.
+            ValueError: If the state comes from an environment of another size.
         """
         ...
 
 
 @runtime_checkable
 class FunctionalEnv(BatchedEnv, Protocol):
-    """An environment whose step is also a pure function: a rollout of it can be compiled whole.
+    """An environment whose step is also a pure function, so that rollouts can be compiled whole.
 
     ``step(action)`` is ``transition(episodes(), action, draw(1)[0])`` followed by ``keep``. A class
-    that replaces ``step`` replaces ``transition`` too, or is stepped. Where it is compiled, only
-    ``episodes`` may change: other attributes are read once.
+    that replaces ``step`` must replace ``transition``, too; otherwise its rollouts are not
+    compiled. In compiled rollouts only ``episodes`` may change: other attributes are read once.
     """
 
     def episodes(self) -> Any:
-        """Everything that a step changes, but for the random stream: a tuple of tensors."""
+        """Everything that a step changes, except the random stream: a tuple of tensors."""
         ...
 
     def keep(self, episodes: Any) -> None:
-        """Go on from ``episodes``."""
+        """Store ``episodes`` as the current episodes."""
         ...
 
     def draw(self, steps: int) -> Any:
-        """What so many steps need of the random stream: a tensor ``[T, B, ...]``, or a tuple."""
+        """Random numbers for so many steps: a tensor ``[T, B, ...]``, or a tuple of tensors."""
         ...
 
     def transition(
         self, episodes: Any, action: Shaped[Tensor, "B *A"], drawn: Any
     ) -> tuple[Any, StepResult]:
-        """The step: episodes after it and what it returns, from one row of ``draw``."""
+        """One step with one row of ``draw``: the episodes after the step, and its result."""
         ...
 
 
@@ -80,24 +80,24 @@ class MeasuringEnv(BatchedEnv, Protocol):
     def metrics(self) -> dict[str, Float[Tensor, ""]]:
         """Means over environments and steps since the last call, under names that never change.
 
-        History has them as ``env/<name>``. Not waiting for the device is up to the environment.
+        The history has each metric as ``env/<name>``. The environment must not wait for the device.
         """
         ...
 
 
 class EnvSpec(ABC):
-    """Which environments to build: data without tensors, to be written, copied and compared.
+    """Settings of the environments to build: data without tensors, to write, copy and compare.
 
-    A frozen dataclass that derives from this can be named in a config by its class alone. Any other
-    class with ``num_envs``, ``spaces`` and ``build`` will do as well.
+    A frozen dataclass that derives from ``EnvSpec`` can be named in a config by its class alone.
+    Any other class with ``num_envs``, ``spaces`` and ``build`` works as well.
     """
 
     num_envs: int
-    """``B``: environments on each rank."""
+    """``B``: number of environments on each rank."""
 
     @abstractmethod
     def spaces(self) -> EnvSpaces:
-        """What the environments will show and take."""
+        """Spaces of the observations and actions of the environments."""
 
     @abstractmethod
     def build(self, device: torch.device, seed: int) -> BatchedEnv:
@@ -114,10 +114,10 @@ class EnvSpec(ABC):
 
 
 def is_functional(env: BatchedEnv) -> bool:
-    """Whether ``transition`` is what ``step`` does.
+    """Whether ``transition`` does the same as ``step``.
 
-    Asked of the class alone: a wrapper may pass on what it does not have, and a subclass or an
-    instance may have replaced ``step`` and nothing else.
+    Only the class is inspected: a wrapper may forward methods that it does not have, and a subclass
+    or an instance may have replaced ``step`` and nothing else.
     """
     kinds = type(env).__mro__
     owner = {

@@ -1,7 +1,7 @@
 """Cart-pole: keep a pole upright by pushing its cart left or right.
 
-Axes: ``B`` environment, four components of the state. Actions are not checked: that would
-synchronise.
+Axes: ``B`` environment, four components of the state. Actions are not checked, because
+a check would synchronise.
 """
 
 import math
@@ -32,15 +32,15 @@ POLE_MOMENT = POLE_MASS * POLE_HALF_LENGTH
 
 @dataclass(frozen=True, kw_only=True)
 class CartPole(EnvSpec):
-    """Barto, Sutton and Anderson (1983), as ``CartPole-v1`` of Gymnasium (``cartpole.py``).
+    """The cart-pole of Barto, Sutton and Anderson (1983), as ``CartPole-v1`` of Gymnasium.
 
-    State and observation: cart position in m, its velocity, pole angle in rad, its velocity. Action
-    1 pushes right, any other left. Reward 1 in every step, the last one too; terminates beyond 2.4
-    m or 12 degrees.
+    State and observation are cart position in m, cart velocity, pole angle in rad and pole
+    velocity. Action 1 pushes right, any other action left. The reward is 1 for every step, also the
+    last. An episode terminates beyond 2.4 m or 12 degrees.
 
     Attributes:
-        num_envs: Environments on each rank.
-        time_limit: Steps after which an episode is truncated.
+        num_envs: Number of environments on each rank.
+        time_limit: Number of steps after which an episode is truncated.
     """
 
     num_envs: int = 64
@@ -62,7 +62,7 @@ class CartPole(EnvSpec):
     def sample_states(
         self, steps: int, generator: torch.Generator, device: torch.device
     ) -> Float[Tensor, "T B 4"]:
-        """All four uniform in [-0.05, 0.05)."""
+        """Initial states, all four components uniform in [-0.05, 0.05)."""
         state = torch.empty(steps, self.num_envs, 4, device=device)
         return state.uniform_(-0.05, 0.05, generator=generator)
 
@@ -73,7 +73,8 @@ class CartPole(EnvSpec):
     def advance(self, state: Float[Tensor, "B 4"], action: Int[Tensor, " B"]) -> Transition:
         """One explicit Euler step.
 
-        Equations of Florian (2007), *Correct equations for the dynamics of the cart-pole system*.
+        The equations are those of Florian (2007), *Correct equations for the dynamics of the
+        cart-pole system*.
         """
         position, velocity, angle, angular_velocity = state.unbind(-1)
         force = torch.full_like(angle, -FORCE).masked_fill_(action == 1, FORCE)

@@ -1,7 +1,7 @@
-"""Does an environment keep the contract that training relies on? Random actions tell.
+"""Check that an environment obeys the contract that training relies on, with random actions.
 
-All comparing happens on the CPU, between the steps. It cannot tell whether the physics are right,
-nor what happens later than it looked.
+All comparisons happen on the CPU, between the steps. The check cannot see whether the physics are
+right, nor what happens after its last step.
 """
 
 import logging
@@ -38,7 +38,7 @@ __all__ = ["check_env"]
 
 logger = logging.getLogger(__name__)
 
-TELLING_MEMBERS = ("num_envs", "spaces")  # what a spec tells, and else the environment must
+TELLING_MEMBERS = ("num_envs", "spaces")  # members of a spec; without a spec, of the environment
 TRANSITION_STEPS = 100
 WARM_UP_STEPS = 3  # may compile and allocate, hence synchronise
 
@@ -54,22 +54,22 @@ def check_env(
     seed: int = 0,
     device: str | torch.device = "cpu",
 ) -> None:
-    """Drive an environment with random allowed actions; compare all it returns with the contract.
+    """Step an environment with random allowed actions, and compare its results with the contract.
 
-    It takes about ``3 * steps`` steps (``6 * steps`` for a spec) and leaves the environment
-    elsewhere than it was. Only where episodes end within ``steps`` is resetting checked; a warning
-    is logged if none did.
+    The check takes about ``3 * steps`` steps (``6 * steps`` for a spec) and does not restore the
+    state of the environment. Resetting is checked only where episodes end within ``steps``; a
+    warning is logged if no episode ended.
 
     Args:
-        env: A spec: then what it builds is checked, and its seeds. Or an environment, which must
-            then tell its ``num_envs`` and ``spaces``, as ours do.
-        steps: How long to drive; the default outlasts a time limit of 500.
-        seed: Of the actions, and of the environments that a spec builds.
-        device: Where a spec is built; an environment is checked where it lives.
+        env: A spec, whose environments and seeds are checked; or an environment, which must then
+            have the members ``num_envs`` and ``spaces``, like the environments of this package.
+        steps: Number of steps of a trajectory; the default outlasts a time limit of 500.
+        seed: Seed of the actions, and of the environments that a spec builds.
+        device: Device on which a spec is built; an environment is checked on its own device.
 
     Raises:
-        ValueError: If it breaks the contract; one line for each way in which it does. What the
-            environment itself raises passes through.
+        ValueError: If the environment breaks the contract; one line for each broken rule. Errors
+            that the environment itself raises pass through.
     """
     if isinstance(env, type):
         rule = "be a spec or an environment, not a class"
@@ -95,7 +95,7 @@ def _place(device: str | torch.device) -> torch.device:
     """The device, with its index.
 
     Raises:
-        ValueError: If it is not there.
+        ValueError: If this machine has no such device.
     """
     rule, reason = "be a device of this machine", ""
     try:
@@ -107,7 +107,7 @@ def _place(device: str | torch.device) -> torch.device:
 
 
 class _Run(NamedTuple):
-    """What is checked, against what, for how long."""
+    """The environment to check, its contract, and the number of steps."""
 
     env: BatchedEnv
     contract: Contract
@@ -130,10 +130,10 @@ def _check_spec(spec: EnvSpec, report: Report, steps: int, seed: int, device: to
 
     first, random_start = trajectory(seed)
     again, _ = trajectory(seed)
-    hint = "Draw all randomness from one generator, seeded in build()."
+    hint = "Sample all random numbers from one generator, seeded in build()."
     got = _first_difference(first, again)
     report.expect(got is None, "build().seed", "decide everything", got, hint)
-    # Where every episode starts alike there may be no randomness for a seed to decide.
+    # Where every episode starts alike there may be no random numbers that a seed could decide.
     same = first == trajectory(seed + 1)[0] if random_start else False
     got = Words(f"one trajectory for the seeds {seed} and {seed + 1}")
     report.expect(not same, "build().seed", "make a difference", got, hint)
@@ -156,7 +156,7 @@ def _check_env(
     generator = torch.Generator().manual_seed(seed)
     inspector, seen = Inspector(run.contract, report), _Seen()
     _drive(run._replace(steps=WARM_UP_STEPS), generator, inspector, seen, forbid_sync=False)
-    # Again, so that one reset falls within episodes.
+    # The second trajectory begins with a reset within running episodes.
     mask = _drive(run, generator, inspector, seen, forbid_sync=True)
     _conclude(run, inspector, seen)
     _check_state(run, mask)
@@ -166,11 +166,11 @@ def _check_env(
 
 
 def _check_transition(run: _Run) -> None:
-    """``step`` must be ``transition`` of what ``draw`` gives, and ``transition`` change nothing."""
+    """Check that ``step`` equals ``transition`` with ``draw``, and ``transition`` is pure."""
     env, contract, report = cast(FunctionalEnv, run.env), run.contract, run.report
     generator = torch.Generator().manual_seed(run.seed)
     _, mask = env.reset()
-    if env.state_dict() is None:  # it cannot be taken back to before a step
+    if env.state_dict() is None:  # the state before a step cannot be restored
         return
     for _ in range(min(run.steps, TRANSITION_STEPS)):
         allowed = None if mask is None else mask.cpu()
@@ -193,14 +193,14 @@ def _check_transition(run: _Run) -> None:
 
 @dataclass
 class _Seen:
-    """What only a whole drive can show."""
+    """Findings that only a whole trajectory can show."""
 
     obs_moves: bool = False
     envs_differ: bool = False
 
 
 def _conclude(run: _Run, inspector: Inspector, seen: _Seen) -> None:
-    """Judge what was seen in ``run.steps`` steps."""
+    """Judge the findings of ``run.steps`` steps."""
     report, ends = run.report, inspector.ends
     if ends == 0:
         message = "%s: no episode ended within %d steps, so resetting was not checked."
@@ -217,7 +217,7 @@ def _conclude(run: _Run, inspector: Inspector, seen: _Seen) -> None:
 def _drive(
     run: _Run, generator: torch.Generator, inspector: Inspector, seen: _Seen, *, forbid_sync: bool
 ) -> Tensor | None:
-    """Reset, then check every step; returns the last action mask."""
+    """Reset the environment, check every step, and return the last action mask."""
     env, contract, report, steps, _ = run
     inspector.begin(env.reset())
     assert inspector.last is not None
@@ -265,7 +265,7 @@ def _sync_is_error(active: bool) -> Generator[None, None, None]:
 
 
 def _check_state(run: _Run, mask: Tensor | None) -> None:
-    """Saving and loading: copies, bit for bit, and no state of another size."""
+    """Check saving and loading: copies, bit for bit, and no state of another size."""
     env, contract, report, *_ = run
     saved = env.state_dict()
     if saved is None:
@@ -278,7 +278,7 @@ def _check_state(run: _Run, mask: Tensor | None) -> None:
     report.insist(kept, "state_dict()", "return copies", Words("what later steps change"))
     env.load_state_dict(saved)
     got = _first_difference(first, _trajectory(run, mask))
-    hint = "Save all that decides the future, the generator too."
+    hint = "Save all state that determines the future, the generator too."
     report.expect(got is None, "load_state_dict()", "continue bit for bit", got, hint)
     kept = fingerprint(saved) == before
     report.insist(kept, "load_state_dict()", "copy", Words("a state that later steps change"))
@@ -294,7 +294,7 @@ def _check_state(run: _Run, mask: Tensor | None) -> None:
 def _error_of(function: Callable[[], None]) -> type[Exception] | None:
     try:
         function()
-    except Exception as error:  # its type is what is asked for
+    except Exception as error:  # the caller asks for the type of any error
         return type(error)
     return None
 

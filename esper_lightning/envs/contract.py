@@ -1,6 +1,6 @@
-"""What each tensor that an environment returns must be by itself, and the report of failures.
+"""Rules for each single tensor that an environment returns, and the list of broken rules.
 
-Axes: ``B`` environment, ``K`` choice. ``check`` adds what only several steps can show.
+Axes: ``B`` environment, ``K`` choice. ``check`` adds the rules that only several steps can show.
 """
 
 import zlib
@@ -37,18 +37,18 @@ __all__ = [
 
 
 class UncheckableError(Exception):
-    """What was found makes every further check meaningless."""
+    """A problem that makes every further check meaningless."""
 
 
 class Report:
-    """The problems found, each in one line however often it happened."""
+    """The problems found, one line for each kind of problem, however often it happened."""
 
     def __init__(self, owner: str) -> None:
         self.owner = owner
         self._lines: dict[tuple[str, str], str] = {}
 
     def expect(self, ok: bool, field: str, rule: str, got: object, hint: str = "") -> bool:
-        """Note a problem unless ``ok``; returns ``ok``."""
+        """Add a problem unless ``ok``; return ``ok``."""
         try:
             require(ok, f"{self.owner}.{field}", rule, got, hint)
         except ValueError as error:
@@ -56,13 +56,13 @@ class Report:
         return ok
 
     def insist(self, ok: bool, field: str, rule: str, got: object, hint: str = "") -> None:
-        """Note a problem and give up unless ``ok``."""
+        """Add a problem and raise ``UncheckableError`` unless ``ok``."""
         if not self.expect(ok, field, rule, got, hint):
             raise UncheckableError
 
     @contextmanager
     def told(self) -> Generator[None, None, None]:
-        """Raise what was found within: see ``raise_if_any``."""
+        """Raise the problems that are found within the context: see ``raise_if_any``."""
         with suppress(UncheckableError):
             yield
         self.raise_if_any()
@@ -74,7 +74,7 @@ class Report:
 
 
 class Returned(NamedTuple):
-    """What a call returned: the tensors themselves and their values at that time, on the CPU."""
+    """Result of a call: the tensors themselves, and their values at that time, on the CPU."""
 
     call: str
     live: dict[str, Tensor]
@@ -84,12 +84,12 @@ class Returned(NamedTuple):
 class _Leaf(NamedTuple):
     shape: list[int]
     kinds: tuple[str, ...]
-    box: Box | None = None  # within which the values lie
+    box: Box | None = None  # bounds of the values
     finite: bool = False
 
 
 class Contract(NamedTuple):
-    """What follows from an environment's spaces, and where it lives."""
+    """Rules that follow from the spaces, the number and the device of environments."""
 
     spaces: EnvSpaces
     num_envs: int
@@ -98,16 +98,16 @@ class Contract(NamedTuple):
     def inspect(
         self, call: str, fields: Mapping[str, object], report: Report, *, finite: bool = True
     ) -> Returned:
-        """Check what ``call`` returned, named by field.
+        """Check the fields that ``call`` returned.
 
         Args:
-            call: Method of the environment, for the report.
-            fields: What it returned.
-            report: Gets the problems.
+            call: Method of the environment, to name in problems.
+            fields: Result of the call, by name of the field.
+            report: List to which problems are added.
             finite: Whether numbers that are not finite are problems.
 
         Raises:
-            UncheckableError: If something is missing, or of another shape, kind or device.
+            UncheckableError: If a field is missing, or of another shape, kind or device.
         """
         found, expected = flatten(fields), self._leaves(fields)
         known = {name.partition("[")[0] for name in expected}
@@ -132,7 +132,7 @@ class Contract(NamedTuple):
         return Returned(call, live, values)
 
     def groups(self) -> dict[str, Box]:
-        """Box of each observation, by what follows ``obs`` in its name: ``['group']`` or ''."""
+        """Box of each observation, by suffix of the name ``obs``: ``['group']`` or ''."""
         if isinstance(self.spaces.obs, Box):
             return {"": self.spaces.obs}
         return {f"[{name!r}]": box for name, box in self.spaces.obs.items()}
@@ -158,7 +158,7 @@ class Contract(NamedTuple):
 
 
 def flatten(fields: Mapping[str, object]) -> dict[str, Any]:
-    """Every tensor by name, ``obs['group']`` where there are groups; without ``None``."""
+    """Every tensor by name, ``obs['group']`` where there are groups; ``None`` is skipped."""
     leaves: dict[str, Any] = {}
     for name, value in fields.items():
         if isinstance(value, dict):
@@ -180,7 +180,7 @@ def fingerprint(leaves: Mapping[str, Tensor]) -> dict[str, int]:
 
 
 def where(bad: Bool[Tensor, " B"], value: Shaped[Tensor, " B"]) -> Words:
-    """The first bad value, in words."""
+    """The first bad value and its environment, in words."""
     index = int(bad.int().argmax())
     return Words(f"{value[index].item()} in environment {index}")
 
@@ -191,7 +191,7 @@ def sample_action(
     mask: Bool[Tensor, "B K"] | None,
     generator: torch.Generator,
 ) -> Shaped[Tensor, "B *A"]:
-    """Random allowed actions: uniform within finite bounds, normal where there are none."""
+    """Random allowed actions: uniform within finite bounds, normal without finite bounds."""
     if isinstance(space, Box):
         low, high = torch.tensor(space.lows), torch.tensor(space.highs)
         uniform = low + (high - low) * torch.rand(num_envs, space.size, generator=generator)
@@ -210,7 +210,7 @@ def sample_action(
 def _sample_factored(
     space: FactoredDiscrete, allowed: Shaped[Tensor, "B K"], generator: torch.Generator
 ) -> Shaped[Tensor, "B A"]:
-    """The first component, then each other under the mask that goes with it."""
+    """Samples of the first component, then of each other under the mask given the first."""
     choices: list[Tensor] = []
     for head, place in zip(space.heads, space.mask_slices, strict=True):
         part = allowed[:, place]
@@ -251,7 +251,7 @@ def _check_values(value: Tensor, leaf: _Leaf, field: str, report: Report, *, fin
     if leaf.finite and finite:
         _expect_everywhere(flat.isfinite(), flat, field, "be finite", report)
     if leaf.box is not None:
-        # Bounds are rounded as the observation itself was.
+        # Bounds are rounded like the observation itself.
         flat = flat if value.is_floating_point() else flat.double()
         low = torch.tensor(leaf.box.lows, dtype=flat.dtype)
         high = torch.tensor(leaf.box.highs, dtype=flat.dtype)

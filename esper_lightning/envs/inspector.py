@@ -1,7 +1,7 @@
-"""What an environment returns, call after call, held against its contract.
+"""Inspection of the results of an environment, call after call, against its contract.
 
-``check_env`` inspects every step that it takes, and training the first ones of a run: the rules are
-the same. Axes: ``B`` environment.
+``check_env`` inspects every step that it takes, and training inspects the first steps of a run, by
+the same rules. Axes: ``B`` environment.
 """
 
 from collections.abc import Mapping
@@ -37,19 +37,19 @@ __all__ = [
 ]
 
 ENV_MEMBERS = ("reset", "step", "state_dict", "load_state_dict")
-TOLERANCE = 1e-4  # of an episode's return, relative to the sum of its absolute rewards
-FIRST_STEPS = 8  # of a run, that are inspected
+TOLERANCE = 1e-4  # for the return of an episode, relative to the sum of absolute rewards
+FIRST_STEPS = 8  # number of steps of a run that are inspected
 
 
 def require_members(owner: object, members: tuple[str, ...], report: Report) -> None:
-    """Give up unless ``owner`` has all members."""
+    """Raise ``UncheckableError`` unless ``owner`` has all members."""
     missing = [name for name in members if not hasattr(owner, name)]
     got = Words(f"{type(owner).__name__} without {', '.join(missing)}")
     report.insist(not missing, "members", f"be {', '.join(members)}", got)
 
 
 def check_told(num_envs: object, spaces: object, report: Report) -> None:
-    """Give up unless a spec, or an environment, tells its number and its spaces."""
+    """Raise ``UncheckableError`` unless number and spaces of environments can be used."""
     report.insist(isinstance(spaces, EnvSpaces), "spaces", "be an EnvSpaces", spaces)
     report.insist(is_count(num_envs), "num_envs", "be an integer of at least 1", num_envs)
 
@@ -60,10 +60,10 @@ def is_count(value: object) -> bool:
 
 
 def check_built(spec: EnvSpec, spaces: object, env: Any, report: Report) -> tuple[Any, Any]:
-    """Compare what a spec tells with what it built.
+    """Compare number and spaces of a spec with those of the environment that it built.
 
     Returns:
-        Number and spaces as built.
+        Number and spaces of the environment as built.
     """
     require_members(env, ENV_MEMBERS, report)
     num_envs = spec.num_envs
@@ -76,7 +76,7 @@ def check_built(spec: EnvSpec, spaces: object, env: Any, report: Report) -> tupl
 
 @dataclass
 class _Books:
-    """The running episodes, as their rewards tell."""
+    """Sums of rewards and lengths of the running episodes."""
 
     total: Tensor
     scale: Tensor
@@ -84,16 +84,17 @@ class _Books:
 
 
 class Inspector:
-    """Holds what an environment returns, call after call, against its contract.
+    """Checks the results of an environment, call after call, against its contract.
 
     Args:
-        contract: What each tensor must be by itself.
-        report: Gets the problems.
-        finite: Whether numbers that are not finite are problems. Training looks for those itself.
+        contract: Rules for each single tensor.
+        report: List to which problems are added.
+        finite: Whether numbers that are not finite are problems. Training finds such numbers by
+            itself.
 
     Attributes:
-        last: What the latest call returned.
-        ends: Episodes that ended so far.
+        last: Result of the latest call.
+        ends: Number of episodes that ended so far.
         reached_differs: Whether ``reached_obs`` ever differed from the observation after a reset.
     """
 
@@ -106,7 +107,7 @@ class Inspector:
         self._dtypes: dict[str, torch.dtype] = {}
 
     def begin(self, returned: object) -> None:
-        """Inspect what ``reset()`` returned.
+        """Inspect the result of ``reset()``.
 
         Raises:
             UncheckableError: If further calls cannot be inspected.
@@ -120,7 +121,7 @@ class Inspector:
         self._books = _Books(zeros, zeros, torch.zeros_like(zeros, dtype=torch.int64))
 
     def proceed(self, result: object) -> None:
-        """Inspect what ``step()`` returned, and whether it wrote into what came before.
+        """Inspect the result of ``step()``, and whether the step wrote into the result before.
 
         Raises:
             UncheckableError: If further calls cannot be inspected.
@@ -133,7 +134,7 @@ class Inspector:
         self._check_reached(values)
 
     def action_kept(self, before: Tensor, after: Tensor) -> None:
-        """Compare the action that was given with what it was before."""
+        """Check that a call did not change the action that it was given."""
         kept = torch.equal(after.cpu(), before.cpu())
         self._report.expect(kept, "step().action", "be left as it was", Words("another"))
 
@@ -157,7 +158,7 @@ class Inspector:
             self._report.expect(kept, f"{self.last.call}.{name}", rule, got, hint)
 
     def _check_ends(self, values: dict[str, Tensor]) -> None:
-        """Flags, and the return and length of episodes that ended."""
+        """Check flags, and return and length of episodes that ended."""
 
         def expect(bad: Tensor, field: str, rule: str) -> None:
             ok = not bool(bad.any())
@@ -189,7 +190,7 @@ class Inspector:
         for group in self._contract.groups():
             obs, reached = values[f"obs{group}"], values[f"reached_obs{group}"]
             same = (obs == reached) | (obs.isnan() & reached.isnan())
-            if not self._finite:  # one of them may be broken, which training says in its own way
+            if not self._finite:  # training reports numbers that are not finite by itself
                 same |= ~(obs.isfinite() & reached.isfinite())
             differs = ~same.flatten(1).all(dim=1)
             bad = differs & ~ended
@@ -201,23 +202,23 @@ class Inspector:
 
 
 class FirstSteps:
-    """The environment of a run, whose first steps are held against the contract.
+    """The environment of a run, whose first steps are checked against the contract.
 
     Args:
-        spec: Which environment; names it in errors.
-        spaces: What the spec tells.
-        env: The environment that the spec built, which may turn out to be none.
-        device: Where it is to be.
-        steps: How many steps are inspected; 0 for none, and no reset.
+        spec: Spec of the environment, whose class names the environment in errors.
+        spaces: Spaces of the spec.
+        env: Object that the spec built, which may turn out not to be an environment.
+        device: Device of the run, on which the results must be.
+        steps: Number of steps to inspect; with 0, neither steps nor resets are inspected.
 
     Attributes:
         owner: Name of the environment in errors.
-        spaces: What the spec tells.
-        left: Steps that are still to be inspected.
+        spaces: Spaces of the spec.
+        left: Number of steps that are still to be inspected.
 
     Raises:
-        ValueError: If something that was built, or returned, breaks the contract; one line for each
-            way in which it does.
+        ValueError: If the environment, or a result of it, breaks the contract; one line for each
+            broken rule.
     """
 
     def __init__(
@@ -257,7 +258,7 @@ class FirstSteps:
         return result
 
     def rehearse(self, episodes: Any, action: Tensor, drawn: Any) -> tuple[Any, StepResult]:
-        """``transition`` of a functional environment, which is to change nothing."""
+        """``transition`` of a functional environment; raises if it changes its arguments."""
         env, given = cast(FunctionalEnv, self._env), map_tree(torch.clone, (episodes, action))
         returned = cast(object, env.transition(episodes, action, drawn))
         with self._report.told():

@@ -1,7 +1,7 @@
 """Mountain car: reach the hilltop with an engine too weak to climb.
 
-Axes: ``B`` environment, two components of the state. Actions are not checked: that would
-synchronise.
+Axes: ``B`` environment, two components of the state. Actions are not checked, because
+a check would synchronise.
 """
 
 from dataclasses import dataclass
@@ -26,15 +26,15 @@ GOAL_POSITION = 0.5
 
 @dataclass(frozen=True, kw_only=True)
 class MountainCar(EnvSpec):
-    """Moore (1990), as ``MountainCar-v0`` of Gymnasium (``classic_control/mountain_car.py``).
+    """The mountain car of Moore (1990), as ``MountainCar-v0`` of Gymnasium.
 
-    State and observation: position and velocity, per step. Actions push left, not at all, right.
-    Reward -1 in every step; terminates at the goal, unless rolling back. The wall on the left stops
-    the car.
+    State and observation are the position, and the velocity per step. Actions push left, not at
+    all, or right. The reward is -1 for every step. An episode terminates at the goal, unless the
+    car is rolling back. The wall on the left stops the car.
 
     Attributes:
-        num_envs: Environments on each rank.
-        time_limit: Steps after which an episode is truncated.
+        num_envs: Number of environments on each rank.
+        time_limit: Number of steps after which an episode is truncated.
     """
 
     num_envs: int = 64
@@ -55,7 +55,7 @@ class MountainCar(EnvSpec):
     def sample_states(
         self, steps: int, generator: torch.Generator, device: torch.device
     ) -> Float[Tensor, "T B 2"]:
-        """Position uniform in [-0.6, -0.4), at rest."""
+        """Initial states, with a position uniform in [-0.6, -0.4), at rest."""
         position = torch.empty(steps, self.num_envs, device=device).uniform_(
             -0.6, -0.4, generator=generator
         )

@@ -26,13 +26,14 @@ MAX_TORQUE = 2.0  # N m
 class Pendulum(EnvSpec):
     """The swing-up of ``Pendulum-v1`` of Gymnasium (``classic_control/pendulum.py``).
 
-    State: angle from upright in rad, unwrapped, and its velocity. Observed are cosine, sine and
-    velocity. The action is a torque, clipped to [-2, 2] N m. Reward ``-(angle^2 + 0.1 velocity^2 +
-    0.001 torque^2)`` of the state acted in, the angle taken in [-pi, pi]. It never terminates.
+    The state is the angle from upright in rad, unwrapped, and its velocity. The observation is
+    cosine, sine and velocity. The action is a torque, clipped to [-2, 2] N m. The reward is
+    ``-(angle^2 + 0.1 velocity^2 + 0.001 torque^2)`` of the state before the step, with the angle in
+    [-pi, pi]. An episode never terminates.
 
     Attributes:
-        num_envs: Environments on each rank.
-        time_limit: Steps after which an episode is truncated.
+        num_envs: Number of environments on each rank.
+        time_limit: Number of steps after which an episode is truncated.
     """
 
     num_envs: int = 64
@@ -53,14 +54,14 @@ class Pendulum(EnvSpec):
     def sample_states(
         self, steps: int, generator: torch.Generator, device: torch.device
     ) -> Float[Tensor, "T B 2"]:
-        """Angle uniform in [-pi, pi), velocity in [-1, 1)."""
+        """Initial states, with an angle uniform in [-pi, pi) and a velocity in [-1, 1)."""
         unit = torch.empty(steps, self.num_envs, 2, device=device).uniform_(
             -1.0, 1.0, generator=generator
         )
         return torch.stack((unit[..., 0] * math.pi, unit[..., 1]), dim=-1)
 
     def observe(self, state: Float[Tensor, "B 2"]) -> Float[Tensor, "B 3"]:
-        """The angle on the circle, the velocity as it is."""
+        """Cosine and sine of the angle, and the velocity."""
         angle, velocity = state.unbind(-1)
         return torch.stack((angle.cos(), angle.sin(), velocity), dim=-1)
 

@@ -186,7 +186,7 @@ def test_load_refuses_and_leaves_everything_as_it_was() -> None:
     before = env.state_dict()
     message = (
         r"CartPole.load_state_dict\(\)\['state'\] must be torch.float32 of shape \[3, 4\], "
-        r"got \(torch.float32, \[4, 4\]\). It was saved with another num_envs"
+        r"got \(torch.float32, \[4, 4\]\). The state was saved with another num_envs"
     )
     with pytest.raises(ValueError, match=message):
         env.load_state_dict(other.state_dict())

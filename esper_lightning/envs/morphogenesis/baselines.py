@@ -1,7 +1,7 @@
-"""Policies to beat, on what every policy sees of the environment: its state and its mask.
+"""Baselines: fixed rules that use the state of the environment and its action mask.
 
-Axes: ``B`` environment, ``S`` slot. Each returns an action ``[B, 4]`` that is legal; none waits for
-the device.
+Axes: ``B`` environment, ``S`` slot. Each baseline returns a legal action ``[B, 4]`` without
+waiting for the device.
 """
 
 from collections.abc import Callable
@@ -21,12 +21,12 @@ Baseline = Callable[[MorphogenesisEnv], Int[Tensor, "B 4"]]
 
 
 def never_grow(env: MorphogenesisEnv) -> Int[Tensor, "B 4"]:
-    """The static host: WAIT."""
+    """WAIT in every step: the host does not grow."""
     return torch.zeros(env.num_envs, 4, dtype=torch.int64, device=env.hosts.episode.device)
 
 
 def random_legal(env: MorphogenesisEnv) -> Int[Tensor, "B 4"]:
-    """An op among those allowed, then a slot among those allowed for it; the rest alike."""
+    """A random legal op, then a random legal slot for the op, a random blueprint and ramp."""
     hosts, spec = env.hosts, env.spec
     number = torch.arange(env.num_envs, device=hosts.episode.device)
     place = Place(number, hosts.episode, hosts.vitals.step)
@@ -44,7 +44,7 @@ def random_legal(env: MorphogenesisEnv) -> Int[Tensor, "B 4"]:
 
 
 def grow_at_start(env: MorphogenesisEnv, *, blueprint: str = "conv_light") -> Int[Tensor, "B 4"]:
-    """Every slot as soon as may be: germinate, blend, fossilize, one after the other."""
+    """Germinate, blend and fossilize every slot as soon as that is legal, one after another."""
     legal = env.legal()
     return _first_legal(
         env, legal, (Op.FOSSILIZE, Op.BLEND, Op.GERMINATE), blueprint=blueprint, ramp=0
@@ -53,14 +53,14 @@ def grow_at_start(env: MorphogenesisEnv, *, blueprint: str = "conv_light") -> In
 
 @dataclass(frozen=True, kw_only=True)
 class plateau:  # noqa: N801 - used like the functions beside it
-    """Germinate when accuracy stops rising, blend when trained, keep what contributes.
+    """Germinate when accuracy stops rising, blend trained seeds, fossilize seeds that contribute.
 
     Attributes:
-        blueprint: What to grow.
-        rise: Accuracy that must be gained in ``window`` epochs, or a seed is germinated.
-        window: Epochs, at most 4.
-        training_epochs: In isolation before blending.
-        contribution: Accuracy that a seed must add to be kept when its alpha is 1.
+        blueprint: Blueprint of every seed.
+        rise: Accuracy that must be gained in ``window`` epochs; otherwise a seed is germinated.
+        window: Number of epochs over which the rise is measured, at most 4.
+        training_epochs: Number of epochs of training in isolation before blending.
+        contribution: Accuracy that a seed must add to be fossilized when its alpha is 1.
     """
 
     blueprint: str = "conv_light"
@@ -103,7 +103,7 @@ def _first_legal(
     blueprint: str,
     ramp: int,
 ) -> Int[Tensor, "B 4"]:
-    """The first op of ``order`` that has a wanted slot, in the first such slot; else WAIT."""
+    """The first op of ``order`` that is wanted in a slot, in the first such slot; else WAIT."""
     op = torch.zeros(env.num_envs, dtype=torch.int64, device=wanted.device)
     for candidate in reversed(order):
         op = op.masked_fill(wanted[:, candidate].any(1), candidate)
@@ -115,6 +115,6 @@ def _first_legal(
 
 
 def _pick(allowed: Bool[Tensor, "B N"], unit: Tensor) -> Int[Tensor, " B"]:
-    """A uniform choice among what is allowed, from a number in ``[0, 1)`` each."""
+    """A uniform choice among the allowed entries of a row, from a number in ``[0, 1)``."""
     rank = (unit * allowed.sum(1)).long().unsqueeze(1)
     return ((allowed.cumsum(1) - 1 == rank) & allowed).int().argmax(1)

@@ -1,9 +1,9 @@
-"""What can be grown: residuals ``f`` of seeds ``h + alpha * f(h)``, for several hosts at once.
+"""Blueprints of seeds: residuals ``f`` of ``h + alpha * f(h)``, for several hosts at once.
 
 Axes: ``N`` host, ``M`` image, ``C`` channel of one host, ``P`` parameter of a seed. A seed's
 parameters are the first entries of a row ``[P]`` that is as long as the largest blueprint needs.
-Blueprints of one family run together: their parameters make kernels of one shape. Every ``f``
-starts near 0 and with a gradient in all its parts.
+Blueprints of one family run together, because their parameters form kernels of one shape. Every
+``f`` starts near 0 and with a gradient in all its parameter tensors.
 """
 
 import math
@@ -42,11 +42,11 @@ FAMILIES: dict[str, tuple[str, ...]] = {
     "conv": ("depthwise", "conv_light", "low_rank"),
     "double": ("conv_heavy", "bottleneck"),
 }
-_SMALL = 0.1  # factor of a residual at the start: LayerScale (Touvron et al. 2021)
+_SMALL = 0.1  # initial factor of a residual: LayerScale (Touvron et al. 2021)
 
 
 class Part(NamedTuple):
-    """One parameter tensor of a seed, drawn from a normal distribution."""
+    """One parameter tensor of a seed, whose initial values are normally distributed."""
 
     shape: tuple[int, ...]
     mean: float = 0.0
@@ -59,15 +59,18 @@ class Part(NamedTuple):
 
 
 def parts(name: str, channels: int) -> dict[str, Part]:
-    """The parameters of a blueprint, in the order of its row.
+    """The parameter tensors of a blueprint, in the order of its row.
 
-    ``norm``: scale and shift of the layer norm of all channels. ``attention``: squeeze and excite
-    (Hu et al. 2018). ``depthwise``: separable, a kernel a channel and a matrix between channels.
-    ``conv_light``: a 3x3 convolution. ``conv_heavy``: two. ``bottleneck``: 1x1 to a quarter of the
-    channels, 3x3 back. ``low_rank``: 3x3 to a quarter of the channels and 1x1 back, nothing
-    between. All convolutions with bias, a ``relu`` after each but within the factored ones, and a
-    scale for each channel. A quarter is at least 4, as is the squeeze to a half: of two units after
-    a ``relu`` both may be dead.
+    ``norm`` has scale and shift of the layer norm of all channels. ``attention`` is squeeze and
+    excite (Hu et al. 2018). ``depthwise`` is a separable convolution, with a kernel for each
+    channel and a matrix between channels. ``conv_light`` is one 3x3 convolution, ``conv_heavy`` is
+    two. ``bottleneck`` is a 1x1 convolution to a quarter of the channels and a 3x3 convolution
+    back. ``low_rank`` is a 3x3 convolution to a quarter of the channels and a 1x1 convolution back,
+    with nothing between.
+
+    All convolutions have a bias, a ``relu`` after each (except within the factored convolutions),
+    and a scale for each channel. A quarter is at least 4 channels, and so is the squeeze to a half:
+    of two units after a ``relu`` both may be dead.
     """
     c, quarter, half = channels, max(4, channels // 4), max(4, channels // 2)
     bias, scale = Part((c,)), Part((c,), mean=_SMALL)
@@ -112,7 +115,7 @@ def parts(name: str, channels: int) -> dict[str, Part]:
 
 
 def count_parameters(name: str, channels: int) -> int:
-    """What a seed of this blueprint really has."""
+    """Number of parameters of a seed of this blueprint, without the padding of its row."""
     return sum(part.size for part in parts(name, channels).values())
 
 
@@ -127,13 +130,13 @@ def residual(
     """``gate * f(h)``.
 
     Args:
-        family: Of all the seeds.
-        names: The blueprints that occur among them.
-        h: Where the seeds sit.
-        row: Their parameters.
-        kind: Their blueprints, as positions in ``BLUEPRINTS``; or, where the seeds are in the order
-            of ``names``, how many there are of each.
-        gate: Factor of each.
+        family: Family of all the seeds.
+        names: Blueprints that occur among the seeds.
+        h: Activations to which the seeds are applied.
+        row: Parameters of each seed.
+        kind: Blueprint of each seed, as a position in ``BLUEPRINTS``; or, where the seeds are in
+            the order of ``names``, the number of seeds of each blueprint.
+        gate: Factor of each seed.
     """
     channels, factor = h.shape[4], gate.unsqueeze(1)
     if family == "norm":
@@ -148,7 +151,7 @@ def residual(
     def make(what: Callable[[str, dict[str, Tensor]], Tensor]) -> Tensor:
         return _assemble(names, row, channels, kind, what)
 
-    # All members of a family have these two in the same place.
+    # All members of a family have bias and scale in the same place.
     common = _unpack(row, parts(names[0], channels))
     if family == "double":
         h = convolve(h, make(_inner_kernel), make(_inner_bias)).relu()
@@ -159,7 +162,7 @@ def residual(
 def _excitation(
     h: Float[Tensor, "N M H W C"], part: dict[str, Tensor], gate: Float[Tensor, " N"]
 ) -> Float[Tensor, "N M C"]:
-    """A factor for each channel: ``2 * sigmoid(z) - 1``, 0 where the excitation is."""
+    """A factor for each channel: ``2 * sigmoid(z) - 1``, which is 0 where ``z`` is 0."""
     squeezed = affine(image_mean(h), part["squeeze"].mT, part["squeeze_bias"]).relu()
     z = affine(squeezed, part["excite"].mT, part["bias"])
     return (0.5 * z).tanh() * gate[:, None, None]
@@ -172,7 +175,7 @@ def _assemble(
     kind: Int[Tensor, " N"] | Sequence[int],
     what: Callable[[str, dict[str, Tensor]], Tensor],
 ) -> Tensor:
-    """Row by row, what the seed's blueprint makes of its parameters."""
+    """For each row, the tensor that ``what`` makes of the parameters of the row's blueprint."""
     if not isinstance(kind, Tensor):
         pieces = split_rows(row, kind)
         made = [

@@ -1,7 +1,7 @@
 """Images to train hosts on, in three splits that never mix: training, validation, test.
 
 Axes: ``I`` image. Rewards and observations come from the validation split; the test split is for
-reports alone. Images are channels last, with mean 0 and deviation 1 over the training split.
+evaluations alone. Images are channels last, with mean 0 and deviation 1 over the training split.
 """
 
 import io
@@ -25,7 +25,7 @@ __all__ = ["CIFAR_HINT", "IMAGE", "Dataset", "Split", "Splits", "load"]
 
 Dataset = Literal["digits", "cifar10", "synthetic"]
 IMAGE: dict[str, tuple[int, int]] = {"digits": (1, 8), "cifar10": (3, 32)}
-"""Channels and side."""
+"""Channels and side of the images of a data set."""
 
 _CIFAR_FOLDER = "cifar-10-batches-py"
 _CIFAR_ARCHIVE = "cifar-10-python.tar.gz"
@@ -34,25 +34,25 @@ CIFAR_HINT = (
     f"Download https://www.cs.toronto.edu/~kriz/{_CIFAR_ARCHIVE} and name the folder that holds "
     f"{_CIFAR_ARCHIVE}, or the {_CIFAR_FOLDER} unpacked from it."
 )
-_SPLIT_SEED = 20  # of what is fixed for every run: splits, templates, noise
+_SPLIT_SEED = 20  # of everything that is the same for every run: splits, templates, noise
 
 
 class Split(NamedTuple):
-    """Images of one use."""
+    """Images and labels of one use."""
 
     image: Float[Tensor, "I H W C"]
     label: Int[Tensor, " I"]
 
 
 class Splits(NamedTuple):
-    """All images."""
+    """Images of all three uses."""
 
     training: Split
     validation: Split
     test: Split
 
 
-@lru_cache(maxsize=1)  # for training, evaluations, and who asks before if it is there
+@lru_cache(maxsize=1)  # training, evaluations and early checks share the tensors
 def load(
     dataset: Dataset,
     *,
@@ -62,18 +62,19 @@ def load(
     noise: float,
     device: torch.device,
 ) -> Splits:
-    """Read or make a data set; who asks for the last one again shares its tensors.
+    """Read or generate a data set; a second call for the same data set shares its tensors.
 
     Args:
-        dataset: Which.
-        folder: Where ``cifar10`` is.
-        image: Channels and side, of ``synthetic``.
-        classes: Number of classes, of ``synthetic``.
-        noise: Deviation of what is added to every image once, in units of the images' deviation.
-        device: Where it will live.
+        dataset: Name of the data set.
+        folder: Folder that holds ``cifar10``.
+        image: Channels and side of the images of ``synthetic``.
+        classes: Number of classes of ``synthetic``.
+        noise: Deviation of the noise that is added to every image once, in units of the images'
+            deviation.
+        device: Device of the images.
 
     Raises:
-        ValueError: If the data set, or what reads it, is not there, or is broken.
+        ValueError: If the data set, or the library that reads it, is missing or broken.
     """
     if dataset == "digits":
         splits = _digits()
@@ -93,7 +94,7 @@ def load(
 
 
 def _digits() -> Splits:
-    """1,797 images of 8x8 pixels: 897, 400 and 500 of them."""
+    """1,797 images of 8x8 pixels, in splits of 897, 400 and 500 images."""
     try:
         datasets: Any = import_module("sklearn.datasets")
     except ModuleNotFoundError:
@@ -112,7 +113,7 @@ def _digits() -> Splits:
 
 
 def _synthetic(image: tuple[int, int], classes: int) -> Splits:
-    """A template for each class under as much noise: 2,048, 512 and 512 images."""
+    """A template for each class under noise of the same deviation: 2,048, 512 and 512 images."""
     channels, side = image
     template = _noise(16, torch.Size((classes, side, side, channels)))
     sizes = (2048, 512, 512)
@@ -127,7 +128,7 @@ def _synthetic(image: tuple[int, int], classes: int) -> Splits:
 
 def _noise(number: int, shape: torch.Size) -> Tensor:
     drawn: list[Tensor] = []
-    for start in range(0, shape[0], 4096):  # drawing takes many times the memory of what is drawn
+    for start in range(0, shape[0], 4096):  # sampling takes many times the memory of the samples
         some = torch.Size((min(4096, shape[0] - start), *shape[1:]))
         place = Place(*(torch.full((1,), value) for value in (number, start, 0)))
         values = normals(_SPLIT_SEED, Purpose.DATA, place, count=some.numel())
@@ -136,8 +137,8 @@ def _noise(number: int, shape: torch.Size) -> Tensor:
 
 
 def _cifar10(folder: str | None) -> Splits:
-    """60,000 images of 32x32 pixels: 45,000, 5,000 and, as published, 10,000 of them."""
-    assert folder is not None  # the settings see to it
+    """60,000 images of 32x32 pixels: 45,000, 5,000 and, as published, 10,000 images."""
+    assert folder is not None  # the settings check that
     place, files = _cifar_files(Path(folder).expanduser())
     complete = all(name in files for name in _CIFAR_BATCHES)
     require(complete, str(place), f"hold all of {_CIFAR_BATCHES}", sorted(files), CIFAR_HINT)
@@ -148,7 +149,7 @@ def _cifar10(folder: str | None) -> Splits:
 
 
 def _cifar_files(root: Path) -> tuple[Path, dict[str, bytes]]:
-    """The folder or the archive where batches are, and what is in each, by name."""
+    """The folder or archive that holds the batches, and the bytes of each batch by name."""
     for place in (root / _CIFAR_FOLDER, root):
         paths = [place / name for name in _CIFAR_BATCHES if (place / name).is_file()]
         if paths:
@@ -157,7 +158,7 @@ def _cifar_files(root: Path) -> tuple[Path, dict[str, bytes]]:
     require(archive.is_file(), "Morphogenesis.folder", "hold CIFAR-10", str(root), CIFAR_HINT)
     try:
         with tarfile.open(archive) as packed:
-            for member in packed:  # in its own order: to go back is to unpack from the start
+            for member in packed:  # in its own order: going back would unpack from the start
                 folder, _, name = member.name.rpartition("/")
                 file = packed.extractfile(member) if member.isfile() else None
                 if file is not None and folder == _CIFAR_FOLDER and name in _CIFAR_BATCHES:
@@ -168,11 +169,11 @@ def _cifar_files(root: Path) -> tuple[Path, dict[str, bytes]]:
 
 
 def _cifar_batch(content: bytes, path: Path) -> tuple[Tensor, Tensor]:
-    """Pixels, still bytes, channels last; labels."""
+    """Pixels as bytes, channels last, and labels."""
     try:
         batch = _ArrayUnpickler(io.BytesIO(content), encoding="bytes").load()
         pixels, label = torch.from_numpy(batch[b"data"]), torch.tensor(batch[b"labels"])
-    except Exception as error:  # what is no such pickle may raise anything
+    except Exception as error:  # a file that is no such pickle may raise anything
         rule = "be a pickled dict with an array b'data' and a list b'labels'"
         require(False, str(path), rule, error, CIFAR_HINT)
         raise
@@ -188,11 +189,11 @@ def _cifar_batch(content: bytes, path: Path) -> tuple[Tensor, Tensor]:
 
 
 class _ArrayUnpickler(pickle.Unpickler):
-    """Arrays and nothing else: a pickle from the net may run anything."""
+    """Unpickles arrays and nothing else, because a pickle from the net may run any code."""
 
     def find_class(self, module_name: str, global_name: str) -> Any:
-        """Refuse what the archive has no need of."""
-        reconstruct = np.empty(0).__reduce__()[0]  # in a module that other versions call otherwise
+        """Refuse every global that the archive does not need."""
+        reconstruct = np.empty(0).__reduce__()[0]  # in a module whose name depends on the version
         allowed = {
             ("numpy.core.multiarray", "_reconstruct"): reconstruct,
             ("numpy", "ndarray"): np.ndarray,

@@ -1,7 +1,7 @@
 """Host networks: blocks of convolution, batch norm, max pooling and relu, then a linear layer.
 
 Axes: ``N`` host, ``M`` image, ``C`` channel, ``K`` class. Pooling comes before relu, which changes
-nothing but the time it takes.
+the time but not the result.
 """
 
 import math
@@ -33,14 +33,14 @@ BATCH_NORM_MOMENTUM = 0.1
 
 @dataclass(frozen=True)
 class Architecture:
-    """What a host looks like; a slot follows each block.
+    """Architecture of a host; a slot follows each block.
 
     Attributes:
         image: Channels and side of a square image.
-        channels: Of each block.
+        channels: Number of output channels of each block.
         kernels: Side of each block's convolution, odd.
-        pools: Factor by which each block reduces the side.
-        classes: ``K``.
+        pools: Factor by which each block reduces the side of the image.
+        classes: ``K``, the number of classes.
     """
 
     image: tuple[int, int]
@@ -51,11 +51,11 @@ class Architecture:
 
     @property
     def slots(self) -> int:
-        """``S``."""
+        """``S``: number of slots."""
         return len(self.channels)
 
     def parts(self) -> list[Part]:
-        """Parameters in the order of a host's row: per block kernel, scale, shift; then the head.
+        """Parameter tensors in the order of a row: kernel, scale, shift of each block; the head.
 
         The head starts at zero: a new host gives all classes the same probability.
         """
@@ -90,7 +90,7 @@ class Block:
     pool: int
 
     def first(self, count: int) -> "Block":
-        """The same for the first hosts."""
+        """The parameters of the first ``count`` hosts."""
         if count == self.kernel.shape[0]:
             return self
         return Block(self.kernel[:count], self.scale[:count], self.shift[:count], self.pool)
@@ -101,15 +101,16 @@ def run_block(
     block: Block,
     running: tuple[Float[Tensor, "N C"], Float[Tensor, "N C"]] | None,
 ) -> tuple[Float[Tensor, "N M Hp Wp C"], tuple[Tensor, Tensor] | None]:
-    """One block.
+    """One block: convolution, batch norm, max pooling and relu.
 
     Args:
-        h: What comes in.
-        block: Parameters.
-        running: Mean and variance to normalise by; ``None`` in training: those of ``h`` itself.
+        h: Input activations.
+        block: Parameters of the block.
+        running: Mean and variance to normalise by; ``None`` in training, where those of the batch
+            are used.
 
     Returns:
-        What goes out and, in training, mean and unbiased variance ``[N, C]``.
+        Output activations and, in training, mean and unbiased variance ``[N, C]`` of the batch.
     """
     kernel, scale, shift, pool = block.kernel, block.scale, block.shift, block.pool
     if running is not None:
@@ -122,7 +123,7 @@ def run_block(
         wide = convolve_images_first(h, kernel, shift)
         return hosts_first(functional.max_pool2d(wide, pool), kernel.shape[0]).relu(), None
     if pool > 1:
-        # The largest of what is scaled is the scaled largest, if the sign goes into the kernel.
+        # If the sign goes into the kernel, the largest scaled number is the largest number, scaled.
         sign = torch.where(scale.detach() < 0, -1.0, 1.0).to(scale.dtype)
         wide = convolve_images_first(h, kernel * sign.view(*sign.shape, 1, 1, 1), None)
         h, mean, variance = normalise_pooled(wide, scale * sign, shift, pool, BATCH_NORM_EPS)

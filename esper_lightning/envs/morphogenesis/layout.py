@@ -9,15 +9,15 @@ __all__ = ["split_columns", "split_rows", "unflatten"]
 
 
 def split_columns(row: Tensor, sizes: Sequence[int]) -> tuple[Tensor, ...]:
-    """Pieces of these sizes along axis 1: one backward pass for all."""
+    """Pieces of the given sizes along axis 1, with one backward pass for all."""
     return cast(tuple[Tensor, ...], row.split(list(sizes), dim=1))  # pyright: ignore[reportUnknownMemberType]
 
 
 def split_rows(tensor: Tensor, sizes: Sequence[int]) -> tuple[Tensor, ...]:
-    """Pieces of these sizes along axis 0: one backward pass for all."""
+    """Pieces of the given sizes along axis 0, with one backward pass for all."""
     return cast(tuple[Tensor, ...], tensor.split(list(sizes)))  # pyright: ignore[reportUnknownMemberType]
 
 
 def unflatten(tensor: Tensor, dim: int, sizes: Sequence[int]) -> Tensor:
-    """An axis as several."""
+    """The tensor with one axis split into several."""
     return cast(Tensor, tensor.unflatten(dim, tuple(sizes)))  # pyright: ignore[reportUnknownMemberType]

@@ -1,7 +1,7 @@
 """The life cycle of a seed: one table of legal transitions, from which masks and moves derive.
 
-Axes: ``B`` environment, ``S`` slot. Ops are applied where they are legal and nowhere else, whatever
-a policy asks for.
+Axes: ``B`` environment, ``S`` slot. Ops are applied only where they are legal, whatever action a
+policy chooses.
 """
 
 import math
@@ -32,10 +32,10 @@ RampShape = Literal["linear", "cosine", "sigmoid"]
 
 
 class Stage(IntEnum):
-    """Where a slot stands."""
+    """Stage of the life of a slot."""
 
     DORMANT = 0  # empty
-    TRAINING = 1  # in isolation: the host does not see it
+    TRAINING = 1  # in isolation: the seed does not affect the host
     BLENDING = 2  # alpha rises
     HOLDING = 3  # alpha is 1, still to be judged
     FOSSILIZED = 4  # part of the host for good
@@ -44,7 +44,7 @@ class Stage(IntEnum):
 
 
 class Op(IntEnum):
-    """What the agent may do in a step."""
+    """Operation that the agent may choose in a step."""
 
     WAIT = 0
     GERMINATE = 1
@@ -61,8 +61,8 @@ TRANSITIONS: dict[tuple[Stage, Op], Stage] = {
     (Stage.HOLDING, Op.PRUNE): Stage.FADING,
     (Stage.HOLDING, Op.FOSSILIZE): Stage.FOSSILIZED,
 }
-"""What an op makes of a slot; what is not listed is illegal. The rest happens by itself: BLENDING
-becomes HOLDING, FADING becomes EMBARGOED, EMBARGOED becomes DORMANT."""
+"""Stage of a slot after an op; ops that are not listed are illegal. The other transitions happen by
+themselves: BLENDING becomes HOLDING, FADING becomes EMBARGOED, EMBARGOED becomes DORMANT."""
 
 LIVE = (Stage.TRAINING, Stage.BLENDING, Stage.HOLDING, Stage.FOSSILIZED, Stage.FADING)
 ATTACHED = (Stage.BLENDING, Stage.HOLDING, Stage.FOSSILIZED, Stage.FADING)
@@ -71,7 +71,7 @@ JUDGED = (Stage.TRAINING, Stage.BLENDING, Stage.HOLDING, Stage.FADING)  # contri
 
 
 class Action(NamedTuple):
-    """One choice a head."""
+    """An action, with one choice for each head."""
 
     op: Int[Tensor, " B"]
     slot: Int[Tensor, " B"]
@@ -87,22 +87,22 @@ class Slots(NamedTuple):
     alpha: Float[Tensor, "B S"]  # share of the seed in the network
     ramp_epochs: Int[Tensor, "B S"]
     fade_from: Float[Tensor, "B S"]  # alpha when pruned
-    epochs_in_stage: Int[Tensor, "B S"]  # with the one that is being trained
+    epochs_in_stage: Int[Tensor, "B S"]  # including the epoch that is being trained
     age: Int[Tensor, "B S"]  # epochs since germination
-    measured: Bool[Tensor, "B S"]  # whether the contribution of this life is known
+    measured: Bool[Tensor, "B S"]  # whether the contribution of this seed is known
 
     @classmethod
     def empty(
         cls, num_envs: int, slots: int, *, dtype: torch.dtype, device: torch.device
     ) -> "Slots":
-        """All dormant."""
+        """Slots that are all dormant."""
         zeros = torch.zeros(num_envs, slots, dtype=torch.int64, device=device)
         share = zeros.to(dtype)
         return cls(zeros, zeros, share, zeros + 1, share, zeros, zeros, zeros.bool())
 
 
 class LifeCycle:
-    """The table as tensors on a device, with the settings of the guards."""
+    """The table of transitions as tensors on a device, with the settings that restrict it."""
 
     def __init__(
         self,
@@ -124,7 +124,7 @@ class LifeCycle:
         self._fade_epochs, self._cooldown_epochs = fade_epochs, cooldown_epochs
 
     def legal(self, slots: Slots) -> Bool[Tensor, "B O S"]:
-        """Which op may be applied to which slot; WAIT has no slot and is False throughout."""
+        """Which op may be applied to which slot; WAIT has no slot and is False for all slots."""
         legal = (self._table[slots.stage] >= 0).transpose(1, 2).clone()  # [B, S, O] -> [B, O, S]
         busy = is_in(slots.stage, DEVELOPING).any(1, keepdim=True)
         legal[:, Op.GERMINATE] &= ~busy
@@ -133,7 +133,7 @@ class LifeCycle:
         return legal
 
     def apply(self, slots: Slots, action: Action) -> tuple[Slots, Bool[Tensor, "B S"]]:
-        """Do what the action says where that is legal; also returns the slots it changed."""
+        """Apply the action where it is legal; also return the slots that the action changed."""
         op = action.op.clamp(0, len(Op) - 1)
         chosen = torch.arange(slots.stage.shape[1], device=op.device) == action.slot.unsqueeze(1)
         row = torch.arange(op.shape[0], device=op.device)
@@ -154,7 +154,7 @@ class LifeCycle:
         ), changed
 
     def tick(self, slots: Slots) -> Slots:
-        """An epoch begins: alpha moves, and what is due by itself happens."""
+        """Begin an epoch: move alpha, and make the transitions that happen by themselves."""
         stage = slots.stage
         blending, fading = stage == Stage.BLENDING, stage == Stage.FADING
         epochs = slots.epochs_in_stage + 1
@@ -189,7 +189,7 @@ def ramp(share: Float[Tensor, "*N"], shape: RampShape) -> Float[Tensor, "*N"]:
 
 
 def is_in(stage: Int[Tensor, "*N"], stages: tuple[Stage, ...]) -> Bool[Tensor, "*N"]:
-    """Whether each is one of ``stages``."""
+    """Whether each stage is one of ``stages``."""
     found = stage == stages[0]
     for other in stages[1:]:
         found = found | (stage == other)

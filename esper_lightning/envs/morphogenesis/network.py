@@ -1,12 +1,12 @@
 """Hosts with their seeds, run as they are (the trunk) and with a slot switched (the branches).
 
 Axes: ``M`` image, ``N`` host, ``S`` slot, ``E`` branch. A branch is a host with one of its slots
-switched: off where it is attached, on where it trains in isolation. It leaves the trunk at that
-slot, so what comes before is computed once.
+switched: off where the seed is attached, on where the seed trains in isolation. A branch leaves the
+trunk at that slot, so the layers before the slot are computed once.
 
-Who runs what is planned before, from the stages alone. A plan that reads them names the hosts that
-a computation concerns; where reading would wait for the device the plan is static: everything runs
-for everyone, and gates decide.
+A plan, made from the stages alone, says which hosts run which computation. On a CPU the plan reads
+the stages and names the hosts of each computation. Where reading would wait for the device, the
+plan is static: every computation runs for every host, and gates switch results off.
 """
 
 from typing import NamedTuple, cast
@@ -41,52 +41,52 @@ class _Bucket(NamedTuple):
     """Seeds of one family in one slot."""
 
     family: str
-    names: tuple[str, ...]  # blueprints among them
-    kind: Tensor | tuple[int, ...]  # [n], or how many of each name, in that order
+    names: tuple[str, ...]  # blueprints of the seeds
+    kind: Tensor | tuple[int, ...]  # [n], or the number of seeds of each name, in order
     gate: Tensor  # [n]
 
 
 class _Seeds(NamedTuple):
     """Seeds of one slot, one bucket after another."""
 
-    position: Tensor | None  # [n] where they sit; None: every bucket everywhere
-    row: Tensor  # [n] of which parameters
-    learns: Tensor | None  # [n] bool: whose parameters get gradients; None: all
+    position: Tensor | None  # [n] hosts of the seeds; None: every bucket for every host
+    row: Tensor  # [n] rows of the parameters
+    learns: Tensor | None  # [n] bool: whether the parameters get gradients; None: all
     buckets: list[_Bucket]
 
 
 class _Level(NamedTuple):
-    """What happens in one slot."""
+    """Computations of one slot."""
 
     joins: Tensor | None  # [j] hosts of the branches that begin here
     seeds: _Seeds | None
 
 
 class Plan(NamedTuple):
-    """Who runs what. Branches come after the hosts, in the order in which they begin."""
+    """Which hosts run which computation; branches come after hosts, in order of their slots."""
 
     levels: list[_Level]
     branch_host: Tensor | None  # [E]
     branch_slot: Tensor | None  # [E]
-    branch_counts: Tensor | None  # [E] bool: False for what is computed for nobody
+    branch_counts: Tensor | None  # [E] bool: False for branches whose results are not used
 
 
 class Losses(NamedTuple):
-    """Per image: loss in nats, and 1 where it is classified right."""
+    """Loss of each image in nats, and 1 where the image is classified right, else 0."""
 
     trunk: tuple[Tensor, Tensor]  # [N, M]
     branches: tuple[Tensor, Tensor] | None  # [E, M]
 
 
 def plan_training(slots: Slots, enabled: tuple[str, ...], *, static: bool) -> Plan:
-    """Branches: hosts with a slot that trains in isolation, in which that slot is on.
+    """The plan of a training batch; branches have a slot that trains in isolation switched on.
 
     Unless ``static``, the seeds of a slot are those of the hosts in which they are live.
     """
     training = slots.stage == Stage.TRAINING
     if not static:
         return _plan(slots, training, packed=True)
-    # One branch for each host, from the first slot on; whose nothing trains runs for nothing.
+    # One branch for each host, from the first slot on; unused where no seed of the host trains.
     hosts = torch.arange(training.shape[0], device=training.device)
     first = torch.zeros_like(hosts)
     gate = torch.where(training, 1.0, _trunk_gate(slots))
@@ -96,7 +96,7 @@ def plan_training(slots: Slots, enabled: tuple[str, ...], *, static: bool) -> Pl
 def plan_validation(
     slots: Slots, enabled: tuple[str, ...], *, static: bool, switch: bool = True
 ) -> Plan:
-    """Branches, if ``switch``: a host for each slot to be judged, with that slot switched."""
+    """The plan of a validation; with ``switch``, a branch for each slot to be judged."""
     judged = is_in(slots.stage, JUDGED) & switch
     if not static:
         return _plan(slots, judged, packed=False)
@@ -117,7 +117,7 @@ def run(
     *,
     training: bool,
 ) -> Losses:
-    """Losses of trunk and branches.
+    """Losses of the trunk and of the branches.
 
     In training, batch norm uses the batch and the trunk updates the running statistics in place;
     gradients of a branch reach the seed that trains in it and nothing else.
@@ -155,14 +155,14 @@ def run(
 
 
 def _grow(h: Tensor, parameters: Tensor, seeds: _Seeds) -> Tensor:
-    """Add what the seeds of a slot contribute."""
+    """The activations after the seeds of a slot are added."""
     row = parameters.index_select(0, seeds.row)
     if seeds.learns is not None:
         row = torch.where(seeds.learns.unsqueeze(1), row, row.detach())
     if seeds.position is None:
         grown = h
         for family, names, kind, gate in seeds.buckets:
-            # What is not in the network must not reach it as 0 * inf either.
+            # A seed that is not in the network must not affect it, also not as 0 * inf.
             mine = torch.where((gate != 0).unsqueeze(1), row, 0.0)
             grown = grown + residual(family, names, h, mine, kind, gate)
         return grown
@@ -187,7 +187,7 @@ def _trunk_gate(slots: Slots) -> Float[Tensor, "N S"]:
 def _switched(
     slots: Slots, host: Int[Tensor, " E"], slot: Int[Tensor, " E"]
 ) -> Float[Tensor, "E S"]:
-    """Gates of branches: those of the trunk but for one slot."""
+    """Gates of branches: those of the trunk, except for the switched slot."""
     gate = _trunk_gate(slots)[host]
     on = (slots.stage == Stage.TRAINING)[host].to(gate.dtype)
     chosen = torch.arange(gate.shape[1], device=gate.device) == slot.unsqueeze(1)
@@ -195,9 +195,9 @@ def _switched(
 
 
 def _plan(slots: Slots, switched: Bool[Tensor, "N S"], *, packed: bool) -> Plan:
-    """A plan that names the hosts concerned, from stages that can be read.
+    """A plan that names the hosts of each computation, from stages that can be read.
 
-    ``packed``: the parameters of a slot are those of live seeds alone.
+    With ``packed``, the parameters of a slot are those of live seeds alone.
     """
     hosts, count = switched.shape
     everyone = torch.arange(hosts)
@@ -234,7 +234,7 @@ def _plan(slots: Slots, switched: Bool[Tensor, "N S"], *, packed: bool) -> Plan:
 def _seeds(
     row: Tensor, kind: Tensor, gate: Tensor, learns: Tensor, *, twice: bool
 ) -> _Seeds | None:
-    """The seeds that are in the network; ``twice``: run those twice that are alone."""
+    """The seeds that are in the network; with ``twice``, a lone seed of a family runs twice."""
     active = gate != 0
     present = set(cast(list[int], kind[active].tolist()))
     buckets: list[_Bucket] = []
@@ -247,7 +247,7 @@ def _seeds(
         position = torch.cat(mine)
         counts, factor = tuple(len(some) for some in mine), gate[position]
         if twice and len(position) == 1:
-            # A convolution of one group takes another path, with other roundings.
+            # A convolution of one group takes another path, which rounds differently.
             position, counts = position.repeat(2), (2,)
             factor = torch.cat((factor, torch.zeros_like(factor)))
         positions.append(position)
@@ -268,13 +268,13 @@ def _plan_static(
     learns: Tensor,
     counts: Tensor,
 ) -> Plan:
-    """The same work whatever the stages are: every family for every host."""
+    """A plan of the same work whatever the stages are: every family for every host."""
     hosts, count = slots.stage.shape
     everyone = torch.arange(hosts, device=branch.device)
     host = torch.cat((everyone, branch))
     gate = torch.cat((_trunk_gate(slots), gate))
     learns = torch.cat((torch.ones_like(learns[:hosts]), learns))
-    begin = slot.shape[0] // hosts  # branches of a host: one, or one a slot
+    begin = slot.shape[0] // hosts  # branches of a host: one, or one for each slot
     levels: list[_Level] = []
     for s in range(count):
         so_far = hosts + min(s + 1, begin) * hosts

@@ -1,6 +1,7 @@
-"""What the agent sees of its host, its rewards, and which choices it has.
+"""Observations and action masks: what the agent sees of its host, and its legal choices.
 
-Axes: ``B`` environment, ``S`` slot, ``O`` feature. Features are scaled to about 1, always finite.
+Axes: ``B`` environment, ``S`` slot, ``O`` feature. Features are scaled to about 1 and always
+finite.
 """
 
 import math
@@ -19,17 +20,17 @@ __all__ = ["HISTORY", "Vitals", "action_mask", "action_space", "feature_names", 
 
 HISTORY = 5
 _CONTRIBUTION_SCALE = 10.0
-_MAX_LOSS = 5.0  # times that of a guess
+_MAX_LOSS = 5.0  # times the loss of a guess
 
 
 class Vitals(NamedTuple):
-    """What is known of each host beside its slots."""
+    """Measurements and history of each host, without its slots."""
 
     step: Int[Tensor, " B"]
     losses: Float[Tensor, "B 5"]  # of the validation split, newest first
     accuracies: Float[Tensor, "B 5"]
     contribution: Float[Tensor, "B S"]
-    contribution_age: Int[Tensor, "B S"]  # epochs since it was measured
+    contribution_age: Int[Tensor, "B S"]  # epochs since the contribution was measured
     germination_accuracy: Float[Tensor, "B S"]
     grad_norm: Float[Tensor, "B S"]
     last_op: Int[Tensor, " B"]
@@ -38,7 +39,7 @@ class Vitals(NamedTuple):
 
 
 def action_space(slots: int, blueprints: int, ramps: int) -> FactoredDiscrete:
-    """Op, slot given op, blueprint and alpha epochs."""
+    """Action space of op, slot given op, blueprint and ramp."""
     ops = tuple(op.value for op in Op)
     return FactoredDiscrete(
         (
@@ -51,10 +52,10 @@ def action_space(slots: int, blueprints: int, ramps: int) -> FactoredDiscrete:
 
 
 def action_mask(legal: Bool[Tensor, "B O S"], blueprints: int, ramps: int) -> Bool[Tensor, "B K"]:
-    """Masks of the heads one after another, as ``FactoredDiscrete`` has them.
+    """Masks of the heads one after another, in the layout of ``FactoredDiscrete``.
 
-    An op is allowed where it has a slot. Slots of an op that is not, or that needs none, are all
-    allowed: nobody will ask.
+    An op is allowed where it is legal for a slot. For an op that is not allowed, or that needs no
+    slot, all slots are allowed, because the mask of these slots is never used.
     """
     op = legal.any(2)
     op[:, Op.WAIT] = True
@@ -96,14 +97,14 @@ def observe(
     epochs: int,
     classes: int,
 ) -> Float[Tensor, "B O"]:
-    """Features as ``feature_names`` has them.
+    """Features in the order of ``feature_names``.
 
     Args:
-        slots: Life cycle.
-        vitals: Everything else.
-        grown: Grown parameters over host parameters.
-        epochs: Of an episode.
-        classes: Of the data.
+        slots: Life cycle of the slots.
+        vitals: Measurements and history of each host.
+        grown: Number of grown parameters over number of host parameters.
+        epochs: Number of epochs of an episode.
+        classes: Number of classes of the data.
     """
     count = slots.stage.shape[1]
     dtype = grown.dtype

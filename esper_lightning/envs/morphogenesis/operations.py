@@ -1,9 +1,9 @@
-"""What hosts are made of, for several hosts at once.
+"""Operations of host networks, for several hosts at once.
 
 Axes: ``N`` host, ``M`` image, ``C`` and ``O`` channels of one host before and after. Activations
-are ``[N, M, H, W, C]``: a host is one block of memory, so hosts are gathered at once, and what is
-done to one rounds alike whatever is beside it. Convolutions of larger images are ``[M, N*C, H, W]``
-in ``channels_last`` within, where the hosts are groups.
+are ``[N, M, H, W, C]``: a host is one block of memory, so hosts are gathered at once, and an
+operation on one host rounds alike whatever hosts are beside it. Convolutions of larger images are
+computed as ``[M, N*C, H, W]`` in ``channels_last``, with the hosts as groups.
 """
 
 from functools import cache
@@ -32,8 +32,8 @@ def affine(
     x: Float[Tensor, "N M C"], weight: Float[Tensor, "N C O"], bias: Float[Tensor, "N O"] | None
 ) -> Float[Tensor, "N M O"]:
     """A linear layer for each host."""
-    # A batched product rounds as the addresses of its matrices have it, modulo 16 bytes: zeros
-    # make each host's a multiple of 4 numbers, those of the gradients too.
+    # The rounding of a batched product depends on the addresses of its matrices, modulo 16 bytes.
+    # Zeros make the matrix of each host, and its gradient, a multiple of 4 numbers.
     (rows, inputs), out = x.shape[1:], weight.shape[2]
     more_rows = -rows % 4 if rows * inputs % 4 or rows * out % 4 else 0
     more_out = -out % 4 if inputs * out % 4 else 0
@@ -46,7 +46,7 @@ def affine(
 
 
 def as_rows(channel: Float[Tensor, "N C"]) -> Float[Tensor, "N 1 1 1 C"]:
-    """Something for each channel, to go with ``[N, M, H, W, C]``."""
+    """A number for each channel, in a shape that broadcasts with ``[N, M, H, W, C]``."""
     return channel.reshape(channel.shape[0], 1, 1, 1, -1)
 
 
@@ -66,7 +66,7 @@ def convolve(
     if side == 1:
         y = affine(h.flatten(1, 3), kernel.flatten(2).mT, bias)
     elif max(height, width) <= side // 2 + 1:
-        # Each pixel reaches each other: one matrix, [N, H*W*C, H*W*O].
+        # Each pixel reaches each other: the convolution is one matrix, [N, H*W*C, H*W*O].
         places = height * width
         taps = _taps(height, width, side, h.dtype, h.device).expand(hosts, -1, -1)
         matrix = unflatten(affine(kernel.flatten(3).flatten(1, 2), taps, None), 1, (out, -1))
@@ -83,7 +83,7 @@ def convolve_images_first(
     kernel: Float[Tensor, "N O C side side"],
     bias: Float[Tensor, "N O"] | None,
 ) -> Float[Tensor, "M NO H W"]:
-    """A grouped convolution, in ``channels_last``."""
+    """A convolution for each host as one grouped convolution, in ``channels_last``."""
     return functional.conv2d(
         images_first(h),
         kernel.flatten(0, 1),
@@ -125,7 +125,7 @@ class _HostsFirst(torch.autograd.Function):
 
 
 def _join(h: Tensor) -> Tensor:
-    # On a CPU two to three times as fast as a copy of the permuted tensor.
+    # On a CPU this is two to three times as fast as a copy of the permuted tensor.
     joined = h[0].contiguous() if h.shape[0] == 1 else torch.cat(h.unbind(0), dim=-1)
     return joined.permute(0, 3, 1, 2)
 
@@ -133,7 +133,7 @@ def _join(h: Tensor) -> Tensor:
 def standardise(
     h: Float[Tensor, "N M H W C"], eps: float
 ) -> tuple[Tensor, Float[Tensor, "N C"], Float[Tensor, "N C"]]:
-    """Batch norm without scale and shift; also mean and unbiased variance."""
+    """Batch norm without scale and shift; also returns mean and unbiased variance."""
     flat = h.flatten(1, 3)
     count = flat.shape[1]
     mean = flat.sum(1, keepdim=True) / count
@@ -151,18 +151,18 @@ def normalise_pooled(
     pool: int,
     eps: float,
 ) -> tuple[Float[Tensor, "N M Hp Wp C"], Float[Tensor, "N C"], Float[Tensor, "N C"]]:
-    """Batch norm, max pooling and relu, of which only what the pooling leaves is computed.
+    """Batch norm, max pooling and relu, computed only for the numbers that the pooling selects.
 
-    ``scale`` must not be negative: the largest of what is scaled is then the scaled largest. The
-    backward pass overwrites ``h``, which must be the output of a convolution (it needs its input
-    alone). Also returns mean and unbiased variance.
+    ``scale`` must not be negative: the largest scaled number is then the largest number, scaled.
+    The backward pass overwrites ``h``, which must be the output of a convolution (whose backward
+    pass needs its input alone). Also returns mean and unbiased variance.
     """
     apply = cast(Any, _NormalisePooled.apply)
     return cast(tuple[Tensor, Tensor, Tensor], apply(h, scale, shift, pool, eps))
 
 
 class _NormalisePooled(torch.autograd.Function):
-    """The gradient of a batch norm is a multiple of its input, but where the pooling picked."""
+    """The gradient is linear in the input, with one more term where the pooling selected."""
 
     @staticmethod
     def forward(
@@ -190,7 +190,7 @@ class _NormalisePooled(torch.autograd.Function):
         scale_grad = rate * ((grad * picked).flatten(1, 3).sum(1) - mean * shift_grad)
         slope = factor * rate * scale_grad / -count
         offset = factor * shift_grad / -count - slope * mean
-        # In place: nobody else needs what went in, and fresh memory costs more than the sums.
+        # In place: no other operation needs the input, and fresh memory costs more than the sums.
         torch.addcmul(offset.view(1, -1, 1, 1), h, slope.view(1, -1, 1, 1), out=h)
         sparse = _join(grad * as_rows(factor))
         _pixels(h).scatter_add_(1, _pixels(index), _pixels(sparse))

@@ -1,4 +1,4 @@
-"""The reward, term by term.
+"""The terms of the reward.
 
 Axes: ``B`` environment, ``S`` slot.
 """
@@ -28,15 +28,15 @@ _POTENTIAL = {
 
 @dataclass(frozen=True, kw_only=True)
 class RewardWeights:
-    """What counts how much.
+    """Weights of the terms of the reward.
 
     Attributes:
-        gain: Of the accuracy gained in a step, in [0, 1].
-        rent: Of grown parameters over host parameters, in each step.
+        gain: Weight of the accuracy gained in a step, in [0, 1].
+        rent: Weight of grown parameters over host parameters, in each step.
         intervention: Price of an op that is not WAIT.
-        divergence: What the step in which a host diverges is worth, instead of its gain.
-        shaping: Of potential-based shaping on stages; 0 is off.
-        shaping_discount: The discount of whoever learns from it.
+        divergence: Reward of the step in which a host diverges, instead of the gain.
+        shaping: Weight of potential-based shaping on stages; 0 is off.
+        shaping_discount: Discount of the learner.
     """
 
     gain: float
@@ -48,8 +48,8 @@ class RewardWeights:
 
 
 def stage_potential(stage: Int[Tensor, "B S"], dtype: torch.dtype) -> Float[Tensor, " B"]:
-    """How far the slots of a host have come, summed."""
-    # Not a table on the device: to copy one there would wait for it.
+    """Potential of a host: the sum over its slots of how far each has come in its life."""
+    # There is no table on the device: copying a table there would wait for the device.
     total = torch.zeros(stage.shape, dtype=dtype, device=stage.device)
     for each, value in _POTENTIAL.items():
         total = total.masked_fill(stage == each, value)
@@ -68,8 +68,8 @@ def reward_terms(
 ) -> dict[str, Float[Tensor, " B"]]:
     """Terms whose sum is the reward.
 
-    The potential of the state in which an episode ends is to be given as 0 (Ng et al. 1999): then
-    what shaping adds to a discounted return is the same for all policies.
+    The caller must give 0 as the potential of the state in which an episode ends (Ng et al. 1999):
+    shaping then adds the same to the discounted return of every policy.
     """
     dtype = grown.dtype
     return {

@@ -1,7 +1,7 @@
-"""The state of all environments, and what hosts and seeds begin with.
+"""The state of all environments, and the initial state of hosts and seeds.
 
-Axes: ``B`` environment, ``S`` slot, ``P`` parameter. Initial parameters are drawn from normal
-distributions, from streams that depend on the seed, the environment and the episode alone.
+Axes: ``B`` environment, ``S`` slot, ``P`` parameter. Initial parameters are sampled from normal
+distributions, with streams that depend on the seed, the environment and the episode alone.
 """
 
 import math
@@ -25,7 +25,7 @@ __all__ = ["HostInitializer", "Hosts", "place_of"]
 
 
 class Hosts(NamedTuple):
-    """Everything that decides the future of the environments."""
+    """Everything that determines the future of the environments."""
 
     weights: Weights
     velocity: Weights
@@ -37,18 +37,18 @@ class Hosts(NamedTuple):
 
 
 def place_of(hosts: Hosts) -> Place:
-    """Where in their streams of random numbers the environments are."""
+    """Positions of the environments in their streams of random numbers."""
     env = torch.arange(hosts.episode.shape[0], device=hosts.episode.device)
     return Place(env, hosts.episode, hosts.vitals.step)
 
 
 class HostInitializer:
-    """Makes hosts and seeds that nobody has trained yet.
+    """Creates hosts and seeds that have not been trained.
 
     Args:
-        spec: The settings.
-        device: Where they live.
-        dtype: Of their parameters.
+        spec: Settings of the environment.
+        device: Device of hosts and seeds.
+        dtype: Dtype of their parameters.
     """
 
     def __init__(self, spec: "Morphogenesis", *, device: torch.device, dtype: torch.dtype) -> None:
@@ -61,7 +61,7 @@ class HostInitializer:
         self._kinds = torch.tensor([BLUEPRINTS.index(name) for name in spec.blueprints]).to(device)
 
     def hosts(self, seed: int, episode: Int[Tensor, " B"]) -> Hosts:
-        """Hosts at the beginning of these episodes."""
+        """Hosts at the beginning of the given episodes."""
         spec, count, slots = self._spec, episode.shape[0], len(self._spec.channels)
         mean, std = self._host
         start = torch.zeros_like(episode)
@@ -94,7 +94,7 @@ class HostInitializer:
             zeros(count),
             torch.full((), seed, dtype=torch.int64, device=self._device),
         )
-        return map_tree(torch.clone, fresh)  # none shares memory with another
+        return map_tree(torch.clone, fresh)  # no tensor shares memory with another
 
     def germinate(
         self,
@@ -105,14 +105,15 @@ class HostInitializer:
         *,
         static: bool,
     ) -> None:
-        """New parameters where a seed was put, in place.
+        """Write new parameters where a seed has germinated.
 
         Args:
-            seed: Of all random numbers.
-            hosts: As they are.
-            slots: Says of which blueprint.
-            germinated: Where.
-            static: Whether to draw for every host, because asking would wait for the device.
+            seed: Seed of all random numbers.
+            hosts: Current hosts, whose parameters are overwritten in place.
+            slots: Slots that name the blueprint of each seed.
+            germinated: Whether a seed has germinated in a slot.
+            static: Whether to sample for every host, because reading ``germinated`` would wait for
+                the device.
         """
         rows = None if static else germinated.any(1).nonzero().squeeze(1)
         if rows is not None and rows.shape[0] == 0:
@@ -126,7 +127,7 @@ class HostInitializer:
             mine, kind = germinated[:, s], slots.blueprint[:, s]
             if rows is not None:
                 mine, kind = mine[rows], kind[rows]
-            # Position among the settings' blueprints; whose slot did not germinate may have none.
+            # Position among the settings' blueprints; a slot that did not germinate may have none.
             at = (kind.unsqueeze(1) == self._kinds).int().argmax(1)
             fresh = (mean[at] + std[at] * drawn[:, : mean.shape[1]]).to(self._dtype)
             _overwrite(hosts.weights.seeds[s], fresh, mine, rows)
@@ -141,7 +142,7 @@ def _overwrite(target: Tensor, fresh: Tensor, mine: Tensor, rows: Tensor | None)
 
 
 def _distribution(rows: list[list[Part]], device: torch.device) -> tuple[Tensor, Tensor]:
-    """Mean and deviation ``[*, P]`` of each parameter, a row a list of parts, zeros at its end."""
+    """Mean and deviation ``[*, P]`` of each parameter; a row is padded with zeros at its end."""
     most = max(sum(part.size for part in row) for row in rows)
     mean = torch.zeros(len(rows), most, dtype=torch.float64)
     std = torch.zeros_like(mean)

@@ -1,10 +1,11 @@
-"""Random numbers that are a function of what they are for, not of what was drawn before.
+"""Random numbers that are a function of their purpose, not of the numbers sampled before.
 
 Philox 4x32-10 (Salmon et al. 2011, *Parallel random numbers: as easy as 1, 2, 3*) in int64 tensors
-that hold 32-bit words. The key is the seed and the purpose, the counter says environment, episode,
-step and position: hence an environment draws the same however many others there are.
+that hold 32-bit words. The key is the seed and the purpose, and the counter is environment,
+episode, step and position. An environment therefore samples the same numbers however many other
+environments there are.
 
-Axes: ``B`` environment, ``N`` number drawn.
+Axes: ``B`` environment, ``N`` number sampled.
 """
 
 import math
@@ -26,7 +27,7 @@ _Words = tuple[Tensor, Tensor, Tensor, Tensor]
 
 
 class Purpose(IntEnum):
-    """What numbers are drawn for; those of one purpose say nothing about another's."""
+    """Purpose of random numbers; numbers of different purposes are independent."""
 
     HOST = 0
     SEED = 1
@@ -36,7 +37,7 @@ class Purpose(IntEnum):
 
 
 class Place(NamedTuple):
-    """For whom and when: one stream for each row."""
+    """Environment, episode and step of random numbers: one stream for each row."""
 
     env: Int[Tensor, " B"]
     episode: Int[Tensor, " B"]
@@ -44,11 +45,11 @@ class Place(NamedTuple):
 
 
 def philox(counter: _Words, key: tuple[int, int]) -> _Words:
-    """Ten rounds over 32-bit words, elementwise."""
+    """Ten rounds of Philox over 32-bit words, elementwise."""
     a, b, c, d = counter
     k0, k1 = key
     for _ in range(10):
-        # Products wrap at 64 bits; the upper word is right all the same once it is masked.
+        # Products wrap at 64 bits; the upper word is still right once it is masked.
         first, second = a * _MULTIPLIERS[0], c * _MULTIPLIERS[1]
         a, b, c, d = (
             (second >> 32 & _WORD) ^ b ^ k0,
@@ -63,12 +64,12 @@ def philox(counter: _Words, key: tuple[int, int]) -> _Words:
 def integers(
     seed: int, purpose: Purpose, place: Place, *, count: int, high: int
 ) -> Int[Tensor, "B N"]:
-    """Integers in ``[0, high)``, uniform up to a share of ``high / 2**32``."""
+    """Integers in ``[0, high)``, uniform except for a share of ``high / 2**32``."""
     return _words(seed, purpose, place, count) * high >> 32
 
 
 def uniforms(seed: int, purpose: Purpose, place: Place, *, count: int) -> Float[Tensor, "B N"]:
-    """Float32 numbers in ``[0, 1)``."""
+    """Uniform float32 numbers in ``[0, 1)``."""
     return (_words(seed, purpose, place, count) >> 8).float() * 2.0**-24
 
 

@@ -1,8 +1,9 @@
 """SGD over all hosts at once, each as if it were alone.
 
 Axes: ``B`` environment, ``M`` image, ``N`` host of a chunk, ``S`` slot. Losses are summed over
-hosts, so gradients do not mix. Short sums are written out: ``Tensor.sum`` rounds as the number of
-hosts has it. What is not finite changes nothing: parameters are updated with ``where``.
+hosts, so gradients do not mix. Short sums are written out, because the rounding of ``Tensor.sum``
+depends on the number of hosts. Numbers that are not finite change nothing: parameters are updated
+with ``where``.
 """
 
 from dataclasses import dataclass
@@ -32,10 +33,11 @@ class SGD:
     """``torch.optim.SGD`` with momentum and weight decay, after clipping by the norm.
 
     Attributes:
-        learning_rate: Of hosts and seeds.
+        learning_rate: Learning rate of hosts and seeds.
         momentum: Factor of the velocity.
         weight_decay: L2 penalty of every parameter.
-        max_grad_norm: Of a host with its attached seeds, and of each isolated seed by itself.
+        max_grad_norm: Greatest norm of the gradient of a host with its attached seeds, and of each
+            isolated seed by itself.
     """
 
     learning_rate: float
@@ -45,25 +47,26 @@ class SGD:
 
 
 class Trained(NamedTuple):
-    """What an epoch of SGD showed."""
+    """Results of an epoch of SGD."""
 
-    finite: Bool[Tensor, " B"]  # whether all losses and gradients of the host were
+    finite: Bool[Tensor, " B"]  # whether all losses and gradients of the host were finite
     grad_norm: Float[Tensor, "B S"]  # of each seed in the last batch, before clipping
 
 
 class Measured(NamedTuple):
-    """What the validation split shows."""
+    """Measurements on the validation split."""
 
     loss: Float[Tensor, " B"]  # nats
     accuracy: Float[Tensor, " B"]
     contribution: Float[Tensor, "B S"]  # accuracy with the slot on less that with it off
-    judged: Bool[Tensor, "B S"]  # where the contribution means something
+    judged: Bool[Tensor, "B S"]  # whether the contribution has a meaning
 
 
 def chunk_bounds(count: int, size: int) -> list[tuple[int, int]]:
-    """Ranges of about ``size`` hosts, none of one host alone unless there is only one.
+    """Ranges of about ``size`` hosts; no range has one host alone unless there is only one host.
 
-    What a chunk works on stays in the cache. A convolution of one group would round differently.
+    The activations of a chunk stay in the cache. A convolution of one group would round
+    differently.
     """
     chunks = max(1, min(-(-count // size), count // 2))
     edges = [count * i // chunks for i in range(chunks + 1)]
@@ -84,7 +87,7 @@ def train(
     chunk: int,
     static: bool,
 ) -> Trained:
-    """One epoch: ``U`` updates from the images ``index``. Writes into weights and velocity."""
+    """One epoch of ``U`` updates on the images ``index``; writes into weights and velocity."""
     finite: list[Tensor] = []
     norms: list[Tensor] = []
     for low, high in chunk_bounds(index.shape[0], chunk):
@@ -92,7 +95,7 @@ def train(
         mine = Slots(*(tensor[part] for tensor in slots))
         plan = plan_training(mine, enabled, static=static)
         rows, speeds = _rows(weights, part), _rows(velocity, part)
-        # Only live seeds take part, where reading who they are costs nothing.
+        # Only live seeds are trained, where reading the stages costs nothing.
         attached, isolated = is_in(mine.stage, ATTACHED), mine.stage == Stage.TRAINING
         live = is_in(mine.stage, LIVE).unbind(1)
         chosen = None if static else [column.nonzero().squeeze(1) for column in live]
@@ -136,9 +139,10 @@ def _update(
     attached: Bool[Tensor, "N S"],
     isolated: Bool[Tensor, "N S"],
 ) -> tuple[Bool[Tensor, " N"], Float[Tensor, "N S"]]:
-    """One SGD step of every host; returns which were finite, and gradient norms of seeds.
+    """One SGD step of every host; return which hosts were finite, and gradient norms of seeds.
 
-    Seeds of a slot are those of the hosts ``chosen``, or all.
+    The seeds of a slot are those of the hosts ``chosen``, or of all hosts if ``chosen`` is
+    ``None``.
     """
     idle = [seed.shape[0] == 0 for seed in weights.seeds]
     with torch.enable_grad():
@@ -183,7 +187,7 @@ def _update(
 def _descend(
     row: Tensor, speed: Tensor, grad: Tensor, norm: Tensor, sound: Tensor, sgd: SGD
 ) -> None:
-    """Clip, decay, accelerate and move, in place and only where ``sound``."""
+    """Clip, decay, apply momentum and step, in place and only where ``sound``."""
     factor = (sgd.max_grad_norm / (norm + 1e-6)).clamp(max=1.0).unsqueeze(1)
     pull = torch.addcmul(row * sgd.weight_decay, grad, factor)
     faster = torch.where(sound.unsqueeze(1), torch.add(pull, speed, alpha=sgd.momentum), speed)
@@ -204,7 +208,7 @@ def measure(
     static: bool,
     switch: bool = True,
 ) -> Measured:
-    """Loss and accuracy on given images, and with ``switch`` what each slot contributes."""
+    """Loss and accuracy on given images and, with ``switch``, the contribution of each slot."""
     loss: list[Tensor] = []
     accuracy: list[Tensor] = []
     contribution: list[Tensor] = []
@@ -236,7 +240,7 @@ def measure(
 def _contribution(
     slots: Slots, plan: Plan, right: Float[Tensor, " N"], others: list[Tensor | None]
 ) -> Float[Tensor, "N S"]:
-    """Images classified right with a slot on, less those with it off."""
+    """Number of images classified right with a slot on, less the number with the slot off."""
     gained = torch.zeros_like(slots.alpha)
     if plan.branch_host is None:
         return gained
@@ -246,12 +250,12 @@ def _contribution(
     difference = right[host] - switched
     isolated = (slots.stage == Stage.TRAINING)[host, slot]
     signed = torch.where(isolated, -difference, difference)
-    # A branch that is computed twice gives the same twice.
+    # A branch that is computed twice has the same result twice.
     return gained.index_put((host, slot), signed)
 
 
 def _rows(weights: Weights, part: slice) -> Weights:
-    """Some hosts, in place."""
+    """Views of some hosts."""
     return Weights(
         weights.host[part],
         tuple(seed[part] for seed in weights.seeds),
@@ -261,7 +265,7 @@ def _rows(weights: Weights, part: slice) -> Weights:
 
 
 def _pack(weights: Weights, chosen: list[Tensor] | None) -> Weights:
-    """Seeds of the hosts chosen, copied; all the rest in place."""
+    """Copies of the seeds of the hosts ``chosen``; all other tensors are not copied."""
     if chosen is None:
         return weights
     pairs = zip(weights.seeds, chosen, strict=True)
