@@ -1,1 +1,1 @@
-"""Runs against runs: what each scored, paired over seeds. Without torch."""
+"""Comparison of runs by their scores, paired over seeds; without torch."""

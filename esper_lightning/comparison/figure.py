@@ -1,5 +1,5 @@
-"""A comparison as a picture: learning curves, and the scores where variants are compared."""
-# matplotlib's annotations are partial.
+"""A comparison as a figure: learning curves, and the scores where variants are compared."""
+# The annotations of matplotlib are incomplete.
 # pyright: reportUnknownVariableType=false, reportUnknownArgumentType=false
 
 import math
@@ -17,16 +17,16 @@ from esper_lightning.forensics.reading import printable
 
 __all__ = ["draw"]
 
-# Okabe and Ito's, which colour-blind readers tell apart; then again, dashed.
+# The colours of Okabe and Ito, which colour-blind readers can distinguish; then again, dashed.
 _COLOURS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#000000")
 _STYLES = ("-", "--", ":", "-.")
 
 
 def draw(comparison: Comparison, path: Path) -> None:
-    """Write a PNG.
+    """Write the figure of a comparison as a PNG file.
 
     Raises:
-        OSError: If the disk takes no more.
+        OSError: If the file cannot be written.
     """
     places = [place for place in comparison.places if place.rows]
     height = 3.4 + 0.3 * len(comparison.variants)
@@ -53,7 +53,7 @@ def _curves(axes: Axes, comparison: Comparison) -> None:
         curve = comparison.curves.get(variant.name)
         if curve is not None:
             many = len(curve.seeds)
-            name = printable(variant.name).replace("$", r"\$")  # it is no formula
+            name = printable(variant.name).replace("$", r"\$")  # a name is no formula
             label = f"{name} ({many} seed{'s' * (many > 1)})"
             marker = "o" if len(curve.env_steps) < 20 else ""
             axes.plot(
@@ -95,7 +95,7 @@ def _scores(axes: Axes, place: Place, comparison: Comparison) -> None:
     axes.set_title(
         f"{place.env_steps:,} env steps\n({which}, {len(place.seeds)} seeds)", fontsize=10
     )
-    axes.use_sticky_edges = False  # bars would end where the picture does
+    axes.use_sticky_edges = False  # else bars would touch the edges of the plot
     axes.margins(x=0.08)
     axes.set_ylim(len(place.rows) - 0.5, -0.5)
     axes.set_yticks([])

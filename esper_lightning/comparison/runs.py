@@ -1,6 +1,6 @@
-"""A run as a comparison sees it: its settings, its returns by environment steps, how it ended.
+"""A run as a comparison needs it: settings, returns by environment steps, and how the run ended.
 
-Reads what is on disk; of what is damaged it says so. Computes no statistics.
+This file reads run directories and names damaged files. It computes no statistics.
 """
 
 import json
@@ -35,14 +35,14 @@ SCORES: dict[Score, str] = {
     "evaluation": "eval/episode_return_mean",
     "rollout": "rollout/episode_return_mean",
 }
-"""What a run can be scored by, and under which name its files have it."""
+"""Kinds of scores of a run, and the name of each in the files of the run."""
 
 _LONGEST_REASON = 100
-_MOST_YAML_BYTES = 1 << 18  # PyYAML takes some seconds for them
+_MOST_YAML_BYTES = 1 << 18  # PyYAML takes some seconds for a file of this size
 _MOST_KEYS = 1_000  # in one dictionary of settings
 _DEEPEST_FOLDER = 20
 
-# Where a run writes, what it shows, which seed it has: no setting of what is compared.
+# Settings that are not compared: where a run writes, what it prints, and its seed.
 _NOT_COMPARED = re.compile(
     r"(seed|seed_everything|ckpt_path|config|data)$"
     r"|(.*\.)?(dirpath|save_dir|default_root_dir|run_dir)$"
@@ -51,7 +51,7 @@ _NOT_COMPARED = re.compile(
 
 
 class Point(NamedTuple):
-    """A return and when it was measured; it may be NaN or infinite."""
+    """A return, which may be NaN or infinite, and the env steps at which it was measured."""
 
     env_steps: int
     value: float
@@ -59,22 +59,22 @@ class Point(NamedTuple):
 
 @dataclass(frozen=True, kw_only=True)
 class Run:
-    """One run directory.
+    """The run in one run directory.
 
     Attributes:
-        directory: As the user named it, or found below that.
-        seed: ``model.seed`` of its config.
-        settings: Everything else of its config that may matter, flat, by names like
+        directory: Path of the directory, as the user named it or found below that path.
+        seed: ``model.seed`` of the run's config.
+        settings: All other settings of the config that are compared, flat, by names like
             ``ppo.learning_rate``.
-        points: Its returns by either score, in order of environment steps; of several at the same
-            environment steps the one that was written last.
-        env_steps: How far its history goes.
+        points: Returns by either score, in order of environment steps; of several returns at the
+            same environment steps, the one that was written last.
+        env_steps: Environment steps at the end of the history.
         time_s: Training time so far.
-        ended: ``finished`` at its budget, ``stopped`` before it, ``died``, ``running``, or
+        ended: ``finished`` at the budget, ``stopped`` before the budget, ``died``, ``running``, or
             ``unknown``.
-        how: The same in words, with what it died of.
-        remarks: What a reader of the numbers must know, in sentences: rows that are repeated, out
-            of order or missing.
+        how: The same in words, with the cause of a death.
+        remarks: Sentences that a reader of the metrics must know: rows that are repeated, out of
+            order or missing.
     """
 
     directory: Path
@@ -89,11 +89,11 @@ class Run:
 
     @property
     def budget(self) -> int | None:
-        """Environment steps that it was to take; ``None`` where the Trainer decides."""
+        """Environment steps that the run was to take; ``None`` where the Trainer decides."""
         return self.settings.get("total_env_steps")
 
     def measured(self, score: Score) -> int:
-        """Up to how many environment steps its return is known; 0 where it never was.
+        """Environment steps up to which the return of the run is known; 0 if it never was.
 
         A return that is not finite at the end is not known.
         """
@@ -103,8 +103,8 @@ class Run:
     def at(self, env_steps: int, score: Score) -> float | None:
         """The latest return at ``env_steps``; ``None`` where the run did not get so far.
 
-        That of one measurement and not a mean over several: each is one over many episodes, of one
-        policy, at one time.
+        The return is one measurement and not a mean over several measurements, because each is
+        already a mean over many episodes of one policy.
         """
         if self.measured(score) < env_steps:
             return None
@@ -116,7 +116,7 @@ def find_runs(paths: Iterable[Path]) -> list[Path]:
     """Run directories among ``paths`` and below them, each once, sorted below each path.
 
     Raises:
-        ValueError: Naming a path with no run.
+        ValueError: If there is no run at or below a path; the error names the path.
     """
     found: dict[Path, Path] = {}
     for path in paths:
@@ -129,10 +129,10 @@ def find_runs(paths: Iterable[Path]) -> list[Path]:
 
 
 def read_run(directory: Path) -> Run:
-    """Read one run.
+    """Read the run in a directory.
 
     Raises:
-        ValueError: Naming the file that is missing or damaged.
+        ValueError: If a file is missing or damaged; the error names the file.
     """
     layout = RunLayout(directory)
     settings = _settings(layout.config)
@@ -163,13 +163,13 @@ def read_run(directory: Path) -> Run:
 
 
 class _History:
-    """What is read of a file of rows, each of which is let go of as soon as it is read.
+    """Returns and last row of a file of rows; no row stays in memory after it is read.
 
     Attributes:
-        points: In order of environment steps, whatever the order of the rows.
-        last: The row with the most environment steps.
-        env_steps: Those of that row.
-        remarks: On the rows.
+        points: Returns in order of environment steps, whatever the order of the rows.
+        last: Row with the most environment steps.
+        env_steps: Environment steps of the last row.
+        remarks: Sentences on rows that are repeated, out of order or missing.
     """
 
     def __init__(self, rows: RowReader, score: str) -> None:
@@ -188,7 +188,7 @@ class _History:
 
 
 def _number(value: object) -> float | None:
-    """A number as the history spells it; ``None`` for what is none: no episode had ended."""
+    """A number as the history spells it; ``None`` for a null, where no episode had ended."""
     if isinstance(value, str):
         return float(value) if value in ("NaN", "Infinity", "-Infinity") else None
     if isinstance(value, bool) or not isinstance(value, int | float):
@@ -202,7 +202,7 @@ def _finite(value: object) -> float:
 
 
 def _below(path: Path) -> list[Path]:
-    """Runs in a folder and in those below it, of which none is looked into twice."""
+    """Run directories in a folder and in the folders below, each of which is searched once."""
     found: list[Path] = []
     seen: set[Path] = set()
     folders = [(path, 0)]
@@ -217,7 +217,7 @@ def _below(path: Path) -> list[Path]:
 
 
 def _naturally(path: Path) -> list[Any]:
-    """So that ``seed10`` comes after ``seed9``."""
+    """A sort key by which ``seed10`` comes after ``seed9``."""
     pieces = re.split(r"(\d+)", str(path))
     return [int(piece) if piece.isdecimal() else piece for piece in pieces]
 
@@ -232,7 +232,7 @@ def _settings(path: Path) -> dict[str, Any]:
 
 
 class _Loader(yaml.SafeLoader):
-    """With a bound on merge keys: a few lines of them can stand for billions of entries."""
+    """A YAML loader with a bound on merge keys, of which a few lines can mean billions of keys."""
 
     @override
     def flatten_mapping(self, node: yaml.MappingNode) -> None:
@@ -242,10 +242,10 @@ class _Loader(yaml.SafeLoader):
 
 
 def read_yaml(path: Path) -> Any:
-    """A file of settings as plain data, with text in the place of what JSON does not know.
+    """Settings of a YAML file as plain data, with text for values that JSON does not know.
 
     Raises:
-        ValueError: If it cannot be read, or has entries without end.
+        ValueError: If the file cannot be read, or has entries without end.
     """
     try:
         content: Any = yaml.load(read_file(path, most_bytes=_MOST_YAML_BYTES), _Loader)
@@ -259,7 +259,7 @@ def read_yaml(path: Path) -> Any:
 
 
 def _flat(settings: Mapping[str, Any], prefix: str = "") -> Iterable[tuple[str, Any]]:
-    """Names as the command line has them: ``env.num_envs``, without ``init_args``."""
+    """Settings by their names on the command line: ``env.num_envs``, without ``init_args``."""
     for key, value in settings.items():
         name = prefix if key == "init_args" else f"{prefix}{key}."
         if isinstance(value, dict):
@@ -273,7 +273,7 @@ def _flat(settings: Mapping[str, Any], prefix: str = "") -> Iterable[tuple[str, 
 
 
 def _class_name(path: str) -> str:
-    """Without the modules between: a class has the same name wherever a package offers it."""
+    """Package and class of a path, because a package may export a class from several modules."""
     package, _, name = path.rpartition(".")
     return f"{package.partition('.')[0]}.{name}" if package else name
 
@@ -300,5 +300,5 @@ def _end(directory: Path, *, is_short: bool) -> tuple[Any, str]:
 
 
 def identity(value: Any) -> str:
-    """Equal for equal settings, whatever their type."""
+    """A text that is equal for equal settings, whatever their type."""
     return json.dumps(value, sort_keys=True, default=str)

@@ -1,8 +1,8 @@
-"""Variants side by side: where they can be compared, over which seeds, and what they scored.
+"""Comparison of variants: at which env steps, over which seeds, and with which scores.
 
-A run that did not reach its budget has no score there, and none is made up for it. So there are up
-to two places to compare at: the *end*, over the seeds whose runs got there in every variant, and
-the last place that *every run reached*, over all seeds.
+A run that did not reach its budget has no score there, and no score is invented for such a run. So
+variants are compared at up to two places: the *end*, over the seeds whose runs reached the end in
+every variant, and the last place that *every run reached*, over all seeds.
 """
 
 import math
@@ -25,22 +25,22 @@ from esper_lightning.core.errors import require
 
 __all__ = ["Comparison", "Curve", "Place", "Row", "compare"]
 
-_MOST_PLACES = 200  # of a curve
+_MOST_PLACES = 200  # points of a curve
 
 
 @dataclass(frozen=True, kw_only=True)
 class Row:
-    """What a variant scored at a place; ``improvement`` is ``None`` for the baseline itself."""
+    """Scores of a variant at a place; ``improvement`` is ``None`` for the baseline itself."""
 
     name: str  # of the variant
-    score: list[float]  # by the seeds of the place
+    score: list[float]  # in the order of the seeds of the place
     interquartile_mean: Estimate
     improvement: Estimate | None
 
 
 @dataclass(frozen=True)
 class Place:
-    """Environment steps at which variants are compared, and over which seeds."""
+    """Environment steps at which variants are compared, and the seeds of the comparison."""
 
     env_steps: int
     is_end: bool
@@ -51,7 +51,7 @@ class Place:
 
 @dataclass(frozen=True)
 class Curve:
-    """Interquartile mean by environment steps, over the same seeds at all of them."""
+    """Interquartile mean by environment steps, over the same seeds at every point."""
 
     seeds: list[int]
     env_steps: list[int]
@@ -62,15 +62,15 @@ class Curve:
 
 @dataclass(frozen=True, kw_only=True)
 class Comparison:
-    """Everything that a report shows.
+    """Everything that the text and the figure of a comparison show.
 
     Attributes:
-        variants: In the order given; the baseline is one of them.
+        variants: Variants in the order given, the baseline among them.
         baseline: Name of the variant that others are compared with.
-        score: By what runs are scored, all of them.
-        places: The end first, where a run reached it.
-        curves: By name of the variant, for those that are at one of the places.
-        notes: What a reader must know: budgets that differ, runs without evaluations, ...
+        score: Kind of score of all runs.
+        places: Places of the comparison; the end first, where a run reached it.
+        curves: Learning curves by name of the variant, for variants that are at one of the places.
+        notes: Sentences that a reader must know: budgets that differ, runs without evaluations, ...
     """
 
     variants: list[Variant]
@@ -91,13 +91,14 @@ def compare(
     """Compare variants.
 
     Args:
-        variants: In the order to show them.
-        baseline: Name of the one that others are compared with; ``None`` for the first.
-        score: ``None`` for evaluations if every run that has returns has some, else rollouts.
-        notes: To begin the notes with.
+        variants: Variants in the order in which to show them.
+        baseline: Name of the variant that others are compared with; ``None`` for the first.
+        score: Kind of score; ``None`` for evaluations if every run that has returns has
+            evaluations, else rollouts.
+        notes: Notes that come before those of the comparison.
 
     Raises:
-        ValueError: If no variant is called like the baseline, or no run has a return.
+        ValueError: If no variant has the name of the baseline, or no run has a return.
     """
     by_name = {variant.name: variant for variant in variants}
     if baseline is None:
@@ -129,7 +130,7 @@ def compare(
     if everywhere < end or not ended:
         places.append(_place(variants, everywhere, score, baseline, own_ends=None))
     curves: dict[str, Curve] = {}
-    for place in reversed(places):  # the end comes last and wins
+    for place in reversed(places):  # the end comes last and replaces the other place
         for row in place.rows:
             members = {seed: by_name[row.name].runs[seed] for seed in place.seeds}
             curves[row.name] = _curve(members, place.env_steps, score)
@@ -170,7 +171,7 @@ def _place(
     *,
     own_ends: set[int] | None,
 ) -> Place:
-    """Scores there; of a finished run at its own of the ``own_ends`` (``None``: it is no end)."""
+    """Scores at ``env_steps``; ``own_ends`` are ends of finished runs (``None``: not the end)."""
 
     def place_of(run: Run) -> int:
         own = run.measured(score)
@@ -214,7 +215,7 @@ def _row(variant: Variant, score: Scores, baseline: Scores | None, baseline_name
 
 
 def _curve(runs: dict[int, Run], end: int, score: Score) -> Curve:
-    """Where all the runs have a return; at each place the latest of each run."""
+    """The curve of runs from where all have a return; each point takes the latest returns."""
     points = [[p for p in run.points[score] if p.env_steps <= end] for run in runs.values()]
     start = max(run[0].env_steps for run in points)
     places = sorted({p.env_steps for run in points for p in run if p.env_steps >= start})

@@ -1,4 +1,4 @@
-"""A table under a title: plain for a terminal, Markdown for a file."""
+"""A table under a title, as plain text for a terminal or as Markdown for a file."""
 
 import math
 from collections.abc import Sequence
@@ -8,13 +8,13 @@ from esper_lightning.forensics.reading import printable
 
 __all__ = ["Section", "number"]
 
-# To the left; numbers go to the right.
+# Columns that are aligned to the left; numbers are aligned to the right.
 _TEXT_COLUMNS = ("variant", "policy", "run", "how it ended")
 
 
 @dataclass(frozen=True)
 class Section:
-    """Title, table and remarks."""
+    """A title, a table and remarks."""
 
     title: str
     head: Sequence[str] = ()
@@ -22,7 +22,7 @@ class Section:
     remarks: Sequence[str] = field(default_factory=list[str])
 
     def plain(self) -> list[str]:
-        """Columns side by side, remarks below."""
+        """Lines of plain text: the columns of the table, and the remarks below."""
         table = [[*map(printable, row)] for row in (self.head, *self.rows)] if self.rows else []
         columns = range(len(self.head))
         widths = [max((len(row[k]) for row in table), default=0) for k in columns]
@@ -36,7 +36,7 @@ class Section:
         return [*map(printable, (self.title, *(f"  {line}" for line in (*lines, *self.remarks))))]
 
     def markdown(self) -> list[str]:
-        """A heading, a table, a list."""
+        """Lines of Markdown: a heading, a table, and a list of remarks."""
         rules = [" --- " if name in _TEXT_COLUMNS else " ---: " for name in self.head]
         cells = ([cell.replace("|", "\\|") for cell in row] for row in self.rows)
         rows = [f"| {' | '.join(row)} |" for row in cells]
@@ -47,7 +47,7 @@ class Section:
 
 
 def number(value: float | None) -> str:
-    """Four digits, thousands whole; a dash for what is not known."""
+    """A number with four digits, from 1,000 on as an integer; a dash for ``None``."""
     if value is None:
         return "-"
     return f"{value:,.0f}" if math.isfinite(value) and abs(value) >= 1000 else f"{value:.4g}"

@@ -1,10 +1,10 @@
 """Interquartile mean and probability of improvement, with bootstrap intervals over seeds.
 
-As Agarwal et al. 2021 (arXiv 2108.13264) define them, for one task: variants are the strata,
-resampled apart from each other. Axis: ``N`` seeds, the last one.
+The statistics are those of Agarwal et al. 2021 (arXiv 2108.13264) for one task: variants are the
+strata, and are resampled independently of each other. Axis: ``N`` seeds, the last axis.
 """
 
-# SciPy has no annotations.
+# SciPy has no type annotations.
 # pyright: reportUnknownVariableType=false, reportMissingTypeStubs=false
 
 from collections.abc import Callable
@@ -19,11 +19,11 @@ __all__ = ["Estimate", "interquartile_mean", "interval", "probability_of_improve
 Scores = NDArray[np.float64]
 _LEVEL = 0.95
 _RESAMPLES = 10_000
-_RESAMPLES_AT_ONCE = 1_000  # of a whole curve: memory
+_RESAMPLES_AT_ONCE = 1_000  # a bound on the memory for a whole curve
 
 
 class Estimate(NamedTuple):
-    """A figure and its 95 % interval; ``None`` where there is one seed only."""
+    """A statistic and its 95 % interval, whose ends are ``None`` where there is one seed only."""
 
     value: float
     low: float | None
@@ -36,9 +36,9 @@ def interquartile_mean(score: Scores, axis: int = -1) -> Scores:
 
 
 def probability_of_improvement(score: Scores, baseline: Scores, axis: int = -1) -> Scores:
-    """How often a run of one variant beats one of the other, over all pairs; half for a draw.
+    """Share of pairs in which the run beats the run of the baseline; half for equal scores.
 
-    The Mann-Whitney statistic U over the number of pairs.
+    The share is the Mann-Whitney statistic U over the number of pairs.
     """
     assert axis == -1
     wins = np.heaviside(score[..., :, None] - baseline[..., None, :], 0.5)
@@ -48,11 +48,11 @@ def probability_of_improvement(score: Scores, baseline: Scores, axis: int = -1) 
 def interval(
     samples: tuple[Scores, ...], statistic: Callable[..., Scores]
 ) -> tuple[Scores, Scores] | None:
-    """Percentile bootstrap at 95 %: seeds of each sample are drawn anew, apart from the others'.
+    """Percentile bootstrap at 95 %, which resamples the seeds of each sample independently.
 
     Args:
-        samples: ``[..., N]`` each; seeds are drawn alike at every place of the leading axes.
-        statistic: Of the samples, over their last axis.
+        samples: Scores ``[..., N]``; seeds are resampled alike at every place of the leading axes.
+        statistic: Statistic of the samples, over their last axis.
 
     Returns:
         Lower and upper ends, the same for the same scores; ``None`` with one seed.
@@ -82,9 +82,9 @@ def estimate(samples: tuple[Scores, ...], statistic: Callable[..., Scores]) -> E
 def estimate_crossed(score: Scores) -> Estimate:
     """Interquartile mean over all of ``[R, N]`` scores, with its interval.
 
-    Rows (policies) and columns (tasks that all of them met) are both drawn anew, apart from each
-    other: the pigeonhole bootstrap (Owen 2007, arXiv 0712.1111). With one row, the interval is that
-    of ``estimate``, and says nothing of other rows.
+    Rows (policies) and columns (tasks that all policies met) are both resampled, independently of
+    each other: the pigeonhole bootstrap (Owen 2007, arXiv 0712.1111). With one row, the interval is
+    that of ``estimate``, and says nothing about other rows.
     """
     value = float(interquartile_mean(score.ravel()))
     rows, columns = score.shape

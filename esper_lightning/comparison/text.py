@@ -1,4 +1,4 @@
-"""A comparison as text: plain for a terminal, Markdown for a file."""
+"""A comparison as text: plain text for a terminal, Markdown for a file."""
 
 from esper_lightning.comparison.runs import SCORES, Run
 from esper_lightning.comparison.scores import Comparison, Place, Row
@@ -13,7 +13,7 @@ _KINDS = {"evaluation": "deterministic evaluation", "rollout": "rollout, actions
 
 
 def describe(comparison: Comparison, *, markdown: bool = False) -> str:
-    """Everything but the curves, to print or to write."""
+    """All of a comparison but its curves, as text to print or to write."""
     settings = next(iter(comparison.variants[0].runs.values())).settings
     environment = printable(str(settings.get("env.class_path", "Runs")).rpartition(".")[2])
     title = f"{environment}: return by {SCORES[comparison.score]} ({_KINDS[comparison.score]})"

@@ -1,4 +1,4 @@
-"""Which runs are the same but for their seed, and whether they may be compared at all."""
+"""Groups of runs that differ in nothing but their seeds, and the rules for comparing groups."""
 
 import re
 from collections import defaultdict
@@ -12,7 +12,7 @@ from esper_lightning.core.errors import require
 
 __all__ = ["Variant", "group"]
 
-_MOST_SETTINGS = 3  # in a name; with more, a folder's name says more
+_MOST_SETTINGS = 3  # in a name; with more settings, the name of a folder says more
 _ABSENT = "(absent)"
 
 
@@ -33,11 +33,11 @@ def group(runs: Sequence[Run]) -> list[Variant]:
     """Variants, in the order of their first runs.
 
     A variant is named by the settings that differ between runs, or by the folder of its runs where
-    settings do not tell variants apart or are more than three.
+    settings do not distinguish variants or are more than three.
 
     Raises:
         ValueError: If environments differ, a seed occurs twice in a variant, or no seed is in all
-            of them.
+            variants.
     """
     _refuse_other_environments(runs)
     varying = _varying(runs)
@@ -105,7 +105,7 @@ def _names(groups: list[list[Run]], varying: Sequence[str], *, by_folder: bool) 
 
 
 def _folder(runs: Sequence[Run]) -> str:
-    """The folder that holds the runs; of a run that is alone, its own unless that is a seed's."""
+    """Name of the folder of the runs; of a lone run its own folder, unless that names a seed."""
     own = runs[0].directory.absolute().name
     is_numbered = re.match(r"(seed|version)?[-_]?\d+$", own) is not None
     return own if len(runs) == 1 and not is_numbered else _parent(runs[0]).name
