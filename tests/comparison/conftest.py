@@ -1,4 +1,4 @@
-"""Run directories as ``esper fit`` leaves them, made by hand."""
+"""Run directories like those of ``esper fit``, written by hand."""
 
 from collections.abc import Callable, Sequence
 from pathlib import Path
@@ -16,7 +16,7 @@ STEPS = 1000  # of an iteration
 
 @pytest.fixture
 def make_run(tmp_path) -> Callable[..., Path]:
-    """A run of ten iterations of 1000 env steps, unless it is told otherwise."""
+    """Writes a run, by default of ten iterations of 1000 env steps."""
 
     def make(
         place: str,

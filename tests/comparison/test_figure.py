@@ -1,4 +1,4 @@
-"""What is drawn is what was compared."""
+"""The figure shows the numbers of the comparison."""
 
 import pytest
 from matplotlib.colors import to_hex
@@ -45,7 +45,7 @@ def test_a_run_that_died_ends_with_a_cross(drawn):
     assert [(*cross.get_xdata(), *cross.get_ydata()) for cross in crosses] == [(3000, 3)]
 
 
-def test_scores_are_drawn_where_they_were_compared(drawn):
+def test_scores_are_plotted_at_the_places_of_the_comparison(drawn):
     result, (_, *panels) = drawn
     assert len(panels) == len(result.places) == 2
     for axes, place in zip(panels, result.places, strict=True):

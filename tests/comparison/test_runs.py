@@ -1,4 +1,4 @@
-"""What is read of a run, whatever is missing, torn or not a number."""
+"""A run is read whatever is missing, torn or not a number; damaged files are named."""
 
 import json
 import math
@@ -10,7 +10,7 @@ from esper_lightning.comparison.runs import find_runs, identity, read_run
 from tests.comparison.conftest import KILLED
 
 
-def test_a_run_is_read(make_run):
+def test_settings_returns_and_end_of_a_run_are_read(make_run):
     run = read_run(make_run("a", seed=3, evaluations=[1, 2, 3, 4, 5]))
     assert (run.seed, run.env_steps, run.budget, run.ended) == (3, 10_000, 10_000, "finished")
     assert run.settings["env.class_path"] == "esper_lightning.CartPole"
@@ -23,14 +23,14 @@ def test_a_run_is_read(make_run):
     assert run.at(7_000, "rollout") == 7
 
 
-def test_beyond_what_it_reached_nothing_is_known(make_run):
+def test_beyond_its_last_row_a_run_has_no_score(make_run):
     run = read_run(make_run("a", returns=[1, 2, 3, 4], state="running", crash=KILLED))
     assert (run.ended, run.how) == ("died", "died: the process is gone: SIGKILL")
     assert run.at(4_000, "rollout") == 4
     assert run.at(4_001, "rollout") is None
 
 
-def test_a_torn_last_line_is_left_out(make_run):
+def test_a_torn_last_line_is_skipped(make_run):
     directory = make_run("a", state="running", crash=KILLED)
     history = directory / "rank0" / "history.jsonl"
     history.write_bytes(history.read_bytes()[:-9])
@@ -44,7 +44,7 @@ def test_a_damaged_history_is_named(make_run):
         read_run(directory)
 
 
-def test_rows_that_say_nothing_are_passed_over(make_run):
+def test_rows_without_a_return_are_skipped(make_run):
     directory = make_run("a", returns=[1, 2])
     more = '{"iteration": 3}\n{"env_steps": null, "rollout/episode_return_mean": 9}\n{}\n'
     more += '{"env_steps": "3000", "rollout/episode_return_mean": 9}\n'
@@ -53,7 +53,7 @@ def test_rows_that_say_nothing_are_passed_over(make_run):
     assert read_run(directory).measured("rollout") == 2_000
 
 
-def test_what_is_not_finite_is_not_known(make_run):
+def test_a_return_that_is_not_finite_is_no_score(make_run):
     diverged = read_run(make_run("a", returns=[None, 2, math.nan, 4, math.inf, math.nan]))
     assert diverged.measured("rollout") == 4_000
     assert diverged.at(3_000, "rollout") is None
@@ -75,7 +75,9 @@ def test_what_is_not_finite_is_not_known(make_run):
         (10, "unknown", 10_000, "finished"),
     ],
 )
-def test_how_it_ended(make_run, reached, state, budget, ended):
+def test_budget_and_state_of_the_process_say_how_a_run_ended(
+    make_run, reached, state, budget, ended
+):
     run = read_run(make_run("a", returns=[1] * reached, state=state, budget=budget))
     assert run.ended == ended
 
@@ -116,7 +118,7 @@ def test_runs_are_found_once_and_in_order(make_run, tmp_path, monkeypatch):
         find_runs([tmp_path / "nowhere"])
 
 
-def test_rows_that_are_doubled_or_out_of_order_are_said(make_run):
+def test_rows_that_are_repeated_or_out_of_order_are_named(make_run):
     directory = make_run("a", evaluations=[1, 2, 3])
     history = directory / "rank0" / "history.jsonl"
     rows = history.read_bytes().splitlines(keepends=True)
@@ -129,7 +131,7 @@ def test_rows_that_are_doubled_or_out_of_order_are_said(make_run):
     assert read_run(make_run("b")).remarks == []
 
 
-def test_of_rows_at_the_same_place_the_last_counts(make_run):
+def test_of_rows_at_the_same_env_steps_the_last_counts(make_run):
     directory = make_run("a", returns=[1, 2])
     more = '{"iteration": 2, "env_steps": 2000, "rollout/episode_return_mean": 7}\n'
     with (directory / "rank0" / "history.jsonl").open("a") as history:
@@ -144,7 +146,7 @@ ODD = ("5", True, None, [], {}, -5, 1e300, "NaN", 10**30, [[1]])
 @pytest.mark.parametrize(
     "name", ["iteration", "env_steps", "time_s", "rollout/episode_return_mean"]
 )
-def test_values_of_another_kind_are_not_taken_for_numbers(make_run, name, odd):
+def test_values_of_another_type_are_not_read_as_numbers(make_run, name, odd):
     directory = make_run("a", returns=[1, 2, 3])
     history = directory / "rank0" / "history.jsonl"
     rows = [json.loads(line) for line in history.read_bytes().splitlines()]
@@ -181,7 +183,7 @@ def test_values_of_another_kind_are_not_taken_for_numbers(make_run, name, odd):
     ],
     ids=lambda content: content[:30],
 )
-def test_a_config_without_end_is_named(make_run, content):
+def test_a_config_with_entries_without_end_is_named(make_run, content):
     directory = make_run("a")
     (directory / "config.yaml").write_text(content)
     with pytest.raises(ValueError, match=r"a/config\.yaml") as caught:
@@ -189,7 +191,7 @@ def test_a_config_without_end_is_named(make_run, content):
     assert "\n" not in str(caught.value)
 
 
-def test_names_in_a_config_may_be_of_any_kind(make_run):
+def test_keys_of_a_config_may_have_any_type(make_run):
     directory = make_run("a")
     with (directory / "config.yaml").open("a") as config:
         config.write("other: {1: a, x: b, null: [[{1: a, x: b}]], 2001-01-01: .nan}\n")
@@ -198,7 +200,7 @@ def test_names_in_a_config_may_be_of_any_kind(make_run):
     assert json.loads(identity(dict(run.settings)))
 
 
-def test_folders_that_lead_back_to_themselves_are_looked_into_once(make_run, tmp_path):
+def test_folders_that_contain_themselves_are_searched_once(make_run, tmp_path):
     runs = [make_run("runs/a"), make_run("runs/b")]
     for k in range(3):
         (tmp_path / "runs" / f"loop{k}").symlink_to(tmp_path / "runs")

@@ -1,4 +1,4 @@
-"""Nothing is averaged over other seeds, budgets or places than it says."""
+"""Scores are averaged over exactly the seeds, budgets and places that are named."""
 
 import math
 
@@ -19,7 +19,7 @@ def comparison(*directories, **options):
 
 
 def pairs(make_run, seeds=range(3), **fast):
-    """Returns at the end: 10 + seed, and twice that."""
+    """Runs of two variants, whose returns at the end are 10 + seed, and twice that."""
     base = [make_run(f"base/{k}", seed=k, returns=[k + i for i in range(1, 11)]) for k in seeds]
     other = [
         make_run(
@@ -30,7 +30,7 @@ def pairs(make_run, seeds=range(3), **fast):
     return [*base, *other]
 
 
-def test_everything_finished(make_run):
+def test_finished_runs_are_compared_at_the_end_alone(make_run):
     result = comparison(*pairs(make_run))
     (place,) = result.places
     assert (place.env_steps, place.is_end, place.seeds) == (10_000, True, [0, 1, 2])
@@ -38,14 +38,14 @@ def test_everything_finished(make_run):
     base, fast = place.rows
     assert (base.name, base.score, base.improvement) == (BASE_NAME, [10, 11, 12], None)
     assert (fast.name, fast.score) == (FAST_NAME, [20, 22, 24])
-    assert base.interquartile_mean.value == 11  # of three seeds none is cut off
+    assert base.interquartile_mean.value == 11  # of three seeds none is trimmed
     assert fast.improvement == (1.0, 1.0, 1.0)
     curve = result.curves[FAST_NAME]
     assert curve.env_steps == [k * 1000 for k in range(1, 11)]
     assert curve.value == [2 * (1 + i) for i in range(1, 11)]
 
 
-def test_the_baseline_may_be_another(make_run):
+def test_the_baseline_may_be_any_variant(make_run):
     result = comparison(*pairs(make_run), baseline=FAST_NAME)
     base, fast = result.places[0].rows
     assert base.improvement == (0.0, 0.0, 0.0)
@@ -74,7 +74,7 @@ def test_a_killed_run_has_no_score_at_the_end(make_run):
     assert "they may have been the worse ones" in text
 
 
-def test_a_variant_that_died_whole_does_not_cost_the_others_theirs(make_run):
+def test_a_variant_whose_runs_all_died_does_not_cost_the_others_their_scores(make_run):
     dead = [
         make_run(f"dead/{k}", seed=k, settings={"learning_rate": 9}, returns=[1, 2], crash=KILLED)
         for k in range(3)
@@ -88,7 +88,7 @@ def test_a_variant_that_died_whole_does_not_cost_the_others_theirs(make_run):
     assert result.curves["ppo.learning_rate=9"].env_steps == [1_000, 2_000]
 
 
-def test_a_baseline_that_died_whole_has_nothing_to_be_better_than(make_run):
+def test_without_a_run_of_the_baseline_at_the_end_there_is_no_improvement(make_run):
     dead = make_run("base/0", returns=[1, 2], crash=KILLED)
     result = comparison(dead, make_run("fast/0", settings=FAST))
     end, everywhere = result.places
@@ -97,7 +97,7 @@ def test_a_baseline_that_died_whole_has_nothing_to_be_better_than(make_run):
     assert describe(result)
 
 
-def test_long_reasons_stay_in_their_cell(make_run):
+def test_a_long_cause_of_death_stays_in_its_cell(make_run):
     crash = {"error": {"type": "OutOfMemoryError", "message": "a | b\n" * 99}}
     text = describe(comparison(make_run("a", returns=[1], crash=crash)), markdown=True)
     (line,) = [line for line in text.splitlines() if "OutOfMemoryError" in line]
@@ -105,7 +105,7 @@ def test_long_reasons_stay_in_their_cell(make_run):
     assert len(line) < 300
 
 
-def test_when_all_died_there_is_no_end(make_run):
+def test_where_all_runs_died_there_is_no_end(make_run):
     runs = [make_run("a", returns=[1, 2, 3], crash=KILLED)]
     runs += [make_run("b", returns=[1, 2], settings=FAST, crash=KILLED)]
     (place,) = comparison(*runs).places
@@ -121,7 +121,7 @@ def test_a_run_without_any_return_is_named(make_run):
         comparison(make_run("x", returns=[None]), score="rollout")
 
 
-def test_missing_seeds_are_named_and_left_out_of_every_variant(make_run):
+def test_missing_seeds_are_named_and_omitted_from_every_variant(make_run):
     more = make_run("base/7", seed=7, returns=[1000] * 10)
     (place,) = comparison(*pairs(make_run), more).places
     assert place.seeds == [0, 1, 2]
@@ -129,7 +129,7 @@ def test_missing_seeds_are_named_and_left_out_of_every_variant(make_run):
     assert place.rows[0].score == [10, 11, 12]
 
 
-def test_other_budgets_are_named_and_compared_where_all_got(make_run):
+def test_other_budgets_are_named_and_compared_where_every_run_arrived(make_run):
     long = [
         make_run(f"long/{k}", seed=k, budget=20_000, returns=[k + i for i in range(1, 21)])
         for k in range(3)
@@ -144,13 +144,13 @@ def test_other_budgets_are_named_and_compared_where_all_got(make_run):
     assert "total_env_steps=20000: 20000 env steps" in note
 
 
-def test_a_longer_run_that_died_after_the_common_end_takes_part(make_run):
+def test_a_longer_run_that_died_after_the_common_end_is_compared(make_run):
     long = make_run("long/0", budget=20_000, returns=range(1, 13), state="running", crash=KILLED)
     (place,) = comparison(make_run("base/0"), long).places
     assert (place.env_steps, [row.score for row in place.rows]) == (10_000, [[10], [10]])
 
 
-def test_runs_that_stopped_early_are_compared_where_all_got(make_run):
+def test_runs_that_stopped_early_are_compared_where_every_run_arrived(make_run):
     runs = [make_run("a", returns=[1] * 5), make_run("b", returns=[2] * 7, settings=FAST)]
     (place,) = comparison(*runs).places
     assert place.env_steps == 5_000

@@ -1,4 +1,4 @@
-"""Tables and numbers as they are printed."""
+"""Sections are printed as plain text and as Markdown."""
 
 import math
 
@@ -29,7 +29,7 @@ def test_numbers_have_four_digits_and_thousands_are_whole(value, text):
 TABLE = Section("Title", ["variant", "mean"], [["a", "1"], ["long name", "1,000"]], ["Remark."])
 
 
-def test_text_stands_to_the_left_and_numbers_to_the_right():
+def test_text_is_aligned_to_the_left_and_numbers_to_the_right():
     assert TABLE.plain() == [
         "Title",
         "  variant     mean",

@@ -1,4 +1,4 @@
-"""Against rliable, the library of the paper's authors, against SciPy, and against enumeration."""
+"""Statistics, against rliable (by the authors of the paper), SciPy and enumeration."""
 
 import itertools
 
@@ -21,7 +21,7 @@ X = np.array([480.0, 500.0, 470.0, 490.0, 500.0])
 Y = np.array([450.0, 500.0, 500.0, 430.0, 460.0])
 
 
-def test_agrees_with_rliable():
+def test_statistics_agree_with_rliable():
     # rliable 1.2.0 with arch 7.2.0: get_interval_estimates, 20,000 resamples (P: 3,000)
     assert estimate((X,), interquartile_mean) == pytest.approx((490.0, 473.3333333, 500.0))
     assert estimate((Y,), interquartile_mean) == pytest.approx((470.0, 436.6666667, 500.0))
@@ -30,30 +30,30 @@ def test_agrees_with_rliable():
 
 
 @given(arrays(float, 6, elements=st.integers(-5, 5)), arrays(float, 4, elements=st.integers(-5, 5)))
-def test_probability_of_improvement_is_mann_whitneys_u(x, y):
+def test_the_probability_of_improvement_is_mann_whitneys_u(x, y):
     u = mannwhitneyu(x, y, method="asymptotic").statistic if np.ptp([*x, *y]) else 12.0
     assert probability_of_improvement(x, y) == pytest.approx(u / 24)
     assert probability_of_improvement(x, y) == pytest.approx(1 - probability_of_improvement(y, x))
 
 
-def test_interquartile_mean_leaves_out_whole_seeds():
-    assert interquartile_mean(np.array([9.0, 1.0, 2.0])) == 4.0  # of three none
+def test_the_interquartile_mean_omits_whole_seeds():
+    assert interquartile_mean(np.array([9.0, 1.0, 2.0])) == 4.0  # of three seeds none is trimmed
     assert interquartile_mean(np.array([-99.0, 1.0, 3.0, 99.0])) == 2.0
     assert interquartile_mean(np.array([7.0, -9.0, 2.0, 3.0, 99.0, 4.0, 6.0, 5.0])) == 4.5
 
 
 @pytest.mark.parametrize("score", [[0.0, 1.0, 10.0], [3.0, 1.0, 4.0, 1.5]])
-def test_interval_is_that_of_all_resamples(score):
+def test_an_interval_is_that_of_all_resamples(score):
     resamples = np.array(list(itertools.product(score, repeat=len(score))))
     exact = np.quantile(interquartile_mean(resamples), [0.025, 0.975])
     found = estimate((np.array(score),), interquartile_mean)
     distinct = np.unique(interquartile_mean(resamples))
     near = [np.abs(distinct - end).argmin() for end in (*exact, found.low, found.high)]
-    assert abs(near[0] - near[2]) <= 1  # a neighbour at most, among the values there are
+    assert abs(near[0] - near[2]) <= 1  # a neighbour at most, among the possible values
     assert abs(near[1] - near[3]) <= 1
 
 
-def test_equal_scores_leave_no_doubt():
+def test_equal_scores_have_an_interval_of_no_width():
     same = np.full(5, 500.0)
     assert estimate((same,), interquartile_mean) == (500.0, 500.0, 500.0)
     assert estimate((same, same), probability_of_improvement) == (0.5, 0.5, 0.5)
@@ -64,7 +64,7 @@ def test_one_seed_has_no_interval():
     assert estimate((X, Y[:1]), probability_of_improvement).low is None
 
 
-def test_a_curve_is_its_places_one_by_one():
+def test_a_curve_equals_its_places_one_by_one():
     curve = np.stack([X, Y, X + 1])  # [place, seed]
     ends = interval((curve,), interquartile_mean)
     assert ends is not None

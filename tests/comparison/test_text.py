@@ -1,4 +1,4 @@
-"""What a comparison says beside its numbers."""
+"""The text of a comparison has rows, remarks and the ends of runs."""
 
 import pytest
 
@@ -7,7 +7,7 @@ from tests.comparison.conftest import KILLED
 from tests.comparison.test_scores import BASE_NAME, FAST, FAST_NAME, comparison, pairs
 
 
-def test_a_row_has_mean_and_interquartile_mean_and_how_often_it_is_better(make_run):
+def test_a_row_has_mean_interquartile_mean_and_probability_of_improvement(make_run):
     returns = {0: 8, 1: 10, 2: 10, 3: 100}
     runs = [make_run(f"a/{k}", seed=k, returns=[0] * 9 + [r]) for k, r in returns.items()]
     runs += [make_run(f"b/{k}", seed=k, settings=FAST, returns=[0] * 9 + [9]) for k in returns]
@@ -20,14 +20,14 @@ def test_a_row_has_mean_and_interquartile_mean_and_how_often_it_is_better(make_r
 
 
 @pytest.mark.parametrize(("seeds", "said"), [(1, "One seed: there"), (4, "of 4 seeds"), (5, "")])
-def test_few_seeds_are_said_to_be_few(make_run, seeds, said):
+def test_a_remark_says_where_there_are_few_seeds(make_run, seeds, said):
     text = describe(comparison(*pairs(make_run, seeds=range(seeds))))
     remarks = [line for line in text.splitlines() if "too narrow" in line or "One seed" in line]
     assert len(remarks) == bool(said)
     assert all(said in remark for remark in remarks)
 
 
-def test_the_latest_return_of_a_run_and_how_it_ended_are_told(make_run):
+def test_the_latest_return_of_a_run_and_how_the_run_ended_are_printed(make_run):
     runs = [
         make_run("a", returns=[1, 2, 7]),
         make_run("b", settings=FAST, returns=[3, 5], crash=KILLED),

@@ -10,7 +10,7 @@ def names(*directories) -> dict[str, list[int]]:
     return {v.name: list(v.runs) for v in group([read_run(d) for d in directories])}
 
 
-def test_settings_that_differ_name_variants(make_run):
+def test_variants_are_named_by_the_settings_that_differ(make_run):
     runs = [
         make_run("x/1", seed=1, settings={"learning_rate": 3e-3}),
         make_run("x/2", seed=1),
@@ -26,13 +26,13 @@ def test_a_setting_that_another_version_lacks_differs(make_run):
     assert list(names(*runs)) == ["ppo.new=(absent)", "ppo.new=1"]
 
 
-def test_many_settings_are_named_by_their_folder(make_run):
+def test_variants_with_many_settings_are_named_by_their_folders(make_run):
     settings = {"learning_rate": 1, "clip": 0.1, "epochs": 3, "minibatches": 1}
     runs = [make_run("base/seed0"), make_run("other/seed0", settings=settings)]
     assert list(names(*runs)) == ["base", "other"]
 
 
-def test_equal_settings_are_told_apart_by_their_folder(make_run):
+def test_variants_with_equal_settings_are_distinguished_by_their_folders(make_run):
     runs = [make_run(f"{code}/seed{k}", seed=k) for code in ("old", "new") for k in (0, 1)]
     assert names(*runs) == {"old": [0, 1], "new": [0, 1]}
     with_rate = [

@@ -1,4 +1,4 @@
-"""The rollout storage: what is written is what is read, for every kind of space."""
+"""The rollout storage returns what is written into it, for every kind of space."""
 
 import pytest
 import torch
@@ -32,7 +32,7 @@ def random_obs(spaces: EnvSpaces, generator: torch.Generator) -> Observation:
 
 
 def random_step(spaces: EnvSpaces, generator: torch.Generator) -> Rollout:
-    """A row for ``write_step``; the action as a distribution samples it."""
+    """A row for ``write_step``, with an action as a distribution samples it."""
 
     def flag(*shape: int) -> Tensor:
         return torch.rand(ENVS, *shape, generator=generator) < 0.5
@@ -71,7 +71,7 @@ def storages(rollout: Rollout) -> set[int]:
 
 
 @each_space
-def test_what_is_written_is_what_is_read(spaces: EnvSpaces, generator: torch.Generator) -> None:
+def test_a_written_step_is_read_back(spaces: EnvSpaces, generator: torch.Generator) -> None:
     rollout = allocate_rollout(spaces, STEPS, ENVS, device=CPU)
     before = storages(rollout)
     written = [random_step(spaces, generator) for _ in range(STEPS)]
@@ -92,7 +92,7 @@ def test_what_is_written_is_what_is_read(spaces: EnvSpaces, generator: torch.Gen
     assert storages(rollout) == before  # in place
 
 
-def test_the_rollout_keeps_copies(generator: torch.Generator) -> None:
+def test_a_rollout_stores_copies(generator: torch.Generator) -> None:
     spaces = SPACES["groups"]
     rollout = allocate_rollout(spaces, STEPS, ENVS, device=CPU)
     step = random_step(spaces, generator)

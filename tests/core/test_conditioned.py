@@ -1,4 +1,4 @@
-"""Factored choices of which the first decides what the others mean, against all joint actions."""
+"""Factored choices whose first choice gives the others their meaning, against joint actions."""
 
 import itertools
 from collections.abc import Iterator
@@ -39,7 +39,7 @@ Action = tuple[int, ...]
 
 
 def drawn(space: FactoredDiscrete, seed: int, rows: int = ROWS) -> tuple[Tensor, Tensor]:
-    """Logits, and masks each of whose parts allows something."""
+    """Logits, and masks of which each piece allows a choice."""
     generator = torch.Generator().manual_seed(seed)
     logits = 2.0 * torch.randn(rows, mask_size(space), generator=generator)
     parts = []
@@ -71,7 +71,7 @@ def meanings(space: FactoredDiscrete, mask: Tensor) -> Iterator[tuple[Action, li
 
 
 def enumerated(space: FactoredDiscrete, logits: Tensor, mask: Tensor) -> dict[Action, Tensor]:
-    """Log-probability of each action of one row."""
+    """Log-probabilities of the given actions under one row of logits."""
     return {
         action: sum(
             logits[k] - logits[choices].logsumexp(0)
@@ -84,7 +84,9 @@ def enumerated(space: FactoredDiscrete, logits: Tensor, mask: Tensor) -> dict[Ac
 @each_space
 @pytest.mark.parametrize("masked", [True, False])
 @given(seed=seeds)
-def test_it_is_the_distribution_over_all_joint_actions(space, masked, seed) -> None:
+def test_a_conditioned_categorical_is_the_distribution_over_all_joint_actions(
+    space, masked, seed
+) -> None:
     logits, mask = drawn(space, seed)
     logits = logits.double()
     ours = ConditionedCategorical(logits, space, mask if masked else None)
@@ -109,7 +111,7 @@ def test_it_is_the_distribution_over_all_joint_actions(space, masked, seed) -> N
 
 @each_space
 @given(seed=seeds)
-def test_nothing_flows_to_what_is_forbidden_or_unused(space, seed) -> None:
+def test_no_gradient_flows_to_forbidden_or_unused_choices(space, seed) -> None:
     logits, mask = drawn(space, seed)
     noise = torch.empty_like(logits).exponential_(generator=torch.Generator().manual_seed(seed))
 
@@ -134,7 +136,7 @@ def test_nothing_flows_to_what_is_forbidden_or_unused(space, seed) -> None:
         assert (by_entropy[row].abs().sum() > 0) == bool(has_choice(space, mask)[row])
     forbidden = ~mask
     for head, place in zip(space.heads, space.mask_slices, strict=True):
-        if head.conditioned:  # on a value that is forbidden itself
+        if head.conditioned:  # given a value that is forbidden itself
             impossible = forbidden[:, space.mask_slices[0]].repeat_interleave(head.size, 1)
             forbidden[:, place] |= impossible
     changed = logits.masked_fill(forbidden, torch.nan)
@@ -143,7 +145,7 @@ def test_nothing_flows_to_what_is_forbidden_or_unused(space, seed) -> None:
 
 
 @each_space
-def test_actions_are_sampled_as_often_as_their_probability_says(space) -> None:
+def test_actions_are_sampled_as_often_as_their_probabilities_say(space) -> None:
     generator = torch.Generator().manual_seed(2)
     logits, mask = drawn(space, 3, rows=1)
     rows = 40_000
@@ -180,5 +182,7 @@ def test_actions_are_sampled_as_often_as_their_probability_says(space) -> None:
         (SPACES["growth"], [0, 1, 0, 0] + [1, 0, 0] * 4 + [1, 1, 1, 0], True),
     ],
 )
-def test_whether_there_is_a_choice(space: ActionSpace, mask: list[int], expected: bool) -> None:
+def test_a_mask_with_more_than_one_action_has_a_choice(
+    space: ActionSpace, mask: list[int], expected: bool
+) -> None:
     assert has_choice(space, torch.tensor([mask]) == 1).tolist() == [expected]

@@ -1,4 +1,4 @@
-"""Figures about an update, against the exact quantities that they estimate."""
+"""Metrics of an update, against the exact quantities that they estimate."""
 
 import numpy as np
 import pytest

@@ -1,4 +1,4 @@
-"""Action distributions against torch.distributions, their masks and tails, and their randomness."""
+"""Action distributions against torch.distributions: masks, tails and samples."""
 
 from collections.abc import Callable
 
@@ -41,7 +41,7 @@ def logits_and_mask(
 
 
 def assert_frequencies(counts: Tensor, probability: Tensor, *, greatest_chi_square: float) -> None:
-    """Pearson's test; an outcome of probability zero must not have occurred."""
+    """Pearson's test of frequencies; an outcome of probability zero must not have occurred."""
     possible = probability > 0
     assert counts[~possible].sum() == 0
     expected = probability[possible] * counts.sum()
@@ -53,7 +53,7 @@ def assert_frequencies(counts: Tensor, probability: Tensor, *, greatest_chi_squa
 
 
 @given(seeds, st.sampled_from([0.1, 2.0, 50.0]))
-def test_a_categorical_is_that_of_torch(seed: int, scale: float) -> None:
+def test_a_categorical_equals_that_of_torch(seed: int, scale: float) -> None:
     logits, _ = logits_and_mask(seed, 6, 4, scale=scale)
     ours, reference = Categorical(logits), distributions.Categorical(logits=logits)
     for choice in range(4):
@@ -64,7 +64,7 @@ def test_a_categorical_is_that_of_torch(seed: int, scale: float) -> None:
 
 
 @given(seeds)
-def test_a_mask_leaves_the_renormalised_distribution_over_what_is_allowed(seed: int) -> None:
+def test_a_mask_leaves_the_renormalised_distribution_over_allowed_choices(seed: int) -> None:
     logits, mask = logits_and_mask(seed, 6, 5)
     ours = Categorical(logits, mask)
     entropy, mode = ours.entropy(), ours.mode()
@@ -82,7 +82,7 @@ def test_a_mask_leaves_the_renormalised_distribution_over_what_is_allowed(seed: 
 
 @pytest.mark.parametrize("beyond", [100.0, torch.inf, torch.nan])
 @given(seeds)
-def test_nothing_flows_to_or_from_a_forbidden_logit(beyond: float, seed: int) -> None:
+def test_no_value_and_no_gradient_depends_on_a_forbidden_logit(beyond: float, seed: int) -> None:
     logits, mask = logits_and_mask(seed, 6, 5)
 
     def gradient(logits: Tensor) -> Tensor:
@@ -112,7 +112,9 @@ def test_a_single_allowed_choice_is_certain(generator: torch.Generator) -> None:
     assert torch.equal(logits.grad, torch.zeros(1, 3))
 
 
-def test_choices_are_sampled_as_often_as_their_probability_says(generator: torch.Generator) -> None:
+def test_choices_are_sampled_as_often_as_their_probabilities_say(
+    generator: torch.Generator,
+) -> None:
     logits = torch.tensor([0.0, 1.0, -1.5, 4.0, 0.5])
     mask = torch.tensor([True, True, True, False, True])
     rows = 40_000
@@ -133,7 +135,9 @@ def test_a_forbidden_choice_is_never_sampled(seed: int) -> None:
 
 
 @given(seeds)
-def test_factored_choices_are_the_sum_of_their_parts(seed: int) -> None:
+def test_log_probability_and_entropy_of_factored_choices_are_sums_over_components(
+    seed: int,
+) -> None:
     logits, _ = logits_and_mask(seed, 5, sum(NVEC))
     mask = torch.cat([logits_and_mask(seed + n, 5, n)[1] for n in NVEC], -1)
     noise = exponential(5, sum(NVEC), seeded(seed))
@@ -167,7 +171,7 @@ def mean_and_log_std(seed: int, rows: int = 6, components: int = 3) -> tuple[Ten
 
 
 @given(seeds)
-def test_a_diagonal_gaussian_is_that_of_torch(seed: int) -> None:
+def test_a_diagonal_gaussian_equals_that_of_torch(seed: int) -> None:
     mean, log_std = mean_and_log_std(seed)
     ours = DiagonalGaussian(mean, log_std)
     reference = distributions.Independent(distributions.Normal(mean, log_std.exp()), 1)
@@ -178,7 +182,7 @@ def test_a_diagonal_gaussian_is_that_of_torch(seed: int) -> None:
 
 
 @pytest.mark.parametrize("kind", [DiagonalGaussian, TanhGaussian])
-def test_gaussian_samples_have_the_moments_asked_for(
+def test_gaussian_samples_have_the_given_moments(
     kind: Callable[[Tensor, Tensor], Distribution], generator: torch.Generator
 ) -> None:
     mean, std = torch.tensor([-2.0, 0.5]), torch.tensor([0.1, 3.0])
@@ -226,7 +230,7 @@ def integrated_entropy(mean: float, std: float) -> float:
 
 @pytest.mark.parametrize("mean", [0.0, -0.7, 3.0, 10.0])
 @pytest.mark.parametrize("std", [0.01, 0.5, 1.0, 2.0])
-def test_the_entropy_of_a_tanh_gaussian_is_the_integral_and_so_is_its_gradient(
+def test_entropy_of_a_tanh_gaussian_and_its_gradient_are_those_of_the_integral(
     mean: float, std: float
 ) -> None:
     m, log_std = torch.tensor([[mean]]), torch.tensor([[std]]).log()
@@ -252,7 +256,7 @@ def test_the_entropy_of_a_tanh_gaussian_is_the_mean_surprise_of_its_samples(
     assert ours.entropy()[0].item() == pytest.approx(surprise.mean().item(), abs=4 * error)
 
 
-def test_an_entropy_first_asked_for_in_inference_mode_can_be_trained_later(
+def test_an_entropy_first_computed_in_inference_mode_can_be_trained_later(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     monkeypatch.setattr("esper_lightning.core.distributions._HERMITE", {})
@@ -276,7 +280,7 @@ each_kind = pytest.mark.parametrize("make", KINDS.values(), ids=KINDS)
 
 
 @each_kind
-def test_samples_come_from_the_noise_alone(make: Callable[[Tensor], Distribution]) -> None:
+def test_samples_depend_on_the_noise_alone(make: Callable[[Tensor], Distribution]) -> None:
     distribution = make(torch.randn(200, 6, generator=seeded(0)))
     before = torch.get_rng_state()
     first, then = exponential(2 * 200, 6, seeded(1)).split(200)
@@ -287,7 +291,7 @@ def test_samples_come_from_the_noise_alone(make: Callable[[Tensor], Distribution
 
 @each_kind
 @pytest.mark.parametrize("autocast", [False, True])
-def test_results_are_single_precision_whatever_the_network_gave(
+def test_results_are_float32_whatever_the_dtype_of_the_network(
     make: Callable[[Tensor], Distribution], autocast: bool
 ) -> None:
     output = torch.randn(50, 6, generator=seeded(0)).bfloat16()

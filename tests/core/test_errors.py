@@ -1,4 +1,4 @@
-"""The one form of an error about what a user wrote."""
+"""Errors about what a user wrote have one form."""
 
 import re
 from dataclasses import dataclass
@@ -8,7 +8,7 @@ import pytest
 from esper_lightning.core.errors import check_fields, require, require_int
 
 
-def test_what_obeys_the_rule_passes() -> None:
+def test_a_value_that_obeys_the_rule_passes() -> None:
     require(True, "Owner.field", "rule", 0)
 
 
@@ -31,7 +31,7 @@ def test_integers_that_are_great_enough_pass(value: int) -> None:
 
 
 @pytest.mark.parametrize("value", [True, 1.0, "1", None])
-def test_what_is_no_integer_is_refused(value: object) -> None:
+def test_a_value_that_is_no_integer_is_refused(value: object) -> None:
     with pytest.raises(ValueError, match=re.escape(f"must be an integer, got {value!r}.")):
         require_int("Owner.field", value, minimum=0)
 
@@ -43,7 +43,7 @@ def test_an_integer_that_is_too_small_is_refused() -> None:
 
 @dataclass(frozen=True)
 class Sizes:
-    """A setting of many numbers, by name."""
+    """Settings with a mapping of numbers by name."""
 
     by_name: dict[str, int]
 

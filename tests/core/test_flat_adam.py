@@ -1,4 +1,4 @@
-"""Adam on one vector is torch's Adam, and the module stays what it was to everybody else."""
+"""Adam on one vector equals torch's Adam, and checkpoints and callbacks see no difference."""
 
 import copy
 
@@ -33,7 +33,7 @@ def advance(parameters: FlatParameters, flat: torch.Tensor, *, skip: torch.Tenso
     parameters.keep(adam_step(state, flat, learning_rate=rate, eps=EPS, skip=skip))
 
 
-def test_steps_are_those_of_torch() -> None:
+def test_steps_equal_those_of_torch() -> None:
     ours, theirs = network(), network()
     mine, optimizer = FlatParameters(ours, adam(ours)), adam(theirs)
     for step in range(50):
@@ -79,7 +79,7 @@ def test_module_and_optimizer_see_every_step_and_survive_a_checkpoint() -> None:
 
 
 class Tied(nn.Module):
-    """A weight in two modules, a module in two places, and one that is not trained."""
+    """A weight in two modules, a module in two places, and a weight that is not trained."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -93,7 +93,7 @@ class Tied(nn.Module):
         return self.frozen(self.again(self.second(self.first(x))))
 
 
-def test_gradients_of_shared_weights_are_those_of_autograd() -> None:
+def test_gradients_of_shared_weights_equal_those_of_autograd() -> None:
     torch.manual_seed(0)
     module, x = Tied(), torch.randn(3, 4)
     parameters = FlatParameters(module, adam(module))
@@ -107,7 +107,7 @@ def test_gradients_of_shared_weights_are_those_of_autograd() -> None:
     assert all(isinstance(p, nn.Parameter) and p.is_leaf for p in module.parameters())
 
 
-def test_other_precisions_are_refused() -> None:
+def test_parameters_of_other_precisions_are_refused() -> None:
     module = network().double()
     with pytest.raises(ValueError, match=r"PPO\.policy must have float32 parameters on one device"):
         FlatParameters(module, adam(module))
@@ -129,7 +129,7 @@ def test_an_optimizer_that_would_be_ignored_is_refused(make) -> None:
         FlatParameters(module, make(list(module.parameters())))
 
 
-def test_what_others_do_to_the_parameters_is_taken_in_or_refused() -> None:
+def test_parameters_that_others_change_are_copied_or_refused() -> None:
     module = network()
     parameters = FlatParameters(module, adam(module))
     weight = module[0].weight
@@ -143,7 +143,7 @@ def test_what_others_do_to_the_parameters_is_taken_in_or_refused() -> None:
         parameters.refresh()
 
 
-def test_saved_state_goes_on_in_a_plain_adam() -> None:
+def test_a_saved_state_continues_in_a_plain_adam() -> None:
     module, other = network(), network()
     optimizer, plain = adam(module), adam(other)
     parameters = FlatParameters(module, optimizer)

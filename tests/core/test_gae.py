@@ -1,4 +1,4 @@
-"""Advantages: against walks along episodes, against Stable-Baselines3, and what must not matter."""
+"""Advantages, against walks along episodes and against Stable-Baselines3."""
 
 from collections.abc import Callable
 from typing import NamedTuple
@@ -27,7 +27,7 @@ class Columns(NamedTuple):
 
 @st.composite
 def columns(draw: st.DrawFn, *, truncate: bool = True) -> Columns:
-    """Several episodes in each column; the value reached is the next one, unless one ended."""
+    """Several episodes in each column; the value reached is the next value within an episode."""
     generator = torch.Generator().manual_seed(draw(st.integers(0, 10_000)))
     shape = draw(st.integers(1, 10)), draw(st.integers(1, 4))
     reward, value, reached = (
@@ -37,7 +37,7 @@ def columns(draw: st.DrawFn, *, truncate: bool = True) -> Columns:
     cut = torch.rand(shape, generator=generator) < 0.5 if truncate else torch.zeros_like(ended)
     shifted = torch.cat([value[1:], reached[-1:]])
     next_value = torch.where(ended, reached, shifted)
-    # What lies beyond a termination has no value, and nothing that stands there may be read.
+    # A state beyond a termination has no value, so the number that stands there must not be read.
     nothing = torch.tensor([torch.nan, torch.inf, -torch.inf, 1e6], dtype=torch.float64)
     chosen = nothing[torch.randint(len(nothing), shape, generator=generator)]
     next_value = torch.where(ended & ~cut, chosen, next_value)
@@ -71,19 +71,19 @@ def each_step(data: Columns, advantage_of: Callable[[list[float]], float]) -> Te
 
 
 @given(columns())
-def test_lambda_0_is_the_td_error(data: Columns) -> None:
+def test_with_lambda_0_the_advantage_is_the_td_error(data: Columns) -> None:
     got = compute_gae(*data, discount=DISCOUNT, lambda_=0.0)
     torch.testing.assert_close(got.advantage, each_step(data, lambda n_step: n_step[0]))
 
 
 @given(columns())
-def test_lambda_1_is_the_return_of_the_episode_less_the_value(data: Columns) -> None:
+def test_with_lambda_1_the_advantage_is_the_return_less_the_value(data: Columns) -> None:
     got = compute_gae(*data, discount=DISCOUNT, lambda_=1.0)
     torch.testing.assert_close(got.advantage, each_step(data, lambda n_step: n_step[-1]))
 
 
 @given(columns(), st.floats(0.0, 1.0))
-def test_any_lambda_is_the_weighted_mean_of_n_step_advantages(
+def test_with_any_lambda_the_advantage_is_the_weighted_mean_of_n_step_advantages(
     data: Columns, lambda_: float
 ) -> None:
     def weighted(n_step: list[float]) -> float:
@@ -98,13 +98,13 @@ def test_any_lambda_is_the_weighted_mean_of_n_step_advantages(
 
 
 @given(columns())
-def test_the_value_target_is_what_the_advantage_was_measured_to(data: Columns) -> None:
+def test_the_value_target_is_value_plus_advantage(data: Columns) -> None:
     got = compute_gae(*data, discount=DISCOUNT, lambda_=0.9)
     torch.testing.assert_close(got.value_target - data.value, got.advantage)
 
 
 @given(columns(), st.integers(0, 10_000))
-def test_what_follows_the_end_of_an_episode_does_not_matter(data: Columns, seed: int) -> None:
+def test_steps_after_the_end_of_an_episode_do_not_matter(data: Columns, seed: int) -> None:
     generator = torch.Generator().manual_seed(seed)
     t, b = (torch.randint(size, (), generator=generator).item() for size in data.reward.shape)
     data.terminated[t, b] |= ~data.truncated[t, b]
@@ -120,7 +120,9 @@ def test_what_follows_the_end_of_an_episode_does_not_matter(data: Columns, seed:
 
 
 @given(columns(truncate=False), st.floats(0.0, 1.0))
-def test_without_truncation_it_is_stable_baselines3(data: Columns, lambda_: float) -> None:
+def test_without_truncation_advantages_equal_those_of_stable_baselines3(
+    data: Columns, lambda_: float
+) -> None:
     steps, envs = data.reward.shape
     space = spaces.Discrete(2)
     buffer = RolloutBuffer(steps, space, space, "cpu", lambda_, DISCOUNT, envs)
@@ -146,7 +148,7 @@ def test_the_result_has_the_dtype_of_the_reward(dtype: torch.dtype) -> None:
 
 
 @given(columns(), st.data())
-def test_returns_carried_over_two_calls_are_those_of_one(
+def test_returns_carried_over_two_calls_equal_those_of_one_call(
     data: Columns, draw: st.DataObject
 ) -> None:
     ended = data.terminated | data.truncated
@@ -178,8 +180,8 @@ def test_the_return_so_far_looks_back_to_the_start_of_its_episode(data: Columns)
 
 
 @pytest.mark.parametrize("bad", [torch.nan, torch.inf])
-def test_not_even_what_is_not_finite_passes_the_end_of_an_episode(bad: float) -> None:
-    """Neither back to the episode before, nor on to the one after."""
+def test_numbers_that_are_not_finite_do_not_pass_the_end_of_an_episode(bad: float) -> None:
+    """They affect neither the episode before nor the episode after."""
     reward, value = torch.zeros(2, 6, 1, dtype=torch.float64)
     ended = torch.tensor([False, False, True, False, True, False])[:, None]
     reward[3] = bad

@@ -1,4 +1,4 @@
-"""The terms of the objective, by their gradients and bounds."""
+"""The terms of the objective have the gradients and bounds of their definitions."""
 
 import pytest
 import torch
@@ -18,7 +18,7 @@ def randn(seed: int, *shape: int) -> Tensor:
 
 
 def surrogate_and_slope(ratio: Tensor, advantage: Tensor) -> tuple[Tensor, Tensor]:
-    """The loss of each sample and its derivative by the log-probability."""
+    """The loss of each sample, and its derivative by the log-probability."""
     log_prob = ratio.log().requires_grad_()
     loss = clipped_surrogate(log_prob, torch.zeros_like(ratio), advantage, clip=CLIP)
     (slope,) = torch.autograd.grad(loss.sum(), log_prob)
@@ -69,7 +69,7 @@ def test_without_a_clip_the_value_loss_is_the_squared_error(seed: int) -> None:
 
 
 @given(seeds)
-def test_a_value_clip_only_ever_raises_the_loss_and_none_within_it(seed: int) -> None:
+def test_a_value_clip_raises_the_loss_only_beyond_the_clip(seed: int) -> None:
     old, move, target = (randn(seed + k, 64) for k in range(3))
     clipped = value_loss(old + move, old, target, clip=0.5)
     plain = value_loss(old + move, old, target, clip=None)
@@ -87,7 +87,7 @@ def test_a_value_clip_only_ever_raises_the_loss_and_none_within_it(seed: int) ->
         pytest.param(9.0, 2 * (9.0 - 3.0), id="beyond, and past the target"),
     ],
 )
-def test_a_value_that_moved_far_enough_towards_its_target_is_left_alone(
+def test_a_value_that_moved_far_enough_towards_its_target_has_no_gradient(
     value: float, slope: float
 ) -> None:
     for sign in (1.0, -1.0):

@@ -1,4 +1,4 @@
-"""The fields of a sample stay together."""
+"""A minibatch keeps the fields of each sample together."""
 
 import pytest
 import torch
@@ -8,7 +8,7 @@ from esper_lightning.core.types import Observation, Samples, map_obs
 
 
 def numbered(size: int, *, grouped: bool = False, masked: bool = False) -> Samples:
-    """Every field holds the number of its row, each in its own way."""
+    """Samples of which every field holds the number of its row."""
     row = torch.arange(size)
     obs: Observation = torch.stack([row, -row], -1).float()
     if grouped:

@@ -1,4 +1,4 @@
-"""What a rank that is alone tells itself; ``tests/training/test_ranks.py`` has two processes."""
+"""A single rank communicates with nobody; ``tests/training/test_ranks.py`` has two processes."""
 
 import torch
 
@@ -7,7 +7,7 @@ from esper_lightning.core.ranks import SINGLE_RANK, Ranks, _unpack
 TREE = {"b": torch.tensor([[1.0, 2.0], [3.0, 4.0]]), "a": (torch.tensor(True), torch.tensor(7))}
 
 
-def test_alone_everything_is_its_own() -> None:
+def test_a_single_rank_gets_its_own_tensors_back() -> None:
     assert SINGLE_RANK.sum(TREE) is TREE
     assert Ranks(1).gather(TREE) == [TREE]
 
@@ -21,7 +21,7 @@ def test_saved_states_are_copies_on_the_host() -> None:
     assert saved["steps"] == 3
 
 
-def test_what_travelled_as_one_vector_has_its_shapes_and_dtypes_again() -> None:
+def test_tensors_sent_as_one_vector_regain_their_shapes_and_dtypes() -> None:
     vector = torch.cat([torch.tensor([1.0, 7.0]), torch.arange(1.0, 5.0)]).double()
     tree = _unpack(vector, TREE)  # mappings by sorted key
     assert torch.equal(tree["b"], TREE["b"])

@@ -1,4 +1,4 @@
-"""Recurrent cells against torch's own, their gradient, and where they begin anew."""
+"""Recurrent cells and their gradients, against those of torch, over several episodes."""
 
 import pytest
 import torch
@@ -28,7 +28,7 @@ def some_begin(steps: int = STEPS) -> Tensor:
 
 
 def by_torch(cell: str, x: Tensor, begins: Tensor, *others: Tensor) -> Tensor:
-    """Step by step, with the input handed to the gates as it is."""
+    """The memories of torch's cell, step by step, with the inputs given to the gates unchanged."""
     memory, weight, bias = others
     kind = {"gru": nn.GRUCell, "lstm": nn.LSTMCell}[cell]
     theirs = kind(x.shape[-1], SIZE, dtype=x.dtype)
@@ -50,7 +50,7 @@ def by_torch(cell: str, x: Tensor, begins: Tensor, *others: Tensor) -> Tensor:
 
 @each_cell
 @pytest.mark.parametrize("steps", [1, STEPS])
-def test_memories_and_their_gradients_are_those_of_torch(cell: str, steps: int) -> None:
+def test_memories_and_their_gradients_equal_those_of_torch(cell: str, steps: int) -> None:
     x, *others = (value.requires_grad_() for value in arguments(cell, steps))
     begins = some_begin(steps)
     after, expected = unroll(cell, x, begins, *others), by_torch(cell, x, begins, *others)
@@ -63,7 +63,7 @@ def test_memories_and_their_gradients_are_those_of_torch(cell: str, steps: int) 
 
 
 @each_cell
-def test_steps_one_by_one_are_the_sequence(cell: str) -> None:
+def test_steps_one_by_one_equal_the_sequence(cell: str) -> None:
     x, memory, weight, bias = arguments(cell, dtype=torch.float32)
     begins, first = some_begin(), memory
     for t in range(STEPS):
@@ -78,7 +78,7 @@ def test_steps_one_by_one_are_the_sequence(cell: str) -> None:
 
 @each_cell
 def test_nothing_passes_the_beginning_of_an_episode(cell: str) -> None:
-    """Neither forwards, not even what is not finite, nor backwards."""
+    """No number passes forwards, also none that is not finite, and no gradient backwards."""
     x, memory, weight, bias = arguments(cell)
     begins = torch.zeros(STEPS, ROWS, dtype=torch.bool)
     begins[3] = True

@@ -1,4 +1,4 @@
-"""Running statistics: parts are the whole, frozen until told, and saved whole."""
+"""Running statistics merge batches exactly, change only in updates, and are saved whole."""
 
 import numpy as np
 import pytest
@@ -22,7 +22,7 @@ def assert_same_bits(first: dict[str, Tensor], second: dict[str, Tensor]) -> Non
 
 
 @given(st.lists(st.integers(1, 9), min_size=1, max_size=5), st.integers(0, 10_000))
-def test_batches_one_by_one_are_all_at_once(sizes: list[int], seed: int) -> None:
+def test_batches_one_by_one_equal_one_batch_of_all(sizes: list[int], seed: int) -> None:
     generator = torch.Generator().manual_seed(seed)
     row = 1e4 + 3.0 * torch.randn(sum(sizes), 2, 3, generator=generator, dtype=torch.float64)
     stats = RunningStats((2, 3))
@@ -33,7 +33,7 @@ def test_batches_one_by_one_are_all_at_once(sizes: list[int], seed: int) -> None
     np.testing.assert_allclose(stats.variance, row.numpy().var(0), rtol=1e-6, atol=1e-9)
 
 
-def test_leading_axes_are_one_batch(generator: torch.Generator) -> None:
+def test_all_leading_axes_count_as_one_batch(generator: torch.Generator) -> None:
     batch = torch.randn(5, 4, 3, generator=generator)
     nested, flat = RunningStats((3,)), RunningStats((3,))
     nested.update(Moments.of(batch, (3,)))
@@ -56,7 +56,7 @@ def test_normalised_data_has_mean_0_and_deviation_1(generator: torch.Generator) 
     assert torch.equal(scaled.sign(), batch.sign())
 
 
-def test_it_is_the_identity_before_the_first_update(generator: torch.Generator) -> None:
+def test_statistics_are_the_identity_before_the_first_update(generator: torch.Generator) -> None:
     batch = torch.randn(9, 3, generator=generator)
     stats = RunningStats((3,))
     assert torch.equal(stats.normalize(batch, clip=10.0), batch)
@@ -80,7 +80,7 @@ def test_a_component_that_never_varies_stays_finite() -> None:
 
 
 @pytest.mark.parametrize("bad", [1.0, torch.nan])
-def test_moments_that_are_not_to_be_merged_change_no_bit(
+def test_a_merge_where_the_condition_is_false_changes_no_bit(
     bad: float, generator: torch.Generator
 ) -> None:
     before = Moments.of(torch.randn(9, 3, generator=generator), (3,))
@@ -89,7 +89,7 @@ def test_moments_that_are_not_to_be_merged_change_no_bit(
     assert all(torch.equal(a, b) for a, b in zip(before, after, strict=True))
 
 
-def test_moments_that_are_to_be_merged_are_as_without_the_question(
+def test_a_merge_where_the_condition_is_true_equals_one_without_condition(
     generator: torch.Generator,
 ) -> None:
     before, batch = (Moments.of(torch.randn(n, 3, generator=generator), (3,)) for n in (9, 4))
@@ -136,7 +136,7 @@ def test_groups_are_normalised_each_by_its_own_statistics(generator: torch.Gener
 
 
 @pytest.mark.parametrize("groups", [True, False])
-def test_the_state_dict_carries_everything(groups: bool, generator: torch.Generator) -> None:
+def test_the_state_dict_holds_all_statistics(groups: bool, generator: torch.Generator) -> None:
     boxes = {"joints": Box((3,)), "image": Box((2, 2))}
     obs, more = grouped(generator, 16), grouped(generator, 8)
     if not groups:
@@ -156,7 +156,7 @@ def test_observations_are_clipped(generator: torch.Generator) -> None:
 
 
 def test_a_spread_that_is_small_beside_the_mean_is_found() -> None:
-    """In single precision, the mean of such numbers is off by more than they vary."""
+    """In single precision, the error of the mean of such numbers exceeds their spread."""
     row = torch.tensor([2.0**23 + k for k in range(-3, 4)] * 1000)
     moments = Moments.of(row)
     assert (moments.mean, moments.variance) == (2.0**23, 4.0)

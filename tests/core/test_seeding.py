@@ -1,4 +1,4 @@
-"""Random streams: apart by seed, rank and purpose; the same on every machine, in every version."""
+"""Random streams differ by seed, rank and purpose, and are the same in every version."""
 
 import itertools
 import random
@@ -15,7 +15,7 @@ from esper_lightning.core.seeding import (
 
 CPU = torch.device("cpu")
 
-# (seed, rank, purpose): what every version gives. With a change here old runs cannot be repeated.
+# (seed, rank, purpose): the seed in every version. A change would make old runs unrepeatable.
 GOLDEN = {
     (0, 0, "exploration"): 1921995601,
     (0, 1, "exploration"): 478513774,
@@ -24,13 +24,13 @@ GOLDEN = {
 }
 
 
-def test_golden_values() -> None:
+def test_seeds_equal_those_of_every_earlier_version() -> None:
     got = {key: stream_seed(key[0], rank=key[1], purpose=key[2]) for key in GOLDEN}
     assert got == GOLDEN
 
 
 def test_streams_differ_by_seed_rank_and_purpose() -> None:
-    # 1 and 11 in neighbouring places: a key glued together without separators would repeat.
+    # 1 and 11 in neighbouring places: a key without separators would repeat.
     keys = list(itertools.product([0, 1, 11, 111], [0, 1, 11, 111], ["policy", "1", "11", "env"]))
     seeds = {stream_seed(seed, rank=rank, purpose=purpose) for seed, rank, purpose in keys}
     assert len(seeds) == len(keys)
@@ -49,20 +49,20 @@ def test_a_stream_repeats_itself_and_differs_from_others() -> None:
         assert not torch.equal(first, numbers(*other))
 
 
-def test_a_stream_leaves_the_global_one_alone() -> None:
+def test_a_stream_does_not_change_the_global_one() -> None:
     before = torch.get_rng_state()
     torch.rand(8, generator=stream(0, rank=0, purpose="a", device=CPU))
     assert torch.equal(torch.get_rng_state(), before)
 
 
-def test_global_generators_go_on_from_a_saved_state(tmp_path) -> None:
+def test_global_generators_continue_from_a_saved_state(tmp_path) -> None:
     def numbers() -> list[float]:
         own = [random.random(), random.gauss(0.0, 1.0), float(np.random.rand())]  # noqa: NPY002
         return [*own, float(np.random.normal()), torch.rand(()).item()]  # noqa: NPY002
 
     before = global_random_states()
     try:
-        numbers()  # half of a pair of normal numbers is kept for the next call
+        numbers()  # half of a pair of normal numbers remains for the next call
         torch.save(global_random_states(), tmp_path / "states.pt")
         expected = [numbers() for _ in range(3)]
         set_global_random_states(torch.load(tmp_path / "states.pt", weights_only=True))

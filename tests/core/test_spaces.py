@@ -1,4 +1,4 @@
-"""Spaces refuse what no environment can have, and say so."""
+"""Spaces that no environment can have are refused with the reason."""
 
 import math
 import re
@@ -103,7 +103,7 @@ def test_a_box_is_bounded_if_every_bound_is_finite(box: Box, bounded: bool) -> N
         ),
     ],
 )
-def test_what_cannot_be_is_refused(make, message: str) -> None:
+def test_an_impossible_space_is_refused(make, message: str) -> None:
     with pytest.raises(ValueError, match=f"^{re.escape(message)}$"):
         make()
 

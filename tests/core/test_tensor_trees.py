@@ -1,4 +1,4 @@
-"""Trees: what is found is what is put back, and nothing is silently left out."""
+"""Tensors of a tree are found and replaced in the same order, and none is skipped silently."""
 
 from dataclasses import dataclass
 from typing import NamedTuple
@@ -35,7 +35,7 @@ def test_equal_mappings_agree_whatever_their_order() -> None:
     assert (doubled["a"].item(), doubled["b"].item()) == (0.0, 2.0)
 
 
-def test_what_is_no_tree_is_refused() -> None:
+def test_a_value_that_is_no_tree_is_refused() -> None:
     @dataclass
     class Box:
         value: torch.Tensor

@@ -1,4 +1,4 @@
-"""Time limits, resets within the step, saving and loading, seeds; a step never asks the device."""
+"""Time limits, resets within the step, saving and loading, seeds; no step synchronises."""
 
 import math
 import re
@@ -48,7 +48,7 @@ def assert_equal(first: list[StepResult], second: list[StepResult]) -> None:
 
 
 class Countdown:
-    """The state counts down to 0, which terminates; all that happens is known in advance."""
+    """A task whose state counts down to 0, which terminates; every result is known in advance."""
 
     def __init__(self, start: list[int], time_limit: int) -> None:
         self.start, self.num_envs, self.time_limit = start, len(start), time_limit
@@ -68,7 +68,7 @@ class Countdown:
         return Transition(reached, reached[:, 0] * 10, reached[:, 0] <= 0)
 
 
-def test_each_end_by_hand() -> None:
+def test_each_kind_of_end_gives_the_result_computed_by_hand() -> None:
     env = AutoresetEnv(Countdown([2, 3, 5], time_limit=3), device=CPU, seed=0)
     obs, mask = env.reset()
     assert obs.tolist() == [[2], [3], [5]]
@@ -99,7 +99,7 @@ def test_each_end_by_hand() -> None:
     assert one.obs.tolist() == [[1], [2], [4]], "overwritten by a later step"
 
 
-def test_gymnasium_sets_both_flags_where_we_set_one() -> None:
+def test_gymnasium_sets_both_flags_where_only_terminated_is_set_here() -> None:
     gymnasium = pytest.importorskip("gymnasium")
     env = gymnasium.make("MountainCar-v0", max_episode_steps=1)
     env.reset(seed=0)
@@ -131,7 +131,7 @@ def test_episodes_are_as_long_as_the_start_or_the_limit(
 
 
 @each_spec
-def test_truncated_exactly_at_the_limit(spec: type[Any]) -> None:
+def test_an_episode_is_truncated_exactly_at_the_limit(spec: type[Any]) -> None:
     env = spec(num_envs=4, time_limit=5).build(CPU, 0)
     env.reset()
     for step, result in enumerate(play(env, 11), start=1):
@@ -140,7 +140,7 @@ def test_truncated_exactly_at_the_limit(spec: type[Any]) -> None:
 
 
 @each_spec
-def test_reset_amid_an_episode_starts_anew(spec: type[Any]) -> None:
+def test_a_reset_within_an_episode_starts_a_new_episode(spec: type[Any]) -> None:
     env = spec(num_envs=4, time_limit=5).build(CPU, 0)
     env.reset()
     play(env, 3)
@@ -152,7 +152,7 @@ def test_reset_amid_an_episode_starts_anew(spec: type[Any]) -> None:
 
 
 @each_spec
-def test_what_was_returned_may_be_written_to(spec: type[Any]) -> None:
+def test_a_caller_may_write_into_results(spec: type[Any]) -> None:
     plain, abused = (spec(num_envs=3, time_limit=4).build(CPU, 0) for _ in range(2))
     plain.reset()
     abused.reset()[0].zero_()
@@ -167,7 +167,7 @@ def test_what_was_returned_may_be_written_to(spec: type[Any]) -> None:
 
 
 @each_spec
-def test_continues_bit_for_bit(spec: type[Any]) -> None:
+def test_an_environment_continues_bit_for_bit_from_a_saved_state(spec: type[Any]) -> None:
     env = spec(num_envs=5, time_limit=17).build(CPU, 0)
     env.reset()
     play(env, 20)
@@ -180,7 +180,7 @@ def test_continues_bit_for_bit(spec: type[Any]) -> None:
     assert_equal(expected, play(other, 40))
 
 
-def test_load_refuses_and_leaves_everything_as_it_was() -> None:
+def test_a_refused_state_changes_nothing() -> None:
     env = CartPole(num_envs=3).build(CPU, 0)
     other = CartPole(num_envs=4).build(CPU, 1)
     before = env.state_dict()
@@ -203,7 +203,7 @@ def test_load_refuses_and_leaves_everything_as_it_was() -> None:
 
 
 @each_spec
-def test_seeds(spec: type[Any]) -> None:
+def test_the_seed_determines_initial_states_that_differ(spec: type[Any]) -> None:
     def start(seed: int) -> Tensor:
         return spec(num_envs=6).build(CPU, seed).reset()[0]
 
@@ -213,7 +213,7 @@ def test_seeds(spec: type[Any]) -> None:
 
 
 @each_spec
-def test_is_independent_of_the_global_stream(spec: type[Any]) -> None:
+def test_an_environment_is_independent_of_the_global_stream(spec: type[Any]) -> None:
     before = torch.get_rng_state()
     play(spec(num_envs=2, time_limit=2).build(CPU, 0), 5)
     assert torch.equal(torch.get_rng_state(), before)
@@ -235,13 +235,13 @@ def test_settings_are_checked(spec: type[Any], settings: dict[str, Any], message
 
 @pytest.mark.parametrize("value", [2.0, "2", None])
 def test_sizes_that_are_no_integers_are_refused(value: Any) -> None:
-    # The type checker of the test run would be first to refuse them in a dataclass.
+    # In a dataclass the type checker of the test run would refuse such sizes first.
     task = Countdown([1], time_limit=value)
     with pytest.raises(ValueError, match=f"Countdown.time_limit must be an integer, got {value!r}"):
         validate_sizes(task)
 
 
-def test_seed_is_checked() -> None:
+def test_a_seed_that_is_no_integer_or_negative_is_refused() -> None:
     with pytest.raises(ValueError, match=r"Pendulum.build\(\).seed must be an integer, got True."):
         Pendulum().build(CPU, True)
     with pytest.raises(ValueError, match=r"Pendulum.build\(\).seed must be at least 0, got -1."):
@@ -249,14 +249,14 @@ def test_seed_is_checked() -> None:
 
 
 @each_spec
-def test_specs_are_values(spec: type[Any]) -> None:
+def test_specs_with_equal_settings_are_equal(spec: type[Any]) -> None:
     assert spec(num_envs=3) == spec(num_envs=3) != spec(num_envs=4)
     assert isinstance(spec(), EnvSpec)
     assert isinstance(spec().build(CPU, 0), BatchedEnv)
 
 
 @each_spec
-def test_actions_out_of_range_do_not_crash(spec: type[Any]) -> None:
+def test_actions_out_of_range_raise_nothing(spec: type[Any]) -> None:
     env = spec(num_envs=3).build(CPU, 0)
     action = torch.tensor([-7, 99, 3])
     if spec is Pendulum:
@@ -275,7 +275,7 @@ def test_results_need_no_gradient(spec: type[Any]) -> None:
 
 
 class Recorder(TorchDispatchMode):
-    """Every operation by name, and where the state lives."""
+    """Records the name of every operation, and the addresses of the state."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -301,7 +301,7 @@ SYNCHRONISING = {
 
 
 @each_spec
-def test_step_is_the_same_operations_whatever_happens(spec: type[Any]) -> None:
+def test_a_step_is_the_same_operations_whatever_happens(spec: type[Any]) -> None:
     env = spec(num_envs=4, time_limit=2).build(CPU, 0)
     action = random_action(env, torch.Generator())
     traces = []
@@ -315,7 +315,7 @@ def test_step_is_the_same_operations_whatever_happens(spec: type[Any]) -> None:
 
 
 @each_spec
-def test_state_stays_at_its_address(spec: type[Any]) -> None:
+def test_the_state_stays_at_its_address(spec: type[Any]) -> None:
     env = spec(num_envs=4, time_limit=2).build(CPU, 0)
     addresses = [buffer.data_ptr() for buffer in env.episodes()]
     env.reset()
@@ -327,7 +327,7 @@ def test_state_stays_at_its_address(spec: type[Any]) -> None:
 @pytest.mark.gpu
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
 @each_spec
-def test_step_does_not_synchronise(spec: type[Any]) -> None:
+def test_a_step_does_not_synchronise(spec: type[Any]) -> None:
     device = torch.device("cuda")
     env = spec(num_envs=64, time_limit=3).build(device, 0)
     env.reset()

@@ -1,4 +1,4 @@
-"""``check_env`` accepts what keeps the contract and names what does not, broken one at a time."""
+"""``check_env`` accepts environments that obey the contract and names each rule that is broken."""
 
 import inspect
 import logging
@@ -115,7 +115,7 @@ class WalkSpec:
 
 
 def problems(env: Any, **settings: Any) -> list[str]:
-    """What ``check_env`` says, without the type checker of the test run, which would be first."""
+    """Problems that ``check_env`` names; without the test run's type checker, which would raise."""
     with pytest.raises(ValueError, match="must") as error:
         inspect.unwrap(check_env)(env, **{"steps": 30, **settings})
     return str(error.value).splitlines()
@@ -148,7 +148,7 @@ def test_every_kind_of_spaces_passes(masked: bool, action_space: Any, obs_space:
 
 
 def changed(**fields: Callable[[StepResult], Any]) -> type[Walk]:
-    """An environment whose ``step`` is right but for some fields."""
+    """An environment whose ``step`` is right except for some fields."""
 
     class Broken(Walk):
         def step(self, action: Tensor) -> Any:
@@ -275,7 +275,7 @@ def test_a_broken_step_is_named(name: str) -> None:
     env, message = STEP_PROBLEMS[name]
     found = problems(env())
     assert any(line.startswith(f"Broken.{message}") for line in found), found
-    if name not in ("reward nan", "obs inf", "obs outside"):  # those break more than one promise
+    if name not in ("reward nan", "obs inf", "obs outside"):  # these break more than one rule
         assert len(found) == 1, found
 
 
@@ -541,7 +541,7 @@ def test_a_deterministic_environment_passes() -> None:
     check_env(WalkSpec(env=Still), steps=30)
 
 
-def test_identical_environments_are_worth_a_warning(caplog: pytest.LogCaptureFixture) -> None:
+def test_identical_environments_cause_a_warning(caplog: pytest.LogCaptureFixture) -> None:
     class Copies(Walk):
         def start(self) -> Tensor:
             return torch.zeros(self.num_envs, 2)
@@ -555,7 +555,7 @@ def test_identical_environments_are_worth_a_warning(caplog: pytest.LogCaptureFix
     ]
 
 
-def test_unchecked_resets_are_worth_a_warning(caplog: pytest.LogCaptureFixture) -> None:
+def test_unchecked_resets_cause_a_warning(caplog: pytest.LogCaptureFixture) -> None:
     with caplog.at_level(logging.WARNING):
         check_env(Pendulum(num_envs=2), steps=20)
     assert [it.getMessage() for it in caplog.records] == [
@@ -563,7 +563,7 @@ def test_unchecked_resets_are_worth_a_warning(caplog: pytest.LogCaptureFixture) 
     ]
 
 
-def test_what_the_environment_raises_passes_through() -> None:
+def test_an_error_of_the_environment_passes_through() -> None:
     class Fails(Walk):
         def step(self, action: Tensor) -> Any:
             raise RuntimeError("simulator exploded")
@@ -572,7 +572,7 @@ def test_what_the_environment_raises_passes_through() -> None:
         check_env(Fails())
 
 
-def test_steps_are_checked() -> None:
+def test_a_number_of_steps_below_1_is_refused() -> None:
     with pytest.raises(ValueError, match=r"check_env.steps must be at least 1, got 0."):
         check_env(CartPole(), steps=0)
 
@@ -616,7 +616,7 @@ def test_synchronisation_is_named_and_the_mode_restored() -> None:
 
 
 class Bare:
-    """What the protocol asks of an environment, and nothing more."""
+    """An environment with the members of the protocol and no others."""
 
     def __init__(self, env):
         self.reset, self.step = env.reset, env.step
@@ -633,7 +633,7 @@ class BareSpec:
         return Bare(CartPole(num_envs=4).build(device, seed))
 
 
-def test_an_environment_behind_a_spec_need_not_tell_what_the_spec_does():
+def test_an_environment_with_a_spec_needs_no_number_and_spaces_of_its_own():
     check_env(BareSpec(), steps=50)
     with pytest.raises(ValueError, match="got Bare without num_envs, spaces"):
         check_env(BareSpec().build(torch.device("cpu"), 0))
@@ -657,11 +657,11 @@ def built(transition: Any) -> Any:
     return Both(CartPole(num_envs=4, time_limit=9), device=torch.device("cpu"), seed=0)
 
 
-def test_a_transition_that_is_the_step_is_accepted() -> None:
+def test_a_transition_that_equals_the_step_is_accepted() -> None:
     check_env(built(AutoresetEnv.transition), steps=30)
 
 
-def test_a_transition_that_is_another_step_is_found() -> None:
+def test_a_transition_that_differs_from_the_step_is_named() -> None:
     def other(env: Any, *args: Any) -> Any:
         episodes, result = AutoresetEnv.transition(env, *args)
         return episodes, result._replace(reward=2.0 * result.reward)
@@ -670,7 +670,7 @@ def test_a_transition_that_is_another_step_is_found() -> None:
         check_env(built(other), steps=30)
 
 
-def test_a_transition_that_changes_the_environment_is_found() -> None:
+def test_a_transition_that_changes_the_environment_is_named() -> None:
     def writing(env: Any, episodes: Any, *args: Any) -> Any:
         after = AutoresetEnv.transition(env, episodes, *args)
         episodes.elapsed.add_(1)
@@ -680,7 +680,7 @@ def test_a_transition_that_changes_the_environment_is_found() -> None:
         check_env(built(writing), steps=30)
 
 
-def test_a_class_is_no_environment() -> None:
+def test_a_class_in_place_of_an_environment_is_refused() -> None:
     rule = r"^check_env.env must be a spec or an environment, not a class, got CartPole"
     with pytest.raises(ValueError, match=rule):
-        inspect.unwrap(check_env)(CartPole)  # past the types of the test run
+        inspect.unwrap(check_env)(CartPole)  # without the type checks of the test run

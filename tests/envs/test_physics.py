@@ -1,4 +1,4 @@
-"""The classic tasks against Gymnasium's, step by step, from random states, in both precisions."""
+"""Classic tasks equal Gymnasium's step by step, from random states, in both precisions."""
 
 import math
 from dataclasses import dataclass
@@ -22,7 +22,7 @@ class Reference:
 
     name: str
     spec: type[Any]
-    low: tuple[float, ...]  # of the random states: beyond what terminates or is clipped
+    low: tuple[float, ...]  # bounds of the random states, beyond those of termination and clipping
     high: tuple[float, ...]
 
     def gym(self) -> gymnasium.Env:
@@ -65,7 +65,7 @@ def gym_action(action: Tensor) -> Any:
 
 @dataclass
 class Steps:
-    """What Gymnasium made of a batch of states."""
+    """Results of Gymnasium for a batch of states."""
 
     state: Tensor
     obs: Tensor
@@ -94,7 +94,7 @@ def gym_steps() -> dict[str, Steps]:
 @pytest.mark.parametrize(
     ("dtype", "tolerance"), [(torch.float64, 1e-9), (torch.float32, 3e-3)], ids=str
 )
-def test_one_step(
+def test_one_step_from_random_states_equals_that_of_gymnasium(
     reference: Reference, dtype: torch.dtype, tolerance: float, gym_steps: dict[str, Steps]
 ) -> None:
     task, expected = reference.spec(num_envs=STATES), gym_steps[reference.name]
@@ -137,7 +137,7 @@ def test_mountain_car_stops_at_the_wall() -> None:
     assert reached[1, 1] > 0.06
 
 
-def test_mountain_car_rolling_back_over_the_goal_goes_on() -> None:
+def test_a_mountain_car_that_rolls_back_over_the_goal_does_not_terminate() -> None:
     state = torch.tensor([[0.55, -0.01], [0.55, 0.01]])
     result = MountainCar(num_envs=2).advance(state, torch.tensor([0, 2]))
     assert result.terminated.tolist() == [False, True]
@@ -151,7 +151,7 @@ def test_pendulum_torque_is_clipped() -> None:
 
 
 @each_task
-def test_spaces_are_those_of_gymnasium(reference: Reference) -> None:
+def test_spaces_equal_those_of_gymnasium(reference: Reference) -> None:
     spaces, env = reference.spec().spaces(), reference.gym()
     for ours, theirs in (
         (spaces.obs, env.observation_space),
@@ -166,12 +166,12 @@ def test_spaces_are_those_of_gymnasium(reference: Reference) -> None:
 
 
 @each_task
-def test_default_time_limit_is_that_of_gymnasium(reference: Reference) -> None:
+def test_default_time_limits_equal_those_of_gymnasium(reference: Reference) -> None:
     assert reference.spec().time_limit == reference.gym().spec.max_episode_steps
 
 
 @each_task
-def test_initial_states_are_those_of_gymnasium(reference: Reference) -> None:
+def test_initial_states_are_distributed_like_those_of_gymnasium(reference: Reference) -> None:
     env = reference.gym().unwrapped
     env.reset(seed=0)
     theirs = []
@@ -217,7 +217,7 @@ def energetic(name: str, obs: np.ndarray, step: int) -> Any:
 
 
 @each_task
-def test_whole_episodes(reference: Reference) -> None:
+def test_whole_episodes_equal_those_of_gymnasium(reference: Reference) -> None:
     # A balanced pole doubles every difference in 0.2 s, so its episodes are kept short.
     limit = 100 if reference.spec is CartPole else reference.spec().time_limit
     task = DoublePrecision(reference.spec(num_envs=1, time_limit=limit))

@@ -9,7 +9,7 @@ import numpy as np
 ARCHIVE = "cifar-10-python.tar.gz"
 FOLDER = "cifar-10-batches-py"
 BATCHES = [f"data_batch_{number}" for number in range(1, 6)] + ["test_batch"]
-_MEMBERS = [3, None, 5, 2, None, 1, 4, 0]  # as the true archive has them; None is another file
+_MEMBERS = [3, None, 5, 2, None, 1, 4, 0]  # the order of the true archive; None is another file
 
 
 def images(batch: str) -> np.ndarray:
@@ -28,7 +28,7 @@ def content(batch: str) -> bytes:
 
 
 def pickled(data: np.ndarray, numbers: list[int]) -> bytes:
-    """A batch as Python 2 wrote it: strings are bytes, and a module of numpy has its old name."""
+    """A batch as Python 2 pickles it: strings are bytes, and a numpy module has its old name."""
     shape = [b"M" + size.to_bytes(2, "little") for size in data.shape]
     parts = [
         *(b"\x80\x02}(", _string(b"batch_label"), _string(b"training batch 1 of 5")),

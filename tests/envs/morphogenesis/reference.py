@@ -38,7 +38,7 @@ class Attention(nn.Module):
 
 
 class Convolutional(nn.Module):
-    """``scale * relu(last(...))``, where what comes before differs."""
+    """``scale * relu(last(...))``, where the layers before ``last`` differ."""
 
     def __init__(self, name, c):
         super().__init__()
@@ -98,7 +98,7 @@ def ordered(seed):
 
 
 def fill(parameters, row):
-    """Parameters from the first entries of a row."""
+    """Copy the first entries of a row into parameters."""
     start = 0
     with torch.no_grad():
         for parameter in parameters:
@@ -118,7 +118,7 @@ class Host(nn.Module):
         self.head = nn.Linear(architecture.channels[-1], architecture.classes)
 
     def forward(self, x, seeds, gates, *, shadow=False):
-        """``seeds`` and ``gates`` by slot; a shadow leaves running statistics alone."""
+        """Logits, given seeds and gates by slot; a shadow does not update running statistics."""
         for s, (conv, norm, pool) in enumerate(
             zip(self.convs, self.norms, self.pools, strict=True)
         ):
@@ -145,7 +145,7 @@ class Host(nn.Module):
 
 
 class Slot:
-    """A slot's life cycle, in words."""
+    """The life cycle of a slot, with stages as words."""
 
     def __init__(self, spec):
         self.spec = spec
@@ -186,7 +186,7 @@ class Slot:
             self.alpha, self.measured, self.age = 0.0, False, 0
 
     def observe(self, epochs):
-        """Features of the slot that its life cycle decides."""
+        """Features of the slot that follow from its life cycle."""
         kind = f"blueprint_{self.blueprint}" if self.live else None
         return {
             f"stage_{self.stage.lower()}": 1.0,
@@ -202,7 +202,7 @@ def sigmoid(x):
 
 
 class LifeCycleOracle:
-    """What may be done with the slots of one host, and what becomes of them."""
+    """Legal ops on the slots of one host, and the stages after them."""
 
     def __init__(self, spec):
         self.spec = spec
@@ -220,7 +220,7 @@ class LifeCycleOracle:
         return op == "PRUNE" and slot.stage in ("TRAINING", "BLENDING", "HOLDING")
 
     def act(self, op, s, blueprint, ramp):
-        """Returns whether a seed was germinated."""
+        """Apply an op, and return whether a seed was germinated."""
         if op == "WAIT" or not self.legal(op, s):
             return False
         slot = self.slots[s]
@@ -250,7 +250,7 @@ class LifeCycleOracle:
 
 
 class LoneHost:
-    """One environment: a module, an optimizer for it and one for each seed."""
+    """One environment: a module, an optimizer for the module and one for each seed."""
 
     def __init__(self, spec, row, dtype=torch.float32):
         self.spec, self.life = spec, LifeCycleOracle(spec)
@@ -266,7 +266,7 @@ class LoneHost:
         self.last, self.clipped = None, set()
 
     def step(self, action, drawn_seed, batches, validation):
-        """One epoch of the environment; ``drawn_seed`` is what a new seed begins with.
+        """One epoch of the environment; ``drawn_seed`` holds the parameters of a new seed.
 
         Returns what ``measure`` does.
         """
@@ -338,7 +338,7 @@ class LoneHost:
 
     @torch.no_grad()
     def measure(self, image, label):
-        """Loss, accuracy, and contribution by slot."""
+        """Loss, accuracy, and the contribution of each slot."""
         self.host.eval()
 
         def accuracy(gates):
@@ -384,7 +384,7 @@ class LoneHost:
         return found
 
     def rows(self):
-        """Parameters as rows, to compare."""
+        """Parameters of host and seeds as rows, for comparison."""
         head = self.host.head
         parameters = []
         for conv, norm in zip(self.host.convs, self.host.norms, strict=True):

@@ -1,4 +1,4 @@
-"""A step that is replayed, as CUDA graphs are, and one in a policy's precision."""
+"""Steps that are replayed like CUDA graphs, and steps under the autocast of a policy."""
 
 import pytest
 import torch
@@ -16,7 +16,7 @@ SPEC = Morphogenesis.synthetic(
 
 
 class Replayed:
-    """What a graph does: works where arguments lived at first, and returns the same tensors."""
+    """A stand-in for a graph: it reads fixed addresses and always returns the same tensors."""
 
     def __init__(self, function):
         self.function, self.args, self.result = function, None, None
@@ -38,7 +38,7 @@ class Replayed:
 
 
 def play(env, steps, *, tests_ends=()):
-    """Everything that is shown, as it is when it is shown and as it is later."""
+    """All results of a trajectory, with their values at once and their values later."""
     obs, mask = env.reset()
     at_once, later = [], [(obs, mask)]
     for step in range(steps):
@@ -57,7 +57,7 @@ def equal(first, other):
     return all(torch.equal(a.nan_to_num(), b.nan_to_num()) for a, b in pairs)
 
 
-def test_a_replayed_step_is_a_step(monkeypatch):
+def test_a_replayed_step_equals_a_plain_step(monkeypatch):
     def build():
         return MorphogenesisEnv(SPEC, device=CPU, seed=4, static=True)
 
@@ -65,13 +65,13 @@ def test_a_replayed_step_is_a_step(monkeypatch):
     monkeypatch.setattr(module, "capture_function", lambda _, f, *, device: Replayed(f))
     at_once, later, its_end = play(build(), 10, tests_ends=(3, 7))
     assert equal(at_once, expected)
-    assert equal(later, expected)  # nothing shown is written into again
+    assert equal(later, expected)  # no result is written into again
     assert equal(its_end, end)
 
 
 @pytest.mark.gpu
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
-def test_a_captured_step_is_a_step(monkeypatch, caplog):
+def test_a_captured_step_equals_a_plain_step(monkeypatch, caplog):
     device = torch.device("cuda")
     captured = play(SPEC.build(device, 4), 10, tests_ends=(3, 7))
     assert "slower way" not in caplog.text
@@ -93,7 +93,7 @@ def test_hosts_are_trained_in_their_own_precision(static):
         assert equal(course(), expected)
 
 
-def test_metrics_are_means_of_what_was_reported():
+def test_metrics_are_means_over_the_steps_since_the_last_call():
     env = SPEC.build(CPU, 6)
     env.reset()
     assert all(metric.isnan() for metric in env.metrics().values())

@@ -1,4 +1,4 @@
-"""CIFAR-10 from a folder or an archive: what is read, and what is refused."""
+"""CIFAR-10 is read from a folder or an archive, and broken files are refused."""
 
 import gzip
 import os
@@ -40,7 +40,7 @@ def written():
 
 @pytest.fixture
 def mine(cifar10_folder, tmp_path):
-    """The batches once more, to replace some of them."""
+    """A copy of the batches, in which a test may replace some."""
     (tmp_path / FOLDER).mkdir()
     for batch in BATCHES:
         (tmp_path / FOLDER / batch).symlink_to(cifar10_folder / FOLDER / batch)
@@ -55,7 +55,7 @@ def replace(root, batch, content) -> None:
 
 
 @pytest.mark.parametrize("place", ["packed", "the batches' own folder", "unpacked"])
-def test_images_and_labels_are_those_that_were_written(cifar10_folder, packed, written, place):
+def test_images_and_labels_equal_those_that_were_written(cifar10_folder, packed, written, place):
     places = {"packed": packed, "unpacked": cifar10_folder}
     splits = read(places.get(place, cifar10_folder / FOLDER))
     label = [number for batch in BATCHES for number in cifar10.labels(batch)]
@@ -72,12 +72,12 @@ def test_images_and_labels_are_those_that_were_written(cifar10_folder, packed, w
         np.testing.assert_allclose(found[..., channel], expected, rtol=1e-5, atol=1e-5)
 
 
-def test_who_reads_again_shares_the_tensors(cifar10_folder):
+def test_a_second_read_shares_the_tensors(cifar10_folder):
     first, again = read(cifar10_folder), read(cifar10_folder)
     assert first.training.image.data_ptr() == again.training.image.data_ptr()
 
 
-def test_hosts_learn_from_it(cifar10_folder):
+def test_hosts_learn_from_cifar10(cifar10_folder):
     spec = Morphogenesis.cifar10(str(cifar10_folder), num_envs=2, train_batches=2, batch_size=8)
     env = spec.build(CPU, 0)
     assert env.host_parameters == 6418
@@ -100,7 +100,7 @@ def test_a_folder_must_be_given():
 
 
 @pytest.mark.parametrize("name", ["nowhere", "empty", "a_file"])
-def test_a_folder_without_the_data(tmp_path, name):
+def test_a_folder_without_the_data_is_refused(tmp_path, name):
     (tmp_path / "empty").mkdir()
     (tmp_path / "a_file").write_text("")
     place = str(tmp_path / name)
@@ -140,14 +140,14 @@ def test_a_broken_batch_is_named(mine, content, message):
     refuses(str(mine), f"^{re.escape(str(mine / FOLDER / 'data_batch_3'))} {message}")
 
 
-def test_a_pickle_may_not_run_anything(mine, tmp_path):
+def test_a_pickle_that_would_run_code_is_refused(mine, tmp_path):
     harm = tmp_path / "harm"
     replace(mine, "test_batch", pickle.dumps({1: _Malicious(harm)}, 2))
     refuses(str(mine), r"test_batch must be a pickled dict .*does not hold posix\.system")
     assert not harm.exists()
 
 
-def test_a_batch_that_is_not_there_is_named(mine):
+def test_a_missing_batch_is_named(mine):
     replace(mine, "data_batch_2", None)
     batches = [batch for batch in BATCHES if batch != "data_batch_2"]
     message = rf"{FOLDER} must hold all of .*'data_batch_2'.*, got {re.escape(str(batches))}\."

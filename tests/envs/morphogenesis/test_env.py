@@ -1,4 +1,4 @@
-"""The environment as a whole."""
+"""The environment as a whole obeys its contract, its reward and its independence of hosts."""
 
 import math
 
@@ -27,7 +27,7 @@ CPU = torch.device("cpu")
 PRESETS = {
     "digits": Morphogenesis.digits(),
     "synthetic": Morphogenesis.synthetic(),
-    "cifar10": Morphogenesis.benchmark(),  # its shapes, without its data
+    "cifar10": Morphogenesis.benchmark(),  # the shapes of CIFAR-10, without its data
 }
 
 
@@ -65,11 +65,11 @@ def same(first, other, rows=slice(None), other_rows=slice(None)):
     )
 
 
-def test_it_keeps_the_contract():
+def test_the_environment_obeys_the_contract():
     check_env(small(3), steps=14)
 
 
-def test_a_static_plan_keeps_the_contract():
+def test_the_environment_with_a_static_plan_obeys_the_contract():
     check_env(MorphogenesisEnv(small(2), device=CPU, seed=0, static=True), steps=8)
 
 
@@ -96,7 +96,7 @@ def test_environment_7_of_many_equals_environment_7_of_8(count, changes):
             torch.testing.assert_close(a[:8], b, equal_nan=True, **tolerance)
 
 
-def test_planned_and_static_work_agree():
+def test_plans_that_read_stages_and_static_plans_agree():
     spec = small(4, epochs=20)
     planned, static = (
         MorphogenesisEnv(spec, device=CPU, seed=1, dtype=torch.float64, static=kind)
@@ -140,7 +140,7 @@ def test_a_host_that_diverges_changes_no_bit_of_another(static, poison):
 
 
 @pytest.mark.parametrize("poison", [an_infinite_weight, a_huge_head])
-def test_what_is_not_finite_changes_nothing(poison):
+def test_numbers_that_are_not_finite_change_no_parameter(poison):
     env = small(3).build(CPU, 0)
     env.step(torch.tensor([[Op.GERMINATE, 1, 3, 0]] * 3))
     hosts = env.hosts
@@ -153,7 +153,7 @@ def test_what_is_not_finite_changes_nothing(poison):
         assert [torch.equal(*rows) for rows in zip(old, new, strict=True)] == [False, True, False]
 
 
-def test_a_seed_that_diverges_in_isolation_leaves_its_host_alone():
+def test_a_seed_that_diverges_in_isolation_does_not_affect_its_host():
     spec = small(2, epochs=20)
     sound, broken = (spec.build(CPU, 0) for _ in range(2))
     germinate = torch.tensor([[Op.GERMINATE, 1, 3, 0]] * 2)
@@ -168,7 +168,7 @@ def test_a_seed_that_diverges_in_isolation_leaves_its_host_alone():
     assert torch.equal(sound.hosts.weights.host, broken.hosts.weights.host)
 
 
-def test_a_run_goes_on_in_the_middle_of_blending():
+def test_a_run_is_resumed_in_the_middle_of_blending():
     spec = small(3, epochs=30)
     env = spec.build(CPU, 4)
     for op in (Op.GERMINATE, Op.BLEND):
@@ -215,8 +215,8 @@ def test_baselines_are_legal(name):
     assert done == expected[name]
 
 
-def test_random_actions_are_drawn_evenly_from_what_is_allowed():
-    """Each choice as often as its chance says, within five deviations; also in pairs."""
+def test_random_actions_are_sampled_evenly_from_legal_actions():
+    """Each choice, and each pair of choices, has its expected frequency within five deviations."""
     env = small(4096, channels=(4, 4, 4)).build(CPU, 0)
     slots = env.hosts.slots
     stage = torch.randint(7, slots.stage.shape, generator=torch.Generator().manual_seed(0))
@@ -226,7 +226,7 @@ def test_random_actions_are_drawn_evenly_from_what_is_allowed():
     env.hosts = env.hosts._replace(slots=slots)
     op, slot, blueprint, ramp = random_legal(env).unbind(1)
     legal = env.legal().double()
-    legal[:, Op.WAIT] = 1.0  # needs no slot
+    legal[:, Op.WAIT] = 1.0  # WAIT needs no slot
     slots_of_op = legal[torch.arange(4096), op]
     for chosen, allowed in (
         (op, legal.any(2)),
@@ -264,7 +264,7 @@ def test_the_reward_is_accuracy_gained_less_rent_and_interventions():
     assert rent.min() > 0
 
 
-def test_rent_counts_what_a_seed_uses():
+def test_rent_counts_the_parameters_of_a_seed():
     env = small(7, epochs=40).build(CPU, 0)
     kinds = torch.arange(7)
     germinate = torch.stack(
@@ -277,7 +277,7 @@ def test_rent_counts_what_a_seed_uses():
     assert (used <= torch.tensor(expected)).all()
 
 
-def test_test_accuracy_is_measured_before_the_host_goes_and_not_seen_by_the_agent():
+def test_test_accuracy_is_that_of_the_host_that_ended_and_is_hidden_from_the_agent():
     spec = small(3, epochs=4)
     plain, tested = spec.build(CPU, 0), spec.build(CPU, 0)
     tested.tests_ends = True
@@ -311,7 +311,7 @@ def test_a_seed_starts_near_identity_with_a_gradient_everywhere(preset, name):
 
 @pytest.mark.parametrize("preset", PRESETS)
 def test_every_blueprint_lowers_the_loss_of_the_network_in_which_it_is_on(preset):
-    """All blueprints in all slots, in isolation beside a host that stands still."""
+    """All blueprints are tried in all slots, in isolation, with a host that does not learn."""
     spec = PRESETS[preset]
     kinds, slots = len(BLUEPRINTS), len(spec.channels)
     large = spec.channels[-1] == 32
@@ -329,8 +329,8 @@ def test_every_blueprint_lowers_the_loss_of_the_network_in_which_it_is_on(preset
     wait = torch.zeros(kinds * slots, 4, dtype=torch.int64)
     for _ in range(3):
         env.step(wait)
-    env.hosts.weights.host[:] = env.hosts.weights.host[:1]  # one host for all
-    # A head at a few steps from zero would hardly say in which direction to learn.
+    env.hosts.weights.host[:] = env.hosts.weights.host[:1]  # the same host in every environment
+    # A head a few steps from zero would have hardly any gradient for the seeds.
     head = spec.channels[-1] * 10
     generator = torch.Generator().manual_seed(0)
     env.hosts.weights.host[:, -head - 10 : -10] += 0.3 * torch.randn(head, generator=generator)
@@ -393,7 +393,7 @@ def test_splits_never_mix():
     assert splits.training.image.mean().abs() < 1e-4
 
 
-def test_errors_say_what_to_do(tmp_path):
+def test_errors_about_settings_name_the_way_out(tmp_path):
     with pytest.raises(ValueError, match=r"folder must be given.*Download https.*cifar-10-python"):
         Morphogenesis(dataset="cifar10").build(CPU, 0)
     with pytest.raises(ValueError, match=r"hold CIFAR-10.*cifar-10-batches-py"):

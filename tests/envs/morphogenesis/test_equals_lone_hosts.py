@@ -1,4 +1,4 @@
-"""Hosts trained together equal each trained alone, whatever grows in them."""
+"""Hosts trained together equal hosts trained alone, whatever grows in them."""
 
 import pytest
 import torch
@@ -51,20 +51,20 @@ def spec_of(num_envs, **changes):
 def test_hosts_trained_together_equal_each_trained_alone(script, static):
     count, tight = len(BLUEPRINTS), script % 2 == 1
     shape = ("linear", "cosine", "sigmoid", "linear")[script]
-    # The head starts at zero: what is clipped so much must take large steps to show a seed much.
+    # The head starts at zero: with so much clipping, only large steps make seeds matter.
     clipping = {"max_grad_norm": 0.01, "learning_rate": 20.0} if tight else {}
     spec = spec_of(count, ramp_shape=shape, **clipping)
     env = MorphogenesisEnv(spec, device=CPU, seed=3, dtype=torch.float64, static=static)
     lone = [LoneHost(spec, row, torch.float64) for row in env.hosts.weights.host]
     for op, slot, shift, ramp in SCRIPTS[script]:
-        # Each host its own blueprint: between them they grow every one in every script.
+        # Each host has a blueprint of its own: together they grow every blueprint in every script.
         step_both(env, lone, [(op, slot, (i + shift) % count, ramp) for i in range(count)])
     if tight:
         assert all(one.clipped == {"joint", "isolated"} for one in lone)
 
 
-def test_they_see_the_same_whatever_is_done():
-    """Actions at random, legal ones and others."""
+def test_observations_and_rewards_equal_those_of_lone_hosts_under_random_actions():
+    """Actions are random, some of them illegal."""
     spec = spec_of(4, epochs=16)
     env = MorphogenesisEnv(spec, device=CPU, seed=3, dtype=torch.float64)
     lone = [LoneHost(spec, row, torch.float64) for row in env.hosts.weights.host]
@@ -97,7 +97,7 @@ def step_both(env, lone, actions):
             close(env.hosts.weights.seeds[s][i, : len(seed)], seed)
         for s, norm in enumerate(one.host.norms):
             close(env.hosts.weights.means[s][i], norm.running_mean)
-            # F.batch_norm and nn.BatchNorm2d both keep the unbiased variance.
+            # F.batch_norm and nn.BatchNorm2d both store the unbiased variance.
             close(env.hosts.weights.variances[s][i], norm.running_var)
         close(env.hosts.vitals.losses[i, 0], torch.tensor(loss, dtype=torch.float64))
         assert env.hosts.vitals.accuracies[i, 0].item() == pytest.approx(accuracy, abs=1e-6)
@@ -113,7 +113,7 @@ def step_both(env, lone, actions):
 
 
 def germinated_rows(env, action):
-    """What each host's new seed will be, from a copy of the environment that makes the step."""
+    """Parameters of each host's new seed, from a copy of the environment that makes the step."""
     if not (action[:, 0] == Op.GERMINATE).any():
         return [None] * env.num_envs
     twin = MorphogenesisEnv(
@@ -124,7 +124,7 @@ def germinated_rows(env, action):
     )
     twin.load_state_dict(env.state_dict())
     twin.step(action)
-    # They did learn, by that little.
+    # The hosts did learn, by a small amount.
     seeds = [row.masked_fill(row.abs() < 1e-200, 0.0) for row in twin.hosts.weights.seeds]
     return [seeds[slot][i] for i, slot in enumerate(action[:, 1].tolist())]
 

@@ -1,4 +1,4 @@
-"""The life cycle against plain Python, under random actions."""
+"""The life cycle equals an oracle in plain Python, under random actions."""
 
 import torch
 from hypothesis import given
@@ -20,7 +20,9 @@ HOSTS = 3
     st.integers(1, 3),
     st.integers(0, 2),
 )
-def test_every_action_does_what_the_oracle_says(script, shape, training, fade, cooldown):
+def test_every_action_has_the_effect_that_the_oracle_expects(
+    script, shape, training, fade, cooldown
+):
     spec = Morphogenesis(
         ramp_shape=shape,
         min_training_epochs=training,
@@ -78,7 +80,7 @@ def test_ramps_rise_from_0_to_1(shape):
     assert abs(float(alpha[50]) - 0.5) < 1e-6
 
 
-def test_a_mask_is_laid_out_as_the_space_says():
+def test_a_mask_has_the_layout_of_the_space():
     legal = torch.zeros(1, 5, 3, dtype=torch.bool)
     legal[0, Op.GERMINATE, 1:] = True
     mask = action_mask(legal, blueprints=7, ramps=2)[0]
@@ -87,6 +89,6 @@ def test_a_mask_is_laid_out_as_the_space_says():
     assert len(mask) == sum(space.mask_parts) == 5 + 5 * 3 + 7 + 2
     assert op.tolist() == [True, True, False, False, False]
     assert slot.view(5, 3)[Op.GERMINATE].tolist() == [False, True, True]
-    assert slot.view(5, 3)[Op.PRUNE].all()  # never asked for
+    assert slot.view(5, 3)[Op.PRUNE].all()  # never used
     assert blueprint.all()
     assert ramps.all()

@@ -1,4 +1,4 @@
-"""Settings that make no sense are refused at once, and by name."""
+"""Settings that make no sense are refused at once, with the name of the setting."""
 
 import math
 
@@ -16,7 +16,7 @@ NUMBERS = (
 
 @pytest.fixture(autouse=True)
 def _as_users_run_it():
-    """Without the type checks of the tests, which would be faster with another error."""
+    """Switches off the type checks of the test run, which would raise another error first."""
     jaxtyping.config.update("jaxtyping_disable", True)
     yield
     jaxtyping.config.update("jaxtyping_disable", False)
@@ -24,7 +24,7 @@ def _as_users_run_it():
 
 @pytest.mark.parametrize("value", [math.nan, math.inf, -math.inf, "0.1", None, True])
 @pytest.mark.parametrize("name", NUMBERS)
-def test_numbers_are_finite(name, value):
+def test_numbers_that_are_not_finite_are_refused(name, value):
     message = rf"^Morphogenesis\.{name} must be a finite number, got {value!r}\.$"
     with pytest.raises(ValueError, match=message):
         Morphogenesis(**{name: value})
@@ -32,19 +32,19 @@ def test_numbers_are_finite(name, value):
 
 @pytest.mark.parametrize("value", [8, (), (4, 0, 4), (4, 4.0, 4), (True, 1, 1), "448", None])
 @pytest.mark.parametrize("name", ["channels", "kernels", "pools", "ramp_epochs", "image"])
-def test_sizes_are_tuples_of_integers(name, value):
+def test_sizes_that_are_no_tuples_of_integers_are_refused(name, value):
     message = rf"^Morphogenesis\.{name} must be a tuple of integers of at least 1, got "
     with pytest.raises(ValueError, match=message):
         Morphogenesis.synthetic(**{name: value})
 
 
 @pytest.mark.parametrize("value", [3, (), "norm", ("norm", "norm"), None])
-def test_blueprints_are_names(value):
+def test_blueprints_that_are_no_names_are_refused(value):
     with pytest.raises(ValueError, match=r"^Morphogenesis\.blueprints must be different names"):
         Morphogenesis(blueprints=value)
 
 
-def test_an_image_has_channels_and_a_side():
+def test_an_image_that_is_not_channels_and_side_is_refused():
     with pytest.raises(ValueError, match=r"image must be channels and side, got \(1, 8, 8\)\."):
         Morphogenesis.synthetic(image=(1, 8, 8))
 
@@ -63,12 +63,12 @@ def test_an_image_has_channels_and_a_side():
         ),
     ],
 )
-def test_real_images_are_as_they_are(settings, message):
+def test_settings_that_contradict_the_data_set_are_refused(settings, message):
     with pytest.raises(ValueError, match=message):
         Morphogenesis(**settings)
 
 
-def test_what_is_so_anyway_may_be_said():
+def test_settings_that_repeat_those_of_the_data_set_are_accepted():
     assert Morphogenesis(image=(1, 8), classes=10) == Morphogenesis.digits()
     real, large = Morphogenesis.cifar10("x"), Morphogenesis.benchmark()
     assert real.image == large.image == (3, 32)

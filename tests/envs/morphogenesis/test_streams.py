@@ -1,4 +1,4 @@
-"""Counter-based random numbers."""
+"""Counter-based random numbers depend on their place alone and have the right distributions."""
 
 import pytest
 import torch
@@ -30,18 +30,18 @@ def place(envs, episode=0, step=0):
 
 
 @pytest.mark.parametrize(("counter", "key", "expected"), KNOWN)
-def test_philox_gives_the_published_answers(counter, key, expected):
+def test_philox_returns_the_published_numbers(counter, key, expected):
     words = tuple(torch.tensor([word]) for word in counter)
     assert tuple(int(word) for word in philox(words, key)) == expected
 
 
-def test_numbers_depend_on_the_place_and_not_on_how_many_there_are():
+def test_numbers_depend_on_the_place_and_not_on_the_number_of_environments():
     many = integers(5, Purpose.BATCHES, place(64), count=10, high=1000)
     few = integers(5, Purpose.BATCHES, place(8), count=7, high=1000)
     assert torch.equal(many[:8, :7], few)
 
 
-def test_every_part_of_the_key_and_the_place_matters():
+def test_numbers_depend_on_every_component_of_the_key_and_the_place():
     draws = [
         uniforms(1, Purpose.HOST, place(2), count=50),
         uniforms(2, Purpose.HOST, place(2), count=50),
