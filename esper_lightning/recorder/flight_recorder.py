@@ -19,6 +19,7 @@ from lightning.pytorch import LightningModule, Trainer
 from typing_extensions import override
 
 from esper_lightning.callbacks.history import History, finished_iterations
+from esper_lightning.callbacks.lightning_internals import run_depth
 from esper_lightning.callbacks.loggers import guard_loggers
 from esper_lightning.callbacks.run_directory import (
     WritesRun,
@@ -31,14 +32,15 @@ from esper_lightning.forensics.claims import DirectoryRefusedError
 from esper_lightning.forensics.layout import RunLayout
 from esper_lightning.forensics.report import read_report
 from esper_lightning.recorder.death import in_words
+from esper_lightning.recorder.note import add_note
 from esper_lightning.recorder.peers import (
     end_of_run,
     is_of_this_run,
     keep_launcher_from_killing,
     meet,
 )
-from esper_lightning.recorder.protection import run_depth
-from esper_lightning.recorder.recording import Recording, add_note, recording_of
+from esper_lightning.recorder.recording import Recording, recording_of
+from esper_lightning.recorder.state import State
 
 __all__ = ["FlightRecorder"]
 
@@ -246,7 +248,7 @@ class FlightRecorder(WritesRun):
         recording = recording_of(trainer)
         if recording is not None:
             with contextlib.suppress(Exception):  # one warning is enough
-                recording.close("off")
+                recording.close(State.OFF)
 
     def _record(
         self,
@@ -263,7 +265,7 @@ class FlightRecorder(WritesRun):
             hang_timeout_s=self.hang_timeout_s,
             print_profile=self.print_profile,
             watch=watch,
-            let_go=functools.partial(close_run_directory, trainer, self),
+            on_end=functools.partial(close_run_directory, trainer, self),
             stage=stage,
             met=met,
         )
@@ -277,7 +279,7 @@ def _close_earlier(trainer: Trainer) -> None:
     """End what is left of a run whose end was not seen."""
     earlier = recording_of(trainer)
     if earlier is not None:
-        earlier.close("failed")
+        earlier.close(State.FAILED)
 
 
 def _saved_by_its_processes(layout: RunLayout) -> bool:

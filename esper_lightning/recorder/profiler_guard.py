@@ -6,8 +6,8 @@ the schedule, and at a death takes out what was recorded. It works on the user's
 leaves it as it was.
 """
 # Lightning sets many attributes of its Trainer where no type checker sees them.
-# pyright: reportAttributeAccessIssue=false, reportPrivateUsage=false
-# pyright: reportUnknownVariableType=false, reportUnknownArgumentType=false
+# pyright: reportAttributeAccessIssue=false, reportUnknownVariableType=false
+# pyright: reportUnknownArgumentType=false
 
 import contextlib
 import functools
@@ -25,14 +25,24 @@ import torch
 from lightning.pytorch.profilers import PassThroughProfiler, Profiler, PyTorchProfiler
 from torch.profiler import ProfilerAction
 
+from esper_lightning.callbacks.lightning_internals import (
+    forget_schedule,
+    profiler_settings,
+    records_nvtx,
+    take_open_spans,
+    take_parent_profiler,
+    take_report_file,
+)
 from esper_lightning.forensics.files import write_atomically
 from esper_lightning.forensics.layout import RankLayout
 from esper_lightning.forensics.phases import PhaseRing
+from esper_lightning.recorder.attempt import attempt
 from esper_lightning.recorder.death import in_words
+from esper_lightning.recorder.patch import Patch
 from esper_lightning.recorder.profiling.operator_table import operator_table
 from esper_lightning.recorder.profiling.trace_export import export_trace
 from esper_lightning.recorder.profiling.window_profiler import WindowProfiler, global_session
-from esper_lightning.recorder.protection import Patch, Protection
+from esper_lightning.recorder.protection import Protection
 
 __all__ = ["ProfilerGuard", "unrecorded"]
 
@@ -87,7 +97,7 @@ class ProfilerGuard:
         for patch in self._patches:
             patch.undo()
         if self._made_global and isinstance(self.profiler, PyTorchProfiler):
-            self.profiler._profiler_kwargs.pop("experimental_config", None)
+            profiler_settings(self.profiler).pop("experimental_config", None)
 
     @property
     def action(self) -> str | None:
@@ -160,11 +170,10 @@ class ProfilerGuard:
 
         Where nothing got into it, it does not stay.
         """
-        file = getattr(self.profiler, "_output_file", None)
+        file = take_report_file(self.profiler)
         if file is None:
             return
-        self.profiler._output_file = self.profiler._write_stream = None
-        _quietly(file.close)
+        _attempt(file.close)
         with contextlib.suppress(OSError):
             path = Path(file.name)
             if path.stat().st_size == 0:
@@ -281,33 +290,22 @@ class ProfilerGuard:
         profiler, profile = self.profiler, self._profile
         if not isinstance(profiler, PyTorchProfiler):
             return
-        on_own_thread = threading.get_ident() == self._thread
-        register, profiler._register = profiler._register, None
-        if on_own_thread:
-            for record in reversed(list(register._records.values()) if register else []):
-                if getattr(record, "record", None) is not None:
-                    _quietly(lambda record=record: record.__exit__(None, None, None))
-            for name in reversed(list(profiler._recording_map)):
-                record = profiler._recording_map[name]
-                _quietly(lambda record=record: record.__exit__(None, None, None))
-        profiler._recording_map.clear()
-        if register is not None:
-            register.__exit__(None, None, None)
+        for span in take_open_spans(profiler):
+            if threading.get_ident() == self._thread:  # spans are those of their thread
+                _attempt(lambda span=span: span.__exit__(None, None, None))
         if profile is not None:
             running = profile.current_action != ProfilerAction.NONE
             profile.on_trace_ready = None
             if running and profile.profiler is not None:
                 profile.profiler.use_device = None  # after a CUDA error its synchronise would raise
-                _quietly(profile.stop)
-            profile.current_action = profile._prev_schedule_action = ProfilerAction.NONE
-        parent, profiler._parent_profiler = profiler._parent_profiler, None
-        if profile is None and profiler.profiler is not None:  # emit_nvtx
-            _quietly(lambda: profiler.profiler.__exit__(None, None, None))  # pyright: ignore[reportOptionalMemberAccess]
+                _attempt(profile.stop)
+        parent, nvtx = take_parent_profiler(profiler), profiler.profiler
+        if profile is None and nvtx is not None:
+            _attempt(lambda: nvtx.__exit__(None, None, None))
         if parent is not None:
-            _quietly(lambda: parent.__exit__(None, None, None))
+            _attempt(lambda: parent.__exit__(None, None, None))
         profiler.profiler = None
-        if profiler._schedule is not None:
-            profiler._schedule.reset()
+        forget_schedule(profiler, profile)
 
     def text(self) -> str:
         """The report of a profiler that keeps text only, such as ``SimpleProfiler``."""
@@ -322,7 +320,7 @@ class ProfilerGuard:
 @contextlib.contextmanager
 def unrecorded() -> Generator[None]:
     """Keep what this thread does out of the window, as the work of the rescue itself."""
-    switch = getattr(torch._C._autograd, "_enable_record_function", None)
+    switch = getattr(torch._C._autograd, "_enable_record_function", None)  # pyright: ignore[reportPrivateUsage]
     if switch is not None:
         switch(False)
     try:
@@ -351,11 +349,7 @@ def _export(profile: torch.profiler.profile, path: str, *args: Any, **kwargs: An
         raise
 
 
-def _quietly(action: Callable[[], object]) -> None:
-    try:
-        action()
-    except Exception as error:
-        _log.debug("While closing the profiler: %r", error)
+_attempt = functools.partial(attempt, what="closing the profiler", level=logging.DEBUG)
 
 
 def _make_global(profiler: PyTorchProfiler) -> bool:
@@ -366,12 +360,13 @@ def _make_global(profiler: PyTorchProfiler) -> bool:
     """
     if isinstance(profiler, WindowProfiler):  # its sessions are global already
         return False
-    if profiler._emit_nvtx or profiler._profiler_kwargs.get("experimental_config") is not None:
+    settings = profiler_settings(profiler)
+    if records_nvtx(profiler) or settings.get("experimental_config") is not None:
         return False
     config = global_session()
     if config is None:
         return False
-    profiler._profiler_kwargs["experimental_config"] = config
+    settings["experimental_config"] = config
     profile = profiler.profiler
     if isinstance(profile, torch.profiler.profile):  # the Trainer's first hooks have opened it
         ready, profile.on_trace_ready = profile.on_trace_ready, None
