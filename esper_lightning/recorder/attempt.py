@@ -35,7 +35,7 @@ def attempt(
     seconds: float | None = None,
     level: int = logging.ERROR,
 ) -> Outcome[_T]:
-    """Call an action whose failure must not keep what follows from being done.
+    """Call an action whose failure must not prevent what follows it.
 
     Args:
         action: Action to try.

@@ -31,6 +31,11 @@ def save_crash_checkpoint(trainer: Trainer, path: Path, reason: str) -> str:
     weights and optimizer states that are not finite, and the states of the global random
     generators.
 
+    Args:
+        trainer: Trainer of the run that dies.
+        path: Crash checkpoint, which is replaced whole.
+        reason: Reason of the death, in a line.
+
     Returns:
         A sentence on what the file holds.
 

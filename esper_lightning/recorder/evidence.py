@@ -38,6 +38,6 @@ class HoldsEvidence(Protocol):
             A sentence for the report, or ``None`` where there is nothing to say.
 
         Raises:
-            Exception: Whatever keeps it from being saved; the report says so.
+            Exception: Whatever prevents it from being saved; the report says so.
         """
         ...

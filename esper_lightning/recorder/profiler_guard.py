@@ -1,7 +1,7 @@
 """What Lightning's profilers need so that their evidence outlives the run.
 
 ``ProfilerGuard`` sits round ``trainer.profiler`` for one run. It writes every span into the phase
-ring, keeps errors of the profiler out of the run, keeps an exception that unwinds from advancing
+ring, stops errors of the profiler from ending the run and an exception that unwinds from advancing
 the schedule, and at a death takes out what was recorded. It works on the user's own object and
 leaves it as it was.
 """
@@ -54,15 +54,15 @@ _numbers = itertools.count(1)
 
 
 class ProfilerGuard:
-    """Round one profiler, for one run.
+    """What stands between the Trainer and its profiler during one run.
 
     Args:
-        profiler: Of the Trainer.
-        ring: Where spans go.
-        protection: Holds signals back while a window is written.
+        profiler: Profiler of the Trainer.
+        ring: Phase ring, which gets every span.
+        protection: Protection of the run, which holds signals back while a window is written.
         on_batch: Called when a training batch begins, also in a loop that a tuner runs.
         on_described: Called after the run's last act, the profiler's own report.
-        files: Of this rank, for what cannot go where the user wants it.
+        files: Folder of this rank, for what cannot be written where the user wants it.
     """
 
     def __init__(
@@ -92,7 +92,7 @@ class ProfilerGuard:
         self._made_global = isinstance(profiler, PyTorchProfiler) and _make_global(profiler)
 
     def release(self) -> None:
-        """Give the profiler its own methods back."""
+        """Restore the profiler's own methods and settings."""
         self._off = True
         for patch in self._patches:
             patch.undo()
@@ -107,7 +107,7 @@ class ProfilerGuard:
 
     @property
     def why_no_session(self) -> str:
-        """Where ``action`` is ``None``."""
+        """Why nothing could be recorded, where ``action`` is ``None``."""
         if not isinstance(self.profiler, PyTorchProfiler):
             return "no PyTorchProfiler was attached"
         return "the profiler was off by then" if self._off else "the profiler was waiting"
@@ -158,17 +158,17 @@ class ProfilerGuard:
             self._close_output()
             if isinstance(self.profiler, PyTorchProfiler):
                 lost = self.has_window or not isinstance(error, AssertionError)
-                self._keep_what_there_is(method)
+                self._save_what_there_is(method)
                 if not lost:  # Lightning's assertion when a run ends without any window
                     return
             elif method == "describe":
-                self._keep_what_there_is(method)
+                self._save_what_there_is(method)
             _log.warning("The profiler failed and is off from here on: %r", error)
 
     def _close_output(self) -> None:
         """Close the file of the profiler's report, which would raise again when it is collected.
 
-        Where nothing got into it, it does not stay.
+        A file that is empty is removed.
         """
         file = take_report_file(self.profiler)
         if file is None:
@@ -179,8 +179,8 @@ class ProfilerGuard:
             if path.stat().st_size == 0:
                 path.unlink()
 
-    def _keep_what_there_is(self, method: str) -> None:
-        """After a failure: a window that is open, and the table, in the run directory."""
+    def _save_what_there_is(self, method: str) -> None:
+        """Save an open window and the table in the run directory, after the profiler failed."""
         table = ""
         with contextlib.suppress(Exception):
             if method == "describe":
@@ -250,11 +250,11 @@ class ProfilerGuard:
         """Close the open window and export it; the profiler is off afterwards.
 
         Args:
-            name: First part of the file's name.
+            name: First part of the name of the trace file.
 
         Returns:
-            The file, or its pieces in order of time, and the table of operators; that is empty
-            where it would take too long.
+            The trace file, or its pieces in order of time, and the table of operators, which is
+            empty where it would take too long.
 
         Raises:
             ValueError: If nothing is being recorded, or the session was lost.
@@ -308,7 +308,7 @@ class ProfilerGuard:
         forget_schedule(profiler, profile)
 
     def text(self) -> str:
-        """The report of a profiler that keeps text only, such as ``SimpleProfiler``."""
+        """The report of a profiler that makes text only, such as ``SimpleProfiler``."""
         if isinstance(self.profiler, PyTorchProfiler | PassThroughProfiler):
             return ""
         for name in reversed(self._ring.open_names):
@@ -319,7 +319,7 @@ class ProfilerGuard:
 
 @contextlib.contextmanager
 def unrecorded() -> Generator[None]:
-    """Keep what this thread does out of the window, as the work of the rescue itself."""
+    """Leave what this thread does out of the window: it is work of the rescue, not of the run."""
     switch = getattr(torch._C._autograd, "_enable_record_function", None)  # pyright: ignore[reportPrivateUsage]
     if switch is not None:
         switch(False)
@@ -335,7 +335,7 @@ def _process() -> str:
 
 
 def _export(profile: torch.profiler.profile, path: str, *args: Any, **kwargs: Any) -> None:
-    """Torch's own export, which leaves nothing torn, and says so if it left nothing."""
+    """Export a trace as torch does, but leave nothing torn, and raise where nothing was written."""
     target, was_there = Path(path), Path(path).exists()
     try:
         type(profile).export_chrome_trace(profile, path, *args, **kwargs)

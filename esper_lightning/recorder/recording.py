@@ -42,7 +42,7 @@ _STUCK_GRACE_S, _EXIT_GRACE_S, _PEER_GRACE_S = 2.0, 4.0, 10.0
 class Recording:
     """Begins when it is made; ``close`` restores everything, in any order with other recordings.
 
-    After a death that is on its way through Lightning, what keeps a second signal from interrupting
+    After a death that is on its way through Lightning, what stops a second signal from interrupting
     it stays until Lightning has shut down (``leave``).
 
     Args:

@@ -1,4 +1,4 @@
-"""Saving what a dying run knows: each step is guarded, bounded in time, and told in the report.
+"""Saving what a dying run knows: each step is guarded, bounded in time, and reported.
 
 Nothing here raises, starts a collective, or needs the main thread to be well.
 """

@@ -15,7 +15,7 @@ __all__ = ["Saving"]
 
 
 class Saving:
-    """What is saved of a run that dies, and how far that is; other ranks are told.
+    """What is saved of a run that dies, and how far that is; other ranks can read the latter.
 
     Args:
         files: Folder of this rank.
