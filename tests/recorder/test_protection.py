@@ -230,3 +230,22 @@ def test_an_asyncio_loop_hears_its_signals_while_a_run_blocks_it_and_afterwards(
 
     asyncio.run(main())
     assert handled == ["while", "after"]
+
+
+def test_a_child_forked_while_signals_are_held_back_holds_back_its_own():
+    run = Run()
+    run.begin()
+    with Protection.held():
+        pid = os.fork()
+    if pid == 0:
+        is_held = False
+        Run().begin()
+        try:
+            with Protection.held():
+                os.kill(os.getpid(), signal.SIGUSR1)
+                is_held = True
+        except SystemExit as error:
+            os._exit(0 if is_held and error.code == 128 + signal.SIGUSR1 else 1)
+        os._exit(2)
+    assert os.waitpid(pid, 0)[1] == 0
+    run.end()
