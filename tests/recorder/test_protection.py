@@ -238,14 +238,15 @@ def test_a_child_forked_while_signals_are_held_back_holds_back_its_own():
     with Protection.held():
         pid = os.fork()
     if pid == 0:
-        is_held = False
-        Run().begin()
+        status = 1
         try:
+            Run().begin()
             with Protection.held():
                 os.kill(os.getpid(), signal.SIGUSR1)
-                is_held = True
+                status = 2
         except SystemExit as error:
-            os._exit(0 if is_held and error.code == 128 + signal.SIGUSR1 else 1)
-        os._exit(2)
+            status = 0 if status == 2 and error.code == 128 + signal.SIGUSR1 else 3
+        finally:
+            os._exit(status)
     assert os.waitpid(pid, 0)[1] == 0
     run.end()
