@@ -17,6 +17,7 @@ from lightning.pytorch.plugins import CheckpointIO
 
 from esper_lightning.callbacks.checkpoints import BestCheckpoint, LastCheckpoint
 from esper_lightning.callbacks.history import History
+from esper_lightning.callbacks.lightning_internals import checkpoint_io_of
 from esper_lightning.callbacks.mirror import Mirror, place_of
 from esper_lightning.callbacks.progress import RunProgressBar
 from esper_lightning.callbacks.run_directory import (
@@ -325,7 +326,7 @@ def run_plugins(given: Any = None, strategy: object = None) -> list[Any]:
     """
     listed = cast(list[Any], given if isinstance(given, list) else [given])
     plugins = [plugin for plugin in listed if plugin is not None]
-    chosen = [*plugins, getattr(strategy, "_checkpoint_io", None)]
+    chosen = [*plugins, checkpoint_io_of(strategy)]
     if not any(isinstance(plugin, CheckpointIO) for plugin in chosen):
         plugins.append(AtomicCheckpointIO())
     return plugins

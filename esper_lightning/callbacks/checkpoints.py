@@ -18,6 +18,7 @@ from lightning.pytorch.trainer.states import TrainerFn
 from torch import Tensor
 from typing_extensions import override
 
+from esper_lightning.callbacks.lightning_internals import version_of
 from esper_lightning.callbacks.run_directory import open_run_directory
 from esper_lightning.core.errors import check_arguments
 from esper_lightning.forensics.layout import RunLayout
@@ -51,7 +52,7 @@ class _OneFile(ModelCheckpoint):
     def _find_last_checkpoints(self, trainer: Trainer) -> set[str]:
         """None where the run will have a new directory: to look for it would choose its number."""
         logger = trainer.loggers[0] if trainer.loggers else None
-        is_new = self.dirpath is None and getattr(logger, "_version", "") is None
+        is_new = self.dirpath is None and version_of(logger) is None
         return set() if is_new else super()._find_last_checkpoints(trainer)
 
     @override

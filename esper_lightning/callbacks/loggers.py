@@ -1,7 +1,7 @@
 """Loggers that cannot end a run: a guard round each of them, from the run's start to its end.
 
 The guard knows loggers by the methods that Lightning calls, and two of Lightning's own by their
-attributes. It imports neither: this folder is standard library only.
+attributes. It imports no logger: a user's may have none of them installed.
 """
 # Loggers are objects of other libraries.
 # pyright: reportUnknownVariableType=false, reportUnknownArgumentType=false
@@ -17,6 +17,7 @@ from contextlib import AbstractContextManager
 from pathlib import Path
 from typing import Any, NamedTuple
 
+from esper_lightning.callbacks.lightning_internals import event_file, experiment_of
 from esper_lightning.forensics.files import Appender, Backlog, first_cause, replacing
 
 __all__ = ["flush_logger", "guard_loggers"]
@@ -100,8 +101,8 @@ class _Guard:
             vars(logger)[_GUARD] = None  # this is said once
             return
         vars(logger)[_GUARD] = self
-        if vars(logger).get("_experiment") is not None:
-            self._keep_events(logger._experiment)
+        if experiment_of(logger) is not None:
+            self._keep_events(experiment_of(logger))
 
     def flush(self) -> None:
         """Write what the logger holds; raises what keeps it from it."""
@@ -172,7 +173,7 @@ class _Guard:
 
     def _refuse_full_disk(self) -> None:
         """Raise where an experiment has no room: each attempt to begin leaves an empty file."""
-        if vars(self._logger).get("_experiment", self) is not None:  # there already, or not a file
+        if experiment_of(self._logger, absent=self) is not None:  # there already, or not a file
             return
         if "://" in str(self._logger.log_dir):  # no disk of ours
             return
@@ -198,9 +199,9 @@ class _Guard:
 
     def _whole_files(self, name: str) -> AbstractContextManager[object]:
         logger = self._logger
-        if "_experiment" in vars(logger) and name in ("log_hyperparams", "save"):
+        if experiment_of(logger, absent=self) is not self and name in ("log_hyperparams", "save"):
             _ = logger.experiment  # what they begin with
-        experiment = vars(logger).get("_experiment")
+        experiment = experiment_of(logger)
         if hasattr(experiment, "metrics_file_path"):  # the CSV logger's
             if name == "log_hyperparams":
                 return _whole_hyperparams(experiment, experiment.log_dir)
@@ -221,11 +222,12 @@ class _Guard:
             return
         with contextlib.suppress(AttributeError):  # another logger, or a writer that is closed
             writer = experiment.file_writer.event_writer
-            if "://" in str(writer._file_name):  # no disk of ours
+            path = event_file(experiment)
+            if "://" in path:  # no disk of ours
                 return
             records = writer._async_writer._writer
             writer.flush()
-            self._events = _EventFile(Path(writer._file_name), self._calls.said)
+            self._events = _EventFile(Path(path), self._calls.said)
             records._writer = self._events
 
 

@@ -16,15 +16,23 @@ import logging
 import warnings
 import weakref
 from pathlib import Path
-from typing import Any, cast
+from typing import Any
 
 from lightning.pytorch import Callback, Trainer
 from lightning.pytorch.callbacks import ModelCheckpoint
 from lightning.pytorch.loggers import CSVLogger, TensorBoardLogger
 from lightning.pytorch.loggers.csv_logs import ExperimentWriter
-from lightning.pytorch.strategies.launchers import _MultiProcessingLauncher
 from lightning.pytorch.trainer.states import TrainerStatus
 
+from esper_lightning.callbacks.lightning_internals import (
+    event_file,
+    experiment_of,
+    forget_experiment,
+    set_version,
+    setup_profiler_again,
+    spawns_processes,
+    version_of,
+)
 from esper_lightning.callbacks.mirror import Mirror, place_of
 from esper_lightning.core.errors import require
 from esper_lightning.forensics.claims import (
@@ -186,7 +194,7 @@ def claim_new(trainer: Trainer, parent: Path) -> tuple[Claim, str | None]:
         OSError: If the directory cannot be made.
     """
     given, logger = given_directory(trainer), _numbered(trainer)
-    if given is None and logger is not None and logger._version is not None:
+    if given is None and logger is not None and version_of(logger) is not None:
         given = logger.log_dir
     if given is not None:
         directory, address = place_of(given)
@@ -212,10 +220,10 @@ def assign_run_directory(trainer: Trainer, held: Claim, address: str | None = No
     for logger in trainer.loggers:
         if (
             isinstance(logger, _Numbered)
-            and logger._version is None
+            and version_of(logger) is None
             and place_of(logger.root_dir)[0] == held.directory.parent
         ):
-            logger._version = int(held.directory.name.removeprefix("version_"))
+            set_version(logger, int(held.directory.name.removeprefix("version_")))
         if isinstance(logger, CSVLogger) and place_of(logger.log_dir) == (held.directory, None):
             set_aside(held.directory / ExperimentWriter.NAME_METRICS_FILE)  # else it is deleted
             with warnings.catch_warnings():
@@ -246,7 +254,7 @@ def _agree(trainer: Trainer) -> _RunDirectory:
     directory, address, version = told
     logger = _numbered(trainer)
     if logger is not None:
-        logger._version = version
+        set_version(logger, version)
     return mine or _RunDirectory(Path(directory), None, address)
 
 
@@ -257,7 +265,7 @@ def _take(trainer: Trainer, *, alone: bool = False) -> _RunDirectory:
         if found.claim is None or not found.claim.holds:
             found.claim = _claim(found.directory)
     else:
-        spawned = isinstance(trainer.strategy.launcher, _MultiProcessingLauncher)
+        spawned = spawns_processes(trainer)
         found = _choose(trainer, joins=alone and spawned)
     if found.claim is not None:
         weakref.finalize(trainer, found.claim.release)
@@ -330,10 +338,11 @@ def _claim_folder_of(logger: _Numbered) -> Claim | None:
 
 def _renumber(logger: _Numbered) -> None:
     """Give a logger that has logged nothing yet a folder of its own."""
-    if isinstance(logger, TensorBoardLogger) and logger._experiment is not None:
-        writer: Any = logger._experiment.file_writer
-        logger._experiment.close()
-        Path(writer.event_writer._file_name).unlink(missing_ok=True)
+    experiment = experiment_of(logger)
+    if isinstance(logger, TensorBoardLogger) and experiment is not None:
+        path = event_file(experiment)
+        experiment.close()
+        Path(path).unlink(missing_ok=True)
     folder, _address = place_of(logger.log_dir)
     for _ in Path(getattr(logger, "sub_dir", None) or "").parts:
         folder = folder.parent
@@ -345,7 +354,8 @@ def _renumber(logger: _Numbered) -> None:
         except FileExistsError:
             continue
         break
-    logger._version, logger._experiment = number, None
+    set_version(logger, number)
+    forget_experiment(logger)
     _ = logger.experiment  # before others write there: a CSVLogger wants to be the first
 
 
@@ -368,4 +378,4 @@ def _move_profiler(trainer: Trainer, told: Path, directory: Path) -> None:
     profiler = trainer.profiler
     if profiler.dirpath is not None and Path(profiler.dirpath).absolute() == told:
         profiler.dirpath = None
-    profiler.setup(cast(Any, profiler._stage), profiler._local_rank, str(directory))
+    setup_profiler_again(profiler, directory)

@@ -26,12 +26,12 @@ from lightning.pytorch.cli import (
     LightningCLI,
 )
 from lightning.pytorch.strategies import StrategyRegistry
-from lightning.pytorch.trainer.states import TrainerFn
 from typing_extensions import override
 
 import esper_lightning.envs  # pyright: ignore[reportUnusedImport] - to be named in a config, specs
 import esper_lightning.policies  # pyright: ignore[reportUnusedImport] - must be known
 from esper_lightning.callbacks.history import History
+from esper_lightning.callbacks.lightning_internals import parse_checkpoint_path
 from esper_lightning.callbacks.run_directory import run_directory
 from esper_lightning.cli.errors import fail, nearest
 from esper_lightning.cli.settings import SettingsParser
@@ -310,10 +310,7 @@ class EsperCLI(LightningCLI):
         if isinstance(model.env, Morphogenesis):
             model.env.splits(self.trainer.strategy.root_device)
         if path in ("last", "best", "hpc"):  # a file, by the name that Lightning gives it
-            connector: Any = self.trainer._checkpoint_connector  # pyright: ignore[reportPrivateUsage]
-            path = connector._parse_ckpt_path(
-                TrainerFn.FITTING, path, model_provided=True, model_connected=False
-            )
+            path = parse_checkpoint_path(self.trainer, path)
             if path is None:
                 self._says = ["No checkpoint to resume from (--ckpt_path last): a new run begins."]
         if path is not None:

@@ -67,6 +67,11 @@ class RankLayout:
         """The minibatch on which a loss or gradient was not finite, for replay."""
         return self.directory / "nan.pt"
 
+    @property
+    def evidence(self) -> Path:
+        """Folder of what callbacks saved at a death, a folder for each (``recorder.evidence``)."""
+        return self.directory / "evidence"
+
 
 @dataclass(frozen=True)
 class RunLayout:

@@ -13,6 +13,7 @@ from lightning.pytorch import LightningModule, Trainer
 from lightning.pytorch.strategies import DDPStrategy, SingleDeviceStrategy
 from torch import Tensor
 
+from esper_lightning.callbacks.lightning_internals import dump_checkpoint
 from esper_lightning.core.seeding import global_random_states
 from esper_lightning.core.tensor_trees import named_tensors
 from esper_lightning.forensics.files import replacing
@@ -30,6 +31,11 @@ def save_crash_checkpoint(trainer: Trainer, path: Path, reason: str) -> str:
     weights and optimizer states that are not finite, and the states of the global random
     generators.
 
+    Args:
+        trainer: Trainer of the run that dies.
+        path: Crash checkpoint, which is replaced whole.
+        reason: Reason of the death, in a line.
+
     Returns:
         A sentence on what the file holds.
 
@@ -42,7 +48,7 @@ def save_crash_checkpoint(trainer: Trainer, path: Path, reason: str) -> str:
         name = type(strategy).__name__
         raise ValueError(f"{name} may shard the weights; collecting them would need every rank")
     with _saving_alone(trainer.lightning_module):
-        checkpoint = trainer._checkpoint_connector.dump_checkpoint(weights_only=False)
+        checkpoint = dump_checkpoint(trainer)
     parts = {"weights": checkpoint["state_dict"], "optimizer": checkpoint["optimizer_states"]}
     bad = [name for name, value in named_tensors(parts) if not _finite(value)]
     checkpoint[CRASH_KEY] = {

@@ -18,6 +18,7 @@ import torch
 from lightning.pytorch import Trainer
 from torch import Tensor
 
+from esper_lightning.callbacks.lightning_internals import known_results
 from esper_lightning.core.errors import NonFiniteError
 from esper_lightning.forensics.memory import measure_memory
 from esper_lightning.forensics.phases import PhaseRing
@@ -133,20 +134,10 @@ def _message(error: BaseException) -> str:
 
 
 def _known_metrics(trainer: Trainer) -> dict[str, float | str]:
-    """Metrics whose value is known already.
-
-    ``trainer.callback_metrics`` would compute those of the epoch, with a collective under ``ddp``.
-    """
-    known: dict[str, Any] = dict(trainer._logger_connector._callback_metrics)
-    for item in trainer._results.valid_items() if trainer._results else ():
-        result: Any = item[1]
-        if result.meta.on_step:
-            known[result.meta.name] = result._forward_cache
-        elif result._computed is not None:
-            known[result.meta.name] = result._computed
+    """Metrics whose value is known on the host already."""
     values = {
         name: float(value)
-        for name, value in known.items()
+        for name, value in known_results(trainer).items()
         if isinstance(value, Tensor) and value.numel() == 1 and value.device.type == "cpu"
     }  # no synchronisation with a device
     return {k: v if math.isfinite(v) else repr(v) for k, v in values.items()}

@@ -19,6 +19,7 @@ from lightning.pytorch import LightningModule, Trainer
 from typing_extensions import override
 
 from esper_lightning.callbacks.history import History, finished_iterations
+from esper_lightning.callbacks.lightning_internals import run_depth
 from esper_lightning.callbacks.loggers import guard_loggers
 from esper_lightning.callbacks.run_directory import (
     WritesRun,
@@ -31,14 +32,15 @@ from esper_lightning.forensics.claims import DirectoryRefusedError
 from esper_lightning.forensics.layout import RunLayout
 from esper_lightning.forensics.report import read_report
 from esper_lightning.recorder.death import in_words
+from esper_lightning.recorder.note import add_note
 from esper_lightning.recorder.peers import (
     end_of_run,
     is_of_this_run,
     keep_launcher_from_killing,
     meet,
 )
-from esper_lightning.recorder.protection import run_depth
-from esper_lightning.recorder.recording import Recording, add_note, recording_of
+from esper_lightning.recorder.recording import Recording, recording_of
+from esper_lightning.recorder.state import State
 
 __all__ = ["FlightRecorder"]
 
@@ -49,7 +51,7 @@ _P = ParamSpec("_P")
 def _guarded(
     hook: Callable[Concatenate["FlightRecorder", _P], None],
 ) -> Callable[Concatenate["FlightRecorder", _P], None]:
-    """A run does not fail because of its recorder, which is off from its first error on."""
+    """Wrap a hook: a run does not fail because of its recorder, which is off after an error."""
 
     @functools.wraps(hook)
     def call(self: "FlightRecorder", *args: _P.args, **kwargs: _P.kwargs) -> None:
@@ -66,7 +68,7 @@ def _guarded(
 class FlightRecorder(WritesRun):
     """Save what a dying run knows, then let it die of what it died of.
 
-    Works with any LightningModule, with any of Lightning's profilers or none. A history is kept
+    Works with any LightningModule, with any of Lightning's profilers or none. A history is written
     even if there is no ``History`` among the callbacks. Errors and exit statuses stay the user's;
     an error gets a note that names the run directory. Loggers cannot end the run: what they raise
     is a warning, and metrics that they did not take are logged when they take them again. Nothing
@@ -75,7 +77,7 @@ class FlightRecorder(WritesRun):
     Args:
         dirpath: Run directory; ``None`` for that of the Trainer (``callbacks.run_directory``).
         hang_timeout_s: Seconds after which an iteration, or a batch of a validation, counts as
-            hanging: stacks and evidence are saved and the run goes on, without its profiler.
+            hanging: stacks and evidence are saved and the run continues, without its profiler.
             ``None`` for never.
         print_profile: Whether the table of a rescued profiler window is printed on rank 0.
         watch: Whether a second process of a few megabytes completes the report if this one vanishes
@@ -127,7 +129,7 @@ class FlightRecorder(WritesRun):
     @override
     @_guarded
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        """Lightning's launcher is running by now, and CUDA is in use if it will be."""
+        """Watch Lightning's launcher, which runs by now, and CUDA, if it is in use."""
         recording = recording_of(trainer)
         if recording is not None:
             keep_launcher_from_killing(recording.save_for_launcher)
@@ -138,7 +140,7 @@ class FlightRecorder(WritesRun):
     def on_train_batch_start(
         self, trainer: Trainer, pl_module: LightningModule, batch: Any, batch_idx: int
     ) -> None:
-        """Another iteration begins; checkpoints of the one before are closed."""
+        """Note that an iteration begins; checkpoints of the one before are closed and copied."""
         if self._has_saved:
             self._has_saved = False
             copy_run_directory(trainer)
@@ -151,7 +153,7 @@ class FlightRecorder(WritesRun):
     def on_train_batch_end(
         self, trainer: Trainer, pl_module: LightningModule, outputs: Any, batch: Any, batch_idx: int
     ) -> None:
-        """The iteration is done."""
+        """Note that the iteration is done."""
         recording = recording_of(trainer)
         if recording is not None:
             recording.beat()
@@ -166,7 +168,7 @@ class FlightRecorder(WritesRun):
         batch_idx: int,
         dataloader_idx: int = 0,
     ) -> None:
-        """A validation may take long; a batch of it counts as an iteration does."""
+        """Note that a batch of a validation begins: against a hang it counts as an iteration."""
         self._beat(trainer)
 
     @override
@@ -180,13 +182,13 @@ class FlightRecorder(WritesRun):
         batch_idx: int,
         dataloader_idx: int = 0,
     ) -> None:
-        """It is done."""
+        """Note that a batch of a validation is done."""
         self._beat(trainer)
 
     @override
     @_guarded
     def on_validation_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        """Back to training."""
+        """Note that training continues after a validation."""
         self._beat(trainer)
 
     @override
@@ -194,13 +196,13 @@ class FlightRecorder(WritesRun):
     def on_save_checkpoint(
         self, trainer: Trainer, pl_module: LightningModule, checkpoint: dict[str, Any]
     ) -> None:
-        """A checkpoint is about to be written."""
+        """Note that a checkpoint is about to be written."""
         self._has_saved = True
 
     @override
     @_guarded
     def on_train_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        """What follows is no iteration."""
+        """Stop looking for hangs: what follows is no iteration."""
         recording = recording_of(trainer)
         if recording is not None:
             recording.watchdog.rest()
@@ -208,7 +210,7 @@ class FlightRecorder(WritesRun):
     @override
     @_guarded
     def teardown(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
-        """All went well."""
+        """Note that all went well, but for the report of the profiler, which is still to come."""
         recording = recording_of(trainer)
         if recording is not None:
             recording.approach_end()
@@ -219,7 +221,7 @@ class FlightRecorder(WritesRun):
         self, trainer: Trainer, pl_module: LightningModule, exception: BaseException
     ) -> None:
         """Save everything, unless that was done closer to the fault."""
-        # A recording's own deaths are saved before any callback is told.
+        # A recording's own deaths are saved before any callback is called.
         if recording_of(trainer) is not None or isinstance(exception, DirectoryRefusedError):
             return
         layout = None
@@ -241,12 +243,17 @@ class FlightRecorder(WritesRun):
             recording.beat()
 
     def give_up(self, trainer: Trainer, error: Exception) -> None:
-        """Leave the run alone from here on."""
+        """Leave the run alone after an error of the recorder's own.
+
+        Args:
+            trainer: Trainer of the run, which continues.
+            error: Error that one of our hooks met.
+        """
         _log.warning("FlightRecorder is off: %s. The run goes on without it.", in_words(error))
         recording = recording_of(trainer)
         if recording is not None:
             with contextlib.suppress(Exception):  # one warning is enough
-                recording.close("off")
+                recording.close(State.OFF)
 
     def _record(
         self,
@@ -263,7 +270,7 @@ class FlightRecorder(WritesRun):
             hang_timeout_s=self.hang_timeout_s,
             print_profile=self.print_profile,
             watch=watch,
-            let_go=functools.partial(close_run_directory, trainer, self),
+            on_end=functools.partial(close_run_directory, trainer, self),
             stage=stage,
             met=met,
         )
@@ -274,10 +281,10 @@ def _layout(directory: Path | None) -> RunLayout | None:
 
 
 def _close_earlier(trainer: Trainer) -> None:
-    """End what is left of a run whose end was not seen."""
+    """Close the recording of an earlier run whose end was not seen."""
     earlier = recording_of(trainer)
     if earlier is not None:
-        earlier.close("failed")
+        earlier.close(State.FAILED)
 
 
 def _saved_by_its_processes(layout: RunLayout) -> bool:

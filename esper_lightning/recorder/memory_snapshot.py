@@ -20,7 +20,7 @@ def watch_memory(target: Path) -> None:
     switched on, it says for each allocation where it was made.
 
     Args:
-        target: Of the run that is going on; written anew each time memory runs out.
+        target: File of the run, written anew each time memory runs out.
     """
     if torch.cuda.is_available() and torch.cuda.is_initialized():
         _targets.append(target)
@@ -28,7 +28,7 @@ def watch_memory(target: Path) -> None:
 
 
 def forget_memory(target: Path) -> None:
-    """The run has ended."""
+    """Write no more snapshots to a file: its run has ended."""
     with contextlib.suppress(ValueError):
         _targets.remove(target)
 

@@ -6,7 +6,6 @@ import json
 import os
 import re
 import socket
-import threading
 import time
 from collections.abc import Callable, Sequence
 from pathlib import Path
@@ -15,6 +14,7 @@ from typing import Any, cast
 import torch
 from torch import distributed as dist
 
+from esper_lightning.callbacks.lightning_internals import LAUNCHER_KILLS, launcher_observers
 from esper_lightning.forensics.layout import RunLayout
 from esper_lightning.forensics.processes import identify, is_alive
 from esper_lightning.forensics.report import read_report, same_recording, write_report
@@ -50,12 +50,12 @@ def is_of_this_run(process: dict[str, Any], since_s: float | None = None) -> boo
 
 
 def end_of_run() -> None:
-    """What starts from here on in this process is another run."""
+    """Note that what starts from here on in this process is another run."""
     _previous_end_s[0] = time.time()
 
 
 def meet(world_size: int) -> list[dict[str, Any]]:
-    """Tell every rank which processes the ranks of the run that begins are.
+    """Share with every rank which processes the ranks of the run that begins are.
 
     A collective, where there is a process group.
 
@@ -109,8 +109,13 @@ class Peers:
             names = json.dumps(self._met, sort_keys=True).encode()
             self.process["run"] = hashlib.blake2b(names, digest_size=8).hexdigest()
 
-    def tell(self, state: str, *, saved: bool = False) -> None:
-        """Say how this rank fares.
+    def note_event_files(self, names: list[str]) -> None:
+        """Store the names of TensorBoard's event files that runs have begun, from now on."""
+        if names:
+            self.process["event_files"] = names
+
+    def report(self, state: str, *, saved: bool = False) -> None:
+        """Write down for the other ranks how this one fares.
 
         Args:
             state: ``running``, ``finished``, ``failed``, or ``off``: it runs, but is not recorded.
@@ -219,17 +224,20 @@ def _is_of_torch(error: BaseException) -> bool:
 
 
 def keep_launcher_from_killing(save: Callable[[], None]) -> None:
-    """Lightning's launcher thread kills every rank, this one too, when one died: save before."""
-    for thread in threading.enumerate():
-        if thread.name == "child-process-observer":
-            _save_before_killing(thread, save)
+    """Have evidence saved before Lightning's launcher kills every rank, because one died.
+
+    Args:
+        save: Saves this rank's evidence; called by the launcher's thread.
+    """
+    for thread in launcher_observers():
+        _save_before_killing(thread, save)
 
 
 def _save_before_killing(thread: Any, save: Callable[[], None]) -> None:
-    kill = cast(Callable[[], None], type(thread)._terminate_all.__get__(thread))
+    kill: Callable[[], None] = getattr(cast(Any, type(thread)), LAUNCHER_KILLS).__get__(thread)
 
     def save_and_kill() -> None:
         save()
         kill()
 
-    thread._terminate_all = save_and_kill
+    setattr(thread, LAUNCHER_KILLS, save_and_kill)

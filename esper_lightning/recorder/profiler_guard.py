@@ -1,13 +1,13 @@
 """What Lightning's profilers need so that their evidence outlives the run.
 
 ``ProfilerGuard`` sits round ``trainer.profiler`` for one run. It writes every span into the phase
-ring, keeps errors of the profiler out of the run, keeps an exception that unwinds from advancing
+ring, stops errors of the profiler from ending the run and an exception that unwinds from advancing
 the schedule, and at a death takes out what was recorded. It works on the user's own object and
 leaves it as it was.
 """
 # Lightning sets many attributes of its Trainer where no type checker sees them.
-# pyright: reportAttributeAccessIssue=false, reportPrivateUsage=false
-# pyright: reportUnknownVariableType=false, reportUnknownArgumentType=false
+# pyright: reportAttributeAccessIssue=false, reportUnknownVariableType=false
+# pyright: reportUnknownArgumentType=false
 
 import contextlib
 import functools
@@ -25,14 +25,24 @@ import torch
 from lightning.pytorch.profilers import PassThroughProfiler, Profiler, PyTorchProfiler
 from torch.profiler import ProfilerAction
 
+from esper_lightning.callbacks.lightning_internals import (
+    forget_schedule,
+    profiler_settings,
+    records_nvtx,
+    take_open_spans,
+    take_parent_profiler,
+    take_report_file,
+)
 from esper_lightning.forensics.files import write_atomically
 from esper_lightning.forensics.layout import RankLayout
 from esper_lightning.forensics.phases import PhaseRing
+from esper_lightning.recorder.attempt import attempt
 from esper_lightning.recorder.death import in_words
+from esper_lightning.recorder.patch import Patch
 from esper_lightning.recorder.profiling.operator_table import operator_table
 from esper_lightning.recorder.profiling.trace_export import export_trace
 from esper_lightning.recorder.profiling.window_profiler import WindowProfiler, global_session
-from esper_lightning.recorder.protection import Patch, Protection
+from esper_lightning.recorder.protection import Protection
 
 __all__ = ["ProfilerGuard", "unrecorded"]
 
@@ -44,15 +54,15 @@ _numbers = itertools.count(1)
 
 
 class ProfilerGuard:
-    """Round one profiler, for one run.
+    """What stands between the Trainer and its profiler during one run.
 
     Args:
-        profiler: Of the Trainer.
-        ring: Where spans go.
-        protection: Holds signals back while a window is written.
+        profiler: Profiler of the Trainer.
+        ring: Phase ring, which gets every span.
+        protection: Protection of the run, which holds signals back while a window is written.
         on_batch: Called when a training batch begins, also in a loop that a tuner runs.
         on_described: Called after the run's last act, the profiler's own report.
-        files: Of this rank, for what cannot go where the user wants it.
+        files: Folder of this rank, for what cannot be written where the user wants it.
     """
 
     def __init__(
@@ -82,12 +92,12 @@ class ProfilerGuard:
         self._made_global = isinstance(profiler, PyTorchProfiler) and _make_global(profiler)
 
     def release(self) -> None:
-        """Give the profiler its own methods back."""
+        """Restore the profiler's own methods and settings."""
         self._off = True
         for patch in self._patches:
             patch.undo()
         if self._made_global and isinstance(self.profiler, PyTorchProfiler):
-            self.profiler._profiler_kwargs.pop("experimental_config", None)
+            profiler_settings(self.profiler).pop("experimental_config", None)
 
     @property
     def action(self) -> str | None:
@@ -97,7 +107,7 @@ class ProfilerGuard:
 
     @property
     def why_no_session(self) -> str:
-        """Where ``action`` is ``None``."""
+        """Why nothing could be recorded, where ``action`` is ``None``."""
         if not isinstance(self.profiler, PyTorchProfiler):
             return "no PyTorchProfiler was attached"
         return "the profiler was off by then" if self._off else "the profiler was waiting"
@@ -148,30 +158,29 @@ class ProfilerGuard:
             self._close_output()
             if isinstance(self.profiler, PyTorchProfiler):
                 lost = self.has_window or not isinstance(error, AssertionError)
-                self._keep_what_there_is(method)
+                self._save_what_there_is(method)
                 if not lost:  # Lightning's assertion when a run ends without any window
                     return
             elif method == "describe":
-                self._keep_what_there_is(method)
+                self._save_what_there_is(method)
             _log.warning("The profiler failed and is off from here on: %r", error)
 
     def _close_output(self) -> None:
         """Close the file of the profiler's report, which would raise again when it is collected.
 
-        Where nothing got into it, it does not stay.
+        A file that is empty is removed.
         """
-        file = getattr(self.profiler, "_output_file", None)
+        file = take_report_file(self.profiler)
         if file is None:
             return
-        self.profiler._output_file = self.profiler._write_stream = None
-        _quietly(file.close)
+        _attempt(file.close)
         with contextlib.suppress(OSError):
             path = Path(file.name)
             if path.stat().st_size == 0:
                 path.unlink()
 
-    def _keep_what_there_is(self, method: str) -> None:
-        """After a failure: a window that is open, and the table, in the run directory."""
+    def _save_what_there_is(self, method: str) -> None:
+        """Save an open window and the table in the run directory, after the profiler failed."""
         table = ""
         with contextlib.suppress(Exception):
             if method == "describe":
@@ -241,11 +250,11 @@ class ProfilerGuard:
         """Close the open window and export it; the profiler is off afterwards.
 
         Args:
-            name: First part of the file's name.
+            name: First part of the name of the trace file.
 
         Returns:
-            The file, or its pieces in order of time, and the table of operators; that is empty
-            where it would take too long.
+            The trace file, or its pieces in order of time, and the table of operators, which is
+            empty where it would take too long.
 
         Raises:
             ValueError: If nothing is being recorded, or the session was lost.
@@ -281,36 +290,25 @@ class ProfilerGuard:
         profiler, profile = self.profiler, self._profile
         if not isinstance(profiler, PyTorchProfiler):
             return
-        on_own_thread = threading.get_ident() == self._thread
-        register, profiler._register = profiler._register, None
-        if on_own_thread:
-            for record in reversed(list(register._records.values()) if register else []):
-                if getattr(record, "record", None) is not None:
-                    _quietly(lambda record=record: record.__exit__(None, None, None))
-            for name in reversed(list(profiler._recording_map)):
-                record = profiler._recording_map[name]
-                _quietly(lambda record=record: record.__exit__(None, None, None))
-        profiler._recording_map.clear()
-        if register is not None:
-            register.__exit__(None, None, None)
+        for span in take_open_spans(profiler):
+            if threading.get_ident() == self._thread:  # spans are those of their thread
+                _attempt(lambda span=span: span.__exit__(None, None, None))
         if profile is not None:
             running = profile.current_action != ProfilerAction.NONE
             profile.on_trace_ready = None
             if running and profile.profiler is not None:
                 profile.profiler.use_device = None  # after a CUDA error its synchronise would raise
-                _quietly(profile.stop)
-            profile.current_action = profile._prev_schedule_action = ProfilerAction.NONE
-        parent, profiler._parent_profiler = profiler._parent_profiler, None
-        if profile is None and profiler.profiler is not None:  # emit_nvtx
-            _quietly(lambda: profiler.profiler.__exit__(None, None, None))  # pyright: ignore[reportOptionalMemberAccess]
+                _attempt(profile.stop)
+        parent, nvtx = take_parent_profiler(profiler), profiler.profiler
+        if profile is None and nvtx is not None:
+            _attempt(lambda: nvtx.__exit__(None, None, None))
         if parent is not None:
-            _quietly(lambda: parent.__exit__(None, None, None))
+            _attempt(lambda: parent.__exit__(None, None, None))
         profiler.profiler = None
-        if profiler._schedule is not None:
-            profiler._schedule.reset()
+        forget_schedule(profiler, profile)
 
     def text(self) -> str:
-        """The report of a profiler that keeps text only, such as ``SimpleProfiler``."""
+        """The report of a profiler that makes text only, such as ``SimpleProfiler``."""
         if isinstance(self.profiler, PyTorchProfiler | PassThroughProfiler):
             return ""
         for name in reversed(self._ring.open_names):
@@ -321,8 +319,8 @@ class ProfilerGuard:
 
 @contextlib.contextmanager
 def unrecorded() -> Generator[None]:
-    """Keep what this thread does out of the window, as the work of the rescue itself."""
-    switch = getattr(torch._C._autograd, "_enable_record_function", None)
+    """Leave what this thread does out of the window: it is work of the rescue, not of the run."""
+    switch = getattr(torch._C._autograd, "_enable_record_function", None)  # pyright: ignore[reportPrivateUsage]
     if switch is not None:
         switch(False)
     try:
@@ -337,7 +335,7 @@ def _process() -> str:
 
 
 def _export(profile: torch.profiler.profile, path: str, *args: Any, **kwargs: Any) -> None:
-    """Torch's own export, which leaves nothing torn, and says so if it left nothing."""
+    """Export a trace as torch does, but leave nothing torn, and raise where nothing was written."""
     target, was_there = Path(path), Path(path).exists()
     try:
         type(profile).export_chrome_trace(profile, path, *args, **kwargs)
@@ -351,11 +349,7 @@ def _export(profile: torch.profiler.profile, path: str, *args: Any, **kwargs: An
         raise
 
 
-def _quietly(action: Callable[[], object]) -> None:
-    try:
-        action()
-    except Exception as error:
-        _log.debug("While closing the profiler: %r", error)
+_attempt = functools.partial(attempt, what="closing the profiler", level=logging.DEBUG)
 
 
 def _make_global(profiler: PyTorchProfiler) -> bool:
@@ -366,12 +360,13 @@ def _make_global(profiler: PyTorchProfiler) -> bool:
     """
     if isinstance(profiler, WindowProfiler):  # its sessions are global already
         return False
-    if profiler._emit_nvtx or profiler._profiler_kwargs.get("experimental_config") is not None:
+    settings = profiler_settings(profiler)
+    if records_nvtx(profiler) or settings.get("experimental_config") is not None:
         return False
     config = global_session()
     if config is None:
         return False
-    profiler._profiler_kwargs["experimental_config"] = config
+    settings["experimental_config"] = config
     profile = profiler.profiler
     if isinstance(profile, torch.profiler.profile):  # the Trainer's first hooks have opened it
         ready, profile.on_trace_ready = profile.on_trace_ready, None

@@ -14,13 +14,17 @@ __all__ = [
     "FAULTS",
     "Action",
     "SignalExit",
+    "alarm",
     "c_handler",
     "default_in_c",
     "dump_stacks",
     "end_by",
+    "in_main_thread",
+    "raise_in_this_thread",
     "read_action",
     "run_in_main_thread",
     "set_c_handler",
+    "signal_behind",
     "signal_name",
     "write_action",
 ]
@@ -60,6 +64,18 @@ class SignalExit(SystemExit):
     def __init__(self, number: int) -> None:
         super().__init__(128 + number)
         self.signal = signal_name(number)
+
+
+def signal_behind(error: BaseException) -> str | None:
+    """The signal that raised an error in the main thread; ``None`` where none did."""
+    inner = error.__context__  # Lightning exits after Ctrl-C in a fit within this one
+    if isinstance(error, SystemExit) and isinstance(inner, KeyboardInterrupt):
+        error = inner
+    if isinstance(error, KeyboardInterrupt):
+        return "SIGINT"
+    if isinstance(error, SignalExit):
+        return error.signal
+    return "SIGTERM" if type(error).__name__ == "SIGTERMException" else None
 
 
 def signal_name(number: int) -> str:
@@ -126,6 +142,11 @@ def end_by(number: int) -> None:
     os.kill(os.getpid(), number)
 
 
+def in_main_thread() -> bool:
+    """Whether the caller runs in the main thread, where Python calls handlers of signals."""
+    return threading.current_thread() is threading.main_thread()
+
+
 _jobs: deque[Callable[[], None]] = deque()
 
 
@@ -141,7 +162,7 @@ def run_in_main_thread(function: Callable[[], None]) -> None:
 
     While the main thread waits in C, as in ``Thread.join``, that is when it has waited.
     """
-    if threading.current_thread() is threading.main_thread():
+    if in_main_thread():
         function()
     else:
         if function not in _jobs:

@@ -80,16 +80,16 @@ class Watchdog:
     Time is that of ``awake_s``.
 
     Args:
-        received: Signals that came in since the last call.
-        caught_s: When the main thread was last seen to go on: a signal that came before that ended
-            nothing, for somebody caught what it raised.
-        renew: Called once a second, for what others may have undone.
-        peer: A rank that failed, with the reason.
+        received: Returns the signals that came in since the last call.
+        caught_s: Returns when the main thread was last seen to continue: a signal that came before
+            that ended nothing, for somebody caught what it raised.
+        renew: Called once a second, to take again what others may have undone.
+        peer: Returns a rank that failed, with the reason.
         look: Called twice a second.
         act: Saves evidence; for ``signal`` and ``peer`` the first time only.
-        saving_for_s: Seconds since the latest step of saving evidence began: ``None`` before the
-            first, infinite after the last.
-        others_saving_for_s: The same for every recording of this process.
+        saving_for_s: Returns the seconds since the latest step of saving evidence began: ``None``
+            before the first, infinite after the last.
+        others_saving_for_s: Returns the same for every recording of this process.
         hang_timeout_s: An iteration that takes longer hangs; ``None`` for never.
         stuck_grace_s: Time that the main thread has to react to a signal.
         exit_grace_s: Time after which a process that was told to end, and does not, is ended; not
@@ -132,12 +132,12 @@ class Watchdog:
         return next((each.number for each in arrivals if not each.unwinds), None)
 
     def beat(self) -> None:
-        """The run goes on: an iteration, or a batch of a validation, begins or ended."""
+        """Note that the run continues: an iteration, or a batch of a validation, begins or ends."""
         self._beat_s = awake_s()
         self._hung = False
 
     def rest(self) -> None:
-        """No iteration is running: silence is no hang."""
+        """Note that no iteration is running: silence is no hang."""
         self._beat_s = None
 
     def stop(self) -> None:

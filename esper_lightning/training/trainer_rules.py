@@ -28,10 +28,13 @@ from lightning.pytorch.callbacks import (
     Timer,
 )
 from lightning.pytorch.strategies import DDPStrategy, DeepSpeedStrategy, SingleDeviceStrategy
-from lightning.pytorch.strategies.launchers import _MultiProcessingLauncher
-from lightning.pytorch.trainer.connectors.data_connector import _parse_num_batches
-from lightning.pytorch.trainer.states import RunningStage
 
+from esper_lightning.callbacks.lightning_internals import (
+    batches_in_epoch,
+    cluster_environment,
+    spawns_processes,
+    train_time_interval,
+)
 from esper_lightning.core.errors import Words, require
 from esper_lightning.core.seeding import require_torch_defaults
 
@@ -126,7 +129,7 @@ def refuse_unfit(
         MisconfigurationException: If a share of an epoch is less than one batch.
     """
     share = trainer.limit_train_batches
-    most = _parse_num_batches(RunningStage.TRAINING, iterations_per_epoch, share)
+    most = batches_in_epoch(iterations_per_epoch, share)
     every = trainer.val_check_interval
     if isinstance(every, int) and trainer.limit_val_batches:
         hint = "Trainer(check_val_every_n_epoch=None) counts iterations of all epochs."
@@ -164,7 +167,7 @@ def _refuse_callback(callback: Callback) -> None:
     hint = "It needs Lightning's automatic optimisation."
     averages = isinstance(callback, StochasticWeightAveraging)
     require(not averages, "Trainer.callbacks", "average no weights", name, hint)
-    interval = getattr(callback, "_train_time_interval", None)
+    interval = train_time_interval(callback)
     hint = "Lightning ignores it with manual optimisation: set every_n_train_steps."
     require(interval is None, "ModelCheckpoint.train_time_interval", "be None", interval, hint)
     if isinstance(callback, ModelCheckpoint):
@@ -204,7 +207,7 @@ def _refuse_strategy(trainer: Trainer) -> None:
     require(ok, "Trainer.strategy", rule, name, reason)
     launcher = strategy.launcher
     reason = "Its child processes hand back weights and nothing else."
-    ok = not isinstance(launcher, _MultiProcessingLauncher)
+    ok = not spawns_processes(trainer)
     require(ok, "Trainer.strategy", rule, f"{name} by {type(launcher).__name__}", reason)
 
 
@@ -214,7 +217,7 @@ def keep_lightning_from_requeueing(trainer: Trainer) -> None:
     On a signal it saves a checkpoint from within the handler, in the middle of whatever the rank
     does: ranks that meet in other collectives would wait for ever.
     """
-    environment = trainer._accelerator_connector.cluster_environment
+    environment = cluster_environment(trainer)
     if (
         trainer.world_size > 1
         and isinstance(environment, SLURMEnvironment)

@@ -36,8 +36,8 @@ from esper_lightning.forensics.phases import PhaseRing
 from esper_lightning.forensics.processes import identify
 from esper_lightning.forensics.report import read_report, reserve_room, write_report
 from esper_lightning.forensics.sidecar import complete_report
+from esper_lightning.recorder import evidence_steps, recording, rescue
 from esper_lightning.recorder import profiler_guard as profiler_rescue
-from esper_lightning.recorder import recording, rescue
 from esper_lightning.recorder.peers import Peers
 from esper_lightning.recorder.profiling.window_profiler import WindowProfiler
 from esper_lightning.recorder.recording import Recording, recording_of
@@ -219,7 +219,7 @@ class TestEvidenceIsSavedInOrder:
             seen.append(read_report(files.crash))
             return "saved"
 
-        monkeypatch.setattr(rescue, "save_crash_checkpoint", save)
+        monkeypatch.setattr(evidence_steps, "save_crash_checkpoint", save)
         fit(Plain(raise_at(3)), profiler=PyTorchProfiler(schedule=None))
         (report,) = seen
         assert (report["cause"], report["error"]["message"]) == ("exception", "injected")
@@ -324,7 +324,7 @@ class TestOneFileThatIsImpossibleTakesNoOtherWithIt:
         def refuse(*_, **__):
             raise OSError(problem, os.strerror(problem))
 
-        monkeypatch.setattr(Peers, "tell", refuse)
+        monkeypatch.setattr(Peers, "report", refuse)
         assert str(fit(Plain(raise_at(3)))) == "injected"
         assert read_report(files.crash)["complete"]
         assert "FlightRecorder is off" not in caplog.text

@@ -29,10 +29,10 @@ def layout(tmp_path):
 def test_a_peer_that_failed(layout):
     end_of_run()
     other = Peers(layout, 1, 2)
-    other.tell("running")
+    other.report("running")
     peers = Peers(layout, 0, 2)
     assert peers.first_failure() is None
-    other.tell("failed", saved=True)
+    other.report("failed", saved=True)
     assert peers.first_failure() == (1, "it failed")
 
 
@@ -40,7 +40,7 @@ def test_a_peer_that_failed(layout):
 def test_one_that_failed_in_the_run_before_does_not_count(layout, state):
     gone = subprocess.Popen(["true"])
     gone.wait()
-    Peers(layout, 1, 2).tell(state)
+    Peers(layout, 1, 2).report(state)
     path = layout.rank(1).process
     write_report(path, {**read_report(path), "pid": gone.pid})
     assert Peers(layout, 0, 2).first_failure() is not None
@@ -78,7 +78,7 @@ def test_ranks_tell_each_other_who_they_are(layout):
     assert meet(2) == []  # without a process group there is nobody to ask
     peers = Peers(layout, 0, 1, [mine])
     assert peers.started_s == mine["started_s"]
-    peers.tell("running")
+    peers.report("running")
     assert mine.items() <= read_report(layout.rank(0).process).items()
 
 
@@ -174,7 +174,7 @@ def test_one_that_vanished_is_noticed_and_one_that_finished_before_is_not(layout
     end_of_run()
     gone = subprocess.Popen(["true"])
     gone.wait()
-    Peers(layout, 1, 2).tell("running")
+    Peers(layout, 1, 2).report("running")
     alter(layout, 1, pid=gone.pid)
     peers = Peers(layout, 0, 2)
     assert peers.first_failure() == (1, "its process vanished")
@@ -184,7 +184,7 @@ def test_one_that_vanished_is_noticed_and_one_that_finished_before_is_not(layout
 
 def test_one_that_cannot_be_seen_from_here_is_taken_to_live(layout):
     end_of_run()
-    Peers(layout, 1, 2).tell("running")
+    Peers(layout, 1, 2).report("running")
     alter(layout, 1, host="elsewhere", pid=1)
     peers = Peers(layout, 0, 2)
     assert peers.first_failure() is None
@@ -195,7 +195,7 @@ def test_one_that_cannot_be_seen_from_here_is_taken_to_live(layout):
 
 def test_clocks_of_other_hosts_may_be_late(layout):
     end_of_run()
-    Peers(layout, 1, 2).tell("failed")
+    Peers(layout, 1, 2).report("failed")
     peers, started = Peers(layout, 0, 2), time.time() - 3.0
     alter(layout, 1, started_s=started)
     assert peers.first_failure() is None  # of this host: it began before the run did
@@ -208,8 +208,8 @@ def test_clocks_of_other_hosts_may_be_late(layout):
 def test_who_still_saves_is_waited_for_until_it_has(layout):
     end_of_run()
     other, peers = Peers(layout, 1, 2), Peers(layout, 0, 2)
-    other.tell("failed")
-    saves = threading.Timer(0.3, lambda: other.tell("failed", saved=True))
+    other.report("failed")
+    saves = threading.Timer(0.3, lambda: other.report("failed", saved=True))
     saves.start()
     started = time.monotonic()
     peers.wait_until_saved(20.0)
@@ -221,10 +221,10 @@ def test_nobody_waits_for_the_dead_or_for_itself(layout):
     end_of_run()
     gone = subprocess.Popen(["true"])
     gone.wait()
-    Peers(layout, 1, 2).tell("running")
+    Peers(layout, 1, 2).report("running")
     alter(layout, 1, pid=gone.pid)
     peers = Peers(layout, 0, 2)
-    peers.tell("running")
+    peers.report("running")
     started = time.monotonic()
     peers.wait_until_saved(20.0)
     assert time.monotonic() - started < 5.0

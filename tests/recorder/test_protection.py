@@ -13,7 +13,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from esper_lightning.recorder.protection import Patch, Protection, recorded
+from esper_lightning.recorder.protection import Protection, recorded
 from esper_lightning.recorder.signals import ENDING, FAULTS, c_handler
 
 
@@ -232,37 +232,21 @@ def test_an_asyncio_loop_hears_its_signals_while_a_run_blocks_it_and_afterwards(
     assert handled == ["while", "after"]
 
 
-class Counter:
-    def value(self):
-        return []
-
-
-class TestAPatch:
-    @pytest.mark.parametrize("order", list(itertools.permutations(range(3))))
-    def test_is_taken_back_in_any_order(self, order):
-        counter, patches = Counter(), []
-
-        def adding(number):
-            def value():
-                return [number, *patches[number].original()]
-
-            return value
-
-        patches += [Patch(counter, "value", adding(number)) for number in range(3)]
-        living = [0, 1, 2]
-        assert counter.value() == living[::-1]
-        for number in order:
-            patches[number].undo()
-            living.remove(number)
-            assert counter.value() == living[::-1]
-        assert vars(counter) == {}
-
-    def test_under_somebody_elses_calls_the_original(self):
-        counter = Counter()
-        patch = Patch(counter, "value", lambda: ["ours"])
-        ours = counter.value
-        theirs = counter.value = lambda: ["theirs", *ours()]
-        assert counter.value() == ["theirs", "ours"]
-        patch.undo()
-        assert counter.value is theirs
-        assert counter.value() == ["theirs"]
+def test_a_child_forked_while_signals_are_held_back_holds_back_its_own():
+    run = Run()
+    run.begin()
+    with Protection.held():
+        pid = os.fork()
+    if pid == 0:
+        status = 1
+        try:
+            Run().begin()
+            with Protection.held():
+                os.kill(os.getpid(), signal.SIGUSR1)
+                status = 2
+        except SystemExit as error:
+            status = 0 if status == 2 and error.code == 128 + signal.SIGUSR1 else 3
+        finally:
+            os._exit(status)
+    assert os.waitpid(pid, 0)[1] == 0
+    run.end()

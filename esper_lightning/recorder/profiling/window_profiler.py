@@ -41,12 +41,12 @@ class WindowProfiler(PyTorchProfiler):
     A cycle is ``wait`` steps that are not recorded, and cost little; ``warmup`` steps, the last of
     which is recorded, counted and thrown away; ``active`` steps that are recorded. Only training
     steps count; what happens between two of them, a validation too, is part of the window. A window
-    that is open when the run ends is kept. Outside ``fit``, steps are those of the stage.
+    that is open when the run ends is saved. Outside ``fit``, steps are those of the stage.
 
     Files are ``<filename>-rank<k>-<host>-<pid>-steps<first>-<last>-<n>.pt.trace.json.gz``, and the
     table of the latest window is ``rank<k>/profile.txt`` of the run directory. Where ``dirpath``
     takes no files, windows go to ``rank<k>/trace`` of the run directory, with one warning; where
-    that takes none either, they are lost, and the run goes on.
+    that takes none either, they are lost, and the run continues.
 
     Args:
         dirpath: Where traces go; ``None`` for ``rank<k>/trace`` in the run directory.

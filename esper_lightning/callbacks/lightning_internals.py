@@ -1,0 +1,337 @@
+"""Every private attribute of Lightning that this package reads or writes, and why it has to.
+
+Lightning may rename these in any release: whoever raises the pin of Lightning reads this file and
+compares. The attributes were looked at in Lightning 2.5.0 and 2.6.6, where they are the same.
+
+The file is in ``callbacks`` because every folder that needs it (``callbacks``, ``recorder``,
+``training``, ``train``, ``cli``) may import that one, and none below it imports Lightning. A class
+that derives from one of Lightning's (``WindowProfiler``) reads what it inherits by itself.
+"""
+# Lightning sets many attributes of its objects where no type checker sees them.
+# pyright: reportAttributeAccessIssue=false, reportPrivateUsage=false
+# pyright: reportUnknownVariableType=false, reportUnknownArgumentType=false
+
+import sys
+import threading
+from contextlib import AbstractContextManager
+from pathlib import Path
+from types import FrameType
+from typing import Any, TextIO, cast
+
+import torch
+from lightning.fabric.plugins.environments.cluster_environment import ClusterEnvironment
+from lightning.pytorch import Callback, Trainer
+from lightning.pytorch.profilers import Profiler, PyTorchProfiler
+from lightning.pytorch.strategies.launchers import _MultiProcessingLauncher
+from lightning.pytorch.trainer import call
+from lightning.pytorch.trainer.connectors.data_connector import _parse_num_batches
+from lightning.pytorch.trainer.states import RunningStage, TrainerFn
+from lightning.pytorch.utilities.exceptions import _TunerExitException
+from torch.profiler import ProfilerAction
+
+__all__ = [
+    "INTERRUPT",
+    "LAUNCHER_KILLS",
+    "RUN_STAGE",
+    "TEARDOWN",
+    "TunerExit",
+    "batches_in_epoch",
+    "checkpoint_io_of",
+    "cluster_environment",
+    "dump_checkpoint",
+    "event_file",
+    "experiment_of",
+    "forget_experiment",
+    "forget_schedule",
+    "handlers_to_restore",
+    "is_handler_of",
+    "known_results",
+    "launcher_observers",
+    "note_sigterm",
+    "parse_checkpoint_path",
+    "profiler_settings",
+    "records_nvtx",
+    "run_depth",
+    "set_version",
+    "setup_profiler_again",
+    "spawns_processes",
+    "take_open_spans",
+    "take_parent_profiler",
+    "take_report_file",
+    "train_time_interval",
+    "version_of",
+]
+
+# Places where the recorder puts a function of its own in front of Lightning's.
+
+INTERRUPT: tuple[Any, str] = (call, "_interrupt")
+"""Module and name of the function that every error of a run comes to (``trainer/call.py``).
+
+``on_exception`` would be too late: the hook of another callback may raise before ours.
+"""
+
+RUN_STAGE = "_run_stage"
+"""Name of the Trainer's method that runs the loops; errors leave it in spawned processes too."""
+
+TEARDOWN = "_teardown"
+"""Name of the Trainer's method that shuts down what died; after it a Trainer may run again."""
+
+LAUNCHER_KILLS = "_terminate_all"
+"""Name of the method by which Lightning's launcher thread kills every rank when one has died."""
+
+TunerExit: type[BaseException] = _TunerExitException
+"""Raised by Lightning's tuners to end a trial run: no death."""
+
+_RUN: Any = call._call_and_handle_interrupt
+
+
+def run_depth(trainer: Trainer) -> int:
+    """How many runs of a Trainer, one within another, the calling thread is in.
+
+    Counts the frames of ``call._call_and_handle_interrupt``, which every entry point goes through:
+    Lightning has no other mark of a run within a run.
+    """
+    depth, frame = 0, cast(FrameType | None, sys._getframe())
+    while frame is not None:
+        if frame.f_code is _RUN.__code__ and frame.f_locals.get("trainer") is trainer:
+            depth += 1
+        frame = frame.f_back
+    return depth
+
+
+# The Trainer and its connectors.
+
+
+def handlers_to_restore(trainer: Trainer) -> dict[int, Any]:
+    """The signal handlers that Lightning restores at the end of a run, by signal; to be changed.
+
+    ``_signal_connector._original_handlers``: Lightning would restore them over the handlers of
+    other recordings that still live.
+    """
+    return trainer._signal_connector._original_handlers
+
+
+def is_handler_of(trainer: Trainer, handler: Any) -> bool:
+    """Whether a signal handler is a method of the Trainer's ``_signal_connector``.
+
+    Lightning composes its own handlers with those that it found: only the found ones are others'.
+    """
+    return getattr(handler, "__self__", None) is trainer._signal_connector
+
+
+def note_sigterm(trainer: Trainer) -> None:
+    """Have the Trainer know that SIGTERM came, as its own handler would.
+
+    ``_signal_connector.received_sigterm`` has no public setter.
+    """
+    trainer._signal_connector.received_sigterm = True
+
+
+def cluster_environment(trainer: Trainer) -> ClusterEnvironment | None:
+    """The cluster that a Trainer found itself in.
+
+    ``_accelerator_connector.cluster_environment``: a strategy shows it only if it has several
+    ranks, and SLURM's requeueing is set on it.
+    """
+    return trainer._accelerator_connector.cluster_environment
+
+
+def spawns_processes(trainer: Trainer) -> bool:
+    """Whether a Trainer runs in child processes of its own making (``ddp_spawn``, ``ddp_fork``).
+
+    ``launchers._MultiProcessingLauncher`` is the class of the launchers that do.
+    """
+    return isinstance(trainer.strategy.launcher, _MultiProcessingLauncher)
+
+
+def dump_checkpoint(trainer: Trainer) -> dict[str, Any]:
+    """The checkpoint that ``Trainer.save_checkpoint`` would write, which waits for other ranks.
+
+    ``_checkpoint_connector.dump_checkpoint`` makes it on this rank alone.
+    """
+    return trainer._checkpoint_connector.dump_checkpoint(weights_only=False)
+
+
+def parse_checkpoint_path(trainer: Trainer, name: str) -> str | None:
+    """The file that ``Trainer.fit(ckpt_path="last")`` would load, by its name.
+
+    ``_checkpoint_connector._parse_ckpt_path``: refusing a checkpoint before the run begins needs
+    the file before Lightning looks for it.
+    """
+    connector: Any = trainer._checkpoint_connector
+    path = connector._parse_ckpt_path(
+        TrainerFn.FITTING, name, model_provided=True, model_connected=False
+    )
+    return None if path is None else str(path)
+
+
+def known_results(trainer: Trainer) -> dict[str, Any]:
+    """Logged values that are known without computing any, by name.
+
+    ``_logger_connector._callback_metrics`` and ``_results``: ``trainer.callback_metrics`` would
+    compute those of the epoch, with a collective under ``ddp``.
+    """
+    known: dict[str, Any] = dict(trainer._logger_connector._callback_metrics)
+    for item in trainer._results.valid_items() if trainer._results else ():
+        result: Any = item[1]
+        if result.meta.on_step:
+            known[result.meta.name] = result._forward_cache
+        elif result._computed is not None:
+            known[result.meta.name] = result._computed
+    return known
+
+
+def batches_in_epoch(length: int, limit: int | float) -> int | float:
+    """Training batches of an epoch under ``Trainer(limit_train_batches=limit)``.
+
+    ``data_connector._parse_num_batches``: checked before Lightning has connected any data.
+
+    Args:
+        length: Batches of an epoch without a limit.
+        limit: The Trainer's setting.
+    """
+    return _parse_num_batches(RunningStage.TRAINING, length, limit)
+
+
+def train_time_interval(callback: Callback) -> Any:
+    """``ModelCheckpoint(train_time_interval=...)``, which is stored as ``_train_time_interval``."""
+    return getattr(callback, "_train_time_interval", None)
+
+
+def checkpoint_io_of(strategy: object) -> Any:
+    """The ``CheckpointIO`` that a strategy was given, or ``None``.
+
+    ``_checkpoint_io``: the public property makes one where none was given.
+    """
+    return getattr(strategy, "_checkpoint_io", None)
+
+
+def launcher_observers() -> list[threading.Thread]:
+    """Threads in which Lightning's launcher watches the ranks that it started.
+
+    Known by their name, ``child-process-observer``: Lightning stores them nowhere.
+    """
+    return [each for each in threading.enumerate() if each.name == "child-process-observer"]
+
+
+# Loggers.
+
+
+def version_of(logger: Any) -> int | str | None:
+    """The version that a logger was given or has chosen; ``None`` where neither has happened.
+
+    ``_version``: the public property chooses one. A logger without versions has none: ``""``.
+    """
+    return getattr(logger, "_version", "")
+
+
+def set_version(logger: Any, version: int | str | None) -> None:
+    """Have a logger write into the folder of a version, by its ``_version``."""
+    logger._version = version
+
+
+def experiment_of(logger: Any, absent: Any = None) -> Any:
+    """The experiment that a logger has begun, ``None`` before; ``absent`` if it never stores one.
+
+    ``_experiment``: the public property begins one.
+    """
+    return vars(logger).get("_experiment", absent)
+
+
+def forget_experiment(logger: Any) -> None:
+    """Have a logger begin a new experiment, by its ``_experiment``, when it is asked for one."""
+    logger._experiment = None
+
+
+def event_file(experiment: Any) -> str:
+    """Path or address of the file that an experiment of ``TensorBoardLogger`` writes.
+
+    ``file_writer.event_writer._file_name``, TensorBoard's own, which chooses the name itself.
+
+    Raises:
+        AttributeError: If it is no such experiment, or is closed.
+    """
+    return str(experiment.file_writer.event_writer._file_name)
+
+
+# Profilers.
+
+
+def setup_profiler_again(profiler: Profiler, directory: Path) -> None:
+    """Have a profiler write into another directory than the one that the Trainer gave it.
+
+    ``_stage`` and ``_local_rank`` are what the Trainer's own ``setup`` gave.
+    """
+    profiler.setup(cast(Any, profiler._stage), profiler._local_rank, str(directory))
+
+
+def take_report_file(profiler: Profiler) -> TextIO | None:
+    """Take the file of a profiler's report away from it, open as it is.
+
+    ``_output_file`` and ``_write_stream``: where the disk is full, ``describe`` raises, and
+    ``__del__`` would raise again.
+    """
+    file: TextIO | None = getattr(profiler, "_output_file", None)
+    if file is not None:
+        profiler._output_file = profiler._write_stream = None
+    return file
+
+
+def profiler_settings(profiler: PyTorchProfiler) -> dict[str, Any]:
+    """What a profiler will give ``torch.profiler.profile`` when it makes one; may be changed.
+
+    ``_profiler_kwargs``: checked at construction, by when it is too late for the user's own.
+    """
+    return profiler._profiler_kwargs
+
+
+def records_nvtx(profiler: PyTorchProfiler) -> bool:
+    """Whether a profiler emits NVTX ranges instead of recording (``_emit_nvtx``)."""
+    return profiler._emit_nvtx
+
+
+def take_open_spans(profiler: PyTorchProfiler) -> list[AbstractContextManager[Any]]:
+    """Take the spans that are open away from a profiler, and its hooks from the module.
+
+    ``_recording_map`` (of actions) and ``_register`` (of modules): its own ``teardown`` would fail
+    on the first span that cannot be closed.
+
+    Returns:
+        The spans, in the order in which they are to be closed.
+    """
+    register: Any = profiler._register
+    profiler._register = None
+    of_modules = reversed(list(register._records.values())) if register else ()
+    spans: list[Any] = [each for each in of_modules if getattr(each, "record", None) is not None]
+    spans += reversed(profiler._recording_map.values())
+    profiler._recording_map.clear()
+    if register is not None:
+        register.__exit__(None, None, None)
+    return spans
+
+
+def take_parent_profiler(profiler: PyTorchProfiler) -> AbstractContextManager[Any] | None:
+    """Take CUDA's profiler, which ``emit_nvtx`` runs within, away from a profiler, to be closed.
+
+    ``_parent_profiler``, which has no other way out than ``teardown``.
+    """
+    parent: Any = profiler._parent_profiler
+    profiler._parent_profiler = None
+    return parent
+
+
+def forget_schedule(
+    profiler: PyTorchProfiler, profile: "torch.profiler.profile | None" = None
+) -> None:
+    """Have a profiler begin its schedule anew when it is used again.
+
+    ``_schedule`` of Lightning, and ``_prev_schedule_action`` of torch's session.
+
+    Args:
+        profiler: Profiler that was stopped.
+        profile: Its session, which will do nothing more.
+    """
+    if profile is not None:
+        profile.current_action = profile._prev_schedule_action = ProfilerAction.NONE
+    if profiler._schedule is not None:
+        profiler._schedule.reset()

@@ -1,0 +1,124 @@
+"""What earlier runs left in a rank's folder, which is not to pass for evidence of this run."""
+
+import shutil
+from pathlib import Path
+from typing import Any
+
+from lightning.pytorch import Trainer
+from lightning.pytorch.loggers import TensorBoardLogger
+
+from esper_lightning.callbacks.lightning_internals import event_file, experiment_of
+from esper_lightning.forensics.layout import RankLayout, RunLayout
+from esper_lightning.forensics.report import (
+    KEPT_ASIDE,
+    keep_latest,
+    read_report,
+    set_aside,
+    trim_report,
+    write_report,
+)
+
+__all__ = ["EarlierEvidence"]
+
+_KEPT_EVENT_FILES = 20  # of TensorBoard: each resumed run adds one
+
+
+class EarlierEvidence:
+    """Evidence and event files of earlier runs in the same directory.
+
+    Args:
+        layout: Run directory.
+        files: Folder of this rank, which exists.
+        trains: Whether the run is a fit. Another stage that goes well leaves the evidence as it was
+            before, and removes nothing.
+    """
+
+    def __init__(self, layout: RunLayout, files: RankLayout, *, trains: bool) -> None:
+        self._layout, self._files, self._trains = layout, files, trains
+        self._process = read_report(files.process)
+        self._renamed: dict[Path, Path] = {}
+
+    def rename(self) -> None:
+        """Rename it: ``crash.json`` is ``crash.json.<n>`` then, and so on.
+
+        Raises:
+            OSError: If the disk does not take a name.
+        """
+        files = self._files
+        for report in (files.crash, files.process):
+            trim_report(report)  # what it does not need may be all the room that there is
+        paths = [files.crash, files.stacks, files.bad_minibatch, files.memory, files.profile]
+        if not self._trains:
+            paths.append(files.phases)
+        for path in paths:
+            self._note(path, set_aside(path))
+        self._note(files.evidence, _rename_folder(files.evidence))
+
+    def keep_latest_events(self, trainer: Trainer) -> list[str]:
+        """Remove the oldest event files of the runs in this directory.
+
+        Only of files whose names are stored with a run is it certain that no one else made them.
+
+        Args:
+            trainer: Trainer of the run, whose loggers may have begun a file.
+
+        Returns:
+            Names of those that stay, to be stored with this run.
+        """
+        names: list[str] = (self._process or {}).get("event_files") or []
+        earlier = [self._layout.directory / name for name in names if _is_event_file(name)]
+        if self._trains:
+            keep_latest(earlier, _KEPT_EVENT_FILES)
+        files = [*earlier, *_event_files(trainer, self._layout.directory)]
+        return list(dict.fromkeys(path.name for path in files if path.exists()))
+
+    def restore(self, process: dict[str, Any]) -> None:
+        """Restore it after a stage that went well, unless that was a fit.
+
+        Args:
+            process: Content of this run's ``process.json``, whose event files are stored with the
+                restored one.
+
+        Raises:
+            OSError: If the disk takes no more.
+        """
+        if self._trains:
+            return
+        for path, aside in self._renamed.items():
+            if path == self._files.phases or not path.exists():
+                aside.rename(path)
+        if self._process is not None:
+            events = {k: v for k, v in process.items() if k == "event_files"}
+            write_report(self._files.process, {**self._process, **events})
+
+    def _note(self, path: Path, aside: Path | None) -> None:
+        if aside is not None:
+            self._renamed[path] = aside
+
+
+def _rename_folder(path: Path) -> Path | None:
+    """Rename a folder to ``<name>.<n>``, and remove all but the latest that were."""
+    if not path.is_dir():
+        return None
+    numbers = [each.suffix[1:] for each in path.parent.glob(f"{path.name}.*")]
+    taken = sorted(int(number) for number in numbers if number.isdecimal())
+    aside = path.with_name(f"{path.name}.{max(taken, default=0) + 1}")
+    path.rename(aside)
+    for number in taken[: 1 - KEPT_ASIDE]:
+        shutil.rmtree(path.with_name(f"{path.name}.{number}"), ignore_errors=True)
+    return aside
+
+
+def _is_event_file(name: str) -> bool:
+    return name.startswith("events.out.tfevents.") and "/" not in name
+
+
+def _event_files(trainer: Trainer, directory: Path) -> list[Path]:
+    """Files in a directory that the TensorBoard loggers of a run have begun."""
+    files: list[Path] = []
+    for logger in trainer.loggers:
+        experiment = experiment_of(logger)
+        if isinstance(logger, TensorBoardLogger) and experiment is not None:
+            path = Path(event_file(experiment)).absolute()
+            files += [path] if path.parent == directory else []
+    return files

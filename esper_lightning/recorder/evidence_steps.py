@@ -1,0 +1,255 @@
+"""What is saved at a death, in order: cheap and certain first, slow and fragile last."""
+# Lightning sets many attributes of its Trainer where no type checker sees them.
+# pyright: reportAttributeAccessIssue=false, reportUnknownVariableType=false
+# pyright: reportUnknownArgumentType=false
+
+import contextlib
+import os
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from functools import partial
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import torch
+from lightning.pytorch import Callback, Trainer
+
+from esper_lightning.callbacks.history import History
+from esper_lightning.callbacks.loggers import flush_logger
+from esper_lightning.forensics.files import replacing, write_atomically
+from esper_lightning.forensics.layout import RankLayout
+from esper_lightning.forensics.report import set_aside
+from esper_lightning.recorder.attempt import attempt
+from esper_lightning.recorder.crash_checkpoint import save_crash_checkpoint
+from esper_lightning.recorder.death import Death
+from esper_lightning.recorder.evidence import HoldsEvidence
+from esper_lightning.recorder.memory_snapshot import save_memory
+from esper_lightning.recorder.profiler_guard import ProfilerGuard
+from esper_lightning.recorder.signals import dump_stacks
+
+__all__ = ["STEPS", "DyingRun", "Evidence", "EvidenceStep", "steps_of_holders"]
+
+_HOLDER_S = 5  # for each callback of the user's
+
+
+@dataclass(kw_only=True)
+class DyingRun:
+    """What the steps work on."""
+
+    trainer: Trainer
+    """Trainer of the run."""
+    files: RankLayout
+    """Folder of this rank."""
+    guard: ProfilerGuard
+    """Guard of the run's profiler."""
+    callbacks: Callable[[], Sequence[Callback]]
+    """Callbacks that the run had at any time."""
+    death: Death
+    """What ends the run."""
+    started_s: float
+    """When the recording began, in seconds since the epoch."""
+    bounded: bool
+    """Whether steps may take threads of their own: not in a signal handler."""
+    print_profile: bool
+    """Whether the table of the window is printed on the first rank."""
+    write_report: Callable[[], None]
+    """Writes the report as it is by then."""
+    table: str | Exception | None = None
+    """The profiler's table, once the trace is saved: empty where it would take too long, an error
+    where there is none because of it, and ``None`` where no table was to be had."""
+
+    def report(self) -> None:
+        """Write the report as it is by now."""
+        self.write_report()
+
+
+class Evidence(NamedTuple):
+    """What became of a step, for the report: ``saved``, ``absent``, ``pending`` or ``failed``."""
+
+    state: str
+    path: Path | None = None
+    detail: str | None = None
+
+
+def _always(_: DyingRun) -> bool:
+    return True
+
+
+class EvidenceStep(NamedTuple):
+    """A step of saving evidence."""
+
+    name: str
+    """Name of the evidence in the report."""
+    save: Callable[[DyingRun], Evidence | None]
+    """Saves the evidence; what it raises is a failure, and ``None`` leaves the report as it is."""
+    seconds: float | None
+    """Time limit, in a thread of its own; ``None`` for the calling thread and no limit."""
+    when: Callable[[DyingRun], bool] = _always
+    """Whether the step is needed."""
+
+
+def _is_bounded(run: DyingRun) -> bool:
+    return run.bounded
+
+
+def _save_history(run: DyingRun) -> Evidence:
+    path = run.files.history
+    waiting = sum(each.waiting for each in run.callbacks() if isinstance(each, History))
+    if waiting:
+        raise OSError(f"the disk has not taken the last {waiting} rows")
+    if not path.exists():
+        return Evidence("absent", detail="no iteration was finished")
+    descriptor = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)  # what was appended is safe from a power failure, too
+    finally:
+        os.close(descriptor)
+    with path.open("rb") as file:
+        rows = sum(1 for _ in file)
+    earlier = path.stat().st_mtime < run.started_s
+    return Evidence("saved", path, f"{rows} rows" + (", all of an earlier run" if earlier else ""))
+
+
+def _flush_loggers(run: DyingRun) -> Evidence:
+    for logger in run.trainer.loggers:
+        flush_logger(logger)
+    return Evidence("saved", detail=f"{len(run.trainer.loggers)} flushed")
+
+
+def _ran_out_of_cuda_memory(run: DyingRun) -> bool:
+    return isinstance(run.death.error, torch.OutOfMemoryError) and torch.cuda.is_available()
+
+
+def _save_memory(run: DyingRun) -> Evidence:
+    path = run.files.memory
+    if not path.exists():  # else the allocator's observer wrote it in time
+        save_memory(path)
+    return Evidence("saved", path, "CUDA allocator")
+
+
+def _has_stacks_to_show(run: DyingRun) -> bool:
+    bounded = run.death.cause in ("signal", "hang", "peer", "exit") and run.bounded
+    return bounded or run.death.cause == "native"
+
+
+def _save_stacks(run: DyingRun) -> Evidence:
+    path = run.files.stacks
+    if run.death.cause == "native":  # whose handler has written them
+        return Evidence("saved", path)
+    dump_stacks(path, f"{run.death.cause}: {run.death.reason}")
+    return Evidence("saved", path, "Python stacks of all threads")
+
+
+def _save_checkpoint(run: DyingRun) -> Evidence:
+    path = run.files.crash_checkpoint
+    if path.exists() and path.stat().st_mtime < run.started_s:
+        set_aside(path)
+    if not run.bounded:
+        return Evidence("absent", detail="not from within a native fault")
+    if not run.trainer.strategy.optimizers:
+        return Evidence("absent", detail="training had not begun")
+    return Evidence("saved", path, save_crash_checkpoint(run.trainer, path, run.death.reason))
+
+
+def _save_minibatch(run: DyingRun) -> Evidence:
+    minibatch: Any = getattr(run.death.error, "minibatch", None)
+    if minibatch is None:
+        return Evidence("absent", detail="no value was found not to be finite")
+    path = run.files.bad_minibatch
+    if not path.exists():
+        with replacing(path) as temporary:
+            torch.save(minibatch, temporary)
+    return Evidence("saved", path, "the minibatch that was not finite")
+
+
+def _announce_trace(_: DyingRun) -> Evidence:
+    return Evidence("pending")
+
+
+def _save_trace(run: DyingRun) -> Evidence:
+    guard, action = run.guard, run.guard.action
+    if guard.has_window:
+        paths, run.table = guard.finish()
+        detail = "the window that was open, up to the death"
+        if len(paths) > 1:
+            detail += f"; in {len(paths)} pieces, of which this is the last"
+        return Evidence("saved", paths[-1], detail)
+    waiting = {"NONE": "the profiler was waiting", "WARMUP": "the profiler was warming up"}
+    detail = guard.why_no_session if action is None else waiting.get(action, action)
+    guard.abandon()
+    try:
+        run.table = guard.text() or None
+    except Exception as error:
+        run.table = error
+    return Evidence("absent", detail=f"{detail}; closed windows stay")
+
+
+def _has_table(run: DyingRun) -> bool:
+    return run.table is not None
+
+
+def _save_table(run: DyingRun) -> Evidence:
+    if isinstance(run.table, Exception):
+        raise run.table
+    if not run.table:
+        detail = "the window is too large for a table at a death; esper crash reads the trace"
+        return Evidence("absent", detail=detail)
+    write_atomically(run.files.profile, run.table.encode())
+    if run.print_profile and run.trainer.global_rank == 0:
+        print(run.table, flush=True)  # noqa: T201 - the summary belongs on the console
+    return Evidence("saved", run.files.profile, "of the open window")
+
+
+STEPS = (
+    EvidenceStep("history", _save_history, 5),
+    EvidenceStep("loggers", _flush_loggers, 5, when=_is_bounded),
+    EvidenceStep("trace", _announce_trace, None),
+    EvidenceStep("report", DyingRun.report, None),
+    EvidenceStep("memory", _save_memory, 20, when=_ran_out_of_cuda_memory),
+    EvidenceStep("stacks", _save_stacks, 5, when=_has_stacks_to_show),
+    EvidenceStep("checkpoint", _save_checkpoint, 30),
+    EvidenceStep("minibatch", _save_minibatch, 20),
+    # Sessions that are not global must be stopped by the thread that started them.
+    EvidenceStep("trace", _save_trace, None),
+    EvidenceStep("profile", _save_table, 5, when=_has_table),
+)
+"""The recorder's own evidence. After the first report a second death leaves more than nothing."""
+
+
+def steps_of_holders(run: DyingRun) -> list[EvidenceStep]:
+    """A step for each callback, and for the module, that holds evidence; to be taken last.
+
+    Args:
+        run: Run that dies.
+    """
+    steps: list[EvidenceStep] = []
+    names = {step.name for step in STEPS}
+    candidates: list[Any] = [*run.callbacks(), run.trainer.lightning_module]
+    for holder in candidates:
+        # Whoever answers to every name may raise here.
+        if attempt(lambda each=holder: isinstance(each, HoldsEvidence)).result:
+            name = kind = type(holder).__name__
+            number = 1
+            while name in names:
+                number += 1
+                name = f"{kind}-{number}"
+            names.add(name)
+            save = partial(_save_of, holder, name)
+            steps.append(EvidenceStep(name, save, _HOLDER_S, when=_is_bounded))
+    return steps
+
+
+def _save_of(holder: HoldsEvidence, name: str, run: DyingRun) -> Evidence:
+    folder = run.files.evidence / name
+    with contextlib.suppress(OSError):  # there may be other ways to save it than this disk
+        folder.mkdir(parents=True, exist_ok=True)
+    try:
+        said = holder.save_evidence(folder, run.death)
+    finally:
+        with contextlib.suppress(OSError):  # that are not empty stay
+            folder.rmdir()
+            folder.parent.rmdir()
+    path = folder if folder.exists() else None
+    if said is None and path is None:
+        return Evidence("absent", detail="it had nothing to save")
+    return Evidence("saved", path, None if said is None else str(said))

@@ -1,0 +1,185 @@
+"""Which handlers of signals are ours, in Python and in C, and what was there before them."""
+
+import signal
+from collections.abc import Callable, Iterable
+from types import FrameType
+from typing import Any
+
+from lightning.pytorch import Trainer
+
+from esper_lightning.callbacks.lightning_internals import handlers_to_restore, is_handler_of
+from esper_lightning.recorder.signals import (
+    ENDING,
+    FAULTS,
+    Action,
+    c_handler,
+    read_action,
+    set_c_handler,
+    write_action,
+)
+
+__all__ = ["Handler", "SignalHandlers", "listen_to_interrupts"]
+
+Handler = Any
+"""A handler of Python's: a function, ``SIG_DFL``, ``SIG_IGN``, or ``None`` for one set in C."""
+
+
+class SignalHandlers:
+    """Sets our handlers where nobody listens, and restores what was there.
+
+    Python sets handlers in the main thread only; those in C, set behind Python's back, any thread
+    may set.
+
+    Args:
+        handle: Our handler in Python.
+        address: Address of our handler in C.
+
+    Attributes:
+        replaced: Python's handlers that were there where ours are now, by signal.
+    """
+
+    def __init__(self, handle: Callable[[int, FrameType | None], None], address: int) -> None:
+        self._handle, self._address = handle, address
+        self.replaced: dict[int, Handler] = {}
+        self._replaced_earlier: dict[int, Handler] = {}  # the same of earlier recordings
+        self._pythons_address: int | None = None  # of Python's own handler in C
+        self._faults_before: dict[int, Action] = {}
+
+    # Questions.
+
+    def is_ours(self, number: int) -> bool:
+        """Whether Python calls our handler for a signal."""
+        return signal.getsignal(number) == self._handle
+
+    def is_ours_in_c(self, number: int) -> bool:
+        """Whether C calls our handler for a signal, behind Python's back."""
+        return c_handler(number) == self._address
+
+    def all_ours(self) -> set[int]:
+        """Signals for which a handler of ours, in Python or in C, has replaced another."""
+        in_c = {number for number in (*FAULTS, *ENDING) if self.is_ours_in_c(number)}
+        return in_c.union(self.replaced)
+
+    def ends_process(self, number: int) -> bool:
+        """Whether a signal would have ended the process if our handlers were not there."""
+        by_python = self.is_ours(number) and self.replaced.get(number) is signal.SIG_DFL
+        return by_python or self.is_ours_in_c(number)
+
+    def original(self, number: int) -> Handler:
+        """Python's handler of a signal before ours, also where somebody restored ours too late."""
+        earlier = self._replaced_earlier.get(number, signal.SIG_DFL)
+        return self.replaced.get(number, earlier)
+
+    # In C: any thread.
+
+    def catch_faults(self) -> None:
+        """Set our handler in C for faults that nobody handles."""
+        for number in FAULTS:
+            ours = self.is_ours_in_c(number)
+            if not ours and signal.getsignal(number) in (signal.SIG_DFL, None):
+                self._faults_before[number] = read_action(number)
+                set_c_handler(number, self._address)
+
+    def catch_faults_again(self) -> None:
+        """Do so again where somebody has set the default action since."""
+        for number in self._faults_before:
+            if c_handler(number) == 0 and signal.getsignal(number) is signal.SIG_DFL:
+                set_c_handler(number, self._address)
+
+    def restore_fault(self, number: int) -> None:
+        """Restore what C did about a fault: a handler that was there has the last word."""
+        if number in self._faults_before:
+            write_action(number, self._faults_before[number])
+
+    def catch_in_c(self, numbers: Iterable[int]) -> None:
+        """Set our handler in C for signals that would end the process."""
+        for number in numbers:
+            pythons = signal.getsignal(number)
+            if c_handler(number) == 0 and (pythons is signal.SIG_DFL or pythons == self._handle):
+                set_c_handler(number, self._address)
+
+    def restore_in_c(self) -> None:
+        """Restore in C what is still ours, faults and other signals."""
+        for number, action in self._faults_before.items():
+            if self.is_ours_in_c(number):
+                write_action(number, action)
+        for number in ENDING:
+            address = c_handler(number)
+            by_python = address == self._pythons_address and self.is_ours(number)
+            was_default = self.replaced.get(number, signal.SIG_DFL) is signal.SIG_DFL
+            if was_default and (address == self._address or by_python):
+                set_c_handler(number, 0)
+
+    # In Python: the main thread alone.
+
+    def take(self, number: int, *, unwinds: bool) -> None:
+        """Set our handler where nobody listens.
+
+        A signal that somebody ignores or handles is left alone, but for SIGTERM where the main
+        thread runs a fit: Lightning takes that too, and the handler is called first.
+
+        Args:
+            number: Number of the signal.
+            unwinds: Whether the main thread runs a recorded fit.
+        """
+        pythons, address = signal.getsignal(number), c_handler(number)
+        default = pythons is signal.SIG_DFL and address in (0, self._address)
+        ends_fit = pythons is signal.default_int_handler or (
+            number == signal.SIGTERM and callable(pythons) and number not in self.replaced
+        )
+        if pythons == self._handle:
+            if number not in self.replaced:  # somebody had restored ours after its end
+                self.replaced[number] = self._replaced_earlier.get(number, signal.SIG_DFL)
+        elif default or (unwinds and ends_fit):
+            self.replaced[number] = pythons
+        else:
+            return
+        self.take_again(number)
+        self._pythons_address = c_handler(number)
+
+    def take_again(self, number: int) -> None:
+        """Set our handler over what somebody has set since we took the signal."""
+        signal.signal(number, self._handle)
+
+    def restore(self, *, all_of_them: bool, unwinds: bool) -> None:
+        """Restore Python's handlers that need not be replaced any more.
+
+        Args:
+            all_of_them: Whether no recording is left.
+            unwinds: Whether the main thread runs a recorded fit; otherwise only signals that would
+                have ended the process are ours.
+        """
+        for number in list(self.replaced):
+            was_default = self.replaced[number] is signal.SIG_DFL
+            if all_of_them or not (unwinds or was_default):
+                self._restore(number)
+
+    def _restore(self, number: int) -> None:
+        original = self._replaced_earlier[number] = self.replaced.pop(number)
+        known = (0, self._address, self._pythons_address)
+        if self.is_ours(number) and c_handler(number) in known:
+            signal.signal(number, original)
+
+    def replace_handler_of_lightning(self, trainer: Trainer) -> Handler:
+        """Set our SIGTERM handler over Lightning's, which may have taken in one of somebody else.
+
+        Returns:
+            Lightning's handler; ``None`` where it has set none, or SIGTERM is not ours.
+        """
+        lightnings: Any = signal.getsignal(signal.SIGTERM)
+        composed = getattr(lightnings, "signal_handlers", None)
+        if signal.SIGTERM not in self.replaced or composed is None:
+            return None
+        for handler in composed:
+            is_known = is_handler_of(trainer, handler) or handler == self._handle
+            if callable(handler) and not is_known:
+                self.replaced[signal.SIGTERM] = handler
+        self.take_again(signal.SIGTERM)
+        return lightnings
+
+
+def listen_to_interrupts(trainer: Trainer) -> None:
+    """Restore Ctrl-C: Lightning ignores it while it shuts down, for good if a callback raises."""
+    original: Any = handlers_to_restore(trainer).get(signal.SIGINT)
+    if original is not None and signal.getsignal(signal.SIGINT) is signal.SIG_IGN:
+        signal.signal(signal.SIGINT, original)

@@ -1,0 +1,170 @@
+"""Evidence that callbacks and modules of a user's hold: saved at a death, and never in the way."""
+
+import os
+import signal
+import threading
+import time
+
+import pytest
+from lightning.pytorch import Callback
+
+from esper_lightning import FlightRecorder
+from esper_lightning.forensics.report import read_report
+from esper_lightning.recorder import evidence_steps
+from esper_lightning.recorder.evidence import Death, HoldsEvidence
+from tests.recorder import test_flight_recorder
+from tests.recorder.test_flight_recorder import Plain, raise_at
+from tests.recorder.test_signals import kill_at
+
+fit, files = test_flight_recorder.fit, test_flight_recorder.files
+
+
+class Diary(Callback):
+    """Writes where it is told to, and remembers of what the run died."""
+
+    def __init__(self):
+        self.deaths = []
+
+    def save_evidence(self, directory, death):
+        self.deaths.append(death)
+        (directory / "diary.txt").write_text("dear diary")
+        return "one page"
+
+
+class Silent(Callback):
+    def save_evidence(self, directory, death):
+        return None
+
+
+class Fails(Callback):
+    def save_evidence(self, directory, death):
+        raise LookupError("the diary is lost")
+
+
+class Exits(Callback):
+    def save_evidence(self, directory, death):
+        raise SystemExit(3)
+
+
+class Hangs(Callback):
+    def __init__(self):
+        self.ended = threading.Event()
+
+    def save_evidence(self, directory, death):
+        self.ended.wait(60)
+
+
+def evidence_of(files):
+    report = read_report(files.crash)
+    assert report["complete"]
+    return report["evidence"]
+
+
+SAVED = {"state": "saved", "path": "evidence/Diary", "detail": "one page"}
+
+
+@pytest.mark.parametrize(
+    ("act", "cause"),
+    [(raise_at(3), "exception"), (kill_at(3, signal.SIGTERM), "signal")],
+    ids=["exception", "SIGTERM"],
+)
+def test_of_a_callback_is_in_the_report_and_on_disk(fit, files, act, cause):
+    diary = Diary()
+    assert isinstance(diary, HoldsEvidence)
+    fit(Plain(act), callbacks=[FlightRecorder(watch=False), diary])
+    assert evidence_of(files)["Diary"] == SAVED
+    assert (files.evidence / "Diary" / "diary.txt").read_text() == "dear diary"
+    (death,) = diary.deaths
+    assert isinstance(death, Death)
+    assert death.cause == cause
+
+
+def test_of_the_module_is_saved_too(fit, files):
+    class Holds(Plain):
+        def save_evidence(self, directory, death):
+            (directory / "weights.txt").write_text(str(death.reason))
+            return "weights"
+
+    fit(Holds(raise_at(3)))
+    assert evidence_of(files)["Holds"]["path"] == "evidence/Holds"
+    text = (files.evidence / "Holds" / "weights.txt").read_text()
+    assert text == "RuntimeError: injected"
+
+
+def test_of_a_callback_that_another_one_replaced_is_saved(fit, files):
+    class Replaces(Callback):
+        def on_train_batch_start(self, trainer, *_):
+            trainer.callbacks = [Callback()]
+
+    fit(Plain(raise_at(3)), callbacks=[FlightRecorder(watch=False), Diary(), Replaces()])
+    assert evidence_of(files)["Diary"] == SAVED
+
+
+def test_of_two_callbacks_of_one_class_is_in_two_folders(fit, files):
+    fit(Plain(raise_at(3)), callbacks=[FlightRecorder(watch=False), Diary(), Diary()])
+    evidence = evidence_of(files)
+    assert evidence["Diary"] == SAVED
+    assert evidence["Diary-2"] == {**SAVED, "path": "evidence/Diary-2"}
+
+
+def test_that_fails_is_in_the_report_and_costs_no_other(fit, files):
+    callbacks = [FlightRecorder(watch=False), Fails(), Exits(), Silent(), Diary()]
+    assert str(fit(Plain(raise_at(3)), callbacks=callbacks)) == "injected"
+    evidence = evidence_of(files)
+    detail = "LookupError: the diary is lost"
+    assert evidence["Fails"] == {"state": "failed", "path": None, "detail": detail}
+    assert evidence["Exits"]["detail"] == "SystemExit: 3"
+    detail = "it had nothing to save"
+    assert evidence["Silent"] == {"state": "absent", "path": None, "detail": detail}
+    assert evidence["Diary"] == SAVED
+    assert [path.name for path in files.evidence.iterdir()] == ["Diary"]
+    for name in ("history", "checkpoint"):
+        assert evidence[name]["state"] == "saved"
+
+
+def test_that_hangs_is_in_the_report_and_costs_no_other(fit, files, monkeypatch):
+    monkeypatch.setattr(evidence_steps, "_HOLDER_S", 0.5)
+    hangs, diary = Hangs(), Diary()
+    started = time.monotonic()
+    try:
+        error = fit(Plain(raise_at(3)), callbacks=[FlightRecorder(watch=False), hangs, diary])
+        assert str(error) == "injected"
+        assert time.monotonic() - started < 30
+    finally:
+        hangs.ended.set()
+    evidence = evidence_of(files)
+    detail = "not done within 0.5 s"
+    assert evidence["Hangs"] == {"state": "failed", "path": None, "detail": detail}
+    assert evidence["Diary"] == SAVED
+
+
+def test_comes_after_the_recorders_own(fit, files):
+    seen = []
+
+    class Looks(Callback):
+        def save_evidence(self, directory, death):
+            seen.append(read_report(files.crash))
+            assert files.crash_checkpoint.exists()
+            os.kill(os.getpid(), signal.SIGUSR1)  # of a user's code, anything may come
+
+    error = fit(Plain(raise_at(3)), callbacks=[FlightRecorder(watch=False), Looks()])
+    assert str(error) == "injected"
+    assert seen[0]["error"]["message"] == "injected"
+    assert evidence_of(files)["Looks"]["state"] == "absent"
+
+
+def test_of_an_earlier_run_is_renamed_and_a_few_are_kept(fit, files):
+    for _ in range(13):
+        recorder = FlightRecorder(files.directory.parent, watch=False)
+        fit(Plain(raise_at(0)), callbacks=[recorder, Diary()])
+    fit(Plain(), recorder=FlightRecorder(files.directory.parent, watch=False))
+    assert not files.evidence.exists()
+    left = {int(path.suffix[1:]) for path in files.directory.glob("evidence.*")}
+    assert left == set(range(4, 14))
+
+
+def test_of_a_run_without_a_death_is_not_asked_for(fit, files):
+    diary = Diary()
+    assert fit(Plain(), callbacks=[FlightRecorder(watch=False), diary]) is None
+    assert diary.deaths == []
+    assert not files.evidence.exists()
