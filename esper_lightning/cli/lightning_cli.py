@@ -42,14 +42,15 @@ from esper_lightning.growth.table import compare_policies, refuse_figures
 from esper_lightning.ppo.metrics import EVAL_RETURN
 from esper_lightning.recorder.flight_recorder import FlightRecorder
 from esper_lightning.train import begin_run, newest_run, run_callbacks, run_logger, run_plugins
+from esper_lightning.training.checkpoint.content import STATE_KEY
 from esper_lightning.training.checkpoint.states import (
-    STATE_KEY,
     checkpoint_at,
     load_checkpoint,
     load_weights,
     refuse_huge,
 )
 from esper_lightning.training.module import PPO
+from esper_lightning.training.trainer_rules import refuse_trainer
 
 __all__ = ["prepare", "settings_come_first"]
 
@@ -306,7 +307,7 @@ class EsperCLI(LightningCLI):
         model = self.model
         path = self.config[self.subcommand]["ckpt_path"]
         fits = self.subcommand == "fit"
-        model.refuse_trainer(self.trainer, fits=fits)
+        refuse_trainer(self.trainer, model.settings, fits=fits)
         if isinstance(model.env, Morphogenesis):
             model.env.splits(self.trainer.strategy.root_device)
         if path in ("last", "best", "hpc"):  # a file, by the name that Lightning gives it
@@ -321,8 +322,8 @@ class EsperCLI(LightningCLI):
             checkpoint = load_checkpoint(path)
             model.refuse_checkpoint(checkpoint, str(path), world_size=ranks)
             self._resumes_from = checkpoint[STATE_KEY]["iteration"]
-        elif fits and model.warm_start is not None:
-            load_weights(model, model.warm_start)
+        elif fits and model.settings.warm_start is not None:
+            load_weights(model, model.settings.warm_start)
         figures = None if fits else self.config_init["evaluate"]["figures"]
         if figures is not None:
             refuse_figures(model.env, figures)
@@ -373,7 +374,7 @@ class EsperCLI(LightningCLI):
             figures = self.config_init["evaluate"]["figures"]
             print(compare_policies(self.model, device, figures=figures))
         if self.subcommand == "fit":
-            steps, seconds = self.model.env_steps, self.model.train_time_s
+            steps, seconds = self.model.env_steps, self.model.progress.train_time_s
             rate = steps / seconds if seconds > 0 else 0.0
             print(f"Trained for {steps:,} env steps in {seconds:.1f} s: {rate:,.0f} env-steps/s")
             directory = run_directory(self.trainer)

@@ -94,7 +94,9 @@ def require_int(field: str, value: object, *, minimum: int) -> None:
     require(value >= minimum, field, f"be at least {minimum}", value)
 
 
-def check_fields(settings: Any, rules: Mapping[str, str] | None = None) -> None:
+def check_fields(
+    settings: Any, rules: Mapping[str, str] | None = None, *, owner: str | None = None
+) -> None:
     """Check the type of every field of a frozen dataclass; for ``__post_init__``.
 
     A value that means the same becomes what the annotation says: a list a tuple, an integer where a
@@ -104,11 +106,12 @@ def check_fields(settings: Any, rules: Mapping[str, str] | None = None) -> None:
     Args:
         settings: The dataclass.
         rules: What to say in place of the annotation's own words, by field.
+        owner: Name of what users pass the settings to; the class of the settings by default.
 
     Raises:
         ValueError: As ``require`` does, naming the first field whose value has another type.
     """
-    owner = type(settings).__name__
+    owner = owner or type(settings).__name__
     for field in dataclasses.fields(settings):
         rule = (rules or {}).get(field.name)
         value = getattr(settings, field.name)

@@ -49,7 +49,7 @@ def compare_policies(model: PPO, device: torch.device, *, figures: Path | None) 
     Returns:
         The table, and where the figures are.
     """
-    hosts = model.settings["eval_episodes"]
+    hosts = model.settings.eval_episodes
     env = fresh_hosts(model.env, hosts=hosts, device=device, seed=model.seed)
     played = dict([*play_trained(model, env), *play_baselines(env)])
     plural = {name: [one] for name, one in played.items()}
