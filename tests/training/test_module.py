@@ -664,7 +664,7 @@ class TestCheckpoints:
         trainer.save_checkpoint(tmp_path / "x.ckpt")
         more = cartpole(total_env_steps=32 * 4)
         fit(more, make_trainer(), ckpt_path=tmp_path / "x.ckpt", weights_only=True)
-        assert 1000.0 < more.train_time_s < 1100.0
+        assert 1000.0 < more.progress.train_time_s < 1100.0
 
     def test_a_budget_that_the_checkpoint_is_beyond_is_used_up(
         self, make_trainer, tmp_path, caplog
