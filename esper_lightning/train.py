@@ -49,6 +49,7 @@ from esper_lightning.training.checkpoint.files import CHECKPOINT_BEGINS, AtomicC
 from esper_lightning.training.checkpoint.states import load_checkpoint
 from esper_lightning.training.module import PPO
 from esper_lightning.training.specs import require_specs
+from esper_lightning.training.trainer_rules import refuse_trainer
 
 _FETCH_S = 30.0  # without a byte from a remote place, before the run begins without it
 _WRITTEN = ("config.yaml", "checkpoints", "hparams.yaml", "metrics.csv", "events.out.tfevents.*")
@@ -195,9 +196,9 @@ def train_ppo_vectorized(
         callbacks=run_callbacks(evaluates=evaluates, prints_profile=torch_profiler_summary),
         plugins=run_plugins(),
     )
-    model.refuse_trainer(trainer)  # before it starts processes for other ranks
+    refuse_trainer(trainer, model.settings)  # before it starts processes for other ranks
     settings = {
-        "model": model.settings,
+        "model": model.settings.to_data(),
         "trainer": {"accelerator": device, "devices": devices},
     }
     begin_run(trainer, env, run_dir, yaml.safe_dump(settings, sort_keys=False))

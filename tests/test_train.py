@@ -13,7 +13,8 @@ from esper_lightning.callbacks.checkpoints import LastCheckpoint
 from esper_lightning.envs import CartPole
 from esper_lightning.forensics.files import read_json_lines
 from esper_lightning.ppo.metrics import EVAL_RETURN
-from esper_lightning.training import module
+from esper_lightning.training import evaluation, module
+from esper_lightning.training.publish import publish
 from tests.disks import fill
 
 SMALL = PPOConfig(rollout_steps=4, minibatches=2, epochs=1)
@@ -72,9 +73,9 @@ def test_saves_and_resumes(train, tmp_path):
 
 def scores(monkeypatch, *values):
     """What evaluations are to find."""
-    left, true = iter(values), module.evaluation_metrics
+    left, true = iter(values), evaluation.evaluation_metrics
     monkeypatch.setattr(
-        module, "evaluation_metrics", lambda *figures: true(*figures) | {EVAL_RETURN: next(left)}
+        evaluation, "evaluation_metrics", lambda *each: true(*each) | {EVAL_RETURN: next(left)}
     )
 
 
@@ -113,14 +114,13 @@ def test_saves_what_there_is_when_it_dies(
     train, tmp_path, monkeypatch, dies_at, evaluate_every, saved
 ):
     scores(monkeypatch, 5.0, 1.0)
-    report = PPO._report
 
-    def dies(self, row):
-        report(self, row)
+    def dies(trainer, row):
+        publish(trainer, row)
         if row["iteration"] == dies_at:
             raise RuntimeError("injected")
 
-    monkeypatch.setattr(PPO, "_report", dies)
+    monkeypatch.setattr(module, "publish", dies)
     path = tmp_path / "saved.ckpt"
     with pytest.raises(RuntimeError, match="injected") as caught:
         train(8, save_path=path, evaluate_every=evaluate_every)
@@ -287,11 +287,11 @@ def test_event_files_that_no_run_wrote_are_refused(train, tmp_path):
 
 
 def test_an_error_says_where_the_evidence_is(train, tmp_path, monkeypatch):
-    def dies(self, row):
+    def dies(trainer, row):
         if row["iteration"] == 3:
             raise RuntimeError("injected")
 
-    monkeypatch.setattr(PPO, "_report", dies)
+    monkeypatch.setattr(module, "publish", dies)
     with pytest.raises(RuntimeError, match="injected") as caught:
         train(5)
     (note,) = caught.value.__notes__

@@ -37,19 +37,23 @@ from esper_lightning.cli.errors import fail, nearest
 from esper_lightning.cli.settings import SettingsParser
 from esper_lightning.core.errors import require, requires_folder
 from esper_lightning.core.ranks import RanksDisagreeError
-from esper_lightning.envs import Morphogenesis
-from esper_lightning.growth.table import compare_policies, refuse_figures
+from esper_lightning.envs.base import ReadsData
 from esper_lightning.ppo.metrics import EVAL_RETURN
 from esper_lightning.recorder.flight_recorder import FlightRecorder
 from esper_lightning.train import begin_run, newest_run, run_callbacks, run_logger, run_plugins
+from esper_lightning.training.checkpoint.content import STATE_KEY
 from esper_lightning.training.checkpoint.states import (
-    STATE_KEY,
     checkpoint_at,
     load_checkpoint,
     load_weights,
     refuse_huge,
 )
 from esper_lightning.training.module import PPO
+from esper_lightning.training.special_evaluations import (
+    require_special_evaluation,
+    special_evaluation,
+)
+from esper_lightning.training.trainer_rules import refuse_trainer
 
 __all__ = ["prepare", "settings_come_first"]
 
@@ -185,12 +189,12 @@ class EsperTrainer(Trainer):
     def evaluate(self, model: PPO, ckpt_path: str, figures: Path | None = None) -> None:
         """Play deterministic evaluation episodes with the policy of a checkpoint.
 
-        Of Morphogenesis, it is then compared with baselines on hosts that nobody has seen.
+        Of growing networks, it is then compared with baselines on hosts that nobody has seen.
 
         Args:
             model: Built from the settings in the checkpoint.
             ckpt_path: Checkpoint to evaluate, or a run directory for its best one.
-            figures: Folder for pictures of three episodes of Morphogenesis; none if not given.
+            figures: Folder for figures of three episodes of growing networks; none if not given.
         """
         del figures  # drawn when this is over
         model.load_state_dict(load_checkpoint(ckpt_path)["state_dict"])
@@ -306,9 +310,9 @@ class EsperCLI(LightningCLI):
         model = self.model
         path = self.config[self.subcommand]["ckpt_path"]
         fits = self.subcommand == "fit"
-        model.refuse_trainer(self.trainer, fits=fits)
-        if isinstance(model.env, Morphogenesis):
-            model.env.splits(self.trainer.strategy.root_device)
+        refuse_trainer(self.trainer, model.settings, fits=fits)
+        if isinstance(model.env, ReadsData):
+            model.env.check_data(self.trainer.strategy.root_device)
         if path in ("last", "best", "hpc"):  # a file, by the name that Lightning gives it
             path = parse_checkpoint_path(self.trainer, path)
             if path is None:
@@ -318,11 +322,11 @@ class EsperCLI(LightningCLI):
             checkpoint = load_checkpoint(path)
             model.refuse_checkpoint(checkpoint, str(path), world_size=ranks)
             self._resumes_from = checkpoint[STATE_KEY]["iteration"]
-        elif fits and model.warm_start is not None:
-            load_weights(model, model.warm_start)
+        elif fits and model.settings.warm_start is not None:
+            load_weights(model, model.settings.warm_start)
         figures = None if fits else self.config_init["evaluate"]["figures"]
         if figures is not None:
-            refuse_figures(model.env, figures)
+            require_special_evaluation(type(model.env), "--figures").refuse_figures(figures)
         if fits and not self.trainer.barebones:  # last: nothing is left where anything is refused
             config = self._parser("fit").dump(self.config["fit"], skip_none=False)
             field = "The run directory" if self._run_dir is None else "--run_dir"
@@ -365,12 +369,14 @@ class EsperCLI(LightningCLI):
                 f"(std {metrics['eval/episode_return_std']:.1f}) "
                 f"over {metrics['eval/episodes']:.0f} deterministic evaluation episodes"
             )
-        if self.subcommand == "evaluate" and isinstance(self.model.env, Morphogenesis):
+        evaluates = self.subcommand == "evaluate"
+        special = special_evaluation(type(self.model.env)) if evaluates else None
+        if special is not None:
             device = self.trainer.strategy.root_device
             figures = self.config_init["evaluate"]["figures"]
-            print(compare_policies(self.model, device, figures=figures))
+            print(special.compare_policies(self.model, device, figures=figures))
         if self.subcommand == "fit":
-            steps, seconds = self.model.env_steps, self.model.train_time_s
+            steps, seconds = self.model.env_steps, self.model.progress.train_time_s
             rate = steps / seconds if seconds > 0 else 0.0
             print(f"Trained for {steps:,} env steps in {seconds:.1f} s: {rate:,.0f} env-steps/s")
             directory = run_directory(self.trainer)

@@ -95,7 +95,9 @@ def require_int(field: str, value: object, *, minimum: int) -> None:
     require(value >= minimum, field, f"be at least {minimum}", value)
 
 
-def check_fields(settings: Any, rules: Mapping[str, str] | None = None) -> None:
+def check_fields(
+    settings: Any, rules: Mapping[str, str] | None = None, *, owner: str | None = None
+) -> None:
     """Check the type of every field of a frozen dataclass; for ``__post_init__``.
 
     A value that means the same is converted to the type of the annotation: a list to a tuple, an
@@ -105,11 +107,12 @@ def check_fields(settings: Any, rules: Mapping[str, str] | None = None) -> None:
     Args:
         settings: Instance of the dataclass.
         rules: Rule to show instead of the words for the annotation, by name of the field.
+        owner: Name in errors; the class of the settings by default.
 
     Raises:
         ValueError: As ``require`` does, naming the first field whose value has another type.
     """
-    owner = type(settings).__name__
+    owner = owner or type(settings).__name__
     for field in dataclasses.fields(settings):
         rule = (rules or {}).get(field.name)
         value = getattr(settings, field.name)

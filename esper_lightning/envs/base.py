@@ -113,6 +113,22 @@ class EnvSpec(ABC):
         )
 
 
+@runtime_checkable
+class ReadsData(Protocol):
+    """A spec whose environments read data from files, which may be missing or broken."""
+
+    def check_data(self, device: torch.device) -> None:
+        """Refuse data from which no environment can be built.
+
+        Args:
+            device: Where the environments will be built.
+
+        Raises:
+            ValueError: Naming the setting and what is wrong.
+        """
+        ...
+
+
 def is_functional(env: BatchedEnv) -> bool:
     """Whether ``transition`` does the same as ``step``.
 

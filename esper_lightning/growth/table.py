@@ -14,7 +14,6 @@ from torch import Tensor
 
 from esper_lightning.comparison.section import Section, number
 from esper_lightning.core.errors import require, requires_folder
-from esper_lightning.envs.base import EnvSpec
 from esper_lightning.envs.morphogenesis import Morphogenesis
 from esper_lightning.growth.play import Played, fresh_hosts, play_baselines, play_trained
 from esper_lightning.training.module import PPO
@@ -24,14 +23,12 @@ __all__ = ["compare_policies", "refuse_figures", "table"]
 _HINT = "pip install 'esper_lightning[compare]'"
 
 
-def refuse_figures(env: EnvSpec, folder: Path) -> None:
+def refuse_figures(folder: Path) -> None:
     """Refuse ``--figures`` where none can be drawn; makes the folder if they can.
 
     Raises:
-        ValueError: If the environment is another, matplotlib is missing, or the folder cannot be.
+        ValueError: If matplotlib is missing, or the folder cannot be made.
     """
-    grows = isinstance(env, Morphogenesis)
-    require(grows, "--figures", "be of growing networks: Morphogenesis", type(env).__name__)
     drawn = importlib.util.find_spec("matplotlib") is not None
     require(drawn, "--figures", "find matplotlib", "none", f"{_HINT}.")
     with requires_folder("--figures", folder):
@@ -49,7 +46,7 @@ def compare_policies(model: PPO, device: torch.device, *, figures: Path | None) 
     Returns:
         The table, and where the figures are.
     """
-    hosts = model.settings["eval_episodes"]
+    hosts = model.settings.eval_episodes
     env = fresh_hosts(model.env, hosts=hosts, device=device, seed=model.seed)
     played = dict([*play_trained(model, env), *play_baselines(env)])
     plural = {name: [one] for name, one in played.items()}

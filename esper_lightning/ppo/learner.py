@@ -1,7 +1,7 @@
 """The three parts of an iteration with all they act on: rollout, advantages, update.
 
 Axes: ``T`` step, ``B`` environment, ``S`` gradient step. It knows nothing of Lightning, and nothing
-here waits for the device.
+here waits for the device, except ``to_host``.
 """
 
 from collections.abc import Sequence
@@ -26,8 +26,8 @@ from esper_lightning.ppo.advantages import Critic, prepare_samples, scale_reward
 from esper_lightning.ppo.agent import Agent, Values
 from esper_lightning.ppo.collect import ActingState, Collector
 from esper_lightning.ppo.config import PPOConfig
-from esper_lightning.ppo.metrics import EpisodeSums, sum_episodes
-from esper_lightning.ppo.non_finite import is_healthy
+from esper_lightning.ppo.metrics import EpisodeSums, sum_episodes, to_host
+from esper_lightning.ppo.non_finite import is_healthy, refuse_gradient, refuse_rollout
 from esper_lightning.ppo.update import UpdateMetrics, Updater
 
 __all__ = ["Learner", "Targets"]
@@ -75,7 +75,7 @@ class Learner:
         ranks: Ranks = SINGLE_RANK,
     ) -> None:
         tell_reasons_again()
-        self._env, self.agent, self._config = env, agent, config
+        self._spec, self._env, self.agent, self._config = spec, env, agent, config
         self._return_stats, self._device, self._ranks = return_stats, device, ranks
         self._exploration, self._sample_order = exploration, sample_order
         spaces = spec.spaces()
@@ -173,6 +173,36 @@ class Learner:
             "gradients_finite": update.finite,
             **{f"env/{name}": metric for name, metric in self.env_metrics().items()},
         }
+
+    def to_host(
+        self, rollout: Rollout, targets: Targets, update: UpdateMetrics, *, iteration: int
+    ) -> dict[str, float]:
+        """Copy the metrics of an iteration to the host, in the one transfer of an iteration.
+
+        Args:
+            rollout: Rollout of the iteration.
+            targets: What ``compute_targets`` made of it.
+            update: What ``update`` returned.
+            iteration: Number of the iteration, for the error.
+
+        Raises:
+            ValueError: If a number was not finite; the weights are those of before the iteration.
+        """
+        host = to_host(self.metrics(targets, update))
+        if not host["healthy"]:
+            refuse_rollout(rollout, self._spec, self._action_space, iteration=iteration)
+        if not host["gradients_finite"]:
+            refuse_gradient(
+                self.agent,
+                targets.samples,
+                self._config,
+                self.order,
+                env=type(self._spec).__name__,
+                largest_reward=rollout.reward.abs().max().item(),
+                iteration=iteration,
+                ranks=self._ranks.size,
+            )
+        return host
 
     def env_metrics(self) -> dict[str, Float[Tensor, ""]]:
         """Metrics of the environments over the latest rollout, averaged over ranks."""

@@ -1,4 +1,4 @@
-"""What callbacks and progress bars are shown of a finished iteration."""
+"""What callbacks, progress bars and loggers are shown of a finished iteration."""
 # Lightning sets many attributes of its Trainer where no type checker sees them.
 # pyright: reportAttributeAccessIssue=false
 # pyright: reportUnknownVariableType=false, reportUnknownArgumentType=false
@@ -15,12 +15,18 @@ __all__ = ["publish"]
 
 
 def publish(trainer: Trainer, row: Mapping[str, float | int | None]) -> None:
-    """Show a history row to callbacks and progress bars; unknown figures are NaN there.
+    """Show a history row to callbacks, progress bars and, at the Trainer's interval, loggers.
 
-    Not by ``self.log``, which costs 0.3 ms for each metric.
+    Unknown metrics are NaN for callbacks; bars and loggers do not get them. ``self.log`` is not
+    used: it costs 0.3 ms for each metric.
     """
     numbers = {k: math.nan if value is None else float(value) for k, value in row.items()}
     tensors = {name: torch.tensor(v, dtype=torch.float64) for name, v in numbers.items()}
     trainer.callback_metrics.update(tensors)
     known = {name: value for name, value in numbers.items() if not math.isnan(value)}
     trainer.progress_bar_metrics.update(shown_in_progress_bar(known))
+    interval = trainer.log_every_n_steps  # 0 for a barebones Trainer
+    if interval and numbers["iteration"] % interval == 0:
+        logged = {name: numbers[name] for name, value in row.items() if value is not None}
+        for logger in trainer.loggers:
+            logger.log_metrics(dict(logged), step=int(numbers["env_steps"]))

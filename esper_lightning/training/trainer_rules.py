@@ -35,8 +35,11 @@ from esper_lightning.callbacks.lightning_internals import (
     spawns_processes,
     train_time_interval,
 )
+from esper_lightning.core.buffer import rollout_bytes
 from esper_lightning.core.errors import Words, require
 from esper_lightning.core.seeding import require_torch_defaults
+from esper_lightning.training.settings import PPOSettings
+from esper_lightning.training.specs import evaluation_spec
 
 __all__ = [
     "autocast_without_cache",
@@ -44,8 +47,7 @@ __all__ = [
     "few_cpu_threads",
     "keep_lightning_from_requeueing",
     "planned_env_steps",
-    "refuse_unfit",
-    "refuse_unsupported",
+    "refuse_trainer",
     "silence_checkpoint_advice",
 ]
 
@@ -55,27 +57,30 @@ _SAMPLES_WORTH_A_THREAD = 2048
 _LOG_ONLY = (DeviceStatsMonitor, LearningRateMonitor)
 
 
-def refuse_unsupported(
-    trainer: Trainer,
-    *,
-    num_envs: int,
-    budget: int | None,
-    rollout_bytes: int,
-    evaluation_bytes: int,
-) -> None:
-    """Refuse Trainer settings under which PPO would be wrong, or could not begin.
+def refuse_trainer(trainer: Trainer, settings: PPOSettings, *, fits: bool = True) -> None:
+    """Refuse a Trainer in which PPO would be wrong, or could not begin.
 
     Args:
-        trainer: Before it runs.
-        num_envs: Environments on each rank.
-        budget: ``PPO.total_env_steps``.
-        rollout_bytes: Memory that a rollout takes on each rank.
-        evaluation_bytes: Memory that a step of an evaluation takes on each rank.
+        trainer: The Trainer before it runs.
+        settings: Settings of the module that is to run.
+        fits: Whether the module is to be trained, and not only evaluated.
 
     Raises:
         ValueError: Naming the setting and what to use instead.
+        MisconfigurationException: If a share of an epoch is less than one batch.
     """
     require_torch_defaults("PPO")
+    _refuse_settings(trainer, settings.total_env_steps)
+    for callback in trainer.callbacks:
+        _refuse_callback(callback)
+    _refuse_strategy(trainer)
+    _refuse_too_large(trainer, settings)
+    if fits:
+        _refuse_unfit(trainer, settings)
+
+
+def _refuse_settings(trainer: Trainer, budget: int | None) -> None:
+    """Refuse settings that matter to training and to evaluations."""
     clip = trainer.gradient_clip_val
     hint = "PPO clips gradients itself: set PPOConfig.max_grad_norm."
     require(not clip, "Trainer.gradient_clip_val", "be None", clip, hint)
@@ -98,38 +103,29 @@ def refuse_unsupported(
     hint = "Switch evaluation off with Trainer(limit_val_batches=0)."
     ok = epochs is None or epochs >= 1
     require(ok, "Trainer.check_val_every_n_epoch", "be at least 1, or None", epochs, hint)
-    for callback in trainer.callbacks:
-        _refuse_callback(callback)
-    _refuse_strategy(trainer)
-    least = num_envs * trainer.world_size
+
+
+def _refuse_too_large(trainer: Trainer, settings: PPOSettings) -> None:
+    """Refuse more environments than the budget has steps, or than fit into the memory."""
+    env, budget = settings.env, settings.total_env_steps
+    least = env.num_envs * trainer.world_size
     rule = f"be at least env.num_envs * Trainer.world_size = {least}"
     require(budget is None or budget >= least, "PPO.total_env_steps", rule, budget)
-    memory = _memory_of(trainer.strategy.root_device)
+    memory, spaces = _memory_of(trainer.strategy.root_device), env.spaces()
+    episodes = evaluation_spec(env, settings.eval_episodes).num_envs
+    rollout = rollout_bytes(spaces, settings.ppo.rollout_steps, env.num_envs)
     for field, what, taken in (
-        ("PPOConfig.rollout_steps * env.num_envs", "a rollout", rollout_bytes),
-        ("PPO.eval_episodes", "an evaluation", evaluation_bytes),
+        ("PPOConfig.rollout_steps * env.num_envs", "a rollout", rollout),
+        ("PPO.eval_episodes", "an evaluation", rollout_bytes(spaces, 1, episodes)),
     ):
         rule = f"give {what} that fits into the memory, {memory / 1e9:.0f} GB"
         require(taken <= memory, field, rule, Words(f"one of {taken / 1e9:,.0f} GB"))
 
 
-def refuse_unfit(
-    trainer: Trainer, *, iterations_per_epoch: int, budget: int | None, needs_end: bool
-) -> None:
-    """Refuse Trainer settings with which PPO could not train; they do not matter to evaluations.
-
-    Args:
-        trainer: Before it trains.
-        iterations_per_epoch: Length of Lightning's epoch.
-        budget: ``PPO.total_env_steps``.
-        needs_end: Whether it must be known where the run ends, for a learning rate.
-
-    Raises:
-        ValueError: Naming the setting and what to use instead.
-        MisconfigurationException: If a share of an epoch is less than one batch.
-    """
-    share = trainer.limit_train_batches
-    most = batches_in_epoch(iterations_per_epoch, share)
+def _refuse_unfit(trainer: Trainer, settings: PPOSettings) -> None:
+    """Refuse settings with which PPO could not train; they do not matter to evaluations."""
+    length, share = settings.iterations_per_epoch, trainer.limit_train_batches
+    most = batches_in_epoch(length, share)
     every = trainer.val_check_interval
     if isinstance(every, int) and trainer.limit_val_batches:
         hint = "Trainer(check_val_every_n_epoch=None) counts iterations of all epochs."
@@ -144,9 +140,11 @@ def refuse_unfit(
     epochs = trainer.max_epochs
     if epochs is None:  # Lightning then takes 1000, unless something else ends the run
         epochs = -1 if any(isinstance(each, Timer) for each in trainer.callbacks) else 1000
+    budget, schedule = settings.total_env_steps, settings.ppo.learning_rate_schedule
     endless = budget is None and epochs < 0 and trainer.max_steps < 0
     rule = "be known for PPOConfig.learning_rate_schedule='linear'"
-    require(not (endless and needs_end), "PPO.total_env_steps", rule, budget)
+    ok = schedule != "linear" or not endless
+    require(ok, "PPO.total_env_steps", rule, budget)
 
 
 def _refuse_callback(callback: Callback) -> None:

@@ -22,7 +22,8 @@ from tests.disks import fill
 
 def ppo(iterations=3, **settings) -> PPO:
     config = PPOConfig(rollout_steps=8, minibatches=2, epochs=1)
-    return PPO(CartPole(num_envs=4), ppo=config, total_env_steps=32 * iterations, **settings)
+    budget = None if iterations is None else 32 * iterations
+    return PPO(CartPole(num_envs=4), ppo=config, total_env_steps=budget, **settings)
 
 
 def open_files():
@@ -94,8 +95,7 @@ def test_a_resumed_run_goes_on_where_its_checkpoint_ended(make_trainer, tmp_path
 
 
 def test_a_second_fit_of_the_same_module_loses_no_row(make_trainer, tmp_path):
-    model = ppo()
-    model.total_env_steps = None
+    model = ppo(iterations=None)
     make_trainer(callbacks=[History(tmp_path)], max_steps=2).fit(model)
     second = make_trainer(callbacks=[History(tmp_path)], max_steps=3)
     second.fit(model)

@@ -64,7 +64,7 @@ def bars(monkeypatch):
 
 def test_a_resumed_run_goes_on_where_it_was(make_trainer, bars):
     model = ppo(total_env_steps=512 * 4)
-    model.env_steps, model.iteration = 512, 1  # as a checkpoint would have it
+    model.progress.env_steps, model.progress.iteration = 512, 1  # as a checkpoint would have it
     fit(make_trainer, model)
     (bar,) = bars
     assert (bar.begins, bar.all) == (512, [1024, 1536, 2048])

@@ -15,7 +15,9 @@ from esper_lightning.envs import CartPole
 from esper_lightning.forensics.layout import RankLayout, RunLayout
 from esper_lightning.forensics.report import read_report
 from esper_lightning.forensics.sidecar import complete_report
+from esper_lightning.training import module
 from esper_lightning.training.checkpoint.states import load_checkpoint
+from esper_lightning.training.publish import publish
 from tests.cli.corruptions import corrupt
 
 MOST_S = 10.0
@@ -27,15 +29,14 @@ COMMANDS = {"crash": crash.run, "report": report.run, "compare": compare.run}
 def died(tmp_path_factory) -> Path:
     """A run that died in its fifth iteration, with everything that such a run leaves."""
     directory = tmp_path_factory.mktemp("died") / "run"
-    publish = PPO._report
 
-    def fail(self, row):
-        publish(self, row)
-        if self.iteration == 5:
+    def fail(trainer, row):
+        publish(trainer, row)
+        if row["iteration"] == 5:
             raise RuntimeError("injected")
 
     with pytest.MonkeyPatch.context() as patch, pytest.raises(RuntimeError, match="injected"):  # noqa: PT012
-        patch.setattr(PPO, "_report", fail)
+        patch.setattr(module, "publish", fail)
         train_ppo_vectorized(
             CartPole(num_envs=2),
             iterations=8,

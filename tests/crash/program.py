@@ -24,6 +24,7 @@ from torch.utils.data import DataLoader, Dataset
 
 from esper_lightning import PPO, FlightRecorder, PPOConfig
 from esper_lightning.envs import CartPole
+from esper_lightning.ppo.learner import Learner
 from esper_lightning.recorder.profiling.window_profiler import WindowProfiler
 
 CASE = json.loads(sys.argv[1])
@@ -350,15 +351,15 @@ def main():
     before = {number: signal.getsignal(number) for number in signal.valid_signals()}
     trainer, module, data = fit()
     if CASE.get("module") == "ppo":
-        collect = module._collect
+        rollout = Learner.rollout
 
-        def dying(rollout):
-            healthy = collect(rollout)
+        def dying(learner, steps):
+            collected = rollout(learner, steps)
             if module.iteration == CASE.get("step", 6):
                 die("training_step")
-            return healthy
+            return collected
 
-        module._collect = dying
+        Learner.rollout = dying
     try:
         trainer.fit(module, *data)
     except BaseException as error:

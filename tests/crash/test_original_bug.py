@@ -1,6 +1,7 @@
 """The three ways in which the original trainer lost its evidence, in one process."""
 
 import gzip
+import itertools
 import json
 import os
 import signal
@@ -12,7 +13,7 @@ from esper_lightning import PPOConfig, train_ppo_vectorized
 from esper_lightning.envs import CartPole
 from esper_lightning.forensics.files import read_json_lines
 from esper_lightning.forensics.report import read_report
-from esper_lightning.training.module import PPO
+from esper_lightning.ppo.learner import Learner
 
 pytestmark = pytest.mark.crash
 
@@ -46,17 +47,17 @@ def test_the_original_bug(tmp_path, monkeypatch, capfd, fault, error):
             torch_profiler_active=20,
         )
 
-    collect = PPO._collect
+    rollout, calls = Learner.rollout, itertools.count(1)
 
-    def dies(self, rollout):
-        healthy = collect(self, rollout)
-        if self.iteration == 6:
+    def dies(learner, steps):
+        collected = rollout(learner, steps)
+        if next(calls) == 7:
             torch.special.erfcx(torch.ones(1))
             fault()
-        return healthy
+        return collected
 
     handler = signal.getsignal(signal.SIGINT)
-    monkeypatch.setattr(PPO, "_collect", dies)
+    monkeypatch.setattr(Learner, "rollout", dies)
     with pytest.raises(error) as caught:
         train(tmp_path / "run", 12)
     notes = getattr(caught.value, "__notes__", [])

@@ -106,7 +106,11 @@ def test_without_scipy_there_are_plain_means(saved, capsys, monkeypatch):
 @pytest.mark.parametrize(
     ("env", "missing", "message"),
     [
-        (CartPole(num_envs=2), None, "--figures must be of growing networks: Morphogenesis"),
+        (
+            CartPole(num_envs=2),
+            None,
+            "--figures must be for an environment with figures: Morph",
+        ),
         (SPEC, "matplotlib", "--figures must find matplotlib, got 'none'. pip install"),
     ],
 )

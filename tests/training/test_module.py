@@ -34,7 +34,7 @@ from esper_lightning.core.spaces import Box, EnvSpaces, MultiDiscrete
 from esper_lightning.envs import CartPole, EnvSpec, MountainCar, Pendulum
 from esper_lightning.ppo.evaluation import evaluate_policy
 from esper_lightning.ppo.learner import Learner
-from esper_lightning.training import module
+from esper_lightning.training import evaluation
 
 SMALL = PPOConfig(rollout_steps=8, minibatches=2, epochs=2)
 TIMES = ("time_s", "env_steps_per_s")
@@ -473,13 +473,13 @@ class TestEvaluation:
         assert repr(rows) == repr(without)
 
     def test_every_evaluation_is_of_its_own_episodes(self, make_trainer, monkeypatch):
-        found, true = [], module.evaluation_metrics
+        found, true = [], evaluation.evaluation_metrics
         monkeypatch.setattr(
-            module, "evaluation_metrics", lambda *figures: found.append(figures) or true(*figures)
+            evaluation, "evaluation_metrics", lambda *each: found.append(each) or true(*each)
         )
         model = cartpole(iterations_per_epoch=1)
         fit(model, make_trainer(limit_val_batches=1.0))
-        assert [[len(figure) for figure in figures] for figures in found] == [[3, 3]] * 3
+        assert [[len(each) for each in both] for both in found] == [[3, 3]] * 3
 
     @pytest.mark.parametrize("rank", [0, 1])
     def test_each_rank_plays_episodes_of_its_own(self, make_trainer, monkeypatch, rank):
@@ -490,7 +490,7 @@ class TestEvaluation:
                 seeds.append(seed)
                 return super().build(device, seed)
 
-        model._eval_env = Spy(num_envs=3)
+        model.evaluation.spec = Spy(num_envs=3)
         monkeypatch.setattr(PPO, "global_rank", rank)
         make_trainer(limit_val_batches=1.0).validate(model, verbose=False)
         assert seeds == [stream_seed(0, rank=rank, purpose="evaluation")]
@@ -660,11 +660,11 @@ class TestCheckpoints:
     def test_the_clock_goes_on(self, make_trainer, tmp_path):
         model, trainer = cartpole(), make_trainer()
         trainer.fit(model)
-        model.train_time_s = 1000.0
+        model.progress.train_time_s = 1000.0
         trainer.save_checkpoint(tmp_path / "x.ckpt")
         more = cartpole(total_env_steps=32 * 4)
         fit(more, make_trainer(), ckpt_path=tmp_path / "x.ckpt", weights_only=True)
-        assert 1000.0 < more.train_time_s < 1100.0
+        assert 1000.0 < more.progress.train_time_s < 1100.0
 
     def test_a_budget_that_the_checkpoint_is_beyond_is_used_up(
         self, make_trainer, tmp_path, caplog
@@ -1120,7 +1120,7 @@ class TestEnvironmentsOfOthers:
 
         monkeypatch.setattr(model.policy, "act_deterministically", spy)
         make_trainer(limit_val_batches=1.0).validate(model, verbose=False)
-        env = model._eval_env.build(
+        env = model.evaluation.spec.build(
             torch.device("cpu"), stream_seed(0, rank=0, purpose="evaluation")
         )
         first = model._normalize(env.reset()[0])

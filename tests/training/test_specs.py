@@ -8,7 +8,7 @@ import torch
 
 from esper_lightning import MLP, PPOConfig
 from esper_lightning.envs import CartPole, EnvSpec
-from esper_lightning.training.checkpoint.states import settings_of
+from esper_lightning.training.settings import PPOSettings
 from esper_lightning.training.specs import evaluation_spec, first_difference, spec_to_data, to_data
 
 
@@ -33,7 +33,7 @@ class Odd(EnvSpec):
 def again(spec: EnvSpec) -> EnvSpec:
     """As a checkpoint gives it back."""
     saved = {"env": spec_to_data(spec), "policy": spec_to_data(MLP()), "ppo": to_data(PPOConfig())}
-    return settings_of({"hyper_parameters": saved}, {})["env"]
+    return PPOSettings.from_data(saved).env
 
 
 @pytest.mark.parametrize(

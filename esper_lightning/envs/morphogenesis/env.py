@@ -7,7 +7,7 @@ what the action led to. Everything is a tensor with a row for each environment.
 import math
 from collections.abc import Callable
 from functools import partial
-from typing import TYPE_CHECKING, NamedTuple, cast
+from typing import NamedTuple, cast
 
 import torch
 from torch import Tensor
@@ -20,6 +20,7 @@ from esper_lightning.core.tensor_trees import leaves, map_tree, named_tensors, r
 from esper_lightning.core.types import StepResult
 from esper_lightning.envs.morphogenesis.blueprints import BLUEPRINTS, count_parameters
 from esper_lightning.envs.morphogenesis.data import Split, Splits
+from esper_lightning.envs.morphogenesis.host_settings import HostSettings
 from esper_lightning.envs.morphogenesis.layout import unflatten
 from esper_lightning.envs.morphogenesis.lifecycle import LIVE, Action, LifeCycle, Op, Slots, is_in
 from esper_lightning.envs.morphogenesis.network import Weights
@@ -28,9 +29,6 @@ from esper_lightning.envs.morphogenesis.reward import REWARD_TERMS, reward_terms
 from esper_lightning.envs.morphogenesis.state import HostInitializer, Hosts, place_of
 from esper_lightning.envs.morphogenesis.streams import Purpose, integers
 from esper_lightning.envs.morphogenesis.training import Measured, Trained, measure, train
-
-if TYPE_CHECKING:
-    from esper_lightning.envs.morphogenesis.settings import Morphogenesis
 
 __all__ = ["MorphogenesisEnv", "StepReport"]
 
@@ -72,7 +70,7 @@ class MorphogenesisEnv:
 
     def __init__(
         self,
-        spec: "Morphogenesis",
+        spec: HostSettings,
         *,
         device: torch.device,
         seed: int,

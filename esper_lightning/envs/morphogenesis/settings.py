@@ -241,6 +241,14 @@ class Morphogenesis(EnvSpec):
         few = Split(*(tensor[: self.validation_size] for tensor in splits.validation))
         return splits._replace(validation=few)
 
+    def check_data(self, device: torch.device) -> None:
+        """Refuse data that is not there, is broken, or is less than the settings ask for.
+
+        Raises:
+            ValueError: Naming the setting.
+        """
+        self.splits(device)
+
     def build(self, device: torch.device, seed: int) -> MorphogenesisEnv:
         """Read the data and allocate the hosts.
 

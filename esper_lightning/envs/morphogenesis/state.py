@@ -5,7 +5,7 @@ distributions, with streams that depend on the seed, the environment and the epi
 """
 
 import math
-from typing import TYPE_CHECKING, NamedTuple
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
@@ -13,13 +13,11 @@ from torch import Tensor
 from esper_lightning.core.shapes import Bool, Float, Int
 from esper_lightning.core.tensor_trees import map_tree
 from esper_lightning.envs.morphogenesis.blueprints import BLUEPRINTS, Part, parts
+from esper_lightning.envs.morphogenesis.host_settings import HostSettings
 from esper_lightning.envs.morphogenesis.lifecycle import Slots
 from esper_lightning.envs.morphogenesis.network import Weights
 from esper_lightning.envs.morphogenesis.observation import HISTORY, Vitals
 from esper_lightning.envs.morphogenesis.streams import Place, Purpose, normals
-
-if TYPE_CHECKING:
-    from esper_lightning.envs.morphogenesis.settings import Morphogenesis
 
 __all__ = ["HostInitializer", "Hosts", "place_of"]
 
@@ -51,7 +49,7 @@ class HostInitializer:
         dtype: Dtype of their parameters.
     """
 
-    def __init__(self, spec: "Morphogenesis", *, device: torch.device, dtype: torch.dtype) -> None:
+    def __init__(self, spec: HostSettings, *, device: torch.device, dtype: torch.dtype) -> None:
         self._spec, self._device, self._dtype = spec, device, dtype
         self._host = _distribution([spec.architecture().parts()], device)
         self._seeds = [

@@ -5,7 +5,6 @@
 import contextlib
 import hashlib
 import math
-import re
 from collections.abc import Generator, Mapping, Sequence
 from pathlib import Path
 from typing import Any, cast
@@ -17,13 +16,17 @@ from typing_extensions import override
 
 from esper_lightning.core.errors import require
 from esper_lightning.core.tensor_trees import named_tensors
-from esper_lightning.envs.base import EnvSpec
 from esper_lightning.forensics.layout import RunLayout
-from esper_lightning.forensics.reading import refuse_unbounded
-from esper_lightning.policies.base import PolicySpec
-from esper_lightning.ppo.config import PPOConfig
+from esper_lightning.training.checkpoint.content import (
+    COUNT,
+    STATE_KEY,
+    find_misfit,
+    refuse_not_ours,
+    refuse_not_resumable,
+    refuse_not_whole,
+)
 from esper_lightning.training.checkpoint.files import read_checkpoint
-from esper_lightning.training.specs import spec_from_data
+from esper_lightning.training.settings import PPOSettings
 
 __all__ = [
     "STATE_KEY",
@@ -31,50 +34,14 @@ __all__ = [
     "digest",
     "load_checkpoint",
     "load_weights",
+    "refuse_checkpoint",
     "refuse_foreign",
     "refuse_huge",
     "refuse_non_finite",
-    "refuse_not_ours",
-    "refuse_not_whole",
     "refuse_other_optimizer",
     "refuse_other_weights",
-    "settings_of",
 ]
 
-STATE_KEY = "esper_lightning"
-"""Where a checkpoint keeps what Lightning does not: counters, environments, random streams."""
-
-_COUNT, _PLAIN = "a number of at least 0", "plain data"
-_SPEC = {"class_path": str, "init_args": {"*": _PLAIN}}
-_OURS: dict[str, Any] = {
-    "pytorch-lightning_version": str,
-    "state_dict": {"*": Tensor},
-    "hyper_parameters": {
-        "env": _SPEC,
-        "policy": _SPEC,
-        "ppo": {"normalize_obs": bool, "normalize_reward": bool, "*": _PLAIN},
-        "*": _PLAIN,
-    },
-    STATE_KEY: {
-        **dict.fromkeys(("iteration", "env_steps", "gradient_steps", "world_size"), int),
-        "train_time_s": _COUNT,
-        "recent_episodes": [[(int, float)]],
-        "ranks": dict,
-    },
-}
-_TO_RESUME: dict[str, Any] = {
-    **dict.fromkeys(("epoch", "global_step"), int),
-    "callbacks": {"*": object},
-    "loops": {"fit_loop": {"*": object}, "*": object},
-    "lr_schedulers": list,
-    "optimizer_states": [{"state": dict, "param_groups": [{"params": [int], "*": object}]}],
-}
-_RANK: dict[str, Any] = {
-    "acting": {"*": object},
-    "generators": [Tensor],
-    "global_random": {"torch": Tensor, "*": object},
-}
-_VERSION = re.compile(r"\d+(\.\d+){1,3}((a|b|rc|\.dev|\.post)\d+)?(\+[a-z0-9.]+)?")
 _MOST_NAMES = 4
 _SMALL = 1_000_000  # numbers in a tensor that networks may always have
 
@@ -148,25 +115,67 @@ def load_weights(module: nn.Module, path: str | Path) -> None:
     module.load_state_dict(checkpoint["state_dict"])
 
 
-def refuse_not_ours(checkpoint: Mapping[str, Any], path: str) -> None:
-    """Refuse a checkpoint that another module wrote.
+def refuse_checkpoint(
+    checkpoint: Mapping[str, Any],
+    path: str,
+    *,
+    module: nn.Module,
+    settings: PPOSettings,
+    trained: Sequence[Tensor],
+    world_size: int | None,
+) -> None:
+    """Refuse a checkpoint that cannot serve a module: of other settings, or not finite.
+
+    Args:
+        checkpoint: A checkpoint of PPO.
+        path: Path of the checkpoint, for the error.
+        module: The PPO module that is to use it.
+        settings: Settings of the module.
+        trained: The parameters that the optimizer is over, in its order.
+        world_size: Number of ranks that resume training; ``None`` for an evaluation.
 
     Raises:
-        ValueError: Naming ``path``.
+        ValueError: Naming what does not fit.
     """
-    require(STATE_KEY in checkpoint, "ckpt_path", "name a checkpoint of PPO", path)
+    refuse_not_whole(checkpoint, path)
+    refuse_foreign(checkpoint, settings, world_size=world_size)
+    refuse_other_weights(module, checkpoint, path)
+    if world_size is not None:
+        refuse_other_optimizer(trained, checkpoint, path)
+    refuse_non_finite(checkpoint, path, resuming=world_size is not None)
 
 
-def refuse_not_whole(checkpoint: Mapping[str, Any], path: str) -> None:
-    """Refuse a checkpoint that lacks what those of PPO hold, or holds something else in its place.
+def refuse_foreign(
+    checkpoint: Mapping[str, Any], settings: PPOSettings, *, world_size: int | None
+) -> None:
+    """Refuse a checkpoint of another environment, policy, normalisation or number of ranks.
+
+    Args:
+        checkpoint: A checkpoint of PPO.
+        settings: Settings of the run that is to use it.
+        world_size: Number of ranks on which training is to go on; ``None`` for an evaluation, which
+            may use another ``num_envs``.
 
     Raises:
-        ValueError: Naming ``path`` and the first misfit.
+        ValueError: Naming the first setting that differs.
     """
-    _refuse_misfit(checkpoint, _OURS, path)
-    version = checkpoint["pytorch-lightning_version"]
-    rule = "be written by a version of Lightning"
-    require(_VERSION.fullmatch(version) is not None, "ckpt_path", rule, path, f"Not {version!r}.")
+    resuming, own = world_size is not None, settings.to_data()
+    hint = "Use the config of the run that wrote the checkpoint"
+    hint += ", or take its weights alone: PPO(warm_start=PATH)." if resuming else "."
+    for name in ("env", "policy"):
+        mine, theirs = (_flat(side[name]) for side in (own, checkpoint["hyper_parameters"]))
+        for key in ("class_path", *sorted((mine.keys() | theirs.keys()) - {"class_path"})):
+            if key == "num_envs" and not resuming:
+                continue
+            field = f"PPO.{name}" if key == "class_path" else f"PPO.{name}.{key}"
+            rule = f"be the checkpoint's, {theirs.get(key)!r}"
+            require(mine.get(key) == theirs.get(key), field, rule, mine.get(key), hint)
+    for key in ("normalize_obs", "normalize_reward"):
+        mine, theirs = (side["ppo"][key] for side in (own, checkpoint["hyper_parameters"]))
+        require(mine == theirs, f"PPOConfig.{key}", f"be the checkpoint's, {theirs}", mine, hint)
+    if resuming:
+        theirs, field = checkpoint[STATE_KEY]["world_size"], "Trainer.devices * Trainer.num_nodes"
+        require(world_size == theirs, field, f"be the checkpoint's, {theirs}", world_size, hint)
 
 
 def refuse_other_weights(
@@ -221,15 +230,12 @@ def refuse_other_optimizer(
     Raises:
         ValueError: Naming what is missing or does not fit.
     """
-    _refuse_misfit(checkpoint, _TO_RESUME, path)
-    ranks = checkpoint[STATE_KEY]["ranks"]
-    for rank, state in ranks.items():
-        _refuse_misfit(state, _RANK, path, f"{STATE_KEY}.ranks.{rank}")
+    refuse_not_resumable(checkpoint, path)
     rule, states = "hold the state of one Adam over the policy", checkpoint["optimizer_states"]
     groups = [group["params"] for each in states for group in each["param_groups"]]
     require(groups == [list(range(len(trained)))], "ckpt_path", rule, path)
     group = states[0]["param_groups"][0]
-    rate = _misfit(group.get("lr"), _COUNT, "lr")
+    rate = find_misfit(group.get("lr"), COUNT, "lr")
     require(rate is None, "ckpt_path", rule, path, f"Its {rate}.")
     for number, state in states[0]["state"].items():
         known = isinstance(number, int) and 0 <= number < len(trained) and isinstance(state, dict)
@@ -277,116 +283,6 @@ def _is_like(given: Tensor, own: Tensor) -> bool:
     kind = given.is_floating_point() == own.is_floating_point()
     same = given.dtype == own.dtype or given.is_floating_point()
     return given.shape == own.shape and dense and kind and same and not given.is_quantized
-
-
-def _refuse_misfit(value: Any, shape: Any, path: str, name: str = "") -> None:
-    misfit = _misfit(value, shape, name)
-    rule = "hold a whole checkpoint of PPO"
-    require(misfit is None, "ckpt_path", rule, path, f"{misfit}.")
-
-
-def _misfit(value: Any, shape: Any, name: str) -> str | None:
-    """The first place in which a value is not of a shape, in words; ``None`` if it is.
-
-    A shape is a type (``int``: a count), a list or dictionary of shapes, or one of two words.
-    """
-    if isinstance(shape, dict):
-        return _misfit_in_dictionary(value, cast(dict[str, Any], shape), name)
-    if isinstance(shape, list):
-        if not isinstance(value, list | tuple):
-            return f"{name} is no list"
-        entries = enumerate(cast(Sequence[Any], value))
-        found = (_misfit(entry, shape[0], f"{name}.{i}") for i, entry in entries)
-        return next(filter(None, found), None)
-    if shape is _PLAIN:
-        return _not_plain(value, name)
-    if shape in (_COUNT, int):
-        kinds = int if shape is int else int | float
-        is_number = isinstance(value, kinds) and not isinstance(value, bool)
-        return None if is_number and 0 <= value < 1e18 else f"{name} is no count"
-    return None if isinstance(value, shape) else f"{name} is a {type(value).__name__}"
-
-
-def _misfit_in_dictionary(value: Any, shape: dict[str, Any], name: str) -> str | None:
-    if not isinstance(value, Mapping) or not all(isinstance(key, str) for key in value):
-        return f"{name} is no dictionary by names"
-    for key in dict.fromkeys([*shape, *value]):
-        if key == "*":
-            continue
-        inner = f"{name}.{key}" if name else key
-        if key not in value:
-            return f"{inner} is missing"
-        if found := _misfit(value[key], shape.get(key, shape.get("*", object)), inner):
-            return found
-    return None
-
-
-def _not_plain(value: Any, name: str) -> str | None:
-    try:
-        refuse_unbounded(value)
-    except ValueError as error:
-        return f"{name}: {error}"
-    level = [value]
-    while level:
-        entry = level.pop()
-        if isinstance(entry, Mapping):
-            level += [*entry.keys(), *entry.values()]
-        elif isinstance(entry, list | tuple):
-            level += entry
-        elif not (entry is None or isinstance(entry, bool | int | float | str)):
-            return f"{name} holds a {type(entry).__name__}"
-    return None
-
-
-def refuse_foreign(
-    checkpoint: Mapping[str, Any], settings: Mapping[str, Any], *, world_size: int | None
-) -> None:
-    """Refuse a checkpoint of another environment, policy, normalisation or number of ranks.
-
-    Args:
-        checkpoint: Of PPO.
-        settings: ``PPO.settings`` of the run that is to use it.
-        world_size: Number of ranks on which training is to go on; ``None`` for an evaluation, which
-            may use another ``num_envs``.
-
-    Raises:
-        ValueError: Naming the first setting that differs.
-    """
-    resuming = world_size is not None
-    hint = "Use the config of the run that wrote the checkpoint"
-    hint += ", or take its weights alone: PPO(warm_start=PATH)." if resuming else "."
-    for name in ("env", "policy"):
-        mine, theirs = (_flat(side[name]) for side in (settings, checkpoint["hyper_parameters"]))
-        for key in ("class_path", *sorted((mine.keys() | theirs.keys()) - {"class_path"})):
-            if key == "num_envs" and not resuming:
-                continue
-            field = f"PPO.{name}" if key == "class_path" else f"PPO.{name}.{key}"
-            rule = f"be the checkpoint's, {theirs.get(key)!r}"
-            require(mine.get(key) == theirs.get(key), field, rule, mine.get(key), hint)
-    for key in ("normalize_obs", "normalize_reward"):
-        mine, theirs = (side["ppo"][key] for side in (settings, checkpoint["hyper_parameters"]))
-        require(mine == theirs, f"PPOConfig.{key}", f"be the checkpoint's, {theirs}", mine, hint)
-    if resuming:
-        theirs, field = checkpoint[STATE_KEY]["world_size"], "Trainer.devices * Trainer.num_nodes"
-        require(world_size == theirs, field, f"be the checkpoint's, {theirs}", world_size, hint)
-
-
-def settings_of(checkpoint: Mapping[str, Any], given: Mapping[str, Any]) -> dict[str, Any]:
-    """The specs that a checkpoint's run was made of, as arguments of ``PPO``, unless ``given``.
-
-    Raises:
-        ValueError: If one cannot be made anew.
-    """
-    saved = checkpoint["hyper_parameters"]
-    specs = {
-        name: spec_from_data(saved[name], owner=name, kind=kind)
-        for name, kind in (("env", EnvSpec), ("policy", PolicySpec))
-        if name not in given
-    }
-    try:
-        return {"ppo": PPOConfig(**saved["ppo"]), **specs, **given}
-    except TypeError as error:
-        raise ValueError(f"ckpt_path must hold settings of PPO: {error}.") from error
 
 
 def _flat(description: Mapping[str, Any]) -> dict[str, Any]:

@@ -8,12 +8,9 @@ from lightning.pytorch.trainer.states import TrainerFn
 
 from esper_lightning import PPO, PPOConfig
 from esper_lightning.envs import CartPole
-from esper_lightning.training.checkpoint.states import (
-    STATE_KEY,
-    checkpoint_at,
-    refuse_foreign,
-    settings_of,
-)
+from esper_lightning.training.checkpoint.content import STATE_KEY
+from esper_lightning.training.checkpoint.states import checkpoint_at, refuse_foreign
+from esper_lightning.training.settings import PPOSettings
 
 CONFIG = PPOConfig(rollout_steps=8, minibatches=2)
 
@@ -24,7 +21,7 @@ def model(**settings) -> PPO:
 
 def checkpoint(of: PPO, world_size=1) -> dict:
     return {
-        "hyper_parameters": of.settings,
+        "hyper_parameters": of.settings.to_data(),
         "state_dict": of.state_dict(),
         STATE_KEY: {"world_size": world_size},
     }
@@ -54,12 +51,12 @@ def test_training_goes_on_with_as_many_ranks_and_environments_and_evaluation_wit
 
 
 def test_what_is_given_is_not_made_anew():
-    saved = checkpoint(model())
-    saved["hyper_parameters"]["env"]["class_path"] = "nowhere.Gone"
+    saved = model().settings.to_data()
+    saved["env"]["class_path"] = "nowhere.Gone"
     with pytest.raises(ValueError, match=r"env must be one that nowhere\.Gone makes anew"):
-        settings_of(saved, {})
-    given = settings_of(saved, {"env": CartPole(num_envs=9), "ppo": PPOConfig(epochs=7)})
-    assert (given["env"].num_envs, given["ppo"].epochs) == (9, 7)
+        PPOSettings.from_data(saved)
+    given = PPOSettings.from_data(saved, env=CartPole(num_envs=9), ppo=PPOConfig(epochs=7))
+    assert (given.env.num_envs, given.ppo.epochs) == (9, 7)
 
 
 @pytest.mark.parametrize("rank", [0, 1])
@@ -72,4 +69,4 @@ def test_every_rank_takes_up_its_own_environments(rank):
     saved[STATE_KEY] |= {"recent_episodes": [], "ranks": {0: "the first's", 1: "the second's"}}
     resumed.refuse_checkpoint = lambda *_, **__: None  # it is not whole
     resumed.on_load_checkpoint(saved)
-    assert resumed._resumed == saved[STATE_KEY]["ranks"][rank]
+    assert resumed._resumption.rank_state == saved[STATE_KEY]["ranks"][rank]

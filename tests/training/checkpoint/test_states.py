@@ -8,7 +8,8 @@ import torch
 
 from esper_lightning import PPO, PPOConfig, train_ppo_vectorized
 from esper_lightning.envs import CartPole
-from esper_lightning.training.checkpoint.states import STATE_KEY, load_checkpoint, load_weights
+from esper_lightning.training.checkpoint.content import STATE_KEY
+from esper_lightning.training.checkpoint.states import load_checkpoint, load_weights
 
 SETTINGS = PPOConfig(rollout_steps=4, minibatches=1, epochs=1)
 WEIGHT = "policy.actor.0.weight"

@@ -1,0 +1,174 @@
+"""What PPO does when Lightning saves, loads or resumes: its hooks that concern checkpoints."""
+# Lightning sets many attributes of its Trainer where no type checker sees them.
+# pyright: reportAttributeAccessIssue=false
+# pyright: reportUnknownVariableType=false, reportUnknownArgumentType=false
+
+from pathlib import Path
+from typing import Any, Self
+
+from lightning.pytorch import LightningModule
+from lightning.pytorch.trainer.states import TrainerFn
+from typing_extensions import override
+
+from esper_lightning.core.ranks import SINGLE_RANK, Ranks
+from esper_lightning.policies.base import Policy
+from esper_lightning.training.checkpoint.content import STATE_KEY, refuse_not_ours
+from esper_lightning.training.checkpoint.resumption import (
+    Resumption,
+    rank_states,
+    refuse_other_ranks,
+    refuse_other_weights_of_ranks,
+)
+from esper_lightning.training.checkpoint.states import (
+    load_checkpoint,
+    load_weights,
+    refuse_checkpoint,
+    refuse_huge,
+    refuse_other_weights,
+)
+from esper_lightning.training.progress import Progress
+from esper_lightning.training.settings import PPOSettings
+
+__all__ = ["CheckpointHooks"]
+
+
+class CheckpointHooks(LightningModule):
+    """A LightningModule with settings, counters and a learner that are saved and resumed.
+
+    Attributes:
+        settings: The arguments of the module.
+        progress: Counters of the run.
+        saves_alone: Whether the next checkpoint is one of this rank alone, because others may not
+            be there: it holds the environments of this rank only.
+    """
+
+    settings: PPOSettings
+    progress: Progress
+    policy: Policy
+    saves_alone: bool = False
+    _within_iteration: bool = False
+    _resumption: Resumption | None = None  # until training starts
+    _ranks: Ranks = SINGLE_RANK
+
+    @property
+    def is_resuming(self) -> bool:
+        """Whether a checkpoint was loaded to be resumed, and training has not started."""
+        return self._resumption is not None
+
+    @override
+    def on_fit_start(self) -> None:
+        """Load the weights of a warm start, unless this run is resumed.
+
+        Raises:
+            RanksDisagreeError: If ranks would start with other settings or another state.
+        """
+        path, resumption = self.settings.warm_start, self._resumption
+        if path is not None and self.progress.iteration == 0 and resumption is None:
+            load_weights(self, path)
+        if self._ranks.size > 1:
+            # Not in on_train_start: a rank whose checkpoint is the end of a run never comes there.
+            loaded = 0 if resumption is None else resumption.digest
+            refuse_other_ranks(
+                self._ranks, self.settings, self, iteration=self.progress.iteration, loaded=loaded
+            )
+
+    @override
+    def on_train_epoch_end(self) -> None:
+        """Stop where the weights of ranks are not the same bits, before they are saved.
+
+        Raises:
+            RuntimeError: On every rank, if any differs.
+        """
+        if self._ranks.size > 1:
+            refuse_other_weights_of_ranks(self._ranks, self, iteration=self.progress.iteration)
+
+    def __getstate__(self) -> dict[str, Any]:
+        """What is pickled: everything but what belongs to a run."""
+        state = super().__getstate__()
+        return {name: value for name, value in state.items() if name != "_learner"}
+
+    @override
+    def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
+        """Add counters and, between iterations, environments and random streams of every rank.
+
+        This is a collective, unless ``saves_alone``.
+        """
+        learner = None if self._within_iteration else getattr(self, "_learner", None)
+        alone = self.saves_alone
+        checkpoint[STATE_KEY] = {
+            **self.progress.state_dict(),
+            "world_size": self._ranks.size,
+            "ranks": rank_states(learner, self._ranks, rank=self.global_rank, alone=alone),
+        }
+
+    @override
+    def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
+        """Load counters; refuse a checkpoint of something else.
+
+        Raises:
+            ValueError: If it was not written by PPO, or for another environment or policy, or is
+                not finite.
+        """
+        refuse_not_ours(checkpoint, "another module's")
+        if self._trainer is None:  # it is being built from this very checkpoint
+            refuse_other_weights(self, checkpoint, "its own")
+        else:
+            resumes, ranks = self.trainer.state.fn == TrainerFn.FITTING, self.trainer.world_size
+            self.refuse_checkpoint(
+                checkpoint, "another run's", world_size=ranks if resumes else None
+            )
+            self._resumption = None
+            if resumes:
+                self._resumption = Resumption.read(checkpoint, self.global_rank, ranks)
+        self.progress.load_state_dict(checkpoint[STATE_KEY])
+
+    @classmethod
+    @override
+    def load_from_checkpoint(  # pyright: ignore[reportIncompatibleMethodOverride]
+        cls, checkpoint_path: str | Path, **kwargs: Any
+    ) -> Self:
+        """Weights, normalisers and settings of a checkpoint.
+
+        Args:
+            checkpoint_path: A file that the Trainer wrote.
+            **kwargs: Settings that replace those of the checkpoint, and Lightning's
+                ``map_location``.
+
+        Raises:
+            ValueError: If the file is no checkpoint of PPO, or a class of it cannot be imported.
+        """
+        checkpoint = load_checkpoint(checkpoint_path)
+        settings = PPOSettings.from_data(checkpoint["hyper_parameters"], **kwargs)
+        arguments: dict[str, Any] = {**settings.arguments(), **kwargs}
+        try:
+            with refuse_huge(checkpoint):
+                return super().load_from_checkpoint(checkpoint_path, weights_only=True, **arguments)
+        except ValueError:
+            raise
+        except Exception as error:  # settings and weights that do not fit may fail anywhere
+            message = (
+                f"ckpt_path must hold PPO's settings and weights, got {str(checkpoint_path)!r}"
+            )
+            raise ValueError(f"{message}. {' '.join(str(error).split())}") from error
+
+    def refuse_checkpoint(
+        self, checkpoint: dict[str, Any], path: str, *, world_size: int | None
+    ) -> None:
+        """Refuse a checkpoint that cannot serve this module: of other settings, or not finite.
+
+        Args:
+            checkpoint: A checkpoint of PPO.
+            path: Path of the checkpoint, for the error.
+            world_size: Number of ranks that resume training; ``None`` for an evaluation.
+
+        Raises:
+            ValueError: Naming what does not fit.
+        """
+        refuse_checkpoint(
+            checkpoint,
+            path,
+            module=self,
+            settings=self.settings,
+            trained=[weight for weight in self.policy.parameters() if weight.requires_grad],
+            world_size=world_size,
+        )

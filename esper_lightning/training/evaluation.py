@@ -1,0 +1,61 @@
+"""Evaluations during a run: deterministic episodes in environments that training never sees."""
+
+import torch
+from torch import nn
+from torchmetrics import CatMetric
+
+from esper_lightning.core.seeding import stream_seed
+from esper_lightning.envs.inspector import FIRST_STEPS, FirstSteps
+from esper_lightning.policies.base import Policy
+from esper_lightning.ppo.collect import Normalize
+from esper_lightning.ppo.evaluation import evaluate_policy
+from esper_lightning.ppo.metrics import evaluation_metrics
+from esper_lightning.training.settings import PPOSettings
+from esper_lightning.training.specs import evaluation_spec
+from esper_lightning.training.trainer_rules import few_cpu_threads
+
+__all__ = ["Evaluation"]
+
+
+class Evaluation(nn.Module):
+    """The episodes of one evaluation, gathered over all ranks.
+
+    Attributes:
+        spec: Environments of an evaluation on each rank, one for each episode.
+    """
+
+    def __init__(self, settings: PPOSettings) -> None:
+        super().__init__()
+        self.spec = evaluation_spec(settings.env, settings.eval_episodes)
+        self.episode_return = CatMetric(nan_strategy="error")
+        self.episode_length = CatMetric(nan_strategy="error")
+        self._seed, self._has_played = settings.seed, False
+
+    def play(
+        self, policy: Policy, normalize: Normalize, *, device: torch.device, rank: int
+    ) -> None:
+        """Play one deterministic episode in each environment.
+
+        Args:
+            policy: The policy to evaluate.
+            normalize: Observations as the policy sees them.
+            device: Where to play.
+            rank: Number of this rank, which plays episodes of its own.
+        """
+        # Lightning's inference mode would forbid environments to write into their own state later.
+        with torch.inference_mode(False), torch.no_grad(), few_cpu_threads(self.spec.num_envs):
+            seed = stream_seed(self._seed, rank=rank, purpose="evaluation")
+            env = self.spec.build(device, seed)
+            steps = 0 if self._has_played else FIRST_STEPS
+            first = FirstSteps(self.spec, self.spec.spaces(), env, device, steps=steps)
+            episodes = evaluate_policy(policy, normalize, env, first_steps=first)
+        self._has_played = True
+        self.episode_return.update(episodes.episode_return)
+        self.episode_length.update(episodes.episode_length)
+
+    def finish(self) -> dict[str, float]:
+        """Metrics of the episodes of all ranks; the next evaluation begins with none."""
+        metrics = evaluation_metrics(self.episode_return.compute(), self.episode_length.compute())
+        self.episode_return.reset()
+        self.episode_length.reset()
+        return metrics

@@ -1,0 +1,102 @@
+"""How far a run has come: its counters, its budget of environment steps, and its history rows."""
+
+import math
+from collections.abc import Mapping
+from typing import Any
+
+from esper_lightning.ppo.metrics import RecentEpisodes, rollout_metrics
+from esper_lightning.training.settings import PPOSettings
+
+__all__ = ["Progress"]
+
+
+class Progress:
+    """Counters of a run. They advance once for each finished iteration.
+
+    Attributes:
+        iteration: Iterations finished.
+        env_steps: Environment steps taken, over all environments of all ranks.
+        gradient_steps: Optimizer steps applied.
+        train_time_s: Seconds spent in iterations, over all processes that trained this run.
+        planned_env_steps: Environment steps after which this run will end; ``None`` without a
+            limit, and before training starts.
+        new_episodes: Whether a resumed run had to start new episodes, which the next history row
+            reports.
+    """
+
+    def __init__(self, settings: PPOSettings) -> None:
+        self.iteration = self.env_steps = self.gradient_steps = 0
+        self.train_time_s = 0.0
+        self.planned_env_steps: int | None = None
+        self.new_episodes = False
+        self._recent_episodes = RecentEpisodes()
+        self._rollout_steps, self._num_envs = settings.ppo.rollout_steps, settings.env.num_envs
+        self._budget = settings.total_env_steps
+
+    def next_rollout_steps(self, ranks: int) -> int:
+        """Number of rollout steps ``T`` of the next iteration.
+
+        The budget shortens the last rollout. The number is 0 where the budget is used up.
+
+        Args:
+            ranks: Number of ranks that train together.
+        """
+        if self._budget is None:
+            return self._rollout_steps
+        left = (self._budget - self.env_steps) // (self._num_envs * ranks)
+        return max(0, min(self._rollout_steps, left))
+
+    def done_share(self) -> float:
+        """Share of the planned environment steps that are taken; 0 for a run without a limit."""
+        return min(1.0, self.env_steps / (self.planned_env_steps or math.inf))
+
+    def finish_iteration(
+        self, metrics: Mapping[str, float], *, env_steps: int, duration_s: float
+    ) -> dict[str, float | int | None]:
+        """Count an iteration.
+
+        Args:
+            metrics: Metrics of the iteration, from ``Learner.to_host``.
+            env_steps: Environment steps of the iteration, over all ranks.
+            duration_s: Seconds that the iteration took.
+
+        Returns:
+            The history row of the iteration.
+        """
+        episodes = metrics["episodes"]
+        self._recent_episodes.update(metrics["return_sum"], metrics["length_sum"], episodes)
+        new_episodes, self.new_episodes = self.new_episodes, False
+        self.iteration += 1
+        self.env_steps += env_steps
+        self.gradient_steps += int(metrics["gradient_steps"])
+        self.train_time_s += duration_s
+        return {
+            "iteration": self.iteration,
+            "env_steps": self.env_steps,
+            "gradient_steps": self.gradient_steps,
+            "time_s": self.train_time_s,
+            "env_steps_per_s": env_steps / duration_s,
+            **rollout_metrics(episodes, self._recent_episodes),
+            **{name: value for name, value in metrics.items() if "/" in name},
+            **({"resumed_with_new_episodes": 1} if new_episodes else {}),
+        }
+
+    def state_dict(self) -> dict[str, Any]:
+        """The counters, for a checkpoint."""
+        return {
+            "iteration": self.iteration,
+            "env_steps": self.env_steps,
+            "gradient_steps": self.gradient_steps,
+            "train_time_s": self.train_time_s,
+            "recent_episodes": self._recent_episodes.state(),
+        }
+
+    def load_state_dict(self, state: Mapping[str, Any]) -> None:
+        """Continue from the counters of a checkpoint.
+
+        Raises:
+            ValueError: If ``state`` is not what ``state_dict`` returned.
+        """
+        self.iteration, self.env_steps = state["iteration"], state["env_steps"]
+        self.gradient_steps, self.train_time_s = state["gradient_steps"], state["train_time_s"]
+        self._recent_episodes.load(state["recent_episodes"])

@@ -1,0 +1,85 @@
+"""The settings of a PPO module: checked at construction, written as plain data, and read again.
+
+Nothing here needs a Trainer, a device or a network. What depends on the Trainer is checked by
+``trainer_rules``.
+"""
+
+import dataclasses
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any, Self
+
+from esper_lightning.compiling.loops import CompileMode
+from esper_lightning.core.errors import check_fields, require
+from esper_lightning.envs.base import EnvSpec
+from esper_lightning.envs.contract import Report
+from esper_lightning.envs.inspector import check_told
+from esper_lightning.policies import MLP
+from esper_lightning.policies.base import PolicySpec
+from esper_lightning.ppo.config import PPOConfig
+from esper_lightning.training.specs import require_specs, spec_from_data, spec_to_data, to_data
+
+__all__ = ["PPOSettings"]
+
+
+@dataclass(frozen=True, kw_only=True)
+class PPOSettings:
+    """The arguments of ``PPO``, whose docstring says what each one means.
+
+    Errors name ``PPO``, the class to which a user passes the settings.
+    """
+
+    env: EnvSpec
+    policy: PolicySpec = MLP()  # noqa: RUF009 - frozen
+    ppo: PPOConfig = PPOConfig()  # noqa: RUF009 - frozen
+    seed: int = 0
+    total_env_steps: int | None = None
+    iterations_per_epoch: int = 50
+    eval_episodes: int | None = None
+    compile: CompileMode = "off"
+    warm_start: str | None = None
+
+    def __post_init__(self) -> None:
+        check_fields(self, owner="PPO")
+        require_specs("PPO", self.env, self.policy)
+        report = Report(type(self.env).__name__)
+        with report.told():
+            check_told(self.env.num_envs, self.env.spaces(), report)
+        for name in ("iterations_per_epoch", "eval_episodes"):
+            value = getattr(self, name)
+            require(value is None or value >= 1, f"PPO.{name}", "be at least 1", value)
+        budget, least = self.total_env_steps, self.env.num_envs
+        rule = f"be at least env.num_envs = {least}"
+        require(budget is None or budget >= least, "PPO.total_env_steps", rule, budget)
+
+    def arguments(self) -> dict[str, Any]:
+        """Every setting by its name, as ``PPO`` takes them."""
+        return {field.name: getattr(self, field.name) for field in dataclasses.fields(self)}
+
+    def to_data(self) -> dict[str, Any]:
+        """Plain data in the form of a config's ``model``, for checkpoints and ``config.yaml``."""
+        specs = {"env": spec_to_data(self.env), "policy": spec_to_data(self.policy)}
+        return {name: specs.get(name) or to_data(value) for name, value in self.arguments().items()}
+
+    @classmethod
+    def from_data(cls, data: Mapping[str, Any], **given: Any) -> Self:
+        """Settings from what ``to_data`` returned.
+
+        Args:
+            data: Plain data, from a checkpoint perhaps. Names that are no setting are ignored.
+            **given: Settings that replace those in ``data``. A spec that is replaced is not built.
+
+        Raises:
+            ValueError: If a spec cannot be built, or a setting is out of range.
+        """
+        names = {field.name for field in dataclasses.fields(cls)}
+        settings = {name: value for name, value in {**data, **given}.items() if name in names}
+        for name, kind in (("env", EnvSpec), ("policy", PolicySpec)):
+            if name not in given:
+                settings[name] = spec_from_data(data[name], owner=name, kind=kind)
+        if "ppo" not in given:
+            try:
+                settings["ppo"] = PPOConfig(**data["ppo"])
+            except TypeError as error:
+                raise ValueError(f"ckpt_path must hold settings of PPO: {error}.") from error
+        return cls(**settings)
