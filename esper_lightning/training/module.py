@@ -11,6 +11,7 @@ import logging
 import math
 import time
 from collections.abc import Iterable
+from dataclasses import replace
 from pathlib import Path
 from typing import Any, Self, cast
 
@@ -26,7 +27,7 @@ from esper_lightning.compiling.loops import CompileMode
 from esper_lightning.core.buffer import rollout_bytes
 from esper_lightning.core.errors import check_arguments, require
 from esper_lightning.core.ranks import SINGLE_RANK, Ranks, RanksDisagreeError
-from esper_lightning.core.running_stats import ObsNormalizer, RunningStats
+from esper_lightning.core.running_stats import ObsNormalizer, RunningStats, normalized_space
 from esper_lightning.core.seeding import (
     global_random_states,
     require_torch_defaults,
@@ -180,7 +181,8 @@ class PPO(LightningModule):
         self.saves_alone = False
 
         weights = stream(seed, rank=0, purpose="weights", device=torch.device("cpu"))
-        self.policy = policy.build(spaces, weights)
+        seen = normalized_space(spaces.obs, clip=ppo.obs_clip) if ppo.normalize_obs else spaces.obs
+        self.policy = policy.build(replace(spaces, obs=seen), weights)
         ppo.check_against(num_envs=env.num_envs, whole_sequences=self.policy.memory_size > 0)
         normalizes = ppo.normalize_obs
         self.obs_normalizer = ObsNormalizer(spaces.obs, clip=ppo.obs_clip) if normalizes else None
