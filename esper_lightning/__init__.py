@@ -12,6 +12,8 @@ if TYPE_CHECKING:
     from esper_lightning.callbacks.nan_guard import NanGuard
     from esper_lightning.callbacks.progress import RunProgressBar
     from esper_lightning.envs.check import check_env
+    from esper_lightning.policies.composed import Composed
+    from esper_lightning.policies.convolutional import CNN
     from esper_lightning.policies.feedforward import MLP
     from esper_lightning.policies.recurrent import Recurrent
     from esper_lightning.ppo.config import PPOConfig
@@ -22,10 +24,12 @@ if TYPE_CHECKING:
     from esper_lightning.training.module import PPO
 
 __all__ = [
+    "CNN",
     "MLP",
     "PPO",
     "AtomicCheckpointIO",
     "BestCheckpoint",
+    "Composed",
     "FlightRecorder",
     "History",
     "LastCheckpoint",
@@ -41,6 +45,8 @@ __all__ = [
 _HOMES = {
     "AtomicCheckpointIO": "training.checkpoint.files",
     "BestCheckpoint": "callbacks.checkpoints",
+    "CNN": "policies.convolutional",
+    "Composed": "policies.composed",
     "FlightRecorder": "recorder.flight_recorder",
     "History": "callbacks.history",
     "LastCheckpoint": "callbacks.checkpoints",

@@ -12,9 +12,11 @@ import pytest
 import torch
 
 from esper_lightning import (
+    CNN,
     MLP,
     PPO,
     BestCheckpoint,
+    Composed,
     FlightRecorder,
     History,
     PPOConfig,
@@ -25,16 +27,19 @@ from esper_lightning import (
 from esper_lightning.core.spaces import Box, Discrete, EnvSpaces, FactoredDiscrete, Head
 from esper_lightning.core.spaces import MultiDiscrete as Multi
 from esper_lightning.envs import Acrobot, CartPole, Morphogenesis, MountainCar, Pendulum
+from esper_lightning.policies import Image, Imported
 from esper_lightning.recorder.profiling.window_profiler import WindowProfiler
 
 SMALL = CartPole(num_envs=2)
 HEAD = Head("op", 2)
 BARE = (
-    *(PPOConfig, MLP, Recurrent, CartPole, Acrobot, MountainCar, Pendulum, Morphogenesis),
-    *(FlightRecorder, History, WindowProfiler, BestCheckpoint),
+    *(PPOConfig, CNN, MLP, Recurrent, CartPole, Acrobot, MountainCar, Pendulum, Morphogenesis),
+    *(Image, FlightRecorder, History, WindowProfiler, BestCheckpoint),
 )
 OWNERS = {  # what must be given beside the setting in question
     **{owner: {} for owner in BARE},
+    Composed: {"encoder": "networks:Net"},
+    Imported: {"path": "networks:Net"},
     Box: {"shape": (2,)},
     Discrete: {"n": 2},
     Multi: {"nvec": (2, 2)},

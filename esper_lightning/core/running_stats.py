@@ -10,7 +10,7 @@ from esper_lightning.core.shapes import Bool, Float
 from esper_lightning.core.spaces import Box, ObsSpace
 from esper_lightning.core.types import Observation
 
-__all__ = ["Moments", "ObsNormalizer", "RunningStats", "merge_moments"]
+__all__ = ["Moments", "ObsNormalizer", "RunningStats", "merge_moments", "normalized_space"]
 
 
 def merge_moments(
@@ -169,3 +169,10 @@ class ObsNormalizer(nn.Module):
         stats = self._stats[f"group_{name}"]
         assert isinstance(stats, RunningStats)
         return stats
+
+
+def normalized_space(space: ObsSpace, *, clip: float) -> ObsSpace:
+    """The space of observations that an ``ObsNormalizer`` has normalised."""
+    if isinstance(space, Box):
+        return Box(space.shape, low=-clip, high=clip)
+    return {name: Box(box.shape, low=-clip, high=clip) for name, box in space.items()}

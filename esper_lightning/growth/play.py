@@ -17,7 +17,7 @@ from esper_lightning.envs.base import EnvSpec
 from esper_lightning.envs.morphogenesis import MorphogenesisEnv, StepReport
 from esper_lightning.envs.morphogenesis.baselines import BASELINES, Baseline
 from esper_lightning.envs.morphogenesis.observation import feature_names
-from esper_lightning.policies.base import Policy, blank_memory, see
+from esper_lightning.policies.base import Policy
 from esper_lightning.ppo.agent import prepare_obs
 from esper_lightning.ppo.collect import Normalize
 from esper_lightning.training.module import PPO
@@ -114,8 +114,8 @@ def trained(policy: Policy, normalize: Normalize, drawn: torch.Generator | None 
     def choose(obs: Observation, mask: Tensor) -> Tensor:
         nonlocal memory, begins
         if begins:
-            memory, begins = blank_memory(policy, obs), False
-        seen, memory = see(policy, normalize(obs), memory)
+            memory, begins = policy.initial_memory(obs), False
+        seen, memory = policy.step_memory(normalize(obs), memory)
         if drawn is None:
             return policy.to_env(policy.act_deterministically(seen, mask))
         noise = policy.noise((len(mask),), drawn)

@@ -1,7 +1,25 @@
 """Actor-critics: a spec says which, ``build`` makes it."""
 
-from esper_lightning.policies.base import Policy, PolicySpec
+from esper_lightning.policies.actor_critic import ActorCritic
+from esper_lightning.policies.base import Evaluation, Policy, PolicySpec, SampledAction
+from esper_lightning.policies.composed import Composed, Imported
+from esper_lightning.policies.convolutional import CNN
+from esper_lightning.policies.encoders import Encoder, EncoderSpec, Image
 from esper_lightning.policies.feedforward import MLP
 from esper_lightning.policies.recurrent import Recurrent
 
-__all__ = ["MLP", "Policy", "PolicySpec", "Recurrent"]
+__all__ = [
+    "CNN",
+    "MLP",
+    "ActorCritic",
+    "Composed",
+    "Encoder",
+    "EncoderSpec",
+    "Evaluation",
+    "Image",
+    "Imported",
+    "Policy",
+    "PolicySpec",
+    "Recurrent",
+    "SampledAction",
+]

@@ -12,18 +12,9 @@ from torch import Tensor, nn
 from esper_lightning.core.shapes import Bool, Float, Shaped
 from esper_lightning.core.spaces import EnvSpaces
 from esper_lightning.core.tensor_trees import leaves
-from esper_lightning.core.types import Observation, map_obs
+from esper_lightning.core.types import Observation
 
-__all__ = [
-    "Evaluation",
-    "Policy",
-    "PolicySpec",
-    "SampledAction",
-    "blank_memory",
-    "forget",
-    "recall",
-    "see",
-]
+__all__ = ["Evaluation", "Policy", "PolicySpec", "SampledAction"]
 
 
 class SampledAction(NamedTuple):
@@ -47,31 +38,62 @@ class Policy(nn.Module, ABC):
     Observations come normalised; results are float32, also under autocast. Where training is
     compiled, only parameters and buffers may change: other attributes are read once.
 
-    A policy with memory sets ``memory_size`` and has ``remember``. Its other methods are given the
-    memory after an observation, ``[M, S]``, in place of the observation: what it decides on is what
-    it remembers.
+    A policy with memory sets ``memory_size`` and overrides ``step_memory`` and ``unroll_memory``.
+    What these return as ``seen`` is what its other methods get in place of the observation. Without
+    memory that is the observation itself, and the memory is ``None``.
     """
 
     memory_size: int = 0
-    """``S``: how many numbers it carries from step to step, zeros when an episode begins."""
+    """``S``: how many numbers the policy carries from step to step."""
 
-    def remember(
-        self,
-        obs: Observation,
-        memory: Float[Tensor, "M S"],
-        begins: Bool[Tensor, "T M"] | None,
-    ) -> Float[Tensor, "T M S"]:
-        """The memory after each of ``T`` observations ``[T, M, *O]``.
+    def initial_memory(self, obs: Observation) -> Float[Tensor, "M S"] | None:
+        """The memory at the beginning of episodes whose first observations are ``obs``: zeros."""
+        if self.memory_size == 0:
+            return None
+        first = leaves(obs)[0]
+        return torch.zeros(len(first), self.memory_size, device=first.device)
 
-        Acting asks for one step, learning for many: both are to give the same.
+    def step_memory(
+        self, obs: Observation, memory: Float[Tensor, "M S"] | None
+    ) -> tuple[Observation, Float[Tensor, "M S"] | None]:
+        """Take in one observation of each row, when acting.
 
         Args:
-            obs: In order of time.
-            memory: Before the first of them.
-            begins: Where an observation is the first of an episode, so that nothing from before it
-                counts; ``None`` for nowhere.
+            obs: Observations ``[M, *O]``.
+            memory: Memory before the observations.
+
+        Returns:
+            What to decide on, and the memory after the observations.
         """
-        raise NotImplementedError
+        return obs, memory
+
+    def unroll_memory(
+        self,
+        obs: Observation,
+        memory: Float[Tensor, "M S"] | None,
+        begins: Bool[Tensor, " N"] | None,
+    ) -> tuple[Observation, Float[Tensor, "N S"] | None]:
+        """Take in ``T`` observations of each of ``M`` sequences, when learning.
+
+        The results must be those of ``T`` calls of ``step_memory``.
+
+        Args:
+            obs: Observations ``[N, *O]``, where ``N = T * M``: one step of all sequences after
+                another.
+            memory: Memory before the first step of each sequence.
+            begins: Whether a row is the first step of an episode, for which nothing before counts.
+
+        Returns:
+            What to decide on at each row, and the memory after each row.
+        """
+        del begins
+        return obs, memory
+
+    def reset_memory(
+        self, memory: Float[Tensor, "M S"] | None, ended: Bool[Tensor, " M"]
+    ) -> Float[Tensor, "M S"] | None:
+        """The memory with that of a new episode, zeros, wherever an episode ended."""
+        return None if memory is None else memory.masked_fill(ended[:, None], 0.0)
 
     @abstractmethod
     def noise(self, shape: tuple[int, ...], generator: torch.Generator) -> Float[Tensor, "... N"]:
@@ -126,53 +148,3 @@ class PolicySpec(ABC):
         if cls is not PolicySpec:
             return NotImplemented
         return callable(getattr(other, "build", None)) or NotImplemented
-
-
-# What a policy is to be given in place of an observation. Without memory (``None``) that is the
-# observation.
-
-
-def blank_memory(policy: Policy, obs: Observation) -> Float[Tensor, "M S"] | None:
-    """At the beginning of episodes whose first observations are ``obs``."""
-    if policy.memory_size == 0:
-        return None
-    first = leaves(obs)[0]
-    return torch.zeros(len(first), policy.memory_size, device=first.device)
-
-
-def see(
-    policy: Policy, obs: Observation, memory: Float[Tensor, "M S"] | None
-) -> tuple[Observation, Float[Tensor, "M S"] | None]:
-    """One step: what to decide on, and the memory after it."""
-    if memory is None:
-        return obs, None
-
-    def one_step(value: Tensor) -> Tensor:
-        return value[None]
-
-    after = policy.remember(map_obs(one_step, obs), memory, None)[0]
-    return after, after
-
-
-def recall(
-    policy: Policy,
-    obs: Observation,
-    memory: Float[Tensor, "M S"] | None,
-    begins: Bool[Tensor, " N"] | None,
-) -> Observation:
-    """What to decide on at each of ``T`` steps of ``M`` sequences, ``N = T * M`` rows by time."""
-    if memory is None:
-        return obs
-    assert begins is not None
-
-    def by_step(value: Tensor) -> Tensor:
-        return value.reshape(-1, len(memory), *value.shape[1:])
-
-    return policy.remember(map_obs(by_step, obs), memory, by_step(begins)).flatten(0, 1)
-
-
-def forget(
-    memory: Float[Tensor, "M S"] | None, ended: Bool[Tensor, " M"]
-) -> Float[Tensor, "M S"] | None:
-    """Blank where an episode ended."""
-    return None if memory is None else memory.masked_fill(ended[:, None], 0.0)

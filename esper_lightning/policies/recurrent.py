@@ -12,18 +12,23 @@ from torch import Tensor, nn
 from esper_lightning.core.errors import check_fields, require
 from esper_lightning.core.recurrence import Cell, unroll
 from esper_lightning.core.shapes import Bool, Float, Shaped
-from esper_lightning.core.spaces import Box, EnvSpaces
+from esper_lightning.core.spaces import Box, EnvSpaces, ObsSpace
 from esper_lightning.core.types import Observation
+from esper_lightning.policies.actor_critic import build_actor_critic
 from esper_lightning.policies.base import Evaluation, Policy, PolicySpec, SampledAction
-from esper_lightning.policies.feedforward import (
-    MLP,
-    FeedForwardPolicy,
-    check_layers,
-    check_widest,
-    flat_obs,
-    obs_size,
+from esper_lightning.policies.encoders import (
+    Encoder,
+    EncoderSpec,
+    FlatEncoder,
+    with_hidden_layers,
 )
-from esper_lightning.policies.layers import Activation, mlp, orthogonal_linear
+from esper_lightning.policies.layers import (
+    Activation,
+    check_layers,
+    check_std,
+    check_widest,
+    orthogonal_linear,
+)
 
 __all__ = ["Recurrent", "RecurrentPolicy"]
 
@@ -43,7 +48,9 @@ class Recurrent(PolicySpec):
     Attributes:
         cell: A gated recurrent unit, or a long short-term memory.
         memory_size: Width of the cell.
-        encoder_sizes: Width of each hidden layer between observation and cell; may be none.
+        encoder: Encoder of observations; ``None`` for the observations themselves as vectors.
+            ``Image()`` is one for images, ``Imported(path=...)`` one of your own.
+        encoder_sizes: Width of each hidden layer between encoder and cell; may be none.
         hidden_sizes: Width of each hidden layer behind the cell, of actor and critic.
         activation: Nonlinearity after each hidden layer.
         action_bounds: Whether a Gaussian is cut at the bounds of the action space or squashed into
@@ -54,6 +61,7 @@ class Recurrent(PolicySpec):
 
     cell: Cell = "gru"
     memory_size: int = 64
+    encoder: EncoderSpec | None = None
     encoder_sizes: tuple[int, ...] = (64,)
     hidden_sizes: tuple[int, ...] = (64,)
     activation: Activation = "tanh"
@@ -68,7 +76,11 @@ class Recurrent(PolicySpec):
         ok = min(encoder_sizes, default=1) >= 1
         require(ok, "Recurrent.encoder_sizes", "be widths of at least 1", encoder_sizes)
         check_widest("Recurrent.encoder_sizes", *encoder_sizes)
-        check_layers("Recurrent", self.hidden_sizes, self.initial_std)
+        check_layers("Recurrent", self.hidden_sizes)
+        check_std("Recurrent", self.initial_std)
+        ok = self.encoder is None or isinstance(self.encoder, EncoderSpec)  # pyright: ignore[reportUnnecessaryIsInstance]
+        rule = "be an encoder spec, such as Image(), or None"
+        require(ok, "Recurrent.encoder", rule, self.encoder)
 
     def build(self, spaces: EnvSpaces, generator: torch.Generator) -> Policy:
         """Allocate and initialise on the CPU, drawing from ``generator`` only.
@@ -80,46 +92,64 @@ class Recurrent(PolicySpec):
 
 
 class RecurrentPolicy(Policy):
-    """What ``Recurrent`` builds."""
+    """What ``Recurrent`` builds: an encoder, a cell, and an actor-critic that sees its output."""
 
     def __init__(self, spec: Recurrent, spaces: EnvSpaces, generator: torch.Generator) -> None:
         super().__init__()
-        self._groups = None if isinstance(spaces.obs, Box) else tuple(spaces.obs)
         self._cell: Cell = spec.cell
         self._size = size = spec.memory_size
         gates = {"gru": 3, "lstm": 4}[spec.cell]
         self.memory_size = {"gru": size, "lstm": 2 * size}[spec.cell]
 
-        inputs = obs_size(spaces.obs, self._groups)
-        self.encoder = mlp(
-            inputs, spec.encoder_sizes, activation=spec.activation, generator=generator
-        )
-        inputs = spec.encoder_sizes[-1] if spec.encoder_sizes else inputs
+        def flat(space: ObsSpace, sizes: tuple[int, ...]) -> Encoder:
+            return FlatEncoder(space, None, sizes, activation=spec.activation, generator=generator)
+
+        if spec.encoder is None:
+            self.encoder = flat(spaces.obs, spec.encoder_sizes)
+        else:
+            self.encoder = with_hidden_layers(
+                spec.encoder.build_encoder(spaces.obs, generator),
+                spec.encoder_sizes,
+                activation=spec.activation,
+                generator=generator,
+            )
 
         def gate_inputs(inputs: int) -> nn.Linear:
             outputs = gates * size
             return orthogonal_linear(inputs, outputs, gain=1.0, generator=generator, parts=gates)
 
-        self.from_input, self.from_memory = gate_inputs(inputs), gate_inputs(size)
-        output = EnvSpaces(obs=Box((size,)), action=spaces.action, masked=spaces.masked)
-        behind = MLP(
-            hidden_sizes=spec.hidden_sizes,
-            activation=spec.activation,
+        self.from_input = gate_inputs(self.encoder.features)
+        self.from_memory = gate_inputs(size)
+        output = Box((size,))
+        self.decides = build_actor_critic(
+            flat(output, spec.hidden_sizes),
+            flat(output, spec.hidden_sizes),
+            spaces.action,
+            owner="Recurrent",
             action_bounds=spec.action_bounds,
             initial_std=spec.initial_std,
+            generator=generator,
         )
-        self.decides = FeedForwardPolicy(behind, output, generator, owner="Recurrent")
 
-    def remember(
+    def step_memory(
+        self, obs: Observation, memory: Float[Tensor, "M S"] | None
+    ) -> tuple[Float[Tensor, "M H"], Float[Tensor, "M S"]]:
+        """The output of the cell, and the memory, after one observation of each row."""
+        assert memory is not None
+        after = self._unroll(obs, memory, None)[0]
+        return self._output(after), after
+
+    def unroll_memory(
         self,
         obs: Observation,
-        memory: Float[Tensor, "M S"],
-        begins: Bool[Tensor, "T M"] | None,
-    ) -> Float[Tensor, "T M S"]:
-        """The memory after each of ``T`` observations ``[T, M, *O]``; float32 under autocast."""
-        encoded = self.encoder(flat_obs(obs, self._groups, axes=2))
-        x = self.from_input(encoded).to(memory.dtype)
-        return unroll(self._cell, x, begins, memory, self.from_memory.weight, self.from_memory.bias)
+        memory: Float[Tensor, "M S"] | None,
+        begins: Bool[Tensor, " N"] | None,
+    ) -> tuple[Float[Tensor, "N H"], Float[Tensor, "N S"]]:
+        """The output of the cell, and the memory, after each row of ``M`` sequences."""
+        assert memory is not None
+        assert begins is not None
+        after = self._unroll(obs, memory, begins.view(-1, len(memory))).flatten(0, 1)
+        return self._output(after), after
 
     def noise(self, shape: tuple[int, ...], generator: torch.Generator) -> Float[Tensor, "... N"]:
         """Random numbers for ``act``: ``[*shape, N]``, on the device of the generator."""
@@ -128,30 +158,37 @@ class RecurrentPolicy(Policy):
     def act(
         self, obs: Observation, mask: Bool[Tensor, "M K"] | None, noise: Float[Tensor, "M N"]
     ) -> SampledAction:
-        """Sample an action for each memory; everything random about it is in ``noise``."""
-        return self.decides.act(self._output(obs), mask, noise)
+        """Sample an action for each output of the cell; everything random is in ``noise``."""
+        return self.decides.act(obs, mask, noise)
 
     def act_deterministically(
         self, obs: Observation, mask: Bool[Tensor, "M K"] | None
     ) -> Shaped[Tensor, "M *A"]:
-        """The most probable action for each memory."""
-        return self.decides.act_deterministically(self._output(obs), mask)
+        """The most probable action for each output of the cell."""
+        return self.decides.act_deterministically(obs, mask)
 
     def evaluate(
         self, obs: Observation, action: Shaped[Tensor, "M *A"], mask: Bool[Tensor, "M K"] | None
     ) -> Evaluation:
         """Log-probability of given actions, entropy and value, with gradients."""
-        return self.decides.evaluate(self._output(obs), action, mask)
+        return self.decides.evaluate(obs, action, mask)
 
     def value(self, obs: Observation) -> Float[Tensor, " M"]:
-        """Value of each memory."""
-        return self.decides.value(self._output(obs))
+        """Value of each output of the cell."""
+        return self.decides.value(obs)
 
     def to_env(self, action: Shaped[Tensor, "M *A"]) -> Shaped[Tensor, "M ..."]:
         """Sampled actions in the environment's units and range."""
         return self.decides.to_env(action)
 
-    def _output(self, memory: Observation) -> Float[Tensor, "M H"]:
-        """Of the cell: an LSTM's memory holds more than it shows."""
-        assert isinstance(memory, Tensor)
+    def _unroll(
+        self, obs: Observation, memory: Tensor, begins: Tensor | None
+    ) -> Float[Tensor, "T M S"]:
+        """The memory after each of ``T`` steps; float32 under autocast."""
+        x = self.from_input(self.encoder(obs)).to(memory.dtype)
+        x = x.view(-1 if begins is not None else 1, *memory.shape[:1], x.shape[-1])
+        return unroll(self._cell, x, begins, memory, self.from_memory.weight, self.from_memory.bias)
+
+    def _output(self, memory: Tensor) -> Tensor:
+        """Output of the cell: an LSTM's memory holds more than it shows."""
         return memory[:, : self._size]

@@ -66,7 +66,9 @@ class Critic:
         weights: Weights,
     ) -> tuple[Tensor, Values]:
         obs, reached, begins, memory = x
-        return counter + 1.0, self._agent.value(weights, obs, reached, memory, begins)
+        agent = self._agent
+        values = agent.with_weights(weights, agent.value, obs, reached, memory, begins)
+        return counter + 1.0, values
 
 
 def _beginnings(rollout: Rollout) -> Bool[Tensor, "T B"]:

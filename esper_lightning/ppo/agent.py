@@ -1,39 +1,37 @@
-"""Policy and observation statistics as functions of weights that are handed to them.
+"""Policy and observation statistics as one module, and its methods as functions of weights.
 
 Axes: ``T`` step, ``B`` environment, ``M`` sample, ``P`` weight. It knows nothing of Lightning.
 """
 
-from typing import Any, NamedTuple
+from collections.abc import Callable
+from typing import NamedTuple, ParamSpec, TypeVar, cast
 
 import torch
 from torch import Tensor, nn
 from torch.func import functional_call
+from typing_extensions import override
 
 from esper_lightning.core.flat_adam import FlatParameters
 from esper_lightning.core.running_stats import ObsNormalizer
 from esper_lightning.core.shapes import Bool, Float, Shaped
 from esper_lightning.core.types import Observation, Samples, map_obs
-from esper_lightning.policies.base import (
-    Evaluation,
-    Policy,
-    SampledAction,
-    blank_memory,
-    recall,
-    see,
-)
+from esper_lightning.policies.base import Evaluation, Policy, SampledAction
 
 __all__ = ["Acted", "Agent", "Values", "Weights", "prepare_obs"]
 
+_P = ParamSpec("_P")
+_R = TypeVar("_R")
+
 
 class Weights(NamedTuple):
-    """What an agent computes with, as arguments."""
+    """Everything that an agent computes with besides its inputs."""
 
     parameters: Float[Tensor, " P"]
     buffers: dict[str, Tensor]
 
 
 class Acted(NamedTuple):
-    """What an agent makes of an observation when it acts."""
+    """Result of ``Agent.act``."""
 
     sampled: SampledAction
     action: Shaped[Tensor, "M ..."]  # as the environment takes it
@@ -54,118 +52,114 @@ def prepare_obs(obs: Observation, normalizer: ObsNormalizer | None) -> Observati
     return obs if normalizer is None else normalizer(obs)
 
 
-class _Both(nn.Module):
-    """So that one ``functional_call`` reaches every method of both."""
+class Agent(nn.Module):
+    """A policy, and the statistics by which its observations are normalised.
 
-    def __init__(self, policy: Policy, normalizer: ObsNormalizer | None) -> None:
-        super().__init__()
-        self.policy, self.normalizer = policy, normalizer
-
-    def forward(self, method: str, *args: Any) -> Any:
-        """Call a method."""
-        return getattr(self, method)(*args)
-
-    def act(self, obs: Observation, mask: Any, noise: Tensor, memory: Tensor | None) -> Acted:
-        """See ``Agent``."""
-        seen, memory = see(self.policy, prepare_obs(obs, self.normalizer), memory)
-        sampled = self.policy.act(seen, mask, noise)
-        return Acted(sampled, self.policy.to_env(sampled.action), memory)
-
-    def value(
-        self, obs: Observation, reached: Observation, memory: Tensor | None, begins: Tensor | None
-    ) -> Values:
-        """See ``Agent``."""
-        obs, reached = prepare_obs(obs, self.normalizer), prepare_obs(reached, self.normalizer)
-        seen = recall(self.policy, obs, memory, begins)
-        if memory is not None:  # that of each step, from which the next observation is seen
-            assert isinstance(seen, Tensor)
-            reached, _ = see(self.policy, reached, seen)
-        return Values(obs, self.policy.value(seen), self.policy.value(reached))
-
-    def evaluate(self, batch: Samples) -> Evaluation:
-        """See ``Agent``."""
-        seen = recall(self.policy, batch.obs, batch.memory, batch.begins)
-        return self.policy.evaluate(seen, batch.action, batch.action_mask)
-
-
-class Agent:
-    """An actor, a critic, and what they see of an observation.
+    ``act``, ``value`` and ``evaluate`` compute with the weights that the module holds.
+    ``with_weights`` calls one of them with other weights, which makes it a pure function that can
+    be compiled, and differentiated by the weights.
 
     Args:
-        policy: Trained in place by whoever holds ``parameters``.
+        policy: Actor and critic, trained in place by the owner of ``parameters``.
         normalizer: Statistics of observations; ``None`` for none.
     """
 
     def __init__(self, policy: Policy, normalizer: ObsNormalizer | None) -> None:
-        self._both = _Both(policy, normalizer)
-        self._parameters: FlatParameters | None = None
+        super().__init__()
+        self.policy, self.normalizer = policy, normalizer
+        self._flat: FlatParameters | None = None
         self._weights: Weights | None = None
 
     def bind(self, optimizer: torch.optim.Adam) -> FlatParameters:
-        """Put all weights into one vector, together with the optimizer's state.
+        """Store all weights in one vector, together with the optimizer's state.
 
         Raises:
             ValueError: If parameters are not float32 on one device.
         """
-        self._parameters = FlatParameters(self._both, optimizer)
-        frozen = {n: p for n, p in self._both.named_parameters() if not p.requires_grad}
-        buffers = {**dict(self._both.named_buffers()), **frozen}
-        self._weights = Weights(self._parameters.state.weight, buffers)
-        return self._parameters
+        self._flat = FlatParameters(self, optimizer)
+        frozen = {n: p for n, p in self.named_parameters() if not p.requires_grad}
+        buffers = {**dict(self.named_buffers()), **frozen}
+        self._weights = Weights(self._flat.state.weight, buffers)
+        return self._flat
 
     @property
     def weights(self) -> Weights:
-        """Those in force."""
+        """The weights that the module holds."""
         assert self._weights is not None
         return self._weights
 
+    def with_weights(
+        self, weights: Weights, method: Callable[_P, _R], *args: _P.args, **kwargs: _P.kwargs
+    ) -> _R:
+        """Call a method of this agent as if the module held ``weights``.
+
+        Args:
+            weights: Weights to compute with.
+            method: Bound method of this agent, such as ``agent.act``.
+            *args: Arguments of the method.
+            **kwargs: Further arguments of the method.
+        """
+        assert self._flat is not None
+        if weights.parameters is self._flat.state.weight:  # which the module holds anyway
+            return method(*args, **kwargs)
+        named = {**self._flat.placed(weights.parameters), **weights.buffers}
+        # With tie_weights, torch does not restore weights of a module that is in two places.
+        result = functional_call(self, named, (method, *args), kwargs, tie_weights=False)
+        return cast(_R, result)
+
+    @override
+    def forward(self, method: Callable[_P, _R], *args: _P.args, **kwargs: _P.kwargs) -> _R:
+        """Call a method: ``functional_call`` replaces weights while ``forward`` runs."""
+        return method(*args, **kwargs)
+
     def act(
         self,
-        weights: Weights,
         obs: Observation,
         mask: Bool[Tensor, "M K"] | None,
         noise: Float[Tensor, "M N"],
         memory: Float[Tensor, "M S"] | None,
     ) -> Acted:
-        """Sample actions. Observations come as they are, with the memory before them."""
-        return self._call(weights, "act", obs, mask, noise, memory)
+        """Sample actions for observations as the environment gives them.
+
+        Args:
+            obs: Observations ``[M, *O]``.
+            mask: Choices that are allowed.
+            noise: Random numbers from ``Policy.noise``.
+            memory: Memory before the observations.
+        """
+        seen, memory = self.policy.step_memory(prepare_obs(obs, self.normalizer), memory)
+        sampled = self.policy.act(seen, mask, noise)
+        return Acted(sampled, self.policy.to_env(sampled.action), memory)
 
     def value(
         self,
-        weights: Weights,
         obs: Observation,
         reached: Observation,
         memory: Float[Tensor, "B S"] | None,
         begins: Bool[Tensor, " N"] | None,
     ) -> Values:
-        """Value both ends of every step; of observations ``[N, *O]`` as they are.
+        """Value both ends of every step, from observations as the environment gives them.
 
         With memory the rows are steps of whole sequences: see ``Samples``.
+
+        Args:
+            obs: Observations ``[N, *O]`` that were acted on.
+            reached: Observations ``[N, *O]`` that the actions led to.
+            memory: Memory before the first step of each sequence.
+            begins: Whether a row is the first step of an episode.
         """
-        return self._call(weights, "value", obs, reached, memory, begins)
+        obs, reached = prepare_obs(obs, self.normalizer), prepare_obs(reached, self.normalizer)
+        seen, after = self.policy.unroll_memory(obs, memory, begins)
+        reached, _ = self.policy.step_memory(reached, after)
+        return Values(obs, self.policy.value(seen), self.policy.value(reached))
 
-    def evaluate(self, weights: Weights, batch: Samples) -> Evaluation:
-        """Actions taken earlier, seen by these weights."""
-        return self._call(weights, "evaluate", batch)
-
-    def blank_memory(self, obs: Observation) -> Float[Tensor, "M S"] | None:
-        """At the beginning of episodes; ``None`` for a policy without memory."""
-        return blank_memory(self._both.policy, obs)
-
-    def noise(self, shape: tuple[int, ...], generator: torch.Generator) -> Float[Tensor, "... N"]:
-        """Random numbers for ``act``."""
-        return self._both.policy.noise(shape, generator)
+    def evaluate(self, batch: Samples) -> Evaluation:
+        """Log-probability, entropy and value of actions that were taken earlier."""
+        seen, _ = self.policy.unroll_memory(batch.obs, batch.memory, batch.begins)
+        return self.policy.evaluate(seen, batch.action, batch.action_mask)
 
     def named(self, flat: Float[Tensor, " P"]) -> dict[str, Tensor]:
         """A vector over all weights by the policy's own names of its parameters."""
-        assert self._parameters is not None
-        views = self._parameters.named(flat)
+        assert self._flat is not None
+        views = self._flat.named(flat)
         return {name.removeprefix("policy."): view for name, view in views.items()}
-
-    def _call(self, weights: Weights, method: str, *args: Any) -> Any:
-        assert self._parameters is not None
-        if weights.parameters is self._parameters.state.weight:  # which the modules hold anyway
-            return self._both(method, *args)
-        named = {**self._parameters.placed(weights.parameters), **weights.buffers}
-        # With tie_weights, torch forgets to put back weights of a module that is in two places.
-        return functional_call(self._both, named, (method, *args), tie_weights=False)

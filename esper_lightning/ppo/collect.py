@@ -17,8 +17,8 @@ from esper_lightning.core.tensor_trees import map_tree
 from esper_lightning.core.types import Observation, Rollout, StepResult, map_obs
 from esper_lightning.envs.base import BatchedEnv, FunctionalEnv, is_functional
 from esper_lightning.envs.inspector import FirstSteps
-from esper_lightning.policies.base import SampledAction, forget
-from esper_lightning.ppo.agent import Agent, Weights
+from esper_lightning.policies.base import SampledAction
+from esper_lightning.ppo.agent import Acted, Agent, Weights
 from esper_lightning.ppo.non_finite import refuse_stuck_cause
 
 __all__ = ["ActingState", "Collector", "Normalize", "as_row"]
@@ -102,7 +102,7 @@ class Collector:
         """
         steps, num_envs = rollout.reward.shape
         weights = self._agent.weights
-        noise = self._agent.noise((steps, num_envs), generator)
+        noise = self._agent.policy.noise((steps, num_envs), generator)
         if self._functional is None:
             return rollout, self._call_env(state, rollout, weights, noise)
         env = self._functional
@@ -120,33 +120,46 @@ class Collector:
     ) -> tuple[_Running, Rollout]:
         """One step of an environment that is a pure function."""
         assert self._functional is not None
+        policy = self._agent.policy
         noise, drawn = x
         before, obs, action_mask, memory = running
-        acted = self._agent.act(weights, obs, action_mask, noise, memory)
+        acted = self._act(weights, obs, action_mask, noise, memory)
         episodes, result = self._functional.transition(before, acted.action, drawn)
         row = as_row(obs, action_mask, acted.sampled, result)
-        memory = forget(acted.memory, result.terminated | result.truncated)
+        memory = policy.reset_memory(acted.memory, result.terminated | result.truncated)
         return _Running(episodes, result.obs, result.action_mask, memory), row
+
+    def _act(
+        self,
+        weights: Weights,
+        obs: Observation,
+        action_mask: Tensor | None,
+        noise: Tensor,
+        memory: Tensor | None,
+    ) -> Acted:
+        agent = self._agent
+        return agent.with_weights(weights, agent.act, obs, action_mask, noise, memory)
 
     def _rehearse(self, running: _Running, xs: tuple[Tensor, Any], weights: Weights) -> None:
         """Inspect the steps that a rollout begins with, before a loop takes them."""
+        policy = self._agent.policy
         for t in range(min(self._first_steps.left, len(xs[0]))):
             noise, drawn = map_tree(lambda rows, t=t: rows[t], xs)
             episodes, obs, action_mask, memory = running
-            acted = self._agent.act(weights, obs, action_mask, noise, memory)
+            acted = self._act(weights, obs, action_mask, noise, memory)
             episodes, result = self._first_steps.rehearse(episodes, acted.action, drawn)
-            memory = forget(acted.memory, result.terminated | result.truncated)
+            memory = policy.reset_memory(acted.memory, result.terminated | result.truncated)
             running = _Running(episodes, result.obs, result.action_mask, memory)
 
     def _call_env(
         self, state: ActingState, rollout: Rollout, weights: Weights, noise: Tensor
     ) -> ActingState:
         """Any other environment."""
-        first_steps = self._first_steps
+        first_steps, policy = self._first_steps, self._agent.policy
         env = first_steps if first_steps.left > 0 else self._env
         obs, action_mask, memory = state.obs, state.action_mask, state.memory
         for t in range(rollout.reward.shape[0]):
-            acted = self._agent.act(weights, obs, action_mask, noise[t], memory)
+            acted = self._act(weights, obs, action_mask, noise[t], memory)
             try:
                 result = env.step(acted.action)
             except Exception as error:
@@ -154,8 +167,7 @@ class Collector:
                 raise
             write_step(rollout, t, as_row(obs, action_mask, acted.sampled, result))
             obs, action_mask = result.obs, result.action_mask
-            if acted.memory is not None:
-                memory = forget(acted.memory, result.terminated | result.truncated)
+            memory = policy.reset_memory(acted.memory, result.terminated | result.truncated)
         return state._replace(obs=obs, action_mask=action_mask, memory=memory)
 
 

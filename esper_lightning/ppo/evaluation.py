@@ -13,7 +13,7 @@ from esper_lightning.core.shapes import Float, Int
 from esper_lightning.core.types import Observation, StepResult
 from esper_lightning.envs.base import BatchedEnv
 from esper_lightning.envs.inspector import FirstSteps
-from esper_lightning.policies.base import Policy, blank_memory, forget, see
+from esper_lightning.policies.base import Policy
 from esper_lightning.ppo.collect import Normalize
 from esper_lightning.ppo.non_finite import refuse_stuck_cause
 
@@ -56,12 +56,12 @@ def evaluate_policy(
     """
     played = first_steps or env
     obs, action_mask = played.reset()
-    memory = blank_memory(policy, obs)
+    memory = policy.initial_memory(obs)
 
     def step(
         obs: Observation, action_mask: Tensor | None, memory: Tensor | None
     ) -> tuple[StepResult, Tensor | None]:
-        seen, memory = see(policy, normalize(obs), memory)
+        seen, memory = policy.step_memory(normalize(obs), memory)
         action = policy.to_env(policy.act_deterministically(seen, action_mask))
         try:
             result = played.step(action)
@@ -69,7 +69,7 @@ def evaluate_policy(
             if first_steps is not None:
                 refuse_stuck_cause(error, action_mask, first_steps)
             raise
-        return result, forget(memory, result.terminated | result.truncated)
+        return result, policy.reset_memory(memory, result.terminated | result.truncated)
 
     result, memory = step(obs, action_mask, memory)
     episode_return, episode_length = result.episode_return, result.episode_length

@@ -116,7 +116,7 @@ class Learner:
         if state is None or state["env"] is None:
             obs, mask = self._first_steps.reset()
             zeros = torch.zeros(self._storage.reward.shape[1], device=self._device)
-            self._acting = ActingState(obs, mask, zeros, self.agent.blank_memory(obs))
+            self._acting = ActingState(obs, mask, zeros, self.agent.policy.initial_memory(obs))
             self._first_memory = self._acting.memory
             return False
         self._env.load_state_dict(state["env"])

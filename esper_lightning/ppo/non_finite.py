@@ -238,7 +238,8 @@ def find_fault(
         batch = take(samples, index)
         with torch.enable_grad():
             flat = weights.parameters.detach().requires_grad_()
-            evaluation = agent.evaluate(weights._replace(parameters=flat), batch)
+            other = weights._replace(parameters=flat)
+            evaluation = agent.with_weights(other, agent.evaluate, batch)
             terms = ppo_loss_terms(evaluation, batch, config)
             (gradient,) = torch.autograd.grad(total_loss(terms, config).sum(), [flat])
         # Sums, as the update has them: they may be infinite where no term is.

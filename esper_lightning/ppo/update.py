@@ -167,11 +167,11 @@ class Updater:
         self, progress: _Progress, index: Int[Tensor, " M"], constants: _Constants
     ) -> GradientSums:
         """Gradient and metrics, summed over some samples."""
-        batch = take(constants.samples, index)
+        agent, batch = self._agent, take(constants.samples, index)
         with torch.enable_grad():
             weight = progress.adam.weight.detach().requires_grad_()
             weights = Weights(weight, constants.buffers)
-            evaluation = self._agent.evaluate(weights, batch)
+            evaluation = agent.with_weights(weights, agent.evaluate, batch)
             terms = ppo_loss_terms(evaluation, batch, self._config)
             loss = total_loss(terms, self._config).sum()
             (gradient,) = torch.autograd.grad(loss, [weight])

@@ -25,7 +25,6 @@ from esper_lightning.core.errors import require, require_output
 from esper_lightning.core.spaces import ActionSpace, Discrete, FactoredDiscrete, MultiDiscrete
 from esper_lightning.core.types import Observation, map_obs
 from esper_lightning.forensics.files import write_atomically
-from esper_lightning.policies.base import blank_memory, see
 from esper_lightning.ppo.agent import prepare_obs
 from esper_lightning.training.checkpoint.states import refuse_non_finite
 from esper_lightning.training.module import PPO
@@ -119,7 +118,7 @@ class DeterministicPolicy(nn.Module):
             memory: ``[M, S]``, before the observations: zeros at the first of an episode. With it
                 come actions and the memory after the observations.
         """
-        seen, memory = see(self.policy, prepare_obs(obs, self.normalizer), memory)
+        seen, memory = self.policy.step_memory(prepare_obs(obs, self.normalizer), memory)
         action = self.policy.to_env(self.policy.act_deterministically(seen, action_mask))
         return action if memory is None else (action, memory)
 
@@ -240,7 +239,7 @@ def _example(model: PPO) -> Inputs:
         return leaf[torch.arange(4) % len(leaf)]
 
     obs = map_obs(four, obs)
-    return Inputs(obs, None if mask is None else four(mask), blank_memory(model.policy, obs))
+    return Inputs(obs, None if mask is None else four(mask), model.policy.initial_memory(obs))
 
 
 def _random_inputs(

@@ -10,6 +10,7 @@ it or reports on it.
 import logging
 import time
 from collections.abc import Iterable
+from dataclasses import replace
 from typing import Any, cast
 
 import torch
@@ -20,7 +21,7 @@ from typing_extensions import override
 from esper_lightning.callbacks.loggers import guard_loggers
 from esper_lightning.compiling.loops import CompileMode
 from esper_lightning.core.ranks import Ranks
-from esper_lightning.core.running_stats import ObsNormalizer, RunningStats
+from esper_lightning.core.running_stats import ObsNormalizer, RunningStats, normalized_space
 from esper_lightning.core.seeding import require_torch_defaults, stream, stream_seed
 from esper_lightning.core.types import Observation
 from esper_lightning.envs.base import EnvSpec
@@ -121,10 +122,11 @@ class PPO(CheckpointHooks):
 
         weights = stream(self.seed, rank=0, purpose="weights", device=torch.device("cpu"))
         spaces = self.env.spaces()
-        self.policy = settings.policy.build(spaces, weights)
+        normalizes, clip = self.ppo.normalize_obs, self.ppo.obs_clip
+        seen = normalized_space(spaces.obs, clip=clip) if normalizes else spaces.obs
+        self.policy = settings.policy.build(replace(spaces, obs=seen), weights)
         whole_sequences = self.policy.memory_size > 0
         self.ppo.check_against(num_envs=self.env.num_envs, whole_sequences=whole_sequences)
-        normalizes, clip = self.ppo.normalize_obs, self.ppo.obs_clip
         self.obs_normalizer = ObsNormalizer(spaces.obs, clip=clip) if normalizes else None
         self.return_stats = RunningStats(()) if self.ppo.normalize_reward else None
         self.evaluation = Evaluation(settings)

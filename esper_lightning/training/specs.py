@@ -4,14 +4,15 @@ The form is the command line's own: ``class_path`` and ``init_args``.
 """
 
 import dataclasses
-import importlib
 from collections.abc import Mapping, Sequence
 from typing import Any, cast
 
 from esper_lightning.core.errors import require
+from esper_lightning.core.imports import import_object
 from esper_lightning.envs.base import EnvSpec
 from esper_lightning.envs.inspector import is_count
 from esper_lightning.policies.base import PolicySpec
+from esper_lightning.policies.encoders import EncoderSpec
 
 __all__ = [
     "evaluation_spec",
@@ -23,22 +24,21 @@ __all__ = [
 ]
 
 SpecData = dict[str, Any]
+_FORM = {"class_path", "init_args"}
 _PLAIN = (bool, int, float, str, type(None))
 _OPAQUE = "repr()"
 
 
 def to_data(value: object) -> Any:
-    """Dataclasses as dicts and tuples as lists, all the way down.
+    """Dataclasses as dicts and tuples as lists, all the way down; specs within with their class.
 
     What is not a number or text becomes its ``repr`` under a name that no setting has: it can be
     compared, and ``spec_from_data`` refuses it.
     """
+    if isinstance(value, EncoderSpec):
+        return spec_to_data(value)
     if dataclasses.is_dataclass(value) and not isinstance(value, type):
-        return {
-            field.name: to_data(getattr(value, field.name))
-            for field in dataclasses.fields(value)
-            if field.init
-        }
+        return _fields_to_data(value)
     if isinstance(value, Mapping):
         return {key: to_data(item) for key, item in cast(Mapping[str, object], value).items()}
     if isinstance(value, list | tuple):
@@ -74,7 +74,7 @@ def spec_to_data(spec: object) -> SpecData:
     kind = type(spec)
     return {
         "class_path": f"{kind.__module__}.{kind.__qualname__}",
-        "init_args": to_data(spec) if dataclasses.is_dataclass(spec) else {},
+        "init_args": _fields_to_data(spec) if dataclasses.is_dataclass(spec) else {},
     }
 
 
@@ -92,7 +92,7 @@ def spec_from_data(description: SpecData, *, owner: str, kind: type) -> Any:
     path = str(description["class_path"])
     settings = cast(dict[str, object], description["init_args"])
     try:
-        found = _locate(path)
+        found = import_object(path)
         if not (isinstance(found, type) and issubclass(found, kind)):
             raise TypeError(f"it is no {kind.__name__}")
         return found(**{key: _frozen(value) for key, value in settings.items()})
@@ -141,8 +141,13 @@ def require_specs(owner: str, env: object, policy: object) -> None:
     require(ok, f"{owner}.policy", "be a policy spec", policy, "MLP(), for example.")
 
 
+def _fields_to_data(settings: Any) -> SpecData:
+    fields = (field.name for field in dataclasses.fields(settings) if field.init)
+    return {name: to_data(getattr(settings, name)) for name in fields}
+
+
 def _frozen(value: object) -> object:
-    """Lists as tuples, all the way down: what frozen dataclasses hold.
+    """Lists as tuples and data of specs as specs, all the way down: what frozen dataclasses hold.
 
     Raises:
         TypeError: For a value of which only the ``repr`` was kept.
@@ -151,18 +156,9 @@ def _frozen(value: object) -> object:
         fields = cast(dict[str, object], value)
         if _OPAQUE in fields:
             raise TypeError(f"{fields[_OPAQUE]} is not plain data")
+        if fields.keys() == _FORM:
+            return spec_from_data(fields, owner="A spec within", kind=EncoderSpec)
         return {key: _frozen(item) for key, item in fields.items()}
     if isinstance(value, list):
         return tuple(_frozen(item) for item in cast(list[object], value))
     return value
-
-
-def _locate(path: str) -> Any:
-    """A class by its module and qualified name, which may lead through other classes."""
-    module, _, name = path.rpartition(".")
-    try:
-        return getattr(importlib.import_module(module), name)
-    except ModuleNotFoundError:
-        if "." not in module:
-            raise
-        return getattr(_locate(module), name)

@@ -18,7 +18,6 @@ from esper_lightning.core.spaces import (
 )
 from esper_lightning.core.types import Observation
 from esper_lightning.policies import MLP, Policy, PolicySpec, Recurrent
-from esper_lightning.policies.base import blank_memory, forget, recall, see
 
 STEPS, ROWS = 7, 6
 FACTORED = FactoredDiscrete(
@@ -136,17 +135,17 @@ def test_a_sequence_is_seen_as_it_was_step_by_step(spec, spaces, dtype) -> None:
     memory, acted, values = first, [], []
     with torch.no_grad():
         for t in range(STEPS):
-            seen, memory = see(policy, at(obs, t), memory)
+            seen, memory = policy.step_memory(at(obs, t), memory)
             acted.append(policy.act(seen, None if mask is None else mask[t], noise[t]))
             values.append(policy.value(seen))
-            memory = forget(memory, ended[t])
+            memory = policy.reset_memory(memory, ended[t])
         begins = torch.cat([torch.zeros_like(ended[:1]), ended[:-1]])
         # Some sequences alone, as in a minibatch.
         for rows in (slice(None), slice(1, 3), slice(3, 4)):
             of_rows = flat(
                 obs[:, rows] if isinstance(obs, Tensor) else {k: v[:, rows] for k, v in obs.items()}
             )
-            seen = recall(policy, of_rows, first[rows], begins[:, rows].flatten())
+            seen, _ = policy.unroll_memory(of_rows, first[rows], begins[:, rows].flatten())
             action = torch.stack([a.action for a in acted])[:, rows].flatten(0, 1)
             allowed = None if mask is None else mask[:, rows].flatten(0, 1)
             evaluation = policy.evaluate(seen, action, allowed)
@@ -164,11 +163,11 @@ def test_a_sequence_is_seen_as_it_was_step_by_step(spec, spaces, dtype) -> None:
 def test_every_weight_learns(spec, spaces) -> None:
     policy = trained(spec, spaces)
     obs, mask = random_obs(spaces), random_mask(spaces)
-    first = blank_memory(policy, at(obs, 0))
+    first = policy.initial_memory(at(obs, 0))
     assert first is not None
     assert first.shape == (ROWS, policy.memory_size)
     assert not first.any()
-    seen = recall(policy, flat(obs), first, ends().flatten())
+    seen, _ = policy.unroll_memory(flat(obs), first, ends().flatten())
     allowed = None if mask is None else mask.flatten(0, 1)
     action = policy.act_deterministically(seen, allowed)
     evaluation = policy.evaluate(seen, action, allowed)
@@ -188,7 +187,7 @@ def test_what_was_seen_before_counts_until_the_episode_ends() -> None:
     begins[3, 0] = True
     first = torch.zeros(ROWS, policy.memory_size)
     one, two = (
-        policy.value(recall(policy, flat(o), first, begins.flatten())).view(STEPS, ROWS)
+        policy.value(policy.unroll_memory(flat(o), first, begins.flatten())[0]).view(STEPS, ROWS)
         for o in (obs, other)
     )
     same = one == two
@@ -212,12 +211,11 @@ def test_the_first_weights_depend_on_the_generator_alone() -> None:
 def test_a_policy_without_memory_carries_nothing() -> None:
     policy = MLP().build(EnvSpaces(obs=Box((4,)), action=Discrete(2)), seeded(0))
     obs, no = torch.zeros(3, 4), torch.zeros(3, dtype=torch.bool)
-    assert blank_memory(policy, obs) is None
-    assert see(policy, obs, None)[0] is obs
-    assert recall(policy, obs, None, None) is obs
-    assert forget(None, no) is None
-    with pytest.raises(NotImplementedError):
-        policy.remember(obs[None], obs, None)
+    assert policy.initial_memory(obs) is None
+    for seen, memory in (policy.step_memory(obs, None), policy.unroll_memory(obs, None, None)):
+        assert seen is obs
+        assert memory is None
+    assert policy.reset_memory(None, no) is None
 
 
 @pytest.mark.parametrize("cell", ["gru", "lstm"])
@@ -227,8 +225,8 @@ def test_results_are_single_precision_under_autocast(cell) -> None:
     obs = random_obs(spaces)
 
     def results() -> tuple[Tensor, ...]:
-        first = blank_memory(policy, at(obs, 0))
-        seen = recall(policy, flat(obs), first, ends().flatten())
+        first = policy.initial_memory(at(obs, 0))
+        seen, _ = policy.unroll_memory(flat(obs), first, ends().flatten())
         action = torch.zeros(STEPS * ROWS, dtype=torch.int64)
         return seen, *policy.evaluate(seen, action, None)
 

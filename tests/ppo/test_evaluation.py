@@ -9,7 +9,6 @@ from torch import Tensor
 from esper_lightning import MLP, Recurrent
 from esper_lightning.core.spaces import Box, Discrete, EnvSpaces
 from esper_lightning.core.types import StepResult
-from esper_lightning.policies.base import forget, see
 from esper_lightning.ppo.evaluation import Episodes, evaluate_policy
 
 ENVS = 3
@@ -106,9 +105,9 @@ def test_a_memory_ends_with_its_episode_however_that_ends(cell):
     obs, mask = env.reset()
     for got in seen:
         with torch.no_grad():
-            _, memory = see(remembers, obs, memory)
-            assert torch.equal(got, memory)
-            result = env.step(act(memory, mask))
-        memory = forget(memory, result.terminated | result.truncated)
+            expected, memory = remembers.step_memory(obs, memory)
+            assert torch.equal(got, expected)
+            result = env.step(act(expected, mask))
+        memory = remembers.reset_memory(memory, result.terminated | result.truncated)
         obs, mask = result.obs, result.action_mask
     assert len(seen) == 7

@@ -41,7 +41,7 @@ def make(ranks: Ranks = SINGLE_RANK, config: PPOConfig = CONFIG, *, freeze: str 
 
 
 def policy_of(learner: Learner) -> torch.nn.Module:
-    return learner.agent._both.policy
+    return learner.agent.policy
 
 
 def test_discounted_returns_go_on_from_rollout_to_rollout_and_end_with_their_episode() -> None:

@@ -14,7 +14,6 @@ from esper_lightning.core.spaces import Box, Discrete, EnvSpaces
 from esper_lightning.envs import CartPole
 from esper_lightning.envs.autoreset import AutoresetEnv, Transition
 from esper_lightning.envs.base import EnvSpec
-from esper_lightning.policies.base import forget, see
 from esper_lightning.ppo.agent import Agent
 from esper_lightning.ppo.evaluation import evaluate_policy
 from esper_lightning.ppo.learner import Learner
@@ -113,7 +112,7 @@ def make_learner(cell="lstm", *, plain=False, **config) -> tuple[Learner, PPOCon
 @pytest.mark.parametrize("cell", ["gru", "lstm"])
 def test_learning_sees_what_acting_saw(cell, plain):
     learner, _ = make_learner(cell, plain=plain)
-    policy = learner.agent._both.policy
+    policy = learner.agent.policy
     memory = torch.zeros(ENVS, policy.memory_size)
     for _ in range(3):  # memory goes on from rollout to rollout
         rollout = learner.rollout(STEPS)
@@ -124,12 +123,12 @@ def test_learning_sees_what_acting_saw(cell, plain):
         log_probs, values, next_values = [], [], []
         with torch.no_grad():
             for t in range(STEPS):
-                seen, after = see(policy, rollout.obs[t], memory)
+                seen, after = policy.step_memory(rollout.obs[t], memory)
                 log_probs.append(policy.evaluate(seen, rollout.action[t], None).log_prob)
                 values.append(policy.value(seen))
-                reached, _ = see(policy, rollout.reached_obs[t], after)
+                reached, _ = policy.step_memory(rollout.reached_obs[t], after)
                 next_values.append(policy.value(reached))
-                memory = forget(after, ended[t])
+                memory = policy.reset_memory(after, ended[t])
         torch.testing.assert_close(learner._acting.memory, memory)
         torch.testing.assert_close(rollout.log_prob, torch.stack(log_probs))
 
@@ -146,7 +145,7 @@ def test_learning_sees_what_acting_saw(cell, plain):
         assert sorted(torch.cat(list(order)).tolist()) == list(range(ENVS))
         for index in order:
             batch = take(samples, index)
-            evaluation = learner.agent.evaluate(learner.agent.weights, batch)
+            evaluation = learner.agent.evaluate(batch)
             torch.testing.assert_close(evaluation.log_prob, batch.log_prob)
             torch.testing.assert_close(evaluation.value, batch.value)
             assert torch.equal(batch.log_prob, samples.log_prob[rows[:, index].flatten()])
@@ -174,9 +173,9 @@ def test_evaluation_remembers_and_forgets():
     other = spec.build(CPU, 3)
     obs, _ = other.reset()
     for got in seen:
-        _, memory = see(policy, obs, memory.masked_fill(ended, 0.0))
-        assert torch.equal(got, memory)
-        result = other.step(act(memory, None))
+        expected, memory = policy.step_memory(obs, memory.masked_fill(ended, 0.0))
+        assert torch.equal(got, expected)
+        result = other.step(act(expected, None))
         obs, ended = result.obs, result.terminated.unsqueeze(1)
     assert len(seen) == 7  # the longest first episode, in which others began anew
 

@@ -153,14 +153,14 @@ def test_memory_is_carried_as_told(trained, tmp_path, case, file_format):
     obs, mask, ended, action, memory = zip(*steps, strict=True)
     assert 0 < torch.stack(ended).sum() < 40
     if isinstance(obs[0], dict):
-        obs = {name: torch.stack([o[name] for o in obs]) for name in obs[0]}
+        obs = {name: torch.cat([o[name] for o in obs]) for name in obs[0]}
     else:
-        obs = torch.stack(obs)
+        obs = torch.cat(obs)
     mask = None if mask[0] is None else torch.cat(mask)
     with torch.no_grad():
-        expected = model.policy.remember(obs, blank, torch.stack(ended))
-        best = model.policy.act_deterministically(expected.flatten(0, 1), mask)
-    torch.testing.assert_close(torch.stack(memory), expected, rtol=1e-5, atol=1e-5)
+        seen, expected = model.policy.unroll_memory(obs, blank, torch.cat(ended))
+        best = model.policy.act_deterministically(seen, mask)
+    torch.testing.assert_close(torch.cat(memory), expected, rtol=1e-5, atol=1e-5)
     assert torch.equal(torch.cat(action), model.policy.to_env(best))
     assert len(best.unique(dim=0)) > 1
 

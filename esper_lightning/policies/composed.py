@@ -1,0 +1,207 @@
+"""Policies around a network of the user's own, found by its import path.
+
+Axes: ``M`` sample, ``*O`` observation, ``H`` feature.
+"""
+
+import re
+from dataclasses import dataclass, field
+from typing import Any, Literal, cast
+
+import torch
+from torch import Tensor, nn
+
+from esper_lightning.core.errors import Words, check_fields, require
+from esper_lightning.core.imports import import_object
+from esper_lightning.core.spaces import Box, EnvSpaces, ObsSpace
+from esper_lightning.core.types import Observation, map_obs
+from esper_lightning.policies.actor_critic import build_actor_critic
+from esper_lightning.policies.base import Policy, PolicySpec
+from esper_lightning.policies.encoders import Encoder, EncoderSpec, with_hidden_layers
+from esper_lightning.policies.layers import Activation, check_std, check_widest
+
+__all__ = ["Composed", "Imported"]
+
+
+@dataclass(frozen=True, kw_only=True)
+class Composed(PolicySpec):
+    """A network of the user's own for actor and critic.
+
+    ``encoder`` is called with the observation space, a ``Box`` or a dict of them by group, and with
+    ``encoder_args``. It returns a module that maps observations ``[M, *O]``, a tensor or a dict of
+    tensors by group, to float32 features ``[M, H]``, each row by itself. It is called where torch's
+    default generator is seeded from the seed of the run.
+
+    Attributes:
+        encoder: Function or class to call, as ``package.module:name``.
+        encoder_args: Arguments by name that it gets besides the observation space.
+        hidden_sizes: Width of each hidden layer behind the encoder; may be none.
+        activation: Nonlinearity after each of these hidden layers.
+        trunk: Whether actor and critic share encoder and hidden layers, or have their own.
+        action_bounds: Whether a Gaussian is cut at the bounds of the action space or squashed into
+            them.
+        initial_std: Standard deviation of a Gaussian at the start, in units where the bounds are -1
+            and 1.
+    """
+
+    encoder: str
+    encoder_args: dict[str, Any] = field(default_factory=dict[str, Any])
+    hidden_sizes: tuple[int, ...] = ()
+    activation: Activation = "tanh"
+    trunk: Literal["separate", "shared"] = "shared"
+    action_bounds: Literal["clip", "tanh"] = "clip"
+    initial_std: float = 1.0
+
+    def __post_init__(self) -> None:
+        check_fields(self)
+        _check_path("Composed.encoder", self.encoder)
+        ok = min(self.hidden_sizes, default=1) >= 1
+        require(ok, "Composed.hidden_sizes", "be widths of at least 1", self.hidden_sizes)
+        check_widest("Composed.hidden_sizes", *self.hidden_sizes)
+        check_std("Composed", self.initial_std)
+
+    def build(self, spaces: EnvSpaces, generator: torch.Generator) -> Policy:
+        """Build on the CPU; everything random comes from ``generator``.
+
+        Raises:
+            ValueError: If the encoder cannot be imported, is no module, or its features are not
+                what they must be; if the action space has no head.
+        """
+        actor = self._encoder(spaces.obs, generator)
+        critic = actor if self.trunk == "shared" else self._encoder(spaces.obs, generator)
+        return build_actor_critic(
+            actor,
+            critic,
+            spaces.action,
+            owner="Composed",
+            action_bounds=self.action_bounds,
+            initial_std=self.initial_std,
+            generator=generator,
+        )
+
+    def _encoder(self, space: ObsSpace, generator: torch.Generator) -> Encoder:
+        own = _ImportedEncoder(
+            "Composed.encoder", self.encoder, self.encoder_args, space, generator
+        )
+        return with_hidden_layers(
+            own, self.hidden_sizes, activation=self.activation, generator=generator
+        )
+
+
+@dataclass(frozen=True, kw_only=True)
+class Imported(EncoderSpec):
+    """A network of the user's own, as ``Recurrent.encoder``.
+
+    Attributes:
+        path: Function or class to call, as ``package.module:name``: see ``Composed``.
+        args: Arguments by name that it gets besides the observation space.
+    """
+
+    path: str
+    args: dict[str, Any] = field(default_factory=dict[str, Any])
+
+    def __post_init__(self) -> None:
+        check_fields(self)
+        _check_path("Imported.path", self.path)
+
+    def build_encoder(self, space: ObsSpace, generator: torch.Generator) -> Encoder:
+        """Build on the CPU; everything random comes from ``generator``.
+
+        Raises:
+            ValueError: If it cannot be imported, is no module, or its features are not what they
+                must be.
+        """
+        return _ImportedEncoder("Imported.path", self.path, self.args, space, generator)
+
+
+class _ImportedEncoder(Encoder):
+    """A module of the user's own, checked once on random observations.
+
+    Args:
+        setting: Name of the setting, for errors.
+        path: Import path of a function or class.
+        args: Arguments that it gets besides the observation space.
+        space: Observation space.
+        generator: Source of the seed with which the module is built.
+    """
+
+    def __init__(
+        self,
+        setting: str,
+        path: str,
+        args: dict[str, Any],
+        space: ObsSpace,
+        generator: torch.Generator,
+    ) -> None:
+        super().__init__()
+        seed = torch.randint(2**62, (), generator=generator)
+        with torch.random.fork_rng(devices=[]):
+            torch.default_generator.manual_seed(int(seed))
+            try:
+                network = import_object(path)(space, **args)
+            except Exception as error:  # whatever the user's code raises
+                rule = "build a torch.nn.Module from an observation space and its arguments"
+                raise _failed(setting, rule, path, error) from error
+            rule = "build a torch.nn.Module"
+            require(isinstance(network, nn.Module), setting, rule, network)
+            self.network = cast(nn.Module, network)
+            self.features = _check_features(setting, path, self.network, space)
+
+    def forward(self, obs: Observation) -> Tensor:
+        """Features of each row."""
+        return self.network(obs)
+
+
+def _check_path(setting: str, path: str) -> None:
+    ok = re.fullmatch(r"[^\W\d]\w*(\.[^\W\d]\w*)*[.:][^\W\d]\w*(\.[^\W\d]\w*)*", path) is not None
+    require(ok, setting, "name a function or class as package.module:name", path)
+
+
+def _failed(setting: str, rule: str, path: str, error: Exception) -> ValueError:
+    said = " ".join(f"{type(error).__name__}: {error}".split())
+    return ValueError(f"{setting} must {rule}, got {path!r}. {said}")
+
+
+def _check_features(setting: str, path: str, network: nn.Module, space: ObsSpace) -> int:
+    """Number of features of a row, from the features of random observations.
+
+    Raises:
+        ValueError: If features are not float32 ``[M, H]``, or a row has others in another batch.
+    """
+    generator = torch.Generator().manual_seed(0)
+    boxes = {"": space} if isinstance(space, Box) else space
+    groups = {name: _random_rows(box, generator) for name, box in boxes.items()}
+    obs = groups[""] if isinstance(space, Box) else groups
+    rule = "map observations [M, *O] to float32 features [M, H]"
+    results: list[Tensor] = []
+    for rows in (3, 2):
+
+        def head(group: Tensor, rows: int = rows) -> Tensor:
+            return group[:rows]
+
+        try:
+            with torch.no_grad():
+                result = network(map_obs(head, obs))
+        except Exception as error:  # whatever the user's code raises
+            raise _failed(setting, rule, path, error) from error
+        what = type(result).__name__
+        if isinstance(result, Tensor):
+            what = f"{list(result.shape)} of {result.dtype} for {rows} rows"
+            ok = result.dim() == 2 and len(result) == rows and result.shape[1] > 0
+            if ok and result.dtype == torch.float32:
+                results.append(result)
+                continue
+        require(False, setting, rule, Words(what))
+    more, fewer = results
+    alike = more.shape[1] == fewer.shape[1] and torch.allclose(more[:2], fewer, 1e-3, 1e-4)
+    hint = "Batch normalisation and dropout are not possible: acting and learning would differ."
+    rule = "give a row the same features in every batch"
+    require(alike, setting, rule, Words("others for 2 rows than for 3"), hint)
+    return more.shape[1]
+
+
+def _random_rows(box: Box, generator: torch.Generator) -> Tensor:
+    rows = torch.randn(3, *box.shape, generator=generator)
+    if not box.bounded:
+        return rows
+    low, high = torch.tensor(box.lows), torch.tensor(box.highs)
+    return (low + (high - low) * rows.flatten(1).sigmoid()).view(rows.shape)
