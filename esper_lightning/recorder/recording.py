@@ -8,6 +8,7 @@ import logging
 import os
 import threading
 from collections.abc import Callable, Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -20,17 +21,12 @@ from esper_lightning.callbacks.history import History
 from esper_lightning.callbacks.progress import RunProgressBar
 from esper_lightning.core.ranks import PeerFailedError
 from esper_lightning.forensics import sidecar
+from esper_lightning.forensics.asides import keep_latest, set_aside
 from esper_lightning.forensics.layout import RankLayout, RunLayout
 from esper_lightning.forensics.phases import PhaseRing
-from esper_lightning.forensics.report import (
-    keep_latest,
-    read_report,
-    release_room,
-    reserve_room,
-    set_aside,
-    trim_report,
-    write_report,
-)
+from esper_lightning.forensics.rank_record import ProcessRecord
+from esper_lightning.forensics.report import Evidence
+from esper_lightning.forensics.room import release_room, reserve_room, trim_report
 from esper_lightning.recorder.death import Death, in_words
 from esper_lightning.recorder.memory_snapshot import forget_memory, watch_memory
 from esper_lightning.recorder.peers import Peers, end_of_run, lost_a_peer
@@ -78,7 +74,7 @@ class Recording:
         watch: bool,
         let_go: Callable[[], None] = lambda: None,
         stage: str = "fit",
-        met: Sequence[dict[str, Any]] = (),
+        met: Sequence[ProcessRecord] = (),
     ) -> None:
         self._pid = os.getpid()
         self._let_go = let_go
@@ -101,7 +97,7 @@ class Recording:
             self._undo, self._leave = undo.pop_all(), leave.pop_all()
 
     def _begin_files(
-        self, undo: contextlib.ExitStack, met: Sequence[dict[str, Any]], *, watch: bool
+        self, undo: contextlib.ExitStack, met: Sequence[ProcessRecord], *, watch: bool
     ) -> None:
         trainer, files = self.trainer, self._files
         files.directory.mkdir(parents=True, exist_ok=True)
@@ -117,7 +113,7 @@ class Recording:
         with sidecar.locked(files.directory):
             # The second process of a run dies with its container, and may be late elsewhere.
             attempt(lambda: sidecar.complete_report(files))
-            self._found = read_report(files.process)
+            self._found = ProcessRecord.read(files.process)
             attempt(self._set_aside_earlier)
             attempt(self._keep_latest_events)
             self._ring = PhaseRing(files.phases)
@@ -129,7 +125,7 @@ class Recording:
         if refused:
             text = "%s does not take every file: %s. At a death, what can be saved will be."
             _log.warning(text, files.directory, in_words(refused[0]))
-        running = {**self._peers.process, "state": "running"}
+        running = replace(self._peers.process, state="running")
         second = sidecar.start(files.directory, self._pid, running) if watch else None
         if second is not None:
             undo.callback(second.stop)
@@ -201,22 +197,22 @@ class Recording:
 
         Only of those that are written down is it certain that no one else made them.
         """
-        names: list[str] = (self._found or {}).get("event_files") or []
+        names = () if self._found is None else self._found.event_files
         earlier = [self._layout.directory / name for name in names if _is_event_file(name)]
         if self._stage == "fit":
             keep_latest(earlier, _KEPT_EVENT_FILES)
         files = [*earlier, *_event_files(self.trainer, self._layout.directory)]
         kept = list(dict.fromkeys(path.name for path in files if path.exists()))
         if kept:
-            self._peers.process["event_files"] = kept
+            self._peers.process = replace(self._peers.process, event_files=tuple(kept))
 
     def _put_back_earlier(self) -> None:
         for path, aside in self._asides.items():
             if path == self._files.phases or not path.exists():
                 aside.rename(path)
         if self._found is not None:
-            events = {k: v for k, v in self._peers.process.items() if k == "event_files"}
-            write_report(self._files.process, {**self._found, **events})
+            events = self._peers.process.event_files or self._found.event_files
+            replace(self._found, event_files=events).write(self._files.process)
 
     def begin_iteration(self, number: int) -> None:
         """Tell ring and watchdog."""
@@ -354,10 +350,10 @@ class Recording:
         if self._rescue is None:  # saving failed altogether, and was logged
             return
         report, written = self._rescue.report, self._rescue.written
-        trace = report.get("evidence", {}).get("trace", {})
-        where = f"no trace: {trace.get('detail')}"
-        if trace.get("state") == "saved":
-            where = f"trace in {self._files.directory / trace['path']}"
+        trace = report.evidence.get("trace", Evidence())
+        where = f"no trace: {trace.detail}"
+        if trace.state == "saved" and trace.path is not None:
+            where = f"trace in {self._files.directory / trace.path}"
         there = "nowhere: no place took it" if written is None else f"in {written}"
         details = f"history in {self._files.history}; report {there}; {where}"
         add_note(error, self._layout.directory, details)
@@ -399,7 +395,7 @@ class Recording:
         with self._lock:
             if self._rescue is None or self._protection.caught_s() < self._rescue.begun_s:
                 return
-            if self._rescue.report.get("cause") == "signal":
+            if self._rescue.report.cause == "signal":
                 self._rescue, self._saved = None, False
                 self._attempt(lambda: set_aside(self._files.crash))
                 self._attempt(lambda: self._peers.tell("running"))
