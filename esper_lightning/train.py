@@ -35,10 +35,10 @@ from esper_lightning.core.errors import (
     require_output_folder,
 )
 from esper_lightning.envs.base import EnvSpec
+from esper_lightning.forensics.asides import replace_keeping
 from esper_lightning.forensics.claims import claim
 from esper_lightning.forensics.files import read_json_lines, write_atomically
 from esper_lightning.forensics.layout import RankLayout, RunLayout
-from esper_lightning.forensics.report import replace_keeping
 from esper_lightning.policies import MLP
 from esper_lightning.policies.base import PolicySpec
 from esper_lightning.ppo.config import PPOConfig

@@ -35,6 +35,7 @@ from esper_lightning.callbacks.lightning_internals import (
 )
 from esper_lightning.callbacks.mirror import Mirror, place_of
 from esper_lightning.core.errors import require
+from esper_lightning.forensics.asides import set_aside
 from esper_lightning.forensics.claims import (
     Claim,
     DirectoryInUseError,
@@ -44,7 +45,6 @@ from esper_lightning.forensics.claims import (
     holds_a_run,
 )
 from esper_lightning.forensics.layout import RunLayout
-from esper_lightning.forensics.report import set_aside
 
 __all__ = [
     "WritesRun",
