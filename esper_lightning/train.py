@@ -30,6 +30,7 @@ from esper_lightning.compiling.loops import CompileMode
 from esper_lightning.core.errors import (
     check_arguments,
     require,
+    require_name,
     require_output,
     require_output_folder,
 )
@@ -128,8 +129,9 @@ def train_ppo_vectorized(
         The rows of this rank's ``history.jsonl``, one for each iteration of this run directory.
 
     Raises:
-        ValueError: If a setting is out of range, ``resume_path`` names no checkpoint, a living
-            run owns ``run_dir``, or ``save_path`` is something else than a checkpoint.
+        ValueError: If a setting is out of range, a directory has an empty name, ``resume_path``
+            names no checkpoint, a living run owns ``run_dir``, or ``save_path`` is something else
+            than a checkpoint.
         BaseException: Whatever ended the run, with a note that says where its evidence is.
     """
     require_specs("train_ppo_vectorized", env, policy)
@@ -149,8 +151,8 @@ def train_ppo_vectorized(
         field = f"train_ppo_vectorized.torch_profiler_{name}"
         require(value >= 0, field, "not be negative", value)
     copies_to = None if save_path is None else _copy_at(save_path)
-    named = run_dir is None or (str(run_dir) != "" and "\0" not in str(run_dir))
-    require(named, "train_ppo_vectorized.run_dir", "name a directory", run_dir)
+    require_name("train_ppo_vectorized.run_dir", run_dir, "a directory")
+    require_name("train_ppo_vectorized.torch_profiler_dir", torch_profiler_dir, "a directory")
     if run_dir is not None:
         require_output_folder("train_ppo_vectorized.run_dir", place_of(run_dir)[0])
     if resume_path is not None:
