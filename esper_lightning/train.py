@@ -35,10 +35,10 @@ from esper_lightning.core.errors import (
     require_output_folder,
 )
 from esper_lightning.envs.base import EnvSpec
+from esper_lightning.forensics.asides import replace_keeping
 from esper_lightning.forensics.claims import claim
 from esper_lightning.forensics.files import read_json_lines, write_atomically
 from esper_lightning.forensics.layout import RankLayout, RunLayout
-from esper_lightning.forensics.report import replace_keeping
 from esper_lightning.policies import MLP
 from esper_lightning.policies.base import PolicySpec
 from esper_lightning.ppo.config import PPOConfig
@@ -269,10 +269,10 @@ def begin_run(trainer: Trainer, env: EnvSpec, run_dir: str | Path | None, config
     used = False
     try:
         held.refuse_others([*_WRITTEN, _FOLDERS])
-        if address is not None and not held.was_run:  # it may have run on another machine
+        if address is not None:  # it may have run on another machine
             mirror = Mirror(held.directory, address, rank=0)
-            used = True  # from the first file on that is fetched
-            mirror.fetch(seconds=_FETCH_S)
+            used = not held.was_run  # from the first file on that is fetched
+            address = mirror.begin(fetch_s=None if held.was_run else _FETCH_S)
         if not layout.config.exists() or layout.config.read_text() != config:
             replace_keeping(layout.config, config.encode())
     except BaseException:

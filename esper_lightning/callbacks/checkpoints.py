@@ -20,8 +20,8 @@ from typing_extensions import override
 
 from esper_lightning.callbacks.run_directory import open_run_directory
 from esper_lightning.core.errors import check_arguments, require_name
+from esper_lightning.forensics.asides import replace_keeping, set_aside
 from esper_lightning.forensics.layout import RunLayout
-from esper_lightning.forensics.report import replace_keeping, set_aside
 
 __all__ = ["BestCheckpoint", "LastCheckpoint"]
 

@@ -27,6 +27,7 @@ from lightning.pytorch.trainer.states import TrainerStatus
 
 from esper_lightning.callbacks.mirror import Mirror, place_of
 from esper_lightning.core.errors import require_name
+from esper_lightning.forensics.asides import set_aside
 from esper_lightning.forensics.claims import (
     Claim,
     DirectoryInUseError,
@@ -36,7 +37,6 @@ from esper_lightning.forensics.claims import (
     holds_a_run,
 )
 from esper_lightning.forensics.layout import RunLayout
-from esper_lightning.forensics.report import set_aside
 
 __all__ = [
     "WritesRun",

@@ -20,19 +20,14 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
+from esper_lightning.forensics.asides import set_aside
 from esper_lightning.forensics.claims import read_owner
 from esper_lightning.forensics.layout import RankLayout
 from esper_lightning.forensics.memory import Memory, oom_kills
 from esper_lightning.forensics.phases import Phases, read_phases
 from esper_lightning.forensics.processes import identify, is_alive
 from esper_lightning.forensics.reading import open_file, read_file
-from esper_lightning.forensics.report import (
-    read_report,
-    release_room,
-    same_recording,
-    set_aside,
-    write_report,
-)
+from esper_lightning.forensics.report import read_report, release_room, same_recording, write_report
 
 __all__ = ["Sidecar", "complete_report", "locked", "start", "watch"]
 

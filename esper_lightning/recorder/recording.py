@@ -20,14 +20,13 @@ from esper_lightning.callbacks.history import History
 from esper_lightning.callbacks.progress import RunProgressBar
 from esper_lightning.core.ranks import PeerFailedError
 from esper_lightning.forensics import sidecar
+from esper_lightning.forensics.asides import keep_latest, set_aside
 from esper_lightning.forensics.layout import RankLayout, RunLayout
 from esper_lightning.forensics.phases import PhaseRing
 from esper_lightning.forensics.report import (
-    keep_latest,
     read_report,
     release_room,
     reserve_room,
-    set_aside,
     trim_report,
     write_report,
 )

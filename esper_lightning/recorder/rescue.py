@@ -22,10 +22,11 @@ from lightning.pytorch import Trainer
 
 from esper_lightning.callbacks.history import History
 from esper_lightning.callbacks.loggers import flush_logger
+from esper_lightning.forensics.asides import set_aside
 from esper_lightning.forensics.files import replacing, write_atomically
 from esper_lightning.forensics.layout import RankLayout
 from esper_lightning.forensics.phases import PhaseRing
-from esper_lightning.forensics.report import set_aside, write_report
+from esper_lightning.forensics.report import write_report
 from esper_lightning.recorder.crash_checkpoint import save_crash_checkpoint
 from esper_lightning.recorder.death import (
     Death,

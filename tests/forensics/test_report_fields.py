@@ -5,7 +5,8 @@ from pathlib import Path
 
 import pytest
 
-from esper_lightning.forensics.report import read_report, set_aside, what_happened, write_report
+from esper_lightning.forensics.asides import set_aside
+from esper_lightning.forensics.report import read_report, what_happened, write_report
 
 
 def test_what_json_does_not_know_becomes_text(tmp_path):
