@@ -11,6 +11,7 @@ __all__ = ["KEPT_ASIDE", "keep_latest", "replace_keeping", "set_aside", "write_a
 
 KEPT_ASIDE = 10
 """How many files of an earlier run are kept under each name; the oldest are removed."""
+_HEAD = 65536  # bytes of a report in which its schema is named
 
 
 def set_aside(path: Path) -> Path | None:
@@ -83,8 +84,18 @@ def _move_aside(source: Path, path: Path) -> Path | None:
             if isinstance(error, FileNotFoundError):
                 return None
             raise
-        keep_latest((file for _, file in sorted(_asides(path))), KEPT_ASIDE)
+        ours = (file for _, file in sorted(_asides(path)) if _is_ours(file))
+        keep_latest(ours, KEPT_ASIDE)
         return aside
+
+
+def _is_ours(file: Path) -> bool:
+    """Whether a file may be removed: somebody's own ``crash.json.1`` is no report of a run."""
+    if not file.name.rpartition(".")[0].endswith(".json"):
+        return True
+    with contextlib.suppress(OSError), file.open("rb") as opened:
+        return b'"schema"' in opened.read(_HEAD)
+    return False
 
 
 def _asides(path: Path) -> list[tuple[int, Path]]:

@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 from esper_lightning.comparison.section import Section, number
-from esper_lightning.core.errors import require, requires_folder
+from esper_lightning.core.errors import require, require_output, requires_folder
 from esper_lightning.envs.base import EnvSpec
 from esper_lightning.envs.morphogenesis import Morphogenesis
 from esper_lightning.growth.play import Played, fresh_hosts, play_baselines, play_trained
@@ -21,6 +21,7 @@ from esper_lightning.training.module import PPO
 
 __all__ = ["compare_policies", "refuse_figures", "table"]
 
+_EPISODES = ("worst", "median", "best")  # of the trained policy, by its return
 _HINT = "pip install 'esper_lightning[compare]'"
 
 
@@ -28,7 +29,8 @@ def refuse_figures(env: EnvSpec, folder: Path) -> None:
     """Refuse ``--figures`` where none can be drawn; makes the folder if they can.
 
     Raises:
-        ValueError: If the environment is another, matplotlib is missing, or the folder cannot be.
+        ValueError: If the environment is another, matplotlib is missing, the folder cannot
+            be, or something else than a picture has the name of one there.
     """
     grows = isinstance(env, Morphogenesis)
     require(grows, "--figures", "be of growing networks: Morphogenesis", type(env).__name__)
@@ -36,6 +38,12 @@ def refuse_figures(env: EnvSpec, folder: Path) -> None:
     require(drawn, "--figures", "find matplotlib", "none", f"{_HINT}.")
     with requires_folder("--figures", folder):
         folder.mkdir(parents=True, exist_ok=True)
+    for episode in _EPISODES:
+        _figure_file(folder, episode)
+
+
+def _figure_file(folder: Path, episode: str) -> Path:
+    return require_output("--figures", folder / f"episode_{episode}.png", "picture", rb"\x89PNG")
 
 
 def compare_policies(model: PPO, device: torch.device, *, figures: Path | None) -> str:
@@ -59,9 +67,9 @@ def compare_policies(model: PPO, device: torch.device, *, figures: Path | None) 
 
         assert isinstance(model.env, Morphogenesis)
         order = cast(list[int], played["PPO"].episode_return.argsort().tolist())
-        chosen = {"worst": order[0], "median": order[len(order) // 2], "best": order[-1]}
-        for name, host in chosen.items():
-            path = figures / f"episode_{name}.png"
+        hosts_shown = (order[0], order[len(order) // 2], order[-1])
+        for name, host in zip(_EPISODES, hosts_shown, strict=True):
+            path = _figure_file(figures, name)
             draw(played["PPO"], host, model.env, path, title=f"PPO, {name} of {len(order)} hosts")
             lines.append(f"Figure: {path}")
     return "\n".join(lines)

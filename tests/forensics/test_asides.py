@@ -8,6 +8,7 @@ import pytest
 
 from esper_lightning.forensics.asides import KEPT_ASIDE, replace_keeping, set_aside, write_aside
 from tests.disks import fill
+from tests.reports import read_report, write_report
 
 
 def contents(folder):
@@ -22,11 +23,19 @@ class TestSettingAside:
     def test_keeps_the_latest_and_counts_on(self, tmp_path):
         path = tmp_path / "crash.json"
         for number in range(95):
-            path.write_text(str(number))
+            write_report(path, {"number": number})
             assert set_aside(path) == tmp_path / f"crash.json.{number + 1}"
             assert not path.exists()
-        kept = [int(aside.read_text()) for aside in asides(path)]
+        kept = [read_report(aside)["number"] for aside in asides(path)]
         assert kept == list(range(95 - KEPT_ASIDE, 95))
+
+    def test_never_removes_a_file_of_somebody_else_that_has_such_a_name(self, tmp_path):
+        (tmp_path / "crash.json.1").write_text("of the user")
+        for number in range(2 * KEPT_ASIDE):
+            write_report(tmp_path / "crash.json", {"number": number})
+            set_aside(tmp_path / "crash.json")
+        assert (tmp_path / "crash.json.1").read_text() == "of the user"
+        assert len(asides(tmp_path / "crash.json")) == KEPT_ASIDE + 1
 
     def test_of_nothing_is_nothing(self, tmp_path):
         assert set_aside(tmp_path / "crash.json") is None
