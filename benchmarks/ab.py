@@ -17,7 +17,7 @@ from pathlib import Path
 from conditions import ROOT, benchmark_parser, results
 
 from esper_lightning.forensics.files import read_json_lines
-from esper_lightning.forensics.report import read_report
+from esper_lightning.forensics.rank_record import ProcessRecord
 
 VARIANTS = ("--variant", "base", "--variant", "slow: --model.ppo.learning_rate 3e-4")
 
@@ -31,9 +31,10 @@ def kill_half_way(launcher: subprocess.Popen[bytes], run: Path, at_env_steps: in
         if launcher.poll() is not None:
             sys.exit(f"{run} must get to {at_env_steps:,} env steps, and everything has ended.")
         time.sleep(0.01)
-    process = read_report(run / "rank0" / "process.json")
+    process = ProcessRecord.read(run / "rank0" / "process.json")
     assert process is not None
-    os.kill(process["pid"], signal.SIGKILL)
+    assert process.pid is not None
+    os.kill(process.pid, signal.SIGKILL)
     return f"SIGKILL to `slow/{run.name}` when it had {rows[-1]['env_steps']:,} env steps"
 
 

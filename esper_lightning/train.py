@@ -31,14 +31,15 @@ from esper_lightning.compiling.loops import CompileMode
 from esper_lightning.core.errors import (
     check_arguments,
     require,
+    require_name,
     require_output,
     require_output_folder,
 )
 from esper_lightning.envs.base import EnvSpec
+from esper_lightning.forensics.asides import replace_keeping
 from esper_lightning.forensics.claims import claim
 from esper_lightning.forensics.files import read_json_lines, write_atomically
 from esper_lightning.forensics.layout import RankLayout, RunLayout
-from esper_lightning.forensics.report import replace_keeping
 from esper_lightning.policies import MLP
 from esper_lightning.policies.base import PolicySpec
 from esper_lightning.ppo.config import PPOConfig
@@ -130,8 +131,9 @@ def train_ppo_vectorized(
         The rows of this rank's ``history.jsonl``, one for each iteration of this run directory.
 
     Raises:
-        ValueError: If a setting is out of range, ``resume_path`` names no checkpoint, a living
-            run owns ``run_dir``, or ``save_path`` is something else than a checkpoint.
+        ValueError: If a setting is out of range, a directory has an empty name, ``resume_path``
+            names no checkpoint, a living run owns ``run_dir``, or ``save_path`` is something else
+            than a checkpoint.
         BaseException: Whatever ended the run, with a note that says where its evidence is.
     """
     require_specs("train_ppo_vectorized", env, policy)
@@ -151,8 +153,8 @@ def train_ppo_vectorized(
         field = f"train_ppo_vectorized.torch_profiler_{name}"
         require(value >= 0, field, "not be negative", value)
     copies_to = None if save_path is None else _copy_at(save_path)
-    named = run_dir is None or (str(run_dir) != "" and "\0" not in str(run_dir))
-    require(named, "train_ppo_vectorized.run_dir", "name a directory", run_dir)
+    require_name("train_ppo_vectorized.run_dir", run_dir, "a directory")
+    require_name("train_ppo_vectorized.torch_profiler_dir", torch_profiler_dir, "a directory")
     if run_dir is not None:
         require_output_folder("train_ppo_vectorized.run_dir", place_of(run_dir)[0])
     if resume_path is not None:
@@ -269,10 +271,10 @@ def begin_run(trainer: Trainer, env: EnvSpec, run_dir: str | Path | None, config
     used = False
     try:
         held.refuse_others([*_WRITTEN, _FOLDERS])
-        if address is not None and not held.was_run:  # it may have run on another machine
+        if address is not None:  # it may have run on another machine
             mirror = Mirror(held.directory, address, rank=0)
-            used = True  # from the first file on that is fetched
-            mirror.fetch(seconds=_FETCH_S)
+            used = not held.was_run  # from the first file on that is fetched
+            address = mirror.begin(fetch_s=None if held.was_run else _FETCH_S)
         if not layout.config.exists() or layout.config.read_text() != config:
             replace_keeping(layout.config, config.encode())
     except BaseException:

@@ -21,8 +21,8 @@ from typing import NamedTuple
 
 from esper_lightning.forensics.files import write_atomically
 from esper_lightning.forensics.layout import RunLayout
+from esper_lightning.forensics.rank_record import ProcessRecord
 from esper_lightning.forensics.reading import printable, read_file
-from esper_lightning.forensics.report import read_report
 
 ESPER = [sys.executable, "-m", "esper_lightning.cli.main"]
 SHOWN_LINES = 15
@@ -40,7 +40,8 @@ class Job(NamedTuple):
     @property
     def is_finished(self) -> bool:
         """Whether the run ended by itself."""
-        return (read_report(RunLayout(self.run).rank(0).process) or {}).get("state") == "finished"
+        process = ProcessRecord.read(RunLayout(self.run).rank(0).process)
+        return process is not None and process.state == "finished"
 
     @property
     def has_begun(self) -> bool:

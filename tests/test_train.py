@@ -247,6 +247,14 @@ def test_profiler_writes_where_it_is_told(train, tmp_path):
             {"run_dir": "x" * 300},
             "train_ppo_vectorized.run_dir must be a folder that can be made (File name too long)",
         ),
+        *(
+            (
+                {name: value},
+                f"train_ppo_vectorized.{name} must name a directory, got {value!r}.",
+            )
+            for name in ("run_dir", "torch_profiler_dir")
+            for value in ("", "a\0b")
+        ),
         ({"eval_episodes": 0}, "PPO.eval_episodes must be at least 1, got 0."),
     ],
 )

@@ -20,9 +20,9 @@ from typing_extensions import override
 
 from esper_lightning.callbacks.lightning_internals import version_of
 from esper_lightning.callbacks.run_directory import open_run_directory
-from esper_lightning.core.errors import check_arguments
+from esper_lightning.core.errors import check_arguments, require_name
+from esper_lightning.forensics.asides import replace_keeping, set_aside
 from esper_lightning.forensics.layout import RunLayout
-from esper_lightning.forensics.report import replace_keeping, set_aside
 
 __all__ = ["BestCheckpoint", "LastCheckpoint"]
 
@@ -102,11 +102,15 @@ class BestCheckpoint(_OneFile):
     takes the best checkpoint so far along.
 
     Args:
-        monitor: Name of the figure, logged by an evaluation.
+        monitor: Name of the metric, logged by an evaluation.
+
+    Raises:
+        ValueError: If ``monitor`` is empty, or holds a NUL byte.
     """
 
     @check_arguments
     def __init__(self, monitor: str) -> None:
+        require_name("BestCheckpoint.monitor", monitor, "a metric")
         super().__init__(
             filename="best",
             monitor=monitor,

@@ -22,6 +22,7 @@ from esper_lightning.callbacks.run_directory import (
     run_directory,
 )
 from esper_lightning.core.errors import check_arguments
+from esper_lightning.forensics.asides import set_aside, write_aside
 from esper_lightning.forensics.files import (
     Backlog,
     JsonLines,
@@ -30,7 +31,6 @@ from esper_lightning.forensics.files import (
     write_atomically,
 )
 from esper_lightning.forensics.layout import RankLayout, RunLayout
-from esper_lightning.forensics.report import set_aside, write_aside
 
 __all__ = ["History", "finished_iterations"]
 

@@ -21,6 +21,7 @@ from typing import Any, TextIO, cast
 import torch
 from lightning.fabric.plugins.environments.cluster_environment import ClusterEnvironment
 from lightning.pytorch import Callback, Trainer
+from lightning.pytorch.callbacks import ModelSummary
 from lightning.pytorch.profilers import Profiler, PyTorchProfiler
 from lightning.pytorch.strategies.launchers import _MultiProcessingLauncher
 from lightning.pytorch.trainer import call
@@ -47,6 +48,7 @@ __all__ = [
     "is_handler_of",
     "known_results",
     "launcher_observers",
+    "monitors_cpu",
     "note_sigterm",
     "parse_checkpoint_path",
     "profiler_settings",
@@ -55,9 +57,11 @@ __all__ = [
     "set_version",
     "setup_profiler_again",
     "spawns_processes",
+    "summary_depth",
     "take_open_spans",
     "take_parent_profiler",
     "take_report_file",
+    "time_between_evaluations",
     "train_time_interval",
     "version_of",
 ]
@@ -196,6 +200,27 @@ def batches_in_epoch(length: int, limit: int | float) -> int | float:
 def train_time_interval(callback: Callback) -> Any:
     """``ModelCheckpoint(train_time_interval=...)``, which is stored as ``_train_time_interval``."""
     return getattr(callback, "_train_time_interval", None)
+
+
+def time_between_evaluations(trainer: Trainer) -> float | None:
+    """Seconds of ``Trainer(val_check_interval=...)`` where that is a time, else ``None``.
+
+    ``_val_check_time_interval``: releases without it take no time.
+    """
+    return getattr(trainer, "_val_check_time_interval", None)
+
+
+def monitors_cpu(callback: Callback) -> bool:
+    """Whether a ``DeviceStatsMonitor`` reads the CPU where that is the device of the run.
+
+    ``_cpu_stats`` is ``None`` where the user has not decided.
+    """
+    return getattr(callback, "_cpu_stats", True) is None
+
+
+def summary_depth(callback: ModelSummary) -> int:
+    """``ModelSummary(max_depth=...)``, which is stored as ``_max_depth``."""
+    return callback._max_depth
 
 
 def checkpoint_io_of(strategy: object) -> Any:

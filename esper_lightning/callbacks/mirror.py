@@ -9,8 +9,10 @@ What must survive a kill is written to a local disk. A run whose directory is a 
 
 import contextlib
 import logging
+import os
 import re
 import threading
+import time
 from pathlib import Path
 from typing import Any
 
@@ -25,6 +27,7 @@ _ADDRESS = re.compile(r"([a-z][a-z0-9+.-]+):/+(.*)", re.DOTALL)
 _OF_THE_DEAD_S = 60.0
 _LOCAL = ("file", "local")
 _PARTIAL = ".fetched"  # a file that is arriving
+_COPIED_TO = ".copied_to"  # the address of the copies, where they are beside what is not fetched
 _NOT_COPIED = ("owner.lock", "phases.ring")
 
 
@@ -136,6 +139,29 @@ class Mirror:
                 _log.warning(text, self.folder, self.address, error)
             self._is_refused = True
 
+    def begin(self, *, fetch_s: float | None) -> str:
+        """Fetch what a run is to begin with, and choose where it is copied to.
+
+        Where something cannot be fetched the copies go into a new folder below the address: they
+        would replace a history and checkpoints that the run does not go on from. Later runs in the
+        same local folder are copied there, too.
+
+        Args:
+            fetch_s: How long to wait while nothing arrives; ``None`` where the local folder has the
+                files of an earlier run, and nothing is fetched.
+
+        Returns:
+            The address of the copies.
+        """
+        remembered = self.folder / _COPIED_TO
+        if remembered.exists():
+            return remembered.read_text()
+        if fetch_s is None or self.fetch(seconds=fetch_s):
+            return self.address
+        beside = f"{self.address}/begun_{time.strftime('%Y%m%d_%H%M%S')}_{os.getpid()}"
+        remembered.write_text(beside)
+        return beside
+
     def fetch(self, *, seconds: float) -> bool:
         """Copy everything from the remote address, if there is anything, for a run to go on from.
 
@@ -172,8 +198,8 @@ class Mirror:
                 partial.unlink(missing_ok=True)
         if problems:
             text = (
-                "What is at %s cannot be fetched: %s. The run begins with what is in %s, and "
-                "its files replace those of the same name there."
+                "What is at %s cannot be fetched: %s. It stays as it is. The run begins with "
+                "what is in %s, and is copied beside it."
             )
             _log.warning(text, self.address, problems[0], self.folder)
         return not problems

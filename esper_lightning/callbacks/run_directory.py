@@ -34,7 +34,8 @@ from esper_lightning.callbacks.lightning_internals import (
     version_of,
 )
 from esper_lightning.callbacks.mirror import Mirror, place_of
-from esper_lightning.core.errors import require
+from esper_lightning.core.errors import require_name
+from esper_lightning.forensics.asides import set_aside
 from esper_lightning.forensics.claims import (
     Claim,
     DirectoryInUseError,
@@ -44,7 +45,6 @@ from esper_lightning.forensics.claims import (
     holds_a_run,
 )
 from esper_lightning.forensics.layout import RunLayout
-from esper_lightning.forensics.report import set_aside
 
 __all__ = [
     "WritesRun",
@@ -74,8 +74,7 @@ class WritesRun(Callback):
     """
 
     def __init__(self, dirpath: str | Path | None = None) -> None:
-        named = dirpath is None or (str(dirpath) != "" and "\0" not in str(dirpath))
-        require(named, f"{type(self).__name__}.dirpath", "name a directory", dirpath)
+        require_name(f"{type(self).__name__}.dirpath", dirpath, "a directory")
         self.dirpath = dirpath
 
 

@@ -6,7 +6,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from esper_lightning.cli.errors import CommandParser, fail
-from esper_lightning.core.errors import require_output_folder
+from esper_lightning.core.errors import require_output, require_output_folder
 from esper_lightning.forensics.files import strict_json, write_atomically
 
 if TYPE_CHECKING:
@@ -44,11 +44,10 @@ def run(arguments: list[str]) -> None:
     if absent:
         fail(f"esper compare needs {' and '.join(absent)}: pip install {' '.join(absent)}")
     try:
-        if options.output is not None:
-            require_output_folder("--output", options.output)
+        files = None if options.output is None else _files(options.output)
         comparison = _compare(options)
-        if options.output is not None:
-            _write(comparison, options.output)
+        if files is not None:
+            _write(comparison, *files)
     except (ValueError, OSError) as error:
         fail(error)
     if options.json:
@@ -77,14 +76,23 @@ def _compare(options: argparse.Namespace) -> "Comparison":
     return compare(variants, baseline=options.baseline, score=options.score, notes=unreadable)
 
 
-def _write(comparison: "Comparison", directory: Path) -> None:
+def _files(directory: Path) -> tuple[Path, Path]:
+    """Text and picture to write in a folder; refused before the work where they cannot be."""
+    require_output_folder("--output", directory)
+    text, picture = directory / "comparison.md", directory / "comparison.png"
+    return (
+        require_output("--output", text, "comparison", rb"# [^\n]*: return by "),
+        require_output("--output", picture, "picture", rb"\x89PNG"),
+    )
+
+
+def _write(comparison: "Comparison", text: Path, picture: Path) -> None:
     from esper_lightning.comparison.figure import draw  # noqa: PLC0415
     from esper_lightning.comparison.text import describe  # noqa: PLC0415
 
-    picture = "![Learning curves and scores](comparison.png)\n"
-    text = f"{describe(comparison, markdown=True)}\n{picture}"
-    write_atomically(directory / "comparison.md", text.encode())
-    draw(comparison, directory / "comparison.png")
+    shown = "![Learning curves and scores](comparison.png)\n"
+    write_atomically(text, f"{describe(comparison, markdown=True)}\n{shown}".encode())
+    draw(comparison, picture)
 
 
 def _is_installed(name: str) -> bool:

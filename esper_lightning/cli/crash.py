@@ -7,10 +7,10 @@ from esper_lightning.cli.crash_text import describe, seconds_by_phase
 from esper_lightning.cli.errors import CommandParser, fail
 from esper_lightning.forensics.claims import read_owner
 from esper_lightning.forensics.files import strict_json
-from esper_lightning.forensics.processes import is_alive
+from esper_lightning.forensics.processes import ProcessIdentity, is_alive
+from esper_lightning.forensics.rank_record import SCHEMA
 from esper_lightning.forensics.reading import printable
 from esper_lightning.forensics.remains import Remains, examine, first_failure
-from esper_lightning.forensics.report import SCHEMA
 from esper_lightning.forensics.trace import summarize
 
 __all__ = ["Remains", "examine", "first_failure", "run"]
@@ -54,7 +54,8 @@ def _before_it_recorded(directory: Path, owner: dict[str, Any]) -> str:
         False: "vanished while it was starting, before it could record anything",
         None: "has recorded nothing; whether it lives cannot be seen from here",
     }
-    return f"Run directory: {directory}: {process} {how[is_alive(owner)]}."
+    lives = is_alive(ProcessIdentity.from_dict(owner))
+    return f"Run directory: {directory}: {process} {how[lives]}."
 
 
 def _as_json(ranks: list[Remains], first: Remains | None) -> dict[str, Any]:
@@ -62,7 +63,7 @@ def _as_json(ranks: list[Remains], first: Remains | None) -> dict[str, Any]:
         return {
             "rank": remains.rank,
             "state": remains.state,
-            "report": remains.report,
+            "report": remains.report and remains.report.to_dict(),
             "unreadable": remains.unreadable,
             "last_rows": remains.history,
             "rows": remains.rows,

@@ -1,6 +1,4 @@
 """What ``esper crash`` prints. Standard library only."""
-# Reports are read as they are, from whatever version wrote them.
-# pyright: reportUnknownVariableType=false, reportUnknownArgumentType=false
 
 import itertools
 import time
@@ -9,8 +7,9 @@ from pathlib import Path
 from typing import Any
 
 from esper_lightning.forensics.phases import Phases
+from esper_lightning.forensics.rank_record import SCHEMA
 from esper_lightning.forensics.remains import Remains, Window, rank_folders
-from esper_lightning.forensics.report import SCHEMA, what_happened
+from esper_lightning.forensics.report import CgroupCounters, CrashReport, NonFiniteReport
 
 __all__ = ["describe", "seconds_by_phase"]
 
@@ -54,7 +53,7 @@ def describe(directory: Path, ranks: list[Remains], first: Remains | None) -> li
         states = sorted({rank.state for rank in ranks})
         lines.append(f"No death on record: {', '.join(states)}.")
         lines += [
-            f"Rank {rank.rank} hung in iteration {rank.report.get('iteration')}, and went on."
+            f"Rank {rank.rank} hung in iteration {rank.report.iteration}, and went on."
             for rank in ranks
             if rank.report is not None
         ]
@@ -72,10 +71,9 @@ def _side_by_side(ranks: list[Remains]) -> list[str]:
     world = max(rank.world_size or 1 for rank in ranks)
     start = min(rank.time_s for rank in ranks)
     for rank in ranks:
-        report = rank.report or {}
-        when = f"+{rank.time_s - start:.2f} s" if report else "-"
-        what = _cut(what_happened(report), 50)
-        cause = report.get("cause") or "-"
+        report = rank.report or CrashReport()
+        when = "-" if rank.report is None else f"+{rank.time_s - start:.2f} s"
+        what, cause = _cut(report.what_happened, 50), report.cause or "-"
         lines.append(f"{rank.rank:>4}  {rank.state:<9}{cause:<11}{when:<17}{rank.rows:>6}  {what}")
     absent = world - len(known)
     named = (rank for rank in range(world) if rank not in known)
@@ -97,53 +95,52 @@ def _death(first: Remains, ranks: list[Remains]) -> list[str]:
             f"Rank {first.rank} failed first: {without}.",
             f"Iteration {iteration}, in: {phases}",
         ]
-    lines = [f"Rank {first.rank} failed first: {what_happened(report)}"]
+    lines = [f"Rank {first.rank} failed first: {report.what_happened}"]
     if not first.is_first_cause:  # and neither did any other rank that left something
         elsewhere = len(ranks) < (first.world_size or 0)
         why = "its folder is on another host" if elsewhere else "no rank tells why"
-        lines = [f"Rank {first.rank} lost a peer; {why}.", _cut(what_happened(report), _WIDTH)]
-    if report.get("schema") != SCHEMA:
-        written = _cut(str(report.get("schema")), _NAME)
-        lines.append(f"(Written with schema {written}; this reads {SCHEMA}.)")
-    when, status, signal = (report.get(name) for name in ("time_s", "exit_status", "signal"))
+        lines = [f"Rank {first.rank} lost a peer; {why}.", _cut(report.what_happened, _WIDTH)]
+    if report.schema != SCHEMA:
+        lines.append(f"(Written with schema {report.schema}; this reads {SCHEMA}.)")
+    when, status, signal = report.time_s, report.exit_status, report.signal
     at = time.strftime("%Y-%m-%d %H:%M:%S", time.localtime(when)) if when else "at a time unknown"
-    how = [at, report.get("cause") or "for a cause unknown"]
+    how = [at, report.cause or "for a cause unknown"]
     how += [f"signal {signal}"] if signal else []
     how += [] if status is None else [f"exit status {status}"]
-    lines.append(f"{', '.join(how)}, pid {report.get('pid') or 'unknown'}")
+    lines.append(f"{', '.join(how)}, pid {report.pid or 'unknown'}")
     lines += _memory(report)
-    lines += _where_not_finite((report.get("error") or {}).get("non_finite"))
-    phases = report.get("phases") or []
-    iteration = report.get("iteration")
+    if report.error is not None and report.error.non_finite is not None:
+        lines.append(_where_not_finite(report.error.non_finite))
+    phases, iteration, metrics = report.phases, report.iteration, report.metrics
     lines.append(f"Iteration {'unknown' if iteration is None else iteration}, in:")
     lines += [f"    {name}" for name in phases] or ["    no phase was open"]
-    metrics = report.get("metrics") or {}
     if metrics:
         text = ", ".join(f"{name} {_number(value)}" for name, value in list(metrics.items())[:8])
         lines.append(f"Last metrics: {text}")
-    traceback = (report.get("error") or {}).get("traceback") or []
+    traceback = () if report.error is None else report.error.traceback
     return lines + [f"    {line}"[:100] for line in traceback[-8:]]
 
 
-def _memory(report: dict[str, Any]) -> list[str]:
+def _memory(report: CrashReport) -> list[str]:
     """What the process had, and what the kernel counted meanwhile."""
-    memory, cgroup = report.get("memory") or {}, report.get("cgroup") or {}
+    memory, cgroup = report.memory, report.cgroup or CgroupCounters()
+    counts: dict[str, int | None] = {}
+    if memory is not None:
+        counts |= {"rss": memory.rss_bytes, "peak": memory.peak_bytes}
+        counts |= {"limit": memory.limit_bytes, "available": memory.available_bytes}
     numbers = [
-        f"{name.removesuffix('_bytes')} {count / 1e9:.2f} GB"
-        for name, count in memory.items()
-        if 0 <= count < 1 << 60
+        f"{name} {count / 1e9:.2f} GB"
+        for name, count in counts.items()
+        if count is not None and 0 <= count < 1 << 60
     ]
-    before, after = (cgroup.get(name) or {} for name in ("before", "after"))
-    numbers += [f"{name} {count} -> {after.get(name)}" for name, count in before.items()]
+    after = cgroup.after
+    numbers += [f"{name} {count} -> {after.get(name)}" for name, count in cgroup.before.items()]
     return [_cut(f"Memory: {', '.join(numbers)}", _WIDTH)] if numbers else []
 
 
-def _where_not_finite(found: dict[str, Any] | None) -> list[str]:
-    if not found:
-        return []
-    names, environments = ", ".join(found.get("tensors") or []), found.get("environments")
-    where = f", environments {environments}" if environments else ""
-    return [f"Not finite, in {found.get('phase')}: {names}{where}"[:100]]
+def _where_not_finite(found: NonFiniteReport) -> str:
+    where = f", environments {list(found.environments)}" if found.environments else ""
+    return f"Not finite, in {found.phase}: {', '.join(found.tensors)}{where}"[:100]
 
 
 def seconds_by_phase(phases: Phases | None) -> dict[str, float]:
@@ -200,14 +197,12 @@ def _heads(columns: list[str]) -> list[str]:
 
 
 def _evidence(first: Remains) -> list[str]:
-    evidence = (first.report or {}).get("evidence") or {}
+    evidence = (first.report or CrashReport()).evidence
     lines = ["Evidence:"]
     for name, entry in evidence.items():
-        detail = entry.get("detail") or ""
-        path = entry.get("path") or ""
-        lines.append(f"    {name:<12}{entry.get('state', '?'):<9}{path}")
-        if detail:
-            lines.append(f"    {'':<21}{detail}"[:100])
+        lines.append(f"    {name:<12}{entry.state or '?':<9}{entry.path or ''}")
+        if entry.detail:
+            lines.append(f"    {'':<21}{entry.detail}"[:100])
     return lines if evidence else ["Evidence: nothing but history and phases."]
 
 

@@ -3,7 +3,7 @@
 from typing import get_args
 
 from esper_lightning.cli.errors import CommandParser
-from esper_lightning.cli.lightning_cli import settings_come_first
+from esper_lightning.cli.mistakes import settings_come_first
 from esper_lightning.training.checkpoint.states import checkpoint_at
 from esper_lightning.training.export import ExportFormat, export_policy, output_at
 from esper_lightning.training.module import PPO

@@ -7,19 +7,22 @@ import argparse
 import contextlib
 import json
 import logging
-import os
-import sysconfig
 import traceback
 import warnings
-from collections.abc import Callable, Generator, Sequence
-from contextlib import contextmanager, suppress
-from functools import partial
+from collections.abc import Callable, Sequence
+from contextlib import suppress
 from pathlib import Path
 from typing import Any, cast
 
 from lightning.fabric.utilities.exceptions import MisconfigurationException
 from lightning.pytorch import Trainer
-from lightning.pytorch.callbacks import Callback, Checkpoint, ProgressBar, early_stopping
+from lightning.pytorch.callbacks import (
+    Callback,
+    Checkpoint,
+    ProgressBar,
+    Timer,
+    early_stopping,
+)
 from lightning.pytorch.cli import (
     ArgsType,
     LightningArgumentParser,
@@ -29,11 +32,12 @@ from lightning.pytorch.strategies import StrategyRegistry
 from typing_extensions import override
 
 import esper_lightning.envs  # pyright: ignore[reportUnusedImport] - to be named in a config, specs
-import esper_lightning.policies  # pyright: ignore[reportUnusedImport] - must be known
+import esper_lightning.policies  # noqa: F401 # pyright: ignore[reportUnusedImport] - must be known
 from esper_lightning.callbacks.history import History
 from esper_lightning.callbacks.lightning_internals import parse_checkpoint_path
 from esper_lightning.callbacks.run_directory import run_directory
 from esper_lightning.cli.errors import fail, nearest
+from esper_lightning.cli.mistakes import settings_come_first
 from esper_lightning.cli.settings import SettingsParser
 from esper_lightning.core.errors import require, requires_folder
 from esper_lightning.core.ranks import RanksDisagreeError
@@ -55,9 +59,9 @@ from esper_lightning.training.special_evaluations import (
 )
 from esper_lightning.training.trainer_rules import refuse_trainer
 
-__all__ = ["prepare", "settings_come_first"]
+__all__ = ["prepare"]
 
-_CONFIG_ERRORS = (argparse.ArgumentError, ValueError, TypeError, OSError, MisconfigurationException)
+_MOST_SEED = 2**32 - 1
 _NOT_BAREBONES = {
     "num_sanity_val_steps": 0,
     "log_every_n_steps": 1,
@@ -65,7 +69,6 @@ _NOT_BAREBONES = {
 }
 _TRAINER_DEFAULTS = {"max_epochs": -1, "devices": 1, **_NOT_BAREBONES}
 _LIGHTNING_CALLBACKS = Path(early_stopping.__file__).parent
-_PACKAGE = Path(esper_lightning.__file__).parent
 
 
 def prepare(arguments: list[str]) -> Callable[[], None]:
@@ -104,68 +107,6 @@ def prepare(arguments: list[str]) -> Callable[[], None]:
             },
         )
     return cli.execute
-
-
-@contextmanager
-def settings_come_first() -> Generator[None]:
-    """Whatever goes wrong within is a mistake in the settings, and is all that is printed.
-
-    What is logged and warned of meanwhile appears once the settings are known to be good. An error
-    that is no statement about settings is a bug, of a class that the user named perhaps: its line
-    says where. ``JSONARGPARSE_DEBUG=true`` shows the traceback of any.
-    """
-    held: list[Callable[[], object]] = []
-    names = (None, "lightning.pytorch", "lightning.fabric")
-    handlers = [handler for name in names for handler in logging.getLogger(name).handlers]
-    filters = [(handler, _Hold(handler, held)) for handler in handlers]
-    for handler, hold in filters:
-        handler.addFilter(hold)
-    show = warnings.showwarning
-
-    def hold_warning(*args: Any, **kwargs: Any) -> None:
-        held.append(partial(show, *args, **kwargs))
-
-    warnings.showwarning = hold_warning
-    try:
-        yield
-    except Exception as error:
-        if os.environ.get("JSONARGPARSE_DEBUG", "").lower() == "true":
-            raise
-        fail(_tell(error))
-    finally:
-        warnings.showwarning = show
-        for handler, hold in filters:
-            handler.removeFilter(hold)
-    for emit in held:
-        emit()
-
-
-class _Hold(logging.Filter):
-    """Keeps the records of a handler for later."""
-
-    def __init__(self, handler: logging.Handler, held: list[Callable[[], object]]) -> None:
-        super().__init__()
-        self._handler, self._held = handler, held
-
-    @override
-    def filter(self, record: logging.LogRecord) -> bool:
-        self._held.append(partial(self._handler.handle, record))
-        return False
-
-
-def _tell(error: Exception) -> str:
-    """What an error says; of one that is not about settings, or raised by a user's code, where."""
-    while "any of the Union subtypes" in str(error) and isinstance(error.__cause__, Exception):
-        error = error.__cause__  # what a class said that could not be built
-    said = str(error)
-    if not isinstance(error, _CONFIG_ERRORS) or not said:
-        said = f"{type(error).__name__}: {said}"
-    libraries = (*map(sysconfig.get_path, ("stdlib", "purelib", "platlib")), str(_PACKAGE))
-    frames = traceback.extract_tb(error.__traceback__)
-    own = [frame for frame in frames if not frame.filename.startswith((*libraries, "<"))]
-    if own and (own[-1] is frames[-1] or not isinstance(error, _CONFIG_ERRORS)):
-        return f"{said} ({Path(own[-1].filename).name}, line {own[-1].lineno})"
-    return said
 
 
 class EsperTrainer(Trainer):
@@ -255,13 +196,29 @@ class EsperCLI(LightningCLI):
         """
 
     @override
+    def _set_seed(self) -> None:
+        """Refuse a seed that no generator takes; Lightning's error does not name the setting."""
+        seed = self._get(self.config, "seed_everything")
+        ok = isinstance(seed, bool) or 0 <= seed <= _MOST_SEED
+        rule = f"be true or false, or an integer from 0 to {_MOST_SEED}"
+        require(ok, "seed_everything", rule, seed)
+        super()._set_seed()
+
+    @override
     def before_instantiate_classes(self) -> None:
-        """Refuse what Lightning would refuse in too many words."""
-        strategy = self._get(self.config, "trainer")["strategy"]
+        """Refuse what Lightning would refuse in too many words, or without naming the setting."""
+        trainer = self._get(self.config, "trainer")
+        strategy, longest = trainer["strategy"], trainer["max_time"]
         known = ["auto", *cast(list[str], StrategyRegistry.available_strategies())]
         ok = not isinstance(strategy, str) or strategy in known
         hint = nearest(str(strategy), known).strip()
         require(ok, "trainer.strategy", "be 'ddp', or 'auto' with one device", strategy, hint)
+        try:
+            ok = (Timer(duration=longest).time_remaining() or 0.0) >= 0.0
+        except (MisconfigurationException, TypeError, OverflowError):
+            ok = False
+        rule = "be DD:HH:MM:SS, or a mapping of days, hours, minutes and seconds"
+        require(ok, "trainer.max_time", rule, longest)
 
     @override
     def instantiate_classes(self) -> None:

@@ -3,6 +3,7 @@
 Events are looked at before anything is built: they cost nothing where the values cost the world.
 """
 
+import itertools
 from collections.abc import Iterable
 from typing import Any, cast
 
@@ -68,7 +69,7 @@ class _Collection:
         self.values = 1
         self._is_mapping = isinstance(event, yaml.MappingStartEvent)
         self._entries, self._keys = 0, set[str]()
-        self._dotted: dict[str, tuple[str, str]] = {}  # by their first part: key and place
+        self._dotted: dict[str, tuple[str, str]] = {}  # by each of their groups: key and place
 
     def take(self, event: yaml.NodeEvent, where: str) -> None:
         """Take the next key, value or entry.
@@ -84,10 +85,13 @@ class _Collection:
         if key in self._keys:
             raise SurpriseError(f"{where}: the key {key!r} stands here again.")
         self._keys.add(key)
-        group, dot, _ = key.partition(".")
-        if dot:
+        _require_end(key.count(".") < _DEEPEST, where, f"nested more than {_DEEPEST} deep")
+        groups = list(itertools.accumulate(key.split("."), "{}.{}".format))[:-1]
+        for group in groups:
             self._dotted.setdefault(group, (key, where))
-        if group in self._keys and group in self._dotted:
+        clashes = (one for one in (*groups, key) if one in self._keys and one in self._dotted)
+        group = next(clashes, None)
+        if group is not None:
             dotted, where = self._dotted[group]
             name = dotted.removeprefix(f"{group}.")
             raise SurpriseError(

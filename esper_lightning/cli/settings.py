@@ -9,20 +9,19 @@ characters about types. Here it becomes *field must rule, got value. Hint.*, wit
 
 import argparse
 import ast
-import inspect
 import re
-import sys
-import types
-import typing
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any, NoReturn
 
+import jsonargparse._util
 import yaml
 from jsonargparse import Namespace, get_loader, set_loader
+from jsonargparse._actions import _ActionConfigLoad  # pyright: ignore[reportPrivateUsage]
 from lightning.pytorch.cli import LightningArgumentParser
 from typing_extensions import override
 
+from esper_lightning.cli.allowed import choices_of, listed, literals_of, rule_of
 from esper_lightning.cli.errors import nearest
 from esper_lightning.cli.plain_yaml import SurpriseError, place, refuse_surprises
 
@@ -30,23 +29,12 @@ __all__ = ["SettingsError", "SettingsParser"]
 
 _MODE = "plain yaml"
 _MOST_BYTES = 10_000_000
-_LONGEST_LIST = 90  # characters of choices
-_OURS = ("esper_lightning.", "lightning.pytorch.")
+_READING: Any = getattr(jsonargparse._util, "config_load_stack", None)  # pyright: ignore[reportPrivateUsage, reportAttributeAccessIssue]
+_BY_NAME = "must hold settings by their names, or name a file with some"
 _COMMAND = re.compile(r"^(fit|evaluate)\.")
 _BAD_CLASS = re.compile(r"Problem with given class_path '(\S*?)': (.*?)(?: - |Given value|$)")
 _NO_SETTINGS = ("help", "print_config")
 _HINTS = {"model.env": " Name one, or a config that does: --config configs/cartpole.yaml"}
-_PLURALS = {int: " of integers", float: " of numbers", str: " of texts"}
-_WORDS: dict[Any, str] = {
-    int: "an integer",
-    float: "a number",
-    bool: "true or false",
-    str: "text",
-    type(None): "null",
-    dict: "a mapping",
-    list: "a list",
-    tuple: "a list",
-}
 
 
 class SettingsError(argparse.ArgumentError):
@@ -62,6 +50,13 @@ class SettingsError(argparse.ArgumentError):
         self.key, self.says = key, says
 
 
+class FileError(SettingsError):
+    """A file with settings that cannot be read; what is said begins with its name."""
+
+    def __init__(self, says: str) -> None:
+        super().__init__("", says)
+
+
 class SettingsParser(LightningArgumentParser):
     """Lightning's parser, with short errors, and YAML in which a key stands once."""
 
@@ -75,6 +70,17 @@ class SettingsParser(LightningArgumentParser):
         raise _explain(self, message, ex) from ex
 
     @override
+    def parse_string(self, *args: Any, **kwargs: Any) -> Namespace:
+        """Read settings; those of a group (``model``, ``trainer``) have names."""
+        config = super().parse_string(*args, **kwargs)
+        groups = [one.dest for one in _actions(self) if isinstance(one, _ActionConfigLoad)]
+        for name in sorted(groups):  # a group before the groups in it
+            got = config.get(name, Namespace())
+            if not isinstance(got, Namespace):
+                raise SettingsError(name, f" {_BY_NAME}, got {str(got)!r}.")
+        return config
+
+    @override
     def parse_path(self, path: Any, *args: Any, **kwargs: Any) -> Namespace:
         """Read a config file; its name is in whatever is wrong with it."""
         try:
@@ -83,7 +89,8 @@ class SettingsParser(LightningArgumentParser):
         except UnicodeDecodeError as error:
             raise SettingsError("", f"{path} must be text in UTF-8: {error.reason}.") from error
         except (SettingsError, SurpriseError) as error:
-            if getattr(error, "key", "") not in ("", "--config"):
+            is_told = isinstance(error, FileError)
+            if is_told or getattr(error, "key", "") not in ("", "--config"):
                 raise
             raise SettingsError("", f"{path}{getattr(error, 'says', error)}") from error
         except ValueError as error:  # an integer of too many digits, for one
@@ -105,6 +112,8 @@ def _explain(parser: SettingsParser, message: str, cause: BaseException | None) 
     text = " ".join(message.split())
     match = re.match(r'Parser key "([^"]+)"(?: element \d+)?: ?(.*)', text)
     key, text = (match[1], match[2]) if match else ("", text)
+    while match := re.match(r'Unable to load config .*? - Parser key "([^"]+)": ?(.*)', text):
+        key, text = match[1], match[2]  # what is wrong in the file that the setting names
     known = _explain_cause(key, cause)
     if known is not None:
         return known
@@ -121,18 +130,23 @@ def _explain_cause(key: str, cause: BaseException | None) -> SettingsError | Non
     is_file = key in ("", "config")
     owner = "--config" if key == "config" else key
     for error in _chain(cause):
+        if isinstance(error, FileError):
+            return FileError(error.says)
         if isinstance(error, SettingsError):
             names = [name for name in ("" if is_file and error.key else owner, error.key) if name]
             return SettingsError(".".join(names), error.says)
         if isinstance(error, SurpriseError):
             return SettingsError(owner, str(error))
         if isinstance(error, yaml.YAMLError) and is_file:
-            mark = getattr(error, "problem_mark", None)
-            problem = getattr(error, "problem", None) or getattr(error, "reason", None) or error
-            return SettingsError(
-                owner, f"{'' if mark is None else place(mark)}: not valid YAML: {problem}."
-            )
+            return SettingsError(owner, _of_yaml(error))
     return None
+
+
+def _of_yaml(error: yaml.YAMLError) -> str:
+    """What PyYAML says, to follow the name of a file."""
+    mark = getattr(error, "problem_mark", None)
+    problem = getattr(error, "problem", None) or getattr(error, "reason", None) or error
+    return f"{'' if mark is None else place(mark)}: not valid YAML: {problem}."
 
 
 def _explain_name(parser: SettingsParser, text: str) -> SettingsError:
@@ -141,10 +155,15 @@ def _explain_name(parser: SettingsParser, text: str) -> SettingsError:
         name = _COMMAND.sub("", match[1])
         hint = _HINTS.get(name, "")
         return SettingsError(name, f" must be given.{hint}")
-    if match := re.match(r"unrecognized arguments: (\S+)", text):
-        name = match[1].partition("=")[0]
+    if match := re.match(r"unrecognized arguments:(?: (\S+)|$)", text):
+        name = (match[1] or "").partition("=")[0]
+        if name == "--":
+            rule = "must be followed by the name of a setting (--model.seed, for example)"
+            return SettingsError("", f": '--' {rule}, got {match[1]!r}.")
         if not name.startswith("--"):
-            return SettingsError("", f": {match[1]!r} is no setting: their names begin with --.")
+            return SettingsError(
+                "", f": {match[1] or ''!r} is no setting: their names begin with --."
+            )
         name = name[2:]
     elif match := re.search(r"Group '(\S+)' does not accept option '(\S+)'", text):
         name = _COMMAND.sub("", f"{match[1]}.{match[2]}")
@@ -169,27 +188,40 @@ def _explain_value(parser: SettingsParser, key: str, text: str) -> SettingsError
     value, below = _value(text)
     if below:
         rule = f"must follow the name of a class that has it (--{_COMMAND.sub('', key)} NAME)"
-        of_a_class = "Subclass types expect" not in text and bool(_choices(typehint))
+        of_a_class = "Subclass types expect" not in text and bool(choices_of(typehint))
         says = f" {rule}, got {value!r}." if of_a_class else f": {text}"
         return SettingsError(f"{key}.{below}", says)
+    refused = _explain_class(key, text)
+    if refused is not None:
+        return refused
+    ambiguous = re.search(r"Multiple subclasses with name .*?(?= - |$)", text)
+    if ambiguous or typehint is None:
+        return SettingsError(key, f": {ambiguous[0] if ambiguous else text}")
+    choices = choices_of(typehint)
+    known = f" Known are {listed(choices)}." if choices else ""
+    if value is None:
+        return SettingsError(key, f" must be {rule_of(typehint)}: {text}.{known}")
+    hint = nearest(value, choices or map(str, literals_of(typehint))) + known
+    return SettingsError(key, f" must be {rule_of(typehint)}, got {value!r}.{hint}")
+
+
+def _explain_class(key: str, text: str) -> SettingsError | None:
+    """Why a group of settings, or a class with some, cannot be; ``None`` where it is not that."""
     if match := re.search(r"Unable to load config ['\"](.*?)['\"]", text):
-        rule = f"must hold settings by their names, or name a file with some, got {match[1]!r}"
-        return SettingsError(key, f" {rule}.")
+        return SettingsError(key, f" {_BY_NAME}, got {match[1]!r}.")
     if match := _BAD_CLASS.search(text):
         reason = match[2].strip()
+        if reason.endswith("has no attribute 'keys'"):
+            return SettingsError(f"{key}.init_args", " must hold settings by their names.")
+        if re.match(r"\S+ (?:must|is no setting)\b", reason):  # of a parser below
+            return SettingsError(f"{key}.{reason}", "")
         rule = f"must name a class that can be imported, got {match[1]!r}: {reason}."
         return SettingsError(key, f" {rule}")
     if match := re.search(r"Expected an instantiatable class, but (\S+) is abstract", text):
         lacks = ", ".join(sorted(getattr(_locate(match[1]), "__abstractmethods__", ())))
         rule = f"must name a class that can be built, got {match[1]!r}. It lacks {lacks}."
         return SettingsError(key, f" {rule}")
-    ambiguous = re.search(r"Multiple subclasses with name .*?(?= - |$)", text)
-    if ambiguous or typehint is None or value is None:
-        return SettingsError(key, f": {ambiguous[0] if ambiguous else text}")
-    choices = _choices(typehint)
-    hint = nearest(value, choices or map(str, _literals(typehint)))
-    hint += f" Known are {_listed(choices)}." if choices else ""
-    return SettingsError(key, f" must be {_rule(typehint)}, got {value!r}.{hint}")
+    return None
 
 
 def _value(text: str) -> tuple[str | None, str]:
@@ -209,68 +241,6 @@ def _value(text: str) -> tuple[str | None, str]:
             except (ValueError, SyntaxError):
                 return nested[2], nested[1]
     return None, ""
-
-
-def _rule(typehint: Any) -> str:
-    """What a value of the type is, in words."""
-    rules: list[str] = []
-    classes: list[str] = []
-    literals = [str(value) for value in _literals(typehint)]
-    if literals:
-        rules.append(f"one of {_listed(list(dict.fromkeys(literals)))}")
-    for one in _members(typehint):
-        origin, inner = typing.get_origin(one) or one, typing.get_args(one)
-        if origin in _WORDS:
-            rules.append(_WORDS[origin] + (_PLURALS.get(inner[0], "") if inner else ""))
-        elif inspect.isclass(origin) and not inner:
-            classes.append(origin.__name__)
-    if classes:
-        rules.insert(0, f"the name of a class of {' or '.join(classes)}")
-    return ", or ".join(dict.fromkeys(rules)) or "of another type"
-
-
-def _members(typehint: Any) -> Iterator[Any]:
-    if typing.get_origin(typehint) in (typing.Union, types.UnionType):
-        for one in typing.get_args(typehint):
-            yield from _members(one)
-    else:
-        yield typehint
-
-
-def _literals(typehint: Any) -> list[Any]:
-    members = (one for one in _members(typehint) if typing.get_origin(one) is typing.Literal)
-    return [value for one in members for value in typing.get_args(one)]
-
-
-def _choices(typehint: Any) -> list[str]:
-    """Public classes that may be given for a type by their name alone, ours first."""
-    kinds: dict[str, str] = {}
-    for member in _members(typehint):
-        for kind in (member, *typing.get_args(member)):
-            if inspect.isclass(kind) and kind.__module__.startswith(_OURS):
-                kinds |= {k.__name__: k.__module__ for k in _subclasses(kind) if _is_public(k)}
-    return sorted(kinds, key=lambda name: (not kinds[name].startswith(_OURS[0]), name))
-
-
-def _subclasses(kind: type) -> Iterator[type]:
-    for one in kind.__subclasses__():
-        yield from _subclasses(one)
-        yield one
-
-
-def _is_public(kind: type) -> bool:
-    names = kind.__module__.split(".")
-    packages = (sys.modules.get(".".join(names[:k])) for k in range(1, len(names)))
-    known = any(kind.__name__ in getattr(package, "__all__", ()) for package in packages)
-    return known and kind.__module__.startswith(_OURS) and not inspect.isabstract(kind)
-
-
-def _listed(names: list[str]) -> str:
-    """As many names as a line takes."""
-    text = ", ".join(names)
-    if len(text) <= _LONGEST_LIST:
-        return text
-    return text[: text.rindex(", ", 0, _LONGEST_LIST)] + ", ..."
 
 
 def _locate(path: str) -> Any:
@@ -311,8 +281,30 @@ _load_yaml = get_loader("yaml")
 
 
 def _load(text: str) -> Any:
-    refuse_surprises(text)
-    return _load_yaml(text)
+    try:
+        refuse_surprises(text)
+        return _load_yaml(text)
+    except (SurpriseError, yaml.YAMLError) as error:
+        file = _file_of(text)
+        if file is None:
+            raise
+        says = str(error) if isinstance(error, SurpriseError) else _of_yaml(error)
+        raise FileError(f"{file}{says}") from error
+
+
+def _file_of(text: str) -> str | None:
+    """Name of the file that jsonargparse is reading, if the text is its content.
+
+    Files may name others, and the settings in them may be texts that are YAML again.
+    """
+    reading = () if _READING is None else _READING.get()
+    if not reading:
+        return None
+    path, name = reading[-1]
+    try:
+        return name if Path(path).read_text() == text else None
+    except (OSError, ValueError):  # a remote file
+        return None
 
 
 set_loader(_MODE, _load, exceptions=(yaml.YAMLError,))

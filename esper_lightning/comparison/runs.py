@@ -26,7 +26,6 @@ from esper_lightning.forensics.reading import (
     whole_number,
 )
 from esper_lightning.forensics.remains import examine, first_failure
-from esper_lightning.forensics.report import what_happened
 
 __all__ = ["SCORES", "Point", "Run", "Score", "find_runs", "identity", "read_run", "read_yaml"]
 
@@ -285,8 +284,8 @@ def _end(directory: Path, *, is_short: bool) -> tuple[Any, str]:
         return "died", "left nothing but its config"
     first = first_failure(ranks)
     if first is not None:
-        report = first.report or {}
-        what = what_happened(report) or "its process vanished without a report"
+        told = "" if first.report is None else first.report.what_happened
+        what = told or "its process vanished without a report"
         where = "" if len(ranks) == 1 else f" (rank {first.rank})"
         short = textwrap.shorten(what[:1000], _LONGEST_REASON, placeholder="...").rstrip(".")
         return "died", f"died{where}: {short}"

@@ -1,5 +1,6 @@
 """Storage of one rollout: allocated once, written in place. Axes: ``T`` step, ``B`` environment."""
 
+import os
 from typing import cast
 
 import torch
@@ -9,7 +10,7 @@ from esper_lightning.core.spaces import Box, EnvSpaces, FactoredDiscrete, MultiD
 from esper_lightning.core.tensor_trees import leaves
 from esper_lightning.core.types import Observation, Rollout
 
-__all__ = ["allocate_rollout", "first_steps", "rollout_bytes", "write_step"]
+__all__ = ["allocate_rollout", "first_steps", "memory_bytes", "rollout_bytes", "write_step"]
 
 
 def allocate_rollout(
@@ -49,6 +50,13 @@ def rollout_bytes(spaces: EnvSpaces, steps: int, num_envs: int) -> int:
     """Bytes that a rollout of this size takes; nothing is allocated."""
     one = allocate_rollout(spaces, 1, 1, device=torch.device("meta"))
     return steps * num_envs * sum(leaf.nbytes for leaf in leaves(one))
+
+
+def memory_bytes(device: torch.device) -> int:
+    """Memory that a device has in all."""
+    if device.type == "cuda":
+        return torch.cuda.get_device_properties(device).total_memory  # pyright: ignore[reportUnknownVariableType, reportUnknownMemberType]
+    return os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
 
 
 def first_steps(rollout: Rollout, steps: int) -> Rollout:

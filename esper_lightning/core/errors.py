@@ -24,6 +24,7 @@ __all__ = [
     "check_fields",
     "require",
     "require_int",
+    "require_name",
     "require_output",
     "require_output_folder",
     "requires_folder",
@@ -93,6 +94,21 @@ def require_int(field: str, value: object, *, minimum: int) -> None:
     require(is_int, field, "be an integer", value)
     assert isinstance(value, int)
     require(value >= minimum, field, f"be at least {minimum}", value)
+
+
+def require_name(field: str, value: str | Path | None, what: str) -> None:
+    """Raise where a text that is to name something is empty, or holds a NUL byte.
+
+    Args:
+        field: The setting, as ``require`` has it.
+        value: The text; ``None`` where nothing is to be named.
+        what: What it is to name, with its article.
+
+    Raises:
+        ValueError: As ``require`` does.
+    """
+    ok = value is None or (str(value) != "" and "\0" not in str(value))
+    require(ok, field, f"name {what}", value)
 
 
 def check_fields(

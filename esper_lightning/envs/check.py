@@ -13,8 +13,10 @@ from typing import Any, NamedTuple, cast
 import torch
 from torch import Tensor
 
+from esper_lightning.core.buffer import memory_bytes, rollout_bytes
 from esper_lightning.core.errors import Words, check_arguments, require
 from esper_lightning.core.seeding import require_torch_defaults
+from esper_lightning.core.spaces import EnvSpaces
 from esper_lightning.core.tensor_trees import map_tree, named_tensors
 from esper_lightning.envs.base import BatchedEnv, EnvSpec, FunctionalEnv, is_functional
 from esper_lightning.envs.contract import (
@@ -30,6 +32,7 @@ from esper_lightning.envs.inspector import (
     Inspector,
     check_built,
     check_told,
+    is_count,
     require_members,
     same_values,
 )
@@ -116,9 +119,21 @@ class _Run(NamedTuple):
     seed: int
 
 
+def _refuse_huge(num_envs: object, spaces: object, report: Report, device: torch.device) -> None:
+    """Give up where what a step returns does not fit into the memory; nothing is built then."""
+    if is_count(num_envs) and isinstance(spaces, EnvSpaces):
+        memory = memory_bytes(device)
+        taken = rollout_bytes(spaces, 1, cast(int, num_envs))
+        rule = f"give steps that fit into the memory, {memory / 1e9:.0f} GB"
+        got = Words(f"{num_envs}, which take {taken / 1e9:,.0f} GB each")
+        report.insist(taken <= memory, "num_envs", rule, got)
+
+
 def _check_spec(spec: EnvSpec, report: Report, steps: int, seed: int, device: torch.device) -> None:
+    spaces = spec.spaces()
+    _refuse_huge(spec.num_envs, spaces, report, device)
     env = spec.build(device, seed)
-    built, shown = check_built(spec, spec.spaces(), env, report)
+    built, shown = check_built(spec, spaces, env, report)
     run = _check_env(env, built, shown, report, steps, seed, device)
 
     def trajectory(env_seed: int) -> tuple[_Trajectory, bool]:

@@ -17,9 +17,14 @@ from pathlib import Path
 from typing import Any, cast
 
 from esper_lightning.forensics.layout import RunLayout
-from esper_lightning.forensics.processes import identify, is_alive, same_process
+from esper_lightning.forensics.processes import (
+    ProcessIdentity,
+    identify,
+    is_alive,
+    same_process,
+)
+from esper_lightning.forensics.rank_record import ProcessRecord
 from esper_lightning.forensics.reading import parse_json, read_file
-from esper_lightning.forensics.report import read_report
 
 __all__ = [
     "Claim",
@@ -187,7 +192,7 @@ def read_owner(directory: Path) -> dict[str, Any]:
     """What ``owner.lock`` says of the process that owns or owned a directory.
 
     Returns:
-        The fields of ``processes.identify``, ``claimed_s`` and ``address`` (of a remote copy), as
+        The fields of ``ProcessIdentity``, ``claimed_s`` and ``address`` (of a remote copy), as
         far as they are known; empty where nobody owns the directory, or its owner has let it go.
     """
     try:
@@ -251,7 +256,7 @@ def _claim(directory: Path, *, made: Sequence[Path]) -> Claim:
         for owner in _owners(directory, lock):
             if is_alive(owner) and not same_process(owner, identify(os.getpid())):
                 raise _in_use(directory, owner)
-        _write(lock, {**identify(os.getpid()), "claimed_s": time.time()})
+        _write(lock, {**identify(os.getpid()).to_dict(), "claimed_s": time.time()})
     except BaseException:
         os.close(lock)
         raise
@@ -271,13 +276,13 @@ def _lock(directory: Path) -> int:
         try:
             fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except OSError as error:
-            owner = _read(lock)
+            owner = ProcessIdentity.from_dict(_read(lock))
             if error.errno in _NO_LOCKS:
                 return lock
             os.close(lock)
             if error.errno not in (errno.EWOULDBLOCK, errno.EACCES):
                 raise
-            if owner or time.monotonic() > end:
+            if owner.pid is not None or time.monotonic() > end:
                 raise _in_use(directory, owner) from None
             time.sleep(0.02)
             continue
@@ -288,23 +293,28 @@ def _lock(directory: Path) -> int:
         directory.mkdir(parents=True, exist_ok=True)
 
 
-def _owners(directory: Path, lock: int) -> list[dict[str, Any]]:
+def _owners(directory: Path, lock: int) -> list[ProcessIdentity]:
     """Processes that may be writing here: the owner on record, and ranks that say they run."""
-    ranks = [read_report(path) or {} for path in directory.glob("rank*/process.json")]
-    return [_read(lock), *(rank for rank in ranks if rank.get("state") == "running")]
+    owner = ProcessIdentity.from_dict(_read(lock))
+    return [owner, *(rank for rank in _ranks(directory) if rank.state == "running")]
 
 
 def _names_a_process(directory: Path) -> bool:
-    ranks = directory.glob("rank*/process.json")  # of versions without an owner, too
-    return any("pid" in (read_report(path) or {}) for path in ranks)
+    return any(rank.pid is not None for rank in _ranks(directory))
 
 
-def _in_use(directory: Path, owner: dict[str, Any]) -> DirectoryInUseError:
-    pid, host = owner.get("pid"), owner.get("host")
+def _ranks(directory: Path) -> list[ProcessRecord]:
+    """The records of ranks that can be read; versions without an owner wrote them, too."""
+    found = (ProcessRecord.read(path) for path in directory.glob("rank*/process.json"))
+    return [rank for rank in found if rank is not None]
+
+
+def _in_use(directory: Path, owner: ProcessIdentity) -> DirectoryInUseError:
+    pid, host = owner.pid, owner.host
     who = "another run" if pid is None else f"process {pid}"
     if pid == os.getpid():
         who = f"another run of this process, {pid}"
-    elif host is not None and host != identify(os.getpid())["host"]:
+    elif host is not None and host != identify(os.getpid()).host:
         who += f" on {host}"
     return DirectoryInUseError(
         f"The run directory must be free, got {str(directory)!r}, where {who} is running. "

@@ -39,7 +39,7 @@ class RankLayout:
 
     @property
     def process(self) -> Path:
-        """Which process this rank is, and how it fared (``forensics.report``)."""
+        """Which process this rank is, and how it fares (``forensics.rank_record``)."""
         return self.directory / "process.json"
 
     @property

@@ -2,55 +2,71 @@
 
 import os
 import socket
-from collections.abc import Mapping
+from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
-__all__ = ["identify", "is_alive", "same_process"]
+from esper_lightning.forensics.records import Record
+
+__all__ = ["ProcessIdentity", "identify", "is_alive", "same_process"]
 
 _PROC = Path("/proc")
 _HOST = socket.gethostname()
-_IDENTITY = ("pid", "host", "start_ticks", "boot", "pid_namespace")
 
 
-def identify(pid: int) -> dict[str, Any]:
-    """A record of a process on this host, which no later process has.
+@dataclass(frozen=True, kw_only=True)
+class ProcessIdentity(Record):
+    """What tells a process from every other, before it and after it.
+
+    Attributes:
+        pid: Process identifier.
+        host: Name of the host.
+        start_ticks: Clock ticks from the boot of the host to the start of the process; ``None``
+            where there is no ``/proc``.
+        boot: Identifier of that boot; ``None`` where there is no ``/proc``.
+        pid_namespace: Inode of the namespace in which ``pid`` counts, as in a container; ``None``
+            where there is no ``/proc``.
+    """
+
+    pid: int | None = None
+    host: str | None = None
+    start_ticks: int | None = None
+    boot: str | None = None
+    pid_namespace: int | None = None
+
+
+def identify(pid: int) -> ProcessIdentity:
+    """The identity of a process on this host.
 
     Args:
         pid: Process identifier, in the namespace of the calling process.
-
-    Returns:
-        ``pid``, ``host``, ``start_ticks`` (clock ticks from the boot of the host to the start of
-        the process), ``boot`` (identifier of that boot) and ``pid_namespace`` (inode of the
-        namespace in which ``pid`` counts). The last three are ``None`` where there is no ``/proc``.
     """
-    return {
-        "pid": pid,
-        "host": _HOST,
-        "start_ticks": _start_ticks(pid),
-        "boot": _boot(),
-        "pid_namespace": _pid_namespace(),
-    }
+    return ProcessIdentity(
+        pid=pid,
+        host=_HOST,
+        start_ticks=_start_ticks(pid),
+        boot=_boot(),
+        pid_namespace=_pid_namespace(),
+    )
 
 
-def is_alive(identity: Mapping[str, Any]) -> bool | None:
-    """Whether the process that ``identify`` recorded still runs.
+def is_alive(identity: ProcessIdentity) -> bool | None:
+    """Whether a process still runs.
 
-    A record without ``start_ticks``, of an earlier version, is compared by ``pid`` alone.
+    An identity without ``start_ticks``, of an earlier version, is compared by ``pid`` alone.
 
     Returns:
         ``None`` where it cannot be seen from here: a process of another host or of another
         container. A zombie is dead.
     """
-    host, boot, namespace = (identity.get(name) for name in ("host", "boot", "pid_namespace"))
-    if host != _HOST:
+    boot, namespace = identity.boot, identity.pid_namespace
+    if identity.host != _HOST:
         return None
     if boot is not None and boot != _boot():  # the host was started again
         return False
     if namespace is not None and namespace != _pid_namespace():
         return None
-    pid, began = identity.get("pid"), identity.get("start_ticks")
-    if not isinstance(pid, int) or isinstance(pid, bool) or not 0 < pid < 1 << 31:
+    pid, began = identity.pid, identity.start_ticks
+    if pid is None or not 0 < pid < 1 << 31:
         return False
     if not (_PROC / "self" / "stat").exists():
         return _takes_signals(pid)
@@ -58,9 +74,10 @@ def is_alive(identity: Mapping[str, Any]) -> bool | None:
     return fields[0] not in "ZX" and began in (None, int(fields[19]))
 
 
-def same_process(one: Mapping[str, Any], other: Mapping[str, Any]) -> bool:
+def same_process(one: ProcessIdentity, other: ProcessIdentity) -> bool:
     """Whether two records are of one process; a field that either lacks is not compared."""
-    pairs = [(one.get(name), other.get(name)) for name in _IDENTITY]
+    names = ("pid", "host", "start_ticks", "boot", "pid_namespace")
+    pairs = [(getattr(one, name), getattr(other, name)) for name in names]
     return all(mine is None or theirs is None or mine == theirs for mine, theirs in pairs)
 
 

@@ -13,8 +13,9 @@ from typing import Any, NamedTuple, TypeVar
 from esper_lightning.forensics.layout import RankLayout, RunLayout
 from esper_lightning.forensics.phases import Phases, read_phases
 from esper_lightning.forensics.processes import is_alive
+from esper_lightning.forensics.rank_record import ProcessRecord
 from esper_lightning.forensics.reading import RowReader
-from esper_lightning.forensics.report import load_report
+from esper_lightning.forensics.report import CrashReport, Evidence
 from esper_lightning.forensics.trace import TraceSummary
 
 __all__ = ["LAST_ROWS", "Remains", "Window", "examine", "first_failure", "rank_folders"]
@@ -49,7 +50,7 @@ class Remains:
     state: str  # finished, running, failed, vanished, unknown
     world_size: int | None
     started_s: float | None
-    report: dict[str, Any] | None  # fields that are not of their type are left out
+    report: CrashReport | None
     unreadable: dict[str, str]  # files that are there and cannot be read, by name, with the reason
     rows: int
     history: list[dict[str, Any]]  # the last rows
@@ -63,12 +64,12 @@ class Remains:
     @property
     def time_s(self) -> float:
         """When it failed; infinite if it did not."""
-        return float((self.report or {}).get("time_s") or float("inf"))
+        return float((self.report and self.report.time_s) or float("inf"))
 
     @property
     def failed(self) -> bool:
         """Whether it died; a hang after which the run went on is no death."""
-        hung = self.report is not None and self.report.get("cause") == "hang"
+        hung = self.report is not None and self.report.cause == "hang"
         alive = self.state in ("finished", "running")
         reported = self.report is not None and not (hung and alive)
         is_lost = "crash.json" in self.unreadable and not alive
@@ -77,14 +78,14 @@ class Remains:
     @property
     def is_first_cause(self) -> bool:
         """Whether it failed for a reason of its own, as far as is known."""
-        return self.state == "vanished" or (self.report or {}).get("cause") != "peer"
+        return self.state == "vanished" or self.report is None or self.report.cause != "peer"
 
     @property
     def failed_at_s(self) -> float:
         """A process that vanished is noticed later than it did, and by its peers at once."""
-        cause = (self.report or {}).get("cause")
-        vanished = self.state == "vanished" or cause == "vanished"
-        if self.report is None and self.phases is not None and self.phases.open:
+        report = self.report
+        vanished = self.state == "vanished" or (report is not None and report.cause == "vanished")
+        if report is None and self.phases is not None and self.phases.open:
             return self.phases.open[-1].begin_ns / 1e9
         return self.time_s - (_NOTICED_S if vanished else 0.0)
 
@@ -138,15 +139,15 @@ def first_failure(ranks: list[Remains]) -> Remains | None:
 def _remains(directory: Path, rank: int) -> Remains:
     files = RunLayout(directory).rank(rank)
     unreadable: dict[str, str] = {}
-    process = _read(files.process, load_report, unreadable) or {}
-    report = _read(files.crash, load_report, unreadable)
+    process = _read(files.process, ProcessRecord.load, unreadable) or ProcessRecord()
+    report = _read(files.crash, CrashReport.load, unreadable)
     rows = RowReader(files.history)
-    windows = _windows(directory, rank, report or {}, process.get("started_s"))
+    windows = _windows(directory, rank, report or CrashReport(), process.started_s)
     return Remains(
         rank=rank,
         state=_state(process),
-        world_size=process.get("world_size") or (report or {}).get("world_size"),
-        started_s=process.get("started_s"),
+        world_size=process.world_size or (report and report.world_size),
+        started_s=process.started_s,
         report=report,
         phases=_read(files.phases, read_phases, unreadable),
         history=list(_read(files.history, lambda _: deque(rows, LAST_ROWS), unreadable) or ()),
@@ -155,7 +156,7 @@ def _remains(directory: Path, rank: int) -> Remains:
         remarks=rows.remarks,
         unreadable=unreadable,
         windows=windows,
-        run=process.get("run"),
+        run=process.run,
     )
 
 
@@ -170,20 +171,20 @@ def _read(path: Path, read: Callable[[Path], T], unreadable: dict[str, str]) -> 
         return None
 
 
-def _state(process: dict[str, Any]) -> str:
-    state = process.get("state") or "unknown"
+def _state(process: ProcessRecord) -> str:
+    state = process.state or "unknown"
     return "vanished" if state == "running" and is_alive(process) is False else state
 
 
 def _windows(
-    directory: Path, rank: int, report: dict[str, Any], started_s: float | None
+    directory: Path, rank: int, report: CrashReport, started_s: float | None
 ) -> list[Window]:
     """Traces of this run: those of the rank, and Lightning's own in the run directory."""
     files = RunLayout(directory).rank(rank)
     crash = _open_window(files, report)
     places = [files.trace, directory]
-    if dirpath := (report.get("profiler") or {}).get("dirpath"):
-        places.append(Path(dirpath))
+    if report.profiler is not None and report.profiler.dirpath:
+        places.append(Path(report.profiler.dirpath))
     windows: dict[Path, Window] = {}
     for place in places:
         for path in place.glob("*.pt.trace.json*") if _is(place.is_dir) else ():
@@ -205,11 +206,11 @@ def _nearness(window: Window) -> tuple[bool, bool, float]:
     return window.was_open, trains, window.ended_s
 
 
-def _open_window(files: RankLayout, report: dict[str, Any]) -> Path | None:
-    trace = (report.get("evidence") or {}).get("trace") or {}
-    if trace.get("state") != "saved" or not trace.get("path"):
+def _open_window(files: RankLayout, report: CrashReport) -> Path | None:
+    trace = report.evidence.get("trace", Evidence())
+    if trace.state != "saved" or not trace.path:
         return None
-    path = files.directory / trace["path"]
+    path = files.directory / trace.path
     places = (path, files.trace / path.name)  # the directory may have been moved
     return next((place for place in places if _is(place.is_file)), None)
 

@@ -4,8 +4,6 @@ SIGKILL, the kernel's OOM killer and ``os._exit`` leave a process no moment to w
 for its end, and writes from the files it left. Standard library only.
 """
 
-# pyright: reportUnknownVariableType=false, reportUnknownArgumentType=false
-
 import contextlib
 import fcntl
 import itertools
@@ -16,27 +14,29 @@ import subprocess
 import sys
 import time
 from collections.abc import Generator, Mapping
+from dataclasses import replace
 from functools import partial
 from pathlib import Path
-from typing import Any
 
+from esper_lightning.forensics.asides import set_aside
 from esper_lightning.forensics.claims import read_owner
 from esper_lightning.forensics.layout import RankLayout
 from esper_lightning.forensics.memory import Memory, oom_kills
 from esper_lightning.forensics.phases import Phases, read_phases
-from esper_lightning.forensics.processes import identify, is_alive
+from esper_lightning.forensics.processes import ProcessIdentity, identify, is_alive
+from esper_lightning.forensics.rank_record import ProcessRecord, same_recording
 from esper_lightning.forensics.reading import open_file, read_file
 from esper_lightning.forensics.report import (
-    read_report,
-    release_room,
-    same_recording,
-    set_aside,
-    write_report,
+    CgroupCounters,
+    CrashReport,
+    ErrorReport,
+    Evidence,
+    MemoryReport,
 )
+from esper_lightning.forensics.room import release_room
 
 __all__ = ["Sidecar", "complete_report", "locked", "start", "watch"]
 
-_NOT_OF_A_REPORT = ("schema", "state", "saved", "changed_s")
 _LOCK_S = 5.0
 _COPY_S = 90.0
 _MOST_MEGABYTES = 4096  # of a history, in which lines are counted
@@ -63,7 +63,7 @@ class Sidecar:
             self._process.wait()
 
 
-def start(directory: Path, pid: int, process: Mapping[str, Any] | None = None) -> Sidecar | None:
+def start(directory: Path, pid: int, process: ProcessRecord | None = None) -> Sidecar | None:
     """Watch a process.
 
     Args:
@@ -77,7 +77,7 @@ def start(directory: Path, pid: int, process: Mapping[str, Any] | None = None) -
     if not hasattr(os, "pidfd_open"):
         return None
     if process is None:
-        process = read_report(RankLayout(directory).process) or {}
+        process = ProcessRecord.read(RankLayout(directory).process) or ProcessRecord()
     package_root = Path(__file__).parents[2]
     program = (
         f"import sys; sys.path.insert(0, {str(package_root)!r}); "
@@ -88,7 +88,7 @@ def start(directory: Path, pid: int, process: Mapping[str, Any] | None = None) -
         "import signal; [signal.signal(number, signal.SIG_IGN) for number in "
         "signal.valid_signals() - {signal.SIGKILL, signal.SIGSTOP}]; "
     )
-    watched = json.dumps([identify(pid), dict(process)])
+    watched = json.dumps([identify(pid).to_dict(), process.to_dict()])
     command = [sys.executable, "-S", "-E", "-s", "-c", ignoring + program, str(directory), watched]
     try:
         second = subprocess.Popen(
@@ -137,7 +137,7 @@ def complete_report(
     *,
     before: dict[str, int] | None = None,
     after: dict[str, int] | None = None,
-    watched: Mapping[str, Any] | None = None,
+    watched: ProcessRecord | None = None,
 ) -> bool:
     """Write what a process that is gone no longer could.
 
@@ -156,76 +156,76 @@ def complete_report(
     Returns:
         Whether there was something to complete.
     """
-    process = read_report(files.process) or dict(watched or {})
+    process = ProcessRecord.read(files.process) or watched or ProcessRecord()
     if not _is_gone(process, watched):
         return False
-    report = read_report(files.crash)
+    report = CrashReport.read(files.crash)
     if report is not None and not _is_its_death(report, process):
         set_aside(files.crash)
         report = None
-    unsaved = process.get("state") == "failed" and process.get("saved") is False
-    if report is not None and not report.get("complete"):
-        for evidence in (report.get("evidence") or {}).values():
-            if evidence.get("state") == "pending":
-                detail = "the process died while this was being saved"
-                evidence |= {"state": "failed", "detail": detail}
-        report["complete"] = True
-    elif report is None and (process.get("state") == "running" or unsaved):
+    unsaved = process.state == "failed" and process.evidence_saved is False
+    if report is not None and not report.complete:
+        report = replace(report, evidence=_without_pending(report.evidence))
+    elif report is None and (process.state == "running" or unsaved):
         report = _post_mortem(files, process, before or {}, after or {})
         if watched is not None:  # it has just ended
-            report["time_s"] = time.time()
+            report = replace(report, time_s=time.time())
     else:
         return False
-    report["cgroup"] = {"before": before, "after": after}
-    if not _is_gone(read_report(files.process) or process, process):
+    counters = None if before is None else CgroupCounters(before=before, after=after or {})
+    report = replace(report, cgroup=counters, complete=True)
+    if not _is_gone(ProcessRecord.read(files.process) or process, process):
         return False
     _remove_temporaries(files)
-    write_report(files.crash, report)
-    ended = {"state": "failed", "saved": True, "changed_s": time.time()}
-    write_report(files.process, {**process, **ended})
+    report.write(files.crash)
+    ended = replace(process, state="failed", evidence_saved=True, changed_s=time.time())
+    ended.write(files.process)
     release_room(files.directory)
     return True
 
 
-def _is_gone(process: Mapping[str, Any], watched: Mapping[str, Any] | None) -> bool:
+def _without_pending(evidence: Mapping[str, Evidence]) -> dict[str, Evidence]:
+    """The evidence once nobody saves it any more."""
+    detail = "the process died while this was being saved"
+    return {
+        name: replace(entry, state="failed", detail=detail) if entry.state == "pending" else entry
+        for name, entry in evidence.items()
+    }
+
+
+def _is_gone(process: ProcessRecord, watched: ProcessRecord | None) -> bool:
     """Whether files are of the process that is gone, and not of the next one in the directory."""
     if watched is None:
         return is_alive(process) is not True
     return same_recording(process, watched)
 
 
-def _is_its_death(report: dict[str, Any], process: dict[str, Any]) -> bool:
+def _is_its_death(report: CrashReport, process: ProcessRecord) -> bool:
     """Whether a report is neither of a hang after which the run continued, nor of another run."""
-    went_on = report.get("cause") == "hang" and process.get("state") == "running"
+    went_on = report.cause == "hang" and process.state == "running"
     return not went_on and same_recording(report, process)
 
 
 def _post_mortem(
-    files: RankLayout, process: dict[str, Any], before: dict[str, int], after: dict[str, int]
-) -> dict[str, Any]:
+    files: RankLayout, process: ProcessRecord, before: dict[str, int], after: dict[str, int]
+) -> CrashReport:
     ring: Phases | None = None
     with contextlib.suppress(OSError, ValueError):
         ring = read_phases(files.phases)
     memory = None if ring is None else ring.memory
     fault = _native_fault(files.stacks)
     message = fault or _vanished(memory, before, after)
-    return {
-        **{name: value for name, value in process.items() if name not in _NOT_OF_A_REPORT},
-        "time_s": _last_sign_of_life(files, ring, process),
-        "cause": "native" if fault else "vanished",
-        "error": {"type": None, "message": message, "traceback": []},
-        "signal": None,
-        "exit_status": None,
-        "peer": None,
-        "iteration": None if ring is None else ring.iteration,
-        "phases": [] if ring is None else [span.name for span in ring.open],
-        "memory": None if memory is None else memory._asdict(),
-        "metrics": {},
-        "profiler": None,
-        "evidence": _evidence(files, process.get("started_s") or 0.0),
-        "complete": True,
-        "written_by": "sidecar",
-    }
+    return CrashReport(
+        **process.of_rank(),
+        time_s=_last_sign_of_life(files, ring, process),
+        cause="native" if fault else "vanished",
+        error=ErrorReport(message=message),
+        iteration=None if ring is None else ring.iteration,
+        phases=() if ring is None else tuple(span.name for span in ring.open),
+        memory=None if memory is None else MemoryReport(**memory._asdict()),
+        evidence=_evidence(files, process.started_s or 0.0),
+        written_by="sidecar",
+    )
 
 
 def _vanished(memory: Memory | None, before: dict[str, int], after: dict[str, int]) -> str:
@@ -241,8 +241,8 @@ def _vanished(memory: Memory | None, before: dict[str, int], after: dict[str, in
     return f"The process vanished: SIGKILL by somebody, os._exit or a power failure ({numbers})."
 
 
-def _last_sign_of_life(files: RankLayout, ring: Phases | None, process: dict[str, Any]) -> float:
-    signs = [float(process.get("changed_s") or 0.0)]
+def _last_sign_of_life(files: RankLayout, ring: Phases | None, process: ProcessRecord) -> float:
+    signs = [float(process.changed_s or 0.0)]
     if ring is not None:
         signs += [max(span.begin_ns, span.end_ns) / 1e9 for span in (*ring.open, *ring.closed[-1:])]
     with contextlib.suppress(OSError):
@@ -250,11 +250,11 @@ def _last_sign_of_life(files: RankLayout, ring: Phases | None, process: dict[str
     return max(signs)
 
 
-def _evidence(files: RankLayout, started_s: float) -> dict[str, dict[str, str | None]]:
-    def entry(path: Path, saved: str, absent: str) -> dict[str, str | None]:
+def _evidence(files: RankLayout, started_s: float) -> dict[str, Evidence]:
+    def entry(path: Path, saved: str, absent: str) -> Evidence:
         if not path.exists() or path.stat().st_mtime < started_s:
-            return {"state": "absent", "path": None, "detail": absent}
-        return {"state": "saved", "path": path.name, "detail": saved}
+            return Evidence(state="absent", detail=absent)
+        return Evidence(state="saved", path=path.name, detail=saved)
 
     rows, last = 0, b"\n"
     with contextlib.suppress(OSError, ValueError), open_file(files.history) as file:
@@ -264,7 +264,7 @@ def _evidence(files: RankLayout, started_s: float) -> dict[str, dict[str, str | 
     lost = "a window that was open died with the process; closed windows stay"
     return {
         "history": entry(files.history, f"{rows} rows{torn}", "no iteration was finished"),
-        "trace": {"state": "absent", "path": None, "detail": lost},
+        "trace": Evidence(state="absent", detail=lost),
         "checkpoint": entry(
             files.crash_checkpoint,
             "from earlier in the run",
@@ -311,20 +311,21 @@ def watch(directory: str, told: str) -> None:
         directory: Folder of its rank.
         told: JSON of two records: ``identify`` of the process, and that in ``process.json``.
     """
-    files, (identity, process) = RankLayout(Path(directory)), json.loads(told)
-    before = oom_kills(identity["pid"])
-    watched = None
+    files, (of_process, of_rank) = RankLayout(Path(directory)), json.loads(told)
+    identity, process = ProcessIdentity.from_dict(of_process), ProcessRecord.from_dict(of_rank)
+    pid, watched = identity.pid or 0, None
+    before = oom_kills(pid)
     with contextlib.suppress(OSError):
-        watched = os.pidfd_open(identity["pid"])
+        watched = os.pidfd_open(pid)
     # By now the identifier may be of a process that began later.
     if watched is not None and is_alive(identity) and _is_told_to_end(watched, sys.stdin.fileno()):
         return
     with contextlib.suppress(OSError), locked(files.directory):
         complete_report(files, before=before, after=oom_kills(os.getpid()), watched=process)
-    _copy(files, process.get("rank"))
+    _copy(files, process.rank)
 
 
-def _copy(files: RankLayout, rank: object) -> None:
+def _copy(files: RankLayout, rank: int | None) -> None:
     """Copy the run directory of a process that vanished to its remote address, if it has one.
 
     That takes a library, which is not to be loaded while the process lives.

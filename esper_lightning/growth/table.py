@@ -13,13 +13,14 @@ import torch
 from torch import Tensor
 
 from esper_lightning.comparison.section import Section, number
-from esper_lightning.core.errors import require, requires_folder
+from esper_lightning.core.errors import require, require_output, requires_folder
 from esper_lightning.envs.morphogenesis import Morphogenesis
 from esper_lightning.growth.play import Played, fresh_hosts, play_baselines, play_trained
 from esper_lightning.training.module import PPO
 
 __all__ = ["compare_policies", "refuse_figures", "table"]
 
+_EPISODES = ("worst", "median", "best")  # of the trained policy, by its return
 _HINT = "pip install 'esper_lightning[compare]'"
 
 
@@ -27,12 +28,19 @@ def refuse_figures(folder: Path) -> None:
     """Refuse ``--figures`` where none can be drawn; makes the folder if they can.
 
     Raises:
-        ValueError: If matplotlib is missing, or the folder cannot be made.
+        ValueError: If matplotlib is missing, the folder cannot be made, or something else than a
+            picture has the name of one there.
     """
     drawn = importlib.util.find_spec("matplotlib") is not None
     require(drawn, "--figures", "find matplotlib", "none", f"{_HINT}.")
     with requires_folder("--figures", folder):
         folder.mkdir(parents=True, exist_ok=True)
+    for episode in _EPISODES:
+        _figure_file(folder, episode)
+
+
+def _figure_file(folder: Path, episode: str) -> Path:
+    return require_output("--figures", folder / f"episode_{episode}.png", "picture", rb"\x89PNG")
 
 
 def compare_policies(model: PPO, device: torch.device, *, figures: Path | None) -> str:
@@ -56,9 +64,9 @@ def compare_policies(model: PPO, device: torch.device, *, figures: Path | None) 
 
         assert isinstance(model.env, Morphogenesis)
         order = cast(list[int], played["PPO"].episode_return.argsort().tolist())
-        chosen = {"worst": order[0], "median": order[len(order) // 2], "best": order[-1]}
-        for name, host in chosen.items():
-            path = figures / f"episode_{name}.png"
+        hosts_shown = (order[0], order[len(order) // 2], order[-1])
+        for name, host in zip(_EPISODES, hosts_shown, strict=True):
+            path = _figure_file(figures, name)
             draw(played["PPO"], host, model.env, path, title=f"PPO, {name} of {len(order)} hosts")
             lines.append(f"Figure: {path}")
     return "\n".join(lines)

@@ -10,7 +10,7 @@ import socket
 import time
 import traceback
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from importlib.metadata import version
 from typing import Any
 
@@ -22,17 +22,22 @@ from esper_lightning.callbacks.lightning_internals import known_results
 from esper_lightning.core.errors import NonFiniteError
 from esper_lightning.forensics.memory import measure_memory
 from esper_lightning.forensics.phases import PhaseRing
+from esper_lightning.forensics.report import (
+    CrashReport,
+    ErrorReport,
+    MemoryReport,
+    NonFiniteReport,
+    PeerReport,
+)
 
 __all__ = ["Death", "describe", "describe_error", "exit_status", "in_words"]
-
-_COUNTERS = ("env_steps", "gradient_steps")
 
 
 @dataclass(frozen=True, kw_only=True)
 class Death:
     """What ends the run, as far as the process itself can tell."""
 
-    cause: str  # one of those in forensics.report
+    cause: str  # one of those that CrashReport names
     error: BaseException | None = None
     signal: str | None = None
     peer: tuple[int, str] | None = None
@@ -47,10 +52,16 @@ class Death:
         return self.signal or self.cause
 
 
-def describe(death: Death, trainer: Trainer, ring: PhaseRing) -> dict[str, Any]:
-    """The report's fields on the death; one that cannot be told is left out, and listed.
+def describe(report: CrashReport, death: Death, trainer: Trainer, ring: PhaseRing) -> CrashReport:
+    """The report with all that is known of a death; what cannot be told is in ``failed_fields``.
 
     Nothing is computed: that could be a collective, or fail.
+
+    Args:
+        report: What is known without the Trainer.
+        death: What ends the run.
+        trainer: Trainer of the run.
+        ring: Phases of the run.
     """
     error, peer, module = death.error, death.peer, trainer.lightning_module
     fields: dict[str, Callable[[], Any]] = {
@@ -61,54 +72,62 @@ def describe(death: Death, trainer: Trainer, ring: PhaseRing) -> dict[str, Any]:
         "error": lambda: None if error is None else describe_error(error),
         "signal": lambda: death.signal or getattr(error, "signal", None),
         "exit_status": lambda: exit_status(error),
-        "peer": lambda: None if peer is None else {"rank": peer[0], "reason": peer[1]},
+        "peer": lambda: None if peer is None else PeerReport(rank=peer[0], reason=peer[1]),
         "rank": lambda: trainer.global_rank,
         "world_size": lambda: trainer.world_size,
         "stage": lambda: str(trainer.state.fn.value) if trainer.state.fn else None,
         "global_step": lambda: trainer.global_step,
         "epoch": lambda: trainer.current_epoch,
         "iteration": lambda: ring.iteration,
-        "phases": lambda: ring.open_names,
-        "memory": lambda: memory._asdict() if (memory := measure_memory()) else None,
+        "env_steps": lambda: _counter(module, "env_steps"),
+        "gradient_steps": lambda: _counter(module, "gradient_steps"),
+        "phases": lambda: tuple(ring.open_names),
+        "memory": lambda: MemoryReport(**m._asdict()) if (m := measure_memory()) else None,
         "metrics": lambda: _known_metrics(trainer),
-        "module": lambda: type(module).__name__,
+        "module_class": lambda: type(module).__name__,
         "versions": lambda: {
             "python": platform.python_version(),
             "torch": torch.__version__,
             "lightning": version("lightning"),
         },
     }
-    told: dict[str, Any] = {}
-    untold: dict[str, str] = {}
+    failed: dict[str, str] = {}
     for name, read in fields.items():
         try:
-            told[name] = read()
+            report = replace(report, **{name: read()})
         except Exception as problem:
-            untold[name] = in_words(problem)
-    for name in _COUNTERS:
-        try:
-            value = getattr(module, name, None)
-        except Exception:
-            continue
-        if isinstance(value, int):
-            told[name] = value
-    return {**told, "untold": untold} if untold else told
+            failed[name] = in_words(problem)
+    return replace(report, failed_fields=failed)
 
 
-def describe_error(error: BaseException) -> dict[str, Any]:
+def _counter(module: object, name: str) -> int | None:
+    """A count of steps, which only some modules have."""
+    try:
+        value = getattr(module, name, None)
+    except Exception:
+        return None
+    return value if isinstance(value, int) else None
+
+
+def describe_error(error: BaseException) -> ErrorReport:
     """Type, message and traceback; of a NaN, where it is."""
-    described: dict[str, Any] = {"type": type(error).__name__, "message": _message(error)}
+    non_finite = None
     try:
         lines = "".join(traceback.format_exception(error, limit=-30)).splitlines()
     except Exception as problem:
         lines = [f"(the traceback cannot be shown: {type(problem).__name__})"]
     if isinstance(error, NonFiniteError):
-        described["non_finite"] = {
-            "phase": error.phase,
-            "tensors": error.tensors,
-            "environments": error.environments,
-        }
-    return {**described, "traceback": lines}
+        non_finite = NonFiniteReport(
+            phase=error.phase,
+            tensors=tuple(error.tensors),
+            environments=tuple(error.environments),
+        )
+    return ErrorReport(
+        type=type(error).__name__,
+        message=_message(error),
+        traceback=tuple(lines),
+        non_finite=non_finite,
+    )
 
 
 def exit_status(error: BaseException | None) -> int | None:

@@ -1,22 +1,17 @@
 """What earlier runs left in a rank's folder, which is not to pass for evidence of this run."""
 
 import shutil
+from dataclasses import replace
 from pathlib import Path
-from typing import Any
 
 from lightning.pytorch import Trainer
 from lightning.pytorch.loggers import TensorBoardLogger
 
 from esper_lightning.callbacks.lightning_internals import event_file, experiment_of
+from esper_lightning.forensics.asides import KEPT_ASIDE, keep_latest, set_aside
 from esper_lightning.forensics.layout import RankLayout, RunLayout
-from esper_lightning.forensics.report import (
-    KEPT_ASIDE,
-    keep_latest,
-    read_report,
-    set_aside,
-    trim_report,
-    write_report,
-)
+from esper_lightning.forensics.rank_record import ProcessRecord
+from esper_lightning.forensics.room import trim_report
 
 __all__ = ["EarlierEvidence"]
 
@@ -35,7 +30,7 @@ class EarlierEvidence:
 
     def __init__(self, layout: RunLayout, files: RankLayout, *, trains: bool) -> None:
         self._layout, self._files, self._trains = layout, files, trains
-        self._process = read_report(files.process)
+        self._process = ProcessRecord.read(files.process)
         self._renamed: dict[Path, Path] = {}
 
     def rename(self) -> None:
@@ -65,18 +60,18 @@ class EarlierEvidence:
         Returns:
             Names of those that stay, to be stored with this run.
         """
-        names: list[str] = (self._process or {}).get("event_files") or []
+        names = () if self._process is None else self._process.event_files
         earlier = [self._layout.directory / name for name in names if _is_event_file(name)]
         if self._trains:
             keep_latest(earlier, _KEPT_EVENT_FILES)
         files = [*earlier, *_event_files(trainer, self._layout.directory)]
         return list(dict.fromkeys(path.name for path in files if path.exists()))
 
-    def restore(self, process: dict[str, Any]) -> None:
+    def restore(self, process: ProcessRecord) -> None:
         """Restore it after a stage that went well, unless that was a fit.
 
         Args:
-            process: Content of this run's ``process.json``, whose event files are stored with the
+            process: Record of this run's process, whose event files are stored with the
                 restored one.
 
         Raises:
@@ -88,8 +83,8 @@ class EarlierEvidence:
             if path == self._files.phases or not path.exists():
                 aside.rename(path)
         if self._process is not None:
-            events = {k: v for k, v in process.items() if k == "event_files"}
-            write_report(self._files.process, {**self._process, **events})
+            events = process.event_files or self._process.event_files
+            replace(self._process, event_files=events).write(self._files.process)
 
     def _note(self, path: Path, aside: Path | None) -> None:
         if aside is not None:

@@ -16,9 +16,9 @@ from lightning.pytorch import Callback, Trainer
 
 from esper_lightning.callbacks.history import History
 from esper_lightning.callbacks.loggers import flush_logger
+from esper_lightning.forensics.asides import set_aside
 from esper_lightning.forensics.files import replacing, write_atomically
 from esper_lightning.forensics.layout import RankLayout
-from esper_lightning.forensics.report import set_aside
 from esper_lightning.recorder.attempt import attempt
 from esper_lightning.recorder.crash_checkpoint import save_crash_checkpoint
 from esper_lightning.recorder.death import Death
@@ -27,7 +27,7 @@ from esper_lightning.recorder.memory_snapshot import save_memory
 from esper_lightning.recorder.profiler_guard import ProfilerGuard
 from esper_lightning.recorder.signals import dump_stacks
 
-__all__ = ["STEPS", "DyingRun", "Evidence", "EvidenceStep", "steps_of_holders"]
+__all__ = ["STEPS", "DyingRun", "EvidenceStep", "StepOutcome", "steps_of_holders"]
 
 _HOLDER_S = 5  # for each callback of the user's
 
@@ -63,7 +63,7 @@ class DyingRun:
         self.write_report()
 
 
-class Evidence(NamedTuple):
+class StepOutcome(NamedTuple):
     """What became of a step, for the report: ``saved``, ``absent``, ``pending`` or ``failed``."""
 
     state: str
@@ -80,7 +80,7 @@ class EvidenceStep(NamedTuple):
 
     name: str
     """Name of the evidence in the report."""
-    save: Callable[[DyingRun], Evidence | None]
+    save: Callable[[DyingRun], StepOutcome | None]
     """Saves the evidence; what it raises is a failure, and ``None`` leaves the report as it is."""
     seconds: float | None
     """Time limit, in a thread of its own; ``None`` for the calling thread and no limit."""
@@ -92,13 +92,13 @@ def _is_bounded(run: DyingRun) -> bool:
     return run.bounded
 
 
-def _save_history(run: DyingRun) -> Evidence:
+def _save_history(run: DyingRun) -> StepOutcome:
     path = run.files.history
     waiting = sum(each.waiting for each in run.callbacks() if isinstance(each, History))
     if waiting:
         raise OSError(f"the disk has not taken the last {waiting} rows")
     if not path.exists():
-        return Evidence("absent", detail="no iteration was finished")
+        return StepOutcome("absent", detail="no iteration was finished")
     descriptor = os.open(path, os.O_RDONLY)
     try:
         os.fsync(descriptor)  # what was appended is safe from a power failure, too
@@ -107,24 +107,26 @@ def _save_history(run: DyingRun) -> Evidence:
     with path.open("rb") as file:
         rows = sum(1 for _ in file)
     earlier = path.stat().st_mtime < run.started_s
-    return Evidence("saved", path, f"{rows} rows" + (", all of an earlier run" if earlier else ""))
+    return StepOutcome(
+        "saved", path, f"{rows} rows" + (", all of an earlier run" if earlier else "")
+    )
 
 
-def _flush_loggers(run: DyingRun) -> Evidence:
+def _flush_loggers(run: DyingRun) -> StepOutcome:
     for logger in run.trainer.loggers:
         flush_logger(logger)
-    return Evidence("saved", detail=f"{len(run.trainer.loggers)} flushed")
+    return StepOutcome("saved", detail=f"{len(run.trainer.loggers)} flushed")
 
 
 def _ran_out_of_cuda_memory(run: DyingRun) -> bool:
     return isinstance(run.death.error, torch.OutOfMemoryError) and torch.cuda.is_available()
 
 
-def _save_memory(run: DyingRun) -> Evidence:
+def _save_memory(run: DyingRun) -> StepOutcome:
     path = run.files.memory
     if not path.exists():  # else the allocator's observer wrote it in time
         save_memory(path)
-    return Evidence("saved", path, "CUDA allocator")
+    return StepOutcome("saved", path, "CUDA allocator")
 
 
 def _has_stacks_to_show(run: DyingRun) -> bool:
@@ -132,48 +134,48 @@ def _has_stacks_to_show(run: DyingRun) -> bool:
     return bounded or run.death.cause == "native"
 
 
-def _save_stacks(run: DyingRun) -> Evidence:
+def _save_stacks(run: DyingRun) -> StepOutcome:
     path = run.files.stacks
     if run.death.cause == "native":  # whose handler has written them
-        return Evidence("saved", path)
+        return StepOutcome("saved", path)
     dump_stacks(path, f"{run.death.cause}: {run.death.reason}")
-    return Evidence("saved", path, "Python stacks of all threads")
+    return StepOutcome("saved", path, "Python stacks of all threads")
 
 
-def _save_checkpoint(run: DyingRun) -> Evidence:
+def _save_checkpoint(run: DyingRun) -> StepOutcome:
     path = run.files.crash_checkpoint
     if path.exists() and path.stat().st_mtime < run.started_s:
         set_aside(path)
     if not run.bounded:
-        return Evidence("absent", detail="not from within a native fault")
+        return StepOutcome("absent", detail="not from within a native fault")
     if not run.trainer.strategy.optimizers:
-        return Evidence("absent", detail="training had not begun")
-    return Evidence("saved", path, save_crash_checkpoint(run.trainer, path, run.death.reason))
+        return StepOutcome("absent", detail="training had not begun")
+    return StepOutcome("saved", path, save_crash_checkpoint(run.trainer, path, run.death.reason))
 
 
-def _save_minibatch(run: DyingRun) -> Evidence:
+def _save_minibatch(run: DyingRun) -> StepOutcome:
     minibatch: Any = getattr(run.death.error, "minibatch", None)
     if minibatch is None:
-        return Evidence("absent", detail="no value was found not to be finite")
+        return StepOutcome("absent", detail="no value was found not to be finite")
     path = run.files.bad_minibatch
     if not path.exists():
         with replacing(path) as temporary:
             torch.save(minibatch, temporary)
-    return Evidence("saved", path, "the minibatch that was not finite")
+    return StepOutcome("saved", path, "the minibatch that was not finite")
 
 
-def _announce_trace(_: DyingRun) -> Evidence:
-    return Evidence("pending")
+def _announce_trace(_: DyingRun) -> StepOutcome:
+    return StepOutcome("pending")
 
 
-def _save_trace(run: DyingRun) -> Evidence:
+def _save_trace(run: DyingRun) -> StepOutcome:
     guard, action = run.guard, run.guard.action
     if guard.has_window:
         paths, run.table = guard.finish()
         detail = "the window that was open, up to the death"
         if len(paths) > 1:
             detail += f"; in {len(paths)} pieces, of which this is the last"
-        return Evidence("saved", paths[-1], detail)
+        return StepOutcome("saved", paths[-1], detail)
     waiting = {"NONE": "the profiler was waiting", "WARMUP": "the profiler was warming up"}
     detail = guard.why_no_session if action is None else waiting.get(action, action)
     guard.abandon()
@@ -181,23 +183,23 @@ def _save_trace(run: DyingRun) -> Evidence:
         run.table = guard.text() or None
     except Exception as error:
         run.table = error
-    return Evidence("absent", detail=f"{detail}; closed windows stay")
+    return StepOutcome("absent", detail=f"{detail}; closed windows stay")
 
 
 def _has_table(run: DyingRun) -> bool:
     return run.table is not None
 
 
-def _save_table(run: DyingRun) -> Evidence:
+def _save_table(run: DyingRun) -> StepOutcome:
     if isinstance(run.table, Exception):
         raise run.table
     if not run.table:
         detail = "the window is too large for a table at a death; esper crash reads the trace"
-        return Evidence("absent", detail=detail)
+        return StepOutcome("absent", detail=detail)
     write_atomically(run.files.profile, run.table.encode())
     if run.print_profile and run.trainer.global_rank == 0:
         print(run.table, flush=True)  # noqa: T201 - the summary belongs on the console
-    return Evidence("saved", run.files.profile, "of the open window")
+    return StepOutcome("saved", run.files.profile, "of the open window")
 
 
 STEPS = (
@@ -239,7 +241,7 @@ def steps_of_holders(run: DyingRun) -> list[EvidenceStep]:
     return steps
 
 
-def _save_of(holder: HoldsEvidence, name: str, run: DyingRun) -> Evidence:
+def _save_of(holder: HoldsEvidence, name: str, run: DyingRun) -> StepOutcome:
     folder = run.files.evidence / name
     with contextlib.suppress(OSError):  # there may be other ways to save it than this disk
         folder.mkdir(parents=True, exist_ok=True)
@@ -251,5 +253,5 @@ def _save_of(holder: HoldsEvidence, name: str, run: DyingRun) -> Evidence:
             folder.parent.rmdir()
     path = folder if folder.exists() else None
     if said is None and path is None:
-        return Evidence("absent", detail="it had nothing to save")
-    return Evidence("saved", path, None if said is None else str(said))
+        return StepOutcome("absent", detail="it had nothing to save")
+    return StepOutcome("saved", path, None if said is None else str(said))

@@ -30,7 +30,7 @@ from esper_lightning.callbacks.run_directory import (
 from esper_lightning.core.errors import check_arguments, require
 from esper_lightning.forensics.claims import DirectoryRefusedError
 from esper_lightning.forensics.layout import RunLayout
-from esper_lightning.forensics.report import read_report
+from esper_lightning.forensics.rank_record import ProcessRecord
 from esper_lightning.recorder.death import in_words
 from esper_lightning.recorder.note import add_note
 from esper_lightning.recorder.peers import (
@@ -262,7 +262,7 @@ class FlightRecorder(WritesRun):
         stage: str,
         *,
         watch: bool,
-        met: Sequence[dict[str, Any]] = (),
+        met: Sequence[ProcessRecord] = (),
     ) -> Recording:
         return Recording(
             trainer,
@@ -289,8 +289,8 @@ def _close_earlier(trainer: Trainer) -> None:
 
 def _saved_by_its_processes(layout: RunLayout) -> bool:
     """Whether processes that a launcher spawned recorded this run; in theirs, ours has no setup."""
-    processes = [read_report(path) for path in layout.directory.glob("rank*/process.json")]
+    processes = [ProcessRecord.read(path) for path in layout.directory.glob("rank*/process.json")]
     return any(
-        process is not None and process.get("state") != "finished" and is_of_this_run(process)
+        process is not None and process.state != "finished" and is_of_this_run(process)
         for process in processes
     )

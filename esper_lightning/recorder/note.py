@@ -4,6 +4,7 @@ import logging
 from pathlib import Path
 
 from esper_lightning.forensics.layout import RankLayout
+from esper_lightning.forensics.report import Evidence
 from esper_lightning.recorder.rescue import Rescue
 
 __all__ = ["add_note", "where_evidence_is"]
@@ -27,9 +28,9 @@ def add_note(error: BaseException, directory: Path, details: str) -> None:
 def where_evidence_is(files: RankLayout, rescue: Rescue) -> str:
     """Where history, report and trace of a rank are, in a line."""
     report, written = rescue.report, rescue.written
-    trace = report.get("evidence", {}).get("trace", {})
-    where = f"no trace: {trace.get('detail')}"
-    if trace.get("state") == "saved":
-        where = f"trace in {files.directory / trace['path']}"
+    trace = report.evidence.get("trace", Evidence())
+    where = f"no trace: {trace.detail}"
+    if trace.state == "saved" and trace.path is not None:
+        where = f"trace in {files.directory / trace.path}"
     there = "nowhere: no place took it" if written is None else f"in {written}"
     return f"history in {files.history}; report {there}; {where}"

@@ -8,6 +8,7 @@ import re
 import socket
 import time
 from collections.abc import Callable, Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any, cast
 
@@ -17,7 +18,7 @@ from torch import distributed as dist
 from esper_lightning.callbacks.lightning_internals import LAUNCHER_KILLS, launcher_observers
 from esper_lightning.forensics.layout import RunLayout
 from esper_lightning.forensics.processes import identify, is_alive
-from esper_lightning.forensics.report import read_report, same_recording, write_report
+from esper_lightning.forensics.rank_record import ProcessRecord, same_recording
 
 __all__ = [
     "Peers",
@@ -33,7 +34,7 @@ _CLOCKS_DIFFER_S = 10.0
 _previous_end_s = [time.time()]  # of a run in this process, or of the import of this module
 
 
-def is_of_this_run(process: dict[str, Any], since_s: float | None = None) -> bool:
+def is_of_this_run(process: ProcessRecord, since_s: float | None = None) -> bool:
     """Whether a ``process.json`` is no remainder of an earlier run in the same directory.
 
     For where the ranks have not met: time is all there is to compare. Lightning has all ranks meet
@@ -41,12 +42,12 @@ def is_of_this_run(process: dict[str, Any], since_s: float | None = None) -> boo
     and left the run before.
 
     Args:
-        process: Content of the file.
+        process: What the file holds.
         since_s: End of the run before, in this process; ``None`` for the latest end of any.
     """
-    tolerance_s = 0.0 if process.get("host") == _HOST else _CLOCKS_DIFFER_S
+    tolerance_s = 0.0 if process.host == _HOST else _CLOCKS_DIFFER_S
     since_s = _previous_end_s[0] if since_s is None else since_s
-    return (process.get("started_s") or 0.0) >= since_s - tolerance_s
+    return (process.started_s or 0.0) >= since_s - tolerance_s
 
 
 def end_of_run() -> None:
@@ -54,7 +55,7 @@ def end_of_run() -> None:
     _previous_end_s[0] = time.time()
 
 
-def meet(world_size: int) -> list[dict[str, Any]]:
+def meet(world_size: int) -> list[ProcessRecord]:
     """Share with every rank which processes the ranks of the run that begins are.
 
     A collective, where there is a process group.
@@ -63,9 +64,11 @@ def meet(world_size: int) -> list[dict[str, Any]]:
         world_size: Number of ranks.
 
     Returns:
-        Records as in ``process.json``, in the order of ranks; empty where nobody can be asked.
+        The identity of each process and when its recording began, in the order of ranks; empty
+        where nobody can be asked.
     """
-    mine = {**identify(os.getpid()), "started_s": time.time()}
+    identity = identify(os.getpid())
+    mine = ProcessRecord.from_dict({**identity.to_dict(), "started_s": time.time()})
     if world_size == 1:
         return [mine]
     if not (dist.is_available() and dist.is_initialized()):
@@ -95,24 +98,25 @@ class Peers:
         layout: RunLayout,
         rank: int,
         world_size: int,
-        met: Sequence[dict[str, Any]] = (),
+        met: Sequence[ProcessRecord] = (),
     ) -> None:
         self._layout = layout
         self._since_s = _previous_end_s[0]  # other runs of this process may end meanwhile
         self._others = [peer for peer in range(world_size) if peer != rank]
         self._met = list(met)
         mine = self._met[rank] if self._met else meet(1)[0]
-        self.started_s: float = mine["started_s"]
+        self.started_s: float = mine.started_s or 0.0
         self._path = layout.rank(rank).process
-        self.process: dict[str, Any] = {"rank": rank, "world_size": world_size, **mine}
+        run = None
         if self._met:
-            names = json.dumps(self._met, sort_keys=True).encode()
-            self.process["run"] = hashlib.blake2b(names, digest_size=8).hexdigest()
+            names = json.dumps([record.to_dict() for record in self._met], sort_keys=True).encode()
+            run = hashlib.blake2b(names, digest_size=8).hexdigest()
+        self.process = replace(mine, rank=rank, world_size=world_size, run=run)
 
     def note_event_files(self, names: list[str]) -> None:
         """Store the names of TensorBoard's event files that runs have begun, from now on."""
         if names:
-            self.process["event_files"] = names
+            self.process = replace(self.process, event_files=tuple(names))
 
     def report(self, state: str, *, saved: bool = False) -> None:
         """Write down for the other ranks how this one fares.
@@ -124,8 +128,9 @@ class Peers:
         Raises:
             OSError: If the disk takes no more.
         """
-        process = {**self.process, "state": state, "saved": saved, "changed_s": time.time()}
-        write_report(self._path, process)
+        now_s = time.time()
+        process = replace(self.process, state=state, evidence_saved=saved, changed_s=now_s)
+        process.write(self._path)
 
     def first_failure(self) -> tuple[int, str] | None:
         """A rank that failed or vanished in this run, and what is known of it."""
@@ -133,9 +138,9 @@ class Peers:
             process = self._read(peer)
             if process is None:
                 continue
-            if process.get("state") == "failed":
+            if process.state == "failed":
                 return peer, "it failed"
-            if process.get("state") == "running" and is_alive(process) is False:
+            if process.state == "running" and is_alive(process) is False:
                 return peer, "its process vanished"
         return None
 
@@ -150,14 +155,14 @@ class Peers:
 
     def _is_saving(self, peer: int) -> bool:
         process = self._read(peer)
-        if process is None or process.get("state") in ("finished", "off") or process.get("saved"):
+        if process is None or process.state in ("finished", "off") or process.evidence_saved:
             return False
         return is_alive(process) is not False  # one that cannot be seen from here is taken to live
 
-    def _read(self, peer: int) -> dict[str, Any] | None:
+    def _read(self, peer: int) -> ProcessRecord | None:
         """``None`` where it has not started, or the file is of an earlier run."""
-        process = read_report(self._layout.rank(peer).process)
-        if process is None or process.get("state") is None:
+        process = ProcessRecord.read(self._layout.rank(peer).process)
+        if process is None or process.state is None:
             return None
         known = self._met and same_recording(process, self._met[peer])
         of_this_run = not self._met and is_of_this_run(process, self._since_s)

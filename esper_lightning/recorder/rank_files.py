@@ -4,14 +4,16 @@ import contextlib
 import logging
 import os
 from collections.abc import Callable, Sequence
-from typing import Any, NamedTuple
+from dataclasses import replace
+from typing import NamedTuple
 
 from lightning.pytorch import Trainer
 
 from esper_lightning.forensics import sidecar
 from esper_lightning.forensics.layout import RunLayout
 from esper_lightning.forensics.phases import PhaseRing
-from esper_lightning.forensics.report import release_room, reserve_room
+from esper_lightning.forensics.rank_record import ProcessRecord
+from esper_lightning.forensics.room import release_room, reserve_room
 from esper_lightning.recorder.attempt import attempt
 from esper_lightning.recorder.death import in_words
 from esper_lightning.recorder.earlier_evidence import EarlierEvidence
@@ -38,7 +40,7 @@ def open_rank_files(
     layout: RunLayout,
     undo: contextlib.ExitStack,
     *,
-    met: Sequence[dict[str, Any]],
+    met: Sequence[ProcessRecord],
     watch: bool,
     trains: bool,
 ) -> RankFiles:
@@ -81,7 +83,7 @@ def open_rank_files(
     if refused:
         text = "%s does not take every file: %s. At a death, what can be saved will be."
         _log.warning(text, files.directory, in_words(refused[0]))
-    running = {**peers.process, "state": "running"}
+    running = replace(peers.process, state="running")
     second = sidecar.start(files.directory, os.getpid(), running) if watch else None
     if second is not None:
         undo.callback(second.stop)

@@ -16,8 +16,9 @@ from esper_lightning.callbacks.history import History
 from esper_lightning.callbacks.lightning_internals import RUN_STAGE, TunerExit, run_depth
 from esper_lightning.callbacks.progress import RunProgressBar
 from esper_lightning.core.ranks import PeerFailedError
+from esper_lightning.forensics.asides import set_aside
 from esper_lightning.forensics.layout import RankLayout, RunLayout
-from esper_lightning.forensics.report import set_aside
+from esper_lightning.forensics.rank_record import ProcessRecord
 from esper_lightning.recorder.attempt import attempt
 from esper_lightning.recorder.death import Death
 from esper_lightning.recorder.memory_snapshot import forget_memory, watch_memory
@@ -70,7 +71,7 @@ class Recording:
         watch: bool,
         on_end: Callable[[], None] = lambda: None,
         stage: str = "fit",
-        met: Sequence[dict[str, Any]] = (),
+        met: Sequence[ProcessRecord] = (),
     ) -> None:
         self._pid = os.getpid()
         self._on_end = on_end

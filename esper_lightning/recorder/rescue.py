@@ -10,16 +10,16 @@ import logging
 import os
 import tempfile
 import time
-from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, field
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field, replace
 from pathlib import Path
-from typing import Any
 
 from lightning.pytorch import Callback, Trainer
 
 from esper_lightning.forensics.layout import RankLayout
 from esper_lightning.forensics.phases import PhaseRing
-from esper_lightning.forensics.report import write_report
+from esper_lightning.forensics.rank_record import RankRecord
+from esper_lightning.forensics.report import CrashReport, Evidence, ProfilerReport
 from esper_lightning.recorder.attempt import LateError, attempt
 from esper_lightning.recorder.death import (
     Death,
@@ -31,8 +31,8 @@ from esper_lightning.recorder.death import (
 from esper_lightning.recorder.evidence_steps import (
     STEPS,
     DyingRun,
-    Evidence,
     EvidenceStep,
+    StepOutcome,
     steps_of_holders,
 )
 from esper_lightning.recorder.profiler_guard import ProfilerGuard, unrecorded
@@ -52,10 +52,10 @@ class Rescue:
     ring: PhaseRing
     guard: ProfilerGuard
     print_profile: bool
-    process: Mapping[str, Any]  # which one this is, as in process.json
+    process: RankRecord  # which one this is, as in process.json
     callbacks: Callable[[], Sequence[Callback]]  # that the run had at any time
     bounded: bool = True  # whether steps may take threads of their own: not in a signal handler
-    report: dict[str, Any] = field(default_factory=dict[str, Any])
+    report: CrashReport = field(default_factory=CrashReport)
     written: Path | None = None  # where the report is
     begun_s: float = field(default_factory=awake_s)
     progress_s: float = field(default_factory=awake_s)  # when the latest step began
@@ -64,7 +64,7 @@ class Rescue:
     @property
     def started_s(self) -> float:
         """When the recording began."""
-        return self.process["started_s"]
+        return self.process.started_s or 0.0
 
     def run(self, death: Death) -> None:
         """Take all steps; they leave the window of the profiler alone."""
@@ -73,10 +73,9 @@ class Rescue:
 
     def _run(self, death: Death) -> None:
         started = time.monotonic()
-        self.report = {**self.process, "cause": death.cause}
-        self.report |= {"evidence": {}, "complete": False}
+        self.report = CrashReport(**self.process.of_rank(), cause=death.cause)
         self._guarded("profiler", self._describe_profiler)
-        self._guarded("death", lambda: self.report.update(self._describe(death)))
+        self._guarded("death", lambda: self._describe(death))
         run = DyingRun(
             trainer=self.trainer,
             files=self.files,
@@ -91,27 +90,29 @@ class Rescue:
         holders = attempt(lambda: steps_of_holders(run)).result or []
         for step in (*STEPS, *holders):
             self._take(step, run)
-        self.report |= {"complete": True, "duration_s": round(time.monotonic() - started, 4)}
+        duration_s = round(time.monotonic() - started, 4)
+        self.report = replace(self.report, complete=True, duration_s=duration_s)
         self._guarded("report", self._write_report)
 
     def amend(self, error: BaseException) -> None:
         """Add the error that the main thread met after its evidence had been saved for it."""
-        if self.report and self.report.get("error") is None:
-            self.report |= {"error": describe_error(error), "exit_status": exit_status(error)}
+        if self.report.cause is not None and self.report.error is None:
+            told = describe_error(error)
+            self.report = replace(self.report, error=told, exit_status=exit_status(error))
             self._guarded("report", self._write_report)
 
     # What happened.
 
-    def _describe(self, death: Death) -> dict[str, Any]:
-        return describe(death, self.trainer, self.ring)
+    def _describe(self, death: Death) -> None:
+        self.report = describe(self.report, death, self.trainer, self.ring)
 
     def _describe_profiler(self) -> None:
         profiler, name = self.guard.profiler, type(self.guard.profiler).__name__
-        self.report["profiler"] = None
         if name != "PassThroughProfiler":
             dirpath = None if profiler.dirpath is None else str(Path(profiler.dirpath).absolute())
-            described = {"class": name, "action": self.guard.action, "dirpath": dirpath}
-            self.report["profiler"] = described
+            action = self.guard.action
+            described = ProfilerReport(class_name=name, action=action, dirpath=dirpath)
+            self.report = replace(self.report, profiler=described)
 
     # How steps are taken.
 
@@ -119,7 +120,7 @@ class Rescue:
         """Take a step, if it is needed, and write down how it went."""
         self.progress_s = awake_s()
 
-        def save() -> Evidence | None:
+        def save() -> StepOutcome | None:
             with unrecorded():
                 return step.save(run)
 
@@ -147,7 +148,8 @@ class Rescue:
         if path is not None:
             inside = path.is_relative_to(self.files.directory)
             where = str(path.relative_to(self.files.directory) if inside else path)
-        self.report["evidence"][name] = {"state": state, "path": where, "detail": detail}
+        entry = Evidence(state=state, path=where, detail=detail)
+        self.report = replace(self.report, evidence={**self.report.evidence, name: entry})
 
     def _write_report(self) -> None:
         # In a container every run may be process 1.
@@ -155,7 +157,7 @@ class Rescue:
         elsewhere = Path(tempfile.gettempdir()) / name
         for path in (self.files.crash, elsewhere):
             try:
-                write_report(path, self.report)
+                self.report.write(path)
             except Exception as error:
                 _log.error("The crash report cannot be written to %s: %s", path, in_words(error))
             else:

@@ -3,8 +3,8 @@
 import threading
 from collections.abc import Callable
 
+from esper_lightning.forensics.asides import set_aside
 from esper_lightning.forensics.layout import RankLayout
-from esper_lightning.forensics.report import set_aside
 from esper_lightning.recorder.attempt import attempt
 from esper_lightning.recorder.death import Death
 from esper_lightning.recorder.peers import Peers
@@ -83,7 +83,7 @@ class Saving:
     def _forget(self, caught_s: float) -> None:
         if self.rescue is None or caught_s < self.rescue.begun_s:
             return
-        if self.rescue.report.get("cause") == "signal":
+        if self.rescue.report.cause == "signal":
             self.rescue = None
             attempt(lambda: set_aside(self._files.crash))
             attempt(lambda: self._peers.report("running"))

@@ -11,19 +11,23 @@ import os
 import warnings
 from collections.abc import Generator
 from contextlib import AbstractContextManager, contextmanager, nullcontext
+from importlib.util import find_spec
 from pathlib import Path
 
 import torch
 from lightning.fabric.plugins.environments.slurm import SLURMEnvironment
 from lightning.pytorch import Trainer
 from lightning.pytorch.callbacks import (
+    BaseFinetuning,
     BatchSizeFinder,
     Callback,
     DeviceStatsMonitor,
+    EarlyStopping,
     GradientAccumulationScheduler,
     LearningRateFinder,
     LearningRateMonitor,
     ModelCheckpoint,
+    ModelSummary,
     StochasticWeightAveraging,
     Timer,
 )
@@ -32,11 +36,14 @@ from lightning.pytorch.strategies import DDPStrategy, DeepSpeedStrategy, SingleD
 from esper_lightning.callbacks.lightning_internals import (
     batches_in_epoch,
     cluster_environment,
+    monitors_cpu,
     spawns_processes,
+    summary_depth,
+    time_between_evaluations,
     train_time_interval,
 )
-from esper_lightning.core.buffer import rollout_bytes
-from esper_lightning.core.errors import Words, require
+from esper_lightning.core.buffer import memory_bytes, rollout_bytes
+from esper_lightning.core.errors import Words, require, require_name
 from esper_lightning.core.seeding import require_torch_defaults
 from esper_lightning.training.settings import PPOSettings
 from esper_lightning.training.specs import evaluation_spec
@@ -103,6 +110,10 @@ def _refuse_settings(trainer: Trainer, budget: int | None) -> None:
     hint = "Switch evaluation off with Trainer(limit_val_batches=0)."
     ok = epochs is None or epochs >= 1
     require(ok, "Trainer.check_val_every_n_epoch", "be at least 1, or None", epochs, hint)
+    share = trainer.limit_val_batches
+    hint = "An evaluation is one batch: set PPO.eval_episodes."
+    ok = share == 0 or share >= 1
+    require(ok, "Trainer.limit_val_batches", "be 0, or at least 1", share, hint)
 
 
 def _refuse_too_large(trainer: Trainer, settings: PPOSettings) -> None:
@@ -111,7 +122,7 @@ def _refuse_too_large(trainer: Trainer, settings: PPOSettings) -> None:
     least = env.num_envs * trainer.world_size
     rule = f"be at least env.num_envs * Trainer.world_size = {least}"
     require(budget is None or budget >= least, "PPO.total_env_steps", rule, budget)
-    memory, spaces = _memory_of(trainer.strategy.root_device), env.spaces()
+    memory, spaces = memory_bytes(trainer.strategy.root_device), env.spaces()
     episodes = evaluation_spec(env, settings.eval_episodes).num_envs
     rollout = rollout_bytes(spaces, settings.ppo.rollout_steps, env.num_envs)
     for field, what, taken in (
@@ -126,6 +137,9 @@ def _refuse_unfit(trainer: Trainer, settings: PPOSettings) -> None:
     """Refuse settings with which PPO could not train; they do not matter to evaluations."""
     length, share = settings.iterations_per_epoch, trainer.limit_train_batches
     most = batches_in_epoch(length, share)
+    time_s = time_between_evaluations(trainer)
+    rule = "be a number of iterations, or a share of an epoch"
+    require(time_s is None, "Trainer.val_check_interval", rule, Words(f"{time_s} s"))
     every = trainer.val_check_interval
     if isinstance(every, int) and trainer.limit_val_batches:
         hint = "Trainer(check_val_every_n_epoch=None) counts iterations of all epochs."
@@ -137,6 +151,10 @@ def _refuse_unfit(trainer: Trainer, settings: PPOSettings) -> None:
     ok = bool(trainer.loggers) or not monitors
     got = Words(f"none for {type(monitors[0]).__name__}" if monitors else "")
     require(ok, "Trainer.logger", "be there for what callbacks log", got)
+    reads = trainer.strategy.root_device.type == "cpu" and any(map(monitors_cpu, monitors))
+    ok = not reads or find_spec("psutil") is not None
+    hint = "Install psutil, or set it to False."
+    require(ok, "DeviceStatsMonitor.cpu_stats", "be False without psutil", None, hint)
     epochs = trainer.max_epochs
     if epochs is None:  # Lightning then takes 1000, unless something else ends the run
         epochs = -1 if any(isinstance(each, Timer) for each in trainer.callbacks) else 1000
@@ -165,9 +183,17 @@ def _refuse_callback(callback: Callback) -> None:
     hint = "It needs Lightning's automatic optimisation."
     averages = isinstance(callback, StochasticWeightAveraging)
     require(not averages, "Trainer.callbacks", "average no weights", name, hint)
+    hint = "PPO steps all weights as one vector."
+    freezes = isinstance(callback, BaseFinetuning)
+    require(not freezes, "Trainer.callbacks", "freeze no weights", name, hint)
     interval = train_time_interval(callback)
     hint = "Lightning ignores it with manual optimisation: set every_n_train_steps."
     require(interval is None, "ModelCheckpoint.train_time_interval", "be None", interval, hint)
+    if isinstance(callback, ModelSummary):
+        depth = summary_depth(callback)
+        require(depth >= -1, f"{name}.max_depth", "be at least -1", depth)
+    if isinstance(callback, EarlyStopping | ModelCheckpoint):
+        require_name(f"{name}.monitor", callback.monitor, "a metric")
     if isinstance(callback, ModelCheckpoint):
         _refuse_no_place(callback)
 
@@ -181,19 +207,14 @@ def _refuse_no_place(callback: ModelCheckpoint) -> None:
         and next(each for each in (place, *place.parents) if os.path.lexists(each)).is_dir()
     )
     require(ok, "ModelCheckpoint.dirpath", "be a folder that can be made", path)
+    name = callback.filename or ""
+    require("\0" not in name, "ModelCheckpoint.filename", "name a file", name)
     try:
         callback.format_checkpoint_name({})
     except Exception as error:  # whatever is wrong with a format
         rule = f"be a name with formats ({error})"
         hint = "'{epoch}-{step}', for example."
         require(False, "ModelCheckpoint.filename", rule, callback.filename, hint)
-
-
-def _memory_of(device: torch.device) -> int:
-    """Bytes that a device has in all."""
-    if device.type == "cuda":
-        return torch.cuda.get_device_properties(device).total_memory
-    return os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
 
 
 def _refuse_strategy(trainer: Trainer) -> None:

@@ -16,8 +16,8 @@ from esper_lightning import PPO, FlightRecorder, PPOConfig
 from esper_lightning.callbacks.loggers import guard_loggers
 from esper_lightning.envs import CartPole
 from esper_lightning.forensics.files import read_json_lines
-from esper_lightning.forensics.report import read_report
 from tests.disks import fill
+from tests.reports import read_report
 
 
 def ppo(iterations=6) -> PPO:

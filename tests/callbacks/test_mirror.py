@@ -1,6 +1,7 @@
 """A run with a remote address keeps its evidence on a local disk, and copies it there."""
 
 import logging
+import re
 import shutil
 import threading
 import time
@@ -279,8 +280,14 @@ def test_a_run_begins_although_its_address_cannot_be_read(
         monkeypatch.setattr(train, "_FETCH_S", 0.2)
     else:
         monkeypatch.setattr(MemoryFileSystem, "find", refuse)
+    theirs = b'{"iteration": 7}'
+    memory.pipe_file("/b/run/rank0/history.jsonl", theirs)
     settings = ["--run_dir", "memory://b/run", "--model.total_env_steps", "32"]
-    main(["fit", "--config", CARTPOLE, *QUICK, *settings])
+    for _ in range(2):  # the second finds the files of the first
+        main(["fit", "--config", CARTPOLE, *QUICK, *settings])
+    assert memory.cat_file("/b/run/rank0/history.jsonl") == theirs
+    beside = [path for path in memory.store if re.search(r"/begun_\w+/rank0/history.jsonl$", path)]
+    assert len(beside) == 1
     assert caplog.text.count("cannot be fetched") == 1
     assert (tmp_path / "runs" / "memory" / "b" / "run" / "rank0" / "history.jsonl").exists()
 

@@ -63,6 +63,16 @@ def test_the_terminal_gets_tables(runs, capsys):
     assert sum("runs/" in line for line in said) == 10
 
 
+def test_an_earlier_comparison_is_replaced_where_a_link_leads(runs, capsys, tmp_path):
+    (tmp_path / "out").mkdir()
+    (tmp_path / "out" / "comparison.md").symlink_to(tmp_path / "shared.md")
+    (tmp_path / "shared.md").write_text("# CartPole: return by rollout/episode_return_mean")
+    compare(capsys, "runs", "--output", "out")
+    compare(capsys, "runs", "--output", "out")
+    assert (tmp_path / "out" / "comparison.md").is_symlink()
+    assert "(comparison.png)" in (tmp_path / "shared.md").read_text()
+
+
 def test_files_are_written(runs, capsys, tmp_path):
     compare(capsys, "runs", "--output", "out")
     text = (tmp_path / "out" / "comparison.md").read_text()

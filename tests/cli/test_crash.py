@@ -17,7 +17,7 @@ from esper_lightning.cli import crash
 from esper_lightning.forensics.files import encode_rows
 from esper_lightning.forensics.layout import RunLayout
 from esper_lightning.forensics.phases import PhaseRing
-from esper_lightning.forensics.report import write_report
+from tests.reports import write_report
 
 BLOCKED = """
 import sys

@@ -13,7 +13,8 @@ from esper_lightning import PPO, PPOConfig, train_ppo_vectorized
 from esper_lightning.cli import compare, crash, report
 from esper_lightning.envs import CartPole
 from esper_lightning.forensics.layout import RankLayout, RunLayout
-from esper_lightning.forensics.report import read_report
+from esper_lightning.forensics.rank_record import ProcessRecord
+from esper_lightning.forensics.report import CrashReport
 from esper_lightning.forensics.sidecar import complete_report
 from esper_lightning.training import module
 from esper_lightning.training.checkpoint.states import load_checkpoint
@@ -91,7 +92,8 @@ def damage_and_read(capsys, died: Path, place: Path, seeds: range, *, readers: i
             for command, options in chance.sample(every, readers):
                 outcome(capsys, command, directory, *options)
             for path in (directory / "rank0").glob("*.json"):
-                read_report(path)
+                CrashReport.read(path)
+                ProcessRecord.read(path)
             complete_report(RankLayout(directory / "rank0"))
             outcome(capsys, "crash", directory)
         except BaseException as error:

@@ -13,7 +13,7 @@ import pytest
 from esper_lightning.cli.main import main as command_line
 from esper_lightning.forensics.files import encode_rows, read_json_lines
 from esper_lightning.forensics.layout import RunLayout
-from esper_lightning.forensics.report import write_report
+from tests.reports import write_report
 
 CARTPOLE = str(Path(__file__).parents[2] / "configs" / "cartpole.yaml")
 QUICK = ("--model.env.num_envs=4", "--model.ppo.rollout_steps=8", "--model.ppo.minibatches=2")

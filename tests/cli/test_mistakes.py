@@ -101,6 +101,42 @@ FILES = {
         "model: {env: CartPole}\nmodel.sed: 7\n",
         "dotted_after.yaml:2:1: the key 'model.sed' stands beside 'model': write 'sed' below it.",
     ),
+    "dotted_twice.yaml": (
+        "model.env.num_envs: 3\nmodel.env: CartPole\n",
+        "dotted_twice.yaml:1:1: the key 'model.env.num_envs' stands beside 'model.env': write",
+    ),
+    "dotted_twice_after.yaml": (
+        "model.ppo: {clip: 0.1}\nmodel.ppo.epochs: 3\n",
+        "dotted_twice_after.yaml:2:1: the key 'model.ppo.epochs' stands beside 'model.ppo': write",
+    ),
+    "dots.yaml": (100 * "a." + "a: 1\n", "dots.yaml:1:1: nested more than 50 deep."),
+    "of_ppo_twice.yaml": ("clip: 0.1\nclip: 0.2\n", "of_ppo_twice.yaml:2:1: the key 'clip' stands"),
+    "of_ppo_open.yaml": ("clip: [1\n", "of_ppo_open.yaml:2:1: not valid YAML: did not find"),
+    "of_ppo_type.yaml": ("clip: x\n", "of_ppo_type.yaml: 'clip' is no setting."),
+    "names_twice.yaml": (
+        "model: {env: CartPole, ppo: of_ppo_twice.yaml}\n",
+        "error: of_ppo_twice.yaml:2:1: the key 'clip' stands here again.",
+    ),
+    "names_open.yaml": (
+        "model: {env: CartPole, ppo: of_ppo_open.yaml}\n",
+        "error: of_ppo_open.yaml:2:1: not valid YAML: did not find expected ',' or ']'.",
+    ),
+    "names_type.yaml": (
+        "model: {env: CartPole, ppo: of_ppo_type.yaml}\n",
+        "error: model.ppo.clip must be a number, got 'x'.",
+    ),
+    "of_model.yaml": (
+        "env: CartPole\nppo: of_ppo_twice.yaml\n",
+        "' is no setting.",
+    ),
+    "names_names_twice.yaml": (
+        "model: of_model.yaml\n",
+        "error: of_ppo_twice.yaml:2:1: the key 'clip' stands here again.",
+    ),
+    "inline_twice.yaml": (
+        "model: {env: CartPole, policy: '{a: 1, a: 2}'}\n",
+        "model.policy:1:8: the key 'a' stands here again.",
+    ),
     "dotted_below.yaml": (
         "model:\n  env: CartPole\n  ppo.clip: 0.1\n  ppo: {epochs: 1}\n",
         "dotted_below.yaml:3:3: the key 'ppo.clip' stands beside 'ppo': write 'clip' below it.",
@@ -162,7 +198,39 @@ FILES = {
     ),
     "class.yaml": ("model:\n  env: CartPoll\n", "got 'CartPoll'. The nearest is 'CartPole'."),
     "no_env.yaml": ("model:\n  seed: 1\n", "model.env must be given. Name one, or a config"),
-    "no_model.yaml": ("model: null\n", "model.env must be given."),
+    "no_model.yaml": ("model: null\n", "model must hold settings by their names, or name a file"),
+    "list_of_a_group.yaml": (
+        "model: {env: CartPole, ppo: [1]}\n",
+        "model.ppo must hold settings by their names, or name a file with some, got '[1]'.",
+    ),
+    "null_of_a_group.yaml": (
+        "model: {env: CartPole, ppo: null}\n",
+        "model.ppo must hold settings by their names, or name a file with some, got 'None'.",
+    ),
+    "trainer.yaml": (
+        "model: {env: CartPole}\ntrainer: []\n",
+        "trainer must hold settings by their names, or name a file with some, got '[]'.",
+    ),
+    "flag_of_a_group.yaml": (
+        "trainer: true\n",
+        "trainer must hold settings by their names, or name a file with some, got 'True'.",
+    ),
+    "init_args.yaml": (
+        "model: {env: {class_path: CartPole, init_args: 3}}\n",
+        "model.env.init_args must hold settings by their names.",
+    ),
+    "null_init_args.yaml": (
+        "model: {env: CartPole, policy: {class_path: MLP, init_args: null}}\n",
+        "model.policy.init_args must hold settings by their names.",
+    ),
+    "class_path.yaml": (
+        "model: {env: {class_path: [1], init_args: {}}}\n",
+        "model.env must be the name of a class of EnvSpec: unhashable type: 'list'. Known are Acr",
+    ),
+    "two_loggers.yaml": (
+        "model: {env: CartPole}\ntrainer: {logger: [TensorBoardLogger, CSVLogger]}\n",
+        "error: trainer.logger.save_dir must be given.\n",
+    ),
     "flat.yaml": ("model: CartPole\n", "model must hold settings by their names, or name a file"),
     "flat_list.yaml": ("model: [1]\n", "model"),
     "type.yaml": (
@@ -194,6 +262,10 @@ FIT = {
     "--model.policy.hiden 3": "model.policy.hiden is no setting. The nearest is 'hidden_sizes'.",
     "--model.env.num_env 3": "model.env.num_env is no setting. The nearest is 'num_envs'.",
     "--trainer.callbacks+=ModelCheckpoint --trainer.callbacks.filenam x": "nearest is 'filename'",
+    "--": "'--' must be followed by the name of a setting (--model.seed, for example), got '--'.",
+    "-- --model.seed 3": "'--' must be followed by the name of a setting",
+    "--=3": "must be followed by the name of a setting (--model.seed, for example), got '--=3'.",
+    "''": "'' is no setting: their names begin with --.",
     "extra": "'extra' is no setting: their names begin with --.",
     "evaluate": "'evaluate' is no setting",
     "--model.env.num_envs 4 5": "'5' is no setting",
@@ -226,6 +298,8 @@ FIT = {
     "--trainer.precision 8": "trainer.precision must be one of 64, 32, 16, ",
     "--trainer.max_epochs all": "trainer.max_epochs must be an integer, or null, got 'all'.",
     "--seed_everything x": "seed_everything must be true or false, or an integer, got 'x'.",
+    "--seed_everything -5": "seed_everything must be true or false, or an integer from 0",
+    "--seed_everything 4294967296": "seed_everything must be true or false, or an integer",
     # Values out of range.
     "--model.ppo.clip 2": "PPOConfig.clip must lie in (0, 1), got 2.0. Usual values",
     "--model.ppo.minibatches 7": "PPOConfig.minibatches must divide",
@@ -272,7 +346,12 @@ FIT = {
     "--trainer.strategy dpp": "got 'dpp'. The nearest is 'ddp'.",
     "--trainer.strategy ddp_spawn": "got 'DDPStrategy by _MultiProcessingLauncher'. Its child",
     "--trainer.strategy fsdp": "trategy",
-    "--trainer.max_time soon": "`Timer(duration='soon')` is not a valid duration.",
+    "--trainer.max_time soon": "trainer.max_time must be DD:HH:MM:SS, or a mapping of days, hours, "
+    "minutes and seconds, got 'soon'.",
+    "--trainer.max_time '{weekz: 1}'": "trainer.max_time must be DD:HH:MM:SS, or a mapping of",
+    "--trainer.max_time '{days: 99999999999999}'": "trainer.max_time must be DD:HH:MM:SS, or",
+    "--trainer.max_time '{days: -1}'": "trainer.max_time must be DD:HH:MM:SS, or a mapping of",
+    "--trainer.callbacks Timer --trainer.callbacks.duration '{weekz: 1}'": "error: Timer: 'weekz'",
     "--trainer.profiler fast": "can only be one of ['simple', 'advanced', 'pytorch', 'xla']",
     "--trainer.num_nodes 0": "`num_nodes` must be a positive integer, but got 0.",
     "--trainer.max_epochs -7": "`max_epochs` must be a non-negative integer or -1.",
@@ -301,6 +380,21 @@ FIT = {
     ),
     "--trainer.callbacks+=StochasticWeightAveraging --trainer.callbacks.swa_lrs 0.1": "error: "
     "Trainer.callbacks must average no weights, got 'StochasticWeightAveraging'.",
+    "--trainer.callbacks BackboneFinetuning": "error: "
+    "Trainer.callbacks must freeze no weights, got 'BackboneFinetuning'. PPO steps all weights as",
+    "--trainer.callbacks ModelSummary --trainer.callbacks.max_depth -5": "error: "
+    "ModelSummary.max_depth must be at least -1, got -5.",
+    "--trainer.callbacks EarlyStopping --trainer.callbacks.monitor ''": "error: "
+    "EarlyStopping.monitor must name a metric, got ''.",
+    "--trainer.callbacks BestCheckpoint --trainer.callbacks.monitor ''": "error: "
+    "BestCheckpoint.monitor must name a metric, got ''.",
+    "--trainer.callbacks ModelCheckpoint --trainer.callbacks.filename 'a\0b'": "error: "
+    r"ModelCheckpoint.filename must name a file, got 'a\x00b'.",
+    "--trainer.profiler esper_lightning.WindowProfiler --trainer.profiler.filename ''": "error: "
+    "WindowProfiler.filename must name a file, got ''.",
+    "--trainer.limit_val_batches 0.5": "Trainer.limit_val_batches must be 0, or at least 1, got",
+    "--trainer.val_check_interval 00:00:00:05": "Trainer.val_check_interval must be a number of",
+    "--trainer.val_check_interval '{seconds: 5}'": "or a share of an epoch, got 5.0 s.",
     "--model.ppo.rollout_steps 100_000_000_000": "must give a rollout that fits into the memory",
     "--model.env.num_envs 100_000_000_000 --model.total_env_steps null": "fits into the memory",
     "--model.eval_episodes 1_000_000_000_000": "PPO.eval_episodes must give an evaluation that fits"
@@ -422,6 +516,12 @@ OTHERS = {
     "compare folder --baseline": "argument --baseline: expected one argument",
     "compare none --output file/x": "--output must be a folder that can be made (Not a directory)",
     "compare none --output file": "--output must be a folder that can be made (Not a directory)",
+    "compare none --output pipes": "--output must name a new file or an earlier comparison, got "
+    "'pipes/comparison.md'. Something else is there.",
+    "compare none --output texts": "--output must name a new file or an earlier picture, got "
+    "'texts/comparison.png'. Something else is there.",
+    "compare none --output links": "--output must name a new file or an earlier comparison, got "
+    "'links/comparison.md'. No file can be written there: No such file",
     "compare none --output /proc/x": "--output must be a folder that can be made (",
     "compare none --output 'a\0b'": "--output must be a folder that can be made (embedded null",
     f"compare none --output {LONG}": "--output must be a folder that can be made (File name too",
@@ -453,6 +553,11 @@ def _folder_of_mistakes(tmp_path_factory):
     (folder / "file").write_text("no folder")
     (folder / "folder").mkdir()
     os.mkfifo(folder / "fifo")
+    for name in ("pipes", "texts", "links"):
+        (folder / name).mkdir()
+    os.mkfifo(folder / "pipes" / "comparison.md")
+    (folder / "texts" / "comparison.png").write_text("no picture")
+    (folder / "links" / "comparison.md").symlink_to("nowhere")
     (folder / "dangling").symlink_to("nowhere")
     torch.save({"state_dict": {}, "pytorch-lightning_version": "2.5.0"}, folder / "other.ckpt")
     (folder / "torn.ckpt").write_bytes((folder / "other.ckpt").read_bytes()[:-100])
@@ -505,7 +610,7 @@ def test_a_mistake_is_one_short_line_and_status_2_and_leaves_nothing(arguments, 
     assert err == f"{line}\n"
     assert line.startswith("esper: error: ")
     assert len(line) <= 200
-    assert said in line
+    assert said in err
     assert sorted(os.listdir()) == before  # noqa: PTH208
 
 

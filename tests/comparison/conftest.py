@@ -9,7 +9,7 @@ import yaml
 
 from esper_lightning.forensics.files import encode_rows
 from esper_lightning.forensics.layout import RunLayout
-from esper_lightning.forensics.report import write_report
+from tests.reports import write_report
 
 STEPS = 1000  # of an iteration
 

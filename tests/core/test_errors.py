@@ -2,10 +2,11 @@
 
 import re
 from dataclasses import dataclass
+from pathlib import Path
 
 import pytest
 
-from esper_lightning.core.errors import check_fields, require, require_int
+from esper_lightning.core.errors import check_fields, require, require_int, require_name
 
 
 def test_a_value_that_obeys_the_rule_passes() -> None:
@@ -34,6 +35,14 @@ def test_integers_that_are_great_enough_pass(value: int) -> None:
 def test_a_value_that_is_no_integer_is_refused(value: object) -> None:
     with pytest.raises(ValueError, match=re.escape(f"must be an integer, got {value!r}.")):
         require_int("Owner.field", value, minimum=0)
+
+
+def test_a_name_is_neither_empty_nor_holds_a_nul_byte() -> None:
+    for value in (None, "x", " ", Path()):
+        require_name("Owner.field", value, "a file")
+    for value in ("", "\0", Path("a\0b")):
+        with pytest.raises(ValueError, match=r"^Owner.field must name a file, got "):
+            require_name("Owner.field", value, "a file")
 
 
 def test_an_integer_that_is_too_small_is_refused() -> None:

@@ -16,9 +16,9 @@ from typing import IO, Any
 
 from esper_lightning.forensics.files import read_json_lines
 from esper_lightning.forensics.layout import RankLayout, RunLayout
-from esper_lightning.forensics.report import read_report
 from tests import forked
 from tests.crash.cases import RankCase
+from tests.reports import read_report
 
 PROGRAM = Path(__file__).with_name("program.py")
 RANKS = Path(__file__).with_name("ranks.py")

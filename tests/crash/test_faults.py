@@ -7,7 +7,6 @@ from pathlib import Path
 import pytest
 
 from esper_lightning.forensics.remains import examine
-from esper_lightning.forensics.report import read_report
 from tests.crash.cases import (
     ALL,
     QUICK,
@@ -19,6 +18,7 @@ from tests.crash.cases import (
     name,
 )
 from tests.crash.harness import FAILING_OPERATOR, Outcome, run
+from tests.reports import read_report
 
 pytestmark = pytest.mark.crash
 _MORE = [case for case in ALL if case not in QUICK]

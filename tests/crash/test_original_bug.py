@@ -12,8 +12,8 @@ import torch
 from esper_lightning import PPOConfig, train_ppo_vectorized
 from esper_lightning.envs import CartPole
 from esper_lightning.forensics.files import read_json_lines
-from esper_lightning.forensics.report import read_report
 from esper_lightning.ppo.learner import Learner
+from tests.reports import read_report
 
 pytestmark = pytest.mark.crash
 

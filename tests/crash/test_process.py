@@ -10,10 +10,10 @@ import pytest
 
 from esper_lightning.forensics.files import read_json_lines
 from esper_lightning.forensics.layout import RunLayout
-from esper_lightning.forensics.report import read_report
 from esper_lightning.recorder.signals import ENDING, FAULTS, signal_name
 from tests import forked
 from tests.crash.harness import FAILING_OPERATOR, read_trace
+from tests.reports import read_report
 
 pytestmark = pytest.mark.crash
 _PROGRAM = Path(__file__).with_name("scenarios.py")

@@ -3,6 +3,7 @@
 import pytest
 
 from esper_lightning.forensics.remains import Remains, examine, first_failure, rank_folders
+from esper_lightning.forensics.report import CrashReport
 from tests.crash.cases import ALL_RANKS, QUICK_RANKS, RankCase, name_ranks
 from tests.crash.harness import FAILING_OPERATOR, Outcome, read_trace, run_ranks
 
@@ -24,10 +25,10 @@ def check_ranks(case: RankCase, outcome: Outcome) -> list[str]:
     found["first failure"] = (None if first is None else first.rank, case.rank)
     for remains in ranks:
         died, who = remains.rank == case.rank, f"rank {remains.rank}"
-        report = remains.report or {}
+        report = remains.report or CrashReport()
         cause = _CAUSES.get(case.fault, "exception") if died else "peer"
-        found[f"{who}: cause"] = (report.get("cause"), cause)
-        found[f"{who}: complete"] = (report.get("complete"), True)
+        found[f"{who}: cause"] = (report.cause, cause)
+        found[f"{who}: complete"] = (report.complete, True)
         found[f"{who}: rows"] = (remains.rows, 6)
         traced = [_has_failing_step(remains)] if remains.windows else []
         due = [] if died and case.fault == "killed" else [died]

@@ -61,8 +61,8 @@ def check(directory):
     assert rows == list(range(1, len(rows) + 1))
     assert len(rows) >= finished  # a row may be on disk before it could be counted
     (remains,) = crash.examine(directory)
-    assert remains.report["cause"] == "vanished"
-    assert remains.report["complete"]
+    assert remains.report.cause == "vanished"
+    assert remains.report.complete
     assert remains.phases is not None
     check_checkpoints(RunLayout(directory), read_json_lines(files.evaluations))
 

@@ -572,6 +572,16 @@ def test_an_error_of_the_environment_passes_through() -> None:
         check_env(Fails())
 
 
+def test_more_environments_than_the_memory_holds_are_refused_before_any_is_built() -> None:
+    class Huge(CartPole):
+        def build(self, device: torch.device, seed: int) -> Any:
+            raise AssertionError
+
+    message = r"^Huge.num_envs must give steps that fit into the memory, \d+ GB, got 10{11}, which"
+    with pytest.raises(ValueError, match=message):
+        check_env(Huge(num_envs=10**11))
+
+
 def test_a_number_of_steps_below_1_is_refused() -> None:
     with pytest.raises(ValueError, match=r"check_env.steps must be at least 1, got 0."):
         check_env(CartPole(), steps=0)

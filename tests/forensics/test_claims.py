@@ -21,7 +21,7 @@ from esper_lightning.forensics.claims import (
 )
 from esper_lightning.forensics.layout import RunLayout
 from esper_lightning.forensics.processes import identify
-from esper_lightning.forensics.report import write_report
+from tests.reports import write_report
 
 PROGRAM = """
 import os, sys
@@ -98,7 +98,7 @@ def test_what_was_released_is_free_for_others_while_the_process_lives(tmp_path):
 def test_a_rank_that_still_writes_keeps_the_directory(tmp_path):
     child = subprocess.Popen([sys.executable, "-c", "input()"], stdin=subprocess.PIPE)
     with child:
-        process = {"state": "running", "rank": 1, **identify(child.pid)}
+        process = {"state": "running", "rank": 1, **identify(child.pid).to_dict()}
         write_report(RunLayout(tmp_path).rank(1).process, process)
         with pytest.raises(DirectoryInUseError, match=f"process {child.pid} "):
             claim(tmp_path)
@@ -110,7 +110,7 @@ def test_a_rank_that_still_writes_keeps_the_directory(tmp_path):
 def test_a_process_that_has_finished_its_run_may_live_on(tmp_path):
     """Such as a notebook, with a version of the package that wrote no owner."""
     with subprocess.Popen([sys.executable, "-c", "input()"], stdin=subprocess.PIPE) as child:
-        process = {"state": "finished", "rank": 0, **identify(child.pid)}
+        process = {"state": "finished", "rank": 0, **identify(child.pid).to_dict()}
         write_report(RunLayout(tmp_path).rank(0).process, process)
         held = claim(tmp_path)
         assert held.was_run

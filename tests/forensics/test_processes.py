@@ -3,11 +3,12 @@
 import os
 import subprocess
 import sys
+from dataclasses import replace
 
 import pytest
 
 from esper_lightning.forensics import processes
-from esper_lightning.forensics.processes import identify, is_alive, same_process
+from esper_lightning.forensics.processes import ProcessIdentity, identify, is_alive, same_process
 
 
 @pytest.fixture
@@ -30,20 +31,21 @@ def test_a_process_is_alive_until_it_ends_and_a_zombie_is_dead(child):
 
 def test_an_identifier_that_another_process_has_by_now_is_not_the_process(child):
     identity = identify(child.pid)
-    assert is_alive({**identity, "start_ticks": identity["start_ticks"] - 1}) is False
-    assert is_alive({**identity, "boot": "of another boot"}) is False
-    assert is_alive({"pid": child.pid, "host": identity["host"]}) is True  # an earlier version's
+    assert is_alive(replace(identity, start_ticks=identity.start_ticks - 1)) is False
+    assert is_alive(replace(identity, boot="of another boot")) is False
+    assert is_alive(ProcessIdentity(pid=child.pid, host=identity.host)) is True  # of version 0.1
 
 
 @pytest.mark.parametrize("change", [{"host": "elsewhere"}, {"pid_namespace": 1}])
 def test_what_cannot_be_seen_from_here_is_not_known(change):
-    assert is_alive({**identify(os.getpid()), **change}) is None
+    assert is_alive(replace(identify(os.getpid()), **change)) is None
 
 
 @pytest.mark.parametrize("pid", [None, 0, -1, True, "7", 1.0, 1 << 40])
 def test_what_is_no_process_identifier_is_not_alive(pid, monkeypatch, tmp_path):
-    assert is_alive({**identify(os.getpid()), "pid": pid}) is False
-    earlier = {"pid": pid, "host": identify(1)["host"]}  # without the time of its start
+    content = identify(os.getpid()).to_dict() | {"pid": pid}
+    assert is_alive(ProcessIdentity.from_dict(content)) is False
+    earlier = ProcessIdentity.from_dict({"pid": pid, "host": content["host"]})  # no start_ticks
     assert is_alive(earlier) is False
     monkeypatch.setattr(processes, "_PROC", tmp_path)  # where there is no /proc
     assert is_alive(earlier) is False
@@ -52,5 +54,5 @@ def test_what_is_no_process_identifier_is_not_alive(pid, monkeypatch, tmp_path):
 def test_records_of_one_process_agree_in_what_both_have():
     mine = identify(os.getpid())
     assert same_process(mine, mine)
-    assert same_process({"pid": mine["pid"]}, mine)
-    assert not same_process({**mine, "start_ticks": 1}, mine)
+    assert same_process(ProcessIdentity(pid=mine.pid), mine)
+    assert not same_process(replace(mine, start_ticks=1), mine)

@@ -5,7 +5,7 @@ import pytest
 from esper_lightning.forensics.files import encode_rows
 from esper_lightning.forensics.layout import RunLayout
 from esper_lightning.forensics.remains import LAST_ROWS, examine, first_failure
-from esper_lightning.forensics.report import write_report
+from tests.reports import write_report
 
 
 @pytest.fixture

@@ -1,205 +1,244 @@
-"""Reports that are written on a full disk, and files that make room for others."""
+"""Reports come back as they were, whatever is in the file, and every field is explained."""
 
+import dataclasses
 import json
-import multiprocessing
-import os
-import resource
-import signal
-import sys
+import re
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any, get_args, get_origin, get_type_hints
 
 import pytest
+from hypothesis import given
+from hypothesis import strategies as st
 
-from esper_lightning.forensics.report import (
-    KEPT_ASIDE,
-    read_report,
-    release_room,
-    replace_keeping,
-    reserve_room,
-    set_aside,
-    write_aside,
-    write_report,
+from esper_lightning.forensics import processes, rank_record, records, report
+from esper_lightning.forensics.files import write_atomically
+from esper_lightning.forensics.memory import Memory
+from esper_lightning.forensics.rank_record import ProcessRecord, RankRecord
+from esper_lightning.forensics.records import EpochSeconds, Record
+from esper_lightning.forensics.report import CrashReport, Evidence, MemoryReport
+
+RECORDS = [
+    found
+    for module in (records, processes, rank_record, report)
+    for found in vars(module).values()
+    if isinstance(found, type) and issubclass(found, Record) and found.__module__ == module.__name__
+]
+FILES = pytest.mark.parametrize("kind", [CrashReport, ProcessRecord])
+RUNS = Path(__file__).parents[1] / "fixtures" / "runs"
+
+SCHEMA_1 = {
+    "schema": 1,
+    "rank": 0,
+    "world_size": 2,
+    "pid": 71,
+    "host": "a",
+    "start_ticks": 8,
+    "boot": "5f1c",
+    "pid_namespace": 4,
+    "started_s": 1.7e9,
+    "run": "9f3c",
+    "event_files": ["events.out.tfevents.1"],
+    "time_s": 1.7e9,
+    "cause": "exception",
+    "error": {
+        "type": "ValueError",
+        "message": "no",
+        "traceback": ["a", "b"],
+        "non_finite": {"phase": "rollout", "tensors": ["reward"], "environments": [1]},
+    },
+    "signal": "SIGTERM",
+    "exit_status": 143,
+    "peer": {"rank": 1, "reason": "it failed"},
+    "stage": "fit",
+    "iteration": 12,
+    "global_step": 12,
+    "epoch": 0,
+    "env_steps": 64,
+    "gradient_steps": 8,
+    "phases": ["update"],
+    "metrics": {"loss": 0.1},
+    "profiler": {"class": "PyTorchProfiler", "action": "RECORD", "dirpath": "/there"},
+    "evidence": {"history": {"state": "saved", "path": "history.jsonl", "detail": "12 rows"}},
+    "cgroup": {"before": {"oom_kill": 0}, "after": {"oom_kill": 1}},
+    "memory": {"rss_bytes": 1, "peak_bytes": 1, "limit_bytes": 9, "available_bytes": 8},
+    "duration_s": 0.3,
+    "complete": True,
+    "versions": {"torch": "2.13.0"},
+    "written_by": "sidecar",
+}
+"""Keys that every version writes under these names."""
+
+json_values = st.recursive(
+    st.none() | st.booleans() | st.integers() | st.floats() | st.text(),
+    lambda inner: st.lists(inner, max_size=4) | st.dictionaries(st.text(), inner, max_size=4),
+    max_leaves=10,
 )
-from tests.disks import fill
+plain = {
+    int: st.integers(-(10**16), 10**17),
+    str: st.text(),
+    bool: st.booleans(),
+    float: st.floats(allow_nan=False, allow_infinity=False),
+    type(None): st.none(),
+    EpochSeconds: st.floats(0, 1e10),
+}
 
 
-def contents(folder):
-    return {path.name: path.read_text() for path in folder.iterdir()}
+def of_type(hint: Any) -> st.SearchStrategy[Any]:
+    """Values that a field may have."""
+    kind, of = get_origin(hint), get_args(hint)
+    if hint in plain:
+        return plain[hint]
+    if kind is tuple:
+        return st.lists(of_type(of[0]), max_size=3).map(tuple)
+    if kind is Mapping:
+        return st.dictionaries(st.text(), of_type(of[1]), max_size=3)
+    if kind is not None:
+        return st.one_of([of_type(choice) for choice in of])
+    hints = get_type_hints(hint, include_extras=True)
+    return st.builds(
+        hint,
+        **{name: of_type(hints[name]) for name in names(hint) if name != "unknown"},
+        unknown=st.dictionaries(st.text().map("x{}".format), st.integers(0, 9), max_size=2),
+    )
 
 
-def asides(path):
-    return sorted(path.parent.glob(f"{path.name}.*"), key=lambda aside: int(aside.suffix[1:]))
+def names(kind: type[Record]) -> list[str]:
+    return [field.name for field in dataclasses.fields(kind)]
 
 
-class TestOnAFullDisk:
-    def test_every_version_of_every_report_is_written_into_reserved_room(self, small_disk):
-        reserve_room(small_disk)
-        write_report(small_disk / "process.json", {"state": "running"})
-        fill(small_disk)
-        with pytest.raises(OSError, match="No space"):
-            (small_disk / "other").write_bytes(bytes(100_000))
-        for number in range(20):
-            write_report(small_disk / "crash.json", {"number": number, "text": "x" * 30_000})
-            write_report(small_disk / "process.json", {"state": "failed", "number": number})
-            assert read_report(small_disk / "crash.json")["number"] == number
-            state = read_report(small_disk / "process.json")
-            assert (state["state"], state["number"]) == ("failed", number)
-            assert not list(small_disk.glob("*.tmp")) + list(small_disk.glob(".*.tmp"))
-
-    def test_a_report_longer_than_its_room_is_shortened_and_keeps_the_end_of_the_traceback(
-        self, small_disk
-    ):
-        reserve_room(small_disk)
-        fill(small_disk)
-        traceback = [f"line {number} " + "x" * 500 for number in range(2000)]
-        error = {"type": "ValueError", "message": "m" * 200_000, "traceback": traceback}
-        write_report(small_disk / "crash.json", {"cause": "exception", "error": error})
-        report = read_report(small_disk / "crash.json")
-        assert (report["cause"], report["error"]["type"]) == ("exception", "ValueError")
-        assert report["error"]["message"].startswith("mmm")
-        assert report["error"]["traceback"][-1].startswith("line 1999 ")
-
-    def test_without_reserved_room_it_is_an_error_and_the_report_before_stays(self, small_disk):
-        write_report(small_disk / "crash.json", {"number": 1})
-        fill(small_disk)
-        with pytest.raises(OSError, match="No space"):
-            write_report(small_disk / "crash.json", {"number": 2, "text": "x" * 30_000})
-        assert read_report(small_disk / "crash.json")["number"] == 1
-
-    def test_a_competitor_that_takes_whatever_is_freed_does_not_get_the_room(self, small_disk):
-        reserve_room(small_disk)
-        for number in range(5):
-            fill(small_disk)
-            write_report(small_disk / "crash.json", {"number": number})
-        assert read_report(small_disk / "crash.json")["number"] == 4
+def keys(kind: type[Record]) -> list[str]:
+    """Keys that a record is known by, those of earlier versions too."""
+    fields = dataclasses.fields(kind)
+    return [*names(kind), *(key for field in fields for key in field.metadata.values())]
 
 
-def test_where_no_file_may_grow_the_report_is_written_into_reserved_room(tmp_path):
-    reserve_room(tmp_path)
-    pid = os.fork()
-    if pid == 0:
-        signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
-        resource.setrlimit(resource.RLIMIT_FSIZE, (0, 0))
-        write_report(tmp_path / "crash.json", {"number": 1})
-        os._exit(0)
-    assert os.waitpid(pid, 0)[1] == 0
-    assert read_report(tmp_path / "crash.json")["number"] == 1
+@FILES
+@given(st.data())
+def test_any_record_is_read_as_it_was_written(tmp_path_factory, kind, data):
+    written, path = data.draw(of_type(kind)), tmp_path_factory.getbasetemp() / "any.json"
+    written.write(path)
+    assert kind.load(path) == written
+    assert path.read_bytes() == written.to_json()
 
 
-@pytest.mark.parametrize("limit", [65536, 16384, 4096, 1024])
-@pytest.mark.parametrize("reserved", [False, True])
-def test_a_limit_on_the_size_of_files_leaves_as_much_of_a_report_as_it_allows(
-    tmp_path, limit, reserved
-):
-    report = {"cause": "exception", "pid": 1, "host": "a" * 30, "boot": "b" * 36}
-    error = {"type": "ValueError", "message": "m" * 99_999, "traceback": ["line " * 99] * 999}
-    report |= {"error": error, "metrics": {str(number): 0.5 for number in range(9999)}}
-    pid = os.fork()
-    if pid == 0:
-        signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
-        resource.setrlimit(resource.RLIMIT_FSIZE, (limit, limit))
-        if reserved:
-            reserve_room(tmp_path)
-        write_report(tmp_path / "crash.json", report)
-        os._exit(0)
-    assert os.waitpid(pid, 0)[1] == 0
-    found = read_report(tmp_path / "crash.json")
-    assert found["cause"] == "exception"
-    assert found["boot"] == "b" * 36
-    assert found["error"]["message"].startswith("m" * 64)
+@FILES
+@given(st.data())
+def test_any_json_object_is_a_record(tmp_path_factory, kind, data):
+    content = data.draw(st.dictionaries(st.sampled_from(keys(kind)) | st.text(), json_values))
+    path = tmp_path_factory.getbasetemp() / "some.json"
+    write_atomically(path, json.dumps(content).encode())
+    found = kind.load(path)
+    assert kind.from_dict(found.to_dict()).to_dict().keys() == found.to_dict().keys()
+    if isinstance(found, CrashReport):
+        assert isinstance(found.what_happened, str)
 
 
-def test_room_is_given_back(tmp_path):
-    reserve_room(tmp_path)
-    assert sum(path.stat().st_blocks * 512 for path in tmp_path.iterdir()) >= 3 * 65536
-    write_report(tmp_path / "crash.json", {"number": 1})
-    release_room(tmp_path)
-    assert list(contents(tmp_path)) == ["crash.json"]
-    assert json.loads(contents(tmp_path)["crash.json"]) == {"schema": 1, "number": 1}
+@pytest.mark.parametrize("content", [b"", b"[]", b"3", b"null", b'{"cause": ', b"\xff\xfe\x00"])
+def test_what_is_no_report_is_none(tmp_path, content):
+    path = tmp_path / "crash.json"
+    assert CrashReport.read(path) is None
+    path.write_bytes(content)
+    assert CrashReport.read(path) is None
 
 
-class TestSettingAside:
-    def test_keeps_the_latest_and_counts_on(self, tmp_path):
-        path = tmp_path / "crash.json"
-        for number in range(95):
-            path.write_text(str(number))
-            assert set_aside(path) == tmp_path / f"crash.json.{number + 1}"
-            assert not path.exists()
-        kept = [int(aside.read_text()) for aside in asides(path)]
-        assert kept == list(range(95 - KEPT_ASIDE, 95))
+def test_what_is_not_of_its_type_is_absent_and_takes_nothing_with_it():
+    odd = {"started_s": "1", "rank": True, "state": ["running"], "pid": 5, "own": [1], "host": None}
+    record = ProcessRecord.from_dict(odd | {"event_files": ["a", 1, "b"], "saved": 1})
+    assert record == ProcessRecord(
+        pid=5, unknown={"own": [1]}, event_files=("a", "b"), schema=None, evidence_saved=None
+    )
+    odd = {"evidence": {"a": 1, "b": {"state": 1, "path": "p"}}, "memory": [], "complete": None}
+    odd |= {"error": {"traceback": "text", "message": "m", "type": 7}, "metrics": {"a": [], "b": 1}}
+    found = CrashReport.from_dict(odd)
+    assert (found.evidence, found.memory) == ({"b": Evidence(path="p")}, None)
+    assert (found.error.type, found.error.message, found.error.traceback) == (None, "m", ())
+    assert (found.metrics, found.complete) == ({"b": 1}, False)
 
-    def test_of_nothing_is_nothing(self, tmp_path):
-        assert set_aside(tmp_path / "crash.json") is None
-        assert contents(tmp_path) == {}
 
-    def test_leaves_files_alone_whose_names_only_begin_alike(self, tmp_path):
-        others = {"crash.json.gz": "a", "crash.json.1.gz": "b", "crash.jsonl": "c"}
-        for name, text in others.items():
-            (tmp_path / name).write_text(text)
-        for number in range(20):
-            (tmp_path / "crash.json").write_text(str(number))
-            set_aside(tmp_path / "crash.json")
-        assert others.items() <= contents(tmp_path).items()
+@pytest.mark.parametrize("time_s", [-1.0, 1e11, float("nan"), True, "5"])
+def test_what_can_be_no_moment_is_absent(time_s):
+    assert CrashReport.from_dict({"time_s": time_s}).time_s is None
 
-    def test_by_several_processes_at_once_replaces_no_file(self, tmp_path):
-        processes, each = 5, KEPT_ASIDE // 5
-        with multiprocessing.get_context("fork").Pool(processes) as pool:
-            for attempt in range(20):
-                path = tmp_path / str(attempt) / "history.jsonl"
-                texts = [str(number).encode() for number in range(processes * each)]
-                pool.starmap(write_aside, [(path, text) for text in texts], chunksize=1)
-                assert sorted(aside.read_bytes() for aside in asides(path)) == sorted(texts)
-                assert len(contents(path.parent)) == len(texts)
 
-    def test_of_the_same_file_by_several_processes_has_one_winner(self, tmp_path):
-        with multiprocessing.get_context("fork").Pool(4) as pool:
-            for number in range(50):
-                path = tmp_path / str(number) / "crash.json"
-                path.parent.mkdir()
-                path.write_text("x")
-                results = pool.map(set_aside, [path] * 4, chunksize=1)
-                (winner,) = [result for result in results if result]
-                assert contents(path.parent) == {winner.name: "x"}
+def test_keys_of_an_earlier_version_are_read(tmp_path):
+    path = tmp_path / "crash.json"
+    path.write_text(json.dumps({"untold": {"phases": "E"}, "module": "PPO", "schema": 1}))
+    report = CrashReport.load(path)
+    assert (report.failed_fields, report.module_class) == ({"phases": "E"}, "PPO")
+    assert not report.unknown
+    assert ProcessRecord.from_dict({"saved": True}).evidence_saved is True
+    both = {"saved": True, "evidence_saved": False}
+    assert ProcessRecord.from_dict(both).evidence_saved is False
 
-    @pytest.mark.parametrize("links", [True, False])
-    def test_for_a_new_version_has_one_or_the_other_in_place_at_any_moment(
-        self, tmp_path, monkeypatch, links
-    ):
-        path, seen = tmp_path / "config.yaml", []
 
-        def look(event, _):
-            if event.startswith("os.") or event == "open":
-                seen.append(path.exists() and path.read_bytes() in (b"old", b"new"))
+@pytest.mark.parametrize("path", sorted(RUNS.glob("*/rank0/*.json")), ids=str)
+def test_reports_of_version_0_1_lose_nothing(path):
+    kind = CrashReport if path.name == "crash.json" else ProcessRecord
+    before, found = json.loads(path.read_bytes()), kind.load(path)
+    renamed = {"untold": "failed_fields", "module": "module_class", "saved": "evidence_saved"}
+    now = found.to_dict()
+    assert not found.unknown
+    assert includes(now, {renamed.get(key, key): value for key, value in before.items()})
 
-        def no_link(*_):
-            raise PermissionError
 
-        if not links:
-            monkeypatch.setattr(os, "link", no_link)
-        path.write_text("old")
-        busy = []
+def test_keys_of_schema_1_stay():
+    assert includes(CrashReport.from_dict(SCHEMA_1).to_dict(), SCHEMA_1)
+    assert not any(found.unknown for found in within(CrashReport.from_dict(SCHEMA_1)))
+    process = {key: SCHEMA_1[key] for key in names(RankRecord) if key != "unknown"}
+    process |= {"state": "off", "changed_s": 1.7e9}
+    assert includes(ProcessRecord.from_dict(process).to_dict(), process)
+    assert not ProcessRecord.from_dict(process).unknown
 
-        def hook(event, arguments):
-            if watching and not busy:
-                busy.append(True)
-                look(event, arguments)
-                busy.clear()
 
-        watching = True
-        sys.addaudithook(hook)
-        replace_keeping(path, b"new")
-        watching = False
-        assert seen
-        assert all(seen)
-        assert contents(tmp_path) == {"config.yaml": "new", "config.yaml.1": "old"}
+def within(record: Record) -> list[Record]:
+    """A record and those that it holds."""
+    values = [getattr(record, name) for name in names(type(record))]
+    values += [entry for value in values if isinstance(value, Mapping) for entry in value.values()]
+    return [record, *(x for value in values if isinstance(value, Record) for x in within(value))]
 
-    def test_of_parts_is_whole_or_not_at_all(self, small_disk):
-        path = small_disk / "history.jsonl"
-        path.write_text("rows")
-        fill(small_disk)
-        before = contents(small_disk)
-        with pytest.raises(OSError, match="No space"):
-            write_aside(path, bytes(100_000))
-        assert contents(small_disk) == before
-        (small_disk / "ballast").unlink()
-        assert write_aside(path, b"late rows") == small_disk / "history.jsonl.1"
-        assert contents(small_disk) == {"history.jsonl": "rows", "history.jsonl.1": "late rows"}
+
+def includes(now: Any, before: Any) -> bool:
+    if not isinstance(before, dict):
+        return now == before
+    return all(key in now and includes(now[key], entry) for key, entry in before.items())
+
+
+@pytest.mark.parametrize("kind", RECORDS, ids=lambda kind: kind.__name__)
+def test_every_field_is_explained_and_nothing_else(kind):
+    own = [name for name in kind.__annotations__ if name.islower()]
+    section = kind.__doc__.split("Attributes:\n")[-1]
+    assert re.findall(r"^        (\w+): \S", section, re.MULTILINE) == own
+
+
+def test_nothing_but_fields_is_expendable():
+    for kind in (RankRecord, CrashReport):
+        assert {key.partition(".")[0] for key in kind.EXPENDABLE} < set(names(kind))
+
+
+def test_the_memory_in_a_report_is_all_that_is_measured():
+    assert set(names(MemoryReport)) == {*Memory._fields, "unknown"}
+
+
+@pytest.mark.parametrize(
+    ("report", "text"),
+    [
+        ({"error": {"type": "ValueError", "message": "no"}}, "ValueError: no"),
+        ({"error": {"type": "KeyboardInterrupt", "message": ""}}, "KeyboardInterrupt"),
+        ({"cause": "vanished", "error": {"type": None, "message": "It vanished."}}, "It vanished."),
+        ({"cause": "signal", "signal": "SIGTERM"}, "SIGTERM"),
+        ({"cause": "hang"}, "hang"),
+        ({"cause": "peer", "peer": {"rank": 1, "reason": "it failed"}}, "rank 1: it failed"),
+        (
+            {"cause": "exception", "error": {"type": "E"}, "peer": {"rank": 1, "reason": "later"}},
+            "E",
+        ),
+        (
+            {"cause": "peer", "error": {"type": "PeerFailedError", "message": "x"}},
+            "PeerFailedError: x",
+        ),
+        ({}, ""),
+    ],
+)
+def test_what_ended_a_run_in_a_few_words(report, text):
+    assert CrashReport.from_dict(report).what_happened == text

@@ -16,8 +16,10 @@ from esper_lightning.forensics.layout import RankLayout
 from esper_lightning.forensics.memory import Memory
 from esper_lightning.forensics.phases import PhaseRing
 from esper_lightning.forensics.processes import identify
-from esper_lightning.forensics.report import read_report, same_recording, write_report
+from esper_lightning.forensics.rank_record import ProcessRecord, same_recording
+from esper_lightning.forensics.report import CrashReport
 from esper_lightning.forensics.sidecar import complete_report, locked, start
+from tests.reports import read_report, write_report
 
 
 @pytest.fixture
@@ -152,12 +154,12 @@ def another(identity, **changes):
 
 def test_one_that_is_late_leaves_the_next_run_alone(files):
     process = subprocess.Popen([sys.executable, "-c", "import time; time.sleep(60)"])
-    write_report(files.process, another(identify(process.pid), started_s=1.0))
+    write_report(files.process, another(identify(process.pid).to_dict(), started_s=1.0))
     sidecar = start(files.directory, process.pid)
     sidecar._process.send_signal(signal.SIGSTOP)
     process.kill()
     process.wait()
-    write_report(files.process, another(identify(os.getpid())))
+    write_report(files.process, another(identify(os.getpid()).to_dict()))
     half = files.directory / ".last.ckpt.2.tmp"
     half.write_text("the next run is writing this")
     left = {path: path.read_bytes() for path in files.directory.iterdir()}
@@ -178,23 +180,23 @@ def test_a_process_that_differs_in_anything_is_not_the_one_that_was_watched(file
     watched = another(WATCHED, started_s=1.0)
     write_report(files.process, watched | change)
     before = files.process.read_bytes()
-    assert not complete_report(files, watched=watched)
+    assert not complete_report(files, watched=ProcessRecord.from_dict(watched))
     assert not files.crash.exists()
     assert files.process.read_bytes() == before
     write_report(files.process, watched)
-    assert complete_report(files, watched=watched)
+    assert complete_report(files, watched=ProcessRecord.from_dict(watched))
 
 
 def test_a_run_that_begins_while_the_report_is_made_is_left_alone(files, monkeypatch):
     watched, of_the_dead = another(WATCHED), sidecar_module._post_mortem
 
     def slow(*args):
-        write_report(files.process, another(identify(os.getpid())))
+        write_report(files.process, another(identify(os.getpid()).to_dict()))
         return of_the_dead(*args)
 
     monkeypatch.setattr(sidecar_module, "_post_mortem", slow)
     write_report(files.process, watched)
-    assert not complete_report(files, watched=watched)
+    assert not complete_report(files, watched=ProcessRecord.from_dict(watched))
     assert not files.crash.exists()
     assert read_report(files.process)["pid"] == os.getpid()
 
@@ -223,16 +225,16 @@ def test_a_run_that_begins_waits_for_the_report_of_the_one_before(files):
 
 def test_the_next_run_completes_what_a_second_process_could_not(files):
     """It died with its container. What is alive, or was completed, is left alone."""
-    write_report(files.process, another(identify(os.getpid())))
+    write_report(files.process, another(identify(os.getpid()).to_dict()))
     assert not complete_report(files)
-    gone = another(identify(os.getpid()), start_ticks=1, changed_s=5.0)
+    gone = another(identify(os.getpid()).to_dict(), start_ticks=1, changed_s=5.0)
     write_report(files.process, gone)
     os.utime(files.history, (50.0, 50.0))
     assert complete_report(files)
     report, process = read_report(files.crash), read_report(files.process)
     assert (report["cause"], report["time_s"]) == ("vanished", 50.0)  # when it was seen last
-    assert same_recording(report, gone)
-    assert (process["state"], process["saved"]) == ("failed", True)
+    assert same_recording(CrashReport.from_dict(report), ProcessRecord.from_dict(gone))
+    assert (process["state"], process["evidence_saved"]) == ("failed", True)
     assert not complete_report(files)
 
 
@@ -268,7 +270,8 @@ def test_the_oom_killer_is_the_first_suspect_where_memory_was_short(
 def test_without_a_place_for_its_record_it_still_knows_whom_it_watched(files):
     process = subprocess.Popen([sys.executable, "-c", "import time; time.sleep(60)"])
     files.process.unlink()
-    sidecar = start(files.directory, process.pid, another(identify(process.pid)))
+    watched = ProcessRecord.from_dict(another(identify(process.pid).to_dict()))
+    sidecar = start(files.directory, process.pid, watched)
     process.kill()
     process.wait()
     assert sidecar._process.wait(timeout=10) == 0

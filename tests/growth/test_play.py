@@ -13,9 +13,9 @@ from esper_lightning.envs import Morphogenesis
 from esper_lightning.envs.morphogenesis.baselines import BASELINES
 from esper_lightning.envs.morphogenesis.lifecycle import LIVE, Stage, is_in
 from esper_lightning.forensics.layout import RunLayout
-from esper_lightning.forensics.report import read_report
 from esper_lightning.growth.play import fresh_hosts, play, play_baselines, play_trained
 from esper_lightning.ppo.evaluation import evaluate_policy
+from tests.reports import read_report
 
 CPU = torch.device("cpu")
 EPOCHS = 6

@@ -127,6 +127,18 @@ def test_figures_that_cannot_be_drawn_are_refused(
     assert not Path("drawn").exists()
 
 
+def test_what_is_no_picture_is_not_replaced_by_a_figure(saved, capsys, monkeypatch):
+    saved(SPEC)
+    monkeypatch.setattr(PPO, "validation_step", None)  # nothing could be played
+    Path("drawn").mkdir()
+    Path("drawn/episode_best.png").write_text("of somebody else")
+    with pytest.raises(SystemExit):
+        evaluate("--figures", "drawn")
+    message = "--figures must name a new file or an earlier picture, got 'drawn/episode_best.png'."
+    assert message in capsys.readouterr().err
+    assert Path("drawn/episode_best.png").read_text() == "of somebody else"
+
+
 def test_a_folder_for_figures_that_cannot_be_made_is_refused_before_anything_is_played(
     saved, capsys, monkeypatch
 ):

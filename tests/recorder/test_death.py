@@ -7,6 +7,7 @@ import pytest
 import torch
 
 from esper_lightning.forensics.phases import PhaseRing
+from esper_lightning.forensics.report import CrashReport
 from esper_lightning.recorder.death import (
     Death,
     _known_metrics,
@@ -53,7 +54,7 @@ def test_a_long_traceback_keeps_its_end():
 
     with pytest.raises(ZeroDivisionError) as caught:
         deep(200)
-    lines = describe_error(caught.value)["traceback"]
+    lines = describe_error(caught.value).traceback
     assert "division by zero" in lines[-1]
     assert len(lines) < 200
 
@@ -62,21 +63,21 @@ def test_a_long_traceback_keeps_its_end():
 def described(make_trainer, tmp_path):
     """What is told after a step of a module that logs."""
 
-    def fit(act) -> dict:
-        told = {}
+    def fit(act) -> CrashReport:
+        told = []
 
         def act_and_look(module, batch_idx):
             act(module, batch_idx)
             if batch_idx == 1:
                 death = Death(cause="exception", error=ValueError("no"))
-                told.update(describe(death, module.trainer, ring))
+                told.append(describe(CrashReport(), death, module.trainer, ring))
 
         ring = PhaseRing(tmp_path / "phases.ring")
         ring.iteration = 7
         ring.enter("update")
         make_trainer(max_epochs=1, limit_train_batches=2).fit(Plain(act_and_look), data())
         ring.close()
-        return told
+        return told[0]
 
     return fit
 
@@ -88,14 +89,14 @@ def test_where_it_was_and_what_was_known_is_told(described):
         module.log_dict({"inf": torch.tensor(-math.inf), "number": float(batch_idx)})
 
     told = described(act)
-    assert (told["cause"], told["iteration"], told["phases"]) == ("exception", 7, ["update"])
-    assert (told["rank"], told["world_size"], told["stage"]) == (0, 1, "fit")
-    assert told["global_step"] == 1
+    assert (told.cause, told.iteration, told.phases) == ("exception", 7, ("update",))
+    assert (told.rank, told.world_size, told.stage) == (0, 1, "fit")
+    assert told.global_step == 1
     # That of the epoch is not computed.
-    assert told["metrics"].keys() == {"nan", "inf", "number", "loss"}
-    assert told["metrics"]["number"] == 1.0  # of this step
-    assert (told["metrics"]["nan"], told["metrics"]["inf"]) == ("nan", "-inf")  # JSON has no NaN
-    assert "untold" not in told
+    assert told.metrics.keys() == {"nan", "inf", "number", "loss"}
+    assert told.metrics["number"] == 1.0  # of this step
+    assert (told.metrics["nan"], told.metrics["inf"]) == ("nan", "-inf")  # JSON has no NaN
+    assert not told.failed_fields
 
 
 def test_no_device_is_waited_for():
@@ -109,6 +110,6 @@ def test_a_field_that_cannot_be_told_costs_no_other(described, monkeypatch):
     monkeypatch.setattr(PhaseRing, "open_names", property(lambda ring: 1 / 0))
     monkeypatch.setattr(Plain, "env_steps", property(lambda module: 1 / 0), raising=False)
     told = described(lambda *_: None)
-    assert told["untold"] == {"phases": "ZeroDivisionError: division by zero"}
-    assert (told["iteration"], told["global_step"]) == (7, 1)
-    assert "env_steps" not in told
+    assert told.failed_fields == {"phases": "ZeroDivisionError: division by zero"}
+    assert (told.iteration, told.global_step) == (7, 1)
+    assert told.env_steps is None

@@ -9,12 +9,12 @@ import pytest
 from lightning.pytorch import Callback
 
 from esper_lightning import FlightRecorder
-from esper_lightning.forensics.report import read_report
 from esper_lightning.recorder import evidence_steps
 from esper_lightning.recorder.evidence import Death, HoldsEvidence
 from tests.recorder import test_flight_recorder
 from tests.recorder.test_flight_recorder import Plain, raise_at
 from tests.recorder.test_signals import kill_at
+from tests.reports import read_report
 
 fit, files = test_flight_recorder.fit, test_flight_recorder.files
 

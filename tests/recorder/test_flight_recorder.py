@@ -34,7 +34,8 @@ from esper_lightning.forensics.files import read_json_lines
 from esper_lightning.forensics.layout import RunLayout
 from esper_lightning.forensics.phases import PhaseRing
 from esper_lightning.forensics.processes import identify
-from esper_lightning.forensics.report import read_report, reserve_room, write_report
+from esper_lightning.forensics.report import CrashReport
+from esper_lightning.forensics.room import reserve_room
 from esper_lightning.forensics.sidecar import complete_report
 from esper_lightning.recorder import evidence_steps, recording, rescue
 from esper_lightning.recorder import profiler_guard as profiler_rescue
@@ -42,6 +43,7 @@ from esper_lightning.recorder.peers import Peers
 from esper_lightning.recorder.profiling.window_profiler import WindowProfiler
 from esper_lightning.recorder.recording import Recording, recording_of
 from tests.disks import fill
+from tests.reports import read_report, write_report
 
 
 def schedule(wait, warmup=0):
@@ -412,7 +414,7 @@ def test_an_exception_that_unwinds_is_no_step_of_the_schedule(fit, files):
 
 
 def test_the_next_run_reports_the_death_of_one_that_died_with_its_container(fit, files):
-    gone = {**identify(os.getpid()), "start_ticks": 1, "rank": 0, "started_s": 5.0}
+    gone = {**identify(os.getpid()).to_dict(), "start_ticks": 1, "rank": 0, "started_s": 5.0}
     write_report(files.process, {**gone, "state": "running"})
     ring = PhaseRing(files.phases)
     ring.iteration = 17
@@ -601,10 +603,10 @@ def test_evidence_that_no_place_took_is_not_said_to_be_saved(fit, files, monkeyp
     def refuse(*_):
         raise OSError(errno.ENOSPC, "No space left")
 
-    monkeypatch.setattr(rescue, "write_report", refuse)
+    monkeypatch.setattr(CrashReport, "write", refuse)
     fit(Plain(raise_at(3)))
     process = read_report(files.process)
-    assert (process["state"], process["saved"]) == ("failed", False)
+    assert (process["state"], process["evidence_saved"]) == ("failed", False)
 
 
 class TestASecondRunInTheSameDirectory:

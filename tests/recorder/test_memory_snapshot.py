@@ -9,8 +9,8 @@ from lightning.pytorch import LightningModule
 from torch.utils.data import DataLoader
 
 from esper_lightning import FlightRecorder
-from esper_lightning.forensics.report import read_report
 from esper_lightning.recorder import memory_snapshot
+from tests.reports import read_report
 
 
 class Greedy(LightningModule):

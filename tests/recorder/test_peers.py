@@ -11,7 +11,7 @@ from torch import distributed as dist
 
 from esper_lightning.forensics.layout import RunLayout
 from esper_lightning.forensics.processes import identify
-from esper_lightning.forensics.report import read_report, write_report
+from esper_lightning.forensics.rank_record import ProcessRecord, same_recording
 from esper_lightning.recorder.peers import (
     Peers,
     end_of_run,
@@ -19,6 +19,7 @@ from esper_lightning.recorder.peers import (
     lost_a_peer,
     meet,
 )
+from tests.reports import read_report, write_report
 
 
 @pytest.fixture
@@ -54,14 +55,15 @@ def test_one_that_failed_in_the_run_before_does_not_count(layout, state):
 
 def elsewhere(pid, started_s):
     """A process on another host, of which nothing but its files can be seen."""
-    return {**identify(os.getpid()), "host": "elsewhere", "pid": pid, "started_s": started_s}
+    content = {**identify(os.getpid()).to_dict(), "host": "elsewhere", "pid": pid}
+    return content | {"started_s": started_s}
 
 
 @pytest.mark.parametrize("change", ["process", "recording", None])
 def test_one_of_an_attempt_that_died_a_moment_ago_is_not_of_this_run(layout, change):
     """Clocks of hosts differ: whether it is of this run is not a matter of time."""
     other = elsewhere(7, time.time())
-    met = [meet(1)[0], other]
+    met = [meet(1)[0], ProcessRecord.from_dict(other)]
     left = {"process": elsewhere(8, other["started_s"]), "recording": elsewhere(7, 1.0)}
     write_report(layout.rank(1).process, {**left.get(change, other), "state": "failed"})
     peers = Peers(layout, 0, 2, met)
@@ -74,12 +76,12 @@ def test_one_of_an_attempt_that_died_a_moment_ago_is_not_of_this_run(layout, cha
 
 def test_ranks_tell_each_other_who_they_are(layout):
     (mine,) = meet(1)
-    assert mine["pid"] == os.getpid()
+    assert mine.pid == os.getpid()
     assert meet(2) == []  # without a process group there is nobody to ask
     peers = Peers(layout, 0, 1, [mine])
-    assert peers.started_s == mine["started_s"]
+    assert peers.started_s == mine.started_s
     peers.report("running")
-    assert mine.items() <= read_report(layout.rank(0).process).items()
+    assert same_recording(ProcessRecord.load(layout.rank(0).process), mine)
 
 
 PAIR = "[/pytorch/third_party/gloo/gloo/transport/tcp/pair.cc:534] Connection closed by peer"
@@ -135,7 +137,7 @@ from datetime import timedelta
 rank, path = int(sys.argv[1]), sys.argv[2]
 dist.init_process_group("gloo", f"file://{path}", timedelta(seconds=20), rank=rank, world_size=2)
 from esper_lightning.recorder.peers import lost_a_peer, meet
-assert [record["pid"] for record in meet(2)][rank] == __import__("os").getpid()
+assert [record.pid for record in meet(2)][rank] == __import__("os").getpid()
 if rank == 1:
     __import__("os")._exit(0)
 try:

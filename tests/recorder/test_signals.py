@@ -10,9 +10,9 @@ from lightning.pytorch import LightningModule
 from lightning.pytorch.profilers import Profiler
 from lightning.pytorch.utilities.exceptions import SIGTERMException
 
-from esper_lightning.forensics.report import read_report
 from tests.recorder import test_flight_recorder
 from tests.recorder.test_flight_recorder import Plain
+from tests.reports import read_report
 
 fit, files = test_flight_recorder.fit, test_flight_recorder.files
 

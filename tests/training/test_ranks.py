@@ -137,9 +137,9 @@ def test_nan_on_one_rank_ends_both_and_is_blamed_on_it(tmp_path):
     assert [remains.rows for remains in ranks] == [2, 2]
     assert first_failure(ranks).rank == 1
     reports = [remains.report for remains in ranks]
-    assert [report["cause"] for report in reports] == ["peer", "exception"]
-    assert reports[0]["error"]["type"].endswith("PeerFailedError")
-    assert reports[1]["error"]["type"].endswith("NonFiniteError")
+    assert [report.cause for report in reports] == ["peer", "exception"]
+    assert reports[0].error.type.endswith("PeerFailedError")
+    assert reports[1].error.type.endswith("NonFiniteError")
 
 
 def test_ranks_with_other_settings_are_refused_on_all_of_them(tmp_path):
@@ -193,8 +193,8 @@ def test_slurm_ends_ranks_and_they_save_what_they_know(tmp_path):
             process.kill()
     assert 0 not in statuses
     reports = [remains.report for remains in examine(tmp_path)]
-    assert {report["cause"] for report in reports} <= {"signal", "peer"}
-    assert reports[0]["cause"] == "signal"
+    assert {report.cause for report in reports} <= {"signal", "peer"}
+    assert reports[0].cause == "signal"
 
 
 def wait_for(condition, *, seconds=120):
@@ -351,7 +351,7 @@ def check_refused(tmp_path, of_1000_steps, change, evaluates, budget, begins):
     reports = [remains.report for remains in examine(directory)]
     assert len(reports) == 2
     for rank, report in enumerate(reports):
-        assert report["error"]["message"].startswith("ckpt_path must be the same on all ranks")
+        assert report.error.message.startswith("ckpt_path must be the same on all ranks")
         assert history(directory, rank) == []
 
 

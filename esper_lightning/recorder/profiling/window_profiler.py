@@ -22,7 +22,7 @@ from lightning.pytorch.profilers import PyTorchProfiler
 from torch.profiler import ProfilerAction, record_function
 from typing_extensions import override
 
-from esper_lightning.core.errors import check_arguments, require
+from esper_lightning.core.errors import check_arguments, require, require_name
 from esper_lightning.forensics.files import write_atomically
 from esper_lightning.forensics.layout import RunLayout
 from esper_lightning.recorder.profiling.operator_table import operator_table
@@ -72,7 +72,7 @@ class WindowProfiler(PyTorchProfiler):
         logs_table: Whether the table is logged at the end of a run.
 
     Raises:
-        ValueError: If a number is out of range.
+        ValueError: If a number is out of range, or a name is empty or holds a NUL byte.
     """
 
     # What ``__del__`` looks at where an argument was refused.
@@ -97,6 +97,8 @@ class WindowProfiler(PyTorchProfiler):
         with_stack: bool = False,
         row_limit: int = 20,
     ) -> None:
+        require_name("WindowProfiler.filename", filename, "a file")
+        require_name("WindowProfiler.dirpath", dirpath, "a directory")
         super().__init__(
             dirpath,
             filename,

@@ -237,6 +237,10 @@ def test_can_be_pickled_and_used_twice(fit, tmp_path):
     [
         ({"wait": -1}, "WindowProfiler.wait must not be negative, got -1."),
         ({"active": 0}, "WindowProfiler.active must be at least 1, got 0."),
+        ({"filename": ""}, "WindowProfiler.filename must name a file, got ''."),
+        ({"filename": "a\0b"}, r"WindowProfiler.filename must name a file, got 'a\x00b'."),
+        ({"dirpath": ""}, "WindowProfiler.dirpath must name a directory, got ''."),
+        ({"dirpath": Path("a\0b")}, "WindowProfiler.dirpath must name a directory, got "),
     ],
 )
 def test_settings_that_cannot_work(setting, message):

@@ -1,0 +1,112 @@
+"""What ``process.json`` and ``crash.json`` of a rank have in common, and ``process.json`` itself.
+
+``process.json`` is written when a rank starts, at its end, and when its evidence is saved.
+"""
+
+import dataclasses
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, ClassVar, Self, cast
+
+from esper_lightning.forensics.processes import ProcessIdentity, same_process
+from esper_lightning.forensics.reading import parse_json, read_file
+from esper_lightning.forensics.records import EpochSeconds, earlier_key
+from esper_lightning.forensics.room import encode, write_json
+
+__all__ = ["SCHEMA", "ProcessRecord", "RankRecord", "same_recording"]
+
+SCHEMA = 1
+"""Of both files: keys only come in addition, and no key changes its meaning."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class RankRecord(ProcessIdentity):
+    """Which rank of which run a file is of.
+
+    Attributes:
+        schema: Version of the file's form, ``SCHEMA`` when it is written.
+        rank: Global rank of the process, from 0.
+        world_size: Number of ranks of the run.
+        started_s: When the recording of the run began in this process, in seconds since the epoch.
+        run: Identifier that all ranks of a run share once they have met, and no other run has.
+        event_files: Names of TensorBoard's files in the run directory that this run and earlier
+            ones there are known to have begun, the oldest first.
+    """
+
+    EXPENDABLE: ClassVar[tuple[str, ...]] = ("event_files",)
+    """Keys that are left out, one after another, where a full disk takes no more."""
+
+    schema: int | None = SCHEMA
+    rank: int | None = None
+    world_size: int | None = None
+    started_s: EpochSeconds | None = None
+    run: str | None = None
+    event_files: tuple[str, ...] = ()
+
+    @classmethod
+    def load(cls, path: Path) -> Self:
+        """What a file holds, without the values that are not of their type.
+
+        Raises:
+            FileNotFoundError: If there is none.
+            ValueError: If it cannot be read, saying why in a few words.
+        """
+        content = parse_json(read_file(path))
+        if not isinstance(content, dict):
+            raise ValueError("it is no JSON object")
+        return cls.from_dict(cast(dict[str, Any], content))
+
+    @classmethod
+    def read(cls, path: Path) -> Self | None:
+        """What ``load`` returns; ``None`` where there is no such file, or it is damaged."""
+        try:
+            return cls.load(path)
+        except (FileNotFoundError, ValueError):
+            return None
+
+    def to_dict(self) -> dict[str, Any]:
+        """The record as JSON has it, ``schema`` first."""
+        return {"schema": self.schema} | super().to_dict()
+
+    def to_json(self) -> bytes:
+        """The content of the file."""
+        return encode(self.to_dict())
+
+    def write(self, path: Path) -> None:
+        """Replace a file, shortened where the disk is full (``room.write_json``).
+
+        Raises:
+            OSError: If the disk takes nothing.
+        """
+        write_json(path, self.to_dict(), expendable=self.EXPENDABLE)
+
+    def of_rank(self) -> dict[str, Any]:
+        """The fields by name that every file of this rank of this run has."""
+        names = [field.name for field in dataclasses.fields(RankRecord)]
+        return {name: getattr(self, name) for name in names if name not in ("schema", "unknown")}
+
+
+@dataclass(frozen=True, kw_only=True)
+class ProcessRecord(RankRecord):
+    """``process.json``: which process a rank is, and how it fares.
+
+    Attributes:
+        state: ``running``, ``finished``, ``failed``, or ``off`` where the run goes on without its
+            recorder.
+        evidence_saved: Whether all evidence of a failure is on disk; a rank that waits for its
+            peers asks for this. (``saved`` in versions up to 0.1.)
+        changed_s: When the process wrote this, in seconds since the epoch.
+    """
+
+    state: str | None = None
+    evidence_saved: bool | None = dataclasses.field(default=None, metadata=earlier_key("saved"))
+    changed_s: EpochSeconds | None = None
+
+
+def same_recording(one: RankRecord, other: RankRecord) -> bool:
+    """Whether two records, of ``process.json`` or ``crash.json``, are of one run of one process.
+
+    A field that either record lacks is not compared.
+    """
+    began = one.started_s, other.started_s
+    return same_process(one, other) and (None in began or began[0] == began[1])

@@ -1,0 +1,126 @@
+"""Files of an earlier run stay beside those of a new one."""
+
+import multiprocessing
+import os
+import sys
+
+import pytest
+
+from esper_lightning.forensics.asides import KEPT_ASIDE, replace_keeping, set_aside, write_aside
+from tests.disks import fill
+from tests.reports import read_report, write_report
+
+
+def contents(folder):
+    return {path.name: path.read_text() for path in folder.iterdir()}
+
+
+def asides(path):
+    return sorted(path.parent.glob(f"{path.name}.*"), key=lambda aside: int(aside.suffix[1:]))
+
+
+class TestSettingAside:
+    def test_keeps_the_latest_and_counts_on(self, tmp_path):
+        path = tmp_path / "crash.json"
+        for number in range(95):
+            write_report(path, {"number": number})
+            assert set_aside(path) == tmp_path / f"crash.json.{number + 1}"
+            assert not path.exists()
+        kept = [read_report(aside)["number"] for aside in asides(path)]
+        assert kept == list(range(95 - KEPT_ASIDE, 95))
+
+    def test_never_removes_a_file_of_somebody_else_that_has_such_a_name(self, tmp_path):
+        (tmp_path / "crash.json.1").write_text("of the user")
+        for number in range(2 * KEPT_ASIDE):
+            write_report(tmp_path / "crash.json", {"number": number})
+            set_aside(tmp_path / "crash.json")
+        assert (tmp_path / "crash.json.1").read_text() == "of the user"
+        assert len(asides(tmp_path / "crash.json")) == KEPT_ASIDE + 1
+
+    def test_of_nothing_is_nothing(self, tmp_path):
+        assert set_aside(tmp_path / "crash.json") is None
+        assert contents(tmp_path) == {}
+
+    def test_leaves_files_alone_whose_names_only_begin_alike(self, tmp_path):
+        others = {"crash.json.gz": "a", "crash.json.1.gz": "b", "crash.jsonl": "c"}
+        for name, text in others.items():
+            (tmp_path / name).write_text(text)
+        for number in range(20):
+            (tmp_path / "crash.json").write_text(str(number))
+            set_aside(tmp_path / "crash.json")
+        assert others.items() <= contents(tmp_path).items()
+
+    def test_by_several_processes_at_once_replaces_no_file(self, tmp_path):
+        processes, each = 5, KEPT_ASIDE // 5
+        with multiprocessing.get_context("fork").Pool(processes) as pool:
+            for attempt in range(20):
+                path = tmp_path / str(attempt) / "history.jsonl"
+                texts = [str(number).encode() for number in range(processes * each)]
+                pool.starmap(write_aside, [(path, text) for text in texts], chunksize=1)
+                assert sorted(aside.read_bytes() for aside in asides(path)) == sorted(texts)
+                assert len(contents(path.parent)) == len(texts)
+
+    def test_of_the_same_file_by_several_processes_has_one_winner(self, tmp_path):
+        with multiprocessing.get_context("fork").Pool(4) as pool:
+            for number in range(50):
+                path = tmp_path / str(number) / "crash.json"
+                path.parent.mkdir()
+                path.write_text("x")
+                results = pool.map(set_aside, [path] * 4, chunksize=1)
+                (winner,) = [result for result in results if result]
+                assert contents(path.parent) == {winner.name: "x"}
+
+    @pytest.mark.parametrize("links", [True, False])
+    def test_for_a_new_version_has_one_or_the_other_in_place_at_any_moment(
+        self, tmp_path, monkeypatch, links
+    ):
+        path, seen = tmp_path / "config.yaml", []
+
+        def look(event, _):
+            if event.startswith("os.") or event == "open":
+                seen.append(path.exists() and path.read_bytes() in (b"old", b"new"))
+
+        def no_link(*_):
+            raise PermissionError
+
+        if not links:
+            monkeypatch.setattr(os, "link", no_link)
+        path.write_text("old")
+        busy = []
+
+        def hook(event, arguments):
+            if watching and not busy:
+                busy.append(True)
+                look(event, arguments)
+                busy.clear()
+
+        watching = True
+        sys.addaudithook(hook)
+        replace_keeping(path, b"new")
+        watching = False
+        assert seen
+        assert all(seen)
+        assert contents(tmp_path) == {"config.yaml": "new", "config.yaml.1": "old"}
+
+    def test_of_parts_is_whole_or_not_at_all(self, small_disk):
+        path = small_disk / "history.jsonl"
+        path.write_text("rows")
+        fill(small_disk)
+        before = contents(small_disk)
+        with pytest.raises(OSError, match="No space"):
+            write_aside(path, bytes(100_000))
+        assert contents(small_disk) == before
+        (small_disk / "ballast").unlink()
+        assert write_aside(path, b"late rows") == small_disk / "history.jsonl.1"
+        assert contents(small_disk) == {"history.jsonl": "rows", "history.jsonl.1": "late rows"}
+
+
+def test_nothing_that_was_set_aside_is_replaced(tmp_path):
+    path, aside = tmp_path / "crash.json", []
+    assert set_aside(path) is None
+    for number in range(3):
+        path.write_text(str(number))
+        aside.append(set_aside(path))
+    assert [found.name for found in aside] == ["crash.json.1", "crash.json.2", "crash.json.3"]
+    assert [found.read_text() for found in aside] == ["0", "1", "2"]
+    assert not path.exists()

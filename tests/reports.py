@@ -1,0 +1,16 @@
+"""``crash.json`` and ``process.json`` as other programs see them: plain JSON objects."""
+
+import json
+from pathlib import Path
+from typing import Any
+
+
+def write_report(path: Path, content: dict[str, Any]) -> None:
+    """Write a file of schema 1."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    path.write_text(json.dumps({"schema": 1, **content}))
+
+
+def read_report(path: Path) -> dict[str, Any] | None:
+    """What a file holds; ``None`` where there is none."""
+    return json.loads(path.read_bytes()) if path.exists() else None
