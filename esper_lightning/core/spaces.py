@@ -5,6 +5,7 @@ Spaces are data without tensors, so that a policy can be built before any device
 
 import math
 from dataclasses import dataclass
+from typing import Literal
 
 from esper_lightning.core.errors import check_fields, require
 
@@ -34,11 +35,14 @@ class Box:
             component.
         high: Greatest value of every component; may be ``inf``, or a tuple with one bound per
             component.
+        dtype: How rollouts store the values. ``uint8`` is for images, which then take a quarter of the
+            memory.
     """
 
     shape: tuple[int, ...]
     low: float | tuple[float, ...] = -math.inf
     high: float | tuple[float, ...] = math.inf
+    dtype: Literal["float32", "uint8"] = "float32"
 
     def __post_init__(self) -> None:
         bound_rule = "be a number, or a tuple with one for each component of a flat shape"

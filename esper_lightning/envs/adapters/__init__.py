@@ -1,0 +1,1 @@
+"""Simulators of others as batched environments, each imported where it is built."""

@@ -1,0 +1,308 @@
+"""Vector environments of NumPy arrays: the one place that keeps the episodes of such simulators.
+
+Axes: ``B`` environment. The books are kept in NumPy: at eight environments an operation of torch
+costs more than a step of CartPole. What a simulator does at the end of an episode, it becomes one
+thing here: the environment is reset within the step that ended its episode, and what that step
+reached is kept.
+"""
+# Simulators are told by what they have: nothing of them is typed.
+# pyright: reportUnknownVariableType=false, reportUnknownArgumentType=false
+
+import math
+from collections.abc import Mapping
+from typing import Any, Literal, NamedTuple, Protocol
+
+import numpy as np
+import numpy.typing as npt
+import torch
+from torch import Tensor
+
+from esper_lightning.core.errors import require
+from esper_lightning.core.shapes import Bool, Shaped
+from esper_lightning.core.spaces import mask_size
+from esper_lightning.core.types import Observation, StepResult
+from esper_lightning.envs.adapters.spaces import (
+    MASK,
+    action_encoder,
+    group_spaces,
+    idle_action,
+    obs_encoder,
+    read_spaces,
+)
+
+__all__ = ["HostEnv", "Lost", "VectorEnv"]
+
+Array = npt.NDArray[Any]
+Groups = dict[str, Array]
+Lost = Literal["error", "previous"]
+_FINAL = ("final_obs", "final_observation")
+
+
+class VectorEnv(Protocol):
+    """What is asked of a simulator: Gymnasium's vector API."""
+
+    num_envs: int
+    single_observation_space: Any
+    single_action_space: Any
+    metadata: dict[str, Any]
+
+    def reset(self, *, seed: Any = None, options: Any = None) -> tuple[Any, dict[str, Any]]:
+        """Start new episodes, everywhere or where ``options["reset_mask"]`` is true."""
+        ...
+
+    def step(self, actions: Any) -> tuple[Any, Any, Any, Any, dict[str, Any]]:
+        """Act in every environment."""
+        ...
+
+    def close(self) -> None:
+        """Give back processes, windows and memory."""
+        ...
+
+
+class _Seen(NamedTuple):
+    """An observation as numbers, and which actions it allows."""
+
+    groups: Groups
+    mask: Array | None
+
+
+class HostEnv:
+    """A ``BatchedEnv`` of a vector environment.
+
+    Args:
+        env: The simulator; it is closed by ``close``.
+        device: Where tensors go.
+        seed: Seed of the first reset; ``None`` where the simulator has been seeded already.
+        name: Name of the task in errors.
+        mask: Entry of ``info`` that holds action masks, ``None`` for none.
+        lost: What an episode that was truncated is taken to have reached where the simulator does
+            not say: the ``previous`` observation, or an ``error``.
+        resets_rows: Whether it is known that single environments can be reset; else it is tried.
+
+    Attributes:
+        num_envs: ``B``.
+        spaces: What the environments show and take.
+
+    Raises:
+        ValueError: If a space has no counterpart, or the simulator neither says what an episode
+            reached nor resets single environments.
+    """
+
+    def __init__(
+        self,
+        env: VectorEnv,
+        device: torch.device,
+        seed: int | None,
+        *,
+        name: str,
+        mask: str | None = None,
+        lost: Lost = "error",
+        resets_rows: bool = False,
+    ) -> None:
+        self._env, self._device, self._seed = env, device, seed
+        self._name, self._mask_entry, self._lost = name, mask, lost
+        self.num_envs = int(env.num_envs)
+        obs_space, action_space = env.single_observation_space, env.single_action_space
+        self.spaces = read_spaces(obs_space, action_space, masked=mask is not None)
+        self._encoders = {n: obs_encoder(space) for n, space in group_spaces(obs_space).items()}
+        self._grouped = isinstance(self.spaces.obs, dict)
+        self._to_action = action_encoder(action_space)
+        mode = env.metadata.get("autoreset_mode", "NextStep")
+        self._same_step = str(getattr(mode, "value", mode)) == "SameStep"
+        if not (self._same_step or resets_rows or self.num_envs == 1):
+            self._require_reset_of_rows()
+        self._latest = _Seen({}, None)
+        self._restart_books()
+
+    def reset(self) -> tuple[Observation, Bool[Tensor, "B K"] | None]:
+        """Start a new episode everywhere."""
+        self._restart_books()
+        seed, self._seed = self._seed, None
+        obs, info = self._env.reset() if seed is None else self._env.reset(seed=seed)
+        self._latest = self._see(obs, info, self._latest, np.ones(self.num_envs, bool))
+        return self._observation(self._latest.groups), self._mask(self._latest)
+
+    def step(self, action: Shaped[Tensor, "B *A"]) -> StepResult:
+        """Act in every environment, and reset those whose episode ended."""
+        given = self._to_action(action.detach().cpu().numpy())
+        obs, reward, terminated, truncated, info = self._env.step(given)
+        every = np.ones(self.num_envs, bool)
+        before, seen = self._latest, self._see(obs, info, self._latest, every)
+        reward = np.array(reward, np.float64)
+        terminated = np.array(terminated, bool)
+        truncated = np.asarray(truncated, bool) & ~terminated
+        ended = terminated | truncated
+        self._return += reward
+        self._length += 1
+        episode_return = np.full(self.num_envs, math.nan, np.float32)
+        episode_length = np.zeros(self.num_envs, np.int64)
+        reached = seen.groups
+        if ended.any():
+            episode_return[ended], episode_length[ended] = self._return[ended], self._length[ended]
+            self._return[ended], self._length[ended] = 0.0, 0
+            if self._same_step:
+                reached = self._reached(seen, info, before, ended, truncated)
+            else:
+                seen = self._reset_rows(seen, ended)
+        self._latest = seen
+        obs_shown = self._observation(seen.groups)
+        return StepResult(
+            obs=obs_shown,
+            reward=self._tensor(reward.astype(np.float32)),
+            terminated=self._tensor(terminated),
+            truncated=self._tensor(truncated),
+            reached_obs=obs_shown if reached is seen.groups else self._observation(reached),
+            action_mask=self._mask(seen),
+            episode_return=self._tensor(episode_return),
+            episode_length=self._tensor(episode_length),
+        )
+
+    def state_dict(self) -> None:
+        """``None``: such simulators cannot say what they are in; a resumed run starts episodes."""
+
+    def load_state_dict(self, state: dict[str, Tensor]) -> None:
+        """There is nothing that could be loaded.
+
+        Raises:
+            ValueError: Always.
+        """
+        require(False, self._name, "not be restored: it has no state_dict", sorted(state))
+
+    def close(self) -> None:
+        """Give back what the simulator holds: processes, windows, memory."""
+        self._env.close()
+
+    # Episodes.
+
+    def _restart_books(self) -> None:
+        self._return = np.zeros(self.num_envs)
+        self._length = np.zeros(self.num_envs, np.int64)
+
+    def _reset_rows(self, seen: _Seen, ended: Array) -> _Seen:
+        obs, info = self._env.reset(options={"reset_mask": ended.copy()})  # it may be taken out
+        return self._see(self._every_row(obs, info, ended), info, seen, ended)
+
+    def _every_row(self, obs: Any, info: Mapping[str, Any], rows: Array) -> Any:
+        """All rows of what a partial reset returned, which may be those that were reset only."""
+        if isinstance(obs, dict):
+            return {name: self._every_row(value, info, rows) for name, value in obs.items()}
+        obs = np.asarray(obs)
+        if len(obs) == self.num_envs:
+            return obs
+        scattered = np.zeros((self.num_envs, *obs.shape[1:]), obs.dtype)
+        scattered[info.get("env_id", np.flatnonzero(rows))] = obs
+        return scattered
+
+    def _reached(
+        self, seen: _Seen, info: Mapping[str, Any], before: _Seen, ended: Array, truncated: Array
+    ) -> Groups:
+        """What every environment reached, of a simulator that has reset those that ended."""
+        final = next((info[name] for name in _FINAL if info.get(name) is not None), None)
+        rows = np.flatnonzero(ended)
+        reached = {name: value.copy() for name, value in seen.groups.items()}
+        if final is None:
+            known = self._lost == "previous" or not truncated.any()
+            hint = "Or set lost='previous', which takes the observation acted on."
+            rule = "return final_obs in info where it truncates"
+            require(known, self._name, rule, None, hint)
+            for name, value in reached.items():
+                value[rows] = before.groups[name][rows]
+            return reached
+        for name, encode in self._encoders.items():
+            values = [_row_of(final, name, row) for row in rows.tolist()]
+            reached[name][rows] = encode(np.stack(values))
+        return reached
+
+    def _require_reset_of_rows(self) -> None:
+        """Reset the first environment and see that the second one goes on.
+
+        Raises:
+            ValueError: If it does not.
+        """
+        self._env.reset(**({} if self._seed is None else {"seed": self._seed}))
+        action = idle_action(self._env.single_action_space, self.num_envs)
+        stepped = self._encode(self._env.step(action)[0])
+        first = np.arange(self.num_envs) == 0
+        try:
+            obs, info = self._env.reset(options={"reset_mask": first.copy()})
+            after = self._encode(self._every_row(obs, info, first))
+            only_those = len(next(iter(_arrays(obs)))) == 1
+            kept = all(np.array_equal(stepped[n][1:], after[n][1:]) for n in stepped)
+        except (TypeError, KeyError, AssertionError):  # it takes no options
+            kept = only_those = False
+        rule = (
+            "reset single environments (options['reset_mask']) or be made with "
+            "autoreset_mode=SAME_STEP"
+        )
+        require(kept or only_those, self._name, rule, type(self._env).__name__)
+
+    # Between arrays and tensors.
+
+    def _encode(self, obs: Any) -> Groups:
+        """An observation as numbers, in arrays of its own."""
+        if not isinstance(obs, dict):
+            return {name: encode(obs) for name, encode in self._encoders.items()}
+        return {name: encode(obs[name]) for name, encode in self._encoders.items()}
+
+    def _see(self, obs: Any, info: Mapping[str, Any], before: _Seen, rows: Array) -> _Seen:
+        """What is seen after a step or reset of some rows; the others are as before."""
+        groups = self._encode(obs)
+        mask = self._read_mask(obs, info, before.mask, rows) if self.spaces.masked else None
+        if not rows.all():
+            for name, value in groups.items():
+                value[~rows] = before.groups[name][~rows]
+        return _Seen(groups, mask)
+
+    def _read_mask(
+        self, obs: Any, info: Mapping[str, Any], before: Array | None, rows: Array
+    ) -> Array:
+        if self._mask_entry is None:
+            told = np.array(_rows_of(obs[MASK]), bool).reshape(self.num_envs, -1)
+        else:
+            rule = f"have masks of all environments in info[{self._mask_entry!r}]"
+            require(self._mask_entry in info, self._name, rule, sorted(info))
+            told = _mask_rows(info[self._mask_entry], self.num_envs)
+            if "_" + self._mask_entry in info:
+                rows = rows & np.asarray(info["_" + self._mask_entry], bool)
+        size = mask_size(self.spaces.action)
+        rule = f"have action masks of {size} entries"
+        require(told.shape[1] == size, self._name, rule, list(told.shape[1:]))
+        if before is not None:
+            told[~rows] = before[~rows]
+        return told
+
+    def _observation(self, groups: Groups) -> Observation:
+        tensors = {name: self._tensor(value) for name, value in groups.items()}
+        return tensors if self._grouped else next(iter(tensors.values()))
+
+    def _mask(self, seen: _Seen) -> Tensor | None:
+        return None if seen.mask is None else self._tensor(seen.mask)
+
+    def _tensor(self, value: Array) -> Tensor:
+        tensor = torch.from_numpy(value)  # pyright: ignore[reportUnknownMemberType]
+        return tensor if self._device.type == "cpu" else tensor.to(self._device)
+
+
+def _arrays(obs: Any) -> list[Any]:
+    return list(obs.values()) if isinstance(obs, dict) else [obs]
+
+
+def _rows_of(value: Any) -> Any:
+    return np.stack(value) if isinstance(value, tuple | list) else value
+
+
+def _mask_rows(value: Any, num_envs: int) -> Array:
+    """Masks of all environments; ones of those without."""
+    if not isinstance(value, np.ndarray) or value.dtype.kind != "O":
+        return np.array(value, bool).reshape(num_envs, -1)
+    size = next(len(row) for row in value if row is not None)
+    every = np.ones(size, bool)
+    return np.stack([every if row is None else np.asarray(row, bool) for row in value])
+
+
+def _row_of(final: Any, name: str, row: int) -> Any:
+    """One environment's last observation: of a group, where there are groups."""
+    if isinstance(final, dict):
+        return np.asarray(final[name])[row]
+    value = final[row]
+    return value[name] if isinstance(value, dict) else value

@@ -1,0 +1,157 @@
+"""Gymnasium's spaces as ours, and values between the two. Axes: ``B`` environment.
+
+Spaces are recognised by the names of their classes, so that Gymnasium need not be installed.
+"""
+# pyright: reportUnknownVariableType=false, reportUnknownArgumentType=false
+
+from collections.abc import Callable, Mapping
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+
+from esper_lightning.core.errors import require
+from esper_lightning.core.spaces import (
+    ActionSpace,
+    Box,
+    Discrete,
+    EnvSpaces,
+    MultiDiscrete,
+    ObsSpace,
+)
+
+__all__ = ["MASK", "action_encoder", "group_spaces", "idle_action", "obs_encoder", "read_spaces"]
+
+MASK = "action_mask"
+"""The entry of a ``Dict`` observation that says which actions are allowed."""
+
+Array = npt.NDArray[Any]
+_ONE_HOT = (-0.5, 1.5)  # bounds of a column that is 0 or 1
+
+
+def read_spaces(obs: Any, action: Any, *, masked: bool = False) -> EnvSpaces:
+    """The spaces of one environment.
+
+    Args:
+        obs: Gymnasium's observation space of one environment.
+        action: Gymnasium's action space of one environment.
+        masked: Whether action masks come from elsewhere than the observation.
+
+    Raises:
+        ValueError: If a space has no counterpart, naming it and the wrapper that helps.
+    """
+    boxes = {name: _obs_box(name, space) for name, space in group_spaces(obs).items()}
+    masked = masked or (_kind(obs) == "Dict" and MASK in obs.spaces)
+    found: ObsSpace = boxes if len(boxes) > 1 else next(iter(boxes.values()))
+    return EnvSpaces(obs=found, action=_action_space(action), masked=masked)
+
+
+def group_spaces(obs: Any) -> dict[str, Any]:
+    """The spaces of the groups of an observation; one group, ``obs``, where it has none.
+
+    Raises:
+        ValueError: If a group cannot be a Python identifier, or there is none.
+    """
+    if _kind(obs) != "Dict":
+        return {"obs": obs}
+    groups = {str(name): space for name, space in obs.spaces.items() if name != MASK}
+    named = len(groups) > 0 and all(name.isidentifier() for name in groups)
+    rule = "have groups, named like Python identifiers"
+    require(named, "observation_space", rule, list(groups))
+    return groups
+
+
+def obs_encoder(space: Any) -> Callable[[Any], Array]:
+    """A function that makes numbers of a batch of one group: always a new array.
+
+    Images of ``uint8`` stay as they are, everything else becomes ``float32``: what counts or
+    chooses is written as one-hot columns.
+    """
+    kind = _kind(space)
+    if kind == "Discrete":
+        eye, start = np.eye(int(space.n), dtype=np.float32), int(space.start)
+        return lambda value: eye[np.asarray(value) - start]
+    if kind == "MultiDiscrete":
+        starts = np.ravel(space.start)
+        eyes = [np.eye(int(n), dtype=np.float32) for n in np.ravel(space.nvec)]
+
+        def columns(value: Any) -> Array:
+            choices = np.asarray(value).reshape(len(value), -1) - starts
+            return np.concatenate([eye[choices[:, i]] for i, eye in enumerate(eyes)], 1)
+
+        return columns
+    dtype = np.uint8 if _is_image(space) else np.float32
+    return lambda value: np.array(value, dtype)
+
+
+def action_encoder(space: Any) -> Callable[[Array], Array]:
+    """A function that brings a batch of our actions into a simulator's type, range and shape."""
+    start = np.asarray(getattr(space, "start", 0)) if _kind(space) != "Box" else np.asarray(0)
+    shape, dtype = tuple(space.shape), space.dtype
+    if _kind(space) == "Box":
+        return lambda action: action.reshape(-1, *shape).astype(dtype)
+    return lambda action: (action.reshape(-1, *shape) + start).astype(dtype)
+
+
+def idle_action(space: Any, num_envs: int) -> Array:
+    """Any allowed action for each of ``num_envs`` environments."""
+    if _kind(space) == "Box":
+        low, high = np.nan_to_num(np.asarray(space.low)), np.nan_to_num(np.asarray(space.high))
+        one = np.clip(np.zeros(space.shape), low, high)
+    else:
+        one = np.zeros(space.shape) + np.asarray(getattr(space, "start", 0))
+    return np.broadcast_to(one, (num_envs, *space.shape)).astype(space.dtype)
+
+
+def _kind(space: Any) -> str:
+    return type(space).__name__
+
+
+def _is_image(space: Any) -> bool:
+    return _kind(space) == "Box" and space.dtype == np.uint8
+
+
+def _obs_box(name: str, space: Any) -> Box:
+    field = "observation_space" if name == "obs" else f"observation_space[{name!r}]"
+    kind = _kind(space)
+    if kind == "Box":
+        return _box(space)
+    hint = "Wrap it: gymnasium.wrappers.FlattenObservation or FilterObservation."
+    rule = "be Box, Discrete, MultiDiscrete, MultiBinary or a Dict of these"
+    sizes: Mapping[str, Callable[[], tuple[int, ...]]] = {
+        "Discrete": lambda: (int(space.n),),
+        "MultiDiscrete": lambda: (int(np.sum(space.nvec)),),
+        "MultiBinary": lambda: tuple(int(n) for n in np.atleast_1d(space.shape)),
+    }
+    require(kind in sizes, field, rule, space, hint)
+    return Box(sizes[kind](), *_ONE_HOT)
+
+
+def _action_space(space: Any) -> ActionSpace:
+    kind = _kind(space)
+    rule = "be Box, Discrete, MultiDiscrete or MultiBinary"
+    hint = "Wrap it so that it takes one array."
+    known = kind in ("Box", "Discrete", "MultiDiscrete", "MultiBinary")
+    require(known, "action_space", rule, space, hint)
+    if kind == "Box":
+        return _box(space)
+    if kind == "Discrete":
+        return Discrete(int(space.n))
+    if kind == "MultiDiscrete":
+        return MultiDiscrete(tuple(int(n) for n in np.ravel(space.nvec)))
+    return MultiDiscrete((2,) * int(np.prod(space.shape)))
+
+
+def _box(space: Any) -> Box:
+    """A box with its bounds, as far as ours can say them; else without."""
+    shape = tuple(int(n) for n in space.shape) or (1,)
+    if _is_image(space):
+        return Box(shape, 0.0, 255.0, dtype="uint8")
+    low, high = np.asarray(space.low, float), np.asarray(space.high, float)
+    if not (low < high).all():  # a column that is constant
+        return Box(shape)
+    if (low == low.flat[0]).all() and (high == high.flat[0]).all():
+        return Box(shape, float(low.flat[0]), float(high.flat[0]))
+    if len(shape) > 1:
+        return Box(shape)
+    return Box(shape, tuple(low.ravel().tolist()), tuple(high.ravel().tolist()))
