@@ -157,6 +157,10 @@ class HostEnv:
             episode_length=self._tensor(episode_length),
         )
 
+    def reseed(self, seed: int) -> None:
+        """Have the next reset seed everything random."""
+        self._seed = seed
+
     def state_dict(self) -> None:
         """``None``: such simulators cannot say what they are in; a resumed run starts episodes."""
 

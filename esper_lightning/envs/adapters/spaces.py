@@ -20,7 +20,15 @@ from esper_lightning.core.spaces import (
     ObsSpace,
 )
 
-__all__ = ["MASK", "action_encoder", "group_spaces", "idle_action", "obs_encoder", "read_spaces"]
+__all__ = [
+    "MASK",
+    "action_encoder",
+    "group_spaces",
+    "idle_action",
+    "obs_encoder",
+    "read_action_space",
+    "read_spaces",
+]
 
 MASK = "action_mask"
 """The entry of a ``Dict`` observation that says which actions are allowed."""
@@ -43,7 +51,7 @@ def read_spaces(obs: Any, action: Any, *, masked: bool = False) -> EnvSpaces:
     boxes = {name: _obs_box(name, space) for name, space in group_spaces(obs).items()}
     masked = masked or (_kind(obs) == "Dict" and MASK in obs.spaces)
     found: ObsSpace = boxes if len(boxes) > 1 else next(iter(boxes.values()))
-    return EnvSpaces(obs=found, action=_action_space(action), masked=masked)
+    return EnvSpaces(obs=found, action=read_action_space(action), masked=masked)
 
 
 def group_spaces(obs: Any) -> dict[str, Any]:
@@ -127,7 +135,7 @@ def _obs_box(name: str, space: Any) -> Box:
     return Box(sizes[kind](), *_ONE_HOT)
 
 
-def _action_space(space: Any) -> ActionSpace:
+def read_action_space(space: Any) -> ActionSpace:
     kind = _kind(space)
     rule = "be Box, Discrete, MultiDiscrete or MultiBinary"
     hint = "Wrap it so that it takes one array."

@@ -1,0 +1,206 @@
+"""A simulator of the user's own: made by a function that a config names, or handed over alive."""
+# pyright: reportUnknownVariableType=false, reportUnknownArgumentType=false
+
+import importlib
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+
+from esper_lightning.core.errors import check_fields, require, require_int
+from esper_lightning.core.spaces import EnvSpaces
+from esper_lightning.envs.adapters.host import HostEnv, Lost
+from esper_lightning.envs.adapters.rsl_rl import RslRlSimulator
+from esper_lightning.envs.adapters.simulated import SimulatedEnv, Simulator
+from esper_lightning.envs.adapters.torch_vector import TorchSimulator
+from esper_lightning.envs.adapters.vmas import VmasSimulator
+from esper_lightning.envs.base import EnvSpec
+
+__all__ = ["Custom", "LiveEnv", "adapt"]
+
+_SEEDS = 2**31
+_shared: dict[str, Any] = {}
+"""Simulators of this process that training and evaluation share, by their spec."""
+
+
+def adapt(made: Any, device: torch.device, seed: int | None, *, name: str, lost: Lost) -> Any:
+    """A batched environment of a simulator, recognised by its members.
+
+    Args:
+        made: A ``BatchedEnv`` (``state_dict``), a ``Simulator``, VMAS (``get_from_scenario``), a
+            simulator of rsl_rl's interface (``get_observations``, ``num_actions``), one that
+            returns five tensors (``device``), or a vector environment of Gymnasium
+            (``single_observation_space``).
+        device: Where tensors of a vector environment of NumPy arrays go.
+        seed: Seed of the first reset; ``None`` where the simulator has been seeded already.
+        name: Name of the task in errors.
+        lost: As for ``Custom``.
+
+    Raises:
+        ValueError: If it is none of these.
+    """
+    if all(hasattr(made, member) for member in ("reset", "step", "state_dict", "load_state_dict")):
+        return made
+    if isinstance(made, Simulator):
+        return SimulatedEnv(made, seed, lost=lost)
+    if hasattr(made, "get_from_scenario"):
+        return SimulatedEnv(VmasSimulator(made, name=name), seed, lost=lost)
+    if hasattr(made, "get_observations") and hasattr(made, "num_actions"):
+        return SimulatedEnv(RslRlSimulator(made, name=name), seed, lost=lost)
+    if hasattr(getattr(made, "unwrapped", made), "device"):
+        return SimulatedEnv(TorchSimulator(made, seed, name=name), seed, lost=lost)
+    if hasattr(made, "single_observation_space"):
+        return HostEnv(made, device, seed, name=name, lost=lost)
+    rule = (
+        "be a vector environment (Gymnasium, Isaac Lab, rsl_rl, VMAS), a Simulator or a BatchedEnv"
+    )
+    require(False, name, rule, type(made).__name__)
+    raise AssertionError
+
+
+@dataclass(frozen=True, kw_only=True)
+class Custom(EnvSpec):
+    """A simulator by the name of the function that makes it.
+
+    The function is called as ``make(num_envs=..., device=..., seed=..., **kwargs)`` and returns any
+    of what ``adapt`` recognises.
+
+    Attributes:
+        make: Import path, ``my_lab.envs:make_anymal``.
+        num_envs: Environments on each rank, as the function counts them.
+        kwargs: Further arguments of the function.
+        lost: What an episode that was truncated is taken to have reached where the simulator does
+            not say: the ``previous`` observation, which is the rule of rsl_rl, or an ``error``.
+        shared: Whether one simulator in a process serves training and evaluation, as where a
+            process can hold only one. Training then begins new episodes after each evaluation.
+        device: Where the simulator is asked for its spaces, such as ``cuda:0``.
+    """
+
+    make: str
+    num_envs: int
+    kwargs: dict[str, Any] = field(default_factory=dict[str, Any])
+    lost: Lost = "error"
+    shared: bool = True
+    device: str = field(default="cpu", metadata={"how": True})
+
+    def __post_init__(self) -> None:
+        check_fields(self)
+        require_int("Custom.num_envs", self.num_envs, minimum=1)
+
+    def __hash__(self) -> int:
+        return hash(repr(self))
+
+    @property
+    def name(self) -> str:
+        """Name of the task in messages and run directories."""
+        return self.make.replace(":", ".").rpartition(".")[2]
+
+    def spaces(self) -> EnvSpaces:
+        """What the simulator shows and takes; it is made to be asked.
+
+        Raises:
+            ValueError: If the function cannot be imported, or makes something else.
+        """
+        key = self._key
+        if key not in _shared:
+            env = self._made(torch.device(self.device), 0)
+            if not self.shared:
+                spaces = _spaces_of(env, self.name)
+                _close(env)
+                _shared[key] = spaces
+            else:
+                _shared[key] = env
+        kept = _shared[key]
+        return kept if isinstance(kept, EnvSpaces) else _spaces_of(kept, self.name)
+
+    def build(self, device: torch.device, seed: int) -> Any:
+        """Make the simulator; where it is shared, hand out the one of this process, reseeded."""
+        if not self.shared:
+            return self._made(device, seed % _SEEDS)
+        if self._key not in _shared:
+            _shared[self._key] = self._made(device, seed % _SEEDS)
+        env = _shared[self._key]
+        if hasattr(env, "reseed"):
+            env.reseed(seed % _SEEDS)
+        return env
+
+    def evaluation_spec(self, episodes: int) -> "Custom":
+        """The same environments."""
+        return self
+
+    @staticmethod
+    def of(env: Any, *, name: str | None = None, lost: Lost = "error") -> "LiveEnv":
+        """The spec of a simulator that is there already.
+
+        A checkpoint does not hold it: whoever loads one passes the spec again.
+
+        Args:
+            env: Any of what ``adapt`` recognises.
+            name: Name of the task in messages and run directories; ``None`` for that of its class.
+            lost: As for ``Custom``.
+
+        Raises:
+            ValueError: If it is none of these.
+        """
+        return LiveEnv(env, name or type(getattr(env, "unwrapped", env)).__name__, lost)
+
+    @property
+    def _key(self) -> str:
+        return repr((self.make, self.num_envs, sorted(self.kwargs.items(), key=repr), self.lost))
+
+    def _made(self, device: torch.device, seed: int) -> Any:
+        function = _import(self.make)
+        made = function(num_envs=self.num_envs, device=str(device), seed=seed, **self.kwargs)
+        return adapt(made, device, seed, name=self.name, lost=self.lost)
+
+
+class LiveEnv(EnvSpec):
+    """What ``Custom.of`` returns."""
+
+    shared = True
+
+    def __init__(self, env: Any, name: str, lost: Lost) -> None:
+        self.name = name
+        device = getattr(getattr(env, "unwrapped", env), "device", "cpu")
+        self._env = adapt(env, torch.empty(0, device=device).device, None, name=name, lost=lost)
+        self._spaces = _spaces_of(self._env, name)
+        self.num_envs = int(self._env.num_envs)
+
+    def spaces(self) -> EnvSpaces:
+        """What the simulator shows and takes."""
+        return self._spaces
+
+    def build(self, device: torch.device, seed: int) -> Any:
+        """The simulator itself, reseeded where it can be."""
+        if hasattr(self._env, "reseed"):
+            self._env.reseed(seed % _SEEDS)
+        return self._env
+
+    def evaluation_spec(self, episodes: int) -> "LiveEnv":
+        """The same environments."""
+        return self
+
+
+def _spaces_of(env: Any, name: str) -> EnvSpaces:
+    spaces = getattr(env, "spaces", None)
+    found = spaces() if callable(spaces) else spaces
+    rule = "say its spaces: an attribute spaces that is an EnvSpaces"
+    require(isinstance(found, EnvSpaces), name, rule, found)
+    return found
+
+
+def _close(env: Any) -> None:
+    if hasattr(env, "close"):
+        env.close()
+
+
+def _import(path: str) -> Callable[..., Any]:
+    module, _, name = path.replace(":", ".").rpartition(".")
+    rule = "name a function that can be imported, package.module:function"
+    try:
+        function = getattr(importlib.import_module(module), name)
+    except (ImportError, AttributeError, ValueError) as error:
+        raise ValueError(f"Custom.make must {rule}, got {path!r} ({error}).") from error
+    require(callable(function), "Custom.make", rule, path)
+    return function

@@ -1,0 +1,304 @@
+"""Simulators written in JAX: pure functions, compiled once over the batch, tensors without a copy.
+
+Axes: ``B`` environment. Resets are ours: those of the simulators forget what an episode reached, or
+go back to the same first state. JAX is imported where a simulator is built.
+"""
+# pyright: reportUnknownVariableType=false, reportUnknownArgumentType=false
+# pyright: reportUnknownLambdaType=false, reportMissingImports=false, reportMissingTypeStubs=false
+
+import dataclasses
+import importlib
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from typing import Any, Literal
+
+import torch
+from torch import Tensor
+
+from esper_lightning.core.errors import check_fields, require, require_int
+from esper_lightning.core.spaces import Box, Discrete, EnvSpaces, ObsSpace
+from esper_lightning.core.types import Observation
+from esper_lightning.envs.adapters.simulated import SimulatedEnv, Simulator, Stepped
+from esper_lightning.envs.base import EnvSpec
+
+__all__ = ["Brax", "Gymnax", "JaxSimulator"]
+
+_SEEDS = 2**31
+
+
+class JaxSimulator(Simulator):
+    """``B`` copies of an environment that is two pure functions.
+
+    Args:
+        spaces: What one environment shows and takes.
+        reset: ``key -> (state, obs)``.
+        step: ``(key, state, action) -> (state, obs, reward, terminated, truncated)``, without any
+            reset.
+        num_envs: ``B``.
+        seed: Seed of everything random.
+        device: Where tensors are; JAX computes there, too.
+        name: Name of the task in errors.
+        time_limit: Steps after which an episode is truncated; ``None`` where ``step`` says so.
+    """
+
+    resets_itself = True
+
+    def __init__(
+        self,
+        spaces: EnvSpaces,
+        reset: Callable[..., Any],
+        step: Callable[..., Any],
+        *,
+        num_envs: int,
+        seed: int,
+        device: torch.device,
+        name: str,
+        time_limit: int | None = None,
+    ) -> None:
+        import jax  # noqa: PLC0415
+        import jax.numpy as jnp  # noqa: PLC0415
+
+        self.spaces, self.num_envs, self.device, self.name = spaces, num_envs, device, name
+        self._jax = jax
+        place = jax.devices("cpu" if device.type == "cpu" else "gpu")[device.index or 0]
+        self._key = jax.device_put(jax.random.PRNGKey(seed), place)
+        self._running: Any = None
+
+        def choose(where: Any, new: Any, old: Any) -> Any:
+            def rows(a: Any, b: Any) -> Any:
+                return jnp.where(where.reshape(-1, *[1] * (a.ndim - 1)), a, b)
+
+            return jax.tree.map(rows, new, old)
+
+        def begin(key: Any) -> Any:
+            state, obs = jax.vmap(reset)(jax.random.split(key, num_envs))
+            return (state, jnp.zeros(num_envs, jnp.int32)), obs
+
+        def advance(running: Any, key: Any, action: Any) -> Any:
+            state, elapsed = running
+            key, step_key, reset_key = jax.random.split(key, 3)
+            keys = jax.random.split(step_key, num_envs)
+            state, reached, reward, terminated, truncated = jax.vmap(step)(keys, state, action)
+            elapsed = elapsed + 1
+            if time_limit is not None:
+                truncated = truncated | (elapsed >= time_limit)
+            ended = terminated | truncated
+            running = state, elapsed
+            # Resets are dear: they are computed only in steps where an episode ended.
+            fresh, first = jax.lax.cond(ended.any(), begin, lambda _: (running, reached), reset_key)
+            running, obs = choose(ended, fresh, running), choose(ended, first, reached)
+            return running, key, obs, reward, terminated, truncated, reached
+
+        self._begin, self._advance = jax.jit(begin), jax.jit(advance)
+
+    def reset(self, rows: Tensor | None, seed: int | None) -> Observation:
+        """Start new episodes everywhere."""
+        self._key, key = self._jax.random.split(self._key)
+        self._running, obs = self._begin(key)
+        return self._tensors(obs)
+
+    def step(self, action: Tensor) -> Stepped:
+        """Act in every environment."""
+        action = action.int() if action.dtype == torch.int64 else action  # JAX has no int64
+        array = self._jax.dlpack.from_dlpack(action.contiguous())
+        self._running, self._key, *results = self._advance(self._running, self._key, array)
+        return Stepped(*(self._tensors(result) for result in results))
+
+    def _tensors(self, value: Any) -> Any:
+        return self._jax.tree.map(torch.from_dlpack, value)
+
+
+@dataclass(frozen=True, kw_only=True)
+class Gymnax(EnvSpec):
+    """Environments by their name in gymnax (Lange 2022), MinAtar among them.
+
+    Attributes:
+        id: Name of the environment, such as ``Breakout-MinAtar``.
+        num_envs: Environments on each rank.
+        kwargs: Arguments of the environment.
+    """
+
+    id: str
+    num_envs: int = 64
+    kwargs: dict[str, Any] = field(default_factory=dict[str, Any])
+
+    def __post_init__(self) -> None:
+        check_fields(self)
+        require_int("Gymnax.num_envs", self.num_envs, minimum=1)
+
+    def __hash__(self) -> int:
+        return hash(repr(self))
+
+    @property
+    def name(self) -> str:
+        """Name of the task in messages and run directories."""
+        return self.id
+
+    def spaces(self) -> EnvSpaces:
+        """What one environment shows and takes.
+
+        Raises:
+            ValueError: If there is no such environment, gymnax is not installed, or a space has no
+                counterpart.
+        """
+        env, params = self._env()
+        obs, action = env.observation_space(params), env.action_space(params)
+        rule = "show one array"
+        require(hasattr(obs, "shape"), f"Gymnax.id={self.id!r}", rule, type(obs).__name__)
+        box = Box(tuple(int(n) for n in obs.shape) or (1,))
+        if hasattr(action, "n"):
+            return EnvSpaces(obs=box, action=Discrete(int(action.n)))
+        low, high = float(action.low), float(action.high)
+        return EnvSpaces(obs=box, action=Box(tuple(action.shape), low, high))
+
+    def build(self, device: torch.device, seed: int) -> SimulatedEnv:
+        """Compile the environments for a device."""
+        env, params = self._env()
+
+        def reset(key: Any) -> Any:
+            obs, state = env.reset_env(key, params)
+            return state, obs.astype("float32")
+
+        def step(key: Any, state: Any, action: Any) -> Any:
+            obs, state, reward, ended, _ = env.step_env(key, state, action, params)
+            if hasattr(env, "is_truncated"):  # from gymnax 1.0 on step_env never truncates
+                terminated, truncated = ended, env.is_truncated(state, params)
+            else:  # one flag is for both, and only the clock tells them apart
+                limit = getattr(params, "max_steps_in_episode", None)
+                truncated = ended & (False if limit is None else state.time >= limit)
+                terminated = ended & ~truncated
+            return state, obs.astype("float32"), reward.astype("float32"), terminated, truncated
+
+        simulator = JaxSimulator(
+            self.spaces(),
+            reset,
+            step,
+            num_envs=self.num_envs,
+            seed=seed % _SEEDS,
+            device=device,
+            name=self.id,
+        )
+        return SimulatedEnv(simulator, None)
+
+    def evaluation_spec(self, episodes: int) -> "Gymnax":
+        """Environments of an evaluation, one for each episode."""
+        return dataclasses.replace(self, num_envs=episodes)
+
+    def _env(self) -> Any:
+        gymnax = _require_package("Gymnax", self.id, "gymnax")
+        try:
+            return gymnax.make(self.id, **self.kwargs)
+        except Exception as error:  # of a kind that differs between versions
+            why = " ".join(str(error).split())
+            raise ValueError(f"Gymnax.id={self.id!r} cannot be made: {why}") from error
+
+
+@dataclass(frozen=True, kw_only=True)
+class Brax(EnvSpec):
+    """Environments by their name in Brax (Freeman et al. 2021) or in MuJoCo Playground.
+
+    Attributes:
+        id: Name of the environment, such as ``ant`` or ``CartpoleBalance``.
+        num_envs: Environments on each rank.
+        time_limit: Steps after which an episode is truncated.
+        suite: Where the name is known.
+        kwargs: Arguments of the environment.
+    """
+
+    id: str
+    num_envs: int = 64
+    time_limit: int = 1000
+    suite: Literal["brax", "playground"] = "brax"
+    kwargs: dict[str, Any] = field(default_factory=dict[str, Any])
+
+    def __post_init__(self) -> None:
+        check_fields(self)
+        require_int("Brax.num_envs", self.num_envs, minimum=1)
+        require_int("Brax.time_limit", self.time_limit, minimum=1)
+
+    def __hash__(self) -> int:
+        return hash(repr(self))
+
+    @property
+    def name(self) -> str:
+        """Name of the task in messages and run directories."""
+        return self.id
+
+    def spaces(self) -> EnvSpaces:
+        """What one environment shows and takes.
+
+        Raises:
+            ValueError: If there is no such environment, or its package is not installed.
+        """
+        env = self._env()
+        return EnvSpaces(
+            obs=_boxes(env.observation_size), action=Box((int(env.action_size),), -1.0, 1.0)
+        )
+
+    def build(self, device: torch.device, seed: int) -> SimulatedEnv:
+        """Compile the environments for a device."""
+        import jax.numpy as jnp  # noqa: PLC0415
+
+        env = self._env()
+
+        def reset(key: Any) -> Any:
+            state = env.reset(key)
+            return state, state.obs
+
+        def step(key: Any, state: Any, action: Any) -> Any:
+            state = env.step(state, action)
+            done = state.done > 0.5
+            return state, state.obs, state.reward, done, jnp.zeros_like(done)
+
+        simulator = JaxSimulator(
+            self.spaces(),
+            reset,
+            step,
+            num_envs=self.num_envs,
+            seed=seed % _SEEDS,
+            device=device,
+            name=self.id,
+            time_limit=self.time_limit,
+        )
+        return SimulatedEnv(simulator, None)
+
+    def evaluation_spec(self, episodes: int) -> "Brax":
+        """Environments of an evaluation, one for each episode."""
+        return dataclasses.replace(self, num_envs=episodes)
+
+    def _env(self) -> Any:
+        try:
+            if self.suite == "playground":
+                package = _require_package("Brax", self.id, "mujoco_playground")
+                return package.registry.load(self.id, **self.kwargs)
+            return _require_package("Brax", self.id, "brax.envs").get_environment(
+                self.id, **self.kwargs
+            )
+        except (KeyError, TypeError) as error:
+            why = " ".join(str(error).split())
+            raise ValueError(f"Brax.id={self.id!r} cannot be made: {why}") from error
+
+
+def _boxes(size: Any) -> ObsSpace:
+    """Boxes of an observation whose size is a number, a shape, or one for each group."""
+    if isinstance(size, dict):
+        return {str(name): _box(each) for name, each in size.items()}
+    return _box(size)
+
+
+def _box(size: Any) -> Box:
+    return Box((int(size),) if isinstance(size, int) else tuple(int(n) for n in size))
+
+
+def _require_package(owner: str, name: str, package: str) -> Any:
+    """A module of somebody else's.
+
+    Raises:
+        ValueError: If it is not installed.
+    """
+    try:
+        return importlib.import_module(package)
+    except ImportError as error:
+        hint = "Install it with: pip install 'esper_lightning[jax]'."
+        needs = f"{owner}.id={name!r} needs {package.partition('.')[0]} ({error})"
+        raise ValueError(f"{needs}. {hint}") from error

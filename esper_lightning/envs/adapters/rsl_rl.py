@@ -1,0 +1,63 @@
+"""Simulators that speak rsl_rl's interface: Genesis, legged_gym, unitree_rl_gym.
+
+They are recognised by their members; none is imported. Axes: ``B`` environment.
+"""
+# pyright: reportUnknownVariableType=false, reportUnknownArgumentType=false
+
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from esper_lightning.core.spaces import Box, EnvSpaces
+from esper_lightning.core.types import Observation
+from esper_lightning.envs.adapters.simulated import Simulator, Stepped
+from esper_lightning.envs.adapters.torch_vector import FreshLog, read_boxes, to_groups
+
+__all__ = ["RslRlSimulator"]
+
+
+class RslRlSimulator(Simulator):
+    """A simulator with ``step(action) -> obs, reward, done, extras``.
+
+    Time-outs are those of ``extras["time_outs"]``; such simulators do not say what an episode
+    reached.
+
+    Args:
+        env: The simulator.
+        name: Name of the task in errors.
+    """
+
+    resets_itself = True
+
+    def __init__(self, env: Any, *, name: str) -> None:
+        self._env, self.name = env, name
+        self.num_envs = int(env.num_envs)
+        self.device = torch.empty(0, device=env.device).device
+        obs = read_boxes(to_groups(_first(env.get_observations())))
+        self.spaces = EnvSpaces(obs=obs, action=Box((int(env.num_actions),)))
+        self._fresh = FreshLog()
+
+    def reset(self, rows: Tensor | None, seed: int | None) -> Observation:
+        """Start new episodes everywhere; such simulators are seeded when they are made."""
+        obs = self._env.reset() if hasattr(self._env, "reset") else self._env.get_observations()
+        return to_groups(_first(obs))
+
+    def step(self, action: Tensor) -> Stepped:
+        """Act in every environment."""
+        obs, reward, done, extras = self._env.step(action)
+        done = done.bool()
+        time_outs = extras.get("time_outs")
+        truncated = torch.zeros_like(done) if time_outs is None else time_outs.bool() & done
+        log = self._fresh.of(extras)
+        return Stepped(to_groups(_first(obs)), reward, done & ~truncated, truncated, None, log)
+
+    def close(self) -> None:
+        """Close the simulator, where it can be."""
+        if hasattr(self._env, "close"):
+            self._env.close()
+
+
+def _first(obs: Any) -> Any:
+    """Observations of old versions come with others in a tuple."""
+    return obs[0] if isinstance(obs, tuple) else obs

@@ -1,0 +1,112 @@
+"""Simulators that return five tensors: Isaac Lab, ManiSkill, mjlab. Axes: ``B`` environment.
+
+They are recognised by their members; none is imported.
+"""
+# pyright: reportUnknownVariableType=false, reportUnknownArgumentType=false
+
+from collections.abc import Mapping
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from esper_lightning.core.spaces import ActionSpace, Box, EnvSpaces, ObsSpace
+from esper_lightning.core.types import Observation
+from esper_lightning.envs.adapters.simulated import Simulator, Stepped
+from esper_lightning.envs.adapters.spaces import MASK, read_action_space
+
+__all__ = ["FreshLog", "TorchSimulator", "read_boxes", "to_groups"]
+
+_FINAL = ("final_obs", "final_observation", "terminal_observation")
+
+
+class TorchSimulator(Simulator):
+    """A simulator with ``step(action) -> obs, reward, terminated, truncated, extras``.
+
+    Args:
+        env: The simulator, or a wrapper of it; it is reset once, to see what it shows.
+        seed: Seed of that reset; ``None`` where it has been seeded already.
+        name: Name of the task in errors.
+    """
+
+    def __init__(self, env: Any, seed: int | None, *, name: str) -> None:
+        self._env, self.name = env, name
+        raw = getattr(env, "unwrapped", env)
+        self.num_envs = int(raw.num_envs)
+        self.device = torch.empty(0, device=raw.device).device
+        metadata: Mapping[str, Any] = getattr(env, "metadata", None) or {}
+        mode = metadata.get("autoreset_mode", "SameStep")
+        in_step = str(getattr(mode, "value", mode)) == "SameStep"
+        self.resets_itself = in_step and bool(
+            getattr(getattr(raw, "cfg", None), "auto_reset", True)
+        )
+        obs = to_groups((env.reset() if seed is None else env.reset(seed=seed))[0])
+        masked = isinstance(obs, dict) and MASK in obs
+        action = _action_space(raw.single_action_space)
+        self.spaces = EnvSpaces(obs=read_boxes(obs), action=action, masked=masked)
+        self._fresh = FreshLog()
+
+    def reset(self, rows: Tensor | None, seed: int | None) -> Observation:
+        """Start new episodes, in the rows by the numbers of their environments."""
+        if rows is None:
+            return to_groups((self._env.reset() if seed is None else self._env.reset(seed=seed))[0])
+        numbers = rows.nonzero()[:, 0]
+        try:
+            return to_groups(self._env.reset(env_ids=numbers)[0])  # mjlab
+        except TypeError:
+            return to_groups(self._env.reset(options={"env_idx": numbers})[0])  # ManiSkill
+
+    def step(self, action: Tensor) -> Stepped:
+        """Act in every environment."""
+        obs, reward, terminated, truncated, extras = self._env.step(action)
+        final = next((extras[name] for name in _FINAL if extras.get(name) is not None), None)
+        reached = None if final is None else to_groups(final)
+        return Stepped(
+            to_groups(obs), reward, terminated, truncated, reached, self._fresh.of(extras)
+        )
+
+    def close(self) -> None:
+        """Close the simulator, where it can be."""
+        if hasattr(self._env, "close"):
+            self._env.close()
+
+
+class FreshLog:
+    """What a simulator logs, once: Isaac Lab leaves the last log in place until the next reset."""
+
+    def __init__(self) -> None:
+        self._last: object = None
+
+    def of(self, extras: Mapping[str, Any]) -> Mapping[str, Any]:
+        """The log in ``extras`` if it is another one than last time; else nothing."""
+        log = extras.get("log") or extras.get("episode") or {}
+        fresh, self._last = log is not self._last, log
+        return log if fresh else {}
+
+
+def to_groups(obs: Any) -> Observation:
+    """A tensor as it is; a dict, or a TensorDict, as a dict of tensors."""
+    if isinstance(obs, Tensor):
+        return obs
+    return {str(name): obs[name] for name in obs.keys()}  # noqa: SIM118 - of a TensorDict, too
+
+
+def read_boxes(obs: Observation) -> ObsSpace:
+    """The space of an observation by its shapes: what every simulator tells."""
+    if isinstance(obs, Tensor):
+        return _box(obs)
+    groups = {name: _box(value) for name, value in obs.items() if name != MASK}
+    alone = len(groups) == 1 and MASK in obs
+    return next(iter(groups.values())) if alone else groups
+
+
+def _box(value: Tensor) -> Box:
+    shape = tuple(value.shape[1:])
+    return Box(shape, 0.0, 255.0, dtype="uint8") if value.dtype == torch.uint8 else Box(shape)
+
+
+def _action_space(space: Any) -> ActionSpace:
+    """Actions of a box are taken without bounds, as such simulators scale them."""
+    if hasattr(space, "n") or hasattr(space, "nvec"):
+        return read_action_space(space)
+    return Box(tuple(int(n) for n in space.shape))

@@ -1,0 +1,69 @@
+"""VMAS, recognised by its members and never imported. Axes: ``B`` agents of all worlds."""
+# pyright: reportUnknownVariableType=false, reportUnknownArgumentType=false
+
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from esper_lightning.core.errors import require
+from esper_lightning.core.types import Observation
+from esper_lightning.envs.adapters.simulated import Simulator, Stepped
+from esper_lightning.envs.adapters.spaces import read_spaces
+
+__all__ = ["VmasSimulator"]
+
+
+class VmasSimulator(Simulator):
+    """Agents of a ``vmas.Environment`` that share a policy: each is an environment of its own.
+
+    Env steps therefore count steps of agents, and the agents of a world end together.
+
+    Args:
+        env: The simulator.
+        name: Name of the task in errors.
+
+    Raises:
+        ValueError: If agents observe or act differently.
+    """
+
+    def __init__(self, env: Any, *, name: str) -> None:
+        self._env, self.name = env, name
+        self._agents = len(env.agents)
+        self.num_envs = int(env.num_envs) * self._agents
+        self.device = torch.empty(0, device=env.device).device
+        observed = sorted({tuple(space.shape) for space in env.observation_space.spaces})
+        require(len(observed) == 1, f"{name} agents", "observe alike to share a policy", observed)
+        acted = sorted({str(space) for space in env.action_space.spaces})
+        require(len(acted) == 1, f"{name} agents", "act alike to share a policy", acted)
+        self.spaces = read_spaces(env.observation_space.spaces[0], env.action_space.spaces[0])
+
+    def reset(self, rows: Tensor | None, seed: int | None) -> Observation:
+        """Start new episodes in whole worlds."""
+        worlds = None if rows is None else rows.view(-1, self._agents)[:, 0]
+        if worlds is None or bool(worlds.all()):
+            return self._fold(self._env.reset() if seed is None else self._env.reset(seed=seed))
+        for world in worlds.nonzero()[:, 0].tolist():
+            self._env.reset_at(world, return_observations=False)
+        return self._fold(
+            self._env.get_from_scenario(
+                get_observations=True, get_rewards=False, get_infos=False, get_dones=False
+            )[0]
+        )
+
+    def step(self, action: Tensor) -> Stepped:
+        """Act with every agent."""
+        worlds = action.reshape(-1, self._agents, *action.shape[1:])
+        actions = [worlds[:, agent].reshape(len(worlds), -1) for agent in range(self._agents)]
+        stepped = self._env.step(actions)
+        obs, reward, done = stepped[:3]
+        truncated = stepped[3] if len(stepped) == 5 else torch.zeros_like(done)
+
+        def of_each_agent(flag: Tensor) -> Tensor:
+            return flag[:, None].expand(-1, self._agents).flatten()
+
+        flags = of_each_agent(done), of_each_agent(truncated)
+        return Stepped(self._fold(obs), self._fold(reward), *flags)
+
+    def _fold(self, of_agents: list[Tensor]) -> Tensor:
+        return torch.stack(of_agents, 1).flatten(0, 1)
