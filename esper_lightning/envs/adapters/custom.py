@@ -125,7 +125,7 @@ class Custom(EnvSpec):
             env.reseed(seed % _SEEDS)
         return env
 
-    def evaluation_spec(self, episodes: int) -> "Custom":
+    def evaluation_spec(self, episodes: int) -> "Custom":  # noqa: ARG002 - one simulator
         """The same environments."""
         return self
 
@@ -171,13 +171,13 @@ class LiveEnv(EnvSpec):
         """What the simulator shows and takes."""
         return self._spaces
 
-    def build(self, device: torch.device, seed: int) -> Any:
+    def build(self, device: torch.device, seed: int) -> Any:  # noqa: ARG002 - it has its own
         """The simulator itself, reseeded where it can be."""
         if hasattr(self._env, "reseed"):
             self._env.reseed(seed % _SEEDS)
         return self._env
 
-    def evaluation_spec(self, episodes: int) -> "LiveEnv":
+    def evaluation_spec(self, episodes: int) -> "LiveEnv":  # noqa: ARG002 - one simulator
         """The same environments."""
         return self
 
@@ -187,6 +187,7 @@ def _spaces_of(env: Any, name: str) -> EnvSpaces:
     found = spaces() if callable(spaces) else spaces
     rule = "say its spaces: an attribute spaces that is an EnvSpaces"
     require(isinstance(found, EnvSpaces), name, rule, found)
+    assert isinstance(found, EnvSpaces)
     return found
 
 

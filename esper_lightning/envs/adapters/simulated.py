@@ -7,6 +7,7 @@ lengths, and the copies that nobody writes to again are made here.
 import math
 from abc import ABC, abstractmethod
 from collections.abc import Mapping
+from functools import partial
 from typing import Any, NamedTuple
 
 import torch
@@ -66,7 +67,7 @@ class Simulator(ABC):
     def step(self, action: Shaped[Tensor, "B *A"]) -> Stepped:
         """Act in every environment."""
 
-    def close(self) -> None:
+    def close(self) -> None:  # noqa: B027 - most have nothing to give back
         """Give back processes, windows and memory."""
 
 
@@ -114,7 +115,7 @@ class SimulatedEnv:
             reached = self._reached(stepped.reached, obs, ended, truncated)
         elif bool(ended.any()):
             first, first_mask = self._own(self.simulator.reset(ended, None))
-            obs = map_obs(lambda new, old: _choose(ended, new, old), first, reached)
+            obs = map_obs(partial(_choose, ended), first, reached)
             if mask is not None and first_mask is not None:
                 mask = _choose(ended, first_mask, mask)
         total, length = self._return + reward.double(), self._length + 1
@@ -181,7 +182,7 @@ class SimulatedEnv:
             reached = self._obs
         else:
             reached, _ = self._own(reached)
-        return map_obs(lambda last, now: _choose(ended, last, now), reached, obs)
+        return map_obs(partial(_choose, ended), reached, obs)
 
     def _own(self, obs: Observation) -> tuple[Observation, Tensor | None]:
         """Copies that nobody writes to again, as their boxes store them, and the action mask."""

@@ -136,6 +136,11 @@ def _obs_box(name: str, space: Any) -> Box:
 
 
 def read_action_space(space: Any) -> ActionSpace:
+    """Gymnasium's action space of one environment as ours.
+
+    Raises:
+        ValueError: If it has no counterpart.
+    """
     kind = _kind(space)
     rule = "be Box, Discrete, MultiDiscrete or MultiBinary"
     hint = "Wrap it so that it takes one array."
