@@ -10,7 +10,7 @@ reached is kept.
 
 import math
 from collections.abc import Mapping
-from typing import Any, Literal, NamedTuple, Protocol
+from typing import Any, Literal, NamedTuple, Protocol, runtime_checkable
 
 import numpy as np
 import numpy.typing as npt
@@ -38,6 +38,7 @@ Lost = Literal["error", "previous"]
 _FINAL = ("final_obs", "final_observation")
 
 
+@runtime_checkable
 class VectorEnv(Protocol):
     """What is asked of a simulator: Gymnasium's vector API."""
 

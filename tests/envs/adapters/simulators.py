@@ -1,0 +1,272 @@
+"""Small simulators that speak other people's interfaces, with their traps."""
+
+from types import SimpleNamespace
+from typing import Any
+
+import gymnasium
+import numpy as np
+import torch
+from gymnasium.spaces import Box, Dict, Discrete, MultiBinary, MultiDiscrete
+
+
+class Counter(gymnasium.Env):
+    """Counts its steps; ends after ``length`` of them, by ``truncated`` or ``terminated``.
+
+    The start is random, so that a reset is seen; observations have the groups and dtypes that
+    ``kind`` asks for.
+    """
+
+    def __init__(self, length: int = 5, *, truncates: bool = True, kind: str = "box") -> None:
+        self._length, self._truncates, self._kind = length, truncates, kind
+        self.observation_space = {
+            "box": Box(-1e3, 1e3, (2,), np.float64),
+            "image": Box(0, 255, (3, 8, 8), np.uint8),
+            "discrete": Discrete(2000, start=-5),
+            "multi": MultiDiscrete([3, 4], start=[1, 2]),
+            "binary": MultiBinary(3),
+            "dict": Dict(
+                {
+                    "place": Box(-1e3, 1e3, (2,), np.float64),
+                    "kind": Discrete(3, start=1),
+                    "action_mask": Box(0, 1, (3,), np.int8),
+                }
+            ),
+        }[kind]
+        self.action_space = {
+            "discrete": Discrete(3, start=5),
+            "multi": MultiBinary(2),
+            "box": Box(-2.0, 2.0, (1,), np.float32),
+        }.get(kind, Discrete(3))
+        self.steps, self.start, self.actions = 0, 0.0, []
+
+    def reset(self, *, seed: Any = None, options: Any = None) -> Any:
+        super().reset(seed=seed)
+        self.steps, self.start = 0, float(np.round(self.np_random.uniform(10, 90), 3))
+        return self._obs(), {}
+
+    def step(self, action: Any) -> Any:
+        assert self.action_space.contains(action), (action, self.action_space)
+        self.actions.append(action)
+        self.steps += 1
+        over = self.steps >= self._length
+        flags = (over and not self._truncates, over and self._truncates)
+        return self._obs(), 1.0 + self.steps / 8, *flags, {}
+
+    def _obs(self) -> Any:
+        if self._kind == "image":
+            return np.full((3, 8, 8), (int(self.start) + self.steps) % 256, np.uint8)
+        if self._kind == "discrete":
+            return int(self.start) + self.steps - 5
+        if self._kind == "multi":
+            return np.array([1 + self.steps % 3, 2 + int(self.start) % 4])
+        if self._kind == "binary":
+            return np.array([self.steps % 2, 1, int(self.start) % 2], np.int8)
+        place = np.array([self.start, self.steps], np.float64)
+        if self._kind == "dict":
+            mask = np.array([1, self.steps % 2, 0], np.int8)
+            return {"place": place, "kind": 1 + self.steps % 3, "action_mask": mask}
+        return place
+
+
+class Masked(Counter):
+    """Its masks are in ``info``."""
+
+    def __init__(self, **kwargs: Any) -> None:
+        super().__init__(**kwargs)
+        self.action_space = Discrete(3)
+
+    def reset(self, *, seed: Any = None, options: Any = None) -> Any:
+        obs, _ = super().reset(seed=seed)
+        return obs, {"allowed": self._mask()}
+
+    def step(self, action: Any) -> Any:
+        assert self._allowed[action], action
+        *rest, _ = super().step(action)
+        return *rest, {"allowed": self._mask()}
+
+    def _mask(self) -> Any:
+        self._allowed = np.array([True, self.steps % 2 == 0, int(self.start) % 2 == 0])
+        return self._allowed
+
+
+class Dying(Counter):
+    """Its process dies in the third step."""
+
+    def step(self, action: Any) -> Any:
+        if self.steps == 2:
+            import os  # noqa: PLC0415
+            import signal  # noqa: PLC0415
+
+            os.kill(os.getpid(), signal.SIGKILL)
+        return super().step(action)
+
+
+class Failing(Counter):
+    """Raises in the third step."""
+
+    def step(self, action: Any) -> Any:
+        if self.steps == 2:
+            raise RuntimeError("the gripper is stuck")
+        return super().step(action)
+
+
+for name, made in (
+    ("Counter", Counter),
+    ("Masked", Masked),
+    ("Dying", Dying),
+    ("Failing", Failing),
+):
+    gymnasium.register(f"Esper{name}-v0", made)
+
+
+class Points:
+    """Points that drift: the state and the books that every fake below shares."""
+
+    def __init__(self, num_envs: int, *, limit: int = 6, seed: int = 0, **_: Any) -> None:
+        self.num_envs, self.limit, self.device = num_envs, limit, "cpu"
+        self.generator = torch.Generator().manual_seed(seed)
+        self.state = torch.zeros(num_envs, 2)
+        self.steps = torch.zeros(num_envs, dtype=torch.int64)
+        self.reward = torch.zeros(num_envs)
+        self.closed = 0
+
+    def begin(self, rows: torch.Tensor) -> None:
+        fresh = torch.rand(self.num_envs, 2, generator=self.generator) * 2 - 1
+        self.state[rows] = fresh[rows]
+        self.steps[rows] = 0
+
+    def advance(self, action: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        """Whether points fell, and whether their time is over."""
+        self.state[:, 1] += 0.4 * action.reshape(self.num_envs, -1)[:, 0].clamp(-1, 1)
+        self.state[:, 0] += 0.4 * self.state[:, 1]
+        self.steps += 1
+        self.reward[:] = 1 - self.state.square().sum(1)
+        return self.state[:, 0].abs() > 1.5, self.steps >= self.limit
+
+    def close(self) -> None:
+        self.closed += 1
+
+
+class TorchFive(Points):
+    """Isaac Lab's interface: five tensors, buffers that are reused, a log that stays."""
+
+    def __init__(self, num_envs: int, *, says_final: bool = True, **kwargs: Any) -> None:
+        super().__init__(num_envs, **kwargs)
+        self.says_final, self.extras = says_final, {}
+        self.single_action_space = SimpleNamespace(shape=(1,))
+
+    @property
+    def unwrapped(self) -> "TorchFive":
+        return self
+
+    def reset(self, *, seed: int | None = None) -> Any:
+        if seed is not None:
+            self.generator.manual_seed(seed)
+        self.begin(torch.ones(self.num_envs, dtype=torch.bool))
+        return {"policy": self.state}, {}
+
+    def step(self, action: torch.Tensor) -> Any:
+        fell, over = self.advance(action)
+        ended = fell | over
+        if self.says_final:
+            self.extras["final_obs"] = {"policy": self.state.clone()} if ended.any() else None
+        if ended.any():
+            self.extras["log"] = {"Episode/hold": self.reward[ended].mean()}
+        self.begin(ended)
+        return {"policy": self.state}, self.reward, fell, over, self.extras
+
+
+class RslRl(Points):
+    """legged_gym's interface: four results, time-outs beside failures, no last observation."""
+
+    def __init__(self, num_envs: int, **kwargs: Any) -> None:
+        super().__init__(num_envs, **kwargs)
+        self.num_actions, self.extras = 1, {}
+        self.begin(torch.ones(num_envs, dtype=torch.bool))
+
+    def get_observations(self) -> Any:
+        return self.state
+
+    def reset(self) -> Any:
+        self.begin(torch.ones(self.num_envs, dtype=torch.bool))
+        return self.state, None
+
+    def step(self, action: torch.Tensor) -> Any:
+        fell, over = self.advance(action)
+        ended = fell | over
+        self.extras["time_outs"] = over.clone()
+        if ended.any():
+            self.extras["episode"] = {"rew_hold": self.reward[ended].mean()}
+        self.begin(ended)
+        return self.state, self.reward, ended.long(), self.extras
+
+
+class VmasLike(Points):
+    """VMAS's interface: worlds of agents, lists of tensors, resets of one world at a time."""
+
+    def __init__(self, num_envs: int, *, agents: int = 2, **kwargs: Any) -> None:
+        super().__init__(num_envs * agents, **kwargs)
+        self.worlds, self.agents = num_envs, [object()] * agents
+        spaces = [Box(-np.inf, np.inf, (2,), np.float32)] * agents
+        self.observation_space = SimpleNamespace(spaces=spaces)
+        self.action_space = SimpleNamespace(spaces=[Box(-1, 1, (1,), np.float32)] * agents)
+
+    @property
+    def num_envs(self) -> int:
+        return self.worlds if hasattr(self, "worlds") else self._rows
+
+    @num_envs.setter
+    def num_envs(self, value: int) -> None:
+        self._rows = value
+
+    def _lists(self, value: torch.Tensor) -> list[torch.Tensor]:
+        return list(value.view(self.worlds, len(self.agents), *value.shape[1:]).unbind(1))
+
+    def begin(self, rows: torch.Tensor) -> None:
+        fresh = torch.rand(len(rows), 2, generator=self.generator) * 2 - 1
+        self.state[rows] = fresh[rows]
+        self.steps[rows] = 0
+
+    def advance(self, action: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        self.state[:, 0] += 0.2 * action.reshape(len(self.state), -1)[:, 0]
+        self.steps += 1
+        self.reward[:] = -self.state[:, 0].abs()
+        return self.state[:, 0].abs() > 1.5, self.steps >= self.limit
+
+    def reset(self, *, seed: int | None = None) -> Any:
+        if seed is not None:
+            self.generator.manual_seed(seed)
+        self.begin(torch.ones(len(self.state), dtype=torch.bool))
+        return self._lists(self.state)
+
+    def reset_at(self, index: int, *, return_observations: bool) -> None:
+        rows = torch.zeros(self.worlds, len(self.agents), dtype=torch.bool)
+        rows[index] = True
+        self.begin(rows.flatten())
+
+    def get_from_scenario(self, **_: bool) -> Any:
+        return [self._lists(self.state)]
+
+    def step(self, actions: list[torch.Tensor]) -> Any:
+        fell, over = self.advance(torch.stack(actions, 1).flatten(0, 1))
+        fell, over = (flag.view(self.worlds, -1).any(1) for flag in (fell, over))
+        return self._lists(self.state), self._lists(self.reward), fell, over, {}
+
+
+def make_torch_five(*, num_envs: int, device: str, seed: int, **kwargs: Any) -> TorchFive:
+    assert device == "cpu"
+    return TorchFive(num_envs, seed=seed, **kwargs)
+
+
+def make_rsl_rl(*, num_envs: int, device: str, seed: int, **kwargs: Any) -> RslRl:
+    assert device == "cpu"
+    return RslRl(num_envs, seed=seed, **kwargs)
+
+
+def make_vmas(*, num_envs: int, device: str, seed: int, **kwargs: Any) -> VmasLike:
+    assert device == "cpu"
+    return VmasLike(num_envs, seed=seed, **kwargs)
+
+
+def make_nothing(**_: Any) -> object:
+    return object()

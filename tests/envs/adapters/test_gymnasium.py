@@ -1,0 +1,225 @@
+"""Gymnasium's environments keep the contract, whatever they show, take or do at the end."""
+
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import gymnasium
+import numpy as np
+import pytest
+import torch
+from gymnasium.vector import AutoresetMode, SyncVectorEnv
+
+from esper_lightning import check_env
+from esper_lightning.envs.adapters.gymnasium import Gymnasium
+from esper_lightning.envs.adapters.host import HostEnv
+from tests.envs.adapters import simulators
+
+CPU = torch.device("cpu")
+KINDS = ["box", "image", "discrete", "multi", "binary", "dict"]
+
+
+def counter(kind="box", **kwargs):
+    return Gymnasium(id="EsperCounter-v0", num_envs=3, kwargs={"kind": kind, **kwargs})
+
+
+def vector(mode, num_envs=3, **kwargs):
+    kwargs = {"length": 3, **kwargs}
+    makers = [lambda: simulators.Counter(**kwargs)] * num_envs
+    return SyncVectorEnv(makers, autoreset_mode=mode, copy=False)
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_every_kind_of_space_keeps_the_contract(kind):
+    check_env(counter(kind), steps=20)
+
+
+@pytest.mark.parametrize("name", ["CartPole-v1", "Acrobot-v1", "Pendulum-v1", "FrozenLake-v1"])
+def test_tasks_of_gymnasium_keep_the_contract(name):
+    check_env(Gymnasium(id=name, num_envs=3), steps=40)
+
+
+def test_masks_in_info_come_with_every_observation():
+    check_env(Gymnasium(id="EsperMasked-v0", num_envs=3, mask="allowed"), steps=20)
+
+
+@pytest.mark.parametrize("spec", [
+    Gymnasium(id="EsperCounter-v0", num_envs=5, kwargs={"kind": "dict"}),
+    Gymnasium(id="EsperMasked-v0", num_envs=5, mask="allowed"),
+], ids=["dict", "info"])  # fmt: skip
+def test_workers_return_what_one_process_returns(spec):
+    alone, shared = spec.build(CPU, 7), Gymnasium(**{**vars(spec), "workers": 2}).build(CPU, 7)
+    try:
+        first, second = alone.reset(), shared.reset()
+        for t in range(12):
+            torch.testing.assert_close(first, second, rtol=0, atol=0)
+            mask = first[1]
+            action = (mask.float() + torch.rand(5, 3)).argmax(1) if t % 2 else mask.long().argmax(1)
+            one, other = alone.step(action), shared.step(action)
+            torch.testing.assert_close(one, other, rtol=0, atol=0, equal_nan=True)
+            first, second = (one.obs, one.action_mask), (other.obs, other.action_mask)
+    finally:
+        alone.close()
+        shared.close()
+
+
+@pytest.mark.parametrize("mode", list(AutoresetMode))
+@pytest.mark.parametrize("truncates", [True, False])
+@pytest.mark.parametrize("kind", ["box", "dict"])
+def test_every_autoreset_mode_resets_within_the_step_and_says_what_was_reached(
+    mode, truncates, kind
+):
+    env = HostEnv(vector(mode, truncates=truncates, kind=kind), CPU, 0, name="Counter")
+    obs, _ = env.reset()
+    place = (lambda seen: seen["place"]) if kind == "dict" else (lambda seen: seen)
+    start = place(obs)[:, 0].clone()
+    for t in range(1, 8):
+        action = torch.zeros(3, 1) if kind == "box" else torch.zeros(3).long()
+        result = env.step(action)
+        over = t % 3 == 0
+        assert result.truncated.tolist() == [over and truncates] * 3
+        assert result.terminated.tolist() == [over and not truncates] * 3
+        assert place(result.reached_obs)[:, 1].tolist() == [(t - 1) % 3 + 1] * 3
+        torch.testing.assert_close(place(result.reached_obs)[:, 0], start)
+        assert place(result.obs)[:, 1].tolist() == [t % 3] * 3
+        if over:
+            assert (place(result.obs)[:, 0] != start).all()
+            assert result.episode_length.tolist() == [3, 3, 3]
+            assert result.episode_return.tolist() == pytest.approx([3 + 6 / 8] * 3)
+            start = place(result.obs)[:, 0].clone()
+        else:
+            assert result.episode_return.isnan().all()
+    env.close()
+
+
+def test_an_environment_that_resets_all_rows_at_once_is_refused_by_name():
+    env = gymnasium.make_vec("CartPole-v1", 3, vectorization_mode="vector_entry_point")
+    with pytest.raises(ValueError, match=r"^CartPole must reset single environments .* got 'Cart"):
+        HostEnv(env, CPU, 0, name="CartPole")
+
+
+def test_a_truncated_episode_without_its_end_is_refused_or_takes_what_was_acted_on():
+    class Forgetful(SyncVectorEnv):
+        def step(self, actions):
+            *rest, info = super().step(actions)
+            return *rest, {k: v for k, v in info.items() if not k.startswith("final")}
+
+    makers = [lambda: simulators.Counter(length=2)] * 2
+    made = [Forgetful(makers, autoreset_mode=AutoresetMode.SAME_STEP) for _ in range(2)]
+    env = HostEnv(made[0], CPU, 0, name="Counter")
+    env.reset()
+    env.step(torch.zeros(2, 1))
+    with pytest.raises(ValueError, match=r"^Counter must return final_obs .* lost='previous'"):
+        env.step(torch.zeros(2, 1))
+    env = HostEnv(made[1], CPU, 0, name="Counter", lost="previous")
+    env.reset()
+    before = env.step(torch.zeros(2, 1)).obs
+    assert torch.equal(env.step(torch.zeros(2, 1)).reached_obs, before)
+
+
+def test_seeds_decide_everything_and_differ_between_environments():
+    same = [counter().build(CPU, seed).reset()[0] for seed in (3, 3, 4)]
+    assert torch.equal(same[0], same[1])
+    assert not torch.equal(same[0], same[2])
+    assert len(set(same[0][:, 0].tolist())) == 3
+
+
+def test_images_stay_bytes():
+    obs, _ = counter("image").build(CPU, 0).reset()
+    assert obs.dtype == torch.uint8
+    assert counter("image").spaces().obs.dtype == "uint8"
+
+
+@pytest.mark.parametrize(("given", "line"), [
+    ({"id": "NoSuch-v0"}, r"^Gymnasium.id must name a registered environment, got 'NoSuch-v0'\."),
+    ({"id": "Taxi-v3"}, r"^Gymnasium.id='Taxi-v3' cannot be made: .* deprecated"),
+    ({"id": "CartPole-v1", "kwargs": {"wings": 2}}, r"^Gymnasium.id='CartPole-v1' cannot be made"),
+    ({"id": "CartPole-v1", "wrappers": ("no.such",)}, r"^Gymnasium.wrappers must name importable"),
+    ({"id": "no_such_package:Thing-v0"}, r"^Gymnasium.id='no_such_package:Thing-v0' needs a"),
+    ({"id": ""}, r"^Gymnasium.id must name a registered environment"),
+    ({"id": "CartPole-v1", "workers": -1}, r"^Gymnasium.workers must be at least 0"),
+])  # fmt: skip
+@pytest.mark.filterwarnings("ignore:.*out of date:DeprecationWarning")
+def test_what_cannot_be_made_is_one_line(given, line):
+    with pytest.raises(ValueError, match=line) as caught:
+        Gymnasium(**given).spaces()
+    assert "\n" not in str(caught.value)
+
+
+def test_a_space_without_a_counterpart_is_refused_by_name():
+    space = gymnasium.spaces.Tuple([gymnasium.spaces.Discrete(2)])
+
+    class Strange(simulators.Counter):
+        observation_space = property(lambda self: space, lambda self, value: None)
+
+    gymnasium.register("EsperStrange-v0", Strange)
+    line = r"^observation_space must be Box, Discrete, .* Wrap it"
+    with pytest.raises(ValueError, match=line):
+        Gymnasium(id="EsperStrange-v0").spaces()
+
+
+class TestWorkers:
+    def test_a_worker_that_dies_names_its_environment(self):
+        env = Gymnasium(id="EsperDying-v0", num_envs=4, workers=2).build(CPU, 0)
+        env.reset()
+        env.step(torch.zeros(4, 1))
+        env.step(torch.zeros(4, 1))
+        line = r"^EsperDying-v0: worker 0 \(environments 0 to 1\) died \(SIGKILL\)\.$"
+        with pytest.raises(RuntimeError, match=line):
+            env.step(torch.zeros(4, 1))
+        env.close()
+
+    def test_a_worker_that_fails_shows_its_traceback(self):
+        env = Gymnasium(id="EsperFailing-v0", num_envs=2, workers=2).build(CPU, 0)
+        env.reset()
+        env.step(torch.zeros(2, 1))
+        env.step(torch.zeros(2, 1))
+        with pytest.raises(RuntimeError, match=r"(?s)worker 0 .* failed:\n.*the gripper is stuck"):
+            env.step(torch.zeros(2, 1))
+        env.close()
+
+    def test_none_is_left_after_close(self):
+        env = Gymnasium(id="EsperCounter-v0", num_envs=4, workers=2).build(CPU, 0)
+        processes = list(env._env._processes)
+        assert all(process.is_alive() for process in processes)
+        env.close()
+        assert not any(process.is_alive() for process in processes)
+
+    def test_none_outlives_a_process_that_is_killed(self):
+        program = (
+            "import time, torch\n"
+            "from esper_lightning.envs.adapters.gymnasium import Gymnasium\n"
+            "env = Gymnasium(id='CartPole-v1', num_envs=2, workers=2)"
+            ".build(torch.device('cpu'), 0)\n"
+            "print(*[p.pid for p in env._env._processes], flush=True)\n"
+            "time.sleep(60)\n"
+        )
+        process = subprocess.Popen(
+            [sys.executable, "-c", program], stdout=subprocess.PIPE, text=True
+        )
+        pids = [int(word) for word in process.stdout.readline().split()]
+        assert len(pids) == 2
+        process.send_signal(signal.SIGKILL)
+        process.wait()
+        process.stdout.close()
+        end = time.monotonic() + 10
+        while any(_lives(pid) for pid in pids) and time.monotonic() < end:
+            time.sleep(0.05)
+        assert not any(_lives(pid) for pid in pids)
+
+
+def _lives(pid):
+    try:
+        return Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[0] != "Z"
+    except OSError:
+        return False
+
+
+def test_the_books_are_right_where_rewards_are_wide():
+    env = HostEnv(vector(AutoresetMode.DISABLED), CPU, 0, name="Counter", resets_rows=True)
+    env.reset()
+    rewards = [env.step(torch.zeros(3, 1)) for _ in range(3)]
+    total = sum(np.asarray(result.reward, np.float64) for result in rewards)
+    assert rewards[-1].episode_return.tolist() == pytest.approx(total.tolist())

@@ -1,0 +1,145 @@
+"""Simulators of tensors keep the contract: books, copies, what was reached, and their own logs."""
+
+import math
+
+import pytest
+import torch
+
+from esper_lightning import check_env
+from esper_lightning.envs.adapters.custom import Custom, adapt
+from esper_lightning.envs.adapters.simulated import SimulatedEnv
+from tests.envs.adapters.simulators import RslRl, TorchFive, VmasLike
+
+CPU = torch.device("cpu")
+MAKES = "tests.envs.adapters.simulators"
+
+
+def custom(function, **kwargs):
+    return Custom(make=f"{MAKES}:{function}", shared=False, **{"num_envs": 4, **kwargs})
+
+
+@pytest.mark.parametrize("spec", [
+    custom("make_torch_five"),
+    custom("make_torch_five", kwargs={"says_final": False}, lost="previous"),
+    custom("make_rsl_rl", lost="previous"),
+], ids=["five", "five, previous", "rsl_rl"])  # fmt: skip
+def test_simulators_keep_the_contract(spec):
+    check_env(spec, steps=40)
+
+
+def test_agents_that_share_a_policy_are_environments():
+    made = VmasLike(3, agents=2)
+    env = adapt(made, CPU, 1, name="swarm", lost="error")
+    obs, _ = env.reset()
+    assert list(obs.shape) == [6, 2]
+    for t in range(1, 7):
+        result = env.step(torch.zeros(6, 1))
+        assert result.terminated.tolist() == [False] * 6
+        assert result.truncated.tolist() == [t == 6] * 6
+    assert result.episode_length.tolist() == [6] * 6
+    assert not torch.equal(result.obs, result.reached_obs)
+
+
+def test_agents_that_observe_differently_are_refused():
+    made = VmasLike(3)
+    made.observation_space.spaces[0] = type(made.observation_space.spaces[0])(-1, 1, (5,))
+    with pytest.raises(ValueError, match=r"^swarm agents must observe alike to share a policy"):
+        adapt(made, CPU, 1, name="swarm", lost="error")
+
+
+def test_a_time_out_that_overlaps_a_failure_is_a_time_out_as_in_rsl_rl():
+    env = adapt(RslRl(2, limit=1), CPU, None, name="point", lost="previous")
+    env.reset()
+    env.simulator._env.state[0] = 5.0
+    result = env.step(torch.zeros(2, 1))
+    assert result.terminated.tolist() == [False, False]
+    assert result.truncated.tolist() == [True, True]
+
+
+def test_a_time_out_bootstraps_from_what_was_acted_on():
+    env = adapt(RslRl(3, limit=2), CPU, None, name="point", lost="previous")
+    env.reset()
+    before = env.step(torch.zeros(3, 1)).obs.clone()
+    result = env.step(torch.zeros(3, 1))
+    assert result.truncated.all()
+    assert torch.equal(result.reached_obs, before)
+    assert not torch.equal(result.obs, before)
+
+
+def test_a_time_out_without_its_end_is_an_error_that_says_what_to_set():
+    env = adapt(RslRl(3, limit=1), CPU, None, name="point", lost="error")
+    env.reset()
+    with pytest.raises(ValueError, match=r"^point must return final_obs .* lost='previous'"):
+        env.step(torch.zeros(3, 1))
+
+
+def test_a_missing_time_out_is_a_failure():
+    made = RslRl(2, limit=1)
+    env = adapt(made, CPU, None, name="point", lost="error")
+    env.reset()
+    step = made.step
+    made.step = lambda action: (*step(action)[:3], {})
+    assert env.step(torch.zeros(2, 1)).terminated.all()
+
+
+def test_what_was_returned_is_not_written_to_again():
+    env = adapt(TorchFive(3), CPU, 0, name="point", lost="error")
+    obs, _ = env.reset()
+    kept = obs["policy"].clone()
+    reward = env.step(torch.ones(3, 1)).reward
+    was = reward.clone()
+    env.step(torch.ones(3, 1))
+    assert torch.equal(obs["policy"], kept)
+    assert torch.equal(reward, was)
+
+
+class TestLogs:
+    def test_a_log_that_stays_counts_once(self):
+        env = adapt(TorchFive(2, limit=3), CPU, 0, name="point", lost="error")
+        env.reset()
+        assert env.metrics() == {}
+        for _ in range(5):
+            env.step(torch.zeros(2, 1))
+        assert env._logged == 1
+        metrics = env.metrics()
+        assert list(metrics) == ["Episode_hold"]
+        assert math.isfinite(metrics["Episode_hold"])
+
+    def test_names_stay_and_numbers_are_missing_where_nothing_was_logged(self):
+        env = adapt(TorchFive(2, limit=3), CPU, 0, name="point", lost="error")
+        env.reset()
+        for _ in range(3):
+            env.step(torch.zeros(2, 1))
+        env.metrics()
+        env.step(torch.zeros(2, 1))
+        assert math.isnan(env.metrics()["Episode_hold"])
+
+
+class TestCustom:
+    def test_a_shared_simulator_is_made_once_and_reseeded(self):
+        spec = Custom(make=f"{MAKES}:make_torch_five", num_envs=3, kwargs={"limit": 9})
+        spec.spaces()
+        one, other = spec.build(CPU, 1), spec.build(CPU, 2)
+        assert one is other
+        first = spec.build(CPU, 5).reset()[0]["policy"].clone()
+        assert torch.equal(spec.build(CPU, 5).reset()[0]["policy"], first)
+        assert not torch.equal(spec.build(CPU, 6).reset()[0]["policy"], first)
+
+    def test_a_simulator_that_is_there_becomes_a_spec(self):
+        made = TorchFive(3)
+        spec = Custom.of(made)
+        assert (spec.name, spec.num_envs) == ("TorchFive", 3)
+        assert isinstance(spec.build(CPU, 0), SimulatedEnv)
+        spec.build(CPU, 0).close()
+        assert made.closed == 1
+
+    @pytest.mark.parametrize(("make", "line"), [
+        ("nowhere:make", r"^Custom.make must name a function that can be imported"),
+        (f"{MAKES}:no_such", r"^Custom.make must name a function that can be imported"),
+        (f"{MAKES}:CPU_COUNT", r"^Custom.make must name a function that can be imported"),
+        ("make", r"^Custom.make must name a function that can be imported"),
+        (f"{MAKES}:make_nothing", r"^make_nothing must be a vector environment .* got 'object'"),
+    ])  # fmt: skip
+    def test_what_makes_no_simulator_is_refused(self, make, line):
+        with pytest.raises(ValueError, match=line):
+            Custom(make=make, num_envs=2).spaces()
