@@ -5,6 +5,7 @@
 Above ``training`` and ``callbacks``, which do not know each other.
 """
 
+import re
 from pathlib import Path
 from typing import Any, cast
 
@@ -35,7 +36,7 @@ from esper_lightning.core.errors import (
     require_output,
     require_output_folder,
 )
-from esper_lightning.envs.base import EnvSpec
+from esper_lightning.envs.base import EnvSpec, spec_name
 from esper_lightning.forensics.asides import replace_keeping
 from esper_lightning.forensics.claims import claim
 from esper_lightning.forensics.files import read_json_lines, write_atomically
@@ -284,7 +285,12 @@ def begin_run(trainer: Trainer, env: EnvSpec, run_dir: str | Path | None, config
 
 
 def _folder(env: EnvSpec) -> Path:
-    return Path("runs", type(env).__name__.lower())
+    return Path("runs", _folder_name(spec_name(env)))
+
+
+def _folder_name(task: str) -> str:
+    """A task's name without what means something in a path."""
+    return re.sub(r"[^a-z0-9_.-]+", "_", task.lower()).strip("._") or "task"
 
 
 def _version(directory: Path) -> int:

@@ -6,11 +6,25 @@ from typing import cast
 import torch
 from torch import Tensor
 
-from esper_lightning.core.spaces import Box, EnvSpaces, FactoredDiscrete, MultiDiscrete, mask_size
+from esper_lightning.core.spaces import (
+    Box,
+    EnvSpaces,
+    FactoredDiscrete,
+    MultiDiscrete,
+    ObsSpace,
+    mask_size,
+)
 from esper_lightning.core.tensor_trees import leaves
 from esper_lightning.core.types import Observation, Rollout
 
-__all__ = ["allocate_rollout", "first_steps", "memory_bytes", "rollout_bytes", "write_step"]
+__all__ = [
+    "allocate_rollout",
+    "first_steps",
+    "memory_bytes",
+    "rollout_bytes",
+    "stored_obs",
+    "write_step",
+]
 
 
 def allocate_rollout(
@@ -23,8 +37,9 @@ def allocate_rollout(
 
     def empty_obs() -> Observation:
         if isinstance(spaces.obs, Box):
-            return empty(*spaces.obs.shape)
-        return {name: empty(*box.shape) for name, box in spaces.obs.items()}
+            return empty(*spaces.obs.shape, dtype=getattr(torch, spaces.obs.dtype))
+        boxes = spaces.obs.items()
+        return {name: empty(*box.shape, dtype=getattr(torch, box.dtype)) for name, box in boxes}
 
     if isinstance(spaces.action, Box):
         action = empty(spaces.action.size)  # flat, as distributions expect it
@@ -44,6 +59,15 @@ def allocate_rollout(
         episode_return=empty(),
         episode_length=empty(dtype=torch.int64),
     )
+
+
+def stored_obs(space: ObsSpace, obs: Observation) -> Observation:
+    """Observations in the dtype in which rollouts store them."""
+    if isinstance(space, Box):
+        assert isinstance(obs, Tensor)
+        return obs.to(getattr(torch, space.dtype))
+    assert isinstance(obs, dict)
+    return {name: obs[name].to(getattr(torch, box.dtype)) for name, box in space.items()}
 
 
 def rollout_bytes(spaces: EnvSpaces, steps: int, num_envs: int) -> int:

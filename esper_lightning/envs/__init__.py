@@ -1,6 +1,12 @@
 """Batched environments: protocol, check of the protocol, classic control, growing networks."""
 
+from esper_lightning.core.spaces import Box, Discrete, EnvSpaces
+from esper_lightning.core.types import StepResult
 from esper_lightning.envs.acrobot import Acrobot
+from esper_lightning.envs.adapters.custom import Custom
+from esper_lightning.envs.adapters.envpool import EnvPool
+from esper_lightning.envs.adapters.gymnasium import Gymnasium
+from esper_lightning.envs.adapters.jax import Brax, Gymnax
 from esper_lightning.envs.base import BatchedEnv, EnvSpec
 from esper_lightning.envs.cartpole import CartPole
 from esper_lightning.envs.check import check_env
@@ -11,10 +17,19 @@ from esper_lightning.envs.pendulum import Pendulum
 __all__ = [
     "Acrobot",
     "BatchedEnv",
+    "Box",
+    "Brax",
     "CartPole",
+    "Custom",
+    "Discrete",
+    "EnvPool",
+    "EnvSpaces",
     "EnvSpec",
+    "Gymnasium",
+    "Gymnax",
     "Morphogenesis",
     "MountainCar",
     "Pendulum",
+    "StepResult",
     "check_env",
 ]

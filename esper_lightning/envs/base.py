@@ -10,7 +10,16 @@ from esper_lightning.core.shapes import Bool, Float, Shaped
 from esper_lightning.core.spaces import EnvSpaces
 from esper_lightning.core.types import Observation, StepResult
 
-__all__ = ["BatchedEnv", "EnvSpec", "FunctionalEnv", "MeasuringEnv", "is_functional"]
+__all__ = [
+    "BatchedEnv",
+    "EnvSpec",
+    "FunctionalEnv",
+    "MeasuringEnv",
+    "close_env",
+    "is_functional",
+    "reseed_env",
+    "spec_name",
+]
 
 
 @runtime_checkable
@@ -19,6 +28,11 @@ class BatchedEnv(Protocol):
 
     An environment whose episode ended resets itself in the same step. A step makes no host-device
     copy and no synchronisation, and does not write into tensors that an earlier call returned.
+
+    Two further methods are called where an environment has them: ``close()`` at the end of a run,
+    for what holds processes or windows; and ``reseed(seed)``, after which the next ``reset`` starts
+    as in environments that were built with the seed. An environment with ``reseed`` is built once
+    for all evaluations of a run.
     """
 
     def reset(self) -> tuple[Observation, Bool[Tensor, "B K"] | None]:
@@ -90,6 +104,13 @@ class EnvSpec(ABC):
 
     A frozen dataclass that derives from ``EnvSpec`` can be named in a config by its class alone.
     Any other class with ``num_envs``, ``spaces`` and ``build`` works as well.
+
+    Three further members are used where a spec has them. ``name`` is the name of the task in
+    messages and run directories, in place of that of the class. ``evaluation_spec(episodes)``
+    returns the environments of an evaluation, fewer than the episodes perhaps. ``shared`` says that
+    ``build`` always returns the same simulator: training then starts new episodes after each
+    evaluation. A dataclass field with ``metadata={"how": True}`` says how environments run, and not
+    what they are: it may differ between a checkpoint and the run that resumes it.
     """
 
     num_envs: int
@@ -127,6 +148,28 @@ class ReadsData(Protocol):
             ValueError: Naming the setting and what is wrong.
         """
         ...
+
+
+def spec_name(spec: object) -> str:
+    """Name of the task of a spec in messages and run directories."""
+    name = getattr(spec, "name", None)
+    return name if isinstance(name, str) and name else type(spec).__name__
+
+
+def close_env(spec: object, env: object) -> None:
+    """Close an environment that can be closed, unless its spec says that others share it."""
+    close = getattr(env, "close", None)
+    if callable(close) and not getattr(spec, "shared", False):
+        close()
+
+
+def reseed_env(env: object, seed: int) -> bool:
+    """Have the next reset of an environment seed everything random; whether it can."""
+    reseed = getattr(env, "reseed", None)
+    if callable(reseed):
+        reseed(seed)
+        return True
+    return False
 
 
 def is_functional(env: BatchedEnv) -> bool:

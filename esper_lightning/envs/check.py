@@ -18,7 +18,14 @@ from esper_lightning.core.errors import Words, check_arguments, require
 from esper_lightning.core.seeding import require_torch_defaults
 from esper_lightning.core.spaces import EnvSpaces
 from esper_lightning.core.tensor_trees import map_tree, named_tensors
-from esper_lightning.envs.base import BatchedEnv, EnvSpec, FunctionalEnv, is_functional
+from esper_lightning.envs.base import (
+    BatchedEnv,
+    EnvSpec,
+    FunctionalEnv,
+    close_env,
+    is_functional,
+    spec_name,
+)
 from esper_lightning.envs.contract import (
     Contract,
     Report,
@@ -80,7 +87,7 @@ def check_env(
     require(steps >= 1, "check_env.steps", "be at least 1", steps)
     require(seed >= 0, "check_env.seed", "be at least 0", seed)
     require_torch_defaults("check_env")
-    report = Report(type(env).__name__)
+    report = Report(spec_name(env))
     try:
         if hasattr(env, "build"):
             require_members(env, ("num_envs", "spaces", "build"), report)
@@ -133,16 +140,30 @@ def _check_spec(spec: EnvSpec, report: Report, steps: int, seed: int, device: to
     spaces = spec.spaces()
     _refuse_huge(spec.num_envs, spaces, report, device)
     env = spec.build(device, seed)
-    built, shown = check_built(spec, spaces, env, report)
+    try:
+        _check_built_spec(spec, env, report, steps, seed, device)
+    finally:
+        close_env(spec, env)
+
+
+def _check_built_spec(
+    spec: EnvSpec, env: BatchedEnv, report: Report, steps: int, seed: int, device: torch.device
+) -> None:
+    built, shown = check_built(spec, spec.spaces(), env, report)
     run = _check_env(env, built, shown, report, steps, seed, device)
 
     def trajectory(env_seed: int) -> tuple[_Trajectory, bool]:
         env = spec.build(device, env_seed)
-        obs, mask = env.reset()
-        start = flatten({"obs": obs})
-        random_start = any(bool((leaf != leaf[:1]).any()) for leaf in start.values())
-        return [fingerprint(start), *_trajectory(run._replace(env=env), mask)], random_start
+        try:
+            obs, mask = env.reset()
+            start = flatten({"obs": obs})
+            random_start = any(bool((leaf != leaf[:1]).any()) for leaf in start.values())
+            return [fingerprint(start), *_trajectory(run._replace(env=env), mask)], random_start
+        finally:
+            close_env(spec, env)
 
+    if getattr(spec, "shared", False) and not hasattr(env, "reseed"):
+        return  # one simulator, whose random numbers cannot be repeated
     first, random_start = trajectory(seed)
     again, _ = trajectory(seed)
     hint = "Sample all random numbers from one generator, seeded in build()."

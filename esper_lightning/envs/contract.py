@@ -144,6 +144,8 @@ class Contract(NamedTuple):
             if field in ("obs", "reached_obs"):
                 for group, box in self.groups().items():
                     kinds = ("a floating", "an integer", "a bool")
+                    if box.dtype == "uint8":
+                        kinds = ("a torch.uint8",)
                     leaf = _Leaf([*batch, *box.shape], kinds, box, finite=True)
                     leaves[field + group] = leaf
             elif field in ("terminated", "truncated"):
@@ -228,7 +230,9 @@ def _check_form(got: object, leaf: _Leaf, device: torch.device, field: str, repo
     if not report.expect(got.layout is torch.strided, field, "be dense", got.layout):
         return False
     dtype = got.dtype
-    if dtype.is_floating_point:
+    if leaf.kinds == ("a torch.uint8",):
+        kind = f"a {dtype}"
+    elif dtype.is_floating_point:
         kind = "a floating"
     else:
         kind = {torch.bool: "a bool", torch.complex64: "", torch.complex128: ""}.get(

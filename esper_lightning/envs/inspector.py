@@ -15,7 +15,7 @@ from esper_lightning.core.errors import Words
 from esper_lightning.core.spaces import EnvSpaces
 from esper_lightning.core.tensor_trees import leaves, map_tree
 from esper_lightning.core.types import Observation, StepResult
-from esper_lightning.envs.base import EnvSpec, FunctionalEnv
+from esper_lightning.envs.base import EnvSpec, FunctionalEnv, spec_name
 from esper_lightning.envs.contract import (
     Contract,
     Report,
@@ -230,7 +230,7 @@ class FirstSteps:
         *,
         steps: int = FIRST_STEPS,
     ) -> None:
-        self.owner, self.spaces, self.left = type(spec).__name__, spaces, steps
+        self.owner, self.spaces, self.left = spec_name(spec), spaces, steps
         self._env, self._report = env, Report(self.owner)
         place = torch.empty(0, device=device).device  # with its index
         contract = Contract(spaces, spec.num_envs, place)

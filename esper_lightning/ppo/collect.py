@@ -11,10 +11,11 @@ import torch
 from torch import Tensor
 
 from esper_lightning.compiling.loops import CompileMode, compile_loop
-from esper_lightning.core.buffer import write_step
+from esper_lightning.core.buffer import stored_obs, write_step
 from esper_lightning.core.shapes import Bool, Float
+from esper_lightning.core.spaces import ObsSpace
 from esper_lightning.core.tensor_trees import map_tree
-from esper_lightning.core.types import Observation, Rollout, StepResult, map_obs
+from esper_lightning.core.types import Observation, Rollout, StepResult
 from esper_lightning.envs.base import BatchedEnv, FunctionalEnv, is_functional
 from esper_lightning.envs.inspector import FirstSteps
 from esper_lightning.policies.base import SampledAction
@@ -80,6 +81,7 @@ class Collector:
         if self._functional is None and mode != "off":
             reason = "its step is no pure function (FunctionalEnv)"
             _log.warning("Rollouts of %s are not compiled: %s.", first_steps.owner, reason)
+        self._obs_space = first_steps.spaces.obs
         self._loop = compile_loop("rollout", self._step, mode=mode, device=device)
 
     @torch.no_grad()
@@ -125,7 +127,7 @@ class Collector:
         before, obs, action_mask, memory = running
         acted = self._act(weights, obs, action_mask, noise, memory)
         episodes, result = self._functional.transition(before, acted.action, drawn)
-        row = as_row(obs, action_mask, acted.sampled, result)
+        row = as_row(self._obs_space, obs, action_mask, acted.sampled, result)
         memory = policy.reset_memory(acted.memory, result.terminated | result.truncated)
         return _Running(episodes, result.obs, result.action_mask, memory), row
 
@@ -165,13 +167,14 @@ class Collector:
             except Exception as error:
                 refuse_stuck_cause(error, action_mask, first_steps)
                 raise
-            write_step(rollout, t, as_row(obs, action_mask, acted.sampled, result))
+            write_step(rollout, t, as_row(self._obs_space, obs, action_mask, acted.sampled, result))
             obs, action_mask = result.obs, result.action_mask
             memory = policy.reset_memory(acted.memory, result.terminated | result.truncated)
         return state._replace(obs=obs, action_mask=action_mask, memory=memory)
 
 
 def as_row(
+    space: ObsSpace,
     obs: Observation,
     action_mask: Bool[Tensor, "B K"] | None,
     sampled: SampledAction,
@@ -180,8 +183,8 @@ def as_row(
     """One step as a row of a rollout: what was seen and done, and what came of it."""
     action = sampled.action
     return Rollout(
-        obs=map_obs(Tensor.float, obs),
-        reached_obs=map_obs(Tensor.float, result.reached_obs),
+        obs=stored_obs(space, obs),
+        reached_obs=stored_obs(space, result.reached_obs),
         action=action.float() if action.is_floating_point() else action.long(),
         log_prob=sampled.log_prob.float(),
         action_mask=action_mask,

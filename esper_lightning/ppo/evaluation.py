@@ -1,8 +1,9 @@
-"""Deterministic evaluation: the most probable action, the first episode of every environment.
+"""Deterministic evaluation: the most probable action, the first episodes of every environment.
 
-Axis: ``B`` environment.
+Axes: ``B`` environment, ``N = B * episodes_each`` episode.
 """
 
+import math
 from typing import NamedTuple, cast
 
 import torch
@@ -23,10 +24,10 @@ _STEPS_BETWEEN_CHECKS = 32  # where to look is to wait for the device
 
 
 class Episodes(NamedTuple):
-    """One finished episode of each environment."""
+    """Finished episodes; those of one environment are side by side, from the first one on."""
 
-    episode_return: Float[Tensor, " B"]
-    episode_length: Int[Tensor, " B"]
+    episode_return: Float[Tensor, " N"]
+    episode_length: Int[Tensor, " N"]
 
 
 @torch.no_grad()
@@ -36,12 +37,14 @@ def evaluate_policy(
     env: BatchedEnv,
     *,
     first_steps: FirstSteps | None = None,
+    episodes_each: int = 1,
     max_steps: int = 100_000,
 ) -> Episodes:
-    """Play the first episode of every environment to its end.
+    """Play the first episodes of every environment to their ends.
 
-    One episode of each environment, and not the first ``B`` to finish, which would be the short
-    ones. Whether all have ended is looked at after each step on a CPU, else every 32 steps.
+    As many episodes in each environment, and not the first ones to finish anywhere, which would be
+    the short ones. Whether all have ended is looked at after each step on a CPU, else every 32
+    steps.
 
     Args:
         policy: Acts deterministically.
@@ -49,10 +52,11 @@ def evaluate_policy(
         env: ``B`` environments, which are reset.
         first_steps: The same environments, whose first steps are inspected; ``None`` for no
             inspection.
-        max_steps: Bound on the length of an episode.
+        episodes_each: Episodes of each environment.
+        max_steps: Bound on the mean length of the episodes of an environment.
 
     Raises:
-        ValueError: If an episode has not ended after ``max_steps`` steps.
+        ValueError: If an environment has not finished its episodes in time.
     """
     played = first_steps or env
     obs, action_mask = played.reset()
@@ -72,21 +76,32 @@ def evaluate_policy(
         return result, policy.reset_memory(memory, result.terminated | result.truncated)
 
     result, memory = step(obs, action_mask, memory)
-    episode_return, episode_length = result.episode_return, result.episode_length
+    shape = (len(result.reward), episodes_each)
+    episode_return = result.episode_return.new_full(shape, math.nan)
+    episode_length = result.episode_length.new_zeros(shape)
+    finished = torch.zeros_like(result.episode_length)
     between = 1 if episode_length.device.type == "cpu" else _STEPS_BETWEEN_CHECKS
-    for number in range(1, max_steps):
-        if number % between == 0 and bool((episode_length > 0).all()):
+    for number in range(1, max_steps * episodes_each + 1):
+        place = finished.clamp(max=episodes_each - 1)[:, None]
+        counts = ((result.episode_length > 0) & (finished < episodes_each))[:, None]
+        for table, new in (
+            (episode_return, result.episode_return),
+            (episode_length, result.episode_length),
+        ):
+            table.scatter_(1, place, torch.where(counts, new[:, None], table.gather(1, place)))
+        finished = finished + counts[:, 0]
+        is_last = number == max_steps * episodes_each
+        if is_last or (number % between == 0 and bool((finished >= episodes_each).all())):
             break
         result, memory = step(result.obs, result.action_mask, memory)
-        running = episode_length == 0
-        episode_return = torch.where(running, result.episode_return, episode_return)
-        episode_length = torch.where(running, result.episode_length, episode_length)
+    episode_return, episode_length = episode_return.flatten(), episode_length.flatten()
     name = type(env).__name__ if first_steps is None else first_steps.owner
     unfinished = int((episode_length == 0).sum())
     hint = "Give it a time limit, or switch evaluation off: Trainer(limit_val_batches=0)."
     rule = f"end every episode within {max_steps} steps to be evaluated"
     require(unfinished == 0, name, rule, f"{unfinished} running", hint)
-    bad = cast(list[int], (~episode_return.isfinite()).nonzero()[:, 0].tolist())
+    bad_rows = (~episode_return.isfinite()).nonzero()[:, 0] // episodes_each
+    bad = cast(list[int], bad_rows.unique().tolist())
     owner, got = f"{name}.step", f"non-finite returns of environments {bad[:8]}"
     require(not bad, owner, "return finite rewards in evaluation", got)
     return Episodes(episode_return, episode_length)

@@ -4,7 +4,8 @@ Axes: ``T`` step, ``B`` environment, ``S`` gradient step. It knows nothing of Li
 here waits for the device, except ``to_host``.
 """
 
-from collections.abc import Sequence
+import math
+from collections.abc import Mapping, Sequence
 from typing import Any, NamedTuple
 
 import torch
@@ -20,7 +21,14 @@ from esper_lightning.core.running_stats import Moments, RunningStats
 from esper_lightning.core.shapes import Bool, Float
 from esper_lightning.core.tensor_trees import leaves, map_tree
 from esper_lightning.core.types import Rollout, Samples
-from esper_lightning.envs.base import BatchedEnv, EnvSpec, MeasuringEnv
+from esper_lightning.envs.base import (
+    BatchedEnv,
+    EnvSpec,
+    MeasuringEnv,
+    close_env,
+    reseed_env,
+    spec_name,
+)
 from esper_lightning.envs.inspector import FirstSteps
 from esper_lightning.ppo.advantages import Critic, prepare_samples, scale_reward
 from esper_lightning.ppo.agent import Agent, Values
@@ -197,7 +205,7 @@ class Learner:
                 targets.samples,
                 self._config,
                 self.order,
-                env=type(self._spec).__name__,
+                env=spec_name(self._spec),
                 largest_reward=rollout.reward.abs().max().item(),
                 iteration=iteration,
                 ranks=self._ranks.size,
@@ -209,8 +217,44 @@ class Learner:
         if not isinstance(self._env, MeasuringEnv):
             return {}
         metrics = self._env.metrics()
+        if getattr(self._env, "names_come_late", False):
+            return self._gather_late(metrics)
+        if not metrics:
+            return {}
         total = self._ranks.sum(torch.stack(list(metrics.values())))
         return dict(zip(metrics, (total / self._ranks.size).unbind(), strict=True))
+
+    def _gather_late(
+        self, metrics: Mapping[str, Float[Tensor, ""]]
+    ) -> dict[str, Float[Tensor, ""]]:
+        """Means over ranks, each of which may know other names; metrics are copied to the host."""
+        if self._ranks.size == 1:
+            return dict(metrics)
+        mine = {name: metric.item() for name, metric in metrics.items()}
+        everywhere: list[dict[str, float]] = self._ranks.gather_objects(mine)
+        means: dict[str, Tensor] = {}
+        for name in dict.fromkeys(name for rank in everywhere for name in rank):
+            values = [rank.get(name, math.nan) for rank in everywhere]
+            known = [value for value in values if math.isfinite(value)]
+            mean = sum(known) / len(known) if known else math.nan
+            means[name] = torch.tensor(mean, device=self._device)
+        return means
+
+    def begin_episodes(self, seed: int) -> None:
+        """Start new episodes everywhere: somebody else has stepped the simulator.
+
+        Args:
+            seed: Seed of the environments, where they can be seeded.
+        """
+        assert self._acting is not None
+        reseed_env(self._env, seed)
+        obs, mask = self._env.reset()
+        zeros = torch.zeros_like(self._acting.discounted_return)
+        self._acting = ActingState(obs, mask, zeros, self.agent.policy.initial_memory(obs))
+
+    def close(self) -> None:
+        """Give back what the environments hold."""
+        close_env(self._spec, self._env)
 
     def compute_targets(self, rollout: Rollout) -> Targets:
         """Scale rewards and estimate advantages."""

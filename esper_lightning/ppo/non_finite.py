@@ -18,7 +18,7 @@ from esper_lightning.core.ranks import PeerFailedError
 from esper_lightning.core.shapes import Bool
 from esper_lightning.core.spaces import ActionSpace
 from esper_lightning.core.types import Observation, Rollout, Samples, map_obs
-from esper_lightning.envs.base import EnvSpec
+from esper_lightning.envs.base import EnvSpec, spec_name
 from esper_lightning.envs.inspector import FirstSteps
 from esper_lightning.ppo.agent import Agent, Weights
 from esper_lightning.ppo.config import PPOConfig
@@ -171,7 +171,7 @@ def refuse_rollout(
         ValueError: Naming the environment whose mask allows nothing.
         PeerFailedError: If it was not this rank's.
     """
-    fault, name = first_non_finite(rollout), type(env).__name__
+    fault, name = first_non_finite(rollout), spec_name(env)
     kept = "The weights are those of the previous iteration."
     if fault is None:
         if rollout.action_mask is not None:

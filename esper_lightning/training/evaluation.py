@@ -1,17 +1,20 @@
 """Evaluations during a run: deterministic episodes in environments that training never sees."""
 
+from typing import Any
+
 import torch
 from torch import nn
 from torchmetrics import CatMetric
 
 from esper_lightning.core.seeding import stream_seed
+from esper_lightning.envs.base import BatchedEnv, close_env, reseed_env
 from esper_lightning.envs.inspector import FIRST_STEPS, FirstSteps
 from esper_lightning.policies.base import Policy
 from esper_lightning.ppo.collect import Normalize
 from esper_lightning.ppo.evaluation import evaluate_policy
 from esper_lightning.ppo.metrics import evaluation_metrics
 from esper_lightning.training.settings import PPOSettings
-from esper_lightning.training.specs import evaluation_spec
+from esper_lightning.training.specs import episodes_each, evaluation_spec
 from esper_lightning.training.trainer_rules import few_cpu_threads
 
 __all__ = ["Evaluation"]
@@ -21,12 +24,14 @@ class Evaluation(nn.Module):
     """The episodes of one evaluation, gathered over all ranks.
 
     Attributes:
-        spec: Environments of an evaluation on each rank, one for each episode.
+        spec: Environments of an evaluation on each rank.
     """
 
     def __init__(self, settings: PPOSettings) -> None:
         super().__init__()
         self.spec = evaluation_spec(settings.env, settings.eval_episodes)
+        self._episodes_each = episodes_each(self.spec, settings.eval_episodes)
+        self._env: BatchedEnv | None = None
         self.episode_return = CatMetric(nan_strategy="error")
         self.episode_length = CatMetric(nan_strategy="error")
         self._seed, self._has_played = settings.seed, False
@@ -34,7 +39,7 @@ class Evaluation(nn.Module):
     def play(
         self, policy: Policy, normalize: Normalize, *, device: torch.device, rank: int
     ) -> None:
-        """Play one deterministic episode in each environment.
+        """Play deterministic episodes, as many in each environment.
 
         Args:
             policy: The policy to evaluate.
@@ -45,13 +50,26 @@ class Evaluation(nn.Module):
         # Lightning's inference mode would forbid environments to write into their own state later.
         with torch.inference_mode(False), torch.no_grad(), few_cpu_threads(self.spec.num_envs):
             seed = stream_seed(self._seed, rank=rank, purpose="evaluation")
-            env = self.spec.build(device, seed)
+            env = self._env
+            if env is None or not reseed_env(env, seed):
+                env = self._env = self.spec.build(device, seed)
             steps = 0 if self._has_played else FIRST_STEPS
             first = FirstSteps(self.spec, self.spec.spaces(), env, device, steps=steps)
-            episodes = evaluate_policy(policy, normalize, env, first_steps=first)
+            episodes = evaluate_policy(
+                policy, normalize, env, first_steps=first, episodes_each=self._episodes_each
+            )
         self._has_played = True
         self.episode_return.update(episodes.episode_return)
         self.episode_length.update(episodes.episode_length)
+
+    def close(self) -> None:
+        """Give back what the environments hold."""
+        close_env(self.spec, self._env)
+        self._env = None
+
+    def __getstate__(self) -> dict[str, Any]:
+        """What is pickled: everything but the environments."""
+        return {**super().__getstate__(), "_env": None}
 
     def finish(self) -> dict[str, float]:
         """Metrics of the episodes of all ranks; the next evaluation begins with none."""

@@ -15,7 +15,7 @@ from typing import Any, cast
 
 import torch
 from lightning.pytorch.callbacks import Callback
-from lightning.pytorch.trainer.states import TrainerFn
+from lightning.pytorch.trainer.states import RunningStage, TrainerFn
 from typing_extensions import override
 
 from esper_lightning.callbacks.loggers import guard_loggers
@@ -38,6 +38,7 @@ from esper_lightning.ppo.optimizer import (
 from esper_lightning.training import trainer_rules
 from esper_lightning.training.checkpoint.hooks import CheckpointHooks
 from esper_lightning.training.checkpoint.resumption import Resumption
+from esper_lightning.training.environments import CloseEnvironments
 from esper_lightning.training.evaluation import Evaluation
 from esper_lightning.training.iterations import Iterations
 from esper_lightning.training.progress import Progress
@@ -212,6 +213,12 @@ class PPO(CheckpointHooks):
         """Play one deterministic episode in each of ``eval_episodes`` environments."""
         rank = self.global_rank
         self.evaluation.play(self.policy, self._normalize, device=self.device, rank=rank)
+        if (
+            getattr(self.env, "shared", False)
+            and self.trainer.state.stage == RunningStage.VALIDATING
+        ):
+            purpose = f"environments after evaluation in iteration {self.iteration}"
+            self._learner.begin_episodes(stream_seed(self.seed, rank=rank, purpose=purpose))
 
     @override
     def on_validation_epoch_end(self) -> None:
@@ -230,7 +237,7 @@ class PPO(CheckpointHooks):
 
     @override
     def configure_callbacks(self) -> list[Callback]:
-        """Add none: this is the first hook of a run, the place to refuse what cannot work.
+        """Add what closes environments; refuse what cannot work: it is the first hook of a run.
 
         From here on loggers cannot end the run.
         """
@@ -238,7 +245,7 @@ class PPO(CheckpointHooks):
         trainer_rules.refuse_trainer(self.trainer, self.settings, fits=fits)
         trainer_rules.keep_lightning_from_requeueing(self.trainer)
         self._guard_loggers()
-        return []
+        return [CloseEnvironments()]
 
     @override
     def configure_optimizers(self) -> torch.optim.Optimizer:
@@ -281,6 +288,12 @@ class PPO(CheckpointHooks):
             device=device,
             ranks=self._ranks,
         )
+
+    def close_environments(self) -> None:
+        """Give back what environments hold: the processes and windows of simulators."""
+        self.evaluation.close()
+        if (learner := getattr(self, "_learner", None)) is not None:
+            learner.close()
 
     @override
     def on_train_start(self) -> None:

@@ -11,7 +11,7 @@ from typing import Any, Self
 
 from esper_lightning.compiling.loops import CompileMode
 from esper_lightning.core.errors import check_fields, require
-from esper_lightning.envs.base import EnvSpec
+from esper_lightning.envs.base import EnvSpec, spec_name
 from esper_lightning.envs.contract import Report
 from esper_lightning.envs.inspector import check_told
 from esper_lightning.policies import MLP
@@ -42,7 +42,7 @@ class PPOSettings:
     def __post_init__(self) -> None:
         check_fields(self, owner="PPO")
         require_specs("PPO", self.env, self.policy)
-        report = Report(type(self.env).__name__)
+        report = Report(spec_name(self.env))
         with report.told():
             check_told(self.env.num_envs, self.env.spaces(), report)
         for name in ("iterations_per_epoch", "eval_episodes"):

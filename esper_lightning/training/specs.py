@@ -15,6 +15,7 @@ from esper_lightning.policies.base import PolicySpec
 from esper_lightning.policies.encoders import EncoderSpec
 
 __all__ = [
+    "episodes_each",
     "evaluation_spec",
     "first_difference",
     "require_specs",
@@ -27,6 +28,7 @@ SpecData = dict[str, Any]
 _FORM = {"class_path", "init_args"}
 _PLAIN = (bool, int, float, str, type(None))
 _OPAQUE = "repr()"
+_EVAL_EPISODES = 100
 
 
 def to_data(value: object) -> Any:
@@ -104,26 +106,46 @@ def spec_from_data(description: SpecData, *, owner: str, kind: type) -> Any:
 
 
 def evaluation_spec(spec: EnvSpec, episodes: int | None) -> EnvSpec:
-    """The same environment with a copy for each episode of an evaluation.
+    """Environments of an evaluation: what the spec itself says, or one for each episode.
 
     Args:
-        spec: Of the training environments.
-        episodes: How many; ``None`` for 100, or as many as the spec has if it is not a dataclass
-            with a field ``num_envs``, without which it cannot be copied with another number.
+        spec: Spec of the training environments.
+        episodes: Number of episodes; ``None`` for 100, or as many as the spec has environments if
+            it is not a dataclass with a field ``num_envs``, without which it cannot be copied with
+            another number.
 
     Raises:
         ValueError: If the spec cannot be copied and has another number.
     """
+    own_rule = getattr(spec, "evaluation_spec", None)
+    if callable(own_rule):
+        return cast(EnvSpec, own_rule(_EVAL_EPISODES if episodes is None else episodes))
     num_envs = spec.num_envs
     own = dataclasses.fields(cast(Any, spec)) if dataclasses.is_dataclass(spec) else ()
     copies = any(field.name == "num_envs" and field.init for field in own)
     if episodes is None:
-        episodes = 100 if copies else num_envs
+        episodes = _EVAL_EPISODES if copies else num_envs
     if num_envs == episodes:
         return spec
     hint = "Make the spec a dataclass, so that it can be copied with another num_envs."
     require(copies, "PPO.eval_episodes", f"equal env.num_envs = {num_envs}", episodes, hint)
-    return dataclasses.replace(cast(Any, spec), num_envs=episodes)
+    try:
+        return dataclasses.replace(cast(Any, spec), num_envs=episodes)
+    except TypeError as error:
+        raise ValueError(f"{type(spec).__name__} must take num_envs again: {error}.") from error
+
+
+def episodes_each(spec: EnvSpec, episodes: int | None) -> int:
+    """Episodes that each environment of an evaluation plays: enough for all of them together.
+
+    Args:
+        spec: What ``evaluation_spec`` returned.
+        episodes: Number of episodes, as for ``evaluation_spec``.
+    """
+    if episodes is None:
+        has_rule = callable(getattr(spec, "evaluation_spec", None))
+        episodes = _EVAL_EPISODES if has_rule else spec.num_envs
+    return -(-episodes // spec.num_envs)
 
 
 def require_specs(owner: str, env: object, policy: object) -> None:

@@ -85,6 +85,8 @@ class SimulatedEnv:
         spaces: What the environments show and take.
     """
 
+    names_come_late = True  # of metrics: a simulator logs what it likes, when it likes
+
     def __init__(self, simulator: Simulator, seed: int | None, *, lost: Lost = "error") -> None:
         self.simulator, self._seed, self._lost = simulator, seed, lost
         self.num_envs, self.spaces = simulator.num_envs, simulator.spaces
