@@ -24,8 +24,8 @@ class EarlierEvidence:
     Args:
         layout: Run directory.
         files: Folder of this rank, which exists.
-        trains: Whether the run is a fit. Another stage that goes well leaves the evidence as it was
-            before, and removes nothing.
+        trains: Whether the run is a fit. Another stage removes nothing, as its evidence is restored
+            where it goes well.
     """
 
     def __init__(self, layout: RunLayout, files: RankLayout, *, trains: bool) -> None:
@@ -68,7 +68,7 @@ class EarlierEvidence:
         return list(dict.fromkeys(path.name for path in files if path.exists()))
 
     def restore(self, process: ProcessRecord) -> None:
-        """Restore it after a stage that went well, unless that was a fit.
+        """Restore it after a stage that went well and was no fit, or a run that has not begun.
 
         Args:
             process: Record of this run's process, whose event files are stored with the
@@ -77,8 +77,6 @@ class EarlierEvidence:
         Raises:
             OSError: If the disk takes no more.
         """
-        if self._trains:
-            return
         for path, aside in self._renamed.items():
             if path == self._files.phases or not path.exists():
                 aside.rename(path)

@@ -67,8 +67,7 @@ def meet(world_size: int) -> list[ProcessRecord]:
         The identity of each process and when its recording began, in the order of ranks; empty
         where nobody can be asked.
     """
-    identity = identify(os.getpid())
-    mine = ProcessRecord.from_dict({**identity.to_dict(), "started_s": time.time()})
+    mine = ProcessRecord(**vars(identify(os.getpid())), started_s=time.time())
     if world_size == 1:
         return [mine]
     if not (dist.is_available() and dist.is_initialized()):

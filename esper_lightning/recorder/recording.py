@@ -15,7 +15,7 @@ from lightning.pytorch import Callback, Trainer
 from esper_lightning.callbacks.history import History
 from esper_lightning.callbacks.lightning_internals import RUN_STAGE, TunerExit, run_depth
 from esper_lightning.callbacks.progress import RunProgressBar
-from esper_lightning.core.ranks import PeerFailedError
+from esper_lightning.core.ranks import PeerFailedError, RanksDisagreeError
 from esper_lightning.forensics.asides import set_aside
 from esper_lightning.forensics.layout import RankLayout, RunLayout
 from esper_lightning.forensics.rank_record import ProcessRecord
@@ -78,11 +78,12 @@ class Recording:
         self.trainer, self._layout = trainer, layout
         self._files: RankLayout = layout.rank(trainer.global_rank)
         self._print_profile = print_profile
+        self._trains = stage == "fit"
         self._state = State.RUNNING
         self._callbacks = list(trainer.callbacks)  # others may take their place
         with contextlib.ExitStack() as undo, contextlib.ExitStack() as leave:
             self._peers, self._ring, self._earlier = open_rank_files(
-                trainer, layout, undo, met=met, watch=watch, trains=stage == "fit"
+                trainer, layout, undo, met=met, watch=watch, trains=self._trains
             )
             self._saving = Saving(self._files, self._peers, self._make_rescue)
             undo.callback(attempt, self._report_end)
@@ -174,6 +175,9 @@ class Recording:
     def die(self, error: BaseException, *, lingers: bool) -> None:
         """Save everything in the main thread, wait for other ranks, and close.
 
+        Of a run whose ranks disagree at its start nothing is saved: it has not begun, and the
+        evidence of an earlier run is restored.
+
         Args:
             error: Error that the run died of.
             lingers: Whether Lightning is about to shut the run down, and ``leave`` is called then.
@@ -182,21 +186,29 @@ class Recording:
         if not self._advance(State.DYING):  # saved already, closer to the fault
             return
         signal_name = signal_behind(error)
+        is_refused = isinstance(error, RanksDisagreeError)
         with self._protection.held():
-            cause = "exception" if signal_name is None else "signal"
-            peer = None
-            if isinstance(error, PeerFailedError) or lost_a_peer(error):
-                cause, peer = "peer", self._peers.first_failure()
-            self._save(Death(cause=cause, error=error, signal=signal_name, peer=peer))
-            attempt(lambda: self._note(error))
+            if is_refused:
+                self._saving.refuse()
+            else:
+                self._save_error(error, signal_name)
             attempt(self._close_ours)
-            attempt(lambda: self._peers.wait_until_saved(_PEER_GRACE_S))
+            if not is_refused:
+                attempt(lambda: self._peers.wait_until_saved(_PEER_GRACE_S))
             self._protection.forget_pending()
         self._protection.end(by_signal=signal_name is not None)
         attempt(lambda: stand_in(self.trainer, self._profiler, on_return=self.leave))
-        attempt(lambda: self._close(State.FAILED))
+        attempt(lambda: self._close(State.REFUSED if is_refused else State.FAILED))
         if not lingers:
             self.leave()
+
+    def _save_error(self, error: BaseException, signal_name: str | None) -> None:
+        cause = "exception" if signal_name is None else "signal"
+        peer = None
+        if isinstance(error, PeerFailedError) or lost_a_peer(error):
+            cause, peer = "peer", self._peers.first_failure()
+        self._save(Death(cause=cause, error=error, signal=signal_name, peer=peer))
+        attempt(lambda: self._note(error))
 
     def save_for_launcher(self) -> None:
         """Save everything in the launcher's thread, which is about to kill this process."""
@@ -309,10 +321,14 @@ class Recording:
         return self._saving.going_for_s(is_known=is_known)
 
     def _report_end(self) -> None:
+        if self._state is State.REFUSED:
+            self._files.process.unlink(missing_ok=True)
+            self._earlier.restore(self._peers.process)
+            return
         state = self._state if self._state.has_ended else State.FAILED  # it failed to begin
         saved = state is State.FAILED and not self._saving.is_lost
         self._peers.report(state.value, saved=saved)
-        if state is State.FINISHED:
+        if state is State.FINISHED and not self._trains:
             self._earlier.restore(self._peers.process)
 
     def _all_callbacks(self) -> list[Callback]:

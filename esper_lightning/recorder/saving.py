@@ -35,6 +35,12 @@ class Saving:
         self.rescue: Rescue | None = None
         # A run that hung continues, with evidence of its own still to come: no step of saving.
         self._has_hung = False
+        self._is_refused = False
+
+    def refuse(self) -> None:
+        """Save nothing from now on: the run has not begun."""
+        with self._lock:
+            self._is_refused = True
 
     def save(self, death: Death, *, bounded: bool = True) -> None:
         """Take all steps, unless they are taken: then the error, if there is one, is added.
@@ -44,6 +50,8 @@ class Saving:
             bounded: Whether steps may take threads of their own.
         """
         with self._lock:
+            if self._is_refused:
+                return
             if self.rescue is not None:
                 if death.error is not None:
                     self.rescue.amend(death.error)

@@ -11,7 +11,7 @@ from torch import distributed as dist
 
 from esper_lightning.forensics.layout import RunLayout
 from esper_lightning.forensics.processes import identify
-from esper_lightning.forensics.rank_record import ProcessRecord, same_recording
+from esper_lightning.forensics.rank_record import SCHEMA, ProcessRecord, same_recording
 from esper_lightning.recorder.peers import (
     Peers,
     end_of_run,
@@ -81,7 +81,9 @@ def test_ranks_tell_each_other_who_they_are(layout):
     peers = Peers(layout, 0, 1, [mine])
     assert peers.started_s == mine.started_s
     peers.report("running")
-    assert same_recording(ProcessRecord.load(layout.rank(0).process), mine)
+    written = ProcessRecord.load(layout.rank(0).process)
+    assert same_recording(written, mine)
+    assert written.schema == SCHEMA
 
 
 PAIR = "[/pytorch/third_party/gloo/gloo/transport/tcp/pair.cc:534] Connection closed by peer"

@@ -9,6 +9,7 @@ import signal
 import subprocess
 import tempfile
 import time
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -21,6 +22,7 @@ from esper_lightning.core.tensor_trees import named_tensors
 from esper_lightning.envs import CartPole
 from esper_lightning.envs.morphogenesis.lifecycle import Stage
 from esper_lightning.forensics.files import read_json_lines
+from esper_lightning.forensics.rank_record import ProcessRecord
 from esper_lightning.forensics.remains import examine, first_failure
 from tests import forked
 from tests.training import halves
@@ -148,6 +150,24 @@ def test_ranks_with_other_settings_are_refused_on_all_of_them(tmp_path):
     said = "PPO.ppo.learning_rate must be the same on all ranks, got [0.0003, 0.1]. Every host"
     assert stderr.count(f"RanksDisagreeError: {said}") == 2
     assert [history(tmp_path, rank) for rank in range(2)] == [[], []]
+    assert not list(tmp_path.rglob("crash.json*"))
+    assert not list(tmp_path.rglob("process.json"))
+
+
+def test_a_refused_start_leaves_the_evidence_of_the_run_before(tmp_path):
+    run(tmp_path, devices=2, env="breaks elsewhere", budget=1000, evaluates=False)
+    folders = [tmp_path / "rank0", tmp_path / "rank1"]
+    names = ("crash.json", "history.jsonl")
+    before = [(folder / name).read_bytes() for folder in folders for name in names]
+    processes = [ProcessRecord.load(folder / "process.json") for folder in folders]
+    status, stderr = run(tmp_path, devices=2, budget=1000, elsewhere={"learning_rate": 0.1})
+    assert status != 0
+    assert "RanksDisagreeError" in stderr
+    assert [(folder / name).read_bytes() for folder in folders for name in names] == before
+    for folder, process in zip(folders, processes, strict=True):
+        now = ProcessRecord.load(folder / "process.json")
+        assert replace(now, event_files=process.event_files) == process
+    assert not list(tmp_path.rglob("crash.json.*"))
 
 
 def test_ranks_whose_weights_come_apart_stop_before_they_are_saved(tmp_path):
@@ -348,11 +368,8 @@ def check_refused(tmp_path, of_1000_steps, change, evaluates, budget, begins):
     assert list(map(int, numbers)) == begins
     assert len(set(said[0].split(", "))) == 2  # they can be told apart
     directory = tmp_path / "0"  # all write where the first one does
-    reports = [remains.report for remains in examine(directory)]
-    assert len(reports) == 2
-    for rank, report in enumerate(reports):
-        assert report.error.message.startswith("ckpt_path must be the same on all ranks")
-        assert history(directory, rank) == []
+    assert [history(directory, rank) for rank in range(2)] == [[], []]
+    assert not list(tmp_path.rglob("crash.json*"))
 
 
 @pytest.mark.parametrize("case", RESUMES.values(), ids=RESUMES)
