@@ -1,5 +1,6 @@
 """The environment protocol, which a simulator implements and ``check_env`` verifies."""
 
+import dataclasses
 from abc import ABC, abstractmethod
 from typing import Any, Protocol, runtime_checkable
 
@@ -16,6 +17,7 @@ __all__ = [
     "FunctionalEnv",
     "MeasuringEnv",
     "close_env",
+    "how_fields",
     "is_functional",
     "reseed_env",
     "spec_name",
@@ -154,6 +156,13 @@ def spec_name(spec: object) -> str:
     """Name of the task of a spec in messages and run directories."""
     name = getattr(spec, "name", None)
     return name if isinstance(name, str) and name else type(spec).__name__
+
+
+def how_fields(spec: object) -> frozenset[str]:
+    """Fields of a spec that say how its environments run, and not what they are."""
+    if not dataclasses.is_dataclass(spec):
+        return frozenset()
+    return frozenset(each.name for each in dataclasses.fields(spec) if each.metadata.get("how"))
 
 
 def close_env(spec: object, env: object) -> None:

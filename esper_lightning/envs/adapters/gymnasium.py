@@ -116,7 +116,7 @@ class Gymnasium(EnvSpec):
             env: Any = gymnasium.make(self.id, disable_env_checker=True, **self.kwargs)
         except (gymnasium.error.DependencyNotInstalled, ImportError) as error:
             why = " ".join(str(error).split())
-            raise ValueError(f"Gymnasium.id={self.id!r} needs a package: {why}") from error
+            raise ValueError(f"Gymnasium.id={self.id!r} needs a package: {why}. {hint}") from error
         except gymnasium.error.UnregisteredEnv as error:
             why = " ".join(str(error).split())
             rule = f"name a registered environment, got {self.id!r}. {why}"

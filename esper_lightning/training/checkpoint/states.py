@@ -16,6 +16,7 @@ from typing_extensions import override
 
 from esper_lightning.core.errors import require
 from esper_lightning.core.tensor_trees import named_tensors
+from esper_lightning.envs.base import how_fields
 from esper_lightning.forensics.layout import RunLayout
 from esper_lightning.training.checkpoint.content import (
     COUNT,
@@ -162,10 +163,11 @@ def refuse_foreign(
     resuming, own = world_size is not None, settings.to_data()
     hint = "Use the config of the run that wrote the checkpoint"
     hint += ", or take its weights alone: PPO(warm_start=PATH)." if resuming else "."
+    how = how_fields(settings.env)
     for name in ("env", "policy"):
         mine, theirs = (_flat(side[name]) for side in (own, checkpoint["hyper_parameters"]))
         for key in ("class_path", *sorted((mine.keys() | theirs.keys()) - {"class_path"})):
-            if key == "num_envs" and not resuming:
+            if key in how or (key == "num_envs" and not resuming):
                 continue
             field = f"PPO.{name}" if key == "class_path" else f"PPO.{name}.{key}"
             rule = f"be the checkpoint's, {theirs.get(key)!r}"

@@ -42,6 +42,8 @@ class Counter(gymnasium.Env):
     def reset(self, *, seed: Any = None, options: Any = None) -> Any:
         super().reset(seed=seed)
         self.steps, self.start = 0, float(np.round(self.np_random.uniform(10, 90), 3))
+        if seed is not None:
+            self.first_start = self.start
         return self._obs(), {}
 
     def step(self, action: Any) -> Any:
