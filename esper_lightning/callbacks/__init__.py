@@ -1,1 +1,1 @@
-"""Callbacks: history and progress."""
+"""Callbacks of a run: history, checkpoints, progress, NaN guard, run directory, loggers."""

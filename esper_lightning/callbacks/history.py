@@ -1,6 +1,6 @@
-"""The history of a run.
+"""The history of a run: one JSON line for each finished iteration.
 
-One JSON line for each finished iteration, on disk before the next begins.
+The line is on disk before the next iteration begins.
 """
 # Lightning sets many attributes of its Trainer where no type checker sees them.
 # pyright: reportAttributeAccessIssue=false
@@ -22,7 +22,7 @@ from esper_lightning.callbacks.run_directory import (
     run_directory,
 )
 from esper_lightning.core.errors import check_arguments
-from esper_lightning.forensics.asides import set_aside, write_aside
+from esper_lightning.forensics.asides import rename_aside, write_aside
 from esper_lightning.forensics.files import (
     Backlog,
     JsonLines,
@@ -38,20 +38,20 @@ _log = logging.getLogger(__name__)
 
 
 def finished_iterations(trainer: Trainer, module: LightningModule) -> int:
-    """The module's own count, where it keeps one; else the Trainer's steps."""
+    """Number of finished iterations: the module's own count if it has one, else the Trainer's."""
     own = getattr(module, "iteration", None)
     return own if isinstance(own, int) and not isinstance(own, bool) else trainer.global_step
 
 
 class History(WritesRun):
-    """Append ``rank<k>/history.jsonl`` in the run directory, and ``evaluations.jsonl`` beside it.
+    """Append to ``rank<k>/history.jsonl`` in the run directory, and ``evaluations.jsonl`` beside.
 
     Works with any LightningModule. A row is what ``training_step`` returned under ``"row"``, if
-    that is a mapping of plain values; without one it is the step's number and every metric that the
-    module logged. A disk that takes no rows ends no training: there is a warning, and they are kept
-    and written when it does. When a run is resumed, the rows of iterations that it will repeat are
-    moved to ``history.jsonl.<n>``, so that the history never holds an iteration twice; the latest
-    ten such files are kept.
+    that is a mapping of plain values; otherwise the row holds the step's number and every metric
+    that the module logged. A disk that takes no rows does not end training: there is a warning, and
+    the rows are written once the disk takes them. When a run is resumed, the rows of iterations
+    that the run will repeat are moved to ``history.jsonl.<n>``, so that the history never holds an
+    iteration twice; the latest ten such files are retained.
 
     Args:
         dirpath: Run directory; ``None`` for that of the Trainer (``callbacks.run_directory``).
@@ -70,7 +70,7 @@ class History(WritesRun):
 
     @property
     def waiting(self) -> int:
-        """Rows that the disk has not taken."""
+        """Number of history rows that the disk has not taken yet."""
         return self._files[0].waiting if self._files else 0
 
     @override
@@ -80,7 +80,7 @@ class History(WritesRun):
 
     @override
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        """Open the files; whatever lies beyond the checkpoint is set aside."""
+        """Open the files; rows beyond the checkpoint are moved to files of another name."""
         self._close()
         directory = run_directory(trainer)
         if directory is None:
@@ -94,7 +94,7 @@ class History(WritesRun):
     def on_train_batch_end(
         self, trainer: Trainer, pl_module: LightningModule, outputs: Any, batch: Any, batch_idx: int
     ) -> None:
-        """Append the row of the iteration."""
+        """Append the row of the finished iteration to the history."""
         if self._files:
             row = _given_row(outputs)
             given = _numbers(trainer) if row is None else row
@@ -102,7 +102,7 @@ class History(WritesRun):
 
     @override
     def on_validation_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        """Append what was evaluated while training."""
+        """Append the metrics of an evaluation during training."""
         if self._files and not trainer.sanity_checking:
             counters = {
                 name: getattr(pl_module, name)
@@ -117,7 +117,7 @@ class History(WritesRun):
 
     @override
     def teardown(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
-        """Close the files."""
+        """Close the files, and release the run directory."""
         self._close()
         close_run_directory(trainer, self)
 
@@ -128,11 +128,12 @@ class History(WritesRun):
 
 
 class _Rows:
-    """A file of rows; what the disk does not take now is kept for later.
+    """A file of rows; rows that the disk does not take now are written later.
 
     Args:
-        path: Of the file.
-        done: Rows of later iterations, which a resumed run will repeat, are set aside.
+        path: Path of the file.
+        done: Number of finished iterations. Rows of later iterations, which a resumed run will
+            repeat, are moved to a file of another name.
     """
 
     def __init__(self, path: Path, done: int) -> None:
@@ -143,22 +144,22 @@ class _Rows:
 
     @property
     def waiting(self) -> int:
-        """Rows that the disk has not taken."""
+        """Number of rows that the disk has not taken yet."""
         return len(self._backlog)
 
     def append(self, row: Mapping[str, Any]) -> None:
-        """Add a row."""
+        """Append a row, or store it until the disk takes it."""
         self._backlog.put(row)
 
     def close(self) -> None:
-        """Write what can be written, and say what is lost."""
+        """Write the waiting rows that can be written, and report how many are lost."""
         self._backlog.close()
         if self._file is not None:
             self._file.close()
 
     def _open(self) -> None:
         if self._file is None:
-            _set_aside_after(self._path, self._done)
+            _move_rows_after(self._path, self._done)
             self._file = JsonLines(self._path)
 
     def _take(self, row: Mapping[str, Any]) -> None:
@@ -167,7 +168,7 @@ class _Rows:
 
 
 def _given_row(outputs: Any) -> Mapping[str, Any] | None:
-    """What the module itself wants in the history; ``None`` where that is nothing for JSON."""
+    """The row that the module provides; ``None`` without a row that JSON can hold."""
     row = cast(Mapping[Any, Any], outputs).get("row") if isinstance(outputs, Mapping) else None
     if not isinstance(row, Mapping) or not row:
         return None
@@ -180,7 +181,7 @@ def _given_row(outputs: Any) -> Mapping[str, Any] | None:
 
 
 def _numbers(trainer: Trainer) -> dict[str, float]:
-    """All metrics in one copy from each device: it is waited for once, not for each of them."""
+    """All scalar metrics, in one copy from each device: one wait, not one for each metric."""
     metrics = {k: v for k, v in trainer.callback_metrics.items() if v.numel() == 1}
     numbers: dict[str, float] = dict.fromkeys(metrics, 0.0)
     for device in {value.device for value in metrics.values()}:
@@ -190,20 +191,20 @@ def _numbers(trainer: Trainer) -> dict[str, float]:
     return numbers
 
 
-def _set_aside_after(path: Path, iteration: int) -> None:
-    """Keep the rows up to ``iteration``, and move later ones to a file of another name."""
+def _move_rows_after(path: Path, iteration: int) -> None:
+    """Move the rows after ``iteration`` to a file of another name; earlier rows stay."""
     if not path.exists():
         return
     try:
         rows = read_json_lines(path)
     except ValueError as error:
-        _log.warning("It is set aside whole: %s", error)
-        set_aside(path)
+        _log.warning("The whole file is renamed: %s", error)
+        rename_aside(path)
         return
-    kept = [row for row in rows if row.get("iteration", 0) <= iteration]
-    dropped = [row for row in rows if row.get("iteration", 0) > iteration]
-    if dropped:
-        write_aside(path, encode_rows(dropped))
-    content = encode_rows(kept)
+    earlier = [row for row in rows if row.get("iteration", 0) <= iteration]
+    later = [row for row in rows if row.get("iteration", 0) > iteration]
+    if later:
+        write_aside(path, encode_rows(later))
+    content = encode_rows(earlier)
     if content != path.read_bytes():
         write_atomically(path, content)

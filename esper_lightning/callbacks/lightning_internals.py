@@ -1,11 +1,11 @@
 """Every private attribute of Lightning that this package reads or writes, and why it has to.
 
-Lightning may rename these in any release: whoever raises the pin of Lightning reads this file and
-compares. The attributes were looked at in Lightning 2.5.0 and 2.6.6, where they are the same.
+Lightning may rename these attributes in any release: before the pin of Lightning is raised, this
+file is compared with the new release. Lightning 2.5.0 and 2.6.6 have the same attributes.
 
 The file is in ``callbacks`` because every folder that needs it (``callbacks``, ``recorder``,
-``training``, ``train``, ``cli``) may import that one, and none below it imports Lightning. A class
-that derives from one of Lightning's (``WindowProfiler``) reads what it inherits by itself.
+``training``, ``train``, ``cli``) may import it, and no folder below imports Lightning. A
+class that derives from one of Lightning's (``WindowProfiler``) reads what it inherits by itself.
 """
 # Lightning sets many attributes of its objects where no type checker sees them.
 # pyright: reportAttributeAccessIssue=false, reportPrivateUsage=false
@@ -75,22 +75,22 @@ INTERRUPT: tuple[Any, str] = (call, "_interrupt")
 """
 
 RUN_STAGE = "_run_stage"
-"""Name of the Trainer's method that runs the loops; errors leave it in spawned processes too."""
+"""Name of the Trainer's method that runs the loops; errors leave the method in any process."""
 
 TEARDOWN = "_teardown"
-"""Name of the Trainer's method that shuts down what died; after it a Trainer may run again."""
+"""Name of the Trainer's method that shuts down a run that died; afterwards it may run again."""
 
 LAUNCHER_KILLS = "_terminate_all"
 """Name of the method by which Lightning's launcher thread kills every rank when one has died."""
 
 TunerExit: type[BaseException] = _TunerExitException
-"""Raised by Lightning's tuners to end a trial run: no death."""
+"""Error that Lightning's tuners raise to end a trial run; it is no death."""
 
 _RUN: Any = call._call_and_handle_interrupt
 
 
 def run_depth(trainer: Trainer) -> int:
-    """How many runs of a Trainer, one within another, the calling thread is in.
+    """Number of runs of a Trainer, one within another, that the calling thread is in.
 
     Counts the frames of ``call._call_and_handle_interrupt``, which every entry point goes through:
     Lightning has no other mark of a run within a run.
@@ -107,7 +107,7 @@ def run_depth(trainer: Trainer) -> int:
 
 
 def handlers_to_restore(trainer: Trainer) -> dict[int, Any]:
-    """The signal handlers that Lightning restores at the end of a run, by signal; to be changed.
+    """The signal handlers that Lightning restores at the end of a run, by signal; may be changed.
 
     ``_signal_connector._original_handlers``: Lightning would restore them over the handlers of
     other recordings that still live.
@@ -118,13 +118,14 @@ def handlers_to_restore(trainer: Trainer) -> dict[int, Any]:
 def is_handler_of(trainer: Trainer, handler: Any) -> bool:
     """Whether a signal handler is a method of the Trainer's ``_signal_connector``.
 
-    Lightning composes its own handlers with those that it found: only the found ones are others'.
+    Lightning composes its own handlers with the handlers that it found: only the found ones belong
+    to others.
     """
     return getattr(handler, "__self__", None) is trainer._signal_connector
 
 
 def note_sigterm(trainer: Trainer) -> None:
-    """Have the Trainer know that SIGTERM came, as its own handler would.
+    """Note in the Trainer that SIGTERM came, as its own handler would.
 
     ``_signal_connector.received_sigterm`` has no public setter.
     """
@@ -132,10 +133,10 @@ def note_sigterm(trainer: Trainer) -> None:
 
 
 def cluster_environment(trainer: Trainer) -> ClusterEnvironment | None:
-    """The cluster that a Trainer found itself in.
+    """The cluster environment in which a Trainer runs.
 
-    ``_accelerator_connector.cluster_environment``: a strategy shows it only if it has several
-    ranks, and SLURM's requeueing is set on it.
+    ``_accelerator_connector.cluster_environment``: a strategy shows it only if there are several
+    ranks, and the setting of SLURM's requeueing is an attribute of it.
     """
     return trainer._accelerator_connector.cluster_environment
 
@@ -143,24 +144,25 @@ def cluster_environment(trainer: Trainer) -> ClusterEnvironment | None:
 def spawns_processes(trainer: Trainer) -> bool:
     """Whether a Trainer runs in child processes of its own making (``ddp_spawn``, ``ddp_fork``).
 
-    ``launchers._MultiProcessingLauncher`` is the class of the launchers that do.
+    ``launchers._MultiProcessingLauncher`` is the class of the launchers that spawn processes.
     """
     return isinstance(trainer.strategy.launcher, _MultiProcessingLauncher)
 
 
 def dump_checkpoint(trainer: Trainer) -> dict[str, Any]:
-    """The checkpoint that ``Trainer.save_checkpoint`` would write, which waits for other ranks.
+    """The checkpoint that ``Trainer.save_checkpoint`` would write.
 
-    ``_checkpoint_connector.dump_checkpoint`` makes it on this rank alone.
+    ``_checkpoint_connector.dump_checkpoint`` makes the checkpoint on this rank alone;
+    ``save_checkpoint`` would wait for the other ranks.
     """
     return trainer._checkpoint_connector.dump_checkpoint(weights_only=False)
 
 
 def parse_checkpoint_path(trainer: Trainer, name: str) -> str | None:
-    """The file that ``Trainer.fit(ckpt_path="last")`` would load, by its name.
+    """Path of the file that ``Trainer.fit(ckpt_path="last")`` would load; ``None`` without a file.
 
-    ``_checkpoint_connector._parse_ckpt_path``: refusing a checkpoint before the run begins needs
-    the file before Lightning looks for it.
+    ``_checkpoint_connector._parse_ckpt_path``: to refuse a checkpoint before the run begins, the
+    file must be known before Lightning looks for it.
     """
     connector: Any = trainer._checkpoint_connector
     path = connector._parse_ckpt_path(
@@ -170,10 +172,10 @@ def parse_checkpoint_path(trainer: Trainer, name: str) -> str | None:
 
 
 def known_results(trainer: Trainer) -> dict[str, Any]:
-    """Logged values that are known without computing any, by name.
+    """Logged values that are known without any computation, by name.
 
     ``_logger_connector._callback_metrics`` and ``_results``: ``trainer.callback_metrics`` would
-    compute those of the epoch, with a collective under ``ddp``.
+    compute the metrics of the epoch, with a collective under ``ddp``.
     """
     known: dict[str, Any] = dict(trainer._logger_connector._callback_metrics)
     for item in trainer._results.valid_items() if trainer._results else ():
@@ -186,13 +188,13 @@ def known_results(trainer: Trainer) -> dict[str, Any]:
 
 
 def batches_in_epoch(length: int, limit: int | float) -> int | float:
-    """Training batches of an epoch under ``Trainer(limit_train_batches=limit)``.
+    """Number of training batches of an epoch under ``Trainer(limit_train_batches=limit)``.
 
-    ``data_connector._parse_num_batches``: checked before Lightning has connected any data.
+    ``data_connector._parse_num_batches``: needed before Lightning has connected any data.
 
     Args:
-        length: Batches of an epoch without a limit.
-        limit: The Trainer's setting.
+        length: Number of batches of an epoch without a limit.
+        limit: Value of the Trainer's setting ``limit_train_batches``.
     """
     return _parse_num_batches(RunningStage.TRAINING, length, limit)
 
@@ -203,17 +205,17 @@ def train_time_interval(callback: Callback) -> Any:
 
 
 def time_between_evaluations(trainer: Trainer) -> float | None:
-    """Seconds of ``Trainer(val_check_interval=...)`` where that is a time, else ``None``.
+    """Seconds of ``Trainer(val_check_interval=...)`` where the setting is a time, else ``None``.
 
-    ``_val_check_time_interval``: releases without it take no time.
+    ``_val_check_time_interval``: releases without this attribute accept no time.
     """
     return getattr(trainer, "_val_check_time_interval", None)
 
 
 def monitors_cpu(callback: Callback) -> bool:
-    """Whether a ``DeviceStatsMonitor`` reads the CPU where that is the device of the run.
+    """Whether a ``DeviceStatsMonitor`` reads the CPU if the run is on the CPU.
 
-    ``_cpu_stats`` is ``None`` where the user has not decided.
+    ``_cpu_stats`` is ``None`` where the user has made no choice.
     """
     return getattr(callback, "_cpu_stats", True) is None
 
@@ -226,15 +228,16 @@ def summary_depth(callback: ModelSummary) -> int:
 def checkpoint_io_of(strategy: object) -> Any:
     """The ``CheckpointIO`` that a strategy was given, or ``None``.
 
-    ``_checkpoint_io``: the public property makes one where none was given.
+    ``_checkpoint_io``: the public property makes a ``CheckpointIO`` where none was given.
     """
     return getattr(strategy, "_checkpoint_io", None)
 
 
 def launcher_observers() -> list[threading.Thread]:
-    """Threads in which Lightning's launcher watches the ranks that it started.
+    """Threads in which Lightning's launcher watches the ranks that it launched.
 
-    Known by their name, ``child-process-observer``: Lightning stores them nowhere.
+    The threads are recognised by their name, ``child-process-observer``: Lightning stores them
+    nowhere.
     """
     return [each for each in threading.enumerate() if each.name == "child-process-observer"]
 
@@ -243,28 +246,36 @@ def launcher_observers() -> list[threading.Thread]:
 
 
 def version_of(logger: Any) -> int | str | None:
-    """The version that a logger was given or has chosen; ``None`` where neither has happened.
+    """The version that a logger was given or has chosen; ``None`` before it has one.
 
-    ``_version``: the public property chooses one. A logger without versions has none: ``""``.
+    ``_version``: the public property would choose a version. For a logger without versions the
+    result is ``""``.
     """
     return getattr(logger, "_version", "")
 
 
 def set_version(logger: Any, version: int | str | None) -> None:
-    """Have a logger write into the folder of a version, by its ``_version``."""
+    """Make a logger write into the folder of a version, by setting its ``_version``."""
     logger._version = version
 
 
 def experiment_of(logger: Any, absent: Any = None) -> Any:
-    """The experiment that a logger has begun, ``None`` before; ``absent`` if it never stores one.
+    """The experiment that a logger has begun.
 
-    ``_experiment``: the public property begins one.
+    ``_experiment``: the public property would begin an experiment.
+
+    Args:
+        logger: Logger of a run.
+        absent: Result for a logger that never stores an experiment.
+
+    Returns:
+        The experiment; ``None`` where the logger has not begun one.
     """
     return vars(logger).get("_experiment", absent)
 
 
 def forget_experiment(logger: Any) -> None:
-    """Have a logger begin a new experiment, by its ``_experiment``, when it is asked for one."""
+    """Make a logger begin a new experiment at its next use, by clearing its ``_experiment``."""
     logger._experiment = None
 
 
@@ -274,7 +285,7 @@ def event_file(experiment: Any) -> str:
     ``file_writer.event_writer._file_name``, TensorBoard's own, which chooses the name itself.
 
     Raises:
-        AttributeError: If it is no such experiment, or is closed.
+        AttributeError: If ``experiment`` is not one of ``TensorBoardLogger``, or is closed.
     """
     return str(experiment.file_writer.event_writer._file_name)
 
@@ -283,15 +294,15 @@ def event_file(experiment: Any) -> str:
 
 
 def setup_profiler_again(profiler: Profiler, directory: Path) -> None:
-    """Have a profiler write into another directory than the one that the Trainer gave it.
+    """Make a profiler write into another directory than the one that the Trainer gave it.
 
-    ``_stage`` and ``_local_rank`` are what the Trainer's own ``setup`` gave.
+    ``_stage`` and ``_local_rank`` are the arguments of the Trainer's own call of ``setup``.
     """
     profiler.setup(cast(Any, profiler._stage), profiler._local_rank, str(directory))
 
 
 def take_report_file(profiler: Profiler) -> TextIO | None:
-    """Take the file of a profiler's report away from it, open as it is.
+    """Remove the open file of a profiler's text from the profiler, and return it.
 
     ``_output_file`` and ``_write_stream``: where the disk is full, ``describe`` raises, and
     ``__del__`` would raise again.
@@ -303,9 +314,10 @@ def take_report_file(profiler: Profiler) -> TextIO | None:
 
 
 def profiler_settings(profiler: PyTorchProfiler) -> dict[str, Any]:
-    """What a profiler will give ``torch.profiler.profile`` when it makes one; may be changed.
+    """Arguments with which a profiler makes its ``torch.profiler.profile``; may be changed.
 
-    ``_profiler_kwargs``: checked at construction, by when it is too late for the user's own.
+    ``_profiler_kwargs``: the constructor fills them, and the user's profiler is constructed before
+    a recorder sees it.
     """
     return profiler._profiler_kwargs
 
@@ -316,13 +328,13 @@ def records_nvtx(profiler: PyTorchProfiler) -> bool:
 
 
 def take_open_spans(profiler: PyTorchProfiler) -> list[AbstractContextManager[Any]]:
-    """Take the spans that are open away from a profiler, and its hooks from the module.
+    """Remove the open spans from a profiler, and its hooks from the module.
 
-    ``_recording_map`` (of actions) and ``_register`` (of modules): its own ``teardown`` would fail
-    on the first span that cannot be closed.
+    ``_recording_map`` (of actions) and ``_register`` (of modules): the profiler's own ``teardown``
+    would fail on the first span that cannot be closed.
 
     Returns:
-        The spans, in the order in which they are to be closed.
+        The open spans, in the order in which they must be closed.
     """
     register: Any = profiler._register
     profiler._register = None
@@ -336,9 +348,9 @@ def take_open_spans(profiler: PyTorchProfiler) -> list[AbstractContextManager[An
 
 
 def take_parent_profiler(profiler: PyTorchProfiler) -> AbstractContextManager[Any] | None:
-    """Take CUDA's profiler, which ``emit_nvtx`` runs within, away from a profiler, to be closed.
+    """Remove CUDA's profiler, within which ``emit_nvtx`` runs, and return it to be closed.
 
-    ``_parent_profiler``, which has no other way out than ``teardown``.
+    ``_parent_profiler``: only ``teardown`` would close it otherwise.
     """
     parent: Any = profiler._parent_profiler
     profiler._parent_profiler = None
@@ -348,13 +360,13 @@ def take_parent_profiler(profiler: PyTorchProfiler) -> AbstractContextManager[An
 def forget_schedule(
     profiler: PyTorchProfiler, profile: "torch.profiler.profile | None" = None
 ) -> None:
-    """Have a profiler begin its schedule anew when it is used again.
+    """Make a profiler begin its schedule anew when it is used again.
 
     ``_schedule`` of Lightning, and ``_prev_schedule_action`` of torch's session.
 
     Args:
         profiler: Profiler that was stopped.
-        profile: Its session, which will do nothing more.
+        profile: Session of the profiler, which records nothing more; ``None`` without one.
     """
     if profile is not None:
         profile.current_action = profile._prev_schedule_action = ProfilerAction.NONE

@@ -1,7 +1,7 @@
-"""Loggers that cannot end a run: a guard round each of them, from the run's start to its end.
+"""Loggers that cannot end a run: a guard around each logger, from the run's start to its end.
 
-The guard knows loggers by the methods that Lightning calls, and two of Lightning's own by their
-attributes. It imports no logger: a user's may have none of them installed.
+The guard knows loggers by the methods that Lightning calls, and two of Lightning's own loggers by
+their attributes. The guard imports no logger, because a user may have installed none.
 """
 # Loggers are objects of other libraries.
 # pyright: reportUnknownVariableType=false, reportUnknownArgumentType=false
@@ -31,17 +31,18 @@ _NO_ROOM = (errno.ENOSPC, errno.EDQUOT)
 
 
 def guard_loggers(loggers: Iterable[Any], step: Callable[[], int] | None = None) -> None:
-    """Keep errors of loggers out of the run that begins.
+    """Prevent errors of loggers from ending the run that begins.
 
-    What a logger raises is one warning with the error that caused it. Metrics and hyperparameters
-    that it did not take wait, and are logged when it takes them again. Files that TensorBoard's and
-    the CSV logger write anew are put in place whole. The guard ends with ``finalize``, the last
-    call of a run; a logger that has one keeps it.
+    An error of a logger becomes one warning that names its cause. Metrics and hyperparameters that
+    a logger did not take are logged when the logger takes them again. Files that TensorBoard's and
+    the CSV logger rewrite are replaced whole. The guard ends with ``finalize``, the last call of a
+    run; a logger that has a guard already gets no second one.
 
     Args:
-        loggers: ``trainer.loggers``.
-        step: The x axis of whatever is logged while the guard is there; ``None`` for the step that
-            ``log_metrics`` is given: Lightning and its callbacks give iterations, or none.
+        loggers: Loggers of the Trainer, as in ``trainer.loggers``.
+        step: Function that returns the x axis of everything that is logged under the guard;
+            ``None`` for the step that ``log_metrics`` is given: Lightning and its callbacks give
+            iterations, or none.
     """
     for logger in loggers:
         if _GUARD not in vars(logger):
@@ -52,10 +53,10 @@ def guard_loggers(loggers: Iterable[Any], step: Callable[[], int] | None = None)
 
 
 def flush_logger(logger: Any) -> None:
-    """Write what a logger holds.
+    """Write the metrics that a logger holds in memory.
 
     Raises:
-        Exception: Whatever keeps the logger from it.
+        Exception: Whatever error prevents the logger from writing.
     """
     guard: _Guard | None = vars(logger).get(_GUARD)
     if guard is not None:
@@ -74,7 +75,7 @@ class _Call(NamedTuple):
 
 
 class _Guard:
-    """Stands in the class of one logger, so that properties are guarded as methods are."""
+    """The guard of one logger, in the class of the logger: properties are guarded like methods."""
 
     step: Callable[[], int] | None = None
 
@@ -92,27 +93,27 @@ class _Guard:
             members["experiment"] = property(lambda _: self._experiment())
         members = {name: value for name, value in members.items() if hasattr(self._class, name)}
         members |= {"__module__": self._class.__module__, "__doc__": self._class.__doc__}
-        # Of one logger: who looks for classes by their name is not to find two.
+        # The class of one logger: a search for classes by name must not find two.
         members["__qualname__"] = f"guard_loggers.<locals>.{self._class.__qualname__}"
         try:
             logger.__class__ = type(self._name, (self._class,), members)
         except TypeError as error:  # a class that cannot be derived from
             _log.warning("%s has no guard against its own errors: %s", self._name, error)
-            vars(logger)[_GUARD] = None  # this is said once
+            vars(logger)[_GUARD] = None  # one warning is enough
             return
         vars(logger)[_GUARD] = self
         if experiment_of(logger) is not None:
             self._keep_events(experiment_of(logger))
 
     def flush(self) -> None:
-        """Write what the logger holds; raises what keeps it from it."""
+        """Write what the logger holds, or raise the error that prevents it."""
         self._calls.offer()
         self._original("save")
         for backlog in (self._calls, self._events and self._events.backlog):
             if backlog is not None and backlog.error is not None:
                 raise first_cause(backlog.error)
 
-    # What is in the place of the logger's own.
+    # Replacements of the logger's own methods.
 
     def _kept(self, name: str) -> Callable[..., None]:
         @functools.wraps(getattr(self._class, name, lambda: None))
@@ -132,7 +133,7 @@ class _Guard:
                 return self._original(name, *args, **kwargs)
             except Exception as problem:
                 error = problem
-                text = "%s failed: %s. Training goes on."
+                text = "%s failed: %s. Training continues."
                 self._calls.warn(text, first_cause(error))
             finally:
                 if name == "save":
@@ -148,7 +149,7 @@ class _Guard:
             try:
                 finalize(logger, *args, **kwargs)
                 if self._unsaved is not None:
-                    _log.error("%s: what it held is lost: %s", self._name, self._unsaved)
+                    _log.error("%s: values that it held are lost: %s", self._name, self._unsaved)
             finally:
                 self._calls.close()
                 logger.__class__ = self._class
@@ -157,7 +158,7 @@ class _Guard:
         return call
 
     def _experiment(self) -> Any:
-        """The logger's own; what does nothing, while the disk has no room to make it."""
+        """The logger's experiment; one that does nothing while the disk has no room for it."""
         try:
             self._refuse_full_disk()
             experiment = self._class.experiment.fget(self._logger)
@@ -165,17 +166,17 @@ class _Guard:
             if error.errno not in _NO_ROOM:
                 raise
             self._absent = error
-            self._calls.warn("%s failed: %s. Training goes on.", error)
+            self._calls.warn("%s failed: %s. Training continues.", error)
             return _Nothing()
         self._absent = None
         self._keep_events(experiment)
         return experiment
 
     def _refuse_full_disk(self) -> None:
-        """Raise where an experiment has no room: each attempt to begin leaves an empty file."""
-        if experiment_of(self._logger, absent=self) is not None:  # there already, or not a file
+        """Raise if the disk has no room: each attempt to begin would leave an empty file."""
+        if experiment_of(self._logger, absent=self) is not None:  # it exists, or needs no file
             return
-        if "://" in str(self._logger.log_dir):  # no disk of ours
+        if "://" in str(self._logger.log_dir):  # not a local disk
             return
         place = Path(str(self._logger.log_dir)).absolute()
         found = os.statvfs(next(parent for parent in (place, *place.parents) if parent.exists()))
@@ -183,24 +184,24 @@ class _Guard:
         if blocks * found.f_frsize < _EXPERIMENT_BYTES:
             raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC), str(place))
 
-    # How they do it.
+    # Calls of the logger's own methods.
 
     def _take(self, call: _Call) -> None:
         if self._absent is not None:
-            _ = self._logger.experiment  # there may be room by now
+            _ = self._logger.experiment  # the disk may have room by now
         if self._absent is not None:
             raise self._absent
         self._original(call.method, *call.args, **call.kwargs)
 
     def _original(self, name: str, *args: Any, **kwargs: Any) -> Any:
-        """Call the logger's own method; files that it writes anew are put in place whole."""
+        """Call the logger's own method; files that the method rewrites are replaced whole."""
         with self._whole_files(name):
             return getattr(self._class, name)(self._logger, *args, **kwargs)
 
     def _whole_files(self, name: str) -> AbstractContextManager[object]:
         logger = self._logger
         if experiment_of(logger, absent=self) is not self and name in ("log_hyperparams", "save"):
-            _ = logger.experiment  # what they begin with
+            _ = logger.experiment  # both methods begin with this
         experiment = experiment_of(logger)
         if hasattr(experiment, "metrics_file_path"):  # the CSV logger's
             if name == "log_hyperparams":
@@ -214,16 +215,16 @@ class _Guard:
         return contextlib.nullcontext()
 
     def _keep_events(self, experiment: Any) -> None:
-        """Have events of TensorBoard wait while the disk takes none.
+        """Make events of TensorBoard wait while the disk takes none.
 
-        The thread that writes them ends with the first error otherwise, and they are lost.
+        Otherwise the thread that writes events ends with the first error, and events are lost.
         """
         if self._events is not None and not self._events.closed:
             return
         with contextlib.suppress(AttributeError):  # another logger, or a writer that is closed
             writer = experiment.file_writer.event_writer
             path = event_file(experiment)
-            if "://" in path:  # no disk of ours
+            if "://" in path:  # not a local disk
                 return
             records = writer._async_writer._writer
             writer.flush()
@@ -232,7 +233,7 @@ class _Guard:
 
 
 class _EventFile:
-    """In the place of TensorBoard's own file, below its writer of records."""
+    """Replacement of TensorBoard's own file, below its writer of records."""
 
     def __init__(self, path: Path, said: set[str]) -> None:
         self._file, self._lock = Appender(path), threading.Lock()
@@ -240,17 +241,17 @@ class _EventFile:
         self.closed = False
 
     def write(self, record: bytes) -> None:
-        """Append a record, or keep it for later."""
+        """Append a record, or store it until the disk takes it."""
         with self._lock:
             self.backlog.put(record)
 
     def flush(self) -> None:
-        """Append what waits."""
+        """Append the records that wait."""
         with self._lock:
             self.backlog.offer()
 
     def close(self) -> None:
-        """Append what can be appended, and say what is lost."""
+        """Append the waiting records that the disk takes, and report how many are lost."""
         with self._lock:
             self.backlog.close()
             self._file.close()
@@ -258,7 +259,7 @@ class _EventFile:
 
 
 class _Nothing:
-    """Does nothing, whatever it is asked for."""
+    """An experiment whose methods do nothing, whatever their names."""
 
     def __getattr__(self, name: str) -> Callable[..., None]:
         if name.startswith("__"):
@@ -267,7 +268,7 @@ class _Nothing:
 
 
 def _copy(value: Any) -> Any:
-    """A mapping of metrics as it is now: the caller may write the next ones into it."""
+    """A mapping of metrics as it is now: the caller may write the next metrics into it."""
     return dict(value) if type(value) is dict else value
 
 
@@ -277,7 +278,7 @@ def _copied(values: dict[str, Any]) -> dict[str, Any]:
 
 @contextlib.contextmanager
 def _whole_hyperparams(owner: Any, folder: str) -> Generator[None]:
-    """Let ``owner`` write its ``hparams.yaml`` under another name, and put it in place."""
+    """Let ``owner`` write its ``hparams.yaml`` under another name, and rename the whole file."""
     name = owner.NAME_HPARAMS_FILE
     if "://" in str(folder) or not Path(folder).is_dir():
         yield
@@ -292,7 +293,7 @@ def _whole_hyperparams(owner: Any, folder: str) -> Generator[None]:
 
 @contextlib.contextmanager
 def _whole_table(experiment: Any) -> Generator[None]:
-    """Let the CSV logger write a longer head into a copy, and keep its rows if there is no room."""
+    """Let the CSV logger write a longer head into a copy: without room, no row is lost."""
     path, keys = Path(experiment.metrics_file_path), list(experiment.metrics_keys)
     if "://" in str(path):
         yield

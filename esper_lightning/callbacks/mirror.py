@@ -1,7 +1,7 @@
-"""A copy of a run directory in a remote place, so that evidence survives the machine.
+"""A copy of a run directory at a remote address, so that evidence survives the machine.
 
-What must survive a kill is written to a local disk. A run whose directory is a remote address
-(``s3://``, ``gs://``, ...) writes into a local folder, and its files are copied from there.
+Files that must survive a kill are written to a local disk. A run whose directory is a remote
+address (``s3://``, ``gs://``, ...) writes into a local folder, and its files are copied from there.
 """
 # fsspec has no types.
 # pyright: reportMissingTypeStubs=false, reportUnknownVariableType=false
@@ -27,7 +27,7 @@ _ADDRESS = re.compile(r"([a-z][a-z0-9+.-]+):/+(.*)", re.DOTALL)
 _OF_THE_DEAD_S = 60.0
 _LOCAL = ("file", "local")
 _PARTIAL = ".fetched"  # a file that is arriving
-_COPIED_TO = ".copied_to"  # the address of the copies, where they are beside what is not fetched
+_COPIED_TO = ".copied_to"  # holds the address of the copies if it is not the user's
 _NOT_COPIED = ("owner.lock", "phases.ring")
 
 
@@ -35,14 +35,15 @@ def place_of(location: str | Path) -> tuple[Path, str | None]:
     """Local folder for a run directory, and its remote address if it has one.
 
     Args:
-        location: A path, or an address such as ``s3://bucket/runs``; a ``Path`` made of one, which
-            has lost a slash, is taken for the address.
+        location: A path, or an address such as ``s3://bucket/runs``; a ``Path`` made of an address,
+            which has lost a slash, counts as the address.
 
     Returns:
-        The folder, absolute: ``runs/<protocol>/<rest>`` in the current directory for an address.
+        The folder, absolute, and the address or ``None``. The folder of an address is
+        ``runs/<protocol>/<rest>`` in the current directory.
 
     Raises:
-        ValueError: If it is an address of a protocol that nobody knows.
+        ValueError: If ``location`` is an address whose protocol fsspec does not know.
     """
     found = _ADDRESS.fullmatch(str(location))
     known = (*fsspec.available_protocols(), *fsspec.registry)  # by name; as classes
@@ -61,13 +62,14 @@ def place_of(location: str | Path) -> tuple[Path, str | None]:
 class Mirror:
     """Copies files of a local folder to a remote address; errors are warnings.
 
-    The library that speaks to the remote place may take for ever, so only threads call it: one at
-    a time copies, and nobody waits for it longer than was said.
+    A call of the library for the remote address may never return. Therefore only threads call the
+    library: one thread at a time copies, and every wait for a thread has a time limit.
 
     Args:
-        folder: The local folder.
-        address: Where to copy to.
-        rank: Global rank, whose ``rank<k>`` is copied; the first also copies what is beside those.
+        folder: Local folder to copy from.
+        address: Remote address to copy to.
+        rank: Global rank whose folder ``rank<k>`` is copied; rank 0 also copies all files that are
+            in no rank's folder.
     """
 
     def __init__(self, folder: Path, address: str, rank: int) -> None:
@@ -80,15 +82,15 @@ class Mirror:
         self._rank = rank
         self._copied: dict[Path, tuple[int, int]] = {}
         self._lock = threading.Lock()
-        self._thread: threading.Thread | None = None  # that copies
-        self._is_due = False  # another copy, after the one under way
-        self._is_refused = False  # what was copied last
+        self._thread: threading.Thread | None = None  # the thread that copies
+        self._is_due = False  # whether a copy must follow the one under way
+        self._is_refused = False  # whether the latest copy failed
 
     def copy(self, *, seconds: float) -> bool:
-        """Copy what has changed since it was copied.
+        """Copy the files that have changed since they were copied.
 
         Args:
-            seconds: How long to wait for it.
+            seconds: Time to wait for the end of the copy, in seconds.
 
         Returns:
             Whether everything was copied within that time.
@@ -96,12 +98,12 @@ class Mirror:
         thread = self.copy_soon()
         thread.join(seconds)
         if thread.is_alive():
-            text = "Copying %s to %s has not ended within %g s: the rest may be missing there."
+            text = "Copying %s to %s has not ended within %g s: the copy may be incomplete."
             _log.warning(text, self.folder, self.address, seconds)
         return not (thread.is_alive() or self._is_refused)
 
     def copy_soon(self) -> threading.Thread:
-        """Copy in a thread, which is returned; after the copy that is under way, if one is."""
+        """Copy in a thread, after the copy that is under way; returns the thread."""
         with self._lock:
             self._is_due = True
             thread = self._thread
@@ -133,25 +135,25 @@ class Mirror:
                     there.put_file(str(path), target)
                     self._copied[path] = version
             self._is_refused = False
-        except Exception as error:  # of whatever library speaks to the remote place
+        except Exception as error:  # of the library for the remote address
             if not self._is_refused:  # a copy is due at every checkpoint
-                text = "%s cannot be copied to %s: %r. It stays where it is."
+                text = "%s cannot be copied to %s: %r. The local files stay."
                 _log.warning(text, self.folder, self.address, error)
             self._is_refused = True
 
     def begin(self, *, fetch_s: float | None) -> str:
-        """Fetch what a run is to begin with, and choose where it is copied to.
+        """Fetch the files that a run resumes from, and choose the address of its copies.
 
-        Where something cannot be fetched the copies go into a new folder below the address: they
-        would replace a history and checkpoints that the run does not go on from. Later runs in the
-        same local folder are copied there, too.
+        Where something cannot be fetched, the copies go into a new folder below the address: at the
+        address itself they would replace a history and checkpoints that the run does not resume
+        from. Later runs in the same local folder are copied into the new folder, too.
 
         Args:
-            fetch_s: How long to wait while nothing arrives; ``None`` where the local folder has the
-                files of an earlier run, and nothing is fetched.
+            fetch_s: Time to wait while nothing arrives, in seconds; ``None`` where the local folder
+                has the files of an earlier run, and nothing is fetched.
 
         Returns:
-            The address of the copies.
+            Address that the run directory is copied to.
         """
         remembered = self.folder / _COPIED_TO
         if remembered.exists():
@@ -163,15 +165,16 @@ class Mirror:
         return beside
 
     def fetch(self, *, seconds: float) -> bool:
-        """Copy everything from the remote address, if there is anything, for a run to go on from.
+        """Copy all files from the remote address into the local folder, for a run to resume from.
 
-        Files that are here stay as they are. Each comes whole or not at all, and none comes later.
+        Local files stay as they are. Each file arrives whole or not at all, and none arrives after
+        the call has returned.
 
         Args:
-            seconds: How long to wait while nothing arrives.
+            seconds: Time to wait while nothing arrives, in seconds.
 
         Returns:
-            Whether everything that is there is here; otherwise there is one warning.
+            Whether all remote files are in the local folder; otherwise there is one warning.
         """
         problems: list[str] = []
         is_over = threading.Event()
@@ -179,7 +182,7 @@ class Mirror:
         def run() -> None:
             try:
                 self._fetch(is_over)
-            except Exception as error:  # of whatever library speaks to the remote place
+            except Exception as error:  # of the library for the remote address
                 problems.append(repr(error))
 
         thread = threading.Thread(target=run, daemon=True, name="run-fetch")
@@ -198,8 +201,8 @@ class Mirror:
                 partial.unlink(missing_ok=True)
         if problems:
             text = (
-                "What is at %s cannot be fetched: %s. It stays as it is. The run begins with "
-                "what is in %s, and is copied beside it."
+                "The files at %s cannot be fetched: %s. They stay as they are. The run begins with "
+                "the files in %s, and is copied into a new folder below the address."
             )
             _log.warning(text, self.address, problems[0], self.folder)
         return not problems
@@ -248,11 +251,17 @@ def _file_system(address: str) -> tuple[Any, str]:
 def _bytes_in(folder: Path) -> int:
     total = 0
     for path in folder.rglob("*"):
-        with contextlib.suppress(FileNotFoundError):  # it has just got its name
+        with contextlib.suppress(FileNotFoundError):  # the file has just been renamed
             total += path.stat().st_size
     return total
 
 
 def main(folder: str, address: str, rank: str) -> None:
-    """Copy for a process that vanished; what its second process runs."""
+    """Copy the run directory of a process that vanished; its second process calls this.
+
+    Args:
+        folder: Run directory.
+        address: Remote address to copy to.
+        rank: Global rank of the process, in digits.
+    """
     Mirror(Path(folder), address, int(rank)).copy(seconds=_OF_THE_DEAD_S)

@@ -1,4 +1,4 @@
-"""Stop at the first NaN, with what it takes to see it again."""
+"""A callback that stops at the first NaN, with the batch that reproduces the fault."""
 # Lightning sets many attributes of its Trainer where no type checker sees them.
 # pyright: reportAttributeAccessIssue=false, reportPrivateImportUsage=false
 # pyright: reportUnknownVariableType=false, reportUnknownArgumentType=false
@@ -18,21 +18,22 @@ from esper_lightning.core.tensor_trees import named_tensors
 
 __all__ = ["NanGuard"]
 
-_AHEAD = 8  # looks that may be waiting for the device
+_AHEAD = 8  # checks that may be waiting for the device
 
 
 class NanGuard(Callback):
     """Stop the run at the first input, loss or gradient that is not finite.
 
-    For any module whose steps go through Lightning: automatic optimisation, or manual with
-    ``manual_backward`` and the optimizers of ``self.optimizers()``. ``PPO`` guards itself. With a
-    ``FlightRecorder`` the batch is in ``rank<k>/nan.pt``. On a CPU the faulty step is not applied.
-    On a GPU nothing waits for the device: a fault is known when its flag has arrived, at most a few
-    steps later; the batch kept is the faulty one. Under a gradient scaler (``16-mixed``) gradients
-    are left alone: infinite ones are how it finds its scale, and it skips their step.
+    Works with any module whose steps go through Lightning: automatic optimisation, or manual with
+    ``manual_backward`` and the optimizers of ``self.optimizers()``. ``PPO`` needs no ``NanGuard``:
+    it has checks of its own. With a ``FlightRecorder`` the batch is stored in ``rank<k>/nan.pt``.
+    On a CPU the faulty step is not applied. On a GPU nothing waits for the device: a fault is known
+    when its flag has arrived, at most a few steps later; the stored batch is the faulty one. Under
+    a gradient scaler (``16-mixed``) gradients are not checked: the scaler finds its scale by
+    infinite gradients, and skips their steps.
 
     Raises:
-        NonFiniteError: Naming the step, and the tensors concerned.
+        NonFiniteError: If a value is not finite; names the step, and the tensors concerned.
     """
 
     def __init__(self) -> None:
@@ -41,7 +42,7 @@ class NanGuard(Callback):
 
     @override
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        """A new run."""
+        """Forget the checks of an earlier run."""
         self._batch = None
         self._looks.clear()
 
@@ -49,14 +50,14 @@ class NanGuard(Callback):
     def on_train_batch_start(
         self, trainer: Trainer, pl_module: LightningModule, batch: Any, batch_idx: int
     ) -> None:
-        """Keep the batch until the next one."""
+        """Hold the batch until the next one."""
         self._batch = batch
 
     @override
     def on_before_backward(
         self, trainer: Trainer, pl_module: LightningModule, loss: Tensor
     ) -> None:
-        """Look at what the loss was made from, and at the loss."""
+        """Check the batch and the loss."""
         inputs = {
             f"batch.{name}" if name else "batch": tensor
             for name, tensor in named_tensors(self._batch)
@@ -68,7 +69,7 @@ class NanGuard(Callback):
     def on_before_optimizer_step(
         self, trainer: Trainer, pl_module: LightningModule, optimizer: Optimizer
     ) -> None:
-        """Look at the gradients."""
+        """Check the gradients."""
         if getattr(trainer.precision_plugin, "scaler", None) is not None:
             return
         gradients = {
@@ -81,7 +82,7 @@ class NanGuard(Callback):
 
     @override
     def on_train_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        """Look at the last steps."""
+        """Finish the checks of the last steps."""
         self._judge(ahead=0)
 
     def _look_at(self, named: Mapping[str, Tensor], step: int) -> None:
@@ -89,7 +90,7 @@ class NanGuard(Callback):
         elements = {name: tensor for name, tensor in elements.items() if tensor.numel()}
         if not elements:
             return
-        # A norm is not finite where an element is not: one fused call for all of them.
+        # A norm is not finite where an element is not: one fused call serves all tensors.
         norms = torch._foreach_norm(list(elements.values()), float("inf"))  # pyright: ignore[reportPrivateUsage]
         finite, event = torch.stack([norm.float() for norm in norms]).isfinite(), None
         if finite.is_cuda:
@@ -102,7 +103,7 @@ class NanGuard(Callback):
         self._judge(ahead=_AHEAD)
 
     def _judge(self, *, ahead: int) -> None:
-        """Raise for a look that found something; wait for the device beyond ``ahead`` looks."""
+        """Raise if a check found a fault; wait while more than ``ahead`` checks are open."""
         while self._looks:
             look = self._looks[0]
             if look.event is not None and not look.event.query():
@@ -115,7 +116,7 @@ class NanGuard(Callback):
 
 
 class _Look(NamedTuple):
-    finite: Tensor  # on the host, once ``event`` has come
+    finite: Tensor  # on the host, once ``event`` has occurred
     event: torch.cuda.Event | None
     names: list[str]
     batch: Any
@@ -123,7 +124,10 @@ class _Look(NamedTuple):
 
 
 def _elements(tensor: Tensor) -> Tensor:
-    """All of a dense tensor; the stored values of a sparse one, as they are: sorting would wait."""
+    """All elements of a dense tensor; the stored values of a sparse one, unsorted.
+
+    To sort the values would wait for the device.
+    """
     if tensor.layout == torch.sparse_coo:
         return tensor._values()
     return tensor if tensor.layout == torch.strided else tensor.values()

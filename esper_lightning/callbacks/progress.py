@@ -15,9 +15,9 @@ __all__ = ["RunProgressBar"]
 
 
 class RunProgressBar(ProgressBar):
-    """Shows the mean return of recent episodes, env-steps/s, and the time left of the run.
+    """Shows the mean return of recent episodes, env-steps/s, and the remaining time of the run.
 
-    For ``PPO``. Written to stderr; every few seconds where that is not a terminal.
+    The bar is for ``PPO``. It is written to stderr; every ten seconds where that is not a terminal.
     """
 
     def __init__(self) -> None:
@@ -27,7 +27,7 @@ class RunProgressBar(ProgressBar):
 
     @override
     def disable(self) -> None:
-        """Show nothing (on ranks other than 0)."""
+        """Show nothing, as on ranks other than 0."""
         self._enabled = False
 
     @override
@@ -39,7 +39,7 @@ class RunProgressBar(ProgressBar):
     def on_train_batch_start(
         self, trainer: Trainer, pl_module: LightningModule, batch: Any, batch_idx: int
     ) -> None:
-        """Open the bar before the first iteration: the module knows only then where it will end."""
+        """Open the bar before the first iteration: only then the module knows the last step."""
         if self._bar is not None:
             return
         interval_s = 0.1 if sys.stderr.isatty() else 10.0
@@ -58,7 +58,7 @@ class RunProgressBar(ProgressBar):
     def on_train_batch_end(
         self, trainer: Trainer, pl_module: LightningModule, outputs: Any, batch: Any, batch_idx: int
     ) -> None:
-        """Advance the bar."""
+        """Advance the bar to the environment steps of the module."""
         if self._bar is not None:
             recent = trainer.progress_bar_metrics.get("return")
             if recent is not None:
@@ -67,7 +67,7 @@ class RunProgressBar(ProgressBar):
 
     @override
     def on_train_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        """Leave the bar as it is."""
+        """Close the bar as it is."""
         self._close()
 
     @override
@@ -77,7 +77,7 @@ class RunProgressBar(ProgressBar):
 
     @override
     def print(self, *args: Any, sep: str = " ", **kwargs: Any) -> None:
-        """Print above the bar."""
+        """Print a line above the bar."""
         tqdm.write(sep.join(map(str, args)))
 
     def _close(self) -> None:

@@ -1,1 +1,1 @@
-"""What is on disk of a run; standard library only."""
+"""The files of a run on disk: written, claimed and read with the standard library only."""

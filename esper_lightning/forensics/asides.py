@@ -1,4 +1,4 @@
-"""Files of an earlier run stay beside those of a new one, as ``<name>.<n>``."""
+"""Files of earlier runs, which stay beside the files of a new run as ``<name>.<n>``."""
 
 import contextlib
 import os
@@ -7,29 +7,32 @@ from pathlib import Path
 
 from esper_lightning.forensics.files import replacing
 
-__all__ = ["KEPT_ASIDE", "keep_latest", "replace_keeping", "set_aside", "write_aside"]
+__all__ = ["KEPT_ASIDE", "keep_latest", "rename_aside", "replace_keeping", "write_aside"]
 
 KEPT_ASIDE = 10
-"""How many files of an earlier run are kept under each name; the oldest are removed."""
-_HEAD = 65536  # bytes of a report in which its schema is named
+"""Number of files of earlier runs that stay under each name; older files are removed."""
+_HEAD = 65536  # bytes at the start of a report that name its schema
 
 
-def set_aside(path: Path) -> Path | None:
-    """Give what an earlier run left here another name, ``<name>.<n>``, and return that.
+def rename_aside(path: Path) -> Path | None:
+    """Rename a file of an earlier run to ``<name>.<n>``.
 
-    No file is replaced, and of several processes one has its way. The latest ``KEPT_ASIDE`` files
-    are kept.
+    No file is replaced, and if several processes rename the file, one of them succeeds. The latest
+    ``KEPT_ASIDE`` files stay.
+
+    Returns:
+        The new path; ``None`` where there was no file.
     """
     return _move_aside(path, path) if path.exists() else None
 
 
 def replace_keeping(path: Path, content: bytes) -> None:
-    """Replace a file whole, and keep what an earlier run left there as ``<name>.<n>``.
+    """Replace a file whole, and rename the file of an earlier run to ``<name>.<n>``.
 
-    Whatever fails or ends the process in between, a file that was there is there, old or new.
+    At any moment, also after an error or a kill, ``path`` has the old content or the new.
 
     Raises:
-        OSError: If the disk takes no more; the file is as it was then.
+        OSError: If the disk takes no more; the file is unchanged then.
     """
 
     def place(temporary: Path) -> None:
@@ -43,7 +46,7 @@ def replace_keeping(path: Path, content: bytes) -> None:
 
 
 def _copy(path: Path, other: Path) -> None:
-    """Give a file another name, too, or copy it where files have one name each."""
+    """Give a file a second name, or copy it where the file system allows one name only."""
     try:
         os.link(path, other)
     except OSError:
@@ -51,10 +54,13 @@ def _copy(path: Path, other: Path) -> None:
 
 
 def write_aside(path: Path, content: bytes) -> Path:
-    """Write what is taken out of a file into a new one, ``<name>.<n>``, whole or not at all.
+    """Write content that is removed from a file into a new file ``<name>.<n>``, or not at all.
+
+    Returns:
+        Path of the new file.
 
     Raises:
-        OSError: If the disk takes no more; nothing new is there then.
+        OSError: If the disk takes no more; there is no new file then.
     """
     asides: list[Path | None] = []
 
@@ -68,12 +74,12 @@ def write_aside(path: Path, content: bytes) -> Path:
 
 
 def _move_aside(source: Path, path: Path) -> Path | None:
-    """Move ``source`` to the next free ``<name of path>.<n>``; ``None`` where it is gone."""
+    """Move ``source`` to the next free ``<name of path>.<n>``; ``None`` if it has vanished."""
     number = max((number for number, _ in _asides(path)), default=0) + 1
     while True:
         aside = path.with_name(f"{path.name}.{number}")
         try:
-            os.close(os.open(aside, os.O_WRONLY | os.O_CREAT | os.O_EXCL))  # nobody else's now
+            os.close(os.open(aside, os.O_WRONLY | os.O_CREAT | os.O_EXCL))  # reserves the name
         except FileExistsError:
             number += 1
             continue
@@ -90,7 +96,7 @@ def _move_aside(source: Path, path: Path) -> Path | None:
 
 
 def _is_ours(file: Path) -> bool:
-    """Whether a file may be removed: somebody's own ``crash.json.1`` is no report of a run."""
+    """Whether a file is a run's and may be removed: a ``crash.json.1`` may be somebody's own."""
     if not file.name.rpartition(".")[0].endswith(".json"):
         return True
     with contextlib.suppress(OSError), file.open("rb") as opened:
@@ -99,7 +105,7 @@ def _is_ours(file: Path) -> bool:
 
 
 def _asides(path: Path) -> list[tuple[int, Path]]:
-    """Files set aside under a name, with their numbers."""
+    """Files ``<name>.<n>`` of earlier runs, with their numbers."""
     start = f"{path.name}."
     names = [file.name for file in path.parent.iterdir() if file.name.startswith(start)]
     numbers = [name.removeprefix(start) for name in names]
@@ -110,8 +116,8 @@ def keep_latest(files: Iterable[Path], number: int) -> None:
     """Remove all but the last of some files.
 
     Args:
-        files: From the oldest to the newest.
-        number: How many stay.
+        files: Files from the oldest to the newest.
+        number: Number of files that stay.
     """
     for file in list(files)[:-number]:
         with contextlib.suppress(OSError):

@@ -1,7 +1,7 @@
-"""Who owns a run directory: one process at a time, until it ends.
+"""Claims of run directories: one process owns a directory at a time, until the process ends.
 
-An owner holds a lock on ``owner.lock`` in the directory, which the kernel drops when the process is
-gone, however it ended; the file names the process. A directory whose owner is dead is free.
+The owner holds a lock on ``owner.lock`` in the directory. The kernel drops the lock when the
+process ends, in whatever way; the file names the process. A directory whose owner is dead is free.
 """
 
 import atexit
@@ -39,28 +39,28 @@ __all__ = [
 ]
 
 _VERSION = "version_"
-_HANDOVER_S = 1.0  # in which a process that has just taken the lock writes who it is
+_HANDOVER_S = 1.0  # in which a process that has just locked the file writes its identity
 _MOST_BYTES = 4096
-_OURS = b'{"pid"'  # how what ``_write`` writes begins
+_OURS = b'{"pid"'  # beginning of a file that ``_write`` has written
 _OF_FILE_SYSTEM = "lost+found"  # at the root of a mounted disk
 _NO_LOCKS = (errno.ENOLCK, errno.ENOSYS, errno.EOPNOTSUPP, errno.EINVAL)
 _WRITTEN = ("rank[0-9]*", "checkpoints/last.ckpt", "checkpoints/best.ckpt")  # by callbacks
 
 
 class DirectoryRefusedError(ValueError):
-    """The directory is no place for a run: what others have there could be lost."""
+    """Raised if a directory may not serve a run: files of others there could be lost."""
 
 
 class DirectoryInUseError(DirectoryRefusedError):
-    """A living run owns the directory."""
+    """Raised if a living run owns the directory."""
 
 
 class Claim:
-    """Ownership of a run directory; lasts until ``release`` or the end of the process.
+    """Ownership of a run directory, until ``release`` or the end of the process.
 
     Attributes:
         directory: The run directory, absolute.
-        was_run: Whether an earlier run had left its files in the directory.
+        was_run: Whether the directory had files of an earlier run.
     """
 
     def __init__(
@@ -73,19 +73,19 @@ class Claim:
         _claims.add(self)
 
     def note(self, **fields: str) -> None:
-        """Add to what ``owner.lock`` says, for others to read."""
+        """Add fields to ``owner.lock``, for other processes to read."""
         if self.holds:
             _write(self._lock, {**_read(self._lock), **fields})
 
     def refuse_others(self, written: Sequence[str] = _WRITTEN) -> None:
-        """Refuse a directory in which somebody else than a run has files where a run has its own.
+        """Refuse a directory in which files that no run wrote have the names of a run's files.
 
         Args:
-            written: Patterns of the names that the run will write, relative to the directory; those
-                of its callbacks are looked for by ``claim``.
+            written: Patterns of the names that the run will write, relative to the directory.
+                ``claim`` has checked the names of its callbacks' files.
 
         Raises:
-            DirectoryRefusedError: If there are such files.
+            DirectoryRefusedError: If the directory has such files.
         """
         if self.was_run:
             return
@@ -98,20 +98,20 @@ class Claim:
 
     @property
     def holds(self) -> bool:
-        """Whether the directory is still this process's."""
+        """Whether this process still owns the directory."""
         return self._lock >= 0 and self._pid == os.getpid()
 
     def release(self, *, used: bool = True) -> None:
-        """Let the directory go; one that was made for the claim and not used is removed.
+        """Release the directory; a directory that was made for the claim and not used is removed.
 
         Args:
-            used: Whether the directory is that of a run from here on. If not, it is left as it was.
+            used: Whether the directory counts as a run's from now on. If not, it is restored.
         """
         if not self.holds:
             return
         path = RunLayout(self.directory).owner
         with contextlib.suppress(OSError):
-            os.ftruncate(self._lock, 0)  # the process may live on, and is no owner any more
+            os.ftruncate(self._lock, 0)  # the process may continue, and is no owner any more
             is_empty = bool(self._made) and list(self.directory.iterdir()) == [path]
             if is_empty or not (used or self._had_owner):
                 path.unlink()
@@ -131,7 +131,7 @@ _reserved: dict[Path, Claim] = {}
 
 
 def _leave_in_child() -> None:
-    for held in list(_claims):  # a lock lives as long as any process has it open
+    for held in list(_claims):  # a lock lasts as long as any process has it open
         held.leave()
 
 
@@ -139,11 +139,11 @@ os.register_at_fork(after_in_child=_leave_in_child)
 
 
 def claim(directory: Path) -> Claim:
-    """Take a run directory, which is made if it does not exist.
+    """Claim a run directory, which is made if it does not exist.
 
     Raises:
-        DirectoryInUseError: If a living run owns it, naming the process.
-        DirectoryRefusedError: If files are where a run has its own, and no run wrote them.
+        DirectoryInUseError: If a living run owns the directory; the error names the process.
+        DirectoryRefusedError: If files that no run wrote have the names of a run's files.
         OSError: If the directory, or a file in it, cannot be made.
     """
     directory = directory.absolute()
@@ -166,11 +166,11 @@ def holds_a_run(directory: Path) -> bool:
 
 
 def reserve(directory: Path) -> None:
-    """Take a run directory for a later ``claim`` of this process, if that is possible.
+    """Reserve a run directory for a later ``claim`` of this process, if that is possible.
 
-    Whatever ends the process until then, ``owner.lock`` says that it had begun. A directory that
-    holds something else than a run is left alone, and one that is not claimed in the end is as it
-    was.
+    If the process ends before the claim, in whatever way, ``owner.lock`` shows that the process had
+    begun. A directory that holds other files than a run's stays as it is, and a directory that is
+    not claimed in the end is restored.
     """
     directory = directory.absolute()
     with contextlib.suppress(OSError, ValueError):
@@ -180,7 +180,7 @@ def reserve(directory: Path) -> None:
 
 
 def return_reserved() -> None:
-    """Let go what was reserved and not claimed."""
+    """Release the directories that were reserved and not claimed."""
     while _reserved:
         _reserved.popitem()[1].release(used=False)
 
@@ -189,11 +189,11 @@ atexit.register(return_reserved)
 
 
 def read_owner(directory: Path) -> dict[str, Any]:
-    """What ``owner.lock`` says of the process that owns or owned a directory.
+    """The content of ``owner.lock``: the process that owns or owned a directory.
 
     Returns:
         The fields of ``ProcessIdentity``, ``claimed_s`` and ``address`` (of a remote copy), as
-        far as they are known; empty where nobody owns the directory, or its owner has let it go.
+        far as they are known; empty if the directory has no owner, or its owner has released it.
     """
     try:
         found = parse_json(read_file(RunLayout(directory).owner, most_bytes=_MOST_BYTES))
@@ -203,7 +203,7 @@ def read_owner(directory: Path) -> dict[str, Any]:
 
 
 def claim_next(parent: Path) -> Claim:
-    """Take a new directory ``version_<n>``, with a greater number than any that is there.
+    """Claim a new directory ``version_<n>``, whose number is greater than all in its folder.
 
     Raises:
         OSError: If the directory cannot be made.
@@ -213,7 +213,7 @@ def claim_next(parent: Path) -> Claim:
         number = 1 + max((_number(path.name) for path in parent.iterdir()), default=-1)
         while True:
             directory = parent / f"{_VERSION}{number}"
-            with contextlib.suppress(FileExistsError, DirectoryInUseError):  # somebody was faster
+            with contextlib.suppress(FileExistsError, DirectoryInUseError):  # others were faster
                 directory.mkdir()
                 return _claim(directory, made=[directory])
             number += 1
@@ -221,18 +221,18 @@ def claim_next(parent: Path) -> Claim:
 
 @contextlib.contextmanager
 def _making(directory: Path) -> Generator[list[Path]]:
-    """Make a directory and its parents, within; what was made goes again where that fails.
+    """Make a directory and its parents; if the block fails, the new folders are removed again.
 
-    One by one: behind ``..`` there may be folders that exist, below one that does not yet.
+    Folders are made one by one: behind ``..`` an existing folder may follow a missing one.
 
     Yields:
-        Those that were made, the deepest first.
+        Folders that were made, the deepest first.
     """
     made: list[Path] = []
     try:
         for folder in (*reversed(directory.parents), directory):
             if not folder.exists():
-                folder.mkdir(exist_ok=True)  # somebody may be faster
+                folder.mkdir(exist_ok=True)  # another process may be faster
                 made.insert(0, folder)
         directory.mkdir(exist_ok=True)  # it may be a file
         yield made
@@ -264,7 +264,7 @@ def _claim(directory: Path, *, made: Sequence[Path]) -> Claim:
 
 
 def _lock(directory: Path) -> int:
-    """Descriptor of the locked file; of the unlocked one where the file system has no locks."""
+    """Descriptor of ``owner.lock``, locked unless the file system has no locks."""
     path = RunLayout(directory).owner
     end = time.monotonic() + _HANDOVER_S
     while True:
@@ -289,12 +289,12 @@ def _lock(directory: Path) -> int:
         with contextlib.suppress(OSError):
             if os.path.samestat(os.fstat(lock), path.stat()):
                 return lock
-        os.close(lock)  # a claim that was not used was being removed
+        os.close(lock)  # another process was removing an unused claim
         directory.mkdir(parents=True, exist_ok=True)
 
 
 def _owners(directory: Path, lock: int) -> list[ProcessIdentity]:
-    """Processes that may be writing here: the owner on record, and ranks that say they run."""
+    """Processes that may write here: the recorded owner, and ranks whose state is running."""
     owner = ProcessIdentity.from_dict(_read(lock))
     return [owner, *(rank for rank in _ranks(directory) if rank.state == "running")]
 
@@ -304,7 +304,7 @@ def _names_a_process(directory: Path) -> bool:
 
 
 def _ranks(directory: Path) -> list[ProcessRecord]:
-    """The records of ranks that can be read; versions without an owner wrote them, too."""
+    """The readable records of ranks; versions before ``owner.lock`` wrote such records, too."""
     found = (ProcessRecord.read(path) for path in directory.glob("rank*/process.json"))
     return [rank for rank in found if rank is not None]
 
@@ -337,6 +337,6 @@ def _read(lock: int) -> dict[str, Any]:
 
 
 def _write(lock: int, owner: dict[str, Any]) -> None:
-    with contextlib.suppress(OSError):  # a full disk: the lock alone must do
+    with contextlib.suppress(OSError):  # on a full disk the lock alone must suffice
         os.ftruncate(lock, 0)
         os.pwrite(lock, json.dumps(owner).encode() + b"\n", 0)

@@ -1,4 +1,4 @@
-"""Files that a dying process cannot spoil: JSON lines appended whole, files replaced whole."""
+"""Files that a dying process cannot damage: JSON lines appended whole, files replaced whole."""
 
 import contextlib
 import dataclasses
@@ -31,15 +31,15 @@ Row = Mapping[str, Any]
 Entry = TypeVar("Entry")
 _log = logging.getLogger(__name__)
 _numbers = itertools.count(1)  # of temporary files: two threads may write the same file
-_KEPT = 100_000  # entries, while nothing is taken
+_KEPT = 100_000  # greatest number of entries that wait
 _NON_FINITE = {"NaN": math.nan, "Infinity": math.inf, "-Infinity": -math.inf}
 
 
 class Appender:
-    """A file to which whole pieces are appended.
+    """A file to which pieces are appended whole.
 
-    What ``append`` returned from survives the death of the process, by SIGKILL too. (A power
-    failure may take the last seconds.)
+    Once ``append`` has returned, the piece survives the death of the process, by SIGKILL too. (A
+    power failure may lose the pieces of the last seconds.)
     """
 
     def __init__(self, path: Path) -> None:
@@ -47,7 +47,7 @@ class Appender:
         self._fd = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_APPEND | os.O_CLOEXEC, 0o644)
 
     def append(self, content: bytes) -> None:
-        """Add a piece.
+        """Append a piece to the file.
 
         Raises:
             OSError: If the disk takes no more; nothing of the piece is in the file then.
@@ -63,18 +63,18 @@ class Appender:
             raise
 
     def close(self) -> None:
-        """Give the file descriptor back."""
+        """Close the file descriptor."""
         os.close(self._fd)
 
 
 class JsonLines:
-    """An append-only file of one JSON object a line; a line is one ``write`` to the kernel."""
+    """An append-only file of JSON objects, one a line; a line is one ``write`` to the kernel."""
 
     def __init__(self, path: Path) -> None:
         self._file = Appender(path)
 
     def append(self, row: Row) -> None:
-        """Add a row.
+        """Append a row to the file.
 
         Raises:
             OSError: If the disk takes no more; nothing of the row is in the file then.
@@ -82,26 +82,28 @@ class JsonLines:
         self._file.append(_encode(row))
 
     def close(self) -> None:
-        """Give the file descriptor back."""
+        """Close the file descriptor."""
         self._file.close()
 
 
 class Backlog(Generic[Entry]):
-    """Entries for a place that may take none for a while: kept in order, and offered again.
+    """Entries for a place that may take none for a while: they wait, and are offered again.
 
-    There is one warning when the place first refuses, one when it first takes entries again, and
-    one at the end about entries that are lost.
+    There is one warning when the place first refuses an entry, one when it first takes entries
+    again, and one at the end about entries that are lost.
 
     Args:
         name: Name of the place, for the warnings.
-        take: Hands one entry to the place, or raises.
-        errors: What ``take`` raises where the place takes none.
-        prepare: Called before entries are offered, for instance to open a file; may raise the same.
-        drops_refused: Whether the oldest entry is given up where the place takes the newest one.
-        said: Kinds of warnings that were given; shared by places that are one to the user.
+        take: Function that passes one entry to the place, or raises.
+        errors: Class of the errors that ``take`` raises where the place takes no entry.
+        prepare: Function called before entries are offered, for instance to open a file; it may
+            raise errors of the same class.
+        drops_refused: Whether the oldest entry is dropped where the place takes the newest entry.
+        said: Kinds of warnings that were given; shared by places that the user sees as one.
 
     Attributes:
-        error: Why the place takes none; ``None`` where it does.
+        error: Error for which the place takes no entries; ``None`` where it takes them.
+        said: Kinds of warnings that were given.
     """
 
     def __init__(
@@ -126,23 +128,23 @@ class Backlog(Generic[Entry]):
         return len(self._entries)
 
     def put(self, entry: Entry) -> None:
-        """Hand over an entry, after those that wait."""
+        """Offer an entry to the place, after the entries that wait."""
         if len(self._entries) < _KEPT:
             self._entries.append(entry)
         else:
             self._lost += 1
-            self._say("full", "%s: rows are lost from here on: %d wait already.", _KEPT)
+            self._say("full", "%s: later rows are lost: %d wait already.", _KEPT)
         self.offer()
 
     def offer(self) -> None:
-        """Hand over what waits, as far as the place takes it."""
+        """Offer the entries that wait, until the place refuses one."""
         try:
             self._prepare()
             while self._entries:
                 self._offer_oldest()
         except self._errors as error:
             self.error = error
-            text = "%s takes no rows: %s. Training goes on; rows are kept to be written later."
+            text = "%s takes no rows: %s. Training continues; rows wait to be written later."
             self._say("refused", text, first_cause(error))
         else:
             if self.error is not None:
@@ -151,16 +153,16 @@ class Backlog(Generic[Entry]):
             self.error = None
 
     def warn(self, text: str, *values: object) -> None:
-        """Give a warning of the place, unless there was one.
+        """Warn that the place refuses entries, unless such a warning was given.
 
         Args:
-            text: With ``%s`` for the name of the place, and for each of the values.
-            *values: The other values.
+            text: Text with ``%s`` for the name of the place, and for each of the values.
+            *values: Values that the text contains after the name.
         """
         self._say("refused", text, *values)
 
     def close(self) -> None:
-        """Hand over what can be handed over, and say how much is lost."""
+        """Offer the entries that wait a last time, and report how many are lost."""
         self.offer()
         lost, self._lost = self._lost + len(self._entries), 0
         self._entries.clear()
@@ -175,7 +177,7 @@ class Backlog(Generic[Entry]):
             self._entries.appendleft(oldest)
             if not self._drops_refused or len(self._entries) == 1:
                 raise
-            self._take(self._entries[-1])  # raises, too, unless only the oldest is refused
+            self._take(self._entries[-1])  # raises too, unless only the oldest is refused
             self._entries.pop()
             self._entries.popleft()
             self._lost += 1
@@ -187,9 +189,9 @@ class Backlog(Generic[Entry]):
 
 
 def first_cause(error: BaseException) -> BaseException:
-    """The error that caused others: libraries put errors of their own, less telling, in its place.
+    """The first error of a chain of causes: libraries raise less telling errors of their own.
 
-    (TensorBoard's logger makes "currently not supported" of a full disk.)
+    (TensorBoard's logger turns a full disk into "currently not supported".)
     """
     seen = list[BaseException]()
     while error.__cause__ is not None and error not in seen:
@@ -201,16 +203,16 @@ def first_cause(error: BaseException) -> BaseException:
 def read_json_lines(path: Path) -> list[dict[str, Any]]:
     """Rows of a file of JSON lines.
 
-    A last line that was torn by a crash is left out, a missing file is empty.
+    A last line that a crash has torn is skipped; a missing file has no rows.
 
     Raises:
-        ValueError: If a line before the last is damaged, or it is no file.
+        ValueError: If a line before the last is damaged, or ``path`` is no file.
     """
     return [_decode(row) for row in RowReader(path, strict=True, most_bytes=None)]
 
 
 def write_atomically(path: Path, content: bytes) -> None:
-    """Put a file in place whole or not at all.
+    """Write or replace a file, whole or not at all.
 
     Raises:
         OSError: If the disk takes no more.
@@ -221,13 +223,17 @@ def write_atomically(path: Path, content: bytes) -> None:
 
 @contextlib.contextmanager
 def replacing(path: Path, *, place: Callable[[Path], object] | None = None) -> Generator[Path]:
-    """A temporary file to write, put in place at the end (fsync, rename), or removed at an error.
+    """A temporary file that replaces ``path`` at the end (fsync, rename), or not at all.
 
-    Temporary files that dead processes left of ``path`` are removed at the end, too.
+    Temporary files of dead processes for ``path`` are removed at the end, too.
 
     Args:
-        path: Where the file goes.
-        place: Gives the temporary file, which it gets, its name; by default that is ``path``.
+        path: File to replace.
+        place: Function that renames the temporary file, its argument; ``None`` to rename it to
+            ``path``.
+
+    Yields:
+        Path of the temporary file, to be written in the block.
 
     Raises:
         OSError: If the disk takes no more.
@@ -261,14 +267,14 @@ def _remove_leftovers(path: Path) -> None:
 
 
 def encode_rows(rows: Iterable[Row]) -> bytes:
-    """Rows as a file of JSON lines."""
+    """The content of a file of JSON lines with the given rows."""
     return b"".join(map(_encode, rows))
 
 
 def strict_json(value: Any) -> str:
-    """Text for other programs.
+    """A value as strict JSON, for other programs.
 
-    Records become objects. JSON knows no NaN and no infinity: they are spelled as in the history.
+    Records become objects. JSON has no NaN and no infinity: both are spelled as in the history.
     """
     return json.dumps(_plain(value), default=str, indent=2, allow_nan=False)
 
@@ -288,9 +294,9 @@ def _plain(value: Any) -> Any:
 
 
 def _encode(row: Row) -> bytes:
-    """Strict JSON.
+    """A row as a line of strict JSON.
 
-    A number that is not finite becomes a string that ``read_json_lines`` turns back.
+    A number that is not finite becomes a string, from which ``read_json_lines`` restores it.
     """
     plain = {key: _spell(value) for key, value in row.items()}
     return json.dumps(plain, allow_nan=False, separators=(",", ":")).encode() + b"\n"

@@ -1,4 +1,4 @@
-"""Where everything of a run is: the names in a run directory, in one place."""
+"""The names of all files in a run directory."""
 
 from dataclasses import dataclass
 from pathlib import Path
@@ -8,18 +8,22 @@ __all__ = ["RankLayout", "RunLayout"]
 
 @dataclass(frozen=True)
 class RankLayout:
-    """Files that one rank writes alone."""
+    """Paths of the files that one rank writes alone.
+
+    Attributes:
+        directory: Folder of the rank.
+    """
 
     directory: Path
 
     @property
     def history(self) -> Path:
-        """One JSON line for each finished iteration."""
+        """History: one JSON line for each finished iteration."""
         return self.directory / "history.jsonl"
 
     @property
     def evaluations(self) -> Path:
-        """One JSON line for each evaluation during training."""
+        """Evaluations: one JSON line for each evaluation during training."""
         return self.directory / "evaluations.jsonl"
 
     @property
@@ -39,7 +43,7 @@ class RankLayout:
 
     @property
     def process(self) -> Path:
-        """Which process this rank is, and how it fares (``forensics.rank_record``)."""
+        """Identity and state of the rank's process (``forensics.rank_record``)."""
         return self.directory / "process.json"
 
     @property
@@ -49,12 +53,12 @@ class RankLayout:
 
     @property
     def crash_checkpoint(self) -> Path:
-        """Weights, optimizer, counters and random states at the moment of death."""
+        """Checkpoint of the moment of death: weights, optimizer, counters and random states."""
         return self.directory / "crash.ckpt"
 
     @property
     def stacks(self) -> Path:
-        """Python stacks of all threads, if a signal, a hang or a native fault called for them."""
+        """Python stacks of all threads, written at a signal, a hang or a native fault."""
         return self.directory / "stacks.txt"
 
     @property
@@ -69,24 +73,28 @@ class RankLayout:
 
     @property
     def evidence(self) -> Path:
-        """Folder of what callbacks saved at a death, a folder for each (``recorder.evidence``)."""
+        """Folder of the evidence of callbacks, a folder for each (``recorder.evidence``)."""
         return self.directory / "evidence"
 
 
 @dataclass(frozen=True)
 class RunLayout:
-    """A run directory, ``runs/<name>/<version>``."""
+    """Paths of the files in a run directory, ``runs/<name>/<version>``.
+
+    Attributes:
+        directory: The run directory.
+    """
 
     directory: Path
 
     @property
     def owner(self) -> Path:
-        """Lock that the owning process holds, and its name (``forensics.claims``)."""
+        """Lock that the owning process holds, with its identity (``forensics.claims``)."""
         return self.directory / "owner.lock"
 
     @property
     def config(self) -> Path:
-        """Everything needed to repeat the run."""
+        """Config with everything that is needed to repeat the run."""
         return self.directory / "config.yaml"
 
     @property
@@ -96,14 +104,14 @@ class RunLayout:
 
     @property
     def best_checkpoint(self) -> Path:
-        """The policy with the greatest evaluation return, once there was an evaluation."""
+        """Checkpoint of the policy with the greatest evaluation return, if there is one yet."""
         return self.checkpoints / "best.ckpt"
 
     @property
     def last_checkpoint(self) -> Path:
-        """The state of training at the end of the latest epoch."""
+        """Checkpoint of the state of training at the end of the latest epoch."""
         return self.checkpoints / "last.ckpt"
 
     def rank(self, rank: int) -> RankLayout:
-        """The folder of a global rank."""
+        """Paths of the files of a global rank."""
         return RankLayout(self.directory / f"rank{rank}")

@@ -1,4 +1,4 @@
-"""Memory of a process, what its limits leave, and what the kernel's OOM killer has counted."""
+"""Memory of a process, memory that its limits leave, and counters of the kernel's OOM killer."""
 
 import contextlib
 from collections.abc import Iterator
@@ -8,8 +8,8 @@ from typing import NamedTuple
 __all__ = ["Memory", "measure_memory", "oom_kills"]
 
 _PROC, _CGROUP = Path("/proc"), Path("/sys/fs/cgroup")
-_SHORT = 0.1  # of the limit: what is left before the kernel begins to kill, with a margin
-# Limit, usage, and the line of memory.stat that says how much of it the kernel can take back.
+_SHORT = 0.1  # share of the limit below which the kernel may soon kill, with a margin
+# Files of the limit and the usage, and the line of memory.stat with reclaimable memory.
 _FILES = (
     ("memory.max", "memory.current", "inactive_file"),
     ("memory.limit_in_bytes", "memory.usage_in_bytes", "total_inactive_file"),  # cgroup v1
@@ -20,13 +20,13 @@ class Memory(NamedTuple):
     """Memory at one moment, in bytes."""
 
     rss_bytes: int
-    """Memory of the process."""
+    """Resident memory of the process."""
     peak_bytes: int
-    """The most that the process had so far."""
+    """Greatest resident memory of the process so far."""
     limit_bytes: int
-    """The tightest limit: that of a cgroup, or the memory of the machine."""
+    """The lowest limit: that of a cgroup, or the memory of the machine."""
     available_bytes: int
-    """What is left below that limit, caches that can be dropped included."""
+    """Memory left below that limit, caches that can be dropped included."""
 
     @property
     def is_short(self) -> bool:
@@ -35,17 +35,17 @@ class Memory(NamedTuple):
 
     @property
     def in_words(self) -> str:
-        """The numbers in half a sentence."""
+        """The numbers as a clause of a sentence."""
         rss, peak, limit, available = (f"{count / 1e9:.2f} GB" for count in self)
         return f"it had {rss}, at most {peak}; {available} of {limit} were left"
 
 
 def measure_memory(pid: int | str = "self", root: Path = _CGROUP) -> Memory | None:
-    """Memory of a process now, for about a millisecond; ``None`` where there is no ``/proc``.
+    """Memory of a process now; ``None`` where there is no ``/proc``. Takes about a millisecond.
 
     Args:
         pid: Process identifier.
-        root: Where the cgroups are.
+        root: Folder of the cgroups.
     """
     status, machine = _fields(_PROC / str(pid) / "status"), _fields(_PROC / "meminfo")
     if "VmRSS:" not in status or "MemTotal:" not in machine:
@@ -77,7 +77,7 @@ def oom_kills(pid: int, root: Path = _CGROUP) -> dict[str, int]:
 
 
 def _cgroups(pid: int | str, root: Path) -> Iterator[Path]:
-    """Folders in which there may be numbers of a process's cgroups, and of those above them."""
+    """Folders that may hold the numbers of a process's cgroups, and of the cgroups above them."""
     yield root
     with contextlib.suppress(OSError, ValueError):  # a line of another form
         for line in (_PROC / str(pid) / "cgroup").read_text().splitlines():

@@ -1,9 +1,9 @@
-"""Which phases a process was in: a small memory-mapped file that outlives it.
+"""The phases of a process, in a small memory-mapped file that outlives the process.
 
-Layout, little-endian, written in place by one process and readable at any moment: a header, a table
-of names, the stack of open spans, a ring of closed ones, and the memory of the process (which rings
-of earlier versions lack). A page that was written belongs to the
-kernel, so that SIGKILL loses nothing of it.
+The layout is little-endian, written in place by one process and readable at any moment: a header, a
+table of names, the stack of open spans, a ring of closed spans, and the memory of the process
+(which rings of earlier versions lack). A written page belongs to the kernel, so that SIGKILL loses
+nothing.
 """
 
 import contextlib
@@ -27,14 +27,14 @@ _NAMES_AT = 64
 _STACK_AT = _NAMES_AT + _NAME_BYTES * _MAX_NAMES
 _RING_AT = _STACK_AT + _SPAN.size * _MAX_DEPTH
 _MEMORY_AT = _RING_AT + _SPAN.size * _MAX_CLOSED
-_MEMORY = struct.Struct("<4q")  # rss, peak, limit, available; 0 in all where it is not known
+_MEMORY = struct.Struct("<4q")  # rss, peak, limit, available; all 0 where memory is not known
 _SIZE = _MEMORY_AT + _MEMORY.size
 _ITERATION_AT, _NAMES_COUNT_AT, _DEPTH_AT, _CLOSED_AT = 8, 16, 20, 24
 _I64, _U32 = struct.Struct("<q"), struct.Struct("<I")
 
 
 class Span(NamedTuple):
-    """One phase, in nanoseconds since the epoch; ``end_ns`` is 0 while it is open."""
+    """One phase, with times in nanoseconds since the epoch; ``end_ns`` is 0 in an open phase."""
 
     name: str
     begin_ns: int
@@ -44,7 +44,7 @@ class Span(NamedTuple):
 
 
 class Phases(NamedTuple):
-    """What a ring holds: where the process is or was, and the latest spans, oldest first."""
+    """The content of a ring: open spans, outermost first, and the latest closed ones in order."""
 
     iteration: int
     open: list[Span]
@@ -53,16 +53,16 @@ class Phases(NamedTuple):
 
 
 class PhaseRing:
-    """Writer of the file; about a microsecond a span, no system call.
+    """The writer of the file; a span takes about a microsecond, and no system call.
 
-    Not for several threads: ``enter`` and ``leave`` are called by the thread that trains.
+    Only one thread, the one that trains, may call ``enter`` and ``leave``.
 
     Args:
-        path: Of the file. A file that is there is replaced, not truncated: it may be mapped.
+        path: Path of the file. An existing file is replaced, not truncated: it may be mapped.
 
     Attributes:
-        error: Why there is no file, where the disk or a limit does not allow one: spans are then
-            known to this process alone. ``None`` where there is a file.
+        error: Error if the disk or a limit allows no file: spans are then known to this process
+            alone. ``None`` where there is a file.
     """
 
     def __init__(self, path: Path) -> None:
@@ -79,7 +79,7 @@ class PhaseRing:
         self.note_memory()
 
     def note_memory(self) -> None:
-        """Write down how much memory the process has; any thread may call this, at any time."""
+        """Write the memory of the process into the file; any thread may call this, at any time."""
         memory = measure_memory()
         if memory is not None:
             with contextlib.suppress(TypeError, ValueError):  # the ring has been closed
@@ -102,7 +102,7 @@ class PhaseRing:
         return [names[identity] for identity, _ in self._stack]
 
     def enter(self, name: str) -> None:
-        """Open a span within those that are open."""
+        """Open a span within the open spans."""
         identity = self._ids.get(name)
         if identity is None:
             identity = self._add_name(name)
@@ -114,7 +114,7 @@ class PhaseRing:
             _U32.pack_into(self._map, _DEPTH_AT, depth + 1)
 
     def leave(self, name: str) -> None:
-        """Close the innermost span of this name, and what was left open within it."""
+        """Close the innermost span of this name, and the spans that are open within it."""
         identity = self._ids.get(name)
         innermost_is_it = bool(self._stack) and self._stack[-1][0] == identity
         if not innermost_is_it and all(identity != opened for opened, _ in self._stack):
@@ -132,11 +132,11 @@ class PhaseRing:
         _U32.pack_into(self._map, _DEPTH_AT, min(len(self._stack), _MAX_DEPTH))
 
     def close(self) -> None:
-        """Unmap the file, which stays."""
+        """Unmap the file, which stays on disk."""
         self._map.close()
 
     def _add_name(self, name: str) -> int:
-        if len(self._ids) == _MAX_NAMES:  # names made up as the run goes: they share the last one
+        if len(self._ids) == _MAX_NAMES:  # later names share the last entry
             return _MAX_NAMES - 1
         identity = self._ids[name] = len(self._ids)
         text = name.encode()[:_NAME_BYTES].ljust(_NAME_BYTES, b"\0")
@@ -151,7 +151,7 @@ def _map_new_file(path: Path) -> mmap.mmap:
     path.unlink(missing_ok=True)
     fd = os.open(path, os.O_RDWR | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC, 0o644)
     try:
-        # Not sparse: a full disk is to be an error here and not a SIGBUS later.
+        # The file is not sparse: a full disk must be an error here and not a SIGBUS later.
         os.posix_fallocate(fd, 0, _SIZE)
         return mmap.mmap(fd, _SIZE)
     except OSError:
@@ -162,11 +162,11 @@ def _map_new_file(path: Path) -> mmap.mmap:
 
 
 def read_phases(path: Path) -> Phases:
-    """What the file of a living or dead process holds.
+    """The content of the file of a living or dead process.
 
     Raises:
-        FileNotFoundError: If there is none.
-        ValueError: If it cannot be read, or is no such file.
+        FileNotFoundError: If there is no file.
+        ValueError: If the file cannot be read, or is no phase ring.
     """
     content = read_file(path, most_bytes=_SIZE)
     if len(content) < _MEMORY_AT or not content.startswith(_MAGIC):

@@ -1,4 +1,4 @@
-"""Which process a file names: identifiers of processes are used again, start times are not."""
+"""The identity of processes in files: process identifiers are reused, start times are not."""
 
 import os
 import socket
@@ -15,14 +15,14 @@ _HOST = socket.gethostname()
 
 @dataclass(frozen=True, kw_only=True)
 class ProcessIdentity(Record):
-    """What tells a process from every other, before it and after it.
+    """Fields that tell a process from all earlier and later processes.
 
     Attributes:
         pid: Process identifier.
-        host: Name of the host.
+        host: Name of the host on which the process runs.
         start_ticks: Clock ticks from the boot of the host to the start of the process; ``None``
             where there is no ``/proc``.
-        boot: Identifier of that boot; ``None`` where there is no ``/proc``.
+        boot: Identifier of the boot of the host; ``None`` where there is no ``/proc``.
         pid_namespace: Inode of the namespace in which ``pid`` counts, as in a container; ``None``
             where there is no ``/proc``.
     """
@@ -50,18 +50,17 @@ def identify(pid: int) -> ProcessIdentity:
 
 
 def is_alive(identity: ProcessIdentity) -> bool | None:
-    """Whether a process still runs.
+    """Whether a process still runs; a zombie counts as dead.
 
     An identity without ``start_ticks``, of an earlier version, is compared by ``pid`` alone.
 
     Returns:
-        ``None`` where it cannot be seen from here: a process of another host or of another
-        container. A zombie is dead.
+        ``None`` where the process cannot be seen, as on another host or in another container.
     """
     boot, namespace = identity.boot, identity.pid_namespace
     if identity.host != _HOST:
         return None
-    if boot is not None and boot != _boot():  # the host was started again
+    if boot is not None and boot != _boot():  # the host was rebooted
         return False
     if namespace is not None and namespace != _pid_namespace():
         return None
@@ -75,14 +74,14 @@ def is_alive(identity: ProcessIdentity) -> bool | None:
 
 
 def same_process(one: ProcessIdentity, other: ProcessIdentity) -> bool:
-    """Whether two records are of one process; a field that either lacks is not compared."""
+    """Whether two records are of one process; a field that either record lacks is ignored."""
     names = ("pid", "host", "start_ticks", "boot", "pid_namespace")
     pairs = [(getattr(one, name), getattr(other, name)) for name in names]
     return all(mine is None or theirs is None or mine == theirs for mine, theirs in pairs)
 
 
 def _stat(pid: int) -> list[str] | None:
-    """Fields of ``/proc/<pid>/stat`` from the third on; the name before them may hold spaces."""
+    """Fields of ``/proc/<pid>/stat`` after the name, which may hold spaces; ``None`` without."""
     try:
         return (_PROC / str(pid) / "stat").read_text(errors="replace").rpartition(")")[2].split()
     except OSError:
@@ -111,7 +110,7 @@ def _pid_namespace() -> int | None:
 def _takes_signals(pid: int) -> bool:
     try:
         os.kill(pid, 0)
-    except PermissionError:  # it is there, and somebody else's
+    except PermissionError:  # the process exists, and belongs to another user
         return True
     except OSError:
         return False

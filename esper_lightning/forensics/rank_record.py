@@ -1,4 +1,4 @@
-"""What ``process.json`` and ``crash.json`` of a rank have in common, and ``process.json`` itself.
+"""``process.json`` of a rank, and the fields that it shares with ``crash.json``.
 
 ``process.json`` is written when a rank starts, at its end, and when its evidence is saved.
 """
@@ -16,25 +16,25 @@ from esper_lightning.forensics.room import encode, write_json
 __all__ = ["SCHEMA", "ProcessRecord", "RankRecord", "same_recording"]
 
 SCHEMA = 1
-"""Of both files: keys only come in addition, and no key changes its meaning."""
+"""Version of both files' form: keys are only added, and no key changes its meaning."""
 
 
 @dataclass(frozen=True, kw_only=True)
 class RankRecord(ProcessIdentity):
-    """Which rank of which run a file is of.
+    """The rank and the run that a file belongs to.
 
     Attributes:
         schema: Version of the file's form, ``SCHEMA`` when it is written.
         rank: Global rank of the process, from 0.
         world_size: Number of ranks of the run.
-        started_s: When the recording of the run began in this process, in seconds since the epoch.
+        started_s: Begin of the run's recording in this process, in seconds since the epoch.
         run: Identifier that all ranks of a run share once they have met, and no other run has.
         event_files: Names of TensorBoard's files in the run directory that this run and earlier
-            ones there are known to have begun, the oldest first.
+            runs are known to have begun, the oldest first.
     """
 
     EXPENDABLE: ClassVar[tuple[str, ...]] = ("event_files",)
-    """Keys that are left out, one after another, where a full disk takes no more."""
+    """Keys that are dropped, one after another, where a full disk takes no more."""
 
     schema: int | None = SCHEMA
     rank: int | None = None
@@ -45,11 +45,11 @@ class RankRecord(ProcessIdentity):
 
     @classmethod
     def load(cls, path: Path) -> Self:
-        """What a file holds, without the values that are not of their type.
+        """The record in a file, without the values that are not of their field's type.
 
         Raises:
-            FileNotFoundError: If there is none.
-            ValueError: If it cannot be read, saying why in a few words.
+            FileNotFoundError: If there is no file.
+            ValueError: If the file cannot be read, with the reason in a few words.
         """
         content = parse_json(read_file(path))
         if not isinstance(content, dict):
@@ -58,44 +58,44 @@ class RankRecord(ProcessIdentity):
 
     @classmethod
     def read(cls, path: Path) -> Self | None:
-        """What ``load`` returns; ``None`` where there is no such file, or it is damaged."""
+        """The record in a file; ``None`` if the file is missing or damaged."""
         try:
             return cls.load(path)
         except (FileNotFoundError, ValueError):
             return None
 
     def to_dict(self) -> dict[str, Any]:
-        """The record as JSON has it, ``schema`` first."""
+        """The record as a JSON object, ``schema`` first."""
         return {"schema": self.schema} | super().to_dict()
 
     def to_json(self) -> bytes:
-        """The content of the file."""
+        """The record as the content of a file."""
         return encode(self.to_dict())
 
     def write(self, path: Path) -> None:
         """Replace a file, shortened where the disk is full (``room.write_json``).
 
         Raises:
-            OSError: If the disk takes nothing.
+            OSError: If the disk takes no file at all.
         """
         write_json(path, self.to_dict(), expendable=self.EXPENDABLE)
 
     def of_rank(self) -> dict[str, Any]:
-        """The fields by name that every file of this rank of this run has."""
+        """The fields that all files of this rank and run share, by name."""
         names = [field.name for field in dataclasses.fields(RankRecord)]
         return {name: getattr(self, name) for name in names if name not in ("schema", "unknown")}
 
 
 @dataclass(frozen=True, kw_only=True)
 class ProcessRecord(RankRecord):
-    """``process.json``: which process a rank is, and how it fares.
+    """``process.json``: the identity of a rank's process, and its state.
 
     Attributes:
-        state: ``running``, ``finished``, ``failed``, or ``off`` where the run goes on without its
+        state: ``running``, ``finished``, ``failed``, or ``off`` where the run continues without its
             recorder.
         evidence_saved: Whether all evidence of a failure is on disk; a rank that waits for its
-            peers asks for this. (``saved`` in versions up to 0.1.)
-        changed_s: When the process wrote this, in seconds since the epoch.
+            peers reads this. (``saved`` in versions up to 0.1.)
+        changed_s: Time at which the record was written, in seconds since the epoch.
     """
 
     state: str | None = None

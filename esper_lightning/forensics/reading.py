@@ -1,7 +1,7 @@
-"""Reading what is in a run directory, whatever that is, in bounded time and memory.
+"""Reading of any files in a run directory, in bounded time and memory.
 
-Files may be damaged, of any length, or not be files at all. What cannot be read is a ``ValueError``
-with the reason in a few words, and a ``FileNotFoundError`` where there is nothing.
+Files may be damaged, of any length, or not be files at all. A file that cannot be read raises
+``ValueError`` with the reason in a few words, and a missing file raises ``FileNotFoundError``.
 """
 
 import json
@@ -22,11 +22,11 @@ __all__ = [
     "whole_number",
 ]
 
-_MOST_BYTES = 16 << 20  # of a file that is read as a whole
-_MOST_ROW_BYTES = 128 << 20  # of rows: two seconds, or a day of training
+_MOST_BYTES = 16 << 20  # greatest size of a file that is read as a whole
+_MOST_ROW_BYTES = 128 << 20  # size of rows that are read: two seconds, or a day of training
 _LONGEST_LINE = 1 << 20
 _DEEPEST, _MOST_ENTRIES = 100, 1_000_000
-_DIGITS = 18  # of an integer that int64 and float64 can hold
+_DIGITS = 18  # an integer of so many digits fits into int64
 _KNOWN_ITERATIONS = 1_000_000
 _KINDS = (
     (stat.S_ISDIR, "a directory"),
@@ -38,11 +38,11 @@ _KINDS = (
 
 
 def open_file(path: Path) -> BinaryIO:
-    """Open a regular file: a pipe would be waited for, and a device may have no end.
+    """Open a regular file; a pipe could block the reader, and a device may have no end.
 
     Raises:
-        FileNotFoundError: If there is nothing.
-        ValueError: If it is no regular file, or cannot be opened.
+        FileNotFoundError: If there is no file.
+        ValueError: If ``path`` is no regular file, or cannot be opened.
     """
     try:
         mode = path.stat().st_mode
@@ -60,8 +60,9 @@ def read_file(path: Path, *, most_bytes: int = _MOST_BYTES) -> bytes:
     """The content of a file that is expected to be small.
 
     Raises:
-        FileNotFoundError: If there is nothing.
-        ValueError: If it is no regular file, cannot be read, or is longer than ``most_bytes``.
+        FileNotFoundError: If there is no file.
+        ValueError: If ``path`` is no regular file, cannot be read, or is longer than
+            ``most_bytes``.
     """
     with open_file(path) as file:
         try:
@@ -74,9 +75,10 @@ def read_file(path: Path, *, most_bytes: int = _MOST_BYTES) -> bytes:
 
 
 def parse_json(content: bytes) -> Any:
-    """A value that every reader can work with.
+    """The value of a JSON text, within limits that every reader can rely on.
 
-    It is not deep, not endless, and its integers have at most 18 digits: longer ones become floats.
+    The value is neither deep nor endless, and its integers have at most 18 digits: longer integers
+    become floats.
 
     Raises:
         ValueError: If ``content`` is no JSON, or nested too deep.
@@ -97,12 +99,13 @@ _DECODER = json.JSONDecoder(parse_int=_integer)
 
 
 def refuse_unbounded(value: object) -> None:
-    """Refuse a value that holds itself, or more than a reader can walk through.
+    """Refuse a value that holds itself, or more entries than a reader can visit.
 
-    Entries that are in it several times count as often: a few lines of YAML can stand for billions.
+    An entry that the value holds several times counts as often: a few lines of YAML can stand for
+    billions.
 
     Raises:
-        ValueError: If it is nested more than 100 deep, or has more than a million entries.
+        ValueError: If the value is nested more than 100 deep, or has more than a million entries.
     """
     entries, level = 0, [value]
     for _ in range(_DEEPEST):
@@ -124,27 +127,27 @@ def refuse_unbounded(value: object) -> None:
 
 
 def whole_number(value: object) -> int | None:
-    """A count as it should be; ``None`` for what is negative or no integer (a bool is none)."""
+    """A count as an integer; ``None`` for a negative value or a non-integer, such as a bool."""
     if isinstance(value, bool) or not isinstance(value, int) or value < 0:
         return None
     return value
 
 
 class RowReader:
-    """Rows of a file of JSON lines, one after another; what is wrong with it is known at the end.
+    """Rows of a file of JSON lines, one after another, with counts of what is wrong in the file.
 
     Of a file of more than 128 MB the beginning and the end are read.
 
     Args:
-        path: Of the file; rows of a file that is not there are none.
+        path: Path of the file; a missing file has no rows.
         strict: Whether a damaged line before the last is an error.
-        most_bytes: Of the file that are read; ``None`` for all.
+        most_bytes: Number of bytes of the file that are read; ``None`` for all.
 
     Attributes:
         rows: Number of rows so far.
-        damaged: Number of lines that are no rows, a torn last one among them.
+        damaged: Number of lines that are no rows, a torn last line among them.
         left_out_bytes: Length of the middle that was not read.
-        order: Whether rows come one for each iteration.
+        order: Order of the rows, which should come one for each iteration.
     """
 
     def __init__(
@@ -155,10 +158,10 @@ class RowReader:
         self.order = RowOrder()
 
     def __iter__(self) -> Iterator[dict[str, Any]]:
-        """Read.
+        """Read the rows.
 
         Raises:
-            ValueError: If it is no file or cannot be read; if ``strict``, also for damage.
+            ValueError: If the file cannot be read or is no file; if ``strict``, also for damage.
         """
         try:
             file = open_file(self._path)
@@ -175,13 +178,13 @@ class RowReader:
                     yield row
                 elif line.strip():
                     self.damaged += 1
-                    if self._strict and line.endswith(b"\n"):  # else its write was cut short
+                    if self._strict and line.endswith(b"\n"):  # else its write was cut off
                         got = line.rstrip(b"\n")[:80]
                         raise ValueError(f"{self._path}:{number} must be a JSON object, got {got}.")
 
     @property
     def remarks(self) -> list[str]:
-        """What a reader of the rows must know, in sentences."""
+        """Sentences that a reader of the rows must know."""
         name, remarks = self._path.name, list[str]()
         if self.left_out_bytes:
             size = f"{self.left_out_bytes / 1e6:,.0f} MB"
@@ -202,12 +205,12 @@ class RowReader:
         self.left_out_bytes = begins - file.tell()
         self.order.leave_gap()
         file.seek(begins)
-        file.readline(_LONGEST_LINE)  # the rest of one
+        file.readline(_LONGEST_LINE)  # the rest of a line
         yield from _lines(file, half)
 
 
 def _lines(file: BinaryIO, most_bytes: int) -> Iterator[bytes]:
-    """Lines that begin within so many bytes; of one that is too long, its beginning."""
+    """Lines that begin within ``most_bytes``; of a line that is too long, its beginning."""
     done = 0
     while done < most_bytes and (line := file.readline(_LONGEST_LINE)):
         done, rest = done + len(line), line
@@ -226,20 +229,20 @@ def _row(line: bytes) -> dict[str, Any] | None:
 
 
 class RowOrder:
-    """Whether rows come one for each iteration, each after the one before."""
+    """Order of rows: counts of all rows that do not follow the iteration before them."""
 
     def __init__(self) -> None:
         self._repeated = self._late = self._unnumbered = self._env_steps_back = 0
         self._seen: set[int] = set()
         self._first: int | None = None
-        self._filled = 0  # late ones that are after the first
+        self._filled = 0  # late iterations that are after the first
         self._greatest = self._env_steps = -1
-        self._stride: int | None = None  # the least from an iteration to the next
-        self._jumps = self._jumped = 0  # how many, and how far in all
+        self._stride: int | None = None  # smallest step from an iteration to the next
+        self._jumps = self._jumped = 0  # number of such steps, and their sum
         self._is_first = True
 
     def add(self, row: Mapping[str, Any]) -> None:
-        """Take the next row."""
+        """Count the next row."""
         iteration = whole_number(row.get("iteration"))
         if iteration is None:
             self._unnumbered += 1
@@ -266,12 +269,12 @@ class RowOrder:
         self._greatest, self._is_first = max(iteration, self._greatest), False
 
     def leave_gap(self) -> None:
-        """Rows in between were not read."""
+        """Note that the following rows were not read, up to the next ``add``."""
         self._is_first = True
 
     @property
     def disorder(self) -> str:
-        """What is not as it should be, with counts; empty if nothing is.
+        """Kinds of disorder with their counts, in words; empty if rows are in order.
 
         Iterations are missing where a step is longer than the shortest one: a module with several
         optimizers may count by twos.
@@ -288,7 +291,7 @@ class RowOrder:
 
 
 def printable(text: str) -> str:
-    """Text for a terminal: escape sequences, line ends and lone surrogates are spelled out."""
+    """A text for a terminal, with escape sequences, line ends and lone surrogates spelled out."""
     if text.isprintable():
         return text
     spelled = (c if c.isprintable() else c.encode("unicode_escape").decode() for c in text)

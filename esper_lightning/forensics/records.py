@@ -1,9 +1,9 @@
-"""Records that are JSON objects on disk, each one type: written whole, read whatever is there.
+"""Records that are stored as JSON objects, and are read even if entries are wrong or missing.
 
-A record is a frozen dataclass. How a field is read follows from its type: ``X | None``,
+A record is a frozen dataclass. The type of a field decides how the field is read: ``X | None``,
 ``tuple[X, ...]``, ``Mapping[str, X]`` or ``bool``, in which ``X`` is a plain type, ``EpochSeconds``
-or another record. A value of another type counts as absent, and what is absent is the empty value
-of the field's type: ``None``, ``()``, ``{}`` or ``False``.
+or another record. A value of another type counts as absent, and an absent field has the empty value
+of its type: ``None``, ``()``, ``{}`` or ``False``.
 """
 
 import dataclasses
@@ -25,7 +25,7 @@ from typing import (
 __all__ = ["EpochSeconds", "Record", "earlier_key", "stored_as"]
 
 EpochSeconds = Annotated[float, "seconds since the epoch"]
-"""A moment; what can be no moment of a run is read as absent."""
+"""A time; a number that can be no time of a run is read as absent."""
 
 _LATEST_S = 1e11
 _KEY, _EARLIER_KEY, _ABSENT = "key", "earlier key", object()
@@ -43,25 +43,25 @@ def earlier_key(key: str) -> dict[str, str]:
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Record:
-    """A JSON object of known fields.
+    """A JSON object with known fields.
 
     Attributes:
-        unknown: Entries under keys that are no field of this version, as they were read.
+        unknown: Entries whose keys are no field of this version, as they were read.
     """
 
     unknown: Mapping[str, Any] = dataclasses.field(default_factory=dict[str, Any])
 
     def to_dict(self) -> dict[str, Any]:
-        """The record as JSON has it: every field, ``null`` where it is not known."""
+        """The record as a JSON object: every field, ``null`` where its value is not known."""
         known = {key: _plain(getattr(self, name)) for name, key, _, _ in _fields(type(self))}
         return known | {key: entry for key, entry in self.unknown.items() if key not in known}
 
     @classmethod
     def from_dict(cls, content: Mapping[str, Any]) -> Self:
-        """The record that a JSON object holds, without the values that are not of their type.
+        """The record in a JSON object, without the values that are not of their field's type.
 
         Args:
-            content: The object, from whichever version.
+            content: JSON object that any version has written.
         """
         values: dict[str, Any] = {}
         unknown = dict(content)
@@ -105,7 +105,7 @@ def _empty(hint: Any) -> Any:
 
 
 def _fitting(value: Any, hint: Any) -> Any:
-    """What of a value is of a type: all of it, some entries of a container, or ``_ABSENT``."""
+    """The content of a value that fits a type: all, some entries of a container, or ``_ABSENT``."""
     kind, of = get_origin(hint) or hint, get_args(hint)
     if hint is Any:
         return value

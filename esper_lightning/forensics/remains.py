@@ -1,5 +1,5 @@
-"""What a run left, rank by rank, whatever of it is missing, damaged or of another run."""
-# Reports are read as they are, from whatever version wrote them.
+"""The remains of a run, rank by rank, even if files are missing, damaged or of another run."""
+# Reports of all versions are read as they are.
 # pyright: reportUnknownVariableType=false, reportUnknownArgumentType=false
 
 import contextlib
@@ -24,11 +24,11 @@ T = TypeVar("T")
 
 LAST_ROWS = 5
 _NOTICED_S = 2.0
-_CLOCKS_S = 0.1  # by which a file's time may lag behind the process's clock
-_TOGETHER_S = 60.0  # within which the ranks of a run begin: they wait for each other before
-# As RunLayout names them: rank7, and not rank007.
+_CLOCKS_S = 0.1  # a file's time may lag so far behind the process's clock
+_TOGETHER_S = 60.0  # the ranks of a run begin within this time, for they have met before
+# Names as in RunLayout: rank7, and not rank007.
 _RANK_FOLDER = re.compile(r"rank(0|[1-9]\d{0,8})", re.ASCII)
-# Ours are ...-rank<k>-...; Lightning's are <stage>-<local rank>-[Strategy]<step>.<time>...
+# Our traces are named ...-rank<k>-..., Lightning's <stage>-<local rank>-[Strategy]<step>.<time>...
 _RANK_IN_NAME = re.compile(r"-rank(\d+)-|-(\d+)-\[")
 _NO_TRAINING = re.compile(r"\.(validation|test|predict)_step\.")
 _TIME_IN_NAME = re.compile(r"\.(\d{18,19})\.pt\.trace\.json")
@@ -44,31 +44,31 @@ class Window(NamedTuple):
 
 @dataclasses.dataclass(kw_only=True)
 class Remains:
-    """What one rank left."""
+    """The remains of one rank."""
 
     rank: int
     state: str  # finished, running, failed, vanished, unknown
     world_size: int | None
     started_s: float | None
     report: CrashReport | None
-    unreadable: dict[str, str]  # files that are there and cannot be read, by name, with the reason
+    unreadable: dict[str, str]  # reason why a file that exists cannot be read, by its name
     rows: int
     history: list[dict[str, Any]]  # the last rows
     damaged_rows: int
-    remarks: list[str]  # on the rows, in sentences
+    remarks: list[str]  # sentences about the rows
     phases: Phases | None
-    windows: list[Window]  # the one nearest to the end comes last
+    windows: list[Window]  # the window nearest to the end comes last
     trace: TraceSummary | None = None
-    run: str | None = None  # the same for all ranks of a run
+    run: str | None = None  # identifier that all ranks of a run share
 
     @property
     def time_s(self) -> float:
-        """When it failed; infinite if it did not."""
+        """Time at which the rank failed, in seconds since the epoch; infinite if it did not."""
         return float((self.report and self.report.time_s) or float("inf"))
 
     @property
     def failed(self) -> bool:
-        """Whether it died; a hang after which the run went on is no death."""
+        """Whether the rank died; a hang after which the run continued is no death."""
         hung = self.report is not None and self.report.cause == "hang"
         alive = self.state in ("finished", "running")
         reported = self.report is not None and not (hung and alive)
@@ -77,12 +77,15 @@ class Remains:
 
     @property
     def is_first_cause(self) -> bool:
-        """Whether it failed for a reason of its own, as far as is known."""
+        """Whether the rank failed for a reason of its own, as far as is known."""
         return self.state == "vanished" or self.report is None or self.report.cause != "peer"
 
     @property
     def failed_at_s(self) -> float:
-        """A process that vanished is noticed later than it did, and by its peers at once."""
+        """Estimated time of the failure, for the order of ranks.
+
+        The end of a process that vanished is noticed late, but its peers may fail at once.
+        """
         report = self.report
         vanished = self.state == "vanished" or (report is not None and report.cause == "vanished")
         if report is None and self.phases is not None and self.phases.open:
@@ -91,15 +94,15 @@ class Remains:
 
     @property
     def trace_path(self) -> Path | None:
-        """The trace nearest to the end."""
+        """Path of the trace nearest to the end; ``None`` without one."""
         return self.windows[-1].path if self.windows else None
 
 
 def examine(directory: Path) -> list[Remains]:
-    """What each rank of the latest run in a directory left.
+    """The remains of each rank of the latest run in a directory.
 
     Raises:
-        ValueError: If the directory is not that of a run.
+        ValueError: If the directory is no run directory, or cannot be read.
     """
     try:
         ranks = [_remains(directory, rank) for rank in rank_folders(directory)]
@@ -112,7 +115,10 @@ def examine(directory: Path) -> list[Remains]:
 
 
 def _of_the_same_run(remains: Remains, latest: Remains) -> bool:
-    """An earlier run may have had more ranks, and a later one may have died before all began."""
+    """Whether the remains of a rank are of the same run as the latest remains.
+
+    An earlier run may have had more ranks, and a later run may have died before all ranks began.
+    """
     if remains.run is not None and latest.run is not None:
         return remains.run == latest.run
     if latest.started_s is None:
@@ -124,13 +130,13 @@ def _of_the_same_run(remains: Remains, latest: Remains) -> bool:
 
 
 def rank_folders(directory: Path) -> list[int]:
-    """The ranks that have a folder, of whatever run."""
+    """The ranks that have a folder in a directory, of this run or earlier ones."""
     named = ((_RANK_FOLDER.fullmatch(path.name), path) for path in directory.glob("rank*"))
     return sorted(int(name[1]) for name, path in named if name is not None and path.is_dir())
 
 
 def first_failure(ranks: list[Remains]) -> Remains | None:
-    """The rank that failed first, for a reason of its own if any did."""
+    """The rank that failed first, for a reason of its own if any rank did; ``None`` without."""
     failed = [rank for rank in ranks if rank.failed]
     own = [rank for rank in failed if rank.is_first_cause]
     return min(own or failed, key=lambda remains: remains.failed_at_s, default=None)
@@ -161,7 +167,7 @@ def _remains(directory: Path, rank: int) -> Remains:
 
 
 def _read(path: Path, read: Callable[[Path], T], unreadable: dict[str, str]) -> T | None:
-    """What a file holds, or ``None``, with the reason in ``unreadable`` if there is a file."""
+    """The content of a file, or ``None``, with the reason in ``unreadable`` if the file exists."""
     try:
         return read(path)
     except FileNotFoundError:
@@ -179,7 +185,7 @@ def _state(process: ProcessRecord) -> str:
 def _windows(
     directory: Path, rank: int, report: CrashReport, started_s: float | None
 ) -> list[Window]:
-    """Traces of this run: those of the rank, and Lightning's own in the run directory."""
+    """Traces of this run: those in the rank's folder, and Lightning's in the run directory."""
     files = RunLayout(directory).rank(rank)
     crash = _open_window(files, report)
     places = [files.trace, directory]
@@ -201,7 +207,7 @@ def _windows(
 
 
 def _nearness(window: Window) -> tuple[bool, bool, float]:
-    """What is nearest to the death of a training run; a validation's window says little of it."""
+    """Sort key: nearness to the death of a training run, for which validations count least."""
     trains = _NO_TRAINING.search(window.path.name) is None
     return window.was_open, trains, window.ended_s
 
@@ -211,12 +217,12 @@ def _open_window(files: RankLayout, report: CrashReport) -> Path | None:
     if trace.state != "saved" or not trace.path:
         return None
     path = files.directory / trace.path
-    places = (path, files.trace / path.name)  # the directory may have been moved
+    places = (path, files.trace / path.name)  # the run directory may have been moved
     return next((place for place in places if _is(place.is_file)), None)
 
 
 def _is(check: Callable[[], bool]) -> bool:
-    """Whether a path from a report, which may be none, is what ``check`` asks for."""
+    """Whether ``check`` is true of a path from a report, which may be no valid path."""
     with contextlib.suppress(OSError, ValueError):
         return check()
     return False
@@ -229,6 +235,6 @@ def _window(path: Path, *, was_open: bool) -> Window:
 
 
 def _names_rank(path: Path, rank: int) -> bool:
-    """Whether a file in a folder that ranks share is of this one, or of the only one."""
+    """Whether a file in a folder that ranks share names this rank, or no rank at all."""
     named = _RANK_IN_NAME.search(path.name)
     return named is None or int(named[1] or named[2]) == rank

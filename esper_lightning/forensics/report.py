@@ -1,8 +1,9 @@
-"""``crash.json``: what one rank tells of its end.
+"""``crash.json``: the report of one rank's death.
 
-The recorder fills it (``recorder.death``, ``recorder.rescue``), the second process completes it or
-writes it for a process that vanished (``forensics.sidecar``), and everything that shows a death
-reads it. A new field is a line and a sentence here, and a line where its value is known.
+The recorder fills the report (``recorder.death``, ``recorder.rescue``), the second process
+(``forensics.sidecar``) completes it, or writes it for a process that vanished, and all code that
+shows a death reads it. A new field is a line and a sentence here, and a line where its value is
+known.
 """
 
 from collections.abc import Mapping
@@ -47,7 +48,7 @@ class ErrorReport(Record):
         type: Name of the error's class; ``None`` where no Python error was raised.
         message: Text of the error, or what is known of the end of a process that vanished.
         traceback: Lines of the traceback as Python prints it, the innermost frames last.
-        non_finite: Where the value was that is not finite, if that was the error.
+        non_finite: Place of the value that is not finite, if that was the error.
     """
 
     type: str | None = None
@@ -61,8 +62,8 @@ class PeerReport(Record):
     """Another rank that failed before this one.
 
     Attributes:
-        rank: Global rank of the peer; -1 where it is not known which.
-        reason: What is known of its failure, in a few words.
+        rank: Global rank of the peer; -1 where the rank is not known.
+        reason: Reason of the peer's failure as far as it is known, in a few words.
     """
 
     rank: int | None = None
@@ -75,8 +76,8 @@ class ProfilerReport(Record):
 
     Attributes:
         class_name: Name of the profiler's class, under the key ``class``.
-        action: What its schedule had it do at the death: ``RECORD``, ``WARMUP`` or ``NONE``.
-        dirpath: Absolute folder in which it writes; ``None`` where the user named none.
+        action: Action of its schedule at the death: ``RECORD``, ``WARMUP`` or ``NONE``.
+        dirpath: Absolute folder into which the profiler writes; ``None`` where the user named none.
     """
 
     class_name: str | None = field(default=None, metadata=stored_as("class"))
@@ -86,13 +87,13 @@ class ProfilerReport(Record):
 
 @dataclass(frozen=True, kw_only=True)
 class Evidence(Record):
-    """What became of one piece of evidence.
+    """The outcome of saving one piece of evidence.
 
     Attributes:
-        state: ``saved``, ``absent`` where there was nothing to save, ``pending`` while it is being
-            saved, or ``failed``.
-        path: The file, relative to the rank's folder or absolute where it is elsewhere.
-        detail: What is in the file, or why there is none.
+        state: ``saved``, ``absent`` where there was nothing to save, ``pending`` while saving is
+            under way, or ``failed``.
+        path: Path of the file, relative to the rank's folder, or absolute if it is elsewhere.
+        detail: Content of the file, or the reason why there is none.
     """
 
     state: str | None = None
@@ -105,9 +106,9 @@ class MemoryReport(Record):
     """Memory of the process shortly before its end.
 
     Attributes:
-        rss_bytes: Memory of the process.
-        peak_bytes: The most memory that the process had so far.
-        limit_bytes: The tightest limit, that of a cgroup or the memory of the machine.
+        rss_bytes: Resident memory of the process.
+        peak_bytes: Greatest resident memory of the process so far.
+        limit_bytes: Lowest limit, that of a cgroup or the memory of the machine.
         available_bytes: Memory left below that limit, caches that can be dropped included.
     """
 
@@ -119,7 +120,7 @@ class MemoryReport(Record):
 
 @dataclass(frozen=True, kw_only=True)
 class CgroupCounters(Record):
-    """The kernel's counters of what its OOM killer did, by their names.
+    """Counters of the kernel's OOM killer, by their names.
 
     Attributes:
         before: Counters when the run began.
@@ -135,35 +136,35 @@ class CrashReport(RankRecord):
     """``crash.json``, with the fields of its base classes.
 
     Attributes:
-        cause: What ended the run: ``exception``, ``signal``, ``native`` (a fault in C),
+        cause: Cause of the death: ``exception``, ``signal``, ``native`` (a fault in C),
             ``vanished`` (the process wrote nothing), ``peer`` (another rank failed), ``hang`` (the
-            run went on), or ``exit`` of the interpreter.
-        time_s: When the process died, or was last seen alive if it vanished, in seconds since the
-            epoch.
-        error: The error, if there is one to tell.
+            run continued), or ``exit`` of the interpreter.
+        time_s: Time at which the process died, or was last seen alive if it vanished, in seconds
+            since the epoch.
+        error: Error of which the run died; ``None`` without one.
         signal: Name of the signal that ended the run, such as ``SIGTERM``.
-        exit_status: Status with which the process ends unless somebody catches the error.
-        peer: The rank whose failure ended this one.
-        stage: What Lightning's Trainer was doing: ``fit``, ``validate``, ``test`` or ``predict``.
-        iteration: Number of the iteration that was going on, from 1.
-        global_step: Optimizer steps as Lightning counts them.
-        epoch: Number of the epoch that was going on, from 0.
-        env_steps: Environment steps of the module so far, over all environments, where it counts
+        exit_status: Status with which the process ends unless the error is caught.
+        peer: Rank whose failure ended this rank.
+        stage: Stage of Lightning's Trainer: ``fit``, ``validate``, ``test`` or ``predict``.
+        iteration: Number of the iteration that was under way, from 1.
+        global_step: Number of optimizer steps as Lightning counts them.
+        epoch: Number of the epoch that was under way, from 0.
+        env_steps: Number of environment steps so far, over all environments, if the module counts
             them.
-        gradient_steps: Gradient steps of the module so far, where it counts them.
+        gradient_steps: Number of gradient steps so far, if the module counts them.
         phases: Names of the phases that were open, the outermost first.
-        metrics: Latest values of the metrics that were known without computing anything; a number
+        metrics: Latest values of the metrics that were known without any computation; a number
             that is not finite is spelled as text.
-        profiler: The profiler, if the run had one.
-        evidence: What became of each piece of evidence, by its name: ``history``, ``trace``, and
-            so on.
+        profiler: Profiler of the run; ``None`` without one.
+        evidence: Outcome for each piece of evidence, by its name: ``history``, ``trace``, and so
+            on.
         memory: Memory of the process, if it could be measured.
         cgroup: Counters of the kernel's OOM killer, where a second process read them.
-        duration_s: How long saving the evidence took, in seconds.
+        duration_s: Time that saving the evidence took, in seconds.
         complete: Whether nothing more will be added to the report.
         module_class: Name of the class of the LightningModule. (``module`` in versions up to 0.1.)
         versions: Versions of ``python``, ``torch`` and ``lightning``.
-        failed_fields: Why the value of a field could not be found, by the name of the field.
+        failed_fields: Reason why the value of a field could not be read, by the field's name.
             (``untold`` in versions up to 0.1.)
         written_by: ``sidecar`` where the second process wrote the report, for a process that
             vanished.
@@ -203,7 +204,7 @@ class CrashReport(RankRecord):
 
     @property
     def what_happened(self) -> str:
-        """What ended the run, in a few words; empty where the report does not say."""
+        """Cause of the death, in a few words; empty where the report has none."""
         error, peer = self.error or ErrorReport(), self.peer
         if self.cause == "peer" and peer is not None and peer.reason:
             return f"rank {peer.rank}: {peer.reason}"

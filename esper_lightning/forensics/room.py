@@ -1,4 +1,4 @@
-"""Small JSON files that are written although the disk is full, into room that was reserved."""
+"""Small JSON files that can be written on a full disk, into room that was reserved."""
 
 import contextlib
 import errno
@@ -14,27 +14,27 @@ from esper_lightning.forensics.files import write_atomically
 
 __all__ = ["encode", "release_room", "reserve_room", "trim_report", "write_json"]
 
-_ROOM_BYTES = (1 << 16, 1 << 14, 1 << 12)  # the largest for which there is space
+_ROOM_BYTES = (1 << 16, 1 << 14, 1 << 12)  # the largest size that the disk takes
 _LEAST_BYTES = 1 << 10
-_ROOMS = 3  # crash.json, process.json, and the next version of either
-_CUTS = (4096, 512, 64)  # characters of a text, until a report fits
+_ROOMS = 3  # for crash.json, process.json, and the next version of either
+_CUTS = (4096, 512, 64)  # lengths to which texts are cut, until a report fits
 
 
 def write_json(path: Path, content: Mapping[str, Any], *, expendable: Sequence[str] = ()) -> None:
-    """Replace a file by a JSON object, whole; what JSON does not know becomes text.
+    """Replace a file by a JSON object, whole; values that JSON does not know become text.
 
-    Where the disk takes no new file, the object is written into room that ``reserve_room`` made in
-    the file's folder, shortened to fit, and padded with blanks; without such room, into a new file
-    that is small enough for what the disk, or a limit on the size of files, takes.
+    If the disk takes no new file, the object is written into room that ``reserve_room`` made in the
+    file's folder, shortened to fit, and padded with blanks. Without such room the object is written
+    into a new file that is small enough for the disk, or for a limit on the size of files.
 
     Args:
-        path: The file.
-        content: The object.
-        expendable: Keys whose entries are left out, one after another, where shortening is not
-            enough; ``a.b`` for an entry of an object within the object.
+        path: File to replace.
+        content: JSON object to write.
+        expendable: Keys whose entries are dropped, one after another, where shortening is not
+            enough; ``a.b`` names an entry of an object within the object.
 
     Raises:
-        OSError: If the disk takes nothing, and there is no such room.
+        OSError: If the disk takes no new file, and there is no reserved room.
     """
     try:
         write_atomically(path, encode(content))
@@ -45,9 +45,10 @@ def write_json(path: Path, content: Mapping[str, Any], *, expendable: Sequence[s
 
 
 def reserve_room(folder: Path) -> None:
-    """Occupy space on the disk for the reports of a folder, for when the disk is full.
+    """Reserve space on the disk for the reports of a folder, in case the disk becomes full.
 
-    Files ``.reserved.<n>``; smaller ones, fewer or none where the disk is full already.
+    The space is in files ``.reserved.<n>``; there are smaller files, fewer or none if the disk is
+    full already.
     """
     for number in range(_ROOMS):
         room = folder / f".reserved.{number}"
@@ -70,7 +71,7 @@ def _reserve(room: Path, size: int) -> bool:
 
 
 def trim_report(path: Path) -> None:
-    """Give the space back that a report does not need which was written into reserved room.
+    """Free the space that a report in reserved room does not need.
 
     Raises:
         OSError: If the file cannot be changed.
@@ -82,21 +83,21 @@ def trim_report(path: Path) -> None:
 
 
 def release_room(folder: Path) -> None:
-    """Give the space back that ``reserve_room`` occupied and no report needed."""
+    """Free the space that ``reserve_room`` reserved and no report has used."""
     for room in folder.glob(".reserved.*"):
         with contextlib.suppress(OSError):
             room.unlink()
 
 
 def encode(content: Mapping[str, Any]) -> bytes:
-    """A JSON object as a file of one line; what JSON does not know becomes text."""
+    """A JSON object as a file of one line; values that JSON does not know become text."""
     return json.dumps(content, default=str).encode() + b"\n"
 
 
 def _shorten(value: Any, cut: int) -> Any:
-    """A value whose texts, and whose lists and objects by their last entries, are cut.
+    """A value with shorter texts, and with only the last entries of its lists and objects.
 
-    Entries that are ``null`` say no more than those that are not there.
+    Entries that are ``null`` are dropped, because they mean the same as absent entries.
     """
     if isinstance(value, str):
         return value if len(value) <= cut else value[:cut] + "..."
@@ -109,7 +110,7 @@ def _shorten(value: Any, cut: int) -> Any:
 
 
 def _without(content: dict[str, Any], key: str) -> dict[str, Any]:
-    """An object without one of its entries, ``a.b`` for one of an object within it."""
+    """An object without one of its entries; ``a.b`` names an entry of an object within it."""
     name, _, inner = key.partition(".")
     if inner and isinstance(content.get(name), dict):
         return content | {name: _without(content[name], inner)}
@@ -117,7 +118,7 @@ def _without(content: dict[str, Any], key: str) -> dict[str, Any]:
 
 
 def _fit(content: Mapping[str, Any], size: int, expendable: Sequence[str]) -> bytes | None:
-    """An object of at most so many bytes: with texts cut, and then without what is expendable."""
+    """An object in at most ``size`` bytes: texts are cut, and then expendable entries dropped."""
     encoded, left = encode(content), dict(content)
     for cut in _CUTS:
         if len(encoded) > size:
@@ -131,7 +132,7 @@ def _fit(content: Mapping[str, Any], size: int, expendable: Sequence[str]) -> by
 
 
 def _write_short(path: Path, content: Mapping[str, Any], expendable: Sequence[str]) -> bool:
-    """Write the longest version that the disk takes as a new file; whether it takes one."""
+    """Write the longest version that the disk takes as a new file, and return whether it did."""
     for size in (*_ROOM_BYTES, _LEAST_BYTES):
         encoded = _fit(content, size, expendable)
         if encoded is not None:
@@ -142,7 +143,7 @@ def _write_short(path: Path, content: Mapping[str, Any], expendable: Sequence[st
 
 
 def _write_in_room(path: Path, content: Mapping[str, Any], expendable: Sequence[str]) -> bool:
-    """Write into a reserved file and give it the name of the report; whether there was one."""
+    """Write into a reserved file, and rename it to the report; return whether that was possible."""
     for room in sorted(path.parent.glob(".reserved.*")):
         if not _is_room(room):
             continue
@@ -151,7 +152,7 @@ def _write_in_room(path: Path, content: Mapping[str, Any], expendable: Sequence[
         if encoded is None:
             continue
         _fill(room, encoded.ljust(size))
-        if _is_room(path):  # where the report before this one is: the next one will need it
+        if _is_room(path):  # the room of the report before serves the next report
             with contextlib.suppress(OSError):
                 os.link(path, room.with_name(f".reserved.{time.time_ns()}"))
         room.replace(path)
@@ -160,7 +161,7 @@ def _write_in_room(path: Path, content: Mapping[str, Any], expendable: Sequence[
 
 
 def _is_room(path: Path) -> bool:
-    """Whether a file has all its blocks, and no other name under which it is a report."""
+    """Whether a file has all its blocks, and no second name under which it is a report."""
     try:
         found = path.stat()
     except OSError:
@@ -176,7 +177,7 @@ def _fill(room: Path, content: bytes) -> None:
         except OSError as error:
             if error.errno != errno.EFBIG:
                 raise
-            # RLIMIT_FSIZE forbids to write beyond it even into a file that is as long already.
+            # RLIMIT_FSIZE forbids writes beyond the limit even into a file that is longer already.
             with mmap.mmap(file.fileno(), len(content)) as mapped:
                 mapped[:] = content
         os.fsync(file.fileno())

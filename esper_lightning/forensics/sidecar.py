@@ -1,7 +1,8 @@
 """A second process that completes the report of a run whose process vanished.
 
-SIGKILL, the kernel's OOM killer and ``os._exit`` leave a process no moment to write. This one waits
-for its end, and writes from the files it left. Standard library only.
+SIGKILL, the kernel's OOM killer and ``os._exit`` leave a process no time to write. The second
+process waits for the end of the first, and writes the report from the files that it left. Standard
+library only.
 """
 
 import contextlib
@@ -18,7 +19,7 @@ from dataclasses import replace
 from functools import partial
 from pathlib import Path
 
-from esper_lightning.forensics.asides import set_aside
+from esper_lightning.forensics.asides import rename_aside
 from esper_lightning.forensics.claims import read_owner
 from esper_lightning.forensics.layout import RankLayout
 from esper_lightning.forensics.memory import Memory, oom_kills
@@ -39,18 +40,18 @@ __all__ = ["Sidecar", "complete_report", "locked", "start", "watch"]
 
 _LOCK_S = 5.0
 _COPY_S = 90.0
-_MOST_MEGABYTES = 4096  # of a history, in which lines are counted
+_MOST_MEGABYTES = 4096  # length of a history in which lines are counted
 
 
 class Sidecar:
-    """Handle of the process that watches."""
+    """The handle of the second process, which watches this one."""
 
     def __init__(self, process: "subprocess.Popen[bytes]") -> None:
         self._process = process
         self._owner = os.getpid()
 
     def stop(self) -> None:
-        """End it: there will be nothing to complete. In a forked child nothing happens."""
+        """End the second process, as no report needs it. In a forked child nothing happens."""
         if os.getpid() != self._owner:
             return
         assert self._process.stdin is not None
@@ -64,15 +65,16 @@ class Sidecar:
 
 
 def start(directory: Path, pid: int, process: ProcessRecord | None = None) -> Sidecar | None:
-    """Watch a process.
+    """Start a second process that watches a process.
 
     Args:
-        directory: Folder of its rank.
-        pid: Process identifier.
-        process: The record of the process in ``process.json``; ``None`` to read it there.
+        directory: Folder of the rank of the watched process.
+        pid: Process identifier of the watched process.
+        process: Record of the watched process in ``process.json``; ``None`` to read that file.
 
     Returns:
-        A handle, or ``None`` where processes cannot be watched (no ``pidfd``) or started.
+        Handle of the second process; ``None`` where processes cannot be watched (no ``pidfd``) or
+        started.
     """
     if not hasattr(os, "pidfd_open"):
         return None
@@ -83,7 +85,7 @@ def start(directory: Path, pid: int, process: ProcessRecord | None = None) -> Si
         f"import sys; sys.path.insert(0, {str(package_root)!r}); "
         "from esper_lightning.forensics.sidecar import watch; watch(*sys.argv[1:])"
     )
-    # Of the signals that a scheduler sends to all processes of a job, none is for it.
+    # A scheduler sends signals to all processes of a job; the second process ignores them.
     ignoring = (
         "import signal; [signal.signal(number, signal.SIG_IGN) for number in "
         "signal.valid_signals() - {signal.SIGKILL, signal.SIGSTOP}]; "
@@ -97,7 +99,7 @@ def start(directory: Path, pid: int, process: ProcessRecord | None = None) -> Si
             bufsize=0,
             stdout=subprocess.DEVNULL,
             stderr=subprocess.DEVNULL,
-            start_new_session=True,  # Ctrl-C in the terminal is not for it
+            start_new_session=True,  # Ctrl-C in the terminal does not reach it
         )
     except OSError:
         return None
@@ -106,10 +108,13 @@ def start(directory: Path, pid: int, process: ProcessRecord | None = None) -> Si
 
 @contextlib.contextmanager
 def locked(directory: Path) -> Generator[None]:
-    """Let one process at a time decide what the files of a rank say about its end.
+    """Lock the folder of a rank: one process at a time writes there about the rank's end.
 
-    The lock is released by the death of its holder. Where the file system knows no locks, or the
-    lock is not free within some seconds, the block runs without it.
+    The death of its holder releases the lock. If the file system has no locks, or the lock is not
+    free within some seconds, the block runs without the lock.
+
+    Args:
+        directory: Folder of the rank.
     """
     try:
         descriptor = os.open(directory, os.O_RDONLY | os.O_CLOEXEC)
@@ -139,36 +144,35 @@ def complete_report(
     after: dict[str, int] | None = None,
     watched: ProcessRecord | None = None,
 ) -> bool:
-    """Write what a process that is gone no longer could.
+    """Complete the report of a process that is gone, or write the report that it could not.
 
-    The second process calls this when the process that it watches has ended, and the next run in
-    the directory for one whose second process died with it, as in a container. Both hold the lock
-    of ``locked``.
+    The second process calls this when the watched process has ended. The next run in the directory
+    calls this if the second process died together with the watched one, as in a container. Both
+    hold the lock of ``locked``.
 
     Args:
         files: Files of the rank.
-        before: The kernel's OOM counters when the run began.
-        after: The same counters now.
-        watched: The record in ``process.json`` of the process that is gone. Files of another
-            process are left alone. ``None`` for whichever process the files are of, unless it is
-            alive.
+        before: Counters of the kernel's OOM killer when the run began; ``None`` if unknown.
+        after: Counters of the kernel's OOM killer now; ``None`` if unknown.
+        watched: Record in ``process.json`` of the process that is gone; files of another process
+            are not changed. ``None`` for the process that the files name, unless it is alive.
 
     Returns:
-        Whether there was something to complete.
+        Whether there was a report to complete or to write.
     """
     process = ProcessRecord.read(files.process) or watched or ProcessRecord()
     if not _is_gone(process, watched):
         return False
     report = CrashReport.read(files.crash)
     if report is not None and not _is_its_death(report, process):
-        set_aside(files.crash)
+        rename_aside(files.crash)
         report = None
     unsaved = process.state == "failed" and process.evidence_saved is False
     if report is not None and not report.complete:
         report = replace(report, evidence=_without_pending(report.evidence))
     elif report is None and (process.state == "running" or unsaved):
         report = _post_mortem(files, process, before or {}, after or {})
-        if watched is not None:  # it has just ended
+        if watched is not None:  # the process has just ended
             report = replace(report, time_s=time.time())
     else:
         return False
@@ -185,7 +189,7 @@ def complete_report(
 
 
 def _without_pending(evidence: Mapping[str, Evidence]) -> dict[str, Evidence]:
-    """The evidence once nobody saves it any more."""
+    """The evidence after a death: what was being saved has failed."""
     detail = "the process died while this was being saved"
     return {
         name: replace(entry, state="failed", detail=detail) if entry.state == "pending" else entry
@@ -194,16 +198,16 @@ def _without_pending(evidence: Mapping[str, Evidence]) -> dict[str, Evidence]:
 
 
 def _is_gone(process: ProcessRecord, watched: ProcessRecord | None) -> bool:
-    """Whether files are of the process that is gone, and not of the next one in the directory."""
+    """Whether files are of a process that is gone, and not of the next one in the directory."""
     if watched is None:
         return is_alive(process) is not True
     return same_recording(process, watched)
 
 
 def _is_its_death(report: CrashReport, process: ProcessRecord) -> bool:
-    """Whether a report is neither of a hang after which the run continued, nor of another run."""
-    went_on = report.cause == "hang" and process.state == "running"
-    return not went_on and same_recording(report, process)
+    """Whether a report is of the process's death: of no hang that it survived, of no other run."""
+    survived = report.cause == "hang" and process.state == "running"
+    return not survived and same_recording(report, process)
 
 
 def _post_mortem(
@@ -229,7 +233,7 @@ def _post_mortem(
 
 
 def _vanished(memory: Memory | None, before: dict[str, int], after: dict[str, int]) -> str:
-    """Why a process may have vanished: the OOM killer where numbers speak for it."""
+    """A sentence on why a process may have vanished: the OOM killer if numbers suggest it."""
     kills = [
         f"{name} {count} -> {after[name]}"
         for name, count in before.items()
@@ -290,7 +294,11 @@ def _remove_temporaries(files: RankLayout) -> None:
 
 
 def _is_told_to_end(watched: int, pipe: int) -> bool:
-    """Wait for one of two: a word in the pipe, or the end of the process, which closes it too."""
+    """Wait for a byte in the pipe, or the end of the process, which closes the pipe too.
+
+    Returns:
+        Whether a byte came: the second process must end.
+    """
     poll = select.poll()
     for descriptor in (watched, pipe):
         poll.register(descriptor, select.POLLIN)
@@ -304,20 +312,21 @@ def _is_told_to_end(watched: int, pipe: int) -> bool:
             return False
 
 
-def watch(directory: str, told: str) -> None:
-    """Wait until a process is gone, and complete its report; what the second process runs.
+def watch(directory: str, records: str) -> None:
+    """Wait until a process is gone, and complete its report; the second process runs this.
 
     Args:
-        directory: Folder of its rank.
-        told: JSON of two records: ``identify`` of the process, and that in ``process.json``.
+        directory: Folder of the rank of the watched process.
+        records: JSON of two records of the watched process: its identity as ``identify`` returns
+            it, and its record in ``process.json``.
     """
-    files, (of_process, of_rank) = RankLayout(Path(directory)), json.loads(told)
+    files, (of_process, of_rank) = RankLayout(Path(directory)), json.loads(records)
     identity, process = ProcessIdentity.from_dict(of_process), ProcessRecord.from_dict(of_rank)
     pid, watched = identity.pid or 0, None
     before = oom_kills(pid)
     with contextlib.suppress(OSError):
         watched = os.pidfd_open(pid)
-    # By now the identifier may be of a process that began later.
+    # By now a later process may have the same identifier.
     if watched is not None and is_alive(identity) and _is_told_to_end(watched, sys.stdin.fileno()):
         return
     with contextlib.suppress(OSError), locked(files.directory):
@@ -328,7 +337,7 @@ def watch(directory: str, told: str) -> None:
 def _copy(files: RankLayout, rank: int | None) -> None:
     """Copy the run directory of a process that vanished to its remote address, if it has one.
 
-    That takes a library, which is not to be loaded while the process lives.
+    The copy needs a library, which must not be loaded while the process lives.
     """
     directory = files.directory.parent
     address = read_owner(directory).get("address")

@@ -1,4 +1,4 @@
-"""Chrome traces of any size, read in bounded memory; torn and damaged ones as far as they go."""
+"""Chrome traces of any size, read in bounded memory, even if they are torn or damaged."""
 
 import gzip
 import heapq
@@ -20,9 +20,9 @@ __all__ = ["LastOperator", "NestedSums", "OperatorSum", "TraceSummary", "sum_nes
 
 _CHUNK = 1 << 17
 _HALF = 48 << 20  # bytes from the start of a trace, and as many from its end: some six seconds
-_MOST_UNPACKED = 1 << 30  # bytes of a packed trace that are unpacked to get to its end
-_LONGEST = 1 << 17  # characters of one event; what is longer is damaged
-_DISORDER = 1024  # events of a thread are in order of time but for so many
+_MOST_UNPACKED = 1 << 30  # bytes that are unpacked at most to reach the end of a packed trace
+_LONGEST = 1 << 17  # characters of one event; a longer event counts as damaged
+_DISORDER = 1024  # an event of a thread may be out of order by so many events
 _MAX_NAMES, _MAX_THREADS = 20_000, 512
 _EVENT = re.compile(r'\{\s*"(?:ph|name|cat)"\s*:')
 _HOST = {"cpu_op": 0, "user_annotation": 0, "cpu_instant_event": 0, "cuda_runtime": 1}
@@ -31,7 +31,7 @@ _OTHERS = "(other names)"
 
 
 class OperatorSum(NamedTuple):
-    """All events of one name; in microseconds. Self time leaves out what is nested."""
+    """Sums over all events of one name, in microseconds; self time excludes nested events."""
 
     name: str
     self_us: float
@@ -40,7 +40,7 @@ class OperatorSum(NamedTuple):
 
 
 class LastOperator(NamedTuple):
-    """One of the last things that ran, in microseconds of the trace's clock."""
+    """One of the last operators of a trace, in microseconds of the trace's clock."""
 
     name: str
     start_us: float
@@ -48,10 +48,10 @@ class LastOperator(NamedTuple):
 
 
 class TraceSummary(NamedTuple):
-    """What a trace says; lists are longest self time first, ``last`` is oldest first."""
+    """The summary of a trace; lists are longest self time first, ``last`` is oldest first."""
 
     complete: bool
-    left_out_bytes: int  # of the middle, which was not read
+    left_out_bytes: int  # length of the middle, which was not read
     events: int
     duration_s: float
     operators: list[OperatorSum]
@@ -61,17 +61,19 @@ class TraceSummary(NamedTuple):
 
 
 def summarize(path: Path, *, top: int = 15, last: int = 15) -> TraceSummary:
-    """Where the time of a trace went, and what ran at its end.
+    """The time of a trace by operator, and the operators that ran at its end.
+
+    Of more than 96 MiB of text the beginning and the end are read. Damage within is no error:
+    ``complete`` of the summary is false then.
 
     Args:
-        path: A ``.pt.trace.json`` or ``.pt.trace.json.gz``.
-        top: Rows of each list.
+        path: Trace file, ``.pt.trace.json`` or ``.pt.trace.json.gz``.
+        top: Greatest number of rows of each list.
         last: Number of last operators.
 
     Raises:
         FileNotFoundError: If there is no file.
-        ValueError: If it is no file that can be opened. Damage within is not an error: ``complete``
-            says so. Of a trace with more than 128 MB of text the beginning and the end are read.
+        ValueError: If ``path`` is no file that can be opened.
     """
     text = _Text(path)
     host, device = _Host(last), defaultdict[str, list[float]](lambda: [0.0, 0.0, 0])
@@ -109,10 +111,10 @@ def summarize(path: Path, *, top: int = 15, last: int = 15) -> TraceSummary:
 
 
 class _Host:
-    """Sums over what ran on the CPU, and the operators that began last.
+    """Sums over events on the CPU, and the operators that began last.
 
-    Calls of the CUDA runtime are in the file apart from the operators that made them: each of the
-    two is nested in itself only.
+    The file lists calls of the CUDA runtime apart from the operators that made them: operators are
+    nested in operators only, and calls in calls only.
     """
 
     def __init__(self, last: int) -> None:
@@ -126,7 +128,7 @@ class _Host:
         self._threads: dict[Any, NestedSums] = {}
 
     def add(self, event: dict[str, Any], name: str, start: float, duration: float) -> None:
-        """Take an event."""
+        """Count an event on the CPU."""
         if name not in self._names and len(self._names) >= _MAX_NAMES:
             name = _OTHERS
         identity = self._names.setdefault(name, len(self._names))
@@ -153,7 +155,7 @@ class _Host:
         self._threads[key].add(event[0], -event[1], event[2])
 
     def finish(self) -> tuple[list[OperatorSum], list[OperatorSum]]:
-        """Sums of the operators, and of the spans."""
+        """Finish the sums; returns those of the operators, and those of the spans."""
         for key, waiting in self._waiting.items():
             while waiting:
                 self._take(key, heapq.heappop(waiting))
@@ -167,9 +169,9 @@ class _Host:
 
 
 class NestedSums:
-    """Adds the events of one thread, in order of time, to their names' sums.
+    """Sums by name over the events of one thread, which come in order of time.
 
-    As ``key_averages`` does, an event that holds nothing but one of its own name counts once.
+    As in ``key_averages``, an event whose only nested event has the same name counts once with it.
 
     Args:
         sums: Self time, total time and calls by name, added to in place.
@@ -177,10 +179,12 @@ class NestedSums:
 
     def __init__(self, sums: list[list[float]]) -> None:
         self._sums = sums
-        self._open: list[list[float]] = []  # end, identity, children, duration of one like itself
+        self._open: list[
+            list[float]
+        ] = []  # end, identity, children, duration of a child of its name
 
     def add(self, start: float, duration: float, identity: int) -> None:
-        """Take the next event: none that began earlier follows, outer ones come first."""
+        """Add the next event; events come by start, and outer events before nested ones."""
         opened = self._open
         while opened and opened[-1][0] <= start:
             self._close_innermost()
@@ -193,7 +197,7 @@ class NestedSums:
         opened.append([start + duration, identity, 0, -1])
 
     def close(self) -> None:
-        """The thread has no more events."""
+        """Close the open events: the thread has no more."""
         while self._open:
             self._close_innermost()
 
@@ -210,12 +214,12 @@ def sum_nested(
     identities: Sequence[int],
     sums: list[list[float]],
 ) -> None:
-    """Add the events of one thread to the sums of ``NestedSums``, whatever their order.
+    """Add the events of one thread, in any order, to sums by name.
 
     Args:
-        starts: Of each event.
-        durations: In the same unit.
-        identities: Which entry of ``sums`` an event belongs to.
+        starts: Start of each event.
+        durations: Duration of each event, in the unit of the starts.
+        identities: Index of the entry of ``sums`` that each event belongs to.
         sums: Self time, total time and calls by name, added to in place.
     """
     nested = NestedSums(sums)
@@ -235,7 +239,7 @@ def _events(chunks: Iterator[str]) -> Iterator[dict[str, Any] | None]:
         while at < len(text) and text[at] in " \t\r\n,":
             at += 1
         if at < len(text) and text[at] == "]":
-            for _ in chunks:  # to see a torn end
+            for _ in chunks:  # a torn end shows only at the end
                 pass
             return
         try:
@@ -258,7 +262,7 @@ def _events(chunks: Iterator[str]) -> Iterator[dict[str, Any] | None]:
 
 
 def _find_events(chunks: Iterator[str]) -> str | None:
-    """Text from within the list of events on; ``None`` if there is no list."""
+    """Text from the first event in the list of events; ``None`` if there is no list."""
     text = ""
     for chunk in chunks:
         text = text[-64:] + chunk
@@ -268,7 +272,7 @@ def _find_events(chunks: Iterator[str]) -> str | None:
 
 
 class _Text:
-    """Text of a plain or packed file, as far as it can be read; of a long one, without the middle.
+    """The readable text of a plain or packed file; of a long file, without the middle.
 
     Attributes:
         left_out_bytes: Length of the middle that was not read.
@@ -279,7 +283,7 @@ class _Text:
         self.left_out_bytes = 0
 
     def chunks(self) -> Iterator[str]:
-        """Pieces of it, in order."""
+        """Chunks of the text, in order."""
         with self._file as file, gzip.open(file) if self._is_packed else file as unpacked:
             pieces = iter(partial(_read, unpacked), b"")
             yield from map(_decoded, itertools.islice(pieces, _HALF // _CHUNK))
@@ -298,7 +302,7 @@ class _Text:
 
 
 def _read(file: BinaryIO | gzip.GzipFile) -> bytes:
-    """The next piece; empty at the end, or where it is torn."""
+    """The next chunk; empty at the end of the file, or where the file is torn."""
     try:
         return file.read(_CHUNK)
     except (EOFError, OSError, zlib.error):
@@ -306,7 +310,7 @@ def _read(file: BinaryIO | gzip.GzipFile) -> bytes:
 
 
 def _decoded(piece: bytes) -> str:
-    return piece.decode("latin-1")  # names are ASCII; a cut character must not stop us
+    return piece.decode("latin-1")  # names are ASCII; a cut character must be no error
 
 
 def _number_or_name(value: Any) -> int | float | str | None:

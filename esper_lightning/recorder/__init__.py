@@ -1,1 +1,1 @@
-"""``FlightRecorder`` and what serves it: evidence of a run, for every way in which it can die."""
+"""``FlightRecorder`` and all that serves it: evidence of a run, whichever way the run dies."""

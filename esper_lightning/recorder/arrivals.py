@@ -1,4 +1,4 @@
-"""What happens when a signal arrives: which recordings it concerns, and what it raises."""
+"""Arriving signals: the recordings that a signal concerns, and the exception that it raises."""
 
 import os
 import signal
@@ -18,15 +18,15 @@ from esper_lightning.recorder.watchdog import Arrival, awake_s
 
 __all__ = ["Arrivals"]
 
-_HANDLED_S = 1.0  # a signal that our handler was called for is no news to the watchdogs
+_HANDLED_S = 1.0  # after our handler was called, the wakeup thread repeats no signal
 
 
 class Arrivals:
-    """Signals as they arrive in the process, by Python's handler, in C, or by the descriptor.
+    """Signals that arrive in the process: by Python's handler, in C, or by the wakeup descriptor.
 
     Args:
-        members: Recordings that live; the registry's own list.
-        handlers: Handlers that are ours.
+        members: Living recordings; the registry's own list.
+        handlers: Handlers of signals that the recorder has set.
 
     Attributes:
         raised: Exception that the latest signal raised in the main thread; it may still unwind.
@@ -39,13 +39,13 @@ class Arrivals:
         self._pending: list[int] = []
         self.raised: BaseException | None = None
         self.caught_s = -float("inf")
-        self._handled_s: dict[int, float] = {}  # when our handler was called last
+        self._handled_s: dict[int, float] = {}  # last call of our handler, by signal
 
     @contextmanager
     def held(self) -> Generator[None]:
-        """Hold signals back until the end of the block; the first of them then takes effect.
+        """Hold signals back until the end of the block; the first signal then takes effect.
 
-        In the main thread, where Python calls handlers; in other threads nothing has to wait.
+        Only the main thread holds signals back, because Python calls handlers there.
         """
         if not in_main_thread():
             yield
@@ -55,7 +55,7 @@ class Arrivals:
         try:
             yield
         finally:
-            if os.getpid() == pid:  # a child that was forked within has left already
+            if os.getpid() == pid:  # a child that was forked in the block has left already
                 self._held -= 1
                 if not self._held and self._pending:
                     number, self._pending = self._pending[0], []
@@ -71,12 +71,12 @@ class Arrivals:
         self._held, self._pending = 0, []
 
     def run_continues(self) -> None:
-        """Note that a run of the main thread continues: somebody caught what a signal raised."""
+        """Note that a run of the main thread continues: the exception of a signal was caught."""
         self.caught_s = awake_s()
         self.raised = None
 
     def arrive(self, number: int) -> None:
-        """Hand a signal to every watchdog whose run it is to end; also called from within C."""
+        """Pass a signal to each watchdog whose run it ends; also called from within C."""
         unwinds = any(member.unwinds for member in self._members)
         ours = number in self._handlers.replaced or self._handlers.is_ours_in_c(number)
         if unwinds and not ours:
@@ -85,12 +85,12 @@ class Arrivals:
             return
         arrival = Arrival(number, awake_s(), unwinds)
         for member in list(self._members):
-            # Ctrl-C ends what the main thread does; Python lets other threads run.
+            # Ctrl-C ends only the main thread's work; Python lets other threads run.
             if member.in_main_thread or not arrival.interrupts:
                 member.arrived.append(arrival)
 
     def arrive_early(self, number: int) -> None:
-        """Called by the thread of the wakeup descriptor: the main thread may be stuck in C."""
+        """Pass on a signal of the wakeup descriptor: the main thread may be stuck in C."""
         if awake_s() - self._handled_s.get(number, -float("inf")) > _HANDLED_S:
             self.arrive(number)
 
@@ -99,13 +99,13 @@ class Arrivals:
         self.arrive(number)
 
     def handle(self, number: int, frame: FrameType | None) -> None:
-        """Do about a signal what is due; called by Python, in the main thread."""
+        """Handle a signal; Python calls this in the main thread."""
         mains = [member for member in self._members if member.in_main_thread]
         living = [member for member in mains if not member.ended]
         if self._held:
             self._pending.append(number)
         elif any(member.ended_by_signal for member in mains) or self._unwinds():
-            pass  # the first one is still unwinding
+            pass  # the exception of the first signal is still unwinding
         elif living:
             self._arrive_handled(number)
             self._raise(number, frame, living[-1].of.trainer)
@@ -115,9 +115,9 @@ class Arrivals:
             self._do_as_before(number, frame)
 
     def _unwinds(self) -> bool:
-        """Whether what the latest signal raised is on its way, through somebody's ``finally``."""
+        """Whether the exception of the latest signal is still unwinding, as in a ``finally``."""
         error = sys.exc_info()[1]
-        seen = set[int]()  # a chain that somebody made may have no end
+        seen = set[int]()  # a chain of contexts may be a circle
         while error is not None and id(error) not in seen:
             if error is self.raised:
                 return True
@@ -146,7 +146,7 @@ class Arrivals:
             raise
 
     def _do_as_before(self, number: int, frame: FrameType | None) -> None:
-        """Do what was done before us: no recording is there, and somebody restored our handler."""
+        """Call the handler before ours: no recording lives, but somebody restored our handler."""
         original = self._handlers.original(number)
         if callable(original):
             original(number, frame)

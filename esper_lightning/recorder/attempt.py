@@ -1,4 +1,4 @@
-"""Trying something that may fail or hang: the one way in which the recorder does so."""
+"""Attempts: the one way in which the recorder calls an action that may fail or hang."""
 
 import logging
 import threading
@@ -15,16 +15,16 @@ _T = TypeVar("_T")
 
 
 class LateError(Exception):
-    """An action has not ended within its time; it may still be under way."""
+    """Raised for an action that has not ended within its time; it may still be under way."""
 
 
 class Outcome(NamedTuple, Generic[_T]):
-    """What became of an attempt."""
+    """Outcome of an attempt: a result or an error."""
 
     result: _T | None
-    """What the action returned; ``None`` where it did not end well."""
+    """Result of the action; ``None`` where the action raised or was late."""
     error: BaseException | None
-    """What the action raised; a ``LateError`` where it did not end in time."""
+    """Error of the action, a ``LateError`` if it was late; ``None`` where it succeeded."""
 
 
 def attempt(
@@ -42,12 +42,12 @@ def attempt(
         what: Name of the attempt for the log; ``None`` where the caller reports the failure.
         errors: Errors that are caught; others are raised, unless the action has its own thread.
         seconds: Time limit, in seconds while the process is awake: the action then has a thread of
-            its own, which is left behind when the time is over. ``None`` for the calling thread and
+            its own, which is abandoned when the time is over. ``None`` for the calling thread and
             no limit.
-        level: Level of the log.
+        level: Level of the log entry about an error.
 
     Returns:
-        The result or the error.
+        Outcome with either the result or the error.
     """
     outcome = _call(action, errors) if seconds is None else _call_within(action, seconds)
     if outcome.error is not None and what is not None:

@@ -1,4 +1,4 @@
-"""A checkpoint of the moment of death: enough to look at, evaluate, or warm-start from."""
+"""A checkpoint of the moment of death, to inspect, to evaluate, or to warm-start from."""
 # Lightning sets many attributes of its Trainer where no type checker sees them.
 # pyright: reportAttributeAccessIssue=false, reportPrivateUsage=false
 # pyright: reportUnknownVariableType=false, reportUnknownArgumentType=false
@@ -24,20 +24,20 @@ CRASH_KEY = "crash"
 
 
 def save_crash_checkpoint(trainer: Trainer, path: Path, reason: str) -> str:
-    """Write Lightning's checkpoint of this rank, with random states and what is not finite.
+    """Write Lightning's checkpoint of this rank, with random states and names of non-finite values.
 
-    No collective is called: a module whose ``on_save_checkpoint`` would call one is asked not to,
-    by its attribute ``saves_alone``. Under ``"crash"`` the file holds ``reason``, the names of
+    No collective is called: the attribute ``saves_alone`` is set on a module that has it, so that
+    its ``on_save_checkpoint`` calls none. Under ``"crash"`` the file holds ``reason``, the names of
     weights and optimizer states that are not finite, and the states of the global random
     generators.
 
     Args:
         trainer: Trainer of the run that dies.
-        path: Crash checkpoint, which is replaced whole.
-        reason: Reason of the death, in a line.
+        path: File of the crash checkpoint, which is replaced whole.
+        reason: Reason of the death, in one line.
 
     Returns:
-        A sentence on what the file holds.
+        A phrase for the report: whether all weights are finite.
 
     Raises:
         ValueError: If the strategy shards the weights: saving them would need the other ranks.
@@ -49,8 +49,8 @@ def save_crash_checkpoint(trainer: Trainer, path: Path, reason: str) -> str:
         raise ValueError(f"{name} may shard the weights; collecting them would need every rank")
     with _saving_alone(trainer.lightning_module):
         checkpoint = dump_checkpoint(trainer)
-    parts = {"weights": checkpoint["state_dict"], "optimizer": checkpoint["optimizer_states"]}
-    bad = [name for name, value in named_tensors(parts) if not _finite(value)]
+    state = {"weights": checkpoint["state_dict"], "optimizer": checkpoint["optimizer_states"]}
+    bad = [name for name, value in named_tensors(state) if not _finite(value)]
     checkpoint[CRASH_KEY] = {
         "reason": reason,
         "finite": not bad,

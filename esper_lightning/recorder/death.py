@@ -1,4 +1,4 @@
-"""What a report tells of a death: each field on its own, so that none takes another with it."""
+"""The description of a death in a report: a field whose value cannot be read costs no other."""
 # Lightning sets many attributes of its Trainer where no type checker sees them.
 # pyright: reportAttributeAccessIssue=false, reportPrivateUsage=false
 # pyright: reportUnknownVariableType=false, reportUnknownArgumentType=false
@@ -35,16 +35,16 @@ __all__ = ["Death", "describe", "describe_error", "exit_status", "in_words"]
 
 @dataclass(frozen=True, kw_only=True)
 class Death:
-    """What ends the run, as far as the process itself can tell."""
+    """The death of a run, as far as the process itself knows."""
 
-    cause: str  # one of those that CrashReport names
+    cause: str  # one of the values that CrashReport.cause lists
     error: BaseException | None = None
     signal: str | None = None
     peer: tuple[int, str] | None = None
 
     @property
     def reason(self) -> str:
-        """In one line."""
+        """Reason of the death, in one line."""
         if self.error is not None:
             return in_words(self.error)
         if self.peer is not None:
@@ -53,15 +53,16 @@ class Death:
 
 
 def describe(report: CrashReport, death: Death, trainer: Trainer, ring: PhaseRing) -> CrashReport:
-    """The report with all that is known of a death; what cannot be told is in ``failed_fields``.
+    """The report with all that is known of a death.
 
-    Nothing is computed: that could be a collective, or fail.
+    Nothing is computed: a computation could be a collective, or fail. ``failed_fields`` of the
+    report names the fields whose value could not be read.
 
     Args:
-        report: What is known without the Trainer.
-        death: What ends the run.
+        report: Report with the fields that are known without the Trainer.
+        death: Death that ends the run.
         trainer: Trainer of the run.
-        ring: Phases of the run.
+        ring: Phase ring of the run.
     """
     error, peer, module = death.error, death.peer, trainer.lightning_module
     fields: dict[str, Callable[[], Any]] = {
@@ -101,7 +102,7 @@ def describe(report: CrashReport, death: Death, trainer: Trainer, ring: PhaseRin
 
 
 def _counter(module: object, name: str) -> int | None:
-    """A count of steps, which only some modules have."""
+    """A counter of steps, which only some modules have; ``None`` without it."""
     try:
         value = getattr(module, name, None)
     except Exception:
@@ -110,7 +111,7 @@ def _counter(module: object, name: str) -> int | None:
 
 
 def describe_error(error: BaseException) -> ErrorReport:
-    """Type, message and traceback; of a NaN, where it is."""
+    """Type, message and traceback of an error, and where a value is not finite, if that was it."""
     non_finite = None
     try:
         lines = "".join(traceback.format_exception(error, limit=-30)).splitlines()
@@ -131,7 +132,7 @@ def describe_error(error: BaseException) -> ErrorReport:
 
 
 def exit_status(error: BaseException | None) -> int | None:
-    """Of the process, if nobody catches the error."""
+    """Exit status of the process if the error is not caught; ``None`` without an error."""
     if error is None:
         return None
     if isinstance(error, SystemExit):
@@ -141,7 +142,7 @@ def exit_status(error: BaseException | None) -> int | None:
 
 
 def in_words(error: BaseException) -> str:
-    """Type and message, whatever the user's own class makes of ``str``."""
+    """Type and message of an error; never raises, even if the error's ``__str__`` does."""
     return f"{type(error).__name__}: {_message(error)}"
 
 

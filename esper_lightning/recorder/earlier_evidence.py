@@ -1,4 +1,4 @@
-"""What earlier runs left in a rank's folder, which is not to pass for evidence of this run."""
+"""Evidence of earlier runs in a rank's folder, which must not pass for evidence of this run."""
 
 import shutil
 from dataclasses import replace
@@ -8,14 +8,14 @@ from lightning.pytorch import Trainer
 from lightning.pytorch.loggers import TensorBoardLogger
 
 from esper_lightning.callbacks.lightning_internals import event_file, experiment_of
-from esper_lightning.forensics.asides import KEPT_ASIDE, keep_latest, set_aside
+from esper_lightning.forensics.asides import KEPT_ASIDE, keep_latest, rename_aside
 from esper_lightning.forensics.layout import RankLayout, RunLayout
 from esper_lightning.forensics.rank_record import ProcessRecord
 from esper_lightning.forensics.room import trim_report
 
 __all__ = ["EarlierEvidence"]
 
-_KEPT_EVENT_FILES = 20  # of TensorBoard: each resumed run adds one
+_KEPT_EVENT_FILES = 20  # each resumed run adds an event file of TensorBoard
 
 
 class EarlierEvidence:
@@ -24,8 +24,8 @@ class EarlierEvidence:
     Args:
         layout: Run directory.
         files: Folder of this rank, which exists.
-        trains: Whether the run is a fit. Another stage removes nothing, as its evidence is restored
-            where it goes well.
+        trains: Whether the run is a fit. Another stage that ends well leaves the evidence as it was
+            before, and removes nothing.
     """
 
     def __init__(self, layout: RunLayout, files: RankLayout, *, trains: bool) -> None:
@@ -34,31 +34,31 @@ class EarlierEvidence:
         self._renamed: dict[Path, Path] = {}
 
     def rename(self) -> None:
-        """Rename it: ``crash.json`` is ``crash.json.<n>`` then, and so on.
+        """Rename the evidence: ``crash.json`` becomes ``crash.json.<n>``, and so on.
 
         Raises:
-            OSError: If the disk does not take a name.
+            OSError: If the disk refuses a new name.
         """
         files = self._files
         for report in (files.crash, files.process):
-            trim_report(report)  # what it does not need may be all the room that there is
+            trim_report(report)  # its unused room may be all the room on the disk
         paths = [files.crash, files.stacks, files.bad_minibatch, files.memory, files.profile]
         if not self._trains:
             paths.append(files.phases)
         for path in paths:
-            self._note(path, set_aside(path))
+            self._note(path, rename_aside(path))
         self._note(files.evidence, _rename_folder(files.evidence))
 
     def keep_latest_events(self, trainer: Trainer) -> list[str]:
         """Remove the oldest event files of the runs in this directory.
 
-        Only of files whose names are stored with a run is it certain that no one else made them.
+        Only files whose names are stored with a run are removed: others may not be a run's.
 
         Args:
             trainer: Trainer of the run, whose loggers may have begun a file.
 
         Returns:
-            Names of those that stay, to be stored with this run.
+            Names of the remaining files, to be stored with this run.
         """
         names = () if self._process is None else self._process.event_files
         earlier = [self._layout.directory / name for name in names if _is_event_file(name)]
@@ -68,11 +68,11 @@ class EarlierEvidence:
         return list(dict.fromkeys(path.name for path in files if path.exists()))
 
     def restore(self, process: ProcessRecord) -> None:
-        """Restore it after a stage that went well and was no fit, or a run that has not begun.
+        """Restore the evidence after a stage that ended well and was no fit, or a refused start.
 
         Args:
             process: Record of this run's process, whose event files are stored with the
-                restored one.
+                restored record.
 
         Raises:
             OSError: If the disk takes no more.
@@ -90,7 +90,7 @@ class EarlierEvidence:
 
 
 def _rename_folder(path: Path) -> Path | None:
-    """Rename a folder to ``<name>.<n>``, and remove all but the latest that were."""
+    """Rename a folder to ``<name>.<n>``, and remove all but the latest folders so renamed."""
     if not path.is_dir():
         return None
     numbers = [each.suffix[1:] for each in path.parent.glob(f"{path.name}.*")]

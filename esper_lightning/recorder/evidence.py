@@ -1,4 +1,4 @@
-"""What a callback or a module of yours implements to save evidence of its own at a death."""
+"""The protocol by which a callback or module of yours saves evidence of its own at a death."""
 
 from pathlib import Path
 from typing import Protocol, runtime_checkable
@@ -12,18 +12,19 @@ __all__ = ["Death", "HoldsEvidence"]
 class HoldsEvidence(Protocol):
     """A callback, or the LightningModule, with evidence that is not on disk.
 
-    Where a run with a ``FlightRecorder`` dies, each one is asked once the recorder's own evidence
-    is saved. Nothing has to be derived from or registered: the method is enough::
+    When a run with a ``FlightRecorder`` dies, ``save_evidence`` of each such object is called once
+    the recorder's own evidence is saved. No base class and no registration is needed: the method is
+    enough::
 
         class LastBatches(Callback):
             def save_evidence(self, directory: Path, death: Death) -> str | None:
                 torch.save(list(self._batches), directory / "batches.pt")
                 return f"the last {len(self._batches)} batches"
 
-    The method is called in a thread of its own and has five seconds. What it raises, or that it
-    was late, is written into the report, and nothing else is lost by it. The thread that trains may
-    be stuck, or even continue, as after a hang: call no collective, and wait for no lock that it
-    may hold. After a fault in C the method is not called.
+    The method is called in a thread of its own and has five seconds. An error of the method, or a
+    note that it was late, is written into the report, and no other evidence is lost. The thread
+    that trains may be stuck, or even continue, as after a hang: call no collective, and wait for no
+    lock that the training thread may hold. After a fault in C the method is not called.
     """
 
     def save_evidence(self, directory: Path, death: Death) -> str | None:
@@ -31,13 +32,14 @@ class HoldsEvidence(Protocol):
 
         Args:
             directory: Directory for this callback alone: ``rank<k>/evidence/<name of the class>``,
-                which exists unless the disk is full. It may hold what was saved for a hang before.
-            death: What ends the run: ``cause``, ``error``, ``signal``, and ``reason`` in a line.
+                which exists unless the disk is full. It may hold evidence of an earlier hang.
+            death: Death that ends the run: ``cause``, ``error``, ``signal``, and ``reason`` in one
+                line.
 
         Returns:
             A sentence for the report, or ``None`` where there is nothing to say.
 
         Raises:
-            Exception: Whatever prevents it from being saved; the report says so.
+            Exception: Any error that prevents the evidence from being saved; it is reported.
         """
         ...

@@ -1,4 +1,4 @@
-"""What is saved at a death, in order: cheap and certain first, slow and fragile last."""
+"""The steps of saving evidence, in order: cheap and certain first, slow and fragile last."""
 # Lightning sets many attributes of its Trainer where no type checker sees them.
 # pyright: reportAttributeAccessIssue=false, reportUnknownVariableType=false
 # pyright: reportUnknownArgumentType=false
@@ -16,7 +16,7 @@ from lightning.pytorch import Callback, Trainer
 
 from esper_lightning.callbacks.history import History
 from esper_lightning.callbacks.loggers import flush_logger
-from esper_lightning.forensics.asides import set_aside
+from esper_lightning.forensics.asides import rename_aside
 from esper_lightning.forensics.files import replacing, write_atomically
 from esper_lightning.forensics.layout import RankLayout
 from esper_lightning.recorder.attempt import attempt
@@ -29,12 +29,12 @@ from esper_lightning.recorder.signals import dump_stacks
 
 __all__ = ["STEPS", "DyingRun", "EvidenceStep", "StepOutcome", "steps_of_holders"]
 
-_HOLDER_S = 5  # for each callback of the user's
+_HOLDER_S = 5  # time limit of each callback of the user's
 
 
 @dataclass(kw_only=True)
 class DyingRun:
-    """What the steps work on."""
+    """The dying run, as the steps of saving evidence need it."""
 
     trainer: Trainer
     """Trainer of the run."""
@@ -45,26 +45,26 @@ class DyingRun:
     callbacks: Callable[[], Sequence[Callback]]
     """Callbacks that the run had at any time."""
     death: Death
-    """What ends the run."""
+    """Death that ends the run."""
     started_s: float
     """When the recording began, in seconds since the epoch."""
     bounded: bool
-    """Whether steps may take threads of their own: not in a signal handler."""
+    """Whether steps may have threads of their own; false in a signal handler."""
     print_profile: bool
     """Whether the table of the window is printed on the first rank."""
     write_report: Callable[[], None]
-    """Writes the report as it is by then."""
+    """Writes the report as it is at the call."""
     table: str | Exception | None = None
-    """The profiler's table, once the trace is saved: empty where it would take too long, an error
-    where there is none because of it, and ``None`` where no table was to be had."""
+    """The profiler's table, once the trace is saved: empty where a table would take too long, an
+    error where the error prevented the table, and ``None`` where the profiler has no table."""
 
     def report(self) -> None:
-        """Write the report as it is by now."""
+        """Write the report as it is now."""
         self.write_report()
 
 
 class StepOutcome(NamedTuple):
-    """What became of a step, for the report: ``saved``, ``absent``, ``pending`` or ``failed``."""
+    """Outcome of a step, for the report; the states are those of ``forensics.report.Evidence``."""
 
     state: str
     path: Path | None = None
@@ -81,7 +81,7 @@ class EvidenceStep(NamedTuple):
     name: str
     """Name of the evidence in the report."""
     save: Callable[[DyingRun], StepOutcome | None]
-    """Saves the evidence; what it raises is a failure, and ``None`` leaves the report as it is."""
+    """Saves the evidence; an error is a failure, and ``None`` leaves the report unchanged."""
     seconds: float | None
     """Time limit, in a thread of its own; ``None`` for the calling thread and no limit."""
     when: Callable[[DyingRun], bool] = _always
@@ -101,7 +101,7 @@ def _save_history(run: DyingRun) -> StepOutcome:
         return StepOutcome("absent", detail="no iteration was finished")
     descriptor = os.open(path, os.O_RDONLY)
     try:
-        os.fsync(descriptor)  # what was appended is safe from a power failure, too
+        os.fsync(descriptor)  # rows are then safe from a power failure, too
     finally:
         os.close(descriptor)
     with path.open("rb") as file:
@@ -124,7 +124,7 @@ def _ran_out_of_cuda_memory(run: DyingRun) -> bool:
 
 def _save_memory(run: DyingRun) -> StepOutcome:
     path = run.files.memory
-    if not path.exists():  # else the allocator's observer wrote it in time
+    if not path.exists():  # the allocator's observer may have written it in time
         save_memory(path)
     return StepOutcome("saved", path, "CUDA allocator")
 
@@ -136,7 +136,7 @@ def _has_stacks_to_show(run: DyingRun) -> bool:
 
 def _save_stacks(run: DyingRun) -> StepOutcome:
     path = run.files.stacks
-    if run.death.cause == "native":  # whose handler has written them
+    if run.death.cause == "native":  # the handler of the fault has written the stacks
         return StepOutcome("saved", path)
     dump_stacks(path, f"{run.death.cause}: {run.death.reason}")
     return StepOutcome("saved", path, "Python stacks of all threads")
@@ -145,7 +145,7 @@ def _save_stacks(run: DyingRun) -> StepOutcome:
 def _save_checkpoint(run: DyingRun) -> StepOutcome:
     path = run.files.crash_checkpoint
     if path.exists() and path.stat().st_mtime < run.started_s:
-        set_aside(path)
+        rename_aside(path)
     if not run.bounded:
         return StepOutcome("absent", detail="not from within a native fault")
     if not run.trainer.strategy.optimizers:
@@ -215,20 +215,23 @@ STEPS = (
     EvidenceStep("trace", _save_trace, None),
     EvidenceStep("profile", _save_table, 5, when=_has_table),
 )
-"""The recorder's own evidence. After the first report a second death leaves more than nothing."""
+"""The recorder's own steps. The early report survives a second death during the later steps."""
 
 
 def steps_of_holders(run: DyingRun) -> list[EvidenceStep]:
-    """A step for each callback, and for the module, that holds evidence; to be taken last.
+    """A step for each callback, and for the module, that holds evidence; they are taken last.
 
     Args:
         run: Run that dies.
+
+    Returns:
+        The steps, each under the name of the holder's class.
     """
     steps: list[EvidenceStep] = []
     names = {step.name for step in STEPS}
     candidates: list[Any] = [*run.callbacks(), run.trainer.lightning_module]
     for holder in candidates:
-        # Whoever answers to every name may raise here.
+        # An object that has every attribute may raise here.
         if attempt(lambda each=holder: isinstance(each, HoldsEvidence)).result:
             name = kind = type(holder).__name__
             number = 1
@@ -243,12 +246,12 @@ def steps_of_holders(run: DyingRun) -> list[EvidenceStep]:
 
 def _save_of(holder: HoldsEvidence, name: str, run: DyingRun) -> StepOutcome:
     folder = run.files.evidence / name
-    with contextlib.suppress(OSError):  # there may be other ways to save it than this disk
+    with contextlib.suppress(OSError):  # the holder may save it elsewhere
         folder.mkdir(parents=True, exist_ok=True)
     try:
         said = holder.save_evidence(folder, run.death)
     finally:
-        with contextlib.suppress(OSError):  # that are not empty stay
+        with contextlib.suppress(OSError):  # folders that are not empty stay
             folder.rmdir()
             folder.parent.rmdir()
     path = folder if folder.exists() else None

@@ -1,4 +1,4 @@
-"""No death of a run loses its evidence.
+"""The callback that saves the evidence of a run at its death.
 
 ``FlightRecorder`` watches a run of ``Trainer.fit`` (or ``validate``, ``test``, ``predict``) and,
 whatever ends it, leaves the profiler's trace, the history and a report in the run directory.
@@ -51,13 +51,13 @@ _P = ParamSpec("_P")
 def _guarded(
     hook: Callable[Concatenate["FlightRecorder", _P], None],
 ) -> Callable[Concatenate["FlightRecorder", _P], None]:
-    """Wrap a hook: a run does not fail because of its recorder, which is off after an error."""
+    """Wrap a hook so that an error turns the recorder off, and the run does not fail by it."""
 
     @functools.wraps(hook)
     def call(self: "FlightRecorder", *args: _P.args, **kwargs: _P.kwargs) -> None:
         try:
             hook(self, *args, **kwargs)
-        except DirectoryRefusedError:  # nor does it write where others have their files
+        except DirectoryRefusedError:  # the recorder never writes where others have files
             raise
         except Exception as error:
             self.give_up(cast(Trainer, args[0]), error)
@@ -66,19 +66,19 @@ def _guarded(
 
 
 class FlightRecorder(WritesRun):
-    """Save what a dying run knows, then let it die of what it died of.
+    """Saves the evidence of a dying run, and never changes the error that the run dies of.
 
     Works with any LightningModule, with any of Lightning's profilers or none. A history is written
     even if there is no ``History`` among the callbacks. Errors and exit statuses stay the user's;
-    an error gets a note that names the run directory. Loggers cannot end the run: what they raise
-    is a warning, and metrics that they did not take are logged when they take them again. Nothing
-    is recorded under ``fast_dev_run``.
+    an error gets a note that names the run directory. Loggers cannot end the run: an error of a
+    logger is a warning, and metrics that the logger did not take are logged when it takes them
+    again. Nothing is recorded under ``fast_dev_run``.
 
     Args:
-        dirpath: Run directory; ``None`` for that of the Trainer (``callbacks.run_directory``).
+        dirpath: Run directory; ``None`` for the Trainer's (``callbacks.run_directory``).
         hang_timeout_s: Seconds after which an iteration, or a batch of a validation, counts as
             hanging: stacks and evidence are saved and the run continues, without its profiler.
-            ``None`` for never.
+            ``None`` for no limit.
         print_profile: Whether the table of a rescued profiler window is printed on rank 0.
         watch: Whether a second process of a few megabytes completes the report if this one vanishes
             (SIGKILL, the kernel's OOM killer, ``os._exit``).
@@ -103,16 +103,16 @@ class FlightRecorder(WritesRun):
         self.hang_timeout_s = hang_timeout_s
         self.print_profile = print_profile
         self.watch = watch
-        self._has_saved = False  # a checkpoint, since the directory was copied
+        self._has_saved = False  # whether a checkpoint followed the latest copy
 
     @override
     @_guarded
     def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
         """Begin to record, before anything of the run can fail."""
         if run_depth(trainer) > 1 and recording_of(trainer) is not None:
-            return  # a run within a run of the same Trainer is part of that
+            return  # a run within a run of the same Trainer belongs to the outer run
         _close_earlier(trainer)
-        if not trainer.fast_dev_run:  # else they are dummies
+        if not trainer.fast_dev_run:  # which has dummies as loggers
             guard_loggers(trainer.loggers)
         layout = _layout(open_run_directory(trainer, self))
         met = meet(trainer.world_size)
@@ -121,8 +121,8 @@ class FlightRecorder(WritesRun):
         others = [callback for callback in trainer.callbacks if callback is not self]
         if stage == "fit" and not any(isinstance(callback, History) for callback in others):
             others.insert(0, History())
-        # First, before anything that may raise in its own on_exception. A new list: the old one is
-        # being walked through.
+        # The recorder comes first, before callbacks whose on_exception may raise. The list is new:
+        # Lightning is iterating over the old list.
         trainer.callbacks = [self, *others]
         self._record(trainer, layout, stage, watch=self.watch, met=met)
 
@@ -140,7 +140,7 @@ class FlightRecorder(WritesRun):
     def on_train_batch_start(
         self, trainer: Trainer, pl_module: LightningModule, batch: Any, batch_idx: int
     ) -> None:
-        """Note that an iteration begins; checkpoints of the one before are closed and copied."""
+        """Note that an iteration begins; copy the directory if the last one saved a checkpoint."""
         if self._has_saved:
             self._has_saved = False
             copy_run_directory(trainer)
@@ -153,7 +153,7 @@ class FlightRecorder(WritesRun):
     def on_train_batch_end(
         self, trainer: Trainer, pl_module: LightningModule, outputs: Any, batch: Any, batch_idx: int
     ) -> None:
-        """Note that the iteration is done."""
+        """Note that the iteration has ended."""
         recording = recording_of(trainer)
         if recording is not None:
             recording.beat()
@@ -168,7 +168,7 @@ class FlightRecorder(WritesRun):
         batch_idx: int,
         dataloader_idx: int = 0,
     ) -> None:
-        """Note that a batch of a validation begins: against a hang it counts as an iteration."""
+        """Note that a batch of a validation begins: it may hang as an iteration may."""
         self._beat(trainer)
 
     @override
@@ -182,7 +182,7 @@ class FlightRecorder(WritesRun):
         batch_idx: int,
         dataloader_idx: int = 0,
     ) -> None:
-        """Note that a batch of a validation is done."""
+        """Note that a batch of a validation has ended."""
         self._beat(trainer)
 
     @override
@@ -210,7 +210,7 @@ class FlightRecorder(WritesRun):
     @override
     @_guarded
     def teardown(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
-        """Note that all went well, but for the report of the profiler, which is still to come."""
+        """Note that the run ended well; only the profiler's ``describe`` is still to come."""
         recording = recording_of(trainer)
         if recording is not None:
             recording.approach_end()
@@ -220,8 +220,8 @@ class FlightRecorder(WritesRun):
     def on_exception(
         self, trainer: Trainer, pl_module: LightningModule, exception: BaseException
     ) -> None:
-        """Save everything, unless that was done closer to the fault."""
-        # A recording's own deaths are saved before any callback is called.
+        """Save all evidence, unless it was saved closer to the fault."""
+        # A recording saves the evidence of a death before any callback is called.
         if recording_of(trainer) is not None or isinstance(exception, DirectoryRefusedError):
             return
         layout = None
@@ -234,7 +234,7 @@ class FlightRecorder(WritesRun):
             end_of_run()
             close_run_directory(trainer, self)
             return
-        # It died before ``setup`` was called.
+        # The run died before ``setup`` was called.
         self._record(trainer, layout, "fit", watch=False).die(exception, lingers=False)
 
     def _beat(self, trainer: Trainer) -> None:
@@ -243,13 +243,13 @@ class FlightRecorder(WritesRun):
             recording.beat()
 
     def give_up(self, trainer: Trainer, error: Exception) -> None:
-        """Leave the run alone after an error of the recorder's own.
+        """Turn the recorder off after an error of its own.
 
         Args:
             trainer: Trainer of the run, which continues.
-            error: Error that one of our hooks met.
+            error: Error that a hook of the recorder raised.
         """
-        _log.warning("FlightRecorder is off: %s. The run goes on without it.", in_words(error))
+        _log.warning("FlightRecorder is off: %s. The run continues without it.", in_words(error))
         recording = recording_of(trainer)
         if recording is not None:
             with contextlib.suppress(Exception):  # one warning is enough
@@ -288,7 +288,7 @@ def _close_earlier(trainer: Trainer) -> None:
 
 
 def _saved_by_its_processes(layout: RunLayout) -> bool:
-    """Whether processes that a launcher spawned recorded this run; in theirs, ours has no setup."""
+    """Whether processes that a launcher spawned recorded the run, so that this process need not."""
     processes = [ProcessRecord.read(path) for path in layout.directory.glob("rank*/process.json")]
     return any(
         process is not None and process.state != "finished" and is_of_this_run(process)

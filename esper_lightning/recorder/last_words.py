@@ -1,4 +1,4 @@
-"""Evidence of a process that dies inside C, saved by the handler of the fault."""
+"""The evidence of a process that dies inside C, saved by the handler of the fault."""
 
 import contextlib
 import os
@@ -24,13 +24,13 @@ _LAST_GASP_S = 10
 class LastWords:
     """Saves stacks and evidence of every living recording, then lets the process die as it would.
 
-    Not async-signal-safe, and no worse than dying at once: the default action is restored first, so
-    that a second fault kills, and ``alarm`` ends what hangs.
+    The handler is not async-signal-safe, and yet no worse than an immediate death: the default
+    action is restored first, so that a second fault kills, and ``alarm`` ends a step that hangs.
 
     Args:
-        members: Recordings that live; the registry's own list.
-        handlers: Handlers that are ours. One that was there before, such as that of
-            ``PYTHONFAULTHANDLER``, has the last word.
+        members: Living recordings; the registry's own list.
+        handlers: Handlers of signals that the recorder has set. A handler that was there before,
+            such as the handler of ``PYTHONFAULTHANDLER``, is called last.
 
     Attributes:
         pid: Process of the recordings: in a forked child there is nothing to save.
@@ -42,9 +42,9 @@ class LastWords:
         self._faulting: set[int] = set()
 
     def fault(self, number: int) -> None:
-        """Save everything in whichever thread failed, and raise the same signal again."""
+        """Save all evidence in the thread that failed, and raise the same signal again."""
         set_c_handler(number, 0)
-        again = number in self._faulting  # the handler that was to have the last word returned
+        again = number in self._faulting  # the handler that was called last has returned
         self._faulting.add(number)
         try:
             if not again and os.getpid() == self.pid:

@@ -1,4 +1,4 @@
-"""What the registry of the process knows of one recording."""
+"""A recording as the registry of the process knows it."""
 
 import signal
 import threading
@@ -17,7 +17,7 @@ __all__ = ["Member", "Recorded"]
 
 
 class Recorded(Protocol):
-    """What the registry asks of a recording."""
+    """The methods of a recording that the registry calls."""
 
     @property
     def trainer(self) -> Trainer:
@@ -30,23 +30,23 @@ class Recorded(Protocol):
         ...
 
     def die(self, error: BaseException, *, lingers: bool) -> None:
-        """Save everything: the run dies of the error."""
+        """Save all evidence: the run dies of the error."""
         ...
 
     def last_gasp(self, signal_name: str) -> None:
-        """Save what can be saved from within a handler in C."""
+        """Save the evidence that can be saved within a handler in C."""
         ...
 
     def at_exit(self) -> None:
-        """Save everything: the interpreter ends while the run has not."""
+        """Save all evidence: the interpreter ends before the run does."""
         ...
 
     def leave(self) -> None:
-        """Take no part any more: Lightning has shut down the run that died."""
+        """Leave the registry: Lightning has shut down the run that died."""
         ...
 
     def saving_for_s(self) -> float | None:
-        """Seconds since the latest step of saving evidence began, as for ``Watchdog``."""
+        """Seconds since the latest step of saving began; ``Watchdog`` explains the values."""
         ...
 
 
@@ -54,15 +54,15 @@ class Member:
     """One recording in the registry, from its beginning to the end of Lightning's shutdown.
 
     Args:
-        of: Recording, made in the thread that runs the fit.
+        of: The recording, made in the thread that runs the fit.
 
     Attributes:
         thread: Identifier of the thread that runs the fit.
-        in_main_thread: Whether that is the main thread.
+        in_main_thread: Whether the main thread runs the fit.
         left_to_lightning: Signals that Lightning handles to requeue a SLURM job.
         arrived: Signals that arrived for this recording and that its watchdog has not seen.
-        ended: Whether the run has died, and Lightning shuts it down.
-        ended_by_signal: Whether it died of a signal.
+        ended: Whether the run has died, and Lightning is shutting it down.
+        ended_by_signal: Whether the run died of a signal.
     """
 
     def __init__(self, of: Recorded) -> None:
@@ -76,15 +76,15 @@ class Member:
 
     @property
     def unwinds(self) -> bool:
-        """Whether what a signal raises in the main thread ends this run, or is ending it."""
+        """Whether a signal's exception in the main thread would end, or is ending, this run."""
         return self.in_main_thread and (self.ended_by_signal or not self.ended)
 
 
 def _requeue_signals(trainer: Trainer) -> set[int]:
     """Signals that Lightning handles to requeue a SLURM job.
 
-    With several ranks its SIGTERM handler broadcasts from within, wherever the others are: they
-    would wait for each other for ever.
+    With several ranks Lightning's SIGTERM handler broadcasts, wherever the other ranks are: the
+    ranks would wait for each other for ever. SIGTERM is Lightning's only on a single rank.
     """
     environment = cluster_environment(trainer)
     if not isinstance(environment, SLURMEnvironment) or not environment.auto_requeue:

@@ -1,4 +1,4 @@
-"""The CUDA allocator's state when memory runs out, taken before unwinding frees anything."""
+"""Snapshots of the CUDA allocator when memory runs out, before unwinding frees anything."""
 
 import contextlib
 import functools
@@ -14,13 +14,14 @@ _targets: list[Path] = []
 
 
 def watch_memory(target: Path) -> None:
-    """Have a snapshot written when CUDA memory runs out; nothing happens where CUDA is not in use.
+    """Write a snapshot whenever CUDA memory runs out; nothing happens where CUDA is not in use.
 
-    It opens in https://pytorch.org/memory_viz. With ``torch.cuda.memory._record_memory_history()``
-    switched on, it says for each allocation where it was made.
+    A snapshot opens in https://pytorch.org/memory_viz. If
+    ``torch.cuda.memory._record_memory_history()`` was called, the snapshot shows for each
+    allocation where it was made.
 
     Args:
-        target: File of the run, written anew each time memory runs out.
+        target: File of the snapshot, replaced each time memory runs out.
     """
     if torch.cuda.is_available() and torch.cuda.is_initialized():
         _targets.append(target)
@@ -46,5 +47,5 @@ def _attach() -> None:  # there is no way to detach an observer
 
 def _observe(*_: int) -> None:
     for target in _targets:
-        with contextlib.suppress(Exception):  # on the way to the user's own error
+        with contextlib.suppress(Exception):  # the user's own error must follow
             save_memory(target)

@@ -1,4 +1,4 @@
-"""The note on an error that says where the evidence of its run is."""
+"""The note on an error that names the places of its run's evidence."""
 
 import logging
 from pathlib import Path
@@ -13,12 +13,12 @@ _log = logging.getLogger(__name__)
 
 
 def add_note(error: BaseException, directory: Path, details: str) -> None:
-    """Add a note that says where to look; on stderr too for errors that Python does not show.
+    """Add a note with the places of the evidence; on stderr too if Python shows no traceback.
 
     Args:
         error: Error that ends the run.
         directory: Run directory.
-        details: Where history, report and trace are.
+        details: Places of the history, the report and the trace, in one line.
     """
     error.add_note(f"Run directory: {directory} ({details}). Shown by: esper crash {directory}")
     if isinstance(error, KeyboardInterrupt | SystemExit):
@@ -26,7 +26,7 @@ def add_note(error: BaseException, directory: Path, details: str) -> None:
 
 
 def where_evidence_is(files: RankLayout, rescue: Rescue) -> str:
-    """Where history, report and trace of a rank are, in a line."""
+    """Places of the history, the report and the trace of a rank, in one line."""
     report, written = rescue.report, rescue.written
     trace = report.evidence.get("trace", Evidence())
     where = f"no trace: {trace.detail}"

@@ -1,4 +1,4 @@
-"""A function in place of somebody else's, for a while: patches are undone in any order."""
+"""Temporary replacements of other objects' functions, which are undone in any order."""
 
 from collections.abc import Callable
 from typing import Any, cast
@@ -9,7 +9,7 @@ _ABSENT = object()
 
 
 class Patch:
-    """A function in place of an attribute of somebody else's object, until ``undo``.
+    """A function that replaces an attribute of an object until ``undo``.
 
     Args:
         owner: Object, or module, that has the attribute.
@@ -31,14 +31,14 @@ class Patch:
 
     @property
     def original(self) -> Callable[..., Any]:
-        """The attribute as it was before the patch, or before those below it that are undone."""
+        """The attribute as it was before this patch, and before earlier patches that are undone."""
         previous = self._before()
         if previous is _ABSENT:
             return getattr(cast(Any, type(self._owner)), self._name).__get__(self._owner)
         return previous
 
     def undo(self) -> None:
-        """Restore the attribute; where somebody has patched over ours, ours calls the original."""
+        """Restore the attribute; where a later patch covers this one, it calls the original."""
         self._lives = False
         if vars(self._owner).get(self._name) is self._patched:
             previous = self._before()

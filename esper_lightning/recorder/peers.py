@@ -1,4 +1,4 @@
-"""The other ranks of a run, known by the files they leave in the run directory: no collective."""
+"""The other ranks of a run, known by their files in the run directory, without a collective."""
 
 import dis
 import hashlib
@@ -31,19 +31,20 @@ __all__ = [
 
 _HOST = socket.gethostname()
 _CLOCKS_DIFFER_S = 10.0
-_previous_end_s = [time.time()]  # of a run in this process, or of the import of this module
+_previous_end_s = [time.time()]  # of the latest run in this process, or of the import
 
 
 def is_of_this_run(process: ProcessRecord, since_s: float | None = None) -> bool:
-    """Whether a ``process.json`` is no remainder of an earlier run in the same directory.
+    """Whether a ``process.json`` is of this run, and not of an earlier run in the directory.
 
-    For where the ranks have not met: time is all there is to compare. Lightning has all ranks meet
-    before any of them calls ``setup``, where a rank says that it runs: then each has imported this,
-    and left the run before.
+    Only ranks that have not met need this function: they have nothing but times to compare.
+    Lightning has all ranks meet before any of them calls ``setup``, in which a rank reports that it
+    runs: by then each rank has imported this module, and ended its previous run.
 
     Args:
-        process: What the file holds.
-        since_s: End of the run before, in this process; ``None`` for the latest end of any.
+        process: Content of the file.
+        since_s: End of the previous run in this process, in seconds since the epoch; ``None`` for
+            the latest end of any run.
     """
     tolerance_s = 0.0 if process.host == _HOST else _CLOCKS_DIFFER_S
     since_s = _previous_end_s[0] if since_s is None else since_s
@@ -51,21 +52,21 @@ def is_of_this_run(process: ProcessRecord, since_s: float | None = None) -> bool
 
 
 def end_of_run() -> None:
-    """Note that what starts from here on in this process is another run."""
+    """Note that a run of this process has ended: what starts later is another run."""
     _previous_end_s[0] = time.time()
 
 
 def meet(world_size: int) -> list[ProcessRecord]:
-    """Share with every rank which processes the ranks of the run that begins are.
+    """Exchange the identities of the processes of the run that begins, among all its ranks.
 
-    A collective, where there is a process group.
+    The call is a collective where there is a process group.
 
     Args:
         world_size: Number of ranks.
 
     Returns:
-        The identity of each process and when its recording began, in the order of ranks; empty
-        where nobody can be asked.
+        For each rank, in order, the identity of its process and the begin of its recording; empty
+        where several ranks have no process group.
     """
     mine = ProcessRecord(**vars(identify(os.getpid())), started_s=time.time())
     if world_size == 1:
@@ -78,18 +79,18 @@ def meet(world_size: int) -> list[ProcessRecord]:
 
 
 class Peers:
-    """This rank's ``process.json``, and what those of the others say.
+    """The ``process.json`` of this rank, and those of the other ranks.
 
     Args:
-        layout: Of the run.
+        layout: Layout of the run directory.
         rank: Global rank of this process.
         world_size: Number of ranks.
-        met: What ``meet`` returned. A ``process.json`` of any other process is then of another run,
-            whenever that began.
+        met: Result of ``meet``. If it is not empty, a ``process.json`` of any process that it does
+            not list is of another run, whenever that run began.
 
     Attributes:
-        process: What tells this rank's recording from every other, as in ``process.json``.
-        started_s: When it began, in seconds since the epoch.
+        process: Record that identifies this rank's recording, as in ``process.json``.
+        started_s: Begin of this rank's recording, in seconds since the epoch.
     """
 
     def __init__(
@@ -113,16 +114,16 @@ class Peers:
         self.process = replace(mine, rank=rank, world_size=world_size, run=run)
 
     def note_event_files(self, names: list[str]) -> None:
-        """Store the names of TensorBoard's event files that runs have begun, from now on."""
+        """Add the names of the runs' TensorBoard event files to this rank's record."""
         if names:
             self.process = replace(self.process, event_files=tuple(names))
 
     def report(self, state: str, *, saved: bool = False) -> None:
-        """Write down for the other ranks how this one fares.
+        """Write this rank's state into its ``process.json``, for the other ranks.
 
         Args:
-            state: ``running``, ``finished``, ``failed``, or ``off``: it runs, but is not recorded.
-            saved: Whether its evidence is on disk.
+            state: ``running``, ``finished``, ``failed``, or ``off``: the rank runs, unrecorded.
+            saved: Whether the evidence of a failure is on disk.
 
         Raises:
             OSError: If the disk takes no more.
@@ -132,7 +133,7 @@ class Peers:
         process.write(self._path)
 
     def first_failure(self) -> tuple[int, str] | None:
-        """A rank that failed or vanished in this run, and what is known of it."""
+        """A rank that failed or vanished in this run, with the reason; ``None`` without one."""
         for peer in self._others:
             process = self._read(peer)
             if process is None:
@@ -144,9 +145,12 @@ class Peers:
         return None
 
     def wait_until_saved(self, timeout_s: float) -> None:
-        """Stay alive while others still save.
+        """Stay alive while other ranks still save their evidence.
 
-        Launchers kill every process soon after the first has left.
+        Launchers kill every process soon after the first process has ended.
+
+        Args:
+            timeout_s: Longest time to wait, in seconds.
         """
         end = time.monotonic() + timeout_s
         while time.monotonic() < end and any(map(self._is_saving, self._others)):
@@ -156,10 +160,10 @@ class Peers:
         process = self._read(peer)
         if process is None or process.state in ("finished", "off") or process.evidence_saved:
             return False
-        return is_alive(process) is not False  # one that cannot be seen from here is taken to live
+        return is_alive(process) is not False  # a process out of sight counts as alive
 
     def _read(self, peer: int) -> ProcessRecord | None:
-        """``None`` where it has not started, or the file is of an earlier run."""
+        """The record of a peer; ``None`` where it is missing, or of an earlier run."""
         process = ProcessRecord.read(self._layout.rank(peer).process)
         if process is None or process.state is None:
             return None
@@ -168,7 +172,7 @@ class Peers:
         return process if known or of_this_run else None
 
 
-# gloo names the place in its source at which an operation failed, as nobody else does.
+# Only gloo names the place in its source at which an operation failed.
 _OF_GLOO = re.compile(r"^\[[^\]]*gloo/[^\]]*:\d+\]")
 _LOST = re.compile(
     r"closed by peer|reset by peer|closed by remote|broken pipe|connection (?:refused|was closed)"
@@ -185,11 +189,11 @@ _DIST_ERRORS = tuple(
 
 
 def lost_a_peer(error: BaseException) -> bool:
-    """Whether an operation of several ranks failed because another one is gone: an effect.
+    """Whether an operation of several ranks failed only because another rank is gone.
 
-    The words of a message are not enough: the error must be of a type that only
-    ``torch.distributed`` raises, or a ``RuntimeError`` that gloo signed or that came out of torch
-    itself; or have such an error as its ``__cause__``.
+    The words of the message are not enough. The error, or one in its chain of ``__cause__``, must
+    be of a type that only ``torch.distributed`` raises, or a ``RuntimeError`` that names gloo's
+    source or was raised by torch itself.
     """
     seen: set[int] = set()
     link: BaseException | None = error
@@ -204,7 +208,7 @@ def lost_a_peer(error: BaseException) -> bool:
 def _is_of_a_lost_peer(error: BaseException) -> bool:
     try:
         message = str(error)
-    except Exception:  # a class of the user's
+    except Exception:  # an error of the user's class may have no text
         return False
     if not _LOST.search(message):
         return False
@@ -216,7 +220,7 @@ def _is_of_a_lost_peer(error: BaseException) -> bool:
 
 
 def _is_of_torch(error: BaseException) -> bool:
-    """Whether an error was raised in torch's own code, in Python or below, and not by a caller."""
+    """Whether torch's own code, in Python or in C, raised an error, and not a caller of torch."""
     innermost = error.__traceback__
     while innermost is not None and innermost.tb_next is not None:
         innermost = innermost.tb_next
@@ -228,10 +232,10 @@ def _is_of_torch(error: BaseException) -> bool:
 
 
 def keep_launcher_from_killing(save: Callable[[], None]) -> None:
-    """Have evidence saved before Lightning's launcher kills every rank, because one died.
+    """Save evidence before Lightning's launcher kills every rank because one rank died.
 
     Args:
-        save: Saves this rank's evidence; called by the launcher's thread.
+        save: Function that saves this rank's evidence; the launcher's thread calls it.
     """
     for thread in launcher_observers():
         _save_before_killing(thread, save)

@@ -1,9 +1,9 @@
-"""What Lightning's profilers need so that their evidence outlives the run.
+"""The guard of a run's profiler: evidence of the profiler outlives the run.
 
-``ProfilerGuard`` sits round ``trainer.profiler`` for one run. It writes every span into the phase
-ring, stops errors of the profiler from ending the run and an exception that unwinds from advancing
-the schedule, and at a death takes out what was recorded. It works on the user's own object and
-leaves it as it was.
+``ProfilerGuard`` wraps ``trainer.profiler`` for one run. The guard writes every span into the phase
+ring, prevents errors of the profiler from ending the run and an exception that unwinds from
+advancing the schedule, and exports the open window at a death. The guard works on the user's own
+profiler object and restores it afterwards.
 """
 # Lightning sets many attributes of its Trainer where no type checker sees them.
 # pyright: reportAttributeAccessIssue=false, reportUnknownVariableType=false
@@ -19,7 +19,6 @@ import sys
 import threading
 from collections.abc import Callable, Generator
 from pathlib import Path
-from typing import Any
 
 import torch
 from lightning.pytorch.profilers import PassThroughProfiler, Profiler, PyTorchProfiler
@@ -28,7 +27,6 @@ from torch.profiler import ProfilerAction
 from esper_lightning.callbacks.lightning_internals import (
     forget_schedule,
     profiler_settings,
-    records_nvtx,
     take_open_spans,
     take_parent_profiler,
     take_report_file,
@@ -39,30 +37,31 @@ from esper_lightning.forensics.phases import PhaseRing
 from esper_lightning.recorder.attempt import attempt
 from esper_lightning.recorder.death import in_words
 from esper_lightning.recorder.patch import Patch
+from esper_lightning.recorder.profiling.global_session import make_global
 from esper_lightning.recorder.profiling.operator_table import operator_table
-from esper_lightning.recorder.profiling.trace_export import export_trace
-from esper_lightning.recorder.profiling.window_profiler import WindowProfiler, global_session
+from esper_lightning.recorder.profiling.trace_export import export_trace, export_whole
+from esper_lightning.recorder.profiling.window_profiler import WindowProfiler
 from esper_lightning.recorder.protection import Protection
 
 __all__ = ["ProfilerGuard", "unrecorded"]
 
 _log = logging.getLogger(__name__)
 _RECORDING = (ProfilerAction.RECORD, ProfilerAction.RECORD_AND_SAVE)
-_TABLE_BYTES = 20_000_000  # of a packed trace, about a million events: the table takes 7 s then
+_TABLE_BYTES = 20_000_000  # a packed trace of a million events, whose table takes 7 s
 _WRAPPED = ("start", "stop", "describe")
 _numbers = itertools.count(1)
 
 
 class ProfilerGuard:
-    """What stands between the Trainer and its profiler during one run.
+    """The layer between the Trainer and its profiler during one run.
 
     Args:
         profiler: Profiler of the Trainer.
         ring: Phase ring, which gets every span.
         protection: Protection of the run, which holds signals back while a window is written.
-        on_batch: Called when a training batch begins, also in a loop that a tuner runs.
-        on_described: Called after the run's last act, the profiler's own report.
-        files: Folder of this rank, for what cannot be written where the user wants it.
+        on_batch: Function called when a training batch begins, also in a loop that a tuner runs.
+        on_described: Function called after the run's last action, the profiler's ``describe``.
+        files: Folder of this rank, for files that cannot be written into the user's folder.
     """
 
     def __init__(
@@ -86,10 +85,13 @@ class ProfilerGuard:
         self._off = False
         self._does_nothing = type(profiler) is PassThroughProfiler
         theirs = getattr(profiler, "dirpath", None)
-        self._theirs = Path(theirs).absolute() if theirs else None  # before anyone changes places
+        self._theirs = Path(theirs).absolute() if theirs else None  # the run directory may move it
         self._patches = [Patch(profiler, name, getattr(self, f"_{name}")) for name in _WRAPPED]
         self._methods = {name: getattr(type(profiler), name).__get__(profiler) for name in _WRAPPED}
-        self._made_global = isinstance(profiler, PyTorchProfiler) and _make_global(profiler)
+        has_own_sessions = isinstance(profiler, WindowProfiler)  # which are global already
+        self._made_global = (
+            isinstance(profiler, PyTorchProfiler) and not has_own_sessions and make_global(profiler)
+        )
 
     def release(self) -> None:
         """Restore the profiler's own methods and settings."""
@@ -101,24 +103,24 @@ class ProfilerGuard:
 
     @property
     def action(self) -> str | None:
-        """What the torch profiler is doing: NONE (waiting), WARMUP, RECORD, RECORD_AND_SAVE."""
+        """Action of the torch profiler: NONE (waiting), WARMUP, RECORD, RECORD_AND_SAVE, if any."""
         profile = self._profile
         return None if profile is None else profile.current_action.name
 
     @property
     def why_no_session(self) -> str:
-        """Why nothing could be recorded, where ``action`` is ``None``."""
+        """Reason why nothing could be recorded, where ``action`` is ``None``."""
         if not isinstance(self.profiler, PyTorchProfiler):
             return "no PyTorchProfiler was attached"
         return "the profiler was off by then" if self._off else "the profiler was waiting"
 
     @property
     def has_window(self) -> bool:
-        """Whether anything is being recorded."""
+        """Whether a window is being recorded."""
         profile = self._profile
         return profile is not None and profile.current_action in _RECORDING
 
-    # What the Trainer calls.
+    # Replacements of the profiler's methods, which the Trainer calls.
 
     def _start(self, action_name: str) -> None:
         if threading.get_ident() == self._thread:
@@ -149,7 +151,7 @@ class ProfilerGuard:
         self._on_described()
 
     def _guarded(self, method: str, *args: str) -> None:
-        """Call the profiler's own method; a run does not fail because of its profiler."""
+        """Call the profiler's own method; an error turns the profiler off, and ends no run."""
         try:
             with self._protection.held():
                 self._methods[method](*args)
@@ -166,9 +168,9 @@ class ProfilerGuard:
             _log.warning("The profiler failed and is off from here on: %r", error)
 
     def _close_output(self) -> None:
-        """Close the file of the profiler's report, which would raise again when it is collected.
+        """Close the file of the profiler's text, and remove the file if it is empty.
 
-        A file that is empty is removed.
+        The open file would raise again when the profiler is garbage-collected.
         """
         file = take_report_file(self.profiler)
         if file is None:
@@ -196,16 +198,16 @@ class ProfilerGuard:
     # Windows that close while the run is healthy.
 
     def _look_after_windows(self) -> None:
-        """Have a torch profiler that Lightning has just made hand over its windows through here."""
+        """Patch a torch profiler that Lightning has just made: ``_hand_over`` gets its windows."""
         profile = self._profile
-        ours = isinstance(self.profiler, WindowProfiler)  # it does so by itself
+        ours = isinstance(self.profiler, WindowProfiler)  # which has this protection built in
         if profile is None or ours or "step" in profile.__dict__:
             return
         for name in ("step", "stop"):
             setattr(profile, name, functools.partial(self._close_window, profile, name))
 
     def _close_window(self, profile: torch.profiler.profile, name: str) -> None:
-        """The profiler's own ``step`` or ``stop``, which may end a window."""
+        """Call the profiler's own ``step`` or ``stop``, which may end a window."""
         theirs = profile.on_trace_ready
         if theirs is not None:
             profile.on_trace_ready = functools.partial(self._hand_over, theirs)
@@ -217,8 +219,8 @@ class ProfilerGuard:
     def _hand_over(
         self, theirs: Callable[[torch.profiler.profile], object], profile: torch.profiler.profile
     ) -> None:
-        """Let the user's own function write a window; where it cannot, the run directory has it."""
-        profile.export_chrome_trace = functools.partial(_export, profile)
+        """Let the user's function write a window; if it fails, write into the run directory."""
+        profile.export_chrome_trace = functools.partial(export_whole, profile)
         try:
             theirs(profile)
         except Exception as error:
@@ -229,7 +231,7 @@ class ProfilerGuard:
             except (OSError, ValueError) as problem:
                 self._warn("A recorded window is lost: %s (%s)", problem, in_words(error))
             else:
-                text = "The profiler's traces go to %s, for it cannot write them: %s"
+                text = "The profiler cannot write its traces, which go to %s: %s"
                 self._warn(text, self._files.trace, in_words(error))
         finally:
             del profile.__dict__["export_chrome_trace"]
@@ -250,15 +252,15 @@ class ProfilerGuard:
         """Close the open window and export it; the profiler is off afterwards.
 
         Args:
-            name: First part of the name of the trace file.
+            name: Beginning of the name of the trace file.
 
         Returns:
             The trace file, or its pieces in order of time, and the table of operators, which is
-            empty where it would take too long.
+            empty where the table would take too long.
 
         Raises:
             ValueError: If nothing is being recorded, or the session was lost.
-            OSError: If no place takes the file.
+            OSError: If neither the user's folder nor the run directory takes the file.
         """
         profile = self._profile
         self._off = True
@@ -291,13 +293,13 @@ class ProfilerGuard:
         if not isinstance(profiler, PyTorchProfiler):
             return
         for span in take_open_spans(profiler):
-            if threading.get_ident() == self._thread:  # spans are those of their thread
+            if threading.get_ident() == self._thread:  # a span belongs to its thread
                 _attempt(lambda span=span: span.__exit__(None, None, None))
         if profile is not None:
             running = profile.current_action != ProfilerAction.NONE
             profile.on_trace_ready = None
             if running and profile.profiler is not None:
-                profile.profiler.use_device = None  # after a CUDA error its synchronise would raise
+                profile.profiler.use_device = None  # else it raises after a CUDA error
                 _attempt(profile.stop)
         parent, nvtx = take_parent_profiler(profiler), profiler.profiler
         if profile is None and nvtx is not None:
@@ -308,7 +310,7 @@ class ProfilerGuard:
         forget_schedule(profiler, profile)
 
     def text(self) -> str:
-        """The report of a profiler that makes text only, such as ``SimpleProfiler``."""
+        """The summary of a profiler that makes text only, such as ``SimpleProfiler``."""
         if isinstance(self.profiler, PyTorchProfiler | PassThroughProfiler):
             return ""
         for name in reversed(self._ring.open_names):
@@ -319,7 +321,7 @@ class ProfilerGuard:
 
 @contextlib.contextmanager
 def unrecorded() -> Generator[None]:
-    """Leave what this thread does out of the window: it is work of the rescue, not of the run."""
+    """Keep this thread's operators out of the window: they are work of the rescue."""
     switch = getattr(torch._C._autograd, "_enable_record_function", None)  # pyright: ignore[reportPrivateUsage]
     if switch is not None:
         switch(False)
@@ -334,47 +336,4 @@ def _process() -> str:
     return f"{socket.gethostname()}-{os.getpid()}-{next(_numbers)}"
 
 
-def _export(profile: torch.profiler.profile, path: str, *args: Any, **kwargs: Any) -> None:
-    """Export a trace as torch does, but leave nothing torn, and raise where nothing was written."""
-    target, was_there = Path(path), Path(path).exists()
-    try:
-        type(profile).export_chrome_trace(profile, path, *args, **kwargs)
-        if not target.exists():
-            raise OSError(f"{target.parent} takes no trace")
-    except BaseException:
-        torn = [Path(f"{path}.tmp"), *([] if was_there else [target])]
-        for left in torn:
-            with contextlib.suppress(OSError):
-                left.unlink(missing_ok=True)
-        raise
-
-
 _attempt = functools.partial(attempt, what="closing the profiler", level=logging.DEBUG)
-
-
-def _make_global(profiler: PyTorchProfiler) -> bool:
-    """Let any thread stop the session: the watchdog too, while the main thread is stuck in C.
-
-    Returns:
-        Whether the profiler's settings were changed.
-    """
-    if isinstance(profiler, WindowProfiler):  # its sessions are global already
-        return False
-    settings = profiler_settings(profiler)
-    if records_nvtx(profiler) or settings.get("experimental_config") is not None:
-        return False
-    config = global_session()
-    if config is None:
-        return False
-    settings["experimental_config"] = config
-    profile = profiler.profiler
-    if isinstance(profile, torch.profiler.profile):  # the Trainer's first hooks have opened it
-        ready, profile.on_trace_ready = profile.on_trace_ready, None
-        running = profile.current_action != ProfilerAction.NONE
-        if running:
-            profile.stop()
-        profile.experimental_config, profile.profiler = config, None
-        if running:
-            profile.start()
-        profile.on_trace_ready = ready
-    return True

@@ -1,4 +1,4 @@
-"""The share of one recording in what protects the process (``recorder.registry``)."""
+"""The protection of one recording against signals and faults, by ``recorder.registry``."""
 
 import contextlib
 import signal
@@ -15,7 +15,7 @@ __all__ = ["Protection", "recorded"]
 
 
 class Protection:
-    """Signals, faults and errors of the process as one recording hears of them.
+    """Signals, faults and errors of the process, for one recording.
 
     Args:
         of: Recording to protect, made in the thread that runs the fit.
@@ -36,11 +36,11 @@ class Protection:
         registry.add(self._member)
 
     def restore(self, *, run_continues: bool = False) -> None:
-        """End the protection; the last one to end leaves the process as the first one found it.
+        """End the protection; the last to end restores the process as it was before the first.
 
         Args:
-            run_continues: Whether the run continues without its recorder: Lightning then gets back
-                the handlers that ours replaced.
+            run_continues: Whether the run continues without its recorder: Lightning's handlers that
+                ours replaced are restored then.
         """
         registry.remove(self._member)
         if run_continues and self.in_main_thread:
@@ -50,10 +50,11 @@ class Protection:
                 signal.signal(signal.SIGTERM, self._lightnings)
 
     def reinstall(self) -> None:
-        """Set our SIGTERM handler over the one that Lightning has set over ours.
+        """Set our SIGTERM handler over the handler that Lightning has set over ours.
 
-        Lightning's waits for the end of the batch and, in ``ddp``, broadcasts from within. What
-        Lightning would restore at its end is left to us: other recordings may live by then.
+        Lightning's handler waits for the end of the batch and, in ``ddp``, calls a collective. The
+        handlers that Lightning would restore at its end are restored by the recorder instead: other
+        recordings may live by then.
         """
         if self.in_main_thread:
             trainer = self._member.of.trainer
@@ -65,14 +66,14 @@ class Protection:
 
     @staticmethod
     def renew() -> None:
-        """Take again what somebody has set to its default action; called by the watchdogs.
+        """Set our handlers again where the default action was set; the watchdogs call this.
 
-        A Trainer that is not recorded does so at its end, with all signals and in C too.
+        A Trainer without a recorder sets all signals to the default action at its end, in C too.
         """
         registry.renew()
 
     def received(self) -> list[Arrival]:
-        """Ending signals since the last call, also while the main thread is stuck."""
+        """Signals since the last call that end the run, also while the main thread is stuck."""
         waiting = self._member.arrived
         arrived: list[Arrival] = []
         while waiting:
@@ -80,7 +81,7 @@ class Protection:
         return arrived
 
     def beat(self) -> None:
-        """Note that the run continues: if it is the main thread's, nothing unwinds any more."""
+        """Note that the run continues: in the main thread, no exception is unwinding any more."""
         if self.in_main_thread:
             registry.arrivals.run_continues()
 
@@ -90,7 +91,7 @@ class Protection:
 
     @staticmethod
     def caught_s() -> float:
-        """When a run of the main thread was last seen to continue."""
+        """Time (``awake_s``) at which a run of the main thread was last seen to continue."""
         return registry.arrivals.caught_s
 
     @staticmethod
@@ -100,16 +101,16 @@ class Protection:
 
     @staticmethod
     def held() -> contextlib.AbstractContextManager[None]:
-        """Hold signals back until the end of the block; the first of them then takes effect."""
+        """Hold signals back until the end of the block; the first signal then takes effect."""
         return registry.arrivals.held()
 
     @staticmethod
     def forget_pending() -> None:
-        """Drop what arrived while evidence was being saved: the run is ending anyway."""
+        """Drop the signals that arrived while evidence was saved: the run is ending anyway."""
         registry.arrivals.forget_pending()
 
 
 def recorded(trainer: Trainer) -> Recorded | None:
-    """The recording of the run that a Trainer is in."""
+    """The recording of a Trainer's current run; ``None`` without one."""
     member = registry.member_of(trainer)
     return None if member is None else member.of

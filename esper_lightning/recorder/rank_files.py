@@ -1,4 +1,4 @@
-"""What a recording has open in the folder of its rank, from its beginning to its end."""
+"""The files that a recording holds open in the folder of its rank."""
 
 import contextlib
 import logging
@@ -25,14 +25,14 @@ _log = logging.getLogger(__name__)
 
 
 class RankFiles(NamedTuple):
-    """What is open in the folder of a rank."""
+    """Objects that read and write the files in the folder of a rank."""
 
     peers: Peers
-    """This rank's ``process.json``, and those of the others."""
+    """The ``process.json`` of this rank, and those of the other ranks."""
     ring: PhaseRing
-    """Open phases and the latest closed ones."""
+    """Ring of the open phases and the latest closed phases."""
     earlier: EarlierEvidence
-    """What earlier runs left."""
+    """Evidence of earlier runs."""
 
 
 def open_rank_files(
@@ -44,20 +44,20 @@ def open_rank_files(
     watch: bool,
     trains: bool,
 ) -> RankFiles:
-    """Rename what earlier runs left, open the ring, and report that the rank runs.
+    """Rename evidence of earlier runs, open the phase ring, and report that the rank runs.
 
-    One file that is impossible is no reason to have no other: there is one warning then.
+    If the disk refuses one file, the others are opened nonetheless, with one warning.
 
     Args:
         trainer: Trainer of the run.
         layout: Run directory.
-        undo: Where the ends of what begins here are added.
+        undo: Stack to which this function adds the calls that close the files.
         met: Processes of the ranks, as ``peers.meet`` returns them; empty where they have not met.
         watch: Whether a second process watches this one.
         trains: Whether the run is a fit.
 
     Raises:
-        OSError: If the folder cannot be made.
+        OSError: If the folder of the rank cannot be made.
     """
     files = layout.rank(trainer.global_rank)
     files.directory.mkdir(parents=True, exist_ok=True)
@@ -69,7 +69,7 @@ def open_rank_files(
         refused.extend([] if error is None else [error])
 
     with sidecar.locked(files.directory):
-        # The second process of a run dies with its container, and may be late elsewhere.
+        # A second process dies with its container, and may still be at work elsewhere.
         attempt_file(lambda: sidecar.complete_report(files))
         earlier = EarlierEvidence(layout, files, trains=trains)
         attempt_file(earlier.rename)
@@ -81,7 +81,7 @@ def open_rank_files(
         attempt_file(lambda: peers.report("running"))
     refused += [] if ring.error is None else [ring.error]
     if refused:
-        text = "%s does not take every file: %s. At a death, what can be saved will be."
+        text = "%s does not take every file: %s. At a death, some evidence may not be saved."
         _log.warning(text, files.directory, in_words(refused[0]))
     running = replace(peers.process, state="running")
     second = sidecar.start(files.directory, os.getpid(), running) if watch else None

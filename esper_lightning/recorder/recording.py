@@ -1,4 +1,4 @@
-"""All that a flight recorder has in place during one run, and what it does when the run dies."""
+"""The recording of one run: all that watches the run, and what saves its evidence at a death."""
 # Lightning sets many attributes of its Trainer where no type checker sees them.
 # pyright: reportAttributeAccessIssue=false, reportUnknownVariableType=false
 # pyright: reportUnknownArgumentType=false
@@ -16,7 +16,7 @@ from esper_lightning.callbacks.history import History
 from esper_lightning.callbacks.lightning_internals import RUN_STAGE, TunerExit, run_depth
 from esper_lightning.callbacks.progress import RunProgressBar
 from esper_lightning.core.ranks import PeerFailedError, RanksDisagreeError
-from esper_lightning.forensics.asides import set_aside
+from esper_lightning.forensics.asides import rename_aside
 from esper_lightning.forensics.layout import RankLayout, RunLayout
 from esper_lightning.forensics.rank_record import ProcessRecord
 from esper_lightning.recorder.attempt import attempt
@@ -41,10 +41,11 @@ _STUCK_GRACE_S, _EXIT_GRACE_S, _PEER_GRACE_S = 2.0, 4.0, 10.0
 
 
 class Recording:
-    """Begins when it is made; ``close`` restores everything, in any order with other recordings.
+    """The recording of one run, from its construction to ``close``.
 
-    After a death that is on its way through Lightning, what stops a second signal from interrupting
-    it stays until Lightning has shut down (``leave``).
+    ``close`` restores everything, in any order with other recordings. After an error that Lightning
+    still handles, the protection from a second signal stays until Lightning has shut down the run
+    (``leave``).
 
     Args:
         trainer: Trainer of the run.
@@ -52,13 +53,13 @@ class Recording:
         hang_timeout_s: Seconds after which an iteration counts as hanging; ``None`` for never.
         print_profile: Whether the table of a rescued window is printed.
         watch: Whether a second process watches this one.
-        on_end: Called at the end, when nothing more is written.
-        stage: Stage of the run as Lightning calls it; where it is not ``fit`` and all goes well,
-            what was found of an earlier run is there again afterwards.
+        on_end: Function called at the end, when nothing more is written.
+        stage: Stage of the run as Lightning names it. After a stage other than ``fit`` that ends
+            well, the evidence of an earlier run is restored.
         met: Processes of the ranks, as ``peers.meet`` returns them; empty where they have not met.
 
     Raises:
-        OSError: If the run directory takes no files; nothing is in place then.
+        OSError: If the run directory takes no files; the process is unchanged then.
     """
 
     def __init__(
@@ -80,7 +81,7 @@ class Recording:
         self._print_profile = print_profile
         self._trains = stage == "fit"
         self._state = State.RUNNING
-        self._callbacks = list(trainer.callbacks)  # others may take their place
+        self._callbacks = list(trainer.callbacks)  # the Trainer's list may be replaced
         with contextlib.ExitStack() as undo, contextlib.ExitStack() as leave:
             self._peers, self._ring, self._earlier = open_rank_files(
                 trainer, layout, undo, met=met, watch=watch, trains=self._trains
@@ -168,22 +169,22 @@ class Recording:
         self.watchdog.beat()
 
     def begin_training(self) -> None:
-        """Note that training begins: checkpoints are loaded, and CUDA is in use if it will be."""
-        set_aside(self._files.crash_checkpoint)
+        """Note that training begins: checkpoints are loaded, and CUDA is in use if at all."""
+        rename_aside(self._files.crash_checkpoint)
         watch_memory(self._files.memory)
 
     def die(self, error: BaseException, *, lingers: bool) -> None:
-        """Save everything in the main thread, wait for other ranks, and close.
+        """Save all evidence in the thread of the fit, wait for other ranks, and close.
 
         Of a run whose ranks disagree at its start nothing is saved: it has not begun, and the
         evidence of an earlier run is restored.
 
         Args:
             error: Error that the run died of.
-            lingers: Whether Lightning is about to shut the run down, and ``leave`` is called then.
+            lingers: Whether Lightning will shut down the run, and ``leave`` is called afterwards.
         """
         # Without the lock: another thread may hold it for as long as it saves.
-        if not self._advance(State.DYING):  # saved already, closer to the fault
+        if not self._advance(State.DYING):  # the evidence was saved closer to the fault
             return
         signal_name = signal_behind(error)
         is_refused = isinstance(error, RanksDisagreeError)
@@ -211,7 +212,7 @@ class Recording:
         attempt(lambda: self._note(error))
 
     def save_for_launcher(self) -> None:
-        """Save everything in the launcher's thread, which is about to kill this process."""
+        """Save all evidence in the launcher's thread, which is about to kill this process."""
         peer = self._peers.first_failure() or (-1, "the launcher kills every rank")
         self._save(Death(cause="peer", peer=peer))
 
@@ -219,7 +220,7 @@ class Recording:
         """Restore everything as it was before the run.
 
         Args:
-            state: How the recording ended; other ranks read it.
+            state: Final state of the recording, which other ranks read.
         """
         self._close(state)
         self.leave()
@@ -234,27 +235,27 @@ class Recording:
         end_of_run()
 
     def leave(self) -> None:
-        """Take no part any more in what protects the process."""
+        """End the recording's protection of the process."""
         if os.getpid() != self._pid:
             return
         self._leave.close()
         self._saving.rescue = None
         number = self.watchdog.ends_by
         if number is not None and not self._protection.others_saving_for_s():
-            end_by(number)  # this run, the last one, came to its end before the signal took effect
+            end_by(number)  # the last run ended before the signal took effect
 
     def approach_end(self) -> None:
         """Note that the run has reached its end, but for the report of its profiler."""
-        if self.trainer.profiler is not self._profiler:  # somebody replaced what we wait for
+        if self.trainer.profiler is not self._profiler:  # nobody will call ``describe`` of ours
             self._described()
 
-    # What calls us.
+    # Entry points of a death.
 
     def _run_guarded(self) -> Any:
-        """Run what the Trainer runs, and save everything when an error leaves it.
+        """Run the Trainer's stage, and save all evidence when an error leaves it.
 
-        Launchers that spawn processes never call ``on_exception`` in them, and another callback's
-        could raise before ours.
+        In processes that a launcher spawned ``on_exception`` is never called, and the
+        ``on_exception`` of another callback could raise before the recorder's.
         """
         trainer = self.trainer
         if run_depth(trainer) > 1:  # a run within this one, whose errors somebody may catch
@@ -265,35 +266,35 @@ class Recording:
         except TunerExit:
             raise
         except BaseException as error:
-            # Lightning sets a handler when it shuts down after Ctrl-C: impossible in other threads.
+            # After Ctrl-C Lightning's shutdown sets a handler, which fails outside the main thread.
             fails = isinstance(error, KeyboardInterrupt) and not self._protection.in_main_thread
             self.die(error, lingers=run_depth(trainer) > 0 and not fails)
             raise
 
     def _act(self, alarm: Alarm) -> None:
-        """Save everything in the watchdog's thread."""
+        """Save all evidence in the watchdog's thread."""
         if alarm.cause == "hang":
             heading = f"No iteration has ended for {alarm.silent_s:.1f} s"
             attempt(lambda: dump_stacks(self._files.stacks, heading))
         self._save(Death(cause=alarm.cause, signal=alarm.signal, peer=alarm.peer))
 
     def last_gasp(self, signal_name: str) -> None:
-        """Save what can be saved in a C signal handler, in whichever thread failed."""
+        """Save the evidence that a C signal handler can save, in the thread that failed."""
         if not self._has_left:
             self._saving.save_in_c(Death(cause="native", signal=signal_name))
 
     def at_exit(self) -> None:
-        """Save everything: the interpreter ends, and the run has not."""
+        """Save all evidence: the interpreter ends before the run does."""
         self._save(Death(cause="exit"))
         self._close(State.FAILED)
         self.leave()
 
     def _described(self) -> None:
-        """Close after the last act of a run that reached its end, its profiler's report."""
+        """Close after ``describe`` of the profiler, the last action of a run that ended well."""
         if run_depth(self.trainer) <= 1:
             self.close(State.FINISHED)
 
-    # What is done.
+    # Actions at a death and at the end.
 
     def _note(self, error: BaseException) -> None:
         rescue = self._saving.rescue
@@ -304,7 +305,7 @@ class Recording:
 
     @property
     def _has_left(self) -> bool:
-        """Whether there is nothing more to save: the recording has ended, or this is a child."""
+        """Whether nothing is left to save: the recording has ended, or this is a forked child."""
         return self._state.has_ended or os.getpid() != self._pid
 
     def _save(self, death: Death) -> None:
@@ -315,7 +316,7 @@ class Recording:
     def saving_for_s(self) -> float | None:
         """Seconds since the latest step of saving began; ``None`` before the first.
 
-        Infinite once all is saved and the thread of the fit knows nothing of it.
+        Infinite once all is saved and the thread of the fit has not noticed the death.
         """
         is_known = self._state in (State.DYING, State.FAILED)
         return self._saving.going_for_s(is_known=is_known)
@@ -325,19 +326,19 @@ class Recording:
             self._files.process.unlink(missing_ok=True)
             self._earlier.restore(self._peers.process)
             return
-        state = self._state if self._state.has_ended else State.FAILED  # it failed to begin
+        state = self._state if self._state.has_ended else State.FAILED  # the beginning failed
         saved = state is State.FAILED and not self._saving.is_lost
         self._peers.report(state.value, saved=saved)
         if state is State.FINISHED and not self._trains:
             self._earlier.restore(self._peers.process)
 
     def _all_callbacks(self) -> list[Callback]:
-        """Callbacks that the run began with, and those that it has now."""
+        """Callbacks that the run began with, and callbacks that were added later."""
         callbacks: list[Callback] = self.trainer.callbacks
         return [*self._callbacks, *(each for each in callbacks if each not in self._callbacks)]
 
     def _close_ours(self) -> None:
-        """Tear down our own callbacks with files or bars: Lightning does not when a run fails."""
+        """Tear down our callbacks with files or bars: Lightning does not after an error."""
         trainer, module = self.trainer, self.trainer.lightning_module
         for callback in self._all_callbacks():
             if isinstance(callback, History | RunProgressBar):
@@ -345,6 +346,6 @@ class Recording:
 
 
 def recording_of(trainer: Trainer) -> Recording | None:
-    """The recording of the run that a Trainer is in, until Lightning has shut it down."""
+    """The recording of a Trainer's current run, until Lightning has shut down the run."""
     found = recorded(trainer)
     return found if isinstance(found, Recording) else None

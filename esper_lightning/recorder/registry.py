@@ -1,13 +1,14 @@
-"""What recordings change in their process: one registry, in which they come and go in any order.
+"""The registry of all recordings of a process, which begin and end in any order.
 
-A process has one handler for a signal, one wakeup descriptor, one ``lightning...call._interrupt``.
-They are ours from the beginning of the first living recording to the end of the last, whichever
-threads those run in. What somebody else puts over ours stays where it is, and reaches through ours
-what was there before.
+A process has one handler for each signal, one wakeup descriptor, and one function
+``lightning...call._interrupt``. All three are the recorder's from the beginning of the first living
+recording to the end of the last, whichever threads the recordings run in. A handler or function
+that somebody else sets over the recorder's stays in place, and calls through the recorder's the one
+that was there before.
 
 Python sets handlers of signals and the wakeup descriptor in the main thread only. A recording that
-begins in another thread catches signals in C at once, and has the main thread do the rest as soon
-as it runs.
+begins in another thread catches signals in C at once; the main thread sets the rest as soon as the
+main thread runs Python code.
 """
 
 import atexit
@@ -37,30 +38,30 @@ __all__ = ["registry"]
 
 
 class _Registry:
-    """The recordings of this process; there is one registry, ``registry``.
+    """All recordings of this process; the only instance is ``registry``.
 
     Args:
         address: Address of our handler in C.
 
     Attributes:
-        members: Recordings that live, in the order in which they began.
-        handlers: Handlers of signals that are ours.
-        arrivals: Signals as they arrive.
-        last_words: Evidence of faults in C.
+        members: Living recordings, in the order in which they began.
+        handlers: Handlers of signals that the recorder has set.
+        arrivals: Signals that arrive in the process.
+        last_words: Evidence at faults in C.
     """
 
     def __init__(self, address: int) -> None:
         self._lock = threading.RLock()
-        self._busy = False  # the main thread is within ``add`` or ``remove``
+        self._busy = False  # whether the main thread is in ``add`` or ``remove``
         self.members: list[Member] = []
         self.handlers = SignalHandlers(self._handle, address)
         self.arrivals = Arrivals(self.members, self.handlers)
         self.last_words = LastWords(self.members, self.handlers)
         self._wakeup: Wakeup | None = None
         self._interrupt: Patch | None = None
-        self._undo = contextlib.ExitStack()  # what any thread may undo
+        self._undo = contextlib.ExitStack()  # changes that any thread may undo
 
-    # Recordings come and go.
+    # Recordings begin and end.
 
     def add(self, member: Member) -> None:
         """Begin to protect a recording."""
@@ -89,7 +90,7 @@ class _Registry:
         return found[-1] if found else None
 
     def renew(self) -> None:
-        """Take again what somebody has set to its default action; not for the main thread."""
+        """Set our handlers again where the default action was set; not for the main thread."""
         with self._lock:
             if not self.members:
                 return
@@ -107,7 +108,7 @@ class _Registry:
 
     @contextmanager
     def _changing(self) -> Generator[None]:
-        """Change the registry alone; then the main thread sets and restores what it alone may."""
+        """Change the registry under its lock; then the main thread updates Python's handlers."""
         if not in_main_thread():
             try:
                 with self._lock:
@@ -126,13 +127,13 @@ class _Registry:
             ended.join()
 
     def _begin(self) -> None:
-        """Do what any thread may do for the first recording."""
+        """Make the changes for the first recording that any thread may make."""
         self.last_words.pid = os.getpid()
         self._interrupt = Patch(*INTERRUPT, self._interrupted)
         self._undo.callback(self._interrupt.undo)
         atexit.register(self._at_exit)
         self._undo.callback(atexit.unregister, self._at_exit)
-        # Worker processes of multiprocessing leave without atexit.
+        # Worker processes of multiprocessing end without atexit.
         finalizer = multiprocessing.util.Finalize(self, self._at_exit, exitpriority=50)
         self._undo.callback(finalizer.cancel)
         self._wakeup = self._wakeup or Wakeup(self.arrivals.arrive_early)
@@ -141,17 +142,17 @@ class _Registry:
         _register_at_fork()
 
     def _wanted(self) -> list[int]:
-        """Signals that end a process and are not Lightning's to handle."""
+        """Signals that end a process and that Lightning does not handle for SLURM."""
         left = set[int]().union(*(member.left_to_lightning for member in self.members))
         return [number for number in ENDING if number not in left]
 
-    # What the main thread alone may do.
+    # Changes that the main thread alone may make.
 
     def _sync_later(self) -> None:
-        """Called between two instructions of whatever the main thread does.
+        """Update Python's handlers, between two instructions of the main thread's code.
 
-        That may hold any lock, so that nothing here waits for one, or starts a thread. The thread
-        that has our lock asks for this again.
+        That code may hold any lock. Therefore this function waits for no lock, and starts no
+        thread. The thread that holds the registry's lock requests another call afterwards.
         """
         if not self._busy and self._lock.acquire(blocking=False):
             try:
@@ -160,10 +161,11 @@ class _Registry:
                 self._lock.release()
 
     def _sync(self) -> threading.Thread | None:
-        """Bring Python's handlers and the wakeup descriptor to what the living recordings need.
+        """Set or restore Python's handlers and the wakeup descriptor as recordings need.
 
         Returns:
-            The thread of the wakeup descriptor where that is no longer needed; it ends by itself.
+            Thread of a wakeup descriptor that is no longer needed, which ends by itself; else
+            ``None``.
         """
         unwinds = any(member.in_main_thread for member in self.members)
         self.handlers.restore(all_of_them=not self.members, unwinds=unwinds)
@@ -179,29 +181,29 @@ class _Registry:
             return wakeup.thread
         return None
 
-    # What others call.
+    # Functions that Python, Lightning and the system call.
 
     def _handle(self, number: int, frame: FrameType | None) -> None:
         self.arrivals.handle(number, frame)
 
     def _interrupted(self, trainer: Trainer, error: BaseException) -> None:
-        """In place of Lightning's function that every error of a run comes to.
+        """Replace Lightning's function that every error of a run reaches.
 
         Callbacks and loops may have been replaced since ``setup``, and the ``on_exception`` of
-        another callback may raise before ours.
+        another callback may raise before the recorder's.
         """
         assert self._interrupt is not None
         member = self.member_of(trainer)
         if member is not None and run_depth(trainer) > 1:
-            member = None  # a run within a run: the outer one may continue
+            member = None  # a run within a run: the outer run may continue
         if member is not None:
             ignored = signal.getsignal(signal.SIGINT) is signal.SIG_IGN
             if ignored and signal.SIGINT in self.handlers.replaced and in_main_thread():
-                self.handlers.take_again(signal.SIGINT)  # Lightning might ignore it for good
+                self.handlers.take_again(signal.SIGINT)  # else it may be ignored for good
             member.of.die(error, lingers=True)
         try:
             self._interrupt.original(trainer, error)
-        except BaseException:  # Lightning does not shut down what raises now
+        except BaseException:  # Lightning does not shut down this run
             listen_to_interrupts(trainer)
             if member is not None:
                 member.of.leave()
@@ -212,7 +214,7 @@ class _Registry:
             member.of.at_exit()
 
     def leave_in_child(self) -> None:
-        """Leave a forked child, which is not the run: it has one thread, and Python's handlers."""
+        """Restore handlers in a forked child, which is not the run and has one thread only."""
         self._lock = threading.RLock()
         self.members.clear()
         self.arrivals.leave_in_child()
@@ -224,7 +226,7 @@ class _Registry:
             self._wakeup = None
 
 
-# One for all recordings: C may hold it for ever, and is to hold no run by it.
+# One function for all recordings: C may hold it for ever, and must not hold a run by it.
 @ctypes.CFUNCTYPE(None, ctypes.c_int)
 def _on_signal(number: int) -> None:
     if number in FAULTS:
@@ -238,5 +240,5 @@ registry = _Registry(ctypes.cast(_on_signal, ctypes.c_void_p).value or 0)
 
 
 @functools.cache
-def _register_at_fork() -> None:  # there is no way to take such a function back
+def _register_at_fork() -> None:  # such a function cannot be removed again
     os.register_at_fork(after_in_child=registry.leave_in_child)

@@ -1,6 +1,6 @@
-"""Saving what a dying run knows: each step is guarded, bounded in time, and reported.
+"""The rescue of a dying run's evidence: each step is guarded, limited in time, and reported.
 
-Nothing here raises, starts a collective, or needs the main thread to be well.
+Nothing in this module raises, calls a collective, or needs the main thread to run.
 """
 # Lightning sets many attributes of its Trainer where no type checker sees them.
 # pyright: reportAttributeAccessIssue=false, reportUnknownVariableType=false
@@ -45,29 +45,29 @@ _log = logging.getLogger(__name__)
 
 @dataclass(kw_only=True)
 class Rescue:
-    """Saves the evidence of one death of one rank."""
+    """The rescue of the evidence of one death of one rank."""
 
     trainer: Trainer
     files: RankLayout
     ring: PhaseRing
     guard: ProfilerGuard
     print_profile: bool
-    process: RankRecord  # which one this is, as in process.json
-    callbacks: Callable[[], Sequence[Callback]]  # that the run had at any time
-    bounded: bool = True  # whether steps may take threads of their own: not in a signal handler
+    process: RankRecord  # identity of the recording, as in process.json
+    callbacks: Callable[[], Sequence[Callback]]  # all that the run had at any time
+    bounded: bool = True  # whether steps may have own threads; false in a signal handler
     report: CrashReport = field(default_factory=CrashReport)
-    written: Path | None = None  # where the report is
+    written: Path | None = None  # path of the report once it is written
     begun_s: float = field(default_factory=awake_s)
     progress_s: float = field(default_factory=awake_s)  # when the latest step began
     is_done: bool = False  # whether all steps have been taken
 
     @property
     def started_s(self) -> float:
-        """When the recording began."""
+        """Begin of the recording, in seconds since the epoch."""
         return self.process.started_s or 0.0
 
     def run(self, death: Death) -> None:
-        """Take all steps; they leave the window of the profiler alone."""
+        """Take all steps, without recording them in the window of the profiler."""
         with unrecorded():
             self._run(death)
 
@@ -95,13 +95,13 @@ class Rescue:
         self._guarded("report", self._write_report)
 
     def amend(self, error: BaseException) -> None:
-        """Add the error that the main thread met after its evidence had been saved for it."""
+        """Add the error of the main thread, whose evidence another thread had saved before."""
         if self.report.cause is not None and self.report.error is None:
-            told = describe_error(error)
-            self.report = replace(self.report, error=told, exit_status=exit_status(error))
+            described = describe_error(error)
+            self.report = replace(self.report, error=described, exit_status=exit_status(error))
             self._guarded("report", self._write_report)
 
-    # What happened.
+    # Description of the death.
 
     def _describe(self, death: Death) -> None:
         self.report = describe(self.report, death, self.trainer, self.ring)
@@ -114,10 +114,10 @@ class Rescue:
             described = ProfilerReport(class_name=name, action=action, dirpath=dirpath)
             self.report = replace(self.report, profiler=described)
 
-    # How steps are taken.
+    # Steps.
 
     def _take(self, step: EvidenceStep, run: DyingRun) -> None:
-        """Take a step, if it is needed, and write down how it went."""
+        """Take a step, if it is needed, and add its outcome to the report."""
         self.progress_s = awake_s()
 
         def save() -> StepOutcome | None:
@@ -136,7 +136,7 @@ class Rescue:
             self._evidence(step.name, *result)
 
     def _guarded(self, name: str, action: Callable[[], object]) -> None:
-        """Do what is no step of its own; its error is reported, and the next one follows."""
+        """Call an action that is no step; its error is added to the report."""
         error = attempt(action, f"saving evidence ({name})").error
         if error is not None:
             self._evidence(name, "failed", detail=in_words(error))

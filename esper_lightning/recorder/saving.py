@@ -1,9 +1,9 @@
-"""Saving the evidence of one recording: once, by whichever thread sees the death first."""
+"""Saving the evidence of one recording: once, in the thread that sees the death first."""
 
 import threading
 from collections.abc import Callable
 
-from esper_lightning.forensics.asides import set_aside
+from esper_lightning.forensics.asides import rename_aside
 from esper_lightning.forensics.layout import RankLayout
 from esper_lightning.recorder.attempt import attempt
 from esper_lightning.recorder.death import Death
@@ -15,16 +15,16 @@ __all__ = ["Saving"]
 
 
 class Saving:
-    """What is saved of a run that dies, and how far that is; other ranks can read the latter.
+    """The state of saving a run's evidence, and its report to the other ranks.
 
     Args:
         files: Folder of this rank.
-        peers: The other ranks.
-        make_rescue: Makes what takes the steps; called with whether they may take threads of their
-            own and are bounded in time.
+        peers: Files by which this rank and the other ranks know each other.
+        make_rescue: Function that makes a rescue. Its argument: whether steps may have threads of
+            their own, and with them time limits.
 
     Attributes:
-        rescue: What has taken, or takes, the steps for the death; ``None`` before.
+        rescue: Rescue that takes, or has taken, the steps for the death; ``None`` before.
     """
 
     def __init__(
@@ -33,7 +33,7 @@ class Saving:
         self._files, self._peers, self._make_rescue = files, peers, make_rescue
         self._lock = threading.RLock()
         self.rescue: Rescue | None = None
-        # A run that hung continues, with evidence of its own still to come: no step of saving.
+        # Whether evidence of a hang was saved; the run continues, and its death is saved again.
         self._has_hung = False
         self._is_refused = False
 
@@ -43,11 +43,11 @@ class Saving:
             self._is_refused = True
 
     def save(self, death: Death, *, bounded: bool = True) -> None:
-        """Take all steps, unless they are taken: then the error, if there is one, is added.
+        """Take all steps; if they are taken already, add the error to the report if there is one.
 
         Args:
-            death: What ends the run; a hang does not, and is saved once.
-            bounded: Whether steps may take threads of their own.
+            death: Death that ends the run, or a hang, which does not and is saved once.
+            bounded: Whether steps may have threads of their own.
         """
         with self._lock:
             if self._is_refused:
@@ -60,7 +60,8 @@ class Saving:
             if self._has_hung:
                 if hangs:  # once is enough: the profiler is off, and the run is slow
                     return
-                attempt(lambda: set_aside(self._files.crash))  # of the hang; now the run dies
+                # Now the run dies: the report of the hang stays under another name.
+                attempt(lambda: rename_aside(self._files.crash))
             rescue = self._make_rescue(bounded)
             if hangs:
                 self._has_hung = True
@@ -73,17 +74,17 @@ class Saving:
             attempt(lambda: self._peers.report("failed", saved=rescue.written is not None))
 
     def save_in_c(self, death: Death) -> None:
-        """Save what can be saved in a handler in C: nothing while any thread saves."""
+        """Save the evidence that a handler in C can save; nothing while another thread saves."""
         if self._lock.acquire(blocking=False):
             self.save(death, bounded=False)
 
     def forget_caught_signal(self, caught_s: float) -> None:
-        """Forget evidence of a signal that ended nothing; a death will have its own.
+        """Forget the evidence of a signal that did not end the run, so that a death is saved again.
 
         Args:
-            caught_s: When the main thread was last seen to continue (``awake_s``).
+            caught_s: Time at which the main thread was last seen to continue (``awake_s``).
         """
-        if self.rescue is None:  # as nearly always: without the lock
+        if self.rescue is None:  # nearly always; needs no lock
             return
         with self._lock:
             self._forget(caught_s)
@@ -93,15 +94,15 @@ class Saving:
             return
         if self.rescue.report.cause == "signal":
             self.rescue = None
-            attempt(lambda: set_aside(self._files.crash))
+            attempt(lambda: rename_aside(self._files.crash))
             attempt(lambda: self._peers.report("running"))
 
     def going_for_s(self, *, is_known: bool) -> float | None:
         """Seconds since the latest step began; ``None`` before the first.
 
         Args:
-            is_known: Whether the thread of the fit knows of the death. Where it does not, the time
-                is infinite once all is saved: nobody else will end the process.
+            is_known: Whether the thread of the fit has noticed the death. If it has not, the time
+                is infinite once all is saved: only the watchdog can end the process then.
         """
         rescue = self.rescue
         if rescue is None:

@@ -1,4 +1,4 @@
-"""Which handlers of signals are ours, in Python and in C, and what was there before them."""
+"""The recorder's handlers of signals, in Python and in C, and the handlers before them."""
 
 import signal
 from collections.abc import Callable, Iterable
@@ -25,27 +25,27 @@ Handler = Any
 
 
 class SignalHandlers:
-    """Sets our handlers where nobody listens, and restores what was there.
+    """Sets the recorder's handlers where a signal has no other, and restores the previous ones.
 
-    Python sets handlers in the main thread only; those in C, set behind Python's back, any thread
-    may set.
+    "Our handler" is the recorder's. Python sets handlers in the main thread only; any thread may
+    set a handler in C, behind Python's back.
 
     Args:
         handle: Our handler in Python.
         address: Address of our handler in C.
 
     Attributes:
-        replaced: Python's handlers that were there where ours are now, by signal.
+        replaced: Handlers of Python's that ours have replaced, by signal.
     """
 
     def __init__(self, handle: Callable[[int, FrameType | None], None], address: int) -> None:
         self._handle, self._address = handle, address
         self.replaced: dict[int, Handler] = {}
-        self._replaced_earlier: dict[int, Handler] = {}  # the same of earlier recordings
-        self._pythons_address: int | None = None  # of Python's own handler in C
+        self._replaced_earlier: dict[int, Handler] = {}  # ``replaced`` of earlier recordings
+        self._pythons_address: int | None = None  # address of Python's own handler in C
         self._faults_before: dict[int, Action] = {}
 
-    # Questions.
+    # State of the handlers.
 
     def is_ours(self, number: int) -> bool:
         """Whether Python calls our handler for a signal."""
@@ -66,14 +66,14 @@ class SignalHandlers:
         return by_python or self.is_ours_in_c(number)
 
     def original(self, number: int) -> Handler:
-        """Python's handler of a signal before ours, also where somebody restored ours too late."""
+        """Python's handler of a signal before ours, also where ours was restored after its end."""
         earlier = self._replaced_earlier.get(number, signal.SIG_DFL)
         return self.replaced.get(number, earlier)
 
-    # In C: any thread.
+    # Handlers in C, which any thread may set.
 
     def catch_faults(self) -> None:
-        """Set our handler in C for faults that nobody handles."""
+        """Set our handler in C for faults that have no handler."""
         for number in FAULTS:
             ours = self.is_ours_in_c(number)
             if not ours and signal.getsignal(number) in (signal.SIG_DFL, None):
@@ -81,13 +81,13 @@ class SignalHandlers:
                 set_c_handler(number, self._address)
 
     def catch_faults_again(self) -> None:
-        """Do so again where somebody has set the default action since."""
+        """Set our handler for faults again where the default action was set since."""
         for number in self._faults_before:
             if c_handler(number) == 0 and signal.getsignal(number) is signal.SIG_DFL:
                 set_c_handler(number, self._address)
 
     def restore_fault(self, number: int) -> None:
-        """Restore what C did about a fault: a handler that was there has the last word."""
+        """Restore the previous action of C at a fault, so that its handler is called last."""
         if number in self._faults_before:
             write_action(number, self._faults_before[number])
 
@@ -99,7 +99,7 @@ class SignalHandlers:
                 set_c_handler(number, self._address)
 
     def restore_in_c(self) -> None:
-        """Restore in C what is still ours, faults and other signals."""
+        """Restore the actions in C of faults and other signals where our handler is still set."""
         for number, action in self._faults_before.items():
             if self.is_ours_in_c(number):
                 write_action(number, action)
@@ -110,13 +110,14 @@ class SignalHandlers:
             if was_default and (address == self._address or by_python):
                 set_c_handler(number, 0)
 
-    # In Python: the main thread alone.
+    # Handlers in Python, which the main thread alone may set.
 
     def take(self, number: int, *, unwinds: bool) -> None:
-        """Set our handler where nobody listens.
+        """Set our handler for a signal that has no other.
 
-        A signal that somebody ignores or handles is left alone, but for SIGTERM where the main
-        thread runs a fit: Lightning takes that too, and the handler is called first.
+        A signal that is ignored or handled stays as it is. While the main thread runs a fit, there
+        are two exceptions: Python's default handler of Ctrl-C, and any handler of SIGTERM, which
+        Lightning replaces too; our handler calls the previous one first.
 
         Args:
             number: Number of the signal.
@@ -128,7 +129,7 @@ class SignalHandlers:
             number == signal.SIGTERM and callable(pythons) and number not in self.replaced
         )
         if pythons == self._handle:
-            if number not in self.replaced:  # somebody had restored ours after its end
+            if number not in self.replaced:  # ours was restored after its end
                 self.replaced[number] = self._replaced_earlier.get(number, signal.SIG_DFL)
         elif default or (unwinds and ends_fit):
             self.replaced[number] = pythons
@@ -138,16 +139,16 @@ class SignalHandlers:
         self._pythons_address = c_handler(number)
 
     def take_again(self, number: int) -> None:
-        """Set our handler over what somebody has set since we took the signal."""
+        """Set our handler over any that was set since ``take``."""
         signal.signal(number, self._handle)
 
     def restore(self, *, all_of_them: bool, unwinds: bool) -> None:
         """Restore Python's handlers that need not be replaced any more.
 
         Args:
-            all_of_them: Whether no recording is left.
-            unwinds: Whether the main thread runs a recorded fit; otherwise only signals that would
-                have ended the process are ours.
+            all_of_them: Whether no recording lives any more.
+            unwinds: Whether the main thread runs a recorded fit; otherwise our handler stays only
+                for signals that would have ended the process.
         """
         for number in list(self.replaced):
             was_default = self.replaced[number] is signal.SIG_DFL
@@ -161,10 +162,10 @@ class SignalHandlers:
             signal.signal(number, original)
 
     def replace_handler_of_lightning(self, trainer: Trainer) -> Handler:
-        """Set our SIGTERM handler over Lightning's, which may have taken in one of somebody else.
+        """Set our SIGTERM handler over Lightning's, which may call a handler of somebody else.
 
         Returns:
-            Lightning's handler; ``None`` where it has set none, or SIGTERM is not ours.
+            Lightning's handler; ``None`` if Lightning has set none, or SIGTERM is not ours.
         """
         lightnings: Any = signal.getsignal(signal.SIGTERM)
         composed = getattr(lightnings, "signal_handlers", None)
@@ -179,7 +180,7 @@ class SignalHandlers:
 
 
 def listen_to_interrupts(trainer: Trainer) -> None:
-    """Restore Ctrl-C: Lightning ignores it while it shuts down, for good if a callback raises."""
+    """Restore the handler of Ctrl-C, which Lightning's shutdown ignores if a callback raises."""
     original: Any = handlers_to_restore(trainer).get(signal.SIGINT)
     if original is not None and signal.getsignal(signal.SIGINT) is signal.SIG_IGN:
         signal.signal(signal.SIGINT, original)

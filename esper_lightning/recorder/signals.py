@@ -1,4 +1,4 @@
-"""Signals: which of them end a process, what they are called, and how C handles them."""
+"""Signals: those that end a process, their names, and their handlers in C."""
 
 import ctypes
 import faulthandler
@@ -48,7 +48,7 @@ def _numbers(*names: str) -> tuple[int, ...]:
 
 
 FAULTS = _numbers(*_FAULTS)
-"""Signals that C code raises by what it does; no handler of Python's would be called in time."""
+"""Signals that faults in C code raise; no handler of Python's would be called in time."""
 ENDING = tuple(
     sorted(
         {int(number) for number in signal.valid_signals()}
@@ -67,8 +67,8 @@ class SignalExit(SystemExit):
 
 
 def signal_behind(error: BaseException) -> str | None:
-    """The signal that raised an error in the main thread; ``None`` where none did."""
-    inner = error.__context__  # Lightning exits after Ctrl-C in a fit within this one
+    """Name of the signal that raised an error in the main thread; ``None`` without a signal."""
+    inner = error.__context__  # Lightning exits after Ctrl-C in a fit within this fit
     if isinstance(error, SystemExit) and isinstance(inner, KeyboardInterrupt):
         error = inner
     if isinstance(error, KeyboardInterrupt):
@@ -90,7 +90,7 @@ def dump_stacks(path: Path, heading: str) -> None:
     """Append the Python stacks of all threads to a file.
 
     Raises:
-        OSError: If it cannot be written.
+        OSError: If the file cannot be written.
     """
     with path.open("ab", buffering=0) as file:
         file.write(f"{heading}\n\n".encode())
@@ -99,24 +99,24 @@ def dump_stacks(path: Path, heading: str) -> None:
 
 
 def read_action(number: int) -> Action:
-    """What C does about a signal, with all flags; for ``write_action``."""
+    """The action of C at a signal, with all flags, for ``write_action``."""
     action = ctypes.create_string_buffer(_ACTION_BYTES)
     _libc.sigaction(number, None, action)
     return action
 
 
 def write_action(number: int, action: Action) -> None:
-    """Have C do about a signal what ``read_action`` found; any thread may call this."""
+    """Restore the action of C that ``read_action`` returned; any thread may call this."""
     _libc.sigaction(number, action, None)
 
 
 def c_handler(number: int) -> int:
-    """The address of the handler in C; 0 for the default action, 1 for none (ignored)."""
+    """Address of a signal's handler in C; 0 for the default action, 1 for an ignored signal."""
     return ctypes.c_void_p.from_buffer(read_action(number)).value or 0
 
 
 def set_c_handler(number: int, address: int) -> None:
-    """Set the handler in C behind Python's back; any thread may call this."""
+    """Set a signal's handler in C behind Python's back; any thread may call this."""
     _libc.signal(number, address)
 
 
@@ -126,13 +126,13 @@ def default_in_c(number: int) -> bool:
 
 
 def alarm(seconds: int) -> None:
-    """Have the kernel end this process by SIGALRM in some seconds; 0 for no more."""
+    """Make the kernel end this process by SIGALRM in some seconds; 0 cancels that."""
     _libc.signal(signal.SIGALRM, None)
     _libc.alarm(seconds)
 
 
 def raise_in_this_thread(number: int) -> None:
-    """Send a signal to the calling thread, for when the handler that runs has returned."""
+    """Send a signal to the calling thread; it takes effect once a running handler returns."""
     getattr(_libc, "raise")(number)
 
 
@@ -160,7 +160,7 @@ def _run_jobs(_: object) -> int:
 def run_in_main_thread(function: Callable[[], None]) -> None:
     """Call a function in the main thread: at once from there, else before its next instruction.
 
-    While the main thread waits in C, as in ``Thread.join``, that is when it has waited.
+    If the main thread waits in C, as in ``Thread.join``, the call follows after the wait.
     """
     if in_main_thread():
         function()

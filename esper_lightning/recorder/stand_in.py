@@ -1,4 +1,4 @@
-"""A profiler that does nothing, in place of the one of a dead run until Lightning has shut down."""
+"""A profiler that does nothing, in place of a dead run's until Lightning has shut down."""
 # Lightning sets many attributes of its Trainer where no type checker sees them.
 # pyright: reportAttributeAccessIssue=false, reportUnknownVariableType=false
 
@@ -14,7 +14,7 @@ __all__ = ["own_profiler", "stand_in"]
 
 
 class _StandIn(PassThroughProfiler):
-    """In place of the profiler that it holds."""
+    """A profiler that does nothing, in place of the profiler ``own``."""
 
     def __init__(self, profiler: Profiler) -> None:
         super().__init__()
@@ -22,7 +22,7 @@ class _StandIn(PassThroughProfiler):
 
 
 def own_profiler(trainer: Trainer) -> Profiler:
-    """The profiler of a Trainer, which takes the place of its stand-in if there is one."""
+    """The profiler of a Trainer, which is restored if it has a stand-in."""
     profiler: Profiler = trainer.profiler
     if isinstance(profiler, _StandIn):
         profiler = trainer.profiler = profiler.own
@@ -30,12 +30,13 @@ def own_profiler(trainer: Trainer) -> Profiler:
 
 
 def stand_in(trainer: Trainer, profiler: Profiler, on_return: Callable[[], None]) -> None:
-    """Keep hooks that follow a death from starting the profiler again; the next run has its own.
+    """Prevent hooks after a death from starting the profiler again, until the next run.
 
     Args:
         trainer: Trainer whose run has died.
         profiler: Profiler that the run began with.
-        on_return: Called when Lightning has shut the run down and the profiler is in place again.
+        on_return: Function called when Lightning has shut down the run and the profiler is
+            restored.
     """
     trainer.profiler = _StandIn(profiler)
 

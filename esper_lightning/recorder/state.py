@@ -1,4 +1,4 @@
-"""The life of a recording."""
+"""The states of a recording."""
 
 from enum import Enum
 
@@ -6,17 +6,17 @@ __all__ = ["State"]
 
 
 class State(Enum):
-    """A recording as the thread of its fit knows it; the values are those of ``process.json``.
+    """A recording's state as the thread of its fit knows it; ``process.json`` has the values.
 
-    ``Recording`` enters a state in one place, from ``RUNNING`` on, and leaves none in which it has
-    ended. How far evidence is saved is not part of it: other threads may be saving at any time, and
-    ``Saving`` knows.
+    ``Recording`` starts as ``RUNNING``, changes its state in one method, and stays in a state in
+    which it has ended. How far evidence is saved is no part of the state: other threads may save
+    at any time, and ``Saving`` stores the progress.
     """
 
     RUNNING = "running"
-    """Nothing is known of any death."""
+    """No death is known."""
     DYING = "dying"
-    """The thread of the fit has noticed the death, and saves evidence or waits for it."""
+    """The thread of the fit has noticed the death, and saves evidence or waits for others."""
     FINISHED = "finished"
     """The run has reached its end."""
     FAILED = "failed"

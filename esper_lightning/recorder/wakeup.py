@@ -1,4 +1,4 @@
-"""Hearing of a signal at once, also while the main thread is stuck in C and runs no handler."""
+"""Early notice of signals, also while the main thread is stuck in C and runs no handler."""
 
 import contextlib
 import os
@@ -12,8 +12,7 @@ __all__ = ["Wakeup"]
 class Wakeup:
     """The descriptor to which C writes the number of each signal, and a thread that reads it.
 
-    Whatever is written is passed on to the descriptor that was there before, such as that of an
-    asyncio loop.
+    Each number is passed on to the previous descriptor, such as the descriptor of an asyncio loop.
 
     Args:
         arrive: Function that the thread calls with the number of each signal.
@@ -31,27 +30,27 @@ class Wakeup:
         self.thread.start()
 
     def install(self) -> None:
-        """Have C write to this descriptor; the main thread alone may call this, and ``close``."""
+        """Make C write to this descriptor; only the main thread may call this, and ``close``."""
         if not self._installed:
             self._previous = signal.set_wakeup_fd(self._write, warn_on_full_buffer=False)
             self._file = _file_of(self._previous)
             self._installed = True
 
     def close(self) -> None:
-        """Restore the previous descriptor, unless somebody has replaced ours."""
+        """Restore the previous descriptor, unless ours was replaced."""
         if self._installed:
             self._restore(self._previous if _file_of(self._previous) == self._file else -1)
-        os.write(self._write, b"\0")  # the last words that the thread reads
+        os.write(self._write, b"\0")  # ends the thread
 
     def leave_in_child(self) -> None:
-        """Close it in a forked child, which is not the run: its signals are its own affair."""
+        """Close the descriptor in a forked child, which is not the run."""
         if self._installed:
             self._restore(-1)
         self._close_files()
 
     def _restore(self, previous: int) -> None:
         current = signal.set_wakeup_fd(-1)
-        with contextlib.suppress(OSError, ValueError):  # it was closed a moment ago
+        with contextlib.suppress(OSError, ValueError):  # the previous one was just closed
             signal.set_wakeup_fd(previous if current == self._write else current)
 
     def _close_files(self) -> None:
@@ -73,7 +72,7 @@ class Wakeup:
 
 
 def _file_of(descriptor: int) -> tuple[int, int] | None:
-    """Which file a descriptor stands for: its number may belong to another file by now."""
+    """Identity of a descriptor's file, whose number another file may get; ``None`` if closed."""
     try:
         status = os.fstat(descriptor)
     except OSError:

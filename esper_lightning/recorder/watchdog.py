@@ -1,4 +1,4 @@
-"""A thread that looks after a run whose main thread cannot: stuck in C, or in a collective."""
+"""A thread that watches a run whose main thread may be stuck in C, or in a collective."""
 
 import contextlib
 import os
@@ -17,17 +17,17 @@ _PERIOD_S = 0.1
 _LONGEST_GAP_S = 0.5  # between two polls of a process that is not suspended
 _PEERS_EVERY, _LOOKS_EVERY, _RENEWED_EVERY = 3, 5, 10  # polls
 _PEER_GRACE_S = 0.5
-_STALLED_S = 60.0  # more than any step of saving is given
+_STALLED_S = 60.0  # longer than the time limit of any step of saving
 
 
 class _AwakeClock:
     """Time that does not pass while the process is suspended (SIGSTOP, Ctrl-Z, a debugger).
 
-    It is read ten times a second while any watchdog lives: a longer gap was none of the process's.
+    Every watchdog reads the clock ten times a second: in a longer gap the process was suspended.
     """
 
     def __init__(self) -> None:
-        self._lock = threading.RLock()  # handlers of signals read it, too
+        self._lock = threading.RLock()  # handlers of signals read the clock too
         self._read_s = time.monotonic()
         self._suspended_s = 0.0
         os.register_at_fork(after_in_child=self._renew_lock)
@@ -49,7 +49,7 @@ awake_s = _AwakeClock()
 
 
 class Alarm(NamedTuple):
-    """What the watchdog noticed: ``signal``, ``peer`` or ``hang``."""
+    """An event that the watchdog noticed; ``cause`` is ``signal``, ``peer`` or ``hang``."""
 
     cause: str
     signal: str | None = None
@@ -58,10 +58,11 @@ class Alarm(NamedTuple):
 
 
 class Arrival(NamedTuple):
-    """A signal that came in: its number, and when (``awake_s``).
+    """A signal that arrived: its number, and the time (``awake_s``).
 
-    ``unwinds`` says whether the main thread runs a recorded fit, which a Python handler ends by an
-    exception. Elsewhere the process dies as without its recorder, once evidence is saved.
+    ``unwinds`` states whether the main thread runs a recorded fit, which a Python handler ends by
+    an exception. Otherwise the process dies as it would without its recorder, once evidence is
+    saved.
     """
 
     number: int
@@ -70,30 +71,31 @@ class Arrival(NamedTuple):
 
     @property
     def interrupts(self) -> bool:
-        """Whether it raises ``KeyboardInterrupt``, whose unwinding may take as long as it likes."""
+        """Whether the signal raises ``KeyboardInterrupt``, whose unwinding has no time limit."""
         return self.unwinds and self.number == signal.SIGINT
 
 
 class Watchdog:
-    """Polls ten times a second, and hands what it notices to ``act`` once the main thread had time.
+    """Polls ten times a second, and passes each event to ``act`` after a time for the main thread.
 
-    Time is that of ``awake_s``.
+    All times are those of ``awake_s``.
 
     Args:
-        received: Returns the signals that came in since the last call.
-        caught_s: Returns when the main thread was last seen to continue: a signal that came before
-            that ended nothing, for somebody caught what it raised.
-        renew: Called once a second, to take again what others may have undone.
-        peer: Returns a rank that failed, with the reason.
-        look: Called twice a second.
+        received: Returns the signals that arrived since the last call.
+        caught_s: Returns the time at which the main thread was last seen to continue. A signal
+            that arrived earlier ended nothing: its exception was caught.
+        renew: Sets handlers again that others may have removed; called once a second.
+        peer: Returns a rank that failed, with the reason, or ``None``.
         act: Saves evidence; for ``signal`` and ``peer`` the first time only.
+        look: Measures the process; called twice a second.
         saving_for_s: Returns the seconds since the latest step of saving evidence began: ``None``
-            before the first, infinite after the last.
-        others_saving_for_s: Returns the same for every recording of this process.
-        hang_timeout_s: An iteration that takes longer hangs; ``None`` for never.
-        stuck_grace_s: Time that the main thread has to react to a signal.
-        exit_grace_s: Time after which a process that was told to end, and does not, is ended; not
-            while it saves evidence.
+            before the first step, infinite after the last.
+        others_saving_for_s: Returns the values of ``saving_for_s`` of all recordings of the
+            process.
+        hang_timeout_s: Seconds after which an iteration hangs; ``None`` for no limit.
+        stuck_grace_s: Seconds that the main thread has to react to a signal.
+        exit_grace_s: Seconds after which a process that a signal should have ended is ended, unless
+            it is saving evidence.
     """
 
     def __init__(
@@ -118,7 +120,7 @@ class Watchdog:
         self._stuck_grace_s, self._exit_grace_s = stuck_grace_s, exit_grace_s
         self._beat_s: float | None = None
         self._hung = False
-        self._arrival: Arrival | None = None  # of the signal that is to end the process
+        self._arrival: Arrival | None = None  # the signal that must end the process
         self._peer_due: tuple[float, Alarm] | None = None
         self._pid = os.getpid()
         self._ended = threading.Event()
@@ -127,7 +129,7 @@ class Watchdog:
 
     @property
     def ends_by(self) -> int | None:
-        """The signal that ends the process whatever becomes of this run."""
+        """The signal that ends the process even if this run ends well; ``None`` without one."""
         arrivals = [*filter(None, [self._arrival]), *self._received()]
         return next((each.number for each in arrivals if not each.unwinds), None)
 
@@ -141,7 +143,7 @@ class Watchdog:
         self._beat_s = None
 
     def stop(self) -> None:
-        """End the thread; from the thread itself it ends soon after."""
+        """End the thread, and wait for its end unless the thread itself calls this."""
         self._ended.set()
         if threading.current_thread() is not self._thread and self._pid == os.getpid():
             self._thread.join(timeout=2.0)
@@ -180,7 +182,7 @@ class Watchdog:
         saving_for_s = [self._saving_for_s(), *self._others_saving_for_s()]
         if any(seconds is None or seconds <= _STALLED_S for seconds in saving_for_s):
             return
-        with contextlib.suppress(Exception):  # nobody may be reading any more
+        with contextlib.suppress(Exception):  # the reader may be gone
             sys.stdout.flush()
             sys.stderr.flush()
         if not arrival.unwinds:
@@ -191,7 +193,7 @@ class Watchdog:
         if self._arrival is not None or self._saving_for_s() is not None:
             return
         failed = self._peer()
-        if failed is None:  # a rank was starting, or is back
+        if failed is None:  # a rank was starting, or has returned
             self._peer_due = None
         elif self._peer_due is None:
             self._peer_due = (now + _PEER_GRACE_S, Alarm("peer", peer=failed))

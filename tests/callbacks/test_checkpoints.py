@@ -161,7 +161,7 @@ def test_training_goes_on_from_the_best_as_it_did(fit, tmp_path):
         assert torch.equal(value, whole.state_dict()[name]), name
 
 
-def test_what_another_run_left_is_set_aside(fit, tmp_path):
+def test_the_checkpoint_of_another_run_is_renamed(fit, tmp_path):
     fit([9.0])
     fit([1.0, 0.0])
     assert names(tmp_path / "run" / "checkpoints") == [

@@ -241,7 +241,7 @@ def test_rows_of_a_run_resumed_on_a_full_disk_are_written_when_there_is_room(
     assert iterations(path.with_name("history.jsonl.1")) == [3, 4, 5]
 
 
-def test_a_damaged_history_is_set_aside(make_trainer, tmp_path, caplog):
+def test_a_damaged_history_is_renamed(make_trainer, tmp_path, caplog):
     path = tmp_path / "rank0" / "history.jsonl"
     path.parent.mkdir()
     (tmp_path / "owner.lock").touch()
@@ -249,7 +249,7 @@ def test_a_damaged_history_is_set_aside(make_trainer, tmp_path, caplog):
     make_trainer(callbacks=[History(tmp_path)]).fit(ppo())
     assert iterations(path) == [1, 2, 3]
     assert "nonsense" in path.with_name("history.jsonl.1").read_text()
-    assert "set aside" in caplog.text
+    assert "is renamed" in caplog.text
 
 
 SCRIPT = """

@@ -302,7 +302,7 @@ def test_the_table_of_the_csv_logger_is_whole_on_a_full_disk(
     steps = [int(row["step"]) for row in rows if row["much/99"]]
     if until is None:
         assert steps == [32 * k for k in range(len(steps))]
-        assert "what it held is lost" in caplog.text
+        assert "values that it held are lost" in caplog.text
     else:
         assert steps == [32 * k for k in range(6)]
         assert sum(bool(row.get("loss/value")) for row in rows) == 6

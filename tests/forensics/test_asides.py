@@ -6,7 +6,7 @@ import sys
 
 import pytest
 
-from esper_lightning.forensics.asides import KEPT_ASIDE, replace_keeping, set_aside, write_aside
+from esper_lightning.forensics.asides import KEPT_ASIDE, rename_aside, replace_keeping, write_aside
 from tests.disks import fill
 from tests.reports import read_report, write_report
 
@@ -24,7 +24,7 @@ class TestSettingAside:
         path = tmp_path / "crash.json"
         for number in range(95):
             write_report(path, {"number": number})
-            assert set_aside(path) == tmp_path / f"crash.json.{number + 1}"
+            assert rename_aside(path) == tmp_path / f"crash.json.{number + 1}"
             assert not path.exists()
         kept = [read_report(aside)["number"] for aside in asides(path)]
         assert kept == list(range(95 - KEPT_ASIDE, 95))
@@ -33,12 +33,12 @@ class TestSettingAside:
         (tmp_path / "crash.json.1").write_text("of the user")
         for number in range(2 * KEPT_ASIDE):
             write_report(tmp_path / "crash.json", {"number": number})
-            set_aside(tmp_path / "crash.json")
+            rename_aside(tmp_path / "crash.json")
         assert (tmp_path / "crash.json.1").read_text() == "of the user"
         assert len(asides(tmp_path / "crash.json")) == KEPT_ASIDE + 1
 
     def test_of_nothing_is_nothing(self, tmp_path):
-        assert set_aside(tmp_path / "crash.json") is None
+        assert rename_aside(tmp_path / "crash.json") is None
         assert contents(tmp_path) == {}
 
     def test_leaves_files_alone_whose_names_only_begin_alike(self, tmp_path):
@@ -47,7 +47,7 @@ class TestSettingAside:
             (tmp_path / name).write_text(text)
         for number in range(20):
             (tmp_path / "crash.json").write_text(str(number))
-            set_aside(tmp_path / "crash.json")
+            rename_aside(tmp_path / "crash.json")
         assert others.items() <= contents(tmp_path).items()
 
     def test_by_several_processes_at_once_replaces_no_file(self, tmp_path):
@@ -66,7 +66,7 @@ class TestSettingAside:
                 path = tmp_path / str(number) / "crash.json"
                 path.parent.mkdir()
                 path.write_text("x")
-                results = pool.map(set_aside, [path] * 4, chunksize=1)
+                results = pool.map(rename_aside, [path] * 4, chunksize=1)
                 (winner,) = [result for result in results if result]
                 assert contents(path.parent) == {winner.name: "x"}
 
@@ -115,12 +115,12 @@ class TestSettingAside:
         assert contents(small_disk) == {"history.jsonl": "rows", "history.jsonl.1": "late rows"}
 
 
-def test_nothing_that_was_set_aside_is_replaced(tmp_path):
+def test_no_renamed_file_is_replaced(tmp_path):
     path, aside = tmp_path / "crash.json", []
-    assert set_aside(path) is None
+    assert rename_aside(path) is None
     for number in range(3):
         path.write_text(str(number))
-        aside.append(set_aside(path))
+        aside.append(rename_aside(path))
     assert [found.name for found in aside] == ["crash.json.1", "crash.json.2", "crash.json.3"]
     assert [found.read_text() for found in aside] == ["0", "1", "2"]
     assert not path.exists()

@@ -205,7 +205,7 @@ def test_entries_wait_in_order_with_one_warning_for_all_of_them(caplog):
     assert place.taken == list(range(10))
     messages = [record.getMessage() for record in caplog.records]
     assert messages == [
-        "place takes no rows: No space left. Training goes on; rows are kept to be written later.",
+        "place takes no rows: No space left. Training continues; rows wait to be written later.",
         "place takes rows again: none is lost.",
     ]
 
@@ -232,6 +232,6 @@ def test_entries_beyond_the_bound_are_lost_with_one_message(monkeypatch, caplog)
     backlog.close()
     assert place.taken == [0, 1, 2]
     assert [record.getMessage() for record in caplog.records if "lost" in record.getMessage()] == [
-        "place: rows are lost from here on: 3 wait already.",
+        "place: later rows are lost: 3 wait already.",
         "place: 6 rows are lost: none was taken.",
     ]

@@ -1,1 +1,1 @@
-"""``WindowProfiler``, and what becomes of its traces."""
+"""``WindowProfiler``, its traces and its tables."""

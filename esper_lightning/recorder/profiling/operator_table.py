@@ -1,4 +1,4 @@
-"""Where the time of a recorded window went, as ``key_averages`` shows it, without its cost.
+"""The time of a recorded window by operator, as in ``key_averages``, at a lower cost.
 
 ``torch.profiler.profile.key_averages`` builds an object for every event of the window, which takes
 about a second for each recorded iteration of PPO.
@@ -16,7 +16,7 @@ __all__ = ["OperatorTime", "operator_table", "operator_times"]
 
 
 class OperatorTime(NamedTuple):
-    """Of all events of one name; in nanoseconds."""
+    """Times of all events of one name, in nanoseconds."""
 
     name: str
     self_ns: int
@@ -27,10 +27,14 @@ class OperatorTime(NamedTuple):
 def operator_times(results: Any) -> tuple[list[OperatorTime], list[OperatorTime]]:
     """Times by name on the CPU and on devices, longest self time first.
 
-    An event's self time is its duration without that of the events nested in it on its thread.
+    An event's self time is its duration without the durations of the events nested in it on its
+    thread.
 
     Args:
         results: ``kineto_results`` of a stopped profiler.
+
+    Returns:
+        Times of operators on the CPU, and times on devices.
     """
     names: dict[str, int] = {}
     threads: dict[int, tuple[array[int], array[int], array[int]]] = defaultdict(
@@ -54,11 +58,11 @@ def operator_times(results: Any) -> tuple[list[OperatorTime], list[OperatorTime]
 
 
 def operator_table(results: Any, *, row_limit: int = 20) -> str:
-    """A table of the operators that took most time, with the column heads of torch's own.
+    """A table of the operators that took most time, with the column heads of torch's tables.
 
     Args:
         results: ``kineto_results`` of a stopped profiler.
-        row_limit: Rows for the CPU, and as many for devices.
+        row_limit: Greatest number of rows for the CPU, and for devices.
     """
     host, device = operator_times(results)
     lines = _rows(host, "CPU", row_limit)

@@ -1,5 +1,6 @@
-"""A recorded window as a file that opens in Perfetto: gzipped, whole or not at all."""
+"""Export of a recorded window to a file for Perfetto: gzipped, whole or not at all."""
 
+import contextlib
 import gzip
 import itertools
 import json
@@ -16,10 +17,10 @@ from torch._C._autograd import DeviceType
 
 from esper_lightning.forensics.files import write_atomically
 
-__all__ = ["export_trace"]
+__all__ = ["export_trace", "export_whole"]
 
 _TAIL = b"\n]}\n"
-_TAIL_BYTES = 64  # of a gzip file: what the compressor still holds, and the checksum
+_TAIL_BYTES = 64  # end of a gzip file: the compressor's remainder, and the checksum
 _BATCH = 64  # events; the size of a file is known after each
 _numbers = itertools.count(1)
 
@@ -27,25 +28,26 @@ _numbers = itertools.count(1)
 def export_trace(profile: torch.profiler.profile, path: Path) -> list[Path]:
     """Write the result of a stopped profiler.
 
-    Kineto writes once only, needs room for a file that is not compressed, and tells of a full disk
-    on stderr alone. Where it left nothing, events are written here: names, times, threads and
-    shapes, in as many files as a limit on the size of files demands, each of them a whole trace.
+    Kineto writes once only, needs room for a file that is not compressed, and reports a full disk
+    on stderr alone. Where Kineto has written nothing, this function writes the events: names,
+    times, threads and shapes, in as many files as a limit on the size of files demands. Each file
+    is a whole trace.
 
     Args:
-        profile: After its ``stop``.
-        path: A name that ends in ``.pt.trace.json.gz``.
+        profile: Profiler after its ``stop``.
+        path: File to write; its name ends in ``.pt.trace.json.gz``.
 
     Returns:
         ``path`` alone, or files ``<name>-piece<n>.pt.trace.json.gz`` beside it in order of time.
 
     Raises:
-        ValueError: If there is no result: saving an empty one would crash the process.
-        OSError: If the files cannot be written; nothing is left of them.
+        ValueError: If there is no result: saving an empty result would crash the process.
+        OSError: If the files cannot be written; none of them remains.
     """
     results = None if profile.profiler is None else profile.profiler.kineto_results
     if results is None or results.trace_start_ns() == 0:
         raise ValueError("the profiler holds no result: its session was ended by someone else")
-    # Short, for a file system may take no longer name than that of the trace.
+    # The name is short: the file system may refuse a name longer than that of the trace.
     name = f".{os.getpid()}-{next(_numbers)}"
     plain, packed = path.with_name(f"{name}.json"), path.with_name(f"{name}.tmp.json.gz")
     try:
@@ -56,6 +58,31 @@ def export_trace(profile: torch.profiler.profile, path: Path) -> list[Path]:
         for temporary in path.parent.glob(f"{name}.*"):
             temporary.unlink(missing_ok=True)
     return _write_pieces(results, path)
+
+
+def export_whole(profile: torch.profiler.profile, path: str, *args: Any, **kwargs: Any) -> None:
+    """Export a trace as torch does, but leave no torn file, and raise if none was written.
+
+    Args:
+        profile: Profiler after its ``stop``.
+        path: File to write.
+        *args: Further arguments of ``export_chrome_trace``.
+        **kwargs: Further arguments of ``export_chrome_trace``.
+
+    Raises:
+        OSError: If torch has written nothing.
+    """
+    target, was_there = Path(path), Path(path).exists()
+    try:
+        type(profile).export_chrome_trace(profile, path, *args, **kwargs)
+        if not target.exists():
+            raise OSError(f"{target.parent} takes no trace")
+    except BaseException:
+        torn = [Path(f"{path}.tmp"), *([] if was_there else [target])]
+        for left in torn:
+            with contextlib.suppress(OSError):
+                left.unlink(missing_ok=True)
+        raise
 
 
 def _written_by_kineto(profile: torch.profiler.profile, plain: Path, packed: Path) -> bool:
@@ -93,11 +120,12 @@ def _write_pieces(results: Any, path: Path) -> list[Path]:
 
 
 def _pieces(results: Any, most: int | None) -> Iterator[bytes]:
-    """Whole traces that share the events out by time.
+    """Whole traces, each with the events of a span of time, in order.
 
     Args:
         results: ``kineto_results`` of a stopped profiler.
-        most: Bytes that each may have, unless a few events need more.
+        most: Greatest size of each trace in bytes, unless a few events need more; ``None`` for no
+            limit.
     """
     start_ns = results.trace_start_ns()
     head = f'{{"schemaVersion":1,"baseTimeNanoseconds":{start_ns},"traceEvents":[\n'.encode()

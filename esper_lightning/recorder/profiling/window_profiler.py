@@ -1,7 +1,7 @@
-"""Lightning's ``PyTorchProfiler`` with a schedule that does what it says.
+"""Lightning's ``PyTorchProfiler`` with a schedule that works as its arguments state.
 
-The stock class records one cycle whatever ``repeat`` says, never the first step, loses windows to a
-validation in their midst, and costs up to a fifth of the run while it waits.
+Lightning's own class records one cycle whatever ``repeat`` is, never the first step, loses a window
+if a validation interrupts it, and costs up to a fifth of the run while it waits.
 """
 # Lightning sets many attributes of its Trainer where no type checker sees them.
 # pyright: reportAttributeAccessIssue=false
@@ -25,57 +25,59 @@ from typing_extensions import override
 from esper_lightning.core.errors import check_arguments, require, require_name
 from esper_lightning.forensics.files import write_atomically
 from esper_lightning.forensics.layout import RunLayout
+from esper_lightning.recorder.profiling.global_session import global_session
 from esper_lightning.recorder.profiling.operator_table import operator_table
 from esper_lightning.recorder.profiling.trace_export import export_trace
 
-__all__ = ["WindowProfiler", "global_session"]
+__all__ = ["WindowProfiler"]
 
 _log = logging.getLogger(__name__)
-_numbers = itertools.count(1)  # a second run in this process does not replace files of the first
+_numbers = itertools.count(1)  # so that a second run in this process replaces no file
 _OTHER_STEPS = ("validation_step", "test_step", "predict_step")
 
 
 class WindowProfiler(PyTorchProfiler):
     """Record windows of whole training steps, each into a gzipped Chrome trace of its own.
 
-    A cycle is ``wait`` steps that are not recorded, and cost little; ``warmup`` steps, the last of
-    which is recorded, counted and thrown away; ``active`` steps that are recorded. Only training
-    steps count; what happens between two of them, a validation too, is part of the window. A window
-    that is open when the run ends is saved. Outside ``fit``, steps are those of the stage.
+    A cycle consists of ``wait`` steps that are not recorded, and cost little; ``warmup`` steps, the
+    last of which is recorded, counted and discarded; and ``active`` steps that are recorded. Only
+    training steps count; work between two steps, as in a validation, belongs to the window. A
+    window that is open when the run ends is saved. Outside ``fit``, the steps of the stage count.
 
-    Files are ``<filename>-rank<k>-<host>-<pid>-steps<first>-<last>-<n>.pt.trace.json.gz``, and the
-    table of the latest window is ``rank<k>/profile.txt`` of the run directory. Where ``dirpath``
+    Files are named ``<filename>-rank<k>-<host>-<pid>-steps<first>-<last>-<n>.pt.trace.json.gz``.
+    The table of the latest window is ``rank<k>/profile.txt`` of the run directory. If ``dirpath``
     takes no files, windows go to ``rank<k>/trace`` of the run directory, with one warning; where
-    that takes none either, they are lost, and the run continues.
+    the run directory takes no files either, windows are lost, and the run continues.
 
     Args:
-        dirpath: Where traces go; ``None`` for ``rank<k>/trace`` in the run directory.
-        filename: First part of their names.
-        wait: Steps before each window, not recorded.
-        warmup: Steps before each window, thrown away.
-        active: Steps of a window.
-        repeat: Number of cycles; 0 for as many as there are.
-        keep: Number of windows that stay on disk; beyond it the oldest of this run is removed, so
+        dirpath: Folder of the traces; ``None`` for ``rank<k>/trace`` in the run directory.
+        filename: Beginning of the names of traces.
+        wait: Number of steps at the start of a cycle that are not recorded.
+        warmup: Number of steps before each window that are discarded.
+        active: Number of steps of a window.
+        repeat: Number of cycles; 0 for cycles until the run ends.
+        keep: Number of windows on disk; beyond it the oldest window of this run is removed, so
             that a run that dies late has its latest windows, and room for them.
-        max_events: A window ends early, after at least one step, where by the count of the steps
-            recorded last it would hold more events. The first window is not bounded without a
-            warm-up. An event takes about 0.2 kB while recording and 1.5 kB when the window closes.
+        max_events: Greatest number of events of a window. A window ends early, after at least one
+            step, if another step like those recorded last would exceed this number. Without a
+            warm-up the first window is not bounded. An event takes about 0.2 kB while recording
+            and 1.5 kB when the window closes.
         record_shapes: Whether operators are recorded with the shapes of their inputs.
         profile_memory: Whether allocations are recorded.
         with_stack: Whether operators are recorded with their source lines.
-        row_limit: Rows of the table.
+        row_limit: Greatest number of rows of the table for the CPU, and for devices.
 
     Attributes:
-        windows: Those of this run that are on disk, oldest first, each with its files in order of
-            time: one, or several under a limit on the size of files.
-        last_table: Where the time of the latest window went.
+        windows: Windows of this run that are on disk, oldest first. Each is a list of its files in
+            order of time: one, or several under a limit on the size of files.
+        last_table: Table of operators of the latest window; ``None`` before the first.
         logs_table: Whether the table is logged at the end of a run.
 
     Raises:
         ValueError: If a number is out of range, or a name is empty or holds a NUL byte.
     """
 
-    # What ``__del__`` looks at where an argument was refused.
+    # ``__del__`` reads these attributes also if the constructor refused an argument.
     profiler: Any = None
     _recording_map: Any = MappingProxyType({})
     _stage: str | None = None
@@ -126,15 +128,15 @@ class WindowProfiler(PyTorchProfiler):
         self.windows: list[list[Path]] = []
         self.last_table: str | None = None
         self._warned: set[str] = set()
-        self._steps = 0  # finished
-        self._first = 0  # of the window
+        self._steps = 0  # number of finished steps
+        self._first = 0  # first step of the window
         self._events_per_step = 0.0
         self._probing = False
         self._outer: BaseException | None = None
 
     @override
     def setup(self, stage: str, local_rank: int | None = None, log_dir: str | None = None) -> None:
-        """A run begins."""
+        """Begin a run."""
         super().setup(stage, local_rank, log_dir)
         self._begin()
         self._rank = getattr(rank_zero_only, "rank", 0) or 0
@@ -144,7 +146,7 @@ class WindowProfiler(PyTorchProfiler):
 
     @override
     def start(self, action_name: str) -> None:
-        """Open a span where something is being recorded, and a window where its step begins."""
+        """Open a span if a window is open, and a window if its first step begins."""
         if self._is_step(action_name):
             self._outer = sys.exc_info()[1]
             self._before_step()
@@ -155,7 +157,7 @@ class WindowProfiler(PyTorchProfiler):
 
     @override
     def stop(self, action_name: str) -> None:
-        """Close the span, and the window where its last step has ended."""
+        """Close the span, and the window if its last step has ended."""
         span = self._recording_map.pop(action_name, None)
         if span is not None:
             span.__exit__(None, None, None)
@@ -164,12 +166,12 @@ class WindowProfiler(PyTorchProfiler):
             self._after_step()
 
     def finish_window(self) -> list[Path]:
-        """Close the open window and write it, whatever the schedule says.
+        """Close the open window and write it, before the schedule would.
 
-        To be called in the thread that trains. Nothing is being recorded afterwards.
+        Only the thread that trains may call this. Nothing is recorded afterwards.
 
         Returns:
-            The files of the window; none without one, or where no place takes it.
+            Files of the window; empty without an open window, or if no folder takes it.
         """
         results = self._end_session()
         profile, self.profiler = self.profiler, None
@@ -190,11 +192,11 @@ class WindowProfiler(PyTorchProfiler):
         return written
 
     def _write_window(self, profile: torch.profiler.profile) -> list[Path]:
-        """Where the user wants it, or else in the run directory; empty where neither takes it."""
+        """Write a window into the user's folder, or else the run directory; empty if both fail."""
         places = [Path(self.dirpath or "") / self._name()]
         if self._given_dirpath is not None and self._run_directory is not None:
             folder = RunLayout(Path(self._run_directory)).rank(self._rank).trace
-            places.append(folder / self._name("window"))  # the user's may be too long
+            places.append(folder / self._name("window"))  # the user's filename may be too long
         problem: Exception | None = None
         for path in places:
             try:
@@ -211,7 +213,7 @@ class WindowProfiler(PyTorchProfiler):
         return []
 
     def _warn(self, text: str, *values: object) -> None:
-        """Once in a run: there may be hundreds of windows."""
+        """Warn once in a run: there may be hundreds of windows."""
         if text not in self._warned:
             self._warned.add(text)
             _log.warning(text, *values)
@@ -224,7 +226,7 @@ class WindowProfiler(PyTorchProfiler):
 
     @override
     def describe(self) -> None:
-        """Keep a window that is still open, and log the table."""
+        """Save a window that is still open, and log the table."""
         table = self.summary()
         if table and self.logs_table:
             self._rank_zero_info(table)
@@ -232,7 +234,7 @@ class WindowProfiler(PyTorchProfiler):
 
     @override
     def teardown(self, stage: str | None) -> None:
-        """Stop what is still being recorded."""
+        """Stop the recording if a window is still open."""
         self._end_session()
         self.profiler = None
 
@@ -274,7 +276,7 @@ class WindowProfiler(PyTorchProfiler):
         profile = torch.profiler.profile(**kwargs, experimental_config=config)
         profile.current_action = ProfilerAction.NONE
         if torch._C._autograd._profiler_enabled():  # pyright: ignore[reportPrivateUsage]
-            _log.warning("Another profiler is recording: this window is left out")
+            _log.warning("Another profiler is recording: this window is skipped")
             return
         profile.prepare_trace()
         profile.start_trace()
@@ -282,7 +284,7 @@ class WindowProfiler(PyTorchProfiler):
         self.profiler = profile
 
     def _end_session(self) -> Any:
-        """Returns what was recorded, or ``None``."""
+        """End the recording, and return its results; ``None`` without any."""
         for name in reversed(list(self._recording_map)):
             self._recording_map.pop(name).__exit__(None, None, None)
         profile = self.profiler
@@ -313,7 +315,7 @@ class WindowProfiler(PyTorchProfiler):
                 try:
                     path.unlink(missing_ok=True)
                 except OSError as error:
-                    _log.warning("An old window stays: %s", error)
+                    _log.warning("An old window cannot be removed: %s", error)
 
     def _write_table(self, table: str) -> None:
         if self._run_directory is not None:
@@ -328,11 +330,3 @@ _PROFILE_KWARGS = (
     "record_shapes",
     "with_stack",
 )
-
-
-def global_session() -> Any:
-    """A configuration under which any thread can stop a recording; ``None`` on an older torch."""
-    try:
-        return torch._C._profiler._ExperimentalConfig(profile_all_threads=True)  # pyright: ignore[reportPrivateUsage]
-    except TypeError:
-        return None

@@ -1,0 +1,72 @@
+"""Loggers that have a numbered folder for each run, and how they get another folder."""
+# Lightning sets many attributes of its Trainer where no type checker sees them.
+# pyright: reportAttributeAccessIssue=false
+# pyright: reportUnknownVariableType=false, reportUnknownArgumentType=false
+
+import warnings
+from pathlib import Path
+
+from lightning.pytorch import Trainer
+from lightning.pytorch.loggers import CSVLogger, Logger, TensorBoardLogger
+from lightning.pytorch.loggers.csv_logs import ExperimentWriter
+
+from esper_lightning.callbacks.lightning_internals import (
+    event_file,
+    experiment_of,
+    forget_experiment,
+    set_version,
+    version_of,
+)
+from esper_lightning.callbacks.mirror import place_of
+from esper_lightning.forensics.asides import rename_aside
+
+__all__ = ["NumberedLogger", "numbered_logger", "take_next_number", "write_into"]
+
+NumberedLogger = TensorBoardLogger | CSVLogger
+"""A logger with a folder ``version_<n>`` for each run."""
+
+
+def numbered_logger(trainer: Trainer) -> NumberedLogger | None:
+    """The first logger of a Trainer with a folder for each run; ``None`` without one."""
+    return next((each for each in trainer.loggers if isinstance(each, NumberedLogger)), None)
+
+
+def write_into(logger: Logger, directory: Path) -> None:
+    """Make a logger write into a run directory, if it would have chosen its own number beside it.
+
+    Args:
+        logger: Logger of a run that has not begun.
+        directory: Run directory ``version_<n>``, which is claimed.
+    """
+    if not isinstance(logger, NumberedLogger):
+        return
+    if version_of(logger) is None and place_of(logger.root_dir)[0] == directory.parent:
+        set_version(logger, int(directory.name.removeprefix("version_")))
+    if isinstance(logger, CSVLogger) and place_of(logger.log_dir) == (directory, None):
+        rename_aside(directory / ExperimentWriter.NAME_METRICS_FILE)  # else Lightning deletes it
+        with warnings.catch_warnings():
+            warnings.filterwarnings("ignore", message="Experiment logs directory .* not empty")
+            _ = logger.experiment
+
+
+def take_next_number(logger: NumberedLogger) -> None:
+    """Move a logger that has logged nothing yet to the next number that is free."""
+    experiment = experiment_of(logger)
+    if isinstance(logger, TensorBoardLogger) and experiment is not None:
+        path = event_file(experiment)
+        experiment.close()
+        Path(path).unlink(missing_ok=True)
+    folder, _address = place_of(logger.log_dir)
+    for _ in Path(getattr(logger, "sub_dir", None) or "").parts:
+        folder = folder.parent
+    number = int(logger.version)
+    while True:
+        number += 1
+        try:
+            folder.with_name(f"version_{number}").mkdir(parents=True)
+        except FileExistsError:
+            continue
+        break
+    set_version(logger, number)
+    forget_experiment(logger)
+    _ = logger.experiment  # a CSVLogger must write into its folder before others do
