@@ -60,7 +60,7 @@ def compile_loop(
         chunk_body: Pure function of a chunk of ``chunked[t]``. Its results are summed over the
             chunks of a step, and the body gets the sums. A step may thus be cut into chunks that
             fit a cache. ``None`` where the body needs no such sums.
-        mode: How the loop is compiled.
+        mode: Compile mode of the loop.
         device: Device of all tensors.
     """
     eager = _eager_loop(body, chunk_body)
@@ -86,7 +86,7 @@ def compile_function(
     Args:
         name: Name of the function, for messages.
         function: Pure function.
-        mode: How the function is compiled.
+        mode: Compile mode of the function.
         device: Device of all tensors.
     """
     compiled = Compiled(function, device)
@@ -133,7 +133,7 @@ def in_cache(rows: int, *, mode: CompileMode, device: torch.device) -> int:
 
     Args:
         rows: Number of rows to cut.
-        mode: How the loop over the chunks is compiled.
+        mode: Compile mode of the loop over the chunks.
         device: Device of the rows.
     """
     return count_chunks(rows) if mode == "max" and device.type == "cpu" else 1

@@ -94,7 +94,7 @@ def build_actor_critic(
         critic: Encoder of the critic; may be the same module.
         space: Action space of the environment.
         owner: Name of the spec, for errors.
-        action_bounds: How a Gaussian is kept within a bounded space: ``clip`` or ``tanh``.
+        action_bounds: Way to keep a Gaussian within a bounded space: ``clip`` or ``tanh``.
         initial_std: Standard deviation of a Gaussian at the start, in units where the bounds are -1
             and 1.
         generator: Source of the initial weights.

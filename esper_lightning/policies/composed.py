@@ -40,7 +40,7 @@ class Composed(PolicySpec):
         activation: Nonlinearity after each of these hidden layers.
         trunk: Whether actor and critic share network and hidden layers (``shared``) or have their
             own (``separate``).
-        action_bounds: How continuous actions are kept within a bounded action space: ``clip`` cuts
+        action_bounds: Way to keep continuous actions within a bounded action space: ``clip`` cuts
             sampled actions at the bounds, ``tanh`` squashes the distribution into the bounds.
         initial_std: Standard deviation of continuous actions at the start, in units where the
             bounds are -1 and 1.

@@ -33,7 +33,7 @@ class CNN(ConvolutionSettings, PolicySpec):
         activation: Nonlinearity after each convolution and each hidden layer.
         trunk: Whether actor and critic share all layers but the last (``shared``) or have layers of
             their own (``separate``).
-        action_bounds: How continuous actions are kept within a bounded action space: ``clip`` cuts
+        action_bounds: Way to keep continuous actions within a bounded action space: ``clip`` cuts
             sampled actions at the bounds, ``tanh`` squashes the distribution into the bounds.
         initial_std: Standard deviation of continuous actions at the start, in units where the
             bounds are -1 and 1.

@@ -30,7 +30,7 @@ class MLP(PolicySpec):
             means all groups, or the whole observation where there are no groups.
         critic_obs: Names of the observation groups that the critic sees, in this order. ``None``
             means all groups. With a shared trunk they must be those of the actor.
-        action_bounds: How continuous actions are kept within a bounded action space: ``clip`` cuts
+        action_bounds: Way to keep continuous actions within a bounded action space: ``clip`` cuts
             sampled actions at the bounds, ``tanh`` squashes the distribution into the bounds.
         initial_std: Standard deviation of continuous actions at the start, in units where the
             bounds are -1 and 1.

@@ -86,7 +86,7 @@ class GaussianHead(nn.Module):
     Args:
         features: Number of features ``H``.
         space: Action space.
-        bounds: How samples are kept within a bounded space.
+        bounds: Way to keep samples within a bounded space: ``clip`` or ``tanh``.
         initial_std: Standard deviation at the start, in units where the bounds are -1 and 1.
         generator: Source of the initial weights.
     """
@@ -153,7 +153,7 @@ def action_head(
         features: Number of features ``H``.
         space: Action space of the environment.
         owner: Name of the policy spec, for errors.
-        bounds: How continuous actions are kept within a bounded space.
+        bounds: Way to keep continuous actions within a bounded space: ``clip`` or ``tanh``.
         initial_std: Standard deviation of continuous actions at the start, in units where the
             bounds are -1 and 1.
         generator: Source of the initial weights.

@@ -56,7 +56,7 @@ class Recurrent(PolicySpec):
             such layer.
         hidden_sizes: Width of each hidden layer behind the cell, for actor and critic alike.
         activation: Nonlinearity after each hidden layer.
-        action_bounds: How continuous actions are kept within a bounded action space: ``clip`` cuts
+        action_bounds: Way to keep continuous actions within a bounded action space: ``clip`` cuts
             sampled actions at the bounds, ``tanh`` squashes the distribution into the bounds.
         initial_std: Standard deviation of continuous actions at the start, in units where the
             bounds are -1 and 1.

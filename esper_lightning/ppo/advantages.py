@@ -27,7 +27,7 @@ class Critic:
 
     Args:
         agent: Agent whose critic computes the values.
-        mode: How the pass over the states is compiled.
+        mode: Compile mode of the pass over the states.
         device: Device of agent and rollouts.
     """
 

@@ -65,7 +65,7 @@ class Collector:
         env: Batch of ``B`` environments.
         agent: Agent that chooses the actions.
         first_steps: Inspector of the environments' first steps.
-        mode: How rollouts are compiled.
+        mode: Compile mode of rollouts.
         device: Device of environments and agent.
     """
 

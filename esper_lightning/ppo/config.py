@@ -33,12 +33,13 @@ class PPOConfig:
         entropy_coef: Weight of the entropy bonus in the loss.
         normalize_advantage: Whether advantages are shifted and scaled to mean 0 and standard
             deviation 1 over each rollout.
-        max_grad_norm: Greatest 2-norm of a gradient; larger gradients are scaled down to it.
+        max_grad_norm: Greatest 2-norm of a gradient; larger gradients are scaled down to that norm.
             ``None`` means no limit.
         learning_rate: Step size of Adam at the start of the run.
-        learning_rate_schedule: How the learning rate changes: ``constant`` never; ``linear`` falls
-            in a straight line to zero at the end of the run; ``adaptive`` changes after each
-            iteration so that an iteration moves the policy by about ``desired_kl``.
+        learning_rate_schedule: Schedule of the learning rate: ``constant`` never changes it;
+            ``linear`` lowers it in a straight line to zero at the end of the run; ``adaptive``
+            changes it after each iteration so that the next one moves the policy by about
+            ``desired_kl``.
         desired_kl: KL divergence (nats) of one iteration that the adaptive learning rate aims at.
         target_kl: Greatest mean KL divergence (nats) of a pass. After a pass that exceeds it, the
             remaining gradient steps of the iteration are skipped. ``None`` means no limit.
@@ -48,7 +49,7 @@ class PPOConfig:
         obs_clip: Greatest magnitude of a normalised observation, in standard deviations.
         normalize_reward: Whether rewards are divided by the running standard deviation of the
             discounted return.
-        reward_clip: Greatest magnitude of a reward after that division.
+        reward_clip: Greatest magnitude of a normalised reward.
     """
 
     rollout_steps: int = 128

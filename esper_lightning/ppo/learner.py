@@ -63,7 +63,7 @@ class Learner:
         return_stats: Statistics of discounted returns; ``None`` leaves rewards as they are.
         exploration: Random stream of actions, on the device.
         sample_order: Random stream of minibatches, on the device.
-        mode: How the stages are compiled.
+        mode: Compile mode of the stages.
         device: Device of environments, agent and storage.
         ranks: All ranks of the run. Each has environments of its own, and all train the same
             weights.

@@ -94,7 +94,7 @@ class Updater:
     Args:
         agent: Agent whose loss is minimised.
         config: PPO settings.
-        mode: How the passes are compiled.
+        mode: Compile mode of the passes.
         device: Device of agent and samples.
         ranks: All ranks of the run, over which gradients and metrics are averaged.
     """
