@@ -1,8 +1,7 @@
 """A whole run in one call.
 
-``train_ppo_vectorized`` puts module, callbacks, logger and profiler together.
-
-Above ``training`` and ``callbacks``, which do not know each other.
+``train_ppo_vectorized`` combines module, callbacks, logger and profiler. This file imports both
+``training`` and ``callbacks``, which do not import each other.
 """
 
 import re
@@ -53,9 +52,9 @@ from esper_lightning.training.module import PPO
 from esper_lightning.training.specs import require_specs
 from esper_lightning.training.trainer_rules import refuse_trainer
 
-_FETCH_S = 30.0  # without a byte from a remote place, before the run begins without it
+_FETCH_S = 30.0  # wait for a remote place that sends no byte, before the run starts without it
 _WRITTEN = ("config.yaml", "checkpoints", "hparams.yaml", "metrics.csv", "events.out.tfevents.*")
-_FOLDERS = "[!.]*/"  # of others: it is no place of one run; what is hidden is a tool's
+_FOLDERS = "[!.]*/"  # with other folders, a directory is not that of one run; tools hide theirs
 
 __all__ = [
     "begin_run",
@@ -90,51 +89,53 @@ def train_ppo_vectorized(
     torch_profiler_summary: bool = False,
     save_path: str | Path | None = None,
     resume_path: str | Path | None = None,
-    compile: CompileMode = "off",  # noqa: A002 - as it is called everywhere
+    compile: CompileMode = "off",  # noqa: A002 - the usual name of the setting
     evaluate_every: int | None = None,
     eval_episodes: int | None = None,
 ) -> list[dict[str, Any]]:
     """Train PPO for a number of iterations and return its history.
 
     Args:
-        env: Which environments to train in.
-        iterations: Iterations of the whole run, those before ``resume_path`` included.
-        ppo: How to train.
-        policy: Which networks to train.
-        seed: Of everything random.
-        device: Lightning's accelerator: ``auto``, ``cpu``, ``gpu``, ...
-        devices: How many of them; with more than one, each has ``env.num_envs`` environments, and
-            the calling program is started once for each.
-        run_dir: Where history, logs and checkpoints go; ``None`` for a new
+        env: Environments to train in, such as ``CartPole(num_envs=2048)``.
+        iterations: Number of iterations of the whole run, including those before ``resume_path``.
+        ppo: Settings of the algorithm.
+        policy: Networks to train.
+        seed: Seed of everything random.
+        device: Lightning's accelerator, such as ``auto``, ``cpu`` or ``gpu``.
+        devices: Number of devices. With more than one, the calling program is started once for each
+            device, and each has ``env.num_envs`` environments of its own.
+        run_dir: Directory of history, logs and checkpoints; ``None`` for a new
             ``runs/<env>/version_<n>``.
         torch_profiler: Whether a ``WindowProfiler`` (a ``PyTorchProfiler``) records Chrome traces.
-        torch_profiler_dir: Where traces go; ``None`` for ``rank<k>/trace`` in the run directory.
-        torch_profiler_wait: Iterations that are not recorded, at the start of each cycle.
-        torch_profiler_warmup: Iterations recorded and thrown away, next in the cycle.
-        torch_profiler_active: Iterations recorded, next in the cycle.
-        torch_profiler_repeat: Number of cycles; 0 for as many as there are.
+        torch_profiler_dir: Directory of traces; ``None`` for ``rank<k>/trace`` in the run
+            directory.
+        torch_profiler_wait: Number of iterations that are not recorded, at the start of each cycle.
+        torch_profiler_warmup: Number of iterations that are recorded and discarded, after the wait.
+        torch_profiler_active: Number of iterations that are recorded, after the warm-up.
+        torch_profiler_repeat: Number of cycles; 0 repeats them until the run ends.
         torch_profiler_record_shapes: Whether operators are recorded with the shapes of their
             inputs.
         torch_profiler_profile_memory: Whether allocations are recorded.
         torch_profiler_with_stack: Whether operators are recorded with their source lines.
-        torch_profiler_summary: Whether the profiler's table is printed at the end; it is always in
-            ``profile.txt``.
+        torch_profiler_summary: Whether the profiler's table is printed at the end of the run. The
+            table is always written to ``profile.txt``.
         save_path: File that gets a copy of ``checkpoints/best.ckpt``, or of ``last.ckpt`` where
-            nothing was evaluated; of a run that died, too, if it left either. Nothing but a
-            checkpoint is replaced.
-        resume_path: Checkpoint to go on from.
-        compile: How rollouts and updates run: ``off``, ``default`` or ``max`` (see ``PPO``).
-        evaluate_every: Iterations between evaluations, each of which keeps the policy as
-            ``checkpoints/best.ckpt`` if none was better. ``None`` for no evaluations.
-        eval_episodes: Episodes of an evaluation (see ``PPO``).
+            nothing was evaluated. The copy is also made for a run that died, if it left either
+            file. An existing file is replaced only if it is a checkpoint.
+        resume_path: Checkpoint from which the run is resumed.
+        compile: Compile mode of rollouts and updates: ``off``, ``default`` or ``max``, which
+            ``PPO`` explains.
+        evaluate_every: Number of iterations between evaluations. An evaluation saves the policy as
+            ``checkpoints/best.ckpt`` if no earlier one was better. ``None`` means no evaluations.
+        eval_episodes: Number of episodes of an evaluation, which ``PPO`` explains.
 
     Returns:
         The rows of this rank's ``history.jsonl``, one for each iteration of this run directory.
 
     Raises:
         ValueError: If a setting is out of range, a directory has an empty name, ``resume_path``
-            names no checkpoint, a living run owns ``run_dir``, or ``save_path`` is something else
-            than a checkpoint.
+            names no checkpoint, a running process owns ``run_dir``, or ``save_path`` is a file
+            other than a checkpoint.
         BaseException: Whatever ended the run, with a note that says where its evidence is.
     """
     require_specs("train_ppo_vectorized", env, policy)
@@ -159,7 +160,7 @@ def train_ppo_vectorized(
     if run_dir is not None:
         require_output_folder("train_ppo_vectorized.run_dir", place_of(run_dir)[0])
     if resume_path is not None:
-        load_checkpoint(resume_path, field="train_ppo_vectorized.resume_path")  # before a run is
+        load_checkpoint(resume_path, field="train_ppo_vectorized.resume_path")  # refused early
 
     evaluates = evaluate_every is not None
     model = PPO(
@@ -185,7 +186,7 @@ def train_ppo_vectorized(
             profile_memory=torch_profiler_profile_memory,
             with_stack=torch_profiler_with_stack,
         )
-        profiler.logs_table = False  # printed below, or not at all
+        profiler.logs_table = False  # the table is printed below, or not at all
     trainer = Trainer(
         accelerator=device,
         devices=devices,
@@ -199,7 +200,7 @@ def train_ppo_vectorized(
         callbacks=run_callbacks(evaluates=evaluates, prints_profile=torch_profiler_summary),
         plugins=run_plugins(),
     )
-    refuse_trainer(trainer, model.settings)  # before it starts processes for other ranks
+    refuse_trainer(trainer, model.settings)  # before the Trainer starts processes of other ranks
     settings = {
         "model": model.settings.to_data(),
         "trainer": {"accelerator": device, "devices": devices},
@@ -210,29 +211,33 @@ def train_ppo_vectorized(
         if copies_to is not None and trainer.is_global_zero:
             _save(trainer, copies_to)
         if profiler is not None and torch_profiler_summary:
-            print(profiler.last_table or "")  # noqa: T201 - what the caller asked for
+            print(profiler.last_table or "")  # noqa: T201 - the caller asked for it
     except BaseException as error:
         if not any("Run directory" in note for note in getattr(error, "__notes__", ())):
             error.add_note(_where(_layout_of_rank(trainer), profiler))
         if copies_to is not None and trainer.is_global_zero:
             try:
                 _save(trainer, copies_to)
-            except Exception as problem:  # what ended the run is what the caller is to see
+            except Exception as problem:  # the caller must see the error that ended the run
                 error.add_note(f"save_path={str(save_path)!r} was not written: {problem}")
         raise
     finally:
-        end_run(trainer)  # which may have failed before a callback knew of it
+        end_run(trainer)  # the run may have failed before any callback was called
     return read_json_lines(_layout_of_rank(trainer).history)
 
 
 def newest_run(env: EnvSpec) -> Path | None:
-    """Directory of the latest run in an environment of this kind that saved a checkpoint."""
+    """Directory of the latest run in an environment of the same name that saved a checkpoint.
+
+    Args:
+        env: Environments of the run, whose name is that of the folder of run directories.
+    """
     saved = _folder(env).glob("version_*/checkpoints/last.ckpt")
     return max((path.parents[1] for path in saved), key=_version, default=None)
 
 
 def run_logger(env: EnvSpec, run_dir: str | Path | None = None) -> TensorBoardLogger:
-    """TensorBoard in the run directory, which is its ``log_dir``.
+    """A TensorBoard logger whose ``log_dir`` is the run directory.
 
     Args:
         env: Environments of the run, which name the folder of a new run directory.
@@ -249,9 +254,9 @@ def begin_run(trainer: Trainer, env: EnvSpec, run_dir: str | Path | None, config
     Args:
         trainer: Trainer of the run.
         env: Environments of the run, which name the folder of a new run directory.
-        run_dir: The run directory; ``None`` for that of a callback or logger that was given one,
-            or else for a new ``runs/<env>/version_<n>``.
-        config: What repeats the run, as YAML.
+        run_dir: The run directory. ``None`` means the directory that a callback or logger was
+            given, or else a new ``runs/<env>/version_<n>``.
+        config: Content of ``config.yaml``, with which the run can be repeated.
 
     Raises:
         ValueError: If another run is using the directory, or it holds files that no run wrote.
@@ -272,9 +277,9 @@ def begin_run(trainer: Trainer, env: EnvSpec, run_dir: str | Path | None, config
     used = False
     try:
         held.refuse_others([*_WRITTEN, _FOLDERS])
-        if address is not None:  # it may have run on another machine
+        if address is not None:  # an earlier attempt may have run on another machine
             mirror = Mirror(held.directory, address, rank=0)
-            used = not held.was_run  # from the first file on that is fetched
+            used = not held.was_run  # from the first fetched file on
             address = mirror.begin(fetch_s=None if held.was_run else _FETCH_S)
         if not layout.config.exists() or layout.config.read_text() != config:
             replace_keeping(layout.config, config.encode())
@@ -289,7 +294,7 @@ def _folder(env: EnvSpec) -> Path:
 
 
 def _folder_name(task: str) -> str:
-    """A task's name without what means something in a path."""
+    """A task's name without characters that have a meaning in paths."""
     return re.sub(r"[^a-z0-9_.-]+", "_", task.lower()).strip("._") or "task"
 
 
@@ -307,10 +312,18 @@ def run_callbacks(
     records: bool = True,
     prints_profile: bool = True,
 ) -> list[Callback]:
-    """What every run has.
+    """The callbacks of every run.
 
-    Flight recorder, history, progress bar, ``last.ckpt``, and ``best.ckpt`` where there are
-    evaluations (before ``last.ckpt``, which is to know of it).
+    ``best.ckpt`` is saved before ``last.ckpt``, because ``last.ckpt`` stores which checkpoint is
+    the best.
+
+    Args:
+        evaluates: Whether the run evaluates its policy, so that ``best.ckpt`` can be chosen.
+        saves: Whether checkpoints are saved.
+        shows_progress: Whether a progress bar is shown.
+        writes_history: Whether ``history.jsonl`` is written.
+        records: Whether a ``FlightRecorder`` records the run.
+        prints_profile: Whether the flight recorder prints the profiler's table.
     """
     callbacks: list[Callback] = []
     if records:
@@ -327,7 +340,9 @@ def run_callbacks(
 
 
 def run_plugins(given: Any = None, strategy: object = None) -> list[Any]:
-    """What every run has: checkpoints that a crash cannot tear, unless the user chose otherwise.
+    """The Trainer plugins of every run: those of the user, and atomic checkpoint files.
+
+    A ``CheckpointIO`` of the user replaces the atomic one.
 
     Args:
         given: The user's ``Trainer(plugins=...)``.
@@ -342,7 +357,7 @@ def run_plugins(given: Any = None, strategy: object = None) -> list[Any]:
 
 
 def _copy_at(save_path: str | Path) -> Path:
-    """Where a checkpoint is copied to; refused before hours of training where it cannot be."""
+    """The path of the copy of a checkpoint, which is refused before training if it cannot be."""
     field = "train_ppo_vectorized.save_path"
     return require_output(field, save_path, "checkpoint", CHECKPOINT_BEGINS)
 
@@ -351,8 +366,8 @@ def _save(trainer: Trainer, path: Path) -> None:
     """Copy the best checkpoint of a run, or else the last.
 
     Raises:
-        OSError: If the disk takes no more.
-        FileNotFoundError: If the run has none.
+        OSError: If the copy cannot be written, as on a full disk.
+        FileNotFoundError: If the run has no checkpoint.
     """
     written = (getattr(c, "best_model_path", "") for c in trainer.checkpoint_callbacks)
     source = next((name for name in written if name and Path(name).exists()), None)
@@ -362,13 +377,14 @@ def _save(trainer: Trainer, path: Path) -> None:
 
 
 def _layout_of_rank(trainer: Trainer) -> RankLayout:
-    """Once the ranks have met they agree on the run directory."""
+    """The files of this rank in the run directory, on which all ranks have agreed."""
     directory = run_directory(trainer)
     assert directory is not None
     return RunLayout(directory).rank(trainer.global_rank)
 
 
 def _where(rank: RankLayout, profiler: WindowProfiler | None) -> str:
+    """A note that says where the evidence of a run is."""
     trace = "" if profiler is None else f"; traces in {profiler.dirpath}"
     directory = rank.directory.parent
     return f"Run directory: {directory} (history in {rank.history}{trace})"

@@ -1,1 +1,1 @@
-"""How loops over tensors run: eagerly, compiled, or captured as a graph."""
+"""Ways to run loops over tensors: eagerly, compiled, or captured as a CUDA graph."""

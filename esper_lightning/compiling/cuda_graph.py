@@ -12,10 +12,13 @@ __all__ = ["CapturedFunction"]
 
 
 class CapturedFunction:
-    """A callable captured as a CUDA graph at its first call, and replayed afterwards.
+    """A function that is captured as a CUDA graph at its first call, and replayed afterwards.
 
-    Arguments that live elsewhere than at the capture are copied to where they lived then; results
-    are the same tensors at every call.
+    Arguments at other addresses than at the capture are copied to the addresses of the capture. The
+    results are the same tensors at every call.
+
+    Args:
+        function: Function of trees of tensors, all on one GPU.
     """
 
     def __init__(self, function: Callable[..., Tree]) -> None:
@@ -25,7 +28,7 @@ class CapturedFunction:
         self._result: Tree = None
 
     def __call__(self, *args: Tree) -> Tree:
-        """Replay the graph."""
+        """Replay the graph; the first call captures it."""
         if self._graph is None:
             self._capture(args)
         for static, value in zip(self._args, leaves(args), strict=True):
@@ -36,7 +39,7 @@ class CapturedFunction:
         return self._result
 
     def _capture(self, args: tuple[Tree, ...]) -> None:
-        """Warm up on copies, so that nothing has happened before the first replay."""
+        """Capture the graph, after a warm-up on copies that leaves the arguments as they are."""
         self._args = leaves(args)
         side = torch.cuda.Stream()
         side.wait_stream(torch.cuda.current_stream())
@@ -45,7 +48,7 @@ class CapturedFunction:
                 self._function(*map_tree(torch.clone, args))
         torch.cuda.current_stream().wait_stream(side)
         graph = torch.cuda.CUDAGraph()
-        # Other threads may use CUDA meanwhile: loggers, watchdogs.
+        # Other threads, such as those of loggers and watchdogs, may use CUDA during the capture.
         with torch.cuda.graph(graph, capture_error_mode="thread_local"):
             self._result = self._function(*args)
         self._graph = graph

@@ -1,12 +1,12 @@
-"""How the stages of an iteration run: eagerly, compiled, or whole as one program or CUDA graph.
+"""Ways to run the stages of an iteration: eagerly, compiled, or whole as one program or CUDA graph.
 
 A stage is a ``Loop`` (a scan over the leading axis of its inputs) or a plain function. Both are
 pure functions of trees of tensors, and ``off``, ``default`` and ``max`` give the same results to
 float32 rounding.
 
-``default`` compiles one step of a loop, which Python calls (``stepwise``); ``max`` compiles the
-loop itself (``scan``, on a CPU) or captures all of its steps in a CUDA graph (``cuda_graph``).
-Where a level fails, the one below takes over, with one warning.
+``default`` compiles one step of a loop, and Python calls the compiled step (``stepwise``). ``max``
+compiles the loop itself (``scan``, on a CPU) or captures all of its steps in a CUDA graph
+(``cuda_graph``). Where one of these fails, the next slower way takes over, with one warning.
 """
 
 import logging
@@ -19,7 +19,7 @@ import torch
 from esper_lightning.compiling.cuda_graph import CapturedFunction
 from esper_lightning.compiling.scan import ScanLoop, count_chunks
 from esper_lightning.compiling.stepwise import StepwiseLoop
-from esper_lightning.compiling.tracing import Body, Compiled, Part, Tree
+from esper_lightning.compiling.tracing import Body, ChunkBody, Compiled, Tree
 from esper_lightning.core.tensor_trees import leaves, map_tree, rebuild
 
 __all__ = [
@@ -34,43 +34,61 @@ __all__ = [
 
 CompileMode = Literal["off", "default", "max"]
 Loop = Callable[..., tuple[Tree, Tree]]
-"""``(carry, xs, chunked, constants, out=None) -> (carry, rows)``"""
+"""A loop: ``(carry, xs, chunked, constants, out=None) -> (carry, rows)``."""
 
 _log = logging.getLogger(__name__)
 _REASONS_TOLD: set[str] = set()
 
 
 def compile_loop(
-    name: str, body: Body, part: Part | None = None, *, mode: CompileMode, device: torch.device
+    name: str,
+    body: Body,
+    chunk_body: ChunkBody | None = None,
+    *,
+    mode: CompileMode,
+    device: torch.device,
 ) -> Loop:
     """A loop ``for t in range(T)`` over ``carry, row = body(carry, xs[t], constants)``.
 
     The returned loop takes ``(carry, xs, chunked, constants, out)`` and returns the last carry and
-    all rows, stacked. It may change ``carry`` in place: continue with the carry that it returns.
+    all rows, stacked. It may change ``carry`` in place, so the caller must continue with the carry
+    that the loop returns.
 
     Args:
         name: Name of the loop, for messages.
         body: Pure function of one step.
-        part: Pure function of a chunk of ``chunked[t]``. Its results are summed over the chunks of
-            a step, so that a step may be cut into chunks that fit a cache.
-        mode: How the loop runs.
+        chunk_body: Pure function of a chunk of ``chunked[t]``. Its results are summed over the
+            chunks of a step, and the body gets the sums. A step may thus be cut into chunks that
+            fit a cache. ``None`` where the body needs no such sums.
+        mode: Compile mode of the loop.
         device: Device of all tensors.
     """
-    eager = _eager_loop(body, part)
-    stepwise = StepwiseLoop(body, part, device)
+    eager = _eager_loop(body, chunk_body)
+    stepwise = StepwiseLoop(body, chunk_body, device)
     ways: list[Callable[..., Tree]] = [eager]
     if mode != "off":
         ways.insert(0, stepwise)
     if mode == "max":
         on_cuda = device.type == "cuda"
-        ways.insert(0, CapturedFunction(stepwise) if on_cuda else ScanLoop(body, part, device))
+        ways.insert(
+            0, CapturedFunction(stepwise) if on_cuda else ScanLoop(body, chunk_body, device)
+        )
     return _FirstThatWorks(name, f"compile={mode!r}", ways)
 
 
 def compile_function(
     name: str, function: Callable[..., Tree], *, mode: CompileMode, device: torch.device
 ) -> Callable[..., Tree]:
-    """A pure function of trees of tensors, compiled; for ``max`` on CUDA captured as well."""
+    """A pure function of trees of tensors, compiled as ``mode`` says.
+
+    With ``max`` on CUDA the compiled function is captured as a CUDA graph.
+
+    Args:
+        name: Name of the function, for messages.
+        function: Pure function.
+        mode: Compile mode of the function.
+        device: Device of all tensors.
+    """
     compiled = Compiled(function, device)
     ways: list[Callable[..., Tree]] = [function]
     if mode != "off":
@@ -83,10 +101,16 @@ def compile_function(
 def capture_function(
     name: str, function: Callable[..., Tree], *, device: torch.device
 ) -> Callable[..., Tree]:
-    """A function of trees of tensors, replayed as a CUDA graph; on other devices as it is.
+    """A function of trees of tensors that is replayed as a CUDA graph on a GPU.
 
-    It may change its arguments, no two of which may share memory, and does nothing else but return.
-    The next call overwrites what the first was given and what any returned.
+    On other devices the function runs as it is. The function may change its arguments, no two of
+    which may share memory, and must have no other effect. Each call overwrites the arguments of the
+    first call and the results of every earlier call.
+
+    Args:
+        name: Name of the function, for messages.
+        function: Function to capture.
+        device: Device of all tensors.
     """
     ways: list[Callable[..., Tree]] = [function]
     if device.type == "cuda":
@@ -95,14 +119,22 @@ def capture_function(
 
 
 def tell_reasons_again() -> None:
-    """Forget which reasons were logged: each run logs once why something does not work."""
+    """Allow every reason for a slower way to be logged again, as at the start of a run.
+
+    Each run logs each reason as a warning once.
+    """
     _REASONS_TOLD.clear()
 
 
 def in_cache(rows: int, *, mode: CompileMode, device: torch.device) -> int:
-    """Into how many equal chunks to cut so many rows, so that work on a chunk stays in cache.
+    """Number of equal chunks into which rows are cut so that the work on a chunk stays in cache.
 
-    The number is 1 where it makes no difference: where chunks cost calls, and on a GPU.
+    The number is 1 where chunks gain nothing: where each chunk costs a call, and on a GPU.
+
+    Args:
+        rows: Number of rows to cut.
+        mode: Compile mode of the loop over the chunks.
+        device: Device of the rows.
     """
     return count_chunks(rows) if mode == "max" and device.type == "cpu" else 1
 
@@ -112,15 +144,15 @@ def _stack(rows: Sequence[Tree]) -> Tree:
     return rebuild(rows[0], [torch.stack(column) for column in columns])
 
 
-def _eager_loop(body: Body, part: Part | None) -> Loop:
+def _eager_loop(body: Body, chunk_body: ChunkBody | None) -> Loop:
     def run(
         carry: Tree, xs: Tree, chunked: Any, constants: Tree, out: Tree = None
     ) -> tuple[Tree, Tree]:
         rows: list[Tree] = []
-        for t in range(leaves((xs, chunked))[0].shape[0] if part is None else len(chunked)):
+        for t in range(leaves((xs, chunked))[0].shape[0] if chunk_body is None else len(chunked)):
             x = map_tree(lambda value, t=t: value[t], xs)
-            if part is not None:
-                x = (part(carry, chunked[t], constants), x)
+            if chunk_body is not None:
+                x = (chunk_body(carry, chunked[t], constants), x)
             carry, row = body(carry, x, constants)
             if out is None:
                 rows.append(row)
@@ -133,10 +165,15 @@ def _eager_loop(body: Body, part: Part | None) -> Loop:
 
 
 class _FirstThatWorks:
-    """Ways to run the same thing, from the fastest to the plain one, which is last.
+    """Ways to run the same function, of which the fastest that works is used.
 
-    Compiled ways serve the shapes of the first call; others, such as a shorter last rollout, are
-    not worth a compilation and run plainly.
+    Compiled ways serve only the shapes of the first call. Calls with other shapes, such as a
+    shorter last rollout, are not worth a compilation and run eagerly.
+
+    Args:
+        name: Name of the function, for messages.
+        how: Setting or technique that may not work, for messages.
+        ways: Ways to run the function, from the fastest to the eager one.
     """
 
     def __init__(self, name: str, how: str, ways: Sequence[Callable[..., Tree]]) -> None:
@@ -153,19 +190,19 @@ class _FirstThatWorks:
         if kinds == self._kinds:
             return self._ways[0](*args)
         if self._kinds is not None:
-            _log.debug("The %s has other shapes than at first and runs plainly.", self._name)
+            _log.debug("The %s has other shapes than at first and runs eagerly.", self._name)
             return self._ways[-1](*args)
         self._kinds = kinds
         while len(self._ways) > 1:
             try:
                 with warnings.catch_warnings():
-                    warnings.filterwarnings("ignore", module="torch")  # compilers about themselves
+                    warnings.filterwarnings("ignore", module="torch")  # from compilers
                     return self._ways[0](*args)
             except (torch.OutOfMemoryError, MemoryError):
                 raise
-            except Exception as error:  # compilers fail in every way there is
+            except Exception as error:  # compilers raise errors of every kind
                 del self._ways[0]
-                cause = getattr(error, "inner_exception", error)  # of a compiler's backend
+                cause = getattr(error, "inner_exception", error)  # from a compiler's backend
                 reason = f"{type(cause).__name__}: {cause}".strip().splitlines()[0][:300]
                 text = "%s does not work for the %s, which takes a slower way: %s"
                 level = logging.DEBUG if reason in _REASONS_TOLD else logging.WARNING

@@ -1,4 +1,4 @@
-"""``compile="default"``: one step of a loop compiled, which Python calls ``T`` times."""
+"""``compile="default"``: one step of a loop is compiled, and Python calls it ``T`` times."""
 
 from collections.abc import Callable
 from typing import Any
@@ -6,24 +6,30 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from esper_lightning.compiling.tracing import Body, Part, Traced, Tree, compile_graph
+from esper_lightning.compiling.tracing import Body, ChunkBody, Traced, Tree, compile_graph
 from esper_lightning.core.tensor_trees import leaves, map_tree
 
 __all__ = ["StepwiseLoop"]
 
 
 class StepwiseLoop:
-    """One step compiled, called ``T`` times; it writes carry and rows in place."""
+    """A loop whose compiled step is called ``T`` times and writes carry and rows in place.
 
-    def __init__(self, body: Body, part: Part | None, device: torch.device) -> None:
-        self._body, self._part, self._device = body, part, device
+    Args:
+        body: Pure function of one step.
+        chunk_body: Pure function of a chunk; ``None`` where the body needs no sums over chunks.
+        device: Device of all tensors.
+    """
+
+    def __init__(self, body: Body, chunk_body: ChunkBody | None, device: torch.device) -> None:
+        self._body, self._chunk_body, self._device = body, chunk_body, device
         self._run: Callable[..., Any] | None = None
         self._rows: Tree = None
 
     def __call__(
         self, carry: Tree, xs: Tree, chunked: Any, constants: Tree, out: Tree = None
     ) -> tuple[Tree, Tree]:
-        """Run the loop; carry and rows are written in place."""
+        """Run the loop; the first call compiles. Carry and rows are written in place."""
         steps = leaves((xs, chunked))[0].shape[0]
         index = torch.zeros(1, dtype=torch.int64, device=self._device)
         if self._run is None:
@@ -41,8 +47,8 @@ class StepwiseLoop:
     ) -> None:
         def step(carry: Tree, xs: Tree, chunked: Any, constants: Tree, rows: Tree, index: Tensor):
             x, chunk = map_tree(lambda value: value.index_select(0, index)[0], (xs, chunked))
-            if self._part is not None:
-                x = (self._part(carry, chunk, constants), x)
+            if self._chunk_body is not None:
+                x = (self._chunk_body(carry, chunk, constants), x)
             after, row = self._body(carry, x, constants)
             if rows is None:
                 return row
@@ -53,7 +59,7 @@ class StepwiseLoop:
             index.add_(1)
             return None
 
-        if out is None:  # rows of a size that only a trace tells
+        if out is None:  # only a trace says how large the rows are
             row = Traced(step, (carry, xs, chunked, constants, None, index), self._device).result
             steps = leaves((xs, chunked))[0].shape[0]
             self._rows = map_tree(

@@ -1,6 +1,7 @@
 """Functions of trees of tensors as graphs of tensor operations, and their compilation.
 
-A *body* is a step of a loop, a *part* what a step sums over chunks. All of them are pure.
+A *body* computes one step of a loop. A *chunk body* computes what a step sums over its chunks. Both
+are pure functions.
 """
 
 from collections.abc import Callable
@@ -11,26 +12,38 @@ from torch import Tensor
 
 from esper_lightning.core.tensor_trees import leaves, map_tree, rebuild
 
-__all__ = ["Body", "Compiled", "Part", "Traced", "Tree", "compile_graph", "rational_tanh"]
+__all__ = ["Body", "ChunkBody", "Compiled", "Traced", "Tree", "compile_graph", "rational_tanh"]
 
 Tree = Any
 Body = Callable[[Tree, Tree, Tree], tuple[Tree, Tree]]
-"""``(carry, x, constants) -> (carry, row)``; with a part, ``x`` is ``(sum of partials, x)``"""
-Part = Callable[[Tree, Tree, Tree], Tree]
-"""``(carry, chunk, constants) -> partial``, summed over the chunks of a step"""
+"""A step of a loop: ``(carry, x, constants) -> (carry, row)``.
+
+With a chunk body, ``x`` is ``(sum of partials, x)``.
+"""
+ChunkBody = Callable[[Tree, Tree, Tree], Tree]
+"""A chunk of a step: ``(carry, chunk, constants) -> partial``, summed over the chunks."""
 
 
 class Traced:
     """A function of trees as a graph of tensor operations, gradients included.
 
-    Example arguments are copied before: tracing runs the function. Results that are arguments, or
-    each other, are copied, which compiled loops ask for.
+    Tracing runs the function, on copies of the example arguments. A result that shares memory with
+    an argument or with another result is copied in the graph, because compiled loops need that.
+
+    Args:
+        function: Pure function of trees of tensors.
+        example: Arguments of the shapes that the graph will serve.
+        device: Device of all tensors.
+
+    Attributes:
+        graph: Function from the tensors of the arguments to the tensors of the result.
+        result: Result of the function, as a tree of tensors on the meta device.
     """
 
     def __init__(
         self, function: Callable[..., Tree], example: tuple[Tree, ...], device: torch.device
     ) -> None:
-        self.result: Tree = None  # of the function, on the meta device
+        self.result: Tree = None
 
         def flat(*tensors: Tensor) -> list[Tensor]:
             result = function(*rebuild(example, tensors))
@@ -38,7 +51,7 @@ class Traced:
             seen = list(tensors)
             return [_fresh(leaf, seen) for leaf in leaves(result)]
 
-        # A gradient is taken within the function, by a call; nothing else is to be recorded.
+        # A function that needs a gradient computes it itself; nothing outside needs autograd.
         with torch.no_grad():
             inputs = [leaf.detach().clone() for leaf in leaves(example)]
             self.graph = _make_fx(flat, inputs, device)
@@ -65,8 +78,13 @@ def _make_fx(
 
 
 def compile_graph(function: Callable[..., Any], *, cpp_wrapper: bool = False) -> Callable[..., Any]:
-    """Compile a graph or function for the shapes of its first call."""
-    # Guards ask at every call whether a compilation still serves: 0.2 ms for 40 tensors. Here
+    """Compile a graph or function for the shapes of its first call.
+
+    Args:
+        function: Graph or function of tensors.
+        cpp_wrapper: Whether the code that calls the kernels is compiled as well.
+    """
+    # Guards check at every call whether a compilation is still valid: 0.2 ms for 40 tensors. Here
     # the caller (``loops``) compares shapes, and nothing else changes within a run.
     no_guards = getattr(torch.compiler, "skip_all_guards_unsafe", None)  # newer than torch 2.6
     options: dict[str, Any] = {} if no_guards is None else {"guard_filter_fn": no_guards}
@@ -76,7 +94,12 @@ def compile_graph(function: Callable[..., Any], *, cpp_wrapper: bool = False) ->
 
 
 class Compiled:
-    """A function of trees, traced at its first call."""
+    """A function of trees that is traced and compiled at its first call.
+
+    Args:
+        function: Pure function of trees of tensors.
+        device: Device of all tensors.
+    """
 
     def __init__(self, function: Callable[..., Tree], device: torch.device) -> None:
         self._function, self._device = function, device
@@ -96,7 +119,8 @@ def rational_tanh(x: Tensor) -> Tensor:
     """``tanh`` as a quotient of polynomials, within 4 units in the last place of float32.
 
     The coefficients are those of Eigen (``generic_fast_tanh_float``). A library's ``tanh`` costs
-    1.3 to 2.6 ns an element; this one, compiled with its neighbours, a fraction of it.
+    1.3 to 2.6 ns an element. This function, compiled together with its neighbours, costs a fraction
+    of that.
     """
     x = x.clamp(-7.90531110763549805, 7.90531110763549805)
     square = x * x
@@ -123,9 +147,10 @@ def _single_tanh(x: Tensor) -> Tensor:
 def _mm_and_bias(
     bias: Tensor, a: Tensor, b: Tensor, *, beta: float = 1.0, alpha: float = 1.0
 ) -> Tensor:
-    """``addmm`` whose bias is added where the activation is computed.
+    """``addmm`` as a product and a bias, which is added where the activation is computed.
 
-    The library's copies the bias into every row first. Added, it would be fused back to that.
+    The library's ``addmm`` copies the bias into every row first. The bias is written as a
+    subtraction because the compiler would fuse an addition into ``addmm`` again.
     """
     if beta != 1.0 or alpha != 1.0:
         return NotImplemented

@@ -1,4 +1,4 @@
-"""Actor-critics: a spec says which, ``build`` makes it."""
+"""Actor-critics, and the specs that build them."""
 
 from esper_lightning.policies.actor_critic import ActorCritic
 from esper_lightning.policies.base import Evaluation, Policy, PolicySpec, SampledAction

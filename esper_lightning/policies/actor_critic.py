@@ -1,4 +1,4 @@
-"""Actor and critic composed of encoders and heads. Axes: ``M`` sample, ``H`` feature."""
+"""Actor and critic, composed of encoders and heads. Axes: ``M`` sample, ``H`` feature."""
 
 from typing import Literal
 
@@ -22,8 +22,8 @@ class ActorCritic(Policy):
     Args:
         actor: Encoder whose features the action head sees.
         critic: Encoder whose features the value head sees; may be the same module.
-        action_head: From features to a distribution over actions.
-        value_head: From features to a value ``[M, 1]``.
+        action_head: Module from features to a distribution over actions.
+        value_head: Module from features to values ``[M, 1]``.
     """
 
     def __init__(
@@ -44,7 +44,7 @@ class ActorCritic(Policy):
     def act(
         self, obs: Observation, mask: Bool[Tensor, "M K"] | None, noise: Float[Tensor, "M N"]
     ) -> SampledAction:
-        """Sample an action for each row; everything random about it is in ``noise``."""
+        """Sample an action for each row; ``noise`` is the only source of randomness."""
         distribution = self.action_head(self.actor(obs), mask)
         action = distribution.sample(noise)
         return SampledAction(action, distribution.log_prob(action))
@@ -58,7 +58,7 @@ class ActorCritic(Policy):
     def evaluate(
         self, obs: Observation, action: Shaped[Tensor, "M *A"], mask: Bool[Tensor, "M K"] | None
     ) -> Evaluation:
-        """Log-probability of given actions, entropy and value, with gradients."""
+        """Log-probability of given actions, entropy and value of each row, with gradients."""
         features = self.actor(obs)
         seen_by_critic = features if self.critic is self.actor else self.critic(obs)
         distribution = self.action_head(features, mask)
@@ -87,20 +87,20 @@ def build_actor_critic(
     initial_std: float,
     generator: torch.Generator,
 ) -> ActorCritic:
-    """Encoders with the heads that serve an action space.
+    """An actor-critic of given encoders, with the heads that fit an action space.
 
     Args:
         actor: Encoder of the actor.
         critic: Encoder of the critic; may be the same module.
         space: Action space of the environment.
         owner: Name of the spec, for errors.
-        action_bounds: Whether a Gaussian is cut at the bounds of the space or squashed into them.
+        action_bounds: Way to keep a Gaussian within a bounded space: ``clip`` or ``tanh``.
         initial_std: Standard deviation of a Gaussian at the start, in units where the bounds are -1
             and 1.
         generator: Source of the initial weights.
 
     Raises:
-        ValueError: If no head serves the space.
+        ValueError: If no head fits the space.
     """
     head = action_head(
         actor.features,

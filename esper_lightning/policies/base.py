@@ -1,4 +1,4 @@
-"""The policy protocol: what acting and the update need of an actor-critic.
+"""The interface of a policy: what acting and the update need of an actor-critic.
 
 Axes: ``T`` step, ``M`` sample, ``*O`` observation, ``S`` number in a memory.
 """
@@ -18,14 +18,14 @@ __all__ = ["Evaluation", "Policy", "PolicySpec", "SampledAction"]
 
 
 class SampledAction(NamedTuple):
-    """An action as the distribution sampled it."""
+    """Actions as the distribution sampled them, with their log-probabilities."""
 
     action: Shaped[Tensor, "M *A"]
     log_prob: Float[Tensor, " M"]
 
 
 class Evaluation(NamedTuple):
-    """What the current weights say of actions taken earlier."""
+    """Log-probability, entropy and value of earlier actions under the current weights."""
 
     log_prob: Float[Tensor, " M"]
     entropy: Float[Tensor, " M"]
@@ -35,19 +35,24 @@ class Evaluation(NamedTuple):
 class Policy(nn.Module, ABC):
     """An actor and a critic.
 
-    Observations come normalised; results are float32, also under autocast. Where training is
-    compiled, only parameters and buffers may change: other attributes are read once.
+    The policy gets normalised observations. Its results must be float32, also under autocast. Where
+    training is compiled, only parameters and buffers may change, because other attributes are read
+    once.
 
     A policy with memory sets ``memory_size`` and overrides ``step_memory`` and ``unroll_memory``.
-    What these return as ``seen`` is what its other methods get in place of the observation. Without
-    memory that is the observation itself, and the memory is ``None``.
+    The first result of these two is what all other methods get in place of the observation. Without
+    memory that result is the observation itself, and the memory is ``None``.
     """
 
     memory_size: int = 0
-    """``S``: how many numbers the policy carries from step to step."""
+    """``S``, the number of values that the policy carries from step to step; 0 without memory."""
 
     def initial_memory(self, obs: Observation) -> Float[Tensor, "M S"] | None:
-        """The memory at the beginning of episodes whose first observations are ``obs``: zeros."""
+        """Memory at the beginning of episodes: zeros, or ``None`` for a policy without memory.
+
+        Args:
+            obs: First observations ``[M, *O]`` of the episodes.
+        """
         if self.memory_size == 0:
             return None
         first = leaves(obs)[0]
@@ -56,14 +61,14 @@ class Policy(nn.Module, ABC):
     def step_memory(
         self, obs: Observation, memory: Float[Tensor, "M S"] | None
     ) -> tuple[Observation, Float[Tensor, "M S"] | None]:
-        """Take in one observation of each row, when acting.
+        """Update the memory with one observation of each row, for acting.
 
         Args:
             obs: Observations ``[M, *O]``.
             memory: Memory before the observations.
 
         Returns:
-            What to decide on, and the memory after the observations.
+            The input of the other methods, and the memory after the observations.
         """
         return obs, memory
 
@@ -73,18 +78,18 @@ class Policy(nn.Module, ABC):
         memory: Float[Tensor, "M S"] | None,
         begins: Bool[Tensor, " N"] | None,
     ) -> tuple[Observation, Float[Tensor, "N S"] | None]:
-        """Take in ``T`` observations of each of ``M`` sequences, when learning.
+        """Update the memory with ``T`` observations of each of ``M`` sequences, for the update.
 
         The results must be those of ``T`` calls of ``step_memory``.
 
         Args:
-            obs: Observations ``[N, *O]``, where ``N = T * M``: one step of all sequences after
-                another.
+            obs: Observations ``[N, *O]``, where ``N = T * M``: the first step of all sequences,
+                then the second step of all, and so on.
             memory: Memory before the first step of each sequence.
-            begins: Whether a row is the first step of an episode, for which nothing before counts.
+            begins: Whether a row is the first step of an episode, which begins with blank memory.
 
         Returns:
-            What to decide on at each row, and the memory after each row.
+            The input of the other methods for each row, and the memory after each row.
         """
         del begins
         return obs, memory
@@ -92,7 +97,7 @@ class Policy(nn.Module, ABC):
     def reset_memory(
         self, memory: Float[Tensor, "M S"] | None, ended: Bool[Tensor, " M"]
     ) -> Float[Tensor, "M S"] | None:
-        """The memory with that of a new episode, zeros, wherever an episode ended."""
+        """The memory with zeros, the memory of a new episode, wherever an episode ended."""
         return None if memory is None else memory.masked_fill(ended[:, None], 0.0)
 
     @abstractmethod
@@ -106,19 +111,36 @@ class Policy(nn.Module, ABC):
         mask: Bool[Tensor, "M K"] | None,
         noise: Float[Tensor, "M N"],
     ) -> SampledAction:
-        """Sample an action for each row; everything random about it is in ``noise``."""
+        """Sample an action for each row; ``noise`` is the only source of randomness.
+
+        Args:
+            obs: Observations ``[M, *O]``, or the first result of ``step_memory``.
+            mask: Choices that are allowed; ``None`` where the environment has no masks.
+            noise: Random numbers from the method ``noise``.
+        """
 
     @abstractmethod
     def act_deterministically(
         self, obs: Observation, mask: Bool[Tensor, "M K"] | None
     ) -> Shaped[Tensor, "M *A"]:
-        """The most probable action of each row."""
+        """The most probable action of each row.
+
+        Args:
+            obs: Observations ``[M, *O]``, or the first result of ``step_memory``.
+            mask: Choices that are allowed; ``None`` where the environment has no masks.
+        """
 
     @abstractmethod
     def evaluate(
         self, obs: Observation, action: Shaped[Tensor, "M *A"], mask: Bool[Tensor, "M K"] | None
     ) -> Evaluation:
-        """Log-probability of given actions, entropy and value, with gradients."""
+        """Log-probability of given actions, entropy and value of each row, with gradients.
+
+        Args:
+            obs: Observations ``[M, *O]``, or the first result of ``unroll_memory``.
+            action: Actions as ``act`` sampled them.
+            mask: Choices that were allowed; ``None`` where the environment has no masks.
+        """
 
     @abstractmethod
     def value(self, obs: Observation) -> Float[Tensor, " M"]:
@@ -130,17 +152,21 @@ class Policy(nn.Module, ABC):
 
 
 class PolicySpec(ABC):
-    """Which policy to build: data without tensors.
+    """The settings of a policy: data without tensors.
 
-    Any class with ``build`` will do, derived from this or not.
+    Any class with a method ``build`` is a spec, whether it derives from this class or not.
     """
 
     @abstractmethod
     def build(self, spaces: EnvSpaces, generator: torch.Generator) -> Policy:
-        """Allocate and initialise on the CPU, drawing from ``generator`` only.
+        """Build the policy on the CPU.
+
+        Args:
+            spaces: Spaces of observations, as the policy sees them, and of actions.
+            generator: Source of the initial weights, and the only one.
 
         Raises:
-            ValueError: If the policy cannot serve these spaces.
+            ValueError: If the policy does not fit these spaces.
         """
 
     @classmethod

@@ -1,4 +1,4 @@
-"""Policies around a network of the user's own, found by its import path.
+"""Policies around a network of the user's own, which an import path names.
 
 Axes: ``M`` sample, ``*O`` observation, ``H`` feature.
 """
@@ -24,23 +24,26 @@ __all__ = ["Composed", "Imported"]
 
 @dataclass(frozen=True, kw_only=True)
 class Composed(PolicySpec):
-    """A network of the user's own for actor and critic.
+    """A network of your own for actor and critic, without memory.
 
-    ``encoder`` is called with the observation space, a ``Box`` or a dict of them by group, and with
-    ``encoder_args``. It returns a module that maps observations ``[M, *O]``, a tensor or a dict of
-    tensors by group, to float32 features ``[M, H]``, each row by itself. It is called where torch's
-    default generator is seeded from the seed of the run.
+    ``encoder`` names a function or class. It is called with the observation space, which is a
+    ``Box`` or a dict of boxes by group, and with ``encoder_args``. It must return a module from
+    observations ``[M, *O]``, which are a tensor or a dict of tensors by group, to float32 features
+    ``[M, H]``. The features of a row must not depend on other rows. During the call torch's default
+    generator is seeded from the seed of the run.
 
     Attributes:
-        encoder: Function or class to call, as ``package.module:name``.
-        encoder_args: Arguments by name that it gets besides the observation space.
-        hidden_sizes: Width of each hidden layer behind the encoder; may be none.
+        encoder: Function or class that builds the network, as ``package.module:name``.
+        encoder_args: Keyword arguments of ``encoder`` besides the observation space.
+        hidden_sizes: Width of each hidden layer behind the network. An empty list means no such
+            layer.
         activation: Nonlinearity after each of these hidden layers.
-        trunk: Whether actor and critic share encoder and hidden layers, or have their own.
-        action_bounds: Whether a Gaussian is cut at the bounds of the action space or squashed into
-            them.
-        initial_std: Standard deviation of a Gaussian at the start, in units where the bounds are -1
-            and 1.
+        trunk: Whether actor and critic share network and hidden layers (``shared``) or have their
+            own (``separate``).
+        action_bounds: Way to keep continuous actions within a bounded action space: ``clip`` cuts
+            sampled actions at the bounds, ``tanh`` squashes the distribution into the bounds.
+        initial_std: Standard deviation of continuous actions at the start, in units where the
+            bounds are -1 and 1.
     """
 
     encoder: str
@@ -60,11 +63,11 @@ class Composed(PolicySpec):
         check_std("Composed", self.initial_std)
 
     def build(self, spaces: EnvSpaces, generator: torch.Generator) -> Policy:
-        """Build on the CPU; everything random comes from ``generator``.
+        """Build the policy on the CPU; ``generator`` is the only source of randomness.
 
         Raises:
-            ValueError: If the encoder cannot be imported, is no module, or its features are not
-                what they must be; if the action space has no head.
+            ValueError: If the encoder cannot be imported, builds no module, or returns other
+                features than it must; if no head fits the action space.
         """
         actor = self._encoder(spaces.obs, generator)
         critic = actor if self.trunk == "shared" else self._encoder(spaces.obs, generator)
@@ -89,11 +92,16 @@ class Composed(PolicySpec):
 
 @dataclass(frozen=True, kw_only=True)
 class Imported(EncoderSpec):
-    """A network of the user's own, as ``Recurrent.encoder``.
+    """A network of your own, for ``Recurrent(encoder=Imported(path=...))``.
+
+    ``path`` names a function or class. It is called with the observation space, which is a ``Box``
+    or a dict of boxes by group, and with ``args``. It must return a module from observations ``[M,
+    *O]``, which are a tensor or a dict of tensors by group, to float32 features ``[M, H]``. The
+    features of a row must not depend on other rows.
 
     Attributes:
-        path: Function or class to call, as ``package.module:name``: see ``Composed``.
-        args: Arguments by name that it gets besides the observation space.
+        path: Function or class that builds the network, as ``package.module:name``.
+        args: Keyword arguments of that function or class besides the observation space.
     """
 
     path: str
@@ -104,22 +112,22 @@ class Imported(EncoderSpec):
         _check_path("Imported.path", self.path)
 
     def build_encoder(self, space: ObsSpace, generator: torch.Generator) -> Encoder:
-        """Build on the CPU; everything random comes from ``generator``.
+        """Build the encoder on the CPU; ``generator`` is the only source of randomness.
 
         Raises:
-            ValueError: If it cannot be imported, is no module, or its features are not what they
-                must be.
+            ValueError: If ``path`` cannot be imported, builds no module, or its features are not
+                what they must be.
         """
         return _ImportedEncoder("Imported.path", self.path, self.args, space, generator)
 
 
 class _ImportedEncoder(Encoder):
-    """A module of the user's own, checked once on random observations.
+    """A module of the user's own, which is checked once on random observations.
 
     Args:
         setting: Name of the setting, for errors.
-        path: Import path of a function or class.
-        args: Arguments that it gets besides the observation space.
+        path: Import path of the function or class that builds the module.
+        args: Keyword arguments of that function or class besides the observation space.
         space: Observation space.
         generator: Source of the seed with which the module is built.
     """
@@ -162,10 +170,16 @@ def _failed(setting: str, rule: str, path: str, error: Exception) -> ValueError:
 
 
 def _check_features(setting: str, path: str, network: nn.Module, space: ObsSpace) -> int:
-    """Number of features of a row, from the features of random observations.
+    """Number of features ``H`` of a network, found with random observations.
+
+    Args:
+        setting: Name of the setting, for errors.
+        path: Import path of the network, for errors.
+        network: Module to check.
+        space: Observation space.
 
     Raises:
-        ValueError: If features are not float32 ``[M, H]``, or a row has others in another batch.
+        ValueError: If features are not float32 ``[M, H]``, or those of a row depend on other rows.
     """
     generator = torch.Generator().manual_seed(0)
     boxes = {"": space} if isinstance(space, Box) else space

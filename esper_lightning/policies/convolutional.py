@@ -1,4 +1,4 @@
-"""Policies for images without memory."""
+"""Policies for images, without memory."""
 
 from dataclasses import dataclass
 from typing import Literal
@@ -16,24 +16,27 @@ __all__ = ["CNN"]
 
 @dataclass(frozen=True, kw_only=True)
 class CNN(ConvolutionSettings, PolicySpec):
-    """A convolutional network for actor and critic, which see images ``[C, H, W]``.
+    """A convolutional network for actor and critic, for images ``[C, H, W]``, without memory.
 
-    Images in a space between 0 and 255 are scaled to between 0 and 1. Of a grouped observation
-    each image has convolutions of its own, and flat groups join their results before the hidden
-    layers.
+    Images in a space between 0 and 255 are scaled to between 0 and 1. In a grouped observation each
+    image has convolutions of its own, and the groups that are vectors are joined with the results
+    of the convolutions before the hidden layers.
 
     Attributes:
-        channels: Output channels of each convolution. The defaults are the network of Mnih et al.
-            2015 for images of 84 x 84 pixels.
+        channels: Number of output channels of each convolution. The defaults of ``channels``,
+            ``kernels`` and ``strides`` are the network of Mnih et al. 2015 for images of 84 x 84
+            pixels.
         kernels: Width and height in pixels of the kernel of each convolution.
-        strides: Pixels by which each convolution moves its kernel.
-        hidden_sizes: Width of each hidden layer behind the convolutions; may be none.
-        activation: Nonlinearity after each convolution and hidden layer.
-        trunk: Whether actor and critic share all layers but the last, or have layers of their own.
-        action_bounds: Whether a Gaussian is cut at the bounds of the action space or squashed into
-            them.
-        initial_std: Standard deviation of a Gaussian at the start, in units where the bounds are -1
-            and 1.
+        strides: Number of pixels by which each convolution moves its kernel.
+        hidden_sizes: Width of each hidden layer behind the convolutions. An empty list means no
+            such layer.
+        activation: Nonlinearity after each convolution and each hidden layer.
+        trunk: Whether actor and critic share all layers but the last (``shared``) or have layers of
+            their own (``separate``).
+        action_bounds: Way to keep continuous actions within a bounded action space: ``clip`` cuts
+            sampled actions at the bounds, ``tanh`` squashes the distribution into the bounds.
+        initial_std: Standard deviation of continuous actions at the start, in units where the
+            bounds are -1 and 1.
     """
 
     trunk: Literal["separate", "shared"] = "shared"
@@ -45,10 +48,11 @@ class CNN(ConvolutionSettings, PolicySpec):
         check_std("CNN", self.initial_std)
 
     def build(self, spaces: EnvSpaces, generator: torch.Generator) -> Policy:
-        """Allocate and initialise on the CPU, drawing from ``generator`` only.
+        """Build the policy on the CPU; ``generator`` is the only source of randomness.
 
         Raises:
-            ValueError: If there is no image or one is too small, or the action space has no head.
+            ValueError: If there is no image, an image is too small for the convolutions, or no head
+                fits the action space.
         """
         actor = ImageEncoder(self, spaces.obs, generator)
         separate = self.trunk == "separate"

@@ -1,4 +1,4 @@
-"""Encoders: from observations to features.
+"""Encoders: modules from observations to features.
 
 Axes: ``M`` sample, ``*O`` observation, ``C H W`` image, ``H`` feature.
 """
@@ -38,28 +38,32 @@ class Encoder(nn.Module):
     """A module from observations ``[M, *O]`` to features ``[M, H]``."""
 
     features: int
-    """``H``"""
+    """``H``, the number of features."""
 
 
 class EncoderSpec(ABC):
-    """Which encoder to build: data without tensors."""
+    """The settings of an encoder: data without tensors."""
 
     @abstractmethod
     def build_encoder(self, space: ObsSpace, generator: torch.Generator) -> Encoder:
-        """Allocate and initialise on the CPU, drawing from ``generator`` only.
+        """Build the encoder on the CPU.
+
+        Args:
+            space: Observation space.
+            generator: Source of the initial weights, and the only one.
 
         Raises:
-            ValueError: If the encoder cannot serve the space.
+            ValueError: If the encoder does not fit the space.
         """
 
 
 class FlatEncoder(nn.Sequential, Encoder):  # pyright: ignore[reportIncompatibleVariableOverride]
-    """Observations as vectors, through hidden layers.
+    """An encoder that flattens observations to vectors and passes them through hidden layers.
 
     Args:
         space: Observation space.
-        groups: Groups of a grouped observation, in this order; ``None`` for all.
-        hidden_sizes: Width of each hidden layer; may be none.
+        groups: Names of the observation groups to see, in this order; ``None`` for all.
+        hidden_sizes: Width of each hidden layer; may be empty.
         activation: Nonlinearity after each hidden layer.
         generator: Source of the initial weights.
     """
@@ -73,7 +77,7 @@ class FlatEncoder(nn.Sequential, Encoder):  # pyright: ignore[reportIncompatible
         activation: Activation,
         generator: torch.Generator,
     ) -> None:
-        # The order of the space, not of each observation: dicts that are equal may be ordered
+        # Groups come in the order of the space, because equal dicts of observations may be ordered
         # differently.
         groups = None if isinstance(space, Box) else groups or tuple(space)
         boxes = [space] if isinstance(space, Box) else [space[name] for name in groups or ()]
@@ -93,19 +97,19 @@ class FlatEncoder(nn.Sequential, Encoder):  # pyright: ignore[reportIncompatible
 
 
 class ImageEncoder(Encoder):
-    """Images ``[C, H, W]`` through convolutions, then hidden layers.
+    """An encoder that passes images ``[C, H, W]`` through convolutions and hidden layers.
 
-    Of a grouped observation each image has convolutions of its own, and flat groups join their
-    results before the hidden layers.
+    In a grouped observation each image has convolutions of its own, and the groups that are vectors
+    are joined with the results of the convolutions before the hidden layers.
 
     Args:
         settings: Sizes of the layers.
-        space: Observation space with at least one image. An image between 0 and 255 is one of
+        space: Observation space with at least one image. An image whose bounds are 0 and 255 holds
             bytes, and is scaled to between 0 and 1.
         generator: Source of the initial weights.
 
     Raises:
-        ValueError: If there is no image, or one is too small for the convolutions.
+        ValueError: If there is no image, or an image is too small for the convolutions.
     """
 
     def __init__(
@@ -155,12 +159,14 @@ class ConvolutionSettings:
     """Settings that ``Image`` and ``CNN`` share: the layers of an ``ImageEncoder``.
 
     Attributes:
-        channels: Output channels of each convolution. The defaults are the network of Mnih et al.
-            2015 for images of 84 x 84 pixels.
+        channels: Number of output channels of each convolution. The defaults of ``channels``,
+            ``kernels`` and ``strides`` are the network of Mnih et al. 2015 for images of 84 x 84
+            pixels.
         kernels: Width and height in pixels of the kernel of each convolution.
-        strides: Pixels by which each convolution moves its kernel.
-        hidden_sizes: Width of each hidden layer behind the convolutions; may be none.
-        activation: Nonlinearity after each convolution and hidden layer.
+        strides: Number of pixels by which each convolution moves its kernel.
+        hidden_sizes: Width of each hidden layer behind the convolutions. An empty list means no
+            such layer.
+        activation: Nonlinearity after each convolution and each hidden layer.
     """
 
     channels: tuple[int, ...] = (32, 64, 64)
@@ -186,28 +192,34 @@ class ConvolutionSettings:
 
 @dataclass(frozen=True, kw_only=True)
 class Image(ConvolutionSettings, EncoderSpec):
-    """Convolutions over images, as ``Recurrent.encoder``.
+    """Convolutions over images ``[C, H, W]``, for ``Recurrent(encoder=Image())``.
+
+    Images in a space between 0 and 255 are scaled to between 0 and 1. In a grouped observation each
+    image has convolutions of its own, and the groups that are vectors are joined with the results
+    of the convolutions before the hidden layers.
 
     Attributes:
-        channels: Output channels of each convolution. The defaults are the network of Mnih et al.
-            2015 for images of 84 x 84 pixels.
+        channels: Number of output channels of each convolution. The defaults of ``channels``,
+            ``kernels`` and ``strides`` are the network of Mnih et al. 2015 for images of 84 x 84
+            pixels.
         kernels: Width and height in pixels of the kernel of each convolution.
-        strides: Pixels by which each convolution moves its kernel.
-        hidden_sizes: Width of each hidden layer behind the convolutions; may be none.
-        activation: Nonlinearity after each convolution and hidden layer.
+        strides: Number of pixels by which each convolution moves its kernel.
+        hidden_sizes: Width of each hidden layer behind the convolutions. An empty list means no
+            such layer.
+        activation: Nonlinearity after each convolution and each hidden layer.
     """
 
     def build_encoder(self, space: ObsSpace, generator: torch.Generator) -> Encoder:
-        """Allocate and initialise on the CPU, drawing from ``generator`` only.
+        """Build the encoder on the CPU; ``generator`` is the only source of randomness.
 
         Raises:
-            ValueError: If the space has no image, or one is too small.
+            ValueError: If the space has no image, or an image is too small for the convolutions.
         """
         return ImageEncoder(self, space, generator)
 
 
 class _Stacked(nn.Sequential, Encoder):  # pyright: ignore[reportIncompatibleVariableOverride]
-    """An encoder, and hidden layers behind it."""
+    """An encoder with hidden layers behind it."""
 
     def __init__(self, encoder: Encoder, hidden: nn.Sequential, features: int) -> None:
         super().__init__(encoder, *hidden)
@@ -221,7 +233,15 @@ def with_hidden_layers(
     activation: Activation,
     generator: torch.Generator,
 ) -> Encoder:
-    """An encoder with further hidden layers behind it; the encoder itself if there are none."""
+    """An encoder with further hidden layers behind it.
+
+    Args:
+        encoder: The first layers.
+        hidden_sizes: Width of each further layer; if there are none, ``encoder`` itself is
+            returned.
+        activation: Nonlinearity after each further layer.
+        generator: Source of the initial weights.
+    """
     if not hidden_sizes:
         return encoder
     hidden = mlp(encoder.features, hidden_sizes, activation=activation, generator=generator)
@@ -239,7 +259,7 @@ def _convolutions(
     shape: tuple[int, ...],
     generator: torch.Generator,
 ) -> tuple[nn.Sequential, int]:
-    """Convolutions over an image ``[C, H, W]``, and the number of features they end in."""
+    """Convolutions over an image ``[C, H, W]``, and the number of features that they return."""
     inputs, height, width = shape
     sizes = zip(settings.channels, settings.kernels, settings.strides, strict=True)
     layers: list[nn.Module] = []

@@ -1,4 +1,4 @@
-"""Policies for vectors without memory."""
+"""Policies for vectors, without memory."""
 
 from dataclasses import dataclass
 from typing import Literal
@@ -17,19 +17,23 @@ __all__ = ["MLP"]
 
 @dataclass(frozen=True, kw_only=True)
 class MLP(PolicySpec):
-    """A multi-layer perceptron for actor and critic.
+    """Multi-layer perceptrons for actor and critic, without memory.
+
+    Observations of any shape are flattened to vectors.
 
     Attributes:
         hidden_sizes: Width of each hidden layer.
         activation: Nonlinearity after each hidden layer.
-        trunk: Whether actor and critic have hidden layers of their own or share them.
-        actor_obs: Groups of a grouped observation that the actor sees, in this order; ``None`` for
-            all.
-        critic_obs: Groups that the critic sees; ``None`` for all.
-        action_bounds: Whether a Gaussian is cut at the bounds of the action space or squashed into
-            them.
-        initial_std: Standard deviation of a Gaussian at the start, in units where the bounds are -1
-            and 1.
+        trunk: Whether actor and critic have hidden layers of their own (``separate``) or share them
+            (``shared``).
+        actor_obs: Names of the observation groups that the actor sees, in this order. ``None``
+            means all groups, or the whole observation where there are no groups.
+        critic_obs: Names of the observation groups that the critic sees, in this order. ``None``
+            means all groups. With a shared trunk they must be those of the actor.
+        action_bounds: Way to keep continuous actions within a bounded action space: ``clip`` cuts
+            sampled actions at the bounds, ``tanh`` squashes the distribution into the bounds.
+        initial_std: Standard deviation of continuous actions at the start, in units where the
+            bounds are -1 and 1.
     """
 
     hidden_sizes: tuple[int, ...] = (64, 64)
@@ -53,10 +57,10 @@ class MLP(PolicySpec):
         require(alike, "MLP.critic_obs", "equal MLP.actor_obs for a shared trunk", self.critic_obs)
 
     def build(self, spaces: EnvSpaces, generator: torch.Generator) -> Policy:
-        """Allocate and initialise on the CPU, drawing from ``generator`` only.
+        """Build the policy on the CPU; ``generator`` is the only source of randomness.
 
         Raises:
-            ValueError: If the action space has no head, or an observation group does not exist.
+            ValueError: If no head fits the action space, or an observation group does not exist.
         """
         for field in ("actor_obs", "critic_obs"):
             for group in getattr(self, field) or ():

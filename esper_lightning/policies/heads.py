@@ -1,4 +1,4 @@
-"""From features to an action distribution, and from what it sampled to what the environment takes.
+"""Action heads: from features to a distribution, and from its samples to the environment's actions.
 
 Axes: ``M`` sample, ``H`` feature, ``A`` action component, ``K`` choice.
 """
@@ -34,7 +34,13 @@ _HEAD_GAIN = 0.01  # a nearly uniform policy at the start
 
 
 class CategoricalHead(nn.Module):
-    """Logits of one choice, or of several at once."""
+    """Action head for one choice, or for several choices at once.
+
+    Args:
+        features: Number of features ``H``.
+        space: Action space.
+        generator: Source of the initial weights.
+    """
 
     def __init__(
         self,
@@ -50,14 +56,14 @@ class CategoricalHead(nn.Module):
         )
 
     def noise(self, shape: tuple[int, ...], generator: torch.Generator) -> Float[Tensor, "... K"]:
-        """What sampling consumes, ``[*shape, K]``, on the device of the generator."""
+        """Random numbers for sampling, ``[*shape, K]``, on the device of the generator."""
         size = self.logits.out_features
         return torch.empty(*shape, size, device=generator.device).exponential_(generator=generator)
 
     def forward(
         self, features: Float[Tensor, "M H"], mask: Bool[Tensor, "M K"] | None
     ) -> Distribution:
-        """The distribution over allowed choices."""
+        """The distribution over the choices that the mask allows."""
         logits = self.logits(features)
         if isinstance(self._space, FactoredDiscrete):
             return ConditionedCategorical(logits, self._space, mask)
@@ -66,16 +72,23 @@ class CategoricalHead(nn.Module):
         return Categorical(logits, mask)
 
     def to_env(self, action: Shaped[Tensor, "M *A"]) -> Shaped[Tensor, "M ..."]:
-        """Choices are taken as they are."""
+        """The choices themselves, since environments take them as they are sampled."""
         return action
 
 
 class GaussianHead(nn.Module):
-    """A Gaussian whose mean depends on the state and whose deviation does not.
+    """Action head for continuous actions: a Gaussian whose mean alone depends on the state.
 
-    In a bounded space the Gaussian lives in units where the bounds are -1 and 1. ``clip`` cuts what
-    lies beyond when it is handed to the environment; ``tanh`` squashes the distribution itself. In
-    an unbounded space actions are taken as they are.
+    In a bounded space the Gaussian has units in which the bounds are -1 and 1. ``clip`` cuts
+    samples at the bounds when they are passed to the environment; ``tanh`` squashes the
+    distribution itself. In an unbounded space the environment gets the samples as they are.
+
+    Args:
+        features: Number of features ``H``.
+        space: Action space.
+        bounds: Way to keep samples within a bounded space: ``clip`` or ``tanh``.
+        initial_std: Standard deviation at the start, in units where the bounds are -1 and 1.
+        generator: Source of the initial weights.
     """
 
     low: Tensor
@@ -98,24 +111,24 @@ class GaussianHead(nn.Module):
         self.register_buffer("high", torch.tensor(space.highs), persistent=False)
 
     def noise(self, shape: tuple[int, ...], generator: torch.Generator) -> Float[Tensor, "... A"]:
-        """What sampling consumes, ``[*shape, A]``, on the device of the generator."""
+        """Random numbers for sampling, ``[*shape, A]``, on the device of the generator."""
         size = self.mean.out_features
         return torch.empty(*shape, size, device=generator.device).normal_(generator=generator)
 
     def forward(
         self, features: Float[Tensor, "M H"], mask: Bool[Tensor, "M K"] | None
     ) -> Distribution:
-        """The distribution over ``[M, A]``; there is no mask."""
+        """The distribution over actions ``[M, A]``; ``mask`` must be ``None``."""
         assert mask is None
         mean = self.mean(features)
         kind = TanhGaussian if self._squashed else DiagonalGaussian
         return kind(mean, self.log_std.expand_as(mean))
 
     def to_env(self, action: Shaped[Tensor, "M A"]) -> Shaped[Tensor, "M ..."]:
-        """Bring samples into the bounds of the space."""
+        """Samples within the bounds of the space and in its units and shape."""
         if self._bounded:
             unit = action.tanh() if self._squashed else action.clamp(-1.0, 1.0)
-            # Rounding must not carry an action out of the bounds.
+            # Without the clamp, rounding could carry an action out of the bounds.
             action = (self.low + (unit + 1.0) * 0.5 * (self.high - self.low)).clamp(
                 self.low, self.high
             )
@@ -134,18 +147,19 @@ def action_head(
     initial_std: float,
     generator: torch.Generator,
 ) -> ActionHead:
-    """The head that serves an action space.
+    """The head that fits an action space.
 
     Args:
-        features: ``H``.
-        space: The environment's action space.
-        owner: Name of the policy, for errors.
-        bounds: How a Gaussian meets bounds.
-        initial_std: Standard deviation at the start, in units where the bounds are -1 and 1.
+        features: Number of features ``H``.
+        space: Action space of the environment.
+        owner: Name of the policy spec, for errors.
+        bounds: Way to keep continuous actions within a bounded space: ``clip`` or ``tanh``.
+        initial_std: Standard deviation of continuous actions at the start, in units where the
+            bounds are -1 and 1.
         generator: Source of the initial weights.
 
     Raises:
-        ValueError: If no head serves the space.
+        ValueError: If no head fits the space.
     """
     if isinstance(space, Discrete | MultiDiscrete | FactoredDiscrete):
         return CategoricalHead(features, space, generator=generator)

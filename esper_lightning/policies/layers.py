@@ -1,6 +1,6 @@
-"""Building blocks with orthogonal initialisation.
+"""Layers with orthogonal initialisation, and checks of their sizes.
 
-Saxe et al. 2014; the gains are those of Huang et al. 2022.
+The initialisation is that of Saxe et al. 2014, with the gains of Huang et al. 2022.
 """
 
 import math
@@ -24,7 +24,8 @@ __all__ = [
     "orthogonal_linear",
 ]
 
-WIDEST = 65_536  # inputs or outputs of a layer
+WIDEST = 65_536
+"""Greatest number of inputs or outputs of a layer."""
 
 Activation = Literal["tanh", "relu", "elu", "gelu", "silu"]
 
@@ -38,16 +39,21 @@ _ACTIVATIONS: dict[str, Callable[[], nn.Module]] = {
 
 
 def orthogonal_linear(
-    inputs: int, outputs: int, *, gain: float, generator: torch.Generator, parts: int = 1
+    inputs: int, outputs: int, *, gain: float, generator: torch.Generator, chunks: int = 1
 ) -> nn.Linear:
-    """A linear layer with orthogonal weight and zero bias, which draws from ``generator`` only.
+    """A linear layer with an orthogonal weight and a bias of zero.
 
-    With ``parts``, each of so many equal parts of the outputs is orthogonal in itself.
+    Args:
+        inputs: Number of inputs.
+        outputs: Number of outputs.
+        gain: Factor of the orthogonal weight.
+        generator: Source of the weight, and the only one.
+        chunks: Number of equal chunks of outputs, each with an orthogonal weight of its own.
     """
     layer = nn.utils.skip_init(nn.Linear, inputs, outputs)
     assert isinstance(layer, nn.Linear)
-    for part in layer.weight.detach().chunk(parts):
-        nn.init.orthogonal_(part, gain, generator=generator)
+    for chunk in layer.weight.detach().chunk(chunks):
+        nn.init.orthogonal_(chunk, gain, generator=generator)
     nn.init.zeros_(layer.bias)
     return layer
 
@@ -55,7 +61,15 @@ def orthogonal_linear(
 def orthogonal_convolution(
     inputs: int, outputs: int, kernel: int, stride: int, *, generator: torch.Generator
 ) -> nn.Conv2d:
-    """A convolution with orthogonal weight and zero bias, which draws from ``generator`` only."""
+    """A convolution with an orthogonal weight and a bias of zero.
+
+    Args:
+        inputs: Number of input channels.
+        outputs: Number of output channels.
+        kernel: Width and height of the kernel in pixels.
+        stride: Pixels by which the kernel moves.
+        generator: Source of the weight, and the only one.
+    """
     layer = nn.utils.skip_init(nn.Conv2d, inputs, outputs, kernel, stride)
     assert isinstance(layer, nn.Conv2d)
     nn.init.orthogonal_(layer.weight, math.sqrt(2.0), generator=generator)
@@ -65,7 +79,7 @@ def orthogonal_convolution(
 
 
 def activation_layer(activation: Activation) -> nn.Module:
-    """The nonlinearity of that name."""
+    """The module of a nonlinearity, by the name that settings use."""
     return _ACTIVATIONS[activation]()
 
 
@@ -76,7 +90,14 @@ def mlp(
     activation: Activation,
     generator: torch.Generator,
 ) -> nn.Sequential:
-    """Linear layers of ``hidden_sizes``, each followed by the activation."""
+    """Linear layers, each followed by a nonlinearity.
+
+    Args:
+        inputs: Number of inputs of the first layer.
+        hidden_sizes: Number of outputs of each layer; may be empty.
+        activation: Nonlinearity after each layer.
+        generator: Source of the initial weights.
+    """
     layers: list[nn.Module] = []
     for size in hidden_sizes:
         layers += [
@@ -88,10 +109,14 @@ def mlp(
 
 
 def check_layers(owner: str, hidden_sizes: tuple[int, ...]) -> None:
-    """Refuse hidden layers of which there are none, or that are too narrow or too wide.
+    """Refuse an empty list of hidden layers, and layers that are too narrow or too wide.
+
+    Args:
+        owner: Name of the spec, for the error.
+        hidden_sizes: Width of each hidden layer.
 
     Raises:
-        ValueError: In the name of ``owner``.
+        ValueError: If ``hidden_sizes`` is empty or a width is out of range.
     """
     ok = len(hidden_sizes) > 0 and min(hidden_sizes) >= 1
     require(ok, f"{owner}.hidden_sizes", "be one or more widths of at least 1", hidden_sizes)
@@ -99,19 +124,27 @@ def check_layers(owner: str, hidden_sizes: tuple[int, ...]) -> None:
 
 
 def check_std(owner: str, std: float) -> None:
-    """Refuse an initial deviation of a Gaussian that is out of range.
+    """Refuse an initial standard deviation of a Gaussian that is out of range.
+
+    Args:
+        owner: Name of the spec, for the error.
+        std: Standard deviation at the start.
 
     Raises:
-        ValueError: In the name of ``owner``.
+        ValueError: If ``std`` lies outside (0, 100).
     """
     require(0.0 < std < 100.0, f"{owner}.initial_std", "lie in (0, 100)", std)
 
 
 def check_widest(field: str, *widths: int) -> None:
-    """Refuse a layer that no machine initialises in a human time.
+    """Refuse a layer so wide that no machine initialises it in a reasonable time.
+
+    Args:
+        field: Name of the setting, for the error.
+        *widths: Widths of layers.
 
     Raises:
-        ValueError: In the name of ``field``.
+        ValueError: If a width is greater than ``WIDEST``.
     """
     widest = max(widths, default=0)
     require(widest <= WIDEST, field, f"be at most {WIDEST}", widest)

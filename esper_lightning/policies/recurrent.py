@@ -1,4 +1,4 @@
-"""Policies with memory.
+"""Policies with memory: a recurrent cell between encoder and actor-critic.
 
 Axes: ``T`` step, ``M`` sample, ``*O`` observation, ``H`` feature, ``S`` number in a memory.
 """
@@ -35,28 +35,31 @@ __all__ = ["Recurrent", "RecurrentPolicy"]
 
 @dataclass(frozen=True, kw_only=True)
 class Recurrent(PolicySpec):
-    """Actor and critic that decide on what a recurrent cell remembers of an episode.
+    """Actor and critic that see the output of a recurrent cell, which remembers the episode.
 
-    They share the memory: the cell is what takes the time, as its steps wait for each other, and
-    the critic's errors, which are there from the first step on, teach it what is worth remembering.
-    Behind it each has hidden layers of its own. Errors far above 1 drown what the actor would have
-    it remember: scale observations and rewards (``PPOConfig.normalize_obs``,
-    ``normalize_reward``). Memory begins blank with each episode and learns
-    from the steps of one rollout: what is to be remembered for longer than ``rollout_steps`` is not
-    taught, though it is kept.
+    Actor and critic share the cell, and each has hidden layers of its own behind the cell. Sharing
+    saves time, since the steps of the cell must wait for each other. It also helps to learn: from
+    the first step on, the critic's errors teach the cell what is worth remembering. But value
+    errors far above 1 would drown what the actor teaches the cell, so observations and rewards
+    should be scaled (``PPOConfig.normalize_obs`` and ``PPOConfig.normalize_reward``).
+
+    The memory begins blank with each episode. Gradients reach back over the steps of one rollout:
+    the cell can remember for longer than ``PPOConfig.rollout_steps``, but does not learn to.
 
     Attributes:
-        cell: A gated recurrent unit, or a long short-term memory.
+        cell: Kind of the cell: ``gru`` is a gated recurrent unit, ``lstm`` a long short-term
+            memory.
         memory_size: Width of the cell.
-        encoder: Encoder of observations; ``None`` for the observations themselves as vectors.
-            ``Image()`` is one for images, ``Imported(path=...)`` one of your own.
-        encoder_sizes: Width of each hidden layer between encoder and cell; may be none.
-        hidden_sizes: Width of each hidden layer behind the cell, of actor and critic.
+        encoder: Encoder of observations: ``Image()`` for images, ``Imported(path=...)`` for a
+            network of your own, or ``None`` for observations that are vectors.
+        encoder_sizes: Width of each hidden layer between encoder and cell. An empty list means no
+            such layer.
+        hidden_sizes: Width of each hidden layer behind the cell, for actor and critic alike.
         activation: Nonlinearity after each hidden layer.
-        action_bounds: Whether a Gaussian is cut at the bounds of the action space or squashed into
-            them.
-        initial_std: Standard deviation of a Gaussian at the start, in units where the bounds are -1
-            and 1.
+        action_bounds: Way to keep continuous actions within a bounded action space: ``clip`` cuts
+            sampled actions at the bounds, ``tanh`` squashes the distribution into the bounds.
+        initial_std: Standard deviation of continuous actions at the start, in units where the
+            bounds are -1 and 1.
     """
 
     cell: Cell = "gru"
@@ -83,16 +86,16 @@ class Recurrent(PolicySpec):
         require(ok, "Recurrent.encoder", rule, self.encoder)
 
     def build(self, spaces: EnvSpaces, generator: torch.Generator) -> Policy:
-        """Allocate and initialise on the CPU, drawing from ``generator`` only.
+        """Build the policy on the CPU; ``generator`` is the only source of randomness.
 
         Raises:
-            ValueError: If the action space has no head.
+            ValueError: If no head fits the action space.
         """
         return RecurrentPolicy(self, spaces, generator)
 
 
 class RecurrentPolicy(Policy):
-    """What ``Recurrent`` builds: an encoder, a cell, and an actor-critic that sees its output."""
+    """The policy of ``Recurrent``: an encoder, a cell, and an actor-critic behind the cell."""
 
     def __init__(self, spec: Recurrent, spaces: EnvSpaces, generator: torch.Generator) -> None:
         super().__init__()
@@ -116,7 +119,7 @@ class RecurrentPolicy(Policy):
 
         def gate_inputs(inputs: int) -> nn.Linear:
             outputs = gates * size
-            return orthogonal_linear(inputs, outputs, gain=1.0, generator=generator, parts=gates)
+            return orthogonal_linear(inputs, outputs, gain=1.0, generator=generator, chunks=gates)
 
         self.from_input = gate_inputs(self.encoder.features)
         self.from_memory = gate_inputs(size)
@@ -158,7 +161,7 @@ class RecurrentPolicy(Policy):
     def act(
         self, obs: Observation, mask: Bool[Tensor, "M K"] | None, noise: Float[Tensor, "M N"]
     ) -> SampledAction:
-        """Sample an action for each output of the cell; everything random is in ``noise``."""
+        """Sample an action for each output of the cell; only ``noise`` is random."""
         return self.decides.act(obs, mask, noise)
 
     def act_deterministically(
@@ -170,7 +173,7 @@ class RecurrentPolicy(Policy):
     def evaluate(
         self, obs: Observation, action: Shaped[Tensor, "M *A"], mask: Bool[Tensor, "M K"] | None
     ) -> Evaluation:
-        """Log-probability of given actions, entropy and value, with gradients."""
+        """Log-probability of given actions, entropy and value of each row, with gradients."""
         return self.decides.evaluate(obs, action, mask)
 
     def value(self, obs: Observation) -> Float[Tensor, " M"]:
@@ -184,11 +187,11 @@ class RecurrentPolicy(Policy):
     def _unroll(
         self, obs: Observation, memory: Tensor, begins: Tensor | None
     ) -> Float[Tensor, "T M S"]:
-        """The memory after each of ``T`` steps; float32 under autocast."""
+        """The memory after each of ``T`` steps; float32, also under autocast."""
         x = self.from_input(self.encoder(obs)).to(memory.dtype)
         x = x.view(-1 if begins is not None else 1, *memory.shape[:1], x.shape[-1])
         return unroll(self._cell, x, begins, memory, self.from_memory.weight, self.from_memory.bias)
 
     def _output(self, memory: Tensor) -> Tensor:
-        """Output of the cell: an LSTM's memory holds more than it shows."""
+        """The output of the cell, the first half of an LSTM's memory or all of a GRU's."""
         return memory[:, : self._size]

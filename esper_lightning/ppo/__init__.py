@@ -1,1 +1,1 @@
-"""The algorithm, one file a phase; Lightning is never imported here."""
+"""The algorithm PPO: one file for each phase of an iteration. Lightning is never imported here."""

@@ -1,7 +1,7 @@
 """Between rollout and update: values, advantages and value targets of every step.
 
-Axes: ``T`` step, ``B`` environment, ``N`` step of an environment, ``S`` number in a memory. It
-knows nothing of Lightning.
+Axes: ``T`` step, ``B`` environment, ``N = T * B`` step of an environment, ``S`` number in a memory.
+This file knows nothing of Lightning.
 """
 
 import torch
@@ -26,40 +26,46 @@ class Critic:
     """Values of a rollout under the weights that acted, in one pass over all states.
 
     Args:
-        agent: Whose critic.
-        mode: How the pass runs.
-        device: Of everything.
+        agent: Agent whose critic computes the values.
+        mode: Compile mode of the pass over the states.
+        device: Device of agent and rollouts.
     """
 
     def __init__(self, agent: Agent, *, mode: CompileMode, device: torch.device) -> None:
         self._agent, self._device = agent, device
         self._mode: CompileMode = mode
-        self._parts: dict[int, int] = {}  # by number of rows
-        self._loop = compile_loop("values", self._part, mode=mode, device=device)
+        self._chunks: dict[int, int] = {}  # number of chunks, by number of rows
+        self._loop = compile_loop("values", self._value_chunk, mode=mode, device=device)
 
     def values(
         self, weights: Weights, rollout: Rollout, memory: Float[Tensor, "B S"] | None = None
     ) -> Values:
-        """Value both ends of every step; ``memory`` is that before the first."""
+        """Value the state that each step acted on, and the state that it reached.
+
+        Args:
+            weights: Weights that acted in the rollout.
+            rollout: Steps to value.
+            memory: Memory of the policy before the first step; ``None`` without memory.
+        """
         rows = rollout.reward.numel()
-        if rows not in self._parts:
+        if rows not in self._chunks:
             whole = memory is not None  # sequences are not cut
             mode = self._mode
-            self._parts[rows] = 1 if whole else in_cache(rows, mode=mode, device=self._device)
-        parts = self._parts[rows]
+            self._chunks[rows] = 1 if whole else in_cache(rows, mode=mode, device=self._device)
+        chunks = self._chunks[rows]
 
         def cut(value: Tensor) -> Tensor:
-            return value.reshape(parts, -1, *value.shape[2:])
+            return value.reshape(chunks, -1, *value.shape[2:])
 
         begins = None if memory is None else _beginnings(rollout)
         xs = map_tree(cut, (rollout.obs, rollout.reached_obs, begins))
         xs = (*xs, None if memory is None else memory[None])
-        counter = torch.zeros((), device=self._device)  # a loop carries something
+        counter = torch.zeros((), device=self._device)  # because a loop must carry something
         with torch.no_grad():
             _, values = self._loop(counter, xs, None, weights, None)
         return map_tree(lambda value: value.flatten(0, 1), values)
 
-    def _part(
+    def _value_chunk(
         self,
         counter: Tensor,
         x: tuple[Observation, Observation, Tensor | None, Tensor | None],
@@ -72,7 +78,11 @@ class Critic:
 
 
 def _beginnings(rollout: Rollout) -> Bool[Tensor, "T B"]:
-    """Where an episode begins within the rollout; not before its first step, which is the past."""
+    """Whether a step is the first of an episode that begins within the rollout.
+
+    The first step of the rollout never counts: an episode that begins there has blank memory
+    anyway.
+    """
     ended = rollout.terminated | rollout.truncated
     return torch.cat([torch.zeros_like(ended[:1]), ended[:-1]])
 
@@ -86,18 +96,20 @@ def scale_reward(
     healthy: Bool[Tensor, ""],
     ranks: Ranks = SINGLE_RANK,
 ) -> tuple[Float[Tensor, "T B"], Float[Tensor, " B"], Moments | None]:
-    """Rewards as the learner sees them: one scale for a whole rollout, which it helps to set.
+    """Rewards divided by the deviation of all discounted returns so far.
+
+    The whole rollout gets one scale, and the returns of the rollout itself count in that scale.
 
     Args:
-        rollout: What was collected.
-        discounted_return: Of the running episodes, before the rollout.
-        moments: Of discounted returns; ``None`` leaves rewards as they are.
-        config: Discount and limit.
-        healthy: Where False, the moments stay as they are.
-        ranks: Whose returns count, too.
+        rollout: The rollout whose rewards are scaled.
+        discounted_return: Discounted returns of the running episodes before the rollout.
+        moments: Moments of all earlier discounted returns; ``None`` leaves rewards as they are.
+        config: PPO settings: ``discount`` and ``reward_clip`` are used.
+        healthy: Whether the rollout is sound on every rank; if not, the moments stay as they are.
+        ranks: All ranks of the run, whose returns count as well.
 
     Returns:
-        The rewards, the discounted returns after the rollout, and the moments.
+        The scaled rewards, the discounted returns after the rollout, and the updated moments.
     """
     if moments is None:
         return rollout.reward, discounted_return, None
@@ -119,20 +131,21 @@ def prepare_samples(
     memory: Float[Tensor, "B S"] | None = None,
     choice: Bool[Tensor, " N"] | None = None,
 ) -> tuple[Samples, Float[Tensor, ""]]:
-    """Advantages and value targets of a rollout.
+    """Samples with advantages and value targets, made of a rollout.
 
     Args:
-        values: Of its states.
-        rollout: What was collected.
-        reward: The rollout's rewards, scaled if they are to be.
-        config: Discount, lambda and normalisation.
-        ranks: Over which advantages are normalised.
-        memory: Of the policy, before the first step; ``None`` for none.
-        choice: Where there was more than one action to choose from: the other steps teach the
-            critic alone. ``None`` for everywhere.
+        values: Values of the rollout's states, from ``Critic.values``.
+        rollout: The rollout to learn from.
+        reward: Rewards of the rollout, from ``scale_reward``.
+        config: PPO settings: ``discount``, ``gae_lambda`` and ``normalize_advantage`` are used.
+        ranks: All ranks of the run, over whose samples advantages are normalised.
+        memory: Memory of the policy before the first step; ``None`` without memory.
+        choice: Whether a step had more than one action to choose from. Steps without a choice teach
+            the critic alone. ``None`` means that every step had a choice.
 
     Returns:
-        The samples, and the share of the targets' variance that the critic explains on all ranks.
+        The samples, and the share of the variance of all ranks' value targets that the critic
+        explains.
     """
     advantages = compute_gae(
         reward,

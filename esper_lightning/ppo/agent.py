@@ -1,6 +1,7 @@
 """Policy and observation statistics as one module, and its methods as functions of weights.
 
-Axes: ``T`` step, ``B`` environment, ``M`` sample, ``P`` weight. It knows nothing of Lightning.
+Axes: ``T`` step, ``B`` environment, ``M`` sample, ``P`` weight. This file knows nothing of
+Lightning.
 """
 
 from collections.abc import Callable
@@ -24,44 +25,44 @@ _R = TypeVar("_R")
 
 
 class Weights(NamedTuple):
-    """Everything that an agent computes with besides its inputs."""
+    """Parameters and buffers of an agent: everything it computes with besides its inputs."""
 
     parameters: Float[Tensor, " P"]
     buffers: dict[str, Tensor]
 
 
 class Acted(NamedTuple):
-    """Result of ``Agent.act``."""
+    """The result of ``Agent.act``: actions, and the memory of the policy."""
 
     sampled: SampledAction
-    action: Shaped[Tensor, "M ..."]  # as the environment takes it
-    memory: Float[Tensor, "M S"] | None  # after the observation
+    action: Shaped[Tensor, "M ..."]  # in the form that the environment takes
+    memory: Float[Tensor, "M S"] | None  # memory after the observation
 
 
 class Values(NamedTuple):
-    """What the critic says of a rollout, ``N = T * B``."""
+    """The critic's values of the ``N = T * B`` steps of a rollout."""
 
     obs: Observation  # [N, *O] normalised
-    value: Float[Tensor, " N"]  # of the state acted on
-    next_value: Float[Tensor, " N"]  # of the state reached
+    value: Float[Tensor, " N"]  # of the state that the step acted on
+    next_value: Float[Tensor, " N"]  # of the state that the step reached
 
 
 def prepare_obs(obs: Observation, normalizer: ObsNormalizer | None) -> Observation:
-    """Observations as the policy sees them."""
+    """Observations in float32, and normalised where there is a normaliser, for the policy."""
     obs = map_obs(Tensor.float, obs)
     return obs if normalizer is None else normalizer(obs)
 
 
 class Agent(nn.Module):
-    """A policy, and the statistics by which its observations are normalised.
+    """A policy together with the statistics that normalise its observations.
 
     ``act``, ``value`` and ``evaluate`` compute with the weights that the module holds.
     ``with_weights`` calls one of them with other weights, which makes it a pure function that can
     be compiled, and differentiated by the weights.
 
     Args:
-        policy: Actor and critic, trained in place by the owner of ``parameters``.
-        normalizer: Statistics of observations; ``None`` for none.
+        policy: Actor and critic, whose weights are trained in place.
+        normalizer: Statistics of observations; ``None`` for no normalisation.
     """
 
     def __init__(self, policy: Policy, normalizer: ObsNormalizer | None) -> None:
@@ -71,10 +72,13 @@ class Agent(nn.Module):
         self._weights: Weights | None = None
 
     def bind(self, optimizer: torch.optim.Adam) -> FlatParameters:
-        """Store all weights in one vector, together with the optimizer's state.
+        """Store all trained weights in one vector, together with the optimizer's state.
+
+        Args:
+            optimizer: Adam over the trained weights of the policy.
 
         Raises:
-            ValueError: If parameters are not float32 on one device.
+            ValueError: If the parameters are not float32 on one device.
         """
         self._flat = FlatParameters(self, optimizer)
         frozen = {n: p for n, p in self.named_parameters() if not p.requires_grad}
@@ -100,7 +104,7 @@ class Agent(nn.Module):
             **kwargs: Further arguments of the method.
         """
         assert self._flat is not None
-        if weights.parameters is self._flat.state.weight:  # which the module holds anyway
+        if weights.parameters is self._flat.state.weight:  # the module holds these anyway
             return method(*args, **kwargs)
         named = {**self._flat.placed(weights.parameters), **weights.buffers}
         # With tie_weights, torch does not restore weights of a module that is in two places.
@@ -109,7 +113,13 @@ class Agent(nn.Module):
 
     @override
     def forward(self, method: Callable[_P, _R], *args: _P.args, **kwargs: _P.kwargs) -> _R:
-        """Call a method: ``functional_call`` replaces weights while ``forward`` runs."""
+        """Call a method within ``forward``, where ``functional_call`` replaces the weights.
+
+        Args:
+            method: Bound method of this agent.
+            *args: Arguments of the method.
+            **kwargs: Further arguments of the method.
+        """
         return method(*args, **kwargs)
 
     def act(
@@ -119,13 +129,13 @@ class Agent(nn.Module):
         noise: Float[Tensor, "M N"],
         memory: Float[Tensor, "M S"] | None,
     ) -> Acted:
-        """Sample actions for observations as the environment gives them.
+        """Sample actions for observations that come straight from the environment.
 
         Args:
-            obs: Observations ``[M, *O]``.
-            mask: Choices that are allowed.
+            obs: Observations ``[M, *O]``, not normalised.
+            mask: Choices that are allowed; ``None`` where the environment has no masks.
             noise: Random numbers from ``Policy.noise``.
-            memory: Memory before the observations.
+            memory: Memory before the observations; ``None`` without memory.
         """
         seen, memory = self.policy.step_memory(prepare_obs(obs, self.normalizer), memory)
         sampled = self.policy.act(seen, mask, noise)
@@ -138,15 +148,15 @@ class Agent(nn.Module):
         memory: Float[Tensor, "B S"] | None,
         begins: Bool[Tensor, " N"] | None,
     ) -> Values:
-        """Value both ends of every step, from observations as the environment gives them.
+        """Value both ends of every step, from observations straight from the environment.
 
-        With memory the rows are steps of whole sequences: see ``Samples``.
+        With memory the rows are steps of whole sequences, in the order that ``Samples`` explains.
 
         Args:
-            obs: Observations ``[N, *O]`` that were acted on.
-            reached: Observations ``[N, *O]`` that the actions led to.
-            memory: Memory before the first step of each sequence.
-            begins: Whether a row is the first step of an episode.
+            obs: Observations ``[N, *O]`` on which the policy acted, not normalised.
+            reached: Observations ``[N, *O]`` to which the actions led, not normalised.
+            memory: Memory before the first step of each sequence; ``None`` without memory.
+            begins: Whether a row is the first step of an episode; ``None`` without memory.
         """
         obs, reached = prepare_obs(obs, self.normalizer), prepare_obs(reached, self.normalizer)
         seen, after = self.policy.unroll_memory(obs, memory, begins)
@@ -154,12 +164,16 @@ class Agent(nn.Module):
         return Values(obs, self.policy.value(seen), self.policy.value(reached))
 
     def evaluate(self, batch: Samples) -> Evaluation:
-        """Log-probability, entropy and value of actions that were taken earlier."""
+        """Log-probability, entropy and value of samples under the weights in force."""
         seen, _ = self.policy.unroll_memory(batch.obs, batch.memory, batch.begins)
         return self.policy.evaluate(seen, batch.action, batch.action_mask)
 
     def named(self, flat: Float[Tensor, " P"]) -> dict[str, Tensor]:
-        """A vector over all weights by the policy's own names of its parameters."""
+        """Views of a vector over all weights, by the names of the policy's parameters.
+
+        Args:
+            flat: One number for each weight, a gradient for example.
+        """
         assert self._flat is not None
         views = self._flat.named(flat)
         return {name.removeprefix("policy."): view for name, view in views.items()}

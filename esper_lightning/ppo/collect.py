@@ -1,6 +1,7 @@
-"""The rollout: act, step, write, ``T`` times. Axes: ``T`` step, ``B`` environment.
+"""The rollout: act, step and write, ``T`` times. Axes: ``T`` step, ``B`` environment.
 
-No gradient, no host synchronisation; it knows nothing of Lightning.
+Nothing here computes gradients or synchronises with the host, and this file knows nothing of
+Lightning.
 """
 
 import logging
@@ -30,23 +31,23 @@ Normalize = Callable[[Observation], Observation]
 
 
 class ActingState(NamedTuple):
-    """Where acting goes on.
+    """The state in which the next rollout continues to act.
 
-    Between two rollouts nothing else of an episode is kept outside the environment.
+    Between two rollouts, nothing else of a running episode is stored outside the environment.
     """
 
     obs: Observation  # [B, *O]
     action_mask: Bool[Tensor, "B K"] | None
     discounted_return: Float[Tensor, " B"]  # of the running episodes so far, for reward scaling
-    memory: Float[Tensor, "B S"] | None = None  # before obs
+    memory: Float[Tensor, "B S"] | None = None  # memory before obs
 
     def to(self, device: torch.device) -> "ActingState":
-        """The same on another device."""
+        """This state on another device."""
         return map_tree(lambda tensor: tensor.to(device), self)
 
 
 class _Running(NamedTuple):
-    """What one step of a rollout hands to the next."""
+    """State that one step of a rollout passes to the next step."""
 
     episodes: Any
     obs: Observation
@@ -55,16 +56,17 @@ class _Running(NamedTuple):
 
 
 class Collector:
-    """Fills rollouts by acting in ``env``.
+    """Fills rollouts by acting in environments.
 
-    Environments that are pure functions are stepped as ``mode`` says; others by calling ``step``.
+    Environments whose step is a pure function run in a loop that is compiled as ``mode`` says.
+    Other environments are stepped from Python, by their method ``step``.
 
     Args:
-        env: ``B`` environments.
-        agent: Acts in them.
-        first_steps: The same environments, while their steps are inspected.
-        mode: How rollouts run.
-        device: Of environments and agent.
+        env: Batch of ``B`` environments.
+        agent: Agent that chooses the actions.
+        first_steps: Inspector of the environments' first steps.
+        mode: Compile mode of rollouts.
+        device: Device of environments and agent.
     """
 
     def __init__(
@@ -95,12 +97,13 @@ class Collector:
         """Act for as many steps as ``rollout`` has.
 
         Args:
-            state: Where the previous rollout ended.
-            rollout: ``T`` steps that may be overwritten.
+            state: State in which the previous rollout ended.
+            rollout: Storage for ``T`` steps, which may be overwritten.
             generator: Source of exploration noise, on the device.
 
         Returns:
-            The rollout, maybe not in the storage that was given, and where the next one begins.
+            The rollout, which may lie in other storage than was given, and the state in which the
+            next rollout begins.
         """
         steps, num_envs = rollout.reward.shape
         weights = self._agent.weights
@@ -120,7 +123,7 @@ class Collector:
     def _step(
         self, running: _Running, x: tuple[Tensor, Any], weights: Weights
     ) -> tuple[_Running, Rollout]:
-        """One step of an environment that is a pure function."""
+        """One step of an environment whose step is a pure function."""
         assert self._functional is not None
         policy = self._agent.policy
         noise, drawn = x
@@ -143,7 +146,7 @@ class Collector:
         return agent.with_weights(weights, agent.act, obs, action_mask, noise, memory)
 
     def _rehearse(self, running: _Running, xs: tuple[Tensor, Any], weights: Weights) -> None:
-        """Inspect the steps that a rollout begins with, before a loop takes them."""
+        """Inspect the first steps of a rollout, before the compiled loop takes the same steps."""
         policy = self._agent.policy
         for t in range(min(self._first_steps.left, len(xs[0]))):
             noise, drawn = map_tree(lambda rows, t=t: rows[t], xs)
@@ -156,7 +159,7 @@ class Collector:
     def _call_env(
         self, state: ActingState, rollout: Rollout, weights: Weights, noise: Tensor
     ) -> ActingState:
-        """Any other environment."""
+        """Fill a rollout by calling the ``step`` of an environment that is no pure function."""
         first_steps, policy = self._first_steps, self._agent.policy
         env = first_steps if first_steps.left > 0 else self._env
         obs, action_mask, memory = state.obs, state.action_mask, state.memory
@@ -180,7 +183,15 @@ def as_row(
     sampled: SampledAction,
     result: StepResult,
 ) -> Rollout:
-    """One step as a row of a rollout: what was seen and done, and what came of it."""
+    """One step as a row of a rollout, in the kinds of numbers that a rollout stores.
+
+    Args:
+        space: Observation space, which says how observations are stored.
+        obs: Observations on which the policy acted.
+        action_mask: Choices that were allowed.
+        sampled: Actions that the policy sampled.
+        result: Result of the environment's step.
+    """
     action = sampled.action
     return Rollout(
         obs=stored_obs(space, obs),

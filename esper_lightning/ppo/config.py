@@ -8,8 +8,8 @@ from esper_lightning.core.errors import check_fields, require
 
 __all__ = ["PPOConfig"]
 
-_FLOAT32 = 3.4e38  # about the greatest number of a weight
-_LARGEST_FACTOR = 1000  # that is looked for in the number of samples, to name its divisors
+_FLOAT32 = 3.4e38  # about the greatest number that float32 weights can hold
+_LARGEST_FACTOR = 1000  # largest prime factor that is tried when divisors are suggested
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -17,32 +17,39 @@ class PPOConfig:
     """Proximal policy optimisation (Schulman et al. 2017).
 
     Attributes:
-        rollout_steps: Steps of every environment in one iteration, ``T``.
-        epochs: Passes over a rollout.
-        minibatches: Parts of each pass; must divide ``rollout_steps * num_envs``, or for a policy
-            with memory, which learns from whole sequences, ``num_envs``.
-        discount: ``gamma``, per step.
-        gae_lambda: ``lambda`` of generalised advantage estimation: 0 is one-step TD, 1 the
-            discounted return.
-        clip: Greatest change of the probability ratio that still lowers the loss.
-        value_clip: Greatest change of the value that still lowers the loss; ``None`` for no limit.
-        value_coef: Weight of the squared value error.
-        entropy_coef: Weight of the entropy bonus.
-        normalize_advantage: Whether advantages get mean 0 and deviation 1 over the rollout.
-        max_grad_norm: Gradients are scaled down to this 2-norm; ``None`` for no limit.
-        learning_rate: Step size of Adam at the start.
-        learning_rate_schedule: ``constant``; ``linear`` to zero at the end of the run;
-            ``adaptive``, from iteration to iteration, so that the policy moves about
+        rollout_steps: Number of steps ``T`` that every environment takes in one iteration.
+        epochs: Number of passes over each rollout in the update.
+        minibatches: Number of minibatches, and so of gradient steps, in each pass. It must divide
+            ``rollout_steps * num_envs``. For a policy with memory, which learns from whole
+            sequences, it must divide ``num_envs``.
+        discount: Discount ``gamma`` of future rewards, per step; in [0, 1].
+        gae_lambda: Parameter ``lambda`` of generalised advantage estimation, in [0, 1]: 0 gives the
+            one-step temporal difference, 1 the discounted return.
+        clip: Greatest change of the probability ratio of an action that still lowers the policy
+            loss; in (0, 1).
+        value_clip: Greatest change of a value that still lowers the value loss. ``None`` means no
+            limit.
+        value_coef: Weight of the squared value error in the loss.
+        entropy_coef: Weight of the entropy bonus in the loss.
+        normalize_advantage: Whether advantages are shifted and scaled to mean 0 and standard
+            deviation 1 over each rollout.
+        max_grad_norm: Greatest 2-norm of a gradient; larger gradients are scaled down to that norm.
+            ``None`` means no limit.
+        learning_rate: Step size of Adam at the start of the run.
+        learning_rate_schedule: Schedule of the learning rate: ``constant`` never changes it;
+            ``linear`` lowers it in a straight line to zero at the end of the run; ``adaptive``
+            changes it after each iteration so that the next one moves the policy by about
             ``desired_kl``.
-        desired_kl: KL divergence (nats) of one iteration that the adaptive schedule aims at.
-        target_kl: After a pass whose mean KL divergence (nats) exceeds this, the rest of the
-            iteration's updates are left out; ``None`` for never.
-        adam_eps: Term that Adam adds to the denominator.
-        normalize_obs: Whether observations are shifted and scaled by running statistics.
-        obs_clip: Normalised observations are held within this many deviations.
-        normalize_reward: Whether rewards are divided by the running deviation of the discounted
-            return.
-        reward_clip: Scaled rewards are held within this range around zero.
+        desired_kl: KL divergence (nats) of one iteration that the adaptive learning rate aims at.
+        target_kl: Greatest mean KL divergence (nats) of a pass. After a pass that exceeds it, the
+            remaining gradient steps of the iteration are skipped. ``None`` means no limit.
+        adam_eps: Small number that Adam adds to its denominator.
+        normalize_obs: Whether observations are shifted and scaled by their running mean and
+            standard deviation.
+        obs_clip: Greatest magnitude of a normalised observation, in standard deviations.
+        normalize_reward: Whether rewards are divided by the running standard deviation of the
+            discounted return.
+        reward_clip: Greatest magnitude of a normalised reward.
     """
 
     rollout_steps: int = 128
@@ -96,7 +103,12 @@ class PPOConfig:
             require(ok, f"PPOConfig.{name}", "be finite and positive", value, hint)
 
     def check_against(self, *, num_envs: int, whole_sequences: bool = False) -> None:
-        """Check what depends on the environments, and on whether the policy has memory.
+        """Check the settings that depend on the environments and on the policy.
+
+        Args:
+            num_envs: Number of environments of each rank.
+            whole_sequences: Whether minibatches are made of whole sequences, as for a policy with
+                memory.
 
         Raises:
             ValueError: If a rollout cannot be cut into minibatches of equal size.
@@ -113,9 +125,9 @@ class PPOConfig:
 
 
 def _divisors(number: int, *, most: int) -> list[int]:
-    """Divisors of ``number`` up to ``most``, in order, in a moment.
+    """Divisors of ``number`` up to ``most``, in ascending order.
 
-    Divisors with two prime factors above 1,000 may be missing.
+    Divisors with two prime factors above 1,000 may be missing: looking for those would take long.
     """
     found, rest = {1}, number
     for factor in range(2, _LARGEST_FACTOR + 1):

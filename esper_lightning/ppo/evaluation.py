@@ -20,11 +20,11 @@ from esper_lightning.ppo.non_finite import refuse_stuck_cause
 
 __all__ = ["Episodes", "evaluate_policy"]
 
-_STEPS_BETWEEN_CHECKS = 32  # where to look is to wait for the device
+_STEPS_BETWEEN_CHECKS = 32  # on a GPU, where each check waits for the device
 
 
 class Episodes(NamedTuple):
-    """Finished episodes; those of one environment are side by side, from the first one on."""
+    """Finished episodes, sorted by environment and then by time."""
 
     episode_return: Float[Tensor, " N"]
     episode_length: Int[Tensor, " N"]
@@ -42,21 +42,21 @@ def evaluate_policy(
 ) -> Episodes:
     """Play the first episodes of every environment to their ends.
 
-    As many episodes in each environment, and not the first ones to finish anywhere, which would be
-    the short ones. Whether all have ended is looked at after each step on a CPU, else every 32
-    steps.
+    Every environment plays the same number of episodes. (The first episodes to finish anywhere
+    would be the short ones.) The end of all episodes is checked after each step on a CPU, and every
+    32 steps on other devices.
 
     Args:
-        policy: Acts deterministically.
-        normalize: The observation statistics that training used.
-        env: ``B`` environments, which are reset.
-        first_steps: The same environments, whose first steps are inspected; ``None`` for no
+        policy: Policy to evaluate, which acts deterministically.
+        normalize: Function from the environment's observations to those that the policy sees.
+        env: Batch of ``B`` environments, which are reset first.
+        first_steps: Inspector of the first steps of the same environments; ``None`` for no
             inspection.
-        episodes_each: Episodes of each environment.
-        max_steps: Bound on the mean length of the episodes of an environment.
+        episodes_each: Number of episodes of each environment.
+        max_steps: Greatest mean length of the episodes of an environment.
 
     Raises:
-        ValueError: If an environment has not finished its episodes in time.
+        ValueError: If an environment needs more steps than that, or a return is not finite.
     """
     played = first_steps or env
     obs, action_mask = played.reset()
@@ -97,7 +97,7 @@ def evaluate_policy(
     episode_return, episode_length = episode_return.flatten(), episode_length.flatten()
     name = type(env).__name__ if first_steps is None else first_steps.owner
     unfinished = int((episode_length == 0).sum())
-    hint = "Give it a time limit, or switch evaluation off: Trainer(limit_val_batches=0)."
+    hint = "Give the environment a time limit, or set Trainer(limit_val_batches=0)."
     rule = f"end every episode within {max_steps} steps to be evaluated"
     require(unfinished == 0, name, rule, f"{unfinished} running", hint)
     bad_rows = (~episode_return.isfinite()).nonzero()[:, 0] // episodes_each

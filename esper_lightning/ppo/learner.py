@@ -1,7 +1,7 @@
-"""The three parts of an iteration with all they act on: rollout, advantages, update.
+"""The three stages of an iteration, with all that they act on: rollout, advantages, update.
 
-Axes: ``T`` step, ``B`` environment, ``S`` gradient step. It knows nothing of Lightning, and nothing
-here waits for the device, except ``to_host``.
+Axes: ``T`` step, ``B`` environment, ``S`` gradient step or number in a memory. This file knows
+nothing of Lightning, and only ``to_host`` waits for the device.
 """
 
 import math
@@ -42,7 +42,7 @@ __all__ = ["Learner", "Targets"]
 
 
 class Targets(NamedTuple):
-    """What is made of a rollout before the update."""
+    """Results of the stage between rollout and update."""
 
     samples: Samples
     discounted_return: Float[Tensor, " B"]
@@ -56,16 +56,21 @@ class Learner:
     """Environments, rollout storage and random streams of one run on one device.
 
     Args:
-        spec: Of the environments.
-        env: Built from it.
-        agent: Acts and learns.
-        config: How.
-        return_stats: Of discounted returns; ``None`` leaves rewards as they are.
+        spec: Spec of the environments.
+        env: Environments that the spec built.
+        agent: Agent that acts and is trained.
+        config: PPO settings.
+        return_stats: Statistics of discounted returns; ``None`` leaves rewards as they are.
         exploration: Random stream of actions, on the device.
         sample_order: Random stream of minibatches, on the device.
-        mode: How the parts run.
-        device: Of everything.
-        ranks: With which it learns, each in environments of its own.
+        mode: Compile mode of the stages.
+        device: Device of environments, agent and storage.
+        ranks: All ranks of the run. Each has environments of its own, and all train the same
+            weights.
+
+    Attributes:
+        agent: Agent that acts and is trained.
+        order: Indices of the samples of each gradient step of the latest update.
     """
 
     def __init__(
@@ -104,17 +109,17 @@ class Learner:
         self.order: Sequence[Tensor] = ()
 
     def start(self, optimizer: torch.optim.Adam, state: dict[str, Any] | None) -> bool:
-        """Begin to train.
+        """Start training, with new episodes or with those of a checkpoint.
 
         Args:
-            optimizer: Over the policy, with what a checkpoint brought.
-            state: What ``state_dict`` gave; ``None`` starts new episodes.
+            optimizer: Adam over the policy; where a run is resumed, with its state restored.
+            state: Result of ``state_dict`` from a checkpoint; ``None`` starts new episodes.
 
         Returns:
-            Whether the episodes of ``state`` go on.
+            Whether the episodes of ``state`` are resumed.
 
         Raises:
-            ValueError: If ``state`` is of other environments.
+            ValueError: If ``state`` belongs to other environments.
         """
         self._parameters = self.agent.bind(optimizer)
         generators = (self._exploration, self._sample_order)
@@ -148,7 +153,7 @@ class Learner:
         }
 
     def rollout(self, steps: int) -> Rollout:
-        """Act for ``steps`` steps."""
+        """Act for ``steps`` steps in every environment."""
         assert self._acting is not None
         assert self._parameters is not None
         self._parameters.refresh()
@@ -161,9 +166,13 @@ class Learner:
         return rollout
 
     def metrics(self, targets: Targets, update: UpdateMetrics) -> dict[str, Float[Tensor, ""]]:
-        """Every metric of an iteration by its name; scalars on the device.
+        """Every metric of an iteration by its name, as scalars on the device.
 
-        Those with a ``/`` in their name are columns of the history.
+        Metrics with a ``/`` in their name are columns of the history.
+
+        Args:
+            targets: Result of ``compute_targets``.
+            update: Result of ``update``.
         """
         return {
             "healthy": targets.healthy,
@@ -189,12 +198,15 @@ class Learner:
 
         Args:
             rollout: Rollout of the iteration.
-            targets: What ``compute_targets`` made of it.
-            update: What ``update`` returned.
-            iteration: Number of the iteration, for the error.
+            targets: Result of ``compute_targets``.
+            update: Result of ``update``.
+            iteration: Number of the iteration, for errors.
 
         Raises:
-            ValueError: If a number was not finite; the weights are those of before the iteration.
+            NonFiniteError: If a number of the rollout or of the update was not finite. The error
+                says which weights the agent has then.
+            ValueError: If an action mask allowed nothing.
+            PeerFailedError: If the fault was on another rank.
         """
         host = to_host(self.metrics(targets, update))
         if not host["healthy"]:
@@ -227,7 +239,13 @@ class Learner:
     def _gather_late(
         self, metrics: Mapping[str, Float[Tensor, ""]]
     ) -> dict[str, Float[Tensor, ""]]:
-        """Means over ranks, each of which may know other names; metrics are copied to the host."""
+        """Means of metrics over ranks that may know different names.
+
+        Metrics are copied to the host where there are several ranks.
+
+        Args:
+            metrics: Metrics of this rank's environments.
+        """
         if self._ranks.size == 1:
             return dict(metrics)
         mine = {name: metric.item() for name, metric in metrics.items()}
@@ -241,10 +259,10 @@ class Learner:
         return means
 
     def begin_episodes(self, seed: int) -> None:
-        """Start new episodes everywhere: somebody else has stepped the simulator.
+        """Start new episodes in all environments, after something else has stepped the simulator.
 
         Args:
-            seed: Seed of the environments, where they can be seeded.
+            seed: Seed of the environments, for those that can be seeded.
         """
         assert self._acting is not None
         reseed_env(self._env, seed)
@@ -253,11 +271,11 @@ class Learner:
         self._acting = ActingState(obs, mask, zeros, self.agent.policy.initial_memory(obs))
 
     def close(self) -> None:
-        """Give back what the environments hold."""
+        """Release the processes, windows and other resources of the environments."""
         close_env(self._spec, self._env)
 
     def compute_targets(self, rollout: Rollout) -> Targets:
-        """Scale rewards and estimate advantages."""
+        """Scale the rewards of a rollout and estimate its advantages."""
         assert self._acting is not None
         stats = self._return_stats
         moments = None if stats is None else stats.moments
@@ -275,7 +293,12 @@ class Learner:
         return targets
 
     def update(self, targets: Targets, *, learning_rate: float) -> UpdateMetrics:
-        """Take every gradient step of an iteration."""
+        """Take every gradient step of an iteration.
+
+        Args:
+            targets: Result of ``compute_targets``.
+            learning_rate: Learning rate of all steps.
+        """
         assert self._parameters is not None
         samples = targets.samples
         self.order = self._updater.order(samples.parts, self._sample_order)

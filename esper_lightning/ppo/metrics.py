@@ -1,4 +1,4 @@
-"""Names of every metric, and what is accumulated over iterations.
+"""Metrics of episodes and evaluations: their names, and their means over several iterations.
 
 Axes: ``T`` step, ``B`` environment.
 """
@@ -41,10 +41,13 @@ class EpisodeSums(NamedTuple):
 
 
 class RecentEpisodes:
-    """Means over the latest iterations that together hold ``window`` episodes, or all there are.
+    """Mean return and length over the latest iterations that together hold ``window`` episodes.
 
-    Kept on the host, from figures that it gets anyway, and bounded: the last 64 iterations in which
-    an episode ended.
+    Where fewer episodes have ended, all of them count. At most the last 64 iterations in which an
+    episode ended are stored. They are stored on the host, which copies their sums anyway.
+
+    Args:
+        window: Number of episodes that the means should cover.
     """
 
     def __init__(self, window: int = 100) -> None:
@@ -52,12 +55,18 @@ class RecentEpisodes:
         self._sums: deque[list[float]] = deque(maxlen=64)  # the newest last
 
     def update(self, return_sum: float, length_sum: float, episodes: float) -> None:
-        """Take in the sums of one iteration."""
+        """Add the sums of one iteration.
+
+        Args:
+            return_sum: Sum of the returns of the episodes that ended.
+            length_sum: Sum of their lengths in steps.
+            episodes: Number of episodes that ended.
+        """
         if episodes > 0:
             self._sums.append([return_sum, length_sum, episodes])
 
     def means(self) -> tuple[float, float]:
-        """Mean return and mean length; NaN while no episode has ended."""
+        """Mean return and mean length; both are NaN while no episode has ended."""
         total = [0.0, 0.0, 0.0]
         for sums in reversed(self._sums):
             if total[2] >= self._window:
@@ -68,14 +77,14 @@ class RecentEpisodes:
         return total[0] / total[2], total[1] / total[2]
 
     def state(self) -> list[list[float]]:
-        """For a checkpoint."""
+        """The stored sums, for a checkpoint."""
         return list(self._sums)
 
     def load(self, state: list[list[float]]) -> None:
-        """Continue from ``state``.
+        """Continue from the sums of a checkpoint.
 
         Raises:
-            ValueError: If it is not what ``state`` returned.
+            ValueError: If ``state`` is not what the method ``state`` returned.
         """
         rule = "hold sums of returns, of lengths, and numbers of episodes"
         require(all(len(sums) == 3 for sums in state), "recent_episodes", rule, state[:1])
@@ -125,6 +134,6 @@ def evaluation_metrics(
 
 
 def shown_in_progress_bar(metrics: Mapping[str, float]) -> dict[str, float]:
-    """What bars show of a row, under short names."""
+    """The metrics of a history row that progress bars show, under short names."""
     short = {"return": ROLLOUT_RETURN, "env_steps/s": "env_steps_per_s"}
     return {name: metrics[key] for name, key in short.items() if key in metrics}

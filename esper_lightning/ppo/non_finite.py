@@ -1,8 +1,8 @@
 """What PPO does about a number that is not finite, or a mask that allows no action.
 
 Each iteration computes ``is_healthy`` of its rollout and ``UpdateMetrics.finite`` of its update on
-the device. Only where one is False does the host look for the cause, and raise an error that names
-it. Axes: ``T`` step, ``B`` environment, ``M`` sample.
+the device. Only where one of the two is False does the host look for the cause, and raise an error
+that names the cause. Axes: ``T`` step, ``B`` environment, ``M`` sample.
 """
 
 from collections.abc import Sequence
@@ -36,14 +36,21 @@ __all__ = [
     "refuse_stuck_cause",
 ]
 
-_LARGE = 1e12  # rewards and gradients that are nobody's intention
+_LARGE = 1e12  # rewards and gradients above this are nobody's intention
 
 
 # The rollout.
 
 
 def is_healthy(rollout: Rollout, space: ActionSpace) -> Bool[Tensor, ""]:
-    """Whether every number is finite and every mask allows something; stays on the device."""
+    """Whether every number of a rollout is finite and every mask allows something.
+
+    The result stays on the device.
+
+    Args:
+        rollout: Rollout to check.
+        space: Action space, which says how masks are read.
+    """
     sound = [value.isfinite().all() for _, value in _watched(rollout)]
     if rollout.action_mask is not None:
         sound.append(allows_choice(space, rollout.action_mask.flatten(0, 1)).all())
@@ -51,16 +58,23 @@ def is_healthy(rollout: Rollout, space: ActionSpace) -> Bool[Tensor, ""]:
 
 
 def refuse_stuck_cause(error: Exception, mask: Bool[Tensor, "B K"] | None, env: FirstSteps) -> None:
-    """Refuse a mask that allows nothing where a step failed after it.
+    """Refuse a mask that allows nothing, after a step of the environment failed.
+
+    An environment may fail at an action that no mask allowed. The mask is the cause then.
+
+    Args:
+        error: Error of the step.
+        mask: Mask with which the action was chosen; ``None`` where there are no masks.
+        env: Inspector of the environments, for their spaces and their name.
 
     Raises:
-        ValueError: From ``error``, which is then what became of an action that no mask allowed.
+        ValueError: If the mask allows nothing in some environment; its cause is ``error``.
     """
     if mask is None:
         return
     try:
         stuck = not bool(allows_choice(env.spaces.action, mask).all())
-    except RuntimeError:  # the device may have failed, too
+    except RuntimeError:  # the device may have failed as well
         return
     if stuck:
         try:
@@ -72,16 +86,19 @@ def refuse_stuck_cause(error: Exception, mask: Bool[Tensor, "B K"] | None, env: 
 def refuse_stuck(
     mask: Bool[Tensor, "... K"], space: ActionSpace, *, env: str, where: str = ""
 ) -> None:
-    """Refuse masks of which a part allows nothing; synchronises.
+    """Refuse masks that allow nothing for some component of the action.
+
+    This synchronises with the device.
 
     Args:
-        mask: Of environments ``[B, K]``, or of the steps of a rollout ``[T, B, K]``.
-        space: Of their actions.
-        env: Name of the environment.
-        where: What is to be said after the place.
+        mask: Masks of environments ``[B, K]``, or of the steps of a rollout ``[T, B, K]``.
+        space: Action space of the environments.
+        env: Name of the environment, for the error.
+        where: Sentence that ends the error.
 
     Raises:
-        ValueError: Naming environment and component, and of a rollout the first step.
+        ValueError: If a component has no allowed choice. The error names the environment, the
+            component and, for a rollout, the first step.
     """
     allowed = allows_choice(space, mask.flatten(0, -2))  # [..., K] -> [N, A]
     stuck = (~allowed).reshape(*mask.shape[:-1], -1)
@@ -97,20 +114,17 @@ class RolloutFault(NamedTuple):
     """The first value of a rollout that is not finite."""
 
     owner: str  # "policy" or "environment"
-    text: str
-    name: str  # of the field
-    environments: list[int]
+    text: str  # value, field, environments and step in words
+    name: str  # name of the field
+    environments: list[int]  # indices of the environments in which the step has such values
     step: int
 
 
 def first_non_finite(rollout: Rollout) -> RolloutFault | None:
-    """Say what was not finite first: whose it is, and field, step, environments, columns.
+    """The first value of a rollout that is not finite; ``None`` if all values are finite.
 
-    ``None`` if everything is finite.
-
-    Within a step an observation comes before the policy's answer to it, and that before what the
-    environment makes of it. Synchronises.
-
+    Within a step, the observation comes before the policy's log-probability, and both come before
+    the reward and the observation that the environment returns. This synchronises with the device.
     """
     steps = [(_first_step(value), name, value) for name, value in _watched(rollout)]
     faults = [fault for fault in steps if fault[0] >= 0]
@@ -128,13 +142,13 @@ def first_non_finite(rollout: Rollout) -> RolloutFault | None:
 
 
 def _first_step(value: Tensor) -> int:
-    """First step of ``[T, ...]`` at which not everything is finite; -1 if there is none."""
+    """First step of ``[T, ...]`` at which a value is not finite; -1 if there is no such step."""
     bad = (~value.isfinite()).flatten(1).any(1).nonzero()
     return int(bad[0]) if bad.numel() else -1
 
 
 def _watched(rollout: Rollout) -> list[tuple[str, Tensor]]:
-    """In the order in which they come about within a step."""
+    """The fields that must be finite, in the order in which a step produces them."""
     return [
         *_groups("obs", rollout.obs),
         ("log_prob", rollout.log_prob),
@@ -158,18 +172,19 @@ def _some(indices: list[int]) -> str:
 def refuse_rollout(
     rollout: Rollout, env: EnvSpec, space: ActionSpace, *, iteration: int
 ) -> NoReturn:
-    """Stop where a number of the rollout is not finite or a mask allows nothing, and say whose.
+    """Raise the error for a rollout with a number that is not finite or a mask that allows nothing.
 
     Args:
         rollout: Rollout of the iteration.
-        env: Environment, for the error.
-        space: Actions of the environment.
-        iteration: Number of the iteration.
+        env: Spec of the environments, for the error.
+        space: Action space of the environments.
+        iteration: Number of the iteration, for the error.
 
     Raises:
-        NonFiniteError: Naming the environment or the policy, with the step in which it appeared.
-        ValueError: Naming the environment whose mask allows nothing.
-        PeerFailedError: If it was not this rank's.
+        NonFiniteError: If a number is not finite. The error names the environment or the policy,
+            and holds all values of the step in which the number appeared.
+        ValueError: If a mask allows nothing. The error names the environment.
+        PeerFailedError: If the rollout of this rank is sound, so that another rank's is not.
     """
     fault, name = first_non_finite(rollout), spec_name(env)
     kept = "The weights are those of the previous iteration."
@@ -181,7 +196,7 @@ def refuse_rollout(
     if fault.owner == "environment":
         message = f"{name}.step must return finite values, got {fault.text!r}. {kept}"
     else:
-        hint = f"It has diverged. Lower PPOConfig.learning_rate. {kept}"
+        hint = f"The policy has diverged. Lower PPOConfig.learning_rate. {kept}"
         message = f"PPO.policy must give finite probabilities, got {fault.text!r}. {hint}"
     raise NonFiniteError(
         f"{message} (Iteration {iteration}.)",
@@ -193,7 +208,7 @@ def refuse_rollout(
 
 
 def _step_of(rollout: Rollout, fault: RolloutFault) -> dict[str, Any]:
-    """Everything of the step in which it appeared, of all environments."""
+    """All values of the step in which a fault appeared, of all environments."""
 
     def row(tensor: torch.Tensor) -> torch.Tensor:
         return tensor[fault.step].clone()
@@ -206,10 +221,10 @@ def _step_of(rollout: Rollout, fault: RolloutFault) -> dict[str, Any]:
 
 
 class GradientFault(NamedTuple):
-    """A minibatch at which training could not go on."""
+    """A minibatch at which training could not continue."""
 
     step: int  # number of the gradient step in the iteration
-    names: list[str]  # of the loss terms and gradients that are not finite; may be none
+    names: list[str]  # names of the loss terms and gradients that are not finite; may be none
     largest: float  # magnitude of the largest gradient
     largest_name: str
     minibatch: Samples
@@ -218,20 +233,22 @@ class GradientFault(NamedTuple):
 def find_fault(
     agent: Agent, weights: Weights, samples: Samples, config: PPOConfig, order: Sequence[Tensor]
 ) -> GradientFault:
-    """Look again for the minibatch whose loss or gradient was not finite.
+    """Find the minibatch whose loss or gradient was not finite, by computing all of them again.
 
-    The weights are those that it met: no step was applied from it on.
+    The weights after the update are those that this minibatch met: from that minibatch on, no step
+    was applied.
 
     Args:
-        agent: The actor and critic of the update.
+        agent: Agent that was updated.
         weights: Weights after the update.
         samples: Samples of the update.
         config: PPO settings of the update.
-        order: Samples of each gradient step.
+        order: Indices of the samples of each gradient step.
 
     Returns:
-        The first minibatch at which something is not finite. Where everything is, the one with the
-        largest gradient: squares of it, or sums over ranks, may still be too large.
+        The first minibatch with a loss or gradient that is not finite. Where all are finite, the
+        minibatch with the largest gradient: the square of that gradient, or its sum over ranks, may
+        still be too large.
     """
     largest: GradientFault | None = None
     for number, index in enumerate(order):
@@ -242,7 +259,7 @@ def find_fault(
             evaluation = agent.with_weights(other, agent.evaluate, batch)
             terms = ppo_loss_terms(evaluation, batch, config)
             (gradient,) = torch.autograd.grad(total_loss(terms, config).sum(), [flat])
-        # Sums, as the update has them: they may be infinite where no term is.
+        # The update computes sums, which may be infinite where no term is.
         watched = {f"loss/{name}": term.sum() for name, term in terms._asdict().items()}
         gradients = {f"gradient of {k}": v for k, v in agent.named(gradient).items()}
         bad = [name for name, value in (watched | gradients).items() if not value.isfinite().all()]
@@ -268,21 +285,23 @@ def refuse_gradient(
     iteration: int,
     ranks: int,
 ) -> NoReturn:
-    """Stop where a loss or gradient was not finite, or too large, and find the minibatch.
+    """Raise the error for an update with a loss or gradient that is not finite, or too large.
 
     Args:
-        agent: The actor and critic, after the update.
+        agent: Agent after the update.
         samples: Samples of the update.
         config: PPO settings of the update.
-        order: Samples of each gradient step.
+        order: Indices of the samples of each gradient step.
         env: Name of the environment, for the error.
         largest_reward: Magnitude of the largest reward in the rollout.
-        iteration: Number of the iteration.
-        ranks: Number of ranks.
+        iteration: Number of the iteration, for the error.
+        ranks: Number of ranks in the run.
 
     Raises:
-        NonFiniteError: Naming gradient step and tensors, with the minibatch.
-        PeerFailedError: If loss and gradients are sound on this rank, and there are others.
+        NonFiniteError: If the fault is on this rank. The error names the gradient step and the
+            tensors, and holds the minibatch.
+        PeerFailedError: If losses and gradients of this rank are sound, so that another rank's are
+            not.
     """
     fault = find_fault(agent, agent.weights, samples, config, order)
     names, size = fault.names, f"{fault.largest_name} of {fault.largest:.1e}"
@@ -300,8 +319,9 @@ def refuse_gradient(
         hint = f"Rewards of {env} reach {largest_reward:.1e}: set PPOConfig.normalize_reward."
     elif not fault.names and config.max_grad_norm is None:
         hint = "Set PPOConfig.max_grad_norm."
+    hint = f"The weights are those before that step. {hint}"
     raise NonFiniteError(
-        f"PPO's gradient must be finite, got {got!r}. The weights are those of before it. {hint}",
+        f"PPO's gradient must be finite, got {got!r}. {hint}",
         phase="update",
         tensors=names,
         minibatch={k: v for k, v in fault.minibatch._asdict().items() if v is not None},

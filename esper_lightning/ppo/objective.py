@@ -1,4 +1,4 @@
-"""The objective of PPO: a loss for each sample, and what is summed of it. Axis: ``M`` sample."""
+"""The objective of PPO: terms of the loss for each sample, and their sum. Axis: ``M`` sample."""
 
 import torch
 from torch import Tensor
@@ -13,7 +13,13 @@ __all__ = ["ppo_loss_terms", "total_loss", "weighted"]
 
 
 def ppo_loss_terms(evaluation: Evaluation, batch: Samples, config: PPOConfig) -> LossTerms:
-    """Per-sample terms of the objective under the current weights."""
+    """Terms of the objective for each sample, under the weights that are being trained.
+
+    Args:
+        evaluation: Log-probability, entropy and value of the samples under these weights.
+        batch: Samples of a minibatch.
+        config: PPO settings: ``clip`` and ``value_clip`` are used.
+    """
     policy = clipped_surrogate(
         evaluation.log_prob, batch.log_prob, batch.advantage, clip=config.clip
     )
@@ -25,11 +31,21 @@ def ppo_loss_terms(evaluation: Evaluation, batch: Samples, config: PPOConfig) ->
 
 
 def weighted(term: Float[Tensor, " M"], batch: Samples) -> Float[Tensor, " M"]:
-    """A term of the actor: its mean is that over the steps at which there was a choice."""
+    """A term of the actor's loss, weighted so that only steps with a choice count in its mean.
+
+    Args:
+        term: One number for each sample.
+        batch: The samples, with their ``actor_weight``.
+    """
     weight = batch.actor_weight
     return term if weight is None else torch.where(weight > 0.0, term * weight, 0.0)
 
 
 def total_loss(terms: LossTerms, config: PPOConfig) -> Float[Tensor, " M"]:
-    """What is minimised, per sample."""
+    """The loss that training minimises, for each sample.
+
+    Args:
+        terms: Terms from ``ppo_loss_terms``.
+        config: PPO settings: the coefficients of the terms.
+    """
     return terms.policy + config.value_coef * terms.value - config.entropy_coef * terms.entropy

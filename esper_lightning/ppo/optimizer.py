@@ -1,4 +1,4 @@
-"""Adam over the policy, and its learning rate over a run."""
+"""Adam over the policy's weights, and the learning rate over a run."""
 
 import torch
 
@@ -16,7 +16,10 @@ __all__ = [
 
 
 def build_optimizer(policy: Policy, config: PPOConfig) -> torch.optim.Adam:
-    """Adam over the policy: what holds its state and learning rate; ``Updater`` takes its steps."""
+    """Adam over the trained weights of a policy.
+
+    The optimizer holds the moments and the learning rate; ``Updater`` takes the steps.
+    """
     trained = [parameter for parameter in policy.parameters() if parameter.requires_grad]
     return torch.optim.Adam(trained, lr=config.learning_rate, eps=config.adam_eps)
 
@@ -24,11 +27,11 @@ def build_optimizer(policy: Policy, config: PPOConfig) -> torch.optim.Adam:
 def schedule_learning_rate(
     optimizer: torch.optim.Adam, config: PPOConfig, *, progress: float
 ) -> float:
-    """Set and return the rate of the next iteration; an adaptive one stays as it is.
+    """Set and return the learning rate of the next iteration; an adaptive rate stays as it is.
 
     Args:
-        optimizer: From ``build_optimizer``.
-        config: Whose settings win over what a checkpoint brought.
+        optimizer: Adam from ``build_optimizer``.
+        config: PPO settings, which override the learning rate that a checkpoint restored.
         progress: Share of the run that is done, in [0, 1].
     """
     group = optimizer.param_groups[0]
@@ -40,14 +43,20 @@ def schedule_learning_rate(
 
 
 def adapt_learning_rate(optimizer: torch.optim.Adam, config: PPOConfig, *, kl: float) -> None:
-    """Where the schedule is adaptive, react to how far (nats) the iteration moved the policy."""
+    """Adapt the learning rate after an iteration, if ``learning_rate_schedule`` is ``adaptive``.
+
+    Args:
+        optimizer: Adam from ``build_optimizer``.
+        config: PPO settings.
+        kl: KL divergence (nats) by which the iteration moved the policy.
+    """
     if config.learning_rate_schedule == "adaptive":
         group = optimizer.param_groups[0]
         group["lr"] = adaptive_learning_rate(group["lr"], kl=kl, desired_kl=config.desired_kl)
 
 
 def linear_learning_rate(initial: float, *, progress: float) -> float:
-    """``initial`` falling in a straight line to zero.
+    """A learning rate that falls in a straight line to zero at the end of the run.
 
     Args:
         initial: Learning rate at the start.
@@ -63,10 +72,18 @@ def linear_learning_rate(initial: float, *, progress: float) -> float:
 def adaptive_learning_rate(
     current: float, *, kl: float, desired_kl: float, least: float = 1e-5, greatest: float = 1e-2
 ) -> float:
-    """Slower by 1.5 where the policy moved beyond twice ``desired_kl``, faster below half of it.
+    """A learning rate that follows how far the policy moved.
 
-    The rule of Schulman et al. 2017 (section 4) with the factor and bounds that rsl_rl uses. A
-    ``kl`` that is not finite leaves the rate as it is.
+    The rate is divided by 1.5 where the policy moved by more than twice ``desired_kl``, and
+    multiplied by 1.5 where it moved by less than half of ``desired_kl``. This is the rule of
+    Schulman et al. 2017 (section 4) with the factor and the bounds that rsl_rl uses.
+
+    Args:
+        current: Learning rate of the iteration that just ended.
+        kl: KL divergence (nats) of that iteration; if it is not finite, the rate stays the same.
+        desired_kl: KL divergence (nats) to aim at.
+        least: Lower bound of the result.
+        greatest: Upper bound of the result.
     """
     if kl > 2.0 * desired_kl and kl < float("inf"):
         return max(least, current / 1.5)

@@ -2,8 +2,8 @@
 
 Axes: ``M`` sample, ``S`` gradient step, ``P`` weight.
 
-No host synchronisation: what must not be applied is skipped on the device. It knows nothing of
-Lightning.
+Nothing here synchronises with the host: a step that must not be applied is skipped on the device.
+This file knows nothing of Lightning.
 """
 
 from collections.abc import Sequence
@@ -48,7 +48,7 @@ class UpdateMetrics(NamedTuple):
 
 
 class _Progress(NamedTuple):
-    """What one gradient step hands to the next."""
+    """State that one gradient step passes to the next step."""
 
     adam: AdamState
     skip: Bool[Tensor, ""]  # steps are left out from here on
@@ -69,7 +69,7 @@ class GradientSums(NamedTuple):
 
 
 class _StepMetrics(NamedTuple):
-    """Means over the samples of one gradient step; of all steps ``[S]``."""
+    """Means over the samples of one gradient step; ``[S]`` where all steps are stacked."""
 
     policy_loss: Float[Tensor, "*S"]
     value_loss: Float[Tensor, "*S"]
@@ -81,20 +81,22 @@ class _StepMetrics(NamedTuple):
 
 
 class _Constants(NamedTuple):
+    """Inputs that all gradient steps of an update share."""
+
     samples: Samples
     buffers: dict[str, Tensor]
     learning_rate: Float[Tensor, ""]
 
 
 class Updater:
-    """``epochs`` passes of ``minibatches`` gradient steps.
+    """The update of an iteration: ``epochs`` passes of ``minibatches`` gradient steps each.
 
     Args:
-        agent: Whose loss is minimised.
-        config: Coefficients and limits.
-        mode: How the passes run.
-        device: Of everything.
-        ranks: Over which gradients and figures are averaged.
+        agent: Agent whose loss is minimised.
+        config: PPO settings.
+        mode: Compile mode of the passes.
+        device: Device of agent and samples.
+        ranks: All ranks of the run, over which gradients and metrics are averaged.
     """
 
     def __init__(
@@ -119,9 +121,15 @@ class Updater:
         self._loop = compile_loop("update", self._step, part, mode=around, device=device)
 
     def order(self, samples: int, generator: torch.Generator) -> Sequence[Tensor]:
-        """Which of the ``Samples.parts`` each gradient step takes: anew for each pass.
+        """Random minibatches for all gradient steps, shuffled anew for each pass.
 
-        ``[S, M]``, or parts of sizes that differ by one where they cannot be equal.
+        Args:
+            samples: Number of samples to choose from: ``Samples.parts``.
+            generator: Source of the order, on the device.
+
+        Returns:
+            Indices of the samples of each gradient step: ``[S, M]``, or a list of minibatches whose
+            sizes differ by one where equal sizes are not possible.
         """
         # The last rollout of a budget may have fewer samples than there are to be minibatches.
         parts = min(self._config.minibatches, samples)
@@ -143,15 +151,19 @@ class Updater:
         learning_rate: Float[Tensor, ""],
         healthy: Bool[Tensor, ""],
     ) -> tuple[AdamState, UpdateMetrics]:
-        """Take every gradient step.
+        """Take every gradient step of an iteration.
 
         Args:
-            adam: Before; may be changed in place.
-            weights: Whose buffers the policy computes with.
-            samples: From ``prepare_samples``.
-            order: From ``order``.
-            learning_rate: Of the whole update.
-            healthy: Where False, no step is applied: weights and moments stay as they are.
+            adam: Weights and moments before the update, which may be changed in place.
+            weights: Weights of the agent, of which the update uses the buffers.
+            samples: Samples from ``prepare_samples``.
+            order: Minibatches from ``order``.
+            learning_rate: Learning rate of all steps.
+            healthy: Whether the rollout is sound on every rank. If not, no step is applied, and
+                weights and moments stay as they are.
+
+        Returns:
+            Weights and moments after the update, and its metrics.
         """
         mean_of_pass = self._mean_of_pass
         if mean_of_pass is None or len(mean_of_pass) != len(order):
@@ -166,7 +178,13 @@ class Updater:
     def _sum(
         self, progress: _Progress, index: Int[Tensor, " M"], constants: _Constants
     ) -> GradientSums:
-        """Gradient and metrics, summed over some samples."""
+        """Sums of gradient and metrics over a minibatch, or over a chunk of it.
+
+        Args:
+            progress: State before the step.
+            index: Indices of the samples.
+            constants: Inputs that all steps share.
+        """
         agent, batch = self._agent, take(constants.samples, index)
         with torch.enable_grad():
             weight = progress.adam.weight.detach().requires_grad_()
@@ -184,9 +202,13 @@ class Updater:
     def _step(
         self, progress: _Progress, x: tuple[GradientSums, Tensor], constants: _Constants
     ) -> tuple[_Progress, _StepMetrics]:
-        """Clip the gradient, and apply the step unless something forbids it.
+        """Clip the gradient, and apply the step unless it must be skipped.
 
-        ``mean_of_pass`` is what the last step of a pass multiplies its sum of KL with; before, 0.
+        Args:
+            progress: State before the step.
+            x: The sums over the minibatch, and a factor that turns the sum of KL divergences over a
+                pass into their mean. The factor is 0 for every step but the last of a pass.
+            constants: Inputs that all steps share.
         """
         sums, mean_of_pass = x
         config = self._config

@@ -1,1 +1,1 @@
-"""The Lightning module of PPO and what it is made of."""
+"""PPO as a LightningModule, with its settings, counters, checkpoints and exports."""

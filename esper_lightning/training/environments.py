@@ -1,4 +1,4 @@
-"""The end of a run for its environments: what simulators hold is given back."""
+"""The end of a run for its environments: the resources of simulators are released."""
 
 from lightning.pytorch import Callback, LightningModule, Trainer
 from typing_extensions import override
@@ -11,14 +11,14 @@ class CloseEnvironments(Callback):
 
     @override
     def teardown(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
-        """Close them after a run that came to its end."""
+        """Close the environments after a run that finished."""
         _close(pl_module)
 
     @override
     def on_exception(
         self, trainer: Trainer, pl_module: LightningModule, exception: BaseException
     ) -> None:
-        """Close them after any other run."""
+        """Close the environments after a run that an error or a signal ended."""
         _close(pl_module)
 
 

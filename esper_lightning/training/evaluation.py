@@ -21,10 +21,15 @@ __all__ = ["Evaluation"]
 
 
 class Evaluation(nn.Module):
-    """The episodes of one evaluation, gathered over all ranks.
+    """Evaluations of a run: their environments, and the episodes of the latest one over all ranks.
+
+    Args:
+        settings: Settings of the module.
 
     Attributes:
-        spec: Environments of an evaluation on each rank.
+        spec: Spec of the environments in which each rank plays an evaluation.
+        episode_return: Returns of the episodes of the latest evaluation.
+        episode_length: Lengths of the same episodes, in steps.
     """
 
     def __init__(self, settings: PPOSettings) -> None:
@@ -39,15 +44,15 @@ class Evaluation(nn.Module):
     def play(
         self, policy: Policy, normalize: Normalize, *, device: torch.device, rank: int
     ) -> None:
-        """Play deterministic episodes, as many in each environment.
+        """Play deterministic episodes, the same number in each environment.
 
         Args:
-            policy: The policy to evaluate.
-            normalize: Observations as the policy sees them.
-            device: Where to play.
+            policy: Policy to evaluate.
+            normalize: Function from the environment's observations to those that the policy sees.
+            device: Device of policy and environments.
             rank: Number of this rank, which plays episodes of its own.
         """
-        # Lightning's inference mode would forbid environments to write into their own state later.
+        # In Lightning's inference mode, environments could not write into their own state later.
         with torch.inference_mode(False), torch.no_grad(), few_cpu_threads(self.spec.num_envs):
             seed = stream_seed(self._seed, rank=rank, purpose="evaluation")
             env = self._env
@@ -63,16 +68,16 @@ class Evaluation(nn.Module):
         self.episode_length.update(episodes.episode_length)
 
     def close(self) -> None:
-        """Give back what the environments hold."""
+        """Release the processes, windows and other resources of the environments."""
         close_env(self.spec, self._env)
         self._env = None
 
     def __getstate__(self) -> dict[str, Any]:
-        """What is pickled: everything but the environments."""
+        """The state to pickle, which is everything but the environments."""
         return {**super().__getstate__(), "_env": None}
 
     def finish(self) -> dict[str, float]:
-        """Metrics of the episodes of all ranks; the next evaluation begins with none."""
+        """Metrics of the episodes of all ranks; afterwards the episodes are forgotten."""
         metrics = evaluation_metrics(self.episode_return.compute(), self.episode_length.compute())
         self.episode_return.reset()
         self.episode_length.reset()

@@ -1,9 +1,10 @@
-"""A trained policy as a file that needs neither this package nor the environment.
+"""Export of a trained policy to a file that needs neither this package nor the environment.
 
-What is written takes observations as the environment gives them and returns the deterministic
-action as the environment takes it: the statistics of observations are inside, the critic and
-everything random take no part. A policy with memory takes that too, and returns it as it is after
-the observations: whoever runs the file carries it from step to step.
+The file holds a function from observations, as the environment returns them, to deterministic
+actions, as the environment takes them. Observations are normalised inside the function; it holds
+neither the critic nor anything random. The function of a policy with memory also takes the memory
+before the observations and returns the memory after them: the caller must carry the memory from
+step to step.
 
 Axes: ``M`` sample, ``K`` choice, ``S`` number in a memory.
 """
@@ -33,19 +34,19 @@ from esper_lightning.training.specs import evaluation_spec
 __all__ = ["ExportFormat", "Exported", "export_policy", "output_at"]
 
 ExportFormat = Literal["torch", "onnx"]
-_BATCHES = (1, 2, 61, 960)  # samples
+_BATCHES = (1, 2, 61, 960)  # numbers of samples
 _BEGINS = rb"PK\x03\x04.{26}archive/(?!data\.pkl)|\x08.\x12\x07pytorch"  # a program, or onnx
 _TOLERANCE = 1e-5  # of float32, relative to numbers greater than 1
 
 
 class Exported(NamedTuple):
-    """What was written.
+    """The result of an export: its inputs and outputs, and how they compare with the original.
 
     Attributes:
-        inputs: A batch of each input, by its name; the first axis may have any length.
-        outputs: What they lead to, by name.
-        difference: The greatest between an output of the file and one of the original.
-        samples: Random observations over which that was looked for.
+        inputs: Example batch of each input, by name; the first axis may have any length.
+        outputs: Outputs of the exported function for these inputs, by name.
+        difference: Greatest difference between outputs of the file and of the original policy.
+        samples: Number of random observations over which outputs were compared.
     """
 
     inputs: dict[str, Tensor]
@@ -55,7 +56,7 @@ class Exported(NamedTuple):
 
 
 class Inputs(NamedTuple):
-    """A batch of what the policy is given; what it does not take is ``None``."""
+    """A batch of inputs of an exported policy; inputs that it does not take are ``None``."""
 
     obs: Observation  # [M, *O]
     action_mask: Tensor | None = None  # [M, K]
@@ -63,26 +64,26 @@ class Inputs(NamedTuple):
 
     @property
     def args(self) -> tuple[Observation] | tuple[Observation, Tensor]:
-        """Given by position."""
+        """Positional arguments of the exported function."""
         return (self.obs,) if self.action_mask is None else (self.obs, self.action_mask)
 
     @property
     def kwargs(self) -> dict[str, Tensor]:
-        """Given by name."""
+        """Keyword arguments of the exported function."""
         return {} if self.memory is None else {"memory": self.memory}
 
     @property
     def named(self) -> dict[str, Tensor]:
-        """In their order.
+        """All inputs by name, in their order.
 
         Raises:
-            ValueError: If a group of observations is called as another input or output.
+            ValueError: If a group of observations has the name of another input or output.
         """
         groups = {"obs": self.obs} if isinstance(self.obs, Tensor) else self.obs
         optional = {"action_mask": self.action_mask, "memory": self.memory}
         others = {name: value for name, value in optional.items() if value is not None}
         taken = [*others, *_outputs(self.memory)]
-        rule, hint = f"not be {', '.join(taken)}", "Other inputs and outputs are called so."
+        rule, hint = f"not be {', '.join(taken)}", "Other inputs and outputs have these names."
         require(groups.keys().isdisjoint(taken), "Group of observations", rule, [*groups], hint)
         return groups | others
 
@@ -95,10 +96,10 @@ def _outputs(memory: Tensor | None) -> tuple[str, ...]:
 
 
 class DeterministicPolicy(nn.Module):
-    """Observations in, actions out.
+    """The function that is exported: from observations to deterministic actions.
 
     Args:
-        model: Copied; in float32 on the CPU whatever it was trained on.
+        model: Trained module. Its policy is copied to the CPU, in float32.
     """
 
     def __init__(self, model: PPO) -> None:
@@ -113,10 +114,13 @@ class DeterministicPolicy(nn.Module):
         """Actions ``[M, ...]`` for observations ``[M, *O]``.
 
         Args:
-            obs: As the environment gives them.
-            action_mask: ``[M, K]``, True = allowed.
-            memory: ``[M, S]``, before the observations: zeros at the first of an episode. With it
-                come actions and the memory after the observations.
+            obs: Observations as the environment returns them.
+            action_mask: Mask ``[M, K]``, in which True means allowed.
+            memory: Memory ``[M, S]`` before the observations; zeros at the first step of an
+                episode.
+
+        Returns:
+            The actions; with ``memory``, the actions and the memory after the observations.
         """
         seen, memory = self.policy.step_memory(prepare_obs(obs, self.normalizer), memory)
         action = self.policy.to_env(self.policy.act_deterministically(seen, action_mask))
@@ -124,21 +128,22 @@ class DeterministicPolicy(nn.Module):
 
 
 def export_policy(model: PPO, path: str | Path, file_format: ExportFormat) -> Exported:
-    """Write a policy, after comparing what is written with the original on random observations.
+    """Write a policy to a file, after comparing the file with the original on random observations.
+
+    The inputs of the written function are ``obs`` or, for a grouped observation, its groups (for
+    ``torch`` in one dict). ``action_mask`` follows where the environment has masks, and ``memory``
+    (for ``torch`` by name) where the policy has memory: ``DeterministicPolicy.forward`` explains
+    all of them. The outputs are ``action`` and, with memory, ``next_memory``.
 
     Args:
-        model: Trained.
-        path: File to write; or to replace, if an earlier export is there.
-        file_format: ``torch`` for a program that ``torch.export.load`` reads, or ``onnx``. Inputs
-            are ``obs``, or the groups of a grouped observation (for ``torch``: in one dict), then
-            ``action_mask`` where the environment has masks, then ``memory`` (for ``torch``: by
-            name) where the policy has one: see ``DeterministicPolicy.forward``. Outputs are
-            ``action``, then ``next_memory``.
+        model: Trained module.
+        path: File to write. An earlier export at the same place is replaced.
+        file_format: ``torch`` for a program that ``torch.export.load`` reads, or ``onnx``.
 
     Raises:
-        ValueError: If something else is at ``path``; if a weight is not finite; if the format is
-            unknown, needs a package that is missing, or what came out of it acts differently; if a
-            group of observations is called as another input or output.
+        ValueError: If something other than an export is at ``path``; if a weight is not finite; if
+            the format is unknown or needs a package that is missing; if the exported function acts
+            differently; if a group of observations has the name of another input or output.
         OSError: If the file cannot be written.
     """
     formats = get_args(ExportFormat)
@@ -162,10 +167,14 @@ def export_policy(model: PPO, path: str | Path, file_format: ExportFormat) -> Ex
 
 
 def output_at(path: str | Path) -> Path:
-    """Where an export goes: behind a symbolic link, what that leads to.
+    """The path of an export, with symbolic links resolved.
+
+    Args:
+        path: Path that the user gave.
 
     Raises:
-        ValueError: If no file can be there, or something else than an earlier export is.
+        ValueError: If no file can be written there, or something other than an earlier export is
+            there.
     """
     return require_output("--output", path, "export", _BEGINS)
 
@@ -219,7 +228,7 @@ def _from_onnx(content: bytes) -> Function:
 
     def run(inputs: Inputs) -> dict[str, Tensor]:
         arrays = {name: value.numpy() for name, value in inputs.named.items()}
-        with np.errstate(all="ignore"):  # the logarithm of a forbidden choice's probability, 0
+        with np.errstate(all="ignore"):  # log(0) of forbidden choices would warn
             results = cast(list[Any], session.run(None, arrays))
         named = zip(cast(list[str], session.output_names), results, strict=True)
         return {name: torch.from_numpy(result) for name, result in named}
@@ -231,7 +240,7 @@ def _from_onnx(content: bytes) -> Function:
 
 
 def _example(model: PPO) -> Inputs:
-    """Four observations of the environment, blank memory, and masks where it has them."""
+    """Inputs with four observations of the environment, their masks if any, and blank memory."""
     env = evaluation_spec(model.env, None).build(torch.device("cpu"), 0)
     obs, mask = env.reset()
 
@@ -245,9 +254,15 @@ def _example(model: PPO) -> Inputs:
 def _random_inputs(
     example: Inputs, space: ActionSpace, samples: int, generator: torch.Generator
 ) -> Inputs:
-    """Around observations and memory of ``example`` and at their scale; masks that allow something.
+    """Random inputs around an example and at its scale.
 
-    Of each part of a mask that must.
+    Random masks allow at least one choice wherever a mask must allow one.
+
+    Args:
+        example: Inputs around which observations and memory are sampled.
+        space: Action space of the environment.
+        samples: Number of samples ``M``.
+        generator: Source of the random numbers.
     """
 
     def around(leaf: Tensor) -> Tensor:
@@ -260,14 +275,15 @@ def _random_inputs(
     if example.action_mask is None:
         return Inputs(obs, memory=memory)
     masks: list[Tensor] = []
-    for choices in _mask_parts(space):
+    for choices in _section_sizes(space):
         allowed = torch.rand(samples, choices, generator=generator) < 0.5
         always = torch.randint(choices, (samples, 1), generator=generator)
         masks.append(allowed.scatter(1, always, True))
     return Inputs(obs, torch.cat(masks, 1), memory)
 
 
-def _mask_parts(space: ActionSpace) -> tuple[int, ...]:
+def _section_sizes(space: ActionSpace) -> tuple[int, ...]:
+    """Lengths of the sections of a mask, each of which must allow a choice."""
     if isinstance(space, FactoredDiscrete):
         return space.mask_parts
     assert isinstance(space, Discrete | MultiDiscrete)
@@ -278,10 +294,16 @@ def _mask_parts(space: ActionSpace) -> tuple[int, ...]:
 
 
 def _compare(original: Function, other: Function, example: Inputs, space: ActionSpace) -> float:
-    """The greatest difference of actions and of memories.
+    """The greatest difference between the outputs of two functions on random inputs.
+
+    Args:
+        original: Function of the policy.
+        other: Function of the exported file.
+        example: Inputs around which the random inputs lie.
+        space: Action space of the environment.
 
     Raises:
-        ValueError: If it is greater than rounding makes it.
+        ValueError: If a difference is greater than rounding explains.
     """
     generator, greatest = torch.Generator().manual_seed(0), 0.0
     owner, rule = "The exported policy", "act like the original on random observations"
@@ -302,7 +324,7 @@ def _compare(original: Function, other: Function, example: Inputs, space: Action
 
 @contextlib.contextmanager
 def _quiet() -> Generator[None]:
-    """Without what torch says about its own inside."""
+    """A context without torch's warnings and log messages about its own exporter."""
     log = logging.getLogger("torch.onnx")
     level = log.level
     log.setLevel(logging.ERROR)

@@ -1,4 +1,4 @@
-"""The "dataset" of PPO: numbers of iterations, since every iteration makes its own data."""
+"""The "data set" of PPO: numbers of iterations, since every iteration collects its own data."""
 
 from collections.abc import Iterator
 from typing import Any
@@ -7,11 +7,14 @@ __all__ = ["Iterations"]
 
 
 class Iterations:
-    """The numbers 0 to ``count - 1``, as a dataloader that Lightning takes to be resumable.
+    """The numbers 0 to ``count - 1``, as a dataloader that Lightning accepts as resumable.
 
-    Nothing depends on the numbers and the position in the epoch is restored with Lightning's own
-    counters, so there is no state to save. (A DataLoader over ``range(count)`` would be divided
-    among ranks by an injected sampler.)
+    Nothing depends on the numbers, and Lightning's own counters restore the position in the epoch.
+    The dataloader therefore has no state to save. (If it were a ``DataLoader`` over
+    ``range(count)``, Lightning would add a sampler that divides the numbers among ranks.)
+
+    Args:
+        count: Number of iterations in an epoch.
     """
 
     def __init__(self, count: int) -> None:
@@ -24,8 +27,8 @@ class Iterations:
         return iter(range(self._count))
 
     def state_dict(self) -> dict[str, Any]:
-        """Nothing."""
+        """An empty state."""
         return {}
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
-        """Nothing."""
+        """Do nothing, because there is no state."""

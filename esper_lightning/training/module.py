@@ -1,7 +1,7 @@
 """PPO as a LightningModule: one ``training_step`` is one iteration.
 
-Axes: ``T`` rollout step, ``B`` environment. Read ``training_step`` first; everything else prepares
-it or reports on it.
+Axes: ``T`` rollout step, ``B`` environment. Read ``training_step`` first: everything else in this
+file prepares an iteration or publishes its results.
 """
 # Lightning sets many attributes of its Trainer where no type checker sees them.
 # pyright: reportAttributeAccessIssue=false
@@ -53,16 +53,21 @@ _log = logging.getLogger(__name__)
 class PPO(CheckpointHooks):
     """Proximal policy optimisation over batched environments (Schulman et al. 2017).
 
-    Train it with ``Trainer.fit(model)``; no data module is needed. ``global_step`` counts
-    iterations, an epoch is ``iterations_per_epoch`` of them: what Lightning does per epoch -
-    evaluate, save, check for an early stop - happens that often. Whatever is logged in a run has
-    ``env_steps`` as its x axis, except what is written past ``Logger.log_metrics``. Callbacks can
-    monitor every metric of a history row; those of episodes are NaN until one has ended, which
-    ``EarlyStopping`` takes for a reason to stop unless ``check_finite=False``.
+    ``Trainer.fit(model)`` trains the module; no data module is needed. Lightning's ``global_step``
+    counts iterations, and an epoch is ``iterations_per_epoch`` iterations. Whatever Lightning does
+    once per epoch happens that often: evaluating, saving, and checking for an early stop.
+
+    Everything that is logged in a run has ``env_steps`` as its x axis, except for what is written
+    without ``Logger.log_metrics``. Callbacks can monitor every metric of a history row. Metrics of
+    episodes are NaN until an episode has ended; ``EarlyStopping`` stops at a NaN, unless it has
+    ``check_finite=False``.
 
     Attributes:
-        settings: The arguments.
+        settings: Settings of the module, which are the arguments of ``PPO``.
         progress: Counters of the run.
+        obs_normalizer: Statistics of observations; ``None`` without ``PPOConfig.normalize_obs``.
+        return_stats: Statistics of discounted returns; ``None`` without
+            ``PPOConfig.normalize_reward``.
         evaluation: Environments and episodes of the latest evaluation.
     """
 
@@ -75,33 +80,39 @@ class PPO(CheckpointHooks):
         total_env_steps: int | None = None,
         iterations_per_epoch: int = 50,
         eval_episodes: int | None = None,
-        compile: CompileMode = "off",  # noqa: A002 - as it is called everywhere
+        compile: CompileMode = "off",  # noqa: A002 - the usual name of the setting
         warm_start: str | None = None,
     ) -> None:
-        """Check the settings and build the networks; ``setup`` builds environments, on the device.
+        """Check the settings and build the networks; environments are built when a run starts.
 
         Args:
-            env: Which environments to train in, on each rank.
-            policy: Which networks to train.
-            ppo: How to train them.
-            seed: Of everything random: weights, environments, exploration, sample order,
-                evaluation.
-            total_env_steps: The run ends when so many steps have been taken, over all environments:
-                the last rollout is shortened to fit, and less than one step of all environments is
-                left unused. ``None`` leaves the end to the Trainer's own limits.
-            iterations_per_epoch: Length of Lightning's epoch.
-            eval_episodes: Episodes of one evaluation on each rank, each in an environment of its
-                own. ``None`` for 100, or ``env.num_envs`` where the spec is not a dataclass.
-            compile: How rollouts and updates run. ``off`` begins at once; ``default`` compiles
-                single steps; ``max`` compiles (or, on CUDA, captures) whole rollouts and updates,
-                several times as fast after half a minute of compilation or more. The results are
-                the same to rounding (that of bfloat16 under ``bf16-mixed``); what cannot be
-                compiled runs a slower way, with a warning.
-            warm_start: Checkpoint whose weights and normalisers a new run begins with; nothing else
-                of it is used. Of no effect where a run is resumed.
+            env: Environments to train in, such as ``CartPole(num_envs=2048)``. With several ranks
+                (processes), each rank has that many environments of its own.
+            policy: Networks to train, such as ``MLP()`` for vectors, ``CNN()`` for images or
+                ``Recurrent()`` for tasks that need memory.
+            ppo: Settings of the algorithm.
+            seed: Seed of everything random: initial weights, environments, exploration, order of
+                samples, and evaluations.
+            total_env_steps: Number of environment steps after which the run ends, over all
+                environments of all ranks. The last rollout is shortened to fit; a remainder of less
+                than one step of all environments is not used. ``None`` means that only the
+                Trainer's own limits end the run.
+            iterations_per_epoch: Number of iterations in an epoch. Lightning evaluates and saves
+                once per epoch.
+            eval_episodes: Number of episodes that each rank plays in one evaluation, as a rule each
+                in an environment of its own. ``None`` means 100, or as many as ``env.num_envs``
+                where the spec cannot be copied with another number of environments.
+            compile: Compile mode of rollouts and updates. ``off`` compiles nothing and starts at
+                once. ``default`` compiles single steps of loops. ``max`` compiles whole rollouts
+                and updates (on CUDA, captures them as graphs): half a minute of compilation or
+                more, then several times the speed. All three give the same results to rounding
+                (under ``bf16-mixed``, the rounding of bfloat16). What cannot be compiled runs a
+                slower way, with a warning.
+            warm_start: Checkpoint from which a new run takes weights and normalisation statistics,
+                and nothing else. It has no effect where a run is resumed.
 
         Raises:
-            ValueError: If a setting is out of range or does not fit the environment.
+            ValueError: If a setting is out of range or does not fit the environments.
         """
         super().__init__()
         require_torch_defaults("PPO")
@@ -134,36 +145,39 @@ class PPO(CheckpointHooks):
 
     @property
     def iteration(self) -> int:
-        """Iterations finished."""
+        """Number of finished iterations."""
         return self.progress.iteration
 
     @property
     def env_steps(self) -> int:
-        """Environment steps taken, over all environments of all ranks."""
+        """Number of environment steps taken, over all environments of all ranks."""
         return self.progress.env_steps
 
     @property
     def gradient_steps(self) -> int:
-        """Optimizer steps applied."""
+        """Number of gradient steps applied."""
         return self.progress.gradient_steps
 
     @property
     def planned_env_steps(self) -> int | None:
-        """Environment steps after which this run will end, known once training has started."""
+        """Number of environment steps after which this run will end.
+
+        ``None`` until training has started, and for a run without a limit.
+        """
         return self.progress.planned_env_steps
 
     # The main path.
 
     @override
     def training_step(self, batch: int, batch_idx: int) -> dict[str, Any]:
-        """One iteration: roll out, estimate advantages, update, report.
+        """One iteration: roll out, estimate advantages, update, publish metrics.
 
         Returns:
-            The iteration's history row under ``"row"``.
+            A dictionary that holds the history row of the iteration under ``"row"``.
 
         Raises:
-            ValueError: If the environment returned a value that is not finite; the weights are then
-                those of the previous iteration.
+            NonFiniteError: If a number of the rollout or of the update is not finite. After a
+                rollout that is not finite, the weights are those of the previous iteration.
         """
         started = time.perf_counter()
         self._guard_loggers()
@@ -185,7 +199,7 @@ class PPO(CheckpointHooks):
         with profile("logging"):
             metrics = learner.to_host(rollout, targets, update, iteration=self.iteration + 1)
             if self.obs_normalizer is not None:
-                # Only now: acting and learning are to see the same statistics.
+                # Only after the update, so that acting and learning see the same statistics.
                 self.obs_normalizer.update(rollout.obs, self._ranks)
             row = self.progress.finish_iteration(
                 metrics,
@@ -203,14 +217,17 @@ class PPO(CheckpointHooks):
 
     @override
     def on_train_batch_end(self, outputs: Any, batch: int, batch_idx: int) -> None:
-        """Stop everywhere if a callback stops one rank: the others would wait for it for ever."""
+        """Stop all ranks if a callback stops one: the others would wait for that rank for ever."""
         if self._ranks.size > 1:
             strategy, stops = self.trainer.strategy, self.trainer.should_stop
             self.trainer.should_stop = strategy.reduce_boolean_decision(stops, all=False)
 
     @override
     def validation_step(self, batch: int, batch_idx: int) -> None:
-        """Play one deterministic episode in each of ``eval_episodes`` environments."""
+        """Play the deterministic episodes of one evaluation.
+
+        Where evaluation and training share a simulator, training continues with new episodes.
+        """
         rank = self.global_rank
         self.evaluation.play(self.policy, self._normalize, device=self.device, rank=rank)
         if (
@@ -222,24 +239,27 @@ class PPO(CheckpointHooks):
 
     @override
     def on_validation_epoch_end(self) -> None:
-        """Report the evaluation."""
+        """Log the metrics of the evaluation."""
         metrics = self.evaluation.finish()
         if not self.trainer.barebones:
-            # Every rank has the same metrics; Lightning wants them reduced all the same.
+            # Every rank has the same metrics, but Lightning warns unless they are reduced.
             self.log_dict(metrics, sync_dist=True)
 
     @override
     def log(self, *args: Any, batch_size: int | None = None, **kwargs: Any) -> None:  # pyright: ignore[reportIncompatibleMethodOverride]
-        """Log a metric as any module does; an iteration weighs as much as any other in an epoch."""
+        """Log a metric as any module does; all iterations have the same weight in an epoch."""
         super().log(*args, batch_size=batch_size or 1, **kwargs)
 
     # Life cycle.
 
     @override
     def configure_callbacks(self) -> list[Callback]:
-        """Add what closes environments; refuse what cannot work: it is the first hook of a run.
+        """Refuse a Trainer that cannot work, and add the callback that closes environments.
 
-        From here on loggers cannot end the run.
+        This is the first hook of a run. From here on, an error of a logger cannot end the run.
+
+        Raises:
+            ValueError: If a setting of the Trainer does not work with PPO.
         """
         fits = self.trainer.state.fn == TrainerFn.FITTING
         trainer_rules.refuse_trainer(self.trainer, self.settings, fits=fits)
@@ -249,22 +269,22 @@ class PPO(CheckpointHooks):
 
     @override
     def configure_optimizers(self) -> torch.optim.Optimizer:
-        """Adam over the policy."""
+        """Adam over the trained weights of the policy."""
         return build_optimizer(self.policy, self.ppo)
 
     @override
     def train_dataloader(self) -> Iterable[int]:
-        """The "batches" of an epoch: nothing but the number of an iteration in it."""
+        """The "batches" of an epoch: each is the number of an iteration within the epoch."""
         return Iterations(self.settings.iterations_per_epoch)
 
     @override
     def val_dataloader(self) -> Iterable[int]:
-        """One batch is one evaluation."""
+        """A single "batch", which stands for one evaluation."""
         return Iterations(1)
 
     @override
     def setup(self, stage: str) -> None:
-        """Build environments and rollout storage on the device."""
+        """Build environments and rollout storage on the device, if the module is to be trained."""
         self._guard_loggers()
         if stage != "fit":
             return
@@ -272,7 +292,7 @@ class PPO(CheckpointHooks):
         device, rank = self.trainer.strategy.root_device, self.trainer.global_rank
         self._ranks = Ranks(self.trainer.world_size)
 
-        def name(purpose: str) -> str:  # a second fit is not to repeat the noise of the first
+        def name(purpose: str) -> str:  # so that a second fit does not repeat the first one's noise
             return f"{purpose} from iteration {self.iteration}"
 
         env_seed = stream_seed(self.seed, rank=rank, purpose=name("environments"))
@@ -290,14 +310,14 @@ class PPO(CheckpointHooks):
         )
 
     def close_environments(self) -> None:
-        """Give back what environments hold: the processes and windows of simulators."""
+        """Release the processes, windows and other resources of all environments."""
         self.evaluation.close()
         if (learner := getattr(self, "_learner", None)) is not None:
             learner.close()
 
     @override
     def on_train_start(self) -> None:
-        """Take up the environments where the checkpoint left them, or reset them."""
+        """Resume the environments where the checkpoint left them, or start new episodes."""
         self._guard_loggers()
         self._optimizer = cast(torch.optim.Adam, self.optimizers(use_pl_optimizer=False))
         self._optimizer.param_groups[0]["eps"] = self.ppo.adam_eps  # not that of a checkpoint
@@ -323,11 +343,11 @@ class PPO(CheckpointHooks):
             self.trainer.should_stop = True
 
     def _guard_loggers(self) -> None:
-        """Give loggers, those that have come since too, ``env_steps`` as their x axis.
+        """Give all loggers of the Trainer ``env_steps`` as their x axis, until the run is over.
 
-        Until the run is over, however it ends; none of them ends it.
+        Loggers that were added since the last call are included. Their errors cannot end the run.
         """
-        if not self.trainer.fast_dev_run:  # else they are dummies
+        if not self.trainer.fast_dev_run:  # fast_dev_run has dummies in place of loggers
             guard_loggers(self.trainer.loggers, lambda: self.env_steps)
 
     def _normalize(self, obs: Observation) -> Observation:

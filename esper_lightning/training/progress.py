@@ -1,4 +1,4 @@
-"""How far a run has come: its counters, its budget of environment steps, and its history rows."""
+"""Progress of a run: its counters, its budget of environment steps, and its history rows."""
 
 import math
 from collections.abc import Mapping
@@ -11,15 +11,18 @@ __all__ = ["Progress"]
 
 
 class Progress:
-    """Counters of a run. They advance once for each finished iteration.
+    """Counters of a run, which advance once for each finished iteration.
+
+    Args:
+        settings: Settings of the module.
 
     Attributes:
-        iteration: Iterations finished.
-        env_steps: Environment steps taken, over all environments of all ranks.
-        gradient_steps: Optimizer steps applied.
-        train_time_s: Seconds spent in iterations, over all processes that trained this run.
-        planned_env_steps: Environment steps after which this run will end; ``None`` without a
-            limit, and before training starts.
+        iteration: Number of finished iterations.
+        env_steps: Number of environment steps taken, over all environments of all ranks.
+        gradient_steps: Number of gradient steps applied.
+        train_time_s: Seconds spent in iterations, including those before the run was resumed.
+        planned_env_steps: Number of environment steps after which this run will end; ``None``
+            without a limit, and before training starts.
         new_episodes: Whether a resumed run had to start new episodes, which the next history row
             reports.
     """
@@ -53,7 +56,7 @@ class Progress:
     def finish_iteration(
         self, metrics: Mapping[str, float], *, env_steps: int, duration_s: float
     ) -> dict[str, float | int | None]:
-        """Count an iteration.
+        """Count an iteration and make its history row.
 
         Args:
             metrics: Metrics of the iteration, from ``Learner.to_host``.

@@ -1,4 +1,4 @@
-"""What callbacks, progress bars and loggers are shown of a finished iteration."""
+"""Publication of the metrics of an iteration to callbacks, progress bars and loggers."""
 # Lightning sets many attributes of its Trainer where no type checker sees them.
 # pyright: reportAttributeAccessIssue=false
 # pyright: reportUnknownVariableType=false, reportUnknownArgumentType=false
@@ -15,10 +15,14 @@ __all__ = ["publish"]
 
 
 def publish(trainer: Trainer, row: Mapping[str, float | int | None]) -> None:
-    """Show a history row to callbacks, progress bars and, at the Trainer's interval, loggers.
+    """Pass a history row to callbacks, progress bars and, at the Trainer's interval, loggers.
 
-    Unknown metrics are NaN for callbacks; bars and loggers do not get them. ``self.log`` is not
-    used: it costs 0.3 ms for each metric.
+    Metrics that are not known yet are NaN for callbacks; bars and loggers do not get them.
+    Lightning's ``log`` is not used because it costs 0.3 ms for each metric.
+
+    Args:
+        trainer: Trainer of the run.
+        row: History row of the iteration.
     """
     numbers = {k: math.nan if value is None else float(value) for k, value in row.items()}
     tensors = {name: torch.tensor(v, dtype=torch.float64) for name, v in numbers.items()}

@@ -1,7 +1,7 @@
 """The settings of a PPO module: checked at construction, written as plain data, and read again.
 
-Nothing here needs a Trainer, a device or a network. What depends on the Trainer is checked by
-``trainer_rules``.
+Nothing here needs a Trainer, a device or a network. Settings that depend on the Trainer are checked
+by ``trainer_rules``.
 """
 
 import dataclasses
@@ -24,7 +24,7 @@ __all__ = ["PPOSettings"]
 
 @dataclass(frozen=True, kw_only=True)
 class PPOSettings:
-    """The arguments of ``PPO``, whose docstring says what each one means.
+    """The arguments of ``PPO``, whose docstring explains each of them.
 
     Errors name ``PPO``, the class to which a user passes the settings.
     """
@@ -53,7 +53,7 @@ class PPOSettings:
         require(budget is None or budget >= least, "PPO.total_env_steps", rule, budget)
 
     def arguments(self) -> dict[str, Any]:
-        """Every setting by its name, as ``PPO`` takes them."""
+        """Every setting by its name, as keyword arguments of ``PPO``."""
         return {field.name: getattr(self, field.name) for field in dataclasses.fields(self)}
 
     def to_data(self) -> dict[str, Any]:
@@ -63,10 +63,10 @@ class PPOSettings:
 
     @classmethod
     def from_data(cls, data: Mapping[str, Any], **given: Any) -> Self:
-        """Settings from what ``to_data`` returned.
+        """Settings rebuilt from the plain data that ``to_data`` returned.
 
         Args:
-            data: Plain data, from a checkpoint perhaps. Names that are no setting are ignored.
+            data: Plain data, of a checkpoint for example. Names that are not settings are ignored.
             **given: Settings that replace those in ``data``. A spec that is replaced is not built.
 
         Raises:

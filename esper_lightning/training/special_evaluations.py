@@ -1,7 +1,7 @@
-"""What ``esper evaluate`` adds to the mean return for some environments.
+"""Special evaluations, which ``esper evaluate`` adds to the mean return for some environments.
 
-The table below is all that the command line knows of such environments. A module in it is imported
-only where it is asked for: a run in another environment never needs it.
+The table below is all that the command line knows of such environments. A module of the table is
+imported only when its evaluation is asked for, so runs in other environments never need it.
 """
 
 import importlib
@@ -26,29 +26,38 @@ class SpecialEvaluation(Protocol):
     """An evaluation of a policy in environments of one kind; a module can be one."""
 
     def refuse_figures(self, folder: Path) -> None:
-        """Refuse ``--figures`` where none can be drawn; make the folder if they can.
+        """Refuse ``--figures`` where no figures can be plotted; otherwise make the folder.
+
+        Args:
+            folder: Folder for the figures.
 
         Raises:
-            ValueError: If what draws them is missing, or the folder cannot be made.
+            ValueError: If the plotting library is missing, or the folder cannot be made.
         """
         ...
 
     def compare_policies(self, model: PPO, device: torch.device, *, figures: Path | None) -> str:
-        """Play episodes of a policy and of others to compare it with.
+        """Play episodes with a trained policy and with policies to compare it with.
 
         Args:
-            model: The module with trained weights.
-            device: Where to play.
-            figures: Folder for figures of episodes; ``None`` for none.
+            model: Module with trained weights.
+            device: Device on which the episodes are played.
+            figures: Folder for figures of episodes; ``None`` for no figures.
 
         Returns:
-            What is to be printed.
+            Text for the command line to print.
         """
         ...
 
 
 def special_evaluation(kind: type[EnvSpec]) -> SpecialEvaluation | None:
-    """The special evaluation for the specs of a class, or of a class that derives from it."""
+    """The special evaluation for specs of a class; ``None`` if there is none.
+
+    Classes that derive from the class in the table have the same evaluation.
+
+    Args:
+        kind: Class of the spec.
+    """
     for each in kind.__mro__:
         module = _MODULES.get(f"{each.__module__}.{each.__qualname__}")
         if module is not None:
@@ -57,14 +66,14 @@ def special_evaluation(kind: type[EnvSpec]) -> SpecialEvaluation | None:
 
 
 def require_special_evaluation(kind: type[EnvSpec], setting: str) -> SpecialEvaluation:
-    """The special evaluation for the specs of a class, which a setting needs.
+    """The special evaluation for specs of a class, for a setting that needs one.
 
     Args:
         kind: Class of the spec.
         setting: Name of the setting, for the error.
 
     Raises:
-        ValueError: If there is none for the class, naming the classes that have one.
+        ValueError: If the class has none. The error names the classes that have one.
     """
     found = special_evaluation(kind)
     known = ", ".join(path.rpartition(".")[2] for path in _MODULES)

@@ -1,6 +1,6 @@
-"""Specs as plain data and back: how a checkpoint and ``config.yaml`` say what was trained.
+"""Specs as plain data and back, for checkpoints and ``config.yaml``.
 
-The form is the command line's own: ``class_path`` and ``init_args``.
+The plain data have the form of the command line: ``class_path`` and ``init_args``.
 """
 
 import dataclasses
@@ -32,10 +32,11 @@ _EVAL_EPISODES = 100
 
 
 def to_data(value: object) -> Any:
-    """Dataclasses as dicts and tuples as lists, all the way down; specs within with their class.
+    """Plain data of a setting: dataclasses become dicts and tuples become lists, at all depths.
 
-    What is not a number or text becomes its ``repr`` under a name that no setting has: it can be
-    compared, and ``spec_from_data`` refuses it.
+    An encoder spec within becomes a dict with its class. Any other value that is not a number or
+    text becomes its ``repr`` under a name that no setting has. Such a value can be compared with
+    others, but ``spec_from_data`` refuses it.
     """
     if isinstance(value, EncoderSpec):
         return spec_to_data(value)
@@ -52,11 +53,12 @@ def first_difference(name: str, values: Sequence[Any]) -> tuple[str, list[Any]]:
     """The first setting in which plain data differ.
 
     Args:
-        name: Name of the whole, with which that of the setting begins.
-        values: Data from ``to_data``, one for each rank.
+        name: Name of the plain data, with which the name of the setting begins.
+        values: Plain data from ``to_data``, one for each rank.
 
     Returns:
-        Its dotted name, and its values; no values if all are the same.
+        The dotted name of the setting, and its value for each rank. The list of values is empty if
+        all data are the same.
     """
     if all(value == values[0] for value in values):
         return name, []
@@ -72,7 +74,10 @@ def first_difference(name: str, values: Sequence[Any]) -> tuple[str, list[Any]]:
 
 
 def spec_to_data(spec: object) -> SpecData:
-    """Class and settings of a spec; settings are empty for one that is not a dataclass."""
+    """Plain data of a spec: its class and its settings.
+
+    The settings are empty for a spec that is not a dataclass.
+    """
     kind = type(spec)
     return {
         "class_path": f"{kind.__module__}.{kind.__qualname__}",
@@ -81,15 +86,17 @@ def spec_to_data(spec: object) -> SpecData:
 
 
 def spec_from_data(description: SpecData, *, owner: str, kind: type) -> Any:
-    """The spec that ``spec_to_data`` described.
+    """A spec rebuilt from the plain data that ``spec_to_data`` returned.
+
+    Nothing but a spec is ever built from the data.
 
     Args:
-        description: Of the spec; nothing else than a spec is made from it.
+        description: Plain data of the spec.
         owner: Name of the setting, for the error.
-        kind: What its class must be, ``EnvSpec`` or ``PolicySpec``.
+        kind: Class from which the spec must derive: ``EnvSpec``, ``PolicySpec`` or ``EncoderSpec``.
 
     Raises:
-        ValueError: If its class cannot be imported, is none of a spec, or takes other settings.
+        ValueError: If the class cannot be imported, is not that of a spec, or takes other settings.
     """
     path = str(description["class_path"])
     settings = cast(dict[str, object], description["init_args"])
@@ -100,22 +107,25 @@ def spec_from_data(description: SpecData, *, owner: str, kind: type) -> Any:
         return found(**{key: _frozen(value) for key, value in settings.items()})
     except ValueError:
         raise
-    except Exception as error:  # whatever a class makes of settings that are not its own
+    except Exception as error:  # a class may raise anything for settings that are not its own
         hint = f"Pass {owner} yourself."
-        raise ValueError(f"{owner} must be one that {path} makes anew: {error}. {hint}") from error
+        raise ValueError(f"{owner} must be a spec that {path} builds: {error}. {hint}") from error
 
 
 def evaluation_spec(spec: EnvSpec, episodes: int | None) -> EnvSpec:
-    """Environments of an evaluation: what the spec itself says, or one for each episode.
+    """Spec of the environments of an evaluation.
+
+    A spec with a method ``evaluation_spec`` decides itself. All other specs are copied with one
+    environment for each episode.
 
     Args:
         spec: Spec of the training environments.
-        episodes: Number of episodes; ``None`` for 100, or as many as the spec has environments if
-            it is not a dataclass with a field ``num_envs``, without which it cannot be copied with
-            another number.
+        episodes: Number of episodes. ``None`` means 100, or as many as the spec has environments if
+            the spec cannot be copied. (A spec can be copied with another number of environments if
+            it is a dataclass with a field ``num_envs``.)
 
     Raises:
-        ValueError: If the spec cannot be copied and has another number.
+        ValueError: If the spec cannot be copied and its ``num_envs`` is not ``episodes``.
     """
     own_rule = getattr(spec, "evaluation_spec", None)
     if callable(own_rule):
@@ -136,11 +146,13 @@ def evaluation_spec(spec: EnvSpec, episodes: int | None) -> EnvSpec:
 
 
 def episodes_each(spec: EnvSpec, episodes: int | None) -> int:
-    """Episodes that each environment of an evaluation plays: enough for all of them together.
+    """Number of episodes that each environment of an evaluation plays.
+
+    All environments together play at least ``episodes`` episodes.
 
     Args:
-        spec: What ``evaluation_spec`` returned.
-        episodes: Number of episodes, as for ``evaluation_spec``.
+        spec: Spec from ``evaluation_spec``.
+        episodes: Number of episodes of the evaluation, as passed to ``evaluation_spec``.
     """
     if episodes is None:
         has_rule = callable(getattr(spec, "evaluation_spec", None))
@@ -149,10 +161,15 @@ def episodes_each(spec: EnvSpec, episodes: int | None) -> int:
 
 
 def require_specs(owner: str, env: object, policy: object) -> None:
-    """Refuse what are no specs, in the name of ``owner``.
+    """Refuse arguments that are not specs.
+
+    Args:
+        owner: Name of the function or class that got the arguments, for the error.
+        env: Argument that must be an environment spec.
+        policy: Argument that must be a policy spec.
 
     Raises:
-        ValueError: Naming the argument.
+        ValueError: If an argument is not a spec. The error names the argument.
     """
     hint = "CartPole(num_envs=64), for example."
     ok = isinstance(env, EnvSpec) and not isinstance(env, type)
@@ -169,17 +186,19 @@ def _fields_to_data(settings: Any) -> SpecData:
 
 
 def _frozen(value: object) -> object:
-    """Lists as tuples and data of specs as specs, all the way down: what frozen dataclasses hold.
+    """The value of a frozen dataclass for plain data: lists become tuples, at all depths.
+
+    Plain data of encoder specs become specs.
 
     Raises:
-        TypeError: For a value of which only the ``repr`` was kept.
+        TypeError: If only the ``repr`` of a value was stored.
     """
     if isinstance(value, dict):
         fields = cast(dict[str, object], value)
         if _OPAQUE in fields:
             raise TypeError(f"{fields[_OPAQUE]} is not plain data")
         if fields.keys() == _FORM:
-            return spec_from_data(fields, owner="A spec within", kind=EncoderSpec)
+            return spec_from_data(fields, owner="An encoder", kind=EncoderSpec)
         return {key: _frozen(item) for key, item in fields.items()}
     if isinstance(value, list):
         return tuple(_frozen(item) for item in cast(list[object], value))

@@ -1,6 +1,7 @@
-"""What PPO needs of Lightning beyond its hooks, in one place.
+"""Everything that PPO needs of Lightning's Trainer beyond its hooks.
 
-Which Trainer settings work, how a run is counted.
+This file refuses Trainer settings that do not work, counts iterations as the Trainer's steps, and
+adapts autocast and threads to PPO.
 """
 # Lightning sets many attributes of its Trainer where no type checker sees them.
 # pyright: reportAttributeAccessIssue=false, reportPrivateUsage=false
@@ -65,15 +66,15 @@ _LOG_ONLY = (DeviceStatsMonitor, LearningRateMonitor)
 
 
 def refuse_trainer(trainer: Trainer, settings: PPOSettings, *, fits: bool = True) -> None:
-    """Refuse a Trainer in which PPO would be wrong, or could not begin.
+    """Refuse a Trainer with which PPO would give wrong results, or could not start.
 
     Args:
         trainer: The Trainer before it runs.
-        settings: Settings of the module that is to run.
-        fits: Whether the module is to be trained, and not only evaluated.
+        settings: Settings of the module.
+        fits: Whether the module will be trained; False if it will only be evaluated.
 
     Raises:
-        ValueError: Naming the setting and what to use instead.
+        ValueError: If a setting does not work. The error names the setting and what to use instead.
         MisconfigurationException: If a share of an epoch is less than one batch.
     """
     require_torch_defaults("PPO")
@@ -87,7 +88,7 @@ def refuse_trainer(trainer: Trainer, settings: PPOSettings, *, fits: bool = True
 
 
 def _refuse_settings(trainer: Trainer, budget: int | None) -> None:
-    """Refuse settings that matter to training and to evaluations."""
+    """Refuse settings of the Trainer that work neither for training nor for evaluations."""
     clip = trainer.gradient_clip_val
     hint = "PPO clips gradients itself: set PPOConfig.max_grad_norm."
     require(not clip, "Trainer.gradient_clip_val", "be None", clip, hint)
@@ -117,7 +118,7 @@ def _refuse_settings(trainer: Trainer, budget: int | None) -> None:
 
 
 def _refuse_too_large(trainer: Trainer, settings: PPOSettings) -> None:
-    """Refuse more environments than the budget has steps, or than fit into the memory."""
+    """Refuse environments that are too many for the step budget or for the memory."""
     env, budget = settings.env, settings.total_env_steps
     least = env.num_envs * trainer.world_size
     rule = f"be at least env.num_envs * Trainer.world_size = {least}"
@@ -134,7 +135,7 @@ def _refuse_too_large(trainer: Trainer, settings: PPOSettings) -> None:
 
 
 def _refuse_unfit(trainer: Trainer, settings: PPOSettings) -> None:
-    """Refuse settings with which PPO could not train; they do not matter to evaluations."""
+    """Refuse settings with which PPO could not train, but could be evaluated."""
     length, share = settings.iterations_per_epoch, trainer.limit_train_batches
     most = batches_in_epoch(length, share)
     time_s = time_between_evaluations(trainer)
@@ -156,7 +157,7 @@ def _refuse_unfit(trainer: Trainer, settings: PPOSettings) -> None:
     hint = "Install psutil, or set it to False."
     require(ok, "DeviceStatsMonitor.cpu_stats", "be False without psutil", None, hint)
     epochs = trainer.max_epochs
-    if epochs is None:  # Lightning then takes 1000, unless something else ends the run
+    if epochs is None:  # Lightning's default is 1000, unless something else ends the run
         epochs = -1 if any(isinstance(each, Timer) for each in trainer.callbacks) else 1000
     budget, schedule = settings.total_env_steps, settings.ppo.learning_rate_schedule
     endless = budget is None and epochs < 0 and trainer.max_steps < 0
@@ -166,9 +167,10 @@ def _refuse_unfit(trainer: Trainer, settings: PPOSettings) -> None:
 
 
 def _refuse_callback(callback: Callback) -> None:
-    """Refuse callbacks of Lightning that PPO's manual optimisation leaves without effect, or worse.
+    """Refuse callbacks of Lightning that have no effect, or a harmful one, with PPO.
 
-    Where they find out themselves, it is when the run has begun.
+    The cause is that PPO optimises manually. Some of these callbacks would raise errors themselves,
+    but only after the run has started.
     """
     name = type(callback).__name__
     hint = "PPO schedules its learning rate and sizes its minibatches itself: see PPOConfig."
@@ -199,7 +201,7 @@ def _refuse_callback(callback: Callback) -> None:
 
 
 def _refuse_no_place(callback: ModelCheckpoint) -> None:
-    """Refuse a checkpoint whose folder or file name cannot be."""
+    """Refuse a ``ModelCheckpoint`` with an impossible folder or file name."""
     path = str(callback.dirpath or "")
     place = Path(path).absolute()
     ok = "://" in path or (
@@ -218,6 +220,7 @@ def _refuse_no_place(callback: ModelCheckpoint) -> None:
 
 
 def _refuse_strategy(trainer: Trainer) -> None:
+    """Refuse strategies that shard weights or lose the state of a run."""
     strategy, name = trainer.strategy, type(trainer.strategy).__name__
     known = isinstance(strategy, SingleDeviceStrategy | DDPStrategy)
     reason = "PPO steps all weights as one vector, of which every rank needs the whole."
@@ -233,8 +236,8 @@ def _refuse_strategy(trainer: Trainer) -> None:
 def keep_lightning_from_requeueing(trainer: Trainer) -> None:
     """Switch off Lightning's own requeueing of SLURM jobs of several ranks.
 
-    On a signal it saves a checkpoint from within the handler, in the middle of whatever the rank
-    does: ranks that meet in other collectives would wait for ever.
+    On a signal, Lightning saves a checkpoint from within the signal handler, in the middle of
+    whatever the rank is doing. Ranks that meet in different collectives would then wait for ever.
     """
     environment = cluster_environment(trainer)
     if (
@@ -244,14 +247,14 @@ def keep_lightning_from_requeueing(trainer: Trainer) -> None:
     ):
         environment.auto_requeue = False
         hangs = "Lightning's requeueing is off: with several ranks it hangs"
-        _log.info("%s. scripts/slurm.sh does it.", hangs)
+        _log.info("%s. scripts/slurm.sh requeues the job instead.", hangs)
 
 
 def silence_checkpoint_advice() -> None:
-    """Keep ``ModelCheckpoint`` from advising to save the weights of before a step.
+    """Silence the advice of ``ModelCheckpoint`` to save the weights before a step.
 
-    Lightning says so to every module with manual optimisation. Here a checkpoint is to hold the
-    finished iteration.
+    Lightning gives this advice to every module with manual optimisation. A checkpoint of PPO must
+    hold the finished iteration.
     """
     warnings.filterwarnings("ignore", message="Using ModelCheckpoint with manual optimization")
 
@@ -259,9 +262,9 @@ def silence_checkpoint_advice() -> None:
 def count_step(trainer: Trainer) -> None:
     """Count one iteration as one step of ``trainer.global_step``.
 
-    An iteration takes many optimizer steps. Counted one by one they would make ``max_steps`` and
-    ``ModelCheckpoint(every_n_train_steps=...)`` depend on the number of minibatches, and each would
-    pay Lightning's wrapper.
+    An iteration takes many gradient steps. If each of them counted, ``max_steps`` and
+    ``ModelCheckpoint(every_n_train_steps=...)`` would depend on the number of minibatches, and each
+    step would cost a call of Lightning's wrapper.
     """
     progress = trainer.fit_loop.epoch_loop.manual_optimization.optim_step_progress
     progress.increment_ready()
@@ -271,17 +274,16 @@ def count_step(trainer: Trainer) -> None:
 def planned_env_steps(
     trainer: Trainer, *, done: int, per_iteration: int, budget: int | None
 ) -> int | None:
-    """Environment steps after which the first limit of a run is reached.
+    """Number of environment steps after which the first limit of a run is reached.
 
-    ``None`` if there is no limit.
-
-    Warns where the Trainer ends a run before its budget is used.
+    The result is ``None`` if there is no limit. A warning is logged where the Trainer will end the
+    run before its budget is used.
 
     Args:
-        trainer: At the start of training.
-        done: Environment steps taken so far.
-        per_iteration: Environment steps of a full iteration.
-        budget: ``PPO.total_env_steps``.
+        trainer: The Trainer at the start of training.
+        done: Number of environment steps taken so far.
+        per_iteration: Number of environment steps of a full iteration.
+        budget: The setting ``PPO.total_env_steps``.
     """
     iterations: list[float] = []
     if trainer.max_epochs is not None and trainer.max_epochs >= 0:
@@ -305,10 +307,13 @@ def planned_env_steps(
 
 
 def autocast_without_cache(device: torch.device) -> AbstractContextManager[object]:
-    """The autocast in force, without its cache of cast weights.
+    """The autocast that is in force, without its cache of converted weights.
 
-    The cache lives as long as Lightning's context, which is a whole iteration: after the first
-    optimizer step every later minibatch would still compute with the old weights.
+    The cache lives as long as Lightning's autocast context, which is a whole iteration. With the
+    cache, every minibatch after the first gradient step would still compute with the old weights.
+
+    Args:
+        device: Device of the module.
     """
     if not torch.is_autocast_enabled(device.type):
         return nullcontext()
@@ -318,13 +323,13 @@ def autocast_without_cache(device: torch.device) -> AbstractContextManager[objec
 
 @contextmanager
 def few_cpu_threads(samples: int) -> Generator[None]:
-    """One CPU thread for tensors of so few rows that a second gains nothing.
+    """A context with one CPU thread, where tensors have too few rows for a second thread to help.
 
     Threads of an OpenMP team wait for each other by spinning: beside another busy process, 64
     environments ran tens of times slower with two threads than with one (``docs/decisions/0008``).
 
     Args:
-        samples: Rows of the largest tensors, those of a minibatch.
+        samples: Number of rows of the largest tensors, which are those of a minibatch.
     """
     threads = torch.get_num_threads()
     if samples >= _SAMPLES_WORTH_A_THREAD or threads == 1:

@@ -350,8 +350,8 @@ def test_files_that_are_no_checkpoints(capsys, command):
     torch.save({"state_dict": Path("x")}, "code.ckpt")
     config = ["--config", CARTPOLE, *QUICK] if command == "fit" else []
     for path, said in {
-        "torn.ckpt": "whole checkpoint, got 'torn.ckpt'. It is torn: it has no end, or a damaged",
-        "flipped.ckpt": "whole checkpoint, got 'flipped.ckpt'. It is damaged, in its part '",
+        "torn.ckpt": "whole checkpoint, got 'torn.ckpt'. It is torn: its end is missing",
+        "flipped.ckpt": "whole checkpoint, got 'flipped.ckpt'. It is damaged, in its entry '",
         "empty.ckpt": "whole checkpoint, got 'empty.ckpt'. It is empty.",
         "other.ckpt": "name a checkpoint of PPO, got 'other.ckpt'.",
         "code.ckpt": "only tensors and plain data, got 'code.ckpt'. It holds objects of pathlib",

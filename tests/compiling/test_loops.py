@@ -1,4 +1,4 @@
-"""A loop gives the same however it runs, and what cannot be compiled runs a slower way."""
+"""A loop gives the same results in every mode; what cannot be compiled runs eagerly."""
 
 import logging
 from typing import Any
@@ -38,7 +38,7 @@ def test_the_rational_tanh_is_exact_to_float32_rounding() -> None:
 
 
 class Regression:
-    """Gradient descent on a small network: a loop with a part, chunks, and a gradient inside."""
+    """Gradient descent on a small network: a loop over chunks, with a gradient inside."""
 
     def __init__(self) -> None:
         generator = torch.Generator().manual_seed(0)
@@ -50,7 +50,9 @@ class Regression:
         self.constants = (x, (x.sum(1), None))
 
     @staticmethod
-    def part(carry: dict[str, Tensor], index: Tensor, constants: Any) -> tuple[Tensor, Tensor]:
+    def chunk_body(
+        carry: dict[str, Tensor], index: Tensor, constants: Any
+    ) -> tuple[Tensor, Tensor]:
         x, (y, _) = constants
         with torch.enable_grad():
             weight = carry["weight"].detach().requires_grad_()
@@ -66,7 +68,7 @@ class Regression:
         return {"weight": weight, "n": carry["n"] + 1.0}, (loss / ROWS, carry["n"])
 
     def run(self, mode: CompileMode) -> Any:
-        loop = compile_loop("test", self.body, self.part, mode=mode, device=CPU)
+        loop = compile_loop("test", self.body, self.chunk_body, mode=mode, device=CPU)
         results = []
         for _ in range(2):  # the first call compiles
             carry = {name: value.clone() for name, value in self.carry.items()}
@@ -82,7 +84,7 @@ def new_run() -> None:
 
 
 @pytest.mark.parametrize("mode", MODES)
-def test_a_loop_gives_the_same_in_every_mode(
+def test_a_loop_gives_the_same_results_in_every_mode(
     mode: CompileMode, caplog: pytest.LogCaptureFixture
 ) -> None:
     got, expected = Regression().run(mode), Regression().run("off")
@@ -91,7 +93,7 @@ def test_a_loop_gives_the_same_in_every_mode(
     assert ours(caplog) == []  # nothing fell back
 
 
-def test_rows_are_written_where_they_are_wanted_and_carry_goes_on() -> None:
+def test_rows_are_written_to_the_given_storage_and_the_carry_is_passed_on() -> None:
     def body(carry: Tensor, x: Tensor, constants: Tensor) -> tuple[Tensor, Tensor]:
         return carry + x, carry * constants
 
@@ -104,7 +106,7 @@ def test_rows_are_written_where_they_are_wanted_and_carry_goes_on() -> None:
         assert out.tolist() == [0.0, 10.0, 30.0]
 
 
-def test_what_cannot_be_compiled_runs_plainly_with_one_warning(
+def test_what_cannot_be_compiled_runs_eagerly_with_one_warning(
     caplog: pytest.LogCaptureFixture,
 ) -> None:
     def branches(x: Tensor) -> Tensor:
@@ -131,10 +133,10 @@ def test_without_a_compiler_it_still_runs(
     assert all("no C++ compiler" in record.getMessage() for record in ours(caplog))
     compiling.tell_reasons_again()
     Regression().run("max")
-    assert len(ours(caplog)) == 2  # another run is told, too
+    assert len(ours(caplog)) == 2  # another run warns as well
 
 
-def test_running_out_of_memory_is_no_reason_to_try_again() -> None:
+def test_an_error_of_exhausted_memory_is_raised_without_a_second_try() -> None:
     calls = []
 
     def exhausting(x: Tensor) -> Tensor:
@@ -147,7 +149,7 @@ def test_running_out_of_memory_is_no_reason_to_try_again() -> None:
     assert len(calls) == 1
 
 
-def test_other_shapes_than_the_first_run_plainly() -> None:
+def test_other_shapes_than_the_first_run_eagerly() -> None:
     seen = []
 
     def function(x: Tensor) -> Tensor:
@@ -161,13 +163,13 @@ def test_other_shapes_than_the_first_run_plainly() -> None:
 
 
 @pytest.mark.parametrize(
-    ("rows", "parts"), [(512, 1), (1024, 1), (16384, 16), (65536, 64), (15000, 15), (16381, 1)]
+    ("rows", "chunks"), [(512, 1), (1024, 1), (16384, 16), (65536, 64), (15000, 15), (16381, 1)]
 )
-def test_parts_divide_the_rows_and_fit_the_cache(rows: int, parts: int) -> None:
+def test_chunks_divide_the_rows_and_fit_the_cache(rows: int, chunks: int) -> None:
     threads = torch.get_num_threads()
     torch.set_num_threads(1)
     try:
-        assert in_cache(rows, mode="max", device=CPU) == parts
+        assert in_cache(rows, mode="max", device=CPU) == chunks
         assert in_cache(rows, mode="default", device=CPU) == 1
     finally:
         torch.set_num_threads(threads)

@@ -1,4 +1,4 @@
-"""A way past the type checks of the test run, for what a user without them could pass."""
+"""A way past the type checks of the test run, for arguments that a user could pass."""
 
 from collections.abc import Iterator
 

@@ -30,7 +30,7 @@ def refuses(message: str) -> Any:
 
 
 @pytest.mark.parametrize("path", ["", "Net", "networks:", "net works:Net", "networks.py/Net"])
-def test_what_is_no_import_path_is_refused(path: str) -> None:
+def test_text_that_is_no_import_path_is_refused(path: str) -> None:
     rule = "must name a function or class as package.module:name"
     with refuses(f"Composed.encoder {rule}, got {path!r}."):
         Composed(encoder=path)

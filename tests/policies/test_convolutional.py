@@ -71,7 +71,7 @@ def test_settings_of_an_encoder_are_refused_in_its_own_name() -> None:
         ),
     ],
 )
-def test_observations_that_it_cannot_see_are_refused(space: ObsSpace, message: str) -> None:
+def test_observations_that_the_policy_cannot_see_are_refused(space: ObsSpace, message: str) -> None:
     with pytest.raises(ValueError, match=f"^{re.escape(message)}$"):
         build(CNN(), space)
 
@@ -87,7 +87,7 @@ def test_the_default_is_the_network_for_atari() -> None:
 
 
 def test_bytes_are_scaled_and_floats_are_not() -> None:
-    """So that a bright image is seen as it would be in floats between 0 and 1."""
+    """A bright image of bytes is seen as the same image in floats between 0 and 1."""
     of_bytes, of_floats = build(CNN(**SMALL), BYTES), build(CNN(**SMALL), Box((3, 12, 12)))
     image = torch.randint(256, (5, *BYTES.shape), generator=seeded(1)).float()
     torch.testing.assert_close(of_bytes.value(image), of_floats.value(image / 255.0))

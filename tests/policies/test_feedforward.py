@@ -143,7 +143,9 @@ def test_any_class_with_build_is_a_spec() -> None:
 
 
 @each_case
-def test_what_acting_said_of_its_action_is_what_learning_says(spec: MLP, spaces: EnvSpaces) -> None:
+def test_acting_and_learning_agree_on_log_probability_and_value(
+    spec: MLP, spaces: EnvSpaces
+) -> None:
     policy = trained(spec.build(spaces, seeded(0)))
     obs, mask = random_obs(spaces), random_mask(spaces)
     with torch.no_grad():

@@ -1,4 +1,4 @@
-"""Which head serves which action space, what it hands to the environment, and what it refuses."""
+"""Action heads: the spaces that they fit, the actions that they return, and what they refuse."""
 
 import math
 import re
@@ -131,13 +131,15 @@ def test_bounds_move_with_the_head_but_are_no_weights() -> None:
             Box((2,), low=0.0),
             "clip",
             "MLP's action space must be bounded everywhere or nowhere, got "
-            "Box(shape=(2,), low=0.0, high=inf). Bound both sides of every component, or none.",
+            "Box(shape=(2,), low=0.0, high=inf, dtype='float32'). Bound both sides of every "
+            "component, or none.",
         ),
         (
             Box((2,), low=(-1.0, -math.inf), high=(1.0, math.inf)),
             "tanh",
             "MLP's action space must be bounded everywhere or nowhere, got Box(shape=(2,), "
-            "low=(-1.0, -inf), high=(1.0, inf)). Bound both sides of every component, or none.",
+            "low=(-1.0, -inf), high=(1.0, inf), dtype='float32'). Bound both sides of every "
+            "component, or none.",
         ),
         (
             Box((2,)),
@@ -153,6 +155,6 @@ def test_bounds_move_with_the_head_but_are_no_weights() -> None:
     ],
 )
 @pytest.mark.usefixtures("unchecked_types")
-def test_spaces_that_no_head_serves_are_refused(space, bounds: str, message: str) -> None:
+def test_spaces_that_fit_no_head_are_refused(space, bounds: str, message: str) -> None:
     with pytest.raises(ValueError, match=f"^{re.escape(message)}$"):
         make(space, bounds=bounds)

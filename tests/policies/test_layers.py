@@ -1,4 +1,4 @@
-"""Initial weights."""
+"""Initial weights of layers."""
 
 import math
 

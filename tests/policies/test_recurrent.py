@@ -51,7 +51,7 @@ def seeded(seed: int) -> torch.Generator:
 
 
 def trained(spec: PolicySpec, spaces: EnvSpaces) -> Policy:
-    """With weights unlike those of the start, and double precision."""
+    """A policy with weights unlike those of the start, in double precision."""
     policy, generator = spec.build(spaces, seeded(0)), seeded(5)
     with torch.no_grad():
         for parameter in policy.parameters():
@@ -126,8 +126,8 @@ def test_an_action_space_without_a_head_is_refused_in_the_name_of_the_policy() -
 
 @each_case
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
-def test_a_sequence_is_seen_as_it_was_step_by_step(spec, spaces, dtype) -> None:
-    """With episodes that end within it; in double precision to the last bit of the results."""
+def test_a_sequence_unrolls_as_it_was_seen_step_by_step(spec, spaces, dtype) -> None:
+    """Episodes end within the sequence; in double precision results agree to their last bit."""
     policy = trained(spec, spaces).to(dtype)
     obs, mask, ended = random_obs(spaces, dtype), random_mask(spaces), ends()
     noise = policy.noise((STEPS, ROWS), seeded(4))
@@ -177,7 +177,7 @@ def test_every_weight_learns(spec, spaces) -> None:
         assert parameter.grad.abs().sum() > 0, name
 
 
-def test_what_was_seen_before_counts_until_the_episode_ends() -> None:
+def test_earlier_observations_count_until_the_episode_ends() -> None:
     spec, spaces = CASES["gru"]
     policy = trained(spec, spaces)
     obs = random_obs(spaces)

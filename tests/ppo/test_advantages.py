@@ -1,4 +1,4 @@
-"""What the critic is said to explain, where it is known what there is to explain."""
+"""The explained variance of the critic, where the true share is known."""
 
 import pytest
 import torch
@@ -16,7 +16,7 @@ MYOPIC = PPOConfig(discount=0.0, gae_lambda=0.0, normalize_advantage=False)
 @pytest.mark.parametrize(
     ("share", "explained"), [(1.0, 1.0), (0.5, 0.75), (0.0, 0.0), (-1.0, -3.0)]
 )
-def test_who_looks_no_step_ahead_regresses_on_rewards(share, explained, generator):
+def test_a_critic_without_a_horizon_regresses_on_rewards(share, explained, generator):
     rollout = allocate_rollout(CartPole().spaces(), STEPS, ENVS, device=torch.device("cpu"))
     rollout.reward.normal_(generator=generator)
     rollout.terminated.fill_(False)

@@ -6,6 +6,7 @@ import math
 
 import pytest
 import torch
+from lightning.pytorch import Callback
 from torch import Tensor
 from torch.nn.functional import one_hot
 
@@ -179,7 +180,7 @@ class Garden(EnvSpec):
 
 
 class GardenEnv:
-    """On the CPU."""
+    """The environments of ``Garden``, which run on the CPU alone."""
 
     def __init__(self, num_envs: int, seed: int) -> None:
         self.generator = torch.Generator().manual_seed(seed)
@@ -228,13 +229,16 @@ class GardenEnv:
 
 
 def test_a_factored_choice_is_learnt(make_trainer) -> None:
-    """Every step of random play earns 1/12: GROW of two, a slot of three, a kind of two."""
+    """Random play earns 1/12 in each step: one of two actions, of three slots and of two kinds."""
     ppo = PPOConfig(rollout_steps=16, learning_rate=1e-2, minibatches=2)
     model = PPO(Garden(), Recurrent(encoder_sizes=()), ppo, total_env_steps=16 * 32 * 16)
     rows = []
-    publish = model._report
-    model._report = lambda row: rows.append(row) or publish(row)
-    make_trainer().fit(model)
+
+    class Rows(Callback):
+        def on_train_batch_end(self, trainer, pl_module, outputs, batch, batch_idx):
+            rows.append(outputs["row"])
+
+    make_trainer(callbacks=[Rows()]).fit(model)
     start = rows[0]
     assert start["rollout/episode_return_mean"] < 0.25
     # The entropy of a step with a choice; over all steps it would be half of it.

@@ -67,7 +67,7 @@ def test_without_statistics_rewards_stay(generator):
 
 
 @pytest.mark.parametrize(("samples", "threads"), [(64, 1), (2047, 1), (2048, 2)])
-def test_small_batches_get_one_thread_and_give_the_others_back(samples, threads):
+def test_small_batches_get_one_thread_and_restore_the_others(samples, threads):
     before = torch.get_num_threads()
     torch.set_num_threads(2)
     try:
@@ -104,7 +104,7 @@ def healthy() -> Rollout:
     ],
     ids=str,
 )
-def test_what_is_not_finite_first_is_blamed(bad, owner, name, step, environments):
+def test_the_first_value_that_is_not_finite_is_blamed(bad, owner, name, step, environments):
     storage = healthy()
     assert first_non_finite(storage) is None
     space = CartPole().spaces().action

@@ -41,6 +41,6 @@ def test_absurd_sizes_are_accepted_or_refused_in_a_moment(rollout_steps, num_env
     assert time.process_time() - started < 0.5
 
 
-def test_a_step_that_no_weight_can_take():
+def test_a_learning_rate_beyond_float32_is_refused():
     with pytest.raises(ValueError, match=r"^PPOConfig.learning_rate must be held by float32"):
         PPOConfig(learning_rate=1e308)

@@ -19,7 +19,7 @@ from esper_lightning import PPOConfig
     ],
     ids=str,
 )
-def test_what_lies_at_the_end_of_a_range_is_taken(settings):
+def test_a_value_at_the_end_of_its_range_is_accepted(settings):
     assert dataclasses.asdict(PPOConfig(**settings)).items() >= settings.items()
 
 
@@ -38,6 +38,6 @@ OPTIONAL = ("value_clip", "max_grad_norm", "target_kl")
         ("learning_rate_schedule", "cosine"),
     ],
 )
-def test_what_lies_beyond_it_is_refused_by_name(name, value):
+def test_a_value_beyond_its_range_is_refused_by_name(name, value):
     with pytest.raises(ValueError, match=rf"^PPOConfig\.{name} must .*, got {value!r}\."):
         PPOConfig(**{name: value})

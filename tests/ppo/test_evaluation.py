@@ -1,4 +1,4 @@
-"""What an evaluation counts: the first episode of each environment, whatever comes after it."""
+"""An evaluation counts the first episodes of each environment, whatever comes after them."""
 
 import re
 
@@ -77,7 +77,7 @@ def test_the_first_episode_of_each_environment_counts_and_no_later_one():
     assert steps == 7
 
 
-def test_an_episode_may_take_the_steps_it_is_given_and_none_more():
+def test_an_episode_may_take_max_steps_and_no_more():
     episodes, steps = evaluate(*LATEST_LAST, max_steps=7)
     assert (episodes.episode_length.max(), steps) == (7, 7)
     message = "Written must end every episode within 6 steps to be evaluated, got '1 running'."
@@ -88,7 +88,7 @@ def test_an_episode_may_take_the_steps_it_is_given_and_none_more():
 
 
 @pytest.mark.parametrize("value", [float("nan"), float("inf")])
-def test_a_return_that_is_no_number_is_no_score(value):
+def test_a_return_that_is_not_finite_is_refused(value):
     ends = [(1, env, value if env == 1 else 0.0, "terminated") for env in range(ENVS)]
     with pytest.raises(ValueError, match=r"got 'non-finite returns of environments \[1\]'"):
         evaluate(*ends)

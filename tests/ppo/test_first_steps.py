@@ -1,4 +1,4 @@
-"""The first steps of a run are held against the contract of ``check_env``, in its words."""
+"""The first steps of a run must obey the contract of ``check_env``, with the same errors."""
 
 import dataclasses
 import re
@@ -48,13 +48,13 @@ def refused(run, *args) -> list[str]:
 
 
 @pytest.mark.parametrize("name", [name for name in cases.STEP_PROBLEMS if name not in NOT_HERE])
-def test_training_says_what_check_env_says(make_trainer, name):
+def test_training_gives_the_errors_of_check_env(make_trainer, name):
     env, message = cases.STEP_PROBLEMS[name]
     lines = refused(make_trainer().fit, ppo(Spec(env=env)))
     assert any(line.startswith(f"Spec.{message}"[:60]) for line in lines), lines
 
 
-def test_evaluation_says_what_check_env_says(make_trainer):
+def test_an_evaluation_gives_the_errors_of_check_env(make_trainer):
     env, message = cases.STEP_PROBLEMS["reward shape"]
     lines = refused(make_trainer(limit_val_batches=1.0).validate, ppo(Spec(env=env)))
     assert lines == [f"Spec.{message}"]
@@ -81,7 +81,7 @@ def starting(what):
 
 
 class Overwrites(cases.Walk):
-    """Hands out the tensor that it goes on to write."""
+    """Returns a tensor into which it writes again later."""
 
     obs_space = Box((2,))
 
@@ -164,7 +164,7 @@ class Overwrites(cases.Walk):
         ),
     ],
 )
-def test_what_is_no_step_result_is_one_line(make_trainer, env, message):
+def test_a_wrong_step_result_is_an_error_of_one_line(make_trainer, env, message):
     @dataclasses.dataclass(frozen=True, kw_only=True)
     class Mine(Spec):
         def spaces(self):
@@ -176,7 +176,7 @@ def test_what_is_no_step_result_is_one_line(make_trainer, env, message):
 
 
 class Told:
-    """A spec that tells whatever it is asked to."""
+    """A spec with any ``num_envs`` and any spaces."""
 
     def __init__(self, num_envs=8, spaces=None):
         self.num_envs, self._spaces = num_envs, spaces
@@ -199,7 +199,7 @@ class Told:
         (Told(num_envs=0), "Told.num_envs must be an integer of at least 1, got 0."),
     ],
 )
-def test_a_spec_that_tells_nonsense(spec, message):
+def test_a_spec_with_nonsense_is_refused(spec, message):
     (line,) = refused(PPO, spec)
     assert line.startswith(message)
 
@@ -321,7 +321,7 @@ def test_what_an_environment_makes_of_an_empty_mask_is_not_blamed_on_it(make_tra
     assert isinstance(error.value.__cause__, IndexError)
 
 
-def test_what_is_not_finite_at_first_is_kept_as_later(make_trainer):
+def test_evidence_of_a_value_that_is_not_finite_is_the_same_at_the_first_steps(make_trainer):
     env, _ = cases.STEP_PROBLEMS["reward nan"]
     with pytest.raises(NonFiniteError, match=r"^Spec.step must return finite values, got 'nan in"):
         make_trainer().fit(ppo(Spec(env=env)))

@@ -1,4 +1,4 @@
-"""The parts of an iteration together: what is carried from one to the next, and over ranks."""
+"""The stages of an iteration together: what they pass to the next stage and to other ranks."""
 
 import dataclasses
 
@@ -44,7 +44,7 @@ def policy_of(learner: Learner) -> torch.nn.Module:
     return learner.agent.policy
 
 
-def test_discounted_returns_go_on_from_rollout_to_rollout_and_end_with_their_episode() -> None:
+def test_discounted_returns_span_rollouts_and_end_with_their_episode() -> None:
     learner = make()
     running, returns = torch.zeros(ENVS), []
     for _ in range(3):
@@ -63,7 +63,7 @@ def test_discounted_returns_go_on_from_rollout_to_rollout_and_end_with_their_epi
         torch.testing.assert_close(stats.variance, expected.var(correction=0), rtol=1e-5, atol=1e-6)
 
 
-def test_what_others_set_as_the_weights_acts_and_learns() -> None:
+def test_weights_that_other_code_sets_act_and_learn() -> None:
     learner, other = make(), make()
     for one, replaces in ((learner, True), (other, False)):
         for parameter in policy_of(one).parameters():
@@ -107,7 +107,7 @@ def test_frozen_weights_stay() -> None:
         assert torch.equal(value, before[name]) == name.startswith("critic"), name
 
 
-def test_what_is_saved_shares_no_memory_with_what_goes_on() -> None:
+def test_a_saved_state_shares_no_memory_with_the_running_one() -> None:
     learner = make()
     learner.rollout(STEPS)
     saved = learner.state_dict()
@@ -119,11 +119,11 @@ def test_what_is_saved_shares_no_memory_with_what_goes_on() -> None:
         assert torch.equal(one, other)
 
 
-# What two ranks make of what they tell each other, in one process.
+# Two ranks that share results, in one process.
 
 
 class Twins(Ranks):
-    """Two ranks; the other one tells what ``other`` makes of what this one does."""
+    """Two ranks, of which the second sends ``other`` applied to what this rank sends."""
 
     def __init__(self, other=lambda leaf: leaf) -> None:
         super().__init__(2)
@@ -150,7 +150,7 @@ def test_a_rollout_that_is_broken_on_one_rank_is_broken_on_all() -> None:
         assert torch.equal(mine, old)
 
 
-def test_what_ranks_share_is_that_of_both() -> None:
+def test_shared_statistics_are_those_of_both_ranks() -> None:
     config = dataclasses.replace(CONFIG, normalize_advantage=False)
     alone, two = make(config=config), make(Twins(), config)
     one, both = (learner.compute_targets(learner.rollout(STEPS)) for learner in (alone, two))

@@ -1,4 +1,4 @@
-"""Policies with memory in training: what is kept, what is taught, and what they can do."""
+"""Policies with memory in training: what they store, what they learn, and what they can do."""
 
 import dataclasses
 import math
@@ -84,7 +84,7 @@ STEPS, ENVS = 9, 6
 
 
 def make_learner(cell="lstm", *, plain=False, **config) -> tuple[Learner, PPOConfig]:
-    """In episodes that end in both ways, by a pure function or by a ``plain`` step."""
+    """A learner whose episodes end in both ways, with a pure or a ``plain`` step."""
     config = PPOConfig(**{"rollout_steps": STEPS, "minibatches": 3, "epochs": 1, **config})
     spec = Uneven(num_envs=ENVS, delay=2, time_limit=5)
     policy = Recurrent(cell=cell, memory_size=8).build(
@@ -161,7 +161,7 @@ def test_before_the_first_gradient_step_nothing_has_moved():
     assert learner.update(targets, learning_rate=0.0).approx_kl > 1e-9
 
 
-def test_evaluation_remembers_and_forgets():
+def test_an_evaluation_carries_memory_until_the_episode_ends():
     spec = Uneven(num_envs=8, delay=2)
     policy = Recurrent(memory_size=8).build(spec.spaces(), torch.Generator().manual_seed(0))
     seen = []

@@ -1,4 +1,4 @@
-"""Means over recent episodes, and what is told of a rollout."""
+"""Means over recent episodes, and metrics of a rollout."""
 
 import math
 
@@ -33,7 +33,7 @@ def test_with_fewer_episodes_than_the_window_all_there_are_count():
 
 
 @pytest.mark.parametrize("resumed", [False, True])
-def test_what_is_remembered_is_bounded_by_iterations_in_which_an_episode_ended(resumed):
+def test_at_most_64_iterations_in_which_an_episode_ended_are_stored(resumed):
     recent = RecentEpisodes(window=10**9)
     if resumed:
         recent.load([])
@@ -70,7 +70,7 @@ def test_sums_over_many_episodes_are_not_rounded():
     assert numbers == {"healthy": 1.0, "return_sum": 2.0**24 + 1}
 
 
-def test_an_evaluation_is_summed_up_over_its_episodes():
+def test_evaluation_metrics_are_means_over_the_episodes():
     metrics = evaluation_metrics(torch.tensor([1.0, 3.0]), torch.tensor([2.0, 4.0]))
     assert metrics == {
         "eval/episode_return_mean": 2.0,

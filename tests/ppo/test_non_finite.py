@@ -56,7 +56,7 @@ def test_the_largest_gradient_is_that_of_the_mean_over_a_minibatch(
     assert once.largest <= max(alone)
 
 
-def test_where_all_is_finite_it_is_the_minibatch_with_the_largest_gradient(
+def test_where_all_is_finite_the_minibatch_with_the_largest_gradient_is_found(
     agent: Agent, generator: torch.Generator
 ) -> None:
     samples = samples_of(6, generator)
@@ -66,7 +66,7 @@ def test_where_all_is_finite_it_is_the_minibatch_with_the_largest_gradient(
     assert torch.equal(fault.minibatch.obs, samples.obs[[2, 4]])
 
 
-def test_the_first_minibatch_that_is_not_finite_is_found_and_what_in_it_is(
+def test_the_first_minibatch_that_is_not_finite_is_found_and_its_tensors_are_named(
     agent: Agent, generator: torch.Generator
 ) -> None:
     samples = samples_of(6, generator)

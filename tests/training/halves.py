@@ -63,7 +63,7 @@ def everything(*, masked):
 
 
 def shared_order(config, rank, size):
-    """What all ranks together take for each step, as one rank sees its part."""
+    """Indices of one rank's samples in the minibatches that all ranks share."""
     generator = torch.Generator().manual_seed(4)
     mine = torch.arange(STEPS * ENVS).view(STEPS, size, -1)[:, rank].reshape(-1)
     local = torch.full((STEPS * ENVS,), -1)
@@ -79,7 +79,7 @@ def shared_order(config, rank, size):
 
 
 def learn(rank, size, case, mode="off"):
-    """One update; what came of it."""
+    """The results of one update."""
     config, ranks = CASES[case], Ranks(size)
     spec = CartPole(num_envs=ENVS // size)
     kind = Recurrent(cell="lstm") if case == "memory" else MLP()

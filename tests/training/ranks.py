@@ -73,7 +73,7 @@ def grows(num_envs):
         train_batches=2,
         batch_size=8,
         validation_size=32,
-        ramp_epochs=(7, 8),  # so that there is always somebody in it
+        ramp_epochs=(7, 8),  # so that some environment is always ramping
     )
 
 

@@ -71,7 +71,7 @@ def assert_same(model, other):
         pytest.param("default", "continuous", marks=pytest.mark.slow),
     ],
 )
-def test_it_is_what_eager_training_is(make_trainer, caplog, mode, case):
+def test_compiled_training_gives_the_results_of_eager_training(make_trainer, caplog, mode, case):
     eager = train(make_trainer, "off", case)
     compiled = train(make_trainer, mode, case)
     assert_same(compiled, eager)
@@ -126,7 +126,7 @@ def test_a_compiled_run_resumes_bit_for_bit(make_trainer, tmp_path):
         assert torch.equal(value, resumed.state_dict()[name]), name
 
 
-def test_an_overridden_step_is_not_bypassed(make_trainer):
+def test_an_overridden_step_is_called(make_trainer):
     from esper_lightning.envs.autoreset import AutoresetEnv  # noqa: PLC0415
     from esper_lightning.envs.base import is_functional  # noqa: PLC0415
 
@@ -139,7 +139,7 @@ def test_an_overridden_step_is_not_bypassed(make_trainer):
             return super().transition(episodes, action, initial)
 
     class Forwards:
-        """What it does not have, it asks another."""
+        """An environment that forwards all other attributes to another object."""
 
         def __init__(self, env):
             self._env = env
@@ -169,7 +169,7 @@ def test_a_nan_is_found_in_compiled_training_too(make_trainer, monkeypatch):
         make_trainer(limit_val_batches=0).fit(model)
 
 
-def test_modes_are_checked():
+def test_an_unknown_mode_is_refused():
     with pytest.raises(ValueError, match=r"PPO\.compile must be one of off, default, max"):
         PPO(CartPole(), compile="fast")
 
@@ -184,7 +184,7 @@ def resident_bytes():
     "mode", ["off", pytest.param("max", marks=pytest.mark.slow)], ids=["off", "max"]
 )
 def test_memory_does_not_grow_with_iterations(make_trainer, mode):
-    """By the slope over the second half of a run, when all is allocated and compiled."""
+    """The slope over the second half of a run counts, when all is allocated and compiled."""
     sizes = []
 
     class Watch(Callback):

@@ -79,7 +79,7 @@ def test_memory_does_not_grow_with_iterations(make_trainer):
 
 
 @pytest.mark.parametrize("mode", MODES)
-def test_learns(make_trainer, mode):
+def test_training_on_a_gpu_learns(make_trainer, mode):
     ppo = PPOConfig(rollout_steps=32, learning_rate=1e-3)
     model = PPO(CartPole(num_envs=32), ppo=ppo, total_env_steps=60_000, compile=mode)
     trainer = make_trainer(accelerator="gpu", devices=1)

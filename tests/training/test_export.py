@@ -51,7 +51,7 @@ def trained(make_trainer):
 
 
 def seen_by(model, samples):
-    """Observations of the environment after some steps, and masks."""
+    """Observations and masks of the environment after some steps."""
     env = model.env.build(torch.device("cpu"), 7)
     obs, mask = env.reset()
     for _ in range(10):
@@ -73,7 +73,7 @@ def act(model, obs, mask):
 
 @pytest.mark.parametrize("normalize_obs", [True, False])
 @pytest.mark.parametrize("case", CASES)
-def test_torch(trained, tmp_path, case, normalize_obs):
+def test_a_torch_program_acts_like_the_original(trained, tmp_path, case, normalize_obs):
     model = trained(case, normalize_obs=normalize_obs)
     exported = export_policy(model, tmp_path / "x.pt2", "torch")
     assert exported.difference <= 1e-6
@@ -86,7 +86,7 @@ def test_torch(trained, tmp_path, case, normalize_obs):
 
 
 @pytest.mark.parametrize("case", CASES)
-def test_onnx(trained, tmp_path, case):
+def test_an_onnx_file_acts_like_the_original(trained, tmp_path, case):
     model = trained(case, normalize_obs=True)
     exported = export_policy(model, tmp_path / "x.onnx", "onnx")
     assert exported.difference <= 1e-5
@@ -102,7 +102,7 @@ def test_onnx(trained, tmp_path, case):
 
 
 def loaded(path, file_format):
-    """What was written, as a function of observations, masks or ``None``, and memory."""
+    """The exported file as a function of observations, masks or ``None``, and memory."""
     if file_format == "torch":
         program = torch.export.load(path).module()
 
@@ -131,8 +131,10 @@ def loaded(path, file_format):
         ("growth, LSTM", "onnx"),
     ],
 )
-def test_memory_is_carried_as_told(trained, tmp_path, case, file_format):
-    """From step to step, zeros where an episode ended; the original sees whole sequences."""
+def test_memory_that_the_caller_carries_gives_the_original_actions(
+    trained, tmp_path, case, file_format
+):
+    """The caller passes zeros where an episode ended; the original sees whole sequences."""
     model = trained(case, normalize_obs=True)
     generator = torch.Generator().manual_seed(0)
     for p in model.policy.parameters():  # else some do the same at every step
@@ -165,7 +167,7 @@ def test_memory_is_carried_as_told(trained, tmp_path, case, file_format):
     assert len(best.unique(dim=0)) > 1
 
 
-def test_what_is_needed_to_read_it(trained, tmp_path):
+def test_an_export_is_read_without_this_package(trained, tmp_path):
     model = trained()
     path = tmp_path / "x.pt2"
     export_policy(model, path, "torch")
@@ -179,7 +181,7 @@ print(torch.export.load({str(path)!r}).module()(torch.zeros(3, 4)).tolist())
     assert done.stdout.decode().strip() == str(act(model, torch.zeros(3, 4), None).tolist())
 
 
-def test_says_what_goes_in_and_what_comes_out(trained, tmp_path, caplog, recwarn):
+def test_an_export_names_its_inputs_and_outputs(trained, tmp_path, caplog, recwarn):
     exported = export_policy(trained("groups and masks, LSTM"), tmp_path / "x.onnx", "onnx")
     inputs, outputs = (
         {name: (value.dtype, value.shape[1:]) for name, value in tensors.items()}
@@ -259,7 +261,7 @@ def test_random_inputs_are_of_the_environments_scale(mean):
 
 
 @pytest.mark.parametrize("missing", ["onnx", "onnxscript"])
-def test_packages_that_are_missing(trained, tmp_path, monkeypatch, missing):
+def test_packages_that_are_missing_are_named(trained, tmp_path, monkeypatch, missing):
     monkeypatch.setitem(sys.modules, missing, None)
     message = r"--format onnx needs onnx and onnxscript: .* pip install 'esper_lightning\[export\]'"
     with pytest.raises(ValueError, match=message):
@@ -267,7 +269,7 @@ def test_packages_that_are_missing(trained, tmp_path, monkeypatch, missing):
 
 
 @pytest.mark.parametrize("name", ["action_mask", "memory", "action", "next_memory"])
-def test_a_group_that_is_called_as_something_else(name):
+def test_a_group_with_the_name_of_another_input_is_refused(name):
     zeros = torch.zeros(4, 2)
     with pytest.raises(ValueError, match=f"^Group of observations must not be .*{name}"):
         _ = Inputs({name: zeros}, zeros.bool(), zeros).named
@@ -275,7 +277,7 @@ def test_a_group_that_is_called_as_something_else(name):
         assert [*Inputs({name: zeros}).named] == [name]
 
 
-def test_formats_and_places(trained, tmp_path):
+def test_unknown_formats_and_impossible_places_are_refused(trained, tmp_path):
     model = trained()
     with pytest.raises(ValueError, match=r"^--format must be one of torch, onnx, got 'tflite'"):
         export_policy(model, tmp_path / "x", "tflite")

@@ -41,7 +41,7 @@ TIMES = ("time_s", "env_steps_per_s")
 
 
 class Rows(Callback):
-    """Keeps what every iteration returned."""
+    """Stores the history row of every iteration."""
 
     def __init__(self):
         self.rows = []
@@ -51,7 +51,7 @@ class Rows(Callback):
 
 
 class DiesIn(Callback):
-    """Raises when an iteration begins."""
+    """Raises an error when an iteration begins."""
 
     def __init__(self, iteration):
         self.iteration = iteration
@@ -84,7 +84,7 @@ class LogsItself(Callback):
 
 
 class LogsMore(PPO):
-    """A user's own figures."""
+    """A module whose user logs metrics of their own."""
 
     flops_per_batch = 1
 
@@ -96,7 +96,7 @@ class LogsMore(PPO):
 
 
 class Boring(BoringModel):
-    """No PPO."""
+    """A module that is not PPO."""
 
     def training_step(self, batch, batch_idx):
         self.log("boring", 1.0)
@@ -104,7 +104,7 @@ class Boring(BoringModel):
 
 
 def x_axes(folder, kind):
-    """Where each series of a run has its points."""
+    """The x coordinates of the points of each logged series."""
     if kind is TensorBoardLogger:
         events = EventAccumulator(str(folder)).Reload()
         return {k: [e.step for e in events.Scalars(k)] for k in events.Tags()["scalars"]}
@@ -125,14 +125,14 @@ class TestBudget:
         ("budget", "expected"),
         [(96, [32, 64, 96]), (80, [32, 64, 80]), (81, [32, 64, 80]), (4, [4]), (32, [32])],
     )
-    def test_ends_exactly(self, make_trainer, budget, expected):
+    def test_a_run_ends_exactly_at_its_budget(self, make_trainer, budget, expected):
         model, trainer = cartpole(total_env_steps=budget), make_trainer()
         rows = fit(model, trainer)
         assert [row["env_steps"] for row in rows] == expected
         assert trainer.state.finished
         assert trainer.global_step == model.iteration == len(expected)
 
-    def test_a_last_rollout_with_fewer_samples_than_minibatches(self, make_trainer):
+    def test_a_last_rollout_may_have_fewer_samples_than_minibatches(self, make_trainer):
         model = cartpole(
             env=CartPole(num_envs=2),
             ppo=dataclasses.replace(SMALL, minibatches=4),
@@ -143,7 +143,7 @@ class TestBudget:
         assert [row["gradient_steps"] for row in rows] == [8, 12]
         assert math.isfinite(rows[1]["loss/value"])
 
-    def test_spans_epochs(self, make_trainer):
+    def test_the_budget_may_span_several_epochs(self, make_trainer):
         trainer = make_trainer()
         rows = fit(cartpole(total_env_steps=32 * 5, iterations_per_epoch=2), trainer)
         assert [row["iteration"] for row in rows] == [1, 2, 3, 4, 5]
@@ -156,7 +156,7 @@ class TestBudget:
         assert fit(model, make_trainer()) == []
         assert "PPO.total_env_steps=96 is used up" in caplog.text
 
-    def test_second_fit_goes_on_with_other_noise(self, make_trainer):
+    def test_a_second_fit_continues_with_other_noise(self, make_trainer):
         model = cartpole(total_env_steps=None, iterations_per_epoch=1)
         noise = []
         for _ in range(2):
@@ -166,7 +166,7 @@ class TestBudget:
         assert noise[0] != noise[1]
 
     @pytest.mark.parametrize("limit", [{"max_epochs": 1}, {"max_steps": 2, "max_epochs": None}])
-    def test_trainer_limit_that_is_smaller_wins_and_is_said(self, make_trainer, caplog, limit):
+    def test_a_smaller_limit_of_the_trainer_wins_with_a_warning(self, make_trainer, caplog, limit):
         model = cartpole(iterations_per_epoch=2)
         assert len(fit(model, make_trainer(**limit))) == 2
         assert "before PPO.total_env_steps=96" in caplog.text
@@ -188,7 +188,7 @@ class TestBudget:
         fit(cartpole(), make_trainer(fast_dev_run=True))
         assert list(tmp_path.iterdir()) == []
 
-    def test_barebones(self, tmp_path, monkeypatch):
+    def test_a_barebones_trainer_trains(self, tmp_path, monkeypatch):
         monkeypatch.chdir(tmp_path)
         model = cartpole()
         Trainer(barebones=True, accelerator="cpu", max_epochs=-1).fit(model)
@@ -208,14 +208,14 @@ class TestDeterminism:
             {"env": Pendulum(num_envs=4, time_limit=10), "policy": MLP(action_bounds="tanh")},
         ],
     )
-    def test_same_seed_same_bits_for_20_iterations(self, make_trainer, settings):
+    def test_the_same_seed_gives_the_same_bits_for_20_iterations(self, make_trainer, settings):
         first, second = (
             fit(cartpole(total_env_steps=32 * 20, **settings), make_trainer()) for _ in range(2)
         )
         assert len(first) == 20
         assert repr(first) == repr(second)
 
-    def test_other_seed_other_history(self, make_trainer):
+    def test_another_seed_gives_another_history(self, make_trainer):
         first, second = (fit(cartpole(seed=seed), make_trainer()) for seed in (0, 1))
         assert first != second
 
@@ -257,7 +257,7 @@ class TestLearning:
             [1e-2, 1e-2 / 1.5, 1e-2 / 2.25]
         )
 
-    def test_normalised_observations_are_held_within_obs_clip(self, make_trainer):
+    def test_normalised_observations_stay_within_obs_clip(self, make_trainer):
         model = cartpole(ppo=dataclasses.replace(SMALL, normalize_obs=True, obs_clip=0.5))
         fit(model, make_trainer())
         obs = model._normalize(torch.tensor([[-1e6, 1e6, -1e6, 1e6]]))
@@ -301,7 +301,7 @@ class TestRow:
         "optim/grad_norm",
     )
 
-    def test_has_the_promised_names_in_every_row(self, make_trainer):
+    def test_every_row_has_the_promised_names(self, make_trainer):
         for row in fit(cartpole(), make_trainer()):
             assert set(self.NAMES) - set(TIMES) == set(row)
 
@@ -333,7 +333,7 @@ class TestLoggersAndCallbacks:
         assert [event.step for event in events.Scalars("loss/value")] == [32, 64, 96]
         assert [event.step for event in events.Scalars("eval/episode_return_mean")] == [64, 96]
 
-    def test_csv_logger(self, make_trainer, tmp_path):
+    def test_the_csv_logger_writes_the_env_steps_of_each_row(self, make_trainer, tmp_path):
         fit(cartpole(), make_trainer(logger=CSVLogger(tmp_path, name="", version="")))
         lines = (tmp_path / "metrics.csv").read_text().splitlines()
         step = lines[0].split(",").index("env_steps")
@@ -420,7 +420,7 @@ class TestLoggersAndCallbacks:
         make_trainer(logger=logger, max_epochs=1, limit_train_batches=2).fit(Boring())
         assert x_axes(tmp_path, CSVLogger)["boring"] == [0, 1]
 
-    def test_logs_at_intervals(self, make_trainer, tmp_path):
+    def test_loggers_get_rows_at_the_interval_of_the_trainer(self, make_trainer, tmp_path):
         logger = TensorBoardLogger(tmp_path, name="", version="")
         fit(cartpole(), make_trainer(logger=logger, log_every_n_steps=2))
         assert [e.step for e in EventAccumulator(str(tmp_path)).Reload().Scalars("loss/value")] == [
@@ -441,13 +441,13 @@ class TestLoggersAndCallbacks:
         names = {path.name for path in tmp_path.iterdir()}
         assert names == {"rollout.ckpt", "eval.ckpt", "every-step=2.ckpt", "every-step=4.ckpt"}
 
-    def test_early_stopping(self, make_trainer):
+    def test_early_stopping_ends_a_run(self, make_trainer):
         stop = EarlyStopping("loss/entropy", mode="max", patience=1, min_delta=1e9)
         model = cartpole(iterations_per_epoch=2, total_env_steps=32 * 100)
         fit(model, make_trainer(callbacks=[stop]))
         assert model.iteration == 4
 
-    def test_learning_rate_monitor(self, make_trainer, tmp_path):
+    def test_the_learning_rate_monitor_logs_the_learning_rate(self, make_trainer, tmp_path):
         monitor = LearningRateMonitor()
         fit(cartpole(), make_trainer(callbacks=[monitor], logger=CSVLogger(tmp_path)))
         assert set(monitor.lrs) == {"lr-Adam"}
@@ -495,7 +495,7 @@ class TestEvaluation:
         make_trainer(limit_val_batches=1.0).validate(model, verbose=False)
         assert seeds == [stream_seed(0, rank=rank, purpose="evaluation")]
 
-    def test_counts_the_first_episode_of_each_environment(self, make_trainer):
+    def test_an_evaluation_counts_the_first_episode_of_each_environment(self, make_trainer):
         model = cartpole(env=MountainCar(num_envs=4, time_limit=37), eval_episodes=5)
         result = make_trainer(limit_val_batches=1.0).validate(model, verbose=False)[0]
         assert (result["eval/episode_length_mean"], result["eval/episodes"]) == (37.0, 5.0)
@@ -557,7 +557,7 @@ class TestCheckpoints:
 
     @dataclasses.dataclass(frozen=True, kw_only=True)
     class Simulator(CartPole):
-        """Cannot say in which state it is."""
+        """CartPole as a simulator whose state cannot be saved."""
 
         def build(self, device, seed):
             env = super().build(device, seed)
@@ -623,7 +623,7 @@ class TestCheckpoints:
 
     @dataclasses.dataclass(frozen=True, kw_only=True)
     class Careless(CartPole):
-        """Draws from the generators that nobody owns."""
+        """CartPole that samples from the global random generators."""
 
         def build(self, device, seed):
             env = super().build(device, seed)
@@ -638,7 +638,7 @@ class TestCheckpoints:
             env.step = noisy
             return env
 
-    def test_the_global_random_generators_go_on_as_well(self, make_trainer, tmp_path):
+    def test_the_global_random_generators_are_resumed_as_well(self, make_trainer, tmp_path):
         def model(iterations):
             env = self.Careless(num_envs=4)
             return cartpole(env=env, total_env_steps=32 * iterations)
@@ -657,7 +657,7 @@ class TestCheckpoints:
         rows = fit(model(4), make_trainer(), ckpt_path=tmp_path / "x.ckpt", weights_only=True)
         assert repr(rows) == repr(expected[2:])
 
-    def test_the_clock_goes_on(self, make_trainer, tmp_path):
+    def test_the_clock_of_a_resumed_run_continues(self, make_trainer, tmp_path):
         model, trainer = cartpole(), make_trainer()
         trainer.fit(model)
         model.progress.train_time_s = 1000.0
@@ -716,7 +716,9 @@ class TestCheckpoints:
             def build(self, device, seed):
                 return CartPole(num_envs=self.num_envs).build(device, seed)
 
-    def test_specs_that_are_hard_to_describe(self, make_trainer, tmp_path):
+    def test_specs_within_settings_are_rebuilt_unless_they_hold_other_objects(
+        self, make_trainer, tmp_path
+    ):
         _, path = self.saved(make_trainer, tmp_path, env=self.Nested.Spec())
         assert PPO.load_from_checkpoint(path).env == self.Nested.Spec()
         odd = self.Nested.Spec(extra=torch.float32)
@@ -755,12 +757,12 @@ class TestCheckpoints:
             ),
         ],
     )
-    def test_refuses_the_checkpoint_of_another_run(self, make_trainer, tmp_path, other, message):
+    def test_the_checkpoint_of_another_run_is_refused(self, make_trainer, tmp_path, other, message):
         _, path = self.saved(make_trainer, tmp_path)
         with pytest.raises(ValueError, match="^" + re.escape(message)):
             make_trainer().fit(cartpole(**other), ckpt_path=path, weights_only=True)
 
-    def test_refuses_a_checkpoint_of_something_else(self, tmp_path):
+    def test_a_checkpoint_of_another_module_is_refused(self, tmp_path):
         torch.save({"state_dict": {}}, tmp_path / "x.ckpt")
         message = "ckpt_path must name a checkpoint of PPO, got '.*x[.]ckpt'"
         with pytest.raises(ValueError, match=message):
@@ -899,7 +901,7 @@ class TestErrors:
             ),
         ],
     )
-    def test_defaults_of_torch_that_would_make_other_tensors(
+    def test_defaults_of_torch_that_would_make_other_tensors_are_refused(
         self, make_trainer, start, end, message
     ):
         model = cartpole()
@@ -919,7 +921,7 @@ class TestErrors:
             torch.set_default_device(None)
 
     @pytest.mark.parametrize("least", [{"min_epochs": 2}, {"min_steps": 5}])
-    def test_a_least_length_beside_a_budget(self, make_trainer, least):
+    def test_a_least_length_beside_a_budget_is_refused(self, make_trainer, least):
         message = f"Trainer.{next(iter(least))} must be None with PPO.total_env_steps=96, got"
         with pytest.raises(ValueError, match="^" + re.escape(message)):
             make_trainer(**least).fit(cartpole())
@@ -952,7 +954,7 @@ class TestErrors:
             ),
         ],
     )
-    def test_settings(self, settings, message):
+    def test_settings_that_cannot_work_are_refused(self, settings, message):
         with pytest.raises(ValueError, match="^" + re.escape(message)):
             cartpole(**settings)
 
@@ -971,7 +973,7 @@ class TestErrors:
             ),
         ],
     )
-    def test_action_space_that_the_policy_cannot_serve(self, space, policy, message):
+    def test_an_action_space_that_fits_no_policy_is_refused(self, space, policy, message):
         class Odd:
             num_envs = 4
 
@@ -1013,11 +1015,11 @@ class TestErrors:
             ),
         ],
     )
-    def test_trainer_settings_that_cannot_work(self, make_trainer, settings, message):
+    def test_trainer_settings_that_cannot_work_are_refused(self, make_trainer, settings, message):
         with pytest.raises(ValueError, match="^" + re.escape(message)):
             make_trainer(**settings).fit(cartpole())
 
-    def test_linear_schedule_of_an_endless_run(self, make_trainer):
+    def test_a_linear_schedule_is_refused_for_an_endless_run(self, make_trainer):
         ppo = dataclasses.replace(SMALL, learning_rate_schedule="linear")
         message = "PPO.total_env_steps must be known for PPOConfig.learning_rate_schedule='linear'"
         with pytest.raises(ValueError, match=re.escape(message)):
@@ -1029,7 +1031,7 @@ class TestErrors:
         (figures,) = trainer.validate(cartpole(ppo=ppo, total_env_steps=None), verbose=False)
         assert figures["eval/episodes"] == 3
 
-    def test_an_evaluation_that_does_not_fit_into_the_memory(self, make_trainer):
+    def test_an_evaluation_that_does_not_fit_into_the_memory_is_refused(self, make_trainer):
         message = "PPO.eval_episodes must give an evaluation that fits into the memory"
         with pytest.raises(ValueError, match=message):
             make_trainer(limit_val_batches=1.0).validate(cartpole(eval_episodes=10**12))
@@ -1085,7 +1087,7 @@ class TwoGroups:
 
 
 class TestEnvironmentsOfOthers:
-    def test_groups_masks_and_a_plain_class(self, make_trainer, tmp_path):
+    def test_a_plain_class_with_groups_and_masks_is_trained_on(self, make_trainer, tmp_path):
         def model():
             policy = MLP(hidden_sizes=(16,), actor_obs=("position",))
             ppo = dataclasses.replace(SMALL, normalize_obs=True)
@@ -1127,7 +1129,7 @@ class TestEnvironmentsOfOthers:
         assert torch.equal(seen[0]["speed"], first["speed"])
         assert not torch.equal(first["speed"], first["speed"].clamp(-0.06, 0.06))
 
-    def test_another_number_of_episodes_cannot_be_had(self):
+    def test_another_number_of_episodes_is_refused_where_the_spec_cannot_be_copied(self):
         message = "PPO.eval_episodes must equal env.num_envs = 4, got 7. Make the spec a dataclass"
         with pytest.raises(ValueError, match="^" + re.escape(message)):
             PPO(NotADataclass(), ppo=SMALL, eval_episodes=7)

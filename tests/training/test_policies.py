@@ -85,7 +85,7 @@ def _users_module(monkeypatch):
 
 
 @each_policy
-def test_it_learns(make_trainer, policy):
+def test_policies_of_every_kind_learn(make_trainer, policy):
     model = PPO(BrightSide(), policy, LEARNS, total_env_steps=16 * 32 * 30)
     make_trainer().fit(model)
     (metrics,) = make_trainer(limit_val_batches=1.0).validate(model, verbose=False)
@@ -102,7 +102,7 @@ def test_normalised_bytes_are_not_scaled_again(make_trainer):
 
 @each_policy
 @pytest.mark.slow
-def test_compiled_it_learns_the_same(make_trainer, policy, caplog):
+def test_compiled_training_learns_the_same(make_trainer, policy, caplog):
     def weights(mode):
         env = BrightSide(num_envs=8)
         model = PPO(env, policy, BRIEF, total_env_steps=8 * 4 * 3, compile=mode)
@@ -116,7 +116,7 @@ def test_compiled_it_learns_the_same(make_trainer, policy, caplog):
 
 
 @each_policy
-def test_a_checkpoint_goes_on_and_is_exported(tmp_path, monkeypatch, policy):
+def test_a_checkpoint_is_resumed_and_exported(tmp_path, monkeypatch, policy):
     monkeypatch.chdir(tmp_path)
     env = BrightSide(num_envs=4)
     settings = {"ppo": BRIEF, "policy": policy, "device": "cpu"}
@@ -135,7 +135,7 @@ def test_a_checkpoint_goes_on_and_is_exported(tmp_path, monkeypatch, policy):
 
 
 @pytest.mark.filterwarnings("ignore::jsonargparse._deprecated.JsonargparseDeprecationWarning")
-def test_yaml_names_them(tmp_path, monkeypatch, capsys):
+def test_a_config_can_name_policies_of_every_kind(tmp_path, monkeypatch, capsys):
     monkeypatch.chdir(tmp_path)
     Path("networks_of_mine.py").write_text(
         "from torch import nn\ndef make(space, width):\n    return nn.Linear(space.size, width)\n"
@@ -172,7 +172,7 @@ def test_yaml_names_them(tmp_path, monkeypatch, capsys):
     assert len(said.splitlines()) == 1
 
 
-def test_specs_within_specs_are_made_anew():
+def test_specs_within_specs_are_rebuilt():
     policy = POLICIES["Recurrent with one's own"]
     model = PPO(BrightSide(num_envs=2), policy, BRIEF)
     encoder = model.settings["policy"]["init_args"]["encoder"]

@@ -107,7 +107,7 @@ def check_together(directory, budget):
     assert [remains.rows for remains in examine(directory)] == [len(rows)] * 2
 
 
-def test_ranks_have_the_same_weights_and_figures_in_every_iteration(of_1000_steps):
+def test_ranks_have_the_same_weights_and_metrics_in_every_iteration(of_1000_steps):
     check_together(of_1000_steps[2], 1000)
 
 
@@ -126,7 +126,7 @@ SLOW = [pytest.param(name, marks=pytest.mark.slow) for name in ALSO if "compiled
 
 
 @pytest.mark.parametrize("case", ["no episode ends on one rank", *SLOW])
-def test_they_do_so_also_where(tmp_path, case):
+def test_ranks_also_have_the_same_weights_where(tmp_path, case):
     status, stderr = run(tmp_path, devices=2, budget=700, evaluates=False, **ALSO[case])
     assert status == 0, stderr
     check_together(tmp_path, 700)
@@ -259,14 +259,14 @@ def disturbed(directory, ranks, fault, random_moment, budget, **settings):
 
 @pytest.mark.crash
 @pytest.mark.parametrize(("ranks", "fault"), [(1, "SIGTERM"), (2, "SIGKILL")])
-def test_a_run_that_died_goes_on_bit_for_bit(tmp_path, of_1000_steps, ranks, fault):
+def test_a_run_that_died_is_resumed_bit_for_bit(tmp_path, of_1000_steps, ranks, fault):
     assert disturbed(tmp_path, ranks, fault, (6, 0.0), budget=1000)
     assert diff(tmp_path, of_1000_steps[ranks], ranks) == []
 
 
 @pytest.mark.crash
 @pytest.mark.slow
-def test_a_run_with_memory_that_died_goes_on_bit_for_bit(tmp_path):
+def test_a_run_with_memory_that_died_is_resumed_bit_for_bit(tmp_path):
     settings = {"budget": 500, "remembers": True, "evaluates": False}
     status, stderr = run(tmp_path / "whole", devices=1, **settings)
     assert status == 0, stderr
@@ -291,7 +291,7 @@ def of_growth(tmp_path_factory):
 
 @pytest.mark.crash
 @pytest.mark.parametrize(("fault", "expected"), [("SIGKILL", -9), ("SIGTERM", 143)])
-def test_a_run_killed_in_the_middle_of_blending_goes_on_bit_for_bit(
+def test_a_run_killed_in_the_middle_of_blending_is_resumed_bit_for_bit(
     tmp_path, of_growth, fault, expected
 ):
     status, stderr = run(tmp_path, fault=fault, rank=0, dies_in=6, delay_s=0.02, **GROWS)
@@ -311,7 +311,7 @@ def test_a_run_killed_in_the_middle_of_blending_goes_on_bit_for_bit(
 @pytest.mark.slow
 @pytest.mark.timeout(3600)
 @pytest.mark.parametrize("ranks", [1, 2])
-def test_runs_that_died_at_20_random_moments_go_on_bit_for_bit(tmp_path, ranks):
+def test_runs_that_died_at_20_random_moments_are_resumed_bit_for_bit(tmp_path, ranks):
     whole, budget = tmp_path / "whole", 12 * 64 * ranks
     status, stderr = run(whole, devices=ranks, budget=budget)
     assert status == 0, stderr
@@ -326,7 +326,7 @@ def test_runs_that_died_at_20_random_moments_go_on_bit_for_bit(tmp_path, ranks):
 
 
 def other_weights(path):
-    """As of another run, which has come as far."""
+    """Change the optimizer's state, as if the checkpoint were of another run as long as this."""
     checkpoint = torch.load(path, weights_only=True)
     for state in checkpoint["optimizer_states"][0]["state"].values():
         state["exp_avg"] += 1e-3
@@ -344,7 +344,7 @@ MORE_RESUMES = {
 
 
 def check_refused(tmp_path, of_1000_steps, change, evaluates, budget, begins):
-    """Each rank has a directory of its own, as on hosts that share no disk."""
+    """Resume with a directory for each rank, as on hosts that share no disk; ranks must refuse."""
     for rank in range(2 if change else 1):
         last = tmp_path / str(rank) / "checkpoints" / "last.ckpt"
         last.parent.mkdir(parents=True)

@@ -31,7 +31,7 @@ class Odd(EnvSpec):
 
 
 def again(spec: EnvSpec) -> EnvSpec:
-    """As a checkpoint gives it back."""
+    """The spec rebuilt from the plain data that a checkpoint holds."""
     saved = {"env": spec_to_data(spec), "policy": spec_to_data(MLP()), "ppo": to_data(PPOConfig())}
     return PPOSettings.from_data(saved).env
 
@@ -69,7 +69,7 @@ def test_what_is_no_plain_data_is_refused_wherever_it_is(sizes):
         again(Odd(sizes=sizes))
 
 
-def test_an_evaluation_has_a_hundred_episodes_unless_it_is_told_otherwise():
+def test_an_evaluation_has_a_hundred_episodes_by_default():
     spec = CartPole(num_envs=4)
     assert evaluation_spec(spec, None).num_envs == 100
     assert evaluation_spec(spec, 3) == CartPole(num_envs=3)

@@ -1,4 +1,4 @@
-"""How much of a run is planned, and what of Lightning is switched off."""
+"""The planned end of a run, and the behaviour of Lightning that PPO switches off."""
 
 import types
 
@@ -53,7 +53,7 @@ def test_a_resumed_run_ends_where_the_whole_one_does(limits):
 
 
 @pytest.mark.parametrize(("budget", "said"), [(2000, False), (2001, True)])
-def test_that_a_run_ends_before_its_budget_is_said_where_it_does(budget, said, caplog):
+def test_a_run_that_ends_before_its_budget_logs_a_warning(budget, said, caplog):
     planned_env_steps(trainer(max_epochs=2), done=0, per_iteration=100, budget=budget)
     assert ("before PPO.total_env_steps" in caplog.text) == said
 

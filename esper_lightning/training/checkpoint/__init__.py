@@ -1,1 +1,1 @@
-"""Checkpoints: their files, and the state of PPO in them."""
+"""Checkpoints of PPO: how their files are written, and what they hold."""

@@ -1,5 +1,5 @@
-"""What a whole checkpoint of PPO holds: names and kinds of its content, and the first misfit."""
-# Checkpoints are read as they are, from whatever wrote them.
+"""The content of a whole checkpoint of PPO, by names and types, and the search for misfits."""
+# The types of a checkpoint's content are not known: any program may have written the file.
 # pyright: reportUnknownVariableType=false, reportUnknownArgumentType=false
 
 import re
@@ -21,10 +21,10 @@ __all__ = [
 ]
 
 STATE_KEY = "esper_lightning"
-"""Where a checkpoint keeps what Lightning does not: counters, environments, random streams."""
+"""Key of a checkpoint's entry for counters, environments and random streams of PPO."""
 
 COUNT = "a number of at least 0"
-"""The shape of a number that counts something, for ``find_misfit``."""
+"""Shape, for ``find_misfit``, of a number that counts something."""
 _PLAIN = "plain data"
 _SPEC = {"class_path": str, "init_args": {"*": _PLAIN}}
 _OURS: dict[str, Any] = {
@@ -61,17 +61,25 @@ _VERSION = re.compile(r"\d+(\.\d+){1,3}((a|b|rc|\.dev|\.post)\d+)?(\+[a-z0-9.]+)
 def refuse_not_ours(checkpoint: Mapping[str, Any], path: str) -> None:
     """Refuse a checkpoint that another module wrote.
 
+    Args:
+        checkpoint: Content of a checkpoint.
+        path: Path of the checkpoint, for the error.
+
     Raises:
-        ValueError: Naming ``path``.
+        ValueError: If the checkpoint has no entry of PPO. The error names ``path``.
     """
     require(STATE_KEY in checkpoint, "ckpt_path", "name a checkpoint of PPO", path)
 
 
 def refuse_not_whole(checkpoint: Mapping[str, Any], path: str) -> None:
-    """Refuse a checkpoint that lacks what those of PPO hold, or holds something else in its place.
+    """Refuse a checkpoint in which an entry of PPO is missing or has another type.
+
+    Args:
+        checkpoint: Content of a checkpoint.
+        path: Path of the checkpoint, for the error.
 
     Raises:
-        ValueError: Naming ``path`` and the first misfit.
+        ValueError: If an entry does not fit. The error names ``path`` and the first such entry.
     """
     _refuse_misfit(checkpoint, _OURS, path)
     version = checkpoint["pytorch-lightning_version"]
@@ -80,10 +88,14 @@ def refuse_not_whole(checkpoint: Mapping[str, Any], path: str) -> None:
 
 
 def refuse_not_resumable(checkpoint: Mapping[str, Any], path: str) -> None:
-    """Refuse a checkpoint that lacks what training needs beside weights and settings.
+    """Refuse a checkpoint in which an entry is missing that training needs to be resumed.
+
+    Args:
+        checkpoint: Content of a checkpoint.
+        path: Path of the checkpoint, for the error.
 
     Raises:
-        ValueError: Naming ``path`` and the first misfit.
+        ValueError: If an entry does not fit. The error names ``path`` and the first such entry.
     """
     _refuse_misfit(checkpoint, _TO_RESUME, path)
     for rank, state in checkpoint[STATE_KEY]["ranks"].items():
@@ -97,9 +109,16 @@ def _refuse_misfit(value: Any, shape: Any, path: str, name: str = "") -> None:
 
 
 def find_misfit(value: Any, shape: Any, name: str) -> str | None:
-    """The first place in which a value is not of a shape, in words; ``None`` if it is.
+    """The first entry of a value that does not have a shape, in words; ``None`` if all do.
 
-    A shape is a type (``int``: a count), a list or dictionary of shapes, or one of two words.
+    A shape is a type (``int`` stands for a count), a list or dictionary of shapes, or one of the
+    words ``COUNT`` and ``_PLAIN``. A list holds one shape for all entries. In a dictionary the key
+    ``*`` stands for all further names.
+
+    Args:
+        value: Value to check.
+        shape: Shape that the value must have.
+        name: Dotted name of the value, for the result.
     """
     if isinstance(shape, dict):
         return _misfit_in_dictionary(value, cast(dict[str, Any], shape), name)

@@ -1,6 +1,7 @@
-"""How checkpoints get to the disk and back: whole, or not at all.
+"""Checkpoint files, which are written and read whole or not at all.
 
-It reads tensors and plain data, never code; and says what is wrong with a file that it refuses.
+Only tensors and plain data are read from a file, never code. An error says what is wrong with a
+file that is refused.
 """
 
 import os
@@ -20,29 +21,36 @@ __all__ = ["CHECKPOINT_BEGINS", "AtomicCheckpointIO", "read_checkpoint"]
 
 _ZIP_MAGIC = b"PK\x03\x04"
 CHECKPOINT_BEGINS = _ZIP_MAGIC + rb".{26}[^/]+/data\.pkl"
-"""A regular expression: an archive whose first part is what ``torch.save`` pickled."""
+"""Regular expression for the first bytes of an archive that ``torch.save`` wrote."""
 
 
 class AtomicCheckpointIO(TorchCheckpointIO):
     """Checkpoints that a crash cannot tear: ``Trainer(plugins=[AtomicCheckpointIO()])``.
 
-    A file is written beside its place, flushed to the disk, and renamed: until then the previous
-    one stays. (Lightning's own goes through the system's temporary directory, which is often
-    another file system, so that what it calls a move is a copy; and it does not flush.) Files are
-    read by ``read_checkpoint``, without running code from them unless ``weights_only=False`` is
-    asked for. Remote paths (``s3://...``) are left to Lightning.
+    A file is written beside its place, flushed to the disk, and renamed. Until the rename, the
+    previous file stays. (Lightning's own plugin writes to the system's temporary directory first.
+    That is often another file system, from which a file can only be copied, not renamed. Lightning
+    does not flush the file either.) Files are read by ``read_checkpoint``, which never runs code
+    from a file, unless ``weights_only=False`` is given. Remote paths (``s3://...``) are handled by
+    Lightning.
     """
 
     @override
     def save_checkpoint(
         self, checkpoint: dict[str, Any], path: str | Path, storage_options: Any = None
     ) -> None:
-        """Put a checkpoint in place.
+        """Write a checkpoint, or replace the previous one.
 
-        What a killed save of the same file left beside it is removed.
+        Temporary files that an earlier, killed save of the same file left are removed.
+
+        Args:
+            checkpoint: Content of the checkpoint.
+            path: Path of the file.
+            storage_options: Options for Lightning's own way of writing, which they select.
 
         Raises:
-            OSError: If the disk takes no more; the previous file is still there.
+            OSError: If the file cannot be written, as on a full disk. The previous file is still
+                there.
         """
         if storage_options is not None or _is_remote(path):
             super().save_checkpoint(checkpoint, path, storage_options)
@@ -51,7 +59,7 @@ class AtomicCheckpointIO(TorchCheckpointIO):
         with replacing(path) as temporary, temporary.open("wb") as file:
             try:
                 torch.save(checkpoint, file)
-            except RuntimeError as error:  # torch's writer stumbles over the error of the disk
+            except RuntimeError as error:  # torch's writer hides the error of the disk
                 if not isinstance(error.__context__, OSError):
                     raise
                 cause = error.__context__
@@ -66,8 +74,13 @@ class AtomicCheckpointIO(TorchCheckpointIO):
     ) -> dict[str, Any]:
         """Read a checkpoint.
 
+        Args:
+            path: Path of the file.
+            map_location: Device to which tensors are moved, as for ``torch.load``.
+            weights_only: False lets Lightning read the file, which may run code from it.
+
         Raises:
-            ValueError: If it is not whole, or holds more than tensors and plain data.
+            ValueError: If the file is not whole, or holds more than tensors and plain data.
         """
         if weights_only is False or _is_remote(path):
             return super().load_checkpoint(path, map_location, weights_only)
@@ -77,11 +90,15 @@ class AtomicCheckpointIO(TorchCheckpointIO):
 def read_checkpoint(path: str | Path, *, map_location: Any = "cpu") -> dict[str, Any]:
     """Read a file of tensors and plain data that ``torch.save`` wrote.
 
-    Checksums are compared first: ``torch.load`` does not, and a bit that flipped on the disk would
-    be a weight like any other.
+    Checksums are compared first. ``torch.load`` does not compare them, so a bit that flipped on the
+    disk would go unnoticed into a weight.
+
+    Args:
+        path: Path of the file.
+        map_location: Device to which tensors are moved, as for ``torch.load``.
 
     Raises:
-        ValueError: Naming the file and what is wrong with it.
+        ValueError: If the file is refused. The error names the file and what is wrong with it.
     """
     path = Path(path)
     try:
@@ -95,7 +112,7 @@ def read_checkpoint(path: str | Path, *, map_location: Any = "cpu") -> dict[str,
     require(not refused, "ckpt_path", "hold only tensors and plain data", str(path), hint)
     try:
         content = torch.load(path, map_location=map_location, weights_only=True)
-    except Exception as error:  # the unpickler raises whatever damaged bytes make of it
+    except Exception as error:  # damaged bytes can make the unpickler raise anything
         message = f"ckpt_path must name a whole checkpoint, got {str(path)!r}."
         raise ValueError(f"{message} It cannot be read: {_first_line(error)}") from error
     rule, hint = "hold a checkpoint", f"It holds a {type(content).__name__}."
@@ -104,7 +121,7 @@ def read_checkpoint(path: str | Path, *, map_location: Any = "cpu") -> dict[str,
 
 
 def _flaw(path: Path) -> str | None:
-    """What is wrong with an archive, in a sentence."""
+    """What is wrong with an archive, in a sentence; ``None`` if nothing is wrong."""
     try:
         with open_file(path) as file:
             start, size = file.read(len(_ZIP_MAGIC)), os.fstat(file.fileno()).st_size
@@ -115,23 +132,23 @@ def _flaw(path: Path) -> str | None:
         return what if start else "It is empty."
     try:
         with zipfile.ZipFile(path) as archive:
-            parts = archive.infolist()
-            if sum(part.file_size for part in parts) > size:
-                return "It is damaged: its parts are longer than the file."
-            # torch takes a part that says it is a directory for whatever is in memory.
-            directories = (part.filename for part in parts if part.external_attr)
+            entries = archive.infolist()
+            if sum(entry.file_size for entry in entries) > size:
+                return "It is damaged: its entries are longer than the file."
+            # For an entry that is marked as a directory, torch returns uninitialised memory.
+            directories = (entry.filename for entry in entries if entry.external_attr)
             damaged = next(directories, None) or archive.testzip()
     except zipfile.BadZipFile:
-        return "It is torn: it has no end, or a damaged one."
-    except Exception as error:  # what is read may be anything
+        return "It is torn: its end is missing or damaged."
+    except Exception as error:  # damaged bytes can make zipfile raise anything
         return f"It is damaged: {_first_line(error)}"
-    return damaged and f"It is damaged, in its part {damaged!r}."
+    return damaged and f"It is damaged, in its entry {damaged!r}."
 
 
 def _refused_classes(path: Path) -> list[str]:
     try:
         return torch.serialization.get_unsafe_globals_in_checkpoint(path)
-    except Exception:  # torch.load meets the same and tells
+    except Exception:  # torch.load will raise the same error
         return []
 
 

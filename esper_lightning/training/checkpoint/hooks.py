@@ -1,4 +1,4 @@
-"""What PPO does when Lightning saves, loads or resumes: its hooks that concern checkpoints."""
+"""The Lightning hooks of PPO that save, load and resume checkpoints."""
 # Lightning sets many attributes of its Trainer where no type checker sees them.
 # pyright: reportAttributeAccessIssue=false
 # pyright: reportUnknownVariableType=false, reportUnknownArgumentType=false
@@ -36,10 +36,11 @@ class CheckpointHooks(LightningModule):
     """A LightningModule with settings, counters and a learner that are saved and resumed.
 
     Attributes:
-        settings: The arguments of the module.
+        settings: Settings of the module.
         progress: Counters of the run.
-        saves_alone: Whether the next checkpoint is one of this rank alone, because others may not
-            be there: it holds the environments of this rank only.
+        policy: Actor and critic.
+        saves_alone: Whether this rank saves the next checkpoint without the others, which may be
+            gone. The checkpoint then holds the environments of this rank only.
     """
 
     settings: PPOSettings
@@ -57,16 +58,16 @@ class CheckpointHooks(LightningModule):
 
     @override
     def on_fit_start(self) -> None:
-        """Load the weights of a warm start, unless this run is resumed.
+        """Load the weights of a warm start, unless this run is resumed, and compare all ranks.
 
         Raises:
-            RanksDisagreeError: If ranks would start with other settings or another state.
+            RanksDisagreeError: If ranks would start with different settings or in different states.
         """
         path, resumption = self.settings.warm_start, self._resumption
         if path is not None and self.progress.iteration == 0 and resumption is None:
             load_weights(self, path)
         if self._ranks.size > 1:
-            # Not in on_train_start: a rank whose checkpoint is the end of a run never comes there.
+            # A rank whose checkpoint is the end of a run never reaches on_train_start.
             loaded = 0 if resumption is None else resumption.digest
             refuse_other_ranks(
                 self._ranks, self.settings, self, iteration=self.progress.iteration, loaded=loaded
@@ -74,16 +75,16 @@ class CheckpointHooks(LightningModule):
 
     @override
     def on_train_epoch_end(self) -> None:
-        """Stop where the weights of ranks are not the same bits, before they are saved.
+        """Stop the run where the weights of ranks differ, before they are saved.
 
         Raises:
-            RuntimeError: On every rank, if any differs.
+            RuntimeError: If the weights of any rank differ; the error is raised on every rank.
         """
         if self._ranks.size > 1:
             refuse_other_weights_of_ranks(self._ranks, self, iteration=self.progress.iteration)
 
     def __getstate__(self) -> dict[str, Any]:
-        """What is pickled: everything but what belongs to a run."""
+        """The state to pickle, which is everything but the learner of a run."""
         state = super().__getstate__()
         return {name: value for name, value in state.items() if name != "_learner"}
 
@@ -103,14 +104,14 @@ class CheckpointHooks(LightningModule):
 
     @override
     def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
-        """Load counters; refuse a checkpoint of something else.
+        """Load the counters, and refuse a checkpoint that this module cannot use.
 
         Raises:
-            ValueError: If it was not written by PPO, or for another environment or policy, or is
-                not finite.
+            ValueError: If PPO did not write the checkpoint, if it is of another environment or
+                policy, or if it is not finite.
         """
         refuse_not_ours(checkpoint, "another module's")
-        if self._trainer is None:  # it is being built from this very checkpoint
+        if self._trainer is None:  # load_from_checkpoint is building this module
             refuse_other_weights(self, checkpoint, "its own")
         else:
             resumes, ranks = self.trainer.state.fn == TrainerFn.FITTING, self.trainer.world_size
@@ -127,15 +128,16 @@ class CheckpointHooks(LightningModule):
     def load_from_checkpoint(  # pyright: ignore[reportIncompatibleMethodOverride]
         cls, checkpoint_path: str | Path, **kwargs: Any
     ) -> Self:
-        """Weights, normalisers and settings of a checkpoint.
+        """A module with the weights, normalisers and settings of a checkpoint.
 
         Args:
-            checkpoint_path: A file that the Trainer wrote.
-            **kwargs: Settings that replace those of the checkpoint, and Lightning's
+            checkpoint_path: Path of a checkpoint that the Trainer wrote.
+            **kwargs: Settings that replace those of the checkpoint, and Lightning's argument
                 ``map_location``.
 
         Raises:
-            ValueError: If the file is no checkpoint of PPO, or a class of it cannot be imported.
+            ValueError: If the file is no checkpoint of PPO, or a class that it names cannot be
+                imported.
         """
         checkpoint = load_checkpoint(checkpoint_path)
         settings = PPOSettings.from_data(checkpoint["hyper_parameters"], **kwargs)
@@ -154,7 +156,7 @@ class CheckpointHooks(LightningModule):
     def refuse_checkpoint(
         self, checkpoint: dict[str, Any], path: str, *, world_size: int | None
     ) -> None:
-        """Refuse a checkpoint that cannot serve this module: of other settings, or not finite.
+        """Refuse a checkpoint that this module cannot use: of other settings, or not finite.
 
         Args:
             checkpoint: A checkpoint of PPO.
@@ -162,7 +164,7 @@ class CheckpointHooks(LightningModule):
             world_size: Number of ranks that resume training; ``None`` for an evaluation.
 
         Raises:
-            ValueError: Naming what does not fit.
+            ValueError: If the checkpoint does not fit. The error names what does not fit.
         """
         refuse_checkpoint(
             checkpoint,

@@ -1,7 +1,8 @@
-"""What each rank saves and resumes beside weights; ranks that would resume differently are refused.
+"""The state of each rank that is saved and resumed besides weights, and comparisons of ranks.
 
-Each rank has its own environments, running episodes and random streams. They are saved between
-iterations only: within one they are ahead of the counters.
+Each rank has environments, running episodes and random streams of its own. They are saved between
+iterations only, because within an iteration they are ahead of the counters. Ranks that would resume
+different states are refused.
 """
 
 from collections.abc import Mapping
@@ -23,31 +24,35 @@ __all__ = ["Resumption", "rank_states", "refuse_other_ranks", "refuse_other_weig
 
 
 class Resumption(NamedTuple):
-    """What one rank takes from a checkpoint when training is resumed."""
+    """The state that one rank takes from a checkpoint when training is resumed."""
 
-    rank_state: dict[str, Any] | None  # of this rank; None where the checkpoint has none
-    digest: int  # of the whole checkpoint, where several ranks resume; else 0
+    rank_state: dict[str, Any] | None  # state of this rank; None where the checkpoint has none
+    digest: int  # hash of the whole checkpoint where several ranks resume; else 0
 
     @classmethod
     def read(cls, checkpoint: Mapping[str, Any], rank: int, world_size: int) -> Self:
-        """Take this rank's part of a checkpoint.
+        """Read the state of one rank from a checkpoint.
 
         Args:
             checkpoint: A checkpoint of PPO.
             rank: Number of this rank.
-            world_size: Number of ranks that resume.
+            world_size: Number of ranks that resume training.
         """
         state = checkpoint[STATE_KEY]["ranks"].get(rank)
         return cls(state, digest(checkpoint) if world_size > 1 else 0)
 
     def start(self, learner: Learner, optimizer: torch.optim.Adam) -> bool:
-        """Start a learner where the checkpoint left it.
+        """Start a learner in the state of the checkpoint.
+
+        Args:
+            learner: Learner of this rank.
+            optimizer: Adam over the policy, with its state restored.
 
         Returns:
             Whether the episodes of the checkpoint are resumed; if not, new ones begin.
 
         Raises:
-            ValueError: If the checkpoint is of other environments.
+            ValueError: If the checkpoint belongs to other environments.
         """
         resumed = learner.start(optimizer, self.rank_state)
         if self.rank_state is not None:
@@ -58,13 +63,15 @@ class Resumption(NamedTuple):
 def rank_states(
     learner: Learner | None, ranks: Ranks, *, rank: int, alone: bool
 ) -> dict[int, dict[str, Any]]:
-    """State of the learner of each rank, on the first rank; a collective, unless ``alone``.
+    """States of the learners of all ranks, gathered on the first rank.
+
+    This is a collective, unless ``alone``.
 
     Args:
-        learner: Learner of this rank; ``None`` where there is none, or within an iteration.
+        learner: Learner of this rank; ``None`` before a run starts, and within an iteration.
         ranks: All ranks of the run.
         rank: Number of this rank.
-        alone: Whether the other ranks may not be there: the state of this rank is all then.
+        alone: Whether other ranks may be gone, so that the state of this rank alone is returned.
     """
     mine = None if learner is None else learner.state_dict()
     if mine is None:
@@ -78,7 +85,7 @@ def rank_states(
 def refuse_other_ranks(
     ranks: Ranks, settings: PPOSettings, module: nn.Module, *, iteration: int, loaded: int
 ) -> None:
-    """Refuse ranks with other settings or checkpoints: they would train different weights.
+    """Refuse ranks with different settings or checkpoints, which would train different weights.
 
     Args:
         ranks: All ranks of the run.
@@ -88,7 +95,8 @@ def refuse_other_ranks(
         loaded: ``Resumption.digest`` of this rank; 0 for a new run.
 
     Raises:
-        RanksDisagreeError: On every rank, if any would start with other settings or another state.
+        RanksDisagreeError: If any rank would start with other settings or in another state; the
+            error is raised on every rank.
     """
     try:
         own = {name: value for name, value in settings.to_data().items() if name != "warm_start"}
@@ -98,7 +106,7 @@ def refuse_other_ranks(
         numbers = (iteration, loaded, digest({"state_dict": module.state_dict()}))
         everyones: list[tuple[int, int, int]] = ranks.gather_objects(numbers)
         got: list[int | str] = [iteration for iteration, *_ in everyones]
-        if len(set(got)) == 1:  # what the files hold tells them apart
+        if len(set(got)) == 1:  # then hashes tell the files apart
             got = [f"iteration {i} of {file ^ weights:012x}" for i, file, weights in everyones]
         resumes = any(iteration or file for iteration, file, _ in everyones)
         field = "ckpt_path" if resumes else "PPO.warm_start"
@@ -109,7 +117,7 @@ def refuse_other_ranks(
 
 
 def refuse_other_weights_of_ranks(ranks: Ranks, module: nn.Module, *, iteration: int) -> None:
-    """Stop where the weights of ranks are not the same bits.
+    """Stop the run where the weights of ranks do not have the same bits.
 
     Args:
         ranks: All ranks of the run.
@@ -117,7 +125,7 @@ def refuse_other_weights_of_ranks(ranks: Ranks, module: nn.Module, *, iteration:
         iteration: Iterations finished, for the error.
 
     Raises:
-        RuntimeError: On every rank, if any differs.
+        RuntimeError: If the weights of any rank differ; the error is raised on every rank.
     """
     weights = digest({"state_dict": module.state_dict()})
     got = [f"{each:012x}" for each in ranks.gather_objects(weights)]

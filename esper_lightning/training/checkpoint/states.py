@@ -1,5 +1,5 @@
-"""What a checkpoint of PPO says about the run that wrote it, and which runs it may serve."""
-# Checkpoints are read as they are, from whatever wrote them.
+"""Reading checkpoints of PPO, and refusing those that do not fit a run."""
+# The types of a checkpoint's content are not known: any program may have written the file.
 # pyright: reportUnknownVariableType=false, reportUnknownArgumentType=false
 
 import contextlib
@@ -44,18 +44,19 @@ __all__ = [
 ]
 
 _MOST_NAMES = 4
-_SMALL = 1_000_000  # numbers in a tensor that networks may always have
+_SMALL = 1_000_000  # numbers in a tensor of which networks may always consist
 
 
 def load_checkpoint(path: str | Path, *, field: str = "ckpt_path") -> dict[str, Any]:
-    """Read a checkpoint of PPO into memory of the CPU, tensors and plain data only.
+    """Read a checkpoint of PPO into the memory of the CPU; only tensors and plain data are read.
 
     Args:
-        path: Of the checkpoint.
-        field: The setting that names it, for errors.
+        path: Path of the checkpoint.
+        field: Setting that names the path, for errors.
 
     Raises:
-        ValueError: If there is none at ``path``, saying what there is.
+        ValueError: If there is no whole checkpoint of PPO at ``path``. The error says what is
+            there.
     """
     is_path = isinstance(path, str | Path)  # pyright: ignore[reportUnnecessaryIsInstance]
     require(is_path, field, "be a path", path)
@@ -72,10 +73,13 @@ def load_checkpoint(path: str | Path, *, field: str = "ckpt_path") -> dict[str, 
 
 
 def checkpoint_at(path: str | Path) -> Path:
-    """A checkpoint's own path, or the best one in a run directory, or the last one there.
+    """The path of a checkpoint; for a run directory, its best checkpoint or else its last one.
+
+    Args:
+        path: Path of a checkpoint or of a run directory.
 
     Raises:
-        ValueError: If there is none.
+        ValueError: If a run directory holds neither.
     """
     path = Path(path)
     if not path.is_dir():
@@ -88,15 +92,18 @@ def checkpoint_at(path: str | Path) -> Path:
 
 
 def digest(checkpoint: Mapping[str, Any]) -> int:
-    """A number of 48 bits, which a double holds, that tells training states apart.
+    """A hash of a training state: of weights, optimizer states and counters.
 
-    It is made of weights, optimizer states and counters, at about a gigabyte a second.
+    The hash has 48 bits, so that a double can hold it. It takes about a second for each gigabyte.
+
+    Args:
+        checkpoint: A checkpoint of PPO, or some of its entries.
     """
     counters = checkpoint.get(STATE_KEY, {})
     counted = [counters.get(name) for name in ("iteration", "env_steps", "gradient_steps")]
     content = hashlib.blake2b(repr(counted).encode(), digest_size=6)
-    parts = {name: checkpoint.get(name) for name in ("state_dict", "optimizer_states")}
-    for name, value in named_tensors(parts):
+    trees = {name: checkpoint.get(name) for name in ("state_dict", "optimizer_states")}
+    for name, value in named_tensors(trees):
         content.update(f"{name} {value.dtype} {tuple(value.shape)}".encode())
         flat = value.detach().cpu().contiguous().reshape(-1)
         content.update(flat.view(torch.uint8).numpy().data)
@@ -104,11 +111,15 @@ def digest(checkpoint: Mapping[str, Any]) -> int:
 
 
 def load_weights(module: nn.Module, path: str | Path) -> None:
-    """Weights and normalisers of a checkpoint into a PPO module, for a warm start.
+    """Load weights and normalisers of a checkpoint into a PPO module, for a warm start.
+
+    Args:
+        module: PPO module whose weights are replaced.
+        path: Path of the checkpoint.
 
     Raises:
-        ValueError: If there is no checkpoint of PPO at ``path``, or it is of other networks or
-            another normalisation, or not finite.
+        ValueError: If there is no checkpoint of PPO at ``path``, if it is of other networks or
+            another normalisation, or if its weights are not finite.
     """
     checkpoint = load_checkpoint(path, field="PPO.warm_start")
     refuse_other_weights(module, checkpoint, str(path), field="PPO.warm_start")
@@ -125,18 +136,18 @@ def refuse_checkpoint(
     trained: Sequence[Tensor],
     world_size: int | None,
 ) -> None:
-    """Refuse a checkpoint that cannot serve a module: of other settings, or not finite.
+    """Refuse a checkpoint that a module cannot use: of other settings, or not finite.
 
     Args:
         checkpoint: A checkpoint of PPO.
         path: Path of the checkpoint, for the error.
         module: The PPO module that is to use it.
         settings: Settings of the module.
-        trained: The parameters that the optimizer is over, in its order.
+        trained: Parameters that the optimizer trains, in its order.
         world_size: Number of ranks that resume training; ``None`` for an evaluation.
 
     Raises:
-        ValueError: Naming what does not fit.
+        ValueError: If the checkpoint does not fit. The error names what does not fit.
     """
     refuse_not_whole(checkpoint, path)
     refuse_foreign(checkpoint, settings, world_size=world_size)
@@ -154,11 +165,11 @@ def refuse_foreign(
     Args:
         checkpoint: A checkpoint of PPO.
         settings: Settings of the run that is to use it.
-        world_size: Number of ranks on which training is to go on; ``None`` for an evaluation, which
-            may use another ``num_envs``.
+        world_size: Number of ranks that resume training; ``None`` for an evaluation, which may use
+            another ``num_envs``.
 
     Raises:
-        ValueError: Naming the first setting that differs.
+        ValueError: If a setting differs. The error names the first such setting.
     """
     resuming, own = world_size is not None, settings.to_data()
     hint = "Use the config of the run that wrote the checkpoint"
@@ -183,10 +194,16 @@ def refuse_foreign(
 def refuse_other_weights(
     module: nn.Module, checkpoint: Mapping[str, Any], path: str, *, field: str = "ckpt_path"
 ) -> None:
-    """Refuse weights that are not those of a module: other names, shapes or kinds of numbers.
+    """Refuse weights that do not fit a module: other names, shapes or kinds of numbers.
+
+    Args:
+        module: PPO module that is to use the checkpoint.
+        checkpoint: A checkpoint of PPO.
+        path: Path of the checkpoint, for the error.
+        field: Setting that names the path, for the error.
 
     Raises:
-        ValueError: Naming ``path`` and the first of them.
+        ValueError: If weights do not fit. The error names ``path`` and the first such weight.
     """
     own, given = module.state_dict(), cast(Mapping[str, Tensor], checkpoint["state_dict"])
     rule = "be of the same networks and normalisers"
@@ -204,10 +221,17 @@ def refuse_other_weights(
 def refuse_non_finite(
     checkpoint: Mapping[str, Any], path: str, *, field: str = "ckpt_path", resuming: bool = False
 ) -> None:
-    """Refuse weights that are not finite, and states of the optimizer where they are used.
+    """Refuse weights that are not finite and, where a run is resumed, such optimizer states.
+
+    Args:
+        checkpoint: A checkpoint of PPO.
+        path: Path of the checkpoint, for the error.
+        field: Setting that names the path, for the error.
+        resuming: Whether a run is resumed, so that optimizer states are used.
 
     Raises:
-        ValueError: Naming ``path`` and the first few of them.
+        ValueError: If a tensor is not finite. The error names ``path`` and the first few such
+            tensors.
     """
     trees = {"": checkpoint["state_dict"]}
     if resuming:
@@ -225,12 +249,12 @@ def refuse_other_optimizer(
     """Refuse a checkpoint from which training cannot be resumed.
 
     Args:
-        trained: The parameters that the optimizer is over, in its order.
-        checkpoint: Of PPO.
-        path: Of the checkpoint, for the error.
+        trained: Parameters that the optimizer trains, in its order.
+        checkpoint: A checkpoint of PPO.
+        path: Path of the checkpoint, for the error.
 
     Raises:
-        ValueError: Naming what is missing or does not fit.
+        ValueError: If a state is missing or does not fit. The error names the state.
     """
     refuse_not_resumable(checkpoint, path)
     rule, states = "hold the state of one Adam over the policy", checkpoint["optimizer_states"]
@@ -246,15 +270,18 @@ def refuse_other_optimizer(
         like = [isinstance(m, Tensor) and _is_like(m, trained[number]) for m in moments]
         step = state.get("step")
         counted = isinstance(step, Tensor) and step.numel() == 1
-        require(all(like) and counted, "ckpt_path", rule, path, f"State {number} is of another.")
+        require(all(like) and counted, "ckpt_path", rule, path, f"State {number} fits no weight.")
 
 
 @contextlib.contextmanager
 def refuse_huge(checkpoint: Mapping[str, Any]) -> Generator[None]:
-    """Within it, networks are built that may be no greater than the weights of a checkpoint.
+    """A context in which no network can be built that is much larger than a checkpoint's weights.
+
+    Args:
+        checkpoint: A checkpoint of PPO whose settings describe the network.
 
     Raises:
-        ValueError: If settings in it would take all memory.
+        ValueError: If the settings describe a larger network, which could take all memory.
     """
     given = cast(Mapping[str, Tensor], checkpoint["state_dict"]).values()
     with _Bounded(_SMALL + 2 * max((tensor.numel() for tensor in given), default=0)):
@@ -262,7 +289,7 @@ def refuse_huge(checkpoint: Mapping[str, Any]) -> Generator[None]:
 
 
 class _Bounded(TorchDispatchMode):
-    """Refuses to allocate tensors of more numbers than these."""
+    """A mode of torch that refuses to allocate tensors of more than ``most`` numbers."""
 
     def __init__(self, most: int) -> None:
         super().__init__()
@@ -280,7 +307,7 @@ class _Bounded(TorchDispatchMode):
 
 
 def _is_like(given: Tensor, own: Tensor) -> bool:
-    """Whether one can be copied to the other: same shape, same kind of number, dense."""
+    """Whether a tensor can be copied to another: same shape, same kind of number, dense."""
     dense = given.layout == torch.strided and given.device.type != "meta"
     kind = given.is_floating_point() == own.is_floating_point()
     same = given.dtype == own.dtype or given.is_floating_point()

@@ -1,4 +1,4 @@
-"""Which checkpoint serves which run."""
+"""The checkpoint that a run uses, and the runs that may use a checkpoint."""
 
 import re
 import types
@@ -39,7 +39,7 @@ def test_a_run_directory_stands_for_its_best_checkpoint_and_else_for_its_last(tm
     assert checkpoint_at(folder / "last.ckpt") == folder / "last.ckpt"
 
 
-def test_training_goes_on_with_as_many_ranks_and_environments_and_evaluation_with_any():
+def test_training_is_resumed_with_the_same_ranks_and_environments_and_evaluation_with_any():
     saved, other = checkpoint(model(), world_size=2), model(env=CartPole(num_envs=8))
     refuse_foreign(saved, model().settings, world_size=2)
     message = "Trainer.devices * Trainer.num_nodes must be the checkpoint's, 2, got 1. Use the"
@@ -50,17 +50,17 @@ def test_training_goes_on_with_as_many_ranks_and_environments_and_evaluation_wit
     refuse_foreign(saved, other.settings, world_size=None)
 
 
-def test_what_is_given_is_not_made_anew():
+def test_a_spec_that_is_given_is_not_rebuilt():
     saved = model().settings.to_data()
     saved["env"]["class_path"] = "nowhere.Gone"
-    with pytest.raises(ValueError, match=r"env must be one that nowhere\.Gone makes anew"):
+    with pytest.raises(ValueError, match=r"env must be a spec that nowhere\.Gone builds"):
         PPOSettings.from_data(saved)
     given = PPOSettings.from_data(saved, env=CartPole(num_envs=9), ppo=PPOConfig(epochs=7))
     assert (given.env.num_envs, given.ppo.epochs) == (9, 7)
 
 
 @pytest.mark.parametrize("rank", [0, 1])
-def test_every_rank_takes_up_its_own_environments(rank):
+def test_every_rank_resumes_its_own_environments(rank):
     resumed = model()
     state = types.SimpleNamespace(fn=TrainerFn.FITTING)
     resumed._trainer = types.SimpleNamespace(state=state, world_size=2, global_rank=rank)

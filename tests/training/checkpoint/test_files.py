@@ -1,4 +1,4 @@
-"""Checkpoints are written whole or not at all, and what is wrong with a file is said."""
+"""Checkpoints are written whole or not at all, and errors say what is wrong with a file."""
 
 import fractions
 import pickle
@@ -39,7 +39,7 @@ def refusal(path) -> str:
 
 
 def is_seen(path, damaged) -> bool:
-    """Whether damage is refused; where it is not, it must make no difference."""
+    """Whether a damaged file is refused; if it is read, it must hold what the whole file holds."""
     path.write_bytes(damaged)
     try:
         read = read_checkpoint(path)
@@ -54,7 +54,7 @@ def test_what_is_saved_can_be_read(path):
     assert [file.name for file in path.parent.iterdir()] == ["x.ckpt"]
 
 
-def test_wherever_it_is_cut_off(path):
+def test_a_file_that_is_cut_off_anywhere_is_refused(path):
     whole = path.read_bytes()
     for length in (1, 3, 4, 100, len(whole) // 2, len(whole) - 1000, len(whole) - 1):
         path.write_bytes(whole[:length])
@@ -74,8 +74,8 @@ def test_a_flipped_bit_anywhere_is_seen_or_changes_nothing(path):
     assert seen > len(whole) // 3
 
 
-def test_every_bit_of_an_entry_in_the_table_of_contents(path):
-    """One of them makes torch return memory that was never written."""
+def test_a_flipped_bit_in_the_table_of_contents_is_seen_or_changes_nothing(path):
+    """One of these bits makes torch return memory that was never written."""
     whole = path.read_bytes()
     start = whole.rindex(b"PK\x01\x02", 0, whole.rindex(b"/data/0"))
     for place in range(start, start + 46):
@@ -85,7 +85,7 @@ def test_every_bit_of_an_entry_in_the_table_of_contents(path):
             is_seen(path, damaged)
 
 
-def test_files_that_are_no_checkpoints(tmp_path):
+def test_files_that_are_no_checkpoints_are_refused(tmp_path):
     path = tmp_path / "x.ckpt"
     with pytest.raises(ValueError, match=r"^ckpt_path must name an existing checkpoint, got '.*x"):
         read_checkpoint(path)
@@ -98,7 +98,7 @@ def test_files_that_are_no_checkpoints(tmp_path):
     assert refusal(tmp_path).endswith(" It is a directory.")
 
 
-def test_objects_are_named_and_not_made(tmp_path):
+def test_objects_in_a_file_are_named_and_not_built(tmp_path):
     path = tmp_path / "x.ckpt"
     torch.save({"state_dict": {}, "settings": fractions.Fraction(1, 2)}, path)
     message = refusal(path)
@@ -120,7 +120,7 @@ def test_a_trainer_reads_through_it(path, make_trainer):
         make_trainer(plugins=[AtomicCheckpointIO()]).fit(PPO(CartPole(num_envs=4)), ckpt_path=path)
 
 
-def test_a_checkpoint_of_another_module(tmp_path):
+def test_a_checkpoint_of_another_module_is_refused(tmp_path):
     path = tmp_path / "x.ckpt"
     torch.save({"state_dict": {}, "pytorch-lightning_version": "2.5.0"}, path)
     with pytest.raises(ValueError, match=r"must name a checkpoint of PPO, got '.*x.ckpt'"):
@@ -206,7 +206,7 @@ print([file.name for file in path.parent.iterdir()])
 """
 
 
-def test_a_full_disk_is_told_and_leaves_the_previous_file(tmp_path):
+def test_a_full_disk_is_an_error_and_leaves_the_previous_file(tmp_path):
     path = tmp_path / "checkpoints" / "last.ckpt"
     done = forked.run(["-c", FULL, path])
     assert done.stdout.splitlines() == ["File too large True", "['last.ckpt']"], done.stderr

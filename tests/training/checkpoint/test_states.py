@@ -29,7 +29,7 @@ def weight_of(checkpoint) -> str:
 
 
 def put(path: str, value):
-    """A change: the value, or nothing, at a place of the checkpoint."""
+    """A function that sets an entry of a checkpoint, or removes it for ``None``."""
 
     def change(checkpoint):
         *places, last = path.split(".")
@@ -106,7 +106,7 @@ TO_RESUME = {
     "no callbacks": (put("callbacks", None), "callbacks is missing"),
     "no loops": (put("loops", []), "loops is no dictionary"),
     "empty loops": (put("loops", {}), "loops.fit_loop is missing"),
-    "moments of another shape": (moments(lambda m: m[:1]), "State 0 is of another"),
+    "moments of another shape": (moments(lambda m: m[:1]), "State 0 fits no weight"),
     "moments that are not finite": (moments(to_nan), "Not finite: optimizer.0.0.exp_avg"),
     "two optimizers": (
         lambda c: c["optimizer_states"].append(c["optimizer_states"][0]),
@@ -179,11 +179,11 @@ def test_weights_that_are_not_finite_are_of_no_use(damaged, make_trainer):
     assert not bool(looked_at.state_dict()[name].isfinite().all())
 
 
-def test_nothing_but_specs_is_made_from_a_checkpoint(damaged, tmp_path, monkeypatch):
+def test_nothing_but_specs_is_built_from_a_checkpoint(damaged, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     for name in ("env", "policy"):
         path = damaged(put(f"hyper_parameters.{name}", PROGRAM))
-        refused(lambda: PPO.load_from_checkpoint(path), "subprocess.Popen makes anew: it is no")  # noqa: B023
+        refused(lambda: PPO.load_from_checkpoint(path), "that subprocess.Popen builds: it is no")  # noqa: B023
     assert not (tmp_path / "made").exists()
 
 
@@ -192,7 +192,7 @@ def test_networks_greater_than_their_weights_are_not_built(damaged):
     refused(lambda: PPO.load_from_checkpoint(path), "must describe the networks of its weights")
 
 
-def test_a_whole_checkpoint_is_refused_by_none(damaged):
+def test_a_whole_checkpoint_is_never_refused(damaged):
     path = damaged(lambda _: None)
     model = PPO.load_from_checkpoint(path)
     model.refuse_checkpoint(load_checkpoint(path), str(path), world_size=1)
