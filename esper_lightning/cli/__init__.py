@@ -1,1 +1,1 @@
-"""The command line."""
+"""The command line ``esper``, a file for each subcommand."""

@@ -1,5 +1,5 @@
-"""What a setting may be, in the words of a user, by the type that jsonargparse knows of it."""
-# A type may be anything.
+"""Values that a setting may have, in the words of a user, read from the setting's type."""
+# A type may be any object.
 # pyright: reportUnknownVariableType=false, reportUnknownArgumentType=false
 
 import inspect
@@ -11,7 +11,7 @@ from typing import Any
 
 __all__ = ["choices_of", "listed", "literals_of", "rule_of"]
 
-_LONGEST_LIST = 90  # characters of choices
+_LONGEST_LIST = 90  # characters of a list of choices
 _OURS = ("esper_lightning.", "lightning.pytorch.")
 _PLURALS = {int: " of integers", float: " of numbers", str: " of texts"}
 _WORDS: dict[Any, str] = {
@@ -27,7 +27,7 @@ _WORDS: dict[Any, str] = {
 
 
 def rule_of(typehint: Any) -> str:
-    """What a value of the type is, in words."""
+    """The rule for values of a type, in words that follow *must be*."""
     rules: list[str] = []
     classes: list[str] = []
     literals = [str(value) for value in literals_of(typehint)]
@@ -53,13 +53,13 @@ def _members(typehint: Any) -> Iterator[Any]:
 
 
 def literals_of(typehint: Any) -> list[Any]:
-    """Single values that a type allows by name."""
+    """Single values that a type allows: those of its ``Literal`` members."""
     members = (one for one in _members(typehint) if typing.get_origin(one) is typing.Literal)
     return [value for one in members for value in typing.get_args(one)]
 
 
 def choices_of(typehint: Any) -> list[str]:
-    """Public classes that may be given for a type by their name alone, ours first."""
+    """Names of public classes that a setting of a type may name, those of this package first."""
     kinds: dict[str, str] = {}
     for member in _members(typehint):
         for kind in (member, *typing.get_args(member)):
@@ -82,7 +82,7 @@ def _is_public(kind: type) -> bool:
 
 
 def listed(names: list[str]) -> str:
-    """As many names as a line takes."""
+    """Names joined by commas, cut after as many as fit in an error of one line."""
     text = ", ".join(names)
     if len(text) <= _LONGEST_LIST:
         return text

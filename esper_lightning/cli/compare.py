@@ -1,4 +1,7 @@
-"""``esper compare RUN ...``: variants over the same seeds. Needs scipy and matplotlib, no torch."""
+"""``esper compare RUN ...``: a comparison of variants over the same seeds.
+
+It needs scipy, and matplotlib for the figure, but no torch.
+"""
 
 import argparse
 import importlib.util
@@ -15,13 +18,13 @@ if TYPE_CHECKING:
 
 __all__ = ["run"]
 
-# How a package is called in an import, and for pip.
+# Packages by the name of their module, with their name for pip.
 _NEEDED = {"scipy": "scipy", "yaml": "PyYAML"}
 _NEEDED_TO_DRAW = {"matplotlib": "matplotlib"}
 
 
 def run(arguments: list[str]) -> None:
-    """Print the comparison; exit status 2 where there is none to make."""
+    """Print the comparison; exit with status 2 where the runs cannot be compared."""
     parser = CommandParser(
         "esper compare",
         "Compare runs over the seeds that all variants have.",
@@ -77,7 +80,11 @@ def _compare(options: argparse.Namespace) -> "Comparison":
 
 
 def _files(directory: Path) -> tuple[Path, Path]:
-    """Text and picture to write in a folder; refused before the work where they cannot be."""
+    """Paths of the text and the figure in the folder of ``--output``.
+
+    Raises:
+        ValueError: If one of them cannot be written, which is found before the runs are read.
+    """
     require_output_folder("--output", directory)
     text, picture = directory / "comparison.md", directory / "comparison.png"
     return (

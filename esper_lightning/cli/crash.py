@@ -1,4 +1,4 @@
-"""``esper crash RUN_DIR``: how a run died, from what it left. Standard library only."""
+"""``esper crash RUN_DIR``: how a run died, from the files that it left. Standard library only."""
 
 from pathlib import Path
 from typing import Any
@@ -17,7 +17,7 @@ __all__ = ["Remains", "examine", "first_failure", "run"]
 
 
 def run(arguments: list[str]) -> None:
-    """Print the report; exit status 2 where there is no run."""
+    """Print how a run died; exit with status 2 where there is no run."""
     parser = CommandParser("esper crash", "How a run died.")
     parser.add_argument("run_dir", type=Path, metavar="RUN_DIR")
     parser.add_argument("--json", action="store_true", help="the same for programs")
@@ -47,7 +47,7 @@ def run(arguments: list[str]) -> None:
 
 
 def _before_it_recorded(directory: Path, owner: dict[str, Any]) -> str:
-    """What is known of a run of which no rank has a folder yet."""
+    """A sentence about a run of which no rank has a folder yet."""
     process = f"Process {owner.get('pid')} on {owner.get('host')}"
     how = {
         True: "is starting, and has recorded nothing yet",

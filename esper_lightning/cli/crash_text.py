@@ -1,4 +1,4 @@
-"""What ``esper crash`` prints. Standard library only."""
+"""The text that ``esper crash`` prints. Standard library only."""
 
 import itertools
 import time
@@ -14,10 +14,10 @@ from esper_lightning.forensics.report import CgroupCounters, CrashReport, NonFin
 __all__ = ["describe", "seconds_by_phase"]
 
 _WIDTH, _COLUMN, _NAME = 100, 15, 60
-_MOST_RANKS = 16  # that left nothing, by name
+_MOST_RANKS = 16  # ranks that left nothing and are listed by number
 _MOST_WINDOWS = 4
-_LATER_S = 5.0  # by which a file may seem to be later than the death
-# Columns of the last rows that come first; what else a run has in its history follows.
+_LATER_S = 5.0  # seconds by which the time of a file may be later than the death
+# Columns of the last rows that are printed first; other columns of the history follow.
 _COLUMNS = (
     "iteration",
     "env_steps",
@@ -30,12 +30,12 @@ _COLUMNS = (
 
 
 def describe(directory: Path, ranks: list[Remains], first: Remains | None) -> list[str]:
-    """The lines to print.
+    """The lines that ``esper crash`` prints.
 
     Args:
-        directory: Of the run.
-        ranks: What each left.
-        first: The one that failed first, if any did.
+        directory: Run directory.
+        ranks: What each rank left.
+        first: What the rank left that failed first; ``None`` if no rank failed.
     """
     lines = [f"Run directory: {directory}", ""]
     if len(ranks) > 1 or (ranks[0].world_size or 1) > 1:
@@ -96,7 +96,7 @@ def _death(first: Remains, ranks: list[Remains]) -> list[str]:
             f"Iteration {iteration}, in: {phases}",
         ]
     lines = [f"Rank {first.rank} failed first: {report.what_happened}"]
-    if not first.is_first_cause:  # and neither did any other rank that left something
+    if not first.is_first_cause:  # and no other rank that left something is the first cause
         elsewhere = len(ranks) < (first.world_size or 0)
         why = "its folder is on another host" if elsewhere else "no rank tells why"
         lines = [f"Rank {first.rank} lost a peer; {why}.", _cut(report.what_happened, _WIDTH)]
@@ -122,7 +122,7 @@ def _death(first: Remains, ranks: list[Remains]) -> list[str]:
 
 
 def _memory(report: CrashReport) -> list[str]:
-    """What the process had, and what the kernel counted meanwhile."""
+    """A line about the memory of the process and the kernel's counters of its control group."""
     memory, cgroup = report.memory, report.cgroup or CgroupCounters()
     counts: dict[str, int | None] = {}
     if memory is not None:
@@ -144,9 +144,9 @@ def _where_not_finite(found: NonFiniteReport) -> str:
 
 
 def seconds_by_phase(phases: Phases | None) -> dict[str, float]:
-    """Self time of the latest closed spans."""
+    """Seconds of self time in each phase, over the latest closed spans; the longest first."""
     seconds: dict[str, float] = defaultdict(float)
-    nested: dict[int, float] = defaultdict(float)  # by depth
+    nested: dict[int, float] = defaultdict(float)  # seconds in spans of each depth
     for span in phases.closed if phases else []:
         duration = (span.end_ns - span.begin_ns) / 1e9
         seconds[span.name] += duration - nested.pop(span.depth + 1, 0.0)
@@ -183,14 +183,14 @@ def _last_rows(first: Remains) -> list[str]:
 
 
 def _columns(rows: list[dict[str, Any]]) -> list[str]:
-    """The names under which there are numbers, the best known first."""
+    """Names of the columns that hold numbers, those of ``_COLUMNS`` first."""
     numbers = (name for row in rows for name, value in row.items() if _is_number(value))
     names = dict.fromkeys(numbers)
     return [*(name for name in _COLUMNS if name in names), *(n for n in names if n not in _COLUMNS)]
 
 
 def _heads(columns: list[str]) -> list[str]:
-    """The last parts of their names, or more where two would be the same."""
+    """Heads of columns: the last word of each name, or all of it where two would be equal."""
     short = [name.rpartition("/")[2].replace("episode_", "") for name in columns]
     heads = [s if short.count(s) == 1 else c for s, c in zip(short, columns, strict=True)]
     return [head if len(head) < _COLUMN else f"..{head[3 - _COLUMN :]}" for head in heads]
@@ -235,7 +235,7 @@ def _operators(first: Remains) -> list[str]:
 
 def _before(first: Remains, window: Window) -> str:
     before_s = first.failed_at_s - window.ended_s
-    if not -_LATER_S < before_s < float("inf"):  # the files were copied, perhaps
+    if not -_LATER_S < before_s < float("inf"):  # perhaps because the files were copied
         return "at a time unknown"
     return f"{max(0.0, before_s):.1f} s before the death"
 

@@ -1,6 +1,6 @@
-"""What every command says about a mistake: one short line on stderr, and exit status 2.
+"""Errors of every command: one short line on stderr, and exit status 2.
 
-Standard library only: ``esper crash`` needs no more.
+This file imports the standard library only, because ``esper crash`` may need no more.
 """
 
 import argparse
@@ -20,29 +20,30 @@ _LONGEST_WORD, _WORD_START, _WORD_END = 60, 24, 28
 
 
 class CommandParser(argparse.ArgumentParser):
-    """A parser of the standard library whose mistakes are one line, as those of every command."""
+    """A parser of the standard library that reports a mistake in one line."""
 
     def __init__(self, prog: str, description: str, epilog: str | None = None) -> None:
         super().__init__(prog=prog, description=description, epilog=epilog, allow_abbrev=False)
 
     def error(self, message: str) -> NoReturn:
-        """Print the line; exit status 2."""
+        """Print a mistake in the arguments in one line; exit with status 2."""
         unknown = re.match(r"unrecognized arguments: (--[^ =]+)", message)
         hint = nearest(unknown[1], self._option_string_actions) if unknown else ""
         fail(f"{message}.{hint}" if hint else message)
 
 
 def fail(mistake: BaseException | str) -> NoReturn:
-    """Print one line about a mistake in the settings; exit status 2."""
+    """Print one line about a mistake in the settings; exit with status 2."""
     if sys.stderr is not None:  # pyright: ignore[reportUnnecessaryComparison] - closed at the start
         print(one_line(f"esper: error: {mistake}"), file=sys.stderr)
     sys.exit(2)
 
 
 def one_line(text: str, limit: int = LONGEST_LINE) -> str:
-    """The text in one line of printable characters.
+    """A text as one line of printable characters.
 
-    Where it is too long its longest words (paths, values) lose their middle, and then it its end.
+    A line that is too long first loses the middle of its longest words (paths, values), and then
+    its own end.
     """
     words = [printable(word) for word in text[:_LONGEST_TEXT].split()]
     line = " ".join(words)
@@ -55,6 +56,6 @@ def one_line(text: str, limit: int = LONGEST_LINE) -> str:
 
 
 def nearest(word: str, known: Iterable[str]) -> str:
-    """A sentence with the known word that is most like ``word``; empty if none is."""
+    """A sentence with the known word that is most like ``word``; empty if no known word is."""
     found = difflib.get_close_matches(word, list(known), 1, 0.5)
     return f" The nearest is {found[0]!r}." if found else ""

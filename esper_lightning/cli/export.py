@@ -1,4 +1,4 @@
-"""``esper export``: a trained policy as a file for elsewhere."""
+"""``esper export``: a trained policy as a file that other programs load."""
 
 from typing import get_args
 
@@ -30,7 +30,7 @@ def run(arguments: list[str]) -> None:
     )
     options = parser.parse_args(arguments)
     with settings_come_first():
-        output_at(options.output)  # refused before any work
+        output_at(options.output)  # refuses a bad path before any work is done
         path = checkpoint_at(options.ckpt_path)
         model = PPO.load_from_checkpoint(path, map_location="cpu")
         exported = export_policy(model, options.output, options.format)

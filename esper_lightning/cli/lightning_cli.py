@@ -1,7 +1,4 @@
-"""``esper fit`` and ``esper evaluate``.
-
-Lightning's command line with our defaults and one-line errors.
-"""
+"""``esper fit`` and ``esper evaluate``: Lightning's command line with errors of one line."""
 
 import argparse
 import contextlib
@@ -16,18 +13,8 @@ from typing import Any, cast
 
 from lightning.fabric.utilities.exceptions import MisconfigurationException
 from lightning.pytorch import Trainer
-from lightning.pytorch.callbacks import (
-    Callback,
-    Checkpoint,
-    ProgressBar,
-    Timer,
-    early_stopping,
-)
-from lightning.pytorch.cli import (
-    ArgsType,
-    LightningArgumentParser,
-    LightningCLI,
-)
+from lightning.pytorch.callbacks import Callback, Checkpoint, ProgressBar, Timer, early_stopping
+from lightning.pytorch.cli import ArgsType, LightningArgumentParser, LightningCLI
 from lightning.pytorch.strategies import StrategyRegistry
 from typing_extensions import override
 
@@ -72,17 +59,16 @@ _LIGHTNING_CALLBACKS = Path(early_stopping.__file__).parent
 
 
 def prepare(arguments: list[str]) -> Callable[[], None]:
-    """Parse the settings and build everything from them.
+    """Parse the settings, and build model and Trainer from them.
 
-    A mistake in the settings is one line on stderr and exit status 2; what happens later is not
-    touched.
+    A mistake in the settings is one line on stderr and exit status 2; later errors are not changed.
 
     Returns:
-        A function that trains or evaluates, and prints what came of it.
+        A function that trains or evaluates, and prints the results.
     """
-    # Lightning's use of torch's internals and its advertisements are not the user's business.
+    # Users can do nothing about Lightning's use of torch's internals, nor need its advertisements.
     warnings.filterwarnings("ignore", message=".*treespec, LeafSpec.*", category=FutureWarning)
-    # A run that goes on is to find its checkpoints, and one that begins none.
+    # A resumed run is meant to find its checkpoints, and a new run is meant to find none.
     for text in ("Checkpoint directory .* exists", r".*ckpt_path=.last.\) is set, but there is no"):
         warnings.filterwarnings("ignore", message=text, category=UserWarning)
     for name in ("lightning.pytorch.utilities.rank_zero", "lightning.fabric.utilities.rank_zero"):
@@ -94,7 +80,7 @@ def prepare(arguments: list[str]) -> Callable[[], None]:
             args=arguments,
             trainer_class=EsperTrainer,
             trainer_defaults=dict(_TRAINER_DEFAULTS),
-            save_config_callback=None,  # ``begin_run`` writes it
+            save_config_callback=None,  # ``begin_run`` writes the config
             seed_everything_default=False,
             auto_configure_optimizers=False,
             load_from_checkpoint_support=False,
@@ -110,43 +96,40 @@ def prepare(arguments: list[str]) -> Callable[[], None]:
 
 
 class EsperTrainer(Trainer):
-    """Lightning's Trainer, with the arguments that the command line is to have."""
+    """Lightning's Trainer, whose methods have the arguments of the command line."""
 
     @override
     def fit(  # pyright: ignore[reportIncompatibleMethodOverride]
         self, model: PPO, ckpt_path: str | None = None, run_dir: str | None = None
     ) -> None:
-        """Train.
+        """Train a model.
 
         Args:
-            model: To train.
-            ckpt_path: Checkpoint to go on from; ``last`` for that of the run directory, or of the
-                newest run where none is given, or to begin where there is none.
-            run_dir: Where the run writes; by default a new ``runs/<env>/version_<n>``.
+            model: Model to train.
+            ckpt_path: Checkpoint to resume from. ``last`` is the last one of the run directory, or
+                of the newest run where no directory is given; a new run begins where there is none.
+            run_dir: Directory that the run writes to; by default a new ``runs/<env>/version_<n>``.
         """
-        del run_dir  # the logger has it by now
+        del run_dir  # the logger has been given the directory
         super().fit(model, ckpt_path=ckpt_path, weights_only=True)
 
     def evaluate(self, model: PPO, ckpt_path: str, figures: Path | None = None) -> None:
         """Play deterministic evaluation episodes with the policy of a checkpoint.
 
-        Of growing networks, it is then compared with baselines on hosts that nobody has seen.
+        A policy of growing networks is then compared with baselines on hosts that are new to it.
 
         Args:
-            model: Built from the settings in the checkpoint.
+            model: Model that was built from the settings in the checkpoint.
             ckpt_path: Checkpoint to evaluate, or a run directory for its best one.
             figures: Folder for figures of three episodes of growing networks; none if not given.
         """
-        del figures  # drawn when this is over
+        del figures  # ``execute`` draws them after the evaluation
         model.load_state_dict(load_checkpoint(ckpt_path)["state_dict"])
         self.validate(model, verbose=False)
 
 
 class EsperCLI(LightningCLI):
-    """Lightning's command line for PPO.
-
-    Training starts in ``execute``, when all settings are known to be good.
-    """
+    """Lightning's command line for PPO; training starts in ``execute``, after every check."""
 
     model: PPO
     subcommand: str
@@ -155,7 +138,7 @@ class EsperCLI(LightningCLI):
     _says: Sequence[str] = ()
     _resumes_from: int = 0
 
-    _checkpoint: dict[str, Any] | None = None  # whose networks are built
+    _checkpoint: dict[str, Any] | None = None  # holds the settings of an evaluation
 
     def __init__(self, command: str, **kwargs: Any) -> None:
         self._command = command
@@ -163,18 +146,18 @@ class EsperCLI(LightningCLI):
 
     @override
     def subcommands(self) -> dict[str, set[str]]:  # pyright: ignore[reportIncompatibleMethodOverride]
-        """What is to be done, and which arguments of the Trainer's method are not the user's.
+        """The one subcommand that was given, with the arguments that Lightning passes itself.
 
-        Not all that can be: the parser of each takes a tenth of a second to make.
+        The others are omitted, because the parser of each takes a tenth of a second to build.
         """
         return {self._command: {"model"}}
 
     @override
     def parse_arguments(self, parser: LightningArgumentParser, args: ArgsType) -> None:
-        """Parse; ``evaluate`` starts from the settings in the checkpoint."""
+        """Parse the arguments; ``evaluate`` starts from the settings in the checkpoint."""
         words = cast(list[str], args)
         for config in cast(list[str], _options().parse_known_args(words)[0].config or []):
-            with suppress(OSError, ValueError):  # the settings themselves, perhaps
+            with suppress(OSError, ValueError):  # the word may be the settings, and no path
                 if Path(config).is_fifo():
                     fail(f"--config must name a file, got {config!r}, which is a pipe.")
         if words[:1] == ["evaluate"] and not {"-h", "--help"} & set(words):
@@ -190,14 +173,11 @@ class EsperCLI(LightningCLI):
 
     @override
     def _parse_ckpt_path(self) -> None:
-        """Settings are the user's.
-
-        Those of the checkpoint must agree with them, and never replace them.
-        """
+        """Use the user's settings: those of a checkpoint must agree, and never replace them."""
 
     @override
     def _set_seed(self) -> None:
-        """Refuse a seed that no generator takes; Lightning's error does not name the setting."""
+        """Refuse a seed that no generator accepts; Lightning's error does not name the setting."""
         seed = self._get(self.config, "seed_everything")
         ok = isinstance(seed, bool) or 0 <= seed <= _MOST_SEED
         rule = f"be true or false, or an integer from 0 to {_MOST_SEED}"
@@ -206,7 +186,7 @@ class EsperCLI(LightningCLI):
 
     @override
     def before_instantiate_classes(self) -> None:
-        """Refuse what Lightning would refuse in too many words, or without naming the setting."""
+        """Refuse settings for which Lightning's error is long, or does not name the setting."""
         trainer = self._get(self.config, "trainer")
         strategy, longest = trainer["strategy"], trainer["max_time"]
         known = ["auto", *cast(list[str], StrategyRegistry.available_strategies())]
@@ -222,20 +202,20 @@ class EsperCLI(LightningCLI):
 
     @override
     def instantiate_classes(self) -> None:
-        """Build model and Trainer; what a checkpoint asks for may not take all memory."""
+        """Build model and Trainer; refuse settings of a checkpoint that would take all memory."""
         given = self._checkpoint
         with contextlib.nullcontext() if given is None else refuse_huge(given):
             super().instantiate_classes()
 
     @override
     def instantiate_trainer(self, **kwargs: Any) -> Trainer:
-        """Add what every run has, unless the user chose otherwise."""
+        """Add logger and callbacks that every run has, unless the user chose otherwise."""
         settings = self._get(self.config_init, "trainer")
         kwargs["plugins"] = run_plugins(settings["plugins"], settings["strategy"])
         if self.subcommand == "evaluate":
             quiet = {"logger": False, "enable_checkpointing": False, "enable_progress_bar": False}
             return super().instantiate_trainer(**kwargs, **quiet)
-        if settings["barebones"]:  # it refuses what we choose, too
+        if settings["barebones"]:  # it also refuses the settings that we choose
             kwargs |= dict.fromkeys(_NOT_BAREBONES)
             return super().instantiate_trainer(**kwargs)
         leaves_files = not settings["fast_dev_run"]
@@ -263,7 +243,7 @@ class EsperCLI(LightningCLI):
 
     @override
     def after_instantiate_classes(self) -> None:
-        """Refuse now what the run would refuse later."""
+        """Refuse settings now that the run would refuse later, and claim the run directory."""
         model = self.model
         path = self.config[self.subcommand]["ckpt_path"]
         fits = self.subcommand == "fit"
@@ -284,22 +264,22 @@ class EsperCLI(LightningCLI):
         figures = None if fits else self.config_init["evaluate"]["figures"]
         if figures is not None:
             require_special_evaluation(type(model.env), "--figures").refuse_figures(figures)
-        if fits and not self.trainer.barebones:  # last: nothing is left where anything is refused
+        if fits and not self.trainer.barebones:  # last: a refused run leaves no files
             config = self._parser("fit").dump(self.config["fit"], skip_none=False)
             field = "The run directory" if self._run_dir is None else "--run_dir"
             with requires_folder(field, self._run_dir):
                 begin_run(self.trainer, model.env, self._run_dir, config)
 
     def fit(self, **kwargs: Any) -> None:
-        """Remember to train."""
+        """Have ``execute`` train; Lightning calls this method by the name of the command."""
         self._start = lambda: self.trainer.fit(**kwargs)
 
     def evaluate(self, **kwargs: Any) -> None:
-        """Remember to evaluate."""
+        """Have ``execute`` evaluate; Lightning calls this method by the name of the command."""
         self._start = lambda: cast(EsperTrainer, self.trainer).evaluate(**kwargs)
 
     def execute(self) -> None:
-        """Do it, and print what came of it."""
+        """Train or evaluate, and print the results."""
         if self.trainer.is_global_zero and self._says:
             print(*self._says, sep="\n", flush=True)
         try:
@@ -338,13 +318,13 @@ class EsperCLI(LightningCLI):
             print(f"Trained for {steps:,} env steps in {seconds:.1f} s: {rate:,.0f} env-steps/s")
             directory = run_directory(self.trainer)
             if directory is not None:
-                with suppress(ValueError, OSError):  # elsewhere; or nowhere: it was removed
+                with suppress(ValueError, OSError):  # it is elsewhere, or the current one is gone
                     directory = directory.relative_to(Path.cwd())
                 print(f"Run directory: {directory}")
 
 
 def _is_refusal_of_callback(error: Exception) -> bool:
-    """Whether one of Lightning's own callbacks says that its settings are wrong.
+    """Whether an error is about wrong settings of one of Lightning's own callbacks.
 
     ``EarlyStopping`` and ``ModelCheckpoint`` look for what they monitor only after an epoch.
     """
@@ -354,7 +334,7 @@ def _is_refusal_of_callback(error: Exception) -> bool:
 
 
 def _options() -> argparse.ArgumentParser:
-    """Those that are looked at before Lightning's parser is."""
+    """Parser of the options that are read before Lightning's parser is built."""
     parser = argparse.ArgumentParser(add_help=False, exit_on_error=False, allow_abbrev=False)
     parser.add_argument("--ckpt_path")
     parser.add_argument("--config", action="append")

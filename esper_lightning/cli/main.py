@@ -1,5 +1,5 @@
 """``esper``: one command, a subcommand for each thing to do with a run."""
-# Little is imported before `main` begins: an interrupt would show where an import stood.
+# Little is imported before `main` begins: an interrupt during an import would print a traceback.
 
 import errno
 import functools
@@ -24,7 +24,7 @@ _COMMANDS = {
     "crash": "how a run died (needs no torch)",
     "compare": "how variants did over the same seeds (needs no torch)",
 }
-_BUILD_FROM_SETTINGS = ("fit", "evaluate", "export")  # and so may name the user's own classes
+_BUILD_FROM_SETTINGS = ("fit", "evaluate", "export")  # their settings may name a user's classes
 _ONLY_PRINT = ("report", "crash", "compare")
 _INTERRUPTED = 1  # Lightning's own exit status after Ctrl-C
 
@@ -33,7 +33,7 @@ def main(arguments: list[str] | None = None) -> None:
     """Entry point of the console script.
 
     Args:
-        arguments: What follows ``esper``; ``None`` for the process's own.
+        arguments: Words that follow ``esper``; ``None`` for those of this process.
     """
     words = sys.argv[1:] if arguments is None else arguments
     is_main = threading.current_thread() is threading.main_thread()
@@ -41,7 +41,7 @@ def main(arguments: list[str] | None = None) -> None:
     owns_signals = arguments is None and is_main and unused
     try:
         stdout = _open_standard_streams()
-        if owns_signals:  # imports in C make errors of their own of an interrupt
+        if owns_signals:  # an interrupt during an import in C becomes another error
             signal.signal(signal.SIGINT, _leave)
         execute = _prepare(words)
         if owns_signals:
@@ -59,7 +59,7 @@ def main(arguments: list[str] | None = None) -> None:
 
 
 def _prepare(words: list[str]) -> Callable[[], None]:
-    """Import a command and check as much as can be checked before it does anything."""
+    """Import a command, and check as much as can be checked before the command does anything."""
     name, rest = (words or [""])[0], words[1:]
     if name in _BUILD_FROM_SETTINGS:
         _find_modules_here()
@@ -93,7 +93,7 @@ def _prepare(words: list[str]) -> Callable[[], None]:
 
 
 def _no_command(words: list[str]) -> None:
-    """``esper --help``, ``esper --version``, and what is no command."""
+    """Answer ``esper --help`` and ``esper --version``, and refuse words that are no command."""
     from importlib.metadata import PackageNotFoundError, version  # noqa: PLC0415
 
     from esper_lightning.cli.errors import fail, nearest  # noqa: PLC0415
@@ -115,9 +115,10 @@ def _no_command(words: list[str]) -> None:
 
 
 def _reserve_run_directory(words: list[str]) -> None:
-    """Own a run directory that is named before the seconds in which everything is imported.
+    """Claim the run directory of the arguments before imports, which take seconds.
 
-    A launcher that kills the process in these finds its name, and that it had begun.
+    The directory then shows that the run had begun, even if a launcher kills the process during
+    these imports.
     """
     ranks = (os.environ.get(name, "0") for name in ("RANK", "SLURM_PROCID", "LOCAL_RANK"))
     given = [word.partition("=")[2] for word in words if word.startswith("--run_dir=")]
@@ -131,9 +132,10 @@ def _reserve_run_directory(words: list[str]) -> None:
 
 
 def _leave_with_launcher() -> None:
-    """End a rank whose launcher is gone before the ranks have met.
+    """End a rank whose launcher is gone before the ranks have connected to each other.
 
-    It would wait half an hour for the first rank. Once they have met the flight recorder watches.
+    Such a rank would wait half an hour for the first one. Once the ranks have connected, the flight
+    recorder watches.
     """
     launcher = os.getppid()
 
@@ -151,7 +153,7 @@ def _leave_with_launcher() -> None:
 
 def _ranks_have_met() -> bool:
     distributed = sys.modules.get("torch.distributed")
-    is_initialized = getattr(distributed, "is_initialized", None)  # it may be half imported
+    is_initialized = getattr(distributed, "is_initialized", None)  # absent during the import
     return is_initialized is not None and is_initialized()
 
 
@@ -162,15 +164,15 @@ def _return_reserved() -> None:
 
 
 def _find_modules_here() -> None:
-    """Let a config name modules in the current directory, as a script there could.
+    """Let a config name modules in the current directory, as a script in that directory could.
 
-    The directory comes last. ``python -m`` puts it first, where a ``yaml.py`` that happens to be
-    there would take the place of the library.
+    The directory is the last of ``sys.path``. ``python -m`` makes it the first, where a file
+    ``yaml.py`` of the user would be imported in place of the library.
     """
     if sys.flags.safe_path:
         return
     spec = sys.modules["__main__"].__spec__
-    if spec is not None and spec.name.partition(".")[0] == "esper_lightning":  # by python -m
+    if spec is not None and spec.name.partition(".")[0] == "esper_lightning":  # python -m was used
         sys.path.append(sys.path.pop(0))
         return
     with suppress(FileNotFoundError):  # the directory was removed
@@ -180,24 +182,24 @@ def _find_modules_here() -> None:
 
 
 def _leave(*_: object) -> None:
-    """Let Ctrl-C end the process without a word, before a command begins and after it ended."""
+    """End the process at Ctrl-C without output, before a command begins or after its end."""
     os._exit(_INTERRUPTED)
 
 
 class _Forgiving(io.FileIO):
-    """A standard stream that takes what it is given, even if it cannot pass it on.
+    """A standard stream that accepts every write, even if it cannot pass the bytes on.
 
-    What a run prints is no part of it: a reader that left (``esper fit ... | head -1``) or a full
-    disk must not end it, whoever prints.
+    A run does not depend on its output: a reader that closed its pipe (``esper fit ... | head -1``)
+    or a full disk must not end the run, whichever code prints.
 
     Attributes:
-        error: Why something was not written, the first time.
+        error: First error of a write; ``None`` while all writes succeed.
     """
 
     error: OSError | None = None
 
     def write(self, data: Any, /) -> int:
-        """Write the bytes, or remember why not."""
+        """Write the bytes, or store the error."""
         try:
             return super().write(data)
         except OSError as error:
@@ -206,13 +208,14 @@ class _Forgiving(io.FileIO):
 
 
 def _open_standard_streams() -> _Forgiving | None:
-    """Make standard streams that fail no run: not by a name in another encoding either.
+    """Replace standard streams by streams whose writes never fail, whatever the encoding.
 
-    A descriptor that was closed at the start is opened: the next file of the run, its history
-    perhaps, would get its number, and with it what libraries print.
+    A descriptor that was closed at the start is opened. Otherwise the next file of the run, such as
+    its history, would get the number of that descriptor, and with it the output of libraries.
 
     Returns:
-        What is below ``sys.stdout``, unless a program that uses ``main`` has one of its own.
+        The raw stream below ``sys.stdout``; ``None`` if a program that calls ``main`` has replaced
+        ``sys.stdout``.
     """
     for descriptor in (0, 1, 2):
         try:

@@ -1,4 +1,4 @@
-"""Whatever goes wrong before a command begins is a mistake in the settings: one line, status 2."""
+"""Errors before a command begins, reported as mistakes in the settings: one line, status 2."""
 
 import argparse
 import logging
@@ -28,11 +28,11 @@ _PACKAGE = Path(esper_lightning.__file__).parent
 
 @contextmanager
 def settings_come_first() -> Generator[None]:
-    """Whatever goes wrong within is a mistake in the settings, and is all that is printed.
+    """Report an error of the block as a mistake in the settings, and print nothing else.
 
-    What is logged and warned of meanwhile appears once the settings are known to be good. An error
-    that is no statement about settings is a bug, of a class that the user named perhaps: its line
-    says where. ``JSONARGPARSE_DEBUG=true`` shows the traceback of any.
+    Log records and warnings of the block appear once the settings are known to be good. An error
+    that is not about settings is a bug, perhaps in a class that the user named: its line names file
+    and line. ``JSONARGPARSE_DEBUG=true`` shows the traceback of every error.
     """
     held: list[Callable[[], object]] = []
     names = (None, "lightning.pytorch", "lightning.fabric")
@@ -51,7 +51,7 @@ def settings_come_first() -> Generator[None]:
     except Exception as error:
         if os.environ.get("JSONARGPARSE_DEBUG", "").lower() == "true":
             raise
-        fail(_tell(error))
+        fail(_describe(error))
     finally:
         warnings.showwarning = show
         for handler, hold in filters:
@@ -61,7 +61,7 @@ def settings_come_first() -> Generator[None]:
 
 
 class _Hold(logging.Filter):
-    """Keeps the records of a handler for later."""
+    """A filter that holds back the records of a handler."""
 
     def __init__(self, handler: logging.Handler, held: list[Callable[[], object]]) -> None:
         super().__init__()
@@ -73,10 +73,13 @@ class _Hold(logging.Filter):
         return False
 
 
-def _tell(error: Exception) -> str:
-    """What an error says; of one that is not about settings, or raised by a user's code, where."""
+def _describe(error: Exception) -> str:
+    """The text of an error.
+
+    File and line follow if the error is not about settings, or if a user's code raised it.
+    """
     while "any of the Union subtypes" in str(error) and isinstance(error.__cause__, Exception):
-        error = error.__cause__  # what a class said that could not be built
+        error = error.__cause__  # the error of the class that could not be built
     said = str(error)
     if not isinstance(error, _CONFIG_ERRORS) or not said:
         said = f"{type(error).__name__}: {said}"
@@ -92,7 +95,7 @@ def _tell(error: Exception) -> str:
 
 
 def _refuses(error: Exception) -> str:
-    """Name of the callback or logger whose arguments are refused; empty if none is."""
+    """Name of the callback or logger that refused its arguments; empty if there is none."""
     makes = [
         frame.f_locals.get("self")
         for frame, _ in traceback.walk_tb(error.__traceback__)

@@ -1,6 +1,7 @@
-"""YAML without surprises: a key stands once in a mapping, and everything has an end.
+"""YAML without surprises: no key stands twice in a mapping, and every value is finite.
 
-Events are looked at before anything is built: they cost nothing where the values cost the world.
+Events of the parser are inspected before any value is built, because a few events can describe
+values that fill all memory.
 """
 
 import itertools
@@ -20,16 +21,16 @@ class SurpriseError(ValueError):
 
 
 def refuse_surprises(text: str) -> None:
-    """Refuse what PyYAML takes without a word.
+    """Refuse YAML that PyYAML accepts silently, although its meaning is a surprise.
 
     Raises:
-        SurpriseError: If a key stands twice in a mapping, or with a dot beside the group that it is
-            of, which would take its place; or if what is nested or repeated by anchors has no end
-            that a program could live to see; with line and column.
-        yaml.YAMLError: If it is not YAML.
+        SurpriseError: If a key stands twice in a mapping, if a dotted key stands beside its own
+            group, which would replace it, or if nesting or aliases make more values than a program
+            can build. The error has line and column.
+        yaml.YAMLError: If the text is not YAML.
     """
     opened: list[_Collection] = []
-    values: dict[str, int] = {}  # behind each anchor, with what its aliases repeat
+    values: dict[str, int] = {}  # number of values of each anchor, with those of its aliases
     total = 0
     for event in cast(Iterable[Any], yaml.parse(text, Loader=_LOADER)):
         if isinstance(event, yaml.CollectionEndEvent):
@@ -57,25 +58,25 @@ def refuse_surprises(text: str) -> None:
 
 
 def place(mark: Any) -> str:
-    """Line and column, to follow the name of a file."""
+    """Line and column of a mark, in the form that follows the name of a file."""
     return f":{mark.line + 1}:{mark.column + 1}"
 
 
 class _Collection:
-    """A mapping or sequence whose end has not come."""
+    """A mapping or sequence that the parser has entered and not left."""
 
     def __init__(self, event: yaml.CollectionStartEvent) -> None:
         self.anchor: str | None = event.anchor
         self.values = 1
         self._is_mapping = isinstance(event, yaml.MappingStartEvent)
         self._entries, self._keys = 0, set[str]()
-        self._dotted: dict[str, tuple[str, str]] = {}  # by each of their groups: key and place
+        self._dotted: dict[str, tuple[str, str]] = {}  # a dotted key and its place, by its group
 
     def take(self, event: yaml.NodeEvent, where: str) -> None:
-        """Take the next key, value or entry.
+        """Count the next key, value or entry, and inspect keys.
 
         Raises:
-            SurpriseError: If it is a key that was there before, or one of a key and its group is.
+            SurpriseError: If a key stands here again, or a dotted key stands beside its group.
         """
         is_key = self._is_mapping and self._entries % 2 == 0
         self._entries += 1

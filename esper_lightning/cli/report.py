@@ -1,4 +1,4 @@
-"""``esper report RUN_DIR``: what a run reached, and how it ended. Needs no torch."""
+"""``esper report RUN_DIR``: the results of a run, and how it ended. Needs no torch."""
 
 import math
 from pathlib import Path
@@ -13,12 +13,12 @@ if TYPE_CHECKING:
 
 __all__ = ["run"]
 
-_PLACES = 10  # of the learning curve
+_PLACES = 10  # points of the learning curve that are printed
 
 
 def run(arguments: list[str]) -> None:
-    """Print the report; exit status 2 where there is no run."""
-    # PyYAML is not in the standard library, and esper crash does without.
+    """Print the results of a run; exit with status 2 where there is no run."""
+    # This import needs PyYAML, which is not in the standard library.
     from esper_lightning.comparison.runs import read_run  # noqa: PLC0415
 
     parser = CommandParser("esper report", "What a run reached.")

@@ -1,9 +1,9 @@
-"""Settings of ``esper fit`` and ``esper evaluate`` from YAML and words, by jsonargparse.
+"""Settings of ``esper fit`` and ``esper evaluate``, read by jsonargparse from YAML and arguments.
 
-What jsonargparse says about a mistake is made for those who write parsers: up to a thousand
-characters about types. Here it becomes *field must rule, got value. Hint.*, with the choices.
+An error of jsonargparse addresses authors of parsers: it has up to a thousand characters about
+types. This file turns it into *field must rule, got value. Hint.*, with the choices.
 """
-# jsonargparse and PyYAML are untyped, and what is read here may be anything.
+# jsonargparse and PyYAML are untyped, and the values read here may have any type.
 # pyright: reportUnknownVariableType=false, reportUnknownArgumentType=false
 # pyright: reportUnknownParameterType=false
 
@@ -41,8 +41,8 @@ class SettingsError(argparse.ArgumentError):
     """A mistake in the settings.
 
     Attributes:
-        key: The setting, as far as it is known; empty for what is no setting's.
-        says: What to say after the key.
+        key: Name of the setting, as far as it is known; empty if the mistake is not in a setting.
+        says: Text that follows the key.
     """
 
     def __init__(self, key: str, says: str) -> None:
@@ -51,14 +51,14 @@ class SettingsError(argparse.ArgumentError):
 
 
 class FileError(SettingsError):
-    """A file with settings that cannot be read; what is said begins with its name."""
+    """A file with settings that cannot be read; the text begins with the file's name."""
 
     def __init__(self, says: str) -> None:
         super().__init__("", says)
 
 
 class SettingsParser(LightningArgumentParser):
-    """Lightning's parser, with short errors, and YAML in which a key stands once."""
+    """Lightning's parser, with short errors, and YAML in which no key stands twice."""
 
     def __init__(self, *args: Any, **kwargs: Any) -> None:
         settings: dict[str, Any] = {"parser_mode": _MODE, **kwargs}
@@ -71,7 +71,7 @@ class SettingsParser(LightningArgumentParser):
 
     @override
     def parse_string(self, *args: Any, **kwargs: Any) -> Namespace:
-        """Read settings; those of a group (``model``, ``trainer``) have names."""
+        """Read settings, and refuse a group (``model``, ``trainer``) without names of settings."""
         config = super().parse_string(*args, **kwargs)
         groups = [one.dest for one in _actions(self) if isinstance(one, _ActionConfigLoad)]
         for name in sorted(groups):  # a group before the groups in it
@@ -82,18 +82,18 @@ class SettingsParser(LightningArgumentParser):
 
     @override
     def parse_path(self, path: Any, *args: Any, **kwargs: Any) -> Namespace:
-        """Read a config file; its name is in whatever is wrong with it."""
+        """Read a config file, and name the file in every error about it."""
         try:
             _refuse_huge(Path(str(path)))
             config = super().parse_path(path, *args, **kwargs)
         except UnicodeDecodeError as error:
             raise SettingsError("", f"{path} must be text in UTF-8: {error.reason}.") from error
         except (SettingsError, SurpriseError) as error:
-            is_told = isinstance(error, FileError)
-            if is_told or getattr(error, "key", "") not in ("", "--config"):
+            names_file = isinstance(error, FileError)
+            if names_file or getattr(error, "key", "") not in ("", "--config"):
                 raise
             raise SettingsError("", f"{path}{getattr(error, 'says', error)}") from error
-        except ValueError as error:  # an integer of too many digits, for one
+        except ValueError as error:  # for example an integer of too many digits
             raise SettingsError("", f"{path} cannot be read: {error}.") from error
         known = {action.dest.partition(".")[0] for action in _actions(self)}
         for name in vars(config).keys() - known:
@@ -102,18 +102,18 @@ class SettingsParser(LightningArgumentParser):
 
 
 def _explain(parser: SettingsParser, message: str, cause: BaseException | None) -> SettingsError:
-    """What jsonargparse means.
+    """The ``SettingsError`` of a message of jsonargparse.
 
     Args:
-        parser: Which met the mistake: of the command, or of a class below it.
-        message: Of jsonargparse.
-        cause: What it comes from. That of a parser below is a ``SettingsError`` already.
+        parser: Parser that found the mistake: that of the command, or of a class below it.
+        message: Message of jsonargparse.
+        cause: Exception behind the message. A parser below raises a ``SettingsError``.
     """
     text = " ".join(message.split())
     match = re.match(r'Parser key "([^"]+)"(?: element \d+)?: ?(.*)', text)
     key, text = (match[1], match[2]) if match else ("", text)
     while match := re.match(r'Unable to load config .*? - Parser key "([^"]+)": ?(.*)', text):
-        key, text = match[1], match[2]  # what is wrong in the file that the setting names
+        key, text = match[1], match[2]  # the mistake in the file that the setting names
     known = _explain_cause(key, cause)
     if known is not None:
         return known
@@ -126,7 +126,7 @@ def _explain(parser: SettingsParser, message: str, cause: BaseException | None) 
 
 
 def _explain_cause(key: str, cause: BaseException | None) -> SettingsError | None:
-    """What is known already: by a parser below, or by YAML."""
+    """The error that a parser below or YAML has raised already; ``None`` if neither has."""
     is_file = key in ("", "config")
     owner = "--config" if key == "config" else key
     for error in _chain(cause):
@@ -143,14 +143,14 @@ def _explain_cause(key: str, cause: BaseException | None) -> SettingsError | Non
 
 
 def _of_yaml(error: yaml.YAMLError) -> str:
-    """What PyYAML says, to follow the name of a file."""
+    """An error of PyYAML in the form that follows the name of a file."""
     mark = getattr(error, "problem_mark", None)
     problem = getattr(error, "problem", None) or getattr(error, "reason", None) or error
     return f"{'' if mark is None else place(mark)}: not valid YAML: {problem}."
 
 
 def _explain_name(parser: SettingsParser, text: str) -> SettingsError:
-    """A setting that is missing, or unknown."""
+    """The error for a setting that is missing or unknown."""
     if match := re.match(r"the following arguments are required: ([^, ]+)", text):
         name = _COMMAND.sub("", match[1])
         hint = _HINTS.get(name, "")
@@ -175,7 +175,10 @@ def _explain_name(parser: SettingsParser, text: str) -> SettingsError:
 
 
 def _nearest_setting(parser: SettingsParser, name: str) -> str:
-    """Among those of the same group first: what is misspelt is mostly the last word."""
+    """A sentence with the setting whose name is nearest; empty if none is near.
+
+    Settings of the same group come first, because a misspelt word is mostly the last.
+    """
     group = name.rpartition(".")[0]
     names = [action.dest for action in _actions(parser) if action.dest not in _NO_SETTINGS]
     beside = [other for other in names if other.rpartition(".")[0] == group]
@@ -183,7 +186,7 @@ def _nearest_setting(parser: SettingsParser, name: str) -> str:
 
 
 def _explain_value(parser: SettingsParser, key: str, text: str) -> SettingsError:
-    """What a value must be, and why this one is not."""
+    """The error for a value of the wrong type: the rule, the value, and the nearest choices."""
     typehint: Any = next((_typehint(one) for one in _actions(parser) if one.dest == key), None)
     value, below = _value(text)
     if below:
@@ -206,14 +209,14 @@ def _explain_value(parser: SettingsParser, key: str, text: str) -> SettingsError
 
 
 def _explain_class(key: str, text: str) -> SettingsError | None:
-    """Why a group of settings, or a class with some, cannot be; ``None`` where it is not that."""
+    """The error for a group of settings, or for a class; ``None`` if the text is about neither."""
     if match := re.search(r"Unable to load config ['\"](.*?)['\"]", text):
         return SettingsError(key, f" {_BY_NAME}, got {match[1]!r}.")
     if match := _BAD_CLASS.search(text):
         reason = match[2].strip()
         if reason.endswith("has no attribute 'keys'"):
             return SettingsError(f"{key}.init_args", " must hold settings by their names.")
-        if re.match(r"\S+ (?:must|is no setting)\b", reason):  # of a parser below
+        if re.match(r"\S+ (?:must|is no setting)\b", reason):  # a parser below has explained it
             return SettingsError(f"{key}.{reason}", "")
         rule = f"must name a class that can be imported, got {match[1]!r}: {reason}."
         return SettingsError(key, f" {rule}")
@@ -225,7 +228,7 @@ def _explain_class(key: str, text: str) -> SettingsError | None:
 
 
 def _value(text: str) -> tuple[str | None, str]:
-    """What the user gave, if it says, and below which key of the setting."""
+    """The value that the user gave, if the text has it, and the key of the setting below it."""
     for pattern in (
         r".*(?:Got|Given) value: ?(.*?)(?: Subclass types expect.*)?$",
         r".*Expected a path but (.*?) ?either not accessible",
@@ -255,7 +258,7 @@ def _chain(error: BaseException | None) -> Iterator[BaseException]:
 
 
 def _actions(parser: SettingsParser) -> Iterator[argparse.Action]:
-    """Of a parser and the commands below it."""
+    """Actions of a parser and of the commands below it."""
     for action in parser._actions:  # pyright: ignore[reportPrivateUsage]
         if isinstance(action, argparse._SubParsersAction):  # pyright: ignore[reportPrivateUsage]
             for command in action.choices.values():
@@ -293,9 +296,10 @@ def _load(text: str) -> Any:
 
 
 def _file_of(text: str) -> str | None:
-    """Name of the file that jsonargparse is reading, if the text is its content.
+    """Name of the file that jsonargparse is reading; ``None`` if the text is not its content.
 
-    Files may name others, and the settings in them may be texts that are YAML again.
+    The text may be another one, because files may name further files, and settings in them may be
+    texts that are YAML again.
     """
     reading = () if _READING is None else _READING.get()
     if not reading:

@@ -1,4 +1,4 @@
-"""An episode of ``Morphogenesis`` as a picture: what became of a host, and what the agent did.
+"""A figure of an episode of ``Morphogenesis``: the course of a host, and the agent's actions.
 
 Axes: ``T`` epoch, ``S`` slot.
 """
@@ -23,7 +23,7 @@ from esper_lightning.growth.play import Played
 
 __all__ = ["draw"]
 
-# Okabe and Ito's, which colour-blind readers tell apart.
+# The colours of Okabe and Ito, which colour-blind readers can distinguish.
 _SLOTS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#000000")
 _STAGES = {
     Stage.TRAINING: "#F5E6A8",
@@ -40,14 +40,14 @@ def draw(played: Played, host: int, spec: Morphogenesis, path: Path, *, title: s
     """Write a PNG of three panels over the epochs: accuracy and loss, slots, actions.
 
     Args:
-        played: By whatever policy.
-        host: Which of its episodes.
-        spec: What was played.
-        path: Of the file.
-        title: Begins the title.
+        played: Episodes of a policy or baseline.
+        host: Number of the host whose episode is drawn.
+        spec: Settings of the environment in which the episodes were played.
+        path: File to write.
+        title: Text with which the title of the figure begins.
 
     Raises:
-        OSError: If the disk takes no more.
+        OSError: If the file cannot be written, for example because the disk is full.
     """
     slots, length = len(spec.channels), int(played.episode_length[host])
     course = {name: value[:length, host].numpy() for name, value in played.course._asdict().items()}
@@ -88,7 +88,7 @@ def _fate(axes: Axes, epoch: _Axis, accuracy: _Axis, loss: _Axis) -> None:
 
 
 def _slots(axes: Axes, epoch: _Axis, course: dict[str, _Axis]) -> None:
-    """A lane for each slot, 0 to 1 high, in the colours of its stages, with alpha as a line."""
+    """Draw a lane for each slot, 0 to 1 high, in the colours of its stages; alpha is a line."""
     count = course["stage"].shape[1]
     for s in range(count):
         floor = 1.2 * (count - 1 - s)
@@ -122,7 +122,7 @@ def _slots(axes: Axes, epoch: _Axis, course: dict[str, _Axis]) -> None:
 
 
 def _actions(axes: Axes, epoch: _Axis, action: _Axis, spec: Morphogenesis) -> None:
-    """A row for each op; a mark has the colour and the number of the slot."""
+    """Draw a row for each op, with marks in the colour and with the number of the slot."""
     for t, (op, slot, _, ramp) in zip(epoch, action, strict=True):
         row = len(Op) - 1 - op
         if op == Op.WAIT:

@@ -1,6 +1,6 @@
-"""Policies and baselines at work on the same hosts of ``Morphogenesis``; for reports alone.
+"""Episodes of policies and baselines on the same hosts of ``Morphogenesis``.
 
-Axes: ``T`` epoch, ``B`` host, ``S`` slot. It trains no policy.
+Axes: ``T`` epoch, ``B`` host, ``S`` slot. Nothing here trains a policy.
 """
 
 from collections.abc import Callable, Iterator, Mapping
@@ -36,17 +36,17 @@ __all__ = [
 ]
 
 Choose = Callable[[Observation, Tensor], Tensor]
-"""An action ``[B, 4]`` from an observation and its mask."""
+"""A function that returns actions ``[B, 4]`` for an observation and its mask."""
 
 
 class Course(NamedTuple):
-    """How the hosts fared, epoch by epoch; meaningless after a host's last."""
+    """Measurements of the hosts in each epoch; rows after a host's last epoch mean nothing."""
 
     accuracy: Float[Tensor, "T B"]  # on the validation split
-    loss: Float[Tensor, "T B"]  # likewise; what is above 5 times that of a guess counts as that
+    loss: Float[Tensor, "T B"]  # on the validation split, at most 5 times that of a guess
     action: Int[Tensor, "T B 4"]  # taken before the epoch
     stage: Int[Tensor, "T B S"]
-    blueprint: Int[Tensor, "T B S"]  # among all; 0 where there is no seed
+    blueprint: Int[Tensor, "T B S"]  # position in BLUEPRINTS; 0 where there is no seed
     alpha: Float[Tensor, "T B S"]
 
 
@@ -55,8 +55,8 @@ class Played(NamedTuple):
 
     episode_return: Float[Tensor, " B"]
     episode_length: Int[Tensor, " B"]
-    test_accuracy: Float[Tensor, " B"]  # at the end
-    grown_parameters: Int[Tensor, " B"]  # likewise
+    test_accuracy: Float[Tensor, " B"]  # at the end of the episode
+    grown_parameters: Int[Tensor, " B"]  # at the end of the episode
     diverged: Bool[Tensor, " B"]
     course: Course
 
@@ -64,13 +64,13 @@ class Played(NamedTuple):
 def fresh_hosts(
     spec: EnvSpec, *, hosts: int | None, device: torch.device, seed: int
 ) -> MorphogenesisEnv:
-    """Hosts that neither training nor the choice of the best checkpoint has seen.
+    """Hosts that were used neither in training nor to choose the best checkpoint.
 
     Args:
-        spec: A ``Morphogenesis``.
-        hosts: How many; ``None`` for as many as an evaluation has by default.
-        device: Where they are to live.
-        seed: Equal ones give equal hosts.
+        spec: Settings of the environment, a ``Morphogenesis``.
+        hosts: Number of hosts; ``None`` for as many as an evaluation has by default.
+        device: Device of the hosts.
+        seed: Seed of the hosts; equal seeds give equal hosts.
     """
     chosen = stream_seed(seed, rank=0, purpose="fresh hosts")
     env = evaluation_spec(spec, hosts).build(device, chosen)
@@ -79,34 +79,34 @@ def fresh_hosts(
 
 
 def play_trained(model: PPO, env: MorphogenesisEnv) -> Iterator[tuple[str, Played]]:
-    """A model's policy, by its most probable actions and by drawn ones, on the same hosts."""
+    """Play a model's most probable actions, and then its sampled actions, on the same hosts."""
     device = env.hosts.episode.device
     policy = model.policy.to(device)
     normalizer = None if model.obs_normalizer is None else model.obs_normalizer.to(device)
-    drawn = stream(model.seed, rank=0, purpose="drawn actions", device=device)
+    generator = stream(model.seed, rank=0, purpose="drawn actions", device=device)
 
     def normalize(obs: Observation) -> Observation:
         return prepare_obs(obs, normalizer)
 
     yield "PPO", _play_from_here(env, trained(policy, normalize))
-    yield "PPO, actions drawn", _play_from_here(env, trained(policy, normalize, drawn))
+    yield "PPO, actions drawn", _play_from_here(env, trained(policy, normalize, generator))
 
 
 def play_baselines(
     env: MorphogenesisEnv, baselines: Mapping[str, Baseline] = BASELINES
 ) -> Iterator[tuple[str, Played]]:
-    """Each baseline on the same hosts."""
+    """Play each baseline on the same hosts."""
     for name, baseline in baselines.items():
-        yield name, _play_from_here(env, _looks_itself(baseline, env))
+        yield name, _play_from_here(env, _choose_by(baseline, env))
 
 
 def trained(policy: Policy, normalize: Normalize, drawn: torch.Generator | None = None) -> Choose:
-    """How a policy chooses, from the beginning of episodes on.
+    """A function that chooses actions by a policy, to be called from the first step of episodes.
 
     Args:
-        policy: With memory or without.
-        normalize: The observation statistics that training used.
-        drawn: Draws actions; ``None`` for the most probable ones.
+        policy: Policy with or without memory.
+        normalize: Function that normalizes observations by the statistics of training.
+        drawn: Generator that samples actions; ``None`` for the most probable ones.
     """
     memory: Tensor | None = None
     begins = True
@@ -129,9 +129,9 @@ def play(env: MorphogenesisEnv, choose: Choose) -> Played:
     """Train the next host of every environment to its end.
 
     Args:
-        env: Is reset; its ``tests_ends`` is set.
-        choose: Called once an epoch, from the first on. What it makes of a host that begins after
-            another has diverged is not counted.
+        env: Environment, which is reset, and whose ``tests_ends`` is set.
+        choose: Function that chooses actions, called once before each epoch. Episodes of hosts that
+            begin because another host has diverged are not counted.
     """
     env.tests_ends = True
     features = _Features(env)
@@ -154,14 +154,14 @@ def play(env: MorphogenesisEnv, choose: Choose) -> Played:
                 Course(report.accuracy, loss, action, report.stage, blueprint, report.alpha)
             )
             obs, mask = result.obs, cast(Tensor, result.action_mask)
-    # All begin together, and none goes beyond the last epoch: each has ended at least once.
+    # Hosts begin together, and none continues after the last epoch: each ended at least once.
     first = (torch.stack([length for _, length, *_ in ends]) > 0).int().argmax(0, keepdim=True)
     at_end = [torch.stack(steps).gather(0, first)[0] for steps in zip(*ends, strict=True)]
     course = Course._make(torch.stack(steps) for steps in zip(*courses, strict=True))
     return cast(Played, map_tree(Tensor.cpu, Played._make((*at_end, course))))
 
 
-def _looks_itself(baseline: Baseline, env: MorphogenesisEnv) -> Choose:
+def _choose_by(baseline: Baseline, env: MorphogenesisEnv) -> Choose:
     def choose(obs: Observation, mask: Tensor) -> Tensor:
         del obs, mask
         return baseline(env)
@@ -170,7 +170,7 @@ def _looks_itself(baseline: Baseline, env: MorphogenesisEnv) -> Choose:
 
 
 def _play_from_here(env: MorphogenesisEnv, choose: Choose) -> Played:
-    """So that who comes next meets the same hosts."""
+    """Play, and then restore the environment, so that the next policy plays the same hosts."""
     here = env.state_dict()
     played = play(env, choose)
     env.load_state_dict(here)
@@ -178,7 +178,7 @@ def _play_from_here(env: MorphogenesisEnv, choose: Choose) -> Played:
 
 
 class _Features:
-    """What a step report does not have: reads it from the observation that the action led to."""
+    """Loss and blueprints of hosts, read from observations because step reports have neither."""
 
     def __init__(self, env: MorphogenesisEnv) -> None:
         names = feature_names(len(env.spec.channels))

@@ -1,4 +1,4 @@
-"""What ``esper evaluate`` says of ``Morphogenesis``: a policy beside those that any must beat.
+"""The table of ``esper evaluate`` for ``Morphogenesis``: a policy beside the baselines.
 
 Axes: ``R`` trained policy, ``N`` host.
 """
@@ -20,16 +20,16 @@ from esper_lightning.training.module import PPO
 
 __all__ = ["compare_policies", "refuse_figures", "table"]
 
-_EPISODES = ("worst", "median", "best")  # of the trained policy, by its return
+_EPISODES = ("worst", "median", "best")  # episodes of the trained policy, by return
 _HINT = "pip install 'esper_lightning[compare]'"
 
 
 def refuse_figures(folder: Path) -> None:
-    """Refuse ``--figures`` where none can be drawn; makes the folder if they can.
+    """Refuse ``--figures`` if figures cannot be drawn; make the folder if they can.
 
     Raises:
-        ValueError: If matplotlib is missing, the folder cannot be made, or something else than a
-            picture has the name of one there.
+        ValueError: If matplotlib is missing, the folder cannot be made, or a file with the name of
+            a figure is not a picture.
     """
     drawn = importlib.util.find_spec("matplotlib") is not None
     require(drawn, "--figures", "find matplotlib", "none", f"{_HINT}.")
@@ -44,15 +44,16 @@ def _figure_file(folder: Path, episode: str) -> Path:
 
 
 def compare_policies(model: PPO, device: torch.device, *, figures: Path | None) -> str:
-    """Play everyone on the same fresh hosts.
+    """Play the trained policy and every baseline on the same fresh hosts.
 
     Args:
-        model: With trained weights.
-        device: Where to play.
-        figures: Folder for the trained policy's worst, median and best episode; ``None`` for none.
+        model: Model with trained weights.
+        device: Device on which hosts are trained.
+        figures: Folder for figures of the trained policy's worst, median and best episode; ``None``
+            for no figures.
 
     Returns:
-        The table, and where the figures are.
+        The table as text, followed by the paths of the figures.
     """
     hosts = model.settings.eval_episodes
     env = fresh_hosts(model.env, hosts=hosts, device=device, seed=model.seed)
@@ -73,11 +74,12 @@ def compare_policies(model: PPO, device: torch.device, *, figures: Path | None) 
 
 
 def table(played: Mapping[str, Sequence[Played]], *, host_parameters: int) -> Section:
-    """Everyone's return, test accuracy and size.
+    """Table of return, test accuracy and size for each policy and baseline.
 
     Args:
-        played: By name of the policy: the plays of each trained one, all on the same hosts.
-        host_parameters: Of a host on which nothing has grown.
+        played: Episodes by the name of the policy: an entry for each trained policy of that name,
+            all on the same hosts.
+        host_parameters: Number of parameters of a host on which nothing has grown.
     """
     estimates = importlib.util.find_spec("scipy") is not None
     figure = "IQM" if estimates else "mean"
@@ -102,7 +104,7 @@ def table(played: Mapping[str, Sequence[Played]], *, host_parameters: int) -> Se
 
 
 def _figure(score: Sequence[Tensor], estimates: bool) -> list[str]:
-    """Cells: a mean, or an interquartile mean and its interval."""
+    """Cells of a score: its mean, or its interquartile mean and the interval of that mean."""
     scores = np.stack([one.double().numpy() for one in score])  # [R, N]
     if not estimates:
         return [number(scores.mean())]

@@ -1,1 +1,1 @@
-"""Simulators of others as batched environments, each imported where it is built."""
+"""Simulators of other projects as batched environments, imported where they are built."""

@@ -1,4 +1,4 @@
-"""A simulator of the user's own: made by a function that a config names, or handed over alive."""
+"""A user's own simulator: made by a function that a config names, or passed as an object."""
 # pyright: reportUnknownVariableType=false, reportUnknownArgumentType=false
 
 import importlib
@@ -25,20 +25,20 @@ _shared: dict[str, Any] = {}
 
 
 def adapt(made: Any, device: torch.device, seed: int | None, *, name: str, lost: Lost) -> Any:
-    """A batched environment of a simulator, recognised by its members.
+    """A batched environment around a simulator, whose kind is recognised by its members.
 
     Args:
         made: A ``BatchedEnv`` (``state_dict``), a ``Simulator``, VMAS (``get_from_scenario``), a
             simulator of rsl_rl's interface (``get_observations``, ``num_actions``), one that
             returns five tensors (``device``), or a vector environment of Gymnasium
             (``single_observation_space``).
-        device: Where tensors of a vector environment of NumPy arrays go.
+        device: Device of the tensors made from a vector environment of NumPy arrays.
         seed: Seed of the first reset; ``None`` where the simulator has been seeded already.
         name: Name of the task in errors.
-        lost: As for ``Custom``.
+        lost: Rule for truncated episodes, the setting ``Custom.lost``.
 
     Raises:
-        ValueError: If it is none of these.
+        ValueError: If ``made`` is none of these.
     """
     if all(hasattr(made, member) for member in ("reset", "step", "state_dict", "load_state_dict")):
         return made
@@ -61,20 +61,20 @@ def adapt(made: Any, device: torch.device, seed: int | None, *, name: str, lost:
 
 @dataclass(frozen=True, kw_only=True)
 class Custom(EnvSpec):
-    """A simulator by the name of the function that makes it.
+    """A simulator, named by the function that makes it.
 
     The function is called as ``make(num_envs=..., device=..., seed=..., **kwargs)`` and returns any
-    of what ``adapt`` recognises.
+    object that ``adapt`` recognises.
 
     Attributes:
-        make: Import path, ``my_lab.envs:make_anymal``.
+        make: Import path of the function, such as ``my_lab.envs:make_anymal``.
         num_envs: Environments on each rank, as the function counts them.
         kwargs: Further arguments of the function.
         lost: What an episode that was truncated is taken to have reached where the simulator does
             not say: the ``previous`` observation, which is the rule of rsl_rl, or an ``error``.
-        shared: Whether one simulator in a process serves training and evaluation, as where a
+        shared: Whether one simulator serves training and evaluation, for simulators of which a
             process can hold only one. Training then begins new episodes after each evaluation.
-        device: Where the simulator is asked for its spaces, such as ``cuda:0``.
+        device: Device of the simulator that is made to read its spaces, such as ``cuda:0``.
     """
 
     make: str
@@ -97,10 +97,10 @@ class Custom(EnvSpec):
         return self.make.replace(":", ".").rpartition(".")[2]
 
     def spaces(self) -> EnvSpaces:
-        """What the simulator shows and takes; it is made to be asked.
+        """Observation and action spaces of the simulator, which is made to read them.
 
         Raises:
-            ValueError: If the function cannot be imported, or makes something else.
+            ValueError: If the function cannot be imported, or returns no simulator.
         """
         key = self._key
         if key not in _shared:
@@ -111,11 +111,11 @@ class Custom(EnvSpec):
                 _shared[key] = spaces
             else:
                 _shared[key] = env
-        kept = _shared[key]
-        return kept if isinstance(kept, EnvSpaces) else _spaces_of(kept, self.name)
+        stored = _shared[key]
+        return stored if isinstance(stored, EnvSpaces) else _spaces_of(stored, self.name)
 
     def build(self, device: torch.device, seed: int) -> Any:
-        """Make the simulator; where it is shared, hand out the one of this process, reseeded."""
+        """Make the simulator; a shared one is made once in a process, and is then reseeded."""
         if not self.shared:
             return self._made(device, seed % _SEEDS)
         if self._key not in _shared:
@@ -126,22 +126,23 @@ class Custom(EnvSpec):
         return env
 
     def evaluation_spec(self, episodes: int) -> "Custom":  # noqa: ARG002 - one simulator
-        """The same environments."""
+        """The spec of an evaluation: the same environments as in training."""
         return self
 
     @staticmethod
     def of(env: Any, *, name: str | None = None, lost: Lost = "error") -> "LiveEnv":
-        """The spec of a simulator that is there already.
+        """The spec of a simulator that exists already.
 
-        A checkpoint does not hold it: whoever loads one passes the spec again.
+        Checkpoints do not hold the simulator: code that loads a checkpoint passes the spec again.
 
         Args:
-            env: Any of what ``adapt`` recognises.
-            name: Name of the task in messages and run directories; ``None`` for that of its class.
-            lost: As for ``Custom``.
+            env: Any object that ``adapt`` recognises.
+            name: Name of the task in messages and run directories; ``None`` for the name of the
+                simulator's class.
+            lost: Rule for truncated episodes, the setting ``Custom.lost``.
 
         Raises:
-            ValueError: If it is none of these.
+            ValueError: If ``adapt`` does not recognise ``env``.
         """
         return LiveEnv(env, name or type(getattr(env, "unwrapped", env)).__name__, lost)
 
@@ -156,7 +157,7 @@ class Custom(EnvSpec):
 
 
 class LiveEnv(EnvSpec):
-    """What ``Custom.of`` returns."""
+    """The spec of a simulator that exists already; ``Custom.of`` returns it."""
 
     shared = True
 
@@ -168,17 +169,17 @@ class LiveEnv(EnvSpec):
         self.num_envs = int(self._env.num_envs)
 
     def spaces(self) -> EnvSpaces:
-        """What the simulator shows and takes."""
+        """Observation and action spaces of the simulator."""
         return self._spaces
 
     def build(self, device: torch.device, seed: int) -> Any:  # noqa: ARG002 - it has its own
-        """The simulator itself, reseeded where it can be."""
+        """The simulator itself, reseeded if it can be."""
         if hasattr(self._env, "reseed"):
             self._env.reseed(seed % _SEEDS)
         return self._env
 
     def evaluation_spec(self, episodes: int) -> "LiveEnv":  # noqa: ARG002 - one simulator
-        """The same environments."""
+        """The spec of an evaluation: the same environments as in training."""
         return self
 
 

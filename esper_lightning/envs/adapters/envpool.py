@@ -1,4 +1,4 @@
-"""Environments by their name in EnvPool."""
+"""Environments of EnvPool, by their names."""
 
 import dataclasses
 import importlib
@@ -54,7 +54,7 @@ class EnvPool(EnvSpec):
         return self.id
 
     def spaces(self) -> EnvSpaces:
-        """What one environment shows and takes; it is made once in a process to be asked.
+        """Observation and action spaces of one environment, which is made once to read them.
 
         Raises:
             ValueError: If there is no such environment, EnvPool is not installed, or a space has
@@ -71,7 +71,7 @@ class EnvPool(EnvSpec):
         return _probed[key]
 
     def build(self, device: torch.device, seed: int) -> HostEnv:
-        """Make the pool; it is seeded when it is made."""
+        """Make the pool, which is seeded when it is made."""
         env = self._pool(self.num_envs, seed % _SEEDS)
         return HostEnv(env, device, None, name=self.id)
 

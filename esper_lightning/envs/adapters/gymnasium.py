@@ -1,4 +1,4 @@
-"""Environments by their name in Gymnasium."""
+"""Environments of Gymnasium, by their names."""
 
 import dataclasses
 import importlib
@@ -25,20 +25,20 @@ _probed: dict[str, EnvSpaces] = {}
 class Gymnasium(EnvSpec):
     """Single environments of Gymnasium, stepped one after another or in worker processes.
 
-    Classic control, Box2D, MuJoCo, ALE, MiniGrid, and whatever else registers itself there.
+    Any registered environment will do: classic control, Box2D, MuJoCo, ALE, MiniGrid and others.
     Episodes end as Gymnasium says: by ``terminated``, or by ``truncated`` at a time limit. Actions
     of a box are scaled from [-1, 1] to its bounds. Checkpoints hold no simulator: a resumed run
     begins new episodes.
 
     Attributes:
-        id: Name of the environment, ``HalfCheetah-v5``, or ``package:Name-v0`` where importing
-            ``package`` registers it.
+        id: Name of the environment, such as ``HalfCheetah-v5``, or ``package:Name-v0`` where
+            importing ``package`` registers the name.
         num_envs: Environments on each rank.
         kwargs: Arguments of the environment.
         wrappers: Import paths of wrappers, the innermost first.
         workers: Processes that share the environments; 0 steps them in this process.
-        mask: Entry of ``info`` that holds action masks. A ``Dict`` observation with an entry
-            ``action_mask`` needs none.
+        mask: Entry of ``info`` that holds action masks; ``None`` if the entry ``action_mask`` of a
+            ``Dict`` observation holds them, or if every action is always allowed.
     """
 
     id: str
@@ -63,7 +63,7 @@ class Gymnasium(EnvSpec):
         return self.id
 
     def spaces(self) -> EnvSpaces:
-        """What one environment shows and takes; it is made once in a process to be asked.
+        """Observation and action spaces of one environment, which is made once to read them.
 
         Raises:
             ValueError: If there is no such environment, its package is not installed, or a space
@@ -81,7 +81,7 @@ class Gymnasium(EnvSpec):
 
     def build(self, device: torch.device, seed: int) -> HostEnv:
         """Make the environments, in this process or in workers."""
-        self.spaces()  # a mistake is told from here and not from within a worker
+        self.spaces()  # reports a mistake from here and not from within a worker
         env: Any = (
             WorkerEnv(self._vector, self.num_envs, self.workers, name=self.id)
             if self.workers
@@ -104,7 +104,8 @@ class Gymnasium(EnvSpec):
         """One environment with its wrappers.
 
         Raises:
-            ValueError: As ``spaces`` does.
+            ValueError: If there is no such environment, its package is not installed, or its
+                arguments are refused.
         """
         wrappers = [_import("Gymnasium.wrappers", path) for path in self.wrappers]
         hint = "Install it with: pip install 'esper_lightning[gymnasium]'."
@@ -130,10 +131,10 @@ class Gymnasium(EnvSpec):
 
 
 def _import(owner: str, path: str) -> Callable[..., Any]:
-    """What an import path leads to.
+    """The object that an import path names.
 
     Raises:
-        ValueError: In the name of ``owner``, if it leads nowhere.
+        ValueError: If it cannot be imported; the error names the setting ``owner``.
     """
     module, _, name = path.replace(":", ".").rpartition(".")
     try:

@@ -1,11 +1,11 @@
-"""Vector environments of NumPy arrays: the one place that keeps the episodes of such simulators.
+"""Vector environments of NumPy arrays, with the returns and lengths of their episodes.
 
-Axes: ``B`` environment. The books are kept in NumPy: at eight environments an operation of torch
-costs more than a step of CartPole. What a simulator does at the end of an episode, it becomes one
-thing here: the environment is reset within the step that ended its episode, and what that step
-reached is kept.
+Axes: ``B`` environment. Returns and lengths are counted in NumPy: at eight environments an
+operation of torch costs more than a step of CartPole. Simulators end episodes in different ways.
+Here all do the same: an environment is reset within the step that ended its episode, and the
+observation which that step reached is returned with the first one of the next episode.
 """
-# Simulators are told by what they have: nothing of them is typed.
+# Simulators are recognised by their members and have no types.
 # pyright: reportUnknownVariableType=false, reportUnknownArgumentType=false
 
 import math
@@ -40,7 +40,7 @@ _FINAL = ("final_obs", "final_observation")
 
 @runtime_checkable
 class VectorEnv(Protocol):
-    """What is asked of a simulator: Gymnasium's vector API."""
+    """The methods that a simulator must have: Gymnasium's vector API."""
 
     num_envs: int
     single_observation_space: Any
@@ -56,37 +56,38 @@ class VectorEnv(Protocol):
         ...
 
     def close(self) -> None:
-        """Give back processes, windows and memory."""
+        """Release processes, windows and memory."""
         ...
 
 
 class _Seen(NamedTuple):
-    """An observation as numbers, and which actions it allows."""
+    """An encoded observation, and the mask of actions that are allowed."""
 
     groups: Groups
     mask: Array | None
 
 
 class HostEnv:
-    """A ``BatchedEnv`` of a vector environment.
+    """A ``BatchedEnv`` around a vector environment.
 
     Args:
-        env: The simulator; it is closed by ``close``.
-        device: Where tensors go.
+        env: The simulator, which ``close`` closes.
+        device: Device of the tensors that are returned.
         seed: Seed of the first reset; ``None`` where the simulator has been seeded already.
         name: Name of the task in errors.
         mask: Entry of ``info`` that holds action masks, ``None`` for none.
         lost: What an episode that was truncated is taken to have reached where the simulator does
             not say: the ``previous`` observation, or an ``error``.
-        resets_rows: Whether it is known that single environments can be reset; else it is tried.
+        resets_rows: Whether the simulator is known to reset single environments. Otherwise a reset
+            of one environment is tried.
 
     Attributes:
-        num_envs: ``B``.
-        spaces: What the environments show and take.
+        num_envs: Number of environments, ``B``.
+        spaces: Observation and action spaces of one environment.
 
     Raises:
-        ValueError: If a space has no counterpart, or the simulator neither says what an episode
-            reached nor resets single environments.
+        ValueError: If a space has no counterpart, or the simulator neither returns the observation
+            that an episode reached nor resets single environments.
     """
 
     def __init__(
@@ -159,14 +160,14 @@ class HostEnv:
         )
 
     def reseed(self, seed: int) -> None:
-        """Have the next reset seed everything random."""
+        """Have the next reset seed all random numbers of the simulator."""
         self._seed = seed
 
     def state_dict(self) -> None:
-        """``None``: such simulators cannot say what they are in; a resumed run starts episodes."""
+        """``None``: such simulators cannot store their state, so a resumed run starts episodes."""
 
     def load_state_dict(self, state: dict[str, Tensor]) -> None:
-        """There is nothing that could be loaded.
+        """Refuse any state, because such simulators cannot restore one.
 
         Raises:
             ValueError: Always.
@@ -174,7 +175,7 @@ class HostEnv:
         require(False, self._name, "not be restored: it has no state_dict", sorted(state))
 
     def close(self) -> None:
-        """Give back what the simulator holds: processes, windows, memory."""
+        """Release the simulator's processes, windows and memory."""
         self._env.close()
 
     # Episodes.
@@ -184,11 +185,11 @@ class HostEnv:
         self._length = np.zeros(self.num_envs, np.int64)
 
     def _reset_rows(self, seen: _Seen, ended: Array) -> _Seen:
-        obs, info = self._env.reset(options={"reset_mask": ended.copy()})  # it may be taken out
+        obs, info = self._env.reset(options={"reset_mask": ended.copy()})  # some pop the option
         return self._see(self._every_row(obs, info, ended), info, seen, ended)
 
     def _every_row(self, obs: Any, info: Mapping[str, Any], rows: Array) -> Any:
-        """All rows of what a partial reset returned, which may be those that were reset only."""
+        """Observations of all rows after a partial reset, which may return its own rows only."""
         if isinstance(obs, dict):
             return {name: self._every_row(value, info, rows) for name, value in obs.items()}
         obs = np.asarray(obs)
@@ -201,7 +202,7 @@ class HostEnv:
     def _reached(
         self, seen: _Seen, info: Mapping[str, Any], before: _Seen, ended: Array, truncated: Array
     ) -> Groups:
-        """What every environment reached, of a simulator that has reset those that ended."""
+        """Observations reached in a step by all environments of a simulator that resets itself."""
         final = next((info[name] for name in _FINAL if info.get(name) is not None), None)
         rows = np.flatnonzero(ended)
         reached = {name: value.copy() for name, value in seen.groups.items()}
@@ -219,10 +220,10 @@ class HostEnv:
         return reached
 
     def _require_reset_of_rows(self) -> None:
-        """Reset the first environment and see that the second one goes on.
+        """Reset the first environment, and check that the others continue their episodes.
 
         Raises:
-            ValueError: If it does not.
+            ValueError: If the others were reset, too.
         """
         self._env.reset(**({} if self._seed is None else {"seed": self._seed}))
         action = idle_action(self._env.single_action_space, self.num_envs)
@@ -233,7 +234,7 @@ class HostEnv:
             after = self._encode(self._every_row(obs, info, first))
             only_those = len(next(iter(_arrays(obs)))) == 1
             kept = all(np.array_equal(stepped[n][1:], after[n][1:]) for n in stepped)
-        except (TypeError, KeyError, AssertionError):  # it takes no options
+        except (TypeError, KeyError, AssertionError):  # the simulator takes no options
             kept = only_those = False
         rule = (
             "reset single environments (options['reset_mask']) or be made with "
@@ -244,13 +245,13 @@ class HostEnv:
     # Between arrays and tensors.
 
     def _encode(self, obs: Any) -> Groups:
-        """An observation as numbers, in arrays of its own."""
+        """An observation as numbers, in new arrays by group."""
         if not isinstance(obs, dict):
             return {name: encode(obs) for name, encode in self._encoders.items()}
         return {name: encode(obs[name]) for name, encode in self._encoders.items()}
 
     def _see(self, obs: Any, info: Mapping[str, Any], before: _Seen, rows: Array) -> _Seen:
-        """What is seen after a step or reset of some rows; the others are as before."""
+        """Observation and mask after a step or reset of some rows; the others are as before."""
         groups = self._encode(obs)
         mask = self._read_mask(obs, info, before.mask, rows) if self.spaces.masked else None
         if not rows.all():
@@ -262,19 +263,19 @@ class HostEnv:
         self, obs: Any, info: Mapping[str, Any], before: Array | None, rows: Array
     ) -> Array:
         if self._mask_entry is None:
-            told = np.array(_rows_of(obs[MASK]), bool).reshape(self.num_envs, -1)
+            allowed = np.array(_rows_of(obs[MASK]), bool).reshape(self.num_envs, -1)
         else:
             rule = f"have masks of all environments in info[{self._mask_entry!r}]"
             require(self._mask_entry in info, self._name, rule, sorted(info))
-            told = _mask_rows(info[self._mask_entry], self.num_envs)
+            allowed = _mask_rows(info[self._mask_entry], self.num_envs)
             if "_" + self._mask_entry in info:
                 rows = rows & np.asarray(info["_" + self._mask_entry], bool)
         size = mask_size(self.spaces.action)
         rule = f"have action masks of {size} entries"
-        require(told.shape[1] == size, self._name, rule, list(told.shape[1:]))
+        require(allowed.shape[1] == size, self._name, rule, list(allowed.shape[1:]))
         if before is not None:
-            told[~rows] = before[~rows]
-        return told
+            allowed[~rows] = before[~rows]
+        return allowed
 
     def _observation(self, groups: Groups) -> Observation:
         tensors = {name: self._tensor(value) for name, value in groups.items()}
@@ -297,7 +298,7 @@ def _rows_of(value: Any) -> Any:
 
 
 def _mask_rows(value: Any, num_envs: int) -> Array:
-    """Masks of all environments; ones of those without."""
+    """Masks of all environments; an environment without a mask may take every action."""
     if not isinstance(value, np.ndarray) or value.dtype.kind != "O":
         return np.array(value, bool).reshape(num_envs, -1)
     size = next(len(row) for row in value if row is not None)
@@ -306,7 +307,7 @@ def _mask_rows(value: Any, num_envs: int) -> Array:
 
 
 def _row_of(final: Any, name: str, row: int) -> Any:
-    """One environment's last observation: of a group, where there are groups."""
+    """The last observation of one environment; that of one group where there are groups."""
     if isinstance(final, dict):
         return np.asarray(final[name])[row]
     value = final[row]

@@ -1,7 +1,8 @@
-"""Simulators written in JAX: pure functions, compiled once over the batch, tensors without a copy.
+"""Simulators written in JAX: pure functions over a batch, whose arrays are used without a copy.
 
-Axes: ``B`` environment. Resets are ours: those of the simulators forget what an episode reached, or
-go back to the same first state. JAX is imported where a simulator is built.
+Axes: ``B`` environment. Environments are reset here, because resets of the simulators lose the
+observation that an episode reached, or return to the same first state. JAX is imported where a
+simulator is built.
 """
 # pyright: reportUnknownVariableType=false, reportUnknownArgumentType=false
 # pyright: reportUnknownLambdaType=false, reportMissingImports=false, reportMissingTypeStubs=false
@@ -27,18 +28,18 @@ _SEEDS = 2**31
 
 
 class JaxSimulator(Simulator):
-    """``B`` copies of an environment that is two pure functions.
+    """``B`` copies of an environment that consists of two pure functions.
 
     Args:
-        spaces: What one environment shows and takes.
-        reset: ``key -> (state, obs)``.
-        step: ``(key, state, action) -> (state, obs, reward, terminated, truncated)``, without any
-            reset.
-        num_envs: ``B``.
-        seed: Seed of everything random.
-        device: Where tensors are; JAX computes there, too.
+        spaces: Observation and action spaces of one environment.
+        reset: Function ``key -> (state, obs)``.
+        step: Function ``(key, state, action) -> (state, obs, reward, terminated, truncated)``,
+            which resets nothing.
+        num_envs: Number of environments, ``B``.
+        seed: Seed of all random numbers.
+        device: Device of the tensors, on which JAX computes, too.
         name: Name of the task in errors.
-        time_limit: Steps after which an episode is truncated; ``None`` where ``step`` says so.
+        time_limit: Steps after which an episode is truncated; ``None`` where ``step`` truncates.
     """
 
     resets_itself = True
@@ -84,7 +85,7 @@ class JaxSimulator(Simulator):
                 truncated = truncated | (elapsed >= time_limit)
             ended = terminated | truncated
             running = state, elapsed
-            # Resets are dear: they are computed only in steps where an episode ended.
+            # Resets are expensive: they are computed only in steps where an episode ended.
             fresh, first = jax.lax.cond(ended.any(), begin, lambda _: (running, reached), reset_key)
             running, obs = choose(ended, fresh, running), choose(ended, first, reached)
             return running, key, obs, reward, terminated, truncated, reached
@@ -110,7 +111,7 @@ class JaxSimulator(Simulator):
 
 @dataclass(frozen=True, kw_only=True)
 class Gymnax(EnvSpec):
-    """Environments by their name in gymnax (Lange 2022), MinAtar among them.
+    """Environments of gymnax (Lange 2022), by their names; MinAtar is among them.
 
     Attributes:
         id: Name of the environment, such as ``Breakout-MinAtar``.
@@ -135,7 +136,7 @@ class Gymnax(EnvSpec):
         return self.id
 
     def spaces(self) -> EnvSpaces:
-        """What one environment shows and takes.
+        """Observation and action spaces of one environment.
 
         Raises:
             ValueError: If there is no such environment, gymnax is not installed, or a space has no
@@ -163,7 +164,7 @@ class Gymnax(EnvSpec):
             obs, state, reward, ended, _ = env.step_env(key, state, action, params)
             if hasattr(env, "is_truncated"):  # from gymnax 1.0 on step_env never truncates
                 terminated, truncated = ended, env.is_truncated(state, params)
-            else:  # one flag is for both, and only the clock tells them apart
+            else:  # one flag is for both, and only the time limit distinguishes them
                 limit = getattr(params, "max_steps_in_episode", None)
                 truncated = ended & (False if limit is None else state.time >= limit)
                 terminated = ended & ~truncated
@@ -188,20 +189,20 @@ class Gymnax(EnvSpec):
         gymnax = _require_package("Gymnax", self.id, "gymnax")
         try:
             return gymnax.make(self.id, **self.kwargs)
-        except Exception as error:  # of a kind that differs between versions
+        except Exception as error:  # its class differs between versions
             why = " ".join(str(error).split())
             raise ValueError(f"Gymnax.id={self.id!r} cannot be made: {why}") from error
 
 
 @dataclass(frozen=True, kw_only=True)
 class Brax(EnvSpec):
-    """Environments by their name in Brax (Freeman et al. 2021) or in MuJoCo Playground.
+    """Environments of Brax (Freeman et al. 2021) or of MuJoCo Playground, by their names.
 
     Attributes:
         id: Name of the environment, such as ``ant`` or ``CartpoleBalance``.
         num_envs: Environments on each rank.
         time_limit: Steps after which an episode is truncated.
-        suite: Where the name is known.
+        suite: Collection that has the environment: ``brax`` or ``playground``.
         kwargs: Arguments of the environment.
     """
 
@@ -225,7 +226,7 @@ class Brax(EnvSpec):
         return self.id
 
     def spaces(self) -> EnvSpaces:
-        """What one environment shows and takes.
+        """Observation and action spaces of one environment.
 
         Raises:
             ValueError: If there is no such environment, or its package is not installed.
@@ -280,7 +281,7 @@ class Brax(EnvSpec):
 
 
 def _boxes(size: Any) -> ObsSpace:
-    """Boxes of an observation whose size is a number, a shape, or one for each group."""
+    """Boxes of an observation whose size is a number, a shape, or a mapping of these by group."""
     if isinstance(size, dict):
         return {str(name): _box(each) for name, each in size.items()}
     return _box(size)
@@ -291,10 +292,10 @@ def _box(size: Any) -> Box:
 
 
 def _require_package(owner: str, name: str, package: str) -> Any:
-    """A module of somebody else's.
+    """A module of an optional package.
 
     Raises:
-        ValueError: If it is not installed.
+        ValueError: If the package is not installed.
     """
     try:
         return importlib.import_module(package)

@@ -1,6 +1,6 @@
-"""Simulators that speak rsl_rl's interface: Genesis, legged_gym, unitree_rl_gym.
+"""Simulators with rsl_rl's interface: Genesis, legged_gym, unitree_rl_gym.
 
-They are recognised by their members; none is imported. Axes: ``B`` environment.
+Such simulators are recognised by their members and never imported. Axes: ``B`` environment.
 """
 # pyright: reportUnknownVariableType=false, reportUnknownArgumentType=false
 
@@ -20,8 +20,8 @@ __all__ = ["RslRlSimulator"]
 class RslRlSimulator(Simulator):
     """A simulator with ``step(action) -> obs, reward, done, extras``.
 
-    Time-outs are those of ``extras["time_outs"]``; such simulators do not say what an episode
-    reached.
+    ``extras["time_outs"]`` says which episodes were truncated. Such simulators do not return the
+    observation that an episode reached.
 
     Args:
         env: The simulator.
@@ -53,11 +53,11 @@ class RslRlSimulator(Simulator):
         return Stepped(to_groups(_first(obs)), reward, done & ~truncated, truncated, None, log)
 
     def close(self) -> None:
-        """Close the simulator, where it can be."""
+        """Close the simulator if it has ``close``."""
         if hasattr(self._env, "close"):
             self._env.close()
 
 
 def _first(obs: Any) -> Any:
-    """Observations of old versions come with others in a tuple."""
+    """The observation, which old versions return first in a tuple with others."""
     return obs[0] if isinstance(obs, tuple) else obs

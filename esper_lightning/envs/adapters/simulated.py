@@ -1,7 +1,7 @@
-"""Simulators of tensors: the one place that keeps their episodes. Axes: ``B`` environment.
+"""Simulators of tensors, with the returns and lengths of their episodes. Axes: ``B`` environment.
 
-An adapter says how its simulator is reset and stepped (``Simulator``); episodes, their returns and
-lengths, and the copies that nobody writes to again are made here.
+An adapter implements how its simulator is reset and stepped (``Simulator``). ``SimulatedEnv``
+counts episodes, and copies tensors that a simulator may overwrite.
 """
 
 import math
@@ -24,26 +24,26 @@ __all__ = ["SimulatedEnv", "Simulator", "Stepped"]
 
 
 class Stepped(NamedTuple):
-    """What a simulator makes of an action, on its device; it may write into all of it later.
+    """Results of a step on the simulator's device, which the simulator may overwrite later.
 
-    An observation may hold a group ``action_mask``, which is taken out of it.
+    An observation may hold a group ``action_mask``, which becomes the mask of the step.
     """
 
-    obs: Observation  # what the action led to; with ``resets_itself`` the next episode's first
+    obs: Observation  # reached by the action; with ``resets_itself`` the next episode's first
     reward: Float[Tensor, " B"]
     terminated: Shaped[Tensor, " B"]
     truncated: Shaped[Tensor, " B"]  # may overlap with terminated
-    reached: Observation | None = None  # with ``resets_itself``: read where an episode ended
-    log: Mapping[str, Any] = {}  # numbers of the simulator's own; empty where there is nothing new
+    reached: Observation | None = None  # read with ``resets_itself`` where an episode ended
+    log: Mapping[str, Any] = {}  # metrics of the simulator; empty where none are new
 
 
 class Simulator(ABC):
-    """What an adapter implements.
+    """The interface that an adapter of a simulator implements.
 
     Attributes:
-        num_envs: ``B``.
-        spaces: What the environments show and take.
-        device: Where their tensors are.
+        num_envs: Number of environments, ``B``.
+        spaces: Observation and action spaces of one environment.
+        device: Device of the simulator's tensors.
         name: Name of the task in errors.
         resets_itself: Whether ``step`` has already reset the environments whose episode ended.
     """
@@ -59,33 +59,34 @@ class Simulator(ABC):
         """Start new episodes.
 
         Args:
-            rows: Where; ``None`` for everywhere. Nobody reads the rows of other environments.
-            seed: Seed of everything random from now on; ``None`` to go on with what there is.
+            rows: Environments to reset; ``None`` for all. Rows of other environments in the result
+                are not read.
+            seed: Seed of all random numbers from now on; ``None`` to continue without a new seed.
         """
 
     @abstractmethod
     def step(self, action: Shaped[Tensor, "B *A"]) -> Stepped:
         """Act in every environment."""
 
-    def close(self) -> None:  # noqa: B027 - most have nothing to give back
-        """Give back processes, windows and memory."""
+    def close(self) -> None:  # noqa: B027 - most have nothing to release
+        """Release processes, windows and memory."""
 
 
 class SimulatedEnv:
-    """A ``BatchedEnv`` of a simulator.
+    """A ``BatchedEnv`` around a simulator.
 
     Args:
-        simulator: It is closed by ``close``.
+        simulator: The simulator, which ``close`` closes.
         seed: Seed of the first reset; ``None`` where the simulator has been seeded already.
         lost: What an episode that was truncated is taken to have reached where the simulator does
             not say: the ``previous`` observation, which is the rule of rsl_rl, or an ``error``.
 
     Attributes:
-        num_envs: ``B``.
-        spaces: What the environments show and take.
+        num_envs: Number of environments, ``B``.
+        spaces: Observation and action spaces of one environment.
     """
 
-    names_come_late = True  # of metrics: a simulator logs what it likes, when it likes
+    names_come_late = True  # metrics are known only once the simulator has logged them
 
     def __init__(self, simulator: Simulator, seed: int | None, *, lost: Lost = "error") -> None:
         self.simulator, self._seed, self._lost = simulator, seed, lost
@@ -136,9 +137,9 @@ class SimulatedEnv:
         )
 
     def metrics(self) -> dict[str, Float[Tensor, ""]]:
-        """Means of what the simulator logged since the last call; NaN where it logged nothing.
+        """Means of the metrics that the simulator logged since the last call; NaN without a log.
 
-        Names are those of the first log, so that every rank and every iteration has the same.
+        The names are those of the first log, so that they are the same in every iteration.
         """
         count = max(self._logged, 1)
         missing = math.nan if self._logged == 0 else 0.0
@@ -148,14 +149,14 @@ class SimulatedEnv:
         return means
 
     def reseed(self, seed: int) -> None:
-        """Have the next reset seed everything random."""
+        """Have the next reset seed all random numbers of the simulator."""
         self._seed = seed
 
     def state_dict(self) -> None:
-        """``None``: such simulators cannot say what they are in; a resumed run starts episodes."""
+        """``None``: such simulators cannot store their state, so a resumed run starts episodes."""
 
     def load_state_dict(self, state: dict[str, Tensor]) -> None:
-        """There is nothing that could be loaded.
+        """Refuse any state, because such simulators cannot restore one.
 
         Raises:
             ValueError: Always.
@@ -164,7 +165,7 @@ class SimulatedEnv:
         require(False, self.simulator.name, rule, sorted(state))
 
     def close(self) -> None:
-        """Give back what the simulator holds."""
+        """Release the simulator's processes, windows and memory."""
         self.simulator.close()
 
     def _restart_books(self) -> None:
@@ -174,7 +175,7 @@ class SimulatedEnv:
     def _reached(
         self, reached: Observation | None, obs: Observation, ended: Tensor, truncated: Tensor
     ) -> Observation:
-        """What every environment reached, of a simulator that has reset those that ended."""
+        """Observations reached in a step by all environments of a simulator that resets itself."""
         if reached is None:
             if self._lost == "error":
                 hint = "Or set lost='previous', which takes the observation acted on."
@@ -187,7 +188,7 @@ class SimulatedEnv:
         return map_obs(partial(_choose, ended), reached, obs)
 
     def _own(self, obs: Observation) -> tuple[Observation, Tensor | None]:
-        """Copies that nobody writes to again, as their boxes store them, and the action mask."""
+        """The observation in new tensors, in the dtypes of their boxes, and the action mask."""
         boxes, mask = self.spaces.obs, None
         groups = obs if isinstance(obs, dict) else {"": obs}
         if MASK in groups:

@@ -1,6 +1,7 @@
-"""Gymnasium's spaces as ours, and values between the two. Axes: ``B`` environment.
+"""Conversion of Gymnasium's spaces to those of this package, and of values between the two.
 
-Spaces are recognised by the names of their classes, so that Gymnasium need not be installed.
+Axes: ``B`` environment. Spaces are recognised by the names of their classes, so that Gymnasium need
+not be installed.
 """
 # pyright: reportUnknownVariableType=false, reportUnknownArgumentType=false
 
@@ -38,15 +39,16 @@ _ONE_HOT = (-0.5, 1.5)  # bounds of a column that is 0 or 1
 
 
 def read_spaces(obs: Any, action: Any, *, masked: bool = False) -> EnvSpaces:
-    """The spaces of one environment.
+    """The spaces of one environment, converted from Gymnasium's.
 
     Args:
         obs: Gymnasium's observation space of one environment.
         action: Gymnasium's action space of one environment.
-        masked: Whether action masks come from elsewhere than the observation.
+        masked: Whether there are action masks although the observation has no entry for them.
 
     Raises:
-        ValueError: If a space has no counterpart, naming it and the wrapper that helps.
+        ValueError: If a space has no counterpart; the error names the space and a wrapper that
+            helps.
     """
     boxes = {name: _obs_box(name, space) for name, space in group_spaces(obs).items()}
     masked = masked or (_kind(obs) == "Dict" and MASK in obs.spaces)
@@ -58,7 +60,7 @@ def group_spaces(obs: Any) -> dict[str, Any]:
     """The spaces of the groups of an observation; one group, ``obs``, where it has none.
 
     Raises:
-        ValueError: If a group cannot be a Python identifier, or there is none.
+        ValueError: If the name of a group is no Python identifier, or there is no group.
     """
     if _kind(obs) != "Dict":
         return {"obs": obs}
@@ -70,10 +72,10 @@ def group_spaces(obs: Any) -> dict[str, Any]:
 
 
 def obs_encoder(space: Any) -> Callable[[Any], Array]:
-    """A function that makes numbers of a batch of one group: always a new array.
+    """A function that converts a batch of one group to numbers, in a new array.
 
-    Images of ``uint8`` stay as they are, everything else becomes ``float32``: what counts or
-    chooses is written as one-hot columns.
+    Images of ``uint8`` keep their dtype, and all other values become ``float32``. Values of
+    ``Discrete`` and ``MultiDiscrete`` spaces become one-hot columns.
     """
     kind = _kind(space)
     if kind == "Discrete":
@@ -93,7 +95,7 @@ def obs_encoder(space: Any) -> Callable[[Any], Array]:
 
 
 def action_encoder(space: Any) -> Callable[[Array], Array]:
-    """A function that brings a batch of our actions into a simulator's type, range and shape."""
+    """A function that converts a batch of actions to a simulator's type, range and shape."""
     start = np.asarray(getattr(space, "start", 0)) if _kind(space) != "Box" else np.asarray(0)
     shape, dtype = tuple(space.shape), space.dtype
     if _kind(space) == "Box":
@@ -136,10 +138,10 @@ def _obs_box(name: str, space: Any) -> Box:
 
 
 def read_action_space(space: Any) -> ActionSpace:
-    """Gymnasium's action space of one environment as ours.
+    """The action space of one environment, converted from Gymnasium's.
 
     Raises:
-        ValueError: If it has no counterpart.
+        ValueError: If the space has no counterpart.
     """
     kind = _kind(space)
     rule = "be Box, Discrete, MultiDiscrete or MultiBinary"
@@ -156,7 +158,7 @@ def read_action_space(space: Any) -> ActionSpace:
 
 
 def _box(space: Any) -> Box:
-    """A box with its bounds, as far as ours can say them; else without."""
+    """A box with Gymnasium's bounds if ``Box`` can represent them, else without bounds."""
     shape = tuple(int(n) for n in space.shape) or (1,)
     if _is_image(space):
         return Box(shape, 0.0, 255.0, dtype="uint8")

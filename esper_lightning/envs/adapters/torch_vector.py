@@ -1,6 +1,6 @@
 """Simulators that return five tensors: Isaac Lab, ManiSkill, mjlab. Axes: ``B`` environment.
 
-They are recognised by their members; none is imported.
+Such simulators are recognised by their members and never imported.
 """
 # pyright: reportUnknownVariableType=false, reportUnknownArgumentType=false
 
@@ -24,8 +24,8 @@ class TorchSimulator(Simulator):
     """A simulator with ``step(action) -> obs, reward, terminated, truncated, extras``.
 
     Args:
-        env: The simulator, or a wrapper of it; it is reset once, to see what it shows.
-        seed: Seed of that reset; ``None`` where it has been seeded already.
+        env: The simulator, or a wrapper of it, which is reset once to read its observation space.
+        seed: Seed of that reset; ``None`` where the simulator has been seeded already.
         name: Name of the task in errors.
     """
 
@@ -47,7 +47,7 @@ class TorchSimulator(Simulator):
         self._fresh = FreshLog()
 
     def reset(self, rows: Tensor | None, seed: int | None) -> Observation:
-        """Start new episodes, in the rows by the numbers of their environments."""
+        """Start new episodes everywhere, or in the rows, which become numbers of environments."""
         if rows is None:
             return to_groups((self._env.reset() if seed is None else self._env.reset(seed=seed))[0])
         numbers = rows.nonzero()[:, 0]
@@ -66,33 +66,33 @@ class TorchSimulator(Simulator):
         )
 
     def close(self) -> None:
-        """Close the simulator, where it can be."""
+        """Close the simulator if it has ``close``."""
         if hasattr(self._env, "close"):
             self._env.close()
 
 
 class FreshLog:
-    """What a simulator logs, once: Isaac Lab leaves the last log in place until the next reset."""
+    """Each log of a simulator once: Isaac Lab returns the last log again until the next reset."""
 
     def __init__(self) -> None:
         self._last: object = None
 
     def of(self, extras: Mapping[str, Any]) -> Mapping[str, Any]:
-        """The log in ``extras`` if it is another one than last time; else nothing."""
+        """The log in ``extras`` if it is not the log of the last call; otherwise an empty log."""
         log = extras.get("log") or extras.get("episode") or {}
         fresh, self._last = log is not self._last, log
         return log if fresh else {}
 
 
 def to_groups(obs: Any) -> Observation:
-    """A tensor as it is; a dict, or a TensorDict, as a dict of tensors."""
+    """An observation as a tensor, or as a dict of tensors where it is a dict or TensorDict."""
     if isinstance(obs, Tensor):
         return obs
-    return {str(name): obs[name] for name in obs.keys()}  # noqa: SIM118 - of a TensorDict, too
+    return {str(name): obs[name] for name in obs.keys()}  # noqa: SIM118 - a TensorDict iterates over rows
 
 
 def read_boxes(obs: Observation) -> ObsSpace:
-    """The space of an observation by its shapes: what every simulator tells."""
+    """The space of an observation, from the shapes and dtypes of its tensors."""
     if isinstance(obs, Tensor):
         return _box(obs)
     groups = {name: _box(value) for name, value in obs.items() if name != MASK}
@@ -106,7 +106,7 @@ def _box(value: Tensor) -> Box:
 
 
 def _action_space(space: Any) -> ActionSpace:
-    """Actions of a box are taken without bounds, as such simulators scale them."""
+    """An action space; a box has no bounds, because such simulators scale actions themselves."""
     if hasattr(space, "n") or hasattr(space, "nvec"):
         return read_action_space(space)
     return Box(tuple(int(n) for n in space.shape))

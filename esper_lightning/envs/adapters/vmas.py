@@ -15,9 +15,9 @@ __all__ = ["VmasSimulator"]
 
 
 class VmasSimulator(Simulator):
-    """Agents of a ``vmas.Environment`` that share a policy: each is an environment of its own.
+    """Agents of a ``vmas.Environment`` that share a policy; each agent is one environment.
 
-    Env steps therefore count steps of agents, and the agents of a world end together.
+    Env steps therefore count steps of agents, and episodes of a world's agents end together.
 
     Args:
         env: The simulator.

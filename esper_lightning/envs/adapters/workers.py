@@ -1,7 +1,7 @@
-"""Single environments in this process or in several: what ``Gymnasium`` steps.
+"""Environments of Gymnasium that are stepped in worker processes.
 
-Axes: ``B`` environment. Workers are forked, so that none imports anything anew, and end with the
-process that started them, however that ends.
+Axes: ``B`` environment. Workers are forked, so that no worker repeats an import. A worker ends when
+the process that started it ends, even if that process is killed.
 """
 # pyright: reportUnknownVariableType=false
 
@@ -29,16 +29,17 @@ _END_S = 5.0
 class WorkerEnv:
     """A vector environment whose rows are shared among forked processes.
 
-    It speaks Gymnasium's vector API, and resets single environments.
+    The class implements Gymnasium's vector API, and resets single environments.
 
     Args:
-        make: Makes the vector environment of one worker, from its number of environments.
-        num_envs: ``B``.
+        make: Function that makes the vector environment of one worker from the worker's number of
+            environments.
+        num_envs: Number of environments, ``B``.
         workers: Number of processes; at most ``num_envs``.
         name: Name of the task in errors.
 
     Raises:
-        RuntimeError: If a worker fails or dies, here and in every method, naming the task and the
+        RuntimeError: If a worker fails or dies, here or in a method; the error names task and
             worker.
     """
 
@@ -59,8 +60,8 @@ class WorkerEnv:
             theirs.close()
             self._pipes.append(ours)
             self._processes.append(process)
-        told = self._ask([("spaces", ())] * len(self._rows))
-        self.single_observation_space, self.single_action_space, self.metadata = told[0]
+        answers = self._ask([("spaces", ())] * len(self._rows))
+        self.single_observation_space, self.single_action_space, self.metadata = answers[0]
 
     def reset(self, *, seed: int | None = None, options: Any = None) -> tuple[Any, dict[str, Any]]:
         """Start new episodes, everywhere or where ``options["reset_mask"]`` is true."""
@@ -79,7 +80,7 @@ class WorkerEnv:
         return obs, flags[0], flags[1], flags[2], info
 
     def close(self) -> None:
-        """End the workers; those that do not answer are killed."""
+        """End the workers; kill workers that do not end in time."""
         for pipe in self._pipes:
             with contextlib.suppress(OSError):
                 pipe.send(("close", ()))
@@ -92,7 +93,7 @@ class WorkerEnv:
         self._pipes, self._processes = [], []
 
     def _ask(self, requests: Sequence[tuple[str, tuple[Any, ...]]]) -> list[Any]:
-        """Have all workers do something at the same time."""
+        """Send a request to every worker, and return the answers once all have come."""
         answers: list[Any] = []
         for number, (pipe, request) in enumerate(zip(self._pipes, requests, strict=True)):
             with self._named(number):
@@ -120,9 +121,9 @@ class WorkerEnv:
         rows = self._rows[number]
         return f"{self._name}: worker {number} (environments {rows.start} to {rows.stop - 1})"
 
-    def _join(self, parts: list[tuple[Any, dict[str, Any]]]) -> tuple[Any, dict[str, Any]]:
-        """Observations of all rows, and what ``info`` says of any."""
-        observations, infos = zip(*parts, strict=True)
+    def _join(self, answers: list[tuple[Any, dict[str, Any]]]) -> tuple[Any, dict[str, Any]]:
+        """Observations and ``info`` of all rows, joined from the answers of the workers."""
+        observations, infos = zip(*answers, strict=True)
         if isinstance(observations[0], dict):
             obs: Any = {n: np.concatenate([o[n] for o in observations]) for n in observations[0]}
         else:
@@ -152,8 +153,8 @@ def _work(
     of_parent: list[Connection],
     parent: int,
 ) -> None:
-    """The life of a worker."""
-    signal.signal(signal.SIGINT, signal.SIG_IGN)  # the process that started it closes it
+    """Answer requests in a worker process until it is to close, or an error ends it."""
+    signal.signal(signal.SIGINT, signal.SIG_IGN)  # the parent process closes the worker
     if sys.platform == "linux":
         ctypes.CDLL(None).prctl(_PR_SET_PDEATHSIG, signal.SIGKILL)
     if os.getppid() != parent:
@@ -189,7 +190,7 @@ def _answer(env: Any, num_envs: int, name: str, arguments: tuple[Any, ...]) -> A
         return env.reset(seed=seed)
     if rows.any():
         return env.reset(options={"reset_mask": rows})
-    space: Any = env.single_observation_space  # nobody reads rows that were not reset
+    space: Any = env.single_observation_space  # rows that were not reset are not read
     empty = _zeros(space, num_envs)
     return empty, {}
 

@@ -1,7 +1,8 @@
-"""The environment: ``B`` host trainings, of which each step is one epoch.
+"""The environment ``Morphogenesis``: it trains ``B`` hosts, for one epoch in each step.
 
-A step applies the action, lets the life cycle tick, trains, validates and rewards: the reward is
-what the action led to. Everything is a tensor with a row for each environment.
+A step applies the action, advances the life cycles of seeds, trains, validates and rewards: the
+reward belongs to the action of the same step. All state is in tensors with a row for each
+environment.
 """
 
 import math
@@ -32,14 +33,14 @@ from esper_lightning.envs.morphogenesis.training import Measured, Trained, measu
 
 __all__ = ["MorphogenesisEnv", "StepReport"]
 
-_CACHE_BYTES = 8 << 20  # activations of the first block of a chunk
-_IMAGES = 150  # that a chunk looks at together in validation, at most
+_CACHE_BYTES = 8 << 20  # bytes of activations of the first block of a chunk
+_IMAGES = 150  # most images that a chunk evaluates at once in validation
 
 
 class StepReport(NamedTuple):
-    """What a step tells a report, not the agent."""
+    """Measurements of a step that are for metrics and figures, and not for the agent."""
 
-    terms: dict[str, Float[Tensor, " B"]]  # of the reward
+    terms: dict[str, Float[Tensor, " B"]]  # terms of the reward by name
     ended: Bool[Tensor, " B"]
     diverged: Bool[Tensor, " B"]
     accuracy: Float[Tensor, " B"]  # on the validation split
@@ -50,7 +51,7 @@ class StepReport(NamedTuple):
 
 
 class _Advanced(NamedTuple):
-    """What a step makes."""
+    """Results of a step: the hosts after it, and what the step returns."""
 
     hosts: Hosts
     result: StepResult
@@ -61,11 +62,11 @@ class MorphogenesisEnv:
     """``BatchedEnv`` of ``Morphogenesis``; on CUDA a step is one graph.
 
     Attributes:
-        spec: The settings.
-        hosts: The state; baselines and reports may read it.
-        report: What the last step tells a report.
-        tests_ends: Whether to measure test accuracy where an episode ends. Where the device must
-            not be waited for this costs in each step.
+        spec: Settings of the environment.
+        hosts: State of the hosts, which baselines and tables may read.
+        report: Measurements of the last step; ``None`` before the first one.
+        tests_ends: Whether to measure test accuracy where an episode ends. Where the host must not
+            wait for the device, test accuracy is measured in every step.
     """
 
     def __init__(
@@ -110,17 +111,17 @@ class MorphogenesisEnv:
 
     @property
     def num_envs(self) -> int:
-        """``B``."""
+        """Number of environments, ``B``."""
         return self.spec.num_envs
 
     @property
     def spaces(self) -> EnvSpaces:
-        """What it shows and takes."""
+        """Observation and action spaces of one environment."""
         return self._spaces
 
     @torch.no_grad()
     def reset(self) -> tuple[Float[Tensor, "B O"], Bool[Tensor, "B K"]]:
-        """Start to train a new host everywhere."""
+        """Start to train a new host in every environment."""
         self.hosts = self._initializer.hosts(self._seed, self.hosts.episode + 1)
         return self._observe(self.hosts), self.action_mask()
 
@@ -136,7 +137,7 @@ class MorphogenesisEnv:
                 partial(self._advanced, tests_ends=self.tests_ends),
                 device=self._device,
             )
-        if self._static:  # a graph goes on to write where its first action lived
+        if self._static:  # a graph may write into the memory of its first action
             action = action.clone(memory_format=torch.contiguous_format)
         with self._own_precision():
             advanced = self._advance[self.tests_ends](self.hosts, action)
@@ -148,10 +149,10 @@ class MorphogenesisEnv:
         return result
 
     def metrics(self) -> dict[str, Float[Tensor, ""]]:
-        """Means over hosts and steps since the last call: reward terms, size, share that diverged.
+        """Means over hosts and steps since the last call; NaN if there was no step.
 
         Returns:
-            NaN where there was no step.
+            Terms of the reward, grown parameters, and the share of hosts that diverged.
         """
         names = [*(f"reward_{name}" for name in REWARD_TERMS), "grown_parameters", "diverged"]
         sums = torch.full((len(names),), math.nan, device=self._device)
@@ -169,7 +170,7 @@ class MorphogenesisEnv:
     def _advanced(
         self, before: Hosts, action: Int[Tensor, "B 4"], *, tests_ends: bool
     ) -> _Advanced:
-        """A step; weights and velocity are changed in place."""
+        """Compute a step; weights and velocity of the hosts are changed in place."""
         choice = Action(*action.unbind(1))
         slots, changed = self._lifecycle.apply(before.slots, self._name_blueprint(choice))
         germinated = changed & (choice.op == Op.GERMINATE).unsqueeze(1)
@@ -225,7 +226,7 @@ class MorphogenesisEnv:
         return _Advanced(hosts, result, report)
 
     def action_mask(self) -> Bool[Tensor, "B K"]:
-        """What is allowed now."""
+        """Mask of the actions that are allowed in the current state."""
         return self._action_mask(self.hosts)
 
     def _action_mask(self, hosts: Hosts) -> Bool[Tensor, "B K"]:
@@ -233,32 +234,32 @@ class MorphogenesisEnv:
         return action_mask(legal, len(self.spec.blueprints), len(self.spec.ramp_epochs))
 
     def legal(self) -> Bool[Tensor, "B O S"]:
-        """Which op may be applied to which slot now."""
+        """Whether each op may be applied to each slot in the current state."""
         return self._lifecycle.legal(self.hosts.slots)
 
     def grown_parameters(self, slots: Slots) -> Int[Tensor, " B"]:
-        """Parameters of all live seeds, as their blueprints need them."""
+        """Number of parameters of all live seeds, from their blueprints."""
         column = torch.arange(slots.stage.shape[1], device=self._device)
         count = self._seed_parameters[slots.blueprint, column]
         return count.masked_fill(~is_in(slots.stage, LIVE), 0).sum(1)
 
     @torch.no_grad()
     def test_accuracy(self) -> Float[Tensor, " B"]:
-        """Accuracy of the hosts as they are now on the test split; for reports alone."""
+        """Accuracy of the current hosts on the test split, which no agent may see."""
         hosts, test = self.hosts, self._splits.test
         with self._own_precision():
             return self._measure(hosts.weights, hosts.slots, test, switch=False).accuracy
 
     def state_dict(self) -> dict[str, Tensor]:
-        """Hosts, seeds, their momentum, life cycles and counters, copied."""
+        """Copies of hosts, seeds, their momentum, life cycles and counters."""
         return {name: tensor.clone() for name, tensor in named_tensors(self._named(self.hosts))}
 
     def load_state_dict(self, state: dict[str, Tensor]) -> None:
         """Continue from a ``state_dict`` bit for bit.
 
         Raises:
-            ValueError: If it comes from an environment with other settings; nothing is changed
-                then.
+            ValueError: If the state comes from an environment with other settings; nothing is
+                changed then.
         """
         field = "Morphogenesis.load_state_dict()"
         expected = dict(named_tensors(self._named(self.hosts)))
@@ -273,7 +274,7 @@ class MorphogenesisEnv:
         self.hosts = cast(Hosts, rebuild(self.hosts, copies))
         seed = int(state["seed"])
         if seed != self._seed:
-            self._advance.clear()  # what is captured holds the other
+            self._advance.clear()  # captured graphs hold the old seed
         self._seed = seed
 
     @staticmethod
@@ -284,7 +285,7 @@ class MorphogenesisEnv:
         return tree
 
     def _name_blueprint(self, choice: Action) -> Action:
-        """From a position among the settings' blueprints to one among all."""
+        """The action with its blueprint as a position in ``BLUEPRINTS``, not in the settings."""
         position = choice.blueprint.clamp(0, self._kinds.shape[0] - 1)
         return choice._replace(blueprint=self._kinds[position])
 
@@ -329,7 +330,7 @@ class MorphogenesisEnv:
         return found.accuracy.masked_fill(~ended, math.nan)
 
     def _own_precision(self) -> torch.autocast:
-        """Hosts are trained as they are, whatever precision a policy has."""
+        """A context that trains hosts in their own precision, whatever precision the policy has."""
         return torch.autocast(self._device.type, enabled=False)
 
     def _observe(self, hosts: Hosts) -> Float[Tensor, "B O"]:

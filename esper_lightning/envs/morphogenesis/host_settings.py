@@ -1,6 +1,6 @@
-"""What hosts and their environment read of the settings.
+"""The settings that hosts and their environment read, as a protocol.
 
-Settings build the environment, which therefore does not import them.
+The file of the settings imports the environment, which therefore cannot import that file.
 """
 
 from typing import Protocol, runtime_checkable
@@ -19,7 +19,7 @@ __all__ = ["HostSettings"]
 
 @runtime_checkable
 class HostSettings(Protocol):
-    """Settings of the environment; ``Morphogenesis`` says what each one means."""
+    """Settings of the environment, which ``Morphogenesis`` implements and explains."""
 
     @property
     def num_envs(self) -> int:
@@ -43,27 +43,27 @@ class HostSettings(Protocol):
 
     @property
     def batch_size(self) -> int:
-        """Images in an update."""
+        """Images in an SGD update."""
         ...
 
     @property
     def validation_size(self) -> int:
-        """Images that accuracy is measured on."""
+        """Number of images on which accuracy is measured."""
         ...
 
     @property
     def blueprints(self) -> tuple[str, ...]:
-        """Names of what can be grown."""
+        """Names of the modules that can be grown."""
         ...
 
     @property
     def ramp_epochs(self) -> tuple[int, ...]:
-        """The choices of how long blending takes."""
+        """Durations of blending that the agent can choose, in epochs."""
         ...
 
     @property
     def ramp_shape(self) -> RampShape:
-        """How alpha rises."""
+        """Shape of the rise of alpha: linear, cosine or sigmoid."""
         ...
 
     @property
@@ -73,30 +73,30 @@ class HostSettings(Protocol):
 
     @property
     def fade_epochs(self) -> int:
-        """Epochs that an attached seed takes to go."""
+        """Epochs in which a pruned seed that is attached fades out."""
         ...
 
     @property
     def cooldown_epochs(self) -> int:
-        """Epochs for which a slot stays empty after that."""
+        """Epochs for which a slot stays empty after its seed was pruned."""
         ...
 
     def architecture(self) -> Architecture:
-        """The host."""
+        """The layers of the host."""
         ...
 
     def sgd(self) -> SGD:
-        """How hosts are trained."""
+        """The settings of SGD, which trains the hosts."""
         ...
 
     def reward_weights(self) -> RewardWeights:
-        """What counts how much."""
+        """The weights of the terms of the reward."""
         ...
 
     def spaces(self) -> EnvSpaces:
-        """What the environment shows and takes."""
+        """Observation and action spaces of the environment."""
         ...
 
     def splits(self, device: torch.device) -> Splits:
-        """The data."""
+        """The data in its splits: training, validation and test."""
         ...

@@ -1,4 +1,4 @@
-"""The settings of the environment; the defaults are the preset ``digits``."""
+"""The settings of ``Morphogenesis``, whose defaults are the preset ``digits``."""
 
 import math
 from dataclasses import dataclass
@@ -33,45 +33,48 @@ class Morphogenesis(EnvSpec):
     """Small networks under training, which the agent decides how to grow.
 
     Each environment trains a *host* from scratch by SGD, one epoch a step. The agent may germinate
-    a *seed*, a small residual module, in a slot after any block; it trains there without being in
-    the network until the agent blends it in, fossilizes it (keeps it for good) or prunes it.
-    Reward: accuracy gained on a validation split, less rent for grown parameters.
+    a *seed*, a small residual module, in a slot after any block. The seed trains there without
+    being part of the network until the agent blends it in, fossilizes it (makes it permanent) or
+    prunes it. The reward is the accuracy gained on a validation split, less rent for grown
+    parameters.
 
-    Action: ``FactoredDiscrete`` with heads ``op``, ``slot`` (given ``op``), ``blueprint`` and
-    ``ramp``; see ``lifecycle``. Observation: a vector; ``feature_names`` says what is where. An
-    episode ends after ``epochs``, beyond which nothing counts, or when a loss is not finite.
+    Actions are ``FactoredDiscrete`` with heads ``op``, ``slot`` (given ``op``), ``blueprint`` and
+    ``ramp``, which ``lifecycle`` explains. Observations are vectors, and ``feature_names`` names
+    their entries. An episode terminates after ``epochs`` steps, or when a loss is not finite.
 
     Attributes:
         num_envs: Hosts on each rank. A host is the same bits among 2 or 2,000; alone it rounds
             otherwise.
         dataset: ``digits`` (scikit-learn's, 8x8 images), ``cifar10`` or ``synthetic``.
-        folder: Where ``cifar10`` is: holds ``cifar-10-batches-py`` or its archive.
+        folder: Folder that holds ``cifar-10-batches-py`` or its archive, for ``cifar10``.
         image: Channels and side of ``synthetic`` images; the other data sets have their own.
         classes: Number of classes of ``synthetic`` images.
-        noise: Deviation of what is added once to every image, in units of the images' deviation.
-        channels: Of each block of the host; a slot follows each block.
+        noise: Standard deviation of the noise that is added once to every image, in units of the
+            images' standard deviation.
+        channels: Channels of each block of the host; a slot follows each block.
         kernels: Side of each block's convolution, odd.
         pools: Factor by which each block reduces the side.
         epochs: Steps of an episode.
         train_batches: SGD updates in a step.
-        batch_size: Images in an update, drawn with replacement.
-        validation_size: Images that accuracy is measured on: the first of the validation split.
-        learning_rate: Of hosts and seeds.
-        momentum: Of SGD.
+        batch_size: Images in an update, sampled with replacement.
+        validation_size: Number of images on which accuracy is measured, the first ones of the
+            validation split.
+        learning_rate: Learning rate of SGD for hosts and seeds.
+        momentum: Momentum of SGD.
         weight_decay: L2 penalty of every parameter.
-        max_grad_norm: Gradients of a host are clipped to this norm.
-        blueprints: Names of what can be grown.
-        ramp_epochs: The choices of how long blending takes, in epochs.
+        max_grad_norm: Norm to which gradients of a host are clipped.
+        blueprints: Names of the modules that can be grown.
+        ramp_epochs: Durations of blending that the agent can choose, in epochs.
         ramp_shape: How alpha rises: ``linear``, ``cosine`` or ``sigmoid``.
         min_training_epochs: Epochs in isolation before a seed may be blended.
-        fade_epochs: Epochs that an attached seed takes to go when pruned.
-        cooldown_epochs: Epochs for which a slot stays empty after that.
+        fade_epochs: Epochs in which a pruned seed that is attached fades out.
+        cooldown_epochs: Epochs for which a slot stays empty after its seed was pruned.
         gain_weight: Reward for accuracy from 0 to 1.
-        rent_weight: Price of as many grown parameters as the host has, in each step.
-        intervention_cost: Price of each op but WAIT.
+        rent_weight: Cost in each step of as many grown parameters as the host has.
+        intervention_cost: Cost of each op except WAIT.
         divergence_penalty: Reward of the step in which a host diverges.
-        shaping_weight: Of potential-based shaping on stages; 0 is off.
-        shaping_discount: The discount of the learner, for shaping.
+        shaping_weight: Weight of potential-based shaping on stages; 0 is off.
+        shaping_discount: Discount of the shaping, which should be that of the learner.
     """
 
     num_envs: int = 64
@@ -157,7 +160,7 @@ class Morphogenesis(EnvSpec):
         _require("shaping_discount", ok, "lie in (0, 1]", self.shaping_discount)
 
     def _refuse_foreign_data(self) -> None:
-        """What only ``synthetic`` can have, unless it says what is so anyway."""
+        """Refuse an ``image`` or ``classes`` of another data set than ``synthetic``."""
         if self.dataset == "synthetic":
             return
         own = IMAGE[self.dataset]
@@ -170,12 +173,12 @@ class Morphogenesis(EnvSpec):
 
     @classmethod
     def digits(cls, **changes: Any) -> "Morphogenesis":
-        """The defaults: real data that needs no download, a step of 64 hosts in a moment."""
+        """The defaults: real images that need no download, and hosts that train fast."""
         return cls(**changes)
 
     @classmethod
     def cifar10(cls, folder: str, **changes: Any) -> "Morphogenesis":
-        """CIFAR-10 and a host of 6,418 parameters, which is too small for it."""
+        """CIFAR-10 and a host of 6,418 parameters, which is too small for this data."""
         data: dict[str, Any] = {"dataset": "cifar10", "folder": folder}
         return cls(**_LARGE | data | changes)
 
@@ -190,12 +193,12 @@ class Morphogenesis(EnvSpec):
         return cls(**_LARGE | changes)
 
     def architecture(self) -> Architecture:
-        """The host."""
+        """The layers of the host."""
         image = cast(tuple[int, int], IMAGE.get(self.dataset, self.image))
         return Architecture(image, self.channels, self.kernels, self.pools, self.classes)
 
     def sgd(self) -> SGD:
-        """How hosts are trained."""
+        """The settings of SGD, which trains the hosts."""
         return SGD(
             learning_rate=self.learning_rate,
             momentum=self.momentum,
@@ -204,7 +207,7 @@ class Morphogenesis(EnvSpec):
         )
 
     def reward_weights(self) -> RewardWeights:
-        """What counts how much."""
+        """The weights of the terms of the reward."""
         return RewardWeights(
             gain=self.gain_weight,
             rent=self.rent_weight,
@@ -215,16 +218,16 @@ class Morphogenesis(EnvSpec):
         )
 
     def spaces(self) -> EnvSpaces:
-        """A vector, four choices under a mask."""
+        """Spaces of observations, a vector, and of actions, four choices under a mask."""
         slots = len(self.channels)
         action = action_space(slots, len(self.blueprints), len(self.ramp_epochs))
         return EnvSpaces(obs=Box((len(feature_names(slots)),)), action=action, masked=True)
 
     def splits(self, device: torch.device) -> Splits:
-        """The data, read once: training, as much of the validation split as is used, test.
+        """The data, read once: training split, the used images of the validation split, test split.
 
         Raises:
-            ValueError: If it is not there, is broken, or is less than the settings ask for.
+            ValueError: If the data is absent, is broken, or is less than the settings ask for.
         """
         architecture = self.architecture()
         splits = load(
@@ -242,10 +245,10 @@ class Morphogenesis(EnvSpec):
         return splits._replace(validation=few)
 
     def check_data(self, device: torch.device) -> None:
-        """Refuse data that is not there, is broken, or is less than the settings ask for.
+        """Refuse data that is absent, is broken, or is less than the settings ask for.
 
         Raises:
-            ValueError: Naming the setting.
+            ValueError: If the data is refused; the error names the setting.
         """
         self.splits(device)
 
@@ -253,7 +256,7 @@ class Morphogenesis(EnvSpec):
         """Read the data and allocate the hosts.
 
         Raises:
-            ValueError: If the data is not there.
+            ValueError: If the data is absent, is broken, or is less than the settings ask for.
         """
         return MorphogenesisEnv(self, device=device, seed=seed)
 
