@@ -242,7 +242,9 @@ class EsperCLI(LightningCLI):
             path = checkpoint_at(known.ckpt_path)
             self._says = [] if str(path) == known.ckpt_path else [f"Checkpoint: {path}"]
             self._checkpoint = load_checkpoint(path)
-            settings = {"model": self._checkpoint["hyper_parameters"]}
+            # Extensions are of use in training alone; their classes may not be here.
+            model = cast(dict[str, Any], self._checkpoint["hyper_parameters"])
+            settings: dict[str, Any] = {"model": {**model, "extensions": []}}
             words = ["evaluate", "--config", json.dumps(settings), *words[1:]]
             words += ["--ckpt_path", str(path)]
         self.config = parser.parse_args(words)

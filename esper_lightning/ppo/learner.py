@@ -4,7 +4,7 @@ Axes: ``T`` step, ``B`` environment, ``S`` gradient step. It knows nothing of Li
 here waits for the device, except ``to_host``.
 """
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any, NamedTuple
 
 import torch
@@ -26,6 +26,7 @@ from esper_lightning.ppo.advantages import Critic, prepare_samples, scale_reward
 from esper_lightning.ppo.agent import Agent, Values
 from esper_lightning.ppo.collect import ActingState, Collector
 from esper_lightning.ppo.config import PPOConfig
+from esper_lightning.ppo.extension import Prepared
 from esper_lightning.ppo.metrics import EpisodeSums, sum_episodes, to_host
 from esper_lightning.ppo.non_finite import is_healthy, refuse_gradient, refuse_rollout
 from esper_lightning.ppo.update import UpdateMetrics, Updater
@@ -42,6 +43,7 @@ class Targets(NamedTuple):
     healthy: Bool[Tensor, ""]  # every number is finite, every mask allows something, on every rank
     episodes: EpisodeSums  # of all ranks
     explained_variance: Float[Tensor, ""]
+    added: Mapping[str, Float[Tensor, ""]] = {}  # metrics of extensions
 
 
 class Learner:
@@ -171,6 +173,8 @@ class Learner:
             "optim/grad_norm": update.grad_norm,
             "gradient_steps": update.gradient_steps,
             "gradients_finite": update.finite,
+            **{f"loss/{name}": term for name, term in update.added.items()},
+            **targets.added,
             **{f"env/{name}": metric for name, metric in self.env_metrics().items()},
         }
 
@@ -213,16 +217,21 @@ class Learner:
         return dict(zip(metrics, (total / self._ranks.size).unbind(), strict=True))
 
     def compute_targets(self, rollout: Rollout) -> Targets:
-        """Scale rewards and estimate advantages."""
+        """Scale rewards, add those of extensions, and estimate advantages."""
         assert self._acting is not None
+        extended = len(self.agent.extensions) > 0
+        added = self._prepare_extensions(rollout) if extended else Prepared()
         stats = self._return_stats
         moments = None if stats is None else stats.moments
         with torch.no_grad():
             begun = self._first_memory
             values = self._critic.values(self.agent.weights, rollout, begun)
             targets: Targets = self._prepare(
-                values, rollout, begun, self._acting.discounted_return, moments
+                values, rollout, begun, self._acting.discounted_return, moments, added.reward
             )
+        if extended:
+            samples = targets.samples._replace(kept=added.kept)
+            targets = targets._replace(samples=samples, added=added.metrics)
         if stats is not None and targets.moments is not None:
             stats.keep(targets.moments)
         carried = targets.discounted_return
@@ -246,6 +255,13 @@ class Learner:
         self._parameters.keep(adam)
         return metrics
 
+    def _prepare_extensions(self, rollout: Rollout) -> Prepared:
+        ranks, mine = self._ranks, is_healthy(rollout, self._action_space)
+        healthy = torch.stack(ranks.gather(mine)).all()
+        return self.agent.extensions.prepare(
+            rollout, healthy=healthy, ranks=ranks, generator=self._sample_order
+        )
+
     def _targets_of(
         self,
         values: Values,
@@ -253,6 +269,7 @@ class Learner:
         memory: Float[Tensor, "B S"] | None,
         discounted_return: Float[Tensor, " B"],
         moments: Moments | None,
+        added: Float[Tensor, "T B"] | None,
     ) -> Targets:
         config, ranks = self._config, self._ranks
         mine = (is_healthy(rollout, self._action_space), sum_episodes(rollout))
@@ -263,6 +280,7 @@ class Learner:
         reward, discounted_return, moments = scale_reward(
             rollout, discounted_return, moments, config, healthy=healthy, ranks=ranks
         )
+        reward = reward if added is None else reward + added
         mask = rollout.action_mask
         choice = None if mask is None else has_choice(self._action_space, mask.flatten(0, 1))
         samples, variance = prepare_samples(

@@ -1,5 +1,7 @@
 """The objective of PPO: a loss for each sample, and what is summed of it. Axis: ``M`` sample."""
 
+from collections.abc import Mapping
+
 import torch
 from torch import Tensor
 
@@ -30,6 +32,11 @@ def weighted(term: Float[Tensor, " M"], batch: Samples) -> Float[Tensor, " M"]:
     return term if weight is None else torch.where(weight > 0.0, term * weight, 0.0)
 
 
-def total_loss(terms: LossTerms, config: PPOConfig) -> Float[Tensor, " M"]:
-    """What is minimised, per sample."""
-    return terms.policy + config.value_coef * terms.value - config.entropy_coef * terms.entropy
+def total_loss(
+    terms: LossTerms, added: Mapping[str, Float[Tensor, " M"]], config: PPOConfig
+) -> Float[Tensor, " M"]:
+    """What is minimised, per sample; ``added`` are the terms of extensions."""
+    loss = terms.policy + config.value_coef * terms.value - config.entropy_coef * terms.entropy
+    for term in added.values():
+        loss = loss + term
+    return loss

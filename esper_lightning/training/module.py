@@ -29,6 +29,7 @@ from esper_lightning.policies import MLP
 from esper_lightning.policies.base import PolicySpec
 from esper_lightning.ppo.agent import Agent, prepare_obs
 from esper_lightning.ppo.config import PPOConfig
+from esper_lightning.ppo.extension import Extensions, ExtensionSpec
 from esper_lightning.ppo.learner import Learner
 from esper_lightning.ppo.optimizer import (
     adapt_learning_rate,
@@ -76,6 +77,7 @@ class PPO(CheckpointHooks):
         eval_episodes: int | None = None,
         compile: CompileMode = "off",  # noqa: A002 - as it is called everywhere
         warm_start: str | None = None,
+        extensions: tuple[ExtensionSpec, ...] = (),
     ) -> None:
         """Check the settings and build the networks; ``setup`` builds environments, on the device.
 
@@ -98,6 +100,8 @@ class PPO(CheckpointHooks):
                 compiled runs a slower way, with a warning.
             warm_start: Checkpoint whose weights and normalisers a new run begins with; nothing else
                 of it is used. Of no effect where a run is resumed.
+            extensions: What to add to PPO: rewards, terms of the loss, metrics (``RND()``, for
+                example).
 
         Raises:
             ValueError: If a setting is out of range or does not fit the environment.
@@ -114,6 +118,7 @@ class PPO(CheckpointHooks):
             eval_episodes=eval_episodes,
             compile=compile,
             warm_start=warm_start,
+            extensions=extensions,
         )
         self.save_hyperparameters(settings.to_data())
         self.env, self.ppo, self.seed = settings.env, settings.ppo, settings.seed
@@ -125,6 +130,8 @@ class PPO(CheckpointHooks):
         normalizes, clip = self.ppo.normalize_obs, self.ppo.obs_clip
         seen = normalized_space(spaces.obs, clip=clip) if normalizes else spaces.obs
         self.policy = settings.policy.build(replace(spaces, obs=seen), weights)
+        built = (extension.build(spaces, weights) for extension in settings.extensions)
+        self.extensions = Extensions(built)
         whole_sequences = self.policy.memory_size > 0
         self.ppo.check_against(num_envs=self.env.num_envs, whole_sequences=whole_sequences)
         self.obs_normalizer = ObsNormalizer(spaces.obs, clip=clip) if normalizes else None
@@ -242,8 +249,8 @@ class PPO(CheckpointHooks):
 
     @override
     def configure_optimizers(self) -> torch.optim.Optimizer:
-        """Adam over the policy."""
-        return build_optimizer(self.policy, self.ppo)
+        """Adam over the policy and the extensions."""
+        return build_optimizer(self.policy, self.ppo, self.extensions)
 
     @override
     def train_dataloader(self) -> Iterable[int]:
@@ -272,7 +279,7 @@ class PPO(CheckpointHooks):
         self._learner = Learner(
             self.env,
             self.env.build(device, env_seed),
-            Agent(self.policy, self.obs_normalizer),
+            Agent(self.policy, self.obs_normalizer, self.extensions),
             self.ppo,
             self.return_stats,
             exploration=stream(self.seed, rank=rank, purpose=name("acting"), device=device),

@@ -74,6 +74,8 @@ def refuse_not_whole(checkpoint: Mapping[str, Any], path: str) -> None:
         ValueError: Naming ``path`` and the first misfit.
     """
     _refuse_misfit(checkpoint, _OURS, path)
+    extensions = checkpoint["hyper_parameters"].get("extensions", [])
+    _refuse_misfit(extensions, [_SPEC], path, "hyper_parameters.extensions")
     version = checkpoint["pytorch-lightning_version"]
     rule = "be written by a version of Lightning"
     require(_VERSION.fullmatch(version) is not None, "ckpt_path", rule, path, f"Not {version!r}.")
