@@ -44,6 +44,7 @@ from esper_lightning.train import begin_run, newest_run, run_callbacks, run_logg
 from esper_lightning.training.checkpoint.content import STATE_KEY
 from esper_lightning.training.checkpoint.states import (
     checkpoint_at,
+    keep_own_extensions,
     load_checkpoint,
     load_weights,
     refuse_huge,
@@ -197,7 +198,9 @@ class EsperTrainer(Trainer):
             figures: Folder for figures of three episodes of growing networks; none if not given.
         """
         del figures  # drawn when this is over
-        model.load_state_dict(load_checkpoint(ckpt_path)["state_dict"])
+        checkpoint = load_checkpoint(ckpt_path)
+        keep_own_extensions(checkpoint, model)
+        model.load_state_dict(checkpoint["state_dict"])
         self.validate(model, verbose=False)
 
 

@@ -29,10 +29,8 @@ def build_optimizer(
 
 def trained_parameters(policy: nn.Module, extensions: nn.Module | None) -> list[nn.Parameter]:
     """The parameters that the optimizer is over, in its order; a shared parameter counts once."""
-    modules = [policy] if extensions is None else [policy, extensions]
-    return [
-        parameter for parameter in nn.ModuleList(modules).parameters() if parameter.requires_grad
-    ]
+    both = nn.ModuleList([policy] if extensions is None else [policy, extensions])
+    return [parameter for parameter in both.parameters() if parameter.requires_grad]
 
 
 def schedule_learning_rate(
