@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import Generator, Tensor, nn
 from typing_extensions import override
 
 from esper_lightning.core.errors import check_fields, require
@@ -25,8 +25,6 @@ from esper_lightning.policies.layers import check_layers, orthogonal_linear
 from esper_lightning.ppo.extension import Extension, ExtensionSpec, Prepared
 
 __all__ = ["RND", "RandomDistillation"]
-
-_CLIP = 5.0  # deviations, as in the paper
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -65,7 +63,7 @@ class RND(ExtensionSpec):
         require(0.0 < share <= 1.0, "RND.keep_fraction", "lie in (0, 1]", share)
         require(0.0 <= discount < 1.0, "RND.discount", "lie in [0, 1)", discount)
 
-    def build(self, spaces: EnvSpaces, generator: torch.Generator) -> "RandomDistillation":
+    def build(self, spaces: EnvSpaces, generator: Generator) -> "RandomDistillation":
         """Allocate and initialise on the CPU; everything random comes from ``generator``."""
         return RandomDistillation(self, spaces, generator)
 
@@ -73,10 +71,10 @@ class RND(ExtensionSpec):
 class RandomDistillation(Extension):
     """A fixed random network, a predictor of it, and the statistics of observations and errors."""
 
-    def __init__(self, spec: RND, spaces: EnvSpaces, generator: torch.Generator) -> None:
+    def __init__(self, spec: RND, spaces: EnvSpaces, generator: Generator) -> None:
         super().__init__()
         self.spec = spec
-        self.normalizer = ObsNormalizer(spaces.obs, clip=_CLIP)
+        self.normalizer = ObsNormalizer(spaces.obs, clip=5.0)  # as in the paper
         self.error_return = RunningStats(())
         sizes = spec.hidden_sizes
 
@@ -89,12 +87,7 @@ class RandomDistillation(Extension):
 
     @override
     def prepare(
-        self,
-        rollout: Rollout,
-        *,
-        healthy: Bool[Tensor, ""],
-        ranks: Ranks,
-        generator: torch.Generator,
+        self, rollout: Rollout, *, healthy: Bool[Tensor, ""], ranks: Ranks, generator: Generator
     ) -> Prepared:
         """Reward each step for what it reached."""
         self.normalizer.update(rollout.reached_obs, ranks, where=healthy)

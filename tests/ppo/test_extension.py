@@ -12,7 +12,7 @@ from esper_lightning import MLP, PPO, RND, PPOConfig, Recurrent
 from esper_lightning.cli.main import main
 from esper_lightning.core.running_stats import RunningStats
 from esper_lightning.core.tensor_trees import named_tensors
-from esper_lightning.envs import CartPole
+from esper_lightning.envs import CartPole, MountainCar
 from esper_lightning.ppo import Extension, ExtensionSpec, Prepared
 from esper_lightning.ppo.agent import Agent
 from esper_lightning.ppo.extension import Extensions
@@ -329,6 +329,26 @@ def test_without_extensions_nothing_is_saved_of_them() -> None:
     data = model.settings.to_data()
     del data["extensions"]  # as earlier versions wrote it
     assert model.settings.from_data(data) == model.settings
+
+
+def reaches_the_goal(make_trainer, seed, extensions, env_steps) -> bool:
+    """Eight mountain cars, which get no hint of the goal before the first one is there."""
+    ppo = PPOConfig(rollout_steps=128, normalize_obs=True)
+    model = PPO(
+        MountainCar(num_envs=8), MLP(), ppo, seed, total_env_steps=env_steps, extensions=extensions
+    )
+    rows = history(model, make_trainer())
+    means = [row["rollout/episode_return_mean"] for row in rows]
+    return any(mean is not None and mean > -200.0 for mean in means)
+
+
+@pytest.mark.timeout(300)
+@pytest.mark.parametrize(
+    "seed", [0, pytest.param(1, marks=pytest.mark.slow), pytest.param(2, marks=pytest.mark.slow)]
+)
+def test_rnd_climbs_the_mountain_that_plain_ppo_never_climbs(make_trainer, seed) -> None:
+    assert not reaches_the_goal(make_trainer, seed, (), 40_960)
+    assert reaches_the_goal(make_trainer, seed, (RND(coefficient=30.0),), 40_960)
 
 
 @pytest.mark.slow
