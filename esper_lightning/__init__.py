@@ -17,6 +17,7 @@ if TYPE_CHECKING:
     from esper_lightning.policies.feedforward import MLP
     from esper_lightning.policies.recurrent import Recurrent
     from esper_lightning.ppo.config import PPOConfig
+    from esper_lightning.ppo.random_distillation import RND
     from esper_lightning.recorder.flight_recorder import FlightRecorder
     from esper_lightning.recorder.profiling.window_profiler import WindowProfiler
     from esper_lightning.train import train_ppo_vectorized
@@ -27,6 +28,7 @@ __all__ = [
     "CNN",
     "MLP",
     "PPO",
+    "RND",
     "AtomicCheckpointIO",
     "BestCheckpoint",
     "Composed",
@@ -54,6 +56,7 @@ _HOMES = {
     "NanGuard": "callbacks.nan_guard",
     "PPO": "training.module",
     "PPOConfig": "ppo.config",
+    "RND": "ppo.random_distillation",
     "Recurrent": "policies.recurrent",
     "RunProgressBar": "callbacks.progress",
     "WindowProfiler": "recorder.profiling.window_profiler",

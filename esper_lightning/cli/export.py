@@ -32,7 +32,7 @@ def run(arguments: list[str]) -> None:
     with settings_come_first():
         output_at(options.output)  # refuses a bad path before any work is done
         path = checkpoint_at(options.ckpt_path)
-        model = PPO.load_from_checkpoint(path, map_location="cpu")
+        model = PPO.load_from_checkpoint(path, map_location="cpu", extensions=())
         exported = export_policy(model, options.output, options.format)
     print(f"Checkpoint: {path} (iteration {model.iteration:,})")
     for arrow, tensors in (("->", exported.inputs), ("<-", exported.outputs)):

@@ -35,6 +35,7 @@ from esper_lightning.train import begin_run, newest_run, run_callbacks, run_logg
 from esper_lightning.training.checkpoint.content import STATE_KEY
 from esper_lightning.training.checkpoint.states import (
     checkpoint_at,
+    keep_own_extensions,
     load_checkpoint,
     load_weights,
     refuse_huge,
@@ -124,7 +125,9 @@ class EsperTrainer(Trainer):
             figures: Folder for figures of three episodes of growing networks; none if not given.
         """
         del figures  # ``execute`` draws them after the evaluation
-        model.load_state_dict(load_checkpoint(ckpt_path)["state_dict"])
+        checkpoint = load_checkpoint(ckpt_path)
+        keep_own_extensions(checkpoint, model)
+        model.load_state_dict(checkpoint["state_dict"])
         self.validate(model, verbose=False)
 
 
@@ -166,7 +169,9 @@ class EsperCLI(LightningCLI):
             path = checkpoint_at(known.ckpt_path)
             self._says = [] if str(path) == known.ckpt_path else [f"Checkpoint: {path}"]
             self._checkpoint = load_checkpoint(path)
-            settings = {"model": self._checkpoint["hyper_parameters"]}
+            # Extensions are of use in training alone; their classes may not be here.
+            model = cast(dict[str, Any], self._checkpoint["hyper_parameters"])
+            settings: dict[str, Any] = {"model": {**model, "extensions": []}}
             words = ["evaluate", "--config", json.dumps(settings), *words[1:]]
             words += ["--ckpt_path", str(path)]
         self.config = parser.parse_args(words)

@@ -4,6 +4,7 @@ import torch
 from torch import Tensor
 
 from esper_lightning.core.shapes import Int
+from esper_lightning.core.tensor_trees import map_tree
 from esper_lightning.core.types import Samples, map_obs
 
 __all__ = ["take"]
@@ -33,4 +34,5 @@ def take(samples: Samples, index: Int[Tensor, " P"]) -> Samples:
         actor_weight=rows_if_any(samples.actor_weight),
         memory=memory,
         begins=rows_if_any(samples.begins),
+        kept=None if samples.kept is None else map_tree(rows, samples.kept),
     )

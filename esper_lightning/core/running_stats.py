@@ -121,9 +121,9 @@ class RunningStats(nn.Module):
             if buffer is not value:
                 buffer.copy_(value)
 
-    def update(self, *batches: Moments) -> None:
-        """Merge the moments of batches into the current moments."""
-        self.keep(self.moments.merged(*batches))
+    def update(self, *batches: Moments, where: Bool[Tensor, ""] | None = None) -> None:
+        """Merge the moments of batches into the current moments: see ``Moments.merged``."""
+        self.keep(self.moments.merged(*batches, where=where))
 
     def normalize(self, batch: Float[Tensor, "..."], *, clip: float) -> Float[Tensor, "..."]:
         """``batch`` normalised by the current moments: see ``Moments.normalize``."""
@@ -157,13 +157,22 @@ class ObsNormalizer(nn.Module):
         }
 
     @torch.no_grad()
-    def update(self, obs: Observation, ranks: Ranks = SINGLE_RANK) -> None:
-        """Update the statistics with a batch ``[..., *O]`` and the batches of the other ranks."""
+    def update(
+        self,
+        obs: Observation,
+        ranks: Ranks = SINGLE_RANK,
+        *,
+        where: Bool[Tensor, ""] | None = None,
+    ) -> None:
+        """Update the statistics with a batch ``[..., *O]`` and the batches of the other ranks.
+
+        The statistics stay as they are if ``where`` is given and False.
+        """
         groups = {"obs": obs} if isinstance(obs, Tensor) else obs
         batch = {name: Moments.of(v, self._of(name).mean.shape) for name, v in groups.items()}
         everywhere = ranks.gather(batch)
         for name in groups:
-            self._of(name).update(*(one[name] for one in everywhere))
+            self._of(name).update(*(one[name] for one in everywhere), where=where)
 
     def _of(self, name: str) -> RunningStats:
         stats = self._stats[f"group_{name}"]

@@ -1,11 +1,12 @@
 """The records that an iteration passes on: step results, rollouts, advantages, loss terms.
 
 Axes: ``T`` rollout step, ``B`` environment, ``M`` sample of a minibatch, ``*O`` observation, ``*A``
-action. This file computes nothing; every field is a tensor on the device of the run.
+action. This file computes nothing; every field is a tensor on the device of the run, or a tree of
+tensors.
 """
 
 from collections.abc import Callable
-from typing import NamedTuple, cast
+from typing import Any, NamedTuple, cast
 
 from torch import Tensor
 
@@ -82,6 +83,8 @@ class Samples(NamedTuple):
     # For a policy with memory:
     memory: Float[Tensor, "b S"] | None = None  # before the first step
     begins: Bool[Tensor, " M"] | None = None  # the first step of an episode
+    # For extensions of PPO: what each of them keeps of the steps, as trees of tensors [M, ...].
+    kept: tuple[Any, ...] | None = None
 
     @property
     def parts(self) -> int:

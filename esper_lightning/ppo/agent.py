@@ -1,4 +1,4 @@
-"""Policy and observation statistics as one module, and its methods as functions of weights.
+"""Policy, observation statistics and extensions as one module; methods as functions of weights.
 
 Axes: ``T`` step, ``B`` environment, ``M`` sample, ``P`` weight. This file knows nothing of
 Lightning.
@@ -17,6 +17,7 @@ from esper_lightning.core.running_stats import ObsNormalizer
 from esper_lightning.core.shapes import Bool, Float, Shaped
 from esper_lightning.core.types import Observation, Samples, map_obs
 from esper_lightning.policies.base import Evaluation, Policy, SampledAction
+from esper_lightning.ppo.extension import Extensions
 
 __all__ = ["Acted", "Agent", "Values", "Weights", "prepare_obs"]
 
@@ -54,7 +55,7 @@ def prepare_obs(obs: Observation, normalizer: ObsNormalizer | None) -> Observati
 
 
 class Agent(nn.Module):
-    """A policy together with the statistics that normalise its observations.
+    """A policy, the statistics that normalise its observations, and the extensions of PPO.
 
     ``act``, ``value`` and ``evaluate`` compute with the weights that the module holds.
     ``with_weights`` calls one of them with other weights, which makes it a pure function that can
@@ -63,11 +64,18 @@ class Agent(nn.Module):
     Args:
         policy: Actor and critic, whose weights are trained in place.
         normalizer: Statistics of observations; ``None`` for no normalisation.
+        extensions: Extensions of PPO, trained together with the policy; ``None`` for none.
     """
 
-    def __init__(self, policy: Policy, normalizer: ObsNormalizer | None) -> None:
+    def __init__(
+        self,
+        policy: Policy,
+        normalizer: ObsNormalizer | None,
+        extensions: Extensions | None = None,
+    ) -> None:
         super().__init__()
         self.policy, self.normalizer = policy, normalizer
+        self.extensions = Extensions() if extensions is None else extensions
         self._flat: FlatParameters | None = None
         self._weights: Weights | None = None
 
@@ -167,6 +175,16 @@ class Agent(nn.Module):
         """Log-probability, entropy and value of samples under the weights in force."""
         seen, _ = self.policy.unroll_memory(batch.obs, batch.memory, batch.begins)
         return self.policy.evaluate(seen, batch.action, batch.action_mask)
+
+    def evaluate_minibatch(
+        self, batch: Samples
+    ) -> tuple[Evaluation, dict[str, Float[Tensor, " M"]]]:
+        """What ``evaluate`` says, and the terms of extensions by their names.
+
+        Raises:
+            ValueError: If two extensions give a term the same name.
+        """
+        return self.evaluate(batch), self.extensions.losses(batch, self.evaluate)
 
     def named(self, flat: Float[Tensor, " P"]) -> dict[str, Tensor]:
         """Views of a vector over all weights, by the names of the policy's parameters.

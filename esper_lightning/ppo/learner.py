@@ -34,6 +34,7 @@ from esper_lightning.ppo.advantages import Critic, prepare_samples, scale_reward
 from esper_lightning.ppo.agent import Agent, Values
 from esper_lightning.ppo.collect import ActingState, Collector
 from esper_lightning.ppo.config import PPOConfig
+from esper_lightning.ppo.extension import Prepared
 from esper_lightning.ppo.metrics import EpisodeSums, sum_episodes, to_host
 from esper_lightning.ppo.non_finite import is_healthy, refuse_gradient, refuse_rollout
 from esper_lightning.ppo.update import UpdateMetrics, Updater
@@ -50,6 +51,7 @@ class Targets(NamedTuple):
     healthy: Bool[Tensor, ""]  # every number is finite, every mask allows something, on every rank
     episodes: EpisodeSums  # of all ranks
     explained_variance: Float[Tensor, ""]
+    added: Mapping[str, Float[Tensor, ""]] = {}  # metrics of extensions
 
 
 class Learner:
@@ -188,6 +190,8 @@ class Learner:
             "optim/grad_norm": update.grad_norm,
             "gradient_steps": update.gradient_steps,
             "gradients_finite": update.finite,
+            **{f"loss/{name}": term for name, term in update.added.items()},
+            **targets.added,
             **{f"env/{name}": metric for name, metric in self.env_metrics().items()},
         }
 
@@ -275,16 +279,21 @@ class Learner:
         close_env(self._spec, self._env)
 
     def compute_targets(self, rollout: Rollout) -> Targets:
-        """Scale the rewards of a rollout and estimate its advantages."""
+        """Scale rewards, add those of extensions, and estimate the advantages of a rollout."""
         assert self._acting is not None
+        extended = len(self.agent.extensions) > 0
+        added = self._prepare_extensions(rollout) if extended else Prepared()
         stats = self._return_stats
         moments = None if stats is None else stats.moments
         with torch.no_grad():
             begun = self._first_memory
             values = self._critic.values(self.agent.weights, rollout, begun)
             targets: Targets = self._prepare(
-                values, rollout, begun, self._acting.discounted_return, moments
+                values, rollout, begun, self._acting.discounted_return, moments, added.reward
             )
+        if extended:
+            samples = targets.samples._replace(kept=added.kept)
+            targets = targets._replace(samples=samples, added=added.metrics)
         if stats is not None and targets.moments is not None:
             stats.keep(targets.moments)
         carried = targets.discounted_return
@@ -313,6 +322,13 @@ class Learner:
         self._parameters.keep(adam)
         return metrics
 
+    def _prepare_extensions(self, rollout: Rollout) -> Prepared:
+        ranks, mine = self._ranks, is_healthy(rollout, self._action_space)
+        healthy = torch.stack(ranks.gather(mine)).all()
+        return self.agent.extensions.prepare(
+            rollout, healthy=healthy, ranks=ranks, generator=self._sample_order
+        )
+
     def _targets_of(
         self,
         values: Values,
@@ -320,6 +336,7 @@ class Learner:
         memory: Float[Tensor, "B S"] | None,
         discounted_return: Float[Tensor, " B"],
         moments: Moments | None,
+        added: Float[Tensor, "T B"] | None,
     ) -> Targets:
         config, ranks = self._config, self._ranks
         mine = (is_healthy(rollout, self._action_space), sum_episodes(rollout))
@@ -330,6 +347,7 @@ class Learner:
         reward, discounted_return, moments = scale_reward(
             rollout, discounted_return, moments, config, healthy=healthy, ranks=ranks
         )
+        reward = reward if added is None else reward + added
         mask = rollout.action_mask
         choice = None if mask is None else has_choice(self._action_space, mask.flatten(0, 1))
         samples, variance = prepare_samples(

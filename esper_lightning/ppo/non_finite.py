@@ -256,11 +256,12 @@ def find_fault(
         with torch.enable_grad():
             flat = weights.parameters.detach().requires_grad_()
             other = weights._replace(parameters=flat)
-            evaluation = agent.with_weights(other, agent.evaluate, batch)
+            evaluation, added = agent.with_weights(other, agent.evaluate_minibatch, batch)
             terms = ppo_loss_terms(evaluation, batch, config)
-            (gradient,) = torch.autograd.grad(total_loss(terms, config).sum(), [flat])
+            (gradient,) = torch.autograd.grad(total_loss(terms, added, config).sum(), [flat])
         # The update computes sums, which may be infinite where no term is.
-        watched = {f"loss/{name}": term.sum() for name, term in terms._asdict().items()}
+        named = terms._asdict() | added
+        watched = {f"loss/{name}": term.sum() for name, term in named.items()}
         gradients = {f"gradient of {k}": v for k, v in agent.named(gradient).items()}
         bad = [name for name, value in (watched | gradients).items() if not value.isfinite().all()]
         peaks = {k: v.abs().max().item() / len(batch.log_prob) for k, v in gradients.items()}

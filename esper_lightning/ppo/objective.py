@@ -1,5 +1,7 @@
 """The objective of PPO: terms of the loss for each sample, and their sum. Axis: ``M`` sample."""
 
+from collections.abc import Mapping
+
 import torch
 from torch import Tensor
 
@@ -41,11 +43,17 @@ def weighted(term: Float[Tensor, " M"], batch: Samples) -> Float[Tensor, " M"]:
     return term if weight is None else torch.where(weight > 0.0, term * weight, 0.0)
 
 
-def total_loss(terms: LossTerms, config: PPOConfig) -> Float[Tensor, " M"]:
+def total_loss(
+    terms: LossTerms, added: Mapping[str, Float[Tensor, " M"]], config: PPOConfig
+) -> Float[Tensor, " M"]:
     """The loss that training minimises, for each sample.
 
     Args:
         terms: Terms from ``ppo_loss_terms``.
+        added: Terms of extensions, by their names.
         config: PPO settings: the coefficients of the terms.
     """
-    return terms.policy + config.value_coef * terms.value - config.entropy_coef * terms.entropy
+    loss = terms.policy + config.value_coef * terms.value - config.entropy_coef * terms.entropy
+    for term in added.values():
+        loss = loss + term
+    return loss

@@ -1,9 +1,9 @@
 """Adam over the policy's weights, and the learning rate over a run."""
 
 import torch
+from torch import nn
 
 from esper_lightning.core.errors import require
-from esper_lightning.policies.base import Policy
 from esper_lightning.ppo.config import PPOConfig
 
 __all__ = [
@@ -12,16 +12,25 @@ __all__ = [
     "build_optimizer",
     "linear_learning_rate",
     "schedule_learning_rate",
+    "trained_parameters",
 ]
 
 
-def build_optimizer(policy: Policy, config: PPOConfig) -> torch.optim.Adam:
-    """Adam over the trained weights of a policy.
+def build_optimizer(
+    policy: nn.Module, config: PPOConfig, extensions: nn.Module | None = None
+) -> torch.optim.Adam:
+    """Adam over the trained weights of a policy and of the extensions of PPO.
 
     The optimizer holds the moments and the learning rate; ``Updater`` takes the steps.
     """
-    trained = [parameter for parameter in policy.parameters() if parameter.requires_grad]
+    trained = trained_parameters(policy, extensions)
     return torch.optim.Adam(trained, lr=config.learning_rate, eps=config.adam_eps)
+
+
+def trained_parameters(policy: nn.Module, extensions: nn.Module | None) -> list[nn.Parameter]:
+    """The parameters that the optimizer is over, in its order; a shared parameter counts once."""
+    both = nn.ModuleList([policy] if extensions is None else [policy, extensions])
+    return [parameter for parameter in both.parameters() if parameter.requires_grad]
 
 
 def schedule_learning_rate(

@@ -45,6 +45,7 @@ class UpdateMetrics(NamedTuple):
     grad_norm: Float[Tensor, ""]  # before clipping
     gradient_steps: Float[Tensor, ""]  # how many were applied
     finite: Float[Tensor, ""]  # 1 where every gradient was, else 0
+    added: dict[str, Float[Tensor, ""]]  # terms of extensions
 
 
 class _Progress(NamedTuple):
@@ -66,6 +67,7 @@ class GradientSums(NamedTuple):
     approx_kl: Float[Tensor, ""]
     clip_fraction: Float[Tensor, ""]
     samples: Float[Tensor, ""]  # how many
+    added: dict[str, Float[Tensor, ""]]  # terms of extensions
 
 
 class _StepMetrics(NamedTuple):
@@ -78,6 +80,7 @@ class _StepMetrics(NamedTuple):
     clip_fraction: Float[Tensor, "*S"]
     grad_norm: Float[Tensor, "*S"]
     applied: Float[Tensor, "*S"]  # 1 where the step was applied, else 0
+    added: dict[str, Float[Tensor, "*S"]]  # terms of extensions
 
 
 class _Constants(NamedTuple):
@@ -189,15 +192,18 @@ class Updater:
         with torch.enable_grad():
             weight = progress.adam.weight.detach().requires_grad_()
             weights = Weights(weight, constants.buffers)
-            evaluation = agent.with_weights(weights, agent.evaluate, batch)
+            evaluation, added = agent.with_weights(weights, agent.evaluate_minibatch, batch)
             terms = ppo_loss_terms(evaluation, batch, self._config)
-            loss = total_loss(terms, self._config).sum()
+            loss = total_loss(terms, added, self._config).sum()
             (gradient,) = torch.autograd.grad(loss, [weight])
         log_prob = evaluation.log_prob.detach()
         kl = weighted(approx_kl(log_prob, batch.log_prob), batch)
         clipped = clip_fraction(log_prob, batch.log_prob, clip=self._config.clip)
         columns = (*terms, kl, weighted(clipped, batch), torch.ones_like(kl))
-        return GradientSums(gradient, *(column.detach().sum() for column in columns))
+        sums_of_added = {name: term.detach().sum() for name, term in added.items()}
+        return GradientSums(
+            gradient, *(column.detach().sum() for column in columns), added=sums_of_added
+        )
 
     def _step(
         self, progress: _Progress, x: tuple[GradientSums, Tensor], constants: _Constants
@@ -212,7 +218,8 @@ class Updater:
         """
         sums, mean_of_pass = x
         config = self._config
-        gradient, *means = (total / sums.samples for total in sums[:-1])
+        gradient, *means = (total / sums.samples for total in sums[:-2])
+        added = {name: total / sums.samples for name, total in sums.added.items()}
         policy_loss, value_loss, entropy, kl, clipped = means
         norm = gradient.square().sum().sqrt()
         if config.max_grad_norm is not None:
@@ -223,7 +230,7 @@ class Updater:
             gradient = gradient * (config.max_grad_norm / (norm + 1e-6)).clamp(max=1.0)
         # A NaN or an infinity stops the rest of the update, too.
         finite = progress.finite & norm.isfinite()
-        for term in (policy_loss, value_loss, entropy):
+        for term in (policy_loss, value_loss, entropy, *added.values()):
             finite = finite & term.isfinite()
         skip = progress.skip | ~finite
         adam = adam_step(
@@ -233,7 +240,8 @@ class Updater:
             eps=config.adam_eps,
             skip=skip,
         )
-        step = _StepMetrics(policy_loss, value_loss, entropy, kl, clipped, norm, (~skip).float())
+        applied = (~skip).float()
+        step = _StepMetrics(policy_loss, value_loss, entropy, kl, clipped, norm, applied, added)
         kl_of_pass = progress.kl + kl
         if config.target_kl is not None:
             skip = skip | (kl_of_pass * mean_of_pass > config.target_kl)
@@ -243,8 +251,16 @@ class Updater:
 
 def _mean_over_applied(steps: _StepMetrics, *, finite: Bool[Tensor, ""]) -> UpdateMetrics:
     """Mean of each metric over the gradient steps that were applied."""
-    *metrics, applied = steps
+    *metrics, applied, added = steps
+    metrics += added.values()
     # Where, not a product with the weight: a step that was skipped may hold NaN.
     total = torch.where(applied[:, None] > 0, torch.stack(metrics, dim=1), 0.0).sum(0)
     count = applied.sum()
-    return UpdateMetrics(*(total / count).unbind(), gradient_steps=count, finite=finite.float())
+    means = list((total / count).unbind())
+    own = len(means) - len(added)
+    return UpdateMetrics(
+        *means[:own],
+        gradient_steps=count,
+        finite=finite.float(),
+        added=dict(zip(added, means[own:], strict=True)),
+    )

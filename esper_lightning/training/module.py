@@ -29,6 +29,7 @@ from esper_lightning.policies import MLP
 from esper_lightning.policies.base import PolicySpec
 from esper_lightning.ppo.agent import Agent, prepare_obs
 from esper_lightning.ppo.config import PPOConfig
+from esper_lightning.ppo.extension import Extensions, ExtensionSpec
 from esper_lightning.ppo.learner import Learner
 from esper_lightning.ppo.optimizer import (
     adapt_learning_rate,
@@ -82,6 +83,7 @@ class PPO(CheckpointHooks):
         eval_episodes: int | None = None,
         compile: CompileMode = "off",  # noqa: A002 - the usual name of the setting
         warm_start: str | None = None,
+        extensions: tuple[ExtensionSpec, ...] = (),
     ) -> None:
         """Check the settings and build the networks; environments are built when a run starts.
 
@@ -110,6 +112,7 @@ class PPO(CheckpointHooks):
                 slower way, with a warning.
             warm_start: Checkpoint from which a new run takes weights and normalisation statistics,
                 and nothing else. It has no effect where a run is resumed.
+            extensions: Additions to PPO: rewards, terms of the loss and metrics, such as ``RND()``.
 
         Raises:
             ValueError: If a setting is out of range or does not fit the environments.
@@ -126,6 +129,7 @@ class PPO(CheckpointHooks):
             eval_episodes=eval_episodes,
             compile=compile,
             warm_start=warm_start,
+            extensions=extensions,
         )
         self.save_hyperparameters(settings.to_data())
         self.env, self.ppo, self.seed = settings.env, settings.ppo, settings.seed
@@ -137,6 +141,8 @@ class PPO(CheckpointHooks):
         normalizes, clip = self.ppo.normalize_obs, self.ppo.obs_clip
         seen = normalized_space(spaces.obs, clip=clip) if normalizes else spaces.obs
         self.policy = settings.policy.build(replace(spaces, obs=seen), weights)
+        built = (extension.build(spaces, weights) for extension in settings.extensions)
+        self.extensions = Extensions(built)
         whole_sequences = self.policy.memory_size > 0
         self.ppo.check_against(num_envs=self.env.num_envs, whole_sequences=whole_sequences)
         self.obs_normalizer = ObsNormalizer(spaces.obs, clip=clip) if normalizes else None
@@ -269,8 +275,8 @@ class PPO(CheckpointHooks):
 
     @override
     def configure_optimizers(self) -> torch.optim.Optimizer:
-        """Adam over the trained weights of the policy."""
-        return build_optimizer(self.policy, self.ppo)
+        """Adam over the trained weights of the policy and of the extensions."""
+        return build_optimizer(self.policy, self.ppo, self.extensions)
 
     @override
     def train_dataloader(self) -> Iterable[int]:
@@ -299,7 +305,7 @@ class PPO(CheckpointHooks):
         self._learner = Learner(
             self.env,
             self.env.build(device, env_seed),
-            Agent(self.policy, self.obs_normalizer),
+            Agent(self.policy, self.obs_normalizer, self.extensions),
             self.ppo,
             self.return_stats,
             exploration=stream(self.seed, rank=rank, purpose=name("acting"), device=device),

@@ -17,6 +17,7 @@ from esper_lightning.envs.inspector import check_told
 from esper_lightning.policies import MLP
 from esper_lightning.policies.base import PolicySpec
 from esper_lightning.ppo.config import PPOConfig
+from esper_lightning.ppo.extension import ExtensionSpec
 from esper_lightning.training.specs import require_specs, spec_from_data, spec_to_data, to_data
 
 __all__ = ["PPOSettings"]
@@ -38,10 +39,15 @@ class PPOSettings:
     eval_episodes: int | None = None
     compile: CompileMode = "off"
     warm_start: str | None = None
+    extensions: tuple[ExtensionSpec, ...] = ()
 
     def __post_init__(self) -> None:
         check_fields(self, owner="PPO")
         require_specs("PPO", self.env, self.policy)
+        for extension in self.extensions:
+            hint = "RND(), for example."
+            is_spec = isinstance(extension, ExtensionSpec)  # pyright: ignore[reportUnnecessaryIsInstance]
+            require(is_spec, "PPO.extensions", "be extension specs", extension, hint)
         report = Report(spec_name(self.env))
         with report.told():
             check_told(self.env.num_envs, self.env.spaces(), report)
@@ -77,6 +83,11 @@ class PPOSettings:
         for name, kind in (("env", EnvSpec), ("policy", PolicySpec)):
             if name not in given:
                 settings[name] = spec_from_data(data[name], owner=name, kind=kind)
+        if "extensions" not in given:  # checkpoints of earlier versions have none
+            settings["extensions"] = tuple(
+                spec_from_data(each, owner="extensions", kind=ExtensionSpec)
+                for each in data.get("extensions", ())
+            )
         if "ppo" not in given:
             try:
                 settings["ppo"] = PPOConfig(**data["ppo"])

@@ -13,6 +13,7 @@ from esper_lightning.envs.base import EnvSpec
 from esper_lightning.envs.inspector import is_count
 from esper_lightning.policies.base import PolicySpec
 from esper_lightning.policies.encoders import EncoderSpec
+from esper_lightning.ppo.extension import ExtensionSpec
 
 __all__ = [
     "episodes_each",
@@ -38,7 +39,7 @@ def to_data(value: object) -> Any:
     text becomes its ``repr`` under a name that no setting has. Such a value can be compared with
     others, but ``spec_from_data`` refuses it.
     """
-    if isinstance(value, EncoderSpec):
+    if isinstance(value, EncoderSpec | ExtensionSpec):
         return spec_to_data(value)
     if dataclasses.is_dataclass(value) and not isinstance(value, type):
         return _fields_to_data(value)

@@ -10,12 +10,13 @@ from pathlib import Path
 import torch
 from torch import distributed as dist
 
-from esper_lightning import MLP, PPOConfig, Recurrent
+from esper_lightning import MLP, RND, PPOConfig, Recurrent
 from esper_lightning.core.ranks import Ranks
 from esper_lightning.core.running_stats import ObsNormalizer, RunningStats
 from esper_lightning.core.types import Rollout
 from esper_lightning.envs import CartPole
 from esper_lightning.ppo.agent import Agent
+from esper_lightning.ppo.extension import Extensions
 from esper_lightning.ppo.learner import Learner
 from esper_lightning.ppo.optimizer import build_optimizer
 
@@ -29,6 +30,7 @@ CASES = {
         rollout_steps=STEPS, epochs=6, minibatches=2, learning_rate=0.01, target_kl=0.02
     ),
     "memory": PPOConfig(rollout_steps=STEPS, epochs=3, minibatches=1),
+    "extensions": PPOConfig(rollout_steps=STEPS, epochs=3, minibatches=4, normalize_reward=True),
     "choices": PPOConfig(rollout_steps=STEPS, epochs=3, minibatches=4, entropy_coef=0.1),
 }
 
@@ -86,10 +88,13 @@ def learn(rank, size, case, mode="off"):
     policy = kind.build(spec.spaces(), torch.Generator().manual_seed(0))
     normalizer = ObsNormalizer(spec.spaces().obs, clip=10.0) if config.normalize_obs else None
     stats = RunningStats(()) if config.normalize_reward else None
+    # All samples train the predictor, for which of them do is random on each rank.
+    rnd = RND(keep_fraction=1.0).build(spec.spaces(), torch.Generator().manual_seed(1))
+    extensions = Extensions([rnd] if case == "extensions" else [])
     learner = Learner(
         spec,
         spec.build(CPU, rank),
-        Agent(policy, normalizer),
+        Agent(policy, normalizer, extensions),
         config,
         stats,
         exploration=torch.Generator(),
@@ -98,7 +103,7 @@ def learn(rank, size, case, mode="off"):
         device=CPU,
         ranks=ranks,
     )
-    optimizer = build_optimizer(policy, config)
+    optimizer = build_optimizer(policy, config, extensions)
     learner.start(optimizer, None)
     own = slice(rank * spec.num_envs, (rank + 1) * spec.num_envs)
     parts = everything(masked=case == "choices")._asdict().items()
@@ -109,11 +114,12 @@ def learn(rank, size, case, mode="off"):
     metrics = learner.update(targets, learning_rate=config.learning_rate)
     if normalizer is not None:
         normalizer.update(rollout.obs, ranks)
-    modules = {"policy": policy, "obs": normalizer, "return": stats}
+    modules = {"policy": policy, "obs": normalizer, "return": stats, "extensions": extensions}
     return {
         "state": {n: m.state_dict() for n, m in modules.items() if m is not None},
         "gradient": {k: v["exp_avg"] / 0.1 for k, v in optimizer.state_dict()["state"].items()},
         "metrics": metrics._asdict(),
+        "added": dict(targets.added),
         "episodes": tuple(targets.episodes),
         "explained": targets.explained_variance,
         "advantage": targets.samples.advantage.view(STEPS, -1),

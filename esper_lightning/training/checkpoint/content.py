@@ -82,6 +82,8 @@ def refuse_not_whole(checkpoint: Mapping[str, Any], path: str) -> None:
         ValueError: If an entry does not fit. The error names ``path`` and the first such entry.
     """
     _refuse_misfit(checkpoint, _OURS, path)
+    extensions = checkpoint["hyper_parameters"].get("extensions", [])
+    _refuse_misfit(extensions, [_SPEC], path, "hyper_parameters.extensions")
     version = checkpoint["pytorch-lightning_version"]
     rule = "be written by a version of Lightning"
     require(_VERSION.fullmatch(version) is not None, "ckpt_path", rule, path, f"Not {version!r}.")

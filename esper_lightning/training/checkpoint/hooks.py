@@ -12,6 +12,8 @@ from typing_extensions import override
 
 from esper_lightning.core.ranks import SINGLE_RANK, Ranks
 from esper_lightning.policies.base import Policy
+from esper_lightning.ppo.extension import Extensions
+from esper_lightning.ppo.optimizer import trained_parameters
 from esper_lightning.training.checkpoint.content import STATE_KEY, refuse_not_ours
 from esper_lightning.training.checkpoint.resumption import (
     Resumption,
@@ -20,6 +22,7 @@ from esper_lightning.training.checkpoint.resumption import (
     refuse_other_weights_of_ranks,
 )
 from esper_lightning.training.checkpoint.states import (
+    keep_own_extensions,
     load_checkpoint,
     load_weights,
     refuse_checkpoint,
@@ -46,6 +49,7 @@ class CheckpointHooks(LightningModule):
     settings: PPOSettings
     progress: Progress
     policy: Policy
+    extensions: Extensions
     saves_alone: bool = False
     _within_iteration: bool = False
     _resumption: Resumption | None = None  # until training starts
@@ -112,6 +116,7 @@ class CheckpointHooks(LightningModule):
         """
         refuse_not_ours(checkpoint, "another module's")
         if self._trainer is None:  # load_from_checkpoint is building this module
+            keep_own_extensions(checkpoint, self)
             refuse_other_weights(self, checkpoint, "its own")
         else:
             resumes, ranks = self.trainer.state.fn == TrainerFn.FITTING, self.trainer.world_size
@@ -171,6 +176,6 @@ class CheckpointHooks(LightningModule):
             path,
             module=self,
             settings=self.settings,
-            trained=[weight for weight in self.policy.parameters() if weight.requires_grad],
+            trained=trained_parameters(self.policy, self.extensions),
             world_size=world_size,
         )

@@ -33,6 +33,7 @@ __all__ = [
     "STATE_KEY",
     "checkpoint_at",
     "digest",
+    "keep_own_extensions",
     "load_checkpoint",
     "load_weights",
     "refuse_checkpoint",
@@ -122,13 +123,29 @@ def load_weights(module: nn.Module, path: str | Path) -> None:
             another normalisation, or if its weights are not finite.
     """
     checkpoint = load_checkpoint(path, field="PPO.warm_start")
+    keep_own_extensions(checkpoint, module)
     refuse_other_weights(module, checkpoint, str(path), field="PPO.warm_start")
     refuse_non_finite(checkpoint, str(path), field="PPO.warm_start")
     module.load_state_dict(checkpoint["state_dict"])
 
 
+def keep_own_extensions(checkpoint: dict[str, Any], module: nn.Module) -> None:
+    """Give a checkpoint of other extensions the weights that a module's own extensions have.
+
+    Only training that is resumed needs the extensions of the checkpoint.
+    """
+    theirs, own = (
+        {name: value for name, value in state.items() if name.startswith("extensions.")}
+        for state in (checkpoint["state_dict"], module.state_dict())
+    )
+    alike = theirs.keys() == own.keys() and all(_is_like(theirs[k], own[k]) for k in own)
+    if not alike:
+        given = checkpoint["state_dict"].items()
+        checkpoint["state_dict"] = {k: v for k, v in given if k not in theirs} | own
+
+
 def refuse_checkpoint(
-    checkpoint: Mapping[str, Any],
+    checkpoint: dict[str, Any],
     path: str,
     *,
     module: nn.Module,
@@ -151,6 +168,8 @@ def refuse_checkpoint(
     """
     refuse_not_whole(checkpoint, path)
     refuse_foreign(checkpoint, settings, world_size=world_size)
+    if world_size is None:
+        keep_own_extensions(checkpoint, module)
     refuse_other_weights(module, checkpoint, path)
     if world_size is not None:
         refuse_other_optimizer(trained, checkpoint, path)
@@ -187,6 +206,9 @@ def refuse_foreign(
         mine, theirs = (side["ppo"][key] for side in (own, checkpoint["hyper_parameters"]))
         require(mine == theirs, f"PPOConfig.{key}", f"be the checkpoint's, {theirs}", mine, hint)
     if resuming:
+        mine = own["extensions"]
+        theirs = checkpoint["hyper_parameters"].get("extensions", [])
+        require(mine == theirs, "PPO.extensions", f"be the checkpoint's, {theirs}", mine, hint)
         theirs, field = checkpoint[STATE_KEY]["world_size"], "Trainer.devices * Trainer.num_nodes"
         require(world_size == theirs, field, f"be the checkpoint's, {theirs}", world_size, hint)
 
