@@ -183,7 +183,8 @@ def test_an_evaluation_carries_memory_until_the_episode_ends():
 def test_a_minibatch_that_is_not_finite_is_found_with_its_memory(make_trainer, monkeypatch):
     ppo = PPOConfig(rollout_steps=8, minibatches=2, epochs=2)
     model = PPO(Cue(num_envs=4), Recurrent(), ppo, total_env_steps=4 * 8 * 4)
-    monkeypatch.setattr(model, "_set_learning_rate", lambda: math.nan)
+    rate = "esper_lightning.training.module.schedule_learning_rate"
+    monkeypatch.setattr(rate, lambda *_, **__: math.nan)
     with pytest.raises(NonFiniteError, match="in iteration 1, gradient step 1: ") as caught:
         make_trainer().fit(model)
     assert caught.value.minibatch["memory"].shape == (2, 64)

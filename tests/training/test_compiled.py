@@ -164,7 +164,8 @@ def test_an_overridden_step_is_called(make_trainer):
 
 def test_a_nan_is_found_in_compiled_training_too(make_trainer, monkeypatch):
     model = PPO(CartPole(num_envs=16), ppo=SMALL, total_env_steps=16 * 8 * 4, compile="default")
-    monkeypatch.setattr(model, "_set_learning_rate", lambda: float("nan"))
+    rate = "esper_lightning.training.module.schedule_learning_rate"
+    monkeypatch.setattr(rate, lambda *_, **__: float("nan"))
     with pytest.raises(ValueError, match=r"must be finite.* in iteration 1, gradient step"):
         make_trainer(limit_val_batches=0).fit(model)
 

@@ -175,9 +175,12 @@ def test_a_config_can_name_policies_of_every_kind(tmp_path, monkeypatch, capsys)
 def test_specs_within_specs_are_rebuilt():
     policy = POLICIES["Recurrent with one's own"]
     model = PPO(BrightSide(num_envs=2), policy, BRIEF)
-    encoder = model.settings["policy"]["init_args"]["encoder"]
+    encoder = model.settings.to_data()["policy"]["init_args"]["encoder"]
     assert encoder == {
         "class_path": "esper_lightning.policies.composed.Imported",
         "init_args": {"path": HERE, "args": {"width": 16}},
     }
-    assert spec_from_data(model.settings["policy"], owner="policy", kind=PolicySpec) == policy
+    assert (
+        spec_from_data(model.settings.to_data()["policy"], owner="policy", kind=PolicySpec)
+        == policy
+    )
