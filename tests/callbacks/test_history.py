@@ -108,7 +108,7 @@ def test_a_second_fit_of_the_same_module_loses_no_row(make_trainer, tmp_path):
 
 def test_files_are_closed_when_training_fails(make_trainer, tmp_path, monkeypatch):
     model = ppo()
-    monkeypatch.setattr(model, "_report", lambda row: 1 / 0)
+    monkeypatch.setattr("esper_lightning.training.module.publish", lambda *_: 1 / 0)
     before = open_files()
     trainer = make_trainer(callbacks=[History(tmp_path)])
     with pytest.raises(ZeroDivisionError):
@@ -211,7 +211,7 @@ def test_resuming_on_a_full_disk_leaves_nothing_new_and_loses_no_row(
     content = path.read_bytes()
     fill(small_disk)
     resumed = ppo(iterations=5)
-    resumed.iteration, resumed.env_steps = 2, 64  # as a checkpoint would have it
+    resumed.progress.iteration, resumed.progress.env_steps = 2, 64  # as a checkpoint would have it
     second = trainer()
     second.fit(resumed)
     assert path.read_bytes() == content
@@ -229,7 +229,7 @@ def test_rows_of_a_run_resumed_on_a_full_disk_are_written_when_there_is_room(
     path = small_disk / "rank0" / "history.jsonl"
     ballast = fill(small_disk)
     resumed = ppo(iterations=8)
-    resumed.iteration, resumed.env_steps = 2, 64
+    resumed.progress.iteration, resumed.progress.env_steps = 2, 64
 
     class MakesRoom(Callback):
         def on_train_batch_start(self, trainer, pl_module, batch, batch_idx):

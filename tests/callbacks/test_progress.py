@@ -1,4 +1,4 @@
-"""The progress bar: what it shows, and that it is gone afterwards."""
+"""The progress bar shows the run, and is closed afterwards."""
 
 import re
 
@@ -35,7 +35,7 @@ def test_total_is_the_first_limit_of_the_run(make_trainer, capfd):
 
 def test_closes_when_training_fails(make_trainer, monkeypatch):
     model = ppo()
-    monkeypatch.setattr(model, "_report", lambda row: 1 / 0)
+    monkeypatch.setattr("esper_lightning.training.module.publish", lambda *_: 1 / 0)
     trainer = make_trainer(callbacks=[RunProgressBar()], enable_progress_bar=True)
     with pytest.raises(ZeroDivisionError):
         trainer.fit(model)
@@ -45,7 +45,7 @@ def test_closes_when_training_fails(make_trainer, monkeypatch):
 
 @pytest.fixture
 def bars(monkeypatch):
-    """Every bar that is made."""
+    """All bars that are made."""
     made = []
 
     class Kept(progress.tqdm):
