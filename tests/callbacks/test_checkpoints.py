@@ -17,20 +17,20 @@ from esper_lightning.callbacks.run_directory import (
 )
 from esper_lightning.envs import CartPole
 from esper_lightning.ppo.metrics import EVAL_RETURN
-from esper_lightning.training import module
+from esper_lightning.training import evaluation
 
 EPOCH = 2  # iterations
 
 
 @pytest.fixture
 def fit(make_trainer, tmp_path, monkeypatch):
-    """Train for as many epochs as there are scores, which are what evaluations are to find."""
+    """Train for as many epochs as there are scores, which the evaluations return."""
 
     def run(scores, name="run", ckpt_path=None, callbacks=(), **trainer):
         left = iter(scores)
-        true = module.evaluation_metrics
+        true = evaluation.evaluation_metrics
         monkeypatch.setattr(
-            module,
+            evaluation,
             "evaluation_metrics",
             lambda *figures: true(*figures) | {EVAL_RETURN: next(left)},
         )
@@ -56,7 +56,7 @@ def fit(make_trainer, tmp_path, monkeypatch):
 
 
 class InDirectory(WritesRun):
-    """Names the run directory, and writes nothing."""
+    """A callback that names the run directory, and writes nothing."""
 
     def setup(self, trainer, pl_module, stage):
         open_run_directory(trainer, self)
@@ -150,7 +150,7 @@ def test_a_best_that_is_gone_is_no_hindrance(fit, tmp_path, caplog):
     fit([5.0, 2.0])
     (tmp_path / "run" / "checkpoints" / "best.ckpt").unlink()
     fit([4.0], name="another", ckpt_path=tmp_path / "run" / "checkpoints" / "last.ckpt")
-    assert "is found out anew" in caplog.text
+    assert "search for the best checkpoint begins anew" in caplog.text
     assert iteration(tmp_path / "another" / "checkpoints" / "best.ckpt") == 3 * EPOCH
 
 
@@ -228,7 +228,7 @@ def test_the_last_stays_until_there_is_a_newer_one(fit, tmp_path, way):
 
 
 def test_whether_it_is_the_best_is_decided_together():
-    """A rank that alone saved, or alone did not, would wait for the others for ever."""
+    """A rank that alone saves, or alone does not, would wait for the other ranks for ever."""
     asked = []
 
     def reduce(better):

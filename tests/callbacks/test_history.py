@@ -211,7 +211,7 @@ def test_resuming_on_a_full_disk_leaves_nothing_new_and_loses_no_row(
     content = path.read_bytes()
     fill(small_disk)
     resumed = ppo(iterations=5)
-    resumed.iteration, resumed.env_steps = 2, 64  # as a checkpoint would have it
+    resumed.progress.iteration, resumed.progress.env_steps = 2, 64  # as a checkpoint would have it
     second = trainer()
     second.fit(resumed)
     assert path.read_bytes() == content
@@ -229,7 +229,7 @@ def test_rows_of_a_run_resumed_on_a_full_disk_are_written_when_there_is_room(
     path = small_disk / "rank0" / "history.jsonl"
     ballast = fill(small_disk)
     resumed = ppo(iterations=8)
-    resumed.iteration, resumed.env_steps = 2, 64
+    resumed.progress.iteration, resumed.progress.env_steps = 2, 64
 
     class MakesRoom(Callback):
         def on_train_batch_start(self, trainer, pl_module, batch, batch_idx):

@@ -1,4 +1,4 @@
-"""Private attributes of Lightning are touched in one file, and they are there."""
+"""Private attributes of Lightning are used in one file only, and they exist."""
 
 import ast
 from pathlib import Path
@@ -20,7 +20,7 @@ def is_private(name):
 
 
 def private_names():
-    """What Lightning defines or sets, and does not promise to keep."""
+    """Names that Lightning defines or sets, and may rename in any release."""
     names = set()
     for folder in ("pytorch", "fabric"):
         for path in (LIGHTNING / folder).rglob("*.py"):

@@ -1,4 +1,4 @@
-"""Loggers that fail: the run goes on, rows wait, and files are whole."""
+"""Loggers that fail: the run continues, rows wait, and files are whole."""
 
 import csv
 import errno
@@ -46,7 +46,7 @@ class Plain(LightningModule):
 
 
 class Failing(Logger):
-    """Raises in some of its methods."""
+    """A logger that raises in some of its methods."""
 
     name, version, save_dir = "failing", 0, None
 
@@ -190,7 +190,7 @@ def test_the_error_of_the_run_is_not_replaced_by_one_of_its_logger(make_trainer)
 
 
 class FillsDisk(Callback):
-    """The disk is full from one iteration to another."""
+    """Fill the disk from one iteration to another."""
 
     def __init__(self, disk, first, last=None):
         self.disk, self.first, self.last = disk, first, last
@@ -355,7 +355,7 @@ def test_a_row_that_was_torn_is_not_in_the_table(tmp_path, monkeypatch):
 
 @pytest.mark.parametrize("kind", [TensorBoardLogger, CSVLogger])
 def test_a_kill_while_a_logger_writes_leaves_whole_files(tmp_path, monkeypatch, kind):
-    """Whatever is open for writing must not be a file that is there, unless it is appended to."""
+    """No existing file may be opened for writing, except to append."""
     logger = kind(tmp_path, name="", version="")
     guard_loggers([logger])
     unsafe, real = [], open

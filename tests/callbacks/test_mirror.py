@@ -1,4 +1,4 @@
-"""A run with a remote address keeps its evidence on a local disk, and copies it there."""
+"""A run with a remote address stores its evidence on a local disk, and copies it to there."""
 
 import logging
 import re
@@ -36,7 +36,7 @@ def memory(tmp_path, monkeypatch):
 
 @pytest.fixture
 def hangs(monkeypatch):
-    """Has a method of the remote place never return, until it is told to go on."""
+    """Make a method of the remote file system wait until the test lets it continue."""
     go_on = threading.Event()
 
     def hang(name):

@@ -1,4 +1,4 @@
-"""NanGuard: the first NaN ends the run, and can be seen again."""
+"""NanGuard: the first NaN ends the run, and can be reproduced."""
 
 import contextlib
 import math
@@ -87,7 +87,7 @@ def test_leaves_a_healthy_run_alone(make_trainer):
 
 
 class Unusual(LightningModule):
-    """Healthy, with a sparse gradient and with tensors in the batch that hold nothing."""
+    """A healthy module with a sparse gradient and with empty tensors in its batch."""
 
     def __init__(self, gradient=1.0):
         super().__init__()
@@ -159,7 +159,7 @@ def test_what_a_device_has_not_yet_told_is_waited_for_at_the_end(make_trainer, f
     waited = []
 
     class Event:
-        """A device that is behind."""
+        """An event of a device that has not caught up yet."""
 
         def query(self):
             return False

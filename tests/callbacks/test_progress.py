@@ -1,4 +1,4 @@
-"""The progress bar: what it shows, and that it is gone afterwards."""
+"""The progress bar shows the run, and is closed afterwards."""
 
 import re
 
@@ -45,7 +45,7 @@ def test_closes_when_training_fails(make_trainer, monkeypatch):
 
 @pytest.fixture
 def bars(monkeypatch):
-    """Every bar that is made."""
+    """All bars that are made."""
     made = []
 
     class Kept(progress.tqdm):

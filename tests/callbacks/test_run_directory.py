@@ -1,4 +1,4 @@
-"""Where a run writes, and that no other run writes there."""
+"""A run writes into its own directory, and no other run writes there."""
 
 import contextlib
 import os
@@ -30,7 +30,7 @@ sys.stdin.readline()
 
 
 class Shared(Logger):
-    """Like those of W&B and MLflow: no folder for each run."""
+    """A logger without a folder for each run, like those of W&B and MLflow."""
 
     name, version, save_dir = "shared", "0", "."
 

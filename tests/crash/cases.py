@@ -1,4 +1,4 @@
-"""The faults, and what each of them is to leave: data for the tests and the results file."""
+"""The faults, and the files that each must leave: data for the tests and the results file."""
 
 from typing import Any, NamedTuple
 
@@ -67,7 +67,7 @@ _SITES = (
 
 
 def expected(case: Case) -> Expected:
-    """What a case is to leave."""
+    """The files that a case must leave."""
     fault, profiler = case["fault"], case.get("profiler", "none")
     if case.get("workers") and fault != "none":  # a worker's operators are not in the window
         return Expected(1, "exception", "RuntimeError", trace=False)

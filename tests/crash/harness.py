@@ -1,4 +1,4 @@
-"""Runs one dying program in a session of its own, and looks at what it left."""
+"""Runs one dying program in a session of its own, and reads the files that it left."""
 
 import contextlib
 import functools
@@ -29,7 +29,7 @@ _LEAVING_S = 4.0
 
 @dataclass(frozen=True, kw_only=True)
 class Outcome:
-    """What was seen from outside."""
+    """The outcome of a program as seen from outside."""
 
     status: int | None  # None: it had to be killed
     stderr: str
@@ -135,13 +135,13 @@ def _watch(
 
 
 def _as_from_a_terminal() -> None:
-    """Shells start background jobs with these two ignored, and a test run may be one."""
+    """Shells start background jobs with these two signals ignored, as a test run may be."""
     signal.signal(signal.SIGINT, signal.SIG_DFL)
     signal.signal(signal.SIGQUIT, signal.SIG_DFL)
 
 
 def _still_there(session: int, directory: Path) -> list[int]:
-    """Processes that the program started and that do not leave by themselves."""
+    """Processes that the program started and that do not end by themselves."""
     end = time.monotonic() + _LEAVING_S
     while True:
         found = [

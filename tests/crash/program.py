@@ -1,4 +1,4 @@
-"""A training run that dies as it is told: ``python program.py '{"fault": ..., ...}'``.
+"""A training run that dies of a given fault: ``python program.py '{"fault": ..., ...}'``.
 
 The failing step runs ``torch.special.erfcx`` before it dies; ``truth`` counts finished steps.
 """
@@ -45,7 +45,7 @@ def later(name, delay_s=0.5):
 
 
 def stuck():
-    """Blocked in C: a wait that starts again when a signal interrupts it, as a collective does."""
+    """Block in C: the wait starts again when a signal interrupts it, as in a collective."""
     semaphore, libc = ctypes.create_string_buffer(64), ctypes.CDLL(None)
     libc.sem_init(semaphore, 0, 0)
     mask = ctypes.create_string_buffer(128)
@@ -61,25 +61,25 @@ def long_step():
 
 
 def grace_period(seconds):
-    """As Kubernetes and SLURM end a process: SIGTERM, and SIGKILL some seconds later."""
+    """End a process as Kubernetes and SLURM do: SIGTERM, and SIGKILL some seconds later."""
     kill = f"sleep 0.5; kill -TERM {os.getpid()}; sleep {seconds}; kill -KILL {os.getpid()}"
     subprocess.Popen(["sh", "-c", kill], stderr=subprocess.DEVNULL, start_new_session=True)
 
 
 def no_more_room(bytes_each):
-    """Files may not grow beyond: what a full disk or a quota does to them."""
+    """Limit the growth of files, as a full disk or a quota does."""
     signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
     resource.setrlimit(resource.RLIMIT_FSIZE, (bytes_each, resource.RLIM_INFINITY))
     raise RuntimeError("injected")
 
 
 def limit_files(bytes_each):
-    """What ``ulimit -f`` does: no file may grow beyond, from the start of the program on."""
+    """Limit the size of files from the start of the program, as ``ulimit -f`` does."""
     resource.setrlimit(resource.RLIMIT_FSIZE, (bytes_each, bytes_each))
 
 
 def directory_gone():
-    """Somebody removed the run directory and put a file in its place."""
+    """Replace the run directory by a file."""
     shutil.rmtree(DIRECTORY / "rank0")
     (DIRECTORY / "rank0").write_text("")
     raise RuntimeError("injected")
@@ -164,7 +164,7 @@ def collate(rows):
 
 
 class Layer(torch.nn.Linear):
-    """Dies with the profiler's record of this module open."""
+    """A module that dies while the profiler's span of it is open."""
 
     step = 0
 
@@ -225,7 +225,7 @@ class Plain(LightningModule):
 
 
 class Truth(Callback):
-    """What the history must hold: a byte for each finished step."""
+    """Marks of the finished steps that the history must hold: a byte for each."""
 
     def on_train_batch_end(self, trainer, module, *_):
         path = DIRECTORY / f"truth{trainer.global_rank}"
@@ -243,7 +243,7 @@ class Truth(Callback):
 
 
 class Log(Logger):
-    """A logger that dies, or cannot save what it has when the run dies."""
+    """A logger that dies, or cannot save its metrics when the run dies."""
 
     name, version, save_dir = "log", 0, str(DIRECTORY)
 
@@ -264,7 +264,7 @@ def schedule(**settings):
 
 
 class FakeNvtx:
-    """Stands in for ``torch.autograd.profiler.emit_nvtx`` where there is no CUDA."""
+    """A replacement of ``torch.autograd.profiler.emit_nvtx`` where there is no CUDA."""
 
     depth = 0
 

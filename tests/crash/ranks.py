@@ -25,7 +25,7 @@ def terminated():
 
 
 def hangs():
-    """The peer waits in a collective; then this one dies."""
+    """Let this rank die while its peer waits in a collective."""
     time.sleep(3)
     raises()
 

@@ -27,7 +27,7 @@ HERE = Path()
 
 
 class Plain(LightningModule):
-    """Calls ``act(batch_idx)`` in every step."""
+    """A module that calls ``act(batch_idx)`` in every step."""
 
     def __init__(self, act):
         super().__init__()
@@ -77,7 +77,7 @@ def segfault():
 
 
 def later(number, delay_s):
-    """Another process sends it."""
+    """Another process sends the signal."""
     command = f"sleep {delay_s}; kill -{number} {os.getpid()}"
     subprocess.Popen(["sh", "-c", command])
 
@@ -193,7 +193,7 @@ def forks(number):
 
 
 def overlapping(first, last, fault):
-    """A begins before B and ends before it; then B dies."""
+    """Run A begins before run B and ends before it; then B dies."""
 
     def act_of_a(batch_idx):
         if batch_idx == 3:
@@ -222,7 +222,7 @@ def overlapping(first, last, fault):
 
 
 def together(where, number):
-    """Two runs live; what arrives is the end of both."""
+    """Two runs live; the signal ends both."""
 
     def act_of(name):
         def act(batch_idx):
@@ -272,7 +272,7 @@ def in_an_executor(number):
 
 
 def interrupted_beside(name):
-    """Ctrl-C is for the main thread, which does something else."""
+    """Ctrl-C interrupts the main thread, which does something else."""
     run = in_thread(fit, name, at(3, lambda: wait_for("interrupted")))
     wait_for(f"{name}/rank0/history.jsonl")
     try:
@@ -289,7 +289,7 @@ def exits_beside_a_daemon(name):
 
 
 def within(number):
-    """A fit in a callback of another one."""
+    """A fit in a callback of another fit."""
 
     class Inner(Callback):
         def on_train_batch_start(self, trainer, module, batch, batch_idx):
@@ -300,7 +300,7 @@ def within(number):
 
 
 def beside_an_unrecorded_trainer(fault):
-    """Lightning sets all signals to what it found, when it is done."""
+    """Lightning restores all signals that it found, at the end of a run."""
 
     def act():
         trainer = Trainer(
@@ -329,7 +329,7 @@ def raises_in_another_thread(name):
 
 
 def suspended(seconds):
-    """For longer than an iteration may take."""
+    """Suspend the process for longer than an iteration may take."""
 
     def act():
         command = f"kill -STOP {os.getpid()}; sleep {seconds}; kill -CONT {os.getpid()}"
@@ -340,7 +340,7 @@ def suspended(seconds):
 
 
 def suspended_after_a_signal(seconds):
-    """The grace period in which the main thread is to react has hardly begun."""
+    """The grace period for a reaction of the main thread has hardly begun."""
 
     def act():
         try:

@@ -44,7 +44,7 @@ _LIMIT_S = 120.0
 
 @dataclass
 class Tally:
-    """What happened in a soak."""
+    """The outcome of a soak."""
 
     kills: Counter[str] = field(default_factory=Counter[str])  # by what the run was doing
     moments: Counter[str] = field(default_factory=Counter[str])  # by how they were chosen
@@ -104,7 +104,7 @@ class Soak:
         return self._random.choices(MOMENTS, (4, 5, 5, 1))[0] if number else "import"
 
     def _attempt(self, directory: Path, moment: str | None) -> bool:
-        """One process of a run; whether it came to the end."""
+        """Run one process of a run; returns whether it reached the end."""
         if moment == "import":
             return self._attempt_import(directory)
         process = self._launch(directory)
@@ -155,7 +155,7 @@ class Soak:
         return f"{directory}: {(self._folder / 'output').read_text()[-4000:]}"
 
     def _doing(self, directory: Path) -> str:
-        """What the run is doing, by its files."""
+        """The activity of the run, as its files show it."""
         files = RunLayout(directory).rank(0)
         if not directory.exists():
             return "before the run directory"
@@ -231,7 +231,7 @@ def _rows(path: Path) -> list[dict[str, Any]]:
 
 
 def _state(path: Path) -> dict[str, Any]:
-    """What of a checkpoint no clock and no folder's name is in."""
+    """The content of a checkpoint that depends on no clock and no folder's name."""
     checkpoint = read_checkpoint(path)
     own = {k: v for k, v in checkpoint["esper_lightning"].items() if k != "train_time_s"}
     names = ("state_dict", "optimizer_states", "global_step", "epoch")

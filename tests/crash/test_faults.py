@@ -1,4 +1,4 @@
-"""Every fault, in a process of its own: what must be on disk afterwards."""
+"""Every fault, in a process of its own, leaves its evidence on disk."""
 
 import os
 import re
@@ -25,7 +25,7 @@ _MORE = [case for case in ALL if case not in QUICK]
 
 
 def check(case: Case, outcome: Outcome) -> list[str]:
-    """What is wrong with what a run left."""
+    """Faults in the files that a run left."""
     due, report = expected(case), outcome.report()
     if case.get("again"):  # the second run put the first one's report aside
         if report is not None:

@@ -1,4 +1,4 @@
-"""What runs share with the rest of their process: signals, handlers, threads, and time."""
+"""Runs and the rest of their process share signals, handlers, threads, and time."""
 
 import json
 import signal
@@ -22,7 +22,7 @@ _ROOT = Path(__file__).parents[2]
 
 
 class Outcome:
-    """What a scenario left."""
+    """The files that a scenario left."""
 
     def __init__(self, directory: Path, status: int | None) -> None:
         self.directory, self.status = directory, status

@@ -1,4 +1,4 @@
-"""Two ranks, one of which dies: both save their own, and the one that failed first is named."""
+"""Two ranks, one of which dies: both save their evidence, and the first failure is named."""
 
 import pytest
 
@@ -13,7 +13,7 @@ _MORE = [case for case in ALL_RANKS if case not in QUICK_RANKS]
 
 
 def check_ranks(case: RankCase, outcome: Outcome) -> list[str]:
-    """What is wrong with what two ranks left."""
+    """Faults in the files that two ranks left."""
     ranks = examine(outcome.directory) if rank_folders(outcome.directory) else []
     found = {
         "ranks": ([remains.rank for remains in ranks], [0, 1]),

@@ -1,4 +1,4 @@
-"""Files of an earlier run stay beside those of a new one."""
+"""Files of an earlier run stay beside the files of a new run."""
 
 import multiprocessing
 import os

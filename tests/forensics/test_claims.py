@@ -1,4 +1,4 @@
-"""A run directory has one owner: claimed at once, refused while it lives, free when it is dead."""
+"""A run directory has one owner: claimed at once, refused while the owner lives, then free."""
 
 import multiprocessing
 import os
@@ -108,7 +108,7 @@ def test_a_rank_that_still_writes_keeps_the_directory(tmp_path):
 
 
 def test_a_process_that_has_finished_its_run_may_live_on(tmp_path):
-    """Such as a notebook, with a version of the package that wrote no owner."""
+    """A process such as a notebook, with a version of the package that wrote no owner."""
     with subprocess.Popen([sys.executable, "-c", "input()"], stdin=subprocess.PIPE) as child:
         process = {"state": "finished", "rank": 0, **identify(child.pid).to_dict()}
         write_report(RunLayout(tmp_path).rank(0).process, process)

@@ -1,4 +1,4 @@
-"""Files that a dying process cannot spoil."""
+"""Files that a dying process cannot damage."""
 
 import dataclasses
 import json
@@ -183,7 +183,7 @@ def test_what_a_killed_write_left_is_removed_by_the_next_and_what_is_being_writt
 
 
 class Place:
-    """Takes entries while it is open; never one that is bad."""
+    """A place that takes entries while it is open, and never takes a bad entry."""
 
     def __init__(self):
         self.open, self.taken = True, []

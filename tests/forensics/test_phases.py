@@ -1,4 +1,4 @@
-"""The phase ring: what was open and what took time, readable after any death."""
+"""The phase ring: open and closed phases, readable after any death."""
 
 import os
 import resource
@@ -45,7 +45,7 @@ def test_survives_sigkill_and_wraps_round(tmp_path):
 
 @given(st.lists(st.tuples(st.booleans(), st.sampled_from("abc")), max_size=40))
 def test_agrees_with_a_stack(tmp_path_factory, actions):
-    """Leaving a name closes what is open within it; a name that is not open is no matter."""
+    """Leaving a span closes all spans within it; leaving a name that is not open does nothing."""
     path = tmp_path_factory.mktemp("ring") / "phases.ring"
     ring, stack, closed = PhaseRing(path), [], []
     for enters, name in actions:

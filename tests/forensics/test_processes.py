@@ -1,4 +1,4 @@
-"""Who is alive: by identifier and start time, as far as can be seen from here."""
+"""Whether a process is alive, by its identifier and start time, if it can be seen at all."""
 
 import os
 import subprocess

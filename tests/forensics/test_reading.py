@@ -1,4 +1,4 @@
-"""What is in a run directory is read in bounded time and memory, whatever it is."""
+"""Any file in a run directory is read in bounded time and memory."""
 
 import os
 import subprocess

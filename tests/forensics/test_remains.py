@@ -1,4 +1,4 @@
-"""Which of what is found in a directory is of the latest run, and who failed first."""
+"""The remains of the latest run in a directory, and the rank that failed first."""
 
 import pytest
 

@@ -1,4 +1,4 @@
-"""Reports come back as they were, whatever is in the file, and every field is explained."""
+"""Reports are restored as they were written, and every field is explained."""
 
 import dataclasses
 import json
@@ -85,7 +85,7 @@ plain = {
 
 
 def of_type(hint: Any) -> st.SearchStrategy[Any]:
-    """Values that a field may have."""
+    """Values that a field of a record may have."""
     kind, of = get_origin(hint), get_args(hint)
     if hint in plain:
         return plain[hint]
@@ -108,7 +108,7 @@ def names(kind: type[Record]) -> list[str]:
 
 
 def keys(kind: type[Record]) -> list[str]:
-    """Keys that a record is known by, those of earlier versions too."""
+    """Keys under which a record's fields are read, those of earlier versions too."""
     fields = dataclasses.fields(kind)
     return [*names(kind), *(key for field in fields for key in field.metadata.values())]
 
@@ -192,7 +192,7 @@ def test_keys_of_schema_1_stay():
 
 
 def within(record: Record) -> list[Record]:
-    """A record and those that it holds."""
+    """A record class and the record classes of its fields."""
     values = [getattr(record, name) for name in names(type(record))]
     values += [entry for value in values if isinstance(value, Mapping) for entry in value.values()]
     return [record, *(x for value in values if isinstance(value, Record) for x in within(value))]

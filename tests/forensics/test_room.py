@@ -1,4 +1,4 @@
-"""Reports are written although the disk is full."""
+"""Reports can be written on a full disk."""
 
 import json
 import os

@@ -1,4 +1,4 @@
-"""The second process: what it completes, what it leaves alone, and what it knows of the kernel."""
+"""The second process: reports that it completes or does not touch, and the OOM killer."""
 
 import os
 import signal
@@ -202,7 +202,7 @@ def test_a_run_that_begins_while_the_report_is_made_is_left_alone(files, monkeyp
 
 
 def test_a_run_that_begins_waits_for_the_report_of_the_one_before(files):
-    """The lock of the directory ends with its holder, whatever that died of."""
+    """The lock of the directory ends with its holder, in whatever way the holder dies."""
     holds = "import sys; sys.path.insert(0, sys.argv[2]);"
     holds += "from esper_lightning.forensics.sidecar import locked; from pathlib import Path;"
     holds += "print(end='', file=open(Path(sys.argv[1]) / 'asked', 'w'));"
@@ -224,7 +224,7 @@ def test_a_run_that_begins_waits_for_the_report_of_the_one_before(files):
 
 
 def test_the_next_run_completes_what_a_second_process_could_not(files):
-    """It died with its container. What is alive, or was completed, is left alone."""
+    """The second process died with its container. Living or completed runs are not touched."""
     write_report(files.process, another(identify(os.getpid()).to_dict()))
     assert not complete_report(files)
     gone = another(identify(os.getpid()).to_dict(), start_ticks=1, changed_s=5.0)

@@ -99,7 +99,7 @@ def test_a_torn_trace_is_read_as_far_as_it_goes(recorded, tmp_path):
 
 @pytest.mark.parametrize("damage", [b"", b"\0", b'"'])
 def test_memory_is_bounded(tmp_path, damage):
-    """Thirty megabytes, of which a damaged byte in the middle costs one event or two."""
+    """A trace of thirty megabytes, where a damaged byte costs one event or two."""
     path, events, width = tmp_path / "large.pt.trace.json", 100_000, 300
     with path.open("wb") as file:
         file.write(b'{"schemaVersion": 1, "traceEvents": [\n')

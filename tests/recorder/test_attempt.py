@@ -1,4 +1,4 @@
-"""An attempt returns what became of an action, whatever that does."""
+"""An attempt returns the outcome of an action, whatever the action does."""
 
 import threading
 import time

@@ -11,7 +11,7 @@ from tests.recorder.test_flight_recorder import Plain, data
 
 
 class Collects(Plain):
-    """Would ask the other ranks, unless it is told to save alone."""
+    """A module that calls a collective when it saves, unless ``saves_alone`` is set."""
 
     saves_alone = False
 

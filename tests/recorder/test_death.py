@@ -1,4 +1,4 @@
-"""What a report tells of a death, and what it leaves out."""
+"""The description of a death in a report."""
 
 import math
 import types
@@ -61,7 +61,7 @@ def test_a_long_traceback_keeps_its_end():
 
 @pytest.fixture
 def described(make_trainer, tmp_path):
-    """What is told after a step of a module that logs."""
+    """The description of a death after a step of a module that logs."""
 
     def fit(act) -> CrashReport:
         told = []

@@ -1,4 +1,4 @@
-"""Evidence that callbacks and modules of a user's hold: saved at a death, and never in the way."""
+"""Evidence of a user's callbacks and modules is saved at a death, and costs no other evidence."""
 
 import os
 import signal
@@ -20,7 +20,7 @@ fit, files = test_flight_recorder.fit, test_flight_recorder.files
 
 
 class Diary(Callback):
-    """Writes where it is told to, and remembers of what the run died."""
+    """A callback that writes into the given directory, and stores the death."""
 
     def __init__(self):
         self.deaths = []

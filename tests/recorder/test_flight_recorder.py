@@ -51,7 +51,7 @@ def schedule(wait, warmup=0):
 
 
 class Plain(LightningModule):
-    """Calls ``act(module, batch_idx)`` in every step."""
+    """A module that calls ``act(module, batch_idx)`` in every step."""
 
     def __init__(self, act=None):
         super().__init__()
@@ -174,7 +174,7 @@ def test_a_run_that_ended_is_not_kept(make_trainer):
 
 
 class Early(LightningDataModule):
-    """Dies before any callback is asked to set up."""
+    """A module that dies before ``setup`` of any callback."""
 
     def __init__(self, dies=True):
         super().__init__()
@@ -212,7 +212,7 @@ class TestBeforeSetup:
 
 
 class TestEvidenceIsSavedInOrder:
-    """Cheap and certain first: what a second death during the rescue leaves is a report."""
+    """Cheap and certain evidence comes first: a second death during the rescue leaves a report."""
 
     def test_a_report_is_there_before_the_checkpoint_is_begun(self, fit, files, monkeypatch):
         seen = []
@@ -280,7 +280,7 @@ class TestEvidenceIsSavedInOrder:
 class TestOneFileThatIsImpossibleTakesNoOtherWithIt:
     @pytest.fixture
     def limit_files(self):
-        """As ``ulimit -f`` does."""
+        """Limit the size of files, as ``ulimit -f`` does."""
         before = resource.getrlimit(resource.RLIMIT_FSIZE)
         yield lambda most: resource.setrlimit(resource.RLIMIT_FSIZE, (most, before[1]))
         resource.setrlimit(resource.RLIMIT_FSIZE, before)
@@ -298,7 +298,7 @@ class TestOneFileThatIsImpossibleTakesNoOtherWithIt:
             assert report["evidence"][name]["state"] == "saved", name
 
     def test_a_trace_in_one_file(self, fit, files, limit_files):
-        """It is in several then, each of them a whole trace, the end of the run in the last."""
+        """The trace is in several whole files, with the end of the run in the last."""
 
         def act(module, batch_idx):
             for _ in range(600):
@@ -335,7 +335,7 @@ class TestOneFileThatIsImpossibleTakesNoOtherWithIt:
 class TestAWindowThatCannotGoWhereTheUsersGo:
     @staticmethod
     def fill(monkeypatch, folder):
-        """Kineto on a full disk: a torn file beside the place, a line on stderr, and no error."""
+        """Act as Kineto on a full disk: a torn file, a line on stderr, and no error."""
         folder.mkdir()
         true = torch.profiler.profile.export_chrome_trace
 
@@ -403,7 +403,7 @@ class TestAWindowThatCannotGoWhereTheUsersGo:
 
 
 def test_an_exception_that_unwinds_is_no_step_of_the_schedule(fit, files):
-    """It would close the window in which the run died, as if that were whole."""
+    """A step of the schedule would close the window in which the run died, as if it were whole."""
     plan = torch.profiler.schedule(wait=1, warmup=1, active=2, repeat=1)
     fit(Plain(raise_at(3)), profiler=PyTorchProfiler(schedule=plan))
     trace = read_report(files.crash)["evidence"]["trace"]
@@ -430,7 +430,7 @@ def test_the_next_run_reports_the_death_of_one_that_died_with_its_container(fit,
 
 
 class LostPeerError(RuntimeError):
-    """Not gloo's own."""
+    """An error that is not gloo's own."""
 
 
 @pytest.mark.parametrize(
@@ -714,7 +714,7 @@ def test_ctrl_c_works_again_although_another_callback_raised(fit):
 
 
 class Tunable(Plain):
-    """What the finders of Lightning can tune."""
+    """A module that Lightning's tuners can tune."""
 
     def __init__(self, act=None):
         super().__init__(act)
@@ -729,7 +729,7 @@ class Tunable(Plain):
 
 
 class Replaces(Callback):
-    """Has other callbacks in place of all others from some hook on."""
+    """A callback that replaces all other callbacks from some hook on."""
 
     def __init__(self, hook):
         setattr(self, hook, self._replace)
@@ -803,7 +803,7 @@ class TestACallbackThatTakesOver:
 
 
 class Within(Callback):
-    """Does something in the middle of a fit."""
+    """A callback that calls a function in the middle of a fit."""
 
     def __init__(self, act):
         self.act = act

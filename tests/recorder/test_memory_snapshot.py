@@ -1,4 +1,4 @@
-"""CUDA memory that runs out is looked at before unwinding frees it."""
+"""CUDA memory that runs out is written to a snapshot before unwinding frees it."""
 
 import pickle
 from pathlib import Path
@@ -14,7 +14,7 @@ from tests.reports import read_report
 
 
 class Greedy(LightningModule):
-    """Holds a tensor that unwinding frees, and asks for more than there is."""
+    """A step that holds a tensor, which unwinding frees, and allocates more than there is."""
 
     def __init__(self):
         super().__init__()

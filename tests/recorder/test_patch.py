@@ -1,4 +1,4 @@
-"""Patches of somebody else's objects: undone in any order, and under others."""
+"""Patches of other objects are undone in any order, and beneath other patches."""
 
 import itertools
 

@@ -1,4 +1,4 @@
-"""What a rank makes of the files of the others."""
+"""A rank's conclusions from the files of the other ranks."""
 
 import os
 import subprocess
@@ -61,7 +61,7 @@ def elsewhere(pid, started_s):
 
 @pytest.mark.parametrize("change", ["process", "recording", None])
 def test_one_of_an_attempt_that_died_a_moment_ago_is_not_of_this_run(layout, change):
-    """Clocks of hosts differ: whether it is of this run is not a matter of time."""
+    """Clocks of hosts differ: times do not decide which run a record is of."""
     other = elsewhere(7, time.time())
     met = [meet(1)[0], ProcessRecord.from_dict(other)]
     left = {"process": elsewhere(8, other["started_s"]), "recording": elsewhere(7, 1.0)}

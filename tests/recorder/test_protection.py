@@ -1,4 +1,4 @@
-"""One registry of the process: recordings come and go in any order and in any thread."""
+"""One registry of the process: recordings begin and end in any order and in any thread."""
 
 import asyncio
 import itertools
@@ -53,7 +53,7 @@ def flight_threads():
 
 
 def state_of_the_process():
-    """What a recording changes; ``None`` for the wakeup descriptor."""
+    """A handler that a recording changes; ``None`` for the wakeup descriptor."""
     wakeup = signal.set_wakeup_fd(-1)
     signal.set_wakeup_fd(wakeup)
     end = time.monotonic() + 2  # threads that end by themselves
@@ -68,7 +68,7 @@ def state_of_the_process():
 
 
 def protected(number, before):
-    """Whether somebody listens in C, where nobody did before."""
+    """Whether a handler is set in C where none was before."""
     return c_handler(number) != before["C"][number]
 
 

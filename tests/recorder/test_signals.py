@@ -1,4 +1,4 @@
-"""What a signal does to a run, and what the run does to the handlers of others."""
+"""Signals end a recorded run, and the handlers of others stay in place."""
 
 import contextlib
 import os
@@ -28,7 +28,7 @@ def kill_at(step, *signals):
 
 @pytest.fixture(autouse=True)
 def _handlers():
-    """Whatever a test leaves is put back."""
+    """Restore all handlers that a test leaves."""
     numbers = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP, signal.SIGUSR1, signal.SIGUSR2)
     before = {number: signal.getsignal(number) for number in numbers}
     yield
@@ -87,7 +87,7 @@ def test_the_wakeup_descriptor_of_others_is_theirs_again(fit):
 
 
 class Interrupted(Profiler):
-    """Is sent signals while it writes."""
+    """A profiler that gets signals while it writes."""
 
     def __init__(self, *signals: int) -> None:
         super().__init__()
@@ -108,7 +108,7 @@ class Interrupted(Profiler):
 
 
 def test_what_is_being_written_is_written_before_a_signal_takes_effect(fit, files):
-    """And of several signals it is the first that does."""
+    """Of several signals the first one takes effect."""
     profiler = Interrupted(signal.SIGUSR2, signal.SIGHUP)
     error = fit(Plain(), profiler=profiler)
     assert profiler.written == ["run_training_batch"]

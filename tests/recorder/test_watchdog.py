@@ -1,4 +1,4 @@
-"""The watchdog: when it acts, and when it ends the process."""
+"""The watchdog acts, and ends the process, at the right time."""
 
 import signal
 import time
@@ -10,7 +10,7 @@ from esper_lightning.recorder.watchdog import Arrival, Watchdog, awake_s
 
 
 class Run:
-    """What a watchdog looks at, and what it did."""
+    """The state that a watchdog observes, and the alarms that it gave."""
 
     def __init__(self):
         self.signals, self.failed, self.saving_for_s = [], None, None

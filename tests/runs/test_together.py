@@ -1,4 +1,4 @@
-"""Runs that are started together do not meet: each has a directory, and each keeps its rows."""
+"""Runs that start together do not collide: each has a directory, and all its rows."""
 
 import json
 from pathlib import Path

@@ -1,4 +1,4 @@
-"""The table of a window: what is in it, in which order and in which units."""
+"""The table of a window: its rows, their order and their units."""
 
 from types import SimpleNamespace
 

@@ -1,4 +1,4 @@
-"""WindowProfiler: a schedule that does what it says, and never costs the run."""
+"""WindowProfiler: a schedule that works as its arguments state, and never costs the run."""
 
 import errno
 import gzip
@@ -21,7 +21,7 @@ CONFIGS = Path(__file__).parents[3] / "configs"
 
 
 class Plain(LightningModule):
-    """Runs an operator that names its step, in training and in validation."""
+    """A module that runs an operator named after its step, in training and validation."""
 
     def __init__(self, dies_at=None):
         super().__init__()
@@ -142,7 +142,7 @@ def test_the_debug_profile_records_as_long_as_the_run_goes_on():
 
 
 def test_another_profiler_costs_the_window_that_it_meets_only(fit):
-    """It records while the warm-up step would be counted."""
+    """Another profiler records while the warm-up step would be counted."""
 
     class Profiled(Plain):
         def on_train_batch_start(self, batch, batch_idx):
