@@ -206,7 +206,7 @@ def test_help_describes_every_setting(capsys):
         main(["fit", "--help"])
     assert caught.value.code == 0
     shown = " ".join(capsys.readouterr().out.split())
-    assert "--model.ppo.rollout_steps ROLLOUT_STEPS Steps of every environment in one" in shown
+    assert "--model.ppo.rollout_steps ROLLOUT_STEPS Number of steps ``T`` that every" in shown
     assert "Greatest change of the probability ratio" in shown
 
 
@@ -355,7 +355,7 @@ def test_files_that_are_no_checkpoints(capsys, command):
         "empty.ckpt": "whole checkpoint, got 'empty.ckpt'. It is empty.",
         "other.ckpt": "name a checkpoint of PPO, got 'other.ckpt'.",
         "code.ckpt": "only tensors and plain data, got 'code.ckpt'. It holds objects of pathlib",
-        CARTPOLE: f"whole checkpoint, got '{CARTPOLE}'. It begins with b'# Ca', which is no",
+        CARTPOLE: f"whole checkpoint, got '{CARTPOLE}'. It begins with b'# So', which is no",
     }.items():
         assert said in fails(capsys, command, *config, "--ckpt_path", path)
 
