@@ -54,7 +54,7 @@ from esper_lightning.training.trainer_rules import refuse_trainer
 
 _FETCH_S = 30.0  # wait for a remote place that sends no byte, before the run starts without it
 _WRITTEN = ("config.yaml", "checkpoints", "hparams.yaml", "metrics.csv", "events.out.tfevents.*")
-_FOLDERS = "[!.]*/"  # with other folders, a directory is not that of one run; tools hide theirs
+_FOLDERS = "[!.]*/"  # a directory with other visible folders is not that of one run
 
 __all__ = [
     "begin_run",

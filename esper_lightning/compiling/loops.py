@@ -37,7 +37,7 @@ Loop = Callable[..., tuple[Tree, Tree]]
 """A loop: ``(carry, xs, chunked, constants, out=None) -> (carry, rows)``."""
 
 _log = logging.getLogger(__name__)
-_REASONS_TOLD: set[str] = set()
+_REASONS_LOGGED: set[str] = set()
 
 
 def compile_loop(
@@ -123,7 +123,7 @@ def tell_reasons_again() -> None:
 
     Each run logs each reason as a warning once.
     """
-    _REASONS_TOLD.clear()
+    _REASONS_LOGGED.clear()
 
 
 def in_cache(rows: int, *, mode: CompileMode, device: torch.device) -> int:
@@ -205,8 +205,8 @@ class _FirstThatWorks:
                 cause = getattr(error, "inner_exception", error)  # from a compiler's backend
                 reason = f"{type(cause).__name__}: {cause}".strip().splitlines()[0][:300]
                 text = "%s does not work for the %s, which takes a slower way: %s"
-                level = logging.DEBUG if reason in _REASONS_TOLD else logging.WARNING
-                _REASONS_TOLD.add(reason)
+                level = logging.DEBUG if reason in _REASONS_LOGGED else logging.WARNING
+                _REASONS_LOGGED.add(reason)
                 _log.log(level, text, self._how, self._name, reason)
                 _log.debug("The whole error:", exc_info=error)
         return self._ways[0](*args)

@@ -37,7 +37,7 @@ class EpisodeSums(NamedTuple):
 
     episode_return: Float[Tensor, ""]
     episode_length: Float[Tensor, ""]
-    episodes: Float[Tensor, ""]  # how many ended
+    episodes: Float[Tensor, ""]  # number of episodes that ended
 
 
 class RecentEpisodes:

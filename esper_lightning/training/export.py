@@ -36,7 +36,7 @@ __all__ = ["ExportFormat", "Exported", "export_policy", "output_at"]
 ExportFormat = Literal["torch", "onnx"]
 _BATCHES = (1, 2, 61, 960)  # numbers of samples
 _BEGINS = rb"PK\x03\x04.{26}archive/(?!data\.pkl)|\x08.\x12\x07pytorch"  # a program, or onnx
-_TOLERANCE = 1e-5  # of float32, relative to numbers greater than 1
+_TOLERANCE = 1e-5  # for float32; relative where numbers are greater than 1
 
 
 class Exported(NamedTuple):

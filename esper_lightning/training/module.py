@@ -172,7 +172,7 @@ class PPO(CheckpointHooks):
         """
         return self.progress.planned_env_steps
 
-    # The main path.
+    # The iteration.
 
     @override
     def training_step(self, batch: int, batch_idx: int) -> dict[str, Any]:

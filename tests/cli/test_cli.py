@@ -206,7 +206,7 @@ def test_help_describes_every_setting(capsys):
         main(["fit", "--help"])
     assert caught.value.code == 0
     shown = " ".join(capsys.readouterr().out.split())
-    assert "--model.ppo.rollout_steps ROLLOUT_STEPS Steps of every environment in one" in shown
+    assert "--model.ppo.rollout_steps ROLLOUT_STEPS Number of steps ``T`` that every" in shown
     assert "Greatest change of the probability ratio" in shown
 
 

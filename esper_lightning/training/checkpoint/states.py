@@ -45,7 +45,7 @@ __all__ = [
 ]
 
 _MOST_NAMES = 4
-_SMALL = 1_000_000  # numbers in a tensor of which networks may always consist
+_SMALL = 1_000_000  # a network may always have a tensor of so many numbers
 
 
 def load_checkpoint(path: str | Path, *, field: str = "ckpt_path") -> dict[str, Any]:
