@@ -1,4 +1,4 @@
-"""The files that an iteration enters, as ``docs/architecture.md`` lists them, and the size of files."""
+"""Files that an iteration enters are listed in ``docs/architecture.md``, and no file is long."""
 
 import re
 import sys
