@@ -34,8 +34,8 @@ def describe(directory: Path, ranks: list[Remains], first: Remains | None) -> li
 
     Args:
         directory: Run directory.
-        ranks: What each rank left.
-        first: What the rank left that failed first; ``None`` if no rank failed.
+        ranks: Remains of each rank.
+        first: Remains of the rank that failed first; ``None`` if no rank failed.
     """
     lines = [f"Run directory: {directory}", ""]
     if len(ranks) > 1 or (ranks[0].world_size or 1) > 1:

@@ -338,7 +338,7 @@ def test_no_damage_is_an_error(tmp_path, capsys, damage):
 
 
 def test_the_stock_profilers_window_is_found_after_a_death(make_trainer, tmp_path, capsys):
-    """As a stranger would use it: the profiler's only window has closed by then."""
+    """The profiler is used as its documentation shows: its only window closed before the death."""
 
     class Dying(LightningModule):
         layer = torch.nn.Linear(2, 1)

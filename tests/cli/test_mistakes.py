@@ -79,7 +79,7 @@ REPEATED = "a: &a [1, 1, 1, 1, 1, 1, 1, 1, 1, 1]\n" + "".join(
     f"{new}: &{new} [{', '.join(10 * ['*' + old])}]\n"
     for old, new in zip("abcdefgh", "bcdefghi", strict=True)
 )
-# Config files, and what is said of them.
+# Config files, and the errors about them.
 FILES = {
     "twice.yaml": (
         "model:\n  env: CartPole\n  seed: 1\n  seed: 2\n",
@@ -248,7 +248,7 @@ BYTES = {
     "latin1.yaml": ("model: é\n".encode("latin-1"), "latin1.yaml must be text in UTF-8: "),
 }
 
-# What follows `esper fit --config configs/cartpole.yaml`, and what is said of it.
+# Words that follow `esper fit --config configs/cartpole.yaml`, and the errors about them.
 FIT = {
     # Names of settings.
     "--model.ppo.clib 0.2": "model.ppo.clib is no setting. The nearest is 'model.ppo.clip'.",
@@ -567,7 +567,7 @@ def _folder_of_mistakes(tmp_path_factory):
 
 @pytest.fixture(scope="module")
 def _parsers():
-    """Parsers are made once: it takes most of the time of a mistake."""
+    """Build parsers once, which takes most of the time of a mistake."""
     made: dict[str, dict] = {}
 
     def setup_parser(cli, *arguments):
