@@ -71,14 +71,14 @@ def main() -> None:
         status = launcher.wait()
         took_s = time.monotonic() - start
         title, _, rest = (output / "comparison.md").read_text().partition("\n")
-        told = rest.replace(f"{output}/", "").replace("comparison.png", "ab.png").strip()
+        shown = rest.replace(f"{output}/", "").replace("comparison.png", "ab.png").strip()
         files.write(
             title.removeprefix("# "),
             [
                 f"- killed: {killed}",
                 f"- {options.jobs} runs at a time; {took_s:.0f} s in all, exit status {status}",
                 "",
-                told,
+                shown,
             ],
         )
         shutil.copyfile(output / "comparison.png", files.path(suffix=".png"))

@@ -156,7 +156,7 @@ def measure(options: argparse.Namespace, files: Results, folder: Path) -> None:
     cpu = torch.device("cpu")
     env = fresh_hosts(models[0].env, hosts=options.hosts, device=cpu, seed=options.host_seed)
     played, others = play(models, env), each_blueprint(env)
-    told = table(others, host_parameters=env.host_parameters)
+    by_blueprint = table(others, host_parameters=env.host_parameters)
     section = table(played, host_parameters=env.host_parameters).markdown()
     steps = f"{models[0].total_env_steps:,}"
     curves, episode = files.path(suffix=".png"), files.path("episode", ".png")
@@ -169,7 +169,7 @@ def measure(options: argparse.Namespace, files: Results, folder: Path) -> None:
         *section,
         *verdicts(played),
         "",
-        *replace(told, title="Grow at the start, with each blueprint").markdown(),
+        *replace(by_blueprint, title="Grow at the start, with each blueprint").markdown(),
         "The baseline above grows `conv_light`. PPO learnt what to grow; these rules were told.\n",
         *verdicts({"PPO": played["PPO"], **others}),
         f"\n![Learning curves and intervals]({curves.name})\n",
