@@ -316,7 +316,8 @@ FIT = {
     "--model.env torch.nn.Linear": "a class of EnvSpec, got 'torch.nn.Linear'. Known are Acrobot",
     "--model.env no_such.Env": "can be imported, got 'no_such.Env': No module named 'no_such'.",
     "--model.env torch.NoSuchEnv": "module 'torch' has no attribute 'NoSuchEnv'.",
-    "--model.policy MPL": "got 'MPL'. The nearest is 'MLP'. Known are CNN, Composed, MLP, Recurrent.",
+    "--model.policy MPL": "got 'MPL'. The nearest is 'MLP'. Known are CNN, Composed, MLP,"
+    " Recurrent.",
     "--model.policy CartPole": "must be the name of a class of PolicySpec, got 'CartPole'",
     "--trainer.logger TensorBord": "got 'TensorBord'. The nearest is 'TensorBoardLogger'.",
     "--trainer.logger CSVLogger": "trainer.logger.save_dir must be given.",
