@@ -1,4 +1,4 @@
-# Every target works in a fresh clone: it creates .venv and installs into it what was tested.
+# Every target works in a fresh clone: it creates .venv and installs the tested versions into it.
 PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
@@ -40,7 +40,7 @@ bench: $(VENV)/.installed ## Measure throughput against the peers (half an hour)
 	$(BIN)/python -m pip install --quiet -c constraints.txt -e '.[dev,bench]'
 	$(BIN)/python benchmarks/throughput.py
 
-faults: $(VENV)/.installed ## Let runs die in every way, and write what they leave (a quarter of an hour)
+faults: $(VENV)/.installed ## Let runs die of every fault, and write what they leave (a quarter of an hour)
 	$(BIN)/python benchmarks/faults.py
 
 soak: $(VENV)/.installed ## Kill runs at random moments and resume them (20 minutes)

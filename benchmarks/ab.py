@@ -1,7 +1,7 @@
-"""An A/B on CartPole from one command, with one of its runs killed half-way.
+"""An A/B comparison on CartPole by one command, with one of its runs killed half-way.
 
-Starts ``scripts/ab.py`` as a user would, sends SIGKILL to one run when it has half its budget, and
-writes what ``esper compare`` made of it to ``results/ab.md`` and ``ab.png``.
+Starts ``scripts/ab.py`` as a user would, sends SIGKILL to one run when half its budget is used, and
+writes the comparison by ``esper compare`` to ``results/ab.md`` and ``ab.png``.
 """
 
 import argparse
@@ -23,7 +23,7 @@ VARIANTS = ("--variant", "base", "--variant", "slow: --model.ppo.learning_rate 3
 
 
 def kill_half_way(launcher: subprocess.Popen[bytes], run: Path, at_env_steps: int) -> str:
-    """Wait for the run to get there, and kill it."""
+    """Wait until a run has as many env steps, and kill it; returns a sentence about the kill."""
     while True:
         rows = read_json_lines(run / "rank0" / "history.jsonl")
         if rows and rows[-1]["env_steps"] >= at_env_steps:
@@ -46,7 +46,7 @@ def parser() -> argparse.ArgumentParser:
     parser.add_argument("--jobs", type=int, default=2, help="runs at a time")
     parser.set_defaults(
         seeds=[0, 1, 2, 3, 4],
-        killed=3,  # seed
+        killed=3,  # seed of the run that is killed
         at_env_steps=250_000,
         settings=["--model.iterations_per_epoch", "10"],
     )
@@ -71,14 +71,14 @@ def main() -> None:
         status = launcher.wait()
         took_s = time.monotonic() - start
         title, _, rest = (output / "comparison.md").read_text().partition("\n")
-        told = rest.replace(f"{output}/", "").replace("comparison.png", "ab.png").strip()
+        shown = rest.replace(f"{output}/", "").replace("comparison.png", "ab.png").strip()
         files.write(
             title.removeprefix("# "),
             [
                 f"- killed: {killed}",
                 f"- {options.jobs} runs at a time; {took_s:.0f} s in all, exit status {status}",
                 "",
-                told,
+                shown,
             ],
         )
         shutil.copyfile(output / "comparison.png", files.path(suffix=".png"))

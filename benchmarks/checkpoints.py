@@ -1,8 +1,9 @@
-"""What checkpoints cost: to write, to read, and of a run. Writes ``results/checkpoints.md``.
+"""The cost of checkpoints: to write, to read, and as a share of a run.
 
-CartPole, an actor and a critic of two layers of 64, one thread. Ways to write (and to read) follow
-each other in turn within one process; medians over rounds. An epoch of 50 iterations writes
-``last.ckpt``, and ``best.ckpt`` where the evaluation was the best so far.
+The task is CartPole, with an actor and a critic of two layers of 64, on one thread. Ways to write
+(and to read) are measured in turn within one process; results are medians over rounds. An epoch of
+50 iterations writes ``last.ckpt``, and ``best.ckpt`` where the evaluation was the best so far.
+Writes ``results/checkpoints.md``.
 """
 
 import argparse
@@ -28,7 +29,7 @@ EPOCH = 50
 
 
 class Size(NamedTuple):
-    """How large a run is whose checkpoint is measured, and how many iterations are timed."""
+    """The size of a run whose checkpoint is measured, and the number of timed iterations."""
 
     num_envs: int
     steps: int
@@ -39,7 +40,7 @@ SIZES = [Size(4, 128, 200), Size(64, 32, 200), Size(2048, 32, 30), Size(65_536, 
 
 
 class Nowhere(TorchCheckpointIO):
-    """Writes nothing: what is left of a save is to collect the state."""
+    """A way to save that writes nothing, so that only collecting the state takes time."""
 
     @override
     def save_checkpoint(self, checkpoint: Any, path: Any, storage_options: Any = None) -> None:
@@ -47,7 +48,7 @@ class Nowhere(TorchCheckpointIO):
 
 
 def row(size: Size, options: argparse.Namespace) -> str:
-    """Measure one size."""
+    """Measure one size, and return its row of the table."""
     with tempfile.TemporaryDirectory() as folder:
         trainer, iteration_ms = trained(size, options.compile, folder)
         ours, theirs = Path(folder) / "ours.ckpt", Path(folder) / "theirs.ckpt"

@@ -1,9 +1,9 @@
-"""What every benchmark shares: its options, and the one writer of results files.
+"""Options of every benchmark, and the writer of results files.
 
-A results file says under what it was measured, and by which command it is measured again. It is
-refused where the working tree is not that of a commit: before anything is measured, and once more
-before anything is written. ``--smallest`` is how the tests run a benchmark, at sizes that measure
-nothing: its files go to a folder that is removed, whatever the state of the tree.
+A results file states the conditions of the measurement, and the command that repeats it. A
+benchmark refuses a working tree with uncommitted changes: before it measures, and again before it
+writes. ``--smallest`` is how the tests run a benchmark, at sizes that measure nothing: its files go
+to a folder that is removed, whatever the state of the tree.
 """
 
 import argparse
@@ -23,12 +23,12 @@ from typing import Any
 ROOT = Path(__file__).resolve().parent.parent
 RESULTS = ROOT / "benchmarks" / "results"
 PACKAGES = ("torch", "lightning", "torchmetrics")
-# What the environment of a process changes about a measurement.
+# Environment variables that change a measurement.
 VARIABLES = ("CUDA_VISIBLE_DEVICES", "GOMP_SPINCOUNT", "MKL_NUM_THREADS", "OMP_NUM_THREADS")
 
 
 class _Smallest(argparse.Action):
-    """Gives other options their smallest values; words that follow may change them again."""
+    """An option that sets other options to their smallest values; later words may change them."""
 
     def __call__(self, parser: Any, namespace: argparse.Namespace, *_: Any) -> None:
         for name, value in self.const.items():
@@ -38,10 +38,10 @@ class _Smallest(argparse.Action):
 
 
 def benchmark_parser(doc: str | None, smallest: Mapping[str, Any]) -> argparse.ArgumentParser:
-    """The options that every benchmark has; it adds its own.
+    """A parser with the options of every benchmark, to which a benchmark adds its own.
 
     Args:
-        doc: What the benchmark measures.
+        doc: Docstring of the benchmark, which is the description of the parser.
         smallest: Values of options under ``--smallest``, by name.
     """
     parser = argparse.ArgumentParser(
@@ -71,14 +71,14 @@ class Results:
     """The results files of one call of a benchmark.
 
     Args:
-        script: The benchmark's file; its files begin with its name.
-        folder: Where they go.
-        threads: How many threads measured, and what else was running.
+        script: File of the benchmark; names of its results files begin with the file's name.
+        folder: Folder of the results files.
+        threads: Words about the number of threads, and about other work on the machine.
         packages: Names of packages that took part, besides our own.
-        kept: Whether they are results; ``False`` for a trial at the smallest size.
+        kept: Whether the files are results; ``False`` for a trial at the smallest size.
 
     Attributes:
-        commit: What is measured.
+        commit: Commit that is measured.
     """
 
     def __init__(
@@ -90,11 +90,11 @@ class Results:
         self._load = _load()
 
     def path(self, part: str = "", suffix: str = ".md") -> Path:
-        """Place of a file: that of a part of the benchmark, or a picture beside it."""
+        """Path of a results file: of the benchmark, of one of its tables, or of a figure."""
         return self._folder / f"{'_'.join(filter(None, (self._script.stem, part)))}{suffix}"
 
     def write(self, title: str, lines: Iterable[str], *, part: str = "") -> None:
-        """Print a results file, and write it if the tree is still that of the same commit."""
+        """Print a results file, and write it if the tree still has the same commit."""
         text = "\n".join([f"# {title}", "", *self._head(), "", *lines]).rstrip() + "\n"
         print(text, flush=True)
         if self._kept and _commit(self._script) != self.commit:
@@ -121,25 +121,25 @@ class Results:
 def results(
     script: str, options: argparse.Namespace, *, threads: str, packages: Iterable[str] = ()
 ) -> Iterator[Results]:
-    """Refuse to measure what could not be repeated; else give the writer of results files.
+    """Refuse a measurement that could not be repeated; else give the writer of results files.
 
     Args:
         script: ``__file__`` of the benchmark.
-        options: What its parser gave.
-        threads: How many threads measure, and what else is running.
+        options: Parsed options of the benchmark.
+        threads: Words about the number of threads, and about other work on the machine.
         packages: Names of packages that take part, besides our own.
     """
-    told: dict[str, Any] = {"threads": threads, "packages": packages, "kept": not options.smallest}
+    given: dict[str, Any] = {"threads": threads, "packages": packages, "kept": not options.smallest}
     path = Path(script).resolve()
     if not options.smallest:
-        yield Results(path, options.output, **told)
+        yield Results(path, options.output, **given)
         return
     with tempfile.TemporaryDirectory() as folder:
-        yield Results(path, Path(folder), **told)
+        yield Results(path, Path(folder), **given)
 
 
 def _commit(script: Path) -> str:
-    """The commit of the working tree; results files may differ, nothing is measured by them."""
+    """The commit of the working tree, in which only results files may have changed."""
     found = _git("rev-parse", "--short=12", "HEAD")
     but = f":(exclude){RESULTS.relative_to(ROOT)}"
     changed = _git("status", "--porcelain", "--untracked-files=all", "--", ".", but)
@@ -160,14 +160,14 @@ def _git(*words: str) -> str:
 
 
 def _hardware() -> str:
-    """Processor, cores, and GPUs if there are some."""
+    """Processor, number of cores, and GPUs if there are any."""
     models = _named("model name", [Path("/proc/cpuinfo")]) or [platform.processor()]
     gpus = _named("Model", Path("/proc/driver/nvidia/gpus").glob("*/information"))
     return ", ".join([models[0], f"{os.cpu_count()} cores", *gpus])
 
 
 def _named(name: str, files: Iterable[Path]) -> list[str]:
-    """Values of a name in files of the kernel, as far as they are there."""
+    """Values of a name in files of the kernel that exist."""
     lines = [line for file in files if file.exists() for line in file.read_text().splitlines()]
     return [line.partition(":")[2].strip() for line in lines if line.startswith(name)]
 

@@ -1,8 +1,9 @@
-"""What is compared: each contender runs one PPO iteration of CartPole after the other.
+"""Contenders of the throughput benchmark: each runs one PPO iteration of CartPole after the other.
 
-Two hidden layers of 64 (tanh), actor and critic; 4 epochs of 4 minibatches. Run as a worker, a
-contender is built, runs one iteration, and then as many as each line of the standard input asks
-for. It answers with a JSON line: for each iteration the seconds of its stages, or of the whole.
+Actor and critic have two hidden layers of 64 (tanh); an update has 4 epochs of 4 minibatches. Run
+as a worker, a contender is built, runs one iteration, and then as many as each line of the standard
+input asks for. A worker answers with a JSON line: for each iteration the seconds of its stages, or
+of the whole.
 ``--smallest`` runs an iteration of every contender in one process instead.
 """
 
@@ -26,11 +27,11 @@ STAGES = ("rollout", "advantages", "update", "copy to the host")
 Seconds = list[list[float]]
 """For each iteration those of its stages, or of the whole."""
 Iteration = Callable[[], Sequence[float] | None]
-"""Runs one; gives the seconds of its stages, if it knows them."""
+"""A function that runs an iteration, and returns the seconds of its stages if these are known."""
 
 
 class Caller(NamedTuple):
-    """Who asks for iterations, and hears how long they took."""
+    """The source of requests for iterations, and the function that reports their seconds."""
 
     counts: Iterator[int]
     answer: Callable[[Seconds], None]
@@ -44,7 +45,7 @@ def in_trainer(
     records: bool = True,
     profiler: str | None = None,
 ) -> None:
-    """``Trainer.fit`` as ``esper fit`` has it: loggers, history, bar, checkpoints, recorder."""
+    """Run ``Trainer.fit`` as ``esper fit`` does: loggers, history, bar, checkpoints, recorder."""
     from lightning.pytorch import Callback, Trainer  # noqa: PLC0415
     from lightning.pytorch.loggers import TensorBoardLogger  # noqa: PLC0415
 
@@ -54,7 +55,7 @@ def in_trainer(
     from esper_lightning.train import run_callbacks  # noqa: PLC0415
 
     class Clock(Callback):
-        """Serves one request after the other, from within the run."""
+        """A callback that serves one request after the other, from within the run."""
 
         def __init__(self) -> None:
             self.left, self.started, self.seconds = 1, time.perf_counter(), Seconds()
@@ -98,7 +99,7 @@ def in_loop(
     *,
     build: Callable[[argparse.Namespace], Iteration],
 ) -> None:
-    """A plain loop over iterations."""
+    """Run iterations in a plain loop."""
     iterate = build(size)
     count = 1
     while count:
@@ -112,7 +113,7 @@ def in_loop(
 
 
 def bare(size: argparse.Namespace) -> Iteration:
-    """The computation of ours in a plain loop, without Trainer, history or recorder."""
+    """The computation of this package in a plain loop, without Trainer, history or recorder."""
     import torch  # noqa: PLC0415
 
     from esper_lightning import MLP, PPOConfig  # noqa: PLC0415
@@ -155,7 +156,7 @@ def bare(size: argparse.Namespace) -> Iteration:
 
 
 def arithmetic(size: argparse.Namespace) -> Iteration:
-    """Matrix products and ``tanh`` of an iteration by the library, and nothing else."""
+    """Only the matrix products and ``tanh`` of an iteration, computed by torch."""
     import torch  # noqa: PLC0415
 
     batch = size.num_envs * size.steps
@@ -183,7 +184,7 @@ def arithmetic(size: argparse.Namespace) -> Iteration:
     def iterate() -> None:
         for _ in range(size.steps):
             forward(acting)
-        for _ in range(2 * batch // min(batch, 2048)):  # of both ends of every step
+        for _ in range(2 * batch // min(batch, 2048)):  # values of both ends of every step
             forward(valuing)
         for _ in range(EPOCHS * MINIBATCHES):
             for net in (actor, critic):
@@ -194,7 +195,7 @@ def arithmetic(size: argparse.Namespace) -> Iteration:
 
 
 def jax(size: argparse.Namespace) -> Iteration:
-    """PureJaxRL's way."""
+    """An iteration in JAX, in the manner of PureJaxRL."""
     import jax as library  # noqa: PLC0415
     import purejax  # noqa: PLC0415
 
@@ -219,14 +220,14 @@ def peer(
 
 
 class Contender(NamedTuple):
-    """How a contender is run, and the names of the packages that it imports beside our own."""
+    """A function that runs a contender, and the names of packages that the contender imports."""
 
     run: Callable[[argparse.Namespace, Caller], None]
     needs: tuple[str, ...] = ()
 
     @property
     def absent(self) -> list[str]:
-        """Packages that are not installed."""
+        """Packages of a contender that are not installed."""
         return [name for name in self.needs if importlib.util.find_spec(name) is None]
 
 
@@ -268,7 +269,7 @@ def parser() -> argparse.ArgumentParser:
 
 
 def run_each(size: argparse.Namespace) -> None:
-    """An iteration of every contender that is installed, and one more when it is asked for."""
+    """Run an iteration of every installed contender, and one more by a request."""
     size.eager = True
     for name, contender in CONTENDERS.items():
         if contender.absent:

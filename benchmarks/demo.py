@@ -1,6 +1,7 @@
-"""What ``make demo`` takes in a fresh clone, and what it reaches. Writes ``results/demo.md``.
+"""Duration and result of ``make demo`` in a fresh clone. Writes ``results/demo.md``.
 
-At its smallest the clone borrows this interpreter's packages in place of an environment of its own.
+At the smallest size the clone uses this interpreter's packages in place of an environment of its
+own.
 """
 
 import argparse
@@ -22,7 +23,7 @@ COPIED = ("Makefile", "configs", "constraints.txt", "esper_lightning", "pyprojec
 
 
 def measure(options: argparse.Namespace, clone: Path) -> list[str]:
-    """Let a clone make its demo, and read what that prints."""
+    """Run ``make demo`` in a clone, and make a table of what the command prints."""
     command = ["make", "demo", f"PYTHON={sys.executable}"]
     if options.smallest:
         command.append(f"BIN={borrow(clone, options.settings)}")
@@ -45,7 +46,7 @@ def measure(options: argparse.Namespace, clone: Path) -> list[str]:
 
 
 def borrow(clone: Path, settings: str) -> Path:
-    """Copy the tree as it is; gives a folder of commands: ``esper`` with other settings."""
+    """Copy the tree as it is; returns a folder of commands, with an ``esper`` of other settings."""
     commands = clone / ".venv"
     commands.mkdir(parents=True)
     for name in COPIED:

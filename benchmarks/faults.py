@@ -1,4 +1,4 @@
-"""Let runs die of every fault in ``tests/crash/cases.py``: writes ``results/faults.md``."""
+"""Deaths of runs by every fault in ``tests/crash/cases.py``. Writes ``results/faults.md``."""
 
 import argparse
 import sys
@@ -19,7 +19,7 @@ from tests.crash.test_ranks import check_ranks  # noqa: E402
 
 
 def measure(cases: list[Case], rank_cases: list[RankCase]) -> list[str]:
-    """What every case left, counted and one by one."""
+    """Tables of the evidence that every case left, with counts above them."""
     totals, of_ranks = Counter[str](), Counter[str]()
     with tempfile.TemporaryDirectory() as folder, ThreadPoolExecutor(2) as pool:
         places = [Path(folder) / str(number) for number in range(len(cases))]
@@ -35,7 +35,7 @@ def measure(cases: list[Case], rank_cases: list[RankCase]) -> list[str]:
 
 
 def row_of(case: Case, outcome: Outcome, totals: Counter[str]) -> str:
-    """A line of the first table."""
+    """A row of the first table: a case in one process."""
     wrong, report = check(case, outcome), outcome.report() or {}
     totals["runs"] += 1
     totals["as expected"] += not wrong
@@ -51,7 +51,7 @@ def row_of(case: Case, outcome: Outcome, totals: Counter[str]) -> str:
 
 
 def row_of_ranks(case: RankCase, outcome: Outcome, totals: Counter[str]) -> str:
-    """A line of the second table."""
+    """A row of the second table: a case of two ranks."""
     wrong = check_ranks(case, outcome)
     totals["runs"] += 1
     totals["as expected"] += not wrong

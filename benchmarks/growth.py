@@ -41,7 +41,7 @@ COLOURS = ("#0072B2", "#56B4E9", "#666666", "#009E73", "#CC79A7", "#D55E00")
 
 
 def train(options: argparse.Namespace, folder: Path) -> list[Path]:
-    """Run directories, one for each seed."""
+    """Train a policy with each seed; returns the run directories."""
     command = [sys.executable, str(ROOT / "scripts" / "ab.py")]
     command += ["--config", str(ROOT / "configs" / "morphogenesis.yaml")]
     command += ["--seeds", *map(str, options.seeds), "--jobs", str(options.jobs)]
@@ -52,7 +52,7 @@ def train(options: argparse.Namespace, folder: Path) -> list[Path]:
 
 
 def play(models: list[PPO], env: MorphogenesisEnv) -> dict[str, list[Played]]:
-    """Everyone on the same hosts, by name."""
+    """Play every policy and baseline on the same hosts; returns the episodes by name."""
     played: dict[str, list[Played]] = {}
     for model in models:
         for name, one in play_trained(model, env):
@@ -63,17 +63,17 @@ def play(models: list[PPO], env: MorphogenesisEnv) -> dict[str, list[Played]]:
 
 
 def returns(plays: list[Played]) -> NDArray[np.float64]:
-    """``[R, N]``: by training seed and host."""
+    """Returns ``[R, N]`` by training seed and host."""
     return torch.stack([one.episode_return for one in plays]).double().numpy()
 
 
 def estimates(played: dict[str, list[Played]]) -> dict[str, Estimate]:
-    """Of returns."""
+    """Estimates of the mean return, by name of the policy."""
     return {name: estimate_crossed(returns(plays)) for name, plays in played.items()}
 
 
 def verdicts(played: dict[str, list[Played]]) -> list[str]:
-    """Whether intervals overlap, and how far PPO is ahead on the same host."""
+    """Sentences on whether intervals overlap, and on PPO's lead on the same hosts."""
     found = estimates(played)
     ppo, lines = found["PPO"], list[str]()
     for name, other in found.items():
@@ -94,7 +94,7 @@ def verdicts(played: dict[str, list[Played]]) -> list[str]:
 
 
 def each_blueprint(env: MorphogenesisEnv) -> dict[str, list[Played]]:
-    """To grow at the start, whatever it is that grows."""
+    """Episodes of the baseline that grows at the start, for each blueprint."""
     rules = {name: partial(grow_at_start, blueprint=name) for name in env.spec.blueprints}
     return {name: [one] for name, one in play_baselines(env, rules)}
 
@@ -156,7 +156,7 @@ def measure(options: argparse.Namespace, files: Results, folder: Path) -> None:
     cpu = torch.device("cpu")
     env = fresh_hosts(models[0].env, hosts=options.hosts, device=cpu, seed=options.host_seed)
     played, others = play(models, env), each_blueprint(env)
-    told = table(others, host_parameters=env.host_parameters)
+    by_blueprint = table(others, host_parameters=env.host_parameters)
     section = table(played, host_parameters=env.host_parameters).markdown()
     steps = f"{models[0].total_env_steps:,}"
     curves, episode = files.path(suffix=".png"), files.path("episode", ".png")
@@ -169,7 +169,7 @@ def measure(options: argparse.Namespace, files: Results, folder: Path) -> None:
         *section,
         *verdicts(played),
         "",
-        *replace(told, title="Grow at the start, with each blueprint").markdown(),
+        *replace(by_blueprint, title="Grow at the start, with each blueprint").markdown(),
         "The baseline above grows `conv_light`. PPO learnt what to grow; these rules were told.\n",
         *verdicts({"PPO": played["PPO"], **others}),
         f"\n![Learning curves and intervals]({curves.name})\n",
@@ -210,7 +210,7 @@ def main() -> None:
         if options.smallest:
             with tempfile.TemporaryDirectory() as folder:
                 measure(options, files, Path(folder))
-        else:  # what another commit trained is none of its results
+        else:  # runs of another commit are not results of this one
             measure(options, files, options.runs / files.commit)
 
 

@@ -1,10 +1,9 @@
-"""Learning on every classic task.
+"""Learning on every classic task: 5 seeds, with the configs as they are.
 
-5 seeds, the configs as they are, 100 deterministic evaluation episodes at the end.
-
-Runs ``esper fit`` as a user would, one thread each, as many at a time as there are cores, and
-writes a table and the raw metrics: ``results/learning.md`` and ``learning.json``, or
-``learning_compile_<mode>`` of compiled training.
+Each run ends with 100 deterministic evaluation episodes. The benchmark runs ``esper fit`` as a user
+would, one thread each, as many at a time as there are cores, and writes a table and the raw
+metrics: ``results/learning.md`` and ``learning.json``, or ``learning_compile_<mode>`` for compiled
+training.
 """
 
 import argparse
@@ -24,7 +23,7 @@ GOALS = {"cartpole": 475.0, "acrobot": -100.0, "pendulum": -250.0, "mountain_car
 
 
 def train(job: tuple[str, int], options: argparse.Namespace, folder: Path) -> dict[str, Any]:
-    """One run; returns its last evaluation and its last history row."""
+    """Train one run; returns its last evaluation and its last history row."""
     task, seed = job
     run = folder / f"{task}-{seed}"
     command = [sys.executable, "-m", "esper_lightning.cli.main", "fit"]

@@ -1,10 +1,11 @@
 """Env-steps/s of growing networks, against a plain loop over modules and optimizers.
 
-One process, one thread; both take turns within a round, and the seconds are processor time of the
-process, because others share the machine. The loop is the reference of the tests: one ``nn.Module``
-and its optimizers per host; its time is linear in the number of hosts, so it runs at most 4 of
-them. Both are measured in the middle of an episode, where seeds live: up to there hosts follow the
-same actions but train on next to nothing. Writes ``results/morphogenesis.md``.
+The benchmark has one process and one thread. Environment and loop take turns within a round, and
+the seconds are processor time of the process, because other work shares the machine. The loop is
+the reference of the tests: one ``nn.Module`` and its optimizers per host. Its time is linear in the
+number of hosts, and therefore it runs at most 4 of them. Both are measured in the middle of an
+episode, where seeds live: before that, hosts follow the same actions but train on almost no data.
+Writes ``results/morphogenesis.md``.
 """
 
 import argparse
@@ -31,7 +32,7 @@ GOALS = {"random legal": 9.5, "seeds kept alive": 4.4}
 
 
 def keep_alive(env: MorphogenesisEnv) -> torch.Tensor:
-    """Fill the slots one after another and keep every seed: blended, never judged."""
+    """Actions that fill slots in turn and blend every seed, but never fossilize or prune one."""
     legal, count = env.legal(), env.num_envs
     op = torch.zeros(count, dtype=torch.int64)
     for wanted in (Op.GERMINATE, Op.BLEND):
@@ -49,7 +50,7 @@ POLICIES = {
 
 
 class Loop:
-    """Plain modules that do what the environment does."""
+    """A loop over plain modules that computes what the environment computes."""
 
     def __init__(self, env: MorphogenesisEnv) -> None:
         self.env = env
@@ -89,7 +90,7 @@ class Loop:
 def in_the_middle(
     spec: Morphogenesis, policy: Callable[[MorphogenesisEnv], torch.Tensor], epoch: int
 ) -> tuple[MorphogenesisEnv, Loop]:
-    """Hosts whose slots are as the policy has them at ``epoch``, and the loop over the same."""
+    """An environment whose slots are in the policy's state at ``epoch``, and the loop beside it."""
     cpu = torch.device("cpu")
     quick = replace(spec, train_batches=1, batch_size=2, validation_size=2).build(cpu, 0)
     quick.reset()
@@ -112,7 +113,7 @@ def measure(
     *,
     epoch: int,
 ) -> tuple[float, float, float]:
-    """Processor seconds per env-step of ours and of the loop, and seeds alive on average."""
+    """Processor seconds per env-step of environment and loop, and the mean number of live seeds."""
     env, loop = in_the_middle(spec, policy, epoch)
     ours, theirs, alive = 0.0, 0.0, 0.0
     warm_up = 1

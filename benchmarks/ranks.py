@@ -1,7 +1,7 @@
 """CartPole on one process and on two ranks: wall clock, throughput, and whether it is solved.
 
-Every contender in turn, several rounds, a process of its own each, one thread a rank. Writes
-``results/ranks.md``.
+In each of several rounds every contender runs in turn, in processes of its own with one thread a
+rank. Writes ``results/ranks.md``.
 """
 
 import argparse
@@ -23,7 +23,7 @@ CONTENDERS = {"1 process": 1, "2 ranks": 2}
 
 
 class Run(NamedTuple):
-    """What a run took and reached; its speed is that of the median iteration."""
+    """Duration, speed and result of a run; the speed is that of the median iteration."""
 
     wall_s: float
     env_steps: float
@@ -32,7 +32,7 @@ class Run(NamedTuple):
 
 
 def train(ranks: int, options: argparse.Namespace, directory: Path) -> Run:
-    """One run of the config; its speed is without start-up and evaluations."""
+    """Train one run of the config; its speed excludes start-up and evaluations."""
     words = [sys.executable, "-m", "esper_lightning.cli.main", "fit", "--run_dir", str(directory)]
     words += ["--config", str(ROOT / "configs" / "cartpole.yaml")]
     words += ["--model.env.num_envs", str(options.num_envs)]
@@ -52,7 +52,7 @@ def train(ranks: int, options: argparse.Namespace, directory: Path) -> Run:
 
 
 def measure(options: argparse.Namespace) -> list[str]:
-    """The table, and the ratios of each round."""
+    """Lines of the table, and of the ratios of each round."""
     found: dict[str, list[Run]] = {name: [] for name in CONTENDERS}
     with tempfile.TemporaryDirectory() as folder:
         for number in range(options.rounds):

@@ -1,13 +1,13 @@
-"""What the flight recorder costs: while a run goes well, and from a fault to the exit.
+"""The cost of the flight recorder: in a healthy run, and from a fault to the exit.
 
-CartPole with 2048 environments, one thread. Ratios are between fits that follow each other in one
-process, in an order that turns with every round: of the fastest iteration, to which other work on
-the machine added least, and of the processor time of all iterations and threads. Medians over
-rounds. Writes ``results/recorder_cost.md``.
+The task is CartPole with 2048 environments on one thread. Ratios are between fits that follow each
+other in one process, in an order that rotates with every round: of the fastest iteration, to which
+other work on the machine added least, and of the processor time of all iterations and threads.
+Results are medians over rounds. Writes ``results/recorder_cost.md``.
 
-The part ``small`` measures what it costs in microseconds, which does not depend on the size of an
-iteration, on iterations of a few milliseconds: the difference is larger than the noise there.
-Writes ``results/recorder_cost_small.md``.
+The table ``small`` measures the cost in microseconds, which does not depend on the size of an
+iteration, on iterations of a few milliseconds, where the cost is larger than the noise. Writes
+``results/recorder_cost_small.md``.
 """
 
 import argparse
@@ -86,12 +86,12 @@ def module(num_envs: int) -> PPO:
 
 
 def variants_of(pairs: list[tuple[str, str]]) -> list[str]:
-    """Those that appear in pairs, each once, in the order of ``VARIANTS``."""
+    """Names of the variants that appear in pairs, in the order of ``VARIANTS``."""
     return [name for name in VARIANTS if any(name in pair for pair in pairs)]
 
 
 class _Clock(Callback):
-    """Wall-clock and processor time of each iteration."""
+    """A callback that notes wall-clock and processor time at the end of each iteration."""
 
     def __init__(self) -> None:
         self.times: list[tuple[float, float]] = []
@@ -114,7 +114,7 @@ def fit(model: PPO, *, recorder: bool, profiler: Any, steps: int) -> list[tuple[
 def seconds_of_iteration(
     recorder: bool, profiler: Any, options: argparse.Namespace
 ) -> tuple[float, float]:
-    """Fastest by the clock, and mean processor time of all threads; without the first ones."""
+    """Seconds of the fastest iteration, and mean processor seconds; without the first ones."""
     model, steps = module(options.num_envs), _SETTLING + options.iterations
     times = fit(model, recorder=recorder, profiler=profiler, steps=steps)[_SETTLING:]
     fastest = min(after[0] - before[0] for before, after in itertools.pairwise(times))
@@ -122,7 +122,7 @@ def seconds_of_iteration(
 
 
 def measure_iterations(options: argparse.Namespace) -> list[str]:
-    """The table of ratios."""
+    """Lines of the table of ratios."""
     torch.set_num_threads(1)
     names = variants_of(options.pairs)
     seconds: dict[str, list[tuple[float, float]]] = {name: [] for name in names}
@@ -147,7 +147,7 @@ def measure_iterations(options: argparse.Namespace) -> list[str]:
 
 
 def measure_small(options: argparse.Namespace) -> list[str]:
-    """The table of microseconds."""
+    """Lines of the table of microseconds."""
     iterations = options.small_iterations
     torch.set_num_threads(1)
     names = variants_of(options.pairs)
@@ -174,7 +174,7 @@ def measure_small(options: argparse.Namespace) -> list[str]:
 
 
 class _Fault(Callback):
-    """Raises, or ends the run, after ten recorded iterations."""
+    """A callback that raises, or ends the run, after ten recorded iterations."""
 
     def __init__(self, notes: Path, *, raises: bool) -> None:
         self.notes, self.raises = notes, raises
@@ -208,7 +208,7 @@ DEATHS: dict[str, tuple[bool, bool, Any]] = {
 
 
 def die(name: str, directory: str, num_envs: int) -> None:
-    """Run in a process of its own."""
+    """Train until the fault; to be called in a process of its own."""
     recorder, raises, profiler = DEATHS[name]
     fault = _Fault(Path(directory) / "fault.json", raises=raises)
     steps = _RECORDED + 2 + raises
@@ -217,7 +217,7 @@ def die(name: str, directory: str, num_envs: int) -> None:
 
 
 def measure_deaths(options: argparse.Namespace) -> list[str]:
-    """The table of exits."""
+    """Lines of the table of exits."""
     lines = [
         "| 10 recorded iterations, then | s to the exit | MB above the peak before "
         "| trace, KB an iteration |",
@@ -232,7 +232,7 @@ def measure_deaths(options: argparse.Namespace) -> list[str]:
 
 
 def measure_death(name: str, options: argparse.Namespace) -> tuple[float, float, float]:
-    """Seconds to the exit, MB more than before, KB of trace for each recorded iteration."""
+    """Seconds to the exit, MB above the peak before, KB of trace for each recorded iteration."""
     with tempfile.TemporaryDirectory() as directory:
         process = subprocess.Popen(
             [

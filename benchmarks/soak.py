@@ -1,4 +1,4 @@
-"""Kill runs at random moments, for twenty minutes: writes ``results/soak.md``."""
+"""Runs that are killed at random moments, for twenty minutes. Writes ``results/soak.md``."""
 
 import argparse
 import sys
@@ -24,7 +24,7 @@ def parser() -> argparse.ArgumentParser:
 
 def main() -> None:
     options = parser().parse_args()
-    folder = Path(tempfile.mkdtemp(prefix="soak-"))  # stays if something is wrong
+    folder = Path(tempfile.mkdtemp(prefix="soak-"))  # is not removed if something is wrong
     end = time.monotonic() + 60 * options.minutes
     with results(__file__, options, threads="runs of one thread each") as files:
         soak = Soak(folder, options.seed)

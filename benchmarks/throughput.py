@@ -1,9 +1,10 @@
-"""Env-steps/s of the whole training loop, against the peers: one session, in turn, as ratios.
+"""Env-steps/s of the whole training loop, against the peers: in one session, in turn, as ratios.
 
-Every contender is a process of its own that waits for its turn; in a round each runs for about a
-second, in an order that moves on with every round. Ratios are within rounds; medians and quartiles
-over rounds. Also start-up times, and speed and memory over the number of environments. Writes
-``results/throughput.md``, ``throughput_startup.md`` and ``throughput_scaling.md``.
+Every contender is a process of its own that waits for its turn. In a round each runs for about a
+second, in an order that rotates with every round. Ratios are within rounds; results are medians and
+quartiles over rounds. The benchmark also measures start-up times, and speed and memory over the
+number of environments. Writes ``results/throughput.md``, ``throughput_startup.md`` and
+``throughput_scaling.md``.
 """
 
 import argparse
@@ -30,7 +31,7 @@ TITLE = "the whole training loop: CartPole, two hidden layers of 64"
 
 
 class Setting(NamedTuple):
-    """How much a contender does in an iteration, and with how many threads."""
+    """The size of a contender's iteration, and the number of threads."""
 
     num_envs: int
     steps: int
@@ -53,10 +54,10 @@ ONLY_IN = {"stable-baselines3, Gymnasium": SMALL, "stable-baselines3, batched en
 
 
 class Worker:
-    """A process of a contender, which runs iterations when it is asked to.
+    """A process of a contender, which runs iterations on request.
 
     Raises:
-        RuntimeError: If the contender fails, with the end of what it wrote.
+        RuntimeError: If the contender fails; the error has the end of the process's output.
     """
 
     def __init__(self, name: str, setting: Setting, environment: dict[str, str]) -> None:
@@ -78,18 +79,18 @@ class Worker:
         self.run(2)
 
     def run(self, count: int) -> Seconds:
-        """Of each of so many iterations, the seconds of its stages or of the whole."""
+        """Run ``count`` iterations; returns the seconds of the stages, or of the whole, of each."""
         assert self._process.stdin is not None
         print(count, file=self._process.stdin, flush=True)
         return self._read()
 
     def peak_mb(self) -> float:
-        """Most memory that the process had resident."""
+        """Peak of the process's resident memory, in MB."""
         status = Path(f"/proc/{self._process.pid}/status").read_text()
         return int(re.search(r"VmHWM:\s+(\d+) kB", status)[1]) / 1024  # pyright: ignore[reportOptionalSubscript]
 
     def close(self) -> str:
-        """Let it end; returns what it wrote about itself."""
+        """Let the process end; returns what it wrote to its log."""
         self._process.communicate("0\n")
         self._log.seek(0)
         return self._log.read()
@@ -103,7 +104,7 @@ class Worker:
 
 
 def compare(names: list[str], setting: Setting, options: argparse.Namespace) -> list[str]:
-    """Tables of speeds, of ratios, and of where the time of the bare loop goes."""
+    """Tables of speeds, of ratios, and of the stages of the bare loop."""
     ours, rounds = options.ours, options.rounds
     workers = [Worker(name, setting, {}) for name in names]
     counts = {worker.name: iterations_in(options.turn_s, worker) for worker in workers}
@@ -135,12 +136,12 @@ def compare(names: list[str], setting: Setting, options: argparse.Namespace) -> 
 
 
 def iterations_in(seconds: float, worker: Worker) -> int:
-    """How many a worker does meanwhile; at least one."""
+    """Number of iterations that a worker runs in some seconds; at least one."""
     return max(1, round(seconds / min(map(sum, worker.run(3)))))
 
 
 def split(stages: Seconds) -> list[str]:
-    """Where the time of an iteration goes, by medians."""
+    """Median seconds of the stages of an iteration, as lines of a table."""
     typical = [statistics.median(column) for column in zip(*stages, strict=True)]
     return [
         f"| stage of {BARE} | ms | share |",
@@ -154,7 +155,7 @@ def split(stages: Seconds) -> list[str]:
 
 
 def peers(options: argparse.Namespace) -> list[str]:
-    """Everyone who is installed, setting by setting."""
+    """Tables of all installed contenders, one setting after another."""
     sections: list[str] = []
     for setting in options.settings:
         chosen = [
@@ -192,7 +193,7 @@ def scaling(options: argparse.Namespace) -> list[str]:
 
 
 def startup(options: argparse.Namespace) -> list[str]:
-    """From the start of the process to the end of the first iteration, without and with caches."""
+    """Seconds from a process's start to its first iteration's end, without and with caches."""
     lines = ["| | caches empty, s | caches filled, s |", "| --- | --- | --- |"]
     for name in options.starts:
         with tempfile.TemporaryDirectory() as cache:

@@ -3,11 +3,11 @@
     python scripts/ab.py --config configs/cartpole.yaml --seeds 0 1 2 3 4 --output runs/ab \
         --variant base --variant "lr3e-3: --model.ppo.learning_rate 3e-3" -- --model.compile max
 
-Each run has the directory ``OUTPUT/<variant>/seed<k>``, with what it printed in ``fit.log``. A run
-that fails stops no other; the exit status is 1 then. Called again, it leaves out runs that are
-finished (``rank0/process.json`` says so), goes on with others from ``checkpoints/last.ckpt`` where
-there is one, and refuses to mix runs of other settings (``ab.txt`` has what a run was started
-with). On a cluster, ``--dry-run`` prints the commands, one a line, for a job array.
+Each run has the directory ``OUTPUT/<variant>/seed<k>``, with its output in ``fit.log``. A run that
+fails stops no other; the exit status is 1 then. Called again, the script skips runs that are
+finished (``rank0/process.json`` says so), resumes others from ``checkpoints/last.ckpt`` where that
+file exists, and refuses to mix runs of other settings (``ab.txt`` holds the settings of a run). On
+a cluster, ``--dry-run`` prints the commands, one a line, for a job array.
 """
 
 import argparse
@@ -26,13 +26,13 @@ from esper_lightning.forensics.reading import printable, read_file
 
 ESPER = [sys.executable, "-m", "esper_lightning.cli.main"]
 SHOWN_LINES = 15
-LONGEST_END = 1 << 16  # bytes of a log in which they are looked for
+LONGEST_END = 1 << 16  # bytes at the end of a log from which the shown lines are read
 
 
 class Job(NamedTuple):
-    """One run."""
+    """One run: its directory, its command and the settings with which it is started."""
 
-    place: tuple[int, int]  # in the order of the command line: variant, seed
+    place: tuple[int, int]  # numbers of variant and seed in the order of the command line
     run: Path
     command: list[str]
     started_with: str
@@ -45,17 +45,17 @@ class Job(NamedTuple):
 
     @property
     def has_begun(self) -> bool:
-        """Whether it got beyond its settings."""
+        """Whether the run started training: its settings were accepted and written."""
         return RunLayout(self.run).config.is_file()
 
     def start(self, environment: dict[str, str]) -> bool:
-        """Run it to its end, and say how it went; whether it went well."""
+        """Run the command to its end, and print the result; returns whether the run succeeded."""
         if self.is_finished:
             print(f"{self.run}: finished before", flush=True)
             return True
         write_atomically(self.run / "ab.txt", self.started_with.encode())
         log = self.run / "fit.log"
-        with log.open("ab") as file:  # what an earlier attempt said stays
+        with log.open("ab") as file:  # the output of earlier attempts stays
             status = subprocess.run(
                 self.command, stdout=file, stderr=file, env=environment, check=False
             ).returncode
@@ -69,11 +69,11 @@ class Job(NamedTuple):
 
 
 def main() -> None:
-    """Parse, train, compare."""
+    """Parse the options, train every run, and compare the variants."""
     options = parse()
     jobs = [
         job(options, variant, seed) for seed in options.seeds for variant in options.variant
-    ]  # seeds first: what is cut short has whole pairs
+    ]  # variants vary fastest: an interrupted comparison has whole pairs
     if options.dry_run:
         print("\n".join(shlex.join(job.command) for job in jobs if not job.is_finished))
         return
@@ -87,7 +87,7 @@ def main() -> None:
     try:
         well = list(pool.map(lambda job: job.start(environment), jobs))
     finally:
-        pool.shutdown(cancel_futures=True)  # Ctrl-C ends the runs; no other is to begin
+        pool.shutdown(cancel_futures=True)  # Ctrl-C ends the runs, and no other may begin
     runs = [str(job.run) for job in sorted(jobs, key=lambda job: job.place) if job.has_begun]
     compare = [*ESPER, "compare", *runs]
     status = 1
@@ -97,7 +97,7 @@ def main() -> None:
 
 
 def is_content(path: Path, text: str) -> bool:
-    """Whether a file holds a text, whatever else may be in its place."""
+    """Whether a path is a file that holds a text."""
     try:
         return read_file(path) == text.encode()
     except (FileNotFoundError, ValueError):
@@ -105,7 +105,7 @@ def is_content(path: Path, text: str) -> bool:
 
 
 def parser() -> argparse.ArgumentParser:
-    """The options."""
+    """The parser of the options."""
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
@@ -126,7 +126,7 @@ def parser() -> argparse.ArgumentParser:
 
 
 def parse() -> argparse.Namespace:
-    """The options of this call; ``--variant`` as a pair of name and arguments."""
+    """The options of this call; each ``--variant`` is a pair of name and arguments."""
     parsed = parser()
     options = parsed.parse_args()
     pairs = [text.partition(":") for text in options.variant]

@@ -1,16 +1,16 @@
-"""Break the package in small ways, and see that the fast tests notice each of them.
+"""Break the package in small ways, and check that the fast tests notice each of them.
 
-``--only gae`` takes those whose file or reason holds the word, ``--list`` says what there is;
-without either, every mutant of ``tests/mutants.toml`` is tried (``make mutants``).
+``--only gae`` tries mutants whose file or reason holds the word, ``--list`` prints all of them.
+Without either, every mutant of ``tests/mutants.toml`` is tried (``make mutants``).
 
-Each mutant is one text of one file in the place of another. It is put into a copy of the tree,
-never into the tree itself, and the tests that it names are run against it, without those marked
-``slow``; the first failure kills it. A mutant under which the tests do not end in time is killed,
-too: a test run would stand still. The exit status is 1 where one survives, and 2 where a mutant no
-longer applies, names a test that does not exist, or names one that fails without it.
+A mutant replaces one text of one file by another, in a copy of the tree and never in the tree
+itself. The tests that the mutant names are run against the copy, without those marked ``slow``; the
+first failure kills the mutant. Tests that do not end in time kill it, too, because a test run would
+hang. The exit status is 1 if a mutant survives, and 2 if a mutant no longer applies, names a test
+that does not exist, or names a test that fails without the mutant.
 
-Importing torch and Lightning takes longer than most of the tests: this process does it once, and
-forks one for each mutant, which imports the package anew.
+Importing torch and Lightning takes longer than most of the tests. This process imports them once,
+and forks a process for each mutant, which imports the package anew.
 """
 
 import argparse
@@ -50,12 +50,12 @@ class Mutant:
     """One wrong version of the package.
 
     Attributes:
-        file: Below the package.
-        old: A text that is in the file once.
-        new: What is in its place.
-        why: What goes wrong.
+        file: Path of the changed file, below the package.
+        old: Text that occurs once in the file.
+        new: Text that replaces the old one.
+        why: Behaviour that goes wrong.
         killed_by: Test files, classes or functions, as pytest names them, without parameters.
-        equivalent: Why no test can tell; empty if one must.
+        equivalent: Reason why no test can notice the mutant; empty if a test must.
     """
 
     file: str
@@ -67,12 +67,12 @@ class Mutant:
 
     @property
     def title(self) -> str:
-        """One line."""
+        """File and reason in one line."""
         return f"{self.file}: {self.why}"
 
 
 def read_mutants(path: Path = MUTANTS) -> list[Mutant]:
-    """The committed list, in its order."""
+    """Mutants of a list, in its order."""
     entries = tomllib.loads(path.read_text())["mutant"]
     return [
         Mutant(**{**entry, "killed_by": tuple(entry.get("killed_by", ()))}) for entry in entries
@@ -80,7 +80,7 @@ def read_mutants(path: Path = MUTANTS) -> list[Mutant]:
 
 
 def flaws(mutant: Mutant, root: Path = ROOT) -> list[str]:
-    """Why a mutant cannot be tried; empty if it can."""
+    """Reasons why a mutant cannot be tried; empty if it can."""
     path = root / PACKAGE / mutant.file
     if not path.is_file():
         return [f"{mutant.title}: no such file"]
@@ -102,7 +102,7 @@ def flaws(mutant: Mutant, root: Path = ROOT) -> list[str]:
 
 
 def mutated(mutant: Mutant, root: Path = ROOT) -> str:
-    """The whole file, with the mutant in it."""
+    """The text of the whole file with the mutant in it."""
     return (root / PACKAGE / mutant.file).read_text().replace(mutant.old, mutant.new)
 
 
@@ -112,7 +112,7 @@ def _parsed(text: str) -> ast.Module:
 
 
 def _exists(test: str, root: Path) -> bool:
-    """Whether a test file has what a name leads to, by its text alone."""
+    """Whether the text of a test file has a test of this name."""
     name, *parts = test.split("::")
     path = root / name
     if not path.is_file():
@@ -130,7 +130,7 @@ def _exists(test: str, root: Path) -> bool:
     return True
 
 
-# Trying them.
+# Trials.
 
 
 @dataclass
@@ -138,10 +138,11 @@ class Trial:
     """One run of tests on a copy of the tree.
 
     Attributes:
+        mutant: Mutant that is tried; ``None`` for the tree as it is.
         killed: Whether a test failed.
         by: The first test that failed, or how the run ended.
         seconds: Duration of the run.
-        log: What it printed.
+        log: Output of the run.
     """
 
     mutant: Mutant | None
@@ -153,7 +154,7 @@ class Trial:
 
 @dataclass
 class _Copy:
-    """A copy of the tree, in which one run at a time goes on."""
+    """A copy of the tree, for one run of tests at a time."""
 
     root: Path
     trial: Trial = field(default_factory=lambda: Trial(None))
@@ -166,8 +167,8 @@ class Laboratory:
     """Copies of a tree, and processes that run tests in them.
 
     Args:
-        root: The tree; it is read, never written.
-        folder: Where the copies go.
+        root: The tree, which is read and never written.
+        folder: Folder of the copies.
         jobs: Number of processes at a time.
     """
 
@@ -185,7 +186,7 @@ class Laboratory:
         shutil.copytree(root, folder / "0", ignore=ignored, symlinks=True)
 
     def check(self, tests: Sequence[str], *, limit_s: float) -> Trial:
-        """Run tests on the tree as it is, before the first mutant; bytecode of it is kept."""
+        """Run tests on the tree as it is, before the first mutant; its bytecode is kept."""
         self._start(self._free.pop(), Trial(None), tests, limit_s)
         while not (ended := self._ended()):
             pass
@@ -196,7 +197,7 @@ class Laboratory:
         return ended[0].trial
 
     def run(self, mutants: Sequence[Mutant], *, limit_s: float) -> Iterator[Trial]:
-        """Try mutants; trials come as they end."""
+        """Try mutants, and yield each trial when it ends."""
         waiting = list(mutants)
         try:
             while waiting or self._busy:
@@ -215,7 +216,10 @@ class Laboratory:
                 _kill(copy.pid)
 
     def _write(self, path: Path, text: str) -> None:
-        """Files of equal length that were written within one second are told apart by their age."""
+        """Write a file with a time of its own.
+
+        Python recognises a changed file by its length and by the second in which it was written.
+        """
         path.write_text(text)
         self._written += 1
         age = path.stat().st_mtime + self._written
@@ -231,11 +235,11 @@ class Laboratory:
                 _run_tests(copy.root, tests, keeps_bytecode=trial.mutant is None)
             except BaseException:
                 traceback.print_exc()
-            os._exit(70)  # never back into the loop of the parent
+            os._exit(70)  # never return into the loop of the parent
         self._busy.append(copy)
 
     def _ended(self) -> list[_Copy]:
-        """Copies whose process has ended since, or has been ended for its time."""
+        """Copies whose process has ended since the last call, or was killed at its time limit."""
         time.sleep(0.05)
         ended: list[_Copy] = []
         for copy in list(self._busy):
@@ -243,7 +247,7 @@ class Laboratory:
             pid, status = os.waitpid(copy.pid, os.WNOHANG)
             if pid == 0 and seconds < copy.limit_s:
                 continue
-            _kill(copy.pid)  # what it has started, too
+            _kill(copy.pid)  # with the processes that it has started
             if pid == 0:
                 os.waitpid(copy.pid, 0)
                 copy.trial.killed, copy.trial.by = True, f"no end within {copy.limit_s:.0f} s"
@@ -274,7 +278,7 @@ def _kill(pid: int) -> None:
 
 
 def _run_tests(root: Path, tests: Sequence[str], *, keeps_bytecode: bool) -> None:
-    """In a process of its own, which it ends."""
+    """Run tests in a forked process, and end that process."""
     log = os.open(root / "log.txt", os.O_WRONLY | os.O_CREAT | os.O_TRUNC)
     os.dup2(log, 1)
     os.dup2(log, 2)
@@ -284,10 +288,10 @@ def _run_tests(root: Path, tests: Sequence[str], *, keeps_bytecode: bool) -> Non
         os.environ["PYTHONDONTWRITEBYTECODE"] = "1"
         sys.dont_write_bytecode = True
     sys.path[:] = [str(root), *(path for path in sys.path if Path(path or ".").resolve() != ROOT)]
-    import pytest  # noqa: PLC0415 - the parent has it
+    import pytest  # noqa: PLC0415 - the parent has imported it
 
     class Witness:
-        """Writes down the first failure."""
+        """A plugin of pytest that writes the first failure to a file."""
 
         def pytest_runtest_logreport(self, report: Any) -> None:
             self._note(report)
@@ -311,7 +315,7 @@ def _run_tests(root: Path, tests: Sequence[str], *, keeps_bytecode: bool) -> Non
 
 
 def parser() -> argparse.ArgumentParser:
-    """The options."""
+    """The parser of the options."""
     options = argparse.ArgumentParser(description="Break the package, and see the tests notice.")
     options.add_argument("--only", metavar="WORD", help="mutants whose file or reason holds it")
     options.add_argument("--jobs", type=int, default=2, help="processes at a time (%(default)s)")
@@ -324,7 +328,7 @@ def parser() -> argparse.ArgumentParser:
 
 
 def main() -> None:
-    """Try mutants, and say which survive."""
+    """Try mutants, and print which of them survive."""
     given = parser().parse_args()
     chosen = [m for m in read_mutants(given.mutants) if not given.only or given.only in m.title]
     if given.list:

@@ -1,18 +1,18 @@
 #!/bin/bash
-# Train on the GPUs of one or more nodes, and go on when the time of a job is up:
+# Train on the GPUs of one or more nodes, and resume when the time of a job is up:
 #
 #   sbatch --nodes=2 --gpus-per-node=8 --ntasks-per-node=8 scripts/slurm.sh --config configs/cartpole.yaml
 #
-# One task is one rank with environments of its own. The run directory bears the number of the job, which stays the same
-# when the job is put back into the queue: it then goes on from its last checkpoint. To go on by hand, submit the same
-# command with RUN_DIR set to that directory.
+# One task is one rank with environments of its own. The run directory is named by the number of the job, which stays the
+# same when the job is queued again: the run then resumes from its last checkpoint. To resume a run by hand, submit the
+# same command with RUN_DIR set to the run directory.
 #SBATCH --job-name=esper
 #SBATCH --cpus-per-task=8
 #SBATCH --time=24:00:00
 #SBATCH --requeue
 #SBATCH --open-mode=append
 #SBATCH --output=esper-%j.log
-# Two minutes before the end this script is told. It has every rank save its evidence, and queues the job again.
+# This script gets a signal two minutes before the end. It has every rank save its evidence, and queues the job again.
 #SBATCH --signal=B:USR1@120
 set -uo pipefail
 

@@ -1,4 +1,4 @@
-"""Fixtures that several folders share, and how Hypothesis explores."""
+"""Fixtures that several folders share, and settings of Hypothesis."""
 
 import signal
 from collections.abc import Callable, Iterator
@@ -14,7 +14,7 @@ from esper_lightning.envs.morphogenesis.data import load
 from tests.disks import mounted
 from tests.envs.morphogenesis import cifar10
 
-# The same examples in every run: a red test is the fault of the change it is red on.
+# The same examples in every run: the change under test is the reason of a red test.
 settings.register_profile("esper", deadline=None, max_examples=25, derandomize=True)
 settings.load_profile("esper")
 
@@ -31,7 +31,7 @@ if signal.getsignal(signal.SIGINT) is signal.SIG_IGN:  # as of ``make test &``; 
 
 @pytest.fixture(scope="session")
 def cifar10_folder(tmp_path_factory) -> Iterator[Path]:
-    """Where noise is in the place of CIFAR-10's batches, unpacked."""
+    """A folder with noise in place of CIFAR-10's unpacked batches."""
     yield cifar10.unpacked(tmp_path_factory.mktemp("cifar10"))
     load.cache_clear()  # a gigabyte
 

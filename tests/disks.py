@@ -1,4 +1,4 @@
-"""A disk so small that a test can fill it."""
+"""Disks so small that a test can fill them."""
 
 import contextlib
 import ctypes
@@ -14,7 +14,7 @@ _DETACH = 2
 
 @contextlib.contextmanager
 def mounted(place: Path, size: int) -> Iterator[Path]:
-    """A file system of so many bytes, in memory; the test is skipped where none may be mounted."""
+    """A file system of a size in bytes, in memory; skips the test where mounting is not allowed."""
     place.mkdir()
     options = f"size={size}".encode()
     if _LIBC.mount(b"tmpfs", bytes(place), b"tmpfs", 0, options) != 0:
@@ -26,7 +26,7 @@ def mounted(place: Path, size: int) -> Iterator[Path]:
 
 
 def fill(disk: Path) -> Path:
-    """Take all room there is; returns the file that takes it."""
+    """Fill a disk; returns the file that fills it."""
     ballast = disk / "ballast"
     with ballast.open("ab", buffering=0) as file, contextlib.suppress(OSError):
         while file.write(bytes(4096)):

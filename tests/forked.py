@@ -1,8 +1,8 @@
 """Python programs in processes of their own, without the seconds in which each imports torch.
 
-A server imports once, before it has any thread, and forks each program; ``start`` is for it what
-``subprocess.Popen([sys.executable, ...])`` is. What belongs to the start of the interpreter stays
-that of the server: its options, the encoding of its streams, and that the package is imported.
+A server imports torch once, before it starts any thread, and forks each program. ``start`` is used
+like ``subprocess.Popen([sys.executable, ...])``. A program has the server's interpreter options and
+encoding of streams, and the package is imported already.
 """
 
 import atexit
@@ -32,8 +32,8 @@ class Forked:
     """A process that was forked.
 
     Attributes:
-        pid: Its number.
-        returncode: As ``subprocess.Popen`` has it; ``None`` while it runs.
+        pid: Number of the process.
+        returncode: Exit status as in ``subprocess.Popen``; ``None`` while the process runs.
     """
 
     def __init__(self, pid: int, status: int) -> None:
@@ -41,10 +41,10 @@ class Forked:
         self.returncode: int | None = None
 
     def wait(self, timeout: float | None = None) -> int:
-        """Wait for its end.
+        """Wait for the end of the process.
 
         Raises:
-            subprocess.TimeoutExpired: If it runs longer.
+            subprocess.TimeoutExpired: If the process runs longer.
         """
         if self.returncode is None:
             if not select.select([self._status], [], [], timeout)[0]:
@@ -54,18 +54,18 @@ class Forked:
         return self.returncode
 
     def poll(self) -> int | None:
-        """Its exit status, if it has ended."""
+        """The exit status of the process; ``None`` while the process runs."""
         with contextlib.suppress(subprocess.TimeoutExpired):
             self.wait(0.0)
         return self.returncode
 
     def send_signal(self, number: int) -> None:
-        """Send a signal, unless it has ended."""
+        """Send a signal to the process, unless the process has ended."""
         if self.poll() is None:
             os.kill(self.pid, number)
 
     def kill(self) -> None:
-        """End it."""
+        """Kill the process."""
         self.send_signal(signal.SIGKILL)
 
 
@@ -80,12 +80,12 @@ def start(
     """Start a program; its standard input is empty.
 
     Args:
-        arguments: What would follow ``python``: a file, or ``-m`` and a module, or ``-c`` and code,
-            and what is for the program.
-        output: File, or descriptor, of its standard output and error; a pair where they differ.
-        cwd: Where it starts.
-        env: Its environment; by default that of this process with ``QUIET``.
-        new_session: Whether it leads a session.
+        arguments: Words that would follow ``python``: a file, or ``-m`` and a module, or ``-c`` and
+            code, and then the arguments of the program.
+        output: File, or descriptor, of standard output and error; a pair where they differ.
+        cwd: Directory in which the program starts.
+        env: Environment variables; by default those of this process with ``QUIET``.
+        new_session: Whether the process leads a session of its own.
     """
     variables = {**os.environ, **QUIET} if env is None else dict(env)
     words = [str(word) for word in arguments]
@@ -102,10 +102,10 @@ def start(
 def run(
     arguments: Sequence[object], *, timeout: float = 240.0, **how: Any
 ) -> "subprocess.CompletedProcess[str]":
-    """Start a program, wait for its end, and return what it wrote.
+    """Start a program, wait for its end, and return its output.
 
     Raises:
-        subprocess.TimeoutExpired: If it runs longer; it is killed.
+        subprocess.TimeoutExpired: If the program runs longer; it is killed then.
     """
     with tempfile.TemporaryFile() as stdout, tempfile.TemporaryFile() as stderr:
         process = start(arguments, output=(stdout, stderr), **how)
@@ -130,7 +130,7 @@ def _write_number(pipe: int, number: int) -> None:
 
 @functools.cache
 def _server() -> socket.socket:
-    """The connection to the server of this process, which ends with it."""
+    """The connection to the server of this process; the server ends with the process."""
     ours, its = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
     subprocess.Popen(
         [sys.executable, __file__, str(its.fileno())],
@@ -152,14 +152,14 @@ def _server() -> socket.socket:
 
 
 def _serve(connection: socket.socket) -> list[str]:
-    """Fork for each request; returns in the process that is to be the program."""
+    """Fork for each request; returns in the forked process, which becomes the program."""
     sys.path[0] = str(ROOT)  # not the folder of this file
     import torch  # noqa: PLC0415
 
     import esper_lightning.cli.lightning_cli  # noqa: PLC0415, F401
 
     torch.set_num_threads(1)
-    gc.freeze()  # what is imported is not walked through in each program
+    gc.freeze()  # garbage collections in programs skip the imported objects
     of_python = {signal.SIGPIPE, signal.SIGXFSZ, signal.SIGKILL, signal.SIGSTOP}
     for number in signal.valid_signals() - of_python:
         signal.signal(number, signal.SIG_DFL)  # a test run may be in the background
@@ -185,7 +185,7 @@ def _serve(connection: socket.socket) -> list[str]:
 
 
 def _report(program: int, descriptors: Sequence[int]) -> None:
-    """Tell the number and in the end the exit status of the program, and leave."""
+    """Send the number and in the end the exit status of the program, and exit."""
     stdout, stderr, status = descriptors
     _write_number(status, program)
     os.close(stdout)
@@ -212,7 +212,7 @@ def _become(request: bytes, stdout: int, stderr: int, status: int) -> list[str]:
 
 
 def _execute(words: Sequence[str]) -> None:
-    """Be ``python`` with these arguments."""
+    """Run a program as ``python`` with these arguments would."""
     main = sys.modules["__main__"]
     kind, rest = words[0], list(words[1:])
     if kind == "-m":

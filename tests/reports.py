@@ -1,4 +1,4 @@
-"""``crash.json`` and ``process.json`` as other programs see them: plain JSON objects."""
+"""``crash.json`` and ``process.json`` as other programs read them: plain JSON objects."""
 
 import json
 from pathlib import Path
@@ -12,5 +12,5 @@ def write_report(path: Path, content: dict[str, Any]) -> None:
 
 
 def read_report(path: Path) -> dict[str, Any] | None:
-    """What a file holds; ``None`` where there is none."""
+    """The content of a file; ``None`` where there is no file."""
     return json.loads(path.read_bytes()) if path.exists() else None

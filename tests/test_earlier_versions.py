@@ -1,4 +1,4 @@
-"""What version 0.1 left on disk is read: ``fixtures/runs`` was written by it."""
+"""Files of version 0.1 are readable: that version wrote ``fixtures/runs``."""
 
 import json
 import shutil

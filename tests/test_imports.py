@@ -33,7 +33,7 @@ def imported(source: str) -> set[str]:
 
 
 def circles(imports: dict[str, set[str]]) -> set[str]:
-    """Modules that import themselves, by whatever way."""
+    """Modules that import themselves, directly or through others."""
     reached = {name: set(others) for name, others in imports.items()}
     while True:
         wider = {n: r.union(*(reached[other] for other in r)) for n, r in reached.items()}

@@ -1,4 +1,4 @@
-"""Every setting that users write refuses nonsense by name; settings are found by introspection."""
+"""Every setting that users write refuses nonsense by its name; introspection finds the settings."""
 
 import dataclasses
 import inspect
@@ -117,7 +117,7 @@ NAMES = [f"{owner.__name__}.{name}" for owner, name in EVERY]
 
 @pytest.fixture(autouse=True)
 def _as_users_run_it(monkeypatch, tmp_path):
-    """Without the type checks of the tests; a run that begins has found nothing wrong."""
+    """Run without the type checks of the tests, and end a run that begins: it refused nothing."""
     jaxtyping.config.update("jaxtyping_disable", True)
     monkeypatch.chdir(tmp_path)
     monkeypatch.setattr("esper_lightning.train.run_logger", _begins)
@@ -135,7 +135,7 @@ def _begins(*args, **kwargs):
 
 
 def refusal(owner, name, value) -> str | None:
-    """What is said of a value; ``None`` if it is accepted."""
+    """The error about a value; ``None`` if the value is accepted."""
     try:
         owner(**{**OWNERS[owner], name: value})
     except BegunError:

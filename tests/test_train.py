@@ -72,7 +72,7 @@ def test_saves_and_resumes(train, tmp_path):
 
 
 def scores(monkeypatch, *values):
-    """What evaluations are to find."""
+    """Returns that evaluations are made to find."""
     left, true = iter(values), evaluation.evaluation_metrics
     monkeypatch.setattr(
         evaluation, "evaluation_metrics", lambda *each: true(*each) | {EVAL_RETURN: next(left)}

@@ -16,7 +16,7 @@ DISCOUNT, LAMBDA, CLIP, VALUE_COEF, MAX_NORM, RATE, EPS = 0.99, 0.95, 0.2, 0.5, 
 
 
 class State(NamedTuple):
-    """Everything that an iteration changes."""
+    """The state that an iteration changes."""
 
     params: Any
     moments: Any
@@ -29,7 +29,7 @@ class State(NamedTuple):
 def build(  # noqa: PLR0915 - one program
     num_envs: int, steps: int, epochs: int, minibatches: int
 ) -> tuple[Any, State]:
-    """The jitted iteration ``state -> (state, figures)``, and the state it starts from."""
+    """The jitted iteration ``state -> (state, metrics)``, and the initial state."""
     key, weights, first = jax.random.split(jax.random.key(0), 3)
     params = _params(weights)
     zeros = jax.tree.map(jnp.zeros_like, params)

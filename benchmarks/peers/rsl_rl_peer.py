@@ -52,7 +52,7 @@ class TorchCartPole(VecEnv):
 
 
 class Categorical(Distribution):
-    """One of ``choices``, held as log probabilities ``[B, K]``; samples are ``[B, 1]``."""
+    """A distribution over choices, stored as log probabilities ``[B, K]``; samples ``[B, 1]``."""
 
     def __init__(self, output_dim: int, choices: int) -> None:
         super().__init__(output_dim)
@@ -77,7 +77,7 @@ class Categorical(Distribution):
 
     @property
     def std(self) -> Tensor:
-        """Asked for once an iteration, for the log."""
+        """The standard deviation, which the library's log reads once an iteration."""
         return self._logs.exp().std(-1)
 
     @property
@@ -103,7 +103,7 @@ def build(
     threads: int,
     compile: bool = False,  # noqa: A002 - the library's word
 ) -> Callable[[], None]:
-    """One iteration per call; ``compile`` is ``torch_compile_mode``: actor and critic, apart."""
+    """A function of one iteration; ``compile`` compiles actor and critic separately."""
     torch.set_num_threads(threads)
     torch.manual_seed(SEED)
     settings = _settings(steps, epochs, minibatches)

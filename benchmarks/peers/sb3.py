@@ -22,7 +22,7 @@ NOTHING: dict[str, Any] = {}  # the info of a step in which no episode ended
 
 
 class TorchCartPole(VecEnv):
-    """The batched environment of this package, in numpy: no copy, they share memory."""
+    """The batched environment of this package, whose tensors NumPy reads without a copy."""
 
     render_mode = None
 
@@ -72,7 +72,7 @@ class TorchCartPole(VecEnv):
 def build(
     num_envs: int, steps: int, epochs: int, minibatches: int, *, threads: int
 ) -> Callable[[], None]:
-    """One iteration per call, over the environment of this package."""
+    """A function of one iteration, over the environment of this package."""
     torch.set_num_threads(threads)
     return _iteration(TorchCartPole(num_envs), steps, epochs, minibatches)
 
@@ -80,7 +80,7 @@ def build(
 def build_gymnasium(
     num_envs: int, steps: int, epochs: int, minibatches: int, *, threads: int
 ) -> Callable[[], None]:
-    """The same over ``make_vec_env``: ``DummyVecEnv`` of ``CartPole-v1``, each with a monitor."""
+    """A function of one iteration, over ``DummyVecEnv`` of ``CartPole-v1`` with monitors."""
     torch.set_num_threads(threads)
     env = make_vec_env("CartPole-v1", n_envs=num_envs, seed=SEED)
     return _iteration(env, steps, epochs, minibatches)

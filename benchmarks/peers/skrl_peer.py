@@ -28,8 +28,8 @@ ACTION_SPACE = spaces.Discrete(2)
 class TorchCartPole(Wrapper):
     """The batched environment of this package.
 
-    ``train`` resets at its start: as in the library's wrapper of Isaac Lab, only the first reset is
-    one; later ones go on with the running episodes.
+    ``train`` resets at its start. As in the library's wrapper of Isaac Lab, only the first reset
+    starts episodes; later resets continue the running episodes.
     """
 
     def __init__(self, num_envs: int) -> None:
@@ -68,7 +68,7 @@ class TorchCartPole(Wrapper):
 
 
 class Actor(CategoricalMixin, Model):
-    """Logits of both choices."""
+    """The actor, which returns logits of both choices."""
 
     def __init__(self) -> None:
         Model.__init__(self, **_spaces())
@@ -80,7 +80,7 @@ class Actor(CategoricalMixin, Model):
 
 
 class Critic(DeterministicMixin, Model):
-    """The value, ``[B, 1]``."""
+    """The critic, which returns values ``[B, 1]``."""
 
     def __init__(self) -> None:
         Model.__init__(self, **_spaces())
@@ -94,7 +94,7 @@ class Critic(DeterministicMixin, Model):
 def build(
     num_envs: int, steps: int, epochs: int, minibatches: int, *, threads: int
 ) -> Callable[[], None]:
-    """One iteration per call."""
+    """A function of one iteration."""
     torch.set_num_threads(threads)
     torch.manual_seed(SEED)
     config = PPO_CFG(

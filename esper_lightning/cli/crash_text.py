@@ -34,8 +34,8 @@ def describe(directory: Path, ranks: list[Remains], first: Remains | None) -> li
 
     Args:
         directory: Run directory.
-        ranks: What each rank left.
-        first: What the rank left that failed first; ``None`` if no rank failed.
+        ranks: Remains of each rank.
+        first: Remains of the rank that failed first; ``None`` if no rank failed.
     """
     lines = [f"Run directory: {directory}", ""]
     if len(ranks) > 1 or (ranks[0].world_size or 1) > 1:
@@ -43,7 +43,7 @@ def describe(directory: Path, ranks: list[Remains], first: Remains | None) -> li
     known = {rank.rank for rank in ranks}
     others = ", ".join(f"rank{k}" for k in rank_folders(directory) if k not in known)
     if others:
-        lines += [f"Of an earlier run, and left out: {_cut(others, _NAME)}", ""]
+        lines += [f"Of an earlier run, and not shown: {_cut(others, _NAME)}", ""]
     lines += [
         f"Rank {rank.rank}: {name} is there and cannot be read: {_cut(reason, _NAME)}"
         for rank in ranks
@@ -53,7 +53,7 @@ def describe(directory: Path, ranks: list[Remains], first: Remains | None) -> li
         states = sorted({rank.state for rank in ranks})
         lines.append(f"No death on record: {', '.join(states)}.")
         lines += [
-            f"Rank {rank.rank} hung in iteration {rank.report.iteration}, and went on."
+            f"Rank {rank.rank} hung in iteration {rank.report.iteration}, and continued."
             for rank in ranks
             if rank.report is not None
         ]
@@ -98,7 +98,7 @@ def _death(first: Remains, ranks: list[Remains]) -> list[str]:
     lines = [f"Rank {first.rank} failed first: {report.what_happened}"]
     if not first.is_first_cause:  # and no other rank that left something is the first cause
         elsewhere = len(ranks) < (first.world_size or 0)
-        why = "its folder is on another host" if elsewhere else "no rank tells why"
+        why = "its folder is on another host" if elsewhere else "no rank reports why"
         lines = [f"Rank {first.rank} lost a peer; {why}.", _cut(report.what_happened, _WIDTH)]
     if report.schema != SCHEMA:
         lines.append(f"(Written with schema {report.schema}; this reads {SCHEMA}.)")
@@ -178,7 +178,7 @@ def _last_rows(first: Remains) -> list[str]:
     if len(columns) > len(fitting):
         lines.append(f"Not shown: {_cut(', '.join(columns[len(fitting) :]), _NAME)}")
     if first.damaged_rows:
-        lines.append(f"{first.damaged_rows} lines are damaged and left out.")
+        lines.append(f"{first.damaged_rows} lines are damaged and skipped.")
     return lines + first.remarks
 
 

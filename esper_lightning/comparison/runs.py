@@ -284,8 +284,8 @@ def _end(directory: Path, *, is_short: bool) -> tuple[Any, str]:
         return "died", "left nothing but its config"
     first = first_failure(ranks)
     if first is not None:
-        told = "" if first.report is None else first.report.what_happened
-        what = told or "its process vanished without a report"
+        happened = "" if first.report is None else first.report.what_happened
+        what = happened or "its process vanished without a report"
         where = "" if len(ranks) == 1 else f" (rank {first.rank})"
         short = textwrap.shorten(what[:1000], _LONGEST_REASON, placeholder="...").rstrip(".")
         return "died", f"died{where}: {short}"

@@ -88,7 +88,7 @@ def require_int(field: str, value: object, *, minimum: int) -> None:
     """Raise unless the value is an integer of at least ``minimum``; a bool is no integer.
 
     Raises:
-        ValueError: As ``require`` does.
+        ValueError: If the value is no such integer, in the form of ``require``.
     """
     is_int = isinstance(value, int) and not isinstance(value, bool)
     require(is_int, field, "be an integer", value)
@@ -97,15 +97,15 @@ def require_int(field: str, value: object, *, minimum: int) -> None:
 
 
 def require_name(field: str, value: str | Path | None, what: str) -> None:
-    """Raise where a text that is to name something is empty, or holds a NUL byte.
+    """Raise if a name is empty, or holds a NUL byte.
 
     Args:
-        field: The setting, as ``require`` has it.
-        value: The text; ``None`` where nothing is to be named.
-        what: What it is to name, with its article.
+        field: Setting as the user knows it, ``Owner.field``.
+        value: Text of the name; ``None`` where no name is given.
+        what: Word for the named thing, with its article.
 
     Raises:
-        ValueError: As ``require`` does.
+        ValueError: If the name is refused, in the form of ``require``.
     """
     ok = value is None or (str(value) != "" and "\0" not in str(value))
     require(ok, field, f"name {what}", value)
@@ -126,7 +126,7 @@ def check_fields(
         owner: Name in errors; the class of the settings by default.
 
     Raises:
-        ValueError: As ``require`` does, naming the first field whose value has another type.
+        ValueError: If a value has another type; the error names the first such field.
     """
     owner = owner or type(settings).__name__
     for field in dataclasses.fields(settings):
@@ -166,7 +166,7 @@ def requires_folder(field: str, path: object = None) -> Generator[None]:
         path: Folder to name in the error; ``None`` for the path of the ``OSError``.
 
     Raises:
-        ValueError: Naming the setting and the reason, for an ``OSError`` or a NUL byte.
+        ValueError: If there is an ``OSError`` or a NUL byte; the error names setting and reason.
     """
     try:
         if "\0" in str(path):
@@ -193,7 +193,7 @@ def require_output(field: str, path: str | Path, what: str, begins: bytes) -> Pa
         The path of the file to write: the target if ``path`` is a symbolic link.
 
     Raises:
-        ValueError: As ``require`` does, with the reason.
+        ValueError: If the path is refused; the error names the setting and the reason.
     """
     rule = f"name a new file or an earlier {what}"
     try:
@@ -217,7 +217,7 @@ def require_output_folder(field: str, path: str | Path) -> None:
     """Refuse a folder in which no file can be written; the folder is not made.
 
     Raises:
-        ValueError: As ``requires_folder`` does.
+        ValueError: If no file can be written in the folder; the error names setting and reason.
     """
     with requires_folder(field, path):
         _require_room(Path(path))

@@ -121,7 +121,7 @@ _KINDS: dict[str, _Kind] = {"gru": _Kind(_gru, _gru_slopes), "lstm": _Kind(_lstm
 
 
 def _exactly(device: torch.device) -> torch.autocast:
-    """Autocast is switched off: roundings at every step would add up."""
+    """A context without autocast, whose roundings at every step would add up."""
     return torch.autocast(device.type, enabled=False)
 
 

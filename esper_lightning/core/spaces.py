@@ -35,8 +35,8 @@ class Box:
             component.
         high: Greatest value of every component; may be ``inf``, or a tuple with one bound per
             component.
-        dtype: How rollouts store the values. ``uint8`` is for images, which then take a quarter of
-            the memory.
+        dtype: Data type in which rollouts store the values. ``uint8`` is for images, which then
+            take a quarter of the memory.
     """
 
     shape: tuple[int, ...]

@@ -1,4 +1,4 @@
-"""Whether commands that documents name could be run: their files, targets, extras and options."""
+"""Checks of commands that documents name: their files, targets, extras and options exist."""
 
 import contextlib
 import io
@@ -19,7 +19,7 @@ VARIABLE = re.compile(r"[A-Z_]+=\S*")
 
 
 def wrong(command: str) -> str | None:
-    """What keeps a command from running today; ``None`` if nothing does. To be called in ROOT."""
+    """The reason why a command cannot run; ``None`` if it can. To be called in ROOT."""
     words = shlex.split(command, comments=True)
     while words and VARIABLE.fullmatch(words[0]):
         words.pop(0)
@@ -77,7 +77,7 @@ def _esper(words: list[str]) -> str | None:
 
 @cache
 def _said(words: tuple[str, ...], *, shown: bool) -> str | None:
-    """What ``esper`` prints; or, unless it is asked for, only if it fails."""
+    """The output of ``esper``; unless it is asked for, only that of a failure."""
     out, err = io.StringIO(), io.StringIO()
     try:
         with contextlib.redirect_stdout(out), contextlib.redirect_stderr(err):

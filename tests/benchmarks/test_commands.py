@@ -22,7 +22,7 @@ pytestmark = pytest.mark.filterwarnings(
 
 
 def commands() -> list[tuple[str, str]]:
-    """Of every document and source: console lines, inline code, and lines of comments."""
+    """Commands of every document and source: console lines, inline code, lines of comments."""
     found: list[tuple[str, str]] = []
     for path in DOCUMENTS:
         text = path.read_text().replace("\\\n", " ")
@@ -38,7 +38,7 @@ def commands() -> list[tuple[str, str]]:
         named = re.findall(r"^(?:    |#   )((?:python|sbatch) .*)$", text, re.MULTILINE)
         named += re.findall(r"^# .*?(esper fit --config .*)$", text, re.MULTILINE)
         found += [(path.name, " ".join(command.split())) for command in named]
-    # Who writes "..." or a placeholder names no whole command.
+    # A text with "..." or a placeholder is no whole command.
     return [(name, command) for name, command in dict.fromkeys(found) if "..." not in command]
 
 

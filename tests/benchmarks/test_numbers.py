@@ -282,7 +282,7 @@ def numbers_in(text: str) -> list[Decimal]:
 
 
 def prose(text: str) -> str:
-    """What a document says, in one line: without programs and the targets of links."""
+    """The text of a document in one line, without programs and the targets of links."""
     fences = re.split(r"^```(\w*)$", text, flags=re.MULTILINE)
     parts: list[str] = []
     for k in range(0, len(fences), 2):  # text, language, ...
@@ -307,7 +307,7 @@ def agrees(written: str, measured: Decimal) -> bool:
 
 
 def wrong_numbers(statement: Statement) -> list[str]:
-    """What a document says otherwise than the file."""
+    """Numbers of a document that differ from the results file."""
     match = find(statement)
     if match is None:
         return [f"{statement.document} does not say: {statement.text}"]

@@ -62,7 +62,7 @@ def run(command: list[str], folder: Path, **variables: str) -> subprocess.Comple
 
 
 def smallest(path: Path, folder: Path) -> None:
-    """Run a benchmark, which prints what it would write."""
+    """Run a benchmark at its smallest size, which prints the results file."""
     done = forked.run([path, "--smallest"], cwd=folder)
     assert done.returncode == 0, done.stderr[-3000:]
     if path.stem == "contenders":
@@ -80,7 +80,7 @@ def smallest(path: Path, folder: Path) -> None:
 
 
 def dry(path: Path, folder: Path) -> None:
-    """What the launcher of variants and seeds would run is what ``esper`` understands."""
+    """The launcher of variants and seeds prints commands that ``esper`` accepts."""
     words = ["--config", str(ROOT / "configs" / "cartpole.yaml"), "--seeds", "0", "1"]
     words += ["--output", "out", "--variant", "base", "--variant", "b: --model.ppo.clip 0.1"]
     done = run([sys.executable, str(path), *words, "--dry-run", "--", "--model.seed", "3"], folder)
@@ -92,7 +92,7 @@ def dry(path: Path, folder: Path) -> None:
 
 
 def on_a_cluster(path: Path, folder: Path) -> None:
-    """The job starts ``esper fit``, hands on its status, and queues itself when its time is up."""
+    """The job starts ``esper fit``, returns its status, and queues itself when its time is up."""
     assert run(["bash", "-n", str(path)], folder).returncode == 0
     for program, text in (("srun", IN_PLACE_OF_SRUN), ("scontrol", IN_PLACE_OF_SCONTROL)):
         (folder / program).write_text(text)
@@ -113,7 +113,7 @@ def on_a_cluster(path: Path, folder: Path) -> None:
 
 
 def one_mutant(path: Path, folder: Path) -> None:
-    """A mutant of the package dies; the tree that it was put into was a copy."""
+    """A mutant of the package is killed in a copy of the tree."""
     word = "A truncation loses the value beyond it"
     done = run([sys.executable, str(path), "--only", word, "--import-nothing"], folder)
     assert done.returncode == 0, done.stdout + done.stderr
@@ -208,7 +208,7 @@ def defined(module: str) -> dict[str, ast.stmt]:
 
 
 def signature_of(function: ast.stmt) -> inspect.Signature:
-    """That of a definition, without running it or its annotations."""
+    """The signature of a definition, without running the definition or its annotations."""
     assert isinstance(function, ast.FunctionDef)
     head = f"lambda {ast.unparse(without_annotations(function.args))}: None"
     return inspect.signature(eval(head))

@@ -1,4 +1,4 @@
-"""Ways in which a run directory is damaged: bytes, structure, and what is in a file's place."""
+"""Ways in which a run directory is damaged: bytes, structure, and other kinds of files."""
 
 import contextlib
 import gzip
@@ -41,7 +41,7 @@ FOLDERS = ("rank007", "rank-1", "rank99999999999999999999", "rank3", "rank", "ra
 
 
 def replace_within(chance: random.Random, tree: Any, odd: Callable[[], Any]) -> Any:
-    """The tree with a value somewhere in it replaced, left out, or given twice."""
+    """The tree with a value somewhere in it replaced, removed, or given twice."""
     inside = tree if isinstance(tree, dict | list) and tree else None
     if inside is None or chance.random() < 0.1:
         return odd()
@@ -75,7 +75,7 @@ def bytes_of(chance: random.Random, content: bytes) -> bytes:
 
 
 def rows_of(chance: random.Random, content: bytes) -> bytes:
-    """Rows that were doubled, left out, put in another order, or changed."""
+    """Rows that were doubled, removed, reordered, or changed."""
     rows = content.splitlines()
     at = chance.randrange(len(rows))
     kind = chance.randrange(6)
@@ -141,7 +141,7 @@ def odd_in_checkpoint(chance: random.Random) -> Any:
 
 
 def put_in_place(chance: random.Random, path: Path) -> None:
-    """Something else than a file."""
+    """Replace a file by a directory, a link, a pipe or another thing that is no regular file."""
     path.unlink()
     kind = chance.randrange(7)
     if kind == 0:
@@ -162,7 +162,7 @@ def put_in_place(chance: random.Random, path: Path) -> None:
 
 
 def corrupt(chance: random.Random, directory: Path, suffixes: tuple[str, ...]) -> str:
-    """Damage one file of a run; what was done, in words."""
+    """Damage one file of a run; returns a description of the damage."""
     files = sorted(p for p in directory.rglob("*") if p.is_file() and p.suffix in suffixes)
     path = chance.choice(files)
     said = str(path.relative_to(directory))

@@ -439,7 +439,7 @@ def test_what_a_rank_dies_of_is_where_torchrun_looks_for_it(tmp_path, monkeypatc
 
 
 def test_the_config_is_not_there_before_it_is_whole(tmp_path, monkeypatch):
-    """A kill while it is written would leave a file without content."""
+    """A kill while the file is written would leave a file without content."""
     dump, seen = LightningArgumentParser.dump, []
 
     def looking(*args, **kwargs):
@@ -477,7 +477,7 @@ def test_a_config_that_cannot_be_read_is_one_line(capsys, content):
 
 
 def wrong(checkpoint, name):
-    """A checkpoint of which something is wrong that its checksums do not tell."""
+    """A checkpoint with wrong content and right checksums."""
     weight = next(iter(checkpoint["state_dict"]))
     if name == "NaN":
         checkpoint["state_dict"][weight].view(-1)[0] = torch.nan

@@ -94,7 +94,7 @@ def test_a_hang_that_passed_is_no_death(tmp_path, capsys):
     rank(tmp_path, 0, time_s=100.0, cause="hang", state="finished")
     text = shown(capsys, tmp_path)
     assert "No death on record: finished." in text
-    assert "Rank 0 hung in iteration 10, and went on." in text
+    assert "Rank 0 hung in iteration 10, and continued." in text
 
 
 def test_names_error_phase_and_evidence(tmp_path, capsys):
@@ -122,7 +122,7 @@ def test_a_rank_that_lost_a_peer_is_not_blamed(tmp_path, capsys, folders):
         rank(tmp_path, number, time_s=100.0, cause="peer", error=error)
     text = shown(capsys, tmp_path)
     assert "failed first" not in text
-    where = "its folder is on another host" if folders == 1 else "no rank tells why"
+    where = "its folder is on another host" if folders == 1 else "no rank reports why"
     assert f"Rank 0 lost a peer; {where}.\nRuntimeError: Connection closed by peer" in text
     assert ("   1  left nothing" in text) == (folders == 1)
     assert json.loads(shown(capsys, tmp_path, "--json"))["first_failure"] is None
@@ -252,7 +252,7 @@ def test_traces_and_ranks_of_an_earlier_run_are_not_of_this_death(tmp_path, caps
         trace(files.trace / "window-rank0.pt.trace.json", before_s=70.0)
     text = shown(capsys, tmp_path)
     assert "No trace." in text
-    assert "Of an earlier run, and left out: rank2" in text
+    assert "Of an earlier run, and not shown: rank2" in text
     assert [r["rank"] for r in json.loads(shown(capsys, tmp_path, "--json"))["ranks"]] == [0, 1]
     trace(RunLayout(tmp_path).rank(0).trace / "window-rank0-2.pt.trace.json", before_s=50.0)
     assert "it ended 50.0 s before the death" in shown(capsys, tmp_path)
@@ -265,7 +265,7 @@ def test_a_rank_that_never_began_did_not_die_of_what_it_died_of_before(tmp_path,
         write_report(files.process, {"state": "failed", **process})
     text = shown(capsys, tmp_path)
     assert "Rank 0 failed first" in text
-    assert "Of an earlier run, and left out: rank1" in text
+    assert "Of an earlier run, and not shown: rank1" in text
 
 
 @pytest.mark.parametrize("same", [True, False])
@@ -277,7 +277,7 @@ def test_ranks_that_have_met_know_that_they_are_one_run(tmp_path, capsys, same):
         write_report(files.process, {**process, "run": "a" if same else str(number)})
     text = shown(capsys, tmp_path)
     assert f"Rank {int(same)} failed first" in text
-    assert ("Of an earlier run, and left out: rank1" in text) != same
+    assert ("Of an earlier run, and not shown: rank1" in text) != same
 
 
 def test_columns_are_what_the_rows_hold(tmp_path, capsys):
@@ -338,7 +338,7 @@ def test_no_damage_is_an_error(tmp_path, capsys, damage):
 
 
 def test_the_stock_profilers_window_is_found_after_a_death(make_trainer, tmp_path, capsys):
-    """As a stranger would use it: the profiler's only window has closed by then."""
+    """The profiler is used as its documentation shows: its only window closed before the death."""
 
     class Dying(LightningModule):
         layer = torch.nn.Linear(2, 1)

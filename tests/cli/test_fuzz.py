@@ -1,4 +1,4 @@
-"""Run directories damaged in two thousand ways: what reads them shows the rest or says one line."""
+"""Run directories damaged in two thousand ways: commands show the rest or print one line."""
 
 import json
 import random
@@ -28,7 +28,7 @@ COMMANDS = {"crash": crash.run, "report": report.run, "compare": compare.run}
 
 @pytest.fixture(scope="module")
 def died(tmp_path_factory) -> Path:
-    """A run that died in its fifth iteration, with everything that such a run leaves."""
+    """The directory of a run that died in its fifth iteration, with all evidence of such a run."""
     directory = tmp_path_factory.mktemp("died") / "run"
 
     def fail(trainer, row):
@@ -58,7 +58,7 @@ def died(tmp_path_factory) -> Path:
 
 
 def outcome(capsys, command: str, directory: Path, *options: str) -> None:
-    """What was printed is whole: status 0, or 2 with one line; in time."""
+    """Check that output is complete and in time: status 0, or status 2 with one line."""
     started = time.monotonic()
     status: object = 0
     try:
@@ -114,7 +114,7 @@ def test_sixteen_hundred_kinds_of_damage(died, tmp_path, capsys, first):
 
 
 def damage_and_load(died: Path, place: Path, seeds: range) -> set[bool]:
-    """Whether checkpoints were refused, in one line each; the others must work."""
+    """Whether damaged checkpoints were refused in one line each; other checkpoints must work."""
     refused: set[bool] = set()
     for seed in seeds:
         chance, directory = random.Random(seed), place / "run"

@@ -57,7 +57,7 @@ def script(tmp_path):
 
 @pytest.fixture
 def dead():
-    """A run that died, in a directory whose name is no UTF-8, of what cannot be encoded."""
+    """A run that died of an error that cannot be encoded, in a directory whose name is no UTF-8."""
     name = os.fsdecode(b"run-\xff")
     files = RunLayout(Path(name)).rank(0)
     files.directory.mkdir(parents=True)
@@ -77,7 +77,7 @@ def esper(*arguments, start=("-m", "esper_lightning"), **how) -> subprocess.Comp
 
 
 def closed_pipe() -> int:
-    """The end to write into a pipe that nobody reads."""
+    """The writing end of a pipe that nobody reads."""
     reads, writes = os.pipe()
     os.close(reads)
     return writes

@@ -79,7 +79,7 @@ REPEATED = "a: &a [1, 1, 1, 1, 1, 1, 1, 1, 1, 1]\n" + "".join(
     f"{new}: &{new} [{', '.join(10 * ['*' + old])}]\n"
     for old, new in zip("abcdefgh", "bcdefghi", strict=True)
 )
-# Config files, and what is said of them.
+# Config files, and the errors about them.
 FILES = {
     "twice.yaml": (
         "model:\n  env: CartPole\n  seed: 1\n  seed: 2\n",
@@ -248,7 +248,7 @@ BYTES = {
     "latin1.yaml": ("model: é\n".encode("latin-1"), "latin1.yaml must be text in UTF-8: "),
 }
 
-# What follows `esper fit --config configs/cartpole.yaml`, and what is said of it.
+# Words that follow `esper fit --config configs/cartpole.yaml`, and the errors about them.
 FIT = {
     # Names of settings.
     "--model.ppo.clib 0.2": "model.ppo.clib is no setting. The nearest is 'model.ppo.clip'.",
@@ -307,8 +307,8 @@ FIT = {
     "--model.env.num_envs -3": "CartPole.num_envs must be at least 1, got -3.",
     "--model.total_env_steps 3": "PPO.total_env_steps must be at least env.num_envs = 64, got 3.",
     # Classes.
-    "--model.env CartPoll": "The nearest is 'CartPole'. Known are Acrobot, CartPole, Morphogenesis,"
-    " MountainCar, Pendulum.",
+    "--model.env CartPoll": "The nearest is 'CartPole'. Known are Acrobot, Brax, CartPole, Custom,"
+    " EnvPool, Gymnasium, Gymnax, Morphogenesis",
     "--model.env 5": "model.env must be the name of a class of EnvSpec, got '5'. Known are",
     "--model.env null": "model.env must be the name of a class of EnvSpec, got 'None'.",
     "--model.env ''": "model.env must be the name of a class of EnvSpec, got ''.",
@@ -316,7 +316,8 @@ FIT = {
     "--model.env torch.nn.Linear": "a class of EnvSpec, got 'torch.nn.Linear'. Known are Acrobot",
     "--model.env no_such.Env": "can be imported, got 'no_such.Env': No module named 'no_such'.",
     "--model.env torch.NoSuchEnv": "module 'torch' has no attribute 'NoSuchEnv'.",
-    "--model.policy MPL": "got 'MPL'. The nearest is 'MLP'. Known are MLP, Recurrent.",
+    "--model.policy MPL": "got 'MPL'. The nearest is 'MLP'. Known are CNN, Composed, MLP,"
+    " Recurrent.",
     "--model.policy CartPole": "must be the name of a class of PolicySpec, got 'CartPole'",
     "--trainer.logger TensorBord": "got 'TensorBord'. The nearest is 'TensorBoardLogger'.",
     "--trainer.logger CSVLogger": "trainer.logger.save_dir must be given.",
@@ -567,7 +568,7 @@ def _folder_of_mistakes(tmp_path_factory):
 
 @pytest.fixture(scope="module")
 def _parsers():
-    """Parsers are made once: it takes most of the time of a mistake."""
+    """Build parsers once, which takes most of the time of a mistake."""
     made: dict[str, dict] = {}
 
     def setup_parser(cli, *arguments):

@@ -1,4 +1,4 @@
-"""``esper report``: one run, as far as it came."""
+"""``esper report`` shows one run up to its last iteration, however it ended."""
 
 import json
 import math

@@ -1,4 +1,4 @@
-"""Growing networks: played beside baselines, and trained by PPO like any other environment."""
+"""Policies that grow networks play beside baselines, and PPO trains them like any other policy."""
 
 import dataclasses
 import math
@@ -54,7 +54,7 @@ def test_an_evaluation_on_a_cpu_ends_with_the_last_episode():
 
 @pytest.mark.parametrize("name", BASELINES)
 def test_figures_are_those_of_a_longer_episode_stopped_by_hand(name):
-    """In an episode that goes on, everything can be read off the hosts."""
+    """In an episode that continues, all numbers can be read from the hosts."""
     baseline = BASELINES[name]
     env = SPEC.build(CPU, 1)
     played = play(env, lambda obs, mask: baseline(env))

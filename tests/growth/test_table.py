@@ -47,7 +47,7 @@ def _in_a_folder_of_its_own(tmp_path, monkeypatch):
 
 @pytest.fixture
 def saved(make_trainer):
-    """A function that leaves a checkpoint of an environment, and returns its model."""
+    """A function that saves a checkpoint of an environment, and returns the model."""
 
     def save(env) -> PPO:
         ppo = PPOConfig(rollout_steps=2, minibatches=1, epochs=1)

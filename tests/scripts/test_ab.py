@@ -1,4 +1,4 @@
-"""The launcher of variants x seeds: what it starts, leaves out, goes on with, and survives."""
+"""The launcher of variants x seeds starts, skips and resumes runs, and survives failures."""
 
 import importlib.util
 import json
@@ -13,7 +13,7 @@ ROOT = Path(__file__).parents[2]
 SCRIPT = ROOT / "scripts" / "ab.py"
 CARTPOLE = ROOT / "configs" / "cartpole.yaml"
 QUIET = "--trainer.enable_progress_bar false"
-# In place of esper: says what it was asked for, and leaves what decides what comes next.
+# In place of esper: prints its arguments, and leaves the files that the launcher reads.
 STAND_IN = """
 import json, sys
 from pathlib import Path

@@ -1,4 +1,4 @@
-"""The list of mutants cannot rot, and who tries them tells the dead from the living."""
+"""The list of mutants fits the package, and the script distinguishes killed from living mutants."""
 
 import importlib.util
 import subprocess

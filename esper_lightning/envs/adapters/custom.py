@@ -70,8 +70,8 @@ class Custom(EnvSpec):
         make: Import path of the function, such as ``my_lab.envs:make_anymal``.
         num_envs: Environments on each rank, as the function counts them.
         kwargs: Further arguments of the function.
-        lost: What an episode that was truncated is taken to have reached where the simulator does
-            not say: the ``previous`` observation, which is the rule of rsl_rl, or an ``error``.
+        lost: Rule for truncated episodes whose last observation the simulator does not return:
+            take the ``previous`` observation, as rsl_rl does, or raise an ``error``.
         shared: Whether one simulator serves training and evaluation, for simulators of which a
             process can hold only one. Training then begins new episodes after each evaluation.
         device: Device of the simulator that is made to read its spaces, such as ``cuda:0``.

@@ -42,7 +42,7 @@ class EnvPool(EnvSpec):
         require_int("EnvPool.num_envs", self.num_envs, minimum=1)
         require_int("EnvPool.threads", self.threads, minimum=0)
         size = self.kwargs.get("batch_size", self.num_envs)
-        rule = "be left out: all environments are stepped together"
+        rule = "be absent: all environments are stepped together"
         require(size == self.num_envs, "EnvPool.kwargs['batch_size']", rule, size)
 
     def __hash__(self) -> int:

@@ -76,8 +76,8 @@ class HostEnv:
         seed: Seed of the first reset; ``None`` where the simulator has been seeded already.
         name: Name of the task in errors.
         mask: Entry of ``info`` that holds action masks, ``None`` for none.
-        lost: What an episode that was truncated is taken to have reached where the simulator does
-            not say: the ``previous`` observation, or an ``error``.
+        lost: Rule for truncated episodes whose last observation the simulator does not return:
+            take the ``previous`` observation, or raise an ``error``.
         resets_rows: Whether the simulator is known to reset single environments. Otherwise a reset
             of one environment is tried.
 

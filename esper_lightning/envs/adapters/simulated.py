@@ -78,8 +78,8 @@ class SimulatedEnv:
     Args:
         simulator: The simulator, which ``close`` closes.
         seed: Seed of the first reset; ``None`` where the simulator has been seeded already.
-        lost: What an episode that was truncated is taken to have reached where the simulator does
-            not say: the ``previous`` observation, which is the rule of rsl_rl, or an ``error``.
+        lost: Rule for truncated episodes whose last observation the simulator does not return:
+            take the ``previous`` observation, as rsl_rl does, or raise an ``error``.
 
     Attributes:
         num_envs: Number of environments, ``B``.

@@ -65,7 +65,7 @@ class Morphogenesis(EnvSpec):
         max_grad_norm: Norm to which gradients of a host are clipped.
         blueprints: Names of the modules that can be grown.
         ramp_epochs: Durations of blending that the agent can choose, in epochs.
-        ramp_shape: How alpha rises: ``linear``, ``cosine`` or ``sigmoid``.
+        ramp_shape: Shape of the rise of alpha: ``linear``, ``cosine`` or ``sigmoid``.
         min_training_epochs: Epochs in isolation before a seed may be blended.
         fade_epochs: Epochs in which a pruned seed that is attached fades out.
         cooldown_epochs: Epochs for which a slot stays empty after its seed was pruned.

@@ -1,4 +1,4 @@
-"""Small simulators that speak other people's interfaces, with their traps."""
+"""Small simulators with the interfaces of other projects, and with the traps of those."""
 
 from types import SimpleNamespace
 from typing import Any
@@ -10,10 +10,10 @@ from gymnasium.spaces import Box, Dict, Discrete, MultiBinary, MultiDiscrete
 
 
 class Counter(gymnasium.Env):
-    """Counts its steps; ends after ``length`` of them, by ``truncated`` or ``terminated``.
+    """An environment that counts steps, and ends after ``length`` by truncation or termination.
 
-    The start is random, so that a reset is seen; observations have the groups and dtypes that
-    ``kind`` asks for.
+    The first count is random, so that a reset is visible; observations have the groups and dtypes
+    that ``kind`` asks for.
     """
 
     def __init__(self, length: int = 5, *, truncates: bool = True, kind: str = "box") -> None:
@@ -71,7 +71,7 @@ class Counter(gymnasium.Env):
 
 
 class Masked(Counter):
-    """Its masks are in ``info``."""
+    """An environment whose action masks are in ``info``."""
 
     def __init__(self, **kwargs: Any) -> None:
         super().__init__(**kwargs)
@@ -92,7 +92,7 @@ class Masked(Counter):
 
 
 class Dying(Counter):
-    """Its process dies in the third step."""
+    """An environment whose process dies in the third step."""
 
     def step(self, action: Any) -> Any:
         if self.steps == 2:
@@ -104,7 +104,7 @@ class Dying(Counter):
 
 
 class Failing(Counter):
-    """Raises in the third step."""
+    """An environment that raises in the third step."""
 
     def step(self, action: Any) -> Any:
         if self.steps == 2:
@@ -122,7 +122,7 @@ for name, made in (
 
 
 class Points:
-    """Points that drift: the state and the books that every fake below shares."""
+    """Points that drift: the state that every simulator below shares, and its episode lengths."""
 
     def __init__(self, num_envs: int, *, limit: int = 6, seed: int = 0, **_: Any) -> None:
         self.num_envs, self.limit, self.device = num_envs, limit, "cpu"

@@ -1,4 +1,4 @@
-"""Simulators of tensors keep the contract: books, copies, what was reached, and their own logs."""
+"""Simulators of tensors keep the contract: returns, copies, reached observations, and metrics."""
 
 import math
 
