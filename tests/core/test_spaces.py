@@ -99,7 +99,8 @@ def test_a_box_is_bounded_if_every_bound_is_finite(box: Box, bounded: bool) -> N
         ),
         (
             lambda: mask_size(Box((2,))),
-            "mask_size must be asked of a discrete space, got Box(shape=(2,), low=-inf, high=inf, dtype='float32').",
+            "mask_size must be asked of a discrete space, got Box(shape=(2,), low=-inf, high=inf, "
+            "dtype='float32').",
         ),
     ],
 )
