@@ -7,6 +7,7 @@ from esper_lightning.envs.adapters.custom import Custom
 from esper_lightning.envs.adapters.envpool import EnvPool
 from esper_lightning.envs.adapters.gymnasium import Gymnasium
 from esper_lightning.envs.adapters.jax import Brax, Gymnax
+from esper_lightning.envs.adapters.simulated import Simulator, Stepped
 from esper_lightning.envs.base import BatchedEnv, EnvSpec
 from esper_lightning.envs.cartpole import CartPole
 from esper_lightning.envs.check import check_env
@@ -30,6 +31,8 @@ __all__ = [
     "Morphogenesis",
     "MountainCar",
     "Pendulum",
+    "Simulator",
     "StepResult",
+    "Stepped",
     "check_env",
 ]

@@ -1,4 +1,4 @@
-"""What can be added to PPO: rewards, terms of the loss and metrics, by extensions.
+"""Extensions of PPO: rewards, terms of the loss and metrics beside those of PPO.
 
 Axes: ``T`` step, ``B`` environment, ``M`` sample. A reward reaches the advantages, a term of the
 loss reaches every minibatch; rollouts, advantages and gradient steps stay those of PPO.
@@ -12,27 +12,34 @@ import torch
 from torch import Tensor, nn
 from typing_extensions import override
 
-from esper_lightning.core.errors import require
+from esper_lightning.core.errors import Words, require
 from esper_lightning.core.ranks import Ranks
 from esper_lightning.core.shapes import Bool, Float
 from esper_lightning.core.spaces import EnvSpaces
-from esper_lightning.core.tensor_trees import map_tree
-from esper_lightning.core.types import Rollout, Samples
+from esper_lightning.core.tensor_trees import map_tree, named_tensors
+from esper_lightning.core.types import LossTerms, Rollout, Samples
 from esper_lightning.policies.base import Evaluation
 
-__all__ = ["Extension", "ExtensionSpec", "Extensions", "Prepared"]
+__all__ = ["FINITE", "Extension", "ExtensionSpec", "Extensions", "Prepared"]
+
+FINITE = "finite rewards of "
+"""How the metric is named that says whether all rewards of an extension are finite."""
+_OWNERS = ("rollout", "loss", "policy", "optim", "env", "eval")  # of PPO's own metrics
 
 
 class Prepared(NamedTuple):
-    """What an extension makes of a rollout before the advantages; everything is optional."""
+    """Results of ``Extension.prepare``: reward, tensors for ``losses``, metrics; all optional."""
 
     reward: Float[Tensor, "T B"] | None = None  # added to the rewards, after their scaling
     kept: Any = None  # tensors [T, B, ...] in tuples or dicts, of which ``losses`` gets the rows
-    metrics: Mapping[str, Float[Tensor, ""]] = {}  # columns of the history, averaged over ranks
+    metrics: Mapping[str, Float[Tensor, ""]] = {}  # columns ``<owner>/<name>`` of the history
 
 
 class Extension(nn.Module):
     """Something that is added to PPO. Override one of the two methods, or both.
+
+    Between two runs of ``losses`` only buffers and parameters may change, and only in place:
+    compiled code reads other attributes, and numbers in ``kept``, once.
 
     Parameters that require a gradient are trained by PPO's optimizer, together with the policy.
     Parameters and buffers are in the checkpoint and must be the same on all ranks: gradients are
@@ -72,7 +79,7 @@ class Extension(nn.Module):
         Args:
             batch: Samples of the minibatch, with observations as the policy sees them.
             kept: Rows ``[M, ...]`` of what ``prepare`` kept.
-            evaluate: What the current policy says of samples, with gradients: ``Agent.evaluate``.
+            evaluate: Function that evaluates samples under the current weights, with gradients.
 
         Returns:
             The terms by name, already weighted.
@@ -120,20 +127,21 @@ class Extensions(nn.ModuleList):
             metrics averaged over ranks.
 
         Raises:
-            ValueError: If a reward has another shape, or two metrics have one name.
+            ValueError: If something that an extension returned has another type, shape or name
+                than ``Prepared`` says.
         """
         reward: Tensor | None = None
         kept: list[Any] = []
         metrics: dict[str, Tensor] = {}
         for extension in self:
             one = extension.prepare(rollout, healthy=healthy, ranks=ranks, generator=generator)
+            _check_prepared(one, rollout, f"{type(extension).__name__}.prepare()")
             if one.reward is not None:
-                field, shape = f"{type(extension).__name__}.prepare().reward", rollout.reward.shape
-                rule, got = f"have shape [T, B] = {[*shape]}", one.reward.shape
-                require(got == shape, field, rule, [*got])
+                finite, key = one.reward.isfinite().all(), FINITE + type(extension).__name__
+                metrics[key] = finite & metrics.get(key, finite)
                 reward = one.reward if reward is None else reward + one.reward
             kept.append(map_tree(lambda tensor: tensor.flatten(0, 1), one.kept))
-            _merge(metrics, one.metrics, extension)
+            _merge(metrics, one.metrics, f"{type(extension).__name__}.prepare().metrics")
         if metrics:
             total = ranks.sum(torch.stack([metric.float() for metric in metrics.values()]))
             metrics = dict(zip(metrics, (total / ranks.size).unbind(), strict=True))
@@ -145,16 +153,45 @@ class Extensions(nn.ModuleList):
         """Terms of the loss of all extensions: see ``Extension.losses``.
 
         Raises:
-            ValueError: If two terms have one name.
+            ValueError: If a term has another shape than ``[M]``, or a name that is taken.
         """
         terms: dict[str, Tensor] = {}
         for extension, kept in zip(self, batch.kept or (), strict=True):
-            _merge(terms, extension.losses(batch, kept, evaluate), extension)
+            new = extension.losses(batch, kept, evaluate)
+            field, shape = f"{type(extension).__name__}.losses()", [*batch.log_prob.shape]
+            for name, term in new.items():
+                got = [*term.shape]
+                require(got == shape, f"{field}[{name!r}]", f"have shape [M] = {shape}", got)
+                free = name not in LossTerms._fields
+                require(free, field, f"return other names than {LossTerms._fields}", name)
+            _merge(terms, new, field)
         return terms
 
 
-def _merge(known: dict[str, Tensor], new: Mapping[str, Tensor], extension: Extension) -> None:
+def _check_prepared(one: object, rollout: Rollout, field: str) -> None:
+    """Check the types, shapes and names of what an extension returned.
+
+    Raises:
+        ValueError: As ``Extensions.prepare`` does.
+    """
+    require(isinstance(one, Prepared), field, "return a Prepared", Words(type(one).__name__))
+    assert isinstance(one, Prepared)
+    shape = [*rollout.reward.shape]
+    if one.reward is not None:
+        got = [*one.reward.shape]
+        require(got == shape, f"{field}.reward", f"have shape [T, B] = {shape}", got)
+    for name, tensor in named_tensors(one.kept):
+        got, rule = [*tensor.shape], f"begin with [T, B] = {shape}"
+        require(got[:2] == shape, f"{field}.kept{name}", rule, got)
+    for name, metric in one.metrics.items():
+        place, owner = f"{field}.metrics", name.partition("/")[0]
+        rule = f"have names <owner>/<name>, with another owner than {', '.join(_OWNERS)}"
+        require("/" in name and owner not in _OWNERS, place, rule, name)
+        is_scalar = isinstance(metric, Tensor) and metric.dim() == 0  # pyright: ignore[reportUnnecessaryIsInstance]
+        require(is_scalar, f"{place}[{name!r}]", "be a scalar tensor", metric)
+
+
+def _merge(known: dict[str, Tensor], new: Mapping[str, Tensor], field: str) -> None:
     taken = sorted(known.keys() & new.keys())
-    rule = "return names that no other extension returns"
-    require(not taken, type(extension).__name__, rule, taken)
+    require(not taken, field, "have names that no other extension has", taken)
     known.update(new)

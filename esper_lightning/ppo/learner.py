@@ -34,9 +34,14 @@ from esper_lightning.ppo.advantages import Critic, prepare_samples, scale_reward
 from esper_lightning.ppo.agent import Agent, Values
 from esper_lightning.ppo.collect import ActingState, Collector
 from esper_lightning.ppo.config import PPOConfig
-from esper_lightning.ppo.extension import Prepared
+from esper_lightning.ppo.extension import FINITE, Prepared
 from esper_lightning.ppo.metrics import EpisodeSums, sum_episodes, to_host
-from esper_lightning.ppo.non_finite import is_healthy, refuse_gradient, refuse_rollout
+from esper_lightning.ppo.non_finite import (
+    is_healthy,
+    refuse_extension,
+    refuse_gradient,
+    refuse_rollout,
+)
 from esper_lightning.ppo.update import UpdateMetrics, Updater
 
 __all__ = ["Learner", "Targets"]
@@ -213,6 +218,9 @@ class Learner:
             PeerFailedError: If the fault was on another rank.
         """
         host = to_host(self.metrics(targets, update))
+        for name in [name for name in host if name.startswith(FINITE)]:
+            if host.pop(name) < 1.0:
+                refuse_extension(name.removeprefix(FINITE), iteration=iteration)
         if not host["healthy"]:
             refuse_rollout(rollout, self._spec, self._action_space, iteration=iteration)
         if not host["gradients_finite"]:
@@ -293,7 +301,12 @@ class Learner:
             )
         if extended:
             samples = targets.samples._replace(kept=added.kept)
-            targets = targets._replace(samples=samples, added=added.metrics)
+            metrics, sound = dict(added.metrics), targets.healthy
+            for name in [name for name in metrics if name.startswith(FINITE)]:
+                # Rewards for a rollout that is not finite are nobody's fault but the rollout's.
+                metrics[name] = torch.where(targets.healthy, metrics[name], 1.0)
+                sound = sound & (metrics[name] == 1.0)  # of all ranks
+            targets = targets._replace(samples=samples, added=metrics, healthy=sound)
         if stats is not None and targets.moments is not None:
             stats.keep(targets.moments)
         carried = targets.discounted_return

@@ -30,6 +30,7 @@ __all__ = [
     "find_fault",
     "first_non_finite",
     "is_healthy",
+    "refuse_extension",
     "refuse_gradient",
     "refuse_rollout",
     "refuse_stuck",
@@ -167,6 +168,21 @@ def _some(indices: list[int]) -> str:
     return ", ".join(map(str, indices[:8])) + (
         f" and {len(indices) - 8} more" if len(indices) > 8 else ""
     )
+
+
+def refuse_extension(name: str, *, iteration: int) -> NoReturn:
+    """Raise the error for an extension whose reward is not finite, on this rank or another.
+
+    Args:
+        name: Class of the extension.
+        iteration: Number of the iteration, for the error.
+
+    Raises:
+        NonFiniteError: Always.
+    """
+    kept = "The weights are those of the previous iteration."
+    message = f"{name}.prepare must return finite rewards, got others in iteration {iteration}."
+    raise NonFiniteError(f"{message} {kept}", phase="advantages", tensors=[f"reward of {name}"])
 
 
 def refuse_rollout(

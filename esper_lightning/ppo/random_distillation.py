@@ -3,6 +3,7 @@
 Axes: ``T`` step, ``B`` environment, ``M`` sample, ``F`` feature.
 """
 
+import math
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
@@ -18,7 +19,7 @@ from esper_lightning.core.running_stats import Moments, ObsNormalizer, RunningSt
 from esper_lightning.core.shapes import Bool, Float
 from esper_lightning.core.spaces import EnvSpaces
 from esper_lightning.core.tensor_trees import map_tree
-from esper_lightning.core.types import Observation, Rollout, Samples
+from esper_lightning.core.types import Observation, Rollout, Samples, map_obs
 from esper_lightning.policies.base import Evaluation
 from esper_lightning.policies.encoders import FlatEncoder
 from esper_lightning.policies.layers import check_layers, orthogonal_linear
@@ -31,20 +32,18 @@ __all__ = ["RND", "RandomDistillation"]
 class RND(ExtensionSpec):
     """Random network distillation (Burda et al. 2018), as ``PPO(extensions=(RND(),))``.
 
-    A network learns to predict what a second network of random weights makes of each observation
-    that is reached. Its squared error, large where it has seen little, is an additional reward,
-    divided by the running deviation of its discounted sums. Unlike in the paper, one value head
-    estimates the sum of both rewards, with one discount and up to the end of an episode; the
-    observations of the first rollout are not preceded by steps of a random agent, but are in the
-    statistics by which they are normalised; and the samples that train the predictor are chosen
-    once for each rollout.
+    A network learns to predict the features that a second network of random weights computes from
+    each observation that is reached. The squared error, large where little was seen, is an
+    additional reward, divided by the running deviation of its discounted sums. Unlike in the paper,
+    one value head estimates the sum of both rewards, up to the end of an episode; no random agent
+    acts first; and the samples that train the predictor are chosen once for each rollout.
 
     Attributes:
         coefficient: Weight of the additional reward.
         keep_fraction: Share of the samples that train the predictor, in (0, 1].
         discount: ``gamma`` of the discounted sums that set the scale of the reward, per step.
         hidden_sizes: Width of each hidden layer of both networks.
-        features: How many numbers the networks make of an observation, ``F``.
+        features: Number of features ``F`` of both networks.
     """
 
     coefficient: float = 1.0
@@ -56,10 +55,9 @@ class RND(ExtensionSpec):
     def __post_init__(self) -> None:
         check_fields(self)
         check_layers("RND", self.hidden_sizes)
-        for name in ("coefficient", "features"):
-            value = getattr(self, name)
-            require(value > 0, f"RND.{name}", "be positive", value)
-        share, discount = self.keep_fraction, self.discount
+        share, discount, weight = self.keep_fraction, self.discount, self.coefficient
+        require(0.0 < weight < math.inf, "RND.coefficient", "be positive and finite", weight)
+        require(self.features >= 1, "RND.features", "be at least 1", self.features)
         require(0.0 < share <= 1.0, "RND.keep_fraction", "lie in (0, 1]", share)
         require(0.0 <= discount < 1.0, "RND.discount", "lie in [0, 1)", discount)
 
@@ -90,8 +88,9 @@ class RandomDistillation(Extension):
         self, rollout: Rollout, *, healthy: Bool[Tensor, ""], ranks: Ranks, generator: Generator
     ) -> Prepared:
         """Reward each step for what it reached."""
-        self.normalizer.update(rollout.reached_obs, ranks, where=healthy)
-        obs, shape = self.normalizer(rollout.reached_obs), rollout.reward.shape
+        reached, shape = map_obs(Tensor.float, rollout.reached_obs), rollout.reward.shape
+        self.normalizer.update(reached, ranks, where=healthy)
+        obs = self.normalizer(reached)
         rows = map_tree(lambda group: group.flatten(0, 1), obs)
         target = self.target(rows)
         error = self._error(rows, target).view(shape)
@@ -99,7 +98,9 @@ class RandomDistillation(Extension):
         carried = self.error_return.mean.to(error.dtype).expand(shape[1])
         endless = torch.zeros_like(rollout.terminated)
         sums, _ = discounted_returns(error, endless, carried, discount=self.spec.discount)
-        self.error_return.update(*ranks.gather(Moments.of(sums)), where=healthy)
+        gathered = ranks.gather(Moments.of(sums))
+        finite = torch.stack([each.variance.isfinite() for each in gathered]).all()
+        self.error_return.update(*gathered, where=healthy & finite)
         reward = self.spec.coefficient * self.error_return.scale(error, clip=float("inf"))
         trains = torch.rand(shape, generator=generator, device=error.device)
         kept = (obs, target.view(*shape, -1), trains < self.spec.keep_fraction)

@@ -4,6 +4,7 @@ The plain data have the form of the command line: ``class_path`` and ``init_args
 """
 
 import dataclasses
+import inspect
 from collections.abc import Mapping, Sequence
 from typing import Any, cast
 
@@ -105,7 +106,10 @@ def spec_from_data(description: SpecData, *, owner: str, kind: type) -> Any:
         found = import_object(path)
         if not (isinstance(found, type) and issubclass(found, kind)):
             raise TypeError(f"it is no {kind.__name__}")
-        return found(**{key: _frozen(value) for key, value in settings.items()})
+        build: Any = found
+        if not dataclasses.is_dataclass(found) and len(inspect.signature(build).parameters) > 0:
+            raise TypeError("it is no dataclass, so its settings were not stored")
+        return build(**{key: _frozen(value) for key, value in settings.items()})
     except ValueError:
         raise
     except Exception as error:  # a class may raise anything for settings that are not its own

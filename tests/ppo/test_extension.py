@@ -10,7 +10,10 @@ from torch import nn
 
 from esper_lightning import MLP, PPO, RND, PPOConfig, Recurrent
 from esper_lightning.cli.main import main
+from esper_lightning.core.errors import NonFiniteError
+from esper_lightning.core.ranks import SINGLE_RANK
 from esper_lightning.core.running_stats import RunningStats
+from esper_lightning.core.spaces import Box, Discrete, EnvSpaces
 from esper_lightning.core.tensor_trees import named_tensors
 from esper_lightning.envs import CartPole, MountainCar
 from esper_lightning.ppo import Extension, ExtensionSpec, Prepared
@@ -125,7 +128,7 @@ def test_rewards_are_added_after_scaling_and_before_the_advantages(scaled) -> No
     expected = other.compute_targets(other.rollout(STEPS)._replace(reward=reward)).samples
     torch.testing.assert_close(got.samples.value_target, expected.value_target)
     torch.testing.assert_close(got.samples.advantage, expected.advantage, rtol=1e-4, atol=1e-5)
-    assert got.added.keys() == {"toy/reward", "other/reward"}
+    assert {name for name in got.added if "/" in name} == {"toy/reward", "other/reward"}
     torch.testing.assert_close(got.added["toy/reward"], 0.8 * bonus.mean())
 
 
@@ -180,13 +183,76 @@ def test_mistakes_of_an_extension_are_named() -> None:
     with pytest.raises(ValueError, match=r"Wrong.prepare\(\).reward must have shape .*\[8, 4\]"):
         learner.compute_targets(learner.rollout(STEPS))
     learner = make(toy(), toy())
-    with pytest.raises(ValueError, match="ToyExtension must return names that no other"):
+    with pytest.raises(
+        ValueError, match=r"ToyExtension.prepare\(\).metrics must have names that no other"
+    ):
         learner.compute_targets(learner.rollout(STEPS))
     with pytest.raises(ValueError, match=r"PPO.extensions must be extension specs, got 3"):
         PPO(SPEC, extensions=(3,))
     for wrong in ({"keep_fraction": 0.0}, {"coefficient": 0.0}, {"discount": 1.0}):
         with pytest.raises(ValueError, match=f"RND.{next(iter(wrong))} must"):
             RND(**wrong)
+
+
+@pytest.mark.parametrize(("prepared", "line"), [
+    (lambda rollout: None, r"return a Prepared, got NoneType"),
+    (lambda rollout: Prepared(kept=rollout.reward.T), r"kept must begin with \[T, B\] = \[8, 4\]"),
+    (lambda rollout: Prepared(metrics={"healthy": rollout.reward.sum()}), r"names <owner>/<name>"),
+    (lambda rollout: Prepared(metrics={"policy/kl": rollout.reward.sum()}), r"another owner than"),
+    (lambda rollout: Prepared(metrics={"my/x": 1.0}), r"metrics\['my/x'\] must be a scalar tensor"),
+])  # fmt: skip
+def test_what_prepare_must_not_return_is_named(prepared, line) -> None:
+    class Wrong(Extension):
+        def prepare(self, rollout, *, healthy, ranks, generator):
+            return prepared(rollout)
+
+    learner = make(Wrong())
+    with pytest.raises(ValueError, match=rf"^Wrong.prepare\(\).*{line}"):
+        learner.compute_targets(learner.rollout(STEPS))
+
+
+@pytest.mark.parametrize(("term", "line"), [
+    (lambda batch: {"x": batch.log_prob.sum()}, r"Wrong.losses\(\)\['x'\] must have shape \[M\]"),
+    (lambda batch: {"x": batch.log_prob[:, None]}, r"Wrong.losses\(\)\['x'\] must have shape"),
+    (lambda batch: {"value": batch.log_prob}, r"must return other names than .*, got 'value'"),
+])  # fmt: skip
+def test_what_losses_must_not_return_is_named(term, line) -> None:
+    class Wrong(Extension):
+        def losses(self, batch, kept, evaluate):
+            return term(batch)
+
+    learner = make(Wrong())
+    with pytest.raises(ValueError, match=line):
+        learner.update(learner.compute_targets(learner.rollout(STEPS)), learning_rate=1e-3)
+
+
+class Endless(Extension):
+    def prepare(self, rollout, *, healthy, ranks, generator):
+        return Prepared(rollout.reward / 0.0)
+
+
+def test_a_reward_that_is_not_finite_is_that_of_the_extension() -> None:
+    learner = make(Endless())
+    before = learner.agent.weights.parameters.clone()
+    rollout = learner.rollout(STEPS)
+    targets = learner.compute_targets(rollout)
+    update = learner.update(targets, learning_rate=1e-2)
+    with pytest.raises(NonFiniteError, match=r"^Endless.prepare must return finite rewards, .* 7"):
+        learner.to_host(rollout, targets, update, iteration=7)
+    assert torch.equal(learner.agent.weights.parameters, before)
+
+
+def test_rnd_sees_images_of_bytes_as_numbers() -> None:
+    spaces = EnvSpaces(obs=Box((1, 4, 4), 0.0, 255.0, dtype="uint8"), action=Discrete(2))
+    extension = RND(hidden_sizes=(8,)).build(spaces, torch.Generator().manual_seed(5))
+    generator = torch.Generator().manual_seed(6)
+    obs = torch.randint(0, 256, (8, 4, 1, 4, 4), generator=generator, dtype=torch.uint8)
+    learner = make()
+    rollout = learner.rollout(STEPS)._replace(obs=obs, reached_obs=obs)
+    arguments = {"healthy": torch.tensor(True), "ranks": SINGLE_RANK, "generator": generator}
+    kept = extension.prepare(rollout, **arguments).kept
+    assert kept[0].mean().abs() < 1e-3
+    assert 0.9 < kept[0].std() < 1.1
 
 
 def test_statistics_stay_as_they_are_where_a_rollout_is_not_finite() -> None:

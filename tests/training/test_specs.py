@@ -9,7 +9,13 @@ import torch
 from esper_lightning import MLP, PPOConfig
 from esper_lightning.envs import CartPole, EnvSpec
 from esper_lightning.training.settings import PPOSettings
-from esper_lightning.training.specs import evaluation_spec, first_difference, spec_to_data, to_data
+from esper_lightning.training.specs import (
+    evaluation_spec,
+    first_difference,
+    spec_from_data,
+    spec_to_data,
+    to_data,
+)
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -83,3 +89,22 @@ def test_the_first_setting_that_differs_is_named() -> None:
     assert first_difference("PPO", [one, other, one]) == ("PPO.env.m", [2, 3, 2])
     assert first_difference("PPO", [{"seed": 1}, {}]) == ("PPO.seed", [1, None])
     assert first_difference("PPO", [{"env": one}, {"env": 3}]) == ("PPO.env", [one, 3])
+
+
+def test_a_spec_with_settings_that_were_not_stored_is_not_rebuilt_with_other_ones():
+    data = {"class_path": f"{__name__}.Opaque", "init_args": {}}
+    with pytest.raises(ValueError, match=r"settings were not stored.* Pass env yourself"):
+        spec_from_data(data, owner="env", kind=EnvSpec)
+
+
+class Opaque(EnvSpec):
+    num_envs = 2
+
+    def __init__(self, limit: int = 500) -> None:
+        self.limit = limit
+
+    def spaces(self):
+        return CartPole().spaces()
+
+    def build(self, device, seed):
+        return CartPole(num_envs=2, time_limit=self.limit).build(device, seed)

@@ -152,7 +152,11 @@ class Custom(EnvSpec):
 
     def _made(self, device: torch.device, seed: int) -> Any:
         function = _import(self.make)
-        made = function(num_envs=self.num_envs, device=str(device), seed=seed, **self.kwargs)
+        try:
+            made = function(num_envs=self.num_envs, device=str(device), seed=seed, **self.kwargs)
+        except TypeError as error:
+            rule = "name a function of num_envs, device, seed and Custom.kwargs"
+            raise ValueError(f"Custom.make must {rule}, got {self.make!r}: {error}.") from error
         return adapt(made, device, seed, name=self.name, lost=self.lost)
 
 

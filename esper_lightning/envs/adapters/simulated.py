@@ -13,7 +13,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from esper_lightning.core.errors import require
+from esper_lightning.core.errors import Words, require
 from esper_lightning.core.shapes import Bool, Float, Shaped
 from esper_lightning.core.spaces import Box, EnvSpaces
 from esper_lightning.core.types import Observation, StepResult, map_obs
@@ -108,6 +108,9 @@ class SimulatedEnv:
     def step(self, action: Shaped[Tensor, "B *A"]) -> StepResult:
         """Act in every environment, and reset those whose episode ended."""
         stepped = self.simulator.step(action)
+        got = Words(type(stepped).__name__)
+        name = f"{self.simulator.name}.step()"
+        require(isinstance(stepped, Stepped), name, "return a Stepped", got)  # pyright: ignore[reportUnnecessaryIsInstance]
         reward = stepped.reward.float().clone()
         terminated = stepped.terminated.bool().clone()
         truncated = stepped.truncated.bool() & ~terminated
