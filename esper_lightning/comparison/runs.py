@@ -140,7 +140,9 @@ def read_run(directory: Path) -> Run:
     require(isinstance(seed, int) and not isinstance(seed, bool), owner, "be an integer", seed)
     rank = layout.rank(0)
     history = _History(RowReader(rank.history, strict=True), SCORES["rollout"])
-    evaluations = _History(RowReader(rank.evaluations, strict=True), SCORES["evaluation"])
+    evaluations = _History(
+        RowReader(rank.evaluations, strict=True, last_is_short=True), SCORES["evaluation"]
+    )
     env_steps, last = history.env_steps, history.last
     per_iteration = env_steps / (whole_number(last.get("iteration")) or 1)
     budget = settings.get("total_env_steps")

@@ -142,6 +142,8 @@ class RowReader:
         path: Path of the file; a missing file has no rows.
         strict: Whether a damaged line before the last is an error.
         most_bytes: Number of bytes of the file that are read; ``None`` for all.
+        last_is_short: Whether the last row may come sooner than the others, as that of an epoch
+            that the end of a run cut short.
 
     Attributes:
         rows: Number of rows so far.
@@ -151,11 +153,16 @@ class RowReader:
     """
 
     def __init__(
-        self, path: Path, *, strict: bool = False, most_bytes: int | None = _MOST_ROW_BYTES
+        self,
+        path: Path,
+        *,
+        strict: bool = False,
+        most_bytes: int | None = _MOST_ROW_BYTES,
+        last_is_short: bool = False,
     ) -> None:
         self._path, self._strict, self._most_bytes = path, strict, most_bytes
         self.rows = self.damaged = self.left_out_bytes = 0
-        self.order = RowOrder()
+        self.order = RowOrder(last_is_short=last_is_short)
 
     def __iter__(self) -> Iterator[dict[str, Any]]:
         """Read the rows.
@@ -229,9 +236,15 @@ def _row(line: bytes) -> dict[str, Any] | None:
 
 
 class RowOrder:
-    """Order of rows: counts of all rows that do not follow the iteration before them."""
+    """Order of rows: counts of all rows that do not follow the iteration before them.
 
-    def __init__(self) -> None:
+    Args:
+        last_is_short: Whether the last step may be shorter than the others.
+    """
+
+    def __init__(self, *, last_is_short: bool = False) -> None:
+        self._last_is_short = last_is_short
+        self._last_jump: int | None = None
         self._repeated = self._late = self._unnumbered = self._env_steps_back = 0
         self._seen: set[int] = set()
         self._first: int | None = None
@@ -261,7 +274,10 @@ class RowOrder:
             self._late += 1
             self._filled += iteration > (self._first or 0)
         elif not self._is_first:
-            self._stride = min(jump, self._stride or jump)
+            whole = self._last_jump if self._last_is_short else jump
+            if whole is not None:
+                self._stride = min(whole, self._stride or whole)
+            self._last_jump = jump
             self._jumps, self._jumped = self._jumps + 1, self._jumped + jump
         if len(self._seen) < _KNOWN_ITERATIONS:
             self._seen.add(iteration)
@@ -279,7 +295,12 @@ class RowOrder:
         Iterations are missing where a step is longer than the shortest one: a module with several
         optimizers may count by twos.
         """
-        missing = self._jumped // self._stride - self._jumps - self._filled if self._stride else 0
+        missing = 0
+        if self._stride:
+            last = self._last_jump if self._last_is_short else None
+            jumped, jumps = self._jumped - (last or 0), self._jumps - (last is not None)
+            missing = jumped // self._stride - jumps - self._filled
+            missing += 0 if last is None else -(-last // self._stride) - 1
         counts = (
             (self._repeated, "repeated"),
             (self._late, "out of order"),

@@ -8,6 +8,7 @@ import pytest
 
 from esper_lightning.forensics.files import encode_rows, read_json_lines
 from esper_lightning.forensics.reading import (
+    RowOrder,
     RowReader,
     parse_json,
     printable,
@@ -167,3 +168,16 @@ def test_env_steps_that_go_back_are_counted(tmp_path):
 
 def test_terminals_get_no_control_characters():
     assert printable("a\x1b[31mb\nc\ud800d\u202e é") == r"a\x1b[31mb\nc\ud800d\u202e é"
+
+
+@pytest.mark.parametrize(("iterations", "disorder"), [
+    ([10, 20, 30, 32], ""),
+    ([50, 100, 110], ""),
+    ([5, 10, 20, 22], "1 missing"),
+    ([10, 30, 40, 50], "1 missing"),
+])  # fmt: skip
+def test_the_last_epoch_of_a_run_may_be_short(iterations, disorder) -> None:
+    order = RowOrder(last_is_short=True)
+    for iteration in iterations:
+        order.add({"iteration": iteration})
+    assert order.disorder == disorder
