@@ -158,7 +158,7 @@ def measure(options: argparse.Namespace, files: Results, folder: Path) -> None:
     played, others = play(models, env), each_blueprint(env)
     by_blueprint = table(others, host_parameters=env.host_parameters)
     section = table(played, host_parameters=env.host_parameters).markdown()
-    steps = f"{models[0].total_env_steps:,}"
+    steps = f"{models[0].settings.total_env_steps:,}"
     curves, episode = files.path(suffix=".png"), files.path("episode", ".png")
     text = [
         f"`configs/morphogenesis.yaml`, {len(runs)} training seeds of {steps} env steps.",
