@@ -1,7 +1,7 @@
 """A user's own simulator: made by a function that a config names, or passed as an object."""
 # pyright: reportUnknownVariableType=false, reportUnknownArgumentType=false
 
-import importlib
+import inspect
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import Any
@@ -9,19 +9,21 @@ from typing import Any
 import torch
 
 from esper_lightning.core.errors import check_fields, require, require_int
+from esper_lightning.core.imports import import_object
 from esper_lightning.core.spaces import EnvSpaces
 from esper_lightning.envs.adapters.host import HostEnv, Lost
+from esper_lightning.envs.adapters.named import SEEDS
 from esper_lightning.envs.adapters.rsl_rl import RslRlSimulator
 from esper_lightning.envs.adapters.simulated import SimulatedEnv, Simulator
 from esper_lightning.envs.adapters.torch_vector import TorchSimulator
 from esper_lightning.envs.adapters.vmas import VmasSimulator
-from esper_lightning.envs.base import EnvSpec
+from esper_lightning.envs.base import EnvSpec, close_env, reseed_env
 
 __all__ = ["Custom", "LiveEnv", "adapt"]
 
-_SEEDS = 2**31
 _shared: dict[str, Any] = {}
 """Simulators of this process that training and evaluation share, by their spec."""
+_probed: dict[str, EnvSpaces] = {}
 
 
 def adapt(made: Any, device: torch.device, seed: int | None, *, name: str, lost: Lost) -> Any:
@@ -102,27 +104,20 @@ class Custom(EnvSpec):
         Raises:
             ValueError: If the function cannot be imported, or returns no simulator.
         """
-        key = self._key
-        if key not in _shared:
+        if self.shared:
+            return _spaces_of(self._the_shared(torch.device(self.device), 0), self.name)
+        if self._key not in _probed:
             env = self._made(torch.device(self.device), 0)
-            if not self.shared:
-                spaces = _spaces_of(env, self.name)
-                _close(env)
-                _shared[key] = spaces
-            else:
-                _shared[key] = env
-        stored = _shared[key]
-        return stored if isinstance(stored, EnvSpaces) else _spaces_of(stored, self.name)
+            _probed[self._key] = _spaces_of(env, self.name)
+            close_env(self, env)
+        return _probed[self._key]
 
     def build(self, device: torch.device, seed: int) -> Any:
         """Make the simulator; a shared one is made once in a process, and is then reseeded."""
         if not self.shared:
-            return self._made(device, seed % _SEEDS)
-        if self._key not in _shared:
-            _shared[self._key] = self._made(device, seed % _SEEDS)
-        env = _shared[self._key]
-        if hasattr(env, "reseed"):
-            env.reseed(seed % _SEEDS)
+            return self._made(device, seed % SEEDS)
+        env = self._the_shared(device, seed % SEEDS)
+        reseed_env(env, seed % SEEDS)
         return env
 
     def evaluation_spec(self, episodes: int) -> "Custom":  # noqa: ARG002 - one simulator
@@ -150,13 +145,20 @@ class Custom(EnvSpec):
     def _key(self) -> str:
         return repr((self.make, self.num_envs, sorted(self.kwargs.items(), key=repr), self.lost))
 
+    def _the_shared(self, device: torch.device, seed: int) -> Any:
+        if self._key not in _shared:
+            _shared[self._key] = self._made(device, seed)
+        return _shared[self._key]
+
     def _made(self, device: torch.device, seed: int) -> Any:
         function = _import(self.make)
+        arguments = {"num_envs": self.num_envs, "device": str(device), "seed": seed, **self.kwargs}
         try:
-            made = function(num_envs=self.num_envs, device=str(device), seed=seed, **self.kwargs)
+            inspect.signature(function).bind(**arguments)
         except TypeError as error:
             rule = "name a function of num_envs, device, seed and Custom.kwargs"
             raise ValueError(f"Custom.make must {rule}, got {self.make!r}: {error}.") from error
+        made = function(**arguments)
         return adapt(made, device, seed, name=self.name, lost=self.lost)
 
 
@@ -178,8 +180,7 @@ class LiveEnv(EnvSpec):
 
     def build(self, device: torch.device, seed: int) -> Any:  # noqa: ARG002 - it has its own
         """The simulator itself, reseeded if it can be."""
-        if hasattr(self._env, "reseed"):
-            self._env.reseed(seed % _SEEDS)
+        reseed_env(self._env, seed % SEEDS)
         return self._env
 
     def evaluation_spec(self, episodes: int) -> "LiveEnv":  # noqa: ARG002 - one simulator
@@ -196,16 +197,10 @@ def _spaces_of(env: Any, name: str) -> EnvSpaces:
     return found
 
 
-def _close(env: Any) -> None:
-    if hasattr(env, "close"):
-        env.close()
-
-
 def _import(path: str) -> Callable[..., Any]:
-    module, _, name = path.replace(":", ".").rpartition(".")
     rule = "name a function that can be imported, package.module:function"
     try:
-        function = getattr(importlib.import_module(module), name)
+        function = import_object(path)
     except (ImportError, AttributeError, ValueError) as error:
         raise ValueError(f"Custom.make must {rule}, got {path!r} ({error}).") from error
     require(callable(function), "Custom.make", rule, path)

@@ -7,24 +7,21 @@ simulator is built.
 # pyright: reportUnknownVariableType=false, reportUnknownArgumentType=false
 # pyright: reportUnknownLambdaType=false, reportMissingImports=false, reportMissingTypeStubs=false
 
-import dataclasses
 import importlib
 from collections.abc import Callable
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from typing import Any, Literal
 
 import torch
 from torch import Tensor
 
-from esper_lightning.core.errors import check_fields, require, require_int
+from esper_lightning.core.errors import require, require_int
 from esper_lightning.core.spaces import Box, Discrete, EnvSpaces, ObsSpace
 from esper_lightning.core.types import Observation
+from esper_lightning.envs.adapters.named import SEEDS, NamedSpec, require_package
 from esper_lightning.envs.adapters.simulated import SimulatedEnv, Simulator, Stepped
-from esper_lightning.envs.base import EnvSpec
 
 __all__ = ["Brax", "Gymnax", "JaxSimulator"]
-
-_SEEDS = 2**31
 
 
 class JaxSimulator(Simulator):
@@ -110,7 +107,35 @@ class JaxSimulator(Simulator):
 
 
 @dataclass(frozen=True, kw_only=True)
-class Gymnax(EnvSpec):
+class _OfJax(NamedSpec):
+    """What environments of JAX share: two functions become a batch, which is cheap to enlarge."""
+
+    __hash__ = NamedSpec.__hash__
+
+    def _compiled(
+        self,
+        reset: Callable[..., Any],
+        step: Callable[..., Any],
+        device: torch.device,
+        seed: int,
+        *,
+        time_limit: int | None,
+    ) -> SimulatedEnv:
+        simulator = JaxSimulator(
+            self.spaces(),
+            reset,
+            step,
+            num_envs=self.num_envs,
+            seed=seed % SEEDS,
+            device=device,
+            name=self.id,
+            time_limit=time_limit,
+        )
+        return SimulatedEnv(simulator, None)
+
+
+@dataclass(frozen=True, kw_only=True)
+class Gymnax(_OfJax):
     """Environments of gymnax (Lange 2022), by their names; MinAtar is among them.
 
     Attributes:
@@ -119,21 +144,7 @@ class Gymnax(EnvSpec):
         kwargs: Arguments of the environment.
     """
 
-    id: str
-    num_envs: int = 64
-    kwargs: dict[str, Any] = field(default_factory=dict[str, Any])
-
-    def __post_init__(self) -> None:
-        check_fields(self)
-        require_int("Gymnax.num_envs", self.num_envs, minimum=1)
-
-    def __hash__(self) -> int:
-        return hash(repr(self))
-
-    @property
-    def name(self) -> str:
-        """Name of the task in messages and run directories."""
-        return self.id
+    __hash__ = NamedSpec.__hash__
 
     def spaces(self) -> EnvSpaces:
         """Observation and action spaces of one environment.
@@ -170,32 +181,18 @@ class Gymnax(EnvSpec):
                 terminated = ended & ~truncated
             return state, obs.astype("float32"), reward.astype("float32"), terminated, truncated
 
-        simulator = JaxSimulator(
-            self.spaces(),
-            reset,
-            step,
-            num_envs=self.num_envs,
-            seed=seed % _SEEDS,
-            device=device,
-            name=self.id,
-        )
-        return SimulatedEnv(simulator, None)
-
-    def evaluation_spec(self, episodes: int) -> "Gymnax":
-        """Environments of an evaluation, one for each episode."""
-        return dataclasses.replace(self, num_envs=episodes)
+        return self._compiled(reset, step, device, seed, time_limit=None)
 
     def _env(self) -> Any:
-        gymnax = _require_package("Gymnax", self.id, "gymnax")
+        gymnax = require_package(self, "gymnax", "jax")
         try:
             return gymnax.make(self.id, **self.kwargs)
         except Exception as error:  # its class differs between versions
-            why = " ".join(str(error).split())
-            raise ValueError(f"Gymnax.id={self.id!r} cannot be made: {why}") from error
+            raise self.refuse(error) from error
 
 
 @dataclass(frozen=True, kw_only=True)
-class Brax(EnvSpec):
+class Brax(_OfJax):
     """Environments of Brax (Freeman et al. 2021) or of MuJoCo Playground, by their names.
 
     Attributes:
@@ -206,24 +203,14 @@ class Brax(EnvSpec):
         kwargs: Arguments of the environment.
     """
 
-    id: str
-    num_envs: int = 64
     time_limit: int = 1000
     suite: Literal["brax", "playground"] = "brax"
-    kwargs: dict[str, Any] = field(default_factory=dict[str, Any])
 
     def __post_init__(self) -> None:
-        check_fields(self)
-        require_int("Brax.num_envs", self.num_envs, minimum=1)
+        super().__post_init__()
         require_int("Brax.time_limit", self.time_limit, minimum=1)
 
-    def __hash__(self) -> int:
-        return hash(repr(self))
-
-    @property
-    def name(self) -> str:
-        """Name of the task in messages and run directories."""
-        return self.id
+    __hash__ = NamedSpec.__hash__
 
     def spaces(self) -> EnvSpaces:
         """Observation and action spaces of one environment.
@@ -251,33 +238,17 @@ class Brax(EnvSpec):
             done = state.done > 0.5
             return state, state.obs, state.reward, done, jnp.zeros_like(done)
 
-        simulator = JaxSimulator(
-            self.spaces(),
-            reset,
-            step,
-            num_envs=self.num_envs,
-            seed=seed % _SEEDS,
-            device=device,
-            name=self.id,
-            time_limit=self.time_limit,
-        )
-        return SimulatedEnv(simulator, None)
-
-    def evaluation_spec(self, episodes: int) -> "Brax":
-        """Environments of an evaluation, one for each episode."""
-        return dataclasses.replace(self, num_envs=episodes)
+        return self._compiled(reset, step, device, seed, time_limit=self.time_limit)
 
     def _env(self) -> Any:
         try:
             if self.suite == "playground":
-                package = _require_package("Brax", self.id, "mujoco_playground")
+                package = require_package(self, "mujoco_playground", "jax")
                 return package.registry.load(self.id, **self.kwargs)
-            return _require_package("Brax", self.id, "brax.envs").get_environment(
-                self.id, **self.kwargs
-            )
+            package = require_package(self, "brax.envs", "jax")
+            return package.get_environment(self.id, **self.kwargs)
         except (KeyError, TypeError) as error:
-            why = " ".join(str(error).split())
-            raise ValueError(f"Brax.id={self.id!r} cannot be made: {why}") from error
+            raise self.refuse(error) from error
 
 
 def _boxes(size: Any) -> ObsSpace:
@@ -289,17 +260,3 @@ def _boxes(size: Any) -> ObsSpace:
 
 def _box(size: Any) -> Box:
     return Box((int(size),) if isinstance(size, int) else tuple(int(n) for n in size))
-
-
-def _require_package(owner: str, name: str, package: str) -> Any:
-    """A module of an optional package.
-
-    Raises:
-        ValueError: If the package is not installed.
-    """
-    try:
-        return importlib.import_module(package)
-    except ImportError as error:
-        hint = "Install it with: pip install 'esper_lightning[jax]'."
-        needs = f"{owner}.id={name!r} needs {package.partition('.')[0]} ({error})"
-        raise ValueError(f"{needs}. {hint}") from error

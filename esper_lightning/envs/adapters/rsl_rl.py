@@ -12,7 +12,7 @@ from torch import Tensor
 from esper_lightning.core.spaces import Box, EnvSpaces
 from esper_lightning.core.types import Observation
 from esper_lightning.envs.adapters.simulated import Simulator, Stepped
-from esper_lightning.envs.adapters.torch_vector import FreshLog, read_boxes, to_groups
+from esper_lightning.envs.adapters.tensors import FreshLog, read_boxes, to_groups
 
 __all__ = ["RslRlSimulator"]
 

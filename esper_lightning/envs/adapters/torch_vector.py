@@ -10,12 +10,13 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from esper_lightning.core.spaces import ActionSpace, Box, EnvSpaces, ObsSpace
+from esper_lightning.core.spaces import ActionSpace, Box, EnvSpaces
 from esper_lightning.core.types import Observation
 from esper_lightning.envs.adapters.simulated import Simulator, Stepped
 from esper_lightning.envs.adapters.spaces import MASK, read_action_space
+from esper_lightning.envs.adapters.tensors import FreshLog, read_boxes, to_groups
 
-__all__ = ["FreshLog", "TorchSimulator", "read_boxes", "to_groups"]
+__all__ = ["TorchSimulator"]
 
 _FINAL = ("final_obs", "final_observation", "terminal_observation")
 
@@ -69,40 +70,6 @@ class TorchSimulator(Simulator):
         """Close the simulator if it has ``close``."""
         if hasattr(self._env, "close"):
             self._env.close()
-
-
-class FreshLog:
-    """Each log of a simulator once: Isaac Lab returns the last log again until the next reset."""
-
-    def __init__(self) -> None:
-        self._last: object = None
-
-    def of(self, extras: Mapping[str, Any]) -> Mapping[str, Any]:
-        """The log in ``extras`` if it is not the log of the last call; otherwise an empty log."""
-        log = extras.get("log") or extras.get("episode") or {}
-        fresh, self._last = log is not self._last, log
-        return log if fresh else {}
-
-
-def to_groups(obs: Any) -> Observation:
-    """An observation as a tensor, or as a dict of tensors where it is a dict or TensorDict."""
-    if isinstance(obs, Tensor):
-        return obs
-    return {str(name): obs[name] for name in obs.keys()}  # noqa: SIM118 - a TensorDict iterates over rows
-
-
-def read_boxes(obs: Observation) -> ObsSpace:
-    """The space of an observation, from the shapes and dtypes of its tensors."""
-    if isinstance(obs, Tensor):
-        return _box(obs)
-    groups = {name: _box(value) for name, value in obs.items() if name != MASK}
-    alone = len(groups) == 1 and MASK in obs
-    return next(iter(groups.values())) if alone else groups
-
-
-def _box(value: Tensor) -> Box:
-    shape = tuple(value.shape[1:])
-    return Box(shape, 0.0, 255.0, dtype="uint8") if value.dtype == torch.uint8 else Box(shape)
 
 
 def _action_space(space: Any) -> ActionSpace:

@@ -272,3 +272,11 @@ def make_vmas(*, num_envs: int, device: str, seed: int, **kwargs: Any) -> VmasLi
 
 def make_nothing(**_: Any) -> object:
     return object()
+
+
+def make_faulty(**_: Any) -> object:
+    return 1 + "one"  # type: ignore[operator]
+
+
+def make_nothing_at_all(*, num_envs: int, device: str, seed: int) -> object:
+    raise AssertionError((num_envs, device, seed))

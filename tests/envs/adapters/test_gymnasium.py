@@ -7,7 +7,6 @@ import time
 from pathlib import Path
 
 import gymnasium
-import numpy as np
 import pytest
 import torch
 from gymnasium.vector import AutoresetMode, SyncVectorEnv
@@ -217,9 +216,15 @@ def _lives(pid):
         return False
 
 
-def test_the_books_are_right_where_rewards_are_wide():
-    env = HostEnv(vector(AutoresetMode.DISABLED), CPU, 0, name="Counter", resets_rows=True)
+def test_returns_are_summed_in_double_precision():
+    class Wide(simulators.Counter):
+        def step(self, action):
+            obs, _, *rest = super().step(action)
+            return obs, 2.0**24 if self.steps == 1 else 1.0, *rest
+
+    makers = [lambda: Wide(length=5)] * 3
+    vector_env = SyncVectorEnv(makers, autoreset_mode=AutoresetMode.DISABLED)
+    env = HostEnv(vector_env, CPU, 0, name="Wide", resets_rows=True)
     env.reset()
-    rewards = [env.step(torch.zeros(3, 1)) for _ in range(3)]
-    total = sum(np.asarray(result.reward, np.float64) for result in rewards)
-    assert rewards[-1].episode_return.tolist() == pytest.approx(total.tolist())
+    results = [env.step(torch.zeros(3, 1)) for _ in range(5)]
+    assert results[-1].episode_return.tolist() == [2.0**24 + 4] * 3  # in float32: 2 ** 24

@@ -143,3 +143,22 @@ class TestCustom:
     def test_what_makes_no_simulator_is_refused(self, make, line):
         with pytest.raises(ValueError, match=line):
             Custom(make=make, num_envs=2).spaces()
+
+
+def test_a_fault_within_the_users_function_is_not_taken_for_its_arguments():
+    spec = Custom(make=f"{MAKES}:make_faulty", num_envs=2)
+    with pytest.raises(TypeError, match="unsupported operand"):
+        spec.spaces()
+
+
+def test_arguments_that_the_function_does_not_take_are_refused():
+    spec = custom("make_nothing_at_all", kwargs={"wings": 2})
+    with pytest.raises(ValueError, match=r"^Custom.make must name a function of num_envs"):
+        spec.spaces()
+
+
+def test_a_shared_and_a_separate_simulator_of_one_function_do_not_mix():
+    spec = custom("make_torch_five", kwargs={"limit": 11})
+    spec.spaces()
+    shared = Custom(**{**vars(spec), "shared": True})
+    assert isinstance(shared.build(CPU, 0), SimulatedEnv)

@@ -1,0 +1,81 @@
+"""Specs of environments that have a name in a package of others: what such specs share."""
+
+import dataclasses
+import importlib
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from typing import Any
+
+from esper_lightning.core.errors import check_fields, require, require_int
+from esper_lightning.core.spaces import EnvSpaces
+from esper_lightning.envs.base import EnvSpec, how_fields
+
+__all__ = ["SEEDS", "NamedSpec", "require_package"]
+
+SEEDS = 2**31
+"""Number of seeds that every package takes."""
+_probed: dict[str, EnvSpaces] = {}
+
+
+@dataclass(frozen=True, kw_only=True)
+class NamedSpec(EnvSpec):
+    """A spec of environments by their name in a package.
+
+    A subclass with fields of its own needs the line ``__hash__ = NamedSpec.__hash__``: a dataclass
+    would hash ``kwargs``, which cannot be hashed.
+
+    Attributes:
+        id: Name of the environment.
+        num_envs: Number of environments on each rank.
+        kwargs: Arguments of the environment.
+    """
+
+    id: str
+    num_envs: int = 64
+    kwargs: dict[str, Any] = field(default_factory=dict[str, Any])
+
+    def __post_init__(self) -> None:
+        check_fields(self)
+        owner = type(self).__name__
+        require_int(f"{owner}.num_envs", self.num_envs, minimum=1)
+        require(bool(self.id), f"{owner}.id", "name a registered environment", self.id)
+
+    def __hash__(self) -> int:
+        return hash(repr(self))
+
+    @property
+    def name(self) -> str:
+        """Name of the task in messages and run directories."""
+        return self.id
+
+    def probe(self, read: Callable[[], EnvSpaces]) -> EnvSpaces:
+        """Spaces that ``read`` returned, called once in a process for each environment."""
+        same = {"num_envs": 1} | dict.fromkeys(how_fields(self), 0)
+        key = repr(dataclasses.replace(self, **same))
+        if key not in _probed:
+            _probed[key] = read()
+        return _probed[key]
+
+    def refuse(self, error: Exception) -> ValueError:
+        """The error for a package that cannot make the environment, with the package's words."""
+        why = " ".join(str(error).split())
+        return ValueError(f"{type(self).__name__}.id={self.id!r} cannot be made: {why}")
+
+
+def require_package(spec: NamedSpec, package: str, extra: str) -> Any:
+    """A module of the package in which a spec names its environment.
+
+    Args:
+        spec: Spec that needs the package, for the error.
+        package: Import path of the module.
+        extra: Extra of this package that installs it.
+
+    Raises:
+        ValueError: If the package is not installed.
+    """
+    try:
+        return importlib.import_module(package)
+    except ImportError as error:
+        needs = f"{type(spec).__name__}.id={spec.id!r} needs {package.partition('.')[0]} ({error})"
+        hint = f"Install it with: pip install 'esper_lightning[{extra}]'."
+        raise ValueError(f"{needs}. {hint}") from error
