@@ -22,15 +22,9 @@ class CNN(ConvolutionSettings, PolicySpec):
     image has convolutions of its own, and the groups that are vectors are joined with the results
     of the convolutions before the hidden layers.
 
+    The settings of the layers are those of ``ConvolutionSettings``.
+
     Attributes:
-        channels: Number of output channels of each convolution. The defaults of ``channels``,
-            ``kernels`` and ``strides`` are the network of Mnih et al. 2015 for images of 84 x 84
-            pixels.
-        kernels: Width and height in pixels of the kernel of each convolution.
-        strides: Number of pixels by which each convolution moves its kernel.
-        hidden_sizes: Width of each hidden layer behind the convolutions. An empty list means no
-            such layer.
-        activation: Nonlinearity after each convolution and each hidden layer.
         trunk: Whether actor and critic share all layers but the last (``shared``) or have layers of
             their own (``separate``).
         action_bounds: Way to keep continuous actions within a bounded action space: ``clip`` cuts

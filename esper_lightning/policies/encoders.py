@@ -198,15 +198,7 @@ class Image(ConvolutionSettings, EncoderSpec):
     image has convolutions of its own, and the groups that are vectors are joined with the results
     of the convolutions before the hidden layers.
 
-    Attributes:
-        channels: Number of output channels of each convolution. The defaults of ``channels``,
-            ``kernels`` and ``strides`` are the network of Mnih et al. 2015 for images of 84 x 84
-            pixels.
-        kernels: Width and height in pixels of the kernel of each convolution.
-        strides: Number of pixels by which each convolution moves its kernel.
-        hidden_sizes: Width of each hidden layer behind the convolutions. An empty list means no
-            such layer.
-        activation: Nonlinearity after each convolution and each hidden layer.
+    The settings are those of ``ConvolutionSettings``.
     """
 
     def build_encoder(self, space: ObsSpace, generator: torch.Generator) -> Encoder:

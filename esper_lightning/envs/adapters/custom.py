@@ -11,10 +11,11 @@ import torch
 from esper_lightning.core.errors import check_fields, require, require_int
 from esper_lightning.core.imports import import_object
 from esper_lightning.core.spaces import EnvSpaces
-from esper_lightning.envs.adapters.host import HostEnv, Lost
+from esper_lightning.envs.adapters.host import HostEnv
 from esper_lightning.envs.adapters.named import SEEDS
 from esper_lightning.envs.adapters.rsl_rl import RslRlSimulator
 from esper_lightning.envs.adapters.simulated import SimulatedEnv, Simulator
+from esper_lightning.envs.adapters.stateless import Lost
 from esper_lightning.envs.adapters.torch_vector import TorchSimulator
 from esper_lightning.envs.adapters.vmas import VmasSimulator
 from esper_lightning.envs.base import EnvSpec, close_env, reseed_env

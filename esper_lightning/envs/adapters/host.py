@@ -10,7 +10,7 @@ observation which that step reached is returned with the first one of the next e
 
 import math
 from collections.abc import Mapping
-from typing import Any, Literal, NamedTuple, Protocol, runtime_checkable
+from typing import Any, NamedTuple, Protocol, runtime_checkable
 
 import numpy as np
 import numpy.typing as npt
@@ -29,12 +29,12 @@ from esper_lightning.envs.adapters.spaces import (
     obs_encoder,
     read_spaces,
 )
+from esper_lightning.envs.adapters.stateless import Lost, StatelessEnv
 
-__all__ = ["HostEnv", "Lost", "VectorEnv"]
+__all__ = ["HostEnv", "VectorEnv"]
 
 Array = npt.NDArray[Any]
 Groups = dict[str, Array]
-Lost = Literal["error", "previous"]
 _FINAL = ("final_obs", "final_observation")
 
 
@@ -67,7 +67,7 @@ class _Seen(NamedTuple):
     mask: Array | None
 
 
-class HostEnv:
+class HostEnv(StatelessEnv):
     """A ``BatchedEnv`` around a vector environment.
 
     Args:
@@ -101,8 +101,9 @@ class HostEnv:
         lost: Lost = "error",
         resets_rows: bool = False,
     ) -> None:
-        self._env, self._device, self._seed = env, device, seed
-        self._name, self._mask_entry, self._lost = name, mask, lost
+        super().__init__(name, seed)
+        self._env, self._device = env, device
+        self._mask_entry, self._lost = mask, lost
         self.num_envs = int(env.num_envs)
         obs_space, action_space = env.single_observation_space, env.single_action_space
         self.spaces = read_spaces(obs_space, action_space, masked=mask is not None)
@@ -119,7 +120,7 @@ class HostEnv:
     def reset(self) -> tuple[Observation, Bool[Tensor, "B K"] | None]:
         """Start a new episode everywhere."""
         self._restart_books()
-        seed, self._seed = self._seed, None
+        seed = self.take_seed()
         obs, info = self._env.reset() if seed is None else self._env.reset(seed=seed)
         self._latest = self._see(obs, info, self._latest, np.ones(self.num_envs, bool))
         return self._observation(self._latest.groups), self._mask(self._latest)
@@ -158,21 +159,6 @@ class HostEnv:
             episode_return=self._tensor(episode_return),
             episode_length=self._tensor(episode_length),
         )
-
-    def reseed(self, seed: int) -> None:
-        """Have the next reset seed all random numbers of the simulator."""
-        self._seed = seed
-
-    def state_dict(self) -> None:
-        """``None``: such simulators cannot store their state, so a resumed run starts episodes."""
-
-    def load_state_dict(self, state: dict[str, Tensor]) -> None:
-        """Refuse any state, because such simulators cannot restore one.
-
-        Raises:
-            ValueError: Always.
-        """
-        require(False, self._name, "not be restored: it has no state_dict", sorted(state))
 
     def close(self) -> None:
         """Release the simulator's processes, windows and memory."""

@@ -17,8 +17,8 @@ from esper_lightning.core.errors import Words, require
 from esper_lightning.core.shapes import Bool, Float, Shaped
 from esper_lightning.core.spaces import Box, EnvSpaces
 from esper_lightning.core.types import Observation, StepResult, map_obs
-from esper_lightning.envs.adapters.host import Lost
 from esper_lightning.envs.adapters.spaces import MASK
+from esper_lightning.envs.adapters.stateless import Lost, StatelessEnv
 
 __all__ = ["SimulatedEnv", "Simulator", "Stepped"]
 
@@ -72,7 +72,7 @@ class Simulator(ABC):
         """Release processes, windows and memory."""
 
 
-class SimulatedEnv:
+class SimulatedEnv(StatelessEnv):
     """A ``BatchedEnv`` around a simulator.
 
     Args:
@@ -89,7 +89,8 @@ class SimulatedEnv:
     names_come_late = True  # metrics are known only once the simulator has logged them
 
     def __init__(self, simulator: Simulator, seed: int | None, *, lost: Lost = "error") -> None:
-        self.simulator, self._seed, self._lost = simulator, seed, lost
+        super().__init__(simulator.name, seed)
+        self.simulator, self._lost = simulator, lost
         self.num_envs, self.spaces = simulator.num_envs, simulator.spaces
         self._device = simulator.device
         self._sums: dict[str, Tensor] = {}
@@ -100,7 +101,7 @@ class SimulatedEnv:
     def reset(self) -> tuple[Observation, Bool[Tensor, "B K"] | None]:
         """Start a new episode everywhere."""
         self._restart_books()
-        seed, self._seed = self._seed, None
+        seed = self.take_seed()
         self._obs, mask = self._own(self.simulator.reset(None, seed))
         return self._obs, mask
 
@@ -150,22 +151,6 @@ class SimulatedEnv:
         self._sums = {name: torch.zeros_like(total) for name, total in self._sums.items()}
         self._logged = 0
         return means
-
-    def reseed(self, seed: int) -> None:
-        """Have the next reset seed all random numbers of the simulator."""
-        self._seed = seed
-
-    def state_dict(self) -> None:
-        """``None``: such simulators cannot store their state, so a resumed run starts episodes."""
-
-    def load_state_dict(self, state: dict[str, Tensor]) -> None:
-        """Refuse any state, because such simulators cannot restore one.
-
-        Raises:
-            ValueError: Always.
-        """
-        rule = "not be restored: it has no state_dict"
-        require(False, self.simulator.name, rule, sorted(state))
 
     def close(self) -> None:
         """Release the simulator's processes, windows and memory."""
