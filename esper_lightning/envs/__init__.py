@@ -8,7 +8,7 @@ from esper_lightning.envs.adapters.envpool import EnvPool
 from esper_lightning.envs.adapters.gymnasium import Gymnasium
 from esper_lightning.envs.adapters.jax import Brax, Gymnax
 from esper_lightning.envs.adapters.simulated import Simulator, Stepped
-from esper_lightning.envs.base import BatchedEnv, EnvSpec
+from esper_lightning.envs.base import BatchedEnv, EnvSpec, RunProgress
 from esper_lightning.envs.cartpole import CartPole
 from esper_lightning.envs.check import check_env
 from esper_lightning.envs.morphogenesis import Morphogenesis
@@ -31,6 +31,7 @@ __all__ = [
     "Morphogenesis",
     "MountainCar",
     "Pendulum",
+    "RunProgress",
     "Simulator",
     "StepResult",
     "Stepped",

@@ -2,7 +2,7 @@
 
 import dataclasses
 from abc import ABC, abstractmethod
-from typing import Any, Protocol, runtime_checkable
+from typing import Any, NamedTuple, Protocol, runtime_checkable
 
 import torch
 from torch import Tensor
@@ -16,12 +16,21 @@ __all__ = [
     "EnvSpec",
     "FunctionalEnv",
     "MeasuringEnv",
+    "RunProgress",
     "close_env",
     "how_fields",
     "is_functional",
     "reseed_env",
     "spec_name",
 ]
+
+
+class RunProgress(NamedTuple):
+    """How far a run is; a resumed run has the numbers of its checkpoint."""
+
+    iteration: int  # iterations finished
+    env_steps: int  # environment steps taken, over all environments of all ranks
+    planned_env_steps: int | None  # after which the run will end; None without a limit
 
 
 @runtime_checkable
@@ -31,10 +40,12 @@ class BatchedEnv(Protocol):
     An environment whose episode ended resets itself in the same step. A step makes no host-device
     copy and no synchronisation, and does not write into tensors that an earlier call returned.
 
-    Two further methods are called where an environment has them: ``close()`` at the end of a run,
-    for what holds processes or windows; and ``reseed(seed)``, after which the next ``reset`` starts
-    as in environments that were built with the seed. An environment with ``reseed`` is built once
-    for all evaluations of a run.
+    Three further methods are called where an environment has them. ``close()`` is called at the end
+    of a run, for what holds processes or windows. After ``reseed(seed)`` the next ``reset`` starts
+    as in environments that were built with the seed; an environment with ``reseed`` is built once
+    for all evaluations of a run. ``begin_iteration(progress)`` is for curricula: it is called with
+    a ``RunProgress`` before each iteration of training, and before the first reset of a run. It
+    must depend on ``progress`` alone, so that a resumed run continues the curriculum.
     """
 
     def reset(self) -> tuple[Observation, Bool[Tensor, "B K"] | None]:
@@ -68,6 +79,7 @@ class FunctionalEnv(BatchedEnv, Protocol):
     ``step(action)`` is ``transition(episodes(), action, draw(1)[0])`` followed by ``keep``. A class
     that replaces ``step`` must replace ``transition``, too; otherwise its rollouts are not
     compiled. In compiled rollouts only ``episodes`` may change: other attributes are read once.
+    ``begin_iteration`` may therefore change ``episodes`` and what ``draw`` returns, nothing else.
     """
 
     def episodes(self) -> Any:

@@ -22,6 +22,7 @@ from esper_lightning.envs.base import (
     BatchedEnv,
     EnvSpec,
     FunctionalEnv,
+    RunProgress,
     close_env,
     is_functional,
     spec_name,
@@ -189,6 +190,8 @@ def _check_env(
         devices = [tensor.device for _, tensor in named_tensors(env.reset())]
         device = devices[0] if devices else torch.device("cpu")
     run = _Run(env, Contract(spaces, num_envs, device), report, steps, seed)
+    if callable(curriculum := getattr(env, "begin_iteration", None)):
+        curriculum(RunProgress(iteration=0, env_steps=0, planned_env_steps=None))
     generator = torch.Generator().manual_seed(seed)
     inspector, seen = Inspector(run.contract, report), _Seen()
     _drive(run._replace(steps=WARM_UP_STEPS), generator, inspector, seen, forbid_sync=False)

@@ -25,6 +25,7 @@ from esper_lightning.envs.base import (
     BatchedEnv,
     EnvSpec,
     MeasuringEnv,
+    RunProgress,
     close_env,
     reseed_env,
     spec_name,
@@ -96,6 +97,7 @@ class Learner:
     ) -> None:
         tell_reasons_again()
         self._spec, self._env, self.agent, self._config = spec, env, agent, config
+        self._curriculum = getattr(env, "begin_iteration", None)
         self._return_stats, self._device, self._ranks = return_stats, device, ranks
         self._exploration, self._sample_order = exploration, sample_order
         spaces = spec.spaces()
@@ -158,6 +160,11 @@ class Learner:
             "env": self._env.state_dict(),
             "generators": [g.get_state() for g in (self._exploration, self._sample_order)],
         }
+
+    def begin_iteration(self, progress: RunProgress) -> None:
+        """Tell the environments how far the run is, if they have a curriculum."""
+        if self._curriculum is not None:
+            self._curriculum(progress)
 
     def rollout(self, steps: int) -> Rollout:
         """Act for ``steps`` steps in every environment."""

@@ -23,10 +23,19 @@ from torch import Tensor, nn
 from torch.utils import _pytree as pytree  # the one that torch.export is built on
 
 from esper_lightning.core.errors import require, require_output
-from esper_lightning.core.spaces import ActionSpace, Discrete, FactoredDiscrete, MultiDiscrete
+from esper_lightning.core.spaces import (
+    ActionSpace,
+    Box,
+    Discrete,
+    EnvSpaces,
+    FactoredDiscrete,
+    MultiDiscrete,
+    mask_size,
+)
 from esper_lightning.core.types import Observation, map_obs
 from esper_lightning.forensics.files import write_atomically
 from esper_lightning.ppo.agent import prepare_obs
+from esper_lightning.training.checkpoint.spaces import StoredEnv
 from esper_lightning.training.checkpoint.states import refuse_non_finite
 from esper_lightning.training.module import PPO
 from esper_lightning.training.specs import evaluation_spec
@@ -36,6 +45,7 @@ __all__ = ["ExportFormat", "Exported", "export_policy", "output_at"]
 ExportFormat = Literal["torch", "onnx"]
 _BATCHES = (1, 2, 61, 960)  # numbers of samples
 _BEGINS = rb"PK\x03\x04.{26}archive/(?!data\.pkl)|\x08.\x12\x07pytorch"  # a program, or onnx
+_WIDE = 1e6  # bounds so far apart say nothing of the numbers between
 _TOLERANCE = 1e-5  # for float32; relative where numbers are greater than 1
 
 
@@ -161,7 +171,7 @@ def export_policy(model: PPO, path: str | Path, file_format: ExportFormat) -> Ex
         else:
             content = _as_onnx(program, list(inputs), list(outputs))
             function = _from_onnx(content)
-        difference = _compare(original, function, example, model.env.spaces().action)
+        difference = _compare(original, function, example, model.env_spaces.action)
     write_atomically(path, content)
     return Exported(inputs, outputs, difference, sum(_BATCHES))
 
@@ -240,7 +250,13 @@ def _from_onnx(content: bytes) -> Function:
 
 
 def _example(model: PPO) -> Inputs:
-    """Inputs with four observations of the environment, their masks if any, and blank memory."""
+    """Inputs with four observations, their masks if any, and blank memory.
+
+    Where the environments of a checkpoint cannot be built, observations are sampled.
+    """
+    if isinstance(model.env, StoredEnv):
+        obs, mask = _sample(model.env_spaces, 4)
+        return Inputs(obs, mask, model.policy.initial_memory(obs))
     env = evaluation_spec(model.env, None).build(torch.device("cpu"), 0)
     obs, mask = env.reset()
 
@@ -249,6 +265,26 @@ def _example(model: PPO) -> Inputs:
 
     obs = map_obs(four, obs)
     return Inputs(obs, None if mask is None else four(mask), model.policy.initial_memory(obs))
+
+
+def _sample(spaces: EnvSpaces, samples: int) -> tuple[Observation, Tensor | None]:
+    """Random observations within their bounds, of standard normal numbers where there are none."""
+    generator = torch.Generator().manual_seed(0)
+
+    def sample(box: Box) -> Tensor:
+        low, high = (torch.tensor(ends).view(box.shape) for ends in (box.lows, box.highs))
+        shape = (samples, *box.shape)
+        within = low + torch.rand(shape, generator=generator) * (high - low)
+        wide = torch.randn(shape, generator=generator).clamp(low, high)
+        finite = low.isfinite() & high.isfinite() & (high - low < _WIDE)
+        dtype = torch.uint8 if box.dtype == "uint8" else torch.float32
+        return torch.where(finite, within, wide).to(dtype)
+
+    obs = spaces.obs
+    sampled = sample(obs) if isinstance(obs, Box) else {n: sample(box) for n, box in obs.items()}
+    if not spaces.masked:
+        return sampled, None
+    return sampled, torch.ones(samples, mask_size(spaces.action), dtype=torch.bool)
 
 
 def _random_inputs(

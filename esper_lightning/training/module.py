@@ -137,7 +137,7 @@ class PPO(CheckpointHooks):
         self.progress = Progress(settings)
 
         weights = stream(self.seed, rank=0, purpose="weights", device=torch.device("cpu"))
-        spaces = self.env.spaces()
+        spaces = self.env_spaces = self.env.spaces()
         normalizes, clip = self.ppo.normalize_obs, self.ppo.obs_clip
         seen = normalized_space(spaces.obs, clip=clip) if normalizes else spaces.obs
         self.policy = settings.policy.build(replace(spaces, obs=seen), weights)
@@ -197,6 +197,7 @@ class PPO(CheckpointHooks):
             trainer_rules.few_cpu_threads(steps * self.env.num_envs // self.ppo.minibatches),
         ):
             with profile("rollout"):
+                learner.begin_iteration(self.progress.of_run())
                 rollout = learner.rollout(steps)
             with profile("advantages"):
                 targets = learner.compute_targets(rollout)
@@ -334,6 +335,7 @@ class PPO(CheckpointHooks):
             per_iteration=self.ppo.rollout_steps * self.env.num_envs * ranks,
             budget=budget,
         )
+        self._learner.begin_iteration(self.progress.of_run())  # resets may depend on it
         resumption = self._resumption or Resumption(rank_state=None, digest=0)
         resumed = resumption.start(self._learner, self._optimizer)
         self.progress.new_episodes = self.is_resuming and not resumed

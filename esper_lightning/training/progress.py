@@ -4,6 +4,7 @@ import math
 from collections.abc import Mapping
 from typing import Any
 
+from esper_lightning.envs.base import RunProgress
 from esper_lightning.ppo.metrics import RecentEpisodes, rollout_metrics
 from esper_lightning.training.settings import PPOSettings
 
@@ -52,6 +53,10 @@ class Progress:
     def done_share(self) -> float:
         """Share of the planned environment steps that are taken; 0 for a run without a limit."""
         return min(1.0, self.env_steps / (self.planned_env_steps or math.inf))
+
+    def of_run(self) -> RunProgress:
+        """The counters that a curriculum of the environments may depend on."""
+        return RunProgress(self.iteration, self.env_steps, self.planned_env_steps)
 
     def finish_iteration(
         self, metrics: Mapping[str, float], *, env_steps: int, duration_s: float

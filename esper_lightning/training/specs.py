@@ -17,6 +17,7 @@ from esper_lightning.policies.encoders import EncoderSpec
 from esper_lightning.ppo.extension import ExtensionSpec
 
 __all__ = [
+    "StoredSpec",
     "episodes_each",
     "evaluation_spec",
     "first_difference",
@@ -31,6 +32,16 @@ _FORM = {"class_path", "init_args"}
 _PLAIN = (bool, int, float, str, type(None))
 _OPAQUE = "repr()"
 _EVAL_EPISODES = 100
+
+
+class StoredSpec:
+    """A stand-in for a spec that cannot be built, with the plain data of that spec.
+
+    Attributes:
+        data: Plain data of the spec.
+    """
+
+    data: SpecData
 
 
 def to_data(value: object) -> Any:
@@ -80,6 +91,8 @@ def spec_to_data(spec: object) -> SpecData:
 
     The settings are empty for a spec that is not a dataclass.
     """
+    if isinstance(spec, StoredSpec):
+        return spec.data
     kind = type(spec)
     return {
         "class_path": f"{kind.__module__}.{kind.__qualname__}",

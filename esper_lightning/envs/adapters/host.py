@@ -21,6 +21,7 @@ from esper_lightning.core.errors import require
 from esper_lightning.core.shapes import Bool, Shaped
 from esper_lightning.core.spaces import mask_size
 from esper_lightning.core.types import Observation, StepResult
+from esper_lightning.envs.adapters.curriculum import pass_progress
 from esper_lightning.envs.adapters.spaces import (
     MASK,
     action_encoder,
@@ -30,6 +31,7 @@ from esper_lightning.envs.adapters.spaces import (
     read_spaces,
 )
 from esper_lightning.envs.adapters.stateless import Lost, StatelessEnv
+from esper_lightning.envs.base import RunProgress
 
 __all__ = ["HostEnv", "VectorEnv"]
 
@@ -159,6 +161,10 @@ class HostEnv(StatelessEnv):
             episode_return=self._tensor(episode_return),
             episode_length=self._tensor(episode_length),
         )
+
+    def begin_iteration(self, progress: RunProgress) -> None:
+        """Pass the progress of the run to the environments that have ``begin_iteration``."""
+        pass_progress(self._env, progress)
 
     def close(self) -> None:
         """Release the simulator's processes, windows and memory."""

@@ -11,8 +11,10 @@ from torch import Tensor
 
 from esper_lightning.core.spaces import Box, EnvSpaces
 from esper_lightning.core.types import Observation
+from esper_lightning.envs.adapters.curriculum import pass_progress
 from esper_lightning.envs.adapters.simulated import Simulator, Stepped
 from esper_lightning.envs.adapters.tensors import FreshLog, read_boxes, to_groups
+from esper_lightning.envs.base import RunProgress
 
 __all__ = ["RslRlSimulator"]
 
@@ -51,6 +53,10 @@ class RslRlSimulator(Simulator):
         truncated = torch.zeros_like(done) if time_outs is None else time_outs.bool() & done
         log = self._fresh.of(extras)
         return Stepped(to_groups(_first(obs)), reward, done & ~truncated, truncated, None, log)
+
+    def begin_iteration(self, progress: RunProgress) -> None:
+        """Pass the progress of the run to the simulator, if it has ``begin_iteration``."""
+        pass_progress(self._env, progress)
 
     def close(self) -> None:
         """Close the simulator if it has ``close``."""

@@ -19,6 +19,7 @@ from esper_lightning.core.spaces import Box, EnvSpaces
 from esper_lightning.core.types import Observation, StepResult, map_obs
 from esper_lightning.envs.adapters.spaces import MASK
 from esper_lightning.envs.adapters.stateless import Lost, StatelessEnv
+from esper_lightning.envs.base import RunProgress
 
 __all__ = ["SimulatedEnv", "Simulator", "Stepped"]
 
@@ -67,6 +68,9 @@ class Simulator(ABC):
     @abstractmethod
     def step(self, action: Shaped[Tensor, "B *A"]) -> Stepped:
         """Act in every environment."""
+
+    def begin_iteration(self, progress: RunProgress) -> None:  # noqa: B027 - most have none
+        """Set a curriculum, which must depend on the progress of the run alone."""
 
     def close(self) -> None:  # noqa: B027 - most have nothing to release
         """Release processes, windows and memory."""
@@ -151,6 +155,10 @@ class SimulatedEnv(StatelessEnv):
         self._sums = {name: torch.zeros_like(total) for name, total in self._sums.items()}
         self._logged = 0
         return means
+
+    def begin_iteration(self, progress: RunProgress) -> None:
+        """Pass the progress of the run to the simulator."""
+        self.simulator.begin_iteration(progress)
 
     def close(self) -> None:
         """Release the simulator's processes, windows and memory."""

@@ -12,9 +12,11 @@ from torch import Tensor
 
 from esper_lightning.core.spaces import ActionSpace, Box, EnvSpaces
 from esper_lightning.core.types import Observation
+from esper_lightning.envs.adapters.curriculum import pass_progress
 from esper_lightning.envs.adapters.simulated import Simulator, Stepped
 from esper_lightning.envs.adapters.spaces import MASK, read_action_space
 from esper_lightning.envs.adapters.tensors import FreshLog, read_boxes, to_groups
+from esper_lightning.envs.base import RunProgress
 
 __all__ = ["TorchSimulator"]
 
@@ -65,6 +67,10 @@ class TorchSimulator(Simulator):
         return Stepped(
             to_groups(obs), reward, terminated, truncated, reached, self._fresh.of(extras)
         )
+
+    def begin_iteration(self, progress: RunProgress) -> None:
+        """Pass the progress of the run to the simulator, if it has ``begin_iteration``."""
+        pass_progress(self._env, progress)
 
     def close(self) -> None:
         """Close the simulator if it has ``close``."""

@@ -8,8 +8,10 @@ from torch import Tensor
 
 from esper_lightning.core.errors import require
 from esper_lightning.core.types import Observation
+from esper_lightning.envs.adapters.curriculum import pass_progress
 from esper_lightning.envs.adapters.simulated import Simulator, Stepped
 from esper_lightning.envs.adapters.spaces import read_spaces
+from esper_lightning.envs.base import RunProgress
 
 __all__ = ["VmasSimulator"]
 
@@ -64,6 +66,10 @@ class VmasSimulator(Simulator):
 
         flags = of_each_agent(done), of_each_agent(truncated)
         return Stepped(self._fold(obs), self._fold(reward), *flags)
+
+    def begin_iteration(self, progress: RunProgress) -> None:
+        """Pass the progress of the run to the simulator or its scenario."""
+        pass_progress(self._env, progress)
 
     def _fold(self, of_agents: list[Tensor]) -> Tensor:
         return torch.stack(of_agents, 1).flatten(0, 1)

@@ -20,6 +20,9 @@ from typing import Any
 
 import numpy as np
 
+from esper_lightning.envs.adapters.curriculum import pass_progress
+from esper_lightning.envs.base import RunProgress
+
 __all__ = ["WorkerEnv"]
 
 _PR_SET_PDEATHSIG = 1
@@ -78,6 +81,10 @@ class WorkerEnv:
         obs, info = self._join([(result[0], result[4]) for result in results])
         flags = [np.concatenate(each) for each in zip(*(r[1:4] for r in results), strict=True)]
         return obs, flags[0], flags[1], flags[2], info
+
+    def begin_iteration(self, progress: RunProgress) -> None:
+        """Pass the progress of the run to every environment."""
+        self._ask([("begin_iteration", (progress,))] * len(self._rows))
 
     def close(self) -> None:
         """End the workers; kill workers that do not end in time."""
@@ -185,6 +192,8 @@ def _answer(env: Any, num_envs: int, name: str, arguments: tuple[Any, ...]) -> A
         return env.single_observation_space, env.single_action_space, env.metadata
     if name == "step":
         return env.step(*arguments)
+    if name == "begin_iteration":
+        return pass_progress(env, *arguments)
     seed, rows = arguments
     if rows is None:
         return env.reset(seed=seed)

@@ -11,6 +11,7 @@ from lightning.pytorch.trainer.states import TrainerFn
 from typing_extensions import override
 
 from esper_lightning.core.ranks import SINGLE_RANK, Ranks
+from esper_lightning.core.spaces import EnvSpaces
 from esper_lightning.policies.base import Policy
 from esper_lightning.ppo.extension import Extensions
 from esper_lightning.ppo.optimizer import trained_parameters
@@ -21,6 +22,7 @@ from esper_lightning.training.checkpoint.resumption import (
     refuse_other_ranks,
     refuse_other_weights_of_ranks,
 )
+from esper_lightning.training.checkpoint.spaces import SPACES, env_of_checkpoint, spaces_to_data
 from esper_lightning.training.checkpoint.states import (
     keep_own_extensions,
     load_checkpoint,
@@ -41,6 +43,7 @@ class CheckpointHooks(LightningModule):
     Attributes:
         settings: Settings of the module.
         progress: Counters of the run.
+        env_spaces: Observation and action spaces of the environments.
         policy: Actor and critic.
         saves_alone: Whether this rank saves the next checkpoint without the others, which may be
             gone. The checkpoint then holds the environments of this rank only.
@@ -48,6 +51,7 @@ class CheckpointHooks(LightningModule):
 
     settings: PPOSettings
     progress: Progress
+    env_spaces: EnvSpaces
     policy: Policy
     extensions: Extensions
     saves_alone: bool = False
@@ -102,6 +106,7 @@ class CheckpointHooks(LightningModule):
         alone = self.saves_alone
         checkpoint[STATE_KEY] = {
             **self.progress.state_dict(),
+            SPACES: spaces_to_data(self.env_spaces, self.settings.env.num_envs),
             "world_size": self._ranks.size,
             "ranks": rank_states(learner, self._ranks, rank=self.global_rank, alone=alone),
         }
@@ -135,6 +140,9 @@ class CheckpointHooks(LightningModule):
     ) -> Self:
         """A module with the weights, normalisers and settings of a checkpoint.
 
+        Where the package of the environments is not installed, the module has the spaces that the
+        checkpoint holds: its policy acts and is exported, and cannot be trained or evaluated.
+
         Args:
             checkpoint_path: Path of a checkpoint that the Trainer wrote.
             **kwargs: Settings that replace those of the checkpoint, and Lightning's argument
@@ -145,6 +153,8 @@ class CheckpointHooks(LightningModule):
                 imported.
         """
         checkpoint = load_checkpoint(checkpoint_path)
+        if "env" not in kwargs:
+            kwargs["env"] = env_of_checkpoint(checkpoint)
         settings = PPOSettings.from_data(checkpoint["hyper_parameters"], **kwargs)
         arguments: dict[str, Any] = {**settings.arguments(), **kwargs}
         try:

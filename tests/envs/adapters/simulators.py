@@ -112,11 +112,24 @@ class Failing(Counter):
         return super().step(action)
 
 
+class Rising(Counter):
+    """An environment with a curriculum: the first count is 100 and the iteration."""
+
+    def begin_iteration(self, progress: Any) -> None:
+        self.level = 100.0 + progress.iteration
+
+    def reset(self, *, seed: Any = None, options: Any = None) -> Any:
+        super().reset(seed=seed)
+        self.start = getattr(self, "level", 0.0)
+        return self._obs(), {}
+
+
 for name, made in (
     ("Counter", Counter),
     ("Masked", Masked),
     ("Dying", Dying),
     ("Failing", Failing),
+    ("Rising", Rising),
 ):
     gymnasium.register(f"Esper{name}-v0", made)
 
