@@ -23,6 +23,7 @@ import esper_lightning.policies  # noqa: F401 # pyright: ignore[reportUnusedImpo
 from esper_lightning.callbacks.history import History
 from esper_lightning.callbacks.lightning_internals import parse_checkpoint_path
 from esper_lightning.callbacks.run_directory import run_directory
+from esper_lightning.cli import shipped
 from esper_lightning.cli.errors import fail, nearest
 from esper_lightning.cli.mistakes import settings_come_first
 from esper_lightning.cli.settings import SettingsParser
@@ -158,7 +159,7 @@ class EsperCLI(LightningCLI):
     @override
     def parse_arguments(self, parser: LightningArgumentParser, args: ArgsType) -> None:
         """Parse the arguments; ``evaluate`` starts from the settings in the checkpoint."""
-        words = cast(list[str], args)
+        words = shipped.with_paths(cast(list[str], args))
         for config in cast(list[str], _options().parse_known_args(words)[0].config or []):
             with suppress(OSError, ValueError):  # the word may be the settings, and no path
                 if Path(config).is_fifo():
