@@ -29,7 +29,7 @@ from esper_lightning.cli.mistakes import settings_come_first
 from esper_lightning.cli.settings import SettingsParser
 from esper_lightning.core.errors import require, requires_folder
 from esper_lightning.core.ranks import RanksDisagreeError
-from esper_lightning.envs.base import ReadsData
+from esper_lightning.envs.base import ReadsData, spec_name
 from esper_lightning.ppo.metrics import EVAL_RETURN
 from esper_lightning.recorder.flight_recorder import FlightRecorder
 from esper_lightning.train import begin_run, newest_run, run_callbacks, run_logger, run_plugins
@@ -305,11 +305,12 @@ class EsperCLI(LightningCLI):
         if not self.trainer.is_global_zero:
             return
         metrics = {name: value.item() for name, value in self.trainer.callback_metrics.items()}
-        name = type(self.model.env).__name__
+        name = spec_name(self.model.env)
         if EVAL_RETURN in metrics:
+            mean, std = metrics[EVAL_RETURN], metrics["eval/episode_return_std"]
+            digits = 1 if abs(mean) >= 10 else 2
             print(
-                f"{name}: mean return {metrics[EVAL_RETURN]:.1f} "
-                f"(std {metrics['eval/episode_return_std']:.1f}) "
+                f"{name}: mean return {mean:.{digits}f} (std {std:.{digits}f}) "
                 f"over {metrics['eval/episodes']:.0f} deterministic evaluation episodes"
             )
         evaluates = self.subcommand == "evaluate"
