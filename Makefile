@@ -4,7 +4,7 @@ VENV := .venv
 BIN := $(VENV)/bin
 
 .DEFAULT_GOAL := help
-.PHONY: help demo test slow check learning growth bench faults soak mutants clean
+.PHONY: help demo test slow check learning zoo growth bench faults soak mutants clean
 
 help: ## Show this list
 	@grep -E '^[a-z]+:.*## ' $(MAKEFILE_LIST) | sed -E 's/:[^#]*## /\t/' | expand -t 10
@@ -32,6 +32,10 @@ check: $(VENV)/.installed ## Lint, types, import contracts
 
 learning: $(VENV)/.installed ## Measure learning on every task, 5 seeds each (six minutes)
 	$(BIN)/python benchmarks/learning.py
+
+zoo: $(VENV)/.installed ## Measure learning in simulators of others, 5 seeds each, beside a peer (hours)
+	$(BIN)/python -m pip install --quiet -c constraints.txt -e '.[dev,bench,gymnasium,minigrid]'
+	$(BIN)/python benchmarks/zoo.py --peer
 
 growth: $(VENV)/.installed ## Train policies that grow networks, 5 seeds, against baselines (most of an hour)
 	$(BIN)/python benchmarks/growth.py

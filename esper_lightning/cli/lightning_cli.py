@@ -23,12 +23,13 @@ import esper_lightning.policies  # noqa: F401 # pyright: ignore[reportUnusedImpo
 from esper_lightning.callbacks.history import History
 from esper_lightning.callbacks.lightning_internals import parse_checkpoint_path
 from esper_lightning.callbacks.run_directory import run_directory
+from esper_lightning.cli import shipped
 from esper_lightning.cli.errors import fail, nearest
 from esper_lightning.cli.mistakes import settings_come_first
 from esper_lightning.cli.settings import SettingsParser
 from esper_lightning.core.errors import require, requires_folder
 from esper_lightning.core.ranks import RanksDisagreeError
-from esper_lightning.envs.base import ReadsData
+from esper_lightning.envs.base import ReadsData, spec_name
 from esper_lightning.ppo.metrics import EVAL_RETURN
 from esper_lightning.recorder.flight_recorder import FlightRecorder
 from esper_lightning.train import begin_run, newest_run, run_callbacks, run_logger, run_plugins
@@ -158,7 +159,7 @@ class EsperCLI(LightningCLI):
     @override
     def parse_arguments(self, parser: LightningArgumentParser, args: ArgsType) -> None:
         """Parse the arguments; ``evaluate`` starts from the settings in the checkpoint."""
-        words = cast(list[str], args)
+        words = shipped.with_paths(cast(list[str], args))
         for config in cast(list[str], _options().parse_known_args(words)[0].config or []):
             with suppress(OSError, ValueError):  # the word may be the settings, and no path
                 if Path(config).is_fifo():
@@ -304,11 +305,12 @@ class EsperCLI(LightningCLI):
         if not self.trainer.is_global_zero:
             return
         metrics = {name: value.item() for name, value in self.trainer.callback_metrics.items()}
-        name = type(self.model.env).__name__
+        name = spec_name(self.model.env)
         if EVAL_RETURN in metrics:
+            mean, std = metrics[EVAL_RETURN], metrics["eval/episode_return_std"]
+            digits = 1 if abs(mean) >= 10 else 2
             print(
-                f"{name}: mean return {metrics[EVAL_RETURN]:.1f} "
-                f"(std {metrics['eval/episode_return_std']:.1f}) "
+                f"{name}: mean return {mean:.{digits}f} (std {std:.{digits}f}) "
                 f"over {metrics['eval/episodes']:.0f} deterministic evaluation episodes"
             )
         evaluates = self.subcommand == "evaluate"

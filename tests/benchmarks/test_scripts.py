@@ -34,6 +34,7 @@ MODULES = {
     "benchmarks/peers/rsl_rl_peer.py": "benchmarks/contenders.py",
     "benchmarks/peers/sb3.py": "benchmarks/contenders.py",
     "benchmarks/peers/skrl_peer.py": "benchmarks/contenders.py",
+    "benchmarks/zoo_peer.py": "benchmarks/zoo.py",
 }
 IN_PLACE_OF_SRUN = """#!/bin/sh
 echo "$@" > srun.said

@@ -102,6 +102,14 @@ def test_the_config_for_cifar10_is_the_preset():
     assert Morphogenesis(**found, folder="x", image=preset.image) == preset
 
 
+def test_fit_names_the_task_of_a_simulator(capsys):
+    task = ["--model.env", "Gymnasium", "--model.env.id", "CartPole-v1"]
+    main(["fit", *task, *QUICK])
+    said = capsys.readouterr().out.splitlines()
+    assert said[-3].startswith("CartPole-v1: mean return ")
+    assert said[-1] == "Run directory: runs/cartpole-v1/version_0"
+
+
 def test_fit_says_what_it_learned_and_where_it_is(capsys):
     main(["fit", "--config", CARTPOLE, *QUICK])
     said = capsys.readouterr().out.splitlines()

@@ -104,7 +104,8 @@ class Gymnasium(NamedSpec):
             raise ValueError(f"Gymnasium.id={self.id!r} needs a package: {why}. {hint}") from error
         except gymnasium.error.UnregisteredEnv as error:
             why = " ".join(str(error).split())
-            rule = f"name a registered environment, got {self.id!r}. {why}"
+            form = "" if ":" in self.id else ", as package:name where a package registers it"
+            rule = f"name a registered environment{form}, got {self.id!r}. {why}"
             raise ValueError(f"Gymnasium.id must {rule}") from error
         except (gymnasium.error.Error, TypeError) as error:
             raise self.refuse(error) from error
