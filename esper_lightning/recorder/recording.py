@@ -229,6 +229,8 @@ class Recording:
         if not self._advance(state):
             return
         self.watchdog.rest()
+        if state is State.FINISHED and self.watchdog.ends_by is None:
+            attempt(self._saving.finish)
         self._undo.close()
         if state is not State.OFF:  # else the history is still written
             self._on_end()
