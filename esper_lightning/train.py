@@ -28,13 +28,8 @@ from esper_lightning.callbacks.run_directory import (
     run_directory,
 )
 from esper_lightning.compiling.loops import CompileMode
-from esper_lightning.core.errors import (
-    check_arguments,
-    require,
-    require_name,
-    require_output,
-    require_output_folder,
-)
+from esper_lightning.core.errors import at_least, check_arguments, one_of, require, require_name
+from esper_lightning.core.paths import require_output, require_output_folder
 from esper_lightning.envs.base import EnvSpec, spec_name
 from esper_lightning.forensics.asides import replace_keeping
 from esper_lightning.forensics.claims import claim
@@ -141,10 +136,9 @@ def train_ppo_vectorized(
     require_specs("train_ppo_vectorized", env, policy)
     counts = {"iterations": iterations, "devices": devices, "evaluate_every": evaluate_every}
     for name, value in (counts | {"torch_profiler_active": torch_profiler_active}).items():
-        ok = value is None or value >= 1
-        require(ok, f"train_ppo_vectorized.{name}", "be at least 1", value)
+        at_least(f"train_ppo_vectorized.{name}", value, 1)
     known = ("auto", "gpu", *sorted(AcceleratorRegistry.available_accelerators()))
-    require(device in known, "train_ppo_vectorized.device", f"be one of {', '.join(known)}", device)
+    one_of("train_ppo_vectorized.device", device, known)
     recorded_from = torch_profiler_wait + torch_profiler_warmup
     rule = f"be less than iterations = {iterations}"
     hint = "A window that never opens leaves nothing."
@@ -152,8 +146,7 @@ def train_ppo_vectorized(
     require(fits, "torch_profiler_wait + torch_profiler_warmup", rule, recorded_from, hint)
     counts = {"wait": torch_profiler_wait, "warmup": torch_profiler_warmup}
     for name, value in (counts | {"repeat": torch_profiler_repeat}).items():
-        field = f"train_ppo_vectorized.torch_profiler_{name}"
-        require(value >= 0, field, "not be negative", value)
+        at_least(f"train_ppo_vectorized.torch_profiler_{name}", value, 0)
     copies_to = None if save_path is None else _copy_at(save_path)
     require_name("train_ppo_vectorized.run_dir", run_dir, "a directory")
     require_name("train_ppo_vectorized.torch_profiler_dir", torch_profiler_dir, "a directory")

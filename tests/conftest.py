@@ -1,5 +1,6 @@
 """Fixtures that several folders share, and settings of Hypothesis."""
 
+import logging
 import signal
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -17,6 +18,18 @@ from tests.envs.morphogenesis import cifar10
 # The same examples in every run: the change under test is the reason of a red test.
 settings.register_profile("esper", deadline=None, max_examples=25, derandomize=True)
 settings.load_profile("esper")
+
+
+@pytest.fixture(autouse=True)
+def _only_legal_states() -> Iterator[None]:
+    """Fails a test in which a recording was to enter a state that must not follow."""
+    errors: list[logging.LogRecord] = []
+    handler, log = logging.Handler(), logging.getLogger("esper_lightning.recorder.state")
+    handler.emit = errors.append
+    log.addHandler(handler)
+    yield
+    log.removeHandler(handler)
+    assert not errors, errors[0].getMessage()
 
 
 @pytest.fixture

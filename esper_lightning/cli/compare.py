@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from esper_lightning.cli.errors import CommandParser, fail
-from esper_lightning.core.errors import require_output, require_output_folder
+from esper_lightning.core.paths import require_output, require_output_folder
 from esper_lightning.forensics.files import strict_json, write_atomically
 
 if TYPE_CHECKING:

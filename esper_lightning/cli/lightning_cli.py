@@ -27,7 +27,8 @@ from esper_lightning.cli import shipped
 from esper_lightning.cli.errors import fail, nearest
 from esper_lightning.cli.mistakes import settings_come_first
 from esper_lightning.cli.settings import SettingsParser
-from esper_lightning.core.errors import require, requires_folder
+from esper_lightning.core.errors import require
+from esper_lightning.core.paths import requires_folder
 from esper_lightning.core.ranks import RanksDisagreeError
 from esper_lightning.envs.base import ReadsData, spec_name
 from esper_lightning.ppo.metrics import EVAL_RETURN

@@ -4,30 +4,26 @@ Types are checked against the annotations of dataclass fields and of arguments; 
 where the settings are defined.
 """
 
-import contextlib
 import dataclasses
-import errno
 import functools
 import inspect
-import os
-import re
-import tempfile
+import math
 import types
-from collections.abc import Callable, Generator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any, Literal, ParamSpec, TypeVar, Union, cast, get_args, get_origin
 
 __all__ = [
     "NonFiniteError",
     "Words",
+    "at_least",
     "check_arguments",
     "check_fields",
+    "one_of",
+    "positive",
     "require",
     "require_int",
     "require_name",
-    "require_output",
-    "require_output_folder",
-    "requires_folder",
 ]
 
 _P = ParamSpec("_P")
@@ -84,6 +80,58 @@ def require(ok: bool, field: str, rule: str, got: object, hint: str = "") -> Non
         raise ValueError(f"{field} must {rule}, got {_shown(got)}." + (f" {hint}" if hint else ""))
 
 
+def at_least(field: str, value: int | float | None, least: int, hint: str = "") -> None:
+    """Raise if a number is less than ``least``, is infinite, or is NaN.
+
+    Args:
+        field: Setting as the user knows it, ``Owner.field``.
+        value: Value of the setting; ``None``, which switches a setting off, is not refused.
+        least: Least number that is not refused.
+        hint: Sentence that helps to choose a better value.
+
+    Raises:
+        ValueError: If the number is refused, in the form of ``require``.
+    """
+    _require_finite(field, value, hint)
+    require(value is None or value >= least, field, f"be at least {least}", value, hint)
+
+
+def positive(field: str, value: int | float | None, hint: str = "") -> None:
+    """Raise if a number is not above 0, is infinite, or is NaN.
+
+    Args:
+        field: Setting as the user knows it, ``Owner.field``.
+        value: Value of the setting; ``None``, which switches a setting off, is not refused.
+        hint: Sentence that helps to choose a better value.
+
+    Raises:
+        ValueError: If the number is refused, in the form of ``require``.
+    """
+    _require_finite(field, value, hint)
+    require(value is None or value > 0, field, "be positive", value, hint)
+
+
+def _require_finite(field: str, value: int | float | None, hint: str) -> None:
+    ok = value is None or isinstance(value, int) or math.isfinite(value)
+    require(ok, field, "be a finite number", value, hint)
+
+
+def one_of(field: str, value: object, choices: Iterable[object], hint: str = "") -> None:
+    """Raise if a value is not one of the choices.
+
+    Args:
+        field: Setting as the user knows it, ``Owner.field``.
+        value: Value of the setting.
+        choices: All values that are not refused, in the order in which the error lists them.
+        hint: Sentence that helps to choose a better value.
+
+    Raises:
+        ValueError: If the value is refused, in the form of ``require``.
+    """
+    known = list(choices)
+    require(value in known, field, f"be one of {', '.join(map(str, known))}", value, hint)
+
+
 def require_int(field: str, value: object, *, minimum: int) -> None:
     """Raise unless the value is an integer of at least ``minimum``; a bool is no integer.
 
@@ -93,7 +141,7 @@ def require_int(field: str, value: object, *, minimum: int) -> None:
     is_int = isinstance(value, int) and not isinstance(value, bool)
     require(is_int, field, "be an integer", value)
     assert isinstance(value, int)
-    require(value >= minimum, field, f"be at least {minimum}", value)
+    at_least(field, value, minimum)
 
 
 def require_name(field: str, value: str | Path | None, what: str) -> None:
@@ -157,90 +205,6 @@ def check_arguments(function: Callable[_P, _R]) -> Callable[_P, _R]:
     return checked
 
 
-@contextlib.contextmanager
-def requires_folder(field: str, path: object = None) -> Generator[None]:
-    """Turn a folder that cannot be made within the context into an error about the setting.
-
-    Args:
-        field: Setting that names the folder.
-        path: Folder to name in the error; ``None`` for the path of the ``OSError``.
-
-    Raises:
-        ValueError: If there is an ``OSError`` or a NUL byte; the error names setting and reason.
-    """
-    try:
-        if "\0" in str(path):
-            raise OSError(errno.EINVAL, "embedded null byte")
-        yield
-    except OSError as error:
-        rule = f"be a folder that can be made ({error.strerror or error})"
-        got = str(error.filename if path is None else path)
-        raise ValueError(f"{field} must {rule}, got {got!r}.") from error
-
-
-def require_output(field: str, path: str | Path, what: str, begins: bytes) -> Path:
-    """Refuse a path where no file can be written, or where a file is that must not be lost.
-
-    Nothing is created, so that an error that is found later leaves no folders behind.
-
-    Args:
-        field: Setting that names the file.
-        path: Path of the file.
-        what: Word for a file that may be replaced, to follow "an earlier".
-        begins: Regular expression that the first bytes of such a file match.
-
-    Returns:
-        The path of the file to write: the target if ``path`` is a symbolic link.
-
-    Raises:
-        ValueError: If the path is refused; the error names the setting and the reason.
-    """
-    rule = f"name a new file or an earlier {what}"
-    try:
-        if "\0" in str(path):
-            raise OSError(errno.EINVAL, "embedded null byte")
-        target = Path(path).resolve(strict=True) if Path(path).is_symlink() else Path(path)
-        require(not target.is_dir(), field, rule, str(path), "It is a folder.")
-        _require_room(target.parent, target.name)
-        is_known = not os.path.lexists(target)
-        if target.is_file():
-            with target.open("rb") as file:
-                is_known = re.match(begins, file.read(_HEADER), re.DOTALL) is not None
-    except OSError as error:
-        hint = f"No file can be written there: {error.strerror or error}."
-        raise ValueError(f"{field} must {rule}, got {str(path)!r}. {hint}") from error
-    require(is_known, field, rule, str(path), "Something else is there.")
-    return target
-
-
-def require_output_folder(field: str, path: str | Path) -> None:
-    """Refuse a folder in which no file can be written; the folder is not made.
-
-    Raises:
-        ValueError: If no file can be written in the folder; the error names setting and reason.
-    """
-    with requires_folder(field, path):
-        _require_room(Path(path))
-
-
-def _require_room(folder: Path, name: str = "") -> None:
-    """Make sure that a file can be written in a folder, or in its nearest parent that exists.
-
-    The check writes a nameless file.
-
-    Raises:
-        OSError: If no file can be written.
-    """
-    folder = folder.absolute()
-    nearest = next(place for place in (folder, *folder.parents) if os.path.lexists(place))
-    for part in (*folder.relative_to(nearest).parts, f".{name}{_TEMPORARY}"):
-        with contextlib.suppress(FileNotFoundError, NotADirectoryError):
-            (nearest / part).lstat()  # an error if the name is too long
-    tempfile.TemporaryFile(dir=nearest).close()
-
-
-_HEADER = 512  # bytes of a file by which its kind is known
-_TEMPORARY = ".4194304.10000.tmp"  # longest suffix of a file while it is written
 _VARIADIC = (inspect.Parameter.VAR_POSITIONAL, inspect.Parameter.VAR_KEYWORD)
 
 

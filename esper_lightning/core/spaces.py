@@ -7,7 +7,7 @@ import math
 from dataclasses import dataclass
 from typing import Literal
 
-from esper_lightning.core.errors import check_fields, require
+from esper_lightning.core.errors import at_least, check_fields, require
 
 __all__ = [
     "ActionSpace",
@@ -86,7 +86,7 @@ class Discrete:
 
     def __post_init__(self) -> None:
         check_fields(self)
-        require(self.n >= 1, "Discrete.n", "be at least 1", self.n)
+        at_least("Discrete.n", self.n, 1)
         require(self.n <= _MOST, "Discrete.n", f"be at most {_MOST}", self.n)
 
 
@@ -122,7 +122,7 @@ class Head:
 
     def __post_init__(self) -> None:
         check_fields(self)
-        require(self.size >= 1, "Head.size", "be at least 1", self.size)
+        at_least("Head.size", self.size, 1)
         require(self.size <= _MOST, "Head.size", f"be at most {_MOST}", self.size)
 
 

@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 
 from esper_lightning.core.buffer import memory_bytes, rollout_bytes
-from esper_lightning.core.errors import Words, check_arguments, require
+from esper_lightning.core.errors import Words, at_least, check_arguments, require
 from esper_lightning.core.seeding import require_torch_defaults
 from esper_lightning.core.spaces import EnvSpaces
 from esper_lightning.core.tensor_trees import map_tree, named_tensors
@@ -85,8 +85,8 @@ def check_env(
     if isinstance(env, type):
         rule = "be a spec or an environment, not a class"
         require(False, "check_env.env", rule, Words(env.__name__), f"Give {env.__name__}().")
-    require(steps >= 1, "check_env.steps", "be at least 1", steps)
-    require(seed >= 0, "check_env.seed", "be at least 0", seed)
+    at_least("check_env.steps", steps, 1)
+    at_least("check_env.seed", seed, 0)
     require_torch_defaults("check_env")
     report = Report(spec_name(env))
     try:

@@ -13,7 +13,8 @@ import torch
 from torch import Tensor
 
 from esper_lightning.comparison.section import Section, number
-from esper_lightning.core.errors import require, require_output, requires_folder
+from esper_lightning.core.errors import require
+from esper_lightning.core.paths import require_output, requires_folder
 from esper_lightning.envs.morphogenesis import Morphogenesis
 from esper_lightning.growth.play import Played, fresh_hosts, play_baselines, play_trained
 from esper_lightning.training.module import PPO

@@ -9,7 +9,7 @@ from typing import Literal
 import torch
 from torch import Tensor, nn
 
-from esper_lightning.core.errors import check_fields, require
+from esper_lightning.core.errors import at_least, check_fields, require
 from esper_lightning.core.recurrence import Cell, unroll
 from esper_lightning.core.shapes import Bool, Float, Shaped
 from esper_lightning.core.spaces import Box, EnvSpaces, ObsSpace
@@ -74,7 +74,7 @@ class Recurrent(PolicySpec):
     def __post_init__(self) -> None:
         check_fields(self)
         size, encoder_sizes = self.memory_size, self.encoder_sizes
-        require(size >= 1, "Recurrent.memory_size", "be at least 1", size)
+        at_least("Recurrent.memory_size", size, 1)
         check_widest("Recurrent.memory_size", size)
         ok = min(encoder_sizes, default=1) >= 1
         require(ok, "Recurrent.encoder_sizes", "be widths of at least 1", encoder_sizes)

@@ -1,10 +1,9 @@
 """Settings of PPO: frozen, checked at construction, with defaults that train."""
 
-import math
 from dataclasses import dataclass
 from typing import Literal
 
-from esper_lightning.core.errors import check_fields, require
+from esper_lightning.core.errors import at_least, check_fields, positive, require
 
 __all__ = ["PPOConfig"]
 
@@ -76,31 +75,20 @@ class PPOConfig:
     def __post_init__(self) -> None:
         check_fields(self)
         for name in ("rollout_steps", "epochs", "minibatches"):
-            value = getattr(self, name)
-            require(value >= 1, f"PPOConfig.{name}", "be at least 1", value)
+            at_least(f"PPOConfig.{name}", getattr(self, name), 1)
         for name in ("discount", "gae_lambda"):
             value = getattr(self, name)
             require(0.0 <= value <= 1.0, f"PPOConfig.{name}", "lie in [0, 1]", value)
         hint = "Usual values are 0.1 to 0.3."
         require(0.0 < self.clip < 1.0, "PPOConfig.clip", "lie in (0, 1)", self.clip, hint)
         for name in ("value_coef", "entropy_coef"):
-            value = getattr(self, name)
-            require(
-                0.0 <= value < math.inf,
-                f"PPOConfig.{name}",
-                "be finite and not negative",
-                value,
-            )
+            at_least(f"PPOConfig.{name}", getattr(self, name), 0)
         for name in ("learning_rate", "desired_kl", "adam_eps", "obs_clip", "reward_clip"):
-            value = getattr(self, name)
-            require(0.0 < value < math.inf, f"PPOConfig.{name}", "be finite and positive", value)
+            positive(f"PPOConfig.{name}", getattr(self, name))
         rule = "be held by float32, below 3.4e38"
         require(self.learning_rate < _FLOAT32, "PPOConfig.learning_rate", rule, self.learning_rate)
         for name in ("value_clip", "max_grad_norm", "target_kl"):
-            value = getattr(self, name)
-            ok = value is None or 0.0 < value < math.inf
-            hint = "None switches it off."
-            require(ok, f"PPOConfig.{name}", "be finite and positive", value, hint)
+            positive(f"PPOConfig.{name}", getattr(self, name), "None switches it off.")
 
     def check_against(self, *, num_envs: int, whole_sequences: bool = False) -> None:
         """Check the settings that depend on the environments and on the policy.

@@ -3,7 +3,6 @@
 Axes: ``T`` step, ``B`` environment, ``M`` sample, ``F`` feature.
 """
 
-import math
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
@@ -12,7 +11,7 @@ import torch
 from torch import Generator, Tensor, nn
 from typing_extensions import override
 
-from esper_lightning.core.errors import check_fields, require
+from esper_lightning.core.errors import at_least, check_fields, positive, require
 from esper_lightning.core.gae import discounted_returns
 from esper_lightning.core.ranks import Ranks
 from esper_lightning.core.running_stats import Moments, ObsNormalizer, RunningStats
@@ -55,9 +54,9 @@ class RND(ExtensionSpec):
     def __post_init__(self) -> None:
         check_fields(self)
         check_layers("RND", self.hidden_sizes)
-        share, discount, weight = self.keep_fraction, self.discount, self.coefficient
-        require(0.0 < weight < math.inf, "RND.coefficient", "be positive and finite", weight)
-        require(self.features >= 1, "RND.features", "be at least 1", self.features)
+        positive("RND.coefficient", self.coefficient)
+        at_least("RND.features", self.features, 1)
+        share, discount = self.keep_fraction, self.discount
         require(0.0 < share <= 1.0, "RND.keep_fraction", "lie in (0, 1]", share)
         require(0.0 <= discount < 1.0, "RND.discount", "lie in [0, 1)", discount)
 

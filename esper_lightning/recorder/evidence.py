@@ -21,10 +21,11 @@ class HoldsEvidence(Protocol):
                 torch.save(list(self._batches), directory / "batches.pt")
                 return f"the last {len(self._batches)} batches"
 
-    The method is called in a thread of its own and has five seconds. An error of the method, or a
-    note that it was late, is written into the report, and no other evidence is lost. The thread
-    that trains may be stuck, or even continue, as after a hang: call no collective, and wait for no
-    lock that the training thread may hold. After a fault in C the method is not called.
+    The method is called in a thread of its own and has five seconds; all such methods of a run
+    together have ten. The report is on disk before the first method is called. An error of the
+    method, or a note that it was late, is written into the report, and no other evidence is lost.
+    The thread that trains may be stuck, or even continue, as after a hang: call no collective, and
+    wait for no lock that the training thread may hold. After a fault in C the method is not called.
     """
 
     def save_evidence(self, directory: Path, death: Death) -> str | None:

@@ -27,9 +27,18 @@ from esper_lightning.recorder.memory_snapshot import save_memory
 from esper_lightning.recorder.profiler_guard import ProfilerGuard
 from esper_lightning.recorder.signals import dump_stacks
 
-__all__ = ["STEPS", "DyingRun", "EvidenceStep", "StepOutcome", "steps_of_holders"]
+__all__ = [
+    "ALL_HOLDERS_S",
+    "HOLDER_S",
+    "STEPS",
+    "DyingRun",
+    "EvidenceStep",
+    "StepOutcome",
+    "steps_of_holders",
+]
 
-_HOLDER_S = 5  # time limit of each callback of the user's
+HOLDER_S, ALL_HOLDERS_S = 5.0, 10.0
+"""Time limits of a user's callback, and of all of them together."""
 
 
 @dataclass(kw_only=True)
@@ -240,7 +249,7 @@ def steps_of_holders(run: DyingRun) -> list[EvidenceStep]:
                 name = f"{kind}-{number}"
             names.add(name)
             save = partial(_save_of, holder, name)
-            steps.append(EvidenceStep(name, save, _HOLDER_S, when=_is_bounded))
+            steps.append(EvidenceStep(name, save, HOLDER_S))
     return steps
 
 

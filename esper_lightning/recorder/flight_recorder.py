@@ -10,7 +10,6 @@ whatever ends it, leaves the profiler's trace, the history and a report in the r
 import contextlib
 import functools
 import logging
-import math
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any, Concatenate, ParamSpec, cast
@@ -27,7 +26,7 @@ from esper_lightning.callbacks.run_directory import (
     copy_run_directory,
     open_run_directory,
 )
-from esper_lightning.core.errors import check_arguments, require
+from esper_lightning.core.errors import check_arguments, positive
 from esper_lightning.forensics.claims import DirectoryRefusedError
 from esper_lightning.forensics.layout import RunLayout
 from esper_lightning.forensics.rank_record import ProcessRecord
@@ -97,8 +96,7 @@ class FlightRecorder(WritesRun):
         print_profile: bool = True,
         watch: bool = True,
     ) -> None:
-        positive = hang_timeout_s is None or 0 < hang_timeout_s < math.inf
-        require(positive, "FlightRecorder.hang_timeout_s", "be positive", hang_timeout_s)
+        positive("FlightRecorder.hang_timeout_s", hang_timeout_s)
         super().__init__(dirpath)
         self.hang_timeout_s = hang_timeout_s
         self.print_profile = print_profile

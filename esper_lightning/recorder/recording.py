@@ -32,7 +32,7 @@ from esper_lightning.recorder.rescue import Rescue
 from esper_lightning.recorder.saving import Saving
 from esper_lightning.recorder.signals import dump_stacks, end_by, signal_behind
 from esper_lightning.recorder.stand_in import own_profiler, stand_in
-from esper_lightning.recorder.state import State
+from esper_lightning.recorder.state import LifeCycle, State
 from esper_lightning.recorder.watchdog import Alarm, Watchdog
 
 __all__ = ["Recording", "recording_of"]
@@ -80,7 +80,7 @@ class Recording:
         self._files: RankLayout = layout.rank(trainer.global_rank)
         self._print_profile = print_profile
         self._trains = stage == "fit"
-        self._state = State.RUNNING
+        self._life = LifeCycle()
         self._callbacks = list(trainer.callbacks)  # the Trainer's list may be replaced
         with contextlib.ExitStack() as undo, contextlib.ExitStack() as leave:
             self._peers, self._ring, self._earlier = open_rank_files(
@@ -146,16 +146,17 @@ class Recording:
         """File for the stacks of all threads."""
         return self._files.stacks
 
+    @property
+    def _state(self) -> State:
+        return self._life.state
+
     def _advance(self, state: State) -> bool:
         """Enter another state, unless the recording has ended, or this is a forked child.
 
         Returns:
             Whether the state was entered.
         """
-        if self._has_left:
-            return False
-        self._state = state
-        return True
+        return os.getpid() == self._pid and self._life.enter(state)
 
     def begin_iteration(self, number: int) -> None:
         """Note that an iteration begins, in the ring and for the watchdog."""
@@ -229,6 +230,8 @@ class Recording:
         if not self._advance(state):
             return
         self.watchdog.rest()
+        if state is State.FINISHED and self.watchdog.ends_by is None:
+            attempt(self._saving.finish)
         self._undo.close()
         if state is not State.OFF:  # else the history is still written
             self._on_end()

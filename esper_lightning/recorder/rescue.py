@@ -29,6 +29,8 @@ from esper_lightning.recorder.death import (
     in_words,
 )
 from esper_lightning.recorder.evidence_steps import (
+    ALL_HOLDERS_S,
+    HOLDER_S,
     STEPS,
     DyingRun,
     EvidenceStep,
@@ -87,9 +89,9 @@ class Rescue:
             print_profile=self.print_profile,
             write_report=self._write_report,
         )
-        holders = attempt(lambda: steps_of_holders(run)).result or []
-        for step in (*STEPS, *holders):
+        for step in STEPS:
             self._take(step, run)
+        self._ask_holders(run)
         duration_s = round(time.monotonic() - started, 4)
         self.report = replace(self.report, complete=True, duration_s=duration_s)
         self._guarded("report", self._write_report)
@@ -134,6 +136,27 @@ class Rescue:
             self._evidence(step.name, "failed", detail=detail)
         elif result is not None:
             self._evidence(step.name, *result)
+
+    def _ask_holders(self, run: DyingRun) -> None:
+        """Take the steps of users' callbacks, which share a time budget.
+
+        The report is complete but for these steps before the first one is taken: any of them may be
+        the last thing that this process does.
+        """
+        holders = attempt(lambda: steps_of_holders(run)).result or []
+        if not holders or not self.bounded:
+            return
+        for step in holders:
+            self._evidence(step.name, "pending")
+        self._guarded("report", self._write_report)
+        end_s = awake_s() + ALL_HOLDERS_S
+        for step in holders:
+            left_s = end_s - awake_s()
+            if left_s <= 0:
+                detail = f"not asked: others took all of the {ALL_HOLDERS_S:g} s"
+                self._evidence(step.name, "failed", detail=detail)
+            else:
+                self._take(step._replace(seconds=min(HOLDER_S, left_s)), run)
 
     def _guarded(self, name: str, action: Callable[[], object]) -> None:
         """Call an action that is no step; its error is added to the report."""

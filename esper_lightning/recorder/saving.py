@@ -35,12 +35,24 @@ class Saving:
         self.rescue: Rescue | None = None
         # Whether evidence of a hang was saved; the run continues, and its death is saved again.
         self._has_hung = False
-        self._is_refused = False
+        self._is_over = False
 
     def refuse(self) -> None:
         """Save nothing from now on: the run has not begun."""
         with self._lock:
-            self._is_refused = True
+            self._is_over = True
+
+    def finish(self) -> None:
+        """Save nothing from now on, and rename a report of what did not end the run.
+
+        A signal may have been caught, and the failure of another rank may have been survived. The
+        call waits for a thread that still saves.
+        """
+        with self._lock:
+            self._is_over = True
+            if self.rescue is not None and self.rescue.report.cause in ("signal", "peer"):
+                self.rescue = None
+                attempt(lambda: rename_aside(self._files.crash))
 
     def save(self, death: Death, *, bounded: bool = True) -> None:
         """Take all steps; if they are taken already, add the error to the report if there is one.
@@ -50,7 +62,7 @@ class Saving:
             bounded: Whether steps may have threads of their own.
         """
         with self._lock:
-            if self._is_refused:
+            if self._is_over:
                 return
             if self.rescue is not None:
                 if death.error is not None:

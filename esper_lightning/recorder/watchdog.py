@@ -131,7 +131,11 @@ class Watchdog:
     def ends_by(self) -> int | None:
         """The signal that ends the process even if this run ends well; ``None`` without one."""
         arrivals = [*filter(None, [self._arrival]), *self._received()]
-        return next((each.number for each in arrivals if not each.unwinds), None)
+        for arrival in arrivals:
+            if not arrival.unwinds:
+                self._arrival = arrival  # nobody receives it again
+                return arrival.number
+        return None
 
     def beat(self) -> None:
         """Note that the run continues: an iteration, or a batch of a validation, begins or ends."""

@@ -22,7 +22,8 @@ import torch
 from torch import Tensor, nn
 from torch.utils import _pytree as pytree  # the one that torch.export is built on
 
-from esper_lightning.core.errors import require, require_output
+from esper_lightning.core.errors import one_of, require
+from esper_lightning.core.paths import require_output
 from esper_lightning.core.spaces import (
     ActionSpace,
     Box,
@@ -157,7 +158,7 @@ def export_policy(model: PPO, path: str | Path, file_format: ExportFormat) -> Ex
         OSError: If the file cannot be written.
     """
     formats = get_args(ExportFormat)
-    require(file_format in formats, "--format", f"be one of {', '.join(formats)}", file_format)
+    one_of("--format", file_format, formats)
     path = output_at(path)
     refuse_non_finite({"state_dict": model.state_dict()}, type(model).__name__, field="The policy")
     policy, example = DeterministicPolicy(model), _example(model)

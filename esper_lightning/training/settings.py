@@ -10,7 +10,7 @@ from dataclasses import dataclass
 from typing import Any, Self
 
 from esper_lightning.compiling.loops import CompileMode
-from esper_lightning.core.errors import check_fields, require
+from esper_lightning.core.errors import at_least, check_fields, require
 from esper_lightning.envs.base import EnvSpec, spec_name
 from esper_lightning.envs.contract import Report
 from esper_lightning.envs.inspector import check_told
@@ -52,8 +52,7 @@ class PPOSettings:
         with report.told():
             check_told(self.env.num_envs, self.env.spaces(), report)
         for name in ("iterations_per_epoch", "eval_episodes"):
-            value = getattr(self, name)
-            require(value is None or value >= 1, f"PPO.{name}", "be at least 1", value)
+            at_least(f"PPO.{name}", getattr(self, name), 1)
         budget, least = self.total_env_steps, self.env.num_envs
         rule = f"be at least env.num_envs = {least}"
         require(budget is None or budget >= least, "PPO.total_env_steps", rule, budget)

@@ -44,7 +44,7 @@ from esper_lightning.callbacks.lightning_internals import (
     train_time_interval,
 )
 from esper_lightning.core.buffer import memory_bytes, rollout_bytes
-from esper_lightning.core.errors import Words, require, require_name
+from esper_lightning.core.errors import Words, at_least, one_of, require, require_name
 from esper_lightning.core.seeding import require_torch_defaults
 from esper_lightning.training.settings import PPOSettings
 from esper_lightning.training.specs import evaluation_spec
@@ -95,9 +95,8 @@ def _refuse_settings(trainer: Trainer, budget: int | None) -> None:
     batches = trainer.accumulate_grad_batches
     hint = "PPO takes several optimizer steps in an iteration: set PPOConfig.minibatches."
     require(batches == 1, "Trainer.accumulate_grad_batches", "be 1", batches, hint)
-    rule = f"be one of {', '.join(_PRECISIONS)}"
     hint = "float16 needs loss scaling, and running statistics need float32."
-    require(trainer.precision in _PRECISIONS, "Trainer.precision", rule, trainer.precision, hint)
+    one_of("Trainer.precision", trainer.precision, _PRECISIONS, hint)
     for name, least in (("min_steps", trainer.min_steps), ("min_epochs", trainer.min_epochs)):
         hint = "The budget could end the run before it."
         ok = budget is None or not least
@@ -105,8 +104,7 @@ def _refuse_settings(trainer: Trainer, budget: int | None) -> None:
     share = trainer.overfit_batches
     hint = "PPO has no data set: every iteration plays new steps."
     require(not share, "Trainer.overfit_batches", "be 0", share, hint)
-    every = trainer.log_every_n_steps
-    require(every >= 0, "Trainer.log_every_n_steps", "be at least 0", every)
+    at_least("Trainer.log_every_n_steps", trainer.log_every_n_steps, 0)
     epochs = trainer.check_val_every_n_epoch
     hint = "Switch evaluation off with Trainer(limit_val_batches=0)."
     ok = epochs is None or epochs >= 1
@@ -193,7 +191,7 @@ def _refuse_callback(callback: Callback) -> None:
     require(interval is None, "ModelCheckpoint.train_time_interval", "be None", interval, hint)
     if isinstance(callback, ModelSummary):
         depth = summary_depth(callback)
-        require(depth >= -1, f"{name}.max_depth", "be at least -1", depth)
+        at_least(f"{name}.max_depth", depth, -1)
     if isinstance(callback, EarlyStopping | ModelCheckpoint):
         require_name(f"{name}.monitor", callback.monitor, "a metric")
     if isinstance(callback, ModelCheckpoint):

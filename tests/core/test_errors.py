@@ -1,12 +1,21 @@
 """Errors about what a user wrote have one form."""
 
+import math
 import re
 from dataclasses import dataclass
 from pathlib import Path
 
 import pytest
 
-from esper_lightning.core.errors import check_fields, require, require_int, require_name
+from esper_lightning.core.errors import (
+    at_least,
+    check_fields,
+    one_of,
+    positive,
+    require,
+    require_int,
+    require_name,
+)
 
 
 def test_a_value_that_obeys_the_rule_passes() -> None:
@@ -35,6 +44,51 @@ def test_integers_that_are_great_enough_pass(value: int) -> None:
 def test_a_value_that_is_no_integer_is_refused(value: object) -> None:
     with pytest.raises(ValueError, match=re.escape(f"must be an integer, got {value!r}.")):
         require_int("Owner.field", value, minimum=0)
+
+
+def test_a_number_at_its_limit_passes_and_so_does_a_setting_that_is_off() -> None:
+    for value in (1, 1.0, 1.5, None):
+        at_least("Owner.field", value, 1)
+    for value in (1, 5e-324, None):
+        positive("Owner.field", value)
+
+
+@pytest.mark.parametrize(
+    ("value", "rule"),
+    [
+        (0, "at least 1"),
+        (0.9, "at least 1"),
+        (-math.inf, "a finite number"),
+        (math.inf, "a finite number"),
+        (math.nan, "a finite number"),
+    ],
+)
+def test_a_number_below_its_least_value_is_refused(value: int | float, rule: str) -> None:
+    message = rf"^Owner\.field must be {rule}, got {value}\. None switches it off\.$"
+    with pytest.raises(ValueError, match=message):
+        at_least("Owner.field", value, 1, "None switches it off.")
+
+
+@pytest.mark.parametrize(
+    ("value", "rule"),
+    [
+        (0, "positive"),
+        (-1.0, "positive"),
+        (math.inf, "a finite number"),
+        (math.nan, "a finite number"),
+    ],
+)
+def test_a_number_that_is_not_positive_is_refused(value: int | float, rule: str) -> None:
+    message = rf"^Owner\.field must be {rule}, got {value}\. None switches it off\.$"
+    with pytest.raises(ValueError, match=message):
+        positive("Owner.field", value, "None switches it off.")
+
+
+def test_a_value_that_is_no_choice_is_refused_with_all_choices() -> None:
+    choices = {"torch": 1, "onnx": 2}
+    one_of("--format", "onnx", choices)
+    with pytest.raises(ValueError, match=r"^--format must be one of torch, onnx, got 3\. Hint\.$"):
+        one_of("--format", 3, choices, "Hint.")
 
 
 def test_a_name_is_neither_empty_nor_holds_a_nul_byte() -> None:

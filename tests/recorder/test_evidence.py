@@ -9,8 +9,9 @@ import pytest
 from lightning.pytorch import Callback
 
 from esper_lightning import FlightRecorder
-from esper_lightning.recorder import evidence_steps
+from esper_lightning.recorder import rescue
 from esper_lightning.recorder.evidence import Death, HoldsEvidence
+from tests import forked
 from tests.recorder import test_flight_recorder
 from tests.recorder.test_flight_recorder import Plain, raise_at
 from tests.recorder.test_signals import kill_at
@@ -123,7 +124,7 @@ def test_that_fails_is_in_the_report_and_costs_no_other(fit, files):
 
 
 def test_that_hangs_is_in_the_report_and_costs_no_other(fit, files, monkeypatch):
-    monkeypatch.setattr(evidence_steps, "_HOLDER_S", 0.5)
+    monkeypatch.setattr(rescue, "HOLDER_S", 0.5)
     hangs, diary = Hangs(), Diary()
     started = time.monotonic()
     try:
@@ -136,6 +137,66 @@ def test_that_hangs_is_in_the_report_and_costs_no_other(fit, files, monkeypatch)
     detail = "not done within 0.5 s"
     assert evidence["Hangs"] == {"state": "failed", "path": None, "detail": detail}
     assert evidence["Diary"] == SAVED
+
+
+def test_of_many_callbacks_that_hang_shares_one_time_budget(fit, files, monkeypatch):
+    monkeypatch.setattr(rescue, "HOLDER_S", 0.5)
+    monkeypatch.setattr(rescue, "ALL_HOLDERS_S", 0.8)
+    hanging = [Hangs() for _ in range(3)]
+    try:
+        fit(Plain(raise_at(3)), callbacks=[FlightRecorder(watch=False), *hanging, Diary()])
+    finally:
+        for each in hanging:
+            each.ended.set()
+    evidence = evidence_of(files)
+    assert evidence["Hangs"]["detail"] == "not done within 0.5 s"
+    assert evidence["Hangs-2"]["detail"].startswith("not done within 0.")
+    for name in ("Hangs-3", "Diary"):
+        detail = "not asked: others took all of the 0.8 s"
+        assert evidence[name] == {"state": "failed", "path": None, "detail": detail}
+
+
+PROGRAM = """
+import os, signal, sys, time
+from lightning.pytorch import Callback, Trainer
+from esper_lightning import FlightRecorder
+from tests.recorder.test_flight_recorder import Plain, data, raise_at
+
+class Hangs(Callback):
+    def save_evidence(self, directory, death):
+        open(sys.argv[1] + "/asked", "x").close()
+        time.sleep(60)
+
+Trainer(
+    accelerator="cpu", max_epochs=1, logger=False, default_root_dir=sys.argv[1],
+    callbacks=[FlightRecorder(sys.argv[1], watch=False), Hangs()],
+    enable_progress_bar=False, enable_model_summary=False, enable_checkpointing=False,
+).fit(Plain(raise_at(3)), data())
+"""
+
+
+@pytest.mark.crash
+def test_of_the_recorder_is_reported_though_a_callback_hangs_until_sigkill(files):
+    directory = files.directory.parent
+    with (directory / "output").open("wb") as output:
+        process = forked.start(["-c", PROGRAM, directory], output=output)
+    end = time.monotonic() + 60
+    while not (directory / "asked").exists() and time.monotonic() < end:
+        time.sleep(0.02)
+    process.kill()
+    assert process.wait(60) == -signal.SIGKILL
+    report = read_report(files.crash)
+    assert not report["complete"]
+    assert report["error"]["message"] == "injected"
+    states = {name: entry["state"] for name, entry in report["evidence"].items()}
+    assert states == {
+        "history": "saved",
+        "loggers": "saved",
+        "trace": "absent",
+        "checkpoint": "saved",
+        "minibatch": "absent",
+        "Hangs": "pending",
+    }
 
 
 def test_comes_after_the_recorders_own(fit, files):

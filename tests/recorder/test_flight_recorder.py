@@ -526,6 +526,31 @@ class TestAnInterruptThatIsCaught:
         earlier = read_report(files.crash.with_suffix(".json.1"))
         assert (earlier["signal"], earlier["iteration"]) == ("SIGINT", 3)
 
+    def test_in_the_last_iteration_is_no_death_of_a_run_that_ends_well(
+        self, fit, files, monkeypatch
+    ):
+        monkeypatch.setattr(recording, "_STUCK_GRACE_S", 0.4)
+        assert fit(Plain(self.interrupted(1.0)), data(3)) is None
+        assert json.loads(files.process.read_text())["state"] == "finished"
+        assert not files.crash.exists()
+        earlier = read_report(files.crash.with_suffix(".json.1"))
+        assert (earlier["cause"], earlier["signal"]) == ("signal", "SIGINT")
+
+
+def test_the_failure_of_another_rank_is_no_death_of_a_run_that_ends_well(fit, files, monkeypatch):
+    failed = []
+    monkeypatch.setattr(Peers, "first_failure", lambda _: failed[0] if failed else None)
+
+    def act(_, batch_idx):
+        if batch_idx == 2:
+            failed.append((1, "it failed"))
+            time.sleep(2)
+
+    assert fit(Plain(act), data(3)) is None
+    assert json.loads(files.process.read_text())["state"] == "finished"
+    assert not files.crash.exists()
+    assert read_report(files.crash.with_suffix(".json.1"))["cause"] == "peer"
+
 
 class TestRoomForTheReport:
     def test_is_there_during_a_run_and_given_back_afterwards(self, fit, files):

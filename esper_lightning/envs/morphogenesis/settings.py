@@ -6,7 +6,7 @@ from typing import Any, cast
 
 import torch
 
-from esper_lightning.core.errors import check_fields, require
+from esper_lightning.core.errors import at_least, check_fields, positive, require
 from esper_lightning.core.spaces import Box, EnvSpaces
 from esper_lightning.envs.base import EnvSpec
 from esper_lightning.envs.morphogenesis.blueprints import BLUEPRINTS
@@ -124,8 +124,7 @@ class Morphogenesis(EnvSpec):
             "min_training_epochs",
             "fade_epochs",
         ):
-            minimum, value = least.get(name, 1), getattr(self, name)
-            _require(name, value >= minimum, f"be at least {minimum}", value)
+            at_least(f"Morphogenesis.{name}", getattr(self, name), least.get(name, 1))
         ok = self.dataset != "cifar10" or self.folder is not None
         rule = "be given for 'cifar10'"
         require(ok, "Morphogenesis.folder", rule, self.folder, CIFAR_HINT)
@@ -148,13 +147,13 @@ class Morphogenesis(EnvSpec):
         ok = len(self.blueprints) >= 1 and all(name in BLUEPRINTS for name in self.blueprints)
         ok = ok and len(set(self.blueprints)) == len(self.blueprints)
         _require("blueprints", ok, rules["blueprints"], self.blueprints)
-        for name in _NUMBERS:
+        for name in ("momentum", "gain_weight", "divergence_penalty", "shaping_discount"):
             value = getattr(self, name)
             _require(name, math.isfinite(value), "be a finite number", value)
         for name in ("learning_rate", "max_grad_norm"):
-            _require(name, getattr(self, name) > 0, "be positive", getattr(self, name))
+            positive(f"Morphogenesis.{name}", getattr(self, name))
         for name in ("noise", "weight_decay", "rent_weight", "intervention_cost", "shaping_weight"):
-            _require(name, getattr(self, name) >= 0, "not be negative", getattr(self, name))
+            at_least(f"Morphogenesis.{name}", getattr(self, name), 0)
         _require("momentum", 0 <= self.momentum < 1, "lie in [0, 1)", self.momentum)
         ok = 0 < self.shaping_discount <= 1
         _require("shaping_discount", ok, "lie in (0, 1]", self.shaping_discount)
@@ -265,19 +264,6 @@ def _require(name: str, ok: bool, rule: str, got: object) -> None:
     require(ok, f"Morphogenesis.{name}", rule, got)
 
 
-_NUMBERS = (
-    "noise",
-    "learning_rate",
-    "momentum",
-    "weight_decay",
-    "max_grad_norm",
-    "gain_weight",
-    "rent_weight",
-    "intervention_cost",
-    "divergence_penalty",
-    "shaping_weight",
-    "shaping_discount",
-)
 _SYNTHETIC: dict[str, Any] = {"dataset": "synthetic"}
 _LARGE: dict[str, Any] = {
     "dataset": "synthetic",

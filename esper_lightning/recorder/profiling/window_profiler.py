@@ -22,7 +22,7 @@ from lightning.pytorch.profilers import PyTorchProfiler
 from torch.profiler import ProfilerAction, record_function
 from typing_extensions import override
 
-from esper_lightning.core.errors import check_arguments, require, require_name
+from esper_lightning.core.errors import at_least, check_arguments, require_name
 from esper_lightning.forensics.files import write_atomically
 from esper_lightning.forensics.layout import RunLayout
 from esper_lightning.recorder.profiling.global_session import global_session
@@ -111,11 +111,10 @@ class WindowProfiler(PyTorchProfiler):
             with_stack=with_stack,
         )
         for name, value in {"wait": wait, "warmup": warmup, "repeat": repeat}.items():
-            require(value >= 0, f"WindowProfiler.{name}", "not be negative", value)
-        positive = {"active": active, "keep": keep, "max_events": max_events}
-        positive["row_limit"] = row_limit
-        for name, value in positive.items():
-            require(value >= 1, f"WindowProfiler.{name}", "be at least 1", value)
+            at_least(f"WindowProfiler.{name}", value, 0)
+        counts = {"active": active, "keep": keep, "max_events": max_events, "row_limit": row_limit}
+        for name, value in counts.items():
+            at_least(f"WindowProfiler.{name}", value, 1)
         self.wait, self.warmup, self.active, self.repeat = wait, warmup, active, repeat
         self.keep, self.max_events, self.row_limit = keep, max_events, row_limit
         self.logs_table = True

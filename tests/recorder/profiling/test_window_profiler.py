@@ -235,7 +235,7 @@ def test_can_be_pickled_and_used_twice(fit, tmp_path):
 @pytest.mark.parametrize(
     ("setting", "message"),
     [
-        ({"wait": -1}, "WindowProfiler.wait must not be negative, got -1."),
+        ({"wait": -1}, "WindowProfiler.wait must be at least 0, got -1."),
         ({"active": 0}, "WindowProfiler.active must be at least 1, got 0."),
         ({"filename": ""}, "WindowProfiler.filename must name a file, got ''."),
         ({"filename": "a\0b"}, r"WindowProfiler.filename must name a file, got 'a\x00b'."),
