@@ -6,6 +6,7 @@ from typing import cast
 import torch
 from torch import Tensor
 
+from esper_lightning.core.last_obs import allocate_last_obs, has_images, last_obs_rows
 from esper_lightning.core.spaces import (
     Box,
     EnvSpaces,
@@ -30,7 +31,12 @@ __all__ = [
 def allocate_rollout(
     spaces: EnvSpaces, steps: int, num_envs: int, *, device: torch.device
 ) -> Rollout:
-    """A rollout of ``steps`` steps of ``num_envs`` environments, uninitialised."""
+    """A rollout of ``steps`` steps of ``num_envs`` environments, uninitialised.
+
+    Where observations have images, the rollout has ``last_obs`` in place of ``reached_obs``.
+    """
+    images = has_images(spaces.obs)
+    rows = last_obs_rows(steps, num_envs)
 
     def empty(*shape: int, dtype: torch.dtype = torch.float32) -> Tensor:
         return torch.empty(steps, num_envs, *shape, dtype=dtype, device=device)
@@ -49,7 +55,7 @@ def allocate_rollout(
         action = empty(dtype=torch.int64)
     return Rollout(
         obs=empty_obs(),
-        reached_obs=empty_obs(),
+        reached_obs={} if images else empty_obs(),
         action=action,
         log_prob=empty(),
         action_mask=empty(mask_size(spaces.action), dtype=torch.bool) if spaces.masked else None,
@@ -58,6 +64,7 @@ def allocate_rollout(
         truncated=empty(dtype=torch.bool),
         episode_return=empty(),
         episode_length=empty(dtype=torch.int64),
+        last_obs=allocate_last_obs(spaces.obs, rows, device=device) if images else None,
     )
 
 
@@ -73,7 +80,11 @@ def stored_obs(space: ObsSpace, obs: Observation) -> Observation:
 def rollout_bytes(spaces: EnvSpaces, steps: int, num_envs: int) -> int:
     """Bytes that a rollout of this size takes; nothing is allocated."""
     one = allocate_rollout(spaces, 1, 1, device=torch.device("meta"))
-    return steps * num_envs * sum(leaf.nbytes for leaf in leaves(one))
+    taken = steps * num_envs * sum(leaf.nbytes for leaf in leaves(one._replace(last_obs=None)))
+    if one.last_obs is not None:
+        last = sum(leaf.nbytes for leaf in leaves(one.last_obs)) // last_obs_rows(1, 1)
+        taken += last * last_obs_rows(steps, num_envs)
+    return taken
 
 
 def memory_bytes(device: torch.device) -> int:
@@ -85,19 +96,26 @@ def memory_bytes(device: torch.device) -> int:
 
 def first_steps(rollout: Rollout, steps: int) -> Rollout:
     """The first ``steps`` steps of a rollout; views of the same storage."""
-    return Rollout(*(None if field is None else _head(field, steps) for field in rollout))  # pyright: ignore[reportArgumentType]
+    fields = rollout._replace(last_obs=None)  # is storage for any number of steps
+    head = Rollout(*(None if field is None else _head(field, steps) for field in fields))  # pyright: ignore[reportArgumentType]
+    return head._replace(last_obs=rollout.last_obs)
 
 
-def write_step(rollout: Rollout, t: int, row: Rollout) -> None:
-    """Copy ``row``, whose fields have no axis ``T``, into step ``t`` of a rollout.
+def write_step(rollout: Rollout, t: int | slice, row: Rollout) -> None:
+    """Copy ``row`` into step ``t`` of a rollout, except for what ``LastObsWriter`` writes.
 
     After the copy, environments may reuse their tensors.
+
+    Args:
+        rollout: Storage of the rollout.
+        t: Number of the step, or a slice of several steps.
+        row: Step without axis ``T``, or several steps ``[S, B, ...]``.
     """
     for storage, value in zip(rollout, row, strict=True):
         if isinstance(storage, dict):
             for name, group in storage.items():
                 group[t] = cast(dict[str, Tensor], value)[name]
-        elif storage is not None:
+        elif isinstance(storage, Tensor):
             storage[t] = cast(Tensor, value)
 
 

@@ -12,17 +12,23 @@ from esper_lightning.core.errors import at_least, check_fields, require
 __all__ = [
     "ActionSpace",
     "Box",
+    "ChannelOrder",
     "Discrete",
     "EnvSpaces",
     "FactoredDiscrete",
     "Head",
     "MultiDiscrete",
     "ObsSpace",
+    "channel_axis",
     "mask_parts",
     "mask_size",
 ]
 
 _MOST = 2**24  # components of an observation, choices of an action
+
+
+ChannelOrder = Literal["auto", "first", "last"]
+"""Place of the channels in the shape of an image."""
 
 
 @dataclass(frozen=True)
@@ -207,6 +213,28 @@ class EnvSpaces:
             named = len(self.obs) > 0 and all(name.isidentifier() for name in self.obs)
             rule = "have groups, named like Python identifiers"
             require(named, "EnvSpaces.obs", rule, list(self.obs))
+
+
+def channel_axis(shape: tuple[int, ...], order: ChannelOrder, *, owner: str) -> int:
+    """The axis of the channels in the shape of an image: 0 or 2.
+
+    Args:
+        shape: Shape of the image, of three axes.
+        order: Place of the channels; ``auto`` takes the first or last axis if it is shorter than
+            both other axes.
+        owner: Name of the spec that has the setting ``channel_order``, for the error.
+
+    Raises:
+        ValueError: If ``order`` is ``auto`` and neither axis is the shortest.
+    """
+    if order != "auto":
+        return 0 if order == "first" else 2
+    first, middle, last = shape
+    shortest = [axis for axis, size in ((0, first), (2, last)) if size == min(shape)]
+    known = len(shortest) == 1 and middle > min(shape)
+    rule = f"be first or last for images {list(shape)}, whose channels no axis shows"
+    require(known, f"{owner}.channel_order", rule, order)
+    return shortest[0]
 
 
 def mask_parts(space: ActionSpace) -> tuple[int, ...]:

@@ -12,7 +12,16 @@ from torch import Tensor
 
 from esper_lightning.core.shapes import Bool, Float, Int, Shaped
 
-__all__ = ["Advantages", "LossTerms", "Observation", "Rollout", "Samples", "StepResult", "map_obs"]
+__all__ = [
+    "Advantages",
+    "LastObs",
+    "LossTerms",
+    "Observation",
+    "Rollout",
+    "Samples",
+    "StepResult",
+    "map_obs",
+]
 
 Observation = Tensor | dict[str, Tensor]
 """One tensor, or named groups of tensors from which actor and critic pick what they see."""
@@ -39,11 +48,25 @@ class StepResult(NamedTuple):
     episode_length: Int[Tensor, " B"]  # 0 where no episode ended
 
 
+class LastObs(NamedTuple):
+    """Observations reached by the last step of an episode, or by the last step of a rollout.
+
+    The observation that any other step reached is the one on which the next step acted.
+    """
+
+    obs: Observation  # [E, *O]
+    sample: Int[Tensor, " E"]  # t * B + b of the step; T * B where the row is not used
+
+
 class Rollout(NamedTuple):
-    """``T`` steps of ``B`` environments, written in place."""
+    """``T`` steps of ``B`` environments, written in place.
+
+    Where observations are images, ``reached_obs`` is empty, and ``last_obs`` holds what ``obs``
+    does not hold: a second copy of each image would double the memory.
+    """
 
     obs: Observation  # [T, B, *O] on which the policy acted
-    reached_obs: Observation  # [T, B, *O] to which the action led
+    reached_obs: Observation  # [T, B, *O] to which the action led; {} where there is last_obs
     action: Shaped[
         Tensor, "T B *A"
     ]  # as the distribution sampled it, which the environment may have got in another form
@@ -54,6 +77,7 @@ class Rollout(NamedTuple):
     truncated: Bool[Tensor, "T B"]
     episode_return: Float[Tensor, "T B"]  # NaN where no episode ended
     episode_length: Int[Tensor, "T B"]
+    last_obs: LastObs | None = None
 
 
 class Advantages(NamedTuple):
@@ -70,7 +94,7 @@ class Samples(NamedTuple):
     whole sequences: the first step of all sequences, then the second step of all, and so on.
     """
 
-    obs: Observation  # [M, *O], normalised
+    obs: Observation  # [M, *O], normalised; images as the environment gave them
     action: Shaped[Tensor, "M *A"]
     log_prob: Float[Tensor, " M"]
     action_mask: Bool[Tensor, "M K"] | None

@@ -16,7 +16,7 @@ from torch import Tensor
 from esper_lightning.core.errors import check_fields, require, require_int
 from esper_lightning.core.shapes import Bool, Float, Int, Shaped
 from esper_lightning.core.spaces import EnvSpaces
-from esper_lightning.core.types import StepResult
+from esper_lightning.core.types import Observation, StepResult
 
 __all__ = ["AutoresetEnv", "Episodes", "Task", "Transition", "validate_sizes"]
 
@@ -64,8 +64,8 @@ class Task(Protocol):
         """Initial states for ``T`` steps of every environment; sampled for every step, so cheap."""
         ...
 
-    def observe(self, state: Float[Tensor, "B S"]) -> Float[Tensor, "B *O"]:
-        """Observation of a state."""
+    def observe(self, state: Float[Tensor, "B S"]) -> Observation:
+        """Observation ``[B, *O]`` of a state."""
         ...
 
     def advance(self, state: Float[Tensor, "B S"], action: Shaped[Tensor, "B *A"]) -> Transition:
@@ -103,7 +103,7 @@ class AutoresetEnv:
         return self._spaces
 
     @torch.no_grad()
-    def reset(self) -> tuple[Float[Tensor, "B *O"], None]:
+    def reset(self) -> tuple[Observation, None]:
         """Start a new episode everywhere."""
         state = self.draw(1)[0]
         self._episodes.state.copy_(state)

@@ -4,6 +4,7 @@ Axes: ``M`` sample, ``*O`` observation, ``H`` feature.
 """
 
 import re
+from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import Any, Literal, cast
 
@@ -33,8 +34,11 @@ class Composed(PolicySpec):
     generator is seeded from the seed of the run.
 
     Attributes:
-        encoder: Function or class that builds the network, as ``package.module:name``.
+        encoder: Function or class that builds the network, as ``package.module:name``; or an
+            encoder spec, such as ``Groups(encoders={"image": Image(), "speed": Flat()})``.
         encoder_args: Keyword arguments of ``encoder`` besides the observation space.
+        critic_encoder: Encoder of the critic, as ``encoder``, where it sees other groups than the
+            actor or sees them through another network. ``None`` means the same as ``encoder``.
         hidden_sizes: Width of each hidden layer behind the network. An empty list means no such
             layer.
         activation: Nonlinearity after each of these hidden layers.
@@ -46,8 +50,9 @@ class Composed(PolicySpec):
             bounds are -1 and 1.
     """
 
-    encoder: str
+    encoder: str | EncoderSpec
     encoder_args: dict[str, Any] = field(default_factory=dict[str, Any])
+    critic_encoder: str | EncoderSpec | None = None
     hidden_sizes: tuple[int, ...] = ()
     activation: Activation = "tanh"
     trunk: Literal["separate", "shared"] = "shared"
@@ -56,11 +61,32 @@ class Composed(PolicySpec):
 
     def __post_init__(self) -> None:
         check_fields(self)
-        _check_path("Composed.encoder", self.encoder)
+        for name in ("encoder", "critic_encoder"):
+            if isinstance(getattr(self, name), str):
+                _check_path(f"Composed.{name}", getattr(self, name))
+        named = isinstance(self.encoder, str) or isinstance(self.critic_encoder, str)
+        rule = "be empty for encoder specs, which have settings of their own"
+        require(named or not self.encoder_args, "Composed.encoder_args", rule, self.encoder_args)
+        alike = self.trunk == "separate" or self.critic_encoder is None
+        rule = "be None for a shared trunk"
+        require(alike, "Composed.critic_encoder", rule, self.critic_encoder)
         ok = min(self.hidden_sizes, default=1) >= 1
         require(ok, "Composed.hidden_sizes", "be widths of at least 1", self.hidden_sizes)
         check_widest("Composed.hidden_sizes", *self.hidden_sizes)
         check_std("Composed", self.initial_std)
+
+    @staticmethod
+    def of(encoder: Callable[..., nn.Module], **settings: Any) -> "Composed":
+        """The spec of a function or class that builds a network.
+
+        Args:
+            encoder: Function or class at the top of a module; its import path is stored.
+            **settings: Other settings of ``Composed``.
+
+        Raises:
+            ValueError: If ``encoder`` cannot be imported by its name.
+        """
+        return Composed(encoder=_path_of("Composed.encoder", encoder), **settings)
 
     def build(self, spaces: EnvSpaces, generator: torch.Generator) -> Policy:
         """Build the policy on the CPU; ``generator`` is the only source of randomness.
@@ -69,8 +95,10 @@ class Composed(PolicySpec):
             ValueError: If the encoder cannot be imported, builds no module, or returns other
                 features than it must; if no head fits the action space.
         """
-        actor = self._encoder(spaces.obs, generator)
-        critic = actor if self.trunk == "shared" else self._encoder(spaces.obs, generator)
+        actor = critic = self._encoder("encoder", spaces.obs, generator)
+        if self.trunk == "separate":
+            own = "encoder" if self.critic_encoder is None else "critic_encoder"
+            critic = self._encoder(own, spaces.obs, generator)
         return build_actor_critic(
             actor,
             critic,
@@ -81,10 +109,13 @@ class Composed(PolicySpec):
             generator=generator,
         )
 
-    def _encoder(self, space: ObsSpace, generator: torch.Generator) -> Encoder:
-        own = _ImportedEncoder(
-            "Composed.encoder", self.encoder, self.encoder_args, space, generator
-        )
+    def _encoder(self, field: str, space: ObsSpace, generator: torch.Generator) -> Encoder:
+        spec: str | EncoderSpec = getattr(self, field)
+        if isinstance(spec, str):
+            args = self.encoder_args
+            own = _ImportedEncoder(f"Composed.{field}", spec, args, space, generator)
+        else:
+            own = spec.build_encoder(space, generator)
         return with_hidden_layers(
             own, self.hidden_sizes, activation=self.activation, generator=generator
         )
@@ -157,6 +188,22 @@ class _ImportedEncoder(Encoder):
     def forward(self, obs: Observation) -> Tensor:
         """Features of each row."""
         return self.network(obs)
+
+
+def _path_of(setting: str, function: Callable[..., nn.Module]) -> str:
+    """The import path of a function or class.
+
+    Raises:
+        ValueError: If it cannot be imported by its name.
+    """
+    path = f"{function.__module__}:{getattr(function, '__qualname__', '')}"
+    try:
+        found = import_object(path)
+    except (ImportError, AttributeError, ValueError):
+        found = None
+    rule = "be a function or class that can be imported by its name"
+    require(found is function, setting, rule, path, "Define it at the top of a module.")
+    return path
 
 
 def _check_path(setting: str, path: str) -> None:

@@ -8,7 +8,7 @@ import torch
 from esper_lightning.core.spaces import EnvSpaces
 from esper_lightning.policies.actor_critic import build_actor_critic
 from esper_lightning.policies.base import Policy, PolicySpec
-from esper_lightning.policies.encoders import ConvolutionSettings, ImageEncoder
+from esper_lightning.policies.images import ConvolutionSettings, ImageEncoder
 from esper_lightning.policies.layers import check_std
 
 __all__ = ["CNN"]
@@ -16,11 +16,11 @@ __all__ = ["CNN"]
 
 @dataclass(frozen=True, kw_only=True)
 class CNN(ConvolutionSettings, PolicySpec):
-    """A convolutional network for actor and critic, for images ``[C, H, W]``, without memory.
+    """A convolutional network for actor and critic, for images, without memory.
 
-    Images in a space between 0 and 255 are scaled to between 0 and 1. In a grouped observation each
-    image has convolutions of its own, and the groups that are vectors are joined with the results
-    of the convolutions before the hidden layers.
+    In a grouped observation each image has convolutions of its own, and the groups that are vectors
+    are joined with the results of the convolutions before the hidden layers. ``Composed`` with
+    ``Groups`` chooses an encoder for each group, and other groups for the critic.
 
     The settings of the layers are those of ``ConvolutionSettings``.
 

@@ -1,6 +1,6 @@
 """Encoders: modules from observations to features.
 
-Axes: ``M`` sample, ``*O`` observation, ``C H W`` image, ``H`` feature.
+Axes: ``M`` sample, ``*O`` observation, ``H`` feature.
 """
 
 from abc import ABC, abstractmethod
@@ -10,26 +10,23 @@ from typing import cast
 import torch
 from torch import Tensor, nn
 
-from esper_lightning.core.errors import Words, check_fields, require
+from esper_lightning.core.errors import check_fields, require
 from esper_lightning.core.shapes import Float
 from esper_lightning.core.spaces import Box, ObsSpace
 from esper_lightning.core.types import Observation
 from esper_lightning.policies.layers import (
-    WIDEST,
     Activation,
-    activation_layer,
     check_widest,
     mlp,
-    orthogonal_convolution,
 )
 
 __all__ = [
-    "ConvolutionSettings",
     "Encoder",
     "EncoderSpec",
+    "Flat",
     "FlatEncoder",
-    "Image",
-    "ImageEncoder",
+    "Groups",
+    "HiddenLayers",
     "with_hidden_layers",
 ]
 
@@ -96,118 +93,114 @@ class FlatEncoder(nn.Sequential, Encoder):  # pyright: ignore[reportIncompatible
         return cast(Tensor, super().forward(flat))
 
 
-class ImageEncoder(Encoder):
-    """An encoder that passes images ``[C, H, W]`` through convolutions and hidden layers.
-
-    In a grouped observation each image has convolutions of its own, and the groups that are vectors
-    are joined with the results of the convolutions before the hidden layers.
-
-    Args:
-        settings: Sizes of the layers.
-        space: Observation space with at least one image. An image whose bounds are 0 and 255 holds
-            bytes, and is scaled to between 0 and 1.
-        generator: Source of the initial weights.
-
-    Raises:
-        ValueError: If there is no image, or an image is too small for the convolutions.
-    """
-
-    def __init__(
-        self, settings: "ConvolutionSettings", space: ObsSpace, generator: torch.Generator
-    ) -> None:
-        super().__init__()
-        owner = type(settings).__name__
-        boxes = {"obs": space} if isinstance(space, Box) else space
-        self._grouped = not isinstance(space, Box)
-        self._scales: dict[str, float | None] = {}
-        self.convolutions = nn.ModuleDict()
-        inputs = 0
-        for name, box in boxes.items():
-            self._scales[name] = 1.0 / 255.0 if (box.low, box.high) == (0.0, 255.0) else None
-            if len(box.shape) == 3:
-                # The prefix keeps groups from taking the names of a module's own attributes.
-                layers, size = _convolutions(settings, owner, box.shape, generator)
-                self.convolutions[f"group_{name}"] = layers
-                inputs += size
-            else:
-                where = owner if not self._grouped else f"{owner}'s observation group {name!r}"
-                rule = "see images [C, H, W]" + (" or vectors" if self._grouped else "")
-                require(self._grouped and len(box.shape) < 2, where, rule, list(box.shape))
-                inputs += box.size
-        rule, shapes = "see an image [C, H, W]", [list(box.shape) for box in boxes.values()]
-        require(len(self.convolutions) > 0, owner, rule, shapes)
-        self.hidden = mlp(
-            inputs, settings.hidden_sizes, activation=settings.activation, generator=generator
-        )
-        self.features = settings.hidden_sizes[-1] if settings.hidden_sizes else inputs
-
-    def forward(self, obs: Observation) -> Float[Tensor, "M H"]:
-        """Features of each row."""
-        groups = {"obs": obs} if isinstance(obs, Tensor) else obs
-        encoded = [self._encode(name, groups[name]) for name in self._scales]
-        return self.hidden(torch.cat(encoded, -1) if len(encoded) > 1 else encoded[0])
-
-    def _encode(self, name: str, group: Tensor) -> Tensor:
-        scale, key = self._scales[name], f"group_{name}"
-        if scale is not None:
-            group = group * scale
-        return _flat(self.convolutions[key](group) if key in self.convolutions else group)
-
-
 @dataclass(frozen=True, kw_only=True)
-class ConvolutionSettings:
-    """Settings that ``Image`` and ``CNN`` share: the layers of an ``ImageEncoder``.
+class Flat(EncoderSpec):
+    """Hidden layers over vectors, for a group within ``Groups``.
+
+    Observations of any shape are flattened to vectors.
 
     Attributes:
-        channels: Number of output channels of each convolution. The defaults of ``channels``,
-            ``kernels`` and ``strides`` are the network of Mnih et al. 2015 for images of 84 x 84
-            pixels.
-        kernels: Width and height in pixels of the kernel of each convolution.
-        strides: Number of pixels by which each convolution moves its kernel.
-        hidden_sizes: Width of each hidden layer behind the convolutions. An empty list means no
-            such layer.
-        activation: Nonlinearity after each convolution and each hidden layer.
+        hidden_sizes: Width of each hidden layer. An empty list means that the vector itself is
+            passed on.
+        activation: Nonlinearity after each hidden layer.
     """
 
-    channels: tuple[int, ...] = (32, 64, 64)
-    kernels: tuple[int, ...] = (8, 4, 3)
-    strides: tuple[int, ...] = (4, 2, 1)
-    hidden_sizes: tuple[int, ...] = (512,)
-    activation: Activation = "relu"
+    hidden_sizes: tuple[int, ...] = (64,)
+    activation: Activation = "tanh"
 
     def __post_init__(self) -> None:
         check_fields(self)
-        owner = type(self).__name__
-        for name in ("channels", "kernels", "strides"):
-            sizes = getattr(self, name)
-            ok = len(sizes) > 0 and min(sizes) >= 1
-            require(ok, f"{owner}.{name}", "be one or more sizes of at least 1", sizes)
-            check_widest(f"{owner}.{name}", *sizes)
-            rule = f"have as many entries as {owner}.channels = {self.channels}"
-            require(len(sizes) == len(self.channels), f"{owner}.{name}", rule, sizes)
         ok = min(self.hidden_sizes, default=1) >= 1
-        require(ok, f"{owner}.hidden_sizes", "be widths of at least 1", self.hidden_sizes)
-        check_widest(f"{owner}.hidden_sizes", *self.hidden_sizes)
+        require(ok, "Flat.hidden_sizes", "be widths of at least 1", self.hidden_sizes)
+        check_widest("Flat.hidden_sizes", *self.hidden_sizes)
+
+    def build_encoder(self, space: ObsSpace, generator: torch.Generator) -> Encoder:
+        """Build the encoder on the CPU; ``generator`` is the only source of randomness."""
+        sizes, activation = self.hidden_sizes, self.activation
+        return FlatEncoder(space, None, sizes, activation=activation, generator=generator)
 
 
 @dataclass(frozen=True, kw_only=True)
-class Image(ConvolutionSettings, EncoderSpec):
-    """Convolutions over images ``[C, H, W]``, for ``Recurrent(encoder=Image())``.
+class Groups(EncoderSpec):
+    """An encoder for each group of an observation; their features are joined.
 
-    Images in a space between 0 and 255 are scaled to between 0 and 1. In a grouped observation each
-    image has convolutions of its own, and the groups that are vectors are joined with the results
-    of the convolutions before the hidden layers.
+    Groups without an encoder are not seen.
 
-    The settings are those of ``ConvolutionSettings``.
+    Attributes:
+        encoders: Encoder of each group by the name of the group, such as ``{"image": Image(),
+            "speed": Flat()}``.
     """
 
+    encoders: dict[str, EncoderSpec]
+
+    def __post_init__(self) -> None:
+        rule = "be a dict of encoder specs by group, such as {'image': Image()}"
+        ok = bool(self.encoders) and all(
+            isinstance(encoder, EncoderSpec)  # pyright: ignore[reportUnnecessaryIsInstance]
+            for encoder in self.encoders.values()
+        )
+        require(ok, "Groups.encoders", rule, self.encoders)
+
+    def __hash__(self) -> int:
+        return hash(repr(self))
+
     def build_encoder(self, space: ObsSpace, generator: torch.Generator) -> Encoder:
-        """Build the encoder on the CPU; ``generator`` is the only source of randomness.
+        """Build the encoders on the CPU; ``generator`` is the only source of randomness.
 
         Raises:
-            ValueError: If the space has no image, or an image is too small for the convolutions.
+            ValueError: If a group does not exist, or an encoder does not fit its group.
         """
-        return ImageEncoder(self, space, generator)
+        known = [] if isinstance(space, Box) else list(space)
+        for name in self.encoders:
+            rule = f"name groups of the observation ({', '.join(known) or 'it has none'})"
+            require(name in known, "Groups.encoders", rule, name)
+        assert not isinstance(space, Box)
+        # In the order of the space, because equal dicts of encoders may be ordered differently.
+        return _GroupsEncoder(
+            {
+                name: self.encoders[name].build_encoder(box, generator)
+                for name, box in space.items()
+                if name in self.encoders
+            }
+        )
+
+
+class _GroupsEncoder(Encoder):
+    """Encoders of groups, whose features are joined in the order of the groups."""
+
+    def __init__(self, encoders: dict[str, Encoder]) -> None:
+        super().__init__()
+        # The prefix keeps groups from taking the names of a module's own attributes.
+        self.encoders = nn.ModuleDict({f"group_{name}": each for name, each in encoders.items()})
+        self._groups = tuple(encoders)
+        self.features = sum(encoder.features for encoder in encoders.values())
+
+    def forward(self, obs: Observation) -> Float[Tensor, "M H"]:
+        """Features of each row."""
+        assert isinstance(obs, dict)
+        return torch.cat([self.encoders[f"group_{name}"](obs[name]) for name in self._groups], -1)
+
+
+class HiddenLayers(nn.Sequential, Encoder):  # pyright: ignore[reportIncompatibleVariableOverride]
+    """An encoder of features that another module has computed: hidden layers alone.
+
+    Args:
+        inputs: Number of features that the layers see.
+        hidden_sizes: Width of each hidden layer; may be empty.
+        activation: Nonlinearity after each hidden layer.
+        generator: Source of the initial weights.
+    """
+
+    def __init__(
+        self,
+        inputs: int,
+        hidden_sizes: tuple[int, ...],
+        *,
+        activation: Activation,
+        generator: torch.Generator,
+    ) -> None:
+        super().__init__(*mlp(inputs, hidden_sizes, activation=activation, generator=generator))
+        self.features = hidden_sizes[-1] if hidden_sizes else inputs
 
 
 class _Stacked(nn.Sequential, Encoder):  # pyright: ignore[reportIncompatibleVariableOverride]
@@ -243,31 +236,3 @@ def with_hidden_layers(
 def _flat(group: Tensor) -> Tensor:
     """[M, *O] -> [M, O], and [M] -> [M, 1]."""
     return group.unsqueeze(1).flatten(1)
-
-
-def _convolutions(
-    settings: ConvolutionSettings,
-    owner: str,
-    shape: tuple[int, ...],
-    generator: torch.Generator,
-) -> tuple[nn.Sequential, int]:
-    """Convolutions over an image ``[C, H, W]``, and the number of features that they return."""
-    inputs, height, width = shape
-    sizes = zip(settings.channels, settings.kernels, settings.strides, strict=True)
-    layers: list[nn.Module] = []
-    for number, (outputs, kernel, stride) in enumerate(sizes, start=1):
-        fits = kernel <= min(height, width)
-        rule = f"fit into images {list(shape)}, which are [C, H, W]"
-        hint = f"Convolution {number} sees {height} x {width} pixels."
-        require(fits, f"{owner}.kernels", rule, settings.kernels, hint)
-        layers += [
-            orthogonal_convolution(inputs, outputs, kernel, stride, generator=generator),
-            activation_layer(settings.activation),
-        ]
-        inputs = outputs
-        height, width = (height - kernel) // stride + 1, (width - kernel) // stride + 1
-    size = inputs * height * width
-    rule = f"shrink images {list(shape)} to at most {WIDEST} features"
-    got = Words(f"{settings.strides}, which leave {size}")
-    require(size <= WIDEST, f"{owner}.strides", rule, got)
-    return nn.Sequential(*layers), size

@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from esper_lightning.core.errors import at_least, check_fields, require
 from esper_lightning.core.recurrence import Cell, unroll
 from esper_lightning.core.shapes import Bool, Float, Shaped
-from esper_lightning.core.spaces import Box, EnvSpaces, ObsSpace
+from esper_lightning.core.spaces import EnvSpaces
 from esper_lightning.core.types import Observation
 from esper_lightning.policies.actor_critic import build_actor_critic
 from esper_lightning.policies.base import Evaluation, Policy, PolicySpec, SampledAction
@@ -20,6 +20,7 @@ from esper_lightning.policies.encoders import (
     Encoder,
     EncoderSpec,
     FlatEncoder,
+    HiddenLayers,
     with_hidden_layers,
 )
 from esper_lightning.policies.layers import (
@@ -51,7 +52,8 @@ class Recurrent(PolicySpec):
             memory.
         memory_size: Width of the cell.
         encoder: Encoder of observations: ``Image()`` for images, ``Imported(path=...)`` for a
-            network of your own, or ``None`` for observations that are vectors.
+            network of your own, ``Groups(...)`` for an encoder of each group, or ``None`` for
+            observations that are vectors.
         encoder_sizes: Width of each hidden layer between encoder and cell. An empty list means no
             such layer.
         hidden_sizes: Width of each hidden layer behind the cell, for actor and critic alike.
@@ -104,11 +106,14 @@ class RecurrentPolicy(Policy):
         gates = {"gru": 3, "lstm": 4}[spec.cell]
         self.memory_size = {"gru": size, "lstm": 2 * size}[spec.cell]
 
-        def flat(space: ObsSpace, sizes: tuple[int, ...]) -> Encoder:
-            return FlatEncoder(space, None, sizes, activation=spec.activation, generator=generator)
-
         if spec.encoder is None:
-            self.encoder = flat(spaces.obs, spec.encoder_sizes)
+            self.encoder: Encoder = FlatEncoder(
+                spaces.obs,
+                None,
+                spec.encoder_sizes,
+                activation=spec.activation,
+                generator=generator,
+            )
         else:
             self.encoder = with_hidden_layers(
                 spec.encoder.build_encoder(spaces.obs, generator),
@@ -123,10 +128,15 @@ class RecurrentPolicy(Policy):
 
         self.from_input = gate_inputs(self.encoder.features)
         self.from_memory = gate_inputs(size)
-        output = Box((size,))
+
+        def behind_cell() -> Encoder:
+            return HiddenLayers(
+                size, spec.hidden_sizes, activation=spec.activation, generator=generator
+            )
+
         self.decides = build_actor_critic(
-            flat(output, spec.hidden_sizes),
-            flat(output, spec.hidden_sizes),
+            behind_cell(),
+            behind_cell(),
             spaces.action,
             owner="Recurrent",
             action_bounds=spec.action_bounds,

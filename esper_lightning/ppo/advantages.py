@@ -7,19 +7,21 @@ This file knows nothing of Lightning.
 import torch
 from torch import Tensor
 
-from esper_lightning.compiling.loops import CompileMode, compile_loop, in_cache
+from esper_lightning.compiling.loops import CompileMode, compile_function, compile_loop, in_cache
 from esper_lightning.core.diagnostics import explained_variance
 from esper_lightning.core.gae import compute_gae, discounted_returns
 from esper_lightning.core.losses import normalize_advantage
 from esper_lightning.core.ranks import SINGLE_RANK, Ranks
 from esper_lightning.core.running_stats import Moments
 from esper_lightning.core.shapes import Bool, Float
-from esper_lightning.core.tensor_trees import map_tree
-from esper_lightning.core.types import Observation, Rollout, Samples
+from esper_lightning.core.tensor_trees import leaves, map_tree
+from esper_lightning.core.types import LastObs, Observation, Rollout, Samples, map_obs
 from esper_lightning.ppo.agent import Agent, Values, Weights
 from esper_lightning.ppo.config import PPOConfig
 
 __all__ = ["Critic", "prepare_samples", "scale_reward"]
+
+_PIECE_BYTES = {"cpu": 2**24, "cuda": 2**28}  # of images in float32 that are valued at once
 
 
 class Critic:
@@ -36,6 +38,8 @@ class Critic:
         self._mode: CompileMode = mode
         self._chunks: dict[int, int] = {}  # number of chunks, by number of rows
         self._loop = compile_loop("values", self._value_chunk, mode=mode, device=device)
+        self._steps = compile_function("values", self._value_steps, mode=mode, device=device)
+        self._last = compile_function("last values", self._value_last, mode=mode, device=device)
 
     def values(
         self, weights: Weights, rollout: Rollout, memory: Float[Tensor, "B S"] | None = None
@@ -47,6 +51,8 @@ class Critic:
             rollout: Steps to value.
             memory: Memory of the policy before the first step; ``None`` without memory.
         """
+        if rollout.last_obs is not None:
+            return self._values_of_images(weights, rollout, rollout.last_obs, memory)
         rows = rollout.reward.numel()
         if rows not in self._chunks:
             whole = memory is not None  # sequences are not cut
@@ -75,6 +81,66 @@ class Critic:
         agent = self._agent
         values = agent.with_weights(weights, agent.value, obs, reached, memory, begins)
         return counter + 1.0, values
+
+    @torch.no_grad()
+    def _values_of_images(
+        self, weights: Weights, rollout: Rollout, last: LastObs, memory: Float[Tensor, "B S"] | None
+    ) -> Values:
+        """Value a rollout of images in pieces, since the whole rollout in float32 is too large.
+
+        The value of what a step reached is that of what the next step acted on, or that of
+        ``last``. With memory a piece is whole sequences, and otherwise it is steps.
+        """
+        steps, num_envs = rollout.reward.shape
+        number, begins = steps * num_envs, None if memory is None else _beginnings(rollout)
+        float_bytes = sum(4 * group[0].numel() for group in leaves(last.obs))
+        most = max(1, _PIECE_BYTES.get(self._device.type, 2**24) // float_bytes)
+        values: list[Tensor] = []
+        memories: list[Tensor] = []
+        if memory is None:
+            flat = map_obs(_joined, rollout.obs)
+            for rows in _slices(number, most):
+                piece = map_tree(lambda group, rows=rows: group[rows], flat)
+                values.append(self._steps(piece, None, None, weights)[0].clone())
+            value = torch.cat(values)
+        else:
+            for envs in _slices(num_envs, max(1, most // steps)):
+                xs = map_tree(lambda rows, envs=envs: _joined(rows[:, envs]), (rollout.obs, begins))
+                one, after = self._steps(xs[0], memory[envs], xs[1], weights)
+                values.append(one.view(steps, -1).clone())
+                memories.append(after.view(steps, -1, after.shape[1]).clone())
+            value = torch.cat(values, 1).flatten()
+        after = torch.cat(memories, 1).flatten(0, 1) if memories else None
+        of_last: list[Tensor] = []
+        for rows in _slices(len(last.sample), most):
+            piece = map_tree(lambda group, rows=rows: group[rows], last.obs)
+            kept = None if after is None else after[last.sample[rows].clamp(max=number - 1)]
+            of_last.append(self._last(piece, kept, weights).clone())
+        # One more step than there are, because unused rows of ``last`` have that step's index.
+        following = torch.cat([value[num_envs:], value.new_zeros(num_envs + 1)])
+        following[last.sample] = torch.cat(of_last)
+        return Values(map_obs(_joined, rollout.obs), value, following[:number])
+
+    def _value_steps(
+        self, obs: Observation, memory: Tensor | None, begins: Tensor | None, weights: Weights
+    ) -> tuple[Tensor, Tensor | None]:
+        agent = self._agent
+        return agent.with_weights(weights, agent.value_steps, obs, memory, begins)
+
+    def _value_last(self, reached: Observation, memory: Tensor | None, weights: Weights) -> Tensor:
+        agent = self._agent
+        return agent.with_weights(weights, agent.value_reached, reached, memory)
+
+
+def _slices(rows: int, most: int) -> list[slice]:
+    """Slices of at most ``most`` rows, equal where possible, because others are not compiled."""
+    count = -(-rows // most)
+    size = -(-rows // count)
+    return [slice(start, min(start + size, rows)) for start in range(0, rows, size)]
+
+
+def _joined(rows: Tensor) -> Tensor:
+    return rows.flatten(0, 1)  # [T, B, ...] -> [T * B, ...]
 
 
 def _beginnings(rollout: Rollout) -> Bool[Tensor, "T B"]:

@@ -13,6 +13,7 @@ from torch.func import functional_call
 from typing_extensions import override
 
 from esper_lightning.core.flat_adam import FlatParameters
+from esper_lightning.core.last_obs import holds_images
 from esper_lightning.core.running_stats import ObsNormalizer
 from esper_lightning.core.shapes import Bool, Float, Shaped
 from esper_lightning.core.types import Observation, Samples, map_obs
@@ -43,7 +44,7 @@ class Acted(NamedTuple):
 class Values(NamedTuple):
     """The critic's values of the ``N = T * B`` steps of a rollout."""
 
-    obs: Observation  # [N, *O] normalised
+    obs: Observation  # [N, *O] normalised; images as the environment gave them
     value: Float[Tensor, " N"]  # of the state that the step acted on
     next_value: Float[Tensor, " N"]  # of the state that the step reached
 
@@ -171,6 +172,33 @@ class Agent(nn.Module):
         reached, _ = self.policy.step_memory(reached, after)
         return Values(obs, self.policy.value(seen), self.policy.value(reached))
 
+    def value_steps(
+        self,
+        obs: Observation,
+        memory: Float[Tensor, "B S"] | None,
+        begins: Bool[Tensor, " N"] | None,
+    ) -> tuple[Float[Tensor, " N"], Float[Tensor, "N S"] | None]:
+        """Value the states that steps acted on; the arguments are those of ``value``.
+
+        Returns:
+            The values, and the memory after each step.
+        """
+        obs = prepare_obs(obs, self.normalizer)
+        seen, after = self.policy.unroll_memory(obs, memory, begins)
+        return self.policy.value(seen), after
+
+    def value_reached(
+        self, reached: Observation, memory: Float[Tensor, "N S"] | None
+    ) -> Float[Tensor, " N"]:
+        """Value the states that steps reached.
+
+        Args:
+            reached: Observations ``[N, *O]`` to which the actions led, not normalised.
+            memory: Memory after each of the steps; ``None`` without memory.
+        """
+        seen, _ = self.policy.step_memory(prepare_obs(reached, self.normalizer), memory)
+        return self.policy.value(seen)
+
     def evaluate(self, batch: Samples) -> Evaluation:
         """Log-probability, entropy and value of samples under the weights in force."""
         seen, _ = self.policy.unroll_memory(batch.obs, batch.memory, batch.begins)
@@ -181,9 +209,13 @@ class Agent(nn.Module):
     ) -> tuple[Evaluation, dict[str, Float[Tensor, " M"]]]:
         """What ``evaluate`` says, and the terms of extensions by their names.
 
+        Images become float32 here, so that never more than a minibatch of them does.
+
         Raises:
             ValueError: If two extensions give a term the same name.
         """
+        if holds_images(batch.obs):
+            batch = batch._replace(obs=prepare_obs(batch.obs, self.normalizer))
         return self.evaluate(batch), self.extensions.losses(batch, self.evaluate)
 
     def named(self, flat: Float[Tensor, " P"]) -> dict[str, Tensor]:

@@ -13,10 +13,11 @@ from torch import Tensor
 
 from esper_lightning.compiling.loops import CompileMode, compile_loop
 from esper_lightning.core.buffer import stored_obs, write_step
+from esper_lightning.core.last_obs import LastObsWriter
 from esper_lightning.core.shapes import Bool, Float
 from esper_lightning.core.spaces import ObsSpace
 from esper_lightning.core.tensor_trees import map_tree
-from esper_lightning.core.types import Observation, Rollout, StepResult
+from esper_lightning.core.types import Observation, Rollout, StepResult, map_obs
 from esper_lightning.envs.base import BatchedEnv, FunctionalEnv, is_functional
 from esper_lightning.envs.inspector import FirstSteps
 from esper_lightning.policies.base import SampledAction
@@ -26,6 +27,7 @@ from esper_lightning.ppo.non_finite import refuse_stuck_cause
 __all__ = ["ActingState", "Collector", "Normalize", "as_row"]
 
 _log = logging.getLogger(__name__)
+_PIECES = 32  # number of pieces in which rollouts of images are compiled, if it divides the steps
 
 Normalize = Callable[[Observation], Observation]
 
@@ -108,17 +110,45 @@ class Collector:
         steps, num_envs = rollout.reward.shape
         weights = self._agent.weights
         noise = self._agent.policy.noise((steps, num_envs), generator)
+        writer = None if rollout.last_obs is None else LastObsWriter(rollout)
         if self._functional is None:
-            return rollout, self._call_env(state, rollout, weights, noise)
+            after = self._call_env(state, rollout, writer, weights, noise)
+            return _finish(rollout, writer), after
         env = self._functional
         running = _Running(env.episodes(), state.obs, state.action_mask, state.memory)
         xs = (noise, env.draw(steps))
         if self._first_steps.left > 0:
             self._rehearse(running, xs, weights)
-        running, rollout = self._loop(running, xs, None, weights, rollout)
+        if writer is None:
+            running, rollout = self._loop(running, xs, None, weights, rollout)
+        else:
+            running = self._run_pieces(running, xs, weights, rollout, writer)
+        rollout = _finish(rollout, writer)
         env.keep(running.episodes)
         _, obs, action_mask, memory = running
         return rollout, state._replace(obs=obs, action_mask=action_mask, memory=memory)
+
+    def _run_pieces(
+        self,
+        running: _Running,
+        xs: tuple[Tensor, Any],
+        weights: Weights,
+        rollout: Rollout,
+        writer: LastObsWriter,
+    ) -> _Running:
+        """Fill a rollout of images a few steps at a time, since the loop returns all it reached."""
+        steps = rollout.reward.shape[0]
+        most = -(-steps // _PIECES)
+        size = next(size for size in range(most, 0, -1) if steps % size == 0)
+        for t in range(0, steps, size):
+            piece = slice(t, t + size)
+            some = map_tree(lambda rows, piece=piece: rows[piece], xs)
+            running, rows = cast(
+                tuple[_Running, Rollout], self._loop(running, some, None, weights, None)
+            )
+            write_step(rollout, piece, rows)
+            writer.write(t, rows.terminated | rows.truncated, rows.reached_obs)
+        return running
 
     def _step(
         self, running: _Running, x: tuple[Tensor, Any], weights: Weights
@@ -157,7 +187,12 @@ class Collector:
             running = _Running(episodes, result.obs, result.action_mask, memory)
 
     def _call_env(
-        self, state: ActingState, rollout: Rollout, weights: Weights, noise: Tensor
+        self,
+        state: ActingState,
+        rollout: Rollout,
+        writer: LastObsWriter | None,
+        weights: Weights,
+        noise: Tensor,
     ) -> ActingState:
         """Fill a rollout by calling the ``step`` of an environment that is no pure function."""
         first_steps, policy = self._first_steps, self._agent.policy
@@ -170,10 +205,22 @@ class Collector:
             except Exception as error:
                 refuse_stuck_cause(error, action_mask, first_steps)
                 raise
-            write_step(rollout, t, as_row(self._obs_space, obs, action_mask, acted.sampled, result))
+            row = as_row(self._obs_space, obs, action_mask, acted.sampled, result)
+            write_step(rollout, t, row)
+            if writer is not None:
+                ended = (result.terminated | result.truncated)[None]
+                writer.write(t, ended, map_obs(_one_step, row.reached_obs))
             obs, action_mask = result.obs, result.action_mask
             memory = policy.reset_memory(acted.memory, result.terminated | result.truncated)
         return state._replace(obs=obs, action_mask=action_mask, memory=memory)
+
+
+def _finish(rollout: Rollout, writer: LastObsWriter | None) -> Rollout:
+    return rollout if writer is None else rollout._replace(last_obs=writer.last_obs)
+
+
+def _one_step(value: Tensor) -> Tensor:
+    return value[None]  # [B, ...] -> [1, B, ...]
 
 
 def as_row(

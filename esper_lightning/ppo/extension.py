@@ -59,7 +59,8 @@ class Extension(nn.Module):
         Statistics may be updated here, and only here.
 
         Args:
-            rollout: Steps of this rank, with observations as the environment gives them.
+            rollout: Steps of this rank, with observations as the environment gives them, and with
+                ``reached_obs`` of every step, images too.
             healthy: Whether the rollouts of all ranks are finite. Where False, statistics must stay
                 as they are.
             ranks: Ranks over which statistics are merged.

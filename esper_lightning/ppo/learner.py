@@ -16,6 +16,7 @@ from esper_lightning.core.buffer import allocate_rollout, first_steps
 from esper_lightning.core.distributions import has_choice
 from esper_lightning.core.errors import require
 from esper_lightning.core.flat_adam import FlatParameters
+from esper_lightning.core.last_obs import with_reached_obs, without_images
 from esper_lightning.core.ranks import SINGLE_RANK, Ranks
 from esper_lightning.core.running_stats import Moments, RunningStats
 from esper_lightning.core.shapes import Bool, Float
@@ -177,6 +178,7 @@ class Learner:
         rollout, self._acting = self._collector.collect(
             self._acting, storage, generator=self._exploration
         )
+        self._storage = self._storage._replace(last_obs=rollout.last_obs)  # which may have grown
         return rollout
 
     def metrics(self, targets: Targets, update: UpdateMetrics) -> dict[str, Float[Tensor, ""]]:
@@ -303,9 +305,17 @@ class Learner:
         with torch.no_grad():
             begun = self._first_memory
             values = self._critic.values(self.agent.weights, rollout, begun)
+            images = rollout.last_obs is not None
             targets: Targets = self._prepare(
-                values, rollout, begun, self._acting.discounted_return, moments, added.reward
+                values._replace(obs={}) if images else values,
+                without_images(rollout),
+                begun,
+                self._acting.discounted_return,
+                moments,
+                added.reward,
             )
+            if images:
+                targets = targets._replace(samples=targets.samples._replace(obs=values.obs))
         if extended:
             samples = targets.samples._replace(kept=added.kept)
             metrics, sound = dict(added.metrics), targets.healthy
@@ -343,6 +353,7 @@ class Learner:
         return metrics
 
     def _prepare_extensions(self, rollout: Rollout) -> Prepared:
+        rollout = with_reached_obs(rollout)
         ranks, mine = self._ranks, is_healthy(rollout, self._action_space)
         healthy = torch.stack(ranks.gather(mine)).all()
         return self.agent.extensions.prepare(

@@ -13,6 +13,7 @@ from torch import Tensor
 
 from esper_lightning.core.distributions import allows_choice
 from esper_lightning.core.errors import NonFiniteError, Words, require
+from esper_lightning.core.last_obs import with_reached_obs
 from esper_lightning.core.minibatches import take
 from esper_lightning.core.ranks import PeerFailedError
 from esper_lightning.core.shapes import Bool
@@ -52,7 +53,8 @@ def is_healthy(rollout: Rollout, space: ActionSpace) -> Bool[Tensor, ""]:
         rollout: Rollout to check.
         space: Action space, which says how masks are read.
     """
-    sound = [value.isfinite().all() for _, value in _watched(rollout)]
+    numbers = [value for _, value in _watched(rollout) if value.is_floating_point()]
+    sound = [value.isfinite().all() for value in numbers]
     if rollout.action_mask is not None:
         sound.append(allows_choice(space, rollout.action_mask.flatten(0, 1)).all())
     return torch.stack(sound).all()
@@ -155,6 +157,7 @@ def _watched(rollout: Rollout) -> list[tuple[str, Tensor]]:
         ("log_prob", rollout.log_prob),
         ("reward", rollout.reward),
         *_groups("reached_obs", rollout.reached_obs),
+        *_groups("last_obs", {} if rollout.last_obs is None else rollout.last_obs.obs),
     ]
 
 
@@ -202,6 +205,7 @@ def refuse_rollout(
         ValueError: If a mask allows nothing. The error names the environment.
         PeerFailedError: If the rollout of this rank is sound, so that another rank's is not.
     """
+    rollout = with_reached_obs(rollout)
     fault, name = first_non_finite(rollout), spec_name(env)
     kept = "The weights are those of the previous iteration."
     if fault is None:
