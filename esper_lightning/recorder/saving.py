@@ -35,12 +35,6 @@ class Saving:
         self.rescue: Rescue | None = None
         # Whether evidence of a hang was saved; the run continues, and its death is saved again.
         self._has_hung = False
-        self._is_refused = False
-
-    def refuse(self) -> None:
-        """Save nothing from now on: the run has not begun."""
-        with self._lock:
-            self._is_refused = True
 
     def save(self, death: Death, *, bounded: bool = True) -> None:
         """Take all steps; if they are taken already, add the error to the report if there is one.
@@ -50,8 +44,6 @@ class Saving:
             bounded: Whether steps may have threads of their own.
         """
         with self._lock:
-            if self._is_refused:
-                return
             if self.rescue is not None:
                 if death.error is not None:
                     self.rescue.amend(death.error)

@@ -21,12 +21,10 @@ class State(Enum):
     """The run has reached its end."""
     FAILED = "failed"
     """The run has died, and its evidence is saved."""
-    REFUSED = "refused"
-    """The run has not begun, and nothing of it is written: not even this."""
     OFF = "off"
     """The run continues without its recorder."""
 
     @property
     def has_ended(self) -> bool:
         """Whether the recording is closed."""
-        return self in (State.FINISHED, State.FAILED, State.REFUSED, State.OFF)
+        return self in (State.FINISHED, State.FAILED, State.OFF)
