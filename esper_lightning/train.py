@@ -31,7 +31,6 @@ from esper_lightning.compiling.loops import CompileMode
 from esper_lightning.core.errors import at_least, check_arguments, one_of, require, require_name
 from esper_lightning.core.paths import require_output, require_output_folder
 from esper_lightning.envs.base import EnvSpec, spec_name
-from esper_lightning.forensics.asides import replace_keeping
 from esper_lightning.forensics.claims import claim
 from esper_lightning.forensics.files import read_json_lines, write_atomically
 from esper_lightning.forensics.layout import RankLayout, RunLayout
@@ -206,8 +205,7 @@ def train_ppo_vectorized(
         if profiler is not None and torch_profiler_summary:
             print(profiler.last_table or "")  # noqa: T201 - the caller asked for it
     except BaseException as error:
-        if not any("Run directory" in note for note in getattr(error, "__notes__", ())):
-            error.add_note(_where(_layout_of_rank(trainer), profiler))
+        _note(error, trainer, profiler)
         if copies_to is not None and trainer.is_global_zero:
             try:
                 _save(trainer, copies_to)
@@ -242,7 +240,7 @@ def run_logger(env: EnvSpec, run_dir: str | Path | None = None) -> TensorBoardLo
 
 
 def begin_run(trainer: Trainer, env: EnvSpec, run_dir: str | Path | None, config: str) -> None:
-    """Claim the run directory and write its ``config.yaml``, on the first rank.
+    """Claim the run directory on the first rank; ``config.yaml`` is written once all ranks agree.
 
     Args:
         trainer: Trainer of the run.
@@ -266,7 +264,6 @@ def begin_run(trainer: Trainer, env: EnvSpec, run_dir: str | Path | None, config
     else:
         directory, address = place_of(run_dir)
         held = claim(directory)
-    layout = RunLayout(held.directory)
     used = False
     try:
         held.refuse_others([*_WRITTEN, _FOLDERS])
@@ -274,12 +271,10 @@ def begin_run(trainer: Trainer, env: EnvSpec, run_dir: str | Path | None, config
             mirror = Mirror(held.directory, address, rank=0)
             used = not held.was_run  # from the first fetched file on
             address = mirror.begin(fetch_s=None if held.was_run else _FETCH_S)
-        if not layout.config.exists() or layout.config.read_text() != config:
-            replace_keeping(layout.config, config.encode())
+        assign_run_directory(trainer, held, config, address)
     except BaseException:
         held.release(used=used)
         raise
-    assign_run_directory(trainer, held, address)
 
 
 def _folder(env: EnvSpec) -> Path:
@@ -376,8 +371,11 @@ def _layout_of_rank(trainer: Trainer) -> RankLayout:
     return RunLayout(directory).rank(trainer.global_rank)
 
 
-def _where(rank: RankLayout, profiler: WindowProfiler | None) -> str:
-    """A note that says where the evidence of a run is."""
+def _note(error: BaseException, trainer: Trainer, profiler: WindowProfiler | None) -> None:
+    """Say in an error where the evidence of the run is, unless the recorder has said it."""
+    noted = any("Run directory" in note for note in getattr(error, "__notes__", ()))
+    if noted or run_directory(trainer) is None:  # the run has not begun on this rank
+        return
+    rank = _layout_of_rank(trainer)
     trace = "" if profiler is None else f"; traces in {profiler.dirpath}"
-    directory = rank.directory.parent
-    return f"Run directory: {directory} (history in {rank.history}{trace})"
+    error.add_note(f"Run directory: {rank.directory.parent} (history in {rank.history}{trace})")

@@ -38,6 +38,7 @@ __all__ = [
     "TunerExit",
     "batches_in_epoch",
     "checkpoint_io_of",
+    "checkpoint_to_load",
     "cluster_environment",
     "dump_checkpoint",
     "event_file",
@@ -101,6 +102,20 @@ def run_depth(trainer: Trainer) -> int:
             depth += 1
         frame = frame.f_back
     return depth
+
+
+def checkpoint_to_load(trainer: Trainer) -> Any:
+    """Path of the checkpoint that the run in this thread is about to load; ``None`` without one.
+
+    ``ckpt_path``, a local variable of ``Trainer._run``: Lightning stores the path only when it
+    loads the checkpoint, after callbacks and loggers have written their first files.
+    """
+    frame = cast(FrameType | None, sys._getframe())
+    while frame is not None:
+        if frame.f_code is Trainer._run.__code__ and frame.f_locals.get("self") is trainer:
+            return frame.f_locals.get("ckpt_path")
+        frame = frame.f_back
+    return None
 
 
 # The Trainer and its connectors.

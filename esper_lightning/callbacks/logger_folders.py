@@ -5,6 +5,7 @@
 
 import warnings
 from pathlib import Path
+from typing import Any
 
 from lightning.pytorch import Trainer
 from lightning.pytorch.loggers import CSVLogger, Logger, TensorBoardLogger
@@ -20,7 +21,15 @@ from esper_lightning.callbacks.lightning_internals import (
 from esper_lightning.callbacks.mirror import place_of
 from esper_lightning.forensics.asides import rename_aside
 
-__all__ = ["NumberedLogger", "numbered_logger", "take_next_number", "write_into"]
+__all__ = [
+    "NumberedLogger",
+    "announced_directory",
+    "begin_table",
+    "numbered_logger",
+    "remove_events",
+    "take_next_number",
+    "write_into",
+]
 
 NumberedLogger = TensorBoardLogger | CSVLogger
 """A logger with a folder ``version_<n>`` for each run."""
@@ -29,6 +38,15 @@ NumberedLogger = TensorBoardLogger | CSVLogger
 def numbered_logger(trainer: Trainer) -> NumberedLogger | None:
     """The first logger of a Trainer with a folder for each run; ``None`` without one."""
     return next((each for each in trainer.loggers if isinstance(each, NumberedLogger)), None)
+
+
+def announced_directory(trainer: Trainer) -> Path:
+    """Where Lightning's profilers write unless they were given a folder: ``Trainer.log_dir``."""
+    directory: Any = trainer.default_root_dir
+    if trainer.loggers:
+        logger = trainer.loggers[0]
+        directory = logger.log_dir if isinstance(logger, NumberedLogger) else logger.save_dir
+    return Path(directory or trainer.default_root_dir).absolute()
 
 
 def write_into(logger: Logger, directory: Path) -> None:
@@ -42,20 +60,37 @@ def write_into(logger: Logger, directory: Path) -> None:
         return
     if version_of(logger) is None and place_of(logger.root_dir)[0] == directory.parent:
         set_version(logger, int(directory.name.removeprefix("version_")))
+
+
+def begin_table(logger: Logger, directory: Path) -> None:
+    """Begin the table of a CSV logger that writes into a run directory.
+
+    The table of an earlier run is renamed first: otherwise Lightning would delete it.
+
+    Args:
+        logger: Logger of a run that begins.
+        directory: Run directory, which is claimed.
+    """
     if isinstance(logger, CSVLogger) and place_of(logger.log_dir) == (directory, None):
-        rename_aside(directory / ExperimentWriter.NAME_METRICS_FILE)  # else Lightning deletes it
+        rename_aside(directory / ExperimentWriter.NAME_METRICS_FILE)
         with warnings.catch_warnings():
             warnings.filterwarnings("ignore", message="Experiment logs directory .* not empty")
             _ = logger.experiment
 
 
-def take_next_number(logger: NumberedLogger) -> None:
-    """Move a logger that has logged nothing yet to the next number that is free."""
-    experiment = experiment_of(logger)
-    if isinstance(logger, TensorBoardLogger) and experiment is not None:
+def remove_events(logger: Logger) -> None:
+    """Remove the event file of a TensorBoard logger that has logged nothing yet."""
+    experiment = experiment_of(logger) if isinstance(logger, TensorBoardLogger) else None
+    if experiment is not None:
         path = event_file(experiment)
         experiment.close()
         Path(path).unlink(missing_ok=True)
+        forget_experiment(logger)
+
+
+def take_next_number(logger: NumberedLogger) -> None:
+    """Move a logger that has logged nothing yet to the next number that is free."""
+    remove_events(logger)
     folder, _address = place_of(logger.log_dir)
     for _ in Path(getattr(logger, "sub_dir", None) or "").parts:
         folder = folder.parent

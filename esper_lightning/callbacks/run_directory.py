@@ -29,12 +29,16 @@ from esper_lightning.callbacks.lightning_internals import (
 )
 from esper_lightning.callbacks.logger_folders import (
     NumberedLogger,
+    announced_directory,
+    begin_table,
     numbered_logger,
+    remove_events,
     take_next_number,
     write_into,
 )
 from esper_lightning.callbacks.mirror import Mirror, place_of
 from esper_lightning.core.errors import require_name
+from esper_lightning.forensics.asides import replace_keeping
 from esper_lightning.forensics.claims import (
     Claim,
     DirectoryInUseError,
@@ -48,6 +52,7 @@ from esper_lightning.forensics.layout import RunLayout
 __all__ = [
     "WritesRun",
     "assign_run_directory",
+    "begin_run_directory",
     "claim_new",
     "close_run_directory",
     "copy_run_directory",
@@ -77,7 +82,15 @@ class WritesRun(Callback):
 
 
 class _RunDirectory:
-    """The run directory of one Trainer, and the callbacks that use the directory."""
+    """The run directory of one Trainer, and the callbacks that use the directory.
+
+    Attributes:
+        config: Content of ``config.yaml`` that is to be written; ``None`` where there is none.
+        is_used: Whether a run has written into the directory; if not, it is restored at the end.
+    """
+
+    config: str | None = None
+    is_used = False
 
     def __init__(self, directory: Path, held: Claim | None, address: str | None = None) -> None:
         self.directory, self.claim, self.address = directory, held, address
@@ -87,7 +100,7 @@ class _RunDirectory:
 
     def begin(self, rank: int) -> None:
         """Begin to copy the directory to its address, if it has one, and report where files are."""
-        self.is_open = True
+        self.is_open = self.is_used = True
         if self.address is not None:
             self.mirror = Mirror(self.directory, self.address, rank)
             if self.claim is not None:  # the second process of a rank that vanishes copies too
@@ -102,8 +115,12 @@ class _RunDirectory:
         if self.mirror is not None:
             self.mirror.copy(seconds=_COPY_S)
             self.mirror = None
+        self.release()
+
+    def release(self) -> None:
+        """Release the directory as it is, without a copy to its address."""
         if self.claim is not None:
-            self.claim.release()
+            self.claim.release(used=self.is_used)
 
 
 _of_trainers: "weakref.WeakKeyDictionary[Trainer, _RunDirectory]" = weakref.WeakKeyDictionary()
@@ -142,7 +159,7 @@ def open_run_directory(
         return None
     found = _of_trainers.get(trainer)
     if found is None or not found.is_open:
-        announced = _default_directory(trainer)
+        announced = announced_directory(trainer)
         found = _take(trainer, alone=alone) if alone else _agree(trainer)
         found.begin(trainer.global_rank)
         _of_trainers[trainer] = found
@@ -202,24 +219,66 @@ def claim_new(trainer: Trainer, parent: Path) -> tuple[Claim, str | None]:
     return held, None if address is None else f"{address}/{held.directory.name}"
 
 
-def assign_run_directory(trainer: Trainer, held: Claim, address: str | None = None) -> None:
+def assign_run_directory(
+    trainer: Trainer, held: Claim, config: str, address: str | None = None
+) -> None:
     """Make a Trainer's runs write into a directory that the first rank has claimed already.
 
     A logger that would have chosen its own number in the same folder gets the directory's number.
-    Checkpoints without a folder of their own go into the directory too.
+    Checkpoints without a folder of their own go into the directory too. With several ranks, nothing
+    is written before they agree (``begin_run_directory``).
 
     Args:
         trainer: Trainer whose run has not begun.
         held: Claim of the directory.
+        config: Content of ``config.yaml``.
         address: Remote address that the directory is copied to; ``None`` without one.
+
+    Raises:
+        OSError: If a file cannot be written.
     """
-    _of_trainers[trainer] = _RunDirectory(held.directory, held, address)
-    weakref.finalize(trainer, held.release)
+    found = _of_trainers[trainer] = _RunDirectory(held.directory, held, address)
+    weakref.finalize(trainer, found.release)
+    found.config = config
     for logger in trainer.loggers:
         write_into(logger, held.directory)
     for callback in trainer.checkpoint_callbacks:
         if isinstance(callback, ModelCheckpoint) and callback.dirpath is None:
             callback.dirpath = str(RunLayout(held.directory).checkpoints)
+    if trainer.world_size == 1:
+        _write_first_files(trainer, found)
+
+
+def begin_run_directory(trainer: Trainer) -> None:
+    """Claim the run directory before the loggers of a run write, and write its first files.
+
+    Args:
+        trainer: Trainer of a run that begins; all its ranks call this function, and agree. Nothing
+            is claimed if no callback writes into a run directory.
+
+    Raises:
+        DirectoryRefusedError: As ``open_run_directory``.
+    """
+    callbacks: list[Any] = trainer.callbacks
+    if trainer.fast_dev_run or not any(isinstance(each, WritesRun) for each in callbacks):
+        return
+    found = _of_trainers.get(trainer)
+    if found is None or not found.is_open:
+        found = _of_trainers[trainer] = _agree(trainer)
+        _write_first_files(trainer, found)
+
+
+def _write_first_files(trainer: Trainer, found: _RunDirectory) -> None:
+    """Write ``config.yaml`` and the files of loggers that must exist before Lightning uses them."""
+    if found.config is None or found.claim is None:
+        return
+    config, found.config = found.config, None
+    path = RunLayout(found.directory).config
+    found.is_used = True
+    if not path.exists() or path.read_text() != config:
+        replace_keeping(path, config.encode())
+    for logger in trainer.loggers:
+        begin_table(logger, found.directory)
 
 
 def _agree(trainer: Trainer) -> _RunDirectory:
@@ -234,6 +293,8 @@ def _agree(trainer: Trainer) -> _RunDirectory:
             shared = (str(mine.directory), mine.address, version)
         except ValueError as error:  # the other ranks are waiting
             shared = error
+            for logger in trainer.loggers:
+                remove_events(logger)
     if trainer.world_size > 1:
         shared = trainer.strategy.broadcast(shared)
     if isinstance(shared, ValueError):
@@ -256,7 +317,7 @@ def _take(trainer: Trainer, *, alone: bool = False) -> _RunDirectory:
         spawned = spawns_processes(trainer)
         found = _choose(trainer, joins=alone and spawned)
     if found.claim is not None:
-        weakref.finalize(trainer, found.claim.release)
+        weakref.finalize(trainer, found.release)
     return found
 
 
@@ -327,15 +388,6 @@ def _claim_folder_of(logger: NumberedLogger) -> Claim | None:
                 raise
             take_next_number(logger)
             _log.warning("%s This run writes into %s.", error, logger.log_dir)
-
-
-def _default_directory(trainer: Trainer) -> Path:
-    """Where Lightning's profilers write unless they were given a folder: ``Trainer.log_dir``."""
-    directory: Any = trainer.default_root_dir
-    if trainer.loggers:
-        logger = trainer.loggers[0]
-        directory = logger.log_dir if isinstance(logger, NumberedLogger) else logger.save_dir
-    return Path(directory or trainer.default_root_dir).absolute()
 
 
 def _move_profiler(trainer: Trainer, announced: Path, directory: Path) -> None:

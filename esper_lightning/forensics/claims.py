@@ -64,11 +64,11 @@ class Claim:
     """
 
     def __init__(
-        self, directory: Path, lock: int, *, made: Sequence[Path], had_owner: bool
+        self, directory: Path, lock: int, *, made: Sequence[Path], former: bytes | None
     ) -> None:
         self.directory = directory
-        self.was_run = had_owner or _names_a_process(directory)
-        self._lock, self._made, self._had_owner = lock, made, had_owner
+        self.was_run = former is not None or _names_a_process(directory)
+        self._lock, self._made, self._former = lock, made, former
         self._pid = os.getpid()
         _claims.add(self)
 
@@ -113,8 +113,10 @@ class Claim:
         with contextlib.suppress(OSError):
             os.ftruncate(self._lock, 0)  # the process may continue, and is no owner any more
             is_empty = bool(self._made) and list(self.directory.iterdir()) == [path]
-            if is_empty or not (used or self._had_owner):
+            if is_empty or not (used or self._former is not None):
                 path.unlink()
+            elif not used and self._former:
+                os.pwrite(self._lock, self._former, 0)
             for folder in self._made if is_empty else ():
                 folder.rmdir()
         self.leave()
@@ -253,6 +255,7 @@ def _claim(directory: Path, *, made: Sequence[Path]) -> Claim:
     had_owner = RunLayout(directory).owner.exists()
     lock = _lock(directory)
     try:
+        former = os.pread(lock, os.fstat(lock).st_size, 0) if had_owner else None
         for owner in _owners(directory, lock):
             if is_alive(owner) and not same_process(owner, identify(os.getpid())):
                 raise _in_use(directory, owner)
@@ -260,7 +263,7 @@ def _claim(directory: Path, *, made: Sequence[Path]) -> Claim:
     except BaseException:
         os.close(lock)
         raise
-    return Claim(directory, lock, made=made, had_owner=had_owner)
+    return Claim(directory, lock, made=made, former=former)
 
 
 def _lock(directory: Path) -> int:

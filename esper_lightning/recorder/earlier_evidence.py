@@ -68,7 +68,7 @@ class EarlierEvidence:
         return list(dict.fromkeys(path.name for path in files if path.exists()))
 
     def restore(self, process: ProcessRecord) -> None:
-        """Restore the evidence after a stage that ended well and was no fit, or a refused start.
+        """Restore the evidence after a stage that ended well and was no fit.
 
         Args:
             process: Record of this run's process, whose event files are stored with the

@@ -27,6 +27,7 @@ from esper_lightning.callbacks.run_directory import (
     open_run_directory,
 )
 from esper_lightning.core.errors import check_arguments, positive
+from esper_lightning.core.ranks import RanksDisagreeError
 from esper_lightning.forensics.claims import DirectoryRefusedError
 from esper_lightning.forensics.layout import RunLayout
 from esper_lightning.forensics.rank_record import ProcessRecord
@@ -45,6 +46,7 @@ __all__ = ["FlightRecorder"]
 
 _log = logging.getLogger(__name__)
 _P = ParamSpec("_P")
+_REFUSED = (DirectoryRefusedError, RanksDisagreeError)  # of a run that has not begun
 
 
 def _guarded(
@@ -220,7 +222,7 @@ class FlightRecorder(WritesRun):
     ) -> None:
         """Save all evidence, unless it was saved closer to the fault."""
         # A recording saves the evidence of a death before any callback is called.
-        if recording_of(trainer) is not None or isinstance(exception, DirectoryRefusedError):
+        if recording_of(trainer) is not None or isinstance(exception, _REFUSED):
             return
         layout = None
         with contextlib.suppress(DirectoryRefusedError):

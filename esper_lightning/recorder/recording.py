@@ -15,7 +15,7 @@ from lightning.pytorch import Callback, Trainer
 from esper_lightning.callbacks.history import History
 from esper_lightning.callbacks.lightning_internals import RUN_STAGE, TunerExit, run_depth
 from esper_lightning.callbacks.progress import RunProgressBar
-from esper_lightning.core.ranks import PeerFailedError, RanksDisagreeError
+from esper_lightning.core.ranks import PeerFailedError
 from esper_lightning.forensics.asides import rename_aside
 from esper_lightning.forensics.layout import RankLayout, RunLayout
 from esper_lightning.forensics.rank_record import ProcessRecord
@@ -177,9 +177,6 @@ class Recording:
     def die(self, error: BaseException, *, lingers: bool) -> None:
         """Save all evidence in the thread of the fit, wait for other ranks, and close.
 
-        Of a run whose ranks disagree at its start nothing is saved: it has not begun, and the
-        evidence of an earlier run is restored.
-
         Args:
             error: Error that the run died of.
             lingers: Whether Lightning will shut down the run, and ``leave`` is called afterwards.
@@ -188,19 +185,14 @@ class Recording:
         if not self._advance(State.DYING):  # the evidence was saved closer to the fault
             return
         signal_name = signal_behind(error)
-        is_refused = isinstance(error, RanksDisagreeError)
         with self._protection.held():
-            if is_refused:
-                self._saving.refuse()
-            else:
-                self._save_error(error, signal_name)
+            self._save_error(error, signal_name)
             attempt(self._close_ours)
-            if not is_refused:
-                attempt(lambda: self._peers.wait_until_saved(_PEER_GRACE_S))
+            attempt(lambda: self._peers.wait_until_saved(_PEER_GRACE_S))
             self._protection.forget_pending()
         self._protection.end(by_signal=signal_name is not None)
         attempt(lambda: stand_in(self.trainer, self._profiler, on_return=self.leave))
-        attempt(lambda: self._close(State.REFUSED if is_refused else State.FAILED))
+        attempt(lambda: self._close(State.FAILED))
         if not lingers:
             self.leave()
 
@@ -325,10 +317,6 @@ class Recording:
         return self._saving.going_for_s(is_known=is_known)
 
     def _report_end(self) -> None:
-        if self._state is State.REFUSED:
-            self._files.process.unlink(missing_ok=True)
-            self._earlier.restore(self._peers.process)
-            return
         state = self._state if self._state.has_ended else State.FAILED  # the beginning failed
         saved = state is State.FAILED and not self._saving.is_lost
         self._peers.report(state.value, saved=saved)

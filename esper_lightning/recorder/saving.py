@@ -37,11 +37,6 @@ class Saving:
         self._has_hung = False
         self._is_over = False
 
-    def refuse(self) -> None:
-        """Save nothing from now on: the run has not begun."""
-        with self._lock:
-            self._is_over = True
-
     def finish(self) -> None:
         """Save nothing from now on, and rename a report of what did not end the run.
 

@@ -24,21 +24,19 @@ class State(Enum):
     """The run has reached its end."""
     FAILED = "failed"
     """The run has died, and its evidence is saved."""
-    REFUSED = "refused"
-    """The run has not begun, and nothing of it is written: not even this."""
     OFF = "off"
     """The run continues without its recorder."""
 
     @property
     def has_ended(self) -> bool:
         """Whether the recording is closed."""
-        return self in (State.FINISHED, State.FAILED, State.REFUSED, State.OFF)
+        return self in (State.FINISHED, State.FAILED, State.OFF)
 
 
 _NEXT: dict[State, frozenset[State]] = {
     State.RUNNING: frozenset(State) - {State.RUNNING},
     # An error may be seen twice, and a hook may fail while its run dies.
-    State.DYING: frozenset({State.DYING, State.FAILED, State.REFUSED, State.OFF}),
+    State.DYING: frozenset({State.DYING, State.FAILED, State.OFF}),
 }
 """The states that may follow each state in which a recording has not ended."""
 

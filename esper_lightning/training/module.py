@@ -19,6 +19,7 @@ from lightning.pytorch.trainer.states import RunningStage, TrainerFn
 from typing_extensions import override
 
 from esper_lightning.callbacks.loggers import guard_loggers
+from esper_lightning.callbacks.run_directory import begin_run_directory
 from esper_lightning.compiling.loops import CompileMode
 from esper_lightning.core.ranks import Ranks
 from esper_lightning.core.running_stats import ObsNormalizer, RunningStats, normalized_space
@@ -263,14 +264,19 @@ class PPO(CheckpointHooks):
     def configure_callbacks(self) -> list[Callback]:
         """Refuse a Trainer that cannot work, and add the callback that closes environments.
 
-        This is the first hook of a run. From here on, an error of a logger cannot end the run.
+        This is the first hook of a run: nothing is written before all ranks agree here. From here
+        on, an error of a logger cannot end the run.
 
         Raises:
-            ValueError: If a setting of the Trainer does not work with PPO.
+            ValueError: If a setting of the Trainer does not work with PPO, ranks disagree, or the
+                run directory is refused.
         """
         fits = self.trainer.state.fn == TrainerFn.FITTING
         trainer_rules.refuse_trainer(self.trainer, self.settings, fits=fits)
         trainer_rules.keep_lightning_from_requeueing(self.trainer)
+        if fits:
+            self.refuse_other_ranks()
+            begin_run_directory(self.trainer)
         self._guard_loggers()
         return [CloseEnvironments()]
 
@@ -336,7 +342,7 @@ class PPO(CheckpointHooks):
             budget=budget,
         )
         self._learner.begin_iteration(self.progress.of_run())  # resets may depend on it
-        resumption = self._resumption or Resumption(rank_state=None, digest=0)
+        resumption = self._resumption or Resumption(rank_state=None)
         resumed = resumption.start(self._learner, self._optimizer)
         self.progress.new_episodes = self.is_resuming and not resumed
         self._resumption = None

@@ -84,9 +84,10 @@ def test_a_directory_that_a_living_run_owns_is_refused_and_untouched(fit, tmp_pa
     assert rows(tmp_path / "run") == [1, 2, 3]
 
 
-def test_a_named_version_that_is_in_use_is_refused(fit, tmp_path):
+def test_a_named_version_that_is_in_use_is_refused_and_untouched(fit, tmp_path):
     with somebody_in(tmp_path / "a" / "b"), pytest.raises(DirectoryInUseError):
         fit(logger=TensorBoardLogger(tmp_path, name="a", version="b"))
+    assert listing(tmp_path / "a" / "b") == ["owner.lock"]
 
 
 @pytest.mark.parametrize("make", [TensorBoardLogger, CSVLogger])

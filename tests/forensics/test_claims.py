@@ -178,6 +178,11 @@ def test_a_directory_that_was_there_stays_and_is_told_from_a_runs(tmp_path):
     assert held.was_run
     held.release(used=False)
     assert sorted(path.name for path in tmp_path.iterdir()) == ["notes.txt", "owner.lock"]
+    owner = RunLayout(tmp_path).owner
+    owner.write_bytes(b'{"pid": 4194304, "host": "' + b"elsewhere" * 900 + b'"}')
+    before = owner.read_bytes()
+    claim(tmp_path).release(used=False)
+    assert owner.read_bytes() == before
 
 
 @pytest.mark.parametrize("content", [b"", b"{", b'{"pid": 1', b'{"pid"' + b"[" * 9000])

@@ -10,8 +10,8 @@ from esper_lightning.recorder import state as module
 from esper_lightning.recorder.state import LifeCycle, State
 
 LEGAL = {
-    State.RUNNING: {State.DYING, State.FINISHED, State.FAILED, State.REFUSED, State.OFF},
-    State.DYING: {State.DYING, State.FAILED, State.REFUSED, State.OFF},
+    State.RUNNING: {State.DYING, State.FINISHED, State.FAILED, State.OFF},
+    State.DYING: {State.DYING, State.FAILED, State.OFF},
 }
 ENDED = set(State) - LEGAL.keys()
 

@@ -17,8 +17,9 @@ from lightning.pytorch import Callback, Trainer
 from lightning.pytorch.loggers import TensorBoardLogger
 
 from esper_lightning import MLP, PPO, PPOConfig, Recurrent
+from esper_lightning.callbacks.run_directory import end_run
 from esper_lightning.envs import CartPole, Morphogenesis
-from esper_lightning.train import run_callbacks, run_plugins
+from esper_lightning.train import begin_run, run_callbacks, run_plugins
 
 ENVS = {"plain": CartPole}
 
@@ -126,6 +127,7 @@ def main(
     evaluates=True,
     remembers=False,
     elsewhere=None,  # settings of PPO on the other ranks
+    config_file=None,  # content, for the run directory, which is claimed before the ranks begin
 ):
     torch.set_num_threads(1)
     # "{rank}" in it: hosts that share no disk.
@@ -161,7 +163,12 @@ def main(
         limit_val_batches=1 if evaluates else 0,
     )
     path = last if resumes and last.exists() else None
-    trainer.fit(model, ckpt_path=path, weights_only=True)
+    if config_file is not None:
+        begin_run(trainer, model.env, directory, config_file)
+    try:
+        trainer.fit(model, ckpt_path=path, weights_only=True)
+    finally:
+        end_run(trainer)
 
 
 if __name__ == "__main__":

@@ -25,6 +25,7 @@ from esper_lightning.forensics.files import read_json_lines
 from esper_lightning.forensics.rank_record import ProcessRecord
 from esper_lightning.forensics.remains import examine, first_failure
 from tests import forked
+from tests.callbacks.test_run_directory import somebody_in
 from tests.training import halves
 
 pytestmark = pytest.mark.ddp
@@ -154,20 +155,50 @@ def test_ranks_with_other_settings_are_refused_on_all_of_them(tmp_path):
     assert not list(tmp_path.rglob("process.json"))
 
 
-def test_a_refused_start_leaves_the_evidence_of_the_run_before(tmp_path):
-    run(tmp_path, devices=2, env="breaks elsewhere", budget=1000, evaluates=False)
-    folders = [tmp_path / "rank0", tmp_path / "rank1"]
-    names = ("crash.json", "history.jsonl")
-    before = [(folder / name).read_bytes() for folder in folders for name in names]
-    processes = [ProcessRecord.load(folder / "process.json") for folder in folders]
-    status, stderr = run(tmp_path, devices=2, budget=1000, elsewhere={"learning_rate": 0.1})
-    assert status != 0
+def contents(directory):
+    files = (path for path in directory.rglob("*") if path.is_file())
+    return {str(path.relative_to(directory)): path.read_bytes() for path in files}
+
+
+OTHER_SETTINGS = {"devices": 2, "budget": 1000, "elsewhere": {"learning_rate": 0.1}}
+
+
+def test_a_refused_start_leaves_every_file_as_it_was(tmp_path):
+    run(
+        tmp_path,
+        devices=2,
+        env="breaks elsewhere",
+        budget=1000,
+        evaluates=False,
+        config_file="a: 1",
+    )
+    (tmp_path / "owner.lock").write_text('{"pid": 4194304, "host": "elsewhere"}')  # killed there
+    for process in tmp_path.glob("rank*/process.json"):
+        replace(ProcessRecord.load(process), host="elsewhere").write(process)
+    before = contents(tmp_path)
+    assert {"config.yaml", "rank0/crash.json", "rank1/history.jsonl"} <= before.keys()
+    for config in ("a: 2", None):
+        status, stderr = run(tmp_path, **OTHER_SETTINGS, config_file=config)
+        assert status == 1
+        assert "RanksDisagreeError" in stderr
+        assert contents(tmp_path) == before
+
+
+def test_a_refused_start_leaves_no_new_directory(tmp_path):
+    status, stderr = run(tmp_path / "a" / "b", **OTHER_SETTINGS, config_file="a: 1")
+    assert status == 1
     assert "RanksDisagreeError" in stderr
-    assert [(folder / name).read_bytes() for folder in folders for name in names] == before
-    for folder, process in zip(folders, processes, strict=True):
-        now = ProcessRecord.load(folder / "process.json")
-        assert replace(now, event_files=process.event_files) == process
-    assert not list(tmp_path.rglob("crash.json.*"))
+    assert not list(tmp_path.iterdir())
+
+
+def test_ranks_that_are_refused_a_directory_leave_it_as_it_was(tmp_path):
+    run(tmp_path, devices=2, budget=300, evaluates=False)
+    with somebody_in(tmp_path):
+        before = contents(tmp_path)
+        status, stderr = run(tmp_path, devices=2, budget=300, evaluates=False)
+        assert status == 1
+        assert stderr.count("DirectoryInUseError: The run directory must be free") == 2
+        assert contents(tmp_path) == before
 
 
 def test_ranks_whose_weights_come_apart_stop_before_they_are_saved(tmp_path):

@@ -10,6 +10,7 @@ from lightning.pytorch import LightningModule
 from lightning.pytorch.trainer.states import TrainerFn
 from typing_extensions import override
 
+from esper_lightning.callbacks.lightning_internals import checkpoint_to_load
 from esper_lightning.core.ranks import SINGLE_RANK, Ranks
 from esper_lightning.core.spaces import EnvSpaces
 from esper_lightning.policies.base import Policy
@@ -66,19 +67,28 @@ class CheckpointHooks(LightningModule):
 
     @override
     def on_fit_start(self) -> None:
-        """Load the weights of a warm start, unless this run is resumed, and compare all ranks.
+        """Load the weights of a warm start, unless this run is resumed."""
+        path = self.settings.warm_start
+        if path is not None and self.progress.iteration == 0 and self._resumption is None:
+            load_weights(self, path)
+
+    def refuse_other_ranks(self) -> None:
+        """Compare all ranks, which are connected for it, before the run writes anything.
+
+        This is a collective.
 
         Raises:
             RanksDisagreeError: If ranks would start with different settings or in different states.
         """
-        path, resumption = self.settings.warm_start, self._resumption
-        if path is not None and self.progress.iteration == 0 and resumption is None:
-            load_weights(self, path)
-        if self._ranks.size > 1:
-            # A rank whose checkpoint is the end of a run never reaches on_train_start.
-            loaded = 0 if resumption is None else resumption.digest
+        trainer = self.trainer
+        if trainer.world_size > 1:
+            trainer.strategy.setup_environment()  # the Trainer calls this again, without effect
             refuse_other_ranks(
-                self._ranks, self.settings, self, iteration=self.progress.iteration, loaded=loaded
+                Ranks(trainer.world_size),
+                self.settings,
+                self,
+                iteration=self.progress.iteration,
+                resumes_from=checkpoint_to_load(trainer),
             )
 
     @override
@@ -130,7 +140,7 @@ class CheckpointHooks(LightningModule):
             )
             self._resumption = None
             if resumes:
-                self._resumption = Resumption.read(checkpoint, self.global_rank, ranks)
+                self._resumption = Resumption.read(checkpoint, self.global_rank)
         self.progress.load_state_dict(checkpoint[STATE_KEY])
 
     @classmethod

@@ -6,6 +6,7 @@ different states are refused.
 """
 
 from collections.abc import Mapping
+from pathlib import Path
 from typing import Any, NamedTuple, Self
 
 import torch
@@ -16,7 +17,7 @@ from esper_lightning.core.ranks import Ranks, RanksDisagreeError
 from esper_lightning.core.seeding import global_random_states, set_global_random_states
 from esper_lightning.ppo.learner import Learner
 from esper_lightning.training.checkpoint.content import STATE_KEY
-from esper_lightning.training.checkpoint.states import digest
+from esper_lightning.training.checkpoint.states import digest, load_checkpoint
 from esper_lightning.training.settings import PPOSettings
 from esper_lightning.training.specs import first_difference
 
@@ -27,19 +28,16 @@ class Resumption(NamedTuple):
     """The state that one rank takes from a checkpoint when training is resumed."""
 
     rank_state: dict[str, Any] | None  # state of this rank; None where the checkpoint has none
-    digest: int  # hash of the whole checkpoint where several ranks resume; else 0
 
     @classmethod
-    def read(cls, checkpoint: Mapping[str, Any], rank: int, world_size: int) -> Self:
+    def read(cls, checkpoint: Mapping[str, Any], rank: int) -> Self:
         """Read the state of one rank from a checkpoint.
 
         Args:
             checkpoint: A checkpoint of PPO.
             rank: Number of this rank.
-            world_size: Number of ranks that resume training.
         """
-        state = checkpoint[STATE_KEY]["ranks"].get(rank)
-        return cls(state, digest(checkpoint) if world_size > 1 else 0)
+        return cls(checkpoint[STATE_KEY]["ranks"].get(rank))
 
     def start(self, learner: Learner, optimizer: torch.optim.Adam) -> bool:
         """Start a learner in the state of the checkpoint.
@@ -82,38 +80,80 @@ def rank_states(
     return dict(enumerate(ranks.collect_states(mine)))
 
 
+class _Start(NamedTuple):
+    """What a rank starts training from."""
+
+    iteration: int = 0  # iterations finished
+    loaded: int = 0  # hash of the checkpoint that is resumed; 0 for a new run
+    weights: int = 0  # hash of the initial weights, and of those of a warm start
+    problem: str = ""  # why the rank cannot start; empty if it can
+
+
 def refuse_other_ranks(
-    ranks: Ranks, settings: PPOSettings, module: nn.Module, *, iteration: int, loaded: int
+    ranks: Ranks,
+    settings: PPOSettings,
+    module: nn.Module,
+    *,
+    iteration: int,
+    resumes_from: str | Path | None,
 ) -> None:
     """Refuse ranks with different settings or checkpoints, which would train different weights.
 
     Args:
         ranks: All ranks of the run.
         settings: Settings of this rank.
-        module: The PPO module of this rank.
-        iteration: Iterations finished.
-        loaded: ``Resumption.digest`` of this rank; 0 for a new run.
+        module: The PPO module of this rank, which has loaded nothing yet.
+        iteration: Iterations that the module has finished before this run.
+        resumes_from: Checkpoint that this rank will load; ``None`` for a new run.
 
     Raises:
-        RanksDisagreeError: If any rank would start with other settings or in another state; the
-            error is raised on every rank.
+        RanksDisagreeError: If any rank would start with other settings or in another state, or one
+            rank cannot start; the error is raised on every rank.
+        ValueError: If no rank can start: the error of this rank.
     """
     try:
         own = {name: value for name, value in settings.to_data().items() if name != "warm_start"}
         name, values = first_difference("PPO", ranks.gather_objects(own))
         hint = "Every host must have the same settings."
         require(not values, name, "be the same on all ranks", values, hint)
-        numbers = (iteration, loaded, digest({"state_dict": module.state_dict()}))
-        everyones: list[tuple[int, int, int]] = ranks.gather_objects(numbers)
-        got: list[int | str] = [iteration for iteration, *_ in everyones]
-        if len(set(got)) == 1:  # then hashes tell the files apart
-            got = [f"iteration {i} of {file ^ weights:012x}" for i, file, weights in everyones]
-        resumes = any(iteration or file for iteration, file, _ in everyones)
-        field = "ckpt_path" if resumes else "PPO.warm_start"
-        hint = "Every host must find the same checkpoint: copy it, or use a shared directory."
+    except ValueError as error:
+        raise RanksDisagreeError(str(error)) from None
+    mine, failure = _Start(), None
+    try:
+        mine = _start(settings, module, iteration, resumes_from)
+    except Exception as error:  # the other ranks are waiting
+        mine, failure = _Start(problem=f"{type(error).__name__}: {error}"), error
+    everyones: list[_Start] = ranks.gather_objects(mine)
+    if failure is not None and all(start.problem for start in everyones):
+        raise failure
+    for rank, start in enumerate(everyones):
+        if start.problem:
+            raise RanksDisagreeError(
+                f"All ranks must be able to start; rank {rank}: {start.problem}"
+            )
+    got: list[int | str] = [start.iteration for start in everyones]
+    if len(set(got)) == 1:  # then hashes tell the files apart
+        got = [f"iteration {s.iteration} of {s.loaded ^ s.weights:012x}" for s in everyones]
+    resumes = any(start.iteration or start.loaded for start in everyones)
+    field = "ckpt_path" if resumes else "PPO.warm_start"
+    hint = "Every host must find the same checkpoint: copy it, or use a shared directory."
+    try:
         require(len(set(everyones)) == 1, field, "be the same on all ranks", got, hint)
     except ValueError as error:
         raise RanksDisagreeError(str(error)) from None
+
+
+def _start(
+    settings: PPOSettings, module: nn.Module, iteration: int, resumes_from: str | Path | None
+) -> _Start:
+    weights = digest({"state_dict": module.state_dict()})
+    if resumes_from is not None:
+        checkpoint = load_checkpoint(resumes_from)
+        return _Start(checkpoint[STATE_KEY]["iteration"], digest(checkpoint), weights)
+    if settings.warm_start is not None and iteration == 0:
+        checkpoint = load_checkpoint(settings.warm_start, field="PPO.warm_start")
+        weights ^= digest({"state_dict": checkpoint["state_dict"]})
+    return _Start(iteration, weights=weights)
 
 
 def refuse_other_weights_of_ranks(ranks: Ranks, module: nn.Module, *, iteration: int) -> None:
