@@ -37,6 +37,7 @@ from esper_lightning.forensics.layout import RankLayout, RunLayout
 from esper_lightning.policies import MLP
 from esper_lightning.policies.base import PolicySpec
 from esper_lightning.ppo.config import PPOConfig
+from esper_lightning.ppo.extension import ExtensionSpec
 from esper_lightning.ppo.metrics import EVAL_RETURN
 from esper_lightning.recorder.flight_recorder import FlightRecorder
 from esper_lightning.recorder.profiling.window_profiler import WindowProfiler
@@ -86,6 +87,7 @@ def train_ppo_vectorized(
     compile: CompileMode = "off",  # noqa: A002 - the usual name of the setting
     evaluate_every: int | None = None,
     eval_episodes: int | None = None,
+    extensions: tuple[ExtensionSpec, ...] = (),
 ) -> list[dict[str, Any]]:
     """Train PPO for a number of iterations and return its history.
 
@@ -122,6 +124,7 @@ def train_ppo_vectorized(
         evaluate_every: Number of iterations between evaluations. An evaluation saves the policy as
             ``checkpoints/best.ckpt`` if no earlier one was better. ``None`` means no evaluations.
         eval_episodes: Number of episodes of an evaluation, which ``PPO`` explains.
+        extensions: Additions to PPO: rewards, terms of the loss and metrics, such as ``RND()``.
 
     Returns:
         The rows of this rank's ``history.jsonl``, one for each iteration of this run directory.
@@ -164,6 +167,7 @@ def train_ppo_vectorized(
         iterations_per_epoch=evaluate_every or 50,
         eval_episodes=eval_episodes,
         compile=compile,
+        extensions=extensions,
     )
     profiler = None
     if torch_profiler:

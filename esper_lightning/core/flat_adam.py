@@ -11,7 +11,7 @@ from typing import Any, NamedTuple, cast
 import torch
 from torch import Tensor, nn
 
-from esper_lightning.core.errors import require
+from esper_lightning.core.errors import Words, require
 from esper_lightning.core.shapes import Bool, Float
 
 __all__ = ["AdamState", "FlatParameters", "adam_step"]
@@ -74,11 +74,12 @@ class FlatParameters:
 
     def __init__(self, module: nn.Module, optimizer: torch.optim.Optimizer) -> None:
         named = {n: p for n, p in module.named_parameters() if p.requires_grad}
-        kinds = {(p.dtype, p.device) for p in named.values()}
-        float32 = len(kinds) == 1 and next(iter(kinds))[0] == torch.float32
-        require(
-            float32, "PPO.policy", "have float32 parameters on one device", sorted(map(str, kinds))
-        )
+        place = next(iter(named.values())).device
+        for name, parameter in named.items():
+            owner = "PPO.extensions" if name.startswith("extensions.") else "PPO.policy"
+            fits = (parameter.dtype, parameter.device) == (torch.float32, place)
+            got = Words(f"{parameter.dtype} on {parameter.device} for {name}")
+            require(fits, owner, f"have float32 parameters on one device, {place}", got)
         _require_plain_adam(optimizer, list(named.values()))
         self._names = list(named)
         number = {parameter: i for i, parameter in enumerate(named.values())}

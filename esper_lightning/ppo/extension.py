@@ -194,5 +194,6 @@ def _check_prepared(one: object, rollout: Rollout, field: str) -> None:
 
 def _merge(known: dict[str, Tensor], new: Mapping[str, Tensor], field: str) -> None:
     taken = sorted(known.keys() & new.keys())
-    require(not taken, field, "have names that no other extension has", taken)
+    hint = "Two extensions of one class need names that depend on their settings."
+    require(not taken, field, "have names that no other extension has", taken, hint)
     known.update(new)

@@ -160,7 +160,8 @@ def export_policy(model: PPO, path: str | Path, file_format: ExportFormat) -> Ex
     formats = get_args(ExportFormat)
     one_of("--format", file_format, formats)
     path = output_at(path)
-    refuse_non_finite({"state_dict": model.state_dict()}, type(model).__name__, field="The policy")
+    weights = {k: v for k, v in model.state_dict().items() if not k.startswith("extensions.")}
+    refuse_non_finite({"state_dict": weights}, type(model).__name__, field="The policy")
     policy, example = DeterministicPolicy(model), _example(model)
     original, inputs = _function(policy), example.named
     outputs = original(example)

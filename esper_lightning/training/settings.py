@@ -48,6 +48,8 @@ class PPOSettings:
             hint = "RND(), for example."
             is_spec = isinstance(extension, ExtensionSpec)  # pyright: ignore[reportUnnecessaryIsInstance]
             require(is_spec, "PPO.extensions", "be extension specs", extension, hint)
+        twice = [each for i, each in enumerate(self.extensions) if each in self.extensions[:i]]
+        require(not twice, "PPO.extensions", "differ from each other", twice)
         report = Report(spec_name(self.env))
         with report.told():
             check_told(self.env.num_envs, self.env.spaces(), report)

@@ -1,6 +1,7 @@
 """What is added to PPO: rewards, terms of the loss and metrics, from rollout to checkpoint."""
 
 import dataclasses
+import math
 from pathlib import Path
 
 import pytest
@@ -21,6 +22,8 @@ from esper_lightning.ppo.agent import Agent
 from esper_lightning.ppo.extension import Extensions
 from esper_lightning.ppo.learner import Learner
 from esper_lightning.ppo.optimizer import build_optimizer
+from esper_lightning.train import train_ppo_vectorized
+from esper_lightning.training.checkpoint.states import load_weights
 from esper_lightning.training.export import export_policy
 
 CPU = torch.device("cpu")
@@ -189,6 +192,8 @@ def test_mistakes_of_an_extension_are_named() -> None:
         learner.compute_targets(learner.rollout(STEPS))
     with pytest.raises(ValueError, match=r"PPO.extensions must be extension specs, got 3"):
         PPO(SPEC, extensions=(3,))
+    with pytest.raises(ValueError, match=r"^PPO.extensions must differ from .*, got \[RND\("):
+        PPO(SPEC, extensions=[RND(), RND()])
     for wrong in ({"keep_fraction": 0.0}, {"coefficient": 0.0}, {"discount": 1.0}):
         with pytest.raises(ValueError, match=f"RND.{next(iter(wrong))} must"):
             RND(**wrong)
@@ -386,6 +391,41 @@ def test_checkpoints_with_extensions_serve_where_there_are_none(make_trainer, tm
         more = PPO(SPEC, MLP(), BRIEF, total_env_steps=128, **settings)
         with pytest.raises(ValueError, match=r"PPO.extensions must be the checkpoint's"):
             make_trainer().fit(more, ckpt_path=path)
+
+
+def test_a_run_in_one_call_has_extensions_and_two_of_a_class_by_other_names(tmp_path) -> None:
+    settings = {"iterations": 1, "ppo": CONFIG, "policy": SMALL, "device": "cpu"}
+    two = (Toy(), Toy(name="other"))
+    (row,) = train_ppo_vectorized(SPEC, run_dir=tmp_path / "run", extensions=two, **settings)
+    assert math.isfinite(row["loss/toy"] + row["loss/other"] + row["other/reward"])
+
+
+def test_a_warm_start_says_that_the_state_of_extensions_is_not_used(
+    make_trainer, tmp_path, caplog
+) -> None:
+    model = PPO(SPEC, SMALL, BRIEF, total_env_steps=32, extensions=(Toy(),))
+    trainer, path = make_trainer(), tmp_path / "x.ckpt"
+    trainer.fit(model)
+    trainer.save_checkpoint(path)
+    line = f"PPO.warm_start: {path} is of other PPO.extensions, whose state is not used."
+    for extensions, count in (((), 1), ((RND(),), 1), ((Toy(scale=2.0),), 0)):
+        caplog.clear()
+        load_weights(PPO(SPEC, SMALL, BRIEF, extensions=extensions), path)
+        assert caplog.messages.count(line) == count
+
+
+def test_an_extension_that_is_not_finite_is_no_matter_of_the_export(tmp_path) -> None:
+    model = PPO(SPEC, SMALL, CONFIG, extensions=(Toy(),))
+    with torch.no_grad():
+        next(iter(model.extensions)).weight.fill_(math.nan)
+    assert export_policy(model, tmp_path / "policy.torch", "torch").difference <= 1e-4
+
+
+def test_a_parameter_of_another_dtype_is_named() -> None:
+    extension = toy().double()
+    message = r"^PPO.extensions must have float32 parameters .* cpu, got torch.float64 on cpu for "
+    with pytest.raises(ValueError, match=message + r"extensions\.0\.weight\.$"):
+        make(extension)
 
 
 def test_without_extensions_nothing_is_saved_of_them() -> None:

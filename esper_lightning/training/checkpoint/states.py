@@ -4,6 +4,7 @@
 
 import contextlib
 import hashlib
+import logging
 import math
 from collections.abc import Generator, Mapping, Sequence
 from pathlib import Path
@@ -44,6 +45,7 @@ __all__ = [
     "refuse_other_weights",
 ]
 
+_log = logging.getLogger(__name__)
 _MOST_NAMES = 4
 _SMALL = 1_000_000  # a network may always have a tensor of so many numbers
 
@@ -123,16 +125,22 @@ def load_weights(module: nn.Module, path: str | Path) -> None:
             another normalisation, or if its weights are not finite.
     """
     checkpoint = load_checkpoint(path, field="PPO.warm_start")
-    keep_own_extensions(checkpoint, module)
+    if keep_own_extensions(checkpoint, module):
+        _log.warning(
+            "PPO.warm_start: %s is of other PPO.extensions, whose state is not used.", path
+        )
     refuse_other_weights(module, checkpoint, str(path), field="PPO.warm_start")
     refuse_non_finite(checkpoint, str(path), field="PPO.warm_start")
     module.load_state_dict(checkpoint["state_dict"])
 
 
-def keep_own_extensions(checkpoint: dict[str, Any], module: nn.Module) -> None:
+def keep_own_extensions(checkpoint: dict[str, Any], module: nn.Module) -> bool:
     """Give a checkpoint of other extensions the weights that a module's own extensions have.
 
     Only training that is resumed needs the extensions of the checkpoint.
+
+    Returns:
+        Whether the checkpoint loses the state of an extension by that.
     """
     theirs, own = (
         {name: value for name, value in state.items() if name.startswith("extensions.")}
@@ -142,6 +150,7 @@ def keep_own_extensions(checkpoint: dict[str, Any], module: nn.Module) -> None:
     if not alike:
         given = checkpoint["state_dict"].items()
         checkpoint["state_dict"] = {k: v for k, v in given if k not in theirs} | own
+    return not alike and len(theirs) > 0
 
 
 def refuse_checkpoint(
