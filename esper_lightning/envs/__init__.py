@@ -11,6 +11,7 @@ from esper_lightning.envs.adapters.simulated import Simulator, Stepped
 from esper_lightning.envs.base import BatchedEnv, EnvSpec, RunProgress
 from esper_lightning.envs.cartpole import CartPole
 from esper_lightning.envs.check import check_env
+from esper_lightning.envs.frame_stack import FrameStack
 from esper_lightning.envs.morphogenesis import Morphogenesis
 from esper_lightning.envs.mountain_car import MountainCar
 from esper_lightning.envs.pendulum import Pendulum
@@ -26,6 +27,7 @@ __all__ = [
     "EnvPool",
     "EnvSpaces",
     "EnvSpec",
+    "FrameStack",
     "Gymnasium",
     "Gymnax",
     "Morphogenesis",

@@ -171,10 +171,13 @@ def spec_name(spec: object) -> str:
 
 
 def how_fields(spec: object) -> frozenset[str]:
-    """Fields of a spec that say how its environments run, and not what they are."""
+    """Fields of a spec, and of specs within, that say how environments run, not what they are."""
     if not dataclasses.is_dataclass(spec):
         return frozenset()
-    return frozenset(each.name for each in dataclasses.fields(spec) if each.metadata.get("how"))
+    fields = dataclasses.fields(spec)
+    own = frozenset(each.name for each in fields if each.metadata.get("how"))
+    within = (getattr(spec, each.name) for each in fields)
+    return own.union(*(how_fields(each) for each in within if isinstance(each, EnvSpec)))
 
 
 def close_env(spec: object, env: object) -> None:

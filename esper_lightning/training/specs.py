@@ -47,11 +47,11 @@ class StoredSpec:
 def to_data(value: object) -> Any:
     """Plain data of a setting: dataclasses become dicts and tuples become lists, at all depths.
 
-    An encoder spec within becomes a dict with its class. Any other value that is not a number or
+    A spec within becomes a dict with its class. Any other value that is not a number or
     text becomes its ``repr`` under a name that no setting has. Such a value can be compared with
     others, but ``spec_from_data`` refuses it.
     """
-    if isinstance(value, EncoderSpec | ExtensionSpec):
+    if isinstance(value, EncoderSpec | EnvSpec | ExtensionSpec):
         return spec_to_data(value)
     if dataclasses.is_dataclass(value) and not isinstance(value, type):
         return _fields_to_data(value)
@@ -100,7 +100,7 @@ def spec_to_data(spec: object) -> SpecData:
     }
 
 
-def spec_from_data(description: SpecData, *, owner: str, kind: type) -> Any:
+def spec_from_data(description: SpecData, *, owner: str, kind: type | tuple[type, ...]) -> Any:
     """A spec rebuilt from the plain data that ``spec_to_data`` returned.
 
     Nothing but a spec is ever built from the data.
@@ -108,7 +108,8 @@ def spec_from_data(description: SpecData, *, owner: str, kind: type) -> Any:
     Args:
         description: Plain data of the spec.
         owner: Name of the setting, for the error.
-        kind: Class from which the spec must derive: ``EnvSpec``, ``PolicySpec`` or ``EncoderSpec``.
+        kind: Class, or several, from which the spec must derive: ``EnvSpec``, ``PolicySpec`` or
+            ``EncoderSpec``.
 
     Raises:
         ValueError: If the class cannot be imported, is not that of a spec, or takes other settings.
@@ -118,7 +119,8 @@ def spec_from_data(description: SpecData, *, owner: str, kind: type) -> Any:
     try:
         found = import_object(path)
         if not (isinstance(found, type) and issubclass(found, kind)):
-            raise TypeError(f"it is no {kind.__name__}")
+            names = [one.__name__ for one in (kind if isinstance(kind, tuple) else (kind,))]
+            raise TypeError(f"it is no {' or '.join(names)}")
         build: Any = found
         if not dataclasses.is_dataclass(found) and len(inspect.signature(build).parameters) > 0:
             raise TypeError("it is no dataclass, so its settings were not stored")
@@ -206,7 +208,7 @@ def _fields_to_data(settings: Any) -> SpecData:
 def _frozen(value: object) -> object:
     """The value of a frozen dataclass for plain data: lists become tuples, at all depths.
 
-    Plain data of encoder specs become specs.
+    Plain data of specs become specs.
 
     Raises:
         TypeError: If only the ``repr`` of a value was stored.
@@ -216,7 +218,7 @@ def _frozen(value: object) -> object:
         if _OPAQUE in fields:
             raise TypeError(f"{fields[_OPAQUE]} is not plain data")
         if fields.keys() == _FORM:
-            return spec_from_data(fields, owner="An encoder", kind=EncoderSpec)
+            return spec_from_data(fields, owner="A spec", kind=(EncoderSpec, EnvSpec))
         return {key: _frozen(item) for key, item in fields.items()}
     if isinstance(value, list):
         return tuple(_frozen(item) for item in cast(list[object], value))

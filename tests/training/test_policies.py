@@ -14,9 +14,11 @@ from esper_lightning.cli.main import main
 from esper_lightning.core.spaces import Box, Discrete, EnvSpaces
 from esper_lightning.envs.autoreset import AutoresetEnv, Transition
 from esper_lightning.envs.base import EnvSpec
-from esper_lightning.policies import Image, Imported, PolicySpec
+from esper_lightning.envs.frame_stack import FrameStack
+from esper_lightning.policies import Flat, Groups, Image, Imported, PolicySpec
 from esper_lightning.training.export import export_policy
 from esper_lightning.training.specs import spec_from_data
+from tests.envs.pictures import Pictures
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -134,6 +136,34 @@ def test_a_checkpoint_is_resumed_and_exported(tmp_path, monkeypatch, policy):
         assert export_policy(model, f"policy.{name}", name).difference <= 1e-4
 
 
+STACKED = FrameStack(env=Pictures(shape=(6, 6, 1), grouped=True, num_envs=2), frames=2)
+OF_BYTES: dict[str, PolicySpec] = {
+    "impala": CNN(kind="impala", channels=(4,), hidden_sizes=(8,)),
+    "groups": Composed(
+        encoder=Groups(encoders={"image": Image(**IMAGE)}),
+        critic_encoder=Groups(encoders={"image": Image(**IMAGE), "vector": Flat()}),
+        trunk="separate",
+    ),
+    "recurrent": Recurrent(memory_size=8, encoder=Image(**IMAGE), encoder_sizes=()),
+}
+
+
+@pytest.mark.parametrize("policy", OF_BYTES.values(), ids=OF_BYTES)
+def test_stacked_images_of_bytes_are_resumed_and_exported(tmp_path, monkeypatch, policy):
+    monkeypatch.chdir(tmp_path)
+    settings = {"ppo": BRIEF, "policy": policy, "device": "cpu"}
+    whole = train_ppo_vectorized(STACKED, iterations=4, run_dir="whole", **settings)
+    train_ppo_vectorized(STACKED, iterations=2, run_dir="half", save_path="half.ckpt", **settings)
+    rest = train_ppo_vectorized(
+        STACKED, iterations=4, run_dir="rest", resume_path="half.ckpt", **settings
+    )
+    assert rest[-1]["loss/value"] == whole[-1]["loss/value"]
+    model = PPO.load_from_checkpoint("half.ckpt")
+    assert model.env == STACKED
+    for name in ("torch", "onnx"):
+        assert export_policy(model, f"policy.{name}", name).difference <= 1e-4
+
+
 @pytest.mark.filterwarnings("ignore::jsonargparse._deprecated.JsonargparseDeprecationWarning")
 def test_a_config_can_name_policies_of_every_kind(tmp_path, monkeypatch, capsys):
     monkeypatch.chdir(tmp_path)
@@ -164,12 +194,41 @@ def test_a_config_can_name_policies_of_every_kind(tmp_path, monkeypatch, capsys)
     with pytest.raises(SystemExit) as ended:
         main(["fit", *few, "--model.policy", "CNN", *brief])
     assert ended.value.code == 2
-    assert "CNN must see images [C, H, W], got [4]." in capsys.readouterr().err
+    assert "CNN must see images of three axes, got [4]." in capsys.readouterr().err
     with pytest.raises(SystemExit):
         main(["fit", *few, "--model.policy", "CNM", *brief])
     said = capsys.readouterr().err
     assert all(name in said for name in ("CNN", "Composed", "MLP", "Recurrent"))
     assert len(said.splitlines()) == 1
+
+
+@pytest.mark.filterwarnings("ignore::jsonargparse._deprecated.JsonargparseDeprecationWarning")
+def test_a_config_can_name_encoders_of_groups_and_environments_within(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    image = {"class_path": "Image", "init_args": {"kind": "impala", "channels": [4]}}
+    groups = {"encoders": {"image": image, "vector": {"class_path": "Flat"}}}
+    within = {"shape": [6, 6, 1], "grouped": True, "num_envs": 2}
+    within = {"class_path": "tests.envs.pictures.Pictures", "init_args": within}
+    model = {
+        "env": {"class_path": "FrameStack", "init_args": {"env": within, "frames": 2}},
+        "policy": {
+            "class_path": "Composed",
+            "init_args": {"encoder": {"class_path": "Groups", "init_args": groups}},
+        },
+        "ppo": {"rollout_steps": 4, "minibatches": 1},
+        "total_env_steps": 16,
+        "eval_episodes": 2,
+    }
+    Path("config.yaml").write_text(yaml.safe_dump({"model": model}))
+    brief = ["--trainer.accelerator", "cpu", "--trainer.enable_progress_bar", "false"]
+    main(["fit", "--config", "config.yaml", *brief, "--run_dir", "run"])
+    main(["evaluate", "--ckpt_path", "run", "--trainer.accelerator", "cpu"])
+    assert len(Path("run/rank0/history.jsonl").read_text().splitlines()) == 2
+    model["env"]["init_args"]["env"]["init_args"]["num_envs"] = 3
+    Path("config.yaml").write_text(yaml.safe_dump({"model": model}))
+    with pytest.raises(SystemExit) as ended:
+        main(["fit", "--config", "config.yaml", *brief, "--ckpt_path", "run"])
+    assert ended.value.code == 2
 
 
 def test_specs_within_specs_are_rebuilt():

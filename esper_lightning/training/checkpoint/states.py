@@ -210,7 +210,9 @@ def refuse_foreign(
                 continue
             field = f"PPO.{name}" if key == "class_path" else f"PPO.{name}.{key}"
             rule = f"be the checkpoint's, {theirs.get(key)!r}"
-            require(mine.get(key) == theirs.get(key), field, rule, mine.get(key), hint)
+            skipped = how if resuming else how | {"num_envs"}
+            same = _without(mine.get(key), skipped) == _without(theirs.get(key), skipped)
+            require(same, field, rule, mine.get(key), hint)
     for key in ("normalize_obs", "normalize_reward"):
         mine, theirs = (side["ppo"][key] for side in (own, checkpoint["hyper_parameters"]))
         require(mine == theirs, f"PPOConfig.{key}", f"be the checkpoint's, {theirs}", mine, hint)
@@ -343,6 +345,14 @@ def _is_like(given: Tensor, own: Tensor) -> bool:
     kind = given.is_floating_point() == own.is_floating_point()
     same = given.dtype == own.dtype or given.is_floating_point()
     return given.shape == own.shape and dense and kind and same and not given.is_quantized
+
+
+def _without(value: Any, fields: frozenset[str]) -> Any:
+    """Plain data of a setting; where it is a spec within a spec, without some of its fields."""
+    if not isinstance(value, dict):
+        return value
+    known = cast(dict[str, Any], value).items()
+    return {key: _without(item, fields) for key, item in known if key not in fields}
 
 
 def _flat(description: Mapping[str, Any]) -> dict[str, Any]:
