@@ -4,7 +4,7 @@ VENV := .venv
 BIN := $(VENV)/bin
 
 .DEFAULT_GOAL := help
-.PHONY: help demo test slow check learning zoo growth bench faults soak mutants clean
+.PHONY: help demo test slow check learning zoo growth bench faults soak worlds mutants clean
 
 help: ## Show this list
 	@grep -E '^[a-z]+:.*## ' $(MAKEFILE_LIST) | sed -E 's/:[^#]*## /\t/' | expand -t 10
@@ -49,6 +49,9 @@ faults: $(VENV)/.installed ## Let runs die of every fault, and write what they l
 
 soak: $(VENV)/.installed ## Kill runs at random moments and resume them (20 minutes)
 	$(BIN)/python benchmarks/soak.py
+
+worlds: $(VENV)/.installed ## Train in simulators that are too large for the tests (half an hour, and gigabytes)
+	$(BIN)/python benchmarks/worlds.py
 
 mutants: $(VENV)/.installed ## Break the package in small ways: the fast tests must notice (a quarter of an hour)
 	$(BIN)/python scripts/mutants.py

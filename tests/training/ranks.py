@@ -18,7 +18,7 @@ from lightning.pytorch.loggers import TensorBoardLogger
 
 from esper_lightning import MLP, PPO, PPOConfig, Recurrent
 from esper_lightning.callbacks.run_directory import end_run
-from esper_lightning.envs import CartPole, Morphogenesis
+from esper_lightning.envs import CartPole, Gymnasium, Morphogenesis
 from esper_lightning.train import begin_run, run_callbacks, run_plugins
 
 ENVS = {"plain": CartPole}
@@ -78,7 +78,16 @@ def grows(num_envs):
     )
 
 
-ENVS |= {"never ends elsewhere": Slow, "breaks elsewhere": Breaks, "grows": grows}
+def simulator(num_envs):
+    return Gymnasium(id="CartPole-v1", num_envs=num_envs, workers=2)
+
+
+ENVS |= {
+    "gymnasium": simulator,
+    "never ends elsewhere": Slow,
+    "breaks elsewhere": Breaks,
+    "grows": grows,
+}
 
 
 class Digest(Callback):

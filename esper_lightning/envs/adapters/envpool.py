@@ -19,7 +19,8 @@ __all__ = ["EnvPool"]
 class EnvPool(NamedSpec):
     """Environments of EnvPool (Weng et al. 2022), stepped by its threads.
 
-    Checkpoints hold no simulator: a resumed run begins new episodes.
+    Checkpoints hold no simulator: a resumed run begins new episodes. Bounds of observations are not
+    taken over, because some simulators do not keep them (``LunarLander-v3`` in EnvPool 1.2.5).
 
     Attributes:
         id: Name of the environment, such as ``LunarLander-v3``.
@@ -50,7 +51,8 @@ class EnvPool(NamedSpec):
         def read() -> EnvSpaces:
             env = self._pool(1, 0)
             try:
-                return read_spaces(env.single_observation_space, env.single_action_space)
+                obs, action = env.single_observation_space, env.single_action_space
+                return read_spaces(obs, action, keeps_bounds=False)
             finally:
                 env.close()
 
@@ -59,7 +61,7 @@ class EnvPool(NamedSpec):
     def build(self, device: torch.device, seed: int) -> HostEnv:
         """Make the pool, which is seeded when it is made."""
         env = self._pool(self.num_envs, seed % SEEDS)
-        return HostEnv(env, device, None, name=self.id)
+        return HostEnv(env, device, None, name=self.id, keeps_bounds=False)
 
     def evaluation_spec(self, episodes: int) -> "EnvPool":
         """Environments of an evaluation: at most those of training, each for several episodes."""

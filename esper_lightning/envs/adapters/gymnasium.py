@@ -11,6 +11,7 @@ from esper_lightning.core.imports import import_object
 from esper_lightning.core.spaces import EnvSpaces
 from esper_lightning.envs.adapters.host import HostEnv
 from esper_lightning.envs.adapters.named import SEEDS, NamedSpec, require_package
+from esper_lightning.envs.adapters.serial import SerialEnv
 from esper_lightning.envs.adapters.spaces import read_spaces
 from esper_lightning.envs.adapters.workers import WorkerEnv
 
@@ -80,12 +81,8 @@ class Gymnasium(NamedSpec):
         """Environments of an evaluation: at most those of training, each for several episodes."""
         return dataclasses.replace(self, num_envs=min(episodes, self.num_envs), workers=0)
 
-    def _vector(self, num_envs: int) -> Any:
-        from gymnasium.vector import AutoresetMode, SyncVectorEnv  # noqa: PLC0415
-
-        return SyncVectorEnv(
-            [self._one] * num_envs, copy=False, autoreset_mode=AutoresetMode.DISABLED
-        )
+    def _vector(self, num_envs: int) -> SerialEnv:
+        return SerialEnv([self._one] * num_envs, entry=self.mask)
 
     def _one(self) -> Any:
         """One environment with its wrappers.

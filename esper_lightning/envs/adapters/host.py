@@ -82,6 +82,7 @@ class HostEnv(StatelessEnv):
             take the ``previous`` observation, or raise an ``error``.
         resets_rows: Whether the simulator is known to reset single environments. Otherwise a reset
             of one environment is tried.
+        keeps_bounds: Whether observations lie within the bounds of their space.
 
     Attributes:
         num_envs: Number of environments, ``B``.
@@ -102,13 +103,16 @@ class HostEnv(StatelessEnv):
         mask: str | None = None,
         lost: Lost = "error",
         resets_rows: bool = False,
+        keeps_bounds: bool = True,
     ) -> None:
         super().__init__(name, seed)
         self._env, self._device = env, device
         self._mask_entry, self._lost = mask, lost
         self.num_envs = int(env.num_envs)
         obs_space, action_space = env.single_observation_space, env.single_action_space
-        self.spaces = read_spaces(obs_space, action_space, masked=mask is not None)
+        self.spaces = read_spaces(
+            obs_space, action_space, masked=mask is not None, keeps_bounds=keeps_bounds
+        )
         self._encoders = {n: obs_encoder(space) for n, space in group_spaces(obs_space).items()}
         self._grouped = isinstance(self.spaces.obs, dict)
         self._to_action = action_encoder(action_space)
@@ -116,6 +120,7 @@ class HostEnv(StatelessEnv):
         self._same_step = str(getattr(mode, "value", mode)) == "SameStep"
         if not (self._same_step or resets_rows or self.num_envs == 1):
             self._require_reset_of_rows()
+        self._every = np.ones(self.num_envs, bool)  # a mask of all rows, known by its identity
         self._latest = _Seen({}, None)
         self._restart_books()
 
@@ -124,15 +129,14 @@ class HostEnv(StatelessEnv):
         self._restart_books()
         seed = self.take_seed()
         obs, info = self._env.reset() if seed is None else self._env.reset(seed=seed)
-        self._latest = self._see(obs, info, self._latest, np.ones(self.num_envs, bool))
+        self._latest = self._see(obs, info, self._latest, self._every)
         return self._observation(self._latest.groups), self._mask(self._latest)
 
     def step(self, action: Shaped[Tensor, "B *A"]) -> StepResult:
         """Act in every environment, and reset those whose episode ended."""
         given = self._to_action(action.detach().cpu().numpy())
         obs, reward, terminated, truncated, info = self._env.step(given)
-        every = np.ones(self.num_envs, bool)
-        before, seen = self._latest, self._see(obs, info, self._latest, every)
+        before, seen = self._latest, self._see(obs, info, self._latest, self._every)
         reward = np.array(reward, np.float64)
         terminated = np.array(terminated, bool)
         truncated = np.asarray(truncated, bool) & ~terminated
@@ -246,7 +250,7 @@ class HostEnv(StatelessEnv):
         """Observation and mask after a step or reset of some rows; the others are as before."""
         groups = self._encode(obs)
         mask = self._read_mask(obs, info, before.mask, rows) if self.spaces.masked else None
-        if not rows.all():
+        if rows is not self._every:
             for name, value in groups.items():
                 value[~rows] = before.groups[name][~rows]
         return _Seen(groups, mask)

@@ -38,19 +38,25 @@ Array = npt.NDArray[Any]
 _ONE_HOT = (-0.5, 1.5)  # bounds of a column that is 0 or 1
 
 
-def read_spaces(obs: Any, action: Any, *, masked: bool = False) -> EnvSpaces:
+def read_spaces(
+    obs: Any, action: Any, *, masked: bool = False, keeps_bounds: bool = True
+) -> EnvSpaces:
     """The spaces of one environment, converted from Gymnasium's.
 
     Args:
         obs: Gymnasium's observation space of one environment.
         action: Gymnasium's action space of one environment.
         masked: Whether there are action masks although the observation has no entry for them.
+        keeps_bounds: Whether observations lie within the bounds of their space. Otherwise only
+            images have bounds.
 
     Raises:
         ValueError: If a space has no counterpart; the error names the space and a wrapper that
             helps.
     """
     boxes = {name: _obs_box(name, space) for name, space in group_spaces(obs).items()}
+    if not keeps_bounds:
+        boxes = {n: box if box.dtype == "uint8" else Box(box.shape) for n, box in boxes.items()}
     masked = masked or (_kind(obs) == "Dict" and MASK in obs.spaces)
     found: ObsSpace = boxes if len(boxes) > 1 else next(iter(boxes.values()))
     return EnvSpaces(obs=found, action=read_action_space(action), masked=masked)

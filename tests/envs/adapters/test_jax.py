@@ -1,0 +1,64 @@
+"""Simulators in JAX. Their packages do not fit beside ours: ``make worlds`` runs these tests."""
+
+import pytest
+import torch
+
+from esper_lightning import check_env
+from esper_lightning.core.spaces import Box, Discrete, EnvSpaces
+from esper_lightning.envs import Brax, Gymnax
+from esper_lightning.envs.adapters.jax import JaxSimulator
+from esper_lightning.envs.adapters.simulated import SimulatedEnv
+
+jax = pytest.importorskip("jax")
+CPU = torch.device("cpu")
+pytestmark = pytest.mark.filterwarnings("default")
+
+
+def gymnax(name, **kwargs):
+    pytest.importorskip("gymnax")
+    return Gymnax(id=name, num_envs=4, **kwargs)
+
+
+@pytest.mark.parametrize("name", ["CartPole-v1", "Pendulum-v1", "Breakout-MinAtar"])
+def test_gymnax_keeps_the_contract(name):
+    check_env(gymnax(name), steps=30)
+
+
+def test_brax_keeps_the_contract():
+    pytest.importorskip("brax")
+    check_env(Brax(id="fast", num_envs=4, time_limit=9), steps=30)
+
+
+def test_gymnax_truncates_at_its_time_limit():
+    env = gymnax("Pendulum-v1").build(CPU, 0)
+    env.reset()
+    results = [env.step(torch.zeros(4, 1)) for _ in range(200)]
+    assert [t for t, r in enumerate(results) if r.truncated.any()] == [199]
+    assert results[-1].episode_length.tolist() == [200] * 4
+    assert not any(r.terminated.any() for r in results)
+
+
+def test_resets_are_computed_where_an_episode_ended():
+    began = []
+
+    def reset(key):
+        jax.debug.callback(lambda: began.append(1))
+        return jax.numpy.zeros(()), jax.numpy.zeros(1)
+
+    def step(key, state, action):
+        state = state + action
+        ended = jax.numpy.zeros((), bool)
+        return state, state[None].astype("float32"), state.astype("float32"), ended, ended
+
+    spaces = EnvSpaces(obs=Box((1,)), action=Discrete(3))
+    simulator = JaxSimulator(
+        spaces, reset, step, num_envs=2, seed=0, device=CPU, name="sum", time_limit=3
+    )
+    env = SimulatedEnv(simulator, None)
+    env.reset()
+    counts = []
+    for _ in range(6):
+        env.step(torch.tensor([1, 2]))  # int64
+        jax.effects_barrier()
+        counts.append(len(began))
+    assert counts == [2, 2, 4, 4, 4, 6]
