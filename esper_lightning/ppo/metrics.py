@@ -40,6 +40,14 @@ class EpisodeSums(NamedTuple):
     episodes: Float[Tensor, ""]  # number of episodes that ended
 
 
+class _IterationSums(NamedTuple):
+    """Sums over the episodes that ended in an iteration, on the host."""
+
+    episode_return: float = 0.0
+    episode_length: float = 0.0
+    episodes: float = 0.0  # number of episodes that ended
+
+
 class RecentEpisodes:
     """Mean return and length over the latest iterations that together hold ``window`` episodes.
 
@@ -52,7 +60,7 @@ class RecentEpisodes:
 
     def __init__(self, window: int = 100) -> None:
         self._window = window
-        self._sums: deque[list[float]] = deque(maxlen=64)  # the newest last
+        self._sums: deque[_IterationSums] = deque(maxlen=64)  # the newest last
 
     def update(self, return_sum: float, length_sum: float, episodes: float) -> None:
         """Add the sums of one iteration.
@@ -63,22 +71,26 @@ class RecentEpisodes:
             episodes: Number of episodes that ended.
         """
         if episodes > 0:
-            self._sums.append([return_sum, length_sum, episodes])
+            self._sums.append(_IterationSums(return_sum, length_sum, episodes))
 
     def means(self) -> tuple[float, float]:
         """Mean return and mean length; both are NaN while no episode has ended."""
-        total = [0.0, 0.0, 0.0]
+        total = _IterationSums()
         for sums in reversed(self._sums):
-            if total[2] >= self._window:
+            if total.episodes >= self._window:
                 break
-            total = [a + b for a, b in zip(total, sums, strict=True)]
-        if total[2] == 0.0:
+            total = _IterationSums(
+                total.episode_return + sums.episode_return,
+                total.episode_length + sums.episode_length,
+                total.episodes + sums.episodes,
+            )
+        if total.episodes == 0.0:
             return math.nan, math.nan
-        return total[0] / total[2], total[1] / total[2]
+        return total.episode_return / total.episodes, total.episode_length / total.episodes
 
     def state(self) -> list[list[float]]:
         """The stored sums, for a checkpoint."""
-        return list(self._sums)
+        return [list(sums) for sums in self._sums]
 
     def load(self, state: list[list[float]]) -> None:
         """Continue from the sums of a checkpoint.
@@ -88,15 +100,18 @@ class RecentEpisodes:
         """
         rule = "hold sums of returns, of lengths, and numbers of episodes"
         require(all(len(sums) == 3 for sums in state), "recent_episodes", rule, state[:1])
-        self._sums = deque(state, maxlen=64)
+        self._sums = deque((_IterationSums(*sums) for sums in state), maxlen=64)
 
 
 def sum_episodes(rollout: Rollout) -> EpisodeSums:
     """Sum the returns and lengths of the episodes that ended in a rollout."""
     ended = rollout.episode_length > 0
     episode_return = torch.where(ended, rollout.episode_return, 0.0)
-    columns = (episode_return, rollout.episode_length, ended)
-    return EpisodeSums(*(column.double().sum() for column in columns))
+    return EpisodeSums(
+        episode_return=episode_return.double().sum(),
+        episode_length=rollout.episode_length.double().sum(),
+        episodes=ended.double().sum(),
+    )
 
 
 def to_host(metrics: Mapping[str, Float[Tensor, ""]]) -> dict[str, float]:

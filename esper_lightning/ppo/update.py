@@ -83,6 +83,9 @@ class _StepMetrics(NamedTuple):
     added: dict[str, Float[Tensor, "*S"]]  # terms of extensions
 
 
+_AVERAGED = [name for name in _StepMetrics._fields if name not in ("applied", "added")]
+
+
 class _Constants(NamedTuple):
     """Inputs that all gradient steps of an update share."""
 
@@ -199,10 +202,15 @@ class Updater:
         log_prob = evaluation.log_prob.detach()
         kl = weighted(approx_kl(log_prob, batch.log_prob), batch)
         clipped = clip_fraction(log_prob, batch.log_prob, clip=self._config.clip)
-        columns = (*terms, kl, weighted(clipped, batch), torch.ones_like(kl))
-        sums_of_added = {name: term.detach().sum() for name, term in added.items()}
         return GradientSums(
-            gradient, *(column.detach().sum() for column in columns), added=sums_of_added
+            gradient,
+            policy_loss=terms.policy.detach().sum(),
+            value_loss=terms.value.detach().sum(),
+            entropy=terms.entropy.detach().sum(),
+            approx_kl=kl.sum(),
+            clip_fraction=weighted(clipped, batch).sum(),
+            samples=torch.ones_like(kl).sum(),
+            added={name: term.detach().sum() for name, term in added.items()},
         )
 
     def _step(
@@ -218,9 +226,10 @@ class Updater:
         """
         sums, mean_of_pass = x
         config = self._config
-        gradient, *means = (total / sums.samples for total in sums[:-2])
+        gradient = sums.gradient / sums.samples
+        policy_loss, value_loss = sums.policy_loss / sums.samples, sums.value_loss / sums.samples
+        entropy, kl = sums.entropy / sums.samples, sums.approx_kl / sums.samples
         added = {name: total / sums.samples for name, total in sums.added.items()}
-        policy_loss, value_loss, entropy, kl, clipped = means
         norm = gradient.square().sum().sqrt()
         if config.max_grad_norm is not None:
             if config.max_grad_norm < _LARGEST_SQUARED:
@@ -240,8 +249,16 @@ class Updater:
             eps=config.adam_eps,
             skip=skip,
         )
-        applied = (~skip).float()
-        step = _StepMetrics(policy_loss, value_loss, entropy, kl, clipped, norm, applied, added)
+        step = _StepMetrics(
+            policy_loss=policy_loss,
+            value_loss=value_loss,
+            entropy=entropy,
+            approx_kl=kl,
+            clip_fraction=sums.clip_fraction / sums.samples,
+            grad_norm=norm,
+            applied=(~skip).float(),
+            added=added,
+        )
         kl_of_pass = progress.kl + kl
         if config.target_kl is not None:
             skip = skip | (kl_of_pass * mean_of_pass > config.target_kl)
@@ -251,16 +268,15 @@ class Updater:
 
 def _mean_over_applied(steps: _StepMetrics, *, finite: Bool[Tensor, ""]) -> UpdateMetrics:
     """Mean of each metric over the gradient steps that were applied."""
-    *metrics, applied, added = steps
-    metrics += added.values()
+    own = {name: getattr(steps, name) for name in _AVERAGED}
+    metrics = [*own.values(), *steps.added.values()]
     # Where, not a product with the weight: a step that was skipped may hold NaN.
-    total = torch.where(applied[:, None] > 0, torch.stack(metrics, dim=1), 0.0).sum(0)
-    count = applied.sum()
-    means = list((total / count).unbind())
-    own = len(means) - len(added)
+    total = torch.where(steps.applied[:, None] > 0, torch.stack(metrics, dim=1), 0.0).sum(0)
+    count = steps.applied.sum()
+    means = (total / count).unbind()
     return UpdateMetrics(
-        *means[:own],
+        **dict(zip(own, means, strict=False)),
         gradient_steps=count,
         finite=finite.float(),
-        added=dict(zip(added, means[own:], strict=True)),
+        added=dict(zip(steps.added, means[len(own) :], strict=True)),
     )
