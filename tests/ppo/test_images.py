@@ -5,6 +5,7 @@ from typing import Any
 import pytest
 import torch
 from torch import Tensor
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from esper_lightning import CNN, MLP, PPOConfig, Recurrent
 from esper_lightning.compiling.loops import CompileMode
@@ -90,6 +91,31 @@ def test_advantages_are_those_of_floats(
         assert torch.equal(mine.samples.value_target, theirs.samples.value_target)
         assert mine.healthy
         assert mine.explained_variance == theirs.explained_variance
+
+
+class Largest(TorchDispatchMode):
+    """Finds the largest tensor of floats that an operation returns."""
+
+    nbytes = 0
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        result = func(*args, **(kwargs or {}))
+        if isinstance(result, Tensor) and result.is_floating_point():
+            self.nbytes = max(self.nbytes, result.nbytes)
+        return result
+
+
+def test_no_float_copy_of_a_rollout_is_made_before_the_update(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setitem(advantages._PIECE_BYTES, "cpu", 2**14)
+    learner = make(Pictures(shape=(1, 16, 16), num_envs=8))
+    rollout = learner.rollout(STEPS)
+    assert rollout.obs.nbytes == 8 * STEPS * 256
+    with Largest() as largest:
+        targets = learner.compute_targets(rollout)
+    assert largest.nbytes <= 2**14
+    assert targets.samples.obs.data_ptr() == rollout.obs.data_ptr()
 
 
 def test_the_update_is_that_of_floats() -> None:

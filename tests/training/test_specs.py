@@ -59,8 +59,9 @@ def test_tuples_come_back_as_tuples_all_the_way_down(sizes):
 
 def test_what_is_stored_is_plain_data_all_the_way_down():
     nested = to_data({"specs": (CartPole(num_envs=2), [CartPole(num_envs=3)])})
-    assert nested["specs"][0]["num_envs"] == 2
-    assert nested["specs"][1][0]["num_envs"] == 3
+    assert nested["specs"][0] == spec_to_data(CartPole(num_envs=2))
+    assert nested["specs"][0]["init_args"]["num_envs"] == 2
+    assert nested["specs"][1][0]["init_args"]["num_envs"] == 3
     assert to_data((torch.float32,)) == [{"repr()": "torch.float32"}]
 
 
