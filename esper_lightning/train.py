@@ -221,13 +221,14 @@ def train_ppo_vectorized(
     return read_json_lines(_layout_of_rank(trainer).history)
 
 
-def newest_run(env: EnvSpec) -> Path | None:
+def newest_run(env: EnvSpec, root: str | Path = "") -> Path | None:
     """Directory of the latest run in an environment of the same name that saved a checkpoint.
 
     Args:
         env: Environments of the run, whose name is that of the folder of run directories.
+        root: Folder that has the folder ``runs``; the current directory by default.
     """
-    saved = _folder(env).glob("version_*/checkpoints/last.ckpt")
+    saved = Path(root, _folder(env)).glob("version_*/checkpoints/last.ckpt")
     return max((path.parents[1] for path in saved), key=_version, default=None)
 
 
@@ -250,7 +251,7 @@ def begin_run(trainer: Trainer, env: EnvSpec, run_dir: str | Path | None, config
         trainer: Trainer of the run.
         env: Environments of the run, which name the folder of a new run directory.
         run_dir: The run directory. ``None`` means the directory that a callback or logger was
-            given, or else a new ``runs/<env>/version_<n>``.
+            given, or else a new ``runs/<env>/version_<n>`` in ``Trainer.default_root_dir``.
         config: Content of ``config.yaml``, with which the run can be repeated.
 
     Raises:
@@ -264,7 +265,7 @@ def begin_run(trainer: Trainer, env: EnvSpec, run_dir: str | Path | None, config
     alike = run_dir is None or own is None or place_of(run_dir) == place_of(own)
     require(alike, "run_dir", f"be the dirpath of a callback, {str(own)!r}", str(run_dir))
     if run_dir is None:
-        held, address = claim_new(trainer, _folder(env))
+        held, address = claim_new(trainer, f"{trainer.default_root_dir}/{_folder(env)}")
     else:
         directory, address = place_of(run_dir)
         held = claim(directory)

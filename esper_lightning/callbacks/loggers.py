@@ -27,6 +27,7 @@ _GUARD = "_esper_lightning_guard"
 _KEPT_CALLS = ("log_metrics", "log_hyperparams")
 _OTHER_CALLS = ("log_graph", "after_save_checkpoint")
 _EXPERIMENT_BYTES = 1 << 16
+_FINALIZE_S = 10.0  # of a run that died: launchers kill a process about half a minute after SIGTERM
 _NO_ROOM = (errno.ENOSPC, errno.EDQUOT)
 
 
@@ -142,7 +143,7 @@ class _Guard:
         return call
 
     def _finalizing(self) -> Callable[..., Any]:
-        finalize = self._guarded("finalize")
+        finalize = _within_time(self._guarded("finalize"), self._name)
 
         @functools.wraps(getattr(self._class, "finalize", lambda: None))
         def call(logger: Any, *args: Any, **kwargs: Any) -> None:
@@ -230,6 +231,34 @@ class _Guard:
             writer.flush()
             self._events = _EventFile(Path(path), self._calls.said)
             records._writer = self._events
+
+
+def _within_time(finalize: Callable[..., Any], name: str) -> Callable[..., None]:
+    """Limit the time of ``finalize`` where the run has died.
+
+    A signal may have interrupted the logger while it held a lock that ``finalize`` waits for. A run
+    that ended well has nothing to hurry for: uploads may take minutes.
+
+    Args:
+        finalize: Method of a logger, whose second argument is the status of the run.
+        name: Name of the logger, for the warning.
+    """
+
+    def call(logger: Any, status: str, *args: Any, **kwargs: Any) -> None:
+        def finish() -> None:
+            finalize(logger, status, *args, **kwargs)
+
+        if status == "success":
+            finish()
+            return
+        thread = threading.Thread(target=finish, daemon=True, name="finalizes-logger")
+        thread.start()
+        thread.join(_FINALIZE_S)
+        if thread.is_alive():
+            text = "%s has not ended within %g s: its latest values may be lost."
+            _log.warning(text, name, _FINALIZE_S)
+
+    return call
 
 
 class _EventFile:

@@ -193,7 +193,7 @@ def copy_run_directory(trainer: Trainer) -> None:
         found.mirror.copy_soon()
 
 
-def claim_new(trainer: Trainer, parent: Path) -> tuple[Claim, str | None]:
+def claim_new(trainer: Trainer, parent: str | Path) -> tuple[Claim, str | None]:
     """Claim the directory for a run that has not begun, and number it if it has no number yet.
 
     Args:
@@ -214,8 +214,8 @@ def claim_new(trainer: Trainer, parent: Path) -> tuple[Claim, str | None]:
     if given is not None:
         directory, address = place_of(given)
         return claim(directory), address
-    parent, address = place_of(parent if logger is None else logger.root_dir)
-    held = claim_next(parent)
+    folder, address = place_of(parent if logger is None else logger.root_dir)
+    held = claim_next(folder)
     return held, None if address is None else f"{address}/{held.directory.name}"
 
 

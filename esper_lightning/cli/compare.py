@@ -8,9 +8,11 @@ import importlib.util
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from esper_lightning.cli.errors import CommandParser, fail
+from esper_lightning.cli.errors import CommandParser, fail, local_path
+from esper_lightning.core.errors import require
 from esper_lightning.core.paths import require_output, require_output_folder
 from esper_lightning.forensics.files import strict_json, write_atomically
+from esper_lightning.forensics.pictures import PICTURE_BEGINS
 
 if TYPE_CHECKING:
     from esper_lightning.comparison.runs import Run
@@ -30,7 +32,9 @@ def run(arguments: list[str]) -> None:
         "Compare runs over the seeds that all variants have.",
         epilog="Runs that differ in more than their seed are variants, named by the settings.",
     )
-    parser.add_argument("runs", type=Path, nargs="+", metavar="RUN", help="or a folder of runs")
+    parser.add_argument(
+        "runs", type=local_path, nargs="+", metavar="RUN", help="or a folder of runs"
+    )
     parser.add_argument("--baseline", help="name of a variant; the first if not given")
     parser.add_argument(
         "--score",
@@ -38,7 +42,7 @@ def run(arguments: list[str]) -> None:
         help="returns to compare; evaluations if not given and every run has some",
     )
     parser.add_argument(
-        "--output", type=Path, metavar="DIR", help="write comparison.md and comparison.png there"
+        "--output", metavar="DIR", help="write comparison.md and comparison.png there"
     )
     parser.add_argument("--json", action="store_true", help="the same for programs")
     options = parser.parse_args(arguments)
@@ -47,7 +51,8 @@ def run(arguments: list[str]) -> None:
     if absent:
         fail(f"esper compare needs {' and '.join(absent)}: pip install {' '.join(absent)}")
     try:
-        files = None if options.output is None else _files(options.output)
+        require(options.output != "", "--output", "name a directory", options.output)
+        files = None if options.output is None else _files(Path(options.output))
         comparison = _compare(options)
         if files is not None:
             _write(comparison, *files)
@@ -85,11 +90,13 @@ def _files(directory: Path) -> tuple[Path, Path]:
     Raises:
         ValueError: If one of them cannot be written, which is found before the runs are read.
     """
+    from esper_lightning.comparison.text import TEXT_BEGINS  # noqa: PLC0415
+
     require_output_folder("--output", directory)
     text, picture = directory / "comparison.md", directory / "comparison.png"
     return (
-        require_output("--output", text, "comparison", rb"# [^\n]*: return by "),
-        require_output("--output", picture, "picture", rb"\x89PNG"),
+        require_output("--output", text, "comparison", TEXT_BEGINS),
+        require_output("--output", picture, "comparison", PICTURE_BEGINS),
     )
 
 

@@ -1,16 +1,14 @@
 """``esper crash RUN_DIR``: how a run died, from the files that it left. Standard library only."""
 
-from pathlib import Path
 from typing import Any
 
-from esper_lightning.cli.crash_text import describe, seconds_by_phase
-from esper_lightning.cli.errors import CommandParser, fail
+from esper_lightning.cli.crash_text import describe, describe_start, seconds_by_phase
+from esper_lightning.cli.errors import CommandParser, fail, local_path
 from esper_lightning.forensics.claims import read_owner
 from esper_lightning.forensics.files import strict_json
-from esper_lightning.forensics.processes import ProcessIdentity, is_alive
 from esper_lightning.forensics.rank_record import SCHEMA
 from esper_lightning.forensics.reading import printable
-from esper_lightning.forensics.remains import Remains, examine, first_failure
+from esper_lightning.forensics.remains import Remains, examine, first_failure, unrecorded_start
 from esper_lightning.forensics.trace import summarize
 
 __all__ = ["Remains", "examine", "first_failure", "run"]
@@ -19,7 +17,7 @@ __all__ = ["Remains", "examine", "first_failure", "run"]
 def run(arguments: list[str]) -> None:
     """Print how a run died; exit with status 2 where there is no run."""
     parser = CommandParser("esper crash", "How a run died.")
-    parser.add_argument("run_dir", type=Path, metavar="RUN_DIR")
+    parser.add_argument("run_dir", type=local_path, metavar="RUN_DIR")
     parser.add_argument("--json", action="store_true", help="the same for programs")
     options = parser.parse_args(arguments)
     try:
@@ -32,8 +30,10 @@ def run(arguments: list[str]) -> None:
             nothing: dict[str, Any] = {"schema": SCHEMA, "first_failure": None, "ranks": []}
             print(strict_json({**nothing, "owner": owner}))
         else:
-            print(printable(_before_it_recorded(options.run_dir, owner)))
+            start = describe_start(owner)
+            print(printable(f"Run directory: {options.run_dir}: {start}"))
         return
+    started = unrecorded_start(options.run_dir)
     first = first_failure(ranks)
     if first is not None and first.trace_path is not None:
         try:
@@ -41,21 +41,11 @@ def run(arguments: list[str]) -> None:
         except (FileNotFoundError, ValueError) as error:
             first.unreadable[first.trace_path.name] = str(error)
     if options.json:
-        print(strict_json(_as_json(ranks, first)))
+        print(strict_json(_as_json(ranks, first) | ({"owner": started} if started else {})))
     else:
+        if started:
+            print(printable(f"{describe_start(started)} What follows is of the run before."))
         print("\n".join(map(printable, describe(options.run_dir, ranks, first))))
-
-
-def _before_it_recorded(directory: Path, owner: dict[str, Any]) -> str:
-    """A sentence about a run of which no rank has a folder yet."""
-    process = f"Process {owner.get('pid')} on {owner.get('host')}"
-    how = {
-        True: "is starting, and has recorded nothing yet",
-        False: "vanished while it was starting, before it could record anything",
-        None: "has recorded nothing; whether it lives cannot be seen from here",
-    }
-    lives = is_alive(ProcessIdentity.from_dict(owner))
-    return f"Run directory: {directory}: {process} {how[lives]}."
 
 
 def _as_json(ranks: list[Remains], first: Remains | None) -> dict[str, Any]:

@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Any
 
 from esper_lightning.forensics.phases import Phases
+from esper_lightning.forensics.processes import ProcessIdentity, is_alive
 from esper_lightning.forensics.rank_record import SCHEMA
 from esper_lightning.forensics.remains import Remains, Window, rank_folders
 from esper_lightning.forensics.report import CgroupCounters, CrashReport, NonFiniteReport
@@ -63,6 +64,17 @@ def describe(directory: Path, ranks: list[Remains], first: Remains | None) -> li
     for section in sections:
         lines += [*section(first), ""]
     return lines[:-1]
+
+
+def describe_start(owner: dict[str, Any]) -> str:
+    """A sentence about a run that has recorded nothing, by the owner of its directory."""
+    process = f"Process {owner.get('pid')} on {owner.get('host')}"
+    how = {
+        True: "is starting, and has recorded nothing yet",
+        False: "vanished while it was starting, before it could record anything",
+        None: "has recorded nothing; whether it lives cannot be seen from here",
+    }
+    return f"{process} {how[is_alive(ProcessIdentity.from_dict(owner))]}."
 
 
 def _side_by_side(ranks: list[Remains]) -> list[str]:

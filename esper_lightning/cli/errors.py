@@ -8,11 +8,12 @@ import difflib
 import re
 import sys
 from collections.abc import Iterable
+from pathlib import Path
 from typing import NoReturn
 
 from esper_lightning.forensics.reading import printable
 
-__all__ = ["CommandParser", "fail", "nearest", "one_line"]
+__all__ = ["CommandParser", "fail", "local_path", "nearest", "one_line"]
 
 LONGEST_LINE = 200
 _LONGEST_TEXT = 1 << 16
@@ -27,9 +28,17 @@ class CommandParser(argparse.ArgumentParser):
 
     def error(self, message: str) -> NoReturn:
         """Print a mistake in the arguments in one line; exit with status 2."""
+        message = re.sub(r"^argument ([A-Z_]+): must ", r"\1 must ", message)
         unknown = re.match(r"unrecognized arguments: (--[^ =]+)", message)
         hint = nearest(unknown[1], self._option_string_actions) if unknown else ""
         fail(f"{message}.{hint}" if hint else message)
+
+
+def local_path(text: str) -> Path:
+    """The type of an argument that names a folder or file of this machine."""
+    if not text or "://" in text:
+        raise argparse.ArgumentTypeError(f"must name a folder on this machine, got {text!r}.")
+    return Path(text)
 
 
 def fail(mistake: BaseException | str) -> NoReturn:

@@ -13,6 +13,7 @@ from typing import Any, cast
 
 from lightning.fabric.utilities.exceptions import MisconfigurationException
 from lightning.pytorch import Trainer
+from lightning.pytorch.accelerators import CUDAAccelerator, MPSAccelerator
 from lightning.pytorch.callbacks import Callback, Checkpoint, ProgressBar, Timer, early_stopping
 from lightning.pytorch.cli import ArgsType, LightningArgumentParser, LightningCLI
 from lightning.pytorch.strategies import StrategyRegistry
@@ -52,6 +53,11 @@ from esper_lightning.training.trainer_rules import refuse_trainer
 __all__ = ["prepare"]
 
 _MOST_SEED = 2**32 - 1
+_GPUS = {  # accelerators by their names
+    "gpu": (CUDAAccelerator, MPSAccelerator),
+    "cuda": (CUDAAccelerator,),
+    "mps": (MPSAccelerator,),
+}
 _NOT_BAREBONES = {
     "num_sanity_val_steps": 0,
     "log_every_n_steps": 1,
@@ -197,6 +203,10 @@ class EsperCLI(LightningCLI):
         trainer = self._get(self.config, "trainer")
         strategy, longest = trainer["strategy"], trainer["max_time"]
         known = ["auto", *cast(list[str], StrategyRegistry.available_strategies())]
+        accelerator = trainer["accelerator"]
+        has = [kind.is_available() for kind in _GPUS.get(str(accelerator), ())]
+        rule, hint = "be one that this machine has", "'auto' is the best that there is."
+        require(not has or any(has), "trainer.accelerator", rule, accelerator, hint)
         ok = not isinstance(strategy, str) or strategy in known
         hint = nearest(str(strategy), known).strip()
         require(ok, "trainer.strategy", "be 'ddp', or 'auto' with one device", strategy, hint)
@@ -229,7 +239,7 @@ class EsperCLI(LightningCLI):
         run_dir = self._get(self.config_init, "run_dir")
         require(run_dir != "", "--run_dir", "name a directory", run_dir)
         if run_dir is None and self._get(self.config_init, "ckpt_path") == "last":
-            run_dir = newest_run(self.model.env)
+            run_dir = newest_run(self.model.env, settings["default_root_dir"] or "")
         self._run_dir = run_dir
         if settings["logger"] in (None, True) and leaves_files:
             root, hint = settings["default_root_dir"], "--run_dir says where a run writes."

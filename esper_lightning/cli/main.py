@@ -183,6 +183,10 @@ def _find_modules_here() -> None:
 
 def _leave(*_: object) -> None:
     """End the process at Ctrl-C without output, before a command begins or after its end."""
+    claims = sys.modules.get("esper_lightning.forensics.claims")
+    with suppress(Exception):  # an import or a claim may be interrupted half way
+        if claims is not None:
+            claims.return_reserved()
     os._exit(_INTERRUPTED)
 
 

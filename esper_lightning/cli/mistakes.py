@@ -3,6 +3,7 @@
 import argparse
 import logging
 import os
+import re
 import sysconfig
 import traceback
 import warnings
@@ -52,6 +53,11 @@ def settings_come_first() -> Generator[None]:
         if os.environ.get("JSONARGPARSE_DEBUG", "").lower() == "true":
             raise
         fail(_describe(error))
+    except SystemExit as error:  # also of --help; a user's code has nothing to end here
+        place = _place(error)
+        if not place:
+            raise
+        fail(f"SystemExit: code of a setting must not end the process, got {error.code!r}{place}")
     finally:
         warnings.showwarning = show
         for handler, hold in filters:
@@ -78,20 +84,62 @@ def _describe(error: Exception) -> str:
 
     File and line follow if the error is not about settings, or if a user's code raised it.
     """
+    setting = _setting(error)
     while "any of the Union subtypes" in str(error) and isinstance(error.__cause__, Exception):
         error = error.__cause__  # the error of the class that could not be built
+    error = _without_text(error)
     said = str(error)
     if not isinstance(error, _CONFIG_ERRORS) or not said:
         said = f"{type(error).__name__}: {said}"
     refuses = _refuses(error)
     if refuses not in said:
         said = f"{refuses}: {said}"
+    names_one = refuses or re.match(r"\w+(\.\w+)+ must ", said)
+    if "." in setting and not names_one and not _has_word(said, setting.rpartition(".")[2]):
+        said = f"{setting}: {said}"
+    return said + _place(error, raised_there=isinstance(error, _CONFIG_ERRORS))
+
+
+def _place(error: BaseException, *, raised_there: bool = False) -> str:
+    """File and line of the user's code that an error came through; empty if there is none.
+
+    Args:
+        error: Error that was raised.
+        raised_there: Whether the user's code itself must have raised the error.
+    """
     libraries = (*map(sysconfig.get_path, ("stdlib", "purelib", "platlib")), str(_PACKAGE))
     frames = traceback.extract_tb(error.__traceback__)
     own = [frame for frame in frames if not frame.filename.startswith((*libraries, "<"))]
-    if own and (own[-1] is frames[-1] or not isinstance(error, _CONFIG_ERRORS)):
-        return f"{said} ({Path(own[-1].filename).name}, line {own[-1].lineno})"
-    return said
+    if not own or (raised_there and own[-1] is not frames[-1]):
+        return ""
+    return f" ({Path(own[-1].filename).name}, line {own[-1].lineno})"
+
+
+def _has_word(text: str, word: str) -> bool:
+    return re.search(rf"\b{re.escape(word)}\b", text) is not None
+
+
+def _without_text(error: Exception) -> Exception:
+    """The error of a user's class that has no text, which jsonargparse cannot show.
+
+    jsonargparse has the errors of a class in a list, and fails on the first line of such an error.
+    """
+    if isinstance(error, IndexError):
+        for frame, _ in traceback.walk_tb(error.__traceback__):
+            errors: object = frame.f_locals.get("exceptions")
+            if isinstance(errors, list) and errors and isinstance(errors[0], Exception):
+                return errors[0]
+    return error
+
+
+def _setting(error: BaseException) -> str:
+    """Name of the setting that was being read or built at an error; empty if there is none."""
+    names: list[str] = []
+    for frame, _ in traceback.walk_tb(error.__traceback__):
+        found = (frame.f_locals.get(name) for name in ("self", "component"))
+        actions = (each for each in found if isinstance(each, argparse.Action))
+        names += [each.dest for each in actions if isinstance(getattr(each, "dest", None), str)]
+    return re.sub(r"^(fit|evaluate)\.", "", names[-1]) if names else ""
 
 
 def _refuses(error: Exception) -> str:

@@ -1,12 +1,13 @@
 """``esper report RUN_DIR``: the results of a run, and how it ended. Needs no torch."""
 
 import math
-from pathlib import Path
 from typing import TYPE_CHECKING
 
-from esper_lightning.cli.errors import CommandParser, fail
+from esper_lightning.cli.crash_text import describe_start
+from esper_lightning.cli.errors import CommandParser, fail, local_path
 from esper_lightning.forensics.files import strict_json
 from esper_lightning.forensics.reading import printable
+from esper_lightning.forensics.remains import unrecorded_start
 
 if TYPE_CHECKING:
     from esper_lightning.comparison.runs import Run
@@ -22,7 +23,7 @@ def run(arguments: list[str]) -> None:
     from esper_lightning.comparison.runs import read_run  # noqa: PLC0415
 
     parser = CommandParser("esper report", "What a run reached.")
-    parser.add_argument("run_dir", type=Path, metavar="RUN_DIR")
+    parser.add_argument("run_dir", type=local_path, metavar="RUN_DIR")
     parser.add_argument("--json", action="store_true", help="the same for programs")
     options = parser.parse_args(arguments)
     try:
@@ -32,6 +33,9 @@ def run(arguments: list[str]) -> None:
     if options.json:
         print(strict_json(found))
     else:
+        started = unrecorded_start(options.run_dir)
+        if started:
+            print(printable(f"{describe_start(started)} What follows is of the run before."))
         print("\n".join(map(printable, _describe(found))))
 
 

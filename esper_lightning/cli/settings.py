@@ -169,6 +169,8 @@ def _explain_name(parser: SettingsParser, text: str) -> SettingsError:
         name = _COMMAND.sub("", f"{match[1]}.{match[2]}")
     elif match := re.search(r"[Oo]ption '(\S+)'( is not accepted|$)", text):
         name = _COMMAND.sub("", match[1])
+    elif match := re.match(r"Key must be a string, got: (.*?)\.?$", text):
+        return SettingsError("", f": {match[1]} is no setting: their names are text.")
     else:
         return SettingsError("", f": {text}")
     return SettingsError(name, f" is no setting.{_nearest_setting(parser, name)}")

@@ -13,6 +13,7 @@ from matplotlib.ticker import EngFormatter
 from esper_lightning.comparison.runs import SCORES
 from esper_lightning.comparison.scores import Comparison, Place
 from esper_lightning.forensics.files import replacing
+from esper_lightning.forensics.pictures import PICTURE_METADATA
 from esper_lightning.forensics.reading import printable
 
 __all__ = ["draw"]
@@ -39,7 +40,7 @@ def draw(comparison: Comparison, path: Path) -> None:
     figure.legend(loc="outside lower center", ncols=2 if len(comparison.variants) > 1 else 1)
     with replacing(path) as temporary, warnings.catch_warnings():
         warnings.filterwarnings("ignore", message="Glyph .* missing", category=UserWarning)
-        figure.savefig(temporary, format="png")
+        figure.savefig(temporary, format="png", metadata=PICTURE_METADATA)
 
 
 def _look(comparison: Comparison, name: str) -> tuple[str, str]:

@@ -6,8 +6,11 @@ from esper_lightning.comparison.section import Section, number
 from esper_lightning.comparison.statistics import Estimate
 from esper_lightning.forensics.reading import printable
 
-__all__ = ["describe"]
+__all__ = ["TEXT_BEGINS", "describe"]
 
+_MARK = "<!-- written by esper compare -->"
+TEXT_BEGINS = rb"# [^\n]*\n" + _MARK.encode()
+"""Regular expression for the first bytes of a comparison in Markdown."""
 _FEW_SEEDS = 5
 _KINDS = {"evaluation": "deterministic evaluation", "rollout": "rollout, actions drawn"}
 
@@ -22,7 +25,7 @@ def describe(comparison: Comparison, *, markdown: bool = False) -> str:
     if comparison.notes:
         sections.append(Section("Notes", remarks=comparison.notes))
     if markdown:
-        lines = [f"# {title}", "", *(line for s in sections for line in s.markdown())]
+        lines = [f"# {title}", _MARK, "", *(line for s in sections for line in s.markdown())]
         return "\n".join(lines).rstrip() + "\n"
     return "\n\n".join([title, *("\n".join(section.plain()) for section in sections)])
 

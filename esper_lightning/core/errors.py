@@ -23,6 +23,7 @@ __all__ = [
     "positive",
     "require",
     "require_int",
+    "require_local",
     "require_name",
 ]
 
@@ -157,6 +158,21 @@ def require_name(field: str, value: str | Path | None, what: str) -> None:
     """
     ok = value is None or (str(value) != "" and "\0" not in str(value))
     require(ok, field, f"name {what}", value)
+
+
+def require_local(field: str, value: str | Path, what: str) -> None:
+    """Raise if a path is empty, or is the address of another machine.
+
+    Args:
+        field: Setting as the user knows it.
+        value: Path as the user gave it.
+        what: Word for the thing at the path, with its article.
+
+    Raises:
+        ValueError: If the path is refused, in the form of ``require``.
+    """
+    require(str(value) != "", field, f"name {what}", value)
+    require("://" not in str(value), field, f"name {what} on this machine", str(value))
 
 
 def check_fields(

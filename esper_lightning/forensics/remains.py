@@ -10,15 +10,24 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any, NamedTuple, TypeVar
 
+from esper_lightning.forensics.claims import read_owner
 from esper_lightning.forensics.layout import RankLayout, RunLayout
 from esper_lightning.forensics.phases import Phases, read_phases
-from esper_lightning.forensics.processes import is_alive
+from esper_lightning.forensics.processes import ProcessIdentity, is_alive, same_process
 from esper_lightning.forensics.rank_record import ProcessRecord
 from esper_lightning.forensics.reading import RowReader
 from esper_lightning.forensics.report import CrashReport, Evidence
 from esper_lightning.forensics.trace import TraceSummary
 
-__all__ = ["LAST_ROWS", "Remains", "Window", "examine", "first_failure", "rank_folders"]
+__all__ = [
+    "LAST_ROWS",
+    "Remains",
+    "Window",
+    "examine",
+    "first_failure",
+    "rank_folders",
+    "unrecorded_start",
+]
 
 T = TypeVar("T")
 
@@ -112,6 +121,25 @@ def examine(directory: Path) -> list[Remains]:
         raise ValueError(f"RUN_DIR must hold rank folders (rank0, ...), got {str(directory)!r}.")
     latest = max(ranks, key=lambda remains: remains.started_s or 0.0)
     return [remains for remains in ranks if _of_the_same_run(remains, latest)]
+
+
+def unrecorded_start(directory: Path) -> dict[str, Any]:
+    """The owner of a directory that has recorded nothing: a run that starts, or died at its start.
+
+    Returns:
+        The fields of ``claims.read_owner``; empty if the owner has recorded its run, or none is
+        known.
+    """
+    owner = read_owner(directory)
+    identity, claimed_s = ProcessIdentity.from_dict(owner), owner.get("claimed_s")
+    since_s = claimed_s if isinstance(claimed_s, int | float) else 0.0
+    for rank in rank_folders(directory):
+        record = ProcessRecord.read(RunLayout(directory).rank(rank).process)
+        if record is None or record.pid is None or not same_process(record, identity):
+            continue
+        if record.changed_s is None or record.changed_s >= since_s:
+            return {}
+    return owner
 
 
 def _of_the_same_run(remains: Remains, latest: Remains) -> bool:

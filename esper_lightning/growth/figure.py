@@ -19,6 +19,7 @@ from esper_lightning.envs.morphogenesis import Morphogenesis
 from esper_lightning.envs.morphogenesis.blueprints import BLUEPRINTS
 from esper_lightning.envs.morphogenesis.lifecycle import Op, Stage
 from esper_lightning.forensics.files import replacing
+from esper_lightning.forensics.pictures import PICTURE_METADATA
 from esper_lightning.growth.play import Played
 
 __all__ = ["draw"]
@@ -71,7 +72,7 @@ def draw(played: Played, host: int, spec: Morphogenesis, path: Path, *, title: s
     actions.set_xlabel("epoch of the host")
     figure.align_ylabels()
     with replacing(path) as temporary:
-        figure.savefig(temporary, format="png")
+        figure.savefig(temporary, format="png", metadata=PICTURE_METADATA)
 
 
 def _fate(axes: Axes, epoch: _Axis, accuracy: _Axis, loss: _Axis) -> None:

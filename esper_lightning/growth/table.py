@@ -16,6 +16,7 @@ from esper_lightning.comparison.section import Section, number
 from esper_lightning.core.errors import require
 from esper_lightning.core.paths import require_output, requires_folder
 from esper_lightning.envs.morphogenesis import Morphogenesis
+from esper_lightning.forensics.pictures import PICTURE_BEGINS
 from esper_lightning.growth.play import Played, fresh_hosts, play_baselines, play_trained
 from esper_lightning.training.module import PPO
 
@@ -30,7 +31,7 @@ def refuse_figures(folder: Path) -> None:
 
     Raises:
         ValueError: If matplotlib is missing, the folder cannot be made, or a file with the name of
-            a figure is not a picture.
+            a figure is not a figure of this package.
     """
     drawn = importlib.util.find_spec("matplotlib") is not None
     require(drawn, "--figures", "find matplotlib", "none", f"{_HINT}.")
@@ -41,7 +42,8 @@ def refuse_figures(folder: Path) -> None:
 
 
 def _figure_file(folder: Path, episode: str) -> Path:
-    return require_output("--figures", folder / f"episode_{episode}.png", "picture", rb"\x89PNG")
+    path = folder / f"episode_{episode}.png"
+    return require_output("--figures", path, "figure of esper", PICTURE_BEGINS)
 
 
 def compare_policies(model: PPO, device: torch.device, *, figures: Path | None) -> str:

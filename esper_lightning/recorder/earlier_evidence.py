@@ -1,5 +1,6 @@
 """Evidence of earlier runs in a rank's folder, which must not pass for evidence of this run."""
 
+import contextlib
 import shutil
 from dataclasses import replace
 from pathlib import Path
@@ -15,6 +16,7 @@ from esper_lightning.forensics.room import trim_report
 
 __all__ = ["EarlierEvidence"]
 
+_MARK = ".of_an_earlier_run"
 _KEPT_EVENT_FILES = 20  # each resumed run adds an event file of TensorBoard
 
 
@@ -80,6 +82,8 @@ class EarlierEvidence:
         for path, aside in self._renamed.items():
             if path == self._files.phases or not path.exists():
                 aside.rename(path)
+                if path.is_dir():
+                    (path / _MARK).unlink(missing_ok=True)
         if self._process is not None:
             events = process.event_files or self._process.event_files
             replace(self._process, event_files=events).write(self._files.process)
@@ -90,15 +94,21 @@ class EarlierEvidence:
 
 
 def _rename_folder(path: Path) -> Path | None:
-    """Rename a folder to ``<name>.<n>``, and remove all but the latest folders so renamed."""
+    """Rename a folder to ``<name>.<n>``, and remove all but the latest folders so renamed.
+
+    A folder so renamed holds a mark: a folder without the mark is somebody else's.
+    """
     if not path.is_dir():
         return None
     numbers = [each.suffix[1:] for each in path.parent.glob(f"{path.name}.*")]
     taken = sorted(int(number) for number in numbers if number.isdecimal())
     aside = path.with_name(f"{path.name}.{max(taken, default=0) + 1}")
     path.rename(aside)
-    for number in taken[: 1 - KEPT_ASIDE]:
-        shutil.rmtree(path.with_name(f"{path.name}.{number}"), ignore_errors=True)
+    with contextlib.suppress(OSError):
+        (aside / _MARK).touch()
+    asides = (path.with_name(f"{path.name}.{number}") for number in taken)
+    for folder in [each for each in asides if (each / _MARK).exists()][: 1 - KEPT_ASIDE]:
+        shutil.rmtree(folder, ignore_errors=True)
     return aside
 
 

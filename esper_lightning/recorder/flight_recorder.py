@@ -10,6 +10,7 @@ whatever ends it, leaves the profiler's trace, the history and a report in the r
 import contextlib
 import functools
 import logging
+import os
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any, Concatenate, ParamSpec, cast
@@ -288,9 +289,15 @@ def _close_earlier(trainer: Trainer) -> None:
 
 
 def _saved_by_its_processes(layout: RunLayout) -> bool:
-    """Whether processes that a launcher spawned recorded the run, so that this process need not."""
+    """Whether processes that a launcher spawned recorded the run, so that this process need not.
+
+    A record of this process is of a recording that the death has prevented from beginning.
+    """
     processes = [ProcessRecord.read(path) for path in layout.directory.glob("rank*/process.json")]
     return any(
-        process is not None and process.state != "finished" and is_of_this_run(process)
+        process is not None
+        and process.state != "finished"
+        and process.pid != os.getpid()
+        and is_of_this_run(process)
         for process in processes
     )

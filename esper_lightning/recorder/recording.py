@@ -88,7 +88,11 @@ class Recording:
             )
             self._saving = Saving(self._files, self._peers, self._make_rescue)
             undo.callback(attempt, self._report_end)
-            self._begin_watching(undo, leave, hang_timeout_s)
+            try:
+                self._begin_watching(undo, leave, hang_timeout_s)
+            except Exception:  # of the recorder: the run continues, and other ranks with it
+                self._state = State.OFF
+                raise
             self._undo, self._leave = undo.pop_all(), leave.pop_all()
 
     def _make_rescue(self, bounded: bool) -> Rescue:
@@ -113,8 +117,8 @@ class Recording:
         self._run_stage = Patch(trainer, RUN_STAGE, self._run_guarded)
         undo.callback(self._run_stage.undo)
         self._protection = Protection(self)
-        self._protection.install()
         leave.callback(lambda: self._protection.restore(run_continues=self._state is State.OFF))
+        self._protection.install()
         undo.callback(forget_memory, self._files.memory)
         self._profiler = own_profiler(trainer)
         self._guard = ProfilerGuard(
@@ -317,8 +321,9 @@ class Recording:
         return self._saving.going_for_s(is_known=is_known)
 
     def _report_end(self) -> None:
-        state = self._state if self._state.has_ended else State.FAILED  # the beginning failed
-        saved = state is State.FAILED and not self._saving.is_lost
+        began = self._state.has_ended  # else the run dies before its recording has begun
+        state = self._state if began else State.FAILED
+        saved = began and state is State.FAILED and not self._saving.is_lost
         self._peers.report(state.value, saved=saved)
         if state is State.FINISHED and not self._trains:
             self._earlier.restore(self._peers.process)

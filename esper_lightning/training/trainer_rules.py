@@ -136,6 +136,8 @@ def _refuse_unfit(trainer: Trainer, settings: PPOSettings) -> None:
     """Refuse settings with which PPO could not train, but could be evaluated."""
     length, share = settings.iterations_per_epoch, trainer.limit_train_batches
     most = batches_in_epoch(length, share)
+    hint = "With 0, nothing is trained: esper evaluate plays the episodes of an evaluation."
+    require(most >= 1, "Trainer.limit_train_batches", "leave an iteration", share, hint)
     time_s = time_between_evaluations(trainer)
     rule = "be a number of iterations, or a share of an epoch"
     require(time_s is None, "Trainer.val_check_interval", rule, Words(f"{time_s} s"))

@@ -3,6 +3,7 @@
 import csv
 import errno
 import threading
+import time
 from pathlib import Path
 
 import pytest
@@ -13,6 +14,7 @@ from lightning.pytorch.loggers import CSVLogger, Logger, TensorBoardLogger
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
 from esper_lightning import PPO, FlightRecorder, PPOConfig
+from esper_lightning.callbacks import loggers
 from esper_lightning.callbacks.loggers import guard_loggers
 from esper_lightning.envs import CartPole
 from esper_lightning.forensics.files import read_json_lines
@@ -187,6 +189,25 @@ def test_the_error_of_the_run_is_not_replaced_by_one_of_its_logger(make_trainer)
     for module in (ppo(), Plain()):
         with pytest.raises(ZeroDivisionError, match="the run's"):
             fit(make_trainer, module, logger=Failing("finalize", "save"), callbacks=[Dies()])
+
+
+def test_a_logger_that_never_ends_does_not_hold_a_run_that_died(make_trainer, monkeypatch, caplog):
+    class Hangs(Failing):
+        def finalize(self, status):
+            blocked.wait(60)
+
+    class Dies(Callback):
+        def on_train_batch_end(self, *_):
+            raise ZeroDivisionError("the run's")
+
+    monkeypatch.setattr(loggers, "_FINALIZE_S", 0.2)
+    blocked = threading.Event()
+    began = time.monotonic()
+    with pytest.raises(ZeroDivisionError, match="the run's"):
+        fit(make_trainer, ppo(), logger=Hangs(), callbacks=[Dies()])
+    assert time.monotonic() - began < 30
+    blocked.set()
+    assert "Hangs has not ended within 0.2 s" in caplog.text
 
 
 class FillsDisk(Callback):

@@ -446,6 +446,16 @@ def test_what_a_rank_dies_of_is_where_torchrun_looks_for_it(tmp_path, monkeypatc
         assert "Traceback" in said["extraInfo"]["py_callstack"]
 
 
+def test_a_run_without_a_logger_writes_under_the_root_that_it_is_given(tmp_path):
+    words = ["--trainer.logger", "false", "--trainer.default_root_dir", "root"]
+    main(["fit", "--config", CARTPOLE, *QUICK, *words])
+    runs = tmp_path / "root" / "runs" / "cartpole"
+    assert (runs / "version_0" / "rank0" / "history.jsonl").exists()
+    main(["fit", "--config", CARTPOLE, *QUICK, *words, "--ckpt_path", "last"])
+    assert [path.name for path in runs.iterdir()] == ["version_0"]
+    assert [path.name for path in tmp_path.iterdir()] == ["root"]
+
+
 def test_the_config_is_not_there_before_it_is_whole(tmp_path, monkeypatch):
     """A kill while the file is written would leave a file without content."""
     dump, seen = LightningArgumentParser.dump, []

@@ -8,6 +8,7 @@ import sys
 from pathlib import Path
 
 import pytest
+from matplotlib.figure import Figure
 
 from esper_lightning.cli.main import main
 from tests.comparison.conftest import KILLED, make_run  # noqa: F401 - a fixture
@@ -64,13 +65,31 @@ def test_the_terminal_gets_tables(runs, capsys):
 
 
 def test_an_earlier_comparison_is_replaced_where_a_link_leads(runs, capsys, tmp_path):
-    (tmp_path / "out").mkdir()
-    (tmp_path / "out" / "comparison.md").symlink_to(tmp_path / "shared.md")
-    (tmp_path / "shared.md").write_text("# CartPole: return by rollout/episode_return_mean")
     compare(capsys, "runs", "--output", "out")
+    (tmp_path / "out" / "comparison.md").rename(tmp_path / "shared.md")
+    (tmp_path / "out" / "comparison.md").symlink_to(tmp_path / "shared.md")
     compare(capsys, "runs", "--output", "out")
     assert (tmp_path / "out" / "comparison.md").is_symlink()
     assert "(comparison.png)" in (tmp_path / "shared.md").read_text()
+
+
+@pytest.mark.parametrize("name", ["comparison.md", "comparison.png"])
+def test_files_that_no_comparison_wrote_are_not_replaced(runs, capsys, tmp_path, name):
+    (tmp_path / "out").mkdir()
+    theirs = tmp_path / "out" / name
+    if name == "comparison.md":
+        theirs.write_text("# CartPole: return by rollout/episode_return_mean\n\nMy own words.")
+    else:
+        Figure(figsize=(1, 1)).savefig(theirs)
+    before = theirs.read_bytes()
+    said = fails(capsys, "runs", "--output", "out")
+    assert f"--output must name a new file or an earlier comparison, got 'out/{name}'." in said
+    assert theirs.read_bytes() == before
+    assert [path.name for path in theirs.parent.iterdir()] == [name]
+
+
+def test_a_folder_without_a_name_is_refused(runs, capsys):
+    assert "--output must name a directory, got ''." in fails(capsys, "runs", "--output", "")
 
 
 def test_files_are_written(runs, capsys, tmp_path):

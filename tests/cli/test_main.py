@@ -3,6 +3,7 @@
 import json
 import os
 import signal
+import socket
 import subprocess
 import sys
 import time
@@ -165,6 +166,20 @@ class TestInterrupts:
         assert process.returncode == 1
         assert "Traceback" not in process.said[1]
 
+    def test_ctrl_c_during_imports_leaves_no_directory(self, script, tmp_path):
+        run = tmp_path / "a" / "run"
+        process = subprocess.Popen([*script, *FIT, "--run_dir", str(run)], stderr=subprocess.PIPE)
+        try:
+            while not (run / "owner.lock").exists() or not (run / "owner.lock").read_bytes():
+                assert process.poll() is None
+                time.sleep(0.001)
+            process.send_signal(signal.SIGINT)
+            assert process.communicate(timeout=60)[1] == b"began\n"
+        finally:
+            process.kill()
+        assert process.returncode == 1
+        assert not (tmp_path / "a").exists()
+
     def test_ctrl_c_during_a_quick_command_leaves_no_traceback(self, script):
         process = self.stopped(script, signal.SIGINT, 0.0, "--help")
         assert process.returncode in (0, 1)  # it may have been faster
@@ -244,6 +259,34 @@ def test_a_kill_during_imports_leaves_the_name_of_the_process(tmp_path, capsys):
     assert said.rstrip().endswith(vanished)
     command_line(["crash", "--json", str(run)])
     assert json.loads(capsys.readouterr().out)["owner"]["pid"] == process.pid
+
+
+def test_a_kill_during_imports_is_told_from_the_run_before(tmp_path, capsys):
+    run = tmp_path / "run"
+    (run / "rank0").mkdir(parents=True)
+    ended = {"rank": 0, "pid": os.getpid(), "state": "finished", "changed_s": 1e9}
+    (run / "rank0" / "process.json").write_text(json.dumps(ended))
+    (run / "owner.lock").touch()
+    command_line(["crash", str(run)])
+    assert "starting" not in capsys.readouterr().out
+    process = subprocess.Popen([sys.executable, "-c", "pass"])
+    process.wait()
+    owner = {"pid": process.pid, "host": socket.gethostname(), "claimed_s": 2e9}
+    (run / "owner.lock").write_text(json.dumps(owner))
+    command_line(["crash", str(run)])
+    first, *rest = capsys.readouterr().out.splitlines()
+    assert first.startswith(f"Process {process.pid} on ")
+    assert "vanished while it was starting" in first
+    assert "No death on record: finished." in rest
+    command_line(["crash", "--json", str(run)])
+    assert json.loads(capsys.readouterr().out)["owner"]["pid"] == process.pid
+    # The process of an earlier run, too, may have begun another one.
+    (run / "owner.lock").write_text(json.dumps(owner | {"pid": os.getpid()}))
+    command_line(["crash", str(run)])
+    assert "is starting, and has recorded nothing yet" in capsys.readouterr().out
+    (run / "owner.lock").write_text(json.dumps(owner | {"pid": os.getpid(), "claimed_s": 1e9}))
+    command_line(["crash", str(run)])
+    assert "starting" not in capsys.readouterr().out
 
 
 LAUNCHES = """

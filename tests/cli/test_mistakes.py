@@ -28,6 +28,17 @@ MODULES = {
     "raises": "raise RuntimeError('of the\\nuser')",
     "imports": "import there_is_no_such_module",
     "no_python": "def f(:",
+    "exits": "import sys; sys.exit(0)",
+    "leaves": """
+import sys
+
+from esper_lightning.envs import CartPole
+
+
+class Leaves(CartPole):
+    def __post_init__(self):
+        sys.exit(0)
+""",
     "mine": """
 from dataclasses import dataclass
 
@@ -66,6 +77,11 @@ class HasNoSpaces(CartPole):
 
 class Silent(CartPole):
     def __post_init__(self):
+        raise ValueError
+
+
+class SaysNothing(Callback):
+    def __init__(self):
         raise ValueError
 
 
@@ -183,7 +199,7 @@ FILES = {
         "model:\n  <<: 3\n",
         "merge.yaml:2:7: not valid YAML: expected a mapping or list",
     ),
-    "number.yaml": ("1: 2\n", "number.yaml: Key must be a string, got: 1."),
+    "number.yaml": ("1: 2\n", "number.yaml: 1 is no setting: their names are text."),
     "key.yaml": ("? [1]\n: 2\n", "key.yaml:1:3: not valid YAML: found unhashable key."),
     "space.yaml": ("model:\n  e nv: 1\n", "space.yaml: Spaces not allowed in keys"),
     "nul.yaml": ("model: \0\n", "nul.yaml: not valid YAML: control characters are not allowed."),
@@ -324,10 +340,12 @@ FIT = {
     "--trainer.callbacks EarlyStoping": "got 'EarlyStoping'. The nearest is 'EarlyStopping'.",
     "--trainer.callbacks+=Histry": "got 'Histry'. The nearest is 'History'.",
     "--trainer.plugins Foo": "trainer.plugins must be the name of a class of ",
+    "--ckpt_path ''": "ckpt_path must name a checkpoint, got ''.",
+    "--ckpt_path http://host//x": "must name a checkpoint on this machine, got 'http://host//x'.",
     # The user's own.
     "--model.env raises.Env": "RuntimeError: of the user (raises.py, line 1)",
     "--model.env imports.Env": "got 'imports.Env': No module named 'there_is_no_such_module'.",
-    "--model.env no_python.Env": "SyntaxError: invalid syntax (no_python.py, line 1)",
+    "--model.env no_python.Env": "model.env: SyntaxError: invalid syntax (no_python.py, line 1)",
     "--model.env mine.Nothing": "module 'mine' has no attribute 'Nothing'.",
     "--model.env mine.NoSpec": "must be the name of a class of EnvSpec, got 'mine.NoSpec'.",
     "--model.env mine.HasNoBuild": "got 'mine.HasNoBuild'. It lacks build.",
@@ -336,6 +354,9 @@ FIT = {
     "--model.env mine.Refuses": "speed is too high (mine.py, line 28)",
     "--model.env mine.HasNoSpaces": "ZeroDivisionError: division by zero (mine.py, line 34)",
     "--model.env mine.Silent": "ValueError:  (mine.py, line 39)".replace("  ", " "),
+    "--model.env exits.Env": "must not end the process, got 0 (exits.py, line 1)",
+    "--model.env leaves.Leaves": "must not end the process, got 0 (leaves.py, line 9)",
+    "--trainer.callbacks+=mine.SaysNothing": "error: SaysNothing: ValueError: (mine.py, line 44)",
     "--trainer.callbacks+=mine.Needs": "trainer.callbacks.port must be given.",
     # What the Trainer refuses.
     "--trainer.accelerator quantum": "invalid accelerator name: `accelerator='quantum'`. Available",
@@ -370,6 +391,8 @@ FIT = {
     "--trainer.precision 16-true": "Trainer.precision must be one of 32-true, bf16-mixed",
     "--trainer.min_epochs 3": "Trainer.min_epochs must be None",
     "--trainer.default_root_dir /proc/x": "trainer.default_root_dir must be null, got '/proc/x'.",
+    "--trainer.limit_train_batches 0": "Trainer.limit_train_batches must leave an iteration",
+    "--trainer.accelerator mps": "trainer.accelerator must be one that this machine has",
     "--trainer.overfit_batches 0.3": "Trainer.overfit_batches must be 0, got 0.3.",
     "--trainer.log_every_n_steps -1": "Trainer.log_every_n_steps must be at least 0, got -1.",
     "--trainer.callbacks+=LearningRateFinder": "must tune nothing, got 'LearningRateFinder'.",
@@ -430,7 +453,7 @@ FIT = {
     "--ckpt_path hpc": "no HPC checkpoint was found.",
     "--ckpt_path 'a\0b'": r"got 'a\x00b'.",
     f"--ckpt_path {LONG}": "File name too long",
-    "--model.warm_start ''": "PPO.warm_start must name",
+    "--model.warm_start ''": "PPO.warm_start must name a checkpoint, got ''.",
     "--model.warm_start none.ckpt": "PPO.warm_start must name an existing checkpoint",
     "--model.warm_start other.ckpt": "must name a checkpoint of PPO, got 'other.ckpt'.",
     # Run directories that cannot be.
@@ -458,6 +481,11 @@ FIT = {
 
 # Whole command lines.
 OTHERS = {
+    "evaluate --ckpt_path http://host//x": "on this machine, got 'http://host//x'.",
+    "export --ckpt_path '' --output x": "or last.ckpt, got ''.",
+    "crash ''": "RUN_DIR must name a folder on this machine, got ''.",
+    "report http://host//x": "RUN_DIR must name a folder on this machine, got 'http://host//x'.",
+    "compare ''": "RUN must name a folder on this machine, got ''.",
     "": "esper must be followed by one of fit, evaluate, export, report, crash, compare.",
     "fitt": "got 'fitt'. The nearest is 'fit'.",
     "evalute": "got 'evalute'. The nearest is 'evaluate'.",
@@ -519,7 +547,7 @@ OTHERS = {
     "compare none --output file": "--output must be a folder that can be made (Not a directory)",
     "compare none --output pipes": "--output must name a new file or an earlier comparison, got "
     "'pipes/comparison.md'. Something else is there.",
-    "compare none --output texts": "--output must name a new file or an earlier picture, got "
+    "compare none --output texts": "--output must name a new file or an earlier comparison, got "
     "'texts/comparison.png'. Something else is there.",
     "compare none --output links": "--output must name a new file or an earlier comparison, got "
     "'links/comparison.md'. No file can be written there: No such file",

@@ -6,6 +6,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from matplotlib.figure import Figure
 from matplotlib.image import imread
 
 from esper_lightning import MLP, PPO, PPOConfig
@@ -127,16 +128,18 @@ def test_figures_that_cannot_be_drawn_are_refused(
     assert not Path("drawn").exists()
 
 
-def test_what_is_no_picture_is_not_replaced_by_a_figure(saved, capsys, monkeypatch):
+def test_a_picture_of_somebody_else_is_not_replaced_by_a_figure(saved, capsys, monkeypatch):
     saved(SPEC)
     monkeypatch.setattr(PPO, "validation_step", None)  # nothing could be played
     Path("drawn").mkdir()
-    Path("drawn/episode_best.png").write_text("of somebody else")
+    theirs = Figure(figsize=(1, 1))
+    theirs.savefig("drawn/episode_best.png")
+    before = Path("drawn/episode_best.png").read_bytes()
     with pytest.raises(SystemExit):
         evaluate("--figures", "drawn")
-    message = "--figures must name a new file or an earlier picture, got 'drawn/episode_best.png'."
-    assert message in capsys.readouterr().err
-    assert Path("drawn/episode_best.png").read_text() == "of somebody else"
+    rule = "--figures must name a new file or an earlier figure of esper"
+    assert f"{rule}, got 'drawn/episode_best.png'." in capsys.readouterr().err
+    assert Path("drawn/episode_best.png").read_bytes() == before
 
 
 def test_a_folder_for_figures_that_cannot_be_made_is_refused_before_anything_is_played(

@@ -1,6 +1,7 @@
 """Evidence of a user's callbacks and modules is saved at a death, and costs no other evidence."""
 
 import os
+import shutil
 import signal
 import threading
 import time
@@ -215,13 +216,19 @@ def test_comes_after_the_recorders_own(fit, files):
 
 
 def test_of_an_earlier_run_is_renamed_and_a_few_are_kept(fit, files):
-    for _ in range(13):
+    theirs = files.directory / "evidence.2"
+    for number in range(13):
+        if number == 3:  # in the place of one of ours
+            shutil.rmtree(theirs)
+            theirs.mkdir()
+            (theirs / "notes.txt").touch()
         recorder = FlightRecorder(files.directory.parent, watch=False)
         fit(Plain(raise_at(0)), callbacks=[recorder, Diary()])
     fit(Plain(), recorder=FlightRecorder(files.directory.parent, watch=False))
     assert not files.evidence.exists()
     left = {int(path.suffix[1:]) for path in files.directory.glob("evidence.*")}
-    assert left == set(range(4, 14))
+    assert left == {2, *range(4, 14)}
+    assert (theirs / "notes.txt").exists()
 
 
 def test_of_a_run_without_a_death_is_not_asked_for(fit, files):

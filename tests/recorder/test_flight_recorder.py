@@ -903,3 +903,37 @@ def test_the_guide_begins_with_a_program_that_runs(tmp_path, monkeypatch):
     exec(guide.read_text().split("```python\n")[1].split("```")[0], {})
     (run,) = tmp_path.glob("lightning_logs/*")
     assert read_report(RunLayout(run).rank(0).process)["state"] == "finished"
+
+
+class TestADeathWhileTheRecordingBegins:
+    """The recorder is in its ``setup``, and has taken the signals already."""
+
+    def test_leaves_a_report(self, fit, files, monkeypatch):
+        own_profiler, calls = recording.own_profiler, []
+
+        def stopped(trainer):
+            calls.append(trainer)
+            if len(calls) == 1:
+                os.kill(os.getpid(), signal.SIGTERM)
+                time.sleep(5)
+            return own_profiler(trainer)
+
+        monkeypatch.setattr(recording, "own_profiler", stopped)
+        handler = signal.getsignal(signal.SIGTERM)
+        error = fit(Plain())
+        assert isinstance(error, SystemExit)
+        assert error.code == 128 + signal.SIGTERM
+        report, process = read_report(files.crash), read_report(files.process)
+        assert (report["cause"], report["signal"]) == ("signal", "SIGTERM")
+        assert (process["state"], process["evidence_saved"]) == ("failed", True)
+        assert signal.getsignal(signal.SIGTERM) is handler
+
+    def test_is_none_where_the_recorder_itself_fails(self, fit, files, monkeypatch):
+        def fails(_):
+            raise RuntimeError("no profiler")
+
+        monkeypatch.setattr(recording, "own_profiler", fails)
+        assert fit(Plain()) is None
+        process = read_report(files.process)
+        assert (process["state"], process["evidence_saved"]) == ("off", False)
+        assert not files.crash.exists()

@@ -24,6 +24,7 @@ from esper_lightning.envs.morphogenesis.lifecycle import Stage
 from esper_lightning.forensics.files import read_json_lines
 from esper_lightning.forensics.rank_record import ProcessRecord
 from esper_lightning.forensics.remains import examine, first_failure
+from esper_lightning.training.checkpoint import hooks
 from tests import forked
 from tests.callbacks.test_run_directory import somebody_in
 from tests.training import halves
@@ -199,6 +200,22 @@ def test_ranks_that_are_refused_a_directory_leave_it_as_it_was(tmp_path):
         assert status == 1
         assert stderr.count("DirectoryInUseError: The run directory must be free") == 2
         assert contents(tmp_path) == before
+
+
+def test_ranks_that_wait_long_for_others_say_where(make_trainer, monkeypatch, caplog):
+    monkeypatch.setenv("MASTER_ADDR", "first-host")
+    monkeypatch.setenv("MASTER_PORT", "1234")
+    monkeypatch.setattr(hooks, "_MEETING_S", 0.05)
+    model = attached(make_trainer(devices=2, strategy="ddp"))
+
+    def fails():
+        time.sleep(0.5)
+        raise TimeoutError
+
+    monkeypatch.setattr(model.trainer.strategy, "setup_environment", fails)
+    with pytest.raises(TimeoutError):
+        model.refuse_other_ranks()
+    assert "Rank 0 has waited 0.05 s for all 2 ranks to meet at first-host:1234." in caplog.text
 
 
 def test_ranks_whose_weights_come_apart_stop_before_they_are_saved(tmp_path):

@@ -3,10 +3,15 @@
 # pyright: reportAttributeAccessIssue=false
 # pyright: reportUnknownVariableType=false, reportUnknownArgumentType=false
 
+import contextlib
+import logging
+import os
+import threading
+from collections.abc import Generator
 from pathlib import Path
 from typing import Any, Self
 
-from lightning.pytorch import LightningModule
+from lightning.pytorch import LightningModule, Trainer
 from lightning.pytorch.trainer.states import TrainerFn
 from typing_extensions import override
 
@@ -36,6 +41,26 @@ from esper_lightning.training.progress import Progress
 from esper_lightning.training.settings import PPOSettings
 
 __all__ = ["CheckpointHooks"]
+
+_log = logging.getLogger(__name__)
+_MEETING_S = 30.0  # hosts of one job start within this time
+
+
+@contextlib.contextmanager
+def _said_when_long(trainer: Trainer) -> Generator[None]:
+    """Name what the ranks wait for where they do not meet soon: a rank may have been refused."""
+    place = ":".join(os.environ.get(name, "?") for name in ("MASTER_ADDR", "MASTER_PORT"))
+    text = (
+        f"Rank {trainer.global_rank} has waited {_MEETING_S:g} s for all {trainer.world_size} ranks"
+        f" to meet at {place}. A rank whose settings or directory were refused never comes."
+    )
+    timer = threading.Timer(_MEETING_S, _log.warning, [text])
+    timer.daemon = True
+    timer.start()
+    try:
+        yield
+    finally:
+        timer.cancel()
 
 
 class CheckpointHooks(LightningModule):
@@ -82,13 +107,15 @@ class CheckpointHooks(LightningModule):
         """
         trainer = self.trainer
         if trainer.world_size > 1:
-            trainer.strategy.setup_environment()  # the Trainer calls this again, without effect
+            with _said_when_long(trainer):  # the Trainer calls this again, without effect
+                trainer.strategy.setup_environment()
             refuse_other_ranks(
                 Ranks(trainer.world_size),
                 self.settings,
                 self,
                 iteration=self.progress.iteration,
                 resumes_from=checkpoint_to_load(trainer),
+                load=trainer.strategy.checkpoint_io.load_checkpoint,
             )
 
     @override

@@ -5,7 +5,7 @@ iterations only, because within an iteration they are ahead of the counters. Ran
 different states are refused.
 """
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any, NamedTuple, Self
 
@@ -16,7 +16,7 @@ from esper_lightning.core.errors import require
 from esper_lightning.core.ranks import Ranks, RanksDisagreeError
 from esper_lightning.core.seeding import global_random_states, set_global_random_states
 from esper_lightning.ppo.learner import Learner
-from esper_lightning.training.checkpoint.content import STATE_KEY
+from esper_lightning.training.checkpoint.content import STATE_KEY, refuse_not_ours
 from esper_lightning.training.checkpoint.states import digest, load_checkpoint
 from esper_lightning.training.settings import PPOSettings
 from esper_lightning.training.specs import first_difference
@@ -96,6 +96,7 @@ def refuse_other_ranks(
     *,
     iteration: int,
     resumes_from: str | Path | None,
+    load: Callable[[str | Path], dict[str, Any]],
 ) -> None:
     """Refuse ranks with different settings or checkpoints, which would train different weights.
 
@@ -105,6 +106,7 @@ def refuse_other_ranks(
         module: The PPO module of this rank, which has loaded nothing yet.
         iteration: Iterations that the module has finished before this run.
         resumes_from: Checkpoint that this rank will load; ``None`` for a new run.
+        load: Function that reads the checkpoint, as the Trainer will read it.
 
     Raises:
         RanksDisagreeError: If any rank would start with other settings or in another state, or one
@@ -120,7 +122,10 @@ def refuse_other_ranks(
         raise RanksDisagreeError(str(error)) from None
     mine, failure = _Start(), None
     try:
-        mine = _start(settings, module, iteration, resumes_from)
+        checkpoint = None if resumes_from is None else load(resumes_from)
+        if checkpoint is not None:
+            refuse_not_ours(checkpoint, str(resumes_from))
+        mine = _start(settings, module, iteration, checkpoint)
     except Exception as error:  # the other ranks are waiting
         mine, failure = _Start(problem=f"{type(error).__name__}: {error}"), error
     everyones: list[_Start] = ranks.gather_objects(mine)
@@ -144,11 +149,13 @@ def refuse_other_ranks(
 
 
 def _start(
-    settings: PPOSettings, module: nn.Module, iteration: int, resumes_from: str | Path | None
+    settings: PPOSettings,
+    module: nn.Module,
+    iteration: int,
+    checkpoint: Mapping[str, Any] | None,
 ) -> _Start:
     weights = digest({"state_dict": module.state_dict()})
-    if resumes_from is not None:
-        checkpoint = load_checkpoint(resumes_from)
+    if checkpoint is not None:
         return _Start(checkpoint[STATE_KEY]["iteration"], digest(checkpoint), weights)
     if settings.warm_start is not None and iteration == 0:
         checkpoint = load_checkpoint(settings.warm_start, field="PPO.warm_start")

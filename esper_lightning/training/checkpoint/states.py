@@ -15,7 +15,7 @@ from torch import Tensor, nn
 from torch.utils._python_dispatch import TorchDispatchMode
 from typing_extensions import override
 
-from esper_lightning.core.errors import require
+from esper_lightning.core.errors import require, require_local
 from esper_lightning.core.tensor_trees import named_tensors
 from esper_lightning.envs.base import how_fields
 from esper_lightning.forensics.layout import RunLayout
@@ -63,6 +63,7 @@ def load_checkpoint(path: str | Path, *, field: str = "ckpt_path") -> dict[str, 
     """
     is_path = isinstance(path, str | Path)  # pyright: ignore[reportUnnecessaryIsInstance]
     require(is_path, field, "be a path", path)
+    require_local(field, path, "a checkpoint")
     try:
         checkpoint = read_checkpoint(path)
         refuse_not_ours(checkpoint, str(path))
@@ -84,12 +85,14 @@ def checkpoint_at(path: str | Path) -> Path:
     Raises:
         ValueError: If a run directory holds neither.
     """
+    rule = "name a checkpoint, or a run directory with checkpoints/best.ckpt or last.ckpt"
+    require(str(path) != "", "ckpt_path", rule, path)
+    require_local("ckpt_path", path, "a checkpoint or a run directory")
     path = Path(path)
     if not path.is_dir():
         return path
     layout = RunLayout(path)
     found = [file for file in (layout.best_checkpoint, layout.last_checkpoint) if file.exists()]
-    rule = "name a checkpoint, or a run directory with checkpoints/best.ckpt or last.ckpt"
     require(len(found) > 0, "ckpt_path", rule, str(path))
     return found[0]
 

@@ -1,0 +1,8 @@
+"""The mark of this package's pictures, by which a picture of somebody else is told from ours."""
+
+__all__ = ["PICTURE_BEGINS", "PICTURE_METADATA"]
+
+PICTURE_METADATA = {"Software": "esper_lightning"}
+"""Metadata with which ``matplotlib`` writes a picture: a text in the first bytes of a PNG file."""
+PICTURE_BEGINS = rb"\x89PNG.*tEXtSoftware\0esper_lightning"
+"""Regular expression for the first bytes of a PNG file with ``PICTURE_METADATA``."""
