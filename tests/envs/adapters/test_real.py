@@ -20,11 +20,6 @@ WORLDS = {
     "VMAS, simple": Custom(**VMAS, num_envs=4, kwargs={"scenario": "simple"}),
     "VMAS, navigation": Custom(**VMAS, num_envs=6, kwargs={"scenario": "navigation", "agents": 3}),
 }
-pytestmark = pytest.mark.filterwarnings(
-    "ignore:.*SwigPyPacked.*:DeprecationWarning",
-    "ignore:.*SwigPyObject.*:DeprecationWarning",
-    "ignore:.*swigvarlink.*:DeprecationWarning",
-)
 
 
 @pytest.mark.parametrize("world", WORLDS)
