@@ -31,7 +31,7 @@ INSTALLS = {
     "minigrid": ("-c", "constraints.txt", "-e", ".[minigrid]"),
     "atari": ("-c", "constraints.txt", "-e", ".[atari]"),
     "envpool": ("-c", "constraints.txt", "-e", ".[envpool]"),
-    "jax": (*PINNED, "-e", ".[jax]", "seaborn"),
+    "jax": (*PINNED, "-e", ".[jax]", "seaborn", "six"),
     "mjlab": (*PINNED, "-e", ".", "mjlab"),
 }
 PACKAGES = {
