@@ -13,7 +13,7 @@ LEGAL = {
     State.RUNNING: {State.DYING, State.FINISHED, State.FAILED, State.OFF},
     State.DYING: {State.DYING, State.FAILED, State.OFF},
 }
-ENDED = set(State) - LEGAL.keys()
+ENDED = [state for state in State if state not in LEGAL]
 
 
 @pytest.fixture(autouse=True)
