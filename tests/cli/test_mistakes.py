@@ -324,7 +324,7 @@ FIT = {
     "--model.total_env_steps 3": "PPO.total_env_steps must be at least env.num_envs = 64, got 3.",
     # Classes.
     "--model.env CartPoll": "The nearest is 'CartPole'. Known are Acrobot, Brax, CartPole, Custom,"
-    " EnvPool, Gymnasium, Gymnax, Morphogenesis",
+    " EnvPool, FrameStack, Gymnasium, Gymnax, Morph",
     "--model.env 5": "model.env must be the name of a class of EnvSpec, got '5'. Known are",
     "--model.env null": "model.env must be the name of a class of EnvSpec, got 'None'.",
     "--model.env ''": "model.env must be the name of a class of EnvSpec, got ''.",
