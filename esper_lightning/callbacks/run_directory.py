@@ -270,15 +270,17 @@ def begin_run_directory(trainer: Trainer) -> None:
 
 def _write_first_files(trainer: Trainer, found: _RunDirectory) -> None:
     """Write ``config.yaml`` and the files of loggers that must exist before Lightning uses them."""
-    if found.config is None or found.claim is None:
+    if found.claim is None:
+        return
+    for logger in trainer.loggers:
+        begin_table(logger, found.directory)
+    if found.config is None:
         return
     config, found.config = found.config, None
     path = RunLayout(found.directory).config
     found.is_used = True
     if not path.exists() or path.read_text() != config:
         replace_keeping(path, config.encode())
-    for logger in trainer.loggers:
-        begin_table(logger, found.directory)
 
 
 def _agree(trainer: Trainer) -> _RunDirectory:

@@ -51,6 +51,16 @@ def test_run_directory_of_other_loggers(make_trainer, tmp_path, logger):
     assert iterations(directory / "rank0" / "history.jsonl") == [1, 2, 3]
 
 
+def test_the_table_of_an_earlier_run_is_kept(make_trainer, tmp_path):
+    for _ in range(2):
+        logger = CSVLogger(tmp_path, name="a", version="b")
+        make_trainer(logger=logger, callbacks=[History()]).fit(ppo())
+    assert sorted(path.name for path in (tmp_path / "a" / "b").glob("metrics.csv*")) == [
+        "metrics.csv",
+        "metrics.csv.1",
+    ]
+
+
 def test_a_directory_of_its_own(make_trainer, tmp_path):
     history = History(tmp_path / "mine")
     make_trainer(callbacks=[history]).fit(ppo())

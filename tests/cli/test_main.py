@@ -211,7 +211,10 @@ class TestModules:
         begin = script[1:] if start == "script" else ("-m", "esper_lightning")
         done = esper(*FIT, "--model.env", "mine.Mine", start=begin)
         assert done.returncode == 2
-        assert done.stderr.removeprefix("began\n") == "esper: error: model.env: found (mine.py, line 8)\n"
+        assert (
+            done.stderr.removeprefix("began\n")
+            == "esper: error: model.env: found (mine.py, line 8)\n"
+        )
 
     def test_nothing_here_is_imported_in_safe_mode(self, script):
         Path("mine.py").write_text(REFUSES)
