@@ -154,6 +154,8 @@ def test_memory_is_that_of_floats(monkeypatch: pytest.MonkeyPatch, cell: Any) ->
         torch.testing.assert_close(samples[0].value, samples[1].value, rtol=1e-3, atol=1e-4)
 
 
+@pytest.mark.slow
+@pytest.mark.timeout(600)
 @pytest.mark.parametrize("mode", ["default", "max"])
 def test_compiled_training_is_eager_training(mode: CompileMode) -> None:
     policy = CNN(channels=(4,), kernels=(3,), strides=(1,), hidden_sizes=(8,))
