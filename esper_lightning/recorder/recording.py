@@ -91,7 +91,7 @@ class Recording:
             try:
                 self._begin_watching(undo, leave, hang_timeout_s)
             except Exception:  # of the recorder: the run continues, and other ranks with it
-                self._state = State.OFF
+                self._advance(State.OFF)
                 raise
             self._undo, self._leave = undo.pop_all(), leave.pop_all()
 
