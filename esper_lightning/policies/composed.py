@@ -62,8 +62,12 @@ class Composed(PolicySpec):
     def __post_init__(self) -> None:
         check_fields(self)
         for name in ("encoder", "critic_encoder"):
-            if isinstance(getattr(self, name), str):
-                _check_path(f"Composed.{name}", getattr(self, name))
+            given: object = getattr(self, name)
+            if isinstance(given, str):
+                _check_path(f"Composed.{name}", given)
+                continue
+            ok = isinstance(given, EncoderSpec) or (given is None and name == "critic_encoder")
+            require(ok, f"Composed.{name}", "be an import path or an encoder spec", given)
         named = isinstance(self.encoder, str) or isinstance(self.critic_encoder, str)
         rule = "be empty for encoder specs, which have settings of their own"
         require(named or not self.encoder_args, "Composed.encoder_args", rule, self.encoder_args)
