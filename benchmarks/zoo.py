@@ -67,7 +67,7 @@ def parser() -> argparse.ArgumentParser:
     settings += ["--model.ppo.rollout_steps", "256", "--model.ppo.minibatches", "2"]
     settings += ["--model.eval_episodes", "2"]
     smallest = {"tasks": ["lunarlander"], "seeds": 1, "settings": settings}
-    smallest |= {"peer_env_steps": 512, "peer_episodes": 2}
+    smallest |= {"peer": True, "peer_env_steps": 512, "peer_episodes": 2}
     parser = benchmark_parser(__doc__, smallest)
     parser.add_argument("--tasks", nargs="+", default=list(PUBLISHED), choices=list(PUBLISHED))
     parser.add_argument("--seeds", type=int, default=5)

@@ -2,6 +2,7 @@
 
 import re
 from collections.abc import Sequence
+from itertools import pairwise
 from pathlib import Path
 
 from esper_lightning.cli.errors import fail, nearest
@@ -22,12 +23,13 @@ def with_paths(words: Sequence[str]) -> list[str]:
     with one line if there is neither.
     """
     found: list[str] = []
-    for position, word in enumerate(words):
-        option, equals, value = word.partition("=")
-        if option == "--config" and equals:
-            found.append(f"--config={_path(value)}")
+    for before, word in pairwise(["", *words]):
+        if before == "--config":
+            found.append(_path(word))
+        elif word.startswith("--config="):
+            found.append(f"--config={_path(word.removeprefix('--config='))}")
         else:
-            found.append(_path(word) if words[:position][-1:] == ["--config"] else word)
+            found.append(word)
     return found
 
 

@@ -2,37 +2,23 @@
 
 import dataclasses
 import signal
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
-from lightning.pytorch import Callback, Trainer
+from lightning.pytorch import Callback
 
-from esper_lightning import MLP, PPO, PPOConfig, check_env
+from esper_lightning import check_env
 from esper_lightning.envs import CartPole, Custom, Gymnasium, Pendulum, RunProgress
 from esper_lightning.envs.autoreset import AutoresetEnv
 from tests import forked
 from tests.envs.adapters.simulators import Points, RslRl, TorchFive, VmasLike
+from tests.training import short_runs
 
+fit = partial(short_runs.fit, iterations=3, evaluates=False)
 ROOT = Path(__file__).parents[2]
-SMALL = PPOConfig(rollout_steps=8, minibatches=2, epochs=1)
-
-
-def fit(env, *callbacks, iterations=3, ckpt_path=None, **kwargs):
-    model = PPO(env=env, **{"ppo": SMALL, "policy": MLP(hidden_sizes=(8,)), **kwargs})
-    trainer = Trainer(
-        max_steps=iterations,
-        accelerator="cpu",
-        logger=False,
-        enable_checkpointing=False,
-        enable_progress_bar=False,
-        enable_model_summary=False,
-        limit_val_batches=0,
-        callbacks=list(callbacks),
-    )
-    trainer.fit(model, ckpt_path=ckpt_path)
-    return model, trainer
 
 
 class RisingEnv(AutoresetEnv):

@@ -5,32 +5,16 @@ from dataclasses import dataclass, field
 
 import pytest
 import torch
-from lightning.pytorch import Callback, Trainer
+from lightning.pytorch import Callback
 
-from esper_lightning import MLP, PPO, PPOConfig
+from esper_lightning import PPO
 from esper_lightning.envs import CartPole, Custom, Gymnasium
 from esper_lightning.envs.base import EnvSpec
 from esper_lightning.train import train_ppo_vectorized
 from tests.envs.adapters.simulators import TorchFive
+from tests.training.short_runs import SMALL, fit
 
-SMALL = PPOConfig(rollout_steps=8, minibatches=2, epochs=1)
 COUNTER = Gymnasium(id="EsperCounter-v0", num_envs=4, kwargs={"length": 3})
-
-
-def fit(env, *callbacks, iterations=4, ckpt_path=None, **kwargs):
-    given = {"ppo": SMALL, "policy": MLP(hidden_sizes=(8,)), "iterations_per_epoch": 2, **kwargs}
-    model = PPO(env=env, **given)
-    trainer = Trainer(
-        max_steps=iterations,
-        accelerator="cpu",
-        logger=False,
-        enable_checkpointing=False,
-        enable_progress_bar=False,
-        enable_model_summary=False,
-        callbacks=list(callbacks),
-    )
-    trainer.fit(model, ckpt_path=ckpt_path)
-    return model, trainer
 
 
 class TestEvaluation:
