@@ -121,9 +121,9 @@ def main() -> None:
     packages = ("gymnasium", "mujoco", "Box2D", "numpy")
     with results(__file__, options, threads="one thread", packages=packages) as files:
         lines = [
-            "Env steps for each CPU second, the median of all rounds. The cost is the median of the",
-            "ratios within each round, raw and adapted one after the other, and so is not quite the",
-            "ratio of the two columns.",
+            "Env steps for each CPU second, the median of all rounds. The cost is the median of",
+            "the ratios within each round, raw and adapted one after the other, and so is not",
+            "quite the ratio of the two columns.",
             "",
         ]
         lines += [f"| {' | '.join(head)} |", "| --- " * len(head) + "|"]
