@@ -22,6 +22,7 @@ __all__ = [
     "is_functional",
     "reseed_env",
     "spec_name",
+    "takes_num_envs",
 ]
 
 
@@ -178,6 +179,12 @@ def how_fields(spec: object) -> frozenset[str]:
     own = frozenset(each.name for each in fields if each.metadata.get("how"))
     within = (getattr(spec, each.name) for each in fields)
     return own.union(*(how_fields(each) for each in within if isinstance(each, EnvSpec)))
+
+
+def takes_num_envs(spec: object) -> bool:
+    """Whether a spec can be copied with another number of environments."""
+    fields = dataclasses.fields(spec) if dataclasses.is_dataclass(spec) else ()
+    return any(each.name == "num_envs" and each.init for each in fields)
 
 
 def close_env(spec: object, env: object) -> None:

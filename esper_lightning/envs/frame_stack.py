@@ -13,7 +13,14 @@ from esper_lightning.core.errors import check_fields, require, require_int
 from esper_lightning.core.shapes import Bool, Float, Shaped
 from esper_lightning.core.spaces import Box, ChannelOrder, EnvSpaces, channel_axis
 from esper_lightning.core.types import Observation, StepResult
-from esper_lightning.envs.base import BatchedEnv, EnvSpec, FunctionalEnv, is_functional, spec_name
+from esper_lightning.envs.base import (
+    BatchedEnv,
+    EnvSpec,
+    FunctionalEnv,
+    is_functional,
+    spec_name,
+    takes_num_envs,
+)
 
 __all__ = ["FrameStack", "FrameStackEnv"]
 
@@ -86,9 +93,7 @@ class FrameStack(EnvSpec):
         env, own_rule = self.env, getattr(self.env, "evaluation_spec", None)
         if callable(own_rule):
             env = cast(EnvSpec, own_rule(episodes))
-        elif dataclasses.is_dataclass(env) and any(
-            each.name == "num_envs" and each.init for each in dataclasses.fields(env)
-        ):
+        elif takes_num_envs(env):
             env = cast(EnvSpec, dataclasses.replace(cast(Any, env), num_envs=episodes))
         return dataclasses.replace(self, env=env)
 

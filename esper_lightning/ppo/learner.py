@@ -373,8 +373,12 @@ class Learner:
         mine = (is_healthy(rollout, self._action_space), sum_episodes(rollout))
         everywhere = ranks.gather(mine)
         healthy = torch.stack([one for one, _ in everywhere]).all()
-        totals = zip(*(sums for _, sums in everywhere), strict=True)
-        episodes = EpisodeSums(*(torch.stack(each).sum() for each in totals))
+        episodes = EpisodeSums(
+            **{
+                name: torch.stack([getattr(sums, name) for _, sums in everywhere]).sum()
+                for name in EpisodeSums._fields
+            }
+        )
         reward, discounted_return, moments = scale_reward(
             rollout, discounted_return, moments, config, healthy=healthy, ranks=ranks
         )

@@ -10,7 +10,7 @@ from typing import Any, cast
 
 from esper_lightning.core.errors import require
 from esper_lightning.core.imports import import_object
-from esper_lightning.envs.base import EnvSpec
+from esper_lightning.envs.base import EnvSpec, takes_num_envs
 from esper_lightning.envs.inspector import is_count
 from esper_lightning.policies.base import PolicySpec
 from esper_lightning.policies.encoders import EncoderSpec
@@ -151,8 +151,7 @@ def evaluation_spec(spec: EnvSpec, episodes: int | None) -> EnvSpec:
     if callable(own_rule):
         return cast(EnvSpec, own_rule(_EVAL_EPISODES if episodes is None else episodes))
     num_envs = spec.num_envs
-    own = dataclasses.fields(cast(Any, spec)) if dataclasses.is_dataclass(spec) else ()
-    copies = any(field.name == "num_envs" and field.init for field in own)
+    copies = takes_num_envs(spec)
     if episodes is None:
         episodes = _EVAL_EPISODES if copies else num_envs
     if num_envs == episodes:
