@@ -10,6 +10,7 @@ import errno
 import fcntl
 import json
 import os
+import signal
 import time
 import weakref
 from collections.abc import Generator, Sequence
@@ -172,10 +173,10 @@ def reserve(directory: Path) -> None:
 
     If the process ends before the claim, in whatever way, ``owner.lock`` shows that the process had
     begun. A directory that holds other files than a run's stays as it is, and a directory that is
-    not claimed in the end is restored.
+    not claimed in the end is restored. An interrupt waits until the reservation can be returned.
     """
     directory = directory.absolute()
-    with contextlib.suppress(OSError, ValueError):
+    with _interrupts_wait(), contextlib.suppress(OSError, ValueError):
         if not holds_a_run(directory) and directory.exists() and any(directory.iterdir()):
             return
         _reserved[directory] = claim(directory)
@@ -183,8 +184,19 @@ def reserve(directory: Path) -> None:
 
 def return_reserved() -> None:
     """Release the directories that were reserved and not claimed."""
-    while _reserved:
-        _reserved.popitem()[1].release(used=False)
+    while _reserved:  # an interrupt in between begins anew
+        directory, held = next(iter(_reserved.items()))
+        held.release(used=False)
+        _reserved.pop(directory, None)
+
+
+@contextlib.contextmanager
+def _interrupts_wait() -> Generator[None]:
+    former = signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGINT})
+    try:
+        yield
+    finally:
+        signal.pthread_sigmask(signal.SIG_SETMASK, former)
 
 
 atexit.register(return_reserved)

@@ -252,6 +252,32 @@ def test_what_was_reserved_is_claimed_or_left_as_it_was(tmp_path):
     assert not (tmp_path / "other").exists()
 
 
+@pytest.mark.parametrize("name", ["_write", "RunLayout"], ids=["reserving", "returning"])
+def test_an_interrupt_leaves_no_reserved_directory(name, tmp_path, monkeypatch):
+    """It comes when ``owner.lock`` is there and the reservation is not, and in its removal."""
+    found, interrupted = [], getattr(claims, name)
+
+    def interrupt(*arguments):
+        done = interrupted(*arguments)
+        monkeypatch.setattr(claims, name, interrupted)
+        signal.raise_signal(signal.SIGINT)
+        return done
+
+    def leave(*_):
+        return_reserved()
+        found.append((tmp_path / "a").exists())
+
+    former = signal.signal(signal.SIGINT, leave)
+    try:
+        if name == "RunLayout":
+            reserve(tmp_path / "a" / "run")
+        monkeypatch.setattr(claims, name, interrupt)
+        reserve(tmp_path / "a" / "run") if name == "_write" else return_reserved()
+    finally:
+        signal.signal(signal.SIGINT, former)
+    assert found == [False]
+
+
 def test_what_is_no_runs_is_not_reserved(tmp_path):
     (tmp_path / "config.yaml").write_text("mine")
     reserve(tmp_path)
