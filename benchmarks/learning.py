@@ -22,16 +22,32 @@ from conditions import ROOT, benchmark_parser, results
 GOALS = {"cartpole": 475.0, "acrobot": -100.0, "pendulum": -250.0, "mountain_car": None}
 
 
-def train(job: tuple[str, int], options: argparse.Namespace, folder: Path) -> dict[str, Any]:
+def finish(command: list[str], **given: Any) -> float:
+    """Run a process to its end, on one thread; returns its CPU seconds.
+
+    Raises:
+        CalledProcessError: If the process fails.
+    """
+    environment = {**os.environ, "OMP_NUM_THREADS": "1"}
+    process = subprocess.Popen(command, env=environment, **given)
+    _, status, used = os.wait4(process.pid, 0)
+    process.returncode = os.waitstatus_to_exitcode(status)
+    if process.returncode != 0:
+        raise subprocess.CalledProcessError(process.returncode, command)
+    return used.ru_utime + used.ru_stime
+
+
+def train(
+    job: tuple[str, int], options: argparse.Namespace, folder: Path, python: str = sys.executable
+) -> dict[str, Any]:
     """Train one run; returns its last evaluation and its last history row."""
     task, seed = job
     run = folder / f"{task}-{seed}"
-    command = [sys.executable, "-m", "esper_lightning.cli.main", "fit"]
+    command = [python, "-m", "esper_lightning.cli.main", "fit"]
     command += ["--config", str(ROOT / "configs" / f"{task}.yaml"), "--run_dir", str(run)]
     command += ["--model.seed", str(seed), "--model.compile", options.compile]
     command += ["--trainer.enable_progress_bar", "false", *options.settings]
-    environment = {**os.environ, "OMP_NUM_THREADS": "1"}
-    subprocess.run(command, check=True, cwd=folder, env=environment, stdout=subprocess.DEVNULL)
+    cpu_s = finish(command, cwd=folder, stdout=subprocess.DEVNULL)
     evaluation = json.loads((run / "rank0" / "evaluations.jsonl").read_text().splitlines()[-1])
     row = json.loads((run / "rank0" / "history.jsonl").read_text().splitlines()[-1])
     assert evaluation["iteration"] == row["iteration"]
@@ -41,6 +57,7 @@ def train(job: tuple[str, int], options: argparse.Namespace, folder: Path) -> di
         "seed": seed,
         "env_steps": row["env_steps"],
         "train_time_s": round(row["time_s"], 1),
+        "cpu_s": round(cpu_s, 1),
         "return_mean": evaluation["eval/episode_return_mean"],
         "return_std": evaluation["eval/episode_return_std"],
         "episodes": evaluation["eval/episodes"],

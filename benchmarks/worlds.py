@@ -31,9 +31,10 @@ INSTALLS = {
     "minigrid": ("-c", "constraints.txt", "-e", ".[minigrid]"),
     "atari": ("-c", "constraints.txt", "-e", ".[atari]"),
     "envpool": ("-c", "constraints.txt", "-e", ".[envpool]"),
-    "jax": (*PINNED, "-e", ".[jax]", "seaborn", "six"),
+    "jax": (*PINNED, "-e", ".[jax]", "seaborn", "six", "beartype", "hypothesis", "pytest-timeout"),
     "mjlab": (*PINNED, "-e", ".", "mjlab"),
 }
+TESTS = {"jax": "tests/envs/adapters/test_jax.py"}  # make test skips them
 PACKAGES = {
     HERE: ("gymnasium",),
     "minigrid": ("gymnasium", "minigrid"),
@@ -152,7 +153,20 @@ def in_world(world: str, steps: int) -> list[dict[str, Any]]:
             except Exception as error:  # a simulator may raise anything, and the row says what
                 row["error"] = f"{type(error).__name__}: {' '.join(str(error).split())}"
         rows.append(row)
+    if world in TESTS:
+        rows.append({"world": world, "task": TESTS[world], "packages": packages} | tests(world))
     return rows
+
+
+def tests(world: str) -> dict[str, Any]:
+    """Run the tests that need a world's packages."""
+    started = time.perf_counter()
+    command = [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", TESTS[world]]
+    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=False)
+    row: dict[str, Any] = {"check_s": time.perf_counter() - started}
+    if done.returncode != 0:
+        row["error"] = (done.stdout.strip().splitlines() or [f"status {done.returncode}"])[-1]
+    return row
 
 
 def interpreter(world: str) -> Path:

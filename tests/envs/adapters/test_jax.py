@@ -1,13 +1,17 @@
 """Simulators in JAX. Their packages do not fit beside ours: ``make worlds`` runs these tests."""
 
+from pathlib import Path
+
 import pytest
 import torch
 
 from esper_lightning import check_env
+from esper_lightning.cli.main import main
 from esper_lightning.core.spaces import Box, Discrete, EnvSpaces
 from esper_lightning.envs import Brax, Gymnax
 from esper_lightning.envs.adapters.jax import JaxSimulator
 from esper_lightning.envs.adapters.simulated import SimulatedEnv
+from esper_lightning.forensics.files import read_json_lines
 
 jax = pytest.importorskip("jax")
 CPU = torch.device("cpu")
@@ -29,6 +33,16 @@ def test_brax_keeps_the_contract():
     check_env(Brax(id="fast", num_envs=4, time_limit=9), steps=30)
 
 
+@pytest.mark.parametrize("config", ["breakout", "space_invaders"])
+def test_configs_train_one_iteration(config, tmp_path, monkeypatch):
+    pytest.importorskip("gymnax")
+    monkeypatch.chdir(tmp_path)
+    settings = ["--model.env.num_envs", "4", "--model.total_env_steps", "512"]
+    main(["fit", "--config", config, *settings, "--model.eval_episodes", "2"])
+    (history,) = Path().glob("runs/*/version_0/rank0/history.jsonl")
+    assert [row["env_steps"] for row in read_json_lines(history)] == [512]
+
+
 def test_gymnax_truncates_at_its_time_limit():
     env = gymnax("Pendulum-v1").build(CPU, 0)
     env.reset()
@@ -42,7 +56,7 @@ def test_resets_are_computed_where_an_episode_ended():
     began = []
 
     def reset(key):
-        jax.debug.callback(lambda: began.append(1))
+        jax.debug.callback(lambda _: began.append(1), key)  # once for each environment
         return jax.numpy.zeros(()), jax.numpy.zeros(1)
 
     def step(key, state, action):
