@@ -488,6 +488,7 @@ class UnwillingSpec(ExtensionSpec):
         return Unwilling()
 
 
+@pytest.mark.slow
 def test_a_term_that_cannot_be_compiled_runs_eagerly_with_one_line(make_trainer, caplog) -> None:
     settings = {"total_env_steps": STEPS * ENVS * 2, "extensions": (UnwillingSpec(),)}
     model = PPO(SPEC, MLP(hidden_sizes=(4,)), CONFIG, compile="default", **settings)

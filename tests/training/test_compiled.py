@@ -63,8 +63,8 @@ def assert_same(model, other):
 @pytest.mark.parametrize(
     ("mode", "case"),
     [
-        ("default", "discrete"),
         ("max", "continuous"),
+        pytest.param("default", "discrete", marks=pytest.mark.slow),
         pytest.param("default", "memory", marks=[pytest.mark.slow, pytest.mark.timeout(300)]),
         pytest.param("max", "memory", marks=[pytest.mark.slow, pytest.mark.timeout(300)]),
         pytest.param("max", "discrete", marks=pytest.mark.slow),
@@ -194,7 +194,8 @@ def test_memory_does_not_grow_with_iterations(make_trainer, mode):
                 sizes.append(resident_bytes())
 
     env = CartPole(num_envs=16, time_limit=5)
-    model = PPO(env, ppo=SMALL, total_env_steps=16 * 8 * 400, compile=mode)
+    ppo = dataclasses.replace(SMALL, epochs=1, minibatches=1)
+    model = PPO(env, ppo=ppo, total_env_steps=16 * 8 * 400, compile=mode)
     make_trainer(limit_val_batches=0, callbacks=[Watch()]).fit(model)
     second = torch.tensor(sizes[len(sizes) // 2 :], dtype=torch.float64)
     growth_per_iteration = (second[-5:].mean() - second[:5].mean()) / (20 * (len(second) - 5))

@@ -229,13 +229,13 @@ class TestDeterminism:
 class TestLearning:
     def test_cartpole_improves_much(self, make_trainer):
         ppo = PPOConfig(rollout_steps=32, learning_rate=1e-3)
-        rows = fit(PPO(CartPole(num_envs=32), ppo=ppo, total_env_steps=60_000), make_trainer())
+        rows = fit(PPO(CartPole(num_envs=32), ppo=ppo, total_env_steps=28_672), make_trainer())
         assert rows[-1]["rollout/episode_return_mean"] > 100  # a random policy: 22
 
     def test_bf16_mixed_learns_and_computes_in_bf16(self, make_trainer):
         seen = set()
         ppo = PPOConfig(rollout_steps=32, learning_rate=1e-3)
-        model = PPO(CartPole(num_envs=32), ppo=ppo, total_env_steps=60_000)
+        model = PPO(CartPole(num_envs=32), ppo=ppo, total_env_steps=28_672)
         model.policy.actor[0].register_forward_hook(lambda module, args, out: seen.add(out.dtype))
         rows = fit(model, make_trainer(precision="bf16-mixed"))
         assert seen == {torch.bfloat16}

@@ -309,8 +309,15 @@ def test_a_seed_starts_near_identity_with_a_gradient_everywhere(preset, name):
         assert piece.abs().max() > 1e-6
 
 
-@pytest.mark.parametrize("preset", PRESETS)
-def test_every_blueprint_lowers_the_loss_of_the_network_in_which_it_is_on(preset):
+@pytest.mark.parametrize(
+    ("preset", "epochs"),
+    [
+        ("digits", 8),
+        pytest.param("synthetic", 8, marks=pytest.mark.slow),
+        pytest.param("cifar10", 20, marks=pytest.mark.slow),
+    ],
+)
+def test_every_blueprint_lowers_the_loss_of_the_network_in_which_it_is_on(preset, epochs):
     """All blueprints are tried in all slots, in isolation, with a host that does not learn."""
     spec = PRESETS[preset]
     kinds, slots = len(BLUEPRINTS), len(spec.channels)
@@ -357,7 +364,7 @@ def test_every_blueprint_lowers_the_loss_of_the_network_in_which_it_is_on(preset
         branch = torch.zeros_like(trunk).index_put((plan.branch_host,), losses.branches[0].mean(1))
         return trunk, branch
 
-    for _ in range(20):
+    for _ in range(epochs):
         env.hosts.weights.host.copy_(host)  # only seeds learn
         env.hosts.velocity.host.zero_()
         env.step(wait)
