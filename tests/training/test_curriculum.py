@@ -51,10 +51,16 @@ class Starts(Callback):
     def __init__(self):
         self.widest: list[float] = []
 
-    def on_train_batch_end(self, trainer, pl_module, *_):
-        storage = pl_module._learner._storage
-        ended = storage.truncated[:-1]
-        self.widest.append(storage.obs[1:][ended][:, 0].min().item())
+    def on_train_start(self, trainer, pl_module):
+        collect = pl_module._learner.rollout
+
+        def look(steps):
+            rollout = collect(steps)
+            began = rollout.obs[1:][rollout.truncated[:-1]]
+            self.widest.append(began[:, 0].min().item())
+            return rollout
+
+        pl_module._learner.rollout = look
 
 
 def test_it_is_called_before_the_first_reset_and_before_every_iteration():
