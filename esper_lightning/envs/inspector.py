@@ -116,7 +116,7 @@ class Inspector:
         """
         pair, kind = cast(tuple[object, object], returned), type(returned).__name__
         is_pair = isinstance(returned, tuple) and len(pair) == 2
-        has_info = is_pair and isinstance(cast(object, pair[1]), dict)
+        has_info = is_pair and issubclass(type(pair[1]), dict)
         got = Words("(obs, info)" if has_info else kind)
         hint = f"The mask is None without one. {_ADAPTERS}" if has_info else ""
         ok = is_pair and not has_info

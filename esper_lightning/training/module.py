@@ -39,6 +39,7 @@ from esper_lightning.ppo.optimizer import (
 from esper_lightning.recorder.awake import awake_s
 from esper_lightning.training import trainer_rules
 from esper_lightning.training.checkpoint.hooks import CheckpointHooks
+from esper_lightning.training.checkpoint.meeting import tells_other_ranks
 from esper_lightning.training.checkpoint.resumption import Resumption
 from esper_lightning.training.environments import CloseEnvironments
 from esper_lightning.training.evaluation import Evaluation
@@ -274,7 +275,8 @@ class PPO(CheckpointHooks):
         """
         fits = self.trainer.state.fn == TrainerFn.FITTING
         more = type(self) is not PPO
-        trainer_rules.refuse_trainer(self.trainer, self.settings, fits=fits, logs_more=more)
+        with tells_other_ranks(self.trainer):
+            trainer_rules.refuse_trainer(self.trainer, self.settings, fits=fits, logs_more=more)
         trainer_rules.keep_lightning_from_requeueing(self.trainer)
         if fits:
             self.refuse_other_ranks()

@@ -105,12 +105,14 @@ class ReportsAbsentMetrics(Callback):
 
     @override
     def on_train_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        """Report metrics that the whole run did not have."""
-        if self._absent:
+        """Report metrics that the whole run did not have, if it had an iteration."""
+        if self._absent and not self._is_first:
             self._look(trainer)
             for callback, name in self._absent if trainer.is_global_zero else ():
                 text = "%s.monitor named %r, which nothing logged in the whole run.%s"
                 hint = _similar(name, trainer.callback_metrics)
+                if name in EVALUATION_METRICS and not self._was_evaluated:
+                    hint = " Nothing was evaluated."
                 _log.warning(text, type(callback).__name__, name, hint)
 
     def _look(self, trainer: Trainer) -> None:

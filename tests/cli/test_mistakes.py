@@ -472,6 +472,7 @@ FIT = {
     "--run_dir ''": "--run_dir must name a directory, got ''.",
     "--run_dir file": "--run_dir must be a folder that can be made (File exists), got 'file'.",
     "--run_dir file/below": "that can be made (Not a directory), got 'file/below'.",
+    "--run_dir copied": "'. It holds checkpoints/last.ckpt, which no run wrote.",
     "--run_dir dangling": "--run_dir must be a folder that can be made (File exists)",
     "--run_dir /proc/none/run": "(No such file or directory), got '/proc/none/run'.",
     "--run_dir s3://bucket/run": "The run directory must be a place that this machine can reach,"
@@ -601,6 +602,8 @@ def _folder_of_mistakes(tmp_path_factory):
         (folder / name).write_bytes(content)
     (folder / "file").write_text("no folder")
     (folder / "folder").mkdir()
+    (folder / "copied" / "checkpoints").mkdir(parents=True)
+    (folder / "copied" / "checkpoints" / "last.ckpt").write_bytes(b"of another machine")
     os.mkfifo(folder / "fifo")
     for name in ("pipes", "texts", "links"):
         (folder / name).mkdir()

@@ -159,4 +159,15 @@ def test_an_evaluation_that_never_came_is_told_of_at_the_end(make_trainer, caplo
     stop = patient("eval/episodes")
     make_trainer(callbacks=[stop], limit_val_batches=1, check_val_every_n_epoch=9).fit(module())
     (line,) = warnings_of(caplog)
-    assert line.startswith("EarlyStopping.monitor named 'eval/episodes', which nothing logged in")
+    assert line == (
+        "EarlyStopping.monitor named 'eval/episodes', which nothing logged in the whole run. "
+        "Nothing was evaluated."
+    )
+
+
+def test_a_run_without_an_iteration_has_nothing_to_say(make_trainer, caplog):
+    model = module()
+    make_trainer().fit(model)
+    make_trainer(callbacks=[patient("eval/episodes")], limit_val_batches=1).fit(model)
+    assert model.iteration == 6
+    assert warnings_of(caplog) == []
