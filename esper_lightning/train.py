@@ -42,6 +42,7 @@ from esper_lightning.ppo.metrics import EVAL_RETURN
 from esper_lightning.recorder.flight_recorder import FlightRecorder
 from esper_lightning.recorder.profiling.window_profiler import WindowProfiler
 from esper_lightning.training.checkpoint.files import CHECKPOINT_BEGINS, AtomicCheckpointIO
+from esper_lightning.training.checkpoint.meeting import tells_other_ranks
 from esper_lightning.training.checkpoint.states import load_checkpoint
 from esper_lightning.training.module import PPO
 from esper_lightning.training.specs import require_specs
@@ -196,12 +197,13 @@ def train_ppo_vectorized(
         callbacks=run_callbacks(evaluates=evaluates, prints_profile=torch_profiler_summary),
         plugins=run_plugins(),
     )
-    refuse_trainer(trainer, model.settings)  # before the Trainer starts processes of other ranks
     settings = {
         "model": model.settings.to_data(),
         "trainer": {"accelerator": device, "devices": devices},
     }
-    begin_run(trainer, env, run_dir, yaml.safe_dump(settings, sort_keys=False))
+    with tells_other_ranks(trainer):
+        refuse_trainer(trainer, model.settings)  # before the Trainer starts other ranks
+        begin_run(trainer, env, run_dir, yaml.safe_dump(settings, sort_keys=False))
     try:
         trainer.fit(model, ckpt_path=resume_path, weights_only=True)
         if copies_to is not None and trainer.is_global_zero:

@@ -7,6 +7,7 @@ The line is on disk before the next iteration begins.
 # pyright: reportUnknownVariableType=false, reportUnknownArgumentType=false
 
 import logging
+import os
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, cast
@@ -62,6 +63,7 @@ class History(WritesRun):
         super().__init__(dirpath)
         self._files: list[_Rows] = []
         self._layout: RankLayout | None = None
+        self._is_displaced = False
 
     @property
     def path(self) -> Path | None:
@@ -85,7 +87,7 @@ class History(WritesRun):
         directory = run_directory(trainer)
         if directory is None:
             return
-        self._layout = RunLayout(directory).rank(trainer.global_rank)
+        self._layout, self._is_displaced = RunLayout(directory).rank(trainer.global_rank), False
         done = finished_iterations(trainer, pl_module)
         for path in (self._layout.history, self._layout.evaluations):
             self._files.append(_Rows(path, done))
@@ -116,6 +118,17 @@ class History(WritesRun):
             self._files[1].append({"iteration": done, **counters, **evaluated})
 
     @override
+    def on_train_epoch_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """Warn once if the history was moved or deleted under the run."""
+        if self._files and not self._is_displaced and self._files[0].was_displaced():
+            self._is_displaced = True
+            text = (
+                "%s was moved or deleted during the run: its rows follow the moved file, or are "
+                "lost, and checkpoints go where the run directory was."
+            )
+            _log.warning(text, self.path)
+
+    @override
     def teardown(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
         """Close the files, and release the run directory."""
         self._close()
@@ -139,6 +152,7 @@ class _Rows:
     def __init__(self, path: Path, done: int) -> None:
         self._path, self._done = path, done
         self._file: JsonLines | None = None
+        self._identity: os.stat_result | None = None  # of the file when it was opened
         self._backlog = Backlog[Mapping[str, Any]](str(path), self._take, prepare=self._open)
         self._backlog.offer()
 
@@ -151,6 +165,17 @@ class _Rows:
         """Append a row, or store it until the disk takes it."""
         self._backlog.put(row)
 
+    def was_displaced(self) -> bool:
+        """Whether the open file is no longer at its path."""
+        if self._identity is None:
+            return False
+        try:
+            return not os.path.samestat(self._identity, self._path.stat())
+        except FileNotFoundError:
+            return True
+        except OSError:  # a file system that is out of reach for a while
+            return False
+
     def close(self) -> None:
         """Write the waiting rows that can be written, and report how many are lost."""
         self._backlog.close()
@@ -161,6 +186,7 @@ class _Rows:
         if self._file is None:
             _move_rows_after(self._path, self._done)
             self._file = JsonLines(self._path)
+            self._identity = self._path.stat()
 
     def _take(self, row: Mapping[str, Any]) -> None:
         assert self._file is not None

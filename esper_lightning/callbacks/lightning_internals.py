@@ -14,6 +14,7 @@ class that derives from one of Lightning's (``WindowProfiler``) reads what it in
 import sys
 import threading
 from contextlib import AbstractContextManager
+from datetime import timedelta
 from pathlib import Path
 from types import FrameType
 from typing import Any, TextIO, cast
@@ -23,6 +24,7 @@ from lightning.fabric.plugins.environments.cluster_environment import ClusterEnv
 from lightning.pytorch import Callback, Trainer
 from lightning.pytorch.callbacks import ModelSummary
 from lightning.pytorch.profilers import Profiler, PyTorchProfiler
+from lightning.pytorch.strategies import DDPStrategy, Strategy
 from lightning.pytorch.strategies.launchers import _MultiProcessingLauncher
 from lightning.pytorch.trainer import call
 from lightning.pytorch.trainer.connectors.data_connector import _parse_num_batches
@@ -49,6 +51,7 @@ __all__ = [
     "is_handler_of",
     "known_results",
     "launcher_observers",
+    "limit_meeting",
     "monitors_cpu",
     "note_sigterm",
     "parse_checkpoint_path",
@@ -145,6 +148,12 @@ def note_sigterm(trainer: Trainer) -> None:
     ``_signal_connector.received_sigterm`` has no public setter.
     """
     trainer._signal_connector.received_sigterm = True
+
+
+def limit_meeting(strategy: Strategy, seconds: float) -> None:
+    """Set the time limit of operations of ranks that are not connected yet, with ``ddp``."""
+    if isinstance(strategy, DDPStrategy):
+        strategy._timeout = timedelta(seconds=seconds)
 
 
 def cluster_environment(trainer: Trainer) -> ClusterEnvironment | None:

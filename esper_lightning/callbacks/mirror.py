@@ -20,12 +20,16 @@ import fsspec
 
 from esper_lightning.core.errors import require
 
-__all__ = ["Mirror", "main", "place_of"]
+__all__ = ["Mirror", "main", "place_of", "require_writable"]
 
 _log = logging.getLogger(__name__)
 _ADDRESS = re.compile(r"([a-z][a-z0-9+.-]+):/+(.*)", re.DOTALL)
 _OF_THE_DEAD_S = 60.0
 _LOCAL = ("file", "local")
+_NEVER_WRITTEN = (  # web pages, archives, views of other places: fsspec reads them at most
+    *("blockcache", "cached", "data", "dir", "dvc", "filecache", "gist", "git", "github"),
+    *("http", "https", "libarchive", "pyscript", "reference", "simplecache", "tar", "zip"),
+)
 _PARTIAL = ".fetched"  # a file that is arriving
 _COPIED_TO = ".copied_to"  # holds the address of the copies if it is not the user's
 _NOT_COPIED = ("owner.lock", "phases.ring")
@@ -43,20 +47,50 @@ def place_of(location: str | Path) -> tuple[Path, str | None]:
         ``runs/<protocol>/<rest>`` in the current directory.
 
     Raises:
-        ValueError: If ``location`` is an address whose protocol fsspec does not know.
+        ValueError: If ``location`` is an address whose protocol fsspec does not know, or with
+            which it cannot write.
     """
-    found = _ADDRESS.fullmatch(str(location))
-    known = (*fsspec.available_protocols(), *fsspec.registry)  # by name; as classes
-    is_known = found is not None and found[1] in known
-    rule = "be a path, or an address of a protocol that fsspec knows"
-    require(is_known or "://" not in str(location), "The run directory", rule, str(location))
-    if found is None or not is_known:
+    protocol, rest = _split("The run directory", location)
+    if protocol is None:
         return Path(location).absolute(), None
-    protocol, rest = found[1], found[2]
     if protocol in _LOCAL:
         return Path("/", rest), None
     parts = [part for part in rest.split("/") if part not in ("", ".", "..")]
     return Path("runs", protocol, *parts).absolute(), f"{protocol}://{rest.strip('/')}"
+
+
+def require_writable(field: str, location: str | Path) -> None:
+    """Refuse an address to which this machine could not write even where the address is reached.
+
+    Args:
+        field: Setting that names the location.
+        location: As for ``place_of``.
+
+    Raises:
+        ValueError: If fsspec does not know the protocol or cannot write with it, or a package for
+            it is not installed.
+    """
+    protocol = _split(field, location)[0] or "file"
+    try:
+        fsspec.get_filesystem_class(protocol)
+    except ImportError as error:
+        rule = "be a place that this machine can reach"
+        raise ValueError(f"{field} must {rule}, got {str(location)!r}. {error}.") from error
+
+
+def _split(field: str, location: str | Path) -> tuple[str | None, str]:
+    """The protocol of an address, and its rest; ``None`` and the whole location for a path."""
+    text = str(location)
+    found = _ADDRESS.fullmatch(text)
+    known = (*fsspec.available_protocols(), *fsspec.registry)  # by name; as classes
+    is_known = found is not None and found[1] in known
+    rule = "be a path, or an address of a protocol that fsspec knows"
+    require(is_known or "://" not in text, field, rule, text)
+    if found is None or not is_known:
+        return None, text
+    rule = "be a path, or an address that can be written to"
+    require(found[1] not in _NEVER_WRITTEN, field, rule, text)
+    return found[1], found[2]
 
 
 class Mirror:
@@ -73,11 +107,7 @@ class Mirror:
     """
 
     def __init__(self, folder: Path, address: str, rank: int) -> None:
-        try:
-            fsspec.get_filesystem_class(address.partition("://")[0])
-        except ImportError as error:
-            rule = "be a place that this machine can reach"
-            raise ValueError(f"The run directory must {rule}, got {address!r}. {error}.") from error
+        require_writable("The run directory", address)
         self.folder, self.address = folder, address
         self._rank = rank
         self._copied: dict[Path, tuple[int, int]] = {}

@@ -36,6 +36,7 @@ from esper_lightning.ppo.metrics import EVAL_RETURN
 from esper_lightning.recorder.flight_recorder import FlightRecorder
 from esper_lightning.train import begin_run, newest_run, run_callbacks, run_logger, run_plugins
 from esper_lightning.training.checkpoint.content import STATE_KEY
+from esper_lightning.training.checkpoint.meeting import tells_other_ranks
 from esper_lightning.training.checkpoint.states import (
     checkpoint_at,
     keep_own_extensions,
@@ -261,6 +262,10 @@ class EsperCLI(LightningCLI):
     @override
     def after_instantiate_classes(self) -> None:
         """Refuse settings now that the run would refuse later, and claim the run directory."""
+        with tells_other_ranks(self.trainer):
+            self._refuse_or_begin()
+
+    def _refuse_or_begin(self) -> None:
         model = self.model
         path = self.config[self.subcommand]["ckpt_path"]
         fits = self.subcommand == "fit"

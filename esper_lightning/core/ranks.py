@@ -3,7 +3,7 @@
 Nothing here knows of Lightning, which starts the processes and their process group.
 """
 
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -11,13 +11,22 @@ from torch import distributed as dist
 
 from esper_lightning.core.tensor_trees import leaves, map_tree, rebuild
 
-__all__ = ["SINGLE_RANK", "PeerFailedError", "Ranks", "RanksDisagreeError"]
+__all__ = ["SINGLE_RANK", "Arrival", "PeerFailedError", "Ranks", "RanksDisagreeError"]
 
 Tree = Any
 
 
 class PeerFailedError(RuntimeError):
     """This rank stops because of an error on another rank."""
+
+
+class Arrival(NamedTuple):
+    """What a rank says first when all ranks meet."""
+
+    settings: dict[str, Any]
+    """Settings of the rank by name, in plain data."""
+    problem: str = ""
+    """Why the rank cannot take part in the run; empty if it can."""
 
 
 class RanksDisagreeError(ValueError):

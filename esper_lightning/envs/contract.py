@@ -226,7 +226,9 @@ def _sample_factored(
 def _check_form(got: object, leaf: _Leaf, device: torch.device, field: str, report: Report) -> bool:
     if not isinstance(got, Tensor):
         rule = f"be {leaf.kinds[0]} tensor of shape {leaf.shape}"
-        return report.expect(False, field, rule, _describe(got))
+        is_array = type(got).__module__ == "numpy"
+        hint = "torch.as_tensor(array, device=device) makes one." if is_array else ""
+        return report.expect(False, field, rule, _describe(got), hint)
     if not report.expect(got.layout is torch.strided, field, "be dense", got.layout):
         return False
     dtype = got.dtype

@@ -39,13 +39,15 @@ __all__ = [
 ENV_MEMBERS = ("reset", "step", "state_dict", "load_state_dict")
 TOLERANCE = 1e-4  # for the return of an episode, relative to the sum of absolute rewards
 FIRST_STEPS = 8  # number of steps of a run that are inspected
+_ADAPTERS = "Gymnasium(...) and Custom(...) adapt environments of Gymnasium's interface."
 
 
 def require_members(owner: object, members: tuple[str, ...], report: Report) -> None:
     """Raise ``UncheckableError`` unless ``owner`` has all members."""
     missing = [name for name in members if not hasattr(owner, name)]
     got = Words(f"{type(owner).__name__} without {', '.join(missing)}")
-    report.insist(not missing, "members", f"be {', '.join(members)}", got)
+    hint = _ADAPTERS if hasattr(owner, "observation_space") else ""
+    report.insist(not missing, "members", f"be {', '.join(members)}", got, hint)
 
 
 def check_told(num_envs: object, spaces: object, report: Report) -> None:
@@ -112,10 +114,13 @@ class Inspector:
         Raises:
             UncheckableError: If further calls cannot be inspected.
         """
-        pair = cast(tuple[object, object], returned)
-        got = Words(type(returned).__name__)
+        pair, kind = cast(tuple[object, object], returned), type(returned).__name__
         is_pair = isinstance(returned, tuple) and len(pair) == 2
-        self._report.insist(is_pair, "reset()", "return (obs, action_mask)", got)
+        has_info = is_pair and issubclass(type(pair[1]), dict)
+        got = Words("(obs, info)" if has_info else kind)
+        hint = f"The mask is None without one. {_ADAPTERS}" if has_info else ""
+        ok = is_pair and not has_info
+        self._report.insist(ok, "reset()", "return (obs, action_mask)", got, hint)
         self._inspect("reset()", {"obs": pair[0], "action_mask": pair[1]})
         zeros = torch.zeros(self._contract.num_envs, dtype=torch.float64)
         self._books = _Books(zeros, zeros, torch.zeros_like(zeros, dtype=torch.int64))
@@ -126,8 +131,10 @@ class Inspector:
         Raises:
             UncheckableError: If further calls cannot be inspected.
         """
-        got = Words(type(result).__name__)
-        self._report.insist(isinstance(result, StepResult), "step()", "return a StepResult", got)
+        got, ok = Words(type(result).__name__), isinstance(result, StepResult)
+        of_gymnasium = isinstance(result, tuple) and len(cast(tuple[Any, ...], result)) in (4, 5)
+        hint = _ADAPTERS if of_gymnasium else ""
+        self._report.insist(ok, "step()", "return a StepResult", got, hint)
         self._check_kept()
         values = self._inspect("step()", cast(StepResult, result)._asdict()).values
         self._check_ends(values)

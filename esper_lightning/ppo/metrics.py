@@ -16,6 +16,7 @@ from esper_lightning.core.shapes import Float
 from esper_lightning.core.types import Rollout
 
 __all__ = [
+    "EVALUATION_METRICS",
     "EVAL_RETURN",
     "ROLLOUT_RETURN",
     "EpisodeSums",
@@ -30,6 +31,13 @@ __all__ = [
 ROLLOUT_RETURN = "rollout/episode_return_mean"
 ROLLOUT_LENGTH = "rollout/episode_length_mean"
 EVAL_RETURN = "eval/episode_return_mean"
+EVALUATION_METRICS = (
+    EVAL_RETURN,
+    "eval/episode_return_std",
+    "eval/episode_length_mean",
+    "eval/episodes",
+)
+"""Every metric of an evaluation."""
 
 
 class EpisodeSums(NamedTuple):
@@ -140,12 +148,13 @@ def evaluation_metrics(
     episode_return: Float[Tensor, " N"], episode_length: Float[Tensor, " N"]
 ) -> dict[str, float]:
     """Summary of ``N`` evaluation episodes; the standard deviation is over episodes."""
-    return {
-        EVAL_RETURN: episode_return.mean().item(),
-        "eval/episode_return_std": episode_return.std(correction=0).item(),
-        "eval/episode_length_mean": episode_length.mean().item(),
-        "eval/episodes": float(episode_return.numel()),
-    }
+    values = (
+        episode_return.mean().item(),
+        episode_return.std(correction=0).item(),
+        episode_length.mean().item(),
+        float(episode_return.numel()),
+    )
+    return dict(zip(EVALUATION_METRICS, values, strict=True))
 
 
 def shown_in_progress_bar(metrics: Mapping[str, float]) -> dict[str, float]:

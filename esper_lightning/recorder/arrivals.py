@@ -11,10 +11,11 @@ from lightning.pytorch import Trainer
 from lightning.pytorch.utilities.exceptions import SIGTERMException
 
 from esper_lightning.callbacks.lightning_internals import note_sigterm
+from esper_lightning.recorder.awake import awake_s
 from esper_lightning.recorder.member import Member
 from esper_lightning.recorder.signal_handlers import SignalHandlers
 from esper_lightning.recorder.signals import SignalExit, end_by, in_main_thread
-from esper_lightning.recorder.watchdog import Arrival, awake_s
+from esper_lightning.recorder.watchdog import Arrival
 
 __all__ = ["Arrivals"]
 

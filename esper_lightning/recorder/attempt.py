@@ -5,8 +5,8 @@ import threading
 from collections.abc import Callable
 from typing import Generic, NamedTuple, TypeVar
 
+from esper_lightning.recorder.awake import LOOK_EVERY_S, awake_s
 from esper_lightning.recorder.death import in_words
-from esper_lightning.recorder.watchdog import awake_s
 
 __all__ = ["LateError", "Outcome", "attempt"]
 
@@ -75,6 +75,6 @@ def _call_within(action: Callable[[], _T], seconds: float) -> Outcome[_T]:
         return _call(action, BaseException)
     end = awake_s() + seconds
     while thread.is_alive() and awake_s() < end:
-        thread.join(0.1)
+        thread.join(LOOK_EVERY_S)
     late = Outcome[_T](None, LateError(f"not done within {seconds:g} s"))
     return outcomes[0] if outcomes else late

@@ -21,6 +21,7 @@ from esper_lightning.forensics.phases import PhaseRing
 from esper_lightning.forensics.rank_record import RankRecord
 from esper_lightning.forensics.report import CrashReport, Evidence, ProfilerReport
 from esper_lightning.recorder.attempt import LateError, attempt
+from esper_lightning.recorder.awake import awake_s
 from esper_lightning.recorder.death import (
     Death,
     describe,
@@ -38,7 +39,6 @@ from esper_lightning.recorder.evidence_steps import (
     steps_of_holders,
 )
 from esper_lightning.recorder.profiler_guard import ProfilerGuard, unrecorded
-from esper_lightning.recorder.watchdog import awake_s
 
 __all__ = ["Rescue"]
 

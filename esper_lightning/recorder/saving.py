@@ -6,10 +6,10 @@ from collections.abc import Callable
 from esper_lightning.forensics.asides import rename_aside
 from esper_lightning.forensics.layout import RankLayout
 from esper_lightning.recorder.attempt import attempt
+from esper_lightning.recorder.awake import awake_s
 from esper_lightning.recorder.death import Death
 from esper_lightning.recorder.peers import Peers
 from esper_lightning.recorder.rescue import Rescue
-from esper_lightning.recorder.watchdog import awake_s
 
 __all__ = ["Saving"]
 

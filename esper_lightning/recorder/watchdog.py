@@ -5,47 +5,17 @@ import os
 import signal
 import sys
 import threading
-import time
 from collections.abc import Callable
 from typing import NamedTuple
 
+from esper_lightning.recorder.awake import LOOK_EVERY_S, awake_s
 from esper_lightning.recorder.signals import end_by, signal_name
 
-__all__ = ["Alarm", "Arrival", "Watchdog", "awake_s"]
+__all__ = ["Alarm", "Arrival", "Watchdog"]
 
-_PERIOD_S = 0.1
-_LONGEST_GAP_S = 0.5  # between two polls of a process that is not suspended
 _PEERS_EVERY, _LOOKS_EVERY, _RENEWED_EVERY = 3, 5, 10  # polls
 _PEER_GRACE_S = 0.5
 _STALLED_S = 60.0  # longer than the time limit of any step of saving
-
-
-class _AwakeClock:
-    """Time that does not pass while the process is suspended (SIGSTOP, Ctrl-Z, a debugger).
-
-    Every watchdog reads the clock ten times a second: in a longer gap the process was suspended.
-    """
-
-    def __init__(self) -> None:
-        self._lock = threading.RLock()  # handlers of signals read the clock too
-        self._read_s = time.monotonic()
-        self._suspended_s = 0.0
-        os.register_at_fork(after_in_child=self._renew_lock)
-
-    def __call__(self) -> float:
-        with self._lock:
-            now = time.monotonic()
-            gap_s, self._read_s = now - self._read_s, now
-            if gap_s > _LONGEST_GAP_S:
-                self._suspended_s += gap_s - _PERIOD_S
-            return now - self._suspended_s
-
-    def _renew_lock(self) -> None:
-        self._lock = threading.RLock()
-
-
-awake_s = _AwakeClock()
-"""Seconds that this process was awake, from an arbitrary start."""
 
 
 class Alarm(NamedTuple):
@@ -153,8 +123,12 @@ class Watchdog:
             self._thread.join(timeout=2.0)
 
     def _watch(self) -> None:
+        with awake_s.watched():
+            self._poll()
+
+    def _poll(self) -> None:
         turn = 0
-        while not self._ended.wait(_PERIOD_S):
+        while not self._ended.wait(LOOK_EVERY_S):
             turn += 1
             now = awake_s()
             self._look_for_signals(now)

@@ -8,7 +8,6 @@ file prepares an iteration or publishes its results.
 # pyright: reportUnknownVariableType=false, reportUnknownArgumentType=false
 
 import logging
-import time
 from collections.abc import Iterable
 from dataclasses import replace
 from typing import Any, cast
@@ -37,12 +36,15 @@ from esper_lightning.ppo.optimizer import (
     build_optimizer,
     schedule_learning_rate,
 )
+from esper_lightning.recorder.awake import awake_s
 from esper_lightning.training import trainer_rules
 from esper_lightning.training.checkpoint.hooks import CheckpointHooks
+from esper_lightning.training.checkpoint.meeting import tells_other_ranks
 from esper_lightning.training.checkpoint.resumption import Resumption
 from esper_lightning.training.environments import CloseEnvironments
 from esper_lightning.training.evaluation import Evaluation
 from esper_lightning.training.iterations import Iterations
+from esper_lightning.training.monitors import ReportsAbsentMetrics
 from esper_lightning.training.progress import Progress
 from esper_lightning.training.publish import publish
 from esper_lightning.training.settings import PPOSettings
@@ -186,7 +188,7 @@ class PPO(CheckpointHooks):
             NonFiniteError: If a number of the rollout or of the update is not finite. After a
                 rollout that is not finite, the weights are those of the previous iteration.
         """
-        started = time.perf_counter()
+        started = awake_s.measured()
         self._guard_loggers()
         self._within_iteration = True
         profile, learner = self.trainer.profiler.profile, self._learner
@@ -212,7 +214,7 @@ class PPO(CheckpointHooks):
             row = self.progress.finish_iteration(
                 metrics,
                 env_steps=rollout.reward.numel() * self._ranks.size,
-                duration_s=time.perf_counter() - started,
+                duration_s=awake_s.measured() - started,
             )
             trainer_rules.count_step(self.trainer)
             row["optim/learning_rate"] = learning_rate
@@ -262,7 +264,7 @@ class PPO(CheckpointHooks):
 
     @override
     def configure_callbacks(self) -> list[Callback]:
-        """Refuse a Trainer that cannot work, and add the callback that closes environments.
+        """Refuse a Trainer that cannot work, and add callbacks of every run.
 
         This is the first hook of a run: nothing is written before all ranks agree here. From here
         on, an error of a logger cannot end the run.
@@ -272,13 +274,15 @@ class PPO(CheckpointHooks):
                 run directory is refused.
         """
         fits = self.trainer.state.fn == TrainerFn.FITTING
-        trainer_rules.refuse_trainer(self.trainer, self.settings, fits=fits)
+        more = type(self) is not PPO
+        with tells_other_ranks(self.trainer):
+            trainer_rules.refuse_trainer(self.trainer, self.settings, fits=fits, logs_more=more)
         trainer_rules.keep_lightning_from_requeueing(self.trainer)
         if fits:
             self.refuse_other_ranks()
             begin_run_directory(self.trainer)
         self._guard_loggers()
-        return [CloseEnvironments()]
+        return [CloseEnvironments(), ReportsAbsentMetrics(logs_more=more)]
 
     @override
     def configure_optimizers(self) -> torch.optim.Optimizer:

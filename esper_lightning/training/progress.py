@@ -8,7 +8,16 @@ from esper_lightning.envs.base import RunProgress
 from esper_lightning.ppo.metrics import RecentEpisodes, rollout_metrics
 from esper_lightning.training.settings import PPOSettings
 
-__all__ = ["Progress"]
+__all__ = ["ROW_METRICS", "Progress"]
+
+ROW_METRICS = (
+    *("iteration", "env_steps", "gradient_steps", "time_s", "env_steps_per_s"),
+    *("rollout/episode_return_mean", "rollout/episode_length_mean", "rollout/episodes"),
+    *("loss/policy", "loss/value", "loss/entropy"),
+    *("policy/explained_variance", "policy/approx_kl", "policy/clip_fraction"),
+    *("optim/grad_norm", "optim/learning_rate"),
+)
+"""Metrics of every history row; extensions and environments add others, with a ``/``."""
 
 
 class Progress:
@@ -21,7 +30,8 @@ class Progress:
         iteration: Number of finished iterations.
         env_steps: Number of environment steps taken, over all environments of all ranks.
         gradient_steps: Number of gradient steps applied.
-        train_time_s: Seconds spent in iterations, including those before the run was resumed.
+        train_time_s: Seconds spent in iterations, including those before the run was resumed. Time
+            in which a recorded process was suspended does not count.
         planned_env_steps: Number of environment steps after which this run will end; ``None``
             without a limit, and before training starts.
         new_episodes: Whether a resumed run had to start new episodes, which the next history row

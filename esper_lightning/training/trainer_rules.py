@@ -43,9 +43,11 @@ from esper_lightning.callbacks.lightning_internals import (
     time_between_evaluations,
     train_time_interval,
 )
+from esper_lightning.callbacks.mirror import require_writable
 from esper_lightning.core.buffer import memory_bytes, rollout_bytes
 from esper_lightning.core.errors import Words, at_least, one_of, require, require_name
 from esper_lightning.core.seeding import require_torch_defaults
+from esper_lightning.training.monitors import refuse_monitors
 from esper_lightning.training.settings import PPOSettings
 from esper_lightning.training.specs import evaluation_spec
 
@@ -65,13 +67,16 @@ _SAMPLES_WORTH_A_THREAD = 2048
 _LOG_ONLY = (DeviceStatsMonitor, LearningRateMonitor)
 
 
-def refuse_trainer(trainer: Trainer, settings: PPOSettings, *, fits: bool = True) -> None:
+def refuse_trainer(
+    trainer: Trainer, settings: PPOSettings, *, fits: bool = True, logs_more: bool = False
+) -> None:
     """Refuse a Trainer with which PPO would give wrong results, or could not start.
 
     Args:
         trainer: The Trainer before it runs.
         settings: Settings of the module.
         fits: Whether the module will be trained; False if it will only be evaluated.
+        logs_more: Whether the module may log metrics of its own.
 
     Raises:
         ValueError: If a setting does not work. The error names the setting and what to use instead.
@@ -85,6 +90,7 @@ def refuse_trainer(trainer: Trainer, settings: PPOSettings, *, fits: bool = True
     _refuse_too_large(trainer, settings)
     if fits:
         _refuse_unfit(trainer, settings)
+        refuse_monitors(trainer, settings, logs_more=logs_more)
 
 
 def _refuse_settings(trainer: Trainer, budget: int | None) -> None:
@@ -203,6 +209,7 @@ def _refuse_callback(callback: Callback) -> None:
 def _refuse_no_place(callback: ModelCheckpoint) -> None:
     """Refuse a ``ModelCheckpoint`` with an impossible folder or file name."""
     path = str(callback.dirpath or "")
+    require_writable("ModelCheckpoint.dirpath", path)
     place = Path(path).absolute()
     ok = "://" in path or (
         "\0" not in path

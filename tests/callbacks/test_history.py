@@ -3,6 +3,7 @@
 import itertools
 import json
 import os
+import shutil
 import time
 from pathlib import Path
 from types import SimpleNamespace
@@ -337,3 +338,27 @@ def test_metrics_are_fetched_in_one_copy(make_trainer, tmp_path, monkeypatch):
     assert waits.count == 0
     row = read_json_lines(tmp_path / "rank0" / "history.jsonl")[-1]
     assert row == {"iteration": 3, **{f"m{i}": i / 2 for i in range(8)}, "count": 2.0}
+
+
+@pytest.mark.parametrize("moves", [True, False], ids=["moved", "deleted"])
+def test_a_directory_that_disappears_under_a_run_is_told_of_once(
+    make_trainer, tmp_path, caplog, moves
+):
+    run, elsewhere = tmp_path / "run", tmp_path / "elsewhere"
+
+    class Disappears(Callback):
+        def on_train_batch_start(self, trainer, pl_module, batch, batch_idx):
+            if pl_module.iteration == 2 and run.exists():
+                run.rename(elsewhere) if moves else shutil.rmtree(run)
+
+    make_trainer(callbacks=[History(run), Disappears()]).fit(ppo(6, iterations_per_epoch=2))
+    told = [r.getMessage() for r in caplog.records if "moved or deleted" in r.getMessage()]
+    assert len(told) == 1
+    assert told[0].startswith(f"{run / 'rank0' / 'history.jsonl'} was moved or deleted during")
+    if moves:
+        assert iterations(elsewhere / "rank0" / "history.jsonl") == [1, 2, 3, 4, 5, 6]
+
+
+def test_a_directory_that_stays_is_not_told_of(make_trainer, tmp_path, caplog):
+    make_trainer(callbacks=[History(tmp_path / "run")]).fit(ppo(4, iterations_per_epoch=2))
+    assert "moved or deleted" not in caplog.text

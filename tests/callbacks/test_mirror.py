@@ -17,7 +17,7 @@ from lightning.pytorch.loggers import TensorBoardLogger
 from torch.utils.data import DataLoader
 
 from esper_lightning import FlightRecorder, History, LastCheckpoint, train
-from esper_lightning.callbacks.mirror import Mirror, place_of
+from esper_lightning.callbacks.mirror import Mirror, place_of, require_writable
 from esper_lightning.callbacks.run_directory import run_directory
 from esper_lightning.cli.main import main
 from esper_lightning.train import run_plugins
@@ -105,6 +105,24 @@ def test_a_location_is_a_folder_or_an_address_with_one(tmp_path, location, folde
 def test_an_address_that_nobody_knows_is_no_folder():
     with pytest.raises(ValueError, match="protocol that fsspec knows, got 'nothing://a'"):
         place_of("nothing://a")
+
+
+@pytest.mark.parametrize("protocol", ["http", "https", "zip", "github", "simplecache", "data"])
+def test_an_address_that_is_never_written_to_is_refused(protocol):
+    with pytest.raises(ValueError, match=f"that can be written to, got '{protocol}://a/b'"):
+        place_of(f"{protocol}://a/b")
+    with pytest.raises(ValueError, match=f"Some.path must be .* written to, got '{protocol}:"):
+        require_writable("Some.path", f"{protocol}://a/b")
+
+
+def test_a_place_for_which_a_package_is_missing_is_refused():
+    with pytest.raises(ValueError, match=r"must be a place that this machine can reach, got 'tos"):
+        require_writable("Some.path", "tos://bucket")
+
+
+def test_an_address_that_cannot_be_reached_now_is_no_error():
+    assert place_of("ftp://127.0.0.1:1/x")[1] == "ftp://127.0.0.1:1/x"
+    require_writable("Some.path", "ftp://127.0.0.1:1/x")
 
 
 def test_a_protocol_of_a_class_that_the_user_registered(tmp_path, monkeypatch):

@@ -412,6 +412,18 @@ FIT = {
     "EarlyStopping.monitor must name a metric, got ''.",
     "--trainer.callbacks BestCheckpoint --trainer.callbacks.monitor ''": "error: "
     "BestCheckpoint.monitor must name a metric, got ''.",
+    # Metrics that the run does not have.
+    "--trainer.callbacks EarlyStopping --trainer.callbacks.monitor los/value": "error: "
+    "EarlyStopping.monitor must be a metric of this run, got 'los/value'. The nearest are "
+    "'loss/value', 'loss/policy'.",
+    "--trainer.callbacks EarlyStopping --trainer.callbacks.monitor x --trainer.callbacks.strict "
+    "false": "got 'x'. Known are rollout/episode_return_mean, ",
+    "--trainer.callbacks ModelCheckpoint --trainer.callbacks.monitor eval/return_mean": "error: "
+    "ModelCheckpoint.monitor must be a metric of this run, got 'eval/return_mean'. The nearest",
+    "--trainer.callbacks BestCheckpoint --trainer.callbacks.monitor reward": "error: "
+    "BestCheckpoint.monitor must be a metric of this run, got 'reward'.",
+    "--trainer.callbacks EarlyStopping --trainer.callbacks.monitor eval/episodes "
+    "--trainer.limit_val_batches 0": "got 'eval/episodes'. Nothing is evaluated with Trainer(limit",
     "--trainer.callbacks ModelCheckpoint --trainer.callbacks.filename 'a\0b'": "error: "
     r"ModelCheckpoint.filename must name a file, got 'a\x00b'.",
     "--trainer.profiler esper_lightning.WindowProfiler --trainer.profiler.filename ''": "error: "
@@ -460,10 +472,19 @@ FIT = {
     "--run_dir ''": "--run_dir must name a directory, got ''.",
     "--run_dir file": "--run_dir must be a folder that can be made (File exists), got 'file'.",
     "--run_dir file/below": "that can be made (Not a directory), got 'file/below'.",
+    "--run_dir copied": "'. It holds checkpoints/last.ckpt, which no run wrote.",
     "--run_dir dangling": "--run_dir must be a folder that can be made (File exists)",
     "--run_dir /proc/none/run": "(No such file or directory), got '/proc/none/run'.",
     "--run_dir s3://bucket/run": "The run directory must be a place that this machine can reach,"
     " got 's3://bucket/run'. Install s3fs",
+    "--run_dir http://host/run": "error: The run directory must be a path, or an address that can "
+    "be written to, got 'http://host/run'.",
+    "--run_dir https://host/run": "an address that can be written to, got 'https://host/run'.",
+    "--run_dir zip://run": "an address that can be written to, got 'zip://run'.",
+    "--run_dir nothing://run": "or an address of a protocol that fsspec knows, got 'nothing://run'.",
+    "--trainer.logger CSVLogger --trainer.logger.save_dir http://host/x": "an address that can be",
+    "--trainer.callbacks ModelCheckpoint --trainer.callbacks.dirpath http://host/x": "error: "
+    "ModelCheckpoint.dirpath must be a path, or an address that can be written to, got 'http://host",
     "--run_dir 'a\0b'": "--run_dir must be a folder that can be made (embedded null byte)",
     f"--run_dir {LONG}": "--run_dir must be a folder that can be made (File name too long)",
     "--trainer.logger CSVLogger --trainer.logger.save_dir file": "(Not a directory)",
@@ -581,6 +602,8 @@ def _folder_of_mistakes(tmp_path_factory):
         (folder / name).write_bytes(content)
     (folder / "file").write_text("no folder")
     (folder / "folder").mkdir()
+    (folder / "copied" / "checkpoints").mkdir(parents=True)
+    (folder / "copied" / "checkpoints" / "last.ckpt").write_bytes(b"of another machine")
     os.mkfifo(folder / "fifo")
     for name in ("pipes", "texts", "links"):
         (folder / name).mkdir()

@@ -413,7 +413,11 @@ OTHER_PROBLEMS = [
     (ReturnsTuple, "step() must return a StepResult, got tuple."),
     (ReturnsObsOnly, "reset() must return (obs, action_mask), got dict."),
     (ResetObsShape, "reset().obs['actor'] must have shape [8, 2], got [8, 1]."),
-    (ResetInfo, "reset().action_mask must be declared in EnvSpaces, got groups []."),
+    (
+        ResetInfo,
+        "reset() must return (obs, action_mask), got (obs, info). The mask is None without one. "
+        "Gymnasium(...) and Custom(...) adapt environments of Gymnasium's interface.",
+    ),
     (StepInfo, "step().action_mask must be declared in EnvSpaces, got groups []."),
     (ForgetsReset, "step().episode_length must count the episode's steps, got 6 in environment "),
     (

@@ -96,7 +96,7 @@ class Overwrites(cases.Walk):
     [
         (
             returning(lambda r: (r.obs, r.reward, r.terminated, r.truncated, {})),
-            "step() must return",
+            "step() must return a StepResult, got tuple. Gymnasium(...) and Custom(...) adapt",
         ),
         (
             returning(lambda r: (r.obs, r.reward, r.terminated, {})),
@@ -145,7 +145,11 @@ class Overwrites(cases.Walk):
         (starting(lambda pair: None), "reset() must return (obs, action_mask), got NoneType."),
         (
             starting(lambda pair: (pair[0], {})),
-            "reset().action_mask must be a bool tensor of",
+            "reset() must return (obs, action_mask), got (obs, info). The mask is None ",
+        ),
+        (
+            starting(lambda pair: (pair[0], {"seed": 1, "lives": [3]})),
+            "reset() must return (obs, action_mask), got (obs, info). The mask is None ",
         ),
         (
             starting(lambda pair: (pair[0], pair[1] & False)),
@@ -153,7 +157,8 @@ class Overwrites(cases.Walk):
         ),
         (
             starting(lambda pair: ({k: np.asarray(v) for k, v in pair[0].items()}, pair[1])),
-            "reset().obs['actor'] must be a floating tensor of shape [8, 2], got ",
+            "reset().obs['actor'] must be a floating tensor of shape [8, 2], got a ndarray. "
+            "torch.as_tensor(array, device=device) makes one.",
         ),
         (Overwrites, "reset().obs must keep its values when stepped on, got others."),
         (cases.WritesAction, "step().action must be left as it was, got another."),

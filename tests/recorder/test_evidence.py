@@ -5,6 +5,7 @@ import shutil
 import signal
 import threading
 import time
+from types import SimpleNamespace
 
 import pytest
 from lightning.pytorch import Callback
@@ -12,6 +13,7 @@ from lightning.pytorch import Callback
 from esper_lightning import FlightRecorder
 from esper_lightning.recorder import rescue
 from esper_lightning.recorder.evidence import Death, HoldsEvidence
+from esper_lightning.recorder.evidence_steps import steps_of_holders
 from tests import forked
 from tests.recorder import test_flight_recorder
 from tests.recorder.test_flight_recorder import Plain, raise_at
@@ -107,6 +109,16 @@ def test_of_two_callbacks_of_one_class_is_in_two_folders(fit, files):
     evidence = evidence_of(files)
     assert evidence["Diary"] == SAVED
     assert evidence["Diary-2"] == {**SAVED, "path": "evidence/Diary-2"}
+
+
+def test_of_two_classes_of_one_name_has_two_names():
+    kinds = [type("Twin", (Silent,), {"__module__": module}) for module in ("one", "other")]
+    of_the_recorder = type("history", (Silent,), {})
+    callbacks = [*(kind() for kind in kinds), of_the_recorder()]
+    run = SimpleNamespace(
+        callbacks=lambda: callbacks, trainer=SimpleNamespace(lightning_module=None)
+    )
+    assert [step.name for step in steps_of_holders(run)] == ["Twin", "Twin-2", "history-2"]
 
 
 def test_that_fails_is_in_the_report_and_costs_no_other(fit, files):

@@ -6,7 +6,8 @@ import time
 import pytest
 
 from esper_lightning.recorder import watchdog as module
-from esper_lightning.recorder.watchdog import Arrival, Watchdog, awake_s
+from esper_lightning.recorder.awake import awake_s
+from esper_lightning.recorder.watchdog import Arrival, Watchdog
 
 
 class Run:
@@ -114,14 +115,3 @@ def test_a_signal_that_ends_the_process_takes_the_place_of_ctrl_c(run, watchdog)
     run.signals = [signal.SIGTERM]
     time.sleep(0.8)
     assert run.exits[0] == 143
-
-
-def test_time_in_which_nobody_looked_at_the_clock_does_not_count(monkeypatch):
-    now = [100.0]
-    monkeypatch.setattr(module.time, "monotonic", lambda: now[0])
-    clock = module._AwakeClock()
-    began = clock()
-    for step in (0.1, 0.4, 300.0, 0.1):
-        now[0] += step
-        clock()
-    assert clock() - began == pytest.approx(0.1 + 0.4 + 0.1 + 0.1)

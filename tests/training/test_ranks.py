@@ -14,17 +14,20 @@ from pathlib import Path
 
 import pytest
 import torch
+from lightning.fabric.plugins.environments.lightning import find_free_network_port
 from lightning.pytorch import Trainer
 from lightning.pytorch.strategies import FSDPStrategy
+from torch.distributed import DistStoreError
 
 from esper_lightning import PPO, PPOConfig
+from esper_lightning.core.ranks import RanksDisagreeError
 from esper_lightning.core.tensor_trees import named_tensors
 from esper_lightning.envs import CartPole
 from esper_lightning.envs.morphogenesis.lifecycle import Stage
 from esper_lightning.forensics.files import read_json_lines
 from esper_lightning.forensics.rank_record import ProcessRecord
 from esper_lightning.forensics.remains import examine, first_failure
-from esper_lightning.training.checkpoint import hooks
+from esper_lightning.training.checkpoint import meeting
 from tests import forked
 from tests.callbacks.test_run_directory import somebody_in
 from tests.training import halves
@@ -205,7 +208,7 @@ def test_ranks_that_are_refused_a_directory_leave_it_as_it_was(tmp_path):
 def test_ranks_that_wait_long_for_others_say_where(make_trainer, monkeypatch, caplog):
     monkeypatch.setenv("MASTER_ADDR", "first-host")
     monkeypatch.setenv("MASTER_PORT", "1234")
-    monkeypatch.setattr(hooks, "_MEETING_S", 0.05)
+    monkeypatch.setattr(meeting, "_MEETING_S", 0.05)
     model = attached(make_trainer(devices=2, strategy="ddp"))
 
     def fails():
@@ -216,6 +219,56 @@ def test_ranks_that_wait_long_for_others_say_where(make_trainer, monkeypatch, ca
     with pytest.raises(TimeoutError):
         model.refuse_other_ranks()
     assert "Rank 0 has waited 0.05 s for all 2 ranks to meet at first-host:1234." in caplog.text
+
+
+@pytest.mark.parametrize("refused", [0, 1])
+def test_a_rank_that_was_refused_before_the_meeting_tells_the_others(tmp_path, refused):
+    place = {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(find_free_network_port())}
+    began, files = time.monotonic(), [tmp_path / f"stderr{rank}" for rank in range(2)]
+    processes = []
+    for rank, file in enumerate(files):
+        more = {**place, "NODE_RANK": str(rank), "LOCAL_RANK": "0"}
+        words = (tmp_path / "run", "refused" if rank == refused else "")
+        with file.open("wb") as stderr:
+            processes.append(start("refused.py", *words, stderr=stderr, more=more))
+    try:
+        assert [process.wait(100) for process in processes] == [1, 1]
+    finally:
+        for process in processes:
+            process.kill()
+    assert time.monotonic() - began < 60  # of half an hour
+    said = [file.read_text() for file in files]
+    assert "ValueError: PPOConfig.clip must be other" in said[refused]
+    assert (
+        f"RanksDisagreeError: All ranks must be able to start; rank {refused}: "
+        "ValueError: PPOConfig.clip must be other, got 1.0."
+    ) in said[1 - refused]
+    assert not (tmp_path / "run").exists()
+
+
+def test_ranks_that_never_meet_are_told_in_one_line(make_trainer, monkeypatch):
+    monkeypatch.setenv("MASTER_ADDR", "first-host")
+    monkeypatch.setenv("MASTER_PORT", "1234")
+    model = attached(make_trainer(devices=2, strategy="ddp"))
+
+    def fails():
+        raise DistStoreError("Timed out after 1801 seconds waiting for clients.\nMore.")
+
+    monkeypatch.setattr(model.trainer.strategy, "setup_environment", fails)
+    said = (
+        "All 2 ranks must meet at first-host:1234, got 'Timed out after 1801 seconds waiting for "
+        "clients.'. The output of the rank that is missing says why."
+    )
+    with pytest.raises(RanksDisagreeError) as caught:
+        model.refuse_other_ranks()
+    assert str(caught.value) == said
+
+
+def test_nobody_is_told_by_a_rank_without_others(make_trainer, monkeypatch):
+    trainer = make_trainer()
+    monkeypatch.setattr(trainer.strategy, "setup_environment", None)
+    with pytest.raises(KeyError, match="mine"), meeting.tells_other_ranks(trainer):
+        raise KeyError("mine")
 
 
 def test_ranks_whose_weights_come_apart_stop_before_they_are_saved(tmp_path):

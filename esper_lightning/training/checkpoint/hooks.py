@@ -3,15 +3,11 @@
 # pyright: reportAttributeAccessIssue=false
 # pyright: reportUnknownVariableType=false, reportUnknownArgumentType=false
 
-import contextlib
 import logging
-import os
-import threading
-from collections.abc import Generator
 from pathlib import Path
 from typing import Any, Self
 
-from lightning.pytorch import LightningModule, Trainer
+from lightning.pytorch import LightningModule
 from lightning.pytorch.trainer.states import TrainerFn
 from typing_extensions import override
 
@@ -22,6 +18,7 @@ from esper_lightning.policies.base import Policy
 from esper_lightning.ppo.extension import Extensions
 from esper_lightning.ppo.optimizer import trained_parameters
 from esper_lightning.training.checkpoint.content import STATE_KEY, refuse_not_ours
+from esper_lightning.training.checkpoint.meeting import meet
 from esper_lightning.training.checkpoint.resumption import (
     Resumption,
     rank_states,
@@ -43,24 +40,6 @@ from esper_lightning.training.settings import PPOSettings
 __all__ = ["CheckpointHooks"]
 
 _log = logging.getLogger(__name__)
-_MEETING_S = 30.0  # hosts of one job start within this time
-
-
-@contextlib.contextmanager
-def _said_when_long(trainer: Trainer) -> Generator[None]:
-    """Name what the ranks wait for where they do not meet soon: a rank may have been refused."""
-    place = ":".join(os.environ.get(name, "?") for name in ("MASTER_ADDR", "MASTER_PORT"))
-    text = (
-        f"Rank {trainer.global_rank} has waited {_MEETING_S:g} s for all {trainer.world_size} ranks"
-        f" to meet at {place}. A rank whose settings or directory were refused never comes."
-    )
-    timer = threading.Timer(_MEETING_S, _log.warning, [text])
-    timer.daemon = True
-    timer.start()
-    try:
-        yield
-    finally:
-        timer.cancel()
 
 
 class CheckpointHooks(LightningModule):
@@ -107,8 +86,7 @@ class CheckpointHooks(LightningModule):
         """
         trainer = self.trainer
         if trainer.world_size > 1:
-            with _said_when_long(trainer):  # the Trainer calls this again, without effect
-                trainer.strategy.setup_environment()
+            meet(trainer)
             refuse_other_ranks(
                 Ranks(trainer.world_size),
                 self.settings,

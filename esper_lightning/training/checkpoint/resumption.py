@@ -5,7 +5,7 @@ iterations only, because within an iteration they are ahead of the counters. Ran
 different states are refused.
 """
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple, Self
 
@@ -13,7 +13,7 @@ import torch
 from torch import nn
 
 from esper_lightning.core.errors import require
-from esper_lightning.core.ranks import Ranks, RanksDisagreeError
+from esper_lightning.core.ranks import Arrival, Ranks, RanksDisagreeError
 from esper_lightning.core.seeding import global_random_states, set_global_random_states
 from esper_lightning.ppo.learner import Learner
 from esper_lightning.training.checkpoint.content import STATE_KEY, refuse_not_ours
@@ -113,9 +113,11 @@ def refuse_other_ranks(
             rank cannot start; the error is raised on every rank.
         ValueError: If no rank can start: the error of this rank.
     """
+    own = {name: value for name, value in settings.to_data().items() if name != "warm_start"}
+    arrived: list[Arrival] = ranks.gather_objects(Arrival(own))
+    _refuse_problems([each.problem for each in arrived])
     try:
-        own = {name: value for name, value in settings.to_data().items() if name != "warm_start"}
-        name, values = first_difference("PPO", ranks.gather_objects(own))
+        name, values = first_difference("PPO", [each.settings for each in arrived])
         hint = "Every host must have the same settings."
         require(not values, name, "be the same on all ranks", values, hint)
     except ValueError as error:
@@ -131,11 +133,7 @@ def refuse_other_ranks(
     everyones: list[_Start] = ranks.gather_objects(mine)
     if failure is not None and all(start.problem for start in everyones):
         raise failure
-    for rank, start in enumerate(everyones):
-        if start.problem:
-            raise RanksDisagreeError(
-                f"All ranks must be able to start; rank {rank}: {start.problem}"
-            )
+    _refuse_problems([start.problem for start in everyones])
     got: list[int | str] = [start.iteration for start in everyones]
     if len(set(got)) == 1:  # then hashes tell the files apart
         got = [f"iteration {s.iteration} of {s.loaded ^ s.weights:012x}" for s in everyones]
@@ -146,6 +144,12 @@ def refuse_other_ranks(
         require(len(set(everyones)) == 1, field, "be the same on all ranks", got, hint)
     except ValueError as error:
         raise RanksDisagreeError(str(error)) from None
+
+
+def _refuse_problems(problems: Sequence[str]) -> None:
+    for rank, problem in enumerate(problems):
+        if problem:
+            raise RanksDisagreeError(f"All ranks must be able to start; rank {rank}: {problem}")
 
 
 def _start(
