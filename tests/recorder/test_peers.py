@@ -2,7 +2,6 @@
 
 import os
 import subprocess
-import sys
 import threading
 import time
 
@@ -19,6 +18,7 @@ from esper_lightning.recorder.peers import (
     lost_a_peer,
     meet,
 )
+from tests import forked
 from tests.reports import read_report, write_report
 
 
@@ -155,18 +155,15 @@ except RuntimeError as error:
 @pytest.mark.ddp
 @pytest.mark.parametrize("way", ["call", "work"])
 def test_a_real_collective_that_lost_its_peer(tmp_path, way):
-    ranks = [
-        subprocess.Popen(
-            [sys.executable, "-c", DIES, str(rank), str(tmp_path / "store"), way],
-            stdout=subprocess.PIPE if rank == 0 else subprocess.DEVNULL,
-            text=True,
-            env={**os.environ, "OMP_NUM_THREADS": "1"},
-        )
-        for rank in range(2)
-    ]
-    said, _ = ranks[0].communicate(timeout=100)
+    said = tmp_path / "said"
+    with said.open("wb") as file, (tmp_path / "of the other").open("wb") as other:
+        ranks = [
+            forked.start(["-c", DIES, rank, tmp_path / "store", way], output=output)
+            for rank, output in enumerate((file, other))
+        ]
+    assert ranks[0].wait(100) == 0
     ranks[1].wait(10)
-    assert said.startswith("True "), said
+    assert said.read_text().startswith("True "), said.read_text()
 
 
 def alter(layout, rank, **fields):

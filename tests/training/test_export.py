@@ -126,7 +126,7 @@ def loaded(path, file_format):
     [
         ("CartPole, GRU", "torch"),
         ("groups and masks, LSTM", "torch"),
-        ("growth, GRU", "torch"),
+        pytest.param("growth, GRU", "torch", marks=pytest.mark.slow),
         ("CartPole, GRU", "onnx"),
         ("growth, LSTM", "onnx"),
     ],

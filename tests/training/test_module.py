@@ -568,7 +568,7 @@ class TestCheckpoints:
         self, make_trainer, tmp_path, caplog
     ):
         env = self.Simulator(num_envs=4)
-        check_env(env)
+        check_env(env, steps=20)
         _, path = self.saved(make_trainer, tmp_path, env=env)
         more = cartpole(env=env, total_env_steps=32 * 5)
         rows = fit(more, make_trainer(), ckpt_path=path, weights_only=True)

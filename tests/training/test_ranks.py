@@ -391,7 +391,10 @@ def of_growth(tmp_path_factory):
 
 
 @pytest.mark.crash
-@pytest.mark.parametrize(("fault", "expected"), [("SIGKILL", -9), ("SIGTERM", 143)])
+@pytest.mark.parametrize(
+    ("fault", "expected"),
+    [("SIGKILL", -9), pytest.param("SIGTERM", 143, marks=pytest.mark.slow)],
+)
 def test_a_run_killed_in_the_middle_of_blending_is_resumed_bit_for_bit(
     tmp_path, of_growth, fault, expected
 ):
