@@ -11,6 +11,7 @@ import logging
 import time
 from collections.abc import Iterable
 from dataclasses import replace
+from functools import partial
 from typing import Any, cast
 
 import torch
@@ -24,14 +25,11 @@ from esper_lightning.compiling.loops import CompileMode
 from esper_lightning.core.ranks import Ranks
 from esper_lightning.core.running_stats import ObsNormalizer, RunningStats, normalized_space
 from esper_lightning.core.seeding import require_torch_defaults, stream, stream_seed
-from esper_lightning.core.types import Observation
 from esper_lightning.envs.base import EnvSpec
-from esper_lightning.policies import MLP
 from esper_lightning.policies.base import PolicySpec
 from esper_lightning.ppo.agent import Agent, prepare_obs
 from esper_lightning.ppo.config import PPOConfig
 from esper_lightning.ppo.extension import Extensions, ExtensionSpec
-from esper_lightning.ppo.learner import Learner
 from esper_lightning.ppo.optimizer import (
     adapt_learning_rate,
     build_optimizer,
@@ -39,8 +37,7 @@ from esper_lightning.ppo.optimizer import (
 )
 from esper_lightning.training import trainer_rules
 from esper_lightning.training.checkpoint.hooks import CheckpointHooks
-from esper_lightning.training.checkpoint.resumption import Resumption
-from esper_lightning.training.environments import CloseEnvironments
+from esper_lightning.training.environments import CloseEnvironments, build_learner
 from esper_lightning.training.evaluation import Evaluation
 from esper_lightning.training.iterations import Iterations
 from esper_lightning.training.progress import Progress
@@ -76,15 +73,15 @@ class PPO(CheckpointHooks):
     def __init__(
         self,
         env: EnvSpec,
-        policy: PolicySpec = MLP(),  # noqa: B008 - frozen
-        ppo: PPOConfig = PPOConfig(),  # noqa: B008 - frozen
-        seed: int = 0,
-        total_env_steps: int | None = None,
-        iterations_per_epoch: int = 50,
-        eval_episodes: int | None = None,
-        compile: CompileMode = "off",  # noqa: A002 - the usual name of the setting
-        warm_start: str | None = None,
-        extensions: tuple[ExtensionSpec, ...] = (),
+        policy: PolicySpec = PPOSettings.policy,
+        ppo: PPOConfig = PPOSettings.ppo,
+        seed: int = PPOSettings.seed,
+        total_env_steps: int | None = PPOSettings.total_env_steps,
+        iterations_per_epoch: int = PPOSettings.iterations_per_epoch,
+        eval_episodes: int | None = PPOSettings.eval_episodes,
+        compile: CompileMode = PPOSettings.compile,  # noqa: A002 - the usual name of the setting
+        warm_start: str | None = PPOSettings.warm_start,
+        extensions: tuple[ExtensionSpec, ...] = PPOSettings.extensions,
     ) -> None:
         """Check the settings and build the networks; environments are built when a run starts.
 
@@ -237,7 +234,8 @@ class PPO(CheckpointHooks):
         Where evaluation and training share a simulator, training continues with new episodes.
         """
         rank = self.global_rank
-        self.evaluation.play(self.policy, self._normalize, device=self.device, rank=rank)
+        normalize = partial(prepare_obs, normalizer=self.obs_normalizer)
+        self.evaluation.play(self.policy, normalize, device=self.device, rank=rank)
         if (
             getattr(self.env, "shared", False)
             and self.trainer.state.stage == RunningStage.VALIDATING
@@ -302,23 +300,14 @@ class PPO(CheckpointHooks):
         if stage != "fit":
             return
         trainer_rules.silence_checkpoint_advice()
-        device, rank = self.trainer.strategy.root_device, self.trainer.global_rank
         self._ranks = Ranks(self.trainer.world_size)
-
-        def name(purpose: str) -> str:  # so that a second fit does not repeat the first one's noise
-            return f"{purpose} from iteration {self.iteration}"
-
-        env_seed = stream_seed(self.seed, rank=rank, purpose=name("environments"))
-        self._learner = Learner(
-            self.env,
-            self.env.build(device, env_seed),
+        self._learner = build_learner(
+            self.settings,
             Agent(self.policy, self.obs_normalizer, self.extensions),
-            self.ppo,
             self.return_stats,
-            exploration=stream(self.seed, rank=rank, purpose=name("acting"), device=device),
-            sample_order=stream(self.seed, rank=rank, purpose=name("order"), device=device),
-            mode=self.settings.compile,
-            device=device,
+            iteration=self.iteration,
+            device=self.trainer.strategy.root_device,
+            rank=self.trainer.global_rank,
             ranks=self._ranks,
         )
 
@@ -334,26 +323,14 @@ class PPO(CheckpointHooks):
         self._guard_loggers()
         self._optimizer = cast(torch.optim.Adam, self.optimizers(use_pl_optimizer=False))
         self._optimizer.param_groups[0]["eps"] = self.ppo.adam_eps  # not that of a checkpoint
-        budget, ranks = self.settings.total_env_steps, self._ranks.size
         self.progress.planned_env_steps = trainer_rules.planned_env_steps(
-            self.trainer,
-            done=self.env_steps,
-            per_iteration=self.ppo.rollout_steps * self.env.num_envs * ranks,
-            budget=budget,
+            self.trainer, self.progress, ranks=self._ranks.size
         )
         self._learner.begin_iteration(self.progress.of_run())  # resets may depend on it
-        resumption = self._resumption or Resumption(rank_state=None)
-        resumed = resumption.start(self._learner, self._optimizer)
-        self.progress.new_episodes = self.is_resuming and not resumed
-        self._resumption = None
-        if self.progress.new_episodes:
-            _log.warning(
-                "The checkpoint holds no environments of rank %d: new episodes begin there.",
-                self.global_rank,
-            )
-        if self.progress.next_rollout_steps(ranks) == 0:
+        self.start_learner(self._learner, self._optimizer)
+        if self.progress.next_rollout_steps(self._ranks.size) == 0:
             used = "PPO.total_env_steps=%s is used up: %d env steps were taken. Nothing to train."
-            _log.warning(used, budget, self.env_steps)
+            _log.warning(used, self.settings.total_env_steps, self.env_steps)
             self.trainer.should_stop = True
 
     def _guard_loggers(self) -> None:
@@ -363,6 +340,3 @@ class PPO(CheckpointHooks):
         """
         if not self.trainer.fast_dev_run:  # fast_dev_run has dummies in place of loggers
             guard_loggers(self.trainer.loggers, lambda: self.env_steps)
-
-    def _normalize(self, obs: Observation) -> Observation:
-        return prepare_obs(obs, self.obs_normalizer)
