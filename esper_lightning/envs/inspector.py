@@ -11,7 +11,7 @@ from typing import Any, cast
 import torch
 from torch import Tensor
 
-from esper_lightning.core.errors import Words
+from esper_lightning.core.errors import Words, missing_members
 from esper_lightning.core.spaces import EnvSpaces
 from esper_lightning.core.tensor_trees import leaves, map_tree
 from esper_lightning.core.types import Observation, StepResult
@@ -43,7 +43,7 @@ FIRST_STEPS = 8  # number of steps of a run that are inspected
 
 def require_members(owner: object, members: tuple[str, ...], report: Report) -> None:
     """Raise ``UncheckableError`` unless ``owner`` has all members."""
-    missing = [name for name in members if not hasattr(owner, name)]
+    missing = missing_members(owner, members)
     got = Words(f"{type(owner).__name__} without {', '.join(missing)}")
     report.insist(not missing, "members", f"be {', '.join(members)}", got)
 

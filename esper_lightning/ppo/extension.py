@@ -5,8 +5,8 @@ loss reaches every minibatch; rollouts, advantages and gradient steps stay those
 """
 
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Iterator, Mapping
-from typing import Any, NamedTuple, cast
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from typing import Any, NamedTuple, Self, cast
 
 import torch
 from torch import Tensor, nn
@@ -107,6 +107,33 @@ class ExtensionSpec(ABC):
 
 class Extensions(nn.ModuleList):
     """All extensions of a run, in their order."""
+
+    @classmethod
+    def build(
+        cls, specs: Iterable[ExtensionSpec], spaces: EnvSpaces, generator: torch.Generator
+    ) -> Self:
+        """Build the extension of each spec, on the CPU.
+
+        Args:
+            specs: Specs of the extensions.
+            spaces: Observations and actions of the environment, before any normalisation.
+            generator: Source of the initial weights, for one extension after the other.
+
+        Raises:
+            ValueError: If a spec built something else than an extension, or an extension that adds
+                nothing to PPO.
+        """
+        built = [
+            (f"{type(spec).__name__}.build()", spec.build(spaces, generator)) for spec in specs
+        ]
+        for field, one in built:
+            kind: Any = type(one)
+            require(isinstance(one, Extension), field, "return an Extension", Words(kind.__name__))
+            both = (kind.prepare, kind.losses)
+            adds = both != (Extension.prepare, Extension.losses)
+            rule = "return an extension that overrides prepare or losses"
+            require(adds, field, rule, Words(kind.__name__))
+        return cls(one for _, one in built)
 
     @override
     def __iter__(self) -> Iterator[Extension]:

@@ -11,7 +11,6 @@ import logging
 import time
 from collections.abc import Iterable
 from dataclasses import replace
-from functools import partial
 from typing import Any, cast
 
 import torch
@@ -25,8 +24,9 @@ from esper_lightning.compiling.loops import CompileMode
 from esper_lightning.core.ranks import Ranks
 from esper_lightning.core.running_stats import ObsNormalizer, RunningStats, normalized_space
 from esper_lightning.core.seeding import require_torch_defaults, stream, stream_seed
+from esper_lightning.core.types import Observation
 from esper_lightning.envs.base import EnvSpec
-from esper_lightning.policies.base import PolicySpec
+from esper_lightning.policies.base import PolicySpec, build_policy
 from esper_lightning.ppo.agent import Agent, prepare_obs
 from esper_lightning.ppo.config import PPOConfig
 from esper_lightning.ppo.extension import Extensions, ExtensionSpec
@@ -138,9 +138,8 @@ class PPO(CheckpointHooks):
         spaces = self.env_spaces = self.env.spaces()
         normalizes, clip = self.ppo.normalize_obs, self.ppo.obs_clip
         seen = normalized_space(spaces.obs, clip=clip) if normalizes else spaces.obs
-        self.policy = settings.policy.build(replace(spaces, obs=seen), weights)
-        built = (extension.build(spaces, weights) for extension in settings.extensions)
-        self.extensions = Extensions(built)
+        self.policy = build_policy(settings.policy, replace(spaces, obs=seen), weights)
+        self.extensions = Extensions.build(settings.extensions, spaces, weights)
         whole_sequences = self.policy.memory_size > 0
         self.ppo.check_against(num_envs=self.env.num_envs, whole_sequences=whole_sequences)
         self.obs_normalizer = ObsNormalizer(spaces.obs, clip=clip) if normalizes else None
@@ -234,8 +233,7 @@ class PPO(CheckpointHooks):
         Where evaluation and training share a simulator, training continues with new episodes.
         """
         rank = self.global_rank
-        normalize = partial(prepare_obs, normalizer=self.obs_normalizer)
-        self.evaluation.play(self.policy, normalize, device=self.device, rank=rank)
+        self.evaluation.play(self.policy, self._normalize, device=self.device, rank=rank)
         if (
             getattr(self.env, "shared", False)
             and self.trainer.state.stage == RunningStage.VALIDATING
@@ -340,3 +338,6 @@ class PPO(CheckpointHooks):
         """
         if not self.trainer.fast_dev_run:  # fast_dev_run has dummies in place of loggers
             guard_loggers(self.trainer.loggers, lambda: self.env_steps)
+
+    def _normalize(self, obs: Observation) -> Observation:
+        return prepare_obs(obs, self.obs_normalizer)

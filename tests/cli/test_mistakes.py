@@ -333,7 +333,7 @@ FIT = {
     "--model.env no_such.Env": "can be imported, got 'no_such.Env': No module named 'no_such'.",
     "--model.env torch.NoSuchEnv": "module 'torch' has no attribute 'NoSuchEnv'.",
     "--model.policy MPL": "got 'MPL'. The nearest is 'MLP'. Known are CNN, Composed, MLP,"
-    " Recurrent.",
+    " Recurrent. A class of your own is named by its import path, package.module.Class.",
     "--model.policy CartPole": "must be the name of a class of PolicySpec, got 'CartPole'",
     "--trainer.logger TensorBord": "got 'TensorBord'. The nearest is 'TensorBoardLogger'.",
     "--trainer.logger CSVLogger": "trainer.logger.save_dir must be given.",
