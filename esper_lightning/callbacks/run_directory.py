@@ -142,7 +142,8 @@ def begin_run_directory(trainer: Trainer) -> None:
             is claimed if no callback writes into a run directory.
 
     Raises:
-        DirectoryRefusedError: As ``open_run_directory``.
+        DirectoryRefusedError: If a living run owns the directory, or if the directory has files
+            where a run has its own, and no run wrote them; raised on all ranks.
     """
     callbacks: list[Any] = trainer.callbacks
     if trainer.fast_dev_run or not any(isinstance(each, WritesRun) for each in callbacks):

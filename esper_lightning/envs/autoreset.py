@@ -143,7 +143,7 @@ class AutoresetEnv:
                 buffer.copy_(value)
 
     def draw(self, steps: int) -> Float[Tensor, "T B S"]:
-        """Initial states for the next ``T`` steps, from the random stream.
+        """Sample initial states for the next ``T`` steps from the random stream.
 
         On a CPU one call for ``T`` steps returns the same numbers as ``T`` calls for one step.
         """

@@ -139,7 +139,12 @@ def rollout_metrics(episodes: float, recent: RecentEpisodes) -> dict[str, float 
 def evaluation_metrics(
     episode_return: Float[Tensor, " N"], episode_length: Float[Tensor, " N"]
 ) -> dict[str, float]:
-    """Summary of ``N`` evaluation episodes; the standard deviation is over episodes."""
+    """Metrics of the ``N`` episodes of an evaluation; the standard deviation is over episodes.
+
+    Args:
+        episode_return: Return of each episode.
+        episode_length: Length of each episode, in steps.
+    """
     return {
         EVAL_RETURN: episode_return.mean().item(),
         "eval/episode_return_std": episode_return.std(correction=0).item(),
