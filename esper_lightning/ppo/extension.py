@@ -1,8 +1,8 @@
 """Extensions of PPO: rewards, terms of the loss and metrics that are added to those of PPO.
 
-Axes: ``T`` step, ``B`` environment, ``M`` sample. ``PPO(extensions=...)`` takes an ``ExtensionSpec``
-for each. A reward of an extension is added before the advantages are estimated, and a term of the
-loss is added to the loss of every minibatch. An extension replaces nothing of PPO.
+Axes: ``T`` step, ``B`` environment, ``M`` sample. ``PPO(extensions=...)`` takes the spec of
+each extension. A reward of an extension is added before the advantages are estimated, and a term of
+the loss is added to the loss of every minibatch. An extension replaces nothing of PPO.
 """
 
 from abc import ABC, abstractmethod
@@ -50,9 +50,9 @@ class Prepared(NamedTuple):
 class Extension(nn.Module):
     """A module that adds rewards, terms of the loss or metrics to PPO.
 
-    A subclass overrides ``prepare``, ``losses`` or both. Between two calls of ``losses`` only buffers
-    and parameters may change, and only in place: compiled code reads other attributes, and numbers
-    in ``kept``, once.
+    A subclass overrides ``prepare``, ``losses`` or both. Between two calls of ``losses`` only
+    buffers and parameters may change, and only in place: compiled code reads other attributes, and
+    numbers in ``kept``, once.
 
     Parameters that require a gradient are trained by PPO's optimizer, together with the policy.
     Parameters and buffers are in the checkpoint and must be the same on all ranks: gradients are

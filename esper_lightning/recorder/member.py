@@ -34,7 +34,7 @@ class Recorded(Protocol):
 
         Args:
             error: Error that ends the run.
-            lingers: Whether the thread that noticed the death waits afterwards for other threads.
+            lingers: Whether Lightning will shut down the run, and ``leave`` is called afterwards.
         """
         ...
 
