@@ -31,7 +31,6 @@ _MODE = "plain yaml"
 _MOST_BYTES = 10_000_000
 _READING: Any = getattr(jsonargparse._util, "config_load_stack", None)  # pyright: ignore[reportPrivateUsage, reportAttributeAccessIssue]
 _BY_NAME = "must hold settings by their names, or name a file with some"
-_BY_PATH = "A class of your own is named by its import path, package.module.Class."
 _COMMAND = re.compile(r"^(fit|evaluate)\.")
 _BAD_CLASS = re.compile(r"Problem with given class_path '(\S*?)': (.*?)(?: - |Given value|$)")
 _NO_SETTINGS = ("help", "print_config")
@@ -204,7 +203,7 @@ def _explain_value(parser: SettingsParser, key: str, text: str) -> SettingsError
     if ambiguous or typehint is None:
         return SettingsError(key, f": {ambiguous[0] if ambiguous else text}")
     choices = choices_of(typehint)
-    known = f" Known are {listed(choices)}. {_BY_PATH}" if choices else ""
+    known = f" Known are {listed(choices)}, or an import path." if choices else ""
     if value is None:
         return SettingsError(key, f" must be {rule_of(typehint)}: {text}.{known}")
     hint = nearest(value, choices or map(str, literals_of(typehint))) + known
