@@ -16,15 +16,14 @@ from lightning.pytorch.loggers import TensorBoardLogger
 from lightning.pytorch.plugins import CheckpointIO
 
 from esper_lightning.callbacks.checkpoints import BestCheckpoint, LastCheckpoint
+from esper_lightning.callbacks.directory_choice import claim_new, given_directory
 from esper_lightning.callbacks.history import History
 from esper_lightning.callbacks.lightning_internals import checkpoint_io_of
 from esper_lightning.callbacks.mirror import Mirror, place_of
 from esper_lightning.callbacks.progress import RunProgressBar
 from esper_lightning.callbacks.run_directory import (
     assign_run_directory,
-    claim_new,
     end_run,
-    given_directory,
     run_directory,
 )
 from esper_lightning.compiling.loops import CompileMode
@@ -34,7 +33,6 @@ from esper_lightning.envs.base import EnvSpec, spec_name
 from esper_lightning.forensics.claims import claim
 from esper_lightning.forensics.files import read_json_lines, write_atomically
 from esper_lightning.forensics.layout import RankLayout, RunLayout
-from esper_lightning.policies import MLP
 from esper_lightning.policies.base import PolicySpec
 from esper_lightning.ppo.config import PPOConfig
 from esper_lightning.ppo.extension import ExtensionSpec
@@ -45,6 +43,7 @@ from esper_lightning.training.checkpoint.files import CHECKPOINT_BEGINS, AtomicC
 from esper_lightning.training.checkpoint.meeting import tells_other_ranks
 from esper_lightning.training.checkpoint.states import load_checkpoint
 from esper_lightning.training.module import PPO
+from esper_lightning.training.settings import PPOSettings
 from esper_lightning.training.specs import require_specs
 from esper_lightning.training.trainer_rules import refuse_trainer
 
@@ -67,9 +66,9 @@ def train_ppo_vectorized(
     env: EnvSpec,
     *,
     iterations: int,
-    ppo: PPOConfig = PPOConfig(),  # noqa: B008 - frozen
-    policy: PolicySpec = MLP(),  # noqa: B008 - frozen
-    seed: int = 0,
+    ppo: PPOConfig = PPOSettings.ppo,
+    policy: PolicySpec = PPOSettings.policy,
+    seed: int = PPOSettings.seed,
     device: str = "auto",
     devices: int = 1,
     run_dir: str | Path | None = None,
@@ -85,10 +84,10 @@ def train_ppo_vectorized(
     torch_profiler_summary: bool = False,
     save_path: str | Path | None = None,
     resume_path: str | Path | None = None,
-    compile: CompileMode = "off",  # noqa: A002 - the usual name of the setting
+    compile: CompileMode = PPOSettings.compile,  # noqa: A002 - the usual name of the setting
     evaluate_every: int | None = None,
-    eval_episodes: int | None = None,
-    extensions: tuple[ExtensionSpec, ...] = (),
+    eval_episodes: int | None = PPOSettings.eval_episodes,
+    extensions: tuple[ExtensionSpec, ...] = PPOSettings.extensions,
 ) -> list[dict[str, Any]]:
     """Train PPO for a number of iterations and return its history.
 
@@ -165,7 +164,7 @@ def train_ppo_vectorized(
         ppo,
         seed,
         total_env_steps=iterations * ppo.rollout_steps * env.num_envs * devices,
-        iterations_per_epoch=evaluate_every or 50,
+        iterations_per_epoch=evaluate_every or PPOSettings.iterations_per_epoch,
         eval_episodes=eval_episodes,
         compile=compile,
         extensions=extensions,

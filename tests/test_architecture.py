@@ -1,4 +1,4 @@
-"""Files that an iteration enters are listed in ``docs/architecture.md``, and no file is long."""
+"""Files of an iteration are listed, none is long, and each has its tests in the same place."""
 
 import re
 import sys
@@ -15,9 +15,18 @@ from esper_lightning.callbacks.history import History
 from esper_lightning.envs import CartPole
 
 PACKAGE = Path(esper_lightning.__file__).parent
+TESTS = Path(__file__).parent
 DOCUMENT = PACKAGE.parent / "docs" / "architecture.md"
 FIRST, ENVIRONMENT = "training/module.py", "envs/cartpole.py"
 MOST_FILES, MOST_LINES = 14, 400
+MIRRORED = ("callbacks", "comparison", "core", "policies", "ppo", "training")
+TESTED_ELSEWHERE = {
+    "callbacks/window_profiler.py": "it is the former place of recorder/profiling/window_profiler",
+    "core/shapes.py": "its annotations are checked in every test",
+    "policies/images.py": "policies/test_convolutional.py has it as the encoder of CNN",
+    "training/checkpoint/hooks.py": "training/test_module.py calls its hooks as the Trainer does",
+}
+"""Why a file of the package has no test file of its own."""
 
 
 class Witness(Callback):
@@ -78,3 +87,14 @@ def test_an_iteration_enters_few_files_before_the_environment_and_the_document_l
 def test_no_file_of_the_package_is_too_long_to_read():
     lines = {path: len(path.read_text().splitlines()) for path in PACKAGE.rglob("*.py")}
     assert {path.name: count for path, count in lines.items() if count > MOST_LINES} == {}
+
+
+def test_each_file_has_its_tests_in_the_same_place():
+    files = [path for folder in MIRRORED for path in (PACKAGE / folder).rglob("*.py")]
+    names = {path.relative_to(PACKAGE) for path in files if path.name != "__init__.py"}
+    lacks = {
+        name.as_posix()
+        for name in names
+        if not (TESTS / name.parent / f"test_{name.name}").is_file()
+    }
+    assert lacks == set(TESTED_ELSEWHERE)

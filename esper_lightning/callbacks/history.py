@@ -16,8 +16,8 @@ import torch
 from lightning.pytorch import LightningModule, Trainer
 from typing_extensions import override
 
+from esper_lightning.callbacks.directory_choice import WritesRun
 from esper_lightning.callbacks.run_directory import (
-    WritesRun,
     close_run_directory,
     open_run_directory,
     run_directory,

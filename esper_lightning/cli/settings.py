@@ -203,7 +203,7 @@ def _explain_value(parser: SettingsParser, key: str, text: str) -> SettingsError
     if ambiguous or typehint is None:
         return SettingsError(key, f": {ambiguous[0] if ambiguous else text}")
     choices = choices_of(typehint)
-    known = f" Known are {listed(choices)}." if choices else ""
+    known = f" Known are {listed(choices)}, or an import path." if choices else ""
     if value is None:
         return SettingsError(key, f" must be {rule_of(typehint)}: {text}.{known}")
     hint = nearest(value, choices or map(str, literals_of(typehint))) + known

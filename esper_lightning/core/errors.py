@@ -19,11 +19,13 @@ __all__ = [
     "at_least",
     "check_arguments",
     "check_fields",
+    "missing_members",
     "one_of",
     "positive",
     "require",
     "require_int",
     "require_local",
+    "require_members",
     "require_name",
 ]
 
@@ -175,6 +177,41 @@ def require_local(field: str, value: str | Path, what: str) -> None:
     require("://" not in str(value), field, f"name {what} on this machine", str(value))
 
 
+def missing_members(value: object, members: Iterable[str]) -> list[str]:
+    """Names of the members of an interface that an object lacks.
+
+    A member that is inherited from a protocol is missing, because it has no code.
+
+    Args:
+        value: Object that should have the members.
+        members: Names of methods and attributes.
+    """
+
+    def has(name: str) -> bool:
+        owner = next((kind for kind in type(value).__mro__ if name in vars(kind)), None)
+        # typing.is_protocol, of Python 3.13
+        return hasattr(value, name) and not getattr(owner, "_is_protocol", False)
+
+    return [name for name in members if not has(name)]
+
+
+def require_members(field: str, value: object, members: Iterable[str], rule: str) -> None:
+    """Raise if an object lacks a member of an interface.
+
+    Args:
+        field: Name of the object as the user knows it.
+        value: Object that should have the members.
+        members: Names of methods and attributes.
+        rule: Rule for the object, in words that follow "must".
+
+    Raises:
+        ValueError: If a member is missing, in the form of ``require``; the error names each.
+    """
+    missing = missing_members(value, members)
+    got = Words(f"{type(value).__name__} without {', '.join(missing)}")
+    require(not missing, field, rule, got)
+
+
 def check_fields(
     settings: Any, rules: Mapping[str, str] | None = None, *, owner: str | None = None
 ) -> None:
@@ -205,14 +242,18 @@ def check_arguments(function: Callable[_P, _R]) -> Callable[_P, _R]:
     """Decorate a function or an ``__init__`` so that its arguments are checked like fields.
 
     The function gets the values that ``check_fields`` would have stored. Errors name the function,
-    or the class of the ``__init__``.
+    or the class of the ``__init__``; this is also true of the ``TypeError`` for an argument that is
+    missing or unknown.
     """
     owner = function.__qualname__.removesuffix(".__init__")
     signature, kinds = inspect.signature(function), function.__annotations__
 
     @functools.wraps(function)
     def checked(*args: _P.args, **kwargs: _P.kwargs) -> _R:
-        bound = signature.bind(*args, **kwargs)
+        try:
+            bound = signature.bind(*args, **kwargs)
+        except TypeError as error:
+            raise TypeError(f"{owner}(): {error}") from None
         for name, value in bound.arguments.items():
             if name in kinds and signature.parameters[name].kind not in _VARIADIC:
                 bound.arguments[name] = _fit(f"{owner}.{name}", value, kinds[name], None)

@@ -111,8 +111,12 @@ class Samples(NamedTuple):
     kept: tuple[Any, ...] | None = None
 
     @property
-    def parts(self) -> int:
-        """Number of pieces into which the samples can be cut: steps, or whole sequences."""
+    def pieces(self) -> int:
+        """Number of pieces that minibatches are made of.
+
+        A piece is one step of one environment; for a policy with memory it is the whole sequence of
+        steps of one environment, because a sequence cannot be cut.
+        """
         return len(self.log_prob if self.memory is None else self.memory)
 
 

@@ -13,7 +13,7 @@ from typing import NamedTuple, Protocol, runtime_checkable
 import torch
 from torch import Tensor
 
-from esper_lightning.core.errors import check_fields, require, require_int
+from esper_lightning.core.errors import check_fields, require, require_int, require_members
 from esper_lightning.core.shapes import Bool, Float, Int, Shaped
 from esper_lightning.core.spaces import EnvSpaces
 from esper_lightning.core.types import Observation, StepResult
@@ -73,8 +73,19 @@ class Task(Protocol):
         ...
 
 
+_TASK_MEMBERS = ("num_envs", "time_limit", "spaces", "sample_states", "observe", "advance")
+
+
 class AutoresetEnv:
     """``BatchedEnv`` of a ``Task``; it can be stepped without a ``reset`` before.
+
+    Args:
+        task: The equations, and the number of environments.
+        device: Device of all tensors.
+        seed: Seed of the initial states.
+
+    Raises:
+        ValueError: If ``task`` lacks a member of ``Task``, or ``seed`` is no integer of at least 0.
 
     Attributes:
         generator: Random stream of the initial states.
@@ -82,6 +93,7 @@ class AutoresetEnv:
 
     def __init__(self, task: Task, *, device: torch.device, seed: int) -> None:
         self._owner = type(task).__name__
+        _require_task(task)
         require_int(f"{self._owner}.build().seed", seed, minimum=0)
         self._task = task
         self._device = device
@@ -131,7 +143,7 @@ class AutoresetEnv:
                 buffer.copy_(value)
 
     def draw(self, steps: int) -> Float[Tensor, "T B S"]:
-        """Initial states for the next ``T`` steps, from the random stream.
+        """Sample initial states for the next ``T`` steps from the random stream.
 
         On a CPU one call for ``T`` steps returns the same numbers as ``T`` calls for one step.
         """
@@ -202,11 +214,17 @@ def validate_sizes(task: Task) -> None:
     """Check the types of all settings and the two sizes that every task has; for ``__post_init__``.
 
     Raises:
-        ValueError: If a size is not an integer of at least 1, or a setting is of another type than
-            its annotation.
+        ValueError: If a member of ``Task`` is missing, a size is not an integer of at least 1, or a
+            setting is of another type than its annotation.
     """
+    _require_task(task)
     owner = type(task).__name__
     if dataclasses.is_dataclass(task):
         check_fields(task)
     require_int(f"{owner}.num_envs", task.num_envs, minimum=1)
     require_int(f"{owner}.time_limit", task.time_limit, minimum=1)
+
+
+def _require_task(task: object) -> None:
+    rule = f"be a Task, with {', '.join(_TASK_MEMBERS)}"
+    require_members(type(task).__name__, task, _TASK_MEMBERS, rule)

@@ -54,7 +54,11 @@ class BatchedEnv(Protocol):
         ...
 
     def step(self, action: Shaped[Tensor, "B *A"]) -> StepResult:
-        """Act in every environment."""
+        """Act in every environment.
+
+        Args:
+            action: One action for each environment, in the form that the action space describes.
+        """
         ...
 
     def state_dict(self) -> dict[str, Tensor] | None:
@@ -92,13 +96,29 @@ class FunctionalEnv(BatchedEnv, Protocol):
         ...
 
     def draw(self, steps: int) -> Any:
-        """Random numbers for so many steps: a tensor ``[T, B, ...]``, or a tuple of tensors."""
+        """Sample the random numbers of the next steps from the environment's own stream.
+
+        Args:
+            steps: Number of steps, ``T``.
+
+        Returns:
+            A tensor ``[T, B, ...]``, or a tuple of such tensors.
+        """
         ...
 
     def transition(
         self, episodes: Any, action: Shaped[Tensor, "B *A"], drawn: Any
     ) -> tuple[Any, StepResult]:
-        """One step with one row of ``draw``: the episodes after the step, and its result."""
+        """Take one step as a pure function, with random numbers that were sampled before.
+
+        Args:
+            episodes: Episodes before the step, which must not be written to.
+            action: Action of each environment.
+            drawn: Random numbers of this step: one row ``[B, ...]`` of what ``draw`` returned.
+
+        Returns:
+            The episodes after the step, and the result of the step.
+        """
         ...
 
 

@@ -44,11 +44,11 @@ class Report:
     """The problems found, one line for each kind of problem, however often it happened."""
 
     def __init__(self, owner: str) -> None:
-        self.owner = owner
+        self.owner = owner  # name of the environment, with which each line begins
         self._lines: dict[tuple[str, str], str] = {}
 
     def expect(self, ok: bool, field: str, rule: str, got: object, hint: str = "") -> bool:
-        """Add a problem unless ``ok``; return ``ok``."""
+        """Add a problem unless ``ok``, in the form of ``core.errors.require``; return ``ok``."""
         try:
             require(ok, f"{self.owner}.{field}", rule, got, hint)
         except ValueError as error:
@@ -62,7 +62,13 @@ class Report:
 
     @contextmanager
     def told(self) -> Generator[None, None, None]:
-        """Raise the problems that are found within the context: see ``raise_if_any``."""
+        """Raise the problems that are found within the context, at its end.
+
+        An ``UncheckableError`` ends the context early, and is not raised itself.
+
+        Raises:
+            ValueError: If there is a problem; one line for each kind of problem.
+        """
         with suppress(UncheckableError):
             yield
         self.raise_if_any()

@@ -11,7 +11,7 @@ from typing import Any, cast
 import torch
 from torch import Tensor
 
-from esper_lightning.core.errors import Words
+from esper_lightning.core.errors import Words, missing_members
 from esper_lightning.core.spaces import EnvSpaces
 from esper_lightning.core.tensor_trees import leaves, map_tree
 from esper_lightning.core.types import Observation, StepResult
@@ -44,7 +44,7 @@ _ADAPTERS = "Gymnasium(...) and Custom(...) adapt environments of Gymnasium's in
 
 def require_members(owner: object, members: tuple[str, ...], report: Report) -> None:
     """Raise ``UncheckableError`` unless ``owner`` has all members."""
-    missing = [name for name in members if not hasattr(owner, name)]
+    missing = missing_members(owner, members)
     got = Words(f"{type(owner).__name__} without {', '.join(missing)}")
     hint = _ADAPTERS if hasattr(owner, "observation_space") else ""
     report.insist(not missing, "members", f"be {', '.join(members)}", got, hint)

@@ -9,12 +9,13 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor, nn
 
+from esper_lightning.core.errors import Words, require, require_members
 from esper_lightning.core.shapes import Bool, Float, Shaped
 from esper_lightning.core.spaces import EnvSpaces
 from esper_lightning.core.tensor_trees import leaves
 from esper_lightning.core.types import Observation
 
-__all__ = ["Evaluation", "Policy", "PolicySpec", "SampledAction"]
+__all__ = ["Evaluation", "Policy", "PolicySpec", "SampledAction", "build_policy"]
 
 
 class SampledAction(NamedTuple):
@@ -174,3 +175,37 @@ class PolicySpec(ABC):
         if cls is not PolicySpec:
             return NotImplemented
         return callable(getattr(other, "build", None)) or NotImplemented
+
+
+_MEMBERS = (
+    "memory_size",
+    "initial_memory",
+    "step_memory",
+    "unroll_memory",
+    "reset_memory",
+    "noise",
+    "act",
+    "act_deterministically",
+    "evaluate",
+    "value",
+    "to_env",
+)
+
+
+def build_policy(spec: PolicySpec, spaces: EnvSpaces, generator: torch.Generator) -> Policy:
+    """Build the policy of a spec, and refuse an object that is no policy.
+
+    Args:
+        spec: Spec of the policy.
+        spaces: Spaces of observations, as the policy sees them, and of actions.
+        generator: Source of the initial weights.
+
+    Raises:
+        ValueError: If the spec built something else than a policy, or does not fit the spaces.
+    """
+    policy = spec.build(spaces, generator)
+    field, rule = f"{type(spec).__name__}.build()", "return a Policy"
+    is_module = isinstance(policy, nn.Module)
+    require(is_module, field, f"{rule}, which is an nn.Module", Words(type(policy).__name__))
+    require_members(field, policy, _MEMBERS, rule)
+    return policy

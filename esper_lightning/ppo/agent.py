@@ -50,7 +50,12 @@ class Values(NamedTuple):
 
 
 def prepare_obs(obs: Observation, normalizer: ObsNormalizer | None) -> Observation:
-    """Observations in float32, and normalised where there is a normaliser, for the policy."""
+    """Observations as the policy sees them: in float32, and normalised.
+
+    Args:
+        obs: Observations as the environment gave them.
+        normalizer: Statistics of observations; ``None`` for no normalisation.
+    """
     obs = map_obs(Tensor.float, obs)
     return obs if normalizer is None else normalizer(obs)
 
@@ -84,7 +89,10 @@ class Agent(nn.Module):
         """Store all trained weights in one vector, together with the optimizer's state.
 
         Args:
-            optimizer: Adam over the trained weights of the policy.
+            optimizer: Adam over the trained weights of the policy and of the extensions.
+
+        Returns:
+            The vector and Adam's state of it.
 
         Raises:
             ValueError: If the parameters are not float32 on one device.
@@ -97,7 +105,7 @@ class Agent(nn.Module):
 
     @property
     def weights(self) -> Weights:
-        """The weights that the module holds."""
+        """All weights and buffers that the module holds; known after ``bind``."""
         assert self._weights is not None
         return self._weights
 
@@ -145,6 +153,10 @@ class Agent(nn.Module):
             mask: Choices that are allowed; ``None`` where the environment has no masks.
             noise: Random numbers from ``Policy.noise``.
             memory: Memory before the observations; ``None`` without memory.
+
+        Returns:
+            The sampled actions, the same actions in the environment's form, and the memory after
+            the observations.
         """
         seen, memory = self.policy.step_memory(prepare_obs(obs, self.normalizer), memory)
         sampled = self.policy.act(seen, mask, noise)
@@ -178,7 +190,12 @@ class Agent(nn.Module):
         memory: Float[Tensor, "B S"] | None,
         begins: Bool[Tensor, " N"] | None,
     ) -> tuple[Float[Tensor, " N"], Float[Tensor, "N S"] | None]:
-        """Value the states that steps acted on; the arguments are those of ``value``.
+        """Value the states that steps acted on.
+
+        Args:
+            obs: Observations ``[N, *O]`` on which the policy acted, not normalised.
+            memory: Memory before the first step of each sequence; ``None`` without memory.
+            begins: Whether a row is the first step of an episode; ``None`` without memory.
 
         Returns:
             The values, and the memory after each step.
@@ -200,26 +217,38 @@ class Agent(nn.Module):
         return self.policy.value(seen)
 
     def evaluate(self, batch: Samples) -> Evaluation:
-        """Log-probability, entropy and value of samples under the weights in force."""
+        """Log-probability, entropy and value of samples under the module's weights.
+
+        Args:
+            batch: Samples with observations as the policy sees them.
+        """
         seen, _ = self.policy.unroll_memory(batch.obs, batch.memory, batch.begins)
         return self.policy.evaluate(seen, batch.action, batch.action_mask)
 
     def evaluate_minibatch(
         self, batch: Samples
     ) -> tuple[Evaluation, dict[str, Float[Tensor, " M"]]]:
-        """What ``evaluate`` says, and the terms of extensions by their names.
+        """Evaluate a minibatch, and compute the terms that extensions add to its loss.
 
-        Images become float32 here, so that never more than a minibatch of them does.
+        Images become float32 here, so that at most one minibatch of them is in float32.
+
+        Args:
+            batch: Samples; their images are as the environment gave them.
+
+        Returns:
+            The evaluation, and the terms of extensions by their names.
 
         Raises:
-            ValueError: If two extensions give a term the same name.
+            ValueError: If a term has a wrong shape, or two extensions give a term the same name.
         """
         if holds_images(batch.obs):
             batch = batch._replace(obs=prepare_obs(batch.obs, self.normalizer))
         return self.evaluate(batch), self.extensions.losses(batch, self.evaluate)
 
     def named(self, flat: Float[Tensor, " P"]) -> dict[str, Tensor]:
-        """Views of a vector over all weights, by the names of the policy's parameters.
+        """Views of a vector over all trained weights, by the names of their parameters.
+
+        Parameters of the policy have the names that they have in the policy.
 
         Args:
             flat: One number for each weight, a gradient for example.

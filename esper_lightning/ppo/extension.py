@@ -1,12 +1,13 @@
-"""Extensions of PPO: rewards, terms of the loss and metrics beside those of PPO.
+"""Extensions of PPO: rewards, terms of the loss and metrics that are added to those of PPO.
 
-Axes: ``T`` step, ``B`` environment, ``M`` sample. A reward reaches the advantages, a term of the
-loss reaches every minibatch; rollouts, advantages and gradient steps stay those of PPO.
+Axes: ``T`` step, ``B`` environment, ``M`` sample. ``PPO(extensions=...)`` takes the spec of
+each extension. A reward of an extension is added before the advantages are estimated, and a term of
+the loss is added to the loss of every minibatch. An extension replaces nothing of PPO.
 """
 
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Iterator, Mapping
-from typing import Any, NamedTuple, cast
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from typing import Any, NamedTuple, Self, cast
 
 import torch
 from torch import Tensor, nn
@@ -23,23 +24,35 @@ from esper_lightning.policies.base import Evaluation
 __all__ = ["FINITE", "Extension", "ExtensionSpec", "Extensions", "Prepared"]
 
 FINITE = "finite rewards of "
-"""How the metric is named that says whether all rewards of an extension are finite."""
+"""Beginning of the name of a metric that says whether all rewards of an extension are finite.
+
+The name of the extension's class follows.
+"""
 _OWNERS = ("rollout", "loss", "policy", "optim", "env", "eval")  # of PPO's own metrics
 
 
 class Prepared(NamedTuple):
-    """Results of ``Extension.prepare``: reward, tensors for ``losses``, metrics; all optional."""
+    """What ``Extension.prepare`` returns of a rollout; each field may be left at its default.
 
-    reward: Float[Tensor, "T B"] | None = None  # added to the rewards, after their scaling
-    kept: Any = None  # tensors [T, B, ...] in tuples or dicts, of which ``losses`` gets the rows
-    metrics: Mapping[str, Float[Tensor, ""]] = {}  # columns ``<owner>/<name>`` of the history
+    Attributes:
+        reward: Reward of each step, which is added to the environment's after that is scaled.
+        kept: Tensors ``[T, B, ...]`` of what ``losses`` needs of each step, in tuples or dicts.
+            ``losses`` gets the rows of its minibatch.
+        metrics: Metrics of the rollout by their names ``<owner>/<name>``, such as ``rnd/reward``.
+            The history has the means over ranks.
+    """
+
+    reward: Float[Tensor, "T B"] | None = None
+    kept: Any = None
+    metrics: Mapping[str, Float[Tensor, ""]] = {}
 
 
 class Extension(nn.Module):
-    """Something that is added to PPO. Override one of the two methods, or both.
+    """A module that adds rewards, terms of the loss or metrics to PPO.
 
-    Between two runs of ``losses`` only buffers and parameters may change, and only in place:
-    compiled code reads other attributes, and numbers in ``kept``, once.
+    A subclass overrides ``prepare``, ``losses`` or both. Between two calls of ``losses`` only
+    buffers and parameters may change, and only in place: compiled code reads other attributes, and
+    numbers in ``kept``, once.
 
     Parameters that require a gradient are trained by PPO's optimizer, together with the policy.
     Parameters and buffers are in the checkpoint and must be the same on all ranks: gradients are
@@ -54,9 +67,10 @@ class Extension(nn.Module):
         ranks: Ranks,
         generator: torch.Generator,
     ) -> Prepared:
-        """Take in a rollout before its advantages are estimated; runs eagerly, without gradients.
+        """Reward the steps of a rollout and update statistics, before advantages are estimated.
 
-        Statistics may be updated here, and only here.
+        The method is called once in each iteration, eagerly and without gradients. Statistics may
+        be updated here, and nowhere else.
 
         Args:
             rollout: Steps of this rank, with observations as the environment gives them, and with
@@ -65,6 +79,9 @@ class Extension(nn.Module):
                 as they are.
             ranks: Ranks over which statistics are merged.
             generator: Random stream of this rank on the device; its state is in the checkpoint.
+
+        Returns:
+            Reward, tensors for ``losses``, and metrics. The default adds nothing.
         """
         del rollout, healthy, ranks, generator
         return Prepared()
@@ -83,30 +100,61 @@ class Extension(nn.Module):
             evaluate: Function that evaluates samples under the current weights, with gradients.
 
         Returns:
-            The terms by name, already weighted.
+            One number for each sample and term, by the name of the term, already weighted.
         """
         del batch, kept, evaluate
         return {}
 
 
 class ExtensionSpec(ABC):
-    """Which extension to build: data without tensors. Derive a frozen dataclass from it."""
+    """The settings of an extension: data without tensors.
+
+    A frozen dataclass that derives from this class can be named in a config, and is stored in
+    checkpoints.
+    """
 
     @abstractmethod
     def build(self, spaces: EnvSpaces, generator: torch.Generator) -> Extension:
-        """Allocate and initialise on the CPU, drawing from ``generator`` only.
+        """Build the extension on the CPU.
 
         Args:
             spaces: Observations and actions of the environment, before any normalisation.
-            generator: Source of the initial weights.
+            generator: Source of the initial weights, and the only one.
 
         Raises:
-            ValueError: If the extension cannot serve these spaces.
+            ValueError: If the extension does not fit these spaces.
         """
 
 
 class Extensions(nn.ModuleList):
-    """All extensions of a run, in their order."""
+    """All extensions of a run, in the order of ``PPO(extensions=...)``."""
+
+    @classmethod
+    def build(
+        cls, specs: Iterable[ExtensionSpec], spaces: EnvSpaces, generator: torch.Generator
+    ) -> Self:
+        """Build the extension of each spec, on the CPU.
+
+        Args:
+            specs: Specs of the extensions.
+            spaces: Observations and actions of the environment, before any normalisation.
+            generator: Source of the initial weights, for one extension after the other.
+
+        Raises:
+            ValueError: If a spec built something else than an extension, or an extension that adds
+                nothing to PPO.
+        """
+        built = [
+            (f"{type(spec).__name__}.build()", spec.build(spaces, generator)) for spec in specs
+        ]
+        for field, one in built:
+            kind: Any = type(one)
+            require(isinstance(one, Extension), field, "return an Extension", Words(kind.__name__))
+            both = (kind.prepare, kind.losses)
+            adds = both != (Extension.prepare, Extension.losses)
+            rule = "return an extension that overrides prepare or losses"
+            require(adds, field, rule, Words(kind.__name__))
+        return cls(one for _, one in built)
 
     @override
     def __iter__(self) -> Iterator[Extension]:
@@ -121,7 +169,13 @@ class Extensions(nn.ModuleList):
         ranks: Ranks,
         generator: torch.Generator,
     ) -> Prepared:
-        """Take in a rollout: see ``Extension.prepare``.
+        """Call ``prepare`` of each extension, and join the results.
+
+        Args:
+            rollout: Steps of this rank, with ``reached_obs`` of every step.
+            healthy: Whether the rollouts of all ranks are finite.
+            ranks: Ranks over which metrics are averaged, and statistics merged.
+            generator: Random stream of this rank on the device.
 
         Returns:
             The sum of the rewards, what each extension keeps as rows ``[T * B, ...]``, and all
@@ -151,7 +205,11 @@ class Extensions(nn.ModuleList):
     def losses(
         self, batch: Samples, evaluate: Callable[[Samples], Evaluation]
     ) -> dict[str, Float[Tensor, " M"]]:
-        """Terms of the loss of all extensions: see ``Extension.losses``.
+        """Call ``losses`` of each extension, and join the terms by their names.
+
+        Args:
+            batch: Samples of the minibatch, with what ``prepare`` kept of each of them.
+            evaluate: Function that evaluates samples under the current weights, with gradients.
 
         Raises:
             ValueError: If a term has another shape than ``[M]``, or a name that is taken.
@@ -173,7 +231,7 @@ def _check_prepared(one: object, rollout: Rollout, field: str) -> None:
     """Check the types, shapes and names of what an extension returned.
 
     Raises:
-        ValueError: As ``Extensions.prepare`` does.
+        ValueError: If something has another type, shape or name than ``Prepared`` says.
     """
     require(isinstance(one, Prepared), field, "return a Prepared", Words(type(one).__name__))
     assert isinstance(one, Prepared)

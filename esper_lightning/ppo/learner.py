@@ -4,7 +4,6 @@ Axes: ``T`` step, ``B`` environment, ``S`` gradient step or number in a memory. 
 nothing of Lightning, and only ``to_host`` waits for the device.
 """
 
-import math
 from collections.abc import Mapping, Sequence
 from typing import Any, NamedTuple
 
@@ -25,7 +24,6 @@ from esper_lightning.core.types import Rollout, Samples
 from esper_lightning.envs.base import (
     BatchedEnv,
     EnvSpec,
-    MeasuringEnv,
     RunProgress,
     close_env,
     reseed_env,
@@ -37,7 +35,7 @@ from esper_lightning.ppo.agent import Agent, Values
 from esper_lightning.ppo.collect import ActingState, Collector
 from esper_lightning.ppo.config import PPOConfig
 from esper_lightning.ppo.extension import FINITE, Prepared
-from esper_lightning.ppo.metrics import EpisodeSums, sum_episodes, to_host
+from esper_lightning.ppo.metrics import EpisodeSums, mean_env_metrics, sum_episodes, to_host
 from esper_lightning.ppo.non_finite import (
     is_healthy,
     refuse_extension,
@@ -247,37 +245,7 @@ class Learner:
 
     def env_metrics(self) -> dict[str, Float[Tensor, ""]]:
         """Metrics of the environments over the latest rollout, averaged over ranks."""
-        if not isinstance(self._env, MeasuringEnv):
-            return {}
-        metrics = self._env.metrics()
-        if getattr(self._env, "names_come_late", False):
-            return self._gather_late(metrics)
-        if not metrics:
-            return {}
-        total = self._ranks.sum(torch.stack(list(metrics.values())))
-        return dict(zip(metrics, (total / self._ranks.size).unbind(), strict=True))
-
-    def _gather_late(
-        self, metrics: Mapping[str, Float[Tensor, ""]]
-    ) -> dict[str, Float[Tensor, ""]]:
-        """Means of metrics over ranks that may know different names.
-
-        Metrics are copied to the host where there are several ranks.
-
-        Args:
-            metrics: Metrics of this rank's environments.
-        """
-        if self._ranks.size == 1:
-            return dict(metrics)
-        mine = {name: metric.item() for name, metric in metrics.items()}
-        everywhere: list[dict[str, float]] = self._ranks.gather_objects(mine)
-        means: dict[str, Tensor] = {}
-        for name in dict.fromkeys(name for rank in everywhere for name in rank):
-            values = [rank.get(name, math.nan) for rank in everywhere]
-            known = [value for value in values if math.isfinite(value)]
-            mean = sum(known) / len(known) if known else math.nan
-            means[name] = torch.tensor(mean, device=self._device)
-        return means
+        return mean_env_metrics(self._env, self._ranks, device=self._device)
 
     def begin_episodes(self, seed: int) -> None:
         """Start new episodes in all environments, after something else has stepped the simulator.
@@ -340,7 +308,7 @@ class Learner:
         """
         assert self._parameters is not None
         samples = targets.samples
-        self.order = self._updater.order(samples.parts, self._sample_order)
+        self.order = self._updater.order(samples.pieces, self._sample_order)
         adam, metrics = self._updater.update(
             self._parameters.state,
             self.agent.weights,

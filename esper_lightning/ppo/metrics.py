@@ -1,4 +1,4 @@
-"""Metrics of episodes and evaluations: their names, and their means over several iterations.
+"""Metrics of episodes, evaluations and environments: names, and means over iterations and ranks.
 
 Axes: ``T`` step, ``B`` environment.
 """
@@ -12,8 +12,10 @@ import torch
 from torch import Tensor
 
 from esper_lightning.core.errors import require
+from esper_lightning.core.ranks import Ranks
 from esper_lightning.core.shapes import Float
 from esper_lightning.core.types import Rollout
+from esper_lightning.envs.base import BatchedEnv, MeasuringEnv
 
 __all__ = [
     "EVALUATION_METRICS",
@@ -22,6 +24,7 @@ __all__ = [
     "EpisodeSums",
     "RecentEpisodes",
     "evaluation_metrics",
+    "mean_env_metrics",
     "rollout_metrics",
     "shown_in_progress_bar",
     "sum_episodes",
@@ -147,7 +150,12 @@ def rollout_metrics(episodes: float, recent: RecentEpisodes) -> dict[str, float 
 def evaluation_metrics(
     episode_return: Float[Tensor, " N"], episode_length: Float[Tensor, " N"]
 ) -> dict[str, float]:
-    """Summary of ``N`` evaluation episodes; the standard deviation is over episodes."""
+    """Metrics of the ``N`` episodes of an evaluation; the standard deviation is over episodes.
+
+    Args:
+        episode_return: Return of each episode.
+        episode_length: Length of each episode, in steps.
+    """
     values = (
         episode_return.mean().item(),
         episode_return.std(correction=0).item(),
@@ -161,3 +169,41 @@ def shown_in_progress_bar(metrics: Mapping[str, float]) -> dict[str, float]:
     """The metrics of a history row that progress bars show, under short names."""
     short = {"return": ROLLOUT_RETURN, "env_steps/s": "env_steps_per_s"}
     return {name: metrics[key] for name, key in short.items() if key in metrics}
+
+
+def mean_env_metrics(
+    env: BatchedEnv, ranks: Ranks, *, device: torch.device
+) -> dict[str, Float[Tensor, ""]]:
+    """Metrics of the environments over the latest rollout, averaged over ranks.
+
+    Args:
+        env: Environments of this rank; the result is empty if they have no metrics.
+        ranks: All ranks of the run.
+        device: Device of the result.
+    """
+    if not isinstance(env, MeasuringEnv):
+        return {}
+    metrics = env.metrics()
+    if getattr(env, "names_come_late", False):
+        return _means_of_known(metrics, ranks, device)
+    if not metrics:
+        return {}
+    total = ranks.sum(torch.stack(list(metrics.values())))
+    return dict(zip(metrics, (total / ranks.size).unbind(), strict=True))
+
+
+def _means_of_known(
+    metrics: Mapping[str, Float[Tensor, ""]], ranks: Ranks, device: torch.device
+) -> dict[str, Float[Tensor, ""]]:
+    """Means over ranks that may know different names; with several ranks they go by the host."""
+    if ranks.size == 1:
+        return dict(metrics)
+    mine = {name: metric.item() for name, metric in metrics.items()}
+    everywhere: list[dict[str, float]] = ranks.gather_objects(mine)
+    means: dict[str, Tensor] = {}
+    for name in dict.fromkeys(name for rank in everywhere for name in rank):
+        values = [rank.get(name, math.nan) for rank in everywhere]
+        known = [value for value in values if math.isfinite(value)]
+        mean = sum(known) / len(known) if known else math.nan
+        means[name] = torch.tensor(mean, device=device)
+    return means

@@ -22,13 +22,23 @@ def build_optimizer(
     """Adam over the trained weights of a policy and of the extensions of PPO.
 
     The optimizer holds the moments and the learning rate; ``Updater`` takes the steps.
+
+    Args:
+        policy: Policy to train.
+        config: PPO settings: ``learning_rate`` and ``adam_eps`` are used.
+        extensions: Extensions of PPO; ``None`` for none.
     """
     trained = trained_parameters(policy, extensions)
     return torch.optim.Adam(trained, lr=config.learning_rate, eps=config.adam_eps)
 
 
 def trained_parameters(policy: nn.Module, extensions: nn.Module | None) -> list[nn.Parameter]:
-    """The parameters that the optimizer is over, in its order; a shared parameter counts once."""
+    """The parameters that PPO trains, in the order of the optimizer; a shared one counts once.
+
+    Args:
+        policy: Policy to train.
+        extensions: Extensions of PPO; ``None`` for none.
+    """
     both = nn.ModuleList([policy] if extensions is None else [policy, extensions])
     return [parameter for parameter in both.parameters() if parameter.requires_grad]
 

@@ -130,7 +130,7 @@ class Updater:
         """Random minibatches for all gradient steps, shuffled anew for each pass.
 
         Args:
-            samples: Number of samples to choose from: ``Samples.parts``.
+            samples: Number of samples to choose from: ``Samples.pieces``.
             generator: Source of the order, on the device.
 
         Returns:

@@ -18,11 +18,11 @@ from typing import Any, Concatenate, ParamSpec, cast
 from lightning.pytorch import LightningModule, Trainer
 from typing_extensions import override
 
+from esper_lightning.callbacks.directory_choice import WritesRun
 from esper_lightning.callbacks.history import History, finished_iterations
 from esper_lightning.callbacks.lightning_internals import run_depth
 from esper_lightning.callbacks.loggers import guard_loggers
 from esper_lightning.callbacks.run_directory import (
-    WritesRun,
     close_run_directory,
     copy_run_directory,
     open_run_directory,

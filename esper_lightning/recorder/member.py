@@ -30,7 +30,12 @@ class Recorded(Protocol):
         ...
 
     def die(self, error: BaseException, *, lingers: bool) -> None:
-        """Save all evidence: the run dies of the error."""
+        """Save all evidence of a run that an error ends.
+
+        Args:
+            error: Error that ends the run.
+            lingers: Whether Lightning will shut down the run, and ``leave`` is called afterwards.
+        """
         ...
 
     def last_gasp(self, signal_name: str) -> None:

@@ -26,7 +26,12 @@ def add_note(error: BaseException, directory: Path, details: str) -> None:
 
 
 def where_evidence_is(files: RankLayout, rescue: Rescue) -> str:
-    """Places of the history, the report and the trace of a rank, in one line."""
+    """Places of the history, the report and the trace of a rank, in one line.
+
+    Args:
+        files: Files of the rank in the run directory.
+        rescue: The rescue that has saved the evidence.
+    """
     report, written = rescue.report, rescue.written
     trace = report.evidence.get("trace", Evidence())
     where = f"no trace: {trace.detail}"

@@ -89,6 +89,10 @@ def signal_name(number: int) -> str:
 def dump_stacks(path: Path, heading: str) -> None:
     """Append the Python stacks of all threads to a file.
 
+    Args:
+        path: Path of the file.
+        heading: Line above the stacks.
+
     Raises:
         OSError: If the file cannot be written.
     """
@@ -99,14 +103,23 @@ def dump_stacks(path: Path, heading: str) -> None:
 
 
 def read_action(number: int) -> Action:
-    """The action of C at a signal, with all flags, for ``write_action``."""
+    """What the C library does at a signal, with all flags.
+
+    Args:
+        number: Number of the signal.
+    """
     action = ctypes.create_string_buffer(_ACTION_BYTES)
     _libc.sigaction(number, None, action)
     return action
 
 
 def write_action(number: int, action: Action) -> None:
-    """Restore the action of C that ``read_action`` returned; any thread may call this."""
+    """Restore what the C library does at a signal; any thread may call this function.
+
+    Args:
+        number: Number of the signal.
+        action: Result of ``read_action``.
+    """
     _libc.sigaction(number, action, None)
 
 
@@ -116,7 +129,12 @@ def c_handler(number: int) -> int:
 
 
 def set_c_handler(number: int, address: int) -> None:
-    """Set a signal's handler in C behind Python's back; any thread may call this."""
+    """Set a signal's handler in C, of which Python does not know; any thread may call this.
+
+    Args:
+        number: Number of the signal.
+        address: Address of the handler; 0 for the default action, 1 to ignore the signal.
+    """
     _libc.signal(number, address)
 
 

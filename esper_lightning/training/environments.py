@@ -1,9 +1,57 @@
-"""The end of a run for its environments: the resources of simulators are released."""
+"""The environments of a run: built together with their learner, and closed when the run ends."""
 
+import torch
 from lightning.pytorch import Callback, LightningModule, Trainer
 from typing_extensions import override
 
-__all__ = ["CloseEnvironments"]
+from esper_lightning.core.ranks import Ranks
+from esper_lightning.core.running_stats import RunningStats
+from esper_lightning.core.seeding import stream, stream_seed
+from esper_lightning.ppo.agent import Agent
+from esper_lightning.ppo.learner import Learner
+from esper_lightning.training.settings import PPOSettings
+
+__all__ = ["CloseEnvironments", "build_learner"]
+
+
+def build_learner(
+    settings: PPOSettings,
+    agent: Agent,
+    return_stats: RunningStats | None,
+    *,
+    iteration: int,
+    device: torch.device,
+    rank: int,
+    ranks: Ranks,
+) -> Learner:
+    """Build the environments, the rollout storage and the random streams of one rank.
+
+    Args:
+        settings: Settings of the module.
+        agent: Agent that acts and is trained.
+        return_stats: Statistics of discounted returns; ``None`` leaves rewards as they are.
+        iteration: Number of iterations that the module has finished before this run.
+        device: Device of environments, agent and storage.
+        rank: Number of this rank, which has random streams of its own.
+        ranks: All ranks of the run.
+    """
+
+    def name(purpose: str) -> str:  # so that a second fit does not repeat the first one's noise
+        return f"{purpose} from iteration {iteration}"
+
+    seed, env = settings.seed, settings.env
+    return Learner(
+        env,
+        env.build(device, stream_seed(seed, rank=rank, purpose=name("environments"))),
+        agent,
+        settings.ppo,
+        return_stats,
+        exploration=stream(seed, rank=rank, purpose=name("acting"), device=device),
+        sample_order=stream(seed, rank=rank, purpose=name("order"), device=device),
+        mode=settings.compile,
+        device=device,
+        ranks=ranks,
+    )
 
 
 class CloseEnvironments(Callback):

@@ -25,12 +25,10 @@ from esper_lightning.core.running_stats import ObsNormalizer, RunningStats, norm
 from esper_lightning.core.seeding import require_torch_defaults, stream, stream_seed
 from esper_lightning.core.types import Observation
 from esper_lightning.envs.base import EnvSpec
-from esper_lightning.policies import MLP
-from esper_lightning.policies.base import PolicySpec
+from esper_lightning.policies.base import PolicySpec, build_policy
 from esper_lightning.ppo.agent import Agent, prepare_obs
 from esper_lightning.ppo.config import PPOConfig
 from esper_lightning.ppo.extension import Extensions, ExtensionSpec
-from esper_lightning.ppo.learner import Learner
 from esper_lightning.ppo.optimizer import (
     adapt_learning_rate,
     build_optimizer,
@@ -40,8 +38,7 @@ from esper_lightning.recorder.awake import awake_s
 from esper_lightning.training import trainer_rules
 from esper_lightning.training.checkpoint.hooks import CheckpointHooks
 from esper_lightning.training.checkpoint.meeting import tells_other_ranks
-from esper_lightning.training.checkpoint.resumption import Resumption
-from esper_lightning.training.environments import CloseEnvironments
+from esper_lightning.training.environments import CloseEnvironments, build_learner
 from esper_lightning.training.evaluation import Evaluation
 from esper_lightning.training.iterations import Iterations
 from esper_lightning.training.monitors import ReportsAbsentMetrics
@@ -78,15 +75,15 @@ class PPO(CheckpointHooks):
     def __init__(
         self,
         env: EnvSpec,
-        policy: PolicySpec = MLP(),  # noqa: B008 - frozen
-        ppo: PPOConfig = PPOConfig(),  # noqa: B008 - frozen
-        seed: int = 0,
-        total_env_steps: int | None = None,
-        iterations_per_epoch: int = 50,
-        eval_episodes: int | None = None,
-        compile: CompileMode = "off",  # noqa: A002 - the usual name of the setting
-        warm_start: str | None = None,
-        extensions: tuple[ExtensionSpec, ...] = (),
+        policy: PolicySpec = PPOSettings.policy,
+        ppo: PPOConfig = PPOSettings.ppo,
+        seed: int = PPOSettings.seed,
+        total_env_steps: int | None = PPOSettings.total_env_steps,
+        iterations_per_epoch: int = PPOSettings.iterations_per_epoch,
+        eval_episodes: int | None = PPOSettings.eval_episodes,
+        compile: CompileMode = PPOSettings.compile,  # noqa: A002 - the usual name of the setting
+        warm_start: str | None = PPOSettings.warm_start,
+        extensions: tuple[ExtensionSpec, ...] = PPOSettings.extensions,
     ) -> None:
         """Check the settings and build the networks; environments are built when a run starts.
 
@@ -143,9 +140,8 @@ class PPO(CheckpointHooks):
         spaces = self.env_spaces = self.env.spaces()
         normalizes, clip = self.ppo.normalize_obs, self.ppo.obs_clip
         seen = normalized_space(spaces.obs, clip=clip) if normalizes else spaces.obs
-        self.policy = settings.policy.build(replace(spaces, obs=seen), weights)
-        built = (extension.build(spaces, weights) for extension in settings.extensions)
-        self.extensions = Extensions(built)
+        self.policy = build_policy(settings.policy, replace(spaces, obs=seen), weights)
+        self.extensions = Extensions.build(settings.extensions, spaces, weights)
         whole_sequences = self.policy.memory_size > 0
         self.ppo.check_against(num_envs=self.env.num_envs, whole_sequences=whole_sequences)
         self.obs_normalizer = ObsNormalizer(spaces.obs, clip=clip) if normalizes else None
@@ -306,23 +302,14 @@ class PPO(CheckpointHooks):
         if stage != "fit":
             return
         trainer_rules.silence_checkpoint_advice()
-        device, rank = self.trainer.strategy.root_device, self.trainer.global_rank
         self._ranks = Ranks(self.trainer.world_size)
-
-        def name(purpose: str) -> str:  # so that a second fit does not repeat the first one's noise
-            return f"{purpose} from iteration {self.iteration}"
-
-        env_seed = stream_seed(self.seed, rank=rank, purpose=name("environments"))
-        self._learner = Learner(
-            self.env,
-            self.env.build(device, env_seed),
+        self._learner = build_learner(
+            self.settings,
             Agent(self.policy, self.obs_normalizer, self.extensions),
-            self.ppo,
             self.return_stats,
-            exploration=stream(self.seed, rank=rank, purpose=name("acting"), device=device),
-            sample_order=stream(self.seed, rank=rank, purpose=name("order"), device=device),
-            mode=self.settings.compile,
-            device=device,
+            iteration=self.iteration,
+            device=self.trainer.strategy.root_device,
+            rank=self.trainer.global_rank,
             ranks=self._ranks,
         )
 
@@ -338,26 +325,14 @@ class PPO(CheckpointHooks):
         self._guard_loggers()
         self._optimizer = cast(torch.optim.Adam, self.optimizers(use_pl_optimizer=False))
         self._optimizer.param_groups[0]["eps"] = self.ppo.adam_eps  # not that of a checkpoint
-        budget, ranks = self.settings.total_env_steps, self._ranks.size
         self.progress.planned_env_steps = trainer_rules.planned_env_steps(
-            self.trainer,
-            done=self.env_steps,
-            per_iteration=self.ppo.rollout_steps * self.env.num_envs * ranks,
-            budget=budget,
+            self.trainer, self.progress, ranks=self._ranks.size
         )
         self._learner.begin_iteration(self.progress.of_run())  # resets may depend on it
-        resumption = self._resumption or Resumption(rank_state=None)
-        resumed = resumption.start(self._learner, self._optimizer)
-        self.progress.new_episodes = self.is_resuming and not resumed
-        self._resumption = None
-        if self.progress.new_episodes:
-            _log.warning(
-                "The checkpoint holds no environments of rank %d: new episodes begin there.",
-                self.global_rank,
-            )
-        if self.progress.next_rollout_steps(ranks) == 0:
+        self.start_learner(self._learner, self._optimizer)
+        if self.progress.next_rollout_steps(self._ranks.size) == 0:
             used = "PPO.total_env_steps=%s is used up: %d env steps were taken. Nothing to train."
-            _log.warning(used, budget, self.env_steps)
+            _log.warning(used, self.settings.total_env_steps, self.env_steps)
             self.trainer.should_stop = True
 
     def _guard_loggers(self) -> None:

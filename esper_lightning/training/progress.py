@@ -29,6 +29,7 @@ class Progress:
     Attributes:
         iteration: Number of finished iterations.
         env_steps: Number of environment steps taken, over all environments of all ranks.
+        budget: The setting ``PPO.total_env_steps``.
         gradient_steps: Number of gradient steps applied.
         train_time_s: Seconds spent in iterations, including those before the run was resumed. Time
             in which a recorded process was suspended does not count.
@@ -45,7 +46,7 @@ class Progress:
         self.new_episodes = False
         self._recent_episodes = RecentEpisodes()
         self._rollout_steps, self._num_envs = settings.ppo.rollout_steps, settings.env.num_envs
-        self._budget = settings.total_env_steps
+        self.budget = settings.total_env_steps
 
     def next_rollout_steps(self, ranks: int) -> int:
         """Number of rollout steps ``T`` of the next iteration.
@@ -55,10 +56,19 @@ class Progress:
         Args:
             ranks: Number of ranks that train together.
         """
-        if self._budget is None:
+        if self.budget is None:
             return self._rollout_steps
-        left = (self._budget - self.env_steps) // (self._num_envs * ranks)
+        left = (self.budget - self.env_steps) // (self._num_envs * ranks)
         return max(0, min(self._rollout_steps, left))
+
+    def env_steps_after(self, iterations: int, *, ranks: int) -> int:
+        """Number of environment steps taken after further iterations of full length.
+
+        Args:
+            iterations: Number of further iterations.
+            ranks: Number of ranks that train together.
+        """
+        return self.env_steps + iterations * self._rollout_steps * self._num_envs * ranks
 
     def done_share(self) -> float:
         """Share of the planned environment steps that are taken; 0 for a run without a limit."""

@@ -48,6 +48,7 @@ from esper_lightning.core.buffer import memory_bytes, rollout_bytes
 from esper_lightning.core.errors import Words, at_least, one_of, require, require_name
 from esper_lightning.core.seeding import require_torch_defaults
 from esper_lightning.training.monitors import refuse_monitors
+from esper_lightning.training.progress import Progress
 from esper_lightning.training.settings import PPOSettings
 from esper_lightning.training.specs import evaluation_spec
 
@@ -278,9 +279,7 @@ def count_step(trainer: Trainer) -> None:
     progress.increment_completed()
 
 
-def planned_env_steps(
-    trainer: Trainer, *, done: int, per_iteration: int, budget: int | None
-) -> int | None:
+def planned_env_steps(trainer: Trainer, progress: Progress, *, ranks: int) -> int | None:
     """Number of environment steps after which the first limit of a run is reached.
 
     The result is ``None`` if there is no limit. A warning is logged where the Trainer will end the
@@ -288,17 +287,19 @@ def planned_env_steps(
 
     Args:
         trainer: The Trainer at the start of training.
-        done: Number of environment steps taken so far.
-        per_iteration: Number of environment steps of a full iteration.
-        budget: The setting ``PPO.total_env_steps``.
+        progress: Progress of the run so far, with the budget of the run.
+        ranks: Number of ranks that train together.
     """
+    budget = progress.budget
     iterations: list[float] = []
     if trainer.max_epochs is not None and trainer.max_epochs >= 0:
         epochs = trainer.max_epochs - trainer.fit_loop.epoch_progress.current.processed
         iterations.append(epochs * trainer.num_training_batches)
     if trainer.max_steps >= 0:
         iterations.append(trainer.max_steps - trainer.global_step)
-    limit = done + int(min(iterations)) * per_iteration if iterations else None
+    limit = None
+    if iterations:
+        limit = progress.env_steps_after(int(min(iterations)), ranks=ranks)
     if budget is None or limit is None:
         return budget if limit is None else limit
     if limit < budget and not trainer.fast_dev_run:

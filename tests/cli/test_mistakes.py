@@ -326,6 +326,7 @@ FIT = {
     "--model.env CartPoll": "The nearest is 'CartPole'. Known are Acrobot, Brax, CartPole, Custom,"
     " EnvPool, FrameStack, Gymnasium, Gymnax, Morph",
     "--model.env 5": "model.env must be the name of a class of EnvSpec, got '5'. Known are",
+    "--model.env 6": "..., or an import path.",
     "--model.env null": "model.env must be the name of a class of EnvSpec, got 'None'.",
     "--model.env ''": "model.env must be the name of a class of EnvSpec, got ''.",
     "--model.env MLP": "model.env must be the name of a class of EnvSpec, got 'MLP'.",
@@ -333,7 +334,7 @@ FIT = {
     "--model.env no_such.Env": "can be imported, got 'no_such.Env': No module named 'no_such'.",
     "--model.env torch.NoSuchEnv": "module 'torch' has no attribute 'NoSuchEnv'.",
     "--model.policy MPL": "got 'MPL'. The nearest is 'MLP'. Known are CNN, Composed, MLP,"
-    " Recurrent.",
+    " Recurrent, or an import path.",
     "--model.policy CartPole": "must be the name of a class of PolicySpec, got 'CartPole'",
     "--trainer.logger TensorBord": "got 'TensorBord'. The nearest is 'TensorBoardLogger'.",
     "--trainer.logger CSVLogger": "trainer.logger.save_dir must be given.",

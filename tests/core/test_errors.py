@@ -4,16 +4,20 @@ import math
 import re
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Protocol
 
 import pytest
 
 from esper_lightning.core.errors import (
     at_least,
+    check_arguments,
     check_fields,
+    missing_members,
     one_of,
     positive,
     require,
     require_int,
+    require_members,
     require_name,
 )
 
@@ -125,3 +129,47 @@ def test_a_mapping_of_which_one_entry_has_another_type_is_refused(given: object)
         ValueError, match=r"^Sizes\.by_name must be .*, got " + re.escape(repr(given))
     ):
         Sizes(given)
+
+
+class Interface(Protocol):
+    limit: int
+
+    def begin(self) -> int: ...
+
+    def end(self) -> int: ...
+
+
+def test_members_without_code_of_their_own_are_named_and_others_are_not() -> None:
+    class Half(Interface):
+        def begin(self) -> int:
+            return 1
+
+    class Duck:
+        limit = 3
+        begin = end = staticmethod(lambda: 0)
+
+    members = ("limit", "begin", "end")
+    assert missing_members(Half(), members) == ["limit", "end"]
+    require_members("duck", Duck(), members, "be an Interface")
+    message = "^duck must be an Interface, got Half without limit, end.$"
+    with pytest.raises(ValueError, match=message):
+        require_members("duck", Half(), members, "be an Interface")
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        ({}, r"^test_.*call\(\): missing a required argument: 'count'$"),
+        ({"count": 1, "size": 2}, r"^test_.*call\(\): got an unexpected keyword argument 'size'$"),
+    ],
+)
+def test_an_argument_that_is_missing_or_unknown_is_an_error_of_its_function(
+    arguments: dict[str, int], message: str
+) -> None:
+    @check_arguments
+    def call(*, count: int) -> int:
+        return count
+
+    with pytest.raises(TypeError, match=message):
+        call(**arguments)
+    assert call(count=3) == 3

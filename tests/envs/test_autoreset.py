@@ -1,5 +1,6 @@
 """Time limits, resets within the step, saving and loading, seeds; no step synchronises."""
 
+import inspect
 import math
 import re
 from typing import Any
@@ -341,3 +342,26 @@ def test_a_step_does_not_synchronise(spec: type[Any]) -> None:
     finally:
         torch.cuda.set_sync_debug_mode(before)
     assert all(value.device.type == "cuda" for value in results[-1] if value is not None)
+
+
+def test_a_task_that_lacks_a_member_is_named_with_what_it_lacks() -> None:
+    class Falling(EnvSpec):
+        num_envs, time_limit = 2, 5
+
+        def spaces(self) -> EnvSpaces:
+            return CartPole().spaces()
+
+        def build(self, device: torch.device, seed: int) -> AutoresetEnv:
+            env = object.__new__(AutoresetEnv)
+            # Without the type checks of the test run.
+            inspect.unwrap(AutoresetEnv.__init__)(env, self, device=device, seed=seed)
+            return env
+
+    message = (
+        "^Falling must be a Task, with num_envs, time_limit, spaces, sample_states, observe,"
+        " advance, got Falling without sample_states, observe, advance.$"
+    )
+    with pytest.raises(ValueError, match=message):
+        Falling().build(CPU, 0)
+    with pytest.raises(ValueError, match=message):
+        inspect.unwrap(validate_sizes)(Falling())

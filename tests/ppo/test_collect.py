@@ -1,120 +1,87 @@
-"""Reward scaling, and the number of CPU threads."""
-
-import contextlib
+"""A rollout is what acting, stepping and writing one step after the other would give."""
 
 import pytest
 import torch
 
+from esper_lightning import MLP, PPOConfig, Recurrent
 from esper_lightning.core.buffer import allocate_rollout
-from esper_lightning.core.running_stats import RunningStats
-from esper_lightning.core.types import Rollout
+from esper_lightning.core.running_stats import ObsNormalizer
+from esper_lightning.core.tensor_trees import map_tree
 from esper_lightning.envs import CartPole
-from esper_lightning.ppo.advantages import scale_reward
-from esper_lightning.ppo.config import PPOConfig
-from esper_lightning.ppo.non_finite import first_non_finite, is_healthy
-from esper_lightning.training.trainer_rules import few_cpu_threads
+from esper_lightning.envs.inspector import FirstSteps
+from esper_lightning.ppo.agent import Agent
+from esper_lightning.ppo.collect import ActingState, Collector
+from esper_lightning.ppo.optimizer import build_optimizer
 
-STEPS, ENVS = 6, 3
-
-
-def rollout(generator):
-    spaces, device = CartPole().spaces(), torch.device("cpu")
-    storage = allocate_rollout(spaces, STEPS, ENVS, device=device)
-    storage.reward.normal_(generator=generator)
-    ends = torch.rand(2, STEPS, ENVS, generator=generator) < 0.2
-    storage.terminated.copy_(ends[0])
-    storage.truncated.copy_(ends[1] & ~ends[0])
-    return storage
+CPU = torch.device("cpu")
+STEPS, ENVS = 7, 3
+SPEC = CartPole(num_envs=ENVS, time_limit=4)
 
 
-def test_rewards_are_divided_by_the_deviation_of_all_returns_so_far(generator):
-    config = PPOConfig(discount=0.9, reward_clip=1.0)
-    stats = RunningStats(())
-    carried = torch.zeros(ENVS)
-    running, returns = [0.0] * ENVS, []
-    for _ in range(3):
-        collected = rollout(generator)
-        scaled, carried, moments = scale_reward(
-            collected, carried, stats.moments, config, healthy=torch.tensor(True)
-        )
-        stats.keep(moments)
+class Stepped:
+    """The environments without their pure function, so that they are stepped from Python."""
+
+    def __init__(self, env):
+        self.env = env
+        self.reset, self.step = env.reset, env.step
+        self.state_dict, self.load_state_dict = env.state_dict, env.load_state_dict
+
+
+def make_agent(policy):
+    generator = torch.Generator().manual_seed(0)
+    normalizer = ObsNormalizer(SPEC.spaces().obs, clip=10.0)
+    normalizer.update(3.0 + torch.randn(4, 5, 4, generator=generator))
+    agent = Agent(policy.build(SPEC.spaces(), generator), normalizer)
+    agent.bind(build_optimizer(agent.policy, PPOConfig()))
+    return agent
+
+
+def collect(agent, wrap, rollouts=2):
+    env = wrap(SPEC.build(CPU, 1))
+    first = FirstSteps(SPEC, SPEC.spaces(), env, CPU)
+    collector = Collector(env, agent, first, mode="off", device=CPU)
+    generator = torch.Generator().manual_seed(2)
+    obs, mask = first.reset()
+    state = ActingState(obs, mask, torch.zeros(ENVS), agent.policy.initial_memory(obs))
+    storage = allocate_rollout(SPEC.spaces(), STEPS, ENVS, device=CPU)
+    found = []
+    for _ in range(rollouts):
+        rollout, state = collector.collect(state, storage, generator=generator)
+        found.append(map_tree(torch.clone, rollout))
+    return found, state
+
+
+@pytest.mark.parametrize("policy", [MLP(hidden_sizes=(8,)), Recurrent(encoder_sizes=(8,))])
+@pytest.mark.parametrize("wrap", [lambda env: env, Stepped], ids=["functional", "stepped"])
+@torch.no_grad()
+def test_a_rollout_is_acting_stepping_and_writing_step_after_step(policy, wrap):
+    agent = make_agent(policy)
+    found, state = collect(agent, wrap)
+    env, generator = SPEC.build(CPU, 1), torch.Generator().manual_seed(2)
+    obs, _ = env.reset()
+    memory = agent.policy.initial_memory(obs)
+    for rollout in found:
+        noise = agent.policy.noise((STEPS, ENVS), generator)
         for t in range(STEPS):
-            for env in range(ENVS):
-                running[env] = 0.9 * running[env] + collected.reward[t, env].item()
-                returns.append(running[env])
-                if collected.terminated[t, env] or collected.truncated[t, env]:
-                    running[env] = 0.0
-        deviation = torch.tensor(returns).std(correction=0)
-        expected = (collected.reward / deviation).clamp(-1.0, 1.0)
-        torch.testing.assert_close(scaled, expected, rtol=1e-4, atol=1e-5)
-        assert (scaled.abs() == 1.0).any()  # the limit is felt
-
-
-def test_a_broken_rollout_leaves_the_statistics_alone(generator):
-    collected, stats = rollout(generator), RunningStats(())
-    collected.reward[0, 0] = torch.nan
-    no = torch.tensor(False)
-    *_, moments = scale_reward(collected, torch.zeros(ENVS), stats.moments, PPOConfig(), healthy=no)
-    assert moments == (0, 0, 1)
-
-
-def test_without_statistics_rewards_stay(generator):
-    collected = rollout(generator)
-    carried, yes = torch.zeros(ENVS), torch.tensor(True)
-    scaled, after, _ = scale_reward(collected, carried, None, PPOConfig(), healthy=yes)
-    assert scaled is collected.reward
-    assert after is carried
-
-
-@pytest.mark.parametrize(("samples", "threads"), [(64, 1), (2047, 1), (2048, 2)])
-def test_small_batches_get_one_thread_and_restore_the_others(samples, threads):
-    before = torch.get_num_threads()
-    torch.set_num_threads(2)
-    try:
-        with contextlib.suppress(RuntimeError), few_cpu_threads(samples):
-            assert torch.get_num_threads() == threads
-            raise RuntimeError
-        assert torch.get_num_threads() == 2
-    finally:
-        torch.set_num_threads(before)
-
-
-def healthy() -> Rollout:
-    storage = allocate_rollout(CartPole().spaces(), STEPS, ENVS, device=torch.device("cpu"))
-    for field in (storage.obs, storage.reached_obs, storage.log_prob, storage.reward):
-        field.zero_()
-    return storage
-
-
-@pytest.mark.parametrize(
-    ("bad", "owner", "name", "step", "environments"),
-    [
-        ([("obs", 2, 1), ("log_prob", 2, 1), ("reward", 2, 1)], "environment", "obs", 2, [1]),
-        ([("log_prob", 2, 1), ("reward", 2, 0)], "policy", "log_prob", 2, [1]),
-        ([("reward", 3, 2), ("reached_obs", 3, 0)], "environment", "reward", 3, [2]),
-        ([("reward", 4, 0), ("reached_obs", 1, 2)], "environment", "reached_obs", 1, [2]),
-        (
-            [("reward", 4, 0), ("reward", 0, 2), ("reward", 0, 1)],
-            "environment",
-            "reward",
-            0,
-            [1, 2],
-        ),
-        ([("log_prob", 5, 0), ("log_prob", 4, 2)], "policy", "log_prob", 4, [2]),
-    ],
-    ids=str,
-)
-def test_the_first_value_that_is_not_finite_is_blamed(bad, owner, name, step, environments):
-    storage = healthy()
-    assert first_non_finite(storage) is None
-    space = CartPole().spaces().action
-    assert is_healthy(storage, space)
-    for field, t, env in bad:
-        value = getattr(storage, field)[t]
-        value[(env, 3) if value.dim() == 2 else env] = torch.inf
-    fault = first_non_finite(storage)
-    assert (fault.owner, fault.name, fault.step) == (owner, name, step)
-    assert fault.environments == environments
-    assert f"rollout step {step}" in fault.text
-    assert ("column 3" in fault.text) == ("obs" in name)
-    assert not is_healthy(storage, space)
+            acted = agent.act(obs, None, noise[t], memory)
+            result = env.step(acted.action)
+            expected = {
+                "obs": obs,
+                "action": acted.sampled.action,
+                "log_prob": acted.sampled.log_prob,
+                "reward": result.reward,
+                "terminated": result.terminated,
+                "truncated": result.truncated,
+                "reached_obs": result.reached_obs,
+                "episode_return": result.episode_return,
+                "episode_length": result.episode_length,
+            }
+            for name, value in expected.items():
+                got = getattr(rollout, name)[t].double()
+                torch.testing.assert_close(got, value.double(), rtol=0, atol=1e-6, equal_nan=True)
+            obs = result.obs
+            ended = result.terminated | result.truncated
+            memory = agent.policy.reset_memory(acted.memory, ended)
+        assert rollout.truncated.any()
+    torch.testing.assert_close(state.obs, obs)
+    torch.testing.assert_close(state.memory, memory)

@@ -6,10 +6,12 @@ import pytest
 import torch
 
 from esper_lightning.core.buffer import allocate_rollout
+from esper_lightning.core.ranks import SINGLE_RANK, Ranks
 from esper_lightning.envs import CartPole
 from esper_lightning.ppo.metrics import (
     RecentEpisodes,
     evaluation_metrics,
+    mean_env_metrics,
     sum_episodes,
     to_host,
 )
@@ -79,3 +81,46 @@ def test_evaluation_metrics_are_means_over_the_episodes():
         "eval/episodes": 2.0,
     }
     assert evaluation_metrics(*torch.ones(2, 1))["eval/episode_return_std"] == 0.0
+
+
+class Late:
+    """Environments that have logged some metrics, under names that nobody knew before."""
+
+    names_come_late = True
+
+    def __init__(self, logged):
+        self._logged = logged
+
+    def reset(self):
+        raise NotImplementedError
+
+    step = state_dict = load_state_dict = reset
+
+    def metrics(self):
+        return {name: torch.tensor(value) for name, value in self._logged.items()}
+
+
+class Beside(Ranks):
+    """Two ranks, of which the second has logged ``theirs``."""
+
+    def __init__(self, theirs):
+        super().__init__(2)
+        self._theirs = theirs
+
+    def gather_objects(self, mine):
+        return [mine, self._theirs]
+
+
+def test_metrics_that_only_some_ranks_know_are_means_over_those_that_know_them():
+    env, cpu = Late({"a": 1.0, "b": 2.0, "d": math.nan}), torch.device("cpu")
+    ranks = Beside({"a": 3.0, "c": 5.0, "b": math.nan, "d": math.nan})
+    means = mean_env_metrics(env, ranks, device=cpu)
+    assert {name: means[name].item() for name in "abc"} == {"a": 2.0, "b": 2.0, "c": 5.0}
+    assert means["d"].isnan()
+    alone = mean_env_metrics(env, SINGLE_RANK, device=cpu)
+    assert [value.item() for value in alone.values()][:2] == [1.0, 2.0]
+
+
+def test_environments_without_metrics_have_none():
+    env = CartPole(num_envs=2).build(torch.device("cpu"), 0)
+    assert mean_env_metrics(env, SINGLE_RANK, device=torch.device("cpu")) == {}

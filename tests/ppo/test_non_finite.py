@@ -1,16 +1,19 @@
-"""Where a gradient is not finite, or too large, the minibatch and the tensors are named."""
+"""Values and gradients that are not finite: the step, the minibatch and the tensors are named."""
 
 import pytest
 import torch
 from torch import Tensor
 
 from esper_lightning import MLP, PPOConfig
+from esper_lightning.core.buffer import allocate_rollout
 from esper_lightning.core.spaces import Box, Discrete, EnvSpaces
-from esper_lightning.core.types import Samples
+from esper_lightning.core.types import Rollout, Samples
+from esper_lightning.envs import CartPole
 from esper_lightning.ppo.agent import Agent
-from esper_lightning.ppo.non_finite import GradientFault, find_fault
+from esper_lightning.ppo.non_finite import GradientFault, find_fault, first_non_finite, is_healthy
 from esper_lightning.ppo.optimizer import build_optimizer
 
+STEPS, ENVS = 6, 3
 CONFIG = PPOConfig(normalize_advantage=False, value_clip=None)
 
 
@@ -78,3 +81,44 @@ def test_the_first_minibatch_that_is_not_finite_is_found_and_its_tensors_are_nam
     assert "loss/policy" not in fault.names
     assert any(name.startswith("gradient of critic") for name in fault.names)
     assert not any(name.startswith("gradient of actor") for name in fault.names)
+
+
+def healthy() -> Rollout:
+    storage = allocate_rollout(CartPole().spaces(), STEPS, ENVS, device=torch.device("cpu"))
+    for field in (storage.obs, storage.reached_obs, storage.log_prob, storage.reward):
+        field.zero_()
+    return storage
+
+
+@pytest.mark.parametrize(
+    ("bad", "owner", "name", "step", "environments"),
+    [
+        ([("obs", 2, 1), ("log_prob", 2, 1), ("reward", 2, 1)], "environment", "obs", 2, [1]),
+        ([("log_prob", 2, 1), ("reward", 2, 0)], "policy", "log_prob", 2, [1]),
+        ([("reward", 3, 2), ("reached_obs", 3, 0)], "environment", "reward", 3, [2]),
+        ([("reward", 4, 0), ("reached_obs", 1, 2)], "environment", "reached_obs", 1, [2]),
+        (
+            [("reward", 4, 0), ("reward", 0, 2), ("reward", 0, 1)],
+            "environment",
+            "reward",
+            0,
+            [1, 2],
+        ),
+        ([("log_prob", 5, 0), ("log_prob", 4, 2)], "policy", "log_prob", 4, [2]),
+    ],
+    ids=str,
+)
+def test_the_first_value_that_is_not_finite_is_blamed(bad, owner, name, step, environments):
+    storage = healthy()
+    assert first_non_finite(storage) is None
+    space = CartPole().spaces().action
+    assert is_healthy(storage, space)
+    for field, t, env in bad:
+        value = getattr(storage, field)[t]
+        value[(env, 3) if value.dim() == 2 else env] = torch.inf
+    fault = first_non_finite(storage)
+    assert (fault.owner, fault.name, fault.step) == (owner, name, step)
+    assert fault.environments == environments
+    assert f"rollout step {step}" in fault.text
+    assert ("column 3" in fault.text) == ("obs" in name)
+    assert not is_healthy(storage, space)

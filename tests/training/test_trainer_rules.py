@@ -1,11 +1,18 @@
 """The planned end of a run, and the behaviour of Lightning that PPO switches off."""
 
+import contextlib
 import types
 
 import pytest
+import torch
 from lightning.fabric.plugins.environments.slurm import SLURMEnvironment
 
+from esper_lightning import PPOConfig
+from esper_lightning.envs import CartPole
+from esper_lightning.training.progress import Progress
+from esper_lightning.training.settings import PPOSettings
 from esper_lightning.training.trainer_rules import (
+    few_cpu_threads,
     keep_lightning_from_requeueing,
     planned_env_steps,
 )
@@ -26,6 +33,14 @@ def trainer(*, max_epochs=-1, max_steps=-1, epochs_done=0, steps_done=0, **other
     )
 
 
+def progress(budget, env_steps=0):
+    """Progress of a run whose iterations have 100 environment steps on two ranks."""
+    ppo = PPOConfig(rollout_steps=10, minibatches=1)
+    progress = Progress(PPOSettings(env=CartPole(num_envs=5), ppo=ppo, total_env_steps=budget))
+    progress.env_steps = env_steps
+    return progress
+
+
 @pytest.mark.parametrize(
     ("limits", "budget", "expected"),
     [
@@ -41,20 +56,18 @@ def trainer(*, max_epochs=-1, max_steps=-1, epochs_done=0, steps_done=0, **other
     ids=str,
 )
 def test_the_first_limit_of_a_run_is_its_end(limits, budget, expected):
-    assert (
-        planned_env_steps(trainer(**limits), done=0, per_iteration=100, budget=budget) == expected
-    )
+    assert planned_env_steps(trainer(**limits), progress(budget), ranks=2) == expected
 
 
 @pytest.mark.parametrize("limits", [{"max_epochs": 3}, {"max_steps": 30}], ids=str)
 def test_a_resumed_run_ends_where_the_whole_one_does(limits):
     resumed = trainer(**limits, epochs_done=1, steps_done=10)
-    assert planned_env_steps(resumed, done=1000, per_iteration=100, budget=None) == 3000
+    assert planned_env_steps(resumed, progress(None, env_steps=1000), ranks=2) == 3000
 
 
 @pytest.mark.parametrize(("budget", "said"), [(2000, False), (2001, True)])
 def test_a_run_that_ends_before_its_budget_logs_a_warning(budget, said, caplog):
-    planned_env_steps(trainer(max_epochs=2), done=0, per_iteration=100, budget=budget)
+    planned_env_steps(trainer(max_epochs=2), progress(budget), ranks=2)
     assert ("before PPO.total_env_steps" in caplog.text) == said
 
 
@@ -64,3 +77,16 @@ def test_lightning_requeues_jobs_of_one_rank_and_no_others(ranks):
     connector = types.SimpleNamespace(cluster_environment=environment)
     keep_lightning_from_requeueing(trainer(world_size=ranks, _accelerator_connector=connector))
     assert environment.auto_requeue == (ranks == 1)
+
+
+@pytest.mark.parametrize(("samples", "threads"), [(64, 1), (2047, 1), (2048, 2)])
+def test_small_batches_get_one_thread_and_restore_the_others(samples, threads):
+    before = torch.get_num_threads()
+    torch.set_num_threads(2)
+    try:
+        with contextlib.suppress(RuntimeError), few_cpu_threads(samples):
+            assert torch.get_num_threads() == threads
+            raise RuntimeError
+        assert torch.get_num_threads() == 2
+    finally:
+        torch.set_num_threads(before)

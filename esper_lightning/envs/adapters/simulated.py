@@ -13,7 +13,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from esper_lightning.core.errors import Words, require
+from esper_lightning.core.errors import Words, require, require_members
 from esper_lightning.core.shapes import Bool, Float, Shaped
 from esper_lightning.core.spaces import Box, EnvSpaces
 from esper_lightning.core.types import Observation, StepResult, map_obs
@@ -22,6 +22,9 @@ from esper_lightning.envs.adapters.stateless import Lost, StatelessEnv
 from esper_lightning.envs.base import RunProgress
 
 __all__ = ["SimulatedEnv", "Simulator", "Stepped"]
+
+
+_MEMBERS = ("num_envs", "spaces", "device", "name", "reset", "step")  # of a Simulator
 
 
 class Stepped(NamedTuple):
@@ -85,6 +88,9 @@ class SimulatedEnv(StatelessEnv):
         lost: Rule for truncated episodes whose last observation the simulator does not return:
             take the ``previous`` observation, as rsl_rl does, or raise an ``error``.
 
+    Raises:
+        ValueError: If the simulator lacks an attribute of ``Simulator``.
+
     Attributes:
         num_envs: Number of environments, ``B``.
         spaces: Observation and action spaces of one environment.
@@ -93,6 +99,8 @@ class SimulatedEnv(StatelessEnv):
     names_come_late = True  # metrics are known only once the simulator has logged them
 
     def __init__(self, simulator: Simulator, seed: int | None, *, lost: Lost = "error") -> None:
+        rule = f"be a Simulator, with {', '.join(_MEMBERS)}"
+        require_members(type(simulator).__name__, simulator, _MEMBERS, rule)
         super().__init__(simulator.name, seed)
         self.simulator, self._lost = simulator, lost
         self.num_envs, self.spaces = simulator.num_envs, simulator.spaces

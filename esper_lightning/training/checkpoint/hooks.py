@@ -7,6 +7,7 @@ import logging
 from pathlib import Path
 from typing import Any, Self
 
+import torch
 from lightning.pytorch import LightningModule
 from lightning.pytorch.trainer.states import TrainerFn
 from typing_extensions import override
@@ -16,6 +17,7 @@ from esper_lightning.core.ranks import SINGLE_RANK, Ranks
 from esper_lightning.core.spaces import EnvSpaces
 from esper_lightning.policies.base import Policy
 from esper_lightning.ppo.extension import Extensions
+from esper_lightning.ppo.learner import Learner
 from esper_lightning.ppo.optimizer import trained_parameters
 from esper_lightning.training.checkpoint.content import STATE_KEY, refuse_not_ours
 from esper_lightning.training.checkpoint.meeting import meet
@@ -75,6 +77,26 @@ class CheckpointHooks(LightningModule):
         path = self.settings.warm_start
         if path is not None and self.progress.iteration == 0 and self._resumption is None:
             load_weights(self, path)
+
+    def start_learner(self, learner: Learner, optimizer: torch.optim.Adam) -> None:
+        """Resume the episodes of the checkpoint, or start new ones.
+
+        Args:
+            learner: Learner of this rank, which has not started.
+            optimizer: Adam over the trained weights, with its state restored.
+
+        Raises:
+            ValueError: If the checkpoint belongs to other environments.
+        """
+        resumption = self._resumption or Resumption(rank_state=None)
+        resumed = resumption.start(learner, optimizer)
+        self.progress.new_episodes = self.is_resuming and not resumed
+        self._resumption = None
+        if self.progress.new_episodes:
+            _log.warning(
+                "The checkpoint holds no environments of rank %d: new episodes begin there.",
+                self.global_rank,
+            )
 
     def refuse_other_ranks(self) -> None:
         """Compare all ranks, which are connected for it, before the run writes anything.

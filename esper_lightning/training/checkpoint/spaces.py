@@ -97,7 +97,12 @@ def env_of_checkpoint(checkpoint: Mapping[str, Any]) -> EnvSpec:
 
 
 def spaces_to_data(spaces: EnvSpaces, num_envs: int) -> dict[str, Any]:
-    """Spaces as plain data, with the number of environments."""
+    """Spaces as plain data, with the number of environments.
+
+    Args:
+        spaces: Observation and action spaces.
+        num_envs: Number of environments on each rank.
+    """
     groups = spaces.obs if isinstance(spaces.obs, dict) else {"": spaces.obs}
     return {
         "num_envs": num_envs,

@@ -142,6 +142,10 @@ def keep_own_extensions(checkpoint: dict[str, Any], module: nn.Module) -> bool:
 
     Only training that is resumed needs the extensions of the checkpoint.
 
+    Args:
+        checkpoint: Content of a checkpoint, whose ``state_dict`` is changed.
+        module: Module that will load the checkpoint.
+
     Returns:
         Whether the checkpoint loses the state of an extension by that.
     """

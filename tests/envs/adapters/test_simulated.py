@@ -7,7 +7,7 @@ import torch
 
 from esper_lightning import check_env
 from esper_lightning.envs.adapters.custom import Custom, adapt
-from esper_lightning.envs.adapters.simulated import SimulatedEnv
+from esper_lightning.envs.adapters.simulated import SimulatedEnv, Simulator
 from tests.envs.adapters.simulators import RslRl, TorchFive, VmasLike
 
 CPU = torch.device("cpu")
@@ -162,3 +162,16 @@ def test_a_shared_and_a_separate_simulator_of_one_function_do_not_mix():
     spec.spaces()
     shared = Custom(**{**vars(spec), "shared": True})
     assert isinstance(shared.build(CPU, 0), SimulatedEnv)
+
+
+def test_a_simulator_that_lacks_an_attribute_is_named_with_what_it_lacks():
+    class Bare(Simulator):
+        def reset(self, rows, seed):
+            return torch.zeros(2, 1)
+
+        def step(self, action):
+            raise NotImplementedError
+
+    line = "got Bare without num_envs, spaces, device.$"
+    with pytest.raises(ValueError, match=f"^Bare must be a Simulator, with num_envs, .*{line}"):
+        adapt(Bare(), CPU, 1, name="bare", lost="error")

@@ -1,10 +1,8 @@
 """The checkpoint that a run uses, and the runs that may use a checkpoint."""
 
 import re
-import types
 
 import pytest
-from lightning.pytorch.trainer.states import TrainerFn
 
 from esper_lightning import PPO, PPOConfig
 from esper_lightning.envs import CartPole
@@ -57,16 +55,3 @@ def test_a_spec_that_is_given_is_not_rebuilt():
         PPOSettings.from_data(saved)
     given = PPOSettings.from_data(saved, env=CartPole(num_envs=9), ppo=PPOConfig(epochs=7))
     assert (given.env.num_envs, given.ppo.epochs) == (9, 7)
-
-
-@pytest.mark.parametrize("rank", [0, 1])
-def test_every_rank_resumes_its_own_environments(rank):
-    resumed = model()
-    state = types.SimpleNamespace(fn=TrainerFn.FITTING)
-    resumed._trainer = types.SimpleNamespace(state=state, world_size=2, global_rank=rank)
-    saved = checkpoint(model(), world_size=2)
-    saved[STATE_KEY] |= {"iteration": 3, "env_steps": 7, "gradient_steps": 5, "train_time_s": 1.0}
-    saved[STATE_KEY] |= {"recent_episodes": [], "ranks": {0: "the first's", 1: "the second's"}}
-    resumed.refuse_checkpoint = lambda *_, **__: None  # it is not whole
-    resumed.on_load_checkpoint(saved)
-    assert resumed._resumption.rank_state == saved[STATE_KEY]["ranks"][rank]

@@ -1,0 +1,65 @@
+"""A directory that a Trainer's run holds, from the claim of the directory to its release.
+
+If the directory is a remote address, the run writes into a local folder, which is copied to the
+address at every checkpoint and at the end (``callbacks.mirror``).
+"""
+
+import logging
+import weakref
+from pathlib import Path
+
+from lightning.pytorch import Trainer
+
+from esper_lightning.callbacks.mirror import Mirror
+from esper_lightning.forensics.claims import Claim
+
+__all__ = ["OF_TRAINERS", "HeldDirectory"]
+
+_log = logging.getLogger(__name__)
+_COPY_S = 30.0  # limit of the copy at the end; a scheduler's grace period is often as long
+
+
+class HeldDirectory:
+    """The run directory of one Trainer, and the callbacks that use the directory.
+
+    Attributes:
+        config: Content of ``config.yaml`` that is to be written; ``None`` where there is none.
+        is_used: Whether a run has written into the directory; if not, it is restored at the end.
+    """
+
+    config: str | None = None
+    is_used = False
+
+    def __init__(self, directory: Path, held: Claim | None, address: str | None = None) -> None:
+        self.directory, self.claim, self.address = directory, held, address
+        self.users: set[int] = set()
+        self.is_open = False  # whether a run writes into it, on any rank
+        self.mirror: Mirror | None = None
+
+    def begin(self, rank: int) -> None:
+        """Begin to copy the directory to its address, if it has one, and report where files are."""
+        self.is_open = self.is_used = True
+        if self.address is not None:
+            self.mirror = Mirror(self.directory, self.address, rank)
+            if self.claim is not None:  # the second process of a rank that vanishes copies too
+                self.claim.note(address=self.address)
+            text = "The run writes into %s, which is copied to %s at checkpoints and at the end."
+            _log.warning(text, self.directory, self.address)
+
+    def end(self) -> None:
+        """Release the directory, after its last copy to its address if it has one."""
+        self.is_open = False
+        self.users.clear()
+        if self.mirror is not None:
+            self.mirror.copy(seconds=_COPY_S)
+            self.mirror = None
+        self.release()
+
+    def release(self) -> None:
+        """Release the directory as it is, without a copy to its address."""
+        if self.claim is not None:
+            self.claim.release(used=self.is_used)
+
+
+OF_TRAINERS: "weakref.WeakKeyDictionary[Trainer, HeldDirectory]" = weakref.WeakKeyDictionary()
+"""The run directory of each Trainer of this process that has chosen one."""

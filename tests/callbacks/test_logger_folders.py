@@ -1,0 +1,74 @@
+"""Loggers with a folder for each run get the folder of the run."""
+
+from types import SimpleNamespace
+
+import pytest
+from lightning.pytorch.loggers import CSVLogger, TensorBoardLogger
+
+from esper_lightning.callbacks.logger_folders import (
+    announced_directory,
+    begin_table,
+    numbered_logger,
+    remove_events,
+    take_next_number,
+    write_into,
+)
+
+KINDS = [TensorBoardLogger, CSVLogger]
+each_kind = pytest.mark.parametrize("kind", KINDS)
+
+
+@each_kind
+def test_the_first_logger_with_a_folder_is_found_among_others(kind, tmp_path):
+    logger = kind(tmp_path)
+    other = SimpleNamespace(save_dir=tmp_path / "other")
+    trainer = SimpleNamespace(loggers=[other, logger], default_root_dir=tmp_path)
+    assert numbered_logger(trainer) is logger
+    assert announced_directory(trainer) == tmp_path / "other"
+    trainer.loggers = []
+    assert numbered_logger(trainer) is None
+    assert announced_directory(trainer) == tmp_path
+
+
+@each_kind
+def test_a_logger_beside_the_run_gets_its_number_and_another_keeps_its_own(kind, tmp_path):
+    beside, elsewhere = kind(tmp_path, name="a"), kind(tmp_path, name="b")
+    named = kind(tmp_path, name="a", version="mine")
+    for logger in (beside, elsewhere, named):
+        write_into(logger, tmp_path / "a" / "version_7")
+    assert beside.version == 7
+    assert elsewhere.version == 0
+    assert named.version == "mine"
+
+
+@each_kind
+def test_the_next_number_is_one_that_no_folder_has(kind, tmp_path):
+    logger = kind(tmp_path, name="a")
+    assert logger.version == 0
+    for taken in (0, 1, 2):
+        (tmp_path / "a" / f"version_{taken}").mkdir(parents=True, exist_ok=True)
+    take_next_number(logger)
+    assert logger.version == 3
+    assert (tmp_path / "a" / "version_3").is_dir()
+    remove_events(logger)
+
+
+def test_the_events_of_a_logger_that_logged_nothing_are_removed(tmp_path):
+    logger = TensorBoardLogger(tmp_path, name="a")
+    _ = logger.experiment
+    assert list((tmp_path / "a" / "version_0").iterdir())
+    remove_events(logger)
+    assert not list((tmp_path / "a" / "version_0").iterdir())
+
+
+def test_the_table_of_an_earlier_run_is_renamed_and_not_lost(tmp_path):
+    directory = tmp_path / "a" / "version_0"
+    directory.mkdir(parents=True)
+    (directory / "metrics.csv").write_text("step\n1\n")
+    logger = CSVLogger(tmp_path, name="a", version=0)
+    begin_table(logger, tmp_path / "elsewhere")
+    assert (directory / "metrics.csv").exists()
+    begin_table(logger, directory)
+    (kept,) = directory.glob("metrics*.csv*")
+    assert kept.read_text() == "step\n1\n"
+    assert kept.name != "metrics.csv"

@@ -1,0 +1,82 @@
+"""The environments of a run: seeds at its start, evaluations within, and their end."""
+
+import pytest
+import torch
+from lightning.pytorch import Callback
+
+from esper_lightning import MLP, PPO, PPOConfig
+from esper_lightning.core.ranks import SINGLE_RANK
+from esper_lightning.envs import CartPole, Custom, Gymnasium
+from esper_lightning.ppo.agent import Agent
+from esper_lightning.training.environments import build_learner
+from tests.envs.adapters.simulators import TorchFive
+from tests.training.short_runs import fit
+
+COUNTER = Gymnasium(id="EsperCounter-v0", num_envs=4, kwargs={"length": 3})
+
+
+def first_rollout(iteration, rank):
+    ppo = PPOConfig(rollout_steps=4, minibatches=1)
+    module = PPO(CartPole(num_envs=3), MLP(hidden_sizes=(4,)), ppo)
+    place = {"iteration": iteration, "rank": rank, "device": torch.device("cpu")}
+    agent = Agent(module.policy, None)
+    learner = build_learner(module.settings, agent, None, **place, ranks=SINGLE_RANK)
+    learner.start(module.configure_optimizers(), None)
+    return learner.rollout(4)
+
+
+def test_ranks_and_later_runs_have_states_and_noise_of_their_own():
+    again, first, *others = (first_rollout(*at) for at in ((0, 0), (0, 0), (0, 1), (1, 0)))
+    assert torch.equal(again.obs, first.obs)
+    assert torch.equal(again.action, first.action)
+    for other in others:
+        assert not torch.equal(other.obs[0], first.obs[0])
+        assert not torch.equal(other.action, first.action)
+
+
+class TestASharedSimulator:
+    def test_training_acts_on_what_the_simulator_shows_after_an_evaluation(self):
+        made = TorchFive(4)
+        seen = []
+
+        class Look(Callback):
+            def on_train_batch_start(self, trainer, pl_module, batch, batch_idx):
+                acting = pl_module._learner._acting.obs["policy"]
+                seen.append(torch.equal(acting, made.state))
+
+        fit(Custom.of(made), Look(), eval_episodes=4)
+        assert seen == [True] * 4
+
+    def test_episodes_after_evaluations_differ(self):
+        made, starts = TorchFive(4), []
+
+        class Look(Callback):
+            def on_train_epoch_start(self, trainer, pl_module):
+                starts.append(pl_module._learner._acting.obs["policy"].clone())
+
+        fit(Custom.of(made), Look(), iterations=6, eval_episodes=4)
+        assert not torch.equal(starts[1], starts[2])
+
+    def test_it_outlives_the_run(self):
+        made = TorchFive(4)
+        fit(Custom.of(made), eval_episodes=4)
+        assert made.closed == 0
+
+
+class TestTheEndOfARun:
+    def test_environments_are_closed(self):
+        model, _ = fit(COUNTER, eval_episodes=4)
+        assert model._learner._env._env.closed
+        assert model.evaluation._env is None
+
+    def test_workers_end_with_a_run_that_dies(self):
+        class Fault(Callback):
+            def on_train_batch_end(self, *args):
+                self.processes = list(args[1]._learner._env._env._processes)
+                raise RuntimeError("boom")
+
+        fault, env = Fault(), Gymnasium(id="EsperCounter-v0", num_envs=4, workers=2)
+        with pytest.raises(RuntimeError, match="boom"):
+            fit(env, fault)
+        assert len(fault.processes) == 2
+        assert not any(process.is_alive() for process in fault.processes)

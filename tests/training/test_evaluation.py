@@ -1,0 +1,41 @@
+"""Evaluations during a run: episodes, environments and seeds."""
+
+from lightning.pytorch import Callback
+
+from esper_lightning.envs import Gymnasium
+from tests.training.short_runs import fit
+
+COUNTER = Gymnasium(id="EsperCounter-v0", num_envs=4, kwargs={"length": 3})
+
+
+class TestEvaluation:
+    def test_each_environment_plays_several_episodes(self):
+        _, trainer = fit(COUNTER, eval_episodes=10)
+        assert trainer.callback_metrics["eval/episodes"] == 12
+        assert trainer.callback_metrics["eval/episode_length_mean"] == 3
+
+    def test_environments_are_made_once_for_all_evaluations(self, monkeypatch):
+        seeds = []
+        build = Gymnasium.build
+
+        def counted(self, device, seed):
+            seeds.append(seed)
+            return build(self, device, seed)
+
+        monkeypatch.setattr(Gymnasium, "build", counted)
+        fit(COUNTER, iterations=6, eval_episodes=4)
+        assert len(seeds) == 2  # of training, and of evaluations
+
+    def test_every_evaluation_starts_alike(self):
+        class Starts(Callback):
+            def __init__(self):
+                self.starts = []
+
+            def on_validation_epoch_end(self, trainer, pl_module):
+                env = pl_module.evaluation._env._env
+                self.starts.append([each.unwrapped.first_start for each in env.envs])
+
+        starts = Starts()
+        fit(COUNTER, starts, iterations=6, eval_episodes=4)
+        assert len(starts.starts) >= 3
+        assert all(start == starts.starts[0] for start in starts.starts)
