@@ -54,16 +54,6 @@ def make_ale(*, num_envs: int, device: str, seed: int, game: str) -> Any:
     return AtariVectorEnv(game=game, num_envs=num_envs, autoreset_mode=AutoresetMode.SAME_STEP)
 
 
-def make_mjlab(*, num_envs: int, device: str, seed: int, task: str) -> Any:
-    """A task of mjlab."""
-    from mjlab.envs import ManagerBasedRlEnv  # noqa: PLC0415
-    from mjlab.tasks.registry import load_env_cfg  # noqa: PLC0415
-
-    settings = load_env_cfg(task)
-    settings.scene.num_envs, settings.seed = num_envs, seed
-    return ManagerBasedRlEnv(settings, device=device)
-
-
 TASKS: Mapping[str, Mapping[str, Callable[[], EnvSpec]]] = {
     HERE: {"CartPole-v1": lambda: Gymnasium(id="CartPole-v1", num_envs=4)},
     "minigrid": {
@@ -104,7 +94,10 @@ TASKS: Mapping[str, Mapping[str, Callable[[], EnvSpec]]] = {
     },
     "mjlab": {
         "cartpole": lambda: Custom(
-            make="worlds:make_mjlab", num_envs=8, kwargs={"task": "Mjlab-Cartpole-Balance"}
+            make="esper_lightning.envs.adapters.mjlab:make",
+            num_envs=8,
+            kwargs={"task": "Mjlab-Cartpole-Balance"},
+            lost="previous",
         ),
     },
 }

@@ -4,7 +4,7 @@ Each run is ``esper fit --config NAME`` with a seed, on one thread, as many at a
 cores; it ends with deterministic evaluation episodes. ``--peer`` trains Stable-Baselines3 with the
 same settings and seeds after it, on the same cores. Each task has results files of its own,
 ``results/zoo_<task>.md`` and ``.json``, so that a task can be measured again by itself. Tasks of
-gymnax run in an environment for Python of its own, which ``worlds.py`` makes.
+gymnax and mjlab run in environments for Python of their own, which ``worlds.py`` makes.
 """
 
 import argparse
@@ -36,8 +36,9 @@ PUBLISHED = {
     "breakout": "none after so few steps",
     "space_invaders": "none after so few steps",
     "navigation": "none",
+    "mjlab_cartpole": "none",
 }
-WORLDS = {"breakout": "jax", "space_invaders": "jax"}  # the others run beside this
+WORLDS = {"breakout": "jax", "space_invaders": "jax", "mjlab_cartpole": "mjlab"}  # others run here
 WITH_PEER = ("lunarlander", "halfcheetah", "hopper")
 
 

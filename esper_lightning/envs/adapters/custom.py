@@ -78,6 +78,7 @@ class Custom(EnvSpec):
         shared: Whether one simulator serves training and evaluation, for simulators of which a
             process can hold only one. Training then begins new episodes after each evaluation.
         device: Device of the simulator that is made to read its spaces, such as ``cuda:0``.
+        name: Name of the task in messages and run directories; that of the function if empty.
     """
 
     make: str
@@ -86,18 +87,17 @@ class Custom(EnvSpec):
     lost: Lost = "error"
     shared: bool = True
     device: str = field(default="cpu", metadata={"how": True})
+    name: str = field(default="", metadata={"how": True})
 
     def __post_init__(self) -> None:
         check_fields(self)
         require_int("Custom.num_envs", self.num_envs, minimum=1)
+        if not self.name:
+            function = self.make.replace(":", ".").rpartition(".")[2]
+            object.__setattr__(self, "name", function)
 
     def __hash__(self) -> int:
         return hash(repr(self))
-
-    @property
-    def name(self) -> str:
-        """Name of the task in messages and run directories."""
-        return self.make.replace(":", ".").rpartition(".")[2]
 
     def spaces(self) -> EnvSpaces:
         """Observation and action spaces of the simulator, which is made to read them.

@@ -8,6 +8,7 @@ import torch
 from esper_lightning import check_env
 from esper_lightning.envs.adapters.custom import Custom, adapt
 from esper_lightning.envs.adapters.simulated import SimulatedEnv, Simulator
+from esper_lightning.envs.base import how_fields, spec_name
 from tests.envs.adapters.simulators import RslRl, TorchFive, VmasLike
 
 CPU = torch.device("cpu")
@@ -124,6 +125,12 @@ class TestCustom:
         first = spec.build(CPU, 5).reset()[0]["policy"].clone()
         assert torch.equal(spec.build(CPU, 5).reset()[0]["policy"], first)
         assert not torch.equal(spec.build(CPU, 6).reset()[0]["policy"], first)
+
+    def test_the_name_of_the_task_is_the_functions_or_ones_own(self):
+        assert custom("make_torch_five").name == "make_torch_five"
+        named = custom("make_torch_five", name="walking")
+        assert spec_name(named) == "walking"
+        assert "name" in how_fields(named)  # a resumed run may have another
 
     def test_a_simulator_that_is_there_becomes_a_spec(self):
         made = TorchFive(3)
