@@ -35,6 +35,7 @@ __all__ = [
     "claim_next",
     "holds_a_run",
     "read_owner",
+    "refuse_anothers",
     "reserve",
     "return_reserved",
 ]
@@ -96,6 +97,18 @@ class Claim:
             names = str(theirs[0].relative_to(self.directory))
             names += f" and {len(theirs) - 1} more" if len(theirs) > 1 else ""
             raise _not_of_a_run(self.directory, names)
+
+    def refuse_another(self) -> None:
+        """Refuse to go on where another process owns the directory by now.
+
+        Raises:
+            DirectoryInUseError: If the directory was moved, and another run took its name.
+        """
+        path = RunLayout(self.directory).owner
+        if self.holds and path.exists() and not os.path.samestat(os.fstat(self._lock), path.stat()):
+            owner = ProcessIdentity.from_dict(read_owner(self.directory))
+            if owner.pid not in (None, os.getpid()):
+                raise _in_use(self.directory, owner)
 
     @property
     def holds(self) -> bool:
@@ -166,6 +179,19 @@ def claim(directory: Path) -> Claim:
 def holds_a_run(directory: Path) -> bool:
     """Whether a run has, or had, its files in a directory."""
     return RunLayout(directory).owner.exists() or _names_a_process(directory)
+
+
+def refuse_anothers(path: Path) -> None:
+    """Refuse to write into the directory of another run that took the place of this process's.
+
+    That happens where a run directory is moved while its run lives, and another run takes the name.
+
+    Raises:
+        DirectoryInUseError: If a directory that this process claimed has another owner by now.
+    """
+    for held in list(_claims):
+        if path.absolute().is_relative_to(held.directory):
+            held.refuse_another()
 
 
 def reserve(directory: Path) -> None:

@@ -16,6 +16,7 @@ from esper_lightning.forensics.claims import (
     claim,
     claim_next,
     read_owner,
+    refuse_anothers,
     reserve,
     return_reserved,
 )
@@ -232,6 +233,23 @@ def test_a_full_disk_takes_no_name_but_the_lock_holds(tmp_path, monkeypatch):
     held = claim(tmp_path)
     with pytest.raises(DirectoryInUseError, match="another run is running"):
         claim(tmp_path)
+    held.release()
+
+
+def test_nothing_is_written_where_another_run_took_the_place_of_one_that_was_moved(tmp_path):
+    run, moved = tmp_path / "run", tmp_path / "moved"
+    held = claim(run)
+    refuse_anothers(run / "checkpoints" / "last.ckpt")
+    run.rename(moved)
+    refuse_anothers(run / "last.ckpt")  # nobody is there
+    command = [sys.executable, "-c", PROGRAM, str(run)]
+    pipes = {"stdin": subprocess.PIPE, "stdout": subprocess.PIPE}
+    with subprocess.Popen(command, text=True, **pipes) as another:
+        assert another.stdout.readline() == "claimed\n"
+        with pytest.raises(DirectoryInUseError, match=f"process {another.pid} is running"):
+            refuse_anothers(run / "last.ckpt")
+        refuse_anothers(moved / "last.ckpt")
+        another.communicate()
     held.release()
 
 

@@ -14,6 +14,7 @@ from lightning.pytorch.plugins import TorchCheckpointIO
 from typing_extensions import override
 
 from esper_lightning.core.errors import require
+from esper_lightning.forensics.claims import refuse_anothers
 from esper_lightning.forensics.files import replacing
 from esper_lightning.forensics.reading import open_file
 
@@ -51,11 +52,13 @@ class AtomicCheckpointIO(TorchCheckpointIO):
         Raises:
             OSError: If the file cannot be written, as on a full disk. The previous file is still
                 there.
+            DirectoryInUseError: If another run owns the directory by now.
         """
         if storage_options is not None or _is_remote(path):
             super().save_checkpoint(checkpoint, path, storage_options)
             return
         path = Path(path)
+        refuse_anothers(path)
         with replacing(path) as temporary, temporary.open("wb") as file:
             try:
                 torch.save(checkpoint, file)

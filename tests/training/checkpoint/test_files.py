@@ -10,6 +10,7 @@ import torch
 
 from esper_lightning import PPO, AtomicCheckpointIO
 from esper_lightning.envs import CartPole
+from esper_lightning.forensics.claims import DirectoryInUseError
 from esper_lightning.training.checkpoint.files import read_checkpoint
 from tests import forked
 
@@ -47,6 +48,19 @@ def is_seen(path, damaged) -> bool:
         return len(refusal(path)) > 0
     assert_is_content(read)
     return False
+
+
+def test_nothing_is_written_into_the_directory_of_another_run(path, monkeypatch):
+    asked, before = [], path.read_bytes()
+
+    def refuse(place):
+        asked.append(place)
+        raise DirectoryInUseError
+
+    monkeypatch.setattr("esper_lightning.training.checkpoint.files.refuse_anothers", refuse)
+    with pytest.raises(DirectoryInUseError):
+        AtomicCheckpointIO().save_checkpoint({}, path)
+    assert (asked, path.read_bytes()) == ([path], before)
 
 
 def test_what_is_saved_can_be_read(path):
