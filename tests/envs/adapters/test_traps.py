@@ -2,7 +2,7 @@
 
 Each line names a trap, and the file and name of its test; files without a folder are beside this.
 
- 1. An evaluation steps the simulator of training: ../../training/test_worlds.py
+ 1. An evaluation steps the simulator of training: ../../training/test_environments.py
     test_training_acts_on_what_the_simulator_shows_after_an_evaluation
  2. ``num_envs`` is no field of the spec: ../../training/test_worlds.py
     test_a_spec_whose_number_of_environments_is_derived_is_refused_in_a_line
