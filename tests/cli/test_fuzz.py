@@ -104,7 +104,7 @@ def damage_and_read(capsys, died: Path, place: Path, seeds: range, *, readers: i
 
 
 def test_damage_is_never_a_traceback(died, tmp_path, capsys):
-    damage_and_read(capsys, died, tmp_path, range(120), readers=2)
+    damage_and_read(capsys, died, tmp_path, range(60), readers=2)
 
 
 @pytest.mark.slow
