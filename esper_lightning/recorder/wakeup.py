@@ -30,11 +30,18 @@ class Wakeup:
         self.thread.start()
 
     def install(self) -> None:
-        """Make C write to this descriptor; only the main thread may call this, and ``close``."""
-        if not self._installed:
-            self._previous = signal.set_wakeup_fd(self._write, warn_on_full_buffer=False)
-            self._file = _file_of(self._previous)
-            self._installed = True
+        """Make C write to this descriptor; only the main thread may call this, and ``close``.
+
+        A descriptor that somebody set over ours stays. If there is none at all, ours is set again:
+        an asyncio loop leaves none when the loop removes its last handler.
+        """
+        current = signal.set_wakeup_fd(self._write, warn_on_full_buffer=False)
+        if current == self._write:
+            return
+        if self._installed and current != -1:
+            signal.set_wakeup_fd(current)
+            return
+        self._previous, self._file, self._installed = current, _file_of(current), True
 
     def close(self) -> None:
         """Restore the previous descriptor, unless ours was replaced."""

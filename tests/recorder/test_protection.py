@@ -187,6 +187,21 @@ class TestTheWakeupDescriptor:
         assert self.heard(pair)
         assert signal.set_wakeup_fd(-1) == pair[1].fileno()
 
+    def test_ours_is_set_again_where_somebody_left_none(self, pair):
+        """As an asyncio loop does when it removes its last handler."""
+        signal.set_wakeup_fd(pair[1].fileno())
+        run, before = Run(), threading.active_count()
+        run.begin()
+        signal.set_wakeup_fd(-1)
+        run.protection.renew()
+        ours = signal.set_wakeup_fd(-1)
+        assert ours not in (-1, pair[1].fileno())
+        signal.set_wakeup_fd(ours)
+        assert not self.heard(pair)  # who left none wants none
+        run.end()
+        assert signal.set_wakeup_fd(-1) == -1
+        assert threading.active_count() == before
+
     def test_that_was_closed_meanwhile_is_not_put_back(self, pair):
         signal.set_wakeup_fd(pair[1].fileno())
         run = Run()
@@ -195,6 +210,19 @@ class TestTheWakeupDescriptor:
         assert not self.heard(pair)
         run.end()
         assert signal.set_wakeup_fd(-1) == -1
+
+    def test_whose_number_is_another_files_by_now_hears_nothing(self, pair):
+        other = socket.socketpair()
+        other[0].setblocking(False)
+        signal.set_wakeup_fd(pair[1].fileno())
+        run = Run()
+        run.begin()
+        with other[0], other[1]:
+            os.dup2(other[1].fileno(), pair[1].fileno())
+            assert not self.heard(other)
+            run.end()
+            assert signal.set_wakeup_fd(-1) == -1
+            assert not self.heard(other)
 
     def test_is_not_passed_on_to_a_child(self, pair):
         signal.set_wakeup_fd(pair[1].fileno())
