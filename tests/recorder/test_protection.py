@@ -213,7 +213,8 @@ class TestTheWakeupDescriptor:
 
     def test_whose_number_is_another_files_by_now_hears_nothing(self, pair):
         other = socket.socketpair()
-        other[0].setblocking(False)
+        for each in other:
+            each.setblocking(False)
         signal.set_wakeup_fd(pair[1].fileno())
         run = Run()
         run.begin()
