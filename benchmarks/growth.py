@@ -95,7 +95,7 @@ def verdicts(played: dict[str, list[Played]]) -> list[str]:
 
 def each_blueprint(env: MorphogenesisEnv) -> dict[str, list[Played]]:
     """Episodes of the baseline that grows at the start, for each blueprint."""
-    rules = {name: partial(grow_at_start, blueprint=name) for name in env.spec.blueprints}
+    rules = {name: partial(grow_at_start, blueprint=name) for name in env.blueprints}
     return {name: [one] for name, one in play_baselines(env, rules)}
 
 

@@ -38,7 +38,7 @@ def keep_alive(env: MorphogenesisEnv) -> torch.Tensor:
     for wanted in (Op.GERMINATE, Op.BLEND):
         op = op.masked_fill(legal[:, wanted].any(1), wanted)
     slot = legal[torch.arange(count), op].int().argmax(1)
-    kind = (torch.arange(count) + env.hosts.vitals.step) % len(env.spec.blueprints)
+    kind = (torch.arange(count) + env.hosts.vitals.step) % len(env.blueprints)
     return torch.stack((op, slot, kind, torch.zeros_like(op)), dim=1)
 
 
@@ -52,13 +52,13 @@ POLICIES = {
 class Loop:
     """A loop over plain modules that computes what the environment computes."""
 
-    def __init__(self, env: MorphogenesisEnv) -> None:
-        self.env = env
+    def __init__(self, spec: Morphogenesis, env: MorphogenesisEnv) -> None:
+        self.spec = spec
         self.hosts = [
-            LoneHost(env.spec, row) for row in env.hosts.weights.host[: min(LOOPED, env.num_envs)]
+            LoneHost(spec, row) for row in env.hosts.weights.host[: min(LOOPED, env.num_envs)]
         ]
         self.generator = torch.Generator().manual_seed(0)
-        training, validation, _ = env.spec.splits(torch.device("cpu"))
+        training, validation, _ = spec.splits(torch.device("cpu"))
         self.image = training.image.permute(0, 3, 1, 2).contiguous()
         self.label = training.label
         self.validation = validation.image.permute(0, 3, 1, 2).contiguous(), validation.label
@@ -77,7 +77,7 @@ class Loop:
             host.life.measured()
 
     def step(self, action: torch.Tensor) -> None:
-        spec = self.env.spec
+        spec = self.spec
         self.act(action)
         for host in self.hosts:
             index = torch.randint(
@@ -95,7 +95,7 @@ def in_the_middle(
     quick = replace(spec, train_batches=1, batch_size=2, validation_size=2).build(cpu, 0)
     quick.reset()
     env = spec.build(cpu, 0)
-    loop = Loop(env)
+    loop = Loop(spec, env)
     for _ in range(epoch):
         action = policy(quick)
         loop.skip(action)

@@ -29,7 +29,7 @@ from esper_lightning.envs.base import (
 )
 from esper_lightning.envs.contract import (
     Contract,
-    Report,
+    Problems,
     UncheckableError,
     fingerprint,
     flatten,
@@ -39,7 +39,7 @@ from esper_lightning.envs.inspector import (
     ENV_MEMBERS,
     Inspector,
     check_built,
-    check_told,
+    check_declared,
     is_count,
     require_members,
     same_values,
@@ -49,7 +49,7 @@ __all__ = ["check_env"]
 
 logger = logging.getLogger(__name__)
 
-TELLING_MEMBERS = ("num_envs", "spaces")  # members of a spec; without a spec, of the environment
+DECLARED_MEMBERS = ("num_envs", "spaces")  # members of a spec; without a spec, of the environment
 TRANSITION_STEPS = 100
 WARM_UP_STEPS = 3  # may compile and allocate, hence synchronise
 
@@ -88,18 +88,18 @@ def check_env(
     at_least("check_env.steps", steps, 1)
     at_least("check_env.seed", seed, 0)
     require_torch_defaults("check_env")
-    report = Report(spec_name(env))
+    problems = Problems(spec_name(env))
     try:
         if hasattr(env, "build"):
-            require_members(env, ("num_envs", "spaces", "build"), report)
-            _check_spec(cast(EnvSpec, env), report, steps, seed, _place(device))
+            require_members(env, ("num_envs", "spaces", "build"), problems)
+            _check_spec(cast(EnvSpec, env), problems, steps, seed, _place(device))
         else:
-            require_members(env, TELLING_MEMBERS + ENV_MEMBERS, report)
-            num_envs, spaces = (getattr(env, name) for name in TELLING_MEMBERS)
-            _check_env(cast(BatchedEnv, env), num_envs, spaces, report, steps, seed, None)
+            require_members(env, DECLARED_MEMBERS + ENV_MEMBERS, problems)
+            num_envs, spaces = (getattr(env, name) for name in DECLARED_MEMBERS)
+            _check_env(cast(BatchedEnv, env), num_envs, spaces, problems, steps, seed, None)
     except UncheckableError:
         pass
-    report.raise_if_any()
+    problems.raise_if_any()
 
 
 def _place(device: str | torch.device) -> torch.device:
@@ -122,36 +122,40 @@ class _Run(NamedTuple):
 
     env: BatchedEnv
     contract: Contract
-    report: Report
+    problems: Problems
     steps: int
     seed: int
 
 
-def _refuse_huge(num_envs: object, spaces: object, report: Report, device: torch.device) -> None:
+def _refuse_huge(
+    num_envs: object, spaces: object, problems: Problems, device: torch.device
+) -> None:
     """Give up where what a step returns does not fit into the memory; nothing is built then."""
     if is_count(num_envs) and isinstance(spaces, EnvSpaces):
         memory = memory_bytes(device)
         taken = rollout_bytes(spaces, 1, cast(int, num_envs))
         rule = f"give steps that fit into the memory, {memory / 1e9:.0f} GB"
         got = Words(f"{num_envs}, which take {taken / 1e9:,.0f} GB each")
-        report.insist(taken <= memory, "num_envs", rule, got)
+        problems.insist(taken <= memory, "num_envs", rule, got)
 
 
-def _check_spec(spec: EnvSpec, report: Report, steps: int, seed: int, device: torch.device) -> None:
+def _check_spec(
+    spec: EnvSpec, problems: Problems, steps: int, seed: int, device: torch.device
+) -> None:
     spaces = spec.spaces()
-    _refuse_huge(spec.num_envs, spaces, report, device)
+    _refuse_huge(spec.num_envs, spaces, problems, device)
     env = spec.build(device, seed)
     try:
-        _check_built_spec(spec, env, report, steps, seed, device)
+        _check_built_spec(spec, env, problems, steps, seed, device)
     finally:
         close_env(spec, env)
 
 
 def _check_built_spec(
-    spec: EnvSpec, env: BatchedEnv, report: Report, steps: int, seed: int, device: torch.device
+    spec: EnvSpec, env: BatchedEnv, problems: Problems, steps: int, seed: int, device: torch.device
 ) -> None:
-    built, shown = check_built(spec, spec.spaces(), env, report)
-    run = _check_env(env, built, shown, report, steps, seed, device)
+    built, shown = check_built(spec, spec.spaces(), env, problems)
+    run = _check_env(env, built, shown, problems, steps, seed, device)
 
     def trajectory(env_seed: int) -> tuple[_Trajectory, bool]:
         env = spec.build(device, env_seed)
@@ -169,31 +173,31 @@ def _check_built_spec(
     again, _ = trajectory(seed)
     hint = "Sample all random numbers from one generator, seeded in build()."
     got = _first_difference(first, again)
-    report.expect(got is None, "build().seed", "decide everything", got, hint)
+    problems.expect(got is None, "build().seed", "decide everything", got, hint)
     # Where every episode starts alike there may be no random numbers that a seed could decide.
     same = first == trajectory(seed + 1)[0] if random_start else False
     got = Words(f"one trajectory for the seeds {seed} and {seed + 1}")
-    report.expect(not same, "build().seed", "make a difference", got, hint)
+    problems.expect(not same, "build().seed", "make a difference", got, hint)
 
 
 def _check_env(
     env: BatchedEnv,
     num_envs: Any,
     spaces: Any,
-    report: Report,
+    problems: Problems,
     steps: int,
     seed: int,
     device: torch.device | None,
 ) -> _Run:
-    check_told(num_envs, spaces, report)
+    check_declared(num_envs, spaces, problems)
     if device is None:
         devices = [tensor.device for _, tensor in named_tensors(env.reset())]
         device = devices[0] if devices else torch.device("cpu")
-    run = _Run(env, Contract(spaces, num_envs, device), report, steps, seed)
+    run = _Run(env, Contract(spaces, num_envs, device), problems, steps, seed)
     if callable(curriculum := getattr(env, "begin_iteration", None)):
         curriculum(RunProgress(iteration=0, env_steps=0, planned_env_steps=None))
     generator = torch.Generator().manual_seed(seed)
-    inspector, seen = Inspector(run.contract, report), _Seen()
+    inspector, seen = Inspector(run.contract, problems), _Seen()
     _drive(run._replace(steps=WARM_UP_STEPS), generator, inspector, seen, forbid_sync=False)
     # The second trajectory begins with a reset within running episodes.
     mask = _drive(run, generator, inspector, seen, forbid_sync=True)
@@ -206,7 +210,7 @@ def _check_env(
 
 def _check_transition(run: _Run) -> None:
     """Check that ``step`` equals ``transition`` with ``draw``, and ``transition`` is pure."""
-    env, contract, report = cast(FunctionalEnv, run.env), run.contract, run.report
+    env, contract, problems = cast(FunctionalEnv, run.env), run.contract, run.problems
     generator = torch.Generator().manual_seed(run.seed)
     _, mask = env.reset()
     if env.state_dict() is None:  # the state before a step cannot be restored
@@ -221,12 +225,12 @@ def _check_transition(run: _Run) -> None:
         after, pure = env.transition(env.episodes(), action, drawn)
         after, pure = map_tree(torch.clone, (after, tuple(pure)))
         kept = same_values(before, env.episodes())
-        report.expect(kept, "transition()", "change nothing", Words("other episodes() after it"))
+        problems.expect(kept, "transition()", "change nothing", Words("other episodes() after it"))
         env.load_state_dict(saved)
         result = env.step(action)
         hint = "step(action) is transition(episodes(), action, draw(1)[0]), then keep()."
         same = same_values(pure, tuple(result)) and same_values(after, env.episodes())
-        report.insist(same, "transition()", "do what step() does", Words("something else"), hint)
+        problems.insist(same, "transition()", "do what step() does", Words("something else"), hint)
         mask = result.action_mask
 
 
@@ -240,24 +244,24 @@ class _Seen:
 
 def _conclude(run: _Run, inspector: Inspector, seen: _Seen) -> None:
     """Judge the findings of ``run.steps`` steps."""
-    report, ends = run.report, inspector.ends
+    problems, ends = run.problems, inspector.ends
     if ends == 0:
         message = "%s: no episode ended within %d steps, so resetting was not checked."
-        logger.warning(message, report.owner, run.steps)
+        logger.warning(message, problems.owner, run.steps)
     if run.contract.num_envs > 1 and not seen.envs_differ:
         message = "%s: all environments looked alike under random actions, step after step."
-        logger.warning(message, report.owner)
+        logger.warning(message, problems.owner)
     copied = ends > 0 and seen.obs_moves and not inspector.reached_differs
     rule = "be what the last action led to, where an episode ended"
     got = Words(f"the observation after the reset at each of {ends} ends")
-    report.expect(not copied, "step().reached_obs", rule, got, "Observe before the reset.")
+    problems.expect(not copied, "step().reached_obs", rule, got, "Observe before the reset.")
 
 
 def _drive(
     run: _Run, generator: torch.Generator, inspector: Inspector, seen: _Seen, *, forbid_sync: bool
 ) -> Tensor | None:
     """Reset the environment, check every step, and return the last action mask."""
-    env, contract, report, steps, _ = run
+    env, contract, problems, steps, _ = run
     inspector.begin(env.reset())
     assert inspector.last is not None
     start = {k: v for k, v in inspector.last.values.items() if k != "action_mask"}
@@ -265,7 +269,7 @@ def _drive(
         mask = inspector.last.values.get("action_mask")
         action = sample_action(contract.spaces.action, contract.num_envs, mask, generator)
         given = action.to(contract.device, copy=True)
-        result = _step(env, given, report, contract.device, forbid_sync=forbid_sync)
+        result = _step(env, given, problems, contract.device, forbid_sync=forbid_sync)
         inspector.action_kept(action, given)
         inspector.proceed(result)
         values = inspector.last.values
@@ -276,7 +280,7 @@ def _drive(
 
 
 def _step(
-    env: BatchedEnv, action: Tensor, report: Report, device: torch.device, *, forbid_sync: bool
+    env: BatchedEnv, action: Tensor, problems: Problems, device: torch.device, *, forbid_sync: bool
 ) -> object:
     with _sync_is_error(forbid_sync and device.type == "cuda"):
         try:
@@ -286,7 +290,7 @@ def _step(
                 raise
             rule = "not wait for the device"
             hint = "torch.cuda.set_sync_debug_mode('error') shows where."
-            report.insist(False, "step()", rule, Words(error), hint)
+            problems.insist(False, "step()", rule, Words(error), hint)
             raise
 
 
@@ -305,29 +309,29 @@ def _sync_is_error(active: bool) -> Generator[None, None, None]:
 
 def _check_state(run: _Run, mask: Tensor | None) -> None:
     """Check saving and loading: copies, bit for bit, and no state of another size."""
-    env, contract, report, *_ = run
+    env, contract, problems, *_ = run
     saved = env.state_dict()
     if saved is None:
         return
     others = {name: type(value) for name, value in saved.items() if not isinstance(value, Tensor)}  # pyright: ignore[reportUnnecessaryIsInstance]
-    report.insist(not others, "state_dict()", "hold tensors only", others)
+    problems.insist(not others, "state_dict()", "hold tensors only", others)
     before = fingerprint(saved)
     first = _trajectory(run, mask)
     kept = fingerprint(saved) == before
-    report.insist(kept, "state_dict()", "return copies", Words("what later steps change"))
+    problems.insist(kept, "state_dict()", "return copies", Words("what later steps change"))
     env.load_state_dict(saved)
     got = _first_difference(first, _trajectory(run, mask))
     hint = "Save all state that determines the future, the generator too."
-    report.expect(got is None, "load_state_dict()", "continue bit for bit", got, hint)
+    problems.expect(got is None, "load_state_dict()", "continue bit for bit", got, hint)
     kept = fingerprint(saved) == before
-    report.insist(kept, "load_state_dict()", "copy", Words("a state that later steps change"))
+    problems.insist(kept, "load_state_dict()", "copy", Words("a state that later steps change"))
     smaller = {
         name: value[:-1] if value.shape[:1] == (contract.num_envs,) else value
         for name, value in saved.items()
     }
     got = _error_of(lambda: env.load_state_dict(smaller))
     rule = "raise ValueError for a state of another size"
-    report.expect(got is ValueError, "load_state_dict()", rule, got)
+    problems.expect(got is ValueError, "load_state_dict()", rule, got)
 
 
 def _error_of(function: Callable[[], None]) -> type[Exception] | None:

@@ -26,7 +26,7 @@ from esper_lightning.core.spaces import (
 
 __all__ = [
     "Contract",
-    "Report",
+    "Problems",
     "Returned",
     "UncheckableError",
     "fingerprint",
@@ -40,7 +40,7 @@ class UncheckableError(Exception):
     """A problem that makes every further check meaningless."""
 
 
-class Report:
+class Problems:
     """The problems found, one line for each kind of problem, however often it happened."""
 
     def __init__(self, owner: str) -> None:
@@ -61,7 +61,7 @@ class Report:
             raise UncheckableError
 
     @contextmanager
-    def told(self) -> Generator[None, None, None]:
+    def raise_at_end(self) -> Generator[None, None, None]:
         """Raise the problems that are found within the context, at its end.
 
         An ``UncheckableError`` ends the context early, and is not raised itself.
@@ -102,14 +102,14 @@ class Contract(NamedTuple):
     device: torch.device
 
     def inspect(
-        self, call: str, fields: Mapping[str, object], report: Report, *, finite: bool = True
+        self, call: str, fields: Mapping[str, object], problems: Problems, *, finite: bool = True
     ) -> Returned:
         """Check the fields that ``call`` returned.
 
         Args:
             call: Method of the environment, to name in problems.
             fields: Result of the call, by name of the field.
-            report: List to which problems are added.
+            problems: List to which problems are added.
             finite: Whether numbers that are not finite are problems.
 
         Raises:
@@ -123,18 +123,18 @@ class Contract(NamedTuple):
         sound = True
         for name in found.keys() - expected.keys():
             rule = "be declared in EnvSpaces"
-            sound &= report.expect(False, f"{call}.{name}", rule, _describe(found[name]))
+            sound &= problems.expect(False, f"{call}.{name}", rule, _describe(found[name]))
         for name, leaf in expected.items():
             got = found.get(name, fields[name.partition("[")[0]])
-            sound &= _check_form(got, leaf, self.device, f"{call}.{name}", report)
+            sound &= _check_form(got, leaf, self.device, f"{call}.{name}", problems)
         if not sound:
             raise UncheckableError
         live = cast(dict[str, Tensor], found)
         values = {name: tensor.detach().to("cpu", copy=True) for name, tensor in live.items()}
         for name, leaf in expected.items():
-            _check_values(values[name], leaf, f"{call}.{name}", report, finite=finite)
+            _check_values(values[name], leaf, f"{call}.{name}", problems, finite=finite)
         if self.spaces.masked:
-            _check_mask(values["action_mask"], self.spaces.action, f"{call}.action_mask", report)
+            _check_mask(values["action_mask"], self.spaces.action, f"{call}.action_mask", problems)
         return Returned(call, live, values)
 
     def groups(self) -> dict[str, Box]:
@@ -229,13 +229,15 @@ def _sample_factored(
     return torch.stack(choices, dim=1)
 
 
-def _check_form(got: object, leaf: _Leaf, device: torch.device, field: str, report: Report) -> bool:
+def _check_form(
+    got: object, leaf: _Leaf, device: torch.device, field: str, problems: Problems
+) -> bool:
     if not isinstance(got, Tensor):
         rule = f"be {leaf.kinds[0]} tensor of shape {leaf.shape}"
         is_array = type(got).__module__ == "numpy"
         hint = "torch.as_tensor(array, device=device) makes one." if is_array else ""
-        return report.expect(False, field, rule, _describe(got), hint)
-    if not report.expect(got.layout is torch.strided, field, "be dense", got.layout):
+        return problems.expect(False, field, rule, _describe(got), hint)
+    if not problems.expect(got.layout is torch.strided, field, "be dense", got.layout):
         return False
     dtype = got.dtype
     if leaf.kinds == ("a torch.uint8",):
@@ -246,22 +248,24 @@ def _check_form(got: object, leaf: _Leaf, device: torch.device, field: str, repo
         kind = {torch.bool: "a bool", torch.complex64: "", torch.complex128: ""}.get(
             dtype, "an integer"
         )
-    shape_ok = report.expect(
+    shape_ok = problems.expect(
         list(got.shape) == leaf.shape, field, f"have shape {leaf.shape}", list(got.shape)
     )
-    kind_ok = report.expect(
+    kind_ok = problems.expect(
         kind in leaf.kinds, field, f"have {' or '.join(leaf.kinds)} dtype", dtype
     )
-    device_ok = report.expect(got.device == device, field, f"be on {device}", Words(got.device))
+    device_ok = problems.expect(got.device == device, field, f"be on {device}", Words(got.device))
     hint = "Step under torch.no_grad()."
-    report.expect(not got.requires_grad, field, "not require grad", True, hint)
+    problems.expect(not got.requires_grad, field, "not require grad", True, hint)
     return shape_ok and kind_ok and device_ok
 
 
-def _check_values(value: Tensor, leaf: _Leaf, field: str, report: Report, *, finite: bool) -> None:
+def _check_values(
+    value: Tensor, leaf: _Leaf, field: str, problems: Problems, *, finite: bool
+) -> None:
     flat = value.reshape(value.shape[0], -1)
     if leaf.finite and finite:
-        _expect_everywhere(flat.isfinite(), flat, field, "be finite", report)
+        _expect_everywhere(flat.isfinite(), flat, field, "be finite", problems)
     if leaf.box is not None:
         # Bounds are rounded like the observation itself.
         flat = flat if value.is_floating_point() else flat.double()
@@ -270,24 +274,26 @@ def _check_values(value: Tensor, leaf: _Leaf, field: str, report: Report, *, fin
         outside = (flat < low) | (flat > high)
         if not finite:
             outside &= flat.isfinite()
-        _expect_everywhere(~outside, flat, field, "lie within its Box", report)
+        _expect_everywhere(~outside, flat, field, "lie within its Box", problems)
 
 
-def _expect_everywhere(ok: Tensor, value: Tensor, field: str, rule: str, report: Report) -> None:
+def _expect_everywhere(
+    ok: Tensor, value: Tensor, field: str, rule: str, problems: Problems
+) -> None:
     if bool(ok.all()):
         return
     environment, component = divmod(int((~ok).int().argmax()), value.shape[1])
     got = f"{value[environment, component].item()} in environment {environment}"
     many = value.shape[1] > 1
-    report.expect(False, field, rule, Words(got + (f", component {component}" if many else "")))
+    problems.expect(False, field, rule, Words(got + (f", component {component}" if many else "")))
 
 
-def _check_mask(mask: Tensor, space: ActionSpace, field: str, report: Report) -> None:
+def _check_mask(mask: Tensor, space: ActionSpace, field: str, problems: Problems) -> None:
     for component, part in enumerate(_split(mask, list(mask_parts(space)))):
         stuck = ~part.any(dim=1)
         place = f"none in environment {int(stuck.int().argmax())}, component {component}"
         rule = "allow a choice for every component"
-        report.insist(not bool(stuck.any()), field, rule, Words(place))
+        problems.insist(not bool(stuck.any()), field, rule, Words(place))
 
 
 def _split(mask: Tensor, nvec: list[int]) -> tuple[Tensor, ...]:

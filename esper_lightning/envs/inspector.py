@@ -18,7 +18,7 @@ from esper_lightning.core.types import Observation, StepResult
 from esper_lightning.envs.base import EnvSpec, FunctionalEnv, spec_name
 from esper_lightning.envs.contract import (
     Contract,
-    Report,
+    Problems,
     Returned,
     fingerprint,
     where,
@@ -30,7 +30,7 @@ __all__ = [
     "FirstSteps",
     "Inspector",
     "check_built",
-    "check_told",
+    "check_declared",
     "is_count",
     "require_members",
     "same_values",
@@ -42,18 +42,18 @@ FIRST_STEPS = 8  # number of steps of a run that are inspected
 _ADAPTERS = "Gymnasium(...) and Custom(...) adapt environments of Gymnasium's interface."
 
 
-def require_members(owner: object, members: tuple[str, ...], report: Report) -> None:
+def require_members(owner: object, members: tuple[str, ...], problems: Problems) -> None:
     """Raise ``UncheckableError`` unless ``owner`` has all members."""
     missing = missing_members(owner, members)
     got = Words(f"{type(owner).__name__} without {', '.join(missing)}")
     hint = _ADAPTERS if hasattr(owner, "observation_space") else ""
-    report.insist(not missing, "members", f"be {', '.join(members)}", got, hint)
+    problems.insist(not missing, "members", f"be {', '.join(members)}", got, hint)
 
 
-def check_told(num_envs: object, spaces: object, report: Report) -> None:
+def check_declared(num_envs: object, spaces: object, problems: Problems) -> None:
     """Raise ``UncheckableError`` unless number and spaces of environments can be used."""
-    report.insist(isinstance(spaces, EnvSpaces), "spaces", "be an EnvSpaces", spaces)
-    report.insist(is_count(num_envs), "num_envs", "be an integer of at least 1", num_envs)
+    problems.insist(isinstance(spaces, EnvSpaces), "spaces", "be an EnvSpaces", spaces)
+    problems.insist(is_count(num_envs), "num_envs", "be an integer of at least 1", num_envs)
 
 
 def is_count(value: object) -> bool:
@@ -61,18 +61,18 @@ def is_count(value: object) -> bool:
     return isinstance(value, int) and not isinstance(value, bool) and value >= 1
 
 
-def check_built(spec: EnvSpec, spaces: object, env: Any, report: Report) -> tuple[Any, Any]:
+def check_built(spec: EnvSpec, spaces: object, env: Any, problems: Problems) -> tuple[Any, Any]:
     """Compare number and spaces of a spec with those of the environment that it built.
 
     Returns:
         Number and spaces of the environment as built.
     """
-    require_members(env, ENV_MEMBERS, report)
+    require_members(env, ENV_MEMBERS, problems)
     num_envs = spec.num_envs
     built = getattr(env, "num_envs", num_envs)
-    report.expect(num_envs == built, "num_envs", f"equal {built}, as built", num_envs)
+    problems.expect(num_envs == built, "num_envs", f"equal {built}, as built", num_envs)
     shown = getattr(env, "spaces", spaces)
-    report.expect(spaces == shown, "spaces()", f"equal {shown}, as built", spaces)
+    problems.expect(spaces == shown, "spaces()", f"equal {shown}, as built", spaces)
     return built, shown
 
 
@@ -90,7 +90,7 @@ class Inspector:
 
     Args:
         contract: Rules for each single tensor.
-        report: List to which problems are added.
+        problems: List to which problems are added.
         finite: Whether numbers that are not finite are problems. Training finds such numbers by
             itself.
 
@@ -100,8 +100,8 @@ class Inspector:
         reached_differs: Whether ``reached_obs`` ever differed from the observation after a reset.
     """
 
-    def __init__(self, contract: Contract, report: Report, *, finite: bool = True) -> None:
-        self._contract, self._report, self._finite = contract, report, finite
+    def __init__(self, contract: Contract, problems: Problems, *, finite: bool = True) -> None:
+        self._contract, self._problems, self._finite = contract, problems, finite
         self.last: Returned | None = None
         self.ends = 0
         self.reached_differs = False
@@ -120,7 +120,7 @@ class Inspector:
         got = Words("(obs, info)" if has_info else kind)
         hint = f"The mask is None without one. {_ADAPTERS}" if has_info else ""
         ok = is_pair and not has_info
-        self._report.insist(ok, "reset()", "return (obs, action_mask)", got, hint)
+        self._problems.insist(ok, "reset()", "return (obs, action_mask)", got, hint)
         self._inspect("reset()", {"obs": pair[0], "action_mask": pair[1]})
         zeros = torch.zeros(self._contract.num_envs, dtype=torch.float64)
         self._books = _Books(zeros, zeros, torch.zeros_like(zeros, dtype=torch.int64))
@@ -134,7 +134,7 @@ class Inspector:
         got, ok = Words(type(result).__name__), isinstance(result, StepResult)
         of_gymnasium = isinstance(result, tuple) and len(cast(tuple[Any, ...], result)) in (4, 5)
         hint = _ADAPTERS if of_gymnasium else ""
-        self._report.insist(ok, "step()", "return a StepResult", got, hint)
+        self._problems.insist(ok, "step()", "return a StepResult", got, hint)
         self._check_kept()
         values = self._inspect("step()", cast(StepResult, result)._asdict()).values
         self._check_ends(values)
@@ -143,15 +143,15 @@ class Inspector:
     def action_kept(self, before: Tensor, after: Tensor) -> None:
         """Check that a call did not change the action that it was given."""
         kept = torch.equal(after.cpu(), before.cpu())
-        self._report.expect(kept, "step().action", "be left as it was", Words("another"))
+        self._problems.expect(kept, "step().action", "be left as it was", Words("another"))
 
     def _inspect(self, call: str, fields: Mapping[str, object]) -> Returned:
-        self.last = self._contract.inspect(call, fields, self._report, finite=self._finite)
+        self.last = self._contract.inspect(call, fields, self._problems, finite=self._finite)
         for name, value in self.last.live.items():
             if name.startswith(("obs", "reached_obs")):
                 first = self._dtypes.setdefault(name.removeprefix("reached_"), value.dtype)
                 rule = f"keep the dtype {first} of the first observation"
-                self._report.expect(value.dtype == first, f"{call}.{name}", rule, value.dtype)
+                self._problems.expect(value.dtype == first, f"{call}.{name}", rule, value.dtype)
         return self.last
 
     def _check_kept(self) -> None:
@@ -162,14 +162,14 @@ class Inspector:
             kept = value == before[name]
             rule, got = "keep its values when stepped on", Words("others")
             hint = "Return a tensor that is not written to again."
-            self._report.expect(kept, f"{self.last.call}.{name}", rule, got, hint)
+            self._problems.expect(kept, f"{self.last.call}.{name}", rule, got, hint)
 
     def _check_ends(self, values: dict[str, Tensor]) -> None:
         """Check flags, and return and length of episodes that ended."""
 
         def expect(bad: Tensor, field: str, rule: str) -> None:
             ok = not bool(bad.any())
-            self._report.expect(ok, f"step().{field}", rule, where(bad, values[field]))
+            self._problems.expect(ok, f"step().{field}", rule, where(bad, values[field]))
 
         terminated, truncated = values["terminated"], values["truncated"]
         expect(terminated & truncated, "truncated", "be False where terminated")
@@ -204,7 +204,7 @@ class Inspector:
             got = Words(f"another in environment {int(bad.int().argmax())}")
             rule = f"equal obs{group} where no episode ended"
             field = f"step().reached_obs{group}"
-            self._report.expect(not bool(bad.any()), field, rule, got)
+            self._problems.expect(not bool(bad.any()), field, rule, got)
             self.reached_differs |= bool((differs & ended).any())
 
 
@@ -238,18 +238,18 @@ class FirstSteps:
         steps: int = FIRST_STEPS,
     ) -> None:
         self.owner, self.spaces, self.left = spec_name(spec), spaces, steps
-        self._env, self._report = env, Report(self.owner)
+        self._env, self._problems = env, Problems(self.owner)
         place = torch.empty(0, device=device).device  # with its index
         contract = Contract(spaces, spec.num_envs, place)
-        self._inspector = Inspector(contract, self._report, finite=False)
-        with self._report.told():
-            check_built(spec, spaces, env, self._report)
+        self._inspector = Inspector(contract, self._problems, finite=False)
+        with self._problems.raise_at_end():
+            check_built(spec, spaces, env, self._problems)
 
     def reset(self) -> tuple[Observation, Tensor | None]:
         """Start a new episode everywhere."""
         returned = self._env.reset()
         if self.left > 0:
-            with self._report.told():
+            with self._problems.raise_at_end():
                 self._inspector.begin(returned)
         return returned
 
@@ -259,7 +259,7 @@ class FirstSteps:
             return self._env.step(action)
         given = action.clone()
         result = self._env.step(action)
-        with self._report.told():
+        with self._problems.raise_at_end():
             self._inspector.action_kept(given, action)
             self._judge(result)
         return result
@@ -268,14 +268,14 @@ class FirstSteps:
         """``transition`` of a functional environment; raises if it changes its arguments."""
         env, given = cast(FunctionalEnv, self._env), map_tree(torch.clone, (episodes, action))
         returned = cast(object, env.transition(episodes, action, drawn))
-        with self._report.told():
+        with self._problems.raise_at_end():
             got = Words(type(returned).__name__)
             is_pair = isinstance(returned, tuple) and len(cast(tuple[Any, ...], returned)) == 2
             rule = "return (episodes, StepResult)"
-            self._report.insist(is_pair, "transition()", rule, got)
+            self._problems.insist(is_pair, "transition()", rule, got)
             got = Words("other episodes() after it")
             kept = same_values(given[0], episodes)
-            self._report.expect(kept, "transition()", "change nothing", got)
+            self._problems.expect(kept, "transition()", "change nothing", got)
             self._inspector.action_kept(given[1], action)
             self._judge(cast(tuple[Any, Any], returned)[1])
         return cast(tuple[Any, StepResult], returned)

@@ -139,7 +139,7 @@ def play(env: MorphogenesisEnv, choose: Choose) -> Played:
     ends: list[tuple[Tensor, ...]] = []
     courses: list[Course] = []
     with few_cpu_threads(env.num_envs):
-        for _ in range(env.spec.epochs):
+        for _ in range(env.epochs):
             action = choose(obs, mask)
             result = env.step(action)
             report, reached = cast(StepReport, env.report), cast(Tensor, result.reached_obs)
@@ -181,12 +181,12 @@ class _Features:
     """Loss and blueprints of hosts, read from observations because step reports have neither."""
 
     def __init__(self, env: MorphogenesisEnv) -> None:
-        names = feature_names(len(env.spec.channels))
+        names = feature_names(len(env.architecture.channels))
         self._loss = names.index("loss_0")
-        self._guess = float(torch.tensor(env.spec.architecture().classes).log())
+        self._guess = float(torch.tensor(env.architecture.classes).log())
         self._blueprint = [
             [k for k, name in enumerate(names) if name.startswith(f"slot{s}_blueprint_")]
-            for s in range(len(env.spec.channels))
+            for s in range(len(env.architecture.channels))
         ]
 
     def loss(self, obs: Tensor) -> Float[Tensor, " B"]:

@@ -16,7 +16,6 @@ __all__ = [
     "SignalExit",
     "alarm",
     "c_handler",
-    "default_in_c",
     "dump_stacks",
     "end_by",
     "in_main_thread",
@@ -136,11 +135,6 @@ def set_c_handler(number: int, address: int) -> None:
         address: Address of the handler; 0 for the default action, 1 to ignore the signal.
     """
     _libc.signal(number, address)
-
-
-def default_in_c(number: int) -> bool:
-    """Whether neither Python nor a C library (``faulthandler.register``) handles the signal."""
-    return c_handler(number) == 0
 
 
 def alarm(seconds: int) -> None:

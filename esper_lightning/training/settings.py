@@ -12,8 +12,8 @@ from typing import Any, Self
 from esper_lightning.compiling.loops import CompileMode
 from esper_lightning.core.errors import at_least, check_fields, require
 from esper_lightning.envs.base import EnvSpec, spec_name
-from esper_lightning.envs.contract import Report
-from esper_lightning.envs.inspector import check_told
+from esper_lightning.envs.contract import Problems
+from esper_lightning.envs.inspector import check_declared
 from esper_lightning.policies import MLP
 from esper_lightning.policies.base import PolicySpec
 from esper_lightning.ppo.config import PPOConfig
@@ -50,9 +50,9 @@ class PPOSettings:
             require(is_spec, "PPO.extensions", "be extension specs", extension, hint)
         twice = [each for i, each in enumerate(self.extensions) if each in self.extensions[:i]]
         require(not twice, "PPO.extensions", "differ from each other", twice)
-        report = Report(spec_name(self.env))
-        with report.told():
-            check_told(self.env.num_envs, self.env.spaces(), report)
+        problems = Problems(spec_name(self.env))
+        with problems.raise_at_end():
+            check_declared(self.env.num_envs, self.env.spaces(), problems)
         for name in ("iterations_per_epoch", "eval_episodes"):
             at_least(f"PPO.{name}", getattr(self, name), 1)
         budget, least = self.total_env_steps, self.env.num_envs

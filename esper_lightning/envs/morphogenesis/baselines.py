@@ -27,7 +27,7 @@ def never_grow(env: MorphogenesisEnv) -> Int[Tensor, "B 4"]:
 
 def random_legal(env: MorphogenesisEnv) -> Int[Tensor, "B 4"]:
     """A random legal op, then a random legal slot for the op, a random blueprint and ramp."""
-    hosts, spec = env.hosts, env.spec
+    hosts = env.hosts
     number = torch.arange(env.num_envs, device=hosts.episode.device)
     place = Place(number, hosts.episode, hosts.vitals.step)
     drawn = uniforms(0, Purpose.POLICY, place, count=4)
@@ -38,8 +38,8 @@ def random_legal(env: MorphogenesisEnv) -> Int[Tensor, "B 4"]:
     row = torch.arange(env.num_envs, device=op.device)
     slots = legal[row, op]
     slot = _pick(slots | (op == Op.WAIT).unsqueeze(1), drawn[:, 1])
-    blueprint = (drawn[:, 2] * len(spec.blueprints)).long()
-    ramp = (drawn[:, 3] * len(spec.ramp_epochs)).long()
+    blueprint = (drawn[:, 2] * len(env.blueprints)).long()
+    ramp = (drawn[:, 3] * env.lifecycle.ramps).long()
     return torch.stack((op, slot, blueprint, ramp), dim=1)
 
 
@@ -109,7 +109,7 @@ def _first_legal(
         op = op.masked_fill(wanted[:, candidate].any(1), candidate)
     row = torch.arange(env.num_envs, device=wanted.device)
     slot = wanted[row, op].int().argmax(1)
-    names = env.spec.blueprints
+    names = env.blueprints
     kind = names.index(blueprint) if blueprint in names else 0
     return torch.stack((op, slot, torch.full_like(op, kind), torch.full_like(op, ramp)), dim=1)
 

@@ -20,21 +20,19 @@ from esper_lightning.core.spaces import EnvSpaces
 from esper_lightning.core.tensor_trees import leaves, map_tree, named_tensors, rebuild
 from esper_lightning.core.types import StepResult
 from esper_lightning.envs.morphogenesis.blueprints import BLUEPRINTS, count_parameters
-from esper_lightning.envs.morphogenesis.data import Split, Splits
-from esper_lightning.envs.morphogenesis.host_settings import HostSettings
-from esper_lightning.envs.morphogenesis.layout import unflatten
 from esper_lightning.envs.morphogenesis.lifecycle import LIVE, Action, LifeCycle, Op, Slots, is_in
-from esper_lightning.envs.morphogenesis.network import Weights
 from esper_lightning.envs.morphogenesis.observation import Vitals, action_mask, observe
-from esper_lightning.envs.morphogenesis.reward import REWARD_TERMS, reward_terms, stage_potential
-from esper_lightning.envs.morphogenesis.state import HostInitializer, Hosts, place_of
-from esper_lightning.envs.morphogenesis.streams import Purpose, integers
-from esper_lightning.envs.morphogenesis.training import Measured, Trained, measure, train
+from esper_lightning.envs.morphogenesis.reward import (
+    REWARD_TERMS,
+    RewardWeights,
+    reward_terms,
+    stage_potential,
+)
+from esper_lightning.envs.morphogenesis.state import HostInitializer, Hosts
+from esper_lightning.envs.morphogenesis.trainer import HostTrainer
+from esper_lightning.envs.morphogenesis.training import Measured, Trained
 
 __all__ = ["MorphogenesisEnv", "StepReport"]
-
-_CACHE_BYTES = 8 << 20  # bytes of activations of the first block of a chunk
-_IMAGES = 150  # most images that a chunk evaluates at once in validation
 
 
 class StepReport(NamedTuple):
@@ -59,10 +57,28 @@ class _Advanced(NamedTuple):
 
 
 class MorphogenesisEnv:
-    """``BatchedEnv`` of ``Morphogenesis``; on CUDA a step is one graph.
+    """``BatchedEnv`` of ``Morphogenesis``, which builds its parts; on CUDA a step is one graph.
+
+    Args:
+        num_envs: Number of environments, ``B``.
+        epochs: Number of steps of an episode.
+        spaces: Observation and action spaces of one environment.
+        reward_weights: Weights of the terms of the reward.
+        lifecycle: Life cycle of seeds.
+        initializer: Creates hosts and seeds.
+        trainer: Trains and measures hosts.
+        device: Device of the hosts.
+        seed: Seed of all random numbers.
 
     Attributes:
-        spec: Settings of the environment.
+        num_envs: Number of environments.
+        spaces: Observation and action spaces of one environment.
+        epochs: Number of steps of an episode.
+        lifecycle: Life cycle of seeds.
+        trainer: Trains and measures hosts.
+        architecture: Layers of the hosts.
+        blueprints: Names of the modules that can be grown.
+        host_parameters: Number of parameters of a host on which nothing has grown.
         hosts: State of the hosts, which baselines and tables may read.
         report: Measurements of the last step; ``None`` before the first one.
         tests_ends: Whether to measure test accuracy where an episode ends. Where the host must not
@@ -71,53 +87,32 @@ class MorphogenesisEnv:
 
     def __init__(
         self,
-        spec: HostSettings,
         *,
+        num_envs: int,
+        epochs: int,
+        spaces: EnvSpaces,
+        reward_weights: RewardWeights,
+        lifecycle: LifeCycle,
+        initializer: HostInitializer,
+        trainer: HostTrainer,
         device: torch.device,
         seed: int,
-        dtype: torch.dtype = torch.float32,
-        static: bool | None = None,
     ) -> None:
-        ok = isinstance(seed, int) and not isinstance(seed, bool) and 0 <= seed < 2**32
-        require(ok, "Morphogenesis.build().seed", "be an integer in [0, 2**32)", seed)
-        self.spec, self.report, self.tests_ends = spec, cast(StepReport | None, None), False
-        self._device, self._dtype, self._seed = device, dtype, seed
-        self._static = device.type != "cpu" if static is None else static
-        self._spaces = spec.spaces()
-        self._architecture = spec.architecture()
-        splits = spec.splits(device)
-        self._splits = Splits(*(Split(image.to(dtype), label) for image, label in splits))
-        self._lifecycle = LifeCycle(
-            ramp_choices=spec.ramp_epochs,
-            ramp_shape=spec.ramp_shape,
-            min_training_epochs=spec.min_training_epochs,
-            fade_epochs=spec.fade_epochs,
-            cooldown_epochs=spec.cooldown_epochs,
-            device=device,
-        )
-        side, item = self._architecture.image[1], torch.empty(0, dtype=dtype).element_size()
-        per_host = spec.batch_size * spec.channels[0] * side**2 * item
-        self._chunk = max(1, _CACHE_BYTES // per_host) if device.type == "cpu" else spec.num_envs
-        self._images_at_once = _IMAGES if device.type == "cpu" else spec.validation_size
-        self._kinds = torch.tensor([BLUEPRINTS.index(name) for name in spec.blueprints]).to(device)
-        counts = [[count_parameters(name, width) for width in spec.channels] for name in BLUEPRINTS]
+        self.report, self.tests_ends = cast(StepReport | None, None), False
+        self.epochs, self.lifecycle, self.trainer = epochs, lifecycle, trainer
+        self.architecture, self.blueprints = trainer.architecture, trainer.blueprints
+        self.num_envs, self.spaces = num_envs, spaces
+        self._reward_weights, self._initializer = reward_weights, initializer
+        self._device, self._seed = device, seed
+        self._static = trainer.static
+        widths = self.architecture.channels
+        counts = [[count_parameters(name, width) for width in widths] for name in BLUEPRINTS]
         self._seed_parameters = torch.tensor(counts, device=device)  # [blueprint, S]
-        self.host_parameters = sum(part.size for part in self._architecture.parts())
-        self._initializer = HostInitializer(spec, device=device, dtype=dtype)
-        self.hosts = self._initializer.hosts(seed, torch.zeros(spec.num_envs, device=device).long())
+        self.host_parameters = sum(part.size for part in self.architecture.parts())
+        self.hosts = initializer.hosts(seed, torch.zeros(num_envs, device=device).long())
         self._advance: dict[bool, Callable[..., _Advanced]] = {}
         self._sums: Tensor | None = None
         self._steps = 0
-
-    @property
-    def num_envs(self) -> int:
-        """Number of environments, ``B``."""
-        return self.spec.num_envs
-
-    @property
-    def spaces(self) -> EnvSpaces:
-        """Observation and action spaces of one environment."""
-        return self._spaces
 
     @torch.no_grad()
     def reset(self) -> tuple[Float[Tensor, "B O"], Bool[Tensor, "B K"]]:
@@ -172,25 +167,27 @@ class MorphogenesisEnv:
     ) -> _Advanced:
         """Compute a step; weights and velocity of the hosts are changed in place."""
         choice = Action(*action.unbind(1))
-        slots, changed = self._lifecycle.apply(before.slots, self._name_blueprint(choice))
+        slots, changed = self.lifecycle.apply(before.slots, self._name_blueprint(choice))
         germinated = changed & (choice.op == Op.GERMINATE).unsqueeze(1)
         self._initializer.germinate(self._seed, before, slots, germinated, static=self._static)
-        slots = self._lifecycle.tick(slots)
-        trained = self._train(before, slots)
-        measured = self._measure(before.weights, slots, self._splits.validation)
+        slots = self.lifecycle.tick(slots)
+        trained = self.trainer.train(before, slots, self._seed)
+        validation = self.trainer.splits.validation
+        measured = self.trainer.measure(before.weights, slots, validation)
         diverged = ~trained.finite | ~measured.loss.isfinite()
         vitals = _next_vitals(before.vitals, slots, trained, measured, choice, changed)
-        ended = diverged | (vitals.step >= self.spec.epochs)
+        ended = diverged | (vitals.step >= self.epochs)
         slots = slots._replace(measured=slots.measured | measured.judged)
         grown = self.grown_parameters(slots)
+        dtype = before.episode_return.dtype
         terms = reward_terms(
-            self.spec.reward_weights(),
+            self._reward_weights,
             gain=vitals.accuracies[:, 0] - before.vitals.accuracies[:, 0],
             grown=grown / self.host_parameters,
             intervened=choice.op != Op.WAIT,
             diverged=diverged,
-            potential=stage_potential(slots.stage, self._dtype).masked_fill(ended, 0.0),
-            potential_before=stage_potential(before.slots.stage, self._dtype),
+            potential=stage_potential(slots.stage, dtype).masked_fill(ended, 0.0),
+            potential_before=stage_potential(before.slots.stage, dtype),
         )
         reward = sum(terms.values(), torch.zeros_like(before.episode_return))
         episode_return = before.episode_return + reward
@@ -230,12 +227,12 @@ class MorphogenesisEnv:
         return self._action_mask(self.hosts)
 
     def _action_mask(self, hosts: Hosts) -> Bool[Tensor, "B K"]:
-        legal = self._lifecycle.legal(hosts.slots)
-        return action_mask(legal, len(self.spec.blueprints), len(self.spec.ramp_epochs))
+        legal = self.lifecycle.legal(hosts.slots)
+        return action_mask(legal, len(self.blueprints), self.lifecycle.ramps)
 
     def legal(self) -> Bool[Tensor, "B O S"]:
         """Whether each op may be applied to each slot in the current state."""
-        return self._lifecycle.legal(self.hosts.slots)
+        return self.lifecycle.legal(self.hosts.slots)
 
     def grown_parameters(self, slots: Slots) -> Int[Tensor, " B"]:
         """Number of parameters of all live seeds, from their blueprints."""
@@ -246,9 +243,9 @@ class MorphogenesisEnv:
     @torch.no_grad()
     def test_accuracy(self) -> Float[Tensor, " B"]:
         """Accuracy of the current hosts on the test split, which no agent may see."""
-        hosts, test = self.hosts, self._splits.test
+        hosts, test = self.hosts, self.trainer.splits.test
         with self._own_precision():
-            return self._measure(hosts.weights, hosts.slots, test, switch=False).accuracy
+            return self.trainer.measure(hosts.weights, hosts.slots, test, switch=False).accuracy
 
     def state_dict(self) -> dict[str, Tensor]:
         """Copies of hosts, seeds, their momentum, life cycles and counters."""
@@ -286,47 +283,16 @@ class MorphogenesisEnv:
 
     def _name_blueprint(self, choice: Action) -> Action:
         """The action with its blueprint as a position in ``BLUEPRINTS``, not in the settings."""
-        position = choice.blueprint.clamp(0, self._kinds.shape[0] - 1)
-        return choice._replace(blueprint=self._kinds[position])
-
-    def _train(self, hosts: Hosts, slots: Slots) -> Trained:
-        spec, training = self.spec, self._splits.training
-        count, high = spec.train_batches * spec.batch_size, training.label.shape[0]
-        index = integers(self._seed, Purpose.BATCHES, place_of(hosts), count=count, high=high)
-        return train(
-            hosts.weights,
-            hosts.velocity,
-            slots,
-            *training,
-            unflatten(index, 1, (spec.train_batches, spec.batch_size)),
-            self._architecture,
-            spec.sgd(),
-            enabled=spec.blueprints,
-            chunk=self._chunk,
-            static=self._static,
-        )
-
-    def _measure(
-        self, weights: Weights, slots: Slots, split: Split, *, switch: bool = True
-    ) -> Measured:
-        return measure(
-            weights,
-            slots,
-            *split,
-            self._architecture,
-            enabled=self.spec.blueprints,
-            chunk=self._chunk,
-            images_at_once=self._images_at_once,
-            static=self._static,
-            switch=switch,
-        )
+        kinds = self._initializer.kinds
+        return choice._replace(blueprint=kinds[choice.blueprint.clamp(0, kinds.shape[0] - 1)])
 
     def _test(
         self, hosts: Hosts, ended: Bool[Tensor, " B"], *, wanted: bool
     ) -> Float[Tensor, " B"]:
         if not wanted or not (self._static or bool(ended.any())):
             return torch.full_like(hosts.episode_return, math.nan)
-        found = self._measure(hosts.weights, hosts.slots, self._splits.test, switch=False)
+        test = self.trainer.splits.test
+        found = self.trainer.measure(hosts.weights, hosts.slots, test, switch=False)
         return found.accuracy.masked_fill(~ended, math.nan)
 
     def _own_precision(self) -> torch.autocast:
@@ -338,8 +304,8 @@ class MorphogenesisEnv:
             hosts.slots,
             hosts.vitals,
             self.grown_parameters(hosts.slots) / self.host_parameters,
-            epochs=self.spec.epochs,
-            classes=self._architecture.classes,
+            epochs=self.epochs,
+            classes=self.architecture.classes,
         )
 
     def _restart(self, hosts: Hosts, ended: Bool[Tensor, " B"]) -> Hosts:

@@ -102,7 +102,11 @@ class Slots(NamedTuple):
 
 
 class LifeCycle:
-    """The table of transitions as tensors on a device, with the settings that restrict it."""
+    """The table of transitions as tensors on a device, with the settings that restrict it.
+
+    Attributes:
+        ramps: Number of durations of blending that the agent can choose.
+    """
 
     def __init__(
         self,
@@ -120,6 +124,7 @@ class LifeCycle:
         self._table = table.to(device)
         self._ramp_choices = torch.tensor(ramp_choices, device=device)
         self._ramp_shape: RampShape = ramp_shape
+        self.ramps = len(ramp_choices)
         self._min_training_epochs = min_training_epochs
         self._fade_epochs, self._cooldown_epochs = fade_epochs, cooldown_epochs
 

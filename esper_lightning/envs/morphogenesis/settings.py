@@ -20,9 +20,11 @@ from esper_lightning.envs.morphogenesis.data import (
 )
 from esper_lightning.envs.morphogenesis.env import MorphogenesisEnv
 from esper_lightning.envs.morphogenesis.host import Architecture
-from esper_lightning.envs.morphogenesis.lifecycle import RampShape
+from esper_lightning.envs.morphogenesis.lifecycle import LifeCycle, RampShape
 from esper_lightning.envs.morphogenesis.observation import action_space, feature_names
 from esper_lightning.envs.morphogenesis.reward import RewardWeights
+from esper_lightning.envs.morphogenesis.state import HostInitializer
+from esper_lightning.envs.morphogenesis.trainer import HostTrainer
 from esper_lightning.envs.morphogenesis.training import SGD
 
 __all__ = ["Morphogenesis"]
@@ -251,13 +253,59 @@ class Morphogenesis(EnvSpec):
         """
         self.splits(device)
 
-    def build(self, device: torch.device, seed: int) -> MorphogenesisEnv:
+    def build(
+        self,
+        device: torch.device,
+        seed: int,
+        *,
+        dtype: torch.dtype = torch.float32,
+        static: bool | None = None,
+    ) -> MorphogenesisEnv:
         """Read the data and allocate the hosts.
 
+        Args:
+            device: Device of the hosts.
+            seed: Seed of all random numbers, at least 0 and less than 2**32.
+            dtype: Dtype of the hosts.
+            static: Whether every computation runs for every host; ``None`` for whether reading
+                which hosts need it would wait for the device.
+
         Raises:
-            ValueError: If the data is absent, is broken, or is less than the settings ask for.
+            ValueError: If the seed is out of range, or the data is absent, is broken, or is less
+                than the settings ask for.
         """
-        return MorphogenesisEnv(self, device=device, seed=seed)
+        ok = isinstance(seed, int) and not isinstance(seed, bool) and 0 <= seed < 2**32
+        require(ok, "Morphogenesis.build().seed", "be an integer in [0, 2**32)", seed)
+        architecture, blueprints = self.architecture(), self.blueprints
+        splits = (Split(image.to(dtype), label) for image, label in self.splits(device))
+        lifecycle = LifeCycle(
+            ramp_choices=self.ramp_epochs,
+            ramp_shape=self.ramp_shape,
+            min_training_epochs=self.min_training_epochs,
+            fade_epochs=self.fade_epochs,
+            cooldown_epochs=self.cooldown_epochs,
+            device=device,
+        )
+        trainer = HostTrainer(
+            architecture,
+            blueprints,
+            self.sgd(),
+            Splits(*splits),
+            train_batches=self.train_batches,
+            batch_size=self.batch_size,
+            static=device.type != "cpu" if static is None else static,
+        )
+        return MorphogenesisEnv(
+            num_envs=self.num_envs,
+            epochs=self.epochs,
+            spaces=self.spaces(),
+            reward_weights=self.reward_weights(),
+            lifecycle=lifecycle,
+            initializer=HostInitializer(architecture, blueprints, device=device, dtype=dtype),
+            trainer=trainer,
+            device=device,
+            seed=seed,
+        )
 
 
 def _require(name: str, ok: bool, rule: str, got: object) -> None:

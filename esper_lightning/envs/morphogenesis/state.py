@@ -13,7 +13,7 @@ from torch import Tensor
 from esper_lightning.core.shapes import Bool, Float, Int
 from esper_lightning.core.tensor_trees import map_tree
 from esper_lightning.envs.morphogenesis.blueprints import BLUEPRINTS, Part, parts
-from esper_lightning.envs.morphogenesis.host_settings import HostSettings
+from esper_lightning.envs.morphogenesis.host import Architecture
 from esper_lightning.envs.morphogenesis.lifecycle import Slots
 from esper_lightning.envs.morphogenesis.network import Weights
 from esper_lightning.envs.morphogenesis.observation import HISTORY, Vitals
@@ -44,23 +44,35 @@ class HostInitializer:
     """Creates hosts and seeds that have not been trained.
 
     Args:
-        spec: Settings of the environment.
+        architecture: Layers of the hosts.
+        blueprints: Names of the modules that can be grown.
         device: Device of hosts and seeds.
         dtype: Dtype of their parameters.
+
+    Attributes:
+        kinds: Position in ``BLUEPRINTS`` of each module that can be grown.
     """
 
-    def __init__(self, spec: HostSettings, *, device: torch.device, dtype: torch.dtype) -> None:
-        self._spec, self._device, self._dtype = spec, device, dtype
-        self._host = _distribution([spec.architecture().parts()], device)
+    def __init__(
+        self,
+        architecture: Architecture,
+        blueprints: tuple[str, ...],
+        *,
+        device: torch.device,
+        dtype: torch.dtype,
+    ) -> None:
+        self._architecture, self._device, self._dtype = architecture, device, dtype
+        self._host = _distribution([architecture.parts()], device)
         self._seeds = [
-            _distribution([[*parts(name, channels).values()] for name in spec.blueprints], device)
-            for channels in spec.channels
+            _distribution([[*parts(name, channels).values()] for name in blueprints], device)
+            for channels in architecture.channels
         ]
-        self._kinds = torch.tensor([BLUEPRINTS.index(name) for name in spec.blueprints]).to(device)
+        self.kinds = torch.tensor([BLUEPRINTS.index(name) for name in blueprints]).to(device)
 
     def hosts(self, seed: int, episode: Int[Tensor, " B"]) -> Hosts:
         """Hosts at the beginning of the given episodes."""
-        spec, count, slots = self._spec, episode.shape[0], len(self._spec.channels)
+        architecture, count = self._architecture, episode.shape[0]
+        slots = len(architecture.channels)
         mean, std = self._host
         start = torch.zeros_like(episode)
         place = Place(torch.arange(count, device=self._device), episode, start)
@@ -68,9 +80,9 @@ class HostInitializer:
         host = (mean + std * drawn).to(self._dtype)
         zeros = host.new_zeros
         seeds = tuple(zeros(count, mean.shape[1]) for mean, _ in self._seeds)
-        means = tuple(zeros(count, channels) for channels in spec.channels)
+        means = tuple(zeros(count, channels) for channels in architecture.channels)
         ones = tuple(mean + 1.0 for mean in means)
-        share, classes = zeros(count, slots), spec.architecture().classes
+        share, classes = zeros(count, slots), architecture.classes
         vitals = Vitals(
             step=start,
             losses=zeros(count, HISTORY) + math.log(classes),
@@ -126,7 +138,7 @@ class HostInitializer:
             if rows is not None:
                 mine, kind = mine[rows], kind[rows]
             # Position among the settings' blueprints; a slot that did not germinate may have none.
-            at = (kind.unsqueeze(1) == self._kinds).int().argmax(1)
+            at = (kind.unsqueeze(1) == self.kinds).int().argmax(1)
             fresh = (mean[at] + std[at] * drawn[:, : mean.shape[1]]).to(self._dtype)
             _overwrite(hosts.weights.seeds[s], fresh, mine, rows)
             _overwrite(hosts.velocity.seeds[s], torch.zeros_like(fresh), mine, rows)

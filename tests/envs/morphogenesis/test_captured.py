@@ -4,7 +4,7 @@ import pytest
 import torch
 
 from esper_lightning.core.tensor_trees import leaves, map_tree
-from esper_lightning.envs.morphogenesis import Morphogenesis, MorphogenesisEnv
+from esper_lightning.envs.morphogenesis import Morphogenesis
 from esper_lightning.envs.morphogenesis import env as module
 from esper_lightning.envs.morphogenesis.baselines import random_legal
 
@@ -59,7 +59,7 @@ def equal(first, other):
 
 def test_a_replayed_step_equals_a_plain_step(monkeypatch):
     def build():
-        return MorphogenesisEnv(SPEC, device=CPU, seed=4, static=True)
+        return SPEC.build(CPU, 4, static=True)
 
     expected, _, end = play(build(), 10, tests_ends=(3, 7))
     monkeypatch.setattr(module, "capture_function", lambda _, f, *, device: Replayed(f))
@@ -86,7 +86,7 @@ def test_hosts_are_trained_in_their_own_precision(static):
     """A policy in bfloat16 acts in the same environments."""
 
     def course():
-        return play(MorphogenesisEnv(SPEC, device=CPU, seed=5, static=static), 6, tests_ends=(3,))
+        return play(SPEC.build(CPU, 5, static=static), 6, tests_ends=(3,))
 
     expected = course()
     with torch.autocast("cpu", dtype=torch.bfloat16):

@@ -9,7 +9,7 @@ from torch.nn import functional
 from esper_lightning.core.spaces import FactoredDiscrete
 from esper_lightning.envs import check_env
 from esper_lightning.envs.contract import sample_action
-from esper_lightning.envs.morphogenesis import Morphogenesis, MorphogenesisEnv
+from esper_lightning.envs.morphogenesis import Morphogenesis
 from esper_lightning.envs.morphogenesis.baselines import BASELINES, random_legal
 from esper_lightning.envs.morphogenesis.blueprints import (
     BLUEPRINTS,
@@ -70,7 +70,7 @@ def test_the_environment_obeys_the_contract():
 
 
 def test_the_environment_with_a_static_plan_obeys_the_contract():
-    check_env(MorphogenesisEnv(small(2), device=CPU, seed=0, static=True), steps=8)
+    check_env(small(2).build(CPU, 0, static=True), steps=8)
 
 
 @pytest.mark.parametrize(
@@ -87,7 +87,7 @@ def test_the_environment_with_a_static_plan_obeys_the_contract():
 )
 def test_environment_7_of_many_equals_environment_7_of_8(count, changes):
     many, few = (small(hosts, epochs=5, **changes).build(CPU, 1) for hosts in (count, 8))
-    few._chunk = 3
+    few.trainer.chunk = 3
     for one, other in zip(actions(many, 12), actions(few, 12), strict=True):
         # Batched products round by their sizes on some processors.
         for a, b in zip(one, other, strict=True):
@@ -99,8 +99,7 @@ def test_environment_7_of_many_equals_environment_7_of_8(count, changes):
 def test_plans_that_read_stages_and_static_plans_agree():
     spec = small(4, epochs=20)
     planned, static = (
-        MorphogenesisEnv(spec, device=CPU, seed=1, dtype=torch.float64, static=kind)
-        for kind in (False, True)
+        spec.build(CPU, 1, dtype=torch.float64, static=kind) for kind in (False, True)
     )
     for one, other in zip(actions(planned, 10), actions(static, 10), strict=True):
         torch.testing.assert_close(one.obs, other.obs, rtol=1e-6, atol=1e-8)
@@ -120,7 +119,7 @@ def a_huge_head(host):
 @pytest.mark.parametrize("static", [False, True])
 def test_a_host_that_diverges_changes_no_bit_of_another(static, poison):
     spec = small(5, epochs=8)
-    sound, broken = (MorphogenesisEnv(spec, device=CPU, seed=2, static=static) for _ in range(2))
+    sound, broken = (spec.build(CPU, 2, static=static) for _ in range(2))
     others = [0, 1, 3, 4]
     pairs = zip(actions(sound, 8), actions(broken, 8), strict=True)
     for step, (one, other) in enumerate(pairs):
@@ -145,10 +144,10 @@ def test_numbers_that_are_not_finite_change_no_parameter(poison):
     env.step(torch.tensor([[Op.GERMINATE, 1, 3, 0]] * 3))
     hosts = env.hosts
     poison(hosts.weights.host[1])
-    measured = env._measure(hosts.weights, hosts.slots, env._splits.validation)
+    measured = env.trainer.measure(hosts.weights, hosts.slots, env.trainer.splits.validation)
     assert measured.loss[1].isfinite() == (poison is a_huge_head)
     before = [t.clone() for t in (hosts.weights.host, hosts.velocity.host)]
-    assert env._train(hosts, hosts.slots).finite.tolist() == [True, False, True]
+    assert env.trainer.train(hosts, hosts.slots, 0).finite.tolist() == [True, False, True]
     for old, new in zip(before, (hosts.weights.host, hosts.velocity.host), strict=True):
         assert [torch.equal(*rows) for rows in zip(old, new, strict=True)] == [False, True, False]
 
@@ -350,7 +349,7 @@ def test_every_blueprint_lowers_the_loss_of_the_network_in_which_it_is_on(preset
     env.step(torch.stack((wait[:, 0] + Op.GERMINATE, slot, kind, kind * 0), 1))
 
     def shadow_loss():
-        image, label = (t[:64] for t in env._splits.training)
+        image, label = (t[:64] for t in env.trainer.splits.training)
         wide = image.expand(kinds * slots, -1, -1, -1, -1)
         plan = plan_training(env.hosts.slots, spec.blueprints, static=True)
         weights = env.hosts.weights._replace(

@@ -1,10 +1,12 @@
 """Hosts trained together equal hosts trained alone, whatever grows in them."""
 
+from dataclasses import replace
+
 import pytest
 import torch
 
 from esper_lightning.envs.contract import sample_action
-from esper_lightning.envs.morphogenesis import Morphogenesis, MorphogenesisEnv
+from esper_lightning.envs.morphogenesis import Morphogenesis
 from esper_lightning.envs.morphogenesis.blueprints import BLUEPRINTS
 from esper_lightning.envs.morphogenesis.lifecycle import Op
 from esper_lightning.envs.morphogenesis.observation import feature_names
@@ -54,11 +56,11 @@ def test_hosts_trained_together_equal_each_trained_alone(script, static):
     # The head starts at zero: with so much clipping, only large steps make seeds matter.
     clipping = {"max_grad_norm": 0.01, "learning_rate": 20.0} if tight else {}
     spec = spec_of(count, ramp_shape=shape, **clipping)
-    env = MorphogenesisEnv(spec, device=CPU, seed=3, dtype=torch.float64, static=static)
+    env = spec.build(CPU, 3, dtype=torch.float64, static=static)
     lone = [LoneHost(spec, row, torch.float64) for row in env.hosts.weights.host]
     for op, slot, shift, ramp in SCRIPTS[script]:
         # Each host has a blueprint of its own: together they grow every blueprint in every script.
-        step_both(env, lone, [(op, slot, (i + shift) % count, ramp) for i in range(count)])
+        step_both(spec, env, lone, [(op, slot, (i + shift) % count, ramp) for i in range(count)])
     if tight:
         assert all(one.clipped == {"joint", "isolated"} for one in lone)
 
@@ -66,28 +68,28 @@ def test_hosts_trained_together_equal_each_trained_alone(script, static):
 def test_observations_and_rewards_equal_those_of_lone_hosts_under_random_actions():
     """Actions are random, some of them illegal."""
     spec = spec_of(4, epochs=16)
-    env = MorphogenesisEnv(spec, device=CPU, seed=3, dtype=torch.float64)
+    env = spec.build(CPU, 3, dtype=torch.float64)
     lone = [LoneHost(spec, row, torch.float64) for row in env.hosts.weights.host]
     generator, stages = torch.Generator().manual_seed(1), set()
     for step in range(14):
         mask = env.action_mask() if step % 4 else torch.ones_like(env.action_mask())
         action = sample_action(env.spaces.action, 4, mask, generator).tolist()
-        step_both(env, lone, [(Op(op).name, *rest) for op, *rest in action])
+        step_both(spec, env, lone, [(Op(op).name, *rest) for op, *rest in action])
         stages |= {slot.stage for one in lone for slot in one.life.slots}
     assert len(stages) == 7
 
 
-def step_both(env, lone, actions):
+def step_both(spec, env, lone, actions):
     """A step of the environment and of each host alone; they must agree on everything."""
     tensor = torch.tensor([(Op[name], *rest) for name, *rest in actions])
     place = Place(torch.arange(len(lone)), env.hosts.episode, env.hosts.vitals.step)
     training, validation, _ = (
-        (split.image.permute(0, 3, 1, 2), split.label) for split in env._splits
+        (split.image.permute(0, 3, 1, 2), split.label) for split in env.trainer.splits
     )
     index = integers(3, Purpose.BATCHES, place, count=16, high=len(training[1]))
-    drawn = germinated_rows(env, tensor)
+    drawn = germinated_rows(spec, env, tensor)
     result = env.step(tensor)
-    names = feature_names(len(env.spec.channels))
+    names = feature_names(len(env.architecture.channels))
     for i, one in enumerate(lone):
         batches = [(training[0][rows], training[1][rows]) for rows in index[i].view(2, 8)]
         loss, accuracy, contribution = one.step(actions[i], drawn[i], batches, validation)
@@ -112,16 +114,11 @@ def step_both(env, lone, actions):
     assert not result.terminated.any()
 
 
-def germinated_rows(env, action):
+def germinated_rows(spec, env, action):
     """Parameters of each host's new seed, from a copy of the environment that makes the step."""
     if not (action[:, 0] == Op.GERMINATE).any():
         return [None] * env.num_envs
-    twin = MorphogenesisEnv(
-        spec_of(env.num_envs, ramp_shape=env.spec.ramp_shape, learning_rate=1e-300),
-        device=CPU,
-        seed=3,
-        dtype=torch.float64,
-    )
+    twin = replace(spec, learning_rate=1e-300).build(CPU, 3, dtype=torch.float64)
     twin.load_state_dict(env.state_dict())
     twin.step(action)
     # The hosts did learn, by a small amount.

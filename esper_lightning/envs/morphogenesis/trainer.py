@@ -1,0 +1,106 @@
+"""The trainer of hosts: an epoch of SGD, and measurements, on data that does not change.
+
+Axes: ``B`` environment. The trainer chooses how many hosts are computed at once; ``training`` has
+the computations.
+"""
+
+from torch import Tensor
+
+from esper_lightning.envs.morphogenesis.data import Split, Splits
+from esper_lightning.envs.morphogenesis.host import Architecture
+from esper_lightning.envs.morphogenesis.layout import unflatten
+from esper_lightning.envs.morphogenesis.lifecycle import Slots
+from esper_lightning.envs.morphogenesis.network import Weights
+from esper_lightning.envs.morphogenesis.state import Hosts, place_of
+from esper_lightning.envs.morphogenesis.streams import Purpose, integers
+from esper_lightning.envs.morphogenesis.training import SGD, Measured, Trained, measure, train
+
+__all__ = ["HostTrainer"]
+
+_CACHE_BYTES = 8 << 20  # bytes of activations of the first block of a chunk
+_IMAGES = 150  # most images that a chunk evaluates at once in validation
+
+
+class HostTrainer:
+    """Trains and measures hosts.
+
+    Args:
+        architecture: Layers of the hosts.
+        blueprints: Names of the modules that can be grown.
+        sgd: Settings of SGD.
+        splits: Data of training, validation and test, on the device of the hosts and in their
+            dtype.
+        train_batches: Number of SGD updates in an epoch.
+        batch_size: Number of images in an update.
+        static: Whether every computation runs for every host, because reading which hosts need it
+            would wait for the device.
+
+    Attributes:
+        chunk: Number of hosts that are computed at once; ``None`` for all hosts.
+    """
+
+    def __init__(
+        self,
+        architecture: Architecture,
+        blueprints: tuple[str, ...],
+        sgd: SGD,
+        splits: Splits,
+        *,
+        train_batches: int,
+        batch_size: int,
+        static: bool,
+    ) -> None:
+        self.architecture, self.blueprints, self.splits = architecture, blueprints, splits
+        self.static = static
+        self._sgd, self._train_batches, self._batch_size = sgd, train_batches, batch_size
+        self.chunk: int | None = None
+        self._images_at_once = splits.validation.label.shape[0]
+        image = splits.training.image
+        if image.device.type == "cpu":
+            area = architecture.channels[0] * architecture.image[1] ** 2
+            self.chunk = max(1, _CACHE_BYTES // (batch_size * area * image.element_size()))
+            self._images_at_once = _IMAGES
+
+    def train(self, hosts: Hosts, slots: Slots, seed: int) -> Trained:
+        """One epoch of SGD on random images, which changes weights and velocity in place.
+
+        Args:
+            hosts: Hosts to train.
+            slots: Slots of the hosts in this epoch.
+            seed: Seed of all random numbers.
+        """
+        training = self.splits.training
+        shape = (self._train_batches, self._batch_size)
+        count, high = shape[0] * shape[1], training.label.shape[0]
+        index = integers(seed, Purpose.BATCHES, place_of(hosts), count=count, high=high)
+        return train(
+            hosts.weights,
+            hosts.velocity,
+            slots,
+            *training,
+            unflatten(index, 1, shape),
+            self.architecture,
+            self._sgd,
+            enabled=self.blueprints,
+            chunk=self._chunk_of(index),
+            static=self.static,
+        )
+
+    def measure(
+        self, weights: Weights, slots: Slots, split: Split, *, switch: bool = True
+    ) -> Measured:
+        """Loss and accuracy on a split and, with ``switch``, the contribution of each slot."""
+        return measure(
+            weights,
+            slots,
+            *split,
+            self.architecture,
+            enabled=self.blueprints,
+            chunk=self._chunk_of(slots.stage),
+            images_at_once=self._images_at_once,
+            static=self.static,
+            switch=switch,
+        )
+
+    def _chunk_of(self, rows: Tensor) -> int:
+        return rows.shape[0] if self.chunk is None else self.chunk
