@@ -1,7 +1,8 @@
 """A whole run in one call.
 
-``train_ppo_vectorized`` combines module, callbacks, logger and profiler. This file imports both
-``training`` and ``callbacks``, which do not import each other.
+``train_ppo_vectorized`` makes a Trainer with callbacks, logger, profiler and run directory. The
+module in ``training`` works with any Trainer and makes none, and the command line takes its default
+callbacks and its logger from here.
 """
 
 import re
@@ -135,6 +136,8 @@ def train_ppo_vectorized(
             other than a checkpoint.
         BaseException: Whatever ended the run, with a note that says where its evidence is.
     """
+    own = locals()  # by name, so that an argument which is a setting of PPO needs no further line
+    shared = {name: own[name] for name in PPOSettings.names() if name in own}
     require_specs("train_ppo_vectorized", env, policy)
     counts = {"iterations": iterations, "devices": devices, "evaluate_every": evaluate_every}
     for name, value in (counts | {"torch_profiler_active": torch_profiler_active}).items():
@@ -159,15 +162,9 @@ def train_ppo_vectorized(
 
     evaluates = evaluate_every is not None
     model = PPO(
-        env,
-        policy,
-        ppo,
-        seed,
+        **shared,
         total_env_steps=iterations * ppo.rollout_steps * env.num_envs * devices,
         iterations_per_epoch=evaluate_every or PPOSettings.iterations_per_epoch,
-        eval_episodes=eval_episodes,
-        compile=compile,
-        extensions=extensions,
     )
     profiler = None
     if torch_profiler:

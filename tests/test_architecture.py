@@ -1,5 +1,6 @@
 """Files of an iteration are listed, none is long, and each has its tests in the same place."""
 
+import itertools
 import re
 import sys
 from pathlib import Path
@@ -17,14 +18,15 @@ from esper_lightning.envs import CartPole
 PACKAGE = Path(esper_lightning.__file__).parent
 TESTS = Path(__file__).parent
 DOCUMENT = PACKAGE.parent / "docs" / "architecture.md"
-FIRST, ENVIRONMENT = "training/module.py", "envs/cartpole.py"
-MOST_FILES, MOST_LINES = 14, 400
+FIRST, ENVIRONMENT, STEP = "training/module.py", "envs/cartpole.py", "advance"
+MOST_FILES, MOST_OF_ALL, MOST_LINES = 20, 38, 400
 MIRRORED = ("callbacks", "comparison", "core", "policies", "ppo", "training")
 TESTED_ELSEWHERE = {
     "callbacks/window_profiler.py": "it is the former place of recorder/profiling/window_profiler",
     "core/shapes.py": "its annotations are checked in every test",
     "policies/images.py": "policies/test_convolutional.py has it as the encoder of CNN",
     "training/checkpoint/hooks.py": "training/test_module.py calls its hooks as the Trainer does",
+    "training/checkpoint/meeting.py": "training/test_ranks.py has it among real ranks",
 }
 """Why a file of the package has no test file of its own."""
 
@@ -37,6 +39,8 @@ class Witness(Callback):
 
     def __init__(self) -> None:
         self.files: dict[str, None] = {}
+        self.before_step: list[str] = []
+        """Files that were entered before the first step of the environment."""
 
     def on_train_batch_start(self, _trainer: Any, _model: Any, _batch: int, batch_idx: int) -> None:
         if batch_idx == 1:
@@ -50,38 +54,48 @@ class Witness(Callback):
         path = Path(frame.f_code.co_filename)
         is_first = frame.f_code.co_name == "training_step"
         if path.is_relative_to(PACKAGE) and (self.files or is_first):
-            self.files.setdefault(path.relative_to(PACKAGE).as_posix())
+            name = path.relative_to(PACKAGE).as_posix()
+            if (name, frame.f_code.co_name) == (ENVIRONMENT, STEP) and not self.before_step:
+                self.before_step = list(self.files)
+            self.files.setdefault(name)
 
 
 @pytest.fixture
-def entered(make_trainer) -> list[str]:
-    """Files that the second iteration enters."""
+def witness(make_trainer) -> Witness:
+    """The witness of a run, which noted the files of its second iteration."""
     before = sys.gettrace()
-    witness = Witness()
+    noted = Witness()
     ppo = PPOConfig(rollout_steps=8, minibatches=2)
     model = PPO(env=CartPole(num_envs=8), ppo=ppo, compile="off")
-    trainer = make_trainer(max_steps=2, callbacks=[History(), witness])
+    trainer = make_trainer(max_steps=2, callbacks=[History(), noted])
     try:
         trainer.fit(model)
     finally:
         sys.settrace(before)
-    return list(witness.files)
+    return noted
 
 
-def listed() -> list[str]:
-    """Files of the table "An iteration", from its first row to its last."""
+def listed() -> list[list[str]]:
+    """Files of each row of the table "An iteration"."""
     section = re.search(r"^## An iteration\n(.*?)^## ", DOCUMENT.read_text(), re.M | re.S)
     assert section is not None
     rows = [line.split("|") for line in section[1].splitlines() if line.startswith("| ")]
-    return [name for row in rows for name in re.findall(r"`([a-z_/]+\.py)`", row[2])]
+    return list(filter(None, (re.findall(r"`([a-z_/]+\.py)`", row[2]) for row in rows)))
 
 
-def test_an_iteration_enters_few_files_before_the_environment_and_the_document_lists_all(entered):
-    assert entered[0] == FIRST
-    between = entered.index(ENVIRONMENT) - 1
+def test_the_document_lists_the_files_of_an_iteration_in_order_and_says_how_many_they_are(witness):
+    entered, before = list(witness.files), witness.before_step
+    assert before[0] == FIRST
+    between = len(set(before) - {FIRST, ENVIRONMENT})
     assert between <= MOST_FILES
-    assert f" enters {between} files." in DOCUMENT.read_text()
-    assert listed() == entered
+    assert len(entered) <= MOST_OF_ALL
+    text = " ".join(DOCUMENT.read_text().split())
+    assert f"(`CartPole.{STEP}`) an iteration enters {between} files;" in text
+    assert f"a whole iteration enters {len(entered)}." in text
+    rows = listed()
+    until = [[*itertools.chain(*rows[: k + 1])] for k in range(len(rows))]
+    assert until[-1] == entered
+    assert before in until, "a row must end with the first step of the environment"
 
 
 def test_no_file_of_the_package_is_too_long_to_read():

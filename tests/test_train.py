@@ -1,6 +1,8 @@
 """``train_ppo_vectorized``: one call, its files, its profiler, its errors."""
 
+import dataclasses
 import gzip
+import inspect
 import json
 import os
 import re
@@ -8,13 +10,14 @@ import re
 import pytest
 import yaml
 
-from esper_lightning import MLP, PPO, PPOConfig, train_ppo_vectorized
+from esper_lightning import MLP, PPO, RND, PPOConfig, train_ppo_vectorized
 from esper_lightning.callbacks.checkpoints import LastCheckpoint
 from esper_lightning.envs import CartPole
 from esper_lightning.forensics.files import read_json_lines
 from esper_lightning.ppo.metrics import EVAL_RETURN
 from esper_lightning.training import evaluation, module
 from esper_lightning.training.publish import publish
+from esper_lightning.training.settings import PPOSettings
 from tests.disks import fill
 
 SMALL = PPOConfig(rollout_steps=4, minibatches=2, epochs=1)
@@ -39,6 +42,52 @@ def test_returns_the_rows_that_are_on_disk(train, tmp_path):
     names = {path.name for path in (tmp_path / "run").iterdir()}
     assert {"config.yaml", "checkpoints", "rank0"} <= names
     assert any(name.startswith("events.out.tfevents") for name in names)
+
+
+class BuiltError(Exception):
+    """Raised in place of the run, once the module is built."""
+
+
+SETTINGS = {  # of the module, for an argument of ``train_ppo_vectorized`` that is not the default
+    "env": (CartPole(num_envs=3), {"env": CartPole(num_envs=3), "total_env_steps": 3 * 4 * 3}),
+    "iterations": (5, {"total_env_steps": 5 * 4 * 4}),
+    "ppo": (PPOConfig(rollout_steps=8), {"ppo": PPOConfig(rollout_steps=8), "total_env_steps": 96}),
+    "policy": (MLP(hidden_sizes=(9,)), {"policy": MLP(hidden_sizes=(9,))}),
+    "seed": (7, {"seed": 7}),
+    "devices": (2, {"total_env_steps": 2 * 3 * 4 * 4}),
+    "compile": ("default", {"compile": "default"}),
+    "evaluate_every": (6, {"iterations_per_epoch": 6}),
+    "eval_episodes": (8, {"eval_episodes": 8}),
+    "extensions": ((RND(),), {"extensions": (RND(),)}),
+}
+OF_THE_RUN = ("device", "run_dir", "save_path", "resume_path")  # and those of the profiler
+ONLY_OF_PPO = {"warm_start"}
+
+
+@pytest.mark.parametrize("name", inspect.signature(train_ppo_vectorized).parameters)
+def test_every_argument_that_is_a_setting_of_ppo_reaches_the_module(name, monkeypatch):
+    if name in OF_THE_RUN or name.startswith("torch_profiler"):
+        assert name not in PPOSettings.names()
+        return
+    built = []
+
+    def build(*args, **kwargs):
+        built.append(PPO(*args, **kwargs).settings)
+        raise BuiltError
+
+    monkeypatch.setattr("esper_lightning.train.PPO", build)
+    given = {"env": CartPole(num_envs=4), "iterations": 3, "ppo": SMALL}
+    value, changes = SETTINGS[name]
+    for arguments in (given, given | {name: value}):
+        with pytest.raises(BuiltError):
+            train_ppo_vectorized(**arguments)
+    assert built[0] == PPOSettings(env=given["env"], ppo=SMALL, total_env_steps=3 * 4 * 4)
+    assert built[1] == dataclasses.replace(built[0], **changes) != built[0]
+
+
+def test_every_setting_of_ppo_can_be_reached():
+    reached = {name for _, changes in SETTINGS.values() for name in changes}
+    assert reached | ONLY_OF_PPO == set(PPOSettings.names())
 
 
 def test_makes_a_new_run_directory_each_time(train, tmp_path, monkeypatch):

@@ -1,11 +1,18 @@
-"""Every private attribute of Lightning that this package reads or writes, and why it has to.
+"""Private attributes of Lightning that this package reads or writes, and why it has to.
 
 Lightning may rename these attributes in any release: before the pin of Lightning is raised, this
 file is compared with the new release. Lightning 2.5.0 and 2.6.6 have the same attributes.
 
 The file is in ``callbacks`` because every folder that needs it (``callbacks``, ``recorder``,
-``training``, ``train``, ``cli``) may import it, and no folder below imports Lightning. A
-class that derives from one of Lightning's (``WindowProfiler``) reads what it inherits by itself.
+``training``, ``train``, ``cli``) may import it, and no folder below imports Lightning.
+
+Four classes that derive from Lightning's use private attributes that they inherit, on ``self``:
+they override methods of Lightning, or take part in what Lightning does with an attribute.
+
+* ``WindowProfiler``: ``_delete_profilers``, ``_rank_zero_info``, ``_recording_map``, ``_stage``;
+* ``_OneFile``, the base of the checkpoint callbacks: ``_find_last_checkpoints``;
+* ``EsperCLI``: ``_get``, ``_parse_ckpt_path``, ``_parser``, ``_set_seed``;
+* ``CheckpointHooks``, the base of ``PPO``: ``_trainer``.
 """
 # Lightning sets many attributes of its objects where no type checker sees them.
 # pyright: reportAttributeAccessIssue=false, reportPrivateUsage=false
@@ -43,7 +50,6 @@ __all__ = [
     "checkpoint_to_load",
     "cluster_environment",
     "dump_checkpoint",
-    "event_file",
     "experiment_of",
     "forget_experiment",
     "forget_schedule",
@@ -301,17 +307,6 @@ def experiment_of(logger: Any, absent: Any = None) -> Any:
 def forget_experiment(logger: Any) -> None:
     """Make a logger begin a new experiment at its next use, by clearing its ``_experiment``."""
     logger._experiment = None
-
-
-def event_file(experiment: Any) -> str:
-    """Path or address of the file that an experiment of ``TensorBoardLogger`` writes.
-
-    ``file_writer.event_writer._file_name``, TensorBoard's own, which chooses the name itself.
-
-    Raises:
-        AttributeError: If ``experiment`` is not one of ``TensorBoardLogger``, or is closed.
-    """
-    return str(experiment.file_writer.event_writer._file_name)
 
 
 # Profilers.

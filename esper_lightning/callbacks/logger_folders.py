@@ -12,13 +12,13 @@ from lightning.pytorch.loggers import CSVLogger, Logger, TensorBoardLogger
 from lightning.pytorch.loggers.csv_logs import ExperimentWriter
 
 from esper_lightning.callbacks.lightning_internals import (
-    event_file,
     experiment_of,
     forget_experiment,
     set_version,
     version_of,
 )
 from esper_lightning.callbacks.mirror import place_of
+from esper_lightning.callbacks.tensorboard_internals import event_file
 from esper_lightning.forensics.asides import rename_aside
 
 __all__ = [

@@ -17,7 +17,8 @@ from contextlib import AbstractContextManager
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from esper_lightning.callbacks.lightning_internals import event_file, experiment_of
+from esper_lightning.callbacks.lightning_internals import experiment_of
+from esper_lightning.callbacks.tensorboard_internals import replace_event_file
 from esper_lightning.forensics.files import Appender, Backlog, first_cause, replacing
 
 __all__ = ["flush_logger", "guard_loggers"]
@@ -223,14 +224,8 @@ class _Guard:
         if self._events is not None and not self._events.closed:
             return
         with contextlib.suppress(AttributeError):  # another logger, or a writer that is closed
-            writer = experiment.file_writer.event_writer
-            path = event_file(experiment)
-            if "://" in path:  # not a local disk
-                return
-            records = writer._async_writer._writer
-            writer.flush()
-            self._events = _EventFile(Path(path), self._calls.said)
-            records._writer = self._events
+            said = self._calls.said
+            self._events = replace_event_file(experiment, lambda path: _EventFile(path, said))
 
 
 def _within_time(finalize: Callable[..., Any], name: str) -> Callable[..., None]:

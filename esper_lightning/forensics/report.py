@@ -92,7 +92,8 @@ class Evidence(Record):
     Attributes:
         state: ``saved``, ``absent`` where there was nothing to save, ``pending`` while saving is
             under way, or ``failed``.
-        path: Path of the file, relative to the rank's folder, or absolute if it is elsewhere.
+        path: Path of the file or folder, relative to the rank's folder, or absolute if it is
+            elsewhere. A failed callback has a path if its folder holds files.
         detail: Content of the file, or the reason why there is none.
     """
 

@@ -1,6 +1,6 @@
 """Actor-critics, and the specs that build them."""
 
-from esper_lightning.policies.actor_critic import ActorCritic
+from esper_lightning.policies.actor_critic import ActorCritic, build_actor_critic
 from esper_lightning.policies.base import Evaluation, Policy, PolicySpec, SampledAction
 from esper_lightning.policies.composed import Composed, Imported
 from esper_lightning.policies.convolutional import CNN
@@ -25,4 +25,5 @@ __all__ = [
     "PolicySpec",
     "Recurrent",
     "SampledAction",
+    "build_actor_critic",
 ]

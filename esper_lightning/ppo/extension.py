@@ -7,7 +7,7 @@ the loss is added to the loss of every minibatch. An extension replaces nothing 
 
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterable, Iterator, Mapping
-from typing import Any, NamedTuple, Self, cast
+from typing import Any, ClassVar, NamedTuple, Self, cast
 
 import torch
 from torch import Tensor, nn
@@ -111,6 +111,12 @@ class ExtensionSpec(ABC):
 
     A frozen dataclass that derives from this class can be named in a config, and is stored in
     checkpoints.
+    """
+
+    several: ClassVar[bool] = False
+    """Whether a run may have several extensions of this class, with different settings.
+
+    The names of their metrics and terms must then depend on the settings.
     """
 
     @abstractmethod

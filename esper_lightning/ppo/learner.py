@@ -4,7 +4,7 @@ Axes: ``T`` step, ``B`` environment, ``S`` gradient step or number in a memory. 
 nothing of Lightning, and only ``to_host`` waits for the device.
 """
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any, NamedTuple
 
 import torch
@@ -44,7 +44,7 @@ from esper_lightning.ppo.non_finite import (
 )
 from esper_lightning.ppo.update import UpdateMetrics, Updater
 
-__all__ = ["Learner", "Targets"]
+__all__ = ["ITERATION_METRICS", "Learner", "Targets"]
 
 
 class Targets(NamedTuple):
@@ -57,6 +57,30 @@ class Targets(NamedTuple):
     episodes: EpisodeSums  # of all ranks
     explained_variance: Float[Tensor, ""]
     added: Mapping[str, Float[Tensor, ""]] = {}  # metrics of extensions
+
+
+_METRICS: dict[str, Callable[[Targets, UpdateMetrics], Tensor]] = {
+    "healthy": lambda targets, _: targets.healthy,
+    "return_sum": lambda targets, _: targets.episodes.episode_return,
+    "length_sum": lambda targets, _: targets.episodes.episode_length,
+    "episodes": lambda targets, _: targets.episodes.episodes,
+    "policy/explained_variance": lambda targets, _: targets.explained_variance,
+    "loss/policy": lambda _, update: update.policy_loss,
+    "loss/value": lambda _, update: update.value_loss,
+    "loss/entropy": lambda _, update: update.entropy,
+    "policy/approx_kl": lambda _, update: update.approx_kl,
+    "policy/clip_fraction": lambda _, update: update.clip_fraction,
+    "optim/grad_norm": lambda _, update: update.grad_norm,
+    "gradient_steps": lambda _, update: update.gradient_steps,
+    "gradients_finite": lambda _, update: update.finite,
+}
+"""Every metric of an iteration by its name, but for those of extensions and environments.
+
+Metrics with a ``/`` in their name are columns of the history.
+"""
+
+ITERATION_METRICS = tuple(name for name in _METRICS if "/" in name)
+"""Columns of the history that every iteration has from the learner."""
 
 
 class Learner:
@@ -182,26 +206,12 @@ class Learner:
     def metrics(self, targets: Targets, update: UpdateMetrics) -> dict[str, Float[Tensor, ""]]:
         """Every metric of an iteration by its name, as scalars on the device.
 
-        Metrics with a ``/`` in their name are columns of the history.
-
         Args:
             targets: Result of ``compute_targets``.
             update: Result of ``update``.
         """
         return {
-            "healthy": targets.healthy,
-            "return_sum": targets.episodes.episode_return,
-            "length_sum": targets.episodes.episode_length,
-            "episodes": targets.episodes.episodes,
-            "policy/explained_variance": targets.explained_variance,
-            "loss/policy": update.policy_loss,
-            "loss/value": update.value_loss,
-            "loss/entropy": update.entropy,
-            "policy/approx_kl": update.approx_kl,
-            "policy/clip_fraction": update.clip_fraction,
-            "optim/grad_norm": update.grad_norm,
-            "gradient_steps": update.gradient_steps,
-            "gradients_finite": update.finite,
+            **{name: metric(targets, update) for name, metric in _METRICS.items()},
             **{f"loss/{name}": term for name, term in update.added.items()},
             **targets.added,
             **{f"env/{name}": metric for name, metric in self.env_metrics().items()},

@@ -20,6 +20,7 @@ from esper_lightning.envs.base import BatchedEnv, MeasuringEnv
 __all__ = [
     "EVALUATION_METRICS",
     "EVAL_RETURN",
+    "ROLLOUT_METRICS",
     "ROLLOUT_RETURN",
     "EpisodeSums",
     "RecentEpisodes",
@@ -33,6 +34,8 @@ __all__ = [
 
 ROLLOUT_RETURN = "rollout/episode_return_mean"
 ROLLOUT_LENGTH = "rollout/episode_length_mean"
+ROLLOUT_METRICS = (ROLLOUT_RETURN, ROLLOUT_LENGTH, "rollout/episodes")
+"""Every metric of a history row about episodes."""
 EVAL_RETURN = "eval/episode_return_mean"
 EVALUATION_METRICS = (
     EVAL_RETURN,
@@ -140,11 +143,8 @@ def rollout_metrics(episodes: float, recent: RecentEpisodes) -> dict[str, float 
     """
     episode_return, episode_length = recent.means()
     known = not math.isnan(episode_return)
-    return {
-        ROLLOUT_RETURN: episode_return if known else None,
-        ROLLOUT_LENGTH: episode_length if known else None,
-        "rollout/episodes": int(episodes),
-    }
+    means = (episode_return, episode_length) if known else (None, None)
+    return dict(zip(ROLLOUT_METRICS, (*means, int(episodes)), strict=True))
 
 
 def evaluation_metrics(

@@ -8,7 +8,8 @@ from pathlib import Path
 from lightning.pytorch import Trainer
 from lightning.pytorch.loggers import TensorBoardLogger
 
-from esper_lightning.callbacks.lightning_internals import event_file, experiment_of
+from esper_lightning.callbacks.lightning_internals import experiment_of
+from esper_lightning.callbacks.tensorboard_internals import event_file
 from esper_lightning.forensics.asides import KEPT_ASIDE, keep_latest, rename_aside
 from esper_lightning.forensics.layout import RankLayout, RunLayout
 from esper_lightning.forensics.rank_record import ProcessRecord

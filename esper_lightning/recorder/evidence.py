@@ -5,7 +5,10 @@ from typing import Protocol, runtime_checkable
 
 from esper_lightning.recorder.death import Death
 
-__all__ = ["Death", "HoldsEvidence"]
+__all__ = ["SENTENCE_LENGTH", "Death", "HoldsEvidence"]
+
+SENTENCE_LENGTH = 500
+"""Greatest number of characters of a callback's sentence in the report."""
 
 
 @runtime_checkable
@@ -23,9 +26,10 @@ class HoldsEvidence(Protocol):
 
     The method is called in a thread of its own and has five seconds; all such methods of a run
     together have ten. The report is on disk before the first method is called. An error of the
-    method, or a note that it was late, is written into the report, and no other evidence is lost.
-    The thread that trains may be stuck, or even continue, as after a hang: call no collective, and
-    wait for no lock that the training thread may hold. After a fault in C the method is not called.
+    method, or a note that it was late, is written into the report, with the path of the directory
+    if the directory holds files; no other evidence is lost. The thread that trains may be stuck, or
+    even continue, as after a hang: call no collective, and wait for no lock that the training
+    thread may hold. After a fault in C the method is not called.
     """
 
     def save_evidence(self, directory: Path, death: Death) -> str | None:
@@ -38,7 +42,8 @@ class HoldsEvidence(Protocol):
                 line.
 
         Returns:
-            A sentence for the report, or ``None`` where there is nothing to say.
+            A sentence for the report, which is cut to one line of 500 characters, or ``None`` where
+            there is nothing to say.
 
         Raises:
             Exception: Any error that prevents the evidence from being saved; it is reported.

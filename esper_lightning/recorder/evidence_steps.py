@@ -22,7 +22,7 @@ from esper_lightning.forensics.layout import RankLayout
 from esper_lightning.recorder.attempt import attempt
 from esper_lightning.recorder.crash_checkpoint import save_crash_checkpoint
 from esper_lightning.recorder.death import Death
-from esper_lightning.recorder.evidence import HoldsEvidence
+from esper_lightning.recorder.evidence import SENTENCE_LENGTH, HoldsEvidence
 from esper_lightning.recorder.memory_snapshot import save_memory
 from esper_lightning.recorder.profiler_guard import ProfilerGuard
 from esper_lightning.recorder.signals import dump_stacks
@@ -95,6 +95,8 @@ class EvidenceStep(NamedTuple):
     """Time limit, in a thread of its own; ``None`` for the calling thread and no limit."""
     when: Callable[[DyingRun], bool] = _always
     """Whether the step is needed."""
+    folder: Path | None = None
+    """Folder of a callback's evidence, some of which may be there although the callback failed."""
 
 
 def _is_bounded(run: DyingRun) -> bool:
@@ -248,13 +250,13 @@ def steps_of_holders(run: DyingRun) -> list[EvidenceStep]:
                 number += 1
                 name = f"{kind}-{number}"
             names.add(name)
-            save = partial(_save_of, holder, name)
-            steps.append(EvidenceStep(name, save, HOLDER_S))
+            folder = run.files.evidence / name
+            save = partial(_save_of, holder, folder)
+            steps.append(EvidenceStep(name, save, HOLDER_S, folder=folder))
     return steps
 
 
-def _save_of(holder: HoldsEvidence, name: str, run: DyingRun) -> StepOutcome:
-    folder = run.files.evidence / name
+def _save_of(holder: HoldsEvidence, folder: Path, run: DyingRun) -> StepOutcome:
     with contextlib.suppress(OSError):  # the holder may save it elsewhere
         folder.mkdir(parents=True, exist_ok=True)
     try:
@@ -266,4 +268,9 @@ def _save_of(holder: HoldsEvidence, name: str, run: DyingRun) -> StepOutcome:
     path = folder if folder.exists() else None
     if said is None and path is None:
         return StepOutcome("absent", detail="it had nothing to save")
-    return StepOutcome("saved", path, None if said is None else str(said))
+    return StepOutcome("saved", path, None if said is None else _line(said))
+
+
+def _line(sentence: object) -> str:
+    line = " ".join(str(sentence).split())
+    return line if len(line) <= SENTENCE_LENGTH else line[: SENTENCE_LENGTH - 3] + "..."

@@ -133,7 +133,8 @@ class Rescue:
             result, error = attempt(save, what=None, errors=BaseException, seconds=seconds)
         if error is not None:
             detail = str(error) if isinstance(error, LateError) else in_words(error)
-            self._evidence(step.name, "failed", detail=detail)
+            path = step.folder if step.folder and _has_files(step.folder) else None
+            self._evidence(step.name, "failed", path, detail)
         elif result is not None:
             self._evidence(step.name, *result)
 
@@ -186,3 +187,10 @@ class Rescue:
             else:
                 self.written = path
                 return
+
+
+def _has_files(folder: Path) -> bool:
+    try:
+        return any(folder.iterdir())
+    except OSError:  # there is no such folder, or the disk is gone
+        return False

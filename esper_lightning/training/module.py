@@ -42,7 +42,7 @@ from esper_lightning.training.environments import CloseEnvironments, build_learn
 from esper_lightning.training.evaluation import Evaluation
 from esper_lightning.training.iterations import Iterations
 from esper_lightning.training.monitors import ReportsAbsentMetrics
-from esper_lightning.training.progress import Progress
+from esper_lightning.training.progress import LEARNING_RATE, Progress
 from esper_lightning.training.publish import publish
 from esper_lightning.training.settings import PPOSettings
 
@@ -117,20 +117,11 @@ class PPO(CheckpointHooks):
         Raises:
             ValueError: If a setting is out of range or does not fit the environments.
         """
+        arguments = dict(locals())  # by name, so that a new argument needs no line of its own
+        del arguments["self"], arguments["__class__"]
         super().__init__()
         require_torch_defaults("PPO")
-        self.settings = settings = PPOSettings(
-            env=env,
-            policy=policy,
-            ppo=ppo,
-            seed=seed,
-            total_env_steps=total_env_steps,
-            iterations_per_epoch=iterations_per_epoch,
-            eval_episodes=eval_episodes,
-            compile=compile,
-            warm_start=warm_start,
-            extensions=extensions,
-        )
+        self.settings = settings = PPOSettings(**arguments)
         self.save_hyperparameters(settings.to_data())
         self.env, self.ppo, self.seed = settings.env, settings.ppo, settings.seed
         self.automatic_optimization = False
@@ -213,7 +204,7 @@ class PPO(CheckpointHooks):
                 duration_s=awake_s.measured() - started,
             )
             trainer_rules.count_step(self.trainer)
-            row["optim/learning_rate"] = learning_rate
+            row[LEARNING_RATE] = learning_rate
             adapt_learning_rate(self._optimizer, self.ppo, kl=metrics["policy/approx_kl"])
             publish(self.trainer, row)
         self._within_iteration = False

@@ -5,17 +5,18 @@ from collections.abc import Mapping
 from typing import Any
 
 from esper_lightning.envs.base import RunProgress
-from esper_lightning.ppo.metrics import RecentEpisodes, rollout_metrics
+from esper_lightning.ppo.learner import ITERATION_METRICS
+from esper_lightning.ppo.metrics import ROLLOUT_METRICS, RecentEpisodes, rollout_metrics
 from esper_lightning.training.settings import PPOSettings
 
-__all__ = ["ROW_METRICS", "Progress"]
+__all__ = ["LEARNING_RATE", "ROW_METRICS", "Progress"]
 
+LEARNING_RATE = "optim/learning_rate"
 ROW_METRICS = (
     *("iteration", "env_steps", "gradient_steps", "time_s", "env_steps_per_s"),
-    *("rollout/episode_return_mean", "rollout/episode_length_mean", "rollout/episodes"),
-    *("loss/policy", "loss/value", "loss/entropy"),
-    *("policy/explained_variance", "policy/approx_kl", "policy/clip_fraction"),
-    *("optim/grad_norm", "optim/learning_rate"),
+    *ROLLOUT_METRICS,
+    *ITERATION_METRICS,
+    LEARNING_RATE,
 )
 """Metrics of every history row; extensions and environments add others, with a ``/``."""
 

@@ -50,6 +50,10 @@ class PPOSettings:
             require(is_spec, "PPO.extensions", "be extension specs", extension, hint)
         twice = [each for i, each in enumerate(self.extensions) if each in self.extensions[:i]]
         require(not twice, "PPO.extensions", "differ from each other", twice)
+        single = [type(each) for each in self.extensions if not each.several]
+        twice = [kind.__name__ for i, kind in enumerate(single) if kind in single[:i]]
+        hint = "The names of their metrics and terms would be the same: see ExtensionSpec.several."
+        require(not twice, "PPO.extensions", "be of different classes", twice, hint)
         problems = Problems(spec_name(self.env))
         with problems.raise_at_end():
             check_declared(self.env.num_envs, self.env.spaces(), problems)
@@ -61,7 +65,12 @@ class PPOSettings:
 
     def arguments(self) -> dict[str, Any]:
         """Every setting by its name, as keyword arguments of ``PPO``."""
-        return {field.name: getattr(self, field.name) for field in dataclasses.fields(self)}
+        return {name: getattr(self, name) for name in self.names()}
+
+    @classmethod
+    def names(cls) -> list[str]:
+        """Names of all settings, in their order."""
+        return [field.name for field in dataclasses.fields(cls)]
 
     def to_data(self) -> dict[str, Any]:
         """Plain data in the form of a config's ``model``, for checkpoints and ``config.yaml``."""
@@ -79,7 +88,7 @@ class PPOSettings:
         Raises:
             ValueError: If a spec cannot be built, or a setting is out of range.
         """
-        names = {field.name for field in dataclasses.fields(cls)}
+        names = cls.names()
         settings = {name: value for name, value in {**data, **given}.items() if name in names}
         for name, kind in (("env", EnvSpec), ("policy", PolicySpec)):
             if name not in given:

@@ -32,6 +32,8 @@ _FORM = {"class_path", "init_args"}
 _PLAIN = (bool, int, float, str, type(None))
 _OPAQUE = "repr()"
 _EVAL_EPISODES = 100
+_WITHIN = (EncoderSpec, EnvSpec, ExtensionSpec, PolicySpec)
+"""Kinds of specs that may be settings of other specs."""
 
 
 class StoredSpec:
@@ -49,11 +51,13 @@ def to_data(value: object) -> Any:
 
     A spec within becomes a dict with its class. Any other value that is not a number or
     text becomes its ``repr`` under a name that no setting has. Such a value can be compared with
-    others, but ``spec_from_data`` refuses it.
+    others, but ``spec_from_data`` refuses it. The same is true of a policy spec within that does
+    not derive from ``PolicySpec``.
     """
-    if isinstance(value, EncoderSpec | EnvSpec | ExtensionSpec):
+    if _is_spec_within(type(value)):
         return spec_to_data(value)
-    if dataclasses.is_dataclass(value) and not isinstance(value, type):
+    is_data = dataclasses.is_dataclass(value) and not isinstance(value, type)
+    if is_data and not isinstance(value, PolicySpec):
         return _fields_to_data(value)
     if isinstance(value, Mapping):
         return {key: to_data(item) for key, item in cast(Mapping[str, object], value).items()}
@@ -100,7 +104,7 @@ def spec_to_data(spec: object) -> SpecData:
     }
 
 
-def spec_from_data(description: SpecData, *, owner: str, kind: type | tuple[type, ...]) -> Any:
+def spec_from_data(description: SpecData, *, owner: str, kind: type | None) -> Any:
     """A spec rebuilt from the plain data that ``spec_to_data`` returned.
 
     Nothing but a spec is ever built from the data.
@@ -108,8 +112,8 @@ def spec_from_data(description: SpecData, *, owner: str, kind: type | tuple[type
     Args:
         description: Plain data of the spec.
         owner: Name of the setting, for the error.
-        kind: Class, or several, from which the spec must derive: ``EnvSpec``, ``PolicySpec`` or
-            ``EncoderSpec``.
+        kind: Class of which the spec must be: ``EnvSpec``, ``PolicySpec`` or ``ExtensionSpec``.
+            ``None`` for a setting of another spec, which may be a spec of any kind.
 
     Raises:
         ValueError: If the class cannot be imported, is not that of a spec, or takes other settings.
@@ -118,8 +122,10 @@ def spec_from_data(description: SpecData, *, owner: str, kind: type | tuple[type
     settings = cast(dict[str, object], description["init_args"])
     try:
         found = import_object(path)
-        if not (isinstance(found, type) and issubclass(found, kind)):
-            names = [one.__name__ for one in (kind if isinstance(kind, tuple) else (kind,))]
+        is_class = isinstance(found, type)
+        fits = is_class and (_is_spec_within(found) if kind is None else issubclass(found, kind))
+        if not fits:
+            names = [one.__name__ for one in (_WITHIN if kind is None else (kind,))]
             raise TypeError(f"it is no {' or '.join(names)}")
         build: Any = found
         if not dataclasses.is_dataclass(found) and len(inspect.signature(build).parameters) > 0:
@@ -199,6 +205,16 @@ def require_specs(owner: str, env: object, policy: object) -> None:
     require(ok, f"{owner}.policy", "be a policy spec", policy, "MLP(), for example.")
 
 
+def _is_spec_within(kind: type) -> bool:
+    """Whether objects of a class, as settings of a spec, are specs.
+
+    Such a spec must derive from the class of its kind: any class with a method ``build`` passes for
+    a policy spec, and a checkpoint must not name any such class. Environments have more methods by
+    which to know them.
+    """
+    return any(each in kind.__mro__ for each in _WITHIN) or issubclass(kind, EnvSpec)
+
+
 def _fields_to_data(settings: Any) -> SpecData:
     fields = (field.name for field in dataclasses.fields(settings) if field.init)
     return {name: to_data(getattr(settings, name)) for name in fields}
@@ -217,7 +233,7 @@ def _frozen(value: object) -> object:
         if _OPAQUE in fields:
             raise TypeError(f"{fields[_OPAQUE]} is not plain data")
         if fields.keys() == _FORM:
-            return spec_from_data(fields, owner="A spec", kind=(EncoderSpec, EnvSpec))
+            return spec_from_data(fields, owner="A spec", kind=None)
         return {key: _frozen(item) for key, item in fields.items()}
     if isinstance(value, list):
         return tuple(_frozen(item) for item in cast(list[object], value))

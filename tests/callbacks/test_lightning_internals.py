@@ -1,11 +1,16 @@
-"""Private attributes of Lightning are used in one file only, and they exist."""
+"""Private attributes of Lightning and TensorBoard are used in one file each, and they exist."""
 
 import ast
+import importlib
+import inspect
+import re
+import textwrap
 from pathlib import Path
 
 import lightning
 import pytest
 from lightning.pytorch.profilers import PyTorchProfiler
+from tensorboard.summary.writer import event_file_writer, record_writer
 
 import esper_lightning
 from esper_lightning.callbacks import lightning_internals as internals
@@ -13,6 +18,7 @@ from esper_lightning.callbacks import lightning_internals as internals
 PACKAGE = Path(esper_lightning.__path__[0])
 LIGHTNING = Path(lightning.__path__[0])
 FILE = PACKAGE / "callbacks" / "lightning_internals.py"
+FILES = (FILE, FILE.with_name("tensorboard_internals.py"))
 
 
 def is_private(name):
@@ -20,15 +26,15 @@ def is_private(name):
 
 
 def private_names():
-    """Names that Lightning defines or sets, and may rename in any release."""
+    """Names that Lightning or TensorBoard's writer of events defines or sets, and may rename."""
     names = set()
-    for folder in ("pytorch", "fabric"):
-        for path in (LIGHTNING / folder).rglob("*.py"):
-            for node in ast.walk(ast.parse(path.read_text())):
-                if isinstance(node, ast.FunctionDef | ast.ClassDef):
-                    names.add(node.name)
-                elif isinstance(node, ast.Attribute) and isinstance(node.ctx, ast.Store):
-                    names.add(node.attr)
+    files = [path for each in ("pytorch", "fabric") for path in (LIGHTNING / each).rglob("*.py")]
+    for path in [*files, Path(event_file_writer.__file__), Path(record_writer.__file__)]:
+        for node in ast.walk(ast.parse(path.read_text())):
+            if isinstance(node, ast.FunctionDef | ast.ClassDef):
+                names.add(node.name)
+            elif isinstance(node, ast.Attribute) and isinstance(node.ctx, ast.Store):
+                names.add(node.attr)
     return set(filter(is_private, names))
 
 
@@ -58,10 +64,45 @@ def test_no_other_file_of_the_package_touches_any(names):
     found = [
         f"{path.relative_to(PACKAGE)}:{line} {what}"
         for path in sorted(PACKAGE.rglob("*.py"))
-        if path != FILE
+        if path not in FILES
         for line, what in touched(path.read_text(), names)
     ]
     assert found == []
+
+
+def used_by_itself(kind):
+    """Private names that a class defines, or reads of its ``self``."""
+    for node in ast.walk(ast.parse(textwrap.dedent(inspect.getsource(kind)))):
+        if isinstance(node, ast.Attribute) and ast.unparse(node.value) in ("self", "super()"):
+            yield node.attr
+        elif isinstance(node, ast.FunctionDef):
+            yield node.name
+        elif isinstance(node, ast.AnnAssign | ast.Assign):
+            targets = node.targets if isinstance(node, ast.Assign) else [node.target]
+            yield from (each.id for each in targets if isinstance(each, ast.Name))
+
+
+def inherited(kind):
+    """Private names of Lightning that a class uses because it inherits them."""
+    bases = [base for base in kind.__mro__ if base.__module__.startswith("lightning.")]
+    theirs = {name for base in bases for name in used_by_itself(base)}
+    return set(filter(is_private, theirs & set(used_by_itself(kind)))) if bases else set()
+
+
+def test_what_classes_use_of_what_they_inherit_is_listed_in_that_file():
+    found = {}
+    for path in PACKAGE.rglob("*.py"):
+        if "lightning.pytorch" not in path.read_text() or path == FILE:
+            continue
+        module = importlib.import_module(
+            ".".join(path.relative_to(PACKAGE.parent).with_suffix("").parts)
+        )
+        kinds = [each for each in vars(module).values() if isinstance(each, type)]
+        own = [kind for kind in kinds if kind.__module__ == module.__name__]
+        found |= {kind.__name__: inherited(kind) for kind in own}
+    lines = re.findall(r"^\* ``(\w+)``(.*)[;.]$", internals.__doc__, re.M)
+    listed = {name: set(re.findall(r"``(_\w+)``", rest)) for name, rest in lines}
+    assert {name: names for name, names in found.items() if names} == listed
 
 
 @pytest.mark.parametrize(
@@ -72,6 +113,8 @@ def test_no_other_file_of_the_package_touches_any(names):
         'getattr(logger, "_version")',
         "from lightning.pytorch.utilities.exceptions import _TunerExitException",
         "call._interrupt(trainer, error)",
+        "records._writer = file",
+        "writer._async_writer",
     ],
 )
 def test_one_that_is_touched_is_found(names, source):

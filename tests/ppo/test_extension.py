@@ -38,6 +38,7 @@ HERE = "tests.ppo.test_extension"
 class Toy(ExtensionSpec):
     """A reward, a loss and a parameter of which everything can be computed by hand."""
 
+    several = True
     scale: float = 1.0
     name: str = "toy"
 
@@ -192,6 +193,8 @@ def test_mistakes_of_an_extension_are_named() -> None:
         PPO(SPEC, extensions=(3,))
     with pytest.raises(ValueError, match=r"^PPO.extensions must differ from .*, got \[RND\("):
         PPO(SPEC, extensions=[RND(), RND()])
+    with pytest.raises(ValueError, match=r"^PPO.extensions must be of different .*'RND'\]. The n"):
+        PPO(SPEC, extensions=[RND(), Toy(), RND(coefficient=2.0), Toy(name="second")])
 
 
 @pytest.mark.parametrize(("prepared", "line"), [

@@ -5,14 +5,16 @@ import shutil
 import signal
 import threading
 import time
+from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
 from lightning.pytorch import Callback
 
 from esper_lightning import FlightRecorder
+from esper_lightning.forensics.layout import RankLayout
 from esper_lightning.recorder import rescue
-from esper_lightning.recorder.evidence import Death, HoldsEvidence
+from esper_lightning.recorder.evidence import SENTENCE_LENGTH, Death, HoldsEvidence
 from esper_lightning.recorder.evidence_steps import steps_of_holders
 from tests import forked
 from tests.recorder import test_flight_recorder
@@ -51,11 +53,24 @@ class Exits(Callback):
 
 
 class Hangs(Callback):
-    def __init__(self):
-        self.ended = threading.Event()
+    def __init__(self, *, writes=False):
+        self.ended, self.writes = threading.Event(), writes
 
     def save_evidence(self, directory, death):
+        if self.writes:
+            (directory / "half.txt").write_text("half")
         self.ended.wait(60)
+
+
+class FailsLate(Callback):
+    def save_evidence(self, directory, death):
+        (directory / "half.txt").write_text("half")
+        raise LookupError("the other half is lost")
+
+
+class Talks(Callback):
+    def save_evidence(self, directory, death):
+        return "a long\nstory " + "on" * 1000
 
 
 def evidence_of(files):
@@ -116,7 +131,9 @@ def test_of_two_classes_of_one_name_has_two_names():
     of_the_recorder = type("history", (Silent,), {})
     callbacks = [*(kind() for kind in kinds), of_the_recorder()]
     run = SimpleNamespace(
-        callbacks=lambda: callbacks, trainer=SimpleNamespace(lightning_module=None)
+        callbacks=lambda: callbacks,
+        trainer=SimpleNamespace(lightning_module=None),
+        files=RankLayout(Path()),
     )
     assert [step.name for step in steps_of_holders(run)] == ["Twin", "Twin-2", "history-2"]
 
@@ -150,6 +167,29 @@ def test_that_hangs_is_in_the_report_and_costs_no_other(fit, files, monkeypatch)
     detail = "not done within 0.5 s"
     assert evidence["Hangs"] == {"state": "failed", "path": None, "detail": detail}
     assert evidence["Diary"] == SAVED
+
+
+def test_of_a_callback_that_fails_or_is_late_is_found_by_the_report(fit, files, monkeypatch):
+    monkeypatch.setattr(rescue, "HOLDER_S", 0.5)
+    hangs = Hangs(writes=True)
+    try:
+        fit(Plain(raise_at(3)), callbacks=[FlightRecorder(watch=False), FailsLate(), hangs])
+    finally:
+        hangs.ended.set()
+    evidence = evidence_of(files)
+    for name in ("FailsLate", "Hangs"):
+        assert evidence[name]["state"] == "failed"
+        assert evidence[name]["path"] == f"evidence/{name}"
+        assert [each.name for each in (files.evidence / name).iterdir()] == ["half.txt"]
+    assert evidence["FailsLate"]["detail"] == "LookupError: the other half is lost"
+
+
+def test_that_tells_a_long_story_is_cut_to_a_line(fit, files):
+    fit(Plain(raise_at(3)), callbacks=[FlightRecorder(watch=False), Talks()])
+    said = evidence_of(files)["Talks"]["detail"]
+    assert said.startswith("a long story ononon")
+    assert said.endswith("on...")
+    assert len(said) == SENTENCE_LENGTH
 
 
 def test_of_many_callbacks_that_hang_shares_one_time_budget(fit, files, monkeypatch):

@@ -6,7 +6,7 @@ import json
 
 import pytest
 
-from esper_lightning import MLP, PPO, PPOConfig, Recurrent
+from esper_lightning import MLP, PPO, RND, PPOConfig, Recurrent
 from esper_lightning.envs import CartPole, Pendulum
 from esper_lightning.training.settings import PPOSettings
 
@@ -20,6 +20,7 @@ OTHER = PPOSettings(
     eval_episodes=11,
     compile="default",
     warm_start="x.ckpt",
+    extensions=(RND(features=3),),
 )
 
 
@@ -31,6 +32,15 @@ def test_the_fields_are_the_arguments_of_ppo_with_their_defaults():
         empty = field.default is dataclasses.MISSING
         assert arguments[name].default == (inspect.Parameter.empty if empty else field.default)
         assert arguments[name].annotation == field.type
+
+
+@pytest.mark.parametrize("name", inspect.signature(PPO).parameters)
+def test_every_argument_of_ppo_reaches_its_settings(name):
+    value = getattr(OTHER, name)
+    assert value != getattr(PPOSettings, name, None), "OTHER needs an example of this setting"
+    env = CartPole(num_envs=28)
+    settings = PPO(**{"env": env, name: value}).settings
+    assert settings == dataclasses.replace(PPOSettings(env=env), **{name: value})
 
 
 @pytest.mark.parametrize("settings", [OTHER, PPOSettings(env=CartPole())], ids=["other", "default"])

@@ -1,13 +1,16 @@
 """Specs written as plain data come back as they were."""
 
 import dataclasses
+import json
 from typing import Any
 
 import pytest
 import torch
 
-from esper_lightning import MLP, PPOConfig
+from esper_lightning import MLP, PPO, RND, PPOConfig
 from esper_lightning.envs import CartPole, EnvSpec
+from esper_lightning.policies import Composed, EncoderSpec, Flat, Groups, PolicySpec
+from esper_lightning.ppo import Extension, ExtensionSpec
 from esper_lightning.training.settings import PPOSettings
 from esper_lightning.training.specs import (
     evaluation_spec,
@@ -109,3 +112,113 @@ class Opaque(EnvSpec):
 
     def build(self, device, seed):
         return CartPole(num_envs=2, time_limit=self.limit).build(device, seed)
+
+
+class Holder:
+    """A spec that holds anything, and builds nothing."""
+
+    def spaces(self):
+        return CartPole().spaces()
+
+    def build(self, *_):
+        raise NotImplementedError
+
+    build_encoder = build
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class HoldingEnv(Holder, EnvSpec):
+    num_envs: int = 4
+    inner: Any = None
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class HoldingPolicy(Holder, PolicySpec):
+    inner: Any = None
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class HoldingEncoder(Holder, EncoderSpec):
+    inner: Any = None
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class HoldingExtension(Holder, ExtensionSpec):
+    inner: Any = None
+
+
+INNER = {
+    "env": CartPole(num_envs=3),
+    "policy": MLP(hidden_sizes=(8,)),
+    "encoder": Groups(encoders={"image": Flat(hidden_sizes=(5,))}),
+    "extension": RND(features=3),
+    "policy with an encoder": Composed(encoder=Flat(hidden_sizes=(4,))),
+    "policy with an extension with an env": HoldingPolicy(inner=HoldingExtension(inner=CartPole())),
+}
+HOLDERS = {
+    HoldingEnv: EnvSpec,
+    HoldingPolicy: PolicySpec,
+    HoldingEncoder: EncoderSpec,
+    HoldingExtension: ExtensionSpec,
+}
+
+
+@pytest.mark.parametrize("inner", INNER.values(), ids=INNER)
+@pytest.mark.parametrize("holder", HOLDERS)
+def test_a_spec_comes_back_within_each_kind_of_spec(holder, inner):
+    for value in (inner, (inner, inner), {"a": inner, "b": ((inner,),)}):
+        spec = holder(inner=value)
+        data = json.loads(json.dumps(spec_to_data(spec)))
+        assert spec_from_data(data, owner="x", kind=HOLDERS[holder]) == spec
+
+
+@dataclasses.dataclass(frozen=True)
+class Foreign:
+    """A policy spec that does not derive from ``PolicySpec``."""
+
+    width: int = 8
+
+    def build(self, spaces, generator):
+        return MLP(hidden_sizes=(self.width,)).build(spaces, generator)
+
+
+def test_a_class_that_only_has_a_method_build_is_never_built_within_a_spec():
+    data = spec_to_data(HoldingExtension(inner=Foreign()))
+    with pytest.raises(ValueError, match=r"Foreign\(width=8\) is not plain data. Pass x yourself."):
+        spec_from_data(data, owner="x", kind=ExtensionSpec)
+    data["init_args"]["inner"] = spec_to_data(Foreign())
+    with pytest.raises(ValueError, match=r"Foreign builds: it is no EncoderSpec or EnvSpec or "):
+        spec_from_data(data, owner="x", kind=ExtensionSpec)
+    again = spec_from_data(spec_to_data(Foreign()), owner="policy", kind=PolicySpec)
+    assert again == Foreign()
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Distill(ExtensionSpec):
+    """A term of the loss by which the policy imitates a teacher, which another spec builds."""
+
+    teacher: PolicySpec = MLP()  # noqa: RUF009 - frozen
+
+    def build(self, spaces, generator):
+        return Distillation(self.teacher.build(spaces, generator))
+
+
+class Distillation(Extension):
+    def __init__(self, teacher):
+        super().__init__()
+        self.teacher = teacher.requires_grad_(False)
+
+    def losses(self, batch, kept, evaluate):
+        return {"distill": (evaluate(batch).value - self.teacher.value(batch.obs)).square()}
+
+
+def test_a_run_with_a_policy_within_an_extension_is_loaded(make_trainer, tmp_path):
+    extension = Distill(teacher=MLP(hidden_sizes=(8,)))
+    ppo = PPOConfig(rollout_steps=4, minibatches=2, epochs=1)
+    model = PPO(CartPole(num_envs=4), MLP(hidden_sizes=(8,)), ppo, extensions=(extension,))
+    trainer = make_trainer(max_steps=1)
+    trainer.fit(model)
+    trainer.save_checkpoint(tmp_path / "x.ckpt")
+    loaded = PPO.load_from_checkpoint(tmp_path / "x.ckpt")
+    assert loaded.settings == model.settings
+    assert loaded.settings.extensions == (extension,)

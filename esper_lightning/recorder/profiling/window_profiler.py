@@ -22,6 +22,7 @@ from lightning.pytorch.profilers import PyTorchProfiler
 from torch.profiler import ProfilerAction, record_function
 from typing_extensions import override
 
+from esper_lightning.callbacks.lightning_internals import profiler_settings
 from esper_lightning.core.errors import at_least, check_arguments, require_name
 from esper_lightning.forensics.files import write_atomically
 from esper_lightning.forensics.layout import RunLayout
@@ -270,7 +271,7 @@ class WindowProfiler(PyTorchProfiler):
             self.finish_window()
 
     def _begin_session(self) -> None:
-        kwargs = {k: v for k, v in self._profiler_kwargs.items() if k in _PROFILE_KWARGS}
+        kwargs = {k: v for k, v in profiler_settings(self).items() if k in _PROFILE_KWARGS}
         config = kwargs.pop("experimental_config", None) or global_session()
         profile = torch.profiler.profile(**kwargs, experimental_config=config)
         profile.current_action = ProfilerAction.NONE
