@@ -4,7 +4,7 @@ import pytest
 import torch
 from torch import nn
 
-from esper_lightning import MLP, PPO
+from esper_lightning import MLP, PPO, policies
 from esper_lightning.envs import CartPole
 from esper_lightning.policies.base import Policy, PolicySpec
 
@@ -72,3 +72,9 @@ def test_the_memory_of_episodes_that_ended_is_blank_and_that_of_others_stays():
     memory = torch.arange(6.0).view(3, 2) + 1.0
     after = policy.reset_memory(memory, torch.tensor([False, True, False]))
     assert after.tolist() == [[1.0, 2.0], [0.0, 0.0], [5.0, 6.0]]
+
+
+def test_what_the_author_of_a_policy_needs_is_exported():
+    names = {"ActorCritic", "Encoder", "EncoderSpec", "Policy", "PolicySpec", "build_actor_critic"}
+    assert names <= set(policies.__all__)
+    assert all(hasattr(policies, name) for name in policies.__all__)
