@@ -1,4 +1,4 @@
-"""Learning in simulators of others: 5 seeds of each config of the zoo, beside published figures.
+"""Learning in simulators of others: 5 seeds of each config of the zoo, beside published scores.
 
 Each run is ``esper fit --config NAME`` with a seed, on one thread, as many at a time as there are
 cores; it ends with deterministic evaluation episodes. ``--peer`` trains Stable-Baselines3 with the

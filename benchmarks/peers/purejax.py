@@ -97,8 +97,8 @@ def build(  # noqa: PLR0915 - one program
         key, *keys = jax.random.split(key, epochs + 1)
         carry = (state.params, state.moments, state.count)
         (params, moments, count), kl = lax.scan(epoch, carry, jnp.stack(keys))
-        figures = (kl.mean(), ended.sum())
-        return State(params, moments, count, env, elapsed, key), figures
+        metrics = (kl.mean(), ended.sum())
+        return State(params, moments, count, env, elapsed, key), metrics
 
     return iterate, state
 

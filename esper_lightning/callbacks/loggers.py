@@ -89,8 +89,8 @@ class _Guard:
         self._absent: OSError | None = None  # why there is no experiment
         self._unsaved: Exception | None = None  # why the latest ``save`` failed
         members: dict[str, Any] = {name: self._kept(name) for name in _KEPT_CALLS}
-        members |= {name: self._guarded(name) for name in _OTHER_CALLS}
-        members |= {"save": self._guarded("save"), "finalize": self._finalizing()}
+        members |= {name: self._with_warning(name) for name in _OTHER_CALLS}
+        members |= {"save": self._with_warning("save"), "finalize": self._finalizing()}
         if isinstance(getattr(self._class, "experiment", None), property):
             members["experiment"] = property(lambda _: self._experiment())
         members = {name: value for name, value in members.items() if hasattr(self._class, name)}
@@ -126,7 +126,9 @@ class _Guard:
 
         return call
 
-    def _guarded(self, name: str) -> Callable[..., Any]:
+    def _with_warning(self, name: str) -> Callable[..., Any]:
+        """The method ``name`` of the logger, whose errors become a warning."""
+
         @functools.wraps(getattr(self._class, name, lambda: None))
         def call(_: Any, *args: Any, **kwargs: Any) -> Any:
             self._calls.offer()
@@ -144,7 +146,7 @@ class _Guard:
         return call
 
     def _finalizing(self) -> Callable[..., Any]:
-        finalize = _within_time(self._guarded("finalize"), self._name)
+        finalize = _within_time(self._with_warning("finalize"), self._name)
 
         @functools.wraps(getattr(self._class, "finalize", lambda: None))
         def call(logger: Any, *args: Any, **kwargs: Any) -> None:

@@ -126,12 +126,14 @@ class EsperTrainer(Trainer):
     def evaluate(self, model: PPO, ckpt_path: str, figures: Path | None = None) -> None:
         """Play deterministic evaluation episodes with the policy of a checkpoint.
 
-        A policy of growing networks is then compared with baselines on hosts that are new to it.
+        Where the environment has baselines, the policy is then compared with them, in episodes that
+        are new to it.
 
         Args:
             model: Model that was built from the settings in the checkpoint.
             ckpt_path: Checkpoint to evaluate, or a run directory for its best one.
-            figures: Folder for figures of three episodes of growing networks; none if not given.
+            figures: Folder for figures of three episodes, where the environment has figures; by
+                default no figure is made.
         """
         del figures  # ``execute`` draws them after the evaluation
         checkpoint = load_checkpoint(ckpt_path)

@@ -86,12 +86,12 @@ def _curves(axes: Axes, comparison: Comparison) -> None:
 def _scores(axes: Axes, place: Place, comparison: Comparison) -> None:
     for k, row in enumerate(place.rows):
         colour, _ = _look(comparison, row.name)
-        figure = row.interquartile_mean
+        estimate = row.interquartile_mean
         axes.plot(row.score, [k] * len(row.score), "|", color=colour, alpha=0.6, ms=9)
-        if figure.low is not None and figure.high is not None:
-            width = figure.high - figure.low
-            axes.barh(k, width, height=0.2, left=figure.low, color=colour, alpha=0.3)
-        axes.plot(figure.value, k, "o", color=colour, ms=7, mec="white")
+        if estimate.low is not None and estimate.high is not None:
+            width = estimate.high - estimate.low
+            axes.barh(k, width, height=0.2, left=estimate.low, color=colour, alpha=0.3)
+        axes.plot(estimate.value, k, "o", color=colour, ms=7, mec="white")
     which = "end" if place.is_end else "reached by every run"
     axes.set_title(
         f"{place.env_steps:,} env steps\n({which}, {len(place.seeds)} seeds)", fontsize=10

@@ -58,8 +58,8 @@ def _row(row: Row, comparison: Comparison) -> list[str]:
     return [*cells, f"{row.improvement.value:.2f}", _interval(row.improvement)]
 
 
-def _interval(figure: Estimate) -> str:
-    return "-" if figure.low is None else f"{number(figure.low)} to {number(figure.high)}"
+def _interval(estimate: Estimate) -> str:
+    return "-" if estimate.low is None else f"{number(estimate.low)} to {number(estimate.high)}"
 
 
 def _runs(comparison: Comparison) -> Section:

@@ -11,7 +11,7 @@ from torch import distributed as dist
 
 from esper_lightning.core.tensor_trees import leaves, map_tree, rebuild
 
-__all__ = ["SINGLE_RANK", "Arrival", "PeerFailedError", "Ranks", "RanksDisagreeError"]
+__all__ = ["SINGLE_RANK", "FirstMessage", "PeerFailedError", "Ranks", "RanksDisagreeError"]
 
 Tree = Any
 
@@ -20,8 +20,8 @@ class PeerFailedError(RuntimeError):
     """This rank stops because of an error on another rank."""
 
 
-class Arrival(NamedTuple):
-    """What a rank says first when all ranks meet."""
+class FirstMessage(NamedTuple):
+    """The first message of a rank to all ranks, when they meet."""
 
     settings: dict[str, Any]
     """Settings of the rank by name, in plain data."""

@@ -111,10 +111,10 @@ class Samples(NamedTuple):
     kept: tuple[Any, ...] | None = None
 
     @property
-    def pieces(self) -> int:
-        """Number of pieces that minibatches are made of.
+    def units(self) -> int:
+        """Number of units that are shuffled into minibatches.
 
-        A piece is one step of one environment; for a policy with memory it is the whole sequence of
+        A unit is one step of one environment; for a policy with memory it is the whole sequence of
         steps of one environment, because a sequence cannot be cut.
         """
         return len(self.log_prob if self.memory is None else self.memory)

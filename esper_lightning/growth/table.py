@@ -85,28 +85,28 @@ def table(played: Mapping[str, Sequence[Played]], *, host_parameters: int) -> Se
         host_parameters: Number of parameters of a host on which nothing has grown.
     """
     estimates = importlib.util.find_spec("scipy") is not None
-    figure = "IQM" if estimates else "mean"
+    statistic = "IQM" if estimates else "mean"
     between = ["95 % interval"] if estimates else []
     head = ["policy", "return", *between, "test accuracy, %", *between]
     head += ["grown parameters", *between, "of the host's, %", "diverged"]
     rows: list[list[str]] = []
     for name, plays in played.items():
-        returns = _figure([one.episode_return for one in plays], estimates)
-        accuracy = _figure([100 * one.test_accuracy for one in plays], estimates)
-        grown = _figure([one.grown_parameters for one in plays], estimates)
-        share = _figure([100 * one.grown_parameters / host_parameters for one in plays], estimates)
+        returns = _cells([one.episode_return for one in plays], estimates)
+        accuracy = _cells([100 * one.test_accuracy for one in plays], estimates)
+        grown = _cells([one.grown_parameters for one in plays], estimates)
+        share = _cells([100 * one.grown_parameters / host_parameters for one in plays], estimates)
         diverged = torch.stack([one.diverged for one in plays])
         many = f"{int(diverged.sum())} of {diverged.numel()}"
         rows.append([name, *returns, *accuracy, *grown, share[0], many])
     hosts = len(next(iter(played.values()))[0].episode_return)
-    title = f"{figure} over the same {hosts} fresh hosts of {host_parameters:,} parameters"
+    title = f"{statistic} over the same {hosts} fresh hosts of {host_parameters:,} parameters"
     remarks = [] if estimates else [f"Plain means: {_HINT} for robust ones with intervals."]
     if estimates and hosts < 2:
         remarks.append("One host: there is no interval.")
     return Section(title, head, rows, remarks)
 
 
-def _figure(score: Sequence[Tensor], estimates: bool) -> list[str]:
+def _cells(score: Sequence[Tensor], estimates: bool) -> list[str]:
     """Cells of a score: its mean, or its interquartile mean and the interval of that mean."""
     scores = np.stack([one.double().numpy() for one in score])  # [R, N]
     if not estimates:

@@ -318,7 +318,7 @@ class Learner:
         """
         assert self._parameters is not None
         samples = targets.samples
-        self.order = self._updater.order(samples.pieces, self._sample_order)
+        self.order = self._updater.order(samples.units, self._sample_order)
         adam, metrics = self._updater.update(
             self._parameters.state,
             self.agent.weights,

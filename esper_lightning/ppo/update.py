@@ -116,36 +116,38 @@ class Updater:
     ) -> None:
         self._agent, self._config, self._device = agent, config, device
         self._mean_of_pass: Tensor | None = None
-        part, around = self._sum, mode
+        gradient_sums, around = self._sum, mode
         if ranks.size > 1:
             mine = compile_function("gradient", self._sum, mode=mode, device=device)
 
-            def part(progress: _Progress, index: Tensor, constants: _Constants) -> GradientSums:
+            def gradient_sums(
+                progress: _Progress, index: Tensor, constants: _Constants
+            ) -> GradientSums:
                 return ranks.sum(mine(progress, index, constants))
 
             around = "off"  # compiled steps of two ranks might differ in a rounding
-        self._loop = compile_loop("update", self._step, part, mode=around, device=device)
+        self._loop = compile_loop("update", self._step, gradient_sums, mode=around, device=device)
 
-    def order(self, samples: int, generator: torch.Generator) -> Sequence[Tensor]:
+    def order(self, units: int, generator: torch.Generator) -> Sequence[Tensor]:
         """Random minibatches for all gradient steps, shuffled anew for each pass.
 
         Args:
-            samples: Number of samples to choose from: ``Samples.pieces``.
+            units: Number of units to shuffle: ``Samples.units``.
             generator: Source of the order, on the device.
 
         Returns:
-            Indices of the samples of each gradient step: ``[S, M]``, or a list of minibatches whose
+            Indices of the units of each gradient step: ``[S, M]``, or a list of minibatches whose
             sizes differ by one where equal sizes are not possible.
         """
-        # The last rollout of a budget may have fewer samples than there are to be minibatches.
-        parts = min(self._config.minibatches, samples)
+        # The last rollout of a budget may have fewer units than there are to be minibatches.
+        minibatches = min(self._config.minibatches, units)
         orders = [
-            torch.randperm(samples, generator=generator, device=self._device)
+            torch.randperm(units, generator=generator, device=self._device)
             for _ in range(self._config.epochs)
         ]
-        if samples % parts == 0:
-            return torch.stack(orders).view(-1, samples // parts)  # pyright: ignore[reportReturnType]
-        return [part for order in orders for part in order.tensor_split(parts)]
+        if units % minibatches == 0:
+            return torch.stack(orders).view(-1, units // minibatches)  # pyright: ignore[reportReturnType]
+        return [minibatch for order in orders for minibatch in order.tensor_split(minibatches)]
 
     def update(
         self,
@@ -173,9 +175,9 @@ class Updater:
         """
         mean_of_pass = self._mean_of_pass
         if mean_of_pass is None or len(mean_of_pass) != len(order):
-            parts = len(order) // self._config.epochs
+            minibatches = len(order) // self._config.epochs
             steps = torch.arange(1, len(order) + 1, device=self._device)
-            self._mean_of_pass = mean_of_pass = (steps % parts == 0).float() / parts
+            self._mean_of_pass = mean_of_pass = (steps % minibatches == 0).float() / minibatches
         start = _Progress(adam, ~healthy, healthy | True, torch.zeros_like(learning_rate))
         constants = _Constants(samples, weights.buffers, learning_rate)
         end, steps = self._loop(start, mean_of_pass, order, constants, None)

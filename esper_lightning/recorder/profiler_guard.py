@@ -129,7 +129,7 @@ class ProfilerGuard:
             if action_name == "run_training_batch":
                 self._on_batch()
         if not (self._off or self._does_nothing):
-            self._guarded("start", action_name)
+            self._call_own("start", action_name)
 
     def _stop(self, action_name: str) -> None:
         unwinding = False
@@ -143,14 +143,14 @@ class ProfilerGuard:
             action_name.endswith(step) for step in self.profiler.STEP_FUNCTIONS
         )
         if not (unwinding and steps):  # a step of the schedule would be one too many
-            self._guarded("stop", action_name)
+            self._call_own("stop", action_name)
 
     def _describe(self) -> None:
         if not self._off:
-            self._guarded("describe")
+            self._call_own("describe")
         self._on_described()
 
-    def _guarded(self, method: str, *args: str) -> None:
+    def _call_own(self, method: str, *args: str) -> None:
         """Call the profiler's own method; an error turns the profiler off, and ends no run."""
         try:
             with self._protection.held():

@@ -76,8 +76,8 @@ class Rescue:
     def _run(self, death: Death) -> None:
         started = time.monotonic()
         self.report = CrashReport(**self.process.of_rank(), cause=death.cause)
-        self._guarded("profiler", self._describe_profiler)
-        self._guarded("death", lambda: self._describe(death))
+        self._attempt("profiler", self._describe_profiler)
+        self._attempt("death", lambda: self._describe(death))
         run = DyingRun(
             trainer=self.trainer,
             files=self.files,
@@ -94,14 +94,14 @@ class Rescue:
         self._ask_holders(run)
         duration_s = round(time.monotonic() - started, 4)
         self.report = replace(self.report, complete=True, duration_s=duration_s)
-        self._guarded("report", self._write_report)
+        self._attempt("report", self._write_report)
 
     def amend(self, error: BaseException) -> None:
         """Add the error of the main thread, whose evidence another thread had saved before."""
         if self.report.cause is not None and self.report.error is None:
             described = describe_error(error)
             self.report = replace(self.report, error=described, exit_status=exit_status(error))
-            self._guarded("report", self._write_report)
+            self._attempt("report", self._write_report)
 
     # Description of the death.
 
@@ -149,7 +149,7 @@ class Rescue:
             return
         for step in holders:
             self._evidence(step.name, "pending")
-        self._guarded("report", self._write_report)
+        self._attempt("report", self._write_report)
         end_s = awake_s() + ALL_HOLDERS_S
         for step in holders:
             left_s = end_s - awake_s()
@@ -159,7 +159,7 @@ class Rescue:
             else:
                 self._take(step._replace(seconds=min(HOLDER_S, left_s)), run)
 
-    def _guarded(self, name: str, action: Callable[[], object]) -> None:
+    def _attempt(self, name: str, action: Callable[[], object]) -> None:
         """Call an action that is no step; its error is added to the report."""
         error = attempt(action, f"saving evidence ({name})").error
         if error is not None:

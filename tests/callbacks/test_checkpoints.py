@@ -32,7 +32,7 @@ def fit(make_trainer, tmp_path, monkeypatch):
         monkeypatch.setattr(
             evaluation,
             "evaluation_metrics",
-            lambda *figures: true(*figures) | {EVAL_RETURN: next(left)},
+            lambda *arguments: true(*arguments) | {EVAL_RETURN: next(left)},
         )
         epochs = len(scores) + (0 if ckpt_path is None else iteration(ckpt_path) // EPOCH)
         ppo = PPOConfig(rollout_steps=4, minibatches=1, epochs=1)

@@ -76,7 +76,7 @@ class Learner:
             self.parameters.state,
             self.agent.weights,
             samples,
-            updater.order(samples.pieces, torch.Generator().manual_seed(1)),
+            updater.order(samples.units, torch.Generator().manual_seed(1)),
             learning_rate=torch.tensor(1e-3),
             healthy=torch.tensor(True),
         )
@@ -105,7 +105,7 @@ def test_the_actor_learns_from_the_steps_with_a_choice_and_the_critic_from_all()
     expected = dict(zip(names, torch.autograd.grad(loss, parameters), strict=True))
 
     updater = Updater(learner.agent, CONFIG, mode="off", device=CPU)
-    (index,) = updater.order(learner.samples.pieces, torch.Generator().manual_seed(1))
+    (index,) = updater.order(learner.samples.units, torch.Generator().manual_seed(1))
     adam, weights = learner.parameters.state, learner.agent.weights
     progress = type("Progress", (), {"adam": adam})
     constants = type("Constants", (), {"samples": learner.samples, "buffers": weights.buffers})

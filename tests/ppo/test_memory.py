@@ -138,10 +138,10 @@ def test_learning_sees_what_acting_saw(cell, plain):
         torch.testing.assert_close(found.next_value.view(STEPS, ENVS), torch.stack(next_values))
         samples = learner.compute_targets(rollout).samples
         torch.testing.assert_close(samples.memory, begun)
-        assert samples.pieces == ENVS
+        assert samples.units == ENVS
 
         rows = torch.arange(STEPS * ENVS).view(STEPS, ENVS)
-        order = learner._updater.order(samples.pieces, torch.Generator().manual_seed(4))
+        order = learner._updater.order(samples.units, torch.Generator().manual_seed(4))
         assert sorted(torch.cat(list(order)).tolist()) == list(range(ENVS))
         for index in order:
             batch = take(samples, index)

@@ -1028,8 +1028,8 @@ class TestErrors:
     def test_an_evaluation_needs_no_end_of_a_run(self, make_trainer):
         ppo = dataclasses.replace(SMALL, learning_rate_schedule="linear")
         trainer = make_trainer(limit_val_batches=1.0)
-        (figures,) = trainer.validate(cartpole(ppo=ppo, total_env_steps=None), verbose=False)
-        assert figures["eval/episodes"] == 3
+        (metrics,) = trainer.validate(cartpole(ppo=ppo, total_env_steps=None), verbose=False)
+        assert metrics["eval/episodes"] == 3
 
     def test_an_evaluation_that_does_not_fit_into_the_memory_is_refused(self, make_trainer):
         message = "PPO.eval_episodes must give an evaluation that fits into the memory"

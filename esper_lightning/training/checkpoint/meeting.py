@@ -23,7 +23,7 @@ from esper_lightning.callbacks.lightning_internals import (
     limit_meeting,
     spawns_processes,
 )
-from esper_lightning.core.ranks import Arrival, Ranks, RanksDisagreeError
+from esper_lightning.core.ranks import FirstMessage, Ranks, RanksDisagreeError
 
 __all__ = ["meet", "tells_other_ranks"]
 
@@ -86,5 +86,5 @@ def _tell(trainer: Trainer, problem: str) -> None:
     if environment.creates_processes_externally:  # otherwise this process would start the others
         limit_meeting(strategy, _TELLING_S)
         strategy.setup_environment()
-        Ranks(trainer.world_size).gather_objects(Arrival({}, problem))
+        Ranks(trainer.world_size).gather_objects(FirstMessage({}, problem))
         dist.destroy_process_group()

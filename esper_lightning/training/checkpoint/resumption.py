@@ -13,7 +13,7 @@ import torch
 from torch import nn
 
 from esper_lightning.core.errors import require
-from esper_lightning.core.ranks import Arrival, Ranks, RanksDisagreeError
+from esper_lightning.core.ranks import FirstMessage, Ranks, RanksDisagreeError
 from esper_lightning.core.seeding import global_random_states, set_global_random_states
 from esper_lightning.ppo.learner import Learner
 from esper_lightning.training.checkpoint.content import STATE_KEY, refuse_not_ours
@@ -114,10 +114,10 @@ def refuse_other_ranks(
         ValueError: If no rank can start: the error of this rank.
     """
     own = {name: value for name, value in settings.to_data().items() if name != "warm_start"}
-    arrived: list[Arrival] = ranks.gather_objects(Arrival(own))
-    _refuse_problems([each.problem for each in arrived])
+    messages: list[FirstMessage] = ranks.gather_objects(FirstMessage(own))
+    _refuse_problems([each.problem for each in messages])
     try:
-        name, values = first_difference("PPO", [each.settings for each in arrived])
+        name, values = first_difference("PPO", [each.settings for each in messages])
         hint = "Every host must have the same settings."
         require(not values, name, "be the same on all ranks", values, hint)
     except ValueError as error:
