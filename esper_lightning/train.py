@@ -275,8 +275,10 @@ def begin_run(trainer: Trainer, env: EnvSpec, run_dir: str | Path | None, config
             used = not held.was_run  # from the first fetched file on
             address = mirror.begin(fetch_s=None if held.was_run else _FETCH_S)
         assign_run_directory(trainer, held, config, address)
-    except BaseException:
+    except BaseException as error:
         held.release(used=used)
+        if isinstance(error, OSError) and error.filename is None:  # such as a limit on its size
+            error.filename = str(held.directory)
         raise
 
 

@@ -22,6 +22,7 @@ from esper_lightning.callbacks.held_directory import OF_TRAINERS, HeldDirectory
 from esper_lightning.callbacks.lightning_internals import set_version, spawns_processes, version_of
 from esper_lightning.callbacks.logger_folders import (
     NumberedLogger,
+    files_replaced_by,
     numbered_logger,
     remove_events,
     take_next_number,
@@ -33,13 +34,15 @@ from esper_lightning.forensics.claims import (
     DirectoryInUseError,
     DirectoryRefusedError,
     claim,
+    claim_for_logger,
     claim_next,
-    holds_a_run,
 )
+from esper_lightning.forensics.owner_record import holds_a_run
 
 __all__ = [
     "WritesRun",
     "agree_on_directory",
+    "claim_logger_folders",
     "claim_new",
     "given_directory",
     "take_directory",
@@ -96,18 +99,30 @@ def claim_new(trainer: Trainer, parent: str | Path) -> tuple[Claim, str | None]:
     return held, None if address is None else f"{address}/{held.directory.name}"
 
 
-def agree_on_directory(trainer: Trainer) -> HeldDirectory:
-    """Claim the directory on the first rank, and share it with the other ranks."""
+def agree_on_directory(trainer: Trainer, *, with_loggers: bool = False) -> HeldDirectory:
+    """Claim the directory on the first rank, and share it with the other ranks.
+
+    Args:
+        trainer: Trainer whose ranks all call this function.
+        with_loggers: Whether the folders of loggers are claimed, too: no logger has written yet.
+
+    Raises:
+        ValueError: If the directory or a folder is refused; raised on all ranks.
+    """
     mine: HeldDirectory | None = None
     shared: tuple[str, str | None, int | str | None] | ValueError | None = None
     if trainer.is_global_zero:
         try:
             mine = take_directory(trainer)
+            if with_loggers:
+                claim_logger_folders(trainer, mine)
             logger = numbered_logger(trainer)
             version = None if logger is None else logger.version
             shared = (str(mine.directory), mine.address, version)
         except ValueError as error:  # the other ranks are waiting
             shared = error
+            if mine is not None:
+                mine.release()
             for logger in trainer.loggers:
                 remove_events(logger)
     if trainer.world_size > 1:
@@ -170,11 +185,58 @@ def _choose(trainer: Trainer, *, joins: bool) -> HeldDirectory:
     return HeldDirectory(held.directory, held, None if address is None else below)
 
 
-def _claim(directory: Path) -> Claim | None:
+def claim_logger_folders(trainer: Trainer, found: HeldDirectory) -> None:
+    """Claim the folders outside the run directory into which loggers of the first rank write.
+
+    Args:
+        trainer: Trainer of a run whose loggers have written nothing yet.
+        found: Run directory, which holds the claims from now on.
+
+    Raises:
+        DirectoryRefusedError: If a living run owns a folder; or if a logger would replace files in
+            its folder or in the run directory that no run wrote.
+    """
+    if found.claim is not None:
+        for logger in trainer.loggers:
+            if isinstance(logger, NumberedLogger) and place_of(logger.log_dir)[1] is None:
+                _claim_for(logger, found)
+
+
+def _claim_for(logger: NumberedLogger, found: HeldDirectory) -> None:
+    while True:
+        folder, files = place_of(logger.log_dir)[0], files_replaced_by(logger)
+        held = found.claim_of(folder)
+        if held is not None:
+            held.refuse_others(files)
+            return
+        _end_over(folder)
+        try:
+            below = folder.resolve().is_relative_to(found.directory.resolve())
+            is_runs = below and found.claim is not None and found.claim.was_run
+            found.of_loggers.append(claim_for_logger(folder, () if is_runs else files))
+        except OSError as error:
+            name = type(logger).__name__
+            if any((folder / file).exists() for file in files):  # of whom, is not known
+                rule = f"be one that can be claimed, got {str(folder)!r}"
+                raise DirectoryRefusedError(f"The folder of {name} must {rule}: {error}.") from None
+            _log.warning("The folder of %s cannot be claimed: %s", name, error)
+            return
+        except DirectoryInUseError as error:
+            _take_next(logger, error)
+        else:
+            return
+
+
+def _end_over(directory: Path) -> None:
+    """Release a directory that a run of this process, which failed, did not close."""
     for trainer, found in list(OF_TRAINERS.items()):
         over = found.is_open and trainer.state.status is not TrainerStatus.RUNNING
-        if over and found.directory == directory:  # a run that failed without closing it
+        if over and found.claim_of(directory) is not None:
             found.end()
+
+
+def _claim(directory: Path) -> Claim | None:
+    _end_over(directory)
     try:
         return claim(directory)
     except OSError as error:
@@ -192,7 +254,11 @@ def _claim_folder_of(logger: NumberedLogger) -> Claim | None:
         try:
             return _claim(place_of(logger.log_dir)[0])
         except DirectoryInUseError as error:
-            if not isinstance(logger.version, int):
-                raise
-            take_next_number(logger)
-            _log.warning("%s This run writes into %s.", error, logger.log_dir)
+            _take_next(logger, error)
+
+
+def _take_next(logger: NumberedLogger, error: DirectoryInUseError) -> None:
+    if not isinstance(logger.version, int):
+        raise error
+    take_next_number(logger)
+    _log.warning("%s This run writes into %s.", error, logger.log_dir)

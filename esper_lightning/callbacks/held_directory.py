@@ -23,6 +23,7 @@ class HeldDirectory:
     """The run directory of one Trainer, and the callbacks that use the directory.
 
     Attributes:
+        of_loggers: Claims of folders of loggers outside the directory.
         config: Content of ``config.yaml`` that is to be written; ``None`` where there is none.
         is_used: Whether a run has written into the directory; if not, it is restored at the end.
     """
@@ -32,6 +33,7 @@ class HeldDirectory:
 
     def __init__(self, directory: Path, held: Claim | None, address: str | None = None) -> None:
         self.directory, self.claim, self.address = directory, held, address
+        self.of_loggers: list[Claim] = []
         self.users: set[int] = set()
         self.is_open = False  # whether a run writes into it, on any rank
         self.mirror: Mirror | None = None
@@ -46,6 +48,11 @@ class HeldDirectory:
             text = "The run writes into %s, which is copied to %s at checkpoints and at the end."
             _log.warning(text, self.directory, self.address)
 
+    def claim_of(self, folder: Path) -> Claim | None:
+        """The claim of a folder, by whatever path; ``None`` if this run does not own the folder."""
+        held = (each for each in (self.claim, *self.of_loggers) if each is not None and each.holds)
+        return next((each for each in held if each.directory.resolve() == folder.resolve()), None)
+
     def end(self) -> None:
         """Release the directory, after its last copy to its address if it has one."""
         self.is_open = False
@@ -56,9 +63,11 @@ class HeldDirectory:
         self.release()
 
     def release(self) -> None:
-        """Release the directory as it is, without a copy to its address."""
-        if self.claim is not None:
-            self.claim.release(used=self.is_used)
+        """Release directory and folders as they are, without a copy to the remote address."""
+        for held in (*self.of_loggers, self.claim):
+            if held is not None:
+                held.release(used=self.is_used)
+        self.of_loggers.clear()
 
 
 OF_TRAINERS: "weakref.WeakKeyDictionary[Trainer, HeldDirectory]" = weakref.WeakKeyDictionary()

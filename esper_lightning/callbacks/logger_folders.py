@@ -11,6 +11,7 @@ from lightning.pytorch import Trainer
 from lightning.pytorch.loggers import CSVLogger, Logger, TensorBoardLogger
 from lightning.pytorch.loggers.csv_logs import ExperimentWriter
 
+from esper_lightning.callbacks.held_directory import HeldDirectory
 from esper_lightning.callbacks.lightning_internals import (
     experiment_of,
     forget_experiment,
@@ -25,6 +26,7 @@ __all__ = [
     "NumberedLogger",
     "announced_directory",
     "begin_table",
+    "files_replaced_by",
     "numbered_logger",
     "remove_events",
     "take_next_number",
@@ -62,17 +64,25 @@ def write_into(logger: Logger, directory: Path) -> None:
         set_version(logger, int(directory.name.removeprefix("version_")))
 
 
-def begin_table(logger: Logger, directory: Path) -> None:
-    """Begin the table of a CSV logger that writes into a run directory.
+def files_replaced_by(logger: NumberedLogger) -> tuple[str, ...]:
+    """Names of the files in its folder that a logger removes or replaces when a run begins."""
+    if not isinstance(logger, CSVLogger):
+        return ()
+    return (ExperimentWriter.NAME_METRICS_FILE, ExperimentWriter.NAME_HPARAMS_FILE)
+
+
+def begin_table(logger: Logger, found: HeldDirectory) -> None:
+    """Begin the table of a CSV logger.
 
     The table of an earlier run is renamed first: otherwise Lightning would delete it.
 
     Args:
         logger: Logger of a run that begins.
-        directory: Run directory, which is claimed.
+        found: Run directory of the run; a folder that it has not claimed is left alone.
     """
-    if isinstance(logger, CSVLogger) and place_of(logger.log_dir) == (directory, None):
-        rename_aside(directory / ExperimentWriter.NAME_METRICS_FILE)
+    folder, address = place_of(logger.log_dir) if isinstance(logger, CSVLogger) else (None, None)
+    if folder is not None and address is None and found.claim_of(folder) is not None:
+        rename_aside(folder / ExperimentWriter.NAME_METRICS_FILE)
         with warnings.catch_warnings():
             warnings.filterwarnings("ignore", message="Experiment logs directory .* not empty")
             _ = logger.experiment

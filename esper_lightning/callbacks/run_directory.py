@@ -17,6 +17,7 @@ from lightning.pytorch.callbacks import ModelCheckpoint
 from esper_lightning.callbacks.directory_choice import (
     WritesRun,
     agree_on_directory,
+    claim_logger_folders,
     take_directory,
 )
 from esper_lightning.callbacks.held_directory import OF_TRAINERS, HeldDirectory
@@ -120,6 +121,8 @@ def assign_run_directory(
         address: Remote address that the directory is copied to; ``None`` without one.
 
     Raises:
+        DirectoryRefusedError: If a logger's own folder is in use, or it would replace files there
+            that no run wrote.
         OSError: If a file cannot be written.
     """
     found = OF_TRAINERS[trainer] = HeldDirectory(held.directory, held, address)
@@ -130,6 +133,11 @@ def assign_run_directory(
     for callback in trainer.checkpoint_callbacks:
         if isinstance(callback, ModelCheckpoint) and callback.dirpath is None:
             callback.dirpath = str(RunLayout(held.directory).checkpoints)
+    try:
+        claim_logger_folders(trainer, found)
+    except BaseException:
+        found.release()
+        raise
     if trainer.world_size == 1:
         _write_first_files(trainer, found)
 
@@ -143,14 +151,15 @@ def begin_run_directory(trainer: Trainer) -> None:
 
     Raises:
         DirectoryRefusedError: If a living run owns the directory, or if the directory has files
-            where a run has its own, and no run wrote them; raised on all ranks.
+            where a run has its own, and no run wrote them; likewise for the folders of loggers;
+            raised on all ranks.
     """
     callbacks: list[Any] = trainer.callbacks
     if trainer.fast_dev_run or not any(isinstance(each, WritesRun) for each in callbacks):
         return
     found = OF_TRAINERS.get(trainer)
     if found is None or not found.is_open:
-        found = OF_TRAINERS[trainer] = agree_on_directory(trainer)
+        found = OF_TRAINERS[trainer] = agree_on_directory(trainer, with_loggers=True)
         _write_first_files(trainer, found)
 
 
@@ -159,7 +168,7 @@ def _write_first_files(trainer: Trainer, found: HeldDirectory) -> None:
     if found.claim is None:
         return
     for logger in trainer.loggers:
-        begin_table(logger, found.directory)
+        begin_table(logger, found)
     if found.config is None:
         return
     config, found.config = found.config, None

@@ -4,8 +4,8 @@ from typing import Any
 
 from esper_lightning.cli.crash_text import describe, describe_start, seconds_by_phase
 from esper_lightning.cli.errors import CommandParser, fail, local_path
-from esper_lightning.forensics.claims import read_owner
 from esper_lightning.forensics.files import strict_json
+from esper_lightning.forensics.owner_record import read_owner
 from esper_lightning.forensics.rank_record import SCHEMA
 from esper_lightning.forensics.reading import printable
 from esper_lightning.forensics.remains import Remains, examine, first_failure, unrecorded_start

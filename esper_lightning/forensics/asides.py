@@ -1,17 +1,24 @@
-"""Files of earlier runs, which stay beside the files of a new run as ``<name>.<n>``."""
+"""Files of earlier runs, which stay beside the files of a new run as ``<name>.<n>``.
+
+Old ones are removed, but a ``config.yaml.1`` may be somebody's own. Therefore each folder has a
+list of the files that were so renamed, and no file that is not in the list is removed. A file
+enters the list after it has its name: one whose process is killed in between stays for ever.
+"""
 
 import contextlib
 import os
 from collections.abc import Iterable
 from pathlib import Path
 
-from esper_lightning.forensics.files import replacing
+from esper_lightning.forensics.files import Appender, replacing, write_atomically
+from esper_lightning.forensics.reading import read_file
 
 __all__ = ["KEPT_ASIDE", "keep_latest", "rename_aside", "replace_keeping", "write_aside"]
 
 KEPT_ASIDE = 10
 """Number of files of earlier runs that stay under each name; older files are removed."""
-_HEAD = 65536  # bytes at the start of a report that name its schema
+_LIST = ".set_aside"
+_MOST_ENTRIES = 1000  # of a list, before the entries of files that are gone are left out
 
 
 def rename_aside(path: Path) -> Path | None:
@@ -90,18 +97,37 @@ def _move_aside(source: Path, path: Path) -> Path | None:
             if isinstance(error, FileNotFoundError):
                 return None
             raise
-        ours = (file for _, file in sorted(_asides(path)) if _is_ours(file))
-        keep_latest(ours, KEPT_ASIDE)
+        _add_to_list(aside)
+        _remove_old(path)
         return aside
 
 
-def _is_ours(file: Path) -> bool:
-    """Whether a file is a run's and may be removed: a ``crash.json.1`` may be somebody's own."""
-    if not file.name.rpartition(".")[0].endswith(".json"):
-        return True
-    with contextlib.suppress(OSError), file.open("rb") as opened:
-        return b'"schema"' in opened.read(_HEAD)
-    return False
+def _add_to_list(aside: Path) -> None:
+    with contextlib.suppress(OSError):  # without an entry, the file stays
+        entries = Appender(aside.with_name(_LIST))
+        try:
+            entries.append(_entry(aside) + b"\n")
+        finally:
+            entries.close()
+
+
+def _remove_old(path: Path) -> None:
+    """Remove all but the latest files in the list that were renamed to ``<name of path>.<n>``."""
+    listed = path.with_name(_LIST)
+    with contextlib.suppress(OSError, ValueError):
+        entries = set(read_file(listed).splitlines())
+        ours = [file for _, file in sorted(_asides(path)) if _entry(file) in entries]
+        keep_latest(ours, KEPT_ASIDE)
+        if len(entries) > _MOST_ENTRIES:
+            left = entries.intersection(map(_entry, path.parent.iterdir()))
+            write_atomically(listed, b"".join(entry + b"\n" for entry in left))
+
+
+def _entry(file: Path) -> bytes:
+    """Entry of a file in the list; a file that was changed or copied since has another entry."""
+    found = file.lstat()
+    marks = (found.st_ino, found.st_size, found.st_mtime_ns)
+    return " ".join(map(str, marks)).encode() + b" " + os.fsencode(file.name)
 
 
 def _asides(path: Path) -> list[tuple[int, Path]]:

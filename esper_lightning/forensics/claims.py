@@ -2,6 +2,7 @@
 
 The owner holds a lock on ``owner.lock`` in the directory. The kernel drops the lock when the
 process ends, in whatever way; the file names the process. A directory whose owner is dead is free.
+The folder of a logger outside the run directory is claimed in the same way.
 """
 
 import atexit
@@ -15,26 +16,32 @@ import time
 import weakref
 from collections.abc import Generator, Sequence
 from pathlib import Path
-from typing import Any, cast
+from typing import Any
 
 from esper_lightning.forensics.layout import RunLayout
+from esper_lightning.forensics.owner_record import (
+    OWNER_BEGINS,
+    Use,
+    holds_a_run,
+    parse_owner,
+    ranks_of,
+    read_owner,
+    use_of,
+)
 from esper_lightning.forensics.processes import (
     ProcessIdentity,
     identify,
     is_alive,
     same_process,
 )
-from esper_lightning.forensics.rank_record import ProcessRecord
-from esper_lightning.forensics.reading import parse_json, read_file
 
 __all__ = [
     "Claim",
     "DirectoryInUseError",
     "DirectoryRefusedError",
     "claim",
+    "claim_for_logger",
     "claim_next",
-    "holds_a_run",
-    "read_owner",
     "refuse_anothers",
     "reserve",
     "return_reserved",
@@ -43,10 +50,10 @@ __all__ = [
 _VERSION = "version_"
 _HANDOVER_S = 1.0  # in which a process that has just locked the file writes its identity
 _MOST_BYTES = 4096
-_OURS = b'{"pid"'  # beginning of a file that ``_write`` has written
 _OF_FILE_SYSTEM = "lost+found"  # at the root of a mounted disk
 _NO_LOCKS = (errno.ENOLCK, errno.ENOSYS, errno.EOPNOTSUPP, errno.EINVAL)
 _WRITTEN = ("rank[0-9]*", "checkpoints/last.ckpt", "checkpoints/best.ckpt")  # by callbacks
+_NAMES: dict[Use, str] = {"run": "The run directory", "logger": "The folder of a logger"}
 
 
 class DirectoryRefusedError(ValueError):
@@ -61,15 +68,24 @@ class Claim:
     """Ownership of a run directory, until ``release`` or the end of the process.
 
     Attributes:
-        directory: The run directory, absolute.
+        directory: The directory, absolute.
         was_run: Whether the directory had files of an earlier run.
     """
 
     def __init__(
-        self, directory: Path, lock: int, *, made: Sequence[Path], former: bytes | None
+        self,
+        directory: Path,
+        lock: int,
+        *,
+        made: Sequence[Path],
+        former: bytes | None,
+        earlier: Use | None,
+        use: Use,
     ) -> None:
         self.directory = directory
-        self.was_run = former is not None or _names_a_process(directory)
+        self.was_run = earlier == "run"
+        self._use: Use = use
+        self._is_ours = earlier == use
         self._lock, self._made, self._former = lock, made, former
         self._pid = os.getpid()
         _claims.add(self)
@@ -89,14 +105,14 @@ class Claim:
         Raises:
             DirectoryRefusedError: If the directory has such files.
         """
-        if self.was_run:
+        if self._is_ours:
             return
         found = {path for pattern in written for path in self.directory.glob(pattern)}
         theirs = sorted(path for path in found if path.name != _OF_FILE_SYSTEM)
         if theirs:
             names = str(theirs[0].relative_to(self.directory))
             names += f" and {len(theirs) - 1} more" if len(theirs) > 1 else ""
-            raise _not_of_a_run(self.directory, names)
+            raise _not_of_a_run(self.directory, names, self._use)
 
     def refuse_another(self) -> None:
         """Refuse to go on where another process owns the directory by now.
@@ -108,7 +124,7 @@ class Claim:
         if self.holds and path.exists() and not os.path.samestat(os.fstat(self._lock), path.stat()):
             owner = ProcessIdentity.from_dict(read_owner(self.directory))
             if owner.pid not in (None, os.getpid()):
-                raise _in_use(self.directory, owner)
+                raise _in_use(self.directory, owner, self._use)
 
     @property
     def holds(self) -> bool:
@@ -125,11 +141,13 @@ class Claim:
             return
         path = RunLayout(self.directory).owner
         with contextlib.suppress(OSError):
-            os.ftruncate(self._lock, 0)  # the process may continue, and is no owner any more
+            # The process may continue, and is no owner any more.
+            _write(self._lock, {"pid": None, "use": self._use})
             is_empty = bool(self._made) and list(self.directory.iterdir()) == [path]
             if is_empty or not (used or self._former is not None):
                 path.unlink()
-            elif not used and self._former:
+            elif not used and self._former is not None:
+                os.ftruncate(self._lock, 0)
                 os.pwrite(self._lock, self._former, 0)
             for folder in self._made if is_empty else ():
                 folder.rmdir()
@@ -166,19 +184,35 @@ def claim(directory: Path) -> Claim:
     reserved = _reserved.pop(directory, None)
     if reserved is not None and reserved.holds:
         return reserved
+    return _claim_for(directory, _WRITTEN, "run")
+
+
+def claim_for_logger(directory: Path, written: Sequence[str]) -> Claim:
+    """Claim a folder outside the run directory, into which a logger of the run writes.
+
+    A later run does not take the folder for the directory of a run.
+
+    Args:
+        directory: Folder of the logger, which is made if it does not exist.
+        written: Names of files that the logger would replace.
+
+    Raises:
+        DirectoryInUseError: If a living run owns the folder, as its directory or for a logger.
+        DirectoryRefusedError: If the folder has such files, and no run wrote into the folder.
+        OSError: If the folder, or ``owner.lock`` in it, cannot be made.
+    """
+    return _claim_for(directory.absolute(), written, "logger")
+
+
+def _claim_for(directory: Path, written: Sequence[str], use: Use) -> Claim:
     with _making(directory) as made:
-        held = _claim(directory, made=made)
+        held = _claim(directory, made=made, use=use)
     try:
-        held.refuse_others()
+        held.refuse_others(written)
     except BaseException:
         held.release(used=False)
         raise
     return held
-
-
-def holds_a_run(directory: Path) -> bool:
-    """Whether a run has, or had, its files in a directory."""
-    return RunLayout(directory).owner.exists() or _names_a_process(directory)
 
 
 def refuse_anothers(path: Path) -> None:
@@ -228,20 +262,6 @@ def _interrupts_wait() -> Generator[None]:
 atexit.register(return_reserved)
 
 
-def read_owner(directory: Path) -> dict[str, Any]:
-    """The content of ``owner.lock``: the process that owns or owned a directory.
-
-    Returns:
-        The fields of ``ProcessIdentity``, ``claimed_s`` and ``address`` (of a remote copy), as
-        far as they are known; empty if the directory has no owner, or its owner has released it.
-    """
-    try:
-        found = parse_json(read_file(RunLayout(directory).owner, most_bytes=_MOST_BYTES))
-    except (FileNotFoundError, ValueError):
-        return {}
-    return cast(dict[str, Any], found) if isinstance(found, dict) else {}
-
-
 def claim_next(parent: Path) -> Claim:
     """Claim a new directory ``version_<n>``, whose number is greater than all in its folder.
 
@@ -269,6 +289,8 @@ def _making(directory: Path) -> Generator[list[Path]]:
         Folders that were made, the deepest first.
     """
     made: list[Path] = []
+    with contextlib.suppress(FileNotFoundError, NotADirectoryError, PermissionError):
+        RunLayout(directory).owner.lstat()  # an error where the path is too long for any file
     try:
         for folder in (*reversed(directory.parents), directory):
             if not folder.exists():
@@ -289,31 +311,34 @@ def _number(name: str) -> int:
     return int(digits) if is_version and len(digits) < 19 else -1
 
 
-def _claim(directory: Path, *, made: Sequence[Path]) -> Claim:
+def _claim(directory: Path, *, made: Sequence[Path], use: Use = "run") -> Claim:
     had_owner = RunLayout(directory).owner.exists()
-    lock = _lock(directory)
+    lock = _lock(directory, use)
     try:
         former = os.pread(lock, os.fstat(lock).st_size, 0) if had_owner else None
         for owner in _owners(directory, lock):
             if is_alive(owner) and not same_process(owner, identify(os.getpid())):
-                raise _in_use(directory, owner)
-        _write(lock, {**identify(os.getpid()).to_dict(), "claimed_s": time.time()})
+                raise _in_use(directory, owner, use)
+        earlier = use_of(directory, former)
+        use = "run" if earlier == "run" else use
+        identity = identify(os.getpid()).to_dict()
+        _write(lock, {**identity, "claimed_s": time.time(), "use": use})
     except BaseException:
         os.close(lock)
         raise
-    return Claim(directory, lock, made=made, former=former)
+    return Claim(directory, lock, made=made, former=former, earlier=earlier, use=use)
 
 
-def _lock(directory: Path) -> int:
+def _lock(directory: Path, use: Use) -> int:
     """Descriptor of ``owner.lock``, locked unless the file system has no locks."""
     path = RunLayout(directory).owner
     end = time.monotonic() + _HANDOVER_S
     while True:
         lock = os.open(path, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC | os.O_NOFOLLOW, 0o644)
-        begins = os.pread(lock, len(_OURS), 0)
-        if not _OURS.startswith(begins):
+        begins = os.pread(lock, len(OWNER_BEGINS), 0)
+        if not OWNER_BEGINS.startswith(begins):
             os.close(lock)
-            raise _not_of_a_run(directory, path.name)
+            raise _not_of_a_run(directory, path.name, use)
         try:
             fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except OSError as error:
@@ -324,7 +349,7 @@ def _lock(directory: Path) -> int:
             if error.errno not in (errno.EWOULDBLOCK, errno.EACCES):
                 raise
             if owner.pid is not None or time.monotonic() > end:
-                raise _in_use(directory, owner) from None
+                raise _in_use(directory, owner, use) from None
             time.sleep(0.02)
             continue
         with contextlib.suppress(OSError):
@@ -337,44 +362,33 @@ def _lock(directory: Path) -> int:
 def _owners(directory: Path, lock: int) -> list[ProcessIdentity]:
     """Processes that may write here: the recorded owner, and ranks whose state is running."""
     owner = ProcessIdentity.from_dict(_read(lock))
-    return [owner, *(rank for rank in _ranks(directory) if rank.state == "running")]
+    return [owner, *(rank for rank in ranks_of(directory) if rank.state == "running")]
 
 
-def _names_a_process(directory: Path) -> bool:
-    return any(rank.pid is not None for rank in _ranks(directory))
-
-
-def _ranks(directory: Path) -> list[ProcessRecord]:
-    """The readable records of ranks; versions before ``owner.lock`` wrote such records, too."""
-    found = (ProcessRecord.read(path) for path in directory.glob("rank*/process.json"))
-    return [rank for rank in found if rank is not None]
-
-
-def _in_use(directory: Path, owner: ProcessIdentity) -> DirectoryInUseError:
+def _in_use(directory: Path, owner: ProcessIdentity, use: Use) -> DirectoryInUseError:
     pid, host = owner.pid, owner.host
     who = "another run" if pid is None else f"process {pid}"
     if pid == os.getpid():
         who = f"another run of this process, {pid}"
     elif host is not None and host != identify(os.getpid()).host:
         who += f" on {host}"
+    name = _NAMES[use]
     return DirectoryInUseError(
-        f"The run directory must be free, got {str(directory)!r}, where {who} is running. "
-        "Choose another run directory, or end that run."
+        f"{name} must be free, got {str(directory)!r}, where {who} is running. "
+        f"Choose another {name.removeprefix('The ')}, or end that run."
     )
 
 
-def _not_of_a_run(directory: Path, names: str) -> DirectoryRefusedError:
+def _not_of_a_run(directory: Path, names: str, use: Use) -> DirectoryRefusedError:
     rule = "name a new directory or that of a run"
     hint = f"It holds {names}, which no run wrote."
-    return DirectoryRefusedError(f"The run directory must {rule}, got {str(directory)!r}. {hint}")
+    return DirectoryRefusedError(f"{_NAMES[use]} must {rule}, got {str(directory)!r}. {hint}")
 
 
 def _read(lock: int) -> dict[str, Any]:
-    try:
-        found: Any = json.loads(os.pread(lock, _MOST_BYTES, 0) or b"{}")
-    except (OSError, ValueError, RecursionError):
-        return {}
-    return cast(dict[str, Any], found) if isinstance(found, dict) else {}
+    with contextlib.suppress(OSError):
+        return parse_owner(os.pread(lock, _MOST_BYTES, 0))
+    return {}
 
 
 def _write(lock: int, owner: dict[str, Any]) -> None:

@@ -10,8 +10,8 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any, NamedTuple, TypeVar
 
-from esper_lightning.forensics.claims import read_owner
 from esper_lightning.forensics.layout import RankLayout, RunLayout
+from esper_lightning.forensics.owner_record import read_owner
 from esper_lightning.forensics.phases import Phases, read_phases
 from esper_lightning.forensics.processes import ProcessIdentity, is_alive, same_process
 from esper_lightning.forensics.rank_record import ProcessRecord
@@ -127,8 +127,8 @@ def unrecorded_start(directory: Path) -> dict[str, Any]:
     """The owner of a directory that has recorded nothing: a run that starts, or died at its start.
 
     Returns:
-        The fields of ``claims.read_owner``; empty if the owner has recorded its run, or none is
-        known.
+        The fields of ``owner_record.read_owner``; empty if the owner has recorded its run, or none
+        is known.
     """
     owner = read_owner(directory)
     identity, claimed_s = ProcessIdentity.from_dict(owner), owner.get("claimed_s")

@@ -20,9 +20,9 @@ from functools import partial
 from pathlib import Path
 
 from esper_lightning.forensics.asides import rename_aside
-from esper_lightning.forensics.claims import read_owner
 from esper_lightning.forensics.layout import RankLayout
 from esper_lightning.forensics.memory import Memory, oom_kills
+from esper_lightning.forensics.owner_record import read_owner
 from esper_lightning.forensics.phases import Phases, read_phases
 from esper_lightning.forensics.processes import ProcessIdentity, identify, is_alive
 from esper_lightning.forensics.rank_record import ProcessRecord, same_recording

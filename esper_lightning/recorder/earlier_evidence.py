@@ -13,6 +13,7 @@ from esper_lightning.callbacks.tensorboard_internals import event_file
 from esper_lightning.forensics.asides import KEPT_ASIDE, keep_latest, rename_aside
 from esper_lightning.forensics.layout import RankLayout, RunLayout
 from esper_lightning.forensics.rank_record import ProcessRecord
+from esper_lightning.forensics.reading import read_file
 from esper_lightning.forensics.room import trim_report
 
 __all__ = ["EarlierEvidence"]
@@ -97,7 +98,8 @@ class EarlierEvidence:
 def _rename_folder(path: Path) -> Path | None:
     """Rename a folder to ``<name>.<n>``, and remove all but the latest folders so renamed.
 
-    A folder so renamed holds a mark: a folder without the mark is somebody else's.
+    A folder so renamed holds a mark with its name: a folder without the mark, or with that of
+    another folder, is somebody else's.
     """
     if not path.is_dir():
         return None
@@ -106,11 +108,17 @@ def _rename_folder(path: Path) -> Path | None:
     aside = path.with_name(f"{path.name}.{max(taken, default=0) + 1}")
     path.rename(aside)
     with contextlib.suppress(OSError):
-        (aside / _MARK).touch()
+        (aside / _MARK).write_text(aside.name)
     asides = (path.with_name(f"{path.name}.{number}") for number in taken)
-    for folder in [each for each in asides if (each / _MARK).exists()][: 1 - KEPT_ASIDE]:
+    for folder in [each for each in asides if _is_marked(each)][: 1 - KEPT_ASIDE]:
         shutil.rmtree(folder, ignore_errors=True)
     return aside
+
+
+def _is_marked(folder: Path) -> bool:
+    with contextlib.suppress(FileNotFoundError, ValueError):
+        return read_file(folder / _MARK) == folder.name.encode()
+    return False
 
 
 def _is_event_file(name: str) -> bool:

@@ -82,6 +82,7 @@ def test_a_second_run_in_the_same_directory_sets_the_first_aside(make_trainer, t
     for _ in range(3):
         make_trainer(callbacks=[History(tmp_path)]).fit(ppo())
     assert sorted(path.name for path in (tmp_path / "rank0").iterdir()) == [
+        ".set_aside",
         "evaluations.jsonl",
         "history.jsonl",
         "history.jsonl.1",

@@ -5,6 +5,7 @@ from types import SimpleNamespace
 import pytest
 from lightning.pytorch.loggers import CSVLogger, TensorBoardLogger
 
+from esper_lightning.callbacks.held_directory import HeldDirectory
 from esper_lightning.callbacks.logger_folders import (
     announced_directory,
     begin_table,
@@ -13,6 +14,7 @@ from esper_lightning.callbacks.logger_folders import (
     take_next_number,
     write_into,
 )
+from esper_lightning.forensics.claims import claim, claim_for_logger
 
 KINDS = [TensorBoardLogger, CSVLogger]
 each_kind = pytest.mark.parametrize("kind", KINDS)
@@ -45,9 +47,12 @@ def test_a_logger_beside_the_run_gets_its_number_and_another_keeps_its_own(kind,
 def test_the_next_number_is_one_that_no_folder_has(kind, tmp_path):
     logger = kind(tmp_path, name="a")
     assert logger.version == 0
+    _ = logger.experiment
     for taken in (0, 1, 2):
         (tmp_path / "a" / f"version_{taken}").mkdir(parents=True, exist_ok=True)
     take_next_number(logger)
+    left = [path.name for path in (tmp_path / "a" / "version_0").iterdir()]
+    assert not any(name.startswith("events.") for name in left)
     assert logger.version == 3
     assert (tmp_path / "a" / "version_3").is_dir()
     remove_events(logger)
@@ -66,9 +71,18 @@ def test_the_table_of_an_earlier_run_is_renamed_and_not_lost(tmp_path):
     directory.mkdir(parents=True)
     (directory / "metrics.csv").write_text("step\n1\n")
     logger = CSVLogger(tmp_path, name="a", version=0)
-    begin_table(logger, tmp_path / "elsewhere")
+    elsewhere = HeldDirectory(tmp_path / "elsewhere", claim(tmp_path / "elsewhere"))
+    begin_table(logger, elsewhere)
     assert (directory / "metrics.csv").exists()
-    begin_table(logger, directory)
+    elsewhere.of_loggers.append(claim_for_logger(directory, []))
+    begin_table(logger, elsewhere)
     (kept,) = directory.glob("metrics*.csv*")
     assert kept.read_text() == "step\n1\n"
     assert kept.name != "metrics.csv"
+    kept.rename(directory / "metrics.csv")
+    elsewhere.release()
+    found = HeldDirectory(directory, claim(directory))
+    begin_table(logger, found)
+    (kept,) = directory.glob("metrics*.csv*")
+    assert kept.name != "metrics.csv"
+    found.release()

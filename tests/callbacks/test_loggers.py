@@ -128,6 +128,24 @@ def test_rows_that_a_logger_did_not_take_are_logged_when_it_takes_them(make_trai
     assert caplog.text.count("takes no rows: no connection") == 1
 
 
+@pytest.mark.parametrize("method", ["log_graph", "after_save_checkpoint", "save", "finalize"])
+def test_rows_that_wait_are_offered_whenever_the_logger_is_called(method):
+    logger = Failing("log_metrics")
+    guard_loggers([logger])
+    logger.log_metrics({"loss": 1.0}, step=1)
+    logger.methods, rows = (), []
+    own = getattr(Failing, method)
+
+    def looks(self, *arguments):
+        rows.extend(self.rows)
+        own(self, *arguments)
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(Failing, method, looks)
+        getattr(logger, method)(*() if method == "save" else ("success",))
+    assert rows == [(1, {"loss": 1.0})]
+
+
 def test_a_row_that_waits_is_that_of_when_it_was_logged():
     logger = Failing("log_metrics", "log_hyperparams")
     guard_loggers([logger])

@@ -1,6 +1,7 @@
 """A run writes into its own directory, and no other run writes there."""
 
 import contextlib
+import errno
 import os
 import subprocess
 import sys
@@ -11,11 +12,18 @@ import torch
 from lightning.pytorch import Callback
 from lightning.pytorch.loggers import CSVLogger, Logger, TensorBoardLogger
 from lightning.pytorch.profilers import PyTorchProfiler
+from lightning.pytorch.trainer.states import TrainerStatus
 from torch.utils.data import DataLoader
 
 from esper_lightning import FlightRecorder, History, LastCheckpoint
-from esper_lightning.callbacks.run_directory import run_directory
-from esper_lightning.forensics.claims import DirectoryInUseError, claim
+from esper_lightning.callbacks import directory_choice
+from esper_lightning.callbacks.run_directory import (
+    begin_run_directory,
+    end_run,
+    open_run_directory,
+    run_directory,
+)
+from esper_lightning.forensics.claims import DirectoryInUseError, DirectoryRefusedError, claim
 from esper_lightning.forensics.files import read_json_lines
 from tests.recorder.test_flight_recorder import Plain, raise_at
 
@@ -228,3 +236,78 @@ def test_a_directory_has_a_name(recorder):
 def test_a_disk_that_takes_no_directory_ends_no_run(fit, tmp_path):
     (tmp_path / "file").touch()
     assert fit(History(tmp_path / "file" / "run")).global_step == 3
+
+
+class TestLoggersElsewhere:
+    """A module that asks for its run directory before loggers write, as PPO does."""
+
+    @pytest.fixture
+    def begin(self, make_trainer, tmp_path):
+        held = []
+
+        def begin(logger, run="run"):
+            callbacks = [History(tmp_path / run)]
+            trainer = make_trainer(callbacks=callbacks, logger=logger)
+            trainer.state.status = TrainerStatus.RUNNING
+            begin_run_directory(trainer)
+            open_run_directory(trainer)
+            held.append(trainer)
+            return trainer
+
+        yield begin
+        for trainer in held:
+            end_run(trainer)
+
+    @pytest.mark.parametrize("folder", ["logs", "run", "run/below"])
+    @pytest.mark.parametrize("name", ["metrics.csv", "hparams.yaml"])
+    def test_replace_no_file_of_the_user(self, begin, tmp_path, folder, name):
+        path = tmp_path / folder / name
+        path.parent.mkdir(parents=True)
+        path.write_text("mine")
+        before = listing(tmp_path)
+        with pytest.raises(DirectoryRefusedError, match="which no run wrote"):
+            begin(CSVLogger(tmp_path, folder, ""))
+        assert listing(tmp_path) == before
+        assert path.read_text() == "mine"
+
+    def test_a_folder_has_one_living_run_and_then_the_next(self, begin, tmp_path):
+        first = begin(CSVLogger(tmp_path, "logs", ""), "a")
+        first.logger.log_metrics({"x": 1})
+        first.logger.save()
+        with pytest.raises(DirectoryInUseError, match="folder of a logger must be free"):
+            begin(CSVLogger(tmp_path, "logs", ""), "b")
+        assert (tmp_path / "logs" / "metrics.csv").exists()
+        end_run(first)
+        begin(CSVLogger(tmp_path, "logs", ""), "b")
+        assert not (tmp_path / "logs" / "metrics.csv").exists()
+        assert (tmp_path / "logs" / "metrics.csv.1").read_text().splitlines()[0] == "step,x"
+
+    def test_with_numbers_take_the_next_one(self, begin, tmp_path):
+        loggers = [CSVLogger(tmp_path), CSVLogger(tmp_path)]
+        assert [logger.version for logger in loggers] == [0, 0]
+        for logger, run in zip(loggers, "ab", strict=True):
+            begin(logger, run)
+        assert [logger.version for logger in loggers] == [0, 1]
+
+    def test_may_share_a_folder_within_a_run(self, begin, tmp_path):
+        (tmp_path / "link").symlink_to(tmp_path)
+        loggers = [TensorBoardLogger(tmp_path, "a", 0), CSVLogger(tmp_path / "link", "a", 0)]
+        trainer = begin(loggers)
+        end_run(trainer)
+        begin_run_directory(trainer)  # for a second fit
+        assert listing(tmp_path / "a") == ["version_0", "version_0/owner.lock"]
+
+    def test_that_cannot_be_claimed_are_refused_only_with_files_that_would_be_lost(
+        self, begin, tmp_path, monkeypatch, caplog
+    ):
+        def refuses(folder, files):
+            raise OSError(errno.ENOSPC, "No space left")
+
+        monkeypatch.setattr(directory_choice, "claim_for_logger", refuses)
+        (tmp_path / "logs").mkdir()
+        begin(CSVLogger(tmp_path, "logs", ""), "a")
+        assert "The folder of CSVLogger cannot be claimed" in caplog.text
+        (tmp_path / "logs" / "metrics.csv").write_text("mine")
+        with pytest.raises(DirectoryRefusedError, match="must be one that can be claimed"):
+            begin(CSVLogger(tmp_path, "logs", ""), "b")
+        assert (tmp_path / "logs" / "metrics.csv").read_text() == "mine"

@@ -1,5 +1,6 @@
 """``esper fit`` and ``esper evaluate`` as a user meets them."""
 
+import errno
 import json
 import os
 from pathlib import Path
@@ -13,10 +14,12 @@ from lightning.pytorch.cli import LightningArgumentParser
 from lightning.pytorch.plugins import TorchCheckpointIO
 
 from esper_lightning import AtomicCheckpointIO
+from esper_lightning.callbacks import run_directory
 from esper_lightning.cli import lightning_cli
 from esper_lightning.cli.lightning_cli import EsperCLI
 from esper_lightning.cli.main import main
 from esper_lightning.envs import Morphogenesis
+from esper_lightning.forensics.claims import claim_for_logger
 from esper_lightning.forensics.files import read_json_lines
 
 CONFIGS = sorted((Path(__file__).parents[2] / "configs").glob("*.yaml"))
@@ -300,6 +303,50 @@ class TestGoingOn:
             assert "It holds config.yaml and 1 more, which no run wrote." in message
         assert sorted(path.name for path in Path().iterdir()) == ["config.yaml", "runs"]
         assert Path("config.yaml").read_text() == before
+
+    def test_the_users_own_files_beside_a_logger_elsewhere_are_never_replaced(self, capsys):
+        logger = ["--trainer.logger", "CSVLogger", "--trainer.logger.save_dir", "."]
+        logger += ["--trainer.logger.name", "", "--trainer.logger.version", ""]
+        words = ["fit", "--config", CARTPOLE, *QUICK, "--run_dir", "run", *logger]
+        mine = {"metrics.csv": "step\n1\n", "hparams.yaml": "mine: 1\n"}
+        for name, text in mine.items():
+            Path(name).write_text(text)
+        message = fails(capsys, *words)
+        assert "folder of a logger must name a new directory or that of a run, got" in message
+        assert message.rstrip().endswith("It holds hparams.yaml and 1 more, which no run wrote.")
+        assert {path.name: path.read_text() for path in Path().iterdir()} == mine
+        for name in mine:
+            Path(name).unlink()
+        for _ in range(2):
+            main(words)
+        assert Path("metrics.csv").is_file()
+        assert Path("metrics.csv.1").is_file()
+        Path("config.yaml").write_text("mine")  # the folder is no run directory for that
+        capsys.readouterr()
+        message = fails(capsys, "fit", "--config", CARTPOLE, *QUICK, "--run_dir", ".")
+        assert "which no run wrote." in message
+        assert Path("config.yaml").read_text() == "mine"
+        held = claim_for_logger(Path(), [])
+        assert "folder of a logger must be free, got" in fails(capsys, *words[:-9], "new", *logger)
+        held.release()
+        assert not Path("new").exists()
+
+    def test_an_empty_owner_lock_of_the_user_makes_no_run_directory(self, capsys):
+        Path("owner.lock").touch()
+        Path("config.yaml").write_text("mine")
+        message = fails(capsys, "fit", "--config", CARTPOLE, *QUICK, "--run_dir", ".")
+        assert "It holds config.yaml, which no run wrote." in message
+        found = {path.name: path.read_text() for path in Path().iterdir()}
+        assert found == {"owner.lock": "", "config.yaml": "mine"}
+
+    def test_a_run_directory_that_takes_no_file_is_named(self, capsys, monkeypatch):
+        def no_room(*_):
+            raise OSError(errno.EFBIG, "File too large")
+
+        monkeypatch.setattr(run_directory, "replace_keeping", no_room)
+        message = fails(capsys, "fit", "--config", CARTPOLE, *QUICK)
+        path = Path("runs/cartpole/version_0").absolute()
+        assert f"can be made (File too large), got '{path}'." in message
 
     def test_a_run_directory_has_a_name(self, capsys):
         message = fails(capsys, "fit", "--config", CARTPOLE, *QUICK, "--run_dir", "")

@@ -22,9 +22,9 @@ import yaml
 from tensorboard.backend.event_processing.event_file_loader import RawEventFileLoader
 
 from esper_lightning.cli import crash
-from esper_lightning.forensics.claims import read_owner
 from esper_lightning.forensics.files import read_json_lines
 from esper_lightning.forensics.layout import RunLayout
+from esper_lightning.forensics.owner_record import parse_owner
 from esper_lightning.training.checkpoint.files import read_checkpoint
 from tests import forked
 
@@ -207,7 +207,8 @@ def check_whole(directory: Path) -> None:
 def _read(path: Path) -> None:
     name = path.name.rstrip("0123456789").rstrip(".") if ".json" in path.name else path.name
     if name.startswith("."):  # being written, or room for what may come
-        assert name.endswith(".tmp") or name.startswith(".reserved."), "an unknown hidden file"
+        is_known = name.endswith(".tmp") or name.startswith((".reserved.", ".set_aside"))
+        assert is_known, "an unknown hidden file"
     elif name.endswith(".yaml"):
         assert isinstance(yaml.safe_load(path.read_text()), dict), "not a mapping"
     elif name.endswith(".jsonl"):
@@ -216,7 +217,7 @@ def _read(path: Path) -> None:
     elif name.endswith(".json"):
         assert isinstance(json.loads(path.read_bytes()), dict), "not an object"
     elif name == "owner.lock":
-        assert not path.stat().st_size or "pid" in read_owner(path.parent), "no owner"
+        assert not path.stat().st_size or "pid" in parse_owner(path.read_bytes()), "no owner"
     elif ".ckpt" in name:
         read_checkpoint(path)
     elif name.startswith("events.out.tfevents."):

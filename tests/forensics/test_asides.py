@@ -6,13 +6,16 @@ import sys
 
 import pytest
 
+from esper_lightning.forensics import asides as asides_module
 from esper_lightning.forensics.asides import KEPT_ASIDE, rename_aside, replace_keeping, write_aside
 from tests.disks import fill
 from tests.reports import read_report, write_report
 
 
 def contents(folder):
-    return {path.name: path.read_text() for path in folder.iterdir()}
+    """Texts of the files in a folder, without the list of those that were set aside."""
+    files = (path for path in folder.iterdir() if path.name != ".set_aside")
+    return {path.name: path.read_text() for path in files}
 
 
 def asides(path):
@@ -36,6 +39,46 @@ class TestSettingAside:
             rename_aside(tmp_path / "crash.json")
         assert (tmp_path / "crash.json.1").read_text() == "of the user"
         assert len(asides(tmp_path / "crash.json")) == KEPT_ASIDE + 1
+
+    @pytest.mark.parametrize(
+        "name", ["config.yaml", "last.ckpt", "best.ckpt", "history.jsonl", "crash.json"]
+    )
+    def test_removes_what_it_renamed_and_nothing_else(self, tmp_path, name):
+        path = tmp_path / name
+        theirs = {f"{name}.{number}": "mine" for number in (1, 4, 20251231)}
+        for own, text in theirs.items():
+            (tmp_path / own).write_text(text)
+        for number in range(2 * KEPT_ASIDE):
+            path.write_text(f'{{"schema": {number}}}')
+            aside = rename_aside(path)
+            if number == 3:
+                aside.write_text("a run wrote it, and the user made it their own")
+                changed = {aside.name: aside.read_text()}
+            if number == 5:
+                copy = aside.with_name(f"{name}.7")
+                copy.write_bytes(aside.read_bytes())
+                os.utime(copy, ns=(0, aside.stat().st_mtime_ns))
+        found = contents(tmp_path)
+        assert (theirs | changed).items() <= found.items()
+        assert copy.exists()
+        assert len(found) == len(theirs) + len(changed) + 1 + KEPT_ASIDE
+
+    def test_without_its_list_keeps_every_file(self, tmp_path):
+        """As after a kill between the new name and its entry, or in a directory copied here."""
+        for number in range(2 * KEPT_ASIDE):
+            (tmp_path / "config.yaml").write_text(str(number))
+            rename_aside(tmp_path / "config.yaml")
+            (tmp_path / ".set_aside").unlink()
+        assert len(asides(tmp_path / "config.yaml")) == 2 * KEPT_ASIDE
+
+    def test_has_a_list_that_does_not_grow_for_ever(self, tmp_path, monkeypatch):
+        monkeypatch.setattr(asides_module, "_MOST_ENTRIES", 30)
+        for number in range(100):
+            for name in ("config.yaml", "last.ckpt"):
+                (tmp_path / name).write_text(str(number))
+                rename_aside(tmp_path / name)
+        assert len((tmp_path / ".set_aside").read_text().splitlines()) <= 31
+        assert len(contents(tmp_path)) == 2 * KEPT_ASIDE
 
     def test_of_nothing_is_nothing(self, tmp_path):
         assert rename_aside(tmp_path / "crash.json") is None

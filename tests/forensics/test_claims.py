@@ -13,14 +13,16 @@ import pytest
 from esper_lightning.forensics import claims
 from esper_lightning.forensics.claims import (
     DirectoryInUseError,
+    DirectoryRefusedError,
     claim,
+    claim_for_logger,
     claim_next,
-    read_owner,
     refuse_anothers,
     reserve,
     return_reserved,
 )
 from esper_lightning.forensics.layout import RunLayout
+from esper_lightning.forensics.owner_record import read_owner
 from esper_lightning.forensics.processes import identify
 from tests.reports import write_report
 
@@ -139,8 +141,8 @@ def test_a_forked_child_does_not_keep_its_parents_directory(tmp_path):
 
 
 def test_each_new_directory_has_a_number_of_its_own_however_many_ask_at_once(tmp_path):
-    (tmp_path / "version_3").mkdir()
-    (tmp_path / "version_x").mkdir()
+    for name in ("version_3", "version_12", "version_x", "version_" + "9" * 40):
+        (tmp_path / name).mkdir()
     found = []
     start = threading.Barrier(16)
 
@@ -154,7 +156,7 @@ def test_each_new_directory_has_a_number_of_its_own_however_many_ask_at_once(tmp
     for thread in threads:
         thread.join()
     names = sorted(int(held.directory.name[8:]) for held in found)
-    assert names == list(range(4, 20))
+    assert names == list(range(13, 29))
     for held in found:
         held.release()
 
@@ -184,6 +186,70 @@ def test_a_directory_that_was_there_stays_and_is_told_from_a_runs(tmp_path):
     before = owner.read_bytes()
     claim(tmp_path).release(used=False)
     assert owner.read_bytes() == before
+
+
+@pytest.mark.parametrize("content", [b"", b"{"])
+def test_an_empty_record_is_somebodys_own_unless_a_run_left_other_files(tmp_path, content):
+    """A release of an earlier version leaves one, and so does ``touch``."""
+    owner, config = RunLayout(tmp_path).owner, RunLayout(tmp_path).config
+    history = RunLayout(tmp_path).rank(0).history
+    owner.write_bytes(content)
+    config.write_text("mine")
+    held = claim(tmp_path)
+    assert not held.was_run
+    with pytest.raises(DirectoryRefusedError, match=r"It holds config\.yaml, which no run wrote"):
+        held.refuse_others(["config.yaml"])
+    held.release(used=False)
+    assert (owner.read_bytes(), config.read_text()) == (content, "mine")
+    history.parent.mkdir()
+    history.write_text("a diary of the user's own\n")
+    with pytest.raises(DirectoryRefusedError, match="It holds rank0, which no run wrote"):
+        claim(tmp_path)
+    assert owner.read_bytes() == content
+    history.write_text('{"iteration":1}\n')
+    held = claim(tmp_path)
+    assert held.was_run
+    held.refuse_others(["config.yaml"])
+    held.release()
+
+
+def test_the_folder_of_a_logger_is_that_of_one_run_and_not_its_run_directory(tmp_path):
+    files = ["metrics.csv", "hparams.yaml"]
+    held = claim_for_logger(tmp_path / "logs", files)
+    for again in (claim, lambda folder: claim_for_logger(folder, files)):
+        with pytest.raises(DirectoryInUseError, match="another run of this process"):
+            again(tmp_path / "logs")
+    (tmp_path / "logs" / "metrics.csv").touch()
+    held.release()
+    claim_for_logger(tmp_path / "logs", files).release()
+    (tmp_path / "logs" / "config.yaml").write_text("mine")
+    held = claim(tmp_path / "logs")
+    assert not held.was_run
+    with pytest.raises(DirectoryRefusedError, match=r"config\.yaml"):
+        held.refuse_others(["config.yaml"])
+    held.release(used=False)
+    claim_for_logger(tmp_path / "logs", files).release()
+    assert read_owner(tmp_path / "logs") == {}
+
+
+def test_a_logger_replaces_no_file_of_others_and_leaves_a_run_directory_what_it_is(tmp_path):
+    (tmp_path / "hparams.yaml").write_text("mine")
+    with pytest.raises(DirectoryRefusedError, match=r"folder of a logger must .* hparams\.yaml, w"):
+        claim_for_logger(tmp_path, ["metrics.csv", "hparams.yaml"])
+    assert [path.name for path in tmp_path.iterdir()] == ["hparams.yaml"]
+    claim(tmp_path).release()
+    claim_for_logger(tmp_path, ["metrics.csv", "hparams.yaml"]).release()
+    held = claim(tmp_path)
+    assert held.was_run
+    held.release()
+
+
+def test_a_path_that_is_too_long_is_refused_at_once(tmp_path):
+    begin = time.monotonic()
+    with pytest.raises(OSError, match="File name too long"):
+        claim(tmp_path / "y" / ("y/" * 3000))
+    assert time.monotonic() - begin < 1.0
+    assert list(tmp_path.iterdir()) == []
 
 
 @pytest.mark.parametrize("content", [b"", b"{", b'{"pid": 1', b'{"pid"' + b"[" * 9000])

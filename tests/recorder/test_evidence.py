@@ -274,12 +274,13 @@ def test_of_an_earlier_run_is_renamed_and_a_few_are_kept(fit, files):
             shutil.rmtree(theirs)
             theirs.mkdir()
             (theirs / "notes.txt").touch()
+            shutil.copytree(files.directory / "evidence.1", files.directory / "evidence.0")
         recorder = FlightRecorder(files.directory.parent, watch=False)
         fit(Plain(raise_at(0)), callbacks=[recorder, Diary()])
     fit(Plain(), recorder=FlightRecorder(files.directory.parent, watch=False))
     assert not files.evidence.exists()
     left = {int(path.suffix[1:]) for path in files.directory.glob("evidence.*")}
-    assert left == {2, *range(4, 14)}
+    assert left == {0, 2, *range(4, 14)}
     assert (theirs / "notes.txt").exists()
 
 
