@@ -6,7 +6,7 @@ import pytest
 import torch
 from lightning.pytorch.trainer.states import TrainerFn
 
-from esper_lightning.core.ranks import Arrival, Ranks, RanksDisagreeError
+from esper_lightning.core.ranks import FirstMessage, Ranks, RanksDisagreeError
 from esper_lightning.training.checkpoint.content import STATE_KEY
 from esper_lightning.training.checkpoint.resumption import (
     Resumption,
@@ -80,17 +80,17 @@ def start(ranks, of=None, **settings):
 
 def test_ranks_that_start_alike_are_accepted_and_others_are_refused_by_what_differs():
     def elsewhere(mine):
-        other = {**mine.settings, "seed": 5} if isinstance(mine, Arrival) else None
+        other = {**mine.settings, "seed": 5} if isinstance(mine, FirstMessage) else None
         return mine if other is None else mine._replace(settings=other)
 
     def refused(mine):
-        return mine._replace(problem="ValueError: no") if isinstance(mine, Arrival) else mine
+        return mine._replace(problem="ValueError: no") if isinstance(mine, FirstMessage) else mine
 
     def later(mine):
-        return mine if isinstance(mine, Arrival) else mine._replace(iteration=4)
+        return mine if isinstance(mine, FirstMessage) else mine._replace(iteration=4)
 
     def lost(mine):
-        return mine if isinstance(mine, Arrival) else mine._replace(problem="OSError: no file")
+        return mine if isinstance(mine, FirstMessage) else mine._replace(problem="OSError: no file")
 
     start(Other(lambda mine: mine))
     with pytest.raises(RanksDisagreeError, match=r"^PPO.seed must be the same .*, got \[0, 5\]"):
