@@ -73,7 +73,7 @@ def iteration(path) -> int:
 
 
 def names(directory):
-    return sorted(path.name for path in directory.iterdir())
+    return sorted(path.name for path in directory.iterdir() if path.name != ".set_aside")
 
 
 @pytest.mark.parametrize(
