@@ -16,6 +16,7 @@ from lightning.pytorch import Trainer
 from lightning.pytorch.accelerators import CUDAAccelerator, MPSAccelerator
 from lightning.pytorch.callbacks import Callback, Checkpoint, ProgressBar, Timer, early_stopping
 from lightning.pytorch.cli import ArgsType, LightningArgumentParser, LightningCLI
+from lightning.pytorch.profilers import Profiler
 from lightning.pytorch.strategies import StrategyRegistry
 from typing_extensions import override
 
@@ -64,6 +65,7 @@ _NOT_BAREBONES = {
     "log_every_n_steps": 1,
     "enable_model_summary": False,
 }
+_PROFILERS = ("simple", "advanced", "pytorch", "xla")
 _TRAINER_DEFAULTS = {"max_epochs": -1, "devices": 1, **_NOT_BAREBONES}
 _LIGHTNING_CALLBACKS = Path(early_stopping.__file__).parent
 
@@ -219,6 +221,7 @@ class EsperCLI(LightningCLI):
             ok = False
         rule = "be DD:HH:MM:SS, or a mapping of days, hours, minutes and seconds"
         require(ok, "trainer.max_time", rule, longest)
+        _refuse_profiler(trainer["profiler"])
 
     @override
     def instantiate_classes(self) -> None:
@@ -346,6 +349,24 @@ class EsperCLI(LightningCLI):
                 with suppress(ValueError, OSError):  # it is elsewhere, or the current one is gone
                     directory = directory.relative_to(Path.cwd())
                 print(f"Run directory: {directory}")
+
+
+def _refuse_profiler(profiler: Any) -> None:
+    """Refuse a text that is no profiler of Lightning, such as a class with wrong arguments.
+
+    The setting may be any text, so the parser accepts a class and arguments that do not fit.
+
+    Args:
+        profiler: Value of the setting.
+    """
+    if not isinstance(profiler, str) or profiler in _PROFILERS:
+        return
+    if profiler.lstrip().startswith("{"):  # a parser of classes alone says what does not fit
+        parser = SettingsParser(exit_on_error=False)
+        parser.add_argument("--trainer.profiler", type=Profiler)
+        parser.parse_args([f"--trainer.profiler={profiler}"])
+    rule = f"be one of {', '.join(_PROFILERS)}, or name a class of Profiler"
+    require(False, "trainer.profiler", rule, profiler, nearest(profiler, _PROFILERS).strip())
 
 
 def _is_refusal_of_callback(error: Exception) -> bool:

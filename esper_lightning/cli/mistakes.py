@@ -85,10 +85,9 @@ def _describe(error: Exception) -> str:
     File and line follow if the error is not about settings, or if a user's code raised it.
     """
     setting = _setting(error)
-    while "any of the Union subtypes" in str(error) and isinstance(error.__cause__, Exception):
-        error = error.__cause__  # the error of the class that could not be built
-    error = _without_text(error)
-    said = str(error)
+    while (branch := _branch(error)) is not None:
+        error = branch
+    said = _text(error)
     if not isinstance(error, _CONFIG_ERRORS) or not said:
         said = f"{type(error).__name__}: {said}"
     refuses = _refuses(error)
@@ -119,17 +118,34 @@ def _has_word(text: str, word: str) -> bool:
     return re.search(rf"\b{re.escape(word)}\b", text) is not None
 
 
-def _without_text(error: Exception) -> Exception:
-    """The error of a user's class that has no text, which jsonargparse cannot show.
+def _branch(error: Exception) -> Exception | None:
+    """The error that matters of a setting with several types; ``None`` if the setting has one type.
 
-    jsonargparse has the errors of a class in a list, and fails on the first line of such an error.
+    jsonargparse tries all types, and fails itself where it cannot show the error of one of them.
+    The error of a class that was found and could not be built matters most.
     """
-    if isinstance(error, IndexError):
-        for frame, _ in traceback.walk_tb(error.__traceback__):
-            errors: object = frame.f_locals.get("exceptions")
-            if isinstance(errors, list) and errors and isinstance(errors[0], Exception):
-                return errors[0]
-    return error
+    for frame, _ in traceback.walk_tb(error.__traceback__):
+        if frame.f_code.co_name == "raise_union_unexpected_value":
+            tried: list[Exception] = frame.f_locals.get("exceptions") or []
+            builds = [each for each in tried if not _is_of_parser(each)]
+            return next(iter([*builds, *tried]), None)
+    return None
+
+
+def _is_of_parser(error: Exception) -> bool:
+    """Whether jsonargparse itself raised an error, so that the error is about a type."""
+    if _branch(error) is not None:
+        return False
+    frames = traceback.extract_tb(error.__traceback__)
+    return bool(frames) and Path(frames[-1].filename).parent.name == "jsonargparse"
+
+
+def _text(error: Exception) -> str:
+    """The text of an error; empty if there is none, or if a user's class fails to make it."""
+    try:
+        return str(error)
+    except Exception:
+        return ""
 
 
 def _setting(error: BaseException) -> str:

@@ -33,6 +33,7 @@ _READING: Any = getattr(jsonargparse._util, "config_load_stack", None)  # pyrigh
 _BY_NAME = "must hold settings by their names, or name a file with some"
 _COMMAND = re.compile(r"^(fit|evaluate)\.")
 _BAD_CLASS = re.compile(r"Problem with given class_path '(\S*?)': (.*?)(?: - |Given value|$)")
+_NO_TEXT = re.compile(r"(?:argument of type|unhashable type:) ('\w+')")
 _NO_SETTINGS = ("help", "print_config")
 _HINTS = {"model.env": " Name one, or a config that does: --config configs/cartpole.yaml"}
 
@@ -204,6 +205,9 @@ def _explain_value(parser: SettingsParser, key: str, text: str) -> SettingsError
         return SettingsError(key, f": {ambiguous[0] if ambiguous else text}")
     choices = choices_of(typehint)
     known = f" Known are {listed(choices)}, or an import path." if choices else ""
+    if choices and (match := _NO_TEXT.search(text)):
+        says = f" must be {rule_of(typehint)}, got a value of type {match[1]}.{known}"
+        return SettingsError(f"{key}.class_path", says)
     if value is None:
         return SettingsError(key, f" must be {rule_of(typehint)}: {text}.{known}")
     hint = nearest(value, choices or map(str, literals_of(typehint))) + known

@@ -14,9 +14,11 @@ from torch import Tensor, nn
 from esper_lightning.core.errors import Words, require
 from esper_lightning.core.shapes import Bool, Float
 
-__all__ = ["AdamState", "FlatParameters", "adam_step"]
+__all__ = ["PLAIN_ADAM", "AdamState", "FlatParameters", "adam_step"]
 
 _BETA_1, _BETA_2 = 0.9, 0.999
+PLAIN_ADAM = {"betas": (_BETA_1, _BETA_2), "weight_decay": 0, "amsgrad": False, "maximize": False}
+"""Settings of Adam whose steps ``adam_step`` takes."""
 
 
 class AdamState(NamedTuple):
@@ -154,9 +156,8 @@ def _require_plain_adam(optimizer: torch.optim.Optimizer, trained: list[nn.Param
     kind = type(optimizer)
     require(kind is torch.optim.Adam, "PPO's optimizer", "be torch.optim.Adam", kind.__name__, hint)
     group, *others = optimizer.param_groups
-    plain = {"betas": (_BETA_1, _BETA_2), "weight_decay": 0, "amsgrad": False, "maximize": False}
-    got = {name: group[name] for name in plain}
-    require(got == plain, "PPO's optimizer", f"have {plain}", got, hint)
+    got = {name: group[name] for name in PLAIN_ADAM}
+    require(got == PLAIN_ADAM, "PPO's optimizer", f"have {PLAIN_ADAM}", got, hint)
     same = not others and len(group["params"]) == len(trained)
     same = same and all(
         parameter is mine and parameter.requires_grad

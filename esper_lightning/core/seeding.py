@@ -2,10 +2,12 @@
 
 import hashlib
 import random
+from collections.abc import Sequence
 from typing import Any
 
 import numpy as np
 import torch
+from torch import Tensor
 
 from esper_lightning.core.errors import Words, require
 
@@ -15,7 +17,10 @@ __all__ = [
     "set_global_random_states",
     "stream",
     "stream_seed",
+    "why_not_restorable",
 ]
+
+_GPU_BYTES = 16  # of the state of a generator on a GPU
 
 
 def stream_seed(seed: int, *, rank: int, purpose: str) -> int:
@@ -52,6 +57,38 @@ def set_global_random_states(states: dict[str, Any]) -> None:
     np.random.set_state((name, keys.numpy().astype(np.uint32), *rest))  # noqa: NPY002
     if "cuda" in states and len(states["cuda"]) == torch.cuda.device_count():
         torch.cuda.set_rng_state_all([state.cpu() for state in states["cuda"]])
+
+
+def why_not_restorable(states: dict[str, Any], generators: Sequence[Tensor]) -> str | None:
+    """Why random states cannot be restored, in words; ``None`` if they can.
+
+    The states are tried, and those of the process are restored. States of a GPU are not tried.
+
+    Args:
+        states: States that ``global_random_states`` may have returned.
+        generators: States of the generators of a run.
+    """
+    before, name = global_random_states(), "global_random"
+    try:
+        set_global_random_states({n: state for n, state in states.items() if n != "cuda"})
+        for state in states.get("cuda", []):
+            _require_state(state)
+        name = "generators"
+        for state in generators:
+            _require_state(state)
+            if state.numel() != _GPU_BYTES:
+                torch.Generator().set_state(state.cpu())
+    except Exception as error:  # what is in a file may be anything
+        reason = (str(error).splitlines() or [""])[0]
+        return f"{name} cannot be restored: {type(error).__name__}: {reason}"
+    finally:
+        set_global_random_states(before)
+    return None
+
+
+def _require_state(state: Any) -> None:
+    is_state = isinstance(state, Tensor) and state.dtype == torch.uint8 and state.ndim == 1
+    require(is_state, "A random state", "be bytes", type(state).__name__)
 
 
 def require_torch_defaults(owner: str) -> None:

@@ -90,8 +90,8 @@ class ReportsAbsentMetrics(Callback):
 
     @override
     def on_validation_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        """Look for metrics of the evaluation."""
-        if self._absent and not trainer.sanity_checking:
+        """Look for metrics of the evaluation; after a sanity check ``on_train_start`` follows."""
+        if self._absent:
             self._was_evaluated = True
             self._look(trainer)
 

@@ -88,6 +88,26 @@ class SaysNothing(Callback):
 class Needs(Callback):
     def __init__(self, port: int):
         pass
+
+
+class Negative(Callback):
+    def __init__(self):
+        raise ValueError("negative!")
+
+
+class Speechless(ValueError):
+    def __str__(self):
+        raise RuntimeError("no text")
+
+
+class OfSpeechlessSpaces(CartPole):
+    def spaces(self):
+        raise Speechless
+
+
+class OfSpeechless(Callback):
+    def __init__(self):
+        raise Speechless
 """,
 }
 
@@ -241,7 +261,7 @@ FILES = {
     ),
     "class_path.yaml": (
         "model: {env: {class_path: [1], init_args: {}}}\n",
-        "model.env must be the name of a class of EnvSpec: unhashable type: 'list'. Known are Acr",
+        "model.env.class_path must be the name of a class of EnvSpec, got a value of type 'list'.",
     ),
     "two_loggers.yaml": (
         "model: {env: CartPole}\ntrainer: {logger: [TensorBoardLogger, CSVLogger]}\n",
@@ -327,6 +347,8 @@ FIT = {
     " EnvPool, FrameStack, Gymnasium, Gymnax, Morph",
     "--model.env 5": "model.env must be the name of a class of EnvSpec, got '5'. Known are",
     "--model.env 6": "..., or an import path.",
+    "--model.env '{class_path: 3}'": "error: model.env.class_path must be the name of a class of "
+    "EnvSpec, got a value of type 'int'. Known are",
     "--model.env null": "model.env must be the name of a class of EnvSpec, got 'None'.",
     "--model.env ''": "model.env must be the name of a class of EnvSpec, got ''.",
     "--model.env MLP": "model.env must be the name of a class of EnvSpec, got 'MLP'.",
@@ -359,6 +381,12 @@ FIT = {
     "--model.env leaves.Leaves": "must not end the process, got 0 (leaves.py, line 9)",
     "--trainer.callbacks+=mine.SaysNothing": "error: SaysNothing: ValueError: (mine.py, line 44)",
     "--trainer.callbacks+=mine.Needs": "trainer.callbacks.port must be given.",
+    "--trainer.callbacks+=mine.Negative": "error: Negative: negative! (mine.py, line 54)",
+    "--trainer.callbacks '{class_path: mine.Negative}'": "error: Negative: negative! (mine.py, l",
+    "--trainer.callbacks '[{class_path: mine.Negative}]'": "error: Negative: negative! (mine.py, l",
+    "--model.env mine.OfSpeechlessSpaces": "error: Speechless: (mine.py, line 64)",
+    "--trainer.callbacks mine.OfSpeechless": "error: OfSpeechless: Speechless: (mine.py, line 69)",
+    "--trainer.callbacks+=mine.OfSpeechless": "error: OfSpeechless: Speechless: (mine.py, line 69)",
     # What the Trainer refuses.
     "--trainer.accelerator quantum": "invalid accelerator name: `accelerator='quantum'`. Available",
     "--trainer.accelerator tpu": "torch_xla",
@@ -375,7 +403,18 @@ FIT = {
     "--trainer.max_time '{days: 99999999999999}'": "trainer.max_time must be DD:HH:MM:SS, or",
     "--trainer.max_time '{days: -1}'": "trainer.max_time must be DD:HH:MM:SS, or a mapping of",
     "--trainer.callbacks Timer --trainer.callbacks.duration '{weekz: 1}'": "error: Timer: 'weekz'",
-    "--trainer.profiler fast": "can only be one of ['simple', 'advanced', 'pytorch', 'xla']",
+    "--trainer.callbacks '{class_path: Timer, init_args: {duration: foo}}'": "error: "
+    "`Timer(duration='foo')` is not a valid duration. Expected a string in the format DD:HH:MM:SS.",
+    "--trainer.callbacks '{class_path: ModelCheckpoint, init_args: {monitor: nope, save_top_k: -2}}"
+    "'": "error: ModelCheckpoint: Invalid value for save_top_k=-2.",
+    "--trainer.callbacks '{class_path: 3}'": "error: trainer.callbacks",
+    "--trainer.callbacks '[{class_path: 3}]'": "error: trainer.callbacks",
+    "--trainer.profiler fast": "error: trainer.profiler must be one of simple, advanced, pytorch, "
+    "xla, or name a class of Profiler, got 'fast'.",
+    "--trainer.profiler simpel": "got 'simpel'. The nearest is 'simple'.",
+    "--trainer.profiler '{class_path: PyTorchProfiler, init_args: {schedule: 3}}'": "error: "
+    "trainer.profiler.schedule is no setting.",
+    "--trainer.profiler '{class_path: 3}'": "error: trainer.profiler",
     "--trainer.num_nodes 0": "`num_nodes` must be a positive integer, but got 0.",
     "--trainer.max_epochs -7": "`max_epochs` must be a non-negative integer or -1.",
     "--trainer.max_steps -7": "`max_steps` must be a non-negative integer or -1",

@@ -28,9 +28,11 @@ def kill_at(step, *signals):
 
 @pytest.fixture(autouse=True)
 def _handlers():
-    """Restore all handlers that a test leaves."""
+    """Begin with default handlers, whatever is inherited (``nohup``), and restore the former."""
     numbers = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP, signal.SIGUSR1, signal.SIGUSR2)
     before = {number: signal.getsignal(number) for number in numbers}
+    for number in numbers[1:]:
+        signal.signal(number, signal.SIG_DFL)
     yield
     for number, handler in before.items():
         signal.signal(number, handler)

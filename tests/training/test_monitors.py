@@ -155,9 +155,11 @@ def test_an_environment_without_the_metric_is_told_of_after_the_first_iteration(
     assert "in the whole run" in last
 
 
-def test_an_evaluation_that_never_came_is_told_of_at_the_end(make_trainer, caplog):
-    stop = patient("eval/episodes")
-    make_trainer(callbacks=[stop], limit_val_batches=1, check_val_every_n_epoch=9).fit(module())
+@pytest.mark.parametrize("sanity_checks", [0, 1])
+def test_an_evaluation_that_never_came_is_told_of_at_the_end(make_trainer, caplog, sanity_checks):
+    settings = {"limit_val_batches": 1, "check_val_every_n_epoch": 9}
+    settings["num_sanity_val_steps"] = sanity_checks  # which are no evaluations
+    make_trainer(callbacks=[patient("eval/episodes")], **settings).fit(module())
     (line,) = warnings_of(caplog)
     assert line == (
         "EarlyStopping.monitor named 'eval/episodes', which nothing logged in the whole run. "

@@ -2,13 +2,16 @@
 # The types of a checkpoint's content are not known: any program may have written the file.
 # pyright: reportUnknownVariableType=false, reportUnknownArgumentType=false
 
+import math
 import re
 from collections.abc import Mapping, Sequence
+from types import NoneType
 from typing import Any, cast
 
 from torch import Tensor
 
 from esper_lightning.core.errors import require
+from esper_lightning.core.seeding import why_not_restorable
 from esper_lightning.forensics.reading import refuse_unbounded
 
 __all__ = [
@@ -25,6 +28,8 @@ STATE_KEY = "esper_lightning"
 
 COUNT = "a number of at least 0"
 """Shape, for ``find_misfit``, of a number that counts something."""
+_NUMBER = "a finite number"
+_HUGE = 1e300  # an integer beyond it may be no float
 _PLAIN = "plain data"
 _SPEC = {"class_path": str, "init_args": {"*": _PLAIN}}
 _OURS: dict[str, Any] = {
@@ -39,22 +44,61 @@ _OURS: dict[str, Any] = {
     STATE_KEY: {
         **dict.fromkeys(("iteration", "env_steps", "gradient_steps", "world_size"), int),
         "train_time_s": COUNT,
-        "recent_episodes": [[(int, float)]],
+        "recent_episodes": [[_NUMBER]],
         "ranks": dict,
     },
 }
+_COUNTS = {which: {"ready": int, "completed": int, "*": int} for which in ("total", "current")}
+_BATCHES = {**_COUNTS, "is_last_batch": bool}
+_OPTIMIZATION = "epoch_loop.automatic_optimization"
 _TO_RESUME: dict[str, Any] = {
     **dict.fromkeys(("epoch", "global_step"), int),
-    "callbacks": {"*": object},
-    "loops": {"fit_loop": {"*": object}, "*": object},
+    "callbacks": {"*": dict},
+    "loops": {
+        "fit_loop": {  # the names are those of Lightning's loops
+            "state_dict": {"combined_loader": [dict]},
+            "epoch_progress": _COUNTS,
+            "epoch_loop.state_dict": {"_batches_that_stepped": int},
+            "epoch_loop.batch_progress": _BATCHES,
+            "epoch_loop.scheduler_progress": _COUNTS,
+            f"{_OPTIMIZATION}.state_dict": dict,
+            f"{_OPTIMIZATION}.optim_progress": {
+                "optimizer": {"step": _COUNTS, "zero_grad": _COUNTS}
+            },
+            "epoch_loop.manual_optimization.state_dict": dict,
+            "epoch_loop.manual_optimization.optim_step_progress": _COUNTS,
+            "epoch_loop.val_loop.state_dict": dict,
+            "epoch_loop.val_loop.batch_progress": _BATCHES,
+        },
+        "*": object,
+    },
     "lr_schedulers": list,
     "optimizer_states": [{"state": dict, "param_groups": [{"params": [int], "*": object}]}],
 }
-_RANK: dict[str, Any] = {
-    "acting": {"*": object},
-    "generators": [Tensor],
-    "global_random": {"torch": Tensor, "*": object},
+_CHECKPOINTS = {
+    **dict.fromkeys(("best_model_score", "current_score", "kth_value"), (Tensor, NoneType)),
+    **dict.fromkeys(("best_model_path", "kth_best_model_path", "last_model_path"), str),
+    "best_k_models": {"*": Tensor},
 }
+_CALLBACKS: dict[str, Any] = {  # states of callbacks, by their classes
+    **dict.fromkeys(("BestCheckpoint", "LastCheckpoint", "ModelCheckpoint"), _CHECKPOINTS),
+    "EarlyStopping": {
+        **dict.fromkeys(("wait_count", "stopped_epoch", "patience"), int),
+        "best_score": Tensor,
+    },
+    "Timer": {"time_elapsed": {"*": COUNT}},
+}
+_RANK: dict[str, Any] = {
+    "acting": {
+        "obs": object,
+        **dict.fromkeys(("action_mask", "memory"), (Tensor, NoneType)),
+        "discounted_return": Tensor,
+    },
+    "env": object,
+    "generators": [Tensor],
+    "global_random": {"torch": Tensor, "python": (list, tuple), "numpy": list, "*": object},
+}
+_STREAMS = 2  # of exploration, and of the order of samples
 _VERSION = re.compile(r"\d+(\.\d+){1,3}((a|b|rc|\.dev|\.post)\d+)?(\+[a-z0-9.]+)?")
 
 
@@ -100,8 +144,23 @@ def refuse_not_resumable(checkpoint: Mapping[str, Any], path: str) -> None:
         ValueError: If an entry does not fit. The error names ``path`` and the first such entry.
     """
     _refuse_misfit(checkpoint, _TO_RESUME, path)
+    for key, state in checkpoint["callbacks"].items():
+        name, fields = re.split(r"\W", key, maxsplit=1)[0], _CALLBACKS.get(key.split("{")[0], {})
+        known = {field: shape for field, shape in fields.items() if field in state}
+        _refuse_misfit(state, known or dict, path, f"callbacks.{name}")
     for rank, state in checkpoint[STATE_KEY]["ranks"].items():
-        _refuse_misfit(state, _RANK, path, f"{STATE_KEY}.ranks.{rank}")
+        name = f"{STATE_KEY}.ranks.{rank}"
+        _refuse_misfit(state, _RANK, path, name)
+        if state["env"] is not None:
+            _refuse_misfit(state["env"], {"*": Tensor}, path, f"{name}.env")
+        obs = state["acting"]["obs"]
+        groups = {"*": Tensor} if isinstance(obs, Mapping) else Tensor
+        _refuse_misfit(obs, groups, path, f"{name}.acting.obs")
+        rule, streams = "hold a whole checkpoint of PPO", len(state["generators"])
+        hint = f"{name}.generators has {streams} states, not {_STREAMS}."
+        require(streams == _STREAMS, "ckpt_path", rule, path, hint)
+        why = why_not_restorable(state["global_random"], state["generators"])
+        require(why is None, "ckpt_path", rule, path, f"{name}.{why}.")
 
 
 def _refuse_misfit(value: Any, shape: Any, path: str, name: str = "") -> None:
@@ -114,8 +173,8 @@ def find_misfit(value: Any, shape: Any, name: str) -> str | None:
     """The first entry of a value that does not have a shape, in words; ``None`` if all do.
 
     A shape is a type (``int`` stands for a count), a list or dictionary of shapes, or one of the
-    words ``COUNT`` and ``_PLAIN``. A list holds one shape for all entries. In a dictionary the key
-    ``*`` stands for all further names.
+    words ``COUNT``, ``_NUMBER`` and ``_PLAIN``. A list holds one shape for all entries. In a
+    dictionary the key ``*`` stands for all further names.
 
     Args:
         value: Value to check.
@@ -132,10 +191,14 @@ def find_misfit(value: Any, shape: Any, name: str) -> str | None:
         return next(filter(None, found), None)
     if shape is _PLAIN:
         return _not_plain(value, name)
-    if shape in (COUNT, int):
+    if shape in (COUNT, int, _NUMBER):
         kinds = int if shape is int else int | float
+        least, most, what = (-math.inf, math.inf, "finite number")
+        if shape is not _NUMBER:
+            least, most, what = -1e-9, 1e18, "count"
         is_number = isinstance(value, kinds) and not isinstance(value, bool)
-        return None if is_number and 0 <= value < 1e18 else f"{name} is no count"
+        fits = is_number and least < value < most and abs(value) < _HUGE
+        return None if fits else f"{name} is no {what}"
     return None if isinstance(value, shape) else f"{name} is a {type(value).__name__}"
 
 

@@ -16,6 +16,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from typing_extensions import override
 
 from esper_lightning.core.errors import require, require_local
+from esper_lightning.core.flat_adam import PLAIN_ADAM
 from esper_lightning.core.tensor_trees import named_tensors
 from esper_lightning.envs.base import how_fields
 from esper_lightning.forensics.layout import RunLayout
@@ -303,6 +304,8 @@ def refuse_other_optimizer(
     group = states[0]["param_groups"][0]
     rate = find_misfit(group.get("lr"), COUNT, "lr")
     require(rate is None, "ckpt_path", rule, path, f"Its {rate}.")
+    got = {name: group.get(name) for name in PLAIN_ADAM}
+    require(str(got) == str(PLAIN_ADAM), "ckpt_path", rule, path, f"It has {str(got)[:100]}.")
     for number, state in states[0]["state"].items():
         known = isinstance(number, int) and 0 <= number < len(trained) and isinstance(state, dict)
         require(known, "ckpt_path", rule, path, f"It has a state of {number!r}.")
