@@ -58,7 +58,7 @@ _TO_RESUME: dict[str, Any] = {
         "fit_loop": {  # the names are those of Lightning's loops
             "state_dict": {"combined_loader": [dict]},
             "epoch_progress": _COUNTS,
-            "epoch_loop.state_dict": {"_batches_that_stepped": int},
+            "epoch_loop.state_dict": {"*": int},
             "epoch_loop.batch_progress": _BATCHES,
             "epoch_loop.scheduler_progress": _COUNTS,
             f"{_OPTIMIZATION}.state_dict": dict,
