@@ -8,6 +8,7 @@ from collections.abc import Mapping, Sequence
 from types import NoneType
 from typing import Any, cast
 
+import torch
 from torch import Tensor
 
 from esper_lightning.core.errors import require
@@ -73,7 +74,7 @@ _TO_RESUME: dict[str, Any] = {
         "*": object,
     },
     "lr_schedulers": list,
-    "optimizer_states": [{"state": dict, "param_groups": [{"params": [int], "*": object}]}],
+    "optimizer_states": [{"state": dict, "param_groups": [{"params": [int], "*": _PLAIN}]}],
 }
 _CHECKPOINTS = {
     **dict.fromkeys(("best_model_score", "current_score", "kth_value"), (Tensor, NoneType)),
@@ -181,14 +182,12 @@ def find_misfit(value: Any, shape: Any, name: str) -> str | None:
         shape: Shape that the value must have.
         name: Dotted name of the value, for the result.
     """
+    if isinstance(value, Tensor) and value.layout != torch.strided:
+        return f"{name} is a sparse tensor"
     if isinstance(shape, dict):
         return _misfit_in_dictionary(value, cast(dict[str, Any], shape), name)
     if isinstance(shape, list):
-        if not isinstance(value, list | tuple):
-            return f"{name} is no list"
-        entries = enumerate(cast(Sequence[Any], value))
-        found = (find_misfit(entry, shape[0], f"{name}.{i}") for i, entry in entries)
-        return next(filter(None, found), None)
+        return _misfit_in_list(value, cast(list[Any], shape), name)
     if shape is _PLAIN:
         return _not_plain(value, name)
     if shape in (COUNT, int, _NUMBER):
@@ -200,6 +199,14 @@ def find_misfit(value: Any, shape: Any, name: str) -> str | None:
         fits = is_number and least < value < most and abs(value) < _HUGE
         return None if fits else f"{name} is no {what}"
     return None if isinstance(value, shape) else f"{name} is a {type(value).__name__}"
+
+
+def _misfit_in_list(value: Any, shape: list[Any], name: str) -> str | None:
+    if not isinstance(value, list | tuple):
+        return f"{name} is no list"
+    entries = enumerate(cast(Sequence[Any], value))
+    found = (find_misfit(entry, shape[0], f"{name}.{i}") for i, entry in entries)
+    return next(filter(None, found), None)
 
 
 def _misfit_in_dictionary(value: Any, shape: dict[str, Any], name: str) -> str | None:

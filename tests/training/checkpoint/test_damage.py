@@ -179,6 +179,8 @@ FOUND = [  # path, value, and the name of the entry in the error
     ((*RANK, "env"), {"state": 1}, "ranks.0.env.state is a int"),
     ((STATE_KEY, "recent_episodes"), [[10**400, 1.0, 1.0]], "0.0 is no finite number"),
     (("optimizer_states", 0, "param_groups", 0, "betas"), None, "It has {'betas': None"),
+    (("optimizer_states", 0, "param_groups", 0, "fused"), torch.ones(2), "fused holds a Tensor"),
+    ((*RANK, "acting", "memory"), torch.ones(2).to_sparse(), "memory is a sparse tensor"),
 ]
 
 
