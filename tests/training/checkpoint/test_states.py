@@ -75,6 +75,7 @@ EVERYWHERE = {
     "no weights": (put("state_dict", None), "state_dict is missing"),
     "weights in a list": (put("state_dict", [1]), "state_dict is no dictionary"),
     "text for a weight": (weights(lambda _: "text"), "is a str"),
+    "a sparse weight": (weights(torch.Tensor.to_sparse), "is a sparse tensor"),
     "no settings": (put("hyper_parameters", None), "hyper_parameters is missing"),
     "settings as text": (put("hyper_parameters", "text"), "hyper_parameters is no dictionary"),
     "no environment": (put("hyper_parameters.env", None), "hyper_parameters.env is missing"),
@@ -99,7 +100,6 @@ BUILT = {
         "[1000000000000] of torch.float32, not",
     ),
     "whole numbers": (weights(torch.Tensor.long), "of torch.int64, not"),
-    "a sparse weight": (weights(torch.Tensor.to_sparse), "not"),
 }
 TO_RESUME = {
     "no optimizer": (put("optimizer_states", None), "optimizer_states is missing"),
