@@ -64,7 +64,7 @@ def run(command: list[str], folder: Path, **variables: str) -> subprocess.Comple
 
 def smallest(path: Path, folder: Path) -> None:
     """Run a benchmark at its smallest size, which prints the results file."""
-    done = forked.run([path, "--smallest"], cwd=folder)
+    done = forked.run([path, "--smallest"], cwd=folder, children=True)
     assert done.returncode == 0, done.stderr[-3000:]
     if path.stem == "contenders":
         told = done.stdout.splitlines()
