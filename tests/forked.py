@@ -169,7 +169,7 @@ def _server() -> tuple[socket.socket, str]:
     """
     ours, its = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
     folder = tempfile.mkdtemp(prefix="forked-")
-    address, stand_in = os.path.join(folder, "socket"), os.path.join(folder, "python")
+    address, stand_in = f"{folder}/socket", f"{folder}/python"
     python = os.environ.get(_PYTHON, sys.executable)
     subprocess.Popen(
         [python, __file__, str(its.fileno()), address],

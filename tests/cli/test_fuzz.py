@@ -104,7 +104,7 @@ def damage_and_read(capsys, died: Path, place: Path, seeds: range, *, readers: i
 
 
 def test_damage_is_never_a_traceback(died, tmp_path, capsys):
-    damage_and_read(capsys, died, tmp_path, range(60), readers=2)
+    damage_and_read(capsys, died, tmp_path, range(40), readers=2)
 
 
 @pytest.mark.slow
@@ -142,7 +142,7 @@ def damage_and_load(died: Path, place: Path, seeds: range) -> set[bool]:
 
 
 def test_damaged_checkpoints_are_refused_in_a_line(died, tmp_path):
-    assert damage_and_load(died, tmp_path, range(60)) == {True, False}
+    assert damage_and_load(died, tmp_path, range(40)) == {True, False}
 
 
 @pytest.mark.slow

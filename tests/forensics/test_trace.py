@@ -97,7 +97,10 @@ def test_a_torn_trace_is_read_as_far_as_it_goes(recorded, tmp_path):
         assert not summarize(torn).complete
 
 
-@pytest.mark.parametrize("damage", [b"", b"\0", b'"'])
+@pytest.mark.parametrize(
+    "damage",
+    [pytest.param(b"", marks=pytest.mark.slow), b"\0", pytest.param(b'"', marks=pytest.mark.slow)],
+)
 def test_memory_is_bounded(tmp_path, damage):
     """A trace of thirty megabytes, where a damaged byte costs one event or two."""
     path, events, width = tmp_path / "large.pt.trace.json", 100_000, 300

@@ -71,8 +71,13 @@ def act(model, obs, mask):
     return model.policy.to_env(model.policy.act_deterministically(seen, mask))
 
 
-@pytest.mark.parametrize("normalize_obs", [True, False])
-@pytest.mark.parametrize("case", CASES)
+LIGHT = [pytest.param(name, marks=[pytest.mark.slow] * (name == "growth")) for name in CASES]
+"""Every case; that of growing networks, with the largest network by far, is slow."""
+
+
+@pytest.mark.parametrize(
+    ("case", "normalize_obs"), [*((case, True) for case in CASES), ("CartPole", False)]
+)
 def test_a_torch_program_acts_like_the_original(trained, tmp_path, case, normalize_obs):
     model = trained(case, normalize_obs=normalize_obs)
     exported = export_policy(model, tmp_path / "x.pt2", "torch")
@@ -85,7 +90,7 @@ def test_a_torch_program_acts_like_the_original(trained, tmp_path, case, normali
         assert not action.requires_grad
 
 
-@pytest.mark.parametrize("case", CASES)
+@pytest.mark.parametrize("case", LIGHT)
 def test_an_onnx_file_acts_like_the_original(trained, tmp_path, case):
     model = trained(case, normalize_obs=True)
     exported = export_policy(model, tmp_path / "x.onnx", "onnx")
@@ -128,7 +133,7 @@ def loaded(path, file_format):
         ("groups and masks, LSTM", "torch"),
         pytest.param("growth, GRU", "torch", marks=pytest.mark.slow),
         ("CartPole, GRU", "onnx"),
-        ("growth, LSTM", "onnx"),
+        pytest.param("growth, LSTM", "onnx", marks=pytest.mark.slow),
     ],
 )
 def test_memory_that_the_caller_carries_gives_the_original_actions(

@@ -235,11 +235,11 @@ class TestLearning:
     def test_bf16_mixed_learns_and_computes_in_bf16(self, make_trainer):
         seen = set()
         ppo = PPOConfig(rollout_steps=32, learning_rate=1e-3)
-        model = PPO(CartPole(num_envs=32), ppo=ppo, total_env_steps=28_672)
+        model = PPO(CartPole(num_envs=32), ppo=ppo, total_env_steps=14_336)
         model.policy.actor[0].register_forward_hook(lambda module, args, out: seen.add(out.dtype))
         rows = fit(model, make_trainer(precision="bf16-mixed"))
         assert seen == {torch.bfloat16}
-        assert rows[-1]["rollout/episode_return_mean"] > 100
+        assert rows[-1]["rollout/episode_return_mean"] > 40  # a random policy: 22
 
     def test_linear_schedule_reaches_zero_at_the_end_of_the_run(self, make_trainer):
         ppo = dataclasses.replace(SMALL, learning_rate=1.0e-3, learning_rate_schedule="linear")

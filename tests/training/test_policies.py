@@ -117,7 +117,13 @@ def test_compiled_training_learns_the_same(make_trainer, policy, caplog):
         torch.testing.assert_close(compiled[name], value, rtol=1e-4, atol=1e-5)
 
 
-@each_policy
+@pytest.mark.parametrize(
+    "policy",
+    [
+        pytest.param(policy, id=name, marks=[pytest.mark.slow] * name.startswith("Recurrent"))
+        for name, policy in POLICIES.items()
+    ],
+)
 def test_a_checkpoint_is_resumed_and_exported(tmp_path, monkeypatch, policy):
     monkeypatch.chdir(tmp_path)
     env = BrightSide(num_envs=4)
@@ -148,7 +154,13 @@ OF_BYTES: dict[str, PolicySpec] = {
 }
 
 
-@pytest.mark.parametrize("policy", OF_BYTES.values(), ids=OF_BYTES)
+@pytest.mark.parametrize(
+    "policy",
+    [
+        pytest.param(policy, id=name, marks=[pytest.mark.slow] * (name != "groups"))
+        for name, policy in OF_BYTES.items()
+    ],
+)
 def test_stacked_images_of_bytes_are_resumed_and_exported(tmp_path, monkeypatch, policy):
     monkeypatch.chdir(tmp_path)
     settings = {"ppo": BRIEF, "policy": policy, "device": "cpu"}

@@ -40,7 +40,7 @@ TIMES = ("time_s", "env_steps_per_s")
 def start(program, *arguments, stderr, more=None):
     env = {**os.environ, **forked.QUIET, **(more or {})}
     words = [HERE / program, *arguments]
-    return forked.start(words, output=stderr, env=env, new_session=True)
+    return forked.start(words, output=stderr, env=env, new_session=True, children=True)
 
 
 def run(directory, **settings):
@@ -393,7 +393,10 @@ def of_growth(tmp_path_factory):
 @pytest.mark.crash
 @pytest.mark.parametrize(
     ("fault", "expected"),
-    [("SIGKILL", -9), pytest.param("SIGTERM", 143, marks=pytest.mark.slow)],
+    [
+        pytest.param("SIGKILL", -9, marks=pytest.mark.slow),
+        pytest.param("SIGTERM", 143, marks=pytest.mark.slow),
+    ],
 )
 def test_a_run_killed_in_the_middle_of_blending_is_resumed_bit_for_bit(
     tmp_path, of_growth, fault, expected

@@ -78,11 +78,16 @@ def test_the_environment_with_a_static_plan_obeys_the_contract():
     [
         (64, {}),
         # Sizes at which matrices of one host would begin at any address.
-        (19, {"batch_size": 7}),
+        pytest.param(19, {"batch_size": 7}, marks=pytest.mark.slow),
         (19, {"batch_size": 10, "classes": 7, "validation_size": 151}),
-        (19, {"batch_size": 9, "channels": (10, 6, 14), "kernels": (3, 1, 3)}),
+        pytest.param(
+            *(19, {"batch_size": 9, "channels": (10, 6, 14), "kernels": (3, 1, 3)}),
+            marks=pytest.mark.slow,
+        ),
         (19, {"channels": (10, 14, 6), "blueprints": ("attention",)}),
-        (19, {"channels": (21, 21, 21), "blueprints": ("low_rank",)}),
+        pytest.param(
+            19, {"channels": (21, 21, 21), "blueprints": ("low_rank",)}, marks=pytest.mark.slow
+        ),
     ],
 )
 def test_environment_7_of_many_equals_environment_7_of_8(count, changes):
