@@ -1,9 +1,10 @@
-"""Ways to run the stages of an iteration: eagerly, compiled, or whole as one program or CUDA graph.
+"""Ways to run the stages of an iteration: eagerly, as native code, compiled, or as CUDA graphs.
 
-A stage is a ``Loop`` (a scan over the leading axis of its inputs) or a plain function. Both are
-pure functions of trees of tensors, and ``off``, ``default`` and ``max`` give the same results to
-float32 rounding.
+A stage is a ``Loop`` (a scan over the leading axis of its inputs), a plain function, or a function
+of rows that do not depend on each other. All are pure functions of trees of tensors, and every way
+gives the same results to float32 rounding.
 
+With ``auto``, a stage becomes native code on a CPU (``native``), and runs eagerly elsewhere.
 ``default`` compiles one step of a loop, and Python calls the compiled step (``stepwise``). ``max``
 compiles the loop itself (``scan``, on a CPU) or captures all of its steps in a CUDA graph
 (``cuda_graph``). Where one of these fails, the next slower way takes over, with one warning.
@@ -17,7 +18,8 @@ from typing import Any, Literal
 import torch
 
 from esper_lightning.compiling.cuda_graph import CapturedFunction
-from esper_lightning.compiling.scan import ScanLoop, count_chunks
+from esper_lightning.compiling.native.loops import NativeFunction, NativeLoop, NativeMap
+from esper_lightning.compiling.scan import ScanLoop, ScanMap
 from esper_lightning.compiling.stepwise import StepwiseLoop
 from esper_lightning.compiling.tracing import Body, ChunkBody, Compiled, Tree
 from esper_lightning.core.tensor_trees import leaves, map_tree, rebuild
@@ -28,11 +30,11 @@ __all__ = [
     "capture_function",
     "compile_function",
     "compile_loop",
-    "in_cache",
+    "compile_map",
     "tell_reasons_again",
 ]
 
-CompileMode = Literal["off", "default", "max"]
+CompileMode = Literal["auto", "off", "default", "max"]
 Loop = Callable[..., tuple[Tree, Tree]]
 """A loop: ``(carry, xs, chunked, constants, out=None) -> (carry, rows)``."""
 
@@ -63,17 +65,18 @@ def compile_loop(
         mode: Compile mode of the loop.
         device: Device of all tensors.
     """
-    eager = _eager_loop(body, chunk_body)
-    stepwise = StepwiseLoop(body, chunk_body, device)
-    ways: list[Callable[..., Tree]] = [eager]
-    if mode != "off":
+    ways: list[Callable[..., Tree]] = [_eager_loop(body, chunk_body)]
+    if _is_native(mode, device):
+        ways.insert(0, NativeLoop(body, chunk_body))
+    elif mode in ("default", "max"):
+        stepwise = StepwiseLoop(body, chunk_body, device)
         ways.insert(0, stepwise)
-    if mode == "max":
-        on_cuda = device.type == "cuda"
-        ways.insert(
-            0, CapturedFunction(stepwise) if on_cuda else ScanLoop(body, chunk_body, device)
-        )
-    return _FirstThatWorks(name, f"compile={mode!r}", ways)
+        if mode == "max":
+            on_cuda = device.type == "cuda"
+            ways.insert(
+                0, CapturedFunction(stepwise) if on_cuda else ScanLoop(body, chunk_body, device)
+            )
+    return _FirstThatWorks(name, mode, ways)
 
 
 def compile_function(
@@ -89,13 +92,28 @@ def compile_function(
         mode: Compile mode of the function.
         device: Device of all tensors.
     """
-    compiled = Compiled(function, device)
-    ways: list[Callable[..., Tree]] = [function]
-    if mode != "off":
-        ways.insert(0, compiled)
-    if mode == "max" and device.type == "cuda":
-        ways.insert(0, CapturedFunction(compiled))
-    return _FirstThatWorks(name, f"compile={mode!r}", ways)
+    native = NativeFunction(function) if _is_native(mode, device) else None
+    return _FirstThatWorks(name, mode, _ways(function, native, mode=mode, device=device))
+
+
+def compile_map(
+    name: str, function: Callable[[Tree, Tree], Tree], *, mode: CompileMode, device: torch.device
+) -> Callable[[Tree, Tree], Tree]:
+    """A pure function ``(rows, constants) -> rows`` whose rows do not depend on each other.
+
+    Native code computes a few rows at a time, whose intermediate results stay in the caches.
+
+    Args:
+        name: Name of the function, for messages.
+        function: Pure function, of any number of rows.
+        mode: Compile mode of the function.
+        device: Device of all tensors.
+    """
+    native = NativeMap(function) if _is_native(mode, device) else None
+    ways = _ways(function, native, mode=mode, device=device)
+    if mode == "max" and device.type == "cpu":
+        ways.insert(0, ScanMap(function, device))
+    return _FirstThatWorks(name, mode, ways)
 
 
 def capture_function(
@@ -115,7 +133,7 @@ def capture_function(
     ways: list[Callable[..., Tree]] = [function]
     if device.type == "cuda":
         ways.insert(0, CapturedFunction(function))
-    return _FirstThatWorks(name, "A CUDA graph", ways)
+    return _FirstThatWorks(name, None, ways)
 
 
 def tell_reasons_again() -> None:
@@ -126,17 +144,26 @@ def tell_reasons_again() -> None:
     _REASONS_LOGGED.clear()
 
 
-def in_cache(rows: int, *, mode: CompileMode, device: torch.device) -> int:
-    """Number of equal chunks into which rows are cut so that the work on a chunk stays in cache.
+def _is_native(mode: CompileMode, device: torch.device) -> bool:
+    return device.type == "cpu" and mode == "auto"
 
-    The number is 1 where chunks gain nothing: where each chunk costs a call, and on a GPU.
 
-    Args:
-        rows: Number of rows to cut.
-        mode: Compile mode of the loop over the chunks.
-        device: Device of the rows.
-    """
-    return count_chunks(rows) if mode == "max" and device.type == "cpu" else 1
+def _ways(
+    function: Callable[..., Tree],
+    native: Callable[..., Tree] | None,
+    *,
+    mode: CompileMode,
+    device: torch.device,
+) -> list[Callable[..., Tree]]:
+    """Ways to run a function, from the fastest to the eager one."""
+    if native is not None:
+        return [native, function]
+    if mode not in ("default", "max"):
+        return [function]
+    compiled = Compiled(function, device)
+    if mode == "max" and device.type == "cuda":
+        return [CapturedFunction(compiled), compiled, function]
+    return [compiled, function]
 
 
 def _stack(rows: Sequence[Tree]) -> Tree:
@@ -172,12 +199,15 @@ class _FirstThatWorks:
 
     Args:
         name: Name of the function, for messages.
-        how: Setting or technique that may not work, for messages.
+        mode: Compile mode, for messages; ``None`` for a function that is only captured.
         ways: Ways to run the function, from the fastest to the eager one.
     """
 
-    def __init__(self, name: str, how: str, ways: Sequence[Callable[..., Tree]]) -> None:
-        self._name, self._how = name, how
+    def __init__(
+        self, name: str, mode: CompileMode | None, ways: Sequence[Callable[..., Tree]]
+    ) -> None:
+        self._name = name
+        self._how = "A CUDA graph" if mode is None else f"compile={mode!r}"
         self._ways = list(ways)
         self._kinds: list[tuple[torch.Size, torch.dtype]] | None = None
 

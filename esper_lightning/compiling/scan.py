@@ -7,10 +7,16 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from esper_lightning.compiling.tracing import Body, ChunkBody, Traced, Tree, compile_graph
+from esper_lightning.compiling.tracing import (
+    Body,
+    ChunkBody,
+    Tree,
+    compile_graph,
+    traced_for_inductor,
+)
 from esper_lightning.core.tensor_trees import leaves, map_tree, rebuild
 
-__all__ = ["ScanLoop", "count_chunks"]
+__all__ = ["ScanLoop", "ScanMap", "count_chunks"]
 
 # Rows of 64 features whose activations stay in the L2 cache of one thread.
 _ROWS_IN_CACHE = 1024
@@ -58,11 +64,13 @@ class ScanLoop:
         chunk_body, sums, many = None, list[Tensor](), self._chunks > 1
         if self._chunk_body is not None:
             one = chunk[0] if many else chunk
-            traced_chunk_body = Traced(self._chunk_body, (carry, one, constants), self._device)
+            traced_chunk_body = traced_for_inductor(
+                self._chunk_body, (carry, one, constants), self._device
+            )
             chunk_body, sums = traced_chunk_body.graph, leaves(traced_chunk_body.result)
             zeros = map_tree(lambda t: torch.zeros_like(t, device="cpu"), traced_chunk_body.result)
             x = (zeros, x)
-        traced = Traced(self._body, (carry, x, constants), self._device)
+        traced = traced_for_inductor(self._body, (carry, x, constants), self._device)
         body, self._result = traced.graph, traced.result
         num_carry = len(leaves(carry))
 
@@ -102,3 +110,34 @@ def count_chunks(rows: int) -> int:
         if rows % count == 0:
             return count
     return 1
+
+
+class ScanMap:
+    """A function of rows as one compiled program on a CPU, which computes a chunk at a time.
+
+    Args:
+        function: Pure function ``(rows, constants) -> rows`` whose rows do not depend on each
+            other.
+        device: Device of all tensors.
+    """
+
+    def __init__(self, function: Callable[[Tree, Tree], Tree], device: torch.device) -> None:
+        def body(counter: Tensor, rows: Tree, constants: Tree) -> tuple[Tensor, Tree]:
+            return counter + 1.0, function(rows, constants)
+
+        self._loop = ScanLoop(body, None, device)
+
+    def __call__(self, rows: Tree, constants: Tree) -> Tree:
+        """Run the function; the first call compiles."""
+        chunks = count_chunks(leaves(rows)[0].shape[0])
+
+        def cut(value: Tensor) -> Tensor:
+            return value.reshape(chunks, -1, *value.shape[1:])
+
+        xs = map_tree(cut, rows)
+        _, results = self._loop(torch.zeros(()), xs, None, constants)  # a loop carries something
+        return map_tree(_joined, results)
+
+
+def _joined(value: Tensor) -> Tensor:
+    return value.flatten(0, 1)  # [chunk, row, ...] -> [row, ...]

@@ -9,10 +9,20 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch._ops import OpOverload
 
 from esper_lightning.core.tensor_trees import leaves, map_tree, rebuild
 
-__all__ = ["Body", "ChunkBody", "Compiled", "Traced", "Tree", "compile_graph", "rational_tanh"]
+__all__ = [
+    "Body",
+    "ChunkBody",
+    "Compiled",
+    "Traced",
+    "Tree",
+    "compile_graph",
+    "rational_tanh",
+    "traced_for_inductor",
+]
 
 Tree = Any
 Body = Callable[[Tree, Tree, Tree], tuple[Tree, Tree]]
@@ -33,7 +43,8 @@ class Traced:
     Args:
         function: Pure function of trees of tensors.
         example: Arguments of the shapes that the graph will serve.
-        device: Device of all tensors.
+        functional: Whether operations in place become operations that return new tensors.
+        decompositions: Functions in the place of operations.
 
     Attributes:
         graph: Function from the tensors of the arguments to the tensors of the result.
@@ -41,7 +52,12 @@ class Traced:
     """
 
     def __init__(
-        self, function: Callable[..., Tree], example: tuple[Tree, ...], device: torch.device
+        self,
+        function: Callable[..., Tree],
+        example: tuple[Tree, ...],
+        *,
+        functional: bool = False,
+        decompositions: dict[Any, Callable[..., Any]] | None = None,
     ) -> None:
         self.result: Tree = None
 
@@ -54,7 +70,7 @@ class Traced:
         # A function that needs a gradient computes it itself; nothing outside needs autograd.
         with torch.no_grad():
             inputs = [leaf.detach().clone() for leaf in leaves(example)]
-            self.graph = _make_fx(flat, inputs, device)
+            self.graph = _make_fx(flat, inputs, functional, decompositions)
 
 
 def _fresh(leaf: Tensor, seen: list[Tensor]) -> Tensor:
@@ -66,15 +82,39 @@ def _fresh(leaf: Tensor, seen: list[Tensor]) -> Tensor:
 
 
 def _make_fx(
-    flat: Callable[..., list[Tensor]], inputs: list[Tensor], device: torch.device
+    flat: Callable[..., list[Tensor]],
+    inputs: list[Tensor],
+    functional: bool,
+    decompositions: dict[Any, Callable[..., Any]] | None,
 ) -> torch.fx.GraphModule:
     from torch.fx.experimental.proxy_tensor import make_fx  # noqa: PLC0415 - imports sympy
 
-    decompositions: dict[Any, Callable[..., Any]] = {}
-    if device.type == "cpu":
-        decompositions[torch.ops.aten.tanh.default] = _single_tanh
-        decompositions[torch.ops.aten.addmm.default] = _mm_and_bias
-    return make_fx(flat, decomposition_table=decompositions)(*inputs)
+    graph = make_fx(flat, decomposition_table=decompositions)(*inputs)
+    targets = [node.target for node in graph.graph.nodes if node.op == "call_function"]
+    if functional and any(_is_mutable(target) for target in targets):
+        # Only now: functionalize cannot be applied to a function that asks for gradients.
+        graph = make_fx(torch.func.functionalize(graph, remove="mutations"))(*inputs)
+    if functional:
+        graph.graph.eliminate_dead_code()
+    return graph
+
+
+def _is_mutable(target: Any) -> bool:
+    return isinstance(target, OpOverload) and target._schema.is_mutable  # pyright: ignore[reportPrivateUsage]
+
+
+def traced_for_inductor(
+    function: Callable[..., Tree], example: tuple[Tree, ...], device: torch.device
+) -> Traced:
+    """A function as a graph that Inductor compiles well.
+
+    Args:
+        function: Pure function of trees of tensors.
+        example: Arguments of the shapes that the graph will serve.
+        device: Device of all tensors.
+    """
+    pieces = _FOR_INDUCTOR if device.type == "cpu" else None
+    return Traced(function, example, decompositions=pieces)
 
 
 def compile_graph(function: Callable[..., Any], *, cpp_wrapper: bool = False) -> Callable[..., Any]:
@@ -109,7 +149,7 @@ class Compiled:
     def __call__(self, *args: Tree) -> Tree:
         """Run the function; the first call compiles."""
         if self._run is None:
-            traced = Traced(self._function, args, self._device)
+            traced = traced_for_inductor(self._function, args, self._device)
             self._run, self._result = compile_graph(traced.graph), traced.result
         with torch.no_grad():
             return rebuild(self._result, self._run(*leaves(args)))
@@ -155,3 +195,10 @@ def _mm_and_bias(
     if beta != 1.0 or alpha != 1.0:
         return NotImplemented
     return a.mm(b) - (-bias)
+
+
+_FOR_INDUCTOR: dict[Any, Callable[..., Any]] = {
+    torch.ops.aten.tanh.default: _single_tanh,
+    torch.ops.aten.addmm.default: _mm_and_bias,
+}
+"""Operations that Inductor does better in pieces, on a CPU."""

@@ -7,7 +7,7 @@ This file knows nothing of Lightning.
 import torch
 from torch import Tensor
 
-from esper_lightning.compiling.loops import CompileMode, compile_function, compile_loop, in_cache
+from esper_lightning.compiling.loops import CompileMode, compile_function, compile_map
 from esper_lightning.core.diagnostics import explained_variance
 from esper_lightning.core.gae import compute_gae, discounted_returns
 from esper_lightning.core.losses import normalize_advantage
@@ -35,9 +35,8 @@ class Critic:
 
     def __init__(self, agent: Agent, *, mode: CompileMode, device: torch.device) -> None:
         self._agent, self._device = agent, device
-        self._mode: CompileMode = mode
-        self._chunks: dict[int, int] = {}  # number of chunks, by number of rows
-        self._loop = compile_loop("values", self._value_chunk, mode=mode, device=device)
+        self._rows = compile_map("values", self._value_rows, mode=mode, device=device)
+        self._sequences = compile_function("values", self._value_all, mode=mode, device=device)
         self._steps = compile_function("values", self._value_steps, mode=mode, device=device)
         self._last = compile_function("last values", self._value_last, mode=mode, device=device)
 
@@ -53,34 +52,25 @@ class Critic:
         """
         if rollout.last_obs is not None:
             return self._values_of_images(weights, rollout, rollout.last_obs, memory)
-        rows = rollout.reward.numel()
-        if rows not in self._chunks:
-            whole = memory is not None  # sequences are not cut
-            mode = self._mode
-            self._chunks[rows] = 1 if whole else in_cache(rows, mode=mode, device=self._device)
-        chunks = self._chunks[rows]
-
-        def cut(value: Tensor) -> Tensor:
-            return value.reshape(chunks, -1, *value.shape[2:])
-
-        begins = None if memory is None else _beginnings(rollout)
-        xs = map_tree(cut, (rollout.obs, rollout.reached_obs, begins))
-        xs = (*xs, None if memory is None else memory[None])
-        counter = torch.zeros((), device=self._device)  # because a loop must carry something
+        ends = map_tree(_joined, (rollout.obs, rollout.reached_obs))
         with torch.no_grad():
-            _, values = self._loop(counter, xs, None, weights, None)
-        return map_tree(lambda value: value.flatten(0, 1), values)
+            if memory is None:
+                return self._rows(ends, weights)
+            begins = _beginnings(rollout).flatten()
+            return self._sequences(ends, weights, memory, begins)
 
-    def _value_chunk(
+    def _value_rows(self, ends: tuple[Observation, Observation], weights: Weights) -> Values:
+        return self._value_all(ends, weights, None, None)
+
+    def _value_all(
         self,
-        counter: Tensor,
-        x: tuple[Observation, Observation, Tensor | None, Tensor | None],
+        ends: tuple[Observation, Observation],
         weights: Weights,
-    ) -> tuple[Tensor, Values]:
-        obs, reached, begins, memory = x
+        memory: Tensor | None,
+        begins: Tensor | None,
+    ) -> Values:
         agent = self._agent
-        values = agent.with_weights(weights, agent.value, obs, reached, memory, begins)
-        return counter + 1.0, values
+        return agent.with_weights(weights, agent.value, *ends, memory, begins)
 
     @torch.no_grad()
     def _values_of_images(

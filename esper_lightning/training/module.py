@@ -105,11 +105,12 @@ class PPO(CheckpointHooks):
                 in an environment of its own. ``None`` means 100, or as many as ``env.num_envs``
                 where the spec cannot be copied with another number of environments.
             compile: Compile mode of rollouts and updates. ``off`` compiles nothing and starts at
-                once. ``default`` compiles single steps of loops. ``max`` compiles whole rollouts
-                and updates (on CUDA, captures them as graphs): half a minute of compilation or
-                more, then several times the speed. All three give the same results to rounding
-                (under ``bf16-mixed``, the rounding of bfloat16). What cannot be compiled runs a
-                slower way, with a warning.
+                once. ``auto`` turns them into native code on a CPU, in seconds, if there is a C++
+                compiler, and means ``off`` elsewhere. ``default`` compiles single steps of loops.
+                ``max`` compiles whole rollouts and updates (on CUDA, captures them as graphs): half
+                a minute of compilation or more, then several times the speed. All give the same
+                results to rounding (under ``bf16-mixed``, the rounding of bfloat16). What cannot be
+                compiled runs a slower way, with a warning.
             warm_start: Checkpoint from which a new run takes weights and normalisation statistics,
                 and nothing else. It has no effect where a run is resumed.
             extensions: Additions to PPO: rewards, terms of the loss and metrics, such as ``RND()``.

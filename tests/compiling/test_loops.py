@@ -8,18 +8,20 @@ import torch
 from torch import Tensor
 
 from esper_lightning.compiling import loops as compiling
-from esper_lightning.compiling import scan, stepwise
 from esper_lightning.compiling.loops import (
     CompileMode,
     compile_function,
     compile_loop,
-    in_cache,
+    compile_map,
 )
+from esper_lightning.compiling.scan import count_chunks
+from esper_lightning.compiling.stepwise import StepwiseLoop
 from esper_lightning.compiling.tracing import rational_tanh
 
+pytestmark = pytest.mark.filterwarnings("ignore::DeprecationWarning")  # of Inductor
 CPU = torch.device("cpu")
 STEPS, ROWS = 3, 4096
-MODES: list[CompileMode] = ["default", "max"]
+MODES: list[CompileMode] = ["auto", "default", "max"]
 
 
 def ours(caplog: pytest.LogCaptureFixture) -> list[logging.LogRecord]:
@@ -98,8 +100,8 @@ def test_rows_are_written_to_the_given_storage_and_the_carry_is_passed_on() -> N
         return carry + x, carry * constants
 
     xs, out = torch.tensor([1.0, 2.0, 4.0]), torch.empty(3)
-    for mode in ("off", "default"):
-        loop = compile_loop("test", body, mode=mode, device=CPU)
+    off = compile_loop("test", body, mode="off", device=CPU)
+    for loop in (off, StepwiseLoop(body, None, CPU)):
         carry, rows = loop(torch.zeros(()), xs, None, torch.tensor(10.0), out)
         assert carry == 7.0
         assert rows is out
@@ -120,20 +122,35 @@ def test_what_cannot_be_compiled_runs_eagerly_with_one_warning(
     assert "compile='max' does not work for the test" in record.getMessage()
 
 
-def test_without_a_compiler_it_still_runs(
+def test_without_a_compiler_it_runs_eagerly_and_says_what_to_install(
     monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
-    def absent(*args: Any, **kwargs: Any) -> Any:
-        raise RuntimeError("no C++ compiler")
-
-    for module in (scan, stepwise):
-        monkeypatch.setattr(module, "compile_graph", absent)
-    torch.testing.assert_close(Regression().run("max"), Regression().run("off"))
-    assert len(ours(caplog)) == 1  # the same reason for the program and the single step
-    assert all("no C++ compiler" in record.getMessage() for record in ours(caplog))
+    monkeypatch.setenv("CXX", "/nowhere/g++")
+    torch.testing.assert_close(Regression().run("auto"), Regression().run("off"), rtol=0, atol=0)
+    (record,) = ours(caplog)
+    assert "compile='auto' does not work for the test" in record.getMessage()
+    assert "install g++ or clang, or set CXX" in record.getMessage()
+    Regression().run("auto")
+    assert len(ours(caplog)) == 1  # the same reason
     compiling.tell_reasons_again()
-    Regression().run("max")
+    Regression().run("auto")
     assert len(ours(caplog)) == 2  # another run warns as well
+
+
+def test_compiled_steps_that_python_calls_give_the_same_results() -> None:
+    """As on CUDA, where native code is none."""
+    regression = Regression()
+    loop = StepwiseLoop(regression.body, regression.chunk_body, CPU)
+    carry = {name: value.clone() for name, value in regression.carry.items()}
+    got = loop(carry, regression.rate, regression.order, regression.constants, None)
+    torch.testing.assert_close(got, regression.run("off"), rtol=1e-4, atol=1e-5)
+
+
+def test_a_map_gives_the_same_rows_in_every_mode() -> None:
+    x, weight = torch.randn(300, 8), torch.randn(8, 20)
+    for mode in ("off", "auto", "max"):
+        rows = compile_map("test", lambda x, w: (x @ w).tanh(), mode=mode, device=CPU)
+        torch.testing.assert_close(rows(x, weight), (x @ weight).tanh(), rtol=1e-5, atol=1e-5)
 
 
 def test_an_error_of_exhausted_memory_is_raised_without_a_second_try() -> None:
@@ -169,7 +186,6 @@ def test_chunks_divide_the_rows_and_fit_the_cache(rows: int, chunks: int) -> Non
     threads = torch.get_num_threads()
     torch.set_num_threads(1)
     try:
-        assert in_cache(rows, mode="max", device=CPU) == chunks
-        assert in_cache(rows, mode="default", device=CPU) == 1
+        assert count_chunks(rows) == chunks
     finally:
         torch.set_num_threads(threads)

@@ -63,6 +63,8 @@ def assert_same(model, other):
 @pytest.mark.parametrize(
     ("mode", "case"),
     [
+        ("auto", "continuous"),
+        pytest.param("auto", "discrete", marks=pytest.mark.slow),
         pytest.param("max", "continuous", marks=pytest.mark.slow),
         pytest.param("default", "discrete", marks=pytest.mark.slow),
         pytest.param("default", "memory", marks=[pytest.mark.slow, pytest.mark.timeout(300)]),

@@ -1,0 +1,405 @@
+// What generated code calls: a team of threads, functions of numbers, products of matrices.
+// No header of torch is needed, so a file compiles in about a second.
+#include <pthread.h>
+#include <signal.h>
+#include <stdint.h>
+#include <stddef.h>
+
+#define INLINE static inline __attribute__((always_inline, unused))
+#define UNUSED __attribute__((unused))
+// Functions of their own compile much faster than one that holds them all.
+#define NOINLINE __attribute__((noinline, unused))
+
+// ---- A team of threads -------------------------------------------------------------------------
+
+struct Team {
+  int size;       // number of threads
+  int bad_index;  // whether an index lay outside of its tensor
+  int waiting;
+  unsigned round;
+  pthread_mutex_t lock;
+  pthread_cond_t changed;
+};
+
+INLINE void pause_a_little() {
+#if defined(__x86_64__) || defined(__i386__)
+  __builtin_ia32_pause();
+#elif defined(__aarch64__)
+  __asm__ volatile("yield");
+#endif
+}
+
+// Wait for all threads of the team: shortly by looking, then asleep, since other work may need the
+// processor.
+UNUSED static void wait_for_all(Team* team, int) {
+  if (team->size == 1) return;
+  const unsigned round = __atomic_load_n(&team->round, __ATOMIC_ACQUIRE);
+  if (__atomic_add_fetch(&team->waiting, 1, __ATOMIC_ACQ_REL) == team->size) {
+    __atomic_store_n(&team->waiting, 0, __ATOMIC_RELAXED);
+    pthread_mutex_lock(&team->lock);
+    __atomic_store_n(&team->round, round + 1, __ATOMIC_RELEASE);
+    pthread_cond_broadcast(&team->changed);
+    pthread_mutex_unlock(&team->lock);
+    return;
+  }
+  for (int k = 0; k < 400; k++) {
+    if (__atomic_load_n(&team->round, __ATOMIC_ACQUIRE) != round) return;
+    pause_a_little();
+  }
+  pthread_mutex_lock(&team->lock);
+  while (__atomic_load_n(&team->round, __ATOMIC_ACQUIRE) == round)
+    pthread_cond_wait(&team->changed, &team->lock);
+  pthread_mutex_unlock(&team->lock);
+}
+
+typedef void (*Work)(void* argument, Team* team, int me);
+struct Member { Team* team; Work work; void* argument; int number; pthread_t thread; };
+
+UNUSED static void* member_main(void* pointer) {
+  Member* member = (Member*)pointer;
+  Team* team = member->team;
+  pthread_mutex_lock(&team->lock);  // until it is known how many threads there are
+  while (team->size == 0) pthread_cond_wait(&team->changed, &team->lock);
+  pthread_mutex_unlock(&team->lock);
+  member->work(member->argument, team, member->number);
+  return nullptr;
+}
+
+// Run a function on several threads, and return whether an index lay outside of its tensor.
+// Where threads cannot be started, fewer do the same.
+UNUSED static int run_team(int threads, Work work, void* argument) {
+  enum { most = 256 };
+  Team team = {};
+  pthread_mutex_init(&team.lock, nullptr);
+  pthread_cond_init(&team.changed, nullptr);
+  Member members[most];
+  int started = 0;
+  if (threads > most) threads = most;
+  if (threads > 1) {
+    sigset_t all, before;  // signals are the business of the thread that calls
+    sigfillset(&all);
+    pthread_sigmask(SIG_SETMASK, &all, &before);
+    for (; started < threads - 1; started++) {
+      Member* member = &members[started];
+      *member = {&team, work, argument, started + 1, {}};
+      if (pthread_create(&member->thread, nullptr, member_main, member)) break;
+    }
+    pthread_sigmask(SIG_SETMASK, &before, nullptr);
+  }
+  pthread_mutex_lock(&team.lock);
+  team.size = started + 1;
+  pthread_cond_broadcast(&team.changed);
+  pthread_mutex_unlock(&team.lock);
+  work(argument, &team, 0);
+  for (int k = 0; k < started; k++) pthread_join(members[k].thread, nullptr);
+  pthread_cond_destroy(&team.changed);
+  pthread_mutex_destroy(&team.lock);
+  return team.bad_index;
+}
+
+// First of the rows that a thread computes.
+INLINE int64_t share(int64_t rows, int64_t granularity, int64_t size, int64_t me) {
+  const int64_t blocks = (rows + granularity - 1) / granularity;
+  const int64_t first = blocks * me / size * granularity;
+  return first < rows ? first : rows;
+}
+
+// ---- Functions of numbers ----------------------------------------------------------------------
+
+INLINE int32_t bits_of(float x) { int32_t k; __builtin_memcpy(&k, &x, 4); return k; }
+INLINE float from_bits(int32_t k) { float x; __builtin_memcpy(&x, &k, 4); return x; }
+
+INLINE float f_exp(float x) {  // Cephes; 2 ulp
+  const float z = x < -104.0f ? -104.0f : (x > 89.0f ? 89.0f : x);
+  const float n = __builtin_rintf(z * 1.44269504088896341f);
+  const float r = z - n * 0.693359375f + n * 2.12194440e-4f;
+  float p = 1.9875691500e-4f;
+  p = p * r + 1.3981999507e-3f;
+  p = p * r + 8.3334519073e-3f;
+  p = p * r + 4.1665795894e-2f;
+  p = p * r + 1.6666665459e-1f;
+  p = p * r + 5.0000001201e-1f;
+  p = p * (r * r) + r + 1.0f;
+  const int32_t k = (int32_t)n, half = k >> 1;  // in two steps, for results that are denormal
+  return p * from_bits((half + 127) << 23) * from_bits((k - half + 127) << 23);
+}
+INLINE double f_exp(double x) { return __builtin_exp(x); }
+
+INLINE float f_log(float x) {  // Cephes; 2 ulp
+  const bool tiny = x < 1.17549435e-38f;
+  const int32_t bits = bits_of(tiny ? x * 8388608.0f : x);
+  float m = from_bits((bits & 0x007fffff) | 0x3f000000);
+  int32_t e = ((bits >> 23) & 255) - (tiny ? 149 : 126);
+  const bool low = m < 0.707106781186547524f;
+  e -= low;
+  m = (low ? m + m : m) - 1.0f;
+  const float z = m * m, k = (float)e;
+  float p = 7.0376836292e-2f;
+  p = p * m - 1.1514610310e-1f;
+  p = p * m + 1.1676998740e-1f;
+  p = p * m - 1.2420140846e-1f;
+  p = p * m + 1.4249322787e-1f;
+  p = p * m - 1.6668057665e-1f;
+  p = p * m + 2.0000714765e-1f;
+  p = p * m - 2.4999993993e-1f;
+  p = p * m + 3.3333331174e-1f;
+  const float y = m * z * p - 2.12194440e-4f * k - 0.5f * z;
+  const float r = m + y + 0.693359375f * k;
+  return x == 0.0f ? -__builtin_inff() : (x < 0.0f ? __builtin_nanf("") : (x < __builtin_inff() ? r : x));
+}
+INLINE double f_log(double x) { return __builtin_log(x); }
+
+INLINE float f_log1p(float x) {  // Kahan
+  const float u = 1.0f + x;
+  return u == 1.0f || u == __builtin_inff() ? x : f_log(u) * (x / (u - 1.0f));
+}
+INLINE double f_log1p(double x) { return __builtin_log1p(x); }
+
+INLINE float f_expm1(float x) {  // Kahan
+  const float u = f_exp(x);
+  const float r = (u - 1.0f) * (x / f_log(u));
+  return u == 1.0f ? x : (u == __builtin_inff() ? u : (u - 1.0f == -1.0f ? -1.0f : r));
+}
+INLINE double f_expm1(double x) { return __builtin_expm1(x); }
+
+INLINE float f_tanh(float x) {  // Eigen's rational function; 4 ulp
+  const float z = x < -7.90531110763549805f ? -7.90531110763549805f
+                : (x > 7.90531110763549805f ? 7.90531110763549805f : x);
+  const float s = z * z;
+  float p = -2.76076847742355e-16f;
+  p = p * s + 2.00018790482477e-13f;
+  p = p * s - 8.60467152213735e-11f;
+  p = p * s + 5.12229709037114e-08f;
+  p = p * s + 1.48572235717979e-05f;
+  p = p * s + 6.37261928875436e-04f;
+  p = p * s + 4.89352455891786e-03f;
+  float q = 1.19825839466702e-06f;
+  q = q * s + 1.18534705686654e-04f;
+  q = q * s + 2.26843463243900e-03f;
+  q = q * s + 4.89352518554385e-03f;
+  return z * (p / q);
+}
+INLINE double f_tanh(double x) { return __builtin_tanh(x); }
+
+INLINE float f_erf(float x) {  // Eigen's rational function
+  const float z = x < -4.0f ? -4.0f : (x > 4.0f ? 4.0f : x);
+  const float s = z * z;
+  float p = -2.72614225801306e-10f;
+  p = p * s + 2.77068142495902e-08f;
+  p = p * s - 2.10102402082508e-06f;
+  p = p * s - 5.69250639462346e-05f;
+  p = p * s - 7.34990630326855e-04f;
+  p = p * s - 2.95459980854025e-03f;
+  p = p * s - 1.60960333262415e-02f;
+  float q = -1.45660718464996e-05f;
+  q = q * s - 2.13374055278905e-04f;
+  q = q * s - 1.68282697438203e-03f;
+  q = q * s - 7.37332916720468e-03f;
+  q = q * s - 1.42647390514189e-02f;
+  return z * (p / q);
+}
+INLINE double f_erf(double x) { return __builtin_erf(x); }
+
+#define BY_LIBRARY(name) \
+  INLINE float f_##name(float x) { return __builtin_##name##f(x); } \
+  INLINE double f_##name(double x) { return __builtin_##name(x); }
+BY_LIBRARY(sin) BY_LIBRARY(cos) BY_LIBRARY(tan) BY_LIBRARY(asin) BY_LIBRARY(acos) BY_LIBRARY(atan)
+BY_LIBRARY(sinh) BY_LIBRARY(cosh)
+INLINE float f_pow(float x, float y) { return __builtin_powf(x, y); }
+INLINE double f_pow(double x, double y) { return __builtin_pow(x, y); }
+INLINE float f_atan2(float y, float x) { return __builtin_atan2f(y, x); }
+INLINE double f_atan2(double y, double x) { return __builtin_atan2(y, x); }
+INLINE float f_fmod(float x, float y) { return __builtin_fmodf(x, y); }
+INLINE double f_fmod(double x, double y) { return __builtin_fmod(x, y); }
+INLINE float f_sqrt(float x) { return __builtin_sqrtf(x); }
+INLINE double f_sqrt(double x) { return __builtin_sqrt(x); }
+INLINE float f_floor(float x) { return __builtin_floorf(x); }
+INLINE double f_floor(double x) { return __builtin_floor(x); }
+INLINE float f_ceil(float x) { return __builtin_ceilf(x); }
+INLINE double f_ceil(double x) { return __builtin_ceil(x); }
+INLINE float f_trunc(float x) { return __builtin_truncf(x); }
+INLINE double f_trunc(double x) { return __builtin_trunc(x); }
+INLINE float f_round(float x) { return __builtin_rintf(x); }
+INLINE double f_round(double x) { return __builtin_rint(x); }
+INLINE float f_abs(float x) { return __builtin_fabsf(x); }
+INLINE double f_abs(double x) { return __builtin_fabs(x); }
+template <class T> INLINE T f_abs(T x) { return x < 0 ? (T)-x : x; }
+
+// NaN goes through, as in torch.
+template <class T> INLINE T f_minimum(T a, T b) { return a < b || a != a ? a : b; }
+template <class T> INLINE T f_maximum(T a, T b) { return a > b || a != a ? a : b; }
+template <class T> INLINE T f_nan_to_num(T x, T nan, T high, T low) {
+  return x != x ? nan : (x == (T)__builtin_inff() ? high : (x == -(T)__builtin_inff() ? low : x));
+}
+template <class T> INLINE T f_sign(T x) { return (T)((x > (T)0) - (x < (T)0)); }
+template <class T> INLINE T f_sigmoid(T x) { return (T)1 / ((T)1 + f_exp(-x)); }
+template <class T> INLINE T f_remainder(T x, T y) {
+  const T r = f_fmod(x, y);
+  return r != (T)0 && (r < (T)0) != (y < (T)0) ? r + y : r;
+}
+template <class T> INLINE T f_integer_remainder(T x, T y) {  // y is a constant, and not 0
+  const T r = x % y;
+  return r != 0 && (r < 0) != (y < 0) ? r + y : r;
+}
+template <class T> INLINE T f_floor_divide(T x, T y) {  // torch's, of numbers that are not integers
+  if (y == (T)0) return x / y;
+  T r = f_fmod(x, y), q = (x - r) / y;
+  if (r != (T)0 && (y < (T)0) != (r < (T)0)) q -= (T)1;
+  if (q == (T)0) return __builtin_copysign((T)0, x / y);
+  const T down = f_floor(q);
+  return q - down > (T)0.5 ? down + (T)1 : down;
+}
+template <class T> INLINE T f_lerp(T a, T b, T weight) {
+  return f_abs(weight) < (T)0.5 ? a + weight * (b - a) : b - (b - a) * ((T)1 - weight);
+}
+template <class T> INLINE T f_softplus(T x, T beta, T threshold) {
+  const T z = x * beta;
+  return z > threshold ? x : f_log1p(f_exp(z)) / beta;
+}
+template <class T> INLINE T f_softplus_backward(T g, T x, T beta, T threshold) {
+  const T z = x * beta, e = f_exp(z);
+  return z > threshold ? g : g * e / (e + (T)1);
+}
+template <class T> INLINE T f_elu(T x, T negative, T positive, T inner) {
+  return x > (T)0 ? x * positive : negative * f_expm1(x * inner);
+}
+template <class T> INLINE T f_elu_backward(T g, T negative, T positive, T inner, bool of_result, T x) {
+  const T slope = of_result ? inner * (x + negative) : inner * negative * f_exp(x * inner);
+  return x > (T)0 ? g * positive : g * slope;
+}
+template <class T> INLINE T f_silu_backward(T g, T x) {
+  const T s = f_sigmoid(x);
+  return g * s * ((T)1 + x * ((T)1 - s));
+}
+template <class T> INLINE T f_gelu(T x) {
+  return x * (T)0.5 * ((T)1 + f_erf(x * (T)0.70710678118654752440));
+}
+template <class T> INLINE T f_gelu_backward(T g, T x) {
+  const T c = (T)0.5 * ((T)1 + f_erf(x * (T)0.70710678118654752440));
+  return g * (c + x * (f_exp(x * x * (T)-0.5) * (T)0.39894228040143267794));
+}
+
+template <class T>
+UNUSED static void add(void* total, const void* more, int64_t first, int64_t end) {
+  T* __restrict a = (T*)total;
+  const T* __restrict b = (const T*)more;
+  for (int64_t k = first; k < end; k++) a[k] += b[k];
+}
+
+// An index that is safe to read at; negative ones count from the end.
+INLINE int64_t index_in(int64_t k, int64_t extent) {
+  const int64_t at = k < 0 ? k + extent : k;
+  return (uint64_t)at < (uint64_t)extent ? at : 0;
+}
+INLINE void note_bad_index(bool bad, Team* team) {
+  if (bad) __atomic_store_n(&team->bad_index, 1, __ATOMIC_RELAXED);
+}
+
+template <int K, class T, class Get> INLINE int64_t first_largest(Get get) {
+  T largest = get(0);
+  int64_t at = 0;
+  for (int64_t k = 1; k < K; k++) {
+    const T x = get(k);
+    if (x > largest || (x != x && largest == largest)) largest = x, at = k;
+  }
+  return at;
+}
+
+// ---- Products of matrices ----------------------------------------------------------------------
+
+#if defined(__AVX512F__)
+enum { LANES = 16, BLOCK_ROWS = 4, BLOCK_VECTORS = 4 };
+#elif defined(__AVX__)
+enum { LANES = 8, BLOCK_ROWS = 6, BLOCK_VECTORS = 2 };
+#else
+enum { LANES = 4, BLOCK_ROWS = 4, BLOCK_VECTORS = 4 };
+#endif
+typedef float Vector __attribute__((vector_size(LANES * 4), aligned(4), may_alias));
+#define UNROLL _Pragma("GCC unroll 8")
+
+template <int COUNT> INLINE Vector load_some(const float* from) {
+  Vector v = {};
+  __builtin_memcpy(&v, from, COUNT * 4);
+  return v;
+}
+template <int COUNT> INLINE void store_some(float* to, Vector v) { __builtin_memcpy(to, &v, COUNT * 4); }
+
+// P[k][n] = B[k * SK + n * SN], in rows of PADDED numbers; the last ones are 0.
+template <int K, int N, int SK, int SN, int PADDED> UNUSED static void pack(const float* __restrict B, float* __restrict P) {
+  for (int k = 0; k < K; k++) {
+    for (int n = 0; n < N; n++) P[k * PADDED + n] = B[k * SK + n * SN];
+    for (int n = N; n < PADDED; n++) P[k * PADDED + n] = 0.0f;
+  }
+}
+
+// ROWS rows of C from VECTORS vectors of B, of which the last holds LAST numbers.
+template <int ROWS, int VECTORS, int LAST, int K, int AM, int AK, int LDB, int LDC, bool PADDED>
+INLINE void block(const float* __restrict A, const float* __restrict B, float* __restrict C) {
+  constexpr int LOADED = PADDED || LAST == LANES ? VECTORS : VECTORS - 1;  // whole vectors of B
+  constexpr int STORED = LAST == LANES ? VECTORS : VECTORS - 1;            // and of C
+  Vector c[ROWS][VECTORS];
+  UNROLL
+  for (int i = 0; i < ROWS; i++)
+    UNROLL
+    for (int j = 0; j < VECTORS; j++) c[i][j] = Vector{};
+  for (int k = 0; k < K; k++) {
+    Vector b[VECTORS];
+    UNROLL
+    for (int j = 0; j < LOADED; j++) b[j] = *(const Vector*)(B + (int64_t)k * LDB + j * LANES);
+    if constexpr (LOADED < VECTORS) b[LOADED] = load_some<LAST>(B + (int64_t)k * LDB + LOADED * LANES);
+    UNROLL
+    for (int i = 0; i < ROWS; i++) {
+      const Vector a = Vector{} + A[(int64_t)i * AM + (int64_t)k * AK];
+      UNROLL
+      for (int j = 0; j < VECTORS; j++) c[i][j] += a * b[j];
+    }
+  }
+  UNROLL
+  for (int i = 0; i < ROWS; i++) {
+    UNROLL
+    for (int j = 0; j < STORED; j++) *(Vector*)(C + (int64_t)i * LDC + j * LANES) = c[i][j];
+    if constexpr (STORED < VECTORS) store_some<LAST>(C + (int64_t)i * LDC + STORED * LANES, c[i][STORED]);
+  }
+}
+template <int VECTORS, int LAST, int K, int AM, int AK, int LDB, int LDC, bool PADDED>
+NOINLINE static void panel(const float* __restrict A, const float* __restrict B, float* __restrict C, int64_t rows) {
+  int64_t m = 0;
+  for (; m + BLOCK_ROWS <= rows; m += BLOCK_ROWS)
+    block<BLOCK_ROWS, VECTORS, LAST, K, AM, AK, LDB, LDC, PADDED>(A + m * AM, B, C + m * LDC);
+  for (; m < rows; m++) block<1, VECTORS, LAST, K, AM, AK, LDB, LDC, PADDED>(A + m * AM, B, C + m * LDC);
+}
+// Rows of C[M][N] = A (strides AM and AK) * B (rows of LDB numbers).
+template <int N, int K, int AM, int AK, int LDB, bool PADDED>
+UNUSED static void gemm(const float* __restrict A, const float* __restrict B, float* __restrict C, int64_t first, int64_t end) {
+  constexpr int WIDTH = BLOCK_VECTORS * LANES, WHOLE = N / WIDTH * WIDTH, REST = N - WHOLE;
+  A += first * AM;
+  C += first * N;
+  for (int n = 0; n < WHOLE; n += WIDTH) panel<BLOCK_VECTORS, LANES, K, AM, AK, LDB, N, PADDED>(A, B + n, C + n, end - first);
+  if constexpr (REST > 0) {
+    constexpr int VECTORS = (REST + LANES - 1) / LANES, LAST = REST - (VECTORS - 1) * LANES;
+    panel<VECTORS, LAST, K, AM, AK, LDB, N, PADDED>(A, B + WHOLE, C + WHOLE, end - first);
+  }
+}
+// Rows of C[M][N]; a row of A and a column of B are contiguous. For few columns.
+template <int N, int K, int AM, int BN>
+UNUSED static void dots(const float* __restrict A, const float* __restrict B, float* __restrict C, int64_t first, int64_t end) {
+  for (int64_t m = first; m < end; m++)
+    for (int n = 0; n < N; n++) {
+      Vector s = {};
+      for (int k = 0; k + LANES <= K; k += LANES) s += load_some<LANES>(A + m * AM + k) * load_some<LANES>(B + (int64_t)n * BN + k);
+      float sum = 0.0f;
+      for (int j = 0; j < LANES; j++) sum += s[j];
+      for (int k = K / LANES * LANES; k < K; k++) sum += A[m * AM + k] * B[(int64_t)n * BN + k];
+      C[m * N + n] = sum;
+    }
+}
+// Rows of C[M][N] of any strides and type. For small products.
+template <class T, int N, int K, int AM, int AK, int BK, int BN>
+UNUSED static void tiny(const T* __restrict A, const T* __restrict B, T* __restrict C, int64_t first, int64_t end) {
+  for (int64_t m = first; m < end; m++)
+    for (int n = 0; n < N; n++) {
+      T sum = 0;
+      for (int k = 0; k < K; k++) sum += A[m * AM + (int64_t)k * AK] * B[(int64_t)k * BK + (int64_t)n * BN];
+      C[m * N + n] = sum;
+    }
+}

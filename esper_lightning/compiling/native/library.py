@@ -1,0 +1,168 @@
+"""Compiling C++ to a shared library, and the cache of libraries on disk.
+
+A library's name is a hash of everything that its content depends on: source, compiler, flags and
+kind of processor. Files appear whole (they are renamed), are readable by their owner only, and the
+oldest are deleted when there are too many.
+"""
+
+import ctypes
+import functools
+import hashlib
+import os
+import platform
+import shlex
+import shutil
+import subprocess
+import tempfile
+from contextlib import suppress
+from pathlib import Path
+
+from esper_lightning.compiling.native.values import UnsupportedError
+
+__all__ = ["build_library", "cache_directory", "find_compiler"]
+
+_KERNELS = Path(__file__).with_name("kernels.hpp")
+_FLAGS = (
+    *("-O3", "-std=c++17", "-shared", "-fPIC", "-pthread", "-fopenmp-simd", "-fwrapv", "-w"),
+    *("-fno-math-errno", "-fno-trapping-math"),
+)
+_MOST_BYTES = 256 * 2**20  # of all libraries in the cache
+_COMPILE_S = 300.0  # seconds after which a compiler is given up
+_INSTALL = "install g++ or clang, or set CXX"
+
+
+def find_compiler() -> list[str]:
+    """The command of the C++ compiler: ``$CXX``, else ``g++``, ``clang++`` or ``c++``.
+
+    Raises:
+        UnsupportedError: If there is none.
+    """
+    chosen = os.environ.get("CXX", "").strip()
+    for command in [chosen] if chosen else ["g++", "clang++", "c++"]:
+        words = shlex.split(command)
+        path = shutil.which(words[0])
+        if path is not None:
+            return [path, *words[1:]]
+    what = f"CXX={chosen!r} is no program" if chosen else "there is no C++ compiler"
+    raise UnsupportedError(f"{what} ({_INSTALL})")
+
+
+@functools.cache
+def _identity(command: tuple[str, ...]) -> str:
+    """What a compiler's output depends on besides source and flags."""
+    try:
+        done = subprocess.run(
+            [*command, "--version"], capture_output=True, text=True, timeout=60, check=True
+        )
+    except (OSError, subprocess.SubprocessError) as error:
+        raise UnsupportedError(f"{command[0]} does not run: {error}") from error
+    return "\n".join([*command, done.stdout, _processor()])
+
+
+def _processor() -> str:
+    """The kind of processor, for which ``-march=native`` compiles."""
+    with suppress(OSError):
+        lines = Path("/proc/cpuinfo").read_text().splitlines()
+        wanted = ("model name", "flags", "features", "cpu part")
+        return "\n".join(sorted({line for line in lines if line.lower().startswith(wanted)}))
+    return f"{platform.machine()} {platform.processor()}"
+
+
+def cache_directory() -> Path:
+    """The folder of compiled libraries, which nobody else may write to.
+
+    It is ``esper_lightning/native`` in ``$XDG_CACHE_HOME`` or ``~/.cache``.
+
+    Raises:
+        UnsupportedError: If there is no such folder and none can be made.
+    """
+    base = os.environ.get("XDG_CACHE_HOME") or str(Path("~/.cache").expanduser())
+    folder = Path(base) / "esper_lightning" / "native"
+    try:
+        folder.mkdir(mode=0o700, parents=True, exist_ok=True)
+        status = folder.stat()
+    except OSError as error:
+        raise UnsupportedError(f"no folder for compiled code: {error}") from error
+    if status.st_uid != os.getuid() or status.st_mode & 0o022:
+        raise UnsupportedError(
+            f"{folder} may be written by others (remove it, or set XDG_CACHE_HOME)"
+        )
+    return folder
+
+
+def build_library(source: str) -> ctypes.CDLL:
+    """Compile C++ into a shared library, or take it from the cache.
+
+    Args:
+        source: C++ text, to which ``kernels.hpp`` is prepended.
+
+    Raises:
+        UnsupportedError: If there is no compiler, if it fails, or if the library cannot be written
+            or loaded.
+    """
+    command = find_compiler()
+    identity = _identity(tuple(command))
+    flags = [*_FLAGS, _architecture_flag(), *shlex.split(os.environ.get("CXXFLAGS", ""))]
+    if "Free Software Foundation" in identity:
+        # Else a sum may be rounded twice in one loop and once in another, as the tuning for some
+        # processors has it: the rows of a product would differ with the division among threads.
+        flags.append("--param=avoid-fma-max-bits=0")
+    text = f"{_KERNELS.read_text()}\n{source}\n"
+    key = "\n".join([identity, *flags, text])
+    folder = cache_directory()
+    path = folder / f"{hashlib.sha256(key.encode()).hexdigest()[:32]}.so"
+    if path.exists():
+        with suppress(OSError):  # a damaged file is compiled again
+            os.utime(path)
+            return ctypes.CDLL(str(path))
+    _compile(command, flags, text, path)
+    try:
+        return ctypes.CDLL(str(path))
+    except OSError as error:
+        raise UnsupportedError(f"compiled code cannot be loaded: {error}") from error
+
+
+def _architecture_flag() -> str:
+    is_arm = platform.machine().lower() in ("arm64", "aarch64")
+    return "-mcpu=native" if is_arm else "-march=native"
+
+
+def _compile(command: list[str], flags: list[str], text: str, path: Path) -> None:
+    try:
+        with tempfile.TemporaryDirectory(dir=path.parent, prefix="build-") as build:
+            source, made = Path(build) / "code.cpp", Path(build) / "code.so"
+            source.write_text(text)
+            done = subprocess.run(
+                [*command, *flags, str(source), "-o", str(made)],
+                capture_output=True,
+                text=True,
+                errors="replace",
+                timeout=_COMPILE_S,
+                check=False,
+            )
+            if done.returncode:
+                lines = (done.stderr or done.stdout).strip().splitlines() or ["no message"]
+                errors = [line for line in lines if "error" in line] or lines
+                raise UnsupportedError(f"{command[0]} failed: {errors[0][:200]}")
+            made.chmod(0o700)
+            made.replace(path)
+    except (OSError, subprocess.SubprocessError) as error:
+        raise UnsupportedError(f"code cannot be compiled in {path.parent}: {error}") from error
+    _delete_oldest(path.parent, keep=path)
+
+
+def _delete_oldest(folder: Path, *, keep: Path) -> None:
+    """Delete the libraries that were not used for the longest time, if all are too large."""
+    found: list[tuple[float, int, Path]] = []
+    for path in folder.glob("*.so"):
+        with suppress(OSError):  # another process deleted it
+            status = path.stat()
+            found.append((status.st_mtime, status.st_size, path))
+    total = sum(size for _, size, _ in found)
+    for _, size, path in sorted(found):
+        if total <= _MOST_BYTES:
+            return
+        if path != keep:
+            with suppress(OSError):
+                path.unlink()
+            total -= size

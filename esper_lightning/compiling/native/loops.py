@@ -1,0 +1,165 @@
+"""Functions and loops that run as native code, compiled for the shapes of their first call."""
+
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from esper_lightning.compiling.native.drivers import (
+    LoopShapes,
+    function_text,
+    loop_text,
+    map_text,
+)
+from esper_lightning.compiling.native.program import Program, aligned
+from esper_lightning.compiling.native.translation import translate
+from esper_lightning.compiling.tracing import Body, ChunkBody, Traced, Tree
+from esper_lightning.core.tensor_trees import leaves, map_tree, rebuild
+
+__all__ = ["NativeFunction", "NativeLoop", "NativeMap", "chunk_rows"]
+
+_ROWS = 64  # of a chunk, whose activations then stay in the caches of one core
+
+
+class NativeFunction:
+    """A function of trees of tensors as native code.
+
+    Args:
+        function: Pure function.
+    """
+
+    def __init__(self, function: Callable[..., Tree]) -> None:
+        self._function = function
+        self._program: Program | None = None
+        self._result: Tree = None
+
+    def __call__(self, *args: Tree) -> Tree:
+        """Run the function; the first call compiles."""
+        flat = leaves(args)
+        if self._program is None:
+            traced = Traced(self._function, args, functional=True)
+            self._result = traced.result
+            body = translate(traced.graph, "body", shared=True)
+            self._program = Program(
+                function_text(body, len(flat) + len(body.captured)),
+                shared_bytes=body.work_bytes,
+                own_bytes=0,
+                captured=body.captured,
+            )
+        results = _allocate(leaves(self._result))
+        self._program.run(flat, results, steps=1)
+        return rebuild(self._result, results)
+
+
+class NativeMap:
+    """A function of rows as native code, which computes a few rows at a time.
+
+    Args:
+        function: Pure function ``(rows, constants) -> rows`` whose rows do not depend on each
+            other.
+    """
+
+    def __init__(self, function: Callable[[Tree, Tree], Tree]) -> None:
+        self._function = function
+        self._program: Program | None = None
+        self._result: Tree = None  # of one chunk
+        self._chunks = 1
+
+    def __call__(self, rows: Tree, constants: Tree) -> Tree:
+        """Run the function; the first call compiles."""
+        if self._program is None:
+            self._program = self._build(rows, constants)
+        results = [
+            torch.empty((leaf.shape[0] * self._chunks, *leaf.shape[1:]), dtype=leaf.dtype)
+            for leaf in leaves(self._result)
+        ]
+        self._program.run(leaves((rows, constants)), results, steps=self._chunks)
+        return rebuild(self._result, results)
+
+    def _build(self, rows: Tree, constants: Tree) -> Program:
+        number = leaves(rows)[0].shape[0]
+        size = chunk_rows(number)
+        self._chunks = number // size
+        some = map_tree(lambda leaf: leaf[:size], rows)
+        traced = Traced(self._function, (some, constants), functional=True)
+        self._result = traced.result
+        first, count = len(leaves(rows)), len(leaves((rows, constants)))
+        body = translate(traced.graph, "body", shared=False, unchanged=range(first, count))
+        others = count - first + len(body.captured)
+        return Program(
+            map_text(body, leaves(some), others, leaves(traced.result)),
+            shared_bytes=0,
+            own_bytes=aligned(body.work_bytes),
+            captured=body.captured,
+        )
+
+
+class NativeLoop:
+    """A loop as native code, without Python between its steps.
+
+    Args:
+        body: Pure function of one step.
+        chunk_body: Pure function of a chunk; ``None`` where the body needs no sums over chunks.
+    """
+
+    def __init__(self, body: Body, chunk_body: ChunkBody | None) -> None:
+        self._body, self._chunk_body = body, chunk_body
+        self._program: Program | None = None
+        self._result: Tree = None  # of one step
+
+    def __call__(
+        self, carry: Tree, xs: Tree, chunked: Any, constants: Tree, out: Tree = None
+    ) -> tuple[Tree, Tree]:
+        """Run the loop; the first call compiles. ``out`` is not used."""
+        del out  # the results are new memory, since a caller may still hold those of before
+        if self._program is None:
+            self._program = self._build(carry, xs, chunked, constants)
+        steps, carried = leaves((xs, chunked))[0].shape[0], len(leaves(carry))
+        of_step = leaves(self._result)
+        results = [*_allocate(of_step[:carried]), *_allocate(of_step[carried:], steps)]
+        self._program.run(leaves((carry, xs, chunked, constants)), results, steps=steps)
+        return rebuild(self._result, results)
+
+    def _build(self, carry: Tree, xs: Tree, chunked: Any, constants: Tree) -> Program:
+        x = map_tree(lambda value: value[0], xs)
+        carried, constant = len(leaves(carry)), len(leaves(constants))
+        chunk, sums, chunks = None, list[Tensor](), 1
+        if self._chunk_body is not None:
+            size = chunk_rows(chunked.shape[1])
+            chunks = chunked.shape[1] // size
+            example = (carry, chunked[0, :size], constants)
+            traced = Traced(self._chunk_body, example, functional=True)
+            sums = leaves(traced.result)
+            of_step = {*range(carried + 1 + constant)} - {carried}  # the same for all chunks
+            chunk = translate(traced.graph, "chunk", shared=False, unchanged=of_step)
+            zeros = map_tree(lambda leaf: torch.zeros_like(leaf, device="cpu"), traced.result)
+            x = (zeros, x)
+        traced = Traced(self._body, (carry, x, constants), functional=True)
+        self._result = traced.result
+        first = carried + len(leaves(x))
+        unchanged = range(first, first + constant)
+        body = translate(traced.graph, "body", shared=True, unchanged=unchanged)
+        results = leaves(traced.result)
+        shapes = LoopShapes(
+            carry=leaves(carry),
+            xs=leaves(xs),
+            chunked=leaves(chunked),
+            constants=leaves(constants),
+            sums=sums,
+            rows=results[carried:],
+        )
+        text, shared_bytes, own_bytes = loop_text(shapes, body, chunk, chunks)
+        captured = [*body.captured, *([] if chunk is None else chunk.captured)]
+        return Program(text, shared_bytes=shared_bytes, own_bytes=own_bytes, captured=captured)
+
+
+def chunk_rows(number: int) -> int:
+    """Rows of a chunk: about 64, so that all chunks are equal; where that cannot be, all rows."""
+    sizes = [size for size in range(_ROWS // 2, 4 * _ROWS + 1) if number % size == 0]
+    return min(sizes, key=lambda size: abs(size - _ROWS), default=number)
+
+
+def _allocate(like: Sequence[Tensor], *steps: int) -> list[Tensor]:
+    """Memory for tensors of the shapes of others, with ``steps`` as the first axis."""
+    return [torch.empty((*steps, *leaf.shape), dtype=leaf.dtype) for leaf in like]

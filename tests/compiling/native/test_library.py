@@ -1,0 +1,164 @@
+"""Compiled code is cached privately and whole; what cannot be compiled is said in a line."""
+
+import os
+import stat
+import subprocess
+import sys
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+
+import pytest
+
+from esper_lightning.compiling.native import library
+from esper_lightning.compiling.native.library import build_library, cache_directory, find_compiler
+from esper_lightning.compiling.native.values import UnsupportedError
+from tests import forked
+
+SOURCE = 'extern "C" int answer() { return 42; }'
+BUILD = (
+    "from esper_lightning.compiling.native.library import build_library\n"
+    f"assert build_library({SOURCE!r}).answer() == 42"
+)
+
+
+@pytest.fixture(autouse=True)
+def folder(tmp_path, monkeypatch) -> Path:
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
+    monkeypatch.delenv("CXX", raising=False)
+    return tmp_path / "esper_lightning" / "native"
+
+
+@pytest.fixture
+def compilations(monkeypatch) -> list[str]:
+    seen: list[str] = []
+    original = library._compile
+
+    def compile_(*args) -> None:
+        seen.append(args[2])
+        original(*args)
+
+    monkeypatch.setattr(library, "_compile", compile_)
+    return seen
+
+
+def test_a_library_is_compiled_once_and_is_its_owners_alone(folder, compilations):
+    umask = os.umask(0)
+    try:
+        assert [build_library(SOURCE).answer() for _ in range(2)] == [42, 42]
+    finally:
+        os.umask(umask)
+    assert len(compilations) == 1
+    (path,) = folder.iterdir()
+    assert stat.S_IMODE(path.stat().st_mode) == stat.S_IMODE(folder.stat().st_mode) == 0o700
+
+
+def test_other_sources_flags_and_compilers_are_other_libraries(folder, compilations, monkeypatch):
+    build_library(SOURCE)
+    build_library(SOURCE + "\n")
+    monkeypatch.setenv("CXXFLAGS", "-O1")
+    build_library(SOURCE)
+    monkeypatch.setenv("CXX", f"{find_compiler()[0]} -fno-ident")
+    build_library(SOURCE)
+    assert len(compilations) == len(list(folder.iterdir())) == 4
+
+
+@pytest.mark.parametrize("damage", [b"", b"not a library"])
+def test_a_damaged_library_is_compiled_again(folder, compilations, damage):
+    assert forked.run(["-c", BUILD], env={**os.environ, **forked.QUIET}).returncode == 0
+    (path,) = folder.iterdir()
+    path.write_bytes(damage)
+    assert build_library(SOURCE).answer() == 42
+    assert len(compilations) == 1
+
+
+def test_processes_and_threads_that_compile_at_once_do_not_disturb_each_other(folder):
+    with ThreadPoolExecutor(4) as pool:
+        done = list(pool.map(lambda _: forked.run(["-c", BUILD]), range(4)))
+    assert [one.returncode for one in done] == [0] * 4, done[0].stderr
+    assert len(list(folder.iterdir())) == 1
+
+
+def test_what_was_used_least_is_deleted_where_the_cache_is_full(folder, monkeypatch):
+    for number in range(3):
+        build_library(f"{SOURCE}  // {number}")
+        for path in folder.iterdir():
+            os.utime(path, (path.stat().st_atime - 100, path.stat().st_mtime - 100))
+    first, *_ = sorted(folder.iterdir(), key=lambda path: path.stat().st_mtime)
+    size = first.stat().st_size
+    build_library(f"{SOURCE}  // 0")  # now it is the latest
+    monkeypatch.setattr(library, "_MOST_BYTES", int(2.5 * size))
+    build_library(f"{SOURCE}  // 3")
+    assert first.exists()
+    assert len(list(folder.iterdir())) == 2
+
+
+def refused(words: str) -> None:
+    with pytest.raises(UnsupportedError, match=words) as caught:
+        build_library(SOURCE)
+    assert "\n" not in str(caught.value)
+
+
+def test_without_a_compiler_the_way_out_is_named(monkeypatch, tmp_path):
+    monkeypatch.setenv("CXX", "no-such-compiler -x")
+    refused("CXX='no-such-compiler -x' is no program .*install g\\+\\+ or clang")
+    monkeypatch.delenv("CXX")
+    monkeypatch.setenv("PATH", str(tmp_path))
+    refused("there is no C\\+\\+ compiler .*install g\\+\\+ or clang")
+
+
+def test_a_compiler_that_fails_leaves_nothing(folder, monkeypatch):
+    monkeypatch.setenv("CXXFLAGS", "-no-such-flag")
+    refused("failed: .*no-such-flag")
+    assert list(folder.iterdir()) == []
+
+
+def test_a_program_that_is_no_compiler_is_named(monkeypatch):
+    monkeypatch.setenv("CXX", "false")
+    refused("false does not run")
+
+
+def test_a_cache_that_others_may_write_to_is_not_used(folder):
+    folder.mkdir(parents=True)
+    folder.chmod(0o777)
+    refused("may be written by others")
+
+
+def test_a_cache_that_cannot_be_made_is_named(tmp_path, monkeypatch):
+    (tmp_path / "file").touch()
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "file"))
+    refused("no folder for compiled code")
+
+
+def fill(path: Path) -> None:
+    with path.open("wb", buffering=0) as file:
+        while True:
+            file.write(bytes(4096))
+
+
+def test_a_full_disk_leaves_no_torn_library(small_disk, monkeypatch):
+    monkeypatch.setenv("XDG_CACHE_HOME", str(small_disk))
+    folder = cache_directory()
+    (small_disk / "filler").touch()
+    with pytest.raises(OSError, match="space"):
+        fill(small_disk / "filler")
+    refused("cannot be compiled|failed")
+    assert list(folder.glob("*.so")) == []
+
+
+def test_the_compiler_sees_nothing_of_torch():
+    text = library._KERNELS.read_text()
+    included = [line for line in text.splitlines() if line.startswith("#include")]
+    assert {line.split()[1] for line in included} <= {
+        "<pthread.h>",
+        "<signal.h>",
+        "<stddef.h>",
+        "<stdint.h>",
+    }
+
+
+def test_it_needs_no_interpreter_to_be_loaded_again(folder, compilations):
+    """The library stays usable in another process, which finds it by its name."""
+    build_library(SOURCE)
+    (path,) = folder.iterdir()
+    code = f"import ctypes; assert ctypes.CDLL({str(path)!r}).answer() == 42"
+    subprocess.run([sys.executable, "-ISc", code], check=True)

@@ -1,0 +1,207 @@
+"""Native functions, maps and loops compute what the same functions compute eagerly."""
+
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+
+from esper_lightning.compiling.loops import compile_loop
+from esper_lightning.compiling.native.loops import (
+    NativeFunction,
+    NativeLoop,
+    NativeMap,
+    chunk_rows,
+)
+from esper_lightning.compiling.native.values import UnsupportedError
+from esper_lightning.core.tensor_trees import leaves
+
+CPU = torch.device("cpu")
+
+
+@pytest.fixture(params=[1, 2, 3])
+def threads(request):
+    before = torch.get_num_threads()
+    torch.set_num_threads(request.param)
+    yield request.param
+    torch.set_num_threads(before)
+
+
+def bits(tree: Any) -> list[bytes]:
+    return [leaf.numpy().tobytes() for leaf in leaves(tree)]
+
+
+def many_layers(x: Tensor, weights: tuple[Tensor, ...]) -> tuple[Tensor, Tensor]:
+    for weight in weights:
+        x = (x @ weight).tanh() + x.mean(0)
+    return x, (x - x.sum(1, keepdim=True)).square().sum()
+
+
+def test_a_team_of_any_size_computes_the_same_bits():
+    generator = torch.Generator().manual_seed(0)
+    x = torch.randn(1000, 64, generator=generator)
+    weights = tuple(torch.randn(64, 64, generator=generator) / 8 for _ in range(3))
+    function = NativeFunction(many_layers)
+    results = []
+    for threads in (1, 2, 3, 7):
+        torch.set_num_threads(threads)
+        results += [bits(function(x, weights)) for _ in range(5)]
+    torch.set_num_threads(1)
+    assert all(result == results[0] for result in results)
+    for got, expected in zip(function(x, weights), many_layers(x, weights), strict=True):
+        torch.testing.assert_close(got, expected, rtol=1e-5, atol=1e-5)
+
+
+class Descent:
+    """Gradient descent on minibatches, with a gradient over chunks of samples in each step."""
+
+    def __init__(self, samples: int, steps: int) -> None:
+        generator = torch.Generator().manual_seed(1)
+        self.carry = {"weight": torch.randn(24, 5, generator=generator), "n": torch.zeros(())}
+        self.rate = torch.rand(steps, generator=generator)
+        order = [torch.randperm(samples, generator=generator) for _ in range(steps)]
+        self.order = torch.stack(order)
+        self.constants = (torch.randn(samples, 5, generator=generator), None)
+
+    @staticmethod
+    def chunk_body(carry: Any, index: Tensor, constants: Any) -> tuple[Tensor, Tensor]:
+        x = constants[0][index]
+        with torch.enable_grad():
+            weight = carry["weight"].detach().requires_grad_()
+            loss = (torch.nn.functional.linear(x, weight).tanh() - 0.3).square().sum()
+            (gradient,) = torch.autograd.grad(loss, [weight])
+        return gradient, torch.ones_like(index).sum()
+
+    @staticmethod
+    def body(carry: Any, x: Any, constants: Any) -> Any:
+        (gradient, number), rate = x
+        weight = carry["weight"] - rate * gradient / number
+        return {"weight": weight, "n": carry["n"] + 1}, (gradient.norm(), carry["n"])
+
+    def run(self, loop: Any) -> Any:
+        return loop(self.carry, self.rate, self.order, self.constants, None)
+
+
+@pytest.mark.parametrize(("samples", "steps"), [(64, 1), (192, 2), (1024, 5), (61, 3)])
+def test_a_loop_over_chunks_is_the_eager_loop_for_any_number_of_threads(samples, steps):
+    descent = Descent(samples, steps)
+    before = bits(descent.carry)
+    expected = descent.run(
+        compile_loop("test", Descent.body, Descent.chunk_body, mode="off", device=CPU)
+    )
+    loop = NativeLoop(Descent.body, Descent.chunk_body)
+    results = []
+    for threads in (1, 2, 4):
+        torch.set_num_threads(threads)
+        results += [descent.run(loop) for _ in range(2)]
+    torch.set_num_threads(1)
+    assert bits(descent.carry) == before  # what the caller holds is not written to
+    assert all(bits(result) == bits(results[0]) for result in results)
+    for got, value in zip(leaves(results[0]), leaves(expected), strict=True):
+        torch.testing.assert_close(got, value, rtol=1e-5, atol=1e-6)
+
+
+def test_a_loop_without_chunks_passes_its_carry_on(threads):
+    def body(carry: Any, x: Any, constants: Tensor) -> Any:
+        total, count = carry
+        total = total * 0.5 + x["x"] * constants
+        return (total, count + 1), {"total": total.sum(), "count": count}
+
+    loop = NativeLoop(body, None)
+    for steps in (1, 2, 5):
+        xs = {"x": torch.arange(float(steps * 6)).view(steps, 2, 3)}
+        carry = (torch.ones(2, 3), torch.tensor(3))
+        eager = compile_loop("test", body, mode="off", device=CPU)
+        expected = eager(carry, xs, None, torch.tensor([1.0, 2.0, 4.0]), None)
+        got = NativeLoop(body, None)(carry, xs, None, torch.tensor([1.0, 2.0, 4.0]), None)
+        assert bits(got) == bits(expected)
+    assert loop is not None
+
+
+@pytest.mark.parametrize("rows", [1, 63, 64, 640, 1000, 1009])
+def test_a_map_computes_each_row(threads, rows):
+    def function(rows: Any, constants: Tensor) -> Any:
+        x, flag = rows
+        return {"y": (x @ constants).relu(), "z": torch.where(flag, x.sum(-1), -1.0)}
+
+    x = torch.arange(rows * 20.0).view(rows, 20) % 7
+    example = ((x, x[:, 0] > 3), torch.eye(20)[:, :18] * 2)
+    got = NativeMap(function)(*example)
+    for name, value in function(*example).items():
+        assert torch.equal(got[name], value), name
+
+
+def test_results_are_new_memory_at_every_call():
+    function = NativeFunction(lambda x: (x + 1.0, x))
+    first = function(torch.zeros(3))
+    second = function(torch.ones(3))
+    assert [leaf.tolist() for leaf in first] == [[1.0] * 3, [0.0] * 3]
+    assert [leaf.tolist() for leaf in second] == [[2.0] * 3, [1.0] * 3]
+
+
+def test_strided_arguments_are_read_as_they_are():
+    function = NativeFunction(lambda x, y: x * 10 + y)
+    x, y = torch.arange(6.0).view(2, 3).t(), torch.arange(2.0).expand(3, 2)
+    assert torch.equal(function(x, y), x * 10 + y)
+
+
+def test_a_tensor_that_the_function_holds_is_read_in_place():
+    level = torch.tensor([1.0, 2.0])
+    function = NativeFunction(lambda x: x * level)
+    assert function(torch.ones(2)).tolist() == [1.0, 2.0]
+    level.fill_(5.0)
+    assert function(torch.ones(2)).tolist() == [5.0, 5.0]
+
+
+@pytest.mark.parametrize("index", [[0, 4], [-5, 1], [2**40, 0]])
+def test_an_index_outside_of_its_tensor_is_an_error_as_in_torch(index):
+    def function(x: Tensor, index: Tensor) -> Tensor:
+        return x[index]
+
+    native, x = NativeFunction(function), torch.arange(4.0)
+    assert native(x, torch.tensor([3, -4])).tolist() == [3.0, 0.0]
+    for run in (function, native):
+        with pytest.raises(IndexError, match="index"):
+            run(x, torch.tensor(index))
+    assert native(x, torch.tensor([1, -1])).tolist() == [1.0, 3.0]  # it still works
+
+
+def test_operations_in_place_become_operations_that_return_new_tensors():
+    def function(x: Tensor) -> tuple[Tensor, Tensor]:
+        y = x * 2
+        before = y + 1
+        y[1:].mul_(3.0)
+        y.add_(before)
+        return y, before
+
+    x = torch.arange(5.0)
+    for got, expected in zip(NativeFunction(function)(x), function(x), strict=True):
+        assert torch.equal(got, expected)
+
+
+@pytest.mark.parametrize(
+    ("function", "what"),
+    [
+        (lambda x: x.bfloat16() + 1, "bfloat16"),
+        (lambda x: x.fft.fft() if False else torch.fft.fft(x), "fft"),
+        (lambda x: x.sort().values, "aten.sort"),
+        (lambda x: x.argmax(0), "argmax of other axes"),
+        (lambda x: torch.nn.functional.gelu(x, approximate="tanh"), "approximate='tanh'"),
+        (lambda x: (x > 0).to(torch.complex64), "complex64"),
+        (lambda x: x[x.long(), x.long()], "several indices"),
+        (lambda x: x.log_softmax(0), "other axes than the last"),
+        (lambda x: x.long() // x.long(), "floor"),
+        (lambda x: x[:0] + 1, "empty"),
+    ],
+)
+def test_what_has_no_translation_is_refused_by_name(function, what):
+    with pytest.raises(UnsupportedError, match=what) as caught:
+        NativeFunction(function)(torch.ones(3, 3))
+    assert "\n" not in str(caught.value)
+
+
+@pytest.mark.parametrize(
+    ("rows", "size"), [(65536, 64), (128, 64), (96, 48), (61, 61), (16381, 16381), (1, 1)]
+)
+def test_chunks_divide_the_rows(rows: int, size: int) -> None:
+    assert chunk_rows(rows) == size

@@ -1,0 +1,345 @@
+"""Every operation that native code knows gives what torch gives, for values of every kind.
+
+Operations are compiled together, for a few layouts of their arguments, and run on many values.
+"""
+
+import functools
+from typing import Any
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from torch import Tensor
+from torch.nn import functional
+
+from esper_lightning.compiling.native.loops import NativeFunction
+from esper_lightning.compiling.native.translation import OPERATIONS
+from esper_lightning.compiling.tracing import Traced
+
+aten = torch.ops.aten
+CPU = torch.device("cpu")
+ODD = [0.0, -0.0, 1.0, -1.0, 0.5, 1.5, 2.5, -0.5, -1.5, 1e-3, 3.0, 7.9, -7.9, 20.5, 88.8, -104.5]
+ODD += [float("nan"), float("inf"), float("-inf"), 1e-40, -1e-40, 1e-45, 1.1754944e-38]
+ODD += [3.4028235e38, -3.4028235e38, 1e30, -1e30, 1e-30, 16777216.0, 2147483648.0]
+
+# Functions of two float tensors ``x`` and ``y`` that broadcast, two integer tensors ``k`` and ``n``
+# (indices from 0 to 3) and two bool tensors ``a`` and ``b``, with the number of units in the last
+# place by which results may differ (0: the same bits).
+EXACT: dict[str, Any] = {
+    "add": lambda v: v.x + v.y,
+    "add scalar": lambda v: aten.add.Scalar(v.x, 2.5),
+    "sub scalar": lambda v: aten.sub.Scalar(v.x, 2.5),
+    "mul scalar": lambda v: aten.mul.Scalar(v.x, 2.5),
+    "div scalar": lambda v: aten.div.Scalar(v.x, 2.5),
+    "rsub tensor": lambda v: aten.rsub.Tensor(v.x, v.y),
+    "alias": lambda v: aten.alias(v.x),
+    "add alpha": lambda v: torch.add(v.k, v.n, alpha=3),
+    "add number": lambda v: v.x + 2,
+    "sub": lambda v: v.x - v.y,
+    "sub alpha": lambda v: torch.sub(v.k, v.n, alpha=2),
+    "rsub": lambda v: 1.5 - v.x,
+    "mul": lambda v: v.x * v.y,
+    "mul bool": lambda v: v.a * v.b,
+    "mul mixed": lambda v: v.x * v.k,
+    "div": lambda v: v.x / v.y,
+    "div integers": lambda v: v.k / (v.n + 1),
+    "div number": lambda v: v.x / 3.0,
+    "div floor": lambda v: torch.div(v.x, v.y, rounding_mode="floor"),
+    "div trunc": lambda v: torch.div(v.x, v.y, rounding_mode="trunc"),
+    "neg": lambda v: -v.x,
+    "sign": lambda v: v.x.sign(),
+    "sgn": lambda v: v.k.sgn(),
+    "abs": lambda v: v.x.abs(),
+    "abs integer": lambda v: (v.k - 2).abs(),
+    "reciprocal": lambda v: v.x.reciprocal(),
+    "square": lambda v: v.x.square(),
+    "pow 2": lambda v: v.x**2,
+    "pow 3": lambda v: v.k**3,
+    "pow -1": lambda v: v.x**-1,
+    "floor": lambda v: v.x.floor(),
+    "ceil": lambda v: v.x.ceil(),
+    "trunc": lambda v: v.x.trunc(),
+    "round": lambda v: v.x.round(),
+    "minimum": lambda v: torch.minimum(v.x, v.y),
+    "maximum": lambda v: torch.maximum(v.x, v.y),
+    "maximum integer": lambda v: torch.maximum(v.k, v.n),
+    "fmod": lambda v: torch.fmod(v.s, v.u.abs() + 0.1),
+    "fmod number": lambda v: torch.fmod(v.s, 0.7),
+    "remainder": lambda v: torch.remainder(v.s, v.u.abs() + 0.1),
+    "remainder number": lambda v: torch.remainder(v.s, -0.7),
+    "remainder integer": lambda v: torch.remainder(v.k - 2, 3),
+    "clamp": lambda v: v.x.clamp(-1.0, 2.0),
+    "clamp tensor": lambda v: v.x.clamp(-v.y.abs(), v.y.abs()),
+    "clamp min": lambda v: v.x.clamp_min(0.25),
+    "clamp max": lambda v: v.x.clamp_max(0.25),
+    "clamp min tensor": lambda v: v.x.clamp_min(v.y),
+    "clamp max tensor": lambda v: v.x.clamp_max(v.y),
+    "clamp integer": lambda v: v.k.clamp(1, 2),
+    "relu": lambda v: v.x.relu(),
+    "threshold backward": lambda v: aten.threshold_backward(v.y, v.x, 0),
+    "lt": lambda v: v.x < v.y,
+    "le": lambda v: v.x <= 1,
+    "gt": lambda v: v.x > v.k,
+    "ge": lambda v: v.x >= 0.1,
+    "eq": lambda v: v.x == v.y,
+    "ne": lambda v: v.k != 2,
+    "eq number": lambda v: v.k == 1,
+    "lt number": lambda v: v.x < 1.5,
+    "ne tensor": lambda v: v.x != v.y,
+    "le tensor": lambda v: v.k <= v.n,
+    "gt number": lambda v: v.k > 1.5,
+    "ge tensor": lambda v: v.x >= v.y,
+    "logical and": lambda v: torch.logical_and(v.x, v.a),
+    "logical or": lambda v: torch.logical_or(v.k, v.a),
+    "logical xor": lambda v: torch.logical_xor(v.b, v.a),
+    "logical not": lambda v: torch.logical_not(v.x),
+    "bitwise and": lambda v: v.k & v.n,
+    "bitwise or": lambda v: v.a | v.b,
+    "bitwise xor": lambda v: v.k ^ v.n,
+    "bitwise and bool": lambda v: v.a & v.b,
+    "bitwise or number": lambda v: v.k | 1,
+    "bitwise and number": lambda v: v.k & 2,
+    "bitwise xor number": lambda v: v.k ^ 3,
+    "bitwise not": lambda v: ~v.a,
+    "bitwise not integer": lambda v: ~v.k,
+    "isnan": lambda v: v.x.isnan(),
+    "isinf": lambda v: v.x.isinf(),
+    "isfinite": lambda v: v.x.isfinite(),
+    "nan to num": lambda v: v.x.nan_to_num(2.0),
+    "where": lambda v: torch.where(v.a, v.x, v.y),
+    "where number": lambda v: torch.where(v.x > 0, v.y, 0.0),
+    "where numbers": lambda v: torch.where(v.a, 1.0, 2.0),
+    "where number first": lambda v: torch.where(v.a, 3.0, v.x),
+    "where mixed": lambda v: torch.where(v.a, v.k, v.x),
+    "masked fill": lambda v: v.x.masked_fill(v.a, -1.0),
+    "masked fill tensor": lambda v: v.x.masked_fill(v.a, torch.tensor(2.5)),
+    "to double": lambda v: v.x.double(),
+    "to integer": lambda v: v.x.clamp(-5, 5).nan_to_num().long(),
+    "to bool": lambda v: v.x.bool(),
+    "to float": lambda v: v.k.float(),
+    "to small": lambda v: (v.k + v.n).to(torch.uint8) * 100,
+    "full": lambda v: torch.full((2, 3), 1.5),
+    "full like": lambda v: torch.full_like(v.x, 2.0),
+    "new full": lambda v: v.x.new_full((3,), float("inf")),
+    "ones": lambda v: torch.ones(3),
+    "ones like": lambda v: torch.ones_like(v.k),
+    "new ones": lambda v: v.x.new_ones(2),
+    "zeros": lambda v: torch.zeros(2, dtype=torch.int64),
+    "zeros like": lambda v: torch.zeros_like(v.a),
+    "new zeros": lambda v: v.x.new_zeros(2),
+    "scalar tensor": lambda v: aten.scalar_tensor(2.5),
+    "arange": lambda v: torch.arange(5),
+    "arange from": lambda v: torch.arange(2, 9),
+    "arange by": lambda v: torch.arange(1, 9, 3),
+    "detach": lambda v: v.x.detach() + 1.0,
+    "amax": lambda v: v.x.amax(-1),
+    "amin": lambda v: v.x.amin(0),
+    "max": lambda v: v.x.max(),
+    "min": lambda v: v.x.min(),
+    "argmax": lambda v: v.x.argmax(-1),
+    "all": lambda v: v.a.all(),
+    "all dim": lambda v: v.a.all(0),
+    "all dims": lambda v: v.a.all((0, 1)),
+    "any dims": lambda v: v.a.any((0, -1)),
+    "any": lambda v: v.a.any(),
+    "any dim": lambda v: v.a.any(-1, keepdim=True),
+    "sum integers": lambda v: v.k.sum(),
+    "sum bools": lambda v: v.a.sum(-1),
+    "sum integers dim": lambda v: v.k.sum(0),
+}
+ROUNDED: dict[str, tuple[Any, float]] = {
+    "sqrt": (lambda v: v.x.sqrt(), 1),  # torch's own is not always the nearest number
+    "exp": (lambda v: v.x.exp(), 3),
+    "log": (lambda v: v.x.log(), 3),
+    "log1p": (lambda v: v.x.log1p(), 5),
+    "expm1": (lambda v: v.x.expm1(), 8),
+    "sin": (lambda v: v.x.clamp(-1e4, 1e4).sin(), 4),
+    "cos": (lambda v: v.x.clamp(-1e4, 1e4).cos(), 4),
+    "tan": (lambda v: v.x.clamp(-1, 1).tan(), 4),
+    "asin": (lambda v: v.x.asin(), 4),
+    "acos": (lambda v: v.x.acos(), 4),
+    "atan": (lambda v: v.x.atan(), 4),
+    "atan2": (lambda v: torch.atan2(v.x, v.y), 4),
+    "sinh": (lambda v: v.x.clamp(-80, 80).sinh(), 4),
+    "cosh": (lambda v: v.x.clamp(-80, 80).cosh(), 4),
+    "tanh": (lambda v: v.x.tanh(), 6),
+    "sigmoid": (lambda v: v.x.sigmoid(), 6),
+    "rsqrt": (lambda v: v.x.rsqrt(), 2),
+    "pow": (lambda v: torch.pow(v.s.abs() + 0.1, v.u.clamp(-5, 5)), 20),
+    "pow number": (lambda v: torch.pow(0.9, v.x), 4),
+    "pow by a number": (lambda v: v.x.abs() ** 1.7, 20),
+    "pow 0.5": (lambda v: v.x**0.5, 1),
+}
+ROUNDED_TO_SIZE: dict[str, tuple[Any, float]] = {
+    # Absolutely, in units of the last place of the largest finite argument or 1.
+    "erf": (lambda v: v.x.erf(), 4),
+    "silu": (lambda v: functional.silu(v.s), 8),
+    "gelu": (lambda v: functional.gelu(v.s), 8),
+    "elu": (lambda v: functional.elu(v.s, 1.3), 8),
+    "softplus": (lambda v: functional.softplus(v.s), 8),
+    "tanh backward": (lambda v: aten.tanh_backward(v.s, v.u), 8),
+    "sigmoid backward": (lambda v: aten.sigmoid_backward(v.s, v.u), 8),
+    "silu backward": (lambda v: aten.silu_backward(v.s, v.u), 8),
+    "gelu backward": (lambda v: aten.gelu_backward(v.s, v.u), 8),
+    "elu backward": (lambda v: aten.elu_backward(v.s, 1.3, 1.0, 1.0, False, v.u), 8),
+    "elu backward of results": (lambda v: aten.elu_backward(v.s, 1.0, 1.0, 1.0, True, v.u), 8),
+    "softplus backward": (lambda v: aten.softplus_backward(v.s, v.u, 1.0, 20.0), 8),
+    "lerp": (lambda v: torch.lerp(v.s, v.u, 0.1), 4),
+    "lerp tensor": (lambda v: torch.lerp(v.s, v.u, v.u), 16),
+    "addcmul": (lambda v: torch.addcmul(v.s, v.s, v.u, value=0.5), 16),
+    "add with a factor": (lambda v: torch.add(v.s, v.u, alpha=0.3), 4),
+    "sum": (lambda v: v.s.sum(), 64),
+    "sum dim": (lambda v: v.s.sum(0), 16),
+    "sum last": (lambda v: v.s.sum(-1, keepdim=True), 16),
+    "norm": (lambda v: v.s.norm(), 16),
+    "norm dim": (lambda v: torch.linalg.vector_norm(v.s, dim=-1), 16),
+    "mean": (lambda v: v.s.mean(), 16),
+    "mean dim": (lambda v: v.s.mean(-1), 16),
+    "var": (lambda v: v.s.var(), 512),
+    "var dim": (lambda v: v.s.var(0, correction=0), 512),
+    "log softmax": (lambda v: v.s.log_softmax(-1), 16),
+    "log softmax backward": (
+        lambda v: aten._log_softmax_backward_data(v.s, v.u.log_softmax(-1), -1, torch.float32),
+        64,
+    ),
+    "mm": (lambda v: v.s.flatten(0, -2) @ v.s.flatten(0, -2).t(), 256),
+    "addmm": (lambda v: torch.addmm(v.s[..., 0].flatten(), v.s.flatten(0, -2), v.m), 256),
+}
+MOVED: dict[str, Any] = {
+    "view": lambda v: v.x.reshape(-1) * 2,
+    "unsafe view": lambda v: aten._unsafe_view(v.x.contiguous(), [-1]),
+    "view of a sum": lambda v: (v.x + 1).reshape(-1),
+    "transpose": lambda v: v.x.transpose(0, -1),
+    "permute": lambda v: v.x.permute(*reversed(range(v.x.dim()))) + 1,
+    "t": lambda v: v.s.flatten(0, -2).t(),
+    "t of a sum": lambda v: (v.s.flatten(0, -2) + 1).t(),
+    "unsqueeze": lambda v: (v.x + 1).unsqueeze(1),
+    "squeeze": lambda v: v.x[:1].squeeze(),
+    "squeeze dim": lambda v: aten.squeeze.dim(v.x[:1], 0),
+    "squeeze dims": lambda v: aten.squeeze.dims(v.x[:1], [0]),
+    "expand": lambda v: (v.x[:1] + 1).expand(3, *v.x.shape[1:]),
+    "select": lambda v: (v.x * 2)[-1],
+    "select stored": lambda v: v.x[1] + v.x[-2],
+    "slice": lambda v: v.x[1:],
+    "slice by": lambda v: v.x[..., ::2] + 1,
+    "split": lambda v: torch.cat(v.x.split(2, -1)[::-1], -1),
+    "split sizes": lambda v: v.x.split([1, v.x.shape[0] - 1])[1],
+    "unbind": lambda v: torch.stack(v.x.unbind(-1)[::-1], 0),
+    "flip": lambda v: v.x.flip(0, -1),
+    "diagonal": lambda v: aten.diagonal(v.s.flatten(0, -2)) + 1,
+    "unfold": lambda v: v.x.unfold(-1, 2, 1),
+    "select backward": lambda v: aten.select_backward(v.x[0], v.x.shape, 0, 1),
+    "slice backward": lambda v: aten.slice_backward(v.x[1:3], v.x.shape, 0, 1, 3, 1),
+    "pad": lambda v: functional.pad(v.x, (1, 2), value=-1.0),
+    "pad sum": lambda v: functional.pad(v.x + 1, (0, 1)),
+    "cat": lambda v: torch.cat([v.x, v.y.expand_as(v.x), v.x * 2], 0),
+    "cat last": lambda v: torch.cat([v.x, v.k], -1),
+    "stack": lambda v: torch.stack([v.x, v.y.expand_as(v.x)], 1),
+    "gather": lambda v: v.x.gather(0, v.k),
+    "gather last": lambda v: v.x.gather(-1, v.n[..., :1]),
+    "index": lambda v: v.x[v.k.flatten()],
+    "index of two axes": lambda v: v.s.flatten(0, -2)[v.k.flatten(0, -2)[:2]],
+    "index second": lambda v: v.x[:, v.k.flatten()[:3]],
+    "index select": lambda v: v.x.index_select(0, v.k.flatten()),
+    "scatter": lambda v: v.x.scatter(-1, v.n[..., :1], v.y.expand_as(v.x)[..., :1]),
+    "scatter number": lambda v: v.x.scatter(-1, v.n[..., :1], 7.0),
+    "scatter add": lambda v: v.s.scatter_add(-1, v.n[..., :1], v.u[..., :1]),
+    "clone": lambda v: v.x.clone(),
+    "select scatter": lambda v: v.x.select_scatter(v.y[0], 0, 1),
+    "slice scatter": lambda v: v.x.slice_scatter(v.x[1:3] * 2, 0, 1, 3),
+    "slice scatter of one": lambda v: v.x.slice_scatter(v.x[:1] + 1, 0, 2, 3),
+    "copy": lambda v: aten.copy(v.x, v.y[:1].expand_as(v.x)),
+    "fill": lambda v: aten.fill(v.x, 3.5),
+}
+FUNCTIONS = {
+    **EXACT,
+    **{name: function for name, (function, _) in (ROUNDED | ROUNDED_TO_SIZE).items()},
+    **MOVED,
+}
+
+
+class Values:
+    """Arguments by their names."""
+
+    def __init__(self, x: Tensor, y: Tensor, k: Tensor, n: Tensor, a: Tensor, b: Tensor) -> None:
+        self.x, self.y, self.k, self.n, self.a, self.b = x, y, k, n, a, b
+        self.s, self.u = (t.nan_to_num(0.0, 3.0, -3.0).clamp(-30, 30) for t in (x, y.expand_as(x)))
+        self.m = self.s.flatten(0, -2)[:1].t().expand(-1, self.s[..., 0].numel())
+
+
+LAYOUTS = ["contiguous", "transposed", "broadcast", "three axes", "wide"]
+
+
+def arguments(layout: str, seed: int, odd: bool) -> list[Tensor]:
+    """Tensors of a layout, filled with normal numbers and, if ``odd``, with the oddest ones."""
+    generator = torch.Generator().manual_seed(seed)
+    shape = {"three axes": (4, 5, 6), "wide": (7, 40)}.get(layout, (4, 6))
+    if layout == "transposed":
+        shape = (6, 4)
+
+    def floats(*size: int) -> Tensor:
+        value = torch.randn(size, generator=generator) * 2.0
+        if odd:
+            chosen = torch.randint(0, len(ODD), size, generator=generator)
+            value = torch.where(
+                torch.rand(size, generator=generator) < 0.5, torch.tensor(ODD)[chosen], value
+            )
+        return value
+
+    x, y = floats(*shape), floats(*shape)
+    k, n = (torch.randint(0, 4, shape, generator=generator) for _ in range(2))
+    a, b = (torch.rand(shape, generator=generator) < 0.5 for _ in range(2))
+    if layout == "transposed":
+        x, y, k, n, a, b = (value.t() for value in (x, y, k, n, a, b))
+    if layout == "broadcast":
+        y, n_row = y[:1], n
+        n = n_row
+    return [x, y, k, n, a, b]
+
+
+def everything(*tensors: Tensor) -> dict[str, Tensor]:
+    values = Values(*tensors)
+    return {name: function(values) for name, function in FUNCTIONS.items()}
+
+
+@functools.cache
+def compiled(layout: str) -> NativeFunction:
+    return NativeFunction(everything)
+
+
+def compare(name: str, got: Tensor, expected: Tensor, largest: float) -> None:
+    assert got.shape == expected.shape, name
+    assert got.dtype == expected.dtype, name
+    if not expected.is_floating_point() or name in EXACT or name in MOVED:
+        torch.testing.assert_close(got, expected, rtol=0, atol=0, equal_nan=True, msg=name)
+        return
+    eps = torch.finfo(expected.dtype).eps
+    if name in ROUNDED:
+        allowed = {"rtol": ROUNDED[name][1] * eps, "atol": 1e-44}
+    else:
+        allowed = {
+            "rtol": ROUNDED_TO_SIZE[name][1] * eps,
+            "atol": ROUNDED_TO_SIZE[name][1] * eps * max(1.0, largest),
+        }
+    torch.testing.assert_close(
+        got, expected, **allowed, equal_nan=True, msg=lambda m: f"{name}: {m}"
+    )
+
+
+@pytest.mark.parametrize("layout", LAYOUTS)
+@settings(max_examples=20)
+@given(seed=st.integers(0, 2**32), odd=st.booleans())
+def test_native_code_computes_what_torch_computes(layout: str, seed: int, odd: bool) -> None:
+    tensors = arguments(layout, seed, odd)
+    expected = everything(*tensors)
+    values = Values(*tensors)
+    largest = float(values.s.abs().max() * values.u.abs().max().clamp(min=1.0)) * 6
+    for name, got in compiled(layout)(*tensors).items():
+        compare(name, got, expected[name], largest)
+
+
+def test_every_operation_is_tested() -> None:
+    graph = Traced(everything, tuple(arguments("contiguous", 0, False)), functional=True).graph
+    used = {str(node.target).removeprefix("aten.") for node in graph.graph.nodes}
+    assert set(OPERATIONS) - used == set()

@@ -1,0 +1,71 @@
+"""Training with native code gives the results of eager training, for whatever is shipped."""
+
+import dataclasses
+
+import pytest
+import torch
+from lightning.pytorch import Callback
+
+from esper_lightning import MLP, PPO, PPOConfig, Recurrent
+from esper_lightning.envs import Acrobot, CartPole, MountainCar, Pendulum
+from tests.growth.test_play import SPEC as GROWTH
+from tests.training.test_compiled import EVERYTHING, SMALL, warnings_of
+from tests.training.test_module import NotADataclass
+
+CASES = {
+    "Acrobot": (Acrobot(num_envs=16), MLP(), SMALL),
+    "MountainCar, relu": (MountainCar(num_envs=16), MLP(activation="relu"), EVERYTHING),
+    "Pendulum, silu": (
+        Pendulum(num_envs=16, time_limit=5),
+        MLP(activation="silu", hidden_sizes=(40, 24)),
+        dataclasses.replace(SMALL, normalize_reward=True),
+    ),
+    "CartPole, gelu": (CartPole(num_envs=16), MLP(activation="gelu"), EVERYTHING),
+    "CartPole, wide": (CartPole(num_envs=16), MLP(hidden_sizes=(256, 256)), SMALL),
+    "CartPole, odd sizes": (CartPole(num_envs=7), MLP(hidden_sizes=(17, 3)), SMALL),
+    "groups and masks": (NotADataclass(), MLP(), EVERYTHING),
+    "growth": (GROWTH, MLP(), SMALL),
+    "memory": (CartPole(num_envs=16, time_limit=5), Recurrent(), EVERYTHING),
+}
+UNKNOWN = ("esper_lightning.recurrence", "its step is no pure function")
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("case", CASES)
+def test_native_training_gives_the_results_of_eager_training(make_trainer, caplog, case):
+    env, policy, ppo = CASES[case]
+
+    def train(mode: str) -> PPO:
+        steps = env.num_envs * ppo.rollout_steps
+        model = PPO(env, policy, ppo, total_env_steps=2 * steps, compile=mode)
+        make_trainer(limit_val_batches=0).fit(model)
+        return model
+
+    eager, native = train("off"), train("auto")
+    assert native.gradient_steps == eager.gradient_steps
+    expected = eager.state_dict()
+    for name, value in native.state_dict().items():
+        torch.testing.assert_close(value, expected[name], rtol=2e-3, atol=2e-5, msg=name)
+    assert [m for m in warnings_of(caplog) if not any(word in m for word in UNKNOWN)] == []
+
+
+def test_any_number_of_threads_gives_the_same_bits(make_trainer):
+    """Once training begins: torch's own initialisation of weights depends on threads."""
+
+    class Threads(Callback):
+        def __init__(self, number: int) -> None:
+            self.number = number
+
+        def on_train_start(self, trainer, pl_module) -> None:
+            torch.set_num_threads(self.number)
+
+    def weights(threads: int) -> list[bytes]:
+        torch.set_num_threads(1)
+        ppo = PPOConfig(rollout_steps=8, minibatches=2, epochs=1)
+        model = PPO(CartPole(num_envs=128), ppo=ppo, total_env_steps=2048, compile="auto")
+        make_trainer(limit_val_batches=0, callbacks=[Threads(threads)]).fit(model)
+        torch.set_num_threads(1)
+        return [value.numpy().tobytes() for value in model.state_dict().values()]
+
+    first, others = weights(1), [weights(2), weights(3)]
+    assert all(bits == first for bits in others)
