@@ -34,6 +34,47 @@ def test_ranks_and_later_runs_have_states_and_noise_of_their_own():
         assert not torch.equal(other.action, first.action)
 
 
+class Stops(TorchFive):
+    """A simulator with the fault ``next(...)`` of an empty iterator, in the step ``at``."""
+
+    def __init__(self, num_envs, at):
+        super().__init__(num_envs)
+        self.at, self.taken = at, 0
+
+    def step(self, action):
+        self.taken += 1
+        if self.taken == self.at:
+            next(iter(()))
+        return super().step(action)
+
+
+class TestCodeThatRaisesStopIteration:
+    """Lightning takes it for the end of the data, and would begin the next epoch for ever."""
+
+    def test_in_a_rollout_it_is_an_error(self):
+        with pytest.raises(RuntimeError, match="raised StopIteration") as caught:
+            fit(Custom.of(Stops(4, at=3)), evaluates=False)
+        assert isinstance(caught.value.__cause__, StopIteration)
+
+    def test_in_an_evaluation_it_is_an_error(self):
+        with pytest.raises(RuntimeError, match="raised StopIteration"):
+            fit(Custom.of(Stops(4, at=19)), eval_episodes=4)  # two rollouts take 16 steps
+
+    @pytest.mark.parametrize("hook", ["training_step", "validation_step"])
+    def test_in_a_hook_of_a_subclass_it_is_an_error(self, hook):
+        def step(self, batch, batch_idx):
+            next(iter(()))
+
+        model = type("Mine", (PPO,), {hook: step})(CartPole(num_envs=4), MLP(hidden_sizes=(4,)))
+        with pytest.raises(RuntimeError, match="step called code that raised StopIteration"):
+            getattr(model, hook)(0, 0)
+
+
+def test_training_goes_on_where_only_the_first_steps_of_episodes_have_masks():
+    spec = Gymnasium(id="EsperRarely-v0", num_envs=4, mask="allowed", kwargs={"length": 3})
+    assert fit(spec, evaluates=False)[0].iteration == 4
+
+
 class TestASharedSimulator:
     def test_training_acts_on_what_the_simulator_shows_after_an_evaluation(self):
         made = TorchFive(4)
