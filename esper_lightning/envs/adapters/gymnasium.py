@@ -9,7 +9,7 @@ import torch
 from esper_lightning.core.errors import require_int
 from esper_lightning.core.imports import import_object
 from esper_lightning.core.spaces import EnvSpaces
-from esper_lightning.envs.adapters.host import HostEnv
+from esper_lightning.envs.adapters.host import HostEnv, require_mask_entry
 from esper_lightning.envs.adapters.named import SEEDS, NamedSpec, require_package
 from esper_lightning.envs.adapters.serial import SerialEnv
 from esper_lightning.envs.adapters.spaces import read_spaces
@@ -35,7 +35,8 @@ class Gymnasium(NamedSpec):
         wrappers: Import paths of wrappers, the innermost first.
         workers: Processes that share the environments; 0 steps them in this process.
         mask: Entry of ``info`` that holds action masks; ``None`` if the entry ``action_mask`` of a
-            ``Dict`` observation holds them, or if every action is always allowed.
+            ``Dict`` observation holds them, or if every action is always allowed. The ``info``
+            of a reset must have the entry; after a step without it, every action is allowed.
     """
 
     num_envs: int = 8
@@ -61,6 +62,8 @@ class Gymnasium(NamedSpec):
             env = self._one()
             try:
                 obs, action = env.observation_space, env.action_space
+                if self.mask is not None:
+                    require_mask_entry(self.mask, env.reset(seed=0)[1])
                 return read_spaces(obs, action, masked=self.mask is not None)
             finally:
                 env.close()

@@ -91,6 +91,28 @@ class Masked(Counter):
         return self._allowed
 
 
+class Rarely(Masked):
+    """An environment whose ``info`` has masks in the steps with these numbers, 0 for the reset."""
+
+    def __init__(self, *, with_masks: tuple[int, ...] = (0,), **kwargs: Any) -> None:
+        super().__init__(**kwargs)
+        self._with_masks = with_masks
+
+    def reset(self, *, seed: Any = None, options: Any = None) -> Any:
+        obs, info = super().reset(seed=seed)
+        return obs, self._some(info)
+
+    def step(self, action: Any) -> Any:
+        *rest, info = super().step(action)
+        return *rest, self._some(info)
+
+    def _some(self, info: Any) -> Any:
+        if self.steps in self._with_masks:
+            return {**info, "seconds": 1.0}
+        self._allowed = np.ones(3, bool)
+        return {"seconds": 1.0}
+
+
 class Dying(Counter):
     """An environment whose process dies in the third step."""
 
@@ -127,6 +149,7 @@ class Rising(Counter):
 for name, made in (
     ("Counter", Counter),
     ("Masked", Masked),
+    ("Rarely", Rarely),
     ("Dying", Dying),
     ("Failing", Failing),
     ("Rising", Rising),

@@ -14,6 +14,7 @@ from gymnasium.vector import AutoresetMode, SyncVectorEnv
 from esper_lightning import check_env
 from esper_lightning.envs.adapters.gymnasium import Gymnasium
 from esper_lightning.envs.adapters.host import HostEnv
+from esper_lightning.envs.adapters.serial import SerialEnv
 from tests.envs.adapters import simulators
 
 CPU = torch.device("cpu")
@@ -42,6 +43,35 @@ def test_tasks_of_gymnasium_keep_the_contract(name):
 
 def test_masks_in_info_come_with_every_observation():
     check_env(Gymnasium(id="EsperMasked-v0", num_envs=3, mask="allowed"), steps=20)
+
+
+def test_a_step_without_a_mask_allows_every_action():
+    kwargs = {"with_masks": (0, 2), "length": 4}
+    for workers in (0, 2):
+        spec = Gymnasium(
+            id="EsperRarely-v0", num_envs=2, mask="allowed", kwargs=kwargs, workers=workers
+        )
+        env = spec.build(CPU, 0)
+        _, mask = env.reset()
+        odd = mask[:, 2].tolist()  # whether the first count is even
+        assert mask[:, :2].all()
+        seen = [env.step(torch.zeros(2).long()).action_mask.tolist() for _ in range(3)]
+        assert seen == [[[True] * 3] * 2, [[True, True, each] for each in odd], [[True] * 3] * 2]
+        env.close()
+
+
+def test_a_mask_of_another_name_is_refused_with_the_names_that_are_there():
+    line = r"^Gymnasium.mask must name an entry .*, got 'alowed'. There is allowed, seconds.$"
+    spec = Gymnasium(id="EsperRarely-v0", num_envs=2, mask="alowed")
+    with pytest.raises(ValueError, match=line):
+        spec.spaces()
+    line = line.replace("There is allowed, seconds", "There are no entries")
+    with pytest.raises(ValueError, match=line):
+        Gymnasium(id="EsperCounter-v0", num_envs=2, mask="alowed").spaces()
+    made = gymnasium.make("EsperRarely-v0", with_masks=())
+    env = HostEnv(SerialEnv([lambda: made], entry="allowed"), CPU, 0, name="x", mask="allowed")
+    with pytest.raises(ValueError, match=r"^Gymnasium.mask .* There is seconds.$"):
+        env.reset()
 
 
 @pytest.mark.parametrize("spec", [
