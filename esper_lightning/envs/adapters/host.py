@@ -91,8 +91,8 @@ class HostEnv(StatelessEnv):
 
     Raises:
         ValueError: If a space has no counterpart, or the simulator neither returns the observation
-            that an episode reached nor resets single environments. ``reset`` raises it if no
-            environment has the entry of masks then.
+            that an episode reached nor resets single environments, or resets them again in the next
+            step. ``reset`` raises it if no environment has the entry of masks then.
     """
 
     def __init__(
@@ -119,7 +119,12 @@ class HostEnv(StatelessEnv):
         self._grouped = isinstance(self.spaces.obs, dict)
         self._to_action = action_encoder(action_space)
         mode = env.metadata.get("autoreset_mode", "NextStep")
-        self._same_step = str(getattr(mode, "value", mode)) == "SameStep"
+        mode = str(getattr(mode, "value", mode))
+        self._same_step = mode == "SameStep"
+        # Gymnasium's workers forget that they were reset, unless they share memory.
+        forgets = mode == "NextStep" and getattr(env, "shared_memory", None) is False
+        rule = "be made with shared_memory=True, or with autoreset_mode=SAME_STEP"
+        require(not forgets, name, rule, type(env).__name__, "Its rows would be reset twice.")
         if not (self._same_step or resets_rows or self.num_envs == 1):
             self._require_reset_of_rows()
         self._latest = _Seen({}, None)

@@ -12,17 +12,20 @@ from gymnasium.spaces import Box, Dict, Discrete, MultiBinary, MultiDiscrete
 class Counter(gymnasium.Env):
     """An environment that counts steps, and ends after ``length`` by truncation or termination.
 
-    The first count is random, so that a reset is visible; observations have the groups and dtypes
+    Each episode has another length if the environment ``varies``. The first count is random, so that a reset is visible; observations have the groups and dtypes
     that ``kind`` asks for.
     """
 
-    def __init__(self, length: int = 5, *, truncates: bool = True, kind: str = "box") -> None:
+    def __init__(
+        self, length: int = 5, *, truncates: bool = True, kind: str = "box", varies: bool = False
+    ) -> None:
         self._length, self._truncates, self._kind = length, truncates, kind
+        self._varies = varies
         self.observation_space = {
             "box": Box(-1e3, 1e3, (2,), np.float64),
             "image": Box(0, 255, (3, 8, 8), np.uint8),
-            "discrete": Discrete(2000, start=-5),
-            "multi": MultiDiscrete([3, 4], start=[1, 2]),
+            "discrete": Discrete(2000, start=5000),
+            "multi": MultiDiscrete([3, 4], start=[11, 12]),
             "binary": MultiBinary(3),
             "dict": Dict(
                 {
@@ -44,6 +47,8 @@ class Counter(gymnasium.Env):
         self.steps, self.start = 0, float(np.round(self.np_random.uniform(10, 90), 3))
         if seed is not None:
             self.first_start = self.start
+        if self._varies:
+            self._length = int(self.np_random.integers(2, 6))
         return self._obs(), {}
 
     def step(self, action: Any) -> Any:
@@ -58,9 +63,9 @@ class Counter(gymnasium.Env):
         if self._kind == "image":
             return np.full((3, 8, 8), (int(self.start) + self.steps) % 256, np.uint8)
         if self._kind == "discrete":
-            return int(self.start) + self.steps - 5
+            return int(self.start) + self.steps + 5000
         if self._kind == "multi":
-            return np.array([1 + self.steps % 3, 2 + int(self.start) % 4])
+            return np.array([11 + self.steps % 3, 12 + int(self.start) % 4])
         if self._kind == "binary":
             return np.array([self.steps % 2, 1, int(self.start) % 2], np.int8)
         place = np.array([self.start, self.steps], np.float64)

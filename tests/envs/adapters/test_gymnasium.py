@@ -9,9 +9,10 @@ from pathlib import Path
 import gymnasium
 import pytest
 import torch
-from gymnasium.vector import AutoresetMode, SyncVectorEnv
+from gymnasium.vector import AsyncVectorEnv, AutoresetMode, SyncVectorEnv
 
 from esper_lightning import check_env
+from esper_lightning.core.spaces import MultiDiscrete
 from esper_lightning.envs.adapters.gymnasium import Gymnasium
 from esper_lightning.envs.adapters.host import HostEnv
 from esper_lightning.envs.adapters.serial import SerialEnv
@@ -25,10 +26,12 @@ def counter(kind="box", **kwargs):
     return Gymnasium(id="EsperCounter-v0", num_envs=3, kwargs={"kind": kind, **kwargs})
 
 
-def vector(mode, num_envs=3, **kwargs):
-    kwargs = {"length": 3, **kwargs}
-    makers = [lambda: simulators.Counter(**kwargs)] * num_envs
-    return SyncVectorEnv(makers, autoreset_mode=mode, copy=False)
+LENGTHS = (2, 3, 4)
+
+
+def counters(**kwargs):
+    """Functions that make environments whose episodes have ``LENGTHS``: not all end together."""
+    return [lambda n=n: simulators.Counter(length=n, **kwargs) for n in LENGTHS]
 
 
 @pytest.mark.parametrize("kind", KINDS)
@@ -75,17 +78,20 @@ def test_a_mask_of_another_name_is_refused_with_the_names_that_are_there():
 
 
 @pytest.mark.parametrize("spec", [
-    Gymnasium(id="EsperCounter-v0", num_envs=5, kwargs={"kind": "dict"}),
-    Gymnasium(id="EsperMasked-v0", num_envs=5, mask="allowed"),
-], ids=["dict", "info"])  # fmt: skip
+    *(Gymnasium(id="EsperCounter-v0", num_envs=5, kwargs={"kind": kind, "varies": True})
+      for kind in ("dict", "discrete", "multi")),
+    Gymnasium(id="EsperMasked-v0", num_envs=5, mask="allowed", kwargs={"varies": True}),
+], ids=["dict", "discrete", "multi", "info"])  # fmt: skip
 def test_workers_return_what_one_process_returns(spec):
     alone, shared = spec.build(CPU, 7), Gymnasium(**{**vars(spec), "workers": 2}).build(CPU, 7)
     try:
         first, second = alone.reset(), shared.reset()
         for t in range(12):
             torch.testing.assert_close(first, second, rtol=0, atol=0)
-            mask = first[1]
+            mask = torch.ones(5, 3) if first[1] is None else first[1]
             action = (mask.float() + torch.rand(5, 3)).argmax(1) if t % 2 else mask.long().argmax(1)
+            if isinstance(alone.spaces.action, MultiDiscrete):
+                action = torch.randint(2, (5, 2))
             one, other = alone.step(action), shared.step(action)
             torch.testing.assert_close(one, other, rtol=0, atol=0, equal_nan=True)
             first, second = (one.obs, one.action_mask), (other.obs, other.action_mask)
@@ -100,26 +106,50 @@ def test_workers_return_what_one_process_returns(spec):
 def test_every_autoreset_mode_resets_within_the_step_and_says_what_was_reached(
     mode, truncates, kind
 ):
-    env = HostEnv(vector(mode, truncates=truncates, kind=kind), CPU, 0, name="Counter")
+    makers = counters(truncates=truncates, kind=kind)
+    check_episodes(SyncVectorEnv(makers, autoreset_mode=mode, copy=False), truncates, kind)
+
+
+ASYNC = [(mode, shared) for mode in AutoresetMode for shared in (True, False)]
+
+
+@pytest.mark.parametrize(("mode", "shared"), ASYNC)
+def test_processes_of_gymnasium_reset_rows_once_or_are_refused(mode, shared):
+    env = AsyncVectorEnv(counters(), shared_memory=shared, context="fork", autoreset_mode=mode)
+    try:
+        if mode == AutoresetMode.NEXT_STEP and not shared:
+            line = r"^Counter must be made with shared_memory=True, .* got 'AsyncVectorEnv'"
+            with pytest.raises(ValueError, match=line):
+                HostEnv(env, CPU, 0, name="Counter")
+        else:
+            check_episodes(env, truncates=True, kind="box")
+    finally:
+        if not env.closed:
+            env.close()
+
+
+def check_episodes(simulator, truncates, kind):
+    env = HostEnv(simulator, CPU, 0, name="Counter")
     obs, _ = env.reset()
     place = (lambda seen: seen["place"]) if kind == "dict" else (lambda seen: seen)
     start = place(obs)[:, 0].clone()
-    for t in range(1, 8):
+    for t in range(1, 13):
         action = torch.zeros(3, 1) if kind == "box" else torch.zeros(3).long()
         result = env.step(action)
-        over = t % 3 == 0
-        assert result.truncated.tolist() == [over and truncates] * 3
-        assert result.terminated.tolist() == [over and not truncates] * 3
-        assert place(result.reached_obs)[:, 1].tolist() == [(t - 1) % 3 + 1] * 3
+        over = torch.tensor([t % length == 0 for length in LENGTHS])
+        assert result.truncated.tolist() == (over & truncates).tolist()
+        assert result.terminated.tolist() == (over & (not truncates)).tolist()
+        reached = [(t - 1) % length + 1 for length in LENGTHS]
+        assert place(result.reached_obs)[:, 1].tolist() == reached
         torch.testing.assert_close(place(result.reached_obs)[:, 0], start)
-        assert place(result.obs)[:, 1].tolist() == [t % 3] * 3
-        if over:
-            assert (place(result.obs)[:, 0] != start).all()
-            assert result.episode_length.tolist() == [3, 3, 3]
-            assert result.episode_return.tolist() == pytest.approx([3 + 6 / 8] * 3)
-            start = place(result.obs)[:, 0].clone()
-        else:
-            assert result.episode_return.isnan().all()
+        assert place(result.obs)[:, 1].tolist() == [t % length for length in LENGTHS]
+        assert torch.equal(place(result.obs)[:, 0] != start, over)
+        lengths = torch.tensor(LENGTHS)
+        assert torch.equal(result.episode_length, lengths * over)
+        returns = lengths * (1 + (lengths + 1) / 16)
+        torch.testing.assert_close(result.episode_return[over], returns[over])
+        assert torch.equal(result.episode_return.isnan(), ~over)
+        start = place(result.obs)[:, 0].clone()
     env.close()
 
 
