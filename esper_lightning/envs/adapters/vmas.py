@@ -57,15 +57,32 @@ class VmasSimulator(Simulator):
         """Act with every agent."""
         worlds = action.reshape(-1, self._agents, *action.shape[1:])
         actions = [worlds[:, agent].reshape(len(worlds), -1) for agent in range(self._agents)]
-        stepped = self._env.step(actions)
-        obs, reward, done = stepped[:3]
-        truncated = stepped[3] if len(stepped) == 5 else torch.zeros_like(done)
+        obs, reward, done, truncated = self._step(actions)
 
         def of_each_agent(flag: Tensor) -> Tensor:
             return flag[:, None].expand(-1, self._agents).flatten()
 
         flags = of_each_agent(done), of_each_agent(truncated)
         return Stepped(self._fold(obs), self._fold(reward), *flags)
+
+    def _step(self, actions: list[Tensor]) -> tuple[Any, Any, Tensor, Tensor]:
+        """Results of a step in which the time limit is no failure.
+
+        By default VMAS returns one flag for both; its attribute ``terminated_truncated`` is
+        therefore true while it steps.
+        """
+        env = self._env
+        told_apart = getattr(env, "terminated_truncated", None)
+        if told_apart is None:
+            stepped = env.step(actions)
+        else:
+            env.terminated_truncated = True
+            try:
+                stepped = env.step(actions)
+            finally:
+                env.terminated_truncated = told_apart
+        obs, reward, done = stepped[:3]
+        return obs, reward, done, stepped[3] if len(stepped) == 5 else torch.zeros_like(done)
 
     def begin_iteration(self, progress: RunProgress) -> None:
         """Pass the progress of the run to the simulator or its scenario."""
