@@ -37,12 +37,7 @@ class TorchSimulator(Simulator):
         raw = getattr(env, "unwrapped", env)
         self.num_envs = int(raw.num_envs)
         self.device = torch.empty(0, device=raw.device).device
-        metadata: Mapping[str, Any] = getattr(env, "metadata", None) or {}
-        mode = metadata.get("autoreset_mode", "SameStep")
-        in_step = str(getattr(mode, "value", mode)) == "SameStep"
-        self.resets_itself = in_step and bool(
-            getattr(getattr(raw, "cfg", None), "auto_reset", True)
-        )
+        self.resets_itself = _resets_itself(env, raw)
         obs = to_groups((env.reset() if seed is None else env.reset(seed=seed))[0])
         masked = isinstance(obs, dict) and MASK in obs
         action = _action_space(raw.single_action_space)
@@ -76,6 +71,29 @@ class TorchSimulator(Simulator):
         """Close the simulator if it has ``close``."""
         if hasattr(self._env, "close"):
             self._env.close()
+
+
+def _resets_itself(env: Any, raw: Any) -> bool:
+    """Whether ``step`` resets the environments whose episode ended.
+
+    The outermost wrapper that has ``auto_reset`` decides, as in ManiSkill, then the settings, as in
+    mjlab. ManiSkill's environments without such a wrapper, known by ``elapsed_steps``, reset
+    nothing; Isaac Lab's do, and say nothing.
+    """
+    metadata: Mapping[str, Any] = getattr(env, "metadata", None) or {}
+    mode = metadata.get("autoreset_mode", "SameStep")
+    if str(getattr(mode, "value", mode)) != "SameStep":
+        return False
+    layer, layers = env, [env]
+    while layer is not raw:
+        own: dict[str, Any] = getattr(layer, "__dict__", {})
+        layer = own.get("env", own.get("_env", raw))
+        layers.append(layer)
+    for layer in layers:
+        if isinstance(found := getattr(layer, "auto_reset", None), bool):
+            return found
+    settings = getattr(raw, "cfg", None)
+    return bool(getattr(settings, "auto_reset", not hasattr(raw, "elapsed_steps")))
 
 
 def _action_space(space: Any) -> ActionSpace:

@@ -12,8 +12,8 @@ from gymnasium.spaces import Box, Dict, Discrete, MultiBinary, MultiDiscrete
 class Counter(gymnasium.Env):
     """An environment that counts steps, and ends after ``length`` by truncation or termination.
 
-    Each episode has another length if the environment ``varies``. The first count is random, so that a reset is visible; observations have the groups and dtypes
-    that ``kind`` asks for.
+    Each episode has another length if the environment ``varies``. The first count is random, so
+    that a reset is visible; observations have the groups and dtypes that ``kind`` asks for.
     """
 
     def __init__(
@@ -219,12 +219,73 @@ class TorchFive(Points):
         return {"policy": self.state}, self.reward, fell, over, self.extras
 
 
-class RslRl(Points):
-    """legged_gym's interface: four results, time-outs beside failures, no last observation."""
+class ManiSkill(Points):
+    """ManiSkill's environments without a vector wrapper: five tensors, and no resets."""
 
     def __init__(self, num_envs: int, **kwargs: Any) -> None:
         super().__init__(num_envs, **kwargs)
-        self.num_actions, self.extras = 1, {}
+        self.single_action_space = SimpleNamespace(shape=(1,))
+
+    @property
+    def unwrapped(self) -> "ManiSkill":
+        return self
+
+    @property
+    def elapsed_steps(self) -> torch.Tensor:
+        return self.steps
+
+    def reset(self, seed: int | None = None, options: Any = None) -> Any:
+        if seed is not None:
+            self.generator.manual_seed(seed)
+        rows = torch.zeros(self.num_envs, dtype=torch.bool)
+        rows[(options or {}).get("env_idx", slice(None))] = True
+        self.begin(rows)
+        return self.state, {}
+
+    def step(self, action: torch.Tensor) -> Any:
+        return self.state, self.reward, *self.advance(action), {}
+
+
+class ManiSkillVector:
+    """ManiSkill's vector wrapper, which resets rows if it has ``auto_reset``."""
+
+    def __init__(self, env: Any, *, auto_reset: bool) -> None:
+        self._env, self.auto_reset, self.reset = env, auto_reset, env.reset
+
+    @property
+    def unwrapped(self) -> ManiSkill:
+        return self._env.unwrapped
+
+    def step(self, action: torch.Tensor) -> Any:
+        obs, reward, fell, over, info = self._env.step(action)
+        ended = fell | over
+        if self.auto_reset and ended.any():
+            info = {"final_observation": obs.clone()}
+            self.unwrapped.begin(ended)
+        return obs, reward, fell, over, info
+
+
+class Wrapper:
+    """A wrapper of Gymnasium, which hides the attributes of what it wraps."""
+
+    def __init__(self, env: Any) -> None:
+        self.env, self.reset, self.step = env, env.reset, env.step
+
+    @property
+    def unwrapped(self) -> Any:
+        return self.env.unwrapped
+
+
+class RslRl(Points):
+    """rsl_rl's interface: four results, time-outs beside failures, no last observation.
+
+    With ``privileged`` there are five, as in legged_gym and unitree_rl_gym: the second one holds
+    the privileged observations (``"some"``), or is None where there are none (``"none"``).
+    """
+
+    def __init__(self, num_envs: int, *, privileged: str = "", **kwargs: Any) -> None:
+        super().__init__(num_envs, **kwargs)
+        self.num_actions, self.extras, self.privileged = 1, {}, privileged
         self.begin(torch.ones(num_envs, dtype=torch.bool))
 
     def get_observations(self) -> Any:
@@ -232,7 +293,10 @@ class RslRl(Points):
 
     def reset(self) -> Any:
         self.begin(torch.ones(self.num_envs, dtype=torch.bool))
-        return self.state, None
+        return self.state, self.seen_by_critic()
+
+    def seen_by_critic(self) -> Any:
+        return torch.ones(self.num_envs, 5) if self.privileged == "some" else None
 
     def step(self, action: torch.Tensor) -> Any:
         fell, over = self.advance(action)
@@ -241,7 +305,8 @@ class RslRl(Points):
         if ended.any():
             self.extras["episode"] = {"rew_hold": self.reward[ended].mean()}
         self.begin(ended)
-        return self.state, self.reward, ended.long(), self.extras
+        more = (self.seen_by_critic(),) if self.privileged else ()
+        return self.state, *more, self.reward, ended.long(), self.extras
 
 
 class VmasLike(Points):
