@@ -12,6 +12,7 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any, Literal
 
+import numpy as np
 import torch
 from torch import Tensor
 
@@ -160,7 +161,7 @@ class Gymnax(_OfJax):
         box = Box(tuple(int(n) for n in obs.shape) or (1,))
         if hasattr(action, "n"):
             return EnvSpaces(obs=box, action=Discrete(int(action.n)))
-        low, high = float(action.low), float(action.high)
+        low, high = _bound(action.low), _bound(action.high)
         return EnvSpaces(obs=box, action=Box(tuple(action.shape), low, high))
 
     def build(self, device: torch.device, seed: int) -> SimulatedEnv:
@@ -249,6 +250,12 @@ class Brax(_OfJax):
             return package.get_environment(self.id, **self.kwargs)
         except (KeyError, TypeError) as error:
             raise self.refuse(error) from error
+
+
+def _bound(value: Any) -> float | tuple[float, ...]:
+    """A bound of a box: one number, or one for each component of a flat shape."""
+    every: list[float] = np.asarray(value, float).ravel().tolist()
+    return every[0] if len(set(every)) == 1 else tuple(every)
 
 
 def _boxes(size: Any) -> ObsSpace:

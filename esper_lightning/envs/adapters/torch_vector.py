@@ -10,12 +10,12 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from esper_lightning.core.spaces import ActionSpace, Box, EnvSpaces
+from esper_lightning.core.spaces import EnvSpaces
 from esper_lightning.core.types import Observation
 from esper_lightning.envs.adapters.curriculum import pass_progress
 from esper_lightning.envs.adapters.simulated import Simulator, Stepped
-from esper_lightning.envs.adapters.spaces import MASK, read_action_space
-from esper_lightning.envs.adapters.tensors import FreshLog, read_boxes, to_groups
+from esper_lightning.envs.adapters.spaces import MASK, action_box, read_action_space
+from esper_lightning.envs.adapters.tensors import FreshLog, read_boxes, to_groups, to_range
 from esper_lightning.envs.base import RunProgress
 
 __all__ = ["TorchSimulator"]
@@ -40,8 +40,14 @@ class TorchSimulator(Simulator):
         self.resets_itself = _resets_itself(env, raw)
         obs = to_groups((env.reset() if seed is None else env.reset(seed=seed))[0])
         masked = isinstance(obs, dict) and MASK in obs
-        action = _action_space(raw.single_action_space)
-        self.spaces = EnvSpaces(obs=read_boxes(obs), action=action, masked=masked)
+        action = raw.single_action_space
+        discrete = hasattr(action, "n") or hasattr(action, "nvec")
+        self.spaces = EnvSpaces(
+            obs=read_boxes(obs),
+            action=read_action_space(action) if discrete else action_box(action),
+            masked=masked,
+        )
+        self._to_range = to_range(action, self.device)
         self._fresh = FreshLog()
 
     def reset(self, rows: Tensor | None, seed: int | None) -> Observation:
@@ -56,7 +62,7 @@ class TorchSimulator(Simulator):
 
     def step(self, action: Tensor) -> Stepped:
         """Act in every environment."""
-        obs, reward, terminated, truncated, extras = self._env.step(action)
+        obs, reward, terminated, truncated, extras = self._env.step(self._to_range(action))
         final = next((extras[name] for name in _FINAL if extras.get(name) is not None), None)
         reached = None if final is None else to_groups(final)
         return Stepped(
@@ -94,10 +100,3 @@ def _resets_itself(env: Any, raw: Any) -> bool:
             return found
     settings = getattr(raw, "cfg", None)
     return bool(getattr(settings, "auto_reset", not hasattr(raw, "elapsed_steps")))
-
-
-def _action_space(space: Any) -> ActionSpace:
-    """An action space; a box has no bounds, because such simulators scale actions themselves."""
-    if hasattr(space, "n") or hasattr(space, "nvec"):
-        return read_action_space(space)
-    return Box(tuple(int(n) for n in space.shape))

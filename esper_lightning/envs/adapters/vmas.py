@@ -11,6 +11,7 @@ from esper_lightning.core.types import Observation
 from esper_lightning.envs.adapters.curriculum import pass_progress
 from esper_lightning.envs.adapters.simulated import Simulator, Stepped
 from esper_lightning.envs.adapters.spaces import read_spaces
+from esper_lightning.envs.adapters.tensors import to_range
 from esper_lightning.envs.base import RunProgress
 
 __all__ = ["VmasSimulator"]
@@ -38,7 +39,9 @@ class VmasSimulator(Simulator):
         require(len(observed) == 1, f"{name} agents", "observe alike to share a policy", observed)
         acted = sorted({str(space) for space in env.action_space.spaces})
         require(len(acted) == 1, f"{name} agents", "act alike to share a policy", acted)
-        self.spaces = read_spaces(env.observation_space.spaces[0], env.action_space.spaces[0])
+        action_space = env.action_space.spaces[0]
+        self.spaces = read_spaces(env.observation_space.spaces[0], action_space)
+        self._to_range = to_range(action_space, self.device)
 
     def reset(self, rows: Tensor | None, seed: int | None) -> Observation:
         """Start new episodes in whole worlds."""
@@ -55,6 +58,7 @@ class VmasSimulator(Simulator):
 
     def step(self, action: Tensor) -> Stepped:
         """Act with every agent."""
+        action = self._to_range(action)
         worlds = action.reshape(-1, self._agents, *action.shape[1:])
         actions = [worlds[:, agent].reshape(len(worlds), -1) for agent in range(self._agents)]
         obs, reward, done, truncated = self._step(actions)
