@@ -43,10 +43,11 @@ class BatchedEnv(Protocol):
 
     Three further methods are called where an environment has them. ``close()`` is called at the end
     of a run, for what holds processes or windows. After ``reseed(seed)`` the next ``reset`` starts
-    as in environments that were built with the seed; an environment with ``reseed`` is built once
-    for all evaluations of a run. ``begin_iteration(progress)`` is for curricula: it is called with
-    a ``RunProgress`` before each iteration of training, and before the first reset of a run. It
-    must depend on ``progress`` alone, so that a resumed run continues the curriculum.
+    as in environments that were built with the seed, or the method returns False because it cannot
+    seed them; an environment that can be reseeded is built once for all evaluations.
+    ``begin_iteration(progress)`` is for curricula: it is called with a ``RunProgress`` before each
+    iteration of training, and before the first reset of a run. It must depend on ``progress``
+    alone, so that a resumed run continues the curriculum.
     """
 
     def reset(self) -> tuple[Observation, Bool[Tensor, "B K"] | None]:
@@ -217,10 +218,7 @@ def close_env(spec: object, env: object) -> None:
 def reseed_env(env: object, seed: int) -> bool:
     """Have the next reset of an environment seed everything random; whether it can."""
     reseed = getattr(env, "reseed", None)
-    if callable(reseed):
-        reseed(seed)
-        return True
-    return False
+    return callable(reseed) and reseed(seed) is not False
 
 
 def is_functional(env: BatchedEnv) -> bool:

@@ -54,7 +54,8 @@ def adapt(made: Any, device: torch.device, seed: int | None, *, name: str, lost:
     if hasattr(getattr(made, "unwrapped", made), "device"):
         return SimulatedEnv(TorchSimulator(made, seed, name=name), seed, lost=lost)
     if hasattr(made, "single_observation_space"):
-        return HostEnv(made, device, seed, name=name, lost=lost)
+        reseeds = not hasattr(made, "all_env_ids")  # EnvPool takes seeds, and ignores them
+        return HostEnv(made, device, seed, name=name, lost=lost, reseeds=reseeds)
     rule = (
         "be a vector environment (Gymnasium, Isaac Lab, rsl_rl, VMAS), a Simulator or a BatchedEnv"
     )
@@ -114,7 +115,7 @@ class Custom(EnvSpec):
         return _probed[self._key]
 
     def build(self, device: torch.device, seed: int) -> Any:
-        """Make the simulator; a shared one is made once in a process, and is then reseeded."""
+        """Make the simulator; a shared one is made once in a process, and reseeded if it can be."""
         if not self.shared:
             return self._made(device, seed % SEEDS)
         env = self._the_shared(device, seed % SEEDS)

@@ -61,7 +61,7 @@ class EnvPool(NamedSpec):
     def build(self, device: torch.device, seed: int) -> HostEnv:
         """Make the pool, which is seeded when it is made."""
         env = self._pool(self.num_envs, seed % SEEDS)
-        return HostEnv(env, device, None, name=self.id, keeps_bounds=False)
+        return HostEnv(env, device, None, name=self.id, keeps_bounds=False, reseeds=False)
 
     def evaluation_spec(self, episodes: int) -> "EnvPool":
         """Environments of an evaluation: at most those of training, each for several episodes."""

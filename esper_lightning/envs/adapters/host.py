@@ -84,6 +84,7 @@ class HostEnv(StatelessEnv):
         resets_rows: Whether the simulator is known to reset single environments. Otherwise a reset
             of one environment is tried.
         keeps_bounds: Whether observations lie within the bounds of their space.
+        reseeds: Whether a reset of the simulator takes a seed.
 
     Attributes:
         num_envs: Number of environments, ``B``.
@@ -106,8 +107,9 @@ class HostEnv(StatelessEnv):
         lost: Lost = "error",
         resets_rows: bool = False,
         keeps_bounds: bool = True,
+        reseeds: bool = True,
     ) -> None:
-        super().__init__(name, seed)
+        super().__init__(name, seed, reseeds=reseeds)
         self._env, self._device = env, device
         self._mask_entry, self._lost = mask, lost
         self.num_envs = int(env.num_envs)

@@ -7,6 +7,7 @@ simulator is built.
 # pyright: reportUnknownVariableType=false, reportUnknownArgumentType=false
 # pyright: reportUnknownLambdaType=false, reportMissingImports=false, reportMissingTypeStubs=false
 
+import dataclasses
 import importlib
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -60,7 +61,8 @@ class JaxSimulator(Simulator):
         self.spaces, self.num_envs, self.device, self.name = spaces, num_envs, device, name
         self._jax = jax
         place = jax.devices("cpu" if device.type == "cpu" else "gpu")[device.index or 0]
-        self._key = jax.device_put(jax.random.PRNGKey(seed), place)
+        self._place = place
+        self._restart_random(seed)
         self._running: Any = None
 
         def choose(where: Any, new: Any, old: Any) -> Any:
@@ -92,6 +94,8 @@ class JaxSimulator(Simulator):
 
     def reset(self, rows: Tensor | None, seed: int | None) -> Observation:  # noqa: ARG002
         """Start new episodes everywhere."""
+        if seed is not None:
+            self._restart_random(seed)
         self._key, key = self._jax.random.split(self._key)
         self._running, obs = self._begin(key)
         return self._tensors(obs)
@@ -103,15 +107,22 @@ class JaxSimulator(Simulator):
         self._running, self._key, *results = self._advance(self._running, self._key, array)
         return Stepped(*(self._tensors(result) for result in results))
 
+    def _restart_random(self, seed: int) -> None:
+        self._key = self._jax.device_put(self._jax.random.PRNGKey(seed % SEEDS), self._place)
+
     def _tensors(self, value: Any) -> Any:
         return self._jax.tree.map(torch.from_dlpack, value)
 
 
 @dataclass(frozen=True, kw_only=True)
 class _OfJax(NamedSpec):
-    """What environments of JAX share: two functions become a batch, which is cheap to enlarge."""
+    """What environments of JAX share: two functions become a batch."""
 
     __hash__ = NamedSpec.__hash__
+
+    def evaluation_spec(self, episodes: int) -> "_OfJax":
+        """Environments of an evaluation: at most those of training, each for several episodes."""
+        return dataclasses.replace(self, num_envs=min(episodes, self.num_envs))
 
     def _compiled(
         self,

@@ -32,7 +32,7 @@ class RslRlSimulator(Simulator):
         name: Name of the task in errors.
     """
 
-    resets_itself = True
+    resets_itself, reseeds = True, False
 
     def __init__(self, env: Any, *, name: str) -> None:
         self._env, self.name = env, name

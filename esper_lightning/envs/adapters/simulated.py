@@ -50,6 +50,7 @@ class Simulator(ABC):
         device: Device of the simulator's tensors.
         name: Name of the task in errors.
         resets_itself: Whether ``step`` has already reset the environments whose episode ended.
+        reseeds: Whether ``reset`` takes a seed. Otherwise the simulator is seeded when it is made.
     """
 
     num_envs: int
@@ -57,6 +58,7 @@ class Simulator(ABC):
     device: torch.device
     name: str = "Simulator"
     resets_itself: bool = False
+    reseeds: bool = True
 
     @abstractmethod
     def reset(self, rows: Bool[Tensor, " B"] | None, seed: int | None) -> Observation:
@@ -101,7 +103,7 @@ class SimulatedEnv(StatelessEnv):
     def __init__(self, simulator: Simulator, seed: int | None, *, lost: Lost = "error") -> None:
         rule = f"be a Simulator, with {', '.join(_MEMBERS)}"
         require_members(type(simulator).__name__, simulator, _MEMBERS, rule)
-        super().__init__(simulator.name, seed)
+        super().__init__(simulator.name, seed, reseeds=simulator.reseeds)
         self.simulator, self._lost = simulator, lost
         self.num_envs, self.spaces = simulator.num_envs, simulator.spaces
         self._device = simulator.device

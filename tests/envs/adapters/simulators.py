@@ -366,9 +366,11 @@ def make_torch_five(*, num_envs: int, device: str, seed: int, **kwargs: Any) -> 
     return TorchFive(num_envs, seed=seed, **kwargs)
 
 
-def make_rsl_rl(*, num_envs: int, device: str, seed: int, **kwargs: Any) -> RslRl:
+def make_rsl_rl(
+    *, num_envs: int, device: str, seed: int, kind: type[RslRl] = RslRl, **kwargs: Any
+) -> RslRl:
     assert device == "cpu"
-    return RslRl(num_envs, seed=seed, **kwargs)
+    return kind(num_envs, seed=seed, **kwargs)
 
 
 def make_vmas(*, num_envs: int, device: str, seed: int, **kwargs: Any) -> VmasLike:

@@ -58,7 +58,7 @@ def test_policies_scale_to_bounds_that_a_box_of_ours_represents(space, ours):
 
 
 def test_a_constant_beside_components_without_bounds_is_refused():
-    line = "^action_space must have two finite bounds in every component, or in none, .*TransformAction"
+    line = "^action_space must have two finite bounds .*, or in none, .*TransformAction"
     with pytest.raises(ValueError, match=line):
         read_action_space(box([0, -np.inf], [0, np.inf]))
 
