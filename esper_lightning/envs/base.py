@@ -145,8 +145,10 @@ class EnvSpec(ABC):
     messages and run directories, in place of that of the class. ``evaluation_spec(episodes)``
     returns the environments of an evaluation, fewer than the episodes perhaps. ``shared`` says that
     ``build`` always returns the same simulator: training then starts new episodes after each
-    evaluation. A dataclass field with ``metadata={"how": True}`` says how environments run, and not
-    what they are: it may differ between a checkpoint and the run that resumes it.
+    evaluation. Such a simulator is not closed at the end of a run; instead ``release()`` of the
+    spec is called once for each call of ``build``, where a spec has it. A dataclass field with
+    ``metadata={"how": True}`` says how environments run, and not what they are: it may differ
+    between a checkpoint and the run that resumes it.
     """
 
     num_envs: int
@@ -209,9 +211,10 @@ def takes_num_envs(spec: object) -> bool:
 
 
 def close_env(spec: object, env: object) -> None:
-    """Close an environment that can be closed, unless its spec says that others share it."""
-    close = getattr(env, "close", None)
-    if callable(close) and not getattr(spec, "shared", False):
+    """Close an environment that can be closed; a shared one is released, as its spec defines."""
+    method = (spec, "release") if getattr(spec, "shared", False) else (env, "close")
+    close = getattr(*method, None)
+    if env is not None and callable(close):
         close()
 
 

@@ -361,9 +361,11 @@ class VmasLike(Points):
         return self._lists(self.state), self._lists(self.reward), fell, over, {}
 
 
-def make_torch_five(*, num_envs: int, device: str, seed: int, **kwargs: Any) -> TorchFive:
+def make_torch_five(
+    *, num_envs: int, device: str, seed: int, kind: type[TorchFive] = TorchFive, **kwargs: Any
+) -> TorchFive:
     assert device == "cpu"
-    return TorchFive(num_envs, seed=seed, **kwargs)
+    return kind(num_envs, seed=seed, **kwargs)
 
 
 def make_rsl_rl(
