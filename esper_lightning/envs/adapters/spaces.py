@@ -99,6 +99,8 @@ def obs_encoder(space: Any) -> Callable[[Any], Array]:
 
         return columns
     dtype = np.uint8 if _is_image(space) else np.float32
+    if len(space.shape) == 0:  # one number, which becomes a vector
+        return lambda value: np.array(value, dtype).reshape(-1, 1)
     return lambda value: np.array(value, dtype)
 
 

@@ -58,5 +58,5 @@ def read_boxes(obs: Observation) -> ObsSpace:
 
 
 def _box(value: Tensor) -> Box:
-    shape = tuple(value.shape[1:])
+    shape = tuple(value.shape[1:]) or (1,)
     return Box(shape, 0.0, 255.0, dtype="uint8") if value.dtype == torch.uint8 else Box(shape)

@@ -24,6 +24,7 @@ class Counter(gymnasium.Env):
         self.observation_space = {
             "box": Box(-1e3, 1e3, (2,), np.float64),
             "image": Box(0, 255, (3, 8, 8), np.uint8),
+            "number": Box(-1e3, 1e3, (), np.float64),
             "discrete": Discrete(2000, start=5000),
             "multi": MultiDiscrete([3, 4], start=[11, 12]),
             "binary": MultiBinary(3),
@@ -62,8 +63,9 @@ class Counter(gymnasium.Env):
     def _obs(self) -> Any:
         if self._kind == "image":
             return np.full((3, 8, 8), (int(self.start) + self.steps) % 256, np.uint8)
-        if self._kind == "discrete":
-            return int(self.start) + self.steps + 5000
+        if self._kind in ("number", "discrete"):
+            count = self.start + self.steps
+            return int(count) + 5000 if self._kind == "discrete" else np.float64(count)
         if self._kind == "multi":
             return np.array([11 + self.steps % 3, 12 + int(self.start) % 4])
         if self._kind == "binary":

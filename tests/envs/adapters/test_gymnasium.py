@@ -19,7 +19,7 @@ from esper_lightning.envs.adapters.serial import SerialEnv
 from tests.envs.adapters import simulators
 
 CPU = torch.device("cpu")
-KINDS = ["box", "image", "discrete", "multi", "binary", "dict"]
+KINDS = ["box", "image", "number", "discrete", "multi", "binary", "dict"]
 
 
 def counter(kind="box", **kwargs):

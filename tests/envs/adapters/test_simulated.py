@@ -153,7 +153,7 @@ class TestLogs:
         assert env.metrics() == {}
         for _ in range(5):
             env.step(torch.zeros(2, 1))
-        assert env._logged == 1
+        assert env._counts == {"Episode_hold": 1}
         metrics = env.metrics()
         assert list(metrics) == ["Episode_hold"]
         assert math.isfinite(metrics["Episode_hold"])
@@ -166,6 +166,21 @@ class TestLogs:
         env.metrics()
         env.step(torch.zeros(2, 1))
         assert math.isnan(env.metrics()["Episode_hold"])
+
+    def test_a_mean_is_that_of_the_logs_that_have_the_name(self):
+        made = TorchFive(2)
+        logs = iter([{"a": 2.0, "b": 6.0}, {"a": 2.0, "c": 1.0}, {"a": 5.0, "c": 2.0}, {"a": 1.0}])
+        step = made.step
+        made.step = lambda action: (*step(action)[:4], {"log": next(logs)})
+        env = adapt(made, CPU, 0, name="point", lost="previous")
+        env.reset()
+        for _ in range(3):
+            env.step(torch.zeros(2, 1))
+        assert env.metrics() == {"a": 3.0, "b": 6.0, "c": 1.5}
+        env.step(torch.zeros(2, 1))
+        metrics = env.metrics()
+        assert list(metrics) == ["a", "b", "c"]
+        assert (metrics["a"], metrics["b"].isnan(), metrics["c"].isnan()) == (1.0, True, True)
 
 
 class TestCustom:

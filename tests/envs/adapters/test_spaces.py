@@ -76,6 +76,17 @@ def test_tensors_of_actions_are_within_the_bounds(low, high, last):
     assert taken[0].tolist() == [last] * 3
 
 
+def test_tensors_of_one_number_are_vectors():
+    made = TorchFive(3)
+    step, made.reset = made.step, lambda seed=None: (torch.arange(3.0), {})
+    made.step = lambda action: (torch.arange(3.0), *step(action)[1:])
+    env = adapt(made, CPU, 0, name="arm", lost="previous")
+    assert env.spaces.obs == OurBox((1,))
+    assert env.reset()[0].tolist() == [[0.0], [1.0], [2.0]]
+    result = env.step(torch.zeros(3, 1))
+    assert result.obs.shape == result.reached_obs.shape == (3, 1)
+
+
 def test_an_action_space_of_tensors_may_say_its_shape_alone():
     made = TorchFive(3)
     made.single_action_space = SimpleNamespace(shape=(1,))
