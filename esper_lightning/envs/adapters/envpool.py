@@ -68,7 +68,7 @@ class EnvPool(NamedSpec):
         return dataclasses.replace(self, num_envs=min(episodes, self.num_envs))
 
     def _pool(self, num_envs: int, seed: int) -> Any:
-        envpool = require_package(self, "envpool", "envpool")
+        envpool = require_package(self, "envpool", "'esper_lightning[envpool]'")
         rule = "name an environment of EnvPool"
         require(self.id in envpool.list_all_envs(), "EnvPool.id", rule, self.id)
         return envpool.make(

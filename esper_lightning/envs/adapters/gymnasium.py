@@ -10,12 +10,24 @@ from esper_lightning.core.errors import require_int
 from esper_lightning.core.imports import import_object
 from esper_lightning.core.spaces import EnvSpaces
 from esper_lightning.envs.adapters.host import HostEnv, require_mask_entry
-from esper_lightning.envs.adapters.named import SEEDS, NamedSpec, require_package
+from esper_lightning.envs.adapters.named import (
+    SEEDS,
+    NamedSpec,
+    needs_package,
+    require_package,
+)
 from esper_lightning.envs.adapters.serial import SerialEnv
 from esper_lightning.envs.adapters.spaces import read_spaces
 from esper_lightning.envs.adapters.workers import WorkerEnv
 
 __all__ = ["Gymnasium"]
+
+_INSTALL = "'esper_lightning[gymnasium]'"
+_INSTALLS = {
+    "ale_py": "'esper_lightning[atari]'",
+    "minigrid": "'esper_lightning[minigrid]'",
+}
+"""What ``pip install`` takes for packages whose import registers environments."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -95,13 +107,17 @@ class Gymnasium(NamedSpec):
                 arguments are refused.
         """
         wrappers = [self._wrapper(path) for path in self.wrappers]
-        gymnasium = require_package(self, "gymnasium", "gymnasium")
+        gymnasium = require_package(self, "gymnasium", _INSTALL)
         try:
             env: Any = gymnasium.make(self.id, disable_env_checker=True, **self.kwargs)
         except (gymnasium.error.DependencyNotInstalled, ImportError) as error:
-            why = " ".join(str(error).split())
-            hint = "Install it with: pip install 'esper_lightning[gymnasium]'."
-            raise ValueError(f"Gymnasium.id={self.id!r} needs a package: {why}. {hint}") from error
+            cause = error if error.__cause__ is None else error.__cause__
+            missing = getattr(cause, "name", None) or "a package"
+            if self.id.startswith((f"{missing}:", f"{missing}.")) and missing not in _INSTALLS:
+                hint = "Install it, or add its folder to PYTHONPATH."
+                raise ValueError(f"Gymnasium.id={self.id!r} needs {missing}. {hint}") from error
+            install = _INSTALLS.get(missing, _INSTALL)
+            raise needs_package(self, missing, install, error) from error
         except gymnasium.error.UnregisteredEnv as error:
             why = " ".join(str(error).split())
             form = "" if ":" in self.id else ", as package:name where a package registers it"

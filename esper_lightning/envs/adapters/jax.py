@@ -25,6 +25,8 @@ from esper_lightning.envs.adapters.simulated import SimulatedEnv, Simulator, Ste
 
 __all__ = ["Brax", "Gymnax", "JaxSimulator"]
 
+_INSTALL = "'esper_lightning[jax]'"
+
 
 class JaxSimulator(Simulator):
     """``B`` copies of an environment that consists of two pure functions.
@@ -196,7 +198,7 @@ class Gymnax(_OfJax):
         return self._compiled(reset, step, device, seed, time_limit=None)
 
     def _env(self) -> Any:
-        gymnax = require_package(self, "gymnax", "jax")
+        gymnax = require_package(self, "gymnax", _INSTALL)
         try:
             return gymnax.make(self.id, **self.kwargs)
         except Exception as error:  # its class differs between versions
@@ -253,13 +255,13 @@ class Brax(_OfJax):
         return self._compiled(reset, step, device, seed, time_limit=self.time_limit)
 
     def _env(self) -> Any:
+        if self.suite == "playground":
+            make = require_package(self, "mujoco_playground", "playground").registry.load
+        else:
+            make = require_package(self, "brax.envs", _INSTALL).get_environment
         try:
-            if self.suite == "playground":
-                package = require_package(self, "mujoco_playground", "jax")
-                return package.registry.load(self.id, **self.kwargs)
-            package = require_package(self, "brax.envs", "jax")
-            return package.get_environment(self.id, **self.kwargs)
-        except (KeyError, TypeError) as error:
+            return make(self.id, **self.kwargs)
+        except (KeyError, TypeError, ValueError) as error:
             raise self.refuse(error) from error
 
 

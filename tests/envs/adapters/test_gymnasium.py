@@ -196,7 +196,7 @@ def test_images_stay_bytes():
     ({"id": "Taxi-v3"}, r"^Gymnasium.id='Taxi-v3' cannot be made: .* deprecated"),
     ({"id": "CartPole-v1", "kwargs": {"wings": 2}}, r"^Gymnasium.id='CartPole-v1' cannot be made"),
     ({"id": "CartPole-v1", "wrappers": ("no.such",)}, r"^Gymnasium.wrappers must name importable"),
-    ({"id": "no_such_package:Thing-v0"}, r"^Gymnasium.id='no_such_package:Thing-v0' needs a"),
+    ({"id": "no_such_package:Thing-v0"}, r"needs no_such_package. Install it, or add"),
     ({"id": ""}, r"^Gymnasium.id must name a registered environment"),
     ({"id": "CartPole-v1", "workers": -1}, r"^Gymnasium.workers must be at least 0"),
 ])  # fmt: skip
@@ -205,6 +205,19 @@ def test_what_cannot_be_made_is_one_line(given, line):
     with pytest.raises(ValueError, match=line) as caught:
         Gymnasium(**given).spaces()
     assert "\n" not in str(caught.value)
+
+
+@pytest.mark.parametrize(("package", "extra"), [
+    ("ale_py", "atari"), ("minigrid", "minigrid"), ("mujoco", "gymnasium"),
+])  # fmt: skip
+def test_a_missing_package_is_named_with_the_way_to_install_it(package, extra, monkeypatch):
+    monkeypatch.setitem(sys.modules, package, None)
+    name = "Hopper-v5" if package == "mujoco" else f"{package}:Thing-v0"
+    line = f"^Gymnasium.id='{name}' needs {package if package != 'mujoco' else '.*'}: "
+    with pytest.raises(ValueError, match=line) as caught:
+        Gymnasium(id=name)._one()
+    command = f"pip install 'esper_lightning[{extra}]'."
+    assert command in str(caught.value)[:120]  # one line of a terminal has the way out
 
 
 def test_a_space_without_a_counterpart_is_refused_by_name():
