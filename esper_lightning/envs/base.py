@@ -43,10 +43,11 @@ class BatchedEnv(Protocol):
 
     Three further methods are called where an environment has them. ``close()`` is called at the end
     of a run, for what holds processes or windows. After ``reseed(seed)`` the next ``reset`` starts
-    as in environments that were built with the seed; an environment with ``reseed`` is built once
-    for all evaluations of a run. ``begin_iteration(progress)`` is for curricula: it is called with
-    a ``RunProgress`` before each iteration of training, and before the first reset of a run. It
-    must depend on ``progress`` alone, so that a resumed run continues the curriculum.
+    as in environments that were built with the seed, or the method returns False because it cannot
+    seed them; an environment that can be reseeded is built once for all evaluations.
+    ``begin_iteration(progress)`` is for curricula: it is called with a ``RunProgress`` before each
+    iteration of training, and before the first reset of a run. It must depend on ``progress``
+    alone, so that a resumed run continues the curriculum.
     """
 
     def reset(self) -> tuple[Observation, Bool[Tensor, "B K"] | None]:
@@ -144,8 +145,10 @@ class EnvSpec(ABC):
     messages and run directories, in place of that of the class. ``evaluation_spec(episodes)``
     returns the environments of an evaluation, fewer than the episodes perhaps. ``shared`` says that
     ``build`` always returns the same simulator: training then starts new episodes after each
-    evaluation. A dataclass field with ``metadata={"how": True}`` says how environments run, and not
-    what they are: it may differ between a checkpoint and the run that resumes it.
+    evaluation. Such a simulator is not closed at the end of a run; instead ``release()`` of the
+    spec is called once for each call of ``build``, where a spec has it. A dataclass field with
+    ``metadata={"how": True}`` says how environments run, and not what they are: it may differ
+    between a checkpoint and the run that resumes it.
     """
 
     num_envs: int
@@ -208,19 +211,17 @@ def takes_num_envs(spec: object) -> bool:
 
 
 def close_env(spec: object, env: object) -> None:
-    """Close an environment that can be closed, unless its spec says that others share it."""
-    close = getattr(env, "close", None)
-    if callable(close) and not getattr(spec, "shared", False):
+    """Close an environment that can be closed; a shared one is released, as its spec defines."""
+    method = (spec, "release") if getattr(spec, "shared", False) else (env, "close")
+    close = getattr(*method, None)
+    if env is not None and callable(close):
         close()
 
 
 def reseed_env(env: object, seed: int) -> bool:
     """Have the next reset of an environment seed everything random; whether it can."""
     reseed = getattr(env, "reseed", None)
-    if callable(reseed):
-        reseed(seed)
-        return True
-    return False
+    return callable(reseed) and reseed(seed) is not False
 
 
 def is_functional(env: BatchedEnv) -> bool:

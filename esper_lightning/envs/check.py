@@ -25,6 +25,7 @@ from esper_lightning.envs.base import (
     RunProgress,
     close_env,
     is_functional,
+    reseed_env,
     spec_name,
 )
 from esper_lightning.envs.contract import (
@@ -167,7 +168,7 @@ def _check_built_spec(
         finally:
             close_env(spec, env)
 
-    if getattr(spec, "shared", False) and not hasattr(env, "reseed"):
+    if getattr(spec, "shared", False) and not reseed_env(env, seed):
         return  # one simulator, whose random numbers cannot be repeated
     first, random_start = trajectory(seed)
     again, _ = trajectory(seed)
@@ -205,7 +206,20 @@ def _check_env(
     _check_state(run, mask)
     if is_functional(env):
         _check_transition(run._replace(env=env))
+    _check_reseed(run)
     return run
+
+
+def _check_reseed(run: _Run) -> None:
+    """Check that episodes start alike after the same seed, where an environment takes seeds."""
+    starts: list[dict[str, int]] = []
+    for _ in range(2):
+        if not reseed_env(run.env, run.seed):
+            return
+        starts.append(fingerprint(flatten({"obs": run.env.reset()[0]})))
+    hint = "Return False from reseed() if a reset takes no seed."
+    same, rule = starts[0] == starts[1], "decide the next reset"
+    run.problems.expect(same, "reseed().seed", rule, Words("other observations"), hint)
 
 
 def _check_transition(run: _Run) -> None:

@@ -88,6 +88,12 @@ class FrameStack(EnvSpec):
         kind = FunctionalFrameStackEnv if is_functional(env) else FrameStackEnv
         return kind(self, env, device)
 
+    def release(self) -> None:
+        """Release shared environments, which were built once more than they are used now."""
+        release = getattr(self.env, "release", None)
+        if callable(release):
+            release()
+
     def evaluation_spec(self, episodes: int) -> "FrameStack":
         """The spec of an evaluation: the stacked environments as they are evaluated themselves."""
         env, own_rule = self.env, getattr(self.env, "evaluation_spec", None)

@@ -120,6 +120,7 @@ class Learner:
     ) -> None:
         tell_reasons_again()
         self._spec, self._env, self.agent, self._config = spec, env, agent, config
+        self._closed = False
         self._curriculum = getattr(env, "begin_iteration", None)
         self._return_stats, self._device, self._ranks = return_stats, device, ranks
         self._exploration, self._sample_order = exploration, sample_order
@@ -270,8 +271,10 @@ class Learner:
         self._acting = ActingState(obs, mask, zeros, self.agent.policy.initial_memory(obs))
 
     def close(self) -> None:
-        """Release the processes, windows and other resources of the environments."""
-        close_env(self._spec, self._env)
+        """Release the processes, windows and other resources of the environments, once."""
+        if not self._closed:
+            self._closed = True
+            close_env(self._spec, self._env)
 
     def compute_targets(self, rollout: Rollout) -> Targets:
         """Scale rewards, add those of extensions, and estimate the advantages of a rollout."""

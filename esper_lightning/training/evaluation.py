@@ -57,6 +57,7 @@ class Evaluation(nn.Module):
             seed = stream_seed(self._seed, rank=rank, purpose="evaluation")
             env = self._env
             if env is None or not reseed_env(env, seed):
+                self.close()
                 env = self._env = self.spec.build(device, seed)
             steps = 0 if self._has_played else FIRST_STEPS
             first = FirstSteps(self.spec, self.spec.spaces(), env, device, steps=steps)

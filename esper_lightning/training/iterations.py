@@ -1,9 +1,35 @@
-"""The "data set" of PPO: numbers of iterations, since every iteration collects its own data."""
+"""The "data set" of PPO: numbers of iterations, since every iteration collects its own data.
 
-from collections.abc import Iterator
-from typing import Any
+Lightning takes a ``StopIteration`` for the end of a data set, wherever it comes from. A hook that
+is decorated with ``must_not_stop`` raises none.
+"""
 
-__all__ = ["Iterations"]
+import functools
+from collections.abc import Callable, Iterator
+from typing import Any, ParamSpec, TypeVar
+
+__all__ = ["Iterations", "must_not_stop"]
+
+_P = ParamSpec("_P")
+_R = TypeVar("_R")
+
+
+def must_not_stop(hook: Callable[_P, _R]) -> Callable[_P, _R]:
+    """Decorate a hook so that a ``StopIteration`` of code that it calls becomes an error.
+
+    Otherwise Lightning would begin the next epoch after a half-finished iteration, for ever. A
+    context manager cannot do this: ``contextlib`` raises the ``StopIteration`` again.
+    """
+
+    @functools.wraps(hook)
+    def checked(*args: _P.args, **kwargs: _P.kwargs) -> _R:
+        try:
+            return hook(*args, **kwargs)
+        except StopIteration as error:
+            message = f"{hook.__qualname__} called code that raised StopIteration"
+            raise RuntimeError(message) from error
+
+    return checked
 
 
 class Iterations:

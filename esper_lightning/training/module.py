@@ -40,7 +40,7 @@ from esper_lightning.training.checkpoint.hooks import CheckpointHooks
 from esper_lightning.training.checkpoint.meeting import tells_other_ranks
 from esper_lightning.training.environments import CloseEnvironments, build_learner
 from esper_lightning.training.evaluation import Evaluation
-from esper_lightning.training.iterations import Iterations
+from esper_lightning.training.iterations import Iterations, must_not_stop
 from esper_lightning.training.monitors import ReportsAbsentMetrics
 from esper_lightning.training.progress import LEARNING_RATE, Progress
 from esper_lightning.training.publish import publish
@@ -163,9 +163,16 @@ class PPO(CheckpointHooks):
         """
         return self.progress.planned_env_steps
 
+    def __init_subclass__(cls, **kwargs: Any) -> None:
+        super().__init_subclass__(**kwargs)
+        for name in ("training_step", "validation_step"):
+            if name in vars(cls):
+                setattr(cls, name, must_not_stop(vars(cls)[name]))
+
     # The iteration.
 
     @override
+    @must_not_stop
     def training_step(self, batch: int, batch_idx: int) -> dict[str, Any]:
         """One iteration: roll out, estimate advantages, update, publish metrics.
 
@@ -221,6 +228,7 @@ class PPO(CheckpointHooks):
             self.trainer.should_stop = strategy.reduce_boolean_decision(stops, all=False)
 
     @override
+    @must_not_stop
     def validation_step(self, batch: int, batch_idx: int) -> None:
         """Play the deterministic episodes of one evaluation.
 

@@ -390,6 +390,26 @@ class LoadFails(LoadsAnySize):
         super().load_state_dict(state)
 
 
+class ForgetsSeed(Walk):
+    def reseed(self, seed: int) -> None:
+        """Accept a seed, and use the old one."""
+
+
+class RefusesSeed(Walk):
+    def reseed(self, seed: int) -> bool:
+        return False
+
+
+class TakesSeed(Walk):
+    def reseed(self, seed: int) -> None:
+        self.generator.manual_seed(seed)
+
+
+@pytest.mark.parametrize("env", [RefusesSeed, TakesSeed])
+def test_an_environment_takes_seeds_or_says_that_it_does_not(env: type[Walk]) -> None:
+    check_env(env(), steps=40)
+
+
 class NoSaving:
     num_envs = 8
     spaces = Walk().spaces
@@ -450,6 +470,11 @@ OTHER_PROBLEMS = [
     ),
     (SpacesMethod, "spaces must be an EnvSpaces, got <bound method"),
     (NoEnvs, "num_envs must be an integer of at least 1, got True."),
+    (
+        ForgetsSeed,
+        "reseed().seed must decide the next reset, got other observations. "
+        "Return False from reseed() if a reset takes no seed.",
+    ),
 ]
 
 

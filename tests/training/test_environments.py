@@ -1,12 +1,15 @@
 """The environments of a run: seeds at its start, evaluations within, and their end."""
 
+import subprocess
+import sys
+
 import pytest
 import torch
 from lightning.pytorch import Callback
 
 from esper_lightning import MLP, PPO, PPOConfig
 from esper_lightning.core.ranks import SINGLE_RANK
-from esper_lightning.envs import CartPole, Custom, Gymnasium
+from esper_lightning.envs import CartPole, Custom, FrameStack, Gymnasium
 from esper_lightning.ppo.agent import Agent
 from esper_lightning.training.environments import build_learner
 from tests.envs.adapters.simulators import TorchFive
@@ -34,6 +37,47 @@ def test_ranks_and_later_runs_have_states_and_noise_of_their_own():
         assert not torch.equal(other.action, first.action)
 
 
+class Stops(TorchFive):
+    """A simulator with the fault ``next(...)`` of an empty iterator, in the step ``at``."""
+
+    def __init__(self, num_envs, at):
+        super().__init__(num_envs)
+        self.at, self.taken = at, 0
+
+    def step(self, action):
+        self.taken += 1
+        if self.taken == self.at:
+            next(iter(()))
+        return super().step(action)
+
+
+class TestCodeThatRaisesStopIteration:
+    """Lightning takes it for the end of the data, and would begin the next epoch for ever."""
+
+    def test_in_a_rollout_it_is_an_error(self):
+        with pytest.raises(RuntimeError, match="raised StopIteration") as caught:
+            fit(Custom.of(Stops(4, at=3)), evaluates=False)
+        assert isinstance(caught.value.__cause__, StopIteration)
+
+    def test_in_an_evaluation_it_is_an_error(self):
+        with pytest.raises(RuntimeError, match="raised StopIteration"):
+            fit(Custom.of(Stops(4, at=19)), eval_episodes=4)  # two rollouts take 16 steps
+
+    @pytest.mark.parametrize("hook", ["training_step", "validation_step"])
+    def test_in_a_hook_of_a_subclass_it_is_an_error(self, hook):
+        def step(self, batch, batch_idx):
+            next(iter(()))
+
+        model = type("Mine", (PPO,), {hook: step})(CartPole(num_envs=4), MLP(hidden_sizes=(4,)))
+        with pytest.raises(RuntimeError, match="step called code that raised StopIteration"):
+            getattr(model, hook)(0, 0)
+
+
+def test_training_goes_on_where_only_the_first_steps_of_episodes_have_masks():
+    spec = Gymnasium(id="EsperRarely-v0", num_envs=4, mask="allowed", kwargs={"length": 3})
+    assert fit(spec, evaluates=False)[0].iteration == 4
+
+
 class TestASharedSimulator:
     def test_training_acts_on_what_the_simulator_shows_after_an_evaluation(self):
         made = TorchFive(4)
@@ -57,10 +101,50 @@ class TestASharedSimulator:
         fit(Custom.of(made), Look(), iterations=6, eval_episodes=4)
         assert not torch.equal(starts[1], starts[2])
 
-    def test_it_outlives_the_run(self):
+    def test_one_that_existed_before_the_run_outlives_it(self):
         made = TorchFive(4)
         fit(Custom.of(made), eval_episodes=4)
         assert made.closed == 0
+
+    @pytest.mark.parametrize("stacked", [False, True])
+    def test_one_that_the_run_made_serves_evaluations_and_is_closed_once_at_its_end(self, stacked):
+        made = []
+
+        class Look(Callback):
+            def on_train_batch_end(self, trainer, pl_module, *_):
+                assert pl_module._learner._env is not None
+                assert [each.closed for each in made] == [0]
+
+        class Known(TorchFive):
+            def __init__(self, num_envs, **kwargs):
+                super().__init__(num_envs, **kwargs)
+                made.append(self)
+
+        path = "tests.envs.adapters.simulators:make_torch_five"
+        spec = Custom(make=path, num_envs=4, kwargs={"kind": Known})
+        spec = FrameStack(env=spec, frames=2) if stacked else spec
+        model, trainer = fit(spec, Look(), eval_episodes=4)
+        assert [each.closed for each in made] == [1]
+        model.close_environments()
+        trainer.validate(model, verbose=False)  # which makes another one
+        assert [each.closed for each in made] == [1, 1]
+
+    def test_one_that_nobody_released_is_closed_at_the_end_of_its_process(self):
+        program = (
+            "from esper_lightning.envs import Custom\n"
+            "from tests.envs.adapters import simulators\n"
+            "simulators.TorchFive.close = lambda self: print('closed')\n"
+            "make = 'tests.envs.adapters.simulators:make_torch_five'\n"
+            "Custom(make=make, num_envs=2).spaces()\n"
+            "import os\n"
+            "if os.fork():\n"
+            "    os.wait()\n"
+            "    print('forked')\n"
+        )
+        done = subprocess.run(
+            [sys.executable, "-u", "-c", program], capture_output=True, text=True, check=True
+        )
+        assert done.stdout.split() == ["forked", "closed"]
 
 
 class TestTheEndOfARun:

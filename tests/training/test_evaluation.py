@@ -1,8 +1,10 @@
 """Evaluations during a run: episodes, environments and seeds."""
 
+import torch
 from lightning.pytorch import Callback
 
-from esper_lightning.envs import Gymnasium
+from esper_lightning.envs import Custom, Gymnasium
+from tests.envs.adapters.simulators import RslRl
 from tests.training.short_runs import fit
 
 COUNTER = Gymnasium(id="EsperCounter-v0", num_envs=4, kwargs={"length": 3})
@@ -25,6 +27,32 @@ class TestEvaluation:
         monkeypatch.setattr(Gymnasium, "build", counted)
         fit(COUNTER, iterations=6, eval_episodes=4)
         assert len(seeds) == 2  # of training, and of evaluations
+
+    def test_environments_that_take_no_seed_are_made_for_each_evaluation_and_closed(self):
+        made = []
+
+        class Look(Callback):
+            def on_validation_epoch_end(self, trainer, pl_module):
+                made.append((pl_module.evaluation._env.simulator._env, first[-1]))
+
+        first, reset = [], RslRl.reset
+
+        class Known(RslRl):
+            def reset(self):
+                first.append(reset(self)[0].clone())
+                return first[-1], None
+
+        spec = Custom(
+            make="tests.envs.adapters.simulators:make_rsl_rl",
+            num_envs=4,
+            kwargs={"kind": Known},
+            lost="previous",
+            shared=False,
+        )
+        fit(spec, Look(), iterations=6, eval_episodes=4)
+        assert len({id(each) for each, _ in made}) == len(made) >= 3
+        assert all(each.closed == 1 for each, _ in made)
+        assert all(torch.equal(start, made[0][1]) for _, start in made)
 
     def test_every_evaluation_starts_alike(self):
         class Starts(Callback):

@@ -1,7 +1,10 @@
 """A user's own simulator: made by a function that a config names, or passed as an object."""
 # pyright: reportUnknownVariableType=false, reportUnknownArgumentType=false
 
+import atexit
 import inspect
+import os
+from collections import Counter
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import Any
@@ -24,6 +27,8 @@ __all__ = ["Custom", "LiveEnv", "adapt"]
 
 _shared: dict[str, Any] = {}
 """Simulators of this process that training and evaluation share, by their spec."""
+_users: Counter[str] = Counter()
+"""Number of times that each shared simulator was built and not released."""
 _probed: dict[str, EnvSpaces] = {}
 
 
@@ -54,7 +59,8 @@ def adapt(made: Any, device: torch.device, seed: int | None, *, name: str, lost:
     if hasattr(getattr(made, "unwrapped", made), "device"):
         return SimulatedEnv(TorchSimulator(made, seed, name=name), seed, lost=lost)
     if hasattr(made, "single_observation_space"):
-        return HostEnv(made, device, seed, name=name, lost=lost)
+        reseeds = not hasattr(made, "all_env_ids")  # EnvPool takes seeds, and ignores them
+        return HostEnv(made, device, seed, name=name, lost=lost, reseeds=reseeds)
     rule = (
         "be a vector environment (Gymnasium, Isaac Lab, rsl_rl, VMAS), a Simulator or a BatchedEnv"
     )
@@ -76,7 +82,8 @@ class Custom(EnvSpec):
         lost: Rule for truncated episodes whose last observation the simulator does not return:
             take the ``previous`` observation, as rsl_rl does, or raise an ``error``.
         shared: Whether one simulator serves training and evaluation, for simulators of which a
-            process can hold only one. Training then begins new episodes after each evaluation.
+            process can hold only one. Training then begins new episodes after each evaluation. The
+            simulator is closed at the end of the run, or of the process that made it.
         device: Device of the simulator that is made to read its spaces, such as ``cuda:0``.
         name: Name of the task in messages and run directories; that of the function if empty.
     """
@@ -105,21 +112,28 @@ class Custom(EnvSpec):
         Raises:
             ValueError: If the function cannot be imported, or returns no simulator.
         """
-        if self.shared:
-            return _spaces_of(self._the_shared(torch.device(self.device), 0), self.name)
         if self._key not in _probed:
-            env = self._made(torch.device(self.device), 0)
+            device = torch.device(self.device)
+            env = self._the_shared(device, 0) if self.shared else self._made(device, 0)
             _probed[self._key] = _spaces_of(env, self.name)
-            close_env(self, env)
+            if not self.shared:
+                close_env(self, env)
         return _probed[self._key]
 
     def build(self, device: torch.device, seed: int) -> Any:
-        """Make the simulator; a shared one is made once in a process, and is then reseeded."""
+        """Make the simulator; a shared one is made once in a process, and reseeded if it can be."""
         if not self.shared:
             return self._made(device, seed % SEEDS)
         env = self._the_shared(device, seed % SEEDS)
+        _users[self._key] += 1
         reseed_env(env, seed % SEEDS)
         return env
+
+    def release(self) -> None:
+        """Close the shared simulator when this was called as often as ``build``."""
+        _users[self._key] -= 1
+        if _users[self._key] <= 0:
+            _close_shared(self._key)
 
     def evaluation_spec(self, episodes: int) -> "Custom":  # noqa: ARG002 - one simulator
         """The spec of an evaluation: the same environments as in training."""
@@ -149,6 +163,7 @@ class Custom(EnvSpec):
     def _the_shared(self, device: torch.device, seed: int) -> Any:
         if self._key not in _shared:
             _shared[self._key] = self._made(device, seed)
+            atexit.register(_close_in, os.getpid(), self._key)
         return _shared[self._key]
 
     def _made(self, device: torch.device, seed: int) -> Any:
@@ -187,6 +202,19 @@ class LiveEnv(EnvSpec):
     def evaluation_spec(self, episodes: int) -> "LiveEnv":  # noqa: ARG002 - one simulator
         """The spec of an evaluation: the same environments as in training."""
         return self
+
+
+def _close_shared(key: str) -> None:
+    _users.pop(key, None)
+    close = getattr(_shared.pop(key, None), "close", None)
+    if callable(close):
+        close()
+
+
+def _close_in(process: int, key: str) -> None:
+    """Close a shared simulator at the end of the process that made it, not of one forked later."""
+    if os.getpid() == process:
+        _close_shared(key)
 
 
 def _spaces_of(env: Any, name: str) -> EnvSpaces:

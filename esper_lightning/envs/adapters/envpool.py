@@ -61,14 +61,14 @@ class EnvPool(NamedSpec):
     def build(self, device: torch.device, seed: int) -> HostEnv:
         """Make the pool, which is seeded when it is made."""
         env = self._pool(self.num_envs, seed % SEEDS)
-        return HostEnv(env, device, None, name=self.id, keeps_bounds=False)
+        return HostEnv(env, device, None, name=self.id, keeps_bounds=False, reseeds=False)
 
     def evaluation_spec(self, episodes: int) -> "EnvPool":
         """Environments of an evaluation: at most those of training, each for several episodes."""
         return dataclasses.replace(self, num_envs=min(episodes, self.num_envs))
 
     def _pool(self, num_envs: int, seed: int) -> Any:
-        envpool = require_package(self, "envpool", "envpool")
+        envpool = require_package(self, "envpool", "'esper_lightning[envpool]'")
         rule = "name an environment of EnvPool"
         require(self.id in envpool.list_all_envs(), "EnvPool.id", rule, self.id)
         return envpool.make(

@@ -9,13 +9,25 @@ import torch
 from esper_lightning.core.errors import require_int
 from esper_lightning.core.imports import import_object
 from esper_lightning.core.spaces import EnvSpaces
-from esper_lightning.envs.adapters.host import HostEnv
-from esper_lightning.envs.adapters.named import SEEDS, NamedSpec, require_package
+from esper_lightning.envs.adapters.host import HostEnv, require_mask_entry
+from esper_lightning.envs.adapters.named import (
+    SEEDS,
+    NamedSpec,
+    needs_package,
+    require_package,
+)
 from esper_lightning.envs.adapters.serial import SerialEnv
 from esper_lightning.envs.adapters.spaces import read_spaces
 from esper_lightning.envs.adapters.workers import WorkerEnv
 
 __all__ = ["Gymnasium"]
+
+_INSTALL = "'esper_lightning[gymnasium]'"
+_INSTALLS = {
+    "ale_py": "'esper_lightning[atari]'",
+    "minigrid": "'esper_lightning[minigrid]'",
+}
+"""What ``pip install`` takes for packages whose import registers environments."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -35,7 +47,8 @@ class Gymnasium(NamedSpec):
         wrappers: Import paths of wrappers, the innermost first.
         workers: Processes that share the environments; 0 steps them in this process.
         mask: Entry of ``info`` that holds action masks; ``None`` if the entry ``action_mask`` of a
-            ``Dict`` observation holds them, or if every action is always allowed.
+            ``Dict`` observation holds them, or if every action is always allowed. The ``info``
+            of a reset must have the entry; after a step without it, every action is allowed.
     """
 
     num_envs: int = 8
@@ -61,6 +74,8 @@ class Gymnasium(NamedSpec):
             env = self._one()
             try:
                 obs, action = env.observation_space, env.action_space
+                if self.mask is not None:
+                    require_mask_entry(self.mask, env.reset(seed=0)[1])
                 return read_spaces(obs, action, masked=self.mask is not None)
             finally:
                 env.close()
@@ -92,13 +107,17 @@ class Gymnasium(NamedSpec):
                 arguments are refused.
         """
         wrappers = [self._wrapper(path) for path in self.wrappers]
-        gymnasium = require_package(self, "gymnasium", "gymnasium")
+        gymnasium = require_package(self, "gymnasium", _INSTALL)
         try:
             env: Any = gymnasium.make(self.id, disable_env_checker=True, **self.kwargs)
         except (gymnasium.error.DependencyNotInstalled, ImportError) as error:
-            why = " ".join(str(error).split())
-            hint = "Install it with: pip install 'esper_lightning[gymnasium]'."
-            raise ValueError(f"Gymnasium.id={self.id!r} needs a package: {why}. {hint}") from error
+            cause = error if error.__cause__ is None else error.__cause__
+            missing = getattr(cause, "name", None) or "a package"
+            if self.id.startswith((f"{missing}:", f"{missing}.")) and missing not in _INSTALLS:
+                hint = "Install it, or add its folder to PYTHONPATH."
+                raise ValueError(f"Gymnasium.id={self.id!r} needs {missing}. {hint}") from error
+            install = _INSTALLS.get(missing, _INSTALL)
+            raise needs_package(self, missing, install, error) from error
         except gymnasium.error.UnregisteredEnv as error:
             why = " ".join(str(error).split())
             form = "" if ":" in self.id else ", as package:name where a package registers it"

@@ -33,7 +33,7 @@ from esper_lightning.envs.adapters.spaces import (
 from esper_lightning.envs.adapters.stateless import Lost, StatelessEnv
 from esper_lightning.envs.base import RunProgress
 
-__all__ = ["HostEnv", "VectorEnv"]
+__all__ = ["HostEnv", "VectorEnv", "require_mask_entry"]
 
 Array = npt.NDArray[Any]
 Groups = dict[str, Array]
@@ -77,12 +77,14 @@ class HostEnv(StatelessEnv):
         device: Device of the tensors that are returned.
         seed: Seed of the first reset; ``None`` where the simulator has been seeded already.
         name: Name of the task in errors.
-        mask: Entry of ``info`` that holds action masks, ``None`` for none.
+        mask: Entry of ``info`` that holds action masks, ``None`` for none. An environment without
+            the entry in a step may take every action in the next one.
         lost: Rule for truncated episodes whose last observation the simulator does not return:
             take the ``previous`` observation, or raise an ``error``.
         resets_rows: Whether the simulator is known to reset single environments. Otherwise a reset
             of one environment is tried.
         keeps_bounds: Whether observations lie within the bounds of their space.
+        reseeds: Whether a reset of the simulator takes a seed.
 
     Attributes:
         num_envs: Number of environments, ``B``.
@@ -90,7 +92,8 @@ class HostEnv(StatelessEnv):
 
     Raises:
         ValueError: If a space has no counterpart, or the simulator neither returns the observation
-            that an episode reached nor resets single environments.
+            that an episode reached nor resets single environments, or resets them again in the next
+            step. ``reset`` raises it if no environment has the entry of masks then.
     """
 
     def __init__(
@@ -104,8 +107,9 @@ class HostEnv(StatelessEnv):
         lost: Lost = "error",
         resets_rows: bool = False,
         keeps_bounds: bool = True,
+        reseeds: bool = True,
     ) -> None:
-        super().__init__(name, seed)
+        super().__init__(name, seed, reseeds=reseeds)
         self._env, self._device = env, device
         self._mask_entry, self._lost = mask, lost
         self.num_envs = int(env.num_envs)
@@ -117,10 +121,14 @@ class HostEnv(StatelessEnv):
         self._grouped = isinstance(self.spaces.obs, dict)
         self._to_action = action_encoder(action_space)
         mode = env.metadata.get("autoreset_mode", "NextStep")
-        self._same_step = str(getattr(mode, "value", mode)) == "SameStep"
+        mode = str(getattr(mode, "value", mode))
+        self._same_step = mode == "SameStep"
+        # Gymnasium's workers forget that they were reset, unless they share memory.
+        forgets = mode == "NextStep" and getattr(env, "shared_memory", None) is False
+        rule = "be made with shared_memory=True, or with autoreset_mode=SAME_STEP"
+        require(not forgets, name, rule, type(env).__name__, "Its rows would be reset twice.")
         if not (self._same_step or resets_rows or self.num_envs == 1):
             self._require_reset_of_rows()
-        self._every = np.ones(self.num_envs, bool)  # a mask of all rows, known by its identity
         self._latest = _Seen({}, None)
         self._restart_books()
 
@@ -129,14 +137,16 @@ class HostEnv(StatelessEnv):
         self._restart_books()
         seed = self.take_seed()
         obs, info = self._env.reset() if seed is None else self._env.reset(seed=seed)
-        self._latest = self._see(obs, info, self._latest, self._every)
+        if self._mask_entry is not None:
+            require_mask_entry(self._mask_entry, info)
+        self._latest = self._see(obs, info)
         return self._observation(self._latest.groups), self._mask(self._latest)
 
     def step(self, action: Shaped[Tensor, "B *A"]) -> StepResult:
         """Act in every environment, and reset those whose episode ended."""
         given = self._to_action(action.detach().cpu().numpy())
         obs, reward, terminated, truncated, info = self._env.step(given)
-        before, seen = self._latest, self._see(obs, info, self._latest, self._every)
+        before, seen = self._latest, self._see(obs, info)
         reward = np.array(reward, np.float64)
         terminated = np.array(terminated, bool)
         truncated = np.asarray(truncated, bool) & ~terminated
@@ -181,19 +191,26 @@ class HostEnv(StatelessEnv):
         self._length = np.zeros(self.num_envs, np.int64)
 
     def _reset_rows(self, seen: _Seen, ended: Array) -> _Seen:
-        obs, info = self._env.reset(options={"reset_mask": ended.copy()})  # some pop the option
-        return self._see(self._every_row(obs, info, ended), info, seen, ended)
+        """Reset the environments whose episode ended; the others are as they were seen.
 
-    def _every_row(self, obs: Any, info: Mapping[str, Any], rows: Array) -> Any:
-        """Observations of all rows after a partial reset, which may return its own rows only."""
-        if isinstance(obs, dict):
-            return {name: self._every_row(value, info, rows) for name, value in obs.items()}
-        obs = np.asarray(obs)
-        if len(obs) == self.num_envs:
-            return obs
-        scattered = np.zeros((self.num_envs, *obs.shape[1:]), obs.dtype)
-        scattered[info.get("env_id", np.flatnonzero(rows))] = obs
-        return scattered
+        Some simulators return the environments that were reset and no others, and the values of
+        others may not even lie in their space: only what was reset is encoded.
+        """
+        obs, info = self._env.reset(options={"reset_mask": ended.copy()})  # some pop the option
+        rows = np.flatnonzero(ended)
+        if len(_arrays(obs)[0]) != self.num_envs:
+            rows = np.asarray(info.get("env_id", rows))
+        elif isinstance(obs, dict):
+            obs = {name: _rows_of(value)[rows] for name, value in obs.items()}
+        else:
+            obs = _rows_of(obs)[rows]
+        groups = {name: value.copy() for name, value in seen.groups.items()}
+        for name, value in self._encode(obs).items():
+            groups[name][rows] = value
+        mask = None if seen.mask is None else seen.mask.copy()
+        if mask is not None:
+            mask[rows] = self._read_mask(obs, info, rows)
+        return _Seen(groups, mask)
 
     def _reached(
         self, seen: _Seen, info: Mapping[str, Any], before: _Seen, ended: Array, truncated: Array
@@ -223,13 +240,13 @@ class HostEnv(StatelessEnv):
         """
         self._env.reset(**({} if self._seed is None else {"seed": self._seed}))
         action = idle_action(self._env.single_action_space, self.num_envs)
-        stepped = self._encode(self._env.step(action)[0])
+        stepped = [np.array(value) for value in _arrays(self._env.step(action)[0])]
         first = np.arange(self.num_envs) == 0
         try:
-            obs, info = self._env.reset(options={"reset_mask": first.copy()})
-            after = self._encode(self._every_row(obs, info, first))
-            only_those = len(next(iter(_arrays(obs)))) == 1
-            kept = all(np.array_equal(stepped[n][1:], after[n][1:]) for n in stepped)
+            after = _arrays(self._env.reset(options={"reset_mask": first.copy()})[0])
+            only_those = len(after[0]) == 1
+            pairs = zip(stepped, after, strict=True)
+            kept = all(np.array_equal(old[1:], new[1:]) for old, new in pairs)
         except (TypeError, KeyError, AssertionError):  # the simulator takes no options
             kept = only_those = False
         rule = (
@@ -246,31 +263,31 @@ class HostEnv(StatelessEnv):
             return {name: encode(obs) for name, encode in self._encoders.items()}
         return {name: encode(obs[name]) for name, encode in self._encoders.items()}
 
-    def _see(self, obs: Any, info: Mapping[str, Any], before: _Seen, rows: Array) -> _Seen:
-        """Observation and mask after a step or reset of some rows; the others are as before."""
-        groups = self._encode(obs)
-        mask = self._read_mask(obs, info, before.mask, rows) if self.spaces.masked else None
-        if rows is not self._every:
-            for name, value in groups.items():
-                value[~rows] = before.groups[name][~rows]
-        return _Seen(groups, mask)
+    def _see(self, obs: Any, info: Mapping[str, Any]) -> _Seen:
+        """Observation and mask after a step or reset of all environments."""
+        mask = None
+        if self.spaces.masked:
+            mask = self._read_mask(obs, info, np.arange(self.num_envs))
+        return _Seen(self._encode(obs), mask)
 
-    def _read_mask(
-        self, obs: Any, info: Mapping[str, Any], before: Array | None, rows: Array
-    ) -> Array:
-        if self._mask_entry is None:
-            allowed = np.array(_rows_of(obs[MASK]), bool).reshape(self.num_envs, -1)
-        else:
-            rule = f"have masks of all environments in info[{self._mask_entry!r}]"
-            require(self._mask_entry in info, self._name, rule, sorted(info))
-            allowed = _mask_rows(info[self._mask_entry], self.num_envs)
-            if "_" + self._mask_entry in info:
-                rows = rows & np.asarray(info["_" + self._mask_entry], bool)
+    def _read_mask(self, obs: Any, info: Mapping[str, Any], rows: Array) -> Array:
+        """Masks of the environments ``rows``, to which ``obs`` belongs; ``info`` is of all."""
         size = mask_size(self.spaces.action)
         rule = f"have action masks of {size} entries"
-        require(allowed.shape[1] == size, self._name, rule, list(allowed.shape[1:]))
-        if before is not None:
-            allowed[~rows] = before[~rows]
+        if self._mask_entry is None:
+            allowed = np.array(_rows_of(obs[MASK]), bool).reshape(len(rows), -1)
+            require(allowed.shape[1] == size, self._name, rule, list(allowed.shape[1:]))
+            return allowed
+        allowed = np.ones((len(rows), size), bool)  # without a mask, every action is allowed
+        values = info.get(self._mask_entry)
+        if values is None:
+            return allowed
+        has = np.asarray(info.get("_" + self._mask_entry, np.ones(self.num_envs)), bool)
+        for place, row in enumerate(rows.tolist()):
+            if has[row] and values[row] is not None:
+                mask = np.ravel(values[row]).astype(bool)
+                require(len(mask) == size, self._name, rule, list(mask.shape))
+                allowed[place] = mask
         return allowed
 
     def _observation(self, groups: Groups) -> Observation:
@@ -285,21 +302,24 @@ class HostEnv(StatelessEnv):
         return tensor if self._device.type == "cpu" else tensor.to(self._device)
 
 
+def require_mask_entry(entry: str, info: Mapping[str, Any]) -> None:
+    """Refuse an entry of ``info`` for action masks that is absent after a reset.
+
+    Raises:
+        ValueError: If the entry is absent; the error names those that are there.
+    """
+    there = sorted(name for name in info if not name.startswith("_"))
+    rule = "name an entry of info that resets return"
+    hint = f"There {'is ' + ', '.join(there) if there else 'are no entries'}."
+    require(entry in info, "Gymnasium.mask", rule, entry, hint)
+
+
 def _arrays(obs: Any) -> list[Any]:
     return list(obs.values()) if isinstance(obs, dict) else [obs]
 
 
 def _rows_of(value: Any) -> Any:
     return np.stack(value) if isinstance(value, tuple | list) else value
-
-
-def _mask_rows(value: Any, num_envs: int) -> Array:
-    """Masks of all environments; an environment without a mask may take every action."""
-    if not isinstance(value, np.ndarray) or value.dtype.kind != "O":
-        return np.array(value, bool).reshape(num_envs, -1)
-    size = next(len(row) for row in value if row is not None)
-    every = np.ones(size, bool)
-    return np.stack([every if row is None else np.asarray(row, bool) for row in value])
 
 
 def _row_of(final: Any, name: str, row: int) -> Any:

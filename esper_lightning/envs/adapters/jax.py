@@ -7,11 +7,13 @@ simulator is built.
 # pyright: reportUnknownVariableType=false, reportUnknownArgumentType=false
 # pyright: reportUnknownLambdaType=false, reportMissingImports=false, reportMissingTypeStubs=false
 
+import dataclasses
 import importlib
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any, Literal
 
+import numpy as np
 import torch
 from torch import Tensor
 
@@ -22,6 +24,8 @@ from esper_lightning.envs.adapters.named import SEEDS, NamedSpec, require_packag
 from esper_lightning.envs.adapters.simulated import SimulatedEnv, Simulator, Stepped
 
 __all__ = ["Brax", "Gymnax", "JaxSimulator"]
+
+_INSTALL = "'esper_lightning[jax]'"
 
 
 class JaxSimulator(Simulator):
@@ -59,7 +63,8 @@ class JaxSimulator(Simulator):
         self.spaces, self.num_envs, self.device, self.name = spaces, num_envs, device, name
         self._jax = jax
         place = jax.devices("cpu" if device.type == "cpu" else "gpu")[device.index or 0]
-        self._key = jax.device_put(jax.random.PRNGKey(seed), place)
+        self._place = place
+        self._restart_random(seed)
         self._running: Any = None
 
         def choose(where: Any, new: Any, old: Any) -> Any:
@@ -91,6 +96,8 @@ class JaxSimulator(Simulator):
 
     def reset(self, rows: Tensor | None, seed: int | None) -> Observation:  # noqa: ARG002
         """Start new episodes everywhere."""
+        if seed is not None:
+            self._restart_random(seed)
         self._key, key = self._jax.random.split(self._key)
         self._running, obs = self._begin(key)
         return self._tensors(obs)
@@ -102,15 +109,22 @@ class JaxSimulator(Simulator):
         self._running, self._key, *results = self._advance(self._running, self._key, array)
         return Stepped(*(self._tensors(result) for result in results))
 
+    def _restart_random(self, seed: int) -> None:
+        self._key = self._jax.device_put(self._jax.random.PRNGKey(seed % SEEDS), self._place)
+
     def _tensors(self, value: Any) -> Any:
         return self._jax.tree.map(torch.from_dlpack, value)
 
 
 @dataclass(frozen=True, kw_only=True)
 class _OfJax(NamedSpec):
-    """What environments of JAX share: two functions become a batch, which is cheap to enlarge."""
+    """What environments of JAX share: two functions become a batch."""
 
     __hash__ = NamedSpec.__hash__
+
+    def evaluation_spec(self, episodes: int) -> "_OfJax":
+        """Environments of an evaluation: at most those of training, each for several episodes."""
+        return dataclasses.replace(self, num_envs=min(episodes, self.num_envs))
 
     def _compiled(
         self,
@@ -160,7 +174,7 @@ class Gymnax(_OfJax):
         box = Box(tuple(int(n) for n in obs.shape) or (1,))
         if hasattr(action, "n"):
             return EnvSpaces(obs=box, action=Discrete(int(action.n)))
-        low, high = float(action.low), float(action.high)
+        low, high = _bound(action.low), _bound(action.high)
         return EnvSpaces(obs=box, action=Box(tuple(action.shape), low, high))
 
     def build(self, device: torch.device, seed: int) -> SimulatedEnv:
@@ -184,7 +198,7 @@ class Gymnax(_OfJax):
         return self._compiled(reset, step, device, seed, time_limit=None)
 
     def _env(self) -> Any:
-        gymnax = require_package(self, "gymnax", "jax")
+        gymnax = require_package(self, "gymnax", _INSTALL)
         try:
             return gymnax.make(self.id, **self.kwargs)
         except Exception as error:  # its class differs between versions
@@ -241,14 +255,20 @@ class Brax(_OfJax):
         return self._compiled(reset, step, device, seed, time_limit=self.time_limit)
 
     def _env(self) -> Any:
+        if self.suite == "playground":
+            make = require_package(self, "mujoco_playground", "playground").registry.load
+        else:
+            make = require_package(self, "brax.envs", _INSTALL).get_environment
         try:
-            if self.suite == "playground":
-                package = require_package(self, "mujoco_playground", "jax")
-                return package.registry.load(self.id, **self.kwargs)
-            package = require_package(self, "brax.envs", "jax")
-            return package.get_environment(self.id, **self.kwargs)
-        except (KeyError, TypeError) as error:
+            return make(self.id, **self.kwargs)
+        except (KeyError, TypeError, ValueError) as error:
             raise self.refuse(error) from error
+
+
+def _bound(value: Any) -> float | tuple[float, ...]:
+    """A bound of a box: one number, or one for each component of a flat shape."""
+    every: list[float] = np.asarray(value, float).ravel().tolist()
+    return every[0] if len(set(every)) == 1 else tuple(every)
 
 
 def _boxes(size: Any) -> ObsSpace:

@@ -10,7 +10,7 @@ from esper_lightning.core.errors import check_fields, require, require_int
 from esper_lightning.core.spaces import EnvSpaces
 from esper_lightning.envs.base import EnvSpec, how_fields
 
-__all__ = ["SEEDS", "NamedSpec", "require_package"]
+__all__ = ["SEEDS", "NamedSpec", "needs_package", "require_package"]
 
 SEEDS = 2**31
 """Number of seeds that every package takes."""
@@ -62,13 +62,26 @@ class NamedSpec(EnvSpec):
         return ValueError(f"{type(self).__name__}.id={self.id!r} cannot be made: {why}")
 
 
-def require_package(spec: NamedSpec, package: str, extra: str) -> Any:
+def needs_package(spec: NamedSpec, package: str, install: str, error: Exception) -> ValueError:
+    """The error for a package that is not installed; the way out comes first.
+
+    Args:
+        spec: Spec that needs the package.
+        package: Import path of the package.
+        install: What ``pip install`` takes.
+        error: Error of the import.
+    """
+    owner, why = type(spec).__name__, " ".join(str(error).split())
+    return ValueError(f"{owner}.id={spec.id!r} needs {package}: pip install {install}. ({why})")
+
+
+def require_package(spec: NamedSpec, package: str, install: str) -> Any:
     """A module of the package in which a spec names its environment.
 
     Args:
         spec: Spec that needs the package, for the error.
         package: Import path of the module.
-        extra: Extra of this package that installs it.
+        install: What ``pip install`` takes.
 
     Raises:
         ValueError: If the package is not installed.
@@ -76,6 +89,4 @@ def require_package(spec: NamedSpec, package: str, extra: str) -> Any:
     try:
         return importlib.import_module(package)
     except ImportError as error:
-        needs = f"{type(spec).__name__}.id={spec.id!r} needs {package.partition('.')[0]} ({error})"
-        hint = f"Install it with: pip install 'esper_lightning[{extra}]'."
-        raise ValueError(f"{needs}. {hint}") from error
+        raise needs_package(spec, package.partition(".")[0], install, error) from error

@@ -9,6 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from esper_lightning.core.errors import Words, require
 from esper_lightning.core.spaces import Box, EnvSpaces
 from esper_lightning.core.types import Observation
 from esper_lightning.envs.adapters.curriculum import pass_progress
@@ -22,15 +23,16 @@ __all__ = ["RslRlSimulator"]
 class RslRlSimulator(Simulator):
     """A simulator with ``step(action) -> obs, reward, done, extras``.
 
-    ``extras["time_outs"]`` says which episodes were truncated. Such simulators do not return the
-    observation that an episode reached.
+    legged_gym and its descendants return privileged observations, or None, between ``obs`` and
+    ``reward``; nothing reads those. ``extras["time_outs"]`` says which episodes were truncated.
+    Such simulators do not return the observation that an episode reached.
 
     Args:
         env: The simulator.
         name: Name of the task in errors.
     """
 
-    resets_itself = True
+    resets_itself, reseeds = True, False
 
     def __init__(self, env: Any, *, name: str) -> None:
         self._env, self.name = env, name
@@ -47,7 +49,10 @@ class RslRlSimulator(Simulator):
 
     def step(self, action: Tensor) -> Stepped:
         """Act in every environment."""
-        obs, reward, done, extras = self._env.step(action)
+        obs, *privileged, reward, done, extras = self._env.step(action)
+        known = len(privileged) == 0 or (len(privileged) == 1 and not _is_flat(privileged[0]))
+        rule = "return obs, reward, done, extras, or privileged observations after obs"
+        require(known, f"{self.name}.step()", rule, Words("other results"))
         done = done.bool()
         time_outs = extras.get("time_outs")
         truncated = torch.zeros_like(done) if time_outs is None else time_outs.bool() & done
@@ -62,6 +67,11 @@ class RslRlSimulator(Simulator):
         """Close the simulator if it has ``close``."""
         if hasattr(self._env, "close"):
             self._env.close()
+
+
+def _is_flat(value: Any) -> bool:
+    """Whether a value has one number per environment, as rewards and flags have."""
+    return isinstance(value, Tensor) and value.dim() < 2
 
 
 def _first(obs: Any) -> Any:

@@ -44,25 +44,23 @@ class SerialEnv:
         rows = range(self.num_envs)
         if options is not None:
             rows = np.flatnonzero(options["reset_mask"]).tolist()
-        entries: list[Any] = [None] * self.num_envs
+        infos: list[Mapping[str, Any]] = [{}] * self.num_envs
         for row in rows:
             given = None if seed is None else seed + row
-            obs, info = self.envs[row].reset(seed=given)
+            obs, infos[row] = self.envs[row].reset(seed=given)
             self._keep(row, obs)
-            entries[row] = info.get(self._entry)
-        return self._obs, self._info(entries)
+        return self._obs, self._info(infos)
 
     def step(self, actions: Any) -> tuple[Any, Any, Any, Any, dict[str, Any]]:
         """Act in every environment; the arrays that are returned are reused by the next call."""
-        entries: list[Any] = [None] * self.num_envs
+        infos: list[Mapping[str, Any]] = [{}] * self.num_envs
         for row, (env, action) in enumerate(zip(self.envs, actions, strict=True)):
-            obs, self._reward[row], self._terminated[row], self._truncated[row], info = env.step(
-                action
-            )
+            obs, reward, terminated, truncated, infos[row] = env.step(action)
+            self._reward[row] = reward
+            self._terminated[row], self._truncated[row] = terminated, truncated
             self._keep(row, obs)
-            entries[row] = info.get(self._entry)
         flags = self._terminated, self._truncated
-        return self._obs, self._reward, *flags, self._info(entries)
+        return self._obs, self._reward, *flags, self._info(infos)
 
     def close(self) -> None:
         """Close every environment."""
@@ -77,14 +75,22 @@ class SerialEnv:
         else:
             self._obs[row] = obs
 
-    def _info(self, entries: list[Any]) -> dict[str, Any]:
-        """``info`` with one entry: an array of objects, with a flag for each row that has one."""
+    def _info(self, infos: list[Mapping[str, Any]]) -> dict[str, Any]:
+        """``info`` with one entry: an array of objects, with a flag for each row that has one.
+
+        Where no row has the entry, the names of the entries that are there are returned, for the
+        error.
+        """
         if self._entry is None:
             return {}
+        entries = [info.get(self._entry) for info in infos]
+        has = np.array([entry is not None for entry in entries])
+        if not has.any():
+            return {name: None for info in infos for name in info if name != self._entry}
         values = np.full(self.num_envs, None, object)
         for row, entry in enumerate(entries):
             values[row] = entry
-        return {self._entry: values, f"_{self._entry}": np.array([e is not None for e in entries])}
+        return {self._entry: values, f"_{self._entry}": has}
 
 
 def _buffers(space: Any, num_envs: int) -> Any:

@@ -6,6 +6,7 @@ counts episodes, and copies tensors that a simulator may overwrite.
 
 import math
 from abc import ABC, abstractmethod
+from collections import Counter
 from collections.abc import Mapping
 from functools import partial
 from typing import Any, NamedTuple
@@ -50,6 +51,7 @@ class Simulator(ABC):
         device: Device of the simulator's tensors.
         name: Name of the task in errors.
         resets_itself: Whether ``step`` has already reset the environments whose episode ended.
+        reseeds: Whether ``reset`` takes a seed. Otherwise the simulator is seeded when it is made.
     """
 
     num_envs: int
@@ -57,6 +59,7 @@ class Simulator(ABC):
     device: torch.device
     name: str = "Simulator"
     resets_itself: bool = False
+    reseeds: bool = True
 
     @abstractmethod
     def reset(self, rows: Bool[Tensor, " B"] | None, seed: int | None) -> Observation:
@@ -101,12 +104,12 @@ class SimulatedEnv(StatelessEnv):
     def __init__(self, simulator: Simulator, seed: int | None, *, lost: Lost = "error") -> None:
         rule = f"be a Simulator, with {', '.join(_MEMBERS)}"
         require_members(type(simulator).__name__, simulator, _MEMBERS, rule)
-        super().__init__(simulator.name, seed)
+        super().__init__(simulator.name, seed, reseeds=simulator.reseeds)
         self.simulator, self._lost = simulator, lost
         self.num_envs, self.spaces = simulator.num_envs, simulator.spaces
         self._device = simulator.device
         self._sums: dict[str, Tensor] = {}
-        self._logged = 0
+        self._counts: Counter[str] = Counter()
         self._restart_books()
 
     @torch.no_grad()
@@ -153,15 +156,14 @@ class SimulatedEnv(StatelessEnv):
         )
 
     def metrics(self) -> dict[str, Float[Tensor, ""]]:
-        """Means of the metrics that the simulator logged since the last call; NaN without a log.
+        """Means of the metrics that the simulator logged since the last call.
 
-        The names are those of the first log, so that they are the same in every iteration.
+        Each is the mean over the logs that have its name, and NaN if there is none. A name that was
+        logged once is there in every iteration that follows.
         """
-        count = max(self._logged, 1)
-        missing = math.nan if self._logged == 0 else 0.0
-        means = {name: total / count + missing for name, total in self._sums.items()}
+        means = {name: total / self._counts[name] for name, total in self._sums.items()}
         self._sums = {name: torch.zeros_like(total) for name, total in self._sums.items()}
-        self._logged = 0
+        self._counts.clear()
         return means
 
     def begin_iteration(self, progress: RunProgress) -> None:
@@ -203,20 +205,17 @@ class SimulatedEnv(StatelessEnv):
         return {name: _copy(groups[name], box) for name, box in boxes.items()}, mask
 
     def _add(self, log: Mapping[str, Any]) -> None:
-        if not log:
-            return
-        first = not self._sums
-        self._logged += 1
         for name, value in log.items():
             key = str(name).replace("/", "_")
-            if first or key in self._sums:
-                number = torch.as_tensor(value, dtype=torch.float32, device=self._device).mean()
-                self._sums[key] = self._sums.get(key, torch.zeros_like(number)) + number
+            number = torch.as_tensor(value, dtype=torch.float32, device=self._device).mean()
+            self._sums[key] = self._sums.get(key, torch.zeros_like(number)) + number
+            self._counts[key] += 1
 
 
 def _copy(value: Tensor, box: Box) -> Tensor:
     dtype = torch.uint8 if box.dtype == "uint8" else torch.float32
-    return value.detach().to(dtype, copy=True)
+    copied = value.detach().to(dtype, copy=True)
+    return copied[:, None] if copied.dim() == 1 else copied  # one number is a vector
 
 
 def _choose(where: Tensor, new: Tensor, old: Tensor) -> Tensor:

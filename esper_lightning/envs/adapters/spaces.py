@@ -23,7 +23,9 @@ from esper_lightning.core.spaces import (
 
 __all__ = [
     "MASK",
+    "action_box",
     "action_encoder",
+    "action_range",
     "group_spaces",
     "idle_action",
     "obs_encoder",
@@ -97,6 +99,8 @@ def obs_encoder(space: Any) -> Callable[[Any], Array]:
 
         return columns
     dtype = np.uint8 if _is_image(space) else np.float32
+    if len(space.shape) == 0:  # one number, which becomes a vector
+        return lambda value: np.array(value, dtype).reshape(-1, 1)
     return lambda value: np.array(value, dtype)
 
 
@@ -104,9 +108,38 @@ def action_encoder(space: Any) -> Callable[[Array], Array]:
     """A function that converts a batch of actions to a simulator's type, range and shape."""
     start = np.asarray(getattr(space, "start", 0)) if _kind(space) != "Box" else np.asarray(0)
     shape, dtype = tuple(space.shape), space.dtype
+    if (found := action_range(space)) is not None:
+        low, high = found
+        return lambda action: (
+            low + (action.reshape(-1, *shape).astype(float).clip(-1, 1) + 1) / 2 * (high - low)
+        ).astype(dtype)
     if _kind(space) == "Box":
         return lambda action: action.reshape(-1, *shape).astype(dtype)
     return lambda action: (action.reshape(-1, *shape) + start).astype(dtype)
+
+
+def action_range(space: Any) -> tuple[Array, Array] | None:
+    """Least and greatest values of actions that an adapter must scale from [-1, 1] itself.
+
+    ``None`` where ``read_action_space`` returns the bounds, so that policies scale, or where there
+    are none.
+
+    Raises:
+        ValueError: If the adapter would have to scale, and some components have no bounds.
+    """
+    if getattr(space, "low", None) is None:  # no box
+        return None
+    low, high = np.asarray(space.low, float), np.asarray(space.high, float)
+    alike = (low == low.flat[0]).all() and (high == high.flat[0]).all()
+    if (low < high).all() and (alike or len(space.shape) < 2):
+        return None
+    if np.isneginf(low).all() and np.isposinf(high).all():
+        return None
+    ok = bool(np.isfinite([low, high]).all())
+    hint = "Wrap it: gymnasium.wrappers.TransformAction."
+    rule = "have two finite bounds in every component, or in none"
+    require(ok, "action_space", rule, space, hint)
+    return low, high
 
 
 def idle_action(space: Any, num_envs: int) -> Array:
@@ -155,7 +188,7 @@ def read_action_space(space: Any) -> ActionSpace:
     known = kind in ("Box", "Discrete", "MultiDiscrete", "MultiBinary")
     require(known, "action_space", rule, space, hint)
     if kind == "Box":
-        return _box(space)
+        return action_box(space)
     if kind == "Discrete":
         return Discrete(int(space.n))
     if kind == "MultiDiscrete":
@@ -163,11 +196,27 @@ def read_action_space(space: Any) -> ActionSpace:
     return MultiDiscrete((2,) * int(np.prod(space.shape)))
 
 
+def action_box(space: Any) -> Box:
+    """The action space of a box: its own bounds, or [-1, 1] where ``action_range`` has others.
+
+    ``Box`` can represent neither a constant component nor other bounds for each component of a
+    matrix.
+    """
+    shape = tuple(int(n) for n in space.shape) or (1,)
+    if action_range(space) is not None:
+        return Box(shape, -1.0, 1.0)
+    return _bounded(space, shape) if getattr(space, "low", None) is not None else Box(shape)
+
+
 def _box(space: Any) -> Box:
     """A box with Gymnasium's bounds if ``Box`` can represent them, else without bounds."""
     shape = tuple(int(n) for n in space.shape) or (1,)
     if _is_image(space):
         return Box(shape, 0.0, 255.0, dtype="uint8")
+    return _bounded(space, shape)
+
+
+def _bounded(space: Any, shape: tuple[int, ...]) -> Box:
     low, high = np.asarray(space.low, float), np.asarray(space.high, float)
     if not (low < high).all():  # a column that is constant
         return Box(shape)

@@ -1,4 +1,4 @@
-"""What environments around a simulator share that can be reseeded, and cannot store its state."""
+"""What environments around a simulator share, which cannot store the state of the simulator."""
 
 from typing import Literal
 
@@ -18,19 +18,26 @@ class StatelessEnv:
     Args:
         name: Name of the task in errors.
         seed: Seed of the first reset; ``None`` where the simulator has been seeded already.
+        reseeds: Whether a reset of the simulator takes a seed.
     """
 
-    def __init__(self, name: str, seed: int | None) -> None:
-        self._name, self._seed = name, seed
+    def __init__(self, name: str, seed: int | None, *, reseeds: bool = True) -> None:
+        self._name, self._seed, self._reseeds = name, seed, reseeds
 
     def take_seed(self) -> int | None:
         """The seed of a reset that begins now; ``None`` until ``reseed`` gives another."""
         seed, self._seed = self._seed, None
         return seed
 
-    def reseed(self, seed: int) -> None:
-        """Have the next reset seed all random numbers of the simulator."""
-        self._seed = seed
+    def reseed(self, seed: int) -> bool:
+        """Have the next reset seed all random numbers of the simulator, if a reset can do so.
+
+        Returns:
+            Whether a reset can; otherwise nothing has changed.
+        """
+        if self._reseeds:
+            self._seed = seed
+        return self._reseeds
 
     def state_dict(self) -> None:
         """``None``: such simulators cannot store their state, so a resumed run starts episodes."""

@@ -1,7 +1,7 @@
 """What simulators return as tensors of torch, in our terms. Axis: ``B`` environment."""
 # pyright: reportUnknownVariableType=false, reportUnknownArgumentType=false
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from typing import Any
 
 import torch
@@ -9,9 +9,9 @@ from torch import Tensor
 
 from esper_lightning.core.spaces import Box, ObsSpace
 from esper_lightning.core.types import Observation
-from esper_lightning.envs.adapters.spaces import MASK
+from esper_lightning.envs.adapters.spaces import MASK, action_range
 
-__all__ = ["FreshLog", "read_boxes", "to_groups"]
+__all__ = ["FreshLog", "read_boxes", "to_groups", "to_range"]
 
 
 class FreshLog:
@@ -34,6 +34,20 @@ def to_groups(obs: Any) -> Observation:
     return {str(name): obs[name] for name in obs.keys()}  # noqa: SIM118 - a TensorDict iterates over rows
 
 
+def to_range(space: Any, device: torch.device) -> Callable[[Tensor], Tensor]:
+    """A function that scales actions to the bounds that policies do not know (``action_range``).
+
+    Args:
+        space: Gymnasium's action space of one environment.
+        device: Device of the actions.
+    """
+    found = action_range(space)
+    if found is None:
+        return lambda action: action
+    low, high = (torch.tensor(bound, dtype=torch.float32, device=device) for bound in found)
+    return lambda action: low + (action.clamp(-1.0, 1.0) + 1.0) / 2.0 * (high - low)
+
+
 def read_boxes(obs: Observation) -> ObsSpace:
     """The space of an observation, from the shapes and dtypes of its tensors."""
     if isinstance(obs, Tensor):
@@ -44,5 +58,5 @@ def read_boxes(obs: Observation) -> ObsSpace:
 
 
 def _box(value: Tensor) -> Box:
-    shape = tuple(value.shape[1:])
+    shape = tuple(value.shape[1:]) or (1,)
     return Box(shape, 0.0, 255.0, dtype="uint8") if value.dtype == torch.uint8 else Box(shape)

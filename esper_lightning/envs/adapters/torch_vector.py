@@ -10,12 +10,12 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from esper_lightning.core.spaces import ActionSpace, Box, EnvSpaces
+from esper_lightning.core.spaces import EnvSpaces
 from esper_lightning.core.types import Observation
 from esper_lightning.envs.adapters.curriculum import pass_progress
 from esper_lightning.envs.adapters.simulated import Simulator, Stepped
-from esper_lightning.envs.adapters.spaces import MASK, read_action_space
-from esper_lightning.envs.adapters.tensors import FreshLog, read_boxes, to_groups
+from esper_lightning.envs.adapters.spaces import MASK, action_box, read_action_space
+from esper_lightning.envs.adapters.tensors import FreshLog, read_boxes, to_groups, to_range
 from esper_lightning.envs.base import RunProgress
 
 __all__ = ["TorchSimulator"]
@@ -37,16 +37,17 @@ class TorchSimulator(Simulator):
         raw = getattr(env, "unwrapped", env)
         self.num_envs = int(raw.num_envs)
         self.device = torch.empty(0, device=raw.device).device
-        metadata: Mapping[str, Any] = getattr(env, "metadata", None) or {}
-        mode = metadata.get("autoreset_mode", "SameStep")
-        in_step = str(getattr(mode, "value", mode)) == "SameStep"
-        self.resets_itself = in_step and bool(
-            getattr(getattr(raw, "cfg", None), "auto_reset", True)
-        )
+        self.resets_itself = _resets_itself(env, raw)
         obs = to_groups((env.reset() if seed is None else env.reset(seed=seed))[0])
         masked = isinstance(obs, dict) and MASK in obs
-        action = _action_space(raw.single_action_space)
-        self.spaces = EnvSpaces(obs=read_boxes(obs), action=action, masked=masked)
+        action = raw.single_action_space
+        discrete = hasattr(action, "n") or hasattr(action, "nvec")
+        self.spaces = EnvSpaces(
+            obs=read_boxes(obs),
+            action=read_action_space(action) if discrete else action_box(action),
+            masked=masked,
+        )
+        self._to_range = to_range(action, self.device)
         self._fresh = FreshLog()
 
     def reset(self, rows: Tensor | None, seed: int | None) -> Observation:
@@ -61,7 +62,7 @@ class TorchSimulator(Simulator):
 
     def step(self, action: Tensor) -> Stepped:
         """Act in every environment."""
-        obs, reward, terminated, truncated, extras = self._env.step(action)
+        obs, reward, terminated, truncated, extras = self._env.step(self._to_range(action))
         final = next((extras[name] for name in _FINAL if extras.get(name) is not None), None)
         reached = None if final is None else to_groups(final)
         return Stepped(
@@ -78,8 +79,24 @@ class TorchSimulator(Simulator):
             self._env.close()
 
 
-def _action_space(space: Any) -> ActionSpace:
-    """An action space; a box has no bounds, because such simulators scale actions themselves."""
-    if hasattr(space, "n") or hasattr(space, "nvec"):
-        return read_action_space(space)
-    return Box(tuple(int(n) for n in space.shape))
+def _resets_itself(env: Any, raw: Any) -> bool:
+    """Whether ``step`` resets the environments whose episode ended.
+
+    The outermost wrapper that has ``auto_reset`` decides, as in ManiSkill, then the settings, as in
+    mjlab. ManiSkill's environments without such a wrapper, known by ``elapsed_steps``, reset
+    nothing; Isaac Lab's do, and say nothing.
+    """
+    metadata: Mapping[str, Any] = getattr(env, "metadata", None) or {}
+    mode = metadata.get("autoreset_mode", "SameStep")
+    if str(getattr(mode, "value", mode)) != "SameStep":
+        return False
+    layer, layers = env, [env]
+    while layer is not raw:
+        own: dict[str, Any] = getattr(layer, "__dict__", {})
+        layer = own.get("env", own.get("_env", raw))
+        layers.append(layer)
+    for layer in layers:
+        if isinstance(found := getattr(layer, "auto_reset", None), bool):
+            return found
+    settings = getattr(raw, "cfg", None)
+    return bool(getattr(settings, "auto_reset", not hasattr(raw, "elapsed_steps")))

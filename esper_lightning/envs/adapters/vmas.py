@@ -11,6 +11,7 @@ from esper_lightning.core.types import Observation
 from esper_lightning.envs.adapters.curriculum import pass_progress
 from esper_lightning.envs.adapters.simulated import Simulator, Stepped
 from esper_lightning.envs.adapters.spaces import read_spaces
+from esper_lightning.envs.adapters.tensors import to_range
 from esper_lightning.envs.base import RunProgress
 
 __all__ = ["VmasSimulator"]
@@ -38,7 +39,9 @@ class VmasSimulator(Simulator):
         require(len(observed) == 1, f"{name} agents", "observe alike to share a policy", observed)
         acted = sorted({str(space) for space in env.action_space.spaces})
         require(len(acted) == 1, f"{name} agents", "act alike to share a policy", acted)
-        self.spaces = read_spaces(env.observation_space.spaces[0], env.action_space.spaces[0])
+        action_space = env.action_space.spaces[0]
+        self.spaces = read_spaces(env.observation_space.spaces[0], action_space)
+        self._to_range = to_range(action_space, self.device)
 
     def reset(self, rows: Tensor | None, seed: int | None) -> Observation:
         """Start new episodes in whole worlds."""
@@ -55,17 +58,35 @@ class VmasSimulator(Simulator):
 
     def step(self, action: Tensor) -> Stepped:
         """Act with every agent."""
+        action = self._to_range(action)
         worlds = action.reshape(-1, self._agents, *action.shape[1:])
         actions = [worlds[:, agent].reshape(len(worlds), -1) for agent in range(self._agents)]
-        stepped = self._env.step(actions)
-        obs, reward, done = stepped[:3]
-        truncated = stepped[3] if len(stepped) == 5 else torch.zeros_like(done)
+        obs, reward, done, truncated = self._step(actions)
 
         def of_each_agent(flag: Tensor) -> Tensor:
             return flag[:, None].expand(-1, self._agents).flatten()
 
         flags = of_each_agent(done), of_each_agent(truncated)
         return Stepped(self._fold(obs), self._fold(reward), *flags)
+
+    def _step(self, actions: list[Tensor]) -> tuple[Any, Any, Tensor, Tensor]:
+        """Results of a step in which the time limit is no failure.
+
+        By default VMAS returns one flag for both; its attribute ``terminated_truncated`` is
+        therefore true while it steps.
+        """
+        env = self._env
+        told_apart = getattr(env, "terminated_truncated", None)
+        if told_apart is None:
+            stepped = env.step(actions)
+        else:
+            env.terminated_truncated = True
+            try:
+                stepped = env.step(actions)
+            finally:
+                env.terminated_truncated = told_apart
+        obs, reward, done = stepped[:3]
+        return obs, reward, done, stepped[3] if len(stepped) == 5 else torch.zeros_like(done)
 
     def begin_iteration(self, progress: RunProgress) -> None:
         """Pass the progress of the run to the simulator or its scenario."""

@@ -12,17 +12,21 @@ from gymnasium.spaces import Box, Dict, Discrete, MultiBinary, MultiDiscrete
 class Counter(gymnasium.Env):
     """An environment that counts steps, and ends after ``length`` by truncation or termination.
 
-    The first count is random, so that a reset is visible; observations have the groups and dtypes
-    that ``kind`` asks for.
+    Each episode has another length if the environment ``varies``. The first count is random, so
+    that a reset is visible; observations have the groups and dtypes that ``kind`` asks for.
     """
 
-    def __init__(self, length: int = 5, *, truncates: bool = True, kind: str = "box") -> None:
+    def __init__(
+        self, length: int = 5, *, truncates: bool = True, kind: str = "box", varies: bool = False
+    ) -> None:
         self._length, self._truncates, self._kind = length, truncates, kind
+        self._varies = varies
         self.observation_space = {
             "box": Box(-1e3, 1e3, (2,), np.float64),
             "image": Box(0, 255, (3, 8, 8), np.uint8),
-            "discrete": Discrete(2000, start=-5),
-            "multi": MultiDiscrete([3, 4], start=[1, 2]),
+            "number": Box(-1e3, 1e3, (), np.float64),
+            "discrete": Discrete(2000, start=5000),
+            "multi": MultiDiscrete([3, 4], start=[11, 12]),
             "binary": MultiBinary(3),
             "dict": Dict(
                 {
@@ -44,6 +48,8 @@ class Counter(gymnasium.Env):
         self.steps, self.start = 0, float(np.round(self.np_random.uniform(10, 90), 3))
         if seed is not None:
             self.first_start = self.start
+        if self._varies:
+            self._length = int(self.np_random.integers(2, 6))
         return self._obs(), {}
 
     def step(self, action: Any) -> Any:
@@ -57,10 +63,11 @@ class Counter(gymnasium.Env):
     def _obs(self) -> Any:
         if self._kind == "image":
             return np.full((3, 8, 8), (int(self.start) + self.steps) % 256, np.uint8)
-        if self._kind == "discrete":
-            return int(self.start) + self.steps - 5
+        if self._kind in ("number", "discrete"):
+            count = self.start + self.steps
+            return int(count) + 5000 if self._kind == "discrete" else np.float64(count)
         if self._kind == "multi":
-            return np.array([1 + self.steps % 3, 2 + int(self.start) % 4])
+            return np.array([11 + self.steps % 3, 12 + int(self.start) % 4])
         if self._kind == "binary":
             return np.array([self.steps % 2, 1, int(self.start) % 2], np.int8)
         place = np.array([self.start, self.steps], np.float64)
@@ -89,6 +96,28 @@ class Masked(Counter):
     def _mask(self) -> Any:
         self._allowed = np.array([True, self.steps % 2 == 0, int(self.start) % 2 == 0])
         return self._allowed
+
+
+class Rarely(Masked):
+    """An environment whose ``info`` has masks in the steps with these numbers, 0 for the reset."""
+
+    def __init__(self, *, with_masks: tuple[int, ...] = (0,), **kwargs: Any) -> None:
+        super().__init__(**kwargs)
+        self._with_masks = with_masks
+
+    def reset(self, *, seed: Any = None, options: Any = None) -> Any:
+        obs, info = super().reset(seed=seed)
+        return obs, self._some(info)
+
+    def step(self, action: Any) -> Any:
+        *rest, info = super().step(action)
+        return *rest, self._some(info)
+
+    def _some(self, info: Any) -> Any:
+        if self.steps in self._with_masks:
+            return {**info, "seconds": 1.0}
+        self._allowed = np.ones(3, bool)
+        return {"seconds": 1.0}
 
 
 class Dying(Counter):
@@ -127,6 +156,7 @@ class Rising(Counter):
 for name, made in (
     ("Counter", Counter),
     ("Masked", Masked),
+    ("Rarely", Rarely),
     ("Dying", Dying),
     ("Failing", Failing),
     ("Rising", Rising),
@@ -191,12 +221,73 @@ class TorchFive(Points):
         return {"policy": self.state}, self.reward, fell, over, self.extras
 
 
-class RslRl(Points):
-    """legged_gym's interface: four results, time-outs beside failures, no last observation."""
+class ManiSkill(Points):
+    """ManiSkill's environments without a vector wrapper: five tensors, and no resets."""
 
     def __init__(self, num_envs: int, **kwargs: Any) -> None:
         super().__init__(num_envs, **kwargs)
-        self.num_actions, self.extras = 1, {}
+        self.single_action_space = SimpleNamespace(shape=(1,))
+
+    @property
+    def unwrapped(self) -> "ManiSkill":
+        return self
+
+    @property
+    def elapsed_steps(self) -> torch.Tensor:
+        return self.steps
+
+    def reset(self, seed: int | None = None, options: Any = None) -> Any:
+        if seed is not None:
+            self.generator.manual_seed(seed)
+        rows = torch.zeros(self.num_envs, dtype=torch.bool)
+        rows[(options or {}).get("env_idx", slice(None))] = True
+        self.begin(rows)
+        return self.state, {}
+
+    def step(self, action: torch.Tensor) -> Any:
+        return self.state, self.reward, *self.advance(action), {}
+
+
+class ManiSkillVector:
+    """ManiSkill's vector wrapper, which resets rows if it has ``auto_reset``."""
+
+    def __init__(self, env: Any, *, auto_reset: bool) -> None:
+        self._env, self.auto_reset, self.reset = env, auto_reset, env.reset
+
+    @property
+    def unwrapped(self) -> ManiSkill:
+        return self._env.unwrapped
+
+    def step(self, action: torch.Tensor) -> Any:
+        obs, reward, fell, over, info = self._env.step(action)
+        ended = fell | over
+        if self.auto_reset and ended.any():
+            info = {"final_observation": obs.clone()}
+            self.unwrapped.begin(ended)
+        return obs, reward, fell, over, info
+
+
+class Wrapper:
+    """A wrapper of Gymnasium, which hides the attributes of what it wraps."""
+
+    def __init__(self, env: Any) -> None:
+        self.env, self.reset, self.step = env, env.reset, env.step
+
+    @property
+    def unwrapped(self) -> Any:
+        return self.env.unwrapped
+
+
+class RslRl(Points):
+    """rsl_rl's interface: four results, time-outs beside failures, no last observation.
+
+    With ``privileged`` there are five, as in legged_gym and unitree_rl_gym: the second one holds
+    the privileged observations (``"some"``), or is None where there are none (``"none"``).
+    """
+
+    def __init__(self, num_envs: int, *, privileged: str = "", **kwargs: Any) -> None:
+        super().__init__(num_envs, **kwargs)
+        self.num_actions, self.extras, self.privileged = 1, {}, privileged
         self.begin(torch.ones(num_envs, dtype=torch.bool))
 
     def get_observations(self) -> Any:
@@ -204,7 +295,10 @@ class RslRl(Points):
 
     def reset(self) -> Any:
         self.begin(torch.ones(self.num_envs, dtype=torch.bool))
-        return self.state, None
+        return self.state, self.seen_by_critic()
+
+    def seen_by_critic(self) -> Any:
+        return torch.ones(self.num_envs, 5) if self.privileged == "some" else None
 
     def step(self, action: torch.Tensor) -> Any:
         fell, over = self.advance(action)
@@ -213,7 +307,8 @@ class RslRl(Points):
         if ended.any():
             self.extras["episode"] = {"rew_hold": self.reward[ended].mean()}
         self.begin(ended)
-        return self.state, self.reward, ended.long(), self.extras
+        more = (self.seen_by_critic(),) if self.privileged else ()
+        return self.state, *more, self.reward, ended.long(), self.extras
 
 
 class VmasLike(Points):
@@ -268,14 +363,18 @@ class VmasLike(Points):
         return self._lists(self.state), self._lists(self.reward), fell, over, {}
 
 
-def make_torch_five(*, num_envs: int, device: str, seed: int, **kwargs: Any) -> TorchFive:
+def make_torch_five(
+    *, num_envs: int, device: str, seed: int, kind: type[TorchFive] = TorchFive, **kwargs: Any
+) -> TorchFive:
     assert device == "cpu"
-    return TorchFive(num_envs, seed=seed, **kwargs)
+    return kind(num_envs, seed=seed, **kwargs)
 
 
-def make_rsl_rl(*, num_envs: int, device: str, seed: int, **kwargs: Any) -> RslRl:
+def make_rsl_rl(
+    *, num_envs: int, device: str, seed: int, kind: type[RslRl] = RslRl, **kwargs: Any
+) -> RslRl:
     assert device == "cpu"
-    return RslRl(num_envs, seed=seed, **kwargs)
+    return kind(num_envs, seed=seed, **kwargs)
 
 
 def make_vmas(*, num_envs: int, device: str, seed: int, **kwargs: Any) -> VmasLike:

@@ -9,25 +9,29 @@ from pathlib import Path
 import gymnasium
 import pytest
 import torch
-from gymnasium.vector import AutoresetMode, SyncVectorEnv
+from gymnasium.vector import AsyncVectorEnv, AutoresetMode, SyncVectorEnv
 
 from esper_lightning import check_env
+from esper_lightning.core.spaces import MultiDiscrete
 from esper_lightning.envs.adapters.gymnasium import Gymnasium
 from esper_lightning.envs.adapters.host import HostEnv
+from esper_lightning.envs.adapters.serial import SerialEnv
 from tests.envs.adapters import simulators
 
 CPU = torch.device("cpu")
-KINDS = ["box", "image", "discrete", "multi", "binary", "dict"]
+KINDS = ["box", "image", "number", "discrete", "multi", "binary", "dict"]
 
 
 def counter(kind="box", **kwargs):
     return Gymnasium(id="EsperCounter-v0", num_envs=3, kwargs={"kind": kind, **kwargs})
 
 
-def vector(mode, num_envs=3, **kwargs):
-    kwargs = {"length": 3, **kwargs}
-    makers = [lambda: simulators.Counter(**kwargs)] * num_envs
-    return SyncVectorEnv(makers, autoreset_mode=mode, copy=False)
+LENGTHS = (2, 3, 4)
+
+
+def counters(**kwargs):
+    """Functions that make environments whose episodes have ``LENGTHS``: not all end together."""
+    return [lambda n=n: simulators.Counter(length=n, **kwargs) for n in LENGTHS]
 
 
 @pytest.mark.parametrize("kind", KINDS)
@@ -44,18 +48,50 @@ def test_masks_in_info_come_with_every_observation():
     check_env(Gymnasium(id="EsperMasked-v0", num_envs=3, mask="allowed"), steps=20)
 
 
+def test_a_step_without_a_mask_allows_every_action():
+    kwargs = {"with_masks": (0, 2), "length": 4}
+    for workers in (0, 2):
+        spec = Gymnasium(
+            id="EsperRarely-v0", num_envs=2, mask="allowed", kwargs=kwargs, workers=workers
+        )
+        env = spec.build(CPU, 0)
+        _, mask = env.reset()
+        odd = mask[:, 2].tolist()  # whether the first count is even
+        assert mask[:, :2].all()
+        seen = [env.step(torch.zeros(2).long()).action_mask.tolist() for _ in range(3)]
+        assert seen == [[[True] * 3] * 2, [[True, True, each] for each in odd], [[True] * 3] * 2]
+        env.close()
+
+
+def test_a_mask_of_another_name_is_refused_with_the_names_that_are_there():
+    line = r"^Gymnasium.mask must name an entry .*, got 'alowed'. There is allowed, seconds.$"
+    spec = Gymnasium(id="EsperRarely-v0", num_envs=2, mask="alowed")
+    with pytest.raises(ValueError, match=line):
+        spec.spaces()
+    line = line.replace("There is allowed, seconds", "There are no entries")
+    with pytest.raises(ValueError, match=line):
+        Gymnasium(id="EsperCounter-v0", num_envs=2, mask="alowed").spaces()
+    made = gymnasium.make("EsperRarely-v0", with_masks=())
+    env = HostEnv(SerialEnv([lambda: made], entry="allowed"), CPU, 0, name="x", mask="allowed")
+    with pytest.raises(ValueError, match=r"^Gymnasium.mask .* There is seconds.$"):
+        env.reset()
+
+
 @pytest.mark.parametrize("spec", [
-    Gymnasium(id="EsperCounter-v0", num_envs=5, kwargs={"kind": "dict"}),
-    Gymnasium(id="EsperMasked-v0", num_envs=5, mask="allowed"),
-], ids=["dict", "info"])  # fmt: skip
+    *(Gymnasium(id="EsperCounter-v0", num_envs=5, kwargs={"kind": kind, "varies": True})
+      for kind in ("dict", "discrete", "multi")),
+    Gymnasium(id="EsperMasked-v0", num_envs=5, mask="allowed", kwargs={"varies": True}),
+], ids=["dict", "discrete", "multi", "info"])  # fmt: skip
 def test_workers_return_what_one_process_returns(spec):
     alone, shared = spec.build(CPU, 7), Gymnasium(**{**vars(spec), "workers": 2}).build(CPU, 7)
     try:
         first, second = alone.reset(), shared.reset()
         for t in range(12):
             torch.testing.assert_close(first, second, rtol=0, atol=0)
-            mask = first[1]
+            mask = torch.ones(5, 3) if first[1] is None else first[1]
             action = (mask.float() + torch.rand(5, 3)).argmax(1) if t % 2 else mask.long().argmax(1)
+            if isinstance(alone.spaces.action, MultiDiscrete):
+                action = torch.randint(2, (5, 2))
             one, other = alone.step(action), shared.step(action)
             torch.testing.assert_close(one, other, rtol=0, atol=0, equal_nan=True)
             first, second = (one.obs, one.action_mask), (other.obs, other.action_mask)
@@ -70,26 +106,50 @@ def test_workers_return_what_one_process_returns(spec):
 def test_every_autoreset_mode_resets_within_the_step_and_says_what_was_reached(
     mode, truncates, kind
 ):
-    env = HostEnv(vector(mode, truncates=truncates, kind=kind), CPU, 0, name="Counter")
+    makers = counters(truncates=truncates, kind=kind)
+    check_episodes(SyncVectorEnv(makers, autoreset_mode=mode, copy=False), truncates, kind)
+
+
+ASYNC = [(mode, shared) for mode in AutoresetMode for shared in (True, False)]
+
+
+@pytest.mark.parametrize(("mode", "shared"), ASYNC)
+def test_processes_of_gymnasium_reset_rows_once_or_are_refused(mode, shared):
+    env = AsyncVectorEnv(counters(), shared_memory=shared, context="fork", autoreset_mode=mode)
+    try:
+        if mode == AutoresetMode.NEXT_STEP and not shared:
+            line = r"^Counter must be made with shared_memory=True, .* got 'AsyncVectorEnv'"
+            with pytest.raises(ValueError, match=line):
+                HostEnv(env, CPU, 0, name="Counter")
+        else:
+            check_episodes(env, truncates=True, kind="box")
+    finally:
+        if not env.closed:
+            env.close()
+
+
+def check_episodes(simulator, truncates, kind):
+    env = HostEnv(simulator, CPU, 0, name="Counter")
     obs, _ = env.reset()
     place = (lambda seen: seen["place"]) if kind == "dict" else (lambda seen: seen)
     start = place(obs)[:, 0].clone()
-    for t in range(1, 8):
+    for t in range(1, 13):
         action = torch.zeros(3, 1) if kind == "box" else torch.zeros(3).long()
         result = env.step(action)
-        over = t % 3 == 0
-        assert result.truncated.tolist() == [over and truncates] * 3
-        assert result.terminated.tolist() == [over and not truncates] * 3
-        assert place(result.reached_obs)[:, 1].tolist() == [(t - 1) % 3 + 1] * 3
+        over = torch.tensor([t % length == 0 for length in LENGTHS])
+        assert result.truncated.tolist() == (over & truncates).tolist()
+        assert result.terminated.tolist() == (over & (not truncates)).tolist()
+        reached = [(t - 1) % length + 1 for length in LENGTHS]
+        assert place(result.reached_obs)[:, 1].tolist() == reached
         torch.testing.assert_close(place(result.reached_obs)[:, 0], start)
-        assert place(result.obs)[:, 1].tolist() == [t % 3] * 3
-        if over:
-            assert (place(result.obs)[:, 0] != start).all()
-            assert result.episode_length.tolist() == [3, 3, 3]
-            assert result.episode_return.tolist() == pytest.approx([3 + 6 / 8] * 3)
-            start = place(result.obs)[:, 0].clone()
-        else:
-            assert result.episode_return.isnan().all()
+        assert place(result.obs)[:, 1].tolist() == [t % length for length in LENGTHS]
+        assert torch.equal(place(result.obs)[:, 0] != start, over)
+        lengths = torch.tensor(LENGTHS)
+        assert torch.equal(result.episode_length, lengths * over)
+        returns = lengths * (1 + (lengths + 1) / 16)
+        torch.testing.assert_close(result.episode_return[over], returns[over])
+        assert torch.equal(result.episode_return.isnan(), ~over)
+        start = place(result.obs)[:, 0].clone()
     env.close()
 
 
@@ -136,7 +196,7 @@ def test_images_stay_bytes():
     ({"id": "Taxi-v3"}, r"^Gymnasium.id='Taxi-v3' cannot be made: .* deprecated"),
     ({"id": "CartPole-v1", "kwargs": {"wings": 2}}, r"^Gymnasium.id='CartPole-v1' cannot be made"),
     ({"id": "CartPole-v1", "wrappers": ("no.such",)}, r"^Gymnasium.wrappers must name importable"),
-    ({"id": "no_such_package:Thing-v0"}, r"^Gymnasium.id='no_such_package:Thing-v0' needs a"),
+    ({"id": "no_such_package:Thing-v0"}, r"needs no_such_package. Install it, or add"),
     ({"id": ""}, r"^Gymnasium.id must name a registered environment"),
     ({"id": "CartPole-v1", "workers": -1}, r"^Gymnasium.workers must be at least 0"),
 ])  # fmt: skip
@@ -145,6 +205,19 @@ def test_what_cannot_be_made_is_one_line(given, line):
     with pytest.raises(ValueError, match=line) as caught:
         Gymnasium(**given).spaces()
     assert "\n" not in str(caught.value)
+
+
+@pytest.mark.parametrize(("package", "extra"), [
+    ("ale_py", "atari"), ("minigrid", "minigrid"), ("mujoco", "gymnasium"),
+])  # fmt: skip
+def test_a_missing_package_is_named_with_the_way_to_install_it(package, extra, monkeypatch):
+    monkeypatch.setitem(sys.modules, package, None)
+    name = "Hopper-v5" if package == "mujoco" else f"{package}:Thing-v0"
+    line = f"^Gymnasium.id='{name}' needs {package if package != 'mujoco' else '.*'}: "
+    with pytest.raises(ValueError, match=line) as caught:
+        Gymnasium(id=name)._one()
+    command = f"pip install 'esper_lightning[{extra}]'."
+    assert command in str(caught.value)[:120]  # one line of a terminal has the way out
 
 
 def test_a_space_without_a_counterpart_is_refused_by_name():

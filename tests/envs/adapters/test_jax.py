@@ -52,6 +52,27 @@ def test_gymnax_truncates_at_its_time_limit():
     assert not any(r.terminated.any() for r in results)
 
 
+def test_a_seed_decides_the_next_reset_and_all_that_follows():
+    env = gymnax("CartPole-v1").build(CPU, 3)
+
+    def played(seed):
+        if seed is not None:
+            assert env.reseed(seed)
+        first = [env.reset()[0]]
+        return torch.stack(first + [env.step(torch.ones(4).long()).obs for _ in range(20)])
+
+    built, again, same, other, later = map(played, (None, 3, 3, 4, None))
+    assert torch.equal(built, same)
+    assert torch.equal(again, same)
+    assert not torch.equal(other, same)
+    assert not torch.equal(later, other)
+
+
+def test_an_evaluation_has_at_most_as_many_environments_as_training():
+    assert gymnax("CartPole-v1").evaluation_spec(100).num_envs == 4
+    assert gymnax("CartPole-v1").evaluation_spec(3).num_envs == 3
+
+
 def test_resets_are_computed_where_an_episode_ended():
     began = []
 

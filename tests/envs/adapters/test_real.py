@@ -6,6 +6,7 @@ The packages are those of the extra ``dev``. ``make worlds`` does the same for l
 import math
 
 import pytest
+import torch
 from lightning.pytorch import Trainer
 
 from esper_lightning import MLP, PPO, PPOConfig, check_env
@@ -25,6 +26,18 @@ WORLDS = {
 @pytest.mark.parametrize("world", WORLDS)
 def test_the_contract_is_kept(world):
     check_env(WORLDS[world], steps=15)
+
+
+@pytest.mark.parametrize("told_apart", [False, True])
+def test_the_time_limit_of_vmas_is_no_failure(told_apart):
+    kwargs = {"scenario": "simple", "max_steps": 3, "continuous_actions": True}
+    more = {"terminated_truncated": True} if told_apart else {}
+    spec = Custom(make="vmas:make_env", num_envs=2, kwargs={**kwargs, **more}, shared=False)
+    env = spec.build(torch.device("cpu"), 0)
+    env.reset()
+    results = [env.step(torch.zeros(2, 2)) for _ in range(3)]
+    assert [r.truncated.tolist() for r in results] == [[False] * 2, [False] * 2, [True] * 2]
+    assert not any(r.terminated.any() for r in results)
 
 
 @pytest.mark.parametrize("world", WORLDS)

@@ -9,7 +9,14 @@ from esper_lightning import check_env
 from esper_lightning.envs.adapters.custom import Custom, adapt
 from esper_lightning.envs.adapters.simulated import SimulatedEnv, Simulator
 from esper_lightning.envs.base import how_fields, spec_name
-from tests.envs.adapters.simulators import RslRl, TorchFive, VmasLike
+from tests.envs.adapters.simulators import (
+    ManiSkill,
+    ManiSkillVector,
+    RslRl,
+    TorchFive,
+    VmasLike,
+    Wrapper,
+)
 
 CPU = torch.device("cpu")
 MAKES = "tests.envs.adapters.simulators"
@@ -23,9 +30,34 @@ def custom(function, **kwargs):
     custom("make_torch_five"),
     custom("make_torch_five", kwargs={"says_final": False}, lost="previous"),
     custom("make_rsl_rl", lost="previous"),
-], ids=["five", "five, previous", "rsl_rl"])  # fmt: skip
+    custom("make_rsl_rl", lost="previous", kwargs={"privileged": "some"}),
+    custom("make_rsl_rl", lost="previous", kwargs={"privileged": "none"}),
+], ids=["five", "five, previous", "rsl_rl", "legged_gym", "legged_gym, none"])  # fmt: skip
 def test_simulators_keep_the_contract(spec):
     check_env(spec, steps=40)
+
+
+@pytest.mark.parametrize("made", [
+    lambda: ManiSkill(3, limit=3),
+    lambda: Wrapper(ManiSkill(3, limit=3)),
+    lambda: ManiSkillVector(ManiSkill(3, limit=3), auto_reset=False),
+    lambda: ManiSkillVector(ManiSkill(3, limit=3), auto_reset=True),
+    lambda: Wrapper(ManiSkillVector(Wrapper(ManiSkill(3, limit=3)), auto_reset=True)),
+], ids=["plain", "wrapped", "without reset", "with reset", "wrapped with reset"])  # fmt: skip
+def test_rows_of_maniskill_are_reset_once_whoever_resets_them(made):
+    made = made()
+    env = adapt(made, CPU, 0, name="cubes", lost="error")
+    env.reset()
+    begun, begin = [], made.unwrapped.begin
+    made.unwrapped.begin = lambda rows: (begun.append(rows.tolist()), begin(rows))
+    made.unwrapped.steps[0] = 1  # whose episode ends a step before the others
+    made.unwrapped.state.zero_()
+    for t in range(1, 5):
+        result = env.step(torch.zeros(3, 1))
+        steps = made.unwrapped.steps.tolist()
+        assert result.truncated.tolist() == [t == 2, t == 3, t == 3]
+        assert steps == [[2, 0, 1, 2][t - 1], *[[1, 2, 0, 1][t - 1]] * 2]
+    assert begun == [[True, False, False], [False, True, True]]
 
 
 def test_agents_that_share_a_policy_are_environments():
@@ -55,6 +87,26 @@ def test_a_time_out_that_overlaps_a_failure_is_a_time_out_as_in_rsl_rl():
     result = env.step(torch.zeros(2, 1))
     assert result.terminated.tolist() == [False, False]
     assert result.truncated.tolist() == [True, True]
+
+
+@pytest.mark.parametrize("privileged", ["", "none", "some"])
+def test_results_of_legged_gym_are_those_of_rsl_rl_with_one_more(privileged):
+    env = adapt(RslRl(2, privileged=privileged), CPU, None, name="walk", lost="previous")
+    one = adapt(RslRl(2), CPU, None, name="walk", lost="previous")
+    torch.testing.assert_close(env.reset(), one.reset())
+    for _ in range(7):
+        torch.testing.assert_close(
+            env.step(torch.ones(2, 1)), one.step(torch.ones(2, 1)), equal_nan=True
+        )
+
+
+def test_five_results_of_gymnasium_are_not_taken_for_those_of_legged_gym():
+    made = RslRl(2)
+    made.step = lambda action: (made.state, made.reward, made.steps > 9, made.steps > 5, {})
+    env = adapt(made, CPU, None, name="walk", lost="previous")
+    env.reset()
+    with pytest.raises(ValueError, match=r"^walk.step\(\) must return obs, reward, done, extras"):
+        env.step(torch.zeros(2, 1))
 
 
 def test_a_time_out_bootstraps_from_what_was_acted_on():
@@ -101,7 +153,7 @@ class TestLogs:
         assert env.metrics() == {}
         for _ in range(5):
             env.step(torch.zeros(2, 1))
-        assert env._logged == 1
+        assert env._counts == {"Episode_hold": 1}
         metrics = env.metrics()
         assert list(metrics) == ["Episode_hold"]
         assert math.isfinite(metrics["Episode_hold"])
@@ -114,6 +166,21 @@ class TestLogs:
         env.metrics()
         env.step(torch.zeros(2, 1))
         assert math.isnan(env.metrics()["Episode_hold"])
+
+    def test_a_mean_is_that_of_the_logs_that_have_the_name(self):
+        made = TorchFive(2)
+        logs = iter([{"a": 2.0, "b": 6.0}, {"a": 2.0, "c": 1.0}, {"a": 5.0, "c": 2.0}, {"a": 1.0}])
+        step = made.step
+        made.step = lambda action: (*step(action)[:4], {"log": next(logs)})
+        env = adapt(made, CPU, 0, name="point", lost="previous")
+        env.reset()
+        for _ in range(3):
+            env.step(torch.zeros(2, 1))
+        assert env.metrics() == {"a": 3.0, "b": 6.0, "c": 1.5}
+        env.step(torch.zeros(2, 1))
+        metrics = env.metrics()
+        assert list(metrics) == ["a", "b", "c"]
+        assert (metrics["a"], metrics["b"].isnan(), metrics["c"].isnan()) == (1.0, True, True)
 
 
 class TestCustom:

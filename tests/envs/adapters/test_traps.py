@@ -16,8 +16,8 @@ Each line names a trap, and the file and name of its test; files without a folde
     test_a_reset_of_rows_may_pop_its_option_and_return_those_rows_only
  7. A reset of single rows resets all of them: test_gymnasium.py
     test_an_environment_that_resets_all_rows_at_once_is_refused_by_name
- 8. A partial reset leaves the flag that the next step resets again: test_traps.py
-    test_no_environment_of_ours_resets_itself_in_the_next_step
+ 8. A partial reset leaves the flag that the next step resets again: test_gymnasium.py
+    test_processes_of_gymnasium_reset_rows_once_or_are_refused
  9. The last observations are an array of objects, absent where nothing ended: test_gymnasium.py
     test_every_autoreset_mode_resets_within_the_step_and_says_what_was_reached
 10. Results are overwritten by the next step: test_simulated.py
@@ -87,14 +87,16 @@ class Popping(SyncVectorEnv):
         return obs[rows], {"env_id": np.flatnonzero(rows)}
 
 
-def test_a_reset_of_rows_may_pop_its_option_and_return_those_rows_only():
+@pytest.mark.parametrize("kind", ["box", "discrete"])
+def test_a_reset_of_rows_may_pop_its_option_and_return_those_rows_only(kind):
     lengths = (2, 3, 4)
-    makers = [lambda n=n: simulators.Counter(length=n) for n in lengths]
+    makers = [lambda n=n: simulators.Counter(length=n, kind=kind) for n in lengths]
     env = HostEnv(Popping(makers, autoreset_mode=AutoresetMode.NEXT_STEP), CPU, 0, name="pool")
     env.reset()
     for t in range(1, 13):
-        result = env.step(torch.zeros(3, 1))
-        assert result.obs[:, 1].tolist() == [t % n for n in lengths]
+        result = env.step(torch.zeros(3, 1) if kind == "box" else torch.zeros(3).long())
+        if kind == "box":
+            assert result.obs[:, 1].tolist() == [t % n for n in lengths]
         assert result.truncated.tolist() == [t % n == 0 for n in lengths]
 
 
