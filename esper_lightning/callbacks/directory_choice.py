@@ -11,6 +11,7 @@ rank claims the directory (``forensics.claims``) and shares its path with the ot
 # pyright: reportUnknownVariableType=false, reportUnknownArgumentType=false
 
 import logging
+import os
 import weakref
 from pathlib import Path
 from typing import Any
@@ -37,6 +38,7 @@ from esper_lightning.forensics.claims import (
     claim_for_logger,
     claim_next,
 )
+from esper_lightning.forensics.layout import RunLayout
 from esper_lightning.forensics.owner_record import holds_a_run
 
 __all__ = [
@@ -142,7 +144,7 @@ def take_directory(trainer: Trainer, *, alone: bool = False) -> HeldDirectory:
     found = OF_TRAINERS.get(trainer)
     if found is not None:
         if found.claim is None or not found.claim.holds:
-            found.claim = _claim(found.directory)
+            found.claim = _claim(found.directory, is_ours=found.claim is None)
     else:
         spawned = spawns_processes(trainer)
         found = _choose(trainer, joins=alone and spawned)
@@ -216,7 +218,8 @@ def _claim_for(logger: NumberedLogger, found: HeldDirectory) -> None:
             found.of_loggers.append(claim_for_logger(folder, () if is_runs else files))
         except OSError as error:
             name = type(logger).__name__
-            if any((folder / file).exists() for file in files):  # of whom, is not known
+            claimed = os.path.lexists(RunLayout(folder).owner)
+            if claimed or any((folder / file).exists() for file in files):  # of whom, is not known
                 rule = f"be one that can be claimed, got {str(folder)!r}"
                 raise DirectoryRefusedError(f"The folder of {name} must {rule}: {error}.") from None
             _log.warning("The folder of %s cannot be claimed: %s", name, error)
@@ -235,11 +238,28 @@ def _end_over(directory: Path) -> None:
             found.end()
 
 
-def _claim(directory: Path) -> Claim | None:
+def _claim(directory: Path, *, is_ours: bool = False) -> Claim | None:
+    """Claim a run directory.
+
+    Args:
+        directory: The directory.
+        is_ours: Whether an earlier run of the same Trainer made it and could not claim it.
+
+    Returns:
+        The claim; ``None`` where the directory does not exist, and cannot be made now.
+
+    Raises:
+        DirectoryRefusedError: If a living run owns the directory; or if a directory that exists
+            cannot be claimed, where a living run is not noticed.
+    """
     _end_over(directory)
     try:
         return claim(directory)
     except OSError as error:
+        if directory.is_dir() and not is_ours:
+            rule = f"be one that can be claimed, got {str(directory)!r}"
+            hint = f"{error}. Choose another run directory."
+            raise DirectoryRefusedError(f"The run directory must {rule}: {hint}") from None
         _log.warning("The run directory %s cannot be claimed: %s", directory, error)
         return None
 

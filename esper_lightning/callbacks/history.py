@@ -39,20 +39,25 @@ _log = logging.getLogger(__name__)
 
 
 def finished_iterations(trainer: Trainer, module: LightningModule) -> int:
-    """Number of finished iterations: the module's own count if it has one, else the Trainer's."""
-    own = getattr(module, "iteration", None)
-    return own if isinstance(own, int) and not isinstance(own, bool) else trainer.global_step
+    """Number of finished iterations: the module's own count if it has one, else the Trainer's.
+
+    A module whose ``iteration`` is that count, as PPO's is, has ``counts_iterations = True``. The
+    attribute may mean anything else in another module.
+    """
+    counts = getattr(module, "counts_iterations", False) is True
+    return cast(Any, module).iteration if counts else trainer.global_step
 
 
 class History(WritesRun):
     """Append to ``rank<k>/history.jsonl`` in the run directory, and ``evaluations.jsonl`` beside.
 
     Works with any LightningModule. A row is what ``training_step`` returned under ``"row"``, if
-    that is a mapping of plain values; otherwise the row holds the step's number and every metric
-    that the module logged. A disk that takes no rows does not end training: there is a warning, and
-    the rows are written once the disk takes them. When a run is resumed, the rows of iterations
-    that the run will repeat are moved to ``history.jsonl.<n>``, so that the history never holds an
-    iteration twice; the latest ten such files are retained.
+    that is a mapping of plain values; otherwise the row holds every metric that the module logged.
+    Its number is ``finished_iterations``. The row is written before other callbacks are called. A
+    disk that takes no rows does not end training: there is a warning, and the rows are written once
+    the disk takes them. When a run is resumed, the rows of iterations that the run will repeat are
+    moved to ``history.jsonl.<n>``, so that the history never holds an iteration twice; the latest
+    ten such files are retained.
 
     Args:
         dirpath: Run directory; ``None`` for that of the Trainer (``callbacks.run_directory``).
@@ -77,8 +82,14 @@ class History(WritesRun):
 
     @override
     def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
-        """Claim the run directory."""
+        """Claim the run directory, and write rows before callbacks that may fail are called."""
         open_run_directory(trainer, self)
+        others = [each for each in trainer.callbacks if each is not self]
+        behind = (i for i, each in enumerate(others) if not isinstance(each, WritesRun))
+        place = next(behind, len(others))
+        if self in trainer.callbacks[place + 1 :]:
+            # The list is new: Lightning is iterating over the old list.
+            trainer.callbacks = [*others[:place], self, *others[place:]]
 
     @override
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
@@ -100,7 +111,8 @@ class History(WritesRun):
         if self._files:
             row = _given_row(outputs)
             given = _numbers(trainer) if row is None else row
-            self._files[0].append({"iteration": trainer.global_step, **given})
+            done = {"iteration": finished_iterations(trainer, pl_module)}
+            self._files[0].append(done | {**given} | done)
 
     @override
     def on_validation_end(self, trainer: Trainer, pl_module: LightningModule) -> None:

@@ -284,7 +284,8 @@ class EsperCLI(LightningCLI):
         if path is not None:
             ranks = self.trainer.world_size if fits else None
             checkpoint = load_checkpoint(path)
-            model.refuse_checkpoint(checkpoint, str(path), world_size=ranks)
+            own = cast(Any, self.trainer).callbacks
+            model.refuse_checkpoint(checkpoint, str(path), world_size=ranks, callbacks=own)
             self._resumes_from = checkpoint[STATE_KEY]["iteration"]
         elif fits and model.settings.warm_start is not None:
             load_weights(model, model.settings.warm_start)

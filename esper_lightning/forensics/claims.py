@@ -23,6 +23,7 @@ from esper_lightning.forensics.owner_record import (
     OWNER_BEGINS,
     Use,
     holds_a_run,
+    open_record,
     parse_owner,
     ranks_of,
     read_owner,
@@ -334,7 +335,7 @@ def _lock(directory: Path, use: Use) -> int:
     path = RunLayout(directory).owner
     end = time.monotonic() + _HANDOVER_S
     while True:
-        lock = os.open(path, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC | os.O_NOFOLLOW, 0o644)
+        lock = open_record(path)
         begins = os.pread(lock, len(OWNER_BEGINS), 0)
         if not OWNER_BEGINS.startswith(begins):
             os.close(lock)

@@ -4,6 +4,7 @@
 """
 
 import contextlib
+import os
 from collections.abc import Iterator
 from itertools import islice
 from pathlib import Path
@@ -17,6 +18,7 @@ __all__ = [
     "OWNER_BEGINS",
     "Use",
     "holds_a_run",
+    "open_record",
     "parse_owner",
     "ranks_of",
     "read_owner",
@@ -31,6 +33,24 @@ OWNER_BEGINS = b'{"pid"'
 """Beginning of every record."""
 
 _MOST_BYTES = 4096
+
+
+def open_record(path: Path) -> int:
+    """Descriptor of ``owner.lock``, which is made if it does not exist.
+
+    Without the permission to write, as in the directory of another user's run, the descriptor
+    only reads: the file can be locked all the same.
+
+    Raises:
+        OSError: If the file can be neither made nor read, or is a link.
+    """
+    flags = os.O_CLOEXEC | os.O_NOFOLLOW
+    try:
+        return os.open(path, flags | os.O_RDWR | os.O_CREAT, 0o644)
+    except PermissionError as error:
+        with contextlib.suppress(OSError):
+            return os.open(path, flags | os.O_RDONLY)
+        raise error from None
 
 
 def parse_owner(content: bytes) -> dict[str, Any]:

@@ -5,7 +5,7 @@ nothing of Lightning, and only ``to_host`` waits for the device.
 """
 
 from collections.abc import Callable, Mapping, Sequence
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, cast
 
 import torch
 from torch import Tensor
@@ -13,7 +13,7 @@ from torch import Tensor
 from esper_lightning.compiling.loops import CompileMode, compile_function, tell_reasons_again
 from esper_lightning.core.buffer import allocate_rollout, first_steps
 from esper_lightning.core.distributions import has_choice
-from esper_lightning.core.errors import require
+from esper_lightning.core.errors import Words, require
 from esper_lightning.core.flat_adam import FlatParameters
 from esper_lightning.core.last_obs import with_reached_obs, without_images
 from esper_lightning.core.ranks import SINGLE_RANK, Ranks
@@ -152,7 +152,8 @@ class Learner:
             Whether the episodes of ``state`` are resumed.
 
         Raises:
-            ValueError: If ``state`` belongs to other environments.
+            ValueError: If ``state`` belongs to other environments; or if new environments have a
+                state that no checkpoint could hold.
         """
         self._parameters = self.agent.bind(optimizer)
         generators = (self._exploration, self._sample_order)
@@ -164,6 +165,7 @@ class Learner:
             zeros = torch.zeros(self._storage.reward.shape[1], device=self._device)
             self._acting = ActingState(obs, mask, zeros, self.agent.policy.initial_memory(obs))
             self._first_memory = self._acting.memory
+            _refuse_other_than_tensors(self._env)
             return False
         self._env.load_state_dict(state["env"])
         acting = ActingState(**state["acting"]).to(self._device)
@@ -370,3 +372,21 @@ class Learner:
             values, rollout, reward, config, ranks, memory=memory, choice=choice
         )
         return Targets(samples, discounted_return, moments, healthy, episodes, variance)
+
+
+def _refuse_other_than_tensors(env: BatchedEnv) -> None:
+    """Refuse environments whose state a checkpoint would not give back, before they train."""
+    state: Any = env.state_dict()
+    if state is None:
+        return
+    others: object = type(state).__name__
+    if isinstance(state, Mapping):
+        named = cast(Mapping[Any, Any], state).items()
+        others = {
+            name: Words(type(value).__name__)
+            for name, value in named
+            if not (isinstance(name, str) and isinstance(value, Tensor) and not value.is_sparse)
+        }
+    field = f"{type(env).__name__}.state_dict()"
+    hint = "Return None if the state cannot be saved: a resumed run then begins new episodes."
+    require(others == {}, field, "hold tensors only, by names", others, hint)

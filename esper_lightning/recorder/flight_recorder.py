@@ -122,6 +122,9 @@ class FlightRecorder(WritesRun):
         others = [callback for callback in trainer.callbacks if callback is not self]
         if stage == "fit" and not any(isinstance(callback, History) for callback in others):
             others.insert(0, History())
+        # Then comes the history: it has the row of an iteration in which another callback raises.
+        histories = [callback for callback in others if isinstance(callback, History)]
+        others = [*histories, *(each for each in others if not isinstance(each, History))]
         # The recorder comes first, before callbacks whose on_exception may raise. The list is new:
         # Lightning is iterating over the old list.
         trainer.callbacks = [self, *others]

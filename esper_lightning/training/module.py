@@ -140,6 +140,8 @@ class PPO(CheckpointHooks):
         self.return_stats = RunningStats(()) if self.ppo.normalize_reward else None
         self.evaluation = Evaluation(settings)
 
+    counts_iterations = True  # ``iteration`` numbers the rows of the history
+
     @property
     def iteration(self) -> int:
         """Number of finished iterations."""

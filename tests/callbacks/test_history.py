@@ -11,10 +11,11 @@ from types import SimpleNamespace
 import pytest
 import torch
 from lightning.pytorch import Callback, LightningModule
+from lightning.pytorch.demos.boring_classes import BoringModel
 from lightning.pytorch.loggers import CSVLogger, TensorBoardLogger
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from esper_lightning import PPO, History, PPOConfig
+from esper_lightning import PPO, FlightRecorder, History, PPOConfig
 from esper_lightning.envs import CartPole
 from esper_lightning.forensics.files import JsonLines, read_json_lines
 from tests import forked
@@ -194,7 +195,7 @@ def test_resuming_time_and_again_keeps_each_dropped_row_once_and_few_files(make_
     path = tmp_path / "rank0" / "history.jsonl"
 
     def resume():
-        history, module = History(tmp_path), SimpleNamespace(iteration=20)
+        history, module = History(tmp_path), SimpleNamespace(iteration=20, counts_iterations=True)
         trainer = make_trainer(callbacks=[history])
         history.setup(trainer, module, "fit")
         history.on_train_start(trainer, module)
@@ -268,7 +269,7 @@ SCRIPT = """
 import sys, torch
 torch.set_num_threads(1)
 from lightning.pytorch import Callback, Trainer
-from esper_lightning import PPO, History, PPOConfig
+from esper_lightning import PPO, FlightRecorder, History, PPOConfig
 from esper_lightning.envs import CartPole
 
 class Tell(Callback):
@@ -363,3 +364,47 @@ def test_a_directory_that_disappears_under_a_run_is_told_of_once(
 def test_a_directory_that_stays_is_not_told_of(make_trainer, tmp_path, caplog):
     make_trainer(callbacks=[History(tmp_path / "run")]).fit(ppo(4, iterations_per_epoch=2))
     assert "moved or deleted" not in caplog.text
+
+
+class Raises(Callback):
+    def __init__(self, error):
+        self.error = error
+
+    def on_train_batch_end(self, trainer, pl_module, outputs, batch, batch_idx):
+        if batch_idx == 2:
+            raise self.error
+
+
+@pytest.mark.parametrize("recorded", [False, True])
+@pytest.mark.parametrize("error", [RuntimeError("mine"), KeyboardInterrupt()])
+def test_a_finished_iteration_has_its_row_whatever_another_callback_raises(
+    make_trainer, tmp_path, error, recorded
+):
+    recorder = [FlightRecorder(tmp_path, watch=False)] if recorded else []
+    trainer = make_trainer(callbacks=[Raises(error), *recorder, History(tmp_path)])
+    with pytest.raises((RuntimeError, SystemExit, KeyboardInterrupt)):
+        trainer.fit(ppo(iterations=6))
+    assert iterations(tmp_path / "rank0" / "history.jsonl") == [1, 2, 3]
+    if recorded:
+        assert isinstance(trainer.callbacks[0], FlightRecorder)
+
+
+class Countdown(BoringModel):
+    """A module whose ``iteration`` is no count of its steps."""
+
+    iteration = 0
+
+    def training_step(self, batch, batch_idx):
+        return super().training_step(batch, batch_idx) | {"row": {"iteration": 7, "x": 1.0}}
+
+
+def test_an_iteration_of_another_meaning_cuts_no_history(make_trainer, tmp_path):
+    for epochs in (2, 3):
+        trainer = make_trainer(
+            callbacks=[History(tmp_path)], max_epochs=epochs, limit_train_batches=2
+        )
+        resumed = tmp_path / "x.ckpt" if epochs == 3 else None
+        trainer.fit(Countdown(), ckpt_path=resumed, weights_only=True)
+        trainer.save_checkpoint(tmp_path / "x.ckpt")
+    assert iterations(tmp_path / "rank0" / "history.jsonl") == [1, 2, 3, 4, 5, 6]
+    assert not (tmp_path / "rank0" / "history.jsonl.1").exists()

@@ -71,6 +71,30 @@ def test_a_suspended_owner_is_alive(other, tmp_path):
         claim(tmp_path / "run")
 
 
+@pytest.mark.parametrize("is_living", [True, False])
+def test_a_record_that_can_only_be_read_is_locked_all_the_same(
+    other, is_living, tmp_path, monkeypatch
+):
+    real_open = os.open
+
+    def only_reads(path, flags, mode=0o777, **where):
+        if flags & os.O_RDWR and os.fspath(path).endswith("owner.lock"):
+            raise PermissionError(13, "Permission denied", path)
+        return real_open(path, flags, mode, **where)
+
+    monkeypatch.setattr(os, "open", only_reads)
+    if is_living:
+        with pytest.raises(DirectoryInUseError, match=f"process {other.pid} "):
+            claim(tmp_path / "run")
+        return
+    other.kill()
+    other.wait()
+    held = claim(tmp_path / "run")
+    with pytest.raises(DirectoryInUseError):  # nobody else has it now
+        claim(tmp_path / "run")
+    held.release()
+
+
 def test_without_locks_the_name_of_the_owner_decides(other, tmp_path, monkeypatch):
     def no_locks(fd, how):
         raise OSError(claims.errno.ENOLCK, "No locks available")

@@ -2,6 +2,7 @@
 
 import dataclasses
 
+import pytest
 import torch
 from torch import Tensor
 
@@ -10,6 +11,7 @@ from esper_lightning.core.ranks import SINGLE_RANK, Ranks
 from esper_lightning.core.running_stats import RunningStats
 from esper_lightning.core.tensor_trees import leaves, map_tree
 from esper_lightning.envs import CartPole, Pendulum
+from esper_lightning.envs.autoreset import AutoresetEnv
 from esper_lightning.ppo.agent import Agent
 from esper_lightning.ppo.learner import Learner
 from esper_lightning.ppo.optimizer import build_optimizer
@@ -179,3 +181,16 @@ def test_metrics_of_environments_are_means_over_ranks() -> None:
 
     learner._env = Reports()
     assert learner.env_metrics() == {"a": 2.0, "b": 6.0}
+
+
+@pytest.mark.parametrize(("state", "got"), [
+    ({"steps": 3}, r"got \{'steps': int\}"),
+    ({"sim": {"x": torch.zeros(2)}}, r"got \{'sim': dict\}"),
+    ([torch.zeros(2)], "got 'list'"),
+], ids=["number", "nested", "list"])  # fmt: skip
+def test_environments_whose_state_no_checkpoint_can_hold_are_refused_before_they_train(
+    state, got, monkeypatch
+) -> None:
+    monkeypatch.setattr(AutoresetEnv, "state_dict", lambda self: state)
+    with pytest.raises(ValueError, match=rf"state_dict\(\) must hold tensors only.*{got}"):
+        make()

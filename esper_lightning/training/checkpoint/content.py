@@ -9,6 +9,8 @@ from types import NoneType
 from typing import Any, cast
 
 import torch
+from lightning.pytorch import Callback
+from lightning.pytorch.callbacks import EarlyStopping, ModelCheckpoint, Timer
 from torch import Tensor
 
 from esper_lightning.core.errors import require
@@ -19,6 +21,7 @@ __all__ = [
     "COUNT",
     "STATE_KEY",
     "find_misfit",
+    "is_extra",
     "refuse_not_ours",
     "refuse_not_resumable",
     "refuse_not_whole",
@@ -81,14 +84,15 @@ _CHECKPOINTS = {
     **dict.fromkeys(("best_model_path", "kth_best_model_path", "last_model_path"), str),
     "best_k_models": {"*": Tensor},
 }
-_CALLBACKS: dict[str, Any] = {  # states of callbacks, by their classes
-    **dict.fromkeys(("BestCheckpoint", "LastCheckpoint", "ModelCheckpoint"), _CHECKPOINTS),
-    "EarlyStopping": {
+_CALLBACKS: dict[type[Callback], Any] = {  # states of Lightning's callbacks
+    ModelCheckpoint: _CHECKPOINTS,
+    EarlyStopping: {
         **dict.fromkeys(("wait_count", "stopped_epoch", "patience"), int),
         "best_score": Tensor,
     },
-    "Timer": {"time_elapsed": {"*": COUNT}},
+    Timer: {"time_elapsed": {"*": COUNT}},
 }
+_EXTRA = "_extra_state"  # by which a module of the user's saves more than tensors
 _RANK: dict[str, Any] = {
     "acting": {
         "obs": object,
@@ -126,6 +130,10 @@ def refuse_not_whole(checkpoint: Mapping[str, Any], path: str) -> None:
     Raises:
         ValueError: If an entry does not fit. The error names ``path`` and the first such entry.
     """
+    state = checkpoint.get("state_dict")
+    if isinstance(state, Mapping):
+        state = {name: value for name, value in state.items() if not is_extra(name)}
+        checkpoint = {**checkpoint, "state_dict": state}
     _refuse_misfit(checkpoint, _OURS, path)
     extensions = checkpoint["hyper_parameters"].get("extensions", [])
     _refuse_misfit(extensions, [_SPEC], path, "hyper_parameters.extensions")
@@ -134,21 +142,33 @@ def refuse_not_whole(checkpoint: Mapping[str, Any], path: str) -> None:
     require(_VERSION.fullmatch(version) is not None, "ckpt_path", rule, path, f"Not {version!r}.")
 
 
-def refuse_not_resumable(checkpoint: Mapping[str, Any], path: str) -> None:
+def is_extra(name: object) -> bool:
+    """Whether an entry of a ``state_dict`` is what a module's ``get_extra_state`` returned."""
+    return isinstance(name, str) and name.split(".")[-1] == _EXTRA
+
+
+def refuse_not_resumable(
+    checkpoint: Mapping[str, Any], path: str, *, callbacks: Sequence[Callback] = ()
+) -> None:
     """Refuse a checkpoint in which an entry is missing that training needs to be resumed.
 
     Args:
         checkpoint: Content of a checkpoint.
         path: Path of the checkpoint, for the error.
+        callbacks: Callbacks that will load their states. The states of Lightning's own classes are
+            known; those of other classes are their own matter.
 
     Raises:
         ValueError: If an entry does not fit. The error names ``path`` and the first such entry.
     """
     _refuse_misfit(checkpoint, _TO_RESUME, path)
-    for key, state in checkpoint["callbacks"].items():
-        name, fields = re.split(r"\W", key, maxsplit=1)[0], _CALLBACKS.get(key.split("{")[0], {})
-        known = {field: shape for field, shape in fields.items() if field in state}
-        _refuse_misfit(state, known or dict, path, f"callbacks.{name}")
+    for callback in callbacks:
+        state = checkpoint["callbacks"].get(callback.state_key, {})
+        for kind, fields in _CALLBACKS.items():
+            if isinstance(callback, kind):
+                known = {field: shape for field, shape in fields.items() if field in state}
+                name = f"callbacks.{type(callback).__name__}"
+                _refuse_misfit(state, known or dict, path, name)
     for rank, state in checkpoint[STATE_KEY]["ranks"].items():
         name = f"{STATE_KEY}.ranks.{rank}"
         _refuse_misfit(state, _RANK, path, name)

@@ -4,11 +4,13 @@
 # pyright: reportUnknownVariableType=false, reportUnknownArgumentType=false
 
 import logging
+from collections.abc import Sequence
+from contextvars import ContextVar
 from pathlib import Path
 from typing import Any, Self
 
 import torch
-from lightning.pytorch import LightningModule
+from lightning.pytorch import Callback, LightningModule
 from lightning.pytorch.trainer.states import TrainerFn
 from typing_extensions import override
 
@@ -42,6 +44,7 @@ from esper_lightning.training.settings import PPOSettings
 __all__ = ["CheckpointHooks"]
 
 _log = logging.getLogger(__name__)
+_LOADED: ContextVar[str] = ContextVar("loaded", default="a file without a path")
 
 
 class CheckpointHooks(LightningModule):
@@ -156,15 +159,18 @@ class CheckpointHooks(LightningModule):
             ValueError: If PPO did not write the checkpoint, if it is of another environment or
                 policy, or if it is not finite.
         """
-        refuse_not_ours(checkpoint, "another module's")
-        if self._trainer is None:  # load_from_checkpoint is building this module
+        trainer = self._trainer
+        path = _LOADED.get()
+        if trainer is not None:
+            path = str(checkpoint_to_load(trainer) or path)
+        refuse_not_ours(checkpoint, path)
+        if trainer is None:  # load_from_checkpoint is building this module
             keep_own_extensions(checkpoint, self)
-            refuse_other_weights(self, checkpoint, "its own")
+            refuse_other_weights(self, checkpoint, path)
         else:
-            resumes, ranks = self.trainer.state.fn == TrainerFn.FITTING, self.trainer.world_size
-            self.refuse_checkpoint(
-                checkpoint, "another run's", world_size=ranks if resumes else None
-            )
+            resumes, ranks = trainer.state.fn == TrainerFn.FITTING, trainer.world_size
+            callbacks, world_size = trainer.callbacks, ranks if resumes else None
+            self.refuse_checkpoint(checkpoint, path, world_size=world_size, callbacks=callbacks)
             self._resumption = None
             if resumes:
                 self._resumption = Resumption.read(checkpoint, self.global_rank)
@@ -194,6 +200,7 @@ class CheckpointHooks(LightningModule):
             kwargs["env"] = env_of_checkpoint(checkpoint)
         settings = PPOSettings.from_data(checkpoint["hyper_parameters"], **kwargs)
         arguments: dict[str, Any] = {**settings.arguments(), **kwargs}
+        token = _LOADED.set(str(checkpoint_path))
         try:
             with refuse_huge(checkpoint):
                 return super().load_from_checkpoint(checkpoint_path, weights_only=True, **arguments)
@@ -204,9 +211,16 @@ class CheckpointHooks(LightningModule):
                 f"ckpt_path must hold PPO's settings and weights, got {str(checkpoint_path)!r}"
             )
             raise ValueError(f"{message}. {' '.join(str(error).split())}") from error
+        finally:
+            _LOADED.reset(token)
 
     def refuse_checkpoint(
-        self, checkpoint: dict[str, Any], path: str, *, world_size: int | None
+        self,
+        checkpoint: dict[str, Any],
+        path: str,
+        *,
+        world_size: int | None,
+        callbacks: Sequence[Callback] = (),
     ) -> None:
         """Refuse a checkpoint that this module cannot use: of other settings, or not finite.
 
@@ -214,6 +228,7 @@ class CheckpointHooks(LightningModule):
             checkpoint: A checkpoint of PPO.
             path: Path of the checkpoint, for the error.
             world_size: Number of ranks that resume training; ``None`` for an evaluation.
+            callbacks: Callbacks that will load their states when training is resumed.
 
         Raises:
             ValueError: If the checkpoint does not fit. The error names what does not fit.
@@ -225,4 +240,5 @@ class CheckpointHooks(LightningModule):
             settings=self.settings,
             trained=trained_parameters(self.policy, self.extensions),
             world_size=world_size,
+            callbacks=callbacks,
         )

@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import Any, cast
 
 import torch
+from lightning.pytorch import Callback
 from torch import Tensor, nn
 from torch.utils._python_dispatch import TorchDispatchMode
 from typing_extensions import override
@@ -24,6 +25,7 @@ from esper_lightning.training.checkpoint.content import (
     COUNT,
     STATE_KEY,
     find_misfit,
+    is_extra,
     refuse_not_ours,
     refuse_not_resumable,
     refuse_not_whole,
@@ -154,7 +156,8 @@ def keep_own_extensions(checkpoint: dict[str, Any], module: nn.Module) -> bool:
         {name: value for name, value in state.items() if name.startswith("extensions.")}
         for state in (checkpoint["state_dict"], module.state_dict())
     )
-    alike = theirs.keys() == own.keys() and all(_is_like(theirs[k], own[k]) for k in own)
+    weights = [name for name in own if not is_extra(name)]
+    alike = theirs.keys() == own.keys() and all(_is_like(theirs[k], own[k]) for k in weights)
     if not alike:
         given = checkpoint["state_dict"].items()
         checkpoint["state_dict"] = {k: v for k, v in given if k not in theirs} | own
@@ -169,6 +172,7 @@ def refuse_checkpoint(
     settings: PPOSettings,
     trained: Sequence[Tensor],
     world_size: int | None,
+    callbacks: Sequence[Callback] = (),
 ) -> None:
     """Refuse a checkpoint that a module cannot use: of other settings, or not finite.
 
@@ -179,6 +183,7 @@ def refuse_checkpoint(
         settings: Settings of the module.
         trained: Parameters that the optimizer trains, in its order.
         world_size: Number of ranks that resume training; ``None`` for an evaluation.
+        callbacks: Callbacks that will load their states when training is resumed.
 
     Raises:
         ValueError: If the checkpoint does not fit. The error names what does not fit.
@@ -189,6 +194,7 @@ def refuse_checkpoint(
         keep_own_extensions(checkpoint, module)
     refuse_other_weights(module, checkpoint, path)
     if world_size is not None:
+        refuse_not_resumable(checkpoint, path, callbacks=callbacks)
         refuse_other_optimizer(trained, checkpoint, path)
     refuse_non_finite(checkpoint, path, resuming=world_size is not None)
 
@@ -251,7 +257,7 @@ def refuse_other_weights(
     for name in sorted(own.keys() | given.keys(), key=str):
         if name not in given or name not in own:
             reason = f"It {'lacks' if name in own else 'has'} {name}."
-        elif not _is_like(given[name], own[name]):
+        elif not is_extra(name) and not _is_like(given[name], own[name]):
             one, other = (f"{list(t.shape)} of {t.dtype}" for t in (given[name], own[name]))
             reason = f"Its {name} is {one}, not {other}."
         else:
@@ -274,7 +280,8 @@ def refuse_non_finite(
         ValueError: If a tensor is not finite. The error names ``path`` and the first few such
             tensors.
     """
-    trees = {"": checkpoint["state_dict"]}
+    weights = checkpoint["state_dict"].items()
+    trees: dict[str, Any] = {"": {name: value for name, value in weights if not is_extra(name)}}
     if resuming:
         trees["optimizer"] = [states["state"] for states in checkpoint["optimizer_states"]]
     tensors = (pair for name, tree in trees.items() for pair in named_tensors(tree, name))
@@ -291,13 +298,12 @@ def refuse_other_optimizer(
 
     Args:
         trained: Parameters that the optimizer trains, in its order.
-        checkpoint: A checkpoint of PPO.
+        checkpoint: A checkpoint of PPO, whose entries are whole.
         path: Path of the checkpoint, for the error.
 
     Raises:
         ValueError: If a state is missing or does not fit. The error names the state.
     """
-    refuse_not_resumable(checkpoint, path)
     rule, states = "hold the state of one Adam over the policy", checkpoint["optimizer_states"]
     groups = [group["params"] for each in states for group in each["param_groups"]]
     require(groups == [list(range(len(trained)))], "ckpt_path", rule, path)
@@ -326,8 +332,8 @@ def refuse_huge(checkpoint: Mapping[str, Any]) -> Generator[None]:
     Raises:
         ValueError: If the settings describe a larger network, which could take all memory.
     """
-    given = cast(Mapping[str, Tensor], checkpoint["state_dict"]).values()
-    with _Bounded(_SMALL + 2 * max((tensor.numel() for tensor in given), default=0)):
+    given = (tensor.numel() for _, tensor in named_tensors(checkpoint["state_dict"]))
+    with _Bounded(_SMALL + 2 * max(given, default=0)):
         yield
 
 

@@ -105,9 +105,10 @@ def damage(chance: random.Random, checkpoint) -> str:
     return f"{path} = {str(value)[:40]!r}"
 
 
-def is_refused(checkpoint, model) -> bool:
+def is_refused(checkpoint, trainer, model) -> bool:
+    own = trainer.callbacks
     try:
-        model.refuse_checkpoint(checkpoint, "x.ckpt", world_size=1)
+        model.refuse_checkpoint(checkpoint, "x.ckpt", world_size=1, callbacks=own)
     except ValueError as error:
         assert "\n" not in str(error)  # noqa: PT017 - either may be
         return True
@@ -135,7 +136,7 @@ def damage_and_resume(whole, path, make, seeds: range) -> set[bool]:
         checkpoint = copy.deepcopy(whole)
         what = damage(random.Random(seed), checkpoint)
         try:
-            refused = is_refused(checkpoint, model)
+            refused = is_refused(checkpoint, trainer, model)
             if not refused:
                 torch.save(checkpoint, path)
                 with environments_may_refuse():
@@ -188,13 +189,14 @@ FOUND = [  # path, value, and the name of the entry in the error
 def test_what_would_fail_within_a_run_is_refused_before(
     whole, trainer_and_model, path, value, said
 ):
-    _, model = trainer_and_model()
-    model.refuse_checkpoint(whole, "x.ckpt", world_size=1)
+    trainer, model = trainer_and_model()
+    own = trainer.callbacks
+    model.refuse_checkpoint(whole, "x.ckpt", world_size=1, callbacks=own)
     if "python" in path:
         whole[STATE_KEY]["ranks"][0]["global_random"]["python"] = list(random.getstate())
     put(whole, path, value)
     with pytest.raises(ValueError, match=re.escape(said)) as caught:
-        model.refuse_checkpoint(whole, "x.ckpt", world_size=1)
+        model.refuse_checkpoint(whole, "x.ckpt", world_size=1, callbacks=own)
     assert str(caught.value).startswith("ckpt_path must hold ")
     assert "\n" not in str(caught.value)
 
