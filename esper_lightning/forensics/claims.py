@@ -9,25 +9,25 @@ import atexit
 import contextlib
 import errno
 import fcntl
-import json
 import os
 import signal
 import time
 import weakref
 from collections.abc import Generator, Sequence
 from pathlib import Path
-from typing import Any
 
 from esper_lightning.forensics.layout import RunLayout
 from esper_lightning.forensics.owner_record import (
     OWNER_BEGINS,
     Use,
     holds_a_run,
+    is_copied,
     open_record,
-    parse_owner,
     ranks_of,
+    read_locked,
     read_owner,
     use_of,
+    write_locked,
 )
 from esper_lightning.forensics.processes import (
     ProcessIdentity,
@@ -94,7 +94,7 @@ class Claim:
     def note(self, **fields: str) -> None:
         """Add fields to ``owner.lock``, for other processes to read."""
         if self.holds:
-            _write(self._lock, {**_read(self._lock), **fields})
+            write_locked(self._lock, {**read_locked(self._lock), **fields})
 
     def refuse_others(self, written: Sequence[str] = _WRITTEN) -> None:
         """Refuse a directory in which files that no run wrote have the names of a run's files.
@@ -143,7 +143,7 @@ class Claim:
         path = RunLayout(self.directory).owner
         with contextlib.suppress(OSError):
             # The process may continue, and is no owner any more.
-            _write(self._lock, {"pid": None, "use": self._use})
+            write_locked(self._lock, {"pid": None, "use": self._use})
             is_empty = bool(self._made) and list(self.directory.iterdir()) == [path]
             if is_empty or not (used or self._former is not None):
                 path.unlink()
@@ -323,7 +323,7 @@ def _claim(directory: Path, *, made: Sequence[Path], use: Use = "run") -> Claim:
         earlier = use_of(directory, former)
         use = "run" if earlier == "run" else use
         identity = identify(os.getpid()).to_dict()
-        _write(lock, {**identity, "claimed_s": time.time(), "use": use})
+        write_locked(lock, {**identity, "claimed_s": time.time(), "use": use})
     except BaseException:
         os.close(lock)
         raise
@@ -343,7 +343,7 @@ def _lock(directory: Path, use: Use) -> int:
         try:
             fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except OSError as error:
-            owner = ProcessIdentity.from_dict(_read(lock))
+            owner = ProcessIdentity.from_dict(read_locked(lock))
             if error.errno in _NO_LOCKS:
                 return lock
             os.close(lock)
@@ -362,7 +362,9 @@ def _lock(directory: Path, use: Use) -> int:
 
 def _owners(directory: Path, lock: int) -> list[ProcessIdentity]:
     """Processes that may write here: the recorded owner, and ranks whose state is running."""
-    owner = ProcessIdentity.from_dict(_read(lock))
+    if is_copied(lock):  # its records are those of a run that is elsewhere
+        return []
+    owner = ProcessIdentity.from_dict(read_locked(lock))
     return [owner, *(rank for rank in ranks_of(directory) if rank.state == "running")]
 
 
@@ -384,15 +386,3 @@ def _not_of_a_run(directory: Path, names: str, use: Use) -> DirectoryRefusedErro
     rule = "name a new directory or that of a run"
     hint = f"It holds {names}, which no run wrote."
     return DirectoryRefusedError(f"{_NAMES[use]} must {rule}, got {str(directory)!r}. {hint}")
-
-
-def _read(lock: int) -> dict[str, Any]:
-    with contextlib.suppress(OSError):
-        return parse_owner(os.pread(lock, _MOST_BYTES, 0))
-    return {}
-
-
-def _write(lock: int, owner: dict[str, Any]) -> None:
-    with contextlib.suppress(OSError):  # on a full disk the lock alone must suffice
-        os.ftruncate(lock, 0)
-        os.pwrite(lock, json.dumps(owner).encode() + b"\n", 0)

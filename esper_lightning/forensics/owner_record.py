@@ -4,6 +4,7 @@
 """
 
 import contextlib
+import json
 import os
 from collections.abc import Iterator
 from itertools import islice
@@ -18,12 +19,15 @@ __all__ = [
     "OWNER_BEGINS",
     "Use",
     "holds_a_run",
+    "is_copied",
     "open_record",
     "parse_owner",
     "ranks_of",
+    "read_locked",
     "read_owner",
     "read_record",
     "use_of",
+    "write_locked",
 ]
 
 Use = Literal["run", "logger"]
@@ -59,6 +63,26 @@ def parse_owner(content: bytes) -> dict[str, Any]:
     with contextlib.suppress(ValueError):
         found = parse_json(content)
     return cast(dict[str, Any], found) if isinstance(found, dict) else {}
+
+
+def read_locked(lock: int) -> dict[str, Any]:
+    """The fields of the record in an open ``owner.lock``; empty if it cannot be read."""
+    with contextlib.suppress(OSError):
+        return parse_owner(os.pread(lock, _MOST_BYTES, 0))
+    return {}
+
+
+def write_locked(lock: int, owner: dict[str, Any]) -> None:
+    """Write the record into an open ``owner.lock``; on a full disk the lock alone must suffice."""
+    with contextlib.suppress(OSError):
+        content = json.dumps({**owner, "inode": os.fstat(lock).st_ino}).encode()
+        os.ftruncate(lock, 0)
+        os.pwrite(lock, content + b"\n", 0)
+
+
+def is_copied(lock: int) -> bool:
+    """Whether an open ``owner.lock`` is a copy of the file that its record was written into."""
+    return read_locked(lock).get("inode") not in (None, os.fstat(lock).st_ino)
 
 
 def read_record(directory: Path) -> bytes | None:

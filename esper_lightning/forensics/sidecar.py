@@ -10,6 +10,7 @@ import fcntl
 import itertools
 import json
 import os
+import re
 import select
 import subprocess
 import sys
@@ -180,7 +181,7 @@ def complete_report(
     report = replace(report, cgroup=counters, complete=True)
     if not _is_gone(ProcessRecord.read(files.process) or process, process):
         return False
-    _remove_temporaries(files)
+    _remove_temporaries(files, process.pid)
     report.write(files.crash)
     ended = replace(process, state="failed", evidence_saved=True, changed_s=time.time())
     ended.write(files.process)
@@ -286,10 +287,12 @@ def _native_fault(stacks: Path) -> str | None:
     return None
 
 
-def _remove_temporaries(files: RankLayout) -> None:
+def _remove_temporaries(files: RankLayout, pid: int | None) -> None:
+    """Remove the temporary files of a process that is gone, and no others: they may be anyone's."""
+    names = re.compile(rf"\.(.+\.)?{pid}(\.\d+\.tmp|-\d+\.(json|json\.tmp|tmp\.json\.gz))")
     for folder in (files.directory, files.trace):
         for path in folder.glob(".*"):
-            if ".tmp" in path.suffixes or path.name.endswith((".tmp", ".json")):
+            if names.fullmatch(path.name):
                 path.unlink(missing_ok=True)
 
 

@@ -2,6 +2,7 @@
 
 import multiprocessing
 import os
+import shutil
 import signal
 import subprocess
 import sys
@@ -105,6 +106,18 @@ def test_without_locks_the_name_of_the_owner_decides(other, tmp_path, monkeypatc
     other.kill()
     other.wait()
     claim(tmp_path / "run").release()
+
+
+def test_a_copy_of_a_directory_of_a_living_process_is_free(other, tmp_path):
+    process = {"state": "running", "rank": 0, **identify(other.pid).to_dict()}
+    write_report(RunLayout(tmp_path / "run").rank(0).process, process)
+    shutil.copytree(tmp_path / "run", tmp_path / "fork")
+    held = claim(tmp_path / "fork")
+    assert held.was_run
+    held.release()
+    (tmp_path / "run").rename(tmp_path / "moved")
+    with pytest.raises(DirectoryInUseError, match=f"process {other.pid} "):
+        claim(tmp_path / "moved")
 
 
 def test_the_same_process_may_claim_again_only_after_it_let_go(tmp_path):
@@ -360,7 +373,7 @@ def test_what_was_reserved_is_claimed_or_left_as_it_was(tmp_path):
     assert not (tmp_path / "other").exists()
 
 
-@pytest.mark.parametrize("name", ["_write", "RunLayout"], ids=["reserving", "returning"])
+@pytest.mark.parametrize("name", ["write_locked", "RunLayout"], ids=["reserving", "returning"])
 def test_an_interrupt_leaves_no_reserved_directory(name, tmp_path, monkeypatch):
     """It comes when ``owner.lock`` is there and the reservation is not, and in its removal."""
     found, interrupted = [], getattr(claims, name)
@@ -380,7 +393,7 @@ def test_an_interrupt_leaves_no_reserved_directory(name, tmp_path, monkeypatch):
         if name == "RunLayout":
             reserve(tmp_path / "a" / "run")
         monkeypatch.setattr(claims, name, interrupt)
-        reserve(tmp_path / "a" / "run") if name == "_write" else return_reserved()
+        reserve(tmp_path / "a" / "run") if name == "write_locked" else return_reserved()
     finally:
         signal.signal(signal.SIGINT, former)
     assert found == [False]

@@ -36,15 +36,32 @@ def test_a_process_that_vanished_gets_a_report_from_its_ring(files):
     ring = PhaseRing(files.phases)
     ring.iteration = 3
     ring.enter("update")
-    (files.directory / ".crash.ckpt.1.tmp").write_text("half")
+    files.trace.mkdir()
+    for name in (".crash.ckpt.1.1.tmp", "trace/.1-3.json", "trace/.1-3.tmp.json.gz"):
+        (files.directory / name).write_text("half")
     assert complete_report(files)
     report = read_report(files.crash)
     assert (report["cause"], report["iteration"], report["phases"]) == ("vanished", 3, ["update"])
     assert report["evidence"]["history"]["detail"] == "2 rows"
     assert report["written_by"] == "sidecar"
     assert read_report(files.process)["state"] == "failed"
-    assert not list(files.directory.glob(".*"))
+    assert not list(files.directory.rglob(".*"))
     ring.close()
+
+
+def test_hidden_files_of_others_stay_where_they_are(files):
+    files.trace.mkdir()
+    names = (
+        ".notes.json",
+        ".notes.tmp",
+        ".last.ckpt.2.1.tmp",
+        "trace/.view.json",
+        "trace/.2-1.json",
+    )
+    for name in names:
+        (files.directory / name).write_text("of somebody else")
+    assert complete_report(files)
+    assert all((files.directory / name).exists() for name in names)
 
 
 @pytest.mark.parametrize(("after", "guilty"), [({"oom_kill": 4}, True), ({"oom_kill": 3}, False)])
