@@ -1,8 +1,11 @@
 """Files of an iteration are listed, none is long, and each has its tests in the same place."""
 
+import ast
 import itertools
 import re
 import sys
+import tomllib
+from collections.abc import Iterator
 from pathlib import Path
 from types import FrameType
 from typing import Any
@@ -112,3 +115,43 @@ def test_each_file_has_its_tests_in_the_same_place():
         if not (TESTS / name.parent / f"test_{name.name}").is_file()
     }
     assert lacks == set(TESTED_ELSEWHERE)
+
+
+LAYERS = tomllib.loads((PACKAGE.parent / "pyproject.toml").read_text())["tool"]["importlinter"][
+    "contracts"
+][0]["layers"]
+NAMED = re.compile(r"esper_lightning\.([\w.]+)")
+
+
+def layer_of(module: str) -> int:
+    """How many layers lie above a module, which is given without the name of the package."""
+    folder = f"esper_lightning.{module.split('.', maxsplit=1)[0]}"
+    return next((n for n, line in enumerate(LAYERS) if folder in line.split(" | ")), -1)
+
+
+def texts_of(tree: ast.Module) -> Iterator[str]:
+    """Every text in the code of a module but its docstrings."""
+    statements = (node.value for node in ast.walk(tree) if isinstance(node, ast.Expr))
+    alone = {id(value) for value in statements}
+    for node in ast.walk(tree):
+        if isinstance(node, ast.Constant) and isinstance(node.value, str) and id(node) not in alone:
+            yield node.value
+
+
+def test_modules_of_layers_above_are_named_as_text_only_where_the_document_says_so():
+    """import-linter sees no module that is imported by its name."""
+    found: set[tuple[str, str]] = set()
+    for path in PACKAGE.rglob("*.py"):
+        module = path.relative_to(PACKAGE).with_suffix("").as_posix().replace("/", ".")
+        for text in texts_of(ast.parse(path.read_text())):
+            for named in NAMED.findall(text):
+                if layer_of(named) < layer_of(module):
+                    found.add((module, named))
+    document = " ".join(DOCUMENT.read_text().split())
+    assert found == {
+        ("forensics.sidecar", "callbacks.mirror"),
+        ("training.special_evaluations", "growth.table"),
+    }
+    for module, named in found:
+        assert f"`{module.replace('.', '/')}.py`" in document
+        assert f"`{named}`" in document

@@ -69,10 +69,25 @@ class WritesRun(Callback):
 
 
 def given_directory(trainer: Trainer) -> str | Path | None:
-    """Run directory that a callback of the Trainer was given; ``None`` without one."""
+    """Run directory that callbacks of the Trainer were given; ``None`` without one.
+
+    Raises:
+        DirectoryRefusedError: If two callbacks were given different directories.
+    """
     callbacks: list[Any] = trainer.callbacks
-    given = (each.dirpath for each in callbacks if isinstance(each, WritesRun))
-    return next((dirpath for dirpath in given if dirpath is not None), None)
+    given = [
+        (type(each).__name__, each.dirpath)
+        for each in callbacks
+        if isinstance(each, WritesRun) and each.dirpath is not None
+    ]
+    for name, dirpath in given[1:]:
+        first, own = given[0]
+        if place_of(dirpath) != place_of(own):
+            raise DirectoryRefusedError(
+                f"{name}.dirpath must be that of {first}, {str(own)!r}, got {str(dirpath)!r}. "
+                "A run has one directory."
+            )
+    return given[0][1] if given else None
 
 
 def claim_new(trainer: Trainer, parent: str | Path) -> tuple[Claim, str | None]:

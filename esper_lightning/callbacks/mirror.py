@@ -48,9 +48,12 @@ def place_of(location: str | Path) -> tuple[Path, str | None]:
 
     Raises:
         ValueError: If ``location`` is an address whose protocol fsspec does not know, or with
-            which it cannot write.
+            which it cannot write, or if its name is no UTF-8.
     """
-    protocol, rest = _split("The run directory", location)
+    field = "The run directory"
+    protocol, rest = _split(field, location)
+    is_text = not any("\ud800" <= letter <= "\udfff" for letter in rest)  # TensorBoard needs it
+    require(is_text, field, "have a name in UTF-8", str(location))
     if protocol is None:
         return Path(location).absolute(), None
     if protocol in _LOCAL:

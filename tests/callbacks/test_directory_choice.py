@@ -23,12 +23,15 @@ class Writes(WritesRun):
     pass
 
 
-def test_the_first_callback_that_was_given_a_directory_decides(tmp_path):
+def test_callbacks_that_were_given_a_directory_decide_and_must_agree(tmp_path):
     def given(*callbacks):
         return given_directory(SimpleNamespace(callbacks=[Callback(), *callbacks]))
 
     assert given() is given(Writes()) is None
-    assert given(Writes(), Writes(tmp_path), Writes("elsewhere")) == tmp_path
+    assert given(Writes(), Writes(tmp_path), Writes(str(tmp_path))) == tmp_path
+    with pytest.raises(DirectoryRefusedError, match="A run has one directory") as refused:
+        given(Writes(), Writes(tmp_path), Writes("elsewhere"))
+    assert "\n" not in str(refused.value)
     with pytest.raises(ValueError, match=r"^Writes.dirpath must name a directory, got ''"):
         Writes("")
 

@@ -106,6 +106,12 @@ def test_an_address_that_nobody_knows_is_no_folder():
         place_of("nothing://a")
 
 
+def test_a_name_that_is_no_utf8_is_refused_in_one_line():
+    with pytest.raises(ValueError, match="must have a name in UTF-8, got 'runs/caf") as refused:
+        place_of("runs/caf\udce9")
+    assert "\n" not in str(refused.value)
+
+
 @pytest.mark.parametrize("protocol", ["http", "https", "zip", "github", "simplecache", "data"])
 def test_an_address_that_is_never_written_to_is_refused(protocol):
     with pytest.raises(ValueError, match=f"that can be written to, got '{protocol}://a/b'"):
