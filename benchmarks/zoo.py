@@ -97,7 +97,7 @@ def main() -> None:
             runs = {OURS: list(ours), PEER: list(theirs)}
             steps, episodes = runs[OURS][0]["env_steps"], runs[OURS][0]["episodes"]
             files.write(
-                f"{task}: mean return of {episodes} deterministic episodes "
+                f"{task}: mean return of {episodes:.0f} deterministic episodes "
                 f"after {steps:,} env steps",
                 [
                     "| library | mean return of each seed | worst | mean | training, s | CPU, s |",
