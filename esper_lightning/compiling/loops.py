@@ -34,7 +34,7 @@ __all__ = [
     "tell_reasons_again",
 ]
 
-CompileMode = Literal["auto", "off", "default", "max"]
+CompileMode = Literal["off", "auto", "default", "max"]
 Loop = Callable[..., tuple[Tree, Tree]]
 """A loop: ``(carry, xs, chunked, constants, out=None) -> (carry, rows)``."""
 

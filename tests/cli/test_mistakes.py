@@ -320,7 +320,7 @@ FIT = {
     "--model.ppo.normalize_obs maybe": "model.ppo.normalize_obs must be true or false, got 'maybe'",
     "--model.ppo.rollout_steps 1e3": "model.ppo.rollout_steps must be an integer, got '1",
     "--model.total_env_steps many": "must be an integer, or null, got 'many'.",
-    "--model.compile fast": "model.compile must be one of off, default, max, got 'fast'.",
+    "--model.compile fast": "model.compile must be one of off, auto, default, max, got 'fast'.",
     "--model.compile defalt": "got 'defalt'. The nearest is 'default'.",
     "--model.env.num_envs 1_000x": "model.env.num_envs must be an integer, got '1_000x'.",
     "--model.env.num_envs ''": "model.env.num_envs must be an integer, got ''.",

@@ -90,17 +90,23 @@ ENVS |= {
 }
 
 
-class Digest(Callback):
-    """Adds the bits of all weights and statistics to the row, and may end the process."""
+class Digesting(PPO):
+    """Adds the bits of all weights and statistics to the row of each iteration."""
+
+    def training_step(self, batch, batch_idx):
+        outputs = super().training_step(batch, batch_idx)
+        digest = hashlib.sha256()
+        for value in self.state_dict().values():
+            digest.update(value.numpy().tobytes())
+        outputs["row"]["digest"] = digest.hexdigest()
+        return outputs
+
+
+class Dying(Callback):
+    """May end the process in the middle of an iteration."""
 
     def __init__(self, dies_in, delay_s, fault, rank):
         self.dies_in, self.delay_s, self.fault, self.rank = dies_in, delay_s, fault, rank
-
-    def on_train_batch_end(self, trainer, pl_module, outputs, batch, batch_idx):
-        digest = hashlib.sha256()
-        for value in pl_module.state_dict().values():
-            digest.update(value.numpy().tobytes())
-        outputs["row"]["digest"] = digest.hexdigest()
 
     def on_train_batch_start(self, trainer, pl_module, batch, batch_idx):
         if pl_module.iteration + 1 == self.dies_in and trainer.global_rank == self.rank:
@@ -145,7 +151,7 @@ def main(
     if os.environ.get("LOCAL_RANK", "0") != "0":
         ppo |= elsewhere or {}
     config = PPOConfig(**ppo)
-    model = PPO(
+    model = Digesting(
         ENVS[env](num_envs=num_envs),
         Recurrent(memory_size=8) if remembers else MLP(),
         config,
@@ -156,7 +162,7 @@ def main(
     )
     last = Path(directory) / "checkpoints" / "last.ckpt"
     ours = run_callbacks(evaluates=evaluates, shows_progress=False)
-    ours.insert(1, Digest(dies_in, delay_s, fault, rank))  # before the history
+    ours.insert(1, Dying(dies_in, delay_s, fault, rank))
     trainer = Trainer(
         accelerator="cpu",
         devices=devices,

@@ -173,7 +173,7 @@ def test_a_nan_is_found_in_compiled_training_too(make_trainer, monkeypatch):
 
 
 def test_an_unknown_mode_is_refused():
-    with pytest.raises(ValueError, match=r"PPO\.compile must be one of off, default, max"):
+    with pytest.raises(ValueError, match=r"PPO\.compile must be one of off, auto, default, max"):
         PPO(CartPole(), compile="fast")
 
 

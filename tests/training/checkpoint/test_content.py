@@ -65,10 +65,11 @@ def test_a_checkpoint_that_was_saved_is_whole_and_one_without_an_entry_names_it(
         refuse_not_ours(saved, "x.ckpt")
 
 
-class Timer(Callback):
-    """A callback of the user's, whose class has a name of Lightning's."""
+class UsersTimer(Callback):
+    """A callback of the user's, under a name of Lightning's."""
 
     restored = None
+    state_key = "Timer"
 
     def state_dict(self):
         return {"time_elapsed": 1.5, "kept": [1, 2]}
@@ -131,11 +132,11 @@ def test_a_healthy_run_with_states_of_the_users_own_is_resumed(make_trainer, tmp
         )
 
     path = tmp_path / "x.ckpt"
-    trainer, saved = make_trainer(max_steps=1, callbacks=[Timer()]), module()
+    trainer, saved = make_trainer(max_steps=1, callbacks=[UsersTimer()]), module()
     trainer.fit(saved)
     saved.extensions[0].calls = 8
     trainer.save_checkpoint(path)
-    timer, resumed = Timer(), module()
+    timer, resumed = UsersTimer(), module()
     again = make_trainer(max_steps=2, callbacks=[timer])
     again.fit(resumed, ckpt_path=path, weights_only=True)
     assert again.global_step == 2
