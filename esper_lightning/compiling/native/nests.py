@@ -162,6 +162,7 @@ class Kernel:
             view = contiguous_view(value.shape, value.dtype)
             self._store(value, buffer, view, whole=True)
             value.buffer, value.view, value.expression = buffer, view, None
+            value.is_constant = False
         return value
 
     def named(self, value: Value) -> Value:

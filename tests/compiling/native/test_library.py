@@ -2,8 +2,6 @@
 
 import os
 import stat
-import subprocess
-import sys
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
@@ -154,11 +152,3 @@ def test_the_compiler_sees_nothing_of_torch():
         "<stddef.h>",
         "<stdint.h>",
     }
-
-
-def test_it_needs_no_interpreter_to_be_loaded_again(folder, compilations):
-    """The library stays usable in another process, which finds it by its name."""
-    build_library(SOURCE)
-    (path,) = folder.iterdir()
-    code = f"import ctypes; assert ctypes.CDLL({str(path)!r}).answer() == 42"
-    subprocess.run([sys.executable, "-ISc", code], check=True)

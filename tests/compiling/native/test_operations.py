@@ -293,8 +293,7 @@ def arguments(layout: str, seed: int, odd: bool) -> list[Tensor]:
     if layout == "transposed":
         x, y, k, n, a, b = (value.t() for value in (x, y, k, n, a, b))
     if layout == "broadcast":
-        y, n_row = y[:1], n
-        n = n_row
+        y = y[:1]
     return [x, y, k, n, a, b]
 
 
