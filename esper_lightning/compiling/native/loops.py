@@ -13,13 +13,12 @@ from esper_lightning.compiling.native.drivers import (
     map_text,
 )
 from esper_lightning.compiling.native.program import Program, aligned
+from esper_lightning.compiling.native.statements import chunk_rows
 from esper_lightning.compiling.native.translation import translate
 from esper_lightning.compiling.tracing import Body, ChunkBody, Traced, Tree
 from esper_lightning.core.tensor_trees import leaves, map_tree, rebuild
 
-__all__ = ["NativeFunction", "NativeLoop", "NativeMap", "chunk_rows"]
-
-_ROWS = 64  # of a chunk, whose activations then stay in the caches of one core
+__all__ = ["NativeFunction", "NativeLoop", "NativeMap"]
 
 
 class NativeFunction:
@@ -152,12 +151,6 @@ class NativeLoop:
         text, shared_bytes, own_bytes = loop_text(shapes, body, chunk, chunks)
         captured = [*body.captured, *([] if chunk is None else chunk.captured)]
         return Program(text, shared_bytes=shared_bytes, own_bytes=own_bytes, captured=captured)
-
-
-def chunk_rows(number: int) -> int:
-    """Rows of a chunk: about 64, so that all chunks are equal; where that cannot be, all rows."""
-    sizes = [size for size in range(_ROWS // 2, 4 * _ROWS + 1) if number % size == 0]
-    return min(sizes, key=lambda size: abs(size - _ROWS), default=number)
 
 
 def _allocate(like: Sequence[Tensor], *steps: int) -> list[Tensor]:

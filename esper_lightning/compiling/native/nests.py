@@ -53,6 +53,7 @@ class Kernel:
         outputs: Results of the function.
         packing: Statements that fill the buffers of kind ``packed``.
         checked: Indices whose range has been checked, each with the extent of the axis.
+        functions: Text of the C++ functions that only this one calls.
     """
 
     def __init__(self, name: str, *, shared: bool) -> None:
@@ -63,6 +64,7 @@ class Kernel:
         self.outputs: list[Buffer] = []
         self.packing: dict[str, Buffer] = {}
         self.checked: set[tuple[object, ...]] = set()
+        self.functions: list[str] = []
         self._constants: set[Buffer] = set()
         self._loads: list[Load] = []
 
@@ -272,6 +274,34 @@ class Kernel:
             by_row = contiguous_view((number, writes.numel // number), writes.dtype)
             targets.append(Load(writes, by_row, ("i0", "?")))
             writes.writer, writes.is_read = len(self.groups), True
+        self.groups.append(Call(statement, rows, number, loads, targets))
+
+    def call_groups(
+        self,
+        statement: str,
+        *,
+        reads: Sequence[Value],
+        writes: Sequence[Value],
+        scratch: Buffer,
+        number: int,
+    ) -> None:
+        """Call a function that computes groups of elements, wherever those lie.
+
+        Args:
+            statement: C statement, with ``{first}`` and ``{end}`` in the places of the first group
+                and the group after the last.
+            reads: Values in memory that the call reads.
+            writes: Values in memory that the call writes whole.
+            scratch: Memory in which each group has a part of its own.
+            number: Number of groups.
+        """
+        loads = [Load(*value.place, ()) for value in reads]
+        targets = [Load(*value.place, ()) for value in writes]
+        for load in targets:
+            load.buffer.writer = len(self.groups)
+        for buffer in (scratch, *(load.buffer for load in (*loads, *targets))):
+            buffer.is_read = True
+        rows = Rows(number) if self.shared and number > 1 else None
         self.groups.append(Call(statement, rows, number, loads, targets))
 
     def _nest_for(

@@ -35,7 +35,7 @@ class Source:
                 self._offsets[buffer] = self.work_bytes
                 size = buffer.numel * buffer.dtype.itemsize
                 self.work_bytes += -(-size // _ALIGNMENT) * _ALIGNMENT
-        self.text = "\n".join([*self._packing(), *self._function()])
+        self.text = "\n".join([*kernel.functions, *self._packing(), *self._function()])
 
     def _resolved_texts(self) -> dict[int, str]:
         """The expressions of all statements by their identity.

@@ -8,7 +8,9 @@ from torch import Tensor
 
 from esper_lightning.compiling.native.values import Buffer, Shape
 
-__all__ = ["Call", "Load", "Nest", "Rows", "Store", "Sum"]
+__all__ = ["Call", "Load", "Nest", "Rows", "Store", "Sum", "chunk_rows"]
+
+_ROWS = 64  # of a chunk, whose activations then stay in the caches of one core
 
 
 @dataclass(frozen=True, eq=False)
@@ -129,3 +131,9 @@ class Call:
     number: int
     loads: list[Load]
     writes: list[Load]
+
+
+def chunk_rows(number: int) -> int:
+    """Rows of a chunk: about 64, so that all chunks are equal; where that cannot be, all rows."""
+    sizes = [size for size in range(_ROWS // 2, 4 * _ROWS + 1) if number % size == 0]
+    return min(sizes, key=lambda size: abs(size - _ROWS), default=number)

@@ -12,6 +12,7 @@ from esper_lightning.compiling.native import (
     constants,
     elementwise,
     indexing,
+    recurrences,
     reductions,
     views,
 )
@@ -108,7 +109,7 @@ def _call(kernel: Kernel, node: fx.Node, values: dict[fx.Node, Any]) -> Any:
         return arguments[0][arguments[1]]
     name = str(node.target)
     function = OPERATIONS.get(name.removeprefix("aten."))
-    if function is None or not name.startswith("aten."):
+    if function is None:
         raise UnsupportedError(f"the operation {name}")
     meta: Any = node.meta["val"]
     first: Any = meta if isinstance(meta, Tensor) else meta[0]
@@ -120,3 +121,10 @@ def _call(kernel: Kernel, node: fx.Node, values: dict[fx.Node, Any]) -> Any:
         return function(kernel, Result(tuple(first.shape), first.dtype), *arguments, **keywords)
     except TypeError as error:
         raise UnsupportedError(f"{name} with these arguments ({error})") from error
+
+
+def _step(graph: fx.GraphModule, name: str, unchanged: Collection[int]) -> Translation:
+    return translate(graph, name, shared=False, unchanged=unchanged)
+
+
+OPERATIONS.update(recurrences.recurrences(_step))

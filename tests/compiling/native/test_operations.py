@@ -341,4 +341,5 @@ def test_native_code_computes_what_torch_computes(layout: str, seed: int, odd: b
 def test_every_operation_is_tested() -> None:
     graph = Traced(everything, tuple(arguments("contiguous", 0, False)), functional=True).graph
     used = {str(node.target).removeprefix("aten.") for node in graph.graph.nodes}
-    assert set(OPERATIONS) - used == set()
+    elsewhere = {name for name in OPERATIONS if "recurrence" in name}  # test_recurrences
+    assert set(OPERATIONS) - used - elsewhere == set()
