@@ -117,7 +117,7 @@ def _gather(
         at = f"index_in({kernel.element(index, where)}, {extent})"
         return kernel.element(x, [*where[:axis], at, *where[axis + 1 :]])
 
-    return Value(result.shape, result.dtype, expression)
+    return _collected(kernel, Value(result.shape, result.dtype, expression))
 
 
 @operation("index.Tensor")
@@ -147,7 +147,12 @@ def _index_rows(kernel: Kernel, result: Result, x: Value, axis: int, index: Valu
         at = f"index_in({kernel.element(index, own)}, {extent})"
         return kernel.element(x, [*where[:axis], at, *where[axis + rank :]])
 
-    return Value(result.shape, result.dtype, expression)
+    return _collected(kernel, Value(result.shape, result.dtype, expression))
+
+
+def _collected(kernel: Kernel, value: Value) -> Value:
+    """Elements from computed places, in memory: what follows can then compute with vectors."""
+    return kernel.stored(value, in_order=True)
 
 
 @operation("scatter_add.default")

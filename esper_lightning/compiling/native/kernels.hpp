@@ -349,7 +349,7 @@ INLINE void block(const float* __restrict A, const float* __restrict B, float* _
     if constexpr (LOADED < VECTORS) b[LOADED] = load_some<LAST>(B + (int64_t)k * LDB + LOADED * LANES);
     UNROLL
     for (int i = 0; i < ROWS; i++) {
-      const Vector a = Vector{} + A[(int64_t)i * AM + (int64_t)k * AK];
+      const Vector a = A[(int64_t)i * AM + (int64_t)k * AK] - Vector{};  // unlike +, this changes no bit
       UNROLL
       for (int j = 0; j < VECTORS; j++) c[i][j] += a * b[j];
     }
@@ -366,6 +366,10 @@ NOINLINE static void panel(const float* __restrict A, const float* __restrict B,
   int64_t m = 0;
   for (; m + BLOCK_ROWS <= rows; m += BLOCK_ROWS)
     block<BLOCK_ROWS, VECTORS, LAST, K, AM, AK, LDB, LDC, PADDED>(A + m * AM, B, C + m * LDC);
+  if (BLOCK_ROWS > 4 && m + 4 <= rows) {
+    block<4, VECTORS, LAST, K, AM, AK, LDB, LDC, PADDED>(A + m * AM, B, C + m * LDC);
+    m += 4;
+  }
   for (; m < rows; m++) block<1, VECTORS, LAST, K, AM, AK, LDB, LDC, PADDED>(A + m * AM, B, C + m * LDC);
 }
 // Rows of C[M][N] = A (strides AM and AK) * B (rows of LDB numbers).
@@ -380,18 +384,54 @@ UNUSED static void gemm(const float* __restrict A, const float* __restrict B, fl
     panel<VECTORS, LAST, K, AM, AK, LDB, N, PADDED>(A, B + WHOLE, C + WHOLE, end - first);
   }
 }
+// The sum of the numbers of a vector.
+INLINE float sum_of(Vector v) {
+  float part[LANES];
+  __builtin_memcpy(part, &v, sizeof v);
+  UNROLL
+  for (int half = LANES / 2; half > 0; half /= 2)
+    UNROLL
+    for (int j = 0; j < half; j++) part[j] += part[j + half];
+  return part[0];
+}
+// ROWS rows of C[M][N], the columns of B from FIRST to END.
+template <int ROWS, int FIRST, int END, int N, int K, int AM, int BN>
+INLINE void some_dots(const float* __restrict A, const float* __restrict B, float* __restrict C) {
+  constexpr int COLUMNS = END - FIRST, WHOLE = K / LANES * LANES;
+  Vector s[ROWS][COLUMNS];
+  UNROLL
+  for (int i = 0; i < ROWS; i++)
+    UNROLL
+    for (int n = 0; n < COLUMNS; n++) s[i][n] = Vector{};
+  for (int k = 0; k < WHOLE; k += LANES) {
+    UNROLL
+    for (int i = 0; i < ROWS; i++) {
+      const Vector a = *(const Vector*)(A + (int64_t)i * AM + k);
+      UNROLL
+      for (int n = 0; n < COLUMNS; n++) s[i][n] += a * *(const Vector*)(B + (int64_t)(FIRST + n) * BN + k);
+    }
+  }
+  UNROLL
+  for (int i = 0; i < ROWS; i++)
+    UNROLL
+    for (int n = 0; n < COLUMNS; n++) {
+      float sum = sum_of(s[i][n]);
+      for (int k = WHOLE; k < K; k++) sum += A[(int64_t)i * AM + k] * B[(int64_t)(FIRST + n) * BN + k];
+      C[i * N + FIRST + n] = sum;
+    }
+}
+template <int FIRST, int N, int K, int AM, int BN>
+INLINE void more_dots(const float* __restrict A, const float* __restrict B, float* __restrict C, int64_t rows) {
+  constexpr int END = FIRST + 4 < N ? FIRST + 4 : N, ROWS = END - FIRST > 2 ? 2 : 4;
+  int64_t m = 0;
+  for (; m + ROWS <= rows; m += ROWS) some_dots<ROWS, FIRST, END, N, K, AM, BN>(A + m * AM, B, C + m * N);
+  for (; m < rows; m++) some_dots<1, FIRST, END, N, K, AM, BN>(A + m * AM, B, C + m * N);
+  if constexpr (END < N) more_dots<END, N, K, AM, BN>(A, B, C, rows);
+}
 // Rows of C[M][N]; a row of A and a column of B are contiguous. For few columns.
 template <int N, int K, int AM, int BN>
 UNUSED static void dots(const float* __restrict A, const float* __restrict B, float* __restrict C, int64_t first, int64_t end) {
-  for (int64_t m = first; m < end; m++)
-    for (int n = 0; n < N; n++) {
-      Vector s = {};
-      for (int k = 0; k + LANES <= K; k += LANES) s += load_some<LANES>(A + m * AM + k) * load_some<LANES>(B + (int64_t)n * BN + k);
-      float sum = 0.0f;
-      for (int j = 0; j < LANES; j++) sum += s[j];
-      for (int k = K / LANES * LANES; k < K; k++) sum += A[m * AM + k] * B[(int64_t)n * BN + k];
-      C[m * N + n] = sum;
-    }
+  more_dots<0, N, K, AM, BN>(A + first * AM, B, C + first * N, end - first);
 }
 // Rows of C[M][N] of any strides and type. For small products.
 template <class T, int N, int K, int AM, int AK, int BK, int BN>

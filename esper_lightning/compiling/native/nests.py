@@ -157,12 +157,17 @@ class Kernel:
 
     # Writing
 
-    def stored(self, value: Value) -> Value:
-        """The value in memory, or at least in a variable of its nest."""
+    def stored(self, value: Value, *, in_order: bool = False) -> Value:
+        """The value in memory, or at least in a variable of its nest.
+
+        Args:
+            value: Value to store.
+            in_order: Whether the elements are computed one after another, and not as vectors.
+        """
         if value.buffer is None:
             buffer = self.new_buffer(value.dtype, value.numel)
             view = contiguous_view(value.shape, value.dtype)
-            self._store(value, buffer, view, whole=True)
+            self._store(value, buffer, view, whole=True, in_order=in_order)
             value.buffer, value.view, value.expression = buffer, view, None
             value.is_constant = False
         return value
@@ -175,10 +180,12 @@ class Kernel:
         """Write a value to a view of a buffer that several statements fill."""
         self._store(value, buffer, view, whole=False)
 
-    def _store(self, value: Value, buffer: Buffer, view: Tensor, *, whole: bool) -> None:
+    def _store(
+        self, value: Value, buffer: Buffer, view: Tensor, *, whole: bool, in_order: bool = False
+    ) -> None:
         index = canonical_index(value.shape)
         text = self.element(value, index)
-        number, nest = self._nest_for(value.shape, text)
+        number, nest = self._nest_for(value.shape, text, in_order=in_order)
         variable = f"v_{buffer.name}" if whole else None
         if variable is not None:
             buffer.local = (number, variable, strided_index(view, index))
@@ -312,7 +319,7 @@ class Kernel:
         Args:
             shape: Extent of each loop.
             text: Expression of the statement.
-            in_order: Whether the elements must be visited one after another.
+            in_order: Whether the elements are computed one after another, and not as vectors.
             one_thread: Whether one thread must run the whole nest.
         """
         loads = self._loads_in(text)

@@ -94,7 +94,7 @@ class Nest:
     Attributes:
         shape: Extent of each loop.
         rows: Division of the outermost loop among threads; ``None`` where one thread does all.
-        in_order: Whether the elements must be visited one after another.
+        in_order: Whether the elements are computed one after another, and not as vectors.
         stores: Statements of the innermost loop.
         sums: Accumulations.
         loads: What the statements read.
