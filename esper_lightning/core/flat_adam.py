@@ -152,17 +152,19 @@ class FlatParameters:
 
 
 def _require_plain_adam(optimizer: torch.optim.Optimizer, trained: list[nn.Parameter]) -> None:
-    hint = "PPO takes Adam's steps itself; set PPOConfig.learning_rate and PPOConfig.adam_eps."
-    kind = type(optimizer)
-    require(kind is torch.optim.Adam, "PPO's optimizer", "be torch.optim.Adam", kind.__name__, hint)
     group, *others = optimizer.param_groups
     got = {name: group[name] for name in PLAIN_ADAM}
-    require(got == PLAIN_ADAM, "PPO's optimizer", f"have {PLAIN_ADAM}", got, hint)
     same = not others and len(group["params"]) == len(trained)
     same = same and all(
         parameter is mine and parameter.requires_grad
         for parameter, mine in zip(group["params"], trained, strict=False)
     )
+    kind = type(optimizer)
+    if kind is torch.optim.Adam and got == PLAIN_ADAM and same:
+        return
+    hint = "PPO takes Adam's steps itself; set PPOConfig.learning_rate and PPOConfig.adam_eps."
+    require(kind is torch.optim.Adam, "PPO's optimizer", "be torch.optim.Adam", kind.__name__, hint)
+    require(got == PLAIN_ADAM, "PPO's optimizer", f"have {PLAIN_ADAM}", got, hint)
     rule = "train the parameters that it had when training began"
     hint = "Freeze what is not to be trained before; it cannot change within a run."
     require(same, "PPO's optimizer", rule, "others", hint)

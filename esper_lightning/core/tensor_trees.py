@@ -7,6 +7,8 @@ from torch import Tensor
 
 __all__ = ["leaves", "map_tree", "named_tensors", "rebuild"]
 
+_SEQUENCES = (tuple, list)
+
 
 def named_tensors(tree: Any, name: str = "") -> Iterator[tuple[str, Tensor]]:
     """Every tensor of a tree of mappings, lists and tuples, with its path: ``"layers.0.weight"``.
@@ -50,11 +52,15 @@ def map_tree(function: Callable[[Tensor], Tensor], tree: Any) -> Any:
 
 
 def _gather(tree: Any, found: list[Tensor]) -> None:
+    # Iterations walk many small trees: plain tensors are told by their type, without a call.
     if isinstance(tree, Tensor):
         found.append(tree)
-    elif isinstance(tree, list | tuple):
+    elif isinstance(tree, _SEQUENCES):
         for part in cast(Sequence[Any], tree):
-            _gather(part, found)
+            if type(part) is Tensor:
+                found.append(part)
+            elif part is not None:
+                _gather(part, found)
     elif isinstance(tree, Mapping):
         mapping = cast(Mapping[Any, Any], tree)
         for key in sorted(mapping):  # equal mappings may be ordered differently
@@ -67,14 +73,21 @@ def _gather(tree: Any, found: list[Tensor]) -> None:
 def _replace(tree: Any, tensors: Iterator[Tensor]) -> Any:
     if isinstance(tree, Tensor):
         return next(tensors)
+    if isinstance(tree, _SEQUENCES):
+        parts = [
+            next(tensors)
+            if type(part) is Tensor
+            else None
+            if part is None
+            else _replace(part, tensors)
+            for part in cast(Sequence[Any], tree)
+        ]
+        kind = cast(Any, type(cast(Any, tree)))
+        if isinstance(tree, list):
+            return parts
+        return kind(*parts) if hasattr(kind, "_fields") else tuple(parts)
     if isinstance(tree, Mapping):
         mapping = cast(Mapping[Any, Any], tree)
         replaced = {key: _replace(mapping[key], tensors) for key in sorted(mapping)}
         return {key: replaced[key] for key in mapping}
-    if not isinstance(tree, list | tuple):
-        return tree
-    parts = [_replace(part, tensors) for part in cast(Sequence[Any], tree)]
-    if isinstance(tree, list):
-        return parts
-    kind = cast(Any, type(cast(Any, tree)))
-    return kind(*parts) if hasattr(kind, "_fields") else tuple(parts)
+    return tree

@@ -71,19 +71,14 @@ class GradientSums(NamedTuple):
 
 
 class _StepMetrics(NamedTuple):
-    """Means over the samples of one gradient step; ``[S]`` where all steps are stacked."""
+    """Means over the samples of one gradient step; ``[S, ...]`` where all steps are stacked."""
 
-    policy_loss: Float[Tensor, "*S"]
-    value_loss: Float[Tensor, "*S"]
-    entropy: Float[Tensor, "*S"]
-    approx_kl: Float[Tensor, "*S"]
-    clip_fraction: Float[Tensor, "*S"]
-    grad_norm: Float[Tensor, "*S"]
+    own: Float[Tensor, "*S 6"]  # in the order of _OWN
     applied: Float[Tensor, "*S"]  # 1 where the step was applied, else 0
     added: dict[str, Float[Tensor, "*S"]]  # terms of extensions
 
 
-_AVERAGED = [name for name in _StepMetrics._fields if name not in ("applied", "added")]
+_OWN = UpdateMetrics._fields[:6]
 
 
 class _Constants(NamedTuple):
@@ -251,16 +246,9 @@ class Updater:
             eps=config.adam_eps,
             skip=skip,
         )
-        step = _StepMetrics(
-            policy_loss=policy_loss,
-            value_loss=value_loss,
-            entropy=entropy,
-            approx_kl=kl,
-            clip_fraction=sums.clip_fraction / sums.samples,
-            grad_norm=norm,
-            applied=(~skip).float(),
-            added=added,
-        )
+        clipped = sums.clip_fraction / sums.samples
+        own = torch.stack([policy_loss, value_loss, entropy, kl, clipped, norm])
+        step = _StepMetrics(own, (~skip).float(), added)
         kl_of_pass = progress.kl + kl
         if config.target_kl is not None:
             skip = skip | (kl_of_pass * mean_of_pass > config.target_kl)
@@ -270,15 +258,16 @@ class Updater:
 
 def _mean_over_applied(steps: _StepMetrics, *, finite: Bool[Tensor, ""]) -> UpdateMetrics:
     """Mean of each metric over the gradient steps that were applied."""
-    own = {name: getattr(steps, name) for name in _AVERAGED}
-    metrics = [*own.values(), *steps.added.values()]
+    metrics = steps.own
+    if steps.added:
+        metrics = torch.cat([metrics, torch.stack([*steps.added.values()], dim=1)], dim=1)
     # Where, not a product with the weight: a step that was skipped may hold NaN.
-    total = torch.where(steps.applied[:, None] > 0, torch.stack(metrics, dim=1), 0.0).sum(0)
+    total = torch.where(steps.applied[:, None] > 0, metrics, 0.0).sum(0)
     count = steps.applied.sum()
     means = (total / count).unbind()
     return UpdateMetrics(
-        **dict(zip(own, means, strict=False)),
+        **dict(zip(_OWN, means, strict=False)),
         gradient_steps=count,
         finite=finite.float(),
-        added=dict(zip(steps.added, means[len(own) :], strict=True)),
+        added=dict(zip(steps.added, means[len(_OWN) :], strict=True)),
     )

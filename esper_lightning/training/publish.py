@@ -25,8 +25,8 @@ def publish(trainer: Trainer, row: Mapping[str, float | int | None]) -> None:
         row: History row of the iteration.
     """
     numbers = {k: math.nan if value is None else float(value) for k, value in row.items()}
-    tensors = {name: torch.tensor(v, dtype=torch.float64) for name, v in numbers.items()}
-    trainer.callback_metrics.update(tensors)
+    tensors = torch.tensor([*numbers.values()], dtype=torch.float64).unbind()
+    trainer.callback_metrics.update(zip(numbers, tensors, strict=True))
     known = {name: value for name, value in numbers.items() if not math.isnan(value)}
     trainer.progress_bar_metrics.update(shown_in_progress_bar(known))
     interval = trainer.log_every_n_steps  # 0 for a barebones Trainer

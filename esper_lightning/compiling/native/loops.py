@@ -1,6 +1,6 @@
 """Functions and loops that run as native code, compiled for the shapes of their first call."""
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -16,7 +16,7 @@ from esper_lightning.compiling.native.program import Program, aligned
 from esper_lightning.compiling.native.statements import chunk_rows
 from esper_lightning.compiling.native.translation import translate
 from esper_lightning.compiling.tracing import Body, ChunkBody, Traced, Tree
-from esper_lightning.core.tensor_trees import leaves, map_tree, rebuild
+from esper_lightning.core.tensor_trees import leaves, map_tree
 
 __all__ = ["NativeFunction", "NativeLoop", "NativeMap"]
 
@@ -31,24 +31,21 @@ class NativeFunction:
     def __init__(self, function: Callable[..., Tree]) -> None:
         self._function = function
         self._program: Program | None = None
-        self._result: Tree = None
 
     def __call__(self, *args: Tree) -> Tree:
         """Run the function; the first call compiles."""
         flat = leaves(args)
         if self._program is None:
             traced = Traced(self._function, args, functional=True)
-            self._result = traced.result
             body = translate(traced.graph, "body", shared=True)
             self._program = Program(
                 function_text(body, len(flat) + len(body.captured)),
+                results=traced.result,
                 shared_bytes=body.work_bytes,
                 own_bytes=0,
                 captured=body.captured,
             )
-        results = _allocate(leaves(self._result))
-        self._program.run(flat, results, steps=1)
-        return rebuild(self._result, results)
+        return self._program.run(flat, steps=1)
 
 
 class NativeMap:
@@ -62,32 +59,28 @@ class NativeMap:
     def __init__(self, function: Callable[[Tree, Tree], Tree]) -> None:
         self._function = function
         self._program: Program | None = None
-        self._result: Tree = None  # of one chunk
         self._chunks = 1
 
     def __call__(self, rows: Tree, constants: Tree) -> Tree:
         """Run the function; the first call compiles."""
         if self._program is None:
             self._program = self._build(rows, constants)
-        results = [
-            torch.empty((leaf.shape[0] * self._chunks, *leaf.shape[1:]), dtype=leaf.dtype)
-            for leaf in leaves(self._result)
-        ]
-        self._program.run(leaves((rows, constants)), results, steps=self._chunks)
-        return rebuild(self._result, results)
+        return self._program.run(leaves((rows, constants)), steps=self._chunks)
 
     def _build(self, rows: Tree, constants: Tree) -> Program:
         number = leaves(rows)[0].shape[0]
         size = chunk_rows(number)
-        self._chunks = number // size
+        self._chunks = chunks = number // size
         some = map_tree(lambda leaf: leaf[:size], rows)
         traced = Traced(self._function, (some, constants), functional=True)
-        self._result = traced.result
         first, count = len(leaves(rows)), len(leaves((rows, constants)))
         body = translate(traced.graph, "body", shared=False, unchanged=range(first, count))
         others = count - first + len(body.captured)
         return Program(
             map_text(body, leaves(some), others, leaves(traced.result)),
+            results=map_tree(
+                lambda leaf: leaf.repeat(chunks, *[1] * (leaf.dim() - 1)), traced.result
+            ),
             shared_bytes=0,
             own_bytes=aligned(body.work_bytes),
             captured=body.captured,
@@ -105,20 +98,16 @@ class NativeLoop:
     def __init__(self, body: Body, chunk_body: ChunkBody | None) -> None:
         self._body, self._chunk_body = body, chunk_body
         self._program: Program | None = None
-        self._result: Tree = None  # of one step
 
     def __call__(
         self, carry: Tree, xs: Tree, chunked: Any, constants: Tree, out: Tree = None
     ) -> tuple[Tree, Tree]:
         """Run the loop; the first call compiles. ``out`` is not used."""
-        del out  # the results are new memory, since a caller may still hold those of before
+        del out  # the program has memory of its own for its results
         if self._program is None:
             self._program = self._build(carry, xs, chunked, constants)
-        steps, carried = leaves((xs, chunked))[0].shape[0], len(leaves(carry))
-        of_step = leaves(self._result)
-        results = [*_allocate(of_step[:carried]), *_allocate(of_step[carried:], steps)]
-        self._program.run(leaves((carry, xs, chunked, constants)), results, steps=steps)
-        return rebuild(self._result, results)
+        flat = leaves((carry, xs, chunked, constants))
+        return self._program.run(flat, steps=leaves((xs, chunked))[0].shape[0])
 
     def _build(self, carry: Tree, xs: Tree, chunked: Any, constants: Tree) -> Program:
         x = map_tree(lambda value: value[0], xs)
@@ -135,7 +124,6 @@ class NativeLoop:
             zeros = map_tree(lambda leaf: torch.zeros_like(leaf, device="cpu"), traced.result)
             x = (zeros, x)
         traced = Traced(self._body, (carry, x, constants), functional=True)
-        self._result = traced.result
         first = carried + len(leaves(x))
         unchanged = range(first, first + constant)
         body = translate(traced.graph, "body", shared=True, unchanged=unchanged)
@@ -150,9 +138,13 @@ class NativeLoop:
         )
         text, shared_bytes, own_bytes = loop_text(shapes, body, chunk, chunks)
         captured = [*body.captured, *([] if chunk is None else chunk.captured)]
-        return Program(text, shared_bytes=shared_bytes, own_bytes=own_bytes, captured=captured)
-
-
-def _allocate(like: Sequence[Tensor], *steps: int) -> list[Tensor]:
-    """Memory for tensors of the shapes of others, with ``steps`` as the first axis."""
-    return [torch.empty((*steps, *leaf.shape), dtype=leaf.dtype) for leaf in like]
+        after, row = traced.result
+        steps = leaves((xs, chunked))[0].shape[0]
+        rows = map_tree(lambda leaf: leaf.expand(steps, *leaf.shape), row)
+        return Program(
+            text,
+            results=(after, rows),
+            shared_bytes=shared_bytes,
+            own_bytes=own_bytes,
+            captured=captured,
+        )
