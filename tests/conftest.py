@@ -37,6 +37,12 @@ def generator() -> torch.Generator:
     return torch.Generator().manual_seed(0)
 
 
+@pytest.fixture
+def native_code(monkeypatch) -> None:
+    """Compiles, as for users."""
+    monkeypatch.delenv("TORCH_COMPILE_DISABLE")
+
+
 torch.set_num_threads(1)  # the tests run side by side
 if signal.getsignal(signal.SIGINT) is signal.SIG_IGN:  # as of ``make test &``; children inherit it
     signal.signal(signal.SIGINT, signal.default_int_handler)

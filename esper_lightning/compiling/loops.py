@@ -4,13 +4,14 @@ A stage is a ``Loop`` (a scan over the leading axis of its inputs), a plain func
 of rows that do not depend on each other. All are pure functions of trees of tensors, and every way
 gives the same results to float32 rounding.
 
-With ``auto``, a stage becomes native code on a CPU (``native``), and runs eagerly elsewhere.
-``default`` compiles one step of a loop, and Python calls the compiled step (``stepwise``). ``max``
-compiles the loop itself (``scan``, on a CPU) or captures all of its steps in a CUDA graph
-(``cuda_graph``). Where one of these fails, the next slower way takes over, with one warning.
+On a CPU, every mode but ``off`` makes native code of a stage (``native``). On CUDA, ``default``
+compiles one step of a loop, and Python calls the compiled step (``stepwise``); ``max`` captures all
+steps in a CUDA graph (``cuda_graph``); ``auto`` compiles nothing. Where one of these fails, the
+next slower way takes over, with one warning.
 """
 
 import logging
+import os
 import warnings
 from collections.abc import Callable, Sequence
 from typing import Any, Literal
@@ -19,7 +20,8 @@ import torch
 
 from esper_lightning.compiling.cuda_graph import CapturedFunction
 from esper_lightning.compiling.native.loops import NativeFunction, NativeLoop, NativeMap
-from esper_lightning.compiling.scan import ScanLoop, ScanMap
+from esper_lightning.compiling.native.program import IndexOutsideError
+from esper_lightning.compiling.native.values import UnsupportedError
 from esper_lightning.compiling.stepwise import StepwiseLoop
 from esper_lightning.compiling.tracing import Body, ChunkBody, Compiled, Tree
 from esper_lightning.core.tensor_trees import leaves, map_tree, rebuild
@@ -54,7 +56,7 @@ def compile_loop(
 
     The returned loop takes ``(carry, xs, chunked, constants, out)`` and returns the last carry and
     all rows, stacked. It may change ``carry`` in place, so the caller must continue with the carry
-    that the loop returns.
+    that the loop returns. Rows may be overwritten by the next call.
 
     Args:
         name: Name of the loop, for messages.
@@ -65,18 +67,14 @@ def compile_loop(
         mode: Compile mode of the loop.
         device: Device of all tensors.
     """
-    ways: list[Callable[..., Tree]] = [_eager_loop(body, chunk_body)]
+    eager = _eager_loop(body, chunk_body)
     if _is_native(mode, device):
-        ways.insert(0, NativeLoop(body, chunk_body))
-    elif mode in ("default", "max"):
-        stepwise = StepwiseLoop(body, chunk_body, device)
-        ways.insert(0, stepwise)
-        if mode == "max":
-            on_cuda = device.type == "cuda"
-            ways.insert(
-                0, CapturedFunction(stepwise) if on_cuda else ScanLoop(body, chunk_body, device)
-            )
-    return _FirstThatWorks(name, mode, ways)
+        return _Native(name, lambda: NativeLoop(body, chunk_body), eager)
+    if not _is_compiled(mode, device):
+        return eager
+    stepwise = StepwiseLoop(body, chunk_body, device)
+    captured = [CapturedFunction(stepwise)] if mode == "max" else []
+    return _FirstThatWorks(name, f"compile={mode!r}", [*captured, stepwise, eager])
 
 
 def compile_function(
@@ -84,7 +82,8 @@ def compile_function(
 ) -> Callable[..., Tree]:
     """A pure function of trees of tensors, compiled as ``mode`` says.
 
-    With ``max`` on CUDA the compiled function is captured as a CUDA graph.
+    With ``max`` on CUDA the compiled function is captured as a CUDA graph. What a compiled function
+    returns may be overwritten by its next call.
 
     Args:
         name: Name of the function, for messages.
@@ -92,8 +91,7 @@ def compile_function(
         mode: Compile mode of the function.
         device: Device of all tensors.
     """
-    native = NativeFunction(function) if _is_native(mode, device) else None
-    return _FirstThatWorks(name, mode, _ways(function, native, mode=mode, device=device))
+    return _compiled(name, function, NativeFunction, mode=mode, device=device)
 
 
 def compile_map(
@@ -109,11 +107,7 @@ def compile_map(
         mode: Compile mode of the function.
         device: Device of all tensors.
     """
-    native = NativeMap(function) if _is_native(mode, device) else None
-    ways = _ways(function, native, mode=mode, device=device)
-    if mode == "max" and device.type == "cpu":
-        ways.insert(0, ScanMap(function, device))
-    return _FirstThatWorks(name, mode, ways)
+    return _compiled(name, function, NativeMap, mode=mode, device=device)
 
 
 def capture_function(
@@ -130,10 +124,9 @@ def capture_function(
         function: Function to capture.
         device: Device of all tensors.
     """
-    ways: list[Callable[..., Tree]] = [function]
-    if device.type == "cuda":
-        ways.insert(0, CapturedFunction(function))
-    return _FirstThatWorks(name, None, ways)
+    if device.type != "cuda":
+        return function
+    return _FirstThatWorks(name, "A CUDA graph", [CapturedFunction(function), function])
 
 
 def tell_reasons_again() -> None:
@@ -145,25 +138,34 @@ def tell_reasons_again() -> None:
 
 
 def _is_native(mode: CompileMode, device: torch.device) -> bool:
-    return device.type == "cpu" and mode == "auto"
+    return device.type == "cpu" and mode != "off" and not _is_disabled()
 
 
-def _ways(
+def _is_compiled(mode: CompileMode, device: torch.device) -> bool:
+    return device.type == "cuda" and mode in ("default", "max")
+
+
+def _is_disabled() -> bool:
+    """Whether the user has switched compilers off, as for ``torch.compile``."""
+    return os.environ.get("TORCH_COMPILE_DISABLE", "0") == "1"
+
+
+def _compiled(
+    name: str,
     function: Callable[..., Tree],
-    native: Callable[..., Tree] | None,
+    native: Callable[[Callable[..., Tree]], Callable[..., Tree]],
     *,
     mode: CompileMode,
     device: torch.device,
-) -> list[Callable[..., Tree]]:
-    """Ways to run a function, from the fastest to the eager one."""
-    if native is not None:
-        return [native, function]
-    if mode not in ("default", "max"):
-        return [function]
-    compiled = Compiled(function, device)
-    if mode == "max" and device.type == "cuda":
-        return [CapturedFunction(compiled), compiled, function]
-    return [compiled, function]
+) -> Callable[..., Tree]:
+    """A function with all ways to run it, from the fastest to the eager one."""
+    if _is_native(mode, device):
+        return _Native(name, lambda: native(function), function)
+    if not _is_compiled(mode, device):
+        return function
+    compiled = Compiled(function)
+    captured = [CapturedFunction(compiled)] if mode == "max" else []
+    return _FirstThatWorks(name, f"compile={mode!r}", [*captured, compiled, function])
 
 
 def _stack(rows: Sequence[Tree]) -> Tree:
@@ -191,6 +193,59 @@ def _eager_loop(body: Body, chunk_body: ChunkBody | None) -> Loop:
     return run
 
 
+def _kinds_of(args: tuple[Tree, ...]) -> tuple[tuple[torch.Size, torch.dtype], ...]:
+    """Shape and dtype of every tensor, on which compiled code depends."""
+    return tuple([(leaf.shape, leaf.dtype) for leaf in leaves(args)])
+
+
+def _tell(how: str, name: str, error: Exception) -> None:
+    """Log why a function takes a slower way: each reason once in a run."""
+    cause = getattr(error, "inner_exception", error)  # from a compiler's backend
+    reason = f"{type(cause).__name__}: {cause}".strip().splitlines()[0][:300]
+    if isinstance(error, UnsupportedError):
+        reason = str(error)
+    level = logging.DEBUG if reason in _REASONS_LOGGED else logging.WARNING
+    _REASONS_LOGGED.add(reason)
+    _log.log(level, "%s does not work for the %s, which takes a slower way: %s", how, name, reason)
+    _log.debug("The whole error:", exc_info=error)
+
+
+class _Native:
+    """A function as native code, a program for each kind of arguments.
+
+    So the results for some arguments never depend on what was called before. Where there can be no
+    program, the function runs eagerly.
+
+    Args:
+        name: Name of the function, for messages.
+        program: Function that makes a native function, which compiles at its first call.
+        eager: The function itself.
+    """
+
+    def __init__(
+        self, name: str, program: Callable[[], Callable[..., Tree]], eager: Callable[..., Tree]
+    ) -> None:
+        self._name, self._program, self._eager = name, program, eager
+        self._run: dict[tuple[tuple[torch.Size, torch.dtype], ...], Callable[..., Tree]] = {}
+
+    def __call__(self, *args: Tree) -> Tree:
+        if any(isinstance(arg, list) for arg in args):  # minibatches of unequal size
+            return self._eager(*args)
+        kinds = _kinds_of(args)
+        run = self._run.get(kinds)
+        if run is not None:
+            return run(*args)
+        self._run[kinds] = program = self._program()
+        try:
+            return program(*args)
+        except (torch.OutOfMemoryError, MemoryError, IndexOutsideError):
+            raise
+        except Exception as error:  # of the function, of torch's tracer, or of the compiler
+            self._run[kinds] = self._eager
+            _tell("Native code", self._name, error)
+            return self._eager(*args)
+
+
 class _FirstThatWorks:
     """Ways to run the same function, of which the fastest that works is used.
 
@@ -199,24 +254,20 @@ class _FirstThatWorks:
 
     Args:
         name: Name of the function, for messages.
-        mode: Compile mode, for messages; ``None`` for a function that is only captured.
+        how: What the fastest way is, for messages.
         ways: Ways to run the function, from the fastest to the eager one.
     """
 
-    def __init__(
-        self, name: str, mode: CompileMode | None, ways: Sequence[Callable[..., Tree]]
-    ) -> None:
-        self._name = name
-        self._how = "A CUDA graph" if mode is None else f"compile={mode!r}"
-        self._ways = list(ways)
-        self._kinds: list[tuple[torch.Size, torch.dtype]] | None = None
+    def __init__(self, name: str, how: str, ways: Sequence[Callable[..., Tree]]) -> None:
+        self._name, self._how, self._ways = name, how, list(ways)
+        self._kinds: tuple[tuple[torch.Size, torch.dtype], ...] | None = None
 
     def __call__(self, *args: Tree) -> Tree:
         if len(self._ways) == 1:
             return self._ways[0](*args)
         if any(isinstance(arg, list) for arg in args):  # minibatches of unequal size
             return self._ways[-1](*args)
-        kinds = [(leaf.shape, leaf.dtype) for leaf in leaves(args)]
+        kinds = _kinds_of(args)
         if kinds == self._kinds:
             return self._ways[0](*args)
         if self._kinds is not None:
@@ -232,11 +283,5 @@ class _FirstThatWorks:
                 raise
             except Exception as error:  # compilers raise errors of every kind
                 del self._ways[0]
-                cause = getattr(error, "inner_exception", error)  # from a compiler's backend
-                reason = f"{type(cause).__name__}: {cause}".strip().splitlines()[0][:300]
-                text = "%s does not work for the %s, which takes a slower way: %s"
-                level = logging.DEBUG if reason in _REASONS_LOGGED else logging.WARNING
-                _REASONS_LOGGED.add(reason)
-                _log.log(level, text, self._how, self._name, reason)
-                _log.debug("The whole error:", exc_info=error)
+                _tell(self._how, self._name, error)
         return self._ways[0](*args)

@@ -9,9 +9,9 @@ from torch import Tensor
 from esper_lightning.compiling.tracing import (
     Body,
     ChunkBody,
+    Traced,
     Tree,
     compile_graph,
-    traced_for_inductor,
 )
 from esper_lightning.core.tensor_trees import leaves, map_tree
 
@@ -66,12 +66,10 @@ class StepwiseLoop:
             return None
 
         if out is None:  # only a trace says how large the rows are
-            row = traced_for_inductor(
-                step, (carry, xs, chunked, constants, None, index), self._device
-            ).result
+            row = Traced(step, (carry, xs, chunked, constants, None, index)).result
             steps = leaves((xs, chunked))[0].shape[0]
             self._rows = map_tree(
                 lambda v: torch.empty(steps, *v.shape, dtype=v.dtype, device=self._device), row
             )
         example = (carry, xs, chunked, constants, self._rows if out is None else out, index)
-        self._run = compile_graph(traced_for_inductor(step, example, self._device).graph)
+        self._run = compile_graph(Traced(step, example).graph)

@@ -4,14 +4,13 @@ Nothing here computes gradients or synchronises with the host, and this file kno
 Lightning.
 """
 
-import logging
 from collections.abc import Callable
 from typing import Any, NamedTuple, cast
 
 import torch
 from torch import Tensor
 
-from esper_lightning.compiling.loops import CompileMode, compile_loop
+from esper_lightning.compiling.loops import CompileMode, compile_loop, compile_map
 from esper_lightning.core.buffer import stored_obs, write_step
 from esper_lightning.core.last_obs import LastObsWriter
 from esper_lightning.core.shapes import Bool, Float
@@ -26,7 +25,6 @@ from esper_lightning.ppo.non_finite import refuse_stuck_cause
 
 __all__ = ["ActingState", "Collector", "Normalize", "as_row"]
 
-_log = logging.getLogger(__name__)
 _PIECES = 32  # number of pieces in which rollouts of images are compiled, if it divides the steps
 
 Normalize = Callable[[Observation], Observation]
@@ -61,7 +59,7 @@ class Collector:
     """Fills rollouts by acting in environments.
 
     Environments whose step is a pure function run in a loop that is compiled as ``mode`` says.
-    Other environments are stepped from Python, by their method ``step``.
+    Other environments are stepped from Python, by their method ``step``; acting is compiled.
 
     Args:
         env: Batch of ``B`` environments.
@@ -82,11 +80,9 @@ class Collector:
     ) -> None:
         self._env, self._agent, self._first_steps = env, agent, first_steps
         self._functional = cast(FunctionalEnv, env) if is_functional(env) else None
-        if self._functional is None and mode != "off":
-            reason = "its step is no pure function (FunctionalEnv)"
-            _log.warning("Rollouts of %s are not compiled: %s.", first_steps.owner, reason)
         self._obs_space = first_steps.spaces.obs
         self._loop = compile_loop("rollout", self._step, mode=mode, device=device)
+        self._act_compiled = compile_map("acting", self._act_rows, mode=mode, device=device)
 
     @torch.no_grad()
     def collect(
@@ -175,6 +171,11 @@ class Collector:
         agent = self._agent
         return agent.with_weights(weights, agent.act, obs, action_mask, noise, memory)
 
+    def _act_rows(
+        self, rows: tuple[Observation, Tensor | None, Tensor, Tensor | None], weights: Weights
+    ) -> Acted:
+        return self._act(weights, *rows)
+
     def _rehearse(self, running: _Running, xs: tuple[Tensor, Any], weights: Weights) -> None:
         """Inspect the first steps of a rollout, before the compiled loop takes the same steps."""
         policy = self._agent.policy
@@ -199,9 +200,10 @@ class Collector:
         env = first_steps if first_steps.left > 0 else self._env
         obs, action_mask, memory = state.obs, state.action_mask, state.memory
         for t in range(rollout.reward.shape[0]):
-            acted = self._act(weights, obs, action_mask, noise[t], memory)
+            acted = self._act_compiled((obs, action_mask, noise[t], memory), weights)
             try:
-                result = env.step(acted.action)
+                # Environments may keep actions, and compiled code reuses the memory of its results.
+                result = env.step(acted.action.clone())
             except Exception as error:
                 refuse_stuck_cause(error, action_mask, first_steps)
                 raise

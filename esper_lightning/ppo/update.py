@@ -12,16 +12,13 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from esper_lightning.compiling.loops import (
-    CompileMode,
-    compile_function,
-    compile_loop,
-)
+from esper_lightning.compiling.loops import CompileMode, compile_loop
 from esper_lightning.core.diagnostics import approx_kl, clip_fraction
 from esper_lightning.core.flat_adam import AdamState, adam_step
 from esper_lightning.core.minibatches import take
 from esper_lightning.core.ranks import SINGLE_RANK, Ranks
 from esper_lightning.core.shapes import Bool, Float, Int
+from esper_lightning.core.tensor_trees import map_tree
 from esper_lightning.core.types import Samples
 from esper_lightning.ppo.agent import Agent, Weights
 from esper_lightning.ppo.config import PPOConfig
@@ -113,12 +110,14 @@ class Updater:
         self._mean_of_pass: Tensor | None = None
         gradient_sums, around = self._sum, mode
         if ranks.size > 1:
-            mine = compile_function("gradient", self._sum, mode=mode, device=device)
+            mine = compile_loop("gradient", _sums_alone, self._sum, mode=mode, device=device)
 
             def gradient_sums(
                 progress: _Progress, index: Tensor, constants: _Constants
             ) -> GradientSums:
-                return ranks.sum(mine(progress, index, constants))
+                first = torch.zeros(1, device=device)  # of one step; it is not used
+                _, sums = mine(progress, first, index[None], constants, None)
+                return ranks.sum(map_tree(lambda total: total[0], sums))
 
             around = "off"  # compiled steps of two ranks might differ in a rounding
         self._loop = compile_loop("update", self._step, gradient_sums, mode=around, device=device)
@@ -254,6 +253,14 @@ class Updater:
             skip = skip | (kl_of_pass * mean_of_pass > config.target_kl)
         kl_of_pass = torch.where(mean_of_pass > 0, 0.0, kl_of_pass)
         return _Progress(adam, skip, finite, kl_of_pass), step
+
+
+def _sums_alone(
+    progress: _Progress, x: tuple[GradientSums, Tensor], constants: _Constants
+) -> tuple[_Progress, GradientSums]:
+    """A step that is the sums over the minibatch, and no more."""
+    del constants
+    return progress, x[0]
 
 
 def _mean_over_applied(steps: _StepMetrics, *, finite: Bool[Tensor, ""]) -> UpdateMetrics:

@@ -104,13 +104,13 @@ class PPO(CheckpointHooks):
             eval_episodes: Number of episodes that each rank plays in one evaluation, as a rule each
                 in an environment of its own. ``None`` means 100, or as many as ``env.num_envs``
                 where the spec cannot be copied with another number of environments.
-            compile: Compile mode of rollouts and updates. ``off`` compiles nothing and starts at
-                once. ``auto`` turns them into native code on a CPU, in seconds, if there is a C++
-                compiler, and means ``off`` elsewhere. ``default`` compiles single steps of loops.
-                ``max`` compiles whole rollouts and updates (on CUDA, captures them as graphs): half
-                a minute of compilation or more, then several times the speed. All give the same
-                results to rounding (under ``bf16-mixed``, the rounding of bfloat16). What cannot be
-                compiled runs a slower way, with a warning.
+            compile: Compile mode of rollouts and updates. ``auto`` turns them into native code on a
+                CPU, in seconds, and compiles nothing elsewhere; it needs a C++ compiler. ``off``
+                compiles nothing. On CUDA, ``default`` compiles single steps of loops, and ``max``
+                captures whole rollouts and updates as graphs; on a CPU both mean ``auto``. All give
+                the same results to rounding (under ``bf16-mixed``, the rounding of bfloat16). What
+                cannot be compiled runs a slower way, with a warning. Where the environment
+                variable ``TORCH_COMPILE_DISABLE`` is 1, nothing is compiled on a CPU.
             warm_start: Checkpoint from which a new run takes weights and normalisation statistics,
                 and nothing else. It has no effect where a run is resumed.
             extensions: Additions to PPO: rewards, terms of the loss and metrics, such as ``RND()``.

@@ -37,7 +37,7 @@ class PPOSettings:
     total_env_steps: int | None = None
     iterations_per_epoch: int = 50
     eval_episodes: int | None = None
-    compile: CompileMode = "off"
+    compile: CompileMode = "auto"
     warm_start: str | None = None
     extensions: tuple[ExtensionSpec, ...] = ()
 

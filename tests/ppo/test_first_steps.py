@@ -231,7 +231,8 @@ class ImpureEnv(AutoresetEnv):
         return after, result
 
 
-@pytest.mark.parametrize("mode", ["off", "default"])
+@pytest.mark.parametrize("mode", ["off", "auto"])
+@pytest.mark.usefixtures("native_code")
 @pytest.mark.parametrize(
     ("how", "message"),
     [
@@ -305,7 +306,8 @@ def stuck_from(step, raises=False):
     return Stuck
 
 
-@pytest.mark.parametrize("mode", ["off", pytest.param("max", marks=pytest.mark.slow)])
+@pytest.mark.parametrize("mode", ["off", pytest.param("auto", marks=pytest.mark.slow)])
+@pytest.mark.usefixtures("native_code")
 def test_a_mask_that_later_allows_nothing_is_named_and_spares_the_weights(make_trainer, mode):
     model = ppo(Spec(env=stuck_from(14)), total_env_steps=8 * 4 * 10, compile=mode)
     message = (

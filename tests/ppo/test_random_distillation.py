@@ -89,7 +89,7 @@ def reaches_the_goal(make_trainer, seed, extensions) -> bool:
     ppo = PPOConfig(rollout_steps=1024, normalize_obs=True)
     model = PPO(
         MountainCar(num_envs=1), MLP(), ppo, seed,
-        total_env_steps=61_440, compile="max", extensions=extensions,
+        total_env_steps=61_440, extensions=extensions,
     )  # fmt: skip
     rows = history(model, make_trainer())
     means = [row["rollout/episode_return_mean"] for row in rows]
@@ -98,6 +98,7 @@ def reaches_the_goal(make_trainer, seed, extensions) -> bool:
 
 @pytest.mark.slow
 @pytest.mark.timeout(1200)
+@pytest.mark.usefixtures("native_code")
 @pytest.mark.parametrize("seed", [0, 1, 2])
 def test_rnd_climbs_the_mountain_with_one_car_where_plain_ppo_never_does(
     make_trainer, seed

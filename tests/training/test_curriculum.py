@@ -71,10 +71,9 @@ def test_it_is_called_before_the_first_reset_and_before_every_iteration():
 
 @pytest.mark.parametrize("mode", [
     "off",
-    pytest.param("default", marks=pytest.mark.slow),
-    pytest.param("max", marks=pytest.mark.slow),
+    pytest.param("auto", marks=pytest.mark.slow),
 ])  # fmt: skip
-@pytest.mark.timeout(1200)
+@pytest.mark.usefixtures("native_code")
 def test_compiled_rollouts_take_it(mode):
     starts = Starts()
     fit(Rising(num_envs=16), starts, iterations=5, compile=mode)

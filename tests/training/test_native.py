@@ -12,6 +12,7 @@ from tests.growth.test_play import SPEC as GROWTH
 from tests.training.test_compiled import EVERYTHING, SMALL, warnings_of
 from tests.training.test_module import NotADataclass
 
+pytestmark = pytest.mark.usefixtures("native_code")
 CASES = {
     "Acrobot": (Acrobot(num_envs=16), MLP(), SMALL),
     "MountainCar, relu": (MountainCar(num_envs=16), MLP(activation="relu"), EVERYTHING),

@@ -124,13 +124,13 @@ EVERYTHING = {
 }
 ALSO = {
     "no episode ends on one rank": {"env": "never ends elsewhere", "ppo": EVERYTHING},
-    "compiled": {"compile": "default"},
-    "compiled whole": {"compile": "max", "ppo": EVERYTHING},
+    "compiled": {"compile": "auto", "ppo": EVERYTHING},
 }
 SLOW = [pytest.param(name, marks=pytest.mark.slow) for name in ALSO if "compiled" in name]
 
 
 @pytest.mark.parametrize("case", ["no episode ends on one rank", *SLOW])
+@pytest.mark.usefixtures("native_code")
 def test_ranks_also_have_the_same_weights_where(tmp_path, case):
     status, stderr = run(tmp_path, devices=2, budget=700, evaluates=False, **ALSO[case])
     assert status == 0, stderr

@@ -11,7 +11,7 @@ from torch import Tensor
 from esper_lightning.compiling.native.library import build_library
 from esper_lightning.core.tensor_trees import leaves, rebuild
 
-__all__ = ["Program", "aligned"]
+__all__ = ["IndexOutsideError", "Program", "aligned"]
 
 _ALIGNMENT = 64  # bytes
 
@@ -21,6 +21,10 @@ Tree = Any
 def aligned(size: int) -> int:
     """Bytes that a piece of memory takes, so that the next piece begins at a multiple of 64."""
     return -(-size // _ALIGNMENT) * _ALIGNMENT
+
+
+class IndexOutsideError(IndexError):
+    """Raised by a program that was given an index outside of its tensor, as torch raises one."""
 
 
 class Program:
@@ -66,7 +70,7 @@ class Program:
             The results, as a tree.
 
         Raises:
-            IndexError: If an index lay outside of its tensor.
+            IndexOutsideError: If an index lay outside of its tensor.
         """
         threads = torch.get_num_threads()
         size = self._shared_bytes + threads * self._own_bytes + _ALIGNMENT
@@ -79,7 +83,7 @@ class Program:
         array[: len(pointers)] = pointers
         work = aligned(self._work.data_ptr())
         if self._run(ctypes.addressof(array), work, steps, threads):
-            raise IndexError("an index lies outside of its tensor")
+            raise IndexOutsideError("an index lies outside of its tensor")
         return rebuild(self._like, results.tensors)
 
     def _results_apart_from(self, pointers: Sequence[int]) -> "_Results":
