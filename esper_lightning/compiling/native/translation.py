@@ -10,6 +10,7 @@ from torch import Tensor, fx
 from esper_lightning.compiling.native import (
     activations,
     constants,
+    convolutions,
     elementwise,
     indexing,
     reductions,
@@ -25,6 +26,7 @@ __all__ = ["OPERATIONS", "Translation", "translate"]
 OPERATIONS: dict[str, Operation] = {
     **activations.OPERATIONS,
     **constants.OPERATIONS,
+    **convolutions.OPERATIONS,
     **elementwise.OPERATIONS,
     **indexing.OPERATIONS,
     **reductions.OPERATIONS,
@@ -111,7 +113,8 @@ def _call(kernel: Kernel, node: fx.Node, values: dict[fx.Node, Any]) -> Any:
     if function is None or not name.startswith("aten."):
         raise UnsupportedError(f"the operation {name}")
     meta: Any = node.meta["val"]
-    first: Any = meta if isinstance(meta, Tensor) else meta[0]
+    # Of several results, some may not be asked for.
+    first: Any = meta if isinstance(meta, Tensor) else next(one for one in meta if one is not None)
     if not isinstance(first, Tensor) or first.dtype not in C_TYPES:
         raise UnsupportedError(f"a result of {name} that is {getattr(first, 'dtype', first)}")
     if first.numel() == 0:

@@ -20,7 +20,7 @@ from esper_lightning.compiling.native.values import (
     literal,
 )
 
-__all__ = ["OPERATIONS", "in_memory"]
+__all__ = ["OPERATIONS", "contiguous", "in_memory"]
 
 OPERATIONS = Operations()
 operation = OPERATIONS.register
@@ -46,8 +46,7 @@ def _view(kernel: Kernel, result: Result, x: Value, size: Sequence[int]) -> Valu
     try:
         return Value(result.shape, x.dtype, buffer=buffer, view=view.view(result.shape))
     except RuntimeError:  # the elements do not follow each other as a view needs it
-        copy = kernel.stored(Value(x.shape, x.dtype, lambda index: kernel.element(x, index)))
-        buffer, view = copy.place
+        buffer, view = contiguous(kernel, x).place
         return Value(result.shape, x.dtype, buffer=buffer, view=view.view(result.shape))
 
 
@@ -77,6 +76,14 @@ def in_memory(x: Value) -> Value:
     if not x.is_constant:
         return x
     return Value(x.shape, x.dtype, x.expression)
+
+
+def contiguous(kernel: Kernel, x: Value) -> Value:
+    """The value in memory without gaps, in the order of its indices."""
+    x = kernel.stored(in_memory(x))
+    if x.place[1].is_contiguous():
+        return x
+    return kernel.stored(Value(x.shape, x.dtype, lambda index: kernel.element(x, index)))
 
 
 def _moved(
