@@ -25,6 +25,17 @@ enum { TAP_ROWS = 4, TAP_VECTORS = 3, SUM_ROWS = 4, SUM_TAPS = 3 };
 enum { TAP_ROWS = 4, TAP_VECTORS = 5, SUM_ROWS = 4, SUM_TAPS = 4 };
 #endif
 
+// Keeps a number in a register, where a compiler would read it from memory for every use.
+#if defined(__AVX512F__)
+#define IN_REGISTER(x) __asm__("" : "+v"(x))
+#elif defined(__x86_64__)
+#define IN_REGISTER(x) __asm__("" : "+x"(x))
+#elif defined(__aarch64__)
+#define IN_REGISTER(x) __asm__("" : "+w"(x))
+#else
+#define IN_REGISTER(x)
+#endif
+
 template <class T> INLINE WideVector<T> wide_at(const T* from) { return *(const WideVector<T>*)from; }
 template <class T> INLINE T sum_of(WideVector<T> v) {
   enum { N = LANES * 4 / sizeof(T) };
@@ -53,7 +64,7 @@ INLINE void taps_block(const T* __restrict A, int depth, const T* __restrict X, 
     for (int j = 0; j < VECTORS; j++) b[j] = wide_at(from + j * N);
     UNROLL
     for (int i = 0; i < ROWS; i++) {
-      const WideVector<T> a = WideVector<T>{} + A[(int64_t)i * depth + k];
+      const T a = A[(int64_t)i * depth + k];
       UNROLL
       for (int j = 0; j < VECTORS; j++) c[i][j] += a * b[j];
     }
@@ -89,16 +100,16 @@ INLINE void taps(const T* A, int rows, int depth, const T* X, const int32_t* off
   }
 }
 
-// sums[i][k] += sum over images n and q of G[n][i][q] * X[n][offset[k] + q].
+// sums[i][k] += sum over images n and q of G[i][n][q] * X[n][offset[k] + q].
 template <class T, int ROWS, int TAPS, int VECTORS>
-INLINE void sums_block(const T* __restrict G, int64_t next_g, const T* __restrict X, int64_t next_x, int images, const int32_t* __restrict offset, T* __restrict sums, int depth) {
+INLINE void sums_block(const T* __restrict G, int64_t row_g, const T* __restrict X, int64_t next_x, int images, const int32_t* __restrict offset, T* __restrict sums, int depth) {
   enum { N = LANES * 4 / sizeof(T) };
   WideVector<T> c[ROWS][TAPS];
   UNROLL
   for (int i = 0; i < ROWS; i++)
     UNROLL
     for (int k = 0; k < TAPS; k++) c[i][k] = WideVector<T>{};
-  for (int n = 0; n < images; n++, G += next_g, X += next_x) {
+  for (int n = 0; n < images; n++, G += VECTORS * N, X += next_x) {
     const T* from[TAPS];
     UNROLL
     for (int k = 0; k < TAPS; k++) from[k] = X + offset[k];
@@ -108,7 +119,8 @@ INLINE void sums_block(const T* __restrict G, int64_t next_g, const T* __restric
       for (int k = 0; k < TAPS; k++) x[k] = wide_at(from[k] + q);
       UNROLL
       for (int i = 0; i < ROWS; i++) {
-        const WideVector<T> g = wide_at(G + i * VECTORS * N + q);
+        WideVector<T> g = wide_at(G + i * row_g + q);
+        IN_REGISTER(g);
         UNROLL
         for (int k = 0; k < TAPS; k++) c[i][k] += g * x[k];
       }
@@ -120,11 +132,11 @@ INLINE void sums_block(const T* __restrict G, int64_t next_g, const T* __restric
     for (int k = 0; k < TAPS; k++) sums[(int64_t)i * depth + k] += sum_of<T>(c[i][k]);
 }
 template <class T, int ROWS, int VECTORS>
-NOINLINE static void sums_rows(const T* G, int64_t next_g, const T* X, int64_t next_x, int images, const int32_t* offset, T* sums, int depth) {
+NOINLINE static void sums_rows(const T* G, int64_t row_g, const T* X, int64_t next_x, int images, const int32_t* offset, T* sums, int depth) {
   int k = 0;
   for (; k + SUM_TAPS <= depth; k += SUM_TAPS)
-    sums_block<T, ROWS, SUM_TAPS, VECTORS>(G, next_g, X, next_x, images, offset + k, sums + k, depth);
-  for (; k < depth; k++) sums_block<T, ROWS, 1, VECTORS>(G, next_g, X, next_x, images, offset + k, sums + k, depth);
+    sums_block<T, ROWS, SUM_TAPS, VECTORS>(G, row_g, X, next_x, images, offset + k, sums + k, depth);
+  for (; k < depth; k++) sums_block<T, ROWS, 1, VECTORS>(G, row_g, X, next_x, images, offset + k, sums + k, depth);
 }
 
 // An image [C][H][W] of the strides XC, XH, XW as planes [C][SH][SW][HQ][WQ]: pixel (h, w) of the
@@ -216,7 +228,7 @@ struct Convolution {
         write_planes<XC, XH, XW>(x + (batch + n) * XN, X + (int64_t)n * PLANES);
         for (int64_t o = first; o < end; o++) {
           const T* __restrict from = gradient + ((batch + n) * O + o) * (OH * OW);
-          T* __restrict to = G + ((int64_t)n * O + o) * WIDTH;
+          T* __restrict to = G + (o * BATCH + n) * WIDTH;
           for (int h = 0; h < OH; h++)
             for (int w = 0; w < OW; w++) to[h * WQ + w] = from[h * OW + w];
         }
@@ -225,8 +237,8 @@ struct Convolution {
         const int64_t g = o / OG, rest = ((g + 1) * OG < end ? (g + 1) * OG : end) - o;
         const T* of_group = X + g * CG * SH * SW * HQ * WQ;
         some = rest < SUM_ROWS ? 1 : SUM_ROWS;
-        if (some == 1) sums_rows<T, 1, VECTORS>(G + o * WIDTH, O * WIDTH, of_group, PLANES, images, offset, out + o * DEPTH, DEPTH);
-        else sums_rows<T, SUM_ROWS, VECTORS>(G + o * WIDTH, O * WIDTH, of_group, PLANES, images, offset, out + o * DEPTH, DEPTH);
+        if (some == 1) sums_rows<T, 1, VECTORS>(G + o * BATCH * WIDTH, BATCH * WIDTH, of_group, PLANES, images, offset, out + o * DEPTH, DEPTH);
+        else sums_rows<T, SUM_ROWS, VECTORS>(G + o * BATCH * WIDTH, BATCH * WIDTH, of_group, PLANES, images, offset, out + o * DEPTH, DEPTH);
       }
     }
   }
