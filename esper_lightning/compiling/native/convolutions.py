@@ -1,4 +1,4 @@
-"""Convolutions of images and sequences, their gradients, and pooling: calls of ``convolutions.hpp``.
+"""Convolutions of images and sequences, and their gradients: calls of ``convolutions.hpp``.
 
 A sequence is an image of one row.
 """
@@ -17,7 +17,7 @@ from esper_lightning.compiling.native.values import (
     Shape,
     UnsupportedError,
     Value,
-    contiguous_view,
+    pointer,
 )
 from esper_lightning.compiling.native.views import contiguous, in_memory
 
@@ -166,20 +166,10 @@ def _sizes(
     return convolution
 
 
-def _pointer(value: Value) -> str:
-    buffer, view = value.place
-    return f"({buffer.name} + {view.storage_offset()})"
-
-
 def _strides(x: Value) -> str:
     """Strides of images, channels, rows and columns in memory."""
     strides = x.place[1].stride()
     return ", ".join(map(str, strides if len(strides) == 4 else (*strides[:2], 0, strides[2])))
-
-
-def _new(kernel: Kernel, shape: Shape, dtype: torch.dtype) -> Value:
-    buffer = kernel.new_buffer(dtype, math.prod(shape))
-    return Value(shape, dtype, buffer=buffer, view=contiguous_view(shape, dtype))
 
 
 def _work(kernel: Kernel, dtype: torch.dtype, size: int, rows: int) -> str:
@@ -214,10 +204,10 @@ def _convolution(
     if bias is not None:
         bias = contiguous(kernel, bias)
         reads.append(bias)
-    out = _new(kernel, result.shape, result.dtype)
+    out = kernel.new_value(result.shape, result.dtype)
     work = _work(kernel, sizes.dtype, sizes.forward_work, sizes.images)
-    pointers = [_pointer(x), _pointer(weight), "nullptr" if bias is None else _pointer(bias)]
-    pointers += [_pointer(out), work, "{first}", "{end}"]
+    pointers = [pointer(x), pointer(weight), "nullptr" if bias is None else pointer(bias)]
+    pointers += [pointer(out), work, "{first}", "{end}"]
     kernel.call(
         f"{sizes.function}::forward<{_strides(x)}, {sizes.forward_work}>({', '.join(pointers)});",
         reads=reads,
@@ -259,9 +249,9 @@ def _of_input(
     kernel: Kernel, sizes: _Convolution, gradient: Value, weight: Value, shape: Shape
 ) -> Value:
     weight = contiguous(kernel, weight)
-    out = _new(kernel, shape, sizes.dtype)
+    out = kernel.new_value(shape, sizes.dtype)
     work = _work(kernel, sizes.dtype, sizes.input_work, sizes.images)
-    pointers = [_pointer(gradient), _pointer(weight), _pointer(out), work, "{first}", "{end}"]
+    pointers = [pointer(gradient), pointer(weight), pointer(out), work, "{first}", "{end}"]
     kernel.call(
         f"{sizes.function}::of_input<{sizes.input_work}>({', '.join(pointers)});",
         reads=[weight],
@@ -277,9 +267,9 @@ def _of_weight(
     kernel: Kernel, sizes: _Convolution, gradient: Value, x: Value, shape: Shape
 ) -> Value:
     x = kernel.stored(in_memory(x))
-    out = _new(kernel, shape, sizes.dtype)
+    out = kernel.new_value(shape, sizes.dtype)
     work = _work(kernel, sizes.dtype, sizes.weight_work, sizes.outputs)
-    pointers = [_pointer(x), _pointer(gradient), _pointer(out), work, "{first}", "{end}"]
+    pointers = [pointer(x), pointer(gradient), pointer(out), work, "{first}", "{end}"]
     numbers = f"{_strides(x)}, {sizes.images}, {sizes.batch}, {sizes.weight_work}"
     kernel.call(
         f"{sizes.function}::of_weight<{numbers}>({', '.join(pointers)});",

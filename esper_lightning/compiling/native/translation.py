@@ -13,9 +13,11 @@ from esper_lightning.compiling.native import (
     convolutions,
     elementwise,
     indexing,
+    pooling,
     reductions,
     views,
 )
+from esper_lightning.compiling.native.decompositions import decompose
 from esper_lightning.compiling.native.nests import Kernel
 from esper_lightning.compiling.native.operations import Operation, Result
 from esper_lightning.compiling.native.source import Source
@@ -29,6 +31,7 @@ OPERATIONS: dict[str, Operation] = {
     **convolutions.OPERATIONS,
     **elementwise.OPERATIONS,
     **indexing.OPERATIONS,
+    **pooling.OPERATIONS,
     **reductions.OPERATIONS,
     **views.OPERATIONS,
 }
@@ -57,6 +60,7 @@ def translate(
     Raises:
         UnsupportedError: If the graph holds what has no translation; the message says what.
     """
+    graph = decompose(graph)
     kernel = Kernel(name, shared=shared)
     values: dict[fx.Node, Any] = {}
     uses = _count_uses(graph.graph)

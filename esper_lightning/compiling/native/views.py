@@ -252,8 +252,6 @@ def _fill(kernel: Kernel, result: Result, x: Value, value: Number) -> Value:
 @operation("constant_pad_nd.default")
 def _pad(kernel: Kernel, result: Result, x: Value, pad: Sequence[int], value: Number = 0) -> Value:
     rank = len(x.shape)
-    if min(pad) < 0:
-        raise UnsupportedError("negative padding")
     before = {rank - 1 - number: pad[2 * number] for number in range(len(pad) // 2)}
     return _padded(kernel, result, x, before, value)
 
@@ -271,7 +269,7 @@ def _padded(
             first, extent = before.get(axis, 0), x.shape[axis]
             place = f"(({at}) - {first})" if first else at
             places.append("0" if extent == 1 else place)
-            if extent != result.shape[axis]:
+            if first or extent != result.shape[axis]:
                 inside.append(f"({at}) >= {first} && ({at}) < {first + extent}")
         text = kernel.element(
             x, ["0" if n == 1 else at for at, n in zip(places, x.shape, strict=True)]
