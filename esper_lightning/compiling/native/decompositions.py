@@ -45,13 +45,15 @@ def _name(target: object) -> str:
 
 @functools.cache
 def _table() -> dict[Any, Callable[..., Any]]:
-    from torch._decomp import get_decompositions  # noqa: PLC0415 - imports sympy
+    from torch import _decomp  # noqa: PLC0415 - imports sympy
 
-    table = get_decompositions([getattr(torch.ops.aten, name) for name in DECOMPOSED])
+    aten, decompositions = torch.ops.aten, cast("Any", _decomp)
+    table = decompositions.get_decompositions([getattr(aten, name) for name in DECOMPOSED])
     # Those of torch ask for strides of memory, and for operations below its own.
-    table[torch.ops.aten.native_group_norm.default] = _group_norm
-    table[torch.ops.aten.var_mean.correction] = _var_mean
-    return cast("dict[Any, Callable[..., Any]]", table)
+    table[aten.native_group_norm.default] = _group_norm
+    table[aten.native_layer_norm.default] = _layer_norm
+    table[aten.var_mean.correction] = _var_mean
+    return table
 
 
 def _var_mean(
@@ -60,6 +62,16 @@ def _var_mean(
     axes = list(range(x.dim())) if dim is None else dim
     variance = x.var(axes, correction=correction, keepdim=keepdim)
     return variance, x.mean(axes, keepdim=keepdim)
+
+
+def _layer_norm(
+    x: Tensor, shape: list[int], weight: Tensor | None, bias: Tensor | None, eps: float
+) -> tuple[Tensor, Tensor, Tensor]:
+    variance, mean = _var_mean(x, list(range(-len(shape), 0)), correction=0, keepdim=True)
+    scale = (variance + eps).rsqrt()
+    y = (x - mean) * scale
+    y = y if weight is None else y * weight
+    return y if bias is None else y + bias, mean, scale
 
 
 def _group_norm(
@@ -72,12 +84,9 @@ def _group_norm(
     groups: int,
     eps: float,
 ) -> tuple[Tensor, Tensor, Tensor]:
-    grouped = x.reshape(number, groups, channels // groups * pixels)
-    mean, variance = grouped.mean(-1), grouped.var(-1, correction=0)
-    scale = (variance + eps).rsqrt()
-    y = ((grouped - mean[..., None]) * scale[..., None]).view(number, channels, pixels)
-    if weight is not None:
-        y = y * weight[:, None]
-    if bias is not None:
-        y = y + bias[:, None]
-    return y.view(x.shape), mean, scale
+    shape = [channels // groups * pixels]
+    y, mean, scale = _layer_norm(x.reshape(number, groups, *shape), shape, None, None, eps)
+    y = y.view(number, channels, pixels)
+    y = y if weight is None else y * weight[:, None]
+    y = y if bias is None else y + bias[:, None]
+    return y.view(x.shape), mean[..., 0], scale[..., 0]
