@@ -14,6 +14,7 @@ from esper_lightning.compiling.native.operations import (
     Result,
 )
 from esper_lightning.compiling.native.values import (
+    C_TYPES,
     Index,
     UnsupportedError,
     Value,
@@ -160,11 +161,11 @@ def _select_backward(
 ) -> Value:
     axis, extent = dim % len(result.shape), result.shape[dim]
     at = index % extent
-    zero = literal(0, result.dtype)
+    zero, kind = literal(0, result.dtype), C_TYPES[result.dtype]
 
     def expression(where: Index) -> str:
         text = kernel.element(gradient, [*where[:axis], *where[axis + 1 :]])
-        return text if extent == 1 else f"({where[axis]} == {at} ? {text} : {zero})"
+        return text if extent == 1 else f"f_where<{kind}>({where[axis]} == {at}, {text}, {zero})"
 
     return Value(result.shape, result.dtype, expression)
 
@@ -196,11 +197,11 @@ def _select_scatter(
     kernel: Kernel, result: Result, x: Value, source: Value, dim: int, index: int
 ) -> Value:
     axis, extent = dim % len(result.shape), result.shape[dim]
-    at = index % extent
+    at, kind = index % extent, C_TYPES[result.dtype]
 
     def expression(where: Index) -> str:
         new = kernel.broadcast(source, [*where[:axis], *where[axis + 1 :]], result.dtype)
-        return f"({where[axis]} == {at} ? {new} : {kernel.element(x, where)})"
+        return f"f_where<{kind}>({where[axis]} == {at}, {new}, {kernel.element(x, where)})"
 
     return Value(result.shape, result.dtype, expression)
 
