@@ -184,6 +184,7 @@ def window(x: Tensor) -> dict[str, Tensor]:
         ([3, 3], [2, 2], [1, 1], False, True, None),
         ([2, 3], [], [1, 1], True, False, None),
         ([2, 2], [3, 2], [1, 1], True, True, None),
+        ([4], [3], [0], True, True, None),
         ([2], [2], [0], True, True, 5),
     ]
     for kernel, stride, *rest in means:
