@@ -4,7 +4,7 @@ VENV := .venv
 BIN := $(VENV)/bin
 
 .DEFAULT_GOAL := help
-.PHONY: help demo test slow check learning zoo growth bench faults soak worlds mutants clean
+.PHONY: help demo test slow check learning zoo growth bench faults soak worlds mutants sanitize clean
 
 help: ## Show this list
 	@grep -E '^[a-z]+:.*## ' $(MAKEFILE_LIST) | sed -E 's/:[^#]*## /\t/' | expand -t 10
@@ -55,6 +55,15 @@ worlds: $(VENV)/.installed ## Train in simulators that are too large for the tes
 
 mutants: $(VENV)/.installed ## Break the package in small ways: the fast tests must notice (a quarter of an hour)
 	$(BIN)/python scripts/mutants.py
+
+# -O1, since the sanitizers see the same accesses and the compiler takes a third of the time.
+sanitize: $(VENV)/.installed ## Run the tests of native code with sanitizers of memory and behaviour (half an hour)
+	cache=$$(mktemp -d) && trap 'rm -rf "$$cache"' EXIT && \
+	XDG_CACHE_HOME="$$cache" CXX="env -u LD_PRELOAD g++" \
+	CXXFLAGS="-O1 -g -fsanitize=address,undefined -fno-sanitize-recover" \
+	ASAN_OPTIONS=detect_leaks=0 UBSAN_OPTIONS=print_stacktrace=1 \
+	LD_PRELOAD="$$(g++ -print-file-name=libasan.so) $$(g++ -print-file-name=libubsan.so)" \
+	$(BIN)/python -m pytest --capture=sys --timeout=1800 $(or $(TESTS),tests/compiling/native tests/training/test_native.py)
 
 clean: ## Remove the virtual environment and caches
 	rm -rf $(VENV) build dist *.egg-info .pytest_cache .ruff_cache .hypothesis .import_linter_cache

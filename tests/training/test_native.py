@@ -6,11 +6,12 @@ import pytest
 import torch
 from lightning.pytorch import Callback
 
-from esper_lightning import MLP, PPO, PPOConfig, Recurrent
+from esper_lightning import CNN, MLP, PPO, PPOConfig, Recurrent
 from esper_lightning.envs import Acrobot, CartPole, MountainCar, Pendulum
 from tests.growth.test_play import SPEC as GROWTH
 from tests.training.test_compiled import EVERYTHING, SMALL, warnings_of
 from tests.training.test_module import NotADataclass
+from tests.training.test_policies import IMAGE, STACKED, BrightSide
 
 pytestmark = pytest.mark.usefixtures("native_code")
 CASES = {
@@ -26,14 +27,23 @@ CASES = {
     "CartPole, odd sizes": (CartPole(num_envs=7), MLP(hidden_sizes=(17, 3)), SMALL),
     "groups and masks": (NotADataclass(), MLP(), EVERYTHING),
     "growth": (GROWTH, MLP(), SMALL),
+    "images": (BrightSide(num_envs=8), CNN(**IMAGE), SMALL),
+    "images, residual": (
+        BrightSide(num_envs=16),
+        CNN(kind="impala", channels=(4, 8), hidden_sizes=(8,), trunk="separate"),
+        SMALL,
+    ),
+    "images, channels last, and a vector": (STACKED, CNN(**IMAGE, activation="silu"), EVERYTHING),
     "memory": (CartPole(num_envs=16, time_limit=5), Recurrent(), EVERYTHING),
     "long memory": (CartPole(num_envs=16, time_limit=5), Recurrent(cell="lstm"), EVERYTHING),
 }
 IMPURE = "its step is no pure function"
 
 
-@pytest.mark.slow
-@pytest.mark.parametrize("case", CASES)
+@pytest.mark.parametrize(
+    "case",
+    [pytest.param(case, marks=[pytest.mark.slow] * (case != "images")) for case in CASES],
+)
 def test_native_training_gives_the_results_of_eager_training(make_trainer, caplog, case):
     env, policy, ppo = CASES[case]
 

@@ -26,7 +26,9 @@ def _threshold_backward(
     kernel: Kernel, result: Result, gradient: Value, x: Value, threshold: Number
 ) -> Value:
     # Torch compares the other way round: the gradient passes where x is NaN.
-    return pointwise(kernel, result, "{1} <= {2} ? ({T})0 : {0}", gradient, x, threshold)
+    return pointwise(
+        kernel, result, "f_where<{T}>({1} <= {2}, ({T})0, {0})", gradient, x, threshold
+    )
 
 
 @operation("elu.default")

@@ -12,7 +12,13 @@ from esper_lightning.compiling.native.operations import (
     Result,
     pointwise,
 )
-from esper_lightning.compiling.native.values import Index, UnsupportedError, Value, literal
+from esper_lightning.compiling.native.values import (
+    C_TYPES,
+    Index,
+    UnsupportedError,
+    Value,
+    literal,
+)
 
 __all__ = ["OPERATIONS", "clamp"]
 
@@ -58,8 +64,8 @@ def _register_pointwise() -> None:
 
         return run
 
-    OPERATIONS["logical_and.default"] = of_bools("{0} && {1}")
-    OPERATIONS["logical_or.default"] = of_bools("{0} || {1}")
+    OPERATIONS["logical_and.default"] = of_bools("{0} & {1}")
+    OPERATIONS["logical_or.default"] = of_bools("{0} | {1}")
     OPERATIONS["logical_xor.default"] = of_bools("{0} != {1}")
     OPERATIONS["logical_not.default"] = of_bools("!{0}")
 
@@ -99,7 +105,7 @@ def _register_pointwise() -> None:
 
         return run
 
-    for name, both in {"and": ("&", "&&"), "or": ("|", "||"), "xor": ("^", "!=")}.items():
+    for name, both in {"and": ("&", "&"), "or": ("|", "|"), "xor": ("^", "!=")}.items():
         for overload in ("Tensor", "Scalar"):
             OPERATIONS[f"bitwise_{name}.{overload}"] = bits(*both)
 
@@ -148,7 +154,7 @@ def _sign(kernel: Kernel, result: Result, x: Value) -> Value:
 
 @operation("mul.Tensor", "mul.Scalar")
 def _mul(kernel: Kernel, result: Result, x: Value | Number, y: Value | Number) -> Value:
-    sign = "&&" if result.dtype == torch.bool else "*"
+    sign = "&" if result.dtype == torch.bool else "*"
     return pointwise(kernel, result, f"{{0}} {sign} {{1}}", x, y)
 
 
@@ -218,7 +224,9 @@ def clamp(
         elif bound is not None:
             if math.isnan(bound):
                 raise UnsupportedError("a bound that is NaN")
-            value = pointwise(kernel, result, f"{{0}} {sign} {{1}} ? {{1}} : {{0}}", value, bound)
+            value = pointwise(
+                kernel, result, f"f_where<{{T}}>({{0}} {sign} {{1}}, {{1}}, {{0}})", value, bound
+            )
     return value
 
 
@@ -301,6 +309,6 @@ def _chosen(
             kernel.broadcast(side, index, kind) if isinstance(side, Value) else literal(side, kind)
             for side, kind in ((condition, torch.bool), (x, result.dtype), (y, result.dtype))
         )
-        return f"({chosen} ? {sides[0]} : {sides[1]})"
+        return f"f_where<{C_TYPES[result.dtype]}>({chosen}, {sides[0]}, {sides[1]})"
 
     return Value(result.shape, result.dtype, expression)

@@ -12,6 +12,7 @@ from esper_lightning.compiling.native.operations import (
     pointwise,
 )
 from esper_lightning.compiling.native.values import (
+    C_TYPES,
     Index,
     UnsupportedError,
     Value,
@@ -187,14 +188,14 @@ def _scattered(
     if list(index.shape) != rows or list(source.shape) != rows:
         raise UnsupportedError("scatter of several elements in a row")
     index = _indices(kernel, index, shape[axis])
-    source = kernel.named(source)
+    source, kind = kernel.named(source), C_TYPES[result.dtype]
 
     def expression(where: Index) -> str:
         row = [*where[:axis], "0", *where[axis + 1 :]]
         at = f"index_in({kernel.element(index, row)}, {shape[axis]})"
         old, new = kernel.element(x, where), kernel.element(source, row)
         if adds:
-            return f"({old} + ({where[axis]} == {at} ? {new} : {literal(0, result.dtype)}))"
-        return f"({where[axis]} == {at} ? {new} : {old})"
+            return f"({old} + f_where<{kind}>({where[axis]} == {at}, {new}, 0))"
+        return f"f_where<{kind}>({where[axis]} == {at}, {new}, {old})"
 
     return Value(result.shape, result.dtype, expression)

@@ -225,6 +225,9 @@ INLINE float f_abs(float x) { return __builtin_fabsf(x); }
 INLINE double f_abs(double x) { return __builtin_fabs(x); }
 template <class T> INLINE T f_abs(T x) { return x < 0 ? (T)-x : x; }
 
+// Both sides are computed first. Where a compiler may skip the load of one side, gcc 12 reads wrong
+// numbers in some nests of short loops.
+template <class T> INLINE T f_where(bool condition, T x, T y) { return condition ? x : y; }
 // NaN goes through, as in torch.
 template <class T> INLINE T f_minimum(T a, T b) { return a < b || a != a ? a : b; }
 template <class T> INLINE T f_maximum(T a, T b) { return a > b || a != a ? a : b; }

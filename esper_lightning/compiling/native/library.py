@@ -21,7 +21,7 @@ from esper_lightning.compiling.native.values import UnsupportedError
 
 __all__ = ["build_library", "cache_directory", "find_compiler"]
 
-_KERNELS = Path(__file__).with_name("kernels.hpp")
+_HEADERS = [Path(__file__).with_name(name) for name in ("kernels.hpp", "convolutions.hpp")]
 _FLAGS = (
     *("-O3", "-std=c++17", "-shared", "-fPIC", "-pthread", "-fopenmp-simd", "-fwrapv", "-w"),
     *("-fno-math-errno", "-fno-trapping-math"),
@@ -94,7 +94,7 @@ def build_library(source: str) -> ctypes.CDLL:
     """Compile C++ into a shared library, or take it from the cache.
 
     Args:
-        source: C++ text, to which ``kernels.hpp`` is prepended.
+        source: C++ text, to which ``kernels.hpp`` and ``convolutions.hpp`` are prepended.
 
     Raises:
         UnsupportedError: If there is no compiler, if it fails, or if the library cannot be written
@@ -107,7 +107,7 @@ def build_library(source: str) -> ctypes.CDLL:
         # Else a sum may be rounded twice in one loop and once in another, as the tuning for some
         # processors has it: the rows of a product would differ with the division among threads.
         flags.append("--param=avoid-fma-max-bits=0")
-    text = f"{_KERNELS.read_text()}\n{source}\n"
+    text = "\n".join([*(header.read_text() for header in _HEADERS), source, ""])
     key = "\n".join([identity, *flags, text])
     folder = cache_directory()
     path = folder / f"{hashlib.sha256(key.encode()).hexdigest()[:32]}.so"

@@ -78,6 +78,11 @@ class Kernel:
         self.buffers.append(buffer)
         return buffer
 
+    def new_value(self, shape: Shape, dtype: torch.dtype) -> Value:
+        """A value in scratch memory, which a call is to fill."""
+        buffer = self.new_buffer(dtype, math.prod(shape))
+        return Value(shape, dtype, buffer=buffer, view=contiguous_view(shape, dtype))
+
     def add_input(self, shape: Shape, dtype: torch.dtype, *, is_constant: bool) -> Value:
         """A contiguous argument of the function.
 
@@ -254,10 +259,11 @@ class Kernel:
         reads: Iterable[Value] = (),
         reads_by_row: Iterable[Value] = (),
         writes: Buffer | None = None,
+        also_writes: Iterable[Buffer] = (),
         number: int = 1,
         can_be_divided: bool = False,
     ) -> None:
-        """Call a function of ``kernels.hpp``.
+        """Call a function of the headers.
 
         Args:
             statement: C statement, with ``{first}`` and ``{end}`` in the places of the first row
@@ -265,6 +271,7 @@ class Kernel:
             reads: Values in memory that the call reads whole.
             reads_by_row: Values in memory of which the call reads the rows that it computes.
             writes: Buffer of the result, whose rows are contiguous; ``None`` for no result.
+            also_writes: Buffers of further results with the same number of rows.
             number: Number of rows.
             can_be_divided: Whether calls for some of the rows give the same rows.
         """
@@ -277,10 +284,10 @@ class Kernel:
         for load in loads:
             load.buffer.is_read = True
         targets: list[Load] = []
-        if writes is not None:
-            by_row = contiguous_view((number, writes.numel // number), writes.dtype)
-            targets.append(Load(writes, by_row, ("i0", "?")))
-            writes.writer, writes.is_read = len(self.groups), True
+        for buffer in [*([] if writes is None else [writes]), *also_writes]:
+            by_row = contiguous_view((number, buffer.numel // number), buffer.dtype)
+            targets.append(Load(buffer, by_row, ("i0", "?")))
+            buffer.writer, buffer.is_read = len(self.groups), True
         self.groups.append(Call(statement, rows, number, loads, targets))
 
     def call_groups(

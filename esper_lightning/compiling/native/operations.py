@@ -1,8 +1,8 @@
 """The operations of torch that native code knows: its contract.
 
-``elementwise``, ``activations``, ``constants``, ``reductions``, ``views`` and ``indexing`` hold
-what each becomes in C++. An operation, an overload or an argument that none of them knows is
-refused, and the function that needs it runs eagerly.
+``elementwise``, ``activations``, ``constants``, ``reductions``, ``views``, ``indexing``,
+``convolutions`` and ``pooling`` hold what each becomes in C++. An operation, an overload or an
+argument that none of them knows is refused, and the function that needs it runs eagerly.
 """
 
 import math

@@ -115,7 +115,7 @@ class Nest:
 
 @dataclass(eq=False)
 class Call:
-    """A call of a function of ``kernels.hpp``.
+    """A call of a function of the headers.
 
     Attributes:
         statement: C statement, with ``{first}`` and ``{end}`` in the places of the first row and

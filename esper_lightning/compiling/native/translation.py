@@ -10,12 +10,18 @@ from torch import Tensor, fx
 from esper_lightning.compiling.native import (
     activations,
     constants,
+    convolutions,
     elementwise,
     indexing,
+<<<<<<< HEAD
     recurrences,
+=======
+    pooling,
+>>>>>>> conv
     reductions,
     views,
 )
+from esper_lightning.compiling.native.decompositions import decompose
 from esper_lightning.compiling.native.nests import Kernel
 from esper_lightning.compiling.native.operations import Operation, Result
 from esper_lightning.compiling.native.source import Source
@@ -26,8 +32,10 @@ __all__ = ["OPERATIONS", "Translation", "translate"]
 OPERATIONS: dict[str, Operation] = {
     **activations.OPERATIONS,
     **constants.OPERATIONS,
+    **convolutions.OPERATIONS,
     **elementwise.OPERATIONS,
     **indexing.OPERATIONS,
+    **pooling.OPERATIONS,
     **reductions.OPERATIONS,
     **views.OPERATIONS,
 }
@@ -56,6 +64,7 @@ def translate(
     Raises:
         UnsupportedError: If the graph holds what has no translation; the message says what.
     """
+    graph = decompose(graph)
     kernel = Kernel(name, shared=shared)
     values: dict[fx.Node, Any] = {}
     uses = _count_uses(graph.graph)
@@ -112,7 +121,8 @@ def _call(kernel: Kernel, node: fx.Node, values: dict[fx.Node, Any]) -> Any:
     if function is None:
         raise UnsupportedError(f"the operation {name}")
     meta: Any = node.meta["val"]
-    first: Any = meta if isinstance(meta, Tensor) else meta[0]
+    # Of several results, some may not be asked for.
+    first: Any = meta if isinstance(meta, Tensor) else next(one for one in meta if one is not None)
     if not isinstance(first, Tensor) or first.dtype not in C_TYPES:
         raise UnsupportedError(f"a result of {name} that is {getattr(first, 'dtype', first)}")
     if first.numel() == 0:

@@ -23,6 +23,7 @@ __all__ = [
     "contiguous_view",
     "linear_index",
     "literal",
+    "pointer",
     "strided_index",
 ]
 
@@ -129,6 +130,12 @@ def literal(value: object, dtype: torch.dtype) -> str:
         return f"({'-' if number < 0 else ''}({C_TYPES[dtype]})__builtin_inff())"
     text = f"{number!r}{'f' if single else ''}"
     return f"({text})" if math.copysign(1.0, number) < 0 else text
+
+
+def pointer(value: Value) -> str:
+    """The C expression of the address of the first element of a value in memory."""
+    buffer, view = value.place
+    return f"({buffer.name} + {view.storage_offset()})"
 
 
 def canonical_index(shape: Shape) -> list[str]:

@@ -14,13 +14,14 @@ from esper_lightning.compiling.native.operations import (
     Result,
 )
 from esper_lightning.compiling.native.values import (
+    C_TYPES,
     Index,
     UnsupportedError,
     Value,
     literal,
 )
 
-__all__ = ["OPERATIONS", "in_memory"]
+__all__ = ["OPERATIONS", "contiguous", "in_memory"]
 
 OPERATIONS = Operations()
 operation = OPERATIONS.register
@@ -46,8 +47,7 @@ def _view(kernel: Kernel, result: Result, x: Value, size: Sequence[int]) -> Valu
     try:
         return Value(result.shape, x.dtype, buffer=buffer, view=view.view(result.shape))
     except RuntimeError:  # the elements do not follow each other as a view needs it
-        copy = kernel.stored(Value(x.shape, x.dtype, lambda index: kernel.element(x, index)))
-        buffer, view = copy.place
+        buffer, view = contiguous(kernel, x).place
         return Value(result.shape, x.dtype, buffer=buffer, view=view.view(result.shape))
 
 
@@ -77,6 +77,14 @@ def in_memory(x: Value) -> Value:
     if not x.is_constant:
         return x
     return Value(x.shape, x.dtype, x.expression)
+
+
+def contiguous(kernel: Kernel, x: Value) -> Value:
+    """The value in memory without gaps, in the order of its indices."""
+    x = kernel.stored(in_memory(x))
+    if x.place[1].is_contiguous():
+        return x
+    return kernel.stored(Value(x.shape, x.dtype, lambda index: kernel.element(x, index)))
 
 
 def _moved(
@@ -153,11 +161,11 @@ def _select_backward(
 ) -> Value:
     axis, extent = dim % len(result.shape), result.shape[dim]
     at = index % extent
-    zero = literal(0, result.dtype)
+    zero, kind = literal(0, result.dtype), C_TYPES[result.dtype]
 
     def expression(where: Index) -> str:
         text = kernel.element(gradient, [*where[:axis], *where[axis + 1 :]])
-        return text if extent == 1 else f"({where[axis]} == {at} ? {text} : {zero})"
+        return text if extent == 1 else f"f_where<{kind}>({where[axis]} == {at}, {text}, {zero})"
 
     return Value(result.shape, result.dtype, expression)
 
@@ -189,11 +197,11 @@ def _select_scatter(
     kernel: Kernel, result: Result, x: Value, source: Value, dim: int, index: int
 ) -> Value:
     axis, extent = dim % len(result.shape), result.shape[dim]
-    at = index % extent
+    at, kind = index % extent, C_TYPES[result.dtype]
 
     def expression(where: Index) -> str:
         new = kernel.broadcast(source, [*where[:axis], *where[axis + 1 :]], result.dtype)
-        return f"({where[axis]} == {at} ? {new} : {kernel.element(x, where)})"
+        return f"f_where<{kind}>({where[axis]} == {at}, {new}, {kernel.element(x, where)})"
 
     return Value(result.shape, result.dtype, expression)
 
@@ -245,8 +253,6 @@ def _fill(kernel: Kernel, result: Result, x: Value, value: Number) -> Value:
 @operation("constant_pad_nd.default")
 def _pad(kernel: Kernel, result: Result, x: Value, pad: Sequence[int], value: Number = 0) -> Value:
     rank = len(x.shape)
-    if min(pad) < 0:
-        raise UnsupportedError("negative padding")
     before = {rank - 1 - number: pad[2 * number] for number in range(len(pad) // 2)}
     return _padded(kernel, result, x, before, value)
 
@@ -264,7 +270,7 @@ def _padded(
             first, extent = before.get(axis, 0), x.shape[axis]
             place = f"(({at}) - {first})" if first else at
             places.append("0" if extent == 1 else place)
-            if extent != result.shape[axis]:
+            if first or extent != result.shape[axis]:
                 inside.append(f"({at}) >= {first} && ({at}) < {first + extent}")
         text = kernel.element(
             x, ["0" if n == 1 else at for at, n in zip(places, x.shape, strict=True)]
