@@ -35,7 +35,7 @@ def to_groups(obs: Any) -> Observation:
 
 
 def to_range(space: Any, device: torch.device) -> Callable[[Tensor], Tensor]:
-    """A function that scales actions to the bounds that policies do not know (``action_range``).
+    """A function that brings actions within bounds that policies do not know (``action_range``).
 
     Args:
         space: Gymnasium's action space of one environment.
@@ -45,7 +45,14 @@ def to_range(space: Any, device: torch.device) -> Callable[[Tensor], Tensor]:
     if found is None:
         return lambda action: action
     low, high = (torch.tensor(bound, dtype=torch.float32, device=device) for bound in found)
-    return lambda action: low + (action.clamp(-1.0, 1.0) + 1.0) / 2.0 * (high - low)
+    scaled = low.isfinite() & high.isfinite()
+    least, span = low.where(scaled, 0.0), (high - low).where(scaled, 0.0)
+
+    def to_bounds(action: Tensor) -> Tensor:
+        within = least + (action.clamp(-1.0, 1.0) + 1.0) / 2.0 * span
+        return torch.where(scaled, within, action.clamp(low, high))
+
+    return to_bounds
 
 
 def read_boxes(obs: Observation) -> ObsSpace:
