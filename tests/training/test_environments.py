@@ -85,6 +85,7 @@ def test_training_goes_on_where_only_the_first_steps_of_episodes_have_masks():
 
 
 class TestASharedSimulator:
+    @pytest.mark.trap(1)
     def test_training_acts_on_what_the_simulator_shows_after_an_evaluation(self):
         made = TorchFive(4)
         seen = []
@@ -206,7 +207,6 @@ class TestWhateverBuildsEnvironmentsClosesThem:
     @pytest.mark.filterwarnings(
         "ignore:LightningCLI's args parameter is intended",
         "ignore::jsonargparse._deprecated.JsonargparseDeprecationWarning",
-        "ignore:.*LeafSpec:FutureWarning",
     )
     def test_in_an_evaluation_and_in_an_export(self, model, make_trainer, tmp_path, monkeypatch):
         monkeypatch.chdir(tmp_path)

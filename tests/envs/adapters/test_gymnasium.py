@@ -37,6 +37,7 @@ def counters(**kwargs):
 
 
 @pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.trap(14)
 def test_every_kind_of_space_keeps_the_contract(kind):
     check_env(counter(kind), steps=20)
 
@@ -111,6 +112,7 @@ def check_same_episodes(alone, shared):
 @pytest.mark.parametrize("mode", list(AutoresetMode))
 @pytest.mark.parametrize("truncates", [True, False])
 @pytest.mark.parametrize("kind", ["box", "dict"])
+@pytest.mark.trap(9)
 def test_every_autoreset_mode_resets_within_the_step_and_says_what_was_reached(
     mode, truncates, kind
 ):
@@ -122,6 +124,7 @@ ASYNC = [(mode, shared) for mode in AutoresetMode for shared in (True, False)]
 
 
 @pytest.mark.parametrize(("mode", "shared"), ASYNC)
+@pytest.mark.trap(8)
 def test_processes_of_gymnasium_reset_rows_once_or_are_refused(mode, shared):
     env = AsyncVectorEnv(counters(), shared_memory=shared, context="fork", autoreset_mode=mode)
     try:
@@ -161,6 +164,7 @@ def check_episodes(simulator, truncates, kind):
     env.close()
 
 
+@pytest.mark.trap(7)
 def test_an_environment_that_resets_all_rows_at_once_is_refused_by_name():
     env = gymnasium.make_vec("CartPole-v1", 3, vectorization_mode="vector_entry_point")
     with pytest.raises(ValueError, match=r"^CartPole must reset single environments .* got 'Cart"):
@@ -263,6 +267,7 @@ def test_seeds_decide_everything_and_differ_between_environments():
     assert len(set(same[0][:, 0].tolist())) == 3
 
 
+@pytest.mark.trap(5)
 def test_images_stay_bytes():
     obs, _ = counter("image").build(CPU, 0).reset()
     assert obs.dtype == torch.uint8
@@ -281,6 +286,7 @@ def test_images_stay_bytes():
     ({"id": "CartPole-v1", "workers": -1}, r"^Gymnasium.workers must be at least 0"),
 ])  # fmt: skip
 @pytest.mark.filterwarnings("ignore:.*out of date:DeprecationWarning")
+@pytest.mark.trap(16)
 def test_what_cannot_be_made_is_one_line(given, line):
     with pytest.raises(ValueError, match=line) as caught:
         Gymnasium(**given).spaces()

@@ -48,6 +48,7 @@ def test_configs_train_one_iteration(config, tmp_path, monkeypatch):
     assert [row["env_steps"] for row in read_json_lines(history)] == [512]
 
 
+@pytest.mark.trap(11)
 def test_gymnax_truncates_at_its_time_limit():
     env = gymnax("Pendulum-v1").build(CPU, 0)
     env.reset()
@@ -78,6 +79,7 @@ def test_an_evaluation_has_at_most_as_many_environments_as_training():
     assert gymnax("CartPole-v1").evaluation_spec(3).num_envs == 3
 
 
+@pytest.mark.trap(12)
 def test_resets_are_computed_where_an_episode_ended():
     began = []
 

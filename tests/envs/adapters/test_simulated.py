@@ -60,6 +60,7 @@ def test_rows_of_maniskill_are_reset_once_whoever_resets_them(made):
     assert begun == [[True, False, False], [False, True, True]]
 
 
+@pytest.mark.trap(20)
 def test_agents_that_share_a_policy_are_environments():
     made = VmasLike(3, agents=2)
     env = adapt(made, CPU, 1, name="swarm", lost="error")
@@ -80,6 +81,7 @@ def test_agents_that_observe_differently_are_refused():
         adapt(made, CPU, 1, name="swarm", lost="error")
 
 
+@pytest.mark.trap(21)
 def test_a_time_out_that_overlaps_a_failure_is_a_time_out_as_in_rsl_rl():
     env = adapt(RslRl(2, limit=1), CPU, None, name="point", lost="previous")
     env.reset()
@@ -126,6 +128,7 @@ def test_a_time_out_without_its_end_is_an_error_that_says_what_to_set():
         env.step(torch.zeros(3, 1))
 
 
+@pytest.mark.trap(22)
 def test_a_missing_time_out_is_a_failure():
     made = RslRl(2, limit=1)
     env = adapt(made, CPU, None, name="point", lost="error")
@@ -135,6 +138,7 @@ def test_a_missing_time_out_is_a_failure():
     assert env.step(torch.zeros(2, 1)).terminated.all()
 
 
+@pytest.mark.trap(10)
 def test_what_was_returned_is_not_written_to_again():
     env = adapt(TorchFive(3), CPU, 0, name="point", lost="error")
     obs, _ = env.reset()
@@ -184,6 +188,7 @@ class TestLogs:
 
 
 class TestCustom:
+    @pytest.mark.trap(19)
     def test_a_shared_simulator_is_made_once_and_reseeded(self):
         spec = Custom(make=f"{MAKES}:make_torch_five", num_envs=3, kwargs={"limit": 9})
         spec.spaces()
