@@ -62,7 +62,8 @@ def adapt(made: Any, device: torch.device, seed: int | None, *, name: str, lost:
         reseeds = not hasattr(made, "all_env_ids")  # EnvPool takes seeds, and ignores them
         return HostEnv(made, device, seed, name=name, lost=lost, reseeds=reseeds)
     rule = (
-        "be a vector environment (Gymnasium, Isaac Lab, rsl_rl, VMAS), a Simulator or a BatchedEnv"
+        "be a vector environment that has device (five tensors), get_observations (rsl_rl) or "
+        "single_observation_space (Gymnasium), or be a Simulator or a BatchedEnv"
     )
     require(False, name, rule, type(made).__name__)
     raise AssertionError

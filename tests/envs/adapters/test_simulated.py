@@ -2,6 +2,7 @@
 
 import math
 
+import numpy as np
 import pytest
 import torch
 
@@ -254,3 +255,77 @@ def test_a_simulator_that_lacks_an_attribute_is_named_with_what_it_lacks():
     line = "got Bare without num_envs, spaces, device.$"
     with pytest.raises(ValueError, match=f"^Bare must be a Simulator, with num_envs, .*{line}"):
         adapt(Bare(), CPU, 1, name="bare", lost="error")
+
+
+def five(**changed):
+    """A simulator of five tensors, with other members."""
+    made = TorchFive(4)
+    for name, value in changed.items():
+        setattr(made, name, value)
+    return made
+
+
+def without(made, name):
+    delattr(made, name)
+    return made
+
+
+def steps(made, change):
+    step = made.step
+    made.step = lambda action: change(*step(action))
+    return made
+
+
+TORCH = "return obs, reward, terminated, truncated, extras"
+MISTAKES = {
+    "no action space": (lambda: without(five(), "single_action_space"),
+        "must be a simulator that returns five tensors, .* without single_action_space."),
+    "no number": (lambda: without(five(), "num_envs"), "without num_envs."),
+    "a reset of one result": (lambda: five(reset=lambda seed=None: torch.zeros(4, 2)),
+        r"arm.reset\(\) must return a tuple of observations and extras, got a Tensor."),
+    "arrays at a reset": (lambda: five(reset=lambda seed=None: (np.zeros((4, 2)), {})),
+        r"arm.reset\(\) must return observations as a tensor .* got a ndarray. torch.as_tensor"),
+    "arrays in a step": (lambda: steps(five(), lambda o, r, *more: (o, r.numpy(), *more)),
+        r"arm.step\(\) must return rewards and flags as tensors, got a ndarray. torch.as_tensor"),
+    "four results": (lambda: steps(five(), lambda o, r, te, tr, info: (o, r, te, info)),
+        rf"arm.step\(\) must {TORCH}, got 4 results."),
+    "another shape": (
+        lambda: steps(five(), lambda o, *more: ({"policy": o["policy"][:, :1]}, *more)),
+        r"arm's observations must have shape \[4, 2\], got \[4, 1\]."),
+    "another group": (lambda: steps(five(), lambda o, *more: ({"critic": o["policy"]}, *more)),
+        r"arm's observations must have the groups of its spaces, policy, got \['critic'\]."),
+    "rsl_rl without device": (lambda: without(RslRl(4), "device"),
+        "must be a simulator with rsl_rl's interface: .* without device."),
+    "rsl_rl, three results": (lambda: steps(RslRl(4), lambda *all: all[:3]),
+        r"arm.step\(\) must return obs, reward, done, extras, .* got 3 results."),
+    "rsl_rl, arrays": (lambda: steps(RslRl(4), lambda o, r, d, x: (o, r, d.numpy(), x)),
+        r"arm.step\(\) must return rewards and flags as tensors, got a ndarray."),
+    "nothing known": (lambda: without(without(five(), "device"), "num_envs"),
+        r"arm must be a vector environment that has device .* got 'TorchFive'"),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("mistake", MISTAKES)
+def test_a_mistake_in_a_simulator_of_ones_own_is_one_line_that_names_the_method(mistake):
+    make, line = MISTAKES[mistake]
+
+    def play():
+        env = adapt(make(), CPU, 0, name="arm", lost="previous")
+        env.reset()
+        env.step(torch.zeros(4, 1))
+
+    with pytest.raises(ValueError, match=line) as caught:
+        play()
+    assert str(caught.value).startswith("arm")
+    assert "\n" not in str(caught.value)
+
+
+def test_a_reset_may_take_no_seed_and_extras_may_be_none():
+    made = steps(
+        five(reset=lambda: (torch.ones(4, 2), None)),
+        lambda o, *more: (o["policy"], *more[:3], None),
+    )
+    env = adapt(made, CPU, 3, name="arm", lost="previous")
+    assert not env.reseed(4)
+    assert env.reset()[0].tolist() == [[1.0, 1.0]] * 4
+    assert env.step(torch.zeros(4, 1)).obs.shape == (4, 2)
