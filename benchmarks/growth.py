@@ -154,10 +154,11 @@ def measure(options: argparse.Namespace, files: Results, folder: Path) -> None:
     torch.set_num_threads(1)
     models = [PPO.load_from_checkpoint(checkpoint_at(run)) for run in runs]
     cpu = torch.device("cpu")
-    env = fresh_hosts(models[0].env, hosts=options.hosts, device=cpu, seed=options.host_seed)
-    played, others = play(models, env), each_blueprint(env)
-    by_blueprint = table(others, host_parameters=env.host_parameters)
-    section = table(played, host_parameters=env.host_parameters).markdown()
+    hosts = fresh_hosts(models[0].env, hosts=options.hosts, device=cpu, seed=options.host_seed)
+    with hosts as env:
+        played, others = play(models, env), each_blueprint(env)
+        by_blueprint = table(others, host_parameters=env.host_parameters)
+        section = table(played, host_parameters=env.host_parameters).markdown()
     steps = f"{models[0].settings.total_env_steps:,}"
     curves, episode = files.path(suffix=".png"), files.path("episode", ".png")
     text = [

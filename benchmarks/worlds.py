@@ -75,6 +75,12 @@ TASKS: Mapping[str, Mapping[str, Callable[[], EnvSpec]]] = {
         "Pong, memory of the console": lambda: Gymnasium(
             id="ale_py:ALE/Pong-v5", num_envs=4, kwargs={"obs_type": "ram", "max_episode_steps": 30}
         ),
+        "Breakout, native": lambda: Gymnasium(
+            id="ale_py:ALE/Breakout-v5",
+            num_envs=4,
+            native=True,
+            kwargs={"max_num_frames_per_episode": 40},
+        ),
         "Breakout, images": lambda: Custom(
             make="worlds:make_ale", num_envs=4, kwargs={"game": "breakout"}, shared=False
         ),

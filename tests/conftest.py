@@ -20,6 +20,17 @@ settings.register_profile("esper", deadline=None, max_examples=25, derandomize=T
 settings.load_profile("esper")
 
 
+FAST_TRAPS = pytest.StashKey[set[int]]()
+"""Numbers of the traps of simulators that some test notices which is neither slow nor skipped."""
+
+
+def pytest_itemcollected(item: pytest.Item) -> None:
+    """Note the trap that a test notices, also where the test is not selected."""
+    found = item.config.stash.setdefault(FAST_TRAPS, set())
+    if not any(item.get_closest_marker(name) for name in ("slow", "skip", "xfail")):
+        found.update(mark.args[0] for mark in item.iter_markers("trap"))
+
+
 @pytest.fixture(autouse=True)
 def _only_legal_states() -> Iterator[None]:
     """Fails a test in which a recording was to enter a state that must not follow."""

@@ -1,7 +1,9 @@
 """The environment protocol, which a simulator implements and ``check_env`` verifies."""
 
+import contextlib
 import dataclasses
 from abc import ABC, abstractmethod
+from collections.abc import Generator
 from typing import Any, NamedTuple, Protocol, runtime_checkable
 
 import torch
@@ -17,7 +19,9 @@ __all__ = [
     "FunctionalEnv",
     "MeasuringEnv",
     "RunProgress",
+    "built_env",
     "close_env",
+    "closed_after_error",
     "how_fields",
     "is_functional",
     "reseed_env",
@@ -216,6 +220,31 @@ def close_env(spec: object, env: object) -> None:
     close = getattr(*method, None)
     if env is not None and callable(close):
         close()
+
+
+@contextlib.contextmanager
+def built_env(spec: EnvSpec, device: torch.device, seed: int) -> Generator[BatchedEnv]:
+    """The environments of a spec, closed where the context ends."""
+    env = spec.build(device, seed)
+    try:
+        yield env
+    finally:
+        close_env(spec, env)
+
+
+@contextlib.contextmanager
+def closed_after_error(env: object, spec: object = None) -> Generator[None]:
+    """Close environments that were built if the context, which prepares them, raises an error.
+
+    Args:
+        env: Environments or a simulator, closed where they have ``close``.
+        spec: Spec that built the environments; ``None`` for a simulator.
+    """
+    try:
+        yield
+    except BaseException:
+        close_env(spec, env)
+        raise
 
 
 def reseed_env(env: object, seed: int) -> bool:

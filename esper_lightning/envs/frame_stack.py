@@ -17,6 +17,7 @@ from esper_lightning.envs.base import (
     BatchedEnv,
     EnvSpec,
     FunctionalEnv,
+    closed_after_error,
     is_functional,
     spec_name,
     takes_num_envs,
@@ -86,7 +87,8 @@ class FrameStack(EnvSpec):
         """Build the environments, with an empty stack of frames."""
         env = self.env.build(device, seed)
         kind = FunctionalFrameStackEnv if is_functional(env) else FrameStackEnv
-        return kind(self, env, device)
+        with closed_after_error(env, self.env):
+            return kind(self, env, device)
 
     def release(self) -> None:
         """Release shared environments, which were built once more than they are used now."""

@@ -3,7 +3,8 @@
 Axes: ``T`` epoch, ``B`` host, ``S`` slot. Nothing here trains a policy.
 """
 
-from collections.abc import Callable, Iterator, Mapping
+import contextlib
+from collections.abc import Callable, Generator, Iterator, Mapping
 from typing import NamedTuple, cast
 
 import torch
@@ -13,7 +14,7 @@ from esper_lightning.core.seeding import stream, stream_seed
 from esper_lightning.core.shapes import Bool, Float, Int
 from esper_lightning.core.tensor_trees import map_tree
 from esper_lightning.core.types import Observation
-from esper_lightning.envs.base import EnvSpec
+from esper_lightning.envs.base import EnvSpec, built_env
 from esper_lightning.envs.morphogenesis import MorphogenesisEnv, StepReport
 from esper_lightning.envs.morphogenesis.baselines import BASELINES, Baseline
 from esper_lightning.envs.morphogenesis.observation import feature_names
@@ -61,10 +62,11 @@ class Played(NamedTuple):
     course: Course
 
 
+@contextlib.contextmanager
 def fresh_hosts(
     spec: EnvSpec, *, hosts: int | None, device: torch.device, seed: int
-) -> MorphogenesisEnv:
-    """Hosts that were used neither in training nor to choose the best checkpoint.
+) -> Generator[MorphogenesisEnv]:
+    """Hosts that were used neither in training nor to choose the best checkpoint, then closed.
 
     Args:
         spec: Settings of the environment, a ``Morphogenesis``.
@@ -73,9 +75,9 @@ def fresh_hosts(
         seed: Seed of the hosts; equal seeds give equal hosts.
     """
     chosen = stream_seed(seed, rank=0, purpose="fresh hosts")
-    env = evaluation_spec(spec, hosts).build(device, chosen)
-    assert isinstance(env, MorphogenesisEnv)
-    return env
+    with built_env(evaluation_spec(spec, hosts), device, chosen) as env:
+        assert isinstance(env, MorphogenesisEnv)
+        yield env
 
 
 def play_trained(model: PPO, env: MorphogenesisEnv) -> Iterator[tuple[str, Played]]:

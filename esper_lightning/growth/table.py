@@ -59,10 +59,11 @@ def compare_policies(model: PPO, device: torch.device, *, figures: Path | None) 
         The table as text, followed by the paths of the figures.
     """
     hosts = model.settings.eval_episodes
-    env = fresh_hosts(model.env, hosts=hosts, device=device, seed=model.seed)
-    played = dict([*play_trained(model, env), *play_baselines(env)])
+    with fresh_hosts(model.env, hosts=hosts, device=device, seed=model.seed) as env:
+        played = dict([*play_trained(model, env), *play_baselines(env)])
+        host_parameters = env.host_parameters
     plural = {name: [one] for name, one in played.items()}
-    lines = table(plural, host_parameters=env.host_parameters).plain()
+    lines = table(plural, host_parameters=host_parameters).plain()
     if figures is not None:
         from esper_lightning.growth.figure import draw  # noqa: PLC0415
 

@@ -7,6 +7,7 @@ from typing_extensions import override
 from esper_lightning.core.ranks import Ranks
 from esper_lightning.core.running_stats import RunningStats
 from esper_lightning.core.seeding import stream, stream_seed
+from esper_lightning.envs.base import closed_after_error
 from esper_lightning.ppo.agent import Agent
 from esper_lightning.ppo.learner import Learner
 from esper_lightning.training.settings import PPOSettings
@@ -39,19 +40,21 @@ def build_learner(
     def name(purpose: str) -> str:  # so that a second fit does not repeat the first one's noise
         return f"{purpose} from iteration {iteration}"
 
-    seed, env = settings.seed, settings.env
-    return Learner(
-        env,
-        env.build(device, stream_seed(seed, rank=rank, purpose=name("environments"))),
-        agent,
-        settings.ppo,
-        return_stats,
-        exploration=stream(seed, rank=rank, purpose=name("acting"), device=device),
-        sample_order=stream(seed, rank=rank, purpose=name("order"), device=device),
-        mode=settings.compile,
-        device=device,
-        ranks=ranks,
-    )
+    seed, spec = settings.seed, settings.env
+    env = spec.build(device, stream_seed(seed, rank=rank, purpose=name("environments")))
+    with closed_after_error(env, spec):
+        return Learner(
+            spec,
+            env,
+            agent,
+            settings.ppo,
+            return_stats,
+            exploration=stream(seed, rank=rank, purpose=name("acting"), device=device),
+            sample_order=stream(seed, rank=rank, purpose=name("order"), device=device),
+            mode=settings.compile,
+            device=device,
+            ranks=ranks,
+        )
 
 
 class CloseEnvironments(Callback):

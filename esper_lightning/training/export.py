@@ -34,6 +34,7 @@ from esper_lightning.core.spaces import (
     mask_size,
 )
 from esper_lightning.core.types import Observation, map_obs
+from esper_lightning.envs.base import built_env
 from esper_lightning.forensics.files import write_atomically
 from esper_lightning.ppo.agent import prepare_obs
 from esper_lightning.training.checkpoint.spaces import StoredEnv
@@ -259,8 +260,8 @@ def _example(model: PPO) -> Inputs:
     if isinstance(model.env, StoredEnv):
         obs, mask = _sample(model.env_spaces, 4)
         return Inputs(obs, mask, model.policy.initial_memory(obs))
-    env = evaluation_spec(model.env, None).build(torch.device("cpu"), 0)
-    obs, mask = env.reset()
+    with built_env(evaluation_spec(model.env, None), torch.device("cpu"), 0) as env:
+        obs, mask = env.reset()
 
     def four(leaf: Tensor) -> Tensor:
         return leaf[torch.arange(4) % len(leaf)]

@@ -22,6 +22,7 @@ def worlds(monkeypatch, tmp_path):
     return module
 
 
+@pytest.mark.trap(13)
 def test_torchvision_is_removed_from_the_world_of_mjlab(worlds, monkeypatch, tmp_path):
     commands = []
 

@@ -10,6 +10,7 @@ from lightning.pytorch.callbacks import Callback
 from esper_lightning import MLP, PPO, FlightRecorder, PPOConfig, Recurrent
 from esper_lightning.core.errors import NonFiniteError
 from esper_lightning.envs import Morphogenesis
+from esper_lightning.envs.morphogenesis import MorphogenesisEnv
 from esper_lightning.envs.morphogenesis.baselines import BASELINES
 from esper_lightning.envs.morphogenesis.lifecycle import LIVE, Stage, is_in
 from esper_lightning.forensics.layout import RunLayout
@@ -41,7 +42,18 @@ def make_model(policy="MLP", **settings) -> PPO:
 
 
 def make_env(model):
-    return fresh_hosts(model.env, hosts=5, device=CPU, seed=3)
+    with fresh_hosts(model.env, hosts=5, device=CPU, seed=3) as env:
+        return env
+
+
+def test_hosts_are_closed_when_nobody_plays_on_them_any_more(monkeypatch):
+    closed = []
+    monkeypatch.setattr(
+        MorphogenesisEnv, "close", lambda self: closed.extend([self]), raising=False
+    )
+    with fresh_hosts(SPEC, hosts=2, device=CPU, seed=3) as env:
+        assert closed == []
+    assert closed == [env]
 
 
 def test_an_evaluation_on_a_cpu_ends_with_the_last_episode():

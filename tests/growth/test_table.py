@@ -78,7 +78,8 @@ def test_it_prints_everyone_and_draws_three_episodes(saved, capsys):
     assert "Morphogenesis: mean return " in said
     found = rows(said)
     assert list(found) == POLICIES
-    env = fresh_hosts(SPEC, hosts=5, device=CPU, seed=0)
+    with fresh_hosts(SPEC, hosts=5, device=CPU, seed=0) as hosts:
+        env = hosts
     assert f"IQM over the same 5 fresh hosts of {env.host_parameters} parameters" in said
     expected = dict(play_trained(model, env))["PPO"]
     iqm = interquartile_mean(expected.episode_return.numpy())
@@ -99,7 +100,8 @@ def test_without_scipy_there_are_plain_means(saved, capsys, monkeypatch):
     said = capsys.readouterr().out
     assert "Plain means: pip install 'esper_lightning[compare]'" in said
     assert "interval" not in said.partition("\n  Plain")[0]
-    env = fresh_hosts(SPEC, hosts=5, device=CPU, seed=0)
+    with fresh_hosts(SPEC, hosts=5, device=CPU, seed=0) as hosts:
+        env = hosts
     mean = dict(play_trained(model, env))["PPO"].episode_return.mean().item()
     assert float(rows(said)["PPO"][0]) == pytest.approx(mean, rel=1e-3)
 

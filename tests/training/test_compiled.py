@@ -91,6 +91,7 @@ class Foreign:
         return Adapter()
 
 
+@pytest.mark.trap(23)
 def test_an_environment_behind_an_adapter_is_stepped_and_the_rest_compiled(make_trainer, caplog):
     models = []
     for env, mode in ((Foreign(), "auto"), (CartPole(num_envs=16, time_limit=5), "off")):

@@ -2,15 +2,21 @@
 
 import subprocess
 import sys
+from dataclasses import dataclass
+from typing import ClassVar
 
 import pytest
 import torch
 from lightning.pytorch import Callback
 
-from esper_lightning import MLP, PPO, PPOConfig
+from esper_lightning import MLP, PPO, PPOConfig, check_env
+from esper_lightning.cli.main import main
 from esper_lightning.core.ranks import SINGLE_RANK
 from esper_lightning.envs import CartPole, Custom, FrameStack, Gymnasium
+from esper_lightning.envs.frame_stack import FrameStackEnv
 from esper_lightning.ppo.agent import Agent
+from esper_lightning.ppo.learner import Learner
+from esper_lightning.training import evaluation
 from esper_lightning.training.environments import build_learner
 from tests.envs.adapters.simulators import TorchFive
 from tests.training.short_runs import fit
@@ -79,6 +85,7 @@ def test_training_goes_on_where_only_the_first_steps_of_episodes_have_masks():
 
 
 class TestASharedSimulator:
+    @pytest.mark.trap(1)
     def test_training_acts_on_what_the_simulator_shows_after_an_evaluation(self):
         made = TorchFive(4)
         seen = []
@@ -145,6 +152,81 @@ class TestASharedSimulator:
             [sys.executable, "-u", "-c", program], capture_output=True, text=True, check=True
         )
         assert done.stdout.split() == ["forked", "closed"]
+
+
+@dataclass(frozen=True, kw_only=True)
+class Counted(CartPole):
+    """CartPole that notes what was built and what was closed."""
+
+    built: ClassVar[list[object]] = []
+    closed: ClassVar[list[object]] = []
+
+    def build(self, device, seed):
+        env = super().build(device, seed)
+        self.built.append(env)
+        env.close = lambda: self.closed.append(env)
+        return env
+
+
+class TestWhateverBuildsEnvironmentsClosesThem:
+    @pytest.fixture(autouse=True)
+    def every_one_once(self):
+        Counted.built.clear()
+        Counted.closed.clear()
+        yield
+        assert len(Counted.built) > 0
+        assert sorted(map(id, Counted.built)) == sorted(map(id, Counted.closed))
+
+    @pytest.fixture
+    def model(self):
+        ppo = PPOConfig(rollout_steps=8, minibatches=1, epochs=1)
+        return PPO(Counted(num_envs=2), MLP(hidden_sizes=(4,)), ppo, eval_episodes=2)
+
+    def test_in_a_check(self):
+        check_env(Counted(num_envs=2), steps=5)
+
+    def test_in_a_run_with_evaluations(self):
+        fit(Counted(num_envs=2), eval_episodes=2)
+
+    def test_in_a_run_that_dies_before_its_first_step(self, model, make_trainer, monkeypatch):
+        def fail(self, *args, **kwargs):
+            raise MemoryError
+
+        monkeypatch.setattr(Learner, "__init__", fail)
+        with pytest.raises(MemoryError):
+            make_trainer(max_steps=1).fit(model)
+
+    def test_in_a_stack_that_cannot_be_built(self, monkeypatch):
+        def fail(self, *args, **kwargs):
+            raise MemoryError
+
+        monkeypatch.setattr(FrameStackEnv, "__init__", fail)
+        with pytest.raises(MemoryError):
+            FrameStack(env=Counted(num_envs=2)).build(torch.device("cpu"), 0)
+
+    @pytest.mark.filterwarnings(
+        "ignore:LightningCLI's args parameter is intended",
+        "ignore::jsonargparse._deprecated.JsonargparseDeprecationWarning",
+    )
+    def test_in_an_evaluation_and_in_an_export(self, model, make_trainer, tmp_path, monkeypatch):
+        monkeypatch.chdir(tmp_path)
+        make_trainer(limit_val_batches=1).validate(model, verbose=False)
+        trainer = make_trainer(max_steps=1)
+        trainer.fit(model)
+        trainer.save_checkpoint("run.ckpt")
+        assert len(Counted.built) == 2
+        main(["export", "--ckpt_path", "run.ckpt", "--output", "policy.pt2"])
+        assert len(Counted.built) == 3
+        main(["evaluate", "--ckpt_path", "run.ckpt", "--trainer.accelerator", "cpu"])
+        assert len(Counted.built) == 4
+
+    def test_in_an_evaluation_that_dies(self, model, make_trainer, monkeypatch):
+        def fail(*args, **kwargs):
+            raise MemoryError
+
+        monkeypatch.setattr(evaluation, "evaluate_policy", fail)
+        with pytest.raises(MemoryError):
+            make_trainer(limit_val_batches=1).validate(model, verbose=False)
 
 
 class TestTheEndOfARun:

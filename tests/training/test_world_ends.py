@@ -58,6 +58,7 @@ def none_of(pids: list[int]) -> bool:
 @pytest.mark.parametrize(("ending", "status"), [
     ("normal", 0), ("exception", 1), ("SIGTERM", None), ("SIGKILL", -9), ("pipe", -9),
 ])  # fmt: skip
+@pytest.mark.trap(4)
 def test_no_worker_outlives_a_run(ending, status, tmp_path):
     program, pids = tmp_path / "program.py", tmp_path / "pids"
     program.write_text(PROGRAM)

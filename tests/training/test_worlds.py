@@ -22,6 +22,7 @@ class TestMetrics:
         )
         assert all(math.isfinite(row["env/Episode_hold"]) for row in history)
 
+    @pytest.mark.trap(3)
     def test_a_simulator_without_any_is_no_error(self):
         model, _ = fit(Custom.of(TorchFive(4, limit=1000)), iterations=1, eval_episodes=4)
         assert model.iteration == 1
@@ -51,6 +52,7 @@ class TestResuming:
             fit(env, iterations=6, ckpt_path=str(tmp_path / "run.ckpt"))
 
 
+@pytest.mark.trap(2)
 def test_a_spec_whose_number_of_environments_is_derived_is_refused_in_a_line():
     @dataclass(frozen=True, kw_only=True)
     class Worlds(EnvSpec):

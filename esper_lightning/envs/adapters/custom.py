@@ -21,7 +21,7 @@ from esper_lightning.envs.adapters.simulated import SimulatedEnv, Simulator
 from esper_lightning.envs.adapters.stateless import Lost
 from esper_lightning.envs.adapters.torch_vector import TorchSimulator
 from esper_lightning.envs.adapters.vmas import VmasSimulator
-from esper_lightning.envs.base import EnvSpec, close_env, reseed_env
+from esper_lightning.envs.base import EnvSpec, built_env, closed_after_error, reseed_env
 
 __all__ = ["Custom", "LiveEnv", "adapt"]
 
@@ -62,7 +62,8 @@ def adapt(made: Any, device: torch.device, seed: int | None, *, name: str, lost:
         reseeds = not hasattr(made, "all_env_ids")  # EnvPool takes seeds, and ignores them
         return HostEnv(made, device, seed, name=name, lost=lost, reseeds=reseeds)
     rule = (
-        "be a vector environment (Gymnasium, Isaac Lab, rsl_rl, VMAS), a Simulator or a BatchedEnv"
+        "be a vector environment that has device (five tensors), get_observations (rsl_rl) or "
+        "single_observation_space (Gymnasium), or be a Simulator or a BatchedEnv"
     )
     require(False, name, rule, type(made).__name__)
     raise AssertionError
@@ -114,10 +115,11 @@ class Custom(EnvSpec):
         """
         if self._key not in _probed:
             device = torch.device(self.device)
-            env = self._the_shared(device, 0) if self.shared else self._made(device, 0)
-            _probed[self._key] = _spaces_of(env, self.name)
-            if not self.shared:
-                close_env(self, env)
+            if self.shared:
+                _probed[self._key] = _spaces_of(self._the_shared(device, 0), self.name)
+            else:
+                with built_env(self, device, 0) as env:
+                    _probed[self._key] = _spaces_of(env, self.name)
         return _probed[self._key]
 
     def build(self, device: torch.device, seed: int) -> Any:
@@ -175,7 +177,8 @@ class Custom(EnvSpec):
             rule = "name a function of num_envs, device, seed and Custom.kwargs"
             raise ValueError(f"Custom.make must {rule}, got {self.make!r}: {error}.") from error
         made = function(**arguments)
-        return adapt(made, device, seed, name=self.name, lost=self.lost)
+        with closed_after_error(made):
+            return adapt(made, device, seed, name=self.name, lost=self.lost)
 
 
 class LiveEnv(EnvSpec):

@@ -11,6 +11,7 @@ from esper_lightning.core.spaces import EnvSpaces
 from esper_lightning.envs.adapters.host import HostEnv
 from esper_lightning.envs.adapters.named import SEEDS, NamedSpec, require_package
 from esper_lightning.envs.adapters.spaces import read_spaces
+from esper_lightning.envs.base import closed_after_error
 
 __all__ = ["EnvPool"]
 
@@ -61,7 +62,8 @@ class EnvPool(NamedSpec):
     def build(self, device: torch.device, seed: int) -> HostEnv:
         """Make the pool, which is seeded when it is made."""
         env = self._pool(self.num_envs, seed % SEEDS)
-        return HostEnv(env, device, None, name=self.id, keeps_bounds=False, reseeds=False)
+        with closed_after_error(env):
+            return HostEnv(env, device, None, name=self.id, keeps_bounds=False, reseeds=False)
 
     def evaluation_spec(self, episodes: int) -> "EnvPool":
         """Environments of an evaluation: at most those of training, each for several episodes."""

@@ -22,11 +22,11 @@ from esper_lightning.core.shapes import Bool, Shaped
 from esper_lightning.core.spaces import mask_size
 from esper_lightning.core.types import Observation, StepResult
 from esper_lightning.envs.adapters.curriculum import pass_progress
+from esper_lightning.envs.adapters.row_resets import require_reset_of_rows
 from esper_lightning.envs.adapters.spaces import (
     MASK,
     action_encoder,
     group_spaces,
-    idle_action,
     obs_encoder,
     read_spaces,
 )
@@ -85,6 +85,7 @@ class HostEnv(StatelessEnv):
             of one environment is tried.
         keeps_bounds: Whether observations lie within the bounds of their space.
         reseeds: Whether a reset of the simulator takes a seed.
+        hint: Way out for the error about a simulator that resets no single environments.
 
     Attributes:
         num_envs: Number of environments, ``B``.
@@ -108,6 +109,7 @@ class HostEnv(StatelessEnv):
         resets_rows: bool = False,
         keeps_bounds: bool = True,
         reseeds: bool = True,
+        hint: str = "",
     ) -> None:
         super().__init__(name, seed, reseeds=reseeds)
         self._env, self._device = env, device
@@ -128,7 +130,7 @@ class HostEnv(StatelessEnv):
         rule = "be made with shared_memory=True, or with autoreset_mode=SAME_STEP"
         require(not forgets, name, rule, type(env).__name__, "Its rows would be reset twice.")
         if not (self._same_step or resets_rows or self.num_envs == 1):
-            self._require_reset_of_rows()
+            require_reset_of_rows(env, seed, name=name, masked=self.spaces.masked, hint=hint)
         self._latest = _Seen({}, None)
         self._restart_books()
 
@@ -198,7 +200,7 @@ class HostEnv(StatelessEnv):
         """
         obs, info = self._env.reset(options={"reset_mask": ended.copy()})  # some pop the option
         rows = np.flatnonzero(ended)
-        if len(_arrays(obs)[0]) != self.num_envs:
+        if len(next(iter(obs.values())) if isinstance(obs, dict) else obs) != self.num_envs:
             rows = np.asarray(info.get("env_id", rows))
         elif isinstance(obs, dict):
             obs = {name: _rows_of(value)[rows] for name, value in obs.items()}
@@ -231,29 +233,6 @@ class HostEnv(StatelessEnv):
             values = [_row_of(final, name, row) for row in rows.tolist()]
             reached[name][rows] = encode(np.stack(values))
         return reached
-
-    def _require_reset_of_rows(self) -> None:
-        """Reset the first environment, and check that the others continue their episodes.
-
-        Raises:
-            ValueError: If the others were reset, too.
-        """
-        self._env.reset(**({} if self._seed is None else {"seed": self._seed}))
-        action = idle_action(self._env.single_action_space, self.num_envs)
-        stepped = [np.array(value) for value in _arrays(self._env.step(action)[0])]
-        first = np.arange(self.num_envs) == 0
-        try:
-            after = _arrays(self._env.reset(options={"reset_mask": first.copy()})[0])
-            only_those = len(after[0]) == 1
-            pairs = zip(stepped, after, strict=True)
-            kept = all(np.array_equal(old[1:], new[1:]) for old, new in pairs)
-        except (TypeError, KeyError, AssertionError):  # the simulator takes no options
-            kept = only_those = False
-        rule = (
-            "reset single environments (options['reset_mask']) or be made with "
-            "autoreset_mode=SAME_STEP"
-        )
-        require(kept or only_those, self._name, rule, type(self._env).__name__)
 
     # Between arrays and tensors.
 
@@ -312,10 +291,6 @@ def require_mask_entry(entry: str, info: Mapping[str, Any]) -> None:
     rule = "name an entry of info that resets return"
     hint = f"There {'is ' + ', '.join(there) if there else 'are no entries'}."
     require(entry in info, "Gymnasium.mask", rule, entry, hint)
-
-
-def _arrays(obs: Any) -> list[Any]:
-    return list(obs.values()) if isinstance(obs, dict) else [obs]
 
 
 def _rows_of(value: Any) -> Any:

@@ -9,7 +9,7 @@ simulator is built.
 
 import dataclasses
 import importlib
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import Any, Literal
 
@@ -26,6 +26,7 @@ from esper_lightning.envs.adapters.simulated import SimulatedEnv, Simulator, Ste
 __all__ = ["Brax", "Gymnax", "JaxSimulator"]
 
 _INSTALL = "'esper_lightning[jax]'"
+_PLAYGROUND = "'esper_lightning[playground]'"
 
 
 class JaxSimulator(Simulator):
@@ -69,6 +70,8 @@ class JaxSimulator(Simulator):
 
         def choose(where: Any, new: Any, old: Any) -> Any:
             def rows(a: Any, b: Any) -> Any:
+                if a.shape[:1] != (num_envs,):  # MuJoCo Warp's: of all environments together
+                    return b
                 return jnp.where(where.reshape(-1, *[1] * (a.ndim - 1)), a, b)
 
             return jax.tree.map(rows, new, old)
@@ -214,7 +217,8 @@ class Brax(_OfJax):
         num_envs: Environments on each rank.
         time_limit: Steps after which an episode is truncated.
         suite: Collection that has the environment: ``brax`` or ``playground``.
-        kwargs: Arguments of the environment.
+        kwargs: Arguments of the environment. Those of Playground are ``config`` and
+            ``config_overrides``, such as ``{"impl": "jax"}`` to compute without MuJoCo Warp.
     """
 
     time_limit: int = 1000
@@ -256,12 +260,12 @@ class Brax(_OfJax):
 
     def _env(self) -> Any:
         if self.suite == "playground":
-            make = require_package(self, "mujoco_playground", "playground").registry.load
+            make = require_package(self, "mujoco_playground", _PLAYGROUND).registry.load
         else:
             make = require_package(self, "brax.envs", _INSTALL).get_environment
         try:
             return make(self.id, **self.kwargs)
-        except (KeyError, TypeError, ValueError) as error:
+        except Exception as error:  # its class differs between environments
             raise self.refuse(error) from error
 
 
@@ -273,10 +277,10 @@ def _bound(value: Any) -> float | tuple[float, ...]:
 
 def _boxes(size: Any) -> ObsSpace:
     """Boxes of an observation whose size is a number, a shape, or a mapping of these by group."""
-    if isinstance(size, dict):
+    if isinstance(size, Mapping):
         return {str(name): _box(each) for name, each in size.items()}
     return _box(size)
 
 
 def _box(size: Any) -> Box:
-    return Box((int(size),) if isinstance(size, int) else tuple(int(n) for n in size))
+    return Box(tuple(np.atleast_1d(size).tolist()))

@@ -2,6 +2,7 @@
 
 import dataclasses
 import importlib
+import textwrap
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import Any
@@ -14,6 +15,7 @@ __all__ = ["SEEDS", "NamedSpec", "needs_package", "require_package"]
 
 SEEDS = 2**31
 """Number of seeds that every package takes."""
+_LONGEST = 400  # characters of the words of a package
 _probed: dict[str, EnvSpaces] = {}
 
 
@@ -56,10 +58,11 @@ class NamedSpec(EnvSpec):
             _probed[key] = read()
         return _probed[key]
 
-    def refuse(self, error: Exception) -> ValueError:
+    def refuse(self, error: Exception, hint: str = "") -> ValueError:
         """The error for a package that cannot make the environment, with the package's words."""
-        why = " ".join(str(error).split())
-        return ValueError(f"{type(self).__name__}.id={self.id!r} cannot be made: {why}")
+        why = textwrap.shorten(str(error), _LONGEST, placeholder=" ...")
+        way_out = f" {hint}" if hint and why.endswith(".") else f". {hint}" if hint else ""
+        return ValueError(f"{type(self).__name__}.id={self.id!r} cannot be made: {why}{way_out}")
 
 
 def needs_package(spec: NamedSpec, package: str, install: str, error: Exception) -> ValueError:

@@ -9,15 +9,23 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from esper_lightning.core.errors import Words, require
+from esper_lightning.core.errors import Words, require, require_members
 from esper_lightning.core.spaces import Box, EnvSpaces
 from esper_lightning.core.types import Observation
 from esper_lightning.envs.adapters.curriculum import pass_progress
 from esper_lightning.envs.adapters.simulated import Simulator, Stepped
-from esper_lightning.envs.adapters.tensors import FreshLog, read_boxes, to_groups
+from esper_lightning.envs.adapters.tensors import (
+    FreshLog,
+    read_boxes,
+    require_results,
+    require_tensors,
+    to_groups,
+)
 from esper_lightning.envs.base import RunProgress
 
 __all__ = ["RslRlSimulator"]
+
+_MEMBERS = ("num_envs", "num_actions", "device", "get_observations", "step")
 
 
 class RslRlSimulator(Simulator):
@@ -36,28 +44,38 @@ class RslRlSimulator(Simulator):
 
     def __init__(self, env: Any, *, name: str) -> None:
         self._env, self.name = env, name
+        rule = f"be a simulator with rsl_rl's interface: {', '.join(_MEMBERS)}"
+        require_members(name, env, _MEMBERS, rule)
         self.num_envs = int(env.num_envs)
         self.device = torch.empty(0, device=env.device).device
-        obs = read_boxes(to_groups(_first(env.get_observations())))
+        obs = read_boxes(self._groups(env.get_observations(), "get_observations()"))
         self.spaces = EnvSpaces(obs=obs, action=Box((int(env.num_actions),)))
         self._fresh = FreshLog()
 
     def reset(self, rows: Tensor | None, seed: int | None) -> Observation:  # noqa: ARG002
         """Start new episodes everywhere; such simulators are seeded when they are made."""
         obs = self._env.reset() if hasattr(self._env, "reset") else self._env.get_observations()
-        return to_groups(_first(obs))
+        return self._groups(obs, "reset()")
 
     def step(self, action: Tensor) -> Stepped:
         """Act in every environment."""
-        obs, *privileged, reward, done, extras = self._env.step(action)
-        known = len(privileged) == 0 or (len(privileged) == 1 and not _is_flat(privileged[0]))
+        field = f"{self.name}.step()"
         rule = "return obs, reward, done, extras, or privileged observations after obs"
-        require(known, f"{self.name}.step()", rule, Words("other results"))
-        done = done.bool()
+        results = require_results(self._env.step(action), (4, 5), field=field, rule=rule)
+        obs, *privileged, reward, done, extras = results
+        require(not any(map(_is_flat, privileged)), field, rule, Words("other results"))
+        require_tensors(reward, done, field=field)
+        extras, done = {} if extras is None else extras, done.bool()
         time_outs = extras.get("time_outs")
         truncated = torch.zeros_like(done) if time_outs is None else time_outs.bool() & done
         log = self._fresh.of(extras)
-        return Stepped(to_groups(_first(obs)), reward, done & ~truncated, truncated, None, log)
+        groups = self._groups(obs, "step()")
+        return Stepped(groups, reward, done & ~truncated, truncated, None, log)
+
+    def _groups(self, obs: Any, method: str) -> Observation:
+        """The observation, which old versions return first in a tuple with others."""
+        first = obs[0] if isinstance(obs, tuple) else obs
+        return to_groups(first, field=f"{self.name}.{method}")
 
     def begin_iteration(self, progress: RunProgress) -> None:
         """Pass the progress of the run to the simulator, if it has ``begin_iteration``."""
@@ -72,8 +90,3 @@ class RslRlSimulator(Simulator):
 def _is_flat(value: Any) -> bool:
     """Whether a value has one number per environment, as rewards and flags have."""
     return isinstance(value, Tensor) and value.dim() < 2
-
-
-def _first(obs: Any) -> Any:
-    """The observation, which old versions return first in a tuple with others."""
-    return obs[0] if isinstance(obs, tuple) else obs

@@ -11,6 +11,8 @@ from typing import Any
 
 import numpy as np
 
+from esper_lightning.envs.base import closed_after_error
+
 __all__ = ["SerialEnv"]
 
 
@@ -30,8 +32,11 @@ class SerialEnv:
     """
 
     def __init__(self, makers: Sequence[Callable[[], Any]], *, entry: str | None) -> None:
-        self.envs = [make() for make in makers]
-        self.num_envs, self.closed, self._entry = len(self.envs), False, entry
+        self.envs: list[Any] = []
+        self.closed = False
+        with closed_after_error(self):
+            self.envs += (make() for make in makers)
+        self.num_envs, self._entry = len(self.envs), entry
         self.metadata = {"autoreset_mode": "Disabled"}
         self.single_observation_space = self.envs[0].observation_space
         self.single_action_space = self.envs[0].action_space

@@ -200,9 +200,22 @@ class SimulatedEnv(StatelessEnv):
         if MASK in groups:
             mask = groups[MASK].bool().clone()
             groups = {name: value for name, value in groups.items() if name != MASK}
+        alone = isinstance(boxes, Box)
         if isinstance(boxes, Box):
-            return _copy(next(iter(groups.values())), boxes), mask
-        return {name: _copy(groups[name], box) for name, box in boxes.items()}, mask
+            boxes = {next(iter(groups)): boxes}
+        lacks = [name for name in boxes if name not in groups]
+        rule = f"have the groups of its spaces, {', '.join(boxes)}"
+        require(not lacks, f"{self.simulator.name}'s observations", rule, list(groups))
+        own = {name: self._copy(groups[name], box) for name, box in boxes.items()}
+        return next(iter(own.values())) if alone else own, mask
+
+    def _copy(self, value: Tensor, box: Box) -> Tensor:
+        dtype = torch.uint8 if box.dtype == "uint8" else torch.float32
+        copied = value.detach().to(dtype, copy=True)
+        copied = copied[:, None] if copied.dim() == 1 else copied  # one number is a vector
+        shape, got = [self.num_envs, *box.shape], list(copied.shape)
+        require(got == shape, f"{self.simulator.name}'s observations", f"have shape {shape}", got)
+        return copied
 
     def _add(self, log: Mapping[str, Any]) -> None:
         for name, value in log.items():
@@ -210,12 +223,6 @@ class SimulatedEnv(StatelessEnv):
             number = torch.as_tensor(value, dtype=torch.float32, device=self._device).mean()
             self._sums[key] = self._sums.get(key, torch.zeros_like(number)) + number
             self._counts[key] += 1
-
-
-def _copy(value: Tensor, box: Box) -> Tensor:
-    dtype = torch.uint8 if box.dtype == "uint8" else torch.float32
-    copied = value.detach().to(dtype, copy=True)
-    return copied[:, None] if copied.dim() == 1 else copied  # one number is a vector
 
 
 def _choose(where: Tensor, new: Tensor, old: Tensor) -> Tensor:

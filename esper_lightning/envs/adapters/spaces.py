@@ -31,6 +31,7 @@ __all__ = [
     "obs_encoder",
     "read_action_space",
     "read_spaces",
+    "some_action",
 ]
 
 MASK = "action_mask"
@@ -110,36 +111,38 @@ def action_encoder(space: Any) -> Callable[[Array], Array]:
     shape, dtype = tuple(space.shape), space.dtype
     if (found := action_range(space)) is not None:
         low, high = found
-        return lambda action: (
-            low + (action.reshape(-1, *shape).astype(float).clip(-1, 1) + 1) / 2 * (high - low)
-        ).astype(dtype)
+        scaled = np.isfinite(low) & np.isfinite(high)
+        least, span = (
+            np.where(scaled, low, 0.0),
+            np.subtract(high, low, where=scaled, out=np.zeros_like(low)),
+        )
+
+        def to_bounds(action: Array) -> Array:
+            action = action.reshape(-1, *shape).astype(float)
+            within = least + (action.clip(-1.0, 1.0) + 1.0) / 2.0 * span
+            return np.where(scaled, within, action.clip(low, high)).astype(dtype)
+
+        return to_bounds
     if _kind(space) == "Box":
         return lambda action: action.reshape(-1, *shape).astype(dtype)
     return lambda action: (action.reshape(-1, *shape) + start).astype(dtype)
 
 
 def action_range(space: Any) -> tuple[Array, Array] | None:
-    """Least and greatest values of actions that an adapter must scale from [-1, 1] itself.
+    """Least and greatest values of actions that an adapter must keep to itself.
 
-    ``None`` where ``read_action_space`` returns the bounds, so that policies scale, or where there
-    are none.
-
-    Raises:
-        ValueError: If the adapter would have to scale, and some components have no bounds.
+    The adapter scales components with two finite bounds from [-1, 1], and clips the others to the
+    bound that they have, if any. ``None`` where ``read_action_space`` returns the bounds, so that
+    policies scale, or where there are none.
     """
     if getattr(space, "low", None) is None:  # no box
         return None
     low, high = np.asarray(space.low, float), np.asarray(space.high, float)
-    alike = (low == low.flat[0]).all() and (high == high.flat[0]).all()
-    if (low < high).all() and (alike or len(space.shape) < 2):
-        return None
     if np.isneginf(low).all() and np.isposinf(high).all():
         return None
-    ok = bool(np.isfinite([low, high]).all())
-    hint = "Wrap it: gymnasium.wrappers.TransformAction."
-    rule = "have two finite bounds in every component, or in none"
-    require(ok, "action_space", rule, space, hint)
-    return low, high
+    alike = (low == low.flat[0]).all() and (high == high.flat[0]).all()
+    ours = (low < high).all() and (alike or len(space.shape) < 2)
+    return None if ours and np.isfinite([low, high]).all() else (low, high)
 
 
 def idle_action(space: Any, num_envs: int) -> Array:
@@ -150,6 +153,18 @@ def idle_action(space: Any, num_envs: int) -> Array:
     else:
         one = np.zeros(space.shape) + np.asarray(getattr(space, "start", 0))
     return np.broadcast_to(one, (num_envs, *space.shape)).astype(space.dtype)
+
+
+def some_action(space: Any, num_envs: int, generator: np.random.Generator) -> Array:
+    """Random actions of ``num_envs`` environments; every action must be allowed."""
+    shape = (num_envs, *space.shape)
+    if _kind(space) == "Box":
+        low, high = np.asarray(space.low, float), np.asarray(space.high, float)
+        low, high = np.maximum(low, np.minimum(-1, high)), np.minimum(high, np.maximum(1, low))
+        return (low + generator.random(shape) * (high - low)).astype(space.dtype)
+    choices = getattr(space, "n", 2) if _kind(space) == "Discrete" else getattr(space, "nvec", 2)
+    start = np.asarray(getattr(space, "start", 0))
+    return (generator.integers(choices, size=shape) + start).astype(space.dtype)
 
 
 def _kind(space: Any) -> str:
@@ -197,14 +212,15 @@ def read_action_space(space: Any) -> ActionSpace:
 
 
 def action_box(space: Any) -> Box:
-    """The action space of a box: its own bounds, or [-1, 1] where ``action_range`` has others.
+    """The action space of a box: its own bounds, or others where ``action_range`` has bounds.
 
     ``Box`` can represent neither a constant component nor other bounds for each component of a
-    matrix.
+    matrix, and policies scale all components or none. The space is then [-1, 1] if all components
+    have two bounds, and otherwise has no bounds.
     """
     shape = tuple(int(n) for n in space.shape) or (1,)
-    if action_range(space) is not None:
-        return Box(shape, -1.0, 1.0)
+    if (found := action_range(space)) is not None:
+        return Box(shape, -1.0, 1.0) if np.isfinite(found).all() else Box(shape)
     return _bounded(space, shape) if getattr(space, "low", None) is not None else Box(shape)
 
 

@@ -1,17 +1,27 @@
 """What simulators return as tensors of torch, in our terms. Axis: ``B`` environment."""
 # pyright: reportUnknownVariableType=false, reportUnknownArgumentType=false
 
+import inspect
 from collections.abc import Callable, Mapping
 from typing import Any
 
 import torch
 from torch import Tensor
 
+from esper_lightning.core.errors import Words, require
 from esper_lightning.core.spaces import Box, ObsSpace
 from esper_lightning.core.types import Observation
 from esper_lightning.envs.adapters.spaces import MASK, action_range
 
-__all__ = ["FreshLog", "read_boxes", "to_groups", "to_range"]
+__all__ = [
+    "FreshLog",
+    "read_boxes",
+    "require_results",
+    "require_tensors",
+    "takes_seed",
+    "to_groups",
+    "to_range",
+]
 
 
 class FreshLog:
@@ -27,15 +37,68 @@ class FreshLog:
         return log if fresh else {}
 
 
-def to_groups(obs: Any) -> Observation:
-    """An observation as a tensor, or as a dict of tensors where it is a dict or TensorDict."""
+def require_results(results: Any, counts: tuple[int, ...], *, field: str, rule: str) -> Any:
+    """The results of a simulator, which must be a tuple.
+
+    Args:
+        results: What the simulator returned.
+        counts: Lengths that the tuple may have.
+        field: Name of the method in the error.
+        rule: What the method must return.
+
+    Raises:
+        ValueError: If it is no tuple of such a length.
+    """
+    is_tuple = isinstance(results, tuple | list)
+    got = f"{len(results)} results" if is_tuple else f"a {type(results).__name__}"
+    require(is_tuple and len(results) in counts, field, rule, Words(got))
+    return results
+
+
+def require_tensors(*values: Any, field: str) -> None:
+    """Refuse rewards and flags that are no tensors.
+
+    Raises:
+        ValueError: If one is none; the error names its type.
+    """
+    for value in values:
+        rule, hint = "return rewards and flags as tensors", "torch.as_tensor makes one."
+        got = Words(f"a {type(value).__name__}")
+        require(isinstance(value, Tensor), field, rule, got, hint)
+
+
+def takes_seed(reset: Callable[..., Any]) -> bool:
+    """Whether the ``reset`` of a simulator has an argument ``seed``."""
+    try:
+        inspect.signature(reset).bind(seed=0)
+    except (TypeError, ValueError):
+        return False
+    return True
+
+
+def to_groups(obs: Any, *, field: str) -> Observation:
+    """An observation as a tensor, or as a dict of tensors where it is a dict or TensorDict.
+
+    Args:
+        obs: Observation of a simulator.
+        field: Name of the method that returned it, for the error.
+
+    Raises:
+        ValueError: If it is neither.
+    """
     if isinstance(obs, Tensor):
         return obs
+    rule, hint = (
+        "return observations as a tensor or as a dict of tensors",
+        "torch.as_tensor makes one.",
+    )
+    ok = hasattr(obs, "keys") and all(isinstance(obs[name], Tensor) for name in obs.keys())  # noqa: SIM118
+    require(ok, field, rule, Words(f"a {type(obs).__name__}"), hint)
     return {str(name): obs[name] for name in obs.keys()}  # noqa: SIM118 - a TensorDict iterates over rows
 
 
 def to_range(space: Any, device: torch.device) -> Callable[[Tensor], Tensor]:
-    """A function that scales actions to the bounds that policies do not know (``action_range``).
+    """A function that brings actions within bounds that policies do not know (``action_range``).
 
     Args:
         space: Gymnasium's action space of one environment.
@@ -45,7 +108,14 @@ def to_range(space: Any, device: torch.device) -> Callable[[Tensor], Tensor]:
     if found is None:
         return lambda action: action
     low, high = (torch.tensor(bound, dtype=torch.float32, device=device) for bound in found)
-    return lambda action: low + (action.clamp(-1.0, 1.0) + 1.0) / 2.0 * (high - low)
+    scaled = low.isfinite() & high.isfinite()
+    least, span = low.where(scaled, 0.0), (high - low).where(scaled, 0.0)
+
+    def to_bounds(action: Tensor) -> Tensor:
+        within = least + (action.clamp(-1.0, 1.0) + 1.0) / 2.0 * span
+        return torch.where(scaled, within, action.clamp(low, high))
+
+    return to_bounds
 
 
 def read_boxes(obs: Observation) -> ObsSpace:

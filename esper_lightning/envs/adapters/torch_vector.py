@@ -10,16 +10,26 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from esper_lightning.core.errors import require_members
 from esper_lightning.core.spaces import EnvSpaces
 from esper_lightning.core.types import Observation
 from esper_lightning.envs.adapters.curriculum import pass_progress
 from esper_lightning.envs.adapters.simulated import Simulator, Stepped
 from esper_lightning.envs.adapters.spaces import MASK, action_box, read_action_space
-from esper_lightning.envs.adapters.tensors import FreshLog, read_boxes, to_groups, to_range
+from esper_lightning.envs.adapters.tensors import (
+    FreshLog,
+    read_boxes,
+    require_results,
+    require_tensors,
+    takes_seed,
+    to_groups,
+    to_range,
+)
 from esper_lightning.envs.base import RunProgress
 
 __all__ = ["TorchSimulator"]
 
+_MEMBERS = ("num_envs", "device", "single_action_space", "reset", "step")
 _FINAL = ("final_obs", "final_observation", "terminal_observation")
 
 
@@ -35,10 +45,13 @@ class TorchSimulator(Simulator):
     def __init__(self, env: Any, seed: int | None, *, name: str) -> None:
         self._env, self.name = env, name
         raw = getattr(env, "unwrapped", env)
+        rule = "be a simulator that returns five tensors, with " + ", ".join(_MEMBERS)
+        require_members(name, raw, _MEMBERS, rule)
+        self.reseeds = takes_seed(env.reset)
         self.num_envs = int(raw.num_envs)
         self.device = torch.empty(0, device=raw.device).device
         self.resets_itself = _resets_itself(env, raw)
-        obs = to_groups((env.reset() if seed is None else env.reset(seed=seed))[0])
+        obs = self.reset(None, seed)
         masked = isinstance(obs, dict) and MASK in obs
         action = raw.single_action_space
         discrete = hasattr(action, "n") or hasattr(action, "nvec")
@@ -53,21 +66,32 @@ class TorchSimulator(Simulator):
     def reset(self, rows: Tensor | None, seed: int | None) -> Observation:
         """Start new episodes everywhere, or in the rows, which become numbers of environments."""
         if rows is None:
-            return to_groups((self._env.reset() if seed is None else self._env.reset(seed=seed))[0])
+            seeded = {} if seed is None or not self.reseeds else {"seed": seed}
+            return self._first(self._env.reset(**seeded))
         numbers = rows.nonzero()[:, 0]
         try:
-            return to_groups(self._env.reset(env_ids=numbers)[0])  # mjlab
+            return self._first(self._env.reset(env_ids=numbers))  # mjlab
         except TypeError:
-            return to_groups(self._env.reset(options={"env_idx": numbers})[0])  # ManiSkill
+            return self._first(self._env.reset(options={"env_idx": numbers}))  # ManiSkill
 
     def step(self, action: Tensor) -> Stepped:
         """Act in every environment."""
-        obs, reward, terminated, truncated, extras = self._env.step(self._to_range(action))
+        field = f"{self.name}.step()"
+        rule = "return obs, reward, terminated, truncated, extras"
+        results = self._env.step(self._to_range(action))
+        obs, *flags, extras = require_results(results, (5,), field=field, rule=rule)
+        require_tensors(*flags, field=field)
+        reward, terminated, truncated = flags
+        extras = {} if extras is None else extras
         final = next((extras[name] for name in _FINAL if extras.get(name) is not None), None)
-        reached = None if final is None else to_groups(final)
-        return Stepped(
-            to_groups(obs), reward, terminated, truncated, reached, self._fresh.of(extras)
-        )
+        reached = None if final is None else to_groups(final, field=field)
+        log = self._fresh.of(extras)
+        return Stepped(to_groups(obs, field=field), reward, terminated, truncated, reached, log)
+
+    def _first(self, results: Any) -> Observation:
+        field = f"{self.name}.reset()"
+        rule = "return a tuple of observations and extras"
+        return to_groups(require_results(results, (2,), field=field, rule=rule)[0], field=field)
 
     def begin_iteration(self, progress: RunProgress) -> None:
         """Pass the progress of the run to the simulator, if it has ``begin_iteration``."""

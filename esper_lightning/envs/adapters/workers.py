@@ -21,7 +21,7 @@ from typing import Any
 import numpy as np
 
 from esper_lightning.envs.adapters.curriculum import pass_progress
-from esper_lightning.envs.base import RunProgress
+from esper_lightning.envs.base import RunProgress, closed_after_error
 
 __all__ = ["WorkerEnv"]
 
@@ -63,7 +63,8 @@ class WorkerEnv:
             theirs.close()
             self._pipes.append(ours)
             self._processes.append(process)
-        answers = self._ask([("spaces", ())] * len(self._rows))
+        with closed_after_error(self):
+            answers = self._ask([("spaces", ())] * len(self._rows))
         self.single_observation_space, self.single_action_space, self.metadata = answers[0]
 
     def reset(self, *, seed: int | None = None, options: Any = None) -> tuple[Any, dict[str, Any]]:

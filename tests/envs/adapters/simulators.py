@@ -153,6 +153,31 @@ class Rising(Counter):
         return self._obs(), {}
 
 
+class Numbered(gymnasium.vector.SyncVectorEnv):
+    """A vector environment of its own package, with each mode of resetting itself."""
+
+    def __init__(self, num_envs: int, *, autoreset_mode: str, kind: str = "box", **kwargs: Any):
+        kind_of = {"masked": Masked}.get(kind, lambda **given: Counter(kind=kind, **given))
+        makers = [lambda: kind_of(**kwargs)] * num_envs
+        super().__init__(makers, autoreset_mode=gymnasium.vector.AutoresetMode(autoreset_mode))
+
+
+class Deaf(Numbered):
+    """A vector environment that hears no options, and starts each episode in the same state."""
+
+    def reset(self, *, seed: Any = None, options: Any = None) -> Any:
+        return super().reset(seed=0)
+
+
+def one_of_numbered(*, autoreset_mode: str = "", kind: str = "box", **kwargs: Any) -> Any:
+    """The single environment of ``Numbered``."""
+    return Masked(**kwargs) if kind == "masked" else Counter(kind=kind, **kwargs)
+
+
+for name, made in (("Numbered", Numbered), ("Deaf", Deaf)):
+    gymnasium.register(f"Esper{name}-v0", one_of_numbered, vector_entry_point=made)
+
+
 for name, made in (
     ("Counter", Counter),
     ("Masked", Masked),

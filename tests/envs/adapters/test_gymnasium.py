@@ -1,5 +1,6 @@
 """Gymnasium's environments keep the contract, whatever they show, take or do at the end."""
 
+import multiprocessing
 import signal
 import subprocess
 import sys
@@ -12,10 +13,11 @@ import torch
 from gymnasium.vector import AsyncVectorEnv, AutoresetMode, SyncVectorEnv
 
 from esper_lightning import check_env
-from esper_lightning.core.spaces import MultiDiscrete
+from esper_lightning.core.spaces import Box, MultiDiscrete
 from esper_lightning.envs.adapters.gymnasium import Gymnasium
 from esper_lightning.envs.adapters.host import HostEnv
 from esper_lightning.envs.adapters.serial import SerialEnv
+from esper_lightning.envs.base import how_fields
 from tests.envs.adapters import simulators
 
 CPU = torch.device("cpu")
@@ -35,6 +37,7 @@ def counters(**kwargs):
 
 
 @pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.trap(14)
 def test_every_kind_of_space_keeps_the_contract(kind):
     check_env(counter(kind), steps=20)
 
@@ -83,7 +86,11 @@ def test_a_mask_of_another_name_is_refused_with_the_names_that_are_there():
     Gymnasium(id="EsperMasked-v0", num_envs=5, mask="allowed", kwargs={"varies": True}),
 ], ids=["dict", "discrete", "multi", "info"])  # fmt: skip
 def test_workers_return_what_one_process_returns(spec):
-    alone, shared = spec.build(CPU, 7), Gymnasium(**{**vars(spec), "workers": 2}).build(CPU, 7)
+    more = Gymnasium(**{**vars(spec), "workers": 2})
+    check_same_episodes(spec.build(CPU, 7), more.build(CPU, 7))
+
+
+def check_same_episodes(alone, shared):
     try:
         first, second = alone.reset(), shared.reset()
         for t in range(12):
@@ -92,6 +99,8 @@ def test_workers_return_what_one_process_returns(spec):
             action = (mask.float() + torch.rand(5, 3)).argmax(1) if t % 2 else mask.long().argmax(1)
             if isinstance(alone.spaces.action, MultiDiscrete):
                 action = torch.randint(2, (5, 2))
+            if isinstance(alone.spaces.action, Box):
+                action = torch.rand(5, 1)
             one, other = alone.step(action), shared.step(action)
             torch.testing.assert_close(one, other, rtol=0, atol=0, equal_nan=True)
             first, second = (one.obs, one.action_mask), (other.obs, other.action_mask)
@@ -103,6 +112,7 @@ def test_workers_return_what_one_process_returns(spec):
 @pytest.mark.parametrize("mode", list(AutoresetMode))
 @pytest.mark.parametrize("truncates", [True, False])
 @pytest.mark.parametrize("kind", ["box", "dict"])
+@pytest.mark.trap(9)
 def test_every_autoreset_mode_resets_within_the_step_and_says_what_was_reached(
     mode, truncates, kind
 ):
@@ -114,6 +124,7 @@ ASYNC = [(mode, shared) for mode in AutoresetMode for shared in (True, False)]
 
 
 @pytest.mark.parametrize(("mode", "shared"), ASYNC)
+@pytest.mark.trap(8)
 def test_processes_of_gymnasium_reset_rows_once_or_are_refused(mode, shared):
     env = AsyncVectorEnv(counters(), shared_memory=shared, context="fork", autoreset_mode=mode)
     try:
@@ -153,10 +164,81 @@ def check_episodes(simulator, truncates, kind):
     env.close()
 
 
+@pytest.mark.trap(7)
 def test_an_environment_that_resets_all_rows_at_once_is_refused_by_name():
     env = gymnasium.make_vec("CartPole-v1", 3, vectorization_mode="vector_entry_point")
     with pytest.raises(ValueError, match=r"^CartPole must reset single environments .* got 'Cart"):
         HostEnv(env, CPU, 0, name="CartPole")
+
+
+class TestNative:
+    """Vector environments of the package: the same episodes as single environments have."""
+
+    @pytest.mark.parametrize("mode", [mode.value for mode in AutoresetMode])
+    @pytest.mark.parametrize("kind", ["box", "dict", "discrete", "image", "masked"])
+    @pytest.mark.parametrize("truncates", [True, False])
+    def test_all_rows_return_what_single_environments_return(self, mode, kind, truncates):
+        kwargs = {"kind": kind, "truncates": truncates, "varies": True}
+        mask = "allowed" if kind == "masked" else None
+        single = Gymnasium(id="EsperNumbered-v0", num_envs=5, kwargs=kwargs, mask=mask)
+        native = Gymnasium(
+            id="EsperNumbered-v0",
+            num_envs=5,
+            kwargs={**kwargs, "autoreset_mode": mode},
+            mask=mask,
+            native=True,
+        )
+        assert native.spaces() == single.spaces()
+        check_same_episodes(single.build(CPU, 7), native.build(CPU, 7))
+
+    @pytest.mark.parametrize("mode", [mode.value for mode in AutoresetMode])
+    def test_the_contract_is_kept(self, mode):
+        kwargs = {"varies": True, "autoreset_mode": mode}
+        spec = Gymnasium(id="EsperNumbered-v0", num_envs=3, kwargs=kwargs, native=True)
+        check_env(spec, steps=20)
+
+    def test_a_spec_that_differs_only_in_native_is_another_environment(self):
+        spec = Gymnasium(id="CartPole-v1", num_envs=4)
+        assert spec != Gymnasium(id="CartPole-v1", num_envs=4, native=True)
+        assert "native" not in how_fields(spec)
+
+    @pytest.mark.parametrize("num_envs", [1, 2, 5])
+    def test_those_that_reset_all_rows_at_once_are_refused_with_the_way_out(self, num_envs):
+        line = r"^CartPole-v1 must reset single environments .*VectorEnv'. Set Gymnasium.native=Fa"
+        spec = Gymnasium(id="CartPole-v1", num_envs=num_envs, native=True)
+        with pytest.raises(ValueError, match=line):
+            spec.spaces()
+        with pytest.raises(ValueError, match=line):
+            spec.build(CPU, 0)
+
+    def test_rows_that_stay_where_they_begin_do_not_hide_a_reset_of_all(self):
+        for mode in ("NextStep", "Disabled"):
+            kwargs = {"autoreset_mode": mode, "kind": "binary"}  # whose first step shows nothing
+            spec = Gymnasium(id="EsperDeaf-v0", num_envs=3, kwargs=kwargs, native=True)
+            with pytest.raises(ValueError, match=r"^EsperDeaf-v0 must reset single environments"):
+                spec.spaces()
+
+    def test_what_is_refused_is_closed(self, monkeypatch):
+        closed = []
+        monkeypatch.setattr(simulators.Deaf, "close", lambda self, **_: closed.append(self))
+        kwargs = {"autoreset_mode": "Disabled"}
+        with pytest.raises(ValueError, match="must reset single environments"):
+            Gymnasium(id="EsperDeaf-v0", num_envs=3, kwargs=kwargs, native=True).spaces()
+        assert len(closed) == 1
+
+    @pytest.mark.parametrize(("given", "line"), [
+        ({"id": "Pendulum-v1"}, r"^Gymnasium.id='Pendulum-v1' cannot be made: .* Set .*native=F"),
+        ({"workers": 2}, r"^Gymnasium.workers must be 0 with Gymnasium.native=True, got 2.$"),
+        ({"wrappers": ("a.b",)}, r"^Gymnasium.wrappers must be empty with Gymnasium.native=True"),
+        ({"id": "NoSuch-v0"}, r"^Gymnasium.id must name a registered environment"),
+        ({"id": "CartPole-v1", "kwargs": {"wings": 2}}, r"made: .* 'wings'\. Set .*native=False"),
+        ({"kwargs": {"autoreset_mode": "Disabled", "kind": "masked"}, "mask": "no"},
+         r"^Gymnasium.mask must name an entry"),
+    ])  # fmt: skip
+    def test_what_does_not_fit_is_one_line(self, given, line):
+        with pytest.raises(ValueError, match=line) as caught:
+            Gymnasium(**{"id": "EsperNumbered-v0", "native": True, **given}).spaces()
+        assert "\n" not in str(caught.value)
 
 
 def test_a_truncated_episode_without_its_end_is_refused_or_takes_what_was_acted_on():
@@ -185,6 +267,7 @@ def test_seeds_decide_everything_and_differ_between_environments():
     assert len(set(same[0][:, 0].tolist())) == 3
 
 
+@pytest.mark.trap(5)
 def test_images_stay_bytes():
     obs, _ = counter("image").build(CPU, 0).reset()
     assert obs.dtype == torch.uint8
@@ -196,11 +279,14 @@ def test_images_stay_bytes():
     ({"id": "Taxi-v3"}, r"^Gymnasium.id='Taxi-v3' cannot be made: .* deprecated"),
     ({"id": "CartPole-v1", "kwargs": {"wings": 2}}, r"^Gymnasium.id='CartPole-v1' cannot be made"),
     ({"id": "CartPole-v1", "wrappers": ("no.such",)}, r"^Gymnasium.wrappers must name importable"),
+    ({"id": "CartPole-v1", "wrappers": ("gymnasium.wrappers.TimeLimit",)},
+     r"^Gymnasium.wrappers must take an environment and nothing else, got .*max_episode_steps"),
     ({"id": "no_such_package:Thing-v0"}, r"needs no_such_package. Install it, or add"),
     ({"id": ""}, r"^Gymnasium.id must name a registered environment"),
     ({"id": "CartPole-v1", "workers": -1}, r"^Gymnasium.workers must be at least 0"),
 ])  # fmt: skip
 @pytest.mark.filterwarnings("ignore:.*out of date:DeprecationWarning")
+@pytest.mark.trap(16)
 def test_what_cannot_be_made_is_one_line(given, line):
     with pytest.raises(ValueError, match=line) as caught:
         Gymnasium(**given).spaces()
@@ -218,6 +304,39 @@ def test_a_missing_package_is_named_with_the_way_to_install_it(package, extra, m
         Gymnasium(id=name)._one()
     command = f"pip install 'esper_lightning[{extra}]'."
     assert command in str(caught.value)[:120]  # one line of a terminal has the way out
+
+
+def test_environments_beside_one_that_cannot_be_made_are_closed(monkeypatch):
+    made, closed = [], []
+    monkeypatch.setattr(simulators.Counter, "close", lambda self: closed.extend([self]))
+
+    class Fourth(simulators.Counter):
+        def __init__(self):
+            made.append(self)
+            if len(made) == 4:
+                raise MemoryError
+            super().__init__()
+
+    gymnasium.register("EsperFourth-v0", Fourth)
+    spec = Gymnasium(id="EsperFourth-v0", num_envs=4)
+    spec.spaces()
+    with pytest.raises(MemoryError):
+        spec.build(CPU, 0)
+    assert closed == made[:3]
+
+
+def test_workers_end_where_their_environments_cannot_be_used(monkeypatch):
+    spec = Gymnasium(id="EsperCounter-v0", num_envs=4, workers=2)
+    children = multiprocessing.active_children()
+
+    def fail(*args, **kwargs):
+        raise MemoryError
+
+    for owner, name in ((HostEnv, "__init__"), (SerialEnv, "__init__")):
+        monkeypatch.setattr(owner, name, fail)
+        with pytest.raises((MemoryError, RuntimeError)):
+            spec.build(CPU, 0)
+        assert multiprocessing.active_children() == children
 
 
 def test_a_space_without_a_counterpart_is_refused_by_name():

@@ -1,6 +1,10 @@
 """Simulators in JAX. Their packages do not fit beside ours: ``make worlds`` runs these tests."""
 
+import dataclasses
+import sys
 from pathlib import Path
+from types import ModuleType, SimpleNamespace
+from typing import Any
 
 import pytest
 import torch
@@ -14,6 +18,7 @@ from esper_lightning.envs.adapters.simulated import SimulatedEnv
 from esper_lightning.forensics.files import read_json_lines
 
 jax = pytest.importorskip("jax")
+batching = pytest.importorskip("jax.interpreters.batching")
 CPU = torch.device("cpu")
 pytestmark = pytest.mark.filterwarnings("default")
 
@@ -43,6 +48,7 @@ def test_configs_train_one_iteration(config, tmp_path, monkeypatch):
     assert [row["env_steps"] for row in read_json_lines(history)] == [512]
 
 
+@pytest.mark.trap(11)
 def test_gymnax_truncates_at_its_time_limit():
     env = gymnax("Pendulum-v1").build(CPU, 0)
     env.reset()
@@ -73,6 +79,7 @@ def test_an_evaluation_has_at_most_as_many_environments_as_training():
     assert gymnax("CartPole-v1").evaluation_spec(3).num_envs == 3
 
 
+@pytest.mark.trap(12)
 def test_resets_are_computed_where_an_episode_ended():
     began = []
 
@@ -97,3 +104,94 @@ def test_resets_are_computed_where_an_episode_ended():
         jax.effects_barrier()
         counts.append(len(began))
     assert counts == [2, 2, 4, 4, 4, 6]
+
+
+@dataclasses.dataclass
+class Data:
+    """The state of MuJoCo Warp: ``contacts`` belong to all environments together."""
+
+    place: Any
+    contacts: Any
+
+
+jax.tree_util.register_dataclass(Data, data_fields=["place", "contacts"], meta_fields=[])
+batching.register_vmappable(
+    Data,
+    int,
+    int,
+    lambda part, _, data, axis: Data(part(data.place, axis), data.contacts),
+    lambda join, size, data, axis: Data(join(size, data.place, axis), data.contacts),
+    None,
+)
+FIELDS = ["data", "obs", "reward", "done", "metrics", "info"]
+State = dataclasses.make_dataclass("State", FIELDS)
+jax.tree_util.register_dataclass(State, data_fields=FIELDS, meta_fields=[])
+
+
+class Walk:
+    """An environment of MuJoCo Playground, with the members of ``MjxEnv`` that are read.
+
+    With ``warp`` the state is that of MuJoCo Warp, which ``jax.vmap`` maps only in part.
+    """
+
+    observation_size, action_size = {"state": (2,), "privileged_state": (3,)}, 1
+
+    def __init__(self, *, warp):
+        self.warp = warp
+
+    def reset(self, rng):
+        rng, key = jax.random.split(rng)
+        place, zero = jax.random.uniform(key, ()), jax.numpy.zeros(())
+        return self.shown(place, zero, zero, zero, rng)
+
+    def step(self, state, action):
+        place = (state.data.place if self.warp else state.data["place"]) + action[0]
+        count = state.info["count"] + 1
+        over = (place > 1.5).astype(float)
+        return self.shown(place, count, place, over, state.info["rng"])
+
+    def shown(self, place, count, reward, done, rng):
+        obs = jax.numpy.stack([place, count])
+        groups = {"state": obs, "privileged_state": jax.numpy.append(obs, 1.0)}
+        contacts = jax.numpy.zeros((7,))
+        data = Data(place, contacts) if self.warp else {"place": place}
+        info = {"rng": rng, "count": count}
+        return State(data, groups, reward, done, {"reward/place": reward}, info)
+
+
+@pytest.fixture
+def playground(monkeypatch):
+    package = ModuleType("mujoco_playground")
+
+    def load(env_name, config=None, config_overrides=None):
+        assert env_name == "Walk"
+        return Walk(**config_overrides)
+
+    package.registry = SimpleNamespace(load=load)
+    monkeypatch.setitem(sys.modules, "mujoco_playground", package)
+
+
+@pytest.mark.parametrize("warp", [False, True])
+class TestPlayground:
+    def spec(self, warp):
+        kwargs = {"config_overrides": {"warp": warp}}
+        return Brax(id="Walk", suite="playground", num_envs=3, time_limit=5, kwargs=kwargs)
+
+    def test_the_contract_is_kept(self, playground, warp):
+        check_env(self.spec(warp), steps=20)
+
+    def test_episodes_end_by_themselves_or_by_the_time_limit(self, playground, warp):
+        env = self.spec(warp).build(CPU, 0)
+        first = env.reset()[0]["state"][:, 0].tolist()
+        action = torch.tensor([[0.0], [1.0], [0.5]])
+        places = [first]
+        for t in range(1, 6):
+            result = env.step(action)
+            falls = [place + float(a) > 1.5 for place, a in zip(places[-1], action, strict=True)]
+            assert result.terminated.tolist() == falls
+            assert result.truncated[0].item() == (t == 5)
+            went = [place + float(a) for place, a in zip(places[-1], action, strict=True)]
+            assert result.reached_obs["state"][:, 0].tolist() == pytest.approx(went)
+            ended = (result.terminated | result.truncated).tolist()
+            assert (result.obs["state"][:, 1] == 0).tolist() == ended
+            places.append(result.obs["state"][:, 0].tolist())

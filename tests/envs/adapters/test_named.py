@@ -1,10 +1,12 @@
 """What specs of environments with a name say where a package is missing, or does not know it."""
 
 import sys
-from types import ModuleType, SimpleNamespace
+from types import MappingProxyType, ModuleType, SimpleNamespace
 
+import numpy as np
 import pytest
 
+from esper_lightning.core.spaces import Box, EnvSpaces
 from esper_lightning.envs import Brax, EnvPool, Gymnax
 
 
@@ -12,7 +14,8 @@ from esper_lightning.envs import Brax, EnvPool, Gymnax
     (EnvPool(id="CartPole-v1"), "envpool", "'esper_lightning[envpool]'"),
     (Gymnax(id="CartPole-v1"), "gymnax", "'esper_lightning[jax]'"),
     (Brax(id="ant"), "brax", "'esper_lightning[jax]'"),
-    (Brax(id="CartpoleBalance", suite="playground"), "mujoco_playground", "playground"),
+    (Brax(id="CartpoleBalance", suite="playground"), "mujoco_playground",
+     "'esper_lightning[playground]'"),
 ])  # fmt: skip
 def test_a_missing_package_is_named_with_the_way_to_install_it(spec, package, install, monkeypatch):
     for name in (package, f"{package}.envs"):
@@ -23,13 +26,40 @@ def test_a_missing_package_is_named_with_the_way_to_install_it(spec, package, in
     assert str(caught.value).startswith(start)
 
 
-def test_an_unknown_environment_of_playground_is_refused_by_the_name_of_the_setting(monkeypatch):
-    def load(name):
-        raise ValueError(f"Env '{name}' not found.")
+@pytest.fixture
+def playground(monkeypatch):
+    """MuJoCo Playground with one environment, as far as its spaces go."""
+
+    def load(env_name, config=None, config_overrides=None):
+        if env_name != "Walk":
+            raise ValueError(f"Env '{env_name}' not found. Available envs: {('Walk',) * 200}")
+        size = (config_overrides or {}).get("size", 7)
+        return SimpleNamespace(observation_size=size, action_size=2)
 
     package = ModuleType("mujoco_playground")
     package.registry = SimpleNamespace(load=load)
     monkeypatch.setitem(sys.modules, "mujoco_playground", package)
-    line = "^Brax.id='Nowhere' cannot be made: Env 'Nowhere' not found.$"
-    with pytest.raises(ValueError, match=line):
-        Brax(id="Nowhere", suite="playground").spaces()
+
+
+@pytest.mark.parametrize(("size", "obs"), [
+    (7, Box((7,))),
+    (np.int64(7), Box((7,))),
+    ((8, 8, 3), Box((8, 8, 3))),
+    ({"state": (5,), "privileged": (9,)}, {"state": Box((5,)), "privileged": Box((9,))}),
+    (MappingProxyType({"state": (5,)}), {"state": Box((5,))}),
+])  # fmt: skip
+def test_spaces_of_playground_are_numbers_shapes_or_groups(playground, size, obs):
+    kwargs = {"config_overrides": {"size": size}}
+    spaces = Brax(id="Walk", suite="playground", kwargs=kwargs).spaces()
+    assert spaces == EnvSpaces(obs=obs, action=Box((2,), -1.0, 1.0))
+
+
+@pytest.mark.parametrize(("given", "why"), [
+    ({"id": "Nowhere"}, "Env 'Nowhere' not found. Available envs: .* ...$"),
+    ({"id": "Walk", "kwargs": {"wings": 2}}, ".* unexpected keyword argument 'wings'$"),
+])  # fmt: skip
+def test_what_playground_cannot_make_is_refused_by_the_name_of_the_setting(playground, given, why):
+    line = f"^Brax.id='{given['id']}' cannot be made: {why}"
+    with pytest.raises(ValueError, match=line) as caught:
+        Brax(**given, suite="playground").spaces()
+    assert len(str(caught.value)) < 500  # which ends within the names of two hundred environments

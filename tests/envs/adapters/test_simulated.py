@@ -2,6 +2,7 @@
 
 import math
 
+import numpy as np
 import pytest
 import torch
 
@@ -60,6 +61,7 @@ def test_rows_of_maniskill_are_reset_once_whoever_resets_them(made):
     assert begun == [[True, False, False], [False, True, True]]
 
 
+@pytest.mark.trap(20)
 def test_agents_that_share_a_policy_are_environments():
     made = VmasLike(3, agents=2)
     env = adapt(made, CPU, 1, name="swarm", lost="error")
@@ -80,6 +82,7 @@ def test_agents_that_observe_differently_are_refused():
         adapt(made, CPU, 1, name="swarm", lost="error")
 
 
+@pytest.mark.trap(21)
 def test_a_time_out_that_overlaps_a_failure_is_a_time_out_as_in_rsl_rl():
     env = adapt(RslRl(2, limit=1), CPU, None, name="point", lost="previous")
     env.reset()
@@ -126,6 +129,7 @@ def test_a_time_out_without_its_end_is_an_error_that_says_what_to_set():
         env.step(torch.zeros(3, 1))
 
 
+@pytest.mark.trap(22)
 def test_a_missing_time_out_is_a_failure():
     made = RslRl(2, limit=1)
     env = adapt(made, CPU, None, name="point", lost="error")
@@ -135,6 +139,7 @@ def test_a_missing_time_out_is_a_failure():
     assert env.step(torch.zeros(2, 1)).terminated.all()
 
 
+@pytest.mark.trap(10)
 def test_what_was_returned_is_not_written_to_again():
     env = adapt(TorchFive(3), CPU, 0, name="point", lost="error")
     obs, _ = env.reset()
@@ -184,6 +189,7 @@ class TestLogs:
 
 
 class TestCustom:
+    @pytest.mark.trap(19)
     def test_a_shared_simulator_is_made_once_and_reseeded(self):
         spec = Custom(make=f"{MAKES}:make_torch_five", num_envs=3, kwargs={"limit": 9})
         spec.spaces()
@@ -249,3 +255,77 @@ def test_a_simulator_that_lacks_an_attribute_is_named_with_what_it_lacks():
     line = "got Bare without num_envs, spaces, device.$"
     with pytest.raises(ValueError, match=f"^Bare must be a Simulator, with num_envs, .*{line}"):
         adapt(Bare(), CPU, 1, name="bare", lost="error")
+
+
+def five(**changed):
+    """A simulator of five tensors, with other members."""
+    made = TorchFive(4)
+    for name, value in changed.items():
+        setattr(made, name, value)
+    return made
+
+
+def without(made, name):
+    delattr(made, name)
+    return made
+
+
+def steps(made, change):
+    step = made.step
+    made.step = lambda action: change(*step(action))
+    return made
+
+
+TORCH = "return obs, reward, terminated, truncated, extras"
+MISTAKES = {
+    "no action space": (lambda: without(five(), "single_action_space"),
+        "must be a simulator that returns five tensors, .* without single_action_space."),
+    "no number": (lambda: without(five(), "num_envs"), "without num_envs."),
+    "a reset of one result": (lambda: five(reset=lambda seed=None: torch.zeros(4, 2)),
+        r"arm.reset\(\) must return a tuple of observations and extras, got a Tensor."),
+    "arrays at a reset": (lambda: five(reset=lambda seed=None: (np.zeros((4, 2)), {})),
+        r"arm.reset\(\) must return observations as a tensor .* got a ndarray. torch.as_tensor"),
+    "arrays in a step": (lambda: steps(five(), lambda o, r, *more: (o, r.numpy(), *more)),
+        r"arm.step\(\) must return rewards and flags as tensors, got a ndarray. torch.as_tensor"),
+    "four results": (lambda: steps(five(), lambda o, r, te, tr, info: (o, r, te, info)),
+        rf"arm.step\(\) must {TORCH}, got 4 results."),
+    "another shape": (
+        lambda: steps(five(), lambda o, *more: ({"policy": o["policy"][:, :1]}, *more)),
+        r"arm's observations must have shape \[4, 2\], got \[4, 1\]."),
+    "another group": (lambda: steps(five(), lambda o, *more: ({"critic": o["policy"]}, *more)),
+        r"arm's observations must have the groups of its spaces, policy, got \['critic'\]."),
+    "rsl_rl without device": (lambda: without(RslRl(4), "device"),
+        "must be a simulator with rsl_rl's interface: .* without device."),
+    "rsl_rl, three results": (lambda: steps(RslRl(4), lambda *all: all[:3]),
+        r"arm.step\(\) must return obs, reward, done, extras, .* got 3 results."),
+    "rsl_rl, arrays": (lambda: steps(RslRl(4), lambda o, r, d, x: (o, r, d.numpy(), x)),
+        r"arm.step\(\) must return rewards and flags as tensors, got a ndarray."),
+    "nothing known": (lambda: without(without(five(), "device"), "num_envs"),
+        r"arm must be a vector environment that has device .* got 'TorchFive'"),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("mistake", MISTAKES)
+def test_a_mistake_in_a_simulator_of_ones_own_is_one_line_that_names_the_method(mistake):
+    make, line = MISTAKES[mistake]
+
+    def play():
+        env = adapt(make(), CPU, 0, name="arm", lost="previous")
+        env.reset()
+        env.step(torch.zeros(4, 1))
+
+    with pytest.raises(ValueError, match=line) as caught:
+        play()
+    assert str(caught.value).startswith("arm")
+    assert "\n" not in str(caught.value)
+
+
+def test_a_reset_may_take_no_seed_and_extras_may_be_none():
+    made = steps(
+        five(reset=lambda: (torch.ones(4, 2), None)),
+        lambda o, *more: (o["policy"], *more[:3], None),
+    )
+    env = adapt(made, CPU, 3, name="arm", lost="previous")
+    assert not env.reseed(4)
+    assert env.reset()[0].tolist() == [[1.0, 1.0]] * 4
+    assert env.step(torch.zeros(4, 1)).obs.shape == (4, 2)

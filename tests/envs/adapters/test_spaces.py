@@ -2,13 +2,15 @@
 
 from types import SimpleNamespace
 
+import gymnasium
 import numpy as np
 import pytest
 import torch
 from gymnasium.spaces import Box
 
-from esper_lightning import check_env
+from esper_lightning import MLP, PPO, PPOConfig, check_env
 from esper_lightning.core.spaces import Box as OurBox
+from esper_lightning.envs import Gymnasium
 from esper_lightning.envs.adapters.custom import adapt
 from esper_lightning.envs.adapters.spaces import action_encoder, read_action_space
 from esper_lightning.envs.adapters.tensors import to_range
@@ -57,10 +59,52 @@ def test_policies_scale_to_bounds_that_a_box_of_ours_represents(space, ours):
     assert to_range(space, CPU)(action) is action
 
 
-def test_a_constant_beside_components_without_bounds_is_refused():
-    line = "^action_space must have two finite bounds .*, or in none, .*TransformAction"
-    with pytest.raises(ValueError, match=line):
-        read_action_space(box([0, -np.inf], [0, np.inf]))
+INF = np.inf
+MIXED = {
+    "a constant beside no bounds": (box([5, -INF], [5, INF]), [-3.0, -3.0], [5, -3]),
+    "bounds beside none": (box([-2, -INF], [4, INF]), [0.5, 7.0], [2.5, 7]),
+    "bounds are kept": (box([-2, -INF], [4, INF]), [9.0, -9.0], [4, -9]),
+    "one bound": (box([0, -INF], [INF, 1]), [-1.0, 3.0], [0, 1]),
+    "within one bound": (box([0, -INF], [INF, 1]), [2.0, -3.0], [2, -3]),
+    "a matrix": (box([[5, -INF], [0, 0]], [[5, INF], [2, INF]]), [[2.0] * 2] * 2, [[5, 2], [2, 2]]),
+}
+
+
+@pytest.mark.filterwarnings("error")
+@pytest.mark.parametrize("name", MIXED)
+def test_components_have_the_bounds_that_they_have_beside_others_without(name):
+    space, action, wanted = MIXED[name]
+    assert read_action_space(space) == OurBox(space.shape)
+    assert action_encoder(space)(np.array([action], np.float32)).tolist() == [wanted]
+    assert to_range(space, CPU)(torch.tensor([action])).tolist() == [wanted]
+
+
+def test_a_policy_acts_within_bounds_of_some_components(make_trainer):
+    taken = []
+
+    class Arm(gymnasium.Env):
+        action_space = box([5, -INF, -2], [5, INF, 2])
+        observation_space = box([-1], [1])
+
+        def reset(self, *, seed=None, options=None):
+            return np.zeros(1, np.float32), {}
+
+        def step(self, action):
+            taken.append(action)
+            return np.zeros(1, np.float32), 0.0, False, len(taken) % 4 == 0, {}
+
+    gymnasium.register("EsperArm-v0", Arm)
+    model = PPO(
+        env=Gymnasium(id="EsperArm-v0", num_envs=2),
+        policy=MLP(hidden_sizes=(4,), initial_std=9.0),
+        ppo=PPOConfig(rollout_steps=16, minibatches=2, epochs=1),
+    )
+    make_trainer(max_steps=1).fit(model)
+    acted = np.stack(taken)
+    assert len(acted) == 32
+    assert (acted[:, 0] == 5).all()
+    assert np.abs(acted[:, 1]).max() > 5
+    assert np.abs(acted[:, 2]).max() == 2
 
 
 @pytest.mark.parametrize(("low", "high", "last"), [([-1, 3], [2, 3], [2, 3]), ([-9], [5], [5])])
