@@ -50,7 +50,7 @@ class Nowhere(TorchCheckpointIO):
 def row(size: Size, options: argparse.Namespace) -> str:
     """Measure one size, and return its row of the table."""
     with tempfile.TemporaryDirectory() as folder:
-        trainer, iteration_ms = trained(size, options.compile, folder)
+        trainer, iteration_ms = trained(size, folder)
         ours, theirs = Path(folder) / "ours.ckpt", Path(folder) / "theirs.ckpt"
         ways: dict[str, Callable[[], object]] = {
             "write": lambda: save(trainer, AtomicCheckpointIO(), ours),
@@ -76,10 +76,10 @@ def row(size: Size, options: argparse.Namespace) -> str:
     return f"| {' | '.join(cells)} |"
 
 
-def trained(size: Size, compile_mode: str, folder: str) -> tuple[Trainer, float]:
+def trained(size: Size, folder: str) -> tuple[Trainer, float]:
     """A Trainer after some iterations, and the time of the fastest."""
     ppo = PPOConfig(rollout_steps=size.steps, normalize_obs=True)
-    model = PPO(CartPole(num_envs=size.num_envs), ppo=ppo, compile=compile_mode)  # pyright: ignore[reportArgumentType]
+    model = PPO(CartPole(num_envs=size.num_envs), ppo=ppo)
     trainer = Trainer(
         accelerator="cpu",
         max_epochs=-1,
@@ -111,10 +111,10 @@ def save(trainer: Trainer, checkpoint_io: CheckpointIO, path: Path) -> None:
 
 
 def parser() -> argparse.ArgumentParser:
-    smallest = {"rounds": 2, "sizes": [Size(4, 8, 2)], "compile": "off"}
+    smallest = {"rounds": 2, "sizes": [Size(4, 8, 2)]}
     parser = benchmark_parser(__doc__, smallest)
     parser.add_argument("--rounds", type=int, default=30)
-    parser.set_defaults(sizes=SIZES, compile="max")
+    parser.set_defaults(sizes=SIZES)
     return parser
 
 
@@ -132,8 +132,7 @@ def main() -> None:
                 f"Medians of {options.rounds} rounds. *Write*: collecting the state from Trainer",
                 "and module, serialising, flushing to the disk, renaming. *Read*: with checksums.",
                 f"*Of an epoch*: two writes (`last.ckpt` and `best.ckpt`) against {EPOCH} times",
-                f'the fastest iteration with `compile="{options.compile}"`; the evaluation is not',
-                "counted to the epoch.",
+                "the fastest iteration; the evaluation is not counted to the epoch.",
                 "",
                 f"| {' | '.join(heads)} |",
                 "| --- " * len(heads) + "|",

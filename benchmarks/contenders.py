@@ -41,7 +41,7 @@ def in_trainer(
     size: argparse.Namespace,
     caller: Caller,
     *,
-    mode: str = "off",
+    mode: str = "auto",
     records: bool = True,
     profiler: str | None = None,
 ) -> None:
@@ -135,7 +135,7 @@ def bare(size: argparse.Namespace) -> Iteration:
         None,
         exploration=torch.Generator().manual_seed(1),
         sample_order=torch.Generator().manual_seed(2),
-        mode="off" if size.eager else "max",
+        mode="off" if size.eager else "auto",
         device=device,
     )
     learner.start(build_optimizer(policy, config), None)
@@ -236,15 +236,12 @@ def _peer(*needs: str, **settings: Any) -> Contender:
 
 
 CONTENDERS: dict[str, Contender] = {
-    "esper, max": Contender(partial(in_trainer, mode="max")),
-    "esper, default": Contender(partial(in_trainer, mode="default")),
+    "esper": Contender(in_trainer),
     "esper, off": Contender(partial(in_trainer, mode="off")),
-    "esper, max, no recorder": Contender(partial(in_trainer, mode="max", records=False)),
-    "esper, max, profiler waits": Contender(partial(in_trainer, mode="max", profiler="waiting")),
-    "esper, max, profiler records": Contender(
-        partial(in_trainer, mode="max", profiler="recording")
-    ),
-    "esper, max, bare loop": Contender(partial(in_loop, build=bare)),
+    "esper, no recorder": Contender(partial(in_trainer, records=False)),
+    "esper, profiler waits": Contender(partial(in_trainer, profiler="waiting")),
+    "esper, profiler records": Contender(partial(in_trainer, profiler="recording")),
+    "esper, bare loop": Contender(partial(in_loop, build=bare)),
     "library arithmetic alone": Contender(partial(in_loop, build=arithmetic)),
     "PureJaxRL style (JAX)": Contender(partial(in_loop, build=jax), ("jax",)),
     "stable-baselines3, batched env": _peer("stable_baselines3", module="sb3"),

@@ -2,8 +2,7 @@
 
 Each run ends with 100 deterministic evaluation episodes. The benchmark runs ``esper fit`` as a user
 would, one thread each, as many at a time as there are cores, and writes a table and the raw
-metrics: ``results/learning.md`` and ``learning.json``, or ``learning_compile_<mode>`` for compiled
-training.
+metrics: ``results/learning.md`` and ``learning.json``.
 """
 
 import argparse
@@ -45,7 +44,7 @@ def train(
     run = folder / f"{task}-{seed}"
     command = [python, "-m", "esper_lightning.cli.main", "fit"]
     command += ["--config", str(ROOT / "configs" / f"{task}.yaml"), "--run_dir", str(run)]
-    command += ["--model.seed", str(seed), "--model.compile", options.compile]
+    command += ["--model.seed", str(seed)]
     command += ["--trainer.enable_progress_bar", "false", *options.settings]
     cpu_s = finish(command, cwd=folder, stdout=subprocess.DEVNULL)
     evaluation = json.loads((run / "rank0" / "evaluations.jsonl").read_text().splitlines()[-1])
@@ -90,7 +89,6 @@ def parser() -> argparse.ArgumentParser:
     parser = benchmark_parser(__doc__, smallest)
     parser.add_argument("--tasks", nargs="+", default=list(GOALS), choices=list(GOALS))
     parser.add_argument("--seeds", type=int, default=5)
-    parser.add_argument("--compile", default="off", choices=("off", "default", "max"))
     parser.set_defaults(settings=[])
     return parser
 
@@ -98,7 +96,6 @@ def parser() -> argparse.ArgumentParser:
 def main() -> None:
     options = parser().parse_args()
     jobs = [(task, seed) for task in options.tasks for seed in range(options.seeds)]
-    part = "" if options.compile == "off" else f"compile_{options.compile}"
     with (
         results(__file__, options, threads="one thread a run") as files,
         tempfile.TemporaryDirectory() as folder,
@@ -112,9 +109,8 @@ def main() -> None:
                 "",
                 "Steps are totals over all environments. The `.json` beside this has every run.",
             ],
-            part=part,
         )
-        files.path(part, ".json").write_text(json.dumps(runs, indent=1) + "\n")
+        files.path("", ".json").write_text(json.dumps(runs, indent=1) + "\n")
 
 
 if __name__ == "__main__":

@@ -74,7 +74,7 @@ def parser() -> argparse.ArgumentParser:
     parser.add_argument("--tasks", nargs="+", default=list(PUBLISHED), choices=list(PUBLISHED))
     parser.add_argument("--seeds", type=int, default=5)
     parser.add_argument("--peer", action="store_true", help=f"train {PEER} too, where it can")
-    parser.set_defaults(settings=[], compile="off", peer_env_steps=1_000_000, peer_episodes=100)
+    parser.set_defaults(settings=[], peer_env_steps=1_000_000, peer_episodes=100)
     return parser
 
 

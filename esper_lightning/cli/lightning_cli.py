@@ -1,4 +1,4 @@
-"""``esper fit`` and ``esper evaluate``: Lightning's command line with errors of one line."""
+"""``esper fit``, ``evaluate`` and ``bench``: Lightning's command line with errors of one line."""
 
 import argparse
 import contextlib
@@ -29,6 +29,7 @@ from esper_lightning.cli import shipped
 from esper_lightning.cli.errors import fail, nearest
 from esper_lightning.cli.mistakes import settings_come_first
 from esper_lightning.cli.settings import SettingsParser
+from esper_lightning.cli.trainer import EsperTrainer
 from esper_lightning.core.errors import require
 from esper_lightning.core.paths import requires_folder
 from esper_lightning.core.ranks import RanksDisagreeError
@@ -40,7 +41,6 @@ from esper_lightning.training.checkpoint.content import STATE_KEY
 from esper_lightning.training.checkpoint.meeting import tells_other_ranks
 from esper_lightning.training.checkpoint.states import (
     checkpoint_at,
-    keep_own_extensions,
     load_checkpoint,
     load_weights,
     refuse_huge,
@@ -105,43 +105,6 @@ def prepare(arguments: list[str]) -> Callable[[], None]:
             },
         )
     return cli.execute
-
-
-class EsperTrainer(Trainer):
-    """Lightning's Trainer, whose methods have the arguments of the command line."""
-
-    @override
-    def fit(  # pyright: ignore[reportIncompatibleMethodOverride]
-        self, model: PPO, ckpt_path: str | None = None, run_dir: str | None = None
-    ) -> None:
-        """Train a model.
-
-        Args:
-            model: Model to train.
-            ckpt_path: Checkpoint to resume from. ``last`` is the last one of the run directory, or
-                of the newest run where no directory is given; a new run begins where there is none.
-            run_dir: Directory that the run writes to; by default a new ``runs/<env>/version_<n>``.
-        """
-        del run_dir  # the logger has been given the directory
-        super().fit(model, ckpt_path=ckpt_path, weights_only=True)
-
-    def evaluate(self, model: PPO, ckpt_path: str, figures: Path | None = None) -> None:
-        """Play deterministic evaluation episodes with the policy of a checkpoint.
-
-        Where the environment has baselines, the policy is then compared with them, in episodes that
-        are new to it.
-
-        Args:
-            model: Model that was built from the settings in the checkpoint.
-            ckpt_path: Checkpoint to evaluate, or a run directory for its best one.
-            figures: Folder for figures of three episodes, where the environment has figures; by
-                default no figure is made.
-        """
-        del figures  # ``execute`` draws them after the evaluation
-        checkpoint = load_checkpoint(ckpt_path)
-        keep_own_extensions(checkpoint, model)
-        model.load_state_dict(checkpoint["state_dict"])
-        self.validate(model, verbose=False)
 
 
 class EsperCLI(LightningCLI):
@@ -235,7 +198,7 @@ class EsperCLI(LightningCLI):
         """Add logger and callbacks that every run has, unless the user chose otherwise."""
         settings = self._get(self.config_init, "trainer")
         kwargs["plugins"] = run_plugins(settings["plugins"], settings["strategy"])
-        if self.subcommand == "evaluate":
+        if self.subcommand != "fit":
             quiet = {"logger": False, "enable_checkpointing": False, "enable_progress_bar": False}
             return super().instantiate_trainer(**kwargs, **quiet)
         if settings["barebones"]:  # it also refuses the settings that we choose
@@ -272,7 +235,7 @@ class EsperCLI(LightningCLI):
 
     def _refuse_or_begin(self) -> None:
         model = self.model
-        path = self.config[self.subcommand]["ckpt_path"]
+        path = self.config[self.subcommand].get("ckpt_path")
         fits = self.subcommand == "fit"
         refuse_trainer(self.trainer, model.settings, fits=fits)
         if isinstance(model.env, ReadsData):
@@ -289,7 +252,8 @@ class EsperCLI(LightningCLI):
             self._resumes_from = checkpoint[STATE_KEY]["iteration"]
         elif fits and model.settings.warm_start is not None:
             load_weights(model, model.settings.warm_start)
-        figures = None if fits else self.config_init["evaluate"]["figures"]
+        evaluates = self.subcommand == "evaluate"
+        figures = self.config_init["evaluate"]["figures"] if evaluates else None
         if figures is not None:
             require_special_evaluation(type(model.env), "--figures").refuse_figures(figures)
         if fits and not self.trainer.barebones:  # last: a refused run leaves no files
@@ -306,8 +270,16 @@ class EsperCLI(LightningCLI):
         """Have ``execute`` evaluate; Lightning calls this method by the name of the command."""
         self._start = lambda: cast(EsperTrainer, self.trainer).evaluate(**kwargs)
 
+    def bench(self, **kwargs: Any) -> None:
+        """Have ``execute`` measure; Lightning calls this method by the name of the command."""
+        output: Path | None = kwargs["output"]
+        with requires_folder("--output", output):
+            if output is not None:
+                output.touch()
+        self._start = lambda: cast(EsperTrainer, self.trainer).bench(**kwargs)
+
     def execute(self) -> None:
-        """Train or evaluate, and print the results."""
+        """Train, evaluate or measure, and print the results."""
         if self.trainer.is_global_zero and self._says:
             print(*self._says, sep="\n", flush=True)
         try:

@@ -19,12 +19,18 @@ __all__ = ["main"]
 _COMMANDS = {
     "fit": "train",
     "evaluate": "play deterministic evaluation episodes with the policy of a checkpoint",
+    "bench": "how fast a task trains here, and what the time goes to",
     "export": "write the policy of a checkpoint as a file for elsewhere",
     "report": "what a run reached, and how it ended (needs no torch)",
     "crash": "how a run died (needs no torch)",
     "compare": "how variants did over the same seeds (needs no torch)",
 }
-_BUILD_FROM_SETTINGS = ("fit", "evaluate", "export")  # their settings may name a user's classes
+_BUILD_FROM_SETTINGS = (
+    "fit",
+    "evaluate",
+    "bench",
+    "export",
+)  # their settings may name a user's classes
 _ONLY_PRINT = ("report", "crash", "compare")
 _INTERRUPTED = 1  # Lightning's own exit status after Ctrl-C
 
@@ -66,7 +72,7 @@ def _prepare(words: list[str]) -> Callable[[], None]:
     if name == "fit":
         _leave_with_launcher()
         _reserve_run_directory(rest)
-    if name in ("fit", "evaluate"):
+    if name in ("fit", "evaluate", "bench"):
         from esper_lightning.cli.lightning_cli import prepare  # noqa: PLC0415
 
         try:

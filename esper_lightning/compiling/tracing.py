@@ -10,6 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor
 from torch._ops import OpOverload
+from torch.multiprocessing.reductions import StorageWeakRef
 
 from esper_lightning.core.tensor_trees import leaves, map_tree, rebuild
 
@@ -35,8 +36,9 @@ ChunkBody = Callable[[Tree, Tree, Tree], Tree]
 class Traced:
     """A function of trees as a graph of tensor operations, gradients included.
 
-    Tracing runs the function, on copies of the example arguments. A result that shares memory with
-    an argument or with another result is copied in the graph, because compiled loops need that.
+    Tracing runs the function on tensors without numbers, of the shapes of the example. A result
+    that shares memory with an argument or with another result is copied in the graph, because
+    compiled loops need that.
 
     Args:
         function: Pure function of trees of tensors.
@@ -65,13 +67,14 @@ class Traced:
 
         # A function that needs a gradient computes it itself; nothing outside needs autograd.
         with torch.no_grad():
-            inputs = [leaf.detach().clone() for leaf in leaves(example)]
+            inputs = [leaf.detach() for leaf in leaves(example)]
             self.graph = _make_fx(flat, inputs, functional)
 
 
 def _fresh(leaf: Tensor, seen: list[Tensor]) -> Tensor:
-    storage = leaf.untyped_storage().data_ptr()
-    if any(other.untyped_storage().data_ptr() == storage for other in seen):
+    storage = StorageWeakRef(leaf.untyped_storage())
+    others = [StorageWeakRef(other.untyped_storage()) for other in seen]
+    if storage in others:
         leaf = leaf.clone(memory_format=torch.contiguous_format)
     seen.append(leaf)
     return leaf
@@ -82,11 +85,13 @@ def _make_fx(
 ) -> torch.fx.GraphModule:
     from torch.fx.experimental.proxy_tensor import make_fx  # noqa: PLC0415 - imports sympy
 
-    graph = make_fx(flat)(*inputs)
+    # Fake tensors have no numbers: nothing is computed. Tensors that a function holds are real.
+    fake: dict[str, Any] = {"tracing_mode": "fake", "_allow_non_fake_inputs": True}
+    graph = make_fx(flat, **fake)(*inputs)
     targets = [node.target for node in graph.graph.nodes if node.op == "call_function"]
     if functional and any(_is_mutable(target) for target in targets):
         # Only now: functionalize cannot be applied to a function that asks for gradients.
-        graph = make_fx(torch.func.functionalize(graph, remove="mutations"))(*inputs)
+        graph = make_fx(torch.func.functionalize(graph, remove="mutations"), **fake)(*inputs)
     if functional:
         graph.graph.eliminate_dead_code()
     return graph

@@ -4,6 +4,7 @@ Nothing here computes gradients or synchronises with the host, and this file kno
 Lightning.
 """
 
+import time
 from collections.abc import Callable
 from typing import Any, NamedTuple, cast
 
@@ -83,6 +84,14 @@ class Collector:
         self._obs_space = first_steps.spaces.obs
         self._loop = compile_loop("rollout", self._step, mode=mode, device=device)
         self._act_compiled = compile_map("acting", self._act_rows, mode=mode, device=device)
+
+    def time_environment(self, add: Callable[[float], None]) -> None:
+        """Measure every step of the environments that Python asks for.
+
+        Args:
+            add: Function that gets the seconds of each step.
+        """
+        self._env = _TimedEnv(self._env, add)
 
     @torch.no_grad()
     def collect(
@@ -215,6 +224,28 @@ class Collector:
             obs, action_mask = result.obs, result.action_mask
             memory = policy.reset_memory(acted.memory, result.terminated | result.truncated)
         return state._replace(obs=obs, action_mask=action_mask, memory=memory)
+
+
+class _TimedEnv:
+    """Environments whose steps are timed."""
+
+    def __init__(self, env: BatchedEnv, add: Callable[[float], None]) -> None:
+        self._env, self._add = env, add
+
+    def reset(self) -> tuple[Observation, Tensor | None]:
+        return self._env.reset()
+
+    def step(self, action: Tensor) -> StepResult:
+        started = time.perf_counter()
+        result = self._env.step(action)
+        self._add(time.perf_counter() - started)
+        return result
+
+    def state_dict(self) -> dict[str, Tensor] | None:
+        return self._env.state_dict()
+
+    def load_state_dict(self, state: dict[str, Tensor]) -> None:
+        self._env.load_state_dict(state)
 
 
 def _finish(rollout: Rollout, writer: LastObsWriter | None) -> Rollout:

@@ -272,6 +272,14 @@ class Learner:
         zeros = torch.zeros_like(self._acting.discounted_return)
         self._acting = ActingState(obs, mask, zeros, self.agent.policy.initial_memory(obs))
 
+    def time_environment(self, add: Callable[[float], None]) -> None:
+        """Measure every step of the environments that Python asks for.
+
+        Args:
+            add: Function that gets the seconds of each step.
+        """
+        self._collector.time_environment(add)
+
     def close(self) -> None:
         """Release the processes, windows and other resources of the environments, once."""
         if not self._closed:

@@ -13,11 +13,8 @@ from esper_lightning.compiling.native import (
     convolutions,
     elementwise,
     indexing,
-<<<<<<< HEAD
-    recurrences,
-=======
     pooling,
->>>>>>> conv
+    recurrences,
     reductions,
     views,
 )
@@ -118,6 +115,9 @@ def _call(kernel: Kernel, node: fx.Node, values: dict[fx.Node, Any]) -> Any:
         return arguments[0][arguments[1]]
     name = str(node.target)
     function = OPERATIONS.get(name.removeprefix("aten."))
+    schema = getattr(node.target, "_schema", None)
+    if schema is not None and schema.is_mutable:  # of what the function did not make itself
+        raise UnsupportedError(f"writing to an argument ({name})")
     if function is None:
         raise UnsupportedError(f"the operation {name}")
     meta: Any = node.meta["val"]

@@ -1,0 +1,74 @@
+"""Lightning's Trainer, whose methods are the commands of ``esper``."""
+
+import json
+from pathlib import Path
+
+from lightning.pytorch import Trainer
+from typing_extensions import override
+
+from esper_lightning.speed import measure_speed, speed_as_data, speed_table
+from esper_lightning.training.checkpoint.states import keep_own_extensions, load_checkpoint
+from esper_lightning.training.module import PPO
+
+__all__ = ["EsperTrainer"]
+
+
+class EsperTrainer(Trainer):
+    """Lightning's Trainer, whose methods have the arguments of the command line."""
+
+    @override
+    def fit(  # pyright: ignore[reportIncompatibleMethodOverride]
+        self, model: PPO, ckpt_path: str | None = None, run_dir: str | None = None
+    ) -> None:
+        """Train a model.
+
+        Args:
+            model: Model to train.
+            ckpt_path: Checkpoint to resume from. ``last`` is the last one of the run directory, or
+                of the newest run where no directory is given; a new run begins where there is none.
+            run_dir: Directory that the run writes to; by default a new ``runs/<env>/version_<n>``.
+        """
+        del run_dir  # the logger has been given the directory
+        super().fit(model, ckpt_path=ckpt_path, weights_only=True)
+
+    def evaluate(self, model: PPO, ckpt_path: str, figures: Path | None = None) -> None:
+        """Play deterministic evaluation episodes with the policy of a checkpoint.
+
+        Where the environment has baselines, the policy is then compared with them, in episodes that
+        are new to it.
+
+        Args:
+            model: Model that was built from the settings in the checkpoint.
+            ckpt_path: Checkpoint to evaluate, or a run directory for its best one.
+            figures: Folder for figures of three episodes, where the environment has figures; by
+                default no figure is made.
+        """
+        del figures  # ``execute`` draws them after the evaluation
+        checkpoint = load_checkpoint(ckpt_path)
+        keep_own_extensions(checkpoint, model)
+        model.load_state_dict(checkpoint["state_dict"])
+        self.validate(model, verbose=False)
+
+    def bench(
+        self,
+        model: PPO,
+        num_envs: list[int] | None = None,
+        seconds: float = 3.0,
+        output: Path | None = None,
+    ) -> None:
+        """Measure how fast a model trains on this machine, and what the time goes to.
+
+        Nothing is trained but for the measurement. Of the Trainer's settings, only the accelerator
+        is used.
+
+        Args:
+            model: Model to measure, with ``compile=off`` and with its own mode.
+            num_envs: Numbers of environments to try as well; by default some are chosen.
+            seconds: Seconds of each measurement, compilation not counted.
+            output: File that gets the figures as JSON; by default none is written.
+        """
+        settings, accelerator = model.settings, self.accelerator.name()
+        found = measure_speed(settings, accelerator=accelerator, num_envs=num_envs, seconds=seconds)
+        print(speed_table(found, settings))
+        if output is not None:
+            output.write_text(json.dumps(speed_as_data(found, settings), indent=1) + "\n")
