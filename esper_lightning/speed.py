@@ -6,6 +6,7 @@ except for evaluations. The first iterations compile and warm up, and do not cou
 
 import dataclasses
 import itertools
+import logging
 import os
 import platform
 import statistics
@@ -33,7 +34,8 @@ __all__ = ["Speed", "measure_speed", "speed_as_data", "speed_table"]
 _STAGES = ("rollout", "advantages", "update", "logging")
 _WARM_UP = 2  # iterations, of which the first compiles
 _FEWEST = 3  # iterations that are measured, however long they take
-_MOST_SCALED = 5  # numbers of environments that are tried
+_NO_END = 2**53  # environment steps of a run that the clock ends
+_LIGHTNING_LOG = "lightning.pytorch.utilities.rank_zero"
 
 
 class Speed(NamedTuple):
@@ -100,8 +102,20 @@ def measure_speed(
         require(number >= 1, "num_envs", "be at least 1", number)
         rule = f"be {own}, the number of the environments, which is fixed"
         require(not fixed or number == own, "num_envs", rule, number)
+    log = logging.getLogger(_LIGHTNING_LOG)
+    level = log.level
+    log.setLevel(logging.WARNING)  # what devices there are has been said
+    try:
+        return _measure_all(settings, accelerator, sorted({*num_envs} - {own}), seconds)
+    finally:
+        log.setLevel(level)
+
+
+def _measure_all(
+    settings: PPOSettings, accelerator: str, num_envs: Sequence[int], seconds: float
+) -> list[Speed]:
     found = [_measure(settings, mode, accelerator, seconds) for mode in ("off", settings.compile)]
-    for number in sorted({*num_envs} - {own}):
+    for number in num_envs:
         env = cast(EnvSpec, dataclasses.replace(cast(Any, settings.env), num_envs=number))
         other = dataclasses.replace(settings, env=env)
         try:
@@ -231,7 +245,7 @@ class _Measured(PPO):
 
 
 def _measure(settings: PPOSettings, mode: CompileMode, accelerator: str, seconds: float) -> Speed:
-    chosen = dataclasses.replace(settings, compile=mode, total_env_steps=None)
+    chosen = dataclasses.replace(settings, compile=mode, total_env_steps=_NO_END)
     clock, stages = _Clock(seconds), _Stages()
     model = _Measured(**chosen.arguments())
     with tempfile.TemporaryDirectory() as folder:
@@ -240,6 +254,7 @@ def _measure(settings: PPOSettings, mode: CompileMode, accelerator: str, seconds
             devices=1,
             max_epochs=-1,
             logger=TensorBoardLogger(folder, name="", version=""),
+            enable_progress_bar=False,
             enable_model_summary=False,
             limit_val_batches=0,
             num_sanity_val_steps=0,

@@ -52,7 +52,7 @@ class EsperTrainer(Trainer):
     def bench(
         self,
         model: PPO,
-        num_envs: list[int] | None = None,
+        num_envs: int | list[int] | None = None,
         seconds: float = 3.0,
         output: Path | None = None,
     ) -> None:
@@ -63,11 +63,13 @@ class EsperTrainer(Trainer):
 
         Args:
             model: Model to measure, with ``compile=off`` and with its own mode.
-            num_envs: Numbers of environments to try as well; by default some are chosen.
+            num_envs: Number of environments to try as well, or a list such as ``[16, 256]``; by
+                default some are chosen.
             seconds: Seconds of each measurement, compilation not counted.
             output: File that gets the figures as JSON; by default none is written.
         """
         settings, accelerator = model.settings, self.accelerator.name()
+        num_envs = [num_envs] if isinstance(num_envs, int) else num_envs
         found = measure_speed(settings, accelerator=accelerator, num_envs=num_envs, seconds=seconds)
         print(speed_table(found, settings))
         if output is not None:
