@@ -25,6 +25,7 @@ __all__ = [
     "spec_from_data",
     "spec_to_data",
     "to_data",
+    "with_defaults",
 ]
 
 SpecData = dict[str, Any]
@@ -102,6 +103,29 @@ def spec_to_data(spec: object) -> SpecData:
         "class_path": f"{kind.__module__}.{kind.__qualname__}",
         "init_args": _fields_to_data(spec) if dataclasses.is_dataclass(spec) else {},
     }
+
+
+def with_defaults(data: Any, own: object) -> Any:
+    """Plain data of a spec with the defaults of settings that an earlier version did not have.
+
+    Args:
+        data: Plain data, of which those of a spec of another class are returned unchanged.
+        own: Spec whose class has the settings.
+    """
+    described = isinstance(data, Mapping) and cast(SpecData, data).keys() == _FORM
+    if not described or not dataclasses.is_dataclass(own) or isinstance(own, type):
+        return data
+    kind, settings = type(own), dict(cast(SpecData, data["init_args"]))
+    if data["class_path"] != f"{kind.__module__}.{kind.__qualname__}":
+        return cast(SpecData, data)
+    for field in dataclasses.fields(own):
+        if field.name in settings:
+            settings[field.name] = with_defaults(settings[field.name], getattr(own, field.name))
+        elif field.init and field.default is not dataclasses.MISSING:
+            settings[field.name] = to_data(field.default)
+        elif field.init and field.default_factory is not dataclasses.MISSING:
+            settings[field.name] = to_data(field.default_factory())
+    return {"class_path": data["class_path"], "init_args": settings}
 
 
 def spec_from_data(description: SpecData, *, owner: str, kind: type | None) -> Any:

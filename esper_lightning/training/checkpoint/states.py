@@ -32,6 +32,7 @@ from esper_lightning.training.checkpoint.content import (
 )
 from esper_lightning.training.checkpoint.files import read_checkpoint
 from esper_lightning.training.settings import PPOSettings
+from esper_lightning.training.specs import with_defaults
 
 __all__ = [
     "STATE_KEY",
@@ -218,7 +219,8 @@ def refuse_foreign(
     hint += ", or take its weights alone: PPO(warm_start=PATH)." if resuming else "."
     how = how_fields(settings.env)
     for name in ("env", "policy"):
-        mine, theirs = (_flat(side[name]) for side in (own, checkpoint["hyper_parameters"]))
+        stored = with_defaults(checkpoint["hyper_parameters"][name], getattr(settings, name))
+        mine, theirs = _flat(own[name]), _flat(stored)
         for key in ("class_path", *sorted((mine.keys() | theirs.keys()) - {"class_path"})):
             if key in how or (key == "num_envs" and not resuming):
                 continue

@@ -4,8 +4,8 @@ import re
 
 import pytest
 
-from esper_lightning import PPO, PPOConfig
-from esper_lightning.envs import CartPole
+from esper_lightning import MLP, PPO, PPOConfig
+from esper_lightning.envs import CartPole, FrameStack
 from esper_lightning.training.checkpoint.content import STATE_KEY
 from esper_lightning.training.checkpoint.states import checkpoint_at, refuse_foreign
 from esper_lightning.training.settings import PPOSettings
@@ -46,6 +46,23 @@ def test_training_is_resumed_with_the_same_ranks_and_environments_and_evaluation
     with pytest.raises(ValueError, match=r"^PPO\.env\.num_envs must be the checkpoint's, 4, got 8"):
         refuse_foreign(saved, other.settings, world_size=2)
     refuse_foreign(saved, other.settings, world_size=None)
+
+
+def test_a_setting_that_the_writer_did_not_have_has_its_default():
+    stacked = FrameStack(env=CartPole(num_envs=4, time_limit=500), frames=2)
+    saved = checkpoint(model(env=stacked))
+    env = saved["hyper_parameters"]["env"]["init_args"]
+    del (
+        env["env"]["init_args"]["time_limit"],
+        saved["hyper_parameters"]["policy"]["init_args"]["trunk"],
+    )
+    refuse_foreign(saved, model(env=stacked).settings, world_size=1)
+    other = FrameStack(env=CartPole(num_envs=4, time_limit=9), frames=2)
+    with pytest.raises(ValueError, match=r"^PPO\.env\.env must be the checkpoint's"):
+        refuse_foreign(saved, model(env=other).settings, world_size=1)
+    other = model(env=stacked, policy=MLP(trunk="shared"))
+    with pytest.raises(ValueError, match=r"^PPO\.policy\.trunk must be the checkpoint's"):
+        refuse_foreign(saved, other.settings, world_size=1)
 
 
 def test_a_spec_that_is_given_is_not_rebuilt():
