@@ -20,12 +20,9 @@ EXCEPTIONS = {
     "demo.md": LATER,  # written by hand
     "faults.md": LATER,  # of a dirty tree
     "growth.md": LATER,  # of a dirty tree
-    "learning_compile_max.md": LATER,  # of a dirty tree
     "checkpoints.md": LATER,  # its command had a name for the file
     "recorder_cost.md": LATER,  # of a dirty tree
     "recorder_cost_small.md": LATER,  # its part was an option of its own
-    "throughput.md": LATER,  # of a dirty tree, and by an option that is gone
-    "throughput_scaling.md": LATER,  # of a dirty tree
 }
 TINY = """
 import pathlib
