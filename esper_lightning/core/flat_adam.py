@@ -153,7 +153,7 @@ class FlatParameters:
 
 def _require_plain_adam(optimizer: torch.optim.Optimizer, trained: list[nn.Parameter]) -> None:
     group, *others = optimizer.param_groups
-    got = {name: group[name] for name in PLAIN_ADAM}
+    got = {name: group.get(name) for name in PLAIN_ADAM}
     same = not others and len(group["params"]) == len(trained)
     same = same and all(
         parameter is mine and parameter.requires_grad

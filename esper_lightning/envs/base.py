@@ -97,7 +97,10 @@ class FunctionalEnv(BatchedEnv, Protocol):
         ...
 
     def keep(self, episodes: Any) -> None:
-        """Store ``episodes`` as the current episodes."""
+        """Store ``episodes`` as the current episodes.
+
+        The rollout after the next one may reuse their memory: copy what is kept for longer.
+        """
         ...
 
     def draw(self, steps: int) -> Any:

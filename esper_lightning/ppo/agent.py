@@ -98,10 +98,15 @@ class Agent(nn.Module):
             ValueError: If the parameters are not float32 on one device.
         """
         self._flat = FlatParameters(self, optimizer)
+        self.refresh()
+        return self._flat
+
+    def refresh(self) -> None:
+        """Look for buffers and frozen weights that others have replaced."""
+        assert self._flat is not None
         frozen = {n: p for n, p in self.named_parameters() if not p.requires_grad}
         buffers = {**dict(self.named_buffers()), **frozen}
         self._weights = Weights(self._flat.state.weight, buffers)
-        return self._flat
 
     @property
     def weights(self) -> Weights:

@@ -194,9 +194,9 @@ class Learner:
 
     def rollout(self, steps: int) -> Rollout:
         """Act for ``steps`` steps in every environment."""
-        assert self._acting is not None
-        assert self._parameters is not None
+        assert self._acting is not None and self._parameters is not None  # noqa: PT018
         self._parameters.refresh()
+        self.agent.refresh()
         storage = first_steps(self._storage, steps)
         memory = self._acting.memory  # it is changed in place
         self._first_memory = None if memory is None else memory.clone()

@@ -112,20 +112,21 @@ def with_defaults(data: Any, own: object) -> Any:
         data: Plain data, of which those of a spec of another class are returned unchanged.
         own: Spec whose class has the settings.
     """
-    described = isinstance(data, Mapping) and cast(SpecData, data).keys() == _FORM
-    if not described or not dataclasses.is_dataclass(own) or isinstance(own, type):
-        return data
-    kind, settings = type(own), dict(cast(SpecData, data["init_args"]))
-    if data["class_path"] != f"{kind.__module__}.{kind.__qualname__}":
-        return cast(SpecData, data)
-    for field in dataclasses.fields(own):
+    is_spec = dataclasses.is_dataclass(own) and not isinstance(own, type)
+    if not (is_spec and isinstance(data, Mapping) and {*cast(SpecData, data)} == _FORM):
+        return cast(Any, data)
+    stored, kind = cast(SpecData, data), type(own)
+    settings: SpecData = dict(stored["init_args"])
+    if stored["class_path"] != f"{kind.__module__}.{kind.__qualname__}":
+        return stored
+    for field in dataclasses.fields(cast(Any, own)):
         if field.name in settings:
             settings[field.name] = with_defaults(settings[field.name], getattr(own, field.name))
         elif field.init and field.default is not dataclasses.MISSING:
             settings[field.name] = to_data(field.default)
         elif field.init and field.default_factory is not dataclasses.MISSING:
             settings[field.name] = to_data(field.default_factory())
-    return {"class_path": data["class_path"], "init_args": settings}
+    return {"class_path": stored["class_path"], "init_args": settings}
 
 
 def spec_from_data(description: SpecData, *, owner: str, kind: type | None) -> Any:

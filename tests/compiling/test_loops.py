@@ -197,3 +197,10 @@ def test_an_index_outside_is_the_error_that_it_is_eagerly() -> None:
     for outside in (3, -4):
         with pytest.raises(IndexError):
             function(x, torch.tensor([0, outside]))
+    for operation in (torch.gather, torch.index_select):  # no negative ones, as in torch
+        function = compile_function(
+            "test", lambda x, k, of=operation: of(x, 0, k), mode="auto", device=CPU
+        )
+        assert function(x, torch.tensor([2, 0])).tolist() == [2.0, 0.0]
+        with pytest.raises(IndexError):
+            function(x, torch.tensor([0, -1]))

@@ -9,7 +9,7 @@ from typing import NamedTuple
 from torch import Tensor
 
 from esper_lightning.compiling.native.program import aligned
-from esper_lightning.compiling.native.translation import Translation
+from esper_lightning.compiling.native.source import Translation
 from esper_lightning.compiling.native.values import C_TYPES
 
 __all__ = ["LoopShapes", "function_text", "loop_text", "map_text"]

@@ -69,22 +69,29 @@ def _converted(kernel: Kernel, value: Value, dtype: torch.dtype) -> Value:
 # Elements at computed indices
 
 
-def _indices(kernel: Kernel, index: Value, extent: int) -> Value:
-    """Indices in memory, checked once: one outside of its tensor is an error after the call."""
+def _indices(kernel: Kernel, index: Value, extent: int, *, lowest: int = 0) -> Value:
+    """Indices in memory, checked once: one outside of its tensor is an error after the call.
+
+    Args:
+        kernel: Kernel that gets the statements.
+        index: Indices.
+        extent: Extent of the axis.
+        lowest: The lowest index that is allowed; negative ones count from the end.
+    """
     if index.dtype not in (torch.int64, torch.int32):
         raise UnsupportedError(f"an index of {index.dtype}")
     if extent == 0:
         raise UnsupportedError("an index into nothing")
     index = kernel.stored(index)
     buffer, view = index.place
-    key = (buffer, view.storage_offset(), tuple(view.shape), view.stride(), extent)
+    key = (buffer, view.storage_offset(), tuple(view.shape), view.stride(), lowest, extent)
     if key in kernel.checked:
         return index
     kernel.checked.add(key)
     outside = pointwise(
         kernel,
         Result(index.shape, torch.bool),
-        f"{{0}} < -{extent} || {{0}} >= {extent}",
+        f"{{0}} < {lowest} || {{0}} >= {extent}",
         index,
         dtype=index.dtype,
     )
@@ -129,19 +136,21 @@ def _index(kernel: Kernel, result: Result, x: Value, indices: Sequence[Value | N
     axis = used[0]
     index = indices[axis]
     assert index is not None
-    return _index_rows(kernel, result, x, axis, index)
+    return _index_rows(kernel, result, x, axis, index, lowest=-x.shape[axis])
 
 
 @operation("index_select.default")
 def _index_select(kernel: Kernel, result: Result, x: Value, dim: int, index: Value) -> Value:
     if len(index.shape) != 1 or not x.shape:
         raise UnsupportedError("index_select of a number")
-    return _index_rows(kernel, result, x, dim % len(x.shape), index)
+    return _index_rows(kernel, result, x, dim % len(x.shape), index, lowest=0)
 
 
-def _index_rows(kernel: Kernel, result: Result, x: Value, axis: int, index: Value) -> Value:
+def _index_rows(
+    kernel: Kernel, result: Result, x: Value, axis: int, index: Value, *, lowest: int
+) -> Value:
     x, extent, rank = kernel.stored(in_memory(x)), x.shape[axis], len(index.shape)
-    index = _indices(kernel, index, extent)
+    index = _indices(kernel, index, extent, lowest=lowest)
 
     def expression(where: Index) -> str:
         own = where[axis : axis + rank]

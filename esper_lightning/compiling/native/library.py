@@ -26,6 +26,7 @@ _FLAGS = (
     *("-O3", "-std=c++17", "-shared", "-fPIC", "-pthread", "-fopenmp-simd", "-fwrapv", "-w"),
     *("-fno-math-errno", "-fno-trapping-math"),
 )
+_LOOSE = {"-ffast-math", "-Ofast", "-ffinite-math-only", "-funsafe-math-optimizations"}
 _MOST_BYTES = 256 * 2**20  # of all libraries in the cache
 _COMPILE_S = 300.0  # seconds after which a compiler is given up
 _INSTALL = "install g++ or clang, or set CXX"
@@ -76,8 +77,10 @@ def cache_directory() -> Path:
     Raises:
         UnsupportedError: If there is no such folder and none can be made.
     """
-    base = os.environ.get("XDG_CACHE_HOME") or str(Path("~/.cache").expanduser())
-    folder = Path(base) / "esper_lightning" / "native"
+    base = Path(os.environ.get("XDG_CACHE_HOME", ""))
+    if not base.is_absolute():  # the standard has relative ones ignored
+        base = Path("~/.cache").expanduser()
+    folder = base / "esper_lightning" / "native"
     try:
         folder.mkdir(mode=0o700, parents=True, exist_ok=True)
         status = folder.stat()
@@ -102,7 +105,10 @@ def build_library(source: str) -> ctypes.CDLL:
     """
     command = find_compiler()
     identity = _identity(tuple(command))
-    flags = [*_FLAGS, _architecture_flag(), *shlex.split(os.environ.get("CXXFLAGS", ""))]
+    own = shlex.split(os.environ.get("CXXFLAGS", ""))
+    if loose := _LOOSE & {*own}:
+        raise UnsupportedError(f"CXXFLAGS has {min(loose)}, with which NaN is not noticed")
+    flags = [*_FLAGS, _architecture_flag(), *own]
     if "Free Software Foundation" in identity:
         # Else a sum may be rounded twice in one loop and once in another, as the tuning for some
         # processors has it: the rows of a product would differ with the division among threads.

@@ -1,6 +1,7 @@
 """Functions and loops that run as native code, compiled for the shapes of their first call."""
 
-from collections.abc import Callable
+import math
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
@@ -15,10 +16,13 @@ from esper_lightning.compiling.native.drivers import (
 from esper_lightning.compiling.native.program import Program, aligned
 from esper_lightning.compiling.native.statements import chunk_rows
 from esper_lightning.compiling.native.translation import translate
+from esper_lightning.compiling.native.values import UnsupportedError
 from esper_lightning.compiling.tracing import Body, ChunkBody, Traced, Tree
 from esper_lightning.core.tensor_trees import leaves, map_tree
 
 __all__ = ["NativeFunction", "NativeLoop", "NativeMap"]
+
+_ROUNDING = 1e-4  # by which the sum of two chunks may differ from the sum over both
 
 
 class NativeFunction:
@@ -72,6 +76,9 @@ class NativeMap:
         size = chunk_rows(number)
         self._chunks = chunks = number // size
         some = map_tree(lambda leaf: leaf[:size], rows)
+        if chunks > 1:
+            two = map_tree(lambda leaf: leaf[: 2 * size], rows)
+            _refuse_mixed_rows(self._function, two, constants)
         traced = Traced(self._function, (some, constants), functional=True)
         first, count = len(leaves(rows)), len(leaves((rows, constants)))
         body = translate(traced.graph, "body", shared=False, unchanged=range(first, count))
@@ -117,6 +124,8 @@ class NativeLoop:
             size = chunk_rows(chunked.shape[1])
             chunks = chunked.shape[1] // size
             example = (carry, chunked[0, :size], constants)
+            if chunks > 1:
+                _refuse_other_sums(self._chunk_body, carry, chunked[0, : 2 * size], constants)
             traced = Traced(self._chunk_body, example, functional=True)
             sums = leaves(traced.result)
             of_step = {*range(carried + 1 + constant)} - {carried}  # the same for all chunks
@@ -124,6 +133,7 @@ class NativeLoop:
             zeros = map_tree(lambda leaf: torch.zeros_like(leaf, device="cpu"), traced.result)
             x = (zeros, x)
         traced = Traced(self._body, (carry, x, constants), functional=True)
+        _refuse_changed_carry(leaves(carry), leaves(traced.result)[:carried])
         first = carried + len(leaves(x))
         unchanged = range(first, first + constant)
         body = translate(traced.graph, "body", shared=True, unchanged=unchanged)
@@ -148,3 +158,42 @@ class NativeLoop:
             own_bytes=own_bytes,
             captured=captured,
         )
+
+
+def _refuse_changed_carry(before: Sequence[Tensor], after: Sequence[Tensor]) -> None:
+    """Refuse a step whose carry has other shapes or dtypes than the carry before it."""
+    for old, new in zip(before, after, strict=True):
+        if (old.shape, old.dtype) != (new.shape, new.dtype):
+            kinds = [f"{leaf.dtype} {list(leaf.shape)}" for leaf in (old, new)]
+            raise UnsupportedError(f"a state that is {kinds[0]} before a step and {kinds[1]} after")
+
+
+def _refuse_other_sums(chunk_body: ChunkBody, carry: Tree, index: Tensor, constants: Tree) -> None:
+    """Refuse sums over a minibatch that are not the sums over its chunks."""
+    halves = [leaves(chunk_body(carry, half, constants)) for half in index.chunk(2)]
+    whole = leaves(chunk_body(carry, index, constants))
+    for one, other, both in zip(*halves, whole, strict=True):
+        if not _equal(one + other, both, size=max(map(_largest, (one, other, both)))):
+            raise UnsupportedError("a sum over samples whose terms depend on other samples")
+
+
+def _refuse_mixed_rows(function: Callable[[Tree, Tree], Tree], rows: Tree, constants: Tree) -> None:
+    """Refuse a function whose rows depend on each other."""
+    number = leaves(rows)[0].shape[0] // 2
+    parts = (map_tree(lambda leaf: leaf[:number], rows), map_tree(lambda leaf: leaf[number:], rows))
+    halves = [leaves(function(part, constants)) for part in parts]
+    for one, other, both in zip(*halves, leaves(function(rows, constants)), strict=True):
+        if not _equal(torch.cat([one, other]), both, size=_largest(both)):
+            raise UnsupportedError("rows that depend on each other")
+
+
+def _largest(leaf: Tensor) -> float:
+    return float(leaf.abs().max()) if leaf.is_floating_point() and leaf.numel() else 0.0
+
+
+def _equal(got: Tensor, expected: Tensor, *, size: float) -> bool:
+    """Whether numbers are equal to rounding; what is not finite proves nothing."""
+    if not expected.is_floating_point():
+        return torch.equal(got, expected)
+    difference = (got - expected).abs().nan_to_num(nan=0.0, posinf=0.0, neginf=0.0)
+    return bool((difference <= _ROUNDING * (1.0 + size)).all()) or not math.isfinite(size)

@@ -7,7 +7,6 @@ its memories stay in the caches and a team of threads can divide the groups.
 
 from collections.abc import Callable, Collection, Sequence
 from functools import partial
-from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor, fx
@@ -15,6 +14,7 @@ from torch import Tensor, fx
 from esper_lightning.compiling.native.nests import Kernel
 from esper_lightning.compiling.native.operations import Operations, Result
 from esper_lightning.compiling.native.program import aligned
+from esper_lightning.compiling.native.source import Translation
 from esper_lightning.compiling.native.statements import chunk_rows
 from esper_lightning.compiling.native.values import (
     Shape,
@@ -27,13 +27,10 @@ from esper_lightning.compiling.tracing import Traced
 from esper_lightning.core.recurrence import backward_step, forward_step
 from esper_lightning.core.tensor_trees import leaves
 
-if TYPE_CHECKING:
-    from esper_lightning.compiling.native.translation import Translation
-
 __all__ = ["Translate", "recurrences"]
 
 
-Translate = Callable[[fx.GraphModule, str, Collection[int]], "Translation"]
+Translate = Callable[[fx.GraphModule, str, Collection[int]], Translation]
 """``(graph, name, unchanged) -> translation`` of a function that one thread runs, in which the
 arguments of the numbers ``unchanged`` are the same in all calls of a loop."""
 
@@ -46,7 +43,7 @@ def recurrences(translate: Translate) -> Operations:
     """
     operations = Operations()
 
-    @operations.register("esper_lightning.recurrence.default")
+    @operations.register(str(torch.ops.esper_lightning.recurrence.default))
     def _forward(
         kernel: Kernel,
         result: Result,
@@ -63,7 +60,7 @@ def recurrences(translate: Translate) -> Operations:
         loop = _Loop(kernel, translate, step, xs=[x, begins], constants=[weight, bias])
         return loop.run(memory, backwards=False)[0]
 
-    @operations.register("esper_lightning.recurrence_backward.default")
+    @operations.register(str(torch.ops.esper_lightning.recurrence_backward.default))
     def _backward(
         kernel: Kernel,
         result: Result,
@@ -102,7 +99,7 @@ class _Loop:
         xs: Sequence[Value],
         constants: Sequence[Value],
     ) -> None:
-        self._kernel, self._translate, self._step = kernel, translate, step
+        self._kernel, self._translate, self._of_step = kernel, translate, step
         self._xs = [_contiguous(kernel, value) for value in xs]
         self._constants = [_contiguous(kernel, value) for value in constants]
         self._steps, self._sequences = xs[0].shape[:2]
@@ -124,10 +121,10 @@ class _Loop:
             *(_zeros(value.shape, value) for value in self._constants),
         ]
         with torch.autocast("cpu", enabled=False):
-            traced = Traced(self._step, tuple(example), functional=True)
+            traced = Traced(self._of_step, tuple(example), functional=True)
         varying = 1 + len(self._xs)
         unchanged = range(varying, varying + len(self._constants))
-        body = self._translate(traced.graph, f"{name}_step", unchanged)
+        body = self._translate(traced.graph, f"{name}_body", unchanged)
         if body.captured:
             raise UnsupportedError("a recurrent step with a tensor of its own")
         rows = leaves(traced.result)
@@ -170,7 +167,7 @@ class _Loop:
 
 def _loop_text(
     name: str,
-    body: "Translation",
+    body: Translation,
     *,
     steps: int,
     groups: int,
@@ -203,13 +200,13 @@ NOINLINE static void {name}({", ".join(given)}) {{
   for (int64_t g = first; g < end; g++) {{
     char* own = work + g * {aligned(body.work_bytes)};
     const void* const packed[] = {{{packed}}};
-    {name}_step_pack(packed, own);
+    {name}_body_pack(packed, own);
     const char* before = carry + g * {rows[0]};
     for (int64_t k = 0; k < {steps}; k++) {{
       const int64_t at = {f"({steps - 1} - k)" if backwards else "k"} * {groups} + g;
       const void* const in[] = {{{now}}};
       void* const out[] = {{{out}}};
-      {name}_step(in, out, own, team, me);
+      {name}_body(in, out, own, team, me);
       before = (const char*)out[0];
     }}
   }}

@@ -1,15 +1,26 @@
 """The C++ text of a kernel: its nests, its calls, and the memory that they use."""
 
 from collections.abc import Iterator
+from typing import NamedTuple
+
+from torch import Tensor
 
 from esper_lightning.compiling.native.nests import Kernel
 from esper_lightning.compiling.native.statements import Call, Load, Nest, Rows, Sum
 from esper_lightning.compiling.native.values import C_TYPES, Buffer, strided_index
 
-__all__ = ["Source"]
+__all__ = ["Source", "Translation"]
 
 _ALIGNMENT = 64  # bytes
 _SHORT = 8  # iterations of an innermost loop that is written out instead
+
+
+class Translation(NamedTuple):
+    """A graph in C++."""
+
+    text: str  # of the functions NAME_pack and NAME
+    work_bytes: int
+    captured: list[Tensor]  # tensors that the graph holds: further inputs, after its arguments
 
 
 class Source:

@@ -3,7 +3,7 @@
 import operator
 from collections import Counter
 from collections.abc import Collection
-from typing import Any, NamedTuple
+from typing import Any
 
 from torch import Tensor, fx
 
@@ -21,10 +21,10 @@ from esper_lightning.compiling.native import (
 from esper_lightning.compiling.native.decompositions import decompose
 from esper_lightning.compiling.native.nests import Kernel
 from esper_lightning.compiling.native.operations import Operation, Result
-from esper_lightning.compiling.native.source import Source
+from esper_lightning.compiling.native.source import Source, Translation
 from esper_lightning.compiling.native.values import C_TYPES, UnsupportedError, Value
 
-__all__ = ["OPERATIONS", "Translation", "translate"]
+__all__ = ["OPERATIONS", "translate"]
 
 OPERATIONS: dict[str, Operation] = {
     **activations.OPERATIONS,
@@ -37,14 +37,6 @@ OPERATIONS: dict[str, Operation] = {
     **views.OPERATIONS,
 }
 """Every operation that native code knows."""
-
-
-class Translation(NamedTuple):
-    """A graph in C++."""
-
-    text: str  # of the functions NAME_pack and NAME
-    work_bytes: int
-    captured: list[Tensor]  # tensors that the graph holds: further inputs, after its arguments
 
 
 def translate(

@@ -152,3 +152,17 @@ def test_the_compiler_sees_nothing_of_torch():
         "<stddef.h>",
         "<stdint.h>",
     }
+
+
+def test_flags_with_which_nan_is_not_noticed_are_refused(monkeypatch):
+    monkeypatch.setenv("CXXFLAGS", "-O2 -ffast-math")
+    with pytest.raises(UnsupportedError, match="CXXFLAGS has -ffast-math"):
+        build_library("")
+
+
+def test_a_relative_folder_of_caches_is_ignored(monkeypatch, tmp_path):
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setenv("HOME", str(tmp_path / "home"))
+    monkeypatch.setenv("XDG_CACHE_HOME", "relative")
+    assert cache_directory().is_relative_to(tmp_path / "home")
+    assert not (tmp_path / "relative").exists()

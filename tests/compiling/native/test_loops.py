@@ -213,3 +213,53 @@ def test_what_has_no_translation_is_refused_by_name(function, what):
 )
 def test_chunks_divide_the_rows(rows: int, size: int) -> None:
     assert chunk_rows(rows) == size
+
+
+@pytest.mark.parametrize(
+    ("carry", "x"),
+    [
+        (torch.zeros(3), torch.ones(4, 3, dtype=torch.float64)),
+        (torch.zeros(3, dtype=torch.int32), torch.ones(4, 3, dtype=torch.int64)),
+        (torch.zeros(3, dtype=torch.bool), torch.ones(4, 3, dtype=torch.int64)),
+        (torch.zeros(1), torch.ones(4, 3)),
+    ],
+    ids=["dtype", "width", "bool", "shape"],
+)
+def test_a_carry_that_a_step_changes_in_kind_is_refused(carry: Tensor, x: Tensor) -> None:
+    """Its memory would be read as what it was before."""
+    loop = NativeLoop(lambda carry, x, constants: (carry + x, carry), None)
+    with pytest.raises(UnsupportedError, match="a state that is"):
+        loop(carry, x, None, None)
+
+
+def test_sums_whose_terms_depend_on_other_samples_are_refused() -> None:
+    values = torch.randn(512, generator=torch.Generator().manual_seed(0))
+
+    def of_chunk(carry: Tensor, index: Tensor, constants: Tensor) -> Tensor:
+        chosen = constants[index]
+        return (chosen - chosen.mean()).square().sum()
+
+    def alone(carry: Tensor, index: Tensor, constants: Tensor) -> Tensor:
+        return constants[index].square().sum()
+
+    order = torch.arange(512).view(1, -1)
+    body = lambda carry, x, constants: (carry + x[0], carry)  # noqa: E731
+    with pytest.raises(UnsupportedError, match="depend on other samples"):
+        NativeLoop(body, of_chunk)(torch.zeros(()), torch.zeros(1), order, values)
+    total, _ = NativeLoop(body, alone)(torch.zeros(()), torch.zeros(1), order, values)
+    torch.testing.assert_close(total, values.square().sum())
+
+
+def test_rows_that_depend_on_each_other_are_refused() -> None:
+    x = torch.randn(512, 3, generator=torch.Generator().manual_seed(0))
+    with pytest.raises(UnsupportedError, match="rows that depend on each other"):
+        NativeMap(lambda rows, _: rows - rows.mean(0))(x, None)
+    torch.testing.assert_close(NativeMap(lambda rows, _: rows.tanh())(x, None), x.tanh())
+
+
+def test_an_older_result_may_be_the_argument_of_a_call_that_would_overwrite_it() -> None:
+    turn = NativeFunction(lambda x: x.flip(0) + 1.0)
+    x = torch.arange(5000.0)
+    older = turn(x)
+    turn(x)
+    torch.testing.assert_close(turn(older), x + 2.0)
