@@ -65,3 +65,14 @@ def test_gradients_reach_the_weights_that_are_given() -> None:
     assert named["actor.0.weight"].any()
     assert not named["value_head.weight"].any()
     assert all(parameter.grad is None for parameter in agent.policy.parameters())
+
+
+def test_a_buffer_that_somebody_replaces_is_noticed_before_the_next_iteration() -> None:
+    agent = make()
+    agent.policy.register_buffer("scale", torch.ones(1))
+    agent.refresh()
+    new = torch.full((1,), 2.0)
+    agent.policy.scale = new
+    assert agent.weights.buffers["policy.scale"] is not new
+    agent.refresh()
+    assert agent.weights.buffers["policy.scale"] is new
