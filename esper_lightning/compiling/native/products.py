@@ -10,6 +10,7 @@ from esper_lightning.compiling.native.values import (
     UnsupportedError,
     Value,
     contiguous_view,
+    pointer,
 )
 
 __all__ = ["product"]
@@ -49,11 +50,6 @@ def transposed(value: Value) -> Value:
     return Value(value.shape[::-1], value.dtype, buffer=buffer, view=view.t())
 
 
-def _pointer(value: Value) -> str:
-    buffer, view = value.place
-    return f"{buffer.name} + {view.storage_offset()}"
-
-
 def _strides(value: Value) -> tuple[int, ...]:
     """Strides of a matrix; 0 for an axis of extent 1."""
     view = value.place[1]
@@ -79,7 +75,7 @@ def _packed(
     if columns_first:
         sizes = (columns, depth, by_column, by_depth)
     arguments = ", ".join(map(str, (*sizes, padded)))
-    statement = f"pack<{arguments}>({_pointer(b)}, {{}});"
+    statement = f"pack<{arguments}>({pointer(b)}, {{}});"
     numel = sizes[0] * padded
     source = b.place[0]
     if kernel.is_constant(source):
@@ -115,7 +111,7 @@ def _result(
 
 def _blocked(kernel: Kernel, a: Value, b: Value) -> Value:
     (depth, columns), (by_depth, by_column) = b.shape, _strides(b)
-    right, others, padded = _pointer(b), list[Value](), False
+    right, others, padded = pointer(b), list[Value](), False
     worth = a.shape[0] >= _COLUMNS or kernel.is_constant(b.place[0])
     if (by_column != 1) or (columns % _COLUMNS and worth):
         by_depth = -(-columns // _COLUMNS) * _COLUMNS
@@ -124,17 +120,17 @@ def _blocked(kernel: Kernel, a: Value, b: Value) -> Value:
     by_row, by_step = _strides(a)
     flag = "true" if padded else "false"
     call = f"gemm<{columns}, {depth}, {by_row}, {by_step}, {by_depth}, {flag}>"
-    return _result(kernel, a, b, others, call, _pointer(a), right)
+    return _result(kernel, a, b, others, call, pointer(a), right)
 
 
 def _dots(kernel: Kernel, a: Value, b: Value) -> Value:
     (depth, columns), (by_depth, by_column) = b.shape, _strides(b)
-    right, others = _pointer(b), list[Value]()
+    right, others = pointer(b), list[Value]()
     if by_depth != 1:
         right, others = _packed(kernel, b, columns_first=True, padded=depth)
         by_column = depth
     call = f"dots<{columns}, {depth}, {_strides(a)[0]}, {by_column}>"
-    return _result(kernel, a, b, others, call, _pointer(a), right)
+    return _result(kernel, a, b, others, call, pointer(a), right)
 
 
 def _plain(kernel: Kernel, a: Value, b: Value) -> Value:
@@ -143,4 +139,4 @@ def _plain(kernel: Kernel, a: Value, b: Value) -> Value:
         raise UnsupportedError(f"a product of {rows} x {depth} and {depth} x {columns} {a.dtype}")
     sizes = ", ".join(map(str, (columns, depth, *_strides(a), *_strides(b))))
     call = f"tiny<{C_TYPES[a.dtype]}, {sizes}>"
-    return _result(kernel, a, b, [], call, _pointer(a), _pointer(b))
+    return _result(kernel, a, b, [], call, pointer(a), pointer(b))

@@ -22,7 +22,9 @@ from esper_lightning.compiling.native.values import (
     Value,
     contiguous_view,
     literal,
+    pointer,
 )
+from esper_lightning.compiling.native.views import contiguous
 from esper_lightning.compiling.tracing import Traced
 from esper_lightning.core.recurrence import backward_step, forward_step
 from esper_lightning.core.tensor_trees import leaves
@@ -100,8 +102,8 @@ class _Loop:
         constants: Sequence[Value],
     ) -> None:
         self._kernel, self._translate, self._of_step = kernel, translate, step
-        self._xs = [_contiguous(kernel, value) for value in xs]
-        self._constants = [_contiguous(kernel, value) for value in constants]
+        self._xs = [contiguous(kernel, value) for value in xs]
+        self._constants = [contiguous(kernel, value) for value in constants]
         self._steps, self._sequences = xs[0].shape[:2]
 
     def run(self, carry: Value, *, backwards: bool) -> list[Value]:
@@ -112,7 +114,7 @@ class _Loop:
             backwards: Whether the last step is the first to run.
         """
         kernel, name = self._kernel, f"{self._kernel.name}_loop{len(self._kernel.functions)}"
-        carry = _contiguous(kernel, carry)
+        carry = contiguous(kernel, carry)
         size = chunk_rows(self._sequences)
         groups = self._sequences // size
         example = [
@@ -152,7 +154,7 @@ class _Loop:
         ]
         own = kernel.new_buffer(torch.uint8, groups * aligned(body.work_bytes))
         reads = [carry, *self._xs, *self._constants]
-        pointers = [f"(const char*)({_pointer(value)})" for value in reads]
+        pointers = [f"(const char*)({pointer(value)})" for value in reads]
         pointers += [f"(char*){value.place[0].name}" for value in results]
         arguments = ", ".join([*pointers, f"(char*){own.name}"])
         kernel.call_groups(
@@ -211,21 +213,6 @@ NOINLINE static void {name}({", ".join(given)}) {{
     }}
   }}
 }}"""
-
-
-def _contiguous(kernel: Kernel, value: Value) -> Value:
-    """The value in contiguous memory."""
-    value = kernel.stored(value)
-    if value.place[1].is_contiguous():
-        return value
-    return kernel.stored(
-        Value(value.shape, value.dtype, lambda index: kernel.element(value, index))
-    )
-
-
-def _pointer(value: Value) -> str:
-    buffer, view = value.place
-    return f"{buffer.name} + {view.storage_offset()}"
 
 
 def _zeros(shape: Shape, like: Value) -> Tensor:
