@@ -50,6 +50,7 @@ from esper_lightning.training.special_evaluations import (
     require_special_evaluation,
     special_evaluation,
 )
+from esper_lightning.training.specs import refuse_opaque
 from esper_lightning.training.trainer_rules import refuse_trainer
 
 __all__ = ["prepare"]
@@ -148,6 +149,7 @@ class EsperCLI(LightningCLI):
             # Extensions are of use in training alone; their classes may not be here.
             model = cast(dict[str, Any], self._checkpoint["hyper_parameters"])
             settings: dict[str, Any] = {"model": {**model, "extensions": []}}
+            refuse_opaque("model", settings["model"])
             words = ["evaluate", "--config", json.dumps(settings), *words[1:]]
             words += ["--ckpt_path", str(path)]
         self.config = parser.parse_args(words)
