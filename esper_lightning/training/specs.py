@@ -80,11 +80,7 @@ def to_data(value: object, kind: Any = None) -> Any:
     if isinstance(value, list | tuple):
         listed = cast(Sequence[object], value)
         return [*map(to_data, listed, _item_kinds(kind, len(listed)))]
-    if value is None:
-        return None
-    # A value of a derived class, such as one of NumPy, becomes one of the plain class.
-    bases = [plain for plain in _PLAIN if isinstance(value, plain) and not isinstance(value, Enum)]
-    return bases[0](value) if bases else {_OPAQUE: repr(value)}
+    return _plain(value)
 
 
 def first_difference(name: str, values: Sequence[Any]) -> tuple[str, list[Any]]:
@@ -282,6 +278,14 @@ def _is_spec_within(kind: type) -> bool:
     which to know them.
     """
     return any(each in kind.__mro__ for each in _WITHIN) or issubclass(kind, EnvSpec)
+
+
+def _plain(value: Any) -> Any:
+    """A number or text without a class of its own, such as one of NumPy; else the ``repr``."""
+    bases: list[Any] = [base for base in _PLAIN if isinstance(value, base)]
+    if value is None or (bases and not isinstance(value, Enum)):
+        return bases[0](value) if bases else None
+    return {_OPAQUE: repr(value)}
 
 
 def _fields_to_data(settings: Any) -> SpecData:
