@@ -4,6 +4,7 @@ import argparse
 import contextlib
 import json
 import logging
+import sys
 import traceback
 import warnings
 from collections.abc import Callable, Sequence
@@ -288,6 +289,10 @@ class EsperCLI(LightningCLI):
             self._start()
         except RanksDisagreeError as error:
             fail(error)
+        except SystemExit as error:
+            if error.code:
+                raise
+            sys.exit("esper: code of a setting has ended the process before the command was done.")
         except Exception as error:
             if self.model.is_resuming:
                 path = self.config[self.subcommand]["ckpt_path"]

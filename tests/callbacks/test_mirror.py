@@ -21,7 +21,7 @@ from esper_lightning.callbacks.mirror import Mirror, place_of, require_writable
 from esper_lightning.callbacks.run_directory import run_directory
 from esper_lightning.cli.main import main
 from esper_lightning.train import run_plugins
-from tests.cli.test_cli import CARTPOLE, QUICK
+from tests.cli.test_lightning_cli import CARTPOLE, QUICK
 from tests.recorder.test_flight_recorder import Plain, raise_at
 
 
