@@ -23,7 +23,7 @@ from lightning.pytorch.profilers import Profiler
 from typing_extensions import override
 
 from esper_lightning.compiling.loops import CompileMode
-from esper_lightning.core.errors import positive, require
+from esper_lightning.core.errors import at_least, positive, require
 from esper_lightning.envs.base import EnvSpec, spec_name, takes_num_envs
 from esper_lightning.train import run_callbacks, run_plugins
 from esper_lightning.training.module import PPO
@@ -99,7 +99,7 @@ def measure_speed(
         some = [own // 16, own // 4, own * 4, own * 16]
         num_envs = [] if fixed else [number for number in some if 1 <= number <= 65536]
     for number in num_envs:
-        require(number >= 1, "num_envs", "be at least 1", number)
+        at_least("num_envs", number, 1)
         rule = f"be {own}, the number of the environments, which is fixed"
         require(not fixed or number == own, "num_envs", rule, number)
     log = logging.getLogger(_LIGHTNING_LOG)
