@@ -238,7 +238,7 @@ class _Clock(Callback):
 
 
 class _Measured(PPO):
-    """PPO that tells how long its environments take."""
+    """PPO that measures how long its environments take."""
 
     def time_environment(self, add: Callable[[float], None]) -> None:
         self._learner.time_environment(add)

@@ -52,7 +52,7 @@ def map_tree(function: Callable[[Tensor], Tensor], tree: Any) -> Any:
 
 
 def _gather(tree: Any, found: list[Tensor]) -> None:
-    # Iterations walk many small trees: plain tensors are told by their type, without a call.
+    # Iterations walk many small trees: plain tensors are known by their type, without a call.
     if isinstance(tree, Tensor):
         found.append(tree)
     elif isinstance(tree, _SEQUENCES):

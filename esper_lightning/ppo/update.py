@@ -49,7 +49,7 @@ class _Progress(NamedTuple):
     """State that one gradient step passes to the next step."""
 
     adam: AdamState
-    skip: Bool[Tensor, ""]  # steps are left out from here on
+    skip: Bool[Tensor, ""]  # steps are skipped from here on
     finite: Bool[Tensor, ""]  # every gradient was, so far
     kl: Float[Tensor, ""]  # sum over the steps of this pass
 
