@@ -155,7 +155,8 @@ class AutoresetEnv:
     ) -> tuple[Episodes, StepResult]:
         """One step from ``episodes``, as a pure function; ended ones start from ``initial``."""
         outcome: Any = self._task.advance(episodes.state, action)
-        require(_is_triple(outcome), f"{self._owner}.advance()", "return a Transition", outcome)
+        if not _is_triple(outcome):
+            require(False, f"{self._owner}.advance()", "return a Transition", outcome)
         reached, reward, terminated = outcome
         is_of_envs = reward.shape == terminated.shape == episodes.elapsed.shape
         if not (is_of_envs and reached.shape == episodes.state.shape):  # they would broadcast
