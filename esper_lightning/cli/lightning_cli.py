@@ -28,6 +28,7 @@ from esper_lightning.callbacks.run_directory import run_directory
 from esper_lightning.cli import shipped
 from esper_lightning.cli.errors import fail, nearest
 from esper_lightning.cli.mistakes import settings_come_first
+from esper_lightning.cli.pages.live_page import LivePage
 from esper_lightning.cli.settings import SettingsParser
 from esper_lightning.cli.trainer import EsperTrainer
 from esper_lightning.core.errors import require
@@ -113,6 +114,7 @@ class EsperCLI(LightningCLI):
     model: PPO
     subcommand: str
     _run_dir: str | Path | None = None
+    _page: LivePage | None = None
     _start: Callable[[], None]
     _says: Sequence[str] = ()
     _resumes_from: int = 0
@@ -225,6 +227,9 @@ class EsperCLI(LightningCLI):
             writes_history=not any(isinstance(callback, History) for callback in given),
             records=not any(isinstance(callback, FlightRecorder) for callback in given),
         )
+        if self._get(self.config_init, "open_report"):
+            self._page = LivePage()
+            self.trainer_defaults["callbacks"].append(self._page)
         return super().instantiate_trainer(**kwargs)
 
     @override
@@ -296,6 +301,9 @@ class EsperCLI(LightningCLI):
             if not early and not _is_refusal_of_callback(error):
                 raise
             fail(error)
+        finally:
+            if self._page is not None and self.trainer.is_global_zero:
+                self._page.write(self.trainer)
         if not self.trainer.is_global_zero:
             return
         metrics = {name: value.item() for name, value in self.trainer.callback_metrics.items()}
