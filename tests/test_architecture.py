@@ -23,8 +23,8 @@ TESTS = Path(__file__).parent
 DOCUMENT = PACKAGE.parent / "docs" / "architecture.md"
 FIRST, ENVIRONMENT, STEP = "training/module.py", "envs/cartpole.py", "advance"
 MOST_FILES, MOST_OF_ALL, MOST_LINES = 17, 37, 400
-BY_THEMES = ("compiling/native", "envs")
-"""Folders whose tests are by operations, contracts and simulators, and not by files."""
+BY_THEMES = ("cli/project", "compiling/native", "envs")
+"""Folders whose tests are by operations, contracts and simulators, or that are templates."""
 TESTED_ELSEWHERE = {
     "__main__.py": "cli/test_main.py starts it",
     "callbacks/window_profiler.py": "it is the former place of recorder/profiling/window_profiler",

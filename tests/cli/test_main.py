@@ -326,3 +326,17 @@ def test_a_tilde_that_no_shell_expanded_is_the_home_folder(words, monkeypatch, t
     monkeypatch.setattr("esper_lightning.cli.main._prepare", lambda w: seen.append(w) or list)
     command_line(words)
     assert seen == [[word.replace("~", str(tmp_path)) for word in words]]
+
+
+def test_the_shell_completes_commands_and_configs(tmp_path):
+    script = subprocess.run(
+        [sys.executable, "-m", "esper_lightning", "--completion"],
+        capture_output=True,
+        text=True,
+        check=True,
+    ).stdout
+    ask = "COMP_WORDS=(esper {}); COMP_CWORD={}; _esper; echo ${{COMPREPLY[@]}}\n"
+    asked = ask.format("cr", 1) + ask.format("fit --config walk", 3)
+    words = ["bash", "--norc", "-c", f"{script}\n{asked}"]
+    done = subprocess.run(words, capture_output=True, text=True, cwd=tmp_path, check=True)
+    assert done.stdout.splitlines() == ["crash", "walker2d"]
