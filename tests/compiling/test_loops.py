@@ -1,6 +1,7 @@
 """A loop gives the same results in every mode; what cannot be compiled runs eagerly."""
 
 import logging
+from concurrent.futures import ThreadPoolExecutor
 from typing import Any
 
 import pytest
@@ -176,9 +177,38 @@ def test_every_shape_has_a_program_of_its_own() -> None:
         return 2 * x
 
     compiled = compile_function("test", function, mode="auto", device=CPU)
-    for size in (4, 3, 4, 3):
+    for size in (4, 3):
         assert compiled(torch.ones(size)).tolist() == [2.0] * size
-    assert seen == [4, 3]
+    assert list(dict.fromkeys(seen)) == [4, 3]
+    seen.clear()
+    for size in (4, 3):
+        assert compiled(torch.ones(size)).tolist() == [2.0] * size
+    assert seen == []
+
+
+def test_other_keys_and_other_numbers_have_programs_of_their_own() -> None:
+    def function(x: dict[str, Tensor], factor: float) -> Tensor:
+        return x.get("a", torch.zeros(1)) * factor
+
+    compiled = compile_function("test", function, mode="auto", device=CPU)
+    one = torch.ones(1)
+    for tree, factor, expected in [
+        ({"a": one}, 2.0, 2.0),
+        ({"a": one}, 3.0, 3.0),
+        ({"b": one}, 3.0, 0.0),
+        ({"a": one}, 2.0, 2.0),
+    ]:
+        assert compiled(tree, factor).item() == expected
+
+
+def test_threads_that_compile_at_once_take_turns(caplog: pytest.LogCaptureFixture) -> None:
+    def run(number: int) -> list[float]:
+        function = compile_function("test", lambda x: x * number, mode="auto", device=CPU)
+        return function(torch.ones(2)).tolist()
+
+    with ThreadPoolExecutor(4) as pool:
+        assert list(pool.map(run, range(4))) == [[float(number)] * 2 for number in range(4)]
+    assert ours(caplog) == []
 
 
 def test_a_user_can_switch_compilers_off(monkeypatch: pytest.MonkeyPatch) -> None:

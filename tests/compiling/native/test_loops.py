@@ -252,8 +252,18 @@ def test_sums_whose_terms_depend_on_other_samples_are_refused() -> None:
 
 def test_rows_that_depend_on_each_other_are_refused() -> None:
     x = torch.randn(512, 3, generator=torch.Generator().manual_seed(0))
-    with pytest.raises(UnsupportedError, match="rows that depend on each other"):
-        NativeMap(lambda rows, _: rows - rows.mean(0))(x, None)
+    mixed = [
+        lambda rows, _: rows - rows.mean(0),
+        lambda rows, _: rows + 1e-6 * rows.flip(0),
+        lambda rows, _: rows / len(rows),
+        lambda rows, _: rows + torch.arange(len(rows))[:, None],
+        lambda rows, _: rows + rows.isnan().any(),
+    ]
+    with_nan = x.clone()
+    with_nan[100, 0] = float("nan")
+    for function in mixed:
+        with pytest.raises(UnsupportedError, match="rows that depend on each other"):
+            NativeMap(function)(with_nan, None)
     torch.testing.assert_close(NativeMap(lambda rows, _: rows.tanh())(x, None), x.tanh())
 
 
