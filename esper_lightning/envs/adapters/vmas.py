@@ -11,7 +11,7 @@ from esper_lightning.core.types import Observation
 from esper_lightning.envs.adapters.curriculum import pass_progress
 from esper_lightning.envs.adapters.simulated import Simulator, Stepped
 from esper_lightning.envs.adapters.spaces import read_spaces
-from esper_lightning.envs.adapters.tensors import to_range
+from esper_lightning.envs.adapters.tensors import read_count, read_device, to_range
 from esper_lightning.envs.base import RunProgress
 
 __all__ = ["VmasSimulator"]
@@ -33,8 +33,8 @@ class VmasSimulator(Simulator):
     def __init__(self, env: Any, *, name: str) -> None:
         self._env, self.name = env, name
         self._agents = len(env.agents)
-        self.num_envs = int(env.num_envs) * self._agents
-        self.device = torch.empty(0, device=env.device).device
+        self.num_envs = read_count(env, "num_envs", name=name) * self._agents
+        self.device = read_device(env, name=name)
         observed = sorted({tuple(space.shape) for space in env.observation_space.spaces})
         require(len(observed) == 1, f"{name} agents", "observe alike to share a policy", observed)
         acted = sorted({str(space) for space in env.action_space.spaces})
