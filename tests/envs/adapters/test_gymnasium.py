@@ -153,9 +153,7 @@ class Forgetful(SyncVectorEnv):
 @pytest.mark.parametrize("kind", ["box", "dict", "discrete"])
 def test_a_single_environment_is_reset_once(kind):
     makers = [lambda: simulators.Counter(length=3, kind=kind)]
-    env = HostEnv(
-        Forgetful(makers, autoreset_mode=AutoresetMode.NEXT_STEP), CPU, 0, name="Counter"
-    )
+    env = HostEnv(Forgetful(makers, autoreset_mode=AutoresetMode.NEXT_STEP), CPU, 0, name="Counter")
     env.reset()
     action = torch.zeros(1, *env.spaces.action.shape if kind == "box" else ())
     lengths = [env.step(action if kind == "box" else action.long()) for _ in range(12)]
