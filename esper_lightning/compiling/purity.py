@@ -16,7 +16,7 @@ from typing_extensions import override
 
 from esper_lightning.core.tensor_trees import leaves
 
-__all__ = ["ImpureError", "results_of_pure"]
+__all__ = ["ImpureError", "results_of_pure", "same_bits"]
 
 Tree = Any
 
@@ -53,7 +53,8 @@ def same_bits(one: Tensor, other: Tensor) -> bool:
 
 
 def _bytes(tensor: Tensor) -> Tensor:
-    return tensor.detach().contiguous().reshape(-1).view(torch.uint8)
+    flat = tensor.detach().reshape(-1).clone(memory_format=torch.contiguous_format)
+    return flat.view(torch.uint8)
 
 
 def _watched(function: Callable[..., Tree], args: Sequence[Tree]) -> list[Tensor]:

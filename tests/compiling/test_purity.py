@@ -7,7 +7,7 @@ import torch
 from torch import Tensor
 
 from esper_lightning.compiling.loops import compile_function, compile_loop, compile_map
-from esper_lightning.compiling.purity import ImpureError, results_of_pure
+from esper_lightning.compiling.purity import ImpureError, results_of_pure, same_bits
 
 CPU = torch.device("cpu")
 
@@ -99,6 +99,14 @@ def test_a_pure_function_may_write_to_what_it_made_and_give_nan() -> None:
     assert gradient.tolist() == [8.0, 18.0]
 
 
+def test_results_of_any_layout_are_compared() -> None:
+    x = torch.arange(6.0).view(1, 2, 3)
+    first, second, third = results_of_pure(lambda x: (x[:, 0, 0], x.transpose(1, 2), x[0, 0, 0]), x)
+    assert (first.tolist(), second.shape, third.item()) == ([0.0], (1, 3, 2), 0.0)
+    assert not same_bits(torch.zeros(1), -torch.zeros(1))
+    assert not same_bits(torch.zeros(1), torch.zeros(1, 1))
+
+
 @pytest.mark.usefixtures("native_code")
 def test_a_loop_and_a_map_leave_what_they_hold_as_it_was(caplog: pytest.LogCaptureFixture) -> None:
     """Also what asks whether samples depend on each other runs on nothing of the user's."""
@@ -116,6 +124,11 @@ def test_a_loop_and_a_map_leave_what_they_hold_as_it_was(caplog: pytest.LogCaptu
     total, _ = loop(torch.zeros(()), torch.zeros(1), index, samples, None)
     assert total == 512.0
     assert held == 1.0  # of the one call that ran eagerly
+    body = lambda c, x, k: (c + held.add_(1.0) * 0.0, x)  # noqa: E731
+    loop = compile_loop("loop", body, mode="auto", device=CPU)
+    loop(torch.zeros(()), torch.zeros(2), None, None, None)
+    assert held == 3.0  # once in each of two steps
+    held.fill_(1.0)
     rows = compile_map("map", counted, mode="auto", device=CPU)
     assert rows(samples, None).sum() == 1024.0
     assert held == 2.0

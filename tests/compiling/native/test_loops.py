@@ -161,6 +161,22 @@ def test_a_tensor_that_the_function_holds_is_read_in_place():
     assert function(torch.ones(2)).tolist() == [5.0, 5.0]
 
 
+@pytest.mark.parametrize("size", [17, 32])
+def test_a_matrix_that_the_function_holds_is_multiplied(threads, size):
+    generator = torch.Generator().manual_seed(0)
+    held = torch.randn(size, size, generator=generator)
+    x = torch.randn(300, size, generator=generator)
+
+    def both(x: Tensor) -> tuple[Tensor, Tensor]:
+        return x @ held, x @ held.t()
+
+    function = NativeFunction(both)
+    for factor in (1.0, 2.0):
+        held *= factor
+        for got, expected in zip(function(x), both(x), strict=True):
+            torch.testing.assert_close(got, expected, rtol=1e-5, atol=1e-5)
+
+
 @pytest.mark.parametrize("index", [[0, 4], [-5, 1], [2**40, 0]])
 def test_an_index_outside_of_its_tensor_is_an_error_as_in_torch(index):
     def function(x: Tensor, index: Tensor) -> Tensor:
