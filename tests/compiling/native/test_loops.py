@@ -14,6 +14,7 @@ from esper_lightning.compiling.native.loops import (
     chunk_rows,
 )
 from esper_lightning.compiling.native.values import UnsupportedError
+from esper_lightning.compiling.purity import same_bits
 from esper_lightning.core.tensor_trees import leaves
 
 CPU = torch.device("cpu")
@@ -175,6 +176,50 @@ def test_a_matrix_that_the_function_holds_is_multiplied(threads, size):
         held *= factor
         for got, expected in zip(function(x), both(x), strict=True):
             torch.testing.assert_close(got, expected, rtol=1e-5, atol=1e-5)
+
+
+def test_products_of_every_shape_and_layout(threads):
+    sizes = [(40, 24, 17), (40, 24, 5), (3, 24, 5), (40, 6, 5), (2, 3, 4), (5, 20, 33), (1, 17, 1)]
+    generator = torch.Generator().manual_seed(0)
+    pairs = [
+        (torch.randn(m, k, generator=generator), torch.randn(k, n, generator=generator))
+        for m, k, n in sizes
+    ]
+
+    def products(pairs: list[tuple[Tensor, Tensor]]) -> list[Tensor]:
+        results: list[Tensor] = []
+        for a, b in pairs:
+            turned_a, turned_b = (a * 2.0).t().contiguous().t(), (b + 1.0).t().contiguous().t()
+            results += [a @ b, (a * 2.0) @ b, a @ (b + 1.0), turned_a @ b, a @ turned_b]
+        return results
+
+    for got, expected in zip(NativeFunction(products)(pairs), products(pairs), strict=True):
+        torch.testing.assert_close(got, expected, rtol=1e-5, atol=1e-5)
+
+
+def test_views_and_writes_of_every_kind():
+    """Down to the signs of zeros."""
+    aten = torch.ops.aten
+
+    def everything(x: Tensor, k: Tensor) -> list[Tensor]:
+        written = x + 0.0
+        written[:, 1:3] = x[:, :2]
+        return [
+            x.flip(0),
+            aten.slice_backward(x, [3, 7], 1, 2, 6, 1),
+            written,
+            (x * 2.0).select(0, -1),
+            (x * 2.0).t() * 1.0,
+            x.scatter_add(1, k, x[:, :1]),
+            torch.any(x, dim=[]),
+            x.abs(),
+        ]
+
+    x = torch.arange(12.0).view(3, 4) - 5.0
+    x[0, :2], x[1, 1] = -0.0, 0.0
+    k = torch.tensor([[3], [0], [1]])
+    for got, expected in zip(NativeFunction(everything)(x, k), everything(x, k), strict=True):
+        assert same_bits(got, expected)
 
 
 @pytest.mark.parametrize("index", [[0, 4], [-5, 1], [2**40, 0]])
