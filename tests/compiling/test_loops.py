@@ -1,6 +1,7 @@
 """A loop gives the same results in every mode; what cannot be compiled runs eagerly."""
 
 import logging
+from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from typing import Any
 
@@ -166,6 +167,35 @@ def test_an_error_of_exhausted_memory_is_raised_without_a_second_try() -> None:
     with pytest.raises(torch.OutOfMemoryError):
         function(torch.zeros(1))
     assert len(calls) == 1
+
+
+def test_the_fastest_way_that_works_serves_the_kind_of_its_first_call(
+    caplog: pytest.LogCaptureFixture,
+) -> None:
+    """As on CUDA: other shapes, and what fails, run a slower way."""
+    calls: list[str] = []
+
+    def way(name: str, error: Exception | None = None) -> Callable[[Tensor], Tensor]:
+        def run(x: Tensor) -> Tensor:
+            calls.append(name)
+            if error is not None:
+                raise error
+            return 2.0 * x
+
+        return run
+
+    fails = way("fails", RuntimeError("no"))
+    ways = compiling._FirstThatWorks("test", "A way", [fails, way("fast"), way("eager")])
+    for size in (2, 3, 2):
+        assert ways(torch.ones(size)).tolist() == [2.0] * size
+    assert calls == ["fails", "fast", "eager", "fast"]
+    assert len(ours(caplog)) == 1
+    calls.clear()
+    exhausting = way("exhausting", torch.OutOfMemoryError("none left"))
+    ways = compiling._FirstThatWorks("test", "A way", [exhausting, way("eager")])
+    with pytest.raises(torch.OutOfMemoryError):
+        ways(torch.ones(1))
+    assert calls == ["exhausting"]
 
 
 def test_every_shape_has_a_program_of_its_own() -> None:
