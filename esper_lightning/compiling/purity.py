@@ -16,7 +16,7 @@ from typing_extensions import override
 
 from esper_lightning.core.tensor_trees import leaves
 
-__all__ = ["ImpureError", "results_of_pure", "same_bits"]
+__all__ = ["ImpureError", "results_of_pure", "same_bits", "watched_results"]
 
 Tree = Any
 
@@ -39,7 +39,7 @@ def results_of_pure(function: Callable[..., Tree], *args: Tree) -> list[Tensor]:
         ImpureError: If the function does what a pure one does not, or gives other results at the
             second call.
     """
-    first, second = (_watched(function, args) for _ in range(2))
+    first, second = (watched_results(function, *args) for _ in range(2))
     if len(first) != len(second) or not all(map(same_bits, first, second)):
         raise ImpureError("results that change from call to call")
     return second
@@ -57,10 +57,26 @@ def _bytes(tensor: Tensor) -> Tensor:
     return flat.view(torch.uint8)
 
 
-def _watched(function: Callable[..., Tree], args: Sequence[Tree]) -> list[Tensor]:
-    # A function that needs a gradient computes it itself; nothing outside needs autograd.
-    with torch.no_grad(), _NoNumbers(), _OwnTensorsOnly():
-        return leaves(function(*args))
+def watched_results(function: Callable[..., Tree], *args: Tree) -> list[Tensor]:
+    """The tensors of a function's result, computed eagerly and by one thread.
+
+    More threads would take longer: they wait for each other at each of many small operations.
+
+    Args:
+        function: Function of trees of tensors.
+        *args: Arguments of the function.
+
+    Raises:
+        ImpureError: If the function does what a pure one does not; before it happens.
+    """
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    try:
+        # A function that needs a gradient computes it itself; nothing outside needs autograd.
+        with torch.no_grad(), _NoNumbers(), _OwnTensorsOnly():
+            return leaves(function(*args))
+    finally:
+        torch.set_num_threads(threads)
 
 
 class _NoNumbers(TorchFunctionMode):

@@ -17,7 +17,7 @@ from esper_lightning.compiling.native.program import Program, aligned
 from esper_lightning.compiling.native.statements import chunk_rows
 from esper_lightning.compiling.native.translation import translate
 from esper_lightning.compiling.native.values import UnsupportedError
-from esper_lightning.compiling.purity import results_of_pure, same_bits
+from esper_lightning.compiling.purity import results_of_pure, same_bits, watched_results
 from esper_lightning.compiling.tracing import Body, ChunkBody, Traced, Tree
 from esper_lightning.core.tensor_trees import leaves, map_tree
 
@@ -177,7 +177,7 @@ def _refuse_changed_carry(before: Sequence[Tensor], after: Sequence[Tensor]) -> 
 def _refuse_other_sums(chunk_body: ChunkBody, carry: Tree, index: Tensor, constants: Tree) -> None:
     """Refuse sums over a minibatch that are not the sums over its chunks."""
     whole = results_of_pure(chunk_body, carry, index, constants)
-    halves = [leaves(chunk_body(carry, half, constants)) for half in index.chunk(2)]
+    halves = [watched_results(chunk_body, carry, half, constants) for half in index.chunk(2)]
     for one, other, both in zip(*halves, whole, strict=True):
         if not _equal(one + other, both, size=max(map(_largest, (one, other, both)))):
             raise UnsupportedError("a sum over samples whose terms depend on other samples")
@@ -198,9 +198,9 @@ def _refuse_mixed_rows(
     beside_others = results_of_pure(
         function, map_tree(lambda leaf: leaf[: 2 * number], rows), constants
     )
-    alone = leaves(function(some, constants))
+    alone = watched_results(function, some, constants)
     repeated = map_tree(lambda leaf: leaf.repeat(2, *[1] * (leaf.dim() - 1)), some)
-    beside_themselves = leaves(function(repeated, constants))
+    beside_themselves = watched_results(function, repeated, constants)
     for own, both, twice in zip(alone, beside_others, beside_themselves, strict=True):
         # Beside other rows, not a bit may differ; other places and numbers may round otherwise.
         if not (
