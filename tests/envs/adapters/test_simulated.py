@@ -136,6 +136,13 @@ def test_a_member_that_is_no_number_or_device_is_named(kind, member, value, rule
     assert "\n" not in str(caught.value)
 
 
+def test_agents_by_name_are_refused():
+    made = VmasLike(2)
+    made.observation_space.spaces = dict(enumerate(made.observation_space.spaces))
+    with pytest.raises(ValueError, match=r"^walk must be made with dict_spaces=False"):
+        adapt(made, CPU, None, name="walk", lost="previous")
+
+
 def test_numbers_of_numpy_are_numbers():
     made = RslRl(2)
     made.num_actions = np.int64(3)
