@@ -26,8 +26,10 @@ from esper_lightning.callbacks.history import History
 from esper_lightning.callbacks.lightning_internals import parse_checkpoint_path
 from esper_lightning.callbacks.run_directory import run_directory
 from esper_lightning.cli import shipped
+from esper_lightning.cli.dry_run import plan
 from esper_lightning.cli.errors import fail, nearest
 from esper_lightning.cli.mistakes import settings_come_first
+from esper_lightning.cli.pages.live_page import LivePage
 from esper_lightning.cli.settings import SettingsParser
 from esper_lightning.cli.trainer import EsperTrainer
 from esper_lightning.core.errors import require
@@ -113,6 +115,8 @@ class EsperCLI(LightningCLI):
     model: PPO
     subcommand: str
     _run_dir: str | Path | None = None
+    _page: LivePage | None = None
+    _is_dry: bool = False
     _start: Callable[[], None]
     _says: Sequence[str] = ()
     _resumes_from: int = 0
@@ -225,6 +229,10 @@ class EsperCLI(LightningCLI):
             writes_history=not any(isinstance(callback, History) for callback in given),
             records=not any(isinstance(callback, FlightRecorder) for callback in given),
         )
+        self._is_dry = self._get(self.config_init, "dry_run")
+        if self._get(self.config_init, "open_report"):
+            self._page = LivePage()
+            self.trainer_defaults["callbacks"].append(self._page)
         return super().instantiate_trainer(**kwargs)
 
     @override
@@ -256,6 +264,8 @@ class EsperCLI(LightningCLI):
         figures = self.config_init["evaluate"]["figures"] if evaluates else None
         if figures is not None:
             require_special_evaluation(type(model.env), "--figures").refuse_figures(figures)
+        if self._is_dry:
+            return
         if fits and not self.trainer.barebones:  # last: a refused run leaves no files
             config = self._parser("fit").dump(self.config["fit"], skip_none=False)
             field = "The run directory" if self._run_dir is None else "--run_dir"
@@ -282,6 +292,10 @@ class EsperCLI(LightningCLI):
         """Train, evaluate or measure, and print the results."""
         if self.trainer.is_global_zero and self._says:
             print(*self._says, sep="\n", flush=True)
+        if self._is_dry:
+            if self.trainer.is_global_zero:
+                print(*plan(self.model, self.trainer, resumes_from=self._resumes_from), sep="\n")
+            return
         try:
             self._start()
         except RanksDisagreeError as error:
@@ -296,8 +310,13 @@ class EsperCLI(LightningCLI):
             if not early and not _is_refusal_of_callback(error):
                 raise
             fail(error)
-        if not self.trainer.is_global_zero:
-            return
+        finally:
+            if self._page is not None and self.trainer.is_global_zero:
+                self._page.write(self.trainer)
+        if self.trainer.is_global_zero:
+            self._print_results()
+
+    def _print_results(self) -> None:
         metrics = {name: value.item() for name, value in self.trainer.callback_metrics.items()}
         name = spec_name(self.model.env)
         if EVAL_RETURN in metrics:

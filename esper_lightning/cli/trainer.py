@@ -18,7 +18,12 @@ class EsperTrainer(Trainer):
 
     @override
     def fit(  # pyright: ignore[reportIncompatibleMethodOverride]
-        self, model: PPO, ckpt_path: str | None = None, run_dir: str | None = None
+        self,
+        model: PPO,
+        ckpt_path: str | None = None,
+        run_dir: str | None = None,
+        open_report: bool = False,
+        dry_run: bool = False,
     ) -> None:
         """Train a model.
 
@@ -27,8 +32,10 @@ class EsperTrainer(Trainer):
             ckpt_path: Checkpoint to resume from. ``last`` is the last one of the run directory, or
                 of the newest run where no directory is given; a new run begins where there is none.
             run_dir: Directory that the run writes to; by default a new ``runs/<env>/version_<n>``.
+            open_report: Open a page of the run in a browser, and renew it while the run goes on.
+            dry_run: Only print what the run would do and take: nothing is trained or written.
         """
-        del run_dir  # the logger has been given the directory
+        del run_dir, open_report, dry_run  # the logger, a callback and ``execute`` use them
         super().fit(model, ckpt_path=ckpt_path, weights_only=True)
 
     def evaluate(self, model: PPO, ckpt_path: str, figures: Path | None = None) -> None:

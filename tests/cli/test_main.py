@@ -317,3 +317,17 @@ def test_a_rank_whose_launcher_is_killed_before_the_ranks_have_met_leaves():
         launcher.kill()
         said = launcher.stderr.read()  # ends when the rank does
     assert "what started this rank is gone" in said
+
+
+def test_the_shell_completes_commands_and_configs(tmp_path):
+    script = subprocess.run(
+        [sys.executable, "-m", "esper_lightning", "--completion"],
+        capture_output=True,
+        text=True,
+        check=True,
+    ).stdout
+    ask = "COMP_WORDS=(esper {}); COMP_CWORD={}; _esper; echo ${{COMPREPLY[@]}}\n"
+    asked = ask.format("cr", 1) + ask.format("fit --config walk", 3)
+    words = ["bash", "--norc", "-c", f"{script}\n{asked}"]
+    done = subprocess.run(words, capture_output=True, text=True, cwd=tmp_path, check=True)
+    assert done.stdout.splitlines() == ["crash", "walker2d"]
