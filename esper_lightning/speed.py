@@ -34,7 +34,6 @@ __all__ = ["Speed", "measure_speed", "speed_as_data", "speed_table"]
 _STAGES = ("rollout", "advantages", "update", "logging")
 _WARM_UP = 2  # iterations, of which the first compiles
 _FEWEST = 3  # iterations that are measured, however long they take
-_NO_END = 2**53  # environment steps of a run that the clock ends
 _LIGHTNING_LOG = "lightning.pytorch.utilities.rank_zero"
 
 
@@ -245,7 +244,10 @@ class _Measured(PPO):
 
 
 def _measure(settings: PPOSettings, mode: CompileMode, accelerator: str, seconds: float) -> Speed:
-    chosen = dataclasses.replace(settings, compile=mode, total_env_steps=_NO_END)
+    ppo = settings.ppo
+    if ppo.learning_rate_schedule == "linear":  # which needs an end; the clock ends this run
+        ppo = dataclasses.replace(ppo, learning_rate_schedule="constant")
+    chosen = dataclasses.replace(settings, compile=mode, ppo=ppo, total_env_steps=None)
     clock, stages = _Clock(seconds), _Stages()
     model = _Measured(**chosen.arguments())
     with tempfile.TemporaryDirectory() as folder:
