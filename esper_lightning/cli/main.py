@@ -38,6 +38,7 @@ class _Command(NamedTuple):
 _COMMANDS = {
     "fit": _Command("train", builds=True),
     "evaluate": _Command("play episodes with the policy of a checkpoint", builds=True),
+    "play": _Command("watch the policy of a checkpoint act, in a browser", "play", builds=True),
     "bench": _Command("how fast a task trains here, and what the time goes to", builds=True),
     "export": _Command("write a policy as a file for elsewhere", module="export", builds=True),
     "report": _Command("what a run reached, as text or as a page", module="report", prints=True),
