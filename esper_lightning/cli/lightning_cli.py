@@ -4,6 +4,7 @@ import argparse
 import contextlib
 import json
 import logging
+import sys
 import traceback
 import warnings
 from collections.abc import Callable, Sequence
@@ -52,6 +53,7 @@ from esper_lightning.training.special_evaluations import (
     require_special_evaluation,
     special_evaluation,
 )
+from esper_lightning.training.specs import refuse_opaque
 from esper_lightning.training.trainer_rules import refuse_trainer
 from esper_lightning.training.video import record_video, refuse_video
 
@@ -153,6 +155,7 @@ class EsperCLI(LightningCLI):
             # Extensions are of use in training alone; their classes may not be here.
             model = cast(dict[str, Any], self._checkpoint["hyper_parameters"])
             settings: dict[str, Any] = {"model": {**model, "extensions": []}}
+            refuse_opaque("model", settings["model"])
             words = ["evaluate", "--config", json.dumps(settings), *words[1:]]
             words += ["--ckpt_path", str(path)]
         self.config = parser.parse_args(words)
@@ -304,6 +307,10 @@ class EsperCLI(LightningCLI):
             self._start()
         except RanksDisagreeError as error:
             fail(error)
+        except SystemExit as error:
+            if error.code:
+                raise
+            sys.exit("esper: code of a setting has ended the process before the command was done.")
         except Exception as error:
             if self.model.is_resuming:
                 path = self.config[self.subcommand]["ckpt_path"]

@@ -57,7 +57,7 @@ def main(arguments: list[str] | None = None) -> None:
     Args:
         arguments: Words that follow ``esper``; ``None`` for those of this process.
     """
-    words = sys.argv[1:] if arguments is None else arguments
+    words = [*map(_expand_home, sys.argv[1:] if arguments is None else arguments)]
     is_main = threading.current_thread() is threading.main_thread()
     unused = signal.getsignal(signal.SIGINT) is signal.default_int_handler
     owns_signals = arguments is None and is_main and unused
@@ -78,6 +78,13 @@ def main(arguments: list[str] | None = None) -> None:
         print(f"esper: what was printed is not whole: {stdout.error.strerror}", file=sys.stderr)
         if _COMMANDS[words[0]].prints:
             sys.exit(1)
+
+
+def _expand_home(word: str) -> str:
+    """A word in which ``~`` is the home folder: shells leave ``--run_dir=~/run`` as it is."""
+    name, sign, value = word.partition("=") if word.startswith("--") else ("", "", word)
+    is_there = value == "~" or value.startswith("~/")
+    return name + sign + os.path.expanduser(value) if is_there else word  # noqa: PTH111
 
 
 def _prepare(words: list[str]) -> Callable[[], None]:

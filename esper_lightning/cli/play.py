@@ -9,7 +9,7 @@ import time
 import webbrowser
 import zlib
 from collections.abc import Generator
-from typing import Any
+from typing import Any, cast
 
 import torch
 from torch import Tensor
@@ -98,12 +98,10 @@ class _Server(socketserver.ThreadingMixIn, http.server.HTTPServer):
 class _Handler(http.server.BaseHTTPRequestHandler):
     """Answers with the page, or with a stream of pictures."""
 
-    server: _Server
-
     def do_GET(self) -> None:
         """Answer a request of a browser."""
         if self.path == "/":
-            show = self.server.show
+            show = self._show
             picture = element("img", src="/frames", alt=show.title, style="width: 100%")
             content = page(show.title, picture).encode()
             self._begin("text/html; charset=utf-8")
@@ -111,7 +109,7 @@ class _Handler(http.server.BaseHTTPRequestHandler):
         elif self.path == "/frames":
             self._begin(f"multipart/x-mixed-replace; boundary={_BOUNDARY.decode()}")
             try:
-                for pictures, _ in self.server.show.frames():
+                for pictures, _ in self._show.frames():
                     data = png(pictures[0])
                     head = b"--%s\r\nContent-Type: image/png\r\nContent-Length: %d\r\n\r\n"
                     self.wfile.write(head % (_BOUNDARY, len(data)) + data + b"\r\n")
@@ -120,13 +118,17 @@ class _Handler(http.server.BaseHTTPRequestHandler):
         else:
             self.send_error(404)
 
+    @property
+    def _show(self) -> _Show:
+        return cast(_Server, self.server).show
+
     def _begin(self, kind: str) -> None:
         self.send_response(200)
         self.send_header("Content-Type", kind)
         self.send_header("Cache-Control", "no-store")
         self.end_headers()
 
-    def log_message(self, *args: Any) -> None:
+    def log_message(self, format: str, *args: Any) -> None:  # noqa: A002 - its name there
         """Print nothing for each request."""
 
 

@@ -156,9 +156,9 @@ class EnvSpec(ABC):
     returns environments whose ``render`` works, where those of training must be built otherwise.
     ``shared`` says that ``build`` always returns the same simulator: training then starts new
     episodes after each evaluation. Such a simulator is not closed at the end of a run; instead
-    ``release()`` of the spec is called once for each call of ``build``, where a spec has it. A dataclass field with
-    ``metadata={"how": True}`` says how environments run, and not what they are: it may differ
-    between a checkpoint and the run that resumes it.
+    ``release()`` of the spec is called once for each call of ``build``, where a spec has it. A
+    dataclass field with ``metadata={"how": True}`` says how environments run, and not what they
+    are: it may differ between a checkpoint and the run that resumes it.
     """
 
     num_envs: int

@@ -86,7 +86,7 @@ class MountainCar(EnvSpec):
         canvas = Canvas(len(state), _VIEW, state.device)
         place = torch.linspace(MIN_POSITION, MAX_POSITION, _PIECES + 1, device=state.device)
         slope = _on_slope(place)
-        for start, end in pairwise(slope.split(1)):
+        for start, end in pairwise(slope[:, None]):
             canvas.draw(start, end, width=0.015, colour=GREY)
         goal = _on_slope(place.new_tensor([GOAL_POSITION]))
         canvas.draw(goal, goal + goal.new_tensor([0.0, 0.15]), width=0.03, colour=ORANGE)

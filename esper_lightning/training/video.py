@@ -59,7 +59,8 @@ class _Player:
     def __init__(self, model: PPO, env: BatchedEnv) -> None:
         self._policy, self._env = model.policy, env
         self._normalize = _normalizer(model)
-        self._obs, self._mask = env.reset()
+        self._obs, mask = env.reset()
+        self._mask: Tensor | None = mask
         self._memory = self._policy.initial_memory(self._obs)
 
     def step(self) -> Tensor:
