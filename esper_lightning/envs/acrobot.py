@@ -6,6 +6,7 @@ a check would synchronise.
 
 import math
 from dataclasses import dataclass
+from typing import ClassVar
 
 import torch
 from torch import Tensor
@@ -41,6 +42,7 @@ class Acrobot(EnvSpec):
 
     num_envs: int = 64
     time_limit: int = 500
+    frames_per_s: ClassVar[float] = 15.0  # three times as fast as the simulated time
 
     def __post_init__(self) -> None:
         validate_sizes(self)

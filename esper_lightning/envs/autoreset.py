@@ -131,6 +131,11 @@ class AutoresetEnv:
         self.keep(episodes)
         return result
 
+    @property
+    def frames_per_s(self) -> float:
+        """Pictures that show a second, by the attribute of the task."""
+        return float(getattr(self._task, "frames_per_s", 30.0))
+
     @torch.no_grad()
     def render(self) -> UInt8[Tensor, "B H W 3"]:
         """Pictures of all environments, by the method ``render(state)`` of the task.

@@ -6,6 +6,7 @@ a check would synchronise.
 
 import math
 from dataclasses import dataclass
+from typing import ClassVar
 
 import torch
 from torch import Tensor
@@ -47,6 +48,7 @@ class CartPole(EnvSpec):
 
     num_envs: int = 64
     time_limit: int = 500
+    frames_per_s: ClassVar[float] = 1 / TIMESTEP_S
 
     def __post_init__(self) -> None:
         validate_sizes(self)

@@ -5,6 +5,7 @@ Axes: ``B`` environment, two components of the state, one of the action, which i
 
 import math
 from dataclasses import dataclass
+from typing import ClassVar
 
 import torch
 from torch import Tensor
@@ -40,6 +41,7 @@ class Pendulum(EnvSpec):
 
     num_envs: int = 64
     time_limit: int = 200
+    frames_per_s: ClassVar[float] = 1 / TIMESTEP_S
 
     def __post_init__(self) -> None:
         validate_sizes(self)

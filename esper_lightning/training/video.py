@@ -246,6 +246,9 @@ class VideoCallback(Callback):
             return
         path = directory / "videos" / f"{pl_module.env_steps:012d}.mp4"
         try:
+            shared = bool(getattr(pl_module.env, "shared", False))
+            rule = "build simulators of its own to be recorded during training"
+            require(not shared, spec_name(pl_module.env), rule, "one that is shared")
             record_video(pl_module, path, device=pl_module.device)
             for logger in trainer.loggers:
                 _hand_over(logger, path, pl_module.env_steps)
