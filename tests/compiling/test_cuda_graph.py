@@ -40,6 +40,20 @@ def test_a_replay_serves_arguments_at_other_addresses(cuda: SimulatedCuda) -> No
     assert len(cuda.graphs) == 1
 
 
+def test_a_result_of_a_compiled_graph_shares_no_memory_with_arguments_or_other_results(
+    cuda: SimulatedCuda,
+) -> None:
+    """The next call overwrites its arguments, and a caller may change them."""
+    function = compile_function(
+        "test", lambda x: (x.view(-1), x + 1, x[:1]), mode="max", device=CPU
+    )
+    x = torch.tensor([[1.0], [2.0]])
+    results = function(x)
+    x.zero_()
+    assert [result.tolist() for result in results] == [[1.0, 2.0], [[2.0], [3.0]], [[1.0]]]
+    assert len({result.untyped_storage().data_ptr() for result in results}) == 3
+
+
 def test_live_graphs_have_streams_of_their_own_and_dead_ones_return_theirs(
     cuda: SimulatedCuda,
 ) -> None:
