@@ -6,6 +6,7 @@ from collections import defaultdict
 from pathlib import Path
 from typing import Any
 
+from esper_lightning.forensics.fingerprint import Fingerprint
 from esper_lightning.forensics.phases import Phases
 from esper_lightning.forensics.processes import ProcessIdentity, is_alive
 from esper_lightning.forensics.rank_record import SCHEMA
@@ -120,7 +121,7 @@ def _death(first: Remains, ranks: list[Remains]) -> list[str]:
     how += [f"signal {signal}"] if signal else []
     how += [] if status is None else [f"exit status {status}"]
     lines.append(f"{', '.join(how)}, pid {report.pid or 'unknown'}")
-    lines += _memory(report)
+    lines += [*_memory(report), *_conditions(first)]
     if report.error is not None and report.error.non_finite is not None:
         lines.append(_where_not_finite(report.error.non_finite))
     phases, iteration, metrics = report.phases, report.iteration, report.metrics
@@ -131,6 +132,15 @@ def _death(first: Remains, ranks: list[Remains]) -> list[str]:
         lines.append(f"Last metrics: {text}")
     traceback = () if report.error is None else report.error.traceback
     return lines + [f"    {line}"[:100] for line in traceback[-8:]]
+
+
+def _conditions(first: Remains) -> list[str]:
+    """The commit of the program, and what differs from the run before."""
+    found, differences = first.fingerprint or Fingerprint(), first.differences
+    changes = {None: "", "": ""}.get(found.changes, ", with changes that are not committed")
+    lines = [f"Commit {found.commit[:10]}{changes}"] if found.commit else []
+    lines += [f"Other than in the run before: {', '.join(differences)}"] if differences else []
+    return [_cut(line, 2 * _WIDTH) for line in lines]
 
 
 def _memory(report: CrashReport) -> list[str]:
