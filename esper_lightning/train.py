@@ -195,7 +195,11 @@ def train_ppo_vectorized(
     )
     settings = {
         "model": model.settings.to_data(),
-        "trainer": {"accelerator": device, "devices": devices},
+        "trainer": {
+            "accelerator": device,
+            "devices": devices,
+            "limit_val_batches": 1.0 if evaluates else 0,
+        },
     }
     with tells_other_ranks(trainer):
         refuse_trainer(trainer, model.settings)  # before the Trainer starts other ranks

@@ -23,6 +23,7 @@ _COMMANDS = {
     "export": "write the policy of a checkpoint as a file for elsewhere",
     "report": "what a run reached, and how it ended (needs no torch)",
     "crash": "how a run died (needs no torch)",
+    "replay": "a dead run again, up to the iteration in which it died",
     "compare": "how variants did over the same seeds (needs no torch)",
 }
 _BUILD_FROM_SETTINGS = (
@@ -91,6 +92,8 @@ def _prepare(words: list[str]) -> Callable[[], None]:
         from esper_lightning.cli.report import run  # noqa: PLC0415
     elif name == "crash":
         from esper_lightning.cli.crash import run  # noqa: PLC0415
+    elif name == "replay":
+        from esper_lightning.cli.replay import run  # noqa: PLC0415
     elif name == "compare":
         from esper_lightning.cli.compare import run  # noqa: PLC0415
     else:

@@ -21,6 +21,7 @@ from esper_lightning.forensics.fingerprint import (
 from esper_lightning.forensics.layout import RunLayout
 from esper_lightning.forensics.reading import read_file
 from esper_lightning.recorder.attempt import attempt
+from esper_lightning.recorder.replay_watch import ReplayWatch
 
 __all__ = ["FINGERPRINT_KEY", "take_fingerprint"]
 
@@ -57,7 +58,13 @@ def take_fingerprint(trainer: Trainer, layout: RunLayout) -> Fingerprint:
 
 
 def _config(trainer: Trainer, layout: RunLayout) -> bytes | None:
-    """The config of a run as bytes; ``None`` for a module without hyper-parameters."""
+    """The config of a run as bytes; ``None`` for a module without hyper-parameters, and a replay.
+
+    A replay has the settings of the run that died, and callbacks of its own.
+    """
+    callbacks: list[Any] = trainer.callbacks
+    if any(isinstance(each, ReplayWatch) for each in callbacks):
+        return None
     if trainer.global_rank == 0 and layout.config.is_file():
         return read_file(layout.config)
     settings: Any = getattr(trainer.lightning_module, "hparams", None)

@@ -62,10 +62,11 @@ def test_what_differs_from_the_run_before_is_shown(fit, tmp_path, monkeypatch, c
     monkeypatch.setenv("XLA_FLAGS", "--new")
     with pytest.raises(RuntimeError, match="injected"):
         fit(Settled(2), raises=True)
-    changed = "another config, XLA_FLAGS not set -> --new"
-    assert ", ".join(examine(tmp_path / "run")[0].differences) == changed
+    changed = ("another config", "XLA_FLAGS not set -> --new")
+    assert examine(tmp_path / "run")[0].differences == changed
     run([str(tmp_path / "run")])
-    assert f"Other than in the run before: {changed}" in capsys.readouterr().out
+    lines = "".join(f"\n    {each}" for each in changed)
+    assert f"Other than in the run before:{lines}\n" in capsys.readouterr().out
 
 
 def test_resuming_says_what_differs_from_the_checkpoint(fit, tmp_path, monkeypatch, caplog):
