@@ -20,6 +20,7 @@ if TYPE_CHECKING:
     from esper_lightning.ppo.random_distillation import RND
     from esper_lightning.recorder.flight_recorder import FlightRecorder
     from esper_lightning.recorder.profiling.window_profiler import WindowProfiler
+    from esper_lightning.replaying import replay
     from esper_lightning.train import train_ppo_vectorized
     from esper_lightning.training.checkpoint.files import AtomicCheckpointIO
     from esper_lightning.training.module import PPO
@@ -43,6 +44,7 @@ __all__ = [
     "VideoCallback",
     "WindowProfiler",
     "check_env",
+    "replay",
     "train_ppo_vectorized",
 ]
 
@@ -64,6 +66,7 @@ _HOMES = {
     "VideoCallback": "training.video",
     "WindowProfiler": "recorder.profiling.window_profiler",
     "check_env": "envs.check",
+    "replay": "replaying",
     "train_ppo_vectorized": "train",
 }
 

@@ -43,6 +43,7 @@ _COMMANDS = {
     "export": _Command("write a policy as a file for elsewhere", module="export", builds=True),
     "report": _Command("what a run reached, as text or as a page", module="report", prints=True),
     "crash": _Command("how a run died", module="crash", prints=True),
+    "replay": _Command("a dead run again, to its death", module="replay", builds=True),
     "compare": _Command("how variants did over the same seeds", module="compare", prints=True),
     "list": _Command("configs, environments and policies to name", module="listing", prints=True),
     "doctor": _Command("what this machine has, and what will be fast", module="doctor"),
