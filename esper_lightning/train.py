@@ -197,7 +197,11 @@ def train_ppo_vectorized(
     )
     settings = {
         "model": model.settings.to_data(),
-        "trainer": {"accelerator": device, "devices": devices},
+        "trainer": {
+            "accelerator": device,
+            "devices": devices,
+            "limit_val_batches": 0 if evaluate_every is None else 1.0,
+        },
     }
     with tells_other_ranks(trainer):
         refuse_trainer(trainer, model.settings)  # before the Trainer starts other ranks

@@ -28,7 +28,7 @@ BY_THEMES = ("cli/project", "compiling/native", "envs")
 TESTED_ELSEWHERE = {
     "__main__.py": "cli/test_main.py starts it",
     "callbacks/window_profiler.py": "it is the former place of recorder/profiling/window_profiler",
-    "compiling/cuda_graph.py": "training/test_cuda.py has it on a GPU",
+    "cli/replay.py": "crash/test_replay.py has it as a command",
     "compiling/stepwise.py": "training/test_cuda.py has it on a GPU",
     "compiling/tracing.py": "compiling/native has it in every test",
     "core/shapes.py": "its annotations are checked in every test",
@@ -39,6 +39,7 @@ TESTED_ELSEWHERE = {
     "recorder/member.py": "recorder/test_protection.py has it within the registry",
     "recorder/profiler_guard.py": "recorder/test_flight_recorder.py has it in real runs",
     "recorder/registry.py": "recorder/test_protection.py has all of it",
+    "recorder/replay_watch.py": "crash/test_replay.py has it in real runs",
     "recorder/rescue.py": "recorder/test_evidence.py and test_flight_recorder.py run it",
     "recorder/signal_handlers.py": "recorder/test_protection.py has it within the registry",
     "training/checkpoint/hooks.py": "training/test_module.py calls its hooks as the Trainer does",

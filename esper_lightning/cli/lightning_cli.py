@@ -57,6 +57,7 @@ from esper_lightning.training.special_evaluations import (
 )
 from esper_lightning.training.specs import refuse_opaque
 from esper_lightning.training.trainer_rules import refuse_trainer
+from esper_lightning.training.video import record_video, refuse_video
 
 __all__ = ["prepare"]
 
@@ -269,6 +270,9 @@ class EsperCLI(LightningCLI):
         figures = self.config_init["evaluate"]["figures"] if evaluates else None
         if figures is not None:
             require_special_evaluation(type(model.env), "--figures").refuse_figures(figures)
+        video = self.config_init["evaluate"]["video"] if evaluates else None
+        if video is not None:
+            refuse_video(video)
         if self._is_dry:
             return
         if fits and not self.trainer.barebones:  # last: a refused run leaves no files
@@ -341,6 +345,10 @@ class EsperCLI(LightningCLI):
             device = self.trainer.strategy.root_device
             figures = self.config_init["evaluate"]["figures"]
             print(special.compare_policies(self.model, device, figures=figures))
+        video = self.config_init["evaluate"]["video"] if evaluates else None
+        if video is not None:
+            shown = record_video(self.model, video, device=self.trainer.strategy.root_device)
+            print(f"Video: {video} (returns {', '.join(f'{each:.4g}' for each in shown)})")
         if self.subcommand == "fit":
             steps, seconds = self.model.env_steps, self.model.progress.train_time_s
             rate = steps / seconds if seconds > 0 else 0.0

@@ -38,10 +38,12 @@ class _Command(NamedTuple):
 _COMMANDS = {
     "fit": _Command("train", builds=True),
     "evaluate": _Command("play episodes with the policy of a checkpoint", builds=True),
+    "play": _Command("watch the policy of a checkpoint act, in a browser", "play", builds=True),
     "bench": _Command("how fast a task trains here, and what the time goes to", builds=True),
     "export": _Command("write a policy as a file for elsewhere", module="export", builds=True),
     "report": _Command("what a run reached, as text or as a page", module="report", prints=True),
     "crash": _Command("how a run died", module="crash", prints=True),
+    "replay": _Command("a dead run again, to its death", module="replay", builds=True),
     "compare": _Command("how variants did over the same seeds", module="compare", prints=True),
     "list": _Command("configs, environments and policies to name", module="listing", prints=True),
     "doctor": _Command("what this machine has, and what will be fast", module="doctor"),

@@ -6,7 +6,7 @@ gives the same results to float32 rounding.
 
 On a CPU, every mode but ``off`` makes native code of a stage (``native``). On CUDA, ``default``
 compiles one step of a loop, and Python calls the compiled step (``stepwise``); ``max`` captures all
-steps in a CUDA graph (``cuda_graph``); ``auto`` compiles nothing. Where one of these fails, the
+steps in CUDA graphs (``cuda_graph``); ``auto`` compiles nothing. Where one of these fails, the
 next slower way takes over, with one warning.
 """
 
@@ -19,7 +19,7 @@ from typing import Any, Literal
 
 import torch
 
-from esper_lightning.compiling.cuda_graph import CapturedFunction
+from esper_lightning.compiling.cuda_graph import CapturedFunction, CapturedLoop
 from esper_lightning.compiling.native.loops import NativeFunction, NativeLoop, NativeMap
 from esper_lightning.compiling.native.program import IndexOutsideError
 from esper_lightning.compiling.native.values import UnsupportedError
@@ -76,7 +76,7 @@ def compile_loop(
     if not _is_compiled(mode, device):
         return eager
     stepwise = StepwiseLoop(body, chunk_body, device)
-    captured = [CapturedFunction(stepwise)] if mode == "max" else []
+    captured = [CapturedLoop(stepwise, device)] if mode == "max" else []
     return _FirstThatWorks(name, f"compile={mode!r}", [*captured, stepwise, eager])
 
 

@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 
 from esper_lightning.core.errors import check_fields, require, require_int, require_members
-from esper_lightning.core.shapes import Bool, Float, Int, Shaped
+from esper_lightning.core.shapes import Bool, Float, Int, Shaped, UInt8
 from esper_lightning.core.spaces import EnvSpaces
 from esper_lightning.core.types import Observation, StepResult
 
@@ -130,6 +130,24 @@ class AutoresetEnv:
         episodes, result = self.transition(self._episodes, action, self.draw(1)[0])
         self.keep(episodes)
         return result
+
+    @property
+    def frames_per_s(self) -> float:
+        """Pictures that show a second, by the attribute of the task."""
+        return float(getattr(self._task, "frames_per_s", 30.0))
+
+    @torch.no_grad()
+    def render(self) -> UInt8[Tensor, "B H W 3"]:
+        """Pictures of all environments, by the method ``render(state)`` of the task.
+
+        Raises:
+            ValueError: If the task has no such method.
+        """
+        render = getattr(self._task, "render", None)
+        rule = "have a method render(state) -> uint8 [B, H, W, 3] to be shown"
+        require(callable(render), self._owner, rule, "none")
+        assert render is not None
+        return render(self._episodes.state)
 
     # The same as pure functions, for rollouts that are compiled.
 

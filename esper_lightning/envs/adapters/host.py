@@ -18,7 +18,7 @@ import torch
 from torch import Tensor
 
 from esper_lightning.core.errors import require
-from esper_lightning.core.shapes import Bool, Shaped
+from esper_lightning.core.shapes import Bool, Shaped, UInt8
 from esper_lightning.core.spaces import mask_size
 from esper_lightning.core.types import Observation, StepResult
 from esper_lightning.envs.adapters.curriculum import pass_progress
@@ -187,6 +187,27 @@ class HostEnv(StatelessEnv):
     def begin_iteration(self, progress: RunProgress) -> None:
         """Pass the progress of the run to the environments that have ``begin_iteration``."""
         pass_progress(self._env, progress)
+
+    @property
+    def frames_per_s(self) -> float:
+        """Pictures of ``render`` for a second of the simulated time."""
+        single: Any = next(iter(getattr(self._env, "envs", ())), self._env)
+        return float(dict(getattr(single, "metadata", None) or {}).get("render_fps") or 30.0)
+
+    def render(self) -> UInt8[Tensor, "B H W 3"]:
+        """Pictures of all environments.
+
+        Raises:
+            ValueError: If the simulator draws none.
+        """
+        render = getattr(self._env, "render", None)
+        require(callable(render), f"{self._name}.render", "return pictures", "no such method")
+        assert render is not None
+        pictures = np.asarray(render())
+        form = f"{pictures.dtype} {list(pictures.shape)}"
+        ok = pictures.dtype == np.uint8 and pictures.ndim == 4 and pictures.shape[-1] == 3
+        require(ok, f"{self._name}.render", "return pictures as uint8 [B, H, W, 3]", form)
+        return torch.from_numpy(pictures)
 
     def close(self) -> None:
         """Release the simulator's processes, windows and memory."""

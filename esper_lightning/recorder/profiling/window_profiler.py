@@ -272,6 +272,10 @@ class WindowProfiler(PyTorchProfiler):
             self.finish_window()
 
     def _begin_session(self) -> None:
+        if torch.cuda.is_available():
+            # Sessions follow each other at once. CUPTI's teardown after the first of them would
+            # take the events of the second (pytorch/kineto#1554), and break graphs before 12.6.
+            os.environ.setdefault("TEARDOWN_CUPTI", "0")
         kwargs = {k: v for k, v in profiler_settings(self).items() if k in _PROFILE_KWARGS}
         config = kwargs.pop("experimental_config", None) or global_session()
         profile = torch.profiler.profile(**kwargs, experimental_config=config)
