@@ -4,6 +4,7 @@ import argparse
 import contextlib
 import json
 import logging
+import sys
 import traceback
 import warnings
 from collections.abc import Callable, Sequence
@@ -26,8 +27,10 @@ from esper_lightning.callbacks.history import History
 from esper_lightning.callbacks.lightning_internals import parse_checkpoint_path
 from esper_lightning.callbacks.run_directory import run_directory
 from esper_lightning.cli import shipped
+from esper_lightning.cli.dry_run import plan
 from esper_lightning.cli.errors import fail, nearest
 from esper_lightning.cli.mistakes import settings_come_first
+from esper_lightning.cli.pages.live_page import LivePage
 from esper_lightning.cli.settings import SettingsParser
 from esper_lightning.cli.trainer import EsperTrainer
 from esper_lightning.core.errors import require
@@ -50,7 +53,9 @@ from esper_lightning.training.special_evaluations import (
     require_special_evaluation,
     special_evaluation,
 )
+from esper_lightning.training.specs import refuse_opaque
 from esper_lightning.training.trainer_rules import refuse_trainer
+from esper_lightning.training.video import record_video, refuse_video
 
 __all__ = ["prepare"]
 
@@ -113,6 +118,8 @@ class EsperCLI(LightningCLI):
     model: PPO
     subcommand: str
     _run_dir: str | Path | None = None
+    _page: LivePage | None = None
+    _is_dry: bool = False
     _start: Callable[[], None]
     _says: Sequence[str] = ()
     _resumes_from: int = 0
@@ -148,6 +155,7 @@ class EsperCLI(LightningCLI):
             # Extensions are of use in training alone; their classes may not be here.
             model = cast(dict[str, Any], self._checkpoint["hyper_parameters"])
             settings: dict[str, Any] = {"model": {**model, "extensions": []}}
+            refuse_opaque("model", settings["model"])
             words = ["evaluate", "--config", json.dumps(settings), *words[1:]]
             words += ["--ckpt_path", str(path)]
         self.config = parser.parse_args(words)
@@ -225,6 +233,10 @@ class EsperCLI(LightningCLI):
             writes_history=not any(isinstance(callback, History) for callback in given),
             records=not any(isinstance(callback, FlightRecorder) for callback in given),
         )
+        self._is_dry = self._get(self.config_init, "dry_run")
+        if self._get(self.config_init, "open_report"):
+            self._page = LivePage()
+            self.trainer_defaults["callbacks"].append(self._page)
         return super().instantiate_trainer(**kwargs)
 
     @override
@@ -256,6 +268,11 @@ class EsperCLI(LightningCLI):
         figures = self.config_init["evaluate"]["figures"] if evaluates else None
         if figures is not None:
             require_special_evaluation(type(model.env), "--figures").refuse_figures(figures)
+        video = self.config_init["evaluate"]["video"] if evaluates else None
+        if video is not None:
+            refuse_video(video)
+        if self._is_dry:
+            return
         if fits and not self.trainer.barebones:  # last: a refused run leaves no files
             config = self._parser("fit").dump(self.config["fit"], skip_none=False)
             field = "The run directory" if self._run_dir is None else "--run_dir"
@@ -282,10 +299,18 @@ class EsperCLI(LightningCLI):
         """Train, evaluate or measure, and print the results."""
         if self.trainer.is_global_zero and self._says:
             print(*self._says, sep="\n", flush=True)
+        if self._is_dry:
+            if self.trainer.is_global_zero:
+                print(*plan(self.model, self.trainer, resumes_from=self._resumes_from), sep="\n")
+            return
         try:
             self._start()
         except RanksDisagreeError as error:
             fail(error)
+        except SystemExit as error:
+            if error.code:
+                raise
+            sys.exit("esper: code of a setting has ended the process before the command was done.")
         except Exception as error:
             if self.model.is_resuming:
                 path = self.config[self.subcommand]["ckpt_path"]
@@ -296,8 +321,13 @@ class EsperCLI(LightningCLI):
             if not early and not _is_refusal_of_callback(error):
                 raise
             fail(error)
-        if not self.trainer.is_global_zero:
-            return
+        finally:
+            if self._page is not None and self.trainer.is_global_zero:
+                self._page.write(self.trainer)
+        if self.trainer.is_global_zero:
+            self._print_results()
+
+    def _print_results(self) -> None:
         metrics = {name: value.item() for name, value in self.trainer.callback_metrics.items()}
         name = spec_name(self.model.env)
         if EVAL_RETURN in metrics:
@@ -313,6 +343,10 @@ class EsperCLI(LightningCLI):
             device = self.trainer.strategy.root_device
             figures = self.config_init["evaluate"]["figures"]
             print(special.compare_policies(self.model, device, figures=figures))
+        video = self.config_init["evaluate"]["video"] if evaluates else None
+        if video is not None:
+            shown = record_video(self.model, video, device=self.trainer.strategy.root_device)
+            print(f"Video: {video} (returns {', '.join(f'{each:.4g}' for each in shown)})")
         if self.subcommand == "fit":
             steps, seconds = self.model.env_steps, self.model.progress.train_time_s
             rate = steps / seconds if seconds > 0 else 0.0

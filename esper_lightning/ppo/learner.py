@@ -343,12 +343,12 @@ class Learner:
         return metrics
 
     def _prepare_extensions(self, rollout: Rollout) -> Prepared:
-        rollout = with_reached_obs(rollout)
-        ranks, mine = self._ranks, is_healthy(rollout, self._action_space)
-        healthy = torch.stack(ranks.gather(mine)).all()
-        return self.agent.extensions.prepare(
-            rollout, healthy=healthy, ranks=ranks, generator=self._sample_order
-        )
+        rollout, ranks = with_reached_obs(rollout), self._ranks
+        healthy = torch.stack(ranks.gather(is_healthy(rollout, self._action_space))).all()
+        extensions, stream = self.agent.extensions, self._sample_order
+        prepared = extensions.prepare(rollout, healthy=healthy, ranks=ranks, generator=stream)
+        self.agent.refresh()  # ``prepare`` may have replaced a buffer
+        return prepared
 
     def _targets_of(
         self,

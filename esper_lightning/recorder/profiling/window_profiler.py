@@ -24,6 +24,7 @@ from typing_extensions import override
 
 from esper_lightning.callbacks.lightning_internals import profiler_settings
 from esper_lightning.core.errors import at_least, check_arguments, require_name
+from esper_lightning.core.paths import expand_home
 from esper_lightning.forensics.files import write_atomically
 from esper_lightning.forensics.layout import RunLayout
 from esper_lightning.recorder.profiling.global_session import global_session
@@ -103,7 +104,7 @@ class WindowProfiler(PyTorchProfiler):
         require_name("WindowProfiler.filename", filename, "a file")
         require_name("WindowProfiler.dirpath", dirpath, "a directory")
         super().__init__(
-            dirpath,
+            None if dirpath is None else expand_home(dirpath),
             filename,
             schedule=None,
             record_module_names=False,
