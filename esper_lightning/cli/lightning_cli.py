@@ -11,6 +11,7 @@ from contextlib import suppress
 from pathlib import Path
 from typing import Any, cast
 
+import torch
 from lightning.fabric.utilities.exceptions import MisconfigurationException
 from lightning.pytorch import Trainer
 from lightning.pytorch.accelerators import CUDAAccelerator, MPSAccelerator
@@ -34,10 +35,13 @@ from esper_lightning.core.errors import require
 from esper_lightning.core.paths import requires_folder
 from esper_lightning.core.ranks import RanksDisagreeError
 from esper_lightning.envs.base import ReadsData, spec_name
+from esper_lightning.forensics.files import replacing
+from esper_lightning.forensics.layout import RunLayout
 from esper_lightning.ppo.metrics import EVAL_RETURN
 from esper_lightning.recorder.flight_recorder import FlightRecorder
 from esper_lightning.train import begin_run, newest_run, run_callbacks, run_logger, run_plugins
 from esper_lightning.training.checkpoint.content import STATE_KEY
+from esper_lightning.training.checkpoint.kept import KeptState, latest_state
 from esper_lightning.training.checkpoint.meeting import tells_other_ranks
 from esper_lightning.training.checkpoint.states import (
     checkpoint_at,
@@ -240,13 +244,20 @@ class EsperCLI(LightningCLI):
         refuse_trainer(self.trainer, model.settings, fits=fits)
         if isinstance(model.env, ReadsData):
             model.env.check_data(self.trainer.strategy.root_device)
+        kept = self._kept_state() if fits and path == "last" else None
         if path in ("last", "best", "hpc"):  # a file, by the name that Lightning gives it
             path = parse_checkpoint_path(self.trainer, path)
-            if path is None:
+            if path is None and kept is None:
                 self._says = ["No checkpoint to resume from (--ckpt_path last): a new run begins."]
-        if path is not None:
+        checkpoint = None if path is None else load_checkpoint(path)
+        if kept is not None:
+            if checkpoint is None or checkpoint[STATE_KEY]["iteration"] < kept.iteration:
+                checkpoint, path = kept.checkpoint, str(self._joined_state)
+                self._says = [f"Resuming after iteration {kept.iteration}, the last one finished."]
+            else:
+                kept = None
+        if checkpoint is not None:
             ranks = self.trainer.world_size if fits else None
-            checkpoint = load_checkpoint(path)
             own = cast(Any, self.trainer).callbacks
             model.refuse_checkpoint(checkpoint, str(path), world_size=ranks, callbacks=own)
             self._resumes_from = checkpoint[STATE_KEY]["iteration"]
@@ -261,6 +272,27 @@ class EsperCLI(LightningCLI):
             field = "The run directory" if self._run_dir is None else "--run_dir"
             with requires_folder(field, self._run_dir):
                 begin_run(self.trainer, model.env, self._run_dir, config)
+        if kept is not None:
+            self._resume_from(kept)
+
+    @property
+    def _joined_state(self) -> Path:
+        return RunLayout(Path(self._run_dir or "").absolute()).joined_state
+
+    def _kept_state(self) -> KeptState | None:
+        """The state that the ranks of a killed run have stored in the run directory."""
+        is_here = self._run_dir is not None and "://" not in str(self._run_dir)
+        return latest_state(Path(self._run_dir or "")) if is_here else None
+
+    def _resume_from(self, kept: KeptState) -> None:
+        """Resume from a stored state, which becomes a checkpoint of the run."""
+        path = self._joined_state
+        if self.trainer.is_global_zero:
+            path.parent.mkdir(exist_ok=True)
+            with replacing(path) as temporary:
+                torch.save(kept.checkpoint, temporary)
+        for config in (self.config, self.config_init):
+            config[self.subcommand]["ckpt_path"] = str(path)
 
     def fit(self, **kwargs: Any) -> None:
         """Have ``execute`` train; Lightning calls this method by the name of the command."""
