@@ -24,6 +24,7 @@ if TYPE_CHECKING:
     from esper_lightning.train import train_ppo_vectorized
     from esper_lightning.training.checkpoint.files import AtomicCheckpointIO
     from esper_lightning.training.module import PPO
+    from esper_lightning.training.video import VideoCallback
 
 __all__ = [
     "CNN",
@@ -40,6 +41,7 @@ __all__ = [
     "PPOConfig",
     "Recurrent",
     "RunProgressBar",
+    "VideoCallback",
     "WindowProfiler",
     "check_env",
     "replay",
@@ -61,6 +63,7 @@ _HOMES = {
     "RND": "ppo.random_distillation",
     "Recurrent": "policies.recurrent",
     "RunProgressBar": "callbacks.progress",
+    "VideoCallback": "training.video",
     "WindowProfiler": "recorder.profiling.window_profiler",
     "check_env": "envs.check",
     "replay": "replaying",

@@ -3,8 +3,8 @@
 It needs scipy, and matplotlib for the figure, but no torch.
 """
 
-import argparse
 import importlib.util
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -15,10 +15,10 @@ from esper_lightning.forensics.files import strict_json, write_atomically
 from esper_lightning.forensics.pictures import PICTURE_BEGINS
 
 if TYPE_CHECKING:
-    from esper_lightning.comparison.runs import Run
+    from esper_lightning.comparison.runs import Run, Score
     from esper_lightning.comparison.scores import Comparison
 
-__all__ = ["run"]
+__all__ = ["compare_runs", "run"]
 
 # Packages by the name of their module, with their name for pip.
 _NEEDED = {"scipy": "scipy", "yaml": "PyYAML"}
@@ -41,19 +41,14 @@ def run(arguments: list[str]) -> None:
         choices=("evaluation", "rollout"),
         help="returns to compare; evaluations if not given and every run has some",
     )
-    parser.add_argument(
-        "--output", metavar="DIR", help="write comparison.md and comparison.png there"
-    )
+    parser.add_argument("--output", metavar="DIR", help="write comparison.md, .png and .html there")
     parser.add_argument("--json", action="store_true", help="the same for programs")
     options = parser.parse_args(arguments)
-    needed = _NEEDED | (_NEEDED_TO_DRAW if options.output is not None else {})
-    absent = [needed[name] for name in needed if not _is_installed(name)]
-    if absent:
-        fail(f"esper compare needs {' and '.join(absent)}: pip install {' '.join(absent)}")
+    _require_installed(_NEEDED | (_NEEDED_TO_DRAW if options.output is not None else {}))
     try:
         require(options.output != "", "--output", "name a directory", options.output)
         files = None if options.output is None else _files(Path(options.output))
-        comparison = _compare(options)
+        comparison = compare_runs(options.runs, baseline=options.baseline, score=options.score)
         if files is not None:
             _write(comparison, *files)
     except (ValueError, OSError) as error:
@@ -66,14 +61,24 @@ def run(arguments: list[str]) -> None:
         print(describe(comparison))
 
 
-def _compare(options: argparse.Namespace) -> "Comparison":
+def compare_runs(
+    paths: Sequence[Path], *, baseline: str | None = None, score: "Score | None" = None
+) -> "Comparison":
+    """Compare the runs at and below some paths; a run that cannot be read becomes a note.
+
+    Ends the process with one line if a package is missing.
+
+    Raises:
+        ValueError: If the runs cannot be compared.
+    """
+    _require_installed(_NEEDED)
     from esper_lightning.comparison.runs import find_runs, read_run  # noqa: PLC0415
     from esper_lightning.comparison.scores import compare  # noqa: PLC0415
     from esper_lightning.comparison.variants import group  # noqa: PLC0415
 
     runs: list[Run] = []
     unreadable: list[str] = []
-    for directory in find_runs(options.runs):
+    for directory in find_runs(paths):
         try:
             runs.append(read_run(directory))
         except (ValueError, OSError) as error:
@@ -81,32 +86,42 @@ def _compare(options: argparse.Namespace) -> "Comparison":
     if not runs:
         raise ValueError(" ".join(unreadable))
     variants = group(runs)
-    return compare(variants, baseline=options.baseline, score=options.score, notes=unreadable)
+    return compare(variants, baseline=baseline, score=score, notes=unreadable)
 
 
-def _files(directory: Path) -> tuple[Path, Path]:
-    """Paths of the text and the figure in the folder of ``--output``.
+def _files(directory: Path) -> tuple[Path, Path, Path]:
+    """Paths of the text, the figure and the page in the folder of ``--output``.
 
     Raises:
         ValueError: If one of them cannot be written, which is found before the runs are read.
     """
+    from esper_lightning.cli.pages.elements import PAGE_BEGINS  # noqa: PLC0415
     from esper_lightning.comparison.text import TEXT_BEGINS  # noqa: PLC0415
 
     require_output_folder("--output", directory)
-    text, picture = directory / "comparison.md", directory / "comparison.png"
-    return (
-        require_output("--output", text, "comparison", TEXT_BEGINS),
-        require_output("--output", picture, "comparison", PICTURE_BEGINS),
+    kinds = ((".md", TEXT_BEGINS), (".png", PICTURE_BEGINS), (".html", PAGE_BEGINS))
+    text, picture, page = (
+        require_output("--output", directory / f"comparison{suffix}", "comparison", begins)
+        for suffix, begins in kinds
     )
+    return text, picture, page
 
 
-def _write(comparison: "Comparison", text: Path, picture: Path) -> None:
+def _write(comparison: "Comparison", text: Path, picture: Path, page: Path) -> None:
+    from esper_lightning.cli.pages.comparison_page import comparison_page  # noqa: PLC0415
     from esper_lightning.comparison.figure import draw  # noqa: PLC0415
     from esper_lightning.comparison.text import describe  # noqa: PLC0415
 
     shown = "![Learning curves and scores](comparison.png)\n"
     write_atomically(text, f"{describe(comparison, markdown=True)}\n{shown}".encode())
     draw(comparison, picture)
+    write_atomically(page, comparison_page(comparison).encode())
+
+
+def _require_installed(needed: Mapping[str, str]) -> None:
+    absent = [needed[name] for name in needed if not _is_installed(name)]
+    if absent:
+        fail(f"esper compare needs {' and '.join(absent)}: pip install {' '.join(absent)}")
 
 
 def _is_installed(name: str) -> bool:

@@ -4,6 +4,7 @@ import argparse
 import contextlib
 import json
 import logging
+import sys
 import traceback
 import warnings
 from collections.abc import Callable, Sequence
@@ -11,7 +12,6 @@ from contextlib import suppress
 from pathlib import Path
 from typing import Any, cast
 
-import torch
 from lightning.fabric.utilities.exceptions import MisconfigurationException
 from lightning.pytorch import Trainer
 from lightning.pytorch.accelerators import CUDAAccelerator, MPSAccelerator
@@ -24,24 +24,23 @@ from typing_extensions import override
 import esper_lightning.envs  # pyright: ignore[reportUnusedImport] - to be named in a config, specs
 import esper_lightning.policies  # noqa: F401 # pyright: ignore[reportUnusedImport] - must be known
 from esper_lightning.callbacks.history import History
-from esper_lightning.callbacks.lightning_internals import parse_checkpoint_path
 from esper_lightning.callbacks.run_directory import run_directory
 from esper_lightning.cli import shipped
+from esper_lightning.cli.dry_run import plan
 from esper_lightning.cli.errors import fail, nearest
 from esper_lightning.cli.mistakes import settings_come_first
+from esper_lightning.cli.pages.live_page import LivePage
 from esper_lightning.cli.settings import SettingsParser
+from esper_lightning.cli.start_of_run import find_start
 from esper_lightning.cli.trainer import EsperTrainer
 from esper_lightning.core.errors import require
 from esper_lightning.core.paths import requires_folder
 from esper_lightning.core.ranks import RanksDisagreeError
 from esper_lightning.envs.base import ReadsData, spec_name
-from esper_lightning.forensics.files import replacing
-from esper_lightning.forensics.layout import RunLayout
 from esper_lightning.ppo.metrics import EVAL_RETURN
 from esper_lightning.recorder.flight_recorder import FlightRecorder
 from esper_lightning.train import begin_run, newest_run, run_callbacks, run_logger, run_plugins
 from esper_lightning.training.checkpoint.content import STATE_KEY
-from esper_lightning.training.checkpoint.kept import KeptState, latest_state
 from esper_lightning.training.checkpoint.meeting import tells_other_ranks
 from esper_lightning.training.checkpoint.states import (
     checkpoint_at,
@@ -54,7 +53,9 @@ from esper_lightning.training.special_evaluations import (
     require_special_evaluation,
     special_evaluation,
 )
+from esper_lightning.training.specs import refuse_opaque
 from esper_lightning.training.trainer_rules import refuse_trainer
+from esper_lightning.training.video import record_video, refuse_video
 
 __all__ = ["prepare"]
 
@@ -117,6 +118,8 @@ class EsperCLI(LightningCLI):
     model: PPO
     subcommand: str
     _run_dir: str | Path | None = None
+    _page: LivePage | None = None
+    _is_dry: bool = False
     _start: Callable[[], None]
     _says: Sequence[str] = ()
     _resumes_from: int = 0
@@ -152,6 +155,7 @@ class EsperCLI(LightningCLI):
             # Extensions are of use in training alone; their classes may not be here.
             model = cast(dict[str, Any], self._checkpoint["hyper_parameters"])
             settings: dict[str, Any] = {"model": {**model, "extensions": []}}
+            refuse_opaque("model", settings["model"])
             words = ["evaluate", "--config", json.dumps(settings), *words[1:]]
             words += ["--ckpt_path", str(path)]
         self.config = parser.parse_args(words)
@@ -229,6 +233,10 @@ class EsperCLI(LightningCLI):
             writes_history=not any(isinstance(callback, History) for callback in given),
             records=not any(isinstance(callback, FlightRecorder) for callback in given),
         )
+        self._is_dry = self._get(self.config_init, "dry_run")
+        if self._get(self.config_init, "open_report"):
+            self._page = LivePage()
+            self.trainer_defaults["callbacks"].append(self._page)
         return super().instantiate_trainer(**kwargs)
 
     @override
@@ -239,60 +247,41 @@ class EsperCLI(LightningCLI):
 
     def _refuse_or_begin(self) -> None:
         model = self.model
-        path = self.config[self.subcommand].get("ckpt_path")
         fits = self.subcommand == "fit"
         refuse_trainer(self.trainer, model.settings, fits=fits)
         if isinstance(model.env, ReadsData):
             model.env.check_data(self.trainer.strategy.root_device)
-        kept = self._kept_state() if fits and path == "last" else None
-        if path in ("last", "best", "hpc"):  # a file, by the name that Lightning gives it
-            path = parse_checkpoint_path(self.trainer, path)
-            if path is None and kept is None:
-                self._says = ["No checkpoint to resume from (--ckpt_path last): a new run begins."]
-        checkpoint = None if path is None else load_checkpoint(path)
-        if kept is not None:
-            if checkpoint is None or checkpoint[STATE_KEY]["iteration"] < kept.iteration:
-                checkpoint, path = kept.checkpoint, str(self._joined_state)
-                self._says = [f"Resuming after iteration {kept.iteration}, the last one finished."]
-            else:
-                kept = None
-        if checkpoint is not None:
+        name = self.config[self.subcommand].get("ckpt_path")
+        start = find_start(self.trainer, name, self._run_dir if fits else None)
+        if start.said:
+            self._says = [start.said]
+        if start.checkpoint is not None:
             ranks = self.trainer.world_size if fits else None
             own = cast(Any, self.trainer).callbacks
-            model.refuse_checkpoint(checkpoint, str(path), world_size=ranks, callbacks=own)
-            self._resumes_from = checkpoint[STATE_KEY]["iteration"]
+            path = str(start.path)
+            model.refuse_checkpoint(start.checkpoint, path, world_size=ranks, callbacks=own)
+            self._resumes_from = start.checkpoint[STATE_KEY]["iteration"]
         elif fits and model.settings.warm_start is not None:
             load_weights(model, model.settings.warm_start)
         evaluates = self.subcommand == "evaluate"
         figures = self.config_init["evaluate"]["figures"] if evaluates else None
         if figures is not None:
             require_special_evaluation(type(model.env), "--figures").refuse_figures(figures)
+        video = self.config_init["evaluate"]["video"] if evaluates else None
+        if video is not None:
+            refuse_video(video)
+        if self._is_dry:
+            return
         if fits and not self.trainer.barebones:  # last: a refused run leaves no files
             config = self._parser("fit").dump(self.config["fit"], skip_none=False)
             field = "The run directory" if self._run_dir is None else "--run_dir"
             with requires_folder(field, self._run_dir):
                 begin_run(self.trainer, model.env, self._run_dir, config)
-        if kept is not None:
-            self._resume_from(kept)
-
-    @property
-    def _joined_state(self) -> Path:
-        return RunLayout(Path(self._run_dir or "").absolute()).joined_state
-
-    def _kept_state(self) -> KeptState | None:
-        """The state that the ranks of a killed run have stored in the run directory."""
-        is_here = self._run_dir is not None and "://" not in str(self._run_dir)
-        return latest_state(Path(self._run_dir or "")) if is_here else None
-
-    def _resume_from(self, kept: KeptState) -> None:
-        """Resume from a stored state, which becomes a checkpoint of the run."""
-        path = self._joined_state
-        if self.trainer.is_global_zero:
-            path.parent.mkdir(exist_ok=True)
-            with replacing(path) as temporary:
-                torch.save(kept.checkpoint, temporary)
-        for config in (self.config, self.config_init):
-            config[self.subcommand]["ckpt_path"] = str(path)
+        if not start.is_file:
+            if self.trainer.is_global_zero:
+                start.write()
+            for config in (self.config, self.config_init):
+                config[self.subcommand]["ckpt_path"] = start.path
 
     def fit(self, **kwargs: Any) -> None:
         """Have ``execute`` train; Lightning calls this method by the name of the command."""
@@ -314,10 +303,18 @@ class EsperCLI(LightningCLI):
         """Train, evaluate or measure, and print the results."""
         if self.trainer.is_global_zero and self._says:
             print(*self._says, sep="\n", flush=True)
+        if self._is_dry:
+            if self.trainer.is_global_zero:
+                print(*plan(self.model, self.trainer, resumes_from=self._resumes_from), sep="\n")
+            return
         try:
             self._start()
         except RanksDisagreeError as error:
             fail(error)
+        except SystemExit as error:
+            if error.code:
+                raise
+            sys.exit("esper: code of a setting has ended the process before the command was done.")
         except Exception as error:
             if self.model.is_resuming:
                 path = self.config[self.subcommand]["ckpt_path"]
@@ -328,8 +325,13 @@ class EsperCLI(LightningCLI):
             if not early and not _is_refusal_of_callback(error):
                 raise
             fail(error)
-        if not self.trainer.is_global_zero:
-            return
+        finally:
+            if self._page is not None and self.trainer.is_global_zero:
+                self._page.write(self.trainer)
+        if self.trainer.is_global_zero:
+            self._print_results()
+
+    def _print_results(self) -> None:
         metrics = {name: value.item() for name, value in self.trainer.callback_metrics.items()}
         name = spec_name(self.model.env)
         if EVAL_RETURN in metrics:
@@ -345,6 +347,10 @@ class EsperCLI(LightningCLI):
             device = self.trainer.strategy.root_device
             figures = self.config_init["evaluate"]["figures"]
             print(special.compare_policies(self.model, device, figures=figures))
+        video = self.config_init["evaluate"]["video"] if evaluates else None
+        if video is not None:
+            shown = record_video(self.model, video, device=self.trainer.strategy.root_device)
+            print(f"Video: {video} (returns {', '.join(f'{each:.4g}' for each in shown)})")
         if self.subcommand == "fit":
             steps, seconds = self.model.env_steps, self.model.progress.train_time_s
             rate = steps / seconds if seconds > 0 else 0.0

@@ -3,6 +3,7 @@
 
 import errno
 import functools
+import importlib
 import io
 import os
 import signal
@@ -12,27 +13,42 @@ import time
 from collections.abc import Callable
 from contextlib import suppress
 from itertools import pairwise
-from typing import Any, cast
+from typing import Any, NamedTuple, cast
 
 __all__ = ["main"]
 
+
+class _Command(NamedTuple):
+    """A subcommand.
+
+    Attributes:
+        does: What it does, for ``esper --help``.
+        module: Module below ``esper_lightning.cli`` whose ``run`` takes the words that follow;
+            empty for the commands of Lightning's command line.
+        builds: Whether its settings may name a user's classes.
+        prints: Whether it does nothing but print.
+    """
+
+    does: str
+    module: str = ""
+    builds: bool = False
+    prints: bool = False
+
+
 _COMMANDS = {
-    "fit": "train",
-    "evaluate": "play deterministic evaluation episodes with the policy of a checkpoint",
-    "bench": "how fast a task trains here, and what the time goes to",
-    "export": "write the policy of a checkpoint as a file for elsewhere",
-    "report": "what a run reached, and how it ended (needs no torch)",
-    "crash": "how a run died (needs no torch)",
-    "replay": "a dead run again, up to the iteration in which it died",
-    "compare": "how variants did over the same seeds (needs no torch)",
+    "fit": _Command("train", builds=True),
+    "evaluate": _Command("play episodes with the policy of a checkpoint", builds=True),
+    "play": _Command("watch the policy of a checkpoint act, in a browser", "play", builds=True),
+    "bench": _Command("how fast a task trains here, and what the time goes to", builds=True),
+    "export": _Command("write a policy as a file for elsewhere", module="export", builds=True),
+    "report": _Command("what a run reached, as text or as a page", module="report", prints=True),
+    "crash": _Command("how a run died", module="crash", prints=True),
+    "replay": _Command("a dead run again, to its death", module="replay", builds=True),
+    "compare": _Command("how variants did over the same seeds", module="compare", prints=True),
+    "list": _Command("configs, environments and policies to name", module="listing", prints=True),
+    "doctor": _Command("what this machine has, and what will be fast", module="doctor"),
+    "init": _Command("write a small project to begin from", module="init"),
 }
-_BUILD_FROM_SETTINGS = (
-    "fit",
-    "evaluate",
-    "bench",
-    "export",
-)  # their settings may name a user's classes
-_ONLY_PRINT = ("report", "crash", "compare")
 _INTERRUPTED = 1  # Lightning's own exit status after Ctrl-C
 
 
@@ -42,7 +58,7 @@ def main(arguments: list[str] | None = None) -> None:
     Args:
         arguments: Words that follow ``esper``; ``None`` for those of this process.
     """
-    words = sys.argv[1:] if arguments is None else arguments
+    words = [*map(_expand_home, sys.argv[1:] if arguments is None else arguments)]
     is_main = threading.current_thread() is threading.main_thread()
     unused = signal.getsignal(signal.SIGINT) is signal.default_int_handler
     owns_signals = arguments is None and is_main and unused
@@ -61,48 +77,47 @@ def main(arguments: list[str] | None = None) -> None:
         sys.exit(_INTERRUPTED)
     if stdout is not None and stdout.error is not None and stdout.error.errno != errno.EPIPE:
         print(f"esper: what was printed is not whole: {stdout.error.strerror}", file=sys.stderr)
-        if words[0] in _ONLY_PRINT:
+        if _COMMANDS[words[0]].prints:
             sys.exit(1)
+
+
+def _expand_home(word: str) -> str:
+    """A word in which ``~`` is the home folder: shells leave ``--run_dir=~/run`` as it is."""
+    name, sign, value = word.partition("=") if word.startswith("--") else ("", "", word)
+    is_there = value == "~" or value.startswith("~/")
+    return name + sign + os.path.expanduser(value) if is_there else word  # noqa: PTH111
 
 
 def _prepare(words: list[str]) -> Callable[[], None]:
     """Import a command, and check as much as can be checked before the command does anything."""
     name, rest = (words or [""])[0], words[1:]
-    if name in _BUILD_FROM_SETTINGS:
+    command = _COMMANDS.get(name)
+    if command is None:
+        return functools.partial(_no_command, words)
+    if command.builds:
         _find_modules_here()
+    if command.module:
+        module = importlib.import_module(f"esper_lightning.cli.{command.module}")
+        return functools.partial(module.run, rest)
     if name == "fit":
         _leave_with_launcher()
         _reserve_run_directory(rest)
-    if name in ("fit", "evaluate", "bench"):
-        from esper_lightning.cli.lightning_cli import prepare  # noqa: PLC0415
+    from esper_lightning.cli.lightning_cli import prepare  # noqa: PLC0415
 
-        try:
-            execute = prepare(words)
-        finally:
-            if name == "fit":
-                _return_reserved()
-        if os.environ.get("TORCHELASTIC_ERROR_FILE"):  # torchrun looks there for a rank's error
-            from torch.distributed.elastic.multiprocessing.errors import record  # noqa: PLC0415
+    try:
+        execute = prepare(words)
+    finally:
+        if name == "fit":
+            _return_reserved()
+    if os.environ.get("TORCHELASTIC_ERROR_FILE"):  # torchrun looks there for a rank's error
+        from torch.distributed.elastic.multiprocessing.errors import record  # noqa: PLC0415
 
-            return record(execute)
-        return execute
-    if name == "export":
-        from esper_lightning.cli.export import run  # noqa: PLC0415
-    elif name == "report":
-        from esper_lightning.cli.report import run  # noqa: PLC0415
-    elif name == "crash":
-        from esper_lightning.cli.crash import run  # noqa: PLC0415
-    elif name == "replay":
-        from esper_lightning.cli.replay import run  # noqa: PLC0415
-    elif name == "compare":
-        from esper_lightning.cli.compare import run  # noqa: PLC0415
-    else:
-        return functools.partial(_no_command, words)
-    return functools.partial(run, rest)
+        return record(execute)
+    return execute
 
 
 def _no_command(words: list[str]) -> None:
-    """Answer ``esper --help`` and ``esper --version``, and refuse words that are no command."""
+    """Answer ``esper --help`` and its like, and refuse words that are no command."""
     from importlib.metadata import PackageNotFoundError, version  # noqa: PLC0415
 
     from esper_lightning.cli.errors import fail, nearest  # noqa: PLC0415
@@ -110,17 +125,37 @@ def _no_command(words: list[str]) -> None:
     name = words[0] if words else None
     if name in ("-h", "--help"):
         print("usage: esper COMMAND ...\n\nPPO with PyTorch Lightning over batched environments.\n")
-        print("\n".join(f"  {command:<10}{does}" for command, does in _COMMANDS.items()))
+        print("\n".join(f"  {name:<10}{command.does}" for name, command in _COMMANDS.items()))
         print("\nesper COMMAND --help describes all that a command takes.")
+        print('Words are completed after: eval "$(esper --completion)"  (bash and zsh)')
     elif name == "--version":
         try:
             print(f"esper_lightning {version('esper_lightning')}")
         except PackageNotFoundError:  # run from its source
             print("esper_lightning, not installed")
+    elif name == "--completion":
+        print(_completion())
     else:
         got = f", got {name!r}." if words else "."
         hint = nearest(name or "", _COMMANDS)
         fail(f"esper must be followed by one of {', '.join(_COMMANDS)}{got}{hint}")
+
+
+def _completion() -> str:
+    """A shell script that completes commands, and names of configs after ``--config``."""
+    from esper_lightning.cli import shipped  # noqa: PLC0415
+
+    return f"""\
+[ -n "$ZSH_VERSION" ] && autoload -Uz bashcompinit && bashcompinit
+_esper() {{
+    local word="${{COMP_WORDS[COMP_CWORD]}}" before="${{COMP_WORDS[COMP_CWORD-1]}}"
+    if [ "$COMP_CWORD" -eq 1 ]; then
+        COMPREPLY=($(compgen -W "{" ".join(_COMMANDS)}" -- "$word"))
+    elif [ "$before" = --config ]; then
+        COMPREPLY=($(compgen -W "{" ".join(shipped.names())}" -- "$word") $(compgen -f -- "$word"))
+    fi
+}}
+complete -o default -F _esper esper"""
 
 
 def _reserve_run_directory(words: list[str]) -> None:

@@ -7,6 +7,7 @@ import json
 import math
 import re
 import textwrap
+from collections import defaultdict
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -27,7 +28,17 @@ from esper_lightning.forensics.reading import (
 )
 from esper_lightning.forensics.remains import examine, first_failure
 
-__all__ = ["SCORES", "Point", "Run", "Score", "find_runs", "identity", "read_run", "read_yaml"]
+__all__ = [
+    "SCORES",
+    "Point",
+    "Run",
+    "Score",
+    "find_runs",
+    "identity",
+    "read_metrics",
+    "read_run",
+    "read_yaml",
+]
 
 Score = Literal["evaluation", "rollout"]
 SCORES: dict[Score, str] = {
@@ -36,6 +47,7 @@ SCORES: dict[Score, str] = {
 }
 """Kinds of scores of a run, and the name of each in the files of the run."""
 
+_COUNTERS = ("iteration", "env_steps", "gradient_steps", "time_s")  # columns that only count up
 _LONGEST_REASON = 100
 _MOST_YAML_BYTES = 1 << 18  # PyYAML takes some seconds for a file of this size
 _MOST_KEYS = 1_000  # in one dictionary of settings
@@ -303,3 +315,29 @@ def _end(directory: Path, *, is_short: bool) -> tuple[Any, str]:
 def identity(value: Any) -> str:
     """A text that is equal for equal settings, whatever their type."""
     return json.dumps(value, sort_keys=True, default=str)
+
+
+def read_metrics(path: Path) -> dict[str, list[Point]]:
+    """Every metric of a file of rows, each in order of environment steps.
+
+    Args:
+        path: A history, or the evaluations of a run; a missing file has no metrics.
+
+    Returns:
+        Values by name of the metric, those that are not finite among them. Of several rows at the
+        same environment steps, the one that was written last counts.
+
+    Raises:
+        ValueError: If the file cannot be read.
+    """
+    metrics: dict[str, dict[int, float]] = defaultdict(dict)
+    for row in RowReader(path):
+        env_steps = whole_number(row.get("env_steps")) or 0
+        for name, value in row.items():
+            number = _number(value)
+            if env_steps and name not in _COUNTERS and number is not None:
+                metrics[name][env_steps] = number
+    return {
+        name: [Point(env_steps, values[env_steps]) for env_steps in sorted(values)]
+        for name, values in metrics.items()
+    }

@@ -6,7 +6,7 @@ from esper_lightning.comparison.section import Section, number
 from esper_lightning.comparison.statistics import Estimate
 from esper_lightning.forensics.reading import printable
 
-__all__ = ["TEXT_BEGINS", "describe"]
+__all__ = ["TEXT_BEGINS", "describe", "sections"]
 
 _MARK = "<!-- written by esper compare -->"
 TEXT_BEGINS = rb"# [^\n]*\n" + _MARK.encode()
@@ -20,14 +20,20 @@ def describe(comparison: Comparison, *, markdown: bool = False) -> str:
     settings = next(iter(comparison.variants[0].runs.values())).settings
     environment = printable(str(settings.get("env.class_path", "Runs")).rpartition(".")[2])
     title = f"{environment}: return by {SCORES[comparison.score]} ({_KINDS[comparison.score]})"
-    sections = [_place(comparison, place) for place in comparison.places]
-    sections.append(_runs(comparison))
-    if comparison.notes:
-        sections.append(Section("Notes", remarks=comparison.notes))
+    parts = sections(comparison)
     if markdown:
-        lines = [f"# {title}", _MARK, "", *(line for s in sections for line in s.markdown())]
+        lines = [f"# {title}", _MARK, "", *(line for part in parts for line in part.markdown())]
         return "\n".join(lines).rstrip() + "\n"
-    return "\n\n".join([title, *("\n".join(section.plain()) for section in sections)])
+    return "\n\n".join([title, *("\n".join(part.plain()) for part in parts)])
+
+
+def sections(comparison: Comparison) -> list[Section]:
+    """The tables of a comparison: scores at each place, the runs, and the notes."""
+    parts = [_place(comparison, place) for place in comparison.places]
+    parts.append(_runs(comparison))
+    if comparison.notes:
+        parts.append(Section("Notes", remarks=comparison.notes))
+    return parts
 
 
 def _place(comparison: Comparison, place: Place) -> Section:

@@ -83,7 +83,12 @@ class Recording:
         self._trains = stage == "fit"
         self._life = LifeCycle()
         self._callbacks = list(trainer.callbacks)  # the Trainer's list may be replaced
-        with contextlib.ExitStack() as undo, contextlib.ExitStack() as leave:
+        # A signal takes effect once all that the recording changes is also restored by it.
+        with (
+            Protection.held(),
+            contextlib.ExitStack() as undo,
+            contextlib.ExitStack() as leave,
+        ):
             self._peers, self._ring, self._earlier = open_rank_files(
                 trainer, layout, undo, met=met, watch=watch, trains=self._trains
             )
