@@ -97,8 +97,9 @@ def _play(plan: ReplayPlan, dead_run: Path, given: Path | None) -> Verdict:
         fail("--run_dir must be another directory than RUN_DIR: a replay leaves that as it is.")
     start = f"the state after iteration {plan.begins}" if plan.start else "the beginning"
     count = max(1, plan.iteration - plan.begins)
+    when = f"in iteration {plan.iteration}" if plan.iteration else "before the first iteration"
     print(
-        f"Rank {plan.first.rank} of {plan.world_size} died in iteration {plan.iteration}.",
+        f"Rank {plan.first.rank} of {plan.world_size} died {when}.",
         f"Replay from {start}, {count} iteration{'s' if count > 1 else ''}, in {_shown(directory)}",
         sep="\n",
         flush=True,
@@ -138,6 +139,8 @@ def _settings(plan: ReplayPlan, dead_run: Path, directory: Path) -> dict[str, An
     trainer: dict[str, Any] = settings.setdefault("trainer", {})
     callbacks: Any = trainer.get("callbacks") or []
     listed = cast(list[Any], callbacks if isinstance(callbacks, list) else [callbacks])
+    # The dead run may be a replay itself.
+    listed = [each for each in listed if ReplayWatch.__name__ not in str(each)]
     listed = [_elsewhere(each, dead_run) for each in listed]
     if not any(FlightRecorder.__name__ in str(each) for each in listed):
         listed.append(_spec(FlightRecorder, {"print_profile": False}))

@@ -13,6 +13,7 @@ import io
 import logging
 import math
 import os
+import statistics
 import time
 from typing import Any
 
@@ -58,7 +59,9 @@ class StateKeeper(Callback):
         self._is_off = False
         self._descriptors: dict[int, int] = {}
         self._slot, self._stored = 1, -1  # of the latest state, and the iteration that it follows
-        self._count, self._begun_s, self._since, self._least_s = 0, 0.0, 0, math.inf
+        self._count = 0
+        # Since the latest decision: begin, iterations finished by then, and what storing took.
+        self._begun_s, self._since, self._took_s = 0.0, 0, list[float]()
 
     @override
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
@@ -136,7 +139,8 @@ class StateKeeper(Callback):
         finally:
             self.is_storing = False
         self.seconds = time.perf_counter() - began
-        self._least_s = min(self._least_s, self.seconds)
+        if not self._always:
+            self._took_s.append(self.seconds)
 
     def _write(self, slot: int, content: memoryview) -> None:
         descriptor = self._descriptors.get(slot)
@@ -157,8 +161,11 @@ class StateKeeper(Callback):
         now = time.perf_counter()
         each_s = (now - self._begun_s) / (self._count - self._since)
         self._begun_s, self._since = now, self._count
-        share = self._least_s / max(each_s, 1e-9)
-        every = max(1, math.ceil(min(share / MOST_SHARE, 1e6))) if self._least_s < math.inf else 1
+        every = self.every
+        if self._took_s:
+            share = statistics.mean(self._took_s) / max(each_s, 1e-9)
+            every = max(1, math.ceil(min(share / MOST_SHARE, 1e6)))
+            self._took_s.clear()
         device = trainer.strategy.root_device
         reduced = trainer.strategy.reduce(torch.tensor(every, device=device), reduce_op="max")
         self.every = int(reduced)
