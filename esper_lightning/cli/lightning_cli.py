@@ -23,13 +23,13 @@ from typing_extensions import override
 
 import esper_lightning.envs  # pyright: ignore[reportUnusedImport] - to be named in a config, specs
 import esper_lightning.policies  # noqa: F401 # pyright: ignore[reportUnusedImport] - must be known
-from esper_lightning.callbacks.lightning_internals import parse_checkpoint_path
 from esper_lightning.cli import shipped
 from esper_lightning.cli.dry_run import plan
 from esper_lightning.cli.errors import fail, nearest
 from esper_lightning.cli.mistakes import settings_come_first
 from esper_lightning.cli.pages.live_page import LivePage
 from esper_lightning.cli.settings import SettingsParser
+from esper_lightning.cli.start_of_run import find_start
 from esper_lightning.cli.trainer import EsperTrainer
 from esper_lightning.core.errors import require
 from esper_lightning.core.paths import requires_folder
@@ -241,21 +241,20 @@ class EsperCLI(LightningCLI):
 
     def _refuse_or_begin(self) -> None:
         model = self.model
-        path = self.config[self.subcommand].get("ckpt_path")
         fits = self.subcommand == "fit"
         refuse_trainer(self.trainer, model.settings, fits=fits)
         if isinstance(model.env, ReadsData):
             model.env.check_data(self.trainer.strategy.root_device)
-        if path in ("last", "best", "hpc"):  # a file, by the name that Lightning gives it
-            path = parse_checkpoint_path(self.trainer, path)
-            if path is None:
-                self._says = ["No checkpoint to resume from (--ckpt_path last): a new run begins."]
-        if path is not None:
+        name = self.config[self.subcommand].get("ckpt_path")
+        start = find_start(self.trainer, name, self._run_dir if fits else None)
+        if start.said:
+            self._says = [start.said]
+        if start.checkpoint is not None:
             ranks = self.trainer.world_size if fits else None
-            checkpoint = load_checkpoint(path)
             own = cast(Any, self.trainer).callbacks
-            model.refuse_checkpoint(checkpoint, str(path), world_size=ranks, callbacks=own)
-            self._resumes_from = checkpoint[STATE_KEY]["iteration"]
+            path = str(start.path)
+            model.refuse_checkpoint(start.checkpoint, path, world_size=ranks, callbacks=own)
+            self._resumes_from = start.checkpoint[STATE_KEY]["iteration"]
         elif fits and model.settings.warm_start is not None:
             load_weights(model, model.settings.warm_start)
         evaluates = self.subcommand == "evaluate"
@@ -272,6 +271,11 @@ class EsperCLI(LightningCLI):
             field = "The run directory" if self._run_dir is None else "--run_dir"
             with requires_folder(field, self._run_dir):
                 begin_run(self.trainer, model.env, self._run_dir, config)
+        if not start.is_file:
+            if self.trainer.is_global_zero:
+                start.write()
+            for config in (self.config, self.config_init):
+                config[self.subcommand]["ckpt_path"] = start.path
 
     def fit(self, **kwargs: Any) -> None:
         """Have ``execute`` train; Lightning calls this method by the name of the command."""
