@@ -8,7 +8,7 @@ import pytest
 from tests.benchmarks.commands import wrong
 
 ROOT = Path(__file__).parents[2]
-DOCUMENTS = [ROOT / "README.md", ROOT / "CONTRIBUTING.md", *sorted(ROOT.glob("docs/*.md"))]
+DOCUMENTS = [ROOT / "README.md", ROOT / "CONTRIBUTING.md", *sorted(ROOT.glob("docs/**/*.md"))]
 SOURCES = [
     *sorted(ROOT.glob("benchmarks/*.py")),
     *sorted(ROOT.glob("scripts/*")),
