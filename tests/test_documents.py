@@ -6,6 +6,7 @@ block is not run if an HTML comment before it says ``not run:`` and the reason.
 """
 
 import re
+import tomllib
 from pathlib import Path
 
 import pytest
@@ -18,7 +19,7 @@ DOCUMENTS = [ROOT / "README.md", *sorted(ROOT.glob("docs/**/*.md"))]
 BLOCK = re.compile(
     r"(?:^<!-- not run: (.*?) -->\n)?^```(\w*)\n(.*?)^```$", re.MULTILINE | re.DOTALL
 )
-FORMS = sorted([*ROOT.glob(".github/**/*.yml"), *ROOT.glob("*.yml"), *ROOT.glob("*.cff")])
+FORMS = sorted([*ROOT.glob(".github/**/*.yml"), *ROOT.glob("*.yml"), ROOT / "CITATION.cff"])
 # Fits end after three iterations (or, of a run that is resumed, at once) with an evaluation.
 SHORT = """
 import functools
@@ -103,3 +104,22 @@ def test_every_page_of_the_site_is_in_its_navigation_and_in_llms_txt():
     assert pages | {"contributing.md", "changelog.md"} == listed
     llms = set(re.findall(r"\]\(([\w/-]+\.md)\)", (ROOT / "docs/llms.txt").read_text()))
     assert llms == pages
+
+
+def test_the_targets_and_scripts_that_workflows_run_exist():
+    targets = re.findall(r"^([a-z]+):", (ROOT / "Makefile").read_text(), re.MULTILINE)
+    for path in ROOT.glob(".github/workflows/*.yml"):
+        jobs = yaml.safe_load(path.read_text())["jobs"]
+        runs = [step.get("run", "") for job in jobs.values() for step in job["steps"]]
+        for command in runs:
+            program, _, rest = command.partition(" ")
+            assert program != "make" or rest in targets, f"{path.name}: {command}"
+            assert not program.startswith("scripts/") or (ROOT / program).is_file()
+        assert runs
+
+
+def test_the_citation_names_the_version_and_licence_of_the_package():
+    project = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
+    citation = yaml.safe_load((ROOT / "CITATION.cff").read_text())
+    assert citation["version"] == project["version"]
+    assert citation["license"] == project["license"]

@@ -15,6 +15,7 @@ from esper_lightning.cli.main import main as esper
 
 ROOT = Path(__file__).parents[2]
 MODULE = "esper_lightning.cli.main"
+TOOLS = ("pytest", "venv")  # modules of others that documents run
 VARIABLE = re.compile(r"[A-Z_]+=\S*")
 
 
@@ -23,7 +24,12 @@ def wrong(command: str) -> str | None:
     words = shlex.split(command, comments=True)
     while words and VARIABLE.fullmatch(words[0]):
         words.pop(0)
+    if "&&" in words:  # commands one after the other
+        cut = words.index("&&")
+        return wrong(shlex.join(words[:cut])) or wrong(shlex.join(words[cut + 1 :]))
     program, *words = words
+    if program in (".", "cd") or (program == "python" and words[0] == "-m" and words[1] in TOOLS):
+        return None
     if program == "python" and words[0] != "-m":
         return _script(ROOT / words[0], words[1:])
     if program in ("python", "torchrun"):

@@ -64,6 +64,8 @@ def test_a_command_that_is_named_exists_with_its_options(name, command, monkeypa
         "torchrun -m esper_lightning.cli.main fit --config configs/cartpole.yaml --nothing",
         "sbatch scripts/slurm.sh --config configs/nothing.yaml",
         "nothing",
+        "cd runs && make nothing",
+        "python -m nothing",
     ],
 )
 def test_a_command_that_does_not_exist_is_found(command, monkeypatch):
