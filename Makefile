@@ -4,10 +4,10 @@ VENV := .venv
 BIN := $(VENV)/bin
 
 .DEFAULT_GOAL := help
-.PHONY: help demo test slow check docs wheel learning zoo growth bench faults soak worlds mutants sanitize clean
+.PHONY: help demo test slow check docs wheel learning zoo growth bench faults soak worlds mutants sanitize gpu-proof clean
 
 help: ## Show this list
-	@grep -E '^[a-z]+:.*## ' $(MAKEFILE_LIST) | sed -E 's/:[^#]*## /\t/' | expand -t 10
+	@grep -E '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | sed -E 's/:[^#]*## /\t/' | expand -t 10
 
 $(VENV)/.installed: pyproject.toml constraints.txt
 	$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11) and "Python 3.11 or newer is needed")'
@@ -72,5 +72,10 @@ sanitize: $(VENV)/.installed ## Run the tests of native code with sanitizers of 
 	LD_PRELOAD="$$(g++ -print-file-name=libasan.so) $$(g++ -print-file-name=libubsan.so)" \
 	$(BIN)/python -m pytest --capture=sys --timeout=1800 $(or $(TESTS),tests/compiling/native tests/training/test_native.py)
 
+# Triton has the assembler for NVIDIA's GPUs; torch for CPUs does not bring it. Nothing else of the environment changes.
+gpu-proof: $(VENV)/.installed ## Prove without a GPU what a GPU will run, and compile its kernels (ten minutes)
+	$(BIN)/python -m pip install --quiet --no-deps --upgrade --target .gpu_proof triton==3.7.1
+	PYTHONPATH=.gpu_proof $(BIN)/python -m pytest tests/gpu_proof tests/compiling/test_cuda_graph.py
+
 clean: ## Remove the virtual environment and caches
-	rm -rf $(VENV) build dist *.egg-info .pytest_cache .ruff_cache .hypothesis .import_linter_cache
+	rm -rf $(VENV) .gpu_proof build dist *.egg-info .pytest_cache .ruff_cache .hypothesis .import_linter_cache

@@ -20,9 +20,11 @@ if TYPE_CHECKING:
     from esper_lightning.ppo.random_distillation import RND
     from esper_lightning.recorder.flight_recorder import FlightRecorder
     from esper_lightning.recorder.profiling.window_profiler import WindowProfiler
+    from esper_lightning.replaying import replay
     from esper_lightning.train import train_ppo_vectorized
     from esper_lightning.training.checkpoint.files import AtomicCheckpointIO
     from esper_lightning.training.module import PPO
+    from esper_lightning.training.video import VideoCallback
 
 __all__ = [
     "CNN",
@@ -39,8 +41,10 @@ __all__ = [
     "PPOConfig",
     "Recurrent",
     "RunProgressBar",
+    "VideoCallback",
     "WindowProfiler",
     "check_env",
+    "replay",
     "train_ppo_vectorized",
 ]
 
@@ -59,8 +63,10 @@ _HOMES = {
     "RND": "ppo.random_distillation",
     "Recurrent": "policies.recurrent",
     "RunProgressBar": "callbacks.progress",
+    "VideoCallback": "training.video",
     "WindowProfiler": "recorder.profiling.window_profiler",
     "check_env": "envs.check",
+    "replay": "replaying",
     "train_ppo_vectorized": "train",
 }
 

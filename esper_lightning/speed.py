@@ -23,7 +23,7 @@ from lightning.pytorch.profilers import Profiler
 from typing_extensions import override
 
 from esper_lightning.compiling.loops import CompileMode
-from esper_lightning.core.errors import positive, require
+from esper_lightning.core.errors import at_least, positive, require
 from esper_lightning.envs.base import EnvSpec, spec_name, takes_num_envs
 from esper_lightning.train import run_callbacks, run_plugins
 from esper_lightning.training.module import PPO
@@ -34,7 +34,6 @@ __all__ = ["Speed", "measure_speed", "speed_as_data", "speed_table"]
 _STAGES = ("rollout", "advantages", "update", "logging")
 _WARM_UP = 2  # iterations, of which the first compiles
 _FEWEST = 3  # iterations that are measured, however long they take
-_NO_END = 2**53  # environment steps of a run that the clock ends
 _LIGHTNING_LOG = "lightning.pytorch.utilities.rank_zero"
 
 
@@ -99,7 +98,7 @@ def measure_speed(
         some = [own // 16, own // 4, own * 4, own * 16]
         num_envs = [] if fixed else [number for number in some if 1 <= number <= 65536]
     for number in num_envs:
-        require(number >= 1, "num_envs", "be at least 1", number)
+        at_least("num_envs", number, 1)
         rule = f"be {own}, the number of the environments, which is fixed"
         require(not fixed or number == own, "num_envs", rule, number)
     log = logging.getLogger(_LIGHTNING_LOG)
@@ -238,14 +237,17 @@ class _Clock(Callback):
 
 
 class _Measured(PPO):
-    """PPO that tells how long its environments take."""
+    """PPO that measures how long its environments take."""
 
     def time_environment(self, add: Callable[[float], None]) -> None:
         self._learner.time_environment(add)
 
 
 def _measure(settings: PPOSettings, mode: CompileMode, accelerator: str, seconds: float) -> Speed:
-    chosen = dataclasses.replace(settings, compile=mode, total_env_steps=_NO_END)
+    ppo = settings.ppo
+    if ppo.learning_rate_schedule == "linear":  # which needs an end; the clock ends this run
+        ppo = dataclasses.replace(ppo, learning_rate_schedule="constant")
+    chosen = dataclasses.replace(settings, compile=mode, ppo=ppo, total_env_steps=None)
     clock, stages = _Clock(seconds), _Stages()
     model = _Measured(**chosen.arguments())
     with tempfile.TemporaryDirectory() as folder:

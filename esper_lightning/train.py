@@ -29,7 +29,7 @@ from esper_lightning.callbacks.run_directory import (
 )
 from esper_lightning.compiling.loops import CompileMode
 from esper_lightning.core.errors import at_least, check_arguments, one_of, require, require_name
-from esper_lightning.core.paths import require_output, require_output_folder
+from esper_lightning.core.paths import expand_home, require_output, require_output_folder
 from esper_lightning.envs.base import EnvSpec, spec_name
 from esper_lightning.forensics.claims import claim
 from esper_lightning.forensics.files import read_json_lines, write_atomically
@@ -159,8 +159,8 @@ def train_ppo_vectorized(
         require_output_folder("train_ppo_vectorized.run_dir", place_of(run_dir)[0])
     if resume_path is not None:
         load_checkpoint(resume_path, field="train_ppo_vectorized.resume_path")  # refused early
+        resume_path = expand_home(resume_path)
 
-    evaluates = evaluate_every is not None
     model = PPO(
         **shared,
         total_env_steps=iterations * ppo.rollout_steps * env.num_envs * devices,
@@ -186,16 +186,22 @@ def train_ppo_vectorized(
         max_epochs=-1,
         logger=run_logger(env, run_dir),
         log_every_n_steps=1,
-        limit_val_batches=1.0 if evaluates else 0,
+        limit_val_batches=0 if evaluate_every is None else 1.0,
         num_sanity_val_steps=0,
         enable_model_summary=False,
         profiler=profiler,
-        callbacks=run_callbacks(evaluates=evaluates, prints_profile=torch_profiler_summary),
+        callbacks=run_callbacks(
+            evaluates=evaluate_every is not None, prints_profile=torch_profiler_summary
+        ),
         plugins=run_plugins(),
     )
     settings = {
         "model": model.settings.to_data(),
-        "trainer": {"accelerator": device, "devices": devices},
+        "trainer": {
+            "accelerator": device,
+            "devices": devices,
+            "limit_val_batches": 0 if evaluate_every is None else 1.0,
+        },
     }
     with tells_other_ranks(trainer):
         refuse_trainer(trainer, model.settings)  # before the Trainer starts other ranks

@@ -320,10 +320,10 @@ def _whole_hyperparams(owner: Any, folder: str) -> Generator[None]:
 @contextlib.contextmanager
 def _whole_table(experiment: Any) -> Generator[None]:
     """Let the CSV logger write a longer head into a copy: without room, no row is lost."""
-    path, keys = Path(experiment.metrics_file_path), list(experiment.metrics_keys)
-    if "://" in str(path):
+    if "://" in experiment.metrics_file_path:
         yield
         return
+    path, keys = Path(experiment.metrics_file_path), list(experiment.metrics_keys)
     size = path.stat().st_size if path.exists() else None
     has_new_head = any(not set(keys).issuperset(row) for row in experiment.metrics)
     try:

@@ -19,6 +19,7 @@ from typing import Any
 import fsspec
 
 from esper_lightning.core.errors import require
+from esper_lightning.core.paths import expand_home
 
 __all__ = ["Mirror", "main", "place_of", "require_writable"]
 
@@ -40,7 +41,7 @@ def place_of(location: str | Path) -> tuple[Path, str | None]:
 
     Args:
         location: A path, or an address such as ``s3://bucket/runs``; a ``Path`` made of an address,
-            which has lost a slash, counts as the address.
+            which has lost a slash, counts as the address. A leading ``~`` is the user's home.
 
     Returns:
         The folder, absolute, and the address or ``None``. The folder of an address is
@@ -55,7 +56,7 @@ def place_of(location: str | Path) -> tuple[Path, str | None]:
     is_text = not any("\ud800" <= letter <= "\udfff" for letter in rest)  # TensorBoard needs it
     require(is_text, field, "have a name in UTF-8", str(location))
     if protocol is None:
-        return Path(location).absolute(), None
+        return expand_home(location).absolute(), None
     if protocol in _LOCAL:
         return Path("/", rest), None
     parts = [part for part in rest.split("/") if part not in ("", ".", "..")]

@@ -98,7 +98,7 @@ class NanGuard(Callback):
             on_host = torch.empty(finite.shape, dtype=torch.bool, pin_memory=True)
             finite = on_host.copy_(finite, non_blocking=True)
             event = torch.cuda.Event()
-            event.record()
+            event.record(torch.cuda.current_stream(norms[0].device))
         self._looks.append(_Look(finite, event, list(elements), self._batch, step))
         self._judge(ahead=_AHEAD)
 

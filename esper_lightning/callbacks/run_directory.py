@@ -75,6 +75,7 @@ def open_run_directory(
         found = take_directory(trainer, alone=alone) if alone else agree_on_directory(trainer)
         found.begin(trainer.global_rank)
         OF_TRAINERS[trainer] = found
+        _save_checkpoints_in(trainer, found.directory)
         if announced != found.directory:
             _move_profiler(trainer, announced, found.directory)
     if user is not None:
@@ -130,9 +131,7 @@ def assign_run_directory(
     found.config = config
     for logger in trainer.loggers:
         write_into(logger, held.directory)
-    for callback in trainer.checkpoint_callbacks:
-        if isinstance(callback, ModelCheckpoint) and callback.dirpath is None:
-            callback.dirpath = str(RunLayout(held.directory).checkpoints)
+    _save_checkpoints_in(trainer, held.directory)
     try:
         claim_logger_folders(trainer, found)
     except BaseException:
@@ -161,6 +160,17 @@ def begin_run_directory(trainer: Trainer) -> None:
     if found is None or not found.is_open:
         found = OF_TRAINERS[trainer] = agree_on_directory(trainer, with_loggers=True)
         _write_first_files(trainer, found)
+
+
+def _save_checkpoints_in(trainer: Trainer, directory: Path) -> None:
+    """Give the run directory to checkpoint callbacks that have no folder of their own.
+
+    Without a logger, or with a logger that has no folder for each run, Lightning would save beside
+    the run directory.
+    """
+    for callback in trainer.checkpoint_callbacks:
+        if isinstance(callback, ModelCheckpoint) and callback.dirpath is None:
+            callback.dirpath = str(RunLayout(directory).checkpoints)
 
 
 def _write_first_files(trainer: Trainer, found: HeldDirectory) -> None:

@@ -59,6 +59,8 @@ def _as_json(ranks: list[Remains], first: Remains | None) -> dict[str, Any]:
             "rows": remains.rows,
             "damaged_rows": remains.damaged_rows,
             "remarks": remains.remarks,
+            "fingerprint": remains.fingerprint and remains.fingerprint.to_dict(),
+            "differences": remains.differences,
             "open_phases": [span.name for span in remains.phases.open] if remains.phases else [],
             "seconds_by_phase": seconds_by_phase(remains.phases),
             "trace": remains.trace,

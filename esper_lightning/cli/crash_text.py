@@ -6,10 +6,13 @@ from collections import defaultdict
 from pathlib import Path
 from typing import Any
 
+from esper_lightning.forensics.fingerprint import Fingerprint
+from esper_lightning.forensics.layout import RunLayout
 from esper_lightning.forensics.phases import Phases
 from esper_lightning.forensics.processes import ProcessIdentity, is_alive
 from esper_lightning.forensics.rank_record import SCHEMA
-from esper_lightning.forensics.remains import Remains, Window, rank_folders
+from esper_lightning.forensics.remains import Remains, Window, examine, rank_folders
+from esper_lightning.forensics.replay import ReplayRecord, failing_iteration, judge
 from esper_lightning.forensics.report import CgroupCounters, CrashReport, NonFiniteReport
 
 __all__ = ["describe", "seconds_by_phase"]
@@ -58,12 +61,29 @@ def describe(directory: Path, ranks: list[Remains], first: Remains | None) -> li
             for rank in ranks
             if rank.report is not None
         ]
-        return [*lines, *_last_rows(ranks[0])]
+        return [*lines, *_last_rows(ranks[0]), *_again(directory, None)]
     lines += [*_death(first, ranks), ""]
     sections = (_where_time_went, _last_rows, _evidence, _operators)
     for section in sections:
         lines += [*section(first), ""]
-    return lines[:-1]
+    return lines[:-1] + _again(directory, first)
+
+
+def _again(directory: Path, first: Remains | None) -> list[str]:
+    """The line to type for a replay; for a replay, the verdict."""
+    record, layout = ReplayRecord.read(directory), RunLayout(directory)
+    if record is not None:
+        try:
+            verdict = judge(directory, examine(Path(record.run_dir or "")))
+        except ValueError as error:
+            return ["", f"A replay of {record.run_dir}. {error}"]
+        return ["", f"A replay of {record.run_dir}:", *verdict.lines]
+    if first is None:
+        return []
+    how = f"esper replay {directory}"
+    if not layout.config.exists():
+        how = "in Python, replay(trainer, model, RUN_DIR)"
+    return ["", f"To play it again, up to iteration {failing_iteration(first)}:", f"    {how}"]
 
 
 def describe_start(owner: dict[str, Any]) -> str:
@@ -120,7 +140,7 @@ def _death(first: Remains, ranks: list[Remains]) -> list[str]:
     how += [f"signal {signal}"] if signal else []
     how += [] if status is None else [f"exit status {status}"]
     lines.append(f"{', '.join(how)}, pid {report.pid or 'unknown'}")
-    lines += _memory(report)
+    lines += [*_memory(report), *_conditions(first)]
     if report.error is not None and report.error.non_finite is not None:
         lines.append(_where_not_finite(report.error.non_finite))
     phases, iteration, metrics = report.phases, report.iteration, report.metrics
@@ -131,6 +151,16 @@ def _death(first: Remains, ranks: list[Remains]) -> list[str]:
         lines.append(f"Last metrics: {text}")
     traceback = () if report.error is None else report.error.traceback
     return lines + [f"    {line}"[:100] for line in traceback[-8:]]
+
+
+def _conditions(first: Remains) -> list[str]:
+    """The commit of the program, and what differs from the run before."""
+    found, differences = first.fingerprint or Fingerprint(), first.differences
+    changes = {None: "", "": ""}.get(found.changes, ", with changes that are not committed")
+    lines = [f"Commit {found.commit[:10]}{changes}"] if found.commit else []
+    if differences:
+        lines += ["Other than in the run before:", *(f"    {_cut(d, _NAME)}" for d in differences)]
+    return lines
 
 
 def _memory(report: CrashReport) -> list[str]:

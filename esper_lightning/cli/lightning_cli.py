@@ -4,6 +4,7 @@ import argparse
 import contextlib
 import json
 import logging
+import sys
 import traceback
 import warnings
 from collections.abc import Callable, Sequence
@@ -52,7 +53,9 @@ from esper_lightning.training.special_evaluations import (
     require_special_evaluation,
     special_evaluation,
 )
+from esper_lightning.training.specs import refuse_opaque
 from esper_lightning.training.trainer_rules import refuse_trainer
+from esper_lightning.training.video import record_video, refuse_video
 
 __all__ = ["prepare"]
 
@@ -152,6 +155,7 @@ class EsperCLI(LightningCLI):
             # Extensions are of use in training alone; their classes may not be here.
             model = cast(dict[str, Any], self._checkpoint["hyper_parameters"])
             settings: dict[str, Any] = {"model": {**model, "extensions": []}}
+            refuse_opaque("model", settings["model"])
             words = ["evaluate", "--config", json.dumps(settings), *words[1:]]
             words += ["--ckpt_path", str(path)]
         self.config = parser.parse_args(words)
@@ -264,6 +268,9 @@ class EsperCLI(LightningCLI):
         figures = self.config_init["evaluate"]["figures"] if evaluates else None
         if figures is not None:
             require_special_evaluation(type(model.env), "--figures").refuse_figures(figures)
+        video = self.config_init["evaluate"]["video"] if evaluates else None
+        if video is not None:
+            refuse_video(video)
         if self._is_dry:
             return
         if fits and not self.trainer.barebones:  # last: a refused run leaves no files
@@ -300,6 +307,10 @@ class EsperCLI(LightningCLI):
             self._start()
         except RanksDisagreeError as error:
             fail(error)
+        except SystemExit as error:
+            if error.code:
+                raise
+            sys.exit("esper: code of a setting has ended the process before the command was done.")
         except Exception as error:
             if self.model.is_resuming:
                 path = self.config[self.subcommand]["ckpt_path"]
@@ -332,6 +343,10 @@ class EsperCLI(LightningCLI):
             device = self.trainer.strategy.root_device
             figures = self.config_init["evaluate"]["figures"]
             print(special.compare_policies(self.model, device, figures=figures))
+        video = self.config_init["evaluate"]["video"] if evaluates else None
+        if video is not None:
+            shown = record_video(self.model, video, device=self.trainer.strategy.root_device)
+            print(f"Video: {video} (returns {', '.join(f'{each:.4g}' for each in shown)})")
         if self.subcommand == "fit":
             steps, seconds = self.model.env_steps, self.model.progress.train_time_s
             rate = steps / seconds if seconds > 0 else 0.0

@@ -38,10 +38,12 @@ class _Command(NamedTuple):
 _COMMANDS = {
     "fit": _Command("train", builds=True),
     "evaluate": _Command("play episodes with the policy of a checkpoint", builds=True),
+    "play": _Command("watch the policy of a checkpoint act, in a browser", "play", builds=True),
     "bench": _Command("how fast a task trains here, and what the time goes to", builds=True),
     "export": _Command("write a policy as a file for elsewhere", module="export", builds=True),
     "report": _Command("what a run reached, as text or as a page", module="report", prints=True),
     "crash": _Command("how a run died", module="crash", prints=True),
+    "replay": _Command("a dead run again, to its death", module="replay", builds=True),
     "compare": _Command("how variants did over the same seeds", module="compare", prints=True),
     "list": _Command("configs, environments and policies to name", module="listing", prints=True),
     "doctor": _Command("what this machine has, and what will be fast", module="doctor"),
@@ -56,7 +58,7 @@ def main(arguments: list[str] | None = None) -> None:
     Args:
         arguments: Words that follow ``esper``; ``None`` for those of this process.
     """
-    words = sys.argv[1:] if arguments is None else arguments
+    words = [*map(_expand_home, sys.argv[1:] if arguments is None else arguments)]
     is_main = threading.current_thread() is threading.main_thread()
     unused = signal.getsignal(signal.SIGINT) is signal.default_int_handler
     owns_signals = arguments is None and is_main and unused
@@ -77,6 +79,13 @@ def main(arguments: list[str] | None = None) -> None:
         print(f"esper: what was printed is not whole: {stdout.error.strerror}", file=sys.stderr)
         if _COMMANDS[words[0]].prints:
             sys.exit(1)
+
+
+def _expand_home(word: str) -> str:
+    """A word in which ``~`` is the home folder: shells leave ``--run_dir=~/run`` as it is."""
+    name, sign, value = word.partition("=") if word.startswith("--") else ("", "", word)
+    is_there = value == "~" or value.startswith("~/")
+    return name + sign + os.path.expanduser(value) if is_there else word  # noqa: PTH111
 
 
 def _prepare(words: list[str]) -> Callable[[], None]:

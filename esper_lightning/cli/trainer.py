@@ -38,7 +38,13 @@ class EsperTrainer(Trainer):
         del run_dir, open_report, dry_run  # the logger, a callback and ``execute`` use them
         super().fit(model, ckpt_path=ckpt_path, weights_only=True)
 
-    def evaluate(self, model: PPO, ckpt_path: str, figures: Path | None = None) -> None:
+    def evaluate(
+        self,
+        model: PPO,
+        ckpt_path: str,
+        figures: Path | None = None,
+        video: Path | None = None,
+    ) -> None:
         """Play deterministic evaluation episodes with the policy of a checkpoint.
 
         Where the environment has baselines, the policy is then compared with them, in episodes that
@@ -49,8 +55,10 @@ class EsperTrainer(Trainer):
             ckpt_path: Checkpoint to evaluate, or a run directory for its best one.
             figures: Folder for figures of three episodes, where the environment has figures; by
                 default no figure is made.
+            video: File for a video of the best, the median and the worst of ten episodes, as MP4,
+                where the environment draws pictures; by default no video is made.
         """
-        del figures  # ``execute`` draws them after the evaluation
+        del figures, video  # ``execute`` makes them after the evaluation
         checkpoint = load_checkpoint(ckpt_path)
         keep_own_extensions(checkpoint, model)
         model.load_state_dict(checkpoint["state_dict"])

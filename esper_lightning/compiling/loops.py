@@ -6,25 +6,27 @@ gives the same results to float32 rounding.
 
 On a CPU, every mode but ``off`` makes native code of a stage (``native``). On CUDA, ``default``
 compiles one step of a loop, and Python calls the compiled step (``stepwise``); ``max`` captures all
-steps in a CUDA graph (``cuda_graph``); ``auto`` compiles nothing. Where one of these fails, the
+steps in CUDA graphs (``cuda_graph``); ``auto`` compiles nothing. Where one of these fails, the
 next slower way takes over, with one warning.
 """
 
 import logging
 import os
+import threading
 import warnings
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Hashable, Sequence
 from typing import Any, Literal
 
 import torch
 
-from esper_lightning.compiling.cuda_graph import CapturedFunction
+from esper_lightning.compiling.cuda_graph import CapturedFunction, CapturedLoop
 from esper_lightning.compiling.native.loops import NativeFunction, NativeLoop, NativeMap
 from esper_lightning.compiling.native.program import IndexOutsideError
 from esper_lightning.compiling.native.values import UnsupportedError
+from esper_lightning.compiling.purity import ImpureError
 from esper_lightning.compiling.stepwise import StepwiseLoop
 from esper_lightning.compiling.tracing import Body, ChunkBody, Compiled, Tree
-from esper_lightning.core.tensor_trees import leaves, map_tree, rebuild
+from esper_lightning.core.tensor_trees import kind, leaves, map_tree, rebuild
 
 __all__ = [
     "CompileMode",
@@ -42,6 +44,7 @@ Loop = Callable[..., tuple[Tree, Tree]]
 
 _log = logging.getLogger(__name__)
 _REASONS_LOGGED: set[str] = set()
+_TRACING = threading.RLock()  # torch traces in one thread at a time
 
 
 def compile_loop(
@@ -73,7 +76,7 @@ def compile_loop(
     if not _is_compiled(mode, device):
         return eager
     stepwise = StepwiseLoop(body, chunk_body, device)
-    captured = [CapturedFunction(stepwise)] if mode == "max" else []
+    captured = [CapturedLoop(stepwise, device)] if mode == "max" else []
     return _FirstThatWorks(name, f"compile={mode!r}", [*captured, stepwise, eager])
 
 
@@ -193,16 +196,11 @@ def _eager_loop(body: Body, chunk_body: ChunkBody | None) -> Loop:
     return run
 
 
-def _kinds_of(args: tuple[Tree, ...]) -> tuple[tuple[torch.Size, torch.dtype], ...]:
-    """Shape and dtype of every tensor, on which compiled code depends."""
-    return tuple([(leaf.shape, leaf.dtype) for leaf in leaves(args)])
-
-
 def _tell(how: str, name: str, error: Exception) -> None:
     """Log why a function takes a slower way: each reason once in a run."""
     cause = getattr(error, "inner_exception", error)  # from a compiler's backend
     reason = f"{type(cause).__name__}: {cause}".strip().splitlines()[0][:300]
-    if isinstance(error, UnsupportedError):
+    if isinstance(error, UnsupportedError | ImpureError):
         reason = str(error)
     level = logging.DEBUG if reason in _REASONS_LOGGED else logging.WARNING
     _REASONS_LOGGED.add(reason)
@@ -226,24 +224,30 @@ class _Native:
         self, name: str, program: Callable[[], Callable[..., Tree]], eager: Callable[..., Tree]
     ) -> None:
         self._name, self._program, self._eager = name, program, eager
-        self._run: dict[tuple[tuple[torch.Size, torch.dtype], ...], Callable[..., Tree]] = {}
+        self._run: dict[Hashable, Callable[..., Tree]] = {}
 
     def __call__(self, *args: Tree) -> Tree:
         if any(isinstance(arg, list) for arg in args):  # minibatches of unequal size
             return self._eager(*args)
-        kinds = _kinds_of(args)
-        run = self._run.get(kinds)
+        kind_of_args = kind(args)
+        run = self._run.get(kind_of_args)
         if run is not None:
             return run(*args)
-        self._run[kinds] = program = self._program()
+        program = self._program()
         try:
-            return program(*args)
-        except (torch.OutOfMemoryError, MemoryError, IndexOutsideError):
+            with _TRACING:
+                result = program(*args)
+            self._run[kind_of_args] = program
+            return result
+        except IndexOutsideError:
+            self._run[kind_of_args] = program
+            raise
+        except (torch.OutOfMemoryError, MemoryError):
             raise
         except Exception as error:  # of the function, of torch's tracer, or of the compiler
-            self._run[kinds] = self._eager
+            self._run[kind_of_args] = self._eager
             _tell("Native code", self._name, error)
-            return self._eager(*args)
+        return self._eager(*args)
 
 
 class _FirstThatWorks:
@@ -260,20 +264,20 @@ class _FirstThatWorks:
 
     def __init__(self, name: str, how: str, ways: Sequence[Callable[..., Tree]]) -> None:
         self._name, self._how, self._ways = name, how, list(ways)
-        self._kinds: tuple[tuple[torch.Size, torch.dtype], ...] | None = None
+        self._kind: Hashable = None
 
     def __call__(self, *args: Tree) -> Tree:
         if len(self._ways) == 1:
             return self._ways[0](*args)
         if any(isinstance(arg, list) for arg in args):  # minibatches of unequal size
             return self._ways[-1](*args)
-        kinds = _kinds_of(args)
-        if kinds == self._kinds:
+        kind_of_args = kind(args)
+        if kind_of_args == self._kind:
             return self._ways[0](*args)
-        if self._kinds is not None:
+        if self._kind is not None:
             _log.debug("The %s has other shapes than at first and runs eagerly.", self._name)
             return self._ways[-1](*args)
-        self._kinds = kinds
+        self._kind = kind_of_args
         while len(self._ways) > 1:
             try:
                 with warnings.catch_warnings():

@@ -12,16 +12,25 @@ from torch import Tensor
 from torch._ops import OpOverload
 from torch.multiprocessing.reductions import StorageWeakRef
 
+from esper_lightning.core.errors import require
 from esper_lightning.core.tensor_trees import leaves, map_tree, rebuild
 
 __all__ = [
+    "MOST_OPERATIONS",
     "Body",
     "ChunkBody",
     "Compiled",
     "Traced",
     "Tree",
     "compile_graph",
+    "count_operations",
 ]
+
+MOST_OPERATIONS = 8192
+"""Greatest number of operations that are compiled together, or captured in one CUDA graph.
+
+The time that a compiler takes grows faster than the number of operations.
+"""
 
 Tree = Any
 Body = Callable[[Tree, Tree, Tree], tuple[Tree, Tree]]
@@ -101,12 +110,23 @@ def _is_mutable(target: Any) -> bool:
     return isinstance(target, OpOverload) and target._schema.is_mutable  # pyright: ignore[reportPrivateUsage]
 
 
+def count_operations(graph: torch.fx.GraphModule) -> int:
+    """Number of tensor operations of a graph, views included."""
+    return sum(node.op == "call_function" for node in graph.graph.nodes)
+
+
 def compile_graph(function: Callable[..., Any]) -> Callable[..., Any]:
     """Compile a graph or function for the shapes of its first call.
 
     Args:
         function: Graph or function of tensors.
+
+    Raises:
+        ValueError: If the graph has more than ``MOST_OPERATIONS`` operations.
     """
+    if isinstance(function, torch.fx.GraphModule):
+        count, rule = count_operations(function), f"have at most {MOST_OPERATIONS} operations"
+        require(count <= MOST_OPERATIONS, "A compiled function", rule, count)
     # Guards check at every call whether a compilation is still valid: 0.2 ms for 40 tensors. Here
     # the caller (``loops``) compares shapes, and nothing else changes within a run.
     no_guards = getattr(torch.compiler, "skip_all_guards_unsafe", None)  # newer than torch 2.6

@@ -10,10 +10,15 @@ from pathlib import Path
 
 from esper_lightning.core.errors import require
 
-__all__ = ["require_output", "require_output_folder", "requires_folder"]
+__all__ = ["expand_home", "require_output", "require_output_folder", "requires_folder"]
 
 _HEADER = 512  # bytes of a file by which its kind is known
 _TEMPORARY = ".4194304.10000.tmp"  # longest suffix of a file while it is written
+
+
+def expand_home(path: str | Path) -> Path:
+    """A path whose leading ``~`` is replaced by the user's home folder, as a shell does."""
+    return Path(os.path.expanduser(path))  # noqa: PTH111 - Path's own raises for an unknown user
 
 
 @contextlib.contextmanager
@@ -44,7 +49,7 @@ def require_output(field: str, path: str | Path, what: str, begins: bytes) -> Pa
 
     Args:
         field: Setting that names the file.
-        path: Path of the file.
+        path: Path of the file; a leading ``~`` is the user's home folder.
         what: Word for a file that may be replaced, to follow "an earlier".
         begins: Regular expression that the first bytes of such a file match.
 
@@ -58,7 +63,8 @@ def require_output(field: str, path: str | Path, what: str, begins: bytes) -> Pa
     try:
         if "\0" in str(path):
             raise OSError(errno.EINVAL, "embedded null byte")
-        target = Path(path).resolve(strict=True) if Path(path).is_symlink() else Path(path)
+        target = expand_home(path)
+        target = target.resolve(strict=True) if target.is_symlink() else target
         require(not target.is_dir(), field, rule, str(path), "It is a folder.")
         _require_room(target.parent, target.name)
         is_known = not os.path.lexists(target)

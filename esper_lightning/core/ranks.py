@@ -45,6 +45,7 @@ class Ranks:
 
     def __init__(self, size: int) -> None:
         self.size = size
+        self._host_group: Any = None  # for states on the host; None for the default group
 
     def sum(self, tree: Tree) -> Tree:
         """Each tensor summed over ranks, in one collective; all tensors share a dtype."""
@@ -81,9 +82,12 @@ class Ranks:
         on_host = map_tree(lambda leaf: leaf.to("cpu", copy=True), state)
         if self.size == 1:
             return [on_host]
+        if self._host_group is None and dist.get_backend() != "gloo":
+            # NCCL would send the pickled states through GPU memory: all of them at once on one GPU.
+            self._host_group = dist.new_group(backend="gloo")
         first = dist.get_rank() == 0
         states: list[Tree] = [None] * self.size if first else []
-        dist.gather_object(on_host, states if first else None)
+        dist.gather_object(on_host, states if first else None, group=self._host_group)
         return states
 
 

@@ -14,6 +14,7 @@ from esper_lightning.core.errors import Words, require
 __all__ = [
     "global_random_states",
     "require_torch_defaults",
+    "restore_streams",
     "set_global_random_states",
     "stream",
     "stream_seed",
@@ -36,6 +37,26 @@ def stream_seed(seed: int, *, rank: int, purpose: str) -> int:
 def stream(seed: int, *, rank: int, purpose: str, device: torch.device) -> torch.Generator:
     """A generator on ``device`` seeded by ``stream_seed``."""
     return torch.Generator(device).manual_seed(stream_seed(seed, rank=rank, purpose=purpose))
+
+
+def restore_streams(generators: Sequence[torch.Generator], states: Sequence[Tensor]) -> bool:
+    """Restore the states of generators, unless the states are of another kind of device.
+
+    The state of a generator has other sizes on a CPU and on a GPU.
+
+    Args:
+        generators: Generators of a run.
+        states: State of each generator.
+
+    Returns:
+        Whether the generators have the states; if not, they are unchanged.
+    """
+    pairs = list(zip(generators, states, strict=True))
+    if any(state.shape != generator.get_state().shape for generator, state in pairs):
+        return False
+    for generator, state in pairs:
+        generator.set_state(state.cpu())
+    return True
 
 
 def global_random_states() -> dict[str, Any]:

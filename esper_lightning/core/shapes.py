@@ -8,13 +8,13 @@ linters do not take the axis for a name.
 
 from typing import TYPE_CHECKING
 
-__all__ = ["Bool", "Float", "Int", "Shaped"]
+__all__ = ["Bool", "Float", "Int", "Shaped", "UInt8"]
 
 if TYPE_CHECKING:
-    from jaxtyping import Bool, Float, Int, Shaped
+    from jaxtyping import Bool, Float, Int, Shaped, UInt8
 else:
     try:
-        from jaxtyping import Bool, Float, Int, Shaped
+        from jaxtyping import Bool, Float, Int, Shaped, UInt8
     except ModuleNotFoundError:
 
         class Bool:
@@ -24,4 +24,4 @@ else:
                 """Drop the axes."""
                 return item[0]
 
-        Float = Int = Shaped = Bool
+        Float = Int = Shaped = UInt8 = Bool

@@ -1,11 +1,11 @@
 """Tensors in nested containers: tuples (named or not), lists and mappings."""
 
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Hashable, Iterable, Iterator, Mapping, Sequence
 from typing import Any, cast
 
 from torch import Tensor
 
-__all__ = ["leaves", "map_tree", "named_tensors", "rebuild"]
+__all__ = ["kind", "leaves", "map_tree", "named_tensors", "rebuild"]
 
 _SEQUENCES = (tuple, list)
 
@@ -41,6 +41,20 @@ def leaves(tree: Any) -> list[Tensor]:
     return found
 
 
+def kind(tree: Any) -> Hashable:
+    """Everything about a tree but the numbers of its tensors, equal for trees of the same kind.
+
+    That is the shapes and dtypes of the tensors, the types and keys of the containers in their
+    order, and every value that is no tensor.
+
+    Raises:
+        ValueError: As for ``leaves``.
+    """
+    parts: list[Any] = []
+    _describe(tree, parts)
+    return tuple(parts)
+
+
 def rebuild(tree: Any, tensors: Iterable[Tensor]) -> Any:
     """``tree`` with its tensors replaced by ``tensors``, in order."""
     return _replace(tree, iter(tensors))
@@ -52,7 +66,7 @@ def map_tree(function: Callable[[Tensor], Tensor], tree: Any) -> Any:
 
 
 def _gather(tree: Any, found: list[Tensor]) -> None:
-    # Iterations walk many small trees: plain tensors are told by their type, without a call.
+    # Iterations walk many small trees: plain tensors are known by their type, without a call.
     if isinstance(tree, Tensor):
         found.append(tree)
     elif isinstance(tree, _SEQUENCES):
@@ -68,6 +82,29 @@ def _gather(tree: Any, found: list[Tensor]) -> None:
     elif not (tree is None or isinstance(tree, bool | int | float | str)):
         rule = "Trees of tensors must be made of tuples, lists and mappings"
         raise ValueError(f"{rule}, got {type(tree).__name__!r}.")
+
+
+def _describe(tree: Any, parts: list[Any]) -> None:
+    if isinstance(tree, Tensor):
+        parts.append(tree.shape)
+        parts.append(tree.dtype)
+    elif tree is None:
+        parts.append(None)
+    elif isinstance(tree, _SEQUENCES):
+        values = cast(Sequence[Any], tree)
+        parts.append(type(values))
+        parts.append(len(values))
+        for part in values:
+            _describe(part, parts)
+    elif isinstance(tree, Mapping):
+        mapping = cast(Mapping[Any, Any], tree)
+        parts.append(tuple(mapping))
+        for part in mapping.values():
+            _describe(part, parts)
+    elif isinstance(tree, bool | int | float | str):
+        parts.append(repr(tree))  # so 1, 1.0 and True differ, and NaN equals itself
+    else:
+        leaves(tree)  # which refuses it
 
 
 def _replace(tree: Any, tensors: Iterator[Tensor]) -> Any:

@@ -6,14 +6,16 @@ a check would synchronise.
 
 import math
 from dataclasses import dataclass
+from typing import ClassVar
 
 import torch
 from torch import Tensor
 
-from esper_lightning.core.shapes import Float, Int
+from esper_lightning.core.shapes import Float, Int, UInt8
 from esper_lightning.core.spaces import Box, Discrete, EnvSpaces
 from esper_lightning.envs.autoreset import AutoresetEnv, Transition, validate_sizes
 from esper_lightning.envs.base import EnvSpec
+from esper_lightning.envs.drawing import BLUE, GREY, ORANGE, Canvas, View
 
 __all__ = ["Acrobot"]
 
@@ -21,6 +23,7 @@ GRAVITY = 9.8  # m/s^2
 TIMESTEP_S = 0.2
 MAX_VELOCITY_1 = 4 * math.pi  # rad/s
 MAX_VELOCITY_2 = 9 * math.pi  # rad/s
+_VIEW = View(left=-2.2, right=2.2, bottom=-2.2, top=2.2)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -39,6 +42,7 @@ class Acrobot(EnvSpec):
 
     num_envs: int = 64
     time_limit: int = 500
+    frames_per_s: ClassVar[float] = 15.0  # three times as fast as the simulated time
 
     def __post_init__(self) -> None:
         validate_sizes(self)
@@ -89,6 +93,19 @@ class Acrobot(EnvSpec):
         terminated = -angle_1.cos() - (angle_1 + angle_2).cos() > 1.0
         reward = torch.full_like(angle_1, -1.0).masked_fill_(terminated, 0.0)
         return Transition(reached, reward, terminated)
+
+    def render(self, state: Float[Tensor, "B 4"]) -> UInt8[Tensor, "B H W 3"]:
+        """Pictures of the two links, and of the line that the tip has to reach."""
+        canvas = Canvas(len(state), _VIEW, state.device)
+        low, high = state.new_tensor([[-2.2, 1.0]]), state.new_tensor([[2.2, 1.0]])
+        canvas.draw(low, high, width=0.03, colour=GREY)
+        pivot, angle = state.new_zeros(1, 2), state[:, 0]
+        joint = torch.stack((angle.sin(), -angle.cos()), dim=-1)
+        angle = angle + state[:, 1]
+        tip = joint + torch.stack((angle.sin(), -angle.cos()), dim=-1)
+        canvas.draw(pivot, joint, width=0.16, colour=BLUE)
+        canvas.draw(joint, tip, width=0.16, colour=ORANGE)
+        return canvas.pictures()
 
 
 def _rate(state: Float[Tensor, "4 B"], torque: Int[Tensor, " B"]) -> Float[Tensor, "4 B"]:

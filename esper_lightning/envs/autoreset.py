@@ -8,13 +8,13 @@ same reason a step does not check the values of actions.
 
 import dataclasses
 import math
-from typing import NamedTuple, Protocol, runtime_checkable
+from typing import Any, NamedTuple, Protocol, cast, runtime_checkable
 
 import torch
 from torch import Tensor
 
 from esper_lightning.core.errors import check_fields, require, require_int, require_members
-from esper_lightning.core.shapes import Bool, Float, Int, Shaped
+from esper_lightning.core.shapes import Bool, Float, Int, Shaped, UInt8
 from esper_lightning.core.spaces import EnvSpaces
 from esper_lightning.core.types import Observation, StepResult
 
@@ -85,7 +85,8 @@ class AutoresetEnv:
         seed: Seed of the initial states.
 
     Raises:
-        ValueError: If ``task`` lacks a member of ``Task``, or ``seed`` is no integer of at least 0.
+        ValueError: If ``task`` lacks a member of ``Task``, its initial states have another shape
+            than ``Task.sample_states`` says, or ``seed`` is no integer of at least 0.
 
     Attributes:
         generator: Random stream of the initial states.
@@ -100,7 +101,7 @@ class AutoresetEnv:
         self._spaces = task.spaces()
         self.generator = torch.Generator(device=device).manual_seed(seed)
         # These tensors are never returned, only written in place, so that a graph can be captured.
-        state = self.draw(1)[0]
+        state = self._first_states()
         zeros = torch.zeros(task.num_envs, dtype=torch.int64, device=device)
         self._episodes = Episodes(state, zeros, zeros.to(state.dtype))
 
@@ -130,6 +131,24 @@ class AutoresetEnv:
         self.keep(episodes)
         return result
 
+    @property
+    def frames_per_s(self) -> float:
+        """Pictures that show a second, by the attribute of the task."""
+        return float(getattr(self._task, "frames_per_s", 30.0))
+
+    @torch.no_grad()
+    def render(self) -> UInt8[Tensor, "B H W 3"]:
+        """Pictures of all environments, by the method ``render(state)`` of the task.
+
+        Raises:
+            ValueError: If the task has no such method.
+        """
+        render = getattr(self._task, "render", None)
+        rule = "have a method render(state) -> uint8 [B, H, W, 3] to be shown"
+        require(callable(render), self._owner, rule, "none")
+        assert render is not None
+        return render(self._episodes.state)
+
     # The same as pure functions, for rollouts that are compiled.
 
     def episodes(self) -> Episodes:
@@ -153,9 +172,13 @@ class AutoresetEnv:
         self, episodes: Episodes, action: Shaped[Tensor, "B *A"], initial: Float[Tensor, "B S"]
     ) -> tuple[Episodes, StepResult]:
         """One step from ``episodes``, as a pure function; ended ones start from ``initial``."""
-        reached, reward, terminated = self._task.advance(episodes.state, action)
-        if not reward.shape == terminated.shape == episodes.elapsed.shape:  # they would broadcast
-            self._refuse_shapes(reward, terminated)
+        outcome: Any = self._task.advance(episodes.state, action)
+        if not _is_triple(outcome):
+            require(False, f"{self._owner}.advance()", "return a Transition", outcome)
+        reached, reward, terminated = outcome
+        is_of_envs = reward.shape == terminated.shape == episodes.elapsed.shape
+        if not (is_of_envs and reached.shape == episodes.state.shape):  # they would broadcast
+            self._refuse_shapes(Transition(reached, reward, terminated), episodes)
         elapsed = episodes.elapsed + 1
         episode_return = episodes.episode_return + reward
         truncated = (elapsed >= self._task.time_limit) & ~terminated
@@ -176,12 +199,22 @@ class AutoresetEnv:
             episode_length=elapsed.masked_fill(running, 0),
         )
 
-    def _refuse_shapes(self, reward: Tensor, terminated: Tensor) -> None:
-        expected = [self.num_envs]
-        for name, value in (("reward", reward), ("terminated", terminated)):
-            shape = list(value.shape)
-            field = f"{self._owner}.advance().{name}"
-            require(shape == expected, field, f"have shape {expected}", shape)
+    def _first_states(self) -> Float[Tensor, "B S"]:
+        states: Any = self.draw(1)
+        field, rule = f"{self._owner}.sample_states()", "return states [T, B, S]"
+        ok = isinstance(states, Tensor) and states.dim() == 3
+        ok = ok and states.shape[:2] == (1, self.num_envs)
+        got = list(states.shape) if isinstance(states, Tensor) else states
+        require(ok, field, f"{rule}, with T = 1 and B = {self.num_envs} here", got)
+        return states[0]
+
+    def _refuse_shapes(self, outcome: Transition, episodes: Episodes) -> None:
+        expected = Transition(episodes.state, episodes.elapsed, episodes.elapsed)
+        for name, got, like in zip(Transition._fields, outcome, expected, strict=True):
+            rule = f"have shape {list(like.shape)}"
+            require(
+                got.shape == like.shape, f"{self._owner}.advance().{name}", rule, list(got.shape)
+            )
 
     def state_dict(self) -> dict[str, Tensor]:
         """Copies of simulator state, episode accumulators and random stream."""
@@ -208,6 +241,10 @@ class AutoresetEnv:
         for name, buffer in self._episodes._asdict().items():
             buffer.copy_(state[name])
         self.generator.set_state(state["generator"].cpu())
+
+
+def _is_triple(outcome: object) -> bool:
+    return isinstance(outcome, tuple) and len(cast(tuple[object, ...], outcome)) == 3
 
 
 def validate_sizes(task: Task) -> None:

@@ -45,13 +45,15 @@ class BatchedEnv(Protocol):
     An environment whose episode ended resets itself in the same step. A step makes no host-device
     copy and no synchronisation, and does not write into tensors that an earlier call returned.
 
-    Three further methods are called where an environment has them. ``close()`` is called at the end
+    Four further methods are called where an environment has them. ``close()`` is called at the end
     of a run, for what holds processes or windows. After ``reseed(seed)`` the next ``reset`` starts
     as in environments that were built with the seed, or the method returns False because it cannot
     seed them; an environment that can be reseeded is built once for all evaluations.
     ``begin_iteration(progress)`` is for curricula: it is called with a ``RunProgress`` before each
     iteration of training, and before the first reset of a run. It must depend on ``progress``
-    alone, so that a resumed run continues the curriculum.
+    alone, so that a resumed run continues the curriculum. ``render()`` returns pictures of all
+    environments as they are now, uint8 ``[B, H, W, 3]`` with red, green and blue, for videos; the
+    attribute ``frames_per_s`` says how many of them show a second (30 where there is none).
     """
 
     def reset(self) -> tuple[Observation, Bool[Tensor, "B K"] | None]:
@@ -148,14 +150,15 @@ class EnvSpec(ABC):
     A frozen dataclass that derives from ``EnvSpec`` can be named in a config by its class alone.
     Any other class with ``num_envs``, ``spaces`` and ``build`` works as well.
 
-    Three further members are used where a spec has them. ``name`` is the name of the task in
+    Four further members are used where a spec has them. ``name`` is the name of the task in
     messages and run directories, in place of that of the class. ``evaluation_spec(episodes)``
-    returns the environments of an evaluation, fewer than the episodes perhaps. ``shared`` says that
-    ``build`` always returns the same simulator: training then starts new episodes after each
-    evaluation. Such a simulator is not closed at the end of a run; instead ``release()`` of the
-    spec is called once for each call of ``build``, where a spec has it. A dataclass field with
-    ``metadata={"how": True}`` says how environments run, and not what they are: it may differ
-    between a checkpoint and the run that resumes it.
+    returns the environments of an evaluation, fewer than the episodes perhaps. ``rendering_spec()``
+    returns environments whose ``render`` works, where those of training must be built otherwise.
+    ``shared`` says that ``build`` always returns the same simulator: training then starts new
+    episodes after each evaluation. Such a simulator is not closed at the end of a run; instead
+    ``release()`` of the spec is called once for each call of ``build``, where a spec has it. A
+    dataclass field with ``metadata={"how": True}`` says how environments run, and not what they
+    are: it may differ between a checkpoint and the run that resumes it.
     """
 
     num_envs: int

@@ -6,14 +6,16 @@ a check would synchronise.
 
 import math
 from dataclasses import dataclass
+from typing import ClassVar
 
 import torch
 from torch import Tensor
 
-from esper_lightning.core.shapes import Float, Int
+from esper_lightning.core.shapes import Float, Int, UInt8
 from esper_lightning.core.spaces import Box, Discrete, EnvSpaces
 from esper_lightning.envs.autoreset import AutoresetEnv, Transition, validate_sizes
 from esper_lightning.envs.base import EnvSpec
+from esper_lightning.envs.drawing import BLUE, GREY, ORANGE, Canvas, View
 
 __all__ = ["CartPole"]
 
@@ -28,6 +30,7 @@ ANGLE_LIMIT_RAD = math.radians(12)
 
 TOTAL_MASS = CART_MASS + POLE_MASS
 POLE_MOMENT = POLE_MASS * POLE_HALF_LENGTH
+_VIEW = View(left=-2.6, right=2.6, bottom=-0.4, top=1.4, height=160)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -45,6 +48,7 @@ class CartPole(EnvSpec):
 
     num_envs: int = 64
     time_limit: int = 500
+    frames_per_s: ClassVar[float] = 1 / TIMESTEP_S
 
     def __post_init__(self) -> None:
         validate_sizes(self)
@@ -88,3 +92,16 @@ class CartPole(EnvSpec):
         off_track = reached[:, 0].abs() > POSITION_LIMIT
         fallen = reached[:, 2].abs() > ANGLE_LIMIT_RAD
         return Transition(reached, torch.ones_like(position), off_track | fallen)
+
+    def render(self, state: Float[Tensor, "B 4"]) -> UInt8[Tensor, "B H W 3"]:
+        """Pictures of the cart on its track, and of the pole."""
+        canvas = Canvas(len(state), _VIEW, state.device)
+        centre = torch.stack((state[:, 0], torch.zeros_like(state[:, 0])), dim=-1)
+        angle = state[:, 2]
+        tip = centre + 2 * POLE_HALF_LENGTH * torch.stack((angle.sin(), angle.cos()), dim=-1)
+        end = centre.new_tensor([[POSITION_LIMIT, 0.0]])
+        canvas.draw(-end, end, width=0.02, colour=GREY)
+        half = centre.new_tensor([0.16, 0.0])
+        canvas.draw(centre - half, centre + half, width=0.24, colour=BLUE)
+        canvas.draw(centre, tip, width=0.08, colour=ORANGE)
+        return canvas.pictures()

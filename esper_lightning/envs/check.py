@@ -53,6 +53,7 @@ logger = logging.getLogger(__name__)
 DECLARED_MEMBERS = ("num_envs", "spaces")  # members of a spec; without a spec, of the environment
 TRANSITION_STEPS = 100
 WARM_UP_STEPS = 3  # may compile and allocate, hence synchronise
+_ENDS_IN_A_ROW = 20  # after which an environment is taken for one that begins no new episode
 
 _Trajectory = list[dict[str, int]]
 """Fingerprint of every tensor, for every step."""
@@ -254,6 +255,9 @@ class _Seen:
 
     obs_moves: bool = False
     envs_differ: bool = False
+    unended: int = 0  # steps of single environments that ended no episode
+    after_end: int = 0  # steps of single environments in which an episode ended before
+    ended_again: int = 0  # of those, steps that ended an episode, too
 
 
 def _conclude(run: _Run, inspector: Inspector, seen: _Seen) -> None:
@@ -269,6 +273,11 @@ def _conclude(run: _Run, inspector: Inspector, seen: _Seen) -> None:
     rule = "be what the last action led to, where an episode ended"
     got = Words(f"the observation after the reset at each of {ends} ends")
     problems.expect(not copied, "step().reached_obs", rule, got, "Observe before the reset.")
+    never_begins = seen.ended_again == seen.after_end >= _ENDS_IN_A_ROW and seen.unended > 0
+    rule = "begin a new episode where one ended"
+    got = Words("an end in every step that follows the first end")
+    hint = "A simulator of tensors that leaves resets to others says so: auto_reset=False."
+    problems.expect(not never_begins, "step()", rule, got, hint)
 
 
 def _drive(
@@ -279,6 +288,7 @@ def _drive(
     inspector.begin(env.reset())
     assert inspector.last is not None
     start = {k: v for k, v in inspector.last.values.items() if k != "action_mask"}
+    ended_before = torch.zeros(contract.num_envs, dtype=torch.bool)
     for _ in range(steps):
         mask = inspector.last.values.get("action_mask")
         action = sample_action(contract.spaces.action, contract.num_envs, mask, generator)
@@ -290,6 +300,11 @@ def _drive(
         for name, value in start.items():
             seen.obs_moves |= not torch.equal(values[name], value)
             seen.envs_differ |= bool((values[name] != values[name][:1]).any())
+        ended = values["terminated"] | values["truncated"]
+        seen.unended += int((~ended).sum())
+        seen.after_end += int(ended_before.sum())
+        seen.ended_again += int((ended & ended_before).sum())
+        ended_before |= ended
     return inspector.last.live.get("action_mask")
 
 

@@ -105,6 +105,12 @@ class FrameStack(EnvSpec):
             env = cast(EnvSpec, dataclasses.replace(cast(Any, env), num_envs=episodes))
         return dataclasses.replace(self, env=env)
 
+    def rendering_spec(self) -> "FrameStack":
+        """The spec of environments that draw pictures, as the stacked ones do themselves."""
+        own_rule = getattr(self.env, "rendering_spec", None)
+        env = cast(EnvSpec, own_rule()) if callable(own_rule) else self.env
+        return dataclasses.replace(self, env=env)
+
     def stacked_groups(self, spaces: EnvSpaces) -> tuple[str, ...]:
         """Names of the groups of the environments that are stacked; ``""`` without groups.
 

@@ -67,6 +67,7 @@ def check_built(spec: EnvSpec, spaces: object, env: Any, problems: Problems) -> 
     Returns:
         Number and spaces of the environment as built.
     """
+    problems.insist(env is not None, "build()", "return an environment", env)
     require_members(env, ENV_MEMBERS, problems)
     num_envs = spec.num_envs
     built = getattr(env, "num_envs", num_envs)

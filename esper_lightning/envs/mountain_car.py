@@ -5,14 +5,16 @@ a check would synchronise.
 """
 
 from dataclasses import dataclass
+from itertools import pairwise
 
 import torch
 from torch import Tensor
 
-from esper_lightning.core.shapes import Float, Int
+from esper_lightning.core.shapes import Float, Int, UInt8
 from esper_lightning.core.spaces import Box, Discrete, EnvSpaces
 from esper_lightning.envs.autoreset import AutoresetEnv, Transition, validate_sizes
 from esper_lightning.envs.base import EnvSpec
+from esper_lightning.envs.drawing import BLUE, GREY, ORANGE, Canvas, View
 
 __all__ = ["MountainCar"]
 
@@ -22,6 +24,8 @@ MIN_POSITION = -1.2
 MAX_POSITION = 0.6
 MAX_SPEED = 0.07
 GOAL_POSITION = 0.5
+_VIEW = View(left=MIN_POSITION, right=MAX_POSITION, bottom=-0.1, top=1.2)
+_PIECES = 40  # straight pieces of the slope in a picture
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -76,3 +80,20 @@ class MountainCar(EnvSpec):
         terminated = (position >= GOAL_POSITION) & (velocity >= 0)
         reached = torch.stack((position, velocity), dim=-1)
         return Transition(reached, torch.full_like(position, -1.0), terminated)
+
+    def render(self, state: Float[Tensor, "B 2"]) -> UInt8[Tensor, "B H W 3"]:
+        """Pictures of the car on its slope, whose height is ``0.45 sin(3 position) + 0.55``."""
+        canvas = Canvas(len(state), _VIEW, state.device)
+        place = torch.linspace(MIN_POSITION, MAX_POSITION, _PIECES + 1, device=state.device)
+        slope = _on_slope(place)
+        for start, end in pairwise(slope[:, None]):
+            canvas.draw(start, end, width=0.015, colour=GREY)
+        goal = _on_slope(place.new_tensor([GOAL_POSITION]))
+        canvas.draw(goal, goal + goal.new_tensor([0.0, 0.15]), width=0.03, colour=ORANGE)
+        car = _on_slope(state[:, 0]) + state.new_tensor([0.0, 0.04])
+        canvas.draw(car, car, width=0.08, colour=BLUE)
+        return canvas.pictures()
+
+
+def _on_slope(position: Float[Tensor, " M"]) -> Float[Tensor, "M 2"]:
+    return torch.stack((position, 0.45 * (3 * position).sin() + 0.55), dim=-1)

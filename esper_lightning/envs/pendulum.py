@@ -5,14 +5,16 @@ Axes: ``B`` environment, two components of the state, one of the action, which i
 
 import math
 from dataclasses import dataclass
+from typing import ClassVar
 
 import torch
 from torch import Tensor
 
-from esper_lightning.core.shapes import Float
+from esper_lightning.core.shapes import Float, UInt8
 from esper_lightning.core.spaces import Box, EnvSpaces
 from esper_lightning.envs.autoreset import AutoresetEnv, Transition, validate_sizes
 from esper_lightning.envs.base import EnvSpec
+from esper_lightning.envs.drawing import GREY, ORANGE, Canvas, View
 
 __all__ = ["Pendulum"]
 
@@ -20,6 +22,7 @@ GRAVITY = 10.0  # m/s^2; mass and length are 1
 TIMESTEP_S = 0.05
 MAX_SPEED = 8.0  # rad/s
 MAX_TORQUE = 2.0  # N m
+_VIEW = View(left=-1.2, right=1.2, bottom=-1.2, top=1.2)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -38,6 +41,7 @@ class Pendulum(EnvSpec):
 
     num_envs: int = 64
     time_limit: int = 200
+    frames_per_s: ClassVar[float] = 1 / TIMESTEP_S
 
     def __post_init__(self) -> None:
         validate_sizes(self)
@@ -76,3 +80,12 @@ class Pendulum(EnvSpec):
         angle = torch.add(angle, velocity, alpha=TIMESTEP_S)
         reached = torch.stack((angle, velocity), dim=-1)
         return Transition(reached, -cost, torch.zeros_like(angle, dtype=torch.bool))
+
+    def render(self, state: Float[Tensor, "B 2"]) -> UInt8[Tensor, "B H W 3"]:
+        """Pictures of the rod and its pivot."""
+        canvas = Canvas(len(state), _VIEW, state.device)
+        pivot = state.new_zeros(1, 2)
+        tip = torch.stack((-state[:, 0].sin(), state[:, 0].cos()), dim=-1)
+        canvas.draw(pivot, tip, width=0.2, colour=ORANGE)
+        canvas.draw(pivot, pivot, width=0.1, colour=GREY)
+        return canvas.pictures()

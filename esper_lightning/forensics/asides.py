@@ -18,7 +18,7 @@ __all__ = ["KEPT_ASIDE", "keep_latest", "rename_aside", "replace_keeping", "writ
 KEPT_ASIDE = 10
 """Number of files of earlier runs that stay under each name; older files are removed."""
 _LIST = ".set_aside"
-_MOST_ENTRIES = 1000  # of a list, before the entries of files that are gone are left out
+_MOST_ENTRIES = 1000  # of a list, before the entries of files that are gone are dropped
 
 
 def rename_aside(path: Path) -> Path | None:

@@ -116,7 +116,7 @@ class Claim:
             raise _not_of_a_run(self.directory, names, self._use)
 
     def refuse_another(self) -> None:
-        """Refuse to go on where another process owns the directory by now.
+        """Refuse to continue where another process owns the directory by now.
 
         Raises:
             DirectoryInUseError: If the directory was moved, and another run took its name.

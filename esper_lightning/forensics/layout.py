@@ -112,6 +112,16 @@ class RunLayout:
         """Checkpoint of the state of training at the end of the latest epoch."""
         return self.checkpoints / "last.ckpt"
 
+    @property
+    def before_fault(self) -> Path:
+        """Checkpoint of a replay: the state before the iteration that failed."""
+        return self.checkpoints / "before.ckpt"
+
+    @property
+    def replay(self) -> Path:
+        """What a replay repeats (``forensics.replay``); only in the directory of a replay."""
+        return self.directory / "replay.json"
+
     def rank(self, rank: int) -> RankLayout:
         """Paths of the files of a global rank."""
         return RankLayout(self.directory / f"rank{rank}")

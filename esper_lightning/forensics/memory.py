@@ -5,9 +5,10 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import NamedTuple
 
-__all__ = ["Memory", "measure_memory", "oom_kills"]
+__all__ = ["Memory", "limits_of_cgroups", "measure_memory", "oom_kills"]
 
 _PROC, _CGROUP = Path("/proc"), Path("/sys/fs/cgroup")
+_UNLIMITED = 1 << 60  # cgroup v1 spells no limit as a number of about 2**63
 _SHORT = 0.1  # share of the limit below which the kernel may soon kill, with a margin
 # Files of the limit and the usage, and the line of memory.stat with reclaimable memory.
 _FILES = (
@@ -74,6 +75,24 @@ def oom_kills(pid: int, root: Path = _CGROUP) -> dict[str, int]:
     return counters | {
         f"host_{key}": count for key, count in machine.items() if key.startswith("oom_kill")
     }
+
+
+def limits_of_cgroups(pid: int | str = "self", root: Path = _CGROUP) -> dict[str, float]:
+    """The lowest limits of a process's cgroups: ``memory_bytes`` and ``cpus``, where there are any.
+
+    Args:
+        pid: Process identifier.
+        root: Folder of the cgroups.
+    """
+    memory: list[int] = []
+    cpus: list[float] = []
+    for place in _cgroups(pid, root):
+        memory += [n for name, *_ in _FILES if (n := _number(place / name)) is not None]
+        with contextlib.suppress(OSError, ValueError):  # "max 100000" is no limit
+            quota_us, period_us = map(int, (place / "cpu.max").read_text().split())
+            cpus.append(quota_us / period_us)
+    limits = {"memory_bytes": memory, "cpus": cpus}
+    return {name: min(found) for name, found in limits.items() if found and min(found) < _UNLIMITED}
 
 
 def _cgroups(pid: int | str, root: Path) -> Iterator[Path]:

@@ -166,28 +166,32 @@ def read_phases(path: Path) -> Phases:
 
     Raises:
         FileNotFoundError: If there is no file.
-        ValueError: If the file cannot be read, or is no phase ring.
+        ValueError: If the file cannot be read, is no phase ring, or has content that no run writes.
     """
     content = read_file(path, most_bytes=_SIZE)
     if len(content) < _MEMORY_AT or not content.startswith(_MAGIC):
         raise ValueError(f"{path} must be a phase ring, got {content[:8]!r}.")
     _, iteration, names, depth, closed, *_ = _HEADER.unpack_from(content, 0)
+    damaged = ValueError(f"{path} must be a phase ring, got one with damaged content.")
+    if names > _MAX_NAMES or depth > _MAX_DEPTH or min(iteration, closed) < 0:
+        raise damaged
     table: list[str] = [
         content[_NAMES_AT + i * _NAME_BYTES : _NAMES_AT + (i + 1) * _NAME_BYTES]
         .rstrip(b"\0")
         .decode(errors="replace")
-        for i in range(min(names, _MAX_NAMES))
+        for i in range(names)
     ]
 
     def span(at: int) -> Span:
         fields: tuple[int, ...] = _SPAN.unpack_from(content, at)
         begin_ns, end_ns, number, identity, level, _ = fields
-        name = table[identity] if identity < len(table) else "?"
-        return Span(name, begin_ns, end_ns, number, level)
+        if identity >= len(table) or begin_ns <= 0:
+            raise damaged
+        return Span(table[identity], begin_ns, end_ns, number, level)
 
     first = max(0, closed - _MAX_CLOSED)
     ring = [span(_RING_AT + (i % _MAX_CLOSED) * _SPAN.size) for i in range(first, closed)]
-    stack = [span(_STACK_AT + i * _SPAN.size) for i in range(min(depth, _MAX_DEPTH))]
+    stack = [span(_STACK_AT + i * _SPAN.size) for i in range(depth)]
     memory = None
     if len(content) >= _SIZE:
         memory = Memory(*_MEMORY.unpack_from(content, _MEMORY_AT))

@@ -1,4 +1,4 @@
-"""The mark of this package's pictures, by which a picture of somebody else is told from ours."""
+"""The mark of this package's pictures, by which they are known among others."""
 
 __all__ = ["PICTURE_BEGINS", "PICTURE_METADATA"]
 

@@ -8,6 +8,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, ClassVar, Self, cast
 
+from esper_lightning.forensics.fingerprint import Fingerprint
 from esper_lightning.forensics.processes import ProcessIdentity, same_process
 from esper_lightning.forensics.reading import parse_json, read_file
 from esper_lightning.forensics.records import EpochSeconds, earlier_key
@@ -96,11 +97,18 @@ class ProcessRecord(RankRecord):
         evidence_saved: Whether all evidence of a failure is on disk; a rank that waits for its
             peers reads this. (``saved`` in versions up to 0.1.)
         changed_s: Time at which the record was written, in seconds since the epoch.
+        fingerprint: All that decides what the program does, besides its state.
+        differences: What differs from the fingerprint of the run that is resumed, or else of the
+            run before in the directory, in a few words each.
     """
+
+    EXPENDABLE: ClassVar[tuple[str, ...]] = ("fingerprint", "differences", "event_files")
 
     state: str | None = None
     evidence_saved: bool | None = dataclasses.field(default=None, metadata=earlier_key("saved"))
     changed_s: EpochSeconds | None = None
+    fingerprint: Fingerprint | None = None
+    differences: tuple[str, ...] = ()
 
 
 def same_recording(one: RankRecord, other: RankRecord) -> bool:

@@ -10,6 +10,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any, NamedTuple, TypeVar
 
+from esper_lightning.forensics.fingerprint import Fingerprint
 from esper_lightning.forensics.layout import RankLayout, RunLayout
 from esper_lightning.forensics.owner_record import read_owner
 from esper_lightning.forensics.phases import Phases, read_phases
@@ -69,6 +70,8 @@ class Remains:
     windows: list[Window]  # the window nearest to the end comes last
     trace: TraceSummary | None = None
     run: str | None = None  # identifier that all ranks of a run share
+    fingerprint: Fingerprint | None = None
+    differences: tuple[str, ...] = ()  # from the run that was resumed, or the one before
 
     @property
     def time_s(self) -> float:
@@ -191,6 +194,8 @@ def _remains(directory: Path, rank: int) -> Remains:
         unreadable=unreadable,
         windows=windows,
         run=process.run,
+        fingerprint=process.fingerprint,
+        differences=process.differences,
     )
 
 

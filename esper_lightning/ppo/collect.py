@@ -79,7 +79,8 @@ class Collector:
         mode: CompileMode,
         device: torch.device,
     ) -> None:
-        self._env, self._agent, self._first_steps = env, agent, first_steps
+        self._agent, self._first_steps = agent, first_steps
+        self._call_step = env.step
         self._functional = cast(FunctionalEnv, env) if is_functional(env) else None
         self._obs_space = first_steps.spaces.obs
         self._loop = compile_loop("rollout", self._step, mode=mode, device=device)
@@ -91,7 +92,15 @@ class Collector:
         Args:
             add: Function that gets the seconds of each step.
         """
-        self._env = _TimedEnv(self._env, add)
+        step = self._call_step
+
+        def timed(action: Tensor) -> StepResult:
+            started = time.perf_counter()
+            result = step(action)
+            add(time.perf_counter() - started)
+            return result
+
+        self._call_step = timed
 
     @torch.no_grad()
     def collect(
@@ -206,13 +215,13 @@ class Collector:
     ) -> ActingState:
         """Fill a rollout by calling the ``step`` of an environment that is no pure function."""
         first_steps, policy = self._first_steps, self._agent.policy
-        env = first_steps if first_steps.left > 0 else self._env
+        step = first_steps.step if first_steps.left > 0 else self._call_step
         obs, action_mask, memory = state.obs, state.action_mask, state.memory
         for t in range(rollout.reward.shape[0]):
             acted = self._act_compiled((obs, action_mask, noise[t], memory), weights)
             try:
                 # Environments may keep actions, and compiled code reuses the memory of its results.
-                result = env.step(acted.action.clone())
+                result = step(acted.action.clone())
             except Exception as error:
                 refuse_stuck_cause(error, action_mask, first_steps)
                 raise
@@ -224,28 +233,6 @@ class Collector:
             obs, action_mask = result.obs, result.action_mask
             memory = policy.reset_memory(acted.memory, result.terminated | result.truncated)
         return state._replace(obs=obs, action_mask=action_mask, memory=memory)
-
-
-class _TimedEnv:
-    """Environments whose steps are timed."""
-
-    def __init__(self, env: BatchedEnv, add: Callable[[float], None]) -> None:
-        self._env, self._add = env, add
-
-    def reset(self) -> tuple[Observation, Tensor | None]:
-        return self._env.reset()
-
-    def step(self, action: Tensor) -> StepResult:
-        started = time.perf_counter()
-        result = self._env.step(action)
-        self._add(time.perf_counter() - started)
-        return result
-
-    def state_dict(self) -> dict[str, Tensor] | None:
-        return self._env.state_dict()
-
-    def load_state_dict(self, state: dict[str, Tensor]) -> None:
-        self._env.load_state_dict(state)
 
 
 def _finish(rollout: Rollout, writer: LastObsWriter | None) -> Rollout:

@@ -51,8 +51,8 @@ class Extension(nn.Module):
     """A module that adds rewards, terms of the loss or metrics to PPO.
 
     A subclass overrides ``prepare``, ``losses`` or both. Between two calls of ``losses`` only
-    buffers and parameters may change, and only in place: compiled code reads other attributes, and
-    numbers in ``kept``, once.
+    buffers and parameters may change, parameters in place alone: compiled code reads other
+    attributes, and numbers in ``kept``, once. A buffer that ``prepare`` replaces is used as well.
 
     Parameters that require a gradient are trained by PPO's optimizer, together with the policy.
     Parameters and buffers are in the checkpoint and must be the same on all ranks: gradients are

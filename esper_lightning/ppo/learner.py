@@ -18,6 +18,7 @@ from esper_lightning.core.flat_adam import FlatParameters
 from esper_lightning.core.last_obs import with_reached_obs, without_images
 from esper_lightning.core.ranks import SINGLE_RANK, Ranks
 from esper_lightning.core.running_stats import Moments, RunningStats
+from esper_lightning.core.seeding import restore_streams
 from esper_lightning.core.shapes import Bool, Float
 from esper_lightning.core.tensor_trees import leaves, map_tree
 from esper_lightning.core.types import Rollout, Samples
@@ -149,18 +150,16 @@ class Learner:
             state: Result of ``state_dict`` from a checkpoint; ``None`` starts new episodes.
 
         Returns:
-            Whether the episodes of ``state`` are resumed.
+            Whether the episodes of ``state`` are resumed; not those of another kind of device.
 
         Raises:
             ValueError: If ``state`` belongs to other environments; or if new environments have a
                 state that no checkpoint could hold.
         """
         self._parameters = self.agent.bind(optimizer)
-        generators = (self._exploration, self._sample_order)
-        if state is not None:
-            for generator, saved in zip(generators, state["generators"], strict=True):
-                generator.set_state(saved.cpu())
-        if state is None or state["env"] is None:
+        streams = (self._exploration, self._sample_order)
+        resumed = state is not None and restore_streams(streams, state["generators"])
+        if state is None or state["env"] is None or not resumed:
             obs, mask = self._first_steps.reset()
             zeros = torch.zeros(self._storage.reward.shape[1], device=self._device)
             self._acting = ActingState(obs, mask, zeros, self.agent.policy.initial_memory(obs))
@@ -344,12 +343,12 @@ class Learner:
         return metrics
 
     def _prepare_extensions(self, rollout: Rollout) -> Prepared:
-        rollout = with_reached_obs(rollout)
-        ranks, mine = self._ranks, is_healthy(rollout, self._action_space)
-        healthy = torch.stack(ranks.gather(mine)).all()
-        return self.agent.extensions.prepare(
-            rollout, healthy=healthy, ranks=ranks, generator=self._sample_order
-        )
+        rollout, ranks = with_reached_obs(rollout), self._ranks
+        healthy = torch.stack(ranks.gather(is_healthy(rollout, self._action_space))).all()
+        extensions, stream = self.agent.extensions, self._sample_order
+        prepared = extensions.prepare(rollout, healthy=healthy, ranks=ranks, generator=stream)
+        self.agent.refresh()  # ``prepare`` may have replaced a buffer
+        return prepared
 
     def _targets_of(
         self,

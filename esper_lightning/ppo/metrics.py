@@ -90,12 +90,12 @@ class RecentEpisodes:
     def means(self) -> tuple[float, float]:
         """Mean return and mean length; both are NaN while no episode has ended."""
         returns = lengths = number = 0.0
-        for episode_return, episode_length, episodes in reversed(self._sums):
+        for sums in reversed(self._sums):
             if number >= self._window:
                 break
-            returns += episode_return
-            lengths += episode_length
-            number += episodes
+            returns += sums.episode_return
+            lengths += sums.episode_length
+            number += sums.episodes
         return (returns / number, lengths / number) if number else (math.nan, math.nan)
 
     def state(self) -> list[list[float]]:

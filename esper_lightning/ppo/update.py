@@ -49,7 +49,7 @@ class _Progress(NamedTuple):
     """State that one gradient step passes to the next step."""
 
     adam: AdamState
-    skip: Bool[Tensor, ""]  # steps are left out from here on
+    skip: Bool[Tensor, ""]  # steps are skipped from here on
     finite: Bool[Tensor, ""]  # every gradient was, so far
     kl: Float[Tensor, ""]  # sum over the steps of this pass
 
@@ -67,15 +67,23 @@ class GradientSums(NamedTuple):
     added: dict[str, Float[Tensor, ""]]  # terms of extensions
 
 
-class _StepMetrics(NamedTuple):
-    """Means over the samples of one gradient step; ``[S, ...]`` where all steps are stacked."""
+class _OwnMetrics(NamedTuple):
+    """PPO's own metrics of one gradient step; ``[S]`` where all steps are stacked."""
 
-    own: Float[Tensor, "*S 6"]  # in the order of _OWN
+    policy_loss: Float[Tensor, "*S"]
+    value_loss: Float[Tensor, "*S"]
+    entropy: Float[Tensor, "*S"]
+    approx_kl: Float[Tensor, "*S"]
+    clip_fraction: Float[Tensor, "*S"]
+    grad_norm: Float[Tensor, "*S"]
+
+
+class _StepMetrics(NamedTuple):
+    """Means over the samples of one gradient step; ``[S]`` where all steps are stacked."""
+
+    own: _OwnMetrics
     applied: Float[Tensor, "*S"]  # 1 where the step was applied, else 0
     added: dict[str, Float[Tensor, "*S"]]  # terms of extensions
-
-
-_OWN = UpdateMetrics._fields[:6]
 
 
 class _Constants(NamedTuple):
@@ -245,8 +253,14 @@ class Updater:
             eps=config.adam_eps,
             skip=skip,
         )
-        clipped = sums.clip_fraction / sums.samples
-        own = torch.stack([policy_loss, value_loss, entropy, kl, clipped, norm])
+        own = _OwnMetrics(
+            policy_loss=policy_loss,
+            value_loss=value_loss,
+            entropy=entropy,
+            approx_kl=kl,
+            clip_fraction=sums.clip_fraction / sums.samples,
+            grad_norm=norm,
+        )
         step = _StepMetrics(own, (~skip).float(), added)
         kl_of_pass = progress.kl + kl
         if config.target_kl is not None:
@@ -265,16 +279,15 @@ def _sums_alone(
 
 def _mean_over_applied(steps: _StepMetrics, *, finite: Bool[Tensor, ""]) -> UpdateMetrics:
     """Mean of each metric over the gradient steps that were applied."""
-    metrics = steps.own
-    if steps.added:
-        metrics = torch.cat([metrics, torch.stack([*steps.added.values()], dim=1)], dim=1)
+    metrics = torch.stack([*steps.own, *steps.added.values()], dim=1)
     # Where, not a product with the weight: a step that was skipped may hold NaN.
     total = torch.where(steps.applied[:, None] > 0, metrics, 0.0).sum(0)
     count = steps.applied.sum()
     means = (total / count).unbind()
+    own = _OwnMetrics(*means[: len(steps.own)])
     return UpdateMetrics(
-        **dict(zip(_OWN, means, strict=False)),
+        **own._asdict(),
         gradient_steps=count,
         finite=finite.float(),
-        added=dict(zip(steps.added, means[len(_OWN) :], strict=True)),
+        added=dict(zip(steps.added, means[len(own) :], strict=True)),
     )

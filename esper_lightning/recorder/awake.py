@@ -1,6 +1,6 @@
 """A clock that stands still while the process is suspended (SIGSTOP, Ctrl-Z, a debugger).
 
-The system's clocks leave out the time of a closed laptop, and count that of a suspended process.
+The system's clocks skip the time of a closed laptop, and count that of a suspended process.
 """
 
 import contextlib

@@ -11,6 +11,7 @@ from lightning.pytorch.loggers import TensorBoardLogger
 from esper_lightning.callbacks.lightning_internals import experiment_of
 from esper_lightning.callbacks.tensorboard_internals import event_file
 from esper_lightning.forensics.asides import KEPT_ASIDE, keep_latest, rename_aside
+from esper_lightning.forensics.fingerprint import Fingerprint
 from esper_lightning.forensics.layout import RankLayout, RunLayout
 from esper_lightning.forensics.rank_record import ProcessRecord
 from esper_lightning.forensics.reading import read_file
@@ -36,6 +37,11 @@ class EarlierEvidence:
         self._layout, self._files, self._trains = layout, files, trains
         self._process = ProcessRecord.read(files.process)
         self._renamed: dict[Path, Path] = {}
+
+    @property
+    def fingerprint(self) -> Fingerprint | None:
+        """Fingerprint of the run before in the directory; ``None`` where it is not known."""
+        return None if self._process is None else self._process.fingerprint
 
     def rename(self) -> None:
         """Rename the evidence: ``crash.json`` becomes ``crash.json.<n>``, and so on.

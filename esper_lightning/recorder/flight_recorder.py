@@ -30,9 +30,11 @@ from esper_lightning.callbacks.run_directory import (
 from esper_lightning.core.errors import check_arguments, positive
 from esper_lightning.core.ranks import RanksDisagreeError
 from esper_lightning.forensics.claims import DirectoryRefusedError
+from esper_lightning.forensics.fingerprint import Fingerprint
 from esper_lightning.forensics.layout import RunLayout
 from esper_lightning.forensics.rank_record import ProcessRecord
 from esper_lightning.recorder.death import in_words
+from esper_lightning.recorder.fingerprint import FINGERPRINT_KEY
 from esper_lightning.recorder.note import add_note
 from esper_lightning.recorder.peers import (
     end_of_run,
@@ -200,8 +202,24 @@ class FlightRecorder(WritesRun):
     def on_save_checkpoint(
         self, trainer: Trainer, pl_module: LightningModule, checkpoint: dict[str, Any]
     ) -> None:
-        """Note that a checkpoint is about to be written."""
+        """Note that a checkpoint is about to be written, and add the run's fingerprint to it."""
         self._has_saved = True
+        recording = recording_of(trainer)
+        if recording is not None and recording.fingerprint is not None:
+            checkpoint[FINGERPRINT_KEY] = recording.fingerprint.to_dict()
+
+    @override
+    @_guarded
+    def on_load_checkpoint(
+        self, trainer: Trainer, pl_module: LightningModule, checkpoint: dict[str, Any]
+    ) -> None:
+        """Say in one line what differs from the run that wrote the checkpoint."""
+        recording, before = recording_of(trainer), checkpoint.get(FINGERPRINT_KEY)
+        if recording is None or not isinstance(before, dict) or trainer.state.fn != "fit":
+            return
+        changed = recording.note_resumption(Fingerprint.from_dict(before))
+        if changed and trainer.is_global_zero:
+            _log.warning("Resumed under other conditions: %s.", ", ".join(changed))
 
     @override
     @_guarded

@@ -16,6 +16,7 @@ import torch
 from torch import distributed as dist
 
 from esper_lightning.callbacks.lightning_internals import LAUNCHER_KILLS, launcher_observers
+from esper_lightning.forensics.fingerprint import Fingerprint, differences
 from esper_lightning.forensics.layout import RunLayout
 from esper_lightning.forensics.processes import identify, is_alive
 from esper_lightning.forensics.rank_record import ProcessRecord, same_recording
@@ -117,6 +118,17 @@ class Peers:
         """Add the names of the runs' TensorBoard event files to this rank's record."""
         if names:
             self.process = replace(self.process, event_files=tuple(names))
+
+    def note_fingerprint(self, fingerprint: Fingerprint, before: Fingerprint | None) -> None:
+        """Add a run's fingerprint to this rank's record, and what differs from that before.
+
+        Args:
+            fingerprint: Fingerprint of this run.
+            before: Fingerprint of the run that is resumed, or of the one before in the directory;
+                ``None`` where it is not known.
+        """
+        differs = () if before is None else differences(before, fingerprint)
+        self.process = replace(self.process, fingerprint=fingerprint, differences=differs)
 
     def report(self, state: str, *, saved: bool = False) -> None:
         """Write this rank's state into its ``process.json``, for the other ranks.

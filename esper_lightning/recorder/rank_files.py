@@ -17,6 +17,7 @@ from esper_lightning.forensics.room import release_room, reserve_room
 from esper_lightning.recorder.attempt import attempt
 from esper_lightning.recorder.death import in_words
 from esper_lightning.recorder.earlier_evidence import EarlierEvidence
+from esper_lightning.recorder.fingerprint import take_fingerprint
 from esper_lightning.recorder.peers import Peers
 
 __all__ = ["RankFiles", "open_rank_files"]
@@ -78,12 +79,15 @@ def open_rank_files(
         undo.callback(ring.close)
         attempt_file(lambda: reserve_room(files.directory))
         undo.callback(release_room, files.directory)
+        taken = attempt(lambda: take_fingerprint(trainer, layout), what=None).result
+        if taken is not None:
+            peers.note_fingerprint(taken, earlier.fingerprint)
         attempt_file(lambda: peers.report("running"))
     refused += [] if ring.error is None else [ring.error]
     if refused:
         text = "%s does not take every file: %s. At a death, some evidence may not be saved."
         _log.warning(text, files.directory, in_words(refused[0]))
-    running = replace(peers.process, state="running")
+    running = replace(peers.process, state="running", fingerprint=None)
     second = sidecar.start(files.directory, os.getpid(), running) if watch else None
     if second is not None:
         undo.callback(second.stop)

@@ -17,6 +17,7 @@ from esper_lightning.callbacks.lightning_internals import RUN_STAGE, TunerExit, 
 from esper_lightning.callbacks.progress import RunProgressBar
 from esper_lightning.core.ranks import PeerFailedError
 from esper_lightning.forensics.asides import rename_aside
+from esper_lightning.forensics.fingerprint import Fingerprint
 from esper_lightning.forensics.layout import RankLayout, RunLayout
 from esper_lightning.forensics.rank_record import ProcessRecord
 from esper_lightning.recorder.attempt import attempt
@@ -82,7 +83,12 @@ class Recording:
         self._trains = stage == "fit"
         self._life = LifeCycle()
         self._callbacks = list(trainer.callbacks)  # the Trainer's list may be replaced
-        with contextlib.ExitStack() as undo, contextlib.ExitStack() as leave:
+        # A signal takes effect once all that the recording changes is also restored by it.
+        with (
+            Protection.held(),
+            contextlib.ExitStack() as undo,
+            contextlib.ExitStack() as leave,
+        ):
             self._peers, self._ring, self._earlier = open_rank_files(
                 trainer, layout, undo, met=met, watch=watch, trains=self._trains
             )
@@ -167,6 +173,18 @@ class Recording:
         self.beat()
         self._saving.forget_caught_signal(self._protection.caught_s())
         self._ring.iteration = number
+
+    @property
+    def fingerprint(self) -> Fingerprint | None:
+        """All that decides what the run does, besides its state; ``None`` if it is not known."""
+        return self._peers.process.fingerprint
+
+    def note_resumption(self, before: Fingerprint) -> tuple[str, ...]:
+        """Note the fingerprint of the run that is resumed, and return what differs from it."""
+        if self.fingerprint is not None:
+            self._peers.note_fingerprint(self.fingerprint, before)
+            attempt(lambda: self._peers.report(self._state.value), what=None)
+        return self._peers.process.differences
 
     def beat(self) -> None:
         """Note that the run continues: an iteration, or a batch of a validation, begins or ends."""

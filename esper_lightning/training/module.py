@@ -186,12 +186,9 @@ class PPO(CheckpointHooks):
                 rollout that is not finite, the weights are those of the previous iteration.
         """
         started = awake_s.measured()
-        self._guard_loggers()
         self._within_iteration = True
         profile, learner = self.trainer.profiler.profile, self._learner
         steps = self.progress.next_rollout_steps(self._ranks.size)
-        done = self.progress.done_share()
-        learning_rate = schedule_learning_rate(self._optimizer, self.ppo, progress=done)
         with (
             trainer_rules.autocast_without_cache(self.device),
             trainer_rules.few_cpu_threads(steps * self.env.num_envs // self.ppo.minibatches),
@@ -202,6 +199,8 @@ class PPO(CheckpointHooks):
             with profile("advantages"):
                 targets = learner.compute_targets(rollout)
             with profile("update"):
+                done = self.progress.done_share()
+                learning_rate = schedule_learning_rate(self._optimizer, self.ppo, progress=done)
                 update = learner.update(targets, learning_rate=learning_rate)
         with profile("logging"):
             metrics = learner.to_host(rollout, targets, update, iteration=self.iteration + 1)
@@ -216,6 +215,7 @@ class PPO(CheckpointHooks):
             trainer_rules.count_step(self.trainer)
             row[LEARNING_RATE] = learning_rate
             adapt_learning_rate(self._optimizer, self.ppo, kl=metrics["policy/approx_kl"])
+            self._guard_loggers()
             publish(self.trainer, row)
         self._within_iteration = False
         if self.progress.next_rollout_steps(self._ranks.size) == 0:

@@ -5,10 +5,14 @@ The plain data have the form of the command line: ``class_path`` and ``init_args
 
 import dataclasses
 import inspect
+import types
+import typing
 from collections.abc import Mapping, Sequence
-from typing import Any, cast
+from enum import Enum
+from pathlib import PurePath
+from typing import Any, Union, cast, get_args, get_origin
 
-from esper_lightning.core.errors import require
+from esper_lightning.core.errors import Words, require
 from esper_lightning.core.imports import import_object
 from esper_lightning.envs.base import EnvSpec, takes_num_envs
 from esper_lightning.envs.inspector import is_count
@@ -21,6 +25,7 @@ __all__ = [
     "episodes_each",
     "evaluation_spec",
     "first_difference",
+    "refuse_opaque",
     "require_specs",
     "spec_from_data",
     "spec_to_data",
@@ -30,7 +35,7 @@ __all__ = [
 
 SpecData = dict[str, Any]
 _FORM = {"class_path", "init_args"}
-_PLAIN = (bool, int, float, str, type(None))
+_PLAIN = (bool, int, float, str)
 _OPAQUE = "repr()"
 _EVAL_EPISODES = 100
 _WITHIN = (EncoderSpec, EnvSpec, ExtensionSpec, PolicySpec)
@@ -47,24 +52,35 @@ class StoredSpec:
     data: SpecData
 
 
-def to_data(value: object) -> Any:
+def to_data(value: object, kind: Any = None) -> Any:
     """Plain data of a setting: dataclasses become dicts and tuples become lists, at all depths.
 
-    A spec within becomes a dict with its class. Any other value that is not a number or
+    A member of an enum becomes its name and a path becomes text, where the annotation says what
+    they are. A spec within becomes a dict with its class. Any other value that is not a number or
     text becomes its ``repr`` under a name that no setting has. Such a value can be compared with
     others, but ``spec_from_data`` refuses it. The same is true of a policy spec within that does
     not derive from ``PolicySpec``.
+
+    Args:
+        value: Value of the setting.
+        kind: Annotation of the setting; ``None`` if it is not known.
     """
+    named = _named_by_text(kind)
+    if named is not None and isinstance(value, named):
+        return value.name if isinstance(value, Enum) else str(value)
     if _is_spec_within(type(value)):
         return spec_to_data(value)
     is_data = dataclasses.is_dataclass(value) and not isinstance(value, type)
     if is_data and not isinstance(value, PolicySpec):
         return _fields_to_data(value)
     if isinstance(value, Mapping):
-        return {key: to_data(item) for key, item in cast(Mapping[str, object], value).items()}
+        items = cast(Mapping[str, object], value)
+        kinds = _item_kinds(kind, len(items))
+        return {key: to_data(item, kinds[-1]) for key, item in items.items()}
     if isinstance(value, list | tuple):
-        return [to_data(item) for item in cast(list[object], value)]
-    return value if isinstance(value, _PLAIN) else {_OPAQUE: repr(value)}
+        listed = cast(Sequence[object], value)
+        return [*map(to_data, listed, _item_kinds(kind, len(listed)))]
+    return _plain(value)
 
 
 def first_difference(name: str, values: Sequence[Any]) -> tuple[str, list[Any]]:
@@ -91,6 +107,27 @@ def first_difference(name: str, values: Sequence[Any]) -> tuple[str, list[Any]]:
     return name, list(values)
 
 
+def refuse_opaque(name: str, data: Any) -> None:
+    """Refuse plain data with a value of which only the ``repr`` was stored.
+
+    Args:
+        name: Dotted name of the setting to which the plain data belong.
+        data: Plain data of the setting.
+
+    Raises:
+        ValueError: If there is such a value; the error names its setting.
+    """
+    if isinstance(data, Mapping):
+        fields = cast(Mapping[str, Any], data)
+        rule, hint = "be plain data to be stored in a checkpoint", "Rebuild the model in Python."
+        require(_OPAQUE not in fields, name, rule, Words(fields.get(_OPAQUE)), hint)
+        for key, value in fields.items():
+            refuse_opaque(name if key == "init_args" else f"{name}.{key}", value)
+    elif isinstance(data, list):
+        for value in cast(list[Any], data):
+            refuse_opaque(name, value)
+
+
 def spec_to_data(spec: object) -> SpecData:
     """Plain data of a spec: its class and its settings.
 
@@ -112,6 +149,8 @@ def with_defaults(data: Any, own: object) -> Any:
         data: Plain data, of which those of a spec of another class are returned unchanged.
         own: Spec whose class has the settings.
     """
+    if data == {_OPAQUE: repr(own)}:  # earlier versions stored no members of enums, and no paths
+        return to_data(own, type(own))
     is_spec = dataclasses.is_dataclass(own) and not isinstance(own, type)
     if not (is_spec and isinstance(data, Mapping) and {*cast(SpecData, data)} == _FORM):
         return cast(Any, data)
@@ -119,13 +158,14 @@ def with_defaults(data: Any, own: object) -> Any:
     settings: SpecData = dict(stored["init_args"])
     if stored["class_path"] != f"{kind.__module__}.{kind.__qualname__}":
         return stored
+    kinds = _annotations(kind)
     for field in dataclasses.fields(cast(Any, own)):
         if field.name in settings:
             settings[field.name] = with_defaults(settings[field.name], getattr(own, field.name))
         elif field.init and field.default is not dataclasses.MISSING:
-            settings[field.name] = to_data(field.default)
+            settings[field.name] = to_data(field.default, kinds.get(field.name))
         elif field.init and field.default_factory is not dataclasses.MISSING:
-            settings[field.name] = to_data(field.default_factory())
+            settings[field.name] = to_data(field.default_factory(), kinds.get(field.name))
     return {"class_path": stored["class_path"], "init_args": settings}
 
 
@@ -155,7 +195,7 @@ def spec_from_data(description: SpecData, *, owner: str, kind: type | None) -> A
         build: Any = found
         if not dataclasses.is_dataclass(found) and len(inspect.signature(build).parameters) > 0:
             raise TypeError("it is no dataclass, so its settings were not stored")
-        return build(**{key: _frozen(value) for key, value in settings.items()})
+        return build(**_arguments(build, settings))
     except ValueError:
         raise
     except Exception as error:  # a class may raise anything for settings that are not its own
@@ -240,18 +280,39 @@ def _is_spec_within(kind: type) -> bool:
     return any(each in kind.__mro__ for each in _WITHIN) or issubclass(kind, EnvSpec)
 
 
+def _plain(value: Any) -> Any:
+    """A number or text without a class of its own, such as one of NumPy; else the ``repr``."""
+    bases: list[Any] = [base for base in _PLAIN if isinstance(value, base)]
+    if value is None or (bases and not isinstance(value, Enum)):
+        return bases[0](value) if bases else None
+    return {_OPAQUE: repr(value)}
+
+
 def _fields_to_data(settings: Any) -> SpecData:
     fields = (field.name for field in dataclasses.fields(settings) if field.init)
-    return {name: to_data(getattr(settings, name)) for name in fields}
+    kinds = _annotations(type(settings))
+    return {name: to_data(getattr(settings, name), kinds.get(name)) for name in fields}
 
 
-def _frozen(value: object) -> object:
+def _arguments(kind: Any, settings: Mapping[str, object]) -> dict[str, object]:
+    """The arguments with which plain data build a dataclass."""
+    kinds = _annotations(kind)
+    return {name: _frozen(value, kinds.get(name)) for name, value in settings.items()}
+
+
+def _frozen(value: object, kind: Any = None) -> object:
     """The value of a frozen dataclass for plain data: lists become tuples, at all depths.
 
-    Plain data of specs become specs.
+    Plain data of specs become specs. Where the annotation names a dataclass, an enum, a list or
+    paths, the value is of that kind.
+
+    Args:
+        value: Plain data of the value.
+        kind: Annotation of the value; ``None`` if it is not known.
 
     Raises:
         TypeError: If only the ``repr`` of a value was stored.
+        KeyError: If an enum has no member of a name that was stored.
     """
     if isinstance(value, dict):
         fields = cast(dict[str, object], value)
@@ -259,7 +320,51 @@ def _frozen(value: object) -> object:
             raise TypeError(f"{fields[_OPAQUE]} is not plain data")
         if fields.keys() == _FORM:
             return spec_from_data(fields, owner="A spec", kind=None)
-        return {key: _frozen(item) for key, item in fields.items()}
+        build: Any = next(filter(dataclasses.is_dataclass, _options(kind)), None)
+        if build is not None:
+            return build(**_arguments(build, fields))
+        kinds = _item_kinds(kind, len(fields))
+        return {key: _frozen(item, kinds[-1]) for key, item in fields.items()}
     if isinstance(value, list):
-        return tuple(_frozen(item) for item in cast(list[object], value))
-    return value
+        listed = cast(list[object], value)
+        items = map(_frozen, listed, _item_kinds(kind, len(listed)))
+        lists = [get_origin(option) or option for option in _options(kind)]
+        return list(items) if list in lists and tuple not in lists else tuple(items)
+    named = _named_by_text(kind)
+    if named is None or not isinstance(value, str):
+        return value
+    return named[value] if issubclass(named, Enum) else named(value)
+
+
+def _annotations(kind: Any) -> dict[str, Any]:
+    """Annotations of the fields of a class, by name; empty where a name in them is not known."""
+    try:
+        return typing.get_type_hints(kind)
+    except Exception:  # an annotation as text may hold any expression
+        return {}
+
+
+def _options(kind: Any) -> tuple[Any, ...]:
+    """The annotations of which a value has one: several for a union."""
+    return get_args(kind) if get_origin(kind) in (Union, types.UnionType) else (kind,)
+
+
+def _named_by_text(kind: Any) -> type[Enum] | type[PurePath] | None:
+    """The enum or path that text means under an annotation; ``None`` if text means itself."""
+    options = _options(kind)
+    found = [o for o in options if isinstance(o, type) and issubclass(o, Enum | PurePath)]
+    return found[0] if len(found) == 1 and str not in options else None
+
+
+def _item_kinds(kind: Any, count: int) -> list[Any]:
+    """Annotations of the items of a collection; the last is that of all values of a mapping.
+
+    Args:
+        kind: Annotation of the collection.
+        count: Number of items.
+    """
+    inner = next((args for option in _options(kind) if (args := get_args(option))), (None,))
+    has_kind_for_each = len(inner) == count and inner[-1] is not ...
+    if has_kind_for_each:
+        return list(inner)
+    return [inner[0 if inner[-1] is ... else -1]] * max(count, 1)

@@ -65,6 +65,7 @@ __all__ = [
 _log = logging.getLogger(__name__)
 _PRECISIONS = ("32-true", "bf16-mixed")
 _SAMPLES_WORTH_A_THREAD = 2048
+_DEVICES = ("cpu", "cuda")
 _LOG_ONLY = (DeviceStatsMonitor, LearningRateMonitor)
 
 
@@ -96,6 +97,8 @@ def refuse_trainer(
 
 def _refuse_settings(trainer: Trainer, budget: int | None) -> None:
     """Refuse settings of the Trainer that work neither for training nor for evaluations."""
+    hint = "PPO sums in float64, which other devices lack: set Trainer(accelerator='cpu')."
+    one_of("Trainer.accelerator", trainer.strategy.root_device.type, _DEVICES, hint)
     clip = trainer.gradient_clip_val
     hint = "PPO clips gradients itself: set PPOConfig.max_grad_norm."
     require(not clip, "Trainer.gradient_clip_val", "be None", clip, hint)

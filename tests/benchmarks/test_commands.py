@@ -14,6 +14,7 @@ SOURCES = [
     *sorted(ROOT.glob("scripts/*")),
     *sorted(ROOT.glob("configs/*.yaml")),
 ]
+PROJECT = ROOT / "esper_lightning/cli/project"
 PROGRAMS = "esper|make|pip|python|torchrun|sbatch"
 pytestmark = pytest.mark.filterwarnings(
     "ignore:LightningCLI's args parameter is intended",
@@ -44,7 +45,9 @@ def commands() -> list[tuple[str, str]]:
 
 @pytest.mark.parametrize(("name", "command"), commands())
 def test_a_command_that_is_named_exists_with_its_options(name, command, monkeypatch):
-    monkeypatch.chdir(ROOT)
+    # The config.yaml that documents speak of is that of esper init.
+    monkeypatch.chdir(PROJECT if "fit --config config.yaml" in command else ROOT)
+    monkeypatch.syspath_prepend(PROJECT)
     monkeypatch.setattr("sys.argv", ["esper"])
     assert wrong(command) is None
 

@@ -13,7 +13,7 @@ import torch
 from fsspec.implementations.memory import MemoryFileSystem
 from fsspec.registry import _registry
 from lightning.pytorch import Callback
-from lightning.pytorch.loggers import TensorBoardLogger
+from lightning.pytorch.loggers import CSVLogger, TensorBoardLogger
 from torch.utils.data import DataLoader
 
 from esper_lightning import FlightRecorder, History, LastCheckpoint, train
@@ -21,7 +21,7 @@ from esper_lightning.callbacks.mirror import Mirror, place_of, require_writable
 from esper_lightning.callbacks.run_directory import run_directory
 from esper_lightning.cli.main import main
 from esper_lightning.train import run_plugins
-from tests.cli.test_cli import CARTPOLE, QUICK
+from tests.cli.test_lightning_cli import CARTPOLE, QUICK
 from tests.recorder.test_flight_recorder import Plain, raise_at
 
 
@@ -99,6 +99,11 @@ def same(memory, folder, address):
 )
 def test_a_location_is_a_folder_or_an_address_with_one(tmp_path, location, folder, address):
     assert place_of(location) == (tmp_path / folder, address)
+
+
+def test_a_run_directory_below_the_home_folder_is_found_there(tmp_path, monkeypatch):
+    monkeypatch.setenv("HOME", str(tmp_path / "home"))
+    assert place_of("~/runs/a") == (tmp_path / "home" / "runs" / "a", None)
 
 
 def test_an_address_that_nobody_knows_is_no_folder():
@@ -191,6 +196,14 @@ def test_wherever_the_address_was_given(make_trainer, memory, tmp_path, where):
     assert run_directory(trainer) == tmp_path.joinpath("runs", "memory", *parts)
     assert memory.exists(f"/{'/'.join(parts)}/rank0/history.jsonl")
     assert not (tmp_path / "memory:").exists()
+
+
+def test_the_table_of_a_csv_logger_is_at_its_address(make_trainer, memory, tmp_path):
+    logger = CSVLogger("memory://b", name="n", version="run", flush_logs_every_n_steps=1)
+    trainer = run(make_trainer, FlightRecorder(watch=False), logger=logger)
+    assert run_directory(trainer) == tmp_path / "runs" / "memory" / "b" / "n" / "run"
+    assert memory.cat_file("/b/n/run/metrics.csv").startswith(b"epoch,loss")
+    assert not [path for path in memory.store if "memory:" in path]
 
 
 def test_a_place_that_takes_nothing_is_a_warning(make_trainer, monkeypatch, caplog):

@@ -92,6 +92,15 @@ def test_a_directory_that_a_living_run_owns_is_refused_and_untouched(fit, tmp_pa
     assert rows(tmp_path / "run") == [1, 2, 3]
 
 
+@pytest.mark.parametrize("logger", [False, Shared()], ids=["no logger", "no folder for each run"])
+def test_lightnings_own_checkpoints_lie_in_the_run_directory(fit, tmp_path, monkeypatch, logger):
+    monkeypatch.chdir(tmp_path)
+    trainer = fit(logger=logger, default_root_dir=None, enable_checkpointing=True)
+    directory = run_directory(trainer)
+    assert directory == tmp_path / "lightning_logs" / "version_0"
+    assert [path.parent for path in tmp_path.rglob("*.ckpt")] == [directory / "checkpoints"]
+
+
 def test_a_named_version_that_is_in_use_is_refused_and_untouched(fit, tmp_path):
     with somebody_in(tmp_path / "a" / "b"), pytest.raises(DirectoryInUseError):
         fit(logger=TensorBoardLogger(tmp_path, name="a", version="b"))

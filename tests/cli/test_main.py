@@ -319,6 +319,15 @@ def test_a_rank_whose_launcher_is_killed_before_the_ranks_have_met_leaves():
     assert "what started this rank is gone" in said
 
 
+@pytest.mark.parametrize("words", [["crash", "--json", "~/no"], ["export", "--ckpt_path=~/no"]])
+def test_a_tilde_that_no_shell_expanded_is_the_home_folder(words, monkeypatch, tmp_path):
+    seen = []
+    monkeypatch.setenv("HOME", str(tmp_path))
+    monkeypatch.setattr("esper_lightning.cli.main._prepare", lambda w: seen.append(w) or list)
+    command_line(words)
+    assert seen == [[word.replace("~", str(tmp_path)) for word in words]]
+
+
 def test_the_shell_completes_commands_and_configs(tmp_path):
     script = subprocess.run(
         [sys.executable, "-m", "esper_lightning", "--completion"],

@@ -547,11 +547,11 @@ OTHERS = {
     "crash ''": "RUN_DIR must name a folder on this machine, got ''.",
     "report http://host//x": "RUN_DIR must name a folder on this machine, got 'http://host//x'.",
     "compare ''": "RUN must name a folder on this machine, got ''.",
-    "": "esper must be followed by one of fit, evaluate, bench, export, report, crash, compare, list, "
-    "doctor, init.",
+    "": "must be followed by one of fit, evaluate, play, bench, export, report, crash, replay, "
+    "compare, list, doctor, init.",
     "fitt": "got 'fitt'. The nearest is 'fit'.",
     "evalute": "got 'evalute'. The nearest is 'evaluate'.",
-    "FIT": "crash, compare, list, doctor, init, got 'FIT'.",
+    "FIT": "compare, list, doctor, init, got 'FIT'.",
     "''": "got ''.",
     "--config x.yaml fit": "got '--config'.",
     "--versions": "got '--versions'.",

@@ -1,6 +1,8 @@
 """A loop gives the same results in every mode; what cannot be compiled runs eagerly."""
 
 import logging
+from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
 from typing import Any
 
 import pytest
@@ -167,6 +169,35 @@ def test_an_error_of_exhausted_memory_is_raised_without_a_second_try() -> None:
     assert len(calls) == 1
 
 
+def test_the_fastest_way_that_works_serves_the_kind_of_its_first_call(
+    caplog: pytest.LogCaptureFixture,
+) -> None:
+    """As on CUDA: other shapes, and what fails, run a slower way."""
+    calls: list[str] = []
+
+    def way(name: str, error: Exception | None = None) -> Callable[[Tensor], Tensor]:
+        def run(x: Tensor) -> Tensor:
+            calls.append(name)
+            if error is not None:
+                raise error
+            return 2.0 * x
+
+        return run
+
+    fails = way("fails", RuntimeError("no"))
+    ways = compiling._FirstThatWorks("test", "A way", [fails, way("fast"), way("eager")])
+    for size in (2, 3, 2):
+        assert ways(torch.ones(size)).tolist() == [2.0] * size
+    assert calls == ["fails", "fast", "eager", "fast"]
+    assert len(ours(caplog)) == 1
+    calls.clear()
+    exhausting = way("exhausting", torch.OutOfMemoryError("none left"))
+    ways = compiling._FirstThatWorks("test", "A way", [exhausting, way("eager")])
+    with pytest.raises(torch.OutOfMemoryError):
+        ways(torch.ones(1))
+    assert calls == ["exhausting"]
+
+
 def test_every_shape_has_a_program_of_its_own() -> None:
     """So the results do not depend on the shape that came first, as after a run is resumed."""
     seen = []
@@ -176,9 +207,38 @@ def test_every_shape_has_a_program_of_its_own() -> None:
         return 2 * x
 
     compiled = compile_function("test", function, mode="auto", device=CPU)
-    for size in (4, 3, 4, 3):
+    for size in (4, 3):
         assert compiled(torch.ones(size)).tolist() == [2.0] * size
-    assert seen == [4, 3]
+    assert list(dict.fromkeys(seen)) == [4, 3]
+    seen.clear()
+    for size in (4, 3):
+        assert compiled(torch.ones(size)).tolist() == [2.0] * size
+    assert seen == []
+
+
+def test_other_keys_and_other_numbers_have_programs_of_their_own() -> None:
+    def function(x: dict[str, Tensor], factor: float) -> Tensor:
+        return x.get("a", torch.zeros(1)) * factor
+
+    compiled = compile_function("test", function, mode="auto", device=CPU)
+    one = torch.ones(1)
+    for tree, factor, expected in [
+        ({"a": one}, 2.0, 2.0),
+        ({"a": one}, 3.0, 3.0),
+        ({"b": one}, 3.0, 0.0),
+        ({"a": one}, 2.0, 2.0),
+    ]:
+        assert compiled(tree, factor).item() == expected
+
+
+def test_threads_that_compile_at_once_take_turns(caplog: pytest.LogCaptureFixture) -> None:
+    def run(number: int) -> list[float]:
+        function = compile_function("test", lambda x: x * number, mode="auto", device=CPU)
+        return function(torch.ones(2)).tolist()
+
+    with ThreadPoolExecutor(4) as pool:
+        assert list(pool.map(run, range(4))) == [[float(number)] * 2 for number in range(4)]
+    assert ours(caplog) == []
 
 
 def test_a_user_can_switch_compilers_off(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -9,6 +9,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from torch import Tensor, distributions
 
+from esper_lightning.compiling.tracing import Traced
 from esper_lightning.core.distributions import (
     Categorical,
     DiagonalGaussian,
@@ -266,6 +267,18 @@ def test_an_entropy_first_computed_in_inference_mode_can_be_trained_later(
     mean.requires_grad_()
     TanhGaussian(mean + 1.0, log_std).entropy().sum().backward()
     assert mean.grad.abs().sum() > 0
+
+
+def test_an_entropy_first_computed_in_a_trace_has_numbers_later(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setattr("esper_lightning.core.distributions._HERMITE", {})
+    expected = TanhGaussian(torch.zeros(2, 1), torch.zeros(2, 1)).entropy()
+    monkeypatch.setattr("esper_lightning.core.distributions._HERMITE", {})
+    args = torch.zeros(2, 1), torch.zeros(2, 1)
+    traced = Traced(lambda mean, log_std: TanhGaussian(mean, log_std).entropy(), args)
+    assert torch.equal(TanhGaussian(*args).entropy(), expected)
+    assert torch.equal(traced.graph(*args)[0], expected)
 
 
 # --- all of them ---

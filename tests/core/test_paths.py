@@ -2,7 +2,12 @@
 
 import pytest
 
-from esper_lightning.core.paths import require_output, require_output_folder, requires_folder
+from esper_lightning.core.paths import (
+    expand_home,
+    require_output,
+    require_output_folder,
+    requires_folder,
+)
 
 
 def test_a_new_file_and_an_earlier_one_of_the_kind_are_accepted_and_nothing_is_made(tmp_path):
@@ -13,6 +18,13 @@ def test_a_new_file_and_an_earlier_one_of_the_kind_are_accepted_and_nothing_is_m
     earlier.write_bytes(b"PK and more")
     assert require_output("save", str(earlier), "zip", b"PK") == earlier
     assert earlier.read_bytes() == b"PK and more"
+
+
+def test_a_leading_tilde_is_the_home_folder(tmp_path, monkeypatch):
+    monkeypatch.setenv("HOME", str(tmp_path))
+    assert expand_home("~/a/b") == require_output("save", "~/a/b", "zip", b"PK") == tmp_path / "a/b"
+    for other in ("a/~/b", "/~", "~nobody-of-this-name/a"):
+        assert str(expand_home(other)) == other
 
 
 def test_a_link_stands_for_its_target(tmp_path):

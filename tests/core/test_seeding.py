@@ -8,6 +8,7 @@ import torch
 
 from esper_lightning.core.seeding import (
     global_random_states,
+    restore_streams,
     set_global_random_states,
     stream,
     stream_seed,
@@ -53,6 +54,20 @@ def test_a_stream_does_not_change_the_global_one() -> None:
     before = torch.get_rng_state()
     torch.rand(8, generator=stream(0, rank=0, purpose="a", device=CPU))
     assert torch.equal(torch.get_rng_state(), before)
+
+
+def test_streams_are_restored_unless_they_are_of_another_kind_of_device() -> None:
+    def generators() -> list[torch.Generator]:
+        return [torch.Generator().manual_seed(seed) for seed in (1, 2)]
+
+    saved = [generator.get_state() for generator in generators()]
+    later = generators()
+    expected = [torch.rand(3, generator=generator) for generator in later]
+    assert restore_streams(later, saved)
+    assert torch.equal(torch.rand(3, generator=later[1]), expected[1])
+    of_gpu = torch.zeros(16, dtype=torch.uint8)
+    assert not restore_streams(later, [saved[0], of_gpu])
+    assert not torch.equal(torch.rand(3, generator=later[1]), expected[1])  # it was not reset
 
 
 def test_global_generators_continue_from_a_saved_state(tmp_path) -> None:

@@ -1,12 +1,12 @@
 """Tensors of a tree are found and replaced in the same order, and none is skipped silently."""
 
 from dataclasses import dataclass
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import pytest
 import torch
 
-from esper_lightning.core.tensor_trees import leaves, map_tree, named_tensors, rebuild
+from esper_lightning.core.tensor_trees import kind, leaves, map_tree, named_tensors, rebuild
 
 
 class Pair(NamedTuple):
@@ -50,3 +50,39 @@ def test_tensors_are_named_by_their_whole_path() -> None:
     assert named == [("layers.0.weight", 1), ("layers.1.0", 1), ("7", 2)]
     assert next(named_tensors(tree, "state"))[0] == "state.layers.0.weight"
     assert [name for name, _ in named_tensors(torch.ones(1))] == [""]
+
+
+def test_trees_of_one_kind_differ_in_the_numbers_of_their_tensors_alone() -> None:
+    tree = ({"a": torch.zeros(2), "b": torch.ones(2)}, [1.0, None, "x"])
+    same = ({"a": torch.ones(2), "b": torch.zeros(2)}, [1.0, None, "x"])
+    assert kind(tree) == kind(same)
+    assert hash(kind(tree)) == hash(kind(same))
+    assert kind(float("nan")) == kind(float("nan"))
+
+
+@pytest.mark.parametrize(
+    ("one", "other"),
+    [
+        (torch.zeros(2), torch.zeros(3)),
+        (torch.zeros(2), torch.zeros(2, 1)),
+        (torch.zeros(2), torch.zeros(2).double()),
+        ({"a": torch.zeros(2)}, {"b": torch.zeros(2)}),
+        ({"a": torch.zeros(1), "b": torch.ones(1)}, {"b": torch.zeros(1), "a": torch.ones(1)}),
+        ((torch.zeros(1), 1.0), (torch.zeros(1), 2.0)),
+        ((torch.zeros(1), 1), (torch.zeros(1), True)),
+        ((torch.zeros(1), 1), (torch.zeros(1), 1.0)),
+        ((torch.zeros(1), 0.0), (torch.zeros(1), -0.0)),
+        ((torch.zeros(1), None), (None, torch.zeros(1))),
+        ((torch.zeros(1), "a"), (torch.zeros(1), "b")),
+        ([torch.zeros(1)], (torch.zeros(1),)),
+        ((torch.zeros(1), (None, None)), (torch.zeros(1), (None,), None)),
+        (Pair(torch.zeros(1), None), (torch.zeros(1), None)),
+    ],
+)
+def test_trees_of_other_kinds_are_told_apart(one: Any, other: Any) -> None:
+    assert kind(one) != kind(other)
+
+
+def test_a_value_that_is_no_tree_has_no_kind() -> None:
+    with pytest.raises(ValueError, match="got 'set'"):
+        kind((torch.zeros(1), {1}))

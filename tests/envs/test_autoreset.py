@@ -1,5 +1,6 @@
 """Time limits, resets within the step, saving and loading, seeds; no step synchronises."""
 
+import dataclasses
 import inspect
 import math
 import re
@@ -365,3 +366,52 @@ def test_a_task_that_lacks_a_member_is_named_with_what_it_lacks() -> None:
         Falling().build(CPU, 0)
     with pytest.raises(ValueError, match=message):
         inspect.unwrap(validate_sizes)(Falling())
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Mistaken(CartPole):
+    """CartPole with one method that returns what it must not."""
+
+    mistake: str = ""
+
+    def sample_states(self, steps, generator, device):
+        whole = torch.zeros(steps, self.num_envs, 4)
+        return {"no time": whole[0], "an axis more": whole[..., None]}.get(self.mistake, whole)
+
+    def advance(self, state, action):
+        whole = Transition(state, torch.ones(self.num_envs), torch.zeros(self.num_envs).bool())
+        wrong = {
+            "the state": state,
+            "less state": whole._replace(state=state[:, :3]),
+            "one reward": whole._replace(reward=torch.ones(())),
+        }
+        return wrong.get(self.mistake, whole)
+
+    def build(self, device, seed):
+        env = object.__new__(Unchecked)
+        inspect.unwrap(AutoresetEnv.__init__)(env, self, device=device, seed=seed)
+        return env
+
+
+class Unchecked(AutoresetEnv):
+    """Environments without the type checks of the test run."""
+
+    draw = inspect.unwrap(AutoresetEnv.draw)
+    transition = inspect.unwrap(AutoresetEnv.transition)
+    _first_states = inspect.unwrap(AutoresetEnv._first_states)
+    _refuse_shapes = inspect.unwrap(AutoresetEnv._refuse_shapes)
+
+
+@pytest.mark.parametrize(
+    ("mistake", "line"),
+    [
+        ("no time", r"sample_states\(\) must return states \[T, B, S\], .*, got \[2, 4\]"),
+        ("an axis more", r"sample_states\(\) must return states .*, got \[1, 2, 4, 1\]"),
+        ("the state", r"advance\(\) must return a Transition, got tensor"),
+        ("less state", r"advance\(\).state must have shape \[2, 4\], got \[2, 3\]"),
+        ("one reward", r"advance\(\).reward must have shape \[2\], got \[\]"),
+    ],
+)
+def test_what_a_method_of_a_task_must_not_return_is_named_by_the_method(mistake, line):
+    with pytest.raises(ValueError, match=rf"^Mistaken\.{line}"):
+        Mistaken(num_envs=2, mistake=mistake).build(torch.device("cpu"), 0).step(torch.zeros(2))

@@ -2,6 +2,7 @@
 
 import mmap
 import os
+import random
 import resource
 import signal
 import subprocess
@@ -95,6 +96,20 @@ def test_what_is_no_ring(tmp_path):
         read_phases(path)
     path.write_bytes(b"ESPERPH1" + os.urandom(100))
     with pytest.raises(ValueError, match="must be a phase ring"):
+        read_phases(path)
+
+
+@pytest.mark.parametrize("begins_at", [8, 100, 1024])
+def test_random_bytes_are_no_ring(tmp_path, begins_at):
+    path = tmp_path / "phases.ring"
+    ring = PhaseRing(path)
+    for _ in range(10):
+        ring.enter("update")
+        ring.leave("update")
+    content = path.read_bytes()
+    noise = random.Random(0).randbytes(len(content) - begins_at)
+    path.write_bytes(content[:begins_at] + noise)
+    with pytest.raises(ValueError, match="got one with damaged content"):
         read_phases(path)
 
 

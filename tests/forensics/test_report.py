@@ -11,7 +11,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from esper_lightning.forensics import processes, rank_record, records, report
+from esper_lightning.forensics import fingerprint, processes, rank_record, records, report
 from esper_lightning.forensics.files import write_atomically
 from esper_lightning.forensics.memory import Memory
 from esper_lightning.forensics.rank_record import ProcessRecord, RankRecord
@@ -20,7 +20,7 @@ from esper_lightning.forensics.report import CrashReport, Evidence, MemoryReport
 
 RECORDS = [
     found
-    for module in (records, processes, rank_record, report)
+    for module in (records, processes, fingerprint, rank_record, report)
     for found in vars(module).values()
     if isinstance(found, type) and issubclass(found, Record) and found.__module__ == module.__name__
 ]

@@ -176,6 +176,29 @@ def test_a_term_reaches_the_policy_through_evaluate() -> None:
     assert asymmetry(100.0) < 0.1 * asymmetry(1e-6)
 
 
+class Counting(Extension):
+    """Counts rollouts in a buffer that each ``prepare`` replaces."""
+
+    def __init__(self):
+        super().__init__()
+        self.register_buffer("count", torch.zeros(()))
+
+    def prepare(self, rollout, *, healthy, ranks, generator):
+        self.count = self.count + 1.0
+        return Prepared()
+
+    def losses(self, batch, kept, evaluate):
+        return {"count": self.count.expand(batch.log_prob.shape)}
+
+
+def test_a_buffer_that_prepare_replaces_is_that_of_the_losses() -> None:
+    learner = make(Counting())
+    for iteration in (1, 2):
+        targets = learner.compute_targets(learner.rollout(STEPS))
+        added = learner.update(targets, learning_rate=1e-3).added
+        assert added["count"] == iteration
+
+
 def test_mistakes_of_an_extension_are_named() -> None:
     class Wrong(Extension):
         def prepare(self, rollout, *, healthy, ranks, generator):

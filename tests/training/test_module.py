@@ -576,6 +576,23 @@ class TestCheckpoints:
         assert [row.get("resumed_with_new_episodes") for row in rows] == [1, None]
         assert [row["env_steps"] for row in rows] == [128, 160]
 
+    def test_a_checkpoint_of_a_gpu_begins_new_episodes_on_a_cpu_and_says_so(
+        self, make_trainer, tmp_path, caplog
+    ):
+        _, path = self.saved(make_trainer, tmp_path)
+        checkpoint = torch.load(path, weights_only=True)
+        state = checkpoint["esper_lightning"]["ranks"][0]
+        of_gpu = torch.zeros(16, dtype=torch.uint8)
+        state["generators"] = [of_gpu, of_gpu]
+        state["env"]["generator"] = of_gpu
+        torch.save(checkpoint, path)
+        more = cartpole(total_env_steps=32 * 5)
+        rows = fit(more, make_trainer(), ckpt_path=path, weights_only=True)
+        said = "holds no environments of rank 0 for this kind of device: new episodes begin"
+        assert said in caplog.text
+        assert [row.get("resumed_with_new_episodes") for row in rows] == [1, None]
+        assert [row["env_steps"] for row in rows] == [128, 160]
+
     def test_a_warm_start_plays_no_part_where_a_run_is_resumed(self, make_trainer, tmp_path):
         _, path = self.saved(make_trainer, tmp_path)
         plain, warm = (

@@ -2,8 +2,11 @@
 
 import dataclasses
 import json
-from typing import Any
+from enum import Enum, StrEnum
+from pathlib import Path
+from typing import Any, Literal
 
+import numpy as np
 import pytest
 import torch
 
@@ -15,9 +18,11 @@ from esper_lightning.training.settings import PPOSettings
 from esper_lightning.training.specs import (
     evaluation_spec,
     first_difference,
+    refuse_opaque,
     spec_from_data,
     spec_to_data,
     to_data,
+    with_defaults,
 )
 
 
@@ -37,6 +42,38 @@ class Odd(EnvSpec):
 
     def build(self, device, seed):
         raise NotImplementedError
+
+
+class Gait(Enum):
+    WALK = ("slow", 1)
+    RUN = ("fast", 2)
+
+
+class Colour(StrEnum):
+    RED = "r"
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Limits:
+    low: float = 0.0
+    gait: Gait = Gait.WALK
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Annotated(Odd):
+    """Settings whose annotations say what their plain data mean."""
+
+    gait: Gait = Gait.WALK
+    other: Gait | None = None
+    colour: Colour = Colour.RED
+    size: Literal["small", "large"] = "small"
+    file: Path = Path("model.xml")
+    pair: tuple[Gait, Path] = (Gait.WALK, Path("a"))
+    gaits: tuple[Gait, ...] = ()
+    named: dict[str, Gait] = dataclasses.field(default_factory=dict)
+    listed: list[int] = dataclasses.field(default_factory=list)
+    limits: Limits = Limits()
+    text_or_path: str | Path = "a"
 
 
 def again(spec: EnvSpec) -> EnvSpec:
@@ -77,6 +114,47 @@ def test_a_field_that_is_no_argument_is_no_setting():
 def test_what_is_no_plain_data_is_refused_wherever_it_is(sizes):
     with pytest.raises(ValueError, match=r"torch.float32 is not plain data. Pass env yourself."):
         again(Odd(sizes=sizes))
+
+
+@pytest.mark.parametrize(
+    "changes",
+    [
+        {},
+        {"gait": Gait.RUN, "other": Gait.RUN},
+        {"file": Path("/b/c"), "size": "large", "text_or_path": "b"},
+        {"pair": (Gait.RUN, Path("b")), "gaits": (Gait.RUN, Gait.WALK)},
+        {"named": {"x": Gait.RUN, "y": Gait.WALK}, "listed": [1, 2]},
+        {"limits": Limits(low=1.0, gait=Gait.RUN)},
+    ],
+    ids=str,
+)
+def test_members_of_enums_paths_and_dataclasses_come_back_as_their_annotations_say(changes):
+    spec = Annotated(**changes)
+    data = spec_to_data(spec)
+    assert json.loads(json.dumps(data)) == data
+    refuse_opaque("env", data)
+    assert again(spec) == spec
+
+
+def test_only_plain_types_are_stored_so_that_a_checkpoint_can_be_read():
+    assert spec_to_data(Annotated())["init_args"]["colour"] == "RED"
+    assert to_data(Colour.RED) == {"repr()": "<Colour.RED: 'r'>"}
+    assert [type(to_data(value)) for value in (True, np.float64(2), None)] == [
+        bool,
+        float,
+        type(None),
+    ]
+    opaque = spec_to_data(Odd(sizes=(1, Gait.RUN)))
+    with pytest.raises(ValueError, match=r"^env.sizes must be plain data .*, got <Gait.RUN.*>\."):
+        refuse_opaque("env", opaque)
+
+
+def test_a_checkpoint_of_an_earlier_version_with_a_member_of_an_enum_is_resumed():
+    spec = Annotated(gait=Gait.RUN)
+    stored = spec_to_data(spec)
+    stored["init_args"]["gait"] = {"repr()": repr(Gait.RUN)}
+    assert with_defaults(stored, spec) == spec_to_data(spec)
+    assert with_defaults(stored, Annotated()) != spec_to_data(Annotated())
 
 
 def test_an_evaluation_has_a_hundred_episodes_by_default():

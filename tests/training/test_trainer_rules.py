@@ -15,6 +15,7 @@ from esper_lightning.training.trainer_rules import (
     few_cpu_threads,
     keep_lightning_from_requeueing,
     planned_env_steps,
+    refuse_trainer,
 )
 
 
@@ -90,3 +91,12 @@ def test_small_batches_get_one_thread_and_restore_the_others(samples, threads):
         assert torch.get_num_threads() == 2
     finally:
         torch.set_num_threads(before)
+
+
+@pytest.mark.parametrize("kind", ["mps", "xpu"])
+def test_devices_without_float64_are_refused_by_name(make_trainer, kind):
+    given = make_trainer()
+    given.strategy._root_device = torch.device(kind)
+    rule = f"Trainer.accelerator must be one of cpu, cuda, got '{kind}'. PPO sums in float64"
+    with pytest.raises(ValueError, match=rule):
+        refuse_trainer(given, PPOSettings(env=CartPole(num_envs=4)))

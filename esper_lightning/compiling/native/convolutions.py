@@ -212,9 +212,8 @@ def _convolution(
         f"{sizes.function}::forward<{_strides(x)}, {sizes.forward_work}>({', '.join(pointers)});",
         reads=reads,
         reads_by_row=[x],
-        writes=out.place[0],
+        writes_by_row=[out],
         number=sizes.images,
-        can_be_divided=True,
     )
     return out
 
@@ -256,9 +255,8 @@ def _of_input(
         f"{sizes.function}::of_input<{sizes.input_work}>({', '.join(pointers)});",
         reads=[weight],
         reads_by_row=[gradient],
-        writes=out.place[0],
+        writes_by_row=[out],
         number=sizes.images,
-        can_be_divided=True,
     )
     return out
 
@@ -274,9 +272,8 @@ def _of_weight(
     kernel.call(
         f"{sizes.function}::of_weight<{numbers}>({', '.join(pointers)});",
         reads=[x, gradient],
-        writes=out.place[0],
+        writes_by_row=[out],
         number=sizes.outputs,
-        can_be_divided=True,
     )
     return out
 

@@ -46,8 +46,13 @@ def function_text(body: Translation, inputs: int) -> str:
         body: The kernel.
         inputs: Number of arguments and captured tensors.
     """
-    call = f"body((const void* const*)p, p + {inputs}, work, team, me);"
-    return "\n".join([body.text, _BEGIN, call, _END])
+    return f"""{body.text}
+{_BEGIN}
+  const void* const* in = (const void* const*)p;
+  if (me == 0) body_pack(in, work);  // of tensors that the function holds
+  wait_for_all(team, me);
+  body(in, p + {inputs}, work, team, me);
+{_END}"""
 
 
 def map_text(

@@ -53,7 +53,7 @@ def _register_pointwise() -> None:
         OPERATIONS[f"{name}.default"] = of_one(f"f_{name}({{0}})", floats=True)
     for name in ("floor", "ceil", "trunc", "round"):
         OPERATIONS[f"{name}.default"] = of_one(f"f_{name}({{0}})", floats=True)
-    OPERATIONS["abs.default"] = of_one("f_abs<{T}>({0})", floats=False)
+    OPERATIONS["abs.default"] = of_one("f_abs(({T})({0}))", floats=False)
     OPERATIONS["reciprocal.default"] = of_one("({T})1 / {0}", floats=True)
     OPERATIONS["rsqrt.default"] = of_one("({T})1 / f_sqrt({0})", floats=True)
     OPERATIONS["silu.default"] = of_one("{0} / (({T})1 + f_exp(-{0}))", floats=True)
@@ -188,6 +188,7 @@ def _remainder(kernel: Kernel, result: Result, x: Value, y: Value | Number) -> V
 @operation("pow.Tensor_Scalar", "pow.Tensor_Tensor", "pow.Scalar")
 def _pow(kernel: Kernel, result: Result, x: Value | Number, y: Value | Number) -> Value:
     squares = {2: "{0} * {0}", 3: "{0} * {0} * {0}", 0.5: "f_sqrt({0})", -1: "({T})1 / {0}"}
+    squares[-0.5] = "({T})1 / f_sqrt({0})"
     floats = result.dtype.is_floating_point
     if not isinstance(y, Value) and y in squares and (floats or y in (2, 3)):
         return pointwise(kernel, result, squares[y], x)

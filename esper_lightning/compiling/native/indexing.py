@@ -198,13 +198,14 @@ def _scattered(
         raise UnsupportedError("scatter of several elements in a row")
     index = _indices(kernel, index, shape[axis])
     source, kind = kernel.named(source), C_TYPES[result.dtype]
+    x = kernel.named(x)
 
     def expression(where: Index) -> str:
         row = [*where[:axis], "0", *where[axis + 1 :]]
         at = f"index_in({kernel.element(index, row)}, {shape[axis]})"
         old, new = kernel.element(x, where), kernel.element(source, row)
-        if adds:
-            return f"({old} + f_where<{kind}>({where[axis]} == {at}, {new}, 0))"
+        if adds:  # and no zero elsewhere, since -0.0 + 0.0 is another number
+            new = f"({kind})({old} + {new})"
         return f"f_where<{kind}>({where[axis]} == {at}, {new}, {old})"
 
     return Value(result.shape, result.dtype, expression)

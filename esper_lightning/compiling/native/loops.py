@@ -17,6 +17,7 @@ from esper_lightning.compiling.native.program import Program, aligned
 from esper_lightning.compiling.native.statements import chunk_rows
 from esper_lightning.compiling.native.translation import translate
 from esper_lightning.compiling.native.values import UnsupportedError
+from esper_lightning.compiling.purity import results_of_pure, same_bits, watched_results
 from esper_lightning.compiling.tracing import Body, ChunkBody, Traced, Tree
 from esper_lightning.core.tensor_trees import leaves, map_tree
 
@@ -40,6 +41,7 @@ class NativeFunction:
         """Run the function; the first call compiles."""
         flat = leaves(args)
         if self._program is None:
+            results_of_pure(self._function, *args)
             traced = Traced(self._function, args, functional=True)
             body = translate(traced.graph, "body", shared=True)
             self._program = Program(
@@ -77,8 +79,9 @@ class NativeMap:
         self._chunks = chunks = number // size
         some = map_tree(lambda leaf: leaf[:size], rows)
         if chunks > 1:
-            two = map_tree(lambda leaf: leaf[: 2 * size], rows)
-            _refuse_mixed_rows(self._function, two, constants)
+            _refuse_mixed_rows(self._function, rows, constants, size)
+        else:
+            results_of_pure(self._function, rows, constants)
         traced = Traced(self._function, (some, constants), functional=True)
         first, count = len(leaves(rows)), len(leaves((rows, constants)))
         body = translate(traced.graph, "body", shared=False, unchanged=range(first, count))
@@ -126,12 +129,15 @@ class NativeLoop:
             example = (carry, chunked[0, :size], constants)
             if chunks > 1:
                 _refuse_other_sums(self._chunk_body, carry, chunked[0, : 2 * size], constants)
+            else:
+                results_of_pure(self._chunk_body, *example)
             traced = Traced(self._chunk_body, example, functional=True)
             sums = leaves(traced.result)
             of_step = {*range(carried + 1 + constant)} - {carried}  # the same for all chunks
             chunk = translate(traced.graph, "chunk", shared=False, unchanged=of_step)
-            zeros = map_tree(lambda leaf: torch.zeros_like(leaf, device="cpu"), traced.result)
+            zeros = map_tree(lambda leaf: torch.zeros(leaf.shape, dtype=leaf.dtype), traced.result)
             x = (zeros, x)
+        results_of_pure(self._body, carry, x, constants)
         traced = Traced(self._body, (carry, x, constants), functional=True)
         _refuse_changed_carry(leaves(carry), leaves(traced.result)[:carried])
         first = carried + len(leaves(x))
@@ -170,20 +176,37 @@ def _refuse_changed_carry(before: Sequence[Tensor], after: Sequence[Tensor]) -> 
 
 def _refuse_other_sums(chunk_body: ChunkBody, carry: Tree, index: Tensor, constants: Tree) -> None:
     """Refuse sums over a minibatch that are not the sums over its chunks."""
-    halves = [leaves(chunk_body(carry, half, constants)) for half in index.chunk(2)]
-    whole = leaves(chunk_body(carry, index, constants))
+    whole = results_of_pure(chunk_body, carry, index, constants)
+    halves = [watched_results(chunk_body, carry, half, constants) for half in index.chunk(2)]
     for one, other, both in zip(*halves, whole, strict=True):
         if not _equal(one + other, both, size=max(map(_largest, (one, other, both)))):
             raise UnsupportedError("a sum over samples whose terms depend on other samples")
 
 
-def _refuse_mixed_rows(function: Callable[[Tree, Tree], Tree], rows: Tree, constants: Tree) -> None:
-    """Refuse a function whose rows depend on each other."""
-    number = leaves(rows)[0].shape[0] // 2
-    parts = (map_tree(lambda leaf: leaf[:number], rows), map_tree(lambda leaf: leaf[number:], rows))
-    halves = [leaves(function(part, constants)) for part in parts]
-    for one, other, both in zip(*halves, leaves(function(rows, constants)), strict=True):
-        if not _equal(torch.cat([one, other]), both, size=_largest(both)):
+def _refuse_mixed_rows(
+    function: Callable[[Tree, Tree], Tree], rows: Tree, constants: Tree, number: int
+) -> None:
+    """Refuse a function whose rows depend on each other, on their number or on their places.
+
+    Args:
+        function: Function of rows.
+        rows: At least twice as many rows as ``number``.
+        constants: What the function gets besides.
+        number: Number of the rows that are computed alone, and beside others.
+    """
+    some = map_tree(lambda leaf: leaf[:number], rows)
+    beside_others = results_of_pure(
+        function, map_tree(lambda leaf: leaf[: 2 * number], rows), constants
+    )
+    alone = watched_results(function, some, constants)
+    repeated = map_tree(lambda leaf: leaf.repeat(2, *[1] * (leaf.dim() - 1)), some)
+    beside_themselves = watched_results(function, repeated, constants)
+    for own, both, twice in zip(alone, beside_others, beside_themselves, strict=True):
+        # Beside other rows, not a bit may differ; other places and numbers may round otherwise.
+        if not (
+            same_bits(both[:number], twice[:number])
+            and _equal(twice, torch.cat([own, own]), size=_largest(own))
+        ):
             raise UnsupportedError("rows that depend on each other")
 
 

@@ -258,64 +258,42 @@ class Kernel:
         *,
         reads: Iterable[Value] = (),
         reads_by_row: Iterable[Value] = (),
-        writes: Buffer | None = None,
-        also_writes: Iterable[Buffer] = (),
+        writes: Iterable[Value] = (),
+        writes_by_row: Iterable[Value] = (),
+        scratch: Buffer | None = None,
         number: int = 1,
-        can_be_divided: bool = False,
     ) -> None:
-        """Call a function of the headers.
+        """Call a function of the headers, or a function that only this kernel calls.
 
         Args:
             statement: C statement, with ``{first}`` and ``{end}`` in the places of the first row
                 and the row after the last.
             reads: Values in memory that the call reads whole.
             reads_by_row: Values in memory of which the call reads the rows that it computes.
-            writes: Buffer of the result, whose rows are contiguous; ``None`` for no result.
-            also_writes: Buffers of further results with the same number of rows.
-            number: Number of rows.
-            can_be_divided: Whether calls for some of the rows give the same rows.
+            writes: Values in memory of which a row of the call writes any elements.
+            writes_by_row: New values of which a row of the call writes the same row, where the
+                value is seen as ``number`` rows.
+            scratch: Memory in which each row has a part of its own.
+            number: Number of rows. Calls for some of them give the same rows, so the threads may
+                divide them.
         """
-        large = writes is not None and writes.numel >= _FEWEST_SHARED and number > 1
-        rows = Rows(number) if self.shared and can_be_divided and large else None
         loads = [Load(*value.place, ()) for value in reads]
         for value in reads_by_row:
             buffer, view = value.place
             loads.append(Load(buffer, view, ("i0", *["?"] * (view.dim() - 1))))
-        for load in loads:
-            load.buffer.is_read = True
-        targets: list[Load] = []
-        for buffer in [*([] if writes is None else [writes]), *also_writes]:
+        targets = [Load(*value.place, ()) for value in writes]
+        for value in writes_by_row:
+            buffer, _ = value.place
             by_row = contiguous_view((number, buffer.numel // number), buffer.dtype)
             targets.append(Load(buffer, by_row, ("i0", "?")))
-            buffer.writer, buffer.is_read = len(self.groups), True
-        self.groups.append(Call(statement, rows, number, loads, targets))
-
-    def call_groups(
-        self,
-        statement: str,
-        *,
-        reads: Sequence[Value],
-        writes: Sequence[Value],
-        scratch: Buffer,
-        number: int,
-    ) -> None:
-        """Call a function that computes groups of elements, wherever those lie.
-
-        Args:
-            statement: C statement, with ``{first}`` and ``{end}`` in the places of the first group
-                and the group after the last.
-            reads: Values in memory that the call reads.
-            writes: Values in memory that the call writes whole.
-            scratch: Memory in which each group has a part of its own.
-            number: Number of groups.
-        """
-        loads = [Load(*value.place, ()) for value in reads]
-        targets = [Load(*value.place, ()) for value in writes]
         for load in targets:
             load.buffer.writer = len(self.groups)
-        for buffer in (scratch, *(load.buffer for load in (*loads, *targets))):
+        for buffer in (load.buffer for load in (*loads, *targets)):
             buffer.is_read = True
-        rows = Rows(number) if self.shared and number > 1 else None
+        if scratch is not None:
+            scratch.is_read = True
+        large = number > 1 and any(load.buffer.numel >= _FEWEST_SHARED for load in targets)
+        rows = Rows(number) if self.shared and large else None
         self.groups.append(Call(statement, rows, number, loads, targets))
 
     def _nest_for(

@@ -73,10 +73,8 @@ def _max_pool(
     kernel.call(
         f"{function}({pointers});",
         reads_by_row=[_by_plane(x)],
-        writes=out.place[0],
-        also_writes=[places.place[0]],
+        writes_by_row=[out, places],
         number=planes,
-        can_be_divided=True,
     )
     return [out, places]
 
@@ -101,9 +99,8 @@ def _max_pool_backward(
     kernel.call(
         f"add_at<{C_TYPES[x.dtype]}, {sizes}>({pointers});",
         reads_by_row=[_by_plane(gradient), _by_plane(places)],
-        writes=out.place[0],
+        writes_by_row=[out],
         number=planes,
-        can_be_divided=True,
     )
     return out
 
@@ -237,9 +234,8 @@ def _pool(
     kernel.call(
         f"{' '.join(tables)} {function}<{C_TYPES[x.dtype]}, {sizes}>({arguments});",
         reads_by_row=[_by_plane(x)],
-        writes=out.place[0],
+        writes_by_row=[out],
         number=planes,
-        can_be_divided=True,
     )
     return out
 

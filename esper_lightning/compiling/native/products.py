@@ -9,7 +9,6 @@ from esper_lightning.compiling.native.values import (
     C_TYPES,
     UnsupportedError,
     Value,
-    contiguous_view,
     pointer,
 )
 
@@ -80,33 +79,25 @@ def _packed(
     source = b.place[0]
     if kernel.is_constant(source):
         return kernel.packed(statement, b.dtype, numel).name, []
-    copy = kernel.new_buffer(b.dtype, numel)
-    kernel.call(
-        statement.format(copy.name),
-        reads=[b],
-        writes=copy,
-        number=1,
-        can_be_divided=False,
-    )
-    view = contiguous_view((numel,), b.dtype)
-    return copy.name, [Value((numel,), b.dtype, buffer=copy, view=view)]
+    copy = kernel.new_value((numel,), b.dtype)
+    name = copy.place[0].name
+    kernel.call(statement.format(name), reads=[b], writes=[copy])
+    return name, [copy]
 
 
 def _result(
     kernel: Kernel, a: Value, b: Value, others: Sequence[Value], call: str, left: str, right: str
 ) -> Value:
     (rows, _), columns = a.shape, b.shape[1]
-    result = kernel.new_buffer(a.dtype, rows * columns)
+    result = kernel.new_value((rows, columns), a.dtype)
     kernel.call(
-        f"{call}({left}, {right}, {result.name}, {{first}}, {{end}});",
+        f"{call}({left}, {right}, {pointer(result)}, {{first}}, {{end}});",
         reads=others or [b],
         reads_by_row=[a],
-        writes=result,
+        writes_by_row=[result],
         number=rows,
-        can_be_divided=True,
     )
-    shape = (rows, columns)
-    return Value(shape, a.dtype, buffer=result, view=contiguous_view(shape, a.dtype))
+    return result
 
 
 def _blocked(kernel: Kernel, a: Value, b: Value) -> Value:

@@ -20,7 +20,6 @@ from esper_lightning.compiling.native.values import (
     Shape,
     UnsupportedError,
     Value,
-    contiguous_view,
     literal,
     pointer,
 )
@@ -144,20 +143,14 @@ class _Loop:
 
         shapes = [(self._steps, self._sequences, *row.shape[1:]) for row in rows]
         results = [
-            Value(
-                shape,
-                row.dtype,
-                buffer=kernel.new_buffer(row.dtype, shape[0] * shape[1] * row[0].numel()),
-                view=contiguous_view(shape, row.dtype),
-            )
-            for shape, row in zip(shapes, rows, strict=True)
+            kernel.new_value(shape, row.dtype) for shape, row in zip(shapes, rows, strict=True)
         ]
         own = kernel.new_buffer(torch.uint8, groups * aligned(body.work_bytes))
         reads = [carry, *self._xs, *self._constants]
         pointers = [f"(const char*)({pointer(value)})" for value in reads]
         pointers += [f"(char*){value.place[0].name}" for value in results]
         arguments = ", ".join([*pointers, f"(char*){own.name}"])
-        kernel.call_groups(
+        kernel.call(
             f"{name}({arguments}, {{first}}, {{end}}, team, me);",
             reads=reads,
             writes=results,

@@ -145,6 +145,8 @@ def _logical(
 ) -> Value:
     if result.dtype != torch.bool:
         raise UnsupportedError(f"{result.dtype} here")
+    if dim == []:  # unlike a sum, of nothing
+        return pointwise(kernel, result, "{0}", x)
     axes = _axes(dim, len(x.shape))
     combine = f"{{a}} = {{a}} {sign} {{x}};"
     return kernel.reduce(

@@ -124,6 +124,11 @@ class Gymnasium(NamedSpec):
         """Environments of an evaluation: at most those of training, each for several episodes."""
         return dataclasses.replace(self, num_envs=min(episodes, self.num_envs), workers=0)
 
+    def rendering_spec(self) -> "Gymnasium":
+        """The same environments in this process, which draw pictures."""
+        kwargs = {"render_mode": "rgb_array", **self.kwargs}
+        return dataclasses.replace(self, kwargs=kwargs, workers=0)
+
     def _vector(self, num_envs: int) -> SerialEnv:
         return SerialEnv([self._one] * num_envs, entry=self.mask)
 

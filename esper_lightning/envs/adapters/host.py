@@ -18,7 +18,7 @@ import torch
 from torch import Tensor
 
 from esper_lightning.core.errors import require
-from esper_lightning.core.shapes import Bool, Shaped
+from esper_lightning.core.shapes import Bool, Shaped, UInt8
 from esper_lightning.core.spaces import mask_size
 from esper_lightning.core.types import Observation, StepResult
 from esper_lightning.envs.adapters.curriculum import pass_progress
@@ -27,10 +27,12 @@ from esper_lightning.envs.adapters.spaces import (
     MASK,
     action_encoder,
     group_spaces,
+    idle_action,
     obs_encoder,
     read_spaces,
 )
 from esper_lightning.envs.adapters.stateless import Lost, StatelessEnv
+from esper_lightning.envs.adapters.tensors import read_count
 from esper_lightning.envs.base import RunProgress
 
 __all__ = ["HostEnv", "VectorEnv", "require_mask_entry"]
@@ -114,7 +116,7 @@ class HostEnv(StatelessEnv):
         super().__init__(name, seed, reseeds=reseeds)
         self._env, self._device = env, device
         self._mask_entry, self._lost = mask, lost
-        self.num_envs = int(env.num_envs)
+        self.num_envs = read_count(env, "num_envs", name=name)
         obs_space, action_space = env.single_observation_space, env.single_action_space
         self.spaces = read_spaces(
             obs_space, action_space, masked=mask is not None, keeps_bounds=keeps_bounds
@@ -122,9 +124,13 @@ class HostEnv(StatelessEnv):
         self._encoders = {n: obs_encoder(space) for n, space in group_spaces(obs_space).items()}
         self._grouped = isinstance(self.spaces.obs, dict)
         self._to_action = action_encoder(action_space)
-        mode = env.metadata.get("autoreset_mode", "NextStep")
-        mode = str(getattr(mode, "value", mode))
+        given = env.metadata.get("autoreset_mode")
+        mode = "NextStep" if given is None else str(getattr(given, "value", given))
         self._same_step = mode == "SameStep"
+        # Some forget a reset and begin again in the next step. A single row can wait for that.
+        alone = self.num_envs == 1 and not resets_rows
+        self._resets_next = alone and given is not None and mode == "NextStep"
+        self._idle = idle_action(action_space, self.num_envs)
         # Gymnasium's workers forget that they were reset, unless they share memory.
         forgets = mode == "NextStep" and getattr(env, "shared_memory", None) is False
         rule = "be made with shared_memory=True, or with autoreset_mode=SAME_STEP"
@@ -182,6 +188,27 @@ class HostEnv(StatelessEnv):
         """Pass the progress of the run to the environments that have ``begin_iteration``."""
         pass_progress(self._env, progress)
 
+    @property
+    def frames_per_s(self) -> float:
+        """Pictures of ``render`` for a second of the simulated time."""
+        single: Any = next(iter(getattr(self._env, "envs", ())), self._env)
+        return float(dict(getattr(single, "metadata", None) or {}).get("render_fps") or 30.0)
+
+    def render(self) -> UInt8[Tensor, "B H W 3"]:
+        """Pictures of all environments.
+
+        Raises:
+            ValueError: If the simulator draws none.
+        """
+        render = getattr(self._env, "render", None)
+        require(callable(render), f"{self._name}.render", "return pictures", "no such method")
+        assert render is not None
+        pictures = np.asarray(render())
+        form = f"{pictures.dtype} {list(pictures.shape)}"
+        ok = pictures.dtype == np.uint8 and pictures.ndim == 4 and pictures.shape[-1] == 3
+        require(ok, f"{self._name}.render", "return pictures as uint8 [B, H, W, 3]", form)
+        return torch.from_numpy(pictures)
+
     def close(self) -> None:
         """Release the simulator's processes, windows and memory."""
         self._env.close()
@@ -198,7 +225,10 @@ class HostEnv(StatelessEnv):
         Some simulators return the environments that were reset and no others, and the values of
         others may not even lie in their space: only what was reset is encoded.
         """
-        obs, info = self._env.reset(options={"reset_mask": ended.copy()})  # some pop the option
+        if self._resets_next:
+            obs, *_, info = self._env.step(self._idle)  # which acts on nothing
+        else:
+            obs, info = self._env.reset(options={"reset_mask": ended.copy()})  # some pop the option
         rows = np.flatnonzero(ended)
         if len(next(iter(obs.values())) if isinstance(obs, dict) else obs) != self.num_envs:
             rows = np.asarray(info.get("env_id", rows))

@@ -17,6 +17,8 @@ from esper_lightning.envs.adapters.simulated import Simulator, Stepped
 from esper_lightning.envs.adapters.tensors import (
     FreshLog,
     read_boxes,
+    read_count,
+    read_device,
     require_results,
     require_tensors,
     to_groups,
@@ -46,10 +48,11 @@ class RslRlSimulator(Simulator):
         self._env, self.name = env, name
         rule = f"be a simulator with rsl_rl's interface: {', '.join(_MEMBERS)}"
         require_members(name, env, _MEMBERS, rule)
-        self.num_envs = int(env.num_envs)
-        self.device = torch.empty(0, device=env.device).device
+        self.num_envs = read_count(env, "num_envs", name=name)
+        self.device = read_device(env, name=name)
+        actions = read_count(env, "num_actions", name=name)
         obs = read_boxes(self._groups(env.get_observations(), "get_observations()"))
-        self.spaces = EnvSpaces(obs=obs, action=Box((int(env.num_actions),)))
+        self.spaces = EnvSpaces(obs=obs, action=Box((actions,)))
         self._fresh = FreshLog()
 
     def reset(self, rows: Tensor | None, seed: int | None) -> Observation:  # noqa: ARG002

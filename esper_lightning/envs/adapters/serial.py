@@ -11,6 +11,7 @@ from typing import Any
 
 import numpy as np
 
+from esper_lightning.core.errors import require
 from esper_lightning.envs.base import closed_after_error
 
 __all__ = ["SerialEnv"]
@@ -66,6 +67,19 @@ class SerialEnv:
             self._keep(row, obs)
         flags = self._terminated, self._truncated
         return self._obs, self._reward, *flags, self._info(infos)
+
+    def render(self) -> Any:
+        """Pictures ``[B, H, W, 3]`` of all environments.
+
+        Raises:
+            ValueError: If an environment draws none.
+        """
+        pictures = [env.render() for env in self.envs]
+        rule, hint = "draw pictures", "Its render_mode must be 'rgb_array'."
+        got = [type(picture).__name__ for picture in pictures]
+        ok = all(isinstance(picture, np.ndarray) for picture in pictures)
+        require(ok, "render() of an environment", rule, got[0], hint)
+        return np.stack(pictures)
 
     def close(self) -> None:
         """Close every environment."""

@@ -170,6 +170,18 @@ class SimulatedEnv(StatelessEnv):
         """Pass the progress of the run to the simulator."""
         self.simulator.begin_iteration(progress)
 
+    def render(self) -> Shaped[Tensor, "B H W 3"]:
+        """Pictures of all environments, uint8, by the simulator's own ``render()``.
+
+        Raises:
+            ValueError: If the simulator has no such method.
+        """
+        render = getattr(self.simulator, "render", None)
+        owner, rule = self.simulator.name, "have a method render() -> uint8 [B, H, W, 3]"
+        require(callable(render), owner, f"{rule} to be shown", "none")
+        assert render is not None
+        return render()
+
     def close(self) -> None:
         """Release the simulator's processes, windows and memory."""
         self.simulator.close()

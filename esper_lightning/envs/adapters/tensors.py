@@ -2,6 +2,7 @@
 # pyright: reportUnknownVariableType=false, reportUnknownArgumentType=false
 
 import inspect
+import operator
 from collections.abc import Callable, Mapping
 from typing import Any
 
@@ -16,6 +17,8 @@ from esper_lightning.envs.adapters.spaces import MASK, action_range
 __all__ = [
     "FreshLog",
     "read_boxes",
+    "read_count",
+    "read_device",
     "require_results",
     "require_tensors",
     "takes_seed",
@@ -35,6 +38,46 @@ class FreshLog:
         log = extras.get("log") or extras.get("episode") or {}
         fresh, self._last = log is not self._last, log
         return log if fresh else {}
+
+
+def read_count(env: Any, member: str, *, name: str) -> int:
+    """A number of environments or of action components that a simulator has as an attribute.
+
+    Args:
+        env: The simulator.
+        member: Name of the attribute.
+        name: Name of the task in the error.
+
+    Raises:
+        ValueError: If the attribute is no integer of at least 1.
+    """
+    value = getattr(env, member)
+    try:
+        number = operator.index(value)
+    except TypeError:
+        number = 0
+    is_count = number >= 1 and not isinstance(value, bool)
+    require(is_count, f"{name}.{member}", "be an integer of at least 1", value)
+    return number
+
+
+def read_device(env: Any, *, name: str) -> torch.device:
+    """The device of a simulator, with its number.
+
+    Args:
+        env: The simulator.
+        name: Name of the task in the error.
+
+    Raises:
+        ValueError: If the attribute ``device`` is no device of this machine.
+    """
+    try:
+        return torch.empty(0, device=env.device).device
+    except (TypeError, ValueError, RuntimeError, AssertionError) as error:
+        lines = str(error).splitlines() or [""]
+        raise ValueError(
+            f"{name}.device must be a device of this machine, got {env.device!r}: {lines[0]}."
+        ) from error
 
 
 def require_results(results: Any, counts: tuple[int, ...], *, field: str, rule: str) -> Any:

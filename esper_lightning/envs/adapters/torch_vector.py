@@ -7,7 +7,6 @@ Such simulators are recognised by their members and never imported.
 from collections.abc import Mapping
 from typing import Any
 
-import torch
 from torch import Tensor
 
 from esper_lightning.core.errors import require_members
@@ -19,6 +18,8 @@ from esper_lightning.envs.adapters.spaces import MASK, action_box, read_action_s
 from esper_lightning.envs.adapters.tensors import (
     FreshLog,
     read_boxes,
+    read_count,
+    read_device,
     require_results,
     require_tensors,
     takes_seed,
@@ -48,8 +49,8 @@ class TorchSimulator(Simulator):
         rule = "be a simulator that returns five tensors, with " + ", ".join(_MEMBERS)
         require_members(name, raw, _MEMBERS, rule)
         self.reseeds = takes_seed(env.reset)
-        self.num_envs = int(raw.num_envs)
-        self.device = torch.empty(0, device=raw.device).device
+        self.num_envs = read_count(raw, "num_envs", name=name)
+        self.device = read_device(raw, name=name)
         self.resets_itself = _resets_itself(env, raw)
         obs = self.reset(None, seed)
         masked = isinstance(obs, dict) and MASK in obs

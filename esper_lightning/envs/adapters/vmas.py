@@ -1,17 +1,18 @@
 """VMAS, recognised by its members and never imported. Axes: ``B`` agents of all worlds."""
 # pyright: reportUnknownVariableType=false, reportUnknownArgumentType=false
 
+from collections.abc import Mapping
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from esper_lightning.core.errors import require
+from esper_lightning.core.errors import Words, require
 from esper_lightning.core.types import Observation
 from esper_lightning.envs.adapters.curriculum import pass_progress
 from esper_lightning.envs.adapters.simulated import Simulator, Stepped
 from esper_lightning.envs.adapters.spaces import read_spaces
-from esper_lightning.envs.adapters.tensors import to_range
+from esper_lightning.envs.adapters.tensors import read_count, read_device, to_range
 from esper_lightning.envs.base import RunProgress
 
 __all__ = ["VmasSimulator"]
@@ -27,14 +28,18 @@ class VmasSimulator(Simulator):
         name: Name of the task in errors.
 
     Raises:
-        ValueError: If agents observe or act differently.
+        ValueError: If agents observe or act differently, or if the simulator was made with
+            ``dict_spaces=True``.
     """
 
     def __init__(self, env: Any, *, name: str) -> None:
         self._env, self.name = env, name
         self._agents = len(env.agents)
-        self.num_envs = int(env.num_envs) * self._agents
-        self.device = torch.empty(0, device=env.device).device
+        self.num_envs = read_count(env, "num_envs", name=name) * self._agents
+        self.device = read_device(env, name=name)
+        kinds = [type(space.spaces) for space in (env.observation_space, env.action_space)]
+        listed = not any(issubclass(kind, Mapping) for kind in kinds)
+        require(listed, name, "be made with dict_spaces=False", Words("spaces by name"))
         observed = sorted({tuple(space.shape) for space in env.observation_space.spaces})
         require(len(observed) == 1, f"{name} agents", "observe alike to share a policy", observed)
         acted = sorted({str(space) for space in env.action_space.spaces})

@@ -6,8 +6,8 @@ environment.
 """
 
 import math
+import weakref
 from collections.abc import Callable
-from functools import partial
 from typing import NamedTuple, cast
 
 import torch
@@ -22,6 +22,7 @@ from esper_lightning.core.types import StepResult
 from esper_lightning.envs.morphogenesis.blueprints import BLUEPRINTS, count_parameters
 from esper_lightning.envs.morphogenesis.lifecycle import LIVE, Action, LifeCycle, Op, Slots, is_in
 from esper_lightning.envs.morphogenesis.observation import Vitals, action_mask, observe
+from esper_lightning.envs.morphogenesis.precision import own_precision
 from esper_lightning.envs.morphogenesis.reward import (
     REWARD_TERMS,
     RewardWeights,
@@ -128,13 +129,11 @@ class MorphogenesisEnv:
         """
         if self.tests_ends not in self._advance:
             self._advance[self.tests_ends] = capture_function(
-                "step of Morphogenesis",
-                partial(self._advanced, tests_ends=self.tests_ends),
-                device=self._device,
+                "step of Morphogenesis", self._advance_when(self.tests_ends), device=self._device
             )
         if self._static:  # a graph may write into the memory of its first action
             action = action.clone(memory_format=torch.contiguous_format)
-        with self._own_precision():
+        with own_precision(self._device):
             advanced = self._advance[self.tests_ends](self.hosts, action)
         if self._static:  # a graph overwrites what it returned
             shown = map_tree(torch.clone, (advanced.result, advanced.report))
@@ -142,6 +141,22 @@ class MorphogenesisEnv:
         self.hosts, result, self.report = advanced
         self._add_up(advanced.report)
         return result
+
+    def reseed(self, seed: int) -> bool:
+        """Have the next ``reset`` start the hosts that new environments with this seed start.
+
+        Args:
+            seed: Seed of all random numbers. A captured step serves no other seed than its own.
+
+        Returns:
+            True: every reset can be seeded.
+        """
+        if seed != self._seed:
+            self._advance.clear()
+        self._seed = seed
+        self.hosts = self.hosts._replace(episode=torch.zeros_like(self.hosts.episode))
+        self.report, self._sums, self._steps = None, None, 0
+        return True
 
     def metrics(self) -> dict[str, Float[Tensor, ""]]:
         """Means over hosts and steps since the last call; NaN if there was no step.
@@ -161,6 +176,21 @@ class MorphogenesisEnv:
         means = torch.stack([*terms, report.grown_parameters, report.diverged], 1).mean(0)
         self._sums = means if self._sums is None else self._sums + means
         self._steps += 1
+
+    def _advance_when(self, tests_ends: bool) -> Callable[[Hosts, Tensor], _Advanced]:
+        """A step as a function that does not keep these environments alive.
+
+        Otherwise environments and their graph, which holds the function, would wait for the garbage
+        collector, with all the memory of their hosts.
+        """
+        advanced = weakref.WeakMethod(self._advanced)
+
+        def advance(before: Hosts, action: Tensor) -> _Advanced:
+            step = advanced()
+            assert step is not None
+            return step(before, action, tests_ends=tests_ends)
+
+        return advance
 
     def _advanced(
         self, before: Hosts, action: Int[Tensor, "B 4"], *, tests_ends: bool
@@ -244,7 +274,7 @@ class MorphogenesisEnv:
     def test_accuracy(self) -> Float[Tensor, " B"]:
         """Accuracy of the current hosts on the test split, which no agent may see."""
         hosts, test = self.hosts, self.trainer.splits.test
-        with self._own_precision():
+        with own_precision(self._device):
             return self.trainer.measure(hosts.weights, hosts.slots, test, switch=False).accuracy
 
     def state_dict(self) -> dict[str, Tensor]:
@@ -294,10 +324,6 @@ class MorphogenesisEnv:
         test = self.trainer.splits.test
         found = self.trainer.measure(hosts.weights, hosts.slots, test, switch=False)
         return found.accuracy.masked_fill(~ended, math.nan)
-
-    def _own_precision(self) -> torch.autocast:
-        """A context that trains hosts in their own precision, whatever precision the policy has."""
-        return torch.autocast(self._device.type, enabled=False)
 
     def _observe(self, hosts: Hosts) -> Float[Tensor, "B O"]:
         return observe(

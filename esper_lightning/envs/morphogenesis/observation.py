@@ -9,7 +9,6 @@ from typing import NamedTuple
 
 import torch
 from torch import Tensor
-from torch.nn import functional
 
 from esper_lightning.core.shapes import Bool, Float, Int
 from esper_lightning.core.spaces import FactoredDiscrete, Head
@@ -58,7 +57,7 @@ def action_mask(legal: Bool[Tensor, "B O S"], blueprints: int, ramps: int) -> Bo
     slot, all slots are allowed, because the mask of these slots is never used.
     """
     op = legal.any(2)
-    op[:, Op.WAIT] = True
+    op[:, Op.WAIT].fill_(True)
     slot = legal | ~legal.any(2, keepdim=True)
     free = legal.new_ones(legal.shape[0], blueprints + ramps)
     return torch.cat((op, slot.flatten(1), free), dim=1)
@@ -116,8 +115,8 @@ def observe(
             (vitals.step / epochs).unsqueeze(1),
             losses,
             vitals.accuracies,
-            functional.one_hot(vitals.last_op, len(Op)),
-            functional.one_hot(vitals.last_slot, count),
+            _one_hot(vitals.last_op, len(Op)),
+            _one_hot(vitals.last_slot, count),
             vitals.changed.unsqueeze(1),
             grown.unsqueeze(1),
         ),
@@ -136,7 +135,12 @@ def observe(
         ),
         dim=2,
     )
-    blueprint = functional.one_hot(slots.blueprint, len(BLUEPRINTS)) * live.unsqueeze(2)
-    stage = functional.one_hot(slots.stage, len(Stage))
+    blueprint = _one_hot(slots.blueprint, len(BLUEPRINTS)) & live.unsqueeze(2)
+    stage = _one_hot(slots.stage, len(Stage))
     each = torch.cat((stage.to(dtype), blueprint.to(dtype), numbers), dim=2)
     return torch.cat((shared.to(dtype), each.flatten(1)), dim=1)
+
+
+def _one_hot(index: Int[Tensor, "*N"], count: int) -> Bool[Tensor, "*N K"]:
+    """``functional.one_hot``, which reads the index on the host to check its range."""
+    return index.unsqueeze(-1) == torch.arange(count, device=index.device)

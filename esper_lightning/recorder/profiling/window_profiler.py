@@ -24,6 +24,7 @@ from typing_extensions import override
 
 from esper_lightning.callbacks.lightning_internals import profiler_settings
 from esper_lightning.core.errors import at_least, check_arguments, require_name
+from esper_lightning.core.paths import expand_home
 from esper_lightning.forensics.files import write_atomically
 from esper_lightning.forensics.layout import RunLayout
 from esper_lightning.recorder.profiling.global_session import global_session
@@ -103,7 +104,7 @@ class WindowProfiler(PyTorchProfiler):
         require_name("WindowProfiler.filename", filename, "a file")
         require_name("WindowProfiler.dirpath", dirpath, "a directory")
         super().__init__(
-            dirpath,
+            None if dirpath is None else expand_home(dirpath),
             filename,
             schedule=None,
             record_module_names=False,
@@ -271,6 +272,10 @@ class WindowProfiler(PyTorchProfiler):
             self.finish_window()
 
     def _begin_session(self) -> None:
+        if torch.cuda.is_available():
+            # Sessions follow each other at once. CUPTI's teardown after the first of them would
+            # take the events of the second (pytorch/kineto#1554), and break graphs before 12.6.
+            os.environ.setdefault("TEARDOWN_CUPTI", "0")
         kwargs = {k: v for k, v in profiler_settings(self).items() if k in _PROFILE_KWARGS}
         config = kwargs.pop("experimental_config", None) or global_session()
         profile = torch.profiler.profile(**kwargs, experimental_config=config)

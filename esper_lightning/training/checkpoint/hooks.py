@@ -96,9 +96,12 @@ class CheckpointHooks(LightningModule):
         self.progress.new_episodes = self.is_resuming and not resumed
         self._resumption = None
         if self.progress.new_episodes:
+            state = resumption.rank_state
+            others = state is not None and state["env"] is not None
             _log.warning(
-                "The checkpoint holds no environments of rank %d: new episodes begin there.",
+                "The checkpoint holds no environments of rank %d%s: new episodes begin there.",
                 self.global_rank,
+                " for this kind of device" if others else "",
             )
 
     def refuse_other_ranks(self) -> None:

@@ -64,8 +64,8 @@ def meet(trainer: Trainer) -> None:
 def tells_other_ranks(trainer: Trainer) -> Generator[None]:
     """Tell the other ranks about an error in the context, which refuses this rank before they meet.
 
-    The other ranks raise a ``RanksDisagreeError`` then. They are told if they have been started by
-    now, and meet this rank within ten seconds.
+    The other ranks raise a ``RanksDisagreeError`` then. They get the reason if they have been
+    started by now, and meet this rank within ten seconds.
 
     Args:
         trainer: Trainer whose ranks have not met yet.

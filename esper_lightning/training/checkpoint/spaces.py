@@ -10,7 +10,7 @@ from typing import Any, cast
 
 import torch
 
-from esper_lightning.core.errors import require
+from esper_lightning.core.errors import one_of
 from esper_lightning.core.spaces import (
     ActionSpace,
     Box,
@@ -132,7 +132,7 @@ def spaces_from_data(data: Any) -> EnvSpaces:
 
 
 def _action(kind: str, fields: dict[str, Any]) -> ActionSpace:
-    require(kind in _ACTIONS, "The checkpoint's action space", f"be one of {[*_ACTIONS]}", kind)
+    one_of("The checkpoint's action space", kind, _ACTIONS)
     if "heads" in fields:
         fields["heads"] = tuple(Head(**_tuples(head)) for head in fields["heads"])
     return _ACTIONS[kind](**fields)

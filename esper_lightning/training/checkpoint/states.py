@@ -18,6 +18,7 @@ from typing_extensions import override
 
 from esper_lightning.core.errors import require, require_local
 from esper_lightning.core.flat_adam import PLAIN_ADAM
+from esper_lightning.core.paths import expand_home
 from esper_lightning.core.tensor_trees import named_tensors
 from esper_lightning.envs.base import how_fields
 from esper_lightning.forensics.layout import RunLayout
@@ -69,7 +70,7 @@ def load_checkpoint(path: str | Path, *, field: str = "ckpt_path") -> dict[str, 
     require(is_path, field, "be a path", path)
     require_local(field, path, "a checkpoint")
     try:
-        checkpoint = read_checkpoint(path)
+        checkpoint = read_checkpoint(expand_home(path))
         refuse_not_ours(checkpoint, str(path))
         refuse_not_whole(checkpoint, str(path))
     except ValueError as error:
@@ -92,7 +93,7 @@ def checkpoint_at(path: str | Path) -> Path:
     rule = "name a checkpoint, or a run directory with checkpoints/best.ckpt or last.ckpt"
     require(str(path) != "", "ckpt_path", rule, path)
     require_local("ckpt_path", path, "a checkpoint or a run directory")
-    path = Path(path)
+    path = expand_home(path)
     if not path.is_dir():
         return path
     layout = RunLayout(path)

@@ -14,6 +14,7 @@ from esper_lightning.compiling.native.loops import (
     chunk_rows,
 )
 from esper_lightning.compiling.native.values import UnsupportedError
+from esper_lightning.compiling.purity import same_bits
 from esper_lightning.core.tensor_trees import leaves
 
 CPU = torch.device("cpu")
@@ -161,6 +162,65 @@ def test_a_tensor_that_the_function_holds_is_read_in_place():
     assert function(torch.ones(2)).tolist() == [5.0, 5.0]
 
 
+@pytest.mark.parametrize("size", [17, 32])
+def test_a_matrix_that_the_function_holds_is_multiplied(threads, size):
+    generator = torch.Generator().manual_seed(0)
+    held = torch.randn(size, size, generator=generator)
+    x = torch.randn(300, size, generator=generator)
+
+    def both(x: Tensor) -> tuple[Tensor, Tensor]:
+        return x @ held, x @ held.t()
+
+    function = NativeFunction(both)
+    for factor in (1.0, 2.0):
+        held *= factor
+        for got, expected in zip(function(x), both(x), strict=True):
+            torch.testing.assert_close(got, expected, rtol=1e-5, atol=1e-5)
+
+
+def test_products_of_every_shape_and_layout(threads):
+    sizes = [(40, 24, 17), (40, 24, 5), (3, 24, 5), (40, 6, 5), (2, 3, 4), (5, 20, 33), (1, 17, 1)]
+    generator = torch.Generator().manual_seed(0)
+    pairs = [
+        [torch.randn(shape, generator=generator) for shape in ((m, k), (k, n), (k, m), (n, k))]
+        for m, k, n in sizes
+    ]
+
+    def products(pairs: list[list[Tensor]]) -> list[Tensor]:
+        results: list[Tensor] = []
+        for a, b, turned_a, turned_b in pairs:
+            results += [a @ b, (a * 2.0) @ b, a @ (b + 1.0), turned_a.t() @ b, a @ turned_b.t()]
+        return results
+
+    for got, expected in zip(NativeFunction(products)(pairs), products(pairs), strict=True):
+        torch.testing.assert_close(got, expected, rtol=1e-5, atol=1e-5)
+
+
+def test_views_and_writes_of_every_kind():
+    """Down to the signs of zeros."""
+    aten = torch.ops.aten
+
+    def everything(x: Tensor, k: Tensor) -> list[Tensor]:
+        written = x + 0.0
+        written[:, 1:3] = x[:, :2]
+        return [
+            x.flip(0),
+            aten.slice_backward(x, [3, 7], 1, 2, 6, 1),
+            written,
+            (x * 2.0).select(0, -1),
+            (x * 2.0).t() * 1.0,
+            x.scatter_add(1, k, x[:, :1]),
+            torch.any(x, dim=[]),
+            x.abs(),
+        ]
+
+    x = torch.arange(12.0).view(3, 4) - 5.0
+    x[0, :2], x[1, 1] = -0.0, 0.0
+    k = torch.tensor([[3], [0], [1]])
+    for got, expected in zip(NativeFunction(everything)(x, k), everything(x, k), strict=True):
+        assert same_bits(got, expected)
+
+
 @pytest.mark.parametrize("index", [[0, 4], [-5, 1], [2**40, 0]])
 def test_an_index_outside_of_its_tensor_is_an_error_as_in_torch(index):
     def function(x: Tensor, index: Tensor) -> Tensor:
@@ -252,8 +312,18 @@ def test_sums_whose_terms_depend_on_other_samples_are_refused() -> None:
 
 def test_rows_that_depend_on_each_other_are_refused() -> None:
     x = torch.randn(512, 3, generator=torch.Generator().manual_seed(0))
-    with pytest.raises(UnsupportedError, match="rows that depend on each other"):
-        NativeMap(lambda rows, _: rows - rows.mean(0))(x, None)
+    mixed = [
+        lambda rows, _: rows - rows.mean(0),
+        lambda rows, _: rows + 1e-6 * rows.flip(0),
+        lambda rows, _: rows / len(rows),
+        lambda rows, _: rows + torch.arange(len(rows))[:, None],
+        lambda rows, _: rows + rows.isnan().any(),
+    ]
+    with_nan = x.clone()
+    with_nan[100, 0] = float("nan")
+    for function in mixed:
+        with pytest.raises(UnsupportedError, match="rows that depend on each other"):
+            NativeMap(function)(with_nan, None)
     torch.testing.assert_close(NativeMap(lambda rows, _: rows.tanh())(x, None), x.tanh())
 
 

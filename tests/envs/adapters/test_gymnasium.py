@@ -139,6 +139,29 @@ def test_processes_of_gymnasium_reset_rows_once_or_are_refused(mode, shared):
             env.close()
 
 
+class Forgetful(SyncVectorEnv):
+    """As Gymnasium's environments of JAX: a reset leaves the mark that asks for a reset."""
+
+    def reset(self, *, seed=None, options=None):
+        marked = getattr(self, "_autoreset_envs", None)
+        result = super().reset(seed=seed)
+        if marked is not None:
+            self._autoreset_envs = marked
+        return result
+
+
+@pytest.mark.parametrize("kind", ["box", "dict", "discrete"])
+def test_a_single_environment_is_reset_once(kind):
+    makers = [lambda: simulators.Counter(length=3, kind=kind)]
+    env = HostEnv(Forgetful(makers, autoreset_mode=AutoresetMode.NEXT_STEP), CPU, 0, name="Counter")
+    env.reset()
+    action = torch.zeros(1, *env.spaces.action.shape if kind == "box" else ())
+    lengths = [env.step(action if kind == "box" else action.long()) for _ in range(12)]
+    assert [int(each.episode_length) for each in lengths] == [0, 0, 3] * 4
+    returns = [float(each.episode_return) for each in lengths[2::3]]
+    assert returns == [3 + 6 / 8] * 4
+
+
 def check_episodes(simulator, truncates, kind):
     env = HostEnv(simulator, CPU, 0, name="Counter")
     obs, _ = env.reset()

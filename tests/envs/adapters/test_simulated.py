@@ -112,6 +112,56 @@ def test_five_results_of_gymnasium_are_not_taken_for_those_of_legged_gym():
         env.step(torch.zeros(2, 1))
 
 
+@pytest.mark.parametrize(
+    ("kind", "member", "value", "rule"),
+    [
+        (RslRl, "num_actions", "two", "be an integer of at least 1, got 'two'"),
+        (RslRl, "num_actions", None, "be an integer of at least 1, got None"),
+        (RslRl, "num_actions", 0, "be an integer of at least 1, got 0"),
+        (RslRl, "num_envs", 2.5, "be an integer of at least 1, got 2.5"),
+        (TorchFive, "num_envs", "4", "be an integer of at least 1, got '4'"),
+        (TorchFive, "device", "gpu", "be a device of this machine, got 'gpu'"),
+        (RslRl, "device", 1.5, "be a device of this machine, got 1.5"),
+        (VmasLike, "device", None, ""),  # that of torch
+    ],
+)
+def test_a_member_that_is_no_number_or_device_is_named(kind, member, value, rule):
+    made = kind(2)
+    setattr(made, member, value)
+    if not rule:
+        assert adapt(made, CPU, None, name="walk", lost="previous").num_envs == 4
+        return
+    with pytest.raises(ValueError, match=f"^walk.{member} must {rule}") as caught:
+        adapt(made, CPU, None, name="walk", lost="previous")
+    assert "\n" not in str(caught.value)
+
+
+def test_agents_by_name_are_refused():
+    made = VmasLike(2)
+    made.observation_space.spaces = dict(enumerate(made.observation_space.spaces))
+    with pytest.raises(ValueError, match=r"^walk must be made with dict_spaces=False"):
+        adapt(made, CPU, None, name="walk", lost="previous")
+
+
+def test_numbers_of_numpy_are_numbers():
+    made = RslRl(2)
+    made.num_actions = np.int64(3)
+    assert adapt(made, CPU, None, name="walk", lost="previous").spaces.action.shape == (3,)
+
+
+def test_a_simulator_that_terminates_and_never_begins_again_is_named():
+    """It looks like one that resets itself until an episode has ended."""
+    spec = custom("make_torch_five", kwargs={"kind": Terminating})
+    with pytest.raises(ValueError, match=r"step\(\) must begin a new episode where one ended, got"):
+        check_env(spec, steps=40)
+
+
+class Terminating(TorchFive):
+    def step(self, action):
+        fell, over = self.advance(action)
+        return {"policy": self.state}, self.reward, fell | over, torch.zeros_like(over), {}
+
+
 def test_a_time_out_bootstraps_from_what_was_acted_on():
     env = adapt(RslRl(3, limit=2), CPU, None, name="point", lost="previous")
     env.reset()

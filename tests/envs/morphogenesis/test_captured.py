@@ -1,5 +1,8 @@
 """Steps that are replayed like CUDA graphs, and steps under the autocast of a policy."""
 
+import gc
+import weakref
+
 import pytest
 import torch
 
@@ -67,6 +70,41 @@ def test_a_replayed_step_equals_a_plain_step(monkeypatch):
     assert equal(at_once, expected)
     assert equal(later, expected)  # no result is written into again
     assert equal(its_end, end)
+
+
+def test_environments_with_a_graph_need_no_garbage_collector(monkeypatch):
+    """Each evaluation would keep its hosts, and the memory of its graph, for many iterations."""
+    monkeypatch.setattr(module, "capture_function", lambda _, f, *, device: Replayed(f))
+    env = SPEC.build(CPU, 4, static=True)
+    env.reset()
+    env.step(random_legal(env))
+    gone = weakref.ref(env)
+    gc.disable()
+    try:
+        del env
+        assert gone() is None
+    finally:
+        gc.enable()
+
+
+def test_reseeded_environments_are_new_ones_and_keep_their_graph(monkeypatch):
+    captures = []
+
+    def capture(_, function, *, device):
+        captures.append(function)
+        return Replayed(function)
+
+    monkeypatch.setattr(module, "capture_function", capture)
+    env = SPEC.build(CPU, 4, static=True)
+    expected = play(env, 4)
+    for seed, graphs in ((4, 1), (4, 1), (5, 2)):
+        assert env.reseed(seed)
+        if seed == 5:
+            expected = play(SPEC.build(CPU, 5, static=True), 4)
+        got = play(env, 4)
+        assert equal(got[:2], expected[:2])
+        assert equal(got[2], expected[2])
+        assert len(captures) == graphs + (seed == 5)
 
 
 @pytest.mark.gpu

@@ -141,6 +141,34 @@ def test_the_debug_profile_records_as_long_as_the_run_goes_on():
     assert WindowProfiler(**settings).keep >= 1
 
 
+def test_on_a_gpu_sessions_that_follow_each_other_keep_their_events(monkeypatch):
+    """CUPTI's teardown after a session takes the events of the next one (pytorch/kineto#1554)."""
+    found = []
+
+    class Session:
+        def __init__(self, **settings):
+            found.append(os.environ.get("TEARDOWN_CUPTI"))
+
+        def prepare_trace(self):
+            pass
+
+        start_trace = prepare_trace
+
+    def begin():
+        profiler = WindowProfiler()
+        profiler._begin_session()
+        profiler.profiler = None
+
+    monkeypatch.setattr(torch.profiler, "profile", Session)
+    monkeypatch.setenv("TEARDOWN_CUPTI", "1")
+    begin()
+    del os.environ["TEARDOWN_CUPTI"]
+    begin()
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    begin()
+    assert found == ["1", None, "0"]
+
+
 def test_another_profiler_costs_the_window_that_it_meets_only(fit):
     """Another profiler records while the warm-up step would be counted."""
 

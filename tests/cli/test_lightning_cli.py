@@ -3,6 +3,7 @@
 import errno
 import json
 import os
+import sys
 from pathlib import Path
 
 import pytest
@@ -18,7 +19,7 @@ from esper_lightning.callbacks import run_directory
 from esper_lightning.cli import lightning_cli
 from esper_lightning.cli.lightning_cli import EsperCLI
 from esper_lightning.cli.main import main
-from esper_lightning.envs import Morphogenesis
+from esper_lightning.envs import CartPole, Morphogenesis
 from esper_lightning.forensics.claims import claim_for_logger
 from esper_lightning.forensics.files import read_json_lines
 
@@ -599,3 +600,11 @@ def test_networks_that_would_take_all_memory_are_not_built(capsys):
     for arguments in (["evaluate"], ["export", "--output", "x"]):
         line = fails(capsys, *arguments, "--ckpt_path", "huge.ckpt")
         assert "hyper_parameters must describe the networks of its weights" in line
+
+
+def test_a_run_that_a_users_class_ends_with_status_0_has_not_succeeded(monkeypatch):
+    monkeypatch.setattr(CartPole, "advance", lambda *_: sys.exit(0))
+    words = ["fit", "--config", CARTPOLE, *QUICK, "--model.compile=off", "--run_dir=run"]
+    with pytest.raises(SystemExit, match="has ended the process before the command was done"):
+        main(words)
+    assert Path("run/rank0/crash.json").exists()

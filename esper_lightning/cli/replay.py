@@ -1,0 +1,192 @@
+"""``esper replay RUN_DIR``: a dead run again, up to the iteration in which it died."""
+
+import argparse
+import os
+import subprocess
+import sys
+import tempfile
+import time
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any, cast
+
+import yaml
+
+from esper_lightning.cli.errors import CommandParser, fail, local_path
+from esper_lightning.forensics import sidecar
+from esper_lightning.forensics.fingerprint import Fingerprint
+from esper_lightning.forensics.layout import RunLayout
+from esper_lightning.forensics.reading import printable, read_file
+from esper_lightning.forensics.remains import examine, first_failure, rank_folders
+from esper_lightning.forensics.replay import Verdict, judge
+from esper_lightning.recorder.flight_recorder import FlightRecorder
+from esper_lightning.recorder.profiling.window_profiler import WindowProfiler
+from esper_lightning.recorder.replay_watch import ReplayWatch
+from esper_lightning.replaying import ReplayPlan, plan_replay, replay_directory
+
+__all__ = ["STATUSES", "run"]
+
+STATUSES = {"reproduced": 0, "did not happen again": 3, "different": 4}
+"""Exit status of the command for each verdict."""
+
+_RESTORED = ("OMP_", "MKL_", "KMP_", "CUBLAS_", "TORCH_", "XLA_", "PYTHONHASHSEED")
+_REPORT_S = 5.0  # that the second process of a rank may take for the report
+_EPILOG = """exit status:
+  0  reproduced: the same error, in the same iteration, at the same line
+  3  did not happen again: the cause is outside of the program's state
+  4  different from some iteration on; the output says what differs between the runs
+  2  RUN_DIR holds no run that died, or the run cannot be started again
+"""
+
+
+def run(arguments: list[str]) -> None:
+    """Replay a run and print the verdict, which is also the exit status."""
+    parser = CommandParser("esper replay", "A dead run again, up to its death.", _EPILOG)
+    parser.formatter_class = argparse.RawDescriptionHelpFormatter
+    parser.add_argument("dead_run", type=local_path, metavar="RUN_DIR")
+    parser.add_argument(
+        "--deep",
+        action="store_true",
+        help="the failing iteration alone, eagerly: with anomaly detection where the update failed,"
+        " and with blocking launches on CUDA",
+    )
+    parser.add_argument(
+        "--run_dir", type=local_path, help="directory of the replay; by default a new one beside"
+    )
+    parser.add_argument("--ckpt_path", type=local_path, help="checkpoint to start from")
+    options = parser.parse_args(arguments)
+    dead_run: Path = options.dead_run
+    try:
+        _wait_for_report(dead_run)
+        plan = plan_replay(dead_run, ckpt_path=options.ckpt_path, deep=options.deep)
+        if plan.deep and plan.begins < plan.iteration - 1:
+            _play(plan_replay(dead_run, ckpt_path=options.ckpt_path), dead_run, None)
+            plan = plan_replay(dead_run, deep=True)
+        verdict = _play(plan, dead_run, options.run_dir)
+    except (ValueError, OSError) as error:
+        fail(error)
+    sys.stdout.flush()
+    sys.exit(STATUSES[verdict.outcome])
+
+
+def _play(plan: ReplayPlan, dead_run: Path, given: Path | None) -> Verdict:
+    """Start the run again, wait for its end, and print the verdict."""
+    directory = replay_directory(dead_run) if given is None else given.absolute()
+    same = directory.resolve() == dead_run.resolve()
+    if same:
+        fail("--run_dir must be another directory than RUN_DIR: a replay leaves that as it is.")
+    start = "the beginning" if plan.start is None else str(plan.start)
+    count = max(1, plan.iteration - plan.begins)
+    print(
+        f"Rank {plan.first.rank} of {plan.world_size} died in iteration {plan.iteration}.",
+        f"Replay from {start}, {count} iteration{'s' if count > 1 else ''}, in {directory}",
+        sep="\n",
+        flush=True,
+    )
+    found = plan.first.fingerprint or Fingerprint()
+    with tempfile.TemporaryDirectory(prefix="replay-") as folder:
+        config = Path(folder, "config.yaml")
+        config.write_text(yaml.safe_dump(_settings(plan, dead_run, directory), sort_keys=False))
+        status = subprocess.run(
+            [sys.executable, "-m", "esper_lightning", "fit", "--config", str(config)],
+            env=_environment(found, deep=plan.deep),
+            cwd=found.directory if found.directory and Path(found.directory).is_dir() else None,
+            check=False,
+        ).returncode
+    if not RunLayout(directory).replay.exists():
+        raise ValueError(f"The run must start again, got exit status {status} before it had begun.")
+    if status:
+        _wait_for_report(directory)
+        _complete_reports(directory)
+    verdict = judge(directory, plan.dead)
+    lines = ["", *verdict.lines, *_where_to_look(directory, dead_run)]
+    print("\n".join(map(printable, lines)), flush=True)
+    return verdict
+
+
+def _settings(plan: ReplayPlan, dead_run: Path, directory: Path) -> dict[str, Any]:
+    """The config of the dead run, changed into that of its replay."""
+    try:
+        settings: Any = yaml.safe_load(read_file(RunLayout(dead_run).config))
+    except (OSError, ValueError, yaml.YAMLError) as error:
+        hint = 'From Python: esper_lightning.replaying(trainer, model, "RUN_DIR").'
+        message = f"RUN_DIR must hold the config.yaml of the run, got {str(dead_run)!r}. {hint}"
+        raise ValueError(message) from error
+    if not isinstance(settings, dict):
+        raise ValueError(f"{RunLayout(dead_run).config} must be a mapping.")
+    settings = cast(dict[str, Any], settings)
+    trainer: dict[str, Any] = settings.setdefault("trainer", {})
+    callbacks: Any = trainer.get("callbacks") or []
+    listed = cast(list[Any], callbacks if isinstance(callbacks, list) else [callbacks])
+    listed = [_elsewhere(each, dead_run) for each in listed]
+    if not any(FlightRecorder.__name__ in str(each) for each in listed):
+        listed.append(_spec(FlightRecorder, {"print_profile": False}))
+    listed.append(_spec(ReplayWatch, plan.settings_of_watch(dead_run)))
+    trainer["callbacks"] = listed
+    trainer["logger"] = None  # what a user's logger writes to may be shared
+    trainer["enable_progress_bar"] = False
+    trainer["profiler"] = _spec(WindowProfiler, plan.settings_of_profiler())
+    if plan.world_size > 1:
+        trainer |= {"devices": plan.world_size, "num_nodes": 1}
+        if trainer.get("strategy") in (None, "auto"):
+            trainer["strategy"] = "ddp"
+    if plan.deep:
+        settings["model"]["compile"] = "off"
+    settings["run_dir"] = str(directory)
+    settings["ckpt_path"] = None if plan.start is None else str(plan.start.absolute())
+    return settings
+
+
+def _spec(kind: type, arguments: Mapping[str, Any]) -> dict[str, Any]:
+    path = f"{kind.__module__}.{kind.__qualname__}"
+    return {"class_path": path, "init_args": dict(arguments)}
+
+
+def _elsewhere(callback: Any, dead_run: Path) -> Any:
+    """A callback of a config, without a folder that is within the directory of the dead run."""
+    if not isinstance(callback, dict):
+        return callback
+    settings = cast(dict[str, Any], callback)
+    arguments = cast(dict[str, Any], settings.get("init_args") or {})
+    given = arguments.get("dirpath")
+    if given is None or not Path(given).resolve().is_relative_to(dead_run.resolve()):
+        return settings
+    return settings | {"init_args": arguments | {"dirpath": None}}
+
+
+def _environment(found: Fingerprint, *, deep: bool) -> Mapping[str, str]:
+    """The variables of this process, and those of the dead run that are not set here."""
+    recorded = {k: v for k, v in found.variables.items() if k.startswith(_RESTORED)}
+    launches = {"CUDA_LAUNCH_BLOCKING": "1"} if deep else {}
+    return recorded | os.environ | launches
+
+
+def _wait_for_report(directory: Path) -> None:
+    """Wait for the report of a process that vanished, which a second process writes soon after."""
+    end = time.monotonic() + _REPORT_S
+    while time.monotonic() < end:
+        first = first_failure(examine(directory))
+        if first is None or (first.report is not None and first.report.complete):
+            return
+        time.sleep(0.1)
+
+
+def _complete_reports(directory: Path) -> None:
+    """Write the reports that no other process has written."""
+    for rank in rank_folders(directory):
+        files = RunLayout(directory).rank(rank)
+        with sidecar.locked(files.directory):
+            sidecar.complete_report(files)
+
+
+def _where_to_look(directory: Path, dead_run: Path) -> list[str]:
+    """Lines about what the replay has left."""
+    again, layout = first_failure(examine(directory)), RunLayout(directory)
+    lines = ["", f"esper crash {directory}"]
+    if again is not None and again.trace_path is not None:
+        lines.append(f"Trace of the failing iteration: {again.trace_path}")
+    if layout.before_fault.exists():
+        config, before = RunLayout(dead_run).config, layout.before_fault
+        lines.append("The failing iteration alone, for a debugger:")
+        lines.append(f"    esper fit --config {config} --ckpt_path {before} --run_dir NEW_DIR")
+    return lines

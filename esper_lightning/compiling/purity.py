@@ -1,0 +1,139 @@
+"""Whether a function is pure, as far as two calls can tell: asked before native code is made of it.
+
+Tracing sees tensors without numbers, and sees them once. What a function does besides computing its
+results would happen at the trace, and never again.
+"""
+
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.multiprocessing.reductions import StorageWeakRef
+from torch.overrides import TorchFunctionMode
+from torch.utils._python_dispatch import TorchDispatchMode
+from typing_extensions import override
+
+from esper_lightning.core.tensor_trees import leaves
+
+__all__ = ["ImpureError", "results_of_pure", "same_bits", "watched_results"]
+
+Tree = Any
+
+
+class ImpureError(NotImplementedError):
+    """Raised for a function that is not pure: it runs eagerly."""
+
+
+def results_of_pure(function: Callable[..., Tree], *args: Tree) -> list[Tensor]:
+    """The tensors of a function's result, after two calls.
+
+    A write to a tensor that the function did not make itself, and random numbers, are refused
+    before they happen. Neither changes the tensors of a user, or a random stream.
+
+    Args:
+        function: Function of trees of tensors.
+        *args: Arguments of the function.
+
+    Raises:
+        ImpureError: If the function does what a pure one does not, or gives other results at the
+            second call.
+    """
+    first, second = (watched_results(function, *args) for _ in range(2))
+    if len(first) != len(second) or not all(map(same_bits, first, second)):
+        raise ImpureError("results that change from call to call")
+    return second
+
+
+def same_bits(one: Tensor, other: Tensor) -> bool:
+    """Whether two tensors are equal in kind and in every bit; NaN equals itself."""
+    if (one.shape, one.dtype) != (other.shape, other.dtype):
+        return False
+    return torch.equal(_bytes(one), _bytes(other))
+
+
+def _bytes(tensor: Tensor) -> Tensor:
+    flat = tensor.detach().reshape(-1).clone(memory_format=torch.contiguous_format)
+    return flat.view(torch.uint8)
+
+
+def watched_results(function: Callable[..., Tree], *args: Tree) -> list[Tensor]:
+    """The tensors of a function's result, computed eagerly and by one thread.
+
+    More threads would take longer: they wait for each other at each of many small operations.
+
+    Args:
+        function: Function of trees of tensors.
+        *args: Arguments of the function.
+
+    Raises:
+        ImpureError: If the function does what a pure one does not; before it happens.
+    """
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    try:
+        # A function that needs a gradient computes it itself; nothing outside needs autograd.
+        with torch.no_grad(), _NoNumbers(), _OwnTensorsOnly():
+            return leaves(function(*args))
+    finally:
+        torch.set_num_threads(threads)
+
+
+class _NoNumbers(TorchFunctionMode):
+    """Refuses lists of a tensor's numbers, which a trace would take for constants."""
+
+    @override
+    def __torch_function__(
+        self, func: Any, types: Any, args: Sequence[Any] = (), kwargs: Any = None
+    ) -> Any:
+        if func is Tensor.tolist:
+            raise ImpureError("the numbers of a tensor as a list of Python")
+        return func(*args, **(kwargs or {}))
+
+
+class _OwnTensorsOnly(TorchDispatchMode):
+    """Refuses writes to tensors that were not made under this mode, and random numbers."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self._made: set[StorageWeakRef] = set()
+
+    @override
+    def __torch_dispatch__(
+        self, func: Any, types: Any, args: Sequence[Any] = (), kwargs: Any = None
+    ) -> Any:
+        if torch.Tag.nondeterministic_seeded in func.tags:
+            raise ImpureError(f"random numbers of its own ({func})")
+        kwargs = kwargs or {}
+        given = _storages((args, kwargs))
+        if func is torch.ops.aten.lift_fresh.default:  # what torch.tensor has just made
+            self._made |= given
+        if func._schema.is_mutable and not self._made.issuperset(
+            _storages(_written(func._schema, args, kwargs))
+        ):
+            raise ImpureError(f"writing to what it did not make itself ({func})")
+        result = func(*args, **kwargs)
+        self._made |= _storages(result) - given
+        return result
+
+
+def _written(schema: Any, args: Sequence[Any], kwargs: dict[str, Any]) -> list[Any]:
+    """The arguments of an operation that the operation writes to."""
+    written: list[Any] = []
+    for number, argument in enumerate(schema.arguments):
+        if argument.alias_info is not None and argument.alias_info.is_write:
+            written.append(args[number] if number < len(args) else kwargs.get(argument.name))
+    return written
+
+
+def _storages(values: Any) -> set[StorageWeakRef]:
+    """The memory of all tensors in containers."""
+    if isinstance(values, Tensor):
+        return {StorageWeakRef(values.untyped_storage())}
+    found: set[StorageWeakRef] = set()
+    if isinstance(values, dict):
+        values = list(values.values())  # pyright: ignore[reportUnknownVariableType, reportUnknownArgumentType]
+    if isinstance(values, list | tuple):
+        for value in values:  # pyright: ignore[reportUnknownVariableType]
+            found |= _storages(value)
+    return found

@@ -1,0 +1,229 @@
+"""Playing a dead run again, up to the iteration in which it died.
+
+``replay`` does so in the calling process, for any LightningModule; ``esper replay`` starts the
+command of the run again, in a process of its own, from the same plan.
+"""
+# Lightning sets many attributes of its Trainer where no type checker sees them.
+# pyright: reportAttributeAccessIssue=false, reportPrivateUsage=false
+# pyright: reportUnknownVariableType=false, reportUnknownArgumentType=false
+
+import logging
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from lightning.pytorch import LightningModule, Trainer
+
+from esper_lightning.core.errors import require
+from esper_lightning.forensics.layout import RunLayout
+from esper_lightning.forensics.remains import Remains, examine, first_failure
+from esper_lightning.forensics.replay import ReplayRecord, Verdict, failing_iteration, judge
+from esper_lightning.recorder.flight_recorder import FlightRecorder
+from esper_lightning.recorder.profiling.window_profiler import WindowProfiler
+from esper_lightning.recorder.replay_watch import ReplayWatch
+from esper_lightning.training.checkpoint.content import STATE_KEY
+from esper_lightning.training.checkpoint.files import read_checkpoint
+
+__all__ = ["ReplayPlan", "plan_replay", "replay", "replay_directory"]
+
+_log = logging.getLogger(__name__)
+
+
+@dataclass(frozen=True, kw_only=True)
+class ReplayPlan:
+    """Where a replay starts, and where it ends.
+
+    Attributes:
+        dead: Remains of the ranks of the run that died.
+        first: Remains of the rank that failed first.
+        iteration: Number of the iteration that failed; 0 for a death before the first.
+        begins: Number of finished iterations at the start of the replay.
+        start: Checkpoint to start from; ``None`` for the beginning of the run.
+        deep: Whether the replay runs eagerly.
+    """
+
+    dead: tuple[Remains, ...]
+    first: Remains
+    iteration: int
+    begins: int
+    start: Path | None
+    deep: bool = False
+
+    @property
+    def world_size(self) -> int:
+        """Number of ranks of the run."""
+        return self.first.world_size or 1
+
+    def settings_of_watch(self, run_dir: Path) -> dict[str, Any]:
+        """The arguments of the ``ReplayWatch`` of this replay.
+
+        Args:
+            run_dir: Run directory of the run that died.
+        """
+        error = None if self.first.report is None else self.first.report.error
+        found = None if error is None else error.non_finite
+        return {
+            "run_dir": str(run_dir.absolute()),
+            "iteration": self.iteration,
+            "started_s": self.first.started_s,
+            "rank": self.first.rank,
+            "begins": self.begins,
+            "start": None if self.start is None else str(self.start),
+            "deep": self.deep,
+            # After a rollout that is not finite, anomaly detection would name another error.
+            "finds_anomalies": self.deep and found is not None and found.phase == "update",
+        }
+
+    def settings_of_profiler(self) -> dict[str, Any]:
+        """The arguments of a ``WindowProfiler`` whose window lies on the failing iteration."""
+        steps = max(1, self.iteration - self.begins)  # the last of them fails
+        warmup = min(1, steps - 1)
+        # The window stays open after the step, for what callbacks do at the end of an iteration.
+        wait = steps - 1 - warmup
+        return {"wait": wait, "warmup": warmup, "active": 2, "with_stack": True}
+
+
+def plan_replay(run_dir: Path, *, ckpt_path: Path | None = None, deep: bool = False) -> ReplayPlan:
+    """Decide where the replay of a dead run starts.
+
+    That is the latest state before the failing iteration that holds the environments of every
+    rank: a checkpoint of the run, or the ``before.ckpt`` of an earlier replay; otherwise the
+    beginning of the run.
+
+    Args:
+        run_dir: Run directory of the run that died.
+        ckpt_path: Checkpoint to start from; ``None`` for the latest that fits.
+        deep: Whether the replay runs eagerly.
+
+    Raises:
+        ValueError: If the directory holds no death, or ``ckpt_path`` is no checkpoint before it.
+    """
+    dead = examine(run_dir)
+    first = first_failure(dead)
+    if first is None:
+        states = ", ".join(sorted({rank.state for rank in dead}))
+        message = f"RUN_DIR must hold a run that died, got {str(run_dir)!r}. It is {states}."
+        raise ValueError(message)
+    iteration = failing_iteration(first)
+    if ckpt_path is not None:
+        begins = _iteration_of(ckpt_path)
+        rule = f"be a whole checkpoint before iteration {iteration}"
+        fits = begins is not None and begins < iteration
+        require(fits, "--ckpt_path", rule, str(ckpt_path))
+        starts = {ckpt_path: begins or 0}
+    else:
+        found = ((path, _iteration_of(path)) for path in _candidates(run_dir, first))
+        starts = {path: n for path, n in found if n is not None and n < iteration}
+    start = max(starts, key=lambda path: starts[path], default=None)
+    return ReplayPlan(
+        dead=tuple(dead),
+        first=first,
+        iteration=iteration,
+        begins=0 if start is None else starts[start],
+        start=start,
+        deep=deep,
+    )
+
+
+def replay_directory(run_dir: Path) -> Path:
+    """A new run directory for a replay, beside the directory of the run that died."""
+    run_dir = run_dir.absolute()
+    names = (f"replay_of_{run_dir.name}{suffix}" for suffix in _suffixes())
+    return next(path for name in names if not (path := run_dir.with_name(name)).exists())
+
+
+def _suffixes() -> Iterator[str]:
+    yield ""
+    number = 1
+    while True:
+        number += 1
+        yield f"_{number}"
+
+
+def _candidates(run_dir: Path, first: Remains) -> Iterator[Path]:
+    """Checkpoints of a run, and those of its earlier replays."""
+    yield from sorted(RunLayout(run_dir).checkpoints.glob("*.ckpt"))
+    absolute = run_dir.absolute()
+    for directory in absolute.parent.glob(f"replay_of_{absolute.name}*"):
+        record = ReplayRecord.read(directory)
+        before = RunLayout(directory).before_fault
+        of_it = record is not None and record.started_s == first.started_s
+        if of_it and before.exists():
+            yield before
+
+
+def _iteration_of(path: Path) -> int | None:
+    """Number of finished iterations in a checkpoint; ``None`` if a replay cannot start from it."""
+    try:
+        checkpoint = read_checkpoint(path)
+    except (ValueError, OSError) as error:
+        _log.warning("%s is not used: %s", path, error)
+        return None
+    state = checkpoint.get(STATE_KEY)
+    if state is None:
+        return checkpoint.get("global_step")
+    ranks: dict[int, Any] = state.get("ranks", {})
+    whole = len(ranks) == state.get("world_size")
+    has_envs = whole and all(rank["env"] is not None for rank in ranks.values())
+    return state.get("iteration") if has_envs else None
+
+
+def replay(
+    trainer: Trainer,
+    model: LightningModule,
+    run_dir: str | Path,
+    *,
+    deep: bool = False,
+    ckpt_path: str | Path | None = None,
+    **data: Any,
+) -> Verdict:
+    """Play a dead run again, up to the iteration in which it died, in this process.
+
+    Trainer and module must be made as for the run that died, with the same settings, limits and
+    callbacks. The replay writes into a run directory of its own: that which a callback or logger
+    of the Trainer was given, or a new one beside that of the run. It works for PPO, and for any
+    module whose data come in an order that a checkpoint restores. What ends the process (SIGKILL,
+    a fault in C) ends this function, too: ``esper crash`` then prints the verdict.
+
+    Args:
+        trainer: Trainer that has not run. It gets a ``WindowProfiler`` in place of its profiler.
+        model: Module that has not run.
+        run_dir: Run directory of the run that died; nothing is written there.
+        deep: Whether autograd looks for anomalies in an update that failed; a module that compiles
+            must be made without compilation by the caller.
+        ckpt_path: Checkpoint to start from; ``None`` for the latest that fits.
+        **data: Further arguments of ``Trainer.fit``: ``train_dataloaders``, ``datamodule`` and
+            ``val_dataloaders``.
+
+    Returns:
+        The verdict; its ``lines`` are the verdict in words.
+
+    Raises:
+        ValueError: If ``run_dir`` holds no death, or the Trainer would write into it.
+        BaseException: An error of the replay before its first iteration.
+    """
+    run_dir = Path(run_dir)
+    plan = plan_replay(run_dir, ckpt_path=None if ckpt_path is None else Path(ckpt_path), deep=deep)
+    watch = ReplayWatch(**plan.settings_of_watch(run_dir))
+    recorders = [each for each in trainer.callbacks if isinstance(each, FlightRecorder)]
+    recorder = recorders[0] if recorders else FlightRecorder(watch=False)
+    given = recorder.dirpath
+    same = given is not None and Path(given).resolve() == run_dir.resolve()
+    hint = "A replay writes into a directory of its own."
+    require(not same, "FlightRecorder.dirpath", "be another than run_dir", str(given), hint)
+    if given is None:
+        recorder.dirpath = replay_directory(run_dir)
+    trainer.callbacks = [*trainer.callbacks, *([] if recorders else [recorder]), watch]
+    trainer.profiler = WindowProfiler(**plan.settings_of_profiler())
+    try:
+        trainer.fit(model, ckpt_path=plan.start, weights_only=True, **data)
+    except BaseException:
+        if watch.directory is None or not RunLayout(watch.directory).replay.exists():
+            raise
+        # The death is that of the replay, and its evidence is on disk: the verdict names it.
+        with_report = [each.failed for each in examine(watch.directory)]
+        if not any(with_report):
+            raise
+    assert watch.directory is not None
+    return judge(watch.directory, plan.dead)

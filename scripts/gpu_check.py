@@ -1,0 +1,578 @@
+"""Everything worth knowing from a GPU in eight minutes: tests, equality, speed, memory, faults.
+
+    python scripts/gpu_check.py --out FOLDER
+
+It needs one GPU, Python 3.12, torch 2.11 with triton, lightning, torchmetrics, tensorboard and
+pytest, and no network; jax for the comparison. ``jaxtyping``, ``hypothesis`` and ``scikit-learn``
+are needed by tests. Wheels to bring where they are missing: ``jsonargparse``, ``beartype``,
+``pytest-timeout``.
+
+The most telling steps come first. Each step is a process of its own with a time limit, and
+``gpu.json`` and ``gpu.md`` are written anew after each, so that what was measured survives whatever
+comes next. ``--device cpu`` is the rehearsal: all of it, at sizes that measure nothing.
+"""
+
+import argparse
+import gc
+import importlib.util
+import itertools
+import json
+import logging
+import os
+import re
+import signal
+import statistics
+import subprocess
+import sys
+import tempfile
+import time
+from collections.abc import Callable, Iterator, Sequence
+from functools import partial
+from pathlib import Path
+from typing import Any, NamedTuple
+
+ROOT = Path(os.environ.get("ESPER_ROOT", Path(__file__).resolve().parent.parent))
+sys.path[:0] = [str(ROOT), str(ROOT / "benchmarks" / "peers")]
+TESTS = (
+    "tests/training/test_cuda.py",
+    "tests/envs/morphogenesis/test_captured.py",
+    "tests/envs/test_autoreset.py",
+    "tests/envs/test_check.py",
+    "tests/recorder/test_memory_snapshot.py",
+)
+MODES = ("max", "off", "default")
+MINIBATCHES = 4
+GOAL_STEPS_PER_S = 10e6  # at the first size
+Found = Iterator[dict[str, Any]]
+"""Results of a step by name, each as soon as it is known."""
+
+
+class Machine(NamedTuple):
+    """Where the steps run, and how much they do.
+
+    Attributes:
+        device: Kind of the device.
+        sizes: Environments and steps of a rollout.
+        hosts: Numbers of hosts of Morphogenesis.
+        evaluations: Number of evaluations over which memory is watched.
+        epochs: Number of passes of an update.
+        seconds: Least duration of a measurement.
+    """
+
+    device: str
+    sizes: Sequence[tuple[int, int]]
+    hosts: Sequence[int]
+    evaluations: int
+    epochs: int
+    seconds: float
+
+    @property
+    def on_gpu(self) -> bool:
+        """Whether the device is a GPU."""
+        return self.device == "cuda"
+
+    def wait(self) -> None:
+        """Wait for the device."""
+        if self.on_gpu:
+            import torch  # noqa: PLC0415
+
+            torch.cuda.synchronize()
+
+    def megabytes(self) -> int:
+        """Memory that tensors take on the device; 0 on a CPU."""
+        import torch  # noqa: PLC0415
+
+        return torch.cuda.memory_allocated() >> 20 if self.on_gpu else 0
+
+
+MACHINES = {
+    "cuda": Machine(
+        "cuda", [(2048, 32), (4096, 24), (16384, 32), (4, 128)], [1, 16, 64, 256, 1024], 100, 4, 1.5
+    ),
+    "cpu": Machine("cpu", [(8, 4), (4, 2)], [2], 2, 1, 0.0),
+}
+
+
+# Steps.
+
+
+def about(machine: Machine) -> Found:
+    """Versions, and the GPU."""
+    import torch  # noqa: PLC0415
+
+    yield {"python": sys.version.split()[0], "torch": torch.__version__}
+    names = ("lightning", "torchmetrics", "triton", "jax", "jaxtyping", "jsonargparse", "beartype")
+    yield {name: importlib.util.find_spec(name) is not None for name in names}
+    if machine.on_gpu:
+        found = torch.cuda.get_device_properties(0)
+        header = Path(torch.__file__).parent / "include/ATen/cuda/CUDAContextLight.h"
+        yield {
+            "gpu": found.name,
+            "cuda": torch.version.cuda,
+            "multiprocessors": found.multi_processor_count,
+            "memory_gb": round(found.total_memory / 1e9),
+            # Whether the death of a graph frees the workspaces of its stream.
+            "clears_workspaces": "WorkspacesForStream" in header.read_text(),
+        }
+
+
+def tests(machine: Machine) -> Found:
+    """The tests that need a GPU."""
+    options = ["-m", "gpu", "-q", "-rf", "-p", "no:cacheprovider", "-W", "default"]
+    options += ["-o", "addopts=--import-mode=importlib"]
+    command = [sys.executable, "-m", "pytest", *(TESTS if machine.on_gpu else TESTS[:1]), *options]
+    run = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=False)
+    told = r"(FAILED|ERROR) .*|.*\d+ (passed|failed|skipped|deselected|error).*"
+    lines = [line[:400] for line in run.stdout.splitlines() if re.fullmatch(told, line)]
+    yield {"status": run.returncode, "lines": lines[-40:]}
+    if not lines:
+        yield {"tail": (run.stdout + run.stderr)[-1500:]}
+
+
+def speed(machine: Machine, *, number: int) -> Found:
+    """Environment steps in a second, of whole iterations, in every mode."""
+    import torch  # noqa: PLC0415
+
+    num_envs, steps = machine.sizes[number]
+    for mode in MODES:
+        if machine.on_gpu:
+            torch.cuda.reset_peak_memory_stats()
+        iterate, learner, _ = _build(machine, num_envs, steps, mode)
+        found = _time(iterate, machine)
+        found["steps_per_s"] = num_envs * steps / found["ms"] * 1e3
+        found["stages_ms"] = _stages(learner, steps, machine)
+        if machine.on_gpu:
+            found["peak_mb"] = torch.cuda.max_memory_allocated() >> 20
+        yield {mode: found}
+        del iterate, learner
+        gc.collect()
+
+
+def jax(machine: Machine) -> Found:
+    """The same iterations in the manner of PureJaxRL."""
+    os.environ["XLA_PYTHON_CLIENT_PREALLOCATE"] = "false"
+    if not machine.on_gpu:
+        os.environ["JAX_PLATFORMS"] = "cpu"
+    if importlib.util.find_spec("jax") is None:
+        yield {"absent": "jax"}
+        return
+    import jax as library  # noqa: PLC0415
+    import purejax  # noqa: PLC0415
+
+    yield {"platform": library.devices()[0].platform}
+    for num_envs, steps in machine.sizes:
+        iterate, state = purejax.build(num_envs, steps, machine.epochs, MINIBATCHES)
+
+        def once(iterate: Any = iterate, box: list[Any] = [state]) -> None:  # noqa: B006
+            box[0], metrics = iterate(box[0])
+            library.block_until_ready((box[0].count, metrics))
+
+        found = _time(once, machine, waits=False)
+        found["steps_per_s"] = num_envs * steps / found["ms"] * 1e3
+        yield {f"{num_envs} x {steps}": found}
+
+
+def equal(machine: Machine) -> Found:
+    """Three iterations in each mode from the same start: how far weights are from those of off."""
+    import torch  # noqa: PLC0415
+
+    num_envs = 64 if machine.on_gpu else 8
+    weights: dict[str, list[torch.Tensor]] = {}
+    for mode in ("off", "default", "max"):
+        iterate, _, policy = _build(machine, num_envs, 16, mode, target_kl=0.05)
+        weights[mode] = []
+        for _ in range(3):
+            iterate()
+            parts = [parameter.detach().flatten() for parameter in policy.parameters()]
+            weights[mode].append(torch.cat(parts).clone())
+        pairs = zip(weights[mode], weights["off"], strict=True)
+        yield {mode: [(mine - off).abs().max().item() for mine, off in pairs]}
+
+
+def faults(machine: Machine) -> Found:
+    """The death of a graph beside a live one; then a capture that fails, and what follows it."""
+    import torch  # noqa: PLC0415
+
+    from esper_lightning.compiling.loops import capture_function  # noqa: PLC0415
+
+    device = torch.device(machine.device)
+    # A product that needs a workspace of cuBLAS (pytorch/pytorch#193402).
+    rows = torch.randn(32768 if machine.on_gpu else 64, 640 if machine.on_gpu else 8, device=device)
+    live, dies = (
+        capture_function(name, lambda t, k=k: t.T @ t + k, device=device)
+        for k, name in enumerate(("live", "dying"))
+    )
+    expected = live(rows).clone()
+    dies(rows)
+    del dies
+    gc.collect()
+    filled = [torch.full((4 << 20,), float("nan"), device=device) for _ in range(64)]
+    yield {"survives_the_death_of_another_graph": bool(torch.equal(live(rows), expected))}
+    del filled
+    before = torch.cuda.current_stream().cuda_stream if machine.on_gpu else 0
+    x = torch.ones(64, 64, device=device)
+    reads = capture_function("reading", lambda t: t @ t * float(t.sum().item()), device=device)
+    yield {"failed_capture_is_right": bool(torch.equal(reads(x), x @ x * float(x.sum())))}
+    after = torch.cuda.current_stream().cuda_stream if machine.on_gpu else 0
+    later = capture_function("later", lambda t: t @ t + 1, device=device)
+    yield {
+        "stream_is_restored": before == after,
+        "right_afterwards": [bool(torch.equal(later(x), x @ x + 1)) for _ in range(2)],
+        "live_graph_still_right": bool(torch.equal(live(rows), expected)),
+        "still_draws": torch.rand(3, device=device).shape[0] == 3,
+    }
+
+
+def memory(machine: Machine) -> Found:
+    """Memory over evaluations of Morphogenesis, and over learners that are built and dropped."""
+    import torch  # noqa: PLC0415
+
+    from esper_lightning import MLP  # noqa: PLC0415
+    from esper_lightning.envs import Morphogenesis  # noqa: PLC0415
+    from esper_lightning.training.evaluation import Evaluation  # noqa: PLC0415
+    from esper_lightning.training.settings import PPOSettings  # noqa: PLC0415
+
+    spec = Morphogenesis.synthetic(num_envs=4, epochs=4, **{"train_batches": 2, **_little(machine)})
+    device = torch.device(machine.device)
+    evaluation = Evaluation(PPOSettings(env=spec, eval_episodes=16 if machine.on_gpu else 2))
+    evaluation = evaluation.to(device)
+    policy = MLP().build(spec.spaces(), torch.Generator()).to(device)
+    held: dict[int, int] = {}
+    for count in range(1, machine.evaluations + 1):
+        evaluation.play(policy, lambda obs: obs, device=device, rank=0)
+        evaluation.finish()
+        if count in (1, 2, 3, 10, 30, machine.evaluations):
+            held[count] = machine.megabytes()
+            yield {"mb_after_evaluations": dict(held)}
+    del evaluation
+    after: list[int] = []
+    for _ in range(6 if machine.on_gpu else 2):
+        iterate, *_others = _build(machine, 64 if machine.on_gpu else 8, 8, "max")
+        iterate()
+        del iterate, _others
+        after.append(machine.megabytes())
+        yield {"mb_after_learners": list(after)}
+    gc.collect()
+    yield {"mb_after_all": machine.megabytes()}
+
+
+def profiler(machine: Machine) -> Found:
+    """Three sessions of a profiler over replayed graphs: each must see kernels."""
+    from torch.profiler import ProfilerActivity, profile  # noqa: PLC0415
+
+    from esper_lightning.recorder.profiling.global_session import global_session  # noqa: PLC0415
+
+    os.environ.setdefault("TEARDOWN_CUPTI", "0")  # as WindowProfiler does
+    iterate, *_ = _build(machine, *((256, 8) if machine.on_gpu else (4, 2)), "max")
+    iterate()
+    kinds = [ProfilerActivity.CPU] + ([ProfilerActivity.CUDA] if machine.on_gpu else [])
+    kernels: list[int] = []
+    for _ in range(3):
+        with profile(activities=kinds, experimental_config=global_session()) as session:
+            iterate()
+            machine.wait()
+        kernels.append(sum(e.device_type.name == "CUDA" for e in session.events() or ()))
+        yield {"events_on_the_gpu": list(kernels)}
+
+
+def growth(machine: Machine) -> Found:
+    """Seconds of a step of Morphogenesis over numbers of hosts."""
+    import torch  # noqa: PLC0415
+
+    from esper_lightning.envs import Morphogenesis  # noqa: PLC0415
+    from esper_lightning.envs.morphogenesis.baselines import random_legal  # noqa: PLC0415
+
+    for hosts in machine.hosts:
+        spec = Morphogenesis.synthetic(num_envs=hosts, **_little(machine))
+        env = spec.build(torch.device(machine.device), 0)
+        env.reset()
+        found = _time(lambda env=env: env.step(random_legal(env)), machine)
+        yield {str(hosts): found | {"hosts_per_s": hosts / found["ms"] * 1e3}}
+        del env
+        gc.collect()
+
+
+def out_of_memory(machine: Machine) -> Found:
+    """A run that dies without memory: its report, its history and its snapshot are on disk."""
+    import torch  # noqa: PLC0415
+    from lightning.pytorch import Callback, Trainer  # noqa: PLC0415
+
+    from esper_lightning import PPO, FlightRecorder, PPOConfig  # noqa: PLC0415
+    from esper_lightning.callbacks.history import History  # noqa: PLC0415
+    from esper_lightning.envs import CartPole  # noqa: PLC0415
+
+    class Takes(Callback):
+        """It takes all memory in the third iteration."""
+
+        def on_train_batch_start(self, _: Any, pl_module: Any, *__: Any) -> None:
+            if pl_module.iteration == 2:
+                if not machine.on_gpu:
+                    raise torch.OutOfMemoryError("none left")
+                torch.empty(1 << 42, dtype=torch.uint8, device="cuda")
+
+    with tempfile.TemporaryDirectory() as folder:
+        died = "nothing"
+        try:
+            Trainer(
+                accelerator="gpu" if machine.on_gpu else "cpu",
+                devices=1,
+                max_epochs=-1,
+                logger=False,
+                enable_checkpointing=False,
+                enable_progress_bar=False,
+                enable_model_summary=False,
+                limit_val_batches=0,
+                callbacks=[FlightRecorder(folder), History(folder), Takes()],
+            ).fit(PPO(CartPole(num_envs=8), ppo=PPOConfig(rollout_steps=8), compile="max"))
+        except torch.OutOfMemoryError as error:
+            died = type(error).__name__
+        rank = Path(folder) / "rank0"
+        history = rank / "history.jsonl"
+        yield {
+            "died_of": died,
+            "report": (rank / "crash.json").exists(),
+            "rows": len(history.read_text().splitlines()) if history.exists() else 0,
+            "snapshot_bytes": sum(path.stat().st_size for path in rank.glob("memory.pickle")),
+        }
+
+
+# Measurements.
+
+
+def _little(machine: Machine) -> dict[str, Any]:
+    """Settings of small hosts for a rehearsal; none on a GPU."""
+    if machine.on_gpu:
+        return {}
+    layers = {"channels": (8, 8), "kernels": (3, 1), "pools": (4, 1)}
+    return {**layers, "train_batches": 1, "batch_size": 8, "validation_size": 16}
+
+
+def _build(
+    machine: Machine, num_envs: int, steps: int, mode: str, **settings: Any
+) -> tuple[Callable[[], Any], Any, Any]:
+    """A function that runs an iteration; the learner and the policy."""
+    import torch  # noqa: PLC0415
+
+    from esper_lightning import MLP, PPOConfig  # noqa: PLC0415
+    from esper_lightning.envs import CartPole  # noqa: PLC0415
+    from esper_lightning.ppo.agent import Agent  # noqa: PLC0415
+    from esper_lightning.ppo.learner import Learner  # noqa: PLC0415
+    from esper_lightning.ppo.optimizer import build_optimizer  # noqa: PLC0415
+
+    device = torch.device(*(("cuda", 0) if machine.on_gpu else ("cpu",)))
+    config = PPOConfig(
+        rollout_steps=steps, epochs=machine.epochs, minibatches=MINIBATCHES, **settings
+    )
+    spec = CartPole(num_envs=num_envs)
+    policy = MLP().build(spec.spaces(), torch.Generator().manual_seed(0)).to(device)
+    acting, order = (torch.Generator(device).manual_seed(seed) for seed in (1, 2))
+    learner = Learner(
+        spec,
+        spec.build(device, 0),
+        Agent(policy, None),
+        config,
+        None,
+        exploration=acting,
+        sample_order=order,
+        mode=mode,  # pyright: ignore[reportArgumentType]
+        device=device,
+    )
+    learner.start(build_optimizer(policy, config), None)
+
+    def iterate() -> dict[str, float]:
+        rollout = learner.rollout(steps)
+        targets = learner.compute_targets(rollout)
+        update = learner.update(targets, learning_rate=3e-4)
+        return learner.to_host(rollout, targets, update, iteration=1)
+
+    return iterate, learner, policy
+
+
+def _time(run: Callable[[], Any], machine: Machine, *, waits: bool = True) -> dict[str, Any]:
+    """Milliseconds of a call: the first, the median and the quartiles."""
+    wait = machine.wait if waits else lambda: None
+
+    def once() -> float:
+        started = time.perf_counter()
+        run()
+        wait()
+        return time.perf_counter() - started
+
+    first = once()
+    once()
+    seconds: list[float] = []
+    end = time.perf_counter() + machine.seconds
+    while len(seconds) < 3 or (time.perf_counter() < end and len(seconds) < 500):
+        seconds.append(once())
+    low, middle, high = statistics.quantiles(seconds, n=4)
+    quartiles = [1e3 * low, 1e3 * high]
+    return {"first_s": first, "ms": 1e3 * middle, "quartiles_ms": quartiles, "n": len(seconds)}
+
+
+def _stages(learner: Any, steps: int, machine: Machine) -> dict[str, float]:
+    """Milliseconds of each stage, which is waited for."""
+    found: list[list[float]] = []
+    for _ in range(10 if machine.on_gpu else 2):
+        marks = [time.perf_counter()]
+        rollout = learner.rollout(steps)
+        machine.wait()
+        marks.append(time.perf_counter())
+        targets = learner.compute_targets(rollout)
+        machine.wait()
+        marks.append(time.perf_counter())
+        learner.update(targets, learning_rate=3e-4)
+        machine.wait()
+        marks.append(time.perf_counter())
+        found.append([1e3 * (end - start) for start, end in itertools.pairwise(marks)])
+    names = ("rollout", "advantages", "update")
+    return dict(zip(names, map(statistics.median, zip(*found, strict=True)), strict=True))
+
+
+# The order of the steps, and their processes.
+
+
+class Step(NamedTuple):
+    """A step: its function, and its time limit in seconds."""
+
+    run: Callable[[Machine], Found]
+    limit_s: float
+
+
+def steps_of(machine: Machine) -> dict[str, Step]:
+    """All steps by name, the most telling first."""
+    names = [f"speed {num_envs} x {steps}" for num_envs, steps in machine.sizes]
+    speeds = [Step(partial(speed, number=number), 110) for number in range(len(names))]
+    return {
+        "about": Step(about, 40),
+        names[0]: speeds[0],
+        "tests": Step(tests, 150),
+        "equal": Step(equal, 90),
+        "faults": Step(faults, 60),
+        "jax": Step(jax, 90),
+        "memory": Step(memory, 60),
+        "profiler": Step(profiler, 50),
+        "out of memory": Step(out_of_memory, 40),
+        **dict(zip(names[1:], speeds[1:], strict=True)),
+        "growth": Step(growth, 90),
+    }
+
+
+def run_here(name: str, machine: Machine, tell: Callable[[dict[str, Any]], None]) -> None:
+    """Run a step in this process; every result is told as soon as it is known."""
+    log: list[str] = []
+    handler = logging.Handler(logging.WARNING)
+    handler.emit = lambda record: log.append(record.getMessage()[:300])
+    logger = logging.getLogger("esper_lightning")
+    logger.addHandler(handler)
+    try:
+        for found in steps_of(machine)[name].run(machine):
+            tell(found)
+    finally:
+        logger.removeHandler(handler)
+        if log:
+            tell({"log": log[:20]})  # a mode that took a slower way measured that way
+
+
+def run_apart(name: str, machine: Machine, limit_s: float) -> dict[str, Any]:
+    """Run a step in a process of its own, and return its results."""
+    command = [sys.executable, __file__, "--step", name, "--device", machine.device]
+    with tempfile.TemporaryFile("w+") as output, tempfile.TemporaryFile("w+") as errors:
+        process = subprocess.Popen(command, stdout=output, stderr=errors, start_new_session=True)
+        problem: dict[str, Any] = {}
+        try:
+            status = process.wait(limit_s)
+            if status != 0:
+                problem = {"status": status}
+        except subprocess.TimeoutExpired:
+            os.killpg(process.pid, signal.SIGKILL)
+            process.wait()
+            problem = {"error": f"no end within {limit_s:.0f} s"}
+        output.seek(0)
+        errors.seek(0)
+        found: dict[str, Any] = {}
+        for line in re.findall("^RESULT (.*)$", output.read(), re.MULTILINE):
+            found |= json.loads(line)
+        if "status" in problem:
+            problem["error"] = errors.read()[-1500:]
+        return found | problem
+
+
+def table(results: dict[str, Any], machine: Machine) -> str:
+    """The results as Markdown."""
+    sizes = [f"{num_envs} x {steps}" for num_envs, steps in machine.sizes]
+    lines = ["# On a GPU" if machine.on_gpu else "# A rehearsal on a CPU, which measures nothing"]
+    lines += ["", "Environment steps in a second, of whole iterations.", ""]
+    lines += ["| | " + " | ".join(sizes) + " |", "| --- |" + " --- |" * len(sizes)]
+    for mode in (*sorted(MODES), "jax"):
+        cells: list[str] = []
+        for size in sizes:
+            found = results.get("jax", {}).get(size)
+            if mode != "jax":
+                found = results.get(f"speed {size}", {}).get(mode)
+            cells.append("-" if found is None else _cell(found))
+        lines.append(f"| {'PureJaxRL style' if mode == 'jax' else mode} | {' | '.join(cells)} |")
+    ours = results.get(f"speed {sizes[0]}", {}).get("max", {}).get("steps_per_s")
+    theirs = results.get("jax", {}).get(sizes[0], {}).get("steps_per_s")
+    if ours is not None:
+        share = "" if theirs is None else f"; {ours / theirs:.2f} x JAX (goal: 1)"
+        goal = f"goal: {GOAL_STEPS_PER_S / 1e6:.0f} M/s"
+        lines += ["", f"{sizes[0]}: {ours / 1e6:.2f} M/s ({goal}){share}."]
+    lines += ["", "| step | result |", "| --- | --- |"]
+    for name, found in results.items():
+        if not name.startswith("speed") and name != "jax":
+            lines.append(f"| {name} | `{json.dumps(found)[:1500]}` |")
+    logs = {name: found["log"] for name, found in results.items() if "log" in found}
+    lines += ["", "Warnings, such as those of a slower way:", ""]
+    lines += [f"* {name}: {log}" for name, log in logs.items()] or ["* none"]
+    return "\n".join(lines) + "\n"
+
+
+def _cell(found: dict[str, Any]) -> str:
+    return f"{found['steps_per_s']:,.0f} ({found['ms']:.2f} ms; first {found['first_s']:.1f} s)"
+
+
+def parser() -> argparse.ArgumentParser:
+    """The options of this script."""
+    options = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
+    options.add_argument("--out", type=Path, default=Path(), help="folder of the results")
+    options.add_argument("--seconds", type=float, default=470.0, help="time of all steps")
+    options.add_argument("--device", choices=list(MACHINES), default="cuda")
+    options.add_argument("--patience", type=float, default=1.0, help="factor on limits of steps")
+    options.add_argument("--only", nargs="+", default=[""], help="beginnings of names of steps")
+    options.add_argument("--skip", nargs="+", default=[], help="names of steps to leave out")
+    options.add_argument("--here", action="store_true", help="run steps in this process")
+    options.add_argument("--step", help="run one step, and print its results as JSON")
+    return options
+
+
+def main(arguments: Sequence[str] | None = None) -> dict[str, Any]:
+    """Run the steps within the time, and write the results after each."""
+    given = parser().parse_args(arguments)
+    machine = MACHINES[given.device]
+    if given.step is not None:
+        run_here(given.step, machine, lambda one: print("RESULT", json.dumps(one), flush=True))
+        return {}
+    given.out.mkdir(parents=True, exist_ok=True)
+    end, results = time.monotonic() + given.seconds, dict[str, Any]()
+    for name, step in steps_of(machine).items():
+        if name in given.skip or not name.startswith(tuple(given.only)):
+            continue
+        started = time.monotonic()
+        limit_s = min(step.limit_s * given.patience, end - started)
+        found: dict[str, Any] = {}
+        if limit_s < 10:
+            found = {"error": "no time left"}
+        elif given.here:
+            run_here(name, machine, found.update)
+        else:
+            found = run_apart(name, machine, limit_s)
+        results[name] = found | {"took_s": round(time.monotonic() - started, 1)}
+        (given.out / "gpu.json").write_text(json.dumps(results, indent=1))
+        (given.out / "gpu.md").write_text(table(results, machine))
+        print(name, json.dumps(results[name])[:300], flush=True)
+    print(table(results, machine))
+    return results
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,18 @@
+#!/bin/bash
+# Everything worth knowing from a GPU in eight minutes, into the folder OUT (default: gpu_check):
+#
+#   OUT=folder scripts/gpu_check.sh                  on one H100 or H200
+#   OUT=folder scripts/gpu_check.sh --device cpu     the rehearsal
+#
+# What the machine must have, and wheels to bring where they are missing: see the head of gpu_check.py. Nothing is
+# installed and nothing is fetched. The order of the steps is by worth: the limit may end the run at any time.
+set -uo pipefail
+cd "$(dirname "$0")/.."
+OUT="${OUT:-gpu_check}"
+mkdir -p "$OUT"
+export PYTHONUNBUFFERED=1 PYTHONPATH="$PWD${PYTHONPATH:+:$PYTHONPATH}" XLA_PYTHON_CLIENT_PREALLOCATE=false
+export TORCHINDUCTOR_CACHE_DIR="$PWD/.gpu_check_cache/inductor" TRITON_CACHE_DIR="$PWD/.gpu_check_cache/triton"
+if command -v nvidia-smi > /dev/null; then
+    nvidia-smi --query-gpu=name,driver_version,memory.total --format=csv,noheader | tee "$OUT/machine.txt"
+fi
+timeout 500 "${PYTHON:-python3}" scripts/gpu_check.py --out "$OUT" "$@" 2>&1 | tee "$OUT/log.txt"

@@ -1,0 +1,150 @@
+"""What is not a pure function is refused before it changes anything, and runs eagerly."""
+
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+
+from esper_lightning.compiling.loops import compile_function, compile_loop, compile_map
+from esper_lightning.compiling.purity import ImpureError, results_of_pure, same_bits
+
+CPU = torch.device("cpu")
+
+
+class Holder:
+    """A user's object with a tensor, a number and a random stream."""
+
+    def __init__(self) -> None:
+        self.held, self.calls = torch.tensor([1.0, 2.0]), 0
+        self.generator = torch.Generator().manual_seed(1)
+
+    def in_place(self, x: Tensor) -> Tensor:
+        self.held.add_(1.0)
+        return x * self.held
+
+    def by_view(self, x: Tensor) -> Tensor:
+        self.held[1:].view(1, 1)[0].mul_(2.0)
+        return x * self.held
+
+    def out(self, x: Tensor) -> Tensor:
+        return torch.add(x, 1.0, out=self.held) * 2.0
+
+    def all_at_once(self, x: Tensor) -> Tensor:
+        torch._foreach_add_([self.held], 1.0)
+        return x * self.held
+
+    def argument(self, x: Tensor) -> Tensor:
+        return x.mul_(2.0)
+
+    def random(self, x: Tensor) -> Tensor:
+        return x + torch.rand(2, generator=self.generator)
+
+    def list_of_numbers(self, x: Tensor) -> Tensor:
+        return x * self.held.tolist()[0]
+
+
+@pytest.mark.parametrize(
+    ("name", "what"),
+    [
+        ("in_place", "add_"),
+        ("by_view", "mul_"),
+        ("out", "add.out"),
+        ("all_at_once", "_foreach_add_"),
+        ("argument", "mul_"),
+        ("random", "random numbers"),
+        ("list_of_numbers", "list of Python"),
+    ],
+)
+def test_effects_are_refused_before_they_happen(name: str, what: str) -> None:
+    user, x = Holder(), torch.ones(2)
+    stream = user.generator.get_state()
+    with pytest.raises(ImpureError, match=what) as caught:
+        results_of_pure(getattr(user, name), x)
+    assert "\n" not in str(caught.value)
+    assert user.held.tolist() == [1.0, 2.0]
+    assert x.tolist() == [1.0, 1.0]
+    assert torch.equal(user.generator.get_state(), stream)
+
+
+def test_results_that_change_from_call_to_call_are_refused() -> None:
+    user = Holder()
+
+    def counting(x: Tensor) -> Tensor:
+        user.calls += 1
+        return x + user.calls
+
+    def averaging(x: Tensor) -> Tensor:
+        user.held = 0.5 * user.held + x
+        return 2.0 * user.held
+
+    for function in (counting, averaging):
+        with pytest.raises(ImpureError, match="change from call to call"):
+            results_of_pure(function, torch.ones(2))
+    assert type(user.held) is Tensor  # and none of a tracer's
+
+
+def test_a_pure_function_may_write_to_what_it_made_and_give_nan() -> None:
+    def function(x: Tensor) -> tuple[Tensor, Tensor]:
+        y, table = x * 2.0, torch.tensor([1.0, 2.0])
+        y[0] = float("nan")
+        table.add_(1.0)
+        with torch.enable_grad():
+            weight = x.detach().requires_grad_()
+            (gradient,) = torch.autograd.grad((weight * table).square().sum(), [weight])
+        return y, gradient
+
+    y, gradient = results_of_pure(function, torch.ones(2))
+    assert y.isnan().tolist() == [True, False]
+    assert gradient.tolist() == [8.0, 18.0]
+
+
+def test_results_of_any_layout_are_compared() -> None:
+    x = torch.arange(6.0).view(1, 2, 3)
+    first, second, third = results_of_pure(lambda x: (x[:, 0, 0], x.transpose(1, 2), x[0, 0, 0]), x)
+    assert (first.tolist(), second.shape, third.item()) == ([0.0], (1, 3, 2), 0.0)
+    assert not same_bits(torch.zeros(1), -torch.zeros(1))
+    assert not same_bits(torch.zeros(1), torch.zeros(1, 1))
+
+
+@pytest.mark.usefixtures("native_code")
+def test_a_loop_and_a_map_leave_what_they_hold_as_it_was(caplog: pytest.LogCaptureFixture) -> None:
+    """Also what asks whether samples depend on each other runs on nothing of the user's."""
+    held, index, samples = torch.zeros(()), torch.arange(512)[None], torch.ones(512)
+
+    def summed(carry: Tensor, index: Tensor, constants: Tensor) -> Tensor:
+        held.add_(1.0)
+        return constants[index].sum()
+
+    def counted(rows: Tensor, _: Any) -> Tensor:
+        held.add_(1.0)
+        return rows * 2.0
+
+    loop = compile_loop("loop", lambda c, x, k: (c + x[0], c), summed, mode="auto", device=CPU)
+    total, _ = loop(torch.zeros(()), torch.zeros(1), index, samples, None)
+    assert total == 512.0
+    assert held == 1.0  # of the one call that ran eagerly
+    body = lambda c, x, k: (c + held.add_(1.0) * 0.0, x)  # noqa: E731
+    loop = compile_loop("loop", body, mode="auto", device=CPU)
+    loop(torch.zeros(()), torch.zeros(2), None, None, None)
+    assert held == 3.0  # once in each of two steps
+    held.fill_(1.0)
+    rows = compile_map("map", counted, mode="auto", device=CPU)
+    assert rows(samples, None).sum() == 1024.0
+    assert held == 2.0
+    assert (
+        len([one for one in caplog.records if "writing to" in one.getMessage()]) == 1
+    )  # one reason
+
+
+@pytest.mark.usefixtures("native_code")
+def test_a_function_that_counts_its_calls_counts_on() -> None:
+    user = Holder()
+
+    def counting(x: Tensor) -> Tensor:
+        user.calls += 1
+        return x + user.calls
+
+    function = compile_function("test", counting, mode="auto", device=CPU)
+    first, second = function(torch.zeros(1)).item(), function(torch.zeros(1)).item()
+    assert second == first + 1.0

@@ -1,0 +1,238 @@
+"""A dead run is played again: the same rows, bit for bit, and the right verdict."""
+
+import os
+import signal
+import subprocess
+import time
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import pytest
+import yaml
+
+from esper_lightning.cli.replay import STATUSES
+from esper_lightning.forensics.files import read_json_lines
+from esper_lightning.forensics.layout import RunLayout
+from esper_lightning.forensics.remains import examine, first_failure
+from esper_lightning.forensics.replay import compared, failing_iteration
+from tests import forked
+
+pytestmark = pytest.mark.crash
+_ENV: dict[str, Any] = {"num_envs": 8}
+_HERE = "tests.crash.replayed"
+_LIMIT_S = 200.0
+_STATE_OF_RUN = "checkpoints", "rank0", "rank1", "owner.lock", "config.yaml"
+
+
+def settings(
+    *,
+    env: Mapping[str, Any] | None = None,
+    callback: Mapping[str, Any] | None = None,
+    iterations: int = 12,
+    compiles: bool = False,
+    recurrent: bool = False,
+    ranks: int = 1,
+) -> dict[str, Any]:
+    """The config of a short run that evaluates and saves after each third iteration."""
+    policy = {"class_path": "esper_lightning.MLP", "init_args": {"hidden_sizes": [8]}}
+    if recurrent:
+        policy = {
+            "class_path": "esper_lightning.Recurrent",
+            "init_args": {"hidden_sizes": [8], "memory_size": 8},
+        }
+    trainer = {"accelerator": "cpu", "enable_progress_bar": False, "max_steps": iterations}
+    if callback is not None:
+        trainer["callbacks"] = [dict(callback)]
+    if ranks > 1:
+        trainer |= {"devices": ranks, "strategy": "ddp"}
+    kind = f"{_HERE}.Faulty" if env else "esper_lightning.envs.CartPole"
+    return {
+        "model": {
+            "env": {"class_path": kind, "init_args": _ENV | dict(env or {})},
+            "policy": policy,
+            "ppo": {"rollout_steps": 8, "minibatches": 2, "epochs": 1},
+            "iterations_per_epoch": 3,
+            "eval_episodes": 2,
+            "compile": "auto" if compiles else "off",
+        },
+        "trainer": trainer,
+    }
+
+
+def dies(callback: str = "Dies", **arguments: Any) -> dict[str, Any]:
+    return {"class_path": f"{_HERE}.{callback}", "init_args": arguments}
+
+
+def morphogenesis() -> dict[str, Any]:
+    path = Path(__file__).parents[1] / "fixtures/runs/morphogenesis/config.yaml"
+    found = yaml.safe_load(path.read_text())
+    found["trainer"] |= {"callbacks": [dies("DiesWhileBlending")], "max_steps": 40}
+    found["model"] |= {"iterations_per_epoch": 3, "eval_episodes": 2, "total_env_steps": None}
+    return {name: found[name] for name in ("model", "trainer")}
+
+
+def esper(words: Sequence[object], *, compiles: bool = False) -> "subprocess.CompletedProcess[str]":
+    variables = {**os.environ, **forked.QUIET}
+    if compiles:
+        variables.pop("TORCH_COMPILE_DISABLE", None)
+    return forked.run(
+        ["-m", "esper_lightning", *words],
+        env=variables,
+        cwd=forked.ROOT,
+        timeout=_LIMIT_S,
+        children=True,
+    )
+
+
+def fit(config: Mapping[str, Any], folder: Path, **how: Any) -> Path:
+    """Let a run die, and return its directory."""
+    (folder / "config.yaml").write_text(yaml.safe_dump(dict(config)))
+    run_dir = folder / "run"
+    words = ["fit", "--config", folder / "config.yaml", "--run_dir", run_dir]
+    done = esper(words, **how)
+    assert done.returncode not in (0, 2), done.stderr[-2000:]
+    return run_dir
+
+
+def content_of(run_dir: Path) -> dict[Path, bytes]:
+    return {path: path.read_bytes() for path in run_dir.rglob("*") if path.is_file()}
+
+
+def check_replay(
+    run_dir: Path,
+    outcome: str,
+    *words: object,
+    begins: int,
+    ranks: int = 1,
+    before: bool = True,
+    **how: Any,
+) -> str:
+    """Replay a run; rows, files and the verdict must be right. Returns what was printed."""
+    kept = content_of(run_dir)
+    done = esper(["replay", run_dir, *words], **how)
+    said = f"{done.stdout[-3000:]}\n{done.stderr[-3000:]}"
+    assert done.returncode == STATUSES[outcome], said
+    assert content_of(run_dir) == kept  # nothing is written where the evidence is
+    assert outcome in done.stdout.lower(), said
+    directory = run_dir.with_name("replay_of_run")
+    first = first_failure(examine(run_dir))
+    last = failing_iteration(first) - 1
+    for rank in range(ranks):
+        pairs = []
+        for place in (run_dir, directory):
+            path = RunLayout(place).rank(rank).history
+            rows = read_json_lines(path) if path.exists() else []
+            pairs.append([compared(r) for r in rows if begins < r["iteration"] <= last])
+        assert pairs[0] == pairs[1]
+        assert len(pairs[0]) == last - begins
+    assert RunLayout(directory).before_fault.exists() == before
+    if outcome == "reproduced" and first.report.cause not in ("vanished",):
+        assert first_failure(examine(directory)).windows[-1].was_open, said
+    return done.stdout
+
+
+def replayed(config: Mapping[str, Any], folder: Path, *, begins: int, **how: Any) -> str:
+    own = {name: how[name] for name in ("compiles",) if name in how}
+    return check_replay(fit(config, folder, **own), "reproduced", begins=begins, **how)
+
+
+@pytest.mark.slow
+def test_a_nan_in_a_reward_comes_again_and_once_more_from_before_ckpt(tmp_path):
+    config = settings(env={"fault": "nan", "at": 8})
+    said = replayed(config, tmp_path, begins=6)
+    assert "NonFiniteError" in said
+    done = esper(["replay", tmp_path / "run", "--deep", "--run_dir", tmp_path / "deep"])
+    assert done.returncode == 0, done.stderr[-2000:]
+    assert "before.ckpt, 1 iteration," in done.stdout
+    crash = esper(["crash", tmp_path / "run"]).stdout
+    assert crash.splitlines()[-1].strip() == f"esper replay {tmp_path / 'run'}"
+    crash = esper(["crash", tmp_path / "replay_of_run"]).stdout
+    assert "Reproduced: iteration 8" in crash
+
+
+def test_a_kill_by_the_program_comes_again(tmp_path):
+    said = replayed(settings(env={"fault": "kill", "at": 5}), tmp_path, begins=3)
+    assert "vanished" in said
+
+
+@pytest.mark.slow
+def test_a_kill_from_outside_does_not_happen_again(tmp_path):
+    (tmp_path / "config.yaml").write_text(yaml.safe_dump(settings(iterations=100_000)))
+    run_dir = tmp_path / "run"
+    words = ["fit", "--config", tmp_path / "config.yaml", "--run_dir", run_dir]
+    with (tmp_path / "output").open("wb") as output:
+        process = forked.start(["-m", "esper_lightning", *words], output=output)
+        history, end = RunLayout(run_dir).rank(0).history, time.monotonic() + 60
+        while not history.exists() or len(history.read_bytes().splitlines()) < 5:
+            assert time.monotonic() < end, (tmp_path / "output").read_text()
+            time.sleep(0.01)
+        process.send_signal(signal.SIGKILL)
+        assert process.wait(20) == -signal.SIGKILL
+    while not RunLayout(run_dir).rank(0).crash.exists():
+        assert time.monotonic() < end
+        time.sleep(0.05)
+    failed = failing_iteration(first_failure(examine(run_dir)))
+    done = esper(["replay", run_dir])
+    assert done.returncode == STATUSES["did not happen again"], done.stdout + done.stderr[-2000:]
+    assert f"Did not happen again: iteration {failed} went well." in done.stdout
+
+
+CASES = {
+    "an exception of an environment": (settings(env={"fault": "raise", "at": 8}), 6, {}),
+    "an environment in a certain state": (settings(env={"fault": "state", "at": 5}), None, {}),
+    "a callback": (settings(callback=dies(at=7)), 6, {}),
+    "a callback at the end of an epoch": (settings(callback=dies(at=6)), 3, {}),
+    "before the first checkpoint": (settings(callback=dies(at=2)), 0, {}),
+    "the first iteration": (settings(env={"fault": "raise", "at": 1}), 0, {"before": False}),
+    "a fault in C": (settings(env={"fault": "native", "at": 5}), 3, {}),
+    "rank 1 of 2": (settings(callback=dies(at=5, on_rank=1), ranks=2), 3, {"ranks": 2}),
+    "a kill of rank 1": (
+        settings(callback=dies(at=5, fault="kill", on_rank=1), ranks=2),
+        *(3, {"ranks": 2}),
+    ),
+    "compiled": (settings(callback=dies(at=5), compiles=True), 3, {"compiles": True}),
+    "compiled, with a memory": (
+        settings(callback=dies(at=5), compiles=True, recurrent=True),
+        *(3, {"compiles": True}),
+    ),
+    "with a memory": (settings(env={"fault": "nan", "at": 5}, recurrent=True), 3, {}),
+    "morphogenesis while blending": (morphogenesis(), None, {}),
+}
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", CASES)
+def test_is_reproduced(name, tmp_path):
+    config, begins, how = CASES[name]
+    if begins is None:
+        run_dir = fit(config, tmp_path)
+        failing = failing_iteration(first_failure(examine(run_dir)))
+        check_replay(run_dir, "reproduced", begins=3 * ((failing - 1) // 3), **how)
+    else:
+        replayed(config, tmp_path, begins=begins, **how)
+
+
+@pytest.mark.slow
+def test_what_differs_is_named(tmp_path):
+    run_dir = fit(settings(callback=dies(at=5)), tmp_path)
+    config = RunLayout(run_dir).config
+    changed = yaml.safe_load(config.read_text())
+    changed["model"]["ppo"]["learning_rate"] = 0.01
+    config.write_text(yaml.safe_dump(changed))
+    done = esper(["replay", run_dir])
+    assert done.returncode == STATUSES["different"], done.stdout + done.stderr[-2000:]
+    assert "Different from iteration 4 on: loss/" in done.stdout
+    assert "Different from iteration 4 on" in done.stderr  # as soon as the row was there
+
+
+@pytest.mark.parametrize("what", ["nothing", "a run that lives well", "no config"])
+def test_what_cannot_be_replayed_is_one_line(what, tmp_path):
+    run_dir = Path(__file__).parents[1] / "fixtures/runs" / "cartpole"
+    if what == "nothing":
+        run_dir = tmp_path
+    elif what == "no config":
+        run_dir = run_dir.with_name("died_of_nan")
+    done = esper(["replay", run_dir])
+    assert done.returncode == 2
+    assert len(done.stderr.splitlines()) == 1, done.stderr

@@ -1,0 +1,25 @@
+"""The files of a run are where other programs look for them."""
+
+from pathlib import Path
+
+from esper_lightning.forensics.layout import RankLayout, RunLayout
+
+RUN = RunLayout(Path("run"))
+
+
+def test_the_files_of_a_run_have_the_names_that_are_documented():
+    ours = {RUN.config, RUN.best_checkpoint, RUN.last_checkpoint, RUN.owner}
+    names = ("config.yaml", "checkpoints/best.ckpt", "checkpoints/last.ckpt", "owner.lock")
+    assert ours == {Path("run", name) for name in names}
+    rank = RUN.rank(3)
+    documented = ("history.jsonl", "crash.json", "trace", "profile.txt", "stacks.txt")
+    ours = {rank.history, rank.crash, rank.trace, rank.profile, rank.stacks, rank.memory}
+    assert ours == {Path("run", "rank3", name) for name in (*documented, "memory.pickle")}
+
+
+def test_no_two_files_of_a_rank_have_the_same_name():
+    rank = RUN.rank(0)
+    names = [name for name, value in vars(RankLayout).items() if isinstance(value, property)]
+    paths = [getattr(rank, name) for name in names]
+    assert len(set(paths)) == len(paths) >= 12
+    assert {path.parent for path in paths} == {rank.directory}

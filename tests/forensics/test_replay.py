@@ -1,0 +1,145 @@
+"""The verdict on a replay, from files alone."""
+
+import json
+from dataclasses import replace
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from esper_lightning.forensics.fingerprint import Fingerprint
+from esper_lightning.forensics.layout import RunLayout
+from esper_lightning.forensics.rank_record import ProcessRecord
+from esper_lightning.forensics.remains import examine
+from esper_lightning.forensics.replay import (
+    ReplayRecord,
+    compared,
+    judge,
+    row_differences,
+)
+from esper_lightning.forensics.report import CrashReport, ErrorReport
+
+ERROR = ErrorReport(
+    type="ValueError",
+    message="at 0x7f00aa11",
+    traceback=('  File "/here/train.py", line 3, in step', '  File "/here/env.py", line 9, in act'),
+)
+DEATH = CrashReport(cause="exception", iteration=3, error=ERROR, rank=0, started_s=1e9)
+
+
+def leave(directory, *, losses=(0.1, 0.2), report=DEATH, state="failed", rank=0, threads=1):
+    """The files of one rank."""
+    files = RunLayout(directory).rank(rank)
+    files.directory.mkdir(parents=True)
+    rows = [{"iteration": i + 1, "loss": loss, "time_s": id(loss)} for i, loss in enumerate(losses)]
+    files.history.write_text("".join(f"{json.dumps(row)}\n" for row in rows))
+    print_ = Fingerprint(threads={"torch threads": threads})
+    record = ProcessRecord(state=state, rank=rank, started_s=1e9, world_size=1, fingerprint=print_)
+    record.write(files.process)
+    if report is not None:
+        report.write(files.crash)
+    return directory
+
+
+@pytest.fixture
+def judged(tmp_path):
+    """The verdict on a replay that left other files than the run that died."""
+
+    def judged(*, died=DEATH, deep=False, **again):
+        dead = leave(tmp_path / "run", report=died)
+        new = leave(tmp_path / "again", **again)
+        record = ReplayRecord(
+            run_dir=str(dead), started_s=1e9, rank=0, iteration=3, begins=0, deep=deep
+        )
+        record.write(new)
+        return judge(new, examine(dead))
+
+    return judged
+
+
+def test_the_same_error_is_reproduced_wherever_its_file_is(judged):
+    lines = tuple(line.replace("/here/", "/there/") for line in ERROR.traceback)
+    error = replace(ERROR, message="at 0x7f00bb22", traceback=lines)
+    verdict = judged(report=replace(DEATH, error=error))
+    assert (verdict.outcome, verdict.iteration, verdict.rows) == ("reproduced", 3, 2)
+    assert verdict.lines[0].endswith("ValueError: at 0x7f00bb22 at env.py:9")
+    assert verdict.lines[1] == "2 rows of the history are the same, bit for bit."
+
+
+@pytest.mark.parametrize(
+    ("changed", "iteration"),
+    [
+        ({"error": replace(ERROR, type="TypeError")}, 3),
+        ({"error": replace(ERROR, message="else")}, 3),
+        ({"error": replace(ERROR, traceback=ERROR.traceback[:1])}, 3),
+        ({"cause": "signal"}, 3),
+        ({"iteration": 2}, 2),
+    ],
+)
+def test_another_death_is_different(judged, changed, iteration):
+    verdict = judged(report=replace(DEATH, **changed), threads=2)
+    assert (verdict.outcome, verdict.iteration) == ("different", iteration)
+    assert verdict.lines[-1] == "What differs between the runs: torch threads 1 -> 2."
+
+
+def test_another_row_is_different_even_in_its_last_bit(judged):
+    verdict = judged(losses=(0.1, 0.20000000000000004))
+    assert (verdict.outcome, verdict.iteration) == ("different", 2)
+    assert "loss 0.2 -> 0.20000000000000004" in verdict.lines[0]
+    assert "it died in the same way all the same" in verdict.lines[0]
+
+
+@pytest.mark.parametrize("iteration", [None, 4])
+def test_an_iteration_that_goes_well_has_a_cause_outside(judged, iteration):
+    report = None if iteration is None else replace(DEATH, iteration=iteration)
+    state = "finished" if iteration is None else "failed"
+    verdict = judged(losses=(0.1, 0.2, 0.3), report=report, state=state)
+    assert verdict.outcome == "did not happen again"
+    assert "outside of the program's state" in verdict.lines[-1]
+
+
+def test_a_process_that_vanishes_again_is_reproduced_whatever_memory_it_had(judged):
+    def vanished(text, phases):
+        error = ErrorReport(message=text)
+        return CrashReport(cause="vanished", iteration=3, error=error, started_s=1e9, phases=phases)
+
+    verdict = judged(died=vanished("it had 1 GB", ("a",)), report=vanished("2 GB", ("a",)))
+    assert verdict.outcome == "reproduced"
+
+
+def test_a_process_that_vanishes_elsewhere_is_different(judged):
+    died = CrashReport(cause="vanished", iteration=3, started_s=1e9, phases=("a",))
+    assert judged(died=died, report=replace(died, phases=("b",))).outcome == "different"
+
+
+def test_a_deep_replay_finds_the_fault_at_another_line(judged):
+    error = replace(ERROR, type="RuntimeError", message="Function 'LogBackward0' returned nan")
+    assert judged(deep=True, report=replace(DEATH, error=error)).outcome == "reproduced"
+
+
+def test_there_is_no_verdict_where_the_dead_run_is_gone(tmp_path):
+    dead, again = leave(tmp_path / "run"), leave(tmp_path / "again")
+    with pytest.raises(ValueError, match="RUN_DIR must be that of a replay"):
+        judge(again, examine(dead))
+    ReplayRecord(run_dir=str(dead), started_s=2e9, rank=0, iteration=3).write(again)
+    with pytest.raises(ValueError, match="another run is there now"):
+        judge(again, examine(dead))
+
+
+@pytest.mark.parametrize(
+    "name",
+    ["time_s", "env_steps_per_s", "perf/step_ms", "train_time", "fps", "samples_per_second"],
+)
+def test_times_and_rates_are_not_compared(name):
+    assert row_differences({name: 1.0}, {name: 2.0}) == []
+
+
+@pytest.mark.parametrize("name", ["loss/policy", "env_steps", "loss", "eval/times", "timeouts"])
+def test_everything_else_is_compared(name):
+    assert row_differences({name: 1.0}, {name: 2.0}) == [f"{name} 1.0 -> 2.0"]
+
+
+@given(st.dictionaries(st.text(), st.none() | st.booleans() | st.floats() | st.integers()))
+def test_a_row_is_the_same_as_itself_after_json(row):
+    assert row_differences(row, json.loads(json.dumps(row))) == []
+    assert compared(row).keys() <= row.keys()

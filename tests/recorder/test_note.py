@@ -1,0 +1,38 @@
+"""An error says where the evidence of its run is."""
+
+from pathlib import Path
+from types import SimpleNamespace
+
+import pytest
+
+from esper_lightning.forensics.layout import RunLayout
+from esper_lightning.forensics.report import CrashReport, Evidence
+from esper_lightning.recorder.note import add_note, where_evidence_is
+
+FILES = RunLayout(Path("run")).rank(0)
+
+
+@pytest.mark.parametrize(
+    ("kind", "lines"), [(ValueError, 0), (KeyboardInterrupt, 1), (SystemExit, 1)]
+)
+def test_the_note_is_in_the_log_where_python_shows_no_traceback(caplog, kind, lines):
+    error = kind("x")
+    add_note(error, Path("run"), "details")
+    (note,) = error.__notes__
+    assert note == "Run directory: run (details). Shown by: esper crash run"
+    assert len(caplog.records) == lines
+
+
+@pytest.mark.parametrize(
+    ("trace", "written", "says"),
+    [
+        (Evidence(state="saved", path="trace/a"), FILES.crash, "trace in run/rank0/trace/a"),
+        (Evidence(state="failed", detail="no room"), FILES.crash, "no trace: no room"),
+        (Evidence(state="failed", detail="why"), None, "report nowhere: no place took it"),
+    ],
+)
+def test_the_places_of_history_report_and_trace_are_named(trace, written, says):
+    rescue = SimpleNamespace(report=CrashReport(evidence={"trace": trace}), written=written)
+    places = where_evidence_is(FILES, rescue)
+    assert places.startswith("history in run/rank0/history.jsonl; report ")
+    assert says in places
