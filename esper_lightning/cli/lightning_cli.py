@@ -24,6 +24,7 @@ from typing_extensions import override
 
 import esper_lightning.envs  # pyright: ignore[reportUnusedImport] - to be named in a config, specs
 import esper_lightning.policies  # noqa: F401 # pyright: ignore[reportUnusedImport] - must be known
+from esper_lightning.callbacks.run_directory import run_directory
 from esper_lightning.cli import shipped
 from esper_lightning.cli.dry_run import plan
 from esper_lightning.cli.errors import fail, nearest
