@@ -52,9 +52,19 @@ class RankLayout:
         return self.directory / "crash.json"
 
     @property
+    def attempts(self) -> Path:
+        """Earlier attempts of the run: one JSON line for each (``forensics.attempts``)."""
+        return self.directory / "attempts.jsonl"
+
+    @property
     def crash_checkpoint(self) -> Path:
         """Checkpoint of the moment of death: weights, optimizer, counters and random states."""
         return self.directory / "crash.ckpt"
+
+    @property
+    def states(self) -> tuple[Path, Path]:
+        """States after the latest iterations, written in turn (``recorder.state_keeper``)."""
+        return self.directory / "state.0.ckpt", self.directory / "state.1.ckpt"
 
     @property
     def stacks(self) -> Path:
@@ -111,6 +121,11 @@ class RunLayout:
     def last_checkpoint(self) -> Path:
         """Checkpoint of the state of training at the end of the latest epoch."""
         return self.checkpoints / "last.ckpt"
+
+    @property
+    def joined_state(self) -> Path:
+        """Checkpoint of the stored states of all ranks, from which a killed run was resumed."""
+        return self.checkpoints / "state.ckpt"
 
     @property
     def before_fault(self) -> Path:
