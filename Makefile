@@ -4,7 +4,7 @@ VENV := .venv
 BIN := $(VENV)/bin
 
 .DEFAULT_GOAL := help
-.PHONY: help demo test slow check learning zoo growth bench faults soak worlds mutants sanitize gpu-proof clean
+.PHONY: help demo test slow check docs wheel learning zoo growth bench faults soak worlds mutants sanitize gpu-proof clean
 
 help: ## Show this list
 	@grep -E '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | sed -E 's/:[^#]*## /\t/' | expand -t 10
@@ -30,6 +30,13 @@ check: $(VENV)/.installed ## Lint, types, import contracts
 	$(BIN)/pyright
 	$(BIN)/lint-imports
 
+docs: $(VENV)/.installed ## Build the docs site, strictly
+	$(BIN)/python -m pip install --quiet -c constraints.txt -e '.[dev,docs]'
+	$(BIN)/mkdocs build --strict
+
+wheel: $(VENV)/.installed ## Build the wheel, and use it in a new environment outside the repository
+	PYTHON=$(CURDIR)/$(BIN)/python scripts/try_wheel.sh dist
+
 learning: $(VENV)/.installed ## Measure learning on every task, 5 seeds each (six minutes)
 	$(BIN)/python benchmarks/learning.py
 
@@ -44,8 +51,9 @@ bench: $(VENV)/.installed ## Measure throughput against the peers (half an hour)
 	$(BIN)/python -m pip install --quiet -c constraints.txt -e '.[dev,bench]'
 	$(BIN)/python benchmarks/throughput.py
 
-faults: $(VENV)/.installed ## Let runs die of every fault, and write what they leave (a quarter of an hour)
+faults: $(VENV)/.installed ## Let runs die of every fault, write what they leave, and replay deaths (20 minutes)
 	$(BIN)/python benchmarks/faults.py
+	$(BIN)/python -m pytest -n 2 tests/crash/test_replay.py
 
 soak: $(VENV)/.installed ## Kill runs at random moments and resume them (20 minutes)
 	$(BIN)/python benchmarks/soak.py

@@ -531,8 +531,8 @@ def _cell(found: dict[str, Any]) -> str:
     return f"{found['steps_per_s']:,.0f} ({found['ms']:.2f} ms; first {found['first_s']:.1f} s)"
 
 
-def main(arguments: Sequence[str] | None = None) -> dict[str, Any]:
-    """Run the steps within the time, and write the results after each."""
+def parser() -> argparse.ArgumentParser:
+    """The options of this script."""
     options = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
     options.add_argument("--out", type=Path, default=Path(), help="folder of the results")
     options.add_argument("--seconds", type=float, default=470.0, help="time of all steps")
@@ -542,7 +542,12 @@ def main(arguments: Sequence[str] | None = None) -> dict[str, Any]:
     options.add_argument("--skip", nargs="+", default=[], help="names of steps to leave out")
     options.add_argument("--here", action="store_true", help="run steps in this process")
     options.add_argument("--step", help="run one step, and print its results as JSON")
-    given = options.parse_args(arguments)
+    return options
+
+
+def main(arguments: Sequence[str] | None = None) -> dict[str, Any]:
+    """Run the steps within the time, and write the results after each."""
+    given = parser().parse_args(arguments)
     machine = MACHINES[given.device]
     if given.step is not None:
         run_here(given.step, machine, lambda one: print("RESULT", json.dumps(one), flush=True))

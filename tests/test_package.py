@@ -3,6 +3,7 @@
 import re
 import subprocess
 import sys
+import tomllib
 from pathlib import Path
 
 import pytest
@@ -11,7 +12,7 @@ import esper_lightning
 
 ROOT = Path(__file__).parents[1]
 DECISIONS = sorted((ROOT / "docs" / "decisions").glob("*.md"))
-DOCUMENTS = [*sorted(ROOT.glob("*.md")), *sorted(ROOT.glob("docs/*.md")), *DECISIONS]
+DOCUMENTS = [*sorted(ROOT.glob("*.md")), *sorted(ROOT.glob("docs/**/*.md"))]
 TRAIN = """
 import sys
 for name in ("jaxtyping", "jsonargparse", "beartype", "gymnasium", "stable_baselines3"):
@@ -56,6 +57,19 @@ def test_reading_the_remains_of_a_run_needs_no_torch(tmp_path):
     )
     result = run(code)
     assert result.returncode == 0, result.stderr
+
+
+def test_every_file_beside_the_modules_is_in_the_wheel():
+    settings = tomllib.loads((ROOT / "pyproject.toml").read_text())["tool"]["setuptools"]
+    package = ROOT / "esper_lightning"
+    files = {path for path in package.rglob("*") if path.is_file()}
+    listed = {
+        path for glob in settings["package-data"]["esper_lightning"] for path in package.glob(glob)
+    }
+    modules = {path for path in files if (path.parent / "__init__.py").exists()}
+    modules = {path for path in modules if path.suffix == ".py"}
+    made = {path for path in files if path.suffix == ".pyc"}
+    assert files - listed - modules - made == set()
 
 
 def test_decisions_are_numbered_without_gaps():

@@ -17,7 +17,7 @@ from esper_lightning.forensics.memory import measure_memory
 __all__ = ["run"]
 
 _PACKAGES = ("esper_lightning", "torch", "lightning", "tensorboard", "jsonargparse")
-_FOR_DEVELOPERS = ("bench", "dev")  # extras that no command needs
+_FOR_DEVELOPERS = ("bench", "dev", "docs")  # extras that no command needs
 _LEAST_DISK = 2 << 30  # bytes below which a full disk is near
 _MARKS = {"good": "ok", "slow": "slow", "bad": "FAIL", "info": "--"}
 

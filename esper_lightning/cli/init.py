@@ -25,4 +25,6 @@ def run(arguments: list[str]) -> None:
     except OSError as error:
         fail(f"DIR must be a folder that can be made ({error.strerror}), got {str(folder)!r}.")
     print(f"Wrote {', '.join(_FILES)} into {folder}. Next:\n")
-    print(f"  cd {folder}\n  python -m pytest\n  esper fit --config config.yaml")
+    print(
+        f"  cd {folder}\n  pip install pytest\n  python -m pytest\n  esper fit --config config.yaml"
+    )

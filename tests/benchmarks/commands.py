@@ -15,6 +15,7 @@ from esper_lightning.cli.main import main as esper
 
 ROOT = Path(__file__).parents[2]
 MODULE = "esper_lightning.cli.main"
+TOOLS = ("pytest", "venv")  # modules of others that documents run
 VARIABLE = re.compile(r"[A-Z_]+=\S*")
 
 
@@ -23,17 +24,35 @@ def wrong(command: str) -> str | None:
     words = shlex.split(command, comments=True)
     while words and VARIABLE.fullmatch(words[0]):
         words.pop(0)
+    if "&&" in words:  # commands one after the other
+        cut = words.index("&&")
+        return wrong(shlex.join(words[:cut])) or wrong(shlex.join(words[cut + 1 :]))
     program, *words = words
-    if program == "python" and words[0] != "-m":
-        return _script(ROOT / words[0], words[1:])
-    if program in ("python", "torchrun"):
-        return _esper(words[words.index(MODULE) + 1 :])
-    if program == "sbatch":
-        script = next(k for k, word in enumerate(words) if word.endswith(".sh"))
-        missing = None if (ROOT / words[script]).is_file() else f"{words[script]} is not there"
-        return missing or _esper(["fit", *words[script + 1 :]])
-    known = {"esper": _esper, "make": _make, "pip": _pip}
+    if program in (".", "cd"):
+        return None
+    if program.startswith("scripts/"):
+        return None if (ROOT / program).is_file() else f"{program} is not there"
+    known = {"esper": _esper, "make": _make, "pip": _pip, "python": _python}
+    known |= {"torchrun": _torchrun, "sbatch": _sbatch}
     return known[program](words) if program in known else f"{program} is not known to this test"
+
+
+def _python(words: list[str]) -> str | None:
+    if words[0] != "-m":
+        return _script(ROOT / words[0], words[1:])
+    if words[1] in TOOLS:
+        return None
+    return _esper(words[2:]) if words[1] == MODULE else f"python runs no {words[1]}"
+
+
+def _torchrun(words: list[str]) -> str | None:
+    return _esper(words[words.index(MODULE) + 1 :])
+
+
+def _sbatch(words: list[str]) -> str | None:
+    script = next(k for k, word in enumerate(words) if word.endswith(".sh"))
+    missing = None if (ROOT / words[script]).is_file() else f"{words[script]} is not there"
+    return missing or _esper(["fit", *words[script + 1 :]])
 
 
 def _script(path: Path, words: list[str]) -> str | None:
@@ -89,7 +108,7 @@ def _said(words: tuple[str, ...], *, shown: bool) -> str | None:
 
 
 def _make(words: list[str]) -> str | None:
-    targets = re.findall(r"^([a-z]+):", (ROOT / "Makefile").read_text(), re.MULTILINE)
+    targets = re.findall(r"^([a-z-]+):", (ROOT / "Makefile").read_text(), re.MULTILINE)
     missing = [word for word in words if "=" not in word and word not in targets]
     return f"the Makefile has no {', '.join(missing)}" if missing else None
 

@@ -8,12 +8,13 @@ import pytest
 from tests.benchmarks.commands import wrong
 
 ROOT = Path(__file__).parents[2]
-DOCUMENTS = [ROOT / "README.md", ROOT / "CONTRIBUTING.md", *sorted(ROOT.glob("docs/*.md"))]
+DOCUMENTS = [ROOT / "README.md", ROOT / "CONTRIBUTING.md", *sorted(ROOT.glob("docs/**/*.md"))]
 SOURCES = [
     *sorted(ROOT.glob("benchmarks/*.py")),
     *sorted(ROOT.glob("scripts/*")),
     *sorted(ROOT.glob("configs/*.yaml")),
 ]
+PROJECT = ROOT / "esper_lightning/cli/project"
 PROGRAMS = "esper|make|pip|python|torchrun|sbatch"
 pytestmark = pytest.mark.filterwarnings(
     "ignore:LightningCLI's args parameter is intended",
@@ -44,7 +45,9 @@ def commands() -> list[tuple[str, str]]:
 
 @pytest.mark.parametrize(("name", "command"), commands())
 def test_a_command_that_is_named_exists_with_its_options(name, command, monkeypatch):
-    monkeypatch.chdir(ROOT)
+    # The config.yaml that documents speak of is that of esper init.
+    monkeypatch.chdir(PROJECT if "fit --config config.yaml" in command else ROOT)
+    monkeypatch.syspath_prepend(PROJECT)
     monkeypatch.setattr("sys.argv", ["esper"])
     assert wrong(command) is None
 
@@ -64,6 +67,8 @@ def test_a_command_that_is_named_exists_with_its_options(name, command, monkeypa
         "torchrun -m esper_lightning.cli.main fit --config configs/cartpole.yaml --nothing",
         "sbatch scripts/slurm.sh --config configs/nothing.yaml",
         "nothing",
+        "cd runs && make nothing",
+        "python -m nothing",
     ],
 )
 def test_a_command_that_does_not_exist_is_found(command, monkeypatch):
