@@ -1,8 +1,8 @@
 #!/bin/bash
 # Train on one or more hosts with torchrun, which starts the ranks again after a death:
 #
-#   scripts/torchrun.sh --config configs/cartpole.yaml                                       # on one host
-#   NODES=2 NODE_RANK=0 HEAD=host0:29500 scripts/torchrun.sh --config configs/cartpole.yaml  # on each of two, with its NODE_RANK
+#   scripts/torchrun.sh --config configs/cartpole.yaml                           # on one host
+#   NODES=2 HEAD=host0:29500 scripts/torchrun.sh --config configs/cartpole.yaml  # on each of two hosts
 #
 # RANKS: ranks on each host (the number of GPUs, else 2). RESTARTS: starts after the first (3). RUN_DIR: run directory
 # (runs/torchrun). Every attempt resumes from the last checkpoint of the first rank, which sends it to hosts that do not have it.
@@ -18,7 +18,7 @@ export TORCH_DISABLE_SHARE_RDZV_TCP_STORE=1
 export OMP_NUM_THREADS="${OMP_NUM_THREADS:-1}"
 
 torchrun \
-    --nnodes "${NODES:-1}" --node-rank "${NODE_RANK:-0}" --nproc-per-node "$ranks" \
+    --nnodes "${NODES:-1}" --nproc-per-node "$ranks" \
     --max-restarts "${RESTARTS:-3}" \
     --rdzv-backend c10d --rdzv-endpoint "${HEAD:-localhost:0}" --rdzv-id "${RUN_ID:-esper}" \
     -m esper_lightning.cli.main fit "$@" \
