@@ -51,8 +51,9 @@ bench: $(VENV)/.installed ## Measure throughput against the peers (half an hour)
 	$(BIN)/python -m pip install --quiet -c constraints.txt -e '.[dev,bench]'
 	$(BIN)/python benchmarks/throughput.py
 
-faults: $(VENV)/.installed ## Let runs die of every fault, and write what they leave (a quarter of an hour)
+faults: $(VENV)/.installed ## Let runs die of every fault, write what they leave, and replay deaths (20 minutes)
 	$(BIN)/python benchmarks/faults.py
+	$(BIN)/python -m pytest -n 2 tests/crash/test_replay.py
 
 soak: $(VENV)/.installed ## Kill runs at random moments and resume them (20 minutes)
 	$(BIN)/python benchmarks/soak.py

@@ -22,6 +22,7 @@ if TYPE_CHECKING:
     from esper_lightning.recorder.profiling.window_profiler import WindowProfiler
     from esper_lightning.replaying import replay
     from esper_lightning.train import train_ppo_vectorized
+    from esper_lightning.trainer import Trainer
     from esper_lightning.training.checkpoint.files import AtomicCheckpointIO
     from esper_lightning.training.module import PPO
     from esper_lightning.training.video import VideoCallback
@@ -41,6 +42,7 @@ __all__ = [
     "PPOConfig",
     "Recurrent",
     "RunProgressBar",
+    "Trainer",
     "VideoCallback",
     "WindowProfiler",
     "check_env",
@@ -63,6 +65,7 @@ _HOMES = {
     "RND": "ppo.random_distillation",
     "Recurrent": "policies.recurrent",
     "RunProgressBar": "callbacks.progress",
+    "Trainer": "trainer",
     "VideoCallback": "training.video",
     "WindowProfiler": "recorder.profiling.window_profiler",
     "check_env": "envs.check",

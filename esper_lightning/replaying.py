@@ -7,12 +7,16 @@ command of the run again, in a process of its own, from the same plan.
 # pyright: reportAttributeAccessIssue=false, reportPrivateUsage=false
 # pyright: reportUnknownVariableType=false, reportUnknownArgumentType=false
 
+import atexit
 import logging
+import shutil
+import tempfile
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import torch
 from lightning.pytorch import LightningModule, Trainer
 
 from esper_lightning.core.errors import require
@@ -24,6 +28,7 @@ from esper_lightning.recorder.profiling.window_profiler import WindowProfiler
 from esper_lightning.recorder.replay_watch import ReplayWatch
 from esper_lightning.training.checkpoint.content import STATE_KEY
 from esper_lightning.training.checkpoint.files import read_checkpoint
+from esper_lightning.training.checkpoint.kept import KeptState, latest_state
 
 __all__ = ["ReplayPlan", "plan_replay", "replay", "replay_directory"]
 
@@ -88,8 +93,8 @@ def plan_replay(run_dir: Path, *, ckpt_path: Path | None = None, deep: bool = Fa
     """Decide where the replay of a dead run starts.
 
     That is the latest state before the failing iteration that holds the environments of every
-    rank: a checkpoint of the run, or the ``before.ckpt`` of an earlier replay; otherwise the
-    beginning of the run.
+    rank: a checkpoint of the run, the state that its ranks have stored after an iteration, or the
+    ``before.ckpt`` of an earlier replay; otherwise the beginning of the run.
 
     Args:
         run_dir: Run directory of the run that died.
@@ -115,6 +120,9 @@ def plan_replay(run_dir: Path, *, ckpt_path: Path | None = None, deep: bool = Fa
     else:
         found = ((path, _iteration_of(path)) for path in _candidates(run_dir, first))
         starts = {path: n for path, n in found if n is not None and n < iteration}
+        kept = latest_state(run_dir, before=iteration)
+        if kept is not None and kept.iteration > max(starts.values(), default=0):
+            starts = {_stored(kept): kept.iteration}
     start = max(starts, key=lambda path: starts[path], default=None)
     return ReplayPlan(
         dead=tuple(dead),
@@ -139,6 +147,15 @@ def _suffixes() -> Iterator[str]:
     while True:
         number += 1
         yield f"_{number}"
+
+
+def _stored(state: KeptState) -> Path:
+    """A temporary file with a state that the ranks of a run have stored."""
+    folder = tempfile.mkdtemp(prefix="esper-replay-")
+    atexit.register(shutil.rmtree, folder, ignore_errors=True)
+    path = Path(folder, "state.ckpt")
+    torch.save(state.checkpoint, path)
+    return path
 
 
 def _candidates(run_dir: Path, first: Remains) -> Iterator[Path]:

@@ -59,7 +59,9 @@ class Regression(LightningModule):
 
 def make_trainer_of(root: Path, *callbacks, directory=None, **how) -> Trainer:
     """A Trainer that records; the run directory is given, or that of a replay."""
-    recorder = FlightRecorder(directory, watch=False, print_profile=False)
+    recorder = FlightRecorder(
+        directory, watch=False, print_profile=False, keeps_state=how.pop("keeps_state", False)
+    )
     settings = {"max_epochs": -1, "max_steps": 9, "log_every_n_steps": 1, "limit_val_batches": 0}
     quiet = {"logger": False, "enable_progress_bar": False, "enable_model_summary": False}
     return Trainer(
@@ -169,6 +171,14 @@ def test_a_death_before_the_first_checkpoint_is_replayed_from_the_beginning(trai
         trainer(Dies(2), directory=tmp_path / "run").fit(ppo(iterations_per_epoch=5))
     verdict = replay(trainer(Dies(2)), ppo(iterations_per_epoch=5), tmp_path / "run")
     assert (verdict.outcome, verdict.rows) == ("reproduced", 2)
+
+
+def test_with_stored_states_a_death_is_one_iteration_away(trainer, tmp_path):
+    with pytest.raises(RuntimeError, match="injected"):
+        trainer(Dies(4), directory=tmp_path / "run", keeps_state=True).fit(ppo())
+    verdict = replay(trainer(Dies(4)), ppo(), tmp_path / "run")
+    assert (verdict.outcome, verdict.rows) == ("reproduced", 1)
+    assert RunLayout(tmp_path / "replay_of_run").before_fault.exists()
 
 
 def test_a_module_of_another_kind_is_replayed_too(trainer, tmp_path):

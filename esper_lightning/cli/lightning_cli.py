@@ -15,7 +15,7 @@ from typing import Any, cast
 from lightning.fabric.utilities.exceptions import MisconfigurationException
 from lightning.pytorch import Trainer
 from lightning.pytorch.accelerators import CUDAAccelerator, MPSAccelerator
-from lightning.pytorch.callbacks import Callback, Checkpoint, ProgressBar, Timer, early_stopping
+from lightning.pytorch.callbacks import Callback, Timer, early_stopping
 from lightning.pytorch.cli import ArgsType, LightningArgumentParser, LightningCLI
 from lightning.pytorch.profilers import Profiler
 from lightning.pytorch.strategies import StrategyRegistry
@@ -23,23 +23,20 @@ from typing_extensions import override
 
 import esper_lightning.envs  # pyright: ignore[reportUnusedImport] - to be named in a config, specs
 import esper_lightning.policies  # noqa: F401 # pyright: ignore[reportUnusedImport] - must be known
-from esper_lightning.callbacks.history import History
-from esper_lightning.callbacks.lightning_internals import parse_checkpoint_path
-from esper_lightning.callbacks.run_directory import run_directory
 from esper_lightning.cli import shipped
 from esper_lightning.cli.dry_run import plan
 from esper_lightning.cli.errors import fail, nearest
 from esper_lightning.cli.mistakes import settings_come_first
 from esper_lightning.cli.pages.live_page import LivePage
 from esper_lightning.cli.settings import SettingsParser
+from esper_lightning.cli.start_of_run import find_start
 from esper_lightning.cli.trainer import EsperTrainer
 from esper_lightning.core.errors import require
 from esper_lightning.core.paths import requires_folder
 from esper_lightning.core.ranks import RanksDisagreeError
-from esper_lightning.envs.base import ReadsData, spec_name
-from esper_lightning.ppo.metrics import EVAL_RETURN
-from esper_lightning.recorder.flight_recorder import FlightRecorder
-from esper_lightning.train import begin_run, newest_run, run_callbacks, run_logger, run_plugins
+from esper_lightning.envs.base import ReadsData
+from esper_lightning.train import begin_run, newest_run, run_logger, run_plugins
+from esper_lightning.trainer import default_callbacks, results_of
 from esper_lightning.training.checkpoint.content import STATE_KEY
 from esper_lightning.training.checkpoint.meeting import tells_other_ranks
 from esper_lightning.training.checkpoint.states import (
@@ -224,14 +221,11 @@ class EsperCLI(LightningCLI):
             kwargs["logger"] = run_logger(self.model.env, run_dir)
         callbacks: Any = settings["callbacks"] or []
         given = cast(list[Callback], callbacks if isinstance(callbacks, list) else [callbacks])
-        saves = settings["enable_checkpointing"] is not False and leaves_files
-        self.trainer_defaults["callbacks"] = run_callbacks(
+        self.trainer_defaults["callbacks"] = default_callbacks(
+            given,
             evaluates=settings["limit_val_batches"] != 0,
-            saves=saves and not any(isinstance(callback, Checkpoint) for callback in given),
-            shows_progress=settings["enable_progress_bar"] is not False
-            and not any(isinstance(callback, ProgressBar) for callback in given),
-            writes_history=not any(isinstance(callback, History) for callback in given),
-            records=not any(isinstance(callback, FlightRecorder) for callback in given),
+            saves=settings["enable_checkpointing"] is not False and leaves_files,
+            shows_progress=settings["enable_progress_bar"] is not False,
         )
         self._is_dry = self._get(self.config_init, "dry_run")
         if self._get(self.config_init, "open_report"):
@@ -247,21 +241,20 @@ class EsperCLI(LightningCLI):
 
     def _refuse_or_begin(self) -> None:
         model = self.model
-        path = self.config[self.subcommand].get("ckpt_path")
         fits = self.subcommand == "fit"
         refuse_trainer(self.trainer, model.settings, fits=fits)
         if isinstance(model.env, ReadsData):
             model.env.check_data(self.trainer.strategy.root_device)
-        if path in ("last", "best", "hpc"):  # a file, by the name that Lightning gives it
-            path = parse_checkpoint_path(self.trainer, path)
-            if path is None:
-                self._says = ["No checkpoint to resume from (--ckpt_path last): a new run begins."]
-        if path is not None:
+        name = self.config[self.subcommand].get("ckpt_path")
+        start = find_start(self.trainer, name, self._run_dir if fits else None)
+        if start.said:
+            self._says = [start.said]
+        if start.checkpoint is not None:
             ranks = self.trainer.world_size if fits else None
-            checkpoint = load_checkpoint(path)
             own = cast(Any, self.trainer).callbacks
-            model.refuse_checkpoint(checkpoint, str(path), world_size=ranks, callbacks=own)
-            self._resumes_from = checkpoint[STATE_KEY]["iteration"]
+            path = str(start.path)
+            model.refuse_checkpoint(start.checkpoint, path, world_size=ranks, callbacks=own)
+            self._resumes_from = start.checkpoint[STATE_KEY]["iteration"]
         elif fits and model.settings.warm_start is not None:
             load_weights(model, model.settings.warm_start)
         evaluates = self.subcommand == "evaluate"
@@ -278,6 +271,11 @@ class EsperCLI(LightningCLI):
             field = "The run directory" if self._run_dir is None else "--run_dir"
             with requires_folder(field, self._run_dir):
                 begin_run(self.trainer, model.env, self._run_dir, config)
+        if not start.is_file:
+            if self.trainer.is_global_zero:
+                start.write()
+            for config in (self.config, self.config_init):
+                config[self.subcommand]["ckpt_path"] = start.path
 
     def fit(self, **kwargs: Any) -> None:
         """Have ``execute`` train; Lightning calls this method by the name of the command."""
@@ -328,15 +326,8 @@ class EsperCLI(LightningCLI):
             self._print_results()
 
     def _print_results(self) -> None:
-        metrics = {name: value.item() for name, value in self.trainer.callback_metrics.items()}
-        name = spec_name(self.model.env)
-        if EVAL_RETURN in metrics:
-            mean, std = metrics[EVAL_RETURN], metrics["eval/episode_return_std"]
-            digits = 1 if abs(mean) >= 10 else 2
-            print(
-                f"{name}: mean return {mean:.{digits}f} (std {std:.{digits}f}) "
-                f"over {metrics['eval/episodes']:.0f} deterministic evaluation episodes"
-            )
+        trained = self.subcommand == "fit"
+        print(*results_of(self.trainer, self.model, trained=trained), sep="\n")
         evaluates = self.subcommand == "evaluate"
         special = special_evaluation(type(self.model.env)) if evaluates else None
         if special is not None:
@@ -347,15 +338,6 @@ class EsperCLI(LightningCLI):
         if video is not None:
             shown = record_video(self.model, video, device=self.trainer.strategy.root_device)
             print(f"Video: {video} (returns {', '.join(f'{each:.4g}' for each in shown)})")
-        if self.subcommand == "fit":
-            steps, seconds = self.model.env_steps, self.model.progress.train_time_s
-            rate = steps / seconds if seconds > 0 else 0.0
-            print(f"Trained for {steps:,} env steps in {seconds:.1f} s: {rate:,.0f} env-steps/s")
-            directory = run_directory(self.trainer)
-            if directory is not None:
-                with suppress(ValueError, OSError):  # it is elsewhere, or the current one is gone
-                    directory = directory.relative_to(Path.cwd())
-                print(f"Run directory: {directory}")
 
 
 def _refuse_profiler(profiler: Any) -> None:

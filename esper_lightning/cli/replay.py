@@ -1,6 +1,7 @@
 """``esper replay RUN_DIR``: a dead run again, up to the iteration in which it died."""
 
 import argparse
+import contextlib
 import os
 import subprocess
 import sys
@@ -23,6 +24,7 @@ from esper_lightning.recorder.flight_recorder import FlightRecorder
 from esper_lightning.recorder.profiling.window_profiler import WindowProfiler
 from esper_lightning.recorder.replay_watch import ReplayWatch
 from esper_lightning.replaying import ReplayPlan, plan_replay, replay_directory
+from esper_lightning.training.failing_minibatch import examine_minibatch
 
 __all__ = ["STATUSES", "run"]
 
@@ -51,12 +53,20 @@ def run(arguments: list[str]) -> None:
         " and with blocking launches on CUDA",
     )
     parser.add_argument(
+        "--minibatch",
+        action="store_true",
+        help="the minibatch of an update that was not finite, alone: where the first bad value"
+        " arises",
+    )
+    parser.add_argument(
         "--run_dir", type=local_path, help="directory of the replay; by default a new one beside"
     )
     parser.add_argument("--ckpt_path", type=local_path, help="checkpoint to start from")
     options = parser.parse_args(arguments)
     dead_run: Path = options.dead_run
     try:
+        if options.minibatch:
+            sys.exit(_examine_minibatch(dead_run))
         _wait_for_report(dead_run)
         plan = plan_replay(dead_run, ckpt_path=options.ckpt_path, deep=options.deep)
         if plan.deep and plan.begins < plan.iteration - 1:
@@ -69,17 +79,28 @@ def run(arguments: list[str]) -> None:
     sys.exit(STATUSES[verdict.outcome])
 
 
+def _examine_minibatch(dead_run: Path) -> int:
+    """Print where the first value of a minibatch that is not finite arises; returns the status."""
+    layout = RunLayout(dead_run)
+    ranks = [layout.rank(rank) for rank in rank_folders(dead_run)]
+    left = [files for files in ranks if files.bad_minibatch.exists()]
+    finding = examine_minibatch((left or [layout.rank(0)])[0])
+    print("\n".join(map(printable, finding.lines)), flush=True)
+    return STATUSES["reproduced" if finding.found else "did not happen again"]
+
+
 def _play(plan: ReplayPlan, dead_run: Path, given: Path | None) -> Verdict:
     """Start the run again, wait for its end, and print the verdict."""
     directory = replay_directory(dead_run) if given is None else given.absolute()
     same = directory.resolve() == dead_run.resolve()
     if same:
         fail("--run_dir must be another directory than RUN_DIR: a replay leaves that as it is.")
-    start = "the beginning" if plan.start is None else str(plan.start)
+    start = f"the state after iteration {plan.begins}" if plan.start else "the beginning"
     count = max(1, plan.iteration - plan.begins)
+    when = f"in iteration {plan.iteration}" if plan.iteration else "before the first iteration"
     print(
-        f"Rank {plan.first.rank} of {plan.world_size} died in iteration {plan.iteration}.",
-        f"Replay from {start}, {count} iteration{'s' if count > 1 else ''}, in {directory}",
+        f"Rank {plan.first.rank} of {plan.world_size} died {when}.",
+        f"Replay from {start}, {count} iteration{'s' if count > 1 else ''}, in {_shown(directory)}",
         sep="\n",
         flush=True,
     )
@@ -118,6 +139,8 @@ def _settings(plan: ReplayPlan, dead_run: Path, directory: Path) -> dict[str, An
     trainer: dict[str, Any] = settings.setdefault("trainer", {})
     callbacks: Any = trainer.get("callbacks") or []
     listed = cast(list[Any], callbacks if isinstance(callbacks, list) else [callbacks])
+    # The dead run may be a replay itself.
+    listed = [each for each in listed if ReplayWatch.__name__ not in str(each)]
     listed = [_elsewhere(each, dead_run) for each in listed]
     if not any(FlightRecorder.__name__ in str(each) for each in listed):
         listed.append(_spec(FlightRecorder, {"print_profile": False}))
@@ -182,11 +205,18 @@ def _complete_reports(directory: Path) -> None:
 def _where_to_look(directory: Path, dead_run: Path) -> list[str]:
     """Lines about what the replay has left."""
     again, layout = first_failure(examine(directory)), RunLayout(directory)
-    lines = ["", f"esper crash {directory}"]
+    lines = ["", f"esper crash {_shown(directory)}"]
     if again is not None and again.trace_path is not None:
-        lines.append(f"Trace of the failing iteration: {again.trace_path}")
+        lines.append(f"Trace of the failing iteration: {_shown(again.trace_path)}")
     if layout.before_fault.exists():
-        config, before = RunLayout(dead_run).config, layout.before_fault
+        config, before = RunLayout(dead_run).config, _shown(layout.before_fault)
         lines.append("The failing iteration alone, for a debugger:")
         lines.append(f"    esper fit --config {config} --ckpt_path {before} --run_dir NEW_DIR")
     return lines
+
+
+def _shown(path: Path) -> str:
+    """A path as it is printed: relative to the current directory, if it is below."""
+    with contextlib.suppress(ValueError, OSError):  # the current directory may be gone
+        return str(path.absolute().relative_to(Path.cwd()))
+    return str(path)

@@ -57,6 +57,11 @@ class RankLayout:
         return self.directory / "crash.ckpt"
 
     @property
+    def states(self) -> tuple[Path, Path]:
+        """States after the latest iterations, written in turn (``recorder.state_keeper``)."""
+        return self.directory / "state.0.ckpt", self.directory / "state.1.ckpt"
+
+    @property
     def stacks(self) -> Path:
         """Python stacks of all threads, written at a signal, a hang or a native fault."""
         return self.directory / "stacks.txt"
@@ -111,6 +116,11 @@ class RunLayout:
     def last_checkpoint(self) -> Path:
         """Checkpoint of the state of training at the end of the latest epoch."""
         return self.checkpoints / "last.ckpt"
+
+    @property
+    def joined_state(self) -> Path:
+        """Checkpoint of the stored states of all ranks, from which a killed run was resumed."""
+        return self.checkpoints / "state.ckpt"
 
     @property
     def before_fault(self) -> Path:

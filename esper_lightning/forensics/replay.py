@@ -93,8 +93,9 @@ class Verdict(NamedTuple):
         if self.outcome == "reproduced":
             lines = [f"Reproduced: {self.reason}", bits if self.rows else ""]
         elif self.outcome == "did not happen again":
+            well = f"iteration {self.iteration} went well" if self.iteration else "training began"
             lines = [
-                f"Did not happen again: iteration {self.iteration} went well.",
+                f"Did not happen again: {well}.",
                 bits if self.rows else "",
                 "The cause is outside of the program's state: another process, hardware, a race.",
             ]

@@ -18,7 +18,7 @@ from esper_lightning.core.seeding import global_random_states
 from esper_lightning.core.tensor_trees import named_tensors
 from esper_lightning.forensics.files import replacing
 
-__all__ = ["CRASH_KEY", "save_crash_checkpoint"]
+__all__ = ["CRASH_KEY", "save_crash_checkpoint", "saving_alone"]
 
 CRASH_KEY = "crash"
 
@@ -47,7 +47,7 @@ def save_crash_checkpoint(trainer: Trainer, path: Path, reason: str) -> str:
     if not isinstance(strategy, SingleDeviceStrategy | DDPStrategy):
         name = type(strategy).__name__
         raise ValueError(f"{name} may shard the weights; collecting them would need every rank")
-    with _saving_alone(trainer.lightning_module):
+    with saving_alone(trainer.lightning_module):
         checkpoint = dump_checkpoint(trainer)
     state = {"weights": checkpoint["state_dict"], "optimizer": checkpoint["optimizer_states"]}
     bad = [name for name, value in named_tensors(state) if not _finite(value)]
@@ -63,7 +63,8 @@ def save_crash_checkpoint(trainer: Trainer, path: Path, reason: str) -> str:
 
 
 @contextlib.contextmanager
-def _saving_alone(module: LightningModule) -> Generator[None]:
+def saving_alone(module: LightningModule) -> Generator[None]:
+    """A context in which a module that has ``saves_alone`` calls no collective when it is saved."""
     if not hasattr(module, "saves_alone"):
         yield
         return

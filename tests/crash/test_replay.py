@@ -16,6 +16,7 @@ from esper_lightning.forensics.files import read_json_lines
 from esper_lightning.forensics.layout import RunLayout
 from esper_lightning.forensics.remains import examine, first_failure
 from esper_lightning.forensics.replay import compared, failing_iteration
+from esper_lightning.forensics.report import CrashReport
 from tests import forked
 
 pytestmark = pytest.mark.crash
@@ -33,6 +34,7 @@ def settings(
     compiles: bool = False,
     recurrent: bool = False,
     ranks: int = 1,
+    keeps_state: bool = False,
 ) -> dict[str, Any]:
     """The config of a short run that evaluates and saves after each third iteration."""
     policy = {"class_path": "esper_lightning.MLP", "init_args": {"hidden_sizes": [8]}}
@@ -42,8 +44,9 @@ def settings(
             "init_args": {"hidden_sizes": [8], "memory_size": 8},
         }
     trainer = {"accelerator": "cpu", "enable_progress_bar": False, "max_steps": iterations}
-    if callback is not None:
-        trainer["callbacks"] = [dict(callback)]
+    recorder = {"class_path": "esper_lightning.FlightRecorder"}
+    recorder |= {"init_args": {"keeps_state": keeps_state, "print_profile": False}}
+    trainer["callbacks"] = [recorder, *([] if callback is None else [dict(callback)])]
     if ranks > 1:
         trainer |= {"devices": ranks, "strategy": "ddp"}
     kind = f"{_HERE}.Faulty" if env else "esper_lightning.envs.CartPole"
@@ -67,7 +70,8 @@ def dies(callback: str = "Dies", **arguments: Any) -> dict[str, Any]:
 def morphogenesis() -> dict[str, Any]:
     path = Path(__file__).parents[1] / "fixtures/runs/morphogenesis/config.yaml"
     found = yaml.safe_load(path.read_text())
-    found["trainer"] |= {"callbacks": [dies("DiesWhileBlending")], "max_steps": 40}
+    recorder = settings()["trainer"]["callbacks"][0]
+    found["trainer"] |= {"callbacks": [recorder, dies("DiesWhileBlending")], "max_steps": 40}
     found["model"] |= {"iterations_per_epoch": 3, "eval_episodes": 2, "total_env_steps": None}
     return {name: found[name] for name in ("model", "trainer")}
 
@@ -92,11 +96,16 @@ def fit(config: Mapping[str, Any], folder: Path, **how: Any) -> Path:
     words = ["fit", "--config", folder / "config.yaml", "--run_dir", run_dir]
     done = esper(words, **how)
     assert done.returncode not in (0, 2), done.stderr[-2000:]
+    end = time.monotonic() + 20  # the report of a process that vanished comes soon after
+    while not (first_failure(examine(run_dir)).report or CrashReport()).complete:
+        assert time.monotonic() < end
+        time.sleep(0.02)
     return run_dir
 
 
 def content_of(run_dir: Path) -> dict[Path, bytes]:
-    return {path: path.read_bytes() for path in run_dir.rglob("*") if path.is_file()}
+    files = (path for path in run_dir.rglob("*") if path.is_file())
+    return {path: path.read_bytes() for path in files if not path.name.startswith(".")}
 
 
 def check_replay(
@@ -144,16 +153,41 @@ def test_a_nan_in_a_reward_comes_again_and_once_more_from_before_ckpt(tmp_path):
     assert "NonFiniteError" in said
     done = esper(["replay", tmp_path / "run", "--deep", "--run_dir", tmp_path / "deep"])
     assert done.returncode == 0, done.stderr[-2000:]
-    assert "before.ckpt, 1 iteration," in done.stdout
+    assert "Replay from the state after iteration 7, 1 iteration," in done.stdout
     crash = esper(["crash", tmp_path / "run"]).stdout
     assert crash.splitlines()[-1].strip() == f"esper replay {tmp_path / 'run'}"
     crash = esper(["crash", tmp_path / "replay_of_run"]).stdout
     assert "Reproduced: iteration 8" in crash
 
 
-def test_a_kill_by_the_program_comes_again(tmp_path):
-    said = replayed(settings(env={"fault": "kill", "at": 5}), tmp_path, begins=3)
+def test_a_kill_by_the_program_is_one_iteration_away(tmp_path):
+    config = settings(env={"fault": "kill", "at": 5}, keeps_state=True)
+    said = replayed(config, tmp_path, begins=4)
     assert "vanished" in said
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("at", [5, 6, 7])  # in the middle, at the end and the start of an epoch
+@pytest.mark.parametrize("ranks", [1, 2])
+def test_a_killed_run_goes_on_after_its_last_iteration(tmp_path, ranks, at):
+    how = {"keeps_state": True, "ranks": ranks}
+    fault = dies(at=at, fault="kill", on_rank=ranks - 1)
+    run_dir = fit(settings(callback=fault, **how), tmp_path)
+    (tmp_path / "config.yaml").write_text(yaml.safe_dump(settings(**how)))
+    words = ["fit", "--config", tmp_path / "config.yaml", "--ckpt_path", "last"]
+    again = esper([*words, "--run_dir", run_dir])
+    assert again.returncode == 0, again.stderr[-3000:]
+    said = f"Resuming after iteration {at - 1}, the last one finished." in again.stdout
+    assert said == ((at - 1) % 3 > 0)  # or else last.ckpt is as good
+    whole = esper([*words, "--run_dir", tmp_path / "whole"])
+    assert whole.returncode == 0, whole.stderr[-3000:]
+    for rank in range(ranks):
+        rows = [
+            [compared(row) for row in read_json_lines(RunLayout(place).rank(rank).history)]
+            for place in (run_dir, tmp_path / "whole")
+        ]
+        assert rows[0] == rows[1]
+        assert len(rows[0]) == 12
 
 
 @pytest.mark.slow

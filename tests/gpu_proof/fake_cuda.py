@@ -16,17 +16,6 @@ from torch.overrides import TorchFunctionMode
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
-_meta = torch.library.Library("aten", "IMPL", "Meta")
-
-
-def _statistics(
-    x: torch.Tensor, mean: Any, variance: Any, momentum: float
-) -> tuple[torch.Tensor, torch.Tensor]:
-    return x.new_empty(x.shape[1]), x.new_empty(x.shape[1])
-
-
-_meta.impl("batch_norm_update_stats", _statistics)  # torch has none
-
 
 class Generator(torch.Generator):
     """It keeps its device, and is never asked for a number."""

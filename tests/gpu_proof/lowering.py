@@ -33,10 +33,11 @@ from torch._inductor.fx_passes import joint_graph, post_grad
 from torch._inductor.runtime import hints
 from triton.backends.compiler import GPUTarget
 
+from esper_lightning.compiling import loops
 from esper_lightning.core import distributions
 from tests.gpu_proof.fake_cuda import FakeCuda
 from tests.gpu_proof.on_cuda import OnCuda
-from tests.gpu_proof.stages import CASES, STAGES, stages_of
+from tests.gpu_proof.stages import CASES, STAGES, stages_of, step_of_hosts
 
 H100 = {
     "name": "NVIDIA H100", "major": 9, "minor": 0, "multi_processor_count": 132,
@@ -143,9 +144,10 @@ def compile_kernels(source: str, folder: Path) -> dict[str, int]:
     kernels = re.findall(
         r"^(\w+) = async_compile\.triton\('\w+', r?'''\n(.*?)^''', device_str=", source, re.S | re.M
     )
+    called = r"^\s+[^#\n]*(\.run|extern_kernels\.\w+|torch\.ops\.aten\.[\w.]+)\("
     counts = {
         "kernels": len(kernels),
-        "launches": source.count(".run(") + source.count("extern_kernels."),
+        "launches": len(re.findall(called, source[source.index("args.clear()") :], re.MULTILINE)),
         "configurations": 0,
         "compiled": 0,
     }
@@ -168,17 +170,22 @@ def main(folder: Path, names: list[str]) -> None:
     warnings.simplefilter("ignore")
     torch.set_num_threads(1)
     folder.mkdir(parents=True, exist_ok=True)
+    loops.CapturedFunction = lambda function: function  # the graph of an environment
     stages: dict[str, tuple[Any, list[torch.Tensor]]] = {}
     for name in names:
-        distributions._HERMITE.clear()
-        case = OnCuda(CASES[name], "default")
+        case = None if name == "growth" else OnCuda(CASES[name], "default")
         with FakeCuda() as device:
+            nodes = torch.empty(32, device="cuda:0")  # the package makes real ones
+            distributions._HERMITE[nodes.device] = nodes, nodes
 
-            def iterate(case: OnCuda = case, device: FakeCuda = device) -> None:
-                case.build()
-                case.iterate(device)
+            def iterate(case: OnCuda | None = case, device: FakeCuda = device) -> None:
+                if case is None:
+                    step_of_hosts(torch.device("cuda", 0))
+                else:
+                    case.build()
+                    case.iterate(device)
 
-            both = zip(STAGES, stages_of(iterate), strict=True)
+            both = zip(("update",) if case is None else STAGES, stages_of(iterate), strict=True)
             stages |= {f"{name}-{stage}": called for stage, called in both}
     pretend()
     found: dict[str, dict[str, int]] = {}

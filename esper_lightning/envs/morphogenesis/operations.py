@@ -169,7 +169,7 @@ class _NormalisePooled(torch.autograd.Function):
         ctx: Any, h: Tensor, scale: Tensor, shift: Tensor, pool: int, eps: float
     ) -> tuple[Tensor, Tensor, Tensor]:
         hosts, count = scale.shape[0], h.numel() // h.shape[1]
-        mean, variance = torch.batch_norm_update_stats(h, None, None, 0.0)
+        mean, variance = _mean_and_variance(h)
         mean, variance = mean.view_as(scale), variance.view_as(scale)
         rate = (variance + eps).rsqrt()
         picked, index = functional.max_pool2d(h, pool, return_indices=True)
@@ -195,6 +195,14 @@ class _NormalisePooled(torch.autograd.Function):
         sparse = _join(grad * as_rows(factor))
         _pixels(h).scatter_add_(1, _pixels(index), _pixels(sparse))
         return h, scale_grad, shift_grad, None, None
+
+
+def _mean_and_variance(h: Tensor) -> tuple[Tensor, Tensor]:
+    """Mean and biased variance of each channel."""
+    if h.device.type == "cpu":
+        return torch.batch_norm_update_stats(h, None, None, 0.0)
+    variance, mean = torch.var_mean(h, (0, 2, 3), correction=0)  # which Inductor knows
+    return mean, variance
 
 
 def _hosts_first_view(h: Tensor, hosts: int) -> Tensor:

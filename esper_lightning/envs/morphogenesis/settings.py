@@ -77,6 +77,9 @@ class Morphogenesis(EnvSpec):
         divergence_penalty: Reward of the step in which a host diverges.
         shaping_weight: Weight of potential-based shaping on stages; 0 is off.
         shaping_discount: Discount of the shaping, which should be that of the learner.
+        compiled: Whether Inductor compiles updates of the hosts on CUDA, once for each number of
+            environments. That takes a minute or more, and a step then launches less than half as
+            many kernels (``docs/gpu.md``). It has no effect on a CPU.
     """
 
     num_envs: int = 64
@@ -108,6 +111,7 @@ class Morphogenesis(EnvSpec):
     divergence_penalty: float = -5.0
     shaping_weight: float = 0.0
     shaping_discount: float = 0.99
+    compiled: bool = False
 
     def __post_init__(self) -> None:
         sizes = ("channels", "kernels", "pools", "ramp_epochs", "image")
@@ -294,6 +298,7 @@ class Morphogenesis(EnvSpec):
             train_batches=self.train_batches,
             batch_size=self.batch_size,
             static=device.type != "cpu" if static is None else static,
+            compiled=self.compiled and device.type == "cuda",
         )
         return MorphogenesisEnv(
             num_envs=self.num_envs,

@@ -6,6 +6,7 @@ the computations.
 
 from torch import Tensor
 
+from esper_lightning.compiling.loops import compile_function
 from esper_lightning.envs.morphogenesis.data import Split, Splits
 from esper_lightning.envs.morphogenesis.host import Architecture
 from esper_lightning.envs.morphogenesis.layout import unflatten
@@ -13,7 +14,14 @@ from esper_lightning.envs.morphogenesis.lifecycle import Slots
 from esper_lightning.envs.morphogenesis.network import Weights
 from esper_lightning.envs.morphogenesis.state import Hosts, place_of
 from esper_lightning.envs.morphogenesis.streams import Purpose, integers
-from esper_lightning.envs.morphogenesis.training import SGD, Measured, Trained, measure, train
+from esper_lightning.envs.morphogenesis.training import (
+    SGD,
+    Measured,
+    Trained,
+    measure,
+    static_update,
+    train,
+)
 
 __all__ = ["HostTrainer"]
 
@@ -34,6 +42,7 @@ class HostTrainer:
         batch_size: Number of images in an update.
         static: Whether every computation runs for every host, because reading which hosts need it
             would wait for the device.
+        compiled: Whether static updates are compiled by Inductor.
 
     Attributes:
         chunk: Number of hosts that are computed at once; ``None`` for all hosts.
@@ -49,6 +58,7 @@ class HostTrainer:
         train_batches: int,
         batch_size: int,
         static: bool,
+        compiled: bool = False,
     ) -> None:
         self.architecture, self.blueprints, self.splits = architecture, blueprints, splits
         self.static = static
@@ -56,6 +66,13 @@ class HostTrainer:
         self.chunk: int | None = None
         self._images_at_once = splits.validation.label.shape[0]
         image = splits.training.image
+        self._update = None
+        if static:
+            update = static_update(architecture, sgd)
+            mode = "default" if compiled else "off"
+            self._update = compile_function(
+                "update of hosts", update, mode=mode, device=image.device
+            )
         if image.device.type == "cpu":
             area = architecture.channels[0] * architecture.image[1] ** 2
             self.chunk = max(1, _CACHE_BYTES // (batch_size * area * image.element_size()))
@@ -83,7 +100,7 @@ class HostTrainer:
             self._sgd,
             enabled=self.blueprints,
             chunk=self._chunk_of(index),
-            static=self.static,
+            static=self._update,
         )
 
     def measure(

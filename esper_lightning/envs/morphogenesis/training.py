@@ -6,6 +6,7 @@ depends on the number of hosts. Numbers that are not finite change nothing: para
 with ``where``.
 """
 
+from collections.abc import Callable
 from dataclasses import dataclass
 from itertools import pairwise
 from typing import NamedTuple
@@ -25,7 +26,16 @@ from esper_lightning.envs.morphogenesis.network import (
     run,
 )
 
-__all__ = ["SGD", "Measured", "Trained", "chunk_bounds", "measure", "train"]
+__all__ = [
+    "SGD",
+    "Measured",
+    "StaticUpdate",
+    "Trained",
+    "chunk_bounds",
+    "measure",
+    "static_update",
+    "train",
+]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -51,6 +61,13 @@ class Trained(NamedTuple):
 
     finite: Bool[Tensor, " B"]  # whether all losses and gradients of the host were finite
     grad_norm: Float[Tensor, "B S"]  # of each seed in the last batch, before clipping
+
+
+StaticUpdate = Callable[..., tuple[Tensor, Tensor]]
+"""An update with a static plan: ``(weights, velocity, plan, batch, label, attached, isolated)``.
+
+Weights and velocity are written in place. Returned are the results of ``_update``.
+"""
 
 
 class Measured(NamedTuple):
@@ -85,37 +102,42 @@ def train(
     *,
     enabled: tuple[str, ...],
     chunk: int,
-    static: bool,
+    static: StaticUpdate | None,
 ) -> Trained:
-    """One epoch of ``U`` updates on the images ``index``; writes into weights and velocity."""
+    """One epoch of ``U`` updates on the images ``index``; writes into weights and velocity.
+
+    ``static`` is an update whose plan does not depend on the stages, which are then not read.
+    """
     finite: list[Tensor] = []
     norms: list[Tensor] = []
     for low, high in chunk_bounds(index.shape[0], chunk):
         part = slice(low, high)
         mine = Slots(*(tensor[part] for tensor in slots))
-        plan = plan_training(mine, enabled, static=static)
+        plan = plan_training(mine, enabled, static=static is not None)
         rows, speeds = _rows(weights, part), _rows(velocity, part)
         # Only live seeds are trained, where reading the stages costs nothing.
         attached, isolated = is_in(mine.stage, ATTACHED), mine.stage == Stage.TRAINING
         live = is_in(mine.stage, LIVE).unbind(1)
-        chosen = None if static else [column.nonzero().squeeze(1) for column in live]
+        chosen = None if static is not None else [column.nonzero().squeeze(1) for column in live]
         packed, packed_speeds = _pack(rows, chosen), _pack(speeds, chosen)
         ok = torch.ones(high - low, dtype=torch.bool, device=index.device)
         norm = torch.zeros_like(mine.alpha)
         for picked in index[part].unbind(1):  # [N, M]
             batch = unflatten(image.index_select(0, picked.flatten()), 0, picked.shape)
-            batch_finite, norm = _update(
-                packed,
-                packed_speeds,
-                chosen,
-                plan,
-                batch,
-                label[picked],
-                architecture,
-                sgd,
-                attached=attached,
-                isolated=isolated,
-            )
+            given = (plan, batch, label[picked])
+            if static is not None:
+                batch_finite, norm = static(packed, packed_speeds, *given, attached, isolated)
+            else:
+                batch_finite, norm = _update(
+                    packed,
+                    packed_speeds,
+                    chosen,
+                    *given,
+                    architecture,
+                    sgd,
+                    attached=attached,
+                    isolated=isolated,
+                )
             ok = ok & batch_finite
         if chosen is not None:
             for whole, some in ((rows, packed), (speeds, packed_speeds)):
@@ -124,6 +146,39 @@ def train(
         finite.append(ok)
         norms.append(norm)
     return Trained(torch.cat(finite), torch.cat(norms))
+
+
+def static_update(architecture: Architecture, sgd: SGD) -> StaticUpdate:
+    """An update of all hosts as a function of trees of tensors, which can be compiled.
+
+    Args:
+        architecture: Layers of the hosts.
+        sgd: Settings of SGD.
+    """
+
+    def update(
+        weights: Weights,
+        velocity: Weights,
+        plan: Plan,
+        batch: Tensor,
+        label: Tensor,
+        attached: Tensor,
+        isolated: Tensor,
+    ) -> tuple[Tensor, Tensor]:
+        return _update(
+            weights,
+            velocity,
+            None,
+            plan,
+            batch,
+            label,
+            architecture,
+            sgd,
+            attached=attached,
+            isolated=isolated,
+        )
+
+    return update
 
 
 def _update(

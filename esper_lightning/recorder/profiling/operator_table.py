@@ -47,14 +47,22 @@ def operator_times(results: Any) -> tuple[list[OperatorTime], list[OperatorTime]
             starts, durations, identities = threads[event.start_thread_id()]
             starts.append(event.start_ns())
             durations.append(duration)
-            identities.append(names.setdefault(event.name(), len(names)))
+            identities.append(names.setdefault(_name_of(event), len(names)))
         else:
-            entry = device[event.name()]
+            entry = device[_name_of(event)]
             entry[:] = [entry[0] + duration, entry[1] + duration, entry[2] + 1]
     sums: list[list[float]] = [[0, 0, 0] for _ in names]
     for columns in threads.values():
         sum_nested(*columns, sums)
     return _ranked(dict(zip(names, sums, strict=True))), _ranked(device)
+
+
+def _name_of(event: Any) -> str:
+    """The name of an event; torch names some Python functions by bytes that are no text."""
+    try:
+        return event.name()
+    except UnicodeDecodeError:
+        return "(a name that is no text)"
 
 
 def operator_table(results: Any, *, row_limit: int = 20) -> str:

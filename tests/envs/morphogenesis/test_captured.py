@@ -6,10 +6,12 @@ import weakref
 import pytest
 import torch
 
+from esper_lightning.compiling import loops, tracing
 from esper_lightning.core.tensor_trees import leaves, map_tree
 from esper_lightning.envs.morphogenesis import Morphogenesis
 from esper_lightning.envs.morphogenesis import env as module
 from esper_lightning.envs.morphogenesis.baselines import random_legal
+from esper_lightning.envs.morphogenesis.training import static_update
 
 CPU = torch.device("cpu")
 SPEC = Morphogenesis.synthetic(
@@ -70,6 +72,21 @@ def test_a_replayed_step_equals_a_plain_step(monkeypatch):
     assert equal(at_once, expected)
     assert equal(later, expected)  # no result is written into again
     assert equal(its_end, end)
+
+
+def test_a_compiled_update_of_hosts_equals_a_plain_one(monkeypatch):
+    """On CUDA; here the compiler returns the traced operations as they are."""
+    expected = play(SPEC.build(CPU, 4, static=True), 4)
+    traced = []
+    monkeypatch.setattr(loops, "_is_native", lambda mode, device: False)
+    monkeypatch.setattr(loops, "_is_compiled", lambda mode, device: mode == "default")
+    monkeypatch.setattr(tracing, "compile_graph", lambda graph: traced.append(graph) or graph)
+    env = SPEC.build(CPU, 4, static=True)
+    trainer = env.trainer
+    update = static_update(trainer.architecture, SPEC.sgd())
+    trainer._update = loops.compile_function("update", update, mode="default", device=CPU)
+    assert equal(play(env, 4), expected)
+    assert len(traced) == 1
 
 
 def test_environments_with_a_graph_need_no_garbage_collector(monkeypatch):

@@ -58,6 +58,15 @@ def test_rows_have_shares_sums_and_means_in_units_that_fit():
     assert "Self CPU time total: 15.000ms" in operator_table(RECORDED)
 
 
+def test_a_name_that_is_no_text_costs_no_table():
+    def name():
+        raise UnicodeDecodeError("utf-8", b"\x9a", 0, 1, "invalid start byte")
+
+    odd = event("op", 0, 3)
+    odd.name = name
+    assert "(a name that is no text)" in operator_table(results(odd, event("op", 4, 1)))
+
+
 @pytest.mark.parametrize(
     ("duration", "text"),
     [(0.0005, "0.500us"), (1, "1.000ms"), (999, "999.000ms"), (1000, "1.000s")],

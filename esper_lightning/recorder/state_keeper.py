@@ -1,0 +1,177 @@
+"""The state after the latest finished iteration, in two files that outlive SIGKILL.
+
+Each rank writes what a checkpoint of it alone would hold into ``state.0.ckpt`` and ``state.1.ckpt``
+of its folder, in turn: while one is written, the other is whole. A file is overwritten in place and
+not flushed: what a process has written belongs to the kernel, and only a power failure loses it.
+``training.checkpoint.kept`` reads the files and joins those of all ranks.
+"""
+# Lightning sets many attributes of its Trainer where no type checker sees them.
+# pyright: reportAttributeAccessIssue=false
+# pyright: reportUnknownVariableType=false, reportUnknownArgumentType=false
+
+import io
+import logging
+import math
+import os
+import statistics
+import time
+from typing import Any
+
+import torch
+from lightning.pytorch import Callback, LightningModule, Trainer
+from lightning.pytorch.strategies import DDPStrategy, SingleDeviceStrategy
+from typing_extensions import override
+
+from esper_lightning.callbacks.history import finished_iterations
+from esper_lightning.callbacks.lightning_internals import dump_checkpoint
+from esper_lightning.forensics.layout import RankLayout, RunLayout
+from esper_lightning.recorder.crash_checkpoint import saving_alone
+from esper_lightning.recorder.death import in_words
+
+__all__ = ["MOST_SHARE", "StateKeeper"]
+
+_log = logging.getLogger(__name__)
+MOST_SHARE = 0.005
+"""Greatest share of the time of iterations that is spent on storing states, where none is asked."""
+_FIRST_DECISION = 4  # iterations of a run before it is known what storing costs
+_MOST_BYTES = 64 << 20  # of a state that is stored without being asked for: the disk writes it, too
+
+
+class StateKeeper(Callback):
+    """Stores the state after an iteration, after all other callbacks.
+
+    Args:
+        layout: Run directory.
+        rank: Global rank of this process.
+        always: Whether every state is stored. Otherwise states are stored as often as takes at most
+            ``MOST_SHARE`` of the time, all ranks after the same iterations, and none that is larger
+            than 64 MB.
+
+    Attributes:
+        is_storing: Whether a state is being collected; it is no checkpoint of the run.
+        every: Number of iterations from one stored state to the next.
+        seconds: Seconds that storing the latest state took.
+    """
+
+    def __init__(self, layout: RunLayout, rank: int, *, always: bool) -> None:
+        self._layout, self._files, self._always = layout, layout.rank(rank), always
+        self.is_storing, self.every, self.seconds = False, 1, 0.0
+        self._is_off = False
+        self._descriptors: dict[int, int] = {}
+        self._slot, self._stored = 1, -1  # of the latest state, and the iteration that it follows
+        self._count = 0
+        # Since the latest decision: begin, iterations finished by then, and what storing took.
+        self._begun_s, self._since, self._took_s = 0.0, 0, list[float]()
+
+    @override
+    def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """Remove the states of an earlier run; that from which this run resumes stays."""
+        remove_states(self._files)
+        joined, resumed = self._layout.joined_state, trainer.ckpt_path
+        if trainer.is_global_zero and str(resumed) != str(joined):
+            joined.unlink(missing_ok=True)
+        alone = isinstance(trainer.strategy, SingleDeviceStrategy | DDPStrategy)
+        self._is_off = not alone  # other strategies may shard the weights
+        self._begun_s = time.perf_counter()
+
+    @override
+    def on_train_batch_end(
+        self, trainer: Trainer, pl_module: LightningModule, outputs: Any, batch: Any, batch_idx: int
+    ) -> None:
+        """Store the state after the iteration, if its turn has come."""
+        self._count += 1
+        if self._is_off:
+            return
+        if self._always or self._count % self.every == 0:
+            self._store(trainer, pl_module)
+        is_power = self._count & (self._count - 1) == 0
+        if not self._always and is_power and self._count >= _FIRST_DECISION:
+            self._decide(trainer)
+
+    @override
+    def on_validation_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """Store the state anew: an evaluation may have changed it."""
+        self._store_again(trainer, pl_module)
+
+    @override
+    def on_train_epoch_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """Store the state anew: the end of an epoch may have changed it."""
+        self._store_again(trainer, pl_module)
+
+    @override
+    def teardown(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
+        """Remove the states of a run that ended well."""
+        if stage == "fit":
+            self.close()
+            remove_states(self._files)
+            if trainer.is_global_zero:
+                self._layout.joined_state.unlink(missing_ok=True)
+
+    def close(self) -> None:
+        """Close the files, which stay."""
+        while self._descriptors:
+            os.close(self._descriptors.popitem()[1])
+
+    def _store_again(self, trainer: Trainer, module: LightningModule) -> None:
+        is_stored = self._stored == finished_iterations(trainer, module)
+        if is_stored and not self._is_off and not trainer.sanity_checking:
+            self._store(trainer, module)
+
+    def _store(self, trainer: Trainer, module: LightningModule) -> None:
+        """Store the state in the file that does not hold the latest state of another iteration."""
+        began, iteration = time.perf_counter(), finished_iterations(trainer, module)
+        self.is_storing = True
+        try:
+            with saving_alone(module):
+                checkpoint = dump_checkpoint(trainer)
+            content = io.BytesIO()
+            torch.save(checkpoint, content)
+            if not self._always and content.tell() > _MOST_BYTES:
+                self._is_off = True
+                return
+            slot = self._slot if iteration == self._stored else 1 - self._slot
+            self._write(slot, content.getbuffer())
+            self._slot, self._stored = slot, iteration
+        except Exception as error:  # of a disk, or of what is to be stored: the run must go on
+            self._is_off = True
+            text = "The state after an iteration is not stored any more: %s."
+            _log.warning(text, in_words(error))
+        finally:
+            self.is_storing = False
+        self.seconds = time.perf_counter() - began
+        if not self._always:
+            self._took_s.append(self.seconds)
+
+    def _write(self, slot: int, content: memoryview) -> None:
+        descriptor = self._descriptors.get(slot)
+        if descriptor is None:
+            flags = os.O_WRONLY | os.O_CREAT | os.O_CLOEXEC
+            descriptor = os.open(self._files.states[slot], flags, 0o644)
+            self._descriptors[slot] = descriptor
+        os.ftruncate(descriptor, 0)  # a torn file has no end by which it could be read
+        offset = 0
+        while offset < len(content):
+            offset += os.pwrite(descriptor, content[offset:], offset)
+
+    def _decide(self, trainer: Trainer) -> None:
+        """Decide how often states are stored from now on, alike on all ranks.
+
+        This is a collective where there are several ranks.
+        """
+        now = time.perf_counter()
+        each_s = (now - self._begun_s) / (self._count - self._since)
+        self._begun_s, self._since = now, self._count
+        every = self.every
+        if self._took_s:
+            share = statistics.mean(self._took_s) / max(each_s, 1e-9)
+            every = max(1, math.ceil(min(share / MOST_SHARE, 1e6)))
+            self._took_s.clear()
+        device = trainer.strategy.root_device
+        reduced = trainer.strategy.reduce(torch.tensor(every, device=device), reduce_op="max")
+        self.every = int(reduced)
+
+
+def remove_states(files: RankLayout) -> None:
+    """Remove the stored states of a rank."""
+    for path in files.states:
+        path.unlink(missing_ok=True)

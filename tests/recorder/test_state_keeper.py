@@ -1,0 +1,126 @@
+"""The state after an iteration is on disk, whole, and costs what it may cost."""
+
+import itertools
+import time
+
+import pytest
+import torch
+from lightning.pytorch import Callback
+from lightning.pytorch.demos.boring_classes import BoringModel
+
+from esper_lightning import MLP, PPO, FlightRecorder, PPOConfig
+from esper_lightning.envs import CartPole
+from esper_lightning.forensics.files import read_json_lines
+from esper_lightning.forensics.layout import RunLayout
+from esper_lightning.forensics.replay import compared
+from esper_lightning.recorder.state_keeper import MOST_SHARE, StateKeeper
+from esper_lightning.training.checkpoint.kept import latest_state
+
+
+class Watches(Callback):
+    """Notes what is stored before each iteration; dies at the end of iteration ``dies_at``."""
+
+    def __init__(self, directory, dies_at=None, step_s=0.0):
+        self.directory, self.dies_at, self.step_s = directory, dies_at, step_s
+        self.stored: list[int | None] = []
+        self.began_s: list[float] = []
+
+    def on_train_batch_start(self, trainer, module, batch, batch_idx):
+        self.began_s.append(time.perf_counter())
+        found = latest_state(self.directory)
+        self.stored.append(None if found is None else found.iteration)
+        time.sleep(self.step_s)
+
+    def on_train_batch_end(self, trainer, module, *_):
+        if trainer.global_step == self.dies_at:
+            raise RuntimeError("injected")
+
+
+def ppo(**settings) -> PPO:
+    config = PPOConfig(rollout_steps=4, minibatches=1, epochs=1)
+    own = {"env": CartPole(num_envs=4), "policy": MLP(hidden_sizes=(4,)), "ppo": config}
+    return PPO(**{**own, "iterations_per_epoch": 2, "compile": "off", **settings})
+
+
+@pytest.fixture
+def fit(make_trainer, tmp_path):
+    def fit(module, watches, *, keeps_state=None, ckpt_path=None, **how):
+        recorder = FlightRecorder(watches.directory, watch=False, keeps_state=keeps_state)
+        trainer = make_trainer(callbacks=[watches, recorder], **{"max_steps": 6, **how})
+        trainer.fit(module, ckpt_path=ckpt_path, weights_only=True)
+        return trainer
+
+    return fit
+
+
+def test_the_state_after_each_iteration_is_on_disk_and_removed_at_the_end(fit, tmp_path):
+    watches = Watches(tmp_path / "run")
+    fit(ppo(), watches, keeps_state=True)
+    assert watches.stored == [None, 1, 2, 3, 4, 5]
+    assert not list((tmp_path / "run").rglob("*.ckpt"))
+
+
+def test_a_run_goes_on_from_the_stored_state_bit_for_bit(fit, tmp_path):
+    whole = ppo()
+    fit(whole, Watches(tmp_path / "whole"))
+    directory = tmp_path / "run"
+    with pytest.raises(RuntimeError, match="injected"):
+        fit(ppo(), Watches(directory, dies_at=5), keeps_state=True)
+    found = latest_state(directory)
+    assert found.iteration == 4  # the callback died before the state after 5 was stored
+    assert latest_state(directory, before=4).iteration == 3
+    torch.save(found.checkpoint, tmp_path / "state.ckpt")
+    again = ppo()
+    fit(again, Watches(tmp_path / "again"), ckpt_path=tmp_path / "state.ckpt")
+    for name, value in whole.state_dict().items():
+        assert torch.equal(again.state_dict()[name], value), name
+    rows = [
+        {row["iteration"]: compared(row) for row in read_json_lines(RunLayout(d).rank(0).history)}
+        for d in (tmp_path / "whole", tmp_path / "again")
+    ]
+    assert rows[1] == {k: row for k, row in rows[0].items() if k > 4}
+
+
+def test_storing_takes_at_most_its_share_of_the_time(fit, tmp_path, monkeypatch):
+    store = StateKeeper._store
+
+    def slow(keeper, trainer, module):
+        time.sleep(0.02)
+        store(keeper, trainer, module)
+        keeper._took_s[-1] = 0.02
+
+    monkeypatch.setattr(StateKeeper, "_store", slow)
+    watches = Watches(tmp_path / "run", step_s=0.01)
+    trainer = fit(ppo(iterations_per_epoch=100), watches, max_steps=12)
+    keeper = next(each for each in trainer.callbacks if isinstance(each, StateKeeper))
+    each_s = [end - begin for begin, end in itertools.pairwise(watches.began_s)]
+    assert 0.02 / max(each_s) / MOST_SHARE <= keeper.every <= 0.02 / min(each_s) / MOST_SHARE + 1
+    assert watches.stored[-1] == 4  # until it was known what a state costs
+
+
+def test_a_disk_that_takes_no_state_ends_no_run(fit, tmp_path, monkeypatch, caplog):
+    def refuse(keeper, slot, content):
+        raise OSError("no space")
+
+    monkeypatch.setattr(StateKeeper, "_write", refuse)
+    fit(ppo(), Watches(tmp_path / "run"), keeps_state=True)
+    said = [r.getMessage() for r in caplog.records if "not stored any more" in r.getMessage()]
+    assert said == ["The state after an iteration is not stored any more: OSError: no space."]
+
+
+@pytest.mark.parametrize(("keeps_state", "stored"), [(None, False), (False, False), (True, True)])
+def test_states_of_other_modules_are_stored_only_where_that_is_asked_for(
+    fit, tmp_path, keeps_state, stored
+):
+    watches = Watches(tmp_path / "run")
+    fit(BoringModel(), watches, keeps_state=keeps_state, limit_train_batches=3, max_epochs=1)
+    assert (watches.stored[-1] == 2) == stored
+
+
+def test_a_new_run_in_the_directory_removes_the_states_of_the_one_before(fit, tmp_path):
+    directory = tmp_path / "run"
+    with pytest.raises(RuntimeError, match="injected"):
+        fit(ppo(), Watches(directory, dies_at=5), keeps_state=True)
+    watches = Watches(directory)
+    fit(ppo(), watches, keeps_state=True)
+    assert watches.stored[0] is None

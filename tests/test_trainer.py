@@ -1,0 +1,95 @@
+"""``esper_lightning.Trainer`` is Lightning's with the defaults of ``esper fit``."""
+
+import warnings
+
+import pytest
+import torch
+from lightning.pytorch import LightningModule
+from lightning.pytorch.demos.boring_classes import BoringModel
+from lightning.pytorch.loggers import CSVLogger
+
+from esper_lightning import PPO, FlightRecorder, History, PPOConfig, Trainer
+from esper_lightning.comparison.runs import read_run
+from esper_lightning.envs import CartPole
+from esper_lightning.forensics.files import read_json_lines
+from esper_lightning.forensics.layout import RunLayout
+
+QUIET = {"accelerator": "cpu", "enable_progress_bar": False}
+
+
+@pytest.fixture(autouse=True)
+def _there(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+
+
+def model(**kwargs) -> PPO:
+    small = {"ppo": PPOConfig(rollout_steps=8, minibatches=1, epochs=1), "compile": "off"}
+    env = CartPole(num_envs=4, time_limit=16)
+    return PPO(env, **{"total_env_steps": 96, "eval_episodes": 2, **small, **kwargs})
+
+
+def test_a_run_has_all_that_esper_fit_leaves(tmp_path, capsys):
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        Trainer(**QUIET).fit(model())
+    out, err = capsys.readouterr()
+    lines = out.splitlines()
+    assert lines[0].startswith("CartPole: mean return")
+    assert lines[1].startswith("Trained for 96 env steps")
+    assert lines[2] == "Run directory: runs/cartpole/version_0"
+    assert err == ""
+    run = read_run(tmp_path / "runs" / "cartpole" / "version_0")
+    assert (run.ended, run.env_steps, run.budget) == ("finished", 96, 96)
+    layout = RunLayout(run.directory)
+    assert layout.best_checkpoint.is_file()
+    assert layout.last_checkpoint.is_file()
+    assert len(read_json_lines(layout.rank(0).history)) == 3
+
+
+def test_the_latest_run_is_resumed(tmp_path, capsys):
+    Trainer(max_steps=2, **QUIET).fit(model())
+    Trainer(**QUIET).fit(model(), ckpt_path="last")
+    layout = RunLayout(tmp_path / "runs" / "cartpole" / "version_0")
+    rows = read_json_lines(layout.rank(0).history)
+    assert [row["env_steps"] for row in rows] == [32, 64, 96]
+    assert [path.name for path in layout.directory.parent.iterdir()] == ["version_0"]
+
+
+def test_a_run_that_dies_leaves_its_evidence(tmp_path, capsys):
+    class Broken(PPO):
+        def on_train_batch_end(self, *args):
+            raise RuntimeError("broken")
+
+    broken = Broken(CartPole(num_envs=4), ppo=PPOConfig(rollout_steps=8, minibatches=1))
+    with pytest.raises(RuntimeError, match="broken"):
+        Trainer(run_dir="mine", **QUIET).fit(broken)
+    assert RunLayout(tmp_path / "mine").rank(0).crash.is_file()
+
+
+def test_callbacks_and_loggers_of_the_user_replace_those_of_a_run(tmp_path):
+    recorder, history = FlightRecorder(), History()
+    logger = CSVLogger(tmp_path, name="logs")
+    trainer = Trainer(callbacks=[recorder, history], logger=logger, **QUIET)
+    assert [each for each in trainer.callbacks if isinstance(each, FlightRecorder)] == [recorder]
+    assert [each for each in trainer.callbacks if isinstance(each, History)] == [history]
+    trainer.fit(model())
+    assert trainer.loggers == [logger]
+
+
+def test_fast_dev_run_leaves_nothing(tmp_path):
+    Trainer(fast_dev_run=True, **QUIET).fit(model())
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_any_module_can_be_trained(tmp_path):
+    module: LightningModule = BoringModel()
+    before = module.layer.weight.clone()
+    Trainer(
+        max_steps=3, logger=False, limit_val_batches=0, enable_checkpointing=False, **QUIET
+    ).fit(module)
+    assert not torch.equal(before, module.layer.weight)
+
+
+def test_an_empty_directory_is_refused():
+    with pytest.raises(ValueError, match=r"Trainer.run_dir must name a directory, got ''"):
+        Trainer(run_dir="")

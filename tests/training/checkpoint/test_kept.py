@@ -1,0 +1,51 @@
+"""The states that ranks have stored are joined at the latest iteration that all of them have."""
+
+import os
+
+import pytest
+import torch
+
+from esper_lightning.forensics.layout import RunLayout
+from esper_lightning.training.checkpoint.content import STATE_KEY
+from esper_lightning.training.checkpoint.kept import latest_state
+
+
+@pytest.fixture
+def ranks(tmp_path):
+    """The directory of two ranks, of which one died an iteration after the other."""
+    layout = RunLayout(tmp_path)
+    for rank, iterations in ((0, (6, 7)), (1, (7, 8))):
+        files = layout.rank(rank)
+        files.directory.mkdir()
+        for path, iteration in zip(files.states, iterations, strict=True):
+            state = {"iteration": iteration, "world_size": 2, "ranks": {rank: iteration}}
+            torch.save({STATE_KEY: state}, path)
+    return layout
+
+
+def test_ranks_are_joined_at_the_latest_iteration_that_all_have(ranks):
+    found = latest_state(ranks.directory)
+    assert found.iteration == 7
+    assert found.checkpoint[STATE_KEY]["ranks"] == {0: 7, 1: 7}
+
+
+def test_there_is_no_state_before_the_earliest_that_all_have(ranks):
+    assert latest_state(ranks.directory, before=7) is None
+
+
+def test_without_the_states_of_a_rank_there_is_none(ranks):
+    for path in ranks.rank(1).states:
+        path.unlink()
+    assert latest_state(ranks.directory) is None
+    assert latest_state(ranks.directory / "elsewhere") is None
+
+
+@pytest.mark.parametrize("share", [0.0, 0.001, 0.5, 0.999])
+def test_what_a_kill_tears_is_not_used(tmp_path, share):
+    files = RunLayout(tmp_path).rank(0)
+    files.directory.mkdir()
+    for path, iteration in zip(files.states, (4, 5), strict=True):
+        torch.save({"global_step": iteration, "state_dict": {"w": torch.ones(999)}}, path)
+    assert latest_state(tmp_path).iteration == 5
+    os.truncate(files.states[1], int(share * files.states[1].stat().st_size))
+    assert latest_state(tmp_path).iteration == 4
