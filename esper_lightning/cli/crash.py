@@ -1,9 +1,15 @@
-"""``esper crash RUN_DIR``: how a run died, from the files that it left. Standard library only."""
+"""``esper crash RUN_DIR``: how a run died, from the files that it left. Standard library only.
 
+The folders of a run whose hosts share no disk are read together: ``esper crash DIR DIR ...``.
+"""
+
+from pathlib import Path
 from typing import Any
 
+from esper_lightning.cli.crash_attempts import describe_attempts, mention_attempts
 from esper_lightning.cli.crash_text import describe, describe_start, seconds_by_phase
 from esper_lightning.cli.errors import CommandParser, fail, local_path
+from esper_lightning.forensics.attempts import Attempt, read_attempts, same_deaths
 from esper_lightning.forensics.files import strict_json
 from esper_lightning.forensics.owner_record import read_owner
 from esper_lightning.forensics.rank_record import SCHEMA
@@ -17,13 +23,23 @@ __all__ = ["Remains", "examine", "first_failure", "run"]
 def run(arguments: list[str]) -> None:
     """Print how a run died; exit with status 2 where there is no run."""
     parser = CommandParser("esper crash", "How a run died.")
-    parser.add_argument("run_dir", type=local_path, metavar="RUN_DIR")
+    parser.add_argument(
+        "run_dir",
+        type=local_path,
+        metavar="RUN_DIR",
+        nargs="+",
+        help="a run directory; several for the copies of one run on several hosts",
+    )
     parser.add_argument("--json", action="store_true", help="the same for programs")
+    text = "every start in the directory, and how each one ended"
+    parser.add_argument("--attempts", action="store_true", help=text)
     options = parser.parse_args(arguments)
+    directories: list[Path] = options.run_dir
+    directory = directories[0]
     try:
-        ranks = examine(options.run_dir)
+        ranks = examine(*directories)
     except (ValueError, OSError) as error:
-        owner = read_owner(options.run_dir)
+        owner = read_owner(directory)
         if not owner:
             fail(error)
         if options.json:
@@ -31,9 +47,13 @@ def run(arguments: list[str]) -> None:
             print(strict_json({**nothing, "owner": owner}))
         else:
             start = describe_start(owner)
-            print(printable(f"Run directory: {options.run_dir}: {start}"))
+            print(printable(f"Run directory: {directory}: {start}"))
         return
-    started = unrecorded_start(options.run_dir)
+    attempts = read_attempts(directories)
+    if options.attempts:
+        _print_attempts(directory, attempts, as_json=options.json)
+        return
+    started = unrecorded_start(directory)
     first = first_failure(ranks)
     if first is not None and first.trace_path is not None:
         try:
@@ -45,7 +65,19 @@ def run(arguments: list[str]) -> None:
     else:
         if started:
             print(printable(f"{describe_start(started)} What follows is of the run before."))
-        print("\n".join(map(printable, describe(options.run_dir, ranks, first))))
+        lines = describe(directory, ranks, first)
+        if directories[1:]:
+            lines.insert(1, f"Together with: {', '.join(map(str, directories[1:]))}")
+        lines += mention_attempts(directory, attempts)
+        print("\n".join(map(printable, lines)))
+
+
+def _print_attempts(directory: Path, attempts: list[Attempt], *, as_json: bool) -> None:
+    if as_json:
+        numbers = {"schema": SCHEMA, "same_deaths": same_deaths(attempts)}
+        print(strict_json({**numbers, "attempts": [each.to_dict() for each in attempts]}))
+    else:
+        print("\n".join(map(printable, describe_attempts(directory, attempts))))
 
 
 def _as_json(ranks: list[Remains], first: Remains | None) -> dict[str, Any]:

@@ -9,6 +9,7 @@ import traceback
 import warnings
 from collections.abc import Callable, Sequence
 from contextlib import suppress
+from functools import partial
 from pathlib import Path
 from typing import Any, cast
 
@@ -23,9 +24,11 @@ from typing_extensions import override
 
 import esper_lightning.envs  # pyright: ignore[reportUnusedImport] - to be named in a config, specs
 import esper_lightning.policies  # noqa: F401 # pyright: ignore[reportUnusedImport] - must be known
+from esper_lightning.callbacks.run_directory import run_directory
 from esper_lightning.cli import shipped
 from esper_lightning.cli.dry_run import plan
 from esper_lightning.cli.errors import fail, nearest
+from esper_lightning.cli.launcher import tell_launchers
 from esper_lightning.cli.mistakes import settings_come_first
 from esper_lightning.cli.pages.live_page import LivePage
 from esper_lightning.cli.settings import SettingsParser
@@ -106,7 +109,7 @@ def prepare(arguments: list[str]) -> Callable[[], None]:
                 "prog": "esper",
             },
         )
-    return cli.execute
+    return partial(tell_launchers, cli.execute, partial(run_directory, cli.trainer))
 
 
 class EsperCLI(LightningCLI):

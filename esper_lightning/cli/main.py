@@ -105,15 +105,10 @@ def _prepare(words: list[str]) -> Callable[[], None]:
     from esper_lightning.cli.lightning_cli import prepare  # noqa: PLC0415
 
     try:
-        execute = prepare(words)
+        return prepare(words)
     finally:
         if name == "fit":
             _return_reserved()
-    if os.environ.get("TORCHELASTIC_ERROR_FILE"):  # torchrun looks there for a rank's error
-        from torch.distributed.elastic.multiprocessing.errors import record  # noqa: PLC0415
-
-        return record(execute)
-    return execute
 
 
 def _no_command(words: list[str]) -> None:

@@ -52,6 +52,11 @@ class RankLayout:
         return self.directory / "crash.json"
 
     @property
+    def attempts(self) -> Path:
+        """Earlier attempts of the run: one JSON line for each (``forensics.attempts``)."""
+        return self.directory / "attempts.jsonl"
+
+    @property
     def crash_checkpoint(self) -> Path:
         """Checkpoint of the moment of death: weights, optimizer, counters and random states."""
         return self.directory / "crash.ckpt"

@@ -110,20 +110,37 @@ class Remains:
         return self.windows[-1].path if self.windows else None
 
 
-def examine(directory: Path) -> list[Remains]:
+def examine(*directories: Path) -> list[Remains]:
     """The remains of each rank of the latest run in a directory.
 
+    Args:
+        *directories: Run directory; several for the copies of one run on hosts that share no disk.
+            Of a rank that is in several of them, the latest remains count.
+
     Raises:
-        ValueError: If the directory is no run directory, or cannot be read.
+        ValueError: If a directory is no run directory, or cannot be read.
     """
-    try:
-        ranks = [_remains(directory, rank) for rank in rank_folders(directory)]
-    except OSError as error:
-        raise ValueError(f"RUN_DIR must be readable, got {str(directory)!r}: {error}.") from error
-    if not ranks:
-        raise ValueError(f"RUN_DIR must hold rank folders (rank0, ...), got {str(directory)!r}.")
-    latest = max(ranks, key=lambda remains: remains.started_s or 0.0)
-    return [remains for remains in ranks if _of_the_same_run(remains, latest)]
+    ranks: list[Remains] = []
+    for directory in directories:
+        got = repr(str(directory))
+        try:
+            found = [_remains(directory, rank) for rank in rank_folders(directory)]
+        except OSError as error:
+            raise ValueError(f"RUN_DIR must be readable, got {got}: {error}.") from error
+        if not found:
+            raise ValueError(f"RUN_DIR must hold rank folders (rank0, ...), got {got}.")
+        ranks += found
+    latest = max(ranks, key=_began)
+    of_run = {
+        remains.rank: remains
+        for remains in sorted(ranks, key=_began)
+        if _of_the_same_run(remains, latest)
+    }
+    return [of_run[rank] for rank in sorted(of_run)]
+
+
+def _began(remains: Remains) -> float:
+    return remains.started_s or 0.0
 
 
 def unrecorded_start(directory: Path) -> dict[str, Any]:

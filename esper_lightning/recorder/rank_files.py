@@ -10,6 +10,7 @@ from typing import NamedTuple
 from lightning.pytorch import Trainer
 
 from esper_lightning.forensics import sidecar
+from esper_lightning.forensics.attempts import list_attempt
 from esper_lightning.forensics.layout import RunLayout
 from esper_lightning.forensics.phases import PhaseRing
 from esper_lightning.forensics.rank_record import ProcessRecord
@@ -72,6 +73,8 @@ def open_rank_files(
     with sidecar.locked(files.directory):
         # A second process dies with its container, and may still be at work elsewhere.
         attempt_file(lambda: sidecar.complete_report(files))
+        if trains:
+            attempt_file(lambda: list_attempt(files))
         earlier = EarlierEvidence(layout, files, trains=trains)
         attempt_file(earlier.rename)
         attempt_file(lambda: peers.note_event_files(earlier.keep_latest_events(trainer)))

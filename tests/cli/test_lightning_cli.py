@@ -1,7 +1,6 @@
 """``esper fit`` and ``esper evaluate`` as a user meets them."""
 
 import errno
-import json
 import os
 import sys
 from pathlib import Path
@@ -16,7 +15,6 @@ from lightning.pytorch.plugins import TorchCheckpointIO
 
 from esper_lightning import AtomicCheckpointIO
 from esper_lightning.callbacks import run_directory
-from esper_lightning.cli import lightning_cli
 from esper_lightning.cli.lightning_cli import EsperCLI
 from esper_lightning.cli.main import main
 from esper_lightning.envs import CartPole, Morphogenesis
@@ -475,24 +473,6 @@ def test_users_own_way_of_writing_checkpoints(capsys, monkeypatch, arguments, ex
     monkeypatch.setattr(EsperCLI, "execute", lambda cli: used.append(cli.trainer.strategy))
     main(["fit", "--config", CARTPOLE, *QUICK, *arguments])
     assert type(used[0].checkpoint_io) is expected
-
-
-@pytest.mark.parametrize("asked", [True, False])
-def test_what_a_rank_dies_of_is_where_torchrun_looks_for_it(tmp_path, monkeypatch, asked):
-    def dies():
-        raise RuntimeError("injected")
-
-    monkeypatch.setattr(lightning_cli, "prepare", lambda words: dies)
-    path = tmp_path / "error.json"
-    # The file of a launcher that runs these tests is not for this error.
-    monkeypatch.setenv("TORCHELASTIC_ERROR_FILE", str(path) if asked else "")
-    with pytest.raises(RuntimeError, match="injected"):
-        main(["fit"])
-    assert path.exists() == asked
-    if asked:
-        said = json.loads(path.read_text())["message"]
-        assert "injected" in said["message"]
-        assert "Traceback" in said["extraInfo"]["py_callstack"]
 
 
 def test_a_run_without_a_logger_writes_under_the_root_that_it_is_given(tmp_path):

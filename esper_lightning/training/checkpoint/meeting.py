@@ -24,6 +24,7 @@ from esper_lightning.callbacks.lightning_internals import (
     spawns_processes,
 )
 from esper_lightning.core.ranks import FirstMessage, Ranks, RanksDisagreeError
+from esper_lightning.training.checkpoint.elastic import refuse_stale_store, store_of_attempt
 
 __all__ = ["meet", "tells_other_ranks"]
 
@@ -39,8 +40,10 @@ def meet(trainer: Trainer) -> None:
         trainer: Trainer of several ranks, which connects them only once.
 
     Raises:
-        RanksDisagreeError: If a rank does not come in time (``DDPStrategy(timeout=...)``).
+        RanksDisagreeError: If a rank does not come in time (``DDPStrategy(timeout=...)``), or the
+            ranks would look for each other at the addresses of an earlier attempt.
     """
+    refuse_stale_store()
     place = ":".join(os.environ.get(name, "?") for name in ("MASTER_ADDR", "MASTER_PORT"))
     text = (
         f"Rank {trainer.global_rank} has waited {_MEETING_S:g} s for all {trainer.world_size} ranks"
@@ -50,7 +53,8 @@ def meet(trainer: Trainer) -> None:
     timer.daemon = True
     timer.start()
     try:
-        trainer.strategy.setup_environment()
+        with store_of_attempt():
+            trainer.strategy.setup_environment()
     except (dist.DistStoreError, dist.DistNetworkError) as error:
         rule = f"All {trainer.world_size} ranks must meet at {place}"
         got = str(error).splitlines()[0] if str(error) else type(error).__name__
@@ -85,6 +89,7 @@ def _tell(trainer: Trainer, problem: str) -> None:
         return
     if environment.creates_processes_externally:  # otherwise this process would start the others
         limit_meeting(strategy, _TELLING_S)
-        strategy.setup_environment()
+        with store_of_attempt():
+            strategy.setup_environment()
         Ranks(trainer.world_size).gather_objects(FirstMessage({}, problem))
         dist.destroy_process_group()
