@@ -89,6 +89,8 @@ def refuse_trainer(
     for callback in trainer.callbacks:
         _refuse_callback(callback)
     _refuse_strategy(trainer)
+    hint = "PPO sums in float64, which other devices lack: set Trainer(accelerator='cpu')."
+    one_of("Trainer.accelerator", trainer.strategy.root_device.type, _DEVICES, hint)
     _refuse_too_large(trainer, settings)
     if fits:
         _refuse_unfit(trainer, settings)
@@ -97,8 +99,6 @@ def refuse_trainer(
 
 def _refuse_settings(trainer: Trainer, budget: int | None) -> None:
     """Refuse settings of the Trainer that work neither for training nor for evaluations."""
-    hint = "PPO sums in float64, which other devices lack: set Trainer(accelerator='cpu')."
-    one_of("Trainer.accelerator", trainer.strategy.root_device.type, _DEVICES, hint)
     clip = trainer.gradient_clip_val
     hint = "PPO clips gradients itself: set PPOConfig.max_grad_norm."
     require(not clip, "Trainer.gradient_clip_val", "be None", clip, hint)

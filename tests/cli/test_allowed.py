@@ -21,7 +21,7 @@ from esper_lightning.envs import EnvSpec
         (Path, "the name of a class of Path"),
         (object(), "of another type"),
     ],
-    ids=str,
+    ids=range(8),
 )
 def test_a_type_is_a_rule(kind, rule):
     assert rule_of(kind) == rule
