@@ -151,6 +151,8 @@ class BestCheckpoint(_OneFile):
         # The score in the file counts: it may be newer than the checkpoint that was loaded.
         score = None if found is None else _score_of(found, self.state_key)
         if found is None or score is None:
+            if not trainer.is_global_zero:  # which alone decides, and may have the file
+                return
             lost = "No %s beside %s: the search for the best checkpoint begins anew."
             _log.warning(lost, self.path.name, loaded)
             return

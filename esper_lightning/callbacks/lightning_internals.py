@@ -46,6 +46,7 @@ __all__ = [
     "TEARDOWN",
     "TunerExit",
     "batches_in_epoch",
+    "checkpoint_connector",
     "checkpoint_io_of",
     "checkpoint_to_load",
     "cluster_environment",
@@ -128,6 +129,11 @@ def checkpoint_to_load(trainer: Trainer) -> Any:
 
 
 # The Trainer and its connectors.
+
+
+def checkpoint_connector(trainer: Trainer) -> Any:
+    """Object whose method ``resume_start`` reads the checkpoint that a run resumes from."""
+    return trainer._checkpoint_connector
 
 
 def handlers_to_restore(trainer: Trainer) -> dict[int, Any]:

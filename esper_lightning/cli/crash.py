@@ -3,13 +3,20 @@
 The folders of a run whose hosts share no disk are read together: ``esper crash DIR DIR ...``.
 """
 
+import sys
 from pathlib import Path
 from typing import Any
 
 from esper_lightning.cli.crash_attempts import describe_attempts, mention_attempts
 from esper_lightning.cli.crash_text import describe, describe_start, seconds_by_phase
 from esper_lightning.cli.errors import CommandParser, fail, local_path
-from esper_lightning.forensics.attempts import Attempt, read_attempts, same_deaths
+from esper_lightning.forensics.attempts import (
+    SAME_DEATH_STATUS,
+    Attempt,
+    read_attempts,
+    same_deaths,
+)
+from esper_lightning.forensics.collectives import describe_collectives
 from esper_lightning.forensics.files import strict_json
 from esper_lightning.forensics.owner_record import read_owner
 from esper_lightning.forensics.rank_record import SCHEMA
@@ -21,7 +28,10 @@ __all__ = ["Remains", "examine", "first_failure", "run"]
 
 
 def run(arguments: list[str]) -> None:
-    """Print how a run died; exit with status 2 where there is no run."""
+    """Print how a run died; exit with status 2 where there is no run.
+
+    With ``--attempts``, the exit status is 65 where another attempt would be of no use.
+    """
     parser = CommandParser("esper crash", "How a run died.")
     parser.add_argument(
         "run_dir",
@@ -52,6 +62,8 @@ def run(arguments: list[str]) -> None:
     attempts = read_attempts(directories)
     if options.attempts:
         _print_attempts(directory, attempts, as_json=options.json)
+        if same_deaths(attempts) > 1:
+            sys.exit(SAME_DEATH_STATUS)
         return
     started = unrecorded_start(directory)
     first = first_failure(ranks)
@@ -68,6 +80,8 @@ def run(arguments: list[str]) -> None:
         lines = describe(directory, ranks, first)
         if directories[1:]:
             lines.insert(1, f"Together with: {', '.join(map(str, directories[1:]))}")
+        found = {each.rank: each.collectives for each in ranks}
+        lines += ["", *told] if (told := describe_collectives(found)) else []
         lines += mention_attempts(directory, attempts)
         print("\n".join(map(printable, lines)))
 
@@ -93,6 +107,7 @@ def _as_json(ranks: list[Remains], first: Remains | None) -> dict[str, Any]:
             "remarks": remains.remarks,
             "fingerprint": remains.fingerprint and remains.fingerprint.to_dict(),
             "differences": remains.differences,
+            "collectives": remains.collectives and remains.collectives._asdict(),
             "open_phases": [span.name for span in remains.phases.open] if remains.phases else [],
             "seconds_by_phase": seconds_by_phase(remains.phases),
             "trace": remains.trace,

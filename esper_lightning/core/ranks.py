@@ -77,6 +77,14 @@ class Ranks:
         dist.all_gather_object(everyones, mine)
         return everyones
 
+    def send_from_first(self, mine: Any) -> Any:
+        """A picklable object of the first rank, on every rank; those of the others are ignored."""
+        if self.size == 1:
+            return mine
+        sent = [mine]
+        dist.broadcast_object_list(sent, src=0)
+        return sent[0]
+
     def collect_states(self, state: Tree) -> list[Tree]:
         """The state of every rank, on the CPU, on the first rank; elsewhere an empty list."""
         on_host = map_tree(lambda leaf: leaf.to("cpu", copy=True), state)

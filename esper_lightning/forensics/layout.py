@@ -72,6 +72,11 @@ class RankLayout:
         return self.directory / "stacks.txt"
 
     @property
+    def collectives(self) -> Path:
+        """The latest collectives of the rank (``forensics.collectives``)."""
+        return self.directory / "collectives.json"
+
+    @property
     def memory(self) -> Path:
         """Snapshot of the CUDA allocator, if memory ran out."""
         return self.directory / "memory.pickle"

@@ -10,6 +10,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any, NamedTuple, TypeVar
 
+from esper_lightning.forensics.collectives import Collectives, read_collectives
 from esper_lightning.forensics.fingerprint import Fingerprint
 from esper_lightning.forensics.layout import RankLayout, RunLayout
 from esper_lightning.forensics.owner_record import read_owner
@@ -69,6 +70,7 @@ class Remains:
     phases: Phases | None
     windows: list[Window]  # the window nearest to the end comes last
     trace: TraceSummary | None = None
+    collectives: Collectives | None = None
     run: str | None = None  # identifier that all ranks of a run share
     fingerprint: Fingerprint | None = None
     differences: tuple[str, ...] = ()  # from the run that was resumed, or the one before
@@ -211,6 +213,7 @@ def _remains(directory: Path, rank: int) -> Remains:
         unreadable=unreadable,
         windows=windows,
         run=process.run,
+        collectives=read_collectives(files.collectives),
         fingerprint=process.fingerprint,
         differences=process.differences,
     )

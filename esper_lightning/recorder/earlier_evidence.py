@@ -53,6 +53,7 @@ class EarlierEvidence:
         for report in (files.crash, files.process):
             trim_report(report)  # its unused room may be all the room on the disk
         paths = [files.crash, files.stacks, files.bad_minibatch, files.memory, files.profile]
+        paths.append(files.collectives)
         if not self._trains:
             paths.append(files.phases)
         for path in paths:

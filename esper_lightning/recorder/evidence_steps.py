@@ -13,6 +13,7 @@ from typing import Any, NamedTuple
 
 import torch
 from lightning.pytorch import Callback, Trainer
+from torch import distributed as dist
 
 from esper_lightning.callbacks.history import History
 from esper_lightning.callbacks.loggers import flush_logger
@@ -20,6 +21,7 @@ from esper_lightning.forensics.asides import rename_aside
 from esper_lightning.forensics.files import replacing, write_atomically
 from esper_lightning.forensics.layout import RankLayout
 from esper_lightning.recorder.attempt import attempt
+from esper_lightning.recorder.collectives import latest_collectives
 from esper_lightning.recorder.crash_checkpoint import save_crash_checkpoint
 from esper_lightning.recorder.death import Death
 from esper_lightning.recorder.evidence import SENTENCE_LENGTH, HoldsEvidence
@@ -153,6 +155,18 @@ def _save_stacks(run: DyingRun) -> StepOutcome:
     return StepOutcome("saved", path, "Python stacks of all threads")
 
 
+def _has_collectives(run: DyingRun) -> bool:
+    return run.bounded and dist.is_available() and dist.is_initialized()
+
+
+def _save_collectives(run: DyingRun) -> StepOutcome:
+    latest = latest_collectives()
+    if latest is None:
+        return StepOutcome("absent", detail="this version of torch has no record of them")
+    write_atomically(run.files.collectives, latest)
+    return StepOutcome("saved", run.files.collectives, "the latest collectives")
+
+
 def _save_checkpoint(run: DyingRun) -> StepOutcome:
     path = run.files.crash_checkpoint
     if path.exists() and path.stat().st_mtime < run.started_s:
@@ -220,6 +234,7 @@ STEPS = (
     EvidenceStep("report", DyingRun.report, None),
     EvidenceStep("memory", _save_memory, 20, when=_ran_out_of_cuda_memory),
     EvidenceStep("stacks", _save_stacks, 5, when=_has_stacks_to_show),
+    EvidenceStep("collectives", _save_collectives, 5, when=_has_collectives),
     EvidenceStep("checkpoint", _save_checkpoint, 30),
     EvidenceStep("minibatch", _save_minibatch, 20),
     # Sessions that are not global must be stopped by the thread that started them.

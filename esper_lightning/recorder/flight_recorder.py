@@ -27,7 +27,7 @@ from esper_lightning.callbacks.run_directory import (
     copy_run_directory,
     open_run_directory,
 )
-from esper_lightning.core.errors import check_arguments, positive
+from esper_lightning.core.errors import check_arguments, positive, require
 from esper_lightning.core.ranks import RanksDisagreeError
 from esper_lightning.forensics.claims import DirectoryRefusedError
 from esper_lightning.forensics.fingerprint import Fingerprint
@@ -84,6 +84,8 @@ class FlightRecorder(WritesRun):
         hang_timeout_s: Seconds after which an iteration, or a batch of a validation, counts as
             hanging: stacks and evidence are saved and the run continues, without its profiler.
             ``None`` for no limit.
+        hang_ends: Whether a hang ends the process with status 1, once its evidence is saved. A rank
+            that waits for another one in a collective would wait for half an hour or for ever.
         print_profile: Whether the table of a rescued profiler window is printed on rank 0.
         watch: Whether a second process of a few megabytes completes the report if this one vanishes
             (SIGKILL, the kernel's OOM killer, ``os._exit``).
@@ -92,8 +94,8 @@ class FlightRecorder(WritesRun):
             64 MB, as often as takes less than 0.5 % of the time.
 
     Raises:
-        ValueError: If an argument has another type, ``hang_timeout_s`` is not positive, or
-            ``dirpath`` is empty.
+        ValueError: If an argument has another type, ``hang_timeout_s`` is not positive, is missing
+            with ``hang_ends``, or ``dirpath`` is empty.
     """
 
     @check_arguments
@@ -102,13 +104,16 @@ class FlightRecorder(WritesRun):
         dirpath: str | Path | None = None,
         *,
         hang_timeout_s: float | None = None,
+        hang_ends: bool = False,
         print_profile: bool = True,
         watch: bool = True,
         keeps_state: bool | None = None,
     ) -> None:
         positive("FlightRecorder.hang_timeout_s", hang_timeout_s)
+        ok, rule = hang_timeout_s is not None or not hang_ends, "be false without hang_timeout_s"
+        require(ok, "FlightRecorder.hang_ends", rule, hang_ends)
         super().__init__(dirpath)
-        self.hang_timeout_s = hang_timeout_s
+        self.hang_timeout_s, self.hang_ends = hang_timeout_s, hang_ends
         self.print_profile = print_profile
         self.watch = watch
         self.keeps_state = keeps_state
@@ -313,6 +318,7 @@ class FlightRecorder(WritesRun):
             trainer,
             layout,
             hang_timeout_s=self.hang_timeout_s,
+            hang_ends=self.hang_ends,
             print_profile=self.print_profile,
             watch=watch,
             on_end=functools.partial(close_run_directory, trainer, self),

@@ -4,6 +4,7 @@
 # pyright: reportUnknownArgumentType=false
 
 import contextlib
+import logging
 import os
 from collections.abc import Callable, Sequence
 from functools import partial
@@ -31,13 +32,15 @@ from esper_lightning.recorder.protection import Protection, recorded
 from esper_lightning.recorder.rank_files import open_rank_files
 from esper_lightning.recorder.rescue import Rescue
 from esper_lightning.recorder.saving import Saving
-from esper_lightning.recorder.signals import dump_stacks, end_by, signal_behind
+from esper_lightning.recorder.signals import dump_stacks, end_at_once, end_by, signal_behind
 from esper_lightning.recorder.stand_in import own_profiler, stand_in
 from esper_lightning.recorder.state import LifeCycle, State
 from esper_lightning.recorder.watchdog import Alarm, Watchdog
 
 __all__ = ["Recording", "recording_of"]
 
+_log = logging.getLogger(__name__)
+_FAILED = 1  # exit status of a run that hung
 _STUCK_GRACE_S, _EXIT_GRACE_S, _PEER_GRACE_S = 2.0, 4.0, 10.0
 
 
@@ -52,6 +55,7 @@ class Recording:
         trainer: Trainer of the run.
         layout: Run directory.
         hang_timeout_s: Seconds after which an iteration counts as hanging; ``None`` for never.
+        hang_ends: Whether a hang ends the process, once its evidence is saved.
         print_profile: Whether the table of a rescued window is printed.
         watch: Whether a second process watches this one.
         on_end: Function called at the end, when nothing more is written.
@@ -69,6 +73,7 @@ class Recording:
         layout: RunLayout,
         *,
         hang_timeout_s: float | None,
+        hang_ends: bool = False,
         print_profile: bool,
         watch: bool,
         on_end: Callable[[], None] = lambda: None,
@@ -81,6 +86,7 @@ class Recording:
         self._files: RankLayout = layout.rank(trainer.global_rank)
         self._print_profile = print_profile
         self._trains = stage == "fit"
+        self._hang_ends = hang_ends
         self._life = LifeCycle()
         self._callbacks = list(trainer.callbacks)  # the Trainer's list may be replaced
         # A signal takes effect once all that the recording changes is also restored by it.
@@ -92,7 +98,7 @@ class Recording:
             self._peers, self._ring, self._earlier = open_rank_files(
                 trainer, layout, undo, met=met, watch=watch, trains=self._trains
             )
-            self._saving = Saving(self._files, self._peers, self._make_rescue)
+            self._saving = Saving(self._files, self._peers, self._make_rescue, hangs_end=hang_ends)
             undo.callback(attempt, self._report_end)
             try:
                 self._begin_watching(undo, leave, hang_timeout_s)
@@ -294,6 +300,12 @@ class Recording:
             heading = f"No iteration has ended for {alarm.silent_s:.1f} s"
             attempt(lambda: dump_stacks(self._files.stacks, heading))
         self._save(Death(cause=alarm.cause, signal=alarm.signal, peer=alarm.peer))
+        if alarm.cause == "hang" and self._hang_ends and not self._has_left:
+            # The other ranks hang, too: a launcher kills them once this process has ended.
+            attempt(lambda: self._peers.wait_until_saved(_PEER_GRACE_S))
+            directory, silent_s = self._layout.directory, alarm.silent_s
+            _log.error("A hang of %.0f s ends the run. Run directory: %s", silent_s, directory)
+            end_at_once(_FAILED)
 
     def last_gasp(self, signal_name: str) -> None:
         """Save the evidence that a C signal handler can save, in the thread that failed."""

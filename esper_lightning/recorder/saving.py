@@ -22,15 +22,22 @@ class Saving:
         peers: Files by which this rank and the other ranks know each other.
         make_rescue: Function that makes a rescue. Its argument: whether steps may have threads of
             their own, and with them time limits.
+        hangs_end: Whether a hang ends the run, and is saved as any death.
 
     Attributes:
         rescue: Rescue that takes, or has taken, the steps for the death; ``None`` before.
     """
 
     def __init__(
-        self, files: RankLayout, peers: Peers, make_rescue: Callable[[bool], Rescue]
+        self,
+        files: RankLayout,
+        peers: Peers,
+        make_rescue: Callable[[bool], Rescue],
+        *,
+        hangs_end: bool = False,
     ) -> None:
         self._files, self._peers, self._make_rescue = files, peers, make_rescue
+        self._hangs_end = hangs_end
         self._lock = threading.RLock()
         self.rescue: Rescue | None = None
         # Whether evidence of a hang was saved; the run continues, and its death is saved again.
@@ -53,7 +60,7 @@ class Saving:
         """Take all steps; if they are taken already, add the error to the report if there is one.
 
         Args:
-            death: Death that ends the run, or a hang, which does not and is saved once.
+            death: Death that ends the run, or a hang, which is saved once if it does not.
             bounded: Whether steps may have threads of their own.
         """
         with self._lock:
@@ -63,7 +70,7 @@ class Saving:
                 if death.error is not None:
                     self.rescue.amend(death.error)
                 return
-            hangs = death.cause == "hang"
+            hangs = death.cause == "hang" and not self._hangs_end
             if self._has_hung:
                 if hangs:  # once is enough: the profiler is off, and the run is slow
                     return

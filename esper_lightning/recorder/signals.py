@@ -1,9 +1,11 @@
 """Signals: those that end a process, their names, and their handlers in C."""
 
+import contextlib
 import ctypes
 import faulthandler
 import os
 import signal
+import sys
 import threading
 from collections import deque
 from collections.abc import Callable
@@ -17,7 +19,9 @@ __all__ = [
     "alarm",
     "c_handler",
     "dump_stacks",
+    "end_at_once",
     "end_by",
+    "flush_output",
     "in_main_thread",
     "raise_in_this_thread",
     "read_action",
@@ -152,6 +156,19 @@ def end_by(number: int) -> None:
     """End this process as the default action of a signal does; any thread may call this."""
     set_c_handler(number, 0)
     os.kill(os.getpid(), number)
+
+
+def end_at_once(status: int) -> None:
+    """End this process with an exit status, whatever its threads do; any thread may call this."""
+    flush_output()
+    os._exit(status)
+
+
+def flush_output() -> None:
+    """Write what is printed so far, if somebody still reads it."""
+    with contextlib.suppress(Exception):
+        sys.stdout.flush()
+        sys.stderr.flush()
 
 
 def in_main_thread() -> bool:

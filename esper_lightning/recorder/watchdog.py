@@ -1,15 +1,13 @@
 """A thread that watches a run whose main thread may be stuck in C, or in a collective."""
 
-import contextlib
 import os
 import signal
-import sys
 import threading
 from collections.abc import Callable
 from typing import NamedTuple
 
 from esper_lightning.recorder.awake import LOOK_EVERY_S, awake_s
-from esper_lightning.recorder.signals import end_by, signal_name
+from esper_lightning.recorder.signals import end_by, flush_output, signal_name
 
 __all__ = ["Alarm", "Arrival", "Watchdog"]
 
@@ -160,9 +158,7 @@ class Watchdog:
         saving_for_s = [self._saving_for_s(), *self._others_saving_for_s()]
         if any(seconds is None or seconds <= _STALLED_S for seconds in saving_for_s):
             return
-        with contextlib.suppress(Exception):  # the reader may be gone
-            sys.stdout.flush()
-            sys.stderr.flush()
+        flush_output()
         if not arrival.unwinds:
             end_by(arrival.number)
         os._exit(128 + arrival.number)

@@ -137,7 +137,9 @@ def test_a_run_that_dies_twice_in_the_same_iteration_ends_with_65(tmp_path, monk
         main(words)
     assert caught.value.code == 65
     capsys.readouterr()
-    crash(["run", "--attempts"])
+    with pytest.raises(SystemExit) as asked:  # as scripts can
+        crash(["run", "--attempts"])
+    assert asked.value.code == 65
     text = capsys.readouterr().out
     assert "2 attempts died in iteration 2 of the same error." in text
     assert "dies.py" in text

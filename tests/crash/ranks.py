@@ -12,6 +12,7 @@ from torch.utils.data import DataLoader
 
 from esper_lightning import FlightRecorder
 
+HANGS = {"hang_timeout_s": 2.0, "hang_ends": True}
 FAULT, STRATEGY, DIRECTORY, RANK = sys.argv[1:5]
 
 
@@ -33,6 +34,7 @@ def hangs():
 FAULTS = {
     "raises": raises,
     "hangs": hangs,
+    "stuck": lambda: time.sleep(600),
     "terminated": terminated,
     "killed": lambda: os.kill(os.getpid(), signal.SIGKILL),
 }
@@ -65,6 +67,6 @@ if __name__ == "__main__":
         enable_progress_bar=False,
         enable_model_summary=False,
         default_root_dir=DIRECTORY,
-        callbacks=[FlightRecorder()],
+        callbacks=[FlightRecorder(**(HANGS if FAULT == "stuck" else {}))],
     )
     trainer.fit(Plain(), DataLoader(torch.randn(60, 4)))

@@ -2,6 +2,7 @@
 
 import pytest
 
+from esper_lightning.forensics.collectives import describe_collectives
 from esper_lightning.forensics.remains import Remains, examine, first_failure, rank_folders
 from esper_lightning.forensics.report import CrashReport
 from tests.crash.cases import ALL_RANKS, QUICK_RANKS, RankCase, name_ranks
@@ -55,3 +56,17 @@ def test_every_rank_saves_its_own(tmp_path, case):
 def test_every_rank_saves_its_own_also_where(tmp_path, case):
     outcome = run_ranks(case, tmp_path)
     assert not check_ranks(case, outcome), outcome.stderr[-3000:]
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("rank", [0, 1])
+def test_a_hang_that_ends_leaves_no_rank_and_names_the_one_that_never_came(tmp_path, rank):
+    outcome = run_ranks(RankCase(fault="stuck", strategy="torchrun", rank=rank), tmp_path)
+    assert outcome.status == 1, outcome.stderr[-3000:]
+    assert outcome.leftovers == []
+    ranks = examine(tmp_path)
+    assert [(each.rank, each.state) for each in ranks] == [(0, "failed"), (1, "failed")]
+    assert {each.report.cause for each in ranks if each.report} <= {"hang", "peer", "signal"}
+    lines = describe_collectives({each.rank: each.collectives for each in ranks})
+    assert lines[-1].startswith("Never reached #")
+    assert lines[-1].endswith(f": rank {rank}")

@@ -497,6 +497,31 @@ def test_a_long_validation_is_no_hang(fit, files):
     assert not files.crash.exists()
 
 
+def test_a_hang_ends_the_process_where_that_is_asked_for(fit, files, monkeypatch):
+    ended = []
+
+    def end(status):
+        ended.append((status, read_report(files.crash), read_report(files.process)))
+
+    monkeypatch.setattr(recording, "end_at_once", end)
+
+    def act(module, batch_idx):
+        if batch_idx == 2:
+            time.sleep(1.5)
+
+    recorder = FlightRecorder(hang_timeout_s=0.5, hang_ends=True, watch=False)
+    fit(Plain(act), recorder=recorder)
+    ((status, report, process),) = ended
+    assert status == 1
+    assert (report["cause"], report["complete"], report["iteration"]) == ("hang", True, 3)
+    assert (process["state"], process["evidence_saved"]) == ("failed", True)
+
+
+def test_a_hang_cannot_end_a_run_that_looks_for_none():
+    with pytest.raises(ValueError, match="hang_ends must be false without hang_timeout_s"):
+        FlightRecorder(hang_ends=True)
+
+
 class TestAnInterruptThatIsCaught:
     @staticmethod
     def interrupted(rest_s):

@@ -29,6 +29,7 @@ from esper_lightning.training.checkpoint.resumption import (
     refuse_other_ranks,
     refuse_other_weights_of_ranks,
 )
+from esper_lightning.training.checkpoint.sharing import SharedCheckpoint
 from esper_lightning.training.checkpoint.spaces import SPACES, env_of_checkpoint, spaces_to_data
 from esper_lightning.training.checkpoint.states import (
     keep_own_extensions,
@@ -121,6 +122,7 @@ class CheckpointHooks(LightningModule):
                 self,
                 iteration=self.progress.iteration,
                 resumes_from=checkpoint_to_load(trainer),
+                share=SharedCheckpoint(trainer).share,
                 load=trainer.strategy.checkpoint_io.load_checkpoint,
             )
 

@@ -96,6 +96,7 @@ def refuse_other_ranks(
     *,
     iteration: int,
     resumes_from: str | Path | None,
+    share: Callable[[Ranks, str | Path | None], str | Path | None],
     load: Callable[[str | Path], dict[str, Any]],
 ) -> None:
     """Refuse ranks with different settings or checkpoints, which would train different weights.
@@ -105,7 +106,9 @@ def refuse_other_ranks(
         settings: Settings of this rank.
         module: The PPO module of this rank, which has loaded nothing yet.
         iteration: Iterations that the module has finished before this run.
-        resumes_from: Checkpoint that this rank will load; ``None`` for a new run.
+        resumes_from: Checkpoint that this rank has found; ``None`` without one.
+        share: Collective that returns the checkpoint that this rank will load, which may be the
+            first rank's where this rank has none.
         load: Function that reads the checkpoint, as the Trainer will read it.
 
     Raises:
@@ -123,6 +126,7 @@ def refuse_other_ranks(
     except ValueError as error:
         raise RanksDisagreeError(str(error)) from None
     mine, failure = _Start(), None
+    resumes_from = share(ranks, resumes_from)
     try:
         checkpoint = None if resumes_from is None else load(resumes_from)
         if checkpoint is not None:
