@@ -32,6 +32,8 @@ wait $! || true
 sleep 3
 esper crash runs/cartpole/version_1 | tee crash.txt
 grep -q "The process vanished" crash.txt
+esper replay runs/cartpole/version_1 | tee replay.txt || test $? -eq 3 # nothing in the program killed it
+grep -q "Did not happen again" replay.txt
 
 # What an extra is needed for says so in one line.
 for command in "fit --config hopper" "compare runs" "export --ckpt_path runs/cartpole/version_0 --output policy.onnx --format onnx"; do

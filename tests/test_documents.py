@@ -5,6 +5,7 @@ test ends every fit after three iterations; the slow one runs the programs as th
 block is not run if an HTML comment before it says ``not run:`` and the reason.
 """
 
+import os
 import re
 import tomllib
 from pathlib import Path
@@ -54,17 +55,20 @@ def program(path: Path) -> str:
 PROGRAMS = [path for path in DOCUMENTS if program(path)]
 
 
-def run(code, folder):
+def run(code, folder, **variables):
     file = folder / "program.py"
     file.write_text(code)
-    variables = {"TORCH_COMPILE_DISABLE": "1", "PYTHONPATH": f"{ROOT}:{folder}"}
-    env = {**forked.os.environ, **forked.QUIET, **variables}
+    env = {**os.environ, **forked.QUIET, "PYTHONPATH": f"{ROOT}:{folder}", **variables}
     return forked.run([file], cwd=folder, env=env, children=True)
+
+
+def run_short(code, folder):
+    return run(SHORT + code, folder, TORCH_COMPILE_DISABLE="1")  # compiling would take longer
 
 
 @pytest.mark.parametrize("path", PROGRAMS, ids=lambda path: path.name)
 def test_the_program_of_a_document_runs(path, tmp_path):
-    result = run(SHORT + program(path), tmp_path)
+    result = run_short(program(path), tmp_path)
     assert result.returncode == 0, result.stderr[-3000:]
 
 
@@ -76,7 +80,7 @@ def test_the_program_of_a_document_runs_as_it_is_written(path, tmp_path):
 
 
 def test_a_program_that_fails_is_noticed(tmp_path):
-    assert run(SHORT + "raise ValueError", tmp_path).returncode == 1
+    assert run_short("raise ValueError", tmp_path).returncode == 1
 
 
 @pytest.mark.parametrize("path", PROGRAMS, ids=lambda path: path.name)

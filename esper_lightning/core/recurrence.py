@@ -192,7 +192,13 @@ def _sequence(
     return after
 
 
-@torch.library.custom_op("esper_lightning::recurrence_backward", mutates_args=())
+# The schema is written out, because torch 2.6 cannot infer it from a Sequence.
+@torch.library.custom_op(
+    "esper_lightning::recurrence_backward",
+    mutates_args=(),
+    schema="(str cell, Tensor gradient, Tensor begins, Tensor[] slopes, Tensor weight) "
+    "-> (Tensor, Tensor)",
+)
 def _sequence_backward(
     cell: str, gradient: Tensor, begins: Tensor, slopes: Sequence[Tensor], weight: Tensor
 ) -> tuple[Tensor, Tensor]:

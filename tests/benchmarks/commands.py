@@ -46,6 +46,8 @@ def _python(words: list[str]) -> str | None:
 
 
 def _torchrun(words: list[str]) -> str | None:
+    if MODULE not in words:  # the name of an option, as "torchrun --max-restarts"
+        return None
     return _esper(words[words.index(MODULE) + 1 :])
 
 
