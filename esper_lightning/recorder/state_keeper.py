@@ -24,7 +24,7 @@ from typing_extensions import override
 
 from esper_lightning.callbacks.history import finished_iterations
 from esper_lightning.callbacks.lightning_internals import dump_checkpoint
-from esper_lightning.forensics.layout import RankLayout, RunLayout
+from esper_lightning.forensics.layout import RunLayout
 from esper_lightning.recorder.crash_checkpoint import saving_alone
 from esper_lightning.recorder.death import in_words
 
@@ -35,6 +35,7 @@ MOST_SHARE = 0.005
 """Greatest share of the time of iterations that is spent on storing states, where none is asked."""
 _FIRST_DECISION = 4  # iterations of a run before it is known what storing costs
 _MOST_BYTES = 64 << 20  # of a state that is stored without being asked for: the disk writes it, too
+_NEVER = 1 << 40  # in place of the number of iterations: a rank stores no state any more
 
 
 class StateKeeper(Callback):
@@ -45,7 +46,7 @@ class StateKeeper(Callback):
         rank: Global rank of this process.
         always: Whether every state is stored. Otherwise states are stored as often as takes at most
             ``MOST_SHARE`` of the time, all ranks after the same iterations, and none that is larger
-            than 64 MB.
+            than 64 MB; where one rank cannot store its state, all ranks soon stop together.
 
     Attributes:
         is_storing: Whether a state is being collected; it is no checkpoint of the run.
@@ -56,7 +57,8 @@ class StateKeeper(Callback):
     def __init__(self, layout: RunLayout, rank: int, *, always: bool) -> None:
         self._layout, self._files, self._always = layout, layout.rank(rank), always
         self.is_storing, self.every, self.seconds = False, 1, 0.0
-        self._is_off = False
+        self._is_off = False  # alike on all ranks, which then decide nothing together any more
+        self._fails = False  # on this rank
         self._descriptors: dict[int, int] = {}
         self._slot, self._stored = 1, -1  # of the latest state, and the iteration that it follows
         self._count = 0
@@ -66,10 +68,8 @@ class StateKeeper(Callback):
     @override
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Remove the states of an earlier run; that from which this run resumes stays."""
-        remove_states(self._files)
-        joined, resumed = self._layout.joined_state, trainer.ckpt_path
-        if trainer.is_global_zero and str(resumed) != str(joined):
-            joined.unlink(missing_ok=True)
+        resumes = str(trainer.ckpt_path) == str(self._layout.joined_state)
+        self._remove_states(joined=trainer.is_global_zero and not resumes)
         alone = isinstance(trainer.strategy, SingleDeviceStrategy | DDPStrategy)
         self._is_off = not alone  # other strategies may shard the weights
         self._begun_s = time.perf_counter()
@@ -103,9 +103,7 @@ class StateKeeper(Callback):
         """Remove the states of a run that ended well."""
         if stage == "fit":
             self.close()
-            remove_states(self._files)
-            if trainer.is_global_zero:
-                self._layout.joined_state.unlink(missing_ok=True)
+            self._remove_states(joined=trainer.is_global_zero)
 
     def close(self) -> None:
         """Close the files, which stay."""
@@ -119,6 +117,8 @@ class StateKeeper(Callback):
 
     def _store(self, trainer: Trainer, module: LightningModule) -> None:
         """Store the state in the file that does not hold the latest state of another iteration."""
+        if self._fails:
+            return
         began, iteration = time.perf_counter(), finished_iterations(trainer, module)
         self.is_storing = True
         try:
@@ -127,13 +127,13 @@ class StateKeeper(Callback):
             content = io.BytesIO()
             torch.save(checkpoint, content)
             if not self._always and content.tell() > _MOST_BYTES:
-                self._is_off = True
+                self._fails = True
                 return
             slot = self._slot if iteration == self._stored else 1 - self._slot
             self._write(slot, content.getbuffer())
             self._slot, self._stored = slot, iteration
         except Exception as error:  # of a disk, or of what is to be stored: the run must go on
-            self._is_off = True
+            self._fails = True
             text = "The state after an iteration is not stored any more: %s."
             _log.warning(text, in_words(error))
         finally:
@@ -156,7 +156,7 @@ class StateKeeper(Callback):
     def _decide(self, trainer: Trainer) -> None:
         """Decide how often states are stored from now on, alike on all ranks.
 
-        This is a collective where there are several ranks.
+        This is a collective where there are several ranks: one that fails takes part, too.
         """
         now = time.perf_counter()
         each_s = (now - self._begun_s) / (self._count - self._since)
@@ -166,12 +166,18 @@ class StateKeeper(Callback):
             share = statistics.mean(self._took_s) / max(each_s, 1e-9)
             every = max(1, math.ceil(min(share / MOST_SHARE, 1e6)))
             self._took_s.clear()
+        every = _NEVER if self._fails else every
         device = trainer.strategy.root_device
         reduced = trainer.strategy.reduce(torch.tensor(every, device=device), reduce_op="max")
         self.every = int(reduced)
+        self._is_off = self.every >= _NEVER
 
-
-def remove_states(files: RankLayout) -> None:
-    """Remove the stored states of a rank."""
-    for path in files.states:
-        path.unlink(missing_ok=True)
+    def _remove_states(self, *, joined: bool) -> None:
+        """Remove the stored states of this rank, and maybe the one that was joined from all."""
+        try:
+            for path in (*self._files.states, *([self._layout.joined_state] if joined else [])):
+                path.unlink(missing_ok=True)
+        except OSError as error:  # the run must go on
+            if not self._fails:
+                _log.warning("The states after iterations are not removed: %s.", in_words(error))
+            self._fails = True

@@ -2,6 +2,7 @@
 
 import itertools
 import time
+from pathlib import Path
 
 import pytest
 import torch
@@ -106,6 +107,37 @@ def test_a_disk_that_takes_no_state_ends_no_run(fit, tmp_path, monkeypatch, capl
     fit(ppo(), Watches(tmp_path / "run"), keeps_state=True)
     said = [r.getMessage() for r in caplog.records if "not stored any more" in r.getMessage()]
     assert said == ["The state after an iteration is not stored any more: OSError: no space."]
+
+
+def test_a_rank_that_cannot_store_still_decides_with_the_others(fit, tmp_path, monkeypatch):
+    def refuse(keeper, slot, content):
+        raise OSError("no space")
+
+    decided, decide = [], StateKeeper._decide
+
+    def noted(keeper, trainer):
+        decide(keeper, trainer)
+        decided.append((keeper._count, keeper._is_off))
+
+    monkeypatch.setattr(StateKeeper, "_write", refuse)
+    monkeypatch.setattr(StateKeeper, "_decide", noted)
+    fit(ppo(iterations_per_epoch=10), Watches(tmp_path / "run"), max_steps=9)
+    assert decided == [(4, True)]  # the first decision of all ranks, and then none
+
+
+def test_a_folder_that_keeps_its_states_ends_no_run(fit, tmp_path, monkeypatch, caplog):
+    plain = Path.unlink
+
+    def refuse(path, missing_ok=False):
+        if path.name.startswith("state."):
+            raise PermissionError(13, "denied", str(path))
+        plain(path, missing_ok)
+
+    monkeypatch.setattr(Path, "unlink", refuse)
+    fit(ppo(), Watches(tmp_path / "run"), keeps_state=True, max_steps=2)
+    said = [r.getMessage() for r in caplog.records if "are not removed" in r.getMessage()]
+    assert len(said) == 1
+    assert "PermissionError" in said[0]
 
 
 @pytest.mark.parametrize(("keeps_state", "stored"), [(None, False), (False, False), (True, True)])
