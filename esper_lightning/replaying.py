@@ -9,6 +9,7 @@ command of the run again, in a process of its own, from the same plan.
 
 import atexit
 import logging
+import os
 import shutil
 import tempfile
 from collections.abc import Iterator
@@ -19,6 +20,8 @@ from typing import Any
 import torch
 from lightning.pytorch import LightningModule, Trainer
 
+from esper_lightning.callbacks.directory_choice import given_directory
+from esper_lightning.callbacks.mirror import place_of
 from esper_lightning.core.errors import require
 from esper_lightning.forensics.layout import RunLayout
 from esper_lightning.forensics.remains import Remains, examine, first_failure
@@ -30,7 +33,7 @@ from esper_lightning.training.checkpoint.content import STATE_KEY
 from esper_lightning.training.checkpoint.files import read_checkpoint
 from esper_lightning.training.checkpoint.kept import KeptState, latest_state
 
-__all__ = ["ReplayPlan", "plan_replay", "replay", "replay_directory"]
+__all__ = ["ReplayPlan", "plan_replay", "replay", "replay_directory", "require_new_directory"]
 
 _log = logging.getLogger(__name__)
 
@@ -141,6 +144,18 @@ def replay_directory(run_dir: Path) -> Path:
     return next(path for name in names if not (path := run_dir.with_name(name)).exists())
 
 
+def require_new_directory(field: str, directory: str | Path) -> None:
+    """Refuse a directory for a replay in which something is already.
+
+    Raises:
+        ValueError: If the directory is neither new nor empty; the error names the setting.
+    """
+    place = place_of(directory)[0]
+    is_new = not os.path.lexists(place) or (place.is_dir() and not any(place.iterdir()))
+    hint = "A replay writes into a directory of its own."
+    require(is_new, field, "name a new or empty directory", str(directory), hint)
+
+
 def _suffixes() -> Iterator[str]:
     yield ""
     number = 1
@@ -198,10 +213,10 @@ def replay(
     """Play a dead run again, up to the iteration in which it died, in this process.
 
     Trainer and module must be made as for the run that died, with the same settings, limits and
-    callbacks. The replay writes into a run directory of its own: that which a callback or logger
-    of the Trainer was given, or a new one beside that of the run. It works for PPO, and for any
-    module whose data come in an order that a checkpoint restores. What ends the process (SIGKILL,
-    a fault in C) ends this function, too: ``esper crash`` then prints the verdict.
+    callbacks. The replay writes into a run directory of its own, checkpoints included: that which
+    a callback of the Trainer was given, or a new one beside that of the run. It works for PPO, and
+    for any module whose data come in an order that a checkpoint restores. What ends the process
+    (SIGKILL, a fault in C) ends this function, too: ``esper crash`` then prints the verdict.
 
     Args:
         trainer: Trainer that has not run. It gets a ``WindowProfiler`` in place of its profiler.
@@ -217,7 +232,8 @@ def replay(
         The verdict; its ``lines`` are the verdict in words.
 
     Raises:
-        ValueError: If ``run_dir`` holds no death, or the Trainer would write into it.
+        ValueError: If ``run_dir`` holds no death, or a callback was given a directory in which
+            something is already.
         BaseException: An error of the replay before its first iteration.
     """
     run_dir = Path(run_dir)
@@ -225,12 +241,11 @@ def replay(
     watch = ReplayWatch(**plan.settings_of_watch(run_dir))
     recorders = [each for each in trainer.callbacks if isinstance(each, FlightRecorder)]
     recorder = recorders[0] if recorders else FlightRecorder(watch=False)
-    given = recorder.dirpath
-    same = given is not None and Path(given).resolve() == run_dir.resolve()
-    hint = "A replay writes into a directory of its own."
-    require(not same, "FlightRecorder.dirpath", "be another than run_dir", str(given), hint)
+    given = given_directory(trainer)
     if given is None:
         recorder.dirpath = replay_directory(run_dir)
+    elif trainer.is_global_zero:  # the other ranks may find what it has begun
+        require_new_directory("The dirpath of a callback", given)
     trainer.callbacks = [*trainer.callbacks, *([] if recorders else [recorder]), watch]
     trainer.profiler = WindowProfiler(**plan.settings_of_profiler())
     try:

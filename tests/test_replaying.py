@@ -9,6 +9,7 @@ from pathlib import Path
 import pytest
 import torch
 from lightning.pytorch import Callback, LightningModule, Trainer
+from lightning.pytorch.callbacks import ModelCheckpoint
 from torch.utils.data import DataLoader
 
 from esper_lightning import (
@@ -203,8 +204,19 @@ def test_what_did_not_die_is_refused(name, trainer, tmp_path):
         assert plan_replay(runs / name).start is None
 
 
+def test_checkpoints_of_a_replay_replace_none_of_the_user(dead, trainer, tmp_path):
+    mine = tmp_path / "mine"
+    mine.mkdir()
+    (mine / "last.ckpt").write_text("newer")
+    callbacks = Dies(6), ModelCheckpoint(mine, save_last=True)
+    assert replay(trainer(*callbacks), ppo(), dead).outcome == "reproduced"
+    assert [path.read_text() for path in mine.iterdir()] == ["newer"]
+
+
 def test_a_replay_never_writes_where_the_evidence_is(dead, trainer):
-    with pytest.raises(ValueError, match=r"FlightRecorder.dirpath must be another than run_dir"):
+    with pytest.raises(
+        ValueError, match="dirpath of a callback must name a new or empty directory"
+    ):
         replay(trainer(Dies(6), directory=dead), ppo(), dead)
     with pytest.raises(ValueError, match="--ckpt_path must be a whole checkpoint before"):
         plan_replay(dead, ckpt_path=dead / "config.yaml")

@@ -23,7 +23,12 @@ from esper_lightning.forensics.replay import Verdict, judge
 from esper_lightning.recorder.flight_recorder import FlightRecorder
 from esper_lightning.recorder.profiling.window_profiler import WindowProfiler
 from esper_lightning.recorder.replay_watch import ReplayWatch
-from esper_lightning.replaying import ReplayPlan, plan_replay, replay_directory
+from esper_lightning.replaying import (
+    ReplayPlan,
+    plan_replay,
+    replay_directory,
+    require_new_directory,
+)
 from esper_lightning.training.failing_minibatch import examine_minibatch
 
 __all__ = ["STATUSES", "run"]
@@ -92,9 +97,7 @@ def _examine_minibatch(dead_run: Path) -> int:
 def _play(plan: ReplayPlan, dead_run: Path, given: Path | None) -> Verdict:
     """Start the run again, wait for its end, and print the verdict."""
     directory = replay_directory(dead_run) if given is None else given.absolute()
-    same = directory.resolve() == dead_run.resolve()
-    if same:
-        fail("--run_dir must be another directory than RUN_DIR: a replay leaves that as it is.")
+    require_new_directory("--run_dir", directory)
     start = f"the state after iteration {plan.begins}" if plan.start else "the beginning"
     count = max(1, plan.iteration - plan.begins)
     when = f"in iteration {plan.iteration}" if plan.iteration else "before the first iteration"

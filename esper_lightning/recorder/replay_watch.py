@@ -10,6 +10,7 @@ from typing import Any
 
 import torch
 from lightning.pytorch import LightningModule, Trainer
+from lightning.pytorch.callbacks import ModelCheckpoint
 from typing_extensions import override
 
 from esper_lightning.callbacks.directory_choice import WritesRun
@@ -30,7 +31,8 @@ class ReplayWatch(WritesRun):
     """Compares the rows of a replay as they come, keeps ``before.ckpt``, and ends the replay.
 
     The replay ends before the iteration that follows the failing one begins: evaluations and
-    callbacks after the failing iteration are part of the replay.
+    callbacks after the failing iteration are part of the replay. Every ``ModelCheckpoint`` writes
+    into the run directory of the replay, wherever it was told to.
 
     Args:
         run_dir: Run directory of the run that died, in which nothing is written.
@@ -74,10 +76,13 @@ class ReplayWatch(WritesRun):
 
     @override
     def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
-        """Say in the run directory what is replayed."""
+        """Say in the run directory what is replayed, and have checkpoints written there."""
         self.directory = open_run_directory(trainer, self)
         if self.directory is None or stage != "fit":
             return
+        for callback in trainer.checkpoint_callbacks:
+            if isinstance(callback, ModelCheckpoint):  # newer files of the user's may be elsewhere
+                callback.dirpath = str(RunLayout(self.directory).checkpoints)
         own, rank = self.record, trainer.global_rank
         self._new = RunLayout(self.directory).rank(rank).history
         if trainer.is_global_zero:
