@@ -16,6 +16,7 @@ from esper_lightning.callbacks.history import History
 from esper_lightning.callbacks.run_directory import end_run, run_directory
 from esper_lightning.core.errors import require
 from esper_lightning.envs.base import spec_name
+from esper_lightning.forensics.replay import BY_PROGRAM
 from esper_lightning.ppo.metrics import EVAL_RETURN
 from esper_lightning.recorder.flight_recorder import FlightRecorder
 from esper_lightning.train import begin_run, newest_run, run_callbacks, run_logger, run_plugins
@@ -54,6 +55,8 @@ class Trainer(lightning.pytorch.Trainer):
     ) -> None:
         require(run_dir != "", "Trainer.run_dir", "name a directory", run_dir)
         given = [callbacks] if isinstance(callbacks, Callback) else [*(callbacks or ())]
+        # ``config.yaml`` says that there are some: a replay by ``esper`` would be without them.
+        self._further = [type(c).__name__ for c in given if not isinstance(c, FlightRecorder)]
         plain = bool(kwargs.get("barebones") or kwargs.get("fast_dev_run"))
         if not kwargs.get("barebones"):
             kwargs["plugins"] = run_plugins(kwargs.get("plugins"), kwargs.get("strategy"))
@@ -104,6 +107,8 @@ class Trainer(lightning.pytorch.Trainer):
             refuse_trainer(self, model.settings)
             if not self.barebones:
                 config = yaml.safe_dump(settings, sort_keys=False)
+                if self._further:
+                    config = f"{BY_PROGRAM} {', '.join(self._further)}\n{config}"
                 begin_run(self, model.env, self._run_dir, config)
         try:
             with _calm():

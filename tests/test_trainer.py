@@ -4,15 +4,18 @@ import warnings
 
 import pytest
 import torch
-from lightning.pytorch import LightningModule
+from lightning.pytorch import Callback, LightningModule
 from lightning.pytorch.demos.boring_classes import BoringModel
 from lightning.pytorch.loggers import CSVLogger
 
 from esper_lightning import PPO, FlightRecorder, History, PPOConfig, Trainer
+from esper_lightning.cli.main import main
+from esper_lightning.cli.replay import _settings
 from esper_lightning.comparison.runs import read_run
 from esper_lightning.envs import CartPole
 from esper_lightning.forensics.files import read_json_lines
 from esper_lightning.forensics.layout import RunLayout
+from esper_lightning.replaying import plan_replay
 
 QUIET = {"accelerator": "cpu", "enable_progress_bar": False}
 
@@ -44,6 +47,28 @@ def test_a_run_has_all_that_esper_fit_leaves(tmp_path, capsys):
     assert layout.best_checkpoint.is_file()
     assert layout.last_checkpoint.is_file()
     assert len(read_json_lines(layout.rank(0).history)) == 3
+
+
+def test_a_command_replays_no_run_with_callbacks_of_the_program(tmp_path, capsys):
+    class Dies(Callback):
+        def on_train_batch_end(self, *args):
+            raise RuntimeError("injected")
+
+    for callbacks in ([FlightRecorder(watch=False), Dies()], [FlightRecorder(watch=False)]):
+        run_dir = tmp_path / f"run{len(callbacks)}"
+        broken = model()
+        broken.on_train_batch_end = Dies().on_train_batch_end
+        with pytest.raises(RuntimeError, match="injected"):
+            Trainer(callbacks=callbacks, run_dir=run_dir, **QUIET).fit(broken)
+    capsys.readouterr()
+    with pytest.raises(SystemExit) as caught:
+        main(["replay", "run2"])
+    assert caught.value.code == 2
+    out, err = capsys.readouterr()
+    assert (out, err.count("\n")) == ("", 1)
+    assert "got Dies. Call esper_lightning.replaying.replay(trainer, model, run_dir)." in err
+    settings = _settings(plan_replay(tmp_path / "run1"), tmp_path / "run1", tmp_path / "again")
+    assert settings["model"]["seed"] == 0
 
 
 def test_the_latest_run_is_resumed(tmp_path, capsys):

@@ -19,7 +19,7 @@ from esper_lightning.forensics.fingerprint import Fingerprint
 from esper_lightning.forensics.layout import RunLayout
 from esper_lightning.forensics.reading import printable, read_file
 from esper_lightning.forensics.remains import examine, first_failure, rank_folders
-from esper_lightning.forensics.replay import Verdict, judge
+from esper_lightning.forensics.replay import BY_PROGRAM, Verdict, judge
 from esper_lightning.recorder.flight_recorder import FlightRecorder
 from esper_lightning.recorder.profiling.window_profiler import WindowProfiler
 from esper_lightning.recorder.replay_watch import ReplayWatch
@@ -98,6 +98,7 @@ def _play(plan: ReplayPlan, dead_run: Path, given: Path | None) -> Verdict:
     """Start the run again, wait for its end, and print the verdict."""
     directory = replay_directory(dead_run) if given is None else given.absolute()
     require_new_directory("--run_dir", directory)
+    settings = _settings(plan, dead_run, directory)
     start = f"the state after iteration {plan.begins}" if plan.start else "the beginning"
     count = max(1, plan.iteration - plan.begins)
     when = f"in iteration {plan.iteration}" if plan.iteration else "before the first iteration"
@@ -110,7 +111,7 @@ def _play(plan: ReplayPlan, dead_run: Path, given: Path | None) -> Verdict:
     found = plan.first.fingerprint or Fingerprint()
     with tempfile.TemporaryDirectory(prefix="replay-") as folder:
         config = Path(folder, "config.yaml")
-        config.write_text(yaml.safe_dump(_settings(plan, dead_run, directory), sort_keys=False))
+        config.write_text(yaml.safe_dump(settings, sort_keys=False))
         status = subprocess.run(
             [sys.executable, "-m", "esper_lightning", "fit", "--config", str(config)],
             env=_environment(found, deep=plan.deep),
@@ -129,17 +130,28 @@ def _play(plan: ReplayPlan, dead_run: Path, given: Path | None) -> Verdict:
 
 
 def _settings(plan: ReplayPlan, dead_run: Path, directory: Path) -> dict[str, Any]:
-    """The config of the dead run, changed into that of its replay."""
+    """The config of the dead run, changed into that of its replay.
+
+    Raises:
+        ValueError: If the config is missing or damaged, or is not all that the run had.
+    """
+    hint = "Call esper_lightning.replaying.replay(trainer, model, run_dir)."
     try:
-        settings: Any = yaml.safe_load(read_file(RunLayout(dead_run).config))
+        content = read_file(RunLayout(dead_run).config)
+        settings: Any = yaml.safe_load(content)
     except (OSError, ValueError, yaml.YAMLError) as error:
-        hint = 'From Python: esper_lightning.replaying(trainer, model, "RUN_DIR").'
         message = f"RUN_DIR must hold the config.yaml of the run, got {str(dead_run)!r}. {hint}"
         raise ValueError(message) from error
-    if not isinstance(settings, dict):
-        raise ValueError(f"{RunLayout(dead_run).config} must be a mapping.")
-    settings = cast(dict[str, Any], settings)
-    trainer: dict[str, Any] = settings.setdefault("trainer", {})
+    first = content.partition(b"\n")[0].decode(errors="replace")
+    if first.startswith(BY_PROGRAM):
+        names = first.removeprefix(BY_PROGRAM).strip()
+        raise ValueError(
+            f"RUN_DIR must hold a run without callbacks of a program, got {names}. {hint}"
+        )
+    settings = cast(dict[str, Any], settings) if isinstance(settings, dict) else {}
+    if not all(isinstance(settings.get(name), dict) for name in ("model", "trainer")):
+        raise ValueError(f"{RunLayout(dead_run).config} must hold settings of model and trainer.")
+    trainer: dict[str, Any] = settings["trainer"]
     callbacks: Any = trainer.get("callbacks") or []
     listed = cast(list[Any], callbacks if isinstance(callbacks, list) else [callbacks])
     # The dead run may be a replay itself.

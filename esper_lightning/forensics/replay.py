@@ -18,7 +18,18 @@ from esper_lightning.forensics.remains import Remains, examine, first_failure
 from esper_lightning.forensics.report import CrashReport, ErrorReport
 from esper_lightning.forensics.room import write_json
 
-__all__ = ["ReplayRecord", "Verdict", "compared", "failing_iteration", "judge", "row_differences"]
+__all__ = [
+    "BY_PROGRAM",
+    "ReplayRecord",
+    "Verdict",
+    "compared",
+    "failing_iteration",
+    "judge",
+    "row_differences",
+]
+
+BY_PROGRAM = "# A program started this run, with callbacks of its own:"
+"""Begin of the first line of a ``config.yaml`` that does not hold all callbacks of the run."""
 
 Outcome = Literal["reproduced", "did not happen again", "different"]
 _OF_TIME = re.compile(
