@@ -31,7 +31,7 @@ from esper_lightning.recorder.profiling.window_profiler import WindowProfiler
 from esper_lightning.recorder.replay_watch import ReplayWatch
 from esper_lightning.training.checkpoint.content import STATE_KEY
 from esper_lightning.training.checkpoint.files import read_checkpoint
-from esper_lightning.training.checkpoint.kept import KeptState, latest_state
+from esper_lightning.training.checkpoint.kept import KeptState, iteration_in, latest_state
 
 __all__ = ["ReplayPlan", "plan_replay", "replay", "replay_directory", "require_new_directory"]
 
@@ -116,12 +116,12 @@ def plan_replay(run_dir: Path, *, ckpt_path: Path | None = None, deep: bool = Fa
     iteration = failing_iteration(first)
     if ckpt_path is not None:
         begins = _iteration_of(ckpt_path)
-        rule = f"be a whole checkpoint before iteration {iteration}"
+        rule = f"be a checkpoint of all ranks before iteration {iteration}"
         fits = begins is not None and begins < iteration
         require(fits, "--ckpt_path", rule, str(ckpt_path))
         starts = {ckpt_path: begins or 0}
     else:
-        found = ((path, _iteration_of(path)) for path in _candidates(run_dir, first))
+        found = ((path, _usable(path)) for path in _candidates(run_dir, first))
         starts = {path: n for path, n in found if n is not None and n < iteration}
         kept = latest_state(run_dir, before=iteration)
         if kept is not None and kept.iteration > max(starts.values(), default=0):
@@ -185,20 +185,33 @@ def _candidates(run_dir: Path, first: Remains) -> Iterator[Path]:
             yield before
 
 
-def _iteration_of(path: Path) -> int | None:
-    """Number of finished iterations in a checkpoint; ``None`` if a replay cannot start from it."""
+def _usable(path: Path) -> int | None:
+    """As ``_iteration_of``; ``None``, with a warning, also for a file that is refused."""
     try:
-        checkpoint = read_checkpoint(path)
+        return _iteration_of(path)
     except (ValueError, OSError) as error:
         _log.warning("%s is not used: %s", path, error)
         return None
-    state = checkpoint.get(STATE_KEY)
-    if state is None:
-        return checkpoint.get("global_step")
-    ranks: dict[int, Any] = state.get("ranks", {})
-    whole = len(ranks) == state.get("world_size")
+
+
+def _iteration_of(path: Path) -> int | None:
+    """Number of finished iterations in a checkpoint; ``None`` if it lacks environments.
+
+    Raises:
+        ValueError: If the file is no whole checkpoint, or its content is not that of a run.
+    """
+    checkpoint = read_checkpoint(path)
+    try:
+        iteration = iteration_in(checkpoint)
+    except ValueError as error:
+        message = f"ckpt_path must name a checkpoint of a run, got {str(path)!r}. {error}"
+        raise ValueError(message) from error
+    if STATE_KEY not in checkpoint:
+        return iteration
+    ranks: dict[int, Any] = checkpoint[STATE_KEY]["ranks"]
+    whole = 0 < len(ranks) == checkpoint[STATE_KEY]["world_size"]
     has_envs = whole and all(rank["env"] is not None for rank in ranks.values())
-    return state.get("iteration") if has_envs else None
+    return iteration if has_envs else None
 
 
 def replay(

@@ -213,10 +213,23 @@ def test_checkpoints_of_a_replay_replace_none_of_the_user(dead, trainer, tmp_pat
     assert [path.read_text() for path in mine.iterdir()] == ["newer"]
 
 
+@pytest.mark.parametrize("content", [{"iteration": "5"}, [5], {"ranks": {0: 5}}])
+def test_a_checkpoint_with_wrong_content_is_not_used(dead, content, caplog):
+    path = RunLayout(dead).checkpoints / "wrong.ckpt"
+    checkpoint = torch.load(RunLayout(dead).last_checkpoint, weights_only=True)
+    own = checkpoint["esper_lightning"]
+    wrong = own | content if isinstance(content, dict) else content
+    torch.save(checkpoint | {"esper_lightning": wrong}, path)
+    assert plan_replay(dead).start == RunLayout(dead).last_checkpoint
+    assert [str(path) in record.getMessage() for record in caplog.records] == [True]
+    with pytest.raises(ValueError, match="ckpt_path must name a checkpoint of a run, got"):
+        plan_replay(dead, ckpt_path=path)
+
+
 def test_a_replay_never_writes_where_the_evidence_is(dead, trainer):
     with pytest.raises(
         ValueError, match="dirpath of a callback must name a new or empty directory"
     ):
         replay(trainer(Dies(6), directory=dead), ppo(), dead)
-    with pytest.raises(ValueError, match="--ckpt_path must be a whole checkpoint before"):
+    with pytest.raises(ValueError, match="ckpt_path must name an existing checkpoint"):
         plan_replay(dead, ckpt_path=dead / "config.yaml")

@@ -3,14 +3,20 @@
 ``recorder.state_keeper`` writes them; a run that was killed is resumed from there.
 """
 
+import logging
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, NamedTuple, cast
 
 from esper_lightning.forensics.layout import RankLayout, RunLayout
-from esper_lightning.training.checkpoint.content import STATE_KEY
+from esper_lightning.training.checkpoint.content import STATE_KEY, find_misfit
 from esper_lightning.training.checkpoint.files import read_checkpoint
 
-__all__ = ["KeptState", "latest_state"]
+__all__ = ["KeptState", "iteration_in", "latest_state"]
+
+_log = logging.getLogger(__name__)
+_STATE: dict[str, Any] = {"iteration": int, "world_size": int, "ranks": dict, "*": object}
+_RANK: dict[str, Any] = {"env": object, "*": object}
 
 
 class KeptState(NamedTuple):
@@ -31,9 +37,12 @@ def latest_state(directory: Path, *, before: int | None = None) -> KeptState | N
     """
     layout = RunLayout(directory)
     states = [_states_of(layout.rank(0))]
-    known = [state[STATE_KEY] for state in states[0].values() if STATE_KEY in state]
-    world_size = cast(int, known[0]["world_size"]) if known else 1
-    states += [_states_of(layout.rank(rank)) for rank in range(1, world_size)]
+    world_size = max(map(_world_size, states[0].values()), default=1)
+    for rank in range(1, world_size):
+        if not layout.rank(rank).directory.is_dir():
+            return None
+        states.append(_states_of(layout.rank(rank)))
+    states = [{n: c for n, c in each.items() if _world_size(c) == world_size} for each in states]
     common = set[int].intersection(*(set(of_rank) for of_rank in states))
     iteration = max((n for n in common if before is None or n < before), default=None)
     if iteration is None:
@@ -44,6 +53,32 @@ def latest_state(directory: Path, *, before: int | None = None) -> KeptState | N
     return KeptState(iteration, checkpoint)
 
 
+def iteration_in(checkpoint: Mapping[str, Any]) -> int:
+    """Number of finished iterations that a checkpoint follows.
+
+    Raises:
+        ValueError: If the counters, or the states of ranks, are not such as a run writes.
+    """
+    if STATE_KEY not in checkpoint:
+        count = checkpoint.get("global_step")
+        misfit = find_misfit(count, int, "global_step")
+    else:
+        state = checkpoint[STATE_KEY]
+        misfit = find_misfit(state, _STATE, STATE_KEY)
+        count = None if misfit else state["iteration"]
+        ranks: dict[Any, Any] = {} if misfit else state["ranks"]
+        for rank, own in ranks.items():
+            misfit = misfit or find_misfit(rank, int, f"a key of {STATE_KEY}.ranks")
+            misfit = misfit or find_misfit(own, _RANK, f"{STATE_KEY}.ranks.{rank}")
+    if misfit:
+        raise ValueError(f"Its content must be that of a run: {misfit}.")
+    return cast(int, count)
+
+
+def _world_size(checkpoint: Mapping[str, Any]) -> int:
+    return checkpoint.get(STATE_KEY, {}).get("world_size", 1)
+
+
 def _states_of(files: RankLayout) -> dict[int, dict[str, Any]]:
     """The states of one rank by their iterations, without one that a kill has torn."""
     found: dict[int, dict[str, Any]] = {}
@@ -52,6 +87,8 @@ def _states_of(files: RankLayout) -> dict[int, dict[str, Any]]:
             checkpoint = read_checkpoint(path)
         except (ValueError, OSError):
             continue
-        own = checkpoint.get(STATE_KEY, {})
-        found[own.get("iteration", checkpoint.get("global_step"))] = checkpoint
+        try:
+            found[iteration_in(checkpoint)] = checkpoint
+        except ValueError as error:
+            _log.warning("%s is not used: %s", path, error)
     return found

@@ -18,7 +18,7 @@ def ranks(tmp_path):
         files = layout.rank(rank)
         files.directory.mkdir()
         for path, iteration in zip(files.states, iterations, strict=True):
-            state = {"iteration": iteration, "world_size": 2, "ranks": {rank: iteration}}
+            state = {"iteration": iteration, "world_size": 2, "ranks": {rank: {"env": iteration}}}
             torch.save({STATE_KEY: state}, path)
     return layout
 
@@ -26,7 +26,7 @@ def ranks(tmp_path):
 def test_ranks_are_joined_at_the_latest_iteration_that_all_have(ranks):
     found = latest_state(ranks.directory)
     assert found.iteration == 7
-    assert found.checkpoint[STATE_KEY]["ranks"] == {0: 7, 1: 7}
+    assert found.checkpoint[STATE_KEY]["ranks"] == {0: {"env": 7}, 1: {"env": 7}}
 
 
 def test_there_is_no_state_before_the_earliest_that_all_have(ranks):
@@ -38,6 +38,36 @@ def test_without_the_states_of_a_rank_there_is_none(ranks):
         path.unlink()
     assert latest_state(ranks.directory) is None
     assert latest_state(ranks.directory / "elsewhere") is None
+
+
+WRONG = {
+    "an iteration": {"iteration": "7"},
+    "no iteration": {"iteration": None},
+    "iterations": {"iteration": [7]},
+    "ranks": {"ranks": [7]},
+    "a rank": {"ranks": {0: 5}},
+    "no environments": {"ranks": {0: {}}},
+    "the size": {"world_size": "1"},
+}
+
+
+@pytest.mark.parametrize("name", [*WRONG, "all"])
+def test_what_no_run_has_written_is_not_used(tmp_path, caplog, name):
+    files = RunLayout(tmp_path).rank(0)
+    files.directory.mkdir()
+    state = {"iteration": 7, "world_size": 1, "ranks": {0: {"env": 1}}}
+    torch.save({STATE_KEY: {**state, "iteration": 6}}, files.states[0])
+    torch.save({STATE_KEY: [7] if name == "all" else state | WRONG[name]}, files.states[1])
+    assert latest_state(tmp_path).iteration == 6
+    assert [str(files.states[1]) in r.getMessage() for r in caplog.records] == [True]
+
+
+def test_a_state_of_more_ranks_than_there_are_is_not_used(tmp_path):
+    files = RunLayout(tmp_path).rank(0)
+    files.directory.mkdir()
+    state = {"iteration": 7, "world_size": 10**17, "ranks": {0: {"env": 1}}}
+    torch.save({STATE_KEY: state}, files.states[0])
+    assert latest_state(tmp_path) is None
 
 
 @pytest.mark.parametrize("share", [0.0, 0.001, 0.5, 0.999])
