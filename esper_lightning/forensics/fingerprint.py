@@ -51,8 +51,8 @@ _MOST_RECORD_BYTES = 1 << 20
 _LONGEST = 300  # characters of a variable or an argument
 _HIDDEN = "(hidden)"
 _SECRET = re.compile(
-    r"token|secret|passw|passphrase|credential|apikey|cookie|signature|private"
-    r"|(?<![a-z])(key|keys|auth|pwd|pat|sas|dsn)(?![a-z])",
+    r"token|secret|passw|passphrase|credential|apikey|cookie|signature|private|authorization"
+    r"|(?<![a-z])(key|keys|auth|pwd|pat|sas|dsn|sig|bearer)(?![a-z])",
     re.IGNORECASE,
 )
 _KNOWN_SECRET = re.compile(  # texts that are a secret by themselves
@@ -60,7 +60,8 @@ _KNOWN_SECRET = re.compile(  # texts that are a secret by themselves
     r"|AKIA[0-9A-Z]{12,}|eyJ[\w-]{8,}\.[\w-]+\.[\w-]*|\b[0-9a-f]{40}\b(?=$|[\"',}\s])"
 )
 _WITH_PASSWORD = re.compile(r"(?<=://)[^/@\s]+(?=@)")
-_NAMED_VALUE = re.compile(r"""(["']?)([\w.-]+)\1(\s*[:=]\s*)("[^"]*"|'[^']*'|[^\s,{}\[\]]+)""")
+_WITH_VALUE = re.compile(r"[=:\s]")  # a text that may hold a name and its value
+_OPTION = re.compile(r"--?[\w.-]+\+?=")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -176,24 +177,25 @@ def is_secret(name: str) -> bool:
 
 
 def without_secrets(text: str) -> str:
-    """A text with secrets replaced: passwords in addresses, known tokens, and named values."""
+    """A text with secrets replaced: passwords in addresses, and known tokens.
 
-    def hide(found: re.Match[str]) -> str:
-        quote, name, between, value = found.groups()
-        shown = _HIDDEN if is_secret(name) else value
-        return f"{quote}{name}{quote}{between}{shown}"
-
-    text = _WITH_PASSWORD.sub(_HIDDEN, text)
-    return _KNOWN_SECRET.sub(_HIDDEN, _NAMED_VALUE.sub(hide, text))
+    A text with a value and, anywhere in it, the name of a secret is hidden as a whole, but for the
+    option that it may begin with: how far the value of that name extends is not known.
+    """
+    if is_secret(text) and _WITH_VALUE.search(text):
+        option = _OPTION.match(text)
+        return f"{option[0] if option else ''}{_HIDDEN}"
+    return _KNOWN_SECRET.sub(_HIDDEN, _WITH_PASSWORD.sub(_HIDDEN, text))
 
 
 def _without_secrets_of_options(words: Sequence[str]) -> Iterator[str]:
-    """The words of a command line; the word after an option that names a secret is hidden."""
+    """The words of a command line; those between the name of a secret and an option are hidden."""
     hides = False
     for word in words:
         is_option = word.startswith("-")
-        yield _HIDDEN if hides and not is_option else _cut(without_secrets(word))
-        hides = is_option and "=" not in word and is_secret(word)
+        hides = hides and not is_option
+        yield _HIDDEN if hides else _cut(without_secrets(word))
+        hides |= is_secret(word) and (is_option or _WITH_VALUE.search(word) is not None)
 
 
 def _cut(text: str) -> str:
@@ -256,7 +258,8 @@ def _changes_of(repository: Path) -> "_Changes":
 class _Changes:
     """What ``git diff HEAD`` prints, while other things are found out.
 
-    Git writes nothing, and starts no program that a repository may configure.
+    Git writes nothing, and starts no program that a repository may configure: files are compared
+    without its filters.
 
     Args:
         repository: Folder of the repository.
@@ -264,32 +267,58 @@ class _Changes:
 
     def __init__(self, repository: Path) -> None:
         self._end = time.monotonic() + _GIT_S
+        self._repository = repository
+        names = self._filters()
         self._process: subprocess.Popen[bytes] | None = None
-        words = ["git", "-c", "core.fsmonitor=false", "diff", "--no-ext-diff", "--no-textconv"]
+        if names is not None:
+            unset = ("clean=", "process=", "required=false")
+            filters = [f"filter.{name}.{each}" for name in names for each in unset]
+            words = [w for each in ("core.fsmonitor=false", *filters) for w in ("-c", each)]
+            words += ["diff", "--no-ext-diff", "--no-textconv", "--no-color", "HEAD", "--"]
+            self._process = self._start(words)
+
+    def _start(self, words: Sequence[str]) -> "subprocess.Popen[bytes] | None":
         variables = {"GIT_OPTIONAL_LOCKS": "0", "GIT_TERMINAL_PROMPT": "0"}
         with contextlib.suppress(OSError):  # there is no git
-            self._process = subprocess.Popen(
-                [*words, "--no-color", "HEAD", "--"],
-                cwd=repository,
+            return subprocess.Popen(
+                ["git", *words],
+                cwd=self._repository,
                 env=os.environ | variables,
                 stdin=subprocess.DEVNULL,
                 stdout=subprocess.PIPE,
                 stderr=subprocess.DEVNULL,
             )
+        return None
+
+    def _filters(self) -> set[str] | None:
+        """Names of the filters that git knows; ``None`` if git took too long or failed."""
+        process = self._start(["config", "--null", "--name-only", "--get-regexp", "^filter[.]"])
+        found = None if process is None else self._output(process, (0, 1))  # 1: there are none
+        if found is None:
+            return None
+        keys = [os.fsdecode(key) for key in found.split(b"\0") if key]
+        if any("=" in key for key in keys):  # ``git -c`` ends the name there
+            return None
+        return {key.removeprefix("filter.").rpartition(".")[0] for key in keys}
 
     @functools.cached_property
     def digest(self) -> str | None:
         """Hash of the changes; empty without any, and ``None`` if git took too long or failed."""
         if self._process is None:
             return None
-        with self._process as process:
+        content = self._output(self._process, (0,))
+        if not content:
+            return None if content is None else ""
+        return hashlib.blake2b(content, digest_size=6).hexdigest()
+
+    def _output(self, process: "subprocess.Popen[bytes]", statuses: Sequence[int]) -> bytes | None:
+        """What git prints; ``None`` if it took too long, or ended with another status."""
+        with process:
             content = self._read(process)
             if content is None:
                 process.kill()
                 return None
-            failed = process.wait() != 0
-        digest = hashlib.blake2b(content, digest_size=6).hexdigest() if content else ""
-        return None if failed else digest
+            return content if process.wait() in statuses else None
 
     def _read(self, process: "subprocess.Popen[bytes]") -> bytes | None:
         assert process.stdout is not None
