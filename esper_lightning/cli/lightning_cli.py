@@ -35,7 +35,7 @@ from esper_lightning.cli.settings import SettingsParser
 from esper_lightning.cli.start_of_run import find_start
 from esper_lightning.cli.trainer import EsperTrainer
 from esper_lightning.core.errors import require
-from esper_lightning.core.paths import requires_folder
+from esper_lightning.core.paths import require_output, requires_folder
 from esper_lightning.core.ranks import RanksDisagreeError
 from esper_lightning.envs.base import ReadsData
 from esper_lightning.train import begin_run, newest_run, run_logger, run_plugins
@@ -291,9 +291,9 @@ class EsperCLI(LightningCLI):
     def bench(self, **kwargs: Any) -> None:
         """Have ``execute`` measure; Lightning calls this method by the name of the command."""
         output: Path | None = kwargs["output"]
-        with requires_folder("--output", output):
-            if output is not None:
-                output.touch()
+        if output is not None:
+            begins = rb'\s*\{\s*"machine": '
+            kwargs["output"] = require_output("--output", output, "file of esper bench", begins)
         self._start = lambda: cast(EsperTrainer, self.trainer).bench(**kwargs)
 
     def execute(self) -> None:

@@ -17,6 +17,7 @@ from torch import Tensor
 from esper_lightning.cli.errors import CommandParser, fail
 from esper_lightning.cli.mistakes import settings_come_first
 from esper_lightning.cli.pages.elements import element, page
+from esper_lightning.core.errors import require
 from esper_lightning.core.shapes import UInt8
 from esper_lightning.envs.base import built_env, spec_name
 from esper_lightning.training.checkpoint.states import checkpoint_at
@@ -26,6 +27,7 @@ from esper_lightning.training.video import Frame, frames_of, rendering_env
 __all__ = ["png", "run"]
 
 _BOUNDARY = b"frame"
+_MOST_SEED = 2**32 - 1
 _RATE = 30.0  # frames a second of environments that do not say
 
 
@@ -39,6 +41,8 @@ def run(arguments: list[str]) -> None:
     parser.add_argument("--seed", type=int, default=0, help="seed of the episodes (%(default)s)")
     options = parser.parse_args(arguments)
     with settings_come_first():
+        fits = 0 <= options.seed <= _MOST_SEED
+        require(fits, "--seed", f"be an integer from 0 to {_MOST_SEED}", options.seed)
         path = checkpoint_at(options.ckpt_path)
         model = PPO.load_from_checkpoint(path, map_location="cpu", extensions=())
         spec = rendering_env(model.env, 1)

@@ -6,6 +6,7 @@ from pathlib import Path
 from lightning.pytorch import Trainer
 from typing_extensions import override
 
+from esper_lightning.forensics.files import write_atomically
 from esper_lightning.speed import measure_speed, speed_as_data, speed_table
 from esper_lightning.training.checkpoint.states import keep_own_extensions, load_checkpoint
 from esper_lightning.training.module import PPO
@@ -88,4 +89,5 @@ class EsperTrainer(Trainer):
         found = measure_speed(settings, accelerator=accelerator, num_envs=num_envs, seconds=seconds)
         print(speed_table(found, settings))
         if output is not None:
-            output.write_text(json.dumps(speed_as_data(found, settings), indent=1) + "\n")
+            content = json.dumps(speed_as_data(found, settings), indent=1) + "\n"
+            write_atomically(output, content.encode())

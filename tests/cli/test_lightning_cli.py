@@ -54,6 +54,15 @@ pytestmark = pytest.mark.filterwarnings(
 )
 
 
+def test_a_measurement_replaces_no_other_file(capsys):
+    Path("notes").write_text("mine")
+    with pytest.raises(SystemExit) as caught:
+        main(["bench", "--config", CARTPOLE, "--output", "notes"])
+    assert (caught.value.code, Path("notes").read_text()) == (2, "mine")
+    err = capsys.readouterr().err
+    assert "--output must name a new file or an earlier file of esper bench, got 'notes'." in err
+
+
 @pytest.fixture(autouse=True)
 def _in_a_folder_of_its_own(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)

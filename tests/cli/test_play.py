@@ -50,6 +50,14 @@ def test_other_paths_are_not_there(address):
     caught.value.close()
 
 
+def test_a_seed_that_no_generator_takes_is_one_line(capsys):
+    with pytest.raises(SystemExit) as caught:
+        main(["play", "--ckpt_path", "x", "--seed", "9" * 30])
+    assert caught.value.code == 2
+    err = capsys.readouterr().err
+    assert (err.count("\n"), "--seed must be an integer from 0 to" in err) == (1, True)
+
+
 def test_no_checkpoint_is_one_line(tmp_path, capsys):
     with pytest.raises(SystemExit) as caught:
         main(["play", "--ckpt_path", json.dumps(str(tmp_path))])
