@@ -37,6 +37,7 @@ STATUSES = {"reproduced": 0, "did not happen again": 3, "different": 4}
 """Exit status of the command for each verdict."""
 
 _RESTORED = ("OMP_", "MKL_", "KMP_", "CUBLAS_", "TORCH_", "XLA_", "PYTHONHASHSEED")
+_MISTAKE = 2  # exit status of the commands for settings that are refused
 _REPORT_S = 5.0  # that the second process of a rank may take for the report
 _EPILOG = """exit status:
   0  reproduced: the same error, in the same iteration, at the same line
@@ -72,6 +73,8 @@ def run(arguments: list[str]) -> None:
     try:
         if options.minibatch:
             sys.exit(_examine_minibatch(dead_run))
+        if options.run_dir is not None:
+            require_new_directory("--run_dir", options.run_dir)
         _wait_for_report(dead_run)
         plan = plan_replay(dead_run, ckpt_path=options.ckpt_path, deep=options.deep)
         if plan.deep and plan.begins < plan.iteration - 1:
@@ -97,7 +100,6 @@ def _examine_minibatch(dead_run: Path) -> int:
 def _play(plan: ReplayPlan, dead_run: Path, given: Path | None) -> Verdict:
     """Start the run again, wait for its end, and print the verdict."""
     directory = replay_directory(dead_run) if given is None else given.absolute()
-    require_new_directory("--run_dir", directory)
     settings = _settings(plan, dead_run, directory)
     start = f"the state after iteration {plan.begins}" if plan.start else "the beginning"
     count = max(1, plan.iteration - plan.begins)
@@ -119,6 +121,8 @@ def _play(plan: ReplayPlan, dead_run: Path, given: Path | None) -> Verdict:
             check=False,
         ).returncode
     if not RunLayout(directory).replay.exists():
+        if status == _MISTAKE:  # the process has said in a line what it is
+            sys.exit(status)
         raise ValueError(f"The run must start again, got exit status {status} before it had begun.")
     if status:
         _wait_for_report(directory)

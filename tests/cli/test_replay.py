@@ -1,0 +1,60 @@
+"""Mistakes in the words of ``esper replay`` are one line, and start no run."""
+
+import subprocess
+from pathlib import Path
+
+import pytest
+import torch
+
+from esper_lightning.cli.main import main
+from esper_lightning.forensics.layout import RunLayout
+
+RUNS = Path(__file__).parents[1] / "fixtures" / "runs"
+
+
+@pytest.fixture
+def dead(tmp_path) -> Path:
+    """A run that died before its first iteration, with a config."""
+    files = RunLayout(tmp_path / "run").rank(0)
+    files.directory.mkdir(parents=True)
+    for path in (RUNS / "terminated" / "rank0").iterdir():
+        (files.directory / path.name).write_bytes(path.read_bytes())
+    RunLayout(tmp_path / "run").config.write_text("model: {}\ntrainer: {}\n")
+    return tmp_path / "run"
+
+
+def said(capsys, *words: object) -> tuple[str, str]:
+    with pytest.raises(SystemExit) as caught:
+        main(["replay", *map(str, words)])
+    assert caught.value.code == 2
+    return capsys.readouterr()
+
+
+def test_a_mistake_is_one_line(dead, tmp_path, capsys):
+    (tmp_path / "text.ckpt").write_text("no checkpoint")
+    torch.save({"esper_lightning": {"iteration": "1"}}, tmp_path / "wrong.ckpt")
+    (tmp_path / "used").mkdir()
+    (tmp_path / "used" / "file").touch()
+    words = {
+        "RUN_DIR must hold a run that died": (RUNS / "cartpole",),
+        "RUN_DIR must": (tmp_path / "nothing",),
+        "ckpt_path must name a whole checkpoint": (dead, "--ckpt_path", tmp_path / "text.ckpt"),
+        "ckpt_path must name a checkpoint of": (dead, "--ckpt_path", tmp_path / "wrong.ckpt"),
+        "--run_dir must name a new or empty": (dead, "--run_dir", tmp_path / "used"),
+    }
+    for text, given in words.items():
+        out, err = said(capsys, *given)
+        assert (out, err.count("\n"), text in err) == ("", 1, True), err
+
+
+@pytest.mark.parametrize("content", ["model: 3", "- 1", "model: {}\ntrainer:", "a: ["])
+def test_a_damaged_config_is_one_line(dead, capsys, content):
+    RunLayout(dead).config.write_text(content)
+    out, err = said(capsys, dead)
+    assert (out, err.count("\n")) == ("", 1)
+
+
+def test_what_the_run_refuses_is_said_by_it_alone(dead, capsys, monkeypatch):
+    done = subprocess.CompletedProcess([], 2)
+    monkeypatch.setattr(subprocess, "run", lambda *_, **__: done)
+    assert said(capsys, dead)[1] == ""
