@@ -14,6 +14,7 @@ from typing import Any, cast
 import yaml
 
 from esper_lightning.cli.errors import CommandParser, fail, local_path
+from esper_lightning.cli.mistakes import settings_come_first
 from esper_lightning.forensics import sidecar
 from esper_lightning.forensics.fingerprint import Fingerprint
 from esper_lightning.forensics.layout import RunLayout
@@ -92,7 +93,8 @@ def _examine_minibatch(dead_run: Path) -> int:
     layout = RunLayout(dead_run)
     ranks = [layout.rank(rank) for rank in rank_folders(dead_run)]
     left = [files for files in ranks if files.bad_minibatch.exists()]
-    finding = examine_minibatch((left or [layout.rank(0)])[0])
+    with settings_come_first():
+        finding = examine_minibatch((left or [layout.rank(0)])[0])
     print("\n".join(map(printable, finding.lines)), flush=True)
     return STATUSES["reproduced" if finding.found else "did not happen again"]
 

@@ -54,6 +54,15 @@ def test_a_damaged_config_is_one_line(dead, capsys, content):
     assert (out, err.count("\n")) == ("", 1)
 
 
+@pytest.mark.parametrize("content", [{}, {"advantage": 3}, "text"])
+def test_a_minibatch_with_wrong_content_is_one_line(dead, capsys, content):
+    path = RunLayout(dead).rank(0).bad_minibatch
+    torch.save(content, path)
+    torch.save({"state_dict": [3]}, RunLayout(dead).rank(0).crash_checkpoint)
+    out, err = said(capsys, dead, "--minibatch")
+    assert (out, err.count("\n")) == ("", 1)
+
+
 def test_what_the_run_refuses_is_said_by_it_alone(dead, capsys, monkeypatch):
     done = subprocess.CompletedProcess([], 2)
     monkeypatch.setattr(subprocess, "run", lambda *_, **__: done)
