@@ -28,7 +28,6 @@ BY_THEMES = ("cli/project", "compiling/native", "envs")
 TESTED_ELSEWHERE = {
     "__main__.py": "cli/test_main.py starts it",
     "callbacks/window_profiler.py": "it is the former place of recorder/profiling/window_profiler",
-    "cli/replay.py": "crash/test_replay.py has it as a command",
     "compiling/stepwise.py": "training/test_cuda.py has it on a GPU",
     "compiling/tracing.py": "compiling/native has it in every test",
     "core/shapes.py": "its annotations are checked in every test",
