@@ -41,7 +41,8 @@ class Transition(NamedTuple):
 class Task(Protocol):
     """A spec that also holds the equations: pure functions that keep the dtype of the state.
 
-    States are of a floating dtype. No method writes into its arguments; ``observe`` may return the state itself.
+    States are of a floating dtype. No method writes into its arguments; ``observe`` may return the
+    state itself.
     """
 
     @property

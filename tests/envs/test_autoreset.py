@@ -412,7 +412,7 @@ class Unchecked(AutoresetEnv):
     [
         ("no time", r"sample_states\(\) must return states \[T, B, S\], .*, got \[2, 4\]"),
         ("an axis more", r"sample_states\(\) must return states .*, got \[1, 2, 4, 1\]"),
-        ("whole numbers", r"sample_states\(\) must return floating states, got torch.int64$"),
+        ("whole numbers", r"sample_states\(\) must return floating states, got torch.int64"),
         ("the state", r"advance\(\) must return a Transition, got tensor"),
         ("less state", r"advance\(\).state must have shape \[2, 4\], got \[2, 3\]"),
         ("one reward", r"advance\(\).reward must have shape \[2\], got \[\]"),
