@@ -35,7 +35,12 @@ MODULES = {
     "benchmarks/peers/sb3.py": "benchmarks/contenders.py",
     "benchmarks/peers/skrl_peer.py": "benchmarks/contenders.py",
     "benchmarks/zoo_peer.py": "benchmarks/zoo.py",
+    "scripts/docs_site.py": "mkdocs.yml",
 }
+IN_PLACE_OF_TORCHRUN = """#!/bin/sh
+echo "$@" > torchrun.said
+exit 1
+"""
 IN_PLACE_OF_SRUN = """#!/bin/sh
 echo "$@" > srun.said
 [ -e quick ] && exit 3
@@ -121,10 +126,31 @@ def one_mutant(path: Path, folder: Path) -> None:
     assert done.stdout.splitlines()[-1] == "1 killed, 0 alive, 0 equivalent"
 
 
+def on_hosts(path: Path, folder: Path) -> None:
+    """torchrun starts ``esper fit``; where another start is of no use, the status says so."""
+    for program, text in (("torchrun", IN_PLACE_OF_TORCHRUN), ("esper", "#!/bin/sh\nexit 65\n")):
+        (folder / program).write_text(text)
+        (folder / program).chmod(0o755)
+    variables = {"PATH": f"{folder}:{os.environ['PATH']}", "RANKS": "2", "NODES": "2"}
+    command = ["bash", str(path), "--config", str(ROOT / "configs" / "cartpole.yaml")]
+    assert run(command, folder, **variables).returncode == 65
+    assert wrong(f"torchrun {(folder / 'torchrun.said').read_text()}") is None
+
+
+def by_its_own_test(path: Path, folder: Path) -> None:
+    """A script that takes long is read here; ``tests/scripts`` has a test of its own of it."""
+    reads = ["bash", "-n"] if path.suffix == ".sh" else [sys.executable, "-m", "py_compile"]
+    assert run([*reads, str(path)], folder).returncode == 0
+
+
 TOOLS = {
     "scripts/ab.py": dry,
+    "scripts/gpu_check.py": by_its_own_test,
+    "scripts/gpu_check.sh": by_its_own_test,
     "scripts/mutants.py": one_mutant,
     "scripts/slurm.sh": on_a_cluster,
+    "scripts/torchrun.sh": on_hosts,
+    "scripts/try_wheel.sh": by_its_own_test,
 }
 
 

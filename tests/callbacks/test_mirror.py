@@ -199,10 +199,10 @@ def test_wherever_the_address_was_given(make_trainer, memory, tmp_path, where):
 
 
 def test_the_table_of_a_csv_logger_is_at_its_address(make_trainer, memory, tmp_path):
-    logger = CSVLogger("memory://b", name="n", version="run", flush_logs_every_n_steps=1)
+    logger = CSVLogger("memory://table", name="n", version="run", flush_logs_every_n_steps=1)
     trainer = run(make_trainer, FlightRecorder(watch=False), logger=logger)
-    assert run_directory(trainer) == tmp_path / "runs" / "memory" / "b" / "n" / "run"
-    assert memory.cat_file("/b/n/run/metrics.csv").startswith(b"epoch,loss")
+    assert run_directory(trainer) == tmp_path / "runs" / "memory" / "table" / "n" / "run"
+    assert memory.cat_file("/table/n/run/metrics.csv").startswith(b"epoch,loss")
     assert not [path for path in memory.store if "memory:" in path]
 
 

@@ -590,7 +590,7 @@ OTHERS = {
     "crash none": "RUN_DIR must hold rank folders (rank0, ...), got 'none'.",
     "crash file": "RUN_DIR must hold rank folders (rank0, ...), got 'file'.",
     "crash folder": "RUN_DIR must hold rank folders (rank0, ...), got 'folder'.",
-    "crash folder file": "unrecognized arguments: file",
+    "crash folder file": "RUN_DIR must hold rank folders (rank0, ...), got 'folder'.",
     "crash folder --jsn": "unrecognized arguments: --jsn. The nearest is '--json'.",
     "crash 'a\0b'": "RUN_DIR must hold rank folders",
     f"crash {LONG}": "File name too long",

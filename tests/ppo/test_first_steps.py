@@ -165,7 +165,7 @@ class Overwrites(cases.Walk):
         (cases.OneMore, "num_envs must equal 9, as built, got 8."),
         (
             lambda num_envs: None,
-            "members must be reset, step, state_dict, load_state_dict, got",
+            "build() must return an environment, got None",
         ),
     ],
 )

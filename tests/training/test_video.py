@@ -20,6 +20,10 @@ from esper_lightning.training.video import (
     rendering_env,
 )
 
+# imageio-ffmpeg leaves the pipes of its process to the garbage collector.
+pytestmark = pytest.mark.filterwarnings(
+    "ignore::ResourceWarning", "ignore::pytest.PytestUnraisableExceptionWarning"
+)
 CPU = torch.device("cpu")
 SMALL = PPOConfig(rollout_steps=8, minibatches=1, epochs=1)
 
