@@ -12,6 +12,7 @@ from torch import Tensor
 from torch._ops import OpOverload
 from torch.multiprocessing.reductions import StorageWeakRef
 
+from esper_lightning.compiling.purity import unchanged
 from esper_lightning.core.errors import require
 from esper_lightning.core.tensor_trees import leaves, map_tree, rebuild
 
@@ -54,6 +55,10 @@ class Traced:
         example: Arguments of the shapes that the graph will serve.
         functional: Whether operations in place become operations that return new tensors.
 
+    Raises:
+        ImpureError: If the trace has changed an attribute of what the function holds. The attribute
+            has been restored, so that no tensor without numbers is left in it.
+
     Attributes:
         graph: Function from the tensors of the arguments to the tensors of the result.
         result: Result of the function, as a tree of tensors on the meta device.
@@ -75,7 +80,7 @@ class Traced:
             return [_fresh(leaf, seen) for leaf in leaves(result)]
 
         # A function that needs a gradient computes it itself; nothing outside needs autograd.
-        with torch.no_grad():
+        with unchanged(function), torch.no_grad():
             inputs = [leaf.detach() for leaf in leaves(example)]
             self.graph = _make_fx(flat, inputs, functional)
 

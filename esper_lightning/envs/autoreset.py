@@ -41,7 +41,8 @@ class Transition(NamedTuple):
 class Task(Protocol):
     """A spec that also holds the equations: pure functions that keep the dtype of the state.
 
-    No method writes into its arguments; ``observe`` may return the state itself.
+    States are of a floating dtype. No method writes into its arguments; ``observe`` may return the
+    state itself.
     """
 
     @property
@@ -86,7 +87,8 @@ class AutoresetEnv:
 
     Raises:
         ValueError: If ``task`` lacks a member of ``Task``, its initial states have another shape
-            than ``Task.sample_states`` says, or ``seed`` is no integer of at least 0.
+            than ``Task.sample_states`` says or are not floating, or ``seed`` is no integer of at
+            least 0.
 
     Attributes:
         generator: Random stream of the initial states.
@@ -206,6 +208,7 @@ class AutoresetEnv:
         ok = ok and states.shape[:2] == (1, self.num_envs)
         got = list(states.shape) if isinstance(states, Tensor) else states
         require(ok, field, f"{rule}, with T = 1 and B = {self.num_envs} here", got)
+        require(states.is_floating_point(), field, "return floating states", states.dtype)
         return states[0]
 
     def _refuse_shapes(self, outcome: Transition, episodes: Episodes) -> None:

@@ -30,8 +30,10 @@ class Composed(PolicySpec):
     ``encoder`` names a function or class. It is called with the observation space, which is a
     ``Box`` or a dict of boxes by group, and with ``encoder_args``. It must return a module from
     observations ``[M, *O]``, which are a tensor or a dict of tensors by group, to float32 features
-    ``[M, H]``. The features of a row must not depend on other rows. During the call torch's default
-    generator is seeded from the seed of the run.
+    ``[M, H]``. The features of a row must not depend on other rows. Compiled code reads attributes
+    of the module once in a run: a temperature that a callback changes must be a buffer, which the
+    callback changes in place. During the call of ``encoder`` torch's default generator is seeded
+    from the seed of the run.
 
     Attributes:
         encoder: Function or class that builds the network, as ``package.module:name``; or an

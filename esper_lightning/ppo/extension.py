@@ -92,7 +92,10 @@ class Extension(nn.Module):
         """Terms that are added to the loss of a minibatch, and averaged over its samples.
 
         A pure function, so that it can be compiled: nothing random, no branch on a tensor, and no
-        buffer changes. The history has the mean of each term as ``loss/<name>``.
+        buffer changes. Other attributes are read once in a run: a weight that a callback changes
+        must be a buffer. The term of a sample must not depend on other samples, as it would through
+        a mean over the minibatch, because a minibatch may be cut into chunks. The history has the
+        mean of each term as ``loss/<name>``.
 
         Args:
             batch: Samples of the minibatch, with observations as the policy sees them.

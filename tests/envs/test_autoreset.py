@@ -376,7 +376,12 @@ class Mistaken(CartPole):
 
     def sample_states(self, steps, generator, device):
         whole = torch.zeros(steps, self.num_envs, 4)
-        return {"no time": whole[0], "an axis more": whole[..., None]}.get(self.mistake, whole)
+        wrong = {
+            "no time": whole[0],
+            "an axis more": whole[..., None],
+            "whole numbers": whole.long(),
+        }
+        return wrong.get(self.mistake, whole)
 
     def advance(self, state, action):
         whole = Transition(state, torch.ones(self.num_envs), torch.zeros(self.num_envs).bool())
@@ -407,6 +412,7 @@ class Unchecked(AutoresetEnv):
     [
         ("no time", r"sample_states\(\) must return states \[T, B, S\], .*, got \[2, 4\]"),
         ("an axis more", r"sample_states\(\) must return states .*, got \[1, 2, 4, 1\]"),
+        ("whole numbers", r"sample_states\(\) must return floating states, got torch.int64"),
         ("the state", r"advance\(\) must return a Transition, got tensor"),
         ("less state", r"advance\(\).state must have shape \[2, 4\], got \[2, 3\]"),
         ("one reward", r"advance\(\).reward must have shape \[2\], got \[\]"),

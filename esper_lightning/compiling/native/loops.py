@@ -13,6 +13,7 @@ from esper_lightning.compiling.native.drivers import (
     loop_text,
     map_text,
 )
+from esper_lightning.compiling.native.mixing import refuse_mixed
 from esper_lightning.compiling.native.program import Program, aligned
 from esper_lightning.compiling.native.statements import chunk_rows
 from esper_lightning.compiling.native.translation import translate
@@ -24,6 +25,8 @@ from esper_lightning.core.tensor_trees import leaves, map_tree
 __all__ = ["NativeFunction", "NativeLoop", "NativeMap"]
 
 _ROUNDING = 1e-4  # by which the sum of two chunks may differ from the sum over both
+_OTHER_SUMS = "a sum over samples whose terms depend on other samples"
+_MIXED_ROWS = "rows that depend on each other"
 
 
 class NativeFunction:
@@ -84,6 +87,10 @@ class NativeMap:
             results_of_pure(self._function, rows, constants)
         traced = Traced(self._function, (some, constants), functional=True)
         first, count = len(leaves(rows)), len(leaves((rows, constants)))
+        if chunks > 1:
+            more = map_tree(lambda leaf: leaf[: 2 * size], rows)
+            larger = Traced(self._function, (more, constants), functional=True)
+            refuse_mixed(traced.graph, larger.graph, range(first), _MIXED_ROWS, sums=False)
         body = translate(traced.graph, "body", shared=False, unchanged=range(first, count))
         others = count - first + len(body.captured)
         return Program(
@@ -132,6 +139,11 @@ class NativeLoop:
             else:
                 results_of_pure(self._chunk_body, *example)
             traced = Traced(self._chunk_body, example, functional=True)
+            if chunks > 1:
+                both = (carry, chunked[0, : 2 * size], constants)
+                larger = Traced(self._chunk_body, both, functional=True)
+                index = range(carried, carried + 1)
+                refuse_mixed(traced.graph, larger.graph, index, _OTHER_SUMS, sums=True)
             sums = leaves(traced.result)
             of_step = {*range(carried + 1 + constant)} - {carried}  # the same for all chunks
             chunk = translate(traced.graph, "chunk", shared=False, unchanged=of_step)
@@ -180,7 +192,7 @@ def _refuse_other_sums(chunk_body: ChunkBody, carry: Tree, index: Tensor, consta
     halves = [watched_results(chunk_body, carry, half, constants) for half in index.chunk(2)]
     for one, other, both in zip(*halves, whole, strict=True):
         if not _equal(one + other, both, size=max(map(_largest, (one, other, both)))):
-            raise UnsupportedError("a sum over samples whose terms depend on other samples")
+            raise UnsupportedError(_OTHER_SUMS)
 
 
 def _refuse_mixed_rows(
@@ -207,7 +219,7 @@ def _refuse_mixed_rows(
             same_bits(both[:number], twice[:number])
             and _equal(twice, torch.cat([own, own]), size=_largest(own))
         ):
-            raise UnsupportedError("rows that depend on each other")
+            raise UnsupportedError(_MIXED_ROWS)
 
 
 def _largest(leaf: Tensor) -> float:

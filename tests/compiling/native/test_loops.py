@@ -310,6 +310,48 @@ def test_sums_whose_terms_depend_on_other_samples_are_refused() -> None:
     torch.testing.assert_close(total, values.square().sum())
 
 
+def test_sums_that_will_be_more_than_sums_are_refused_before_they_are() -> None:
+    """None of these differs from a sum for the numbers at hand."""
+
+    def hinge(chosen: Tensor) -> Tensor:
+        return (chosen.mean() - 10.0).relu().expand_as(chosen).sum()
+
+    def clipped(chosen: Tensor) -> Tensor:
+        return (chosen * (1e6 / chosen.norm()).clamp(max=1.0)).sum()
+
+    def guarded(chosen: Tensor) -> Tensor:
+        return torch.where((chosen > 1e6).any(), 0.0, chosen).sum()
+
+    def squared(chosen: Tensor) -> Tensor:
+        return (0.0 * chosen).sum().square()
+
+    values, order = torch.linspace(-1.0, 1.0, 512), torch.arange(512).view(1, -1)
+    body = lambda carry, x, constants: (carry + x[0], carry)  # noqa: E731
+    for of_values in (hinge, clipped, guarded, squared):
+
+        def of_chunk(carry: Any, index: Any, values: Any, of_values: Any = of_values) -> Tensor:
+            return of_values(values[index])
+
+        with pytest.raises(UnsupportedError, match="depend on other samples \\("):
+            NativeLoop(body, of_chunk)(torch.zeros(()), torch.zeros(1), order, values)
+
+    def linear(carry: Tensor, index: Tensor, values: Tensor) -> Tensor:
+        return 2.0 * (values[index] * carry.exp()).sum()[None].neg().sum() / values.square().sum()
+
+    NativeLoop(body, linear)(torch.zeros(()), torch.zeros(1), order, values)
+
+
+def test_rows_that_will_depend_on_each_other_are_refused_before_they_do() -> None:
+    x = torch.randn(512, 3, generator=torch.Generator().manual_seed(0))
+    for function in (
+        lambda rows, _: rows * (1e6 / rows.norm()).clamp(max=1.0),
+        lambda rows, _: rows + (rows > 1e6).any(),
+        lambda rows, _: rows * 2.0 if len(rows) < 100 else rows + rows,
+    ):
+        with pytest.raises(UnsupportedError, match="rows that depend on each other \\("):
+            NativeMap(function)(x, None)
+
+
 def test_rows_that_depend_on_each_other_are_refused() -> None:
     x = torch.randn(512, 3, generator=torch.Generator().manual_seed(0))
     mixed = [
