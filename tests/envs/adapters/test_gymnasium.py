@@ -320,6 +320,8 @@ def test_what_cannot_be_made_is_one_line(given, line):
     ("ale_py", "atari"), ("minigrid", "minigrid"), ("mujoco", "gymnasium"),
 ])  # fmt: skip
 def test_a_missing_package_is_named_with_the_way_to_install_it(package, extra, monkeypatch):
+    for loaded in [name for name in sys.modules if name.startswith("gymnasium.envs.mujoco")]:
+        monkeypatch.delitem(sys.modules, loaded)  # as in a process that has made no such task
     monkeypatch.setitem(sys.modules, package, None)
     name = "Hopper-v5" if package == "mujoco" else f"{package}:Thing-v0"
     line = f"^Gymnasium.id='{name}' needs {package if package != 'mujoco' else '.*'}: "

@@ -76,7 +76,8 @@ def test_within_an_iteration_no_rank_has_a_state():
 
 def start(ranks, of=None, **settings):
     module = of or model()
-    arguments = {"iteration": 0, "resumes_from": None, "load": None, **settings}
+    arguments = {"iteration": 0, "resumes_from": None, "load": None}
+    arguments |= {"share": lambda ranks, path: path, **settings}
     refuse_other_ranks(ranks, module.settings, module, **arguments)
 
 
