@@ -233,7 +233,7 @@ STATEMENTS = [
         "throughput.md",
         (
             Cell("PureJaxRL style (JAX)", FASTER, LARGE),
-            Cell("skrl", FASTER, LARGE),
+            Cell("rsl_rl, its compile on", FASTER, LARGE),
             Cell("PureJaxRL style (JAX)", FASTER, SMALL),
             Cell("stable-baselines3, Gymnasium", FASTER, SMALL),
         ),
