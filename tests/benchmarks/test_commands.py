@@ -11,7 +11,7 @@ ROOT = Path(__file__).parents[2]
 DOCUMENTS = [ROOT / "README.md", ROOT / "CONTRIBUTING.md", *sorted(ROOT.glob("docs/**/*.md"))]
 SOURCES = [
     *sorted(ROOT.glob("benchmarks/*.py")),
-    *sorted(ROOT.glob("scripts/*")),
+    *sorted(path for path in ROOT.glob("scripts/*") if path.is_file()),
     *sorted(ROOT.glob("configs/*.yaml")),
 ]
 PROJECT = ROOT / "esper_lightning/cli/project"
