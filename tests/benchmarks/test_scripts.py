@@ -137,8 +137,11 @@ def on_hosts(path: Path, folder: Path) -> None:
     assert wrong(f"torchrun {(folder / 'torchrun.said').read_text()}") is None
 
 
-def by_its_own_test(path: Path, folder: Path) -> None:
-    """A script that takes long is read here; ``tests/scripts`` has a test of its own of it."""
+def read_alone(path: Path, folder: Path) -> None:
+    """A script that takes long is only read here.
+
+    ``tests/scripts`` rehearses ``gpu_check.py``; ``try_wheel.sh`` is run by ``make wheel`` alone.
+    """
     if path.suffix == ".sh":
         assert run(["bash", "-n", str(path)], folder).returncode == 0
     else:
@@ -147,12 +150,12 @@ def by_its_own_test(path: Path, folder: Path) -> None:
 
 TOOLS = {
     "scripts/ab.py": dry,
-    "scripts/gpu_check.py": by_its_own_test,
-    "scripts/gpu_check.sh": by_its_own_test,
+    "scripts/gpu_check.py": read_alone,
+    "scripts/gpu_check.sh": read_alone,
     "scripts/mutants.py": one_mutant,
     "scripts/slurm.sh": on_a_cluster,
     "scripts/torchrun.sh": on_hosts,
-    "scripts/try_wheel.sh": by_its_own_test,
+    "scripts/try_wheel.sh": read_alone,
 }
 
 
