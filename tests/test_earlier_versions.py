@@ -13,8 +13,6 @@ RUNS = Path(__file__).parent / "fixtures" / "runs"
 QUIET = ["--trainer.enable_progress_bar", "false", "--trainer.accelerator", "cpu"]
 
 pytestmark = pytest.mark.filterwarnings(
-    "ignore:LightningCLI's args parameter is intended",
-    "ignore::jsonargparse._deprecated.JsonargparseDeprecationWarning",
     "ignore:.*is called with Trainer configured with multiple",
 )
 

@@ -87,7 +87,6 @@ def test_numbers_that_do_not_fit_are_skipped_or_refused() -> None:
         measure_speed(settings, seconds=0.0)
 
 
-@pytest.mark.filterwarnings("ignore::jsonargparse._deprecated.JsonargparseDeprecationWarning")
 def test_the_command_prints_a_table_and_writes_the_figures(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:

@@ -16,10 +16,6 @@ SOURCES = [
 ]
 PROJECT = ROOT / "esper_lightning/cli/project"
 PROGRAMS = "esper|make|pip|python|torchrun|sbatch"
-pytestmark = pytest.mark.filterwarnings(
-    "ignore:LightningCLI's args parameter is intended",
-    "ignore::jsonargparse._deprecated.JsonargparseDeprecationWarning",
-)
 
 
 def commands() -> list[tuple[str, str]]:

@@ -50,10 +50,6 @@ kill -USR1 "$PPID"
 while :; do sleep 0.1; done
 """
 IN_PLACE_OF_SCONTROL = '#!/bin/sh\necho "$@" > scontrol.said\n'
-pytestmark = pytest.mark.filterwarnings(
-    "ignore:LightningCLI's args parameter is intended",
-    "ignore::jsonargparse._deprecated.JsonargparseDeprecationWarning",
-)
 
 
 def name(path: Path) -> str:

@@ -300,7 +300,6 @@ def test_a_file_that_comes_in_part_is_not_there(tmp_path, memory, monkeypatch, c
     assert caplog.text.count("ConnectionError('gone')") == 1
 
 
-@pytest.mark.filterwarnings("ignore::jsonargparse._deprecated.JsonargparseDeprecationWarning")
 @pytest.mark.parametrize("problem", ["hangs", "refuses"])
 def test_a_run_begins_although_its_address_cannot_be_read(
     memory, tmp_path, monkeypatch, hangs, caplog, problem
@@ -339,7 +338,6 @@ def test_each_rank_copies_its_folder_and_the_first_what_is_beside(tmp_path, memo
     assert sorted(memory.find("/r")) == ["/r/checkpoints/c", "/r/d", "/r/rank0/a", "/r/rank1/b"]
 
 
-@pytest.mark.filterwarnings("ignore::jsonargparse._deprecated.JsonargparseDeprecationWarning")
 def test_a_run_goes_on_from_its_address_on_a_machine_that_has_nothing(memory, tmp_path, capsys):
     there = ["fit", "--config", CARTPOLE, *QUICK, "--run_dir", "memory://b/run"]
     main([*there, "--model.total_env_steps", "64"])

@@ -121,10 +121,6 @@ def test_torchrun_finds_the_death_in_its_file(die, tmp_path, monkeypatch, asked)
         assert "Traceback" in said["extraInfo"]["py_callstack"]
 
 
-@pytest.mark.filterwarnings(
-    "ignore:LightningCLI's args parameter is intended",
-    "ignore::jsonargparse._deprecated.JsonargparseDeprecationWarning",
-)
 def test_a_run_that_dies_twice_in_the_same_iteration_ends_with_65(tmp_path, monkeypatch, capsys):
     monkeypatch.chdir(tmp_path)
     monkeypatch.setattr("sys.argv", ["esper"])

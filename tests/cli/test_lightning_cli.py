@@ -47,12 +47,6 @@ QUICK = (
     ),
 )
 
-pytestmark = pytest.mark.filterwarnings(
-    "ignore:LightningCLI's args parameter is intended",
-    # What Lightning's command line calls.
-    "ignore::jsonargparse._deprecated.JsonargparseDeprecationWarning",
-)
-
 
 def test_a_measurement_replaces_no_other_file(capsys):
     Path("notes").write_text("mine")

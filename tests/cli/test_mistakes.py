@@ -18,8 +18,6 @@ CARTPOLE = str(Path(__file__).parents[2] / "configs" / "cartpole.yaml")
 LONG = "x" * 300
 
 pytestmark = pytest.mark.filterwarnings(
-    # What Lightning's command line calls.
-    "ignore::jsonargparse._deprecated.JsonargparseDeprecationWarning",
     "ignore:.*is called with Trainer configured with multiple",
 )
 

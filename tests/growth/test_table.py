@@ -32,12 +32,6 @@ SPEC = Morphogenesis.synthetic(
 )
 POLICIES = ["PPO", "PPO, actions drawn", *BASELINES]
 
-pytestmark = pytest.mark.filterwarnings(
-    "ignore:LightningCLI's args parameter is intended",
-    # What Lightning's command line calls.
-    "ignore::jsonargparse._deprecated.JsonargparseDeprecationWarning",
-)
-
 
 @pytest.fixture(autouse=True)
 def _in_a_folder_of_its_own(tmp_path, monkeypatch):

@@ -450,7 +450,6 @@ def test_a_term_that_cannot_be_compiled_runs_eagerly_with_one_line(make_trainer,
     assert len(said) == 1
 
 
-@pytest.mark.filterwarnings("ignore::jsonargparse._deprecated.JsonargparseDeprecationWarning")
 def test_yaml_names_them(tmp_path, monkeypatch, capsys) -> None:
     monkeypatch.chdir(tmp_path)
     extensions = [

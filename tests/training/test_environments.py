@@ -204,10 +204,6 @@ class TestWhateverBuildsEnvironmentsClosesThem:
         with pytest.raises(MemoryError):
             FrameStack(env=Counted(num_envs=2)).build(torch.device("cpu"), 0)
 
-    @pytest.mark.filterwarnings(
-        "ignore:LightningCLI's args parameter is intended",
-        "ignore::jsonargparse._deprecated.JsonargparseDeprecationWarning",
-    )
     def test_in_an_evaluation_and_in_an_export(self, model, make_trainer, tmp_path, monkeypatch):
         monkeypatch.chdir(tmp_path)
         make_trainer(limit_val_batches=1).validate(model, verbose=False)

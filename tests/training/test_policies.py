@@ -177,7 +177,6 @@ def test_stacked_images_of_bytes_are_resumed_and_exported(tmp_path, monkeypatch,
         assert export_policy(model, f"policy.{name}", name).difference <= 1e-4
 
 
-@pytest.mark.filterwarnings("ignore::jsonargparse._deprecated.JsonargparseDeprecationWarning")
 def test_a_config_can_name_policies_of_every_kind(tmp_path, monkeypatch, capsys):
     monkeypatch.chdir(tmp_path)
     Path("networks_of_mine.py").write_text(
@@ -215,7 +214,6 @@ def test_a_config_can_name_policies_of_every_kind(tmp_path, monkeypatch, capsys)
     assert len(said.splitlines()) == 1
 
 
-@pytest.mark.filterwarnings("ignore::jsonargparse._deprecated.JsonargparseDeprecationWarning")
 def test_a_config_can_name_encoders_of_groups_and_environments_within(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     image = {"class_path": "Image", "init_args": {"kind": "impala", "channels": [4]}}
