@@ -12,6 +12,7 @@ import pytest
 from esper_lightning.cli import jobs, sweep
 from esper_lightning.cli.main import main
 from esper_lightning.forensics.files import read_json_lines
+from esper_lightning.forensics.processes import identify
 from tests import forked
 
 CARTPOLE = str(Path(__file__).parents[2] / "configs" / "cartpole.yaml")
@@ -177,7 +178,7 @@ def test_a_directory_belongs_to_one_sweep(launch):
     assert "sweep.json must be of the same sweep" in launch("--seeds", "1")[2]
     running = Path("out/trial9/seed0/rank0")
     running.mkdir(parents=True)
-    process = {"state": "running", "pid": os.getpid()}
+    process = {**identify(os.getpid()).to_dict(), "state": "running"}
     (running / "process.json").write_text(json.dumps(process))
     assert "out/trial9/seed0 must be a run that has ended" in launch("--seeds", "0")[2]
     with Path("out/sweep.lock").open() as file:

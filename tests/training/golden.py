@@ -23,6 +23,7 @@ from tests import forked
 GOLDEN = Path(__file__).parents[1] / "fixtures" / "golden"
 ITERATIONS = 20
 SIZES = {"env.num_envs": 4, "ppo.rollout_steps": 16, "ppo.epochs": 2, "ppo.minibatches": 2}
+SMALLER = {"morphogenesis": {"env.num_envs": 2, "ppo.rollout_steps": 4}}
 # Packages whose simulations decide the results, for each config of the development environment.
 CONFIGS = {
     "acrobot": (),
@@ -52,8 +53,9 @@ METRICS = (
 
 def train(config: str, device: str, folder: Path) -> list[list[float | None]]:
     """The metrics of each iteration of a config, in the order of ``METRICS``."""
-    env_steps = ITERATIONS * SIZES["env.num_envs"] * SIZES["ppo.rollout_steps"]
-    settings = {f"model.{name}": value for name, value in SIZES.items()}
+    sizes = SIZES | SMALLER.get(config, {})
+    env_steps = ITERATIONS * sizes["env.num_envs"] * sizes["ppo.rollout_steps"]
+    settings = {f"model.{name}": value for name, value in sizes.items()}
     settings |= {"model.total_env_steps": env_steps, "model.compile": "off"}
     settings |= {"trainer.limit_val_batches": 0, "trainer.logger": "false"}
     settings |= {"trainer.enable_progress_bar": "false", "trainer.enable_checkpointing": "false"}
@@ -91,16 +93,23 @@ def main() -> None:
     """Train every config, and write the file."""
     parser = argparse.ArgumentParser(description=__doc__.partition("\n")[0])
     parser.add_argument("--device", default="cpu", choices=("cpu", "cuda"))
-    device = parser.parse_args().device
-    histories = {}
-    for config in CONFIGS:
+    parser.add_argument("--configs", nargs="+", default=[*CONFIGS], help="to write anew (all)")
+    parser.add_argument("--output", type=Path, help="a file to compare with")
+    options = parser.parse_args()
+    device, path = options.device, options.output or path_of(options.device)
+    histories = json.loads(path.read_text())["histories"] if path.exists() else {}
+    for config in options.configs:
         with tempfile.TemporaryDirectory() as folder:
             rows = train(config, device, Path(folder))
         histories[config] = {"versions": versions(config), "rows": rows}
         print(config, rows[-1], flush=True)
+        write(path, device, histories)
+
+
+def write(path: Path, device: str, histories: dict[str, object]) -> None:
+    """Write a file of histories, a line for each iteration."""
     content = {"conditions": conditions(device), "metrics": METRICS, "histories": histories}
-    text = json.dumps(content, indent=0).replace(",\n", ", ")  # a line for each iteration
-    path = path_of(device)
+    text = json.dumps(content, indent=0).replace("\n", " ")
     path.parent.mkdir(parents=True, exist_ok=True)
     path.write_text(text.replace("], [", "],\n[") + "\n")
 

@@ -17,6 +17,7 @@ from esper_lightning.envs.adapters import jax as adapter
 from esper_lightning.envs.adapters.custom import adapt
 from esper_lightning.envs.adapters.jax import JaxSimulator
 from esper_lightning.envs.adapters.mjlab import make
+from esper_lightning.envs.adapters.simulated import Simulator
 from tests.envs.adapters.simulators import TorchFive
 
 CPU = torch.device("cpu")
@@ -101,7 +102,7 @@ def test_a_simulator_that_draws_one_picture_of_many_environments_is_refused():
     with pytest.raises(ValueError, match=r"many.render\(\) must return pictures of all") as caught:
         adapt(One(3), CPU, 0, name="many", lost="previous").render()
     assert "got [4, 5, 3]." in str(caught.value)
-    with pytest.raises(ValueError, match="got none. It may have to be made with render_mode"):
+    with pytest.raises(ValueError, match=r"got none\. It may have to be made with render_mode"):
         adapt(TorchFive(2), CPU, 0, name="dark", lost="previous").render()
 
 
@@ -141,7 +142,7 @@ def test_brax_and_playground_draw_with_their_own_renderers(suite, monkeypatch):
     """Brax draws states of its physics, and Playground states of the environment."""
     given = {}
 
-    class Simulated:
+    class Simulated(Simulator):
         num_envs, spaces, device, name, reseeds = 2, None, CPU, "ant", True
         reset = step = None
 
