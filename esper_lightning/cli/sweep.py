@@ -262,11 +262,18 @@ class _Sweep:
             ended = self._execute(job, prunes)
             if self._stops.is_set():
                 return
-            if ended.was_stopped or ended.status:
-                self._tell(trial, ended)
+            if ended.was_stopped:
+                self._end(trial, None, "ended early")
                 return
-        comparison = compare_runs([job.run for job in jobs])
-        self._tell(trial, comparison.places[0].rows[0].interquartile_mean.value)
+            if ended.status:
+                self._end(trial, None, _failure(ended))
+                return
+        try:
+            comparison = compare_runs([job.run for job in jobs])
+        except ValueError as error:  # no episode ended, for example
+            self._end(trial, None, f"not judged: {error}")
+            return
+        self._end(trial, comparison.places[0].rows[0].interquartile_mean.value)
 
     def _job(self, folder: Path, words: Sequence[str], seed: int) -> Job:
         settings = [*self._options.arguments, *words]
@@ -296,26 +303,22 @@ class _Sweep:
     def _frozen(self, trial: "Trial") -> "FrozenTrial":
         return self._study.get_trials(deepcopy=False)[trial.number]
 
-    def _tell(self, trial: "Trial", result: Ended | float) -> None:
+    def _end(self, trial: "Trial", value: float | None, how: str = "") -> None:
         """End a trial, and print how.
 
-        A run that died counts as ended early where its trial has passed a mark, so that the search
-        learns of it, and as failed otherwise.
+        A trial without a value that has passed a mark counts as ended early, even if its run died,
+        so that the search learns of it; other trials without a value have failed.
         """
         from optuna.trial import TrialState  # noqa: PLC0415
 
         with self._lock:
             marks = self._frozen(trial).intermediate_values
-            if not isinstance(result, Ended):
-                self._study.tell(trial, result)
-                print(_line(trial, result), flush=True)
-                return
-            self._study.tell(trial, state=TrialState.PRUNED if marks else TrialState.FAIL)
-            percent = max(marks, default=0)
-            how = f"ended early at {percent} %, {number(marks.get(percent))}"
-            if not result.was_stopped:
-                how = "\n    ".join([f"failed with exit status {result.status}:", *result.says])
-            print(f"{_line(trial, None)}: {how}", flush=True)
+            if value is not None:
+                self._study.tell(trial, value)
+            else:
+                self._study.tell(trial, state=TrialState.PRUNED if marks else TrialState.FAIL)
+                how = f" at {max(marks)} %: {how}" if marks else f": {how}"
+            print(f"{_line(trial, value)}{how}", flush=True)
 
     def _judge(self, best: "FrozenTrial") -> int:
         """Train the config and the best trial with further seeds, and compare them."""
@@ -330,8 +333,7 @@ class _Sweep:
         ends = self._in_parallel([partial(self._execute, job) for job in jobs])
         for job, ended in zip(jobs, ends, strict=True):
             if ended.status:
-                said = "\n    ".join([f"failed with exit status {ended.status}:", *ended.says])
-                print(f"{job.run}: {said}", flush=True)
+                print(f"{job.run}: {_failure(ended)}", flush=True)
         runs = [str(folder / variant) for variant in variants]
         return start_esper(["compare", *runs, "--output", str(self._options.output)])
 
@@ -359,6 +361,11 @@ def _open_study(output: Path) -> "Study":
     except Exception as error:  # Optuna reads the file without checks
         reason = f"{type(error).__name__}: {error}"
         raise ValueError(f"{path} must be a study of Optuna: {reason}.") from error
+
+
+def _failure(ended: Ended) -> str:
+    """The end of a run that failed, with the last lines of its output."""
+    return "\n    ".join([f"failed with exit status {ended.status}:", *ended.says])
 
 
 def _words(params: dict[str, Any]) -> list[str]:

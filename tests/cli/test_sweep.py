@@ -136,7 +136,17 @@ def test_a_run_that_is_worse_than_most_before_is_ended_early(launch, monkeypatch
         assert trial.params == {"model.ppo.clip": "0.9"}
         assert [*trial.intermediate_values] == [10, 20, 30, 40, 50]
         assert not Path(f"out/trial{trial.number}/seed1").exists()
-        assert f"trial {trial.number}: - with --model.ppo.clip=0.9: ended early at 50 %" in out
+        assert f"trial {trial.number}: - with --model.ppo.clip=0.9 at 50 %: ended early" in out
+
+
+def test_a_trial_whose_runs_have_no_return_is_no_error(launch, monkeypatch):
+    def none(paths):
+        raise ValueError("Runs must have a return")
+
+    monkeypatch.setattr(sweep, "compare_runs", none)
+    status, out, _ = launch("--trials", "1", "--seeds", "0")
+    assert status == 1
+    assert "not judged: Runs must have a return" in out
 
 
 def test_a_trial_that_fails_is_shown_and_stops_no_other(launch):

@@ -1,7 +1,7 @@
 """Pictures of simulators: every environment is drawn, in the order of the environments.
 
 mjlab, Brax and JAX do not fit beside ours. What their adapters call is here, as their sources have
-it; ``make worlds`` draws with the packages themselves.
+it.
 """
 
 import sys
