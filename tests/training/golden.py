@@ -62,7 +62,7 @@ def train(config: str, device: str, folder: Path) -> list[list[float | None]]:
     settings |= {"trainer.accelerator": device, "run_dir": folder / "run"}
     words = [f"--{name}={value}" for name, value in settings.items()]
     command = ["-m", "esper_lightning.cli.main", "fit", "--config", FOLDER / f"{config}.yaml"]
-    done = forked.run([*command, *words], cwd=folder)
+    done = forked.run([*command, *words], cwd=folder, timeout=900.0)
     assert done.returncode == 0, done.stderr
     rows = read_json_lines(folder / "run" / "rank0" / "history.jsonl")
     assert len(rows) == ITERATIONS
