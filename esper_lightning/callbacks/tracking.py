@@ -9,7 +9,7 @@ loggers are known by their attributes: a user may have installed none.
 # pyright: reportAttributeAccessIssue=false
 
 import logging
-from collections.abc import Iterator
+from collections.abc import Generator, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, cast
@@ -152,7 +152,7 @@ def _read(path: Path) -> dict[str, str]:
 
 
 @contextmanager
-def _warns(logger: Any) -> Iterator[None]:
+def _warns(logger: Any) -> Generator[None]:
     """A context whose errors are one warning: what a service lacks must not end a run."""
     try:
         yield

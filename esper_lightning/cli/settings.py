@@ -78,15 +78,15 @@ class SettingsParser(LightningArgumentParser):
         raise _explain(self, message, ex) from ex
 
     @override
-    def format_help(self, *args: Any) -> str:
+    def format_help(self, *args: Any, **kwargs: Any) -> str:
         """Describe the settings of this package, or those of Lightning where these were asked for.
 
         The parser of a class describes all of them.
         """
         if not any(isinstance(action, HelpTrainer) for action in self._actions):
-            return super().format_help(*args)
+            return super().format_help(*args, **kwargs)
         with with_groups(self, lightnings=self.shows_lightnings):
-            shown = super().format_help(*args)
+            shown = super().format_help(*args, **kwargs)
         more = f"\n{HELP_TRAINER} shows the settings of Lightning's Trainer (trainer.*).\n"
         return shown if self.shows_lightnings else shown + more
 

@@ -13,8 +13,15 @@ from esper_lightning.forensics.layout import RunLayout
 __all__ = ["write_bundle"]
 
 _MOST_BYTES = 32 << 20  # of all files together, before they are packed
-_PATTERNS = ("config.yaml", "rank*/*.json*", "rank*/*.txt", "rank*/*.ring", "rank*/nan.pt")
-_PATTERNS += ("rank*/trace/*.json*", "rank*/evidence/**/*")
+_PATTERNS = (
+    "config.yaml",
+    "rank*/*.json*",
+    "rank*/*.txt",
+    "rank*/*.ring",
+    "rank*/nan.pt",
+    "rank*/trace/*.json*",
+    "rank*/evidence/**/*",
+)
 
 
 def write_bundle(directory: Path) -> Path | None:

@@ -5,6 +5,7 @@ real libraries, offline.
 """
 
 import json
+import time
 import zipfile
 from pathlib import Path
 
@@ -209,15 +210,19 @@ def test_wandb_itself_offline(tmp_path, monkeypatch):
     assert first.version == second.version
     attempts = sorted(run.glob(f"wandb/offline-run-*/run-{first.version}.wandb"))
     assert len(attempts) == 2
-    steps = []
-    for path in attempts:
-        for content in records(path.read_bytes()):
+
+    def steps():
+        for content in (each for path in attempts for each in records(path.read_bytes())):
             record = wandb_internal_pb2.Record()
             record.ParseFromString(content)
             row = {item.key or item.nested_key[0]: item for item in record.history.item}
             if "loss/policy" in row:
-                steps.append(json.loads(row["trainer/global_step"].value_json))
-    assert sorted(set(steps)) == [STEPS * k for k in range(1, 7)]
+                yield json.loads(row["trainer/global_step"].value_json)
+
+    expected, until = [STEPS * k for k in range(1, 7)], time.monotonic() + 60.0
+    while [*steps()] != expected and time.monotonic() < until:
+        time.sleep(0.5)  # another process writes the file
+    assert [*steps()] == expected
     uploaded = {path.name for path in run.glob("wandb/offline-run-*/files/*")}
     assert {"best.ckpt", "crash.zip", "config.yaml"} <= uploaded
 
