@@ -73,10 +73,14 @@ def conditions(device: str) -> dict[str, str]:
     """What else decides the last bits of a result: the version of torch, and the processor."""
     if device == "cuda":
         return {"torch": torch.__version__, "processor": torch.cuda.get_device_name()}
-    lines = Path("/proc/cpuinfo").read_text().splitlines()
-    model = next((line.partition(":")[2].strip() for line in lines if "model name" in line), "")
+    known: dict[str, str] = {}
+    for line in Path("/proc/cpuinfo").read_text().splitlines():
+        name, _, value = (part.strip() for part in line.partition(":"))
+        known.setdefault(name, value)
+    names = ("model name", "cpu family", "model")  # the product's name may be of several models
+    processor = ", ".join(known[name] for name in names if name in known)
     level = torch.backends.cpu.get_cpu_capability()
-    return {"torch": torch.__version__, "processor": f"{model}, {level}"}
+    return {"torch": torch.__version__, "processor": f"{processor}, {level}"}
 
 
 def versions(config: str) -> dict[str, str]:
@@ -111,7 +115,7 @@ def write(path: Path, device: str, histories: dict[str, object]) -> None:
     content = {"conditions": conditions(device), "metrics": METRICS, "histories": histories}
     text = json.dumps(content, indent=0).replace("\n", " ")
     path.parent.mkdir(parents=True, exist_ok=True)
-    path.write_text(text.replace("], [", "],\n[") + "\n")
+    path.write_text(text.replace("], [", "],\n[").replace("] }, ", "] },\n") + "\n")
 
 
 if __name__ == "__main__":
