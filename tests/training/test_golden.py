@@ -23,11 +23,13 @@ from tests.training.golden import (
     versions,
 )
 
-SLOW = ()
+SLOW = ("morphogenesis",)  # 5 s, the others 1 s each
 DEVICES = ["cpu", pytest.param("cuda", marks=pytest.mark.gpu)]
-COMPARED = 3  # iterations under other conditions
-# Of a metric's own size, and of losses near zero: advantages have a standard deviation of 1.
-RELATIVE, ABSOLUTE = 1e-3, 1e-4
+# Iterations that are compared under other conditions. With torch's and MKL's code for processors
+# without AVX in place of AVX-512, these and more stay within the rounding. The contacts of a
+# half-cheetah multiply the last bits a millionfold within two iterations.
+COMPARED = {config: 1 if config == "halfcheetah" else 8 for config in CONFIGS}
+RELATIVE, ABSOLUTE = 1e-3, 1e-4  # the latter for losses near zero: advantages are of size 1
 
 
 def golden_of(device: str) -> dict:
@@ -45,14 +47,14 @@ def golden_of(device: str) -> dict:
     return json.loads(path.read_text())
 
 
-def differences(found, expected, *, exact: bool) -> list[str]:
-    """What differs, a line for each number."""
+def differences(found, expected, *, compared: int | None) -> list[str]:
+    """What differs in the first iterations, a line for each number; ``None`` compares every bit."""
     return [
         f"iteration {k + 1}, {name}: {is_} where {was} was"
         for k, (row, old) in enumerate(zip(found, expected, strict=True))
-        if exact or k < COMPARED
+        if compared is None or k < compared
         for name, is_, was in zip(METRICS, row, old, strict=True)
-        if is_ != was and (exact or is_ is None or was is None or not alike(is_, was))
+        if is_ != was and (compared is None or None in (is_, was) or not alike(is_, was))
     ]
 
 
@@ -71,19 +73,20 @@ def test_a_config_trains_as_it_did(config, device, tmp_path):
     history = golden["histories"][config]
     if history["versions"] != versions(config):
         pytest.skip(f"simulated by {history['versions']}, not by {versions(config)}")
-    exact = golden["conditions"] == conditions(device)
-    assert differences(train(config, device, tmp_path), history["rows"], exact=exact) == []
+    same = golden["conditions"] == conditions(device)
+    compared = None if same else COMPARED[config]
+    assert differences(train(config, device, tmp_path), history["rows"], compared=compared) == []
 
 
 def test_a_change_of_the_last_bit_is_found_where_the_conditions_are_the_same():
     rows = next(iter(golden_of("cpu")["histories"].values()))["rows"]
     changed = [*rows[:-1], [math.nextafter(x, math.inf) if x else x for x in rows[-1]]]
-    assert differences(rows, rows, exact=True) == []
-    assert len(differences(changed, rows, exact=True)) >= len(METRICS) - 1
-    assert differences(changed, rows, exact=False) == []  # the last iteration is not compared
+    assert differences(rows, rows, compared=None) == []
+    assert len(differences(changed, rows, compared=None)) >= len(METRICS) - 1
+    assert differences(changed, rows, compared=len(rows)) == []
 
 
 def test_a_change_of_a_setting_is_found_on_any_processor():
     rows = golden_of("cpu")["histories"]["cartpole"]["rows"]
     changed = [[x if x is None else 1.01 * x for x in row] for row in rows]
-    assert differences(changed, rows, exact=False)
+    assert differences(changed, rows, compared=1)
