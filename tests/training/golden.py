@@ -93,13 +93,18 @@ def path_of(device: str, version: str = torch.__version__) -> Path:
     return GOLDEN / f"{device}-torch-{version.partition('+')[0]}.json"
 
 
-def main() -> None:
-    """Train every config, and write the file."""
+def parser() -> argparse.ArgumentParser:
+    """The options."""
     parser = argparse.ArgumentParser(description=__doc__.partition("\n")[0])
     parser.add_argument("--device", default="cpu", choices=("cpu", "cuda"))
     parser.add_argument("--configs", nargs="+", default=[*CONFIGS], help="to write anew (all)")
     parser.add_argument("--output", type=Path, help="a file to compare with")
-    options = parser.parse_args()
+    return parser
+
+
+def main() -> None:
+    """Train every config, and write the file."""
+    options = parser().parse_args()
     device, path = options.device, options.output or path_of(options.device)
     histories = json.loads(path.read_text())["histories"] if path.exists() else {}
     for config in options.configs:
