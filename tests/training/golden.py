@@ -106,7 +106,9 @@ def main() -> None:
     """Train every config, and write the file."""
     options = parser().parse_args()
     device, path = options.device, options.output or path_of(options.device)
-    histories = json.loads(path.read_text())["histories"] if path.exists() else {}
+    before = json.loads(path.read_text()) if path.exists() else {}
+    same = before.get("conditions") == conditions(device)
+    histories = before["histories"] if same else {}
     for config in options.configs:
         with tempfile.TemporaryDirectory() as folder:
             rows = train(config, device, Path(folder))
