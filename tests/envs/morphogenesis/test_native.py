@@ -11,9 +11,10 @@ from esper_lightning.core.tensor_trees import leaves, map_tree
 from esper_lightning.envs.morphogenesis import Morphogenesis
 from esper_lightning.envs.morphogenesis.blueprints import BLUEPRINTS, count_parameters
 from esper_lightning.envs.morphogenesis.data import Split
-from esper_lightning.envs.morphogenesis.lifecycle import LIVE, Stage
+from esper_lightning.envs.morphogenesis.lifecycle import LIVE, Op, Stage
 from esper_lightning.envs.morphogenesis.native import NativeHosts, Traits
 from tests.envs.morphogenesis.test_env import actions, same, small
+from tests.envs.morphogenesis.test_equals_lone_hosts import SCRIPTS, spec_of
 
 CPU = torch.device("cpu")
 SHAPES = {
@@ -94,6 +95,22 @@ def test_native_code_computes_what_operations_of_torch_compute(name):
         # Where a number is at the edge of a relu, the rounding decides about its gradient.
         assert (error > 1e-5).sum() <= max(3, 0.01 * error.numel())
         assert error.max() < 1e-2
+
+
+@pytest.mark.parametrize("script", range(len(SCRIPTS)))
+def test_whole_lives_equal_those_of_exact_hosts(script):
+    """The exact hosts equal hosts that are trained alone, in these scripts."""
+    count = len(BLUEPRINTS)
+    spec = spec_of(count, ramp_shape=("linear", "cosine", "sigmoid", "linear")[script])
+    native = replace(spec, compiled=True).build(CPU, 3)
+    exact = spec.build(CPU, 3, dtype=torch.float64)
+    for op, slot, shift, ramp in SCRIPTS[script]:
+        rows = [(Op[op], slot, (i + shift) % count, ramp) for i in range(count)]
+        one, other = (env.step(torch.tensor(rows)) for env in (native, exact))
+        torch.testing.assert_close(one.obs.double(), other.obs.double(), rtol=1e-4, atol=1e-5)
+        torch.testing.assert_close(one.reward.double(), other.reward, rtol=1e-4, atol=1e-5)
+    for a, b in zip(leaves(native.hosts), leaves(exact.hosts), strict=True):
+        torch.testing.assert_close(a.double(), b.double(), rtol=1e-3, atol=1e-4)
 
 
 def test_a_host_is_the_same_bits_among_others_alone_and_on_more_threads():
