@@ -234,7 +234,8 @@ NOINLINE static void kernel_sums(const float* const* g, int64_t next_g, const fl
               for (int c = 0; c < COLUMNS; c++) pixel[c] = *(const Vector*)(x[c] + from_x);
               UNROLL
               for (int r = 0; r < TILE; r++) {
-                const Vector gradient = *(const Vector*)(g[r] + from_g);
+                Vector gradient = *(const Vector*)(g[r] + from_g);
+                IN_REGISTER(gradient);
                 UNROLL
                 for (int c = 0; c < COLUMNS; c++) s[r][c] += gradient * pixel[c];
               }
