@@ -8,7 +8,7 @@ INLINE bool is_attached(int64_t stage) { return stage >= BLENDING && stage <= FA
 INLINE bool is_judged(int64_t stage) { return stage >= TRAINING && stage <= FADING && stage != FOSSILIZED; }
 
 static const float MOMENTUM = 0.1f;  // of running statistics
-enum { MOST_SLOTS = 64 };
+enum { MOST_SLOTS = 64, TRUNK = -1 };
 
 // What Python passes. Rows are those of hosts.
 struct Task {
@@ -128,11 +128,11 @@ struct Network {
     if (s == switched) seed->gate = stage == TRAINING ? 1.0f : 0.0f;
     return seed->gate != 0.0f;
   }
-  // The logits of the trunk (from is -1), or of the branch that switches the slot ``from``, where h
-  // of the trunk is.
+  // The logits of the TRUNK, or of the branch that switches the slot ``from``, where h of the trunk
+  // is.
   void forward(int64_t host, int from, const Batch& batch, bool training) {
     const float* row = task.host + host * task.row;
-    const bool runs = !training || from < 0;  // branches leave the running statistics alone
+    const bool runs = !training || from == TRUNK;  // branches leave the running statistics alone
     for (int s = greatest(0, from); s < task.slots; s++) {
       Level& l = level[s];
       if (s != from) {
@@ -208,16 +208,18 @@ struct Network {
     if (grad) kernel_gradient(l.y, l.wide, l.input, l.in, weight, batch.blocks, grad + l.weight, gradients.sums);
     if (passes) convolve(l.y, l.wide, turned(weight), nullptr, false, gradients.g, l.in, batch.blocks);
   }
-  // Gradients of the trunk, or of the seed that a branch switches on.
+  // Gradients of the TRUNK with its seeds, or of the seed that a branch switches on.
   void backward(int64_t host, int from, const Batch& batch) {
     const float* row = task.host + host * task.row;
-    float* grad = from < 0 ? host_grad : nullptr;
+    float* grad = from == TRUNK ? host_grad : nullptr;
     backward_head(row, grad, batch);
     for (int s = (int)task.slots - 1; s >= greatest(0, from); s--) {
       Level& l = level[s];
       Seed seed;
-      gradients.seed = from < 0 || s == from ? l.seed_grad : nullptr;
+      gradients.seed = from == TRUNK || s == from ? l.seed_grad : nullptr;
       if (seed_of(host, s, from, &seed)) backward_seed(l.slot, seed, gradients, batch, s != from);
+      else if (grad && is_attached(task.stage[host * task.slots + s]))  // its share has become 0
+        __builtin_memset(l.seed_grad, 0, task.seed_row[s] * sizeof(float));
       if (s != from) backward_block(l, row, grad, batch, s > 0);
     }
   }
@@ -257,88 +259,83 @@ struct Network {
   }
   static bool is_finite(float x) { return x - x == 0.0f; }
 
-  void train(int64_t host) {
-    const Batch batch((int)task.images);
+  // One step of SGD; returns whether loss and gradients of host and attached seeds are finite.
+  bool update(int64_t host, const int64_t* index, const int64_t* label, const Batch& batch) {
     const int slots = (int)task.slots;
-    const int64_t* stage = task.stage + host * slots;
-    float* norm = task.grad_norm + host * slots;
+    const int64_t *stage = task.stage + host * slots, *blueprint = task.blueprint + host * slots;
+    for (int b = 0; b < batch.blocks; b++)
+      gather(task.image, level[0].in, [&](int k) { return index[smallest(b * IMAGES + k, batch.images - 1)]; }, image + b * level[0].in.floats());
+    forward(host, TRUNK, batch, true);
+    const float loss = batch_loss(host, label, batch);
+    backward(host, TRUNK, batch);
+    for (int s = slots - 1; s >= 0; s--) {  // a branch overwrites what comes after its slot
+      if (stage[s] != TRAINING) continue;
+      forward(host, s, batch, true);
+      batch_loss(host, label, batch);
+      backward(host, s, batch);
+    }
     int64_t count[MOST_SLOTS];
+    float *norm = task.grad_norm + host * slots, joint = square(host_grad, task.row);
     for (int s = 0; s < slots; s++) {
       const bool live = stage[s] == TRAINING || is_attached(stage[s]);
-      count[s] = live ? count_parameters(task.blueprint[host * slots + s], level[s].slot.size) : 0;
+      count[s] = live ? count_parameters(blueprint[s], level[s].slot.size) : 0;
+      const float mine = square(level[s].seed_grad, count[s]);
+      if (is_attached(stage[s])) joint += mine;
+      norm[s] = f_sqrt(mine);
     }
+    joint = f_sqrt(joint);
+    const bool finite = is_finite(loss) && is_finite(joint);
+    const float rate = task.learning_rate[host];
+    if (finite) descend(task.host + host * task.row, task.host_speed + host * task.row, host_grad, task.row, joint, rate);
+    for (int s = 0; s < slots; s++) {
+      const bool attached = is_attached(stage[s]);
+      const int64_t place = host * task.seed_row[s];
+      if (attached ? finite : is_finite(norm[s]))
+        descend(task.seeds[s] + place, task.seed_speeds[s] + place, level[s].seed_grad, count[s], attached ? joint : norm[s], rate);
+    }
+    return finite;
+  }
+  void train(int64_t host) {
+    const Batch batch((int)task.images);
     bool sound = true;
-    for (int64_t update = 0; update < task.updates; update++) {
-      const int64_t first = (host * task.updates + update) * task.images;
-      const int64_t *index = task.index + first, *label = task.label + first;
-      for (int b = 0; b < batch.blocks; b++)
-        gather(task.image, level[0].in, [&](int k) { return index[smallest(b * IMAGES + k, batch.images - 1)]; }, image + b * level[0].in.floats());
-      for (int s = 0; s < slots; s++) __builtin_memset(level[s].seed_grad, 0, count[s] * sizeof(float));
-      forward(host, -1, batch, true);
-      const float loss = batch_loss(host, label, batch);
-      backward(host, -1, batch);
-      for (int s = slots - 1; s >= 0; s--) {  // a branch overwrites what comes after its slot
-        if (stage[s] != TRAINING) continue;
-        forward(host, s, batch, true);
-        batch_loss(host, label, batch);
-        backward(host, s, batch);
-      }
-      float joint = square(host_grad, task.row), squares[MOST_SLOTS];
-      for (int s = 0; s < slots; s++) {
-        squares[s] = square(level[s].seed_grad, count[s]);
-        if (is_attached(stage[s])) joint += squares[s];
-        norm[s] = f_sqrt(squares[s]);
-      }
-      joint = f_sqrt(joint);
-      const bool finite = is_finite(loss) && is_finite(joint);
-      const float rate = task.learning_rate[host];
-      if (finite) descend(task.host + host * task.row, task.host_speed + host * task.row, host_grad, task.row, joint, rate);
-      for (int s = 0; s < slots; s++) {
-        const bool attached = is_attached(stage[s]);
-        const int64_t place = host * task.seed_row[s];
-        if (attached ? finite : count[s] && is_finite(norm[s]))
-          descend(task.seeds[s] + place, task.seed_speeds[s] + place, level[s].seed_grad, count[s], attached ? joint : norm[s], rate);
-      }
-      sound = sound && finite;
-    }
+    for (int64_t step = host * task.updates; step < (host + 1) * task.updates; step++)
+      sound &= update(host, task.index + step * task.images, task.label + step * task.images, batch);
     task.finite[host] = sound;
   }
 
   void measure(int64_t host) {
     const int slots = (int)task.slots;
+    const int64_t* stage = task.stage + host * slots;
     const uint8_t* present = task.present + host * task.classes;
     double loss = 0.0;
-    int64_t counted = 0, right = 0, gained[MOST_SLOTS] = {};
+    int64_t counted = 0, right = 0, switched[MOST_SLOTS] = {};  // images that are classified right
+    const Batch batch(IMAGES);
     for (int64_t first = 0; first < task.images; first += IMAGES) {
-      const Batch batch(IMAGES);
       const int count = (int)(task.images - first < IMAGES ? task.images - first : IMAGES);
       int own[IMAGES], answer[IMAGES];
       bool counts[IMAGES];
       float losses[IMAGES];
-      for (int n = 0; n < IMAGES; n++) own[n] = (int)task.label[first + smallest(n, count - 1)];
-      for (int n = 0; n < IMAGES; n++) counts[n] = n < count && present[own[n]];
-      gather(task.image, level[0].in, [&](int k) { return first + smallest(k, count - 1); }, image);
-      for (int s = slots; s >= 0; s--) {  // the trunk comes first
-        const int64_t stage = s < slots ? task.stage[host * slots + s] : DORMANT;
-        if (s < slots && !(task.switches && is_judged(stage))) continue;
-        forward(host, s < slots ? s : -1, batch, false);
-        cross_entropy(logits, present, own, losses, answer);
-        int64_t correct = 0;
-        for (int n = 0; n < IMAGES; n++) correct += counts[n] && answer[n] == own[n];
-        if (s < slots) {
-          gained[s] += stage == TRAINING ? correct : -correct;
-          continue;
-        }
-        for (int n = 0; n < IMAGES; n++) counted += counts[n];
-        for (int n = 0; n < IMAGES; n++) loss += counts[n] ? losses[n] : 0.0f;
-        right += correct;
+      for (int n = 0; n < IMAGES; n++) {
+        own[n] = (int)task.label[first + smallest(n, count - 1)];
+        counts[n] = n < count && present[own[n]];
       }
+      const auto count_right = [&](int from) {
+        forward(host, from, batch, false);
+        cross_entropy(logits, present, own, losses, answer);
+        int64_t found = 0;
+        for (int n = 0; n < IMAGES; n++) found += counts[n] && answer[n] == own[n];
+        return found;
+      };
+      gather(task.image, level[0].in, [&](int k) { return first + smallest(k, count - 1); }, image);
+      right += count_right(TRUNK);
+      for (int n = 0; n < IMAGES; n++) counted += counts[n], loss += counts[n] ? losses[n] : 0.0f;
+      for (int s = slots - 1; s >= 0; s--)
+        if (task.switches && is_judged(stage[s])) switched[s] += count_right(s);
     }
     for (int s = 0; s < slots; s++) {
-      const int64_t stage = task.stage[host * slots + s];
-      const bool judged = task.switches && is_judged(stage);
-      const int64_t difference = stage == TRAINING ? gained[s] - right : gained[s] + right;
-      task.contribution[host * slots + s] = judged ? (float)difference / counted : 0.0f;
+      const bool judged = task.switches && is_judged(stage[s]);
+      const float gained = (float)(stage[s] == TRAINING ? switched[s] - right : right - switched[s]);
+      task.contribution[host * slots + s] = judged ? gained / counted : 0.0f;
     }
     task.loss[host] = (float)(loss / counted);
     task.accuracy[host] = (float)right / counted;
