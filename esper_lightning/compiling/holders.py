@@ -18,6 +18,7 @@ from types import CellType, CodeType, FunctionType, MethodType, ModuleType
 from typing import Any, NamedTuple
 
 import numpy as np
+import torch
 from torch import Tensor, nn
 
 __all__ = [
@@ -48,6 +49,7 @@ _NOT_OF_USERS = {
     ),
 }
 _NOTHING = object()
+_LEAVES = (Tensor, ModuleType, bool, int, float, complex, str, bytes, type(None), torch.dtype)
 # Recurrent layers replace these whenever they are called with other weights, by weights as before.
 _REPLACED_BY_TORCH = ("._flat_weights", "._flat_weight_refs")
 
@@ -141,7 +143,7 @@ def find_holders(function: Callable[..., Any]) -> list[Holder]:
     found: list[Holder] = []
     while left and len(seen) < _MOST_OBJECTS:
         held, name = left.popleft()
-        if id(held) in seen or isinstance(held, Tensor | ModuleType):
+        if id(held) in seen or isinstance(held, _LEAVES):
             continue
         seen[id(held)] = held
         if isinstance(held, MethodType):

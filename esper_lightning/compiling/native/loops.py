@@ -85,11 +85,11 @@ class NativeMap:
         self.reads = _asked(self._function, some, constants)
         traced = Traced(self._function, (some, constants), functional=True)
         first, count = len(leaves(rows)), len(leaves((rows, constants)))
+        body = translate(traced.graph, "body", shared=False, unchanged=range(first, count))
         if chunks > 1:
             more = map_tree(lambda leaf: leaf[: 2 * size], rows)
             larger = Traced(self._function, (more, constants), functional=True)
             refuse_mixed_rows(traced.graph, larger.graph, range(first), _MIXED_ROWS)
-        body = translate(traced.graph, "body", shared=False, unchanged=range(first, count))
         others = count - first + len(body.captured)
         return Program(
             map_text(body, leaves(some), others, leaves(traced.result)),
@@ -135,14 +135,14 @@ class NativeLoop:
             example = (carry, chunked[0, :size], constants)
             self.reads = _asked(self._chunk_body, *example)
             traced = Traced(self._chunk_body, example, functional=True)
+            sums = leaves(traced.result)
+            of_step = {*range(carried + 1 + constant)} - {carried}  # the same for all chunks
+            chunk = translate(traced.graph, "chunk", shared=False, unchanged=of_step)
             if chunks > 1:
                 both = (carry, chunked[0, : 2 * size], constants)
                 larger = Traced(self._chunk_body, both, functional=True)
                 index = range(carried, carried + 1)
                 refuse_other_sums(traced.graph, larger.graph, index, _OTHER_SUMS)
-            sums = leaves(traced.result)
-            of_step = {*range(carried + 1 + constant)} - {carried}  # the same for all chunks
-            chunk = translate(traced.graph, "chunk", shared=False, unchanged=of_step)
             zeros = map_tree(lambda leaf: torch.zeros(leaf.shape, dtype=leaf.dtype), traced.result)
             x = (zeros, x)
         self.reads += _asked(self._body, carry, x, constants)

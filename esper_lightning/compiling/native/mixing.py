@@ -44,7 +44,7 @@ def refuse_other_sums(
     Raises:
         UnsupportedError: If a result is no such sum, or cannot be seen to be one.
     """
-    for code in _results(graph, larger, sources, what):
+    for code, _ in _results(graph, larger, sources, what):
         if not bool(((code == TOTAL) | (code == ZERO)).all()):
             raise UnsupportedError(f"{what} (a result that is no sum)")
 
@@ -64,9 +64,9 @@ def refuse_mixed_rows(
         UnsupportedError: If a row of a result depends on another row, or may do so.
     """
     number = _number(graph, sources)
-    for code in _results(graph, larger, sources, what):
-        rows = code.view(number, -1) if code.dim() and code.shape[0] == number else None
-        own = torch.arange(number)[:, None] + FIRST
+    own = torch.arange(number)[:, None] + FIRST
+    for code, grows in _results(graph, larger, sources, what):
+        rows = code.reshape(number, -1) if grows and code.shape[0] == number else None
         if rows is None or not bool(((rows == own) | (rows < TOTAL)).all()):
             raise UnsupportedError(f"{what} (a result that is not the row's own)")
 
@@ -78,8 +78,8 @@ def _number(graph: fx.GraphModule, sources: range) -> int:
 
 def _results(
     graph: fx.GraphModule, larger: fx.GraphModule, sources: range, what: str
-) -> list[Tensor]:
-    """The codes of all results."""
+) -> list[tuple[Tensor, bool]]:
+    """The codes of each result, and whether its shape grows with the number of samples."""
     graph, larger = decompose(graph), decompose(larger)
     nodes, others = list(graph.graph.nodes), list(larger.graph.nodes)
     if [node.target for node in nodes] != [node.target for node in others]:
@@ -105,7 +105,8 @@ def _results(
             except MixedError as error:
                 raise UnsupportedError(f"{what} ({operation_name(node)} {error})") from error
         else:
-            return [known[result] for result in node.args[0]]
+            pairs = zip(node.args[0], other.args[0], strict=True)
+            return [(known[one], _shapes(one) != _shapes(two)) for one, two in pairs]
     raise AssertionError
 
 

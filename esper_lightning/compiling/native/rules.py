@@ -185,10 +185,11 @@ class Rules:
 
     def _padded(self, call: Call) -> Tensor:
         x, pad, *value = call.args
-        return torch.nn.functional.pad(x, pad, value=FIXED if any(value) else ZERO)
+        filled = FIXED if any((*value, *call.kwargs.values())) else ZERO
+        return torch.nn.functional.pad(x, pad, value=filled)
 
     def _gathered(self, call: Call) -> Tensor:
-        x, dim, index = call.args
+        x, dim, index = call.args[:3]
         x = alike(x, dim)
         for axis, extent in enumerate(index.shape):
             x = x if axis == dim % x.dim() else x.narrow(axis, 0, extent)
@@ -337,7 +338,7 @@ def _not_linear(call: Call, values: Sequence[Tensor]) -> Tensor:
     if name == "mul":
         totals = torch.stack([value == TOTAL for value in values]).sum(0)
         return is_sum & ((totals > 1) | torch.stack([v >= FIRST for v in values]).any(0))
-    if name == "div":
+    if name == "div" and not call.kwargs:  # and does not round
         return is_sum & (values[1] >= TOTAL)
     if name == "where":
         return is_sum & ((values[0] >= TOTAL) | torch.stack(beside[1:]).any(0))
