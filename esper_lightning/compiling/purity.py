@@ -76,7 +76,8 @@ def watched_results(function: Callable[..., Tree], *args: Tree) -> list[Tensor]:
         # A function that needs a gradient computes it itself; nothing outside needs autograd.
         watch = (unchanged(function), unused_streams(), _NoNumbers(), _OwnTensorsOnly())
         with torch.no_grad(), watch[0], watch[1], watch[2], watch[3]:
-            return leaves(function(*args))
+            result = function(*args)
+        return leaves(result)
     finally:
         torch.set_num_threads(threads)
 

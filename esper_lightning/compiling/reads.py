@@ -7,7 +7,7 @@ A trace takes numbers, lists and arrays for constants, and reads tensors where t
 from collections import deque
 from collections.abc import Callable, Generator, Hashable
 from contextlib import ExitStack, contextmanager, suppress
-from types import CellType
+from types import CellType, FunctionType, ModuleType
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -17,6 +17,7 @@ from esper_lightning.compiling.holders import Globals, Holder, attributes_of, fi
 
 __all__ = ["Reads", "recorded"]
 
+_CODE = (ModuleType, FunctionType, type, property, classmethod, staticmethod)
 _MOST = 1000  # elements of a container that are compared at every call
 _FLAGGED = (nn.modules.dropout._DropoutNd, nn.modules.batchnorm._NormBase)  # pyright: ignore[reportPrivateUsage]
 
@@ -70,9 +71,12 @@ def recorded(function: Callable[..., Any]) -> Generator[Reads]:
     for holder in holders.values():
         if isinstance(holder.held, _FLAGGED):
             reads.add(holder, "training")
-        elif isinstance(holder.held, CellType | Globals | type):
-            for name in holder.entries:
-                reads.add(holder, name)
+        elif isinstance(holder.held, CellType):
+            reads.add(holder, "")
+        elif isinstance(holder.held, Globals | type):
+            for name, value in holder.entries.items():
+                if not isinstance(value, _CODE):
+                    reads.add(holder, name)
 
 
 @contextmanager

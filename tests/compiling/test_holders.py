@@ -2,6 +2,7 @@
 
 import functools
 import random
+import sys
 from typing import Any
 
 import numpy as np
@@ -159,8 +160,11 @@ def test_a_variable_of_a_closure_is_watched_and_an_error_restores_too() -> None:
 
 
 @pytest.mark.parametrize("stream", [random.random, np.random.rand])
-def test_the_global_random_streams_are_refused_and_restored(stream: Any) -> None:
+def test_the_global_random_streams_are_refused_and_restored(
+    stream: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
     """Also where what they decide is rare."""
+    monkeypatch.delitem(sys.modules, "beartype", raising=False)  # of the tests
     states = lambda: (random.getstate(), str(np.random.get_state()))  # noqa: E731, NPY002
     before = states()
     with pytest.raises(ImpureError, match="random numbers of Python or NumPy"):

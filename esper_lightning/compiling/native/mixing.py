@@ -5,6 +5,7 @@ each value gets a *code*: zero, the same for all samples, a total, or the number
 that the element depends on. Operations that move elements move codes alike (torch itself runs them
 on the codes); ``rules`` holds what all others do. What has no rule is refused.
 """
+# pyright: reportUnknownVariableType=false, reportUnknownArgumentType=false
 
 import operator
 from typing import Any
@@ -117,17 +118,21 @@ def _of_call(rules: Rules, node: fx.Node, other: fx.Node, known: dict[fx.Node, A
     if _constants(node) != _constants(other):
         raise MixedError("of a number of samples")
     found = rules.run(Call(node, other, args, fx.map_arg(node.kwargs, known.__getitem__)))
-    if _shapes(node) != _shapes(other):
-        for one in found if isinstance(found, list | tuple) else [found]:
-            if FIXED <= int(one.max()) < FIRST:
-                raise MixedError("of the number of samples")
+    sizes = zip(_all(found), _shapes(node), _shapes(other), strict=True)
+    for one, shape, larger in sizes:
+        if shape != larger and FIXED <= int(one.max()) < FIRST:
+            raise MixedError("of the number of samples")
     return found
 
 
+def _all(value: Any) -> list[Tensor]:
+    """All results of a call."""
+    results = value if isinstance(value, list | tuple) else [value]
+    return [one for one in results if one is not None]
+
+
 def _shapes(node: fx.Node) -> list[tuple[int, ...]]:
-    value: Any = node.meta["val"]
-    tensors: Any = value if isinstance(value, list | tuple) else [value]
-    return [tuple(one.shape) for one in tensors if isinstance(one, Tensor)]
+    return [tuple(one.shape) for one in _all(node.meta["val"])]
 
 
 def _constants(node: fx.Node) -> str:

@@ -1,4 +1,5 @@
 """What each operation makes of codes: the rules of ``mixing``."""
+# pyright: reportUnknownVariableType=false, reportUnknownArgumentType=false
 
 from collections.abc import Callable, Sequence
 from typing import Any

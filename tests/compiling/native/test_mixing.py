@@ -131,7 +131,8 @@ def test_the_gradients_of_networks_are_sums() -> None:
     networks = {
         "images": nn.Sequential(
             nn.Unflatten(1, (1, 3, 1)),
-            *(nn.Conv2d(1, 2, (2, 1)), nn.GroupNorm(1, 2), nn.MaxPool2d((2, 1)), nn.Flatten()),
+            *(nn.Conv2d(1, 2, (2, 1)), nn.GroupNorm(1, 2), nn.Conv2d(2, 2, 1)),
+            *(nn.MaxPool2d((2, 1)), nn.Flatten()),
         ),
         "features": nn.Sequential(nn.Linear(3, 2), nn.LayerNorm(2), nn.GELU(), nn.Linear(2, 2)),
     }
