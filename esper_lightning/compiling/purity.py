@@ -107,7 +107,7 @@ class _OwnTensorsOnly(TorchDispatchMode):
     def __torch_dispatch__(
         self, func: Any, types: Any, args: Sequence[Any] = (), kwargs: Any = None
     ) -> Any:
-        if torch.Tag.nondeterministic_seeded in func.tags:
+        if torch.Tag.nondeterministic_seeded in func.tags and not _drops_nothing(func, args):
             raise ImpureError(f"random numbers of its own ({func})")
         if func is torch.ops.aten._local_scalar_dense.default:
             raise ImpureError("a number of a tensor as one of Python")
@@ -122,6 +122,14 @@ class _OwnTensorsOnly(TorchDispatchMode):
         result = func(*args, **kwargs)
         self._made |= _storages(result) - given
         return result
+
+
+def _drops_nothing(func: Any, args: Sequence[Any]) -> bool:
+    """Whether an operation is random by its dropout alone, such as attention, which is 0."""
+    for number, argument in enumerate(func._schema.arguments):
+        if argument.name == "dropout_p":
+            return not (args[number] if number < len(args) else argument.default_value)
+    return False
 
 
 def _written(schema: Any, args: Sequence[Any], kwargs: dict[str, Any]) -> list[Any]:

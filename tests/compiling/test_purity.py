@@ -1,6 +1,7 @@
 """What is not a pure function is refused before it changes anything, and runs eagerly."""
 
 import itertools
+from functools import partial
 from typing import Any
 
 import pytest
@@ -101,6 +102,14 @@ def test_a_pure_function_may_write_to_what_it_made_and_give_nan() -> None:
     y, gradient = results_of_pure(function, torch.ones(2))
     assert y.isnan().tolist() == [True, False]
     assert gradient.tolist() == [8.0, 18.0]
+
+
+def test_attention_without_dropout_is_not_random() -> None:
+    x = torch.ones(2, 1, 3, 4)
+    results_of_pure(torch.nn.functional.scaled_dot_product_attention, x, x, x)
+    dropping = partial(torch.nn.functional.scaled_dot_product_attention, dropout_p=0.5)
+    with pytest.raises(ImpureError, match="random numbers"):
+        results_of_pure(dropping, x, x, x)
 
 
 def test_results_of_any_layout_are_compared() -> None:

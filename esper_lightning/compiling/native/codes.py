@@ -1,6 +1,7 @@
 """Codes, which say on which samples an element depends.
 
-A code is ``ZERO``, ``FIXED`` (the same whatever the samples are), ``TOTAL`` (a sum over all
+A code is ``ZERO``, ``FIXED`` (the same whatever the samples are), ``EVEN`` (fixed, and the same at
+all places of a tensor whose size grows with the number of samples), ``TOTAL`` (a sum over all
 samples) or ``FIRST + m`` (depends on sample ``m`` and on what is fixed).
 """
 
@@ -11,6 +12,7 @@ import torch
 from torch import Tensor, fx
 
 __all__ = [
+    "EVEN",
     "FIRST",
     "FIXED",
     "TOTAL",
@@ -26,7 +28,7 @@ __all__ = [
     "together",
 ]
 
-ZERO, FIXED, TOTAL, FIRST = 0, 1, 2, 3
+ZERO, FIXED, EVEN, TOTAL, FIRST = range(5)
 
 
 class MixedError(Exception):

@@ -1,7 +1,7 @@
 """Whether samples are combined by more than sums, asked of the graph of a function.
 
 Numbers cannot answer this: what a weight of 0 hides today may train tomorrow. So each element of
-each value gets a *code*: zero, the same for all samples, a total, or the number of the one sample
+each value gets a *code*: zero, fixed, a total, or the number of the one sample
 that the element depends on. Operations that move elements move codes alike (torch itself runs them
 on the codes); ``rules`` holds what all others do. What has no rule is refused.
 """
@@ -14,6 +14,7 @@ import torch
 from torch import Tensor, fx
 
 from esper_lightning.compiling.native.codes import (
+    EVEN,
     FIRST,
     FIXED,
     TOTAL,
@@ -68,7 +69,7 @@ def refuse_mixed_rows(
     own = torch.arange(number)[:, None] + FIRST
     for code, grows in _results(graph, larger, sources, what):
         rows = code.reshape(number, -1) if grows and code.shape[0] == number else None
-        if rows is None or not bool(((rows == own) | (rows < TOTAL)).all()):
+        if rows is None or not bool(((rows == own) | (rows < EVEN)).all()):
             raise UnsupportedError(f"{what} (a result that is not the row's own)")
 
 
@@ -120,7 +121,7 @@ def _of_call(rules: Rules, node: fx.Node, other: fx.Node, known: dict[fx.Node, A
     found = rules.run(Call(node, other, args, fx.map_arg(node.kwargs, known.__getitem__)))
     sizes = zip(_all(found), _shapes(node), _shapes(other), strict=True)
     for one, shape, larger in sizes:
-        if shape != larger and FIXED <= int(one.max()) < FIRST:
+        if shape != larger and int(one.max()) in (FIXED, TOTAL):
             raise MixedError("of the number of samples")
     return found
 

@@ -8,6 +8,7 @@ import torch
 from torch import Tensor
 
 from esper_lightning.compiling.native.codes import (
+    EVEN,
     FIRST,
     FIXED,
     TOTAL,
@@ -41,6 +42,7 @@ _MOVES = {  # elements, unchanged: torch moves the codes
     *("slice", "slice_backward", "slice_scatter", "split", "split_with_sizes", "squeeze", "stack"),
     *("t", "transpose", "unbind", "unfold", "unsqueeze"),
 }
+_TURNS = {"permute", "squeeze", "t", "transpose", "unsqueeze"}  # moves that leave no element out
 _REDUCTIONS = {  # and the position of their axes
     **dict.fromkeys(
         ("all", "amax", "amin", "any", "argmax", "max", "mean", "min", "sum", "var"), 1
@@ -125,7 +127,9 @@ class Rules:
         name = call.name
         linear = name in _ADDS or name in _SAME
         given = call.args if linear else [*call.args, *call.kwargs.values()]
-        values = torch.broadcast_tensors(*map(_code, filter(_has_code, given)))
+        given = [*map(_code, filter(_has_code, given))]
+        _refuse_uneven(given)
+        values = torch.broadcast_tensors(*given)
         if any(bool((value == TOTAL).any()) for value in values):
             require_that(not bool(_not_linear(call, values).any()), "of a sum")
         both = together(values)
@@ -141,6 +145,7 @@ class Rules:
         return both.clamp(min=FIXED).masked_fill(none, ZERO)
 
     def _masked(self, call: Call) -> Tensor:
+        _refuse_uneven([*map(_code, call.args)])
         x, mask, filled = torch.broadcast_tensors(*map(_code, call.args))
         if TOTAL in x:
             require_that(largest(mask) <= FIXED and largest(filled) == ZERO, "of a sum")
@@ -154,7 +159,8 @@ class Rules:
 
     def _constant_like(self, call: Call) -> Tensor:
         x = call.args[0]
-        return torch.zeros_like(x) if _is_zero(call) else torch.where(x >= FIRST, x, FIXED)
+        like = (x >= FIRST) | (x == EVEN)
+        return torch.zeros_like(x) if _is_zero(call) else torch.where(like, x, FIXED)
 
     def _expanded(self, call: Call) -> Tensor:
         x, shape = call.args[0], call.shape
@@ -162,15 +168,23 @@ class Rules:
         grown = [axis for axis, extent in enumerate(shape) if extent != call.larger[axis]]
         if all(axis >= first and x.shape[axis - first] == shape[axis] for axis in grown):
             return x.expand(shape)
-        require_that(largest(x) < TOTAL, "to the number of samples")
-        return self._along(x.expand(shape), call)
+        require_that(largest(x) < EVEN, "to the number of samples")
+        return self._along(x.expand(shape), call, even=x.numel() == 1)
 
-    def _along(self, code: Tensor, call: Call) -> Tensor:
-        """Give each place along an axis that grows with the samples to the sample there."""
+    def _along(self, code: Tensor, call: Call, *, even: bool = True) -> Tensor:
+        """Give each place along an axis that grows with the samples to the sample there.
+
+        Args:
+            code: Code of something fixed.
+            call: Call with the result.
+            even: Whether the result is the same at all places.
+        """
         grown = [axis for axis, extent in enumerate(call.shape) if extent != call.larger[axis]]
         if not grown or largest(code) == ZERO:
             return code
         fits = len(grown) == 1 and call.shape[grown[0]] == len(self._samples)
+        if even and not fits:  # each sample has several places, in one order or another
+            return code.masked_fill(code == FIXED, EVEN)
         require_that(fits, "of the number of samples")
         own = self._samples.view(-1, *[1] * (code.dim() - 1 - grown[0]))
         return torch.where(code == ZERO, ZERO, own.expand(call.shape))
@@ -179,6 +193,10 @@ class Rules:
 
     def _moved(self, call: Call) -> Any:
         target: Any = call.node.target
+        given = [*call.args, *(call.args[0] if isinstance(call.args[0], list | tuple) else [])]
+        tensors = [one for one in given if isinstance(one, Tensor)]
+        even = any(EVEN in one for one in tensors)
+        require_that(not even or call.name in _TURNS, "of the number of samples")
         return target(*call.args, **call.kwargs)
 
     def _viewed(self, call: Call) -> Tensor:
@@ -186,6 +204,7 @@ class Rules:
 
     def _padded(self, call: Call) -> Tensor:
         x, pad, *value = call.args
+        require_that(EVEN not in x, "of the number of samples")
         filled = FIXED if any((*value, *call.kwargs.values())) else ZERO
         return torch.nn.functional.pad(x, pad, value=filled)
 
@@ -197,12 +216,12 @@ class Rules:
         return _chosen(x.expand(index.shape), index)
 
     def _indexed(self, call: Call) -> Tensor:
-        x, *places = call.args
+        x, where, *index = call.args
         if call.name == "index":
-            used = [axis for axis, one in enumerate(places[0]) if one is not None]
+            used = [axis for axis, one in enumerate(where) if one is not None]
             require_that(len(used) == 1, "with several indices")
-            places = [used[0], places[0][used[0]]]
-        axis, index = places[0] % x.dim(), places[1]
+            where, index = used[0], [where[used[0]]]
+        axis, index = where % x.dim(), index[0]
         x = alike(x, axis)
         x = x.reshape(*x.shape[:axis], *[1] * index.dim(), *x.shape[axis + 1 :])
         index = index.reshape(*index.shape, *[1] * (x.dim() - axis - index.dim()))
@@ -211,7 +230,8 @@ class Rules:
     def _scattered(self, call: Call) -> Tensor:
         x, dim, index, source = (_code(one) if n != 1 else one for n, one in enumerate(call.args))
         require_that(index.shape[dim] == 1, "of several elements")
-        require_that(TOTAL not in torch.stack([x.max(), index.max(), source.max()]), "of a sum")
+        for one in (x, index, source):
+            require_that(TOTAL not in one and EVEN not in one, "of a sum")
         values = torch.broadcast_tensors(alike(x, dim), index, source)
         return together(values).clamp(min=FIXED).expand(x.shape)
 
@@ -224,6 +244,8 @@ class Rules:
             return x.clamp(min=FIXED)
         axes = [axes] if isinstance(axes, int) else axes
         axes = [axis % x.dim() for axis in axes] if axes else list(range(x.dim()))
+        if EVEN in x:
+            return self._summed_evenly(call, x, axes)
         if call.name in ("sum", "mean"):
             return self._summed(x, axes, means=call.name == "mean").reshape(call.shape)
         return alone(x, axes).clamp(min=FIXED).reshape(call.shape)
@@ -244,6 +266,14 @@ class Rules:
             require_that(bool((counts == counts[:, :1]).all()), "over some of the samples")
         return torch.where(total | mixed, TOTAL, high).reshape(kept)
 
+    def _summed_evenly(self, call: Call, x: Tensor, axes: Sequence[int]) -> Tensor:
+        """The code of a sum over all places of what is the same at all of them: their number."""
+        source, larger = (node.args[0].meta["val"].shape for node in (call.node, call.other))
+        grown = {axis for axis, extent in enumerate(source) if extent != larger[axis]}
+        is_count = call.name == "sum" and grown <= {*axes} and FIXED not in x
+        require_that(bool(grown) and is_count, "of the number of samples")
+        return torch.full(call.shape, TOTAL, dtype=torch.int32)
+
     def _product(self, call: Call) -> Tensor:
         a, b = call.args[-2:]
         most_a, most_b = largest(a), largest(b)
@@ -253,14 +283,14 @@ class Rules:
             total, other = (a, most_b) if most_a == TOTAL else (b, most_a)
             require_that(FIXED not in total and other == FIXED, "of a sum")
             code = torch.tensor(TOTAL, dtype=torch.int32)
-        elif most_b == FIXED:
-            code = alone(a, [1])
-        elif most_a == FIXED:
-            code = alone(b, [0])
+        elif FIXED in (most_a, most_b):
+            code = alone(a, [1]) if most_b == FIXED else alone(b, [0])
+            require_that(EVEN not in code, "of the number of samples")
         else:  # over samples, or all of one sample
             code = self._over(alone(a, [0])[0], alone(b, [1])[:, 0])
         if call.name == "mm":
             return code.expand(call.shape)
+        _refuse_uneven([call.args[0], code])
         added = torch.broadcast_tensors(call.args[0].expand(call.shape), code)
         if any(TOTAL in one for one in added):
             require_that(not any(FIXED in one for one in added), "of a sum and more")
@@ -322,6 +352,13 @@ def _code(value: Any) -> Tensor:
     return value if isinstance(value, Tensor) else torch.tensor(FIXED if value else ZERO)
 
 
+def _refuse_uneven(values: Sequence[Tensor]) -> None:
+    """Refuse what is even beside what is fixed and differs from place to place."""
+    if any(EVEN in value for value in values):
+        uneven = any(value.numel() > 1 and FIXED in value for value in values)
+        require_that(not uneven, "of the number of samples")
+
+
 def _is_zero(call: Call) -> bool:
     """Whether a constant is 0."""
     name = call.name
@@ -351,7 +388,7 @@ def _not_linear(call: Call, values: Sequence[Tensor]) -> Tensor:
 
 
 def _chosen(x: Tensor, index: Tensor) -> Tensor:
-    require_that(TOTAL not in index, "of a sum")
+    require_that(TOTAL not in index and EVEN not in index, "of a sum")
     return together([x, index])
 
 

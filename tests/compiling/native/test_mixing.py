@@ -29,6 +29,10 @@ SUMS: dict[str, Any] = {
     "nothing": lambda v, x, w: torch.zeros(3) * v.sum(),
     "chosen features": lambda v, x, w: x.gather(1, v.long().clamp(0, 2)[:, None]).sum(),
     "a gradient": lambda v, x, w: gradient(lambda w: (x @ w.expand(3, 2)).tanh().square().sum(), w),
+    "several places of each": lambda v, x, w: folded(x).exp().sum() + (w * folded(x)).sum(),
+    "their number, several times": lambda v, x, w: gradient(
+        lambda w: (w.expand(3 * len(v)) + folded(x)).sum(), w
+    ),
     "of pieces": lambda v, x, w: x.reshape(-1, 1).expand(-1, 4).reshape(-1, 12).sum(0).view(3, 4),
 }
 MIXED: dict[str, Any] = {
@@ -56,6 +60,11 @@ MIXED: dict[str, Any] = {
     "a table of their places": lambda v, x, w: (v * TABLE[: len(v), 0] * w).sum(),
     "normalised by the batch": lambda v, x, w: (batch_norm(x) * w).square().sum(),
     "a rounded sum": lambda v, x, w: v.sum().long(),
+    "all places but one": lambda v, x, w: w.expand(3 * len(v))[1:].sum(),
+    "a mean over places": lambda v, x, w: w.expand(3 * len(v)).mean(),
+    "a fixed pattern": lambda v, x, w: (
+        w.expand(3, 2 * len(v)) * TABLE[:3, :1]
+    ).reshape(-1).sum() * 0.0,
     "a wrong fold": lambda v, x, w: (x.t().reshape(-1, 3) * x * w).sum(),
 }  # fmt: skip
 ROWS: dict[str, Any] = {
@@ -76,6 +85,11 @@ MIXED_ROWS: dict[str, Any] = {
     "a sum": lambda v, x, w: v.sum() * w,
     "a constant": lambda v, x, w: w + torch.ones(SAMPLES),
 }
+
+
+def folded(x: Tensor) -> Tensor:
+    """Three places of each sample, as one axis."""
+    return x.t().reshape(-1)
 
 
 def batch_norm(x: Tensor) -> Tensor:
