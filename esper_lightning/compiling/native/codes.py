@@ -21,8 +21,12 @@ __all__ = [
     "MixedError",
     "alike",
     "alone",
+    "chosen",
+    "code_of",
+    "has_code",
     "largest",
     "operation_name",
+    "refuse_uneven",
     "require_that",
     "rows_of",
     "together",
@@ -115,7 +119,8 @@ def alone(x: Tensor, axes: Sequence[int]) -> Tensor:
     rows = rows_of(x, axes)
     high = rows.amax(1)
     low = rows.masked_fill(rows < TOTAL, int(x.max())).amin(1)
-    require_that(not bool((rows == TOTAL).any()), "of a sum")
+    require_that(TOTAL not in rows, "of a sum")
+    require_that(EVEN not in rows, "of the number of samples")
     require_that(not bool(((high >= FIRST) & (low != high)).any()), "of different samples")
     return high.reshape(kept)
 
@@ -125,3 +130,26 @@ def alike(x: Tensor, axis: int) -> Tensor:
     high = x.amax(axis, keepdim=True)
     require_that(not bool(((high >= TOTAL) & (x != high)).any()), "at places that are computed")
     return high
+
+
+def has_code(value: Any) -> bool:
+    """Whether an argument is a tensor or a number."""
+    return isinstance(value, Tensor | bool | int | float)
+
+
+def code_of(value: Any) -> Tensor:
+    """The codes of an argument that is a tensor or a number."""
+    return value if isinstance(value, Tensor) else torch.tensor(FIXED if value else ZERO)
+
+
+def refuse_uneven(values: Sequence[Tensor]) -> None:
+    """Refuse what is even beside what is fixed and differs from place to place."""
+    if any(EVEN in value for value in values):
+        uneven = any(value.numel() > 1 and FIXED in value for value in values)
+        require_that(not uneven, "of the number of samples")
+
+
+def chosen(x: Tensor, index: Tensor) -> Tensor:
+    """The codes of elements at indices that are computed."""
+    require_that(TOTAL not in index and EVEN not in index, "of a sum")
+    return together([x, index])

@@ -15,6 +15,7 @@ from esper_lightning.compiling.native.operations import (
 )
 from esper_lightning.compiling.native.products import product
 from esper_lightning.compiling.native.values import C_TYPES, Index, Shape, UnsupportedError, Value
+from esper_lightning.compiling.native.views import in_memory
 
 __all__ = ["OPERATIONS"]
 
@@ -22,6 +23,7 @@ OPERATIONS = Operations()
 operation = OPERATIONS.register
 
 _SHORT_ROW = 16  # numbers of a row that are written out instead of looped over
+_LARGEST_SUMMED = 2**24  # multiplications of a product without vectors of columns
 
 
 def _axes(axes: int | Sequence[int] | None, rank: int) -> list[int]:
@@ -289,3 +291,22 @@ def _addmm(
     if (beta, alpha) != (1, 1):
         raise UnsupportedError("addmm with factors")
     return pointwise(kernel, result, "{0} + {1}", product(kernel, a, b), bias)
+
+
+@operation("bmm.default", "mv.default", "dot.default")
+def _contracted(kernel: Kernel, result: Result, a: Value, b: Value) -> Value:
+    """Sums of products over the last axis of ``a``, in a plain loop."""
+    last, rest = len(a.shape) - 1, result.shape
+    terms = (*rest, a.shape[-1])
+    if 0 in terms or math.prod(terms) > _LARGEST_SUMMED:
+        raise UnsupportedError(f"a product of {list(a.shape)} and {list(b.shape)}")
+    a, b = kernel.stored(in_memory(a)), kernel.stored(in_memory(b))
+
+    def term(index: Index) -> str:
+        left = [*index[:last], index[-1]]
+        right = [index[0], index[-1], index[2]] if len(b.shape) == 3 else [index[-1]]
+        one, other = (kernel.broadcast(*pair, result.dtype) for pair in ((a, left), (b, right)))
+        return f"({one} * {other})"
+
+    product = Value(terms, result.dtype, term)
+    return _sum(kernel, product, result, [len(rest)])

@@ -17,7 +17,11 @@ from esper_lightning.compiling.native.codes import (
     MixedError,
     alike,
     alone,
+    chosen,
+    code_of,
+    has_code,
     largest,
+    refuse_uneven,
     require_that,
     rows_of,
     together,
@@ -87,6 +91,9 @@ class Rules:
             **dict.fromkeys(("new_full", "new_ones", "new_zeros"), self._constant),
             **dict.fromkeys(("fill", "full_like", "ones_like", "zeros_like"), self._constant_like),
             **dict.fromkeys(("mm", "addmm"), self._product),
+            "mv": lambda call: self._of_product(call.args[0], call.args[1][:, None])[:, 0],
+            "dot": lambda call: self._over(*call.args)[0],
+            "bmm": self._products,
             **dict.fromkeys(("index", "index_select"), self._indexed),
             **dict.fromkeys(("scatter", "scatter_add"), self._scattered),
             **dict.fromkeys(("recurrence", "recurrence_backward"), self._recurrent),
@@ -127,8 +134,8 @@ class Rules:
         name = call.name
         linear = name in _ADDS or name in _SAME
         given = call.args if linear else [*call.args, *call.kwargs.values()]
-        given = [*map(_code, filter(_has_code, given))]
-        _refuse_uneven(given)
+        given = [*map(code_of, filter(has_code, given))]
+        refuse_uneven(given)
         values = torch.broadcast_tensors(*given)
         if any(bool((value == TOTAL).any()) for value in values):
             require_that(not bool(_not_linear(call, values).any()), "of a sum")
@@ -145,8 +152,8 @@ class Rules:
         return both.clamp(min=FIXED).masked_fill(none, ZERO)
 
     def _masked(self, call: Call) -> Tensor:
-        _refuse_uneven([*map(_code, call.args)])
-        x, mask, filled = torch.broadcast_tensors(*map(_code, call.args))
+        refuse_uneven([*map(code_of, call.args)])
+        x, mask, filled = torch.broadcast_tensors(*map(code_of, call.args))
         if TOTAL in x:
             require_that(largest(mask) <= FIXED and largest(filled) == ZERO, "of a sum")
         return together([x, mask, filled]).masked_fill((x == ZERO) & (filled == ZERO), ZERO)
@@ -213,7 +220,7 @@ class Rules:
         x = alike(x, dim)
         for axis, extent in enumerate(index.shape):
             x = x if axis == dim % x.dim() else x.narrow(axis, 0, extent)
-        return _chosen(x.expand(index.shape), index)
+        return chosen(x.expand(index.shape), index)
 
     def _indexed(self, call: Call) -> Tensor:
         x, where, *index = call.args
@@ -225,10 +232,10 @@ class Rules:
         x = alike(x, axis)
         x = x.reshape(*x.shape[:axis], *[1] * index.dim(), *x.shape[axis + 1 :])
         index = index.reshape(*index.shape, *[1] * (x.dim() - axis - index.dim()))
-        return _chosen(*torch.broadcast_tensors(x, index)).expand(call.shape)
+        return chosen(*torch.broadcast_tensors(x, index)).expand(call.shape)
 
     def _scattered(self, call: Call) -> Tensor:
-        x, dim, index, source = (_code(one) if n != 1 else one for n, one in enumerate(call.args))
+        x, dim, index, source = (code_of(one) if n != 1 else one for n, one in enumerate(call.args))
         require_that(index.shape[dim] == 1, "of several elements")
         for one in (x, index, source):
             require_that(TOTAL not in one and EVEN not in one, "of a sum")
@@ -275,7 +282,29 @@ class Rules:
         return torch.full(call.shape, TOTAL, dtype=torch.int32)
 
     def _product(self, call: Call) -> Tensor:
-        a, b = call.args[-2:]
+        code = self._of_product(*call.args[-2:]).expand(call.shape)
+        if call.name == "mm":
+            return code
+        refuse_uneven([call.args[0], code])
+        added = torch.broadcast_tensors(call.args[0].expand(call.shape), code)
+        if any(TOTAL in one for one in added):
+            require_that(not any(FIXED in one for one in added), "of a sum and more")
+        return together(added)
+
+    def _products(self, call: Call) -> Tensor:
+        """The codes of a batch of products: of one sample each, or with what is fixed."""
+        a, b = call.args
+        if largest(b) <= FIXED:
+            code = alone(a, [2])
+        elif largest(a) <= FIXED:
+            code = alone(b, [1])
+        else:
+            code = together([alone(a, [1, 2]), alone(b, [1, 2])])
+        return code.clamp(min=FIXED).expand(call.shape)
+
+    def _of_product(self, a: Tensor, b: Tensor) -> Tensor:
+        """The codes of a product of matrices, which may have 1 in the place of an extent."""
+        rows, columns = a.shape[0], b.shape[1]
         most_a, most_b = largest(a), largest(b)
         if ZERO in (most_a, most_b):
             code = torch.zeros((), dtype=torch.int32)
@@ -285,16 +314,9 @@ class Rules:
             code = torch.tensor(TOTAL, dtype=torch.int32)
         elif FIXED in (most_a, most_b):
             code = alone(a, [1]) if most_b == FIXED else alone(b, [0])
-            require_that(EVEN not in code, "of the number of samples")
         else:  # over samples, or all of one sample
             code = self._over(alone(a, [0])[0], alone(b, [1])[:, 0])
-        if call.name == "mm":
-            return code.expand(call.shape)
-        _refuse_uneven([call.args[0], code])
-        added = torch.broadcast_tensors(call.args[0].expand(call.shape), code)
-        if any(TOTAL in one for one in added):
-            require_that(not any(FIXED in one for one in added), "of a sum and more")
-        return together(added)
+        return code.expand(rows, columns)
 
     def _over(self, *factors: Tensor) -> Tensor:
         """The code of a sum of products over all places of the factors."""
@@ -344,21 +366,6 @@ class Rules:
         return call.results(code[None, :, None])
 
 
-def _has_code(value: Any) -> bool:
-    return isinstance(value, Tensor | bool | int | float)
-
-
-def _code(value: Any) -> Tensor:
-    return value if isinstance(value, Tensor) else torch.tensor(FIXED if value else ZERO)
-
-
-def _refuse_uneven(values: Sequence[Tensor]) -> None:
-    """Refuse what is even beside what is fixed and differs from place to place."""
-    if any(EVEN in value for value in values):
-        uneven = any(value.numel() > 1 and FIXED in value for value in values)
-        require_that(not uneven, "of the number of samples")
-
-
 def _is_zero(call: Call) -> bool:
     """Whether a constant is 0."""
     name = call.name
@@ -385,11 +392,6 @@ def _not_linear(call: Call, values: Sequence[Tensor]) -> Tensor:
         before, after = (one.meta["val"].dtype for one in (source, call.node))
         return is_sum & (not after.is_floating_point and before != after)
     return is_sum
-
-
-def _chosen(x: Tensor, index: Tensor) -> Tensor:
-    require_that(TOTAL not in index and EVEN not in index, "of a sum")
-    return together([x, index])
 
 
 def _by_image(x: Tensor) -> Tensor:

@@ -25,6 +25,10 @@ SUMS: dict[str, Any] = {
     "linear afterwards": lambda v, x, w: -2.0 * torch.stack([v.sum(), (x.sum() / w)])[1] + 0.0,
     "of places": lambda v, x, w: TABLE[v.long().clamp(0, 1)].sum(0),
     "a product over samples": lambda v, x, w: x.t() @ torch.cat([x, v[:, None]], 1),
+    "products of each": lambda v, x, w: torch.bmm(x[:, :, None], x[:, None]).sum(0) * w,
+    "a dot product": lambda v, x, w: (
+        torch.dot(v, x[:, 0]) + x.t().mv(v).sum() + x.mv(w.expand(3)).sum()
+    ),
     "a mean of features": lambda v, x, w: x.mean(1).sum() + x.softmax(-1)[:, 0].sum(),
     "nothing": lambda v, x, w: torch.zeros(3) * v.sum(),
     "chosen features": lambda v, x, w: x.gather(1, v.long().clamp(0, 2)[:, None]).sum(),
@@ -41,6 +45,7 @@ MIXED: dict[str, Any] = {
     "their number": lambda v, x, w: (v * w).sum() / len(v),
     "another sample": lambda v, x, w: (v + w * v * v.flip(0)).sum(),
     "all pairs": lambda v, x, w: (w * (x @ x.t()).log_softmax(-1).diagonal()).sum(),
+    "products of all": lambda v, x, w: torch.bmm(x[None], x.t()[None]).sum() * w,
     "all pairs, as sums": lambda v, x, w: (v[:, None] * v[None, :]).sum(),
     "their places": lambda v, x, w: (v + w * torch.arange(len(v))).sum(),
     "something fixed": lambda v, x, w: v.sum() + w * w,
@@ -61,6 +66,7 @@ MIXED: dict[str, Any] = {
     "normalised by the batch": lambda v, x, w: (batch_norm(x) * w).square().sum(),
     "a rounded sum": lambda v, x, w: v.sum().long(),
     "all places but one": lambda v, x, w: w.expand(3 * len(v))[1:].sum(),
+    "a softmax over places": lambda v, x, w: w.expand(3 * len(v)).log_softmax(0)[:1] * w,
     "a mean over places": lambda v, x, w: w.expand(3 * len(v)).mean(),
     "a fixed pattern": lambda v, x, w: (
         w.expand(3, 2 * len(v)) * TABLE[:3, :1]

@@ -208,6 +208,9 @@ ROUNDED_TO_SIZE: dict[str, tuple[Any, float]] = {
         64,
     ),
     "mm": (lambda v: v.s.flatten(0, -2) @ v.s.flatten(0, -2).t(), 256),
+    "bmm": (lambda v: torch.bmm(v.cubes, v.cubes.transpose(1, 2)), 256),
+    "mv": (lambda v: v.s.flatten(0, -2) @ v.u.flatten(0, -2)[0], 256),
+    "dot": (lambda v: torch.dot(v.s.flatten(), v.u.flatten()), 256),
     "addmm": (lambda v: torch.addmm(v.s[..., 0].flatten(), v.s.flatten(0, -2), v.m), 256),
 }
 MOVED: dict[str, Any] = {
@@ -277,6 +280,7 @@ class Values:
     def __init__(self, x: Tensor, y: Tensor, k: Tensor, n: Tensor, a: Tensor, b: Tensor) -> None:
         self.x, self.y, self.k, self.n, self.a, self.b = x, y, k, n, a, b
         self.s, self.u = (t.nan_to_num(0.0, 3.0, -3.0).clamp(-30, 30) for t in (x, y.expand_as(x)))
+        self.cubes = self.s if self.s.dim() == 3 else self.s[None]
         self.m = self.s.flatten(0, -2)[:1].t().expand(-1, self.s[..., 0].numel())
 
 
