@@ -296,11 +296,14 @@ def _addmm(
 @operation("bmm.default", "mv.default", "dot.default")
 def _contracted(kernel: Kernel, result: Result, a: Value, b: Value) -> Value:
     """Sums of products over the last axis of ``a``, in a plain loop."""
+    a, b = kernel.stored(in_memory(a)), kernel.stored(in_memory(b))
     last, rest = len(a.shape) - 1, result.shape
+    if len(rest) == 3 and rest[0] == 1:  # as torch.einsum makes of matrices
+        buffer, view = product(kernel, _first(a), _first(b)).place
+        return Value(rest, result.dtype, buffer=buffer, view=view[None])
     terms = (*rest, a.shape[-1])
     if 0 in terms or math.prod(terms) > _LARGEST_SUMMED:
         raise UnsupportedError(f"a product of {list(a.shape)} and {list(b.shape)}")
-    a, b = kernel.stored(in_memory(a)), kernel.stored(in_memory(b))
 
     def term(index: Index) -> str:
         left = [*index[:last], index[-1]]
@@ -308,5 +311,10 @@ def _contracted(kernel: Kernel, result: Result, a: Value, b: Value) -> Value:
         one, other = (kernel.broadcast(*pair, result.dtype) for pair in ((a, left), (b, right)))
         return f"({one} * {other})"
 
-    product = Value(terms, result.dtype, term)
-    return _sum(kernel, product, result, [len(rest)])
+    return _sum(kernel, Value(terms, result.dtype, term), result, [len(rest)])
+
+
+def _first(value: Value) -> Value:
+    """The first matrix of a batch in memory."""
+    buffer, view = value.place
+    return Value(value.shape[1:], value.dtype, buffer=buffer, view=view[0])
