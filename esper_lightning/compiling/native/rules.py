@@ -235,7 +235,8 @@ class Rules:
         return chosen(*torch.broadcast_tensors(x, index)).expand(call.shape)
 
     def _scattered(self, call: Call) -> Tensor:
-        x, dim, index, source = (code_of(one) if n != 1 else one for n, one in enumerate(call.args))
+        x, index, source = (code_of(call.args[number]) for number in (0, 2, 3))
+        dim: int = call.args[1]
         require_that(index.shape[dim] == 1, "of several elements")
         for one in (x, index, source):
             require_that(TOTAL not in one and EVEN not in one, "of a sum")
@@ -275,7 +276,8 @@ class Rules:
 
     def _summed_evenly(self, call: Call, x: Tensor, axes: Sequence[int]) -> Tensor:
         """The code of a sum over all places of what is the same at all of them: their number."""
-        source, larger = (node.args[0].meta["val"].shape for node in (call.node, call.other))
+        given: Any = (call.node.args[0], call.other.args[0])
+        source, larger = (one.meta["val"].shape for one in given)
         grown = {axis for axis, extent in enumerate(source) if extent != larger[axis]}
         is_count = call.name == "sum" and grown <= {*axes} and FIXED not in x
         require_that(bool(grown) and is_count, "of the number of samples")
