@@ -69,6 +69,13 @@ class Call(NamedTuple):
         """Shape of the result for twice as many samples."""
         return tuple(self.other.meta["val"].shape)
 
+    @property
+    def grown_axes_of_first(self) -> set[int]:
+        """Axes of the first argument whose extent depends on the number of samples."""
+        given: Any = (self.node.args[0], self.other.args[0])
+        shape, larger = (one.meta["val"].shape for one in given)
+        return {axis for axis, extent in enumerate(shape) if extent != larger[axis]}
+
     def results(self, code: Tensor) -> Any:
         """A code expanded to the shape of the result, or of each result."""
         value: Any = self.node.meta["val"]

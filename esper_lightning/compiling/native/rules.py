@@ -276,9 +276,7 @@ class Rules:
 
     def _summed_evenly(self, call: Call, x: Tensor, axes: Sequence[int]) -> Tensor:
         """The code of a sum over all places of what is the same at all of them: their number."""
-        given: Any = (call.node.args[0], call.other.args[0])
-        source, larger = (one.meta["val"].shape for one in given)
-        grown = {axis for axis, extent in enumerate(source) if extent != larger[axis]}
+        grown = call.grown_axes_of_first
         is_count = call.name == "sum" and grown <= {*axes} and FIXED not in x
         require_that(bool(grown) and is_count, "of the number of samples")
         return torch.full(call.shape, TOTAL, dtype=torch.int32)
