@@ -7,7 +7,12 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from esper_lightning.compiling.loops import compile_function, compile_map, tell_reasons_again
+from esper_lightning.compiling.loops import (
+    compile_function,
+    compile_loop,
+    compile_map,
+    tell_reasons_again,
+)
 from esper_lightning.compiling.purity import results_of_pure
 from esper_lightning.compiling.reads import recorded
 
@@ -118,3 +123,25 @@ def test_a_function_follows_what_changes_and_says_so(
         assert len(said()) == 1
         caplog.clear()
         tell_reasons_again()
+
+
+@pytest.mark.usefixtures("native_code")
+def test_a_loop_follows_what_its_steps_and_its_chunks_read(task: Task) -> None:
+    """As an environment whose curriculum is a number, and a term of the loss with a weight."""
+    index, samples = torch.arange(4)[None], torch.ones(4)
+    for of_step in (True, False):
+        task.scale = 1.0
+
+        def step(carry: Tensor, x: Any, _: Any, of_step: bool = of_step) -> tuple[Tensor, Tensor]:
+            total, number = x
+            return carry + total + (task.by_number(number) if of_step else number), carry
+
+        def chunk(carry: Tensor, index: Tensor, samples: Tensor, of_step: bool = of_step) -> Tensor:
+            chosen = samples[index]
+            return (chosen if of_step else task.by_number(chosen)).sum()
+
+        loop = compile_loop("loop", step, chunk, mode="auto", device=CPU)
+        for scale in (1.0, 10.0):
+            task.scale = scale
+            total, _ = loop(torch.zeros(()), torch.ones(1), index, samples, None)
+            assert total == (4.0 + scale if of_step else 4.0 * scale + 1.0)

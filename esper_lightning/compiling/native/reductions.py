@@ -2,6 +2,7 @@
 
 import math
 from collections.abc import Sequence
+from typing import Any
 
 import torch
 
@@ -112,6 +113,47 @@ def _var(
     divisor = float(max(0.0, count - (1 if correction is None else correction)))
     squares = _sum(kernel, square, result, axes)
     return pointwise(kernel, result, "{0} / {1}", squares, divisor)
+
+
+@operation("std.correction")
+def _std(kernel: Kernel, result: Result, x: Value, *args: Any, **kwargs: Any) -> Value:
+    return pointwise(kernel, result, "f_sqrt({0})", _var(kernel, result, x, *args, **kwargs))
+
+
+@operation("prod.default", "prod.dim_int")
+def _prod(
+    kernel: Kernel,
+    result: Result,
+    x: Value,
+    dim: int | None = None,
+    keepdim: bool = False,
+    *,
+    dtype: torch.dtype | None = None,
+) -> Value:
+    axes = _axes(dim, len(x.shape))
+    combine = "{a} *= {x};"
+    return kernel.reduce(
+        x, axes, result.shape, dtype=result.dtype, start=1, combine=combine, clause="*"
+    )
+
+
+@operation("logsumexp.default")
+def _logsumexp(
+    kernel: Kernel, result: Result, x: Value, dim: int | Sequence[int], keepdim: bool = False
+) -> Value:
+    if not x.dtype.is_floating_point:
+        raise UnsupportedError(f"logsumexp of {x.dtype}")
+    axes = _axes(dim, len(x.shape))
+    x = kernel.named(x)
+    kept = Result(tuple(1 if a in axes else n for a, n in enumerate(x.shape)), result.dtype)
+    largest = _extreme(larger=True)(kernel, kept, x, axes)
+    finite = "f_where<{T}>(f_abs({0}) == ({T})__builtin_inff(), ({T})0, {0})"
+    largest = kernel.stored(pointwise(kernel, kept, finite, largest))
+    scaled = pointwise(kernel, Result(x.shape, result.dtype), "f_exp({0} - {1})", x, largest)
+    total = _sum(kernel, scaled, result, axes)
+    buffer, view = largest.place
+    largest = Value(result.shape, result.dtype, buffer=buffer, view=view.view(result.shape))
+    return pointwise(kernel, result, "f_log({0}) + {1}", total, largest)
 
 
 @operation("all.default", "all.dim", "all.dims")

@@ -42,7 +42,7 @@ _ELEMENTS = {  # operations on elements, but for those that are linear
     *("softplus_backward", "sqrt", "tan", "tanh", "tanh_backward", "threshold_backward", "trunc"),
 }
 _MOVES = {  # elements, unchanged: torch moves the codes
-    *("cat", "diagonal", "flip", "permute", "select", "select_backward", "select_scatter"),
+    *("cat", "diagonal", "flip", "permute", "roll", "select", "select_backward", "select_scatter"),
     *("slice", "slice_backward", "slice_scatter", "split", "split_with_sizes", "squeeze", "stack"),
     *("t", "transpose", "unbind", "unfold", "unsqueeze"),
 }
@@ -51,6 +51,7 @@ _REDUCTIONS = {  # and the position of their axes
     **dict.fromkeys(
         ("all", "amax", "amin", "any", "argmax", "max", "mean", "min", "sum", "var"), 1
     ),
+    **dict.fromkeys(("logsumexp", "prod", "std"), 1),
     "linalg_vector_norm": 2,
 }
 _POOLS = {

@@ -150,6 +150,8 @@ EXACT: dict[str, Any] = {
     "all of nothing": lambda v: torch.all(v.x, dim=[]),
     "sum integers": lambda v: v.k.sum(),
     "sum bools": lambda v: v.a.sum(-1),
+    "prod integers": lambda v: v.k.prod(),
+    "prod integers dim": lambda v: v.k.prod(-1, keepdim=True),
     "sum integers dim": lambda v: v.k.sum(0),
 }
 ROUNDED: dict[str, tuple[Any, float]] = {
@@ -202,6 +204,11 @@ ROUNDED_TO_SIZE: dict[str, tuple[Any, float]] = {
     "mean dim": (lambda v: v.s.mean(-1), 16),
     "var": (lambda v: v.s.var(), 512),
     "var dim": (lambda v: v.s.var(0, correction=0), 512),
+    "std": (lambda v: v.s.std(), 512),
+    "std dim": (lambda v: v.s.std(0, correction=0, keepdim=True), 512),
+    "prod dim": (lambda v: v.s.clamp(-2, 2).prod(0), 64),
+    "logsumexp": (lambda v: v.s.logsumexp(-1), 16),
+    "logsumexp of infinities": (lambda v: v.x.clamp(max=50.0).logsumexp(0, keepdim=True), 16),
     "log softmax": (lambda v: v.s.log_softmax(-1), 16),
     "log softmax backward": (
         lambda v: aten._log_softmax_backward_data(v.s, v.u.log_softmax(-1), -1, torch.float32),
@@ -234,6 +241,8 @@ MOVED: dict[str, Any] = {
     "split sizes": lambda v: v.x.split([1, v.x.shape[0] - 1])[1],
     "unbind": lambda v: torch.stack(v.x.unbind(-1)[::-1], 0),
     "flip": lambda v: v.x.flip(0, -1),
+    "roll": lambda v: v.x.roll((-1, 5), (0, -1)),
+    "roll sum": lambda v: (v.x + 1).roll(2, 0),
     "diagonal": lambda v: aten.diagonal(v.s.flatten(0, -2)) + 1,
     "unfold": lambda v: v.x.unfold(-1, 2, 1),
     "select backward": lambda v: aten.select_backward(v.x[0], v.x.shape, 0, 1),
