@@ -1,9 +1,9 @@
 """Whether samples are combined by more than sums, asked of the graph of a function.
 
 Numbers cannot answer this: what a weight of 0 hides today may train tomorrow. So each element of
-each value gets a *code*: zero, fixed, a total, or the number of the one sample
-that the element depends on. Operations that move elements move codes alike (torch itself runs them
-on the codes); ``rules`` holds what all others do. What has no rule is refused.
+each value gets a *code*: zero, fixed, a sum over all samples, or the number of the one sample on
+which the element depends. Operations that move elements move the codes (torch itself runs them on
+the codes); ``rules`` says what all others do. What has no rule is refused.
 """
 # pyright: reportUnknownVariableType=false, reportUnknownArgumentType=false
 
