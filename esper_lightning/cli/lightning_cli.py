@@ -38,6 +38,7 @@ from esper_lightning.cli.trainer import EsperTrainer
 from esper_lightning.core.errors import require
 from esper_lightning.core.paths import require_output, requires_folder
 from esper_lightning.core.ranks import RanksDisagreeError
+from esper_lightning.envs.adapters.named import MissingPackageError
 from esper_lightning.envs.base import ReadsData
 from esper_lightning.train import begin_run, newest_run, run_logger, run_plugins
 from esper_lightning.trainer import default_callbacks, results_of
@@ -328,7 +329,7 @@ class EsperCLI(LightningCLI):
                 reason = f"{type(error).__name__}: {error}"
                 fail(f"ckpt_path must hold what a run can resume from, got {path!r}. {reason}")
             began = self.model.iteration > self._resumes_from
-            early = isinstance(error, MisconfigurationException) and not began
+            early = isinstance(error, MisconfigurationException | MissingPackageError) and not began
             if not early and not _is_refusal_of_callback(error):
                 raise
             fail(error)

@@ -22,6 +22,7 @@ from esper_lightning.envs.adapters.tensors import (
     read_boxes,
     read_count,
     read_device,
+    read_extras,
     require_results,
     require_tensors,
     takes_seed,
@@ -83,12 +84,12 @@ class TorchSimulator(Simulator):
         rule = "return obs, reward, terminated, truncated, extras"
         results = self._env.step(self._to_range(action))
         obs, *flags, extras = require_results(results, (5,), field=field, rule=rule)
-        require_tensors(*flags, field=field)
+        require_tensors(*flags, num_envs=self.num_envs, field=field)
         reward, terminated, truncated = flags
-        extras = {} if extras is None else extras
+        extras = read_extras(extras, field=field)
         final = next((extras[name] for name in _FINAL if extras.get(name) is not None), None)
         reached = None if final is None else to_groups(final, field=field)
-        log = self._fresh.of(extras)
+        log = self._fresh.of(extras, field=field)
         return Stepped(to_groups(obs, field=field), reward, terminated, truncated, reached, log)
 
     def _first(self, results: Any) -> Observation:
