@@ -1,8 +1,8 @@
-"""Whether a function is pure, as far as two calls can tell: asked before native code is made of it.
+"""Whether a function is pure, as far as two calls can show, before native code is made of it.
 
-Tracing sees tensors without numbers, and sees them once. What a function does besides computing its
-results would happen at the trace, and never again. Attributes of the objects that a function holds
-are watched; what it reaches through globals, classes or ``__slots__`` is not.
+A trace sees tensors without numbers, and calls the function once. What a function does besides
+computing its results would happen at the trace, and never again. Attributes of the objects that a
+function holds are watched; what it reaches through globals, classes or ``__slots__`` is not.
 """
 
 import functools

@@ -16,17 +16,17 @@ from esper_lightning.compiling.native.values import UnsupportedError
 
 __all__ = ["refuse_mixed"]
 
-_OF_SHAPES = {  # whose results do not depend on the numbers of their arguments
+_OF_SHAPES = {  # operations that use the shapes of their arguments, and not the numbers
     *("empty_like", "full_like", "ones_like", "zeros_like"),
     *("new_empty", "new_full", "new_ones", "new_zeros"),
 }
-_LINEAR = {  # in all tensors together
+_LINEAR = {  # operations that are linear in all tensors together
     *("add", "alias", "as_strided", "cat", "clone", "detach", "diagonal", "expand", "flip"),
     *("getitem", "mean", "neg", "permute", "reshape", "select", "slice", "split", "sub", "rsub"),
     *("split_with_sizes", "squeeze", "stack", "sum", "t", "transpose", "unbind", "unsqueeze"),
     *("view", "_reshape_alias", "_to_copy", "_unsafe_view", "constant_pad_nd"),
 }
-_PRODUCTS = {"bmm", "dot", "mm", "mul", "mv"}  # linear in each tensor
+_PRODUCTS = {"bmm", "dot", "mm", "mul", "mv"}  # linear in each tensor alone
 _LINEAR_IN_FIRST = {"div", "gather", "index", "index_select", "masked_fill"}
 _LINEAR_IN = {  # positions of the arguments together in which an operation is linear
     "where": {1, 2},
@@ -37,7 +37,10 @@ _LINEAR_IN = {  # positions of the arguments together in which an operation is l
 def refuse_mixed(
     graph: GraphModule, larger: GraphModule, sources: range, what: str, *, sums: bool
 ) -> None:
-    """Refuse a function that does more with values that have lost the samples' axis than sum them.
+    """Refuse a function that combines samples by more than sums.
+
+    An operation along the samples' axis that has this axis in its result, such as a cumulative sum,
+    is not found.
 
     Args:
         graph: Graph of the function, for some number of samples.
@@ -46,11 +49,9 @@ def refuse_mixed(
         what: What is refused, for the message.
         sums: Whether the results are sums over samples. Otherwise no value may lose the axis.
 
-    An operation along the samples' axis that keeps it, such as a cumulative sum, is not seen here.
-
     Raises:
-        UnsupportedError: If a lost value meets one with the axis or goes through an operation that
-            is not linear, or if the two graphs have other operations.
+        UnsupportedError: If a value that has lost the axis meets one that has it, or goes through
+            an operation that is not linear; or if the two graphs differ in their operations.
     """
     nodes, others = list(graph.graph.nodes), list(larger.graph.nodes)
     if [node.target for node in nodes] != [node.target for node in others]:
