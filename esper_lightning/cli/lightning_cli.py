@@ -31,6 +31,7 @@ from esper_lightning.cli.errors import fail, nearest
 from esper_lightning.cli.launcher import tell_launchers
 from esper_lightning.cli.mistakes import settings_come_first
 from esper_lightning.cli.pages.live_page import LivePage
+from esper_lightning.cli.setting_help import HELP_TRAINER, HelpTrainer, usage_of
 from esper_lightning.cli.settings import SettingsParser
 from esper_lightning.cli.start_of_run import find_start
 from esper_lightning.cli.trainer import EsperTrainer
@@ -101,7 +102,11 @@ def prepare(arguments: list[str]) -> Callable[[], None]:
             load_from_checkpoint_support=False,
             parser_class=SettingsParser,
             parser_kwargs={
-                arguments[0]: {"exit_on_error": False, "allow_abbrev": False},
+                arguments[0]: {
+                    "exit_on_error": False,
+                    "allow_abbrev": False,
+                    "usage": usage_of(arguments[0]),
+                },
                 "exit_on_error": False,
                 "allow_abbrev": False,
                 "prog": "esper",
@@ -137,6 +142,11 @@ class EsperCLI(LightningCLI):
         return {self._command: {"model"}}
 
     @override
+    def add_arguments_to_parser(self, parser: LightningArgumentParser) -> None:
+        """Add the option that shows Lightning's settings, which ``--help`` omits."""
+        parser.add_argument(HELP_TRAINER, action=HelpTrainer, help="Show those of Lightning.")
+
+    @override
     def parse_arguments(self, parser: LightningArgumentParser, args: ArgsType) -> None:
         """Parse the arguments; ``evaluate`` starts from the settings in the checkpoint."""
         words = shipped.with_paths(cast(list[str], args))
@@ -144,7 +154,7 @@ class EsperCLI(LightningCLI):
             with suppress(OSError, ValueError):  # the word may be the settings, and no path
                 if Path(config).is_fifo():
                     fail(f"--config must name a file, got {config!r}, which is a pipe.")
-        if words[:1] == ["evaluate"] and not {"-h", "--help"} & set(words):
+        if words[:1] == ["evaluate"] and not {"-h", "--help", HELP_TRAINER} & {*words}:
             known, _ = _options().parse_known_args(words[1:])
             require(known.ckpt_path is not None, "--ckpt_path", "be given", None)
             path = checkpoint_at(known.ckpt_path)

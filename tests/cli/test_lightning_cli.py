@@ -222,8 +222,24 @@ def test_help_describes_every_setting(capsys):
         main(["fit", "--help"])
     assert caught.value.code == 0
     shown = " ".join(capsys.readouterr().out.split())
+    assert shown.startswith(
+        "usage: esper fit [--config CONFIG] [--SETTING VALUE ...] Train a model"
+    )
+    order = ("--run_dir", "--model.env ENV", "--model.ppo.clip", "--print_config", "--help_trainer")
+    places = [shown.index(word) for word in order]
+    assert places == sorted(places)
+    assert "--trainer" not in shown
     assert "--model.ppo.rollout_steps ROLLOUT_STEPS Number of steps ``T`` that every" in shown
     assert "Greatest change of the probability ratio" in shown
+
+
+def test_lightnings_settings_are_described_on_request(capsys):
+    with pytest.raises(SystemExit) as caught:
+        main(["fit", "--help_trainer"])
+    assert caught.value.code == 0
+    shown = capsys.readouterr().out
+    assert "--trainer.accelerator ACCELERATOR" in shown
+    assert "--model" not in shown
 
 
 def test_print_config_can_be_used_as_a_config(capsys):

@@ -170,6 +170,11 @@ class SimulatedEnv(StatelessEnv):
         """Pass the progress of the run to the simulator."""
         self.simulator.begin_iteration(progress)
 
+    @property
+    def frames_per_s(self) -> float:
+        """Pictures of ``render`` for a second of the simulated time; 30 if it is not known."""
+        return float(getattr(self.simulator, "frames_per_s", 30.0))
+
     def render(self) -> Shaped[Tensor, "B H W 3"]:
         """Pictures of all environments, uint8, by the simulator's own ``render()``.
 
