@@ -262,7 +262,8 @@ def begin_run(trainer: Trainer, env: EnvSpec, run_dir: str | Path | None, config
         config: Content of ``config.yaml``, with which the run can be repeated.
 
     Raises:
-        ValueError: If another run is using the directory, or it holds files that no run wrote.
+        ValueError: If another run is using the directory, it holds files that no run wrote, or no
+            file can be written there.
         OSError: If the directory cannot be made.
     """
     leaves_files = not trainer.fast_dev_run  # pyright: ignore[reportAttributeAccessIssue]
@@ -279,6 +280,7 @@ def begin_run(trainer: Trainer, env: EnvSpec, run_dir: str | Path | None, config
     used = False
     try:
         held.refuse_others([*_WRITTEN, _FOLDERS])
+        require_output_folder("run_dir", held.directory)  # it may be that of another user's run
         if address is not None:  # an earlier attempt may have run on another machine
             mirror = Mirror(held.directory, address, rank=0)
             used = not held.was_run  # from the first fetched file on

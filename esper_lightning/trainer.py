@@ -1,7 +1,6 @@
 """Lightning's Trainer with the defaults of ``esper fit``, for runs that a program starts."""
 
 import logging
-import warnings
 from collections.abc import Generator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
@@ -180,10 +179,7 @@ def _calm() -> Generator[None]:
     level = log.level
     log.setLevel(logging.WARNING)
     try:
-        with warnings.catch_warnings():
-            # Lightning asks torch in a way that torch will not answer for ever.
-            warnings.filterwarnings("ignore", ".*LeafSpec.*", FutureWarning)
-            yield
+        yield
     finally:
         log.setLevel(level)
 

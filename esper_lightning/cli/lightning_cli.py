@@ -11,7 +11,7 @@ from collections.abc import Callable, Sequence
 from contextlib import suppress
 from functools import partial
 from pathlib import Path
-from typing import Any, cast
+from typing import Any, NoReturn, cast
 
 from lightning.fabric.utilities.exceptions import MisconfigurationException
 from lightning.pytorch import Trainer
@@ -24,7 +24,7 @@ from typing_extensions import override
 
 import esper_lightning.envs  # pyright: ignore[reportUnusedImport] - to be named in a config, specs
 import esper_lightning.policies  # noqa: F401 # pyright: ignore[reportUnusedImport] - must be known
-from esper_lightning.callbacks.run_directory import run_directory
+from esper_lightning.callbacks.run_directory import run_directory, withdraw_run
 from esper_lightning.cli import shipped
 from esper_lightning.cli.dry_run import plan
 from esper_lightning.cli.errors import fail, nearest
@@ -85,8 +85,6 @@ def prepare(arguments: list[str]) -> Callable[[], None]:
     Returns:
         A function that trains or evaluates, and prints the results.
     """
-    # Users can do nothing about Lightning's use of torch's internals, nor need its advertisements.
-    warnings.filterwarnings("ignore", message=".*treespec, LeafSpec.*", category=FutureWarning)
     # A resumed run is meant to find its checkpoints, and a new run is meant to find none.
     for text in ("Checkpoint directory .* exists", r".*ckpt_path=.last.\) is set, but there is no"):
         warnings.filterwarnings("ignore", message=text, category=UserWarning)
@@ -325,9 +323,7 @@ class EsperCLI(LightningCLI):
             sys.exit("esper: code of a setting has ended the process before the command was done.")
         except Exception as error:
             if self.model.is_resuming:
-                path = self.config[self.subcommand]["ckpt_path"]
-                reason = f"{type(error).__name__}: {error}"
-                fail(f"ckpt_path must hold what a run can resume from, got {path!r}. {reason}")
+                self._refuse_to_resume(error)
             began = self.model.iteration > self._resumes_from
             early = isinstance(error, MisconfigurationException | MissingPackageError) and not began
             if not early and not _is_refusal_of_callback(error):
@@ -338,6 +334,14 @@ class EsperCLI(LightningCLI):
                 self._page.write(self.trainer)
         if self.trainer.is_global_zero:
             self._print_results()
+
+    def _refuse_to_resume(self, error: Exception) -> NoReturn:
+        if isinstance(error, ValueError):  # after any other error, the report shows where a bug is
+            self._page = None
+            withdraw_run(self.trainer)
+        path = self.config[self.subcommand]["ckpt_path"]
+        reason = f"{type(error).__name__}: {error}"
+        fail(f"ckpt_path must hold what a run can resume from, got {path!r}. {reason}")
 
     def _print_results(self) -> None:
         trained = self.subcommand == "fit"

@@ -15,6 +15,7 @@ import yaml
 
 from esper_lightning.cli.errors import CommandParser, fail, local_path
 from esper_lightning.cli.mistakes import settings_come_first
+from esper_lightning.core.paths import expand_home
 from esper_lightning.forensics import sidecar
 from esper_lightning.forensics.fingerprint import Fingerprint
 from esper_lightning.forensics.layout import RunLayout
@@ -193,7 +194,7 @@ def _elsewhere(callback: Any, dead_run: Path) -> Any:
     settings = cast(dict[str, Any], callback)
     arguments = cast(dict[str, Any], settings.get("init_args") or {})
     given = arguments.get("dirpath")
-    if given is None or not Path(given).resolve().is_relative_to(dead_run.resolve()):
+    if given is None or not expand_home(given).resolve().is_relative_to(dead_run.resolve()):
         return settings
     return settings | {"init_args": arguments | {"dirpath": None}}
 

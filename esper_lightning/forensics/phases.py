@@ -115,7 +115,7 @@ class PhaseRing:
 
     def leave(self, name: str) -> None:
         """Close the innermost span of this name, and the spans that are open within it."""
-        identity = self._ids.get(name)
+        identity = self._ids.get(name, _MAX_NAMES - 1)
         innermost_is_it = bool(self._stack) and self._stack[-1][0] == identity
         if not innermost_is_it and all(identity != opened for opened, _ in self._stack):
             return

@@ -32,10 +32,10 @@ __all__ = ["MOST_SHARE", "StateKeeper"]
 
 _log = logging.getLogger(__name__)
 MOST_SHARE = 0.005
-"""Greatest share of the time of iterations that is spent on storing states, where none is asked."""
+"""Greatest share of the time of training that storing takes where nobody asked for states."""
 _FIRST_DECISION = 4  # iterations of a run before it is known what storing costs
-_MOST_BYTES = 64 << 20  # of a state that is stored without being asked for: the disk writes it, too
-_NEVER = 1 << 40  # in place of the number of iterations: a rank stores no state any more
+_MOST_BYTES = 64 << 20  # of a state that nobody asked for: the disk must write it, too
+_NEVER = 1 << 40  # iterations between two states of a rank that stores none any more
 
 
 class StateKeeper(Callback):
@@ -57,8 +57,8 @@ class StateKeeper(Callback):
     def __init__(self, layout: RunLayout, rank: int, *, always: bool) -> None:
         self._layout, self._files, self._always = layout, layout.rank(rank), always
         self.is_storing, self.every, self.seconds = False, 1, 0.0
-        self._is_off = False  # alike on all ranks, which then decide nothing together any more
-        self._fails = False  # on this rank
+        self._is_off = False  # the same on all ranks, which then decide nothing more together
+        self._fails = False  # whether this rank cannot store its state
         self._descriptors: dict[int, int] = {}
         self._slot, self._stored = 1, -1  # of the latest state, and the iteration that it follows
         self._count = 0
@@ -132,7 +132,7 @@ class StateKeeper(Callback):
             slot = self._slot if iteration == self._stored else 1 - self._slot
             self._write(slot, content.getbuffer())
             self._slot, self._stored = slot, iteration
-        except Exception as error:  # of a disk, or of what is to be stored: the run must go on
+        except Exception as error:  # of a disk or of a user's object: the run continues
             self._fails = True
             text = "The state after an iteration is not stored any more: %s."
             _log.warning(text, in_words(error))
@@ -154,9 +154,9 @@ class StateKeeper(Callback):
             offset += os.pwrite(descriptor, content[offset:], offset)
 
     def _decide(self, trainer: Trainer) -> None:
-        """Decide how often states are stored from now on, alike on all ranks.
+        """Decide how often states are stored from now on; all ranks decide the same.
 
-        This is a collective where there are several ranks: one that fails takes part, too.
+        This is a collective where there are several ranks. A rank that cannot store takes part.
         """
         now = time.perf_counter()
         each_s = (now - self._begun_s) / (self._count - self._since)
@@ -177,7 +177,7 @@ class StateKeeper(Callback):
         try:
             for path in (*self._files.states, *([self._layout.joined_state] if joined else [])):
                 path.unlink(missing_ok=True)
-        except OSError as error:  # the run must go on
+        except OSError as error:  # the run continues
             if not self._fails:
                 _log.warning("The states after iterations are not removed: %s.", in_words(error))
             self._fails = True

@@ -303,10 +303,10 @@ class PPO(CheckpointHooks):
     def setup(self, stage: str) -> None:
         """Build environments and rollout storage on the device, if the module is to be trained."""
         self._guard_loggers()
+        trainer_rules.silence_lightning()
         if stage != "fit":
             return
         begin_tracking(self.trainer)
-        trainer_rules.silence_checkpoint_advice()
         self._ranks = Ranks(self.trainer.world_size)
         self._learner = build_learner(
             self.settings,

@@ -3,6 +3,7 @@
 import errno
 import os
 import sys
+import tempfile
 from pathlib import Path
 
 import pytest
@@ -19,6 +20,7 @@ from esper_lightning.cli.lightning_cli import EsperCLI
 from esper_lightning.cli.main import main
 from esper_lightning.envs import CartPole, Morphogenesis
 from esper_lightning.envs.adapters import named
+from esper_lightning.envs.autoreset import AutoresetEnv
 from esper_lightning.forensics.claims import claim_for_logger
 from esper_lightning.forensics.files import read_json_lines
 
@@ -592,11 +594,45 @@ def test_environments_that_cannot_be_taken_up_are_told_in_a_line(capsys):
     torch.save(wrong(torch.load(path, weights_only=True), "environments"), "wrong.ckpt")
     capsys.readouterr()
     more = ["--ckpt_path", "wrong.ckpt", "--model.total_env_steps", "128"]
-    with pytest.raises(SystemExit) as caught:
-        main(["fit", "--config", CARTPOLE, *QUICK, *more])
-    assert caught.value.code == 2
-    (line,) = [x for x in capsys.readouterr().err.splitlines() if x.startswith("esper: error: ")]
-    assert "ckpt_path must hold what a run can resume from, got 'wrong.ckpt'" in line
+    for run_dir in ([], ["--run_dir", "a/b"], ["--run_dir", "runs/cartpole/version_0"]):
+        with pytest.raises(SystemExit) as caught:
+            main(["fit", "--config", CARTPOLE, *QUICK, *more, *run_dir])
+        assert caught.value.code == 2
+        lines = capsys.readouterr().err.splitlines()
+        (line,) = [each for each in lines if each.startswith("esper: error: ")]
+        assert "ckpt_path must hold what a run can resume from, got 'wrong.ckpt'" in line
+    assert not Path("a").exists()
+    assert [each.name for each in Path("runs/cartpole").iterdir()] == ["version_0"]
+    assert Path("runs/cartpole/version_0/rank0/history.jsonl").exists()  # of the run before
+
+
+def test_the_directory_of_another_users_run_is_refused_in_a_line(capsys, monkeypatch):
+    words = ["fit", "--config", CARTPOLE, *QUICK, "--run_dir", "theirs"]
+    main(words)
+    capsys.readouterr()
+    before = {path: path.stat().st_mtime_ns for path in Path("theirs").rglob("*")}
+
+    def denied(*_, **__):
+        raise PermissionError(errno.EACCES, "Permission denied")
+
+    monkeypatch.setattr(tempfile, "TemporaryFile", denied)  # root, as in a container, may all
+    line = fails(capsys, *words)
+    assert line.startswith("esper: error: run_dir must be a folder that can be made (Permission")
+    after = {path: path.stat().st_mtime_ns for path in Path("theirs").rglob("*")}
+    assert {path.name for path in after if after[path] != before.get(path)} <= {"owner.lock"}
+
+
+def test_a_run_that_a_users_environment_cannot_resume_leaves_its_report(monkeypatch):
+    main(["fit", "--config", CARTPOLE, *QUICK, "--run_dir", "one"])
+
+    def load_state_dict(*_):
+        raise KeyError("forgotten")
+
+    monkeypatch.setattr(AutoresetEnv, "load_state_dict", load_state_dict)
+    words = ["--run_dir", "two", "--ckpt_path", "one/checkpoints/last.ckpt"]
+    with pytest.raises(SystemExit):
+        main(["fit", "--config", CARTPOLE, *QUICK, *words, "--model.total_env_steps", "128"])
+    assert "forgotten" in Path("two/rank0/crash.json").read_text()
 
 
 def test_networks_that_would_take_all_memory_are_not_built(capsys):

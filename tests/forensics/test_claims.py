@@ -411,3 +411,30 @@ def test_what_another_run_owns_is_not_reserved(other, tmp_path):
     reserve(tmp_path / "run")
     return_reserved()
     assert read_owner(tmp_path / "run")["pid"] == other.pid
+
+
+def test_a_directory_that_was_made_for_a_claim_is_withdrawn_with_its_files(tmp_path):
+    held = claim(tmp_path / "a" / "run")
+    (held.directory / "rank0").mkdir()
+    (held.directory / "rank0" / "crash.json").write_text("{}")
+    (tmp_path / "a" / "mine").write_text("x")
+    held.withdraw()
+    assert [path.name for path in tmp_path.rglob("*")] == ["a", "mine"]
+
+
+def test_a_directory_that_was_there_before_or_is_anothers_is_not_withdrawn(tmp_path):
+    (tmp_path / "before").mkdir()
+    before = claim(tmp_path / "before")
+    (tmp_path / "before" / "x").write_text("x")
+    before.withdraw()
+    assert (tmp_path / "before" / "x").exists()
+    held = claim(tmp_path / "run")
+    (tmp_path / "run" / "x").write_text("x")
+    held.release()
+    command = [sys.executable, "-c", PROGRAM, str(tmp_path / "run")]
+    pipes = {"stdin": subprocess.PIPE, "stdout": subprocess.PIPE}
+    with subprocess.Popen(command, text=True, **pipes) as process:
+        assert process.stdout.readline() == "claimed\n"
+        held.withdraw()
+        assert (tmp_path / "run" / "x").exists()
+        process.kill()

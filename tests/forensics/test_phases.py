@@ -81,6 +81,9 @@ def test_more_names_and_depth_than_there_is_room_for(tmp_path):
     phases = read_phases(tmp_path / "phases.ring")
     assert phases.open == []
     assert phases.closed[-1].name == "name 0"
+    ring.enter("name 1999")  # has the entry of the last name that there was room for
+    ring.leave("name 1999")
+    assert ring.open_names == []
 
 
 def test_the_room_is_taken_at_once(tmp_path):
