@@ -51,6 +51,7 @@ __all__ = [
     "checkpoint_to_load",
     "cluster_environment",
     "dump_checkpoint",
+    "evaluates_next",
     "experiment_of",
     "forget_experiment",
     "forget_schedule",
@@ -233,6 +234,15 @@ def batches_in_epoch(length: int, limit: int | float) -> int | float:
         limit: Value of the Trainer's setting ``limit_train_batches``.
     """
     return _parse_num_batches(RunningStage.TRAINING, length, limit)
+
+
+def evaluates_next(trainer: Trainer) -> bool:
+    """Whether an evaluation follows the training batch that is ending.
+
+    ``training_epoch_loop._should_check_val_fx``: Lightning decides after the hooks of the batch.
+    """
+    loop: Any = trainer.fit_loop
+    return loop.epoch_loop._should_check_val_fx(loop._data_fetcher)
 
 
 def train_time_interval(callback: Callback) -> Any:

@@ -5,6 +5,7 @@
 import contextlib
 import dataclasses
 import re
+import time
 from collections import deque
 from collections.abc import Callable
 from pathlib import Path
@@ -12,6 +13,7 @@ from typing import Any, NamedTuple, TypeVar
 
 from esper_lightning.forensics.collectives import Collectives, read_collectives
 from esper_lightning.forensics.fingerprint import Fingerprint
+from esper_lightning.forensics.heartbeat import last_sign_s
 from esper_lightning.forensics.layout import RankLayout, RunLayout
 from esper_lightning.forensics.owner_record import read_owner
 from esper_lightning.forensics.phases import Phases, read_phases
@@ -28,6 +30,7 @@ __all__ = [
     "examine",
     "first_failure",
     "rank_folders",
+    "state_of",
     "unrecorded_start",
 ]
 
@@ -35,6 +38,7 @@ T = TypeVar("T")
 
 LAST_ROWS = 5
 _NOTICED_S = 2.0
+_SILENT_S = 60.0  # clocks of hosts differ by less
 _CLOCKS_S = 0.1  # a file's time may lag so far behind the process's clock
 _TOGETHER_S = 60.0  # the ranks of a run begin within this time, for they have met before
 # Names as in RunLayout: rank7, and not rank007.
@@ -201,7 +205,7 @@ def _remains(directory: Path, rank: int) -> Remains:
     windows = _windows(directory, rank, report or CrashReport(), process.started_s)
     return Remains(
         rank=rank,
-        state=_state(process),
+        state=state_of(process, files),
         world_size=process.world_size or (report and report.world_size),
         started_s=process.started_s,
         report=report,
@@ -230,9 +234,23 @@ def _read(path: Path, read: Callable[[Path], T], unreadable: dict[str, str]) -> 
         return None
 
 
-def _state(process: ProcessRecord) -> str:
+def state_of(process: ProcessRecord, files: RankLayout) -> str:
+    """The state of a rank: that of its record, or ``vanished`` where the process is gone.
+
+    A process that cannot be seen from here counts as gone after a minute without a sign of life.
+
+    Args:
+        process: Content of the rank's ``process.json``.
+        files: Files of the rank.
+    """
     state = process.state or "unknown"
-    return "vanished" if state == "running" and is_alive(process) is False else state
+    if state != "running":
+        return state
+    lives = is_alive(process)
+    if lives is None and process.beat_s is not None:
+        sign_s = last_sign_s(files.process)
+        lives = sign_s is None or time.time() - sign_s < _SILENT_S
+    return "vanished" if lives is False else state
 
 
 def _windows(

@@ -148,7 +148,7 @@ class Recording:
             renew=self._protection.renew,
             peer=self._peers.first_failure,
             act=self._act,
-            look=self._ring.note_memory,
+            look=self._look,
             saving_for_s=self.saving_for_s,
             others_saving_for_s=self._protection.others_saving_for_s,
             hang_timeout_s=hang_timeout_s,
@@ -306,6 +306,12 @@ class Recording:
             directory, silent_s = self._layout.directory, alarm.silent_s
             _log.error("A hang of %.0f s ends the run. Run directory: %s", silent_s, directory)
             end_at_once(_FAILED)
+
+    def _look(self) -> None:
+        """Note the memory of the process, and give a sign of life to ranks on other hosts."""
+        self._ring.note_memory()
+        if not self._has_left:
+            self._peers.beat()
 
     def last_gasp(self, signal_name: str) -> None:
         """Save the evidence that a C signal handler can save, in the thread that failed."""

@@ -3,6 +3,9 @@
 Each rank writes what a checkpoint of it alone would hold into ``state.0.ckpt`` and ``state.1.ckpt``
 of its folder, in turn: while one is written, the other is whole. A file is overwritten in place and
 not flushed: what a process has written belongs to the kernel, and only a power failure loses it.
+
+An iteration after which an evaluation is due, or an epoch ends, is stored after that: Lightning
+would not repeat it in a run that is resumed, so that its row and its checkpoints were missing.
 ``training.checkpoint.kept`` reads the files and joins those of all ranks.
 """
 # Lightning sets many attributes of its Trainer where no type checker sees them.
@@ -23,7 +26,7 @@ from lightning.pytorch.strategies import DDPStrategy, SingleDeviceStrategy
 from typing_extensions import override
 
 from esper_lightning.callbacks.history import finished_iterations
-from esper_lightning.callbacks.lightning_internals import dump_checkpoint
+from esper_lightning.callbacks.lightning_internals import dump_checkpoint, evaluates_next
 from esper_lightning.forensics.layout import RunLayout
 from esper_lightning.recorder.crash_checkpoint import saving_alone
 from esper_lightning.recorder.death import in_words
@@ -59,6 +62,7 @@ class StateKeeper(Callback):
         self.is_storing, self.every, self.seconds = False, 1, 0.0
         self._is_off = False  # alike on all ranks, which then decide nothing together any more
         self._fails = False  # on this rank
+        self._is_due = False  # whether the iteration is stored after what follows it
         self._descriptors: dict[int, int] = {}
         self._slot, self._stored = 1, -1  # of the latest state, and the iteration that it follows
         self._count = 0
@@ -83,20 +87,22 @@ class StateKeeper(Callback):
         if self._is_off:
             return
         if self._always or self._count % self.every == 0:
-            self._store(trainer, pl_module)
+            self._is_due = True
+            if not (trainer.is_last_batch or trainer.should_stop or evaluates_next(trainer)):
+                self._store(trainer, pl_module)
         is_power = self._count & (self._count - 1) == 0
         if not self._always and is_power and self._count >= _FIRST_DECISION:
             self._decide(trainer)
 
     @override
     def on_validation_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        """Store the state anew: an evaluation may have changed it."""
-        self._store_again(trainer, pl_module)
+        """Store the state, which the evaluation may have changed."""
+        self._store_after(trainer, pl_module)
 
     @override
     def on_train_epoch_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        """Store the state anew: the end of an epoch may have changed it."""
-        self._store_again(trainer, pl_module)
+        """Store the state, which the end of the epoch may have changed."""
+        self._store_after(trainer, pl_module)
 
     @override
     def teardown(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
@@ -110,9 +116,10 @@ class StateKeeper(Callback):
         while self._descriptors:
             os.close(self._descriptors.popitem()[1])
 
-    def _store_again(self, trainer: Trainer, module: LightningModule) -> None:
+    def _store_after(self, trainer: Trainer, module: LightningModule) -> None:
+        """Store the state after an evaluation or an epoch, if it is due or was stored before."""
         is_stored = self._stored == finished_iterations(trainer, module)
-        if is_stored and not self._is_off and not trainer.sanity_checking:
+        if (self._is_due or is_stored) and not self._is_off and not trainer.sanity_checking:
             self._store(trainer, module)
 
     def _store(self, trainer: Trainer, module: LightningModule) -> None:
@@ -120,7 +127,7 @@ class StateKeeper(Callback):
         if self._fails:
             return
         began, iteration = time.perf_counter(), finished_iterations(trainer, module)
-        self.is_storing = True
+        self.is_storing, self._is_due = True, False
         try:
             with saving_alone(module):
                 checkpoint = dump_checkpoint(trainer)

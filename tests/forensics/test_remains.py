@@ -1,11 +1,15 @@
 """The remains of the latest run in a directory, and the rank that failed first."""
 
+import os
+import time
+
 import pytest
 
+from esper_lightning.forensics.attempts import read_attempts
 from esper_lightning.forensics.files import encode_rows
 from esper_lightning.forensics.layout import RunLayout
 from esper_lightning.forensics.remains import LAST_ROWS, examine, first_failure
-from tests.reports import write_report
+from tests.reports import read_report, write_report
 
 
 @pytest.fixture
@@ -44,6 +48,21 @@ def test_the_last_rows_are_kept_and_all_are_counted(make_rank, tmp_path):
     (remains,) = examine(tmp_path)
     assert (remains.rows, remains.damaged_rows) == (100, 2)
     assert [row["iteration"] for row in remains.history] == list(range(101 - LAST_ROWS, 101))
+
+
+@pytest.mark.parametrize(("silent_s", "state"), [(5.0, "running"), (100.0, "vanished")])
+def test_a_process_of_another_host_vanished_when_it_gives_no_sign_of_life(
+    make_rank, tmp_path, silent_s, state
+):
+    files = RunLayout(tmp_path).rank(0)
+    make_rank(0, state="running")
+    sign_s = time.time() - silent_s
+    os.utime(files.process, (sign_s, sign_s))
+    assert examine(tmp_path)[0].state == "running"  # of an earlier version, without such signs
+    write_report(files.process, {**read_report(files.process), "beat_s": 1.0})
+    os.utime(files.process, (sign_s, sign_s))
+    assert examine(tmp_path)[0].state == state
+    assert read_attempts([tmp_path])[0].state == state
 
 
 def test_who_failed_for_a_reason_of_its_own_failed_first(make_rank, tmp_path):

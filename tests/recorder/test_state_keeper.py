@@ -1,5 +1,6 @@
 """The state after an iteration is on disk, whole, and costs what it may cost."""
 
+import contextlib
 import itertools
 import time
 from pathlib import Path
@@ -80,6 +81,41 @@ def test_a_run_goes_on_from_the_stored_state_bit_for_bit(fit, tmp_path):
         for d in (tmp_path / "whole", tmp_path / "again")
     ]
     assert rows[1] == {k: row for k, row in rows[0].items() if k > 4}
+
+
+class AfterIteration(Callback):
+    """Notes the iterations that a hook follows, and dies the second time; before the recorder."""
+
+    def __init__(self, hook, dies):
+        self.seen: list[int] = []
+        self.hook, self.dies = hook, dies
+        setattr(self, hook, self.note)
+
+    def note(self, trainer, module):
+        if trainer.sanity_checking:
+            return
+        self.seen.append(module.iteration)
+        if self.dies and len(self.seen) == 2:
+            raise RuntimeError("injected")
+
+
+@pytest.mark.parametrize("hook", ["on_validation_start", "on_train_epoch_end"])
+def test_what_follows_an_iteration_is_not_skipped_by_a_run_that_goes_on(
+    make_trainer, tmp_path, hook
+):
+    directory, evaluates = tmp_path / "run", int(hook == "on_validation_start")
+    for dies in (True, False):
+        after = AfterIteration(hook, dies)
+        recorder = FlightRecorder(directory, watch=False, keeps_state=True)
+        trainer = make_trainer(callbacks=[after, recorder], max_steps=6, limit_val_batches=evaluates)
+        found = latest_state(directory)
+        path = None
+        if found is not None:
+            path = tmp_path / "state.ckpt"
+            torch.save(found.checkpoint, path)
+        with pytest.raises(RuntimeError, match="injected") if dies else contextlib.nullcontext():
+            trainer.fit(ppo(eval_episodes=1), ckpt_path=path, weights_only=True)
+    assert after.seen == [4, 6]
 
 
 def test_storing_takes_at_most_its_share_of_the_time(fit, tmp_path, monkeypatch):
