@@ -11,7 +11,7 @@ import time
 from collections.abc import Iterable
 from pathlib import Path
 
-__all__ = ["BEAT_S", "SILENT_S", "Pulse", "beat", "beating", "last_sign_s"]
+__all__ = ["BEAT_S", "SILENT_S", "Pulse", "beat", "last_sign_s", "silent"]
 
 BEAT_S = 1.0
 """Seconds from one sign of life to the next."""
@@ -65,20 +65,19 @@ class Pulse:
         return now_s - self._seen_s
 
 
-def beating(paths: Iterable[Path], *, wait_s: float | None = None) -> Path | None:
-    """The first of some files that is touched while this function looks; ``None`` without one.
+def silent(paths: Iterable[Path], *, wait_s: float | None = None) -> set[Path]:
+    """The files that nobody touches while this function looks.
 
     Args:
         paths: Files that processes touch. A file whose latest sign is long ago is not waited for.
         wait_s: Longest time to wait, in seconds; ``None`` for ``SILENT_S``.
     """
-    wait_s = SILENT_S if wait_s is None else wait_s
     signs = {path: last_sign_s(path) for path in paths}
-    oldest_s, end_s = time.time() - _LONG_AGO_S, time.monotonic() + wait_s
+    oldest_s = time.time() - _LONG_AGO_S
+    end_s = time.monotonic() + (SILENT_S if wait_s is None else wait_s)
+    quiet = set(signs)
     recent = {path: sign for path, sign in signs.items() if sign is not None and sign > oldest_s}
-    while recent and time.monotonic() < end_s:
+    while quiet & recent.keys() and time.monotonic() < end_s:
         time.sleep(_LOOK_S)
-        for path, sign in recent.items():
-            if last_sign_s(path) not in (sign, None):
-                return path
-    return None
+        quiet -= {path for path, sign in recent.items() if last_sign_s(path) not in (sign, None)}
+    return quiet

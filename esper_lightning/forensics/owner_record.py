@@ -11,7 +11,7 @@ from itertools import islice
 from pathlib import Path
 from typing import Any, Literal, cast
 
-from esper_lightning.forensics.heartbeat import beating
+from esper_lightning.forensics.heartbeat import silent
 from esper_lightning.forensics.layout import RunLayout
 from esper_lightning.forensics.processes import is_alive
 from esper_lightning.forensics.rank_record import ProcessRecord
@@ -143,8 +143,8 @@ def beating_elsewhere(directory: Path) -> ProcessRecord | None:
         for record in ranks_of(directory)
         if record.state == "running" and record.beat_s is not None and is_alive(record) is None
     }
-    path = beating(unseen)
-    return None if path is None else unseen[path]
+    quiet = silent(unseen)
+    return next((record for path, record in unseen.items() if path not in quiet), None)
 
 
 def _signs_of_a_run(directory: Path) -> Iterator[bool]:

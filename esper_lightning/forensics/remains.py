@@ -13,7 +13,7 @@ from typing import Any, NamedTuple, TypeVar
 
 from esper_lightning.forensics.collectives import Collectives, read_collectives
 from esper_lightning.forensics.fingerprint import Fingerprint
-from esper_lightning.forensics.heartbeat import last_sign_s
+from esper_lightning.forensics.heartbeat import last_sign_s, silent
 from esper_lightning.forensics.layout import RankLayout, RunLayout
 from esper_lightning.forensics.owner_record import read_owner
 from esper_lightning.forensics.phases import Phases, read_phases
@@ -130,7 +130,7 @@ def examine(*directories: Path) -> list[Remains]:
     for directory in directories:
         got = repr(str(directory))
         try:
-            found = [_remains(directory, rank) for rank in rank_folders(directory)]
+            found = _remains_of_ranks(directory)
         except OSError as error:
             raise ValueError(f"RUN_DIR must be readable, got {got}: {error}.") from error
         if not found:
@@ -196,6 +196,25 @@ def first_failure(ranks: list[Remains]) -> Remains | None:
     return min(own or failed, key=lambda remains: remains.failed_at_s, default=None)
 
 
+def _remains_of_ranks(directory: Path) -> list[Remains]:
+    """The remains of each rank; one that is out of sight and gives no sign of life has vanished."""
+    layout = RunLayout(directory)
+    ranks = {rank: _remains(directory, rank) for rank in rank_folders(directory)}
+    unseen: dict[Path, Remains] = {}
+    for rank, remains in ranks.items():
+        path = layout.rank(rank).process
+        if remains.state == "running" and is_unseen(ProcessRecord.read(path)):
+            unseen[path] = remains
+    for path in silent(unseen):
+        unseen[path].state = "vanished"
+    return [*ranks.values()]
+
+
+def is_unseen(process: ProcessRecord | None) -> bool:
+    """Whether a process cannot be seen from here, and gives signs of life."""
+    return process is not None and process.beat_s is not None and is_alive(process) is None
+
+
 def _remains(directory: Path, rank: int) -> Remains:
     files = RunLayout(directory).rank(rank)
     unreadable: dict[str, str] = {}
@@ -246,11 +265,10 @@ def state_of(process: ProcessRecord, files: RankLayout) -> str:
     state = process.state or "unknown"
     if state != "running":
         return state
-    lives = is_alive(process)
-    if lives is None and process.beat_s is not None:
+    if is_unseen(process):
         sign_s = last_sign_s(files.process)
-        lives = sign_s is None or time.time() - sign_s < _SILENT_S
-    return "vanished" if lives is False else state
+        return state if sign_s is None or time.time() - sign_s < _SILENT_S else "vanished"
+    return "vanished" if is_alive(process) is False else state
 
 
 def _windows(

@@ -4,8 +4,8 @@ Each rank writes what a checkpoint of it alone would hold into ``state.0.ckpt`` 
 of its folder, in turn: while one is written, the other is whole. A file is overwritten in place and
 not flushed: what a process has written belongs to the kernel, and only a power failure loses it.
 
-An iteration after which an evaluation is due, or an epoch ends, is stored after that: Lightning
-would not repeat it in a run that is resumed, so that its row and its checkpoints were missing.
+An iteration after which an evaluation is due, or an epoch ends, is stored after that: a run that is
+resumed would skip it, and lack the row of the evaluation or a checkpoint.
 ``training.checkpoint.kept`` reads the files and joins those of all ranks.
 """
 # Lightning sets many attributes of its Trainer where no type checker sees them.
@@ -21,7 +21,8 @@ import time
 from typing import Any
 
 import torch
-from lightning.pytorch import Callback, LightningModule, Trainer
+from lightning.pytorch import LightningModule, Trainer
+from lightning.pytorch.callbacks import Checkpoint
 from lightning.pytorch.strategies import DDPStrategy, SingleDeviceStrategy
 from typing_extensions import override
 
@@ -41,8 +42,10 @@ _MOST_BYTES = 64 << 20  # of a state that is stored without being asked for: the
 _NEVER = 1 << 40  # in place of the number of iterations: a rank stores no state any more
 
 
-class StateKeeper(Callback):
+class StateKeeper(Checkpoint):
     """Stores the state after an iteration, after all other callbacks.
+
+    At the end of an epoch, Lightning calls callbacks that are a ``Checkpoint`` last.
 
     Args:
         layout: Run directory.
@@ -88,7 +91,7 @@ class StateKeeper(Callback):
             return
         if self._always or self._count % self.every == 0:
             self._is_due = True
-            if not (trainer.is_last_batch or trainer.should_stop or evaluates_next(trainer)):
+            if not (_ends_epoch(trainer) or evaluates_next(trainer)):
                 self._store(trainer, pl_module)
         is_power = self._count & (self._count - 1) == 0
         if not self._always and is_power and self._count >= _FIRST_DECISION:
@@ -96,12 +99,13 @@ class StateKeeper(Callback):
 
     @override
     def on_validation_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        """Store the state, which the evaluation may have changed."""
-        self._store_after(trainer, pl_module)
+        """Store the state after an evaluation within an epoch."""
+        if not _ends_epoch(trainer):
+            self._store_after(trainer, pl_module)
 
     @override
     def on_train_epoch_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        """Store the state, which the end of the epoch may have changed."""
+        """Store the state at the end of an epoch, after its evaluation and its checkpoints."""
         self._store_after(trainer, pl_module)
 
     @override
@@ -188,3 +192,7 @@ class StateKeeper(Callback):
             if not self._fails:
                 _log.warning("The states after iterations are not removed: %s.", in_words(error))
             self._fails = True
+
+
+def _ends_epoch(trainer: Trainer) -> bool:
+    return trainer.is_last_batch or trainer.should_stop

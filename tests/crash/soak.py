@@ -67,6 +67,7 @@ class Tally:
     runs: int = 0
     repeated: Counter[int] = field(default_factory=Counter[int])  # rows after the resumed state
 
+
 class Soak:
     """Kills runs below a folder.
 

@@ -6,7 +6,7 @@ import time
 
 import pytest
 
-from esper_lightning.forensics.heartbeat import Pulse, beat, beating, last_sign_s
+from esper_lightning.forensics.heartbeat import Pulse, beat, last_sign_s, silent
 
 
 @pytest.fixture
@@ -42,20 +42,22 @@ def test_a_pulse_counts_from_the_latest_sign(path):
 
 
 def test_one_that_beats_is_found_whatever_its_clock_says(path, living):
-    silent = path.with_name("silent")
-    silent.touch()
+    other = path.with_name("silent")
+    other.touch()
     started = time.monotonic()
-    assert beating([silent, path], wait_s=5.0) == path
+    assert silent([path], wait_s=5.0) == set()
     assert time.monotonic() - started < 2.0
+    assert silent([other, path], wait_s=0.5) == {other}
 
 
 def test_one_that_does_not_beat_is_waited_for_unless_it_ended_long_ago(path):
     started = time.monotonic()
-    assert beating([path], wait_s=0.3) is None
+    assert silent([path], wait_s=0.3) == {path}
     assert time.monotonic() - started >= 0.3
     os.utime(path, (1.0, 1.0))
     started = time.monotonic()
-    assert beating([path, path.with_name("missing")], wait_s=5.0) is None
+    paths = {path, path.with_name("missing")}
+    assert silent(paths, wait_s=5.0) == paths
     assert time.monotonic() - started < 1.0
 
 

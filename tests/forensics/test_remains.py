@@ -1,6 +1,7 @@
 """The remains of the latest run in a directory, and the rank that failed first."""
 
 import os
+import threading
 import time
 
 import pytest
@@ -50,18 +51,31 @@ def test_the_last_rows_are_kept_and_all_are_counted(make_rank, tmp_path):
     assert [row["iteration"] for row in remains.history] == list(range(101 - LAST_ROWS, 101))
 
 
-@pytest.mark.parametrize(("silent_s", "state"), [(5.0, "running"), (100.0, "vanished")])
+@pytest.mark.parametrize("lives", [True, False])
 def test_a_process_of_another_host_vanished_when_it_gives_no_sign_of_life(
+    make_rank, tmp_path, lives, monkeypatch
+):
+    monkeypatch.setattr("esper_lightning.forensics.heartbeat.SILENT_S", 0.3)
+    files = RunLayout(tmp_path).rank(0)
+    make_rank(0, state="running")
+    assert examine(tmp_path)[0].state == "running"  # of an earlier version, without such signs
+    write_report(files.process, {**read_report(files.process), "beat_s": 1.0})
+    sign = threading.Timer(0.15, lambda: os.utime(files.process))
+    if lives:
+        sign.start()
+    assert examine(tmp_path)[0].state == ("running" if lives else "vanished")
+    sign.cancel()
+
+
+@pytest.mark.parametrize(("silent_s", "state"), [(5.0, "running"), (100.0, "vanished")])
+def test_the_list_of_attempts_does_not_wait_for_a_sign_of_life(
     make_rank, tmp_path, silent_s, state
 ):
     files = RunLayout(tmp_path).rank(0)
     make_rank(0, state="running")
+    write_report(files.process, {**read_report(files.process), "beat_s": 1.0})
     sign_s = time.time() - silent_s
     os.utime(files.process, (sign_s, sign_s))
-    assert examine(tmp_path)[0].state == "running"  # of an earlier version, without such signs
-    write_report(files.process, {**read_report(files.process), "beat_s": 1.0})
-    os.utime(files.process, (sign_s, sign_s))
-    assert examine(tmp_path)[0].state == state
     assert read_attempts([tmp_path])[0].state == state
 
 

@@ -8,6 +8,7 @@ from pathlib import Path
 import pytest
 import torch
 from lightning.pytorch import Callback
+from lightning.pytorch.callbacks import Checkpoint
 from lightning.pytorch.demos.boring_classes import BoringModel
 
 from esper_lightning import MLP, PPO, FlightRecorder, PPOConfig
@@ -83,39 +84,42 @@ def test_a_run_goes_on_from_the_stored_state_bit_for_bit(fit, tmp_path):
     assert rows[1] == {k: row for k, row in rows[0].items() if k > 4}
 
 
-class AfterIteration(Callback):
-    """Notes the iterations that a hook follows, and dies the second time; before the recorder."""
+class AfterIteration(Checkpoint):
+    """Notes the iterations that a hook follows, and dies at the first or second one."""
 
-    def __init__(self, hook, dies):
+    def __init__(self, hook, dies_at):
         self.seen: list[int] = []
-        self.hook, self.dies = hook, dies
+        self.hook, self.dies_at = hook, dies_at
         setattr(self, hook, self.note)
 
     def note(self, trainer, module):
         if trainer.sanity_checking:
             return
         self.seen.append(module.iteration)
-        if self.dies and len(self.seen) == 2:
+        if len(self.seen) == self.dies_at:
             raise RuntimeError("injected")
 
 
+@pytest.mark.parametrize("dies_at", [2, 3])
 @pytest.mark.parametrize("hook", ["on_validation_start", "on_train_epoch_end"])
 def test_what_follows_an_iteration_is_not_skipped_by_a_run_that_goes_on(
-    make_trainer, tmp_path, hook
+    make_trainer, tmp_path, hook, dies_at
 ):
     directory, evaluates = tmp_path / "run", int(hook == "on_validation_start")
-    for dies in (True, False):
+    budget = 6 * 4 * 4
+    for dies in (dies_at, None):
         after = AfterIteration(hook, dies)
         recorder = FlightRecorder(directory, watch=False, keeps_state=True)
-        trainer = make_trainer(callbacks=[after, recorder], max_steps=6, limit_val_batches=evaluates)
+        trainer = make_trainer(callbacks=[after, recorder], limit_val_batches=evaluates)
         found = latest_state(directory)
         path = None
         if found is not None:
             path = tmp_path / "state.ckpt"
             torch.save(found.checkpoint, path)
+        model = ppo(eval_episodes=1, total_env_steps=budget)
         with pytest.raises(RuntimeError, match="injected") if dies else contextlib.nullcontext():
-            trainer.fit(ppo(eval_episodes=1), ckpt_path=path, weights_only=True)
-    assert after.seen == [4, 6]
+            trainer.fit(model, ckpt_path=path, weights_only=True)
+    assert after.seen == [4, 6][dies_at - 2 :]
 
 
 def test_storing_takes_at_most_its_share_of_the_time(fit, tmp_path, monkeypatch):
