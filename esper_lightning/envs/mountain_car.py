@@ -5,8 +5,8 @@ a check would synchronise.
 """
 
 from dataclasses import dataclass
-from typing import ClassVar
 from itertools import pairwise
+from typing import ClassVar
 
 import torch
 from torch import Tensor

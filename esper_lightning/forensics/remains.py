@@ -11,7 +11,12 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any, NamedTuple, TypeVar
 
-from esper_lightning.forensics.collectives import Collectives, read_collectives
+from esper_lightning.forensics.collectives import (
+    Collectives,
+    collectives_in,
+    late_ranks,
+    read_collectives,
+)
 from esper_lightning.forensics.fingerprint import Fingerprint
 from esper_lightning.forensics.heartbeat import last_sign_s, silent
 from esper_lightning.forensics.layout import RankLayout, RunLayout
@@ -27,6 +32,8 @@ __all__ = [
     "LAST_ROWS",
     "Remains",
     "Window",
+    "collectives_of",
+    "culprit_of_hang",
     "examine",
     "first_failure",
     "rank_folders",
@@ -190,10 +197,35 @@ def rank_folders(directory: Path) -> list[int]:
 
 
 def first_failure(ranks: list[Remains]) -> Remains | None:
-    """The rank that failed first, for a reason of its own if any rank did; ``None`` without."""
+    """The rank that failed first, for a reason of its own if any rank did; ``None`` without.
+
+    All ranks of a hang wait for one that never reached a collective. That one is the first failure.
+    """
     failed = [rank for rank in ranks if rank.failed]
     own = [rank for rank in failed if rank.is_first_cause]
-    return min(own or failed, key=lambda remains: remains.failed_at_s, default=None)
+    first = min(own or failed, key=lambda remains: remains.failed_at_s, default=None)
+    if first is None or first.report is None or first.report.cause != "hang":
+        return first
+    return culprit_of_hang(ranks) or first
+
+
+def culprit_of_hang(ranks: list[Remains]) -> Remains | None:
+    """The rank that others wait for, which may wait itself, outside of collectives."""
+    late = late_ranks(collectives_of(ranks))
+    candidates = (rank for rank in ranks if rank.rank in late)
+    return min(candidates, key=lambda remains: remains.failed_at_s, default=None)
+
+
+def collectives_of(ranks: list[Remains]) -> dict[int, Collectives | None]:
+    """The collectives of each rank, by numbers that can be compared.
+
+    torch counts all collectives. A rank that was killed has no record of torch's; then those that
+    PPO has noted in the phase rings count, if that rank noted any.
+    """
+    of_torch = {each.rank: each.collectives for each in ranks}
+    noted = {each.rank: collectives_in(each.phases) for each in ranks}
+    gains = any(of_torch[rank] is None and noted[rank] is not None for rank in noted)
+    return noted if gains else of_torch
 
 
 def _remains_of_ranks(directory: Path) -> list[Remains]:

@@ -16,7 +16,7 @@ from lightning.pytorch import Callback, Trainer
 from esper_lightning.callbacks.history import History
 from esper_lightning.callbacks.lightning_internals import RUN_STAGE, TunerExit, run_depth
 from esper_lightning.callbacks.progress import RunProgressBar
-from esper_lightning.core.ranks import PeerFailedError
+from esper_lightning.core.ranks import PeerFailedError, noting_collectives
 from esper_lightning.forensics.asides import rename_aside
 from esper_lightning.forensics.fingerprint import Fingerprint
 from esper_lightning.forensics.layout import RankLayout, RunLayout
@@ -100,6 +100,7 @@ class Recording:
             )
             self._saving = Saving(self._files, self._peers, self._make_rescue, hangs_end=hang_ends)
             undo.callback(attempt, self._report_end)
+            undo.callback(noting_collectives(self._ring.collective))
             try:
                 self._begin_watching(undo, leave, hang_timeout_s)
             except Exception:  # of the recorder: the run continues, and other ranks with it

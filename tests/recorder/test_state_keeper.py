@@ -110,7 +110,8 @@ def test_what_follows_an_iteration_is_not_skipped_by_a_run_that_goes_on(
     for dies in (dies_at, None):
         after = AfterIteration(hook, dies)
         recorder = FlightRecorder(directory, watch=False, keeps_state=True)
-        trainer = make_trainer(callbacks=[after, recorder], limit_val_batches=evaluates)
+        how = {"enable_checkpointing": True, "limit_val_batches": evaluates}
+        trainer = make_trainer(callbacks=[after, recorder], **how)
         found = latest_state(directory)
         path = None
         if found is not None:
@@ -187,6 +188,25 @@ def test_states_of_other_modules_are_stored_only_where_that_is_asked_for(
     watches = Watches(tmp_path / "run")
     fit(BoringModel(), watches, keeps_state=keeps_state, limit_train_batches=3, max_epochs=1)
     assert (watches.stored[-1] == 2) == stored
+
+
+class Saves(Callback):
+    """Counts the calls of its hook."""
+
+    calls = 0
+
+    def on_save_checkpoint(self, trainer, pl_module, checkpoint):
+        self.calls += 1
+
+
+@pytest.mark.parametrize("keeps_state", [None, True])
+def test_hooks_of_users_are_called_for_states_only_where_states_are_asked_for(
+    make_trainer, tmp_path, keeps_state
+):
+    saves = Saves()
+    recorder = FlightRecorder(tmp_path / "run", watch=False, keeps_state=keeps_state)
+    make_trainer(callbacks=[saves, recorder], max_steps=4).fit(ppo(iterations_per_epoch=10))
+    assert saves.calls == (3 if keeps_state else 0)
 
 
 def test_a_new_run_in_the_directory_removes_the_states_of_the_one_before(fit, tmp_path):
