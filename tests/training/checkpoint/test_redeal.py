@@ -161,6 +161,7 @@ def test_environments_without_rows_are_refused(fit):
 
 
 @pytest.mark.ddp
+@pytest.mark.slow
 def test_two_ranks_become_one_and_then_two_again(tmp_path):
     settings = {"every": 1, "evaluates": False, "redeal": True, "resumes": True}
     for devices, num_envs, iterations in ((2, 4, 2), (1, 8, 4), (2, 4, 6)):
