@@ -256,7 +256,7 @@ def _remains(directory: Path, rank: int) -> Remains:
     windows = _windows(directory, rank, report or CrashReport(), process.started_s)
     return Remains(
         rank=rank,
-        state=state_of(process, files),
+        state=_state(process),
         world_size=process.world_size or (report and report.world_size),
         started_s=process.started_s,
         report=report,
@@ -288,19 +288,23 @@ def _read(path: Path, read: Callable[[Path], T], unreadable: dict[str, str]) -> 
 def state_of(process: ProcessRecord, files: RankLayout) -> str:
     """The state of a rank: that of its record, or ``vanished`` where the process is gone.
 
-    A process that cannot be seen from here counts as gone after a minute without a sign of life.
+    A process that cannot be seen from here counts as gone after a minute without a sign of life, by
+    the clock of this host: nobody waits here, as ``examine`` does.
 
     Args:
         process: Content of the rank's ``process.json``.
         files: Files of the rank.
     """
-    state = process.state or "unknown"
-    if state != "running":
-        return state
-    if is_unseen(process):
+    state = _state(process)
+    if state == "running" and is_unseen(process):
         sign_s = last_sign_s(files.process)
         return state if sign_s is None or time.time() - sign_s < _SILENT_S else "vanished"
-    return "vanished" if is_alive(process) is False else state
+    return state
+
+
+def _state(process: ProcessRecord) -> str:
+    state = process.state or "unknown"
+    return "vanished" if state == "running" and is_alive(process) is False else state
 
 
 def _windows(

@@ -1,13 +1,11 @@
-"""Two hosts on one machine: network namespaces, each with a name and processes of its own.
+"""Two hosts on one machine: network namespaces with a name of their own.
 
-A process sees no process of the other host. When the program of a host ends, all of the host's
-processes end, as in a container.
+A process takes the processes of the other host for those of another machine, which it cannot see.
 """
 
 import contextlib
 import os
 import subprocess
-import sys
 import time
 from collections.abc import Generator, Sequence
 from dataclasses import dataclass
@@ -16,8 +14,7 @@ from pathlib import Path
 from tests import forked
 
 _NAMES = ("hosta", "hostb")
-_OF_ITS_OWN = ("unshare", "--uts", "--pid", "--fork", "--kill-child", "--mount-proc")
-_BEGIN = 'hostname "$1"; shift; "$@"'  # without exec: a first process ignores its own SIGKILL
+_BEGIN = 'hostname "$1" && shift && exec "$@"'
 
 
 @dataclass(frozen=True)
@@ -57,7 +54,7 @@ class Hosts:
             _call(*inside, "addr", "add", f"10.77.0.{number}/24", "dev", device)
             _call(*inside, "link", "set", device, "up")
             _call(*inside, "link", "set", "lo", "up")
-            _call("ip", "netns", "exec", space, *_OF_ITS_OWN, "sh", "-c", _BEGIN, "sh", "x", "true")
+            _call(*self._within(number - 1), "true")
 
     def remove(self) -> None:
         """Remove the namespaces, and with them their devices."""
@@ -75,7 +72,7 @@ class Hosts:
             folders: Directory in which the program of each host starts.
             port: Port at which the ranks meet, on the first host.
         """
-        processes: list[subprocess.Popen[bytes]] = []
+        processes: list[forked.Forked] = []
         for node, folder in enumerate(folders):
             folder.mkdir(parents=True, exist_ok=True)
             env = {
@@ -89,30 +86,25 @@ class Hosts:
                 "LOCAL_RANK": "0",
                 "GLOO_SOCKET_IFNAME": self._devices[node],
             }
-            host = ("ip", "netns", "exec", self._spaces[node], *_OF_ITS_OWN)
-            program = [sys.executable, *map(str, words[node])]
             with (folder / "output").open("wb") as output:
-                process = subprocess.Popen(
-                    [*host, "sh", "-c", _BEGIN, "sh", _NAMES[node], *program],
-                    cwd=folder,
-                    env=env,
-                    stdout=output,
-                    stderr=output,
-                    start_new_session=True,
-                )
-            processes.append(process)
+                how = {"output": output, "cwd": folder, "env": env, "within": self._within(node)}
+                processes.append(forked.start(words[node], **how))
         try:
             ends = _wait(processes)
         finally:
             for process in processes:
-                process.kill()  # and with it everything on its host
-                process.wait()
+                process.kill()
+        statuses = [process.wait() for process in processes]
         outputs = [(folder / "output").read_text(errors="replace") for folder in folders]
-        statuses = [process.returncode for process in processes]
         return Ended((statuses[0], statuses[1]), max(ends) - min(ends), (outputs[0], outputs[1]))
 
+    def _within(self, node: int) -> tuple[str, ...]:
+        """Words that start a command on a host."""
+        space = ("ip", "netns", "exec", self._spaces[node])
+        return (*space, "unshare", "--uts", "sh", "-c", _BEGIN, "sh", _NAMES[node])
 
-def _wait(processes: Sequence["subprocess.Popen[bytes]"], limit_s: float = 240.0) -> list[float]:
+
+def _wait(processes: Sequence[forked.Forked], limit_s: float = 600.0) -> list[float]:
     """Times at which the processes ended, or the limit for those that did not."""
     begin, ends = time.monotonic(), dict[int, float]()
     while len(ends) < len(processes) and time.monotonic() - begin < limit_s:
