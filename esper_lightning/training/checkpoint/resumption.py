@@ -53,8 +53,8 @@ class Resumption(NamedTuple):
         """
         if not is_dealt(checkpoint, settings, world_size=world_size):
             return cls(checkpoint[STATE_KEY]["ranks"].get(rank))
-        how = {"rank": rank, "world_size": world_size, "device": device}
-        return cls(deal_rank(checkpoint, settings, **how), redealt_to=world_size)
+        dealt = deal_rank(checkpoint, settings, rank=rank, world_size=world_size, device=device)
+        return cls(dealt, redealt_to=world_size)
 
     def start(self, learner: Learner, optimizer: torch.optim.Adam) -> bool:
         """Start a learner in the state of the checkpoint.
