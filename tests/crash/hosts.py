@@ -1,4 +1,4 @@
-"""Two hosts on one machine: network namespaces with a name of their own.
+"""Two hosts on one machine: network namespaces with a name and a disk of their own.
 
 A process takes the processes of the other host for those of another machine, which it cannot see.
 """
@@ -14,7 +14,7 @@ from pathlib import Path
 from tests import forked
 
 _NAMES = ("hosta", "hostb")
-_BEGIN = 'hostname "$1" && shift && exec "$@"'
+_BEGIN = 'hostname "$1" && mount --bind "$2" "$3" && shift 3 && exec "$@"'
 
 
 @dataclass(frozen=True)
@@ -31,9 +31,21 @@ class HostsError(RuntimeError):
 
 
 class Hosts:
-    """Two hosts that are connected by a network of their own."""
+    """Two hosts that are connected by a network of their own.
 
-    def __init__(self) -> None:
+    Args:
+        folder: Empty folder for the disks of the hosts. Everything else is a disk that they share.
+
+    Attributes:
+        disk: Path at which each host has its own disk.
+        disks: Paths of both disks for everybody else.
+    """
+
+    def __init__(self, folder: Path) -> None:
+        self.disk = folder / "disk"
+        self.disks = tuple(folder / f"disk_of_{name}" for name in _NAMES)
+        for path in (self.disk, *self.disks):
+            path.mkdir()
         own = os.getpid()
         self._spaces = tuple(f"esper{letter}{own}" for letter in "ab")
         self._devices = tuple(f"ve{letter}{own}" for letter in "ab")
@@ -62,19 +74,17 @@ class Hosts:
             subprocess.run(["ip", "netns", "del", space], capture_output=True, check=False)
         subprocess.run(["ip", "link", "del", self._devices[0]], capture_output=True, check=False)
 
-    def run(
-        self, words: Sequence[Sequence[object]], folders: Sequence[Path], *, port: int
-    ) -> Ended:
+    def run(self, words: Sequence[object], name: str, *, port: int) -> Ended:
         """Run a Python program on each host, one rank of two each.
 
         Args:
-            words: Words after ``python``, for each host.
-            folders: Directory in which the program of each host starts.
+            words: Words after ``python``.
+            name: Name of the folder on each disk in which the programs start.
             port: Port at which the ranks meet, on the first host.
         """
         processes: list[forked.Forked] = []
-        for node, folder in enumerate(folders):
-            folder.mkdir(parents=True, exist_ok=True)
+        for node, disk in enumerate(self.disks):
+            (disk / name).mkdir(exist_ok=True)
             env = {
                 **os.environ,
                 **forked.QUIET,
@@ -86,22 +96,23 @@ class Hosts:
                 "LOCAL_RANK": "0",
                 "GLOO_SOCKET_IFNAME": self._devices[node],
             }
-            with (folder / "output").open("wb") as output:
-                how = {"output": output, "cwd": folder, "env": env, "within": self._within(node)}
-                processes.append(forked.start(words[node], **how))
+            with (disk / name / "output").open("wb") as output:
+                how = {"cwd": self.disk / name, "env": env, "within": self._within(node)}
+                processes.append(forked.start(words, output=output, **how))
         try:
             ends = _wait(processes)
         finally:
             for process in processes:
                 process.kill()
         statuses = [process.wait() for process in processes]
-        outputs = [(folder / "output").read_text(errors="replace") for folder in folders]
+        outputs = [(d / name / "output").read_text(errors="replace") for d in self.disks]
         return Ended((statuses[0], statuses[1]), max(ends) - min(ends), (outputs[0], outputs[1]))
 
     def _within(self, node: int) -> tuple[str, ...]:
         """Words that start a command on a host."""
         space = ("ip", "netns", "exec", self._spaces[node])
-        return (*space, "unshare", "--uts", "sh", "-c", _BEGIN, "sh", _NAMES[node])
+        begin = ("unshare", "--uts", "--mount", "sh", "-c", _BEGIN, "sh", _NAMES[node])
+        return (*space, *begin, str(self.disks[node]), str(self.disk))
 
 
 def _wait(processes: Sequence[forked.Forked], limit_s: float = 600.0) -> list[float]:
@@ -125,13 +136,16 @@ def _call(*words: str) -> None:
 
 
 @contextlib.contextmanager
-def two_hosts() -> Generator[Hosts]:
+def two_hosts(folder: Path) -> Generator[Hosts]:
     """Two hosts, for as long as the context lasts.
+
+    Args:
+        folder: Empty folder for their disks.
 
     Raises:
         HostsError: If they cannot be made here.
     """
-    hosts = Hosts()
+    hosts = Hosts(folder)
     try:
         hosts.make()
         yield hosts

@@ -21,16 +21,16 @@ _ports = itertools.count(29600)
 
 
 @pytest.fixture(scope="module")
-def hosts() -> Iterator[Hosts]:
+def hosts(tmp_path_factory) -> Iterator[Hosts]:
     try:
-        with two_hosts() as made:
+        with two_hosts(tmp_path_factory.mktemp("hosts")) as made:
             yield made
     except HostsError as error:
         pytest.skip(f"no network namespaces here: {error}")
 
 
 def train(
-    hosts: Hosts, folder: Path, *, shared: bool = False, fault: dict[str, object] | None = None
+    hosts: Hosts, run_dir: Path, name: str, *, fault: dict[str, object] | None = None
 ) -> Ended:
     """Train with one rank on each host, from the latest checkpoint if there is one."""
     callbacks = []
@@ -53,13 +53,7 @@ def train(
     }
     named = [f"--{name}={value}" for name, value in settings.items()]
     fit = ["-m", "esper_lightning.cli.main", "fit", f"--config={CARTPOLE}", *named]
-    words = [[*fit, f"--run_dir={run}"] for run in directories(folder, shared=shared)]
-    return hosts.run(words, [folder / "a", folder / "b"], port=next(_ports))
-
-
-def directories(folder: Path, *, shared: bool) -> list[Path]:
-    """Run directory of each host."""
-    return [folder / ("shared" if shared else name) / "run" for name in "ab"]
+    return hosts.run([*fit, f"--run_dir={run_dir}"], name, port=next(_ports))
 
 
 def histories(runs: list[Path]) -> list[list[dict[str, object]]]:
@@ -73,11 +67,10 @@ def histories(runs: list[Path]) -> list[list[dict[str, object]]]:
 
 
 @pytest.fixture(scope="module")
-def undisturbed(hosts, tmp_path_factory) -> list[list[dict[str, object]]]:
-    folder = tmp_path_factory.mktemp("undisturbed")
-    ended = train(hosts, folder)
+def undisturbed(hosts) -> list[list[dict[str, object]]]:
+    ended = train(hosts, hosts.disk / "undisturbed" / "run", "undisturbed")
     assert ended.statuses == (0, 0), ended.outputs
-    found = histories(directories(folder, shared=False))
+    found = histories([disk / "undisturbed" / "run" for disk in hosts.disks])
     assert [len(rows) for rows in found] == [ITERATIONS, ITERATIONS]
     return found
 
@@ -96,15 +89,16 @@ def undisturbed(hosts, tmp_path_factory) -> list[list[dict[str, object]]]:
 )
 def test_a_fault_on_one_of_two_hosts(hosts, undisturbed, tmp_path, how, rank, shared):
     fault = {"at": 12, "how": how, "rank": rank, "once": str(tmp_path / "once")}
-    died = train(hosts, tmp_path, shared=shared, fault=fault)
+    run_dir = (tmp_path if shared else hosts.disk) / tmp_path.name / "run"
+    runs = [(tmp_path if shared else disk) / tmp_path.name / "run" for disk in hosts.disks]
+    died = train(hosts, run_dir, tmp_path.name, fault=fault)
     print(f"{how} of rank {rank}, shared={shared}: survived {died.survived_s:.1f} s")
     assert all(died.statuses), died.outputs
     assert died.survived_s < SURVIVES_S, died.outputs
-    runs = directories(tmp_path, shared=shared)
     first = first_failure(examine(*dict.fromkeys(runs)))
     assert first is not None
     assert (first.rank, first.is_first_cause) == (rank, True)
-    ended = train(hosts, tmp_path, shared=shared, fault=fault)
+    ended = train(hosts, run_dir, tmp_path.name, fault=fault)
     assert ended.statuses == (0, 0), ended.outputs
     assert histories(runs) == undisturbed
     attempts = read_attempts(dict.fromkeys(runs))

@@ -206,7 +206,7 @@ def test_hooks_of_users_are_called_for_states_only_where_states_are_asked_for(
     saves = Saves()
     recorder = FlightRecorder(tmp_path / "run", watch=False, keeps_state=keeps_state)
     make_trainer(callbacks=[saves, recorder], max_steps=4).fit(ppo(iterations_per_epoch=10))
-    assert saves.calls == (3 if keeps_state else 0)
+    assert (saves.calls > 0) == bool(keeps_state)
 
 
 def test_a_new_run_in_the_directory_removes_the_states_of_the_one_before(fit, tmp_path):
