@@ -237,10 +237,7 @@ def batches_in_epoch(length: int, limit: int | float) -> int | float:
 
 
 def evaluates_next(trainer: Trainer) -> bool:
-    """Whether an evaluation follows the training batch that is ending.
-
-    ``training_epoch_loop._should_check_val_fx``: Lightning decides after the hooks of the batch.
-    """
+    """Whether an evaluation follows the training batch that ends (``_should_check_val_fx``)."""
     loop: Any = trainer.fit_loop
     return loop.epoch_loop._should_check_val_fx(loop._data_fetcher)
 
@@ -306,16 +303,10 @@ def set_version(logger: Any, version: int | str | None) -> None:
 
 
 def experiment_of(logger: Any, absent: Any = None) -> Any:
-    """The experiment that a logger has begun.
+    """The experiment that a logger has begun; ``None`` where it has not begun one.
 
-    ``_experiment``: the public property would begin an experiment.
-
-    Args:
-        logger: Logger of a run.
-        absent: Result for a logger that never stores an experiment.
-
-    Returns:
-        The experiment; ``None`` where the logger has not begun one.
+    ``_experiment``: the public property would begin an experiment. ``absent`` is the result for a
+    logger that never stores an experiment.
     """
     return vars(logger).get("_experiment", absent)
 
