@@ -11,11 +11,13 @@ import time
 from collections.abc import Iterable
 from pathlib import Path
 
-__all__ = ["BEAT_S", "SILENT_S", "Pulse", "beat", "last_sign_s", "silent"]
+__all__ = ["BEAT_S", "GONE_S", "SILENT_S", "Pulse", "beat", "last_sign_s", "silent"]
 
 BEAT_S = 1.0
 """Seconds from one sign of life to the next."""
 SILENT_S = 4.0
+"""Seconds without a sign of life after which nobody waits for a process any more."""
+GONE_S = 8.0
 """Seconds without a sign of life after which a process that gives signs counts as dead."""
 
 _LONG_AGO_S = 600.0  # more than clocks of hosts differ
@@ -70,11 +72,11 @@ def silent(paths: Iterable[Path], *, wait_s: float | None = None) -> set[Path]:
 
     Args:
         paths: Files that processes touch. A file whose latest sign is long ago is not waited for.
-        wait_s: Longest time to wait, in seconds; ``None`` for ``SILENT_S``.
+        wait_s: Longest time to wait, in seconds; ``None`` for ``GONE_S``.
     """
     signs = {path: last_sign_s(path) for path in paths}
     oldest_s = time.time() - _LONG_AGO_S
-    end_s = time.monotonic() + (SILENT_S if wait_s is None else wait_s)
+    end_s = time.monotonic() + (GONE_S if wait_s is None else wait_s)
     quiet = set(signs)
     recent = {path: sign for path, sign in signs.items() if sign is not None and sign > oldest_s}
     while quiet & recent.keys() and time.monotonic() < end_s:

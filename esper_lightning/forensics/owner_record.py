@@ -135,7 +135,7 @@ def ranks_of(directory: Path) -> list[ProcessRecord]:
 def beating_elsewhere(directory: Path) -> ProcessRecord | None:
     """A rank on another host, or in another container, that gives signs of life in a directory.
 
-    Where such a rank is recorded as running, the call takes up to ``heartbeat.SILENT_S``.
+    Where such a rank is recorded as running, the call takes up to ``heartbeat.GONE_S``.
     """
     layout = RunLayout(directory)
     unseen = {

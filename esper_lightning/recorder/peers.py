@@ -155,6 +155,11 @@ class Peers:
             self._beat_due_s = now_s + BEAT_S
             beat(self._path)
 
+    def listen(self) -> None:
+        """Note signs of life of other ranks, also while this rank saves its evidence."""
+        for pulse in [*self._pulses.values()]:
+            pulse.silent_s()
+
     def first_failure(self) -> tuple[int, str] | None:
         """A rank that failed or vanished in this run, with the reason; ``None`` without one."""
         for peer in self._others:

@@ -309,10 +309,11 @@ class Recording:
             end_at_once(_FAILED)
 
     def _look(self) -> None:
-        """Note the memory of the process, and give a sign of life to ranks on other hosts."""
+        """Note the memory of the process; give and note signs of life of ranks on other hosts."""
         self._ring.note_memory()
         if not self._has_left:
             self._peers.beat()
+            self._peers.listen()
 
     def last_gasp(self, signal_name: str) -> None:
         """Save the evidence that a C signal handler can save, in the thread that failed."""

@@ -58,7 +58,7 @@ def test_a_directory_of_a_living_process_is_refused_in_one_line_that_names_it(ot
 def test_a_directory_on_a_shared_disk_is_refused_while_a_rank_of_another_host_lives(
     tmp_path, lives, monkeypatch
 ):
-    monkeypatch.setattr("esper_lightning.forensics.heartbeat.SILENT_S", 0.5)
+    monkeypatch.setattr("esper_lightning.forensics.heartbeat.GONE_S", 0.5)
     record = {"pid": 7, "host": "elsewhere", "rank": 0, "state": "running", "beat_s": 0.1}
     path = RunLayout(tmp_path).rank(0).process
     write_report(path, record)

@@ -56,7 +56,7 @@ def test_the_last_rows_are_kept_and_all_are_counted(make_rank, tmp_path):
 def test_a_process_of_another_host_vanished_when_it_gives_no_sign_of_life(
     make_rank, tmp_path, lives, monkeypatch
 ):
-    monkeypatch.setattr("esper_lightning.forensics.heartbeat.SILENT_S", 0.3)
+    monkeypatch.setattr("esper_lightning.forensics.heartbeat.GONE_S", 0.3)
     files = RunLayout(tmp_path).rank(0)
     make_rank(0, state="running")
     assert examine(tmp_path)[0].state == "running"  # of an earlier version, without such signs

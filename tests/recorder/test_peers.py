@@ -232,6 +232,20 @@ def test_one_that_gives_signs_of_life_is_waited_for(layout, monkeypatch):
     thread.join()
 
 
+def test_silence_counts_from_the_last_sign_that_was_noted(layout):
+    end_of_run()
+    other = Peers(layout, 1, 2)
+    other.report("running")
+    alter(layout, 1, host="elsewhere", pid=1)
+    peers = Peers(layout, 0, 2)
+    peers.first_failure()
+    other.beat()
+    peers.listen()  # this rank saves its evidence meanwhile
+    time.sleep(0.2)
+    process = ProcessRecord.load(layout.rank(1).process)
+    assert peers._silent_s(1, process) >= 0.2
+
+
 def test_one_that_has_been_silent_for_long_counts_as_the_first_failure(layout, monkeypatch):
     monkeypatch.setattr("esper_lightning.recorder.peers._SILENT_S", 0.1)
     end_of_run()
