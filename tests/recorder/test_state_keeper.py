@@ -137,7 +137,8 @@ def test_storing_takes_at_most_its_share_of_the_time(fit, tmp_path, monkeypatch)
     keeper = next(each for each in trainer.callbacks if isinstance(each, StateKeeper))
     each_s = [end - begin for begin, end in itertools.pairwise(watches.began_s)]
     assert 0.02 / max(each_s) / MOST_SHARE <= keeper.every <= 0.02 / min(each_s) / MOST_SHARE + 1
-    assert watches.stored[-1] == 4  # until it was known what a state costs
+    # After iteration 4 it was known what a state costs; iterations of seconds may store more.
+    assert watches.stored[-1] == 4 or max(each_s) > 0.4
 
 
 def test_a_disk_that_takes_no_state_ends_no_run(fit, tmp_path, monkeypatch, caplog):
