@@ -247,8 +247,11 @@ def run_logger(env: EnvSpec, run_dir: str | Path | None = None) -> TensorBoardLo
         run_dir: The run directory; ``None`` for a new one, whose number ``begin_run`` chooses.
     """
     if run_dir is None:
-        return TensorBoardLogger(_folder(env).parent, name=_folder(env).name)
-    return TensorBoardLogger(place_of(run_dir)[0], name="", version="")
+        folder = _folder(env)
+        return TensorBoardLogger(folder.parent, name=folder.name, default_hp_metric=False)
+    # Lightning's hp_metric would be a curve of one point, at -1.
+    folder = place_of(run_dir)[0]
+    return TensorBoardLogger(folder, name="", version="", default_hp_metric=False)
 
 
 def begin_run(trainer: Trainer, env: EnvSpec, run_dir: str | Path | None, config: str) -> None:

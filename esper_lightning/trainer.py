@@ -69,6 +69,7 @@ class Trainer(lightning.pytorch.Trainer):
         if not kwargs.get("barebones"):
             kwargs["plugins"] = run_plugins(kwargs.get("plugins"), kwargs.get("strategy"))
             kwargs.setdefault("enable_model_summary", False)
+            kwargs.setdefault("log_every_n_steps", 1)  # Lightning warns of epochs of fewer steps
             shows = kwargs.get("enable_progress_bar") is not False
             given += default_callbacks(
                 given,

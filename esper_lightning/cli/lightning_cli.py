@@ -31,12 +31,14 @@ from esper_lightning.cli.errors import fail, nearest
 from esper_lightning.cli.launcher import tell_launchers
 from esper_lightning.cli.mistakes import settings_come_first
 from esper_lightning.cli.pages.live_page import LivePage
+from esper_lightning.cli.setting_help import HELP_TRAINER, HelpTrainer, usage_of
 from esper_lightning.cli.settings import SettingsParser
 from esper_lightning.cli.start_of_run import find_start
 from esper_lightning.cli.trainer import EsperTrainer
 from esper_lightning.core.errors import require
 from esper_lightning.core.paths import require_output, requires_folder
 from esper_lightning.core.ranks import RanksDisagreeError
+from esper_lightning.envs.adapters.named import MissingPackageError
 from esper_lightning.envs.base import ReadsData
 from esper_lightning.train import begin_run, newest_run, run_logger, run_plugins
 from esper_lightning.trainer import default_callbacks, results_of
@@ -103,7 +105,11 @@ def prepare(arguments: list[str]) -> Callable[[], None]:
             load_from_checkpoint_support=False,
             parser_class=SettingsParser,
             parser_kwargs={
-                arguments[0]: {"exit_on_error": False, "allow_abbrev": False},
+                arguments[0]: {
+                    "exit_on_error": False,
+                    "allow_abbrev": False,
+                    "usage": usage_of(arguments[0]),
+                },
                 "exit_on_error": False,
                 "allow_abbrev": False,
                 "prog": "esper",
@@ -139,6 +145,11 @@ class EsperCLI(LightningCLI):
         return {self._command: {"model"}}
 
     @override
+    def add_arguments_to_parser(self, parser: LightningArgumentParser) -> None:
+        """Add the option that shows Lightning's settings, which ``--help`` omits."""
+        parser.add_argument(HELP_TRAINER, action=HelpTrainer, help="Show those of Lightning.")
+
+    @override
     def parse_arguments(self, parser: LightningArgumentParser, args: ArgsType) -> None:
         """Parse the arguments; ``evaluate`` starts from the settings in the checkpoint."""
         words = shipped.with_paths(cast(list[str], args))
@@ -146,7 +157,7 @@ class EsperCLI(LightningCLI):
             with suppress(OSError, ValueError):  # the word may be the settings, and no path
                 if Path(config).is_fifo():
                     fail(f"--config must name a file, got {config!r}, which is a pipe.")
-        if words[:1] == ["evaluate"] and not {"-h", "--help"} & set(words):
+        if words[:1] == ["evaluate"] and not {"-h", "--help", HELP_TRAINER} & {*words}:
             known, _ = _options().parse_known_args(words[1:])
             require(known.ckpt_path is not None, "--ckpt_path", "be given", None)
             path = checkpoint_at(known.ckpt_path)
@@ -318,7 +329,7 @@ class EsperCLI(LightningCLI):
                 reason = f"{type(error).__name__}: {error}"
                 fail(f"ckpt_path must hold what a run can resume from, got {path!r}. {reason}")
             began = self.model.iteration > self._resumes_from
-            early = isinstance(error, MisconfigurationException) and not began
+            early = isinstance(error, MisconfigurationException | MissingPackageError) and not began
             if not early and not _is_refusal_of_callback(error):
                 raise
             fail(error)

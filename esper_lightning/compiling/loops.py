@@ -15,17 +15,19 @@ import os
 import threading
 import warnings
 from collections.abc import Callable, Hashable, Sequence
-from typing import Any, Literal
+from typing import Any, Literal, TypeVar
 
 import torch
 
 from esper_lightning.compiling.cuda_graph import CapturedFunction, CapturedLoop
+from esper_lightning.compiling.holders import ImpureError
 from esper_lightning.compiling.native.loops import NativeFunction, NativeLoop, NativeMap
 from esper_lightning.compiling.native.program import IndexOutsideError
 from esper_lightning.compiling.native.values import UnsupportedError
-from esper_lightning.compiling.purity import ImpureError
+from esper_lightning.compiling.reads import Reads
 from esper_lightning.compiling.stepwise import StepwiseLoop
 from esper_lightning.compiling.tracing import Body, ChunkBody, Compiled, Tree
+from esper_lightning.core.errors import require
 from esper_lightning.core.tensor_trees import kind, leaves, map_tree, rebuild
 
 __all__ = [
@@ -35,6 +37,7 @@ __all__ = [
     "compile_function",
     "compile_loop",
     "compile_map",
+    "native_or_slower",
     "tell_reasons_again",
 ]
 
@@ -42,6 +45,7 @@ CompileMode = Literal["off", "auto", "default", "max"]
 Loop = Callable[..., tuple[Tree, Tree]]
 """A loop: ``(carry, xs, chunked, constants, out=None) -> (carry, rows)``."""
 
+_T = TypeVar("_T")
 _log = logging.getLogger(__name__)
 _REASONS_LOGGED: set[str] = set()
 _TRACING = threading.RLock()  # torch traces in one thread at a time
@@ -132,6 +136,30 @@ def capture_function(
     return _FirstThatWorks(name, "A CUDA graph", [CapturedFunction(function), function])
 
 
+def native_or_slower(name: str, make: Callable[[], _T], *, required: str | None) -> _T | None:
+    """What ``make`` makes of native code, or ``None`` where the slower way must do.
+
+    The reason is logged as a warning, unless the user has switched compilers off.
+
+    Args:
+        name: Name of the function, for messages.
+        make: Function that raises ``UnsupportedError`` where code cannot be compiled.
+        required: Name of the setting that is True because there must be native code.
+
+    Raises:
+        ValueError: If native code is required and cannot be compiled.
+    """
+    if required is None and _is_disabled():
+        return None
+    try:
+        return make()
+    except UnsupportedError as error:
+        rule = "be None or False where no native code can be compiled"
+        require(required is None, required or "", rule, True, f"Reason: {error}.")
+        _tell("Native code", name, error)
+    return None
+
+
 def tell_reasons_again() -> None:
     """Allow every reason for a slower way to be logged again, as at the start of a run.
 
@@ -156,7 +184,7 @@ def _is_disabled() -> bool:
 def _compiled(
     name: str,
     function: Callable[..., Tree],
-    native: Callable[[Callable[..., Tree]], Callable[..., Tree]],
+    native: type[NativeFunction] | type[NativeMap],
     *,
     mode: CompileMode,
     device: torch.device,
@@ -212,7 +240,8 @@ class _Native:
     """A function as native code, a program for each kind of arguments.
 
     So the results for some arguments never depend on what was called before. Where there can be no
-    program, the function runs eagerly.
+    program, the function runs eagerly; for good once something has changed that a program read of
+    a user's objects.
 
     Args:
         name: Name of the function, for messages.
@@ -221,14 +250,22 @@ class _Native:
     """
 
     def __init__(
-        self, name: str, program: Callable[[], Callable[..., Tree]], eager: Callable[..., Tree]
+        self,
+        name: str,
+        program: Callable[[], NativeFunction | NativeMap | NativeLoop],
+        eager: Callable[..., Tree],
     ) -> None:
         self._name, self._program, self._eager = name, program, eager
         self._run: dict[Hashable, Callable[..., Tree]] = {}
+        self._reads: list[Reads] = []
+        self._is_native = True
 
     def __call__(self, *args: Tree) -> Tree:
-        if any(isinstance(arg, list) for arg in args):  # minibatches of unequal size
-            return self._eager(*args)
+        if self._is_native and (changed := self._changed()) is not None:
+            self._is_native = False
+            _tell("Native code", self._name, ImpureError(f"an attribute that changed: {changed}"))
+        if not self._is_native or any(isinstance(arg, list) for arg in args):
+            return self._eager(*args)  # lists are minibatches of unequal size
         kind_of_args = kind(args)
         run = self._run.get(kind_of_args)
         if run is not None:
@@ -238,6 +275,7 @@ class _Native:
             with _TRACING:
                 result = program(*args)
             self._run[kind_of_args] = program
+            self._reads += program.reads
             return result
         except IndexOutsideError:
             self._run[kind_of_args] = program
@@ -248,6 +286,10 @@ class _Native:
             self._run[kind_of_args] = self._eager
             _tell("Native code", self._name, error)
         return self._eager(*args)
+
+    def _changed(self) -> str | None:
+        """Name of something that a program read and that has changed since."""
+        return next((name for reads in self._reads if (name := reads.changed())), None)
 
 
 class _FirstThatWorks:

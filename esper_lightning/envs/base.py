@@ -90,7 +90,8 @@ class FunctionalEnv(BatchedEnv, Protocol):
 
     ``step(action)`` is ``transition(episodes(), action, draw(1)[0])`` followed by ``keep``. A class
     that replaces ``step`` must replace ``transition``, too; otherwise its rollouts are not
-    compiled. In compiled rollouts only ``episodes`` may change: other attributes are read once.
+    compiled. In compiled rollouts only ``episodes`` may change. Once an attribute that
+    ``transition`` reads has changed, rollouts on a CPU run eagerly; CUDA reads attributes once.
     ``begin_iteration`` may therefore change ``episodes`` and what ``draw`` returns, nothing else.
     """
 

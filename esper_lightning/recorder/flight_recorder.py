@@ -27,6 +27,7 @@ from esper_lightning.callbacks.run_directory import (
     copy_run_directory,
     open_run_directory,
 )
+from esper_lightning.callbacks.tracking import upload_results
 from esper_lightning.core.errors import check_arguments, positive, require
 from esper_lightning.core.ranks import RanksDisagreeError
 from esper_lightning.forensics.claims import DirectoryRefusedError
@@ -132,6 +133,10 @@ class FlightRecorder(WritesRun):
         if not trainer.fast_dev_run:  # which has dummies as loggers
             guard_loggers(trainer.loggers)
         layout = _layout(open_run_directory(trainer, self))
+        if layout is not None and trainer.is_global_zero:
+            guard_loggers(
+                trainer.loggers, at_end=functools.partial(upload_results, layout.directory)
+            )
         met = meet(trainer.world_size)
         if layout is None:
             return

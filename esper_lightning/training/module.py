@@ -19,6 +19,7 @@ from typing_extensions import override
 
 from esper_lightning.callbacks.loggers import guard_loggers
 from esper_lightning.callbacks.run_directory import begin_run_directory
+from esper_lightning.callbacks.tracking import begin_tracking, continue_tracking
 from esper_lightning.compiling.loops import CompileMode
 from esper_lightning.core.ranks import Ranks
 from esper_lightning.core.running_stats import ObsNormalizer, RunningStats, normalized_space
@@ -283,6 +284,7 @@ class PPO(CheckpointHooks):
         if fits:
             self.refuse_other_ranks()
             begin_run_directory(self.trainer)
+            continue_tracking(self.trainer)
         self._guard_loggers()
         return [CloseEnvironments(), ReportsAbsentMetrics(logs_more=more)]
 
@@ -307,6 +309,7 @@ class PPO(CheckpointHooks):
         self._guard_loggers()
         if stage != "fit":
             return
+        begin_tracking(self.trainer)
         trainer_rules.silence_checkpoint_advice()
         self._ranks = Ranks(self.trainer.world_size)
         self._learner = build_learner(

@@ -18,6 +18,7 @@ from esper_lightning.callbacks import run_directory
 from esper_lightning.cli.lightning_cli import EsperCLI
 from esper_lightning.cli.main import main
 from esper_lightning.envs import CartPole, Morphogenesis
+from esper_lightning.envs.adapters import named
 from esper_lightning.forensics.claims import claim_for_logger
 from esper_lightning.forensics.files import read_json_lines
 
@@ -108,12 +109,20 @@ def test_the_config_for_cifar10_is_the_preset():
     assert Morphogenesis(**found, folder="x", image=preset.image) == preset
 
 
-def test_fit_names_the_task_of_a_simulator(capsys):
+def test_fit_names_the_task_of_a_simulator(capsys, monkeypatch):
+    """And ``evaluate`` its package where that is missing, which ``export`` does not need."""
     task = ["--model.env", "Gymnasium", "--model.env.id", "CartPole-v1"]
     main(["fit", *task, *QUICK])
     said = capsys.readouterr().out.splitlines()
     assert said[-3].startswith("CartPole-v1: mean return ")
     assert said[-1] == "Run directory: runs/cartpole-v1/version_0"
+    monkeypatch.setitem(sys.modules, "gymnasium", None)
+    for spaces in ({**named._probed}, {}):  # known to this process, and not
+        monkeypatch.setattr(named, "_probed", spaces)
+        line = fails(capsys, "evaluate", "--ckpt_path", "runs/cartpole-v1/version_0")
+        assert "needs gymnasium: pip install 'esper_lightning[gymnasium]'" in line
+    main(["export", "--ckpt_path", "runs/cartpole-v1/version_0", "--output", "policy.pt2"])
+    assert Path("policy.pt2").is_file()
 
 
 def test_fit_says_what_it_learned_and_where_it_is(capsys):
@@ -220,8 +229,24 @@ def test_help_describes_every_setting(capsys):
         main(["fit", "--help"])
     assert caught.value.code == 0
     shown = " ".join(capsys.readouterr().out.split())
+    assert shown.startswith(
+        "usage: esper fit [--config CONFIG] [--SETTING VALUE ...] Train a model"
+    )
+    order = ("--run_dir", "--model.env ENV", "--model.ppo.clip", "--print_config", "--help_trainer")
+    places = [shown.index(word) for word in order]
+    assert places == sorted(places)
+    assert "--trainer" not in shown
     assert "--model.ppo.rollout_steps ROLLOUT_STEPS Number of steps ``T`` that every" in shown
     assert "Greatest change of the probability ratio" in shown
+
+
+def test_lightnings_settings_are_described_on_request(capsys):
+    with pytest.raises(SystemExit) as caught:
+        main(["fit", "--help_trainer"])
+    assert caught.value.code == 0
+    shown = capsys.readouterr().out
+    assert "--trainer.accelerator ACCELERATOR" in shown
+    assert "--model" not in shown
 
 
 def test_print_config_can_be_used_as_a_config(capsys):

@@ -1,16 +1,19 @@
 """The trainer of hosts: an epoch of SGD, and measurements, on data that does not change.
 
-Axes: ``B`` environment. The trainer chooses how many hosts are computed at once; ``training`` has
-the computations.
+Axes: ``B`` environment, ``S`` slot, ``K`` class. The trainer chooses between the computations of
+``training``, by operations of torch, and those of ``native``, and how many hosts are computed at
+once.
 """
 
+import torch
 from torch import Tensor
 
-from esper_lightning.compiling.loops import compile_function
+from esper_lightning.compiling.loops import compile_function, native_or_slower
 from esper_lightning.envs.morphogenesis.data import Split, Splits
 from esper_lightning.envs.morphogenesis.host import Architecture
 from esper_lightning.envs.morphogenesis.layout import unflatten
 from esper_lightning.envs.morphogenesis.lifecycle import Slots
+from esper_lightning.envs.morphogenesis.native import NativeHosts, Traits
 from esper_lightning.envs.morphogenesis.network import Weights
 from esper_lightning.envs.morphogenesis.state import Hosts, place_of
 from esper_lightning.envs.morphogenesis.streams import Purpose, integers
@@ -42,10 +45,14 @@ class HostTrainer:
         batch_size: Number of images in an update.
         static: Whether every computation runs for every host, because reading which hosts need it
             would wait for the device.
-        compiled: Whether static updates are compiled by Inductor.
+        compiled: Whether the hosts run as native code on a CPU, in float32; ``None`` for whether
+            that is possible. On CUDA, whether Inductor compiles static updates; ``None`` for no.
 
     Attributes:
-        chunk: Number of hosts that are computed at once; ``None`` for all hosts.
+        chunk: Number of hosts that operations of torch compute at once; ``None`` for all hosts.
+
+    Raises:
+        ValueError: If ``compiled`` is True and native code cannot be compiled.
     """
 
     def __init__(
@@ -58,7 +65,7 @@ class HostTrainer:
         train_batches: int,
         batch_size: int,
         static: bool,
-        compiled: bool = False,
+        compiled: bool | None = False,
     ) -> None:
         self.architecture, self.blueprints, self.splits = architecture, blueprints, splits
         self.static = static
@@ -69,11 +76,18 @@ class HostTrainer:
         self._update = None
         if static:
             update = static_update(architecture, sgd)
-            mode = "default" if compiled else "off"
+            mode = "default" if compiled and image.device.type == "cuda" else "off"
             self._update = compile_function(
                 "update of hosts", update, mode=mode, device=image.device
             )
+        self._native: NativeHosts | None = None
         if image.device.type == "cpu":
+            if not static and compiled is not False and image.dtype == torch.float32:
+                self._native = native_or_slower(
+                    "training of hosts",
+                    lambda: NativeHosts(architecture, sgd),
+                    required="Morphogenesis.compiled" if compiled else None,
+                )
             area = architecture.channels[0] * architecture.image[1] ** 2
             self.chunk = max(1, _CACHE_BYTES // (batch_size * area * image.element_size()))
             self._images_at_once = _IMAGES
@@ -90,12 +104,19 @@ class HostTrainer:
         shape = (self._train_batches, self._batch_size)
         count, high = shape[0] * shape[1], training.label.shape[0]
         index = integers(seed, Purpose.BATCHES, place_of(hosts), count=count, high=high)
+        index = unflatten(index, 1, shape)
+        if self._native is not None:
+            traits = self._traits(len(index))
+            label = training.label[index]
+            return self._native.train(
+                hosts.weights, hosts.velocity, slots, training.image, label, index, traits
+            )
         return train(
             hosts.weights,
             hosts.velocity,
             slots,
             *training,
-            unflatten(index, 1, shape),
+            index,
             self.architecture,
             self._sgd,
             enabled=self.blueprints,
@@ -107,6 +128,9 @@ class HostTrainer:
         self, weights: Weights, slots: Slots, split: Split, *, switch: bool = True
     ) -> Measured:
         """Loss and accuracy on a split and, with ``switch``, the contribution of each slot."""
+        if self._native is not None:
+            traits = self._traits(len(slots.stage))
+            return self._native.measure(weights, slots, *split, traits, switch=switch)
         return measure(
             weights,
             slots,
@@ -117,6 +141,15 @@ class HostTrainer:
             images_at_once=self._images_at_once,
             static=self.static,
             switch=switch,
+        )
+
+    def _traits(self, hosts: int) -> Traits:
+        """The same traits for all hosts."""
+        architecture = self.architecture
+        return Traits(
+            torch.full((hosts,), self._sgd.learning_rate),
+            torch.ones(hosts, architecture.classes, dtype=torch.bool),
+            torch.tensor(architecture.channels).expand(hosts, -1),
         )
 
     def _chunk_of(self, rows: Tensor) -> int:
