@@ -89,6 +89,7 @@ def train_ppo_vectorized(
     evaluate_every: int | None = None,
     eval_episodes: int | None = PPOSettings.eval_episodes,
     extensions: tuple[ExtensionSpec, ...] = PPOSettings.extensions,
+    redeal: bool = PPOSettings.redeal,
 ) -> list[dict[str, Any]]:
     """Train PPO for a number of iterations and return its history.
 
@@ -126,6 +127,8 @@ def train_ppo_vectorized(
             ``checkpoints/best.ckpt`` if no earlier one was better. ``None`` means no evaluations.
         eval_episodes: Number of episodes of an evaluation, which ``PPO`` explains.
         extensions: Additions to PPO: rewards, terms of the loss and metrics, such as ``RND()``.
+        redeal: Whether a run that is resumed by another number of ranks deals the environments of
+            the checkpoint anew.
 
     Returns:
         The rows of this rank's ``history.jsonl``, one for each iteration of this run directory.

@@ -151,9 +151,9 @@ def _settings(plan: ReplayPlan, dead_run: Path, directory: Path) -> dict[str, An
         raise ValueError(message) from error
     first = content.partition(b"\n")[0].decode(errors="replace")
     if first.startswith(BY_PROGRAM):
-        names = first.removeprefix(BY_PROGRAM).strip()
+        names = first.partition(":")[2].strip()
         raise ValueError(
-            f"RUN_DIR must hold a run without callbacks of a program, got {names}. {hint}"
+            f"RUN_DIR must hold a run without objects of a program, got {names}. {hint}"
         )
     settings = cast(dict[str, Any], settings) if isinstance(settings, dict) else {}
     if not all(isinstance(settings.get(name), dict) for name in ("model", "trainer")):

@@ -21,6 +21,7 @@ from esper_lightning.forensics.layout import RunLayout
 from esper_lightning.forensics.owner_record import (
     OWNER_BEGINS,
     Use,
+    beating_elsewhere,
     holds_a_run,
     is_copied,
     open_record,
@@ -328,6 +329,9 @@ def _claim(directory: Path, *, made: Sequence[Path], use: Use = "run") -> Claim:
         for owner in _owners(directory, lock):
             if is_alive(owner) and not same_process(owner, identify(os.getpid())):
                 raise _in_use(directory, owner, use)
+        elsewhere = None if is_copied(lock) else beating_elsewhere(directory)
+        if elsewhere is not None:
+            raise _in_use(directory, elsewhere, use)
         earlier = use_of(directory, former)
         use = "run" if earlier == "run" else use
         identity = identify(os.getpid()).to_dict()

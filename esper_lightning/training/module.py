@@ -85,6 +85,7 @@ class PPO(CheckpointHooks):
         compile: CompileMode = PPOSettings.compile,  # noqa: A002 - the usual name of the setting
         warm_start: str | None = PPOSettings.warm_start,
         extensions: tuple[ExtensionSpec, ...] = PPOSettings.extensions,
+        redeal: bool = PPOSettings.redeal,
     ) -> None:
         """Check the settings and build the networks; environments are built when a run starts.
 
@@ -115,6 +116,9 @@ class PPO(CheckpointHooks):
             warm_start: Checkpoint from which a new run takes weights and normalisation statistics,
                 and nothing else. It has no effect where a run is resumed.
             extensions: Additions to PPO: rewards, terms of the loss and metrics, such as ``RND()``.
+            redeal: Whether a run that is resumed by another number of ranks deals the environments
+                of the checkpoint anew, ``num_envs`` to each rank. Running episodes continue, and
+                random streams are new.
 
         Raises:
             ValueError: If a setting is out of range or does not fit the environments.

@@ -54,6 +54,33 @@ def test_a_directory_of_a_living_process_is_refused_in_one_line_that_names_it(ot
     assert "\n" not in str(refusal.value)
 
 
+@pytest.mark.parametrize("lives", [True, False])
+def test_a_directory_on_a_shared_disk_is_refused_while_a_rank_of_another_host_lives(
+    tmp_path, lives, monkeypatch
+):
+    monkeypatch.setattr("esper_lightning.forensics.heartbeat.GONE_S", 0.5)
+    record = {"pid": 7, "host": "elsewhere", "rank": 0, "state": "running", "beat_s": 0.1}
+    path = RunLayout(tmp_path).rank(0).process
+    write_report(path, record)
+    ended = threading.Event()
+
+    def live():
+        while lives and not ended.wait(0.05):
+            os.utime(path)
+
+    thread = threading.Thread(target=live)
+    thread.start()
+    try:
+        if lives:
+            with pytest.raises(DirectoryInUseError, match="process 7 on elsewhere is running"):
+                claim(tmp_path)
+        else:
+            claim(tmp_path).release()
+    finally:
+        ended.set()
+        thread.join()
+
+
 @pytest.mark.parametrize("end", [signal.SIGKILL, signal.SIGTERM, None])
 def test_a_directory_is_free_when_its_owner_is_dead(other, tmp_path, end):
     if end is None:
