@@ -15,7 +15,15 @@ from esper_lightning.envs.morphogenesis.env import MorphogenesisEnv
 from esper_lightning.envs.morphogenesis.lifecycle import Op, Stage
 from esper_lightning.envs.morphogenesis.streams import Place, Purpose, uniforms
 
-__all__ = ["BASELINES", "Baseline", "grow_at_start", "never_grow", "plateau", "random_legal"]
+__all__ = [
+    "BASELINES",
+    "Baseline",
+    "grow_at_start",
+    "never_grow",
+    "plateau",
+    "random_legal",
+    "schedule",
+]
 
 Baseline = Callable[[MorphogenesisEnv], Int[Tensor, "B 4"]]
 
@@ -49,6 +57,36 @@ def grow_at_start(env: MorphogenesisEnv, *, blueprint: str = "conv_light") -> In
     return _first_legal(
         env, legal, (Op.FOSSILIZE, Op.BLEND, Op.GERMINATE), blueprint=blueprint, ramp=0
     )
+
+
+@dataclass(frozen=True, kw_only=True)
+class schedule:  # noqa: N801 - used like the functions beside it
+    """Grow the same in every host: a blueprint in some slots, one after another, from an epoch on.
+
+    A seed is blended as soon as that is legal, and is never fossilized: a seed that holds adds as
+    much to its host, and costs no further intervention.
+
+    Attributes:
+        blueprint: Blueprint of every seed.
+        slots: Slots that are grown, in any order; the first slot is grown first.
+        start: Number of epochs before the first seed germinates.
+        ramp: Index into the choices of the duration of blending.
+    """
+
+    blueprint: str
+    slots: tuple[int, ...]
+    start: int = 0
+    ramp: int = 0
+
+    def __call__(self, env: MorphogenesisEnv) -> Int[Tensor, "B 4"]:
+        """An action for each environment."""
+        wanted = env.legal()
+        for slot in range(wanted.shape[2]):
+            if slot not in self.slots:
+                wanted[:, :, slot] = False
+        wanted[:, Op.GERMINATE] &= (env.hosts.vitals.step >= self.start).unsqueeze(1)
+        order = (Op.BLEND, Op.GERMINATE)
+        return _first_legal(env, wanted, order, blueprint=self.blueprint, ramp=self.ramp)
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -22,6 +22,7 @@ from esper_lightning.envs.morphogenesis.env import MorphogenesisEnv
 from esper_lightning.envs.morphogenesis.host import Architecture
 from esper_lightning.envs.morphogenesis.lifecycle import LifeCycle, RampShape
 from esper_lightning.envs.morphogenesis.observation import action_space, feature_names
+from esper_lightning.envs.morphogenesis.population import Population
 from esper_lightning.envs.morphogenesis.reward import RewardWeights
 from esper_lightning.envs.morphogenesis.state import HostInitializer
 from esper_lightning.envs.morphogenesis.trainer import HostTrainer
@@ -80,6 +81,11 @@ class Morphogenesis(EnvSpec):
         compiled: Whether Inductor compiles updates of the hosts on CUDA, once for each number of
             environments. That takes a minute or more, and a step then launches less than half as
             many kernels (``docs/gpu.md``). It has no effect on a CPU.
+        population: Choices for what each host is like; ``None`` for hosts that are all alike. A
+            population has learning rates of its own.
+        hide_training: Whether observations hide what is measured in the training of a host: losses,
+            accuracies, contributions, gains and gradient norms. A policy can then follow a
+            schedule, but cannot react.
     """
 
     num_envs: int = 64
@@ -112,6 +118,8 @@ class Morphogenesis(EnvSpec):
     shaping_weight: float = 0.0
     shaping_discount: float = 0.99
     compiled: bool = False
+    population: Population | None = None
+    hide_training: bool = False
 
     def __post_init__(self) -> None:
         sizes = ("channels", "kernels", "pools", "ramp_epochs", "image")
@@ -139,6 +147,9 @@ class Morphogenesis(EnvSpec):
             _require(name, len(values) >= 1 and min(values) >= 1, rules[name], values)
         _require("image", len(self.image) == 2, "be channels and side", self.image)
         self._refuse_foreign_data()
+        if self.population is not None:
+            most, rule = max(self.population.classes), f"be at most classes = {self.classes}"
+            require(most <= self.classes, "Population.classes", rule, self.population.classes)
         _require("channels", min(self.channels) >= 4, "be at least 4", self.channels)
         for name in ("kernels", "pools"):
             ok = len(getattr(self, name)) == len(self.channels)
@@ -247,7 +258,21 @@ class Morphogenesis(EnvSpec):
         rule = f"be at most {most} for {self.dataset!r}"
         _require("validation_size", self.validation_size <= most, rule, self.validation_size)
         few = Split(*(tensor[: self.validation_size] for tensor in splits.validation))
-        return splits._replace(validation=few)
+        splits = splits._replace(validation=few)
+        if self.population is not None:
+            self._check_population(self.population, splits)
+        return splits
+
+    def _check_population(self, population: Population, splits: Splits) -> None:
+        """Refuse a population for which there are too few images."""
+        training, *others = (
+            int(split.label.bincount(minlength=self.classes).min()) for split in splits
+        )
+        rule = f"be at most {training}, the training images of the smallest class"
+        got = population.images_per_class
+        require(max(got) <= training, "Population.images_per_class", rule, got)
+        rule = "leave images of every class for a population"
+        _require("validation_size", min(others) > 0, rule, self.validation_size)
 
     def check_data(self, device: torch.device) -> None:
         """Refuse data that is absent, is broken, or is less than the settings ask for.
@@ -299,6 +324,7 @@ class Morphogenesis(EnvSpec):
             batch_size=self.batch_size,
             static=device.type != "cpu" if static is None else static,
             compiled=self.compiled and device.type == "cuda",
+            population=self.population,
         )
         return MorphogenesisEnv(
             num_envs=self.num_envs,
@@ -310,6 +336,7 @@ class Morphogenesis(EnvSpec):
             trainer=trainer,
             device=device,
             seed=seed,
+            hide_training=self.hide_training,
         )
 
 

@@ -12,6 +12,7 @@ from esper_lightning.envs.morphogenesis.host import Architecture
 from esper_lightning.envs.morphogenesis.layout import unflatten
 from esper_lightning.envs.morphogenesis.lifecycle import Slots
 from esper_lightning.envs.morphogenesis.network import Weights
+from esper_lightning.envs.morphogenesis.population import Kinds, KindSampler, Population
 from esper_lightning.envs.morphogenesis.state import Hosts, place_of
 from esper_lightning.envs.morphogenesis.streams import Purpose, integers
 from esper_lightning.envs.morphogenesis.training import (
@@ -43,9 +44,11 @@ class HostTrainer:
         static: Whether every computation runs for every host, because reading which hosts need it
             would wait for the device.
         compiled: Whether static updates are compiled by Inductor.
+        population: Choices for what a host is like; ``None`` for hosts that are all alike.
 
     Attributes:
         chunk: Number of hosts that are computed at once; ``None`` for all hosts.
+        sampler: Sampler of kinds and their batches; ``None`` where all hosts are alike.
     """
 
     def __init__(
@@ -59,6 +62,7 @@ class HostTrainer:
         batch_size: int,
         static: bool,
         compiled: bool = False,
+        population: Population | None = None,
     ) -> None:
         self.architecture, self.blueprints, self.splits = architecture, blueprints, splits
         self.static = static
@@ -66,6 +70,15 @@ class HostTrainer:
         self.chunk: int | None = None
         self._images_at_once = splits.validation.label.shape[0]
         image = splits.training.image
+        self.sampler = None
+        if population is not None:
+            self.sampler = KindSampler(
+                population,
+                splits.training.label,
+                classes=architecture.classes,
+                channels=architecture.channels,
+                dtype=image.dtype,
+            )
         self._update = None
         if static:
             update = static_update(architecture, sgd)
@@ -78,24 +91,35 @@ class HostTrainer:
             self.chunk = max(1, _CACHE_BYTES // (batch_size * area * image.element_size()))
             self._images_at_once = _IMAGES
 
-    def train(self, hosts: Hosts, slots: Slots, seed: int) -> Trained:
+    def kinds(self, hosts: Hosts, seed: int) -> Kinds | None:
+        """The kinds of the hosts; ``None`` where all hosts are alike."""
+        return None if self.sampler is None else self.sampler.kinds(seed, hosts.episode)
+
+    def train(self, hosts: Hosts, slots: Slots, seed: int, kinds: Kinds | None) -> Trained:
         """One epoch of SGD on random images, which changes weights and velocity in place.
 
         Args:
             hosts: Hosts to train.
             slots: Slots of the hosts in this epoch.
             seed: Seed of all random numbers.
+            kinds: Kinds of the hosts, from ``kinds``.
         """
-        training = self.splits.training
+        training, place = self.splits.training, place_of(hosts)
         shape = (self._train_batches, self._batch_size)
         count, high = shape[0] * shape[1], training.label.shape[0]
-        index = integers(seed, Purpose.BATCHES, place_of(hosts), count=count, high=high)
+        if self.sampler is None or kinds is None:
+            index = integers(seed, Purpose.BATCHES, place, count=count, high=high)
+            label = training.label[index]
+        else:
+            index, label = self.sampler.batches(seed, kinds, place, count=count)
         return train(
             hosts.weights,
             hosts.velocity,
             slots,
-            *training,
+            training.image,
             unflatten(index, 1, shape),
+            unflatten(label, 1, shape),
+            kinds,
             self.architecture,
             self._sgd,
             enabled=self.blueprints,
@@ -104,13 +128,20 @@ class HostTrainer:
         )
 
     def measure(
-        self, weights: Weights, slots: Slots, split: Split, *, switch: bool = True
+        self,
+        weights: Weights,
+        slots: Slots,
+        split: Split,
+        kinds: Kinds | None,
+        *,
+        switch: bool = True,
     ) -> Measured:
         """Loss and accuracy on a split and, with ``switch``, the contribution of each slot."""
         return measure(
             weights,
             slots,
             *split,
+            kinds,
             self.architecture,
             enabled=self.blueprints,
             chunk=self._chunk_of(slots.stage),
