@@ -107,7 +107,7 @@ def fill(parameters, row):
 
 
 class Host(nn.Module):
-    """A host; ``kind`` has the classes that it predicts, and how many channels of a block it uses."""
+    """A host; ``kind`` has its classes, and the number of channels that it uses in each block."""
 
     def __init__(self, architecture, kind=None):
         super().__init__()

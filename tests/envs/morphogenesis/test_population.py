@@ -41,7 +41,7 @@ def place_of(envs, episode=0, step=0):
 def test_every_choice_is_drawn_as_often_as_another_and_independently():
     hosts = 6000
     kinds = sampler_of(MANY).kinds(1, torch.zeros(hosts, dtype=torch.int64))
-    names = [name for name in vars(MANY)]
+    names = list(vars(MANY))
     drawn = {
         name: torch.stack([getattr(kinds, name) == value for value in getattr(MANY, name)]).double()
         for name in names
