@@ -15,7 +15,7 @@ import os
 import threading
 import warnings
 from collections.abc import Callable, Hashable, Sequence
-from typing import Any, Literal
+from typing import Any, Literal, TypeVar
 
 import torch
 
@@ -26,6 +26,7 @@ from esper_lightning.compiling.native.values import UnsupportedError
 from esper_lightning.compiling.purity import ImpureError
 from esper_lightning.compiling.stepwise import StepwiseLoop
 from esper_lightning.compiling.tracing import Body, ChunkBody, Compiled, Tree
+from esper_lightning.core.errors import require
 from esper_lightning.core.tensor_trees import kind, leaves, map_tree, rebuild
 
 __all__ = [
@@ -35,6 +36,7 @@ __all__ = [
     "compile_function",
     "compile_loop",
     "compile_map",
+    "native_or_slower",
     "tell_reasons_again",
 ]
 
@@ -42,6 +44,7 @@ CompileMode = Literal["off", "auto", "default", "max"]
 Loop = Callable[..., tuple[Tree, Tree]]
 """A loop: ``(carry, xs, chunked, constants, out=None) -> (carry, rows)``."""
 
+_T = TypeVar("_T")
 _log = logging.getLogger(__name__)
 _REASONS_LOGGED: set[str] = set()
 _TRACING = threading.RLock()  # torch traces in one thread at a time
@@ -130,6 +133,30 @@ def capture_function(
     if device.type != "cuda":
         return function
     return _FirstThatWorks(name, "A CUDA graph", [CapturedFunction(function), function])
+
+
+def native_or_slower(name: str, make: Callable[[], _T], *, required: str | None) -> _T | None:
+    """What ``make`` makes of native code, or ``None`` where the slower way must do.
+
+    The reason is logged as a warning, unless the user has switched compilers off.
+
+    Args:
+        name: Name of the function, for messages.
+        make: Function that raises ``UnsupportedError`` where code cannot be compiled.
+        required: Name of the setting that is True because there must be native code.
+
+    Raises:
+        ValueError: If native code is required and cannot be compiled.
+    """
+    if required is None and _is_disabled():
+        return None
+    try:
+        return make()
+    except UnsupportedError as error:
+        rule = "be None or False where no native code can be compiled"
+        require(required is None, required or "", rule, True, f"Reason: {error}.")
+        _tell("Native code", name, error)
+    return None
 
 
 def tell_reasons_again() -> None:

@@ -15,7 +15,7 @@ from esper_lightning.core.shapes import Bool, Float, Int
 from esper_lightning.envs.morphogenesis.layout import split_columns
 from esper_lightning.envs.morphogenesis.streams import Place, Purpose, integers, uniforms, words_at
 
-__all__ = ["Batches", "KindSampler", "Kinds", "Population"]
+__all__ = ["Batches", "KindSampler", "Kinds", "Population", "Traits"]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -63,22 +63,28 @@ class Population:
         return max(1, round(width * channels))
 
 
+class Traits(NamedTuple):
+    """What of a kind the training and the measurement of a host depend on."""
+
+    learning_rate: Float[Tensor, " B"]
+    class_mask: Bool[Tensor, "B K"]  # True for the classes of the host
+    channels_used: Int[Tensor, "B S"]  # outputs of a block; its other channels are 0
+
+    def rows(self, index: Int[Tensor, " N"] | slice) -> "Traits":
+        """The traits of some hosts."""
+        return Traits(*(tensor[index] for tensor in self))
+
+
 class Kinds(NamedTuple):
     """What each host is like."""
 
     classes: Int[Tensor, " B"]  # number of classes of the host
     class_order: Int[Tensor, "B K"]  # all classes of the data, those of the host first
-    class_mask: Bool[Tensor, "B K"]  # True for the classes of the host
     label_noise: Float[Tensor, " B"]
     images_per_class: Int[Tensor, " B"]
     first_image: Int[Tensor, "B K"]  # position among the images of a class
-    learning_rate: Float[Tensor, " B"]
     width: Float[Tensor, " B"]
-    channels_used: Int[Tensor, "B S"]
-
-    def rows(self, index: Int[Tensor, " N"] | slice) -> "Kinds":
-        """The kinds of some hosts."""
-        return Kinds(*(tensor[index] for tensor in self))
+    traits: Traits
 
 
 class Batches(NamedTuple):
@@ -144,13 +150,15 @@ class KindSampler:
         return Kinds(
             classes=classes,
             class_order=order,
-            class_mask=place_of_class < classes.unsqueeze(1),
             label_noise=chosen(1, self._noise),
             images_per_class=chosen(2, self._images),
             first_image=(start * size).long(),
-            learning_rate=chosen(3, self._learning_rate),
             width=self._width[width],
-            channels_used=self._channels_used[width],
+            traits=Traits(
+                learning_rate=chosen(3, self._learning_rate),
+                class_mask=place_of_class < classes.unsqueeze(1),
+                channels_used=self._channels_used[width],
+            ),
         )
 
     def batches(self, seed: int, kinds: Kinds, place: Place, *, count: int) -> Batches:

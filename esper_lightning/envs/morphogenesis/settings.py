@@ -46,8 +46,8 @@ class Morphogenesis(EnvSpec):
     their entries. An episode terminates after ``epochs`` steps, or when a loss is not finite.
 
     Attributes:
-        num_envs: Hosts on each rank. A host is the same bits among 2 or 2,000; alone it rounds
-            otherwise.
+        num_envs: Hosts on each rank. A host is the same bits whatever hosts are beside it. By
+            operations of torch, a host that is alone rounds differently.
         dataset: ``digits`` (scikit-learn's, 8x8 images), ``cifar10`` or ``synthetic``.
         folder: Folder that holds ``cifar-10-batches-py`` or its archive, for ``cifar10``.
         image: Channels and side of ``synthetic`` images; the other data sets have their own.
@@ -78,9 +78,11 @@ class Morphogenesis(EnvSpec):
         divergence_penalty: Reward of the step in which a host diverges.
         shaping_weight: Weight of potential-based shaping on stages; 0 is off.
         shaping_discount: Discount of the shaping, which should be that of the learner.
-        compiled: Whether Inductor compiles updates of the hosts on CUDA, once for each number of
-            environments. That takes a minute or more, and a step then launches less than half as
-            many kernels (``docs/gpu.md``). It has no effect on a CPU.
+        compiled: On a CPU, whether hosts are trained by native code, which a C++ compiler makes
+            once; ``None`` for whether there is a compiler. On CUDA, whether Inductor compiles
+            updates of the hosts, once for each number of environments; ``None`` for no. That takes
+            a minute or more, and a step then launches less than half as many kernels
+            (``docs/gpu.md``).
         population: Choices for what each host is like; ``None`` for hosts that are all alike. A
             population has learning rates of its own.
         hide_training: Whether observations hide what is measured in the training of a host: losses,
@@ -117,7 +119,7 @@ class Morphogenesis(EnvSpec):
     divergence_penalty: float = -5.0
     shaping_weight: float = 0.0
     shaping_discount: float = 0.99
-    compiled: bool = False
+    compiled: bool | None = None
     population: Population | None = None
     hide_training: bool = False
 
@@ -300,8 +302,8 @@ class Morphogenesis(EnvSpec):
                 which hosts need it would wait for the device.
 
         Raises:
-            ValueError: If the seed is out of range, or the data is absent, is broken, or is less
-                than the settings ask for.
+            ValueError: If the seed is out of range, if the data is absent, is broken, or is less
+                than the settings ask for, or if ``compiled`` is True without a C++ compiler.
         """
         ok = isinstance(seed, int) and not isinstance(seed, bool) and 0 <= seed < 2**32
         require(ok, "Morphogenesis.build().seed", "be an integer in [0, 2**32)", seed)
@@ -323,7 +325,7 @@ class Morphogenesis(EnvSpec):
             train_batches=self.train_batches,
             batch_size=self.batch_size,
             static=device.type != "cpu" if static is None else static,
-            compiled=self.compiled and device.type == "cuda",
+            compiled=self.compiled,
             population=self.population,
         )
         return MorphogenesisEnv(

@@ -1,18 +1,26 @@
 """The trainer of hosts: an epoch of SGD, and measurements, on data that does not change.
 
-Axes: ``B`` environment. The trainer chooses how many hosts are computed at once; ``training`` has
-the computations.
+Axes: ``B`` environment, ``S`` slot, ``K`` class. The trainer chooses between the computations of
+``training``, by operations of torch, and those of ``native``, and how many hosts are computed at
+once.
 """
 
+import torch
 from torch import Tensor
 
-from esper_lightning.compiling.loops import compile_function
+from esper_lightning.compiling.loops import compile_function, native_or_slower
 from esper_lightning.envs.morphogenesis.data import Split, Splits
 from esper_lightning.envs.morphogenesis.host import Architecture
 from esper_lightning.envs.morphogenesis.layout import unflatten
 from esper_lightning.envs.morphogenesis.lifecycle import Slots
+from esper_lightning.envs.morphogenesis.native import NativeHosts
 from esper_lightning.envs.morphogenesis.network import Weights
-from esper_lightning.envs.morphogenesis.population import Kinds, KindSampler, Population
+from esper_lightning.envs.morphogenesis.population import (
+    Kinds,
+    KindSampler,
+    Population,
+    Traits,
+)
 from esper_lightning.envs.morphogenesis.state import Hosts, place_of
 from esper_lightning.envs.morphogenesis.streams import Purpose, integers
 from esper_lightning.envs.morphogenesis.training import (
@@ -43,12 +51,16 @@ class HostTrainer:
         batch_size: Number of images in an update.
         static: Whether every computation runs for every host, because reading which hosts need it
             would wait for the device.
-        compiled: Whether static updates are compiled by Inductor.
+        compiled: Whether the hosts run as native code on a CPU, in float32; ``None`` for whether
+            that is possible. On CUDA, whether Inductor compiles static updates; ``None`` for no.
         population: Choices for what a host is like; ``None`` for hosts that are all alike.
 
     Attributes:
-        chunk: Number of hosts that are computed at once; ``None`` for all hosts.
+        chunk: Number of hosts that operations of torch compute at once; ``None`` for all hosts.
         sampler: Sampler of kinds and their batches; ``None`` where all hosts are alike.
+
+    Raises:
+        ValueError: If ``compiled`` is True and native code cannot be compiled.
     """
 
     def __init__(
@@ -61,7 +73,7 @@ class HostTrainer:
         train_batches: int,
         batch_size: int,
         static: bool,
-        compiled: bool = False,
+        compiled: bool | None = False,
         population: Population | None = None,
     ) -> None:
         self.architecture, self.blueprints, self.splits = architecture, blueprints, splits
@@ -82,11 +94,18 @@ class HostTrainer:
         self._update = None
         if static:
             update = static_update(architecture, sgd)
-            mode = "default" if compiled else "off"
+            mode = "default" if compiled and image.device.type == "cuda" else "off"
             self._update = compile_function(
                 "update of hosts", update, mode=mode, device=image.device
             )
+        self._native: NativeHosts | None = None
         if image.device.type == "cpu":
+            if not static and compiled is not False and image.dtype == torch.float32:
+                self._native = native_or_slower(
+                    "training of hosts",
+                    lambda: NativeHosts(architecture, sgd),
+                    required="Morphogenesis.compiled" if compiled else None,
+                )
             area = architecture.channels[0] * architecture.image[1] ** 2
             self.chunk = max(1, _CACHE_BYTES // (batch_size * area * image.element_size()))
             self._images_at_once = _IMAGES
@@ -112,14 +131,20 @@ class HostTrainer:
             label = training.label[index]
         else:
             index, label = self.sampler.batches(seed, kinds, place, count=count)
+        index, label = unflatten(index, 1, shape), unflatten(label, 1, shape)
+        if self._native is not None:
+            traits = self._traits(len(index), kinds)
+            return self._native.train(
+                hosts.weights, hosts.velocity, slots, training.image, label, index, traits
+            )
         return train(
             hosts.weights,
             hosts.velocity,
             slots,
             training.image,
-            unflatten(index, 1, shape),
-            unflatten(label, 1, shape),
-            kinds,
+            index,
+            label,
+            None if kinds is None else kinds.traits,
             self.architecture,
             self._sgd,
             enabled=self.blueprints,
@@ -137,17 +162,31 @@ class HostTrainer:
         switch: bool = True,
     ) -> Measured:
         """Loss and accuracy on a split and, with ``switch``, the contribution of each slot."""
+        if self._native is not None:
+            traits = self._traits(len(slots.stage), kinds)
+            return self._native.measure(weights, slots, *split, traits, switch=switch)
         return measure(
             weights,
             slots,
             *split,
-            kinds,
+            None if kinds is None else kinds.traits,
             self.architecture,
             enabled=self.blueprints,
             chunk=self._chunk_of(slots.stage),
             images_at_once=self._images_at_once,
             static=self.static,
             switch=switch,
+        )
+
+    def _traits(self, hosts: int, kinds: Kinds | None) -> Traits:
+        """The traits of the hosts, which are the same for all where hosts are alike."""
+        if kinds is not None:
+            return kinds.traits
+        architecture = self.architecture
+        return Traits(
+            torch.full((hosts,), self._sgd.learning_rate),
+            torch.ones(hosts, architecture.classes, dtype=torch.bool),
+            torch.tensor(architecture.channels).expand(hosts, -1),
         )
 
     def _chunk_of(self, rows: Tensor) -> int:

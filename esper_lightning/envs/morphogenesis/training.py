@@ -25,7 +25,7 @@ from esper_lightning.envs.morphogenesis.network import (
     plan_validation,
     run,
 )
-from esper_lightning.envs.morphogenesis.population import Kinds
+from esper_lightning.envs.morphogenesis.population import Traits
 
 __all__ = [
     "SGD",
@@ -65,7 +65,7 @@ class Trained(NamedTuple):
 
 
 StaticUpdate = Callable[..., tuple[Tensor, Tensor]]
-"""An update with a static plan: ``(weights, velocity, plan, batch, label, kinds, attached,
+"""An update with a static plan: ``(weights, velocity, plan, batch, label, traits, attached,
 isolated)``.
 
 Weights and velocity are written in place. Returned are the results of ``_update``.
@@ -99,7 +99,7 @@ def train(
     image: Float[Tensor, "I H W C"],
     index: Int[Tensor, "B U M"],
     label: Int[Tensor, "B U M"],
-    kinds: Kinds | None,
+    traits: Traits | None,
     architecture: Architecture,
     sgd: SGD,
     *,
@@ -109,7 +109,7 @@ def train(
 ) -> Trained:
     """One epoch of ``U`` updates on the images ``index``; writes into weights and velocity.
 
-    Where there are ``kinds``, the learning rate of a host is that of its kind.
+    Where there are ``traits``, the learning rate of a host is that of its kind.
     ``static`` is an update whose plan does not depend on the stages, which are then not read.
     """
     finite: list[Tensor] = []
@@ -126,10 +126,10 @@ def train(
         packed, packed_speeds = _pack(rows, chosen), _pack(speeds, chosen)
         ok = torch.ones(high - low, dtype=torch.bool, device=index.device)
         norm = torch.zeros_like(mine.alpha)
-        some = None if kinds is None else kinds.rows(part)
+        own = None if traits is None else traits.rows(part)
         for picked, answer in zip(index[part].unbind(1), label[part].unbind(1), strict=True):
             batch = unflatten(image.index_select(0, picked.flatten()), 0, picked.shape)
-            given = (plan, batch, answer, some)
+            given = (plan, batch, answer, own)
             if static is not None:
                 batch_finite, norm = static(packed, packed_speeds, *given, attached, isolated)
             else:
@@ -168,7 +168,7 @@ def static_update(architecture: Architecture, sgd: SGD) -> StaticUpdate:
         plan: Plan,
         batch: Tensor,
         label: Tensor,
-        kinds: Kinds | None,
+        traits: Traits | None,
         attached: Tensor,
         isolated: Tensor,
     ) -> tuple[Tensor, Tensor]:
@@ -179,7 +179,7 @@ def static_update(architecture: Architecture, sgd: SGD) -> StaticUpdate:
             plan,
             batch,
             label,
-            kinds,
+            traits,
             architecture,
             sgd,
             attached=attached,
@@ -196,7 +196,7 @@ def _update(
     plan: Plan,
     batch: Tensor,
     label: Tensor,
-    kinds: Kinds | None,
+    traits: Traits | None,
     architecture: Architecture,
     sgd: SGD,
     *,
@@ -214,7 +214,7 @@ def _update(
             host=weights.host.detach().requires_grad_(),
             seeds=tuple(seed.detach().requires_grad_() for seed in weights.seeds),
         )
-        losses = run(leaf, architecture, batch, label, plan, training=True, kinds=kinds)
+        losses = run(leaf, architecture, batch, label, plan, training=True, traits=traits)
         loss = losses.trunk[0].mean(1)
         total = loss.sum()
         if losses.branches is not None:
@@ -237,7 +237,7 @@ def _update(
     finite = loss.isfinite() & joint.isfinite()
     norm = torch.where(attached, joint.unsqueeze(1), seed_norm)
     sound = torch.where(attached, finite.unsqueeze(1), isolated & norm.isfinite())
-    rate = sgd.learning_rate if kinds is None else kinds.learning_rate
+    rate = sgd.learning_rate if traits is None else traits.learning_rate
     _descend(weights.host, velocity.host, host_grad, joint, finite, sgd, rate)
     for s, grad in enumerate(grads):
         if grad is not None:
@@ -276,7 +276,7 @@ def measure(
     slots: Slots,
     image: Float[Tensor, "I H W C"],
     label: Int[Tensor, " I"],
-    kinds: Kinds | None,
+    traits: Traits | None,
     architecture: Architecture,
     *,
     enabled: tuple[str, ...],
@@ -287,7 +287,7 @@ def measure(
 ) -> Measured:
     """Loss and accuracy on given images and, with ``switch``, the contribution of each slot.
 
-    Where there are ``kinds``, the images of a host are those of its classes.
+    Where there are ``traits``, the images of a host are those of its classes.
     """
     loss: list[Tensor] = []
     accuracy: list[Tensor] = []
@@ -297,22 +297,22 @@ def measure(
         mine = Slots(*(tensor[part] for tensor in slots))
         plan = plan_validation(mine, enabled, static=static, switch=switch)
         rows = _rows(weights, part)
-        some_kinds = None if kinds is None else kinds.rows(part)
+        own = None if traits is None else traits.rows(part)
         columns: list[tuple[Tensor, Tensor, Tensor | None]] = []
         for start in range(0, image.shape[0], images_at_once):
             some = image[start : start + images_at_once]
             few = label[start : start + images_at_once]
             batch = some.expand(high - low, -1, -1, -1, -1)
             labels = few.expand(high - low, -1)
-            losses = run(rows, architecture, batch, labels, plan, training=False, kinds=some_kinds)
+            losses = run(rows, architecture, batch, labels, plan, training=False, traits=own)
             other = None if losses.branches is None else losses.branches[1].sum(1)
             each = losses.trunk[0]
-            if some_kinds is not None:  # no image of another class is classified right
-                each = each.masked_fill(~some_kinds.class_mask[:, few], 0.0)
+            if own is not None:  # no image of another class is classified right
+                each = each.masked_fill(~own.class_mask[:, few], 0.0)
             columns.append((each.sum(1), losses.trunk[1].sum(1), other))
         count = image.shape[0]
-        if some_kinds is not None:
-            count = some_kinds.class_mask[:, label].sum(1)
+        if own is not None:
+            count = own.class_mask[:, label].sum(1)
         total, right = columns[0][0], columns[0][1]
         for column in columns[1:]:
             total, right = total + column[0], right + column[1]

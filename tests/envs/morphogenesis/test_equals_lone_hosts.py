@@ -96,8 +96,9 @@ def test_hosts_of_every_kind_trained_together_equal_each_trained_alone(static):
     spec = spec_of(count, population=POPULATION, validation_size=40)
     env = spec.build(CPU, 3, dtype=torch.float64, static=static)
     kinds = env.kinds()
+    drawn = kinds._asdict() | kinds.traits._asdict()
     for name, choices in vars(POPULATION).items():
-        assert len(getattr(kinds, name).unique()) == len(choices)  # every choice takes part
+        assert len(drawn[name].unique()) == len(choices)  # every choice takes part
     lone = [
         LoneHost(spec, row, torch.float64, kind_of(kinds, i))
         for i, row in enumerate(env.hosts.weights.host)
@@ -110,9 +111,9 @@ def test_hosts_of_every_kind_trained_together_equal_each_trained_alone(static):
 def kind_of(kinds, host):
     """What the reference must know of a host."""
     return {
-        "classes": kinds.class_mask[host].nonzero().flatten().tolist(),
-        "channels_used": kinds.channels_used[host].tolist(),
-        "learning_rate": kinds.learning_rate[host].item(),
+        "classes": kinds.traits.class_mask[host].nonzero().flatten().tolist(),
+        "channels_used": kinds.traits.channels_used[host].tolist(),
+        "learning_rate": kinds.traits.learning_rate[host].item(),
     }
 
 

@@ -6,6 +6,7 @@ import jaxtyping
 import pytest
 import torch
 
+from esper_lightning.core.tensor_trees import named_tensors
 from esper_lightning.envs.morphogenesis import Morphogenesis
 from esper_lightning.envs.morphogenesis.baselines import random_legal
 from esper_lightning.envs.morphogenesis.lifecycle import Op
@@ -41,9 +42,9 @@ def place_of(envs, episode=0, step=0):
 def test_every_choice_is_drawn_as_often_as_another_and_independently():
     hosts = 6000
     kinds = sampler_of(MANY).kinds(1, torch.zeros(hosts, dtype=torch.int64))
-    names = list(vars(MANY))
+    names, values = list(vars(MANY)), kinds._asdict() | kinds.traits._asdict()
     drawn = {
-        name: torch.stack([getattr(kinds, name) == value for value in getattr(MANY, name)]).double()
+        name: torch.stack([values[name] == choice for choice in getattr(MANY, name)]).double()
         for name in names
     }
     for name, each in drawn.items():
@@ -54,13 +55,15 @@ def test_every_choice_is_drawn_as_often_as_another_and_independently():
             if name == other:
                 share, expected = share.diagonal(), 1 / len(each)
             assert (share - expected).abs().max() < 0.03, (name, other)
-    assert torch.equal(kinds.class_mask.sum(1), kinds.classes)
-    assert (kinds.class_mask.double().mean(0) - 10 / 15).abs().max() < 0.03  # no class is rare
+    assert torch.equal(kinds.traits.class_mask.sum(1), kinds.classes)
+    assert (
+        kinds.traits.class_mask.double().mean(0) - 10 / 15
+    ).abs().max() < 0.03  # no class is rare
     first = kinds.class_order.argsort(1) < kinds.classes.unsqueeze(1)
-    assert torch.equal(first, kinds.class_mask)
+    assert torch.equal(first, kinds.traits.class_mask)
     narrow = kinds.width == 0.25
-    assert kinds.channels_used[narrow].unique(dim=0).tolist() == [[1, 2]]
-    assert kinds.channels_used[~narrow].unique(dim=0).tolist() == [[4, 10]]
+    assert kinds.traits.channels_used[narrow].unique(dim=0).tolist() == [[1, 2]]
+    assert kinds.traits.channels_used[~narrow].unique(dim=0).tolist() == [[4, 10]]
 
 
 def test_kinds_depend_on_environment_and_episode_and_not_on_the_number_of_environments():
@@ -69,10 +72,10 @@ def test_kinds_depend_on_environment_and_episode_and_not_on_the_number_of_enviro
         sampler.kinds(1, torch.full((count,), episode))
         for count, episode in ((64, 0), (8, 0), (64, 1))
     )
-    for name in many._fields:
-        assert torch.equal(getattr(many, name)[:8], getattr(few, name)), name
-        if name != "class_mask":
-            assert not torch.equal(getattr(many, name), getattr(later, name)), name
+    trees = [dict(named_tensors(kinds._asdict())) for kinds in (many, few, later)]
+    for name in trees[0]:
+        assert torch.equal(trees[0][name][:8], trees[1][name]), name
+        assert not torch.equal(trees[0][name], trees[2][name]), name
 
 
 def batches_over_steps(population, *, hosts, steps, count=200):
@@ -91,12 +94,12 @@ def test_hosts_are_trained_on_as_many_images_of_their_classes_as_they_shall_be()
     for host in range(60):
         seen = image[host].unique()
         count = LABEL[seen].bincount(minlength=5)
-        assert torch.equal(count > 0, kinds.class_mask[host])
+        assert torch.equal(count > 0, kinds.traits.class_mask[host])
         most = kinds.images_per_class[host]
         if most < 60:  # 2,000 images hold all of 7 in 5 classes, though not all of 60
             assert (count[count > 0] == most).all()
         assert count.max() <= most
-        often = LABEL[image[host]].bincount(minlength=5)[kinds.class_mask[host]] / 2000
+        often = LABEL[image[host]].bincount(minlength=5)[kinds.traits.class_mask[host]] / 2000
         assert (often * kinds.classes[host] - 1).abs().max() < 0.2
 
 
@@ -116,7 +119,7 @@ def test_a_share_of_the_images_has_one_wrong_label_of_the_host_for_the_whole_epi
         pairs = torch.stack((image[host], label[host]), 1).unique(dim=0)
         seen = pairs[:, 0]
         assert len(seen.unique()) == len(seen)  # an image has one label
-        assert kinds.class_mask[host][pairs[:, 1]].all()
+        assert kinds.traits.class_mask[host][pairs[:, 1]].all()
         wrong_images += int((LABEL[seen] != pairs[:, 1]).sum())
         images += len(seen)
     assert wrong_images / images == pytest.approx(noise, abs=0.02)
@@ -153,16 +156,16 @@ def test_a_host_never_predicts_a_class_that_it_does_not_have():
     kinds, hosts, split = env.kinds(), env.hosts, env.trainer.splits.validation
     before = env.trainer.measure(hosts.weights, hosts.slots, split, kinds)
     biases = hosts.weights.host[:, -5:]
-    biases[~kinds.class_mask] = 1e6
+    biases[~kinds.traits.class_mask] = 1e6
     after = env.trainer.measure(hosts.weights, hosts.slots, split, kinds)
     for one, other in zip(before, after, strict=True):
         assert torch.equal(one, other)
     assert (before.accuracy[kinds.classes == 2] > 0.2).all()
-    images = kinds.class_mask[:, split.label].sum(1)
+    images = kinds.traits.class_mask[:, split.label].sum(1)
     right = before.accuracy * images  # whole images of the host's classes
     torch.testing.assert_close(right, right.round(), rtol=0, atol=1e-4)
     env.step(torch.zeros(24, 4, dtype=torch.int64))
-    assert (biases[~kinds.class_mask] > 9e5).all()  # there is nothing to learn from
+    assert (biases[~kinds.traits.class_mask] > 9e5).all()  # there is nothing to learn from
     assert env.report.accuracy.isfinite().all()
 
 
