@@ -4,6 +4,8 @@
 // and a weight is one number for all of them. A block has IMAGES images. The last block of a batch
 // is filled with copies of its last image, whose gradients are 0.
 
+#include <utility>
+
 enum { IMAGES = 2 * LANES };
 
 INLINE int smallest(int a, int b) { return a < b ? a : b; }
@@ -50,29 +52,91 @@ struct Batch {
   Pixel mask(int block) const { return at(block == blocks - 1 ? rest : whole); }
 };
 
-// Image number of(k) is written into place k of a block.
-template <class Of> INLINE void gather(const float* image, Size size, Of of, float* to) {
-  enum { NEAR = 16 };  // pixels whose places stay in the cache
-  const int64_t length = (int64_t)size.area() * size.channels;
-  for (int first = 0; first < size.area(); first += NEAR)
-    for (int k = 0; k < IMAGES; k++) {
-      const float* from = image + of(k) * length;
-      for (int p = first; p < smallest(first + NEAR, size.area()); p++)
-        for (int c = 0; c < size.channels; c++) to[c * size.plane() + p * IMAGES + k] = from[(int64_t)p * size.channels + c];
+// ---- Numbers of LANES vectors, rearranged ------------------------------------------------------
+
+constexpr int reversed(int n) {  // the bits of a number below LANES
+  int found = 0;
+  for (int bit = 1; bit < LANES; bit *= 2) found = found * 2 + (n / bit & 1);
+  return found;
+}
+using Lanes = std::make_integer_sequence<int, LANES>;
+#if !defined(__has_builtin)
+#define __has_builtin(x) 0
+#endif
+#if __has_builtin(__builtin_shufflevector)
+// Of each group of 2 * HALF numbers of a, and then of b, the first half (AT = 0) or the second.
+template <int HALF, int AT, int... N> INLINE Vector halves(Vector a, Vector b, std::integer_sequence<int, N...>) {
+  return __builtin_shufflevector(a, b, (N * 2 / LANES * LANES + N % (LANES / 2) / HALF * 2 * HALF + N % HALF + AT * HALF)...);
+}
+template <int... N> INLINE Vector in_order(Vector v, std::integer_sequence<int, N...>) { return __builtin_shufflevector(v, v, reversed(N)...); }
+template <int HALF> INLINE void add_halves(Vector* v) {
+  UNROLL
+  for (int k = 0; k < HALF; k++) v[k] = halves<HALF, 0>(v[k], v[k + HALF], Lanes()) + halves<HALF, 1>(v[k], v[k + HALF], Lanes());
+  if constexpr (HALF > 1) add_halves<HALF / 2>(v);
+}
+// The sum of each of LANES vectors.
+INLINE Vector sums_of(const Vector* from) {
+  Vector v[LANES];
+  __builtin_memcpy(v, from, sizeof v);
+  add_halves<LANES / 2>(v);
+  return in_order(v[0], Lanes());
+}
+template <int HALF> INLINE void swap_halves(Vector* v) {
+  for (int group = 0; group < LANES; group += 2 * HALF)
+    UNROLL
+    for (int k = group; k < group + HALF; k++) {
+      const Vector first = halves<HALF, 0>(v[k], v[k + HALF], Lanes());
+      v[k + HALF] = halves<HALF, 1>(v[k], v[k + HALF], Lanes()), v[k] = first;
     }
+  if constexpr (HALF > 1) swap_halves<HALF / 2>(v);
+}
+// Vector n becomes number n of each row, of LANES rows.
+template <class Row> INLINE void transpose(Row row, Vector* v) {
+  UNROLL
+  for (int k = 0; k < LANES; k++) v[reversed(k)] = *(const Vector*)row(k);
+  swap_halves<LANES / 2>(v);
+}
+#else
+INLINE Vector sums_of(const Vector* from) {
+  Vector v;
+  for (int n = 0; n < LANES; n++) v[n] = sum_of(from[n]);
+  return v;
+}
+template <class Row> INLINE void transpose(Row row, Vector* v) {
+  for (int k = 0; k < LANES; k++)
+    for (int n = 0; n < LANES; n++) v[n][k] = row(k)[n];
+}
+#endif
+
+// Image number of(k), [H][W][C], is written into place k of a block.
+template <class Of> INLINE void gather(const float* image, Size size, Of of, float* to) {
+  const int channels = size.channels, length = size.area() * channels;
+  const float* from[IMAGES];
+  for (int k = 0; k < IMAGES; k++) from[k] = image + of(k) * length;
+  const auto place = [&](int n) { return to + n % channels * size.plane() + n / channels * IMAGES; };
+  int n = 0;
+  for (; n + LANES <= length; n += LANES)
+    for (int half = 0; half < IMAGES; half += LANES) {
+      Vector v[LANES];
+      transpose([&](int k) { return from[half + k] + n; }, v);
+      for (int k = 0; k < LANES; k++) *(Vector*)(place(n + k) + half) = v[k];
+    }
+  for (; n < length; n++)
+    for (int k = 0; k < IMAGES; k++) place(n)[k] = from[k][n];
 }
 
 // Sum over the pixels of a channel; of(block, offset of the pixel) is a Pixel.
 template <class Of> INLINE float sum_over(const Batch& batch, Size size, Of of) {
-  enum { NEAR = 32 };  // fewer numbers in a sum round less
-  Pixel total = {};
-  for (int b = 0; b < batch.blocks; b++)
-    for (int first = 0; first < size.area(); first += NEAR) {
-      Pixel sum = {};
-      for (int p = first; p < smallest(first + NEAR, size.area()); p++) sum = sum + of(b, p * IMAGES);
-      total = total + sum;
-    }
-  return sum_of(total);
+  enum { SUMS = 4 };  // which a processor computes at the same time
+  Pixel sum[SUMS] = {};
+  for (int b = 0; b < batch.blocks; b++) {
+    int p = 0;
+    for (; p + SUMS <= size.area(); p += SUMS)
+      UNROLL
+      for (int k = 0; k < SUMS; k++) sum[k] = sum[k] + of(b, (p + k) * IMAGES);
+    for (; p < size.area(); p++) sum[0] = sum[0] + of(b, p * IMAGES);
+  }
+  return sum_of((sum[0] + sum[1]) + (sum[2] + sum[3]));
 }
 static void sum_channels(const float* x, Size size, const Batch& batch, float* to) {
   for (int c = 0; c < size.channels; c++)
@@ -141,57 +205,26 @@ static void convolve(const float* x, Size in, Kernel k, const float* bias, bool 
     }
 }
 
-// The sum of each of LANES vectors.
-#if defined(__GNUC__) && !defined(__clang__)
-typedef int Places __attribute__((vector_size(LANES * 4)));
-INLINE void sums_of(Vector* v, float* to) {
-  UNROLL
-  for (int half = LANES / 2; half > 0; half /= 2) {
-    Places first, second;  // of the numbers of two vectors
-    UNROLL
-    for (int n = 0; n < LANES; n++) {
-      const int m = n % (LANES / 2);
-      first[n] = (n < LANES / 2 ? 0 : LANES) + m / half * 2 * half + m % half;
-      second[n] = first[n] + half;
-    }
-    UNROLL
-    for (int k = 0; k < half; k++) v[k] = __builtin_shuffle(v[k], v[k + half], first) + __builtin_shuffle(v[k], v[k + half], second);
-  }
-  float sums[LANES];
-  __builtin_memcpy(sums, v, sizeof sums);
-  UNROLL
-  for (int n = 0; n < LANES; n++) {
-    int from = 0;  // the bits of n in reverse
-    for (int bit = 1; bit < LANES; bit *= 2) from = from * 2 + (n / bit & 1);
-    to[from] = sums[n];
-  }
-}
-#else
-INLINE void sums_of(Vector* v, float* to) {
-  for (int n = 0; n < LANES; n++) to[n] = sum_of(v[n]);
-}
-#endif
-
-enum { GRADIENT_ROWS = 4, GRADIENT_COLUMNS = 4 };
-// Gradients of the weights of up to GRADIENT_ROWS outputs (pointers g) and COLUMNS inputs (x).
+enum { TILE = 4 };  // outputs, and inputs, of which gradients are computed together
+// Gradients of the weights of TILE outputs (pointers g) and COLUMNS inputs (x): for each tap, vectors
+// [TILE][TILE], of which the first COLUMNS of a row are written.
 template <int COLUMNS>
 NOINLINE static void kernel_sums(const float* const* g, int64_t next_g, const float* const* x, int64_t next_x, int side, int taps, int blocks, Vector* sums) {
-  enum { ROWS = GRADIENT_ROWS, KEPT = 128 };  // pixels that stay in the cache
+  enum { KEPT = 128 };  // pixels that stay in the cache
   const int margin = taps / 2, rows = greatest(1, KEPT / side);
-  for (int n = 0; n < taps * taps * ROWS * COLUMNS; n++) sums[n] = Vector{};
   for (int b = 0; b < blocks; b++)
     for (int first = 0; first < side; first += rows)
       for (int i = 0; i < taps; i++)
         for (int j = 0; j < taps; j++) {
-          Vector* mine = sums + (i * taps + j) * ROWS * COLUMNS;
+          Vector* mine = sums + (i * taps + j) * TILE * TILE;
           const int top = greatest(first, margin - i), bottom = smallest(smallest(first + rows, side), side + margin - i);
           const int left = greatest(0, margin - j), right = smallest(side, side + margin - j);
-          if (top >= bottom || left >= right) continue;
-          Vector s[ROWS][COLUMNS];
+          const bool begins = b == 0 && first == 0;
+          Vector s[TILE][COLUMNS];
           UNROLL
-          for (int r = 0; r < ROWS; r++)
+          for (int r = 0; r < TILE; r++)
             UNROLL
-            for (int c = 0; c < COLUMNS; c++) s[r][c] = mine[r * COLUMNS + c];
+            for (int c = 0; c < COLUMNS; c++) s[r][c] = begins ? Vector{} : mine[r * TILE + c];
           for (int h = top; h < bottom; h++) {
             int64_t from_g = b * next_g + (h * side + left) * IMAGES;
             int64_t from_x = b * next_x + ((h + i - margin) * side + left + j - margin) * IMAGES;
@@ -200,7 +233,7 @@ NOINLINE static void kernel_sums(const float* const* g, int64_t next_g, const fl
               UNROLL
               for (int c = 0; c < COLUMNS; c++) pixel[c] = *(const Vector*)(x[c] + from_x);
               UNROLL
-              for (int r = 0; r < ROWS; r++) {
+              for (int r = 0; r < TILE; r++) {
                 const Vector gradient = *(const Vector*)(g[r] + from_g);
                 UNROLL
                 for (int c = 0; c < COLUMNS; c++) s[r][c] += gradient * pixel[c];
@@ -208,39 +241,39 @@ NOINLINE static void kernel_sums(const float* const* g, int64_t next_g, const fl
             }
           }
           UNROLL
-          for (int r = 0; r < ROWS; r++)
+          for (int r = 0; r < TILE; r++)
             UNROLL
-            for (int c = 0; c < COLUMNS; c++) mine[r * COLUMNS + c] = s[r][c];
+            for (int c = 0; c < COLUMNS; c++) mine[r * TILE + c] = s[r][c];
         }
 }
 // to[r * row + c * column + t] = gradient of the weight of output r, input c and tap t.
 static void kernel_gradient(const float* g, Size out, const float* x, Size in, int side, int blocks, float* to, int64_t row, int64_t column, float* work) {
-  enum { ROWS = GRADIENT_ROWS, MOST = GRADIENT_COLUMNS };
   Vector* sums = (Vector*)work;
-  for (int r = 0; r < out.channels; r += ROWS)
-    for (int c = 0, columns; c < in.channels; c += columns) {
-      const int rest = in.channels - c;
-      columns = rest == 3 ? 3 : rest == 1 ? 1 : MOST;
-      const float *gs[ROWS], *xs[MOST];  // what is too much is computed again, and not used
-      for (int k = 0; k < ROWS; k++) gs[k] = g + smallest(r + k, out.channels - 1) * out.plane();
-      for (int k = 0; k < MOST; k++) xs[k] = x + smallest(c + k, in.channels - 1) * in.plane();
-      if (columns == 3) kernel_sums<3>(gs, out.floats(), xs, in.floats(), in.side, side, blocks, sums);
-      else if (columns == 1) kernel_sums<1>(gs, out.floats(), xs, in.floats(), in.side, side, blocks, sums);
-      else kernel_sums<MOST>(gs, out.floats(), xs, in.floats(), in.side, side, blocks, sums);
-      const int count = side * side * ROWS * columns;
-      for (int n = 0; n < count; n += LANES) {  // there is room for the last vectors
-        float found[LANES];
-        sums_of(sums + n, found);
-        for (int k = 0; k < smallest(LANES, count - n); k++) {
-          const int tap = (n + k) / (ROWS * columns), rc = (n + k) % (ROWS * columns);
-          const int rr = r + rc / columns, cc = c + rc % columns;
-          if (rr < out.channels && cc < in.channels) to[rr * row + cc * column + tap] = found[k];
-        }
+  for (int r = 0; r < out.channels; r += TILE)
+    for (int c = 0; c < in.channels; c += TILE) {
+      const float *gs[TILE], *xs[TILE];  // what is too much is computed again, and not used
+      for (int k = 0; k < TILE; k++) gs[k] = g + smallest(r + k, out.channels - 1) * out.plane();
+      for (int k = 0; k < TILE; k++) xs[k] = x + smallest(c + k, in.channels - 1) * in.plane();
+      const int rows = smallest(TILE, out.channels - r), columns = smallest(TILE, in.channels - c);
+      const auto compute = columns == 1 ? kernel_sums<1> : columns == 3 ? kernel_sums<3> : kernel_sums<TILE>;
+      compute(gs, out.floats(), xs, in.floats(), in.side, side, blocks, sums);
+      float* corner = to + r * row + c * column;
+      for (int t = 0; t < side * side; t++, sums += TILE * TILE) {
+        float found[TILE * TILE];
+        UNROLL
+        for (int n = 0; n < TILE * TILE; n += LANES) *(Vector*)(found + n) = sums_of(sums + n);
+        if (rows == TILE && columns == TILE)
+          UNROLL
+          for (int n = 0; n < TILE * TILE; n++) corner[n / TILE * row + n % TILE * column + t] = found[n];
+        else
+          for (int k = 0; k < rows; k++)
+            for (int n = 0; n < columns; n++) corner[k * row + n * column + t] = found[k * TILE + n];
       }
+      sums = (Vector*)work;
     }
 }
 // Floats of memory in which gradients of kernels are summed.
-INLINE int64_t kernel_work(int side) { return (int64_t)(side * side * GRADIENT_ROWS * GRADIENT_COLUMNS + LANES) * LANES; }
+INLINE int64_t kernel_work(int side) { return (int64_t)side * side * TILE * TILE * LANES; }
 
 // A convolution of each channel by itself, with 3x3 weights.
 static void convolve_depth(const float* x, Size size, const float* weight, bool turn, float* y, int blocks) {
