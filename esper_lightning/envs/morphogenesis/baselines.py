@@ -4,6 +4,7 @@ Axes: ``B`` environment, ``S`` slot. Each baseline returns a legal action ``[B, 
 waiting for the device.
 """
 
+import math
 from collections.abc import Callable
 from dataclasses import dataclass
 
@@ -80,10 +81,7 @@ class schedule:  # noqa: N801 - used like the functions beside it
 
     def __call__(self, env: MorphogenesisEnv) -> Int[Tensor, "B 4"]:
         """An action for each environment."""
-        wanted = env.legal()
-        for slot in range(wanted.shape[2]):
-            if slot not in self.slots:
-                wanted[:, :, slot] = False
+        wanted = _within(env.legal(), self.slots)
         wanted[:, Op.GERMINATE] &= (env.hosts.vitals.step >= self.start).unsqueeze(1)
         order = (Op.BLEND, Op.GERMINATE)
         return _first_legal(env, wanted, order, blueprint=self.blueprint, ramp=self.ramp)
@@ -99,6 +97,10 @@ class plateau:  # noqa: N801 - used like the functions beside it
         window: Number of epochs over which the rise is measured, at most 4.
         training_epochs: Number of epochs of training in isolation before blending.
         contribution: Accuracy that a seed must add to be fossilized when its alpha is 1.
+        slots: Slots in which seeds germinate; ``None`` for all.
+        below: Accuracy from which on no seed germinates.
+        judges: Whether seeds are fossilized or pruned when their alpha is 1. If not, they stay as
+            they are, which costs no intervention.
     """
 
     blueprint: str = "conv_light"
@@ -106,6 +108,9 @@ class plateau:  # noqa: N801 - used like the functions beside it
     window: int = 3
     training_epochs: int = 2
     contribution: float = 0.01
+    slots: tuple[int, ...] | None = None
+    below: float = math.inf
+    judges: bool = True
 
     def __call__(self, env: MorphogenesisEnv) -> Int[Tensor, "B 4"]:
         """An action for each environment."""
@@ -116,11 +121,11 @@ class plateau:  # noqa: N801 - used like the functions beside it
         trained = hosts.slots.epochs_in_stage >= self.training_epochs
         useful = contribution >= self.contribution
         held = hosts.slots.stage == Stage.HOLDING
-        wanted = legal.clone()
-        wanted[:, Op.GERMINATE] &= flat.unsqueeze(1)
+        wanted = _within(legal, self.slots)
+        wanted[:, Op.GERMINATE] &= (flat & (accuracies[:, 0] < self.below)).unsqueeze(1)
         wanted[:, Op.BLEND] &= trained
-        wanted[:, Op.FOSSILIZE] &= useful
-        wanted[:, Op.PRUNE] &= held & ~useful
+        wanted[:, Op.FOSSILIZE] &= useful & self.judges
+        wanted[:, Op.PRUNE] &= held & ~useful & self.judges
         order = (Op.FOSSILIZE, Op.PRUNE, Op.BLEND, Op.GERMINATE)
         return _first_legal(env, wanted, order, blueprint=self.blueprint, ramp=0)
 
@@ -131,6 +136,17 @@ BASELINES: dict[str, Baseline] = {
     "random legal": random_legal,
     "plateau": plateau(),
 }
+
+
+def _within(
+    legal: Bool[Tensor, "B O S"], slots: tuple[int, ...] | None
+) -> Bool[Tensor, "B O S"]:
+    """A copy of what is legal, without the slots that are not named; ``None`` names all."""
+    wanted = legal.clone()
+    for slot in range(wanted.shape[2]):
+        if slots is not None and slot not in slots:
+            wanted[:, :, slot].fill_(False)
+    return wanted
 
 
 def _first_legal(

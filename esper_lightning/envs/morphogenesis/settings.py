@@ -1,7 +1,7 @@
 """The settings of ``Morphogenesis``, whose defaults are the preset ``digits``."""
 
 import math
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any, cast
 
 import torch
@@ -201,6 +201,31 @@ class Morphogenesis(EnvSpec):
         return cls(**_LARGE | data | changes)
 
     @classmethod
+    def digits_mixed(cls, *, held_out: bool = False, **changes: Any) -> "Morphogenesis":
+        """Digits, and hosts that differ in what they need: some need nothing, others need much.
+
+        Args:
+            held_out: Whether hosts are of kinds that are in no training: more classes, more noise.
+            changes: Settings that differ from those of the preset.
+        """
+        kinds = {"population": _DIGITS_HELD_OUT if held_out else _DIGITS_KINDS}
+        return cls(**_MIXED | kinds | changes)
+
+    @classmethod
+    def cifar10_mixed(
+        cls, folder: str, *, held_out: bool = False, **changes: Any
+    ) -> "Morphogenesis":
+        """CIFAR-10, and hosts that differ in what they need.
+
+        Args:
+            folder: Folder that holds the data.
+            held_out: Whether hosts are of kinds that are in no training: more classes, more noise.
+            changes: Settings that differ from those of the preset.
+        """
+        kinds = {"population": _CIFAR_HELD_OUT if held_out else _CIFAR_KINDS}
+        return cls.cifar10(folder, **_PRICES | kinds | changes)
+
+    @classmethod
     def synthetic(cls, **changes: Any) -> "Morphogenesis":
         """Templates under noise, for tests and benchmarks."""
         return cls(**_SYNTHETIC | changes)
@@ -358,3 +383,20 @@ _LARGE: dict[str, Any] = {
     "validation_size": 256,
     "learning_rate": 0.1,
 }
+_PRICES: dict[str, Any] = {"rent_weight": 0.005, "intervention_cost": 0.2}
+_MIXED: dict[str, Any] = _PRICES | {
+    "channels": (4, 8, 8),
+    "pools": (2, 1, 2),
+    "epochs": 24,
+    "validation_size": 400,
+}
+_DIGITS_KINDS = Population(
+    classes=(2, 8),
+    label_noise=(0.0, 0.3),
+    images_per_class=(12, 64),
+    learning_rate=(0.05, 0.1, 0.2),
+    width=(0.5, 1.0),
+)
+_DIGITS_HELD_OUT = replace(_DIGITS_KINDS, classes=(5, 10), label_noise=(0.15, 0.45))
+_CIFAR_KINDS = replace(_DIGITS_KINDS, images_per_class=(100, 2000))
+_CIFAR_HELD_OUT = replace(_CIFAR_KINDS, classes=(5, 10), label_noise=(0.15, 0.45))
