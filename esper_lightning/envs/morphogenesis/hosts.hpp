@@ -158,9 +158,9 @@ struct Network {
       l.mean[c] = middle, l.rate[c] = 1.0f / f_sqrt(spread + EPS);
       const float factor = scale * sign * l.rate[c], offset = row[l.shift + c] - factor * sign * middle;
       const int64_t plane = c * l.out.plane();
-      if (c >= used)
+      pool(y, l.wide, sign, factor, offset, l.window, l.picked + plane, l.h + plane, l.out, batch.blocks);
+      if (c >= used)  // and no gradient comes through the relu
         for (int b = 0; b < batch.blocks; b++) __builtin_memset(l.h + b * l.out.floats() + plane, 0, l.out.plane() * sizeof(float));
-      else pool(y, l.wide, sign, factor, offset, l.window, l.picked + plane, l.h + plane, l.out, batch.blocks);
     }
     l.output = l.h;
   }

@@ -121,10 +121,10 @@ def a_huge_head(host):
 
 
 @pytest.mark.parametrize("poison", [an_infinite_weight, a_huge_head])
-@pytest.mark.parametrize("static", [False, True])
-def test_a_host_that_diverges_changes_no_bit_of_another(static, poison):
-    spec = small(5, epochs=8)
-    sound, broken = (spec.build(CPU, 2, static=static) for _ in range(2))
+@pytest.mark.parametrize("way", ["planned", "static", "native"])
+def test_a_host_that_diverges_changes_no_bit_of_another(way, poison):
+    spec = small(5, epochs=8, compiled=way == "native")
+    sound, broken = (spec.build(CPU, 2, static=way == "static") for _ in range(2))
     others = [0, 1, 3, 4]
     pairs = zip(actions(sound, 8), actions(broken, 8), strict=True)
     for step, (one, other) in enumerate(pairs):
@@ -143,9 +143,10 @@ def test_a_host_that_diverges_changes_no_bit_of_another(static, poison):
     assert broken.hosts.weights.host.isfinite().all()
 
 
+@pytest.mark.parametrize("compiled", [False, True])
 @pytest.mark.parametrize("poison", [an_infinite_weight, a_huge_head])
-def test_numbers_that_are_not_finite_change_no_parameter(poison):
-    env = small(3).build(CPU, 0)
+def test_numbers_that_are_not_finite_change_no_parameter(poison, compiled):
+    env = small(3, compiled=compiled).build(CPU, 0)
     env.step(torch.tensor([[Op.GERMINATE, 1, 3, 0]] * 3))
     hosts = env.hosts
     poison(hosts.weights.host[1])
@@ -157,8 +158,9 @@ def test_numbers_that_are_not_finite_change_no_parameter(poison):
         assert [torch.equal(*rows) for rows in zip(old, new, strict=True)] == [False, True, False]
 
 
-def test_a_seed_that_diverges_in_isolation_does_not_affect_its_host():
-    spec = small(2, epochs=20)
+@pytest.mark.parametrize("compiled", [False, True])
+def test_a_seed_that_diverges_in_isolation_does_not_affect_its_host(compiled):
+    spec = small(2, epochs=20, compiled=compiled)
     sound, broken = (spec.build(CPU, 0) for _ in range(2))
     germinate = torch.tensor([[Op.GERMINATE, 1, 3, 0]] * 2)
     for env in (sound, broken):
@@ -172,8 +174,9 @@ def test_a_seed_that_diverges_in_isolation_does_not_affect_its_host():
     assert torch.equal(sound.hosts.weights.host, broken.hosts.weights.host)
 
 
-def test_a_run_is_resumed_in_the_middle_of_blending():
-    spec = small(3, epochs=30)
+@pytest.mark.parametrize("compiled", [False, True])
+def test_a_run_is_resumed_in_the_middle_of_blending(compiled):
+    spec = small(3, epochs=30, compiled=compiled)
     env = spec.build(CPU, 4)
     for op in (Op.GERMINATE, Op.BLEND):
         env.step(torch.tensor([[op, 1, kind, 2] for kind in (1, 3, 4)]))
