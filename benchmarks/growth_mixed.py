@@ -1,12 +1,12 @@
 """Does a policy decide differently for different networks, and is it better for it?
 
-Trains ``configs/digits_mixed.yaml`` with several seeds, one thread each: as it is, with memory, and
-blind (``hide_training``: an open-loop policy, which cannot react). Then they all play the same fresh
-hosts, and so does everyone who was not trained: every fixed schedule of a grid, a rule that reacts,
-whose thresholds are searched on other hosts, and an oracle that is told the kind of each host. The
-same is done on hosts of kinds that are in no training. Writes ``results/growth_mixed.md`` and
-``growth_mixed.png``. Runs stay in a folder of the commit below ``--runs``: called again, those that
-are finished are not repeated, and others resume.
+Trains ``configs/digits_mixed.yaml`` with several seeds, one thread each: as it is, blind
+(``hide_training``: an open-loop policy, which cannot react), and with memory. Then they all play
+the same fresh hosts, and so does everyone who was not trained: every fixed schedule of a grid, a
+rule that reacts, whose thresholds are searched on other hosts, and an oracle that is told the kind
+of each host. The same is done on hosts of kinds that are in no training. Writes
+``results/growth_mixed.md`` and ``growth_mixed.png``. Runs stay in a folder of the commit below
+``--runs``: called again, those that are finished are not repeated, and others resume.
 
     python benchmarks/growth_mixed.py --jobs 2
     python benchmarks/growth_mixed.py --seeds 0 1 --hosts 100 -- --model.total_env_steps 61_440
@@ -18,7 +18,7 @@ import os
 import subprocess
 import sys
 import tempfile
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from concurrent.futures import ProcessPoolExecutor
 from dataclasses import replace
 from functools import partial
@@ -42,16 +42,18 @@ from esper_lightning.envs.morphogenesis.baselines import (
     random_legal,
     schedule,
 )
+from esper_lightning.envs.morphogenesis.lifecycle import LIVE, is_in
 from esper_lightning.envs.morphogenesis.population import Kinds
+from esper_lightning.growth.kinds import Outcome, best_for_kind, kind_names, kind_numbers
 from esper_lightning.growth.play import Played, fresh_hosts, play_baselines, play_trained
 from esper_lightning.training.checkpoint.states import checkpoint_at
 
 VARIANTS = {
-    "PPO": "",
-    "PPO with memory": "--model.policy Recurrent",
-    "PPO, blind": "--model.env.hide_training true",
+    "PPO": ("ppo", ""),
+    "PPO, blind": ("blind", "--model.env.hide_training true"),
+    "PPO with memory": ("memory", "--model.policy Recurrent"),
 }
-FOLDERS = {"PPO": "ppo", "PPO with memory": "memory", "PPO, blind": "blind"}
+"""Folder and settings of each trained policy."""
 SLOTS = ((0,), (1,), (2,), (1, 2), (0, 1, 2))
 STARTS = (0, 2, 4, 8)
 RAMPS = (0, 2)
@@ -59,43 +61,18 @@ CPU = torch.device("cpu")
 Scores = NDArray[np.float64]
 
 
-class Summary(NamedTuple):
-    """Numbers of the hosts of a policy or rule, by training seed and host."""
-
-    episode_return: Scores  # [R, N]
-    test_accuracy: Scores
-    grown_parameters: Scores
-    grown_share: Scores  # 1 where anything has germinated
-
-    @classmethod
-    def of(cls, plays: Sequence[Played]) -> "Summary":
-        def stacked(rows: Iterable[torch.Tensor]) -> Scores:
-            return torch.stack([*rows]).double().numpy()
-
-        return cls(
-            stacked(one.episode_return for one in plays),
-            stacked(one.test_accuracy for one in plays),
-            stacked(one.grown_parameters for one in plays),
-            stacked((one.course.action[:, :, 0] == 1).any(0) for one in plays),
-        )
-
-    def pick(self, rows: NDArray[np.int64]) -> "Summary":
-        """For each host, the numbers of one row."""
-        return Summary(*(field[rows, np.arange(field.shape[1])][None] for field in self))
-
-
 def train(options: argparse.Namespace, folder: Path) -> dict[str, list[Path]]:
     """Train every variant with each seed; returns the run directories by name."""
     command = [sys.executable, str(ROOT / "scripts" / "ab.py")]
     command += ["--config", str(ROOT / "configs" / "digits_mixed.yaml")]
     command += ["--seeds", *map(str, options.seeds), "--jobs", str(options.jobs)]
-    for name, settings in VARIANTS.items():
-        command += ["--variant", f"{FOLDERS[name]}: {settings}"]
+    for name, settings in VARIANTS.values():
+        command += ["--variant", f"{name}: {settings}"]
     command += ["--output", str(folder), "--", *options.settings, *options.arguments]
     subprocess.run(command, check=True, env={**os.environ, "OMP_NUM_THREADS": "1"})
     return {
-        name: [folder / FOLDERS[name] / f"seed{seed}" for seed in options.seeds]
-        for name in VARIANTS
+        name: [folder / within / f"seed{seed}" for seed in options.seeds]
+        for name, (within, _) in VARIANTS.items()
     }
 
 
@@ -138,16 +115,16 @@ def rules(*, few: bool) -> dict[str, Baseline]:
 
 def play_some(
     spec: Morphogenesis, hosts: int, seed: int, some: Mapping[str, Baseline]
-) -> dict[str, Summary]:
+) -> dict[str, Outcome]:
     """Play rules on the same fresh hosts, in this process."""
     torch.set_num_threads(1)
     with fresh_hosts(spec, hosts=hosts, device=CPU, seed=seed) as env:
-        return {name: Summary.of([one]) for name, one in play_baselines(env, some)}
+        return {name: Outcome.of([one]) for name, one in play_baselines(env, some)}
 
 
 def play_rules(
     spec: Morphogenesis, seed: int, some: Mapping[str, Baseline], options: argparse.Namespace
-) -> dict[str, Summary]:
+) -> dict[str, Outcome]:
     """Play rules on the same fresh hosts, in as many processes as there may be jobs."""
     names = [*some]
     parts = [{name: some[name] for name in names[k :: options.jobs]} for k in range(options.jobs)]
@@ -164,7 +141,7 @@ class Test(NamedTuple):
     """Everyone on the same fresh hosts."""
 
     kinds: Kinds
-    played: dict[str, Summary]
+    played: dict[str, Outcome]
     chosen: dict[str, str]  # what a name of ``played`` stands for
     plays: list[Played]  # of PPO
 
@@ -187,66 +164,28 @@ def test(
             print(f"{name}, seed {model.seed}: {one.episode_return.mean():.3f}", flush=True)
     kinds = plays["PPO"][0].kinds
     assert kinds is not None
-    played = {name: Summary.of(some) for name, some in plays.items()}
+    played = {name: Outcome.of(some) for name, some in plays.items()}
     others = {"the rule that reacts": rule[1], "random legal": random_legal}
     played |= play_rules(spec, options.host_seed, others, options)
     grid = play_rules(spec, options.host_seed, schedules(spec, few=options.smallest), options)
     table = np.stack([one.episode_return[0] for one in grid.values()])  # [G, N]
-    everything = Summary(*(np.concatenate(fields) for fields in zip(*grid.values(), strict=True)))
+    everything = Outcome(*(np.concatenate(fields) for fields in zip(*grid.values(), strict=True)))
     best = np.full(table.shape[1], table.mean(1).argmax())
-    cell = cells(kinds)
-    told, honest = oracle(table, cell), oracle(table, cell, without_itself=True)
+    kind = kind_numbers(kinds)
+    told, honest = best_for_kind(table, kind), best_for_kind(table, kind, without_itself=True)
     played |= {
         "never grow": grid["never grow"],
-        "best fixed schedule": everything.pick(best),
-        "best schedule of each kind": everything.pick(told),
-        "the same, chosen on other hosts": everything.pick(honest),
+        "best fixed schedule": everything.choose(best),
+        "best schedule of each kind": everything.choose(told),
+        "the same, chosen on other hosts": everything.choose(honest),
     }
     chosen = {"best fixed schedule": [*grid][best[0]], "the rule that reacts": rule[0]}
     chosen |= {
-        f"best schedule of {label}": [*grid][told[cell == number][0]]
-        for number, label in enumerate(cell_names(kinds))
-        if (cell == number).any()
+        f"best schedule of {label}": [*grid][told[kind == number][0]]
+        for number, label in enumerate(kind_names(kinds))
+        if (kind == number).any()
     }
     return Test(kinds, played, chosen, plays["PPO"])
-
-
-def cells(kinds: Kinds) -> NDArray[np.int64]:
-    """Number of the kind of each host: classes, then noise, then width."""
-    number = torch.zeros_like(kinds.classes)
-    for values in (kinds.classes, kinds.label_noise, kinds.width):
-        choices, place = values.unique(return_inverse=True)
-        number = number * len(choices) + place
-    return number.numpy()
-
-
-def cell_names(kinds: Kinds) -> list[str]:
-    """Names of the kinds, in the order of their numbers."""
-    axes = [values.unique().tolist() for values in (kinds.classes, kinds.label_noise, kinds.width)]
-    return [
-        f"{classes} classes, {100 * noise:.0f} % wrong labels, {100 * width:.0f} % of the channels"
-        for classes, noise, width in itertools.product(*axes)
-    ]
-
-
-def oracle(
-    table: Scores, cell: NDArray[np.int64], *, without_itself: bool = False
-) -> NDArray[np.int64]:
-    """For each host, the schedule with the highest mean over the hosts of its kind.
-
-    Args:
-        table: Returns ``[G, N]`` by schedule and host.
-        cell: Kind of each host.
-        without_itself: Whether the mean is over the other hosts of its kind.
-    """
-    chosen = np.zeros(len(cell), dtype=np.int64)
-    for kind in np.unique(cell):
-        mine = table[:, cell == kind]
-        total = mine.sum(1, keepdims=True)
-        if without_itself and mine.shape[1] > 1:
-            total = total - mine
-        chosen[cell == kind] = np.broadcast_to(total, mine.shape).argmax(0)
-    return chosen
 
 
 def tuned_rule(spec: Morphogenesis, options: argparse.Namespace) -> tuple[str, Baseline]:
@@ -273,7 +212,7 @@ def table(found: Test) -> list[str]:
         lead = "" if name == "PPO" else words(estimated(ppo - one.episode_return))
         cells = [name, f"{value:.3f}", f"{low:.3f} to {high:.3f}", lead]
         cells += [f"{100 * one.test_accuracy.mean():.1f}", f"{one.grown_parameters.mean():,.0f}"]
-        lines.append(f"| {' | '.join([*cells, f'{100 * one.grown_share.mean():.0f}'])} |")
+        lines.append(f"| {' | '.join([*cells, f'{100 * one.grows.mean():.0f}'])} |")
     return [*lines, ""]
 
 
@@ -296,10 +235,9 @@ def verdicts(found: Test) -> list[str]:
         )
     for name in ("best schedule of each kind", "the same, chosen on other hosts"):
         gap = (found.played[name].episode_return - fixed).mean()
-        share = 100 * (ppo - fixed).mean() / gap
+        closed = f"{100 * (ppo - fixed).mean() / gap:.0f} %" if gap > 0 else "nothing"
         lines.append(
-            f"- From the best fixed schedule to {name} it is {gap:.3f}, of which PPO closes "
-            f"{share:.0f} %."
+            f"- From the best fixed schedule to {name} it is {gap:.3f}; PPO closes {closed}."
         )
     lines += [f"- {name}: {what}." for name, what in found.chosen.items()]
     return [*lines, ""]
@@ -310,15 +248,15 @@ def by_kind(found: Test) -> list[str]:
     head = ["kind", "hosts", "never grow", "best fixed schedule", "PPO, blind", "PPO"]
     head += ["best schedule of each kind", "PPO: hosts that grow, %", "PPO: grown parameters"]
     lines = [f"| {' | '.join(head)} |", f"| --- |{' ---: |' * (len(head) - 1)}"]
-    cell = cells(found.kinds)
-    for number, name in enumerate(cell_names(found.kinds)):
-        mine = cell == number
+    kind = kind_numbers(found.kinds)
+    for number, name in enumerate(kind_names(found.kinds)):
+        mine = kind == number
         if not mine.any():
             continue
         row = [name, str(mine.sum())]
         row += [f"{found.played[who].episode_return[:, mine].mean():.2f}" for who in head[2:7]]
         ppo = found.played["PPO"]
-        row += [f"{100 * ppo.grown_share[:, mine].mean():.0f}"]
+        row += [f"{100 * ppo.grows[:, mine].mean():.0f}"]
         row += [f"{ppo.grown_parameters[:, mine].mean():,.0f}"]
         lines.append(f"| {' | '.join(row)} |")
     return [*lines, ""]
@@ -336,45 +274,49 @@ def picture(found: Test, path: Path) -> None:
     left.set_yticks(range(len(found.played)), list(found.played))
     left.set_ylim(len(found.played) - 0.5, -0.5)
     left.set_xlabel("return on fresh hosts, mean and 95 %")
-    cell, names = cells(found.kinds), cell_names(found.kinds)
-    _growth(middle, found, cell, names)
-    fixed = found.played["best fixed schedule"].episode_return
-    for number in range(len(names)):
-        lead = (found.played["PPO"].episode_return - fixed)[:, cell == number]
-        if lead.shape[1] > 1:
-            value, low, high = estimated(lead)
-            right.plot([low, high], [number, number], "-", color="#0072B2", lw=3, alpha=0.6)
-            right.plot(value, number, "o", color="#0072B2", ms=7, mec="white")
-    short = [name.replace(" of the channels", "").replace(" wrong labels", " wrong") for name in names]
-    right.set_yticks(range(len(names)), short, fontsize=7)
-    right.set_ylim(len(names) - 0.5, -0.5)
-    right.axvline(0, color="0.5", lw=0.8)
-    right.set_xlabel("PPO's return less the best fixed schedule's")
+    _growth(middle, found)
+    _leads(right, found)
     for axes in (left, middle, right):
         axes.grid(alpha=0.25)
         axes.spines[["top", "right"]].set_visible(False)
     figure.savefig(path)
 
 
-def _growth(axes: Axes, found: Test, cell: NDArray[np.int64], names: Sequence[str]) -> None:
-    """Share of slots with a seed over the epochs, by number of classes and noise."""
-    live = torch.stack(
-        [((one.course.stage > 0) & (one.course.stage < 6)).double().sum(2) for one in found.plays]
-    ).mean(0)  # [T, N]
-    kinds = found.kinds
-    groups = sorted(set(zip(kinds.classes.tolist(), kinds.label_noise.tolist(), strict=True)))
-    del cell, names
-    for classes, noise in groups:
-        mine = (kinds.classes == classes) & (kinds.label_noise == noise)
-        label = f"{classes} classes, {100 * noise:.0f} % wrong"
+def _growth(axes: Axes, found: Test) -> None:
+    """Seeds in a host over the epochs, by number of classes and share of wrong labels."""
+    seeds = [is_in(one.course.stage, LIVE).sum(2).double() for one in found.plays]
+    live = torch.stack(seeds).mean(0)  # [T, N]
+    classes, noise = found.kinds.classes, found.kinds.label_noise
+    for number, share in sorted(set(zip(classes.tolist(), noise.tolist(), strict=True))):
+        mine = (classes == number) & (noise == share)
+        label = f"{number} classes, {100 * share:.0f} % wrong labels"
         axes.plot(range(1, len(live) + 1), live[:, mine].mean(1), label=label, lw=2)
     axes.set_xlabel("epoch of the host")
-    axes.set_ylabel("seeds that PPO has growing in a host")
+    axes.set_ylabel("modules that PPO has grown in a host")
     axes.legend(fontsize=7, frameon=False)
 
 
+def _leads(axes: Axes, found: Test) -> None:
+    """PPO's return less that of the best fixed schedule, by kind."""
+    kind, names = kind_numbers(found.kinds), kind_names(found.kinds)
+    fixed = found.played["best fixed schedule"].episode_return
+    for number in range(len(names)):
+        lead = (found.played["PPO"].episode_return - fixed)[:, kind == number]
+        if lead.shape[1] > 1:
+            value, low, high = estimated(lead)
+            axes.plot([low, high], [number, number], "-", color="#0072B2", lw=3, alpha=0.6)
+            axes.plot(value, number, "o", color="#0072B2", ms=7, mec="white")
+    axes.set_yticks(range(len(names)), [name.replace(" labels", "") for name in names], fontsize=7)
+    axes.set_ylim(len(names) - 0.5, -0.5)
+    axes.axvline(0, color="0.5", lw=0.8)
+    axes.set_xlabel("PPO's return less the best fixed schedule's")
+
+
 def each_seed(models: Mapping[str, Sequence[PPO]], found: Test) -> list[str]:
-    lines = ["| policy | seed | best after env steps | mean return |", "| --- | ---: | ---: | ---: |"]
+    lines = [
+        "| policy | seed | best after env steps | mean return |",
+        "| --- | ---: | ---: | ---: |",
+    ]
     for name, some in models.items():
         for model, returns in zip(some, found.played[name].episode_return, strict=True):
             lines.append(f"| {name} | {model.seed} | {model.env_steps:,} | {returns.mean():.3f} |")
@@ -397,17 +339,18 @@ def measure(options: argparse.Namespace, files: Results, folder: Path) -> None:
     strange = test(models, unseen, rule, options)
     curves = files.path(suffix=".png")
     steps = f"{models['PPO'][0].settings.total_env_steps:,}"
+    grid, rules_tried = schedules(spec, few=options.smallest), rules(few=options.smallest)
     text = [
-        f"`configs/digits_mixed.yaml`, {len(options.seeds)} training seeds of {steps} env steps, of "
-        "each the best checkpoint by its evaluations during training; blind policies",
+        f"`configs/digits_mixed.yaml`, {len(options.seeds)} training seeds of {steps} env steps;",
+        "of each, the best checkpoint by its evaluations during training. Blind policies",
         "(`hide_training`) see nothing that is measured in the training of a host. Then everyone",
         f"plays the same {options.hosts} hosts, which neither training nor that choice has seen.",
         "Means, because hosts differ; intervals draw training seeds and hosts anew (Owen 2007, the",
-        "pigeonhole bootstrap). The best fixed schedule is chosen in hindsight, on the very hosts of",
-        f"the test, from {len(schedules(spec, few=options.smallest))}. The best schedule of each kind "
-        "is, too, by someone who is told the kind: it is too high by what chance adds to a maximum;",
-        "chosen on the other hosts of the kind it is too low. The rule that reacts is the best of",
-        f"{len(rules(few=options.smallest))} on {options.hosts} other hosts.\n",
+        f"pigeonhole bootstrap). The best fixed schedule is chosen from {len(grid)} in hindsight,",
+        "on the very hosts of the test. So is the best schedule of each kind, by someone who is",
+        "told the kind: it is too high by what chance adds to a maximum. Chosen on the other hosts",
+        f"of the kind, it is too low. The rule that reacts is the best of {len(rules_tried)} on",
+        f"{options.hosts} hosts that nobody is tested on.\n",
         "## Fresh hosts\n",
         *table(seen),
         *verdicts(seen),

@@ -138,9 +138,7 @@ BASELINES: dict[str, Baseline] = {
 }
 
 
-def _within(
-    legal: Bool[Tensor, "B O S"], slots: tuple[int, ...] | None
-) -> Bool[Tensor, "B O S"]:
+def _within(legal: Bool[Tensor, "B O S"], slots: tuple[int, ...] | None) -> Bool[Tensor, "B O S"]:
     """A copy of what is legal, without the slots that are not named; ``None`` names all."""
     wanted = legal.clone()
     for slot in range(wanted.shape[2]):

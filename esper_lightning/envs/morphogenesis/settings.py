@@ -383,20 +383,21 @@ _LARGE: dict[str, Any] = {
     "validation_size": 256,
     "learning_rate": 0.1,
 }
-_PRICES: dict[str, Any] = {"rent_weight": 0.005, "intervention_cost": 0.2}
+_PRICES: dict[str, Any] = {"rent_weight": 0.015, "intervention_cost": 0.1}
 _MIXED: dict[str, Any] = _PRICES | {
     "channels": (4, 8, 8),
     "pools": (2, 1, 2),
-    "epochs": 24,
+    "epochs": 12,
+    "train_batches": 16,
     "validation_size": 400,
 }
 _DIGITS_KINDS = Population(
     classes=(2, 8),
-    label_noise=(0.0, 0.3),
+    label_noise=(0.0, 0.2),
     images_per_class=(12, 64),
     learning_rate=(0.05, 0.1, 0.2),
     width=(0.5, 1.0),
 )
-_DIGITS_HELD_OUT = replace(_DIGITS_KINDS, classes=(5, 10), label_noise=(0.15, 0.45))
+_DIGITS_HELD_OUT = replace(_DIGITS_KINDS, classes=(5, 10), label_noise=(0.1, 0.4))
 _CIFAR_KINDS = replace(_DIGITS_KINDS, images_per_class=(100, 2000))
-_CIFAR_HELD_OUT = replace(_CIFAR_KINDS, classes=(5, 10), label_noise=(0.15, 0.45))
+_CIFAR_HELD_OUT = replace(_CIFAR_KINDS, classes=(5, 10), label_noise=(0.1, 0.4))

@@ -114,7 +114,7 @@ class HostTrainer:
         """The kinds of the hosts; ``None`` where all hosts are alike."""
         return None if self.sampler is None else self.sampler.kinds(seed, hosts.episode)
 
-    def train(self, hosts: Hosts, slots: Slots, seed: int, kinds: Kinds | None) -> Trained:
+    def train(self, hosts: Hosts, slots: Slots, seed: int, kinds: Kinds | None = None) -> Trained:
         """One epoch of SGD on random images, which changes weights and velocity in place.
 
         Args:
@@ -157,7 +157,7 @@ class HostTrainer:
         weights: Weights,
         slots: Slots,
         split: Split,
-        kinds: Kinds | None,
+        kinds: Kinds | None = None,
         *,
         switch: bool = True,
     ) -> Measured:
