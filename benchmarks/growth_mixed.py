@@ -66,14 +66,14 @@ def train(options: argparse.Namespace, folder: Path) -> dict[str, list[Path]]:
     command = [sys.executable, str(ROOT / "scripts" / "ab.py")]
     command += ["--config", str(ROOT / "configs" / "digits_mixed.yaml")]
     command += ["--seeds", *map(str, options.seeds), "--jobs", str(options.jobs)]
-    for name, settings in VARIANTS.values():
-        command += ["--variant", f"{name}: {settings}"]
-    command += ["--output", str(folder), "--", *options.settings, *options.arguments]
-    subprocess.run(command, check=True, env={**os.environ, "OMP_NUM_THREADS": "1"})
-    return {
-        name: [folder / within / f"seed{seed}" for seed in options.seeds]
-        for name, (within, _) in VARIANTS.items()
-    }
+    command += ["--output", str(folder)]
+    found: dict[str, list[Path]] = {}
+    for name, (within, settings) in VARIANTS.items():  # esper compare compares no environments
+        words = ["--variant", f"{within}: {settings}", "--", *options.settings, *options.arguments]
+        environment = {**os.environ, "OMP_NUM_THREADS": "1"}
+        subprocess.run([*command, *words], check=True, env=environment)
+        found[name] = [folder / within / f"seed{seed}" for seed in options.seeds]
+    return found
 
 
 def schedules(spec: Morphogenesis, *, few: bool) -> dict[str, Baseline]:
