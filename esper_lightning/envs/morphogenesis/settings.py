@@ -70,6 +70,8 @@ class Morphogenesis(EnvSpec):
         ramp_epochs: Durations of blending that the agent can choose, in epochs.
         ramp_shape: Shape of the rise of alpha: ``linear``, ``cosine`` or ``sigmoid``.
         min_training_epochs: Epochs in isolation before a seed may be blended.
+        min_dormant_epochs: Epochs for which a slot is empty before a seed may germinate; at the
+            start of an episode, the epochs in which a host can only be watched.
         fade_epochs: Epochs in which a pruned seed that is attached fades out.
         cooldown_epochs: Epochs for which a slot stays empty after its seed was pruned.
         gain_weight: Reward for accuracy from 0 to 1.
@@ -111,6 +113,7 @@ class Morphogenesis(EnvSpec):
     ramp_epochs: tuple[int, ...] = (1, 2, 4)
     ramp_shape: RampShape = "linear"
     min_training_epochs: int = 1
+    min_dormant_epochs: int = 0
     fade_epochs: int = 1
     cooldown_epochs: int = 1
     gain_weight: float = 10.0
@@ -128,7 +131,7 @@ class Morphogenesis(EnvSpec):
         rules: dict[str, str] = dict.fromkeys(sizes, "be a tuple of integers of at least 1")
         rules["blueprints"] = f"be different names of {BLUEPRINTS}"
         check_fields(self, rules)
-        least = {"cooldown_epochs": 0, "classes": 2}
+        least = {"cooldown_epochs": 0, "min_dormant_epochs": 0, "classes": 2}
         for name in (
             "num_envs",
             "cooldown_epochs",
@@ -138,6 +141,7 @@ class Morphogenesis(EnvSpec):
             "batch_size",
             "validation_size",
             "min_training_epochs",
+            "min_dormant_epochs",
             "fade_epochs",
         ):
             at_least(f"Morphogenesis.{name}", getattr(self, name), least.get(name, 1))
@@ -223,7 +227,7 @@ class Morphogenesis(EnvSpec):
             changes: Settings that differ from those of the preset.
         """
         kinds = {"population": _CIFAR_HELD_OUT if held_out else _CIFAR_KINDS}
-        return cls.cifar10(folder, **_PRICES | kinds | changes)
+        return cls.cifar10(folder, **{"intervention_cost": 0.1} | kinds | changes)
 
     @classmethod
     def synthetic(cls, **changes: Any) -> "Morphogenesis":
@@ -338,6 +342,7 @@ class Morphogenesis(EnvSpec):
             ramp_choices=self.ramp_epochs,
             ramp_shape=self.ramp_shape,
             min_training_epochs=self.min_training_epochs,
+            min_dormant_epochs=self.min_dormant_epochs,
             fade_epochs=self.fade_epochs,
             cooldown_epochs=self.cooldown_epochs,
             device=device,
@@ -383,12 +388,14 @@ _LARGE: dict[str, Any] = {
     "validation_size": 256,
     "learning_rate": 0.1,
 }
-_PRICES: dict[str, Any] = {"rent_weight": 0.015, "intervention_cost": 0.1}
-_MIXED: dict[str, Any] = _PRICES | {
+_MIXED: dict[str, Any] = {
     "channels": (4, 8, 8),
     "pools": (2, 1, 2),
     "epochs": 12,
     "train_batches": 16,
+    "min_dormant_epochs": 2,
+    "rent_weight": 0.015,
+    "intervention_cost": 0.1,
     "validation_size": 400,
 }
 _DIGITS_KINDS = Population(

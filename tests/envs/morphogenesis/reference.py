@@ -222,7 +222,8 @@ class LifeCycleOracle:
         slot = self.slots[s]
         if op == "GERMINATE":
             busy = any(other.stage in ("TRAINING", "BLENDING") for other in self.slots)
-            return slot.stage == "DORMANT" and not busy
+            waited = slot.epochs >= self.spec.min_dormant_epochs
+            return slot.stage == "DORMANT" and not busy and waited
         if op == "BLEND":
             return slot.stage == "TRAINING" and slot.epochs >= self.spec.min_training_epochs
         if op == "FOSSILIZE":

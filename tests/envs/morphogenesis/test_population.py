@@ -8,11 +8,14 @@ import torch
 
 from esper_lightning.core.tensor_trees import named_tensors
 from esper_lightning.envs.morphogenesis import Morphogenesis
+from esper_lightning.envs.morphogenesis import env as env_module
 from esper_lightning.envs.morphogenesis.baselines import random_legal
-from esper_lightning.envs.morphogenesis.lifecycle import Op
+from esper_lightning.envs.morphogenesis.lifecycle import Op, Stage
 from esper_lightning.envs.morphogenesis.observation import feature_names
 from esper_lightning.envs.morphogenesis.population import KindSampler, Population
 from esper_lightning.envs.morphogenesis.streams import Place
+from tests.envs.morphogenesis.test_captured import Replayed, equal, play
+from tests.envs.morphogenesis.test_env import actions, same
 
 CPU = torch.device("cpu")
 MANY = Population(
@@ -212,6 +215,63 @@ def test_an_episode_of_another_seed_has_other_kinds():
     again = env.kinds()
     env.step(torch.tensor([[Op.WAIT, 0, 0, 0]] * 24))
     assert torch.equal(again.class_order, env.kinds().class_order)  # the same in every epoch
+
+
+WAYS = {
+    "planned": ({}, {}),
+    "static": ({}, {"static": True}),
+    "native": ({"compiled": True}, {}),
+    "exact": ({}, {"dtype": torch.float64}),
+}
+
+
+def build(way, num_envs=24, seed=1):
+    changes, how = WAYS[way]
+    return replace(SPEC, num_envs=num_envs, **changes).build(CPU, seed, **how)
+
+
+@pytest.mark.parametrize("way", ["planned", "static", "native"])
+def test_every_way_computes_what_exact_hosts_compute(way):
+    """Exact hosts equal hosts that are trained alone, whatever their kind."""
+    one, other = build(way, 12), build("exact", 12)
+    for a, b in zip(actions(one, 9), actions(other, 9), strict=True):
+        torch.testing.assert_close(a.obs, b.obs.float(), rtol=1e-3, atol=1e-4)
+        torch.testing.assert_close(a.reward, b.reward.float(), rtol=1e-3, atol=1e-4)
+
+
+@pytest.mark.parametrize("way", ["planned", "static", "native"])
+def test_environment_7_of_64_equals_environment_7_of_8(way):
+    many, few, again = build(way, 64), build(way, 8), build(way, 8)
+    few.trainer.chunk, steps = 3, 10 if way == "native" else 4
+    for a, b, c in zip(*(actions(env, steps) for env in (many, few, again)), strict=True):
+        assert same(b, c)  # two runs of a seed
+        for one, other in zip(a, b, strict=True):
+            exact = {} if one.is_floating_point() else {"rtol": 0, "atol": 0}
+            tolerance = exact or {"rtol": 1e-5, "atol": 1e-6}
+            torch.testing.assert_close(one[:8], other, equal_nan=True, **tolerance)
+
+
+@pytest.mark.parametrize("way", ["planned", "native"])
+def test_a_run_is_resumed_in_the_middle_of_blending(way):
+    env, other = build(way), build(way, seed=99)
+    for op in (Op.GERMINATE, Op.BLEND):
+        env.step(torch.tensor([[op, 1, kind % 7, 2] for kind in range(24)]))
+    assert (env.hosts.slots.stage[:, 1] == Stage.BLENDING).all()
+    other.load_state_dict(env.state_dict())
+    for one, two in zip(actions(env, 10), actions(other, 10), strict=True):
+        assert same(one, two)  # over the end of an episode, after which kinds are others
+    for name, tensor in env.state_dict().items():
+        assert torch.equal(tensor, other.state_dict()[name]), name
+
+
+def test_a_replayed_step_equals_a_plain_step(monkeypatch):
+    spec = replace(SPEC, num_envs=4)
+    expected = play(spec.build(CPU, 4, static=True), 10, tests_ends=(3, 7))
+    monkeypatch.setattr(env_module, "capture_function", lambda _, f, *, device: Replayed(f))
+    at_once, later, end = play(spec.build(CPU, 4, static=True), 10, tests_ends=(3, 7))
+    assert equal(at_once, expected[0])
+    assert equal(later, expected[0])
+    assert equal(end, expected[2])
 
 
 @pytest.fixture
