@@ -71,7 +71,7 @@ sanitize: $(VENV)/.installed ## Run the tests of native code with sanitizers of 
 	CXXFLAGS="-O1 -g -fsanitize=address,undefined -fno-sanitize-recover" \
 	ASAN_OPTIONS=detect_leaks=0 UBSAN_OPTIONS=print_stacktrace=1 \
 	LD_PRELOAD="$$(g++ -print-file-name=libasan.so) $$(g++ -print-file-name=libubsan.so)" \
-	$(BIN)/python -m pytest --capture=sys --timeout=1800 $(or $(TESTS),tests/compiling/native tests/training/test_native.py)
+	$(BIN)/python -m pytest --capture=sys --timeout=1800 $(or $(TESTS),tests/compiling/native tests/training/test_native.py tests/envs/morphogenesis/test_native.py)
 
 # Triton has the assembler for NVIDIA's GPUs; torch for CPUs does not bring it. Nothing else of the environment changes.
 gpu-proof: $(VENV)/.installed ## Prove without a GPU what a GPU will run, and compile its kernels (ten minutes)

@@ -125,22 +125,54 @@ template <class Of> INLINE void gather(const float* image, Size size, Of of, flo
     for (int k = 0; k < IMAGES; k++) place(n)[k] = from[k][n];
 }
 
-// Sum over the pixels of a channel; of(block, offset of the pixel) is a Pixel.
+// act(block, channel, place of the plane), and act(channel, place) for each pixel.
+template <class Act> INLINE void each_plane(Size size, int blocks, Act act) {
+  for (int b = 0; b < blocks; b++)
+    for (int c = 0; c < size.channels; c++) act(b, c, b * size.floats() + c * size.plane());
+}
+template <class Act> INLINE void each_pixel(Size size, int blocks, Act act) {
+  each_plane(size, blocks, [&](int, int c, int64_t plane) {
+    for (int p = 0; p < size.area(); p++) act(c, plane + p * IMAGES);
+  });
+}
+
+// ---- Sums and means ----------------------------------------------------------------------------
+
+// Sum over the pixels of a channel; of(block, place of the pixel) is a Pixel.
 template <class Of> INLINE float sum_over(const Batch& batch, Size size, Of of) {
   enum { SUMS = 4 };  // which a processor computes at the same time
   Pixel sum[SUMS] = {};
   for (int b = 0; b < batch.blocks; b++) {
+    int64_t place = b * size.floats();
     int p = 0;
     for (; p + SUMS <= size.area(); p += SUMS)
       UNROLL
-      for (int k = 0; k < SUMS; k++) sum[k] = sum[k] + of(b, (p + k) * IMAGES);
-    for (; p < size.area(); p++) sum[0] = sum[0] + of(b, p * IMAGES);
+      for (int k = 0; k < SUMS; k++, place += IMAGES) sum[k] = sum[k] + of(b, place);
+    for (; p < size.area(); p++, place += IMAGES) sum[0] = sum[0] + of(b, place);
   }
   return sum_of((sum[0] + sum[1]) + (sum[2] + sum[3]));
 }
 static void sum_channels(const float* x, Size size, const Batch& batch, float* to) {
-  for (int c = 0; c < size.channels; c++)
-    to[c] = sum_over(batch, size, [&](int b, int p) { return at(x + b * size.floats() + c * size.plane() + p); });
+  for (int c = 0; c < size.channels; c++) to[c] = sum_over(batch, size, [&](int, int64_t place) { return at(x + c * size.plane() + place); });
+}
+// The mean of each plane, an image of one pixel.
+static void mean_over_pixels(const float* h, Size size, float* to, int blocks) {
+  each_plane(size, blocks, [&](int b, int c, int64_t plane) {
+    Pixel sum = {};
+    for (int p = 0; p < size.area(); p++) sum = sum + at(h + plane + p * IMAGES);
+    put(to + b * Size{size.channels, 1}.floats() + c * IMAGES, sum * (1.0f / size.area()));
+  });
+}
+// The gradient of that mean, written or added.
+template <bool ADDED> static void spread_over_pixels(const float* g, Size size, float* to, int blocks) {
+  each_plane(size, blocks, [&](int b, int c, int64_t plane) {
+    const Pixel share = at(g + b * Size{size.channels, 1}.floats() + c * IMAGES) * (1.0f / size.area());
+    for (int p = 0; p < size.area(); p++) put(to + plane + p * IMAGES, ADDED ? at(to + plane + p * IMAGES) + share : share);
+  });
+}
+// The gradient of numbers that went through a relu, whose results are y.
+static void through_relu(const float* y, float* g, int64_t floats) {
+  for (int64_t k = 0; k < floats; k += IMAGES) put(g + k, where_positive(at(y + k), at(g + k)));
 }
 
 // ---- Convolutions ------------------------------------------------------------------------------
@@ -234,7 +266,8 @@ NOINLINE static void kernel_sums(const float* const* g, int64_t next_g, const fl
               for (int c = 0; c < COLUMNS; c++) pixel[c] = *(const Vector*)(x[c] + from_x);
               UNROLL
               for (int r = 0; r < TILE; r++) {
-                const Vector gradient = *(const Vector*)(g[r] + from_g);
+                Vector gradient = *(const Vector*)(g[r] + from_g);
+                IN_REGISTER(gradient);
                 UNROLL
                 for (int c = 0; c < COLUMNS; c++) s[r][c] += gradient * pixel[c];
               }
@@ -246,14 +279,16 @@ NOINLINE static void kernel_sums(const float* const* g, int64_t next_g, const fl
             for (int c = 0; c < COLUMNS; c++) mine[r * TILE + c] = s[r][c];
         }
 }
-// to[r * row + c * column + t] = gradient of the weight of output r, input c and tap t.
-static void kernel_gradient(const float* g, Size out, const float* x, Size in, int side, int blocks, float* to, int64_t row, int64_t column, float* work) {
+// Gradients of the weights of a kernel, in the order of the weights; ``to`` takes the place of k.at.
+static void kernel_gradient(const float* g, Size out, const float* x, Size in, Kernel k, int blocks, float* to, float* work) {
+  const int side = k.side;
+  const int64_t row = k.row, column = k.column;
   Vector* sums = (Vector*)work;
   for (int r = 0; r < out.channels; r += TILE)
     for (int c = 0; c < in.channels; c += TILE) {
       const float *gs[TILE], *xs[TILE];  // what is too much is computed again, and not used
-      for (int k = 0; k < TILE; k++) gs[k] = g + smallest(r + k, out.channels - 1) * out.plane();
-      for (int k = 0; k < TILE; k++) xs[k] = x + smallest(c + k, in.channels - 1) * in.plane();
+      for (int n = 0; n < TILE; n++) gs[n] = g + smallest(r + n, out.channels - 1) * out.plane();
+      for (int n = 0; n < TILE; n++) xs[n] = x + smallest(c + n, in.channels - 1) * in.plane();
       const int rows = smallest(TILE, out.channels - r), columns = smallest(TILE, in.channels - c);
       const auto compute = columns == 1 ? kernel_sums<1> : columns == 3 ? kernel_sums<3> : kernel_sums<TILE>;
       compute(gs, out.floats(), xs, in.floats(), in.side, side, blocks, sums);
@@ -266,8 +301,8 @@ static void kernel_gradient(const float* g, Size out, const float* x, Size in, i
           UNROLL
           for (int n = 0; n < TILE * TILE; n++) corner[n / TILE * row + n % TILE * column + t] = found[n];
         else
-          for (int k = 0; k < rows; k++)
-            for (int n = 0; n < columns; n++) corner[k * row + n * column + t] = found[k * TILE + n];
+          for (int i = 0; i < rows; i++)
+            for (int j = 0; j < columns; j++) corner[i * row + j * column + t] = found[i * TILE + j];
       }
       sums = (Vector*)work;
     }
@@ -313,15 +348,15 @@ static void depth_gradient(const float* g, const float* x, Size size, int blocks
 // ---- Batch norm, max pooling and relu ----------------------------------------------------------
 
 // Mean and biased variance of a channel.
-INLINE void moments(const float* y, Size size, const Batch& batch, float* mean, float* variance) {
+struct Moments { float mean, variance; };
+INLINE Moments moments(const float* y, Size size, const Batch& batch) {
   const float count = (float)batch.images * size.area();
-  const int64_t next = size.floats();
-  const float middle = sum_over(batch, size, [&](int b, int p) { return at(y + b * next + p) * batch.mask(b); }) / count;
-  *mean = middle;
-  *variance = sum_over(batch, size, [&](int b, int p) {
-    const Pixel centred = (at(y + b * next + p) - middle) * batch.mask(b);
+  const float mean = sum_over(batch, size, [&](int b, int64_t place) { return at(y + place) * batch.mask(b); }) / count;
+  const float squares = sum_over(batch, size, [&](int b, int64_t place) {
+    const Pixel centred = (at(y + place) - mean) * batch.mask(b);
     return centred * centred;
-  }) / count;
+  });
+  return {mean, squares / count};
 }
 // A channel: picked = the largest of sign * y in each window, out = relu(picked * factor + offset).
 INLINE void pool(const float* y, Size wide, float sign, float factor, float offset, int window, float* picked, float* out, Size size, int blocks) {

@@ -1,7 +1,8 @@
 """Hosts in native code: the computations of ``training`` for a CPU, in float32.
 
 Axes: ``B`` environment, ``U`` update, ``M`` image of an update, ``I`` image, ``S`` slot, ``K``
-class. ``images.hpp`` and ``hosts.hpp`` have the code, which is compiled once for all architectures.
+class. ``images.hpp``, ``seeds.hpp`` and ``hosts.hpp`` have the code, which is compiled once for all
+architectures.
 """
 
 import ctypes
@@ -12,6 +13,7 @@ import torch
 from torch import Tensor
 
 from esper_lightning.compiling.native.library import build_library
+from esper_lightning.compiling.native.values import UnsupportedError
 from esper_lightning.core.shapes import Float, Int
 from esper_lightning.core.tensor_trees import leaves
 from esper_lightning.envs.morphogenesis.host import Architecture
@@ -22,8 +24,9 @@ from esper_lightning.envs.morphogenesis.training import SGD, Measured, Trained
 
 __all__ = ["NativeHosts"]
 
-_HEADERS = [Path(__file__).with_name(name) for name in ("images.hpp", "hosts.hpp")]
+_HEADERS = [Path(__file__).with_name(name) for name in ("images.hpp", "seeds.hpp", "hosts.hpp")]
 _ALIGNMENT = 64  # bytes
+_MOST_SLOTS = 64  # as in hosts.hpp
 _INTEGERS, _POINTERS = ctypes.POINTER(ctypes.c_int64), ctypes.POINTER(ctypes.c_void_p)
 
 
@@ -59,10 +62,12 @@ class NativeHosts:
         sgd: Settings of SGD.
 
     Raises:
-        UnsupportedError: If the code cannot be compiled.
+        UnsupportedError: If the code cannot be compiled, or a host has too many blocks for it.
     """
 
     def __init__(self, architecture: Architecture, sgd: SGD) -> None:
+        if architecture.slots > _MOST_SLOTS:
+            raise UnsupportedError(f"a host of more than {_MOST_SLOTS} blocks")
         library = build_library("\n".join(header.read_text() for header in _HEADERS))
         self._run, self._work_bytes = library.run, library.work_bytes
         self._run.argtypes, self._run.restype = [ctypes.POINTER(_Task), ctypes.c_int], None

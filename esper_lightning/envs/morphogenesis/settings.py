@@ -212,7 +212,7 @@ class Morphogenesis(EnvSpec):
             held_out: Whether hosts are of kinds that are in no training: more classes, more noise.
             changes: Settings that differ from those of the preset.
         """
-        kinds = {"population": _DIGITS_HELD_OUT if held_out else _DIGITS_KINDS}
+        kinds: dict[str, Any] = {"population": _DIGITS_HELD_OUT if held_out else _DIGITS_KINDS}
         return cls(**_MIXED | kinds | changes)
 
     @classmethod
@@ -226,7 +226,7 @@ class Morphogenesis(EnvSpec):
             held_out: Whether hosts are of kinds that are in no training: more classes, more noise.
             changes: Settings that differ from those of the preset.
         """
-        kinds = {"population": _CIFAR_HELD_OUT if held_out else _CIFAR_KINDS}
+        kinds: dict[str, Any] = {"population": _CIFAR_HELD_OUT if held_out else _CIFAR_KINDS}
         return cls.cifar10(folder, **{"intervention_cost": 0.1} | kinds | changes)
 
     @classmethod
