@@ -4,7 +4,7 @@ Axes: ``B`` environment, ``K`` class of the data, ``N`` image of a batch, ``S`` 
 function of seed, environment and episode, so it is computed anew in each step and is no state.
 """
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import NamedTuple
 
 import torch
@@ -15,7 +15,17 @@ from esper_lightning.core.shapes import Bool, Float, Int
 from esper_lightning.envs.morphogenesis.layout import split_columns
 from esper_lightning.envs.morphogenesis.streams import Place, Purpose, integers, uniforms, words_at
 
-__all__ = ["Batches", "KindSampler", "Kinds", "Population", "Traits"]
+__all__ = [
+    "CIFAR_HELD_OUT",
+    "CIFAR_KINDS",
+    "DIGITS_HELD_OUT",
+    "DIGITS_KINDS",
+    "Batches",
+    "KindSampler",
+    "Kinds",
+    "Population",
+    "Traits",
+]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -61,6 +71,19 @@ class Population:
     def channels_used(self, width: float, channels: int) -> int:
         """Number of channels that a host of this width uses in a block: at least one."""
         return max(1, round(width * channels))
+
+
+DIGITS_KINDS = Population(
+    classes=(2, 8),
+    label_noise=(0.0, 0.2),
+    images_per_class=(12, 64),
+    learning_rate=(0.05, 0.1, 0.2),
+    width=(0.5, 1.0),
+)
+DIGITS_HELD_OUT = replace(DIGITS_KINDS, classes=(5, 10), label_noise=(0.1, 0.4))
+CIFAR_KINDS = replace(DIGITS_KINDS, images_per_class=(100, 2000))
+CIFAR_HELD_OUT = replace(CIFAR_KINDS, classes=(5, 10), label_noise=(0.1, 0.4))
+"""Populations of the presets. No host of a population held out is of a kind of the other."""
 
 
 class Traits(NamedTuple):

@@ -1,7 +1,7 @@
 """The settings of ``Morphogenesis``, whose defaults are the preset ``digits``."""
 
 import math
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from typing import Any, cast
 
 import torch
@@ -22,7 +22,13 @@ from esper_lightning.envs.morphogenesis.env import MorphogenesisEnv
 from esper_lightning.envs.morphogenesis.host import Architecture
 from esper_lightning.envs.morphogenesis.lifecycle import LifeCycle, RampShape
 from esper_lightning.envs.morphogenesis.observation import action_space, feature_names
-from esper_lightning.envs.morphogenesis.population import Population
+from esper_lightning.envs.morphogenesis.population import (
+    CIFAR_HELD_OUT,
+    CIFAR_KINDS,
+    DIGITS_HELD_OUT,
+    DIGITS_KINDS,
+    Population,
+)
 from esper_lightning.envs.morphogenesis.reward import RewardWeights
 from esper_lightning.envs.morphogenesis.state import HostInitializer
 from esper_lightning.envs.morphogenesis.trainer import HostTrainer
@@ -208,26 +214,20 @@ class Morphogenesis(EnvSpec):
     def digits_mixed(cls, *, held_out: bool = False, **changes: Any) -> "Morphogenesis":
         """Digits, and hosts that differ in what they need: some need nothing, others need much.
 
-        Args:
-            held_out: Whether hosts are of kinds that are in no training: more classes, more noise.
-            changes: Settings that differ from those of the preset.
+        ``held_out`` hosts are of kinds that are in no training: more classes, more noise.
         """
-        kinds: dict[str, Any] = {"population": _DIGITS_HELD_OUT if held_out else _DIGITS_KINDS}
-        return cls(**_MIXED | kinds | changes)
+        given = dict(_MIXED)
+        given["population"] = DIGITS_HELD_OUT if held_out else DIGITS_KINDS
+        return cls(**given | changes)
 
     @classmethod
     def cifar10_mixed(
         cls, folder: str, *, held_out: bool = False, **changes: Any
     ) -> "Morphogenesis":
-        """CIFAR-10, and hosts that differ in what they need.
-
-        Args:
-            folder: Folder that holds the data.
-            held_out: Whether hosts are of kinds that are in no training: more classes, more noise.
-            changes: Settings that differ from those of the preset.
-        """
-        kinds: dict[str, Any] = {"population": _CIFAR_HELD_OUT if held_out else _CIFAR_KINDS}
-        return cls.cifar10(folder, **{"intervention_cost": 0.1} | kinds | changes)
+        """CIFAR-10, and hosts that differ in what they need, or are of kinds held out."""
+        given: dict[str, Any] = {"intervention_cost": 0.1}
+        given["population"] = CIFAR_HELD_OUT if held_out else CIFAR_KINDS
+        return cls.cifar10(folder, **given | changes)
 
     @classmethod
     def synthetic(cls, **changes: Any) -> "Morphogenesis":
@@ -398,13 +398,3 @@ _MIXED: dict[str, Any] = {
     "intervention_cost": 0.1,
     "validation_size": 400,
 }
-_DIGITS_KINDS = Population(
-    classes=(2, 8),
-    label_noise=(0.0, 0.2),
-    images_per_class=(12, 64),
-    learning_rate=(0.05, 0.1, 0.2),
-    width=(0.5, 1.0),
-)
-_DIGITS_HELD_OUT = replace(_DIGITS_KINDS, classes=(5, 10), label_noise=(0.1, 0.4))
-_CIFAR_KINDS = replace(_DIGITS_KINDS, images_per_class=(100, 2000))
-_CIFAR_HELD_OUT = replace(_CIFAR_KINDS, classes=(5, 10), label_noise=(0.1, 0.4))
