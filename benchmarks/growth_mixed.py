@@ -6,7 +6,8 @@ the same fresh hosts, and so does everyone who was not trained: every fixed sche
 rule that reacts, whose thresholds are searched on other hosts, and an oracle that is told the kind
 of each host. The same is done on hosts of kinds that are in no training. Writes
 ``results/growth_mixed.md`` and ``growth_mixed.png``. Runs stay in a folder of the commit below
-``--runs``: called again, those that are finished are not repeated, and others resume.
+``--runs``, beside the outcomes of rules and schedules: called again, what is finished is not
+repeated, and other runs resume.
 
     python benchmarks/growth_mixed.py --jobs 2
     python benchmarks/growth_mixed.py --seeds 0 1 --hosts 100 -- --model.total_env_steps 61_440
@@ -18,7 +19,7 @@ import os
 import subprocess
 import sys
 import tempfile
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import ProcessPoolExecutor
 from dataclasses import replace
 from functools import partial
@@ -138,6 +139,16 @@ def play_rules(
     return {name: found[name] for name in names}
 
 
+def kept(path: Path, play: Callable[[], dict[str, Outcome]]) -> dict[str, Outcome]:
+    """Outcomes from a file; where there is none, they are played, and stored for the next call."""
+    if not path.exists():
+        arrays = {name: [*map(torch.from_numpy, one)] for name, one in play().items()}
+        path.parent.mkdir(parents=True, exist_ok=True)
+        torch.save(arrays, path)
+    stored = torch.load(path, weights_only=True)
+    return {name: Outcome(*(row.numpy() for row in rows)) for name, rows in stored.items()}
+
+
 class Test(NamedTuple):
     """Everyone on the same fresh hosts."""
 
@@ -152,8 +163,9 @@ def test(
     spec: Morphogenesis,
     rule: tuple[str, Baseline],
     options: argparse.Namespace,
+    file: Path,
 ) -> Test:
-    """Play policies, rules and schedules on the same fresh hosts of a population."""
+    """Play policies, rules and schedules on the same fresh hosts; ``file`` keeps the schedules."""
     plays: dict[str, list[Played]] = {}
     for name, some in models.items():
         for model in some:
@@ -168,7 +180,8 @@ def test(
     played = {name: Outcome.of(some) for name, some in plays.items()}
     others = {"the rule that reacts": rule[1], "random legal": random_legal}
     played |= play_rules(spec, options.host_seed, others, options)
-    grid = play_rules(spec, options.host_seed, schedules(spec, few=options.smallest), options)
+    every = schedules(spec, few=options.smallest)
+    grid = kept(file, lambda: play_rules(spec, options.host_seed, every, options))
     table = np.stack([one.episode_return[0] for one in grid.values()])  # [G, N]
     everything = Outcome(*(np.concatenate(fields) for fields in zip(*grid.values(), strict=True)))
     best = np.full(table.shape[1], table.mean(1).argmax())
@@ -189,10 +202,12 @@ def test(
     return Test(kinds, played, chosen, plays["PPO"])
 
 
-def tuned_rule(spec: Morphogenesis, options: argparse.Namespace) -> tuple[str, Baseline]:
+def tuned_rule(
+    spec: Morphogenesis, options: argparse.Namespace, file: Path
+) -> tuple[str, Baseline]:
     """The rule with the highest mean return on hosts that nobody is tested on."""
     some = rules(few=options.smallest)
-    found = play_rules(spec, options.host_seed + 1, some, options)
+    found = kept(file, lambda: play_rules(spec, options.host_seed + 1, some, options))
     name = max(found, key=lambda name: found[name].episode_return.mean())
     return name, some[name]
 
@@ -334,10 +349,10 @@ def measure(options: argparse.Namespace, files: Results, folder: Path) -> None:
     }
     spec = models["PPO"][0].env
     assert isinstance(spec, Morphogenesis)
-    rule = tuned_rule(spec, options)
-    seen = test(models, spec, rule, options)
+    rule = tuned_rule(spec, options, folder / "rules.pt")
+    seen = test(models, spec, rule, options, folder / "schedules.pt")
     unseen = replace(spec, population=DIGITS_HELD_OUT)
-    strange = test(models, unseen, rule, options)
+    strange = test(models, unseen, rule, options, folder / "schedules_held_out.pt")
     curves = files.path(suffix=".png")
     steps = f"{models['PPO'][0].settings.total_env_steps:,}"
     grid, rules_tried = schedules(spec, few=options.smallest), rules(few=options.smallest)
