@@ -81,8 +81,7 @@ struct Network {
       l.weight = at, l.scale = at + (int64_t)c * l.in.channels * l.kernel * l.kernel;
       l.shift = l.scale + c, at = l.shift + c;
       const int64_t size = blocks * in.floats(), three = 3 * blocks * Size{c, 1}.floats(), room = size > three ? size : three;
-      l.y = memory.take(blocks * l.wide.floats());
-      l.picked = l.window == 1 ? l.y : memory.take(size);
+      l.y = memory.take(blocks * l.wide.floats()), l.picked = memory.take(size);
       l.slot.h = memory.take(size), l.slot.grown = memory.take(size);
       l.slot.middle = memory.take(room), l.slot.active = memory.take(size);
       l.mean = memory.take(c), l.rate = memory.take(c);

@@ -166,12 +166,15 @@ def test_a_seed_that_diverges_in_isolation_does_not_affect_its_host(compiled):
     for env in (sound, broken):
         env.step(germinate)
     broken.hosts.weights.seeds[1][0, 20] = math.inf
+    seed = broken.hosts.weights.seeds[1].clone()
     wait = torch.zeros_like(germinate)
     for _ in range(3):
         sound.step(wait)
         other = broken.step(wait)
     assert not other.terminated.any()
     assert torch.equal(sound.hosts.weights.host, broken.hosts.weights.host)
+    same_seed = (seed == broken.hosts.weights.seeds[1]).all(1)
+    assert same_seed.tolist() == [True, False]  # the sound one has learnt
 
 
 @pytest.mark.parametrize("compiled", [False, True])

@@ -1,6 +1,7 @@
 """Hosts in native code equal hosts by operations of torch, whatever grows in them."""
 
 import logging
+import math
 from dataclasses import replace
 
 import pytest
@@ -44,17 +45,21 @@ SHAPES = {
 
 
 def grown(spec):
-    """Environments in which every blueprint is in every live stage, in every slot."""
+    """Environments in which every blueprint is in every live stage, in every slot.
+
+    In every other host, all slots are in the same stage: several seeds train in isolation.
+    """
     count, slots = len(BLUEPRINTS) * len(LIVE), len(spec.channels)
     env = replace(spec, num_envs=count, compiled=True, validation_size=45).build(CPU, 3)
-    number = torch.arange(count).unsqueeze(1) + torch.arange(slots)
-    kind = number % len(BLUEPRINTS)
-    stage = torch.tensor(LIVE)[(number // len(BLUEPRINTS) + torch.arange(slots)) % len(LIVE)]
+    number, slot = torch.arange(count).unsqueeze(1), torch.arange(slots)
+    kind = (number + slot) % len(BLUEPRINTS)
+    stage = torch.tensor(LIVE)[(number // len(BLUEPRINTS) + slot * (number % 2)) % len(LIVE)]
     alpha = torch.where(stage == Stage.BLENDING, 0.4, torch.where(stage == Stage.FADING, 0.7, 1.0))
     alpha = alpha.masked_fill(stage == Stage.TRAINING, 0.0)
     generator = torch.Generator().manual_seed(0)
     hosts, noise = env.hosts, lambda t: torch.randn(t.shape, generator=generator)
     hosts.weights.host.add_(0.1 * noise(hosts.weights.host))  # a head of zeros has no gradient
+    hosts.weights.host.mul_(noise(hosts.weights.host).sign())  # scales of batch norm, too
     hosts.velocity.host.copy_(0.01 * noise(hosts.velocity.host))
     for s, channels in enumerate(spec.channels):
         sizes = torch.tensor([count_parameters(name, channels) for name in BLUEPRINTS])
@@ -92,8 +97,9 @@ def test_native_code_computes_what_operations_of_torch_compute(name):
     found, expected = trained(native, torch.float32), trained(exact, torch.float64)
     for a, b in zip(leaves(found), leaves(expected), strict=True):
         error = (a.double() - b.double()).abs() / b.double().abs().max().clamp(min=1e-9)
-        # Where a number is at the edge of a relu, the rounding decides about its gradient.
-        assert (error > 1e-5).sum() <= max(3, 0.01 * error.numel())
+        # Where a number is at the edge of a relu, the rounding decides about its gradient. Large
+        # images have many such numbers.
+        assert (error > (1e-3 if name == "large" else 1e-5)).sum() <= max(3, 0.01 * error.numel())
         assert error.max() < 1e-2
 
 
@@ -199,6 +205,21 @@ def test_hosts_may_differ_in_learning_rate_classes_and_channels():
     assert all(map(torch.equal, masked[1], by_zeros[1]))
 
 
+@pytest.mark.parametrize("compiled", [True, False])
+def test_a_number_that_is_not_finite_is_lost_in_no_relu_and_no_pooling(compiled):
+    """A pixel of 0 times an infinite weight is NaN; the other pixels become minus infinity."""
+    spec = small(2, channels=(4,), kernels=(1,), pools=(2,), compiled=compiled)
+    env = spec.build(CPU, 0)
+    image = -torch.ones(8, 8, 8, 1)
+    image[:, 1, 1] = 0
+    host = env.hosts.weights.host
+    host[:, :4] = 1.0
+    host[1, 0] = math.inf
+    split = Split(image, torch.zeros(8, dtype=torch.int64))
+    loss = env.trainer.measure(env.hosts.weights, env.hosts.slots, split).loss
+    assert loss.isnan().tolist() == [False, True]
+
+
 def test_without_a_compiler_hosts_run_by_operations_of_torch(monkeypatch, native_code, caplog):
     monkeypatch.setenv("CXX", "no-such-compiler")
     tell_reasons_again()
@@ -210,6 +231,13 @@ def test_without_a_compiler_hosts_run_by_operations_of_torch(monkeypatch, native
     assert "'no-such-compiler' is no program" in record.getMessage()
     with pytest.raises(ValueError, match=r"^Morphogenesis\.compiled must be None or False where"):
         replace(spec, compiled=True).build(CPU, 0)
+
+
+def test_a_host_of_very_many_blocks_is_refused():
+    ones = (1,) * 65
+    spec = small(2, channels=(4,) * 65, kernels=ones, pools=ones, compiled=True)
+    with pytest.raises(ValueError, match=r"Reason: a host of more than 64 blocks\."):
+        spec.build(CPU, 0)
 
 
 def test_native_code_is_for_float32_on_a_cpu_where_the_user_wants_it(native_code):
