@@ -14,7 +14,7 @@ import numpy as np
 from numpy.typing import NDArray
 from scipy.stats import bootstrap, trim_mean
 
-__all__ = ["Estimate", "interquartile_mean", "interval", "probability_of_improvement"]
+__all__ = ["Estimate", "interquartile_mean", "interval", "mean", "probability_of_improvement"]
 
 Scores = NDArray[np.float64]
 _LEVEL = 0.95
@@ -79,20 +79,27 @@ def estimate(samples: tuple[Scores, ...], statistic: Callable[..., Scores]) -> E
     return Estimate(value, *(None, None) if ends is None else map(float, ends))
 
 
-def estimate_crossed(score: Scores) -> Estimate:
-    """Interquartile mean over all of ``[R, N]`` scores, with its interval.
+def mean(score: Scores, axis: int = -1) -> Scores:
+    """Mean of all scores, for scores whose extremes count: those of tasks that differ."""
+    return cast(Scores, score.mean(axis=axis))
+
+
+def estimate_crossed(
+    score: Scores, statistic: Callable[[Scores], Scores] = interquartile_mean
+) -> Estimate:
+    """Interquartile mean over all of ``[R, N]`` scores, or another statistic, with its interval.
 
     Rows (policies) and columns (tasks that all policies met) are both resampled, independently of
     each other: the pigeonhole bootstrap (Owen 2007, arXiv 0712.1111). With one row, the interval is
     that of ``estimate``, and says nothing about other rows.
     """
-    value = float(interquartile_mean(score.ravel()))
+    value = float(statistic(score.ravel()))
     rows, columns = score.shape
     if columns < 2:
         return Estimate(value, None, None)
     rng = np.random.default_rng(0)
     means = [
-        interquartile_mean(score[row[:, :, None], column[:, None, :]].reshape(len(row), -1))
+        statistic(score[row[:, :, None], column[:, None, :]].reshape(len(row), -1))
         for row, column in (
             (rng.integers(rows, size=(count, rows)), rng.integers(columns, size=(count, columns)))
             for count in [_RESAMPLES_AT_ONCE] * (_RESAMPLES // _RESAMPLES_AT_ONCE)

@@ -17,7 +17,7 @@ from esper_lightning.core.types import Observation
 from esper_lightning.envs.base import EnvSpec, built_env
 from esper_lightning.envs.morphogenesis import MorphogenesisEnv, StepReport
 from esper_lightning.envs.morphogenesis.baselines import BASELINES, Baseline
-from esper_lightning.envs.morphogenesis.observation import feature_names
+from esper_lightning.envs.morphogenesis.population import Kinds
 from esper_lightning.policies.base import Policy
 from esper_lightning.ppo.agent import prepare_obs
 from esper_lightning.ppo.collect import Normalize
@@ -44,7 +44,7 @@ class Course(NamedTuple):
     """Measurements of the hosts in each epoch; rows after a host's last epoch mean nothing."""
 
     accuracy: Float[Tensor, "T B"]  # on the validation split
-    loss: Float[Tensor, "T B"]  # on the validation split, at most 5 times that of a guess
+    loss: Float[Tensor, "T B"]  # on the validation split, nats; not finite where a host diverged
     action: Int[Tensor, "T B 4"]  # taken before the epoch
     stage: Int[Tensor, "T B S"]
     blueprint: Int[Tensor, "T B S"]  # position in BLUEPRINTS; 0 where there is no seed
@@ -60,6 +60,7 @@ class Played(NamedTuple):
     grown_parameters: Int[Tensor, " B"]  # at the end of the episode
     diverged: Bool[Tensor, " B"]
     course: Course
+    kinds: Kinds | None  # of the hosts; None where all are alike
 
 
 @contextlib.contextmanager
@@ -136,31 +137,29 @@ def play(env: MorphogenesisEnv, choose: Choose) -> Played:
             begin because another host has diverged are not counted.
     """
     env.tests_ends = True
-    features = _Features(env)
     obs, mask = env.reset()
+    kinds = env.kinds()
     ends: list[tuple[Tensor, ...]] = []
     courses: list[Course] = []
     with few_cpu_threads(env.num_envs):
         for _ in range(env.epochs):
             action = choose(obs, mask)
             result = env.step(action)
-            report, reached = cast(StepReport, env.report), cast(Tensor, result.reached_obs)
+            report = cast(StepReport, env.report)
             ends.append(
                 (
                     *(result.episode_return, result.episode_length, report.test_accuracy),
                     *(report.grown_parameters, report.diverged),
                 )
             )
-            loss, blueprint = features.loss(reached), features.blueprint(reached)
-            courses.append(
-                Course(report.accuracy, loss, action, report.stage, blueprint, report.alpha)
-            )
+            growth = (report.stage, report.blueprint, report.alpha)
+            courses.append(Course(report.accuracy, report.loss, action, *growth))
             obs, mask = result.obs, cast(Tensor, result.action_mask)
     # Hosts begin together, and none continues after the last epoch: each ended at least once.
     first = (torch.stack([length for _, length, *_ in ends]) > 0).int().argmax(0, keepdim=True)
     at_end = [torch.stack(steps).gather(0, first)[0] for steps in zip(*ends, strict=True)]
     course = Course._make(torch.stack(steps) for steps in zip(*courses, strict=True))
-    return cast(Played, map_tree(Tensor.cpu, Played._make((*at_end, course))))
+    return cast(Played, map_tree(Tensor.cpu, Played._make((*at_end, course, kinds))))
 
 
 def _choose_by(baseline: Baseline, env: MorphogenesisEnv) -> Choose:
@@ -177,22 +176,3 @@ def _play_from_here(env: MorphogenesisEnv, choose: Choose) -> Played:
     played = play(env, choose)
     env.load_state_dict(here)
     return played
-
-
-class _Features:
-    """Loss and blueprints of hosts, read from observations because step reports have neither."""
-
-    def __init__(self, env: MorphogenesisEnv) -> None:
-        names = feature_names(len(env.architecture.channels))
-        self._loss = names.index("loss_0")
-        self._guess = float(torch.tensor(env.architecture.classes).log())
-        self._blueprint = [
-            [k for k, name in enumerate(names) if name.startswith(f"slot{s}_blueprint_")]
-            for s in range(len(env.architecture.channels))
-        ]
-
-    def loss(self, obs: Tensor) -> Float[Tensor, " B"]:
-        return self._guess * obs[:, self._loss]
-
-    def blueprint(self, obs: Tensor) -> Int[Tensor, "B S"]:
-        return torch.stack([obs[:, columns].argmax(1) for columns in self._blueprint], dim=1)

@@ -80,22 +80,31 @@ def compare_policies(model: PPO, device: torch.device, *, figures: Path | None) 
 def table(played: Mapping[str, Sequence[Played]], *, host_parameters: int) -> Section:
     """Table of return, test accuracy and size for each policy and baseline.
 
+    Hosts of a population differ, and the best and the worst of them count like all others: their
+    scores are plain means, with intervals.
+
     Args:
         played: Episodes by the name of the policy: an entry for each trained policy of that name,
             all on the same hosts.
         host_parameters: Number of parameters of a host on which nothing has grown.
     """
     estimates = importlib.util.find_spec("scipy") is not None
-    statistic = "IQM" if estimates else "mean"
+    differ = next(iter(played.values()))[0].kinds is not None
+    statistic = "IQM" if estimates and not differ else "mean"
     between = ["95 % interval"] if estimates else []
     head = ["policy", "return", *between, "test accuracy, %", *between]
     head += ["grown parameters", *between, "of the host's, %", "diverged"]
     rows: list[list[str]] = []
     for name, plays in played.items():
-        returns = _cells([one.episode_return for one in plays], estimates)
-        accuracy = _cells([100 * one.test_accuracy for one in plays], estimates)
-        grown = _cells([one.grown_parameters for one in plays], estimates)
-        share = _cells([100 * one.grown_parameters / host_parameters for one in plays], estimates)
+        returns, accuracy, grown, share = (
+            _cells(score, estimates, differ)
+            for score in (
+                [one.episode_return for one in plays],
+                [100 * one.test_accuracy for one in plays],
+                [one.grown_parameters for one in plays],
+                [100 * one.grown_parameters / host_parameters for one in plays],
+            )
+        )
         diverged = torch.stack([one.diverged for one in plays])
         many = f"{int(diverged.sum())} of {diverged.numel()}"
         rows.append([name, *returns, *accuracy, *grown, share[0], many])
@@ -107,12 +116,16 @@ def table(played: Mapping[str, Sequence[Played]], *, host_parameters: int) -> Se
     return Section(title, head, rows, remarks)
 
 
-def _cells(score: Sequence[Tensor], estimates: bool) -> list[str]:
-    """Cells of a score: its mean, or its interquartile mean and the interval of that mean."""
+def _cells(score: Sequence[Tensor], estimates: bool, differ: bool) -> list[str]:
+    """Cells of a score: its mean; with ``estimates``, its interquartile mean and the interval.
+
+    Of hosts that ``differ``, no quarter is dropped.
+    """
     scores = np.stack([one.double().numpy() for one in score])  # [R, N]
     if not estimates:
         return [number(scores.mean())]
-    from esper_lightning.comparison.statistics import estimate_crossed  # noqa: PLC0415
+    from esper_lightning.comparison import statistics  # noqa: PLC0415
 
-    value, low, high = estimate_crossed(scores)
+    statistic = statistics.mean if differ else statistics.interquartile_mean
+    value, low, high = statistics.estimate_crossed(scores, statistic)
     return [number(value), "-" if low is None else f"{number(low)} to {number(high)}"]

@@ -4,7 +4,9 @@ import errno
 import os
 import sys
 import tempfile
+from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -21,6 +23,7 @@ from esper_lightning.cli.main import main
 from esper_lightning.envs import CartPole, Morphogenesis
 from esper_lightning.envs.adapters import named
 from esper_lightning.envs.autoreset import AutoresetEnv
+from esper_lightning.envs.morphogenesis.population import Population
 from esper_lightning.forensics.claims import claim_for_logger
 from esper_lightning.forensics.files import read_json_lines
 
@@ -29,6 +32,8 @@ OVERLAYS = ("debug_profile", "ddp")  # go on top of another config
 ELSEWHERE = ("breakout", "space_invaders", "mjlab_cartpole")  # ``make worlds`` has their packages
 CARTPOLE = str(Path(__file__).parents[2] / "configs" / "cartpole.yaml")
 CIFAR10 = CARTPOLE.replace("cartpole", "morphogenesis_cifar10")
+CIFAR10_MIXED = CARTPOLE.replace("cartpole", "cifar10_mixed")
+DIGITS_MIXED = CARTPOLE.replace("cartpole", "digits_mixed")
 GROWTH = CARTPOLE.replace("cartpole", "morphogenesis")
 PENDULUM = CARTPOLE.replace("cartpole", "pendulum")
 QUICK = (
@@ -77,7 +82,11 @@ def fails(capsys, *arguments) -> str:
 
 @pytest.mark.parametrize(
     "config",
-    [path for path in CONFIGS if path.stem not in (*OVERLAYS, *ELSEWHERE) and str(path) != CIFAR10],
+    [
+        path
+        for path in CONFIGS
+        if path.stem not in (*OVERLAYS, *ELSEWHERE) and str(path) not in (CIFAR10, CIFAR10_MIXED)
+    ],
     ids=lambda path: path.stem,
 )
 def test_every_config_trains_one_iteration(config, capsys):
@@ -90,7 +99,8 @@ def test_every_config_trains_one_iteration(config, capsys):
     assert [row["env_steps"] for row in read_json_lines(history)] == [steps]
 
 
-def test_hosts_are_grown_on_cifar10_as_the_guide_says(cifar10_folder, capsys):
+@pytest.mark.parametrize("config", [CIFAR10, CIFAR10_MIXED])
+def test_hosts_are_grown_on_cifar10_as_the_guide_says(config, cifar10_folder, capsys):
     few = {"num_envs": 2, "epochs": 2, "train_batches": 2, "batch_size": 8}
     settings = [f"--model.env.{name}={value}" for name, value in few.items()]
     settings += ["--model.ppo.rollout_steps=2", "--model.ppo.minibatches=2"]
@@ -99,16 +109,30 @@ def test_hosts_are_grown_on_cifar10_as_the_guide_says(cifar10_folder, capsys):
         "--model.eval_episodes=2",
         "--trainer.accelerator=cpu",
     ]
-    main(["fit", "--config", CIFAR10, "--model.env.folder", str(cifar10_folder), *settings])
+    main(["fit", "--config", config, "--model.env.folder", str(cifar10_folder), *settings])
     (history,) = Path().glob("runs/*/version_0/rank0/history.jsonl")
     assert [row["env_steps"] for row in read_json_lines(history)] == [4]
 
 
-def test_the_config_for_cifar10_is_the_preset():
-    found = yaml.safe_load(Path(CIFAR10).read_text())["model"]["env"]["init_args"]
-    found = {name: tuple(v) if isinstance(v, list) else v for name, v in found.items()}
-    preset = Morphogenesis.cifar10("x", num_envs=found["num_envs"])
-    assert Morphogenesis(**found, folder="x", image=preset.image) == preset
+def tuples_in(settings: dict[str, Any]) -> dict[str, Any]:
+    return {name: tuple(v) if isinstance(v, list) else v for name, v in settings.items()}
+
+
+@pytest.mark.parametrize(
+    ("config", "preset"),
+    [
+        (CIFAR10, Morphogenesis.cifar10("x")),
+        (CIFAR10_MIXED, Morphogenesis.cifar10_mixed("x")),
+        (DIGITS_MIXED, Morphogenesis.digits_mixed()),
+    ],
+)
+def test_the_configs_of_growth_are_the_presets(config, preset):
+    found = yaml.safe_load(Path(config).read_text())["model"]["env"]["init_args"]
+    found = tuples_in(found)
+    if "population" in found:
+        found["population"] = Population(**tuples_in(found["population"]))
+    data = {"folder": preset.folder, "image": preset.image}
+    assert Morphogenesis(**found, **data) == replace(preset, num_envs=found["num_envs"])
 
 
 def test_fit_names_the_task_of_a_simulator(capsys, monkeypatch):

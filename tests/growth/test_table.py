@@ -2,6 +2,7 @@
 
 import re
 import sys
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -14,6 +15,7 @@ from esper_lightning.cli.main import main
 from esper_lightning.comparison.statistics import interquartile_mean
 from esper_lightning.envs import CartPole, Morphogenesis
 from esper_lightning.envs.morphogenesis.baselines import BASELINES
+from esper_lightning.envs.morphogenesis.population import Population
 from esper_lightning.growth.play import fresh_hosts, play, play_trained
 from esper_lightning.growth.table import table
 
@@ -163,6 +165,22 @@ def poisoned(baseline="grow at the start"):
         return rule(env)
 
     return play(env, poison)
+
+
+def test_hosts_that_differ_have_plain_means(played_kinds):
+    assert table({"x": [played_kinds]}, host_parameters=1).title.startswith("mean over the same 8")
+    (row,) = table({"x": [played_kinds]}, host_parameters=1).rows
+    assert float(row[1]) == pytest.approx(played_kinds.episode_return.mean().item(), rel=1e-3)
+    low, high = map(float, row[2].split(" to "))
+    assert low < float(row[1]) < high
+
+
+@pytest.fixture
+def played_kinds():
+    population = Population(classes=(2, 3), images_per_class=(40,))
+    spec = replace(SPEC, num_envs=8, population=population)
+    env = spec.build(CPU, 1)
+    return play(env, lambda obs, mask: BASELINES["never grow"](env))
 
 
 def test_a_host_that_diverges_is_counted():

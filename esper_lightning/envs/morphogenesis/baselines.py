@@ -4,6 +4,7 @@ Axes: ``B`` environment, ``S`` slot. Each baseline returns a legal action ``[B, 
 waiting for the device.
 """
 
+import math
 from collections.abc import Callable
 from dataclasses import dataclass
 
@@ -15,7 +16,15 @@ from esper_lightning.envs.morphogenesis.env import MorphogenesisEnv
 from esper_lightning.envs.morphogenesis.lifecycle import Op, Stage
 from esper_lightning.envs.morphogenesis.streams import Place, Purpose, uniforms
 
-__all__ = ["BASELINES", "Baseline", "grow_at_start", "never_grow", "plateau", "random_legal"]
+__all__ = [
+    "BASELINES",
+    "Baseline",
+    "grow_at_start",
+    "never_grow",
+    "plateau",
+    "random_legal",
+    "schedule",
+]
 
 Baseline = Callable[[MorphogenesisEnv], Int[Tensor, "B 4"]]
 
@@ -52,6 +61,33 @@ def grow_at_start(env: MorphogenesisEnv, *, blueprint: str = "conv_light") -> In
 
 
 @dataclass(frozen=True, kw_only=True)
+class schedule:  # noqa: N801 - used like the functions beside it
+    """Grow the same in every host: a blueprint in some slots, one after another, from an epoch on.
+
+    A seed is blended as soon as that is legal, and is never fossilized: a seed that holds adds as
+    much to its host, and costs no further intervention.
+
+    Attributes:
+        blueprint: Blueprint of every seed.
+        slots: Slots that are grown, in any order; the first slot is grown first.
+        start: Number of epochs before the first seed germinates.
+        ramp: Index into the choices of the duration of blending.
+    """
+
+    blueprint: str
+    slots: tuple[int, ...]
+    start: int = 0
+    ramp: int = 0
+
+    def __call__(self, env: MorphogenesisEnv) -> Int[Tensor, "B 4"]:
+        """An action for each environment."""
+        wanted = _within(env.legal(), self.slots)
+        wanted[:, Op.GERMINATE] &= (env.hosts.vitals.step >= self.start).unsqueeze(1)
+        order = (Op.BLEND, Op.GERMINATE)
+        return _first_legal(env, wanted, order, blueprint=self.blueprint, ramp=self.ramp)
+
+
+@dataclass(frozen=True, kw_only=True)
 class plateau:  # noqa: N801 - used like the functions beside it
     """Germinate when accuracy stops rising, blend trained seeds, fossilize seeds that contribute.
 
@@ -61,6 +97,10 @@ class plateau:  # noqa: N801 - used like the functions beside it
         window: Number of epochs over which the rise is measured, at most 4.
         training_epochs: Number of epochs of training in isolation before blending.
         contribution: Accuracy that a seed must add to be fossilized when its alpha is 1.
+        slots: Slots in which seeds germinate; ``None`` for all.
+        below: Accuracy from which on no seed germinates.
+        judges: Whether seeds are fossilized or pruned when their alpha is 1. If not, they stay as
+            they are, which costs no intervention.
     """
 
     blueprint: str = "conv_light"
@@ -68,6 +108,9 @@ class plateau:  # noqa: N801 - used like the functions beside it
     window: int = 3
     training_epochs: int = 2
     contribution: float = 0.01
+    slots: tuple[int, ...] | None = None
+    below: float = math.inf
+    judges: bool = True
 
     def __call__(self, env: MorphogenesisEnv) -> Int[Tensor, "B 4"]:
         """An action for each environment."""
@@ -78,11 +121,11 @@ class plateau:  # noqa: N801 - used like the functions beside it
         trained = hosts.slots.epochs_in_stage >= self.training_epochs
         useful = contribution >= self.contribution
         held = hosts.slots.stage == Stage.HOLDING
-        wanted = legal.clone()
-        wanted[:, Op.GERMINATE] &= flat.unsqueeze(1)
+        wanted = _within(legal, self.slots)
+        wanted[:, Op.GERMINATE] &= (flat & (accuracies[:, 0] < self.below)).unsqueeze(1)
         wanted[:, Op.BLEND] &= trained
-        wanted[:, Op.FOSSILIZE] &= useful
-        wanted[:, Op.PRUNE] &= held & ~useful
+        wanted[:, Op.FOSSILIZE] &= useful & self.judges
+        wanted[:, Op.PRUNE] &= held & ~useful & self.judges
         order = (Op.FOSSILIZE, Op.PRUNE, Op.BLEND, Op.GERMINATE)
         return _first_legal(env, wanted, order, blueprint=self.blueprint, ramp=0)
 
@@ -93,6 +136,15 @@ BASELINES: dict[str, Baseline] = {
     "random legal": random_legal,
     "plateau": plateau(),
 }
+
+
+def _within(legal: Bool[Tensor, "B O S"], slots: tuple[int, ...] | None) -> Bool[Tensor, "B O S"]:
+    """A copy of what is legal, without the slots that are not named; ``None`` names all."""
+    wanted = legal.clone()
+    for slot in range(wanted.shape[2]):
+        if slots is not None and slot not in slots:
+            wanted[:, :, slot].fill_(False)
+    return wanted
 
 
 def _first_legal(

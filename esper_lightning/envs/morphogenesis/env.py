@@ -22,6 +22,7 @@ from esper_lightning.core.types import StepResult
 from esper_lightning.envs.morphogenesis.blueprints import BLUEPRINTS, count_parameters
 from esper_lightning.envs.morphogenesis.lifecycle import LIVE, Action, LifeCycle, Op, Slots, is_in
 from esper_lightning.envs.morphogenesis.observation import Vitals, action_mask, observe
+from esper_lightning.envs.morphogenesis.population import Kinds
 from esper_lightning.envs.morphogenesis.precision import own_precision
 from esper_lightning.envs.morphogenesis.reward import (
     REWARD_TERMS,
@@ -43,8 +44,10 @@ class StepReport(NamedTuple):
     ended: Bool[Tensor, " B"]
     diverged: Bool[Tensor, " B"]
     accuracy: Float[Tensor, " B"]  # on the validation split
+    loss: Float[Tensor, " B"]  # on the validation split, nats
     grown_parameters: Int[Tensor, " B"]
     stage: Int[Tensor, "B S"]  # before any reset
+    blueprint: Int[Tensor, "B S"]  # position in BLUEPRINTS; 0 where there is no seed
     alpha: Float[Tensor, "B S"]
     test_accuracy: Float[Tensor, " B"]  # NaN where no episode ended, or if not asked for
 
@@ -70,6 +73,7 @@ class MorphogenesisEnv:
         trainer: Trains and measures hosts.
         device: Device of the hosts.
         seed: Seed of all random numbers.
+        hide_training: Whether observations hide what is measured in the training of a host.
 
     Attributes:
         num_envs: Number of environments.
@@ -98,6 +102,7 @@ class MorphogenesisEnv:
         trainer: HostTrainer,
         device: torch.device,
         seed: int,
+        hide_training: bool = False,
     ) -> None:
         self.report, self.tests_ends = cast(StepReport | None, None), False
         self.epochs, self.lifecycle, self.trainer = epochs, lifecycle, trainer
@@ -105,7 +110,7 @@ class MorphogenesisEnv:
         self.num_envs, self.spaces = num_envs, spaces
         self._reward_weights, self._initializer = reward_weights, initializer
         self._device, self._seed = device, seed
-        self._static = trainer.static
+        self._static, self._hide_training = trainer.static, hide_training
         widths = self.architecture.channels
         counts = [[count_parameters(name, width) for width in widths] for name in BLUEPRINTS]
         self._seed_parameters = torch.tensor(counts, device=device)  # [blueprint, S]
@@ -201,9 +206,10 @@ class MorphogenesisEnv:
         germinated = changed & (choice.op == Op.GERMINATE).unsqueeze(1)
         self._initializer.germinate(self._seed, before, slots, germinated, static=self._static)
         slots = self.lifecycle.tick(slots)
-        trained = self.trainer.train(before, slots, self._seed)
+        kinds = self.trainer.kinds(before, self._seed)
+        trained = self.trainer.train(before, slots, self._seed, kinds)
         validation = self.trainer.splits.validation
-        measured = self.trainer.measure(before.weights, slots, validation)
+        measured = self.trainer.measure(before.weights, slots, validation, kinds)
         diverged = ~trained.finite | ~measured.loss.isfinite()
         vitals = _next_vitals(before.vitals, slots, trained, measured, choice, changed)
         ended = diverged | (vitals.step >= self.epochs)
@@ -228,7 +234,7 @@ class MorphogenesisEnv:
             episode_return=episode_return.masked_fill(ended, 0.0),
         )
         reached_obs = self._observe(reached)
-        test_accuracy = self._test(reached, ended, wanted=tests_ends)
+        test_accuracy = self._test(reached, ended, kinds, wanted=tests_ends)
         hosts = self._restart(reached, ended)
         result = StepResult(
             obs=torch.where(ended.unsqueeze(1), self._observe(hosts), reached_obs),
@@ -245,8 +251,10 @@ class MorphogenesisEnv:
             ended,
             diverged,
             vitals.accuracies[:, 0],
+            vitals.losses[:, 0],
             grown,
             slots.stage,
+            slots.blueprint.masked_fill(~is_in(slots.stage, LIVE), 0),
             slots.alpha,
             test_accuracy,
         )
@@ -273,9 +281,15 @@ class MorphogenesisEnv:
     @torch.no_grad()
     def test_accuracy(self) -> Float[Tensor, " B"]:
         """Accuracy of the current hosts on the test split, which no agent may see."""
-        hosts, test = self.hosts, self.trainer.splits.test
+        hosts, test, kinds = self.hosts, self.trainer.splits.test, self.kinds()
         with own_precision(self._device):
-            return self.trainer.measure(hosts.weights, hosts.slots, test, switch=False).accuracy
+            found = self.trainer.measure(hosts.weights, hosts.slots, test, kinds, switch=False)
+        return found.accuracy
+
+    @torch.no_grad()
+    def kinds(self) -> Kinds | None:
+        """The kinds of the current hosts, which no agent may see; ``None`` if all are alike."""
+        return self.trainer.kinds(self.hosts, self._seed)
 
     def state_dict(self) -> dict[str, Tensor]:
         """Copies of hosts, seeds, their momentum, life cycles and counters."""
@@ -317,12 +331,12 @@ class MorphogenesisEnv:
         return choice._replace(blueprint=kinds[choice.blueprint.clamp(0, kinds.shape[0] - 1)])
 
     def _test(
-        self, hosts: Hosts, ended: Bool[Tensor, " B"], *, wanted: bool
+        self, hosts: Hosts, ended: Bool[Tensor, " B"], kinds: Kinds | None, *, wanted: bool
     ) -> Float[Tensor, " B"]:
         if not wanted or not (self._static or bool(ended.any())):
             return torch.full_like(hosts.episode_return, math.nan)
         test = self.trainer.splits.test
-        found = self.trainer.measure(hosts.weights, hosts.slots, test, switch=False)
+        found = self.trainer.measure(hosts.weights, hosts.slots, test, kinds, switch=False)
         return found.accuracy.masked_fill(~ended, math.nan)
 
     def _observe(self, hosts: Hosts) -> Float[Tensor, "B O"]:
@@ -332,6 +346,7 @@ class MorphogenesisEnv:
             self.grown_parameters(hosts.slots) / self.host_parameters,
             epochs=self.epochs,
             classes=self.architecture.classes,
+            hide_training=self._hide_training,
         )
 
     def _restart(self, hosts: Hosts, ended: Bool[Tensor, " B"]) -> Hosts:

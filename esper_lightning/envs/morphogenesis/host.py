@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional
 
-from esper_lightning.core.shapes import Float, Int
+from esper_lightning.core.shapes import Bool, Float, Int
 from esper_lightning.envs.morphogenesis.blueprints import Part
 from esper_lightning.envs.morphogenesis.layout import split_columns, unflatten
 from esper_lightning.envs.morphogenesis.operations import (
@@ -138,9 +138,15 @@ def image_loss(
     weight: Float[Tensor, "N C K"],
     bias: Float[Tensor, "N K"],
     label: Int[Tensor, "N M"],
+    class_mask: Bool[Tensor, "N K"] | None,
 ) -> tuple[Float[Tensor, "N M"], Float[Tensor, "N M"]]:
-    """Cross-entropy in nats of each image, and whether it is classified right (1 or 0)."""
+    """Cross-entropy in nats of each image, and whether it is classified right (1 or 0).
+
+    A host predicts only classes of its mask. The loss of an image of another class is infinite.
+    """
     logits = affine(image_mean(h), weight, bias)
+    if class_mask is not None:
+        logits = logits.masked_fill(~class_mask.unsqueeze(1), -math.inf)
     picked = logits.log_softmax(2).gather(2, label.unsqueeze(2)).squeeze(2)
     right = (logits.detach().argmax(2) == label).to(logits.dtype)
     return -picked, right

@@ -114,6 +114,7 @@ class LifeCycle:
         ramp_choices: tuple[int, ...],
         ramp_shape: RampShape,
         min_training_epochs: int,
+        min_dormant_epochs: int,
         fade_epochs: int,
         cooldown_epochs: int,
         device: torch.device,
@@ -126,13 +127,14 @@ class LifeCycle:
         self._ramp_shape: RampShape = ramp_shape
         self.ramps = len(ramp_choices)
         self._min_training_epochs = min_training_epochs
+        self._min_dormant_epochs = min_dormant_epochs
         self._fade_epochs, self._cooldown_epochs = fade_epochs, cooldown_epochs
 
     def legal(self, slots: Slots) -> Bool[Tensor, "B O S"]:
         """Which op may be applied to which slot; WAIT has no slot and is False for all slots."""
         legal = (self._table[slots.stage] >= 0).transpose(1, 2).clone()  # [B, S, O] -> [B, O, S]
         busy = is_in(slots.stage, DEVELOPING).any(1, keepdim=True)
-        legal[:, Op.GERMINATE] &= ~busy
+        legal[:, Op.GERMINATE] &= ~busy & (slots.epochs_in_stage >= self._min_dormant_epochs)
         legal[:, Op.BLEND] &= slots.epochs_in_stage >= self._min_training_epochs
         legal[:, Op.FOSSILIZE] &= slots.measured
         return legal

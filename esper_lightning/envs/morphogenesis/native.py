@@ -8,34 +8,26 @@ architectures.
 import ctypes
 from collections.abc import Sequence
 from pathlib import Path
-from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
 from esper_lightning.compiling.native.library import build_library
 from esper_lightning.compiling.native.values import UnsupportedError
-from esper_lightning.core.shapes import Bool, Float, Int
+from esper_lightning.core.shapes import Float, Int
 from esper_lightning.core.tensor_trees import leaves
 from esper_lightning.envs.morphogenesis.host import Architecture
 from esper_lightning.envs.morphogenesis.lifecycle import JUDGED, Slots, is_in
 from esper_lightning.envs.morphogenesis.network import Weights
+from esper_lightning.envs.morphogenesis.population import Traits
 from esper_lightning.envs.morphogenesis.training import SGD, Measured, Trained
 
-__all__ = ["NativeHosts", "Traits"]
+__all__ = ["NativeHosts"]
 
 _HEADERS = [Path(__file__).with_name(name) for name in ("images.hpp", "seeds.hpp", "hosts.hpp")]
 _ALIGNMENT = 64  # bytes
 _MOST_SLOTS = 64  # as in hosts.hpp
 _INTEGERS, _POINTERS = ctypes.POINTER(ctypes.c_int64), ctypes.POINTER(ctypes.c_void_p)
-
-
-class Traits(NamedTuple):
-    """What may differ from host to host."""
-
-    learning_rate: Float[Tensor, " B"]
-    class_mask: Bool[Tensor, "B K"]  # whether a class occurs
-    channels_used: Int[Tensor, "B S"]  # outputs of a block; its other channels are 0
 
 
 class _Task(ctypes.Structure):

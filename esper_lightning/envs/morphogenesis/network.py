@@ -24,6 +24,7 @@ from esper_lightning.envs.morphogenesis.host import (
 )
 from esper_lightning.envs.morphogenesis.layout import split_rows
 from esper_lightning.envs.morphogenesis.lifecycle import ATTACHED, JUDGED, LIVE, Slots, Stage, is_in
+from esper_lightning.envs.morphogenesis.population import Traits
 
 __all__ = ["Losses", "Plan", "Weights", "plan_training", "plan_validation", "run"]
 
@@ -116,20 +117,25 @@ def run(
     plan: Plan,
     *,
     training: bool,
+    traits: Traits | None = None,
 ) -> Losses:
     """Losses of the trunk and of the branches.
+
+    ``traits`` limits the classes and the channels of each host; without it, hosts have all.
 
     In training, batch norm uses the batch and the trunk updates the running statistics in place;
     gradients of a branch reach the seed that trains in it and nothing else.
     """
     hosts, branch = image.shape[0], plan.branch_host
     rows = weights.host
+    if traits is not None and branch is not None:
+        traits = Traits(*(torch.cat((t, t.index_select(0, branch))) for t in traits))
     if branch is not None:
         rows = torch.cat((rows, rows.detach().index_select(0, branch)))
     blocks, head, bias = architecture.unpack(rows)
     h = image
-    for level, block, seeds, *running in zip(
-        plan.levels, blocks, weights.seeds, weights.means, weights.variances, strict=True
+    for s, (level, block, seeds, *running) in enumerate(
+        zip(plan.levels, blocks, weights.seeds, weights.means, weights.variances, strict=True)
     ):
         count = h.shape[0]
         if training:
@@ -143,14 +149,19 @@ def run(
                 some = branch[: count - hosts]
                 mean, variance = (torch.cat((t, t.index_select(0, some))) for t in running)
             h, _ = run_block(h, block.first(count), (mean, variance))
+        if traits is not None:
+            channel = torch.arange(h.shape[4], device=h.device)
+            used = channel < traits.channels_used[:count, s].unsqueeze(1)
+            h = torch.where(used[:, None, None, None], h, 0.0)
         if level.joins is not None:
             h = torch.cat((h, h.detach().index_select(0, level.joins)))
         if level.seeds is not None:
             h = _grow(h, seeds, level.seeds)
+    class_mask = None if traits is None else traits.class_mask
     if branch is None:
-        return Losses(image_loss(h, head, bias, label), None)
+        return Losses(image_loss(h, head, bias, label, class_mask), None)
     label = torch.cat((label, label.index_select(0, branch)))
-    loss, right = image_loss(h, head, bias, label)
+    loss, right = image_loss(h, head, bias, label, class_mask)
     return Losses((loss[:hosts], right[:hosts]), (loss[hosts:], right[hosts:]))
 
 

@@ -95,6 +95,7 @@ def observe(
     *,
     epochs: int,
     classes: int,
+    hide_training: bool = False,
 ) -> Float[Tensor, "B O"]:
     """Features in the order of ``feature_names``.
 
@@ -104,7 +105,16 @@ def observe(
         grown: Number of grown parameters over number of host parameters.
         epochs: Number of epochs of an episode.
         classes: Number of classes of the data.
+        hide_training: Whether features that are measured in the training of a host are 0.
     """
+    if hide_training:
+        vitals = vitals._replace(
+            losses=torch.zeros_like(vitals.losses),
+            accuracies=torch.zeros_like(vitals.accuracies),
+            contribution=torch.zeros_like(vitals.contribution),
+            germination_accuracy=torch.zeros_like(vitals.germination_accuracy),
+            grad_norm=torch.zeros_like(vitals.grad_norm),
+        )
     count = slots.stage.shape[1]
     dtype = grown.dtype
     live = is_in(slots.stage, LIVE)

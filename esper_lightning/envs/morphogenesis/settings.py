@@ -22,6 +22,13 @@ from esper_lightning.envs.morphogenesis.env import MorphogenesisEnv
 from esper_lightning.envs.morphogenesis.host import Architecture
 from esper_lightning.envs.morphogenesis.lifecycle import LifeCycle, RampShape
 from esper_lightning.envs.morphogenesis.observation import action_space, feature_names
+from esper_lightning.envs.morphogenesis.population import (
+    CIFAR_HELD_OUT,
+    CIFAR_KINDS,
+    DIGITS_HELD_OUT,
+    DIGITS_KINDS,
+    Population,
+)
 from esper_lightning.envs.morphogenesis.reward import RewardWeights
 from esper_lightning.envs.morphogenesis.state import HostInitializer
 from esper_lightning.envs.morphogenesis.trainer import HostTrainer
@@ -69,6 +76,8 @@ class Morphogenesis(EnvSpec):
         ramp_epochs: Durations of blending that the agent can choose, in epochs.
         ramp_shape: Shape of the rise of alpha: ``linear``, ``cosine`` or ``sigmoid``.
         min_training_epochs: Epochs in isolation before a seed may be blended.
+        min_dormant_epochs: Epochs for which a slot is empty before a seed may germinate; at the
+            start of an episode, the epochs in which a host can only be watched.
         fade_epochs: Epochs in which a pruned seed that is attached fades out.
         cooldown_epochs: Epochs for which a slot stays empty after its seed was pruned.
         gain_weight: Reward for accuracy from 0 to 1.
@@ -82,6 +91,11 @@ class Morphogenesis(EnvSpec):
             updates of the hosts, once for each number of environments; ``None`` for no. That takes
             a minute or more, and a step then launches less than half as many kernels
             (``docs/gpu.md``).
+        population: Choices for what each host is like; ``None`` for hosts that are all alike. A
+            population has learning rates of its own.
+        hide_training: Whether observations hide what is measured in the training of a host: losses,
+            accuracies, contributions, gains and gradient norms. A policy can then follow a
+            schedule, but cannot react.
     """
 
     num_envs: int = 64
@@ -105,6 +119,7 @@ class Morphogenesis(EnvSpec):
     ramp_epochs: tuple[int, ...] = (1, 2, 4)
     ramp_shape: RampShape = "linear"
     min_training_epochs: int = 1
+    min_dormant_epochs: int = 0
     fade_epochs: int = 1
     cooldown_epochs: int = 1
     gain_weight: float = 10.0
@@ -114,13 +129,15 @@ class Morphogenesis(EnvSpec):
     shaping_weight: float = 0.0
     shaping_discount: float = 0.99
     compiled: bool | None = None
+    population: Population | None = None
+    hide_training: bool = False
 
     def __post_init__(self) -> None:
         sizes = ("channels", "kernels", "pools", "ramp_epochs", "image")
         rules: dict[str, str] = dict.fromkeys(sizes, "be a tuple of integers of at least 1")
         rules["blueprints"] = f"be different names of {BLUEPRINTS}"
         check_fields(self, rules)
-        least = {"cooldown_epochs": 0, "classes": 2}
+        least = {"cooldown_epochs": 0, "min_dormant_epochs": 0, "classes": 2}
         for name in (
             "num_envs",
             "cooldown_epochs",
@@ -130,6 +147,7 @@ class Morphogenesis(EnvSpec):
             "batch_size",
             "validation_size",
             "min_training_epochs",
+            "min_dormant_epochs",
             "fade_epochs",
         ):
             at_least(f"Morphogenesis.{name}", getattr(self, name), least.get(name, 1))
@@ -141,6 +159,9 @@ class Morphogenesis(EnvSpec):
             _require(name, len(values) >= 1 and min(values) >= 1, rules[name], values)
         _require("image", len(self.image) == 2, "be channels and side", self.image)
         self._refuse_foreign_data()
+        if self.population is not None:
+            most, rule = max(self.population.classes), f"be at most classes = {self.classes}"
+            require(most <= self.classes, "Population.classes", rule, self.population.classes)
         _require("channels", min(self.channels) >= 4, "be at least 4", self.channels)
         for name in ("kernels", "pools"):
             ok = len(getattr(self, name)) == len(self.channels)
@@ -188,6 +209,25 @@ class Morphogenesis(EnvSpec):
         """CIFAR-10 and a host of 6,418 parameters, which is too small for this data."""
         data: dict[str, Any] = {"dataset": "cifar10", "folder": folder}
         return cls(**_LARGE | data | changes)
+
+    @classmethod
+    def digits_mixed(cls, *, held_out: bool = False, **changes: Any) -> "Morphogenesis":
+        """Digits, and hosts that differ in what they need: some need nothing, others need much.
+
+        ``held_out`` hosts are of kinds that are in no training: more classes, more noise.
+        """
+        given = dict(_MIXED)
+        given["population"] = DIGITS_HELD_OUT if held_out else DIGITS_KINDS
+        return cls(**given | changes)
+
+    @classmethod
+    def cifar10_mixed(
+        cls, folder: str, *, held_out: bool = False, **changes: Any
+    ) -> "Morphogenesis":
+        """CIFAR-10, and hosts that differ in what they need, or are of kinds held out."""
+        given: dict[str, Any] = {"intervention_cost": 0.1}
+        given["population"] = CIFAR_HELD_OUT if held_out else CIFAR_KINDS
+        return cls.cifar10(folder, **given | changes)
 
     @classmethod
     def synthetic(cls, **changes: Any) -> "Morphogenesis":
@@ -249,7 +289,21 @@ class Morphogenesis(EnvSpec):
         rule = f"be at most {most} for {self.dataset!r}"
         _require("validation_size", self.validation_size <= most, rule, self.validation_size)
         few = Split(*(tensor[: self.validation_size] for tensor in splits.validation))
-        return splits._replace(validation=few)
+        splits = splits._replace(validation=few)
+        if self.population is not None:
+            self._check_population(self.population, splits)
+        return splits
+
+    def _check_population(self, population: Population, splits: Splits) -> None:
+        """Refuse a population for which there are too few images."""
+        training, *others = (
+            int(split.label.bincount(minlength=self.classes).min()) for split in splits
+        )
+        rule = f"be at most {training}, the training images of the smallest class"
+        got = population.images_per_class
+        require(max(got) <= training, "Population.images_per_class", rule, got)
+        rule = "leave images of every class for a population"
+        _require("validation_size", min(others) > 0, rule, self.validation_size)
 
     def check_data(self, device: torch.device) -> None:
         """Refuse data that is absent, is broken, or is less than the settings ask for.
@@ -288,6 +342,7 @@ class Morphogenesis(EnvSpec):
             ramp_choices=self.ramp_epochs,
             ramp_shape=self.ramp_shape,
             min_training_epochs=self.min_training_epochs,
+            min_dormant_epochs=self.min_dormant_epochs,
             fade_epochs=self.fade_epochs,
             cooldown_epochs=self.cooldown_epochs,
             device=device,
@@ -301,6 +356,7 @@ class Morphogenesis(EnvSpec):
             batch_size=self.batch_size,
             static=device.type != "cpu" if static is None else static,
             compiled=self.compiled,
+            population=self.population,
         )
         return MorphogenesisEnv(
             num_envs=self.num_envs,
@@ -312,6 +368,7 @@ class Morphogenesis(EnvSpec):
             trainer=trainer,
             device=device,
             seed=seed,
+            hide_training=self.hide_training,
         )
 
 
@@ -330,4 +387,14 @@ _LARGE: dict[str, Any] = {
     "batch_size": 64,
     "validation_size": 256,
     "learning_rate": 0.1,
+}
+_MIXED: dict[str, Any] = {
+    "channels": (4, 8, 8),
+    "pools": (2, 1, 2),
+    "epochs": 12,
+    "train_batches": 16,
+    "min_dormant_epochs": 2,
+    "rent_weight": 0.015,
+    "intervention_cost": 0.1,
+    "validation_size": 400,
 }

@@ -17,7 +17,7 @@ from torch import Tensor
 
 from esper_lightning.core.shapes import Float, Int
 
-__all__ = ["Place", "Purpose", "integers", "normals", "philox", "uniforms"]
+__all__ = ["Place", "Purpose", "integers", "normals", "philox", "uniforms", "words_at"]
 
 _MULTIPLIERS = (0xD2511F53, 0xCD9E8D57)
 _WEYL = (0x9E3779B9, 0xBB67AE85)
@@ -34,6 +34,8 @@ class Purpose(IntEnum):
     BATCHES = 2
     POLICY = 3
     DATA = 4
+    KIND = 5
+    LABELS = 6
 
 
 class Place(NamedTuple):
@@ -62,7 +64,7 @@ def philox(counter: _Words, key: tuple[int, int]) -> _Words:
 
 
 def integers(
-    seed: int, purpose: Purpose, place: Place, *, count: int, high: int
+    seed: int, purpose: Purpose, place: Place, *, count: int, high: int | Int[Tensor, "B N"]
 ) -> Int[Tensor, "B N"]:
     """Integers in ``[0, high)``, uniform except for a share of ``high / 2**32``."""
     return _words(seed, purpose, place, count) * high >> 32
@@ -81,9 +83,16 @@ def normals(seed: int, purpose: Purpose, place: Place, *, count: int) -> Float[T
     return torch.cat((radius * angle.cos(), radius * angle.sin()), dim=1)[:, :count]
 
 
+def words_at(
+    seed: int, purpose: Purpose, place: Place, position: Int[Tensor, "B N"]
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """Four words of 32 bits, each ``[B, N]``, for each position of the streams."""
+    rows = [axis.unsqueeze(1) for axis in (place.step, place.episode, place.env)]
+    counter = cast(list[Tensor], torch.broadcast_tensors(position, *rows))
+    return philox((counter[0], counter[1], counter[2], counter[3]), (seed & _WORD, int(purpose)))
+
+
 def _words(seed: int, purpose: Purpose, place: Place, count: int) -> Int[Tensor, "B N"]:
     blocks = torch.arange((count + 3) // 4, device=place.env.device)
-    rows = [axis.unsqueeze(1) for axis in (place.step, place.episode, place.env)]
-    counter = cast(list[Tensor], torch.broadcast_tensors(blocks.unsqueeze(0), *rows))
-    words = philox((counter[0], counter[1], counter[2], counter[3]), (seed & _WORD, int(purpose)))
+    words = words_at(seed, purpose, place, blocks.unsqueeze(0))
     return torch.stack(words, dim=2).flatten(1)[:, :count]  # [B, blocks, 4] -> [B, N]

@@ -13,8 +13,14 @@ from esper_lightning.envs.morphogenesis.data import Split, Splits
 from esper_lightning.envs.morphogenesis.host import Architecture
 from esper_lightning.envs.morphogenesis.layout import unflatten
 from esper_lightning.envs.morphogenesis.lifecycle import Slots
-from esper_lightning.envs.morphogenesis.native import NativeHosts, Traits
+from esper_lightning.envs.morphogenesis.native import NativeHosts
 from esper_lightning.envs.morphogenesis.network import Weights
+from esper_lightning.envs.morphogenesis.population import (
+    Kinds,
+    KindSampler,
+    Population,
+    Traits,
+)
 from esper_lightning.envs.morphogenesis.state import Hosts, place_of
 from esper_lightning.envs.morphogenesis.streams import Purpose, integers
 from esper_lightning.envs.morphogenesis.training import (
@@ -47,9 +53,11 @@ class HostTrainer:
             would wait for the device.
         compiled: Whether the hosts run as native code on a CPU, in float32; ``None`` for whether
             that is possible. On CUDA, whether Inductor compiles static updates; ``None`` for no.
+        population: Choices for what a host is like; ``None`` for hosts that are all alike.
 
     Attributes:
         chunk: Number of hosts that operations of torch compute at once; ``None`` for all hosts.
+        sampler: Sampler of kinds and their batches; ``None`` where all hosts are alike.
 
     Raises:
         ValueError: If ``compiled`` is True and native code cannot be compiled.
@@ -66,6 +74,7 @@ class HostTrainer:
         batch_size: int,
         static: bool,
         compiled: bool | None = False,
+        population: Population | None = None,
     ) -> None:
         self.architecture, self.blueprints, self.splits = architecture, blueprints, splits
         self.static = static
@@ -73,6 +82,15 @@ class HostTrainer:
         self.chunk: int | None = None
         self._images_at_once = splits.validation.label.shape[0]
         image = splits.training.image
+        self.sampler = None
+        if population is not None:
+            self.sampler = KindSampler(
+                population,
+                splits.training.label,
+                classes=architecture.classes,
+                channels=architecture.channels,
+                dtype=image.dtype,
+            )
         self._update = None
         if static:
             update = static_update(architecture, sgd)
@@ -92,22 +110,30 @@ class HostTrainer:
             self.chunk = max(1, _CACHE_BYTES // (batch_size * area * image.element_size()))
             self._images_at_once = _IMAGES
 
-    def train(self, hosts: Hosts, slots: Slots, seed: int) -> Trained:
+    def kinds(self, hosts: Hosts, seed: int) -> Kinds | None:
+        """The kinds of the hosts; ``None`` where all hosts are alike."""
+        return None if self.sampler is None else self.sampler.kinds(seed, hosts.episode)
+
+    def train(self, hosts: Hosts, slots: Slots, seed: int, kinds: Kinds | None = None) -> Trained:
         """One epoch of SGD on random images, which changes weights and velocity in place.
 
         Args:
             hosts: Hosts to train.
             slots: Slots of the hosts in this epoch.
             seed: Seed of all random numbers.
+            kinds: Kinds of the hosts, from ``kinds``.
         """
-        training = self.splits.training
+        training, place = self.splits.training, place_of(hosts)
         shape = (self._train_batches, self._batch_size)
         count, high = shape[0] * shape[1], training.label.shape[0]
-        index = integers(seed, Purpose.BATCHES, place_of(hosts), count=count, high=high)
-        index = unflatten(index, 1, shape)
-        if self._native is not None:
-            traits = self._traits(len(index))
+        if self.sampler is None or kinds is None:
+            index = integers(seed, Purpose.BATCHES, place, count=count, high=high)
             label = training.label[index]
+        else:
+            index, label = self.sampler.batches(seed, kinds, place, count=count)
+        index, label = unflatten(index, 1, shape), unflatten(label, 1, shape)
+        if self._native is not None:
+            traits = self._traits(len(index), kinds)
             return self._native.train(
                 hosts.weights, hosts.velocity, slots, training.image, label, index, traits
             )
@@ -115,8 +141,10 @@ class HostTrainer:
             hosts.weights,
             hosts.velocity,
             slots,
-            *training,
+            training.image,
             index,
+            label,
+            None if kinds is None else kinds.traits,
             self.architecture,
             self._sgd,
             enabled=self.blueprints,
@@ -125,16 +153,23 @@ class HostTrainer:
         )
 
     def measure(
-        self, weights: Weights, slots: Slots, split: Split, *, switch: bool = True
+        self,
+        weights: Weights,
+        slots: Slots,
+        split: Split,
+        kinds: Kinds | None = None,
+        *,
+        switch: bool = True,
     ) -> Measured:
         """Loss and accuracy on a split and, with ``switch``, the contribution of each slot."""
         if self._native is not None:
-            traits = self._traits(len(slots.stage))
+            traits = self._traits(len(slots.stage), kinds)
             return self._native.measure(weights, slots, *split, traits, switch=switch)
         return measure(
             weights,
             slots,
             *split,
+            None if kinds is None else kinds.traits,
             self.architecture,
             enabled=self.blueprints,
             chunk=self._chunk_of(slots.stage),
@@ -143,8 +178,10 @@ class HostTrainer:
             switch=switch,
         )
 
-    def _traits(self, hosts: int) -> Traits:
-        """The same traits for all hosts."""
+    def _traits(self, hosts: int, kinds: Kinds | None) -> Traits:
+        """The traits of the hosts, which are the same for all where hosts are alike."""
+        if kinds is not None:
+            return kinds.traits
         architecture = self.architecture
         return Traits(
             torch.full((hosts,), self._sgd.learning_rate),

@@ -25,6 +25,7 @@ from esper_lightning.envs.morphogenesis.network import (
     plan_validation,
     run,
 )
+from esper_lightning.envs.morphogenesis.population import Traits
 
 __all__ = [
     "SGD",
@@ -64,7 +65,8 @@ class Trained(NamedTuple):
 
 
 StaticUpdate = Callable[..., tuple[Tensor, Tensor]]
-"""An update with a static plan: ``(weights, velocity, plan, batch, label, attached, isolated)``.
+"""An update with a static plan: ``(weights, velocity, plan, batch, label, traits, attached,
+isolated)``.
 
 Weights and velocity are written in place. Returned are the results of ``_update``.
 """
@@ -95,8 +97,9 @@ def train(
     velocity: Weights,
     slots: Slots,
     image: Float[Tensor, "I H W C"],
-    label: Int[Tensor, " I"],
     index: Int[Tensor, "B U M"],
+    label: Int[Tensor, "B U M"],
+    traits: Traits | None,
     architecture: Architecture,
     sgd: SGD,
     *,
@@ -106,6 +109,7 @@ def train(
 ) -> Trained:
     """One epoch of ``U`` updates on the images ``index``; writes into weights and velocity.
 
+    Where there are ``traits``, the learning rate of a host is that of its kind.
     ``static`` is an update whose plan does not depend on the stages, which are then not read.
     """
     finite: list[Tensor] = []
@@ -122,9 +126,10 @@ def train(
         packed, packed_speeds = _pack(rows, chosen), _pack(speeds, chosen)
         ok = torch.ones(high - low, dtype=torch.bool, device=index.device)
         norm = torch.zeros_like(mine.alpha)
-        for picked in index[part].unbind(1):  # [N, M]
+        own = None if traits is None else traits.rows(part)
+        for picked, answer in zip(index[part].unbind(1), label[part].unbind(1), strict=True):
             batch = unflatten(image.index_select(0, picked.flatten()), 0, picked.shape)
-            given = (plan, batch, label[picked])
+            given = (plan, batch, answer, own)
             if static is not None:
                 batch_finite, norm = static(packed, packed_speeds, *given, attached, isolated)
             else:
@@ -140,8 +145,9 @@ def train(
                 )
             ok = ok & batch_finite
         if chosen is not None:
-            for whole, some in ((rows, packed), (speeds, packed_speeds)):
-                for target, index_of, seed in zip(whole.seeds, chosen, some.seeds, strict=True):
+            for whole, live_ones in ((rows, packed), (speeds, packed_speeds)):
+                pairs = zip(whole.seeds, chosen, live_ones.seeds, strict=True)
+                for target, index_of, seed in pairs:
                     target.index_copy_(0, index_of, seed)
         finite.append(ok)
         norms.append(norm)
@@ -162,6 +168,7 @@ def static_update(architecture: Architecture, sgd: SGD) -> StaticUpdate:
         plan: Plan,
         batch: Tensor,
         label: Tensor,
+        traits: Traits | None,
         attached: Tensor,
         isolated: Tensor,
     ) -> tuple[Tensor, Tensor]:
@@ -172,6 +179,7 @@ def static_update(architecture: Architecture, sgd: SGD) -> StaticUpdate:
             plan,
             batch,
             label,
+            traits,
             architecture,
             sgd,
             attached=attached,
@@ -188,6 +196,7 @@ def _update(
     plan: Plan,
     batch: Tensor,
     label: Tensor,
+    traits: Traits | None,
     architecture: Architecture,
     sgd: SGD,
     *,
@@ -205,7 +214,7 @@ def _update(
             host=weights.host.detach().requires_grad_(),
             seeds=tuple(seed.detach().requires_grad_() for seed in weights.seeds),
         )
-        losses = run(leaf, architecture, batch, label, plan, training=True)
+        losses = run(leaf, architecture, batch, label, plan, training=True, traits=traits)
         loss = losses.trunk[0].mean(1)
         total = loss.sum()
         if losses.branches is not None:
@@ -228,26 +237,38 @@ def _update(
     finite = loss.isfinite() & joint.isfinite()
     norm = torch.where(attached, joint.unsqueeze(1), seed_norm)
     sound = torch.where(attached, finite.unsqueeze(1), isolated & norm.isfinite())
-    _descend(weights.host, velocity.host, host_grad, joint, finite, sgd)
+    rate = sgd.learning_rate if traits is None else traits.learning_rate
+    _descend(weights.host, velocity.host, host_grad, joint, finite, sgd, rate)
     for s, grad in enumerate(grads):
         if grad is not None:
             row, speed = weights.seeds[s], velocity.seeds[s]
-            length, fine = norm[:, s], sound[:, s]
+            length, fine, pace = norm[:, s], sound[:, s], rate
             if chosen is not None:
                 length, fine = length[chosen[s]], fine[chosen[s]]
-            _descend(row, speed, grad, length, fine, sgd)
+                pace = rate[chosen[s]] if isinstance(rate, Tensor) else rate
+            _descend(row, speed, grad, length, fine, sgd, pace)
     return finite, seed_norm.detach()
 
 
 def _descend(
-    row: Tensor, speed: Tensor, grad: Tensor, norm: Tensor, sound: Tensor, sgd: SGD
+    row: Tensor,
+    speed: Tensor,
+    grad: Tensor,
+    norm: Tensor,
+    sound: Tensor,
+    sgd: SGD,
+    learning_rate: float | Tensor,
 ) -> None:
     """Clip, decay, apply momentum and step, in place and only where ``sound``."""
     factor = (sgd.max_grad_norm / (norm + 1e-6)).clamp(max=1.0).unsqueeze(1)
     pull = torch.addcmul(row * sgd.weight_decay, grad, factor)
     faster = torch.where(sound.unsqueeze(1), torch.add(pull, speed, alpha=sgd.momentum), speed)
     speed.copy_(faster)
-    row.sub_(faster.masked_fill_(~sound.unsqueeze(1), 0.0), alpha=sgd.learning_rate)
+    step = faster.masked_fill_(~sound.unsqueeze(1), 0.0)
+    if isinstance(learning_rate, Tensor):
+        row.sub_(step * learning_rate.unsqueeze(1))
+    else:
+        row.sub_(step, alpha=learning_rate)
 
 
 def measure(
@@ -255,6 +276,7 @@ def measure(
     slots: Slots,
     image: Float[Tensor, "I H W C"],
     label: Int[Tensor, " I"],
+    traits: Traits | None,
     architecture: Architecture,
     *,
     enabled: tuple[str, ...],
@@ -263,7 +285,10 @@ def measure(
     static: bool,
     switch: bool = True,
 ) -> Measured:
-    """Loss and accuracy on given images and, with ``switch``, the contribution of each slot."""
+    """Loss and accuracy on given images and, with ``switch``, the contribution of each slot.
+
+    Where there are ``traits``, the images of a host are those of its classes.
+    """
     loss: list[Tensor] = []
     accuracy: list[Tensor] = []
     contribution: list[Tensor] = []
@@ -272,22 +297,29 @@ def measure(
         mine = Slots(*(tensor[part] for tensor in slots))
         plan = plan_validation(mine, enabled, static=static, switch=switch)
         rows = _rows(weights, part)
+        own = None if traits is None else traits.rows(part)
         columns: list[tuple[Tensor, Tensor, Tensor | None]] = []
         for start in range(0, image.shape[0], images_at_once):
             some = image[start : start + images_at_once]
             few = label[start : start + images_at_once]
             batch = some.expand(high - low, -1, -1, -1, -1)
             labels = few.expand(high - low, -1)
-            losses = run(rows, architecture, batch, labels, plan, training=False)
+            losses = run(rows, architecture, batch, labels, plan, training=False, traits=own)
             other = None if losses.branches is None else losses.branches[1].sum(1)
-            columns.append((losses.trunk[0].sum(1), losses.trunk[1].sum(1), other))
+            each = losses.trunk[0]
+            if own is not None:  # no image of another class is classified right
+                each = each.masked_fill(~own.class_mask[:, few], 0.0)
+            columns.append((each.sum(1), losses.trunk[1].sum(1), other))
         count = image.shape[0]
+        if own is not None:
+            count = own.class_mask[:, label].sum(1)
         total, right = columns[0][0], columns[0][1]
         for column in columns[1:]:
             total, right = total + column[0], right + column[1]
         loss.append(total / count)
         accuracy.append(right / count)
-        contribution.append(_contribution(mine, plan, right, [c[2] for c in columns]) / count)
+        gained = _contribution(mine, plan, right, [c[2] for c in columns])
+        contribution.append(gained / (count if isinstance(count, int) else count.unsqueeze(1)))
     judged = is_in(slots.stage, JUDGED)
     return Measured(torch.cat(loss), torch.cat(accuracy), torch.cat(contribution), judged)
 

@@ -107,8 +107,11 @@ def fill(parameters, row):
 
 
 class Host(nn.Module):
-    def __init__(self, architecture):
+    """A host; ``kind`` has its classes, and the number of channels that it uses in each block."""
+
+    def __init__(self, architecture, kind=None):
         super().__init__()
+        self.kind = kind
         inputs = (architecture.image[0], *architecture.channels)
         self.convs, self.norms = nn.ModuleList(), nn.ModuleList()
         for i, o, k in zip(inputs, architecture.channels, architecture.kernels, strict=False):
@@ -128,9 +131,16 @@ class Host(nn.Module):
             else:
                 x = norm(x)
             x = functional.max_pool2d(x.relu(), pool)
+            if self.kind is not None:
+                x = torch.cat([plane if c < self.kind["channels_used"][s] else 0 * plane
+                               for c, plane in enumerate(x.split(1, 1))], 1)  # fmt: skip
             if gates[s] != 0:
                 x = x + gates[s] * seeds[s](x)
-        return self.head(x.mean((2, 3)))
+        logits = self.head(x.mean((2, 3)))
+        if self.kind is None:
+            return logits
+        absent = [k for k in range(logits.shape[1]) if k not in self.kind["classes"]]
+        return logits.index_fill(1, torch.tensor(absent, dtype=torch.long), -math.inf)
 
     def fill(self, row):
         parameters = []
@@ -212,7 +222,8 @@ class LifeCycleOracle:
         slot = self.slots[s]
         if op == "GERMINATE":
             busy = any(other.stage in ("TRAINING", "BLENDING") for other in self.slots)
-            return slot.stage == "DORMANT" and not busy
+            waited = slot.epochs >= self.spec.min_dormant_epochs
+            return slot.stage == "DORMANT" and not busy and waited
         if op == "BLEND":
             return slot.stage == "TRAINING" and slot.epochs >= self.spec.min_training_epochs
         if op == "FOSSILIZE":
@@ -252,9 +263,9 @@ class LifeCycleOracle:
 class LoneHost:
     """One environment: a module, an optimizer for the module and one for each seed."""
 
-    def __init__(self, spec, row, dtype=torch.float32):
-        self.spec, self.life = spec, LifeCycleOracle(spec)
-        self.host = Host(spec.architecture()).to(dtype)
+    def __init__(self, spec, row, dtype=torch.float32, kind=None):
+        self.spec, self.life, self.kind = spec, LifeCycleOracle(spec), kind
+        self.host = Host(spec.architecture(), kind).to(dtype)
         self.host.fill(row)
         self.optimizer = self._optimizer(self.host)
         self.seeds = [None] * len(spec.channels)
@@ -293,7 +304,7 @@ class LoneHost:
         spec = self.spec
         return torch.optim.SGD(
             module.parameters(),
-            lr=spec.learning_rate,
+            lr=spec.learning_rate if self.kind is None else self.kind["learning_rate"],
             momentum=spec.momentum,
             weight_decay=spec.weight_decay,
             foreach=False,
@@ -340,12 +351,15 @@ class LoneHost:
     def measure(self, image, label):
         """Loss, accuracy, and the contribution of each slot."""
         self.host.eval()
+        if self.kind is not None:
+            mine = [i for i, k in enumerate(label.tolist()) if k in self.kind["classes"]]
+            image, label = image[mine], label[mine]
 
         def accuracy(gates):
-            return (self.host(image, self.seeds, gates).argmax(1) == label).float().mean().item()
+            return (self.host(image, self.seeds, gates).argmax(1) == label).double().mean().item()
 
         logits = self.host(image, self.seeds, self.gates())
-        here = (logits.argmax(1) == label).float().mean().item()
+        here = (logits.argmax(1) == label).double().mean().item()
         contribution = {}
         for s, slot in enumerate(self.life.slots):
             gates = self.gates()

@@ -10,10 +10,12 @@ from esper_lightning.envs.morphogenesis import Morphogenesis
 from esper_lightning.envs.morphogenesis.blueprints import BLUEPRINTS
 from esper_lightning.envs.morphogenesis.lifecycle import Op
 from esper_lightning.envs.morphogenesis.observation import feature_names
+from esper_lightning.envs.morphogenesis.population import Population
 from esper_lightning.envs.morphogenesis.streams import Place, Purpose, integers
 from tests.envs.morphogenesis.reference import LoneHost
 
 CPU = torch.device("cpu")
+BATCHES = (slice(8), slice(8, 16))
 W, G, B, F, P = ("WAIT", "GERMINATE", "BLEND", "FOSSILIZE", "PRUNE")
 # op, slot, blueprint (added to the environment's own), ramp
 SCRIPTS = [
@@ -48,6 +50,15 @@ def spec_of(num_envs, **changes):
     )
 
 
+POPULATION = Population(
+    classes=(2, 5),
+    label_noise=(0.0, 0.4),
+    images_per_class=(3, 60),
+    learning_rate=(0.02, 0.2),
+    width=(0.3, 1.0),
+)
+
+
 @pytest.mark.parametrize("static", [False, True], ids=["planned", "static"])
 @pytest.mark.parametrize("script", range(len(SCRIPTS)))
 def test_hosts_trained_together_equal_each_trained_alone(script, static):
@@ -79,6 +90,42 @@ def test_observations_and_rewards_equal_those_of_lone_hosts_under_random_actions
     assert len(stages) == 7
 
 
+@pytest.mark.parametrize("static", [False, True], ids=["planned", "static"])
+def test_hosts_of_every_kind_trained_together_equal_each_trained_alone(static):
+    count = 24
+    spec = spec_of(count, population=POPULATION, validation_size=40)
+    env = spec.build(CPU, 3, dtype=torch.float64, static=static)
+    kinds = env.kinds()
+    drawn = kinds._asdict() | kinds.traits._asdict()
+    for name, choices in vars(POPULATION).items():
+        assert len(drawn[name].unique()) == len(choices)  # every choice takes part
+    lone = [
+        LoneHost(spec, row, torch.float64, kind_of(kinds, i))
+        for i, row in enumerate(env.hosts.weights.host)
+    ]
+    for op, slot, shift, ramp in SCRIPTS[0]:
+        actions = [(op, slot, (i + shift) % len(BLUEPRINTS), ramp) for i in range(count)]
+        step_both(spec, env, lone, actions)
+
+
+def kind_of(kinds, host):
+    """What the reference must know of a host."""
+    return {
+        "classes": kinds.traits.class_mask[host].nonzero().flatten().tolist(),
+        "channels_used": kinds.traits.channels_used[host].tolist(),
+        "learning_rate": kinds.traits.learning_rate[host].item(),
+    }
+
+
+def batches_of(env, place):
+    """Images and labels on which the hosts are trained next."""
+    kinds, label = env.kinds(), env.trainer.splits.training.label
+    if kinds is None:
+        image = integers(3, Purpose.BATCHES, place, count=16, high=len(label))
+        return image, label[image]
+    return env.trainer.sampler.batches(3, kinds, place, count=16)
+
+
 def step_both(spec, env, lone, actions):
     """A step of the environment and of each host alone; they must agree on everything."""
     tensor = torch.tensor([(Op[name], *rest) for name, *rest in actions])
@@ -86,12 +133,12 @@ def step_both(spec, env, lone, actions):
     training, validation, _ = (
         (split.image.permute(0, 3, 1, 2), split.label) for split in env.trainer.splits
     )
-    index = integers(3, Purpose.BATCHES, place, count=16, high=len(training[1]))
+    image, label = batches_of(env, place)
     drawn = germinated_rows(spec, env, tensor)
     result = env.step(tensor)
     names = feature_names(len(env.architecture.channels))
     for i, one in enumerate(lone):
-        batches = [(training[0][rows], training[1][rows]) for rows in index[i].view(2, 8)]
+        batches = [(training[0][image[i, part]], label[i, part]) for part in BATCHES]
         loss, accuracy, contribution = one.step(actions[i], drawn[i], batches, validation)
         host, seeds = one.rows()
         close(env.hosts.weights.host[i], host)
@@ -118,7 +165,10 @@ def germinated_rows(spec, env, action):
     """Parameters of each host's new seed, from a copy of the environment that makes the step."""
     if not (action[:, 0] == Op.GERMINATE).any():
         return [None] * env.num_envs
-    twin = replace(spec, learning_rate=1e-300).build(CPU, 3, dtype=torch.float64)
+    slow = {"learning_rate": 1e-300}
+    if spec.population is not None:
+        slow = {"population": replace(spec.population, learning_rate=(1e-300,))}
+    twin = replace(spec, **slow).build(CPU, 3, dtype=torch.float64)
     twin.load_state_dict(env.state_dict())
     twin.step(action)
     # The hosts did learn, by a small amount.

@@ -17,15 +17,17 @@ HOSTS = 3
     st.lists(st.lists(CHOICES, min_size=HOSTS, max_size=HOSTS), min_size=1, max_size=25),
     st.sampled_from(["linear", "cosine", "sigmoid"]),
     st.integers(1, 3),
+    st.integers(0, 3),
     st.integers(1, 3),
     st.integers(0, 2),
 )
 def test_every_action_has_the_effect_that_the_oracle_expects(
-    script, shape, training, fade, cooldown
+    script, shape, training, dormant, fade, cooldown
 ):
     spec = Morphogenesis(
         ramp_shape=shape,
         min_training_epochs=training,
+        min_dormant_epochs=dormant,
         fade_epochs=fade,
         cooldown_epochs=cooldown,
     )
@@ -33,6 +35,7 @@ def test_every_action_has_the_effect_that_the_oracle_expects(
         ramp_choices=spec.ramp_epochs,
         ramp_shape=shape,
         min_training_epochs=training,
+        min_dormant_epochs=dormant,
         fade_epochs=fade,
         cooldown_epochs=cooldown,
         device=torch.device("cpu"),
