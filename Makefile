@@ -4,7 +4,7 @@ VENV := .venv
 BIN := $(VENV)/bin
 
 .DEFAULT_GOAL := help
-.PHONY: help demo test slow check docs wheel learning zoo growth bench faults soak worlds mutants sanitize gpu-proof clean
+.PHONY: help demo test slow check docs wheel learning zoo growth growth-mixed bench faults soak worlds mutants sanitize gpu-proof clean
 
 help: ## Show this list
 	@grep -E '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | sed -E 's/:[^#]*## /\t/' | expand -t 10
@@ -46,6 +46,9 @@ zoo: $(VENV)/.installed ## Measure learning in simulators of others, 5 seeds eac
 
 growth: $(VENV)/.installed ## Train policies that grow networks, 5 seeds, against baselines (most of an hour)
 	$(BIN)/python benchmarks/growth.py
+
+growth-mixed: $(VENV)/.installed ## Train policies on networks that differ, 5 seeds, against every schedule of a grid (an hour)
+	$(BIN)/python benchmarks/growth_mixed.py
 
 bench: $(VENV)/.installed ## Measure throughput against the peers (half an hour)
 	$(BIN)/python -m pip install --quiet -c constraints.txt -e '.[dev,bench]'

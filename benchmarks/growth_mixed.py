@@ -390,9 +390,16 @@ def parser() -> argparse.ArgumentParser:
     settings += ["--model.eval_episodes", "2", "--model.ppo.minibatches", "2"]
     settings += ["--model.env.validation_size", "100"]
     smallest = {"seeds": [0], "hosts": 12, "jobs": 1, "settings": settings}
+    smallest["policies"] = ["PPO", "PPO, blind"]
     parser = benchmark_parser(__doc__, smallest)
     parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2, 3, 4])
-    parser.add_argument("--policies", nargs="+", default=[*VARIANTS], choices=[*VARIANTS])
+    parser.add_argument(
+        "--policies",
+        nargs="+",
+        default=[*VARIANTS],
+        choices=[*VARIANTS],
+        help="the first two at least",
+    )
     parser.add_argument("--jobs", type=int, default=2, help="processes at a time")
     parser.add_argument("--hosts", type=int, default=400, help="fresh ones, the same for all")
     parser.add_argument("--host-seed", type=int, default=2026)

@@ -14,6 +14,7 @@ from esper_lightning.comparison.statistics import (
     estimate_crossed,
     interquartile_mean,
     interval,
+    mean,
     probability_of_improvement,
 )
 
@@ -102,6 +103,17 @@ def test_a_crossed_interval_of_one_policy_is_that_of_its_tasks():
     crossed, plain = estimate_crossed(score), estimate((score[0],), interquartile_mean)
     width = plain.high - plain.low
     assert (crossed.low, crossed.high) == pytest.approx((plain.low, plain.high), abs=0.03 * width)
+
+
+def test_a_crossed_mean_counts_the_extremes_that_an_interquartile_mean_drops():
+    score = np.random.default_rng(2).normal(size=(4, 300))
+    score[:, ::4] += 100.0
+    found = estimate_crossed(score, mean)
+    assert found.value == pytest.approx(score.mean())
+    assert estimate_crossed(score).value < 1.0
+    deviation = 100 * (0.25 * 0.75 / 300) ** 0.5  # of the share of columns that are 100 higher
+    assert found.low == pytest.approx(found.value - 1.96 * deviation, abs=0.3 * deviation)
+    assert found.high == pytest.approx(found.value + 1.96 * deviation, abs=0.3 * deviation)
 
 
 def test_equal_scores_have_equal_intervals_each_time():

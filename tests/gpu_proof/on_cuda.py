@@ -6,6 +6,7 @@ first iteration, and how many kernels are launched. With ``--write`` in place of
 of kernels go to ``kernels.json``.
 """
 
+import dataclasses
 import json
 import sys
 import traceback
@@ -27,6 +28,7 @@ from esper_lightning.envs import (
     Pendulum,
 )
 from esper_lightning.envs.morphogenesis import data, operations
+from esper_lightning.envs.morphogenesis.population import DIGITS_KINDS
 from esper_lightning.ppo.agent import Agent, prepare_obs
 from esper_lightning.ppo.evaluation import evaluate_policy
 from esper_lightning.ppo.extension import Extensions
@@ -42,6 +44,7 @@ FULL = PPOConfig(
 )  # fmt: skip
 FEW = {"num_envs": 8}
 GROWTH = Morphogenesis.synthetic(**FEW, train_batches=1)
+MIXED = dataclasses.replace(GROWTH, population=DIGITS_KINDS)
 ENVS = {
     "cartpole": CartPole(**FEW),
     "acrobot": Acrobot(**FEW),
@@ -62,6 +65,7 @@ CASES = {
     "special, shared": (ENVS["cartpole"], SHARED, FULL, ()),
     "special, tanh": (ENVS["pendulum"], TANH, FULL, ()),
     "special, distillation": (ENVS["cartpole"], POLICIES["mlp"], FULL, (RND(),)),
+    "special, mixed hosts": (MIXED, POLICIES["mlp"], FULL, ()),
     "special, pictures": (Pictures(num_envs=8, shape=(1, 36, 36)), CNN(), FULL, ()),
 }
 # Every environment, policy and option is in a few cases; all combinations take minutes.
