@@ -191,8 +191,8 @@ STATEMENTS = [
         for text, document in (
             (
                 "Over five training seeds and 400 fresh networks it returns #, the best of 211 "
-                "fixed schedules in hindsight #, the same policy blind #: network by network it is ahead "
-                "by # (# to #) and # (# to #).",
+                "fixed schedules in hindsight #, the same policy blind #: network by network it is "
+                "ahead by # (# to #) and # (# to #).",
                 README,
             ),
             (
