@@ -30,7 +30,7 @@ def main() -> None:
         soak = Soak(folder, options.seed)
         soak.train_undisturbed()
         while time.monotonic() < end:
-            soak.one_run(until_s=end)
+            soak.one_run(until_s=end, keeps_state=soak.tally.runs % 2 == 1)
         files.write("Runs that are killed at random moments", report(soak.tally, options.minutes))
 
 
@@ -45,6 +45,13 @@ def report(tally: Tally, minutes: float) -> list[str]:
         "",
         f"- kills, after each of which the run was resumed: {kills}",
         f"- runs, each of which came to its end: {tally.runs}",
+        "",
+        "Every second run stored the state after each iteration. After a kill, such a run repeated",
+        "the iteration whose state, evaluation or checkpoint was being made, and no other:",
+        "",
+        "| iterations that a run repeated after a kill | kills |",
+        "| --- | --- |",
+        *(f"| {count} | {kills} |" for count, kills in sorted(tally.repeated.items())),
         "",
         "| what the run was doing when it was killed | kills |",
         "| --- | --- |",

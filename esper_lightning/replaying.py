@@ -23,6 +23,7 @@ from lightning.pytorch import LightningModule, Trainer
 from esper_lightning.callbacks.directory_choice import given_directory
 from esper_lightning.callbacks.mirror import place_of
 from esper_lightning.core.errors import require
+from esper_lightning.core.paths import expand_home
 from esper_lightning.forensics.layout import RunLayout
 from esper_lightning.forensics.remains import Remains, examine, first_failure
 from esper_lightning.forensics.replay import ReplayRecord, Verdict, failing_iteration, judge
@@ -186,7 +187,10 @@ def _candidates(run_dir: Path, first: Remains) -> Iterator[Path]:
 
 
 def _usable(path: Path) -> int | None:
-    """As ``_iteration_of``; ``None``, with a warning, also for a file that is refused."""
+    """Number of finished iterations in a checkpoint; ``None`` if no replay can start from it.
+
+    A file that is no whole checkpoint of a run is a warning.
+    """
     try:
         return _iteration_of(path)
     except (ValueError, OSError) as error:
@@ -249,8 +253,9 @@ def replay(
             something is already.
         BaseException: An error of the replay before its first iteration.
     """
-    run_dir = Path(run_dir)
-    plan = plan_replay(run_dir, ckpt_path=None if ckpt_path is None else Path(ckpt_path), deep=deep)
+    run_dir = expand_home(run_dir)
+    starts_from = None if ckpt_path is None else expand_home(ckpt_path)
+    plan = plan_replay(run_dir, ckpt_path=starts_from, deep=deep)
     watch = ReplayWatch(**plan.settings_of_watch(run_dir))
     recorders = [each for each in trainer.callbacks if isinstance(each, FlightRecorder)]
     recorder = recorders[0] if recorders else FlightRecorder(watch=False)

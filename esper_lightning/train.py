@@ -89,6 +89,7 @@ def train_ppo_vectorized(
     evaluate_every: int | None = None,
     eval_episodes: int | None = PPOSettings.eval_episodes,
     extensions: tuple[ExtensionSpec, ...] = PPOSettings.extensions,
+    redeal: bool = PPOSettings.redeal,
 ) -> list[dict[str, Any]]:
     """Train PPO for a number of iterations and return its history.
 
@@ -126,6 +127,8 @@ def train_ppo_vectorized(
             ``checkpoints/best.ckpt`` if no earlier one was better. ``None`` means no evaluations.
         eval_episodes: Number of episodes of an evaluation, which ``PPO`` explains.
         extensions: Additions to PPO: rewards, terms of the loss and metrics, such as ``RND()``.
+        redeal: Whether a run that is resumed by another number of ranks deals the environments of
+            the checkpoint anew.
 
     Returns:
         The rows of this rank's ``history.jsonl``, one for each iteration of this run directory.
@@ -244,8 +247,11 @@ def run_logger(env: EnvSpec, run_dir: str | Path | None = None) -> TensorBoardLo
         run_dir: The run directory; ``None`` for a new one, whose number ``begin_run`` chooses.
     """
     if run_dir is None:
-        return TensorBoardLogger(_folder(env).parent, name=_folder(env).name)
-    return TensorBoardLogger(place_of(run_dir)[0], name="", version="")
+        folder = _folder(env)
+        return TensorBoardLogger(folder.parent, name=folder.name, default_hp_metric=False)
+    # Lightning's hp_metric would be a curve of one point, at -1.
+    folder = place_of(run_dir)[0]
+    return TensorBoardLogger(folder, name="", version="", default_hp_metric=False)
 
 
 def begin_run(trainer: Trainer, env: EnvSpec, run_dir: str | Path | None, config: str) -> None:
@@ -259,7 +265,8 @@ def begin_run(trainer: Trainer, env: EnvSpec, run_dir: str | Path | None, config
         config: Content of ``config.yaml``, with which the run can be repeated.
 
     Raises:
-        ValueError: If another run is using the directory, or it holds files that no run wrote.
+        ValueError: If another run is using the directory, it holds files that no run wrote, or no
+            file can be written there.
         OSError: If the directory cannot be made.
     """
     leaves_files = not trainer.fast_dev_run  # pyright: ignore[reportAttributeAccessIssue]
@@ -276,6 +283,7 @@ def begin_run(trainer: Trainer, env: EnvSpec, run_dir: str | Path | None, config
     used = False
     try:
         held.refuse_others([*_WRITTEN, _FOLDERS])
+        require_output_folder("run_dir", held.directory)  # it may be that of another user's run
         if address is not None:  # an earlier attempt may have run on another machine
             mirror = Mirror(held.directory, address, rank=0)
             used = not held.was_run  # from the first fetched file on

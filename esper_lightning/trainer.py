@@ -1,11 +1,10 @@
 """Lightning's Trainer with the defaults of ``esper fit``, for runs that a program starts."""
 
 import logging
-import warnings
 from collections.abc import Generator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import lightning.pytorch
 import yaml
@@ -25,6 +24,11 @@ from esper_lightning.training.module import PPO
 from esper_lightning.training.trainer_rules import refuse_trainer
 
 __all__ = ["Trainer", "results_of"]
+
+_OF_PLACE = frozenset({"default_root_dir"})
+"""Settings that ``config.yaml`` does not hold, because the run directory stands for them."""
+_WITHOUT_EFFECT = frozenset({"logger", "profiler"})
+"""Settings that change nothing of the training if they are objects, which no config can hold."""
 
 
 class Trainer(lightning.pytorch.Trainer):
@@ -55,12 +59,16 @@ class Trainer(lightning.pytorch.Trainer):
     ) -> None:
         require(run_dir != "", "Trainer.run_dir", "name a directory", run_dir)
         given = [callbacks] if isinstance(callbacks, Callback) else [*(callbacks or ())]
-        # ``config.yaml`` says that there are some: a replay by ``esper`` would be without them.
+        # ``config.yaml`` names what it cannot hold: a replay by ``esper`` would be without it.
         self._further = [type(c).__name__ for c in given if not isinstance(c, FlightRecorder)]
+        self._settings = {k: v for k, v in kwargs.items() if _is_plain(v) and k not in _OF_PLACE}
+        objects = kwargs.keys() - self._settings.keys() - _OF_PLACE - _WITHOUT_EFFECT
+        self._further += sorted(f"Trainer.{name}" for name in objects if kwargs[name] is not None)
         plain = bool(kwargs.get("barebones") or kwargs.get("fast_dev_run"))
         if not kwargs.get("barebones"):
             kwargs["plugins"] = run_plugins(kwargs.get("plugins"), kwargs.get("strategy"))
             kwargs.setdefault("enable_model_summary", False)
+            kwargs.setdefault("log_every_n_steps", 1)  # Lightning warns of epochs of fewer steps
             shows = kwargs.get("enable_progress_bar") is not False
             given += default_callbacks(
                 given,
@@ -72,10 +80,6 @@ class Trainer(lightning.pytorch.Trainer):
         if self._own_logger:
             kwargs["logger"] = False  # until ``fit`` knows the task
         self._run_dir = run_dir
-        stored = ("accelerator", "devices", "limit_val_batches")  # what repeats a run
-        self._settings = {
-            name: kwargs[name] for name in stored if isinstance(kwargs.get(name), str | int | float)
-        }
         chosen: dict[str, Any] = {"max_epochs": -1, "callbacks": given, **kwargs}
         with _calm():
             super().__init__(**chosen)
@@ -108,7 +112,7 @@ class Trainer(lightning.pytorch.Trainer):
             if not self.barebones:
                 config = yaml.safe_dump(settings, sort_keys=False)
                 if self._further:
-                    config = f"{BY_PROGRAM} {', '.join(self._further)}\n{config}"
+                    config = f"{BY_PROGRAM}objects of its own: {', '.join(self._further)}\n{config}"
                 begin_run(self, model.env, self._run_dir, config)
         try:
             with _calm():
@@ -172,6 +176,16 @@ def results_of(
     return lines
 
 
+def _is_plain(value: object) -> bool:
+    """Whether a setting can be written into a config as it is."""
+    if isinstance(value, dict):
+        entries = cast(dict[object, object], value).items()
+        return all(isinstance(key, str) and _is_plain(entry) for key, entry in entries)
+    if isinstance(value, list):
+        return all(map(_is_plain, cast(list[object], value)))
+    return isinstance(value, str | bool | int | float)
+
+
 @contextmanager
 def _calm() -> Generator[None]:
     """A context without Lightning's lines about hardware that is absent and about its products."""
@@ -179,10 +193,7 @@ def _calm() -> Generator[None]:
     level = log.level
     log.setLevel(logging.WARNING)
     try:
-        with warnings.catch_warnings():
-            # Lightning asks torch in a way that torch will not answer for ever.
-            warnings.filterwarnings("ignore", ".*LeafSpec.*", FutureWarning)
-            yield
+        yield
     finally:
         log.setLevel(level)
 

@@ -13,95 +13,56 @@ a cluster, ``--dry-run`` prints the commands, one a line, for a job array.
 import argparse
 import os
 import shlex
-import subprocess
 import sys
 from concurrent.futures import ThreadPoolExecutor
+from functools import partial
 from pathlib import Path
-from typing import NamedTuple
 
-from esper_lightning.forensics.files import write_atomically
-from esper_lightning.forensics.layout import RunLayout
-from esper_lightning.forensics.rank_record import ProcessRecord
-from esper_lightning.forensics.reading import printable, read_file
-
-ESPER = [sys.executable, "-m", "esper_lightning.cli.main"]
-SHOWN_LINES = 15
-LONGEST_END = 1 << 16  # bytes at the end of a log from which the shown lines are read
-
-
-class Job(NamedTuple):
-    """One run: its directory, its command and the settings with which it is started."""
-
-    place: tuple[int, int]  # numbers of variant and seed in the order of the command line
-    run: Path
-    command: list[str]
-    started_with: str
-
-    @property
-    def is_finished(self) -> bool:
-        """Whether the run ended by itself."""
-        process = ProcessRecord.read(RunLayout(self.run).rank(0).process)
-        return process is not None and process.state == "finished"
-
-    @property
-    def has_begun(self) -> bool:
-        """Whether the run started training: its settings were accepted and written."""
-        return RunLayout(self.run).config.is_file()
-
-    def start(self, environment: dict[str, str]) -> bool:
-        """Run the command to its end, and print the result; returns whether the run succeeded."""
-        if self.is_finished:
-            print(f"{self.run}: finished before", flush=True)
-            return True
-        write_atomically(self.run / "ab.txt", self.started_with.encode())
-        log = self.run / "fit.log"
-        with log.open("ab") as file:  # the output of earlier attempts stays
-            status = subprocess.run(
-                self.command, stdout=file, stderr=file, env=environment, check=False
-            ).returncode
-        with log.open("rb") as file:
-            file.seek(max(0, log.stat().st_size - LONGEST_END))
-            lines = file.read(LONGEST_END).decode(errors="replace").splitlines()
-        said = [] if status == 0 else [f"    {printable(line)}" for line in lines[-SHOWN_LINES:]]
-        end = "finished" if status == 0 else f"FAILED with exit status {status}; {log} ends with:"
-        print("\n".join([f"{self.run}: {end}", *said]), flush=True)
-        return status == 0
+from esper_lightning.cli.jobs import Job, command_of, fit_job, start_esper
 
 
 def main() -> None:
     """Parse the options, train every run, and compare the variants."""
     options = parse()
-    jobs = [
-        job(options, variant, seed) for seed in options.seeds for variant in options.variant
-    ]  # variants vary fastest: an interrupted comparison has whole pairs
+    jobs = {
+        (name, seed): job(options, name, arguments, seed)
+        for seed in options.seeds
+        for name, arguments in options.variant
+    }  # variants vary fastest: an interrupted comparison has whole pairs
     if options.dry_run:
-        print("\n".join(shlex.join(job.command) for job in jobs if not job.is_finished))
+        print("\n".join(command_of(job) for job in jobs.values() if not job.is_finished))
         return
-    for one in jobs:
-        before = one.run / "ab.txt"
-        if one.has_begun and before.exists() and not is_content(before, one.started_with):
-            sys.exit(f"{before} must be of the same settings. Choose another --output.")
-    threads = str(max(1, (os.cpu_count() or 1) // options.jobs))
-    environment = {"OMP_NUM_THREADS": threads, **os.environ}
+    for one in jobs.values():
+        try:
+            one.refuse_other_settings()
+        except ValueError as error:
+            sys.exit(str(error))
+    threads = max(1, (os.cpu_count() or 1) // options.jobs)
     pool = ThreadPoolExecutor(options.jobs)
     try:
-        well = list(pool.map(lambda job: job.start(environment), jobs))
+        well = list(pool.map(partial(start, threads=threads), jobs.values()))
     finally:
         pool.shutdown(cancel_futures=True)  # Ctrl-C ends the runs, and no other may begin
-    runs = [str(job.run) for job in sorted(jobs, key=lambda job: job.place) if job.has_begun]
-    compare = [*ESPER, "compare", *runs]
+    every = [jobs[name, seed] for name, _ in options.variant for seed in options.seeds]
+    runs = [str(job.run) for job in every if job.has_begun]
     status = 1
     if runs:
-        status = subprocess.run([*compare, "--output", str(options.output)], check=False).returncode
+        status = start_esper(["compare", *runs, "--output", str(options.output)])
     sys.exit(status or not all(well))
 
 
-def is_content(path: Path, text: str) -> bool:
-    """Whether a path is a file that holds a text."""
-    try:
-        return read_file(path) == text.encode()
-    except (FileNotFoundError, ValueError):
-        return False
+def start(job: Job, *, threads: int) -> bool:
+    """Run a job to its end, and print the result; returns whether the run succeeded."""
+    if job.is_finished:
+        print(f"{job.run}: finished before", flush=True)
+        return True
+    status, _, says = job.execute(threads=threads)
+    end = "finished"
+    if status:
+        lines = [f"FAILED with exit status {status}; {job.run / 'fit.log'} ends with:", *says]
+        end = "\n    ".join(lines)
+    print(f"{job.run}: {end}", flush=True)
+    return status == 0
 
 
 def parser() -> argparse.ArgumentParser:
@@ -139,18 +100,11 @@ def parse() -> argparse.Namespace:
     return options
 
 
-def job(options: argparse.Namespace, variant: tuple[str, list[str]], seed: int) -> Job:
+def job(options: argparse.Namespace, name: str, arguments: list[str], seed: int) -> Job:
     """The run of a variant and a seed."""
-    name, arguments = variant
     run = options.output / name / f"seed{seed}"
-    configs = [word for config in options.config for word in ("--config", str(config))]
-    settings = [*configs, *options.arguments, *arguments, "--model.seed", str(seed)]
-    where = ["--run_dir", str(run), "--ckpt_path", "last"]
-    where += ["--trainer.enable_progress_bar", "false"]
-    contents = [config.read_text() for config in options.config]
-    started_with = "\n".join([shlex.join(settings), *contents])
-    place = options.variant.index(variant), options.seeds.index(seed)
-    return Job(place, run, [*ESPER, "fit", *settings, *where], started_with)
+    configs = [str(config) for config in options.config]
+    return fit_job(run, configs, [*options.arguments, *arguments], seed)
 
 
 if __name__ == "__main__":

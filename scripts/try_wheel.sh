@@ -36,7 +36,7 @@ esper replay runs/cartpole/version_1 | tee replay.txt || test $? -eq 3 # nothing
 grep -q "Did not happen again" replay.txt
 
 # What an extra is needed for says so in one line.
-for command in "fit --config hopper" "compare runs" "export --ckpt_path runs/cartpole/version_0 --output policy.onnx --format onnx"; do
+for command in "fit --config hopper" "compare runs" "sweep --config cartpole --search model.ppo.clip=0.1..0.3 --output sweep" "export --ckpt_path runs/cartpole/version_0 --output policy.onnx --format onnx"; do
     if esper $command 2> error.txt; then echo "esper $command works without its extra" && exit 1; fi
     test "$(wc -l < error.txt)" -le 1 || { cat error.txt && exit 1; }
     grep -q "pip install" error.txt || { cat error.txt && exit 1; }

@@ -106,6 +106,7 @@ def start(
     env: Mapping[str, str] | None = None,
     new_session: bool = False,
     children: bool = False,
+    within: tuple[str, ...] = (),
 ) -> Forked:
     """Start a program; its standard input is empty.
 
@@ -117,11 +118,13 @@ def start(
         env: Environment variables; by default those of this process with ``QUIET``.
         new_session: Whether the process leads a session of its own.
         children: Whether processes of ``sys.executable`` that the program starts are forked, too.
+        within: Command that starts a server elsewhere, such as ``("ip", "netns", "exec", NAME)``.
+            Identifiers of processes must be the same there.
     """
     variables = {**os.environ, **QUIET} if env is None else dict(env)
     words = [str(word) for word in arguments]
     place = str(cwd or Path.cwd())
-    connection, stand_in = _server()
+    connection, stand_in = _server(within)
     own = stand_in if children else None
     request = json.dumps([words, place, variables, new_session, own]).encode()
     reads, writes = os.pipe()
@@ -162,7 +165,7 @@ def _write_number(pipe: int, number: int) -> None:
 
 
 @functools.cache
-def _server() -> tuple[socket.socket, str]:
+def _server(within: tuple[str, ...] = ()) -> tuple[socket.socket, str]:
     """The connection to the server of this process, and the path of the stand-in for ``python``.
 
     The server ends with the process.
@@ -172,7 +175,7 @@ def _server() -> tuple[socket.socket, str]:
     address, stand_in = f"{folder}/socket", f"{folder}/python"
     python = os.environ.get(_PYTHON, sys.executable)
     subprocess.Popen(
-        [python, __file__, str(its.fileno()), address],
+        [*within, python, __file__, str(its.fileno()), address],
         cwd=ROOT,
         env={**os.environ, **QUIET, "PYTHONPATH": str(ROOT)},
         pass_fds=[its.fileno()],

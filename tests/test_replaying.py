@@ -2,6 +2,7 @@
 
 import functools
 import logging
+import re
 import shutil
 from collections.abc import Callable
 from pathlib import Path
@@ -233,3 +234,10 @@ def test_a_replay_never_writes_where_the_evidence_is(dead, trainer):
         replay(trainer(Dies(6), directory=dead), ppo(), dead)
     with pytest.raises(ValueError, match="ckpt_path must name an existing checkpoint"):
         plan_replay(dead, ckpt_path=dead / "config.yaml")
+
+
+def test_a_leading_tilde_is_the_home_folder(dead, trainer, monkeypatch):
+    monkeypatch.setenv("HOME", str(dead.parent))
+    (dead.parent / "wrong.ckpt").write_text("")
+    with pytest.raises(ValueError, match=re.escape(str(dead.parent / "wrong.ckpt"))):
+        replay(trainer(), ppo(), f"~/{dead.name}", ckpt_path="~/wrong.ckpt")

@@ -59,6 +59,7 @@ SETTINGS = {  # of the module, for an argument of ``train_ppo_vectorized`` that 
     "evaluate_every": (6, {"iterations_per_epoch": 6}),
     "eval_episodes": (8, {"eval_episodes": 8}),
     "extensions": ((RND(),), {"extensions": (RND(),)}),
+    "redeal": (True, {"redeal": True}),
 }
 OF_THE_RUN = ("device", "run_dir", "save_path", "resume_path")  # and those of the profiler
 ONLY_OF_PPO = {"warm_start"}

@@ -4,6 +4,8 @@ import warnings
 
 import pytest
 import torch
+import yaml
+from lightning.fabric.plugins.environments import LightningEnvironment
 from lightning.pytorch import Callback, LightningModule
 from lightning.pytorch.demos.boring_classes import BoringModel
 from lightning.pytorch.loggers import CSVLogger
@@ -69,6 +71,22 @@ def test_a_command_replays_no_run_with_callbacks_of_the_program(tmp_path, capsys
     assert "got Dies. Call esper_lightning.replaying.replay(trainer, model, run_dir)." in err
     settings = _settings(plan_replay(tmp_path / "run1"), tmp_path / "run1", tmp_path / "again")
     assert settings["model"]["seed"] == 0
+
+
+def test_the_config_of_a_run_holds_every_setting_of_the_trainer_that_is_plain(tmp_path):
+    given = {"max_steps": 2, "precision": "32-true", "gradient_clip_val": None, "devices": 1}
+    plugins, logger = [LightningEnvironment()], CSVLogger(tmp_path / "csv")
+    more = {"run_dir": tmp_path / "run", "default_root_dir": tmp_path}
+    Trainer(**QUIET, **given, plugins=plugins, logger=logger, **more).fit(model())
+    text = RunLayout(tmp_path / "run").config.read_text()
+    first, _, settings = text.partition("\n")
+    assert first == "# A program started this run, with objects of its own: Trainer.plugins"
+    assert yaml.safe_load(settings)["trainer"] == {
+        **QUIET,
+        "max_steps": 2,
+        "precision": "32-true",
+        "devices": 1,
+    }
 
 
 def test_the_latest_run_is_resumed(tmp_path, capsys):

@@ -51,6 +51,7 @@ __all__ = [
     "checkpoint_to_load",
     "cluster_environment",
     "dump_checkpoint",
+    "evaluates_next",
     "experiment_of",
     "forget_experiment",
     "forget_schedule",
@@ -235,6 +236,12 @@ def batches_in_epoch(length: int, limit: int | float) -> int | float:
     return _parse_num_batches(RunningStage.TRAINING, length, limit)
 
 
+def evaluates_next(trainer: Trainer) -> bool:
+    """Whether an evaluation follows the training batch that ends (``_should_check_val_fx``)."""
+    loop: Any = trainer.fit_loop
+    return loop.epoch_loop._should_check_val_fx(loop._data_fetcher)
+
+
 def train_time_interval(callback: Callback) -> Any:
     """``ModelCheckpoint(train_time_interval=...)``, which is stored as ``_train_time_interval``."""
     return getattr(callback, "_train_time_interval", None)
@@ -296,16 +303,10 @@ def set_version(logger: Any, version: int | str | None) -> None:
 
 
 def experiment_of(logger: Any, absent: Any = None) -> Any:
-    """The experiment that a logger has begun.
+    """The experiment that a logger has begun; ``None`` where it has not begun one.
 
-    ``_experiment``: the public property would begin an experiment.
-
-    Args:
-        logger: Logger of a run.
-        absent: Result for a logger that never stores an experiment.
-
-    Returns:
-        The experiment; ``None`` where the logger has not begun one.
+    ``_experiment``: the public property would begin an experiment. ``absent`` is the result for a
+    logger that never stores an experiment.
     """
     return vars(logger).get("_experiment", absent)
 

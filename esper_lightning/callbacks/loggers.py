@@ -32,7 +32,12 @@ _FINALIZE_S = 10.0  # of a run that died: launchers kill a process about half a 
 _NO_ROOM = (errno.ENOSPC, errno.EDQUOT)
 
 
-def guard_loggers(loggers: Iterable[Any], step: Callable[[], int] | None = None) -> None:
+def guard_loggers(
+    loggers: Iterable[Any],
+    step: Callable[[], int] | None = None,
+    *,
+    at_end: Callable[[Any, bool], None] | None = None,
+) -> None:
     """Prevent errors of loggers from ending the run that begins.
 
     An error of a logger becomes one warning that names its cause. Metrics and hyperparameters that
@@ -45,6 +50,8 @@ def guard_loggers(loggers: Iterable[Any], step: Callable[[], int] | None = None)
         step: Function that returns the x axis of everything that is logged under the guard;
             ``None`` for the step that ``log_metrics`` is given: Lightning and its callbacks give
             iterations, or none.
+        at_end: Function that is called with each logger before its ``finalize``, and whether the
+            run died; ``None`` for none, or for that of an earlier call.
     """
     for logger in loggers:
         if _GUARD not in vars(logger):
@@ -52,6 +59,8 @@ def guard_loggers(loggers: Iterable[Any], step: Callable[[], int] | None = None)
         guard: _Guard | None = vars(logger).get(_GUARD)
         if guard is not None and step is not None:
             guard.step = step
+        if guard is not None and at_end is not None:
+            guard.at_end = at_end
 
 
 def flush_logger(logger: Any) -> None:
@@ -80,6 +89,7 @@ class _Guard:
     """The guard of one logger, in the class of the logger: properties are guarded like methods."""
 
     step: Callable[[], int] | None = None
+    at_end: Callable[[Any, bool], None] | None = None
 
     def __init__(self, logger: Any) -> None:
         self._logger, self._class = logger, type(logger)
@@ -146,7 +156,17 @@ class _Guard:
         return call
 
     def _finalizing(self) -> Callable[..., Any]:
-        finalize = _within_time(self._with_warning("finalize"), self._name)
+        own = self._with_warning("finalize")
+
+        def end(logger: Any, status: str, *args: Any, **kwargs: Any) -> None:
+            if self.at_end is not None:
+                try:
+                    self.at_end(logger, status != "success")
+                except Exception as error:
+                    self._calls.warn("%s failed: %s. Training continues.", first_cause(error))
+            own(logger, status, *args, **kwargs)
+
+        finalize = _within_time(end, self._name)
 
         @functools.wraps(getattr(self._class, "finalize", lambda: None))
         def call(logger: Any, *args: Any, **kwargs: Any) -> None:

@@ -35,6 +35,7 @@ __all__ = [
     "end_run",
     "open_run_directory",
     "run_directory",
+    "withdraw_run",
 ]
 
 
@@ -97,6 +98,17 @@ def end_run(trainer: Trainer) -> None:
     found = OF_TRAINERS.get(trainer)
     if found is not None:
         found.end()
+
+
+def withdraw_run(trainer: Trainer) -> None:
+    """Remove the directory of a run that was refused before it began, if the run has made it.
+
+    A directory with a remote address stays, because its files are at the address by now.
+    """
+    found = OF_TRAINERS.get(trainer)
+    if found is not None and found.claim is not None and found.address is None:
+        found.end()
+        found.claim.withdraw()
 
 
 def copy_run_directory(trainer: Trainer) -> None:

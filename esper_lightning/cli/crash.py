@@ -21,7 +21,13 @@ from esper_lightning.forensics.files import strict_json
 from esper_lightning.forensics.owner_record import read_owner
 from esper_lightning.forensics.rank_record import SCHEMA
 from esper_lightning.forensics.reading import printable
-from esper_lightning.forensics.remains import Remains, examine, first_failure, unrecorded_start
+from esper_lightning.forensics.remains import (
+    Remains,
+    collectives_of,
+    examine,
+    first_failure,
+    unrecorded_start,
+)
 from esper_lightning.forensics.trace import summarize
 
 __all__ = ["Remains", "examine", "first_failure", "run"]
@@ -80,8 +86,8 @@ def run(arguments: list[str]) -> None:
         lines = describe(directory, ranks, first)
         if directories[1:]:
             lines.insert(1, f"Together with: {', '.join(map(str, directories[1:]))}")
-        found = {each.rank: each.collectives for each in ranks}
-        lines += ["", *told] if (told := describe_collectives(found)) else []
+        told = describe_collectives(collectives_of(ranks))
+        lines += ["", *told] if told else []
         lines += mention_attempts(directory, attempts)
         print("\n".join(map(printable, lines)))
 

@@ -11,7 +11,13 @@ from esper_lightning.forensics.layout import RunLayout
 from esper_lightning.forensics.phases import Phases
 from esper_lightning.forensics.processes import ProcessIdentity, is_alive
 from esper_lightning.forensics.rank_record import SCHEMA
-from esper_lightning.forensics.remains import Remains, Window, examine, rank_folders
+from esper_lightning.forensics.remains import (
+    Remains,
+    Window,
+    culprit_of_hang,
+    examine,
+    rank_folders,
+)
 from esper_lightning.forensics.replay import ReplayRecord, failing_iteration, judge
 from esper_lightning.forensics.report import CgroupCounters, CrashReport, NonFiniteReport
 
@@ -61,6 +67,9 @@ def describe(directory: Path, ranks: list[Remains], first: Remains | None) -> li
             for rank in ranks
             if rank.report is not None
         ]
+        culprit = culprit_of_hang(ranks)
+        if culprit is not None:
+            lines.append(f"The others waited for rank {culprit.rank}.")
         return [*lines, *_last_rows(ranks[0]), *_again(directory, None)]
     lines += [*_death(first, ranks), ""]
     sections = (_where_time_went, _last_rows, _evidence, _operators)

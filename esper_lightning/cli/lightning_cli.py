@@ -11,7 +11,7 @@ from collections.abc import Callable, Sequence
 from contextlib import suppress
 from functools import partial
 from pathlib import Path
-from typing import Any, cast
+from typing import Any, NoReturn, cast
 
 from lightning.fabric.utilities.exceptions import MisconfigurationException
 from lightning.pytorch import Trainer
@@ -24,19 +24,21 @@ from typing_extensions import override
 
 import esper_lightning.envs  # pyright: ignore[reportUnusedImport] - to be named in a config, specs
 import esper_lightning.policies  # noqa: F401 # pyright: ignore[reportUnusedImport] - must be known
-from esper_lightning.callbacks.run_directory import run_directory
+from esper_lightning.callbacks.run_directory import run_directory, withdraw_run
 from esper_lightning.cli import shipped
 from esper_lightning.cli.dry_run import plan
 from esper_lightning.cli.errors import fail, nearest
 from esper_lightning.cli.launcher import tell_launchers
 from esper_lightning.cli.mistakes import settings_come_first
 from esper_lightning.cli.pages.live_page import LivePage
+from esper_lightning.cli.setting_help import HELP_TRAINER, HelpTrainer, usage_of
 from esper_lightning.cli.settings import SettingsParser
 from esper_lightning.cli.start_of_run import find_start
 from esper_lightning.cli.trainer import EsperTrainer
 from esper_lightning.core.errors import require
 from esper_lightning.core.paths import require_output, requires_folder
 from esper_lightning.core.ranks import RanksDisagreeError
+from esper_lightning.envs.adapters.named import MissingPackageError
 from esper_lightning.envs.base import ReadsData
 from esper_lightning.train import begin_run, newest_run, run_logger, run_plugins
 from esper_lightning.trainer import default_callbacks, results_of
@@ -83,8 +85,6 @@ def prepare(arguments: list[str]) -> Callable[[], None]:
     Returns:
         A function that trains or evaluates, and prints the results.
     """
-    # Users can do nothing about Lightning's use of torch's internals, nor need its advertisements.
-    warnings.filterwarnings("ignore", message=".*treespec, LeafSpec.*", category=FutureWarning)
     # A resumed run is meant to find its checkpoints, and a new run is meant to find none.
     for text in ("Checkpoint directory .* exists", r".*ckpt_path=.last.\) is set, but there is no"):
         warnings.filterwarnings("ignore", message=text, category=UserWarning)
@@ -103,7 +103,11 @@ def prepare(arguments: list[str]) -> Callable[[], None]:
             load_from_checkpoint_support=False,
             parser_class=SettingsParser,
             parser_kwargs={
-                arguments[0]: {"exit_on_error": False, "allow_abbrev": False},
+                arguments[0]: {
+                    "exit_on_error": False,
+                    "allow_abbrev": False,
+                    "usage": usage_of(arguments[0]),
+                },
                 "exit_on_error": False,
                 "allow_abbrev": False,
                 "prog": "esper",
@@ -139,6 +143,11 @@ class EsperCLI(LightningCLI):
         return {self._command: {"model"}}
 
     @override
+    def add_arguments_to_parser(self, parser: LightningArgumentParser) -> None:
+        """Add the option that shows Lightning's settings, which ``--help`` omits."""
+        parser.add_argument(HELP_TRAINER, action=HelpTrainer, help="Show those of Lightning.")
+
+    @override
     def parse_arguments(self, parser: LightningArgumentParser, args: ArgsType) -> None:
         """Parse the arguments; ``evaluate`` starts from the settings in the checkpoint."""
         words = shipped.with_paths(cast(list[str], args))
@@ -146,7 +155,7 @@ class EsperCLI(LightningCLI):
             with suppress(OSError, ValueError):  # the word may be the settings, and no path
                 if Path(config).is_fifo():
                     fail(f"--config must name a file, got {config!r}, which is a pipe.")
-        if words[:1] == ["evaluate"] and not {"-h", "--help"} & set(words):
+        if words[:1] == ["evaluate"] and not {"-h", "--help", HELP_TRAINER} & {*words}:
             known, _ = _options().parse_known_args(words[1:])
             require(known.ckpt_path is not None, "--ckpt_path", "be given", None)
             path = checkpoint_at(known.ckpt_path)
@@ -314,11 +323,9 @@ class EsperCLI(LightningCLI):
             sys.exit("esper: code of a setting has ended the process before the command was done.")
         except Exception as error:
             if self.model.is_resuming:
-                path = self.config[self.subcommand]["ckpt_path"]
-                reason = f"{type(error).__name__}: {error}"
-                fail(f"ckpt_path must hold what a run can resume from, got {path!r}. {reason}")
+                self._refuse_to_resume(error)
             began = self.model.iteration > self._resumes_from
-            early = isinstance(error, MisconfigurationException) and not began
+            early = isinstance(error, MisconfigurationException | MissingPackageError) and not began
             if not early and not _is_refusal_of_callback(error):
                 raise
             fail(error)
@@ -327,6 +334,14 @@ class EsperCLI(LightningCLI):
                 self._page.write(self.trainer)
         if self.trainer.is_global_zero:
             self._print_results()
+
+    def _refuse_to_resume(self, error: Exception) -> NoReturn:
+        if isinstance(error, ValueError):  # after any other error, the report shows where a bug is
+            self._page = None
+            withdraw_run(self.trainer)
+        path = self.config[self.subcommand]["ckpt_path"]
+        reason = f"{type(error).__name__}: {error}"
+        fail(f"ckpt_path must hold what a run can resume from, got {path!r}. {reason}")
 
     def _print_results(self) -> None:
         trained = self.subcommand == "fit"

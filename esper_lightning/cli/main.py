@@ -45,6 +45,7 @@ _COMMANDS = {
     "crash": _Command("how a run died", module="crash", prints=True),
     "replay": _Command("a dead run again, to its death", module="replay", builds=True),
     "compare": _Command("how variants did over the same seeds", module="compare", prints=True),
+    "sweep": _Command("search for settings; the best is judged by further seeds", module="sweep"),
     "list": _Command("configs, environments and policies to name", module="listing", prints=True),
     "doctor": _Command("what this machine has, and what will be fast", module="doctor"),
     "init": _Command("write a small project to begin from", module="init"),

@@ -15,6 +15,7 @@ import yaml
 
 from esper_lightning.cli.errors import CommandParser, fail, local_path
 from esper_lightning.cli.mistakes import settings_come_first
+from esper_lightning.core.paths import expand_home
 from esper_lightning.forensics import sidecar
 from esper_lightning.forensics.fingerprint import Fingerprint
 from esper_lightning.forensics.layout import RunLayout
@@ -150,9 +151,9 @@ def _settings(plan: ReplayPlan, dead_run: Path, directory: Path) -> dict[str, An
         raise ValueError(message) from error
     first = content.partition(b"\n")[0].decode(errors="replace")
     if first.startswith(BY_PROGRAM):
-        names = first.removeprefix(BY_PROGRAM).strip()
+        names = first.partition(":")[2].strip()
         raise ValueError(
-            f"RUN_DIR must hold a run without callbacks of a program, got {names}. {hint}"
+            f"RUN_DIR must hold a run without objects of a program, got {names}. {hint}"
         )
     settings = cast(dict[str, Any], settings) if isinstance(settings, dict) else {}
     if not all(isinstance(settings.get(name), dict) for name in ("model", "trainer")):
@@ -193,7 +194,7 @@ def _elsewhere(callback: Any, dead_run: Path) -> Any:
     settings = cast(dict[str, Any], callback)
     arguments = cast(dict[str, Any], settings.get("init_args") or {})
     given = arguments.get("dirpath")
-    if given is None or not Path(given).resolve().is_relative_to(dead_run.resolve()):
+    if given is None or not expand_home(given).resolve().is_relative_to(dead_run.resolve()):
         return settings
     return settings | {"init_args": arguments | {"dirpath": None}}
 

@@ -24,6 +24,7 @@ from typing_extensions import override
 from esper_lightning.cli.allowed import choices_of, listed, literals_of, rule_of
 from esper_lightning.cli.errors import nearest
 from esper_lightning.cli.plain_yaml import SurpriseError, place, refuse_surprises
+from esper_lightning.cli.setting_help import HELP_TRAINER, HelpTrainer, with_groups
 
 __all__ = ["SettingsError", "SettingsParser"]
 
@@ -34,7 +35,7 @@ _BY_NAME = "must hold settings by their names, or name a file with some"
 _COMMAND = re.compile(r"^(fit|evaluate)\.")
 _BAD_CLASS = re.compile(r"Problem with given class_path '(\S*?)': (.*?)(?: - |Given value|$)")
 _NO_TEXT = re.compile(r"(?:argument of type|unhashable type:) ('\w+')")
-_NO_SETTINGS = ("help", "print_config")
+_NO_SETTINGS = ("help", "help_trainer", "print_config")
 _HINTS = {"model.env": " Name one, or a config that does: --config configs/cartpole.yaml"}
 
 
@@ -59,7 +60,13 @@ class FileError(SettingsError):
 
 
 class SettingsParser(LightningArgumentParser):
-    """Lightning's parser, with short errors, and YAML in which no key stands twice."""
+    """Lightning's parser, with short errors, and YAML in which no key stands twice.
+
+    Attributes:
+        shows_lightnings: Whether the help is of Lightning's settings.
+    """
+
+    shows_lightnings = False
 
     def __init__(self, *args: Any, **kwargs: Any) -> None:
         settings: dict[str, Any] = {"parser_mode": _MODE, **kwargs}
@@ -69,6 +76,19 @@ class SettingsParser(LightningArgumentParser):
     def error(self, message: str, ex: Exception | None = None) -> NoReturn:
         """Raise a ``SettingsError``."""
         raise _explain(self, message, ex) from ex
+
+    @override
+    def format_help(self, *args: Any, **kwargs: Any) -> str:
+        """Describe the settings of this package, or those of Lightning where these were asked for.
+
+        The parser of a class describes all of them.
+        """
+        if not any(isinstance(action, HelpTrainer) for action in self._actions):
+            return super().format_help(*args, **kwargs)
+        with with_groups(self, lightnings=self.shows_lightnings):
+            shown = super().format_help(*args, **kwargs)
+        more = f"\n{HELP_TRAINER} shows the settings of Lightning's Trainer (trainer.*).\n"
+        return shown if self.shows_lightnings else shown + more
 
     @override
     def parse_string(self, *args: Any, **kwargs: Any) -> Namespace:

@@ -7,6 +7,7 @@ import torch
 from lightning.pytorch import Trainer
 
 from esper_lightning.callbacks.lightning_internals import parse_checkpoint_path
+from esper_lightning.core.paths import expand_home
 from esper_lightning.forensics.files import replacing
 from esper_lightning.forensics.layout import RunLayout
 from esper_lightning.training.checkpoint.content import STATE_KEY
@@ -59,12 +60,13 @@ def find_start(trainer: Trainer, name: str | None, run_dir: str | Path | None) -
         path = parse_checkpoint_path(trainer, name)
     checkpoint = None if path is None else load_checkpoint(path)
     if name == "last" and run_dir is not None and "://" not in str(run_dir):
-        kept, done = latest_state(Path(run_dir)), 0
+        run_dir = expand_home(run_dir)  # it may come from a config
+        kept, done = latest_state(run_dir), 0
         if checkpoint is not None:
             done = checkpoint[STATE_KEY]["iteration"]
         if kept is not None and kept.iteration > done:
             said = f"Resuming after iteration {kept.iteration}, the last one finished."
-            path = str(RunLayout(Path(run_dir).absolute()).joined_state)
+            path = str(RunLayout(run_dir.absolute()).joined_state)
             return Start(path, kept.checkpoint, is_file=False, said=said)
     if path is None and name is not None:
         said = "No checkpoint to resume from (--ckpt_path last): a new run begins."

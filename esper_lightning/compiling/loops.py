@@ -20,10 +20,11 @@ from typing import Any, Literal, TypeVar
 import torch
 
 from esper_lightning.compiling.cuda_graph import CapturedFunction, CapturedLoop
+from esper_lightning.compiling.holders import ImpureError
 from esper_lightning.compiling.native.loops import NativeFunction, NativeLoop, NativeMap
 from esper_lightning.compiling.native.program import IndexOutsideError
 from esper_lightning.compiling.native.values import UnsupportedError
-from esper_lightning.compiling.purity import ImpureError
+from esper_lightning.compiling.reads import Reads
 from esper_lightning.compiling.stepwise import StepwiseLoop
 from esper_lightning.compiling.tracing import Body, ChunkBody, Compiled, Tree
 from esper_lightning.core.errors import require
@@ -183,7 +184,7 @@ def _is_disabled() -> bool:
 def _compiled(
     name: str,
     function: Callable[..., Tree],
-    native: Callable[[Callable[..., Tree]], Callable[..., Tree]],
+    native: type[NativeFunction] | type[NativeMap],
     *,
     mode: CompileMode,
     device: torch.device,
@@ -239,7 +240,8 @@ class _Native:
     """A function as native code, a program for each kind of arguments.
 
     So the results for some arguments never depend on what was called before. Where there can be no
-    program, the function runs eagerly.
+    program, the function runs eagerly; for good once something has changed that a program read of
+    a user's objects.
 
     Args:
         name: Name of the function, for messages.
@@ -248,14 +250,22 @@ class _Native:
     """
 
     def __init__(
-        self, name: str, program: Callable[[], Callable[..., Tree]], eager: Callable[..., Tree]
+        self,
+        name: str,
+        program: Callable[[], NativeFunction | NativeMap | NativeLoop],
+        eager: Callable[..., Tree],
     ) -> None:
         self._name, self._program, self._eager = name, program, eager
         self._run: dict[Hashable, Callable[..., Tree]] = {}
+        self._reads: list[Reads] = []
+        self._is_native = True
 
     def __call__(self, *args: Tree) -> Tree:
-        if any(isinstance(arg, list) for arg in args):  # minibatches of unequal size
-            return self._eager(*args)
+        if self._is_native and (changed := self._changed()) is not None:
+            self._is_native = False
+            _tell("Native code", self._name, ImpureError(f"an attribute that changed: {changed}"))
+        if not self._is_native or any(isinstance(arg, list) for arg in args):
+            return self._eager(*args)  # lists are minibatches of unequal size
         kind_of_args = kind(args)
         run = self._run.get(kind_of_args)
         if run is not None:
@@ -265,6 +275,7 @@ class _Native:
             with _TRACING:
                 result = program(*args)
             self._run[kind_of_args] = program
+            self._reads += program.reads
             return result
         except IndexOutsideError:
             self._run[kind_of_args] = program
@@ -275,6 +286,10 @@ class _Native:
             self._run[kind_of_args] = self._eager
             _tell("Native code", self._name, error)
         return self._eager(*args)
+
+    def _changed(self) -> str | None:
+        """Name of something that a program read and that has changed since."""
+        return next((name for reads in self._reads if (name := reads.changed())), None)
 
 
 class _FirstThatWorks:

@@ -1,41 +1,27 @@
 """Whether a function is pure, as far as two calls can tell: asked before native code is made of it.
 
 Tracing sees tensors without numbers, and sees them once. What a function does besides computing its
-results would happen at the trace, and never again. Attributes of the objects that a function holds
-are watched; what it reaches through globals, classes or ``__slots__`` is not.
+results would happen at the trace, and never again. Everything that a function holds is watched
+(``holders``).
 """
 
-import functools
-import itertools
-import operator
-import pickle
-import random
-from collections import deque
-from collections.abc import Callable, Generator, Hashable, Sequence
-from contextlib import contextmanager
-from types import CellType, FunctionType, MethodType, ModuleType
-from typing import Any, NamedTuple
+from collections.abc import Callable, Sequence
+from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 from torch.multiprocessing.reductions import StorageWeakRef
 from torch.overrides import TorchFunctionMode
 from torch.utils._python_dispatch import TorchDispatchMode
 from typing_extensions import override
 
+from esper_lightning.compiling.holders import ImpureError, unchanged, unused_streams
 from esper_lightning.core.tensor_trees import leaves
 
-__all__ = ["ImpureError", "results_of_pure", "same_bits", "unchanged", "watched_results"]
+__all__ = ["results_of_pure", "same_bits", "watched_results"]
 
 Tree = Any
-_MOST_OBJECTS = 20_000  # that are watched: 10 ms
-_NOT_WATCHED = ("torch", "logging", "threading", "multiprocessing", "concurrent", "asyncio")
-# Recurrent layers replace these whenever they are called with other weights, by weights as before.
-_REPLACED_BY_TORCH = ("._flat_weights", "._flat_weight_refs")
-
-
-class ImpureError(NotImplementedError):
-    """Raised for a function that is not pure: it runs eagerly."""
+_SET_DATA: Any = getattr(Tensor.data, "__set__")  # noqa: B009 - what ``tensor.data = ...`` calls
 
 
 def results_of_pure(function: Callable[..., Tree], *args: Tree) -> list[Tensor]:
@@ -88,159 +74,16 @@ def watched_results(function: Callable[..., Tree], *args: Tree) -> list[Tensor]:
     torch.set_num_threads(1)
     try:
         # A function that needs a gradient computes it itself; nothing outside needs autograd.
-        with unchanged(function), torch.no_grad(), _NoNumbers(), _OwnTensorsOnly():
-            return leaves(function(*args))
+        watch = (unchanged(function), unused_streams(), _NoNumbers(), _OwnTensorsOnly())
+        with torch.no_grad(), watch[0], watch[1], watch[2], watch[3]:
+            result = function(*args)
+        return leaves(result)
     finally:
         torch.set_num_threads(threads)
 
 
-@contextmanager
-def unchanged(function: Callable[..., Any]) -> Generator[None]:
-    """Restore the attributes of all objects that a function holds, once the context is left.
-
-    These objects are the owner of a method, arguments of a partial function, variables of a closure
-    and, in turn, what these hold: modules, lists, dicts, random streams of Python and NumPy.
-
-    Args:
-        function: Function that is called or traced in the context.
-
-    Raises:
-        ImpureError: If an attribute has changed. It has been restored.
-    """
-    holders = _holders(function)
-    changed: list[str] = []
-    try:
-        yield
-    finally:
-        for holder in holders:
-            now = _entries(holder.held)
-            names = _differences(holder.entries, now)
-            if names:
-                _restore(holder.held, holder.entries, now)
-                changed += [holder.name_of(name) for name in names]
-    changed = [name for name in changed if not name.endswith(_REPLACED_BY_TORCH)]
-    if changed:
-        raise ImpureError(f"an attribute that changes: {changed[0]}")
-
-
-class _Holder(NamedTuple):
-    """An object that can be changed, and what it held at first."""
-
-    held: Any
-    name: str  # such as "Owner" or "Owner.attribute"
-    entries: dict[Hashable, Any]
-
-    def name_of(self, entry: Hashable) -> str:
-        """Name of an entry: of the attribute in which a container lies, for containers."""
-        return f"{self.name}.{entry}" if _has_attributes(self.held) else self.name
-
-
-def _holders(function: Callable[..., Any]) -> list[_Holder]:
-    """Everything that a function holds; the global random streams are used by torch's tracer."""
-    left: deque[tuple[Any, str]] = deque([(function, "a function")])
-    seen: dict[int, Any] = {}  # objects by identity: they must live as long as these numbers count
-    found: list[_Holder] = []
-    while left and len(seen) < _MOST_OBJECTS:
-        held, name = left.popleft()
-        if id(held) in seen or isinstance(held, Tensor | type | ModuleType):
-            continue
-        seen[id(held)] = held
-        if isinstance(held, MethodType):
-            left.append((held.__self__, name))
-        elif isinstance(held, functools.partial):
-            left.extend((one, name) for one in (held.func, held.args, held.keywords))  # pyright: ignore[reportUnknownMemberType, reportUnknownArgumentType]
-        elif isinstance(held, FunctionType):
-            names = held.__code__.co_freevars
-            left.extend(zip(held.__closure__ or (), names, strict=True))
-        elif isinstance(held, tuple | frozenset):
-            left.extend((one, name) for one in held)  # pyright: ignore[reportUnknownVariableType, reportUnknownArgumentType]
-        else:
-            name = type(held).__name__ if _has_attributes(held) else name
-            holder = _Holder(held, name, _entries(held))
-            if holder.entries or isinstance(held, list | dict | deque) or _has_attributes(held):
-                found.append(holder)
-            left.extend((one, holder.name_of(key)) for key, one in holder.entries.items())
-    return found
-
-
-def _has_attributes(held: Any) -> bool:
-    """Whether an object is a user's or a module, with attributes of its own."""
-    if isinstance(held, FunctionType | list | dict | deque) or _is_stream(held):
-        return False
-    ours = isinstance(held, nn.Module) or type(held).__module__.split(".")[0] not in _NOT_WATCHED
-    return ours and isinstance(_attributes(held), dict)
-
-
-def _attributes(held: Any) -> Any:
-    try:
-        return object.__getattribute__(held, "__dict__")
-    except AttributeError:
-        return None
-
-
-def _is_stream(held: Any) -> bool:
-    """Whether an object is a random stream of Python or NumPy."""
-    return isinstance(held, random.Random) or _numpy_bits(held) is not None
-
-
-def _numpy_bits(held: Any) -> Any:
-    """The object whose ``state`` is that of a stream of NumPy; ``None`` for other objects."""
-    name = {"Generator": "bit_generator", "RandomState": "_bit_generator"}.get(type(held).__name__)
-    is_numpy = name is not None and type(held).__module__.startswith("numpy.random")
-    return getattr(held, name) if is_numpy and name is not None else None
-
-
-def _entries(held: Any) -> dict[Hashable, Any]:
-    """What may change of an object, by its name, key or place."""
-    if isinstance(held, dict):
-        return dict(held)  # pyright: ignore[reportUnknownArgumentType, reportUnknownVariableType]
-    if isinstance(held, list | deque):
-        return dict(enumerate(held))  # pyright: ignore[reportUnknownArgumentType]
-    if isinstance(held, CellType):
-        try:
-            return {"": held.cell_contents}
-        except ValueError:  # a variable without a value
-            return {}
-    if _is_stream(held):
-        state = held.getstate() if isinstance(held, random.Random) else _numpy_bits(held).state
-        return {"": pickle.dumps(state)}
-    return dict(_attributes(held)) if _has_attributes(held) else {}
-
-
-def _restore(held: Any, before: dict[Hashable, Any], now: dict[Hashable, Any]) -> None:
-    if isinstance(held, list | deque):
-        held.clear()  # pyright: ignore[reportUnknownMemberType]
-        held.extend(before.values())  # pyright: ignore[reportUnknownMemberType]
-    elif isinstance(held, CellType):
-        held.cell_contents = before[""]
-    elif isinstance(held, random.Random):
-        held.setstate(pickle.loads(before[""]))
-    elif _is_stream(held):
-        _numpy_bits(held).state = pickle.loads(before[""])
-    else:
-        entries: Any = held if isinstance(held, dict) else _attributes(held)  # pyright: ignore[reportUnknownVariableType]
-        for name in now.keys() - before.keys():
-            del entries[name]
-        entries.update(before)
-
-
-def _differences(before: dict[Hashable, Any], now: dict[Hashable, Any]) -> list[Hashable]:
-    if before.keys() == now.keys() and all(map(operator.is_, before.values(), now.values())):
-        return []
-    names = dict.fromkeys(itertools.chain(before, now))
-    return [name for name in names if not _is_same(before, now, name)]
-
-
-def _is_same(before: dict[Hashable, Any], now: dict[Hashable, Any], name: Hashable) -> bool:
-    if name not in before or name not in now:
-        return False
-    one, other = before[name], now[name]
-    plain = isinstance(one, bool | int | float | str | bytes) and type(one) is type(other)
-    return one is other or (plain and one == other)
-
-
 class _NoNumbers(TorchFunctionMode):
-    """Refuses lists of a tensor's numbers, which a trace would take for constants."""
+    """Refuses lists of a tensor's numbers, which a trace would take for constants, and new data."""
 
     @override
     def __torch_function__(
@@ -248,11 +91,13 @@ class _NoNumbers(TorchFunctionMode):
     ) -> Any:
         if func is Tensor.tolist:
             raise ImpureError("the numbers of a tensor as a list of Python")
+        if func == _SET_DATA:
+            raise ImpureError("other data for a tensor")
         return func(*args, **(kwargs or {}))
 
 
 class _OwnTensorsOnly(TorchDispatchMode):
-    """Refuses writes to tensors that were not made under this mode, and random numbers."""
+    """Refuses random numbers, numbers for Python, and writes to tensors made elsewhere."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -262,8 +107,10 @@ class _OwnTensorsOnly(TorchDispatchMode):
     def __torch_dispatch__(
         self, func: Any, types: Any, args: Sequence[Any] = (), kwargs: Any = None
     ) -> Any:
-        if torch.Tag.nondeterministic_seeded in func.tags:
+        if torch.Tag.nondeterministic_seeded in func.tags and not _drops_nothing(func, args):
             raise ImpureError(f"random numbers of its own ({func})")
+        if func is torch.ops.aten._local_scalar_dense.default:
+            raise ImpureError("a number of a tensor as one of Python")
         kwargs = kwargs or {}
         given = _storages((args, kwargs))
         if func is torch.ops.aten.lift_fresh.default:  # what torch.tensor has just made
@@ -275,6 +122,14 @@ class _OwnTensorsOnly(TorchDispatchMode):
         result = func(*args, **kwargs)
         self._made |= _storages(result) - given
         return result
+
+
+def _drops_nothing(func: Any, args: Sequence[Any]) -> bool:
+    """Whether an operation is random by its dropout alone, such as attention, which is 0."""
+    for number, argument in enumerate(func._schema.arguments):
+        if argument.name == "dropout_p":
+            return not (args[number] if number < len(args) else argument.default_value)
+    return False
 
 
 def _written(schema: Any, args: Sequence[Any], kwargs: dict[str, Any]) -> list[Any]:

@@ -12,7 +12,7 @@ from torch import Tensor
 from torch._ops import OpOverload
 from torch.multiprocessing.reductions import StorageWeakRef
 
-from esper_lightning.compiling.purity import unchanged
+from esper_lightning.compiling.holders import unchanged
 from esper_lightning.core.errors import require
 from esper_lightning.core.tensor_trees import leaves, map_tree, rebuild
 

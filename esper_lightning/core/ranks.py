@@ -3,6 +3,9 @@
 Nothing here knows of Lightning, which starts the processes and their process group.
 """
 
+import contextlib
+from collections.abc import Callable, Generator
+from contextlib import AbstractContextManager
 from typing import Any, NamedTuple
 
 import torch
@@ -11,9 +14,47 @@ from torch import distributed as dist
 
 from esper_lightning.core.tensor_trees import leaves, map_tree, rebuild
 
-__all__ = ["SINGLE_RANK", "FirstMessage", "PeerFailedError", "Ranks", "RanksDisagreeError"]
+__all__ = [
+    "SINGLE_RANK",
+    "FirstMessage",
+    "PeerFailedError",
+    "Ranks",
+    "RanksDisagreeError",
+    "noting_collectives",
+]
 
 Tree = Any
+Noting = Callable[[str], AbstractContextManager[object]]
+"""Makes the context of a collective from the collective's name."""
+
+_notes: list[Noting] = []
+
+
+def noting_collectives(note: Noting) -> Callable[[], None]:
+    """Have each collective of ``Ranks`` run in a context, from now on.
+
+    Args:
+        note: Makes the context. Its ``__exit__`` must not raise.
+
+    Returns:
+        Function that ends this; a second call does nothing.
+    """
+    _notes.append(note)
+
+    def end() -> None:
+        with contextlib.suppress(ValueError):
+            _notes.remove(note)
+
+    return end
+
+
+@contextlib.contextmanager
+def _noted(name: str) -> Generator[None]:
+    """The contexts of a collective."""
+    with contextlib.ExitStack() as stack:
+        for note in _notes:
+            stack.enter_context(note(name))
+        yield
 
 
 class PeerFailedError(RuntimeError):
@@ -53,7 +94,8 @@ class Ranks:
             return tree
         parts = leaves(tree)
         total = torch.cat([part.reshape(-1) for part in parts])
-        dist.all_reduce(total)
+        with _noted(_name("all_reduce", total)):
+            dist.all_reduce(total)
         return _unpack(total, tree)
 
     def gather(self, tree: Tree) -> list[Tree]:
@@ -66,7 +108,8 @@ class Ranks:
         parts = leaves(tree)
         packed = torch.cat([part.reshape(-1).double() for part in parts])
         gathered = [torch.empty_like(packed) for _ in range(self.size)]
-        dist.all_gather(gathered, packed)
+        with _noted(_name("all_gather", packed)):
+            dist.all_gather(gathered, packed)
         return [_unpack(values, tree) for values in gathered]
 
     def gather_objects(self, mine: Any) -> list[Any]:
@@ -74,7 +117,8 @@ class Ranks:
         if self.size == 1:
             return [mine]
         everyones: list[Any] = [None] * self.size
-        dist.all_gather_object(everyones, mine)
+        with _noted("all_gather of objects"):
+            dist.all_gather_object(everyones, mine)
         return everyones
 
     def send_from_first(self, mine: Any) -> Any:
@@ -82,7 +126,8 @@ class Ranks:
         if self.size == 1:
             return mine
         sent = [mine]
-        dist.broadcast_object_list(sent, src=0)
+        with _noted("broadcast of an object"):
+            dist.broadcast_object_list(sent, src=0)
         return sent[0]
 
     def collect_states(self, state: Tree) -> list[Tree]:
@@ -95,8 +140,13 @@ class Ranks:
             self._host_group = dist.new_group(backend="gloo")
         first = dist.get_rank() == 0
         states: list[Tree] = [None] * self.size if first else []
-        dist.gather_object(on_host, states if first else None, group=self._host_group)
+        with _noted("gather of states"):
+            dist.gather_object(on_host, states if first else None, group=self._host_group)
         return states
+
+
+def _name(kind: str, values: Tensor) -> str:
+    return f"{kind} of {values.numel()} {str(values.dtype).removeprefix('torch.')}"
 
 
 def _unpack(packed: Tensor, tree: Tree) -> Tree:

@@ -18,7 +18,7 @@ from esper_lightning.core.shapes import Bool, Float, Int, Shaped, UInt8
 from esper_lightning.core.spaces import EnvSpaces
 from esper_lightning.core.types import Observation, StepResult
 
-__all__ = ["AutoresetEnv", "Episodes", "Task", "Transition", "validate_sizes"]
+__all__ = ["RANDOM_STREAMS", "AutoresetEnv", "Episodes", "Task", "Transition", "validate_sizes"]
 
 
 class Episodes(NamedTuple):
@@ -35,6 +35,10 @@ class Transition(NamedTuple):
     state: Float[Tensor, "B S"]
     reward: Float[Tensor, " B"]
     terminated: Bool[Tensor, " B"]
+
+
+RANDOM_STREAMS = ("generator",)
+"""Names of the random streams in the state of an ``AutoresetEnv``, for its spec to declare."""
 
 
 @runtime_checkable

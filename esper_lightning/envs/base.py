@@ -90,7 +90,8 @@ class FunctionalEnv(BatchedEnv, Protocol):
 
     ``step(action)`` is ``transition(episodes(), action, draw(1)[0])`` followed by ``keep``. A class
     that replaces ``step`` must replace ``transition``, too; otherwise its rollouts are not
-    compiled. In compiled rollouts only ``episodes`` may change: other attributes are read once.
+    compiled. In compiled rollouts only ``episodes`` may change. Once an attribute that
+    ``transition`` reads has changed, rollouts on a CPU run eagerly; CUDA reads attributes once.
     ``begin_iteration`` may therefore change ``episodes`` and what ``draw`` returns, nothing else.
     """
 
@@ -150,15 +151,18 @@ class EnvSpec(ABC):
     A frozen dataclass that derives from ``EnvSpec`` can be named in a config by its class alone.
     Any other class with ``num_envs``, ``spaces`` and ``build`` works as well.
 
-    Four further members are used where a spec has them. ``name`` is the name of the task in
+    Five further members are used where a spec has them. ``name`` is the name of the task in
     messages and run directories, in place of that of the class. ``evaluation_spec(episodes)``
     returns the environments of an evaluation, fewer than the episodes perhaps. ``rendering_spec()``
     returns environments whose ``render`` works, where those of training must be built otherwise.
     ``shared`` says that ``build`` always returns the same simulator: training then starts new
     episodes after each evaluation. Such a simulator is not closed at the end of a run; instead
-    ``release()`` of the spec is called once for each call of ``build``, where a spec has it. A
-    dataclass field with ``metadata={"how": True}`` says how environments run, and not what they
-    are: it may differ between a checkpoint and the run that resumes it.
+    ``release()`` of the spec is called once for each call of ``build``, where a spec has it.
+    ``random_streams`` are the names of the entries of ``BatchedEnv.state_dict`` that are states
+    of generators on the device; every other entry has the axis ``B`` first. Environments with
+    it can be dealt anew to another number of ranks (``PPO(redeal=True)``). A dataclass field
+    with ``metadata={"how": True}`` says how environments run, and not what they are: it may
+    differ between a checkpoint and the run that resumes it.
     """
 
     num_envs: int

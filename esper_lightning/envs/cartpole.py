@@ -13,7 +13,12 @@ from torch import Tensor
 
 from esper_lightning.core.shapes import Float, Int, UInt8
 from esper_lightning.core.spaces import Box, Discrete, EnvSpaces
-from esper_lightning.envs.autoreset import AutoresetEnv, Transition, validate_sizes
+from esper_lightning.envs.autoreset import (
+    RANDOM_STREAMS,
+    AutoresetEnv,
+    Transition,
+    validate_sizes,
+)
 from esper_lightning.envs.base import EnvSpec
 from esper_lightning.envs.drawing import BLUE, GREY, ORANGE, Canvas, View
 
@@ -48,6 +53,7 @@ class CartPole(EnvSpec):
 
     num_envs: int = 64
     time_limit: int = 500
+    random_streams: ClassVar[tuple[str, ...]] = RANDOM_STREAMS
     frames_per_s: ClassVar[float] = 1 / TIMESTEP_S
 
     def __post_init__(self) -> None:

@@ -71,6 +71,12 @@ class FrameStack(EnvSpec):
         """Whether one simulator serves training and evaluation."""
         return bool(getattr(self.env, "shared", False))
 
+    @property
+    def random_streams(self) -> tuple[str, ...] | None:
+        """Random streams in the state; ``None`` if the state of the environments has no rows."""
+        streams: tuple[str, ...] | None = getattr(self.env, "random_streams", None)
+        return None if streams is None else tuple(f"env.{name}" for name in streams)
+
     def spaces(self) -> EnvSpaces:
         """Spaces of the environments, with stacked observations.
 

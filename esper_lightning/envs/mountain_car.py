@@ -6,13 +6,19 @@ a check would synchronise.
 
 from dataclasses import dataclass
 from itertools import pairwise
+from typing import ClassVar
 
 import torch
 from torch import Tensor
 
 from esper_lightning.core.shapes import Float, Int, UInt8
 from esper_lightning.core.spaces import Box, Discrete, EnvSpaces
-from esper_lightning.envs.autoreset import AutoresetEnv, Transition, validate_sizes
+from esper_lightning.envs.autoreset import (
+    RANDOM_STREAMS,
+    AutoresetEnv,
+    Transition,
+    validate_sizes,
+)
 from esper_lightning.envs.base import EnvSpec
 from esper_lightning.envs.drawing import BLUE, GREY, ORANGE, Canvas, View
 
@@ -43,6 +49,7 @@ class MountainCar(EnvSpec):
 
     num_envs: int = 64
     time_limit: int = 200
+    random_streams: ClassVar[tuple[str, ...]] = RANDOM_STREAMS
 
     def __post_init__(self) -> None:
         validate_sizes(self)

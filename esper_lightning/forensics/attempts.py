@@ -16,11 +16,10 @@ from pathlib import Path
 from esper_lightning.forensics.files import JsonLines
 from esper_lightning.forensics.layout import RankLayout, RunLayout
 from esper_lightning.forensics.phases import read_phases
-from esper_lightning.forensics.processes import is_alive
 from esper_lightning.forensics.rank_record import ProcessRecord, same_recording
 from esper_lightning.forensics.reading import RowReader
 from esper_lightning.forensics.records import EpochSeconds, Record
-from esper_lightning.forensics.remains import rank_folders
+from esper_lightning.forensics.remains import rank_folders, state_of
 from esper_lightning.forensics.report import CrashReport
 
 __all__ = ["SAME_DEATH_STATUS", "Attempt", "list_attempt", "read_attempts", "same_deaths"]
@@ -172,9 +171,7 @@ def _latest(files: RankLayout) -> Attempt | None:
     process = ProcessRecord.read(files.process)
     if process is None or process.state is None:
         return None
-    state = process.state
-    if state == "running" and is_alive(process) is False:
-        state = "vanished"
+    state = state_of(process, files)
     report = CrashReport.read(files.crash)
     of_this = report is not None and same_recording(report, process)
     if report is None or not of_this or state in ("finished", "running", "off"):

@@ -10,6 +10,7 @@ import contextlib
 import errno
 import fcntl
 import os
+import shutil
 import signal
 import time
 import weakref
@@ -20,6 +21,7 @@ from esper_lightning.forensics.layout import RunLayout
 from esper_lightning.forensics.owner_record import (
     OWNER_BEGINS,
     Use,
+    beating_elsewhere,
     holds_a_run,
     is_copied,
     open_record,
@@ -29,12 +31,7 @@ from esper_lightning.forensics.owner_record import (
     use_of,
     write_locked,
 )
-from esper_lightning.forensics.processes import (
-    ProcessIdentity,
-    identify,
-    is_alive,
-    same_process,
-)
+from esper_lightning.forensics.processes import ProcessIdentity, identify, is_alive, same_process
 
 __all__ = [
     "Claim",
@@ -50,7 +47,6 @@ __all__ = [
 
 _VERSION = "version_"
 _HANDOVER_S = 1.0  # in which a process that has just locked the file writes its identity
-_MOST_BYTES = 4096
 _OF_FILE_SYSTEM = "lost+found"  # at the root of a mounted disk
 _NO_LOCKS = (errno.ENOLCK, errno.ENOSYS, errno.EOPNOTSUPP, errno.EINVAL)
 _WRITTEN = ("rank[0-9]*", "checkpoints/last.ckpt", "checkpoints/best.ckpt")  # by callbacks
@@ -153,6 +149,19 @@ class Claim:
             for folder in self._made if is_empty else ():
                 folder.rmdir()
         self.leave()
+
+    def withdraw(self) -> None:
+        """Remove a directory that was made for the claim, with its files, unless others own it."""
+        self.release()
+        with contextlib.suppress(OSError, DirectoryRefusedError):
+            if self._made:
+                held = _claim(self.directory, made=(), use=self._use)
+                gone = self.directory.with_name(f".{self.directory.name}.{os.getpid()}")
+                self.directory.rename(gone)  # from here on, the name is free
+                held.leave()
+                shutil.rmtree(gone)
+                for folder in self._made[1:]:
+                    folder.rmdir()
 
     def leave(self) -> None:
         """Close the lock's descriptor, as a forked child does with its copy of it."""
@@ -320,6 +329,9 @@ def _claim(directory: Path, *, made: Sequence[Path], use: Use = "run") -> Claim:
         for owner in _owners(directory, lock):
             if is_alive(owner) and not same_process(owner, identify(os.getpid())):
                 raise _in_use(directory, owner, use)
+        elsewhere = None if is_copied(lock) else beating_elsewhere(directory)
+        if elsewhere is not None:
+            raise _in_use(directory, elsewhere, use)
         earlier = use_of(directory, former)
         use = "run" if earlier == "run" else use
         identity = identify(os.getpid()).to_dict()

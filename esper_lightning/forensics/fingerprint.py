@@ -52,14 +52,15 @@ _LONGEST = 300  # characters of a variable or an argument
 _HIDDEN = "(hidden)"
 _SECRET = re.compile(
     r"token|secret|passw|passphrase|credential|apikey|cookie|signature|private|authorization"
-    r"|(?<![a-z])(key|keys|auth|pwd|pat|sas|dsn|sig|bearer)(?![a-z])",
+    r"|webhook|(?<![a-z])(key|keys|auth|pass|pw|pwd|pat|sas|dsn|sig|jwt|otp|bearer)(?![a-z])",
     re.IGNORECASE,
 )
 _KNOWN_SECRET = re.compile(  # texts that are a secret by themselves
     r"gh[pousr]_\w{16,}|github_pat_\w+|glpat-[\w-]{16,}|hf_\w{16,}|sk-[\w-]{16,}|xox[abprs]-[\w-]+"
-    r"|AKIA[0-9A-Z]{12,}|eyJ[\w-]{8,}\.[\w-]+\.[\w-]*|\b[0-9a-f]{40}\b(?=$|[\"',}\s])"
+    r"|[rs]k_live_\w+|npm_\w{16,}|pypi-[\w-]{16,}|dckr_pat_[\w-]+|AIza[\w-]{30,}|ya29\.[\w-]+"
+    r"|hooks\.slack\.com/services/\S+|A[KS]IA[0-9A-Z]{12,}|eyJ[\w-]{8,}\.[\w-]+\.[\w-]*|\b[0-9a-f]{40}\b(?=$|[\"',}\s])"
 )
-_WITH_PASSWORD = re.compile(r"(?<=://)[^/@\s]+(?=@)")
+_WITH_PASSWORD = re.compile(r"(?<=://)(?:[^:@/\s]*:\S+|[^/@\s]+)(?=@)")
 _WITH_VALUE = re.compile(r"[=:\s]")  # a text that may hold a name and its value
 _OPTION = re.compile(r"--?[\w.-]+\+?=")
 

@@ -113,6 +113,16 @@ class RunLayout:
         return self.directory / "config.yaml"
 
     @property
+    def trackers(self) -> Path:
+        """Identifiers of the run at W&B and MLflow (``callbacks.tracking``)."""
+        return self.directory / "trackers.json"
+
+    @property
+    def crash_bundle(self) -> Path:
+        """The evidence of the latest death as one file (``forensics.bundle``)."""
+        return self.directory / "crash.zip"
+
+    @property
     def checkpoints(self) -> Path:
         """Folder of ``last.ckpt`` and ``best.ckpt``."""
         return self.directory / "checkpoints"

@@ -11,13 +11,16 @@ from itertools import islice
 from pathlib import Path
 from typing import Any, Literal, cast
 
+from esper_lightning.forensics.heartbeat import silent
 from esper_lightning.forensics.layout import RunLayout
+from esper_lightning.forensics.processes import is_alive
 from esper_lightning.forensics.rank_record import ProcessRecord
 from esper_lightning.forensics.reading import RowReader, open_file, parse_json
 
 __all__ = [
     "OWNER_BEGINS",
     "Use",
+    "beating_elsewhere",
     "holds_a_run",
     "is_copied",
     "open_record",
@@ -127,6 +130,21 @@ def ranks_of(directory: Path) -> list[ProcessRecord]:
     """The readable records of ranks; versions before ``owner.lock`` wrote such records, too."""
     found = (ProcessRecord.read(path) for path in directory.glob("rank*/process.json"))
     return [rank for rank in found if rank is not None]
+
+
+def beating_elsewhere(directory: Path) -> ProcessRecord | None:
+    """A rank on another host, or in another container, that gives signs of life in a directory.
+
+    Where such a rank is recorded as running, the call takes up to ``heartbeat.GONE_S``.
+    """
+    layout = RunLayout(directory)
+    unseen = {
+        layout.rank(record.rank or 0).process: record
+        for record in ranks_of(directory)
+        if record.state == "running" and record.beat_s is not None and is_alive(record) is None
+    }
+    quiet = silent(unseen)
+    return next((record for path, record in unseen.items() if path not in quiet), None)
 
 
 def _signs_of_a_run(directory: Path) -> Iterator[bool]:

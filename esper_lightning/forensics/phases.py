@@ -11,16 +11,18 @@ import mmap
 import os
 import struct
 import time
+from collections.abc import Generator
 from pathlib import Path
 from typing import NamedTuple
 
 from esper_lightning.forensics.memory import Memory, measure_memory
 from esper_lightning.forensics.reading import read_file
 
-__all__ = ["PhaseRing", "Phases", "Span", "read_phases"]
+__all__ = ["COLLECTIVE", "PhaseRing", "Phases", "Span", "read_phases"]
 
 _MAGIC = b"ESPERPH1"
-_HEADER = struct.Struct("<8sqIIqqII")  # magic, iteration, names, depth, closed, start, 2 spare
+# Magic, iteration, names, depth, closed, start, collectives that began and that were finished.
+_HEADER = struct.Struct("<8sqIIqqII")
 _SPAN = struct.Struct("<qqqHHI")  # begin_ns, end_ns, iteration, name, depth, spare
 _NAME_BYTES, _MAX_NAMES, _MAX_DEPTH, _MAX_CLOSED = 96, 1024, 64, 4096
 _NAMES_AT = 64
@@ -29,8 +31,11 @@ _RING_AT = _STACK_AT + _SPAN.size * _MAX_DEPTH
 _MEMORY_AT = _RING_AT + _SPAN.size * _MAX_CLOSED
 _MEMORY = struct.Struct("<4q")  # rss, peak, limit, available; all 0 where memory is not known
 _SIZE = _MEMORY_AT + _MEMORY.size
-_ITERATION_AT, _NAMES_COUNT_AT, _DEPTH_AT, _CLOSED_AT = 8, 16, 20, 24
-_I64, _U32 = struct.Struct("<q"), struct.Struct("<I")
+_ITERATION_AT, _NAMES_COUNT_AT, _DEPTH_AT, _CLOSED_AT, _COLLECTIVES_AT = 8, 16, 20, 24, 40
+_I64, _U32, _COUNTS = struct.Struct("<q"), struct.Struct("<I"), struct.Struct("<II")
+
+COLLECTIVE = "collective "
+"""Beginning of the names of spans that are collectives."""
 
 
 class Span(NamedTuple):
@@ -50,6 +55,10 @@ class Phases(NamedTuple):
     open: list[Span]
     closed: list[Span]
     memory: Memory | None = None
+    collectives_begun: int = 0
+    """Number of collectives that the rank has called, modulo 2^32."""
+    collectives_finished: int = 0
+    """Number of those that have ended well."""
 
 
 class PhaseRing:
@@ -75,6 +84,7 @@ class PhaseRing:
         self._stack: list[tuple[int, int]] = []
         self._closed = 0
         self._iteration = 0
+        self._begun = self._finished = 0  # collectives
         _HEADER.pack_into(self._map, 0, _MAGIC, 0, 0, 0, 0, time.time_ns(), 0, 0)
         self.note_memory()
 
@@ -115,7 +125,7 @@ class PhaseRing:
 
     def leave(self, name: str) -> None:
         """Close the innermost span of this name, and the spans that are open within it."""
-        identity = self._ids.get(name)
+        identity = self._ids.get(name, _MAX_NAMES - 1)
         innermost_is_it = bool(self._stack) and self._stack[-1][0] == identity
         if not innermost_is_it and all(identity != opened for opened, _ in self._stack):
             return
@@ -130,6 +140,27 @@ class PhaseRing:
             if innermost == identity:
                 break
         _U32.pack_into(self._map, _DEPTH_AT, min(len(self._stack), _MAX_DEPTH))
+
+    @contextlib.contextmanager
+    def collective(self, name: str) -> Generator[None]:
+        """A span and a number for a collective; one that fails stays open, and is not finished.
+
+        Ranks call the same collectives in the same order, so that their numbers can be compared.
+
+        Args:
+            name: Kind and size of the collective.
+        """
+        self._begun += 1
+        self._note_collectives()
+        self.enter(COLLECTIVE + name)
+        yield
+        self.leave(COLLECTIVE + name)
+        self._finished += 1
+        self._note_collectives()
+
+    def _note_collectives(self) -> None:
+        counts = (self._begun & 0xFFFFFFFF, self._finished & 0xFFFFFFFF)
+        _COUNTS.pack_into(self._map, _COLLECTIVES_AT, *counts)
 
     def close(self) -> None:
         """Unmap the file, which stays on disk."""
@@ -171,7 +202,7 @@ def read_phases(path: Path) -> Phases:
     content = read_file(path, most_bytes=_SIZE)
     if len(content) < _MEMORY_AT or not content.startswith(_MAGIC):
         raise ValueError(f"{path} must be a phase ring, got {content[:8]!r}.")
-    _, iteration, names, depth, closed, *_ = _HEADER.unpack_from(content, 0)
+    _, iteration, names, depth, closed, _, begun, finished = _HEADER.unpack_from(content, 0)
     damaged = ValueError(f"{path} must be a phase ring, got one with damaged content.")
     if names > _MAX_NAMES or depth > _MAX_DEPTH or min(iteration, closed) < 0:
         raise damaged
@@ -195,4 +226,5 @@ def read_phases(path: Path) -> Phases:
     memory = None
     if len(content) >= _SIZE:
         memory = Memory(*_MEMORY.unpack_from(content, _MEMORY_AT))
-    return Phases(iteration, stack, ring, memory if memory and memory.limit_bytes > 0 else None)
+    memory = memory if memory and memory.limit_bytes > 0 else None
+    return Phases(iteration, stack, ring, memory, begun, finished)

@@ -100,6 +100,8 @@ class ProcessRecord(RankRecord):
         fingerprint: All that decides what the program does, besides its state.
         differences: What differs from the fingerprint of the run that is resumed, or else of the
             run before in the directory, in a few words each.
+        beat_s: Seconds from one sign of life to the next (``forensics.heartbeat``); ``None`` where
+            the process gives none.
     """
 
     EXPENDABLE: ClassVar[tuple[str, ...]] = ("fingerprint", "differences", "event_files")
@@ -109,6 +111,7 @@ class ProcessRecord(RankRecord):
     changed_s: EpochSeconds | None = None
     fingerprint: Fingerprint | None = None
     differences: tuple[str, ...] = ()
+    beat_s: float | None = None
 
 
 def same_recording(one: RankRecord, other: RankRecord) -> bool:

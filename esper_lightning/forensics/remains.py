@@ -5,13 +5,20 @@
 import contextlib
 import dataclasses
 import re
+import time
 from collections import deque
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any, NamedTuple, TypeVar
 
-from esper_lightning.forensics.collectives import Collectives, read_collectives
+from esper_lightning.forensics.collectives import (
+    Collectives,
+    collectives_in,
+    late_ranks,
+    read_collectives,
+)
 from esper_lightning.forensics.fingerprint import Fingerprint
+from esper_lightning.forensics.heartbeat import last_sign_s, silent
 from esper_lightning.forensics.layout import RankLayout, RunLayout
 from esper_lightning.forensics.owner_record import read_owner
 from esper_lightning.forensics.phases import Phases, read_phases
@@ -25,9 +32,12 @@ __all__ = [
     "LAST_ROWS",
     "Remains",
     "Window",
+    "collectives_of",
+    "culprit_of_hang",
     "examine",
     "first_failure",
     "rank_folders",
+    "state_of",
     "unrecorded_start",
 ]
 
@@ -35,6 +45,7 @@ T = TypeVar("T")
 
 LAST_ROWS = 5
 _NOTICED_S = 2.0
+_SILENT_S = 60.0  # clocks of hosts differ by less
 _CLOCKS_S = 0.1  # a file's time may lag so far behind the process's clock
 _TOGETHER_S = 60.0  # the ranks of a run begin within this time, for they have met before
 # Names as in RunLayout: rank7, and not rank007.
@@ -126,7 +137,7 @@ def examine(*directories: Path) -> list[Remains]:
     for directory in directories:
         got = repr(str(directory))
         try:
-            found = [_remains(directory, rank) for rank in rank_folders(directory)]
+            found = _remains_of_ranks(directory)
         except OSError as error:
             raise ValueError(f"RUN_DIR must be readable, got {got}: {error}.") from error
         if not found:
@@ -186,10 +197,54 @@ def rank_folders(directory: Path) -> list[int]:
 
 
 def first_failure(ranks: list[Remains]) -> Remains | None:
-    """The rank that failed first, for a reason of its own if any rank did; ``None`` without."""
+    """The rank that failed first, for a reason of its own if any rank did; ``None`` without.
+
+    All ranks of a hang wait for one that never reached a collective. That one is the first failure.
+    """
     failed = [rank for rank in ranks if rank.failed]
     own = [rank for rank in failed if rank.is_first_cause]
-    return min(own or failed, key=lambda remains: remains.failed_at_s, default=None)
+    first = min(own or failed, key=lambda remains: remains.failed_at_s, default=None)
+    if first is None or first.report is None or first.report.cause != "hang":
+        return first
+    return culprit_of_hang(ranks) or first
+
+
+def culprit_of_hang(ranks: list[Remains]) -> Remains | None:
+    """The rank that others wait for, which may wait itself, outside of collectives."""
+    late = late_ranks(collectives_of(ranks))
+    candidates = (rank for rank in ranks if rank.rank in late)
+    return min(candidates, key=lambda remains: remains.failed_at_s, default=None)
+
+
+def collectives_of(ranks: list[Remains]) -> dict[int, Collectives | None]:
+    """The collectives of each rank, by numbers that can be compared.
+
+    torch counts all collectives. A rank that was killed has no record of torch's; then those that
+    PPO has noted in the phase rings count, if that rank noted any.
+    """
+    of_torch = {each.rank: each.collectives for each in ranks}
+    noted = {each.rank: collectives_in(each.phases) for each in ranks}
+    gains = any(of_torch[rank] is None and noted[rank] is not None for rank in noted)
+    return noted if gains else of_torch
+
+
+def _remains_of_ranks(directory: Path) -> list[Remains]:
+    """The remains of each rank; one that is out of sight and gives no sign of life has vanished."""
+    layout = RunLayout(directory)
+    ranks = {rank: _remains(directory, rank) for rank in rank_folders(directory)}
+    unseen: dict[Path, Remains] = {}
+    for rank, remains in ranks.items():
+        path = layout.rank(rank).process
+        if remains.state == "running" and is_unseen(ProcessRecord.read(path)):
+            unseen[path] = remains
+    for path in silent(unseen):
+        unseen[path].state = "vanished"
+    return [*ranks.values()]
+
+
+def is_unseen(process: ProcessRecord | None) -> bool:
+    """Whether a process cannot be seen from here, and gives signs of life."""
+    return process is not None and process.beat_s is not None and is_alive(process) is None
 
 
 def _remains(directory: Path, rank: int) -> Remains:
@@ -228,6 +283,23 @@ def _read(path: Path, read: Callable[[Path], T], unreadable: dict[str, str]) -> 
     except (OSError, ValueError) as error:
         unreadable[path.name] = str(error)
         return None
+
+
+def state_of(process: ProcessRecord, files: RankLayout) -> str:
+    """The state of a rank: that of its record, or ``vanished`` where the process is gone.
+
+    A process that cannot be seen from here counts as gone after a minute without a sign of life, by
+    the clock of this host: nobody waits here, as ``examine`` does.
+
+    Args:
+        process: Content of the rank's ``process.json``.
+        files: Files of the rank.
+    """
+    state = _state(process)
+    if state == "running" and is_unseen(process):
+        sign_s = last_sign_s(files.process)
+        return state if sign_s is None or time.time() - sign_s < _SILENT_S else "vanished"
+    return state
 
 
 def _state(process: ProcessRecord) -> str:

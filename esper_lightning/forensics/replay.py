@@ -28,13 +28,15 @@ __all__ = [
     "row_differences",
 ]
 
-BY_PROGRAM = "# A program started this run, with callbacks of its own:"
-"""Begin of the first line of a ``config.yaml`` that does not hold all callbacks of the run."""
+BY_PROGRAM = "# A program started this run, with "
+"""Begin of the first line of a ``config.yaml`` that lacks objects of the run: their names follow a
+colon. Configs of earlier runs name callbacks alone.
+"""
 
 Outcome = Literal["reproduced", "did not happen again", "different"]
 _OF_TIME = re.compile(
     r"(^|[/_])(time|seconds|secs?|duration|elapsed|fps|sps|throughput)($|[/_])"
-    r"|_(s|ms|us|ns)$|per_s(ec)?(ond)?$|^resumed_with_new_episodes$"
+    r"|_(s|ms|us|ns)$|per_s(ec)?(ond)?$|^resumed_(with_new_episodes|on_ranks)$"
 )
 _ADDRESS = re.compile(r"0x[0-9a-fA-F]{4,}")
 _PLACE = re.compile(r'^\s*File "([^"]*)", line (\d+), in (.*)$')

@@ -6,6 +6,7 @@ Lightning.
 
 import time
 from collections.abc import Callable
+from functools import partial
 from typing import Any, NamedTuple, cast
 
 import torch
@@ -84,7 +85,10 @@ class Collector:
         self._functional = cast(FunctionalEnv, env) if is_functional(env) else None
         self._obs_space = first_steps.spaces.obs
         self._loop = compile_loop("rollout", self._step, mode=mode, device=device)
-        self._act_compiled = compile_map("acting", self._act_rows, mode=mode, device=device)
+        # Only the agent is held: what a simulator does meanwhile is not the business of the watch
+        # over compiled functions.
+        rows = partial(_act_rows, agent)
+        self._act_compiled = compile_map("acting", rows, mode=mode, device=device)
 
     def time_environment(self, add: Callable[[float], None]) -> None:
         """Measure every step of the environments that Python asks for.
@@ -189,11 +193,6 @@ class Collector:
         agent = self._agent
         return agent.with_weights(weights, agent.act, obs, action_mask, noise, memory)
 
-    def _act_rows(
-        self, rows: tuple[Observation, Tensor | None, Tensor, Tensor | None], weights: Weights
-    ) -> Acted:
-        return self._act(weights, *rows)
-
     def _rehearse(self, running: _Running, xs: tuple[Tensor, Any], weights: Weights) -> None:
         """Inspect the first steps of a rollout, before the compiled loop takes the same steps."""
         policy = self._agent.policy
@@ -233,6 +232,12 @@ class Collector:
             obs, action_mask = result.obs, result.action_mask
             memory = policy.reset_memory(acted.memory, result.terminated | result.truncated)
         return state._replace(obs=obs, action_mask=action_mask, memory=memory)
+
+
+def _act_rows(
+    agent: Agent, rows: tuple[Observation, Tensor | None, Tensor, Tensor | None], weights: Weights
+) -> Acted:
+    return agent.with_weights(weights, agent.act, *rows)
 
 
 def _finish(rollout: Rollout, writer: LastObsWriter | None) -> Rollout:

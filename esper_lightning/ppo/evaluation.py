@@ -18,7 +18,7 @@ from esper_lightning.policies.base import Policy
 from esper_lightning.ppo.collect import Normalize
 from esper_lightning.ppo.non_finite import refuse_stuck_cause
 
-__all__ = ["Episodes", "evaluate_policy"]
+__all__ = ["DeterministicPlay", "Episodes", "evaluate_policy"]
 
 _STEPS_BETWEEN_CHECKS = 32  # on a GPU, where each check waits for the device
 
@@ -28,6 +28,36 @@ class Episodes(NamedTuple):
 
     episode_return: Float[Tensor, " N"]
     episode_length: Int[Tensor, " N"]
+
+
+class DeterministicPlay:
+    """A policy that acts deterministically in environments, step by step.
+
+    Args:
+        policy: Policy that acts.
+        normalize: Function from the environment's observations to those that the policy sees.
+        env: Batch of ``B`` environments, which are reset.
+
+    Attributes:
+        action_mask: Mask of the next action; ``None`` where there are no masks.
+    """
+
+    def __init__(self, policy: Policy, normalize: Normalize, env: BatchedEnv | FirstSteps) -> None:
+        self._policy, self._normalize, self._env = policy, normalize, env
+        obs, mask = env.reset()
+        self._obs: Observation = obs
+        self.action_mask: Tensor | None = mask
+        self._memory = policy.initial_memory(obs)
+
+    def step(self) -> StepResult:
+        """Act once in every environment."""
+        policy = self._policy
+        seen, memory = policy.step_memory(self._normalize(self._obs), self._memory)
+        action = policy.to_env(policy.act_deterministically(seen, self.action_mask))
+        result = self._env.step(action)
+        self._obs, self.action_mask = result.obs, result.action_mask
+        self._memory = policy.reset_memory(memory, result.terminated | result.truncated)
+        return result
 
 
 @torch.no_grad()
@@ -58,24 +88,17 @@ def evaluate_policy(
     Raises:
         ValueError: If an environment needs more steps than that, or a return is not finite.
     """
-    played = first_steps or env
-    obs, action_mask = played.reset()
-    memory = policy.initial_memory(obs)
+    play = DeterministicPlay(policy, normalize, first_steps or env)
 
-    def step(
-        obs: Observation, action_mask: Tensor | None, memory: Tensor | None
-    ) -> tuple[StepResult, Tensor | None]:
-        seen, memory = policy.step_memory(normalize(obs), memory)
-        action = policy.to_env(policy.act_deterministically(seen, action_mask))
+    def step() -> StepResult:
         try:
-            result = played.step(action)
+            return play.step()
         except Exception as error:
             if first_steps is not None:
-                refuse_stuck_cause(error, action_mask, first_steps)
+                refuse_stuck_cause(error, play.action_mask, first_steps)
             raise
-        return result, policy.reset_memory(memory, result.terminated | result.truncated)
 
-    result, memory = step(obs, action_mask, memory)
+    result = step()
     shape = (len(result.reward), episodes_each)
     episode_return = result.episode_return.new_full(shape, math.nan)
     episode_length = result.episode_length.new_zeros(shape)
@@ -93,7 +116,7 @@ def evaluate_policy(
         is_last = number == max_steps * episodes_each
         if is_last or (number % between == 0 and bool((finished >= episodes_each).all())):
             break
-        result, memory = step(result.obs, result.action_mask, memory)
+        result = step()
     episode_return, episode_length = episode_return.flatten(), episode_length.flatten()
     name = type(env).__name__ if first_steps is None else first_steps.owner
     unfinished = int((episode_length == 0).sum())

@@ -51,8 +51,9 @@ class Extension(nn.Module):
     """A module that adds rewards, terms of the loss or metrics to PPO.
 
     A subclass overrides ``prepare``, ``losses`` or both. Between two calls of ``losses`` only
-    buffers and parameters may change, parameters in place alone: compiled code reads other
-    attributes, and numbers in ``kept``, once. A buffer that ``prepare`` replaces is used as well.
+    buffers and parameters may change, parameters in place alone: compiled code on CUDA reads other
+    attributes, and numbers in ``kept``, once, and on a CPU the update runs eagerly once another
+    attribute has changed. A buffer that ``prepare`` replaces is used as well.
 
     Parameters that require a gradient are trained by PPO's optimizer, together with the policy.
     Parameters and buffers are in the checkpoint and must be the same on all ranks: gradients are
@@ -92,10 +93,9 @@ class Extension(nn.Module):
         """Terms that are added to the loss of a minibatch, and averaged over its samples.
 
         A pure function, so that it can be compiled: nothing random, no branch on a tensor, and no
-        buffer changes. Other attributes are read once in a run: a weight that a callback changes
-        must be a buffer. The term of a sample must not depend on other samples, as it would through
-        a mean over the minibatch, because a minibatch may be cut into chunks. The history has the
-        mean of each term as ``loss/<name>``.
+        buffer changes. A weight that a callback changes must be a buffer. The term of a sample must
+        not depend on other samples, as it would through a mean over the minibatch, because a
+        minibatch may be cut into chunks. The history has the mean of each term as ``loss/<name>``.
 
         Args:
             batch: Samples of the minibatch, with observations as the policy sees them.

@@ -5,6 +5,7 @@ nothing of Lightning, and only ``to_host`` waits for the device.
 """
 
 from collections.abc import Callable, Mapping, Sequence
+from functools import partial
 from typing import Any, NamedTuple, cast
 
 import torch
@@ -20,6 +21,7 @@ from esper_lightning.core.ranks import SINGLE_RANK, Ranks
 from esper_lightning.core.running_stats import Moments, RunningStats
 from esper_lightning.core.seeding import restore_streams
 from esper_lightning.core.shapes import Bool, Float
+from esper_lightning.core.spaces import ActionSpace
 from esper_lightning.core.tensor_trees import leaves, map_tree
 from esper_lightning.core.types import Rollout, Samples
 from esper_lightning.envs.base import (
@@ -130,15 +132,13 @@ class Learner:
         self._storage = allocate_rollout(spaces, config.rollout_steps, spec.num_envs, device=device)
         self._collector = Collector(env, agent, self._first_steps, mode=mode, device=device)
         self._critic = Critic(agent, mode=mode, device=device)
-        alone = ranks.size == 1  # else it communicates half-way
-        self._prepare = compile_function(
-            "advantages", self._targets_of, mode=mode if alone else "off", device=device
-        )
+        alone = mode if ranks.size == 1 else "off"  # several ranks communicate half-way
+        prepare = partial(_targets_of, config, ranks, spaces.action)
+        self._prepare = compile_function("advantages", prepare, mode=alone, device=device)
         self._updater = Updater(agent, config, mode=mode, device=device, ranks=ranks)
         self._acting: ActingState | None = None
         self._parameters: FlatParameters | None = None
-        self._learning_rate = torch.zeros((), device=device)
-        self._action_space = spaces.action
+        self._learning_rate, self._action_space = torch.zeros((), device=device), spaces.action
         self._first_memory: Tensor | None = None  # at the beginning of the latest rollout
         self.order: Sequence[Tensor] = ()
 
@@ -350,35 +350,35 @@ class Learner:
         self.agent.refresh()  # ``prepare`` may have replaced a buffer
         return prepared
 
-    def _targets_of(
-        self,
-        values: Values,
-        rollout: Rollout,
-        memory: Float[Tensor, "B S"] | None,
-        discounted_return: Float[Tensor, " B"],
-        moments: Moments | None,
-        added: Float[Tensor, "T B"] | None,
-    ) -> Targets:
-        config, ranks = self._config, self._ranks
-        mine = (is_healthy(rollout, self._action_space), sum_episodes(rollout))
-        everywhere = ranks.gather(mine)
-        healthy = torch.stack([one for one, _ in everywhere]).all()
-        episodes = EpisodeSums(
-            **{
-                name: torch.stack([getattr(sums, name) for _, sums in everywhere]).sum()
-                for name in EpisodeSums._fields
-            }
-        )
-        reward, discounted_return, moments = scale_reward(
-            rollout, discounted_return, moments, config, healthy=healthy, ranks=ranks
-        )
-        reward = reward if added is None else reward + added
-        mask = rollout.action_mask
-        choice = None if mask is None else has_choice(self._action_space, mask.flatten(0, 1))
-        samples, variance = prepare_samples(
-            values, rollout, reward, config, ranks, memory=memory, choice=choice
-        )
-        return Targets(samples, discounted_return, moments, healthy, episodes, variance)
+
+def _targets_of(
+    config: PPOConfig,
+    ranks: Ranks,
+    action_space: ActionSpace,
+    values: Values,
+    rollout: Rollout,
+    memory: Float[Tensor, "B S"] | None,
+    discounted_return: Float[Tensor, " B"],
+    moments: Moments | None,
+    added: Float[Tensor, "T B"] | None,
+) -> Targets:
+    everywhere = ranks.gather((is_healthy(rollout, action_space), sum_episodes(rollout)))
+    healthy = torch.stack([one for one, _ in everywhere]).all()
+    totals = {
+        name: torch.stack([getattr(sums, name) for _, sums in everywhere]).sum()
+        for name in EpisodeSums._fields
+    }
+    episodes = EpisodeSums(**totals)
+    reward, discounted_return, moments = scale_reward(
+        rollout, discounted_return, moments, config, healthy=healthy, ranks=ranks
+    )
+    reward = reward if added is None else reward + added
+    mask = rollout.action_mask
+    choice = None if mask is None else has_choice(action_space, mask.flatten(0, 1))
+    samples, variance = prepare_samples(
+        values, rollout, reward, config, ranks, memory=memory, choice=choice
+    )
+    return Targets(samples, discounted_return, moments, healthy, episodes, variance)
 
 
 def _refuse_other_than_tensors(env: BatchedEnv) -> None:

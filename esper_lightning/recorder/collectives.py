@@ -1,4 +1,4 @@
-"""The latest collectives of this rank, from the record that torch keeps by itself."""
+"""The latest collectives of this rank, which torch records by itself."""
 
 import json
 from typing import Any
@@ -13,7 +13,7 @@ _KEPT = 64
 def latest_collectives() -> bytes | None:
     """The latest collectives as JSON for ``forensics.collectives``; ``None`` without a record.
 
-    torch keeps such a record for gloo since version 2.13, without any variable being set. Stacks
+    torch writes such a record for gloo since version 2.13, without any variable being set. Stacks
     are not asked for: torch would need seconds to find their lines. No collective is called.
     """
     c10d: Any = getattr(torch._C, "_distributed_c10d", None)  # pyright: ignore[reportPrivateUsage]

@@ -15,7 +15,7 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any, Concatenate, ParamSpec, cast
 
-from lightning.pytorch import LightningModule, Trainer
+from lightning.pytorch import Callback, LightningModule, Trainer
 from typing_extensions import override
 
 from esper_lightning.callbacks.directory_choice import WritesRun
@@ -27,6 +27,7 @@ from esper_lightning.callbacks.run_directory import (
     copy_run_directory,
     open_run_directory,
 )
+from esper_lightning.callbacks.tracking import upload_results
 from esper_lightning.core.errors import check_arguments, positive, require
 from esper_lightning.core.ranks import RanksDisagreeError
 from esper_lightning.forensics.claims import DirectoryRefusedError
@@ -90,8 +91,10 @@ class FlightRecorder(WritesRun):
         watch: Whether a second process of a few megabytes completes the report if this one vanishes
             (SIGKILL, the kernel's OOM killer, ``os._exit``).
         keeps_state: Whether the state after the latest iteration is on disk for ``esper replay``
-            and ``--ckpt_path last``, also after SIGKILL. ``None`` stores states of PPO of at most
-            64 MB, as often as takes less than 0.5 % of the time.
+            and ``--ckpt_path last``, also after SIGKILL. A state is a checkpoint, for which the
+            hooks ``on_save_checkpoint`` of all callbacks are called: a run could not be resumed
+            without what they add. ``None`` stores states of PPO of at most 64 MB, as often as takes
+            less than 0.5 % of the time, and none where such a hook is a user's own.
 
     Raises:
         ValueError: If an argument has another type, ``hang_timeout_s`` is not positive, is missing
@@ -130,6 +133,10 @@ class FlightRecorder(WritesRun):
         if not trainer.fast_dev_run:  # which has dummies as loggers
             guard_loggers(trainer.loggers)
         layout = _layout(open_run_directory(trainer, self))
+        if layout is not None and trainer.is_global_zero:
+            guard_loggers(
+                trainer.loggers, at_end=functools.partial(upload_results, layout.directory)
+            )
         met = meet(trainer.world_size)
         if layout is None:
             return
@@ -281,8 +288,10 @@ class FlightRecorder(WritesRun):
         self, trainer: Trainer, module: LightningModule, layout: RunLayout
     ) -> StateKeeper | None:
         """What stores the state after iterations, as the last callback; ``None`` where none is."""
-        # Hooks of other modules may do anything when a checkpoint is collected.
-        wanted = hasattr(module, "saves_alone") if self.keeps_state is None else self.keeps_state
+        wanted = self.keeps_state
+        if wanted is None:  # hooks of others may do anything when a checkpoint is collected
+            hooks = (module, *trainer.callbacks)
+            wanted = hasattr(module, "saves_alone") and not any(map(_has_hook_of_a_user, hooks))
         if not wanted:
             return None
         return StateKeeper(layout, trainer.global_rank, always=self.keeps_state is True)
@@ -329,6 +338,12 @@ class FlightRecorder(WritesRun):
 
 def _layout(directory: Path | None) -> RunLayout | None:
     return None if directory is None else RunLayout(directory)
+
+
+def _has_hook_of_a_user(owner: LightningModule | Callback) -> bool:
+    """Whether ``on_save_checkpoint`` is neither Lightning's nor of this package."""
+    source = type(owner).on_save_checkpoint.__module__.partition(".")[0]
+    return source not in ("lightning", "esper_lightning")
 
 
 def _close_earlier(trainer: Trainer) -> None:

@@ -17,6 +17,7 @@ from torch import distributed as dist
 
 from esper_lightning.callbacks.lightning_internals import LAUNCHER_KILLS, launcher_observers
 from esper_lightning.forensics.fingerprint import Fingerprint, differences
+from esper_lightning.forensics.heartbeat import BEAT_S, SILENT_S, Pulse, beat
 from esper_lightning.forensics.layout import RunLayout
 from esper_lightning.forensics.processes import identify, is_alive
 from esper_lightning.forensics.rank_record import ProcessRecord, same_recording
@@ -32,6 +33,7 @@ __all__ = [
 
 _HOST = socket.gethostname()
 _CLOCKS_DIFFER_S = 10.0
+_SILENT_S = 60.0  # a network disk may stand still for a while; a death is noticed by others, too
 _previous_end_s = [time.time()]  # of the latest run in this process, or of the import
 
 
@@ -112,7 +114,9 @@ class Peers:
         if self._met:
             names = json.dumps([record.to_dict() for record in self._met], sort_keys=True).encode()
             run = hashlib.blake2b(names, digest_size=8).hexdigest()
-        self.process = replace(mine, rank=rank, world_size=world_size, run=run)
+        self.process = replace(mine, rank=rank, world_size=world_size, run=run, beat_s=BEAT_S)
+        self._pulses: dict[int, Pulse] = {}  # of ranks that cannot be seen from here
+        self._beat_due_s = 0.0
 
     def note_event_files(self, names: list[str]) -> None:
         """Add the names of the runs' TensorBoard event files to this rank's record."""
@@ -144,6 +148,18 @@ class Peers:
         process = replace(self.process, state=state, evidence_saved=saved, changed_s=now_s)
         process.write(self._path)
 
+    def beat(self) -> None:
+        """Give a sign of life, if it is time, to ranks that cannot see this process."""
+        now_s = time.monotonic()
+        if now_s >= self._beat_due_s:
+            self._beat_due_s = now_s + BEAT_S
+            beat(self._path)
+
+    def listen(self) -> None:
+        """Note signs of life of other ranks, also while this rank saves its evidence."""
+        for pulse in [*self._pulses.values()]:
+            pulse.silent_s()
+
     def first_failure(self) -> tuple[int, str] | None:
         """A rank that failed or vanished in this run, with the reason; ``None`` without one."""
         for peer in self._others:
@@ -154,12 +170,15 @@ class Peers:
                 return peer, "it failed"
             if process.state == "running" and is_alive(process) is False:
                 return peer, "its process vanished"
+            if process.state == "running" and self._silent_s(peer, process) > _SILENT_S:
+                return peer, f"it gave no sign of life for {_SILENT_S:g} s"
         return None
 
     def wait_until_saved(self, timeout_s: float) -> None:
         """Stay alive while other ranks still save their evidence.
 
-        Launchers kill every process soon after the first process has ended.
+        Launchers kill every process soon after the first process has ended. A rank that is out of
+        sight, gives no sign of life and has not begun to save is not waited for.
 
         Args:
             timeout_s: Longest time to wait, in seconds.
@@ -172,7 +191,17 @@ class Peers:
         process = self._read(peer)
         if process is None or process.state in ("finished", "off") or process.evidence_saved:
             return False
-        return is_alive(process) is not False  # a process out of sight counts as alive
+        if process.state == "running" and self._silent_s(peer, process) > SILENT_S:
+            return False
+        return is_alive(process) is not False
+
+    def _silent_s(self, peer: int, process: ProcessRecord) -> float:
+        """Seconds without a sign of life of a process that cannot be seen from here, else 0."""
+        if process.beat_s is None or is_alive(process) is not None:
+            return 0.0
+        if peer not in self._pulses:
+            self._pulses[peer] = Pulse(self._layout.rank(peer).process)
+        return self._pulses[peer].silent_s()
 
     def _read(self, peer: int) -> ProcessRecord | None:
         """The record of a peer; ``None`` where it is missing, or of an earlier run."""

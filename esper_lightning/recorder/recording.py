@@ -16,7 +16,7 @@ from lightning.pytorch import Callback, Trainer
 from esper_lightning.callbacks.history import History
 from esper_lightning.callbacks.lightning_internals import RUN_STAGE, TunerExit, run_depth
 from esper_lightning.callbacks.progress import RunProgressBar
-from esper_lightning.core.ranks import PeerFailedError
+from esper_lightning.core.ranks import PeerFailedError, noting_collectives
 from esper_lightning.forensics.asides import rename_aside
 from esper_lightning.forensics.fingerprint import Fingerprint
 from esper_lightning.forensics.layout import RankLayout, RunLayout
@@ -100,6 +100,7 @@ class Recording:
             )
             self._saving = Saving(self._files, self._peers, self._make_rescue, hangs_end=hang_ends)
             undo.callback(attempt, self._report_end)
+            undo.callback(noting_collectives(self._ring.collective))
             try:
                 self._begin_watching(undo, leave, hang_timeout_s)
             except Exception:  # of the recorder: the run continues, and other ranks with it
@@ -148,7 +149,7 @@ class Recording:
             renew=self._protection.renew,
             peer=self._peers.first_failure,
             act=self._act,
-            look=self._ring.note_memory,
+            look=self._look,
             saving_for_s=self.saving_for_s,
             others_saving_for_s=self._protection.others_saving_for_s,
             hang_timeout_s=hang_timeout_s,
@@ -306,6 +307,13 @@ class Recording:
             directory, silent_s = self._layout.directory, alarm.silent_s
             _log.error("A hang of %.0f s ends the run. Run directory: %s", silent_s, directory)
             end_at_once(_FAILED)
+
+    def _look(self) -> None:
+        """Note the memory of the process; give and note signs of life of ranks on other hosts."""
+        self._ring.note_memory()
+        if not self._has_left:
+            self._peers.beat()
+            self._peers.listen()
 
     def last_gasp(self, signal_name: str) -> None:
         """Save the evidence that a C signal handler can save, in the thread that failed."""

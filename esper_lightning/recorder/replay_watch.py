@@ -28,7 +28,7 @@ _MOST_COLUMNS = 4
 
 
 class ReplayWatch(WritesRun):
-    """Compares the rows of a replay as they come, keeps ``before.ckpt``, and ends the replay.
+    """Compares the rows of a replay as they come, stores ``before.ckpt``, and ends the replay.
 
     The replay ends before the iteration that follows the failing one begins: evaluations and
     callbacks after the failing iteration are part of the replay. Every ``ModelCheckpoint`` writes

@@ -3,6 +3,9 @@
 Each rank writes what a checkpoint of it alone would hold into ``state.0.ckpt`` and ``state.1.ckpt``
 of its folder, in turn: while one is written, the other is whole. A file is overwritten in place and
 not flushed: what a process has written belongs to the kernel, and only a power failure loses it.
+
+An iteration after which an evaluation is due, or an epoch ends, is stored after that: a run that is
+resumed would skip it, and lack the row of the evaluation or a checkpoint.
 ``training.checkpoint.kept`` reads the files and joins those of all ranks.
 """
 # Lightning sets many attributes of its Trainer where no type checker sees them.
@@ -18,12 +21,13 @@ import time
 from typing import Any
 
 import torch
-from lightning.pytorch import Callback, LightningModule, Trainer
+from lightning.pytorch import LightningModule, Trainer
+from lightning.pytorch.callbacks import Checkpoint
 from lightning.pytorch.strategies import DDPStrategy, SingleDeviceStrategy
 from typing_extensions import override
 
 from esper_lightning.callbacks.history import finished_iterations
-from esper_lightning.callbacks.lightning_internals import dump_checkpoint
+from esper_lightning.callbacks.lightning_internals import dump_checkpoint, evaluates_next
 from esper_lightning.forensics.layout import RunLayout
 from esper_lightning.recorder.crash_checkpoint import saving_alone
 from esper_lightning.recorder.death import in_words
@@ -32,14 +36,16 @@ __all__ = ["MOST_SHARE", "StateKeeper"]
 
 _log = logging.getLogger(__name__)
 MOST_SHARE = 0.005
-"""Greatest share of the time of iterations that is spent on storing states, where none is asked."""
+"""Greatest share of the time of training that storing takes where nobody asked for states."""
 _FIRST_DECISION = 4  # iterations of a run before it is known what storing costs
-_MOST_BYTES = 64 << 20  # of a state that is stored without being asked for: the disk writes it, too
-_NEVER = 1 << 40  # in place of the number of iterations: a rank stores no state any more
+_MOST_BYTES = 64 << 20  # of a state that nobody asked for: the disk must write it, too
+_NEVER = 1 << 40  # iterations between two states of a rank that stores none any more
 
 
-class StateKeeper(Callback):
+class StateKeeper(Checkpoint):
     """Stores the state after an iteration, after all other callbacks.
+
+    At the end of an epoch, Lightning calls callbacks that are a ``Checkpoint`` last.
 
     Args:
         layout: Run directory.
@@ -57,8 +63,9 @@ class StateKeeper(Callback):
     def __init__(self, layout: RunLayout, rank: int, *, always: bool) -> None:
         self._layout, self._files, self._always = layout, layout.rank(rank), always
         self.is_storing, self.every, self.seconds = False, 1, 0.0
-        self._is_off = False  # alike on all ranks, which then decide nothing together any more
-        self._fails = False  # on this rank
+        self._is_off = False  # the same on all ranks, which then decide nothing more together
+        self._fails = False  # whether this rank cannot store its state
+        self._is_due = False  # whether the iteration is stored after what follows it
         self._descriptors: dict[int, int] = {}
         self._slot, self._stored = 1, -1  # of the latest state, and the iteration that it follows
         self._count = 0
@@ -83,20 +90,23 @@ class StateKeeper(Callback):
         if self._is_off:
             return
         if self._always or self._count % self.every == 0:
-            self._store(trainer, pl_module)
+            self._is_due = True
+            if not (_ends_epoch(trainer) or evaluates_next(trainer)):
+                self._store(trainer, pl_module)
         is_power = self._count & (self._count - 1) == 0
         if not self._always and is_power and self._count >= _FIRST_DECISION:
             self._decide(trainer)
 
     @override
     def on_validation_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        """Store the state anew: an evaluation may have changed it."""
-        self._store_again(trainer, pl_module)
+        """Store the state after an evaluation within an epoch."""
+        if not _ends_epoch(trainer):
+            self._store_after(trainer, pl_module)
 
     @override
     def on_train_epoch_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        """Store the state anew: the end of an epoch may have changed it."""
-        self._store_again(trainer, pl_module)
+        """Store the state at the end of an epoch, after its evaluation and its checkpoints."""
+        self._store_after(trainer, pl_module)
 
     @override
     def teardown(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
@@ -110,9 +120,10 @@ class StateKeeper(Callback):
         while self._descriptors:
             os.close(self._descriptors.popitem()[1])
 
-    def _store_again(self, trainer: Trainer, module: LightningModule) -> None:
+    def _store_after(self, trainer: Trainer, module: LightningModule) -> None:
+        """Store the state after an evaluation or an epoch, if it is due or was stored before."""
         is_stored = self._stored == finished_iterations(trainer, module)
-        if is_stored and not self._is_off and not trainer.sanity_checking:
+        if (self._is_due or is_stored) and not self._is_off and not trainer.sanity_checking:
             self._store(trainer, module)
 
     def _store(self, trainer: Trainer, module: LightningModule) -> None:
@@ -120,7 +131,7 @@ class StateKeeper(Callback):
         if self._fails:
             return
         began, iteration = time.perf_counter(), finished_iterations(trainer, module)
-        self.is_storing = True
+        self.is_storing, self._is_due = True, False
         try:
             with saving_alone(module):
                 checkpoint = dump_checkpoint(trainer)
@@ -132,7 +143,7 @@ class StateKeeper(Callback):
             slot = self._slot if iteration == self._stored else 1 - self._slot
             self._write(slot, content.getbuffer())
             self._slot, self._stored = slot, iteration
-        except Exception as error:  # of a disk, or of what is to be stored: the run must go on
+        except Exception as error:  # of a disk or of a user's object: the run continues
             self._fails = True
             text = "The state after an iteration is not stored any more: %s."
             _log.warning(text, in_words(error))
@@ -154,9 +165,9 @@ class StateKeeper(Callback):
             offset += os.pwrite(descriptor, content[offset:], offset)
 
     def _decide(self, trainer: Trainer) -> None:
-        """Decide how often states are stored from now on, alike on all ranks.
+        """Decide how often states are stored from now on; all ranks decide the same.
 
-        This is a collective where there are several ranks: one that fails takes part, too.
+        This is a collective where there are several ranks. A rank that cannot store takes part.
         """
         now = time.perf_counter()
         each_s = (now - self._begun_s) / (self._count - self._since)
@@ -177,7 +188,11 @@ class StateKeeper(Callback):
         try:
             for path in (*self._files.states, *([self._layout.joined_state] if joined else [])):
                 path.unlink(missing_ok=True)
-        except OSError as error:  # the run must go on
+        except OSError as error:  # the run continues
             if not self._fails:
                 _log.warning("The states after iterations are not removed: %s.", in_words(error))
             self._fails = True
+
+
+def _ends_epoch(trainer: Trainer) -> bool:
+    return trainer.is_last_batch or trainer.should_stop

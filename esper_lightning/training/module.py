@@ -19,6 +19,7 @@ from typing_extensions import override
 
 from esper_lightning.callbacks.loggers import guard_loggers
 from esper_lightning.callbacks.run_directory import begin_run_directory
+from esper_lightning.callbacks.tracking import begin_tracking, continue_tracking
 from esper_lightning.compiling.loops import CompileMode
 from esper_lightning.core.ranks import Ranks
 from esper_lightning.core.running_stats import ObsNormalizer, RunningStats, normalized_space
@@ -84,6 +85,7 @@ class PPO(CheckpointHooks):
         compile: CompileMode = PPOSettings.compile,  # noqa: A002 - the usual name of the setting
         warm_start: str | None = PPOSettings.warm_start,
         extensions: tuple[ExtensionSpec, ...] = PPOSettings.extensions,
+        redeal: bool = PPOSettings.redeal,
     ) -> None:
         """Check the settings and build the networks; environments are built when a run starts.
 
@@ -114,6 +116,9 @@ class PPO(CheckpointHooks):
             warm_start: Checkpoint from which a new run takes weights and normalisation statistics,
                 and nothing else. It has no effect where a run is resumed.
             extensions: Additions to PPO: rewards, terms of the loss and metrics, such as ``RND()``.
+            redeal: Whether a run that is resumed by another number of ranks deals the environments
+                of the checkpoint anew, ``num_envs`` to each rank. Running episodes continue, and
+                random streams are new.
 
         Raises:
             ValueError: If a setting is out of range or does not fit the environments.
@@ -279,6 +284,7 @@ class PPO(CheckpointHooks):
         if fits:
             self.refuse_other_ranks()
             begin_run_directory(self.trainer)
+            continue_tracking(self.trainer)
         self._guard_loggers()
         return [CloseEnvironments(), ReportsAbsentMetrics(logs_more=more)]
 
@@ -301,9 +307,10 @@ class PPO(CheckpointHooks):
     def setup(self, stage: str) -> None:
         """Build environments and rollout storage on the device, if the module is to be trained."""
         self._guard_loggers()
+        trainer_rules.silence_lightning()
         if stage != "fit":
             return
-        trainer_rules.silence_checkpoint_advice()
+        begin_tracking(self.trainer)
         self._ranks = Ranks(self.trainer.world_size)
         self._learner = build_learner(
             self.settings,

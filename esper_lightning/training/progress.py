@@ -38,6 +38,8 @@ class Progress:
             without a limit, and before training starts.
         new_episodes: Whether a resumed run had to start new episodes, which the next history row
             reports.
+        redealt_to: Number of ranks to which a resumed run has dealt environments anew, which the
+            next history row reports; ``None`` without that.
     """
 
     def __init__(self, settings: PPOSettings) -> None:
@@ -45,6 +47,7 @@ class Progress:
         self.train_time_s = 0.0
         self.planned_env_steps: int | None = None
         self.new_episodes = False
+        self.redealt_to: int | None = None
         self._recent_episodes = RecentEpisodes()
         self._rollout_steps, self._num_envs = settings.ppo.rollout_steps, settings.env.num_envs
         self.budget = settings.total_env_steps
@@ -95,6 +98,7 @@ class Progress:
         episodes = metrics["episodes"]
         self._recent_episodes.update(metrics["return_sum"], metrics["length_sum"], episodes)
         new_episodes, self.new_episodes = self.new_episodes, False
+        redealt_to, self.redealt_to = self.redealt_to, None
         self.iteration += 1
         self.env_steps += env_steps
         self.gradient_steps += int(metrics["gradient_steps"])
@@ -108,6 +112,7 @@ class Progress:
             **rollout_metrics(episodes, self._recent_episodes),
             **{name: value for name, value in metrics.items() if "/" in name},
             **({"resumed_with_new_episodes": 1} if new_episodes else {}),
+            **({} if redealt_to is None else {"resumed_on_ranks": redealt_to}),
         }
 
     def state_dict(self) -> dict[str, Any]:

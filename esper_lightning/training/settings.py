@@ -40,6 +40,7 @@ class PPOSettings:
     compile: CompileMode = "auto"
     warm_start: str | None = None
     extensions: tuple[ExtensionSpec, ...] = ()
+    redeal: bool = False
 
     def __post_init__(self) -> None:
         check_fields(self, owner="PPO")

@@ -5,12 +5,9 @@ The plain data have the form of the command line: ``class_path`` and ``init_args
 
 import dataclasses
 import inspect
-import types
-import typing
 from collections.abc import Mapping, Sequence
 from enum import Enum
-from pathlib import PurePath
-from typing import Any, Union, cast, get_args, get_origin
+from typing import Any, cast, get_origin
 
 from esper_lightning.core.errors import Words, require
 from esper_lightning.core.imports import import_object
@@ -19,6 +16,15 @@ from esper_lightning.envs.inspector import is_count
 from esper_lightning.policies.base import PolicySpec
 from esper_lightning.policies.encoders import EncoderSpec
 from esper_lightning.ppo.extension import ExtensionSpec
+from esper_lightning.training.annotations import (
+    annotations,
+    dataclass_of,
+    entry_kinds,
+    is_named_by_text,
+    item_kinds,
+    named_by_text,
+    options_of,
+)
 
 __all__ = [
     "StoredSpec",
@@ -55,31 +61,29 @@ class StoredSpec:
 def to_data(value: object, kind: Any = None) -> Any:
     """Plain data of a setting: dataclasses become dicts and tuples become lists, at all depths.
 
-    A member of an enum becomes its name and a path becomes text, where the annotation says what
-    they are. A spec within becomes a dict with its class. Any other value that is not a number or
-    text becomes its ``repr`` under a name that no setting has. Such a value can be compared with
-    others, but ``spec_from_data`` refuses it. The same is true of a policy spec within that does
-    not derive from ``PolicySpec``.
+    A member of an enum becomes its name, a path becomes text, and a dataclass becomes its fields,
+    where the annotation names the class. A spec within becomes a dict with its class. Any other
+    value that is not a number or text becomes its ``repr`` under a name that no setting has, and so
+    does a mapping with such a key. Such a value can be compared with others, but ``spec_from_data``
+    refuses it. The same is true of a policy spec within that does not derive from ``PolicySpec``.
 
     Args:
         value: Value of the setting.
-        kind: Annotation of the setting; ``None`` if it is not known.
+        kind: Annotation of the setting; ``None`` for a setting that is not rebuilt by annotations.
     """
-    named = _named_by_text(kind)
-    if named is not None and isinstance(value, named):
+    if is_named_by_text(value, kind):
         return value.name if isinstance(value, Enum) else str(value)
     if _is_spec_within(type(value)):
         return spec_to_data(value)
     is_data = dataclasses.is_dataclass(value) and not isinstance(value, type)
-    if is_data and not isinstance(value, PolicySpec):
+    is_known = kind is None or dataclass_of(kind) is type(value)
+    if is_data and is_known and not isinstance(value, PolicySpec):
         return _fields_to_data(value)
     if isinstance(value, Mapping):
-        items = cast(Mapping[str, object], value)
-        kinds = _item_kinds(kind, len(items))
-        return {key: to_data(item, kinds[-1]) for key, item in items.items()}
+        return _mapping_to_data(cast(Mapping[object, object], value), kind)
     if isinstance(value, list | tuple):
         listed = cast(Sequence[object], value)
-        return [*map(to_data, listed, _item_kinds(kind, len(listed)))]
+        return [*map(to_data, listed, item_kinds(kind, len(listed)))]
     return _plain(value)
 
 
@@ -142,30 +146,33 @@ def spec_to_data(spec: object) -> SpecData:
     }
 
 
-def with_defaults(data: Any, own: object) -> Any:
+def with_defaults(data: Any, own: object, kind: Any = None) -> Any:
     """Plain data of a spec with the defaults of settings that an earlier version did not have.
 
     Args:
         data: Plain data, of which those of a spec of another class are returned unchanged.
         own: Spec whose class has the settings.
+        kind: Annotation of the setting that the plain data belong to; ``None`` for a spec.
     """
-    if data == {_OPAQUE: repr(own)}:  # earlier versions stored no members of enums, and no paths
-        return to_data(own, type(own))
     is_spec = dataclasses.is_dataclass(own) and not isinstance(own, type)
+    # Earlier versions stored no members of enums and no paths, and dataclasses of any kind.
+    if data == {_OPAQUE: repr(own)} or (is_spec and data == _fields_to_data(own)):
+        return to_data(own, kind)
     if not (is_spec and isinstance(data, Mapping) and {*cast(SpecData, data)} == _FORM):
         return cast(Any, data)
-    stored, kind = cast(SpecData, data), type(own)
+    stored, found = cast(SpecData, data), type(own)
     settings: SpecData = dict(stored["init_args"])
-    if stored["class_path"] != f"{kind.__module__}.{kind.__qualname__}":
+    if stored["class_path"] != f"{found.__module__}.{found.__qualname__}":
         return stored
-    kinds = _annotations(kind)
+    kinds = annotations(found)
     for field in dataclasses.fields(cast(Any, own)):
-        if field.name in settings:
-            settings[field.name] = with_defaults(settings[field.name], getattr(own, field.name))
+        name, of_field = field.name, kinds.get(field.name, object)
+        if name in settings:
+            settings[name] = with_defaults(settings[name], getattr(own, name), of_field)
         elif field.init and field.default is not dataclasses.MISSING:
-            settings[field.name] = to_data(field.default, kinds.get(field.name))
+            settings[name] = to_data(field.default, of_field)
         elif field.init and field.default_factory is not dataclasses.MISSING:
-            settings[field.name] = to_data(field.default_factory(), kinds.get(field.name))
+            settings[name] = to_data(field.default_factory(), of_field)
     return {"class_path": stored["class_path"], "init_args": settings}
 
 
@@ -290,13 +297,28 @@ def _plain(value: Any) -> Any:
 
 def _fields_to_data(settings: Any) -> SpecData:
     fields = (field.name for field in dataclasses.fields(settings) if field.init)
-    kinds = _annotations(type(settings))
-    return {name: to_data(getattr(settings, name), kinds.get(name)) for name in fields}
+    kinds = annotations(type(settings))
+    return {name: to_data(getattr(settings, name), kinds.get(name, object)) for name in fields}
+
+
+def _mapping_to_data(mapping: Mapping[object, object], kind: Any) -> dict[Any, Any]:
+    of_key, of_item = entry_kinds(kind)
+    keys = [_hashable(to_data(key, of_key)) for key in mapping]
+    items = [to_data(item, of_item) for item in mapping.values()]
+    try:
+        return dict(zip(keys, items, strict=True))
+    except TypeError:  # a key is no plain data: only its ``repr`` is
+        return _plain(mapping)
+
+
+def _hashable(data: Any) -> Any:
+    """Plain data as a key of a mapping, where lists must be tuples."""
+    return tuple(map(_hashable, cast(list[Any], data))) if isinstance(data, list) else data
 
 
 def _arguments(kind: Any, settings: Mapping[str, object]) -> dict[str, object]:
     """The arguments with which plain data build a dataclass."""
-    kinds = _annotations(kind)
+    kinds = annotations(kind)
     return {name: _frozen(value, kinds.get(name)) for name, value in settings.items()}
 
 
@@ -320,51 +342,17 @@ def _frozen(value: object, kind: Any = None) -> object:
             raise TypeError(f"{fields[_OPAQUE]} is not plain data")
         if fields.keys() == _FORM:
             return spec_from_data(fields, owner="A spec", kind=None)
-        build: Any = next(filter(dataclasses.is_dataclass, _options(kind)), None)
+        build: Any = dataclass_of(kind)
         if build is not None:
             return build(**_arguments(build, fields))
-        kinds = _item_kinds(kind, len(fields))
-        return {key: _frozen(item, kinds[-1]) for key, item in fields.items()}
-    if isinstance(value, list):
-        listed = cast(list[object], value)
-        items = map(_frozen, listed, _item_kinds(kind, len(listed)))
-        lists = [get_origin(option) or option for option in _options(kind)]
+        of_key, of_item = entry_kinds(kind)
+        return {_frozen(key, of_key): _frozen(item, of_item) for key, item in fields.items()}
+    if isinstance(value, list | tuple):  # a tuple is a key
+        listed = cast(Sequence[object], value)
+        items = map(_frozen, listed, item_kinds(kind, len(listed)))
+        lists = [get_origin(option) or option for option in options_of(kind)]
         return list(items) if list in lists and tuple not in lists else tuple(items)
-    named = _named_by_text(kind)
+    named = named_by_text(kind)
     if named is None or not isinstance(value, str):
         return value
     return named[value] if issubclass(named, Enum) else named(value)
-
-
-def _annotations(kind: Any) -> dict[str, Any]:
-    """Annotations of the fields of a class, by name; empty where a name in them is not known."""
-    try:
-        return typing.get_type_hints(kind)
-    except Exception:  # an annotation as text may hold any expression
-        return {}
-
-
-def _options(kind: Any) -> tuple[Any, ...]:
-    """The annotations of which a value has one: several for a union."""
-    return get_args(kind) if get_origin(kind) in (Union, types.UnionType) else (kind,)
-
-
-def _named_by_text(kind: Any) -> type[Enum] | type[PurePath] | None:
-    """The enum or path that text means under an annotation; ``None`` if text means itself."""
-    options = _options(kind)
-    found = [o for o in options if isinstance(o, type) and issubclass(o, Enum | PurePath)]
-    return found[0] if len(found) == 1 and str not in options else None
-
-
-def _item_kinds(kind: Any, count: int) -> list[Any]:
-    """Annotations of the items of a collection; the last is that of all values of a mapping.
-
-    Args:
-        kind: Annotation of the collection.
-        count: Number of items.
-    """
-    inner = next((args for option in _options(kind) if (args := get_args(option))), (None,))
-    has_kind_for_each = len(inner) == count and inner[-1] is not ...
-    if has_kind_for_each:
-        return list(inner)
-    return [inner[0 if inner[-1] is ... else -1]] * max(count, 1)

@@ -59,7 +59,7 @@ __all__ = [
     "keep_lightning_from_requeueing",
     "planned_env_steps",
     "refuse_trainer",
-    "silence_checkpoint_advice",
+    "silence_lightning",
 ]
 
 _log = logging.getLogger(__name__)
@@ -261,13 +261,15 @@ def keep_lightning_from_requeueing(trainer: Trainer) -> None:
         _log.info("%s. scripts/slurm.sh requeues the job instead.", hangs)
 
 
-def silence_checkpoint_advice() -> None:
-    """Silence the advice of ``ModelCheckpoint`` to save the weights before a step.
+def silence_lightning() -> None:
+    """Silence warnings of Lightning about which users of PPO can do nothing.
 
-    Lightning gives this advice to every module with manual optimisation. A checkpoint of PPO must
-    hold the finished iteration.
+    ``ModelCheckpoint`` advises every module with manual optimisation to save the weights before a
+    step, but a checkpoint of PPO must hold the finished iteration. Lightning also uses internals of
+    torch in a deprecated way.
     """
     warnings.filterwarnings("ignore", message="Using ModelCheckpoint with manual optimization")
+    warnings.filterwarnings("ignore", message=".*treespec, LeafSpec.*", category=FutureWarning)
 
 
 def count_step(trainer: Trainer) -> None:

@@ -25,7 +25,7 @@ from esper_lightning.envs.base import BatchedEnv, EnvSpec, built_env, spec_name,
 from esper_lightning.forensics.files import replacing
 from esper_lightning.ppo.agent import prepare_obs
 from esper_lightning.ppo.collect import Normalize
-from esper_lightning.ppo.evaluation import evaluate_policy
+from esper_lightning.ppo.evaluation import DeterministicPlay, evaluate_policy
 from esper_lightning.training.module import PPO
 from esper_lightning.training.specs import evaluation_spec
 
@@ -51,27 +51,6 @@ class Frame(NamedTuple):
 
     pictures: UInt8[Tensor, "B H W 3"]
     episode_return: Tensor  # [B]
-
-
-class _Player:
-    """Plays a policy deterministically, step by step."""
-
-    def __init__(self, model: PPO, env: BatchedEnv) -> None:
-        self._policy, self._env = model.policy, env
-        self._normalize = _normalizer(model)
-        self._obs, mask = env.reset()
-        self._mask: Tensor | None = mask
-        self._memory = self._policy.initial_memory(self._obs)
-
-    def step(self) -> Tensor:
-        """Take a step; returns the returns ``[B]`` of ended episodes, NaN elsewhere."""
-        policy = self._policy
-        seen, memory = policy.step_memory(self._normalize(self._obs), self._memory)
-        action = policy.to_env(policy.act_deterministically(seen, self._mask))
-        result = self._env.step(action)
-        self._obs, self._mask = result.obs, result.action_mask
-        self._memory = policy.reset_memory(memory, result.terminated | result.truncated)
-        return result.episode_return.cpu()
 
 
 def rendering_env(spec: EnvSpec, num_envs: int) -> EnvSpec:
@@ -103,7 +82,7 @@ def frames_of(model: PPO, env: BatchedEnv) -> Generator[Frame]:
     hint = "It returns pictures as uint8 [B, H, W, 3]."
     require(callable(render), owner, "have a method render() to be shown", type(env).__name__, hint)
     assert render is not None
-    player, ended = _Player(model, env), None
+    play, ended = DeterministicPlay(model.policy, _normalizer(model), env), None
     while True:
         pictures: Any = render()
         is_tensor = isinstance(pictures, Tensor)
@@ -113,7 +92,7 @@ def frames_of(model: PPO, env: BatchedEnv) -> Generator[Frame]:
         if ended is None:
             ended = torch.full((len(pictures),), torch.nan)
         yield Frame(pictures.cpu(), ended)
-        ended = player.step()
+        ended = play.step().episode_return.cpu()
 
 
 def refuse_video(path: str | Path) -> Path:

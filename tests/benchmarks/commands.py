@@ -42,6 +42,8 @@ def _python(words: list[str]) -> str | None:
         return _script(ROOT / words[0], words[1:])
     if words[1] in TOOLS:
         return None
+    if words[1].startswith("tests."):
+        return _script(ROOT / f"{words[1].replace('.', '/')}.py", words[2:])
     return _esper(words[2:]) if words[1] == MODULE else f"python runs no {words[1]}"
 
 

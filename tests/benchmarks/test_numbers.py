@@ -6,6 +6,7 @@ many decimals as are written. Numbers that are no measurement (sizes, counts, se
 the text: who changes one finds the statement missing.
 """
 
+import json
 import re
 from collections.abc import Sequence
 from decimal import Decimal
@@ -438,6 +439,17 @@ def test_no_number_of_readme_or_results_is_without_a_source(document):
     said = re.sub(r"`[^`]*`", "", said)
     around = [said[max(0, m.start() - 40) : m.end() + 20] for m in NUMBER.finditer(said)]
     assert around == []
+
+
+def test_the_operations_of_a_step_of_hosts_are_those_that_are_counted():
+    """What docs/gpu.md computes begins with a number that tests/gpu_proof counts."""
+    counted = json.loads((ROOT / "tests" / "gpu_proof" / "kernels.json").read_text())
+    operations = counted["step of hosts"]
+    said = prose((ROOT / "docs" / "gpu.md").read_text())
+    assert f"{operations:,} operations with the settings of" in said
+    assert f"{operations:,} x 2 us = {round(operations * 2e-3)} ms" in said
+    left = operations - 8 * (972 - 282)
+    assert f"{operations:,} - 8 x (972 - 282) = {left:,} remain in a step" in said
 
 
 @pytest.mark.parametrize("path", OTHERS, ids=lambda path: path.name)

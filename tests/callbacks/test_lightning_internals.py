@@ -18,7 +18,8 @@ from esper_lightning.callbacks import lightning_internals as internals
 PACKAGE = Path(esper_lightning.__path__[0])
 LIGHTNING = Path(lightning.__path__[0])
 FILE = PACKAGE / "callbacks" / "lightning_internals.py"
-FILES = (FILE, FILE.with_name("tensorboard_internals.py"))
+OTHERS = ("tensorboard_internals.py", "tracker_internals.py")
+FILES = (FILE, *map(FILE.with_name, OTHERS))
 
 
 def is_private(name):

@@ -3,6 +3,7 @@
 import errno
 import os
 import sys
+import tempfile
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -20,6 +21,8 @@ from esper_lightning.callbacks import run_directory
 from esper_lightning.cli.lightning_cli import EsperCLI
 from esper_lightning.cli.main import main
 from esper_lightning.envs import CartPole, Morphogenesis
+from esper_lightning.envs.adapters import named
+from esper_lightning.envs.autoreset import AutoresetEnv
 from esper_lightning.envs.morphogenesis.population import Population
 from esper_lightning.forensics.claims import claim_for_logger
 from esper_lightning.forensics.files import read_json_lines
@@ -132,12 +135,20 @@ def test_the_configs_of_growth_are_the_presets(config, preset):
     assert Morphogenesis(**found, **data) == replace(preset, num_envs=found["num_envs"])
 
 
-def test_fit_names_the_task_of_a_simulator(capsys):
+def test_fit_names_the_task_of_a_simulator(capsys, monkeypatch):
+    """And ``evaluate`` its package where that is missing, which ``export`` does not need."""
     task = ["--model.env", "Gymnasium", "--model.env.id", "CartPole-v1"]
     main(["fit", *task, *QUICK])
     said = capsys.readouterr().out.splitlines()
     assert said[-3].startswith("CartPole-v1: mean return ")
     assert said[-1] == "Run directory: runs/cartpole-v1/version_0"
+    monkeypatch.setitem(sys.modules, "gymnasium", None)
+    for spaces in ({**named._probed}, {}):  # known to this process, and not
+        monkeypatch.setattr(named, "_probed", spaces)
+        line = fails(capsys, "evaluate", "--ckpt_path", "runs/cartpole-v1/version_0")
+        assert "needs gymnasium: pip install 'esper_lightning[gymnasium]'" in line
+    main(["export", "--ckpt_path", "runs/cartpole-v1/version_0", "--output", "policy.pt2"])
+    assert Path("policy.pt2").is_file()
 
 
 def test_fit_says_what_it_learned_and_where_it_is(capsys):
@@ -244,8 +255,24 @@ def test_help_describes_every_setting(capsys):
         main(["fit", "--help"])
     assert caught.value.code == 0
     shown = " ".join(capsys.readouterr().out.split())
+    assert shown.startswith(
+        "usage: esper fit [--config CONFIG] [--SETTING VALUE ...] Train a model"
+    )
+    order = ("--run_dir", "--model.env ENV", "--model.ppo.clip", "--print_config", "--help_trainer")
+    places = [shown.index(word) for word in order]
+    assert places == sorted(places)
+    assert "--trainer" not in shown
     assert "--model.ppo.rollout_steps ROLLOUT_STEPS Number of steps ``T`` that every" in shown
     assert "Greatest change of the probability ratio" in shown
+
+
+def test_lightnings_settings_are_described_on_request(capsys):
+    with pytest.raises(SystemExit) as caught:
+        main(["fit", "--help_trainer"])
+    assert caught.value.code == 0
+    shown = capsys.readouterr().out
+    assert "--trainer.accelerator ACCELERATOR" in shown
+    assert "--model" not in shown
 
 
 def test_print_config_can_be_used_as_a_config(capsys):
@@ -591,11 +618,45 @@ def test_environments_that_cannot_be_taken_up_are_told_in_a_line(capsys):
     torch.save(wrong(torch.load(path, weights_only=True), "environments"), "wrong.ckpt")
     capsys.readouterr()
     more = ["--ckpt_path", "wrong.ckpt", "--model.total_env_steps", "128"]
-    with pytest.raises(SystemExit) as caught:
-        main(["fit", "--config", CARTPOLE, *QUICK, *more])
-    assert caught.value.code == 2
-    (line,) = [x for x in capsys.readouterr().err.splitlines() if x.startswith("esper: error: ")]
-    assert "ckpt_path must hold what a run can resume from, got 'wrong.ckpt'" in line
+    for run_dir in ([], ["--run_dir", "a/b"], ["--run_dir", "runs/cartpole/version_0"]):
+        with pytest.raises(SystemExit) as caught:
+            main(["fit", "--config", CARTPOLE, *QUICK, *more, *run_dir])
+        assert caught.value.code == 2
+        lines = capsys.readouterr().err.splitlines()
+        (line,) = [each for each in lines if each.startswith("esper: error: ")]
+        assert "ckpt_path must hold what a run can resume from, got 'wrong.ckpt'" in line
+    assert not Path("a").exists()
+    assert [each.name for each in Path("runs/cartpole").iterdir()] == ["version_0"]
+    assert Path("runs/cartpole/version_0/rank0/history.jsonl").exists()  # of the run before
+
+
+def test_the_directory_of_another_users_run_is_refused_in_a_line(capsys, monkeypatch):
+    words = ["fit", "--config", CARTPOLE, *QUICK, "--run_dir", "theirs"]
+    main(words)
+    capsys.readouterr()
+    before = {path: path.stat().st_mtime_ns for path in Path("theirs").rglob("*")}
+
+    def denied(*_, **__):
+        raise PermissionError(errno.EACCES, "Permission denied")
+
+    monkeypatch.setattr(tempfile, "TemporaryFile", denied)  # root, as in a container, may all
+    line = fails(capsys, *words)
+    assert line.startswith("esper: error: run_dir must be a folder that can be made (Permission")
+    after = {path: path.stat().st_mtime_ns for path in Path("theirs").rglob("*")}
+    assert {path.name for path in after if after[path] != before.get(path)} <= {"owner.lock"}
+
+
+def test_a_run_that_a_users_environment_cannot_resume_leaves_its_report(monkeypatch):
+    main(["fit", "--config", CARTPOLE, *QUICK, "--run_dir", "one"])
+
+    def load_state_dict(*_):
+        raise KeyError("forgotten")
+
+    monkeypatch.setattr(AutoresetEnv, "load_state_dict", load_state_dict)
+    words = ["--run_dir", "two", "--ckpt_path", "one/checkpoints/last.ckpt"]
+    with pytest.raises(SystemExit):
+        main(["fit", "--config", CARTPOLE, *QUICK, *words, "--model.total_env_steps", "128"])
+    assert "forgotten" in Path("two/rank0/crash.json").read_text()
 
 
 def test_networks_that_would_take_all_memory_are_not_built(capsys):

@@ -5,6 +5,7 @@ from pathlib import Path
 
 import pytest
 import torch
+import yaml
 
 from esper_lightning.cli.main import main
 from esper_lightning.forensics.layout import RunLayout
@@ -67,3 +68,22 @@ def test_what_the_run_refuses_is_said_by_it_alone(dead, capsys, monkeypatch):
     done = subprocess.CompletedProcess([], 2)
     monkeypatch.setattr(subprocess, "run", lambda *_, **__: done)
     assert said(capsys, dead)[1] == ""
+
+
+def test_a_folder_within_the_dead_run_is_not_that_of_the_replay(dead, capsys, monkeypatch):
+    callbacks = (
+        "[{class_path: esper_lightning.FlightRecorder, init_args: {dirpath: ~/run}},"
+        " {class_path: esper_lightning.History, init_args: {dirpath: ~/other}}]"
+    )
+    RunLayout(dead).config.write_text(f"model: {{}}\ntrainer: {{callbacks: {callbacks}}}\n")
+    monkeypatch.setenv("HOME", str(dead.parent))
+    configs = []
+
+    def start(words, **_):
+        configs.append(yaml.safe_load(Path(words[-1]).read_text()))
+        return subprocess.CompletedProcess(words, 2)
+
+    monkeypatch.setattr(subprocess, "run", start)
+    said(capsys, dead)
+    places = [each["init_args"].get("dirpath") for each in configs[0]["trainer"]["callbacks"]]
+    assert places == [None, "~/other", None]

@@ -56,6 +56,14 @@ def test_a_later_state_is_what_a_run_resumes_from(layout, make_trainer, has_last
     assert (Path(start.path), written[STATE_KEY]["iteration"]) == (layout.joined_state, iteration)
 
 
+def test_a_leading_tilde_in_a_config_is_the_home_folder(layout, make_trainer, monkeypatch):
+    iteration = store(layout, later=3)
+    monkeypatch.setenv("HOME", str(layout.directory.parent))
+    start = find_start(make_trainer(), "last", f"~/{layout.directory.name}")
+    assert start.checkpoint[STATE_KEY]["iteration"] == iteration
+    assert start.path == str(layout.joined_state)
+
+
 def test_a_checkpoint_that_is_as_late_is_preferred(layout, make_trainer):
     save(layout)
     store(layout, later=0)

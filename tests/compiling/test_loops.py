@@ -3,6 +3,7 @@
 import logging
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
+from queue import SimpleQueue
 from typing import Any
 
 import pytest
@@ -21,7 +22,14 @@ from esper_lightning.compiling.stepwise import StepwiseLoop
 
 pytestmark = pytest.mark.usefixtures("native_code")
 CPU = torch.device("cpu")
-CALLS: list[int] = []  # a global, which is not watched: what functions hold must not change
+CALLS: SimpleQueue[int] = SimpleQueue()  # which is not watched: what functions hold must not change
+
+
+def calls() -> list[int]:
+    """All calls since the last time that this function was called."""
+    return [CALLS.get() for _ in range(CALLS.qsize())]
+
+
 STEPS, ROWS = 3, 4096
 MODES: list[CompileMode] = ["auto", "default", "max"]  # all the same on a CPU
 
@@ -158,16 +166,16 @@ def test_a_map_gives_the_same_rows_in_every_mode() -> None:
 
 
 def test_an_error_of_exhausted_memory_is_raised_without_a_second_try() -> None:
-    CALLS.clear()
+    calls()
 
     def exhausting(x: Tensor) -> Tensor:
-        CALLS.append(1)
+        CALLS.put(1)
         raise torch.OutOfMemoryError("none left")
 
     function = compile_function("test", exhausting, mode="default", device=CPU)
     with pytest.raises(torch.OutOfMemoryError):
         function(torch.zeros(1))
-    assert len(CALLS) == 1
+    assert len(calls()) == 1
 
 
 def test_the_fastest_way_that_works_serves_the_kind_of_its_first_call(
@@ -201,20 +209,19 @@ def test_the_fastest_way_that_works_serves_the_kind_of_its_first_call(
 
 def test_every_shape_has_a_program_of_its_own() -> None:
     """So the results do not depend on the shape that came first, as after a run is resumed."""
-    CALLS.clear()
+    calls()
 
     def function(x: Tensor) -> Tensor:
-        CALLS.append(x.shape[0])
+        CALLS.put(x.shape[0])
         return 2 * x
 
     compiled = compile_function("test", function, mode="auto", device=CPU)
     for size in (4, 3):
         assert compiled(torch.ones(size)).tolist() == [2.0] * size
-    assert list(dict.fromkeys(CALLS)) == [4, 3]
-    CALLS.clear()
+    assert list(dict.fromkeys(calls())) == [4, 3]
     for size in (4, 3):
         assert compiled(torch.ones(size)).tolist() == [2.0] * size
-    assert CALLS == []
+    assert calls() == []
 
 
 def test_other_keys_and_other_numbers_have_programs_of_their_own() -> None:

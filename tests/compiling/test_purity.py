@@ -1,18 +1,16 @@
 """What is not a pure function is refused before it changes anything, and runs eagerly."""
 
-import functools
 import itertools
-import random
+from functools import partial
 from typing import Any
 
-import numpy as np
 import pytest
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
+from esper_lightning.compiling.holders import ImpureError
 from esper_lightning.compiling.loops import compile_function, compile_loop, compile_map
-from esper_lightning.compiling.purity import ImpureError, results_of_pure, same_bits
-from esper_lightning.compiling.tracing import Traced
+from esper_lightning.compiling.purity import results_of_pure, same_bits
 
 CPU = torch.device("cpu")
 
@@ -48,6 +46,16 @@ class Holder:
     def list_of_numbers(self, x: Tensor) -> Tensor:
         return x * self.held.tolist()[0]
 
+    def number(self, x: Tensor) -> Tensor:
+        return x * float(self.held[0])
+
+    def branch(self, x: Tensor) -> Tensor:
+        return x * 2.0 if self.held[0] > 0.0 else x
+
+    def new_data(self, x: Tensor) -> Tensor:
+        self.held.data = self.held + 1.0
+        return x * self.held
+
 
 @pytest.mark.parametrize(
     ("name", "what"),
@@ -59,6 +67,9 @@ class Holder:
         ("argument", "mul_"),
         ("random", "random numbers"),
         ("list_of_numbers", "list of Python"),
+        ("number", "a number of a tensor"),
+        ("branch", "a number of a tensor"),
+        ("new_data", "other data"),
     ],
 )
 def test_effects_are_refused_before_they_happen(name: str, what: str) -> None:
@@ -78,89 +89,6 @@ def test_results_that_change_from_call_to_call_are_refused() -> None:
         results_of_pure(lambda x: x + next(calls), torch.ones(2))
 
 
-class Owner:
-    """A user's object whose attributes change by calls, which does not show in the results."""
-
-    calls = 0
-
-    def __init__(self) -> None:
-        self.last, self.log, self.table = None, [], {}
-        self.module = nn.Sequential(nn.Linear(2, 2))
-        self.python, self.numpy = random.Random(0), np.random.default_rng(0)
-
-    def count(self, x: Tensor) -> Tensor:
-        self.calls += 1
-        return x * 2.0
-
-    def keep_last(self, x: Tensor) -> Tensor:
-        self.last = x * 2.0
-        return self.last
-
-    def append(self, x: Tensor) -> Tensor:
-        self.log.append(x)
-        return x * 2.0
-
-    def cache(self, x: Tensor) -> Tensor:
-        return self.table.setdefault("two", torch.full((2,), 2.0)) * x
-
-    def keep_in_module(self, x: Tensor) -> Tensor:
-        self.module[0].last = x * 2.0
-        return x * 2.0
-
-    def python_stream(self, x: Tensor) -> Tensor:
-        return x * (2.0 if self.python.random() < 2.0 else 3.0)
-
-    def numpy_stream(self, x: Tensor) -> Tensor:
-        return x * (2.0 if self.numpy.random() < 2.0 else 3.0)
-
-    def state(self) -> tuple[Any, ...]:
-        of_streams = (self.python.getstate(), repr(self.numpy.bit_generator.state))
-        attributes = [sorted(vars(one)) for one in (self, self.module[0])]
-        return (attributes, self.last, self.log[:], self.table.copy(), of_streams)
-
-
-@pytest.mark.parametrize(
-    ("name", "attribute"),
-    [
-        ("count", "Owner.calls"),
-        ("keep_last", "Owner.last"),
-        ("append", "Owner.log"),
-        ("cache", "Owner.table"),
-        ("keep_in_module", "Linear.last"),
-        ("python_stream", "Owner.python"),
-        ("numpy_stream", "Owner.numpy"),
-    ],
-)
-def test_attributes_that_change_are_refused_and_restored(name: str, attribute: str) -> None:
-    user = Owner()
-    before, method = user.state(), getattr(user, name)
-    for function in (method, functools.partial(method), lambda x: [method(x)]):
-        with pytest.raises(ImpureError, match=f"an attribute that changes: {attribute}$"):
-            results_of_pure(function, torch.ones(2))
-        with pytest.raises(ImpureError, match=f"an attribute that changes: {attribute}$"):
-            Traced(function, (torch.ones(2),), functional=True)  # would leave tensors of a tracer
-        assert user.state() == before
-
-
-def test_a_variable_of_a_closure_is_watched_and_an_error_restores_too() -> None:
-    calls = 0
-
-    def counting(x: Tensor) -> Tensor:
-        nonlocal calls
-        calls += 1
-        return x * 2.0
-
-    def failing(x: Tensor) -> Tensor:
-        counting(x)
-        raise KeyError("of the user")
-
-    with pytest.raises(ImpureError, match="an attribute that changes: calls"):
-        results_of_pure(counting, torch.ones(2))
-    with pytest.raises(KeyError, match="of the user"):
-        results_of_pure(failing, torch.ones(2))
-    assert calls == 0
-
-
 def test_a_pure_function_may_write_to_what_it_made_and_give_nan() -> None:
     def function(x: Tensor) -> tuple[Tensor, Tensor]:
         y, table = x * 2.0, torch.tensor([1.0, 2.0])
@@ -174,6 +102,14 @@ def test_a_pure_function_may_write_to_what_it_made_and_give_nan() -> None:
     y, gradient = results_of_pure(function, torch.ones(2))
     assert y.isnan().tolist() == [True, False]
     assert gradient.tolist() == [8.0, 18.0]
+
+
+def test_attention_without_dropout_is_not_random() -> None:
+    x = torch.ones(2, 1, 3, 4)
+    results_of_pure(torch.nn.functional.scaled_dot_product_attention, x, x, x)
+    dropping = partial(torch.nn.functional.scaled_dot_product_attention, dropout_p=0.5)
+    with pytest.raises(ImpureError, match="random numbers"):
+        results_of_pure(dropping, x, x, x)
 
 
 def test_results_of_any_layout_are_compared() -> None:

@@ -1,12 +1,14 @@
 """A single rank communicates with nobody; ``tests/training/test_ranks.py`` has two processes."""
 
+import contextlib
+from collections.abc import Generator
 from typing import Any
 
 import pytest
 import torch
 
 from esper_lightning.core import ranks
-from esper_lightning.core.ranks import SINGLE_RANK, Ranks, _unpack
+from esper_lightning.core.ranks import SINGLE_RANK, Ranks, _unpack, noting_collectives
 
 TREE = {"b": torch.tensor([[1.0, 2.0], [3.0, 4.0]]), "a": (torch.tensor(True), torch.tensor(7))}
 
@@ -49,6 +51,25 @@ def test_states_do_not_travel_through_the_memory_of_gpus(
         assert both.collect_states({"steps": torch.tensor(3)})[1]["steps"] == 3
     assert made == (["gloo"] if backend == "nccl" else [])  # once in a run
     assert groups == 2 * (["group of gloo"] if backend == "nccl" else [None])
+
+
+def test_each_collective_is_noted_until_that_ends(monkeypatch: pytest.MonkeyPatch) -> None:
+    seen: list[str] = []
+
+    @contextlib.contextmanager
+    def note(name: str) -> Generator[None]:
+        seen.append(f"begins {name}")
+        yield
+        seen.append("ends")
+
+    monkeypatch.setattr(ranks.dist, "all_reduce", lambda total: seen.append("runs"))
+    end = noting_collectives(note)
+    Ranks(2).sum(torch.ones(3))
+    assert seen == ["begins all_reduce of 3 float32", "runs", "ends"]
+    end()
+    end()
+    Ranks(2).sum(torch.ones(3))
+    assert seen[3:] == ["runs"]
 
 
 def test_tensors_sent_as_one_vector_regain_their_shapes_and_dtypes() -> None:

@@ -1,5 +1,6 @@
 """A callback for configs that ends a run in one iteration, in each attempt or in the first."""
 
+import contextlib
 import os
 import signal
 import time
@@ -15,7 +16,8 @@ class Dies(Callback):
 
     Args:
         at: Number of the iteration, from 1.
-        how: ``raise``, ``kill`` (SIGKILL), ``nan`` (in the weights, on every rank), or ``hang``.
+        how: ``raise``, ``kill`` (SIGKILL), ``container`` (SIGKILL of all processes that this one
+            has started, too), ``nan`` (in the weights, on every rank), or ``hang``.
         rank: Global rank that dies.
         once: File that is made at the first death, and prevents further ones.
     """
@@ -35,8 +37,22 @@ class Dies(Callback):
         elif trainer.global_rank == self.rank:
             if self.once is not None:
                 self.once.touch()
-            if self.how == "kill":
+            if self.how == "container":
+                for child in _children():
+                    os.kill(child, signal.SIGKILL)
+            if self.how in ("kill", "container"):
                 os.kill(os.getpid(), signal.SIGKILL)
             elif self.how == "hang":
                 time.sleep(600)
             raise RuntimeError("injected")
+
+
+def _children() -> list[int]:
+    """Processes that this process has started."""
+    found: list[int] = []
+    for entry in Path("/proc").iterdir():
+        with contextlib.suppress(OSError):
+            if entry.name.isdecimal():
+                fields = (entry / "stat").read_text().rpartition(")")[2].split()
+                found += [int(entry.name)] if int(fields[1]) == os.getpid() else []
+    return found

@@ -1,7 +1,8 @@
 """Runs of ``esper fit`` that are killed at random moments and resumed, until they are done.
 
 After each kill every file in the run directory is whole; in the end history, evaluations and
-checkpoints are those of a run that nobody disturbed, bit for bit, but for wall-clock times.
+checkpoints are those of a run that nobody disturbed, bit for bit, but for wall-clock times. A run
+that stores each state can be resumed after the latest iteration that had finished.
 """
 
 import contextlib
@@ -25,7 +26,9 @@ from esper_lightning.cli import crash
 from esper_lightning.forensics.files import read_json_lines
 from esper_lightning.forensics.layout import RunLayout
 from esper_lightning.forensics.owner_record import parse_owner
+from esper_lightning.forensics.phases import read_phases
 from esper_lightning.training.checkpoint.files import read_checkpoint
+from esper_lightning.training.checkpoint.kept import iteration_in, latest_state
 from tests import forked
 
 ROOT = Path(__file__).parents[2]
@@ -37,7 +40,20 @@ FIT = (
     *("--trainer.enable_progress_bar", "false", "--ckpt_path", "last"),
     *("--seed_everything", "1"),  # the process's own random states are in checkpoints, too
 )
-MOMENTS = ("start", "any", "write", "import")
+RECORDER = {
+    "class_path": "esper_lightning.FlightRecorder",
+    "init_args": {"keeps_state": True, "print_profile": False},
+}
+MOMENTS = {  # how a moment is chosen, and how often; imports take long
+    "start": 4,
+    "any": 4,
+    "write": 4,
+    "evaluation": 3,
+    "checkpoint": 3,
+    "report": 4,
+    "import": 1,
+}
+_IN_PHASE = {"evaluation": "validation_step", "checkpoint": "Checkpoint."}
 _CLOCK = ("time_s", "env_steps_per_s")
 _LIMIT_S = 120.0
 
@@ -49,6 +65,7 @@ class Tally:
     kills: Counter[str] = field(default_factory=Counter[str])  # by what the run was doing
     moments: Counter[str] = field(default_factory=Counter[str])  # by how they were chosen
     runs: int = 0
+    repeated: Counter[int] = field(default_factory=Counter[int])  # rows after the resumed state
 
 
 class Soak:
@@ -63,6 +80,7 @@ class Soak:
         self._folder, self._random = folder, random.Random(seed)
         self._environment = {**os.environ, **forked.QUIET, "PYTHONPATH": str(ROOT)}
         self.tally = Tally()
+        self._keeps_state = False
 
     def train_undisturbed(self) -> None:
         """Train the run that the others must equal."""
@@ -76,17 +94,25 @@ class Soak:
         assert process.returncode == 0, self._output(self._reference)
         self._start_s, self._whole_s = first_row, time.monotonic() - began
 
-    def one_run(self, *, kills: int | None = None, until_s: float = float("inf")) -> None:
+    def one_run(
+        self,
+        *,
+        kills: int | None = None,
+        until_s: float = float("inf"),
+        keeps_state: bool = False,
+    ) -> None:
         """Kill a run and resume it, again and again, and compare what it was in the end.
 
         Args:
             kills: After so many the run is left to finish; ``None`` to kill until it does.
             until_s: Of ``time.monotonic``: from here on it is left to finish.
+            keeps_state: Whether the run stores the state after every iteration.
 
         Raises:
             AssertionError: Naming the file that is not whole, or the row that differs.
         """
         self.tally.runs += 1
+        self._keeps_state = keeps_state
         directory = self._folder / f"run{self.tally.runs}"
         done, killed = False, 0
         while not done:
@@ -94,14 +120,17 @@ class Soak:
             moment = None if is_over else self._moment(killed)
             done = self._attempt(directory, moment)
             killed += not done
-            _wait_for_second_process(directory)
+            if done or self._random.random() < 0.5:  # otherwise the next attempt meets it
+                _wait_for_second_process(directory)
             check_whole(directory)
             self._check_rows(directory)
+            if keeps_state and not done:
+                self._check_lost(directory)
+        _wait_for_second_process(directory)
         self._check_end(directory)
 
     def _moment(self, number: int) -> str:
-        """Imports take long: few of the kills are there."""
-        return self._random.choices(MOMENTS, (4, 5, 5, 1))[0] if number else "import"
+        return self._random.choices([*MOMENTS], [*MOMENTS.values()])[0] if number else "import"
 
     def _attempt(self, directory: Path, moment: str | None) -> bool:
         """Run one process of a run; returns whether it reached the end."""
@@ -116,15 +145,37 @@ class Soak:
         if moment == "write":
             while process.poll() is None and not _writes(directory):
                 pass
+        elif moment in _IN_PHASE:
+            while process.poll() is None and not _is_in(directory, process.pid, _IN_PHASE[moment]):
+                pass
         doing = self._doing(directory)
+        if moment == "report":
+            doing = "saving evidence" if self._end_in_its_report(directory, process) else doing
         process.kill()
         status = process.wait(_LIMIT_S)
-        assert status in (0, -signal.SIGKILL), self._output(directory)
+        ends = (0, -signal.SIGKILL, -signal.SIGTERM, 128 + signal.SIGTERM)
+        assert status in ends, self._output(directory)
         if status != 0:
             assert moment is not None
             self.tally.kills[doing] += 1
             self.tally.moments[moment] += 1
         return status == 0
+
+    def _end_in_its_report(self, directory: Path, process: forked.Forked) -> bool:
+        """Let a process begin to save its evidence, and its second process perhaps be killed.
+
+        Returns:
+            Whether the process was recorded by then, and had not ended.
+        """
+        recorded = RunLayout(directory).rank(0).process.exists() and process.poll() is None
+        process.send_signal(signal.SIGTERM)
+        with contextlib.suppress(subprocess.TimeoutExpired):
+            process.wait(self._random.uniform(0.0, 0.4))
+        if self._random.random() < 0.5:  # as all of a container
+            for pid in filter(lambda pid: _watches(pid, directory), _processes()):
+                with contextlib.suppress(ProcessLookupError):
+                    os.kill(int(pid), signal.SIGKILL)
+        return recorded
 
     def _attempt_import(self, directory: Path) -> bool:
         """A process of its own, killed while it imports, or soon after."""
@@ -144,7 +195,8 @@ class Soak:
         return status == 0
 
     def _arguments(self, directory: Path) -> list[str]:
-        return [*FIT, "--run_dir", str(directory)]
+        callbacks = [RECORDER] if self._keeps_state else []
+        return [*FIT, "--run_dir", str(directory), "--trainer.callbacks", json.dumps(callbacks)]
 
     def _launch(self, directory: Path) -> forked.Forked:
         words = ["-m", "esper_lightning", *self._arguments(directory)]
@@ -177,6 +229,17 @@ class Soak:
         ):
             found, due = _rows(mine), _rows(theirs)
             assert found == due[: len(found)], f"{mine} differs from an undisturbed run's"
+
+    def _check_lost(self, directory: Path) -> None:
+        """The next attempt repeats at most the iteration whose state was being stored."""
+        run = RunLayout(directory)
+        rows = len(_rows(run.rank(0).history))
+        kept, last = latest_state(directory), run.last_checkpoint
+        found = [] if kept is None else [kept.iteration]
+        found += [iteration_in(read_checkpoint(last))] if last.exists() else []
+        repeated = rows - max(found, default=0)
+        assert repeated <= 1, f"{directory}: {rows} rows, and states of iterations {found}"
+        self.tally.repeated[max(0, repeated)] += 1
 
     def _check_end(self, directory: Path) -> None:
         run, right = RunLayout(directory), RunLayout(self._reference)
@@ -257,6 +320,15 @@ def _writes(directory: Path) -> bool:
         with contextlib.suppress(OSError), os.scandir(folder) as entries:
             if any(entry.name.endswith(".tmp") for entry in entries):
                 return True
+    return False
+
+
+def _is_in(directory: Path, pid: int, phase: str) -> bool:
+    """Whether a process is in a phase."""
+    files = RunLayout(directory).rank(0)
+    with contextlib.suppress(OSError, ValueError):
+        if json.loads(files.process.read_bytes()).get("pid") == pid:
+            return any(phase in span.name for span in read_phases(files.phases).open)
     return False
 
 

@@ -1,14 +1,21 @@
 """``torchrun --max-restarts``: every death is gone on from, or told to be the same again."""
 
+import contextlib
 import json
 import os
+import random
+import signal
 import subprocess
+import threading
 from pathlib import Path
 
 import pytest
 
 from esper_lightning.forensics.attempts import read_attempts, same_deaths
 from esper_lightning.forensics.files import read_json_lines
+from esper_lightning.forensics.layout import RunLayout
+from esper_lightning.forensics.processes import is_alive
+from esper_lightning.forensics.rank_record import ProcessRecord
 from tests import forked
 
 pytestmark = [pytest.mark.crash, pytest.mark.ddp, pytest.mark.slow]
@@ -19,12 +26,20 @@ _LIMIT_S = 240.0
 
 
 def launch(
-    directory: Path, *words: str, fault: dict[str, object] | None = None
+    directory: Path,
+    *words: str,
+    fault: dict[str, object] | None = None,
+    restarts: int = 3,
+    keeps_state: bool = False,
+    limit_s: float = _LIMIT_S,
 ) -> "subprocess.CompletedProcess[str]":
-    """Train with two ranks under ``torchrun``, which starts them three times more if need be."""
+    """Train with two ranks under ``torchrun``, which starts them again if need be."""
     callbacks = []
     if fault is not None:
         callbacks = [{"class_path": "tests.crash.dies.Dies", "init_args": fault}]
+    if keeps_state:
+        recorder = {"keeps_state": True, "print_profile": False}
+        callbacks.append({"class_path": "esper_lightning.FlightRecorder", "init_args": recorder})
     settings = {
         "model.env.num_envs": 16,
         "model.ppo.epochs": 2,
@@ -41,11 +56,17 @@ def launch(
         "ckpt_path": "last",
     }
     named = [f"--{name}={value}" for name, value in settings.items()]
-    run = ["-m", "torch.distributed.run", "--nproc-per-node=2", "--max-restarts=3", *words]
+    run = [
+        "-m",
+        "torch.distributed.run",
+        "--nproc-per-node=2",
+        f"--max-restarts={restarts}",
+        *words,
+    ]
     fit = ["-m", "esper_lightning.cli.main", "fit", f"--config={CARTPOLE}", *named]
     env = {**os.environ, **forked.QUIET, "TORCH_COMPILE_DISABLE": "1"}
     env["PYTHONPATH"] = str(forked.ROOT)
-    return forked.run([*run, *fit], timeout=_LIMIT_S, env=env, cwd=directory.parent, children=True)
+    return forked.run([*run, *fit], timeout=limit_s, env=env, cwd=directory.parent, children=True)
 
 
 def histories(directory: Path) -> list[list[dict[str, object]]]:
@@ -88,6 +109,55 @@ def test_after_one_death_the_history_is_that_of_a_run_without(tmp_path, undistur
     assert [each.state for each in attempts] == ["failed", "finished"]
     assert (attempts[0].cause, attempts[0].rank) == (cause, fault["rank"])
     assert attempts[0].iteration == fault["at"]
+
+
+class Killer(threading.Thread):
+    """Kills one of the ranks at random moments.
+
+    Args:
+        directory: Run directory.
+        kills: Number of kills, after which the run is left to finish.
+    """
+
+    def __init__(self, directory: Path, kills: int) -> None:
+        super().__init__(daemon=True)
+        self._files = [RunLayout(directory).rank(rank).process for rank in (0, 1)]
+        self._random = random.Random(0)
+        self.killed: list[int] = []
+        self._kills = kills
+        self.ended = threading.Event()
+
+    def run(self) -> None:
+        """Kill, each process once; a rank that has recorded nothing yet is met at its start."""
+        pids: set[int] = set()
+        while len(self.killed) < self._kills and not self.ended.is_set():
+            rank = self._random.choice((0, 1))
+            record = ProcessRecord.read(self._files[rank])
+            if record is None or record.pid in pids or not is_alive(record):
+                self.ended.wait(0.02)
+                continue
+            self.ended.wait(self._random.uniform(0.0, 1.5))
+            with contextlib.suppress(ProcessLookupError):
+                os.kill(record.pid, signal.SIGKILL)
+                self.killed.append(rank)
+            pids.add(record.pid)
+
+
+@pytest.mark.timeout(2400)
+def test_ranks_that_are_killed_at_random_moments_end_as_if_undisturbed(tmp_path, undisturbed):
+    killer = Killer(tmp_path / "run", kills=30)
+    killer.start()
+    how = {"restarts": 60, "keeps_state": True, "limit_s": 2000.0}
+    done = launch(tmp_path / "run", "--standalone", **how)
+    killer.ended.set()
+    killer.join()
+    assert done.returncode == 0, done.stderr[-3000:]
+    assert histories(tmp_path / "run") == undisturbed
+    attempts = read_attempts([tmp_path / "run"])
+    print(f"{len(killer.killed)} kills, {len(attempts)} attempts")
+    assert len(killer.killed) >= 5
+    assert [each.state for each in attempts][-1] == "finished"
+    assert {each.state for each in attempts[:-1]} == {"failed"}
 
 
 @pytest.mark.parametrize("how", ["nan", "raise"])

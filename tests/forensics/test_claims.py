@@ -54,6 +54,33 @@ def test_a_directory_of_a_living_process_is_refused_in_one_line_that_names_it(ot
     assert "\n" not in str(refusal.value)
 
 
+@pytest.mark.parametrize("lives", [True, False])
+def test_a_directory_on_a_shared_disk_is_refused_while_a_rank_of_another_host_lives(
+    tmp_path, lives, monkeypatch
+):
+    monkeypatch.setattr("esper_lightning.forensics.heartbeat.GONE_S", 0.5)
+    record = {"pid": 7, "host": "elsewhere", "rank": 0, "state": "running", "beat_s": 0.1}
+    path = RunLayout(tmp_path).rank(0).process
+    write_report(path, record)
+    ended = threading.Event()
+
+    def live():
+        while lives and not ended.wait(0.05):
+            os.utime(path)
+
+    thread = threading.Thread(target=live)
+    thread.start()
+    try:
+        if lives:
+            with pytest.raises(DirectoryInUseError, match="process 7 on elsewhere is running"):
+                claim(tmp_path)
+        else:
+            claim(tmp_path).release()
+    finally:
+        ended.set()
+        thread.join()
+
+
 @pytest.mark.parametrize("end", [signal.SIGKILL, signal.SIGTERM, None])
 def test_a_directory_is_free_when_its_owner_is_dead(other, tmp_path, end):
     if end is None:
@@ -411,3 +438,30 @@ def test_what_another_run_owns_is_not_reserved(other, tmp_path):
     reserve(tmp_path / "run")
     return_reserved()
     assert read_owner(tmp_path / "run")["pid"] == other.pid
+
+
+def test_a_directory_that_was_made_for_a_claim_is_withdrawn_with_its_files(tmp_path):
+    held = claim(tmp_path / "a" / "run")
+    (held.directory / "rank0").mkdir()
+    (held.directory / "rank0" / "crash.json").write_text("{}")
+    (tmp_path / "a" / "mine").write_text("x")
+    held.withdraw()
+    assert [path.name for path in tmp_path.rglob("*")] == ["a", "mine"]
+
+
+def test_a_directory_that_was_there_before_or_is_anothers_is_not_withdrawn(tmp_path):
+    (tmp_path / "before").mkdir()
+    before = claim(tmp_path / "before")
+    (tmp_path / "before" / "x").write_text("x")
+    before.withdraw()
+    assert (tmp_path / "before" / "x").exists()
+    held = claim(tmp_path / "run")
+    (tmp_path / "run" / "x").write_text("x")
+    held.release()
+    command = [sys.executable, "-c", PROGRAM, str(tmp_path / "run")]
+    pipes = {"stdin": subprocess.PIPE, "stdout": subprocess.PIPE}
+    with subprocess.Popen(command, text=True, **pipes) as process:
+        assert process.stdout.readline() == "claimed\n"
+        held.withdraw()
+        assert (tmp_path / "run" / "x").exists()
+        process.kill()

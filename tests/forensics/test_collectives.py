@@ -6,9 +6,11 @@ import pytest
 
 from esper_lightning.forensics.collectives import (
     Collectives,
+    collectives_in,
     describe_collectives,
     read_collectives,
 )
+from esper_lightning.forensics.phases import PhaseRing, read_phases
 
 
 def entry(number, *, retired=True, group="0", **more):
@@ -58,6 +60,25 @@ def test_the_rank_that_never_reached_what_others_wait_in_is_named():
         "    rank 0: waits in #9 b; finished #8 a",
         "    rank 1: waits in none; finished #8 a",
         "Never reached #9: rank 1",
+    ]
+
+
+def test_the_phase_rings_name_the_rank_that_was_killed(tmp_path):
+    assert collectives_in(None) is None
+    rings = [PhaseRing(tmp_path / f"{rank}.ring") for rank in (0, 1)]
+    assert collectives_in(read_phases(tmp_path / "0.ring")) is None
+    for ring in rings:
+        with ring.collective("all_reduce of 3 float32"):
+            pass
+    with pytest.raises(RuntimeError), rings[0].collective("all_gather of 4 float64"):
+        raise RuntimeError("a peer is gone")
+    found = {rank: collectives_in(read_phases(tmp_path / f"{rank}.ring")) for rank in (0, 1)}
+    done = "#1 all_reduce of 3 float32"
+    assert describe_collectives(found) == [
+        "Collectives:",
+        f"    rank 0: waits in #2 all_gather of 4 float64; finished {done}",
+        f"    rank 1: waits in none; finished {done}",
+        "Never reached #2: rank 1",
     ]
 
 

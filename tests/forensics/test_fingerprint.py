@@ -152,18 +152,28 @@ def test_variables_and_jobs_are_stored_and_secrets_are_not(monkeypatch):
 
 @pytest.mark.parametrize(
     "name",
-    ["HF_TOKEN", "api-key", "apiKey", "MYAPIKEY", "DB_PASSWORD", "SENTRY_DSN", "Auth", "pwd"],
+    [
+        *("HF_TOKEN", "api-key", "apiKey", "MYAPIKEY", "DB_PASSWORD", "SENTRY_DSN", "Auth", "pwd"),
+        *("db_pass", "PASS", "jwt", "slack_webhook"),
+    ],
 )
 def test_names_of_secrets_are_recognised(name):
     assert is_secret(name)
 
 
-@pytest.mark.parametrize("name", ["OMP_NUM_THREADS", "monkey", "path", "author", "CUDA_HOME"])
+@pytest.mark.parametrize("name", ["OMP_NUM_THREADS", "monkey", "path", "author", "bypass"])
 def test_other_names_are_no_secrets(name):
     assert not is_secret(name)
 
 
-@pytest.mark.parametrize("text", ["ghp_" + 20 * "a", "hf_" + 20 * "b", "AKIA" + 16 * "C"])
+@pytest.mark.parametrize(
+    "text",
+    [
+        *("ghp_" + 20 * "a", "hf_" + 20 * "b", "AKIA" + 16 * "C", "ASIA" + 16 * "C"),
+        *("npm_" + 36 * "d", "pypi-" + 30 * "e", "dckr_pat_" + 20 * "f", "AIza" + 35 * "g"),
+        *("sk_live_" + 20 * "h", "ya29.a0-b"),
+    ],
+)
 def test_texts_that_are_secrets_by_themselves_are_hidden(text):
     assert without_secrets(f"--x={text}") == "--x=(hidden)"
 
@@ -176,6 +186,9 @@ def test_texts_that_are_secrets_by_themselves_are_hidden(text):
         f'{{"token": {{"a": ["{SECRET}"]}}}}',
         f"Authorization: Bearer {SECRET}",
         f"--wandb_api_key+={SECRET}",
+        f"https://hooks.slack.com/services/T0/B0/{SECRET}",
+        f"https://me:a@{SECRET}@host",
+        f"https://me:a/{SECRET}@host",
     ],
 )
 def test_a_text_with_the_name_of_a_secret_is_hidden_as_a_whole(text):

@@ -29,6 +29,23 @@ os.kill(os.getpid(), 9)
 """
 
 
+def test_a_collective_that_does_not_end_stays_open_and_is_counted(tmp_path):
+    path = tmp_path / "phases.ring"
+    ring = PhaseRing(path)
+    with ring.collective("all_reduce of 3 float32"):
+        assert read_phases(path)[-2:] == (1, 0)
+    assert read_phases(path)[-2:] == (1, 1)
+    ring.enter("update")
+    with pytest.raises(RuntimeError), ring.collective("all_gather of 4 float64"):
+        raise RuntimeError("a peer is gone")
+    phases = read_phases(path)
+    assert (phases.collectives_begun, phases.collectives_finished) == (2, 1)
+    assert [s.name for s in phases.open] == ["update", "collective all_gather of 4 float64"]
+    assert [s.name for s in phases.closed] == ["collective all_reduce of 3 float32"]
+    ring.leave("update")
+    assert not read_phases(path).open
+
+
 def test_survives_sigkill_and_wraps_round(tmp_path):
     path = tmp_path / "phases.ring"
     status = subprocess.run([sys.executable, "-c", DIES, str(path)], check=False).returncode
@@ -81,6 +98,9 @@ def test_more_names_and_depth_than_there_is_room_for(tmp_path):
     phases = read_phases(tmp_path / "phases.ring")
     assert phases.open == []
     assert phases.closed[-1].name == "name 0"
+    ring.enter("name 1999")  # has the entry of the last name that there was room for
+    ring.leave("name 1999")
+    assert ring.open_names == []
 
 
 def test_the_room_is_taken_at_once(tmp_path):

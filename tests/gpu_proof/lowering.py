@@ -176,7 +176,7 @@ def main(folder: Path, names: list[str]) -> None:
         case = None if name == "growth" else OnCuda(CASES[name], "default")
         with FakeCuda() as device:
             nodes = torch.empty(32, device="cuda:0")  # the package makes real ones
-            distributions._HERMITE[nodes.device] = nodes, nodes
+            distributions._HERMITE[nodes.device] = nodes, torch.empty_like(nodes)
 
             def iterate(case: OnCuda | None = case, device: FakeCuda = device) -> None:
                 if case is None:

@@ -750,6 +750,16 @@ def test_what_the_rescue_does_is_not_in_the_window(fit, files):
     assert any("isfinite" in event.name for event in after.events())
 
 
+def test_an_iteration_has_begun_for_the_report_before_any_other_callback_hears_of_it(fit, files):
+    class Raises(Callback):
+        def on_train_batch_start(self, _trainer, _module, _batch, batch_idx):
+            if batch_idx == 2:
+                raise LookupError("in another callback")
+
+    assert isinstance(fit(Plain(), callbacks=[Raises(), FlightRecorder(watch=False)]), LookupError)
+    assert read_report(files.crash)["iteration"] == 3
+
+
 def test_ctrl_c_works_again_although_another_callback_raised(fit):
     class Raises(Callback):
         def on_exception(self, *_):

@@ -186,12 +186,75 @@ def test_one_that_vanished_is_noticed_and_one_that_finished_before_is_not(layout
 def test_one_that_cannot_be_seen_from_here_is_taken_to_live(layout):
     end_of_run()
     Peers(layout, 1, 2).report("running")
-    alter(layout, 1, host="elsewhere", pid=1)
+    alter(layout, 1, host="elsewhere", pid=1, beat_s=None)  # of an earlier version
     peers = Peers(layout, 0, 2)
     assert peers.first_failure() is None
     started = time.monotonic()
     peers.wait_until_saved(0.3)
     assert 0.3 <= time.monotonic() - started < 2.0
+
+
+@pytest.mark.parametrize("state", ["running", "failed"])
+def test_one_without_a_sign_of_life_is_waited_for_only_while_it_may_be_saving(
+    layout, state, monkeypatch
+):
+    monkeypatch.setattr("esper_lightning.recorder.peers.SILENT_S", 0.2)
+    end_of_run()
+    Peers(layout, 1, 2).report(state)
+    alter(layout, 1, host="elsewhere", pid=1)
+    peers = Peers(layout, 0, 2)
+    started = time.monotonic()
+    peers.wait_until_saved(0.6)
+    waited_s = time.monotonic() - started
+    assert 0.2 < waited_s < 0.5 if state == "running" else 0.6 <= waited_s < 2.0
+
+
+def test_one_that_gives_signs_of_life_is_waited_for(layout, monkeypatch):
+    monkeypatch.setattr("esper_lightning.recorder.peers.SILENT_S", 0.3)
+    monkeypatch.setattr("esper_lightning.recorder.peers.BEAT_S", 0.01)
+    end_of_run()
+    other = Peers(layout, 1, 2)
+    other.report("running")
+    alter(layout, 1, host="elsewhere", pid=1)
+    peers = Peers(layout, 0, 2)
+    ended = threading.Event()
+
+    def live():
+        while not ended.wait(0.05):
+            other.beat()
+
+    thread = threading.Thread(target=live)
+    thread.start()
+    started = time.monotonic()
+    peers.wait_until_saved(0.7)
+    assert time.monotonic() - started >= 0.7
+    ended.set()
+    thread.join()
+
+
+def test_silence_counts_from_the_last_sign_that_was_noted(layout):
+    end_of_run()
+    other = Peers(layout, 1, 2)
+    other.report("running")
+    alter(layout, 1, host="elsewhere", pid=1)
+    peers = Peers(layout, 0, 2)
+    peers.first_failure()
+    other.beat()
+    peers.listen()  # this rank saves its evidence meanwhile
+    time.sleep(0.2)
+    process = ProcessRecord.load(layout.rank(1).process)
+    assert peers._silent_s(1, process) >= 0.2
+
+
+def test_one_that_has_been_silent_for_long_counts_as_the_first_failure(layout, monkeypatch):
+    monkeypatch.setattr("esper_lightning.recorder.peers._SILENT_S", 0.1)
+    end_of_run()
+    Peers(layout, 1, 2).report("running")
+    alter(layout, 1, host="elsewhere", pid=1)
+    peers = Peers(layout, 0, 2)
+    assert peers.first_failure() is None
+    time.sleep(0.15)
+    assert peers.first_failure() == (1, "it gave no sign of life for 0.1 s")
 
 
 def test_clocks_of_other_hosts_may_be_late(layout):

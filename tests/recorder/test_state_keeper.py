@@ -1,5 +1,6 @@
 """The state after an iteration is on disk, whole, and costs what it may cost."""
 
+import contextlib
 import itertools
 import time
 from pathlib import Path
@@ -7,6 +8,7 @@ from pathlib import Path
 import pytest
 import torch
 from lightning.pytorch import Callback
+from lightning.pytorch.callbacks import Checkpoint
 from lightning.pytorch.demos.boring_classes import BoringModel
 
 from esper_lightning import MLP, PPO, FlightRecorder, PPOConfig
@@ -82,20 +84,59 @@ def test_a_run_goes_on_from_the_stored_state_bit_for_bit(fit, tmp_path):
     assert rows[1] == {k: row for k, row in rows[0].items() if k > 4}
 
 
+class AfterIteration(Checkpoint):
+    """Notes the iterations that a hook follows, and dies at the first or second one."""
+
+    def __init__(self, hook, dies_at):
+        self.seen: list[int] = []
+        self.hook, self.dies_at = hook, dies_at
+        setattr(self, hook, self.note)
+
+    def note(self, trainer, module):
+        if trainer.sanity_checking:
+            return
+        self.seen.append(module.iteration)
+        if len(self.seen) == self.dies_at:
+            raise RuntimeError("injected")
+
+
+@pytest.mark.parametrize("dies_at", [2, 3])
+@pytest.mark.parametrize("hook", ["on_validation_start", "on_train_epoch_end"])
+def test_what_follows_an_iteration_is_not_skipped_by_a_run_that_goes_on(
+    make_trainer, tmp_path, hook, dies_at
+):
+    directory, evaluates = tmp_path / "run", int(hook == "on_validation_start")
+    budget = 6 * 4 * 4
+    for dies in (dies_at, None):
+        after = AfterIteration(hook, dies)
+        recorder = FlightRecorder(directory, watch=False, keeps_state=True)
+        how = {"enable_checkpointing": True, "limit_val_batches": evaluates}
+        trainer = make_trainer(callbacks=[after, recorder], **how)
+        found = latest_state(directory)
+        path = None
+        if found is not None:
+            path = tmp_path / "state.ckpt"
+            torch.save(found.checkpoint, path)
+        model = ppo(eval_episodes=1, total_env_steps=budget)
+        with pytest.raises(RuntimeError, match="injected") if dies else contextlib.nullcontext():
+            trainer.fit(model, ckpt_path=path, weights_only=True)
+    assert after.seen == [4, 6][dies_at - 2 :]
+
+
 def test_storing_takes_at_most_its_share_of_the_time(fit, tmp_path, monkeypatch):
-    store = StateKeeper._store
+    store, took_s = StateKeeper._store, 10.0  # so long that one is enough, on a busy machine too
 
     def slow(keeper, trainer, module):
-        time.sleep(0.02)
         store(keeper, trainer, module)
-        keeper._took_s[-1] = 0.02
+        keeper._took_s[-1] = took_s
 
     monkeypatch.setattr(StateKeeper, "_store", slow)
     watches = Watches(tmp_path / "run", step_s=0.01)
     trainer = fit(ppo(iterations_per_epoch=100), watches, max_steps=12)
     keeper = next(each for each in trainer.callbacks if isinstance(each, StateKeeper))
     each_s = [end - begin for begin, end in itertools.pairwise(watches.began_s)]
-    assert 0.02 / max(each_s) / MOST_SHARE <= keeper.every <= 0.02 / min(each_s) / MOST_SHARE + 1
+    least, most = (took_s / each / MOST_SHARE for each in (max(each_s), min(each_s)))
+    assert least <= keeper.every <= most + 1
     assert watches.stored[-1] == 4  # until it was known what a state costs
 
 
@@ -147,6 +188,25 @@ def test_states_of_other_modules_are_stored_only_where_that_is_asked_for(
     watches = Watches(tmp_path / "run")
     fit(BoringModel(), watches, keeps_state=keeps_state, limit_train_batches=3, max_epochs=1)
     assert (watches.stored[-1] == 2) == stored
+
+
+class Saves(Callback):
+    """Counts the calls of its hook."""
+
+    calls = 0
+
+    def on_save_checkpoint(self, trainer, pl_module, checkpoint):
+        self.calls += 1
+
+
+@pytest.mark.parametrize("keeps_state", [None, True])
+def test_hooks_of_users_are_called_for_states_only_where_states_are_asked_for(
+    make_trainer, tmp_path, keeps_state
+):
+    saves = Saves()
+    recorder = FlightRecorder(tmp_path / "run", watch=False, keeps_state=keeps_state)
+    make_trainer(callbacks=[saves, recorder], max_steps=4).fit(ppo(iterations_per_epoch=10))
+    assert (saves.calls > 0) == bool(keeps_state)
 
 
 def test_a_new_run_in_the_directory_removes_the_states_of_the_one_before(fit, tmp_path):

@@ -9,6 +9,8 @@ from pathlib import Path
 
 import pytest
 
+from esper_lightning.cli import jobs
+
 ROOT = Path(__file__).parents[2]
 SCRIPT = ROOT / "scripts" / "ab.py"
 CARTPOLE = ROOT / "configs" / "cartpole.yaml"
@@ -44,7 +46,7 @@ def ab(tmp_path, monkeypatch, capfd):
     monkeypatch.setitem(sys.modules, "ab", module)
     spec.loader.exec_module(module)
     (tmp_path / "esper.py").write_text(STAND_IN)
-    monkeypatch.setattr(module, "ESPER", [sys.executable, str(tmp_path / "esper.py")])
+    monkeypatch.setattr(jobs, "_ESPER", [sys.executable, str(tmp_path / "esper.py")])
     monkeypatch.chdir(tmp_path)
 
     def launch(*arguments: str) -> tuple[object, str]:

@@ -141,6 +141,7 @@ def main(
     compile="off",  # noqa: A002
     evaluates=True,
     remembers=False,
+    redeal=False,
     elsewhere=None,  # settings of PPO on the other ranks
     config_file=None,  # content, for the run directory, which is claimed before the ranks begin
 ):
@@ -159,6 +160,7 @@ def main(
         eval_episodes=3,
         iterations_per_epoch=every,
         compile=compile,
+        redeal=redeal,
     )
     last = Path(directory) / "checkpoints" / "last.ckpt"
     ours = run_callbacks(evaluates=evaluates, shows_progress=False)

@@ -21,6 +21,7 @@ OTHER = PPOSettings(
     compile="default",
     warm_start="x.ckpt",
     extensions=(RND(features=3),),
+    redeal=True,
 )
 
 

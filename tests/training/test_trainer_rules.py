@@ -2,6 +2,7 @@
 
 import contextlib
 import types
+import warnings
 
 import pytest
 import torch
@@ -16,6 +17,7 @@ from esper_lightning.training.trainer_rules import (
     keep_lightning_from_requeueing,
     planned_env_steps,
     refuse_trainer,
+    silence_lightning,
 )
 
 
@@ -100,3 +102,12 @@ def test_devices_without_float64_are_refused_by_name(make_trainer, kind):
     rule = f"Trainer.accelerator must be one of cpu, cuda, got '{kind}'. PPO sums in float64"
     with pytest.raises(ValueError, match=rule):
         refuse_trainer(given, PPOSettings(env=CartPole(num_envs=4)))
+
+
+def test_warnings_about_which_users_can_do_nothing_are_silenced():
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        silence_lightning()
+        warnings.warn("Using ModelCheckpoint with manual optimization ...", stacklevel=1)
+        text = "`isinstance(treespec, LeafSpec)` is deprecated"
+        warnings.warn(text, FutureWarning, stacklevel=1)

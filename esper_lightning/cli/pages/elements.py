@@ -32,7 +32,7 @@ def element(name: str, /, *content: str, **attributes: object) -> Markup:
         name: Name of the element.
         content: Elements, and texts that are escaped.
         attributes: Attributes; ``_`` in a name stands for ``-``, and one at the end is dropped
-            (``class_``). ``None`` leaves the attribute out.
+            (``class_``). ``None`` omits the attribute.
     """
     pairs = (
         f' {key.rstrip("_").replace("_", "-")}="{html.escape(printable(str(value)))}"'

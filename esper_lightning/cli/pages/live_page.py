@@ -1,4 +1,4 @@
-"""The page of a run while the run goes on: ``esper fit --open_report true``."""
+"""The page of a run that is running: ``esper fit --open_report true``."""
 
 import os
 import sys
@@ -25,7 +25,7 @@ _SHARE = 0.01  # of the training time that writing the page may take
 class LivePage(Callback):
     """Writes the page of the run every ten seconds, and opens the page in a browser once.
 
-    The page loads itself again while the run goes on. A page that cannot be written is one warning,
+    The page loads itself again until the run ends. A page that cannot be written is one warning,
     and training continues. Only the first rank writes.
     """
 

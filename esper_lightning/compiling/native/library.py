@@ -38,14 +38,23 @@ def find_compiler() -> list[str]:
     Raises:
         UnsupportedError: If there is none.
     """
-    chosen = os.environ.get("CXX", "").strip()
-    for command in [chosen] if chosen else ["g++", "clang++", "c++"]:
-        words = shlex.split(command)
+    chosen = _words_of("CXX")
+    for words in [chosen] if chosen else [["g++"], ["clang++"], ["c++"]]:
         path = shutil.which(words[0])
         if path is not None:
             return [path, *words[1:]]
-    what = f"CXX={chosen!r} is no program" if chosen else "there is no C++ compiler"
+    named = os.environ.get("CXX", "").strip()
+    what = f"CXX={named!r} is no program" if chosen else "there is no C++ compiler"
     raise UnsupportedError(f"{what} ({_INSTALL})")
+
+
+def _words_of(variable: str) -> list[str]:
+    """The words of an environment variable, which are divided as in a shell."""
+    value = os.environ.get(variable, "").strip()
+    try:
+        return shlex.split(value)
+    except ValueError as error:  # a quote without its end
+        raise UnsupportedError(f"{variable}={value!r} cannot be read: {error}") from error
 
 
 @functools.cache
@@ -105,7 +114,7 @@ def build_library(source: str) -> ctypes.CDLL:
     """
     command = find_compiler()
     identity = _identity(tuple(command))
-    own = shlex.split(os.environ.get("CXXFLAGS", ""))
+    own = _words_of("CXXFLAGS")
     if loose := _LOOSE & {*own}:
         raise UnsupportedError(f"CXXFLAGS has {min(loose)}, with which NaN is not noticed")
     flags = [*_FLAGS, _architecture_flag(), *own]
@@ -149,11 +158,17 @@ def _compile(command: list[str], flags: list[str], text: str, path: Path) -> Non
             if done.returncode:
                 lines = (done.stderr or done.stdout).strip().splitlines() or ["no message"]
                 errors = [line for line in lines if "error" in line] or lines
-                raise UnsupportedError(f"{command[0]} failed: {errors[0][:200]}")
+                said = errors[0].replace(f"{build}/", "")  # each reason is logged once
+                raise UnsupportedError(f"{command[0]} failed: {said[:200]}")
+            if not made.exists():
+                raise UnsupportedError(f"{command[0]} made no library ({_INSTALL})")
             made.chmod(0o700)
             made.replace(path)
-    except (OSError, subprocess.SubprocessError) as error:
-        raise UnsupportedError(f"code cannot be compiled in {path.parent}: {error}") from error
+    except subprocess.TimeoutExpired as error:
+        raise UnsupportedError(f"{command[0]} took more than {_COMPILE_S:.0f} s") from error
+    except OSError as error:
+        why = error.strerror or error  # without the temporary path
+        raise UnsupportedError(f"code cannot be compiled in {path.parent}: {why}") from error
     _delete_oldest(path.parent, keep=path)
 
 

@@ -1,6 +1,5 @@
 """Functions and loops that run as native code, compiled for the shapes of their first call."""
 
-import math
 from collections.abc import Callable, Sequence
 from typing import Any
 
@@ -13,18 +12,18 @@ from esper_lightning.compiling.native.drivers import (
     loop_text,
     map_text,
 )
-from esper_lightning.compiling.native.mixing import refuse_mixed
+from esper_lightning.compiling.native.mixing import refuse_mixed_rows, refuse_other_sums
 from esper_lightning.compiling.native.program import Program, aligned
 from esper_lightning.compiling.native.statements import chunk_rows
 from esper_lightning.compiling.native.translation import translate
 from esper_lightning.compiling.native.values import UnsupportedError
-from esper_lightning.compiling.purity import results_of_pure, same_bits, watched_results
+from esper_lightning.compiling.purity import results_of_pure
+from esper_lightning.compiling.reads import Reads, recorded
 from esper_lightning.compiling.tracing import Body, ChunkBody, Traced, Tree
 from esper_lightning.core.tensor_trees import leaves, map_tree
 
 __all__ = ["NativeFunction", "NativeLoop", "NativeMap"]
 
-_ROUNDING = 1e-4  # by which the sum of two chunks may differ from the sum over both
 _OTHER_SUMS = "a sum over samples whose terms depend on other samples"
 _MIXED_ROWS = "rows that depend on each other"
 
@@ -39,12 +38,13 @@ class NativeFunction:
     def __init__(self, function: Callable[..., Tree]) -> None:
         self._function = function
         self._program: Program | None = None
+        self.reads = list[Reads]()
 
     def __call__(self, *args: Tree) -> Tree:
         """Run the function; the first call compiles."""
         flat = leaves(args)
         if self._program is None:
-            results_of_pure(self._function, *args)
+            self.reads = _asked(self._function, *args)
             traced = Traced(self._function, args, functional=True)
             body = translate(traced.graph, "body", shared=True)
             self._program = Program(
@@ -68,6 +68,7 @@ class NativeMap:
     def __init__(self, function: Callable[[Tree, Tree], Tree]) -> None:
         self._function = function
         self._program: Program | None = None
+        self.reads = list[Reads]()
         self._chunks = 1
 
     def __call__(self, rows: Tree, constants: Tree) -> Tree:
@@ -81,17 +82,14 @@ class NativeMap:
         size = chunk_rows(number)
         self._chunks = chunks = number // size
         some = map_tree(lambda leaf: leaf[:size], rows)
-        if chunks > 1:
-            _refuse_mixed_rows(self._function, rows, constants, size)
-        else:
-            results_of_pure(self._function, rows, constants)
+        self.reads = _asked(self._function, some, constants)
         traced = Traced(self._function, (some, constants), functional=True)
         first, count = len(leaves(rows)), len(leaves((rows, constants)))
+        body = translate(traced.graph, "body", shared=False, unchanged=range(first, count))
         if chunks > 1:
             more = map_tree(lambda leaf: leaf[: 2 * size], rows)
             larger = Traced(self._function, (more, constants), functional=True)
-            refuse_mixed(traced.graph, larger.graph, range(first), _MIXED_ROWS, sums=False)
-        body = translate(traced.graph, "body", shared=False, unchanged=range(first, count))
+            refuse_mixed_rows(traced.graph, larger.graph, range(first), _MIXED_ROWS)
         others = count - first + len(body.captured)
         return Program(
             map_text(body, leaves(some), others, leaves(traced.result)),
@@ -115,6 +113,7 @@ class NativeLoop:
     def __init__(self, body: Body, chunk_body: ChunkBody | None) -> None:
         self._body, self._chunk_body = body, chunk_body
         self._program: Program | None = None
+        self.reads = list[Reads]()
 
     def __call__(
         self, carry: Tree, xs: Tree, chunked: Any, constants: Tree, out: Tree = None
@@ -134,22 +133,19 @@ class NativeLoop:
             size = chunk_rows(chunked.shape[1])
             chunks = chunked.shape[1] // size
             example = (carry, chunked[0, :size], constants)
-            if chunks > 1:
-                _refuse_other_sums(self._chunk_body, carry, chunked[0, : 2 * size], constants)
-            else:
-                results_of_pure(self._chunk_body, *example)
+            self.reads = _asked(self._chunk_body, *example)
             traced = Traced(self._chunk_body, example, functional=True)
+            sums = leaves(traced.result)
+            of_step = {*range(carried + 1 + constant)} - {carried}  # the same for all chunks
+            chunk = translate(traced.graph, "chunk", shared=False, unchanged=of_step)
             if chunks > 1:
                 both = (carry, chunked[0, : 2 * size], constants)
                 larger = Traced(self._chunk_body, both, functional=True)
                 index = range(carried, carried + 1)
-                refuse_mixed(traced.graph, larger.graph, index, _OTHER_SUMS, sums=True)
-            sums = leaves(traced.result)
-            of_step = {*range(carried + 1 + constant)} - {carried}  # the same for all chunks
-            chunk = translate(traced.graph, "chunk", shared=False, unchanged=of_step)
+                refuse_other_sums(traced.graph, larger.graph, index, _OTHER_SUMS)
             zeros = map_tree(lambda leaf: torch.zeros(leaf.shape, dtype=leaf.dtype), traced.result)
             x = (zeros, x)
-        results_of_pure(self._body, carry, x, constants)
+        self.reads += _asked(self._body, carry, x, constants)
         traced = Traced(self._body, (carry, x, constants), functional=True)
         _refuse_changed_carry(leaves(carry), leaves(traced.result)[:carried])
         first = carried + len(leaves(x))
@@ -186,49 +182,8 @@ def _refuse_changed_carry(before: Sequence[Tensor], after: Sequence[Tensor]) -> 
             raise UnsupportedError(f"a state that is {kinds[0]} before a step and {kinds[1]} after")
 
 
-def _refuse_other_sums(chunk_body: ChunkBody, carry: Tree, index: Tensor, constants: Tree) -> None:
-    """Refuse sums over a minibatch that are not the sums over its chunks."""
-    whole = results_of_pure(chunk_body, carry, index, constants)
-    halves = [watched_results(chunk_body, carry, half, constants) for half in index.chunk(2)]
-    for one, other, both in zip(*halves, whole, strict=True):
-        if not _equal(one + other, both, size=max(map(_largest, (one, other, both)))):
-            raise UnsupportedError(_OTHER_SUMS)
-
-
-def _refuse_mixed_rows(
-    function: Callable[[Tree, Tree], Tree], rows: Tree, constants: Tree, number: int
-) -> None:
-    """Refuse a function whose rows depend on each other, on their number or on their places.
-
-    Args:
-        function: Function of rows.
-        rows: At least twice as many rows as ``number``.
-        constants: What the function gets besides.
-        number: Number of the rows that are computed alone, and beside others.
-    """
-    some = map_tree(lambda leaf: leaf[:number], rows)
-    beside_others = results_of_pure(
-        function, map_tree(lambda leaf: leaf[: 2 * number], rows), constants
-    )
-    alone = watched_results(function, some, constants)
-    repeated = map_tree(lambda leaf: leaf.repeat(2, *[1] * (leaf.dim() - 1)), some)
-    beside_themselves = watched_results(function, repeated, constants)
-    for own, both, twice in zip(alone, beside_others, beside_themselves, strict=True):
-        # Beside other rows, not a bit may differ; other places and numbers may round otherwise.
-        if not (
-            same_bits(both[:number], twice[:number])
-            and _equal(twice, torch.cat([own, own]), size=_largest(own))
-        ):
-            raise UnsupportedError(_MIXED_ROWS)
-
-
-def _largest(leaf: Tensor) -> float:
-    return float(leaf.abs().max()) if leaf.is_floating_point() and leaf.numel() else 0.0
-
-
-def _equal(got: Tensor, expected: Tensor, *, size: float) -> bool:
-    """Whether numbers are equal to rounding; what is not finite proves nothing."""
-    if not expected.is_floating_point():
-        return torch.equal(got, expected)
-    difference = (got - expected).abs().nan_to_num(nan=0.0, posinf=0.0, neginf=0.0)
-    return bool((difference <= _ROUNDING * (1.0 + size)).all()) or not math.isfinite(size)
+def _asked(function: Callable[..., Tree], *args: Tree) -> list[Reads]:
+    """What a function read of users' objects in a call; refuses a function that is not pure."""
+    with recorded(function) as reads:
+        results_of_pure(function, *args)
+    return [reads]

@@ -1,116 +1,143 @@
 """Whether samples are combined by more than sums, asked of the graph of a function.
 
-Numbers cannot answer this alone: a clip of a norm over all samples, or a hinge on their mean, may
-begin to matter only later in a run. A value that depends on samples and whose size does not grow
-with their number has *lost* the samples' axis.
+Numbers cannot answer this: what a weight of 0 hides today may train tomorrow. So each element of
+each value gets a *code*: zero, fixed, a sum over all samples, or the number of the one sample on
+which the element depends. Operations that move elements move the codes (torch itself runs them on
+the codes); ``rules`` says what all others do. What has no rule is refused.
 """
+# pyright: reportUnknownVariableType=false, reportUnknownArgumentType=false
 
-from collections.abc import Iterator
+import operator
 from typing import Any
 
-from torch import Tensor
-from torch._ops import OpOverload
-from torch.fx import GraphModule, Node
+import torch
+from torch import Tensor, fx
 
+from esper_lightning.compiling.native.codes import (
+    EVEN,
+    FIRST,
+    FIXED,
+    TOTAL,
+    ZERO,
+    Call,
+    MixedError,
+    operation_name,
+)
+from esper_lightning.compiling.native.decompositions import decompose
+from esper_lightning.compiling.native.rules import Rules, sizes_at
 from esper_lightning.compiling.native.values import UnsupportedError
 
-__all__ = ["refuse_mixed"]
-
-_OF_SHAPES = {  # whose results do not depend on the numbers of their arguments
-    *("empty_like", "full_like", "ones_like", "zeros_like"),
-    *("new_empty", "new_full", "new_ones", "new_zeros"),
-}
-_LINEAR = {  # in all tensors together
-    *("add", "alias", "as_strided", "cat", "clone", "detach", "diagonal", "expand", "flip"),
-    *("getitem", "mean", "neg", "permute", "reshape", "select", "slice", "split", "sub", "rsub"),
-    *("split_with_sizes", "squeeze", "stack", "sum", "t", "transpose", "unbind", "unsqueeze"),
-    *("view", "_reshape_alias", "_to_copy", "_unsafe_view", "constant_pad_nd"),
-}
-_PRODUCTS = {"bmm", "dot", "mm", "mul", "mv"}  # linear in each tensor
-_LINEAR_IN_FIRST = {"div", "gather", "index", "index_select", "masked_fill"}
-_LINEAR_IN = {  # positions of the arguments together in which an operation is linear
-    "where": {1, 2},
-    "scatter_add": {0, 3},
-}
+__all__ = ["refuse_mixed_rows", "refuse_other_sums"]
 
 
-def refuse_mixed(
-    graph: GraphModule, larger: GraphModule, sources: range, what: str, *, sums: bool
+def refuse_other_sums(
+    graph: fx.GraphModule, larger: fx.GraphModule, sources: range, what: str
 ) -> None:
-    """Refuse a function that does more with values that have lost the samples' axis than sum them.
+    """Refuse a function of samples whose results are not sums over the samples.
+
+    The sum of its results for chunks of samples must be its result for all of them.
 
     Args:
-        graph: Graph of the function, for some number of samples.
-        larger: Graph of the same function for more samples.
+        graph: Graph of the function for some number of samples.
+        larger: Graph of the same function for twice as many samples.
         sources: Numbers of the arguments that differ from sample to sample.
         what: What is refused, for the message.
-        sums: Whether the results are sums over samples. Otherwise no value may lose the axis.
-
-    An operation along the samples' axis that keeps it, such as a cumulative sum, is not seen here.
 
     Raises:
-        UnsupportedError: If a lost value meets one with the axis or goes through an operation that
-            is not linear, or if the two graphs have other operations.
+        UnsupportedError: If a result is no such sum, or cannot be seen to be one.
     """
+    for code, _ in _results(graph, larger, sources, what):
+        if not bool(((code == TOTAL) | (code == ZERO)).all()):
+            raise UnsupportedError(f"{what} (a result that is no sum)")
+
+
+def refuse_mixed_rows(
+    graph: fx.GraphModule, larger: fx.GraphModule, sources: range, what: str
+) -> None:
+    """Refuse a function of rows whose rows depend on each other, on their number or their places.
+
+    Args:
+        graph: Graph of the function for some number of rows.
+        larger: Graph of the same function for twice as many rows.
+        sources: Numbers of the arguments that are rows.
+        what: What is refused, for the message.
+
+    Raises:
+        UnsupportedError: If a row of a result depends on another row, or may do so.
+    """
+    number = _number(graph, sources)
+    own = torch.arange(number)[:, None] + FIRST
+    for code, grows in _results(graph, larger, sources, what):
+        rows = code.reshape(number, -1) if grows and code.shape[0] == number else None
+        if rows is None or not bool(((rows == own) | (rows < EVEN)).all()):
+            raise UnsupportedError(f"{what} (a result that is not the row's own)")
+
+
+def _number(graph: fx.GraphModule, sources: range) -> int:
+    given = [node for node in graph.graph.nodes if node.op == "placeholder"]
+    return int(given[sources[0]].meta["val"].shape[0])
+
+
+def _results(
+    graph: fx.GraphModule, larger: fx.GraphModule, sources: range, what: str
+) -> list[tuple[Tensor, bool]]:
+    """The codes of each result, and whether its shape grows with the number of samples."""
+    graph, larger = decompose(graph), decompose(larger)
     nodes, others = list(graph.graph.nodes), list(larger.graph.nodes)
     if [node.target for node in nodes] != [node.target for node in others]:
         raise UnsupportedError(f"{what} (operations change with the number of samples)")
-    placeholders = [node for node in nodes if node.op == "placeholder"]
-    dependent, lost = {placeholders[number] for number in sources}, set[Node]()
+    given = [node for node in nodes if node.op == "placeholder"]
+    samples = torch.arange(_number(graph, sources), dtype=torch.int32) + FIRST
+    rules = Rules(samples)
+    known: dict[fx.Node, Any] = {}
     for node, other in zip(nodes, others, strict=True):
-        inputs = set(node.all_input_nodes)
-        if node.op == "output" or not inputs & dependent or _name(node) in _OF_SHAPES:
-            continue
-        dependent.add(node)
-        mixes = not inputs.isdisjoint(lost)
-        if mixes and not (inputs & dependent <= lost and _is_linear(node, lost)):
-            raise UnsupportedError(f"{what} ({_name(node)} of a sum)")
-        if mixes or not _grows(node, other):
-            if not sums:
-                raise UnsupportedError(f"{what} ({_name(node)} over all of them)")
-            lost.add(node)
+        if node.op == "placeholder":
+            shape = node.meta["val"].shape
+            known[node] = torch.full(shape, FIXED, dtype=torch.int32)
+            if given.index(node) in sources:
+                known[node] = samples.view(-1, *[1] * (len(shape) - 1)).expand(shape)
+        elif node.op == "get_attr":
+            shape = getattr(graph, str(node.target)).shape
+            known[node] = torch.full(shape, FIXED, dtype=torch.int32)
+            if getattr(larger, str(other.target)).shape != shape:
+                raise UnsupportedError(f"{what} (a tensor for each number of samples)")
+        elif node.op == "call_function":
+            try:
+                known[node] = _of_call(rules, node, other, known)
+            except MixedError as error:
+                raise UnsupportedError(f"{what} ({operation_name(node)} {error})") from error
+        else:
+            pairs = zip(node.args[0], other.args[0], strict=True)
+            return [(known[one], _shapes(one) != _shapes(two)) for one, two in pairs]
+    raise AssertionError
 
 
-def _name(node: Node) -> str:
-    """Name of an operation without its overload, such as ``add``."""
-    target: Any = node.target
-    packet = target.overloadpacket if isinstance(target, OpOverload) else target
-    return str(getattr(packet, "__name__", packet))
+def _of_call(rules: Rules, node: fx.Node, other: fx.Node, known: dict[fx.Node, Any]) -> Any:
+    args: Any = fx.map_arg(node.args, known.__getitem__)
+    if node.target is operator.getitem:
+        return args[0][args[1]]
+    if _constants(node) != _constants(other):
+        raise MixedError("of a number of samples")
+    found = rules.run(Call(node, other, args, fx.map_arg(node.kwargs, known.__getitem__)))
+    sizes = zip(_all(found), _shapes(node), _shapes(other), strict=True)
+    for one, shape, larger in sizes:
+        if shape != larger and int(one.max()) in (FIXED, TOTAL):
+            raise MixedError("of the number of samples")
+    return found
 
 
-def _is_linear(node: Node, lost: set[Node]) -> bool:
-    """Whether an operation is linear in those of its arguments that are ``lost``."""
-    name = _name(node)
-    positions = {
-        number
-        for number, argument in enumerate(node.args)
-        if any(one in lost for one in _nodes(argument))
-    }
-    if any(one in lost for one in _nodes(list(node.kwargs.values()))):
-        return False
-    if name in _LINEAR_IN_FIRST or name.endswith(("_backward", "_backward_data")):
-        return positions == {0}
-    if name in _PRODUCTS:
-        return len(positions) == 1
-    return name in _LINEAR or positions <= _LINEAR_IN.get(name, set[int]())
+def _all(value: Any) -> list[Tensor]:
+    """All results of a call."""
+    results = value if isinstance(value, list | tuple) else [value]
+    return [one for one in results if one is not None]
 
 
-def _nodes(argument: Any) -> Iterator[Node]:
-    if isinstance(argument, Node):
-        yield argument
-    elif isinstance(argument, list | tuple):
-        for one in argument:  # pyright: ignore[reportUnknownVariableType]
-            yield from _nodes(one)
+def _shapes(node: fx.Node) -> list[tuple[int, ...]]:
+    return [tuple(one.shape) for one in _all(node.meta["val"])]
 
 
-def _grows(node: Node, other: Node) -> bool:
-    """Whether a tensor of the result has more elements where there are more samples."""
-    return _sizes(node.meta.get("val")) != _sizes(other.meta.get("val"))
-
-
-def _sizes(value: Any) -> list[int]:
-    if isinstance(value, Tensor):
-        return [value.numel()]
-    if isinstance(value, list | tuple):
-        return [size for one in value for size in _sizes(one)]  # pyright: ignore[reportUnknownVariableType]
-    return []
+def _constants(node: fx.Node) -> str:
+    """The arguments that are no tensors, but for the one that is a shape."""
+    size = sizes_at(operation_name(node))
+    args = [None if number == size else one for number, one in enumerate(node.args)]
+    return repr(fx.map_arg((args, node.kwargs), lambda _: None))

@@ -2,6 +2,7 @@
 
 import math
 from collections.abc import Sequence
+from typing import Any
 
 import torch
 
@@ -15,6 +16,7 @@ from esper_lightning.compiling.native.operations import (
 )
 from esper_lightning.compiling.native.products import product
 from esper_lightning.compiling.native.values import C_TYPES, Index, Shape, UnsupportedError, Value
+from esper_lightning.compiling.native.views import in_memory
 
 __all__ = ["OPERATIONS"]
 
@@ -22,6 +24,7 @@ OPERATIONS = Operations()
 operation = OPERATIONS.register
 
 _SHORT_ROW = 16  # numbers of a row that are written out instead of looped over
+_LARGEST_SUMMED = 2**24  # multiplications of a product without vectors of columns
 
 
 def _axes(axes: int | Sequence[int] | None, rank: int) -> list[int]:
@@ -110,6 +113,47 @@ def _var(
     divisor = float(max(0.0, count - (1 if correction is None else correction)))
     squares = _sum(kernel, square, result, axes)
     return pointwise(kernel, result, "{0} / {1}", squares, divisor)
+
+
+@operation("std.correction")
+def _std(kernel: Kernel, result: Result, x: Value, *args: Any, **kwargs: Any) -> Value:
+    return pointwise(kernel, result, "f_sqrt({0})", _var(kernel, result, x, *args, **kwargs))
+
+
+@operation("prod.default", "prod.dim_int")
+def _prod(
+    kernel: Kernel,
+    result: Result,
+    x: Value,
+    dim: int | None = None,
+    keepdim: bool = False,
+    *,
+    dtype: torch.dtype | None = None,
+) -> Value:
+    axes = _axes(dim, len(x.shape))
+    combine = "{a} *= {x};"
+    return kernel.reduce(
+        x, axes, result.shape, dtype=result.dtype, start=1, combine=combine, clause="*"
+    )
+
+
+@operation("logsumexp.default")
+def _logsumexp(
+    kernel: Kernel, result: Result, x: Value, dim: int | Sequence[int], keepdim: bool = False
+) -> Value:
+    if not x.dtype.is_floating_point:
+        raise UnsupportedError(f"logsumexp of {x.dtype}")
+    axes = _axes(dim, len(x.shape))
+    x = kernel.named(x)
+    kept = Result(tuple(1 if a in axes else n for a, n in enumerate(x.shape)), result.dtype)
+    largest = _extreme(larger=True)(kernel, kept, x, axes)
+    finite = "f_where<{T}>(f_abs({0}) == ({T})__builtin_inff(), ({T})0, {0})"
+    largest = kernel.stored(pointwise(kernel, kept, finite, largest))
+    scaled = pointwise(kernel, Result(x.shape, result.dtype), "f_exp({0} - {1})", x, largest)
+    total = _sum(kernel, scaled, result, axes)
+    buffer, view = largest.place
+    largest = Value(result.shape, result.dtype, buffer=buffer, view=view.view(result.shape))
+    return pointwise(kernel, result, "f_log({0}) + {1}", total, largest)
 
 
 @operation("all.default", "all.dim", "all.dims")
@@ -289,3 +333,30 @@ def _addmm(
     if (beta, alpha) != (1, 1):
         raise UnsupportedError("addmm with factors")
     return pointwise(kernel, result, "{0} + {1}", product(kernel, a, b), bias)
+
+
+@operation("bmm.default", "mv.default", "dot.default")
+def _contracted(kernel: Kernel, result: Result, a: Value, b: Value) -> Value:
+    """Sums of products over the last axis of ``a``, in a plain loop."""
+    a, b = kernel.stored(in_memory(a)), kernel.stored(in_memory(b))
+    last, rest = len(a.shape) - 1, result.shape
+    if len(rest) == 3 and rest[0] == 1:  # as torch.einsum makes of matrices
+        buffer, view = product(kernel, _first(a), _first(b)).place
+        return Value(rest, result.dtype, buffer=buffer, view=view[None])
+    terms = (*rest, a.shape[-1])
+    if 0 in terms or math.prod(terms) > _LARGEST_SUMMED:
+        raise UnsupportedError(f"a product of {list(a.shape)} and {list(b.shape)}")
+
+    def term(index: Index) -> str:
+        left = [*index[:last], index[-1]]
+        right = [index[0], index[-1], index[2]] if len(b.shape) == 3 else [index[-1]]
+        one, other = (kernel.broadcast(*pair, result.dtype) for pair in ((a, left), (b, right)))
+        return f"({one} * {other})"
+
+    return _sum(kernel, Value(terms, result.dtype, term), result, [len(rest)])
+
+
+def _first(value: Value) -> Value:
+    """The first matrix of a batch in memory."""
+    buffer, view = value.place
+    return Value(value.shape[1:], value.dtype, buffer=buffer, view=view[0])

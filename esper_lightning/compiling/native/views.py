@@ -152,6 +152,26 @@ def _flip(kernel: Kernel, result: Result, x: Value, dims: Sequence[int]) -> Valu
     return Value(result.shape, x.dtype, expression)
 
 
+@operation("roll.default")
+def _roll(
+    kernel: Kernel, result: Result, x: Value, shifts: Sequence[int], dims: Sequence[int] = ()
+) -> Value:
+    if not dims:
+        raise UnsupportedError("a roll of all axes as one")
+    rank = len(x.shape)
+    by = dict.fromkeys(range(rank), 0)
+    for shift, axis in zip(shifts, dims, strict=True):
+        by[axis % rank] += shift
+
+    def expression(index: Index) -> str:
+        places = zip(index, x.shape, by.values(), strict=True)
+        return kernel.element(
+            x, [f"((({at}) + {-shift % n}) % {n})" if shift % n else at for at, n, shift in places]
+        )
+
+    return Value(result.shape, x.dtype, expression)
+
+
 # Backward of views: zeros but for the view
 
 

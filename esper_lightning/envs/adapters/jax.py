@@ -28,6 +28,8 @@ __all__ = ["Brax", "Gymnax", "JaxSimulator"]
 _INSTALL = "'esper_lightning[jax]'"
 _PLAYGROUND = "'esper_lightning[playground]'"
 
+Draw = Callable[[Any], Any]
+
 
 class JaxSimulator(Simulator):
     """``B`` copies of an environment that consists of two pure functions.
@@ -42,6 +44,9 @@ class JaxSimulator(Simulator):
         device: Device of the tensors, on which JAX computes, too.
         name: Name of the task in errors.
         time_limit: Steps after which an episode is truncated; ``None`` where ``step`` truncates.
+        draw: Function from the state of one environment to its picture, a ``uint8`` array ``[H, W,
+            3]``; ``None`` where none can be drawn.
+        frames_per_s: Steps in a second of the simulated time.
     """
 
     resets_itself = True
@@ -57,12 +62,14 @@ class JaxSimulator(Simulator):
         device: torch.device,
         name: str,
         time_limit: int | None = None,
+        draw: Draw | None = None,
+        frames_per_s: float = 30.0,
     ) -> None:
         jax: Any = importlib.import_module("jax")
         jnp: Any = importlib.import_module("jax.numpy")
 
         self.spaces, self.num_envs, self.device, self.name = spaces, num_envs, device, name
-        self._jax = jax
+        self._jax, self._draw, self.frames_per_s = jax, draw, frames_per_s
         place = jax.devices("cpu" if device.type == "cpu" else "gpu")[device.index or 0]
         self._place = place
         self._restart_random(seed)
@@ -112,6 +119,24 @@ class JaxSimulator(Simulator):
         self._running, self._key, *results = self._advance(self._running, self._key, array)
         return Stepped(*(self._tensors(result) for result in results))
 
+    def render(self) -> Tensor:
+        """Pictures ``[B, H, W, 3]`` of all environments, drawn one after the other.
+
+        Raises:
+            ValueError: If the environment draws none.
+        """
+        rule = "draw pictures to be shown"
+        require(self._draw is not None, self.name, rule, "an environment without any")
+        assert self._draw is not None
+        (state, _), pictures = self._running, list[Any]()
+        for row in range(self.num_envs):
+
+            def of_row(array: Any, row: int = row) -> Any:
+                return array[row] if array.shape[:1] == (self.num_envs,) else array
+
+            pictures.append(self._draw(self._jax.tree.map(of_row, state)))
+        return torch.from_numpy(np.stack(pictures).astype(np.uint8, copy=False))
+
     def _restart_random(self, seed: int) -> None:
         self._key = self._jax.device_put(self._jax.random.PRNGKey(seed % SEEDS), self._place)
 
@@ -137,6 +162,8 @@ class _OfJax(NamedSpec):
         seed: int,
         *,
         time_limit: int | None,
+        draw: Draw | None = None,
+        frames_per_s: float = 30.0,
     ) -> SimulatedEnv:
         simulator = JaxSimulator(
             self.spaces(),
@@ -147,6 +174,8 @@ class _OfJax(NamedSpec):
             device=device,
             name=self.id,
             time_limit=time_limit,
+            draw=draw,
+            frames_per_s=frames_per_s,
         )
         return SimulatedEnv(simulator, None)
 
@@ -256,7 +285,19 @@ class Brax(_OfJax):
             done = state.done > 0.5
             return state, state.obs, state.reward, done, jnp.zeros_like(done)
 
-        return self._compiled(reset, step, device, seed, time_limit=self.time_limit)
+        def draw(state: Any) -> Any:
+            drawn = state if self.suite == "playground" else state.pipeline_state
+            return env.render([drawn])[0]
+
+        return self._compiled(
+            reset,
+            step,
+            device,
+            seed,
+            time_limit=self.time_limit,
+            draw=draw,
+            frames_per_s=1.0 / float(getattr(env, "dt", 1 / 30)),
+        )
 
     def _env(self) -> Any:
         if self.suite == "playground":

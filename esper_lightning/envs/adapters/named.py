@@ -11,7 +11,7 @@ from esper_lightning.core.errors import check_fields, require, require_int
 from esper_lightning.core.spaces import EnvSpaces
 from esper_lightning.envs.base import EnvSpec, how_fields
 
-__all__ = ["SEEDS", "NamedSpec", "needs_package", "require_package"]
+__all__ = ["SEEDS", "MissingPackageError", "NamedSpec", "needs_package", "require_package"]
 
 SEEDS = 2**31
 """Number of seeds that every package takes."""
@@ -65,7 +65,13 @@ class NamedSpec(EnvSpec):
         return ValueError(f"{type(self).__name__}.id={self.id!r} cannot be made: {why}{way_out}")
 
 
-def needs_package(spec: NamedSpec, package: str, install: str, error: Exception) -> ValueError:
+class MissingPackageError(ValueError):
+    """Raised where a simulator's package is not installed; the message says what to install."""
+
+
+def needs_package(
+    spec: NamedSpec, package: str, install: str, error: Exception
+) -> MissingPackageError:
     """The error for a package that is not installed; the way out comes first.
 
     Args:
@@ -75,7 +81,8 @@ def needs_package(spec: NamedSpec, package: str, install: str, error: Exception)
         error: Error of the import.
     """
     owner, why = type(spec).__name__, " ".join(str(error).split())
-    return ValueError(f"{owner}.id={spec.id!r} needs {package}: pip install {install}. ({why})")
+    said = f"{owner}.id={spec.id!r} needs {package}: pip install {install}. ({why})"
+    return MissingPackageError(said)
 
 
 def require_package(spec: NamedSpec, package: str, install: str) -> Any:
@@ -87,7 +94,7 @@ def require_package(spec: NamedSpec, package: str, install: str) -> Any:
         install: What ``pip install`` takes.
 
     Raises:
-        ValueError: If the package is not installed.
+        MissingPackageError: If the package is not installed.
     """
     try:
         return importlib.import_module(package)

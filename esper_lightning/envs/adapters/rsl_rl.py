@@ -19,6 +19,7 @@ from esper_lightning.envs.adapters.tensors import (
     read_boxes,
     read_count,
     read_device,
+    read_extras,
     require_results,
     require_tensors,
     to_groups,
@@ -67,11 +68,13 @@ class RslRlSimulator(Simulator):
         results = require_results(self._env.step(action), (4, 5), field=field, rule=rule)
         obs, *privileged, reward, done, extras = results
         require(not any(map(_is_flat, privileged)), field, rule, Words("other results"))
-        require_tensors(reward, done, field=field)
-        extras, done = {} if extras is None else extras, done.bool()
+        require_tensors(reward, done, num_envs=self.num_envs, field=field)
+        extras, done = read_extras(extras, field=field), done.bool()
         time_outs = extras.get("time_outs")
-        truncated = torch.zeros_like(done) if time_outs is None else time_outs.bool() & done
-        log = self._fresh.of(extras)
+        time_outs = torch.zeros_like(done) if time_outs is None else time_outs
+        require_tensors(time_outs, num_envs=self.num_envs, field=field)
+        truncated = time_outs.bool() & done
+        log = self._fresh.of(extras, field=field)
         groups = self._groups(obs, "step()")
         return Stepped(groups, reward, done & ~truncated, truncated, None, log)
 

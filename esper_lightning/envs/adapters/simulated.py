@@ -20,6 +20,7 @@ from esper_lightning.core.spaces import Box, EnvSpaces
 from esper_lightning.core.types import Observation, StepResult, map_obs
 from esper_lightning.envs.adapters.spaces import MASK
 from esper_lightning.envs.adapters.stateless import Lost, StatelessEnv
+from esper_lightning.envs.adapters.tensors import require_tensors
 from esper_lightning.envs.base import RunProgress
 
 __all__ = ["SimulatedEnv", "Simulator", "Stepped"]
@@ -127,6 +128,8 @@ class SimulatedEnv(StatelessEnv):
         got = Words(type(stepped).__name__)
         name = f"{self.simulator.name}.step()"
         require(isinstance(stepped, Stepped), name, "return a Stepped", got)  # pyright: ignore[reportUnnecessaryIsInstance]
+        flags = stepped.reward, stepped.terminated, stepped.truncated
+        require_tensors(*flags, num_envs=self.num_envs, field=name)
         reward = stepped.reward.float().clone()
         terminated = stepped.terminated.bool().clone()
         truncated = stepped.truncated.bool() & ~terminated
@@ -169,6 +172,11 @@ class SimulatedEnv(StatelessEnv):
     def begin_iteration(self, progress: RunProgress) -> None:
         """Pass the progress of the run to the simulator."""
         self.simulator.begin_iteration(progress)
+
+    @property
+    def frames_per_s(self) -> float:
+        """Pictures of ``render`` for a second of the simulated time; 30 if it is not known."""
+        return float(getattr(self.simulator, "frames_per_s", 30.0))
 
     def render(self) -> Shaped[Tensor, "B H W 3"]:
         """Pictures of all environments, uint8, by the simulator's own ``render()``.
@@ -232,9 +240,17 @@ class SimulatedEnv(StatelessEnv):
     def _add(self, log: Mapping[str, Any]) -> None:
         for name, value in log.items():
             key = str(name).replace("/", "_")
-            number = torch.as_tensor(value, dtype=torch.float32, device=self._device).mean()
+            number = self._mean(value, name)
             self._sums[key] = self._sums.get(key, torch.zeros_like(number)) + number
             self._counts[key] += 1
+
+    def _mean(self, value: Any, name: object) -> Float[Tensor, ""]:
+        try:
+            return torch.as_tensor(value, dtype=torch.float32, device=self._device).mean()
+        except (TypeError, ValueError, RuntimeError):  # text, None, a ragged list
+            field, rule = f"{self.simulator.name}'s metric {name!r}", "be numbers"
+            require(False, field, rule, value)
+            raise
 
 
 def _choose(where: Tensor, new: Tensor, old: Tensor) -> Tensor:

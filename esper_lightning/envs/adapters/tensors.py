@@ -19,6 +19,7 @@ __all__ = [
     "read_boxes",
     "read_count",
     "read_device",
+    "read_extras",
     "require_results",
     "require_tensors",
     "takes_seed",
@@ -33,11 +34,25 @@ class FreshLog:
     def __init__(self) -> None:
         self._last: object = None
 
-    def of(self, extras: Mapping[str, Any]) -> Mapping[str, Any]:
-        """The log in ``extras`` if it is not the log of the last call; otherwise an empty log."""
-        log = extras.get("log") or extras.get("episode") or {}
-        fresh, self._last = log is not self._last, log
-        return log if fresh else {}
+    def of(self, extras: Mapping[str, Any], *, field: str) -> Mapping[str, Any]:
+        """The log in ``extras`` if it is not the log of the last call; otherwise an empty log.
+
+        Args:
+            extras: What the simulator returned besides.
+            field: Name of the method that returned it, for the error.
+
+        Raises:
+            ValueError: If the log is no dict.
+        """
+        for name in ("log", "episode"):
+            log = extras.get(name)
+            if log is not None:
+                got = Words(f"a {type(log).__name__}")
+                require(hasattr(log, "items"), field, f"return extras[{name!r}] as a dict", got)
+                if len(log):
+                    fresh, self._last = log is not self._last, log
+                    return log if fresh else {}
+        return {}
 
 
 def read_count(env: Any, member: str, *, name: str) -> int:
@@ -98,16 +113,35 @@ def require_results(results: Any, counts: tuple[int, ...], *, field: str, rule: 
     return results
 
 
-def require_tensors(*values: Any, field: str) -> None:
-    """Refuse rewards and flags that are no tensors.
+def require_tensors(*values: Any, num_envs: int, field: str) -> None:
+    """Refuse rewards and flags that are no tensors of one number for each environment.
+
+    Args:
+        *values: Rewards and flags.
+        num_envs: Number of environments.
+        field: Name of the method that returned them, for the error.
 
     Raises:
-        ValueError: If one is none; the error names its type.
+        ValueError: If one is none; the error names its type or shape.
     """
     for value in values:
         rule, hint = "return rewards and flags as tensors", "torch.as_tensor makes one."
         got = Words(f"a {type(value).__name__}")
         require(isinstance(value, Tensor), field, rule, got, hint)
+        rule = f"return rewards and flags of shape [B] = [{num_envs}]"
+        require(value.shape == (num_envs,), field, rule, list(value.shape))
+
+
+def read_extras(extras: Any, *, field: str) -> Mapping[str, Any]:
+    """What a simulator returned besides, as a mapping; ``None`` is an empty one.
+
+    Raises:
+        ValueError: If it is neither.
+    """
+    extras = {} if extras is None else extras
+    got = Words(f"a {type(extras).__name__}")
+    require(hasattr(extras, "get"), field, "return extras as a dict", got)
+    return extras
 
 
 def takes_seed(reset: Callable[..., Any]) -> bool:

@@ -7,9 +7,11 @@ Such simulators are recognised by their members and never imported.
 from collections.abc import Mapping
 from typing import Any
 
+import numpy as np
+import torch
 from torch import Tensor
 
-from esper_lightning.core.errors import require_members
+from esper_lightning.core.errors import Words, require, require_members
 from esper_lightning.core.spaces import EnvSpaces
 from esper_lightning.core.types import Observation
 from esper_lightning.envs.adapters.curriculum import pass_progress
@@ -20,6 +22,7 @@ from esper_lightning.envs.adapters.tensors import (
     read_boxes,
     read_count,
     read_device,
+    read_extras,
     require_results,
     require_tensors,
     takes_seed,
@@ -81,18 +84,41 @@ class TorchSimulator(Simulator):
         rule = "return obs, reward, terminated, truncated, extras"
         results = self._env.step(self._to_range(action))
         obs, *flags, extras = require_results(results, (5,), field=field, rule=rule)
-        require_tensors(*flags, field=field)
+        require_tensors(*flags, num_envs=self.num_envs, field=field)
         reward, terminated, truncated = flags
-        extras = {} if extras is None else extras
+        extras = read_extras(extras, field=field)
         final = next((extras[name] for name in _FINAL if extras.get(name) is not None), None)
         reached = None if final is None else to_groups(final, field=field)
-        log = self._fresh.of(extras)
+        log = self._fresh.of(extras, field=field)
         return Stepped(to_groups(obs, field=field), reward, terminated, truncated, reached, log)
 
     def _first(self, results: Any) -> Observation:
         field = f"{self.name}.reset()"
         rule = "return a tuple of observations and extras"
         return to_groups(require_results(results, (2,), field=field, rule=rule)[0], field=field)
+
+    @property
+    def frames_per_s(self) -> float:
+        """Pictures of ``render`` for a second of the simulated time."""
+        metadata: Mapping[str, Any] = getattr(self._env, "metadata", None) or {}
+        return float(metadata.get("render_fps") or 30.0)
+
+    def render(self) -> Tensor:
+        """Pictures ``[B, H, W, 3]`` of all environments.
+
+        Raises:
+            ValueError: If the simulator draws none, or one picture for several environments.
+        """
+        render = getattr(self._env, "render", None)
+        pictures: Any = render() if callable(render) else None
+        form = "none" if pictures is None else list(np.shape(pictures))
+        if pictures is not None and self.num_envs == 1 and len(form) == 3:
+            pictures, form = pictures[None], [1, *form]
+        rule = "return pictures of all environments as uint8 [B, H, W, 3]"
+        hint = "It may have to be made with render_mode='rgb_array'."
+        ok = len(form) == 4 and form[0] == self.num_envs
+        require(ok, f"{self.name}.render()", rule, Words(str(form)), hint)
+        return pictures if isinstance(pictures, Tensor) else torch.from_numpy(np.asarray(pictures))
 
     def begin_iteration(self, progress: RunProgress) -> None:
         """Pass the progress of the run to the simulator, if it has ``begin_iteration``."""

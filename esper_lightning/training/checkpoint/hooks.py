@@ -95,6 +95,7 @@ class CheckpointHooks(LightningModule):
         resumption = self._resumption or Resumption(rank_state=None)
         resumed = resumption.start(learner, optimizer)
         self.progress.new_episodes = self.is_resuming and not resumed
+        self.progress.redealt_to = resumption.redealt_to
         self._resumption = None
         if self.progress.new_episodes:
             state = resumption.rank_state
@@ -178,7 +179,13 @@ class CheckpointHooks(LightningModule):
             self.refuse_checkpoint(checkpoint, path, world_size=world_size, callbacks=callbacks)
             self._resumption = None
             if resumes:
-                self._resumption = Resumption.read(checkpoint, self.global_rank)
+                self._resumption = Resumption.read(
+                    checkpoint,
+                    self.settings,
+                    rank=self.global_rank,
+                    world_size=ranks,
+                    device=trainer.strategy.root_device,
+                )
         self.progress.load_state_dict(checkpoint[STATE_KEY])
 
     @classmethod

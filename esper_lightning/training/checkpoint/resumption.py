@@ -17,6 +17,7 @@ from esper_lightning.core.ranks import FirstMessage, Ranks, RanksDisagreeError
 from esper_lightning.core.seeding import global_random_states, set_global_random_states
 from esper_lightning.ppo.learner import Learner
 from esper_lightning.training.checkpoint.content import STATE_KEY, refuse_not_ours
+from esper_lightning.training.checkpoint.redeal import deal_rank, is_dealt
 from esper_lightning.training.checkpoint.states import digest, load_checkpoint
 from esper_lightning.training.settings import PPOSettings
 from esper_lightning.training.specs import first_difference
@@ -29,15 +30,31 @@ class Resumption(NamedTuple):
 
     rank_state: dict[str, Any] | None  # state of this rank; None where the checkpoint has none
 
+    redealt_to: int | None = None  # number of ranks to which environments were dealt anew, if so
+
     @classmethod
-    def read(cls, checkpoint: Mapping[str, Any], rank: int) -> Self:
-        """Read the state of one rank from a checkpoint.
+    def read(
+        cls,
+        checkpoint: Mapping[str, Any],
+        settings: PPOSettings,
+        *,
+        rank: int,
+        world_size: int,
+        device: torch.device,
+    ) -> Self:
+        """Read the state of one rank from a checkpoint, or deal it from those of all former ranks.
 
         Args:
             checkpoint: A checkpoint of PPO.
+            settings: Settings of the run.
             rank: Number of this rank.
+            world_size: Number of ranks of the run.
+            device: Device of the environments.
         """
-        return cls(checkpoint[STATE_KEY]["ranks"].get(rank))
+        if not is_dealt(checkpoint, settings, world_size=world_size):
+            return cls(checkpoint[STATE_KEY]["ranks"].get(rank))
+        dealt = deal_rank(checkpoint, settings, rank=rank, world_size=world_size, device=device)
+        return cls(dealt, redealt_to=world_size)
 
     def start(self, learner: Learner, optimizer: torch.optim.Adam) -> bool:
         """Start a learner in the state of the checkpoint.

@@ -32,6 +32,7 @@ from esper_lightning.training.checkpoint.content import (
     refuse_not_whole,
 )
 from esper_lightning.training.checkpoint.files import read_checkpoint
+from esper_lightning.training.checkpoint.redeal import is_dealt, refuse_deal
 from esper_lightning.training.settings import PPOSettings
 from esper_lightning.training.specs import with_defaults
 
@@ -197,6 +198,8 @@ def refuse_checkpoint(
     refuse_other_weights(module, checkpoint, path)
     if world_size is not None:
         refuse_not_resumable(checkpoint, path, callbacks=callbacks)
+        if is_dealt(checkpoint, settings, world_size=world_size):
+            refuse_deal(checkpoint, settings, world_size=world_size)
         refuse_other_optimizer(trained, checkpoint, path)
     refuse_non_finite(checkpoint, path, resuming=world_size is not None)
 
@@ -216,6 +219,7 @@ def refuse_foreign(
         ValueError: If a setting differs. The error names the first such setting.
     """
     resuming, own = world_size is not None, settings.to_data()
+    deals = is_dealt(checkpoint, settings, world_size=world_size)
     hint = "Use the config of the run that wrote the checkpoint"
     hint += ", or take its weights alone: PPO(warm_start=PATH)." if resuming else "."
     how = how_fields(settings.env)
@@ -223,11 +227,11 @@ def refuse_foreign(
         stored = with_defaults(checkpoint["hyper_parameters"][name], getattr(settings, name))
         mine, theirs = _flat(own[name]), _flat(stored)
         for key in ("class_path", *sorted((mine.keys() | theirs.keys()) - {"class_path"})):
-            if key in how or (key == "num_envs" and not resuming):
+            if key in how or (key == "num_envs" and (deals or not resuming)):
                 continue
             field = f"PPO.{name}" if key == "class_path" else f"PPO.{name}.{key}"
             rule = f"be the checkpoint's, {theirs.get(key)!r}"
-            skipped = how if resuming else how | {"num_envs"}
+            skipped = how if resuming and not deals else how | {"num_envs"}
             same = _without(mine.get(key), skipped) == _without(theirs.get(key), skipped)
             require(same, field, rule, mine.get(key), hint)
     for key in ("normalize_obs", "normalize_reward"):
@@ -238,7 +242,8 @@ def refuse_foreign(
         theirs = checkpoint["hyper_parameters"].get("extensions", [])
         require(mine == theirs, "PPO.extensions", f"be the checkpoint's, {theirs}", mine, hint)
         theirs, field = checkpoint[STATE_KEY]["world_size"], "Trainer.devices * Trainer.num_nodes"
-        require(world_size == theirs, field, f"be the checkpoint's, {theirs}", world_size, hint)
+        rule = f"be the checkpoint's, {theirs}, unless PPO.redeal is true"
+        require(world_size == theirs or deals, field, rule, world_size, hint)
 
 
 def refuse_other_weights(

@@ -62,6 +62,40 @@ def test_the_command_writes_beside_the_run_and_replaces_only_its_own_page(make_r
     assert page.read_text() == "mine"
 
 
+WATCH = r"""<script>
+onerror = (message) => document.title = "failed: " + message;
+addEventListener("load", () => {
+    const wide = document.documentElement.scrollWidth;
+    const [paper, ink] = ["backgroundColor", "color"].map(
+        (name) => getComputedStyle(document.body)[name].match(/\d+/g).slice(0, 3).map(Number));
+    const bright = (color) => color.reduce((a, b) => a + b) / 765;
+    const fetched = performance.getEntriesByType("resource")
+        .filter((entry) => !entry.name.startsWith("data:"));
+    const facts = [wide <= innerWidth, fetched.length, bright(paper) > 0.5, bright(ink) > 0.5,
+                   document.querySelectorAll("svg polyline, svg path").length > 0];
+    document.title = facts.join(" ");
+});
+</script>"""
+
+
+@needs_browser
+@pytest.mark.parametrize("scheme", ["light", pytest.param("dark", marks=pytest.mark.slow)])
+def test_the_page_of_a_comparison_is_whole_in_a_browser(make_run, tmp_path, scheme):  # noqa: F811
+    """Curves are drawn, nothing is fetched, nothing is cut off, and colours follow the screen."""
+    runs = [
+        make_run(f"{name}/seed{seed}", seed=seed, returns=range(1, 12), settings=settings)
+        for name, settings in (("base", {}), ("fast", {"learning_rate": 0.003}))
+        for seed in (0, 1)
+    ]
+    page = tmp_path / "page.html"
+    main(["report", *map(str, runs), "--html", str(page)])
+    page.write_text(page.read_text().replace("<script>", f"{WATCH}<script>", 1))
+    dark = ["--blink-settings=preferredColorScheme=0"] if scheme == "dark" else []
+    shown = rendered(page, "--window-size=390,844", *dark)
+    bright = "false true" if scheme == "dark" else "true false"
+    assert f"<title>true 0 {bright} true</title>" in shown
+
+
 @needs_browser
 def test_a_browser_shows_the_page_and_its_script_answers_the_pointer(make_run, tmp_path):  # noqa: F811
     page = tmp_path / "page.html"

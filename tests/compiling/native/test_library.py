@@ -99,6 +99,8 @@ def refused(words: str) -> None:
 def test_without_a_compiler_the_way_out_is_named(monkeypatch, tmp_path):
     monkeypatch.setenv("CXX", "no-such-compiler -x")
     refused("CXX='no-such-compiler -x' is no program .*install g\\+\\+ or clang")
+    monkeypatch.setenv("CXX", "g++ '-O2")
+    refused('CXX="g\\+\\+ \'-O2" cannot be read: No closing quotation')
     monkeypatch.delenv("CXX")
     monkeypatch.setenv("PATH", str(tmp_path))
     refused("there is no C\\+\\+ compiler .*install g\\+\\+ or clang")
@@ -113,6 +115,18 @@ def test_a_compiler_that_fails_leaves_nothing(folder, monkeypatch):
 def test_a_program_that_is_no_compiler_is_named(monkeypatch):
     monkeypatch.setenv("CXX", "false")
     refused("false does not run")
+    monkeypatch.setenv("CXX", "true")
+    refused("true made no library .*install g\\+\\+ or clang")
+
+
+def test_the_reason_of_a_failure_is_the_same_at_every_call():
+    """Each reason is logged once: it may not hold the path of a temporary folder."""
+    reasons: set[str] = set()
+    for _ in range(2):
+        with pytest.raises(UnsupportedError, match=r"failed: code\.cpp:.*error") as caught:
+            build_library("int x = ;")
+        reasons.add(str(caught.value))
+    assert len(reasons) == 1
 
 
 def test_a_cache_that_others_may_write_to_is_not_used(folder):

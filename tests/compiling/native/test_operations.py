@@ -150,6 +150,8 @@ EXACT: dict[str, Any] = {
     "all of nothing": lambda v: torch.all(v.x, dim=[]),
     "sum integers": lambda v: v.k.sum(),
     "sum bools": lambda v: v.a.sum(-1),
+    "prod integers": lambda v: v.k.prod(),
+    "prod integers dim": lambda v: v.k.prod(-1, keepdim=True),
     "sum integers dim": lambda v: v.k.sum(0),
 }
 ROUNDED: dict[str, tuple[Any, float]] = {
@@ -202,12 +204,20 @@ ROUNDED_TO_SIZE: dict[str, tuple[Any, float]] = {
     "mean dim": (lambda v: v.s.mean(-1), 16),
     "var": (lambda v: v.s.var(), 512),
     "var dim": (lambda v: v.s.var(0, correction=0), 512),
+    "std": (lambda v: v.s.std(), 512),
+    "std dim": (lambda v: v.s.std(0, correction=0, keepdim=True), 512),
+    "prod dim": (lambda v: v.s.clamp(-2, 2).prod(0), 64),
+    "logsumexp": (lambda v: v.s.logsumexp(-1), 16),
+    "logsumexp of infinities": (lambda v: v.x.clamp(max=50.0).logsumexp(0, keepdim=True), 16),
     "log softmax": (lambda v: v.s.log_softmax(-1), 16),
     "log softmax backward": (
         lambda v: aten._log_softmax_backward_data(v.s, v.u.log_softmax(-1), -1, torch.float32),
         64,
     ),
     "mm": (lambda v: v.s.flatten(0, -2) @ v.s.flatten(0, -2).t(), 256),
+    "bmm": (lambda v: torch.bmm(v.cubes, v.cubes.transpose(1, 2)), 256),
+    "mv": (lambda v: v.s.flatten(0, -2) @ v.u.flatten(0, -2)[0], 256),
+    "dot": (lambda v: torch.dot(v.s.flatten(), v.u.flatten()), 256),
     "addmm": (lambda v: torch.addmm(v.s[..., 0].flatten(), v.s.flatten(0, -2), v.m), 256),
 }
 MOVED: dict[str, Any] = {
@@ -231,6 +241,8 @@ MOVED: dict[str, Any] = {
     "split sizes": lambda v: v.x.split([1, v.x.shape[0] - 1])[1],
     "unbind": lambda v: torch.stack(v.x.unbind(-1)[::-1], 0),
     "flip": lambda v: v.x.flip(0, -1),
+    "roll": lambda v: v.x.roll((-1, 5), (0, -1)),
+    "roll sum": lambda v: (v.x + 1).roll(2, 0),
     "diagonal": lambda v: aten.diagonal(v.s.flatten(0, -2)) + 1,
     "unfold": lambda v: v.x.unfold(-1, 2, 1),
     "select backward": lambda v: aten.select_backward(v.x[0], v.x.shape, 0, 1),
@@ -277,6 +289,7 @@ class Values:
     def __init__(self, x: Tensor, y: Tensor, k: Tensor, n: Tensor, a: Tensor, b: Tensor) -> None:
         self.x, self.y, self.k, self.n, self.a, self.b = x, y, k, n, a, b
         self.s, self.u = (t.nan_to_num(0.0, 3.0, -3.0).clamp(-30, 30) for t in (x, y.expand_as(x)))
+        self.cubes = self.s if self.s.dim() == 3 else self.s[None]
         self.m = self.s.flatten(0, -2)[:1].t().expand(-1, self.s[..., 0].numel())
 
 

@@ -337,6 +337,18 @@ MISTAKES = {
         r"arm.reset\(\) must return observations as a tensor .* got a ndarray. torch.as_tensor"),
     "arrays in a step": (lambda: steps(five(), lambda o, r, *more: (o, r.numpy(), *more)),
         r"arm.step\(\) must return rewards and flags as tensors, got a ndarray. torch.as_tensor"),
+    "a column of flags": (lambda: steps(five(), lambda o, r, te, *more: (o, r, te[:, None], *more)),
+        r"arm.step\(\) must return rewards and flags of shape \[B\] = \[4\], got \[4, 1\]."),
+    "too few rewards": (lambda: steps(five(), lambda o, r, *more: (o, r[1:], *more)),
+        r"arm.step\(\) must return rewards and flags of shape \[B\] = \[4\], got \[3\]."),
+    "extras in a list": (lambda: steps(five(), lambda *all: (*all[:4], [all[4]])),
+        r"arm.step\(\) must return extras as a dict, got a list."),
+    "a log in a list": (lambda: steps(five(), lambda *all: (*all[:4], {"log": [1.0]})),
+        r"arm.step\(\) must return extras\['log'\] as a dict, got a list."),
+    "text in a log": (lambda: steps(five(), lambda *all: (*all[:4], {"log": {"a/b": "high"}})),
+        r"arm's metric 'a/b' must be numbers, got 'high'."),
+    "nothing in a log": (lambda: steps(five(), lambda *all: (*all[:4], {"log": {"a": None}})),
+        r"arm's metric 'a' must be numbers, got None."),
     "four results": (lambda: steps(five(), lambda o, r, te, tr, info: (o, r, te, info)),
         rf"arm.step\(\) must {TORCH}, got 4 results."),
     "another shape": (
@@ -350,6 +362,9 @@ MISTAKES = {
         r"arm.step\(\) must return obs, reward, done, extras, .* got 3 results."),
     "rsl_rl, arrays": (lambda: steps(RslRl(4), lambda o, r, d, x: (o, r, d.numpy(), x)),
         r"arm.step\(\) must return rewards and flags as tensors, got a ndarray."),
+    "rsl_rl, a column of time-outs": (
+        lambda: steps(RslRl(4), lambda o, r, d, x: (o, r, d, {"time_outs": d[:, None]})),
+        r"arm.step\(\) must return rewards and flags of shape \[B\] = \[4\], got \[4, 1\]."),
     "nothing known": (lambda: without(without(five(), "device"), "num_envs"),
         r"arm must be a vector environment that has device .* got 'TorchFive'"),
 }  # fmt: skip

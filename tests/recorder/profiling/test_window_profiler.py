@@ -198,6 +198,16 @@ def test_an_exception_does_not_end_a_step(make_trainer, tmp_path):
     assert not torch._C._autograd._profiler_enabled()
 
 
+def test_a_death_in_the_step_that_counts_events_leaves_no_window(make_trainer, tmp_path):
+    profiler = WindowProfiler(wait=1, warmup=1, active=1)
+    trainer = make_trainer(max_epochs=1, profiler=profiler)
+    data = DataLoader(torch.randn(6, 4))
+    with pytest.raises(RuntimeError, match="injected"):
+        trainer.fit(Plain(dies_at=1), data, data)
+    assert profiler.finish_window() == []
+    assert not list(tmp_path.rglob("*.gz"))
+
+
 @pytest.mark.parametrize("problem", ["a file", "full", "name"])
 def test_where_a_folder_takes_nothing_the_run_directory_does(
     fit, tmp_path, caplog, monkeypatch, problem

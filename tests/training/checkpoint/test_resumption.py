@@ -21,8 +21,9 @@ from tests.training.checkpoint.test_choice import checkpoint, model
 def test_every_rank_resumes_its_own_environments(rank):
     resumed = model()
     state = types.SimpleNamespace(fn=TrainerFn.FITTING)
+    strategy = types.SimpleNamespace(root_device=torch.device("cpu"))
     resumed._trainer = types.SimpleNamespace(
-        state=state, world_size=2, global_rank=rank, callbacks=[]
+        state=state, world_size=2, global_rank=rank, callbacks=[], strategy=strategy
     )
     saved = checkpoint(model(), world_size=2)
     saved[STATE_KEY] |= {"iteration": 3, "env_steps": 7, "gradient_steps": 5, "train_time_s": 1.0}

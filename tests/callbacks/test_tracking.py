@@ -1,0 +1,249 @@
+"""W&B and MLflow: a resumed run continues its curve, and files follow the run.
+
+The services are stand-ins that have the attributes of Lightning's loggers; the slow tests use the
+real libraries, offline.
+"""
+
+import json
+import time
+import zipfile
+from pathlib import Path
+
+import pytest
+from lightning.pytorch import Callback
+from lightning.pytorch.loggers import Logger
+from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+
+from esper_lightning import PPO, PPOConfig, Trainer
+from esper_lightning.envs import CartPole
+
+STEPS = 32  # env steps of an iteration
+
+
+def ppo(iterations=6) -> PPO:
+    config = PPOConfig(rollout_steps=8, minibatches=2, epochs=1)
+    return PPO(
+        CartPole(num_envs=4),
+        ppo=config,
+        total_env_steps=STEPS * iterations,
+        iterations_per_epoch=2,
+        eval_episodes=2,
+        compile="off",
+    )
+
+
+class DiesIn(Callback):
+    def __init__(self, iteration):
+        self.iteration = iteration
+
+    def on_train_batch_start(self, trainer, pl_module, batch, batch_idx):
+        if pl_module.iteration == self.iteration:
+            raise RuntimeError("windy")
+
+
+def fit(run, *loggers, dies_in=None, **kwargs):
+    callbacks = [] if dies_in is None else [DiesIn(dies_in)]
+    trainer = Trainer(
+        run_dir=run,
+        logger=list(loggers),
+        callbacks=callbacks,
+        accelerator="cpu",
+        enable_progress_bar=False,
+    )
+    trainer.fit(ppo(), **kwargs)
+    return trainer
+
+
+def die_and_resume(run, make):
+    """Two attempts of a run, each with a logger of its own: the first dies in iteration 5."""
+    first = make()
+    with pytest.raises(RuntimeError, match="windy"):
+        fit(run, first, dies_in=4)
+    second = make()
+    fit(run, second, ckpt_path="last")
+    return first, second
+
+
+class WandB(Logger):
+    """What Lightning's logger for W&B has, with runs in a dictionary."""
+
+    runs: dict = {}  # noqa: RUF012
+    name, version = "wandb", None
+
+    def __init__(self):
+        super().__init__()
+        self._experiment = None
+        self._save_dir = "."
+        self._wandb_init = {"id": None, "dir": "."}
+        self._id = None
+
+    save_dir = property(lambda self: self._save_dir)
+
+    @property
+    def experiment(self):
+        if self._experiment is None:
+            self.id = self._wandb_init["id"] or f"run-{len(self.runs)}"
+            self.config = self.runs.setdefault(self.id, {"rows": [], "files": []})
+            self._experiment = self
+        return self._experiment
+
+    def update(self, values, allow_val_change):  # of ``experiment.config``
+        raise NotImplementedError
+
+    def save(self, path=None, base_path=None, policy=None):
+        if path is not None:
+            self.runs[self.id]["files"].append(Path(path).name)
+
+    def log_hyperparams(self, *args, **kwargs):
+        pass
+
+    def log_metrics(self, metrics, step=None):
+        self.runs[self.id]["rows"].append(step)
+
+
+@pytest.fixture
+def wandb_stand_in(monkeypatch):
+    """The stand-in, without runs."""
+
+    class Config(dict):
+        def update(self, values, allow_val_change):
+            super().update(values)
+
+    monkeypatch.setattr(WandB, "runs", {})
+    own = WandB.experiment.fget
+
+    def experiment(self):
+        run = own(self)
+        self.config = Config(self.runs[self.id])
+        return run
+
+    monkeypatch.setattr(WandB, "experiment", property(experiment))
+    return WandB
+
+
+def test_a_resumed_run_continues_under_its_identifier_and_files_follow(wandb_stand_in, tmp_path):
+    run = tmp_path / "run"
+    first, second = die_and_resume(run, wandb_stand_in)
+    assert first.id == second.id
+    (found,) = WandB.runs.values()
+    assert json.loads((run / "trackers.json").read_text()) == {"wandb": first.id}
+    assert sorted(set(found["rows"])) == [STEPS * k for k in range(1, 7)]
+    assert second._save_dir == str(run)
+    assert found["files"].count("config.yaml") == 2
+    assert found["files"].index("crash.zip") < found["files"].index("best.ckpt")
+    with zipfile.ZipFile(run / "crash.zip") as file:
+        assert "windy" in file.read("rank0/crash.json").decode()
+
+
+def test_a_new_run_in_the_same_directory_is_a_new_run_of_the_service(wandb_stand_in, tmp_path):
+    first, second = wandb_stand_in(), wandb_stand_in()
+    for logger in (first, second):
+        fit(tmp_path / "run", logger)
+    assert first.id != second.id
+
+
+def test_an_identifier_of_the_user_is_not_replaced(wandb_stand_in, tmp_path):
+    fit(tmp_path / "run", wandb_stand_in(), dies_in=None)
+    logger = wandb_stand_in()
+    logger._wandb_init["id"] = "mine"
+    fit(tmp_path / "run", logger, ckpt_path="last")
+    assert logger.id == "mine"
+
+
+def test_a_service_that_takes_no_files_ends_no_run(wandb_stand_in, tmp_path, caplog, monkeypatch):
+    def fails(self, path=None, **kwargs):
+        if path is not None:
+            raise ConnectionError("no network")
+
+    monkeypatch.setattr(WandB, "save", fails)
+    trainer = fit(tmp_path / "run", wandb_stand_in())
+    assert trainer.global_step == 6
+    assert "no network. Training continues." in caplog.text
+
+
+def test_tensorboard_has_the_config_as_text_and_no_metric_that_is_none(tmp_path):
+    trainer = Trainer(run_dir=tmp_path / "run", accelerator="cpu", enable_progress_bar=False)
+    trainer.fit(ppo(2))
+    events = EventAccumulator(str(tmp_path / "run"))
+    events.Reload()
+    tags = events.Tags()
+    assert "hp_metric" not in tags["scalars"]
+    assert tags["histograms"] == []
+    assert tags["tensors"] == ["config/text_summary"]
+    (text,) = events.Tensors("config/text_summary")
+    assert "    model:" in text.tensor_proto.string_val[0].decode()
+
+
+def records(content):
+    """Records of a file of W&B: a log of LevelDB, with seven bytes of W&B before it."""
+    pieces, at = b"", 7
+    while at + 7 <= len(content):
+        room = 32768 - at % 32768
+        if room < 7:
+            at += room
+            continue
+        size, kind = int.from_bytes(content[at + 4 : at + 6], "little"), content[at + 6]
+        pieces += content[at + 7 : at + 7 + size]
+        at += 7 + size
+        if kind in (1, 4):  # whole, or the last piece
+            yield pieces
+            pieces = b""
+
+
+@pytest.mark.slow
+def test_wandb_itself_offline(tmp_path, monkeypatch):
+    pytest.importorskip("wandb")
+    from lightning.pytorch.loggers import WandbLogger  # noqa: PLC0415
+    from wandb.proto import wandb_internal_pb2  # noqa: PLC0415
+
+    monkeypatch.setenv("WANDB_SILENT", "true")
+    run = tmp_path / "run"
+
+    def make():
+        import wandb  # noqa: PLC0415
+
+        wandb.finish()
+        return WandbLogger(project="test", offline=True)
+
+    first, second = die_and_resume(run, make)
+    second.experiment.finish()
+    assert first.version == second.version
+    attempts = sorted(run.glob(f"wandb/offline-run-*/run-{first.version}.wandb"))
+    assert len(attempts) == 2
+
+    def steps():
+        for content in (each for path in attempts for each in records(path.read_bytes())):
+            record = wandb_internal_pb2.Record()
+            record.ParseFromString(content)
+            row = {item.key or item.nested_key[0]: item for item in record.history.item}
+            if "loss/policy" in row:
+                yield json.loads(row["trainer/global_step"].value_json)
+
+    expected, until = [STEPS * k for k in range(1, 7)], time.monotonic() + 60.0
+    while [*steps()] != expected and time.monotonic() < until:
+        time.sleep(0.5)  # another process writes the file
+    assert [*steps()] == expected
+    uploaded = {path.name for path in run.glob("wandb/offline-run-*/files/*")}
+    assert {"best.ckpt", "crash.zip", "config.yaml"} <= uploaded
+
+
+@pytest.mark.slow
+@pytest.mark.filterwarnings("ignore::FutureWarning")
+def test_mlflow_itself_offline(tmp_path, monkeypatch):
+    pytest.importorskip("mlflow")
+    from lightning.pytorch.loggers import MLFlowLogger  # noqa: PLC0415
+    from mlflow.tracking import MlflowClient  # noqa: PLC0415
+
+    monkeypatch.setenv("MLFLOW_ALLOW_FILE_STORE", "true")
+    address = f"file:{tmp_path / 'mlruns'}"
+    run = tmp_path / "run"
+    first, second = die_and_resume(run, lambda: MLFlowLogger("test", tracking_uri=address))
+    assert first.run_id == second.run_id
+    client = MlflowClient(address)
+    steps = [metric.step for metric in client.get_metric_history(first.run_id, "loss/policy")]
+    assert sorted(set(steps)) == [STEPS * k for k in range(1, 7)]
+    found = client.get_run(first.run_id)
+    assert found.info.status == "FINISHED"
+    assert found.data.tags["run_dir"] == str(run)
+    artifacts = {each.path for each in client.list_artifacts(first.run_id)}
+    assert {"best.ckpt", "crash.zip", "config.yaml"} <= artifacts

@@ -1,0 +1,107 @@
+"""The callback of a replay: where it ends, what it stores, and what it says of rows."""
+
+import json
+from types import SimpleNamespace
+
+import pytest
+import torch
+from lightning.pytorch.callbacks import ModelCheckpoint
+
+from esper_lightning.callbacks.lightning_internals import TunerExit
+from esper_lightning.forensics.layout import RunLayout
+from esper_lightning.recorder import replay_watch
+from esper_lightning.recorder.replay_watch import ReplayWatch
+
+
+@pytest.fixture
+def dead(tmp_path):
+    """Directory of a run that died in iteration 3."""
+    history = RunLayout(tmp_path / "dead").rank(0).history
+    history.parent.mkdir(parents=True)
+    rows = ({"iteration": n, "loss/value": float(n)} for n in (1, 2))
+    history.write_text("".join(f"{json.dumps(row)}\n" for row in rows))
+    return tmp_path / "dead"
+
+
+@pytest.fixture
+def replay(tmp_path, monkeypatch):
+    """A replay in its directory; returns its callback, its Trainer and a module."""
+    directory = tmp_path / "replay"
+    directory.mkdir()
+    monkeypatch.setattr(replay_watch, "open_run_directory", lambda *_: directory)
+    monkeypatch.setattr(replay_watch, "close_run_directory", lambda *_: None)
+
+    def begin(run_dir, **settings):
+        watch, saved = ReplayWatch(str(run_dir), 3, **settings), []
+        trainer = SimpleNamespace(
+            checkpoint_callbacks=[ModelCheckpoint(dirpath=tmp_path / "users")],
+            global_rank=0,
+            is_global_zero=True,
+            sanity_checking=False,
+            save_checkpoint=saved.append,
+            saved=saved,
+        )
+        module = SimpleNamespace(counts_iterations=True, iteration=0)
+        watch.setup(trainer, module, "fit")
+        return watch, trainer, module
+
+    return begin
+
+
+def end_iteration(replay, number, row):
+    watch, trainer, module = replay
+    module.iteration = number
+    history = RunLayout(watch.directory).rank(0).history
+    history.parent.mkdir(exist_ok=True)
+    with history.open("a") as file:
+        file.write(f"{json.dumps(row)}\n")
+    watch.on_train_batch_end(trainer, module, None, None, 0)
+
+
+def test_a_replay_ends_before_the_iteration_that_follows_the_failing_one(replay, dead):
+    watch, trainer, module = replay(dead)
+    module.iteration = 2
+    watch.on_train_batch_start(trainer, module, None, 0)
+    module.iteration = 3
+    with pytest.raises(TunerExit):
+        watch.on_train_batch_start(trainer, module, None, 0)
+
+
+def test_checkpoints_of_users_go_into_the_replay_and_the_state_before_the_fault_is_stored(
+    replay, dead
+):
+    begun = replay(dead)
+    watch, trainer, _ = begun
+    layout = RunLayout(watch.directory)
+    assert trainer.checkpoint_callbacks[0].dirpath == str(layout.checkpoints)
+    end_iteration(begun, 1, {"iteration": 1, "loss/value": 1.0})
+    assert trainer.saved == []
+    end_iteration(begun, 2, {"iteration": 2, "loss/value": 2.0})
+    assert trainer.saved == [layout.before_fault]
+
+
+def test_a_replay_that_starts_right_before_the_fault_copies_its_start(replay, dead, tmp_path):
+    (tmp_path / "state.ckpt").write_bytes(b"state")
+    watch, *_ = replay(dead, begins=2, start=str(tmp_path / "state.ckpt"))
+    assert RunLayout(watch.directory).before_fault.read_bytes() == b"state"
+
+
+def test_the_first_row_that_differs_is_one_warning(replay, dead, caplog):
+    begun = replay(dead)
+    end_iteration(begun, 1, {"iteration": 1, "loss/value": 1.0})
+    assert caplog.text == ""
+    end_iteration(begun, 2, {"iteration": 2, "loss/value": 2.5})
+    end_iteration(begun, 3, {"iteration": 3, "loss/value": 9.0})
+    (record,) = caplog.records
+    assert record.getMessage() == "Different from iteration 2 on: loss/value 2.0 -> 2.5"
+
+
+def test_anomalies_are_looked_for_in_the_failing_iteration_alone(replay, dead):
+    watch, trainer, module = replay(dead, finds_anomalies=True)
+    watch.on_train_batch_start(trainer, module, None, 0)
+    assert not torch.is_anomaly_enabled()
+    module.iteration = 2
+    watch.on_train_batch_start(trainer, module, None, 0)
+    assert torch.is_anomaly_enabled()
+    watch.teardown(trainer, module, "fit")
+    assert not torch.is_anomaly_enabled()
