@@ -251,7 +251,8 @@ def verdicts(found: Test) -> list[str]:
         )
     for name in ("best schedule of each kind", "the same, chosen on other hosts"):
         gap = (found.played[name].episode_return - fixed).mean()
-        closed = f"{100 * (ppo - fixed).mean() / gap:.0f} %" if gap > 0 else "nothing"
+        lead = (ppo - fixed).mean()
+        closed = f"{100 * lead / gap:.0f} %" if min(gap, lead) > 0 else "nothing"
         lines.append(
             f"- From the best fixed schedule to {name} it is {gap:.3f}; PPO closes {closed}."
         )
@@ -325,7 +326,7 @@ def _leads(axes: Axes, found: Test) -> None:
     axes.set_yticks(range(len(names)), [name.replace(" labels", "") for name in names], fontsize=7)
     axes.set_ylim(len(names) - 0.5, -0.5)
     axes.axvline(0, color="0.5", lw=0.8)
-    axes.set_xlabel("PPO's return less the best fixed schedule's")
+    axes.set_xlabel("PPO's lead over the best fixed schedule")
 
 
 def each_seed(models: Mapping[str, Sequence[PPO]], found: Test) -> list[str]:
@@ -349,10 +350,11 @@ def measure(options: argparse.Namespace, files: Results, folder: Path) -> None:
     }
     spec = models["PPO"][0].env
     assert isinstance(spec, Morphogenesis)
-    rule = tuned_rule(spec, options, folder / "rules.pt")
-    seen = test(models, spec, rule, options, folder / "schedules.pt")
+    hosts = f"{options.hosts}_hosts_{options.host_seed}.pt"
+    rule = tuned_rule(spec, options, folder / f"rules_{hosts}")
+    seen = test(models, spec, rule, options, folder / f"schedules_{hosts}")
     unseen = replace(spec, population=DIGITS_HELD_OUT)
-    strange = test(models, unseen, rule, options, folder / "schedules_held_out.pt")
+    strange = test(models, unseen, rule, options, folder / f"held_out_{hosts}")
     curves = files.path(suffix=".png")
     steps = f"{models['PPO'][0].settings.total_env_steps:,}"
     grid, rules_tried = schedules(spec, few=options.smallest), rules(few=options.smallest)
