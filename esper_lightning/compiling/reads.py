@@ -117,8 +117,12 @@ class _Identity:
 
 
 def _has(held: Any, name: str) -> bool:
-    own = attributes_of(held)
-    return name in own or name in own.get("_modules", {})
+    return name in attributes_of(held) or _is_module_of(held, name)
+
+
+def _is_module_of(held: Any, name: str) -> bool:
+    """Whether an attribute of a module is a module, which it does not hold in its dict."""
+    return isinstance(held, nn.Module) and isinstance(getattr(held, name, None), nn.Module)
 
 
 def _value(held: Any, name: Any) -> Any:

@@ -419,7 +419,7 @@ class TestGoingOn:
         last = "runs/cartpole/version_0/checkpoints/last.ckpt"
         ranks = ["--trainer.devices", "2", "--trainer.strategy", "ddp"]
         message = fails(capsys, "fit", "--config", CARTPOLE, *QUICK, *ranks, "--ckpt_path", last)
-        assert "num_nodes must be the checkpoint's, 1, got 2." in message
+        assert "num_nodes must be 1 (or set PPO.redeal), got 2." in message
         assert "PPO(warm_start=PATH)" in message
 
     def test_a_warm_start_takes_weights_and_nothing_else(self):

@@ -546,10 +546,10 @@ OTHERS = {
     "report http://host//x": "RUN_DIR must name a folder on this machine, got 'http://host//x'.",
     "compare ''": "RUN must name a folder on this machine, got ''.",
     "": "must be followed by one of fit, evaluate, play, bench, export, report, crash, replay, "
-    "compare, list, doctor, init.",
+    "compare, sweep, list, doctor, init.",
     "fitt": "got 'fitt'. The nearest is 'fit'.",
     "evalute": "got 'evalute'. The nearest is 'evaluate'.",
-    "FIT": "compare, list, doctor, init, got 'FIT'.",
+    "FIT": "compare, sweep, list, doctor, init, got 'FIT'.",
     "''": "got ''.",
     "--config x.yaml fit": "got '--config'.",
     "--versions": "got '--versions'.",

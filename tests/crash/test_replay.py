@@ -14,7 +14,7 @@ import yaml
 from esper_lightning.cli.replay import STATUSES
 from esper_lightning.forensics.files import read_json_lines
 from esper_lightning.forensics.layout import RunLayout
-from esper_lightning.forensics.remains import examine, first_failure
+from esper_lightning.forensics.remains import Remains, examine, first_failure
 from esper_lightning.forensics.replay import compared, failing_iteration
 from esper_lightning.forensics.report import CrashReport
 from tests import forked
@@ -97,10 +97,15 @@ def fit(config: Mapping[str, Any], folder: Path, **how: Any) -> Path:
     done = esper(words, **how)
     assert done.returncode not in (0, 2), done.stderr[-2000:]
     end = time.monotonic() + 20  # the report of a process that vanished comes soon after
-    while not (first_failure(examine(run_dir)).report or CrashReport()).complete:
+    while not is_recorded(first_failure(examine(run_dir))):
         assert time.monotonic() < end
         time.sleep(0.02)
     return run_dir
+
+
+def is_recorded(failed: Remains) -> bool:
+    """Whether the second process has written its report, and then the end of the process."""
+    return (failed.report or CrashReport()).complete and failed.state != "vanished"
 
 
 def content_of(run_dir: Path) -> dict[Path, bytes]:

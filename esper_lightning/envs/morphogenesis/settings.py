@@ -297,7 +297,8 @@ class Morphogenesis(EnvSpec):
     def _check_population(self, population: Population, splits: Splits) -> None:
         """Refuse a population for which there are too few images."""
         training, *others = (
-            int(split.label.bincount(minlength=self.classes).min()) for split in splits
+            min(int((split.label == each).sum()) for each in range(self.classes))
+            for split in splits
         )
         rule = f"be at most {training}, the training images of the smallest class"
         got = population.images_per_class

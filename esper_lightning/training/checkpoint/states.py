@@ -242,7 +242,7 @@ def refuse_foreign(
         theirs = checkpoint["hyper_parameters"].get("extensions", [])
         require(mine == theirs, "PPO.extensions", f"be the checkpoint's, {theirs}", mine, hint)
         theirs, field = checkpoint[STATE_KEY]["world_size"], "Trainer.devices * Trainer.num_nodes"
-        rule = f"be the checkpoint's, {theirs}, unless PPO.redeal is true"
+        rule = f"be {theirs} (or set PPO.redeal)"
         require(world_size == theirs or deals, field, rule, world_size, hint)
 
 

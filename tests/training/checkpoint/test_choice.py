@@ -40,9 +40,7 @@ def test_a_run_directory_stands_for_its_best_checkpoint_and_else_for_its_last(tm
 def test_training_is_resumed_with_the_same_ranks_and_environments_and_evaluation_with_any():
     saved, other = checkpoint(model(), world_size=2), model(env=CartPole(num_envs=8))
     refuse_foreign(saved, model().settings, world_size=2)
-    rule = (
-        "Trainer.devices * Trainer.num_nodes must be the checkpoint's, 2, unless PPO.redeal is true"
-    )
+    rule = "Trainer.devices * Trainer.num_nodes must be 2 (or set PPO.redeal)"
     with pytest.raises(ValueError, match="^" + re.escape(f"{rule}, got 1.")):
         refuse_foreign(saved, model().settings, world_size=1)
     with pytest.raises(ValueError, match=r"^PPO\.env\.num_envs must be the checkpoint's, 4, got 8"):
