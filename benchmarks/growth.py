@@ -203,21 +203,24 @@ def growth_parser(
     return parser
 
 
-def run(
-    file: str,
-    parser: argparse.ArgumentParser,
-    measure: Callable[[argparse.Namespace, Results, Path], None],
-) -> None:
-    """Train and measure in a folder of the commit: runs of another are not results of this one."""
+def options_of(parser: argparse.ArgumentParser) -> argparse.Namespace:
     options = parser.parse_args()
     if options.hosts < 2:
         parser.error(f"--hosts must be at least 2, got {options.hosts}")
-    with results(file, options, threads="one thread a run") as files:
-        if options.smallest:
-            with tempfile.TemporaryDirectory() as folder:
-                measure(options, files, Path(folder))
-        else:
-            measure(options, files, options.runs / files.commit)
+    return options
+
+
+def measure_in_folder(
+    options: argparse.Namespace,
+    files: Results,
+    measure: Callable[[argparse.Namespace, Results, Path], None],
+) -> None:
+    """Train and measure in a folder of the commit: runs of another are not results of this one."""
+    if options.smallest:
+        with tempfile.TemporaryDirectory() as folder:
+            measure(options, files, Path(folder))
+    else:
+        measure(options, files, options.runs / files.commit)
 
 
 def parser() -> argparse.ArgumentParser:
@@ -229,4 +232,6 @@ def parser() -> argparse.ArgumentParser:
 
 
 if __name__ == "__main__":
-    run(__file__, parser(), measure)
+    options = options_of(parser())
+    with results(__file__, options, threads="one thread a run") as files:
+        measure_in_folder(options, files, measure)

@@ -27,8 +27,8 @@ from typing import NamedTuple
 
 import numpy as np
 import torch
-from conditions import ROOT, Results
-from growth import growth_parser, run
+from conditions import ROOT, Results, results
+from growth import growth_parser, measure_in_folder, options_of
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from numpy.typing import NDArray
@@ -405,4 +405,6 @@ def parser() -> argparse.ArgumentParser:
 
 
 if __name__ == "__main__":
-    run(__file__, parser(), measure)
+    options = options_of(parser())
+    with results(__file__, options, threads="one thread a run") as files:
+        measure_in_folder(options, files, measure)

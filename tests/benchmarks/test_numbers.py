@@ -249,13 +249,13 @@ STATEMENTS = [
         (
             Cell("seeds kept alive | 64", "times as fast", DIGITS),
             Cell("random legal | 64", "times as fast", DIGITS),
-            Cell("seeds kept alive | 1", "times as fast", DIGITS),
             Cell("random legal | 1", "times as fast", DIGITS),
+            Cell("seeds kept alive | 1", "times as fast", DIGITS),
         ),
     ),
     Statement(
         "Of networks of 6,418 parameters on 3x32x32 images it is # to # times, # to # env-steps/s "
-        "with random legal actions whatever their number: a goal of # was missed",
+        "with random legal actions whatever their number: a goal of # is met",
         "morphogenesis.md",
         (
             least("random legal", "times as fast", IMAGES),

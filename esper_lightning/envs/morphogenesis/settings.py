@@ -296,10 +296,8 @@ class Morphogenesis(EnvSpec):
 
     def _check_population(self, population: Population, splits: Splits) -> None:
         """Refuse a population for which there are too few images."""
-        training, *others = (
-            min(int((split.label == each).sum()) for each in range(self.classes))
-            for split in splits
-        )
+        classes = range(self.classes)
+        training, *others = (min(int((s.label == k).sum()) for k in classes) for s in splits)
         rule = f"be at most {training}, the training images of the smallest class"
         got = population.images_per_class
         require(max(got) <= training, "Population.images_per_class", rule, got)

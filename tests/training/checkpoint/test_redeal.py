@@ -138,7 +138,7 @@ def test_what_cannot_be_dealt_is_refused_in_one_line(fit):
     saved, _ = fit(ppo(env))
     two = dealt(saved, env, 2)
     given = copy.deepcopy(two)
-    with pytest.raises(ValueError, match=r"2, unless PPO\.redeal is true, got 1"):
+    with pytest.raises(ValueError, match=r"2 \(or set PPO\.redeal\), got 1"):
         fit(ppo(with_envs(env, 8)), given)
     with pytest.raises(ValueError, match=r"PPO\.env\.num_envs \* ranks must be 8, got 4\. Every"):
         fit(ppo(with_envs(env, 4), redeal=True), given)
