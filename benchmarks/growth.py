@@ -15,9 +15,11 @@ import os
 import subprocess
 import sys
 import tempfile
+from collections.abc import Callable
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
@@ -186,34 +188,45 @@ def measure(options: argparse.Namespace, files: Results, folder: Path) -> None:
     draw(one, median, models[0].env, episode, title=title)
 
 
-def parser() -> argparse.ArgumentParser:
-    settings = ["--model.env.num_envs", "2", "--model.env.epochs", "10"]
-    settings += ["--model.env.train_batches", "1", "--model.total_env_steps", "40"]
-    settings += ["--model.eval_episodes", "2", "--model.ppo.minibatches", "2"]
-    smallest = {"seeds": [0], "hosts": 2, "settings": settings}
-    parser = benchmark_parser(__doc__, smallest)
+def growth_parser(
+    document: str | None, smallest: dict[str, Any], *, hosts: int, runs: str
+) -> argparse.ArgumentParser:
+    """The options of a benchmark that trains policies and lets them play fresh hosts."""
+    parser = benchmark_parser(document, smallest)
     parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2, 3, 4])
-    parser.add_argument("--jobs", type=int, default=2, help="runs at a time")
-    parser.add_argument("--hosts", type=int, default=200, help="fresh ones, the same for all")
+    parser.add_argument("--jobs", type=int, default=2, help="processes at a time")
+    parser.add_argument("--hosts", type=int, default=hosts, help="fresh ones, the same for all")
     parser.add_argument("--host-seed", type=int, default=2026)
-    parser.add_argument("--runs", type=Path, default=ROOT / "runs" / "growth", metavar="DIR")
+    parser.add_argument("--runs", type=Path, default=ROOT / "runs" / runs, metavar="DIR")
     parser.add_argument("arguments", nargs="*", help="of esper fit, after --")
     parser.set_defaults(settings=[])
     return parser
 
 
-def main() -> None:
-    parsed = parser()
-    options = parsed.parse_args()
+def run(
+    file: str,
+    parser: argparse.ArgumentParser,
+    measure: Callable[[argparse.Namespace, Results, Path], None],
+) -> None:
+    """Train and measure in a folder of the commit: runs of another are not results of this one."""
+    options = parser.parse_args()
     if options.hosts < 2:
-        parsed.error(f"--hosts must be at least 2, got {options.hosts}")
-    with results(__file__, options, threads="one thread a run") as files:
+        parser.error(f"--hosts must be at least 2, got {options.hosts}")
+    with results(file, options, threads="one thread a run") as files:
         if options.smallest:
             with tempfile.TemporaryDirectory() as folder:
                 measure(options, files, Path(folder))
-        else:  # runs of another commit are not results of this one
+        else:
             measure(options, files, options.runs / files.commit)
 
 
+def parser() -> argparse.ArgumentParser:
+    settings = ["--model.env.num_envs", "2", "--model.env.epochs", "10"]
+    settings += ["--model.env.train_batches", "1", "--model.total_env_steps", "40"]
+    settings += ["--model.eval_episodes", "2", "--model.ppo.minibatches", "2"]
+    smallest = {"seeds": [0], "hosts": 2, "settings": settings}
+    return growth_parser(__doc__, smallest, hosts=200, runs="growth")
+
+
 if __name__ == "__main__":
-    main()
+    run(__file__, parser(), measure)

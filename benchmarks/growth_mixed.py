@@ -18,7 +18,6 @@ import itertools
 import os
 import subprocess
 import sys
-import tempfile
 from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import ProcessPoolExecutor
 from dataclasses import replace
@@ -28,7 +27,8 @@ from typing import NamedTuple
 
 import numpy as np
 import torch
-from conditions import ROOT, Results, benchmark_parser, results
+from conditions import ROOT, Results
+from growth import growth_parser, run
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from numpy.typing import NDArray
@@ -393,8 +393,7 @@ def parser() -> argparse.ArgumentParser:
     settings += ["--model.env.validation_size", "100"]
     smallest = {"seeds": [0], "hosts": 12, "jobs": 1, "settings": settings}
     smallest["policies"] = ["PPO", "PPO, blind"]
-    parser = benchmark_parser(__doc__, smallest)
-    parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2, 3, 4])
+    parser = growth_parser(__doc__, smallest, hosts=400, runs="growth_mixed")
     parser.add_argument(
         "--policies",
         nargs="+",
@@ -402,27 +401,8 @@ def parser() -> argparse.ArgumentParser:
         choices=[*VARIANTS],
         help="the first two at least",
     )
-    parser.add_argument("--jobs", type=int, default=2, help="processes at a time")
-    parser.add_argument("--hosts", type=int, default=400, help="fresh ones, the same for all")
-    parser.add_argument("--host-seed", type=int, default=2026)
-    parser.add_argument("--runs", type=Path, default=ROOT / "runs" / "growth_mixed", metavar="DIR")
-    parser.add_argument("arguments", nargs="*", help="of esper fit, after --")
-    parser.set_defaults(settings=[])
     return parser
 
 
-def main() -> None:
-    parsed = parser()
-    options = parsed.parse_args()
-    if options.hosts < 2:
-        parsed.error(f"--hosts must be at least 2, got {options.hosts}")
-    with results(__file__, options, threads="one thread a run") as files:
-        if options.smallest:
-            with tempfile.TemporaryDirectory() as folder:
-                measure(options, files, Path(folder))
-        else:  # runs of another commit are not results of this one
-            measure(options, files, options.runs / files.commit)
-
-
 if __name__ == "__main__":
-    main()
+    run(__file__, parser(), measure)
