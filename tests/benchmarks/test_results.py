@@ -88,7 +88,7 @@ def test_every_benchmark_writes_by_the_one_writer(path):
     assert options.output == BENCHMARKS / "results"
     assert options.smallest is False
     source = path.read_text()
-    assert "results(__file__, options" in source
+    assert "results(__file__, options" in source or "run(__file__, parser()" in source
     assert "-dirty" not in source
 
 

@@ -93,9 +93,8 @@ class Morphogenesis(EnvSpec):
             (``docs/gpu.md``).
         population: Choices for what each host is like; ``None`` for hosts that are all alike. A
             population has learning rates of its own.
-        hide_training: Whether observations hide what is measured in the training of a host: losses,
-            accuracies, contributions, gains and gradient norms. A policy can then follow a
-            schedule, but cannot react.
+        hide_training: Whether observations hide what is measured in the training of a host, so that
+            a policy can follow a schedule, but cannot react.
     """
 
     num_envs: int = 64
