@@ -56,9 +56,12 @@ class _OneFile(ModelCheckpoint):
         return set() if is_new else super()._find_last_checkpoints(trainer)
 
     @override
-    def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        """Rename the checkpoint of an earlier run, so that it does not pass for one of this run."""
-        super().on_train_start(trainer, pl_module)
+    def on_train_epoch_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """Rename the checkpoint of an earlier run, so that it does not pass for one of this run.
+
+        A run whose start is refused, the last thing in ``on_train_start``, has renamed nothing.
+        """
+        super().on_train_epoch_start(trainer, pl_module)
         if trainer.is_global_zero and not self._is_own(trainer.ckpt_path):
             rename_aside(self.path)
 

@@ -1,5 +1,6 @@
 """``best.ckpt`` is the best policy, ``last.ckpt`` the state of training."""
 
+import json
 import math
 import shutil
 import types
@@ -10,12 +11,14 @@ from lightning.pytorch.callbacks import EarlyStopping
 
 from esper_lightning import PPO, PPOConfig
 from esper_lightning.callbacks.checkpoints import BestCheckpoint, LastCheckpoint
+from esper_lightning.callbacks.history import History
 from esper_lightning.callbacks.run_directory import (
     WritesRun,
     close_run_directory,
     open_run_directory,
 )
 from esper_lightning.envs import CartPole
+from esper_lightning.ppo.learner import Learner
 from esper_lightning.ppo.metrics import EVAL_RETURN
 from esper_lightning.training import evaluation
 
@@ -177,6 +180,32 @@ def test_the_checkpoint_of_another_run_is_renamed(fit, tmp_path):
     states = [state for name, state in best["callbacks"].items() if "BestCheckpoint" in name]
     assert [state["best_model_score"] for state in states] == [1.0]
     assert "best.ckpt.1" in names(tmp_path / "c" / "checkpoints")
+
+
+def test_a_refused_start_keeps_all_that_another_run_has_in_the_directory(
+    fit, tmp_path, monkeypatch
+):
+    fit([9.0])
+    fit([1.0], name="b")
+    rows = [{"iteration": number} for number in (1, 2, 3)]
+    history = tmp_path / "b" / "rank0" / "history.jsonl"
+    history.parent.mkdir()
+    history.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    last = tmp_path / "b" / "checkpoints" / "last.ckpt"
+    before = {path: path.read_bytes() for path in (history, last)}
+
+    def refuse(*_):
+        raise ValueError("The environments do not fit.")
+
+    monkeypatch.setattr(Learner, "start", refuse)
+    with pytest.raises(ValueError, match="do not fit"):
+        fit(
+            [2.0],
+            name="b",
+            ckpt_path=tmp_path / "run" / "checkpoints" / "last.ckpt",
+            callbacks=[History(tmp_path / "b")],
+        )
+    assert {path: path.read_bytes() for path in before} == before
 
 
 def test_a_second_fit_of_one_trainer_keeps_what_it_wrote(make_trainer, tmp_path):
