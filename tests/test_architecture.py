@@ -32,10 +32,6 @@ TESTED_ELSEWHERE = {
     "compiling/tracing.py": "compiling/native has it in every test",
     "core/shapes.py": "its annotations are checked in every test",
     "policies/images.py": "policies/test_convolutional.py has it as the encoder of CNN",
-    "recorder/evidence_steps.py": "recorder/test_evidence.py takes the steps",
-    "recorder/profiler_guard.py": "recorder/test_flight_recorder.py has it in real runs",
-    "recorder/registry.py": "recorder/test_protection.py has all of it",
-    "recorder/rescue.py": "recorder/test_evidence.py and test_flight_recorder.py run it",
     "training/checkpoint/hooks.py": "training/test_module.py calls its hooks as the Trainer does",
     "training/checkpoint/meeting.py": "training/test_ranks.py has it among real ranks",
 }
