@@ -24,7 +24,7 @@ import torch
 from lightning.pytorch.profilers import PassThroughProfiler, Profiler, PyTorchProfiler
 from torch.profiler import ProfilerAction
 
-from esper_lightning.callbacks.lightning_internals import (
+from esper_lightning.callbacks.profiler_internals import (
     forget_schedule,
     profiler_settings,
     take_open_spans,

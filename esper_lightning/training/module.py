@@ -281,6 +281,7 @@ class PPO(CheckpointHooks):
         with tells_other_ranks(self.trainer):
             trainer_rules.refuse_trainer(self.trainer, self.settings, fits=fits, logs_more=more)
         trainer_rules.keep_lightning_from_requeueing(self.trainer)
+        trainer_rules.keep_profilers_from_slowing(self.trainer, self.settings.compile)
         if fits:
             self.refuse_other_ranks()
             begin_run_directory(self.trainer)

@@ -28,6 +28,7 @@ from lightning.pytorch.callbacks import (
     StochasticWeightAveraging,
     Timer,
 )
+from lightning.pytorch.profilers import PyTorchProfiler
 from lightning.pytorch.strategies import DDPStrategy, DeepSpeedStrategy, SingleDeviceStrategy
 
 from esper_lightning.callbacks.lightning_internals import (
@@ -40,6 +41,8 @@ from esper_lightning.callbacks.lightning_internals import (
     train_time_interval,
 )
 from esper_lightning.callbacks.mirror import require_writable
+from esper_lightning.callbacks.profiler_internals import record_no_module_names
+from esper_lightning.compiling.loops import CompileMode
 from esper_lightning.core.buffer import memory_bytes, rollout_bytes
 from esper_lightning.core.errors import Words, at_least, one_of, require, require_name
 from esper_lightning.core.seeding import require_torch_defaults
@@ -51,6 +54,7 @@ from esper_lightning.training.specs import evaluation_spec
 __all__ = [
     "count_step",
     "keep_lightning_from_requeueing",
+    "keep_profilers_from_slowing",
     "planned_env_steps",
     "refuse_trainer",
     "silence_lightning",
@@ -252,6 +256,25 @@ def keep_lightning_from_requeueing(trainer: Trainer) -> None:
         environment.auto_requeue = False
         hangs = "Lightning's requeueing is off: with several ranks it hangs"
         _log.info("%s. scripts/slurm.sh requeues the job instead.", hangs)
+
+
+def keep_profilers_from_slowing(trainer: Trainer, mode: CompileMode) -> None:
+    """Let a stock ``PyTorchProfiler`` record no names of modules where training is compiled.
+
+    It names modules by hooks, with which training would be eager, in all steps: the trace would
+    show another program, several times slower.
+
+    Args:
+        trainer: Trainer of the run.
+        mode: Compile mode of the module.
+    """
+    eager = ("off", "auto") if trainer.strategy.root_device.type == "cuda" else ("off",)
+    profiler = trainer.profiler
+    if mode in eager or not isinstance(profiler, PyTorchProfiler):
+        return
+    if record_no_module_names(profiler):
+        text = "The profiler records no names of modules, which only PPO(compile='off') has."
+        _log.info(text)
 
 
 def silence_lightning() -> None:
