@@ -1,7 +1,6 @@
 """Everything that PPO needs of Lightning's Trainer beyond its hooks.
 
-This file refuses Trainer settings that do not work, counts iterations as the Trainer's steps, and
-adapts autocast and threads to PPO.
+This file refuses Trainer settings that do not work, and counts iterations as the Trainer's steps.
 """
 # Lightning sets many attributes of its Trainer where no type checker sees them.
 # pyright: reportAttributeAccessIssue=false, reportPrivateUsage=false
@@ -10,12 +9,9 @@ adapts autocast and threads to PPO.
 import logging
 import os
 import warnings
-from collections.abc import Generator
-from contextlib import AbstractContextManager, contextmanager, nullcontext
 from importlib.util import find_spec
 from pathlib import Path
 
-import torch
 from lightning.fabric.plugins.environments.slurm import SLURMEnvironment
 from lightning.pytorch import Trainer
 from lightning.pytorch.callbacks import (
@@ -56,9 +52,7 @@ from esper_lightning.training.settings import PPOSettings
 from esper_lightning.training.specs import evaluation_spec
 
 __all__ = [
-    "autocast_without_cache",
     "count_step",
-    "few_cpu_threads",
     "keep_lightning_from_requeueing",
     "keep_profilers_from_slowing",
     "planned_env_steps",
@@ -68,7 +62,6 @@ __all__ = [
 
 _log = logging.getLogger(__name__)
 _PRECISIONS = ("32-true", "bf16-mixed")
-_SAMPLES_WORTH_A_THREAD = 2048
 _DEVICES = ("cpu", "cuda")
 _LOG_ONLY = (DeviceStatsMonitor, LearningRateMonitor)
 
@@ -340,39 +333,3 @@ def planned_env_steps(trainer: Trainer, progress: Progress, *, ranks: int) -> in
             budget,
         )
     return min(limit, budget)
-
-
-def autocast_without_cache(device: torch.device) -> AbstractContextManager[object]:
-    """The autocast that is in force, without its cache of converted weights.
-
-    The cache lives as long as Lightning's autocast context, which is a whole iteration. With the
-    cache, every minibatch after the first gradient step would still compute with the old weights.
-
-    Args:
-        device: Device of the module.
-    """
-    if not torch.is_autocast_enabled(device.type):
-        return nullcontext()
-    dtype = torch.get_autocast_dtype(device.type)
-    return torch.autocast(device.type, dtype=dtype, cache_enabled=False)
-
-
-@contextmanager
-def few_cpu_threads(samples: int) -> Generator[None]:
-    """A context with one CPU thread, where tensors have too few rows for a second thread to help.
-
-    Threads of an OpenMP team wait for each other by spinning: beside another busy process, 64
-    environments ran tens of times slower with two threads than with one (``docs/decisions/0008``).
-
-    Args:
-        samples: Number of rows of the largest tensors, which are those of a minibatch.
-    """
-    threads = torch.get_num_threads()
-    if samples >= _SAMPLES_WORTH_A_THREAD or threads == 1:
-        yield
-        return
-    torch.set_num_threads(1)
-    try:
-        yield
-    finally:
-        torch.set_num_threads(threads)
