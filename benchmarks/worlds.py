@@ -143,7 +143,7 @@ def in_world(world: str, steps: int) -> list[dict[str, Any]]:
     """Results of every task of a world, in the environment of this process."""
     sys.path.insert(0, str(Path(__file__).parent))
     rows: list[dict[str, Any]] = []
-    packages = ", ".join(f"{name} {version(name)}" for name in PACKAGES[world])
+    packages = versions(world)
     for task, spec in TASKS[world].items():
         row: dict[str, Any] = {"world": world, "task": task, "packages": packages}
         with tempfile.TemporaryDirectory() as folder:
@@ -155,6 +155,11 @@ def in_world(world: str, steps: int) -> list[dict[str, Any]]:
     if world in TESTS:
         rows.append({"world": world, "task": TESTS[world], "packages": packages} | tests(world))
     return rows
+
+
+def versions(world: str) -> str:
+    """Versions of the packages of a world, in the environment of this process."""
+    return ", ".join(f"{name} {version(name)}" for name in PACKAGES[world])
 
 
 def tests(world: str) -> dict[str, Any]:

@@ -10,6 +10,7 @@ gymnax and mjlab run in environments for Python of their own, which ``worlds.py`
 import argparse
 import json
 import os
+import subprocess
 import sys
 import tempfile
 from concurrent.futures import ThreadPoolExecutor
@@ -22,6 +23,7 @@ from conditions import ROOT, benchmark_parser, results
 from learning import finish, train
 from worlds import HERE, interpreter
 
+BENCHMARKS = ROOT / "benchmarks"
 OURS, PEER = "esper_lightning", "Stable-Baselines3"
 CLEANRL = "CleanRL, 1 M env steps, v4 of the task"
 ZOO = "rl-baselines3-zoo, one run"
@@ -49,10 +51,22 @@ def train_peer(job: tuple[str, int], options: argparse.Namespace, folder: Path) 
     command = [sys.executable, "-c", "import zoo_peer; zoo_peer.run()", task, str(seed), *sizes]
     path = folder / f"{task}-{seed}.json"
     with path.open("w") as printed:
-        cpu_s = finish(command, stdout=printed, cwd=ROOT / "benchmarks")
+        cpu_s = finish(command, stdout=printed, cwd=BENCHMARKS)
     run = json.loads(path.read_text().splitlines()[-1])
     print(f"{task} seed {seed}, {PEER}: {run['return_mean']:.1f}", flush=True)
     return {"task": task, "seed": seed, "cpu_s": round(cpu_s, 1), **run}
+
+
+def words_about(task: str, python: str) -> list[str]:
+    """Lines below a table: what its columns mean, what others reach, and whose packages ran."""
+    world = WORLDS.get(task)
+    lines = ["CPU seconds are those of the whole process, with imports and evaluations."]
+    lines += ["", f"Published: {PUBLISHED[task]}."]
+    if world is not None:
+        program = f"import worlds; print(worlds.versions({world!r}))"
+        said = subprocess.check_output([python, "-c", program], cwd=BENCHMARKS, text=True)
+        lines += ["", f"In an environment for Python of its own: {said.strip()}."]
+    return lines
 
 
 def row(library: str, runs: list[dict[str, Any]]) -> str:
@@ -81,7 +95,7 @@ def parser() -> argparse.ArgumentParser:
 def main() -> None:
     options = parser().parse_args()
     threads = f"one thread a run, {os.cpu_count()} runs at a time"
-    packages = ("gymnasium", "mujoco", "minigrid", "stable-baselines3")
+    packages = ("gymnasium", "mujoco", "minigrid", "vmas", "stable-baselines3")
     with (
         results(__file__, options, threads=threads, packages=packages) as files,
         tempfile.TemporaryDirectory() as folder,
@@ -104,9 +118,7 @@ def main() -> None:
                     "| --- | --- | --- | --- | --- | --- |",
                     *(row(library, mine) for library, mine in runs.items() if mine),
                     "",
-                    "CPU seconds are those of the whole process, with imports and evaluations.",
-                    "",
-                    f"Published: {PUBLISHED[task]}.",
+                    *words_about(task, python),
                 ],
                 part=task,
             )

@@ -52,7 +52,7 @@ def one_line(text: str, limit: int = LONGEST_LINE) -> str:
     """A text as one line of printable characters.
 
     A line that is too long first loses the middle of its longest words (paths, values), and then
-    its own end.
+    the end of what comes before its last sentence, which is often the way out.
     """
     words = [printable(word) for word in text[:_LONGEST_TEXT].split()]
     line = " ".join(words)
@@ -61,7 +61,11 @@ def one_line(text: str, limit: int = LONGEST_LINE) -> str:
             f"{word[:_WORD_START]}...{word[-_WORD_END:]}" if len(word) > _LONGEST_WORD else word
             for word in words
         )
-    return line if len(line) <= limit else f"{line[: limit - 3]}..."
+    if len(line) <= limit:
+        return line
+    before, _, last = line.rpartition(". ")
+    last = f" {last}" if before and len(last) < limit // 2 else ""
+    return f"{line[: limit - 3 - len(last)]}...{last}"
 
 
 def nearest(word: str, known: Iterable[str]) -> str:

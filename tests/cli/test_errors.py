@@ -22,6 +22,9 @@ def test_a_line_stays_as_it_is_where_it_fits_and_loses_the_middle_of_long_words(
     assert long.startswith("PPO.env must be short, got xxx")
     assert long.endswith("xxx.")
     assert len(one_line("word " * 500)) == LONGEST_LINE
+    hint = one_line(f"PPO.env must be short, got {'word ' * 500}. Take another.")
+    assert len(hint) == LONGEST_LINE
+    assert hint.endswith("... Take another.")
 
 
 def test_what_cannot_be_printed_is_escaped():

@@ -28,11 +28,12 @@ __all__ = ["Gymnasium"]
 
 _INSTALL = "'esper_lightning[gymnasium]'"
 _INSTALLS = {
+    **dict.fromkeys(("Box2D", "gymnasium", "mujoco", "pygame"), _INSTALL),
     "ale_py": "'esper_lightning[atari]'",
     "jax": "'esper_lightning[jax]'",
     "minigrid": "'esper_lightning[minigrid]'",
 }
-"""What ``pip install`` takes for packages whose import registers environments."""
+"""What ``pip install`` takes for packages that environments need."""
 _NATIVE = "with Gymnasium.native=True"
 _HINT = "Set Gymnasium.native=False, which steps single environments."
 
@@ -130,7 +131,7 @@ class Gymnasium(NamedSpec):
         return dataclasses.replace(self, kwargs=kwargs, workers=0)
 
     def _vector(self, num_envs: int) -> SerialEnv:
-        return SerialEnv([self._one] * num_envs, entry=self.mask)
+        return SerialEnv([self._one] * num_envs, entry=self.mask, name=self.id)
 
     def _native(self, num_envs: int, device: torch.device, seed: int) -> HostEnv:
         """The vector environment of the package, which is refused if it cannot reset rows."""
@@ -154,14 +155,22 @@ class Gymnasium(NamedSpec):
             env: Any = gymnasium.make(self.id, disable_env_checker=True, **self.kwargs)
         with closed_after_error(env):
             for path, wrapper in zip(self.wrappers, wrappers, strict=True):
-                try:
-                    inspect.signature(wrapper).bind(env)
-                except TypeError as error:
-                    rule = f"take an environment and nothing else, got {path!r}: {error}"
-                    hint = "Name a function of your own that makes the wrapper."
-                    raise ValueError(f"Gymnasium.wrappers must {rule}. {hint}") from error
-                env = wrapper(env)
+                env = self._wrapped(env, wrapper, path)
         return env
+
+    @staticmethod
+    def _wrapped(env: Any, wrapper: Any, path: str) -> Any:
+        try:
+            inspect.signature(wrapper).bind(env)
+        except (TypeError, ValueError) as error:
+            rule = f"take an environment and nothing else, got {path!r}: {error}"
+            hint = "Name a function of your own that makes the wrapper."
+            raise ValueError(f"Gymnasium.wrappers must {rule}. {hint}") from error
+        try:
+            return wrapper(env)
+        except Exception as error:  # a wrapper may raise anything for what it does not fit
+            why = f"{type(error).__name__}: {' '.join(str(error).split())}"
+            raise ValueError(f"Gymnasium.wrappers must fit, got {path!r}: {why}") from error
 
     @contextlib.contextmanager
     def _refusals(self, gymnasium: Any) -> Generator[None]:
@@ -170,12 +179,14 @@ class Gymnasium(NamedSpec):
             yield
         except (gymnasium.error.DependencyNotInstalled, ImportError) as error:
             cause = error if error.__cause__ is None else error.__cause__
-            missing = getattr(cause, "name", None) or "a package"
-            if self.id.startswith((f"{missing}:", f"{missing}.")) and missing not in _INSTALLS:
+            missing: str | None = getattr(cause, "name", None)
+            if missing is None:  # such as an environment that has moved to another package
+                raise self.refuse(error) from error
+            if missing not in _INSTALLS:
                 hint = "Install it, or add its folder to PYTHONPATH."
-                raise ValueError(f"Gymnasium.id={self.id!r} needs {missing}. {hint}") from error
-            install = _INSTALLS.get(missing, _INSTALL)
-            raise needs_package(self, missing, install, error) from error
+                said = f"Gymnasium.id={self.id!r} needs {missing}. {hint} ({cause})"
+                raise ValueError(" ".join(said.split())) from error
+            raise needs_package(self, missing, _INSTALLS[missing], error) from error
         except gymnasium.error.UnregisteredEnv as error:
             why = " ".join(str(error).split())
             form = "" if ":" in self.id else ", as package:name where a package registers it"

@@ -6,12 +6,13 @@ the time: ``benchmarks/adapters.py``.
 """
 # pyright: reportUnknownVariableType=false, reportUnknownArgumentType=false
 
+import math
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import numpy as np
 
-from esper_lightning.core.errors import require
+from esper_lightning.core.errors import Words, require
 from esper_lightning.envs.base import closed_after_error
 
 __all__ = ["SerialEnv"]
@@ -25,14 +26,21 @@ class SerialEnv:
     Args:
         makers: Functions that make the single environments.
         entry: Entry of ``info`` that is returned; ``None`` for none.
+        name: Name of the task in errors.
 
     Attributes:
         num_envs: Number of environments, ``B``.
         envs: The single environments.
         closed: Whether ``close`` was called.
+
+    Raises:
+        ValueError: If an environment returns what does not fit; ``reset`` and ``step`` raise it.
     """
 
-    def __init__(self, makers: Sequence[Callable[[], Any]], *, entry: str | None) -> None:
+    def __init__(
+        self, makers: Sequence[Callable[[], Any]], *, entry: str | None, name: str
+    ) -> None:
+        self._name = name
         self.envs: list[Any] = []
         self.closed = False
         with closed_after_error(self):
@@ -52,19 +60,29 @@ class SerialEnv:
             rows = np.flatnonzero(options["reset_mask"]).tolist()
         infos: list[Mapping[str, Any]] = [{}] * self.num_envs
         for row in rows:
-            given = None if seed is None else seed + row
-            obs, infos[row] = self.envs[row].reset(seed=given)
-            self._keep(row, obs)
+            result = self.envs[row].reset(seed=None if seed is None else seed + row)
+            try:
+                obs, infos[row] = result
+                self._keep(row, obs)
+            except (TypeError, ValueError, KeyError) as error:
+                raise self._misfit("reset", "an observation and info", error) from error
+            if options is None:
+                self._require_fit(obs, self.single_observation_space)
         return self._obs, self._info(infos)
 
     def step(self, actions: Any) -> tuple[Any, Any, Any, Any, dict[str, Any]]:
         """Act in every environment; the arrays that are returned are reused by the next call."""
         infos: list[Mapping[str, Any]] = [{}] * self.num_envs
         for row, (env, action) in enumerate(zip(self.envs, actions, strict=True)):
-            obs, reward, terminated, truncated, infos[row] = env.step(action)
-            self._reward[row] = reward
-            self._terminated[row], self._truncated[row] = terminated, truncated
-            self._keep(row, obs)
+            result = env.step(action)
+            try:
+                obs, reward, terminated, truncated, infos[row] = result
+                self._reward[row] = reward
+                self._terminated[row], self._truncated[row] = terminated, truncated
+                self._keep(row, obs)
+            except (TypeError, ValueError, KeyError) as error:
+                what = "an observation, a number as reward, terminated, truncated and info"
+                raise self._misfit("step", what, error) from error
         flags = self._terminated, self._truncated
         return self._obs, self._reward, *flags, self._info(infos)
 
@@ -93,6 +111,27 @@ class SerialEnv:
                 buffer[row] = obs[name]
         else:
             self._obs[row] = obs
+
+    def _misfit(self, method: str, what: str, error: Exception) -> ValueError:
+        why = f"{type(error).__name__}: {error}"
+        return ValueError(f"{self._name}.{method}() must return {what}, got another result. {why}")
+
+    def _require_fit(self, obs: Any, space: Any, group: str = "") -> None:
+        """Refuse an observation that NumPy would stretch or round to fit its space.
+
+        Raises:
+            ValueError: If shape or kind of number are others than those of the space.
+        """
+        if type(space).__name__ == "Dict":
+            for name, each in space.spaces.items():
+                self._require_fit(obs[name], each, f"[{name!r}]")
+            return
+        value = np.asarray(obs)
+        rule = f"be {space.dtype} {list(space.shape)} as its observation_space says"
+        rounded = value.dtype.kind == "f" and np.issubdtype(space.dtype, np.integer)
+        ok = value.size == math.prod(space.shape) and not rounded
+        got = Words(f"{value.dtype} {list(value.shape)}")
+        require(ok, f"{self._name}.reset()'s observation{group}", rule, got)
 
     def _info(self, infos: list[Mapping[str, Any]]) -> dict[str, Any]:
         """``info`` with one entry: an array of objects, with a flag for each row that has one.

@@ -234,7 +234,7 @@ def _box(space: Any) -> Box:
 
 def _bounded(space: Any, shape: tuple[int, ...]) -> Box:
     low, high = np.asarray(space.low, float), np.asarray(space.high, float)
-    if not (low < high).all():  # a column that is constant
+    if low.size == 0 or not (low < high).all():  # refused by Box, or a column that is constant
         return Box(shape)
     if (low == low.flat[0]).all() and (high == high.flat[0]).all():
         return Box(shape, float(low.flat[0]), float(high.flat[0]))

@@ -23,6 +23,7 @@ class Counter(gymnasium.Env):
         self._varies = varies
         self.observation_space = {
             "box": Box(-1e3, 1e3, (2,), np.float64),
+            "empty": Box(-1.0, 1.0, (0,)),
             "image": Box(0, 255, (3, 8, 8), np.uint8),
             "number": Box(-1e3, 1e3, (), np.float64),
             "discrete": Discrete(2000, start=5000),

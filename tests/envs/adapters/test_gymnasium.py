@@ -8,6 +8,7 @@ import time
 from pathlib import Path
 
 import gymnasium
+import numpy as np
 import pytest
 import torch
 from gymnasium.vector import AsyncVectorEnv, AutoresetMode, SyncVectorEnv
@@ -75,7 +76,8 @@ def test_a_mask_of_another_name_is_refused_with_the_names_that_are_there():
     with pytest.raises(ValueError, match=line):
         Gymnasium(id="EsperCounter-v0", num_envs=2, mask="alowed").spaces()
     made = gymnasium.make("EsperRarely-v0", with_masks=())
-    env = HostEnv(SerialEnv([lambda: made], entry="allowed"), CPU, 0, name="x", mask="allowed")
+    serial = SerialEnv([lambda: made], entry="allowed", name="x")
+    env = HostEnv(serial, CPU, 0, name="x", mask="allowed")
     with pytest.raises(ValueError, match=r"^Gymnasium.mask .* There is seconds.$"):
         env.reset()
 
@@ -304,7 +306,12 @@ def test_images_stay_bytes():
     ({"id": "CartPole-v1", "wrappers": ("no.such",)}, r"^Gymnasium.wrappers must name importable"),
     ({"id": "CartPole-v1", "wrappers": ("gymnasium.wrappers.TimeLimit",)},
      r"^Gymnasium.wrappers must take an environment and nothing else, got .*max_episode_steps"),
+    ({"id": "CartPole-v1", "wrappers": ("gymnasium.wrappers.GrayscaleObservation",)},
+     r"^Gymnasium.wrappers must fit, got '.*GrayscaleObservation': ValueError: .* image"),
+    ({"id": "CartPole-v1", "wrappers": ("math.sqrt",)}, r"^Gymnasium.wrappers must fit, .*'math"),
     ({"id": "no_such_package:Thing-v0"}, r"needs no_such_package. Install it, or add"),
+    ({"id": "Hopper-v3"}, r"^Gymnasium.id='Hopper-v3' cannot be made: .* moved to"),
+    ({"id": "EsperCounter-v0", "kwargs": {"kind": "empty"}}, r"^Box.shape must have at least one"),
     ({"id": ""}, r"^Gymnasium.id must name a registered environment"),
     ({"id": "CartPole-v1", "workers": -1}, r"^Gymnasium.workers must be at least 0"),
 ])  # fmt: skip
@@ -329,6 +336,37 @@ def test_a_missing_package_is_named_with_the_way_to_install_it(package, extra, m
         Gymnasium(id=name)._one()
     command = f"pip install 'esper_lightning[{extra}]'."
     assert command in str(caught.value)[:120]  # one line of a terminal has the way out
+
+
+def test_a_missing_package_that_no_extra_has_is_only_named():
+    gymnasium.register("EsperElsewhere-v0", "no_such_package.envs:Thing")
+    with pytest.raises(ValueError, match=r"needs no_such_package. Install it") as caught:
+        Gymnasium(id="EsperElsewhere-v0").spaces()
+    assert "pip install" not in str(caught.value)
+
+
+@pytest.mark.parametrize(("method", "result", "line"), [
+    ("reset", (np.zeros(1), {}), r"observation must be float64 \[2\] as .*, got float64 \[1\]"),
+    ("reset", np.zeros(3), r"must return an observation and info, got another result"),
+    ("reset", (np.zeros((2, 1)), {}), r"could not broadcast"),
+    ("step", (np.zeros(2), 1.0, True, {}), r"must return an observation, a number as reward, .* 4"),
+    ("step", (np.zeros(2), [1.0, 2.0], False, False, {}), r"a number as reward, .* sequence"),
+])  # fmt: skip
+def test_what_an_environment_returns_beside_its_spaces_is_refused(
+    method, result, line, monkeypatch
+):
+    env = counter().build(CPU, 0)
+    env.reset()
+    monkeypatch.setattr(simulators.Counter, method, lambda *_, **__: result)
+    with pytest.raises(ValueError, match=rf"^EsperCounter-v0.{method}\(\).*{line}"):
+        env.reset() if method == "reset" else env.step(torch.zeros(3, 1))
+
+
+def test_an_image_of_numbers_between_0_and_1_is_not_rounded_to_bytes(monkeypatch):
+    env = counter("image").build(CPU, 0)
+    monkeypatch.setattr(simulators.Counter, "_obs", lambda _: np.full((3, 8, 8), 0.5))
+    with pytest.raises(ValueError, match=r"must be uint8 \[3, 8, 8\] as .*, got float64"):
+        env.reset()
 
 
 def test_environments_beside_one_that_cannot_be_made_are_closed(monkeypatch):
