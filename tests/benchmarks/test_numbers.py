@@ -107,6 +107,19 @@ def speeds(label: str, large: str, small: str | None = None) -> list[Statement]:
     return [row, row._replace(document=README)] if large in IN_README else [row]
 
 
+def of_zoo(label: str, task: str, published: str) -> list[Statement]:
+    """A row of the table of simulators: scores of five seeds beside what others have published."""
+    ours = "esper_lightning"
+    sources = (
+        Line("deterministic episodes after"),
+        Cell(ours, "mean return of each seed"),
+        Cell(ours, "worst"),
+        Cell(ours, "mean"),
+    )
+    text = f"| {label} | # | #, #, #, #, # | # | # | {published} |"
+    return in_both(text, f"zoo_{task}.md", sources)
+
+
 STATEMENTS = [
     Statement(
         "mean return # (std 0.0) over 100 deterministic evaluation episodes "
@@ -309,6 +322,15 @@ STATEMENTS = [
             Cell("65,536", "peak memory of the process, MB"),
         ),
     ),
+    *of_zoo("LunarLander-v3", "lunarlander", "242 (rl-zoo)"),
+    *of_zoo("HalfCheetah-v5", "halfcheetah", "1,443 (CleanRL), 5,819 (rl-zoo)"),
+    *of_zoo("Hopper-v5", "hopper", "2,383 (CleanRL), 2,410 (rl-zoo)"),
+    *of_zoo("Walker2d-v5", "walker2d", "2,288 (CleanRL), 3,479 (rl-zoo)"),
+    *of_zoo("Swimmer-v5", "swimmer", "282 (rl-zoo)"),
+    *of_zoo("MiniGrid-DoorKey-5x5", "doorkey", "none"),
+    *of_zoo("MinAtar Breakout, gymnax", "breakout", "none"),
+    *of_zoo("MinAtar Space Invaders, gymnax", "space_invaders", "none"),
+    *of_zoo("VMAS navigation", "navigation", "none"),
     *in_both("Mean return of 100 deterministic evaluation episodes", "learning.md"),
     *in_both("at the end of training, 5 seeds", "learning.md"),
     Statement(
