@@ -282,7 +282,7 @@ def by_kind(found: Test) -> list[str]:
 def picture(found: Test, path: Path) -> None:
     """Returns with their intervals, what PPO grows in each kind, and its lead in each kind."""
     figure = Figure(figsize=(12, 4.6), dpi=130, layout="constrained")
-    left, middle, right = figure.subplots(1, 3, width_ratios=[4, 3, 4])
+    left, middle, right = figure.subplots(1, 3, width_ratios=[4, 4, 4])
     for k, (name, one) in enumerate(found.played.items()):
         value, low, high = estimated(one.episode_return)
         colour = "#0072B2" if name.startswith("PPO") else "#666666"
@@ -310,7 +310,7 @@ def _growth(axes: Axes, found: Test) -> None:
         axes.plot(range(1, len(live) + 1), live[:, mine].mean(1), label=label, lw=2)
     axes.set_xlabel("epoch of the host")
     axes.set_ylabel("modules that PPO has grown in a host")
-    axes.legend(fontsize=7, frameon=False)
+    axes.legend(fontsize=7, loc="center right")
 
 
 def _leads(axes: Axes, found: Test) -> None:
@@ -401,7 +401,7 @@ def parser() -> argparse.ArgumentParser:
         choices=[*VARIANTS],
         help="the first two at least",
     )
-    parser.set_defaults(host_seed=7101)  # prices and settings were looked at on hosts of 2026
+    parser.set_defaults(host_seed=8209)  # nobody chose a setting by these hosts (decision 29)
     return parser
 
 

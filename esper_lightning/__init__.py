@@ -17,6 +17,7 @@ if TYPE_CHECKING:
     from esper_lightning.policies.feedforward import MLP
     from esper_lightning.policies.recurrent import Recurrent
     from esper_lightning.ppo.config import PPOConfig
+    from esper_lightning.ppo.entropy_decay import EntropyDecay
     from esper_lightning.ppo.random_distillation import RND
     from esper_lightning.recorder.flight_recorder import FlightRecorder
     from esper_lightning.recorder.profiling.window_profiler import WindowProfiler
@@ -35,6 +36,7 @@ __all__ = [
     "AtomicCheckpointIO",
     "BestCheckpoint",
     "Composed",
+    "EntropyDecay",
     "FlightRecorder",
     "History",
     "LastCheckpoint",
@@ -55,6 +57,7 @@ _HOMES = {
     "BestCheckpoint": "callbacks.checkpoints",
     "CNN": "policies.convolutional",
     "Composed": "policies.composed",
+    "EntropyDecay": "ppo.entropy_decay",
     "FlightRecorder": "recorder.flight_recorder",
     "History": "callbacks.history",
     "LastCheckpoint": "callbacks.checkpoints",

@@ -32,6 +32,8 @@ _log = logging.getLogger(__name__)
 class _OneFile(ModelCheckpoint):
     """A checkpoint that always has the same file; an earlier run may have written that file."""
 
+    _begins = False
+
     @property
     def path(self) -> Path:
         """Path of the checkpoint, known from ``setup`` on."""
@@ -56,14 +58,23 @@ class _OneFile(ModelCheckpoint):
         return set() if is_new else super()._find_last_checkpoints(trainer)
 
     @override
-    def on_train_epoch_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
+    def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """Note that a run begins."""
+        super().on_train_start(trainer, pl_module)
+        self._begins = True
+
+    @override
+    def on_train_batch_start(
+        self, trainer: Trainer, pl_module: LightningModule, batch: Any, batch_idx: int
+    ) -> None:
         """Rename the checkpoint of an earlier run, so that it does not pass for one of this run.
 
         A run whose start is refused, the last thing in ``on_train_start``, has renamed nothing.
         """
-        super().on_train_epoch_start(trainer, pl_module)
-        if trainer.is_global_zero and not self._is_own(trainer.ckpt_path):
+        super().on_train_batch_start(trainer, pl_module, batch, batch_idx)
+        if self._begins and trainer.is_global_zero and not self._is_own(trainer.ckpt_path):
             rename_aside(self.path)
+        self._begins = False
 
     def _is_own(self, resumed: str | Path | None) -> bool:
         """Whether an existing checkpoint file belongs to the run that begins or is resumed."""

@@ -97,13 +97,15 @@ class History(WritesRun):
         self._close()
 
     @override
-    def on_train_epoch_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
+    def on_train_batch_start(
+        self, trainer: Trainer, pl_module: LightningModule, batch: Any, batch_idx: int
+    ) -> None:
         """Open the files; rows beyond the checkpoint are moved to files of another name.
 
         A run whose start is refused, the last thing in ``on_train_start``, has moved nothing.
         """
-        directory = run_directory(trainer)
-        if self._files or directory is None:
+        directory = None if self._files else run_directory(trainer)
+        if directory is None:
             return
         self._layout, self._is_displaced = RunLayout(directory).rank(trainer.global_rank), False
         done = finished_iterations(trainer, pl_module)

@@ -20,24 +20,19 @@ they override methods of Lightning, or take part in what Lightning does with an 
 
 import sys
 import threading
-from contextlib import AbstractContextManager
 from datetime import timedelta
-from pathlib import Path
 from types import FrameType
-from typing import Any, TextIO, cast
+from typing import Any, cast
 
-import torch
 from lightning.fabric.plugins.environments.cluster_environment import ClusterEnvironment
 from lightning.pytorch import Callback, Trainer
 from lightning.pytorch.callbacks import ModelSummary
-from lightning.pytorch.profilers import Profiler, PyTorchProfiler
 from lightning.pytorch.strategies import DDPStrategy, Strategy
 from lightning.pytorch.strategies.launchers import _MultiProcessingLauncher
 from lightning.pytorch.trainer import call
 from lightning.pytorch.trainer.connectors.data_connector import _parse_num_batches
 from lightning.pytorch.trainer.states import RunningStage, TrainerFn
 from lightning.pytorch.utilities.exceptions import _TunerExitException
-from torch.profiler import ProfilerAction
 
 __all__ = [
     "INTERRUPT",
@@ -54,7 +49,6 @@ __all__ = [
     "evaluates_next",
     "experiment_of",
     "forget_experiment",
-    "forget_schedule",
     "handlers_to_restore",
     "is_handler_of",
     "known_results",
@@ -63,16 +57,10 @@ __all__ = [
     "monitors_cpu",
     "note_sigterm",
     "parse_checkpoint_path",
-    "profiler_settings",
-    "records_nvtx",
     "run_depth",
     "set_version",
-    "setup_profiler_again",
     "spawns_processes",
     "summary_depth",
-    "take_open_spans",
-    "take_parent_profiler",
-    "take_report_file",
     "time_between_evaluations",
     "train_time_interval",
     "version_of",
@@ -314,87 +302,3 @@ def experiment_of(logger: Any, absent: Any = None) -> Any:
 def forget_experiment(logger: Any) -> None:
     """Make a logger begin a new experiment at its next use, by clearing its ``_experiment``."""
     logger._experiment = None
-
-
-# Profilers.
-
-
-def setup_profiler_again(profiler: Profiler, directory: Path) -> None:
-    """Make a profiler write into another directory than the one that the Trainer gave it.
-
-    ``_stage`` and ``_local_rank`` are the arguments of the Trainer's own call of ``setup``.
-    """
-    profiler.setup(cast(Any, profiler._stage), profiler._local_rank, str(directory))
-
-
-def take_report_file(profiler: Profiler) -> TextIO | None:
-    """Remove the open file of a profiler's text from the profiler, and return it.
-
-    ``_output_file`` and ``_write_stream``: where the disk is full, ``describe`` raises, and
-    ``__del__`` would raise again.
-    """
-    file: TextIO | None = getattr(profiler, "_output_file", None)
-    if file is not None:
-        profiler._output_file = profiler._write_stream = None
-    return file
-
-
-def profiler_settings(profiler: PyTorchProfiler) -> dict[str, Any]:
-    """Arguments with which a profiler makes its ``torch.profiler.profile``; may be changed.
-
-    ``_profiler_kwargs``: the constructor fills them, and the user's profiler is constructed before
-    a recorder sees it.
-    """
-    return profiler._profiler_kwargs
-
-
-def records_nvtx(profiler: PyTorchProfiler) -> bool:
-    """Whether a profiler emits NVTX ranges instead of recording (``_emit_nvtx``)."""
-    return profiler._emit_nvtx
-
-
-def take_open_spans(profiler: PyTorchProfiler) -> list[AbstractContextManager[Any]]:
-    """Remove the open spans from a profiler, and its hooks from the module.
-
-    ``_recording_map`` (of actions) and ``_register`` (of modules): the profiler's own ``teardown``
-    would fail on the first span that cannot be closed.
-
-    Returns:
-        The open spans, in the order in which they must be closed.
-    """
-    register: Any = profiler._register
-    profiler._register = None
-    of_modules = reversed(list(register._records.values())) if register else ()
-    spans: list[Any] = [each for each in of_modules if getattr(each, "record", None) is not None]
-    spans += reversed(profiler._recording_map.values())
-    profiler._recording_map.clear()
-    if register is not None:
-        register.__exit__(None, None, None)
-    return spans
-
-
-def take_parent_profiler(profiler: PyTorchProfiler) -> AbstractContextManager[Any] | None:
-    """Remove CUDA's profiler, within which ``emit_nvtx`` runs, and return it to be closed.
-
-    ``_parent_profiler``: only ``teardown`` would close it otherwise.
-    """
-    parent: Any = profiler._parent_profiler
-    profiler._parent_profiler = None
-    return parent
-
-
-def forget_schedule(
-    profiler: PyTorchProfiler, profile: "torch.profiler.profile | None" = None
-) -> None:
-    """Make a profiler begin its schedule anew when it is used again.
-
-    ``_schedule`` of Lightning, and ``_prev_schedule_action`` of torch's session.
-
-    Args:
-        profiler: Profiler that was stopped.
-        profile: Session of the profiler, which records nothing more; ``None`` without one.
-    """
-    if profile is not None:
-        profile.current_action = profile._prev_schedule_action = ProfilerAction.NONE
-    if profiler._schedule is not None:
-        profiler._schedule.reset()

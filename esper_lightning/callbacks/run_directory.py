@@ -21,8 +21,8 @@ from esper_lightning.callbacks.directory_choice import (
     take_directory,
 )
 from esper_lightning.callbacks.held_directory import OF_TRAINERS, HeldDirectory
-from esper_lightning.callbacks.lightning_internals import setup_profiler_again
 from esper_lightning.callbacks.logger_folders import announced_directory, begin_table, write_into
+from esper_lightning.callbacks.profiler_internals import setup_profiler_again
 from esper_lightning.forensics.asides import replace_keeping
 from esper_lightning.forensics.claims import Claim
 from esper_lightning.forensics.layout import RunLayout

@@ -4,9 +4,8 @@ from typing import get_args
 
 from esper_lightning.cli.errors import CommandParser
 from esper_lightning.cli.mistakes import settings_come_first
-from esper_lightning.training.checkpoint.states import checkpoint_at
+from esper_lightning.cli.policy import add_policy_option, load_policy
 from esper_lightning.training.export import ExportFormat, export_policy, output_at
-from esper_lightning.training.module import PPO
 
 __all__ = ["run"]
 
@@ -18,9 +17,7 @@ def run(arguments: list[str]) -> None:
         "Write the deterministic policy of a checkpoint, with its observation "
         "statistics, after comparing it with the original on random observations.",
     )
-    parser.add_argument(
-        "--ckpt_path", required=True, help="a checkpoint, or a run directory for its best one"
-    )
+    add_policy_option(parser)
     parser.add_argument("--output", required=True, metavar="FILE", help="new, or an earlier export")
     parser.add_argument(
         "--format",
@@ -31,8 +28,7 @@ def run(arguments: list[str]) -> None:
     options = parser.parse_args(arguments)
     with settings_come_first():
         output_at(options.output)  # refuses a bad path before any work is done
-        path = checkpoint_at(options.ckpt_path)
-        model = PPO.load_from_checkpoint(path, map_location="cpu", extensions=())
+        path, model = load_policy(options.ckpt_path)
         exported = export_policy(model, options.output, options.format)
     print(f"Checkpoint: {path} (iteration {model.iteration:,})")
     for arrow, tensors in (("->", exported.inputs), ("<-", exported.outputs)):

@@ -15,7 +15,7 @@ def run(arguments: list[str]) -> None:
     """Write the files of the project; exit with status 2 if one of them is there already."""
     parser = CommandParser("esper init", "Write a small project to begin from.")
     parser.add_argument("directory", type=local_path, metavar="DIR", help="new or empty")
-    folder: Path = parser.parse_args(arguments).directory
+    folder: Path = parser.parse_args(arguments).directory.resolve()  # "new/../.." is no new folder
     try:
         if folder.exists() and any(folder.iterdir()):
             fail(f"DIR must be a new or an empty folder, got {str(folder)!r}.")

@@ -325,7 +325,9 @@ class EsperCLI(LightningCLI):
             if self.model.is_resuming:
                 self._refuse_to_resume(error)
             began = self.model.iteration > self._resumes_from
-            early = isinstance(error, MisconfigurationException | MissingPackageError) and not began
+            refusals = (MisconfigurationException, MissingPackageError)
+            refusals += (ValueError,) if self.subcommand == "bench" else ()  # of a number to try
+            early = isinstance(error, refusals) and not began
             if not early and not _is_refusal_of_callback(error):
                 raise
             fail(error)

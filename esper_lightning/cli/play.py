@@ -17,10 +17,10 @@ from torch import Tensor
 from esper_lightning.cli.errors import CommandParser, fail
 from esper_lightning.cli.mistakes import settings_come_first
 from esper_lightning.cli.pages.elements import element, page
+from esper_lightning.cli.policy import add_policy_option, load_policy
 from esper_lightning.core.errors import require
 from esper_lightning.core.shapes import UInt8
 from esper_lightning.envs.base import built_env, spec_name
-from esper_lightning.training.checkpoint.states import checkpoint_at
 from esper_lightning.training.module import PPO
 from esper_lightning.training.video import Frame, frames_of, rendering_env
 
@@ -34,17 +34,14 @@ _RATE = 30.0  # frames a second of environments that do not say
 def run(arguments: list[str]) -> None:
     """Serve pictures of a policy until Ctrl-C; a mistake is one line and exit status 2."""
     parser = CommandParser("esper play", "Watch the policy of a checkpoint act, in a browser.")
-    parser.add_argument(
-        "--ckpt_path", required=True, help="a checkpoint, or a run directory for its best one"
-    )
+    add_policy_option(parser)
     parser.add_argument("--port", type=int, default=8017, help="port of the page (%(default)s)")
     parser.add_argument("--seed", type=int, default=0, help="seed of the episodes (%(default)s)")
     options = parser.parse_args(arguments)
     with settings_come_first():
         fits = 0 <= options.seed <= _MOST_SEED
         require(fits, "--seed", f"be an integer from 0 to {_MOST_SEED}", options.seed)
-        path = checkpoint_at(options.ckpt_path)
-        model = PPO.load_from_checkpoint(path, map_location="cpu", extensions=())
+        path, model = load_policy(options.ckpt_path)
         spec = rendering_env(model.env, 1)
         with torch.inference_mode(False), built_env(spec, torch.device("cpu"), options.seed) as env:
             next(frames_of(model, env))  # refuses environments that draw nothing

@@ -3,14 +3,13 @@
 from pathlib import Path
 from typing import Any, NamedTuple
 
-import torch
 from lightning.pytorch import Trainer
 
 from esper_lightning.callbacks.lightning_internals import parse_checkpoint_path
 from esper_lightning.core.paths import expand_home
-from esper_lightning.forensics.files import replacing
 from esper_lightning.forensics.layout import RunLayout
 from esper_lightning.training.checkpoint.content import STATE_KEY
+from esper_lightning.training.checkpoint.files import write_checkpoint
 from esper_lightning.training.checkpoint.kept import latest_state
 from esper_lightning.training.checkpoint.states import load_checkpoint
 
@@ -35,10 +34,11 @@ class Start(NamedTuple):
         Raises:
             OSError: If the disk takes no more.
         """
-        path = Path(self.path or "")
+        assert self.path is not None
+        assert self.checkpoint is not None
+        path = Path(self.path)
         path.parent.mkdir(exist_ok=True)
-        with replacing(path) as temporary:
-            torch.save(self.checkpoint, temporary)
+        write_checkpoint(self.checkpoint, path)
 
 
 def find_start(trainer: Trainer, name: str | None, run_dir: str | Path | None) -> Start:

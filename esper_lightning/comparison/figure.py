@@ -13,14 +13,12 @@ from matplotlib.ticker import EngFormatter
 from esper_lightning.comparison.runs import SCORES
 from esper_lightning.comparison.scores import Comparison, Place
 from esper_lightning.forensics.files import replacing
-from esper_lightning.forensics.pictures import PICTURE_METADATA
+from esper_lightning.forensics.pictures import PALETTE, PICTURE_METADATA
 from esper_lightning.forensics.reading import printable
 
 __all__ = ["draw"]
 
-# The colours of Okabe and Ito, which colour-blind readers can distinguish; then again, dashed.
-_COLOURS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#000000")
-_STYLES = ("-", "--", ":", "-.")
+_STYLES = ("-", "--", ":", "-.")  # of lines beyond the colours
 
 
 def draw(comparison: Comparison, path: Path) -> None:
@@ -45,7 +43,7 @@ def draw(comparison: Comparison, path: Path) -> None:
 
 def _look(comparison: Comparison, name: str) -> tuple[str, str]:
     k = [variant.name for variant in comparison.variants].index(name)
-    return _COLOURS[k % len(_COLOURS)], _STYLES[k // len(_COLOURS) % len(_STYLES)]
+    return PALETTE[k % len(PALETTE)], _STYLES[k // len(PALETTE) % len(_STYLES)]
 
 
 def _curves(axes: Axes, comparison: Comparison) -> None:

@@ -7,14 +7,16 @@ gives the same results to float32 rounding.
 On a CPU, every mode but ``off`` makes native code of a stage (``native``). On CUDA, ``default``
 compiles one step of a loop, and Python calls the compiled step (``stepwise``); ``max`` captures all
 steps in CUDA graphs (``cuda_graph``); ``auto`` compiles nothing. Where one of these fails, the
-next slower way takes over, with one warning.
+next slower way takes over, with one warning. ``autocast_without_cache`` and ``few_cpu_threads`` are
+the contexts in which stages run.
 """
 
 import logging
 import os
 import threading
 import warnings
-from collections.abc import Callable, Hashable, Sequence
+from collections.abc import Callable, Generator, Hashable, Sequence
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from typing import Any, Literal, TypeVar
 
 import torch
@@ -33,10 +35,12 @@ from esper_lightning.core.tensor_trees import kind, leaves, map_tree, rebuild
 __all__ = [
     "CompileMode",
     "Loop",
+    "autocast_without_cache",
     "capture_function",
     "compile_function",
     "compile_loop",
     "compile_map",
+    "few_cpu_threads",
     "native_or_slower",
     "tell_reasons_again",
 ]
@@ -48,6 +52,7 @@ Loop = Callable[..., tuple[Tree, Tree]]
 _T = TypeVar("_T")
 _log = logging.getLogger(__name__)
 _REASONS_LOGGED: set[str] = set()
+_SAMPLES_WORTH_A_THREAD = 2048
 _TRACING = threading.RLock()  # torch traces in one thread at a time
 
 
@@ -166,6 +171,42 @@ def tell_reasons_again() -> None:
     Each run logs each reason as a warning once.
     """
     _REASONS_LOGGED.clear()
+
+
+def autocast_without_cache(device: torch.device) -> AbstractContextManager[object]:
+    """The autocast that is in force, without its cache of converted weights.
+
+    The cache lives as long as Lightning's autocast context, which is a whole iteration. With the
+    cache, every minibatch after the first gradient step would still compute with the old weights.
+
+    Args:
+        device: Device of the module.
+    """
+    if not torch.is_autocast_enabled(device.type):
+        return nullcontext()
+    dtype = torch.get_autocast_dtype(device.type)
+    return torch.autocast(device.type, dtype=dtype, cache_enabled=False)
+
+
+@contextmanager
+def few_cpu_threads(samples: int) -> Generator[None]:
+    """A context with one CPU thread, where tensors have too few rows for a second thread to help.
+
+    Threads of an OpenMP team wait for each other by spinning: beside another busy process, 64
+    environments ran tens of times slower with two threads than with one (``docs/decisions/0008``).
+
+    Args:
+        samples: Number of rows of the largest tensors, which are those of a minibatch.
+    """
+    threads = torch.get_num_threads()
+    if samples >= _SAMPLES_WORTH_A_THREAD or threads == 1:
+        yield
+        return
+    torch.set_num_threads(1)
+    try:
+        yield
+    finally:
+        torch.set_num_threads(threads)
 
 
 def _is_native(mode: CompileMode, device: torch.device) -> bool:

@@ -96,8 +96,6 @@ def memory_bytes(device: torch.device) -> int:
 
 def first_steps(rollout: Rollout, steps: int) -> Rollout:
     """The first ``steps`` steps of a rollout; views of the same storage."""
-    if steps == rollout.reward.shape[0]:
-        return rollout
     fields = rollout._replace(last_obs=None)  # is storage for any number of steps
     head = Rollout(*(None if field is None else _head(field, steps) for field in fields))  # pyright: ignore[reportArgumentType]
     return head._replace(last_obs=rollout.last_obs)

@@ -8,8 +8,8 @@ from torch import Tensor
 
 from esper_lightning.core.shapes import Bool
 from esper_lightning.core.spaces import Box, ObsSpace
-from esper_lightning.core.tensor_trees import leaves
-from esper_lightning.core.types import LastObs, Observation, Rollout, map_obs
+from esper_lightning.core.tensor_trees import leaves, map_obs
+from esper_lightning.core.types import LastObs, Observation, Rollout
 
 __all__ = [
     "LastObsWriter",

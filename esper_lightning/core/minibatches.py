@@ -4,8 +4,8 @@ import torch
 from torch import Tensor
 
 from esper_lightning.core.shapes import Int
-from esper_lightning.core.tensor_trees import map_tree
-from esper_lightning.core.types import Samples, map_obs
+from esper_lightning.core.tensor_trees import map_obs, map_tree
+from esper_lightning.core.types import Samples
 
 __all__ = ["take"]
 

@@ -5,7 +5,9 @@ from typing import Any, cast
 
 from torch import Tensor
 
-__all__ = ["kind", "leaves", "map_tree", "named_tensors", "rebuild"]
+from esper_lightning.core.types import Observation
+
+__all__ = ["kind", "leaves", "map_obs", "map_tree", "named_tensors", "rebuild"]
 
 _SEQUENCES = (tuple, list)
 
@@ -63,6 +65,16 @@ def rebuild(tree: Any, tensors: Iterable[Tensor]) -> Any:
 def map_tree(function: Callable[[Tensor], Tensor], tree: Any) -> Any:
     """``tree`` with ``function`` applied to every tensor."""
     return rebuild(tree, map(function, leaves(tree)))
+
+
+def map_obs(function: Callable[..., Tensor], obs: Observation, *others: Observation) -> Observation:
+    """Apply ``function`` to an observation, or to every group with the same group of ``others``."""
+    if isinstance(obs, Tensor):
+        return function(obs, *others)
+    groups = cast(tuple[dict[str, Tensor], ...], others)
+    return {
+        name: function(value, *(other[name] for other in groups)) for name, value in obs.items()
+    }
 
 
 def _gather(tree: Any, found: list[Tensor]) -> None:

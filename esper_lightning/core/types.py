@@ -5,8 +5,7 @@ action. This file computes nothing; every field is a tensor on the device of the
 tensors.
 """
 
-from collections.abc import Callable
-from typing import Any, NamedTuple, cast
+from typing import Any, NamedTuple
 
 from torch import Tensor
 
@@ -20,7 +19,6 @@ __all__ = [
     "Rollout",
     "Samples",
     "StepResult",
-    "map_obs",
 ]
 
 Observation = Tensor | dict[str, Tensor]
@@ -126,13 +124,3 @@ class LossTerms(NamedTuple):
     policy: Float[Tensor, " M"]
     value: Float[Tensor, " M"]
     entropy: Float[Tensor, " M"]  # the entropy itself, which the caller subtracts
-
-
-def map_obs(function: Callable[..., Tensor], obs: Observation, *others: Observation) -> Observation:
-    """Apply ``function`` to an observation, or to every group with the same group of ``others``."""
-    if isinstance(obs, Tensor):
-        return function(obs, *others)
-    groups = cast(tuple[dict[str, Tensor], ...], others)
-    return {
-        name: function(value, *(other[name] for other in groups)) for name, value in obs.items()
-    }

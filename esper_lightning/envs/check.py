@@ -38,12 +38,14 @@ from esper_lightning.envs.contract import (
 )
 from esper_lightning.envs.inspector import (
     ENV_MEMBERS,
+    STATE_RULE,
     Inspector,
     check_built,
     check_declared,
     is_count,
     require_members,
     same_values,
+    unsavable,
 )
 
 __all__ = ["check_env"]
@@ -342,8 +344,8 @@ def _check_state(run: _Run, mask: Tensor | None) -> None:
     saved = env.state_dict()
     if saved is None:
         return
-    others = {name: type(value) for name, value in saved.items() if not isinstance(value, Tensor)}  # pyright: ignore[reportUnnecessaryIsInstance]
-    problems.insist(not others, "state_dict()", "hold tensors only", others)
+    others = unsavable(saved)
+    problems.insist(others == {}, "state_dict()", STATE_RULE, others)
     before = fingerprint(saved)
     first = _trajectory(run, mask)
     kept = fingerprint(saved) == before

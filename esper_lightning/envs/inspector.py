@@ -11,11 +11,11 @@ from typing import Any, cast
 import torch
 from torch import Tensor
 
-from esper_lightning.core.errors import Words, missing_members
+from esper_lightning.core.errors import Words, missing_members, require
 from esper_lightning.core.spaces import EnvSpaces
 from esper_lightning.core.tensor_trees import leaves, map_tree
 from esper_lightning.core.types import Observation, StepResult
-from esper_lightning.envs.base import EnvSpec, FunctionalEnv, spec_name
+from esper_lightning.envs.base import BatchedEnv, EnvSpec, FunctionalEnv, spec_name
 from esper_lightning.envs.contract import (
     Contract,
     Problems,
@@ -27,18 +27,22 @@ from esper_lightning.envs.contract import (
 __all__ = [
     "ENV_MEMBERS",
     "FIRST_STEPS",
+    "STATE_RULE",
     "FirstSteps",
     "Inspector",
     "check_built",
     "check_declared",
     "is_count",
+    "refuse_unsavable",
     "require_members",
     "same_values",
+    "unsavable",
 ]
 
 ENV_MEMBERS = ("reset", "step", "state_dict", "load_state_dict")
 TOLERANCE = 1e-4  # for the return of an episode, relative to the sum of absolute rewards
 FIRST_STEPS = 8  # number of steps of a run that are inspected
+STATE_RULE = "hold tensors only, by names"
 _ADAPTERS = "Gymnasium(...) and Custom(...) adapt environments of Gymnasium's interface."
 
 
@@ -75,6 +79,35 @@ def check_built(spec: EnvSpec, spaces: object, env: Any, problems: Problems) -> 
     shown = getattr(env, "spaces", spaces)
     problems.expect(spaces == shown, "spaces()", f"equal {shown}, as built", spaces)
     return built, shown
+
+
+def unsavable(state: object) -> object:
+    """What of an environment's ``state_dict()`` no checkpoint would give back.
+
+    Returns:
+        Names and types of the values that are not dense tensors, or the type of a state that is no
+        mapping; an empty mapping where all can be saved.
+    """
+    if not isinstance(state, Mapping):
+        return type(state).__name__
+    return {
+        name: Words(type(value).__name__)
+        for name, value in cast(Mapping[Any, Any], state).items()
+        if not (isinstance(name, str) and isinstance(value, Tensor) and not value.is_sparse)
+    }
+
+
+def refuse_unsavable(env: BatchedEnv) -> None:
+    """Refuse environments whose state a checkpoint would not give back, before they train.
+
+    Raises:
+        ValueError: If the state of the environments is neither ``None`` nor tensors by names.
+    """
+    state: object = env.state_dict()
+    others = unsavable({} if state is None else state)
+    hint = "Return None if the state cannot be saved: a resumed run then begins new episodes."
+    field = f"{type(env).__name__}.state_dict()"
+    require(others == {}, field, STATE_RULE, others, hint)
 
 
 @dataclass

@@ -19,13 +19,11 @@ from esper_lightning.envs.morphogenesis import Morphogenesis
 from esper_lightning.envs.morphogenesis.blueprints import BLUEPRINTS
 from esper_lightning.envs.morphogenesis.lifecycle import Op, Stage
 from esper_lightning.forensics.files import replacing
-from esper_lightning.forensics.pictures import PICTURE_METADATA
+from esper_lightning.forensics.pictures import PALETTE, PICTURE_METADATA
 from esper_lightning.growth.play import Played
 
 __all__ = ["draw"]
 
-# The colours of Okabe and Ito, which colour-blind readers can distinguish.
-_SLOTS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#000000")
 _STAGES = {
     Stage.TRAINING: "#F5E6A8",
     Stage.BLENDING: "#BFDDF2",
@@ -102,7 +100,7 @@ def _slots(axes: Axes, epoch: _Axis, course: dict[str, _Axis]) -> None:
         for t in epoch[begins]:
             name = BLUEPRINTS[int(blueprint[t - 1])]
             axes.text(t - 0.45, floor + 0.95, name, fontsize=7, va="top", color="0.25")
-        axes.plot(epoch, floor + course["alpha"][:, s], "-", color=_SLOTS[s % len(_SLOTS)], lw=2)
+        axes.plot(epoch, floor + course["alpha"][:, s], "-", color=PALETTE[s % len(PALETTE)], lw=2)
     axes.set_yticks([1.2 * (count - 1 - s) + 0.5 for s in range(count)])
     axes.set_yticklabels([f"slot {s}" for s in range(count)])
     axes.set_ylim(-0.1, 1.2 * count - 0.1)
@@ -129,7 +127,7 @@ def _actions(axes: Axes, epoch: _Axis, action: _Axis, spec: Morphogenesis) -> No
         if op == Op.WAIT:
             axes.plot(t, row, ".", color="0.7", ms=4)
             continue
-        axes.plot(t, row, "o", color=_SLOTS[slot % len(_SLOTS)], ms=11)
+        axes.plot(t, row, "o", color=PALETTE[slot % len(PALETTE)], ms=11)
         axes.text(t, row, str(slot), color="white", fontsize=7, ha="center", va="center_baseline")
         if op == Op.BLEND:
             axes.annotate(

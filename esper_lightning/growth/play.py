@@ -10,6 +10,7 @@ from typing import NamedTuple, cast
 import torch
 from torch import Tensor
 
+from esper_lightning.compiling.loops import few_cpu_threads
 from esper_lightning.core.seeding import stream, stream_seed
 from esper_lightning.core.shapes import Bool, Float, Int
 from esper_lightning.core.tensor_trees import map_tree
@@ -23,7 +24,6 @@ from esper_lightning.ppo.agent import prepare_obs
 from esper_lightning.ppo.collect import Normalize
 from esper_lightning.training.module import PPO
 from esper_lightning.training.specs import evaluation_spec
-from esper_lightning.training.trainer_rules import few_cpu_threads
 
 __all__ = [
     "Choose",

@@ -14,7 +14,8 @@ from torch import Tensor, nn
 from esper_lightning.core.errors import Words, check_fields, require
 from esper_lightning.core.imports import import_object
 from esper_lightning.core.spaces import Box, EnvSpaces, ObsSpace
-from esper_lightning.core.types import Observation, map_obs
+from esper_lightning.core.tensor_trees import map_obs
+from esper_lightning.core.types import Observation
 from esper_lightning.policies.actor_critic import build_actor_critic
 from esper_lightning.policies.base import Policy, PolicySpec
 from esper_lightning.policies.encoders import Encoder, EncoderSpec, with_hidden_layers

@@ -14,8 +14,8 @@ from esper_lightning.core.losses import normalize_advantage
 from esper_lightning.core.ranks import SINGLE_RANK, Ranks
 from esper_lightning.core.running_stats import Moments
 from esper_lightning.core.shapes import Bool, Float
-from esper_lightning.core.tensor_trees import leaves, map_tree
-from esper_lightning.core.types import LastObs, Observation, Rollout, Samples, map_obs
+from esper_lightning.core.tensor_trees import leaves, map_obs, map_tree
+from esper_lightning.core.types import LastObs, Observation, Rollout, Samples
 from esper_lightning.ppo.agent import Agent, Values, Weights
 from esper_lightning.ppo.config import PPOConfig
 

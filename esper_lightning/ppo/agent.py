@@ -16,7 +16,8 @@ from esper_lightning.core.flat_adam import FlatParameters
 from esper_lightning.core.last_obs import holds_images
 from esper_lightning.core.running_stats import ObsNormalizer
 from esper_lightning.core.shapes import Bool, Float, Shaped
-from esper_lightning.core.types import Observation, Samples, map_obs
+from esper_lightning.core.tensor_trees import map_obs
+from esper_lightning.core.types import Observation, Samples
 from esper_lightning.policies.base import Evaluation, Policy, SampledAction
 from esper_lightning.ppo.extension import Extensions
 

@@ -17,8 +17,8 @@ from esper_lightning.core.buffer import stored_obs, write_step
 from esper_lightning.core.last_obs import LastObsWriter
 from esper_lightning.core.shapes import Bool, Float
 from esper_lightning.core.spaces import ObsSpace
-from esper_lightning.core.tensor_trees import map_tree
-from esper_lightning.core.types import Observation, Rollout, StepResult, map_obs
+from esper_lightning.core.tensor_trees import map_obs, map_tree
+from esper_lightning.core.types import Observation, Rollout, StepResult
 from esper_lightning.envs.base import BatchedEnv, FunctionalEnv, is_functional
 from esper_lightning.envs.inspector import FirstSteps
 from esper_lightning.policies.base import SampledAction

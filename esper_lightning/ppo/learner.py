@@ -6,7 +6,7 @@ nothing of Lightning, and only ``to_host`` waits for the device.
 
 from collections.abc import Callable, Mapping, Sequence
 from functools import partial
-from typing import Any, NamedTuple, cast
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -14,7 +14,7 @@ from torch import Tensor
 from esper_lightning.compiling.loops import CompileMode, compile_function, tell_reasons_again
 from esper_lightning.core.buffer import allocate_rollout, first_steps
 from esper_lightning.core.distributions import has_choice
-from esper_lightning.core.errors import Words, require
+from esper_lightning.core.errors import require
 from esper_lightning.core.flat_adam import FlatParameters
 from esper_lightning.core.last_obs import with_reached_obs, without_images
 from esper_lightning.core.ranks import SINGLE_RANK, Ranks
@@ -32,7 +32,7 @@ from esper_lightning.envs.base import (
     reseed_env,
     spec_name,
 )
-from esper_lightning.envs.inspector import FirstSteps
+from esper_lightning.envs.inspector import FirstSteps, refuse_unsavable
 from esper_lightning.ppo.advantages import Critic, prepare_samples, scale_reward
 from esper_lightning.ppo.agent import Agent, Values
 from esper_lightning.ppo.collect import ActingState, Collector
@@ -164,7 +164,7 @@ class Learner:
             zeros = torch.zeros(self._storage.reward.shape[1], device=self._device)
             self._acting = ActingState(obs, mask, zeros, self.agent.policy.initial_memory(obs))
             self._first_memory = self._acting.memory
-            _refuse_other_than_tensors(self._env)
+            refuse_unsavable(self._env)
             return False
         self._env.load_state_dict(state["env"])
         acting = ActingState(**state["acting"]).to(self._device)
@@ -196,7 +196,9 @@ class Learner:
         assert self._acting is not None and self._parameters is not None  # noqa: PT018
         self._parameters.refresh()
         self.agent.refresh()
-        storage = first_steps(self._storage, steps)
+        storage = self._storage
+        if steps < len(storage.reward):  # the last rollout of a run with a budget
+            storage = first_steps(storage, steps)
         memory = self._acting.memory  # it is changed in place
         self._first_memory = None if memory is None else memory.clone()
         rollout, self._acting = self._collector.collect(
@@ -379,21 +381,3 @@ def _targets_of(
         values, rollout, reward, config, ranks, memory=memory, choice=choice
     )
     return Targets(samples, discounted_return, moments, healthy, episodes, variance)
-
-
-def _refuse_other_than_tensors(env: BatchedEnv) -> None:
-    """Refuse environments whose state a checkpoint would not give back, before they train."""
-    state: Any = env.state_dict()
-    if state is None:
-        return
-    others: object = type(state).__name__
-    if isinstance(state, Mapping):
-        named = cast(Mapping[Any, Any], state).items()
-        others = {
-            name: Words(type(value).__name__)
-            for name, value in named
-            if not (isinstance(name, str) and isinstance(value, Tensor) and not value.is_sparse)
-        }
-    field = f"{type(env).__name__}.state_dict()"
-    hint = "Return None if the state cannot be saved: a resumed run then begins new episodes."
-    require(others == {}, field, "hold tensors only, by names", others, hint)

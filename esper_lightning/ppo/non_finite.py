@@ -18,7 +18,8 @@ from esper_lightning.core.minibatches import take
 from esper_lightning.core.ranks import PeerFailedError
 from esper_lightning.core.shapes import Bool
 from esper_lightning.core.spaces import ActionSpace
-from esper_lightning.core.types import Observation, Rollout, Samples, map_obs
+from esper_lightning.core.tensor_trees import map_obs
+from esper_lightning.core.types import Observation, Rollout, Samples
 from esper_lightning.envs.base import EnvSpec, spec_name
 from esper_lightning.envs.inspector import FirstSteps
 from esper_lightning.ppo.agent import Agent, Weights

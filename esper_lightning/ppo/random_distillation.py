@@ -17,8 +17,8 @@ from esper_lightning.core.ranks import Ranks
 from esper_lightning.core.running_stats import Moments, ObsNormalizer, RunningStats
 from esper_lightning.core.shapes import Bool, Float
 from esper_lightning.core.spaces import EnvSpaces
-from esper_lightning.core.tensor_trees import map_tree
-from esper_lightning.core.types import Observation, Rollout, Samples, map_obs
+from esper_lightning.core.tensor_trees import map_obs, map_tree
+from esper_lightning.core.types import Observation, Rollout, Samples
 from esper_lightning.policies.base import Evaluation
 from esper_lightning.policies.encoders import FlatEncoder
 from esper_lightning.policies.layers import check_layers, orthogonal_linear

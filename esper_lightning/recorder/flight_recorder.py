@@ -171,6 +171,8 @@ class FlightRecorder(WritesRun):
         self, trainer: Trainer, pl_module: LightningModule, batch: Any, batch_idx: int
     ) -> None:
         """Note that an iteration begins; copy the directory if the last one saved a checkpoint."""
+        if self._keeper is not None:
+            self._keeper.begin(trainer)
         if self._has_saved:
             self._has_saved = False
             copy_run_directory(trainer)

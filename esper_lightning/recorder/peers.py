@@ -34,6 +34,7 @@ __all__ = [
 _HOST = socket.gethostname()
 _CLOCKS_DIFFER_S = 10.0
 _SILENT_S = 60.0  # a network disk may stand still for a while; a death is noticed by others, too
+_VANISHED = "its process vanished"
 _previous_end_s = [time.time()]  # of the latest run in this process, or of the import
 
 
@@ -168,10 +169,18 @@ class Peers:
                 continue
             if process.state == "failed":
                 return peer, "it failed"
-            if process.state == "running" and is_alive(process) is False:
-                return peer, "its process vanished"
+            if _has_vanished(process):
+                return peer, _VANISHED
             if process.state == "running" and self._silent_s(peer, process) > _SILENT_S:
                 return peer, f"it gave no sign of life for {_SILENT_S:g} s"
+        return None
+
+    def first_vanished(self) -> tuple[int, str] | None:
+        """A rank whose process ended without a word, with the reason; ``None`` without one."""
+        for peer in self._others:
+            process = self._read(peer)
+            if process is not None and _has_vanished(process):
+                return peer, _VANISHED
         return None
 
     def wait_until_saved(self, timeout_s: float) -> None:
@@ -211,6 +220,10 @@ class Peers:
         known = self._met and same_recording(process, self._met[peer])
         of_this_run = not self._met and is_of_this_run(process, self._since_s)
         return process if known or of_this_run else None
+
+
+def _has_vanished(process: ProcessRecord) -> bool:
+    return process.state == "running" and is_alive(process) is False
 
 
 # Only gloo names the place in its source at which an operation failed.

@@ -24,7 +24,7 @@ import torch
 from lightning.pytorch.profilers import PassThroughProfiler, Profiler, PyTorchProfiler
 from torch.profiler import ProfilerAction
 
-from esper_lightning.callbacks.lightning_internals import (
+from esper_lightning.callbacks.profiler_internals import (
     forget_schedule,
     profiler_settings,
     take_open_spans,
@@ -158,14 +158,12 @@ class ProfilerGuard:
                 self._look_after_windows()
         except Exception as error:
             self._close_output()
-            if isinstance(self.profiler, PyTorchProfiler):
-                lost = self.has_window or not isinstance(error, AssertionError)
-                self._save_what_there_is(method)
-                if not lost:  # Lightning's assertion when a run ends without any window
-                    return
-            elif method == "describe":
-                self._save_what_there_is(method)
-            _log.warning("The profiler failed and is off from here on: %r", error)
+            is_torch = isinstance(self.profiler, PyTorchProfiler)
+            # Lightning asserts that a run has a window.
+            lost = self.has_window or not (is_torch and isinstance(error, AssertionError))
+            self._save_what_there_is(method)
+            if lost:
+                _log.warning("The profiler failed and is off from here on: %r", error)
 
     def _close_output(self) -> None:
         """Close the file of the profiler's text, and remove the file if it is empty.
@@ -185,7 +183,7 @@ class ProfilerGuard:
         """Save an open window and the table in the run directory, after the profiler failed."""
         table = ""
         with contextlib.suppress(Exception):
-            if method == "describe":
+            if method == "describe" or not isinstance(self.profiler, PyTorchProfiler):
                 table = self.profiler.summary()
             elif self.has_window:
                 _, table = self.finish("window")

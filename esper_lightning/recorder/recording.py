@@ -226,12 +226,22 @@ class Recording:
             self.leave()
 
     def _save_error(self, error: BaseException, signal_name: str | None) -> None:
-        cause = "exception" if signal_name is None else "signal"
-        peer = None
+        death = Death(cause="exception", error=error)
         if isinstance(error, PeerFailedError) or lost_a_peer(error):
-            cause, peer = "peer", self._peers.first_failure()
-        self._save(Death(cause=cause, error=error, signal=signal_name, peer=peer))
+            death = Death(cause="peer", error=error, peer=self._peers.first_failure())
+        elif signal_name is not None:
+            death = self._death_by_signal(signal_name, error)
+        self._save(death)
         attempt(lambda: self._note(error))
+
+    def _death_by_signal(self, name: str, error: BaseException | None = None) -> Death:
+        """A death by a signal; launchers send SIGTERM to the ranks that are left when one is gone.
+
+        A launcher may be faster than this rank's own look at the others.
+        """
+        vanished = self._peers.first_vanished() if name == "SIGTERM" else None
+        cause = "signal" if vanished is None else "peer"
+        return Death(cause=cause, error=error, signal=name, peer=vanished)
 
     def save_for_launcher(self) -> None:
         """Save all evidence in the launcher's thread, which is about to kill this process."""
@@ -300,7 +310,10 @@ class Recording:
         if alarm.cause == "hang":
             heading = f"No iteration has ended for {alarm.silent_s:.1f} s"
             attempt(lambda: dump_stacks(self._files.stacks, heading))
-        self._save(Death(cause=alarm.cause, signal=alarm.signal, peer=alarm.peer))
+        if alarm.signal is None:
+            self._save(Death(cause=alarm.cause, peer=alarm.peer))
+        else:
+            self._save(self._death_by_signal(alarm.signal))
         if alarm.cause == "hang" and self._hang_ends and not self._has_left:
             # The other ranks hang, too: a launcher kills them once this process has ended.
             attempt(lambda: self._peers.wait_until_saved(_PEER_GRACE_S))

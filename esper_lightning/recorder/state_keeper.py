@@ -72,13 +72,13 @@ class StateKeeper(Checkpoint):
         # Since the latest decision: begin, iterations finished by then, and what storing took.
         self._begun_s, self._since, self._took_s = 0.0, 0, list[float]()
 
-    @override
-    def on_train_epoch_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
+    def begin(self, trainer: Trainer) -> None:
         """Remove the states of an earlier run; that from which this run resumes stays.
 
-        A run whose start is refused, the last thing in ``on_train_start``, has removed nothing.
+        The recorder calls this before the first iteration, not earlier: a run whose start is
+        refused, the last thing in ``on_train_start``, has removed nothing.
         """
-        if self._begun_s:  # this is not the first epoch
+        if self._begun_s:
             return
         resumes = str(trainer.ckpt_path) == str(self._layout.joined_state)
         self._remove_states(joined=trainer.is_global_zero and not resumes)

@@ -6,6 +6,7 @@ import torch
 from torch import nn
 from torchmetrics import CatMetric
 
+from esper_lightning.compiling.loops import few_cpu_threads
 from esper_lightning.core.seeding import stream_seed
 from esper_lightning.envs.base import BatchedEnv, close_env, reseed_env
 from esper_lightning.envs.inspector import FIRST_STEPS, FirstSteps
@@ -15,7 +16,6 @@ from esper_lightning.ppo.evaluation import evaluate_policy
 from esper_lightning.ppo.metrics import evaluation_metrics
 from esper_lightning.training.settings import PPOSettings
 from esper_lightning.training.specs import episodes_each, evaluation_spec
-from esper_lightning.training.trainer_rules import few_cpu_threads
 
 __all__ = ["Evaluation"]
 

@@ -33,7 +33,8 @@ from esper_lightning.core.spaces import (
     MultiDiscrete,
     mask_size,
 )
-from esper_lightning.core.types import Observation, map_obs
+from esper_lightning.core.tensor_trees import map_obs
+from esper_lightning.core.types import Observation
 from esper_lightning.envs.base import built_env
 from esper_lightning.forensics.files import write_atomically
 from esper_lightning.ppo.agent import prepare_obs

@@ -20,7 +20,7 @@ from typing_extensions import override
 from esper_lightning.callbacks.loggers import guard_loggers
 from esper_lightning.callbacks.run_directory import begin_run_directory
 from esper_lightning.callbacks.tracking import begin_tracking, continue_tracking
-from esper_lightning.compiling.loops import CompileMode
+from esper_lightning.compiling.loops import CompileMode, autocast_without_cache, few_cpu_threads
 from esper_lightning.core.ranks import Ranks
 from esper_lightning.core.running_stats import ObsNormalizer, RunningStats, normalized_space
 from esper_lightning.core.seeding import require_torch_defaults, stream, stream_seed
@@ -195,8 +195,8 @@ class PPO(CheckpointHooks):
         profile, learner = self.trainer.profiler.profile, self._learner
         steps = self.progress.next_rollout_steps(self._ranks.size)
         with (
-            trainer_rules.autocast_without_cache(self.device),
-            trainer_rules.few_cpu_threads(steps * self.env.num_envs // self.ppo.minibatches),
+            autocast_without_cache(self.device),
+            few_cpu_threads(steps * self.env.num_envs // self.ppo.minibatches),
         ):
             with profile("rollout"):
                 learner.begin_iteration(self.progress.of_run())
@@ -281,6 +281,7 @@ class PPO(CheckpointHooks):
         with tells_other_ranks(self.trainer):
             trainer_rules.refuse_trainer(self.trainer, self.settings, fits=fits, logs_more=more)
         trainer_rules.keep_lightning_from_requeueing(self.trainer)
+        trainer_rules.keep_profilers_from_slowing(self.trainer, self.settings.compile)
         if fits:
             self.refuse_other_ranks()
             begin_run_directory(self.trainer)

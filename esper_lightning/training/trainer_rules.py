@@ -1,7 +1,6 @@
 """Everything that PPO needs of Lightning's Trainer beyond its hooks.
 
-This file refuses Trainer settings that do not work, counts iterations as the Trainer's steps, and
-adapts autocast and threads to PPO.
+This file refuses Trainer settings that do not work, and counts iterations as the Trainer's steps.
 """
 # Lightning sets many attributes of its Trainer where no type checker sees them.
 # pyright: reportAttributeAccessIssue=false, reportPrivateUsage=false
@@ -10,12 +9,9 @@ adapts autocast and threads to PPO.
 import logging
 import os
 import warnings
-from collections.abc import Generator
-from contextlib import AbstractContextManager, contextmanager, nullcontext
 from importlib.util import find_spec
 from pathlib import Path
 
-import torch
 from lightning.fabric.plugins.environments.slurm import SLURMEnvironment
 from lightning.pytorch import Trainer
 from lightning.pytorch.callbacks import (
@@ -32,6 +28,7 @@ from lightning.pytorch.callbacks import (
     StochasticWeightAveraging,
     Timer,
 )
+from lightning.pytorch.profilers import PyTorchProfiler
 from lightning.pytorch.strategies import DDPStrategy, DeepSpeedStrategy, SingleDeviceStrategy
 
 from esper_lightning.callbacks.lightning_internals import (
@@ -44,6 +41,8 @@ from esper_lightning.callbacks.lightning_internals import (
     train_time_interval,
 )
 from esper_lightning.callbacks.mirror import require_writable
+from esper_lightning.callbacks.profiler_internals import record_no_module_names
+from esper_lightning.compiling.loops import CompileMode
 from esper_lightning.core.buffer import memory_bytes, rollout_bytes
 from esper_lightning.core.errors import Words, at_least, one_of, require, require_name
 from esper_lightning.core.seeding import require_torch_defaults
@@ -53,10 +52,9 @@ from esper_lightning.training.settings import PPOSettings
 from esper_lightning.training.specs import evaluation_spec
 
 __all__ = [
-    "autocast_without_cache",
     "count_step",
-    "few_cpu_threads",
     "keep_lightning_from_requeueing",
+    "keep_profilers_from_slowing",
     "planned_env_steps",
     "refuse_trainer",
     "silence_lightning",
@@ -64,7 +62,6 @@ __all__ = [
 
 _log = logging.getLogger(__name__)
 _PRECISIONS = ("32-true", "bf16-mixed")
-_SAMPLES_WORTH_A_THREAD = 2048
 _DEVICES = ("cpu", "cuda")
 _LOG_ONLY = (DeviceStatsMonitor, LearningRateMonitor)
 
@@ -261,6 +258,25 @@ def keep_lightning_from_requeueing(trainer: Trainer) -> None:
         _log.info("%s. scripts/slurm.sh requeues the job instead.", hangs)
 
 
+def keep_profilers_from_slowing(trainer: Trainer, mode: CompileMode) -> None:
+    """Let a stock ``PyTorchProfiler`` record no names of modules where training is compiled.
+
+    It names modules by hooks, with which training would be eager, in all steps: the trace would
+    show another program, several times slower.
+
+    Args:
+        trainer: Trainer of the run.
+        mode: Compile mode of the module.
+    """
+    eager = ("off", "auto") if trainer.strategy.root_device.type == "cuda" else ("off",)
+    profiler = trainer.profiler
+    if mode in eager or not isinstance(profiler, PyTorchProfiler):
+        return
+    if record_no_module_names(profiler):
+        text = "The profiler records no names of modules, which only PPO(compile='off') has."
+        _log.info(text)
+
+
 def silence_lightning() -> None:
     """Silence warnings of Lightning about which users of PPO can do nothing.
 
@@ -317,39 +333,3 @@ def planned_env_steps(trainer: Trainer, progress: Progress, *, ranks: int) -> in
             budget,
         )
     return min(limit, budget)
-
-
-def autocast_without_cache(device: torch.device) -> AbstractContextManager[object]:
-    """The autocast that is in force, without its cache of converted weights.
-
-    The cache lives as long as Lightning's autocast context, which is a whole iteration. With the
-    cache, every minibatch after the first gradient step would still compute with the old weights.
-
-    Args:
-        device: Device of the module.
-    """
-    if not torch.is_autocast_enabled(device.type):
-        return nullcontext()
-    dtype = torch.get_autocast_dtype(device.type)
-    return torch.autocast(device.type, dtype=dtype, cache_enabled=False)
-
-
-@contextmanager
-def few_cpu_threads(samples: int) -> Generator[None]:
-    """A context with one CPU thread, where tensors have too few rows for a second thread to help.
-
-    Threads of an OpenMP team wait for each other by spinning: beside another busy process, 64
-    environments ran tens of times slower with two threads than with one (``docs/decisions/0008``).
-
-    Args:
-        samples: Number of rows of the largest tensors, which are those of a minibatch.
-    """
-    threads = torch.get_num_threads()
-    if samples >= _SAMPLES_WORTH_A_THREAD or threads == 1:
-        yield
-        return
-    torch.set_num_threads(1)
-    try:
-        yield
-    finally:
-        torch.set_num_threads(threads)

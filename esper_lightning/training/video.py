@@ -202,6 +202,9 @@ class VideoCallback(Callback):
     worst of ten episodes. W&B and MLflow get the file, TensorBoard its path as a text. Only the
     first rank records. A video that cannot be recorded is one warning, and training continues.
 
+    The class is no module of ``callbacks``, whose modules know nothing of policies and
+    environments: it plays the policy of a ``PPO`` module.
+
     Args:
         every: Evaluations from one video to the next.
 

@@ -17,12 +17,7 @@ FILES = sorted((BENCHMARKS / "results").glob("*.md"))
 LATER = "to be made anew once later changes have landed"
 # Results files that break the rules today, and why they may.
 EXCEPTIONS = {
-    "demo.md": LATER,  # written by hand
     "faults.md": LATER,  # of a dirty tree
-    "growth.md": LATER,  # of a dirty tree
-    "checkpoints.md": LATER,  # its command had a name for the file
-    "recorder_cost.md": LATER,  # of a dirty tree
-    "recorder_cost_small.md": LATER,  # its part was an option of its own
 }
 TINY = """
 import pathlib

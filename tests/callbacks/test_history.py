@@ -198,7 +198,7 @@ def test_resuming_time_and_again_keeps_each_dropped_row_once_and_few_files(make_
         history, module = History(tmp_path), SimpleNamespace(iteration=20, counts_iterations=True)
         trainer = make_trainer(callbacks=[history])
         history.setup(trainer, module, "fit")
-        history.on_train_epoch_start(trainer, module)
+        history.on_train_batch_start(trainer, module, 0, 0)
         history.teardown(trainer, module, "fit")
 
     for number in range(1, 31):

@@ -9,7 +9,6 @@ from pathlib import Path
 
 import lightning
 import pytest
-from lightning.pytorch.profilers import PyTorchProfiler
 from tensorboard.summary.writer import event_file_writer, record_writer
 
 import esper_lightning
@@ -18,7 +17,7 @@ from esper_lightning.callbacks import lightning_internals as internals
 PACKAGE = Path(esper_lightning.__path__[0])
 LIGHTNING = Path(lightning.__path__[0])
 FILE = PACKAGE / "callbacks" / "lightning_internals.py"
-OTHERS = ("tensorboard_internals.py", "tracker_internals.py")
+OTHERS = ("profiler_internals.py", "tensorboard_internals.py", "tracker_internals.py")
 FILES = (FILE, *map(FILE.with_name, OTHERS))
 
 
@@ -132,11 +131,3 @@ def test_those_that_the_recorder_replaces_are_there(make_trainer):
     assert not internals.spawns_processes(trainer)
     internals.note_sigterm(trainer)
     assert trainer.received_sigterm
-
-
-def test_a_profiler_gives_its_settings():
-    profiler = PyTorchProfiler(record_shapes=True)
-    assert internals.profiler_settings(profiler)["record_shapes"] is True
-    assert not internals.records_nvtx(profiler)
-    assert internals.take_open_spans(profiler) == []
-    assert internals.take_parent_profiler(profiler) is None

@@ -41,6 +41,15 @@ def test_a_folder_with_files_is_refused(tmp_path, capsys):
     assert capsys.readouterr().err.count("\n") == 1
 
 
+def test_a_folder_behind_a_missing_one_is_looked_at(tmp_path, monkeypatch):
+    (tmp_path / "README.md").write_text("mine")
+    (tmp_path / "sub").mkdir()
+    monkeypatch.chdir(tmp_path / "sub")
+    with pytest.raises(SystemExit) as caught:
+        main(["init", "new/../.."])
+    assert (caught.value.code, (tmp_path / "README.md").read_text()) == (2, "mine")
+
+
 def test_a_folder_that_cannot_be_made_is_one_line(tmp_path, capsys):
     (tmp_path / "file").touch()
     with pytest.raises(SystemExit):

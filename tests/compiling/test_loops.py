@@ -1,5 +1,6 @@
 """A loop gives the same results in every mode; what cannot be compiled runs eagerly."""
 
+import contextlib
 import logging
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
@@ -17,6 +18,7 @@ from esper_lightning.compiling.loops import (
     compile_function,
     compile_loop,
     compile_map,
+    few_cpu_threads,
 )
 from esper_lightning.compiling.stepwise import StepwiseLoop
 
@@ -272,3 +274,16 @@ def test_an_index_outside_is_the_error_that_it_is_eagerly() -> None:
         assert function(x, torch.tensor([2, 0])).tolist() == [2.0, 0.0]
         with pytest.raises(IndexError):
             function(x, torch.tensor([0, -1]))
+
+
+@pytest.mark.parametrize(("samples", "threads"), [(64, 1), (2047, 1), (2048, 2)])
+def test_small_batches_get_one_thread_and_restore_the_others(samples, threads):
+    before = torch.get_num_threads()
+    torch.set_num_threads(2)
+    try:
+        with contextlib.suppress(RuntimeError), few_cpu_threads(samples):
+            assert torch.get_num_threads() == threads
+            raise RuntimeError
+        assert torch.get_num_threads() == 2
+    finally:
+        torch.set_num_threads(before)

@@ -6,7 +6,8 @@ from torch import Tensor
 
 from esper_lightning.core.buffer import allocate_rollout, first_steps, write_step
 from esper_lightning.core.spaces import Box, Discrete, EnvSpaces, MultiDiscrete
-from esper_lightning.core.types import Observation, Rollout, map_obs
+from esper_lightning.core.tensor_trees import map_obs
+from esper_lightning.core.types import Observation, Rollout
 
 STEPS, ENVS = 3, 2
 CPU = torch.device("cpu")

@@ -4,7 +4,8 @@ import pytest
 import torch
 
 from esper_lightning.core.minibatches import take
-from esper_lightning.core.types import Observation, Samples, map_obs
+from esper_lightning.core.tensor_trees import map_obs
+from esper_lightning.core.types import Observation, Samples
 
 
 def numbered(size: int, *, grouped: bool = False, masked: bool = False) -> Samples:

@@ -6,7 +6,14 @@ from typing import Any, NamedTuple
 import pytest
 import torch
 
-from esper_lightning.core.tensor_trees import kind, leaves, map_tree, named_tensors, rebuild
+from esper_lightning.core.tensor_trees import (
+    kind,
+    leaves,
+    map_obs,
+    map_tree,
+    named_tensors,
+    rebuild,
+)
 
 
 class Pair(NamedTuple):
@@ -86,3 +93,15 @@ def test_trees_of_other_kinds_are_told_apart(one: Any, other: Any) -> None:
 def test_a_value_that_is_no_tree_has_no_kind() -> None:
     with pytest.raises(ValueError, match="got 'set'"):
         kind((torch.zeros(1), {1}))
+
+
+def test_an_observation_without_groups_is_mapped_as_one_tensor() -> None:
+    one, other = torch.ones(2), torch.full((2,), 3.0)
+    assert map_obs(torch.sub, one, other).tolist() == [-2.0, -2.0]
+
+
+def test_each_group_is_mapped_with_the_same_group_of_other_observations() -> None:
+    one = {"a": torch.tensor(1.0), "b": torch.tensor(2.0)}
+    other = {"b": torch.tensor(20.0), "a": torch.tensor(10.0)}  # in another order
+    got = map_obs(torch.sub, one, other)
+    assert {name: value.item() for name, value in got.items()} == {"a": -9.0, "b": -18.0}

@@ -1,17 +1,24 @@
-"""Functions over observations with and without groups."""
+"""The records of an iteration."""
 
+import pytest
 import torch
 
-from esper_lightning.core.types import map_obs
+from esper_lightning.core.types import Samples
+
+STEPS, ENVS = 3, 2
 
 
-def test_an_observation_without_groups_is_mapped_as_one_tensor() -> None:
-    one, other = torch.ones(2), torch.full((2,), 3.0)
-    assert map_obs(torch.sub, one, other).tolist() == [-2.0, -2.0]
-
-
-def test_each_group_is_mapped_with_the_same_group_of_other_observations() -> None:
-    one = {"a": torch.tensor(1.0), "b": torch.tensor(2.0)}
-    other = {"b": torch.tensor(20.0), "a": torch.tensor(10.0)}  # in another order
-    got = map_obs(torch.sub, one, other)
-    assert {name: value.item() for name, value in got.items()} == {"a": -9.0, "b": -18.0}
+@pytest.mark.parametrize(("memory", "units"), [(None, STEPS * ENVS), (torch.zeros(ENVS, 4), ENVS)])
+def test_units_to_shuffle_are_steps_or_with_memory_the_sequences_of_environments(memory, units):
+    number = torch.zeros(STEPS * ENVS)
+    samples = Samples(
+        obs=number[:, None],
+        action=number,
+        log_prob=number,
+        action_mask=None,
+        advantage=number,
+        value=number,
+        value_target=number,
+        memory=memory,
+    )
+    assert samples.units == units

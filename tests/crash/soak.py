@@ -268,7 +268,9 @@ def check_whole(directory: Path) -> None:
 
 
 def _read(path: Path) -> None:
-    name = path.name.rstrip("0123456789").rstrip(".") if ".json" in path.name else path.name
+    name = path.name
+    if ".json" in name or name.startswith("stacks.txt."):  # may be set aside, with a number
+        name = name.rstrip("0123456789").rstrip(".")
     if name.startswith("."):  # being written, or room for what may come
         is_known = name.endswith(".tmp") or name.startswith((".reserved.", ".set_aside"))
         assert is_known, "an unknown hidden file"

@@ -447,7 +447,7 @@ OTHER_PROBLEMS = [
     ),
     (ReusesResetObs, "reset().obs must keep its values when stepped on, got others."),
     (WritesAction, "step().action must be left as it was, got another."),
-    (SavesNumbers, "state_dict() must hold tensors only, got {'steps': <class 'int'>}."),
+    (SavesNumbers, "state_dict() must hold tensors only, by names, got {'steps': int}."),
     (SavesViews, "state_dict() must return copies, got what later steps change."),
     (LoadsViews, "load_state_dict() must copy, got a state that later steps change."),
     (

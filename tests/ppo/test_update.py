@@ -15,6 +15,7 @@ from stable_baselines3.common.logger import Logger
 from stable_baselines3.common.vec_env import DummyVecEnv
 from torch import Tensor
 
+from esper_lightning.compiling.loops import autocast_without_cache
 from esper_lightning.core.buffer import allocate_rollout
 from esper_lightning.core.spaces import ActionSpace, Box, Discrete, EnvSpaces, MultiDiscrete
 from esper_lightning.core.types import Rollout, Samples
@@ -24,7 +25,6 @@ from esper_lightning.ppo.agent import Agent
 from esper_lightning.ppo.config import PPOConfig
 from esper_lightning.ppo.optimizer import build_optimizer
 from esper_lightning.ppo.update import UpdateMetrics, Updater
-from esper_lightning.training.trainer_rules import autocast_without_cache
 
 STEPS, ENVS, FEATURES = 16, 4, 5
 CPU = torch.device("cpu")

@@ -178,7 +178,7 @@ def test_one_that_vanished_is_noticed_and_one_that_finished_before_is_not(layout
     Peers(layout, 1, 2).report("running")
     alter(layout, 1, pid=gone.pid)
     peers = Peers(layout, 0, 2)
-    assert peers.first_failure() == (1, "its process vanished")
+    assert peers.first_failure() == peers.first_vanished() == (1, "its process vanished")
     alter(layout, 1, state="finished")
     assert peers.first_failure() is None
 

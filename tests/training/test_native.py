@@ -5,6 +5,7 @@ import dataclasses
 import pytest
 import torch
 from lightning.pytorch import Callback
+from lightning.pytorch.profilers import PyTorchProfiler
 
 from esper_lightning import CNN, MLP, PPO, PPOConfig, Recurrent
 from esper_lightning.envs import Acrobot, CartPole, MountainCar, Pendulum
@@ -59,6 +60,19 @@ def test_native_training_gives_the_results_of_eager_training(make_trainer, caplo
     for name, value in native.state_dict().items():
         torch.testing.assert_close(value, expected[name], rtol=2e-3, atol=2e-5, msg=name)
     assert [m for m in warnings_of(caplog) if IMPURE not in m] == []
+
+
+@pytest.mark.parametrize("mode", ["off", "auto"])
+def test_a_stock_profiler_records_the_program_that_trains(make_trainer, tmp_path, caplog, mode):
+    profiler = PyTorchProfiler(
+        tmp_path, schedule=torch.profiler.schedule(wait=0, warmup=1, active=1), with_stack=False
+    )
+    model = PPO(CartPole(num_envs=8), ppo=SMALL, total_env_steps=512, compile=mode)
+    make_trainer(profiler=profiler, limit_val_batches=0).fit(model)
+    assert warnings_of(caplog) == []
+    traces = [path.read_text() for path in tmp_path.rglob("*.pt.trace.json")]
+    assert traces
+    assert any("nn.Module" in trace or "policy" in trace for trace in traces) == (mode == "off")
 
 
 def test_any_number_of_threads_gives_the_same_bits(make_trainer):

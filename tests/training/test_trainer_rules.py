@@ -1,6 +1,5 @@
 """The planned end of a run, and the behaviour of Lightning that PPO switches off."""
 
-import contextlib
 import types
 import warnings
 
@@ -13,7 +12,6 @@ from esper_lightning.envs import CartPole
 from esper_lightning.training.progress import Progress
 from esper_lightning.training.settings import PPOSettings
 from esper_lightning.training.trainer_rules import (
-    few_cpu_threads,
     keep_lightning_from_requeueing,
     planned_env_steps,
     refuse_trainer,
@@ -80,19 +78,6 @@ def test_lightning_requeues_jobs_of_one_rank_and_no_others(ranks):
     connector = types.SimpleNamespace(cluster_environment=environment)
     keep_lightning_from_requeueing(trainer(world_size=ranks, _accelerator_connector=connector))
     assert environment.auto_requeue == (ranks == 1)
-
-
-@pytest.mark.parametrize(("samples", "threads"), [(64, 1), (2047, 1), (2048, 2)])
-def test_small_batches_get_one_thread_and_restore_the_others(samples, threads):
-    before = torch.get_num_threads()
-    torch.set_num_threads(2)
-    try:
-        with contextlib.suppress(RuntimeError), few_cpu_threads(samples):
-            assert torch.get_num_threads() == threads
-            raise RuntimeError
-        assert torch.get_num_threads() == 2
-    finally:
-        torch.set_num_threads(before)
 
 
 @pytest.mark.parametrize("kind", ["mps", "xpu"])

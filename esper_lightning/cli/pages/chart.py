@@ -12,12 +12,12 @@ from dataclasses import dataclass
 
 from esper_lightning.cli.pages.elements import Markup, element
 from esper_lightning.comparison.section import number
+from esper_lightning.forensics.pictures import PALETTE
 
 __all__ = ["Line", "legend", "line_chart", "thinned"]
 
-# The colours of Okabe and Ito, which colour-blind readers can distinguish; then again, dashed.
-_COLOURS = 7
-_DASHES = (None, "6 3", "2 2", "8 3 2 3")
+_COLOURS = len(PALETTE)  # of which page.css has a tone each
+_DASHES = (None, "6 3", "2 2", "8 3 2 3")  # of lines beyond the colours
 _WIDTH, _HEIGHT = 460, 240
 _LEFT, _RIGHT, _TOP, _BOTTOM = 56, 12, 10, 36  # margins for the texts of the axes
 _MOST_POINTS = 300  # of a line; a chart has no more pixels to show

@@ -7,6 +7,8 @@ from typing import Any, cast
 import torch
 from torch import Tensor, fx
 
+from esper_lightning.compiling.native.values import UnsupportedError
+
 __all__ = ["DECOMPOSED", "decompose"]
 
 DECOMPOSED = (
@@ -17,6 +19,7 @@ DECOMPOSED = (
     *("hardtanh", "hardtanh_backward", "hardswish", "hardswish_backward"),
     *("hardsigmoid", "hardsigmoid_backward", "mish", "mish_backward"),
     *("_softmax", "_softmax_backward_data", "pixel_shuffle", "pixel_unshuffle"),
+    *("embedding", "embedding_dense_backward"),
 )
 """Names of these operations."""
 
@@ -53,6 +56,8 @@ def _table() -> dict[Any, Callable[..., Any]]:
     table[aten.native_group_norm.default] = _group_norm
     table[aten.native_layer_norm.default] = _layer_norm
     table[aten.var_mean.correction] = _var_mean
+    table[aten.embedding.default] = _embedding
+    table[aten.embedding_dense_backward.default] = _embedding_backward
     return table
 
 
@@ -62,6 +67,20 @@ def _var_mean(
     axes = list(range(x.dim())) if dim is None else dim
     variance = x.var(axes, correction=correction, keepdim=keepdim)
     return variance, x.mean(axes, keepdim=keepdim)
+
+
+def _embedding(weight: Tensor, indices: Tensor, *_: Any) -> Tensor:
+    return weight[indices]
+
+
+def _embedding_backward(
+    gradient: Tensor, indices: Tensor, rows: int, padding: int, by_frequency: bool
+) -> Tensor:
+    if by_frequency:
+        raise UnsupportedError("an embedding whose gradient is scaled by frequency")
+    index = indices.reshape(-1, 1)
+    chosen = (index == torch.arange(rows)) & (index != padding)
+    return chosen.to(gradient.dtype).T @ gradient.reshape(-1, gradient.shape[-1])
 
 
 def _layer_norm(

@@ -17,7 +17,8 @@ from torch import Tensor
 from esper_lightning.core.errors import Words, require, require_members
 from esper_lightning.core.shapes import Bool, Float, Shaped
 from esper_lightning.core.spaces import Box, EnvSpaces
-from esper_lightning.core.types import Observation, StepResult, map_obs
+from esper_lightning.core.tensor_trees import map_obs
+from esper_lightning.core.types import Observation, StepResult
 from esper_lightning.envs.adapters.spaces import MASK
 from esper_lightning.envs.adapters.stateless import Lost, StatelessEnv
 from esper_lightning.envs.adapters.tensors import require_tensors

@@ -295,8 +295,7 @@ class Morphogenesis(EnvSpec):
 
     def _check_population(self, population: Population, splits: Splits) -> None:
         """Refuse a population for which there are too few images."""
-        classes = range(self.classes)
-        training, *others = (min(int((s.label == k).sum()) for k in classes) for s in splits)
+        training, *others = (int(s.label.bincount(minlength=self.classes).min()) for s in splits)
         rule = f"be at most {training}, the training images of the smallest class"
         got = population.images_per_class
         require(max(got) <= training, "Population.images_per_class", rule, got)

@@ -9,7 +9,7 @@ import torch
 from lightning.pytorch.profilers import PyTorchProfiler
 from torch.profiler import ProfilerAction
 
-from esper_lightning.callbacks.lightning_internals import profiler_settings, records_nvtx
+from esper_lightning.callbacks.profiler_internals import profiler_settings, records_nvtx
 
 __all__ = ["global_session", "make_global"]
 

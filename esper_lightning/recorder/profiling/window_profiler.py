@@ -22,7 +22,7 @@ from lightning.pytorch.profilers import PyTorchProfiler
 from torch.profiler import ProfilerAction, record_function
 from typing_extensions import override
 
-from esper_lightning.callbacks.lightning_internals import profiler_settings
+from esper_lightning.callbacks.profiler_internals import profiler_settings
 from esper_lightning.core.errors import at_least, check_arguments, require_name
 from esper_lightning.core.paths import expand_home
 from esper_lightning.forensics.files import write_atomically

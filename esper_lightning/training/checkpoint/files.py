@@ -6,6 +6,7 @@ file that is refused.
 
 import os
 import zipfile
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -18,7 +19,7 @@ from esper_lightning.forensics.claims import refuse_anothers
 from esper_lightning.forensics.files import replacing
 from esper_lightning.forensics.reading import open_file
 
-__all__ = ["CHECKPOINT_BEGINS", "AtomicCheckpointIO", "read_checkpoint"]
+__all__ = ["CHECKPOINT_BEGINS", "AtomicCheckpointIO", "read_checkpoint", "write_checkpoint"]
 
 _ZIP_MAGIC = b"PK\x03\x04"
 CHECKPOINT_BEGINS = _ZIP_MAGIC + rb".{26}[^/]+/data\.pkl"
@@ -59,14 +60,7 @@ class AtomicCheckpointIO(TorchCheckpointIO):
             return
         path = Path(path)
         refuse_anothers(path)
-        with replacing(path) as temporary, temporary.open("wb") as file:
-            try:
-                torch.save(checkpoint, file)
-            except RuntimeError as error:  # torch's writer hides the error of the disk
-                if not isinstance(error.__context__, OSError):
-                    raise
-                cause = error.__context__
-                raise OSError(cause.errno, cause.strerror, str(path)) from error
+        write_checkpoint(checkpoint, path)
 
     @override
     def load_checkpoint(
@@ -161,3 +155,19 @@ def _first_line(error: Exception) -> str:
 
 def _is_remote(path: str | Path) -> bool:
     return "://" in str(path)
+
+
+def write_checkpoint(checkpoint: Mapping[str, Any], path: Path) -> None:
+    """Write a checkpoint whole, or not at all.
+
+    Raises:
+        OSError: If the file cannot be written, as on a full disk. The previous file is still there.
+    """
+    with replacing(path) as temporary, temporary.open("wb") as file:
+        try:
+            torch.save(checkpoint, file)
+        except RuntimeError as error:  # torch's writer hides the error of the disk
+            if not isinstance(error.__context__, OSError):
+                raise
+            cause = error.__context__
+            raise OSError(cause.errno, cause.strerror, str(path)) from error

@@ -1,14 +1,17 @@
 """Charts show the values that they are given, whatever these are."""
 
+import colorsys
 import json
 import math
 import re
+from importlib import resources
 
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
 from esper_lightning.cli.pages.chart import Line, line_chart, thinned
+from esper_lightning.forensics.pictures import PALETTE
 from tests.cli.pages.browser import Elements
 
 VALUES = st.floats(allow_nan=True, allow_infinity=True, width=64)
@@ -70,3 +73,22 @@ def test_lines_with_names_have_a_legend_unless_it_is_elsewhere():
 def test_ticks_are_few_and_round():
     texts = Elements(line_chart("a", [Line(x=[0, 1_000_000], y=[0.0, 1.0])])).texts
     assert {"0", "200k", "400k", "1M", "0.5", "1"} <= set(texts)
+
+
+def hue_and_saturation(colour: str) -> tuple[float, float]:
+    """Hue in degrees, and saturation from 0 to 1, of a colour like ``#0072B2``."""
+    red, green, blue = (int(colour[i : i + 2], 16) / 255 for i in (1, 3, 5))
+    hue, _, saturation = colorsys.rgb_to_hls(red, green, blue)
+    return 360 * hue, saturation
+
+
+def test_pages_have_a_light_and_a_dark_tone_of_every_colour_of_the_figures():
+    css = resources.files("esper_lightning.cli.pages").joinpath("page.css").read_text()
+    tones = re.findall(r"--c(\d): (#[0-9a-f]{6});", css)
+    assert [int(number) for number, _ in tones] == [*range(len(PALETTE))] * 2
+    for number, tone in tones:
+        hue, saturation = hue_and_saturation(tone)
+        expected, vivid = hue_and_saturation(PALETTE[int(number)])
+        assert (saturation > 0.25) == (vivid > 0.25), tone  # black is the colour of the text
+        assert vivid == 0 or abs(hue - expected) < 8, tone
+        assert f".c{number} {{ stroke: var(--c{number}); }}" in css

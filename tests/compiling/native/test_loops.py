@@ -247,6 +247,24 @@ def test_operations_in_place_become_operations_that_return_new_tensors():
         assert torch.equal(got, expected)
 
 
+@pytest.mark.parametrize("padding", [None, 1])
+def test_an_embedding_and_its_gradient(padding):
+    def function(table: Tensor, index: Tensor) -> tuple[Tensor, Tensor]:
+        with torch.enable_grad():
+            table = table.detach().requires_grad_()
+            rows = torch.nn.functional.embedding(index, table, padding_idx=padding)
+            return rows, torch.autograd.grad(rows.square().sum(), [table])[0]
+
+    generator = torch.Generator().manual_seed(3)
+    table = torch.randn(5, 3, generator=generator)
+    index = torch.randint(0, 5, (4, 6), generator=generator)
+    native = NativeFunction(function)
+    for got, expected in zip(native(table, index), function(table, index), strict=True):
+        torch.testing.assert_close(got, expected)
+    with pytest.raises(IndexError):
+        native(table, index + 1)
+
+
 @pytest.mark.parametrize(
     ("function", "what"),
     [

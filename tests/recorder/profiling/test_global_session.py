@@ -6,7 +6,7 @@ import pytest
 import torch
 from lightning.pytorch.profilers import PyTorchProfiler
 
-from esper_lightning.callbacks.lightning_internals import profiler_settings
+from esper_lightning.callbacks.profiler_internals import profiler_settings
 from esper_lightning.recorder.profiling.global_session import global_session, make_global
 
 
