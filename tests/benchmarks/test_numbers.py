@@ -107,6 +107,20 @@ def speeds(label: str, large: str, small: str | None = None) -> list[Statement]:
     return [row, row._replace(document=README)] if large in IN_README else [row]
 
 
+def of_zoo(
+    label: str, task: str, published: str, library: str = "esper_lightning"
+) -> list[Statement]:
+    """A row of the table of simulators: scores of five seeds beside what others have published."""
+    sources = (
+        Line("deterministic episodes after"),
+        Cell(library, "mean return of each seed"),
+        Cell(library, "worst"),
+        Cell(library, "mean"),
+    )
+    text = f"| {label} | # | #, #, #, #, # | # | # | {published} |"
+    return in_both(text, f"zoo_{task}.md", sources)
+
+
 STATEMENTS = [
     Statement(
         "mean return # (std 0.0) over 100 deterministic evaluation episodes "
@@ -307,6 +321,22 @@ STATEMENTS = [
             Cell("1", "peak memory of the process, MB"),
             Cell("65,536", "peak memory of the process, MB"),
         ),
+    ),
+    *of_zoo("LunarLander-v3", "lunarlander", "242 (rl-zoo)"),
+    *of_zoo("HalfCheetah-v5", "halfcheetah", "1,443 (CleanRL), 5,819 (rl-zoo)"),
+    *of_zoo("Hopper-v5", "hopper", "2,383 (CleanRL), 2,410 (rl-zoo)"),
+    *of_zoo("the same, Stable-Baselines3", "hopper", "as above", "Stable-Baselines3"),
+    *of_zoo("Walker2d-v5", "walker2d", "2,288 (CleanRL), 3,479 (rl-zoo)"),
+    *of_zoo("Swimmer-v5", "swimmer", "282 (rl-zoo)"),
+    *of_zoo("MiniGrid-DoorKey-5x5", "doorkey", "none"),
+    *of_zoo("MinAtar Breakout, gymnax", "breakout", "none"),
+    *of_zoo("MinAtar Space Invaders, gymnax", "space_invaders", "none"),
+    *of_zoo("VMAS navigation", "navigation", "none"),
+    *of_zoo("mjlab, Cartpole-Balance", "mjlab_cartpole", "none"),
+    Statement(
+        "On Hopper a run takes # CPU seconds where one of Stable-Baselines3 takes #",
+        "zoo_hopper.md",
+        (Cell("esper_lightning", "CPU, s"), Cell("Stable-Baselines3", "CPU, s")),
     ),
     *in_both("Mean return of 100 deterministic evaluation episodes", "learning.md"),
     *in_both("at the end of training, 5 seeds", "learning.md"),
