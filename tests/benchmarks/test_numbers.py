@@ -510,8 +510,8 @@ def test_a_number_that_is_changed_by_hand_is_found(statement, tmp_path, monkeypa
     words = statement.text.split("#")
     for changed in range(len(match.groups())):
         numbers = list(match.groups())
-        last = str((int(numbers[changed][-1]) + 5) % 10)
-        numbers[changed] = numbers[changed][:-1] + last
+        number = numbers[changed].rstrip(",")
+        numbers[changed] = f"{number[:-1]}{(int(number[-1]) + 5) % 10}"
         text = "".join(a + b for a, b in zip(words, [*numbers, ""], strict=True))
         document = tmp_path / "README.md"
         document.write_text(text)
