@@ -53,6 +53,7 @@ def one_line(text: str, limit: int = LONGEST_LINE) -> str:
 
     A line that is too long first loses the middle of its longest words (paths, values), and then
     the end of what comes before its last sentence, which is often the way out.
+    A list of what is known is the first to go.
     """
     words = [printable(word) for word in text[:_LONGEST_TEXT].split()]
     line = " ".join(words)
@@ -64,7 +65,8 @@ def one_line(text: str, limit: int = LONGEST_LINE) -> str:
     if len(line) <= limit:
         return line
     before, _, last = line.rpartition(". ")
-    last = f" {last}" if before and len(last) < limit // 2 else ""
+    keeps = before and len(last) < limit // 2 and not last.startswith("Known are ")
+    last = f" {last}" if keeps else ""
     return f"{line[: limit - 3 - len(last)]}...{last}"
 
 
