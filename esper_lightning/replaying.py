@@ -17,7 +17,6 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import torch
 from lightning.pytorch import LightningModule, Trainer
 
 from esper_lightning.callbacks.directory_choice import given_directory
@@ -31,7 +30,7 @@ from esper_lightning.recorder.flight_recorder import FlightRecorder
 from esper_lightning.recorder.profiling.window_profiler import WindowProfiler
 from esper_lightning.recorder.replay_watch import ReplayWatch
 from esper_lightning.training.checkpoint.content import STATE_KEY
-from esper_lightning.training.checkpoint.files import read_checkpoint
+from esper_lightning.training.checkpoint.files import read_checkpoint, write_checkpoint
 from esper_lightning.training.checkpoint.kept import KeptState, iteration_in, latest_state
 
 __all__ = ["ReplayPlan", "plan_replay", "replay", "replay_directory", "require_new_directory"]
@@ -170,7 +169,7 @@ def _stored(state: KeptState) -> Path:
     folder = tempfile.mkdtemp(prefix="esper-replay-")
     atexit.register(shutil.rmtree, folder, ignore_errors=True)
     path = Path(folder, "state.ckpt")
-    torch.save(state.checkpoint, path)
+    write_checkpoint(state.checkpoint, path)
     return path
 
 

@@ -260,6 +260,8 @@ class _Sweep:
         for job in jobs:
             prunes = partial(self._is_hopeless, trial, Marks(job.run)) if job is jobs[0] else None
             ended = self._execute(job, prunes)
+            if prunes is not None:
+                prunes()  # reports what the run has passed since the last look
             if self._stops.is_set():
                 return
             if ended.was_stopped:

@@ -249,7 +249,12 @@ class Agent(nn.Module):
         """
         if holds_images(batch.obs):
             batch = batch._replace(obs=prepare_obs(batch.obs, self.normalizer))
-        return self.evaluate(batch), self.extensions.losses(batch, self.evaluate)
+        evaluation = self.evaluate(batch)
+
+        def evaluate(samples: Samples) -> Evaluation:
+            return evaluation if samples is batch else self.evaluate(samples)
+
+        return evaluation, self.extensions.losses(batch, evaluate)
 
     def named(self, flat: Float[Tensor, " P"]) -> dict[str, Tensor]:
         """Views of a vector over all trained weights, by the names of their parameters.

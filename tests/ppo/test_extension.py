@@ -176,6 +176,18 @@ def test_a_term_reaches_the_policy_through_evaluate() -> None:
     assert asymmetry(100.0) < 0.1 * asymmetry(1e-6)
 
 
+def test_the_evaluation_of_the_loss_is_given_to_extensions(monkeypatch) -> None:
+    """The policy evaluates the samples of a minibatch once, and the mirrored ones once."""
+    learner, seen = make(SymmetryExtension(1.0)), []
+    targets = learner.compute_targets(learner.rollout(STEPS))
+    true = Agent.evaluate
+    monkeypatch.setattr(Agent, "evaluate", lambda *a: seen.append(a[1].obs) or true(*a))
+    learner.update(targets, learning_rate=1e-3)
+    samples, mirrored = seen[:2]
+    assert torch.equal(samples, -mirrored)
+    assert len(seen) == 2 * CONFIG.epochs * CONFIG.minibatches
+
+
 class Counting(Extension):
     """Counts rollouts in a buffer that each ``prepare`` replaces."""
 

@@ -8,16 +8,8 @@ import pytest
 import torch
 
 from esper_lightning.callbacks.history import History
-from esper_lightning.forensics.layout import RunLayout
 from esper_lightning.recorder.death import Death
 from esper_lightning.recorder.evidence_steps import STEPS, DyingRun, steps_of_holders
-
-
-@pytest.fixture
-def files(tmp_path):
-    files = RunLayout(tmp_path).rank(0)
-    files.directory.mkdir()
-    return files
 
 
 @pytest.fixture

@@ -9,7 +9,6 @@ import pytest
 import torch
 from lightning.pytorch.profilers import PassThroughProfiler, PyTorchProfiler, SimpleProfiler
 
-from esper_lightning.forensics.layout import RunLayout
 from esper_lightning.forensics.phases import PhaseRing
 from esper_lightning.recorder.profiler_guard import ProfilerGuard, unrecorded
 
@@ -20,13 +19,6 @@ class Protection:
     """Holds nothing back."""
 
     held = staticmethod(contextlib.nullcontext)
-
-
-@pytest.fixture
-def files(tmp_path):
-    files = RunLayout(tmp_path).rank(0)
-    files.directory.mkdir()
-    return files
 
 
 @pytest.fixture

@@ -7,7 +7,6 @@ from types import SimpleNamespace
 import pytest
 from lightning.pytorch.profilers import PassThroughProfiler
 
-from esper_lightning.forensics.layout import RunLayout
 from esper_lightning.forensics.phases import PhaseRing
 from esper_lightning.forensics.rank_record import RankRecord
 from esper_lightning.recorder import rescue
@@ -17,13 +16,6 @@ from esper_lightning.recorder.rescue import Rescue
 from tests.reports import read_report
 
 DEATH = Death(cause="exception", error=RuntimeError("injected"))
-
-
-@pytest.fixture
-def files(tmp_path):
-    files = RunLayout(tmp_path).rank(0)
-    files.directory.mkdir()
-    return files
 
 
 @pytest.fixture

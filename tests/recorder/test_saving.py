@@ -4,7 +4,6 @@ from types import SimpleNamespace
 
 import pytest
 
-from esper_lightning.forensics.layout import RunLayout
 from esper_lightning.forensics.report import CrashReport
 from esper_lightning.recorder.awake import awake_s
 from esper_lightning.recorder.death import Death
@@ -33,13 +32,6 @@ class Rescue:
 @pytest.fixture
 def log():
     return []
-
-
-@pytest.fixture
-def files(tmp_path):
-    files = RunLayout(tmp_path).rank(0)
-    files.directory.mkdir()
-    return files
 
 
 @pytest.fixture
