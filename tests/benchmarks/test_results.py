@@ -14,11 +14,6 @@ from tests.benchmarks.commands import parser_of, wrong
 ROOT = Path(__file__).parents[2]
 BENCHMARKS = ROOT / "benchmarks"
 FILES = sorted((BENCHMARKS / "results").glob("*.md"))
-LATER = "to be made anew once later changes have landed"
-# Results files that break the rules today, and why they may.
-EXCEPTIONS = {
-    "faults.md": LATER,  # of a dirty tree
-}
 TINY = """
 import pathlib
 from conditions import benchmark_parser, results
@@ -55,11 +50,7 @@ HEAD = ("hardware", "versions", "commit", "command", "date")
 
 @pytest.mark.parametrize("path", FILES, ids=lambda path: path.name)
 def test_a_results_file_is_of_a_commit_and_names_a_command_that_exists(path):
-    assert bool(faults(path)) == (path.name in EXCEPTIONS), faults(path)
-
-
-def test_exceptions_are_of_files_that_are_there():
-    assert set(EXCEPTIONS) <= {path.name for path in FILES}
+    assert faults(path) == []
 
 
 def test_every_other_file_belongs_to_a_results_file():
