@@ -4,8 +4,8 @@
 
 It needs one GPU, Python 3.12, torch 2.11 with triton, lightning, torchmetrics, tensorboard and
 pytest, and no network; jax for the comparison. ``jaxtyping``, ``hypothesis`` and ``scikit-learn``
-are needed by tests. Wheels to bring where they are missing: ``jsonargparse``, ``beartype``,
-``pytest-timeout``.
+are needed by tests. Wheels to bring where they are missing: ``jsonargparse`` with
+``docstring-parser`` and ``typeshed-client``, ``beartype``, ``pytest-timeout``, ``pytest-xdist``.
 
 The most telling steps come first. Each step is a process of its own with a time limit, and
 ``gpu.json`` and ``gpu.md`` are written anew after each, so that what was measured survives whatever
@@ -39,6 +39,7 @@ TESTS = (
     "tests/envs/test_autoreset.py",
     "tests/envs/test_check.py",
     "tests/recorder/test_memory_snapshot.py",
+    "tests/crash/test_faults.py",
 )
 MODES = ("max", "off", "default")
 MINIBATCHES = 4
@@ -121,7 +122,17 @@ def tests(machine: Machine) -> Found:
     options = ["-m", "gpu", "-q", "-rf", "-p", "no:cacheprovider", "-W", "default"]
     options += ["-o", "addopts=--import-mode=importlib"]
     command = [sys.executable, "-m", "pytest", *(TESTS if machine.on_gpu else TESTS[:1]), *options]
-    run = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=False)
+    options += ["-n", "8"]
+    compiling = {"TORCH_COMPILE_DISABLE": "0", "JAXTYPING_DISABLE": "1"}  # as for users
+    compiling["TORCHINDUCTOR_COMPILE_THREADS"] = "2"
+    run = subprocess.run(
+        command,
+        cwd=ROOT,
+        capture_output=True,
+        text=True,
+        check=False,
+        env={**os.environ, **compiling},
+    )
     told = r"(FAILED|ERROR) .*|.*\d+ (passed|failed|skipped|deselected|error).*"
     lines = [line[:400] for line in run.stdout.splitlines() if re.fullmatch(told, line)]
     yield {"status": run.returncode, "lines": lines[-40:]}
@@ -275,15 +286,16 @@ def profiler(machine: Machine) -> Found:
         yield {"events_on_the_gpu": list(kernels)}
 
 
-def growth(machine: Machine) -> Found:
-    """Seconds of a step of Morphogenesis over numbers of hosts."""
+def growth(machine: Machine, *, compiled: bool = False) -> Found:
+    """Seconds of a step of Morphogenesis over numbers of hosts; compiled for the last of them."""
     import torch  # noqa: PLC0415
 
     from esper_lightning.envs import Morphogenesis  # noqa: PLC0415
     from esper_lightning.envs.morphogenesis.baselines import random_legal  # noqa: PLC0415
 
-    for hosts in machine.hosts:
-        spec = Morphogenesis.synthetic(num_envs=hosts, **_little(machine))
+    for hosts in machine.hosts[-1:] if compiled else machine.hosts:
+        settings = {"compiled": True} if compiled else {}
+        spec = Morphogenesis.synthetic(num_envs=hosts, **settings, **_little(machine))
         env = spec.build(torch.device(machine.device), 0)
         env.reset()
         found = _time(lambda env=env: env.step(random_legal(env)), machine)
@@ -445,7 +457,7 @@ def steps_of(machine: Machine) -> dict[str, Step]:
     return {
         "about": Step(about, 40),
         names[0]: speeds[0],
-        "tests": Step(tests, 150),
+        "tests": Step(tests, 240),
         "equal": Step(equal, 90),
         "faults": Step(faults, 60),
         "jax": Step(jax, 90),
@@ -454,6 +466,7 @@ def steps_of(machine: Machine) -> dict[str, Step]:
         "out of memory": Step(out_of_memory, 40),
         **dict(zip(names[1:], speeds[1:], strict=True)),
         "growth": Step(growth, 90),
+        "growth, compiled": Step(partial(growth, compiled=True), 180),
     }
 
 

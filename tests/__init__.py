@@ -2,4 +2,5 @@
 
 import os
 
-os.environ["TORCH_COMPILE_DISABLE"] = "1"  # before torch is imported; children inherit it
+# Before torch is imported; children inherit it.
+os.environ.setdefault("TORCH_COMPILE_DISABLE", "1")

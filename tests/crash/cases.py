@@ -41,6 +41,9 @@ _RAISED = {
     "SIGSEGV": (-11, "native", None),
 }
 _SPECIAL = {
+    "device assert": (1, "exception", "AcceleratorError"),
+    "memory of the device": (1, "exception", "OutOfMemoryError"),
+    "SIGTERM in a kernel": (143, "signal", None),
     "SIGTERM and SIGKILL in a long step": (143, "signal", "SIGTERMException"),
     "SIGTERM and SIGKILL in C": (143, "signal", None),
     "room for a report": (1, "exception", "RuntimeError"),
@@ -182,6 +185,18 @@ ALL: list[Case] = [
         for p in ("none", "2/1/20", "window")
         if (f, p) != ("RuntimeError", "window")
     ),
+]
+
+
+_OF_GPUS = ("device assert", "memory of the device", "SIGTERM in a kernel")
+
+ON_GPU: list[Case] = [
+    *(
+        {"fault": f, "profiler": p, "device": "gpu"}
+        for f in (*_OF_GPUS, "RuntimeError", "SIGINT", "abort", "segfault", "SIGKILL")
+        for p in ("none", "2/1/20", "window")
+    ),
+    *({"fault": f, "profiler": "window", "module": "ppo", "device": "gpu"} for f in _OF_GPUS),
 ]
 
 

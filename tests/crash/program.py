@@ -85,6 +85,18 @@ def directory_gone():
     raise RuntimeError("injected")
 
 
+def device_assert():
+    """Read outside a tensor in a kernel: the device is of no use to this process from then on."""
+    torch.zeros(3, device="cuda")[torch.tensor([7], device="cuda")]
+    torch.cuda.synchronize()
+
+
+def long_kernel():
+    """Wait in C for a kernel that goes on for long."""
+    torch.cuda._sleep(1 << 36)
+    torch.cuda.synchronize()
+
+
 def deeper(function):
     return function(function)
 
@@ -102,6 +114,9 @@ FAULTS = {
     "ValueError": raises(ValueError("injected")),
     "OutOfMemoryError": raises(torch.OutOfMemoryError("injected")),
     "allocation": lambda: torch.empty(1 << 60),
+    "memory of the device": lambda: torch.empty(1 << 50, dtype=torch.uint8, device="cuda"),
+    "device assert": device_assert,
+    "SIGTERM in a kernel": lambda: (later("SIGTERM"), long_kernel()),
     "MemoryError": raises(MemoryError("injected")),
     "RecursionError": lambda: deeper(deeper),
     "KeyboardInterrupt": raises(KeyboardInterrupt()),
@@ -306,7 +321,7 @@ def fit(trainer=None, profiler=None):
         callbacks.reverse()
     site = CASE.get("site", "training_step")
     trainer = trainer or Trainer(
-        accelerator="cpu",
+        accelerator=CASE.get("device", "cpu"),
         max_epochs=-1 if CASE.get("module") == "ppo" else 1,
         max_steps=30,
         profiler=profiler or PROFILERS[CASE.get("profiler", "none")](),

@@ -5,10 +5,12 @@ import re
 from pathlib import Path
 
 import pytest
+import torch
 
 from esper_lightning.forensics.remains import examine
 from tests.crash.cases import (
     ALL,
+    ON_GPU,
     QUICK,
     Case,
     Expected,
@@ -87,6 +89,14 @@ def test_evidence_of(case, tmp_path):
 @pytest.mark.slow
 @pytest.mark.parametrize("case", _MORE, ids=name)
 def test_more_evidence_of(case, tmp_path):
+    outcome = run(case, tmp_path)
+    assert not check(case, outcome), outcome.stderr[-3000:]
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
+@pytest.mark.parametrize("case", ON_GPU, ids=name)
+def test_evidence_on_a_gpu_of(case, tmp_path):
     outcome = run(case, tmp_path)
     assert not check(case, outcome), outcome.stderr[-3000:]
 
