@@ -127,7 +127,12 @@ def _disk() -> Iterator[Finding]:
 def _extras() -> Iterator[Finding]:
     """For each extra of the package, whether what it brings is installed."""
     absent: dict[str, list[str]] = {}
-    for line in importlib.metadata.requires("esper_lightning") or ():
+    try:
+        requirements = importlib.metadata.requires("esper_lightning") or ()
+    except importlib.metadata.PackageNotFoundError:
+        yield Finding("extras", "info", "unknown: the package is used without being installed")
+        return
+    for line in requirements:
         found = re.match(r"([\w.-]+).*; extra == [\"'](\w+)[\"']", line)
         if found and found[2] not in _FOR_DEVELOPERS:
             missing = absent.setdefault(found[2], [])

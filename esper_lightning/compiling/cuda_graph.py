@@ -76,6 +76,8 @@ class CapturedFunction:
                     self._function(*map_tree(torch.clone, args))
             current.wait_stream(side)
             graph = torch.cuda.CUDAGraph()
+            generator = torch.cuda.default_generators[device.index]
+            state = generator.get_state()
             try:
                 # Other threads, such as those of loggers and watchdogs, may use CUDA meanwhile.
                 with torch.cuda.graph(graph, stream=side, capture_error_mode="thread_local"):
@@ -83,6 +85,10 @@ class CapturedFunction:
             except BaseException:
                 torch.cuda.set_stream(current)  # torch leaves it only if the capture can be ended
                 _failed.append(graph)
+                # It would go on as if captured, and every draw would fail.
+                fresh = torch.Generator(device)
+                fresh.set_state(state)
+                generator.graphsafe_set_state(fresh)
                 raise
         weakref.finalize(graph, streams.give_back, side)
         self._graph, self._result = graph, result

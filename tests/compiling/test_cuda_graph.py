@@ -98,11 +98,13 @@ def test_dead_graphs_are_collected_before_a_capture(cuda: SimulatedCuda) -> None
 def test_a_failed_capture_leaves_the_stream_and_ends_captures_of_the_process(
     cuda: SimulatedCuda, caplog: pytest.LogCaptureFixture
 ) -> None:
-    before = cuda.current
+    before, numbers = cuda.current, cuda.generator.get_state()
     reads = CapturedFunction(lambda x: x * float(x.sum().item()))
     with pytest.raises(RuntimeError):
         reads(torch.ones(2))
     assert cuda.current == before
+    assert not cuda.generator.capturing  # else every later draw is an error
+    assert torch.equal(cuda.generator.get_state(), numbers)
     assert len(cuda_graph._failed) == 1
     function = compile_function("test", lambda x: x + 1, mode="max", device=CPU)
     assert function(torch.ones(2)).tolist() == [2.0, 2.0]

@@ -77,6 +77,19 @@ class SimulatedStream:
         pass
 
 
+class SimulatedGenerator:
+    """The default generator of a device, which a capture that fails leaves as if it went on."""
+
+    def __init__(self) -> None:
+        self.capturing, self.now = False, torch.Generator()
+
+    def get_state(self) -> Tensor:
+        return self.now.get_state()
+
+    def graphsafe_set_state(self, other: torch.Generator) -> None:
+        self.capturing, self.now = False, other
+
+
 class _Recorder(TorchDispatchMode):
     def __init__(self, graph: SimulatedGraph) -> None:
         super().__init__()
@@ -138,12 +151,14 @@ class SimulatedCuda:
         graphs: Graphs in the order of their captures.
         current: Current stream.
         devices: Devices that were made the current one.
+        generator: Default generator.
     """
 
     def __init__(self) -> None:
         self.graphs: list[SimulatedGraph] = []
         self.current = SimulatedStream()
         self.devices: list[torch.device] = []
+        self.generator = SimulatedGenerator()
 
     def install(self, monkeypatch: Any) -> None:
         """Have the modes ``default`` and ``max`` run on a CPU as on CUDA, without a compiler."""
@@ -151,6 +166,7 @@ class SimulatedCuda:
             "Stream": SimulatedStream,
             "CUDAGraph": SimulatedGraph,
             "current_stream": lambda device=None: self.current,
+            "default_generators": {None: self.generator},
             "set_stream": self._set_stream,
             "stream": self._stream,
             "device": self._device,
@@ -199,6 +215,7 @@ class _Capture:
 
     def __enter__(self) -> None:
         self._before, self._cuda.current = self._cuda.current, self._graph.stream
+        self._cuda.generator.capturing = True
         self._recorder.__enter__()
 
     def __exit__(self, *error: Any) -> None:
@@ -206,5 +223,6 @@ class _Capture:
         self._recorder.undo()
         if error[0] is not None:
             raise RuntimeError("capture_end: operation failed due to a previous error")
+        self._cuda.generator.capturing = False
         self._cuda.current = self._before
         self._cuda.graphs.append(self._graph)
