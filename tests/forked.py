@@ -164,6 +164,10 @@ def _write_number(pipe: int, number: int) -> None:
     os.write(pipe, str(number).encode().ljust(_NUMBER_BYTES))
 
 
+def _paths() -> list[str]:
+    return [str(ROOT), *filter(None, os.environ.get("PYTHONPATH", "").split(os.pathsep))]
+
+
 @functools.cache
 def _server(within: tuple[str, ...] = ()) -> tuple[socket.socket, str]:
     """The connection to the server of this process, and the path of the stand-in for ``python``.
@@ -177,7 +181,7 @@ def _server(within: tuple[str, ...] = ()) -> tuple[socket.socket, str]:
     subprocess.Popen(
         [*within, python, __file__, str(its.fileno()), address],
         cwd=ROOT,
-        env={**os.environ, **QUIET, "PYTHONPATH": str(ROOT)},
+        env={**os.environ, **QUIET, "PYTHONPATH": os.pathsep.join(_paths())},
         pass_fds=[its.fileno()],
         stdin=subprocess.DEVNULL,
         stdout=subprocess.DEVNULL,

@@ -136,7 +136,10 @@ def compile_graph(function: Callable[..., Any]) -> Callable[..., Any]:
     # Guards check at every call whether a compilation is still valid: 0.2 ms for 40 tensors. Here
     # the caller (``loops``) compares shapes, and nothing else changes within a run.
     no_guards = getattr(torch.compiler, "skip_all_guards_unsafe", None)  # newer than torch 2.6
-    options: dict[str, Any] = {} if no_guards is None else {"guard_filter_fn": no_guards}
+    # Kernels that do not depend on each other are launched as one, such as those of an actor and of
+    # a critic: 795 launches an update, not 1,035, and 0.93 times the time on an H100.
+    options: dict[str, Any] = {"combo_kernels": True, "benchmark_combo_kernel": False}
+    options |= {} if no_guards is None else {"guard_filter_fn": no_guards}
     return torch.compile(function, fullgraph=True, dynamic=False, options=options)  # pyright: ignore[reportCallIssue, reportArgumentType, reportUnknownVariableType]
 
 
