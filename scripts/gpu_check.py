@@ -1,4 +1,4 @@
-"""Everything worth knowing from a GPU in eight minutes: tests, equality, speed, memory, faults.
+"""Everything worth knowing from a GPU in nine minutes: tests, equality, speed, memory, faults.
 
     python scripts/gpu_check.py --out FOLDER
 
@@ -7,7 +7,8 @@ pytest, and no network; jax for the comparison. ``jaxtyping``, ``hypothesis`` an
 are needed by tests. Wheels to bring where they are missing: ``jsonargparse`` with
 ``docstring-parser`` and ``typeshed-client``, ``beartype``, ``pytest-timeout``, ``pytest-xdist``.
 
-The most telling steps come first. Each step is a process of its own with a time limit, and
+The most telling steps come first. Steps that measure time run alone, all others side by side. Each
+step is a process of its own with a time limit, and
 ``gpu.json`` and ``gpu.md`` are written anew after each, so that what was measured survives whatever
 comes next. ``--device cpu`` is the rehearsal: all of it, at sizes that measure nothing.
 """
@@ -25,8 +26,10 @@ import statistics
 import subprocess
 import sys
 import tempfile
+import threading
 import time
 from collections.abc import Callable, Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from functools import partial
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -42,6 +45,7 @@ TESTS = (
     "tests/crash/test_faults.py",
 )
 MODES = ("max", "off", "default")
+TF32 = "max, TF32"  # products of matrices in TF32, as JAX computes them unless it is asked not to
 MINIBATCHES = 4
 GOAL_STEPS_PER_S = 10e6  # at the first size
 Found = Iterator[dict[str, Any]]
@@ -145,10 +149,11 @@ def speed(machine: Machine, *, number: int) -> Found:
     import torch  # noqa: PLC0415
 
     num_envs, steps = machine.sizes[number]
-    for mode in MODES:
+    for mode in (*MODES, TF32) if number == 0 else MODES:
         if machine.on_gpu:
             torch.cuda.reset_peak_memory_stats()
-        iterate, learner, _ = _build(machine, num_envs, steps, mode)
+        torch.set_float32_matmul_precision("high" if mode == TF32 else "highest")
+        iterate, learner, _ = _build(machine, num_envs, steps, "max" if mode == TF32 else mode)
         found = _time(iterate, machine)
         found["steps_per_s"] = num_envs * steps / found["ms"] * 1e3
         found["stages_ms"] = _stages(learner, steps, machine)
@@ -171,7 +176,12 @@ def jax(machine: Machine) -> Found:
     import purejax  # noqa: PLC0415
 
     yield {"platform": library.devices()[0].platform}
-    for num_envs, steps in machine.sizes:
+    first, *others = machine.sizes
+    for precision, (num_envs, steps) in [
+        ("highest", first),
+        *((None, size) for size in (first, *others)),
+    ]:
+        library.config.update("jax_default_matmul_precision", precision)
         iterate, state = purejax.build(num_envs, steps, machine.epochs, MINIBATCHES)
 
         def once(iterate: Any = iterate, box: list[Any] = [state]) -> None:  # noqa: B006
@@ -180,7 +190,21 @@ def jax(machine: Machine) -> Found:
 
         found = _time(once, machine, waits=False)
         found["steps_per_s"] = num_envs * steps / found["ms"] * 1e3
-        yield {f"{num_envs} x {steps}": found}
+        yield {f"{num_envs} x {steps}{', float32' if precision else ''}": found}
+
+
+def ahead(machine: Machine) -> Found:
+    """Compile what is measured later: seconds of first iterations of all sizes but the first."""
+
+    def first(size: tuple[int, int]) -> float:
+        started = time.perf_counter()
+        iterate, *_ = _build(machine, *size, "max")
+        iterate()
+        machine.wait()
+        return time.perf_counter() - started
+
+    for size in machine.sizes[1:]:
+        yield {f"{size[0]} x {size[1]}": first(size)}
 
 
 def equal(machine: Machine) -> Found:
@@ -257,7 +281,7 @@ def memory(machine: Machine) -> Found:
             yield {"mb_after_evaluations": dict(held)}
     del evaluation
     after: list[int] = []
-    for _ in range(6 if machine.on_gpu else 2):
+    for _ in range(4 if machine.on_gpu else 2):
         iterate, *_others = _build(machine, 64 if machine.on_gpu else 8, 8, "max")
         iterate()
         del iterate, _others
@@ -444,26 +468,28 @@ def _stages(learner: Any, steps: int, machine: Machine) -> dict[str, float]:
 
 
 class Step(NamedTuple):
-    """A step: its function, and its time limit in seconds."""
+    """A step: its function, its time limit in seconds, and whether it runs alone."""
 
     run: Callable[[Machine], Found]
     limit_s: float
+    alone: bool = True  # because it measures time
 
 
 def steps_of(machine: Machine) -> dict[str, Step]:
     """All steps by name, the most telling first."""
     names = [f"speed {num_envs} x {steps}" for num_envs, steps in machine.sizes]
-    speeds = [Step(partial(speed, number=number), 110) for number in range(len(names))]
+    speeds = [Step(partial(speed, number=number), 130) for number in range(len(names))]
     return {
         "about": Step(about, 40),
         names[0]: speeds[0],
-        "tests": Step(tests, 240),
-        "equal": Step(equal, 90),
-        "faults": Step(faults, 60),
         "jax": Step(jax, 90),
-        "memory": Step(memory, 60),
-        "profiler": Step(profiler, 50),
-        "out of memory": Step(out_of_memory, 40),
+        "tests": Step(tests, 260, alone=False),
+        "equal": Step(equal, 150, alone=False),
+        "faults": Step(faults, 60, alone=False),
+        "memory": Step(memory, 200, alone=False),
+        "profiler": Step(profiler, 120, alone=False),
+        "out of memory": Step(out_of_memory, 120, alone=False),
+        "ahead": Step(ahead, 200, alone=False),
         **dict(zip(names[1:], speeds[1:], strict=True)),
         "growth": Step(growth, 90),
         "growth, compiled": Step(partial(growth, compiled=True), 180),
@@ -516,20 +542,22 @@ def table(results: dict[str, Any], machine: Machine) -> str:
     lines = ["# On a GPU" if machine.on_gpu else "# A rehearsal on a CPU, which measures nothing"]
     lines += ["", "Environment steps in a second, of whole iterations.", ""]
     lines += ["| | " + " | ".join(sizes) + " |", "| --- |" + " --- |" * len(sizes)]
-    for mode in (*sorted(MODES), "jax"):
+    theirs = {f"PureJaxRL style{more}": more for more in (", float32", "")}
+    for row in (*sorted((*MODES, TF32)), *theirs):
         cells: list[str] = []
         for size in sizes:
-            found = results.get("jax", {}).get(size)
-            if mode != "jax":
-                found = results.get(f"speed {size}", {}).get(mode)
+            found = results.get(f"speed {size}", {}).get(row)
+            if row in theirs:
+                found = results.get("jax", {}).get(f"{size}{theirs[row]}")
             cells.append("-" if found is None else _cell(found))
-        lines.append(f"| {'PureJaxRL style' if mode == 'jax' else mode} | {' | '.join(cells)} |")
-    ours = results.get(f"speed {sizes[0]}", {}).get("max", {}).get("steps_per_s")
-    theirs = results.get("jax", {}).get(sizes[0], {}).get("steps_per_s")
-    if ours is not None:
-        share = "" if theirs is None else f"; {ours / theirs:.2f} x JAX (goal: 1)"
-        goal = f"goal: {GOAL_STEPS_PER_S / 1e6:.0f} M/s"
-        lines += ["", f"{sizes[0]}: {ours / 1e6:.2f} M/s ({goal}){share}."]
+        lines.append(f"| {row} | {' | '.join(cells)} |")
+    goal = f"goal: {GOAL_STEPS_PER_S / 1e6:.0f} M/s"
+    for mode, more in (("max", ", float32"), (TF32, "")):
+        ours = results.get(f"speed {sizes[0]}", {}).get(mode, {}).get("steps_per_s")
+        jax_s = results.get("jax", {}).get(f"{sizes[0]}{more}", {}).get("steps_per_s")
+        if ours is not None:
+            share = "" if jax_s is None else f"; {ours / jax_s:.2f} x JAX in that precision"
+            lines += ["", f"{sizes[0]}, {mode}: {ours / 1e6:.2f} M/s ({goal}){share} (goal: 1)."]
     lines += ["", "| step | result |", "| --- | --- |"]
     for name, found in results.items():
         if not name.startswith("speed") and name != "jax":
@@ -548,7 +576,7 @@ def parser() -> argparse.ArgumentParser:
     """The options of this script."""
     options = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
     options.add_argument("--out", type=Path, default=Path(), help="folder of the results")
-    options.add_argument("--seconds", type=float, default=470.0, help="time of all steps")
+    options.add_argument("--seconds", type=float, default=550.0, help="time of all steps")
     options.add_argument("--device", choices=list(MACHINES), default="cuda")
     options.add_argument("--patience", type=float, default=1.0, help="factor on limits of steps")
     options.add_argument("--only", nargs="+", default=[""], help="beginnings of names of steps")
@@ -566,10 +594,9 @@ def main(arguments: Sequence[str] | None = None) -> dict[str, Any]:
         run_here(given.step, machine, lambda one: print("RESULT", json.dumps(one), flush=True))
         return {}
     given.out.mkdir(parents=True, exist_ok=True)
-    end, results = time.monotonic() + given.seconds, dict[str, Any]()
-    for name, step in steps_of(machine).items():
-        if name in given.skip or not name.startswith(tuple(given.only)):
-            continue
+    end, results, lock = time.monotonic() + given.seconds, dict[str, Any](), threading.Lock()
+
+    def run(name: str, step: Step) -> None:
         started = time.monotonic()
         limit_s = min(step.limit_s * given.patience, end - started)
         found: dict[str, Any] = {}
@@ -579,10 +606,20 @@ def main(arguments: Sequence[str] | None = None) -> dict[str, Any]:
             run_here(name, machine, found.update)
         else:
             found = run_apart(name, machine, limit_s)
-        results[name] = found | {"took_s": round(time.monotonic() - started, 1)}
-        (given.out / "gpu.json").write_text(json.dumps(results, indent=1))
-        (given.out / "gpu.md").write_text(table(results, machine))
-        print(name, json.dumps(results[name])[:300], flush=True)
+        with lock:
+            results[name] = found | {"took_s": round(time.monotonic() - started, 1)}
+            (given.out / "gpu.json").write_text(json.dumps(results, indent=1))
+            (given.out / "gpu.md").write_text(table(results, machine))
+            print(name, json.dumps(results[name])[:300], flush=True)
+
+    chosen = {
+        name: step
+        for name, step in steps_of(machine).items()
+        if name not in given.skip and name.startswith(tuple(given.only))
+    }
+    for alone, group in itertools.groupby(chosen.items(), lambda one: one[1].alone):
+        with ThreadPoolExecutor(1 if alone or given.here else 8) as pool:
+            list(pool.map(lambda one: run(*one), group))
     print(table(results, machine))
     return results
 

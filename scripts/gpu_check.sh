@@ -1,5 +1,5 @@
 #!/bin/bash
-# Everything worth knowing from a GPU in eight minutes, into the folder OUT (default: gpu_check):
+# Everything worth knowing from a GPU in nine minutes, into the folder OUT (default: gpu_check):
 #
 #   OUT=folder scripts/gpu_check.sh                  on one H100 or H200
 #   OUT=folder scripts/gpu_check.sh --device cpu     the rehearsal
@@ -15,4 +15,4 @@ export TORCHINDUCTOR_CACHE_DIR="$PWD/.gpu_check_cache/inductor" TRITON_CACHE_DIR
 if command -v nvidia-smi > /dev/null; then
     nvidia-smi --query-gpu=name,driver_version,memory.total --format=csv,noheader | tee "$OUT/machine.txt"
 fi
-timeout 500 "${PYTHON:-python3}" scripts/gpu_check.py --out "$OUT" "$@" 2>&1 | tee "$OUT/log.txt"
+timeout 580 "${PYTHON:-python3}" scripts/gpu_check.py --out "$OUT" "$@" 2>&1 | tee "$OUT/log.txt"

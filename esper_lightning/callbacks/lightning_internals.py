@@ -57,6 +57,7 @@ __all__ = [
     "monitors_cpu",
     "note_sigterm",
     "parse_checkpoint_path",
+    "restore_signal_handlers",
     "run_depth",
     "set_version",
     "spawns_processes",
@@ -149,6 +150,15 @@ def note_sigterm(trainer: Trainer) -> None:
     ``_signal_connector.received_sigterm`` has no public setter.
     """
     trainer._signal_connector.received_sigterm = True
+
+
+def restore_signal_handlers(trainer: Trainer) -> None:
+    """Restore the handlers that Lightning has replaced; nothing happens the second time.
+
+    Lightning does so at the end of its shutdown, and not where the shutdown itself fails: after an
+    assertion on a GPU weights cannot be moved to the host.
+    """
+    trainer._signal_connector.teardown()
 
 
 def limit_meeting(strategy: Strategy, seconds: float) -> None:

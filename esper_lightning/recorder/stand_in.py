@@ -7,7 +7,7 @@ from collections.abc import Callable
 from lightning.pytorch import Trainer
 from lightning.pytorch.profilers import PassThroughProfiler, Profiler
 
-from esper_lightning.callbacks.lightning_internals import TEARDOWN
+from esper_lightning.callbacks.lightning_internals import TEARDOWN, restore_signal_handlers
 from esper_lightning.recorder.patch import Patch
 
 __all__ = ["own_profiler", "stand_in"]
@@ -46,6 +46,7 @@ def stand_in(trainer: Trainer, profiler: Profiler, on_return: Callable[[], None]
             teardown.original()
         finally:
             own_profiler(trainer)
+            restore_signal_handlers(trainer)
             on_return()
 
     teardown = Patch(trainer, TEARDOWN, teardown_and_return)

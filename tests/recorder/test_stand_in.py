@@ -1,5 +1,7 @@
 """After a death the profiler rests until Lightning has shut down the run."""
 
+import signal
+
 import pytest
 from lightning.pytorch.profilers import SimpleProfiler
 
@@ -26,6 +28,29 @@ def test_the_profiler_is_restored_by_the_shutdown_even_one_that_fails(make_train
     assert returned == [profiler]
     assert trainer.profiler is profiler
     assert trainer._teardown == teardown
+
+
+@pytest.mark.parametrize("fails", [False, True])
+def test_the_handlers_that_lightning_replaced_are_restored_by_either(
+    make_trainer, monkeypatch, fails
+):
+    def users_own(*_):
+        pass
+
+    trainer, before = make_trainer(), signal.getsignal(signal.SIGTERM)
+    trainer._signal_connector._original_handlers = {signal.SIGTERM: users_own}
+    if fails:  # as on a GPU after an assertion: weights cannot be moved to the host
+        monkeypatch.setattr(trainer.strategy, "teardown", lambda: 1 / 0)
+    stand_in(trainer, SimpleProfiler(), list)
+    try:
+        if fails:
+            with pytest.raises(ZeroDivisionError):
+                trainer._teardown()
+        else:
+            trainer._teardown()
+        assert signal.getsignal(signal.SIGTERM) is users_own
+    finally:
+        signal.signal(signal.SIGTERM, before)
 
 
 def test_the_next_run_finds_the_users_own_profiler(make_trainer):

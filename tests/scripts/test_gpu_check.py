@@ -37,7 +37,7 @@ def test_every_step_runs_and_is_in_the_table(check, tmp_path):
     assert (died["died_of"], died["report"], died["rows"]) == ("OutOfMemoryError", True, 2)
     text = (tmp_path / "gpu.md").read_text()
     assert "| max | " in text
-    assert "8 x 4: " in text
+    assert "8 x 4, max: " in text
     assert all(f"| {name} | `" in text for name in results if not name.startswith("speed"))
 
 
