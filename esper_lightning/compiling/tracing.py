@@ -25,6 +25,7 @@ __all__ = [
     "Tree",
     "compile_graph",
     "count_operations",
+    "suit_compiler",
 ]
 
 MOST_OPERATIONS = 8192
@@ -132,7 +133,7 @@ def compile_graph(function: Callable[..., Any]) -> Callable[..., Any]:
     if isinstance(function, torch.fx.GraphModule):
         count, rule = count_operations(function), f"have at most {MOST_OPERATIONS} operations"
         require(count <= MOST_OPERATIONS, "A compiled function", rule, count)
-        _allow_other_strides(function)
+        suit_compiler(function)
     # Guards check at every call whether a compilation is still valid: 0.2 ms for 40 tensors. Here
     # the caller (``loops``) compares shapes, and nothing else changes within a run.
     no_guards = getattr(torch.compiler, "skip_all_guards_unsafe", None)  # newer than torch 2.6
@@ -143,12 +144,33 @@ def compile_graph(function: Callable[..., Any]) -> Callable[..., Any]:
     return torch.compile(function, fullgraph=True, dynamic=False, options=options)  # pyright: ignore[reportCallIssue, reportArgumentType, reportUnknownVariableType]
 
 
+def suit_compiler(graph: torch.fx.GraphModule) -> None:
+    """Replace what a compiler refuses in a graph by what it compiles, in place."""
+    _write_copies(graph)
+    _allow_other_strides(graph)
+    graph.recompile()
+
+
+def _write_copies(graph: torch.fx.GraphModule) -> None:
+    """Let results of ``out=`` be copies: torch 2.11 refuses to compile some, and fuses a copy."""
+    for node in list(graph.graph.nodes):
+        overload = node.target
+        if not isinstance(overload, OpOverload) or "out" not in node.kwargs:
+            continue
+        kwargs = dict(node.kwargs)
+        out = kwargs.pop("out")
+        with graph.graph.inserting_before(node):
+            value = graph.graph.call_function(overload.overloadpacket.default, node.args, kwargs)
+            written = graph.graph.call_function(torch.ops.aten.copy_.default, (out, value))
+        node.replace_all_uses_with(written)
+        graph.graph.erase_node(node)
+
+
 def _allow_other_strides(graph: torch.fx.GraphModule) -> None:
     """Let views be copies: a compiler may lay results out differently than the trace did."""
     for node in graph.graph.nodes:
         if node.target is torch.ops.aten.view.default:
             node.target = torch.ops.aten.reshape.default
-    graph.recompile()
 
 
 class Compiled:

@@ -13,8 +13,8 @@ from typing import Protocol, cast, runtime_checkable
 
 import torch
 from torch import Tensor
-from torch.utils._python_dispatch import _disable_current_modes  # pyright: ignore[reportPrivateUsage]
 
+from esper_lightning.core.constants import made_to_keep
 from esper_lightning.core.shapes import Bool, Float, Int, Shaped
 from esper_lightning.core.spaces import (
     ActionSpace,
@@ -381,8 +381,7 @@ def _hermite_nodes(device: torch.device) -> tuple[Tensor, Tensor]:
 
         node, weight = np.polynomial.hermite_e.hermegauss(32)
         scaled = weight / math.sqrt(2.0 * math.pi)
-        # In inference mode they would spoil later gradients, and in a trace have no numbers.
-        with torch.inference_mode(False), _disable_current_modes():
+        with made_to_keep():
             _HERMITE[device] = (
                 torch.tensor(node, dtype=torch.float32, device=device),
                 torch.tensor(scaled, dtype=torch.float32, device=device),

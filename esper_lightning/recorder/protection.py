@@ -4,6 +4,7 @@ import contextlib
 import signal
 
 from lightning.pytorch import Trainer
+from lightning.pytorch.utilities.exceptions import SIGTERMException
 
 from esper_lightning.callbacks.lightning_internals import handlers_to_restore
 from esper_lightning.recorder.member import Member, Recorded
@@ -84,6 +85,16 @@ class Protection:
         """Note that the run continues: in the main thread, no exception is unwinding any more."""
         if self.in_main_thread:
             registry.arrivals.run_continues()
+
+    def set_status(self, error: BaseException) -> None:
+        """Let the end by SIGTERM be the process's exit status, where Lightning leaves status 0.
+
+        Lightning raises the error at the end of a batch in which SIGTERM came. What ends so that a
+        SLURM job is requeued stays as it is.
+        """
+        ours = signal.SIGTERM not in self._member.left_to_lightning
+        if ours and isinstance(error, SIGTERMException) and error.code is None:
+            error.code = 128 + signal.SIGTERM
 
     def end(self, *, by_signal: bool) -> None:
         """Note that the run has died, and Lightning is about to shut it down."""

@@ -210,6 +210,7 @@ class Recording:
             error: Error that the run died of.
             lingers: Whether Lightning will shut down the run, and ``leave`` is called afterwards.
         """
+        self._protection.set_status(error)
         # Without the lock: another thread may hold it for as long as it saves.
         if not self._advance(State.DYING):  # the evidence was saved closer to the fault
             return

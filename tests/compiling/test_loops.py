@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from esper_lightning.compiling import loops as compiling
-from esper_lightning.compiling import stepwise
+from esper_lightning.compiling import stepwise, tracing
 from esper_lightning.compiling.loops import (
     CompileMode,
     compile_function,
@@ -287,3 +287,31 @@ def test_small_batches_get_one_thread_and_restore_the_others(samples, threads):
         assert torch.get_num_threads() == 2
     finally:
         torch.set_num_threads(before)
+
+
+def test_a_result_that_is_written_into_an_argument_is_compiled_as_a_copy(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """torch 2.11 compiles no ``out=`` that is not contiguous."""
+
+    def add(h: Tensor, offset: Tensor) -> Tensor:
+        torch.addcmul(offset, h, h, value=2.0, out=h)
+        return h + 1
+
+    def arguments() -> tuple[Tensor, Tensor]:
+        return torch.arange(6.0).view(2, 3).t(), torch.ones(3, 2)
+
+    graph = tracing.Traced(add, arguments()).graph
+    seen: list[str] = []
+
+    def compiler(given: torch.fx.GraphModule, **_: object) -> torch.fx.GraphModule:
+        seen.extend(str(node.target) for node in given.graph.nodes)
+        return given
+
+    monkeypatch.setattr(torch, "compile", compiler)
+    compiled = tracing.compile_graph(graph)
+    assert not any(name.endswith(".out") for name in seen)
+    (mine, offset), (theirs, same) = arguments(), arguments()
+    (result,) = compiled(mine, offset)
+    assert torch.equal(result, add(theirs, same))
+    assert torch.equal(mine, theirs)

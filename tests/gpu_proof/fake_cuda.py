@@ -7,6 +7,7 @@ and device are noted, for such a copy waits, too. This is for programs under ``w
 """
 
 import collections
+import contextlib
 import traceback
 from typing import Any
 
@@ -15,6 +16,8 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.overrides import TorchFunctionMode
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
+
+from esper_lightning.core import constants
 
 
 class Generator(torch.Generator):
@@ -53,6 +56,7 @@ class FakeCuda:
         self._replaced = [
             (torch, "Generator", Generator),
             (torch.Tensor, "data_ptr", lambda t: t.untyped_storage()._cdata + t.storage_offset()),
+            (constants, "_disable_current_modes", contextlib.nullcontext),  # real ones cannot be
         ]
 
     def __enter__(self) -> "FakeCuda":

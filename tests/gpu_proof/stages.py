@@ -42,7 +42,7 @@ def stages_of(iterate: Callable[[], object]) -> list[tuple[Any, list[torch.Tenso
     found: list[tuple[Any, list[torch.Tensor]]] = []
 
     def note(graph: Any) -> Any:
-        tracing._allow_other_strides(graph)
+        tracing.suit_compiler(graph)
 
         def run(*tensors: torch.Tensor) -> Any:
             if all(graph is not known for known, _ in found):

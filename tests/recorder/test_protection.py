@@ -12,6 +12,7 @@ from types import SimpleNamespace
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
+from lightning.pytorch.utilities.exceptions import SIGTERMException
 
 from esper_lightning.recorder.protection import Protection, recorded
 from esper_lightning.recorder.signals import ENDING, FAULTS, c_handler
@@ -279,3 +280,19 @@ def test_a_child_forked_while_signals_are_held_back_holds_back_its_own():
             os._exit(status)
     assert os.waitpid(pid, 0)[1] == 0
     run.end()
+
+
+@pytest.mark.parametrize(
+    ("error", "left_to_lightning", "code"),
+    [
+        (SIGTERMException(), set(), 143),
+        (SIGTERMException(), {signal.SIGTERM}, None),  # it requeues a SLURM job
+        (SystemExit(), set(), None),
+        (SystemExit(3), set(), 3),
+    ],
+)
+def test_an_end_by_sigterm_that_lightning_raises_is_no_success(error, left_to_lightning, code):
+    protection = Protection(Run())
+    protection._member.left_to_lightning = left_to_lightning
+    protection.set_status(error)
+    assert error.code == code

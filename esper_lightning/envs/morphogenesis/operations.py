@@ -13,6 +13,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional
 
+from esper_lightning.core.constants import made_to_keep
 from esper_lightning.core.shapes import Float, Shaped
 from esper_lightning.envs.morphogenesis.layout import unflatten
 
@@ -216,8 +217,9 @@ def _pixels(h: Shaped[Tensor, "M NC H W"]) -> Shaped[Tensor, "M HW NC"]:
 @cache
 def _taps(height: int, width: int, side: int, dtype: torch.dtype, device: torch.device) -> Tensor:
     """``[side*side, out*in]``: 1 where a tap takes the pixel ``in`` to the pixel ``out``."""
-    row = torch.arange(height, device=device).repeat_interleave(width)
-    column = torch.arange(width, device=device).repeat(height)
-    down, right = (axis - axis.unsqueeze(1) + side // 2 for axis in (row, column))  # [out, in]
-    tap = (down * side + right).flatten()
-    return (tap == torch.arange(side * side, device=device).unsqueeze(1)).to(dtype)
+    with made_to_keep():
+        row = torch.arange(height, device=device).repeat_interleave(width)
+        column = torch.arange(width, device=device).repeat(height)
+        down, right = (axis - axis.unsqueeze(1) + side // 2 for axis in (row, column))  # [out, in]
+        tap = (down * side + right).flatten()
+        return (tap == torch.arange(side * side, device=device).unsqueeze(1)).to(dtype)
