@@ -8,9 +8,9 @@ are needed by tests. Wheels to bring where they are missing: ``jsonargparse`` wi
 ``docstring-parser`` and ``typeshed-client``, ``beartype``, ``pytest-timeout``, ``pytest-xdist``.
 
 The most telling steps come first. Steps that measure time run alone, all others side by side. Each
-step is a process of its own with a time limit, and
-``gpu.json`` and ``gpu.md`` are written anew after each, so that what was measured survives whatever
-comes next. ``--device cpu`` is the rehearsal: all of it, at sizes that measure nothing.
+step is a process of its own with a time limit, and ``gpu_check.json`` and ``gpu_check.md`` are
+written anew after each, so that what was measured survives whatever comes next. ``--device cpu`` is
+the rehearsal: all of it, at sizes that measure nothing.
 """
 
 import argparse
@@ -30,6 +30,7 @@ import threading
 import time
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
+from datetime import date
 from functools import partial
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -105,7 +106,10 @@ def about(machine: Machine) -> Found:
     """Versions, and the GPU."""
     import torch  # noqa: PLC0415
 
-    yield {"python": sys.version.split()[0], "torch": torch.__version__}
+    yield {"python": sys.version.split()[0], "torch": torch.__version__, "date": f"{date.today()}"}
+    command = ["git", "rev-parse", "--short=12", "HEAD"]
+    git = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=False)
+    yield {"commit": os.environ.get("COMMIT", git.stdout.strip())}  # of a copy without git
     names = ("lightning", "torchmetrics", "triton", "jax", "jaxtyping", "jsonargparse", "beartype")
     yield {name: importlib.util.find_spec(name) is not None for name in names}
     if machine.on_gpu:
@@ -540,6 +544,14 @@ def table(results: dict[str, Any], machine: Machine) -> str:
     """The results as Markdown."""
     sizes = [f"{num_envs} x {steps}" for num_envs, steps in machine.sizes]
     lines = ["# On a GPU" if machine.on_gpu else "# A rehearsal on a CPU, which measures nothing"]
+    known = {"gpu": "no GPU", "cuda": "none", **results.get("about", {})}
+    if "commit" in known:
+        lines += ["", f"- hardware: {known['gpu']}, one of them, {os.cpu_count()} CPU cores"]
+        lines += [
+            f"- versions: Python {known['python']}, torch {known['torch']}, CUDA {known['cuda']}"
+        ]
+        lines += [f"- commit: {known['commit']}", "- command: `python scripts/gpu_check.py`"]
+        lines += [f"- date: {known['date']}"]
     lines += ["", "Environment steps in a second, of whole iterations.", ""]
     lines += ["| | " + " | ".join(sizes) + " |", "| --- |" + " --- |" * len(sizes)]
     theirs = {f"PureJaxRL style{more}": more for more in (", float32", "")}
@@ -608,8 +620,8 @@ def main(arguments: Sequence[str] | None = None) -> dict[str, Any]:
             found = run_apart(name, machine, limit_s)
         with lock:
             results[name] = found | {"took_s": round(time.monotonic() - started, 1)}
-            (given.out / "gpu.json").write_text(json.dumps(results, indent=1))
-            (given.out / "gpu.md").write_text(table(results, machine))
+            (given.out / "gpu_check.json").write_text(json.dumps(results, indent=1))
+            (given.out / "gpu_check.md").write_text(table(results, machine))
             print(name, json.dumps(results[name])[:300], flush=True)
 
     chosen = {

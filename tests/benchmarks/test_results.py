@@ -37,7 +37,7 @@ def faults(path: Path) -> list[str]:
     if not re.fullmatch(r"[0-9a-f]{7,40}", head.get("commit", "")):
         found.append(f"commit {head.get('commit')}")
     command = head.get("command", "").strip("`")
-    script = re.search(r"python benchmarks/(\w+)\.py", command)
+    script = re.search(r"python (?:benchmarks|scripts)/(\w+)\.py", command)
     if script is None:
         return [*found, f"command {command}"]
     if path.stem != script[1] and not path.stem.startswith(f"{script[1]}_"):

@@ -24,7 +24,7 @@ def check():
 def test_every_step_runs_and_is_in_the_table(check, tmp_path):
     left_out = ("tests", "jax")  # they take seconds, and are in the whole rehearsal
     results = check.main(["--device", "cpu", "--here", "--skip", *left_out, "--out", str(tmp_path)])
-    assert json.loads((tmp_path / "gpu.json").read_text()) == json.loads(json.dumps(results))
+    assert json.loads((tmp_path / "gpu_check.json").read_text()) == json.loads(json.dumps(results))
     steps = check.steps_of(check.MACHINES["cpu"])
     assert list(results) == [name for name in steps if name not in left_out]
     assert not any("error" in found or "log" in found for found in results.values())
@@ -35,7 +35,7 @@ def test_every_step_runs_and_is_in_the_table(check, tmp_path):
     assert all(value for name, value in results["faults"].items() if name != "took_s")
     died = results["out of memory"]
     assert (died["died_of"], died["report"], died["rows"]) == ("OutOfMemoryError", True, 2)
-    text = (tmp_path / "gpu.md").read_text()
+    text = (tmp_path / "gpu_check.md").read_text()
     assert "| max | " in text
     assert "8 x 4, max: " in text
     assert all(f"| {name} | `" in text for name in results if not name.startswith("speed"))
@@ -57,8 +57,8 @@ def test_the_whole_rehearsal(tmp_path):
     env = {"OUT": str(tmp_path), "PYTHON": sys.executable, "PATH": "/usr/bin:/bin"}
     run = subprocess.run(command, cwd=ROOT, env=env, capture_output=True, text=True, check=False)
     assert run.returncode == 0, run.stdout + run.stderr
-    results = json.loads((tmp_path / "gpu.json").read_text())
+    results = json.loads((tmp_path / "gpu_check.json").read_text())
     assert not any("error" in found for found in results.values()), run.stdout
     assert results["jax"].get("platform", "absent" in results["jax"]) in ("cpu", True)
     assert "skipped" in results["tests"]["lines"][-1]
-    assert (tmp_path / "gpu.md").read_text() in (tmp_path / "log.txt").read_text()
+    assert (tmp_path / "gpu_check.md").read_text() in (tmp_path / "log.txt").read_text()
