@@ -59,11 +59,12 @@ class Protection:
         """
         if self.in_main_thread:
             trainer = self._member.of.trainer
+            if signal.SIGTERM not in self._member.left_to_lightning:
+                self._lightnings = registry.handlers.replace_handler_of_lightning(trainer)
             originals = handlers_to_restore(trainer)
             self._left_to_us = registry.handlers.all_ours().intersection(originals)
             for number in self._left_to_us:
                 del originals[number]
-            self._lightnings = registry.handlers.replace_handler_of_lightning(trainer)
 
     @staticmethod
     def renew() -> None:

@@ -164,18 +164,24 @@ class SignalHandlers:
     def replace_handler_of_lightning(self, trainer: Trainer) -> Handler:
         """Set our SIGTERM handler over Lightning's, which may call a handler of somebody else.
 
+        Lightning's replaces whatever was there, also what kept ours away: a signal that is ignored,
+        or a handler that a library has set in C.
+
         Returns:
-            Lightning's handler; ``None`` if Lightning has set none, or SIGTERM is not ours.
+            Lightning's handler; ``None`` if Lightning has set none.
         """
         lightnings: Any = signal.getsignal(signal.SIGTERM)
         composed = getattr(lightnings, "signal_handlers", None)
-        if signal.SIGTERM not in self.replaced or composed is None:
+        if composed is None:
             return None
+        before = handlers_to_restore(trainer).get(signal.SIGTERM)
+        self.replaced.setdefault(signal.SIGTERM, signal.SIG_DFL if before is None else before)
         for handler in composed:
             is_known = is_handler_of(trainer, handler) or handler == self._handle
             if callable(handler) and not is_known:
                 self.replaced[signal.SIGTERM] = handler
         self.take_again(signal.SIGTERM)
+        self._pythons_address = c_handler(signal.SIGTERM)
         return lightnings
 
 

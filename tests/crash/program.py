@@ -368,7 +368,19 @@ def fit_again(trainer):
     return trainer.global_step - before
 
 
+def set_handler_in_c(number):
+    """Let C's ``getpid`` handle a signal, as a library's handler that Python does not know."""
+    libc = ctypes.CDLL(None)
+    libc.signal.argtypes, libc.signal.restype = [ctypes.c_int, ctypes.c_void_p], ctypes.c_void_p
+    libc.signal(number, ctypes.cast(libc.getpid, ctypes.c_void_p))
+
+
 def main():
+    if CASE.get("before") == "handler in C":
+        set_handler_in_c(signal.SIGTERM)
+    if CASE.get("before") == "ignored":
+        signal.signal(signal.SIGTERM, signal.SIG_IGN)
+        signal.signal(signal.SIGHUP, signal.SIG_IGN)
     if "limit" in CASE:
         limit_files(CASE["limit"])
     before = {number: signal.getsignal(number) for number in signal.valid_signals()}

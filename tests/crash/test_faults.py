@@ -113,6 +113,15 @@ def test_a_hang_is_on_record_and_the_run_goes_on(tmp_path):
     assert outcome.leftovers == []
 
 
+@pytest.mark.parametrize("before", ["handler in C", "ignored"])
+def test_sigterm_ends_a_run_at_once_whatever_lightning_has_replaced(tmp_path, before):
+    outcome = run({"fault": "SIGTERM", "before": before}, tmp_path)
+    assert outcome.status == 143, outcome.stderr[-3000:]
+    assert "Received SIGTERM" not in outcome.stderr  # by Lightning, which waits for the batch
+    assert outcome.report()["cause"] == "signal"
+    assert outcome.state()["handlers"] == []
+
+
 def test_a_logger_ends_no_run(tmp_path):
     outcome = run({"fault": "RuntimeError", "site": "logger"}, tmp_path)
     assert outcome.status == 0, outcome.stderr[-3000:]
