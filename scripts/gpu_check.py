@@ -128,9 +128,8 @@ def about(machine: Machine) -> Found:
 def tests(machine: Machine) -> Found:
     """The tests that need a GPU."""
     options = ["-m", "gpu", "-q", "-rf", "-p", "no:cacheprovider", "-W", "default"]
-    options += ["-o", "addopts=--import-mode=importlib"]
+    options += ["-o", "addopts=--import-mode=importlib", "-n", "8"]
     command = [sys.executable, "-m", "pytest", *(TESTS if machine.on_gpu else TESTS[:1]), *options]
-    options += ["-n", "8"]
     compiling = {"TORCH_COMPILE_DISABLE": "0", "JAXTYPING_DISABLE": "1"}  # as for users
     compiling["TORCHINDUCTOR_COMPILE_THREADS"] = "2"
     run = subprocess.run(
@@ -568,8 +567,10 @@ def table(results: dict[str, Any], machine: Machine) -> str:
         ours = results.get(f"speed {sizes[0]}", {}).get(mode, {}).get("steps_per_s")
         jax_s = results.get("jax", {}).get(f"{sizes[0]}{more}", {}).get("steps_per_s")
         if ours is not None:
-            share = "" if jax_s is None else f"; {ours / jax_s:.2f} x JAX in that precision"
-            lines += ["", f"{sizes[0]}, {mode}: {ours / 1e6:.2f} M/s ({goal}){share} (goal: 1)."]
+            times = (
+                "" if jax_s is None else f"; {ours / jax_s:.2f} x JAX in that precision (goal: 1)"
+            )
+            lines += ["", f"{sizes[0]}, {mode}: {ours / 1e6:.2f} M/s ({goal}){times}."]
     lines += ["", "| step | result |", "| --- | --- |"]
     for name, found in results.items():
         if not name.startswith("speed") and name != "jax":

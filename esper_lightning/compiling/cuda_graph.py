@@ -6,6 +6,7 @@ along (pytorch/pytorch#193402), and a new stream for each graph would keep a wor
 graph that ever was.
 """
 
+import contextlib
 import gc
 import weakref
 from collections import defaultdict
@@ -85,10 +86,13 @@ class CapturedFunction:
             except BaseException:
                 torch.cuda.set_stream(current)  # torch leaves it only if the capture can be ended
                 _failed.append(graph)
-                # It would go on as if captured, and every draw would fail.
-                fresh = torch.Generator(device)
-                fresh.set_state(state)
-                generator.graphsafe_set_state(fresh)
+                with contextlib.suppress(
+                    RuntimeError
+                ):  # of a device that is lost; ours must follow
+                    # It would go on as if captured, and every draw would fail.
+                    fresh = torch.Generator(device)
+                    fresh.set_state(state)
+                    generator.graphsafe_set_state(fresh)
                 raise
         weakref.finalize(graph, streams.give_back, side)
         self._graph, self._result = graph, result

@@ -160,16 +160,29 @@ def suit_compiler(graph: torch.fx.GraphModule) -> None:
 def _write_copies(graph: torch.fx.GraphModule) -> None:
     """Let results of ``out=`` be copies: torch 2.11 refuses to compile some, and fuses a copy."""
     for node in list(graph.graph.nodes):
-        overload = node.target
-        if not isinstance(overload, OpOverload) or "out" not in node.kwargs:
+        functional = _without_out(node.target) if "out" in node.kwargs else None
+        if functional is None:
             continue
         kwargs = dict(node.kwargs)
         out = kwargs.pop("out")
         with graph.graph.inserting_before(node):
-            value = graph.graph.call_function(overload.overloadpacket.default, node.args, kwargs)
+            value = graph.graph.call_function(functional, node.args, kwargs)
             written = graph.graph.call_function(torch.ops.aten.copy_.default, (out, value))
         node.replace_all_uses_with(written)
         graph.graph.erase_node(node)
+
+
+def _without_out(overload: Any) -> OpOverload | None:
+    """The operation that returns what the other writes into ``out``; ``None`` if there is none."""
+    if not isinstance(overload, OpOverload):
+        return None
+    given = [(a.name, str(a.type)) for a in overload._schema.arguments if not a.is_out]
+    for name in overload.overloadpacket.overloads():
+        other = getattr(overload.overloadpacket, name)
+        arguments = other._schema.arguments  # pyright: ignore[reportPrivateUsage]
+        if [(a.name, str(a.type)) for a in arguments] == given:
+            return other
+    return None
 
 
 def _allow_other_strides(graph: torch.fx.GraphModule) -> None:

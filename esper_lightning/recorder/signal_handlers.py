@@ -115,9 +115,10 @@ class SignalHandlers:
     def take(self, number: int, *, unwinds: bool) -> None:
         """Set our handler for a signal that has no other.
 
-        A signal that is ignored or handled stays as it is. While the main thread runs a fit, there
-        are two exceptions: Python's default handler of Ctrl-C, and any handler of SIGTERM, which
-        Lightning replaces too; our handler calls the previous one first.
+        A signal that is ignored or handled stays as it is, until Lightning replaces it. While the
+        main thread runs a fit, there are two exceptions: Python's default handler of Ctrl-C, and
+        any handler of SIGTERM, which Lightning replaces too; our handler calls the previous one
+        first.
 
         Args:
             number: Number of the signal.

@@ -46,7 +46,9 @@ def stand_in(trainer: Trainer, profiler: Profiler, on_return: Callable[[], None]
             teardown.original()
         finally:
             own_profiler(trainer)
-            restore_signal_handlers(trainer)
-            on_return()
+            try:
+                restore_signal_handlers(trainer)
+            finally:
+                on_return()
 
     teardown = Patch(trainer, TEARDOWN, teardown_and_return)

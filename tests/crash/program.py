@@ -44,19 +44,14 @@ def later(name, delay_s=0.5):
     threading.Timer(delay_s, os.kill, (os.getpid(), getattr(signal, name))).start()
 
 
-def stuck(seconds=None):
+def stuck():
     """Block in C: the wait starts again when a signal interrupts it, as in a collective."""
     semaphore, libc = ctypes.create_string_buffer(64), ctypes.CDLL(None)
     libc.sem_init(semaphore, 0, 0)
     mask = ctypes.create_string_buffer(128)
     libc.sigfillset(mask)
     libc.pthread_sigmask(signal.SIG_BLOCK, mask, None)  # so that another thread gets the signal
-    if seconds is None:
-        libc.sem_wait(semaphore)
-    else:
-        end = (ctypes.c_long * 2)(int(time.time()) + seconds, 0)
-        libc.sem_timedwait(semaphore, end)
-        libc.pthread_sigmask(signal.SIG_UNBLOCK, mask, None)
+    libc.sem_wait(semaphore)
 
 
 def long_step():
@@ -139,7 +134,6 @@ FAULTS = {
     "SIGQUIT": lambda: signal_self("SIGQUIT"),
     "SIGTERM in a long step": lambda: (later("SIGTERM"), long_step()),
     "SIGTERM in C": lambda: (later("SIGTERM"), stuck()),
-    "SIGTERM in C for a while": lambda: (later("SIGTERM"), stuck(6)),
     "SIGUSR1 in C": lambda: (later("SIGUSR1"), stuck()),
     "SIGTERM and SIGKILL in a long step": lambda: (grace_period(5), long_step()),
     "SIGTERM and SIGKILL in C": lambda: (grace_period(5), stuck()),
@@ -278,8 +272,6 @@ class Log(Logger):
     def save(self):
         if CASE.get("logger") == "broken" and DYING.is_set():
             raise LookupError("in a logger")
-        if CASE.get("logger") == "slow" and DYING.is_set():
-            time.sleep(8)
 
 
 def schedule(**settings):

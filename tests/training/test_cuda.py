@@ -117,6 +117,7 @@ def test_a_resumed_run_is_the_run_that_was_not_interrupted(make_trainer, tmp_pat
         return PPO(env, policy, EVERYTHING, total_env_steps=budget, compile=mode)
 
     first = fit(make_trainer, model(), max_steps=2)
+    assert first.lightning_module.iteration == 2
     first.save_checkpoint(tmp_path / "half.ckpt")
     resumed = model()
     fit(make_trainer, resumed, tmp_path / "half.ckpt")
