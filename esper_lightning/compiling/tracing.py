@@ -176,11 +176,11 @@ def _without_out(overload: Any) -> OpOverload | None:
     """The operation that returns what the other writes into ``out``; ``None`` if there is none."""
     if not isinstance(overload, OpOverload):
         return None
-    given = [(a.name, str(a.type)) for a in overload._schema.arguments if not a.is_out]
+    schema = overload._schema  # pyright: ignore[reportPrivateUsage]
+    given = [(a.name, str(a.type)) for a in schema.arguments if not a.is_out]
     for name in overload.overloadpacket.overloads():
         other = getattr(overload.overloadpacket, name)
-        arguments = other._schema.arguments  # pyright: ignore[reportPrivateUsage]
-        if [(a.name, str(a.type)) for a in arguments] == given:
+        if [(a.name, str(a.type)) for a in other._schema.arguments] == given:
             return other
     return None
 
