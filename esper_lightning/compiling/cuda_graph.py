@@ -86,10 +86,9 @@ class CapturedFunction:
             except BaseException:
                 torch.cuda.set_stream(current)  # torch leaves it only if the capture can be ended
                 _failed.append(graph)
-                with contextlib.suppress(
-                    RuntimeError
-                ):  # of a device that is lost; ours must follow
-                    # It would go on as if captured, and every draw would fail.
+                # It would go on as if captured, and every draw would fail. A device that is lost
+                # has no generators, which must not hide the error.
+                with contextlib.suppress(RuntimeError):
                     fresh = torch.Generator(device)
                     fresh.set_state(state)
                     generator.graphsafe_set_state(fresh)

@@ -52,3 +52,11 @@ def test_a_missing_extra_is_named_with_its_packages(capsys, monkeypatch):
     monkeypatch.setattr("importlib.metadata.requires", lambda _: lines)
     text = findings(capsys)["extra compare"]["text"]
     assert text == "no.such missing: pip install 'esper_lightning[compare]'"
+
+
+def test_a_package_that_is_not_installed_is_no_error(capsys, monkeypatch):
+    def requires(name):
+        raise doctor.importlib.metadata.PackageNotFoundError(name)
+
+    monkeypatch.setattr(doctor.importlib.metadata, "requires", requires)
+    assert findings(capsys)["extras"]["text"].startswith("unknown")
