@@ -232,7 +232,7 @@ class _Guard:
                 return _whole_hyperparams(experiment, experiment.log_dir)
             if name == "save":
                 return _whole_table(experiment)
-        elif experiment is not None and hasattr(logger, "NAME_HPARAMS_FILE"):  # TensorBoard's
+        elif hasattr(logger, "NAME_HPARAMS_FILE"):  # TensorBoard's, also without room for events
             written = Path(logger.log_dir, logger.NAME_HPARAMS_FILE).exists()
             if name == "save" and not written:
                 return _whole_hyperparams(logger, logger.log_dir)

@@ -19,7 +19,7 @@ from esper_lightning.forensics.remains import (
     rank_folders,
 )
 from esper_lightning.forensics.replay import ReplayRecord, failing_iteration, judge
-from esper_lightning.forensics.report import CgroupCounters, CrashReport, NonFiniteReport
+from esper_lightning.forensics.report import CgroupCounters, CrashReport, Evidence, NonFiniteReport
 
 __all__ = ["describe", "seconds_by_phase"]
 
@@ -218,7 +218,9 @@ def _where_time_went(first: Remains) -> list[str]:
 
 def _last_rows(first: Remains) -> list[str]:
     if not first.history:
+        state = (first.report or CrashReport()).evidence.get("history", Evidence()).state
         unknown = "history.jsonl" in first.unreadable or first.damaged_rows > 0
+        unknown |= state == "failed"  # the disk took no row
         return ["No row of the history can be read." if unknown else "No iteration was finished."]
     columns = _columns(first.history)
     fitting = columns[: _WIDTH // _COLUMN]

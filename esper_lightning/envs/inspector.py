@@ -4,7 +4,7 @@
 the same rules. Axes: ``B`` environment.
 """
 
-from collections.abc import Mapping
+from collections.abc import Hashable, Mapping
 from dataclasses import dataclass
 from typing import Any, cast
 
@@ -13,7 +13,7 @@ from torch import Tensor
 
 from esper_lightning.core.errors import Words, missing_members, require
 from esper_lightning.core.spaces import EnvSpaces
-from esper_lightning.core.tensor_trees import leaves, map_tree
+from esper_lightning.core.tensor_trees import kind, leaves, map_tree
 from esper_lightning.core.types import Observation, StepResult
 from esper_lightning.envs.base import BatchedEnv, EnvSpec, FunctionalEnv, spec_name
 from esper_lightning.envs.contract import (
@@ -165,19 +165,31 @@ class Inspector:
         Raises:
             UncheckableError: If further calls cannot be inspected.
         """
-        got, ok = Words(type(result).__name__), isinstance(result, StepResult)
-        of_gymnasium = isinstance(result, tuple) and len(cast(tuple[Any, ...], result)) in (4, 5)
-        hint = _ADAPTERS if of_gymnasium else ""
-        self._problems.insist(ok, "step()", "return a StepResult", got, hint)
+        fields = self._fields(result)
         self._check_kept()
-        values = self._inspect("step()", cast(StepResult, result)._asdict()).values
+        values = self._inspect("step()", fields).values
         self._check_ends(values)
         self._check_reached(values)
+
+    def look(self, result: object) -> None:
+        """Inspect each tensor of the result of ``step()`` by itself, whatever came before.
+
+        Raises:
+            UncheckableError: If a tensor is missing, or of another shape, kind or device.
+        """
+        self._inspect("step()", self._fields(result))
 
     def action_kept(self, before: Tensor, after: Tensor) -> None:
         """Check that a call did not change the action that it was given."""
         kept = torch.equal(after.cpu(), before.cpu())
         self._problems.expect(kept, "step().action", "be left as it was", Words("another"))
+
+    def _fields(self, result: object) -> dict[str, object]:
+        got, ok = Words(type(result).__name__), isinstance(result, StepResult)
+        of_gymnasium = isinstance(result, tuple) and len(cast(tuple[Any, ...], result)) in (4, 5)
+        hint = _ADAPTERS if of_gymnasium else ""
+        self._problems.insist(ok, "step()", "return a StepResult", got, hint)
+        return cast(StepResult, result)._asdict()
 
     def _inspect(self, call: str, fields: Mapping[str, object]) -> Returned:
         self.last = self._contract.inspect(call, fields, self._problems, finite=self._finite)
@@ -245,12 +257,15 @@ class Inspector:
 class FirstSteps:
     """The environment of a run, whose first steps are checked against the contract.
 
+    Later results cost a look at their shapes and dtypes (2 us): torch would repeat a reward of
+    shape ``[1]`` for every environment without a word.
+
     Args:
         spec: Spec of the environment, whose class names the environment in errors.
         spaces: Spaces of the spec.
         env: Object that the spec built, which may turn out not to be an environment.
         device: Device of the run, on which the results must be.
-        steps: Number of steps to inspect; with 0, neither steps nor resets are inspected.
+        steps: Number of steps to inspect; with 0, only the form of results is.
 
     Attributes:
         owner: Name of the environment in errors.
@@ -273,6 +288,7 @@ class FirstSteps:
     ) -> None:
         self.owner, self.spaces, self.left = spec_name(spec), spaces, steps
         self._env, self._problems = env, Problems(self.owner)
+        self._kind: Hashable = None  # of results that fit the contract
         place = torch.empty(0, device=device).device  # with its index
         contract = Contract(spaces, spec.num_envs, place)
         self._inspector = Inspector(contract, self._problems, finite=False)
@@ -290,7 +306,12 @@ class FirstSteps:
     def step(self, action: Tensor) -> StepResult:
         """Act in every environment."""
         if self.left == 0:
-            return self._env.step(action)
+            result = self._env.step(action)
+            if not self._is_of_known_kind(result):
+                with self._problems.raise_at_end():
+                    self._inspector.look(result)
+                self._kind = kind(result)
+            return result
         given = action.clone()
         result = self._env.step(action)
         with self._problems.raise_at_end():
@@ -316,7 +337,14 @@ class FirstSteps:
 
     def _judge(self, result: object) -> None:
         self._inspector.proceed(result)
+        self._kind = kind(result)
         self.left -= 1
+
+    def _is_of_known_kind(self, result: object) -> bool:
+        try:
+            return kind(result) == self._kind
+        except ValueError:  # something that is no tensor, which is then named
+            return False
 
 
 def same_values(tree: Any, other: Any) -> bool:

@@ -81,7 +81,7 @@ class Collector:
         device: torch.device,
     ) -> None:
         self._agent, self._first_steps = agent, first_steps
-        self._call_step = env.step
+        self._call_step = first_steps.step
         self._functional = cast(FunctionalEnv, env) if is_functional(env) else None
         self._obs_space = first_steps.spaces.obs
         self._loop = compile_loop("rollout", self._step, mode=mode, device=device)
@@ -213,16 +213,15 @@ class Collector:
         noise: Tensor,
     ) -> ActingState:
         """Fill a rollout by calling the ``step`` of an environment that is no pure function."""
-        first_steps, policy = self._first_steps, self._agent.policy
-        step = first_steps.step if first_steps.left > 0 else self._call_step
+        policy = self._agent.policy
         obs, action_mask, memory = state.obs, state.action_mask, state.memory
         for t in range(rollout.reward.shape[0]):
             acted = self._act_compiled((obs, action_mask, noise[t], memory), weights)
             try:
                 # Environments may keep actions, and compiled code reuses the memory of its results.
-                result = step(acted.action.clone())
+                result = self._call_step(acted.action.clone())
             except Exception as error:
-                refuse_stuck_cause(error, action_mask, first_steps)
+                refuse_stuck_cause(error, action_mask, self._first_steps)
                 raise
             row = as_row(self._obs_space, obs, action_mask, acted.sampled, result)
             write_step(rollout, t, row)

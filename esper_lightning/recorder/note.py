@@ -32,10 +32,13 @@ def where_evidence_is(files: RankLayout, rescue: Rescue) -> str:
         files: Files of the rank in the run directory.
         rescue: The rescue that has saved the evidence.
     """
-    report, written = rescue.report, rescue.written
-    trace = report.evidence.get("trace", Evidence())
+    evidence, written = rescue.report.evidence, rescue.written
+    history, trace = (evidence.get(name, Evidence()) for name in ("history", "trace"))
+    rows = f"history in {files.history}"
+    if history.state == "absent":
+        rows = f"no history: {history.detail}"
     where = f"no trace: {trace.detail}"
     if trace.state == "saved" and trace.path is not None:
         where = f"trace in {files.directory / trace.path}"
     there = "nowhere: no place took it" if written is None else f"in {written}"
-    return f"history in {files.history}; report {there}; {where}"
+    return f"{rows}; report {there}; {where}"

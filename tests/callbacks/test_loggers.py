@@ -293,9 +293,16 @@ class TestTensorBoardOnAFullDisk:
 
         trainer = fit(make_trainer, ppo(), logger=logger, callbacks=[MakesRoom()])
         assert trainer.global_step == 6
+        assert yaml.safe_load((small_disk / "hparams.yaml").read_text())
         assert scalars(small_disk, "loss/value") == [32, 64, 96, 128, 160, 192]
         assert len(list(small_disk.glob("events.out.tfevents.*"))) == 1
         assert caplog.text.count("No space left") == 1
+
+    def test_that_stays_full_holds_no_torn_file(self, make_trainer, small_disk):
+        fill(small_disk)
+        fit(make_trainer, ppo(), logger=TensorBoardLogger(small_disk, name="", version=""))
+        assert not list(small_disk.glob("*hparams*"))
+        assert not list(small_disk.glob("events*"))
 
     def test_a_death_leaves_its_report_in_the_run_directory(self, make_trainer, small_disk):
         class Dies(Callback):

@@ -7,7 +7,7 @@ import pytest
 from esper_lightning.cli.crash_text import describe, describe_start, seconds_by_phase
 from esper_lightning.forensics.phases import Phases, Span
 from esper_lightning.forensics.remains import Remains
-from esper_lightning.forensics.report import CrashReport
+from esper_lightning.forensics.report import CrashReport, Evidence
 
 S = 1_000_000_000
 
@@ -45,6 +45,16 @@ def test_without_evidence_the_text_says_so(tmp_path):
     text = "\n".join(describe(tmp_path, [remains()], remains()))
     for line in ("No iteration was finished.", "No phases on record.", "No trace.", "Evidence: "):
         assert line in text
+
+
+def test_rows_that_the_disk_did_not_take_are_not_told_as_none(tmp_path):
+    report = CrashReport(
+        iteration=10, evidence={"history": Evidence(state="failed", detail="full")}
+    )
+    rank = remains(report=report)
+    text = "\n".join(describe(tmp_path, [rank], rank))
+    assert "No row of the history can be read." in text
+    assert "No iteration was finished." not in text
 
 
 def test_without_a_death_the_states_are_named(tmp_path):

@@ -273,6 +273,59 @@ def test_only_the_first_steps_of_a_run_are_inspected(make_trainer):
     assert Odd.steps == 12
 
 
+LATER = {
+    "reward shape []": lambda r: r._replace(reward=r.reward.sum()),
+    "reward shape [1]": lambda r: r._replace(reward=r.reward[:1]),
+    "reward shape [8, 1]": lambda r: r._replace(reward=r.reward[:, None]),
+    "reward int64": lambda r: r._replace(reward=r.reward.long()),
+    "reward array": lambda r: r._replace(reward=r.reward.numpy()),
+    "terminated shape []": lambda r: r._replace(terminated=r.terminated[0]),
+    "truncated float32": lambda r: r._replace(truncated=r.truncated.float()),
+    "obs shape [1, 2]": lambda r: r._replace(obs={k: v[:1] for k, v in r.obs.items()}),
+    "obs float64": lambda r: r._replace(obs={k: v.double() for k, v in r.obs.items()}),
+    "action_mask shape [1, 5]": lambda r: r._replace(action_mask=r.action_mask[:1]),
+}
+
+
+def returning_later(what):
+    """An environment whose ``step`` makes something else of its result in the third iteration."""
+
+    class Later(cases.Walk):
+        steps = 0
+
+        def step(self, action):
+            self.steps += 1
+            result = super().step(action)
+            return what(result) if self.steps > FIRST_STEPS + 2 else result
+
+    return Later
+
+
+@pytest.mark.parametrize("name", LATER)
+def test_a_result_of_another_form_is_an_error_at_any_step(make_trainer, name):
+    model = ppo(Spec(env=returning_later(LATER[name])), total_env_steps=8 * 4 * 10)
+    lines = refused(make_trainer().fit, model)
+    field, got = name.split(maxsplit=1)
+    assert lines[0].startswith(f"Spec.step().{field}"), lines
+    assert lines[0].endswith(f"{got.removeprefix('shape ')}.") or got == "array", lines
+    assert model.iteration == 2
+
+
+def test_a_later_result_that_is_none_is_named(make_trainer):
+    model = ppo(Spec(env=returning_later(lambda r: None)), total_env_steps=8 * 4 * 10)
+    assert refused(make_trainer().fit, model)[0].startswith("Spec.step() must return a StepResult")
+
+
+def test_another_order_of_groups_and_another_precision_of_rewards_are_no_errors(make_trainer):
+    def turned(result):
+        obs = dict(reversed(result.obs.items()))
+        return result._replace(obs=obs, reward=result.reward.double())
+
+    model = ppo(Spec(env=returning_later(turned)), total_env_steps=8 * 4 * 4)
+    make_trainer().fit(model)
+    assert model.iteration == 4
+
+
 @pytest.mark.parametrize("dtype", [torch.int64, torch.uint8, torch.bool, torch.float64])
 def test_observations_may_be_whole_numbers(make_trainer, dtype):
     class Whole(cases.Walk):

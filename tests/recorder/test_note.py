@@ -36,3 +36,10 @@ def test_the_places_of_history_report_and_trace_are_named(trace, written, says):
     places = where_evidence_is(FILES, rescue)
     assert places.startswith("history in run/rank0/history.jsonl; report ")
     assert says in places
+
+
+def test_no_history_is_named_where_there_is_none():
+    absent = Evidence(state="absent", detail="no iteration was finished")
+    rescue = SimpleNamespace(report=CrashReport(evidence={"history": absent}), written=FILES.crash)
+    places = where_evidence_is(FILES, rescue)
+    assert places.startswith("no history: no iteration was finished; report in run/rank0/crash")
