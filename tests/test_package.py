@@ -32,6 +32,27 @@ def run(code, *arguments):
     return subprocess.run(command, capture_output=True, text=True, timeout=120, check=False)
 
 
+def _normal(name):
+    return re.sub(r"[-_.]+", "-", name).lower()
+
+
+def test_the_lock_holds_the_tested_versions_of_everything_that_the_package_requires():
+    lock = tomllib.loads((ROOT / "uv.lock").read_text())["package"]
+    locked = {(package["name"], package.get("version")) for package in lock}
+    lines = (ROOT / "constraints.txt").read_text().splitlines()
+    tested = [line.split("==") for line in lines if line and not line.startswith("#")]
+    assert [f"{a}=={b}" for a, b in tested if (_normal(a), b) not in locked] == []
+    project = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
+    required = [project["dependencies"], *project["optional-dependencies"].values()]
+    names = {_normal(re.split(r"[^\w.-]", line)[0]) for lines in required for line in lines}
+    (own,) = (package for package in lock if package["name"] == "esper-lightning")
+    known = {package["name"] for package in own["metadata"]["requires-dist"]}
+    assert names - known - {"esper-lightning"} == set()
+    assert {package["source"].get("registry") for package in lock if package is not own} == {
+        "https://pypi.org/simple"
+    }
+
+
 @pytest.mark.parametrize("name", esper_lightning.__all__)
 def test_every_export_exists(name):
     assert getattr(esper_lightning, name).__name__ == name
