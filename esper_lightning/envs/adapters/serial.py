@@ -63,11 +63,11 @@ class SerialEnv:
             result = self.envs[row].reset(seed=None if seed is None else seed + row)
             try:
                 obs, infos[row] = result
-                self._keep(row, obs)
+                fits = self._keep(row, obs)
             except (TypeError, ValueError, KeyError) as error:
                 raise self._misfit("reset", "an observation and info", error) from error
-            if options is None:
-                self._require_fit(obs, self.single_observation_space)
+            if options is None or not fits:
+                self._require_fit("reset", obs, self.single_observation_space)
         return self._obs, self._info(infos)
 
     def step(self, actions: Any) -> tuple[Any, Any, Any, Any, dict[str, Any]]:
@@ -79,10 +79,14 @@ class SerialEnv:
                 obs, reward, terminated, truncated, infos[row] = result
                 self._reward[row] = reward
                 self._terminated[row], self._truncated[row] = terminated, truncated
-                self._keep(row, obs)
+                fits = self._keep(row, obs)
+                if not isinstance(infos[row], Mapping):
+                    raise TypeError(f"info is of type {type(infos[row]).__name__}")
             except (TypeError, ValueError, KeyError) as error:
                 what = "an observation, a number as reward, terminated, truncated and info"
                 raise self._misfit("step", what, error) from error
+            if not fits:
+                self._require_fit("step", obs, self.single_observation_space)
         flags = self._terminated, self._truncated
         return self._obs, self._reward, *flags, self._info(infos)
 
@@ -105,18 +109,20 @@ class SerialEnv:
         for env in self.envs:
             env.close()
 
-    def _keep(self, row: int, obs: Any) -> None:
-        if isinstance(self._obs, dict):
-            for name, buffer in self._obs.items():
-                buffer[row] = obs[name]
-        else:
+    def _keep(self, row: int, obs: Any) -> bool:
+        """Copy an observation; ``False`` if NumPy had to stretch it."""
+        if not isinstance(self._obs, dict):
             self._obs[row] = obs
+            return np.size(obs) * self.num_envs == self._obs.size
+        for name, buffer in self._obs.items():
+            buffer[row] = obs[name]
+        return all(np.size(obs[k]) * self.num_envs == each.size for k, each in self._obs.items())
 
     def _misfit(self, method: str, what: str, error: Exception) -> ValueError:
         why = f"{type(error).__name__}: {error}"
         return ValueError(f"{self._name}.{method}() must return {what}, got another result. {why}")
 
-    def _require_fit(self, obs: Any, space: Any, group: str = "") -> None:
+    def _require_fit(self, method: str, obs: Any, space: Any, group: str = "") -> None:
         """Refuse an observation that NumPy would stretch or round to fit its space.
 
         Raises:
@@ -124,14 +130,14 @@ class SerialEnv:
         """
         if type(space).__name__ == "Dict":
             for name, each in space.spaces.items():
-                self._require_fit(obs[name], each, f"[{name!r}]")
+                self._require_fit(method, obs[name], each, f"[{name!r}]")
             return
         value = np.asarray(obs)
         rule = f"be {space.dtype} {list(space.shape)} as its observation_space says"
         rounded = value.dtype.kind == "f" and np.issubdtype(space.dtype, np.integer)
         ok = value.size == math.prod(space.shape) and not rounded
         got = Words(f"{value.dtype} {list(value.shape)}")
-        require(ok, f"{self._name}.reset()'s observation{group}", rule, got)
+        require(ok, f"{self._name}.{method}()'s observation{group}", rule, got)
 
     def _info(self, infos: list[Mapping[str, Any]]) -> dict[str, Any]:
         """``info`` with one entry: an array of objects, with a flag for each row that has one.

@@ -4,11 +4,11 @@
 """
 
 import logging
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any, NamedTuple, cast
 
-from esper_lightning.forensics.layout import RankLayout, RunLayout
+from esper_lightning.forensics.layout import RunLayout
 from esper_lightning.training.checkpoint.content import STATE_KEY, find_misfit
 from esper_lightning.training.checkpoint.files import read_checkpoint
 
@@ -31,22 +31,29 @@ class KeptState(NamedTuple):
 def latest_state(directory: Path, *, before: int | None = None) -> KeptState | None:
     """The latest state that all ranks of a run have stored; ``None`` without one.
 
+    A run that was resumed from such a state, and killed before it stored one of its own, has left
+    that from which it was resumed.
+
     Args:
         directory: Run directory.
         before: Iteration before which the state must be; ``None`` for any.
     """
     layout = RunLayout(directory)
-    states = [_states_of(layout.rank(0))]
+    resumed = _states_in([layout.joined_state])
+    states = [_states_in(layout.rank(0).states)]
     world_size = max(map(_world_size, states[0].values()), default=1)
     for rank in range(1, world_size):
-        if not layout.rank(rank).directory.is_dir():
-            return None
-        states.append(_states_of(layout.rank(rank)))
+        states.append(_states_in(layout.rank(rank).states))
+        if not states[-1]:
+            break
     states = [{n: c for n, c in each.items() if _world_size(c) == world_size} for each in states]
     common = set[int].intersection(*(set(of_rank) for of_rank in states))
-    iteration = max((n for n in common if before is None or n < before), default=None)
-    if iteration is None:
+    known = [n for n in {*common, *resumed} if before is None or n < before]
+    if not known:
         return None
+    iteration = max(known)
+    if iteration not in common:
+        return KeptState(iteration, resumed[iteration])
     checkpoint = states[0][iteration]
     for of_rank in states[1:]:
         checkpoint[STATE_KEY]["ranks"] |= of_rank[iteration][STATE_KEY]["ranks"]
@@ -79,10 +86,10 @@ def _world_size(checkpoint: Mapping[str, Any]) -> int:
     return checkpoint.get(STATE_KEY, {}).get("world_size", 1)
 
 
-def _states_of(files: RankLayout) -> dict[int, dict[str, Any]]:
-    """The states of one rank by their iterations, without one that a kill has torn."""
+def _states_in(paths: Iterable[Path]) -> dict[int, dict[str, Any]]:
+    """States by their iterations, without one that a kill has torn."""
     found: dict[int, dict[str, Any]] = {}
-    for path in files.states:
+    for path in paths:
         try:
             checkpoint = read_checkpoint(path)
         except (ValueError, OSError):

@@ -351,6 +351,9 @@ def test_a_missing_package_that_no_extra_has_is_only_named():
     ("reset", (np.zeros((2, 1)), {}), r"could not broadcast"),
     ("step", (np.zeros(2), 1.0, True, {}), r"must return an observation, a number as reward, .* 4"),
     ("step", (np.zeros(2), [1.0, 2.0], False, False, {}), r"a number as reward, .* sequence"),
+    ("step", (np.zeros(1), 1.0, False, False, {}), r"must be float64 \[2\] .*, got float64 \[1\]"),
+    ("step", (0.0, 1.0, False, False, {}), r"must be float64 \[2\] as .*, got float64 \[\]"),
+    ("step", (np.zeros(2), 1.0, False, {}, False), r"truncated and info, .* type bool"),
 ])  # fmt: skip
 def test_what_an_environment_returns_beside_its_spaces_is_refused(
     method, result, line, monkeypatch

@@ -40,6 +40,22 @@ def test_without_the_states_of_a_rank_there_is_none(ranks):
     assert latest_state(ranks.directory / "elsewhere") is None
 
 
+@pytest.mark.parametrize(("own", "latest"), [((), 5), ((4,), 5), ((6, 7), 7)])
+def test_a_run_killed_before_its_first_state_goes_on_from_that_which_it_was_resumed_from(
+    tmp_path, own, latest
+):
+    layout, files = RunLayout(tmp_path), RunLayout(tmp_path).rank(0)
+    files.directory.mkdir()
+    layout.checkpoints.mkdir()
+    for path, iteration in zip((layout.joined_state, *files.states), (5, *own), strict=False):
+        state = {"iteration": iteration, "world_size": 1, "ranks": {0: {"env": iteration}}}
+        torch.save({STATE_KEY: state}, path)
+    found = latest_state(tmp_path)
+    assert found.iteration == latest
+    assert found.checkpoint[STATE_KEY]["ranks"] == {0: {"env": latest}}
+    assert latest_state(tmp_path, before=4) is None
+
+
 WRONG = {
     "an iteration": {"iteration": "7"},
     "no iteration": {"iteration": None},
