@@ -236,7 +236,8 @@ class _Guard:
                 return _whole_table(experiment)
         elif hasattr(logger, "NAME_HPARAMS_FILE"):  # TensorBoard's, also without room for events
             written = Path(logger.log_dir, logger.NAME_HPARAMS_FILE).exists()
-            if name == "save" and not written and rank_zero_only.rank == 0:  # others write none
+            is_first = not getattr(rank_zero_only, "rank", 0)  # other ranks write none
+            if name == "save" and is_first and not written:
                 return _whole_hyperparams(logger, logger.log_dir)
         return contextlib.nullcontext()
 
