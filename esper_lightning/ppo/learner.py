@@ -11,7 +11,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from esper_lightning.compiling.loops import CompileMode, compile_function, tell_reasons_again
+from esper_lightning.compiling.loops import CompileMode, compile_function, log_reasons_again
 from esper_lightning.core.buffer import allocate_rollout, first_steps
 from esper_lightning.core.distributions import has_choice
 from esper_lightning.core.errors import require
@@ -121,7 +121,7 @@ class Learner:
         device: torch.device,
         ranks: Ranks = SINGLE_RANK,
     ) -> None:
-        tell_reasons_again()
+        log_reasons_again()
         self._spec, self._env, self.agent, self._config = spec, env, agent, config
         self._closed = False
         self._curriculum = getattr(env, "begin_iteration", None)
