@@ -41,8 +41,8 @@ __all__ = [
     "compile_loop",
     "compile_map",
     "few_cpu_threads",
-    "native_or_slower",
     "log_reasons_again",
+    "native_or_slower",
 ]
 
 CompileMode = Literal["off", "auto", "default", "max"]
