@@ -17,6 +17,8 @@ from contextlib import AbstractContextManager
 from pathlib import Path
 from typing import Any, NamedTuple
 
+from lightning.fabric.utilities.rank_zero import rank_zero_only
+
 from esper_lightning.callbacks.lightning_internals import experiment_of
 from esper_lightning.callbacks.tensorboard_internals import replace_event_file
 from esper_lightning.forensics.files import Appender, Backlog, first_cause, replacing
@@ -234,7 +236,7 @@ class _Guard:
                 return _whole_table(experiment)
         elif hasattr(logger, "NAME_HPARAMS_FILE"):  # TensorBoard's, also without room for events
             written = Path(logger.log_dir, logger.NAME_HPARAMS_FILE).exists()
-            if name == "save" and not written:
+            if name == "save" and not written and rank_zero_only.rank == 0:  # others write none
                 return _whole_hyperparams(logger, logger.log_dir)
         return contextlib.nullcontext()
 

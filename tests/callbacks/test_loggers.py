@@ -9,6 +9,7 @@ from pathlib import Path
 import pytest
 import torch
 import yaml
+from lightning.fabric.utilities.rank_zero import rank_zero_only
 from lightning.pytorch import Callback, LightningModule
 from lightning.pytorch.loggers import CSVLogger, Logger, TensorBoardLogger
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
@@ -397,6 +398,21 @@ def test_a_row_that_was_torn_is_not_in_the_table(tmp_path, monkeypatch):
         logger.save()
     logger.save()
     assert [row["a"] for row in table(tmp_path / "metrics.csv")] == ["1.0", "2.0"]
+
+
+@pytest.mark.parametrize("kind", [TensorBoardLogger, CSVLogger])
+def test_a_rank_that_is_not_the_first_writes_nothing_and_has_no_complaint(
+    tmp_path, monkeypatch, caplog, kind
+):
+    monkeypatch.setattr(rank_zero_only, "rank", 1)
+    logger = kind(tmp_path, name="", version="")
+    guard_loggers([logger])
+    logger.log_hyperparams({"width": 1})
+    logger.log_metrics({"a": 1.0}, step=0)
+    logger.save()
+    logger.finalize("success")
+    assert not list(tmp_path.rglob("*.*"))
+    assert not caplog.records
 
 
 @pytest.mark.parametrize("kind", [TensorBoardLogger, CSVLogger])
