@@ -5,7 +5,7 @@ import itertools
 import re
 import sys
 import tomllib
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from types import FrameType
 from typing import Any
@@ -14,15 +14,16 @@ import pytest
 from lightning.pytorch import Callback
 
 import esper_lightning
-from esper_lightning import PPO, PPOConfig
+from esper_lightning import PPO, FlightRecorder, PPOConfig
 from esper_lightning.callbacks.history import History
+from esper_lightning.compiling.loops import CompileMode
 from esper_lightning.envs import CartPole
 
 PACKAGE = Path(esper_lightning.__file__).parent
 TESTS = Path(__file__).parent
 DOCUMENT = PACKAGE.parent / "docs" / "architecture.md"
 FIRST, ENVIRONMENT, STEP = "training/module.py", "envs/cartpole.py", "advance"
-MOST_FILES, MOST_OF_ALL, MOST_LINES = 14, 37, 400
+MOST_FILES, MOST_OF_ALL, MOST_LINES = 15, 38, 400
 BY_THEMES = ("cli/project", "compiling/native", "envs")
 """Folders whose tests are by operations, contracts and simulators, or that are templates."""
 TESTED_ELSEWHERE = {
@@ -59,7 +60,7 @@ class Witness(Callback):
 
     def note(self, frame: FrameType, _event: str, _argument: object) -> None:
         path = Path(frame.f_code.co_filename)
-        is_first = frame.f_code.co_name == "training_step"
+        is_first = frame.f_code is PPO.training_step.__code__  # as Lightning calls it
         if path.is_relative_to(PACKAGE) and (self.files or is_first):
             name = path.relative_to(PACKAGE).as_posix()
             if (name, frame.f_code.co_name) == (ENVIRONMENT, STEP) and not self.before_step:
@@ -68,18 +69,27 @@ class Witness(Callback):
 
 
 @pytest.fixture
-def witness(make_trainer) -> Witness:
-    """The witness of a run, which noted the files of its second iteration."""
-    before = sys.gettrace()
-    noted = Witness()
-    ppo = PPOConfig(rollout_steps=8, minibatches=2)
-    model = PPO(env=CartPole(num_envs=8), ppo=ppo, compile="off")
-    trainer = make_trainer(max_steps=2, callbacks=[History(), noted])
-    try:
-        trainer.fit(model)
-    finally:
-        sys.settrace(before)
-    return noted
+def watch(make_trainer) -> Callable[..., Witness]:
+    """Trains, and returns a witness that noted the files of the second iteration."""
+
+    def train(*callbacks: Callback, compile: CompileMode) -> Witness:  # noqa: A002
+        before = sys.gettrace()
+        noted = Witness()
+        ppo = PPOConfig(rollout_steps=8, minibatches=2)
+        model = PPO(env=CartPole(num_envs=8), ppo=ppo, compile=compile)
+        trainer = make_trainer(max_steps=2, callbacks=[History(), *callbacks, noted])
+        try:
+            trainer.fit(model)
+        finally:
+            sys.settrace(before)
+        return noted
+
+    return train
+
+
+def between(witness: Witness) -> int:
+    """Number of files between ``training_step`` and the first step of the environment."""
+    return len(set(witness.before_step) - {FIRST, ENVIRONMENT})
 
 
 def listed() -> list[list[str]]:
@@ -90,19 +100,35 @@ def listed() -> list[list[str]]:
     return list(filter(None, (re.findall(r"`([a-z_/]+\.py)`", row[2]) for row in rows)))
 
 
-def test_the_document_lists_the_files_of_an_iteration_in_order_and_says_how_many_they_are(witness):
+def test_the_document_lists_the_files_of_an_iteration_in_order_and_says_how_many_they_are(watch):
+    witness = watch(compile="off")
     entered, before = list(witness.files), witness.before_step
-    assert before[0] == FIRST
-    between = len(set(before) - {FIRST, ENVIRONMENT})
-    assert between <= MOST_FILES
+    assert between(witness) <= MOST_FILES
     assert len(entered) <= MOST_OF_ALL
     text = " ".join(DOCUMENT.read_text().split())
-    assert f"(`CartPole.{STEP}`) an iteration enters {between} files;" in text
+    assert f"(`CartPole.{STEP}`) an iteration enters {between(witness)} files;" in text
     assert f"a whole iteration enters {len(entered)}." in text
     rows = listed()
     until = [[*itertools.chain(*rows[: k + 1])] for k in range(len(rows))]
     assert until[-1] == entered
     assert before in until, "a row must end with the first step of the environment"
+
+
+def test_the_document_says_how_many_files_a_recorded_iteration_enters(watch):
+    without, recorded = watch(compile="off"), watch(FlightRecorder(), compile="off")
+    text = " ".join(DOCUMENT.read_text().split())
+    assert f"it enters {between(recorded)} files, and {len(recorded.files)} in all" in text
+    added = {*recorded.before_step} - without.files.keys()
+    assert added
+    assert all(f"`{name}`" in text for name in added)
+
+
+def test_the_document_says_how_many_files_a_native_iteration_enters(watch, native_code):
+    without, native = watch(compile="off"), watch(compile="auto")
+    text = " ".join(DOCUMENT.read_text().split())
+    assert not native.before_step, "the steps of the environment are native code"
+    assert f"an iteration of `auto` enters {len(native.files)}" in text
+    assert all(f"`{name}`" in text for name in native.files.keys() - without.files.keys())
 
 
 def test_no_file_of_the_package_is_too_long_to_read():
@@ -132,6 +158,20 @@ def layer_of(module: str) -> int:
     """How many layers lie above a module, which is given without the name of the package."""
     folder = f"esper_lightning.{module.split('.', maxsplit=1)[0]}"
     return next((n for n, line in enumerate(LAYERS) if folder in line.split(" | ")), -1)
+
+
+def test_the_tower_of_the_document_has_the_layers_that_are_checked():
+    tower = re.search(r"^```\n(cli .*?)^```", DOCUMENT.read_text(), re.M | re.S)
+    assert tower is not None
+    rows = re.findall(r"^(.{26}).*$", tower[1], re.M)
+    drawn: list[set[str]] = []
+    for names in map(str.split, rows):
+        if names[0] == "|":  # the row above continues
+            drawn[-1].update(names[1:])
+        else:
+            drawn.append({name for name in names if name != "|"})
+    prefix = "esper_lightning."
+    assert drawn == [{name.removeprefix(prefix) for name in line.split(" | ")} for line in LAYERS]
 
 
 def texts_of(tree: ast.Module) -> Iterator[str]:

@@ -147,7 +147,14 @@ def _explain(parser: SettingsParser, message: str, cause: BaseException | None) 
 
 
 def _explain_cause(key: str, cause: BaseException | None) -> SettingsError | None:
-    """The error that a parser below or YAML has raised already; ``None`` if neither has."""
+    """The mistake that an error in the chain of causes names; ``None`` if none names one.
+
+    The errors are those of a nested parser (of a class or of a file) and of YAML.
+
+    Args:
+        key: Setting that the outer parser was reading; empty for none.
+        cause: Error that made the outer parser fail.
+    """
     is_file = key in ("", "config")
     owner = "--config" if key == "config" else key
     for error in _chain(cause):

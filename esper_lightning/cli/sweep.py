@@ -50,7 +50,14 @@ _SHOWN = 3  # best trials that are printed
 
 
 def run(arguments: list[str]) -> None:
-    """Search, judge the best, and print both; exit with status 1 if no trial succeeded."""
+    """Run ``esper sweep``: search for settings, and compare the best trial with the config.
+
+    The process exits with status 1 if no trial succeeded, and with 2 after a mistake in the
+    arguments.
+
+    Args:
+        arguments: Arguments of the command line after ``esper sweep``.
+    """
     options = _parser().parse_args(shipped.with_paths(arguments))
     absent = [name for name in _NEEDED if importlib.util.find_spec(name) is None]
     if absent:
@@ -185,10 +192,14 @@ class _Sweep:
         self._stops = threading.Event()
 
     def run(self) -> int:
-        """Search and judge; returns the exit status.
+        """Run all trials, and compare the best trial with the config.
+
+        Returns:
+            Exit status of the command: 1 if no trial succeeded.
 
         Raises:
-            ValueError: If a directory holds a run that still trains, or one of other settings.
+            ValueError: If the directory of a run holds a run that still trains, or a run with other
+                settings.
         """
         self._refuse_living_runs()
         self._in_parallel([self._work_on_trials] * self._options.jobs)

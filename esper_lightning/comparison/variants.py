@@ -105,7 +105,10 @@ def _names(groups: list[list[Run]], varying: Sequence[str], *, by_folder: bool) 
 
 
 def _folder(runs: Sequence[Run]) -> str:
-    """Name of the folder of the runs; of a lone run its own folder, unless that names a seed."""
+    """Name for the runs of a variant: that of the folder that holds them.
+
+    A single run has the name of its own directory, unless that is a number or names a seed.
+    """
     own = runs[0].directory.absolute().name
     is_numbered = re.match(r"(seed|version)?[-_]?\d+$", own) is not None
     return own if len(runs) == 1 and not is_numbered else _parent(runs[0]).name

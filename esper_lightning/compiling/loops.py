@@ -41,8 +41,8 @@ __all__ = [
     "compile_loop",
     "compile_map",
     "few_cpu_threads",
+    "log_reasons_again",
     "native_or_slower",
-    "tell_reasons_again",
 ]
 
 CompileMode = Literal["off", "auto", "default", "max"]
@@ -165,7 +165,7 @@ def native_or_slower(name: str, make: Callable[[], _T], *, required: str | None)
     return None
 
 
-def tell_reasons_again() -> None:
+def log_reasons_again() -> None:
     """Allow every reason for a slower way to be logged again, as at the start of a run.
 
     Each run logs each reason as a warning once.

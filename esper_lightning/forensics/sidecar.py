@@ -74,8 +74,8 @@ def start(directory: Path, pid: int, process: ProcessRecord | None = None) -> Si
         process: Record of the watched process in ``process.json``; ``None`` to read that file.
 
     Returns:
-        Handle of the second process; ``None`` where processes cannot be watched (no ``pidfd``) or
-        started.
+        Handle of the second process. ``None`` where the system has no ``pidfd``, without which no
+        process can be watched, or where no process can be started.
     """
     if not hasattr(os, "pidfd_open"):
         return None

@@ -24,6 +24,7 @@ _MOST_UNPACKED = 1 << 30  # bytes that are unpacked at most to reach the end of 
 _LONGEST = 1 << 17  # characters of one event; a longer event counts as damaged
 _DISORDER = 1024  # an event of a thread may be out of order by so many events
 _MAX_NAMES, _MAX_THREADS = 20_000, 512
+_LAST = 15  # operators at the end of a trace that are listed
 _EVENT = re.compile(r'\{\s*"(?:ph|name|cat)"\s*:')
 _HOST = {"cpu_op": 0, "user_annotation": 0, "cpu_instant_event": 0, "cuda_runtime": 1}
 _LEFT_OUT = ("Trace", "python_function")  # marks, and the frames of with_stack: no operators
@@ -60,7 +61,7 @@ class TraceSummary(NamedTuple):
     last: list[LastOperator]
 
 
-def summarize(path: Path, *, top: int = 15, last: int = 15) -> TraceSummary:
+def summarize(path: Path, *, top: int = 15) -> TraceSummary:
     """The time of a trace by operator, and the operators that ran at its end.
 
     Of more than 96 MiB of text the beginning and the end are read. Damage within is no error:
@@ -69,14 +70,13 @@ def summarize(path: Path, *, top: int = 15, last: int = 15) -> TraceSummary:
     Args:
         path: Trace file, ``.pt.trace.json`` or ``.pt.trace.json.gz``.
         top: Greatest number of rows of each list.
-        last: Number of last operators.
 
     Raises:
         FileNotFoundError: If there is no file.
         ValueError: If ``path`` is no file that can be opened.
     """
     text = _Text(path)
-    host, device = _Host(last), defaultdict[str, list[float]](lambda: [0.0, 0.0, 0])
+    host, device = _Host(_LAST), defaultdict[str, list[float]](lambda: [0.0, 0.0, 0])
     complete, events = True, 0
     first, end = math.inf, -math.inf
     for event in _events(text.chunks()):

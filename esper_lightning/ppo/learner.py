@@ -11,7 +11,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from esper_lightning.compiling.loops import CompileMode, compile_function, tell_reasons_again
+from esper_lightning.compiling.loops import CompileMode, compile_function, log_reasons_again
 from esper_lightning.core.buffer import allocate_rollout, first_steps
 from esper_lightning.core.distributions import has_choice
 from esper_lightning.core.errors import require
@@ -68,11 +68,11 @@ _METRICS: dict[str, Callable[[Targets, UpdateMetrics], Tensor]] = {
     "length_sum": lambda targets, _: targets.episodes.episode_length,
     "episodes": lambda targets, _: targets.episodes.episodes,
     "policy/explained_variance": lambda targets, _: targets.explained_variance,
-    "loss/policy": lambda _, update: update.policy_loss,
-    "loss/value": lambda _, update: update.value_loss,
-    "loss/entropy": lambda _, update: update.entropy,
-    "policy/approx_kl": lambda _, update: update.approx_kl,
-    "policy/clip_fraction": lambda _, update: update.clip_fraction,
+    "loss/policy": lambda _, update: update.own.policy_loss,
+    "loss/value": lambda _, update: update.own.value_loss,
+    "loss/entropy": lambda _, update: update.own.entropy,
+    "policy/approx_kl": lambda _, update: update.own.approx_kl,
+    "policy/clip_fraction": lambda _, update: update.own.clip_fraction,
     "optim/grad_norm": lambda _, update: update.grad_norm,
     "gradient_steps": lambda _, update: update.gradient_steps,
     "gradients_finite": lambda _, update: update.finite,
@@ -121,7 +121,7 @@ class Learner:
         device: torch.device,
         ranks: Ranks = SINGLE_RANK,
     ) -> None:
-        tell_reasons_again()
+        log_reasons_again()
         self._spec, self._env, self.agent, self._config = spec, env, agent, config
         self._closed = False
         self._curriculum = getattr(env, "begin_iteration", None)

@@ -215,10 +215,10 @@ def refuse_rollout(
             refuse_stuck(rollout.action_mask, space, env=name, where=where)
         raise PeerFailedError(f"A rollout of another rank was not sound in iteration {iteration}.")
     if fault.owner == "environment":
-        message = f"{name}.step must return finite values, got {fault.text!r}. {kept}"
+        message = f"{name}.step must return finite values, got {fault.text}. {kept}"
     else:
         hint = f"The policy has diverged. Lower PPOConfig.learning_rate. {kept}"
-        message = f"PPO.policy must give finite probabilities, got {fault.text!r}. {hint}"
+        message = f"PPO.policy must give finite probabilities, got {fault.text}. {hint}"
     raise NonFiniteError(
         f"{message} (Iteration {iteration}.)",
         phase="rollout",

@@ -15,6 +15,8 @@ __all__ = [
     "trained_parameters",
 ]
 
+_LEAST, _GREATEST = 1e-5, 1e-2  # bounds of an adaptive learning rate, those of rsl_rl
+
 
 def build_optimizer(
     policy: nn.Module, config: PPOConfig, extensions: nn.Module | None = None
@@ -88,9 +90,7 @@ def linear_learning_rate(initial: float, *, progress: float) -> float:
     return initial * (1.0 - progress)
 
 
-def adaptive_learning_rate(
-    current: float, *, kl: float, desired_kl: float, least: float = 1e-5, greatest: float = 1e-2
-) -> float:
+def adaptive_learning_rate(current: float, *, kl: float, desired_kl: float) -> float:
     """A learning rate that follows how far the policy moved.
 
     The rate is divided by 1.5 where the policy moved by more than twice ``desired_kl``, and
@@ -101,11 +101,9 @@ def adaptive_learning_rate(
         current: Learning rate of the iteration that just ended.
         kl: KL divergence (nats) of that iteration; if it is not finite, the rate stays the same.
         desired_kl: KL divergence (nats) to aim at.
-        least: Lower bound of the result.
-        greatest: Upper bound of the result.
     """
     if kl > 2.0 * desired_kl and kl < float("inf"):
-        return max(least, current / 1.5)
+        return max(_LEAST, current / 1.5)
     if 0.0 <= kl < 0.5 * desired_kl:
-        return min(greatest, current * 1.5)
+        return min(_GREATEST, current * 1.5)
     return current

@@ -18,7 +18,7 @@ from esper_lightning.core.flat_adam import AdamState, adam_step
 from esper_lightning.core.minibatches import take
 from esper_lightning.core.ranks import SINGLE_RANK, Ranks
 from esper_lightning.core.shapes import Bool, Float, Int
-from esper_lightning.core.tensor_trees import map_tree
+from esper_lightning.core.tensor_trees import leaves, map_tree, rebuild
 from esper_lightning.core.types import Samples
 from esper_lightning.ppo.agent import Agent, Weights
 from esper_lightning.ppo.config import PPOConfig
@@ -31,14 +31,20 @@ _SCALE = 2.0**-80  # of gradients whose squares would be infinite: float32 ends 
 _LARGEST_SQUARED = 1e18  # a number whose square, and the sum of many such, is finite in float32
 
 
+class OwnMetrics(NamedTuple):
+    """PPO's own metrics of samples: sums or means over them; ``[S]`` where steps are stacked."""
+
+    policy_loss: Float[Tensor, "*S"]
+    value_loss: Float[Tensor, "*S"]
+    entropy: Float[Tensor, "*S"]
+    approx_kl: Float[Tensor, "*S"]
+    clip_fraction: Float[Tensor, "*S"]
+
+
 class UpdateMetrics(NamedTuple):
     """Means over the applied gradient steps of one iteration; scalars on the device."""
 
-    policy_loss: Float[Tensor, ""]
-    value_loss: Float[Tensor, ""]
-    entropy: Float[Tensor, ""]
-    approx_kl: Float[Tensor, ""]
-    clip_fraction: Float[Tensor, ""]
+    own: OwnMetrics
     grad_norm: Float[Tensor, ""]  # before clipping
     gradient_steps: Float[Tensor, ""]  # how many were applied
     finite: Float[Tensor, ""]  # 1 where every gradient was, else 0
@@ -58,30 +64,16 @@ class GradientSums(NamedTuple):
     """Sums over the samples of a minibatch, or of a chunk of it."""
 
     gradient: Float[Tensor, " P"]
-    policy_loss: Float[Tensor, ""]
-    value_loss: Float[Tensor, ""]
-    entropy: Float[Tensor, ""]
-    approx_kl: Float[Tensor, ""]
-    clip_fraction: Float[Tensor, ""]
+    own: OwnMetrics
     samples: Float[Tensor, ""]  # how many
     added: dict[str, Float[Tensor, ""]]  # terms of extensions
-
-
-class _OwnMetrics(NamedTuple):
-    """PPO's own metrics of one gradient step; ``[S]`` where all steps are stacked."""
-
-    policy_loss: Float[Tensor, "*S"]
-    value_loss: Float[Tensor, "*S"]
-    entropy: Float[Tensor, "*S"]
-    approx_kl: Float[Tensor, "*S"]
-    clip_fraction: Float[Tensor, "*S"]
-    grad_norm: Float[Tensor, "*S"]
 
 
 class _StepMetrics(NamedTuple):
     """Means over the samples of one gradient step; ``[S]`` where all steps are stacked."""
 
-    own: _OwnMetrics
+    own: OwnMetrics
+    grad_norm: Float[Tensor, "*S"]
     applied: Float[Tensor, "*S"]  # 1 where the step was applied, else 0
     added: dict[str, Float[Tensor, "*S"]]  # terms of extensions
 
@@ -206,16 +198,16 @@ class Updater:
         log_prob = evaluation.log_prob.detach()
         kl = weighted(approx_kl(log_prob, batch.log_prob), batch)
         clipped = clip_fraction(log_prob, batch.log_prob, clip=self._config.clip)
-        return GradientSums(
-            gradient,
+        own = OwnMetrics(
             policy_loss=terms.policy.detach().sum(),
             value_loss=terms.value.detach().sum(),
             entropy=terms.entropy.detach().sum(),
             approx_kl=kl.sum(),
             clip_fraction=weighted(clipped, batch).sum(),
-            samples=torch.ones_like(kl).sum(),
-            added={name: term.detach().sum() for name, term in added.items()},
         )
+        samples = torch.ones_like(kl).sum()
+        added = {name: term.detach().sum() for name, term in added.items()}
+        return GradientSums(gradient, own, samples, added)
 
     def _step(
         self, progress: _Progress, x: tuple[GradientSums, Tensor], constants: _Constants
@@ -231,9 +223,7 @@ class Updater:
         sums, mean_of_pass = x
         config = self._config
         gradient = sums.gradient / sums.samples
-        policy_loss, value_loss = sums.policy_loss / sums.samples, sums.value_loss / sums.samples
-        entropy, kl = sums.entropy / sums.samples, sums.approx_kl / sums.samples
-        added = {name: total / sums.samples for name, total in sums.added.items()}
+        own, added = map_tree(lambda total: total / sums.samples, (sums.own, sums.added))
         norm = gradient.square().sum().sqrt()
         if config.max_grad_norm is not None:
             if config.max_grad_norm < _LARGEST_SQUARED:
@@ -243,7 +233,7 @@ class Updater:
             gradient = gradient * (config.max_grad_norm / (norm + 1e-6)).clamp(max=1.0)
         # A NaN or an infinity stops the rest of the update, too.
         finite = progress.finite & norm.isfinite()
-        for term in (policy_loss, value_loss, entropy, *added.values()):
+        for term in (own.policy_loss, own.value_loss, own.entropy, *added.values()):
             finite = finite & term.isfinite()
         skip = progress.skip | ~finite
         adam = adam_step(
@@ -253,16 +243,8 @@ class Updater:
             eps=config.adam_eps,
             skip=skip,
         )
-        own = _OwnMetrics(
-            policy_loss=policy_loss,
-            value_loss=value_loss,
-            entropy=entropy,
-            approx_kl=kl,
-            clip_fraction=sums.clip_fraction / sums.samples,
-            grad_norm=norm,
-        )
-        step = _StepMetrics(own, (~skip).float(), added)
-        kl_of_pass = progress.kl + kl
+        step = _StepMetrics(own, norm, (~skip).float(), added)
+        kl_of_pass = progress.kl + own.approx_kl
         if config.target_kl is not None:
             skip = skip | (kl_of_pass * mean_of_pass > config.target_kl)
         kl_of_pass = torch.where(mean_of_pass > 0, 0.0, kl_of_pass)
@@ -279,15 +261,10 @@ def _sums_alone(
 
 def _mean_over_applied(steps: _StepMetrics, *, finite: Bool[Tensor, ""]) -> UpdateMetrics:
     """Mean of each metric over the gradient steps that were applied."""
-    metrics = torch.stack([*steps.own, *steps.added.values()], dim=1)
+    averaged = (steps.own, steps.grad_norm, steps.added)
+    metrics = torch.stack(leaves(averaged), dim=1)
     # Where, not a product with the weight: a step that was skipped may hold NaN.
     total = torch.where(steps.applied[:, None] > 0, metrics, 0.0).sum(0)
     count = steps.applied.sum()
-    means = (total / count).unbind()
-    own = _OwnMetrics(*means[: len(steps.own)])
-    return UpdateMetrics(
-        **own._asdict(),
-        gradient_steps=count,
-        finite=finite.float(),
-        added=dict(zip(steps.added, means[len(own) :], strict=True)),
-    )
+    own, grad_norm, added = rebuild(averaged, list((total / count).unbind()))
+    return UpdateMetrics(own, grad_norm, count, finite.float(), added)

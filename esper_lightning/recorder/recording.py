@@ -194,7 +194,7 @@ class Recording:
         return self._peers.process.differences
 
     def beat(self) -> None:
-        """Note that the run continues: an iteration, or a batch of a validation, begins or ends."""
+        """Tell the watchdog that an iteration, or a batch of a validation, has begun or ended."""
         self._protection.beat()
         self.watchdog.beat()
 

@@ -108,7 +108,10 @@ class _Registry:
 
     @contextmanager
     def _changing(self) -> Generator[None]:
-        """Change the registry under its lock; then the main thread updates Python's handlers."""
+        """Context in which the registry is changed under its lock.
+
+        When the context ends, the main thread updates Python's handlers of signals.
+        """
         if not in_main_thread():
             try:
                 with self._lock:

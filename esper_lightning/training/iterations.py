@@ -1,20 +1,22 @@
 """The "data set" of PPO: numbers of iterations, since every iteration collects its own data.
 
-Lightning takes a ``StopIteration`` for the end of a data set, wherever it comes from. A hook that
-is decorated with ``must_not_stop`` raises none.
+Lightning takes a ``StopIteration`` for the end of a data set, wherever it comes from. The steps of
+a module that derives from ``NeverStops`` raise none.
 """
 
 import functools
 from collections.abc import Callable, Iterator
 from typing import Any, ParamSpec, TypeVar
 
-__all__ = ["Iterations", "must_not_stop"]
+from lightning.pytorch import LightningModule
+
+__all__ = ["Iterations", "NeverStops"]
 
 _P = ParamSpec("_P")
 _R = TypeVar("_R")
 
 
-def must_not_stop(hook: Callable[_P, _R]) -> Callable[_P, _R]:
+def _must_not_stop(hook: Callable[_P, _R]) -> Callable[_P, _R]:
     """Decorate a hook so that a ``StopIteration`` of code that it calls becomes an error.
 
     Otherwise Lightning would begin the next epoch after a half-finished iteration, for ever. A
@@ -30,6 +32,16 @@ def must_not_stop(hook: Callable[_P, _R]) -> Callable[_P, _R]:
             raise RuntimeError(message) from error
 
     return checked
+
+
+class NeverStops(LightningModule):
+    """A module in whose steps, also those of subclasses, a ``StopIteration`` is an error."""
+
+    def __init_subclass__(cls, **kwargs: Any) -> None:
+        super().__init_subclass__(**kwargs)
+        for name in ("training_step", "validation_step"):
+            if name in vars(cls):
+                setattr(cls, name, _must_not_stop(vars(cls)[name]))
 
 
 class Iterations:

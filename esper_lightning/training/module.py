@@ -10,6 +10,7 @@ file prepares an iteration or publishes its results.
 import logging
 from collections.abc import Iterable
 from dataclasses import replace
+from functools import partial
 from typing import Any, cast
 
 import torch
@@ -24,7 +25,6 @@ from esper_lightning.compiling.loops import CompileMode, autocast_without_cache,
 from esper_lightning.core.ranks import Ranks
 from esper_lightning.core.running_stats import ObsNormalizer, RunningStats, normalized_space
 from esper_lightning.core.seeding import require_torch_defaults, stream, stream_seed
-from esper_lightning.core.types import Observation
 from esper_lightning.envs.base import EnvSpec
 from esper_lightning.policies.base import PolicySpec, build_policy
 from esper_lightning.ppo.agent import Agent, prepare_obs
@@ -41,7 +41,7 @@ from esper_lightning.training.checkpoint.hooks import CheckpointHooks
 from esper_lightning.training.checkpoint.meeting import tells_other_ranks
 from esper_lightning.training.environments import CloseEnvironments, build_learner
 from esper_lightning.training.evaluation import Evaluation
-from esper_lightning.training.iterations import Iterations, must_not_stop
+from esper_lightning.training.iterations import Iterations, NeverStops
 from esper_lightning.training.monitors import ReportsAbsentMetrics
 from esper_lightning.training.progress import LEARNING_RATE, Progress
 from esper_lightning.training.publish import publish
@@ -52,7 +52,7 @@ __all__ = ["PPO"]
 _log = logging.getLogger(__name__)
 
 
-class PPO(CheckpointHooks):
+class PPO(NeverStops, CheckpointHooks):
     """Proximal policy optimisation over batched environments (Schulman et al. 2017).
 
     ``Trainer.fit(model)`` trains the module; no data module is needed. Lightning's ``global_step``
@@ -170,16 +170,9 @@ class PPO(CheckpointHooks):
         """
         return self.progress.planned_env_steps
 
-    def __init_subclass__(cls, **kwargs: Any) -> None:
-        super().__init_subclass__(**kwargs)
-        for name in ("training_step", "validation_step"):
-            if name in vars(cls):
-                setattr(cls, name, must_not_stop(vars(cls)[name]))
-
     # The iteration.
 
     @override
-    @must_not_stop
     def training_step(self, batch: int, batch_idx: int) -> dict[str, Any]:
         """One iteration: roll out, estimate advantages, update, publish metrics.
 
@@ -235,14 +228,13 @@ class PPO(CheckpointHooks):
             self.trainer.should_stop = strategy.reduce_boolean_decision(stops, all=False)
 
     @override
-    @must_not_stop
     def validation_step(self, batch: int, batch_idx: int) -> None:
         """Play the deterministic episodes of one evaluation.
 
         Where evaluation and training share a simulator, training continues with new episodes.
         """
-        rank = self.global_rank
-        self.evaluation.play(self.policy, self._normalize, device=self.device, rank=rank)
+        rank, normalize = self.global_rank, partial(prepare_obs, normalizer=self.obs_normalizer)
+        self.evaluation.play(self.policy, normalize, device=self.device, rank=rank)
         if (
             getattr(self.env, "shared", False)
             and self.trainer.state.stage == RunningStage.VALIDATING
@@ -352,6 +344,3 @@ class PPO(CheckpointHooks):
         """
         if not self.trainer.fast_dev_run:  # fast_dev_run has dummies in place of loggers
             guard_loggers(self.trainer.loggers, lambda: self.env_steps)
-
-    def _normalize(self, obs: Observation) -> Observation:
-        return prepare_obs(obs, self.obs_normalizer)

@@ -10,7 +10,7 @@ from torch import Tensor
 
 from esper_lightning.compiling import cuda_graph, loops, tracing
 from esper_lightning.compiling.cuda_graph import CapturedFunction, CapturedLoop
-from esper_lightning.compiling.loops import compile_function, compile_loop, tell_reasons_again
+from esper_lightning.compiling.loops import compile_function, compile_loop, log_reasons_again
 from esper_lightning.compiling.stepwise import StepwiseLoop
 from tests.gpu_proof.simulated import SimulatedCuda
 
@@ -21,7 +21,7 @@ CPU = torch.device("cpu")
 def cuda(monkeypatch: pytest.MonkeyPatch) -> SimulatedCuda:
     simulated = SimulatedCuda()
     simulated.install(monkeypatch)
-    tell_reasons_again()
+    log_reasons_again()
     return simulated
 
 
@@ -162,7 +162,7 @@ def test_more_operations_than_a_compiler_can_serve_run_eagerly(
     monkeypatch.setattr(loops, "_is_native", lambda mode, device: False)
     monkeypatch.setattr(loops, "_is_compiled", lambda mode, device: True)
     monkeypatch.setattr(tracing, "MOST_OPERATIONS", 10)
-    tell_reasons_again()
+    log_reasons_again()
 
     def long(x: Tensor) -> Tensor:
         for _ in range(20):

@@ -84,7 +84,7 @@ class Regression:
 
 @pytest.fixture(autouse=True)
 def new_run() -> None:
-    compiling.tell_reasons_again()
+    compiling.log_reasons_again()
 
 
 @pytest.mark.parametrize("mode", MODES)
@@ -143,7 +143,7 @@ def test_without_a_compiler_it_runs_eagerly_and_says_what_to_install(
     assert "install g++ or clang, or set CXX" in record.getMessage()
     Regression().run("auto")
     assert len(ours(caplog)) == 1  # the same reason
-    compiling.tell_reasons_again()
+    compiling.log_reasons_again()
     Regression().run("auto")
     assert len(ours(caplog)) == 2  # another run warns as well
 

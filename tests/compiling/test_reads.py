@@ -11,7 +11,7 @@ from esper_lightning.compiling.loops import (
     compile_function,
     compile_loop,
     compile_map,
-    tell_reasons_again,
+    log_reasons_again,
 )
 from esper_lightning.compiling.purity import results_of_pure
 from esper_lightning.compiling.reads import recorded
@@ -122,7 +122,7 @@ def test_a_function_follows_what_changes_and_says_so(
         assert made(torch.ones(2)).tolist() == [5.0, 5.0]
         assert len(said()) == 1
         caplog.clear()
-        tell_reasons_again()
+        log_reasons_again()
 
 
 @pytest.mark.usefixtures("native_code")

@@ -86,7 +86,7 @@ def test_trees_of_one_kind_differ_in_the_numbers_of_their_tensors_alone() -> Non
         (Pair(torch.zeros(1), None), (torch.zeros(1), None)),
     ],
 )
-def test_trees_of_other_kinds_are_told_apart(one: Any, other: Any) -> None:
+def test_trees_that_differ_have_different_kinds(one: Any, other: Any) -> None:
     assert kind(one) != kind(other)
 
 

@@ -183,6 +183,6 @@ def test_self_time_is_without_what_is_nested_and_not_without_what_follows_at_onc
 
 
 def test_the_last_operators_are_those_that_began_last_wherever_they_are_written(tmp_path):
-    events = [(f"op{start}", start, 1) for start in (5, 9, 1, 8, 2, 7, 3)]
-    summary = summarize(written(tmp_path / "a.json", *events), last=3)
-    assert [operator.name for operator in summary.last] == ["op7", "op8", "op9"]
+    events = [(f"op{start}", start, 1) for start in (5, 9, 1, 8, 2, 7, 3, *range(10, 22))]
+    summary = summarize(written(tmp_path / "a.json", *events))
+    assert [operator.name for operator in summary.last] == [f"op{n}" for n in range(7, 22)]

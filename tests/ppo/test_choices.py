@@ -114,7 +114,12 @@ def test_the_actor_learns_from_the_steps_with_a_choice_and_the_critic_from_all()
         torch.testing.assert_close(got, expected[name], rtol=1e-5, atol=1e-6, msg=name)
     metrics = learner.update(learner.samples)
     kl = ((ratio - 1.0) - ratio.log()).mean()
-    means = (metrics.policy_loss, metrics.value_loss, metrics.entropy, metrics.approx_kl)
+    means = (
+        metrics.own.policy_loss,
+        metrics.own.value_loss,
+        metrics.own.entropy,
+        metrics.own.approx_kl,
+    )
     for got, wanted in zip(means, (policy, value, entropy, kl), strict=True):
         torch.testing.assert_close(got, wanted.detach(), rtol=1e-4, atol=1e-6)
 
@@ -123,7 +128,7 @@ def test_the_clip_fraction_is_that_of_the_steps_with_a_choice() -> None:
     learner = Learner(RANDOM)
     assert 0 < learner.choice.sum() < len(learner.choice)
     learner.config = dataclasses.replace(CONFIG, clip=0.05)  # where they have a ratio of exp(0.1)
-    assert learner.update(learner.samples).clip_fraction == 1.0
+    assert learner.update(learner.samples).own.clip_fraction == 1.0
 
 
 def test_a_choice_at_every_step_is_as_no_mask_at_all() -> None:
@@ -141,7 +146,7 @@ def test_without_any_choice_the_critic_learns_and_the_actor_stays(minibatches) -
     before = learner.weights()
     metrics = learner.update(learner.samples)
     assert all(value.isfinite() for value in leaves(metrics))
-    assert (metrics.policy_loss, metrics.entropy, metrics.approx_kl) == (0.0, 0.0, 0.0)
+    assert (metrics.own.policy_loss, metrics.own.entropy, metrics.own.approx_kl) == (0.0, 0.0, 0.0)
     assert metrics.gradient_steps == minibatches
     for name, value in learner.weights().items():
         assert torch.equal(value, before[name]) == name.startswith(("actor", "action")), name

@@ -383,5 +383,5 @@ def test_what_an_environment_makes_of_an_empty_mask_is_not_blamed_on_it(make_tra
 
 def test_evidence_of_a_value_that_is_not_finite_is_the_same_at_the_first_steps(make_trainer):
     env, _ = cases.STEP_PROBLEMS["reward nan"]
-    with pytest.raises(NonFiniteError, match=r"^Spec.step must return finite values, got 'nan in"):
+    with pytest.raises(NonFiniteError, match=r"^Spec.step must return finite values, got nan in"):
         make_trainer().fit(ppo(Spec(env=env)))

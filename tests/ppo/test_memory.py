@@ -155,10 +155,10 @@ def test_before_the_first_gradient_step_nothing_has_moved():
     learner, _ = make_learner(minibatches=1)
     targets = learner.compute_targets(learner.rollout(STEPS))
     metrics = learner.update(targets, learning_rate=1e-3)
-    assert metrics.approx_kl.abs() < 1e-10
-    assert metrics.clip_fraction == 0.0
+    assert metrics.own.approx_kl.abs() < 1e-10
+    assert metrics.own.clip_fraction == 0.0
     learner.update(targets, learning_rate=1e-3)
-    assert learner.update(targets, learning_rate=0.0).approx_kl > 1e-9
+    assert learner.update(targets, learning_rate=0.0).own.approx_kl > 1e-9
 
 
 def test_an_evaluation_carries_memory_until_the_episode_ends():

@@ -95,8 +95,8 @@ def ours(monkeypatch: pytest.MonkeyPatch) -> list[Step]:
     def recording(updater: Updater, *args: Any) -> Any:
         sums = add_up(updater, *args)
         config, samples = updater._config, sums.samples
-        loss = sums.policy_loss + config.value_coef * sums.value_loss
-        loss = (loss - config.entropy_coef * sums.entropy) / samples
+        loss = sums.own.policy_loss + config.value_coef * sums.own.value_loss
+        loss = (loss - config.entropy_coef * sums.own.entropy) / samples
         steps.append(Step(loss.item(), updater._agent.named(sums.gradient / samples)))
         return sums
 
@@ -264,15 +264,15 @@ def test_an_update_is_that_of_stable_baselines3(
 
     logged = model.logger.name_to_value
     for value, key, sign in (
-        (metrics.policy_loss, "train/policy_gradient_loss", 1),
-        (metrics.value_loss, "train/value_loss", 1),
-        (metrics.entropy, "train/entropy_loss", -1),
-        (metrics.clip_fraction, "train/clip_fraction", 1),
+        (metrics.own.policy_loss, "train/policy_gradient_loss", 1),
+        (metrics.own.value_loss, "train/value_loss", 1),
+        (metrics.own.entropy, "train/entropy_loss", -1),
+        (metrics.own.clip_fraction, "train/clip_fraction", 1),
     ):
         assert value.item() == pytest.approx(sign * logged[key], rel=1e-4, abs=1e-5), key
     if config.epochs == 1:  # SB3 tells the divergence of the last pass only
-        assert metrics.approx_kl.item() == pytest.approx(logged["train/approx_kl"], rel=1e-3)
-    assert metrics.clip_fraction > 0.0 or config.value_clip is not None
+        assert metrics.own.approx_kl.item() == pytest.approx(logged["train/approx_kl"], rel=1e-3)
+    assert metrics.own.clip_fraction > 0.0 or config.value_clip is not None
 
 
 # --- steps that are left out, and what is said of the others ---
@@ -358,7 +358,9 @@ def test_an_unhealthy_first_rollout_counts_no_step() -> None:
 
 def divergence_of_each_pass(passes: int) -> list[float]:
     """Mean divergence within each pass, from the means over 1, 2, ... of them."""
-    sums = [0.0] + [k * Learner().update(epochs=k).approx_kl.item() for k in range(1, passes + 1)]
+    sums = [0.0] + [
+        k * Learner().update(epochs=k).own.approx_kl.item() for k in range(1, passes + 1)
+    ]
     return [after - before for before, after in pairwise(sums)]
 
 
@@ -395,9 +397,9 @@ def test_a_divergence_that_stays_small_stops_nothing() -> None:
 def test_metrics_are_means_over_the_gradient_steps(ours: list[Step]) -> None:
     metrics = Learner().update()
     loss = (
-        metrics.policy_loss
-        + CONFIG.value_coef * metrics.value_loss
-        - CONFIG.entropy_coef * metrics.entropy
+        metrics.own.policy_loss
+        + CONFIG.value_coef * metrics.own.value_loss
+        - CONFIG.entropy_coef * metrics.own.entropy
     )
     assert loss.item() == pytest.approx(np.mean([step.loss for step in ours]), rel=1e-4)
     norms = [torch.cat([g.flatten() for g in s.gradient.values()]).norm() for s in ours]

@@ -842,7 +842,7 @@ class TestErrors:
         model = cartpole(env=Broken(field=field), ppo=ppo)
         good = cartpole(env=Broken(field=field), ppo=ppo, total_env_steps=32)
         fit(good, make_trainer())
-        message = f"Broken.step must return finite values, got '{where}'. The weights are those of"
+        message = f"Broken.step must return finite values, got {where}. The weights are those of"
         with pytest.raises(NonFiniteError, match="^" + re.escape(message)) as caught:
             fit(model, make_trainer())
         assert (caught.value.tensors, caught.value.environments) == ([field], [2])

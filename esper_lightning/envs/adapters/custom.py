@@ -215,7 +215,14 @@ def _close_shared(key: str) -> None:
 
 
 def _close_in(process: int, key: str) -> None:
-    """Close a shared simulator at the end of the process that made it, not of one forked later."""
+    """Close a shared simulator when the process that made the simulator ends.
+
+    A forked process inherits the call and must not close the simulator.
+
+    Args:
+        process: Identifier of the process that made the simulator.
+        key: Key of the simulator in ``_shared``.
+    """
     if os.getpid() == process:
         _close_shared(key)
 

@@ -81,15 +81,15 @@ class VmasSimulator(Simulator):
         therefore true while it steps.
         """
         env = self._env
-        told_apart = getattr(env, "terminated_truncated", None)
-        if told_apart is None:
+        two_flags = getattr(env, "terminated_truncated", None)
+        if two_flags is None:
             stepped = env.step(actions)
         else:
             env.terminated_truncated = True
             try:
                 stepped = env.step(actions)
             finally:
-                env.terminated_truncated = told_apart
+                env.terminated_truncated = two_flags
         obs, reward, done = stepped[:3]
         return obs, reward, done, stepped[3] if len(stepped) == 5 else torch.zeros_like(done)
 

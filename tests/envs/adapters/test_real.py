@@ -28,10 +28,10 @@ def test_the_contract_is_kept(world):
     check_env(WORLDS[world], steps=15)
 
 
-@pytest.mark.parametrize("told_apart", [False, True])
-def test_the_time_limit_of_vmas_is_no_failure(told_apart):
+@pytest.mark.parametrize("two_flags", [False, True])
+def test_the_time_limit_of_vmas_is_no_failure(two_flags):
     kwargs = {"scenario": "simple", "max_steps": 3, "continuous_actions": True}
-    more = {"terminated_truncated": True} if told_apart else {}
+    more = {"terminated_truncated": True} if two_flags else {}
     spec = Custom(make="vmas:make_env", num_envs=2, kwargs={**kwargs, **more}, shared=False)
     env = spec.build(torch.device("cpu"), 0)
     env.reset()

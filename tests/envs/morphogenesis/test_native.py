@@ -7,7 +7,7 @@ from dataclasses import replace
 import pytest
 import torch
 
-from esper_lightning.compiling.loops import tell_reasons_again
+from esper_lightning.compiling.loops import log_reasons_again
 from esper_lightning.core.tensor_trees import leaves, map_tree
 from esper_lightning.envs.morphogenesis import Morphogenesis
 from esper_lightning.envs.morphogenesis.blueprints import BLUEPRINTS, count_parameters
@@ -222,7 +222,7 @@ def test_a_number_that_is_not_finite_is_lost_in_no_relu_and_no_pooling(compiled)
 
 def test_without_a_compiler_hosts_run_by_operations_of_torch(monkeypatch, native_code, caplog):
     monkeypatch.setenv("CXX", "no-such-compiler")
-    tell_reasons_again()
+    log_reasons_again()
     spec = small(2)
     with caplog.at_level(logging.WARNING):
         assert [spec.build(CPU, 0).trainer._native for _ in range(2)] == [None, None]
