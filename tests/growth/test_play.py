@@ -2,6 +2,7 @@
 
 import dataclasses
 import math
+from functools import partial
 
 import pytest
 import torch
@@ -15,6 +16,7 @@ from esper_lightning.envs.morphogenesis.baselines import BASELINES
 from esper_lightning.envs.morphogenesis.lifecycle import LIVE, Stage, is_in
 from esper_lightning.forensics.layout import RunLayout
 from esper_lightning.growth.play import fresh_hosts, play, play_baselines, play_trained
+from esper_lightning.ppo.agent import prepare_obs
 from esper_lightning.ppo.evaluation import evaluate_policy
 from tests.reports import read_report
 
@@ -60,7 +62,7 @@ def test_an_evaluation_on_a_cpu_ends_with_the_last_episode():
     model, env, steps = make_model(), SPEC.build(CPU, 1), []
     step = env.step
     env.step = lambda action: steps.append(None) or step(action)
-    evaluate_policy(model.policy, model._normalize, env)
+    evaluate_policy(model.policy, partial(prepare_obs, normalizer=model.obs_normalizer), env)
     assert len(steps) == EPOCHS
 
 
@@ -119,7 +121,9 @@ def test_everyone_meets_the_same_hosts(policy):
             weight.copy_(torch.randn(weight.shape, generator=generator))
     env = make_env(model)
     ppo, drawn = (one for _, one in play_trained(model, env))
-    alone = evaluate_policy(model.policy, model._normalize, make_env(model))
+    alone = evaluate_policy(
+        model.policy, partial(prepare_obs, normalizer=model.obs_normalizer), make_env(model)
+    )
     assert torch.equal(ppo.episode_return, alone.episode_return)
     assert torch.equal(ppo.episode_length, alone.episode_length)
     assert (ppo.course.stage == Stage.BLENDING).any()

@@ -23,7 +23,7 @@ def test_the_bonus_falls_in_a_straight_line_to_zero() -> None:
         targets = learner.compute_targets(learner.rollout(STEPS))
         update = learner.update(targets, learning_rate=1e-3)
         weights.append(float(targets.added["entropy_decay/weight"]))
-        terms.append(float(update.added["entropy_decay"] / update.entropy))
+        terms.append(float(update.added["entropy_decay"] / update.own.entropy))
     expected = [COEFFICIENT * share for share in (1.0, 0.75, 0.5, 0.25, 0.0, 0.0)]
     assert weights == pytest.approx(expected)
     assert terms == pytest.approx([-weight for weight in expected], rel=1e-4)

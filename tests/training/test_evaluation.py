@@ -4,7 +4,7 @@ import torch
 from lightning.pytorch import Callback
 
 from esper_lightning.envs import Custom, Gymnasium
-from tests.envs.adapters.simulators import RslRl
+from tests.envs.adapters.simulators import RslRl, TorchFive
 from tests.training.short_runs import fit
 
 COUNTER = Gymnasium(id="EsperCounter-v0", num_envs=4, kwargs={"length": 3})
@@ -53,6 +53,32 @@ class TestEvaluation:
         assert len({id(each) for each, _ in made}) == len(made) >= 3
         assert all(each.closed == 1 for each, _ in made)
         assert all(torch.equal(start, made[0][1]) for _, start in made)
+
+    def test_what_a_shared_simulator_logs_in_an_evaluation_is_no_metric_of_training(self):
+        class Logs(TorchFive):
+            is_evaluated = 0.0
+
+            def step(self, action):
+                result = super().step(action)
+                self.extras["log"] = {"is_evaluated": Logs.is_evaluated}
+                return result
+
+        class Look(Callback):
+            logged, evaluations = (), 0
+
+            def on_validation_start(self, trainer, pl_module):
+                Logs.is_evaluated, self.evaluations = 1.0, self.evaluations + 1
+
+            def on_validation_end(self, trainer, pl_module):
+                Logs.is_evaluated = 0.0
+
+            def on_train_batch_end(self, trainer, pl_module, outputs, batch, batch_idx):
+                self.logged += (float(trainer.callback_metrics["env/is_evaluated"]),)
+
+        look = Look()
+        fit(Custom.of(Logs(4)), look, iterations=6, eval_episodes=4)
+        assert look.evaluations >= 3
+        assert look.logged == (0.0,) * 6
 
     def test_every_evaluation_starts_alike(self):
         class Starts(Callback):

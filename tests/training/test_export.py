@@ -13,6 +13,7 @@ import torch
 from esper_lightning import MLP, PPO, PPOConfig, Recurrent
 from esper_lightning.core.spaces import Discrete
 from esper_lightning.envs import Acrobot, CartPole, MountainCar, Pendulum
+from esper_lightning.ppo.agent import prepare_obs
 from esper_lightning.training import export
 from esper_lightning.training.export import Inputs, export_policy
 from tests.growth.test_play import SPEC as GROWTH
@@ -67,7 +68,7 @@ def seen_by(model, samples):
 
 @torch.no_grad()
 def act(model, obs, mask):
-    seen = model._normalize(obs)
+    seen = prepare_obs(obs, model.obs_normalizer)
     return model.policy.to_env(model.policy.act_deterministically(seen, mask))
 
 
@@ -154,7 +155,15 @@ def test_memory_that_the_caller_carries_gives_the_original_actions(
     for _ in range(20):
         memory = memory.masked_fill(ended[:, None], 0.0)
         action, memory = run(obs, mask, memory)
-        steps.append((model._normalize(obs), mask, ended, action, memory))
+        steps.append(
+            (
+                prepare_obs(obs, model.obs_normalizer),
+                mask,
+                ended,
+                action,
+                memory,
+            )
+        )
         result = env.step(action)
         obs, mask, ended = result.obs, result.action_mask, result.terminated | result.truncated
     obs, mask, ended, action, memory = zip(*steps, strict=True)

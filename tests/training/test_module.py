@@ -11,6 +11,7 @@ import datetime
 import math
 import pickle
 import re
+from functools import partial
 
 import numpy as np
 import pytest
@@ -32,6 +33,7 @@ from esper_lightning.core.errors import NonFiniteError
 from esper_lightning.core.seeding import stream_seed
 from esper_lightning.core.spaces import Box, EnvSpaces, MultiDiscrete
 from esper_lightning.envs import CartPole, EnvSpec, MountainCar, Pendulum
+from esper_lightning.ppo.agent import prepare_obs
 from esper_lightning.ppo.evaluation import evaluate_policy
 from esper_lightning.ppo.learner import Learner
 from esper_lightning.training import evaluation
@@ -260,7 +262,7 @@ class TestLearning:
     def test_normalised_observations_stay_within_obs_clip(self, make_trainer):
         model = cartpole(ppo=dataclasses.replace(SMALL, normalize_obs=True, obs_clip=0.5))
         fit(model, make_trainer())
-        obs = model._normalize(torch.tensor([[-1e6, 1e6, -1e6, 1e6]]))
+        obs = prepare_obs(torch.tensor([[-1e6, 1e6, -1e6, 1e6]]), model.obs_normalizer)
         assert obs.tolist() == [[-0.5, 0.5, -0.5, 0.5]]
 
     def test_normalizers_are_frozen_within_an_iteration(self, make_trainer):
@@ -506,7 +508,9 @@ class TestEvaluation:
         policy = PPO(MountainCar(num_envs=4), ppo=SMALL).policy
         message = r"must end every episode within 64 steps to be evaluated, got '2 running'\."
         with pytest.raises(ValueError, match=message):
-            evaluate_policy(policy, model._normalize, env, max_steps=64)
+            evaluate_policy(
+                policy, partial(prepare_obs, normalizer=model.obs_normalizer), env, max_steps=64
+            )
 
 
 class TestCheckpoints:
@@ -1141,7 +1145,7 @@ class TestEnvironmentsOfOthers:
         env = model.evaluation.spec.build(
             torch.device("cpu"), stream_seed(0, rank=0, purpose="evaluation")
         )
-        first = model._normalize(env.reset()[0])
+        first = prepare_obs(env.reset()[0], model.obs_normalizer)
         assert torch.equal(seen[0]["speed"], first["speed"])
         assert not torch.equal(first["speed"], first["speed"].clamp(-0.06, 0.06))
 
