@@ -176,7 +176,11 @@ class Custom(EnvSpec):
         except TypeError as error:
             rule = "name a function of num_envs, device, seed and Custom.kwargs"
             raise ValueError(f"Custom.make must {rule}, got {self.make!r}: {error}.") from error
-        made = function(**arguments)
+        try:
+            made = function(**arguments)
+        except ModuleNotFoundError as error:
+            said = f"Custom.make={self.make!r} needs {error.name}: it is not installed. ({error})"
+            raise ValueError(said) from error
         with closed_after_error(made):
             return adapt(made, device, seed, name=self.name, lost=self.lost)
 

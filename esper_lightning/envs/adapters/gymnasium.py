@@ -149,9 +149,9 @@ class Gymnasium(NamedSpec):
             ValueError: If there is no such environment, its package is not installed, or its
                 arguments are refused.
         """
-        wrappers = [self._wrapper(path) for path in self.wrappers]
         gymnasium = require_package(self, "gymnasium", _INSTALL)
         with self._refusals(gymnasium):
+            wrappers = [self._wrapper(path) for path in self.wrappers]
             env: Any = gymnasium.make(self.id, disable_env_checker=True, **self.kwargs)
         with closed_after_error(env):
             for path, wrapper in zip(self.wrappers, wrappers, strict=True):
@@ -200,5 +200,7 @@ class Gymnasium(NamedSpec):
         try:
             return import_object(path)
         except (ImportError, AttributeError, ValueError) as error:
+            if isinstance(error, ImportError) and error.name in _INSTALLS:
+                raise
             rule = "name importable wrappers"
-            raise ValueError(f"Gymnasium.wrappers must {rule}, got {path!r}.") from error
+            raise ValueError(f"Gymnasium.wrappers must {rule}, got {path!r} ({error}).") from error

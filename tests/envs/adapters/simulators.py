@@ -1,5 +1,6 @@
 """Small simulators with the interfaces of other projects, and with the traps of those."""
 
+import importlib
 from types import SimpleNamespace
 from typing import Any
 
@@ -406,6 +407,11 @@ def make_rsl_rl(
 def make_vmas(*, num_envs: int, device: str, seed: int, **kwargs: Any) -> VmasLike:
     assert device == "cpu"
     return VmasLike(num_envs, seed=seed, **kwargs)
+
+
+def make_missing(num_envs: int, device: str, seed: int) -> object:
+    """Needs a package that is not installed."""
+    return importlib.import_module("no_such_package")
 
 
 def make_nothing(**_: Any) -> object:

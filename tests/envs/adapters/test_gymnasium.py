@@ -338,6 +338,14 @@ def test_a_missing_package_is_named_with_the_way_to_install_it(package, extra, m
     assert command in str(caught.value)[:120]  # one line of a terminal has the way out
 
 
+def test_a_missing_package_of_a_wrapper_is_named_with_the_way_to_install_it(monkeypatch):
+    monkeypatch.setitem(sys.modules, "minigrid", None)
+    monkeypatch.delitem(sys.modules, "minigrid.wrappers", raising=False)
+    wrappers = ("minigrid.wrappers.ImgObsWrapper",)
+    with pytest.raises(ValueError, match=r"needs minigrid: pip install 'esper_lightning\[minigr"):
+        Gymnasium(id="CartPole-v1", wrappers=wrappers).spaces()
+
+
 def test_a_missing_package_that_no_extra_has_is_only_named():
     gymnasium.register("EsperElsewhere-v0", "no_such_package.envs:Thing")
     with pytest.raises(ValueError, match=r"needs no_such_package. Install it") as caught:

@@ -268,6 +268,7 @@ class TestCustom:
         (f"{MAKES}:no_such", r"^Custom.make must name a function that can be imported"),
         (f"{MAKES}:CPU_COUNT", r"^Custom.make must name a function that can be imported"),
         ("make", r"^Custom.make must name a function that can be imported"),
+        (f"{MAKES}:make_missing", r"^Custom.make=.*make_missing' needs no_such_package: it is not"),
         (f"{MAKES}:make_nothing", r"^make_nothing must be a vector environment .* got 'object'"),
     ])  # fmt: skip
     def test_what_makes_no_simulator_is_refused(self, make, line):
