@@ -1,5 +1,6 @@
 """Progress of a run: its counters, its budget of environment steps, and its history rows."""
 
+import logging
 import math
 from collections.abc import Mapping
 from typing import Any
@@ -11,6 +12,11 @@ from esper_lightning.training.settings import PPOSettings
 
 __all__ = ["LEARNING_RATE", "ROW_METRICS", "Progress"]
 
+_log = logging.getLogger(__name__)
+_ENDS_ALWAYS = (
+    "Every episode of iteration %d lasted one step, and earlier ones did not: environments that "
+    "ended may not have begun anew. check_env says more."
+)
 LEARNING_RATE = "optim/learning_rate"
 ROW_METRICS = (
     *("iteration", "env_steps", "gradient_steps", "time_s", "env_steps_per_s"),
@@ -46,7 +52,7 @@ class Progress:
         self.iteration = self.env_steps = self.gradient_steps = 0
         self.train_time_s = 0.0
         self.planned_env_steps: int | None = None
-        self.new_episodes = False
+        self.new_episodes = self._has_warned = False
         self.redealt_to: int | None = None
         self._recent_episodes = RecentEpisodes()
         self._rollout_steps, self._num_envs = settings.ppo.rollout_steps, settings.env.num_envs
@@ -96,6 +102,10 @@ class Progress:
             The history row of the iteration.
         """
         episodes = metrics["episodes"]
+        ends_always = episodes == env_steps and self._recent_episodes.means()[1] > 1.0
+        if ends_always and not self._has_warned:
+            self._has_warned = True
+            _log.warning(_ENDS_ALWAYS, self.iteration + 1)
         self._recent_episodes.update(metrics["return_sum"], metrics["length_sum"], episodes)
         new_episodes, self.new_episodes = self.new_episodes, False
         redealt_to, self.redealt_to = self.redealt_to, None

@@ -61,6 +61,18 @@ def test_a_finished_iteration_is_counted_and_is_a_row():
     }
 
 
+@pytest.mark.parametrize(
+    ("earlier", "episodes", "warns"),
+    [(2.0, 32.0, 1), (2.0, 31.0, 0), (32.0, 32.0, 0), (0.0, 32.0, 0)],
+)
+def test_episodes_that_end_at_every_step_are_told_once(caplog, earlier, episodes, warns):
+    run = progress()
+    for count in (earlier, episodes, episodes):
+        metrics = {**METRICS, "episodes": count, "length_sum": max(count, 20.0)}
+        run.finish_iteration(metrics, env_steps=32, duration_s=1.0)
+    assert caplog.text.count("lasted one step") == warns
+
+
 def test_only_the_first_row_after_a_resumption_says_that_episodes_began_anew():
     run = progress()
     run.new_episodes = True
