@@ -13,6 +13,7 @@ import contextlib
 import copy
 import io
 import logging
+import re
 import warnings
 from collections.abc import Callable, Generator
 from pathlib import Path
@@ -167,7 +168,7 @@ def export_policy(model: PPO, path: str | Path, file_format: ExportFormat) -> Ex
     policy, example = DeterministicPolicy(model), _example(model)
     original, inputs = _function(policy), example.named
     outputs = original(example)
-    with _quiet():
+    with _quiet(), _refusals_in_one_line(file_format):
         program = _program(policy, example)
         if file_format == "torch":
             content = _as_torch(program)
@@ -194,6 +195,21 @@ def output_at(path: str | Path) -> Path:
 
 
 # Formats.
+
+
+@contextlib.contextmanager
+def _refusals_in_one_line(file_format: ExportFormat) -> Generator[None]:
+    """Turn what a converter of torch says about a network into one line."""
+    try:
+        yield
+    except (ValueError, OSError):
+        raise
+    except Exception as error:
+        first = re.sub(r"\x1b\[[0-9;]*m", "", str(error)).strip().partition("\n")[0]
+        hint = "forward() may neither branch on numbers nor change buffers."
+        got = f"{type(error).__name__}: {first[:120]}"
+        said = f"The policy must be a program for --format {file_format}, got {got}. {hint}"
+        raise ValueError(said) from error
 
 
 def _program(policy: nn.Module, example: Inputs) -> torch.export.ExportedProgram:

@@ -3,6 +3,7 @@
 import dataclasses
 import logging
 import os
+import re
 import subprocess
 import sys
 
@@ -230,6 +231,18 @@ def test_what_acts_differently_is_not_written(trained, tmp_path, monkeypatch, fi
     ):
         export_policy(model, path, file_format)
     assert path.read_bytes() == earlier
+
+
+def test_what_torch_says_about_a_network_is_one_line(trained, tmp_path, monkeypatch):
+    def refused(*args, **kwargs):
+        raise RuntimeError("\x1b[31mCould not guard on data\x1b[0m\nPlease open an issue\n")
+
+    monkeypatch.setattr(torch.export, "export", refused)
+    line = "got RuntimeError: Could not guard on data. forward() may neither branch on numbers nor"
+    with pytest.raises(ValueError, match=re.escape(line)) as error:
+        export_policy(trained("clipped"), tmp_path / "policy.pt2", "torch")
+    assert "\n" not in str(error.value)
+    assert not list(tmp_path.iterdir())
 
 
 def test_what_remembers_differently_is_not_written(trained, tmp_path, monkeypatch):
