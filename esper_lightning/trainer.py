@@ -13,7 +13,7 @@ from typing_extensions import override
 
 from esper_lightning.callbacks.history import History
 from esper_lightning.callbacks.run_directory import end_run, run_directory
-from esper_lightning.core.errors import require
+from esper_lightning.core.errors import require_name
 from esper_lightning.envs.base import spec_name
 from esper_lightning.forensics.replay import BY_PROGRAM
 from esper_lightning.ppo.metrics import EVAL_RETURN
@@ -47,7 +47,7 @@ class Trainer(lightning.pytorch.Trainer):
         kwargs: Settings of Lightning's Trainer.
 
     Raises:
-        ValueError: If ``run_dir`` is an empty text.
+        ValueError: If ``run_dir`` is an empty or blank text.
     """
 
     def __init__(
@@ -57,7 +57,7 @@ class Trainer(lightning.pytorch.Trainer):
         callbacks: Sequence[Callback] | Callback | None = None,
         **kwargs: Any,
     ) -> None:
-        require(run_dir != "", "Trainer.run_dir", "name a directory", run_dir)
+        require_name("Trainer.run_dir", run_dir, "a directory")
         given = [callbacks] if isinstance(callbacks, Callback) else [*(callbacks or ())]
         # ``config.yaml`` names what it cannot hold: a replay by ``esper`` would be without it.
         self._further = [type(c).__name__ for c in given if not isinstance(c, FlightRecorder)]

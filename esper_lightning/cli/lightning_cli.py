@@ -35,7 +35,7 @@ from esper_lightning.cli.setting_help import HELP_TRAINER, HelpTrainer, usage_of
 from esper_lightning.cli.settings import SettingsParser
 from esper_lightning.cli.start_of_run import find_start
 from esper_lightning.cli.trainer import EsperTrainer
-from esper_lightning.core.errors import require
+from esper_lightning.core.errors import require, require_name
 from esper_lightning.core.paths import require_output, requires_folder
 from esper_lightning.core.ranks import RanksDisagreeError
 from esper_lightning.envs.adapters.named import MissingPackageError
@@ -223,7 +223,7 @@ class EsperCLI(LightningCLI):
             return super().instantiate_trainer(**kwargs)
         leaves_files = not settings["fast_dev_run"]
         run_dir = self._get(self.config_init, "run_dir")
-        require(run_dir != "", "--run_dir", "name a directory", run_dir)
+        require_name("--run_dir", run_dir, "a directory")
         if run_dir is None and self._get(self.config_init, "ckpt_path") == "last":
             run_dir = newest_run(self.model.env, settings["default_root_dir"] or "")
         self._run_dir = run_dir

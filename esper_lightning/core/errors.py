@@ -148,7 +148,7 @@ def require_int(field: str, value: object, *, minimum: int) -> None:
 
 
 def require_name(field: str, value: str | Path | None, what: str) -> None:
-    """Raise if a name is empty, or holds a NUL byte.
+    """Raise if a name is empty or blank, or holds a NUL byte.
 
     Args:
         field: Setting as the user knows it, ``Owner.field``.
@@ -158,7 +158,7 @@ def require_name(field: str, value: str | Path | None, what: str) -> None:
     Raises:
         ValueError: If the name is refused, in the form of ``require``.
     """
-    ok = value is None or (str(value) != "" and "\0" not in str(value))
+    ok = value is None or (str(value).strip() != "" and "\0" not in str(value))
     require(ok, field, f"name {what}", value)
 
 

@@ -508,6 +508,7 @@ FIT = {
     "--model.warm_start other.ckpt": "must name a checkpoint of PPO, got 'other.ckpt'.",
     # Run directories that cannot be.
     "--run_dir ''": "--run_dir must name a directory, got ''.",
+    "--run_dir ' '": "--run_dir must name a directory, got ' '.",
     "--run_dir file": "--run_dir must be a folder that can be made (File exists), got 'file'.",
     "--run_dir file/below": "that can be made (Not a directory), got 'file/below'.",
     "--run_dir copied": "'. It holds checkpoints/last.ckpt, which no run wrote.",
@@ -523,7 +524,7 @@ FIT = {
     "--trainer.logger CSVLogger --trainer.logger.save_dir http://host/x": "an address that can be",
     "--trainer.callbacks ModelCheckpoint --trainer.callbacks.dirpath http://host/x": "error: "
     "ModelCheckpoint.dirpath must be a path, or an address that can be written to, got 'http://host",
-    "--run_dir 'a\0b'": "--run_dir must be a folder that can be made (embedded null byte)",
+    "--run_dir 'a\0b'": "--run_dir must name a directory, got 'a\\x00b'.",
     f"--run_dir {LONG}": "--run_dir must be a folder that can be made (File name too long)",
     "--trainer.logger CSVLogger --trainer.logger.save_dir file": "(Not a directory)",
     "--run_dir new/../file/below": "(Not a directory), got 'new/../file/below'.",

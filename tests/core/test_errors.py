@@ -96,9 +96,9 @@ def test_a_value_that_is_no_choice_is_refused_with_all_choices() -> None:
 
 
 def test_a_name_is_neither_empty_nor_holds_a_nul_byte() -> None:
-    for value in (None, "x", " ", Path()):
+    for value in (None, "x", " x", Path()):
         require_name("Owner.field", value, "a file")
-    for value in ("", "\0", Path("a\0b")):
+    for value in ("", "  ", "\0", Path("a\0b")):
         with pytest.raises(ValueError, match=r"^Owner.field must name a file, got "):
             require_name("Owner.field", value, "a file")
 
