@@ -118,7 +118,7 @@ def learn(rank, size, case, mode="off"):
     return {
         "state": {n: m.state_dict() for n, m in modules.items() if m is not None},
         "gradient": {k: v["exp_avg"] / 0.1 for k, v in optimizer.state_dict()["state"].items()},
-        "metrics": metrics._asdict(),
+        "metrics": {**metrics._asdict(), "own": metrics.own._asdict()},
         "added": dict(targets.added),
         "episodes": tuple(targets.episodes),
         "explained": targets.explained_variance,
