@@ -157,7 +157,9 @@ def test_ranks_that_are_killed_at_random_moments_end_as_if_undisturbed(tmp_path,
     print(f"{len(killer.killed)} kills, {len(attempts)} attempts")
     assert len(killer.killed) >= 5
     assert [each.state for each in attempts][-1] == "finished"
-    assert {each.state for each in attempts[:-1]} == {"failed"}
+    # A rank that is killed while its process ends has finished; torchrun starts it again.
+    assert {each.state for each in attempts[:-1]} <= {"failed", "finished"}
+    assert sum(each.state == "failed" for each in attempts) >= len(attempts) / 2
 
 
 @pytest.mark.parametrize("how", ["nan", "raise"])
