@@ -267,4 +267,6 @@ def _mean_over_applied(steps: _StepMetrics, *, finite: Bool[Tensor, ""]) -> Upda
     total = torch.where(steps.applied[:, None] > 0, metrics, 0.0).sum(0)
     count = steps.applied.sum()
     own, grad_norm, added = rebuild(averaged, list((total / count).unbind()))
-    return UpdateMetrics(own, grad_norm, count, finite.float(), added)
+    return UpdateMetrics(
+        own=own, grad_norm=grad_norm, gradient_steps=count, finite=finite.float(), added=added
+    )
