@@ -136,11 +136,14 @@ class Killer(threading.Thread):
             if record is None or record.pid in pids or not is_alive(record):
                 self.ended.wait(0.02)
                 continue
-            self.ended.wait(self._random.uniform(0.0, 1.5))
+            self.ended.wait(self._random.uniform(0.0, 0.6))  # as long as training takes
+            pids.add(record.pid)
+            now = ProcessRecord.read(self._files[rank])
+            if now is not None and now.state == "finished":
+                continue
             with contextlib.suppress(ProcessLookupError):
                 os.kill(record.pid, signal.SIGKILL)
                 self.killed.append(rank)
-            pids.add(record.pid)
 
 
 @pytest.mark.timeout(2400)
