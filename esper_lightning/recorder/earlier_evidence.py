@@ -138,6 +138,7 @@ def _event_files(trainer: Trainer, directory: Path) -> list[Path]:
     for logger in trainer.loggers:
         experiment = experiment_of(logger)
         if isinstance(logger, TensorBoardLogger) and experiment is not None:
-            path = Path(event_file(experiment)).absolute()
-            files += [path] if path.parent == directory else []
+            with contextlib.suppress(AttributeError):  # an earlier fit has closed it
+                path = Path(event_file(experiment)).absolute()
+                files += [path] if path.parent == directory else []
     return files

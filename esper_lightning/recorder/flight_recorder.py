@@ -312,9 +312,11 @@ class FlightRecorder(WritesRun):
         """
         _log.warning("FlightRecorder is off: %s. The run continues without it.", in_words(error))
         recording = recording_of(trainer)
-        if recording is not None:
-            with contextlib.suppress(Exception):  # one warning is enough
+        with contextlib.suppress(Exception):  # one warning is enough
+            if recording is not None:
                 recording.close(State.OFF)
+            else:  # the directory may have been claimed
+                close_run_directory(trainer, self)
 
     def _record(
         self,

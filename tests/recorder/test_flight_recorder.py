@@ -471,6 +471,33 @@ class TestAHealthyRunStaysHealthy:
         assert [row["iteration"] for row in read_json_lines(files.history)] == [1, 2, 3, 4, 5, 6]
 
 
+class Evaluated(Plain):
+    """A module that is evaluated, too."""
+
+    def validation_step(self, batch, batch_idx):
+        self.act(self, batch_idx)
+
+
+def test_an_evaluation_after_a_fit_is_recorded_and_the_next_fit_may_begin(
+    make_trainer, tmp_path, caplog
+):
+    def fail(module, batch_idx):
+        raise ZeroDivisionError("in the evaluation")
+
+    logger = TensorBoardLogger(tmp_path, name="", version="")  # its file is closed after a fit
+    recorder = FlightRecorder(watch=False)
+    settings = {"logger": logger, "callbacks": [recorder], "max_steps": 2}
+    trainer = make_trainer(**settings, limit_val_batches=1)
+    trainer.fit(Plain(), data())
+    trainer.validate(Evaluated(), data(), verbose=False)
+    with pytest.raises(ZeroDivisionError):
+        trainer.validate(Evaluated(fail), data(), verbose=False)
+    crash = next(tmp_path.rglob("crash.json"))
+    assert read_report(crash)["error"]["message"] == "in the evaluation"
+    trainer.fit(Plain(), data())
+    assert "FlightRecorder is off" not in caplog.text
+
+
 def test_a_relative_directory_is_where_it_was_at_the_start(fit, tmp_path, monkeypatch):
     (tmp_path / "elsewhere").mkdir()
     monkeypatch.chdir(tmp_path)
