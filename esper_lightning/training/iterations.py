@@ -40,8 +40,12 @@ class NeverStops(LightningModule):
     def __init_subclass__(cls, **kwargs: Any) -> None:
         super().__init_subclass__(**kwargs)
         for name in ("training_step", "validation_step"):
-            if name in vars(cls):
-                setattr(cls, name, _must_not_stop(vars(cls)[name]))
+            known = [
+                vars(base).get(name) for base in cls.__mro__[1:] if issubclass(base, NeverStops)
+            ]
+            step = getattr(cls, name)  # of the class, or of another that stands before PPO
+            if step not in (*known, getattr(LightningModule, name)):
+                setattr(cls, name, _must_not_stop(step))
 
 
 class Iterations:

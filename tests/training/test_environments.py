@@ -74,9 +74,11 @@ class TestCodeThatRaisesStopIteration:
         def step(self, batch, batch_idx):
             next(iter(()))
 
-        model = type("Mine", (PPO,), {hook: step})(CartPole(num_envs=4), MLP(hidden_sizes=(4,)))
-        with pytest.raises(RuntimeError, match="step called code that raised StopIteration"):
-            getattr(model, hook)(0, 0)
+        mixed = type("Mixed", (type("Mixin", (), {hook: step}), PPO), {})
+        for kind in (type("Mine", (PPO,), {hook: step}), mixed, type("Below", (mixed,), {})):
+            model = kind(CartPole(num_envs=4), MLP(hidden_sizes=(4,)))
+            with pytest.raises(RuntimeError, match="step called code that raised StopIteration"):
+                getattr(model, hook)(0, 0)
 
 
 def test_training_goes_on_where_only_the_first_steps_of_episodes_have_masks():
