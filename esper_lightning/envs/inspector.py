@@ -257,7 +257,7 @@ class Inspector:
 class FirstSteps:
     """The environment of a run, whose first steps are checked against the contract.
 
-    Later results cost a look at their shapes and dtypes (2 us): torch would repeat a reward of
+    Later results cost a look at their shapes and dtypes: torch would repeat a reward of
     shape ``[1]`` for every environment without a word.
 
     Args:
