@@ -244,6 +244,10 @@ template <class T> INLINE T f_integer_remainder(T x, T y) {  // y is a constant,
   const T r = x % y;
   return r != 0 && (r < 0) != (y < 0) ? r + y : r;
 }
+template <class T> INLINE T f_integer_floor_divide(T x, T y) {  // likewise
+  const T q = x / y;
+  return x % y != 0 && (x < 0) != (y < 0) ? q - 1 : q;
+}
 template <class T> INLINE T f_floor_divide(T x, T y) {  // torch's, of numbers that are not integers
   if (y == (T)0) return x / y;
   T r = f_fmod(x, y), q = (x - r) / y;
