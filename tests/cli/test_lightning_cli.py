@@ -65,14 +65,6 @@ def test_a_measurement_replaces_no_other_file(capsys):
     assert "--output must name a new file or an earlier file of esper bench, got 'notes'." in err
 
 
-@pytest.mark.parametrize("sizes", ["[0]", "[-4]"])
-def test_a_number_of_environments_that_cannot_be_measured_is_one_line(sizes, capsys):
-    with pytest.raises(SystemExit) as caught:
-        main(["bench", "--config", CARTPOLE, "--num_envs", sizes])
-    assert caught.value.code == 2
-    assert "num_envs must be at least 1" in capsys.readouterr().err.splitlines()[-1]
-
-
 @pytest.fixture(autouse=True)
 def _in_a_folder_of_its_own(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
