@@ -65,6 +65,17 @@ def test_a_measurement_replaces_no_other_file(capsys):
     assert "--output must name a new file or an earlier file of esper bench, got 'notes'." in err
 
 
+@pytest.mark.parametrize("words", [(), ("--run_dir=new/run",)])
+def test_a_run_whose_first_file_cannot_be_written_leaves_no_folder(words, monkeypatch, capsys):
+    def full(path: Path, content: bytes) -> None:
+        raise OSError(errno.EFBIG, "File too large", str(path))
+
+    monkeypatch.setattr(run_directory, "replace_keeping", full)
+    said = fails(capsys, "fit", "--config", CARTPOLE, *words)
+    assert "must be a folder that can be made (File too large), got " in said
+    assert list(Path().iterdir()) == []
+
+
 @pytest.fixture(autouse=True)
 def _in_a_folder_of_its_own(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
