@@ -23,7 +23,7 @@ PACKAGE = Path(esper_lightning.__file__).parent
 TESTS = Path(__file__).parent
 DOCUMENT = PACKAGE.parent / "docs" / "architecture.md"
 FIRST, ENVIRONMENT, STEP = "training/module.py", "envs/cartpole.py", "advance"
-MOST_FILES, MOST_OF_ALL, MOST_LINES = 15, 38, 400
+MOST_FILES, MOST_OF_ALL, MOST_LINES = 14, 37, 400
 BY_THEMES = ("cli/project", "compiling/native", "envs")
 """Folders whose tests are by operations, contracts and simulators, or that are templates."""
 TESTED_ELSEWHERE = {

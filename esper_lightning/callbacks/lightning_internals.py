@@ -18,8 +18,11 @@ they override methods of Lightning, or take part in what Lightning does with an 
 # pyright: reportAttributeAccessIssue=false, reportPrivateUsage=false
 # pyright: reportUnknownVariableType=false, reportUnknownArgumentType=false
 
+import functools
 import sys
 import threading
+import traceback
+from collections.abc import Callable
 from datetime import timedelta
 from types import FrameType
 from typing import Any, cast
@@ -55,6 +58,7 @@ __all__ = [
     "launcher_observers",
     "limit_meeting",
     "monitors_cpu",
+    "no_hook_ends_data",
     "note_sigterm",
     "parse_checkpoint_path",
     "restore_signal_handlers",
@@ -159,6 +163,41 @@ def restore_signal_handlers(trainer: Trainer) -> None:
     assertion on a GPU weights cannot be moved to the host.
     """
     trainer._signal_connector.teardown()
+
+
+def no_hook_ends_data(trainer: Trainer) -> None:
+    """Make a ``StopIteration`` that code of hooks raises an error of the run, in every loop.
+
+    Each loop takes it for the end of its data, wherever it comes from: where every epoch ends so,
+    training never does. ``_evaluation_step`` and the methods ``advance`` are what the loops run for
+    a batch. A module may still skip the rest of an epoch: Lightning raises that one itself.
+    """
+    fit, epoch = trainer.fit_loop, trainer.fit_loop.epoch_loop
+    steps = [(loop, each) for loop in (fit, epoch) for each in ("advance", "on_advance_end")]
+    steps += [(fit, "on_advance_start"), (epoch.manual_optimization, "advance")]
+    evaluations = (epoch.val_loop, trainer.validate_loop, trainer.test_loop)
+    steps += [(loop, "_evaluation_step") for loop in evaluations]
+    for loop, name in steps:
+        if name not in vars(loop):  # not yet, in an earlier run of this Trainer
+            setattr(loop, name, _only_data_end(getattr(loop, name)))
+
+
+_ENDS_DATA = ("lightning.pytorch.loops.", "lightning.pytorch.utilities.combined_loader")
+
+
+def _only_data_end(step: Callable[..., Any]) -> Callable[..., Any]:
+    @functools.wraps(step)
+    def checked(*args: Any, **kwargs: Any) -> Any:
+        try:
+            return step(*args, **kwargs)
+        except StopIteration as error:
+            *_, (frame, _line) = traceback.walk_tb(error.__traceback__)
+            if frame.f_globals["__name__"].startswith(_ENDS_DATA):
+                raise
+            message = f"{frame.f_code.co_qualname} raised StopIteration"
+            raise RuntimeError(f"{message}, which Lightning takes for the end of data") from error
+
+    return checked
 
 
 def limit_meeting(strategy: Strategy, seconds: float) -> None:

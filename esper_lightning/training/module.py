@@ -18,6 +18,7 @@ from lightning.pytorch.callbacks import Callback
 from lightning.pytorch.trainer.states import RunningStage, TrainerFn
 from typing_extensions import override
 
+from esper_lightning.callbacks.lightning_internals import no_hook_ends_data
 from esper_lightning.callbacks.loggers import guard_loggers
 from esper_lightning.callbacks.run_directory import begin_run_directory
 from esper_lightning.callbacks.tracking import begin_tracking, continue_tracking
@@ -41,7 +42,7 @@ from esper_lightning.training.checkpoint.hooks import CheckpointHooks
 from esper_lightning.training.checkpoint.meeting import tells_other_ranks
 from esper_lightning.training.environments import CloseEnvironments, build_learner
 from esper_lightning.training.evaluation import Evaluation
-from esper_lightning.training.iterations import Iterations, NeverStops
+from esper_lightning.training.iterations import Iterations
 from esper_lightning.training.monitors import ReportsAbsentMetrics
 from esper_lightning.training.progress import LEARNING_RATE, Progress
 from esper_lightning.training.publish import publish
@@ -52,7 +53,7 @@ __all__ = ["PPO"]
 _log = logging.getLogger(__name__)
 
 
-class PPO(NeverStops, CheckpointHooks):
+class PPO(CheckpointHooks):
     """Proximal policy optimisation over batched environments (Schulman et al. 2017).
 
     ``Trainer.fit(model)`` trains the module; no data module is needed. Lightning's ``global_step``
@@ -301,6 +302,7 @@ class PPO(NeverStops, CheckpointHooks):
         """Build environments and rollout storage on the device, if the module is to be trained."""
         self._guard_loggers()
         trainer_rules.silence_lightning()
+        no_hook_ends_data(self.trainer)
         if stage != "fit":
             return
         begin_tracking(self.trainer)

@@ -9,10 +9,14 @@ from pathlib import Path
 
 import lightning
 import pytest
+from lightning.pytorch import Callback
 from tensorboard.summary.writer import event_file_writer, record_writer
 
 import esper_lightning
+from esper_lightning import MLP, PPO
 from esper_lightning.callbacks import lightning_internals as internals
+from esper_lightning.envs import CartPole
+from tests.training.short_runs import SMALL, fit
 
 PACKAGE = Path(esper_lightning.__path__[0])
 LIGHTNING = Path(lightning.__path__[0])
@@ -131,3 +135,66 @@ def test_those_that_the_recorder_replaces_are_there(make_trainer):
     assert not internals.spawns_processes(trainer)
     internals.note_sigterm(trainer)
     assert trainer.received_sigterm
+
+
+HOOKS = (
+    *("on_train_start", "on_train_epoch_start", "on_train_batch_start", "on_train_batch_end"),
+    *("on_validation_start", "on_validation_epoch_start", "on_validation_batch_start"),
+    *("on_validation_batch_end", "on_validation_epoch_end", "on_validation_end"),
+    *("on_train_epoch_end", "on_train_end"),
+)
+STEPS = ("training_step", "validation_step", "on_validation_model_zero_grad")
+
+
+def stops(*_):
+    next(iter(()))
+
+
+class TestCodeThatRaisesStopIteration:
+    """Lightning takes it for the end of the data, and would begin the next epoch for ever."""
+
+    @pytest.mark.parametrize("hook", HOOKS)
+    def test_in_a_callback_it_is_an_error(self, hook):
+        callback = type("Mine", (Callback,), {hook: stops})()
+        with pytest.raises((RuntimeError, StopIteration)) as caught:
+            fit(CartPole(num_envs=4), callback, eval_episodes=4)
+        assert isinstance(caught.value.__cause__ or caught.value, StopIteration)
+
+    @pytest.mark.parametrize("hook", [*HOOKS, *STEPS])
+    def test_in_a_module_it_is_an_error(self, hook, make_trainer):
+        kind = type("Mine", (type("Mixin", (), {hook: stops}), PPO), {})
+        model = kind(
+            CartPole(num_envs=4),
+            MLP(hidden_sizes=(4,)),
+            SMALL,
+            eval_episodes=4,
+            iterations_per_epoch=2,
+        )
+        trainer = make_trainer(max_steps=4, limit_val_batches=1.0)
+        with pytest.raises((RuntimeError, StopIteration)) as caught:
+            trainer.fit(model)
+        assert isinstance(caught.value.__cause__ or caught.value, StopIteration)
+
+    def test_the_function_that_raised_it_is_named(self):
+        callback = type("Mine", (Callback,), {"on_train_batch_end": stops})()
+        with pytest.raises(RuntimeError, match=r"^stops raised StopIteration, which Lightning"):
+            fit(CartPole(num_envs=4), callback, evaluates=False)
+
+    def test_in_an_evaluation_alone_it_is_an_error(self, make_trainer):
+        kind = type("Mine", (PPO,), {"validation_step": stops})
+        model = kind(CartPole(num_envs=4), MLP(hidden_sizes=(4,)), SMALL)
+        with pytest.raises(RuntimeError, match="stops raised StopIteration"):
+            make_trainer(limit_val_batches=1.0).validate(model)
+
+    def test_a_module_may_skip_the_rest_of_an_epoch(self, make_trainer):
+        class Skips(PPO):
+            skipped = 0
+
+            def on_train_batch_start(self, batch, batch_idx):
+                self.skipped += self.current_epoch == 1
+                return -1 if self.current_epoch == 1 else None
+
+        model = Skips(CartPole(num_envs=4), MLP(hidden_sizes=(4,)), SMALL, iterations_per_epoch=2)
+        trainer = make_trainer(max_steps=4)
+        trainer.fit(model)
+        assert (model.iteration, model.skipped, trainer.current_epoch) == (4, 1, 3)
