@@ -284,12 +284,13 @@ def _log_softmax(kernel: Kernel, result: Result, x: Value, dim: int, half_to_flo
         lambda index: f"f_exp({kernel.element(x, index)} - {kernel.element(largest, index[:-1])})",
     )
     total = kernel.stored(_of_row(kernel, rows, scaled, row, "({0} + {1})"))
-    log_sum = kernel.stored(pointwise(kernel, rows, "{0} + f_log({1})", largest, total))
-    return Value(
-        x.shape,
-        x.dtype,
-        lambda index: f"({kernel.element(x, index)} - {kernel.element(log_sum, index[:-1])})",
-    )
+    log_total = kernel.stored(pointwise(kernel, rows, "f_log({0})", total))
+
+    def expression(index: Index) -> str:  # in this order: logits may be large, and the rest is not
+        own, row = kernel.element(x, index), index[:-1]
+        return f"(({own} - {kernel.element(largest, row)}) - {kernel.element(log_total, row)})"
+
+    return Value(x.shape, x.dtype, expression)
 
 
 @operation("_log_softmax_backward_data.default")
