@@ -67,6 +67,9 @@ EXACT: dict[str, Any] = {
     "fmax": lambda v: torch.fmax(v.x, v.y),
     "fmin": lambda v: torch.fmin(v.x, v.y),
     "fmax integer": lambda v: torch.fmax(v.k, v.n),
+    "products of the same": lambda v: (2 * v.s) * (2 * v.s) - 4 * (v.s * v.s),
+    "whole numbers": lambda v: v.x.clamp(-5, 5).nan_to_num().long().float(),
+    "whole numbers of 32 bits": lambda v: v.s.int().float() + v.s.double().long().double(),
     "neg": lambda v: -v.x,
     "sign": lambda v: v.x.sign(),
     "sgn": lambda v: v.k.sgn(),
@@ -224,6 +227,9 @@ ROUNDED: dict[str, tuple[Any, float]] = {
     "sinh": (lambda v: v.x.clamp(-80, 80).sinh(), 4),
     "cosh": (lambda v: v.x.clamp(-80, 80).cosh(), 4),
     "tanh": (lambda v: v.x.tanh(), 6),
+    "erf": (lambda v: v.x.erf(), 3),
+    "one minus erf": (lambda v: (1.0 - v.x.erf()).sign().clamp(max=0.0), 0),
+    "one minus tanh": (lambda v: (1.0 - v.x.tanh()).sign().clamp(max=0.0), 0),
     "sigmoid": (lambda v: v.x.sigmoid(), 6),
     "rsqrt": (lambda v: v.x.rsqrt(), 2),
     "exp2": (lambda v: v.x.exp2(), 2),
@@ -241,7 +247,6 @@ ROUNDED: dict[str, tuple[Any, float]] = {
 }
 ROUNDED_TO_SIZE: dict[str, tuple[Any, float]] = {
     # Absolutely, in units of the last place of the largest finite argument or 1.
-    "erf": (lambda v: v.x.erf(), 4),
     "logaddexp": (lambda v: torch.logaddexp(v.x, v.y), 8),
     "norm of absolutes": (lambda v: torch.linalg.vector_norm(v.s, 1, dim=-1), 16),
     "cross": (lambda v: torch.linalg.cross(v.s[:3], v.u[:3], dim=0), 8),
@@ -285,6 +290,7 @@ ROUNDED_TO_SIZE: dict[str, tuple[Any, float]] = {
     "logsumexp": (lambda v: v.s.logsumexp(-1), 16),
     "logsumexp of infinities": (lambda v: v.x.clamp(max=50.0).logsumexp(0, keepdim=True), 16),
     "log softmax": (lambda v: v.s.log_softmax(-1), 16),
+    "log softmax of large logits": (lambda v: (v.s + 1e6).log_softmax(-1), 16),
     "log softmax backward": (
         lambda v: aten._log_softmax_backward_data(v.s, v.u.log_softmax(-1), -1, torch.float32),
         64,
