@@ -107,9 +107,7 @@ def speeds(label: str, large: str, small: str | None = None) -> list[Statement]:
     return [row, row._replace(document=README)] if large in IN_README else [row]
 
 
-def of_zoo(
-    label: str, task: str, published: str, library: str = "esper_lightning"
-) -> Statement:
+def of_zoo(label: str, task: str, published: str, library: str = "esper_lightning") -> Statement:
     """A row of the table of simulators: scores of five seeds beside what others have published."""
     sources = (
         Line("deterministic episodes after"),
