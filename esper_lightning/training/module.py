@@ -232,14 +232,13 @@ class PPO(CheckpointHooks):
     def validation_step(self, batch: int, batch_idx: int) -> None:
         """Play the deterministic episodes of one evaluation.
 
-        Where evaluation and training share a simulator, training continues with new episodes.
+        Within a fit, training then continues with new episodes if it shares the simulator.
         """
         rank, normalize = self.global_rank, partial(prepare_obs, normalizer=self.obs_normalizer)
         self.evaluation.play(self.policy, normalize, device=self.device, rank=rank)
-        if (
-            getattr(self.env, "shared", False)
-            and self.trainer.state.stage == RunningStage.VALIDATING
-        ):
+        state = self.trainer.state
+        trains = state.fn == TrainerFn.FITTING and state.stage == RunningStage.VALIDATING
+        if trains and getattr(self.env, "shared", False):
             purpose = f"environments after evaluation in iteration {self.iteration}"
             self._learner.begin_episodes(stream_seed(self.seed, rank=rank, purpose=purpose))
 
