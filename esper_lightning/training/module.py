@@ -298,14 +298,22 @@ class PPO(CheckpointHooks):
 
     @override
     def setup(self, stage: str) -> None:
-        """Build environments and rollout storage on the device, if the module is to be trained."""
+        """Prepare Lightning and the trackers of a run, before a checkpoint is restored."""
         self._guard_loggers()
         trainer_rules.silence_lightning()
         no_hook_ends_data(self.trainer)
-        if stage != "fit":
-            return
-        begin_tracking(self.trainer)
-        self._ranks = Ranks(self.trainer.world_size)
+        if stage == "fit":
+            begin_tracking(self.trainer)
+            self._ranks = Ranks(self.trainer.world_size)
+
+    @override
+    def on_fit_start(self) -> None:
+        """Build environments and rollout storage on the device, for the iteration that is next.
+
+        A checkpoint has been restored by now, so that new episodes of a resumed run are no
+        repetition of its first ones.
+        """
+        super().on_fit_start()
         self._learner = build_learner(
             self.settings,
             Agent(self.policy, self.obs_normalizer, self.extensions),
