@@ -3,6 +3,7 @@
 
 import atexit
 import inspect
+import logging
 import os
 from collections import Counter
 from collections.abc import Callable
@@ -10,6 +11,7 @@ from dataclasses import dataclass, field
 from typing import Any
 
 import torch
+import torch.distributed as dist
 
 from esper_lightning.core.errors import check_fields, require, require_int
 from esper_lightning.core.imports import import_object
@@ -25,6 +27,7 @@ from esper_lightning.envs.base import EnvSpec, built_env, closed_after_error, re
 
 __all__ = ["Custom", "LiveEnv", "adapt"]
 
+_log = logging.getLogger(__name__)
 _shared: dict[str, Any] = {}
 """Simulators of this process that training and evaluation share, by their spec."""
 _users: Counter[str] = Counter()
@@ -123,12 +126,20 @@ class Custom(EnvSpec):
         return _probed[self._key]
 
     def build(self, device: torch.device, seed: int) -> Any:
-        """Make the simulator; a shared one is made once in a process, and reseeded if it can be."""
+        """Make the simulator; a shared one is made once in a process, and reseeded if it can be.
+
+        One that cannot be reseeded, and was made to read its spaces, is closed and made with the
+        seed: otherwise all ranks would have the same random numbers.
+        """
+        seed, key = seed % SEEDS, self._key
         if not self.shared:
-            return self._made(device, seed % SEEDS)
-        env = self._the_shared(device, seed % SEEDS)
-        _users[self._key] += 1
-        reseed_env(env, seed % SEEDS)
+            return self._made(device, seed)
+        was_read = key in _shared and _users[key] == 0
+        env = self._the_shared(device, seed)
+        if not reseed_env(env, seed) and was_read:
+            _close_shared(key)
+            env = self._the_shared(device, seed)
+        _users[key] += 1
         return env
 
     def release(self) -> None:
@@ -196,6 +207,7 @@ class LiveEnv(EnvSpec):
         self._env = adapt(env, torch.empty(0, device=device).device, None, name=name, lost=lost)
         self._spaces = _spaces_of(self._env, name)
         self.num_envs = int(self._env.num_envs)
+        self._has_warned = False
 
     def spaces(self) -> EnvSpaces:
         """Observation and action spaces of the simulator."""
@@ -203,12 +215,23 @@ class LiveEnv(EnvSpec):
 
     def build(self, device: torch.device, seed: int) -> Any:  # noqa: ARG002 - it has its own
         """The simulator itself, reseeded if it can be."""
-        reseed_env(self._env, seed % SEEDS)
+        if not reseed_env(self._env, seed % SEEDS) and _ranks() > 1 and not self._has_warned:
+            self._has_warned = True
+            _log.warning(
+                "%s takes no seed at a reset: make it with another seed on each rank, or ranks "
+                "learn from the same episodes.",
+                self.name,
+            )
         return self._env
 
     def evaluation_spec(self, episodes: int) -> "LiveEnv":  # noqa: ARG002 - one simulator
         """The spec of an evaluation: the same environments as in training."""
         return self
+
+
+def _ranks() -> int:
+    there = dist.is_available() and dist.is_initialized()
+    return dist.get_world_size() if there else 1
 
 
 def _close_shared(key: str) -> None:
