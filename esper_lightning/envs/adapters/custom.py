@@ -81,7 +81,8 @@ class Custom(EnvSpec):
 
     Attributes:
         make: Import path of the function, such as ``my_lab.envs:make_anymal``.
-        num_envs: Environments on each rank, as the function counts them.
+        num_envs: Environments on each rank. Each agent of VMAS is one, so that the function must
+            make ``num_envs // agents`` worlds.
         kwargs: Further arguments of the function.
         lost: Rule for truncated episodes whose last observation the simulator does not return:
             take the ``previous`` observation, as rsl_rl does, or raise an ``error``.
@@ -114,15 +115,16 @@ class Custom(EnvSpec):
         """Observation and action spaces of the simulator, which is made to read them.
 
         Raises:
-            ValueError: If the function cannot be imported, or returns no simulator.
+            ValueError: If the function cannot be imported, returns no simulator, or one of another
+                number of environments.
         """
         if self._key not in _probed:
             device = torch.device(self.device)
             if self.shared:
-                _probed[self._key] = _spaces_of(self._the_shared(device, 0), self.name)
+                _probed[self._key] = self._read(self._the_shared(device, 0))
             else:
                 with built_env(self, device, 0) as env:
-                    _probed[self._key] = _spaces_of(env, self.name)
+                    _probed[self._key] = self._read(env)
         return _probed[self._key]
 
     def build(self, device: torch.device, seed: int) -> Any:
@@ -172,6 +174,15 @@ class Custom(EnvSpec):
     @property
     def _key(self) -> str:
         return repr((self.make, self.num_envs, sorted(self.kwargs.items(), key=repr), self.lost))
+
+    def _read(self, env: Any) -> EnvSpaces:
+        made = getattr(env, "num_envs", self.num_envs)
+        hint = ""
+        if isinstance(getattr(env, "simulator", None), VmasSimulator):
+            hint = "Each agent is one: name a function that makes num_envs // agents worlds."
+        rule = f"be {made}, the number of environments of the simulator"
+        require(made == self.num_envs, "Custom.num_envs", rule, self.num_envs, hint)
+        return _spaces_of(env, self.name)
 
     def _the_shared(self, device: torch.device, seed: int) -> Any:
         if self._key not in _shared:

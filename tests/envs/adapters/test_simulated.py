@@ -1,12 +1,13 @@
 """Simulators of tensors keep the contract: returns, copies, reached observations, and metrics."""
 
+import dataclasses
 import math
 
 import numpy as np
 import pytest
 import torch
 
-from esper_lightning import check_env
+from esper_lightning import PPO, check_env
 from esper_lightning.envs.adapters.custom import Custom, adapt
 from esper_lightning.envs.adapters.simulated import SimulatedEnv, Simulator
 from esper_lightning.envs.base import how_fields, spec_name
@@ -309,6 +310,13 @@ class TestCustom:
     def test_what_makes_no_simulator_is_refused(self, make, line):
         with pytest.raises(ValueError, match=line):
             Custom(make=make, num_envs=2).spaces()
+
+    @pytest.mark.parametrize("shared", [True, False])
+    def test_worlds_of_several_agents_are_not_counted_as_environments(self, shared):
+        spec = custom("make_vmas", num_envs=2, kwargs={"agents": 3})
+        line = r"^Custom.num_envs must be 6, .*, got 2. Each agent is one: .* num_envs // agents"
+        with pytest.raises(ValueError, match=line):
+            PPO(dataclasses.replace(spec, shared=shared))
 
 
 def test_a_fault_within_the_users_function_is_not_taken_for_its_arguments():
