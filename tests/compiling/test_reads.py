@@ -145,3 +145,25 @@ def test_a_loop_follows_what_its_steps_and_its_chunks_read(task: Task) -> None:
             task.scale = scale
             total, _ = loop(torch.zeros(()), torch.ones(1), index, samples, None)
             assert total == (4.0 + scale if of_step else 4.0 * scale + 1.0)
+
+
+@pytest.mark.usefixtures("native_code")
+@pytest.mark.parametrize("change", ["double", "smaller", "resize_"])
+def test_a_held_tensor_of_another_kind_is_never_read_as_it_was(
+    task: Task, change: str, caplog: pytest.LogCaptureFixture
+) -> None:
+    """It would be read beyond its end, or as numbers of another type."""
+    log_reasons_again()
+    task.tensor = torch.arange(1000.0)
+    function = compile_function(
+        "function", lambda x: (x * task.tensor.sum()).float(), mode="auto", device=CPU
+    )
+    assert function(torch.ones(1)).item() == 499500.0
+    if change == "resize_":
+        task.tensor.resize_(3)
+    else:
+        task.tensor.data = torch.ones(3) if change == "smaller" else task.tensor.double() + 1.0
+    expected = {"double": 500500.0, "smaller": 3.0, "resize_": 3.0}[change]
+    for _ in range(2):
+        assert function(torch.ones(1)).item() == expected
+    assert len([one for one in caplog.messages if "a tensor that changed: " in one]) == 1
