@@ -13,7 +13,8 @@ from typing import Any, NamedTuple
 import numpy as np
 from torch import nn
 
-from esper_lightning.compiling.holders import Globals, Holder, attributes_of, find_holders, is_users
+from esper_lightning.compiling.entries import Globals, attributes_of, is_users
+from esper_lightning.compiling.holders import Holder, find_holders
 
 __all__ = ["Reads", "recorded"]
 
