@@ -6,8 +6,10 @@ import operator
 import pickle
 import random
 import sys
+from array import array
 from collections import deque
 from collections.abc import Hashable, Iterator
+from pathlib import Path
 from types import CellType, CodeType, FunctionType, ModuleType
 from typing import Any
 
@@ -16,18 +18,22 @@ from torch import Tensor, nn
 from torch._subclasses.fake_tensor import FakeTensor
 
 __all__ = [
+    "MOST_BYTES",
     "Globals",
     "attributes_of",
     "can_grow",
+    "dict_of",
     "differences",
     "entries_of",
     "has_attributes",
     "holds_no_numbers",
     "is_users",
+    "names_of",
     "restore",
+    "slots_of",
 ]
 
-_MOST_BYTES = 2**20  # of an array that is watched
+MOST_BYTES = 2**20  # of an array that is watched
 _NOT_WATCHED = ("torch", "logging", "threading", "multiprocessing", "concurrent", "asyncio")
 _NOT_OF_USERS = {
     *sys.stdlib_module_names,
@@ -46,33 +52,52 @@ _NOTHING = object()
 
 
 class Globals:
-    """The global variables that a function of a user names.
+    """Global variables of a module that a function of a user may read.
 
     Args:
-        function: The function.
+        variables: All variables of the module.
+        names: Names that the function has; ``None`` for all variables.
     """
 
-    def __init__(self, function: FunctionType) -> None:
-        self.variables = function.__globals__
-        self.names = {name for name in _names(function.__code__) if name in self.variables}
+    def __init__(self, variables: dict[str, Any], names: frozenset[str] | None) -> None:
+        self.variables = variables
+        self.key = (id(variables), names)
+        self._all_names = frozenset(variables) if names is None else names
+        self.names = [one for one in self._all_names if one in variables and one[:2] != "__"]
+
+    def followed(self) -> dict[Hashable, Any]:
+        """What a function may change or call: of an installed module, no functions and classes."""
+        code = FunctionType | type if _is_installed(self.variables) else ()
+        entries = {name: one for name, one in entries_of(self).items() if not isinstance(one, code)}
+        for name in self._all_names:
+            module = self.variables.get(name, sys.modules.get(name))  # or imported by the function
+            if isinstance(module, ModuleType):
+                entries[name] = Globals(vars(module), self._all_names) if is_users(module) else None
+        return entries
+
+
+def _is_installed(variables: dict[str, Any]) -> bool:
+    folders = Path(str(variables.get("__file__"))).parts
+    return "site-packages" in folders or "dist-packages" in folders
 
 
 def is_users(held: Any) -> bool:
-    """Whether a user wrote a class or function."""
-    return str(held.__module__ or "").split(".")[0] not in _NOT_OF_USERS
+    """Whether a user wrote a class, function or module."""
+    name = held.__name__ if isinstance(held, ModuleType) else held.__module__
+    return str(name or "").split(".")[0] not in _NOT_OF_USERS
 
 
-def _names(code: CodeType) -> Iterator[str]:
+def names_of(code: CodeType) -> Iterator[str]:
     """All names in a function, and in functions within."""
     yield from code.co_names
     for constant in code.co_consts:
         if isinstance(constant, CodeType):
-            yield from _names(constant)
+            yield from names_of(constant)
 
 
 def can_grow(held: Any) -> bool:
     """Whether an object that holds nothing may hold something later."""
-    return isinstance(held, list | dict | deque | set) or has_attributes(held)
+    return isinstance(held, list | dict | deque | set | FunctionType) or has_attributes(held)
 
 
 def has_attributes(held: Any) -> bool:
@@ -80,10 +105,11 @@ def has_attributes(held: Any) -> bool:
     if isinstance(held, FunctionType | type | list | dict | deque | set) or _is_stream(held):
         return False
     ours = isinstance(held, nn.Module) or type(held).__module__.split(".")[0] not in _NOT_WATCHED
-    return ours and (isinstance(_attributes(held), dict) or bool(_slots(held)))
+    return ours and (isinstance(dict_of(held), dict) or bool(slots_of(held)))
 
 
-def _attributes(held: Any) -> Any:
+def dict_of(held: Any) -> Any:
+    """The dict of an object's attributes; ``None`` where there is none."""
     try:
         return object.__getattribute__(held, "__dict__")
     except AttributeError:
@@ -92,11 +118,11 @@ def _attributes(held: Any) -> Any:
 
 def attributes_of(held: Any) -> dict[Any, Any]:
     """The attributes of an object that it holds itself, in its dict or in slots."""
-    slots = {name: getattr(held, name) for name in _slots(held) if hasattr(held, name)}
-    return {**slots, **(_attributes(held) or {})}
+    slots = {name: getattr(held, name) for name in slots_of(held) if hasattr(held, name)}
+    return {**slots, **(dict_of(held) or {})}
 
 
-def _slots(held: Any) -> list[str]:
+def slots_of(held: Any) -> list[str]:
     """Names of the attributes that an object of a user has in slots."""
     kinds = [kind for kind in type(held).__mro__ if is_users(kind)]
     members = (item for kind in kinds for item in vars(kind).items())
@@ -122,8 +148,10 @@ def entries_of(held: Any) -> dict[Hashable, Any]:  # noqa: PLR0911 - a kind of o
     if isinstance(held, set):
         return dict.fromkeys(held, True)  # pyright: ignore[reportUnknownArgumentType, reportUnknownVariableType]
     if isinstance(held, np.ndarray):
-        is_small = held.dtype != object and held.nbytes <= _MOST_BYTES
+        is_small = held.dtype != object and held.nbytes <= MOST_BYTES
         return {"": held.tobytes()} if is_small else {}
+    if isinstance(held, array | bytearray):
+        return {"": bytes(held)}
     if isinstance(held, CellType):
         try:
             return {"": held.cell_contents}
@@ -131,6 +159,8 @@ def entries_of(held: Any) -> dict[Hashable, Any]:  # noqa: PLR0911 - a kind of o
             return {}
     if isinstance(held, Globals):
         return {name: held.variables[name] for name in held.names if name in held.variables}
+    if isinstance(held, FunctionType):
+        return {name: one for name, one in vars(held).items() if name != "__wrapped__"}
     if isinstance(held, type):
         return {name: value for name, value in vars(held).items() if not name.startswith("__")}
     if _is_stream(held):
@@ -154,6 +184,8 @@ def restore(
         _restore_places(held, names, before, now)
     elif isinstance(held, np.ndarray):
         held[...] = np.frombuffer(before[""], held.dtype).reshape(held.shape)
+    elif isinstance(held, array | bytearray):
+        held[:] = array(held.typecode, before[""]) if isinstance(held, array) else before[""]
     elif isinstance(held, CellType):
         held.cell_contents = before[""]
     elif isinstance(held, random.Random):
@@ -183,8 +215,8 @@ def _restore_places(held: Any, places: list[Any], before: Any, now: Any) -> None
 def _set(held: Any, name: Any, value: Any) -> None:
     """Set or delete a key or an attribute, without the object's own rules for that."""
     by_key: Any = held.variables if isinstance(held, Globals) else held
-    if not isinstance(by_key, dict | type) and name not in _slots(held):
-        by_key = _attributes(held)
+    if not isinstance(by_key, dict | type) and name not in slots_of(held):
+        by_key = dict_of(held)
     if isinstance(by_key, dict):
         if value is _NOTHING:
             by_key.pop(name, None)

@@ -15,7 +15,7 @@ import sys
 from collections import deque
 from collections.abc import Callable, Generator, Hashable
 from contextlib import contextmanager
-from types import FunctionType, MethodType, ModuleType
+from types import FunctionType, MappingProxyType, MethodType, ModuleType
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -30,6 +30,7 @@ from esper_lightning.compiling.entries import (
     has_attributes,
     holds_no_numbers,
     is_users,
+    names_of,
     restore,
 )
 from esper_lightning.compiling.other_threads import other_threads_run
@@ -37,7 +38,7 @@ from esper_lightning.compiling.other_threads import other_threads_run
 __all__ = ["Holder", "ImpureError", "find_holders", "unchanged", "unused_streams"]
 
 _MOST_OBJECTS = 20_000  # that are watched: 10 ms
-_LEAVES = (Tensor, ModuleType, bool, int, float, complex, str, bytes, type(None), torch.dtype)
+_LEAVES = (Tensor, bool, int, float, complex, str, bytes, type(None), torch.dtype)
 # Recurrent layers replace these whenever they are called with other weights, by weights as before.
 _REPLACED_BY_TORCH = ("._flat_weights", "._flat_weight_refs")
 
@@ -57,7 +58,7 @@ class Holder(NamedTuple):
         """Name of an entry: of the attribute in which a container lies, for containers."""
         if isinstance(self.held, Globals):
             return str(entry)
-        is_owner = isinstance(self.held, type) or has_attributes(self.held)
+        is_owner = isinstance(self.held, type | FunctionType) or has_attributes(self.held)
         return f"{self.name}.{entry}" if is_owner else self.name
 
 
@@ -133,34 +134,43 @@ def find_holders(function: Callable[..., Any]) -> list[Holder]:
         ImpureError: If there are too many objects to watch.
     """
     left: deque[tuple[Any, str]] = deque([(function, "a function")])
-    seen: dict[int, Any] = {}  # objects by identity: they must live as long as these numbers count
+    seen: dict[
+        Hashable, Any
+    ] = {}  # objects by identity: they must live as long as these numbers count
     found: list[Holder] = []
     while left:
         held, name = left.popleft()
-        if id(held) in seen or isinstance(held, _LEAVES):
+        key = held.key if isinstance(held, Globals) else id(held)
+        if key in seen or isinstance(held, _LEAVES):
             continue
         if len(seen) == _MOST_OBJECTS:
             raise ImpureError(f"more than {_MOST_OBJECTS} objects to watch, such as in {name}")
-        seen[id(held)] = held
+        seen[key] = held
         if isinstance(held, MethodType):
             left.append((held.__self__, name))
         elif isinstance(held, functools.partial):
+            found.append(Holder(held, name, {}))
             left.extend((one, name) for one in (held.func, held.args, held.keywords))  # pyright: ignore[reportUnknownMemberType, reportUnknownArgumentType]
-        elif isinstance(held, FunctionType):
-            names = held.__code__.co_freevars
-            left.extend(zip(held.__closure__ or (), names, strict=True))
+        elif isinstance(held, ModuleType):
             if is_users(held):
-                left.append((Globals(held), name))
-        elif isinstance(held, tuple | frozenset):
-            left.extend((one, name) for one in held)  # pyright: ignore[reportUnknownVariableType, reportUnknownArgumentType]
-        elif not isinstance(held, type) or is_users(held):
-            name = held.__name__ if isinstance(held, type) else name
+                left.append((Globals(vars(held), None), name))
+        elif isinstance(held, tuple | frozenset | MappingProxyType):
+            elements = held.values() if isinstance(held, MappingProxyType) else held
+            left.extend((one, name) for one in elements)  # pyright: ignore[reportUnknownVariableType, reportUnknownArgumentType]
+        elif not isinstance(held, type | FunctionType) or is_users(held):
+            name = held.__name__ if isinstance(held, type | FunctionType) else name
             name = type(held).__name__ if has_attributes(held) else name
             holder = Holder(held, name, entries_of(held))
             if holder.entries or can_grow(held):
                 found.append(holder)
-            left.extend((one, holder.name_of(key)) for key, one in holder.entries.items())
+            followed = held.followed() if isinstance(held, Globals) else holder.entries
+            left.extend((one, holder.name_of(key)) for key, one in followed.items())
             left.extend((one, name) for one in _of_class(held))
+        if isinstance(held, FunctionType):
+            left.extend(zip(held.__closure__ or (), held.__code__.co_freevars, strict=True))
+            if is_users(held):
+                left.extend((one, name) for one in (held.__defaults__, held.__kwdefaults__))
+                left.append((Globals(held.__globals__, frozenset(names_of(held.__code__))), name))
     return found
 
 
