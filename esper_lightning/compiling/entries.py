@@ -97,7 +97,8 @@ def names_of(code: CodeType) -> Iterator[str]:
 
 def can_grow(held: Any) -> bool:
     """Whether an object that holds nothing may hold something later."""
-    return isinstance(held, list | dict | deque | set | FunctionType) or has_attributes(held)
+    kinds = (list, dict, deque, set, FunctionType, type)
+    return isinstance(held, kinds) or has_attributes(held)
 
 
 def has_attributes(held: Any) -> bool:
