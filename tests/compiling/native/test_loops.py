@@ -365,6 +365,8 @@ def test_rows_that_will_depend_on_each_other_are_refused_before_they_do() -> Non
         lambda rows, _: rows * (1e6 / rows.norm()).clamp(max=1.0),
         lambda rows, _: rows + (rows > 1e6).any(),
         lambda rows, _: rows * 2.0 if len(rows) < 100 else rows + rows,
+        lambda rows, _: rows * 2.0 if len(rows) > 200 else rows,
+        lambda rows, _: torch.cat([rows[:32] * 2.0, rows[32:]]),
     ):
         with pytest.raises(UnsupportedError, match="rows that depend on each other \\("):
             NativeMap(function)(x, None)
