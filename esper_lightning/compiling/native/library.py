@@ -9,6 +9,7 @@ deleted when there are too many.
 import ctypes
 import functools
 import hashlib
+import logging
 import os
 import platform
 import shlex
@@ -23,6 +24,7 @@ from esper_lightning.compiling.native.values import UnsupportedError
 
 __all__ = ["build_library", "cache_directory", "find_compiler"]
 
+_log = logging.getLogger(__name__)
 _HEADERS = [Path(__file__).with_name(name) for name in ("kernels.hpp", "convolutions.hpp")]
 _FLAGS = (
     *("-O3", "-std=c++17", "-shared", "-fPIC", "-pthread", "-fopenmp-simd", "-fwrapv", "-w"),
@@ -30,6 +32,8 @@ _FLAGS = (
 )
 _LOOSE = {"-ffast-math", "-Ofast", "-ffinite-math-only", "-funsafe-math-optimizations"}
 _MOST_BYTES = 256 * 2**20  # of all libraries in the cache
+_LARGE = 150_000  # characters of a source for which -O3 takes too long, up to 30 s and more
+_SLOW_S = 20.0  # seconds after which a line says that a compiler takes long
 _COMPILE_S = 300.0  # seconds after which a compiler is given up
 _ABANDONED_S = 3600.0  # age of a build folder whose process must be dead
 _DIGEST_BYTES = hashlib.sha256().digest_size
@@ -121,7 +125,7 @@ def build_library(source: str) -> ctypes.CDLL:
     own = _words_of("CXXFLAGS")
     if loose := _LOOSE & {*own}:
         raise UnsupportedError(f"CXXFLAGS has {min(loose)}, with which NaN is not noticed")
-    flags = [*_FLAGS, _architecture_flag(), *own]
+    flags = [*_FLAGS, *(["-O1"] if len(source) > _LARGE else []), _architecture_flag(), *own]
     if "Free Software Foundation" in identity:
         # Else a sum may be rounded twice in one loop and once in another, as the tuning for some
         # processors has it: the rows of a product would differ with the division among threads.
@@ -168,14 +172,7 @@ def _compile(command: list[str], flags: list[str], text: str, path: Path) -> Non
         with tempfile.TemporaryDirectory(dir=path.parent, prefix="build-") as build:
             source, made = Path(build) / "code.cpp", Path(build) / "code.so"
             source.write_text(text)
-            done = subprocess.run(
-                [*command, *flags, str(source), "-o", str(made)],
-                capture_output=True,
-                text=True,
-                errors="replace",
-                timeout=_COMPILE_S,
-                check=False,
-            )
+            done = _run([*command, *flags, str(source), "-o", str(made)])
             if done.returncode:
                 lines = (done.stderr or done.stdout).strip().splitlines() or ["no message"]
                 errors = [line for line in lines if "error" in line] or lines
@@ -191,6 +188,23 @@ def _compile(command: list[str], flags: list[str], text: str, path: Path) -> Non
         raise UnsupportedError(f"code cannot be compiled in {path.parent}: {why}") from error
     _delete_abandoned(path.parent)
     _delete_oldest(path.parent, keep=path)
+
+
+def _run(words: list[str]) -> subprocess.CompletedProcess[str]:
+    """Run a compiler to its end, with a line in the log where that takes long."""
+    pipe = subprocess.PIPE
+    with subprocess.Popen(words, stdout=pipe, stderr=pipe, text=True, errors="replace") as process:
+        try:
+            try:
+                out, err = process.communicate(timeout=_SLOW_S)
+            except subprocess.TimeoutExpired:
+                line = "%s has compiled a part of the training for %.0f s; the result is cached."
+                _log.warning(line, words[0], _SLOW_S)
+                out, err = process.communicate(timeout=_COMPILE_S - _SLOW_S)
+        except BaseException:
+            process.kill()
+            raise
+    return subprocess.CompletedProcess(words, process.returncode, out, err)
 
 
 def _finish(made: Path, path: Path) -> None:

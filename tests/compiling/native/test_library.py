@@ -207,6 +207,35 @@ def test_the_reason_of_a_failure_is_the_same_at_every_call(tmp_path, monkeypatch
     assert reason.startswith("compiled code cannot be loaded: ")
 
 
+SLEEPS = """#!/bin/sh
+[ "$1" = --version ] && exit
+exec sleep 20
+"""
+
+
+def test_a_compiler_that_takes_long_is_named_while_it_runs(tmp_path, monkeypatch, caplog):
+    compiler = tmp_path / "compiler"
+    compiler.write_text(SLEEPS)
+    compiler.chmod(0o700)
+    monkeypatch.setenv("CXX", str(compiler))
+    monkeypatch.setattr(library, "_SLOW_S", 0.05)
+    monkeypatch.setattr(library, "_COMPILE_S", 0.1)
+    refused("compiler took more than 0 s")
+    (record,) = caplog.records
+    assert "compiler has compiled a part of the training for" in record.getMessage()
+
+
+def test_large_sources_are_compiled_with_fewer_optimizations(monkeypatch):
+    """With -O3, ten times as long or longer."""
+    flags: list[list[str]] = []
+    monkeypatch.setattr(library, "_compile", lambda _, given, *rest: flags.append(given))
+    for source in (SOURCE, SOURCE.ljust(200_000)):
+        with pytest.raises(UnsupportedError, match="cannot be loaded"):
+            build_library(source)
+    small, large = ([flag for flag in one if flag.startswith("-O")][-1] for one in flags)
+    assert (small, large) == ("-O3", "-O1")
+
+
 def test_a_cache_that_others_may_write_to_is_not_used(folder):
     folder.mkdir(parents=True)
     folder.chmod(0o777)
