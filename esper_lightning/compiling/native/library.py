@@ -28,7 +28,7 @@ _log = logging.getLogger(__name__)
 _HEADERS = [Path(__file__).with_name(name) for name in ("kernels.hpp", "convolutions.hpp")]
 _FLAGS = (
     *("-O3", "-std=c++17", "-shared", "-fPIC", "-pthread", "-fopenmp-simd", "-fwrapv", "-w"),
-    *("-fno-math-errno", "-fno-trapping-math"),
+    *("-fno-math-errno", "-fno-trapping-math", "-ffp-contract=off"),
 )
 _LOOSE = {"-ffast-math", "-Ofast", "-ffinite-math-only", "-funsafe-math-optimizations"}
 _MOST_BYTES = 256 * 2**20  # of all libraries in the cache
