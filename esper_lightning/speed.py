@@ -14,6 +14,7 @@ import tempfile
 import time
 from collections import defaultdict
 from collections.abc import Callable, Mapping, Sequence
+from contextlib import suppress
 from typing import Any, NamedTuple, cast
 
 import torch
@@ -29,11 +30,12 @@ from esper_lightning.train import run_callbacks, run_plugins
 from esper_lightning.training.module import PPO
 from esper_lightning.training.settings import PPOSettings
 
-__all__ = ["Speed", "measure_speed", "speed_as_data", "speed_table"]
+__all__ = ["Speed", "measure_speed", "other_sizes", "speed_as_data", "speed_table"]
 
 _STAGES = ("rollout", "advantages", "update", "logging")
 _WARM_UP = 2  # iterations, of which the first compiles
 _FEWEST = 3  # iterations that are measured, however long they take
+_MOST_ENVS = 65536  # environments of a number that was not asked for
 _LIGHTNING_LOG = "lightning.pytorch.utilities.rank_zero"
 
 
@@ -72,7 +74,7 @@ def measure_speed(
     settings: PPOSettings,
     *,
     accelerator: str = "auto",
-    num_envs: Sequence[int] | None = None,
+    num_envs: int | Sequence[int] | None = None,
     seconds: float = 3.0,
 ) -> list[Speed]:
     """Measure ``compile="off"``, then ``settings.compile`` at several numbers of environments.
@@ -80,8 +82,7 @@ def measure_speed(
     Args:
         settings: Settings of the run.
         accelerator: Accelerator of the Trainer.
-        num_envs: Numbers of environments to try beside that of the settings. ``None`` tries some,
-            if the spec can be copied with another number.
+        num_envs: Numbers of environments to try, as for ``other_sizes``.
         seconds: Seconds of each measurement, compilation not counted.
 
     Returns:
@@ -89,39 +90,54 @@ def measure_speed(
         other numbers of environments, in increasing order.
 
     Raises:
-        ValueError: If a number is not positive, or the spec has a fixed number of environments.
+        ValueError: If ``seconds`` is not positive, or as for ``other_sizes``.
     """
     positive("seconds", seconds)
-    own = settings.env.num_envs
-    fixed = not takes_num_envs(type(settings.env))
-    if num_envs is None:
-        some = [own // 16, own // 4, own * 4, own * 16]
-        num_envs = [] if fixed else [number for number in some if 1 <= number <= 65536]
-    for number in num_envs:
-        at_least("num_envs", number, 1)
-        rule = f"be {own}, the number of the environments, which is fixed"
-        require(not fixed or number == own, "num_envs", rule, number)
+    others = other_sizes(settings, num_envs)
     log = logging.getLogger(_LIGHTNING_LOG)
     level = log.level
     log.setLevel(logging.WARNING)  # what devices there are has been said
     try:
-        return _measure_all(settings, accelerator, sorted({*num_envs} - {own}), seconds)
+        eager = _measure(settings, "off", accelerator, seconds)
+        measured = [settings, *others]
+        return [eager, *(_measure(one, one.compile, accelerator, seconds) for one in measured)]
     finally:
         log.setLevel(level)
 
 
-def _measure_all(
-    settings: PPOSettings, accelerator: str, num_envs: Sequence[int], seconds: float
-) -> list[Speed]:
-    found = [_measure(settings, mode, accelerator, seconds) for mode in ("off", settings.compile)]
-    for number in num_envs:
+def other_sizes(
+    settings: PPOSettings, num_envs: int | Sequence[int] | None = None
+) -> list[PPOSettings]:
+    """The settings with other numbers of environments, in increasing order.
+
+    Args:
+        settings: Settings of the run.
+        num_envs: Numbers of environments beside that of the settings. ``None`` chooses some, within
+            the step budget, if the spec can be copied with another number. Numbers with which
+            minibatches would have no samples are skipped.
+
+    Raises:
+        ValueError: If a number is not positive, is above the step budget, or is not that of a spec
+            with a fixed number of environments.
+    """
+    own, budget = settings.env.num_envs, settings.total_env_steps
+    fixed = not takes_num_envs(type(settings.env))
+    if num_envs is None:
+        some = [own // 16, own // 4, own * 4, own * 16]
+        most = min(_MOST_ENVS, budget or _MOST_ENVS)
+        num_envs = [] if fixed else [number for number in some if 1 <= number <= most]
+    found: list[PPOSettings] = []
+    for number in sorted({*([num_envs] if isinstance(num_envs, int) else num_envs)}):
+        at_least("num_envs", number, 1)
+        rule = f"be {own}, the number of the environments, which is fixed"
+        require(not fixed or number == own, "num_envs", rule, number)
+        if number == own:
+            continue
         env = cast(EnvSpec, dataclasses.replace(cast(Any, settings.env), num_envs=number))
         other = dataclasses.replace(settings, env=env)
-        try:
+        with suppress(ValueError):  # the minibatches do not divide so few environments
             PPO(**other.arguments())
-        except ValueError:  # the minibatches do not divide so few environments
-            continue
-        found.append(_measure(other, settings.compile, accelerator, seconds))
+            found.append(other)
     return found
 
 

@@ -12,7 +12,7 @@ from esper_lightning import MLP, PPOConfig
 from esper_lightning.cli.main import main
 from esper_lightning.envs import CartPole
 from esper_lightning.envs.base import EnvSpec
-from esper_lightning.speed import Speed, measure_speed, speed_as_data, speed_table
+from esper_lightning.speed import Speed, measure_speed, other_sizes, speed_as_data, speed_table
 from esper_lightning.training.settings import PPOSettings
 
 STEP_S = 0.02
@@ -77,10 +77,21 @@ def test_suggestions_follow_the_figures() -> None:
     assert "Other numbers of environments are not much faster." in text
 
 
+def sizes(found: list[PPOSettings]) -> list[int]:
+    return [each.env.num_envs for each in found]
+
+
+def test_numbers_that_were_not_asked_for_are_within_the_step_budget() -> None:
+    settings = PPOSettings(env=CartPole(num_envs=64))
+    assert sizes(other_sizes(settings)) == [4, 16, 256, 1024]
+    assert sizes(other_sizes(dataclasses.replace(settings, total_env_steps=300))) == [4, 16, 256]
+    with pytest.raises(ValueError, match=r"at least env\.num_envs = 512, got 300"):
+        other_sizes(dataclasses.replace(settings, total_env_steps=300), 512)
+
+
 def test_numbers_that_do_not_fit_are_skipped_or_refused() -> None:
     settings = PPOSettings(env=CartPole(num_envs=2), ppo=dataclasses.replace(SMALL, minibatches=8))
-    found = measure_speed(settings, accelerator="cpu", num_envs=[1], seconds=0.01)
-    assert [one.num_envs for one in found] == [2, 2]  # 4 steps are no 8 minibatches
+    assert sizes(other_sizes(settings, [1, 2, 4])) == [4]  # 4 steps are no 8 minibatches
     with pytest.raises(ValueError, match="num_envs must be at least 1, got 0"):
         measure_speed(settings, num_envs=[0])
     with pytest.raises(ValueError, match="seconds must be"):

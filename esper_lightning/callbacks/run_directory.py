@@ -146,11 +146,11 @@ def assign_run_directory(
     _save_checkpoints_in(trainer, held.directory)
     try:
         claim_logger_folders(trainer, found)
+        if trainer.world_size == 1:
+            _write_first_files(trainer, found)
     except BaseException:
         found.release()
         raise
-    if trainer.world_size == 1:
-        _write_first_files(trainer, found)
 
 
 def begin_run_directory(trainer: Trainer) -> None:

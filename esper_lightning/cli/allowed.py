@@ -7,6 +7,7 @@ import sys
 import types
 import typing
 from collections.abc import Iterator
+from pathlib import Path
 from typing import Any
 
 __all__ = ["choices_of", "listed", "literals_of", "rule_of"]
@@ -19,6 +20,7 @@ _WORDS: dict[Any, str] = {
     float: "a number",
     bool: "true or false",
     str: "text",
+    Path: "a path",
     type(None): "null",
     dict: "a mapping",
     list: "a list",

@@ -34,9 +34,9 @@ from esper_lightning.cli.pages.live_page import LivePage
 from esper_lightning.cli.setting_help import HELP_TRAINER, HelpTrainer, usage_of
 from esper_lightning.cli.settings import SettingsParser
 from esper_lightning.cli.start_of_run import find_start
-from esper_lightning.cli.trainer import EsperTrainer
+from esper_lightning.cli.trainer import EsperTrainer, refuse_bench
 from esper_lightning.core.errors import require, require_name
-from esper_lightning.core.paths import require_output, requires_folder
+from esper_lightning.core.paths import requires_folder
 from esper_lightning.core.ranks import RanksDisagreeError
 from esper_lightning.envs.adapters.named import MissingPackageError
 from esper_lightning.envs.base import ReadsData
@@ -218,6 +218,7 @@ class EsperCLI(LightningCLI):
         if self.subcommand != "fit":
             quiet = {"logger": False, "enable_checkpointing": False, "enable_progress_bar": False}
             return super().instantiate_trainer(**kwargs, **quiet)
+        self._is_dry = self._get(self.config_init, "dry_run")
         if settings["barebones"]:  # it also refuses the settings that we choose
             kwargs |= dict.fromkeys(_NOT_BAREBONES)
             return super().instantiate_trainer(**kwargs)
@@ -239,7 +240,6 @@ class EsperCLI(LightningCLI):
             saves=settings["enable_checkpointing"] is not False and leaves_files,
             shows_progress=settings["enable_progress_bar"] is not False,
         )
-        self._is_dry = self._get(self.config_init, "dry_run")
         if self._get(self.config_init, "open_report"):
             self._page = LivePage()
             self.trainer_defaults["callbacks"].append(self._page)
@@ -267,7 +267,7 @@ class EsperCLI(LightningCLI):
             path = str(start.path)
             model.refuse_checkpoint(start.checkpoint, path, world_size=ranks, callbacks=own)
             self._resumes_from = start.checkpoint[STATE_KEY]["iteration"]
-        elif fits and model.settings.warm_start is not None:
+        elif model.settings.warm_start is not None:
             load_weights(model, model.settings.warm_start)
         evaluates = self.subcommand == "evaluate"
         figures = self.config_init["evaluate"]["figures"] if evaluates else None
@@ -299,10 +299,7 @@ class EsperCLI(LightningCLI):
 
     def bench(self, **kwargs: Any) -> None:
         """Have ``execute`` measure; Lightning calls this method by the name of the command."""
-        output: Path | None = kwargs["output"]
-        if output is not None:
-            begins = rb'\s*\{\s*"machine": '
-            kwargs["output"] = require_output("--output", output, "file of esper bench", begins)
+        kwargs["output"] = refuse_bench(**kwargs)
         self._start = lambda: cast(EsperTrainer, self.trainer).bench(**kwargs)
 
     def execute(self) -> None:
@@ -326,7 +323,7 @@ class EsperCLI(LightningCLI):
                 self._refuse_to_resume(error)
             began = self.model.iteration > self._resumes_from
             refusals = (MisconfigurationException, MissingPackageError)
-            refusals += (ValueError,) if self.subcommand == "bench" else ()  # of a number to try
+            refusals += (ValueError,) if self.subcommand == "bench" else ()  # of an environment
             early = isinstance(error, refusals) and not began
             if not early and not _is_refusal_of_callback(error):
                 raise

@@ -67,7 +67,12 @@ def main(arguments: list[str] | None = None) -> None:
         stdout = _open_standard_streams()
         if owns_signals:  # an interrupt during an import in C becomes another error
             signal.signal(signal.SIGINT, _leave)
-        execute = _prepare(words)
+        try:
+            execute = _prepare(words)
+        except OSError as error:  # of an import, which may need a temporary directory
+            from esper_lightning.cli.errors import fail  # noqa: PLC0415
+
+            fail(error)
         if owns_signals:
             signal.signal(signal.SIGINT, signal.default_int_handler)
         execute()

@@ -155,7 +155,7 @@ def _setting(error: BaseException) -> str:
         found = (frame.f_locals.get(name) for name in ("self", "component"))
         actions = (each for each in found if isinstance(each, argparse.Action))
         names += [each.dest for each in actions if isinstance(getattr(each, "dest", None), str)]
-    return re.sub(r"^(fit|evaluate)\.", "", names[-1]) if names else ""
+    return re.sub(r"^(fit|evaluate|bench)\.", "", names[-1]) if names else ""
 
 
 def _refuses(error: Exception) -> str:

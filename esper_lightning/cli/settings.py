@@ -32,7 +32,7 @@ _MODE = "plain yaml"
 _MOST_BYTES = 10_000_000
 _READING: Any = getattr(jsonargparse._util, "config_load_stack", None)  # pyright: ignore[reportPrivateUsage, reportAttributeAccessIssue]
 _BY_NAME = "must hold settings by their names, or name a file with some"
-_COMMAND = re.compile(r"^(fit|evaluate)\.")
+_COMMAND = re.compile(r"^(fit|evaluate|bench)\.")
 _BAD_CLASS = re.compile(r"Problem with given class_path '(\S*?)': (.*?)(?: - |Given value|$)")
 _NO_TEXT = re.compile(r"(?:argument of type|unhashable type:) ('\w+')")
 _NO_SETTINGS = ("help", "help_trainer", "print_config")
@@ -219,18 +219,15 @@ def _explain_value(parser: SettingsParser, key: str, text: str) -> SettingsError
     """The error for a value of the wrong type: the rule, the value, and the nearest choices."""
     typehint: Any = next((_typehint(one) for one in _actions(parser) if one.dest == key), None)
     value, below = _value(text)
+    choices = choices_of(typehint)
     if below:
-        rule = f"must follow the name of a class that has it (--{_COMMAND.sub('', key)} NAME)"
-        of_a_class = "Subclass types expect" not in text and bool(choices_of(typehint))
-        says = f" {rule}, got {value!r}." if of_a_class else f": {text}"
-        return SettingsError(f"{key}.{below}", says)
+        return _explain_below(key, below, value, text, None if choices else rule_of(typehint))
     refused = _explain_class(key, text)
     if refused is not None:
         return refused
     ambiguous = re.search(r"Multiple subclasses with name .*?(?= - |$)", text)
     if ambiguous or typehint is None:
         return SettingsError(key, f": {ambiguous[0] if ambiguous else text}")
-    choices = choices_of(typehint)
     known = f" Known are {listed(choices)}, or an import path." if choices else ""
     if choices and (match := _NO_TEXT.search(text)):
         says = f" must be {rule_of(typehint)}, got a value of type {match[1]}.{known}"
@@ -239,6 +236,26 @@ def _explain_value(parser: SettingsParser, key: str, text: str) -> SettingsError
         return SettingsError(key, f" must be {rule_of(typehint)}: {text}.{known}")
     hint = nearest(value, choices or map(str, literals_of(typehint))) + known
     return SettingsError(key, f" must be {rule_of(typehint)}, got {value!r}.{hint}")
+
+
+def _explain_below(
+    key: str, below: str, value: str | None, text: str, rule: str | None
+) -> SettingsError:
+    """The error for a setting below one that has none.
+
+    Args:
+        key: Setting that has none.
+        below: Name of the setting below it.
+        value: Value of the setting below it.
+        text: Message of jsonargparse.
+        rule: Rule for the value of ``key``; ``None`` if it names a class, which has settings.
+    """
+    if rule is not None:
+        return SettingsError(key, f" must be {rule}, and has no setting {below!r}.")
+    rule = f"must follow the name of a class that has it (--{_COMMAND.sub('', key)} NAME)"
+    of_a_class = "Subclass types expect" not in text
+    says = f" {rule}, got {value!r}." if of_a_class else f": {text}"
+    return SettingsError(f"{key}.{below}", says)
 
 
 def _explain_class(key: str, text: str) -> SettingsError | None:

@@ -6,12 +6,32 @@ from pathlib import Path
 from lightning.pytorch import Trainer
 from typing_extensions import override
 
+from esper_lightning.core.errors import positive
+from esper_lightning.core.paths import require_output
 from esper_lightning.forensics.files import write_atomically
-from esper_lightning.speed import measure_speed, speed_as_data, speed_table
+from esper_lightning.speed import measure_speed, other_sizes, speed_as_data, speed_table
 from esper_lightning.training.checkpoint.states import keep_own_extensions, load_checkpoint
 from esper_lightning.training.module import PPO
 
-__all__ = ["EsperTrainer"]
+__all__ = ["EsperTrainer", "refuse_bench"]
+
+
+def refuse_bench(
+    model: PPO, num_envs: int | list[int] | None, seconds: float, output: Path | None
+) -> Path | None:
+    """Refuse arguments of ``EsperTrainer.bench`` before anything is measured.
+
+    Returns:
+        The file of ``output``; ``None`` where none is written.
+
+    Raises:
+        ValueError: If a number cannot be measured, or if ``output`` is a file of something else.
+    """
+    positive("seconds", seconds)
+    other_sizes(model.settings, num_envs)
+    begins = rb'\s*\{\s*"machine": '
+    given = output is not None
+    return require_output("--output", output, "file of esper bench", begins) if given else None
 
 
 class EsperTrainer(Trainer):
@@ -85,7 +105,6 @@ class EsperTrainer(Trainer):
             output: File that gets the figures as JSON; by default none is written.
         """
         settings, accelerator = model.settings, self.accelerator.name()
-        num_envs = [num_envs] if isinstance(num_envs, int) else num_envs
         found = measure_speed(settings, accelerator=accelerator, num_envs=num_envs, seconds=seconds)
         print(speed_table(found, settings))
         if output is not None:

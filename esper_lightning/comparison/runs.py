@@ -301,7 +301,7 @@ def _end(directory: Path, *, is_short: bool) -> tuple[Any, str]:
         happened = "" if first.report is None else first.report.what_happened
         what = happened or "its process vanished without a report"
         where = "" if len(ranks) == 1 else f" (rank {first.rank})"
-        short = textwrap.shorten(what[:1000], _LONGEST_REASON, placeholder="...").rstrip(".")
+        short = textwrap.shorten(what[:1000].rstrip("."), _LONGEST_REASON, placeholder="...")
         return "died", f"died{where}: {short}"
     if ranks[0].state == "running":
         return "running", "still running, or died on another machine"

@@ -16,6 +16,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from typing_extensions import override
 
 from esper_lightning.compiling.holders import ImpureError, unchanged, unused_streams
+from esper_lightning.compiling.tracing import Traceable
 from esper_lightning.core.tensor_trees import leaves
 
 __all__ = ["results_of_pure", "same_bits", "watched_results"]
@@ -74,8 +75,8 @@ def watched_results(function: Callable[..., Tree], *args: Tree) -> list[Tensor]:
     torch.set_num_threads(1)
     try:
         # A function that needs a gradient computes it itself; nothing outside needs autograd.
-        watch = (unchanged(function), unused_streams(), _NoNumbers(), _OwnTensorsOnly())
-        with torch.no_grad(), watch[0], watch[1], watch[2], watch[3]:
+        streams, numbers, own = unused_streams(), _NoNumbers(), _OwnTensorsOnly()
+        with torch.no_grad(), unchanged(function), streams, numbers, Traceable(), own:
             result = function(*args)
         return leaves(result)
     finally:

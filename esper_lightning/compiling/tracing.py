@@ -4,13 +4,15 @@ A *body* computes one step of a loop. A *chunk body* computes what a step sums o
 are pure functions.
 """
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
 from torch import Tensor
 from torch._ops import OpOverload
 from torch.multiprocessing.reductions import StorageWeakRef
+from torch.overrides import TorchFunctionMode
+from typing_extensions import override
 
 from esper_lightning.compiling.holders import unchanged
 from esper_lightning.core.errors import require
@@ -22,6 +24,7 @@ __all__ = [
     "Body",
     "ChunkBody",
     "Compiled",
+    "Traceable",
     "Traced",
     "Tree",
     "compile_graph",
@@ -89,9 +92,28 @@ class Traced:
             return [_fresh(leaf, seen) for leaf in leaves(result)]
 
         # A function that needs a gradient computes it itself; nothing outside needs autograd.
-        with unchanged(function), torch.no_grad():
+        with unchanged(function), torch.no_grad(), Traceable():
             inputs = [leaf.detach() for leaf in leaves(example)]
             self.graph = _make_fx(flat, inputs, functional)
+
+
+class Traceable(TorchFunctionMode):
+    """Computes ``one_hot`` without the numbers of a tensor, which torch asks for its checks."""
+
+    @override
+    def __torch_function__(
+        self, func: Any, types: Any, args: Sequence[Any] = (), kwargs: Any = None
+    ) -> Any:
+        if func is torch.nn.functional.one_hot:
+            return _one_hot(*args, **(kwargs or {}))
+        return func(*args, **(kwargs or {}))
+
+
+def _one_hot(tensor: Tensor, num_classes: int = -1) -> Tensor:
+    if num_classes < 1:  # the largest number of the tensor
+        return torch.nn.functional.one_hot(tensor, num_classes)
+    zeros = tensor.new_zeros((*tensor.shape, num_classes))
+    return zeros.scatter(-1, tensor.unsqueeze(-1), 1)  # an index outside of it is an error, too
 
 
 def _fresh(leaf: Tensor, seen: list[Tensor]) -> Tensor:

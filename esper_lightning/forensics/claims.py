@@ -279,13 +279,13 @@ def claim_next(parent: Path) -> Claim:
         OSError: If the directory cannot be made.
     """
     parent = parent.absolute()
-    with _making(parent):
+    with _making(parent) as above:
         number = 1 + max((_number(path.name) for path in parent.iterdir()), default=-1)
         while True:
             directory = parent / f"{_VERSION}{number}"
             with contextlib.suppress(FileExistsError, DirectoryInUseError):  # others were faster
-                directory.mkdir()
-                return _claim(directory, made=[directory])
+                directory.mkdir(parents=True)  # another process may remove an unused parent
+                return _claim(directory, made=[directory, *above])
             number += 1
 
 

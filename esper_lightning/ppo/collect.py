@@ -96,6 +96,8 @@ class Collector:
         Args:
             add: Function that gets the seconds of each step.
         """
+        if self._functional is not None:  # its loop must hold nothing that changes
+            return
         step = self._call_step
 
         def timed(action: Tensor) -> StepResult:

@@ -53,6 +53,7 @@ __all__ = ["PPO"]
 _log = logging.getLogger(__name__)
 
 
+@no_hook_ends_data
 class PPO(CheckpointHooks):
     """Proximal policy optimisation over batched environments (Schulman et al. 2017).
 
@@ -302,7 +303,6 @@ class PPO(CheckpointHooks):
         """Build environments and rollout storage on the device, if the module is to be trained."""
         self._guard_loggers()
         trainer_rules.silence_lightning()
-        no_hook_ends_data(self.trainer)
         if stage != "fit":
             return
         begin_tracking(self.trainer)

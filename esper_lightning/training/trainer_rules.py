@@ -108,10 +108,14 @@ def _refuse_settings(trainer: Trainer, budget: int | None) -> None:
         hint = "The budget could end the run before it."
         ok = budget is None or not least
         require(ok, f"Trainer.{name}", f"be None with PPO.total_env_steps={budget}", least, hint)
+        at_least(f"Trainer.{name}", least, 0)
     share = trainer.overfit_batches
     hint = "PPO has no data set: every iteration plays new steps."
     require(not share, "Trainer.overfit_batches", "be 0", share, hint)
     at_least("Trainer.log_every_n_steps", trainer.log_every_n_steps, 0)
+    steps = trainer.num_sanity_val_steps  # infinite where the user wrote -1
+    rule = "be at least 0, or -1 for all of an evaluation"
+    require(steps >= 0, "Trainer.num_sanity_val_steps", rule, steps)
     epochs = trainer.check_val_every_n_epoch
     hint = "Switch evaluation off with Trainer(limit_val_batches=0)."
     ok = epochs is None or epochs >= 1
@@ -149,12 +153,14 @@ def _refuse_unfit(trainer: Trainer, settings: PPOSettings) -> None:
     rule = "be a number of iterations, or a share of an epoch"
     require(time_s is None, "Trainer.val_check_interval", rule, Words(f"{time_s} s"))
     every = trainer.val_check_interval
+    rule = "be at least 1 iteration, or a share of an epoch above 0"
+    ok = every > 0 or not trainer.limit_val_batches
+    require(ok, "Trainer.val_check_interval", rule, every)
     if isinstance(every, int) and trainer.limit_val_batches:
         hint = "Trainer(check_val_every_n_epoch=None) counts iterations of all epochs."
         ok = trainer.check_val_every_n_epoch is None or every <= most
         rule = f"be at most {most}, the iterations of an epoch"
         require(ok, "Trainer.val_check_interval", rule, every, hint)
-        require(every >= 1, "Trainer.val_check_interval", "be at least 1 iteration", every)
     monitors = [each for each in trainer.callbacks if isinstance(each, _LOG_ONLY)]
     ok = bool(trainer.loggers) or not monitors
     got = Words(f"none for {type(monitors[0]).__name__}" if monitors else "")
@@ -180,6 +186,9 @@ def _refuse_callback(callback: Callback) -> None:
     but only after the run has started.
     """
     name = type(callback).__name__
+    hint = "It does nothing. In a config, class_path names the class of a callback."
+    derived = type(callback) is not Callback
+    require(derived, "Trainer.callbacks", "be of classes derived from Callback", name, hint)
     hint = "PPO schedules its learning rate and sizes its minibatches itself: see PPOConfig."
     tunes = isinstance(callback, LearningRateFinder | BatchSizeFinder)
     require(not tunes, "Trainer.callbacks", "tune nothing", name, hint)
@@ -203,6 +212,8 @@ def _refuse_callback(callback: Callback) -> None:
         at_least(f"{name}.max_depth", depth, -1)
     if isinstance(callback, EarlyStopping | ModelCheckpoint):
         require_name(f"{name}.monitor", callback.monitor, "a metric")
+    if isinstance(callback, EarlyStopping):
+        at_least(f"{name}.patience", callback.patience, 0)
     if isinstance(callback, ModelCheckpoint):
         _refuse_no_place(callback)
 

@@ -18,7 +18,7 @@ from esper_lightning.envs import EnvSpec
         (list[int], "a list of integers"),
         (tuple[str, ...] | None, "a list of texts, or null"),
         (EnvSpec | None, "the name of a class of EnvSpec, or null"),
-        (Path, "the name of a class of Path"),
+        (Path | None, "a path, or null"),
         (object(), "of another type"),
     ],
     ids=range(8),

@@ -23,6 +23,12 @@ def test_the_plan_of_a_new_run(capsys, tmp_path, monkeypatch, run_dir):
     assert list(tmp_path.iterdir()) == []
 
 
+def test_nothing_is_trained_of_a_bare_run_either(capsys, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    plan = said(capsys, "--trainer.barebones=true", "--model.total_env_steps=10_000")
+    assert plan["Length"] == "5 iterations to 10,000 env steps"
+
+
 def test_mistakes_are_found_without_a_run(capsys, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     with pytest.raises(SystemExit):

@@ -65,12 +65,15 @@ def test_a_measurement_replaces_no_other_file(capsys):
     assert "--output must name a new file or an earlier file of esper bench, got 'notes'." in err
 
 
-@pytest.mark.parametrize("sizes", ["[0]", "[-4]"])
-def test_a_number_of_environments_that_cannot_be_measured_is_one_line(sizes, capsys):
-    with pytest.raises(SystemExit) as caught:
-        main(["bench", "--config", CARTPOLE, "--num_envs", sizes])
-    assert caught.value.code == 2
-    assert "num_envs must be at least 1" in capsys.readouterr().err.splitlines()[-1]
+@pytest.mark.parametrize("words", [(), ("--run_dir=new/run",)])
+def test_a_run_whose_first_file_cannot_be_written_leaves_no_folder(words, monkeypatch, capsys):
+    def full(path: Path, content: bytes) -> None:
+        raise OSError(errno.EFBIG, "File too large", str(path))
+
+    monkeypatch.setattr(run_directory, "replace_keeping", full)
+    said = fails(capsys, "fit", "--config", CARTPOLE, *words)
+    assert "must be a folder that can be made (File too large), got " in said
+    assert list(Path().iterdir()) == []
 
 
 @pytest.fixture(autouse=True)

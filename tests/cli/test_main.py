@@ -1,5 +1,7 @@
 """``esper`` as a process: its streams, its signals, and where it finds modules."""
 
+import errno
+import importlib
 import json
 import os
 import signal
@@ -340,3 +342,15 @@ def test_the_shell_completes_commands_and_configs(tmp_path):
     words = ["bash", "--norc", "-c", f"{script}\n{asked}"]
     done = subprocess.run(words, capture_output=True, text=True, cwd=tmp_path, check=True)
     assert done.stdout.splitlines() == ["crash", "walker2d"]
+
+
+def test_an_import_that_finds_no_temporary_directory_is_one_line(monkeypatch, capsys):
+    def no_import(name: str) -> None:
+        raise FileNotFoundError(errno.ENOENT, f"No usable temporary directory for {name}")
+
+    monkeypatch.setattr(importlib, "import_module", no_import)
+    with pytest.raises(SystemExit) as caught:
+        command_line(["doctor"])
+    (line,) = capsys.readouterr().err.splitlines()
+    assert caught.value.code == 2
+    assert "No usable temporary directory for esper_lightning.cli.doctor" in line

@@ -334,6 +334,11 @@ FIT = {
     "--seed_everything x": "seed_everything must be true or false, or an integer, got 'x'.",
     "--seed_everything -5": "seed_everything must be true or false, or an integer from 0",
     "--seed_everything 4294967296": "seed_everything must be true or false, or an integer",
+    # Settings below a value.
+    "--model.seed.x 3": "model.seed must be an integer, and has no setting 'x'.",
+    "--model.env.num_envs.x 3": "model.env.num_envs must be an integer, and has no setting 'x'.",
+    "--model.total_env_steps.x 3": "must be an integer, or null, and has no setting 'x'.",
+    "--trainer.default_root_dir.x 3": "must be text, or a path, or null, and has no",
     # Values out of range.
     "--model.ppo.clip 2": "PPOConfig.clip must lie in (0, 1), got 2.0. Usual values",
     "--model.ppo.minibatches 7": "PPOConfig.minibatches must divide",
@@ -433,6 +438,17 @@ FIT = {
     "--trainer.accelerator mps": "trainer.accelerator must be one that this machine has",
     "--trainer.overfit_batches 0.3": "Trainer.overfit_batches must be 0, got 0.3.",
     "--trainer.log_every_n_steps -1": "Trainer.log_every_n_steps must be at least 0, got -1.",
+    "--trainer.num_sanity_val_steps -3": "Trainer.num_sanity_val_steps must be at least 0, or -1",
+    "--trainer.min_steps -3 --trainer.max_steps 9 --model.total_env_steps null": "error: "
+    "Trainer.min_steps must be at least 0, got -3.",
+    "--trainer.min_epochs -3 --trainer.max_epochs 9 --model.total_env_steps null": "error: "
+    "Trainer.min_epochs must be at least 0, got -3.",
+    "--trainer.val_check_interval 0.0": "or a share of an epoch above 0, got 0.0.",
+    "--trainer.callbacks [{}]": "Trainer.callbacks must be of classes derived from Callback, got "
+    "'Callback'. It does nothing.",
+    "--trainer.callbacks {}": "must be of classes derived from Callback",
+    "--trainer.callbacks EarlyStopping --trainer.callbacks.monitor loss/value "
+    "--trainer.callbacks.patience -1": "EarlyStopping.patience must be at least 0, got -1.",
     "--trainer.callbacks+=LearningRateFinder": "must tune nothing, got 'LearningRateFinder'.",
     "--trainer.logger false --trainer.callbacks+=LearningRateMonitor": "error: "
     "Trainer.logger must be there for what callbacks log, got none for LearningRateMonitor.",
@@ -566,6 +582,12 @@ OTHERS = {
     "evaluate --ckpt_path torn.ckpt": "got 'torn.ckpt'. It is torn",
     "evaluate --ckpt_path other.ckpt": "ckpt_path must name a checkpoint of PPO",
     "evaluate --ckpt_path 'a\0b'": r"got 'a\x00b'.",
+    f"bench --config {CARTPOLE} --num_envs 0": "num_envs must be at least 1, got 0.",
+    f"bench --config {CARTPOLE} --num_envs [4,-4]": "num_envs must be at least 1, got -4.",
+    f"bench --config {CARTPOLE} --seconds 0": "seconds must be positive, got 0.0.",
+    f"bench --config {CARTPOLE} --model.seed.x 3": "model.seed must be an integer, and has no",
+    f"bench --config {CARTPOLE} --model.warm_start none.ckpt": "must name an existing checkpoint",
+    f"bench --config {CARTPOLE} --output file": "--output must name a new file or an earlier file",
     "export": "the following arguments are required: --ckpt_path, --output",
     "export --ckpt_path none --output x": "must name an existing checkpoint, got 'none'.",
     "export --ckpt_path last --output x": "must name an existing checkpoint, got 'last'.",

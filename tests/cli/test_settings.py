@@ -30,6 +30,8 @@ def mistake(parser, *words):
         ("--group.number=x", "group.number must be an integer, got 'x'"),
         ("--group.kind=c", "group.kind must be one of a, b, got 'c'"),
         ("--env=CartPol", "The nearest is 'CartPole'."),
+        ("--group.number.x=3", "group.number must be an integer, and has no setting 'x'."),
+        ("--group.kind.x.y=a", "group.kind must be one of a, b, and has no setting 'x.y'."),
         ("--group.numbr=3", "group.numbr is no setting. The nearest is 'group.number'."),
     ],
 )

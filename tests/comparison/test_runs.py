@@ -30,6 +30,13 @@ def test_beyond_its_last_row_a_run_has_no_score(make_run):
     assert run.at(4_001, "rollout") is None
 
 
+def test_a_long_cause_of_a_death_is_cut_visibly(make_run):
+    crash = {"cause": "vanished", "error": {"message": "no room " * 20}}
+    how = read_run(make_run("a", state="running", crash=crash)).how
+    assert how.startswith("died: no room no room")
+    assert how.endswith(" no room...")
+
+
 def test_a_torn_last_line_is_skipped(make_run):
     directory = make_run("a", state="running", crash=KILLED)
     history = directory / "rank0" / "history.jsonl"

@@ -226,12 +226,14 @@ def test_each_new_directory_has_a_number_of_its_own_however_many_ask_at_once(tmp
 
 
 def test_a_claim_that_was_not_used_leaves_nothing(tmp_path):
-    claim_next(tmp_path / "runs").release()
-    assert list((tmp_path / "runs").iterdir()) == []
+    claim_next(tmp_path / "runs" / "cartpole").release()
+    assert list(tmp_path.iterdir()) == []
     held = claim_next(tmp_path / "runs")
     (held.directory / "file").touch()
     held.release()
     assert (tmp_path / "runs" / "version_0" / "file").exists()
+    claim_next(tmp_path / "runs").release()
+    assert [path.name for path in (tmp_path / "runs").iterdir()] == ["version_0"]
 
 
 def test_a_directory_that_was_there_stays_and_is_told_from_a_runs(tmp_path):

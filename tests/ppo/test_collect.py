@@ -4,6 +4,7 @@ import pytest
 import torch
 
 from esper_lightning import MLP, PPOConfig, Recurrent
+from esper_lightning.compiling.holders import find_holders
 from esper_lightning.core.buffer import allocate_rollout
 from esper_lightning.core.running_stats import ObsNormalizer
 from esper_lightning.core.tensor_trees import map_tree
@@ -85,3 +86,21 @@ def test_a_rollout_is_acting_stepping_and_writing_step_after_step(policy, wrap):
         assert rollout.truncated.any()
     torch.testing.assert_close(state.obs, obs)
     torch.testing.assert_close(state.memory, memory)
+
+
+class Clock:
+    def __init__(self):
+        self.seconds = []
+
+    def add(self, seconds):
+        self.seconds.append(seconds)
+
+
+def test_the_loop_of_pure_steps_does_not_hold_what_measures_them():
+    """Native code would be refused: a clock changes at every step."""
+    agent = make_agent(MLP(hidden_sizes=(4,)))
+    env, clock = SPEC.build(CPU, 1), Clock()
+    first = FirstSteps(SPEC, SPEC.spaces(), env, CPU)
+    collector = Collector(env, agent, first, mode="off", device=CPU)
+    collector.time_environment(clock.add)
+    assert not any(each.held is clock.seconds for each in find_holders(collector._step))

@@ -93,7 +93,7 @@ def _facts(run: Run, metrics: Mapping[str, list[Point]]) -> Markup:
         facts["environment steps a second"] = f"{run.env_steps / run.time_s:,.0f}"
     rates = [p.value for p in metrics.get("env_steps_per_s", ()) if math.isfinite(p.value)]
     if rates:
-        facts["the same, median iteration"] = f"{sorted(rates)[len(rates) // 2]:,.0f}"
+        facts["steps a second, median iteration"] = f"{sorted(rates)[len(rates) // 2]:,.0f}"
     cells = [element("div", element("b", v), element("span", k)) for k, v in facts.items()]
     return element("div", *cells, class_="facts")
 

@@ -44,7 +44,7 @@ class Call(NamedTuple):
 
     Attributes:
         node: The call.
-        other: The same call for twice as many samples.
+        other: The same call for more samples.
         args: Arguments.
         kwargs: Further arguments.
     """

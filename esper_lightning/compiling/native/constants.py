@@ -40,7 +40,7 @@ def _ignoring(kwargs: dict[str, Any]) -> None:
         raise UnsupportedError(f"the device {kwargs['device']}")
 
 
-@operation("full.default", "full_like.default")
+@operation("full.default", "full_like.default", "fill.Scalar")
 def _full(kernel: Kernel, result: Result, _: object, value: Number, **kwargs: Any) -> Value:
     _ignoring(kwargs)
     return _constant(result, value)
@@ -97,6 +97,11 @@ def _to_copy(kernel: Kernel, result: Result, x: Value, **kwargs: Any) -> Value:
 @operation("detach.default", "alias.default", "lift_fresh_copy.default")
 def _same(kernel: Kernel, result: Result, x: Value) -> Value:
     return x
+
+
+@operation("fill.Tensor")
+def _fill(kernel: Kernel, result: Result, _: object, value: Value) -> Value:
+    return pointwise(kernel, result, "{0}", value)
 
 
 @operation("clone.default")

@@ -51,6 +51,7 @@ template <class T> INLINE T sum_of(WideVector<T> v) {
 // to[i][q] = sum over k of A[i][k] * X[offset[k] + q].
 template <class T, int ROWS, int VECTORS>
 INLINE void taps_block(const T* __restrict A, int depth, const T* __restrict X, const int32_t* __restrict offset, T* __restrict to, int width) {
+  CONTRACT
   enum { N = LANES * 4 / sizeof(T) };
   WideVector<T> c[ROWS][VECTORS];
   UNROLL
@@ -75,7 +76,7 @@ INLINE void taps_block(const T* __restrict A, int depth, const T* __restrict X, 
     for (int j = 0; j < VECTORS; j++) *(WideVector<T>*)(to + (int64_t)i * width + j * N) = c[i][j];
 }
 template <class T, int ROWS, int VECTORS>
-NOINLINE static void taps_panel(const T* __restrict A, int depth, const T* __restrict X, const int32_t* __restrict offset, T* __restrict to) {
+CONTRACTED NOINLINE static void taps_panel(const T* __restrict A, int depth, const T* __restrict X, const int32_t* __restrict offset, T* __restrict to) {
   enum { N = LANES * 4 / sizeof(T), PANELS = (VECTORS + TAP_VECTORS - 1) / TAP_VECTORS };
   enum { FEW = VECTORS / PANELS, MORE = VECTORS % PANELS };  // vectors of a panel; panels of one more
   int at = 0;
@@ -103,6 +104,7 @@ INLINE void taps(const T* A, int rows, int depth, const T* X, const int32_t* off
 // sums[i][k] += sum over images n and q of G[i][n][q] * X[n][offset[k] + q].
 template <class T, int ROWS, int TAPS, int VECTORS>
 INLINE void sums_block(const T* __restrict G, int64_t row_g, const T* __restrict X, int64_t next_x, int images, const int32_t* __restrict offset, T* __restrict sums, int depth) {
+  CONTRACT
   enum { N = LANES * 4 / sizeof(T) };
   WideVector<T> c[ROWS][TAPS];
   UNROLL
@@ -132,7 +134,7 @@ INLINE void sums_block(const T* __restrict G, int64_t row_g, const T* __restrict
     for (int k = 0; k < TAPS; k++) sums[(int64_t)i * depth + k] += sum_of<T>(c[i][k]);
 }
 template <class T, int ROWS, int VECTORS>
-NOINLINE static void sums_rows(const T* G, int64_t row_g, const T* X, int64_t next_x, int images, const int32_t* offset, T* sums, int depth) {
+CONTRACTED NOINLINE static void sums_rows(const T* G, int64_t row_g, const T* X, int64_t next_x, int images, const int32_t* offset, T* sums, int depth) {
   int k = 0;
   for (; k + SUM_TAPS <= depth; k += SUM_TAPS)
     sums_block<T, ROWS, SUM_TAPS, VECTORS>(G, row_g, X, next_x, images, offset + k, sums + k, depth);

@@ -1,6 +1,7 @@
 """Operations that are replaced by simpler ones before a graph is translated."""
 
 import functools
+import itertools
 from collections.abc import Callable
 from typing import Any, cast
 
@@ -9,9 +10,9 @@ from torch import Tensor, fx
 
 from esper_lightning.compiling.native.values import UnsupportedError
 
-__all__ = ["DECOMPOSED", "decompose"]
+__all__ = ["OF_TORCH", "OWN", "decompose"]
 
-DECOMPOSED = (
+OF_TORCH = (
     *("native_layer_norm", "native_layer_norm_backward"),
     *("native_group_norm", "native_group_norm_backward"),
     *("native_batch_norm", "native_batch_norm_backward", "var_mean", "repeat"),
@@ -19,31 +20,38 @@ DECOMPOSED = (
     *("hardtanh", "hardtanh_backward", "hardswish", "hardswish_backward"),
     *("hardsigmoid", "hardsigmoid_backward", "mish", "mish_backward"),
     *("_softmax", "_softmax_backward_data", "pixel_shuffle", "pixel_unshuffle"),
-    *("embedding", "embedding_dense_backward"),
+    *("_safe_softmax", "glu", "glu_backward", "mse_loss", "mse_loss_backward", "huber_loss"),
+    *("huber_loss_backward", "smooth_l1_loss", "smooth_l1_loss_backward", "nll_loss_forward"),
+    *("nll_loss_backward", "binary_cross_entropy", "binary_cross_entropy_backward"),
 )
-"""Names of these operations."""
+"""Names of operations that torch itself decomposes as is needed here."""
+
+_LONGEST = 64
+"""Greatest extent of an axis whose elements are compared, or summed up, one by one."""
 
 
 def decompose(graph: fx.GraphModule) -> fx.GraphModule:
-    """The graph with simpler operations in the place of ``DECOMPOSED``; the same if it has none.
+    """The graph with simpler operations in the place of others; the same if it has none of those.
 
     Args:
         graph: Graph from ``make_fx``.
     """
     from torch.fx.experimental.proxy_tensor import make_fx  # noqa: PLC0415 - imports sympy
 
-    if not any(_name(node.target) in DECOMPOSED for node in graph.graph.nodes):
+    names = [str(node.target).removeprefix("aten.") for node in graph.graph.nodes]
+    if not any(name in OWN or name.split(".")[0] in OF_TORCH for name in names):
         return graph
+    for name, node in zip(names, graph.graph.nodes, strict=True):
+        if name == "sort.default" and any(user.args[1] == 1 for user in node.users):
+            raise UnsupportedError("the places of a sort that is not stable (stable=True is)")
     values = [node.meta["val"] for node in graph.graph.nodes if node.op == "placeholder"]
-    example = [torch.zeros(value.shape, dtype=value.dtype) for value in values]
+    example = [torch.empty(value.shape, dtype=value.dtype) for value in values]
+    # As in ``tracing``: nothing is computed, and tensors that a function holds are real.
+    fake: dict[str, Any] = {"tracing_mode": "fake", "_allow_non_fake_inputs": True}
     with torch.no_grad():
-        simpler = make_fx(graph, decomposition_table=_table())(*example)
+        simpler = make_fx(graph, decomposition_table=_table(), **fake)(*example)
     simpler.graph.eliminate_dead_code()
     return simpler
-
-
-def _name(target: object) -> str:
-    return str(target).removeprefix("aten.").split(".", maxsplit=1)[0]
 
 
 @functools.cache
@@ -51,13 +59,9 @@ def _table() -> dict[Any, Callable[..., Any]]:
     from torch import _decomp  # noqa: PLC0415 - imports sympy
 
     aten, decompositions = torch.ops.aten, cast("Any", _decomp)
-    table = decompositions.get_decompositions([getattr(aten, name) for name in DECOMPOSED])
-    # Those of torch ask for strides of memory, and for operations below its own.
-    table[aten.native_group_norm.default] = _group_norm
-    table[aten.native_layer_norm.default] = _layer_norm
-    table[aten.var_mean.correction] = _var_mean
-    table[aten.embedding.default] = _embedding
-    table[aten.embedding_dense_backward.default] = _embedding_backward
+    table = decompositions.get_decompositions([getattr(aten, name) for name in OF_TORCH])
+    for name, function in OWN.items():
+        table[functools.reduce(getattr, name.split("."), aten)] = function
     return table
 
 
@@ -109,3 +113,156 @@ def _group_norm(
     y = y if weight is None else y * weight[:, None]
     y = y if bias is None else y + bias[:, None]
     return y.view(x.shape), mean[..., 0], scale[..., 0]
+
+
+def _largest(x: Tensor, dim: int, keepdim: bool = False) -> tuple[Tensor, Tensor]:
+    return x.amax(dim, keepdim=keepdim), x.argmax(dim, keepdim=keepdim)
+
+
+def _smallest(x: Tensor, dim: int, keepdim: bool = False) -> tuple[Tensor, Tensor]:
+    return x.amin(dim, keepdim=keepdim), x.argmin(dim, keepdim=keepdim)
+
+
+def _accumulate(
+    x: Tensor, dim: int, dtype: torch.dtype | None, combine: Callable[[Tensor, Tensor], Tensor]
+) -> Tensor:
+    """The first element of an axis, the first two combined, and so on, in float64 as torch does."""
+    kind = dtype or (x.dtype if x.is_floating_point() else torch.int64)
+    if not x.dim():
+        return x.to(kind)
+    wide = torch.float64 if kind.is_floating_point else kind
+    elements = x.to(kind).to(wide).unbind(_short(x, dim))
+    return torch.stack([*itertools.accumulate(elements, combine)], dim).to(kind)
+
+
+def _short(x: Tensor, dim: int) -> int:
+    if x.shape[dim] > _LONGEST:
+        raise UnsupportedError(f"one by one, the {x.shape[dim]} elements of an axis")
+    return dim
+
+
+def _cumsum(x: Tensor, dim: int, *, dtype: torch.dtype | None = None) -> Tensor:
+    return _accumulate(x, dim, dtype, torch.add) + 0  # no -0.0: torch begins with 0.0
+
+
+def _cumprod(x: Tensor, dim: int, *, dtype: torch.dtype | None = None) -> Tensor:
+    return _accumulate(x, dim, dtype, torch.mul)
+
+
+def _sort(x: Tensor, dim: int = -1, descending: bool = False) -> tuple[Tensor, Tensor]:
+    return _stable_sort(x, stable=True, dim=dim, descending=descending)
+
+
+def _stable_sort(
+    x: Tensor, *, stable: bool | None, dim: int = -1, descending: bool = False
+) -> tuple[Tensor, Tensor]:
+    """The rank of an element is the number of elements that come before it; NaN is the largest."""
+    del stable  # this sort always is
+    rows = x.movedim(_short(x, dim), -1)
+    one, other = rows[..., :, None], rows[..., None, :]
+    places = torch.arange(rows.shape[-1])
+    after = (one > other) | (one.isnan() & ~other.isnan())
+    before = (one < other) | (~one.isnan() & other.isnan())
+    earlier = places[:, None] > places
+    first = (before if descending else after) | (~after & ~before & earlier)
+    rank = first.sum(-1)
+    index = ((rank[..., None, :] == places[:, None]) * places).sum(-1)
+    return rows.gather(-1, index).movedim(-1, dim), index.movedim(-1, dim)
+
+
+def _triangle(x: Tensor, diagonal: int, *, upper: bool) -> Tensor:
+    rows, columns = (torch.arange(extent) for extent in x.shape[-2:])
+    offset = columns - rows[:, None]
+    kept = offset >= diagonal if upper else offset <= diagonal
+    return torch.where(kept, x, torch.zeros((), dtype=x.dtype))
+
+
+def _triu(x: Tensor, diagonal: int = 0) -> Tensor:
+    return _triangle(x, diagonal, upper=True)
+
+
+def _tril(x: Tensor, diagonal: int = 0) -> Tensor:
+    return _triangle(x, diagonal, upper=False)
+
+
+def _cross(x: Tensor, y: Tensor, *, dim: int = -1) -> Tensor:
+    shape: torch.Size = cast("Any", torch).broadcast_shapes(x.shape, y.shape)
+    (a, b, c), (d, e, f) = x.expand(shape).unbind(dim), y.expand(shape).unbind(dim)
+    return torch.stack([b * f - c * e, c * d - a * f, a * e - b * d], dim)
+
+
+def _nansum(
+    x: Tensor,
+    dim: list[int] | None = None,
+    keepdim: bool = False,
+    *,
+    dtype: torch.dtype | None = None,
+) -> Tensor:
+    axes = list(range(x.dim())) if dim is None else dim
+    return torch.where(x.isnan(), 0, x).sum(axes, keepdim=keepdim, dtype=dtype)
+
+
+def _count_nonzero(x: Tensor, dim: list[int] | int | None = None) -> Tensor:
+    return (x != 0).sum(dim)
+
+
+def _trace(x: Tensor) -> Tensor:
+    return x.diagonal().sum()
+
+
+def _isin(x: Tensor, known: Tensor, *, assume_unique: bool = False, invert: bool = False) -> Tensor:
+    del assume_unique  # a promise of the caller
+    known = known.reshape(-1)
+    _short(known, 0)
+    found = (x[..., None] == known).any(-1)
+    return ~found if invert else found
+
+
+def _bucketize(
+    x: Tensor, boundaries: Tensor, *, out_int32: bool = False, right: bool = False
+) -> Tensor:
+    _short(boundaries, 0)
+    above = boundaries > x[..., None] if right else boundaries >= x[..., None]
+    return (~above).sum(-1).to(torch.int32 if out_int32 else torch.int64)
+
+
+def _constant(function: Callable[..., Tensor]) -> Callable[..., Tensor]:
+    """What depends on no tensor is computed by torch, while the graph is made."""
+
+    def compute(*args: Any, **kwargs: Any) -> Tensor:
+        from torch._subclasses import fake_tensor  # noqa: PLC0415 - imports sympy
+        from torch.fx.experimental import proxy_tensor  # noqa: PLC0415 - imports sympy
+
+        with proxy_tensor.disable_proxy_modes_tracing(), fake_tensor.unset_fake_temporarily():
+            return function(*args, **kwargs)
+
+    return compute
+
+
+OWN: dict[str, Callable[..., Any]] = {
+    # Those of torch ask for strides of memory, and for operations below its own.
+    "native_group_norm.default": _group_norm,
+    "native_layer_norm.default": _layer_norm,
+    "var_mean.correction": _var_mean,
+    "embedding.default": _embedding,
+    "embedding_dense_backward.default": _embedding_backward,
+    "max.dim": _largest,
+    "min.dim": _smallest,
+    "cumsum.default": _cumsum,
+    "cumprod.default": _cumprod,
+    "sort.default": _sort,
+    "sort.stable": _stable_sort,
+    "triu.default": _triu,
+    "tril.default": _tril,
+    "linalg_cross.default": _cross,
+    "nansum.default": _nansum,
+    "count_nonzero.dim_IntList": _count_nonzero,
+    "count_nonzero.default": _count_nonzero,
+    "trace.default": _trace,
+    "isin.Tensor_Tensor": _isin,
+    "bucketize.Tensor": _bucketize,
+    "linspace.default": _constant(torch.linspace),
+    "eye.default": _constant(torch.eye),
+    "eye.m": _constant(torch.eye),
+}
+"""This module's own replacements, by torch's name of the overload without ``aten.``."""

@@ -56,6 +56,11 @@ def _register_pointwise() -> None:
     OPERATIONS["abs.default"] = of_one("f_abs(({T})({0}))", floats=False)
     OPERATIONS["reciprocal.default"] = of_one("({T})1 / {0}", floats=True)
     OPERATIONS["rsqrt.default"] = of_one("({T})1 / f_sqrt({0})", floats=True)
+    OPERATIONS["frac.default"] = of_one("{0} - f_trunc({0})", floats=True)
+    OPERATIONS["deg2rad.default"] = of_one(f"{{0}} * ({{T}}){math.pi / 180}", floats=True)
+    OPERATIONS["rad2deg.default"] = of_one(f"{{0}} * ({{T}}){180 / math.pi}", floats=True)
+    for name in ("exp2", "log2", "log10"):
+        OPERATIONS[f"{name}.default"] = of_one(f"({{T}})__builtin_{name}({{0}})", floats=True)
     OPERATIONS["silu.default"] = of_one("{0} / (({T})1 + f_exp(-{0}))", floats=True)
 
     def of_bools(template: str) -> Operation:
@@ -79,6 +84,22 @@ def _register_pointwise() -> None:
 
     OPERATIONS["minimum.default"] = of_two("f_minimum<{T}>({0}, {1})", floats=False)
     OPERATIONS["maximum.default"] = of_two("f_maximum<{T}>({0}, {1})", floats=False)
+    for name, larger in (("fmax", "f_maximum"), ("fmin", "f_minimum")):
+        OPERATIONS[f"{name}.default"] = of_two(
+            f"{{0}} != {{0}} ? {{1}} : {{1}} != {{1}} ? {{0}} : {larger}<{{T}}>({{0}}, {{1}})",
+            floats=False,
+        )
+    OPERATIONS["hypot.default"] = of_two("({T})__builtin_hypot({0}, {1})")
+    for overload in ("Tensor", "Scalar"):
+        OPERATIONS[f"copysign.{overload}"] = of_two("({T})__builtin_copysign({0}, {1})")
+    xlogy = "{1} != {1} ? {1} : {0} == 0 ? ({T})0 : {0} * f_log({1})"
+    for overload in ("Tensor", "Scalar_Self", "Scalar_Other"):
+        OPERATIONS[f"xlogy.{overload}"] = of_two(xlogy)
+    OPERATIONS["heaviside.default"] = of_two("{0} == 0 ? {1} : ({T})({0} > 0)", floats=False)
+    OPERATIONS["logaddexp.default"] = of_two(
+        "{0} == {1} && f_abs({0}) == ({T})__builtin_inff() ? {0}"
+        " : f_maximum<{T}>({0}, {1}) + f_log1p(f_exp(-f_abs({0} - {1})))"
+    )
     OPERATIONS["atan2.default"] = of_two("f_atan2({0}, {1})")
     for overload in ("Tensor", "Scalar"):
         OPERATIONS[f"fmod.{overload}"] = of_two("f_fmod({0}, {1})")
@@ -163,26 +184,40 @@ def _div(kernel: Kernel, result: Result, x: Value | Number, y: Value | Number) -
     return pointwise(kernel, result, "{0} / {1}", x, y)
 
 
-@operation("div.Tensor_mode")
+@operation("div.Tensor_mode", "div.Scalar_mode")
 def _div_rounded(
     kernel: Kernel, result: Result, x: Value, y: Value | Number, *, rounding_mode: str | None
 ) -> Value:
     if rounding_mode is None:
         return _div(kernel, result, x, y)
-    if not result.dtype.is_floating_point:
-        raise UnsupportedError("a rounded quotient of integers")
     if rounding_mode == "floor":
-        return pointwise(kernel, result, "f_floor_divide<{T}>({0}, {1})", x, y)
+        return _floor_divide(kernel, result, x, y)
+    if not result.dtype.is_floating_point:
+        return pointwise(kernel, result, "{0} / {1}", x, _divisor(result, y))
     return pointwise(kernel, result, "f_trunc({0} / {1})", x, y)
+
+
+@operation("floor_divide.default", "floor_divide.Scalar")
+def _floor_divide(kernel: Kernel, result: Result, x: Value, y: Value | Number) -> Value:
+    if result.dtype.is_floating_point:
+        return pointwise(kernel, result, "f_floor_divide<{T}>({0}, {1})", x, y)
+    divisor = _divisor(result, y)
+    return pointwise(kernel, result, "f_integer_floor_divide<{T}>({0}, {1})", x, divisor)
+
+
+def _divisor(result: Result, y: Value | Number) -> Number:
+    """A divisor of integers for which no quotient is an error, or does not exist."""
+    if isinstance(y, Value) or int(y) in (0, -1) or result.dtype == torch.bool:
+        raise UnsupportedError("dividing integers by a tensor, 0 or -1")
+    return y
 
 
 @operation("remainder.Tensor", "remainder.Scalar")
 def _remainder(kernel: Kernel, result: Result, x: Value, y: Value | Number) -> Value:
     if result.dtype.is_floating_point:
         return pointwise(kernel, result, "f_remainder<{T}>({0}, {1})", x, y)
-    if isinstance(y, Value) or int(y) in (0, -1) or result.dtype == torch.bool:
-        raise UnsupportedError("a remainder of integers by a tensor, 0 or -1")
-    return pointwise(kernel, result, "f_integer_remainder<{T}>({0}, {1})", x, y)
+    divisor = _divisor(result, y)
+    return pointwise(kernel, result, "f_integer_remainder<{T}>({0}, {1})", x, divisor)
 
 
 @operation("pow.Tensor_Scalar", "pow.Tensor_Tensor", "pow.Scalar")
@@ -207,6 +242,13 @@ def _addcmul(
     kernel: Kernel, result: Result, x: Value, y: Value, z: Value, *, value: Number = 1
 ) -> Value:
     return pointwise(kernel, result, "{0} + {3} * {1} * {2}", x, y, z, value)
+
+
+@operation("addcdiv.default")
+def _addcdiv(
+    kernel: Kernel, result: Result, x: Value, y: Value, z: Value, *, value: Number = 1
+) -> Value:
+    return pointwise(kernel, result, "{0} + {3} * {1} / {2}", x, y, z, value)
 
 
 @operation("clamp.default", "clamp.Tensor")
@@ -249,6 +291,12 @@ def _bitwise_not(kernel: Kernel, result: Result, x: Value) -> Value:
 @operation("isnan.default")
 def _isnan(kernel: Kernel, result: Result, x: Value) -> Value:
     return pointwise(kernel, result, "{0} != {0}", x, dtype=x.dtype)
+
+
+@operation("signbit.default")
+def _signbit(kernel: Kernel, result: Result, x: Value) -> Value:
+    sign = "__builtin_signbit({0}) != 0" if x.dtype.is_floating_point else "{0} < 0"
+    return pointwise(kernel, result, sign, x, dtype=x.dtype)
 
 
 @operation("isinf.default")

@@ -1,6 +1,7 @@
 """Several values in one, and elements at indices that are computed."""
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from typing import Any, NamedTuple, cast
 
 import torch
 
@@ -14,10 +15,13 @@ from esper_lightning.compiling.native.operations import (
 from esper_lightning.compiling.native.values import (
     C_TYPES,
     Index,
+    Shape,
     UnsupportedError,
     Value,
+    canonical_index,
     contiguous_view,
     literal,
+    strided_index,
 )
 from esper_lightning.compiling.native.views import in_memory
 
@@ -128,34 +132,145 @@ def _gather(
     return _collected(kernel, Value(result.shape, result.dtype, expression))
 
 
+class _Places(NamedTuple):
+    """Elements of ``x`` at computed places.
+
+    Attributes:
+        shape: Extent of each axis of the elements.
+        indices: Indices in memory.
+        find: Function ``(element, where) -> index in x`` of the element at ``where``;
+            ``element(value, index)`` is the C expression of an element of one of ``indices``.
+    """
+
+    shape: Shape
+    indices: list[Value]
+    find: Callable[[Callable[[Value, Index], str], Index], Index]
+
+
+def _places(kernel: Kernel, x: Value, indices: Sequence[Value | None]) -> _Places:
+    checked = [
+        None if one is None else _indices(kernel, one, extent, lowest=-extent)
+        for one, extent in zip(indices, x.shape, strict=False)
+    ]
+    checked += [None] * (len(x.shape) - len(checked))
+    used = [axis for axis, one in enumerate(checked) if one is not None]
+    given = [one for one in checked if one is not None]
+    shape: Shape = tuple(cast("Any", torch).broadcast_shapes(*(one.shape for one in given)))
+    rest = [extent for one, extent in zip(checked, x.shape, strict=True) if one is None]
+    together = used[-1] - used[0] + 1 == len(used)  # else their axes come before all others
+    first = used[0] if together else 0
+    end = first + len(shape)
+
+    def find(element: Callable[[Value, Index], str], where: Index) -> Index:
+        others = iter([*where[:first], *where[end:]])
+        return [
+            next(others) if one is None else f"index_in({element(one, where[first:end])}, {extent})"
+            for one, extent in zip(checked, x.shape, strict=True)
+        ]
+
+    return _Places((*rest[:first], *shape, *rest[first:]), given, find)
+
+
 @operation("index.Tensor")
 def _index(kernel: Kernel, result: Result, x: Value, indices: Sequence[Value | None]) -> Value:
-    used = [axis for axis, index in enumerate(indices) if index is not None]
-    if len(used) != 1:
-        raise UnsupportedError("several indices at once")
-    axis = used[0]
-    index = indices[axis]
-    assert index is not None
-    return _index_rows(kernel, result, x, axis, index, lowest=-x.shape[axis])
+    x = kernel.stored(in_memory(x))
+    places = _places(kernel, x, indices)
+
+    def element(one: Value, index: Index) -> str:
+        return kernel.broadcast(one, index, one.dtype)
+
+    def expression(where: Index) -> str:
+        return kernel.element(x, places.find(element, where))
+
+    return _collected(kernel, Value(result.shape, result.dtype, expression))
+
+
+@operation("index_put.default")
+def _index_put(
+    kernel: Kernel,
+    result: Result,
+    x: Value,
+    indices: Sequence[Value | None],
+    values: Value,
+    accumulate: bool = False,
+) -> Value:
+    mask = indices[0]
+    if len(indices) == 1 and mask is not None and mask.dtype == torch.bool:
+        return _mask_put(kernel, result, x, mask, values, adds=accumulate)
+    places = _places(kernel, x, indices)
+    return _put(kernel, result, x, places, values, adds=accumulate)
+
+
+@operation("index_add.default")
+def _index_add(
+    kernel: Kernel,
+    result: Result,
+    x: Value,
+    dim: int,
+    index: Value,
+    source: Value,
+    *,
+    alpha: Number = 1,
+) -> Value:
+    if alpha != 1 or not x.shape or len(index.shape) != 1:
+        raise UnsupportedError("index_add with a factor, or of a number")
+    axes = [None] * (dim % len(x.shape))
+    return _put(kernel, result, x, _places(kernel, x, [*axes, index]), source, adds=True)
+
+
+def _mask_put(
+    kernel: Kernel, result: Result, x: Value, mask: Value, values: Value, *, adds: bool
+) -> Value:
+    """The same values for each place of a mask: a choice for each element."""
+    rank = len(mask.shape)
+    surplus = len(values.shape) - (len(result.shape) - rank)
+    if adds or surplus > rank or any(extent != 1 for extent in values.shape[: max(0, surplus)]):
+        raise UnsupportedError("as many values as a mask is true for")
+    mask, values, x = kernel.named(mask), kernel.named(values), kernel.named(x)
+
+    def expression(where: Index) -> str:
+        chosen, new = kernel.element(mask, where[:rank]), kernel.broadcast(values, where, x.dtype)
+        return f"f_where<{C_TYPES[result.dtype]}>({chosen}, {new}, {kernel.element(x, where)})"
+
+    return Value(result.shape, result.dtype, expression)
+
+
+def _put(
+    kernel: Kernel, result: Result, x: Value, places: _Places, values: Value, *, adds: bool
+) -> Value:
+    """``x`` with other elements, which one thread writes in the order of ``values``."""
+    if (adds and result.dtype == torch.bool) or 0 in places.shape or values.dtype != result.dtype:
+        raise UnsupportedError("adding bools, no values, or values of another type")
+    out, values = kernel.new_value(result.shape, result.dtype), kernel.stored(values)
+    kernel.write(x, *out.place)
+
+    def element(value: Value, index: Index) -> str:
+        buffer, view = value.place
+        return f"{buffer.name}[{strided_index(view, index[len(index) - view.dim() :])}]"
+
+    index = canonical_index(places.shape)
+    loops = [
+        f"for (int64_t {at} = 0; {at} < {extent}; {at}++) "
+        for at, extent in zip(index, places.shape, strict=True)
+        if extent > 1
+    ]
+    written = element(out, places.find(element, index))
+    statement = f"{written} {'+=' if adds else '='} {element(values, index)};"
+    kernel.call("".join(loops) + statement, reads=[out, values, *places.indices], writes=[out])
+    return out
 
 
 @operation("index_select.default")
 def _index_select(kernel: Kernel, result: Result, x: Value, dim: int, index: Value) -> Value:
     if len(index.shape) != 1 or not x.shape:
         raise UnsupportedError("index_select of a number")
-    return _index_rows(kernel, result, x, dim % len(x.shape), index, lowest=0)
-
-
-def _index_rows(
-    kernel: Kernel, result: Result, x: Value, axis: int, index: Value, *, lowest: int
-) -> Value:
-    x, extent, rank = kernel.stored(in_memory(x)), x.shape[axis], len(index.shape)
-    index = _indices(kernel, index, extent, lowest=lowest)
+    axis = dim % len(x.shape)
+    x, extent = kernel.stored(in_memory(x)), x.shape[axis]
+    index = _indices(kernel, index, extent)
 
     def expression(where: Index) -> str:
-        own = where[axis : axis + rank]
-        at = f"index_in({kernel.element(index, own)}, {extent})"
-        return kernel.element(x, [*where[:axis], at, *where[axis + rank :]])
+        at = f"index_in({kernel.element(index, where[axis : axis + 1])}, {extent})"
+        return kernel.element(x, [*where[:axis], at, *where[axis + 1 :]])
 
     return _collected(kernel, Value(result.shape, result.dtype, expression))
 
@@ -195,7 +310,15 @@ def _scattered(
     axis, shape = dim % len(result.shape), result.shape
     rows = [*shape[:axis], 1, *shape[axis + 1 :]]
     if list(index.shape) != rows or list(source.shape) != rows:
-        raise UnsupportedError("scatter of several elements in a row")
+        if not adds:  # the order of several for one place is not said
+            raise UnsupportedError("scatter of several elements in a row")
+        index = _indices(kernel, index, shape[axis])
+
+        def find(element: Callable[[Value, Index], str], where: Index) -> Index:
+            at = f"index_in({element(index, where)}, {shape[axis]})"
+            return [*where[:axis], at, *where[axis + 1 :]]
+
+        return _put(kernel, result, x, _Places(index.shape, [index], find), source, adds=True)
     index = _indices(kernel, index, shape[axis])
     source, kind = kernel.named(source), C_TYPES[result.dtype]
     x = kernel.named(x)

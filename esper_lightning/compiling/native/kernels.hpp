@@ -9,6 +9,15 @@
 #define UNUSED __attribute__((unused))
 // Functions of their own compile much faster than one that holds them all.
 #define NOINLINE __attribute__((noinline, unused))
+// Products of matrices may round ``a * b + c`` once. What users write may not: torch rounds each
+// operation, and ``x * x - x * x`` is to be 0.
+#if defined(__clang__)
+#define CONTRACTED
+#define CONTRACT _Pragma("clang fp contract(fast)")
+#else
+#define CONTRACTED __attribute__((optimize("fp-contract=fast")))
+#define CONTRACT
+#endif
 
 // ---- A team of threads -------------------------------------------------------------------------
 
@@ -106,20 +115,42 @@ INLINE int64_t share(int64_t rows, int64_t granularity, int64_t size, int64_t me
 
 // ---- Functions of numbers ----------------------------------------------------------------------
 
+// a * b + c, rounded once where the processor can: no compiler may do so on its own (``CONTRACTED``).
+INLINE float f_fma(float a, float b, float c) {
+#if defined(__FMA__) || defined(__ARM_FEATURE_FMA)
+  return __builtin_fmaf(a, b, c);
+#else
+  return a * b + c;
+#endif
+}
+// A number as an integer. Compilers that ignore traps take ``(float)(int)x`` for ``trunc(x)``, which
+// may be -0.0 or larger than any integer.
+template <class To, class From> INLINE To f_whole(From x) {
+  To whole = (To)x;
+#if defined(__clang__)
+  return whole;
+#elif __GNUC__ >= 12
+  return __builtin_assoc_barrier(whole);
+#else  // not as vectors
+  __asm__("" : "+r"(whole));
+  return whole;
+#endif
+}
+
 INLINE int32_t bits_of(float x) { int32_t k; __builtin_memcpy(&k, &x, 4); return k; }
 INLINE float from_bits(int32_t k) { float x; __builtin_memcpy(&x, &k, 4); return x; }
 
 INLINE float f_exp(float x) {  // Cephes; 2 ulp
   const float z = x < -104.0f ? -104.0f : (x > 89.0f ? 89.0f : x);
   const float n = __builtin_rintf(z * 1.44269504088896341f);
-  const float r = z - n * 0.693359375f + n * 2.12194440e-4f;
+  const float r = f_fma(n, 2.12194440e-4f, f_fma(n, -0.693359375f, z));
   float p = 1.9875691500e-4f;
-  p = p * r + 1.3981999507e-3f;
-  p = p * r + 8.3334519073e-3f;
-  p = p * r + 4.1665795894e-2f;
-  p = p * r + 1.6666665459e-1f;
-  p = p * r + 5.0000001201e-1f;
-  p = p * (r * r) + r + 1.0f;
+  p = f_fma(p, r, 1.3981999507e-3f);
+  p = f_fma(p, r, 8.3334519073e-3f);
+  p = f_fma(p, r, 4.1665795894e-2f);
+  p = f_fma(p, r, 1.6666665459e-1f);
+  p = f_fma(p, r, 5.0000001201e-1f);
+  p = f_fma(p, r * r, r) + 1.0f;
   const int32_t k = (int32_t)n, half = k >> 1;  // in two steps, for results that are denormal
   return p * from_bits((half + 127) << 23) * from_bits((k - half + 127) << 23);
 }
@@ -135,16 +166,16 @@ INLINE float f_log(float x) {  // Cephes; 2 ulp
   m = (low ? m + m : m) - 1.0f;
   const float z = m * m, k = (float)e;
   float p = 7.0376836292e-2f;
-  p = p * m - 1.1514610310e-1f;
-  p = p * m + 1.1676998740e-1f;
-  p = p * m - 1.2420140846e-1f;
-  p = p * m + 1.4249322787e-1f;
-  p = p * m - 1.6668057665e-1f;
-  p = p * m + 2.0000714765e-1f;
-  p = p * m - 2.4999993993e-1f;
-  p = p * m + 3.3333331174e-1f;
-  const float y = m * z * p - 2.12194440e-4f * k - 0.5f * z;
-  const float r = m + y + 0.693359375f * k;
+  p = f_fma(p, m, -1.1514610310e-1f);
+  p = f_fma(p, m, 1.1676998740e-1f);
+  p = f_fma(p, m, -1.2420140846e-1f);
+  p = f_fma(p, m, 1.4249322787e-1f);
+  p = f_fma(p, m, -1.6668057665e-1f);
+  p = f_fma(p, m, 2.0000714765e-1f);
+  p = f_fma(p, m, -2.4999993993e-1f);
+  p = f_fma(p, m, 3.3333331174e-1f);
+  const float y = f_fma(-0.5f, z, f_fma(-2.12194440e-4f, k, m * z * p));
+  const float r = f_fma(0.693359375f, k, m + y);
   return x == 0.0f ? -__builtin_inff() : (x < 0.0f ? __builtin_nanf("") : (x < __builtin_inff() ? r : x));
 }
 INLINE double f_log(double x) { return __builtin_log(x); }
@@ -162,41 +193,45 @@ INLINE float f_expm1(float x) {  // Kahan
 }
 INLINE double f_expm1(double x) { return __builtin_expm1(x); }
 
+#if defined(__FMA__) || defined(__ARM_FEATURE_FMA)
+#define TANH_IS_1 7.99881172180175781f
+#else
+#define TANH_IS_1 7.90531110763549805f
+#endif
 INLINE float f_tanh(float x) {  // Eigen's rational function; 4 ulp
-  const float z = x < -7.90531110763549805f ? -7.90531110763549805f
-                : (x > 7.90531110763549805f ? 7.90531110763549805f : x);
+  const float z = x < -TANH_IS_1 ? -TANH_IS_1 : (x > TANH_IS_1 ? TANH_IS_1 : x);
   const float s = z * z;
   float p = -2.76076847742355e-16f;
-  p = p * s + 2.00018790482477e-13f;
-  p = p * s - 8.60467152213735e-11f;
-  p = p * s + 5.12229709037114e-08f;
-  p = p * s + 1.48572235717979e-05f;
-  p = p * s + 6.37261928875436e-04f;
-  p = p * s + 4.89352455891786e-03f;
+  p = f_fma(p, s, 2.00018790482477e-13f);
+  p = f_fma(p, s, -8.60467152213735e-11f);
+  p = f_fma(p, s, 5.12229709037114e-08f);
+  p = f_fma(p, s, 1.48572235717979e-05f);
+  p = f_fma(p, s, 6.37261928875436e-04f);
+  p = f_fma(p, s, 4.89352455891786e-03f);
   float q = 1.19825839466702e-06f;
-  q = q * s + 1.18534705686654e-04f;
-  q = q * s + 2.26843463243900e-03f;
-  q = q * s + 4.89352518554385e-03f;
+  q = f_fma(q, s, 1.18534705686654e-04f);
+  q = f_fma(q, s, 2.26843463243900e-03f);
+  q = f_fma(q, s, 4.89352518554385e-03f);
   return z * (p / q);
 }
 INLINE double f_tanh(double x) { return __builtin_tanh(x); }
 
-INLINE float f_erf(float x) {  // Eigen's rational function
-  const float z = x < -4.0f ? -4.0f : (x > 4.0f ? 4.0f : x);
-  const float s = z * z;
-  float p = -2.72614225801306e-10f;
-  p = p * s + 2.77068142495902e-08f;
-  p = p * s - 2.10102402082508e-06f;
-  p = p * s - 5.69250639462346e-05f;
-  p = p * s - 7.34990630326855e-04f;
-  p = p * s - 2.95459980854025e-03f;
-  p = p * s - 1.60960333262415e-02f;
-  float q = -1.45660718464996e-05f;
-  q = q * s - 2.13374055278905e-04f;
-  q = q * s - 1.68282697438203e-03f;
-  q = q * s - 7.37332916720468e-03f;
-  q = q * s - 1.42647390514189e-02f;
-  return z * (p / q);
+INLINE float f_erf(float x) {  // a polynomial, and for larger numbers 1 - exp(a polynomial); 2 ulp
+  const float t = __builtin_fabsf(x) < 10.0f ? __builtin_fabsf(x) : 10.0f, s = t * t;
+  float p = f_fma(-1.72853470e-5f, t, 3.83197126e-4f);
+  p = f_fma(p, s, f_fma(-3.88396438e-3f, t, 2.42546219e-2f));
+  p = f_fma(p, t, -1.06777877e-1f);
+  p = f_fma(p, t, -6.34846687e-1f);
+  p = f_fma(p, t, -1.28717512e-1f);
+  p = 1.0f - f_exp(f_fma(p, t, -t));
+  float q = -5.96761703e-4f;
+  q = f_fma(q, s, 4.99119423e-3f);
+  q = f_fma(q, s, -2.67681349e-2f);
+  q = f_fma(q, s, 1.12819925e-1f);
+  q = f_fma(q, s, -3.76125336e-1f);
+  q = f_fma(q, s, 1.28379166e-1f);
+  q = f_fma(q, x, x);
+  return x != x ? x : t > 0.927734375f ? __builtin_copysignf(p, x) : q;
 }
 INLINE double f_erf(double x) { return __builtin_erf(x); }
 
@@ -243,6 +278,10 @@ template <class T> INLINE T f_remainder(T x, T y) {
 template <class T> INLINE T f_integer_remainder(T x, T y) {  // y is a constant, and not 0
   const T r = x % y;
   return r != 0 && (r < 0) != (y < 0) ? r + y : r;
+}
+template <class T> INLINE T f_integer_floor_divide(T x, T y) {  // likewise
+  const T q = x / y;
+  return x % y != 0 && (x < 0) != (y < 0) ? q - 1 : q;
 }
 template <class T> INLINE T f_floor_divide(T x, T y) {  // torch's, of numbers that are not integers
   if (y == (T)0) return x / y;
@@ -338,6 +377,7 @@ template <int K, int N, int SK, int SN, int PADDED> UNUSED static void pack(cons
 // ROWS rows of C from VECTORS vectors of B, of which the last holds LAST numbers.
 template <int ROWS, int VECTORS, int LAST, int K, int AM, int AK, int LDB, int LDC, bool PADDED>
 INLINE void block(const float* __restrict A, const float* __restrict B, float* __restrict C) {
+  CONTRACT
   constexpr int LOADED = PADDED || LAST == LANES ? VECTORS : VECTORS - 1;  // whole vectors of B
   constexpr int STORED = LAST == LANES ? VECTORS : VECTORS - 1;            // and of C
   Vector c[ROWS][VECTORS];
@@ -365,7 +405,7 @@ INLINE void block(const float* __restrict A, const float* __restrict B, float* _
   }
 }
 template <int VECTORS, int LAST, int K, int AM, int AK, int LDB, int LDC, bool PADDED>
-NOINLINE static void panel(const float* __restrict A, const float* __restrict B, float* __restrict C, int64_t rows) {
+CONTRACTED NOINLINE static void panel(const float* __restrict A, const float* __restrict B, float* __restrict C, int64_t rows) {
   int64_t m = 0;
   for (; m + BLOCK_ROWS <= rows; m += BLOCK_ROWS)
     block<BLOCK_ROWS, VECTORS, LAST, K, AM, AK, LDB, LDC, PADDED>(A + m * AM, B, C + m * LDC);
@@ -400,6 +440,7 @@ INLINE float sum_of(Vector v) {
 // ROWS rows of C[M][N], the columns of B from FIRST to END.
 template <int ROWS, int FIRST, int END, int N, int K, int AM, int BN>
 INLINE void some_dots(const float* __restrict A, const float* __restrict B, float* __restrict C) {
+  CONTRACT
   constexpr int COLUMNS = END - FIRST, WHOLE = K / LANES * LANES;
   Vector s[ROWS][COLUMNS];
   UNROLL
@@ -433,12 +474,13 @@ INLINE void more_dots(const float* __restrict A, const float* __restrict B, floa
 }
 // Rows of C[M][N]; a row of A and a column of B are contiguous. For few columns.
 template <int N, int K, int AM, int BN>
-UNUSED static void dots(const float* __restrict A, const float* __restrict B, float* __restrict C, int64_t first, int64_t end) {
+CONTRACTED UNUSED static void dots(const float* __restrict A, const float* __restrict B, float* __restrict C, int64_t first, int64_t end) {
   more_dots<0, N, K, AM, BN>(A + first * AM, B, C + first * N, end - first);
 }
 // Rows of C[M][N] of any strides and type. For small products.
 template <class T, int N, int K, int AM, int AK, int BK, int BN>
-UNUSED static void tiny(const T* __restrict A, const T* __restrict B, T* __restrict C, int64_t first, int64_t end) {
+CONTRACTED UNUSED static void tiny(const T* __restrict A, const T* __restrict B, T* __restrict C, int64_t first, int64_t end) {
+  CONTRACT
   for (int64_t m = first; m < end; m++)
     for (int n = 0; n < N; n++) {
       T sum = 0;

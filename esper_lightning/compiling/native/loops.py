@@ -87,8 +87,7 @@ class NativeMap:
         first, count = len(leaves(rows)), len(leaves((rows, constants)))
         body = translate(traced.graph, "body", shared=False, unchanged=range(first, count))
         if chunks > 1:
-            more = map_tree(lambda leaf: leaf[: 2 * size], rows)
-            larger = Traced(self._function, (more, constants), functional=True)
+            larger = Traced(self._function, (rows, constants), functional=True)
             refuse_mixed_rows(traced.graph, larger.graph, range(first), _MIXED_ROWS)
         others = count - first + len(body.captured)
         return Program(
@@ -139,8 +138,8 @@ class NativeLoop:
             of_step = {*range(carried + 1 + constant)} - {carried}  # the same for all chunks
             chunk = translate(traced.graph, "chunk", shared=False, unchanged=of_step)
             if chunks > 1:
-                both = (carry, chunked[0, : 2 * size], constants)
-                larger = Traced(self._chunk_body, both, functional=True)
+                whole = (carry, chunked[0], constants)
+                larger = Traced(self._chunk_body, whole, functional=True)
                 index = range(carried, carried + 1)
                 refuse_other_sums(traced.graph, larger.graph, index, _OTHER_SUMS)
             zeros = map_tree(lambda leaf: torch.zeros(leaf.shape, dtype=leaf.dtype), traced.result)

@@ -24,7 +24,8 @@ from esper_lightning.compiling.native.codes import (
     operation_name,
 )
 from esper_lightning.compiling.native.decompositions import decompose
-from esper_lightning.compiling.native.rules import Rules, sizes_at
+from esper_lightning.compiling.native.kinds import sizes_at
+from esper_lightning.compiling.native.rules import Rules
 from esper_lightning.compiling.native.values import UnsupportedError
 
 __all__ = ["refuse_mixed_rows", "refuse_other_sums"]
@@ -39,7 +40,7 @@ def refuse_other_sums(
 
     Args:
         graph: Graph of the function for some number of samples.
-        larger: Graph of the same function for twice as many samples.
+        larger: Graph of the same function for all samples, which are more.
         sources: Numbers of the arguments that differ from sample to sample.
         what: What is refused, for the message.
 
@@ -58,7 +59,7 @@ def refuse_mixed_rows(
 
     Args:
         graph: Graph of the function for some number of rows.
-        larger: Graph of the same function for twice as many rows.
+        larger: Graph of the same function for all rows, which are more.
         sources: Numbers of the arguments that are rows.
         what: What is refused, for the message.
 
@@ -123,6 +124,8 @@ def _of_call(rules: Rules, node: fx.Node, other: fx.Node, known: dict[fx.Node, A
     for one, shape, larger in sizes:
         if shape != larger and int(one.max()) in (FIXED, TOTAL):
             raise MixedError("of the number of samples")
+        if shape == larger and int(one.max()) >= FIRST:
+            raise MixedError("of some of the samples")
     return found
 
 

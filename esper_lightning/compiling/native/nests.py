@@ -144,7 +144,11 @@ class Kernel:
         own = index[len(index) - len(value.shape) :]
         own = ["0" if extent == 1 else at for at, extent in zip(own, value.shape, strict=True)]
         text = self.element(value, own)
-        return text if value.dtype == dtype else f"(({C_TYPES[dtype]})({text}))"
+        if value.dtype == dtype:
+            return text
+        becomes_whole = value.dtype.is_floating_point and not dtype.is_floating_point
+        cast = "f_whole<{}>" if becomes_whole and dtype != torch.bool else "({})"
+        return f"({cast.format(C_TYPES[dtype])}({text}))"
 
     def resolve(self, text: str, number: int) -> str:
         """A statement of a nest, with variables or memory in the place of what it reads."""

@@ -84,6 +84,12 @@ def _norm(
     *,
     dtype: torch.dtype | None = None,
 ) -> Value:
+    if ord in (1, math.inf, -math.inf):
+        size = pointwise(kernel, Result(x.shape, result.dtype), "f_abs({0})", x)
+        axes = _axes(dim, len(x.shape))
+        if ord == 1:
+            return _sum(kernel, size, result, axes)
+        return _extreme(larger=ord > 0)(kernel, result, size, axes)
     if ord != 2:
         raise UnsupportedError(f"a norm of order {ord}")
     square = pointwise(kernel, Result(x.shape, result.dtype), "{0} * {0}", x)
@@ -199,7 +205,7 @@ def _logical(
 
 
 def _extreme(larger: bool) -> Operation:
-    function, start = ("f_maximum", -math.inf) if larger else ("f_minimum", math.inf)
+    function = "f_maximum<{T}>" if larger else "f_minimum<{T}>"
 
     def run(
         kernel: Kernel,
@@ -208,9 +214,14 @@ def _extreme(larger: bool) -> Operation:
         dim: int | Sequence[int] | None = None,
         keepdim: bool = False,
     ) -> Value:
-        if not result.dtype.is_floating_point or 0 in x.shape:
-            raise UnsupportedError("an extreme of integers or of nothing")
-        combine = f"{{a}} = {function}({{a}}, {{x}});"
+        if result.dtype == torch.bool or 0 in x.shape:
+            raise UnsupportedError("an extreme of bools or of nothing")
+        start: Number = -math.inf if larger else math.inf
+        if not result.dtype.is_floating_point:
+            ends = torch.iinfo(result.dtype)
+            start = ends.min if larger else ends.max
+        called = function.format(T=C_TYPES[result.dtype])
+        combine = f"{{a}} = {called}({{a}}, {{x}});"
         axes = _axes(dim, len(x.shape))
         return kernel.reduce(
             x, axes, result.shape, dtype=result.dtype, start=start, combine=combine, clause=""
@@ -227,16 +238,33 @@ OPERATIONS["amin.default"] = OPERATIONS["min.default"] = _extreme(False)
 def _argmax(
     kernel: Kernel, result: Result, x: Value, dim: int | None = None, keepdim: bool = False
 ) -> Value:
-    if dim is None or dim % len(x.shape) != len(x.shape) - 1 or not x.dtype.is_floating_point:
-        raise UnsupportedError("argmax of other axes than the last one, or of integers")
+    return _first_extreme(kernel, result, x, dim, keepdim, sign="")
+
+
+@operation("argmin.default")
+def _argmin(
+    kernel: Kernel, result: Result, x: Value, dim: int | None = None, keepdim: bool = False
+) -> Value:
+    # Of integers, the complement: the negative of the smallest does not exist.
+    sign = "-" if x.dtype.is_floating_point else "~"
+    return _first_extreme(kernel, result, x, dim, keepdim, sign=sign)
+
+
+def _first_extreme(
+    kernel: Kernel, result: Result, x: Value, dim: int | None, keepdim: bool, *, sign: str
+) -> Value:
     x = kernel.stored(x)
-    kind = C_TYPES[x.dtype]
+    if dim is None:
+        buffer, view = x.place
+        if not view.is_contiguous() or keepdim:
+            raise UnsupportedError("the place of the extreme of a whole view")
+        x = Value((x.numel,), x.dtype, buffer=buffer, view=view.reshape(-1))
+    axis, kind = (dim or 0) % len(x.shape), C_TYPES[x.dtype]
 
     def expression(index: Index) -> str:
-        row = list(index[: len(x.shape) - 1])
-        at = kernel.element(x, [*row, "k"])
-        largest = f"first_largest<{x.shape[-1]}, {kind}>([&](int64_t k) {{ return {at}; }})"
-        return f"({largest})"
+        row = [*index[:axis], "k", *index[axis + keepdim :]]
+        element = f"({kind})({sign}{kernel.element(x, row)})"
+        return f"(first_largest<{x.shape[axis]}, {kind}>([&](int64_t k) {{ return {element}; }}))"
 
     return Value(result.shape, result.dtype, expression)
 
@@ -256,12 +284,13 @@ def _log_softmax(kernel: Kernel, result: Result, x: Value, dim: int, half_to_flo
         lambda index: f"f_exp({kernel.element(x, index)} - {kernel.element(largest, index[:-1])})",
     )
     total = kernel.stored(_of_row(kernel, rows, scaled, row, "({0} + {1})"))
-    log_sum = kernel.stored(pointwise(kernel, rows, "{0} + f_log({1})", largest, total))
-    return Value(
-        x.shape,
-        x.dtype,
-        lambda index: f"({kernel.element(x, index)} - {kernel.element(log_sum, index[:-1])})",
-    )
+    log_total = kernel.stored(pointwise(kernel, rows, "f_log({0})", total))
+
+    def expression(index: Index) -> str:  # in this order: logits may be large, and the rest is not
+        own, row = kernel.element(x, index), index[:-1]
+        return f"(({own} - {kernel.element(largest, row)}) - {kernel.element(log_total, row)})"
+
+    return Value(x.shape, x.dtype, expression)
 
 
 @operation("_log_softmax_backward_data.default")

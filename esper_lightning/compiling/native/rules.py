@@ -26,51 +26,18 @@ from esper_lightning.compiling.native.codes import (
     rows_of,
     together,
 )
+from esper_lightning.compiling.native.kinds import (
+    ADDS,
+    ELEMENTS,
+    MOVES,
+    POOLS,
+    REDUCTIONS,
+    SAME,
+    TURNS,
+    VALUES,
+)
 
-__all__ = ["Rules", "sizes_at"]
-
-_SAME = {"_to_copy", "alias", "clone", "detach", "lift_fresh_copy", "neg"}
-_ADDS = {"add", "sub", "rsub"}
-_ELEMENTS = {  # operations on elements, but for those that are linear
-    *("abs", "acos", "addcmul", "asin", "atan", "atan2", "bitwise_and", "bitwise_not"),
-    *("bitwise_or", "bitwise_xor", "ceil", "clamp", "clamp_max", "clamp_min", "cos", "cosh"),
-    *("elu", "elu_backward", "eq", "erf", "exp", "expm1", "floor", "fmod", "ge", "gelu"),
-    *("gelu_backward", "gt", "isinf", "isnan", "le", "lerp", "log", "log1p", "logical_and"),
-    *("logical_not", "logical_or", "logical_xor", "lt", "maximum", "minimum", "nan_to_num", "ne"),
-    *("pow", "reciprocal", "relu", "remainder", "round", "rsqrt", "sgn", "sigmoid"),
-    *("sigmoid_backward", "sign", "silu", "silu_backward", "sin", "sinh", "softplus"),
-    *("softplus_backward", "sqrt", "tan", "tanh", "tanh_backward", "threshold_backward", "trunc"),
-}
-_MOVES = {  # elements, unchanged: torch moves the codes
-    *("cat", "diagonal", "flip", "permute", "roll", "select", "select_backward", "select_scatter"),
-    *("slice", "slice_backward", "slice_scatter", "split", "split_with_sizes", "squeeze", "stack"),
-    *("t", "transpose", "unbind", "unfold", "unsqueeze"),
-}
-_TURNS = {"permute", "squeeze", "t", "transpose", "unsqueeze"}  # moves that leave no element out
-_REDUCTIONS = {  # and the position of their axes
-    **dict.fromkeys(
-        ("all", "amax", "amin", "any", "argmax", "max", "mean", "min", "sum", "var"), 1
-    ),
-    **dict.fromkeys(("logsumexp", "prod", "std"), 1),
-    "linalg_vector_norm": 2,
-}
-_POOLS = {
-    *("_adaptive_avg_pool2d", "_adaptive_avg_pool2d_backward", "avg_pool2d"),
-    *("avg_pool2d_backward", "max_pool2d_with_indices", "max_pool2d_with_indices_backward"),
-}
-_VALUES = {"fill": 1, "full": 1, "full_like": 1, "new_full": 2, "scalar_tensor": 0}  # positions
-
-
-_SIZES = {  # positions of shapes, which may depend on the number of samples
-    **dict.fromkeys(("full", "ones", "zeros"), 0),
-    **dict.fromkeys(("_unsafe_view", "expand", "new_full", "new_ones", "new_zeros", "view"), 1),
-    **dict.fromkeys(("select_backward", "slice_backward"), 1),
-}
-
-
-def sizes_at(name: str) -> int | None:
-    """Position of the argument of an operation that is a shape."""
-    return _SIZES.get(name)
+__all__ = ["Rules"]
 
 
 class Rules:
@@ -83,10 +50,10 @@ class Rules:
     def __init__(self, samples: Tensor) -> None:
         self._samples = samples
         self._rules: dict[str, Callable[[Call], Any]] = {
-            **dict.fromkeys({*_SAME, *_ADDS, *_ELEMENTS, "div", "mul", "where"}, self._elements),
-            **dict.fromkeys(_MOVES, self._moved),
-            **dict.fromkeys(_REDUCTIONS, self._reduced),
-            **dict.fromkeys(_POOLS, self._pooled),
+            **dict.fromkeys({*SAME, *ADDS, *ELEMENTS, "div", "mul", "where"}, self._elements),
+            **dict.fromkeys(MOVES, self._moved),
+            **dict.fromkeys(REDUCTIONS, self._reduced),
+            **dict.fromkeys(POOLS, self._pooled),
             **dict.fromkeys(("_unsafe_view", "view"), self._viewed),
             **dict.fromkeys(("full", "ones", "zeros", "scalar_tensor"), self._constant),
             **dict.fromkeys(("new_full", "new_ones", "new_zeros"), self._constant),
@@ -106,6 +73,8 @@ class Rules:
             "copy": lambda call: call.args[1].expand(call.shape),
             "expand": self._expanded,
             "gather": self._gathered,
+            "index_put": self._put,
+            "index_add": self._put,
             "masked_fill": self._masked,
         }
 
@@ -133,7 +102,7 @@ class Rules:
 
     def _elements(self, call: Call) -> Tensor:
         name = call.name
-        linear = name in _ADDS or name in _SAME
+        linear = name in ADDS or name in SAME
         given = call.args if linear else [*call.args, *call.kwargs.values()]
         given = [*map(code_of, filter(has_code, given))]
         refuse_uneven(given)
@@ -158,6 +127,18 @@ class Rules:
         if TOTAL in x:
             require_that(largest(mask) <= FIXED and largest(filled) == ZERO, "of a sum")
         return together([x, mask, filled]).masked_fill((x == ZERO) & (filled == ZERO), ZERO)
+
+    def _put(self, call: Call) -> Tensor:
+        x, where, *rest = call.args
+        places = where if isinstance(where, list | tuple) else [where]
+        given: Any = call.node.args[1]
+        mask = given[0] if isinstance(given, list | tuple) and len(given) == 1 else None
+        if mask is not None and mask.meta["val"].dtype == torch.bool:
+            mask = places[0].reshape(*places[0].shape, *[1] * (x.dim() - places[0].dim()))
+            return self._masked(call._replace(args=(x, mask, rest[0])))
+        codes = [one for one in (x, *rest, *places) if isinstance(one, Tensor)]
+        require_that(max(map(largest, codes)) <= FIXED, "at computed places")
+        return x.clamp(min=FIXED)
 
     # Constants
 
@@ -204,7 +185,7 @@ class Rules:
         given = [*call.args, *(call.args[0] if isinstance(call.args[0], list | tuple) else [])]
         tensors = [one for one in given if isinstance(one, Tensor)]
         even = any(EVEN in one for one in tensors)
-        require_that(not even or call.name in _TURNS, "of the number of samples")
+        require_that(not even or call.name in TURNS, "of the number of samples")
         return target(*call.args, **call.kwargs)
 
     def _viewed(self, call: Call) -> Tensor:
@@ -247,7 +228,7 @@ class Rules:
     # Reductions and products
 
     def _reduced(self, call: Call) -> Tensor:
-        x, position = call.args[0], _REDUCTIONS[call.name]
+        x, position = call.args[0], REDUCTIONS[call.name]
         axes: Any = call.args[position] if len(call.args) > position else call.kwargs.get("dim")
         if axes == [] and call.name in ("all", "any"):
             return x.clamp(min=FIXED)
@@ -371,7 +352,7 @@ def _is_zero(call: Call) -> bool:
     """Whether a constant is 0."""
     name = call.name
     return name.startswith(("zeros", "new_zeros")) or (
-        name in _VALUES and not call.args[_VALUES[name]]
+        name in VALUES and not call.args[VALUES[name]]
     )
 
 
@@ -379,7 +360,7 @@ def _not_linear(call: Call, values: Sequence[Tensor]) -> Tensor:
     """Where an operation on elements is not linear in those that are sums."""
     name, is_sum = call.name, torch.stack([value == TOTAL for value in values]).any(0)
     beside = [(value != TOTAL) & (value != ZERO) for value in values]
-    if name in _ADDS:
+    if name in ADDS:
         return is_sum & torch.stack(beside).any(0)
     if name == "mul":
         totals = torch.stack([value == TOTAL for value in values]).sum(0)
@@ -388,7 +369,7 @@ def _not_linear(call: Call, values: Sequence[Tensor]) -> Tensor:
         return is_sum & (values[1] >= TOTAL)
     if name == "where":
         return is_sum & ((values[0] >= TOTAL) | torch.stack(beside[1:]).any(0))
-    if name in _SAME:
+    if name in SAME:
         source: Any = call.node.args[0]
         before, after = (one.meta["val"].dtype for one in (source, call.node))
         return is_sum & (not after.is_floating_point and before != after)

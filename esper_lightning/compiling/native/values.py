@@ -157,7 +157,9 @@ def _offset(view: Tensor, index: Index) -> str:
     terms: list[str] = []
     for at, stride, extent in zip(index, view.stride(), view.shape, strict=True):
         if extent > 1 and stride != 0 and at != "0":
-            terms.append(at if stride == 1 else f"({at}) * {stride}")
+            # An index may be a constant, and as an ``int`` the product could be too large.
+            factor = f"INT64_C({stride})" if stride >= 2**16 else str(stride)
+            terms.append(at if stride == 1 else f"({at}) * {factor}")
     if view.storage_offset():
         terms.append(str(view.storage_offset()))
     return " + ".join(terms) or "0"

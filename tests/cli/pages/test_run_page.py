@@ -6,6 +6,8 @@ import pytest
 
 from esper_lightning.cli.main import main
 from esper_lightning.cli.pages.run_page import run_page
+from esper_lightning.forensics.layout import RunLayout
+from esper_lightning.forensics.phases import PhaseRing
 from tests.cli.pages.browser import Elements, needs_browser, rendered
 from tests.comparison.conftest import KILLED, make_run  # noqa: F401 - a fixture
 
@@ -107,7 +109,14 @@ def test_a_browser_shows_the_page_and_its_script_answers_the_pointer(make_run, t
         "clientY: box.top + 50})); const wide = document.documentElement.scrollWidth;"
         "document.title = wide <= innerWidth ? 'fits' : 'too wide: ' + wide; })</script>"
     )
-    text = run_page(make_run("a", returns=range(1, 12), crash=KILLED))
+    run = make_run("a", returns=range(1, 12), crash=KILLED)
+    ring = PhaseRing(RunLayout(run).rank(0).phases)
+    for name in ("update", "[Callback]AVeryLongNameOfACallbackOfTheUser.on_train_batch_start"):
+        ring.enter(name)
+        ring.leave(name)
+    ring.close()
+    text = run_page(run)
+    assert "Where time went" in text
     page.write_text(text.replace("<script>", moves + "<script>", 1))
     shown = rendered(page, "--window-size=390,844")
     assert "<title>fits</title>" in shown

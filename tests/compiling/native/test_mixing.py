@@ -32,6 +32,7 @@ SUMS: dict[str, Any] = {
     "a mean of features": lambda v, x, w: x.mean(1).sum() + x.softmax(-1)[:, 0].sum(),
     "nothing": lambda v, x, w: torch.zeros(3) * v.sum(),
     "chosen features": lambda v, x, w: x.gather(1, v.long().clamp(0, 2)[:, None]).sum(),
+    "a mask": lambda v, x, w: (written(x, v > 0.0) * w).sum() + written(x, x > 0.5).sum(),
     "a gradient": lambda v, x, w: gradient(lambda w: (x @ w.expand(3, 2)).tanh().square().sum(), w),
     "several places of each": lambda v, x, w: folded(x).exp().sum() + (w * folded(x)).sum(),
     "their number, several times": lambda v, x, w: gradient(
@@ -71,6 +72,9 @@ MIXED: dict[str, Any] = {
     "a fixed pattern": lambda v, x, w: (
         w.expand(3, 2 * len(v)) * TABLE[:3, :1]
     ).reshape(-1).sum() * 0.0,
+    "some of another scale": lambda v, x, w: (torch.cat([v[:2] * w, v[2:]]) * w).sum(),
+    "places by a mask": lambda v, x, w: (v * w * written(x, torch.arange(len(v)) > 2)[:, 0]).sum(),
+    "computed places": lambda v, x, w: x.index_put((v.long(),), w).sum(),
     "a wrong fold": lambda v, x, w: (x.t().reshape(-1, 3) * x * w).sum(),
 }  # fmt: skip
 ROWS: dict[str, Any] = {
@@ -90,12 +94,21 @@ MIXED_ROWS: dict[str, Any] = {
     "another order": lambda v, x, w: x.t().reshape(-1, 3) * w,
     "a sum": lambda v, x, w: v.sum() * w,
     "a constant": lambda v, x, w: w + torch.ones(SAMPLES),
+    "some of another scale": lambda v, x, w: torch.cat([v[:2] * 2, v[2:]]),
+    "more than some number": lambda v, x, w: v * w if len(v) > SAMPLES else v,
+    "a part of their number": lambda v, x, w: v * (len(v) // SAMPLES),
 }
 
 
 def folded(x: Tensor) -> Tensor:
     """Three places of each sample, as one axis."""
     return x.t().reshape(-1)
+
+
+def written(x: Tensor, mask: Tensor) -> Tensor:
+    y = x.clone()
+    y[mask] = 2.0
+    return y
 
 
 def batch_norm(x: Tensor) -> Tensor:

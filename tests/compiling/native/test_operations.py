@@ -13,8 +13,10 @@ from hypothesis import strategies as st
 from torch import Tensor
 from torch.nn import functional
 
+from esper_lightning.compiling.native.decompositions import OWN
 from esper_lightning.compiling.native.loops import NativeFunction
 from esper_lightning.compiling.native.translation import OPERATIONS
+from esper_lightning.compiling.native.values import UnsupportedError
 from esper_lightning.compiling.tracing import Traced
 from tests.compiling.native.test_convolutions import used_operations
 
@@ -48,6 +50,26 @@ EXACT: dict[str, Any] = {
     "div number": lambda v: v.x / 3.0,
     "div floor": lambda v: torch.div(v.x, v.y, rounding_mode="floor"),
     "div trunc": lambda v: torch.div(v.x, v.y, rounding_mode="trunc"),
+    "div floor integers": lambda v: torch.div(v.k - 2, 3, rounding_mode="floor"),
+    "div trunc integers": lambda v: torch.div(v.k - 2, -2, rounding_mode="trunc"),
+    "div scalar floor": lambda v: aten.div.Scalar_mode(v.x, 0.7, rounding_mode="floor"),
+    "floor divide": lambda v: v.x // v.y,
+    "floor divide integers": lambda v: (v.k - 2) // -3,
+    "floor divide scalar": lambda v: aten.floor_divide.Scalar(v.x, 2.5),
+    "frac": lambda v: v.x.frac(),
+    "deg2rad": lambda v: v.x.deg2rad(),
+    "rad2deg": lambda v: v.x.rad2deg(),
+    "copysign": lambda v: torch.copysign(v.x, v.y),
+    "copysign number": lambda v: torch.copysign(v.x, -1.0),
+    "heaviside": lambda v: torch.heaviside(v.x, v.y),
+    "signbit": lambda v: v.x.signbit(),
+    "signbit integer": lambda v: (v.k - 2).signbit(),
+    "fmax": lambda v: torch.fmax(v.x, v.y),
+    "fmin": lambda v: torch.fmin(v.x, v.y),
+    "fmax integer": lambda v: torch.fmax(v.k, v.n),
+    "products of the same": lambda v: (2 * v.s) * (2 * v.s) - 4 * (v.s * v.s),
+    "whole numbers": lambda v: v.x.clamp(-5, 5).nan_to_num().long().float(),
+    "whole numbers of 32 bits": lambda v: v.s.int().float() + v.s.double().long().double(),
     "neg": lambda v: -v.x,
     "sign": lambda v: v.x.sign(),
     "sgn": lambda v: v.k.sgn(),
@@ -139,7 +161,42 @@ EXACT: dict[str, Any] = {
     "amin": lambda v: v.x.amin(0),
     "max": lambda v: v.x.max(),
     "min": lambda v: v.x.min(),
+    "amax integers": lambda v: (v.k - v.n).amax(-1),
+    "amin integers": lambda v: (v.k - v.n).amin(0),
     "argmax": lambda v: v.x.argmax(-1),
+    "argmax first": lambda v: v.x.argmax(0, keepdim=True),
+    "argmax integers": lambda v: v.k.argmax(-1),
+    "argmax of all": lambda v: (v.x + 0.0).argmax(),
+    "argmin": lambda v: v.x.argmin(-1, keepdim=True),
+    "argmin integers": lambda v: (v.k - v.n).argmin(0),
+    "max dim": lambda v: v.x.max(0).values,
+    "max dim place": lambda v: v.x.max(-1, keepdim=True).indices,
+    "min dim": lambda v: v.x.min(-1).values,
+    "min dim place": lambda v: v.k.min(0).indices,
+    "norm of infinity": lambda v: torch.linalg.vector_norm(v.x, float("inf"), dim=-1),
+    "cumsum": lambda v: v.s.cumsum(-1),
+    "cumsum integers": lambda v: v.a.cumsum(0),
+    "cumprod": lambda v: v.s.clamp(-2, 2).cumprod(0),
+    "sort": lambda v: v.x.sort(-1).values,
+    "sort place": lambda v: v.x.sort(dim=0, stable=True).indices,
+    "sort integers": lambda v: v.k.sort(dim=-1, stable=True, descending=True).indices,
+    "sort descending": lambda v: v.x.sort(dim=-1, stable=True, descending=True).indices,
+    "argsort": lambda v: v.k.argsort(dim=0, stable=True),
+    "triu": lambda v: v.x.flatten(0, -2).triu(),
+    "tril": lambda v: v.x.flatten(0, -2).tril(-1),
+    "nansum": lambda v: v.k.float().masked_fill(v.a, float("nan")).nansum(-1),
+    "count nonzero": lambda v: v.x.count_nonzero(),
+    "count nonzero dim": lambda v: v.a.count_nonzero(dim=(0, -1)),
+    "isin": lambda v: torch.isin(v.k.contiguous(), v.q[:2]),
+    "isin not": lambda v: torch.isin(v.k.contiguous(), v.q[:1], invert=True),
+    "bucketize": lambda v: torch.bucketize(v.x.contiguous(), torch.tensor([-1.0, 0.0, 0.5, 1.0])),
+    "bucketize right": lambda v: torch.bucketize(
+        v.x.contiguous(), torch.tensor([-1.0, 0.5]), right=True
+    ),
+    "linspace": lambda v: torch.linspace(-0.3, 1.7, 9),
+    "eye": lambda v: torch.eye(3),
+    "eye of two": lambda v: torch.eye(3, 2, dtype=torch.int64),
+    "one hot": lambda v: functional.one_hot(v.k, 5),
     "all": lambda v: v.a.all(),
     "all dim": lambda v: v.a.all(0),
     "all dims": lambda v: v.a.all((0, 1)),
@@ -170,8 +227,19 @@ ROUNDED: dict[str, tuple[Any, float]] = {
     "sinh": (lambda v: v.x.clamp(-80, 80).sinh(), 4),
     "cosh": (lambda v: v.x.clamp(-80, 80).cosh(), 4),
     "tanh": (lambda v: v.x.tanh(), 6),
+    "erf": (lambda v: v.x.erf(), 3),
+    "one minus erf": (lambda v: (1.0 - v.x.erf()).sign().clamp(max=0.0), 0),
+    "one minus tanh": (lambda v: (1.0 - v.x.tanh()).sign().clamp(max=0.0), 0),
     "sigmoid": (lambda v: v.x.sigmoid(), 6),
     "rsqrt": (lambda v: v.x.rsqrt(), 2),
+    "exp2": (lambda v: v.x.exp2(), 2),
+    "log2": (lambda v: v.x.log2(), 2),
+    "log10": (lambda v: v.x.log10(), 2),
+    "hypot": (lambda v: torch.hypot(v.x, v.y), 2),
+    "xlogy": (lambda v: torch.xlogy(v.x, v.y), 5),
+    "xlogy of a number": (lambda v: torch.xlogy(2.0, v.x), 5),
+    "xlogy with a number": (lambda v: torch.xlogy(v.x, 2.0), 5),
+    "addcdiv": (lambda v: torch.addcdiv(v.s, v.s, v.u.abs() + 1.0, value=0.5), 32),
     "pow": (lambda v: torch.pow(v.s.abs() + 0.1, v.u.clamp(-5, 5)), 20),
     "pow number": (lambda v: torch.pow(0.9, v.x), 4),
     "pow by a number": (lambda v: v.x.abs() ** 1.7, 20),
@@ -179,7 +247,19 @@ ROUNDED: dict[str, tuple[Any, float]] = {
 }
 ROUNDED_TO_SIZE: dict[str, tuple[Any, float]] = {
     # Absolutely, in units of the last place of the largest finite argument or 1.
-    "erf": (lambda v: v.x.erf(), 4),
+    "logaddexp": (lambda v: torch.logaddexp(v.x, v.y), 8),
+    "norm of absolutes": (lambda v: torch.linalg.vector_norm(v.s, 1, dim=-1), 16),
+    "cross": (lambda v: torch.linalg.cross(v.s[:3], v.u[:3], dim=0), 8),
+    "trace": (lambda v: v.s.flatten(0, -2).trace(), 64),
+    "glu": (lambda v: functional.glu(v.s[..., :4]), 8),
+    "mse loss": (lambda v: functional.mse_loss(v.s, v.u), 64),
+    "huber loss": (lambda v: functional.huber_loss(v.s, v.u, reduction="none"), 16),
+    "smooth l1 loss": (lambda v: functional.smooth_l1_loss(v.s, v.u, reduction="sum"), 64),
+    "cross entropy": (lambda v: functional.cross_entropy(v.s[0][..., :4], v.k[0][..., 0]), 64),
+    "binary cross entropy": (
+        lambda v: functional.binary_cross_entropy(v.s.sigmoid(), v.a.float(), reduction="none"),
+        64,
+    ),
     "silu": (lambda v: functional.silu(v.s), 8),
     "gelu": (lambda v: functional.gelu(v.s), 8),
     "elu": (lambda v: functional.elu(v.s, 1.3), 8),
@@ -210,6 +290,7 @@ ROUNDED_TO_SIZE: dict[str, tuple[Any, float]] = {
     "logsumexp": (lambda v: v.s.logsumexp(-1), 16),
     "logsumexp of infinities": (lambda v: v.x.clamp(max=50.0).logsumexp(0, keepdim=True), 16),
     "log softmax": (lambda v: v.s.log_softmax(-1), 16),
+    "log softmax of large logits": (lambda v: (v.s + 1e6).log_softmax(-1), 16),
     "log softmax backward": (
         lambda v: aten._log_softmax_backward_data(v.s, v.u.log_softmax(-1), -1, torch.float32),
         64,
@@ -264,6 +345,19 @@ MOVED: dict[str, Any] = {
         -1, v.n[..., :1], v.y.expand_as(v.x)[..., :1]
     ),
     "scatter add": lambda v: v.s.scatter_add(-1, v.n[..., :1], v.u[..., :1]),
+    "index of both axes": lambda v: v.f[v.p, v.q],
+    "index of rows and columns": lambda v: v.f[v.p[:, None], v.q[:2] - 4],
+    "index of axes apart": lambda v: v.f[None, :, None][:, v.p, :, v.q],
+    "index put": lambda v: put(v.f, (torch.arange(4), v.q), v.f[0, :4]),
+    "index put one": lambda v: put(v.x, (v.p[:1],), 3.0),
+    "index put of columns": lambda v: put(v.f, (slice(None), v.q[:1]), v.f[:, :1] * 2),
+    "index put a mask": lambda v: put(v.x, (v.a,), -1.0),
+    "index put a mask of rows": lambda v: put(v.f, (v.f[:, 0] > 0,), v.f[0] + 1.0),
+    "index put and add": lambda v: v.g.index_put((v.p, v.q), v.g[0, :4], accumulate=True),
+    "index add": lambda v: v.g.index_add(0, v.p[:3], v.g[:3]),
+    "index add second": lambda v: v.g.index_add(1, v.q[:2], v.g[:, :2]),
+    "scatter add of many": lambda v: v.k.scatter_add(0, v.n, v.n),
+    "fill tensor": lambda v: aten.fill.Tensor(v.x, v.y.flatten()[0]),
     "clone": lambda v: v.x.clone(),
     "select scatter": lambda v: v.x.select_scatter(v.y[0], 0, 1),
     "slice scatter": lambda v: v.x.slice_scatter(v.x[1:3] * 2, 0, 1, 3),
@@ -271,8 +365,28 @@ MOVED: dict[str, Any] = {
     "copy": lambda v: aten.copy(v.x, v.y[:1].expand_as(v.x)),
     "fill": lambda v: aten.fill(v.x, 3.5),
 }
+
+
+def put(x: Tensor, index: Any, value: Any) -> Tensor:
+    written = x.clone()
+    written[index] = value
+    return written
+
+
 EITHER_ZERO = {
-    *("minimum", "maximum", "amax", "amin", "max", "min"),
+    *(
+        "minimum",
+        "maximum",
+        "amax",
+        "amin",
+        "max",
+        "min",
+        "fmax",
+        "fmin",
+        "max dim",
+        "min dim",
+        "sort",
+    ),
     *("clamp tensor", "clamp min tensor", "clamp max tensor"),
 }
 """Those that give one of two zeros: which one depends on the layout in torch itself."""
@@ -289,6 +403,8 @@ class Values:
     def __init__(self, x: Tensor, y: Tensor, k: Tensor, n: Tensor, a: Tensor, b: Tensor) -> None:
         self.x, self.y, self.k, self.n, self.a, self.b = x, y, k, n, a, b
         self.s, self.u = (t.nan_to_num(0.0, 3.0, -3.0).clamp(-30, 30) for t in (x, y.expand_as(x)))
+        self.f, self.g = x.flatten(0, -2), k.flatten(0, -2)
+        self.p, self.q = self.g[:4, 0], n.flatten(0, -2)[:4, -1]
         self.cubes = self.s if self.s.dim() == 3 else self.s[None]
         self.m = self.s.flatten(0, -2)[:1].t().expand(-1, self.s[..., 0].numel())
 
@@ -404,8 +520,25 @@ def test_choices_in_short_loops_are_those_of_torch(shape: tuple[int, ...]) -> No
         torch.testing.assert_close(got, expected[name], rtol=1e-5, atol=1e-6, msg=name)
 
 
+def test_places_of_a_sort_that_may_order_equal_numbers_otherwise_are_refused() -> None:
+    x = torch.tensor([[1.0, 0.0, 1.0]])
+    assert torch.equal(NativeFunction(lambda x: x.sort().values)(x), x.sort().values)
+    with pytest.raises(UnsupportedError, match="stable=True"):
+        NativeFunction(lambda x: x.sort().indices)(x)
+
+
+@pytest.mark.parametrize("value", [-1, 3])
+def test_a_class_that_does_not_exist_is_an_error(value: int) -> None:
+    native = NativeFunction(lambda k: functional.one_hot(k, 3))
+    assert torch.equal(native(torch.tensor([2, 0])), torch.tensor([[0, 0, 1], [1, 0, 0]]))
+    with pytest.raises(IndexError):
+        native(torch.tensor([0, value]))
+
+
 def test_every_operation_is_tested() -> None:
     graph = Traced(everything, tuple(arguments("contiguous", 0, False)), functional=True).graph
     used = {str(node.target).removeprefix("aten.") for node in graph.graph.nodes}
     elsewhere = {name for name in OPERATIONS if "recurrence" in name}  # test_recurrences
     assert set(OPERATIONS) - used - elsewhere - used_operations() == set()
+    layers = {name for name in OWN if name.startswith(("native_", "embedding", "var_mean"))}
+    assert set(OWN) - used - layers == set()  # layers: test_convolutions and test_loops
