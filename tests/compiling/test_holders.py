@@ -1,17 +1,14 @@
 """Everything that a function holds is watched and restored: attributes, variables, classes."""
 
 import functools
-import queue
 import random
 import sys
-import threading
 from typing import Any
 
 import numpy as np
 import pytest
 import torch
 from torch import Tensor, nn
-from torch._subclasses.fake_tensor import FakeTensor
 
 from esper_lightning.compiling.holders import ImpureError
 from esper_lightning.compiling.purity import results_of_pure
@@ -173,47 +170,6 @@ def test_the_global_random_streams_are_refused_and_restored(
     with pytest.raises(ImpureError, match="random numbers of Python or NumPy"):
         results_of_pure(lambda x: x * (3.0 if stream() < 0.0 else 2.0), torch.ones(2))
     assert states() == before
-
-
-@pytest.fixture(name="other_thread")
-def _other_thread() -> Any:
-    """A thread of a user that lives, and does what it is told."""
-    tasks, done = queue.Queue[Any](), queue.Queue[None]()
-
-    def work() -> None:
-        for task in iter(tasks.get, None):
-            done.put(task())
-
-    thread = threading.Thread(target=work)
-    thread.start()
-    yield lambda task: (tasks.put(task), done.get(timeout=10.0))
-    tasks.put(None)
-    thread.join()
-
-
-def test_what_another_thread_adds_meanwhile_is_never_lost(other_thread: Any) -> None:
-    user = Owner()
-
-    def produce() -> None:
-        user.log.append("event")
-        user.table["event"], user.last = 1, "event"
-        user.names.add("event")
-        user.array[0, 0] += 1.0
-
-    def step(x: Tensor) -> Tensor:
-        user.keep_last(user.cache(user.append(x)))
-        other_thread(produce)
-        return x * 2.0
-
-    for call in (results_of_pure, lambda f, x: Traced(f, (x,), functional=True)):
-        user.__init__()
-        with pytest.raises(ImpureError, match="an attribute that changes"):
-            call(step, torch.ones(2))
-        assert user.log[-1] == user.last == "event"
-        assert user.array[0, 0] == user.table["event"] == 1.0
-        assert "event" in user.names
-        held = (*user.log, *user.table.values())
-        assert not any(isinstance(one, FakeTensor) for one in held)
 
 
 def test_too_many_objects_to_watch_are_refused() -> None:

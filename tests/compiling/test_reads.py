@@ -15,7 +15,6 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from esper_lightning.compiling.holders import ImpureError
 from esper_lightning.compiling.loops import (
     compile_function,
     compile_loop,
@@ -260,33 +259,6 @@ def test_equal_values_are_no_change_and_other_threads_read_for_themselves() -> N
     assert reads.changed() is None
     task.table["a"][0] = 2.0  # of the new list
     assert reads.changed() == "Sub.table"
-
-
-@pytest.mark.parametrize(
-    ("value", "why"),
-    [
-        (np.ones(2**18), "Sub.large: changes of an array of more than 1048576 bytes"),
-        (np.array([1.0, None]), "Sub.large: changes of an array of objects"),
-        ([1.0] * 20_001, "Sub.large: more than 20000 elements"),
-    ],
-)
-def test_what_would_take_long_to_compare_is_refused(value: Any, why: str) -> None:
-    task = Sub()
-    task.large = value
-    with pytest.raises(ImpureError, match=why), recorded(lambda x: x * task.large[0]) as reads:
-        task.large[0]
-    assert reads.changed() is None
-
-
-def test_an_array_that_cannot_be_written_to_may_be_large() -> None:
-    task = Sub()
-    task.large = np.ones(2**18)
-    task.large.flags.writeable = False
-    with recorded(lambda x: x * task.large[0]) as reads:
-        task.large[0]
-    assert reads.changed() is None
-    task.large.flags.writeable = True
-    assert reads.changed() == "Sub.large"
 
 
 def test_another_module_and_another_mode_are_noticed(task: Task) -> None:
