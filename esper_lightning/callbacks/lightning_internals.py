@@ -25,11 +25,17 @@ import traceback
 from collections.abc import Callable
 from datetime import timedelta
 from types import FrameType
-from typing import Any, cast
+from typing import Any, TypeVar, cast
 
 from lightning.fabric.plugins.environments.cluster_environment import ClusterEnvironment
-from lightning.pytorch import Callback, Trainer
+from lightning.pytorch import Callback, LightningModule, Trainer
 from lightning.pytorch.callbacks import ModelSummary
+from lightning.pytorch.loops.evaluation_loop import _EvaluationLoop
+from lightning.pytorch.loops.fetchers import _DataFetcher
+from lightning.pytorch.loops.fit_loop import _FitLoop
+from lightning.pytorch.loops.optimization.manual import _ManualOptimization
+from lightning.pytorch.loops.prediction_loop import _PredictionLoop
+from lightning.pytorch.loops.training_epoch_loop import _TrainingEpochLoop
 from lightning.pytorch.strategies import DDPStrategy, Strategy
 from lightning.pytorch.strategies.launchers import _MultiProcessingLauncher
 from lightning.pytorch.trainer import call
@@ -92,6 +98,9 @@ TunerExit: type[BaseException] = _TunerExitException
 """Error that Lightning's tuners raise to end a trial run; it is no death."""
 
 _RUN: Any = call._call_and_handle_interrupt
+_ADVANCES = ("advance", "on_advance_end")
+_NO_HOOK_ENDS_DATA = "no_hook_ends_data"
+_Module = TypeVar("_Module", bound=LightningModule)
 
 
 def run_depth(trainer: Trainer) -> int:
@@ -165,39 +174,45 @@ def restore_signal_handlers(trainer: Trainer) -> None:
     trainer._signal_connector.teardown()
 
 
-def no_hook_ends_data(trainer: Trainer) -> None:
-    """Make a ``StopIteration`` that code of hooks raises an error of the run, in every loop.
+def no_hook_ends_data(kind: type[_Module]) -> type[_Module]:
+    """Class decorator of modules whose runs fail where code of a hook raises ``StopIteration``.
 
-    Each loop takes it for the end of its data, wherever it comes from: where every epoch ends so,
-    training never does. ``_evaluation_step`` and the methods ``advance`` are what the loops run for
-    a batch. A module may still skip the rest of an epoch: Lightning raises that one itself.
+    Each loop of Lightning takes it for the end of its data, wherever it comes from: where every
+    epoch ends so, training never does. So what the loops run for an epoch or a batch is replaced,
+    in their classes. For other modules nothing changes.
     """
-    fit, epoch = trainer.fit_loop, trainer.fit_loop.epoch_loop
-    steps = [(loop, each) for loop in (fit, epoch) for each in ("advance", "on_advance_end")]
-    steps += [(fit, "on_advance_start"), (epoch.manual_optimization, "advance")]
-    evaluations = (epoch.val_loop, trainer.validate_loop, trainer.test_loop)
-    steps += [(loop, "_evaluation_step") for loop in evaluations]
+    steps = [(loop, each) for loop in (_FitLoop, _TrainingEpochLoop) for each in _ADVANCES]
+    steps += [(_FitLoop, "on_advance_start"), (_ManualOptimization, "advance")]
+    steps += [(_EvaluationLoop, "_evaluation_step"), (_PredictionLoop, "_predict_step")]
     for loop, name in steps:
-        if name not in vars(loop):  # not yet, in an earlier run of this Trainer
-            setattr(loop, name, _only_data_end(getattr(loop, name)))
-
-
-_ENDS_DATA = ("lightning.pytorch.loops.", "lightning.pytorch.utilities.combined_loader")
+        setattr(loop, name, _only_data_end(getattr(loop, name)))
+    setattr(kind, _NO_HOOK_ENDS_DATA, True)
+    return kind
 
 
 def _only_data_end(step: Callable[..., Any]) -> Callable[..., Any]:
     @functools.wraps(step)
-    def checked(*args: Any, **kwargs: Any) -> Any:
+    def checked(self: Any, *args: Any, **kwargs: Any) -> Any:
         try:
-            return step(*args, **kwargs)
+            return step(self, *args, **kwargs)
         except StopIteration as error:
-            *_, (frame, _line) = traceback.walk_tb(error.__traceback__)
-            if frame.f_globals["__name__"].startswith(_ENDS_DATA):
+            frames = [frame for frame, _line in traceback.walk_tb(error.__traceback__)][1:]
+            # Lightning itself raises it after an epoch that a module skips.
+            is_end = len(frames) == 1 or any(
+                isinstance(frame.f_locals.get("self"), _DataFetcher) for frame in frames
+            )
+            if is_end or not hasattr(self.trainer.lightning_module, _NO_HOOK_ENDS_DATA):
                 raise
-            message = f"{frame.f_code.co_qualname} raised StopIteration"
-            raise RuntimeError(f"{message}, which Lightning takes for the end of data") from error
+            others = [each for each in frames if not _is_of_lightning(each)]
+            name = (others or frames)[-1].f_code.co_qualname
+            message = f"{name} raised StopIteration, which Lightning takes for the end of data"
+            raise RuntimeError(message) from error
 
     return checked
+
+
+def _is_of_lightning(frame: FrameType) -> bool:
+    return str(frame.f_globals.get("__name__")).startswith("lightning.")
 
 
 def limit_meeting(strategy: Strategy, seconds: float) -> None:

@@ -303,14 +303,17 @@ class _Native:
 
     def __call__(self, *args: Tree) -> Tree:
         if self._is_native and (changed := self._changed()) is not None:
-            self._is_native = False
-            _tell("Native code", self._name, ImpureError(f"an attribute that changed: {changed}"))
+            self._give_up(ImpureError(f"an attribute that changed: {changed}"))
         if not self._is_native or any(isinstance(arg, list) for arg in args):
             return self._eager(*args)  # lists are minibatches of unequal size
         kind_of_args = kind(args)
         run = self._run.get(kind_of_args)
         if run is not None:
-            return run(*args)
+            try:
+                return run(*args)
+            except ImpureError as error:  # of a tensor that the program reads in place
+                self._give_up(error)
+                return self._eager(*args)
         program = self._program()
         try:
             with _TRACING:
@@ -327,6 +330,11 @@ class _Native:
             self._run[kind_of_args] = self._eager
             _tell("Native code", self._name, error)
         return self._eager(*args)
+
+    def _give_up(self, reason: ImpureError) -> None:
+        """Run the function eagerly for good."""
+        self._is_native = False
+        _tell("Native code", self._name, reason)
 
     def _changed(self) -> str | None:
         """Name of something that a program read and that has changed since."""

@@ -4,51 +4,47 @@ A trace takes numbers, lists and arrays for constants, and reads tensors where t
 """
 # pyright: reportUnknownVariableType=false, reportUnknownArgumentType=false
 
-from collections import deque
-from collections.abc import Callable, Generator, Hashable
+import functools
+import os
+import sys
+import threading
+from collections.abc import Callable, Generator, Hashable, Iterable, Iterator
 from contextlib import ExitStack, contextmanager, suppress
-from types import CellType, FunctionType, ModuleType
-from typing import Any, NamedTuple
+from types import CellType, FunctionType
+from typing import Any
 
-import numpy as np
 from torch import nn
 
-from esper_lightning.compiling.holders import Globals, Holder, attributes_of, find_holders, is_users
+from esper_lightning.compiling.entries import Globals, attributes_of, dict_of, is_users, slots_of
+from esper_lightning.compiling.holders import Holder, find_holders
+from esper_lightning.compiling.snapshots import Snapshot, Snapshots
 
 __all__ = ["Reads", "recorded"]
 
-_CODE = (ModuleType, FunctionType, type, property, classmethod, staticmethod)
-_MOST = 1000  # elements of a container that are compared at every call
-_FLAGGED = (nn.modules.dropout._DropoutNd, nn.modules.batchnorm._NormBase)  # pyright: ignore[reportPrivateUsage]
-
-
-class _Read(NamedTuple):
-    """An attribute, variable or class member that was read."""
-
-    holder: Holder
-    name: Hashable
-    value: Any
-    content: Any
+_OF_MODULES = ("_parameters", "_buffers", "_modules")
+# Recurrent layers replace these at calls with other weights, and pass them on.
+_REPLACED_BY_TORCH = {"_flat_weights", "_flat_weight_refs"}
+_NAMES_OF_ALL_HOOKS = ("_global_forward_hooks", "_global_forward_pre_hooks")
+_Names = dict[tuple[int, str], None]  # of attributes that were read, with the objects' identities
 
 
 class Reads:
     """Everything that a function read of what users wrote, as it was then."""
 
     def __init__(self) -> None:
-        self._reads: list[_Read] = []
+        self._snapshots = Snapshots([])
 
-    def add(self, holder: Holder, name: Hashable) -> None:
-        """Note the present value of an entry of a holder."""
-        value = _value(holder.held, name)
-        self._reads.append(_Read(holder, name, value, _content(value)))
+    def take(self, snapshots: Iterable[Snapshot]) -> None:
+        """Keep what was read.
+
+        Raises:
+            ImpureError: If that is too much to compare at every call.
+        """
+        self._snapshots = Snapshots(snapshots)
 
     def changed(self) -> str | None:
         """Name of something that has changed since; ``None`` if nothing has."""
-        for holder, name, value, content in self._reads:
-            now = _value(holder.held, name)
-            if (now is not value or isinstance(now, _CONTAINERS)) and _content(now) != content:
-                return holder.name_of(name)
-        return None
+        return self._snapshots.changed()
 
 
 @contextmanager
@@ -57,42 +53,53 @@ def recorded(function: Callable[..., Any]) -> Generator[Reads]:
 
     Args:
         function: Function that is called.
+
+    Raises:
+        ImpureError: If the function holds or reads too much to watch it.
     """
-    reads, names = Reads(), dict[tuple[int, str], None]()
-    holders = {id(holder.held): holder for holder in find_holders(function)}
+    reads, names, variables = Reads(), _Names(), dict[str, None]()
+    holders = find_holders(function)
+    kinds = {type(holder.held) for holder in holders}
+    kinds = {kind for kind in kinds if _is_open(kind)}
     with ExitStack() as patched:
-        for kind in {type(holder.held) for holder in holders.values()}:
-            if is_users(kind):
-                patched.enter_context(_watched(kind, names))
+        watched = {kind for kind in kinds if patched.enter_context(_watched(kind, names))}
+        patched.enter_context(_watched_environment(variables))
         yield reads
-    for number, name in names:
-        if number in holders and _has(holders[number].held, name):
-            reads.add(holders[number], name)
-    for holder in holders.values():
-        if isinstance(holder.held, _FLAGGED):
-            reads.add(holder, "training")
-        elif isinstance(holder.held, CellType):
-            reads.add(holder, "")
-        elif isinstance(holder.held, Globals | type):
-            for name, value in holder.entries.items():
-                if not isinstance(value, _CODE):
-                    reads.add(holder, name)
+    for number, name in _all_attributes(holders, kinds - watched):
+        names[number, name] = None
+    reads.take([*_of_holders(holders, names), *_of_process(variables)])
+
+
+def _is_open(kind: type) -> bool:
+    """Whether attributes of objects may change: of users, of Python, and of torch's layers."""
+    package = str(kind.__module__).split(".")[0]
+    is_layer = package == "torch" and issubclass(kind, nn.Module)
+    is_other = package in sys.stdlib_module_names and not issubclass(kind, type)
+    return is_layer or is_other or is_users(kind)
 
 
 @contextmanager
-def _watched(kind: type, names: dict[tuple[int, str], None]) -> Generator[None]:
-    """Note the names of all attributes that are read of objects of a class."""
+def _watched(kind: type, names: _Names) -> Generator[bool]:
+    """Note the names of all attributes that this thread reads of objects of a class.
+
+    The context is False for a class that cannot be changed, such as those written in C.
+    """
     original: Any = kind.__getattribute__
+    thread = threading.get_ident()
 
     def read(self: Any, name: str) -> Any:
-        names[id(self), name] = None
+        if threading.get_ident() == thread and not (name == "__dict__" and _is_called_by_torch()):
+            names[id(self), name] = None
         return original(self, name)
 
     own = vars(kind).get("__getattribute__")
-    with suppress(TypeError, AttributeError):  # a class that cannot be changed
-        type.__setattr__(kind, "__getattribute__", read)
     try:
-        yield
+        type.__setattr__(kind, "__getattribute__", read)
+    except (TypeError, AttributeError):
+        yield False
+        return
+    try:
+        yield True
     finally:
         with suppress(TypeError, AttributeError):
             if own is None:
@@ -101,57 +108,82 @@ def _watched(kind: type, names: dict[tuple[int, str], None]) -> Generator[None]:
                 type.__setattr__(kind, "__getattribute__", own)
 
 
-_CONTAINERS = (list, tuple, deque, dict, set, frozenset, np.ndarray)
+def _is_called_by_torch() -> bool:
+    """Whether torch reads the dict of a module, as it does to find each parameter."""
+    caller = sys._getframe(2).f_globals.get("__name__", "")  # pyright: ignore[reportPrivateUsage]
+    return str(caller).startswith("torch.")
 
 
-class _Identity:
-    """Equal to itself alone."""
+@contextmanager
+def _watched_environment(variables: dict[str, None]) -> Generator[None]:
+    """Note the names of all environment variables that are read."""
+    kind: Any = type(os.environ)
+    original: Any = kind.__getitem__
 
-    def __init__(self, held: Any) -> None:
-        self.held = held
+    def read(self: Any, name: str) -> str:
+        variables[name] = None
+        return original(self, name)
 
-    def __eq__(self, other: object) -> bool:
-        return isinstance(other, _Identity) and other.held is self.held
-
-    __hash__ = object.__hash__
-
-
-def _has(held: Any, name: str) -> bool:
-    return name in attributes_of(held) or _is_module_of(held, name)
-
-
-def _is_module_of(held: Any, name: str) -> bool:
-    """Whether an attribute of a module is a module, which it does not hold in its dict."""
-    return isinstance(held, nn.Module) and isinstance(getattr(held, name, None), nn.Module)
-
-
-def _value(held: Any, name: Any) -> Any:
-    """The present value of an entry of a holder."""
-    if isinstance(held, CellType):
-        try:
-            return held.cell_contents
-        except ValueError:
-            return None
-    if isinstance(held, Globals):
-        return held.variables.get(name)
-    if isinstance(held, type):
-        return vars(held).get(name)
+    kind.__getitem__ = read
     try:
-        return object.__getattribute__(held, name)
-    except AttributeError:
-        return getattr(held, name, None)  # a module within a module
+        yield
+    finally:
+        kind.__getitem__ = original
 
 
-def _content(value: Any) -> Any:
-    """What must stay equal of a value: the elements of containers, and the identity of objects."""
-    if value is None or isinstance(value, bool | int | float | str | bytes):
-        return (type(value), value)
-    if isinstance(value, np.ndarray) and value.size <= _MOST and value.dtype != object:
-        return (value.shape, value.dtype, value.tobytes())
-    if isinstance(value, _CONTAINERS) and len(value) <= _MOST and not isinstance(value, np.ndarray):
-        if isinstance(value, dict):
-            return (dict, {key: _content(one) for key, one in value.items()})
-        if isinstance(value, set | frozenset):
-            return (set, frozenset(value))
-        return (type(value), [_content(one) for one in value])
-    return _Identity(value)
+def _all_attributes(holders: list[Holder], kinds: set[type]) -> Iterator[tuple[int, str]]:
+    """All attributes of the objects of some classes, with the identities of the objects."""
+    for held in (holder.held for holder in holders if type(holder.held) in kinds):
+        yield from ((id(held), name) for name in attributes_of(held))
+
+
+def _of_holders(holders: list[Holder], names: _Names) -> Iterator[Snapshot]:
+    """What was read of objects, and what functions name without reading attributes."""
+    read: dict[int, list[str]] = {}
+    for number, name in names:
+        read.setdefault(number, []).append(name)
+    variables: dict[int, tuple[Holder, set[Hashable]]] = {}
+    for holder in holders:
+        held = holder.held
+        if isinstance(held, CellType):
+            yield Snapshot(held, ["cell_contents"] if holder.entries else [], holder.name_of)
+        elif isinstance(held, functools.partial):
+            yield Snapshot(held, ["func", "args", "keywords"], holder.name_of)
+        elif isinstance(held, Globals):
+            variables.setdefault(id(held.variables), (holder, set()))[1].update(holder.entries)
+        elif isinstance(held, type):
+            code = {name for name, one in vars(held).items() if isinstance(one, FunctionType)}
+            yield Snapshot(vars(held), code | {*holder.entries}, holder.name_of, is_whole=True)
+        elif isinstance(held, FunctionType):
+            yield Snapshot(vars(held), holder.entries, holder.name_of)
+            if held.__defaults__ or held.__kwdefaults__:
+                yield Snapshot(held, ["__defaults__", "__kwdefaults__"], holder.name_of)
+        if id(held) in read:
+            yield from _of_object(holder, read[id(held)])
+    for holder, entries in variables.values():
+        yield Snapshot(holder.held.variables, entries, str)
+
+
+def _of_object(holder: Holder, names: list[str]) -> Iterator[Snapshot]:
+    """What was read of an object, or was asked for in vain and would now be found."""
+    held, left = holder.held, {*names} - _REPLACED_BY_TORCH
+    own, slots = dict_of(held) or {}, {*slots_of(held)}
+    kinds = [own.get(name) for name in _OF_MODULES] if isinstance(held, nn.Module) else []
+    for entries in [entries for entries in kinds if entries]:
+        yield Snapshot(entries, left & entries.keys(), holder.name_of)
+        left -= entries.keys()
+    yield Snapshot(held, [name for name in left & slots if hasattr(held, name)], holder.name_of)
+    is_whole, left = "__dict__" in left, left - slots
+    present = {*own} if is_whole else left & own.keys()
+    absent = {name for name in left - present if not name.startswith("__")}
+    yield Snapshot(own, present, holder.name_of, absent=absent, is_whole=is_whole)
+
+
+def _of_process(variables: dict[str, None]) -> Iterator[Snapshot]:
+    """Environment variables that were read, and the hooks of all modules."""
+    values = vars(os.environ)["_data"]
+    names = [os.environ.encodekey(name) for name in variables]
+    present = [name for name in names if name in values]
+    absent = {*names} - {*present}
+    yield Snapshot(values, present, lambda name: f"os.environ[{name!r}]", absent=absent)
+    yield Snapshot(vars(nn.modules.module), _NAMES_OF_ALL_HOOKS, str)

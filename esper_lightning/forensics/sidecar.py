@@ -267,13 +267,15 @@ def _evidence(files: RankLayout, started_s: float) -> dict[str, Evidence]:
             rows, last = rows + piece.count(b"\n"), piece[-1:]
     torn = "" if last == b"\n" else "; the last line is torn"
     lost = "a window that was open died with the process; closed windows stay"
+    states = [path for path in files.states if path.exists() and path.stat().st_mtime >= started_s]
+    kept = f"; ckpt_path='last' resumes from {states[0].name}" if states else ""
     return {
         "history": entry(files.history, f"{rows} rows{torn}", "no iteration was finished"),
         "trace": Evidence(state="absent", detail=lost),
         "checkpoint": entry(
             files.crash_checkpoint,
             "from earlier in the run",
-            "the process had no time to write one",
+            f"the process had no time to write one{kept}",
         ),
         "stacks": entry(files.stacks, "of all threads", "the process had no time to write them"),
     }

@@ -53,6 +53,7 @@ __all__ = ["PPO"]
 _log = logging.getLogger(__name__)
 
 
+@no_hook_ends_data
 class PPO(CheckpointHooks):
     """Proximal policy optimisation over batched environments (Schulman et al. 2017).
 
@@ -301,7 +302,6 @@ class PPO(CheckpointHooks):
         """Prepare Lightning and the trackers of a run, before a checkpoint is restored."""
         self._guard_loggers()
         trainer_rules.silence_lightning()
-        no_hook_ends_data(self.trainer)
         if stage == "fit":
             begin_tracking(self.trainer)
             self._ranks = Ranks(self.trainer.world_size)

@@ -1,8 +1,10 @@
 """Private attributes of Lightning and TensorBoard are used in one file each, and they exist."""
 
 import ast
+import copy
 import importlib
 import inspect
+import pickle
 import re
 import textwrap
 from pathlib import Path
@@ -10,6 +12,8 @@ from pathlib import Path
 import lightning
 import pytest
 from lightning.pytorch import Callback
+from lightning.pytorch.demos.boring_classes import BoringModel
+from lightning.pytorch.utilities.combined_loader import CombinedLoader
 from tensorboard.summary.writer import event_file_writer, record_writer
 
 import esper_lightning
@@ -185,6 +189,61 @@ class TestCodeThatRaisesStopIteration:
         model = kind(CartPole(num_envs=4), MLP(hidden_sizes=(4,)), SMALL)
         with pytest.raises(RuntimeError, match="stops raised StopIteration"):
             make_trainer(limit_val_batches=1.0).validate(model)
+
+    def test_in_a_prediction_it_is_an_error(self, make_trainer):
+        members = {"predict_step": stops, "predict_dataloader": lambda self: [0, 1]}
+        model = type("Mine", (PPO,), members)(CartPole(num_envs=4), MLP(hidden_sizes=(4,)), SMALL)
+        with pytest.raises(RuntimeError, match="stops raised StopIteration"):
+            make_trainer().predict(model)
+
+    @pytest.mark.parametrize("hook", ["on_train_epoch_start", "on_train_batch_end"])
+    def test_in_data_of_a_users_own_it_is_an_error(self, hook):
+        """Which are Lightning's loaders, too."""
+        demonstrations = iter(CombinedLoader([[1]], "min_size"))
+        callback = type("Mine", (Callback,), {hook: lambda *_: next(demonstrations)})()
+        with pytest.raises(
+            RuntimeError, match=r"(<lambda>|Imitates.training_step) raised StopIteration"
+        ):
+            fit(CartPole(num_envs=4), callback, iterations=6, evaluates=False)
+
+    def test_in_data_of_a_step_it_is_an_error(self, make_trainer):
+        class Imitates(PPO):
+            def training_step(self, batch, batch_idx):
+                next(demonstrations)
+                return super().training_step(batch, batch_idx)
+
+        demonstrations = iter(CombinedLoader([[1]], "min_size"))
+        model = Imitates(CartPole(num_envs=4), MLP(hidden_sizes=(4,)), SMALL)
+        with pytest.raises(
+            RuntimeError, match=r"(<lambda>|Imitates.training_step) raised StopIteration"
+        ):
+            make_trainer(max_steps=4).fit(model)
+
+    def test_data_may_end(self, make_trainer):
+        class Short:
+            def __len__(self):
+                return 5
+
+            def __iter__(self):
+                return iter((0, 1))
+
+        kind = type("Mine", (PPO,), {"train_dataloader": lambda self: Short()})
+        model = kind(CartPole(num_envs=4), MLP(hidden_sizes=(4,)), SMALL)
+        trainer = make_trainer(max_steps=4)
+        trainer.fit(model)
+        assert (model.iteration, trainer.current_epoch) == (4, 2)
+
+    def test_modules_of_others_are_left_alone(self, make_trainer):
+        callback = type("Mine", (Callback,), {"on_train_epoch_end": stops})()
+        trainer = make_trainer(max_epochs=2, callbacks=[callback])
+        trainer.fit(BoringModel())  # Lightning ends the run there
+        assert trainer.state.finished
+
+    def test_a_trainer_can_be_copied_after_a_run(self):
+        _, trainer = fit(CartPole(num_envs=4), evaluates=False)
+        copied = copy.deepcopy(trainer)
+        assert copied.fit_loop.advance.__self__ is copied.fit_loop
+        assert pickle.loads(pickle.dumps(trainer)).global_step == 4
 
     def test_a_module_may_skip_the_rest_of_an_epoch(self, make_trainer):
         class Skips(PPO):

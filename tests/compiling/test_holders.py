@@ -170,3 +170,9 @@ def test_the_global_random_streams_are_refused_and_restored(
     with pytest.raises(ImpureError, match="random numbers of Python or NumPy"):
         results_of_pure(lambda x: x * (3.0 if stream() < 0.0 else 2.0), torch.ones(2))
     assert states() == before
+
+
+def test_too_many_objects_to_watch_are_refused() -> None:
+    agents = [{} for _ in range(20_000)]
+    with pytest.raises(ImpureError, match="more than 20000 objects to watch, such as in agents"):
+        results_of_pure(lambda x: x * len(agents), torch.ones(2))

@@ -1,5 +1,13 @@
 """Native code is given up once something has changed that it took for a constant."""
 
+import argparse
+import array
+import functools
+import os
+import sys
+import threading
+from collections import ChainMap, UserDict, deque
+from types import MappingProxyType, ModuleType, SimpleNamespace
 from typing import Any
 
 import numpy as np
@@ -18,6 +26,10 @@ from esper_lightning.compiling.reads import recorded
 
 CPU = torch.device("cpu")
 LEVEL, LEVELS = 1.0, [1.0]
+
+
+settings = ModuleType("settings_of_a_user")
+exec("GAIN = 1.0\nclass Sizes: gain = 1.0\ndef step(x): return x * GAIN", vars(settings))
 
 
 class Outer(nn.Module):
@@ -86,6 +98,169 @@ def test_what_a_function_reads_is_noticed_when_it_changes(task: Task, name: str)
     assert "__getattribute__" not in vars(Task)
 
 
+class Layers(nn.Module):
+    """A user's module with what modules hold."""
+
+    level = 1.0
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.register_buffer("wind", torch.ones(()))
+        self.weight = nn.Parameter(torch.ones(()))
+        self.linear, self.norm = nn.Linear(2, 2), nn.LayerNorm(2)
+        self.slope, self.row = nn.LeakyReLU(0.1), nn.Sequential(nn.Linear(2, 2), nn.Tanh())
+        self.parts = nn.ParameterList([nn.Parameter(torch.ones(()))])
+        self.named = nn.ParameterDict({"a": torch.ones(())})
+
+    def forward(self, x: Tensor) -> Tensor:
+        return x * 2.0
+
+
+class Sub(Task):
+    """A user's object with an attribute of each kind."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.layers, self.space = Layers(), SimpleNamespace(gain=1.0)
+        self.parsed, self.chain = argparse.Namespace(gain=1.0), ChainMap({"gain": 1.0})
+        self.user_dict, self.numbers = UserDict(gain=1.0), array.array("d", [1.0])
+        self.many, self.large = [1.0] * 2000, np.ones(3000)
+        self.part = functools.partial(scaled, gain=1.0)
+        self.behind, self.queue = {"gain": 1.0}, deque([1.0])
+        self.view = MappingProxyType(self.behind)
+
+    def __getattr__(self, name: str) -> Any:
+        if name == "hidden":
+            return self.__dict__["scale"]
+        raise AttributeError(name)
+
+
+def scaled(x: Tensor, gain: float = 1.0) -> Tensor:
+    return x * gain * vars(scaled).get("more", 1.0)
+
+
+def imported_within(x: Tensor) -> Tensor:
+    import settings_of_a_user  # noqa: PLC0415  # pyright: ignore[reportMissingImports]
+
+    return x * settings_of_a_user.GAIN
+
+
+scaled.more = 1.0  # pyright: ignore[reportFunctionMemberAccess]
+AGAIN = {"weight": torch.ones(2, 2), "bias": torch.ones(2)}
+TWO = nn.Parameter(torch.full((), 2.0))
+CHANGES: dict[str, tuple[Any, Any]] = {
+    "module": (lambda t, x: x * settings.GAIN, lambda t: setattr(settings, "GAIN", 2.0)),
+    "class of a module": (
+        lambda t, x: x * settings.Sizes.gain,
+        lambda t: setattr(settings.Sizes, "gain", 2.0),
+    ),
+    "function of a module": (
+        lambda t, x: settings.step(x),
+        lambda t: setattr(settings, "GAIN", 2.0),
+    ),
+    "import": (lambda t, x: imported_within(x), lambda t: setattr(settings, "GAIN", 2.0)),
+    "buffer": (lambda t, x: x * t.layers.wind, lambda t: setattr(t.layers, "wind", TWO.data)),
+    "parameter": (lambda t, x: x * t.layers.weight, lambda t: setattr(t.layers, "weight", TWO)),
+    "assigned": (
+        lambda t, x: t.layers.linear(x),
+        lambda t: t.layers.linear.load_state_dict(AGAIN, assign=True),
+    ),
+    "sequence": (
+        lambda t, x: t.layers.row(x),
+        lambda t: t.layers.row.__setitem__(1, nn.ReLU()),
+    ),
+    "list of parameters": (
+        lambda t, x: x * t.layers.parts[0],
+        lambda t: t.layers.parts.__setitem__(0, TWO),
+    ),
+    "dict of parameters": (
+        lambda t, x: x * t.layers.named["a"],
+        lambda t: t.layers.named.__setitem__("a", TWO),
+    ),
+    "eps": (lambda t, x: t.layers.norm(x), lambda t: setattr(t.layers.norm, "eps", 1.0)),
+    "slope": (
+        lambda t, x: t.layers.slope(-x),
+        lambda t: setattr(t.layers.slope, "negative_slope", 0.5),
+    ),
+    "hook": (
+        lambda t, x: t.layers.linear(x),
+        lambda t: t.layers.linear.register_forward_hook(lambda m, i, o: o * 2.0),
+    ),
+    "method": (lambda t, x: t.layers(x), lambda t: setattr(Layers, "forward", lambda s, x: x)),
+    "own method": (lambda t, x: t.by_list(x), lambda t: setattr(t, "by_list", lambda x: x * 2.0)),
+    "hidden class attribute": (
+        lambda t, x: x * t.layers.level,
+        lambda t: setattr(t.layers, "level", 2.0),
+    ),
+    "attribute of a subclass": (
+        lambda t, x: x * t.level,
+        lambda t: setattr(Sub, "level", 2.0),
+    ),
+    "namespace": (lambda t, x: x * t.space.gain, lambda t: setattr(t.space, "gain", 2.0)),
+    "arguments": (lambda t, x: x * t.parsed.gain, lambda t: setattr(t.parsed, "gain", 2.0)),
+    "chain": (lambda t, x: x * t.chain["gain"], lambda t: t.chain.update(gain=2.0)),
+    "user dict": (lambda t, x: x * t.user_dict["gain"], lambda t: t.user_dict.update(gain=2.0)),
+    "view": (lambda t, x: x * t.view["gain"], lambda t: t.behind.update(gain=2.0)),
+    "deque": (lambda t, x: x * t.queue[0], lambda t: t.queue.appendleft(2.0)),
+    "numbers": (lambda t, x: x * t.numbers[0], lambda t: t.numbers.__setitem__(0, 2.0)),
+    "long list": (lambda t, x: x * t.many[1500], lambda t: t.many.__setitem__(1500, 2.0)),
+    "large array": (lambda t, x: x * float(t.large[9]), lambda t: t.large.__setitem__(9, 2.0)),
+    "partial": (lambda t, x: t.part(x), lambda t: t.part.keywords.update(gain=2.0)),
+    "default": (lambda t, x: scaled(x), lambda t: setattr(scaled, "__defaults__", (2.0,))),
+    "attribute of a function": (lambda t, x: scaled(x), lambda t: setattr(scaled, "more", 2.0)),
+    "dict of attributes": (lambda t, x: x * vars(t)["scale"], lambda t: setattr(t, "scale", 2.0)),
+    "own getattr": (lambda t, x: x * t.hidden, lambda t: setattr(t, "scale", 2.0)),
+    "in vain": (lambda t, x: x * getattr(t, "new", 1.0), lambda t: setattr(t, "new", 2.0)),
+    "environment": (
+        lambda t, x: x * float(os.environ.get("GAIN_OF_A_USER", "1")),
+        lambda t: os.environ.__setitem__("GAIN_OF_A_USER", "2"),
+    ),
+}
+
+
+@pytest.mark.parametrize("name", CHANGES)
+def test_every_kind_of_thing_that_a_function_reads_is_watched(
+    name: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """So that no kind of change leaves an old value in native code, and nothing else is noticed."""
+    monkeypatch.setattr(settings, "GAIN", 1.0)
+    monkeypatch.setattr(settings.Sizes, "gain", 1.0)
+    monkeypatch.setattr(Layers, "forward", Layers.forward)
+    monkeypatch.setattr(Sub, "level", 1.0)
+    monkeypatch.delattr(Sub, "level")
+    monkeypatch.setattr(scaled, "__defaults__", (1.0,))
+    monkeypatch.setattr(scaled, "more", 1.0)
+    monkeypatch.setenv("GAIN_OF_A_USER", "1")
+    monkeypatch.setitem(sys.modules, "settings_of_a_user", settings)
+    task, x, (read, change) = Sub(), torch.tensor([1.0, 2.0]), CHANGES[name]
+    function = lambda x: read(task, x)  # noqa: E731
+    with recorded(function) as reads:
+        before = torch.cat(results_of_pure(function, x))
+    task.layers.unread = 5
+    assert reads.changed() is None
+    with torch.no_grad():
+        change(task)
+        assert not torch.equal(function(x), before)
+    assert reads.changed() is not None
+
+
+def test_equal_values_are_no_change_and_other_threads_read_for_themselves() -> None:
+    task = Sub()
+
+    def step(x: Tensor) -> Tensor:
+        reader = threading.Thread(target=lambda: task.calls)
+        reader.start()
+        reader.join()
+        return x * task.scale * task.table["a"][0] * task.many[0]
+
+    with recorded(step) as reads:
+        step(torch.ones(2))
+    task.calls, task.scale, task.table["a"] = 7, float("1.0"), [1.0]
+    assert reads.changed() is None
+    task.table["a"][0] = 2.0  # of the new list
+    assert reads.changed() == "Sub.table"
+
+
 def test_another_module_and_another_mode_are_noticed(task: Task) -> None:
     def through_module(x: Tensor) -> Tensor:
         return task.outer.inner(x)
@@ -145,3 +320,25 @@ def test_a_loop_follows_what_its_steps_and_its_chunks_read(task: Task) -> None:
             task.scale = scale
             total, _ = loop(torch.zeros(()), torch.ones(1), index, samples, None)
             assert total == (4.0 + scale if of_step else 4.0 * scale + 1.0)
+
+
+@pytest.mark.usefixtures("native_code")
+@pytest.mark.parametrize("change", ["double", "smaller", "resize_"])
+def test_a_held_tensor_of_another_kind_is_never_read_as_it_was(
+    task: Task, change: str, caplog: pytest.LogCaptureFixture
+) -> None:
+    """It would be read beyond its end, or as numbers of another type."""
+    log_reasons_again()
+    task.tensor = torch.arange(1000.0)
+    function = compile_function(
+        "function", lambda x: (x * task.tensor.sum()).float(), mode="auto", device=CPU
+    )
+    assert function(torch.ones(1)).item() == 499500.0
+    if change == "resize_":
+        task.tensor.resize_(3)
+    else:
+        task.tensor.data = torch.ones(3) if change == "smaller" else task.tensor.double() + 1.0
+    expected = {"double": 500500.0, "smaller": 3.0, "resize_": 3.0}[change]
+    for _ in range(2):
+        assert function(torch.ones(1)).item() == expected
+    assert len([one for one in caplog.messages if "a tensor that changed: " in one]) == 1

@@ -49,6 +49,13 @@ def test_a_process_that_vanished_gets_a_report_from_its_ring(files):
     ring.close()
 
 
+def test_a_state_from_which_the_run_can_go_on_is_named(files):
+    files.states[1].write_bytes(b"a state")
+    assert complete_report(files)
+    detail = read_report(files.crash)["evidence"]["checkpoint"]["detail"]
+    assert detail.endswith("; ckpt_path='last' resumes from state.1.ckpt")
+
+
 def test_hidden_files_of_others_stay_where_they_are(files):
     files.trace.mkdir()
     names = (

@@ -1,19 +1,22 @@
 """Compiling C++ to a shared library, and the cache of libraries on disk.
 
 A library's name is a hash of everything that its content depends on: source, compiler, flags and
-kind of processor. Files appear whole (they are renamed), are readable by their owner only, and the
-oldest are deleted when there are too many.
+kind of processor. Files appear whole (they are renamed) and are readable by their owner only. Each
+ends with a digest of its content, which is compared before the file is loaded. The oldest are
+deleted when there are too many.
 """
 
 import ctypes
 import functools
 import hashlib
+import logging
 import os
 import platform
 import shlex
 import shutil
 import subprocess
 import tempfile
+import time
 from contextlib import suppress
 from pathlib import Path
 
@@ -21,6 +24,7 @@ from esper_lightning.compiling.native.values import UnsupportedError
 
 __all__ = ["build_library", "cache_directory", "find_compiler"]
 
+_log = logging.getLogger(__name__)
 _HEADERS = [Path(__file__).with_name(name) for name in ("kernels.hpp", "convolutions.hpp")]
 _FLAGS = (
     *("-O3", "-std=c++17", "-shared", "-fPIC", "-pthread", "-fopenmp-simd", "-fwrapv", "-w"),
@@ -28,7 +32,11 @@ _FLAGS = (
 )
 _LOOSE = {"-ffast-math", "-Ofast", "-ffinite-math-only", "-funsafe-math-optimizations"}
 _MOST_BYTES = 256 * 2**20  # of all libraries in the cache
+_LARGE = 150_000  # characters of a source for which -O3 takes too long, up to 30 s and more
+_SLOW_S = 20.0  # seconds after which a line says that a compiler takes long
 _COMPILE_S = 300.0  # seconds after which a compiler is given up
+_ABANDONED_S = 3600.0  # age of a build folder whose process must be dead
+_DIGEST_BYTES = hashlib.sha256().digest_size
 _INSTALL = "install g++ or clang, or set CXX"
 
 
@@ -117,7 +125,7 @@ def build_library(source: str) -> ctypes.CDLL:
     own = _words_of("CXXFLAGS")
     if loose := _LOOSE & {*own}:
         raise UnsupportedError(f"CXXFLAGS has {min(loose)}, with which NaN is not noticed")
-    flags = [*_FLAGS, _architecture_flag(), *own]
+    flags = [*_FLAGS, *(["-O1"] if len(source) > _LARGE else []), _architecture_flag(), *own]
     if "Free Software Foundation" in identity:
         # Else a sum may be rounded twice in one loop and once in another, as the tuning for some
         # processors has it: the rows of a product would differ with the division among threads.
@@ -126,15 +134,32 @@ def build_library(source: str) -> ctypes.CDLL:
     key = "\n".join([identity, *flags, text])
     folder = cache_directory()
     path = folder / f"{hashlib.sha256(key.encode()).hexdigest()[:32]}.so"
-    if path.exists():
-        with suppress(OSError):  # a damaged file is compiled again
+    if _is_whole(path):
+        with suppress(OSError):  # a file that needs libraries of another system is compiled again
             os.utime(path)
             return ctypes.CDLL(str(path))
     _compile(command, flags, text, path)
     try:
         return ctypes.CDLL(str(path))
     except OSError as error:
-        raise UnsupportedError(f"compiled code cannot be loaded: {error}") from error
+        why = str(error).replace(f"{path}: ", "")  # each reason is logged once
+        raise UnsupportedError(f"compiled code cannot be loaded: {why}") from error
+
+
+def _is_whole(path: Path) -> bool:
+    """Whether a file ends with the digest of what comes before.
+
+    A library that is cut or changed could end the process when it is loaded, or compute wrongly.
+    """
+    try:
+        content = path.read_bytes()
+    except OSError:
+        return False
+    return _digest(content[:-_DIGEST_BYTES]) == content[-_DIGEST_BYTES:]
+
+
+def _digest(content: bytes) -> bytes:
+    return hashlib.sha256(content).digest()
 
 
 def _architecture_flag() -> str:
@@ -147,14 +172,7 @@ def _compile(command: list[str], flags: list[str], text: str, path: Path) -> Non
         with tempfile.TemporaryDirectory(dir=path.parent, prefix="build-") as build:
             source, made = Path(build) / "code.cpp", Path(build) / "code.so"
             source.write_text(text)
-            done = subprocess.run(
-                [*command, *flags, str(source), "-o", str(made)],
-                capture_output=True,
-                text=True,
-                errors="replace",
-                timeout=_COMPILE_S,
-                check=False,
-            )
+            done = _run([*command, *flags, str(source), "-o", str(made)])
             if done.returncode:
                 lines = (done.stderr or done.stdout).strip().splitlines() or ["no message"]
                 errors = [line for line in lines if "error" in line] or lines
@@ -162,14 +180,55 @@ def _compile(command: list[str], flags: list[str], text: str, path: Path) -> Non
                 raise UnsupportedError(f"{command[0]} failed: {said[:200]}")
             if not made.exists():
                 raise UnsupportedError(f"{command[0]} made no library ({_INSTALL})")
-            made.chmod(0o700)
-            made.replace(path)
+            _finish(made, path)
     except subprocess.TimeoutExpired as error:
         raise UnsupportedError(f"{command[0]} took more than {_COMPILE_S:.0f} s") from error
     except OSError as error:
         why = error.strerror or error  # without the temporary path
         raise UnsupportedError(f"code cannot be compiled in {path.parent}: {why}") from error
+    _delete_abandoned(path.parent)
     _delete_oldest(path.parent, keep=path)
+
+
+def _run(words: list[str]) -> subprocess.CompletedProcess[str]:
+    """Run a compiler to its end, with a line in the log where that takes long."""
+    pipe = subprocess.PIPE
+    with subprocess.Popen(words, stdout=pipe, stderr=pipe, text=True, errors="replace") as process:
+        try:
+            try:
+                out, err = process.communicate(timeout=_SLOW_S)
+            except subprocess.TimeoutExpired:
+                line = "%s has compiled a part of the training for %.0f s; the result is cached."
+                _log.warning(line, words[0], _SLOW_S)
+                out, err = process.communicate(timeout=_COMPILE_S - _SLOW_S)
+        except BaseException:
+            process.kill()
+            raise
+    return subprocess.CompletedProcess(words, process.returncode, out, err)
+
+
+def _finish(made: Path, path: Path) -> None:
+    """Append the digest, which loaders ignore, and move a library to its place."""
+    made.chmod(0o700)
+    digest = _digest(made.read_bytes())
+    with made.open("ab") as file:
+        file.write(digest)
+        file.flush()
+        os.fsync(file.fileno())
+    made.replace(path)
+    folder = os.open(path.parent, os.O_RDONLY)
+    try:
+        os.fsync(folder)
+    finally:
+        os.close(folder)
+
+
+def _delete_abandoned(folder: Path) -> None:
+    """Delete the folders of processes that were killed while they compiled."""
+    for path in folder.glob("build-*"):
+        with suppress(OSError):  # another process deleted it
+            if path.stat().st_mtime < time.time() - _ABANDONED_S:
+                shutil.rmtree(path)
 
 
 def _delete_oldest(folder: Path, *, keep: Path) -> None:

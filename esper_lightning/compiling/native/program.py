@@ -8,6 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from esper_lightning.compiling.holders import ImpureError
 from esper_lightning.compiling.native.library import build_library
 from esper_lightning.core.tensor_trees import leaves, rebuild
 
@@ -38,7 +39,8 @@ class Program:
         results: Tree of tensors of the shapes of the results.
         shared_bytes: Size of the memory that all threads share.
         own_bytes: Size of the memory of each thread.
-        captured: Tensors that the traced functions hold; the program reads them in place.
+        captured: Tensors that the traced functions hold; the program reads them in place, as long
+            as their shapes, dtypes and devices stay the same.
     """
 
     def __init__(
@@ -54,7 +56,7 @@ class Program:
         self._run.argtypes = [ctypes.c_void_p, ctypes.c_void_p, ctypes.c_int64, ctypes.c_int]
         self._run.restype = ctypes.c_int
         self._shared_bytes, self._own_bytes = shared_bytes, own_bytes
-        self._captured = list(captured)
+        self._captured = [(tensor, _kind(tensor)) for tensor in captured]
         self._work = torch.empty(0, dtype=torch.uint8)
         self._like = results
         self._sets: list[_Results] = []  # the one to write next comes first
@@ -71,12 +73,20 @@ class Program:
 
         Raises:
             IndexOutsideError: If an index lay outside of its tensor.
+            ImpureError: If a captured tensor has another shape, dtype or device than before. The
+                program has not run.
         """
+        captured: list[Tensor] = []
+        for tensor, kind in self._captured:
+            if _kind(tensor) != kind:
+                before, now = _text(kind), _text(_kind(tensor))
+                raise ImpureError(f"a tensor that changed: {before} became {now}")
+            captured.append(tensor)
         threads = torch.get_num_threads()
         size = self._shared_bytes + threads * self._own_bytes + _ALIGNMENT
         if self._work.numel() < size:
             self._work = torch.empty(size, dtype=torch.uint8)
-        flat = [tensor.contiguous() for tensor in (*arguments, *self._captured)]  # until the end
+        flat = [tensor.contiguous() for tensor in (*arguments, *captured)]  # until the end
         pointers = [tensor.data_ptr() for tensor in flat]
         results = self._results_apart_from(pointers)
         array = results.pointers
@@ -94,6 +104,15 @@ class Program:
             results = self._sets[0]
         self._sets = [*self._sets[-1:], results]
         return results
+
+
+def _kind(tensor: Tensor) -> tuple[torch.Size, torch.dtype, torch.device]:
+    return tensor.shape, tensor.dtype, tensor.device
+
+
+def _text(kind: tuple[torch.Size, torch.dtype, torch.device]) -> str:
+    shape, dtype, device = kind
+    return f"{dtype} {list(shape)} on {device}"
 
 
 class _Results:

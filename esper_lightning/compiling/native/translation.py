@@ -23,6 +23,7 @@ from esper_lightning.compiling.native.nests import Kernel
 from esper_lightning.compiling.native.operations import Operation, Result
 from esper_lightning.compiling.native.source import Source, Translation
 from esper_lightning.compiling.native.values import C_TYPES, UnsupportedError, Value
+from esper_lightning.compiling.tracing import MOST_OPERATIONS, count_operations
 
 __all__ = ["OPERATIONS", "translate"]
 
@@ -51,8 +52,12 @@ def translate(
         unchanged: Numbers of the arguments that are the same in all calls of a loop.
 
     Raises:
-        UnsupportedError: If the graph holds what has no translation; the message says what.
+        UnsupportedError: If the graph holds what has no translation, or more than
+            ``MOST_OPERATIONS`` operations; the message says what.
     """
+    count = count_operations(graph)
+    if count > MOST_OPERATIONS:
+        raise UnsupportedError(f"{count} operations, of which at most {MOST_OPERATIONS} compile")
     graph = decompose(graph)
     kernel = Kernel(name, shared=shared)
     values: dict[fx.Node, Any] = {}

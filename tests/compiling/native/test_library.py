@@ -1,7 +1,9 @@
 """Compiled code is cached privately and whole; what cannot be compiled is said in a line."""
 
 import os
+import re
 import stat
+from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
@@ -13,6 +15,7 @@ from esper_lightning.compiling.native.values import UnsupportedError
 from tests import forked
 
 SOURCE = 'extern "C" int answer() { return 42; }'
+CONSTANT = 'extern "C" int answer() { return 0x1234567; }'
 BUILD = (
     "from esper_lightning.compiling.native.library import build_library\n"
     f"assert build_library({SOURCE!r}).answer() == 42"
@@ -60,13 +63,70 @@ def test_other_sources_flags_and_compilers_are_other_libraries(folder, compilati
     assert len(compilations) == len(list(folder.iterdir())) == 4
 
 
-@pytest.mark.parametrize("damage", [b"", b"not a library"])
-def test_a_damaged_library_is_compiled_again(folder, compilations, damage):
-    assert forked.run(["-c", BUILD], env={**os.environ, **forked.QUIET}).returncode == 0
+def is_other(content: bytes) -> bytes:
+    """A library that can be loaded, and computes wrongly."""
+    at = content.index((0x1234567).to_bytes(4, "little"))
+    return content[:at] + b"\0" + content[at + 1 :]
+
+
+DAMAGES: dict[str, Callable[[bytes], bytes]] = {
+    "empty": lambda content: b"",
+    "text": lambda content: b"not a library",
+    "cut": lambda content: content[:8192],  # loading it ends the process
+    "short": lambda content: content[:-4096],
+    "zeros": lambda content: content[:4096] + bytes(4096) + content[8192:],
+    "other": is_other,
+}
+
+
+def test_a_damaged_library_is_compiled_again(folder):
+    build_library(CONSTANT)
     (path,) = folder.iterdir()
-    path.write_bytes(damage)
-    assert build_library(SOURCE).answer() == 42
-    assert len(compilations) == 1
+    whole = path.read_bytes()
+    for name, damage in DAMAGES.items():
+        damaged = folder / name / "esper_lightning" / "native" / path.name
+        damaged.parent.mkdir(parents=True)
+        damaged.write_bytes(damage(whole))
+    program = (
+        "import os, pathlib, sys\n"
+        "from esper_lightning.compiling.native import library\n"
+        "whole = pathlib.Path(sys.argv[1]).read_bytes()\n"
+        "library._compile = lambda *arguments: arguments[3].write_bytes(whole)\n"
+        "for os.environ['XDG_CACHE_HOME'] in sys.argv[2:]:\n"
+        f"    print(library.build_library({CONSTANT!r}).answer())\n"
+    )
+    done = forked.run(["-c", program, str(path), *(str(folder / name) for name in DAMAGES)])
+    assert done.returncode == 0, done.stderr
+    assert done.stdout.split() == [str(0x1234567)] * len(DAMAGES)
+
+
+def test_a_library_is_on_the_disk_before_its_name_is(folder, monkeypatch):
+    """Else a power failure could leave the name of a file without content."""
+    events: list[str] = []
+    fsync, replace = os.fsync, Path.replace
+
+    def record_fsync(descriptor: int) -> None:
+        events.append("folder" if stat.S_ISDIR(os.fstat(descriptor).st_mode) else "file")
+        fsync(descriptor)
+
+    def record_replace(path: Path, target: Path) -> Path:
+        events.append("rename")
+        return replace(path, target)
+
+    monkeypatch.setattr(os, "fsync", record_fsync)
+    monkeypatch.setattr(Path, "replace", record_replace)
+    build_library(SOURCE)
+    assert events == ["file", "rename", "folder"]
+
+
+def test_what_a_killed_process_left_is_deleted(folder):
+    left, living = cache_directory() / "build-left", cache_directory() / "build-living"
+    for build in (left, living):
+        build.mkdir()
+        (build / "code.cpp").touch()
+    os.utime(left, (0, 0))
+    build_library(SOURCE)
+    assert {path.name for path in folder.glob("build-*")} == {"build-living"}
 
 
 def test_processes_and_threads_that_compile_at_once_do_not_disturb_each_other(folder):
@@ -119,14 +179,61 @@ def test_a_program_that_is_no_compiler_is_named(monkeypatch):
     refused("true made no library .*install g\\+\\+ or clang")
 
 
-def test_the_reason_of_a_failure_is_the_same_at_every_call():
-    """Each reason is logged once: it may not hold the path of a temporary folder."""
-    reasons: set[str] = set()
-    for _ in range(2):
-        with pytest.raises(UnsupportedError, match=r"failed: code\.cpp:.*error") as caught:
-            build_library("int x = ;")
-        reasons.add(str(caught.value))
-    assert len(reasons) == 1
+UNUSABLE = """#!/bin/sh
+[ "$1" = --version ] && exit
+for last; do :; done
+echo "no library" > "$last"
+"""
+
+
+def test_the_reason_of_a_failure_is_the_same_at_every_call(tmp_path, monkeypatch):
+    """Each reason is logged once: the name of no file of the cache may be in it."""
+
+    def reasons(*sources: str) -> set[str]:
+        found: set[str] = set()
+        for source in sources:
+            with pytest.raises(UnsupportedError) as caught:
+                build_library(source)
+            found.add(str(caught.value))
+        return found
+
+    (reason,) = reasons("int x = ;", "int x = ;")
+    assert re.search(r"failed: code\.cpp:.*error", reason)
+    compiler = tmp_path / "compiler"
+    compiler.write_text(UNUSABLE)
+    compiler.chmod(0o700)
+    monkeypatch.setenv("CXX", str(compiler))
+    (reason,) = reasons("int a;", "int b;")
+    assert reason.startswith("compiled code cannot be loaded: ")
+
+
+SLEEPS = """#!/bin/sh
+[ "$1" = --version ] && exit
+exec sleep 20
+"""
+
+
+def test_a_compiler_that_takes_long_is_named_while_it_runs(tmp_path, monkeypatch, caplog):
+    compiler = tmp_path / "compiler"
+    compiler.write_text(SLEEPS)
+    compiler.chmod(0o700)
+    monkeypatch.setenv("CXX", str(compiler))
+    monkeypatch.setattr(library, "_SLOW_S", 0.05)
+    monkeypatch.setattr(library, "_COMPILE_S", 0.1)
+    refused("compiler took more than 0 s")
+    (record,) = caplog.records
+    assert "compiler has compiled a part of the training for" in record.getMessage()
+
+
+def test_large_sources_are_compiled_with_fewer_optimizations(monkeypatch):
+    """With -O3, ten times as long or longer."""
+    flags: list[list[str]] = []
+    monkeypatch.setattr(library, "_compile", lambda _, given, *rest: flags.append(given))
+    for source in (SOURCE, SOURCE.ljust(200_000)):
+        with pytest.raises(UnsupportedError, match="cannot be loaded"):
+            build_library(source)
+    small, large = ([flag for flag in one if flag.startswith("-O")][-1] for one in flags)
+    assert (small, large) == ("-O3", "-O1")
 
 
 def test_a_cache_that_others_may_write_to_is_not_used(folder):

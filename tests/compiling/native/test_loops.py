@@ -7,6 +7,7 @@ import torch
 from torch import Tensor
 
 from esper_lightning.compiling.loops import compile_loop
+from esper_lightning.compiling.native import translation
 from esper_lightning.compiling.native.loops import (
     NativeFunction,
     NativeLoop,
@@ -365,6 +366,8 @@ def test_rows_that_will_depend_on_each_other_are_refused_before_they_do() -> Non
         lambda rows, _: rows * (1e6 / rows.norm()).clamp(max=1.0),
         lambda rows, _: rows + (rows > 1e6).any(),
         lambda rows, _: rows * 2.0 if len(rows) < 100 else rows + rows,
+        lambda rows, _: rows * 2.0 if len(rows) > 200 else rows,
+        lambda rows, _: torch.cat([rows[:32] * 2.0, rows[32:]]),
     ):
         with pytest.raises(UnsupportedError, match="rows that depend on each other \\("):
             NativeMap(function)(x, None)
@@ -385,6 +388,14 @@ def test_rows_that_depend_on_each_other_are_refused() -> None:
         with pytest.raises(UnsupportedError, match="rows that depend on each other"):
             NativeMap(function)(with_nan, None)
     torch.testing.assert_close(NativeMap(lambda rows, _: rows.tanh())(x, None), x.tanh())
+
+
+def test_a_function_of_too_many_operations_is_refused(monkeypatch) -> None:
+    monkeypatch.setattr(translation, "MOST_OPERATIONS", 3)
+    x = torch.ones(2)
+    NativeFunction(lambda x: x.sin().cos().exp())(x)
+    with pytest.raises(UnsupportedError, match="4 operations, of which at most 3 compile"):
+        NativeFunction(lambda x: x.sin().cos().exp().tanh())(x)
 
 
 def test_an_older_result_may_be_the_argument_of_a_call_that_would_overwrite_it() -> None:

@@ -347,7 +347,7 @@ MOVED: dict[str, Any] = {
     "scatter add": lambda v: v.s.scatter_add(-1, v.n[..., :1], v.u[..., :1]),
     "index of both axes": lambda v: v.f[v.p, v.q],
     "index of rows and columns": lambda v: v.f[v.p[:, None], v.q[:2] - 4],
-    "index of axes apart": lambda v: v.f[None][torch.zeros_like(v.p), :, v.q],
+    "index of axes apart": lambda v: v.f[None, :, None][:, v.p, :, v.q],
     "index put": lambda v: put(v.f, (torch.arange(4), v.q), v.f[0, :4]),
     "index put one": lambda v: put(v.x, (v.p[:1],), 3.0),
     "index put of columns": lambda v: put(v.f, (slice(None), v.q[:1]), v.f[:, :1] * 2),

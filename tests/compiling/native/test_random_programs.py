@@ -45,6 +45,19 @@ def _with_first_column(x: Tensor, y: Tensor) -> Tensor:
     return copy
 
 
+def _written_where(x: Tensor, y: Tensor) -> Tensor:
+    copy = x.clone()
+    copy[y[:, 0] > 0] = 0.5
+    copy[copy > 2] = -1.0
+    return copy
+
+
+def _written(x: Tensor) -> Tensor:
+    copy = x.clone()
+    copy[torch.arange(len(x)), x.argmin(-1)] = x[:, 0]
+    return copy
+
+
 def _in_place(x: Tensor, y: Tensor) -> Tensor:
     copy = x.clone()
     view = copy[:, 1:]
@@ -94,6 +107,12 @@ OF_ROWS = [
     _one("bmm", _products),
     _one("argmax", lambda x: functional.one_hot(x.argmax(-1), COLUMNS).float()),
     _one("max index", lambda x: x.gather(-1, x.argmax(-1, keepdim=True)).expand(-1, COLUMNS)),
+    _one("cumsum", lambda x: x.cumsum(-1)),
+    _one("sort", lambda x: x.sort(-1).values),
+    _one("max and min", lambda x: x.max(-1, keepdim=True).values - x.min(-1).values[:, None] + x),
+    _one("triangle", lambda x: (x[:, :, None] * x[:, None, :]).tril().sum(-1)),
+    _one("floors", lambda x: (x.detach() * 4 + 0.25) // 3 + ((x * 4 + 0.25).long() // 3).float()),
+    _two("written where", _written_where),
     _one("take", lambda x: x[:, torch.tensor([5, 0, 0, 3, 2, 1])]),
     _one("long", lambda x: (x * 3).long().float()),
     _one("bool", lambda x: (x > 0.1).float()),
@@ -126,6 +145,9 @@ OF_ROWS = [
 ]
 # Rows of [N, 6] to rows of [N, 6], each from several rows of the arguments.
 OF_ALL = [
+    _one("chosen", lambda x: x + x[torch.arange(len(x)), x.argmax(-1)][:, None]),
+    _one("written", _written),
+    _one("index add", lambda x: x.index_add(0, x.argmax(-1), 0.1 * x)),
     _one("mean of all", lambda x: x - x.mean()),
     _one("mean of rows", lambda x: x - x.mean(0)),
     _one("softmax of rows", lambda x: x.softmax(0)),

@@ -1,0 +1,262 @@
+"""What may change of an object, by its name, key or place: as entries, compared and restored."""
+# pyright: reportUnknownVariableType=false, reportUnknownArgumentType=false
+
+import itertools
+import operator
+import pickle
+import random
+import sys
+from array import array
+from collections import deque
+from collections.abc import Hashable, Iterator
+from pathlib import Path
+from types import CellType, CodeType, FunctionType, ModuleType
+from typing import Any
+
+import numpy as np
+from torch import Tensor, nn
+from torch._subclasses.fake_tensor import FakeTensor
+
+__all__ = [
+    "MOST_BYTES",
+    "Globals",
+    "attributes_of",
+    "can_grow",
+    "dict_of",
+    "differences",
+    "entries_of",
+    "has_attributes",
+    "holds_no_numbers",
+    "is_users",
+    "names_of",
+    "restore",
+    "slots_of",
+]
+
+MOST_BYTES = 2**20  # of an array that is watched
+_NOT_WATCHED = ("torch", "logging", "threading", "multiprocessing", "concurrent", "asyncio")
+_NOT_OF_USERS = {
+    *sys.stdlib_module_names,
+    *(
+        "esper_lightning",
+        "lightning",
+        "torch",
+        "torchmetrics",
+        "numpy",
+        "scipy",
+        "jax",
+        "gymnasium",
+    ),
+}
+_NOTHING = object()
+
+
+class Globals:
+    """Global variables of a module that a function of a user may read.
+
+    Args:
+        variables: All variables of the module.
+        names: Names that the function has; ``None`` for all variables.
+    """
+
+    def __init__(self, variables: dict[str, Any], names: frozenset[str] | None) -> None:
+        self.variables = variables
+        self.key = (id(variables), names)
+        self._all_names = frozenset(variables) if names is None else names
+        self.names = [one for one in self._all_names if one in variables and one[:2] != "__"]
+
+    def followed(self) -> dict[Hashable, Any]:
+        """What a function may change or call: of an installed module, no functions and classes."""
+        code = FunctionType | type if _is_installed(self.variables) else ()
+        entries = {name: one for name, one in entries_of(self).items() if not isinstance(one, code)}
+        for name in self._all_names:
+            module = self.variables.get(name, sys.modules.get(name))  # or imported by the function
+            if isinstance(module, ModuleType):
+                entries[name] = Globals(vars(module), self._all_names) if is_users(module) else None
+        return entries
+
+
+def _is_installed(variables: dict[str, Any]) -> bool:
+    folders = Path(str(variables.get("__file__"))).parts
+    return "site-packages" in folders or "dist-packages" in folders
+
+
+def is_users(held: Any) -> bool:
+    """Whether a user wrote a class, function or module."""
+    name = held.__name__ if isinstance(held, ModuleType) else held.__module__
+    return str(name or "").split(".")[0] not in _NOT_OF_USERS
+
+
+def names_of(code: CodeType) -> Iterator[str]:
+    """All names in a function, and in functions within."""
+    yield from code.co_names
+    for constant in code.co_consts:
+        if isinstance(constant, CodeType):
+            yield from names_of(constant)
+
+
+def can_grow(held: Any) -> bool:
+    """Whether an object that holds nothing may hold something later."""
+    kinds = (list, dict, deque, set, FunctionType, type)
+    return isinstance(held, kinds) or has_attributes(held)
+
+
+def has_attributes(held: Any) -> bool:
+    """Whether an object is a user's or a module, with attributes of its own."""
+    if isinstance(held, FunctionType | type | list | dict | deque | set) or _is_stream(held):
+        return False
+    ours = isinstance(held, nn.Module) or type(held).__module__.split(".")[0] not in _NOT_WATCHED
+    return ours and (isinstance(dict_of(held), dict) or bool(slots_of(held)))
+
+
+def dict_of(held: Any) -> Any:
+    """The dict of an object's attributes; ``None`` where there is none."""
+    try:
+        return object.__getattribute__(held, "__dict__")
+    except AttributeError:
+        return None
+
+
+def attributes_of(held: Any) -> dict[Any, Any]:
+    """The attributes of an object that it holds itself, in its dict or in slots."""
+    slots = {name: getattr(held, name) for name in slots_of(held) if hasattr(held, name)}
+    return {**slots, **(dict_of(held) or {})}
+
+
+def slots_of(held: Any) -> list[str]:
+    """Names of the attributes that an object of a user has in slots."""
+    kinds = [kind for kind in type(held).__mro__ if is_users(kind)]
+    members = (item for kind in kinds for item in vars(kind).items())
+    return [name for name, value in members if type(value).__name__ == "member_descriptor"]
+
+
+def _is_stream(held: Any) -> bool:
+    """Whether an object is a random stream of Python or NumPy."""
+    return isinstance(held, random.Random | np.random.Generator | np.random.RandomState)
+
+
+def _numpy_bits(held: Any) -> Any:
+    """The object whose ``state`` is that of a stream of NumPy."""
+    return held.bit_generator if isinstance(held, np.random.Generator) else held._bit_generator
+
+
+def entries_of(held: Any) -> dict[Hashable, Any]:  # noqa: PLR0911 - a kind of object each
+    """What may change of an object, by its name, key or place."""
+    if isinstance(held, dict):
+        return dict(held)  # pyright: ignore[reportUnknownArgumentType, reportUnknownVariableType]
+    if isinstance(held, list | deque):
+        return dict(enumerate(held))  # pyright: ignore[reportUnknownArgumentType]
+    if isinstance(held, set):
+        return dict.fromkeys(held, True)  # pyright: ignore[reportUnknownArgumentType, reportUnknownVariableType]
+    if isinstance(held, np.ndarray):
+        is_small = held.dtype != object and held.nbytes <= MOST_BYTES
+        return {"": held.tobytes()} if is_small else {}
+    if isinstance(held, array | bytearray):
+        return {"": bytes(held)}
+    if isinstance(held, CellType):
+        try:
+            return {"": held.cell_contents}
+        except ValueError:  # a variable without a value
+            return {}
+    if isinstance(held, Globals):
+        return {name: held.variables[name] for name in held.names if name in held.variables}
+    if isinstance(held, FunctionType):
+        return {name: one for name, one in vars(held).items() if name != "__wrapped__"}
+    if isinstance(held, type):
+        return {name: value for name, value in vars(held).items() if not name.startswith("__")}
+    if _is_stream(held):
+        state = held.getstate() if isinstance(held, random.Random) else _numpy_bits(held).state
+        return {"": pickle.dumps(state)}
+    return dict(attributes_of(held)) if has_attributes(held) else {}
+
+
+def restore(
+    held: Any, names: list[Hashable], before: dict[Hashable, Any], now: dict[Hashable, Any]
+) -> None:
+    """Restore single entries of an object; no other entry is touched.
+
+    Args:
+        held: Object whose entries have changed.
+        names: Names of the entries that are restored.
+        before: Entries to restore.
+        now: Entries as they are.
+    """
+    if isinstance(held, list | deque):
+        _restore_places(held, names, before, now)
+    elif isinstance(held, np.ndarray):
+        held[...] = np.frombuffer(before[""], held.dtype).reshape(held.shape)
+    elif isinstance(held, array | bytearray):
+        held[:] = array(held.typecode, before[""]) if isinstance(held, array) else before[""]
+    elif isinstance(held, CellType):
+        held.cell_contents = before[""]
+    elif isinstance(held, random.Random):
+        held.setstate(pickle.loads(before[""]))
+    elif _is_stream(held):
+        _numpy_bits(held).state = pickle.loads(before[""])
+    else:
+        for name in names:
+            if isinstance(held, set):
+                (held.add if name in before else held.discard)(name)  # pyright: ignore[reportUnknownMemberType]
+            else:
+                _set(held, name, before.get(name, _NOTHING))
+
+
+def _restore_places(held: Any, places: list[Any], before: Any, now: Any) -> None:
+    """Restore single elements of a list or deque, unless another thread has moved them."""
+    for place in reversed(places):
+        if place not in before and place < len(held) and held[place] is now[place]:
+            del held[place]
+    for place in places:
+        if place in before and place not in now:
+            held.append(before[place])
+        elif place in before and place < len(held) and held[place] is now[place]:
+            held[place] = before[place]
+
+
+def _set(held: Any, name: Any, value: Any) -> None:
+    """Set or delete a key or an attribute, without the object's own rules for that."""
+    by_key: Any = held.variables if isinstance(held, Globals) else held
+    if not isinstance(by_key, dict | type) and name not in slots_of(held):
+        by_key = dict_of(held)
+    if isinstance(by_key, dict):
+        if value is _NOTHING:
+            by_key.pop(name, None)
+        else:
+            by_key[name] = value
+        return
+    kind: Any = type if isinstance(held, type) else object
+    if value is _NOTHING:
+        kind.__delattr__(held, name)
+    else:
+        kind.__setattr__(held, name, value)
+
+
+def differences(before: dict[Hashable, Any], now: dict[Hashable, Any]) -> list[Hashable]:
+    """Names of the entries that are not the same; equal numbers and texts are."""
+    if before.keys() == now.keys() and all(map(operator.is_, before.values(), now.values())):
+        return []
+    names = dict.fromkeys(itertools.chain(before, now))
+    return [name for name in names if not _is_same(before, now, name)]
+
+
+def _is_same(before: dict[Hashable, Any], now: dict[Hashable, Any], name: Hashable) -> bool:
+    if name not in before or name not in now:
+        return False
+    one, other = before[name], now[name]
+    plain = isinstance(one, bool | int | float | str | bytes) and type(one) is type(other)
+    return one is other or (plain and one == other)
+
+
+def holds_no_numbers(value: Any) -> bool:
+    """Whether a tensor without numbers, which a trace makes, lies in an object."""
+    left, seen = [value], dict[int, Any]()
+    while left:
+        one = left.pop()
+        if isinstance(one, Tensor) and (one.is_meta or isinstance(one, FakeTensor)):
+            return True
+        if id(one) in seen or isinstance(one, Tensor | ModuleType | type):
+            continue
+        seen[id(one)] = one
+        left += one if isinstance(one, tuple | frozenset) else entries_of(one).values()
+        left += one if isinstance(one, set) else []
+    return False

@@ -1,0 +1,215 @@
+"""Entries of dicts and objects as they were, compared with what they are.
+
+Most calls compare identities alone, a few nanoseconds each. Only where an identity differs are
+contents compared: an equal number or an equal list is no change.
+"""
+# pyright: reportUnknownVariableType=false, reportUnknownArgumentType=false
+
+import operator
+from array import array
+from collections import deque
+from collections.abc import Callable, Hashable, Iterable, Iterator
+from itertools import chain
+from mmap import mmap
+from operator import attrgetter, is_, itemgetter
+from types import MappingProxyType
+from typing import Any
+
+import numpy as np
+
+from esper_lightning.compiling.entries import MOST_BYTES
+from esper_lightning.compiling.holders import ImpureError
+
+__all__ = ["Snapshot", "Snapshots"]
+
+_MOST_ELEMENTS = 20_000  # of all containers: 0.5 ms
+_PLAIN = (bool, int, float, complex, str, bytes, type(None))
+_BUFFERS = (np.ndarray, array, bytearray)
+_DICTS = (dict, MappingProxyType)
+_SETS = (set, frozenset)
+_call: Any = operator.call
+_are_disjoint = type({}.keys()).isdisjoint
+_CONTAINERS = (list, tuple, deque, *_DICTS, *_SETS, *_BUFFERS)
+
+
+class Snapshot:
+    """Entries of a dict, or attributes of an object, as they were.
+
+    Args:
+        source: Dict, namespace of a class, or object.
+        names: Names of entries that are there.
+        name_of: Function from the name of an entry to its name in messages.
+        absent: Names of entries of a dict that are not there, and must not appear.
+        is_whole: Whether no other entry of a dict may appear, except double-underscored ones.
+    """
+
+    def __init__(
+        self,
+        source: Any,
+        names: Iterable[Hashable],
+        name_of: Callable[[Any], str],
+        *,
+        absent: Iterable[Hashable] = (),
+        is_whole: bool = False,
+    ) -> None:
+        self.source, self.names, self.absent = source, tuple(names), frozenset(absent)
+        self.is_whole, self.name_of = is_whole, name_of
+        self._getter: Any = itemgetter if isinstance(source, _DICTS) else attrgetter
+        self._contents = [_content(value, name_of(name)) for name, value in self.items()]
+
+    @property
+    def get(self) -> Callable[[Any], tuple[Any, ...]]:
+        """Function from the source to the values of the names."""
+        return self._getter(*self.names, self.names[0])  # of a single name it would be no tuple
+
+    def items(self) -> Iterator[tuple[Any, Any]]:
+        """Names and present values of the entries."""
+        return ((name, self._getter(name)(self.source)) for name in self.names)
+
+    def changed(self) -> str | None:
+        """Name of an entry that has changed; ``None`` if none has."""
+        try:
+            for (name, value), content in zip(self.items(), self._contents, strict=True):
+                if _content(value, "") != content:
+                    return self.name_of(name)
+        except (LookupError, AttributeError, ValueError, ImpureError):  # it is gone, or has grown
+            return self.name_of(self.names[0])
+        appeared = self.source.keys() & self.absent if self.absent else set[Any]()
+        if self.is_whole:
+            appeared |= {one for one in self.source if not str(one).startswith("__")}
+            appeared -= {*self.names}
+        return self.name_of(min(appeared, key=str)) if appeared else None
+
+
+class Snapshots:
+    """Snapshots that are compared together.
+
+    Args:
+        snapshots: Snapshots that have just been taken.
+
+    Raises:
+        ImpureError: If their containers have too many elements to compare at every call.
+    """
+
+    def __init__(self, snapshots: Iterable[Snapshot]) -> None:
+        self._snapshots = list(snapshots)
+        self._take_identities()
+
+    def changed(self) -> str | None:
+        """Name of something that has changed; ``None`` if nothing has."""
+        if self._is_identical():
+            return None
+        for snapshot in self._snapshots:
+            if (name := snapshot.changed()) is not None:
+                return name
+        self._take_identities()
+        return None
+
+    def _take_identities(self) -> None:
+        taken = [one for one in self._snapshots if one.names]
+        self._sources = [one.source for one in taken]
+        self._getters = [one.get for one in taken]
+        self._values = [value for one in taken for value in one.get(one.source)]
+        asked = [one for one in self._snapshots if one.absent]
+        self._keys = [one.source.keys() for one in asked]
+        self._absent = [one.absent for one in asked]
+        self._sized: list[Any] = [one.source for one in self._snapshots if one.is_whole]
+        self._iterables: list[Any] = []
+        self._sets: list[tuple[Any, Any]] = []
+        self._buffers: list[tuple[Any, Any]] = []
+        left = [(held, one.name_of(name)) for one in self._snapshots for name, held in one.items()]
+        seen, elements = set[int](), 0
+        while left:
+            held, name = left.pop()
+            if not isinstance(held, _CONTAINERS) or id(held) in seen:
+                continue
+            seen.add(id(held))
+            if isinstance(held, _BUFFERS):
+                self._buffers.append((held, _bytes(held, name)))
+                continue
+            elements += len(held)
+            if elements > _MOST_ELEMENTS:
+                raise ImpureError(f"{name}: more than {_MOST_ELEMENTS} elements to watch")
+            if isinstance(held, _SETS):
+                self._sets.append((held, frozenset(held)))
+                continue
+            if not isinstance(held, tuple):
+                self._sized.append(held)
+            is_dict = isinstance(held, _DICTS)
+            if held and not isinstance(held, tuple):
+                self._iterables += (held, held.values()) if is_dict else (held,)
+            left += [(one, name) for one in (held.values() if is_dict else held)]
+        self._sizes = list(map(len, self._sized))
+        self._elements = [one for held in self._iterables for one in held]
+
+    def _is_identical(self) -> bool:
+        """Whether all values, and all elements of containers, are the same objects.
+
+        Each line loops in C: a loop of Python over the same objects takes twice as long.
+        """
+        try:
+            values = chain.from_iterable(map(_call, self._getters, self._sources))
+            return (
+                all(map(is_, values, self._values))
+                and list(map(len, self._sized)) == self._sizes
+                and all(map(is_, chain.from_iterable(self._iterables), self._elements))
+                and all(map(_are_disjoint, self._keys, self._absent))
+                and all(held == elements for held, elements in self._sets)
+                and all(_bytes(held) == content for held, content in self._buffers)
+            )
+        except (LookupError, AttributeError, ValueError, ImpureError):  # it is gone, or has grown
+            return False
+
+
+class _Identity:
+    """Equal to itself alone."""
+
+    def __init__(self, held: Any) -> None:
+        self.held = held
+
+    def __eq__(self, other: object) -> bool:
+        return isinstance(other, _Identity) and other.held is self.held
+
+    __hash__ = object.__hash__
+
+
+def _content(value: Any, name: str) -> Any:  # noqa: PLR0911 - a kind of value each
+    """What must stay equal of a value: the elements of containers, and the identity of objects.
+
+    Raises:
+        ImpureError: If an array is too large to be compared at every call.
+    """
+    if isinstance(value, _PLAIN):
+        return (type(value), value)
+    if isinstance(value, np.generic):
+        return (value.dtype, value.tobytes())
+    if isinstance(value, _BUFFERS):
+        content = _bytes(value, name)
+        return _Identity(value) if content is None else content
+    if isinstance(value, _DICTS):
+        return (dict, {key: _content(one, name) for key, one in value.items()})
+    if isinstance(value, _SETS):
+        return (set, frozenset(value))
+    if isinstance(value, list | tuple | deque):
+        return (type(value), [_content(one, name) for one in value])
+    return _Identity(value)
+
+
+def _bytes(held: Any, name: str = "") -> Any:
+    """Content of an array; ``None`` for one that cannot be written to."""
+    if not isinstance(held, np.ndarray):
+        return bytes(held)
+    if _is_frozen(held):
+        return None
+    if held.dtype.hasobject or held.nbytes > MOST_BYTES:
+        kind = "of objects" if held.dtype.hasobject else f"of more than {MOST_BYTES} bytes"
+        advice = "hold a tensor instead, or set array.flags.writeable = False"
+        raise ImpureError(f"{name}: changes of an array {kind} are not noticed ({advice})")
+    return (held.shape, held.dtype, held.tobytes())
+
+
+def _is_frozen(held: Any) -> bool:
+    """Whether an array cannot be written to, and shows no memory that can."""
+    if not isinstance(held, np.ndarray):
+        return held is None or isinstance(held, bytes | mmap)
+    return not held.flags.writeable and not held.dtype.hasobject and _is_frozen(held.base)

@@ -1,0 +1,48 @@
+"""Single entries are compared and restored, and no other entry is touched."""
+
+from array import array
+from collections import deque
+from types import SimpleNamespace
+from typing import Any
+
+import pytest
+import torch
+
+from esper_lightning.compiling.entries import differences, entries_of, holds_no_numbers, restore
+
+
+@pytest.mark.parametrize(
+    ("held", "change"),
+    [
+        ([1, 2, 3], lambda held: held.pop(0)),
+        ([1, 2, 3], lambda held: held.extend((4, 5))),
+        (deque([1, 2], maxlen=2), lambda held: held.append(3)),
+        ({1, 2}, lambda held: (held.add(3), held.discard(1))),
+        ({"a": 1}, lambda held: (held.pop("a"), held.update(b=2))),
+        (array("d", [1.0]), lambda held: held.append(2.0)),
+        (bytearray(b"12"), lambda held: held.pop()),
+        (SimpleNamespace(a=1), lambda held: vars(held).update(a=2, b=3)),
+    ],
+)
+def test_all_entries_that_differ_are_restored(held: Any, change: Any) -> None:
+    before, text = entries_of(held), str(held)
+    change(held)
+    now = entries_of(held)
+    names = differences(before, now)
+    assert names != []
+    restore(held, names, before, now)
+    assert str(held) == text
+
+
+def test_what_another_thread_has_moved_is_left() -> None:
+    held = ["a", "of a trace"]
+    before, now = {0: "a"}, entries_of(held)
+    held.insert(0, "of another thread")
+    restore(held, [1], before, now)
+    assert held == ["of another thread", "a", "of a trace"]
+
+
+def test_tensors_without_numbers_are_found_at_any_depth() -> None:
+    fake = torch.ones(2, device="meta")
+    assert holds_no_numbers({"a": [SimpleNamespace(b=({1: fake},))]})
+    assert not holds_no_numbers({"a": [SimpleNamespace(b=({1: torch.ones(2)},))]})
