@@ -29,7 +29,7 @@ ELEMENTS = {  # operations on elements, but for those that are linear
 MOVES = {  # elements, unchanged: torch moves the codes
     *("cat", "diagonal", "flip", "permute", "roll", "select", "select_backward", "select_scatter"),
     *("slice", "slice_backward", "slice_scatter", "split", "split_with_sizes", "squeeze", "stack"),
-    *("t", "transpose", "unbind", "unfold", "unsqueeze"),
+    *("t", "transpose", "unbind", "unfold", "unsafe_split", "unsqueeze"),
 }
 TURNS = {"permute", "squeeze", "t", "transpose", "unsqueeze"}  # moves that leave no element out
 REDUCTIONS = {  # and the position of their axes

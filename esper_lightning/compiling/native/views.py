@@ -92,7 +92,7 @@ def _moved(
 ) -> Value | None:
     """A view of an expression: the same expression at another index; ``None`` if unknown."""
     rank = len(x.shape)
-    if x.is_constant and name not in ("split", "split_with_sizes", "unbind"):
+    if x.is_constant and name not in ("split", "split_with_sizes", "unbind", "unsafe_split"):
         return Value(result.shape, x.dtype, x.expression, is_constant=True)
     if name == "unsqueeze":
         axis = args[0] % (rank + 1)
@@ -128,6 +128,7 @@ for _name in (
     "select.int",
     "slice.Tensor",
     "split.Tensor",
+    "unsafe_split.Tensor",
     "split_with_sizes.default",
     "unbind.int",
     "unfold.default",

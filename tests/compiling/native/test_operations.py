@@ -319,6 +319,7 @@ MOVED: dict[str, Any] = {
     "slice": lambda v: v.x[1:],
     "slice by": lambda v: v.x[..., ::2] + 1,
     "split": lambda v: torch.cat(v.x.split(2, -1)[::-1], -1),
+    "unsafe split": lambda v: torch.cat(torch.unsafe_split(v.x, 2, -1)[::-1], -1),
     "split sizes": lambda v: v.x.split([1, v.x.shape[0] - 1])[1],
     "unbind": lambda v: torch.stack(v.x.unbind(-1)[::-1], 0),
     "flip": lambda v: v.x.flip(0, -1),
