@@ -10,6 +10,7 @@ import contextlib
 import errno
 import fcntl
 import os
+import re
 import shutil
 import signal
 import time
@@ -47,6 +48,7 @@ _VERSION = "version_"
 _HANDOVER_S = 1.0  # in which a process that has just locked the file writes its identity
 _OF_FILE_SYSTEM = "lost+found"  # at the root of a mounted disk
 _NO_LOCKS = (errno.ENOLCK, errno.ENOSYS, errno.EOPNOTSUPP, errno.EINVAL)
+_INSIDE_RUNS = re.compile(r"rank\d+|checkpoints", re.ASCII)  # folders that runs make
 _WRITTEN = ("rank[0-9]*", "checkpoints/last.ckpt", "checkpoints/best.ckpt")  # by callbacks
 _NAMES: dict[Use, str] = {"run": "The run directory", "logger": "The folder of a logger"}
 
@@ -177,13 +179,20 @@ def claim(directory: Path) -> Claim:
 
     Raises:
         DirectoryInUseError: If a living run owns the directory; the error names the process.
-        DirectoryRefusedError: If files that no run wrote have the names of a run's files.
+        DirectoryRefusedError: If files that no run wrote have the names of a run's files, or the
+            directory is a folder in which another run has its files.
         OSError: If the directory, or a file in it, cannot be made.
     """
     directory = directory.absolute()
     reserved = _reserved.pop(directory, None)
     if reserved is not None and reserved.holds:
         return reserved
+    for folder in (directory, directory.parent):
+        if _INSIDE_RUNS.fullmatch(folder.name) and holds_a_run(folder.parent):
+            rule = "not be among the files of another run"
+            hint = f"{str(folder.parent)!r} is the directory of a run."
+            message = f"{_NAMES['run']} must {rule}, got {str(directory)!r}. {hint}"
+            raise DirectoryRefusedError(message)
     return _claim_for(directory, _WRITTEN, "run")
 
 

@@ -367,6 +367,19 @@ def test_a_full_disk_takes_no_name_but_the_lock_holds(tmp_path, monkeypatch):
     held.release()
 
 
+@pytest.mark.parametrize("name", ["rank0", "rank12", "checkpoints", "rank0/trace"])
+def test_a_folder_with_files_of_a_run_is_no_directory_for_another(tmp_path, name):
+    free = claim(tmp_path / name)  # the folder above it is no run's yet
+    (tmp_path / name / "file").touch()
+    free.release()
+    held = claim(tmp_path / "run")
+    with pytest.raises(DirectoryRefusedError, match=r"among the files of another run, .*/run' is"):
+        claim(tmp_path / "run" / name)
+    assert [path.name for path in (tmp_path / "run").iterdir()] == ["owner.lock"]
+    claim(tmp_path / "run" / "lightning_logs" / "version_0").release()
+    held.release()
+
+
 def test_the_directory_of_a_run_that_took_the_name_of_a_moved_one_stays_owned(tmp_path):
     run = tmp_path / "run"
     held = claim(run)
