@@ -29,7 +29,7 @@ _log = logging.getLogger(__name__)
 _GUARD = "_esper_lightning_guard"
 _KEPT_CALLS = ("log_metrics", "log_hyperparams")
 _OTHER_CALLS = ("log_graph", "after_save_checkpoint")
-_EXPERIMENT_BYTES = 1 << 16
+_EXPERIMENT_BYTES, _EXPERIMENT_FILES = 1 << 16, 4
 _FINALIZE_S = 10.0  # of a run that died: launchers kill a process about half a minute after SIGTERM
 _NO_ROOM = (errno.ENOSPC, errno.EDQUOT)
 
@@ -207,7 +207,8 @@ class _Guard:
         place = Path(str(self._logger.log_dir)).absolute()
         found = os.statvfs(next(parent for parent in (place, *place.parents) if parent.exists()))
         blocks = found.f_bfree if os.geteuid() == 0 else found.f_bavail
-        if blocks * found.f_frsize < _EXPERIMENT_BYTES:
+        no_file = found.f_files > 0 and found.f_ffree < _EXPERIMENT_FILES
+        if blocks * found.f_frsize < _EXPERIMENT_BYTES or no_file:
             raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC), str(place))
 
     # Calls of the logger's own methods.

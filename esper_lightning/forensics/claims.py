@@ -49,7 +49,7 @@ _HANDOVER_S = 1.0  # in which a process that has just locked the file writes its
 _OF_FILE_SYSTEM = "lost+found"  # at the root of a mounted disk
 _NO_LOCKS = (errno.ENOLCK, errno.ENOSYS, errno.EOPNOTSUPP, errno.EINVAL)
 _INSIDE_RUNS = re.compile(r"rank\d+|checkpoints", re.ASCII)  # folders that runs make
-_WRITTEN = ("rank[0-9]*", "checkpoints/last.ckpt", "checkpoints/best.ckpt")  # by callbacks
+_WRITTEN = ("rank[0-9]*", *(f"checkpoints/{name}.ckpt" for name in ("last", "best", "state")))
 _NAMES: dict[Use, str] = {"run": "The run directory", "logger": "The folder of a logger"}
 
 

@@ -31,13 +31,13 @@ def build_learner(
         settings: Settings of the module.
         agent: Agent that acts and is trained.
         return_stats: Statistics of discounted returns; ``None`` leaves rewards as they are.
-        iteration: Number of iterations that the module has finished before this run.
+        iteration: Number of iterations that the module, or its checkpoint, has finished so far.
         device: Device of environments, agent and storage.
         rank: Number of this rank, which has random streams of its own.
         ranks: All ranks of the run.
     """
 
-    def name(purpose: str) -> str:  # so that a second fit does not repeat the first one's noise
+    def name(purpose: str) -> str:  # a later or resumed fit does not repeat the first one's noise
         return f"{purpose} from iteration {iteration}"
 
     seed, spec = settings.seed, settings.env

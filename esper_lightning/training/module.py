@@ -233,14 +233,13 @@ class PPO(CheckpointHooks):
     def validation_step(self, batch: int, batch_idx: int) -> None:
         """Play the deterministic episodes of one evaluation.
 
-        Where evaluation and training share a simulator, training continues with new episodes.
+        Within a fit, training then continues with new episodes if it shares the simulator.
         """
         rank, normalize = self.global_rank, partial(prepare_obs, normalizer=self.obs_normalizer)
         self.evaluation.play(self.policy, normalize, device=self.device, rank=rank)
-        if (
-            getattr(self.env, "shared", False)
-            and self.trainer.state.stage == RunningStage.VALIDATING
-        ):
+        state = self.trainer.state
+        trains = state.fn == TrainerFn.FITTING and state.stage == RunningStage.VALIDATING
+        if trains and getattr(self.env, "shared", False):
             purpose = f"environments after evaluation in iteration {self.iteration}"
             self._learner.begin_episodes(stream_seed(self.seed, rank=rank, purpose=purpose))
 
@@ -300,13 +299,21 @@ class PPO(CheckpointHooks):
 
     @override
     def setup(self, stage: str) -> None:
-        """Build environments and rollout storage on the device, if the module is to be trained."""
+        """Prepare Lightning and the trackers of a run, before a checkpoint is restored."""
         self._guard_loggers()
         trainer_rules.silence_lightning()
-        if stage != "fit":
-            return
-        begin_tracking(self.trainer)
-        self._ranks = Ranks(self.trainer.world_size)
+        if stage == "fit":
+            begin_tracking(self.trainer)
+            self._ranks = Ranks(self.trainer.world_size)
+
+    @override
+    def on_fit_start(self) -> None:
+        """Build environments and rollout storage on the device, for the iteration that is next.
+
+        A checkpoint has been restored by now, so that new episodes of a resumed run are no
+        repetition of its first ones.
+        """
+        super().on_fit_start()
         self._learner = build_learner(
             self.settings,
             Agent(self.policy, self.obs_normalizer, self.extensions),

@@ -2,9 +2,11 @@
 
 import csv
 import errno
+import os
 import threading
 import time
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -380,6 +382,18 @@ def test_a_table_whose_longer_head_could_not_be_written_has_it_later(tmp_path, m
         {"a": "2.0", "b": "3.0", "step": "1"},
         {"a": "", "b": "4.0", "step": "2"},
     ]
+
+
+def test_a_file_system_that_takes_no_more_files_is_full(tmp_path, monkeypatch, caplog):
+    """Else each row would start a thread of TensorBoard's that dies with a traceback."""
+    found = SimpleNamespace(f_bfree=9**9, f_bavail=9**9, f_frsize=4096, f_files=9, f_ffree=0)
+    monkeypatch.setattr(os, "statvfs", lambda _: found)
+    logger = TensorBoardLogger(tmp_path, name="", version="")
+    guard_loggers([logger])
+    for step in range(3):
+        logger.log_metrics({"a": 1.0}, step=step)
+    assert not list(tmp_path.iterdir())
+    assert caplog.text.count("No space left") == 1
 
 
 def test_a_row_that_was_torn_is_not_in_the_table(tmp_path, monkeypatch):

@@ -150,14 +150,15 @@ def test_each_run_in_a_root_has_a_directory_of_its_own(fit, tmp_path, caplog):
     assert caplog.text.count("has the files of an earlier run") == 2
 
 
-def test_a_root_with_somebody_elses_files_is_not_given_to_a_run(fit, tmp_path):
-    last = tmp_path / "root" / "checkpoints" / "last.ckpt"
+@pytest.mark.parametrize("name", ["last.ckpt", "state.ckpt"])
+def test_a_root_with_somebody_elses_files_is_not_given_to_a_run(fit, tmp_path, name):
+    last = tmp_path / "root" / "checkpoints" / name
     last.parent.mkdir(parents=True)
     last.write_text("mine")
     callbacks = [FlightRecorder(watch=False), LastCheckpoint()]
     trainer = fit(*callbacks, default_root_dir=tmp_path / "root", enable_checkpointing=True)
     assert run_directory(trainer) == tmp_path / "root" / "lightning_logs" / "version_0"
-    assert [path.name for path in last.parent.iterdir()] == ["last.ckpt"]
+    assert [path.name for path in last.parent.iterdir()] == [name]
     assert last.read_text() == "mine"
 
 

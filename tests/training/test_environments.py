@@ -127,6 +127,22 @@ class TestASharedSimulator:
         trainer.validate(model, verbose=False)  # which makes another one
         assert [each.closed for each in made] == [1, 1]
 
+    def test_an_evaluation_after_the_run_leaves_the_closed_one_of_training_alone(self):
+        class Strict(TorchFive):
+            def reset(self, **kwargs):
+                assert self.closed == 0
+                return super().reset(**kwargs)
+
+        path = "tests.envs.adapters.simulators:make_torch_five"
+        spec = Custom(make=path, num_envs=4, kwargs={"kind": Strict})
+        model, trainer = fit(spec, eval_episodes=4)
+        assert trainer.validate(model, verbose=False)[0]["eval/episodes"] == 4
+
+    def test_a_module_that_never_trained_is_evaluated_in_it(self, make_trainer):
+        model = PPO(Custom.of(TorchFive(4)), MLP(hidden_sizes=(4,)), eval_episodes=4)
+        trainer = make_trainer(limit_val_batches=1)
+        assert trainer.validate(model, verbose=False)[0]["eval/episodes"] == 4
+
     def test_one_that_nobody_released_is_closed_at_the_end_of_its_process(self):
         program = (
             "from esper_lightning.envs import Custom\n"

@@ -2,8 +2,11 @@
 
 import math
 from dataclasses import dataclass, field
+from typing import Any
 
 import pytest
+import torch
+from lightning.pytorch import Callback
 
 from esper_lightning import PPO
 from esper_lightning.envs import CartPole, Custom, Gymnasium
@@ -35,14 +38,25 @@ class TestNames:
         assert (tmp_path / "runs" / "espercounter-v0").is_dir()
 
 
+class FirstObs(Callback):
+    """The observations with which a run begins."""
+
+    seen: Any = None
+
+    def on_train_batch_start(self, trainer, pl_module, batch, batch_idx):
+        self.seen = pl_module._learner._acting.obs.clone() if self.seen is None else self.seen
+
+
 class TestResuming:
     def test_a_run_begins_new_episodes_and_may_have_other_workers(self, tmp_path, caplog):
-        _, trainer = fit(COUNTER)
+        before, after = FirstObs(), FirstObs()
+        _, trainer = fit(COUNTER, before)
         trainer.save_checkpoint(tmp_path / "run.ckpt")
         env = Gymnasium(**{**vars(COUNTER), "workers": 2})
-        model, _ = fit(env, iterations=6, ckpt_path=str(tmp_path / "run.ckpt"))
+        model, _ = fit(env, after, iterations=6, ckpt_path=str(tmp_path / "run.ckpt"))
         assert model.iteration == 6
         assert "new episodes begin there" in caplog.text
+        assert not torch.equal(before.seen, after.seen)  # nor are they repeated
 
     def test_another_task_is_refused(self, tmp_path):
         _, trainer = fit(COUNTER)

@@ -3,6 +3,7 @@
 
 import atexit
 import inspect
+import logging
 import os
 from collections import Counter
 from collections.abc import Callable
@@ -10,6 +11,7 @@ from dataclasses import dataclass, field
 from typing import Any
 
 import torch
+import torch.distributed as dist
 
 from esper_lightning.core.errors import check_fields, require, require_int
 from esper_lightning.core.imports import import_object
@@ -25,6 +27,7 @@ from esper_lightning.envs.base import EnvSpec, built_env, closed_after_error, re
 
 __all__ = ["Custom", "LiveEnv", "adapt"]
 
+_log = logging.getLogger(__name__)
 _shared: dict[str, Any] = {}
 """Simulators of this process that training and evaluation share, by their spec."""
 _users: Counter[str] = Counter()
@@ -78,7 +81,8 @@ class Custom(EnvSpec):
 
     Attributes:
         make: Import path of the function, such as ``my_lab.envs:make_anymal``.
-        num_envs: Environments on each rank, as the function counts them.
+        num_envs: Environments on each rank. Each agent of VMAS is one, so that the function must
+            make ``num_envs // agents`` worlds.
         kwargs: Further arguments of the function.
         lost: Rule for truncated episodes whose last observation the simulator does not return:
             take the ``previous`` observation, as rsl_rl does, or raise an ``error``.
@@ -111,24 +115,33 @@ class Custom(EnvSpec):
         """Observation and action spaces of the simulator, which is made to read them.
 
         Raises:
-            ValueError: If the function cannot be imported, or returns no simulator.
+            ValueError: If the function cannot be imported, returns no simulator, or one of another
+                number of environments.
         """
         if self._key not in _probed:
             device = torch.device(self.device)
             if self.shared:
-                _probed[self._key] = _spaces_of(self._the_shared(device, 0), self.name)
+                _probed[self._key] = self._read(self._the_shared(device, 0))
             else:
                 with built_env(self, device, 0) as env:
-                    _probed[self._key] = _spaces_of(env, self.name)
+                    _probed[self._key] = self._read(env)
         return _probed[self._key]
 
     def build(self, device: torch.device, seed: int) -> Any:
-        """Make the simulator; a shared one is made once in a process, and reseeded if it can be."""
+        """Make the simulator; a shared one is made once in a process, and reseeded if it can be.
+
+        One that cannot be reseeded, and was made to read its spaces, is closed and made with the
+        seed: otherwise all ranks would have the same random numbers.
+        """
+        seed, key = seed % SEEDS, self._key
         if not self.shared:
-            return self._made(device, seed % SEEDS)
-        env = self._the_shared(device, seed % SEEDS)
-        _users[self._key] += 1
-        reseed_env(env, seed % SEEDS)
+            return self._made(device, seed)
+        was_read = key in _shared and _users[key] == 0
+        env = self._the_shared(device, seed)
+        if not reseed_env(env, seed) and was_read:
+            _close_shared(key)
+            env = self._the_shared(device, seed)
+        _users[key] += 1
         return env
 
     def release(self) -> None:
@@ -161,6 +174,15 @@ class Custom(EnvSpec):
     @property
     def _key(self) -> str:
         return repr((self.make, self.num_envs, sorted(self.kwargs.items(), key=repr), self.lost))
+
+    def _read(self, env: Any) -> EnvSpaces:
+        made = getattr(env, "num_envs", self.num_envs)
+        hint = ""
+        if isinstance(getattr(env, "simulator", None), VmasSimulator):
+            hint = "Each agent is one: name a function that makes num_envs // agents worlds."
+        rule = f"be {made}, the number of environments of the simulator"
+        require(made == self.num_envs, "Custom.num_envs", rule, self.num_envs, hint)
+        return _spaces_of(env, self.name)
 
     def _the_shared(self, device: torch.device, seed: int) -> Any:
         if self._key not in _shared:
@@ -196,6 +218,7 @@ class LiveEnv(EnvSpec):
         self._env = adapt(env, torch.empty(0, device=device).device, None, name=name, lost=lost)
         self._spaces = _spaces_of(self._env, name)
         self.num_envs = int(self._env.num_envs)
+        self._has_warned = False
 
     def spaces(self) -> EnvSpaces:
         """Observation and action spaces of the simulator."""
@@ -203,12 +226,23 @@ class LiveEnv(EnvSpec):
 
     def build(self, device: torch.device, seed: int) -> Any:  # noqa: ARG002 - it has its own
         """The simulator itself, reseeded if it can be."""
-        reseed_env(self._env, seed % SEEDS)
+        if not reseed_env(self._env, seed % SEEDS) and _ranks() > 1 and not self._has_warned:
+            self._has_warned = True
+            _log.warning(
+                "%s takes no seed at a reset: make it with another seed on each rank, or ranks "
+                "learn from the same episodes.",
+                self.name,
+            )
         return self._env
 
     def evaluation_spec(self, episodes: int) -> "LiveEnv":  # noqa: ARG002 - one simulator
         """The spec of an evaluation: the same environments as in training."""
         return self
+
+
+def _ranks() -> int:
+    there = dist.is_available() and dist.is_initialized()
+    return dist.get_world_size() if there else 1
 
 
 def _close_shared(key: str) -> None:

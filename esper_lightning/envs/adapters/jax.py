@@ -22,6 +22,7 @@ from esper_lightning.core.spaces import Box, Discrete, EnvSpaces, ObsSpace
 from esper_lightning.core.types import Observation
 from esper_lightning.envs.adapters.named import SEEDS, NamedSpec, require_package
 from esper_lightning.envs.adapters.simulated import SimulatedEnv, Simulator, Stepped
+from esper_lightning.envs.adapters.spaces import ONE_HOT
 
 __all__ = ["Brax", "Gymnax", "JaxSimulator"]
 
@@ -204,6 +205,8 @@ class Gymnax(_OfJax):
         rule = "show one array"
         require(hasattr(obs, "shape"), f"Gymnax.id={self.id!r}", rule, type(obs).__name__)
         box = Box(tuple(int(n) for n in obs.shape) or (1,))
+        if (choices := _choices(obs)) is not None:
+            box = Box((choices,), *ONE_HOT)
         if hasattr(action, "n"):
             return EnvSpaces(obs=box, action=Discrete(int(action.n)))
         low, high = _bound(action.low), _bound(action.high)
@@ -211,11 +214,17 @@ class Gymnax(_OfJax):
 
     def build(self, device: torch.device, seed: int) -> SimulatedEnv:
         """Compile the environments for a device."""
+        jax: Any = importlib.import_module("jax")
+
         env, params = self._env()
+        choices = _choices(env.observation_space(params))
+
+        def encode(obs: Any) -> Any:
+            return obs.astype("float32") if choices is None else jax.nn.one_hot(obs, choices)
 
         def reset(key: Any) -> Any:
             obs, state = env.reset_env(key, params)
-            return state, obs.astype("float32")
+            return state, encode(obs)
 
         def step(key: Any, state: Any, action: Any) -> Any:
             obs, state, reward, ended, _ = env.step_env(key, state, action, params)
@@ -225,7 +234,7 @@ class Gymnax(_OfJax):
                 limit = getattr(params, "max_steps_in_episode", None)
                 truncated = ended & (False if limit is None else state.time >= limit)
                 terminated = ended & ~truncated
-            return state, obs.astype("float32"), reward.astype("float32"), terminated, truncated
+            return state, encode(obs), reward.astype("float32"), terminated, truncated
 
         return self._compiled(reset, step, device, seed, time_limit=None)
 
@@ -308,6 +317,11 @@ class Brax(_OfJax):
             return make(self.id, **self.kwargs)
         except Exception as error:  # its class differs between environments
             raise self.refuse(error) from error
+
+
+def _choices(space: Any) -> int | None:
+    """Number of values of a discrete space, which become one-hot columns; otherwise ``None``."""
+    return int(space.n) if hasattr(space, "n") else None
 
 
 def _bound(value: Any) -> float | tuple[float, ...]:

@@ -99,4 +99,5 @@ def require_package(spec: NamedSpec, package: str, install: str) -> Any:
     try:
         return importlib.import_module(package)
     except ImportError as error:
-        raise needs_package(spec, package.partition(".")[0], install, error) from error
+        missing = error.name if isinstance(error, ModuleNotFoundError) else None  # it may be within
+        raise needs_package(spec, (missing or package).partition(".")[0], install, error) from error

@@ -23,6 +23,7 @@ from esper_lightning.core.spaces import (
 
 __all__ = [
     "MASK",
+    "ONE_HOT",
     "action_box",
     "action_encoder",
     "action_range",
@@ -38,7 +39,8 @@ MASK = "action_mask"
 """The entry of a ``Dict`` observation that says which actions are allowed."""
 
 Array = npt.NDArray[Any]
-_ONE_HOT = (-0.5, 1.5)  # bounds of a column that is 0 or 1
+ONE_HOT = (-0.5, 1.5)
+"""Bounds of a column that is 0 or 1."""
 
 
 def read_spaces(
@@ -106,7 +108,10 @@ def obs_encoder(space: Any) -> Callable[[Any], Array]:
 
 
 def action_encoder(space: Any) -> Callable[[Array], Array]:
-    """A function that converts a batch of actions to a simulator's type, range and shape."""
+    """A function that converts a batch of actions to a simulator's type, range and shape.
+
+    Actions of a box of integers are rounded to the nearest one within the bounds.
+    """
     start = np.asarray(getattr(space, "start", 0)) if _kind(space) != "Box" else np.asarray(0)
     shape, dtype = tuple(space.shape), space.dtype
     if (found := action_range(space)) is not None:
@@ -120,12 +125,18 @@ def action_encoder(space: Any) -> Callable[[Array], Array]:
         def to_bounds(action: Array) -> Array:
             action = action.reshape(-1, *shape).astype(float)
             within = least + (action.clip(-1.0, 1.0) + 1.0) / 2.0 * span
-            return np.where(scaled, within, action.clip(low, high)).astype(dtype)
+            return _to_dtype(np.where(scaled, within, action.clip(low, high)), space)
 
         return to_bounds
     if _kind(space) == "Box":
-        return lambda action: action.reshape(-1, *shape).astype(dtype)
+        return lambda action: _to_dtype(action.reshape(-1, *shape), space)
     return lambda action: (action.reshape(-1, *shape) + start).astype(dtype)
+
+
+def _to_dtype(action: Array, space: Any) -> Array:
+    if np.issubdtype(space.dtype, np.integer):
+        action = np.rint(action).clip(space.low, space.high)
+    return action.astype(space.dtype)
 
 
 def action_range(space: Any) -> tuple[Array, Array] | None:
@@ -188,7 +199,7 @@ def _obs_box(name: str, space: Any) -> Box:
         "MultiBinary": lambda: tuple(int(n) for n in np.atleast_1d(space.shape)),
     }
     require(kind in sizes, field, rule, space, hint)
-    return Box(sizes[kind](), *_ONE_HOT)
+    return Box(sizes[kind](), *ONE_HOT)
 
 
 def read_action_space(space: Any) -> ActionSpace:

@@ -28,7 +28,9 @@ def gymnax(name, **kwargs):
     return Gymnax(id=name, num_envs=4, **kwargs)
 
 
-@pytest.mark.parametrize("name", ["CartPole-v1", "Pendulum-v1", "Breakout-MinAtar"])
+@pytest.mark.parametrize(
+    "name", ["CartPole-v1", "Pendulum-v1", "Breakout-MinAtar", "FrozenLake-misc"]
+)
 def test_gymnax_keeps_the_contract(name):
     check_env(gymnax(name), steps=30)
 

@@ -6,7 +6,7 @@ from types import MappingProxyType, ModuleType, SimpleNamespace
 import numpy as np
 import pytest
 
-from esper_lightning.core.spaces import Box, EnvSpaces
+from esper_lightning.core.spaces import Box, Discrete, EnvSpaces
 from esper_lightning.envs import Brax, EnvPool, Gymnax
 
 
@@ -24,6 +24,23 @@ def test_a_missing_package_is_named_with_the_way_to_install_it(spec, package, in
         spec.spaces()
     start = f"{type(spec).__name__}.id={spec.id!r} needs {package}: pip install {install}. ("
     assert str(caught.value).startswith(start)
+
+
+def test_a_module_that_a_package_lacks_is_named_and_not_the_package(tmp_path, monkeypatch):
+    (tmp_path / "gymnax.py").write_text("import no_such_module.within")
+    monkeypatch.syspath_prepend(tmp_path)
+    monkeypatch.delitem(sys.modules, "gymnax", raising=False)
+    with pytest.raises(ValueError, match=r"^Gymnax.id='CartPole-v1' needs no_such_module: pip"):
+        Gymnax(id="CartPole-v1").spaces()
+
+
+def test_a_discrete_observation_of_gymnax_has_a_column_for_each_value(monkeypatch):
+    discrete = SimpleNamespace(n=16, shape=())
+    env = SimpleNamespace(observation_space=lambda _: discrete, action_space=lambda _: discrete)
+    package = ModuleType("gymnax")
+    package.make = lambda name: (env, None)
+    monkeypatch.setitem(sys.modules, "gymnax", package)
+    assert Gymnax(id="Lake").spaces() == EnvSpaces(obs=Box((16,), -0.5, 1.5), action=Discrete(16))
 
 
 @pytest.fixture

@@ -1,12 +1,13 @@
 """Simulators of tensors keep the contract: returns, copies, reached observations, and metrics."""
 
+import dataclasses
 import math
 
 import numpy as np
 import pytest
 import torch
 
-from esper_lightning import check_env
+from esper_lightning import PPO, check_env
 from esper_lightning.envs.adapters.custom import Custom, adapt
 from esper_lightning.envs.adapters.simulated import SimulatedEnv, Simulator
 from esper_lightning.envs.base import how_fields, spec_name
@@ -249,6 +250,41 @@ class TestCustom:
         assert torch.equal(spec.build(CPU, 5).reset()[0]["policy"], first)
         assert not torch.equal(spec.build(CPU, 6).reset()[0]["policy"], first)
 
+    def test_a_shared_simulator_that_takes_no_seed_is_made_anew_with_that_of_its_rank(self):
+        made = []
+
+        class Known(RslRl):
+            def __init__(self, num_envs, **kwargs):
+                super().__init__(num_envs, **kwargs)
+                made.append(self)
+
+        def first_obs(seed):
+            spec.spaces()
+            first = spec.build(CPU, seed).reset()[0].clone()
+            assert spec.build(CPU, seed + 9).simulator._env is made[-1]  # its second user
+            spec.release()
+            spec.release()
+            return first
+
+        kwargs = {"kind": Known}
+        spec = Custom(make=f"{MAKES}:make_rsl_rl", num_envs=3, kwargs=kwargs, lost="previous")
+        first, again, other = first_obs(5), first_obs(5), first_obs(6)
+        assert torch.equal(first, again)
+        assert not torch.equal(first, other)
+        assert [each.closed for each in made] == [1] * len(made)
+
+    @pytest.mark.parametrize(("ranks", "kind", "warnings"), [
+        (2, RslRl, 1), (2, TorchFive, 0), (1, RslRl, 0),
+    ])  # fmt: skip
+    def test_one_that_exists_and_takes_no_seed_is_a_warning_on_several_ranks(
+        self, monkeypatch, caplog, ranks, kind, warnings
+    ):
+        monkeypatch.setattr("esper_lightning.envs.adapters.custom._ranks", lambda: ranks)
+        spec = Custom.of(kind(3), lost="previous")
+        for seed in range(3):
+            spec.build(CPU, seed)
+        assert caplog.text.count("takes no seed at a reset") == warnings
+
     def test_the_name_of_the_task_is_the_functions_or_ones_own(self):
         assert custom("make_torch_five").name == "make_torch_five"
         named = custom("make_torch_five", name="walking")
@@ -274,6 +310,13 @@ class TestCustom:
     def test_what_makes_no_simulator_is_refused(self, make, line):
         with pytest.raises(ValueError, match=line):
             Custom(make=make, num_envs=2).spaces()
+
+    @pytest.mark.parametrize("shared", [True, False])
+    def test_worlds_of_several_agents_are_not_counted_as_environments(self, shared):
+        spec = custom("make_vmas", num_envs=2, kwargs={"agents": 3})
+        line = r"^Custom.num_envs must be 6, .*, got 2. Each agent is one: .* num_envs // agents"
+        with pytest.raises(ValueError, match=line):
+            PPO(dataclasses.replace(spec, shared=shared))
 
 
 def test_a_fault_within_the_users_function_is_not_taken_for_its_arguments():

@@ -59,6 +59,19 @@ def test_policies_scale_to_bounds_that_a_box_of_ours_represents(space, ours):
     assert to_range(space, CPU)(action) is action
 
 
+@pytest.mark.parametrize(("space", "action", "wanted"), [
+    (box([-1, 0], [1, 4], np.int8), [[-0.6, 0.4], [0.4, 3.6]], [[-1, 0], [0, 4]]),
+    (box([-1, 0], [1, 4], np.int8), [[7.0, -2.0]], [[1, 0]]),
+    (box([5, 0], [5, 4], np.int64), [[0.0, 0.4], [1.0, 1.0]], [[5, 3], [5, 4]]),  # scaled here
+])  # fmt: skip
+def test_actions_of_whole_numbers_are_rounded_to_the_nearest_within_the_bounds(
+    space, action, wanted
+):
+    given = action_encoder(space)(np.array(action, np.float32))
+    assert given.dtype == space.dtype
+    assert given.tolist() == wanted
+
+
 INF = np.inf
 MIXED = {
     "a constant beside no bounds": (box([5, -INF], [5, INF]), [-3.0, -3.0], [5, -3]),
