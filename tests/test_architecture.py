@@ -1,6 +1,7 @@
 """Files of an iteration are listed, none is long, and each has its tests in the same place."""
 
 import ast
+import gc
 import itertools
 import re
 import sys
@@ -73,6 +74,7 @@ def watch(make_trainer) -> Callable[..., Witness]:
     """Trains, and returns a witness that noted the files of the second iteration."""
 
     def train(*callbacks: Callback, compile: CompileMode) -> Witness:  # noqa: A002
+        gc.collect()  # else Trainers of other tests may end within the iteration
         before = sys.gettrace()
         noted = Witness()
         ppo = PPOConfig(rollout_steps=8, minibatches=2)

@@ -12,6 +12,7 @@ from lightning.pytorch import Trainer
 
 from esper_lightning.callbacks.mirror import Mirror
 from esper_lightning.forensics.claims import Claim
+from esper_lightning.forensics.place import Place
 
 __all__ = ["OF_TRAINERS", "HeldDirectory"]
 
@@ -25,6 +26,7 @@ class HeldDirectory:
     Attributes:
         of_loggers: Claims of folders of loggers outside the directory.
         config: Content of ``config.yaml`` that is to be written; ``None`` where there is none.
+        place: Where the directory is while a run writes into it, and after the run.
         is_used: Whether a run has written into the directory; if not, it is restored at the end.
     """
 
@@ -37,10 +39,14 @@ class HeldDirectory:
         self.users: set[int] = set()
         self.is_open = False  # whether a run writes into it, on any rank
         self.mirror: Mirror | None = None
+        self.place: Place | None = None
 
     def begin(self, rank: int) -> None:
         """Begin to copy the directory to its address, if it has one, and report where files are."""
         self.is_open = self.is_used = True
+        if self.place is not None:
+            self.place.close()
+        self.place = Place(self.directory)
         if self.address is not None:
             self.mirror = Mirror(self.directory, self.address, rank)
             if self.claim is not None:  # the second process of a rank that vanishes copies too
@@ -57,13 +63,16 @@ class HeldDirectory:
         """Release the directory, after its last copy to its address if it has one."""
         self.is_open = False
         self.users.clear()
-        if self.mirror is not None:
+        is_taken = self.place is not None and self.place.is_taken
+        if self.mirror is not None and not is_taken:
             self.mirror.copy(seconds=_COPY_S)
-            self.mirror = None
+        self.mirror = None
         self.release()
 
     def release(self) -> None:
         """Release directory and folders as they are, without a copy to the remote address."""
+        if self.place is not None:
+            self.place.close()
         for held in (*self.of_loggers, self.claim):
             if held is not None:
                 held.release(used=self.is_used)

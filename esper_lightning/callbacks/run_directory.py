@@ -35,14 +35,27 @@ __all__ = [
     "end_run",
     "open_run_directory",
     "run_directory",
+    "run_layout",
     "withdraw_run",
 ]
 
 
 def run_directory(trainer: Trainer) -> Path | None:
     """Directory that a Trainer's latest run writes or wrote into; ``None`` before the first."""
+    layout = run_layout(trainer)
+    return None if layout is None else layout.directory
+
+
+def run_layout(trainer: Trainer) -> RunLayout | None:
+    """Layout of ``run_directory``, which follows the directory of a run that has begun.
+
+    Where the directory is moved and another run takes its name, the paths are in the moved
+    directory from then on (``forensics.place``).
+    """
     found = OF_TRAINERS.get(trainer)
-    return None if found is None or trainer.fast_dev_run else found.directory
+    if found is None or trainer.fast_dev_run:
+        return None
+    return RunLayout(found.place or found.directory)
 
 
 def open_run_directory(

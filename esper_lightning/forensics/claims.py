@@ -10,6 +10,7 @@ import contextlib
 import errno
 import fcntl
 import os
+import re
 import shutil
 import signal
 import time
@@ -27,7 +28,6 @@ from esper_lightning.forensics.owner_record import (
     open_record,
     ranks_of,
     read_locked,
-    read_owner,
     use_of,
     write_locked,
 )
@@ -40,7 +40,6 @@ __all__ = [
     "claim",
     "claim_for_logger",
     "claim_next",
-    "refuse_anothers",
     "reserve",
     "return_reserved",
 ]
@@ -49,6 +48,7 @@ _VERSION = "version_"
 _HANDOVER_S = 1.0  # in which a process that has just locked the file writes its identity
 _OF_FILE_SYSTEM = "lost+found"  # at the root of a mounted disk
 _NO_LOCKS = (errno.ENOLCK, errno.ENOSYS, errno.EOPNOTSUPP, errno.EINVAL)
+_INSIDE_RUNS = re.compile(r"rank\d+|checkpoints", re.ASCII)  # folders that runs make
 _WRITTEN = ("rank[0-9]*", *(f"checkpoints/{name}.ckpt" for name in ("last", "best", "state")))
 _NAMES: dict[Use, str] = {"run": "The run directory", "logger": "The folder of a logger"}
 
@@ -111,18 +111,6 @@ class Claim:
             names += f" and {len(theirs) - 1} more" if len(theirs) > 1 else ""
             raise _not_of_a_run(self.directory, names, self._use)
 
-    def refuse_another(self) -> None:
-        """Refuse to continue where another process owns the directory by now.
-
-        Raises:
-            DirectoryInUseError: If the directory was moved, and another run took its name.
-        """
-        path = RunLayout(self.directory).owner
-        if self.holds and path.exists() and not os.path.samestat(os.fstat(self._lock), path.stat()):
-            owner = ProcessIdentity.from_dict(read_owner(self.directory))
-            if owner.pid not in (None, os.getpid()):
-                raise _in_use(self.directory, owner, self._use)
-
     @property
     def holds(self) -> bool:
         """Whether this process still owns the directory."""
@@ -140,15 +128,19 @@ class Claim:
         with contextlib.suppress(OSError):
             # The process may continue, and is no owner any more.
             write_locked(self._lock, {"pid": None, "use": self._use})
-            is_empty = bool(self._made) and list(self.directory.iterdir()) == [path]
-            if is_empty or not (used or self._former is not None):
-                path.unlink()
-            elif not used and self._former is not None:
-                os.ftruncate(self._lock, 0)
-                os.pwrite(self._lock, self._former, 0)
-            for folder in self._made if is_empty else ():
-                folder.rmdir()
+            if os.path.samestat(os.fstat(self._lock), path.stat()):  # else it was moved
+                self._restore(path, used=used)
         self.leave()
+
+    def _restore(self, path: Path, *, used: bool) -> None:
+        is_empty = bool(self._made) and list(self.directory.iterdir()) == [path]
+        if is_empty or not (used or self._former is not None):
+            path.unlink()
+        elif not used and self._former is not None:
+            os.ftruncate(self._lock, 0)
+            os.pwrite(self._lock, self._former, 0)
+        for folder in self._made if is_empty else ():
+            folder.rmdir()
 
     def withdraw(self) -> None:
         """Remove a directory that was made for the claim, with its files, unless others own it."""
@@ -187,13 +179,20 @@ def claim(directory: Path) -> Claim:
 
     Raises:
         DirectoryInUseError: If a living run owns the directory; the error names the process.
-        DirectoryRefusedError: If files that no run wrote have the names of a run's files.
+        DirectoryRefusedError: If files that no run wrote have the names of a run's files, or the
+            directory is a folder in which another run has its files.
         OSError: If the directory, or a file in it, cannot be made.
     """
     directory = directory.absolute()
     reserved = _reserved.pop(directory, None)
     if reserved is not None and reserved.holds:
         return reserved
+    for folder in (directory, directory.parent):
+        if _INSIDE_RUNS.fullmatch(folder.name) and holds_a_run(folder.parent):
+            rule = "not be among the files of another run"
+            hint = f"{str(folder.parent)!r} is the directory of a run."
+            message = f"{_NAMES['run']} must {rule}, got {str(directory)!r}. {hint}"
+            raise DirectoryRefusedError(message)
     return _claim_for(directory, _WRITTEN, "run")
 
 
@@ -223,19 +222,6 @@ def _claim_for(directory: Path, written: Sequence[str], use: Use) -> Claim:
         held.release(used=False)
         raise
     return held
-
-
-def refuse_anothers(path: Path) -> None:
-    """Refuse to write into the directory of another run that took the place of this process's.
-
-    That happens where a run directory is moved while its run lives, and another run takes the name.
-
-    Raises:
-        DirectoryInUseError: If a directory that this process claimed has another owner by now.
-    """
-    for held in list(_claims):
-        if path.absolute().is_relative_to(held.directory):
-            held.refuse_another()
 
 
 def reserve(directory: Path) -> None:

@@ -1,5 +1,6 @@
 """The names of all files in a run directory."""
 
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -11,10 +12,15 @@ class RankLayout:
     """Paths of the files that one rank writes alone.
 
     Attributes:
-        directory: Folder of the rank.
+        place: Folder of the rank, or a function that returns the folder.
     """
 
-    directory: Path
+    place: Path | Callable[[], Path]
+
+    @property
+    def directory(self) -> Path:
+        """Folder of the rank."""
+        return self.place if isinstance(self.place, Path) else self.place()
 
     @property
     def history(self) -> Path:
@@ -97,10 +103,15 @@ class RunLayout:
     """Paths of the files in a run directory, ``runs/<name>/<version>``.
 
     Attributes:
-        directory: The run directory.
+        place: The run directory, or a function that returns the directory (``forensics.place``).
     """
 
-    directory: Path
+    place: Path | Callable[[], Path]
+
+    @property
+    def directory(self) -> Path:
+        """The run directory."""
+        return self.place if isinstance(self.place, Path) else self.place()
 
     @property
     def owner(self) -> Path:
@@ -154,4 +165,7 @@ class RunLayout:
 
     def rank(self, rank: int) -> RankLayout:
         """Paths of the files of a global rank."""
-        return RankLayout(self.directory / f"rank{rank}")
+        folder = f"rank{rank}"
+        if isinstance(self.place, Path):
+            return RankLayout(self.place / folder)
+        return RankLayout(lambda: self.directory / folder)

@@ -36,7 +36,7 @@ class EarlierEvidence:
     def __init__(self, layout: RunLayout, files: RankLayout, *, trains: bool) -> None:
         self._layout, self._files, self._trains = layout, files, trains
         self._process = ProcessRecord.read(files.process)
-        self._renamed: dict[Path, Path] = {}
+        self._renamed: dict[str, str] = {}  # new names of files
 
     @property
     def fingerprint(self) -> Fingerprint | None:
@@ -88,7 +88,8 @@ class EarlierEvidence:
         Raises:
             OSError: If the disk takes no more.
         """
-        for path, aside in self._renamed.items():
+        for name, renamed in self._renamed.items():
+            path, aside = self._files.directory / name, self._files.directory / renamed
             if path == self._files.phases or not path.exists():
                 aside.rename(path)
                 if path.is_dir():
@@ -99,7 +100,7 @@ class EarlierEvidence:
 
     def _note(self, path: Path, aside: Path | None) -> None:
         if aside is not None:
-            self._renamed[path] = aside
+            self._renamed[path.name] = aside.name
 
 
 def _rename_folder(path: Path) -> Path | None:

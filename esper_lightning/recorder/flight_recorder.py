@@ -26,6 +26,7 @@ from esper_lightning.callbacks.run_directory import (
     close_run_directory,
     copy_run_directory,
     open_run_directory,
+    run_layout,
 )
 from esper_lightning.callbacks.tracking import upload_results
 from esper_lightning.core.errors import check_arguments, positive, require
@@ -132,10 +133,12 @@ class FlightRecorder(WritesRun):
         _close_earlier(trainer)
         if not trainer.fast_dev_run:  # which has dummies as loggers
             guard_loggers(trainer.loggers)
-        layout = _layout(open_run_directory(trainer, self))
+        open_run_directory(trainer, self)
+        layout = run_layout(trainer)
         if layout is not None and trainer.is_global_zero:
             guard_loggers(
-                trainer.loggers, at_end=functools.partial(upload_results, layout.directory)
+                trainer.loggers,
+                at_end=lambda logger, died: upload_results(layout.directory, logger, died),
             )
         met = meet(trainer.world_size)
         if layout is None:
@@ -275,7 +278,8 @@ class FlightRecorder(WritesRun):
             return
         layout = None
         with contextlib.suppress(DirectoryRefusedError):
-            layout = _layout(open_run_directory(trainer, self, alone=True))
+            open_run_directory(trainer, self, alone=True)
+            layout = run_layout(trainer)
         if layout is None:
             return
         if _saved_by_its_processes(layout):
@@ -338,10 +342,6 @@ class FlightRecorder(WritesRun):
             stage=stage,
             met=met,
         )
-
-
-def _layout(directory: Path | None) -> RunLayout | None:
-    return None if directory is None else RunLayout(directory)
 
 
 def _has_hook_of_a_user(owner: LightningModule | Callback) -> bool:

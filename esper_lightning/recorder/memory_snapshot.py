@@ -7,13 +7,14 @@ from pathlib import Path
 import torch
 
 from esper_lightning.forensics.files import replacing
+from esper_lightning.forensics.layout import RankLayout
 
 __all__ = ["forget_memory", "save_memory", "watch_memory"]
 
-_targets: list[Path] = []
+_ranks: list[RankLayout] = []
 
 
-def watch_memory(target: Path) -> None:
+def watch_memory(files: RankLayout) -> None:
     """Write a snapshot whenever CUDA memory runs out; nothing happens where CUDA is not in use.
 
     A snapshot opens in https://pytorch.org/memory_viz. If
@@ -21,17 +22,17 @@ def watch_memory(target: Path) -> None:
     allocation where it was made.
 
     Args:
-        target: File of the snapshot, replaced each time memory runs out.
+        files: Folder of the rank, whose snapshot is replaced each time memory runs out.
     """
     if torch.cuda.is_available() and torch.cuda.is_initialized():
-        _targets.append(target)
+        _ranks.append(files)
         _attach()
 
 
-def forget_memory(target: Path) -> None:
-    """Write no more snapshots to a file: its run has ended."""
+def forget_memory(files: RankLayout) -> None:
+    """Write no more snapshots of a rank: its run has ended."""
     with contextlib.suppress(ValueError):
-        _targets.remove(target)
+        _ranks.remove(files)
 
 
 def save_memory(target: Path) -> None:
@@ -46,6 +47,6 @@ def _attach() -> None:  # there is no way to detach an observer
 
 
 def _observe(*_: int) -> None:
-    for target in _targets:
+    for files in _ranks:
         with contextlib.suppress(Exception):  # the user's own error must follow
-            save_memory(target)
+            save_memory(files.memory)

@@ -110,7 +110,7 @@ class Peers:
         self._met = list(met)
         mine = self._met[rank] if self._met else meet(1)[0]
         self.started_s: float = mine.started_s or 0.0
-        self._path = layout.rank(rank).process
+        self._files = layout.rank(rank)
         run = None
         if self._met:
             names = json.dumps([record.to_dict() for record in self._met], sort_keys=True).encode()
@@ -147,14 +147,14 @@ class Peers:
         """
         now_s = time.time()
         process = replace(self.process, state=state, evidence_saved=saved, changed_s=now_s)
-        process.write(self._path)
+        process.write(self._files.process)
 
     def beat(self) -> None:
         """Give a sign of life, if it is time, to ranks that cannot see this process."""
         now_s = time.monotonic()
         if now_s >= self._beat_due_s:
             self._beat_due_s = now_s + BEAT_S
-            beat(self._path)
+            beat(self._files.process)
 
     def listen(self) -> None:
         """Note signs of life of other ranks, also while this rank saves its evidence."""

@@ -81,7 +81,7 @@ def open_rank_files(
         ring = PhaseRing(files.phases)
         undo.callback(ring.close)
         attempt_file(lambda: reserve_room(files.directory))
-        undo.callback(release_room, files.directory)
+        undo.callback(lambda: release_room(files.directory))
         taken = attempt(lambda: take_fingerprint(trainer, layout), what=None).result
         if taken is not None:
             peers.note_fingerprint(taken, earlier.fingerprint)

@@ -132,7 +132,7 @@ class Recording:
         self._protection = Protection(self)
         leave.callback(lambda: self._protection.restore(run_continues=self._state is State.OFF))
         self._protection.install()
-        undo.callback(forget_memory, self._files.memory)
+        undo.callback(forget_memory, self._files)
         self._profiler = own_profiler(trainer)
         self._guard = ProfilerGuard(
             self._profiler,
@@ -201,7 +201,7 @@ class Recording:
     def begin_training(self) -> None:
         """Note that training begins: checkpoints are loaded, and CUDA is in use if at all."""
         rename_aside(self._files.crash_checkpoint)
-        watch_memory(self._files.memory)
+        watch_memory(self._files)
 
     def die(self, error: BaseException, *, lingers: bool) -> None:
         """Save all evidence in the thread of the fit, wait for other ranks, and close.

@@ -18,7 +18,6 @@ from esper_lightning.forensics.claims import (
     claim,
     claim_for_logger,
     claim_next,
-    refuse_anothers,
     reserve,
     return_reserved,
 )
@@ -368,21 +367,28 @@ def test_a_full_disk_takes_no_name_but_the_lock_holds(tmp_path, monkeypatch):
     held.release()
 
 
-def test_nothing_is_written_where_another_run_took_the_place_of_one_that_was_moved(tmp_path):
-    run, moved = tmp_path / "run", tmp_path / "moved"
-    held = claim(run)
-    refuse_anothers(run / "checkpoints" / "last.ckpt")
-    run.rename(moved)
-    refuse_anothers(run / "last.ckpt")  # nobody is there
-    command = [sys.executable, "-c", PROGRAM, str(run)]
-    pipes = {"stdin": subprocess.PIPE, "stdout": subprocess.PIPE}
-    with subprocess.Popen(command, text=True, **pipes) as another:
-        assert another.stdout.readline() == "claimed\n"
-        with pytest.raises(DirectoryInUseError, match=f"process {another.pid} is running"):
-            refuse_anothers(run / "last.ckpt")
-        refuse_anothers(moved / "last.ckpt")
-        another.communicate()
+@pytest.mark.parametrize("name", ["rank0", "rank12", "checkpoints", "rank0/trace"])
+def test_a_folder_with_files_of_a_run_is_no_directory_for_another(tmp_path, name):
+    free = claim(tmp_path / name)  # the folder above it is no run's yet
+    (tmp_path / name / "file").touch()
+    free.release()
+    held = claim(tmp_path / "run")
+    with pytest.raises(DirectoryRefusedError, match=r"among the files of another run, .*/run' is"):
+        claim(tmp_path / "run" / name)
+    assert [path.name for path in (tmp_path / "run").iterdir()] == ["owner.lock"]
+    claim(tmp_path / "run" / "lightning_logs" / "version_0").release()
     held.release()
+
+
+def test_the_directory_of_a_run_that_took_the_name_of_a_moved_one_stays_owned(tmp_path):
+    run = tmp_path / "run"
+    held = claim(run)
+    run.rename(tmp_path / "moved")
+    another = claim(run)
+    held.release()
+    assert read_owner(run)["pid"] == os.getpid()
+    assert read_owner(tmp_path / "moved") == {}
+    another.release()
 
 
 def test_what_was_reserved_is_claimed_or_left_as_it_was(tmp_path):

@@ -9,6 +9,7 @@ from lightning.pytorch import LightningModule
 from torch.utils.data import DataLoader
 
 from esper_lightning import FlightRecorder
+from esper_lightning.forensics.layout import RankLayout
 from esper_lightning.recorder import memory_snapshot
 from tests.reports import read_report
 
@@ -49,7 +50,8 @@ def test_each_time_memory_runs_out_the_run_that_goes_on_gets_a_snapshot(tmp_path
 
     def dump(name):
         written.append(name)
-        assert not (tmp_path / str(len(written) - 1)).exists()  # written beside its place
+        folder = tmp_path / str(len(written) - 1)
+        assert not (folder / "memory.pickle").exists()  # written beside its place
         Path(name).write_text("snapshot")
 
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
@@ -59,15 +61,15 @@ def test_each_time_memory_runs_out_the_run_that_goes_on_gets_a_snapshot(tmp_path
     monkeypatch.setattr(torch.cuda.memory, "_dump_snapshot", dump)
     memory_snapshot._attach.cache_clear()
     for number in range(2):
-        target = tmp_path / str(number)
-        memory_snapshot.watch_memory(target)
+        files = RankLayout(tmp_path / str(number))
+        memory_snapshot.watch_memory(files)
         observers[0](0, 1, 2, 3)
-        memory_snapshot.forget_memory(target)
+        memory_snapshot.forget_memory(files)
     memory_snapshot._attach.cache_clear()
     observers[0](0, 1, 2, 3)
     assert len(observers) == 1
     assert len(written) == 2
-    assert {path.name: path.read_text() for path in tmp_path.iterdir()} == {
+    assert {path.parent.name: path.read_text() for path in tmp_path.glob("*/*")} == {
         "0": "snapshot",
         "1": "snapshot",
     }

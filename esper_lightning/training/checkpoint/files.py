@@ -15,8 +15,8 @@ from lightning.pytorch.plugins import TorchCheckpointIO
 from typing_extensions import override
 
 from esper_lightning.core.errors import require
-from esper_lightning.forensics.claims import refuse_anothers
 from esper_lightning.forensics.files import replacing
+from esper_lightning.forensics.place import refuse_taken
 from esper_lightning.forensics.reading import open_file
 
 __all__ = ["CHECKPOINT_BEGINS", "AtomicCheckpointIO", "read_checkpoint", "write_checkpoint"]
@@ -53,13 +53,13 @@ class AtomicCheckpointIO(TorchCheckpointIO):
         Raises:
             OSError: If the file cannot be written, as on a full disk. The previous file is still
                 there.
-            DirectoryInUseError: If another run owns the directory by now.
+            DirectoryInUseError: If the run directory was moved, and another run took its name.
         """
         if storage_options is not None or _is_remote(path):
             super().save_checkpoint(checkpoint, path, storage_options)
             return
         path = Path(path)
-        refuse_anothers(path)
+        refuse_taken(path)
         write_checkpoint(checkpoint, path)
 
     @override

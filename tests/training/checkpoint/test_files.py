@@ -57,7 +57,7 @@ def test_nothing_is_written_into_the_directory_of_another_run(path, monkeypatch)
         asked.append(place)
         raise DirectoryInUseError
 
-    monkeypatch.setattr("esper_lightning.training.checkpoint.files.refuse_anothers", refuse)
+    monkeypatch.setattr("esper_lightning.training.checkpoint.files.refuse_taken", refuse)
     with pytest.raises(DirectoryInUseError):
         AtomicCheckpointIO().save_checkpoint({}, path)
     assert (asked, path.read_bytes()) == ([path], before)
