@@ -171,7 +171,6 @@ def _settings(plan: ReplayPlan, dead_run: Path, directory: Path) -> dict[str, An
     listed.append(_spec(ReplayWatch, plan.settings_of_watch(dead_run)))
     trainer["callbacks"] = listed
     trainer["logger"] = None  # what a user's logger writes to may be shared
-    trainer["enable_progress_bar"] = False
     trainer["profiler"] = _spec(WindowProfiler, plan.settings_of_profiler())
     if plan.world_size > 1:
         trainer |= {"devices": plan.world_size, "num_nodes": 1}
