@@ -121,11 +121,14 @@ def test_saves_and_resumes(train, tmp_path):
     assert timeless(rows) == timeless(whole)
 
 
+METRICS = evaluation.evaluation_metrics
+
+
 def scores(monkeypatch, *values):
     """Returns that evaluations are made to find."""
-    left, true = iter(values), evaluation.evaluation_metrics
+    left = iter(values)
     monkeypatch.setattr(
-        evaluation, "evaluation_metrics", lambda *each: true(*each) | {EVAL_RETURN: next(left)}
+        evaluation, "evaluation_metrics", lambda *each: METRICS(*each) | {EVAL_RETURN: next(left)}
     )
 
 

@@ -11,6 +11,7 @@ from pathlib import Path
 
 import lightning
 import pytest
+import torch
 from lightning.pytorch import Callback
 from lightning.pytorch.demos.boring_classes import BoringModel
 from lightning.pytorch.utilities.combined_loader import CombinedLoader
@@ -43,7 +44,7 @@ def private_names():
                 names.add(node.name)
             elif isinstance(node, ast.Attribute) and isinstance(node.ctx, ast.Store):
                 names.add(node.attr)
-    return set(filter(is_private, names))
+    return set(filter(is_private, names)) - vars(torch.nn.Module()).keys()  # those are torch's
 
 
 def touched(source, names):

@@ -110,11 +110,12 @@ def cache_directory() -> Path:
     return folder
 
 
-def build_library(source: str) -> ctypes.CDLL:
+def build_library(source: str, *more_flags: str) -> ctypes.CDLL:
     """Compile C++ into a shared library, or take it from the cache.
 
     Args:
         source: C++ text, to which ``kernels.hpp`` and ``convolutions.hpp`` are prepended.
+        *more_flags: Flags of the compiler that override the usual ones.
 
     Raises:
         UnsupportedError: If there is no compiler, if it fails, or if the library cannot be written
@@ -126,6 +127,7 @@ def build_library(source: str) -> ctypes.CDLL:
     if loose := _LOOSE & {*own}:
         raise UnsupportedError(f"CXXFLAGS has {min(loose)}, with which NaN is not noticed")
     flags = [*_FLAGS, *(["-O1"] if len(source) > _LARGE else []), _architecture_flag(), *own]
+    flags += more_flags
     if "Free Software Foundation" in identity:
         # Else a sum may be rounded twice in one loop and once in another, as the tuning for some
         # processors has it: the rows of a product would differ with the division among threads.

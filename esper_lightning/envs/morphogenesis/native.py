@@ -68,7 +68,9 @@ class NativeHosts:
     def __init__(self, architecture: Architecture, sgd: SGD) -> None:
         if architecture.slots > _MOST_SLOTS:
             raise UnsupportedError(f"a host of more than {_MOST_SLOTS} blocks")
-        library = build_library("\n".join(header.read_text() for header in _HEADERS))
+        # Hosts are no code of users: sums of products may be rounded once.
+        text = "\n".join(header.read_text() for header in _HEADERS)
+        library = build_library(text, "-ffp-contract=fast")
         self._run, self._work_bytes = library.run, library.work_bytes
         self._run.argtypes, self._run.restype = [ctypes.POINTER(_Task), ctypes.c_int], None
         self._work_bytes.argtypes = [ctypes.POINTER(_Task)]
