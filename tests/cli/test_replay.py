@@ -2,14 +2,17 @@
 
 import subprocess
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
 import torch
 import yaml
 
+from esper_lightning.cli import replay as command
 from esper_lightning.cli.main import main
 from esper_lightning.forensics.layout import RunLayout
+from esper_lightning.forensics.replay import Verdict
 
 RUNS = Path(__file__).parents[1] / "fixtures" / "runs"
 
@@ -94,6 +97,23 @@ def test_a_progress_bar_of_the_run_stays(dead, capsys, configs):
     trainer = configs[0]["trainer"]
     assert trainer["enable_progress_bar"] is None
     assert trainer["callbacks"][0]["class_path"] == bar
+
+
+def test_a_deep_replay_needs_one_that_went_as_the_run_did(dead, monkeypatch):
+    played = []
+
+    def play(plan, *_):
+        played.append(plan.deep)
+        return Verdict("different", 3, 1, "", ())
+
+    def plan(*_, deep=False, **__):
+        return SimpleNamespace(deep=deep, begins=1, iteration=6)
+
+    monkeypatch.setattr(command, "plan_replay", plan)
+    monkeypatch.setattr(command, "_play", play)
+    with pytest.raises(SystemExit) as caught:
+        main(["replay", "--deep", str(dead)])
+    assert (caught.value.code, played) == (4, [False])
 
 
 def test_a_folder_within_the_dead_run_is_not_that_of_the_replay(dead, capsys, monkeypatch, configs):
