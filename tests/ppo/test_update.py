@@ -423,6 +423,17 @@ def half_precision() -> AbstractContextManager[object]:
     return torch.autocast("cpu", torch.bfloat16)
 
 
+def test_under_autocast_the_policy_has_its_weights_of_now() -> None:
+    learner = Learner()
+    with half_precision(), autocast_without_cache(CPU):
+        before = learner.policy.value(learner.samples.obs)
+        learner.update(epochs=1, minibatches=1)
+        after = learner.policy.value(learner.samples.obs)
+    with half_precision():
+        assert torch.equal(after, learner.policy.value(learner.samples.obs))
+    assert not torch.equal(after, before)
+
+
 def test_under_autocast_every_step_uses_the_weights_of_the_step_before(
     ours: list[Step],
 ) -> None:
