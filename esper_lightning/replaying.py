@@ -12,7 +12,7 @@ import logging
 import os
 import shutil
 import tempfile
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -24,14 +24,19 @@ from esper_lightning.callbacks.mirror import place_of
 from esper_lightning.core.errors import require
 from esper_lightning.core.paths import expand_home
 from esper_lightning.forensics.layout import RunLayout
+from esper_lightning.forensics.reading import RowReader
 from esper_lightning.forensics.remains import Remains, examine, first_failure
-from esper_lightning.forensics.replay import ReplayRecord, Verdict, failing_iteration, judge
+from esper_lightning.forensics.replay import Verdict, failing_iteration, judge
 from esper_lightning.recorder.flight_recorder import FlightRecorder
 from esper_lightning.recorder.profiling.window_profiler import WindowProfiler
 from esper_lightning.recorder.replay_watch import ReplayWatch
-from esper_lightning.training.checkpoint.content import STATE_KEY
 from esper_lightning.training.checkpoint.files import read_checkpoint, write_checkpoint
-from esper_lightning.training.checkpoint.kept import KeptState, iteration_in, latest_state
+from esper_lightning.training.checkpoint.kept import (
+    KeptState,
+    has_environments,
+    iteration_in,
+    latest_state,
+)
 
 __all__ = ["ReplayPlan", "plan_replay", "replay", "replay_directory", "require_new_directory"]
 
@@ -97,7 +102,8 @@ def plan_replay(run_dir: Path, *, ckpt_path: Path | None = None, deep: bool = Fa
 
     That is the latest state before the failing iteration that holds the environments of every
     rank: a checkpoint of the run, the state that its ranks have stored after an iteration, or the
-    ``before.ckpt`` of an earlier replay; otherwise the beginning of the run.
+    ``before.ckpt`` of an earlier replay whose rows were those of the run; otherwise the beginning
+    of the run, which may be the checkpoint that it was resumed from.
 
     Args:
         run_dir: Run directory of the run that died.
@@ -105,7 +111,9 @@ def plan_replay(run_dir: Path, *, ckpt_path: Path | None = None, deep: bool = Fa
         deep: Whether the replay runs eagerly.
 
     Raises:
-        ValueError: If the directory holds no death, or ``ckpt_path`` is no checkpoint before it.
+        ValueError: If the directory holds no death, ``ckpt_path`` is no checkpoint before it, or
+            the replay must start from the checkpoint that the run was resumed from, and that is
+            gone or was written again.
     """
     dead = examine(run_dir)
     first = first_failure(dead)
@@ -121,11 +129,7 @@ def plan_replay(run_dir: Path, *, ckpt_path: Path | None = None, deep: bool = Fa
         require(fits, "--ckpt_path", rule, str(ckpt_path))
         starts = {ckpt_path: begins or 0}
     else:
-        found = ((path, _usable(path)) for path in _candidates(run_dir, first))
-        starts = {path: n for path, n in found if n is not None and n < iteration}
-        kept = latest_state(run_dir, before=iteration)
-        if kept is not None and kept.iteration > max(starts.values(), default=0):
-            starts = {_stored(kept): kept.iteration}
+        starts = _find_starts(run_dir, dead, first)
     start = max(starts, key=lambda path: starts[path], default=None)
     return ReplayPlan(
         dead=tuple(dead),
@@ -173,16 +177,74 @@ def _stored(state: KeptState) -> Path:
     return path
 
 
-def _candidates(run_dir: Path, first: Remains) -> Iterator[Path]:
-    """Checkpoints of a run, and those of its earlier replays."""
-    yield from sorted(RunLayout(run_dir).checkpoints.glob("*.ckpt"))
+def _find_starts(run_dir: Path, dead: Sequence[Remains], first: Remains) -> dict[Path, int]:
+    """Checkpoints that a replay can start from, each with its number of finished iterations.
+
+    Raises:
+        ValueError: If there is none, and the run has not begun at its first iteration.
+    """
+    iteration, least = failing_iteration(first), 0
+    if first.resumed_from is not None:  # a checkpoint may be older, as a best.ckpt that was copied
+        rows = RowReader(RunLayout(run_dir).rank(first.rank).history)
+        numbers = (n for row in rows if isinstance(n := row.get("iteration"), int))
+        least = min(next(numbers, iteration), iteration) - 1
+    found = ((path, _usable(path)) for path in _candidates(run_dir, dead, first))
+    starts = {path: n for path, n in found if n is not None and least <= n < iteration}
+    starts |= _resumed_from(first)
+    kept = latest_state(run_dir, before=iteration, since_s=first.started_s)
+    if (
+        kept is not None
+        and has_environments(kept.checkpoint)
+        and kept.iteration > max(starts.values(), default=0)
+    ):
+        starts = {_stored(kept): kept.iteration}
+    if not starts and first.resumed_from is not None:
+        rule = "be as it was when the run was resumed from it"
+        hint = "It is gone, or was written again. Name a copy by --ckpt_path."
+        require(False, "The start of the run", rule, first.resumed_from, hint)
+    return starts
+
+
+def _candidates(run_dir: Path, dead: Sequence[Remains], first: Remains) -> Iterator[Path]:
+    """Checkpoints that a run has written, and those of its earlier replays that went as it did."""
+    for path in sorted(RunLayout(run_dir).checkpoints.glob("*.ckpt")):
+        if _is_written_by(first, path):  # and not left by an earlier run in the directory
+            yield path
     absolute = run_dir.absolute()
     for directory in absolute.parent.glob(f"replay_of_{absolute.name}*"):
-        record = ReplayRecord.read(directory)
         before = RunLayout(directory).before_fault
-        of_it = record is not None and record.started_s == first.started_s
-        if of_it and before.exists():
+        if before.exists() and _went_alike(directory, dead):
             yield before
+
+
+def _is_written_by(first: Remains, path: Path) -> bool:
+    """Whether a file was written after the run of a rank began, as far as times are known."""
+    return first.started_s is None or path.stat().st_mtime > first.started_s
+
+
+def _went_alike(directory: Path, dead: Sequence[Remains]) -> bool:
+    """Whether rows of a replay were compared, and it went as the run that died."""
+    try:
+        verdict = judge(directory, dead)
+    except (ValueError, OSError):  # a replay of another run, or one that is under way
+        return False
+    return verdict.outcome != "different" and verdict.rows > 0
+
+
+def _resumed_from(first: Remains) -> dict[Path, int]:
+    """The checkpoint that a run was resumed from, with its number of finished iterations.
+
+    It may lack environments, as it did for the run. Empty if the run was new, or the file is gone
+    or was written again.
+    """
+    if first.resumed_from is None:
+        return {}
+    path = Path(first.resumed_from)
+    try:
+        is_new = first.started_s is not None and _is_written_by(first, path)
+        return {} if is_new else {path: iteration_in(read_checkpoint(path))}
+    except (ValueError, OSError):
+        return {}
 
 
 def _usable(path: Path) -> int | None:
@@ -209,12 +271,7 @@ def _iteration_of(path: Path) -> int | None:
     except ValueError as error:
         message = f"ckpt_path must name a checkpoint of a run, got {str(path)!r}. {error}"
         raise ValueError(message) from error
-    if STATE_KEY not in checkpoint:
-        return iteration
-    ranks: dict[int, Any] = checkpoint[STATE_KEY]["ranks"]
-    whole = 0 < len(ranks) == checkpoint[STATE_KEY]["world_size"]
-    has_envs = whole and all(rank["env"] is not None for rank in ranks.values())
-    return iteration if has_envs else None
+    return iteration if has_environments(checkpoint) else None
 
 
 def replay(

@@ -2,6 +2,7 @@
 
 import functools
 import logging
+import os
 import re
 import shutil
 from collections.abc import Callable
@@ -25,6 +26,7 @@ from esper_lightning import (
 from esper_lightning.envs import CartPole
 from esper_lightning.forensics.files import read_json_lines
 from esper_lightning.forensics.layout import RunLayout
+from esper_lightning.forensics.remains import examine
 from esper_lightning.forensics.replay import ReplayRecord, compared
 from esper_lightning.replaying import ReplayPlan, plan_replay, replay_directory
 
@@ -193,6 +195,67 @@ def test_a_module_of_another_kind_is_replayed_too(trainer, tmp_path):
     )
     assert (verdict.outcome, verdict.iteration, verdict.rows) == ("reproduced", 8, 2)
     assert ReplayRecord.read(tmp_path / "replay_of_run").begins == 6
+
+
+def test_a_replay_that_went_differently_is_no_start_of_the_next(dead, trainer):
+    other = PPOConfig(rollout_steps=4, minibatches=1, epochs=1, learning_rate=0.1)
+    assert replay(trainer(Dies(6)), ppo(ppo=other), dead).outcome == "different"
+    assert RunLayout(dead.with_name("replay_of_run")).before_fault.exists()
+    assert plan_replay(dead).start == RunLayout(dead).last_checkpoint
+
+
+def store(dead: Path, path: Path, *, has_envs: bool = True, age_s: float = 0.0) -> Path:
+    """A file with the state after iteration 5 of a run, older than the run if it has an age."""
+    checkpoint = torch.load(RunLayout(dead).last_checkpoint, weights_only=True)
+    own = checkpoint["esper_lightning"]
+    rank = own["ranks"][0] if has_envs else own["ranks"][0] | {"env": None}
+    torch.save(
+        checkpoint | {"esper_lightning": own | {"iteration": 5, "ranks": {0: rank}}},
+        path,
+    )
+    if age_s:
+        began_s = examine(dead)[0].started_s
+        os.utime(path, (began_s - age_s, began_s - age_s))
+    return path
+
+
+def test_a_stored_state_without_environments_is_no_start(dead):
+    state = RunLayout(dead).rank(0).states[0]
+    store(dead, state)
+    assert plan_replay(dead).begins == 5
+    store(dead, state, has_envs=False)
+    assert plan_replay(dead).start == RunLayout(dead).last_checkpoint
+
+
+def test_what_an_earlier_run_in_the_directory_has_left_is_no_start(dead):
+    users = store(dead, RunLayout(dead).checkpoints / "epoch=5.ckpt")
+    assert plan_replay(dead).start == users
+    store(dead, users, age_s=9.0)
+    store(dead, RunLayout(dead).rank(0).states[0], age_s=9.0)
+    assert plan_replay(dead).start == RunLayout(dead).last_checkpoint
+
+
+def test_a_run_that_was_resumed_is_replayed_from_its_start(dead, trainer, tmp_path):
+    start = RunLayout(dead).last_checkpoint
+    with pytest.raises(RuntimeError, match="injected"):
+        trainer(Dies(5), directory=tmp_path / "later").fit(
+            ppo(), ckpt_path=start, weights_only=True
+        )
+    verdict = replay(trainer(Dies(5)), ppo(), tmp_path / "later")
+    assert (verdict.outcome, verdict.rows) == ("reproduced", 1)
+    assert ReplayRecord.read(tmp_path / "replay_of_later").start == str(start)
+    shutil.rmtree(tmp_path / "replay_of_later")
+    # A best.ckpt that a resumed run has copied is that of an iteration before its first.
+    RunLayout(tmp_path / "later").checkpoints.mkdir(exist_ok=True)
+    older = store(dead, RunLayout(tmp_path / "later").best_checkpoint)
+    checkpoint = torch.load(older, weights_only=True)
+    checkpoint["esper_lightning"]["iteration"] = 3
+    torch.save(checkpoint, older)
+    os.utime(start)
+    for _ in "changed", "gone":
+        with pytest.raises(ValueError, match=r"The start of the run must be as it was .* got '"):
+            plan_replay(tmp_path / "later")
+        start.unlink(missing_ok=True)
 
 
 @pytest.mark.parametrize("name", ["cartpole", "terminated"])

@@ -80,7 +80,9 @@ def run(arguments: list[str]) -> None:
         _wait_for_report(dead_run)
         plan = plan_replay(dead_run, ckpt_path=options.ckpt_path, deep=options.deep)
         if plan.deep and plan.begins < plan.iteration - 1:
-            _play(plan_replay(dead_run, ckpt_path=options.ckpt_path), dead_run, None)
+            verdict = _play(plan_replay(dead_run, ckpt_path=options.ckpt_path), dead_run, None)
+            if verdict.outcome == "different":  # it has not come to the state before the fault
+                sys.exit(STATUSES[verdict.outcome])
             plan = plan_replay(dead_run, deep=True)
         verdict = _play(plan, dead_run, options.run_dir)
     except (ValueError, OSError) as error:
@@ -169,7 +171,6 @@ def _settings(plan: ReplayPlan, dead_run: Path, directory: Path) -> dict[str, An
     listed.append(_spec(ReplayWatch, plan.settings_of_watch(dead_run)))
     trainer["callbacks"] = listed
     trainer["logger"] = None  # what a user's logger writes to may be shared
-    trainer["enable_progress_bar"] = False
     trainer["profiler"] = _spec(WindowProfiler, plan.settings_of_profiler())
     if plan.world_size > 1:
         trainer |= {"devices": plan.world_size, "num_nodes": 1}

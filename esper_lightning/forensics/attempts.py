@@ -8,13 +8,13 @@ when the next attempt begins. How the latest attempt ended is in ``crash.json`` 
 
 import contextlib
 import itertools
-import re
 from collections.abc import Iterable
 from dataclasses import dataclass
 from pathlib import Path
 
 from esper_lightning.forensics.files import JsonLines
 from esper_lightning.forensics.layout import RankLayout, RunLayout
+from esper_lightning.forensics.messages import comparable
 from esper_lightning.forensics.phases import read_phases
 from esper_lightning.forensics.rank_record import ProcessRecord, same_recording
 from esper_lightning.forensics.reading import RowReader
@@ -30,7 +30,6 @@ SAME_DEATH_STATUS = 65
 _LONGEST = 500  # characters of a message
 _NOTICED_S = 2.0  # after which the end of a process that vanished is noticed at the latest
 _OWN_CAUSES = ("exception", "native")  # deaths that the same program can repeat by itself
-_ADDRESS = re.compile(r"0x[0-9a-fA-F]+")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -82,10 +81,10 @@ class Attempt(Record):
         """Whether both attempts died of the same error, in the same place and iteration.
 
         Only errors of the program itself count. Signals, and processes that vanished, have their
-        causes elsewhere. Addresses of objects in a message are not compared.
+        causes elsewhere. Numbers and addresses of objects in a message are not compared.
         """
         mine, theirs = (
-            (each.cause, each.iteration, _ADDRESS.sub("", each.what or ""), each.place)
+            (each.cause, each.iteration, _without_numbers(each.what), each.place)
             for each in (self, other)
         )
         return self.died and other.died and self.cause in _OWN_CAUSES and mine == theirs
@@ -196,6 +195,12 @@ def _latest(files: RankLayout) -> Attempt | None:
         place=_place(report),
         exit_status=report.exit_status,
     )
+
+
+def _without_numbers(what: str | None) -> tuple[str, str]:
+    """Type and message of an error, the message without what differs from run to run."""
+    kind, _, message = (what or "").partition(": ")
+    return kind, comparable(message)
 
 
 def _place(report: CrashReport) -> str | None:

@@ -100,6 +100,8 @@ class ProcessRecord(RankRecord):
         fingerprint: All that decides what the program does, besides its state.
         differences: What differs from the fingerprint of the run that is resumed, or else of the
             run before in the directory, in a few words each.
+        resumed_from: Absolute path, or address, of the checkpoint that the run is resumed from;
+            ``None`` for a new run.
         beat_s: Seconds from one sign of life to the next (``forensics.heartbeat``); ``None`` where
             the process gives none.
     """
@@ -111,6 +113,7 @@ class ProcessRecord(RankRecord):
     changed_s: EpochSeconds | None = None
     fingerprint: Fingerprint | None = None
     differences: tuple[str, ...] = ()
+    resumed_from: str | None = None
     beat_s: float | None = None
 
 

@@ -85,6 +85,7 @@ class Remains:
     run: str | None = None  # identifier that all ranks of a run share
     fingerprint: Fingerprint | None = None
     differences: tuple[str, ...] = ()  # from the run that was resumed, or the one before
+    resumed_from: str | None = None  # checkpoint; None for a new run
 
     @property
     def time_s(self) -> float:
@@ -271,6 +272,7 @@ def _remains(directory: Path, rank: int) -> Remains:
         collectives=read_collectives(files.collectives),
         fingerprint=process.fingerprint,
         differences=process.differences,
+        resumed_from=process.resumed_from,
     )
 
 

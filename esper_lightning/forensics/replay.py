@@ -5,13 +5,14 @@ verdict needs nothing but files, so that there is one whatever has ended the rep
 """
 
 import re
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Literal, NamedTuple, Self, cast
 
 from esper_lightning.forensics.fingerprint import differences
 from esper_lightning.forensics.layout import RunLayout
+from esper_lightning.forensics.messages import comparable
 from esper_lightning.forensics.reading import RowReader, parse_json, read_file
 from esper_lightning.forensics.records import Record
 from esper_lightning.forensics.remains import Remains, examine, first_failure
@@ -38,7 +39,6 @@ _OF_TIME = re.compile(
     r"(^|[/_])(time|seconds|secs?|duration|elapsed|fps|sps|throughput)($|[/_])"
     r"|_(s|ms|us|ns)$|per_s(ec)?(ond)?$|^resumed_(with_new_episodes|on_ranks)$"
 )
-_ADDRESS = re.compile(r"0x[0-9a-fA-F]{4,}")
 _PLACE = re.compile(r'^\s*File "([^"]*)", line (\d+), in (.*)$')
 _SILENT = ("vanished", "exit", "native", "signal")  # causes whose report has no error to compare
 _MOST_COLUMNS = 4
@@ -163,7 +163,7 @@ def judge(directory: Path, dead: Sequence[Remains]) -> Verdict:
     rows, found = _compare_rows(record, directory, dead)
     if found is not None:
         iteration, what = found
-        died = again is not None and _same(first, again, record)
+        died = again is not None and _same(first, again, record, directory)
         what += "; it died in the same way all the same" if died else ""
         return Verdict("different", iteration, rows, what, conditions)
     if again is None:
@@ -171,7 +171,7 @@ def judge(directory: Path, dead: Sequence[Remains]) -> Verdict:
             raise ValueError(f"The replay must run to its end: it is {own.state}.")
         return Verdict("did not happen again", record.iteration, rows, "", conditions)
     reason = _in_words(again)
-    if _same(first, again, record):
+    if _same(first, again, record, directory):
         return Verdict("reproduced", record.iteration, rows, reason, conditions)
     at = failing_iteration(again)
     if at > record.iteration:
@@ -221,15 +221,16 @@ class _Signature:
     line: tuple[str, ...] = field(default=())
 
 
-def _same(first: Remains, again: Remains, record: ReplayRecord) -> bool:
+def _same(first: Remains, again: Remains, record: ReplayRecord, directory: Path) -> bool:
     if first.rank != again.rank:
         return False
     if record.deep:  # anomaly detection and eager code find the same fault at another line
         return failing_iteration(first) == failing_iteration(again)
-    return _signature(first) == _signature(again)
+    directories = directory.absolute(), Path(record.run_dir or "")
+    return _signature(first, directories) == _signature(again, directories)
 
 
-def _signature(remains: Remains) -> _Signature:
+def _signature(remains: Remains, directories: Iterable[Path] = ()) -> _Signature:
     report = remains.report or CrashReport(cause="vanished")
     error, iteration = report.error or ErrorReport(), failing_iteration(remains)
     phases = report.phases
@@ -237,7 +238,7 @@ def _signature(remains: Remains) -> _Signature:
         phases = tuple(span.name for span in remains.phases.open)
     if report.cause in _SILENT and error.type is None:
         return _Signature(iteration=iteration, cause=report.cause, what=(report.signal, *phases))
-    message = _ADDRESS.sub("0x", error.message or "")
+    message = comparable(error.message or "", directories)
     places = [found for line in error.traceback if (found := _PLACE.match(line)) is not None]
     line = (Path(places[-1][1]).name, *places[-1].groups()[1:]) if places else ()
     return _Signature(

@@ -135,6 +135,12 @@ class Peers:
         differs = () if before is None else differences(before, fingerprint)
         self.process = replace(self.process, fingerprint=fingerprint, differences=differs)
 
+    def note_resumption(self, path: str) -> None:
+        """Add the checkpoint that the run is resumed from to this rank's record."""
+        is_local = "://" not in path
+        resumed_from = str(Path(path).absolute()) if is_local else path
+        self.process = replace(self.process, resumed_from=resumed_from)
+
     def report(self, state: str, *, saved: bool = False) -> None:
         """Write this rank's state into its ``process.json``, for the other ranks.
 

@@ -9,6 +9,7 @@ from typing import NamedTuple
 
 from lightning.pytorch import Trainer
 
+from esper_lightning.callbacks.lightning_internals import checkpoint_to_load
 from esper_lightning.forensics import sidecar
 from esper_lightning.forensics.attempts import list_attempt
 from esper_lightning.forensics.layout import RunLayout
@@ -85,6 +86,9 @@ def open_rank_files(
         taken = attempt(lambda: take_fingerprint(trainer, layout), what=None).result
         if taken is not None:
             peers.note_fingerprint(taken, earlier.fingerprint)
+        resumed_from = checkpoint_to_load(trainer)
+        if resumed_from is not None:
+            peers.note_resumption(str(resumed_from))
         attempt_file(lambda: peers.report("running"))
     refused += [] if ring.error is None else [ring.error]
     if refused:

@@ -3,6 +3,7 @@
 # pyright: reportAttributeAccessIssue=false
 # pyright: reportUnknownVariableType=false, reportUnknownArgumentType=false
 
+import contextlib
 import logging
 import shutil
 from pathlib import Path
@@ -32,7 +33,8 @@ class ReplayWatch(WritesRun):
 
     The replay ends before the iteration that follows the failing one begins: evaluations and
     callbacks after the failing iteration are part of the replay. Every ``ModelCheckpoint`` writes
-    into the run directory of the replay, wherever it was told to.
+    into the run directory of the replay, wherever it was told to. A progress bar shows nothing: the
+    limits of the run that died are not those of the replay.
 
     Args:
         run_dir: Run directory of the run that died, in which nothing is written.
@@ -77,6 +79,10 @@ class ReplayWatch(WritesRun):
     @override
     def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
         """Say in the run directory what is replayed, and have checkpoints written there."""
+        bar = trainer.progress_bar_callback
+        with contextlib.suppress(NotImplementedError):  # a bar of the user's may lack the method
+            if bar is not None:
+                bar.disable()
         self.directory = open_run_directory(trainer, self)
         if self.directory is None or stage != "fit":
             return

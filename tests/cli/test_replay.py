@@ -2,13 +2,17 @@
 
 import subprocess
 from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
 
 import pytest
 import torch
 import yaml
 
+from esper_lightning.cli import replay as command
 from esper_lightning.cli.main import main
 from esper_lightning.forensics.layout import RunLayout
+from esper_lightning.forensics.replay import Verdict
 
 RUNS = Path(__file__).parents[1] / "fixtures" / "runs"
 
@@ -70,20 +74,55 @@ def test_what_the_run_refuses_is_said_by_it_alone(dead, capsys, monkeypatch):
     assert said(capsys, dead)[1] == ""
 
 
-def test_a_folder_within_the_dead_run_is_not_that_of_the_replay(dead, capsys, monkeypatch):
+@pytest.fixture
+def configs(monkeypatch) -> list[dict[str, Any]]:
+    """The configs of the replays that are started; every replay is refused."""
+    found = []
+
+    def start(words, **_):
+        found.append(yaml.safe_load(Path(words[-1]).read_text()))
+        return subprocess.CompletedProcess(words, 2)
+
+    monkeypatch.setattr(subprocess, "run", start)
+    return found
+
+
+def test_a_progress_bar_of_the_run_stays(dead, capsys, configs):
+    """Lightning refuses a bar among the callbacks where bars are switched off."""
+    bar = "lightning.pytorch.callbacks.TQDMProgressBar"
+    RunLayout(dead).config.write_text(
+        f"model: {{}}\ntrainer: {{callbacks: {{class_path: {bar}}}, enable_progress_bar: null}}\n"
+    )
+    said(capsys, dead)
+    trainer = configs[0]["trainer"]
+    assert trainer["enable_progress_bar"] is None
+    assert trainer["callbacks"][0]["class_path"] == bar
+
+
+def test_a_deep_replay_needs_one_that_went_as_the_run_did(dead, monkeypatch):
+    played = []
+
+    def play(plan, *_):
+        played.append(plan.deep)
+        return Verdict("different", 3, 1, "", ())
+
+    def plan(*_, deep=False, **__):
+        return SimpleNamespace(deep=deep, begins=1, iteration=6)
+
+    monkeypatch.setattr(command, "plan_replay", plan)
+    monkeypatch.setattr(command, "_play", play)
+    with pytest.raises(SystemExit) as caught:
+        main(["replay", "--deep", str(dead)])
+    assert (caught.value.code, played) == (4, [False])
+
+
+def test_a_folder_within_the_dead_run_is_not_that_of_the_replay(dead, capsys, monkeypatch, configs):
     callbacks = (
         "[{class_path: esper_lightning.FlightRecorder, init_args: {dirpath: ~/run}},"
         " {class_path: esper_lightning.History, init_args: {dirpath: ~/other}}]"
     )
     RunLayout(dead).config.write_text(f"model: {{}}\ntrainer: {{callbacks: {callbacks}}}\n")
     monkeypatch.setenv("HOME", str(dead.parent))
-    configs = []
-
-    def start(words, **_):
-        configs.append(yaml.safe_load(Path(words[-1]).read_text()))
-        return subprocess.CompletedProcess(words, 2)
-
-    monkeypatch.setattr(subprocess, "run", start)
     said(capsys, dead)
     places = [each["init_args"].get("dirpath") for each in configs[0]["trainer"]["callbacks"]]
     assert places == [None, "~/other", None]

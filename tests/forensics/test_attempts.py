@@ -116,9 +116,16 @@ def test_a_death_from_outside_never_counts(cause):
     assert same_deaths([attempt(cause=cause), attempt(cause=cause)]) == 0
 
 
-def test_an_address_in_a_message_does_not_tell_deaths_apart():
-    one, other = attempt(what="E: <object at 0x7f01>"), attempt(what="E: <object at 0x7fAB>")
-    assert same_deaths([one, other]) == 2
+@pytest.mark.parametrize(
+    ("one", "other"),
+    [
+        ("<object at 0x7f01>", "<object at 0x7fAB>"),
+        ("worker 793 failed after 3.58 s", "worker 32191 failed after 12.0 s"),
+    ],
+)
+def test_numbers_in_a_message_do_not_tell_deaths_apart(one, other):
+    assert same_deaths([attempt(what=f"E: {one}"), attempt(what=f"E: {other}")]) == 2
+    assert same_deaths([attempt(what=f"E1: {one}"), attempt(what=f"E2: {one}")]) == 1
 
 
 def test_no_attempts_have_no_same_death():

@@ -67,6 +67,22 @@ def test_the_same_error_is_reproduced_wherever_its_file_is(judged):
 
 
 @pytest.mark.parametrize(
+    ("message", "again"),
+    [
+        ("worker 793 failed after 3.5 s", "worker 32191 failed after 12.25 s"),
+        ("no file {root}/run/6.png", "no file {root}/again/7.png"),
+        ("no file '/moved/run/a'", "no file 'somewhere/again/a'"),
+    ],
+)
+def test_an_error_may_name_its_run_a_process_or_a_time(judged, tmp_path, message, again):
+    died, replayed = (
+        replace(DEATH, error=replace(ERROR, message=text.format(root=tmp_path)))
+        for text in (message, again)
+    )
+    assert judged(died=died, report=replayed).outcome == "reproduced"
+
+
+@pytest.mark.parametrize(
     ("changed", "iteration"),
     [
         ({"error": replace(ERROR, type="TypeError")}, 3),

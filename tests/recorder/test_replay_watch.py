@@ -5,7 +5,7 @@ from types import SimpleNamespace
 
 import pytest
 import torch
-from lightning.pytorch.callbacks import ModelCheckpoint
+from lightning.pytorch.callbacks import ModelCheckpoint, ProgressBar, TQDMProgressBar
 
 from esper_lightning.callbacks.lightning_internals import TunerExit
 from esper_lightning.forensics.layout import RunLayout
@@ -31,10 +31,11 @@ def replay(tmp_path, monkeypatch):
     monkeypatch.setattr(replay_watch, "open_run_directory", lambda *_: directory)
     monkeypatch.setattr(replay_watch, "close_run_directory", lambda *_: None)
 
-    def begin(run_dir, **settings):
+    def begin(run_dir, *, bar=None, **settings):
         watch, saved = ReplayWatch(str(run_dir), 3, **settings), []
         trainer = SimpleNamespace(
             checkpoint_callbacks=[ModelCheckpoint(dirpath=tmp_path / "users")],
+            progress_bar_callback=bar,
             global_rank=0,
             is_global_zero=True,
             sanity_checking=False,
@@ -84,6 +85,13 @@ def test_a_replay_that_starts_right_before_the_fault_copies_its_start(replay, de
     (tmp_path / "state.ckpt").write_bytes(b"state")
     watch, *_ = replay(dead, begins=2, start=str(tmp_path / "state.ckpt"))
     assert RunLayout(watch.directory).before_fault.read_bytes() == b"state"
+
+
+def test_a_progress_bar_of_the_run_shows_nothing(replay, dead):
+    bar = TQDMProgressBar()
+    replay(dead, bar=bar)
+    assert bar.is_disabled
+    replay(dead, bar=ProgressBar())  # which cannot be told to
 
 
 def test_the_first_row_that_differs_is_one_warning(replay, dead, caplog):

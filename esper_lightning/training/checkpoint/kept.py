@@ -12,7 +12,7 @@ from esper_lightning.forensics.layout import RunLayout
 from esper_lightning.training.checkpoint.content import STATE_KEY, find_misfit
 from esper_lightning.training.checkpoint.files import read_checkpoint
 
-__all__ = ["KeptState", "iteration_in", "latest_state"]
+__all__ = ["KeptState", "has_environments", "iteration_in", "latest_state"]
 
 _log = logging.getLogger(__name__)
 _STATE: dict[str, Any] = {"iteration": int, "world_size": int, "ranks": dict, "*": object}
@@ -28,7 +28,9 @@ class KeptState(NamedTuple):
     """Content of a checkpoint."""
 
 
-def latest_state(directory: Path, *, before: int | None = None) -> KeptState | None:
+def latest_state(
+    directory: Path, *, before: int | None = None, since_s: float | None = None
+) -> KeptState | None:
     """The latest state that all ranks of a run have stored; ``None`` without one.
 
     A run that was resumed from such a state, and killed before it stored one of its own, has left
@@ -37,13 +39,15 @@ def latest_state(directory: Path, *, before: int | None = None) -> KeptState | N
     Args:
         directory: Run directory.
         before: Iteration before which the state must be; ``None`` for any.
+        since_s: Begin of the run, in seconds since the epoch: older files are those of an earlier
+            run. ``None`` for files of any age.
     """
     layout = RunLayout(directory)
-    resumed = _states_in([layout.joined_state])
-    states = [_states_in(layout.rank(0).states)]
+    resumed = _states_in([layout.joined_state], since_s)
+    states = [_states_in(layout.rank(0).states, since_s)]
     world_size = max(map(_world_size, states[0].values()), default=1)
     for rank in range(1, world_size):
-        states.append(_states_in(layout.rank(rank).states))
+        states.append(_states_in(layout.rank(rank).states, since_s))
         if not states[-1]:
             break
     states = [{n: c for n, c in each.items() if _world_size(c) == world_size} for each in states]
@@ -82,15 +86,29 @@ def iteration_in(checkpoint: Mapping[str, Any]) -> int:
     return cast(int, count)
 
 
+def has_environments(checkpoint: Mapping[str, Any]) -> bool:
+    """Whether a checkpoint, whose content is that of a run, has the environments of all ranks.
+
+    The environments of other modules are none of ours: their checkpoints lack nothing.
+    """
+    if STATE_KEY not in checkpoint:
+        return True
+    ranks: dict[int, Any] = checkpoint[STATE_KEY]["ranks"]
+    is_whole = 0 < len(ranks) == checkpoint[STATE_KEY]["world_size"]
+    return is_whole and all(rank["env"] is not None for rank in ranks.values())
+
+
 def _world_size(checkpoint: Mapping[str, Any]) -> int:
     return checkpoint.get(STATE_KEY, {}).get("world_size", 1)
 
 
-def _states_in(paths: Iterable[Path]) -> dict[int, dict[str, Any]]:
-    """States by their iterations, without one that a kill has torn."""
+def _states_in(paths: Iterable[Path], since_s: float | None) -> dict[int, dict[str, Any]]:
+    """States by their iterations, without one that a kill has torn or that is too old."""
     found: dict[int, dict[str, Any]] = {}
     for path in paths:
         try:
+            if since_s is not None and path.stat().st_mtime <= since_s:
+                continue
             checkpoint = read_checkpoint(path)
         except (ValueError, OSError):
             continue
