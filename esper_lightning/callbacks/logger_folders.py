@@ -56,12 +56,13 @@ def write_into(logger: Logger, directory: Path) -> None:
 
     Args:
         logger: Logger of a run that has not begun.
-        directory: Run directory ``version_<n>``, which is claimed.
+        directory: Run directory, ``version_<n>`` or that of a replay, which is claimed.
     """
     if not isinstance(logger, NumberedLogger):
         return
     if version_of(logger) is None and place_of(logger.root_dir)[0] == directory.parent:
-        set_version(logger, int(directory.name.removeprefix("version_")))
+        number = directory.name.removeprefix("version_")
+        set_version(logger, int(number) if number.isdecimal() else directory.name)
 
 
 def files_replaced_by(logger: NumberedLogger) -> tuple[str, ...]:

@@ -12,7 +12,7 @@ from esper_lightning.ppo.agent import Agent
 from esper_lightning.ppo.learner import Learner
 from esper_lightning.training.settings import PPOSettings
 
-__all__ = ["CloseEnvironments", "build_learner"]
+__all__ = ["RunEnvironments", "build_learner"]
 
 
 def build_learner(
@@ -57,8 +57,16 @@ def build_learner(
         )
 
 
-class CloseEnvironments(Callback):
-    """Closes the environments of a ``PPO`` module at the end of a run, however the run ends."""
+class RunEnvironments(Callback):
+    """Opens the environments of a ``PPO`` module for a fit, and closes them however a run ends.
+
+    A callback, since a user's module may have hooks of its own.
+    """
+
+    @override
+    def on_fit_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """Open the environments, after a checkpoint has been restored."""
+        pl_module.open_environments()  # pyright: ignore[reportCallIssue]
 
     @override
     def teardown(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:

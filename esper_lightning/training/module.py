@@ -40,7 +40,7 @@ from esper_lightning.recorder.awake import awake_s
 from esper_lightning.training import trainer_rules
 from esper_lightning.training.checkpoint.hooks import CheckpointHooks
 from esper_lightning.training.checkpoint.meeting import tells_other_ranks
-from esper_lightning.training.environments import CloseEnvironments, build_learner
+from esper_lightning.training.environments import RunEnvironments, build_learner
 from esper_lightning.training.evaluation import Evaluation
 from esper_lightning.training.iterations import Iterations
 from esper_lightning.training.monitors import ReportsAbsentMetrics
@@ -280,7 +280,7 @@ class PPO(CheckpointHooks):
             begin_run_directory(self.trainer)
             continue_tracking(self.trainer)
         self._guard_loggers()
-        return [CloseEnvironments(), ReportsAbsentMetrics(logs_more=more)]
+        return [RunEnvironments(), ReportsAbsentMetrics(logs_more=more)]
 
     @override
     def configure_optimizers(self) -> torch.optim.Optimizer:
@@ -306,14 +306,12 @@ class PPO(CheckpointHooks):
             begin_tracking(self.trainer)
             self._ranks = Ranks(self.trainer.world_size)
 
-    @override
-    def on_fit_start(self) -> None:
+    def open_environments(self) -> None:
         """Build environments and rollout storage on the device, for the iteration that is next.
 
         A checkpoint has been restored by now, so that new episodes of a resumed run are no
         repetition of its first ones.
         """
-        super().on_fit_start()
         self._learner = build_learner(
             self.settings,
             Agent(self.policy, self.obs_normalizer, self.extensions),

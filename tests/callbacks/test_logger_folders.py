@@ -58,6 +58,12 @@ def test_the_next_number_is_one_that_no_folder_has(kind, tmp_path):
     remove_events(logger)
 
 
+def test_a_logger_beside_a_replay_writes_into_it(tmp_path):
+    logger = TensorBoardLogger(tmp_path, name="task")
+    write_into(logger, tmp_path / "task" / "replay_of_version_0")
+    assert logger.log_dir == str(tmp_path / "task" / "replay_of_version_0")
+
+
 def test_the_events_of_a_logger_that_logged_nothing_are_removed(tmp_path):
     logger = TensorBoardLogger(tmp_path, name="a")
     _ = logger.experiment

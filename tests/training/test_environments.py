@@ -7,7 +7,7 @@ from typing import ClassVar
 
 import pytest
 import torch
-from lightning.pytorch import Callback
+from lightning.pytorch import Callback, Trainer
 
 from esper_lightning import MLP, PPO, PPOConfig, check_env
 from esper_lightning.cli.main import main
@@ -19,7 +19,7 @@ from esper_lightning.ppo.learner import Learner
 from esper_lightning.training import evaluation
 from esper_lightning.training.environments import build_learner
 from tests.envs.adapters.simulators import TorchFive
-from tests.training.short_runs import fit
+from tests.training.short_runs import SMALL, fit
 
 COUNTER = Gymnasium(id="EsperCounter-v0", num_envs=4, kwargs={"length": 3})
 
@@ -68,6 +68,20 @@ class TestCodeThatRaisesStopIteration:
     def test_in_an_evaluation_it_is_an_error(self):
         with pytest.raises(RuntimeError, match="step raised StopIteration"):
             fit(Custom.of(Stops(4, at=19)), eval_episodes=4)  # two rollouts take 16 steps
+
+
+def test_a_module_may_have_hooks_of_its_own():
+    members = dict.fromkeys(("on_fit_start", "on_train_epoch_start"), lambda self: None)
+    model = type("Mine", (PPO,), members)(CartPole(num_envs=4), MLP(hidden_sizes=(4,)), SMALL)
+    Trainer(
+        max_steps=2,
+        accelerator="cpu",
+        logger=False,
+        limit_val_batches=0,
+        enable_checkpointing=False,
+        enable_progress_bar=False,
+    ).fit(model)
+    assert model.iteration == 2
 
 
 def test_training_goes_on_where_only_the_first_steps_of_episodes_have_masks():

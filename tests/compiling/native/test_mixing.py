@@ -92,6 +92,7 @@ MIXED_ROWS: dict[str, Any] = {
     "a softmax over rows": lambda v, x, w: v + w * v.softmax(0),
     "their places": lambda v, x, w: v + w * torch.arange(len(v)),
     "another order": lambda v, x, w: x.t().reshape(-1, 3) * w,
+    "the row before": lambda v, x, w: v + functional.pad(v[:-1], (1, 0)),
     "a sum": lambda v, x, w: v.sum() * w,
     "a constant": lambda v, x, w: w + torch.ones(SAMPLES),
     "some of another scale": lambda v, x, w: torch.cat([v[:2] * 2, v[2:]]),
