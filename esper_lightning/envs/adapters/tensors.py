@@ -6,6 +6,7 @@ import operator
 from collections.abc import Callable, Mapping
 from typing import Any
 
+import numpy as np
 import torch
 from torch import Tensor
 
@@ -177,10 +178,20 @@ def to_groups(obs: Any, *, field: str) -> Observation:
 def to_range(space: Any, device: torch.device) -> Callable[[Tensor], Tensor]:
     """A function that brings actions within bounds that policies do not know (``action_range``).
 
+    Actions of a box of integers are rounded to the nearest one within the bounds, as floats.
+
     Args:
         space: Gymnasium's action space of one environment.
         device: Device of the actions.
     """
+    if hasattr(space, "low") and np.issubdtype(space.dtype, np.integer):
+        least, most = (torch.as_tensor(each, device=device) for each in (space.low, space.high))
+        scale = _to_bounds(space, device)
+        return lambda action: scale(action).round().clamp(least.float(), most.float())
+    return _to_bounds(space, device)
+
+
+def _to_bounds(space: Any, device: torch.device) -> Callable[[Tensor], Tensor]:
     found = action_range(space)
     if found is None:
         return lambda action: action

@@ -56,7 +56,8 @@ def test_policies_scale_to_bounds_that_a_box_of_ours_represents(space, ours):
     assert read_action_space(space) == ours
     action = np.full((2, *space.shape), 0.5, np.float32)
     np.testing.assert_array_equal(action_encoder(space)(action), action.astype(space.dtype))
-    assert to_range(space, CPU)(action) is action
+    tensor = torch.tensor(action)
+    assert np.issubdtype(space.dtype, np.integer) or to_range(space, CPU)(tensor) is tensor
 
 
 @pytest.mark.parametrize(("space", "action", "wanted"), [
@@ -70,6 +71,7 @@ def test_actions_of_whole_numbers_are_rounded_to_the_nearest_within_the_bounds(
     given = action_encoder(space)(np.array(action, np.float32))
     assert given.dtype == space.dtype
     assert given.tolist() == wanted
+    assert to_range(space, CPU)(torch.tensor(action)).tolist() == wanted
 
 
 INF = np.inf
