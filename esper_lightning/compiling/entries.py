@@ -19,6 +19,7 @@ from torch._subclasses.fake_tensor import FakeTensor
 
 __all__ = [
     "MOST_BYTES",
+    "REPLACED_BY_TORCH",
     "Globals",
     "attributes_of",
     "can_grow",
@@ -34,6 +35,8 @@ __all__ = [
 ]
 
 MOST_BYTES = 2**20  # of an array that is watched
+# Recurrent layers replace these whenever they are called with other weights, by weights as before.
+REPLACED_BY_TORCH = frozenset({"_flat_weights", "_flat_weight_refs"})
 _NOT_WATCHED = ("torch", "logging", "threading", "multiprocessing", "concurrent", "asyncio")
 _NOT_OF_USERS = {
     *sys.stdlib_module_names,

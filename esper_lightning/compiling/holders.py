@@ -23,6 +23,7 @@ import torch
 from torch import Tensor
 
 from esper_lightning.compiling.entries import (
+    REPLACED_BY_TORCH,
     Globals,
     can_grow,
     differences,
@@ -39,8 +40,6 @@ __all__ = ["Holder", "ImpureError", "find_holders", "unchanged", "unused_streams
 
 _MOST_OBJECTS = 20_000  # that are watched: 10 ms
 _LEAVES = (Tensor, bool, int, float, complex, str, bytes, type(None), torch.dtype)
-# Recurrent layers replace these whenever they are called with other weights, by weights as before.
-_REPLACED_BY_TORCH = ("._flat_weights", "._flat_weight_refs")
 
 
 class ImpureError(NotImplementedError):
@@ -87,7 +86,7 @@ def unchanged(function: Callable[..., Any]) -> Generator[None]:
                 names = [name for name in names if name in now and holds_no_numbers(now[name])]
             if names:
                 restore(holder.held, names, holder.entries, now)
-    changed = [name for name in changed if not name.endswith(_REPLACED_BY_TORCH)]
+    changed = [name for name in changed if name.rpartition(".")[2] not in REPLACED_BY_TORCH]
     if changed:
         raise ImpureError(f"an attribute that changes: {changed[0]}")
 

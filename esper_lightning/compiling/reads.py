@@ -15,15 +15,20 @@ from typing import Any
 
 from torch import nn
 
-from esper_lightning.compiling.entries import Globals, attributes_of, dict_of, is_users, slots_of
+from esper_lightning.compiling.entries import (
+    REPLACED_BY_TORCH,
+    Globals,
+    attributes_of,
+    dict_of,
+    is_users,
+    slots_of,
+)
 from esper_lightning.compiling.holders import Holder, find_holders
 from esper_lightning.compiling.snapshots import Snapshot, Snapshots
 
 __all__ = ["Reads", "recorded"]
 
 _OF_MODULES = ("_parameters", "_buffers", "_modules")
-# Recurrent layers replace these at calls with other weights, and pass them on.
-_REPLACED_BY_TORCH = {"_flat_weights", "_flat_weight_refs"}
 _NAMES_OF_ALL_HOOKS = ("_global_forward_hooks", "_global_forward_pre_hooks")
 _Names = dict[tuple[int, str], None]  # of attributes that were read, with the objects' identities
 
@@ -166,7 +171,7 @@ def _of_holders(holders: list[Holder], names: _Names) -> Iterator[Snapshot]:
 
 def _of_object(holder: Holder, names: list[str]) -> Iterator[Snapshot]:
     """What was read of an object, or was asked for in vain and would now be found."""
-    held, left = holder.held, {*names} - _REPLACED_BY_TORCH
+    held, left = holder.held, {*names} - REPLACED_BY_TORCH
     own, slots = dict_of(held) or {}, {*slots_of(held)}
     kinds = [own.get(name) for name in _OF_MODULES] if isinstance(held, nn.Module) else []
     for entries in [entries for entries in kinds if entries]:

@@ -197,12 +197,16 @@ def _div_rounded(
     return pointwise(kernel, result, "f_trunc({0} / {1})", x, y)
 
 
-@operation("floor_divide.default", "floor_divide.Scalar")
-def _floor_divide(kernel: Kernel, result: Result, x: Value, y: Value | Number) -> Value:
-    if result.dtype.is_floating_point:
-        return pointwise(kernel, result, "f_floor_divide<{T}>({0}, {1})", x, y)
-    divisor = _divisor(result, y)
-    return pointwise(kernel, result, "f_integer_floor_divide<{T}>({0}, {1})", x, divisor)
+def _divides(name: str) -> Operation:
+    """An operation that divides, by two functions of the headers: for floats and for integers."""
+
+    def run(kernel: Kernel, result: Result, x: Value, y: Value | Number) -> Value:
+        if result.dtype.is_floating_point:
+            return pointwise(kernel, result, f"f_{name}<{{T}}>({{0}}, {{1}})", x, y)
+        divisor = _divisor(result, y)
+        return pointwise(kernel, result, f"f_integer_{name}<{{T}}>({{0}}, {{1}})", x, divisor)
+
+    return run
 
 
 def _divisor(result: Result, y: Value | Number) -> Number:
@@ -212,12 +216,9 @@ def _divisor(result: Result, y: Value | Number) -> Number:
     return y
 
 
-@operation("remainder.Tensor", "remainder.Scalar")
-def _remainder(kernel: Kernel, result: Result, x: Value, y: Value | Number) -> Value:
-    if result.dtype.is_floating_point:
-        return pointwise(kernel, result, "f_remainder<{T}>({0}, {1})", x, y)
-    divisor = _divisor(result, y)
-    return pointwise(kernel, result, "f_integer_remainder<{T}>({0}, {1})", x, divisor)
+_floor_divide = _divides("floor_divide")
+OPERATIONS["floor_divide.default"] = OPERATIONS["floor_divide.Scalar"] = _floor_divide
+OPERATIONS["remainder.Tensor"] = OPERATIONS["remainder.Scalar"] = _divides("remainder")
 
 
 @operation("pow.Tensor_Scalar", "pow.Tensor_Tensor", "pow.Scalar")
