@@ -25,7 +25,7 @@ from esper_lightning.forensics.asides import rename_aside
 __all__ = [
     "NumberedLogger",
     "announced_directory",
-    "begin_table",
+    "begin_files",
     "files_replaced_by",
     "numbered_logger",
     "remove_events",
@@ -72,17 +72,25 @@ def files_replaced_by(logger: NumberedLogger) -> tuple[str, ...]:
     return (ExperimentWriter.NAME_METRICS_FILE, ExperimentWriter.NAME_HPARAMS_FILE)
 
 
-def begin_table(logger: Logger, found: HeldDirectory) -> None:
-    """Begin the table of a CSV logger.
+def begin_files(logger: Logger, found: HeldDirectory) -> None:
+    """Begin the files of a logger, so that no file of an earlier run is lost or taken for its own.
 
-    The table of an earlier run is renamed first: otherwise Lightning would delete it.
+    ``hparams.yaml`` and the table of an earlier run are renamed. Otherwise Lightning would let
+    TensorBoard's ``hparams.yaml`` stand, and delete the table of a CSV logger.
 
     Args:
         logger: Logger of a run that begins.
         found: Run directory of the run; a folder that it has not claimed is left alone.
     """
-    folder, address = place_of(logger.log_dir) if isinstance(logger, CSVLogger) else (None, None)
-    if folder is not None and address is None and found.claim_of(folder) is not None:
+    if not isinstance(logger, NumberedLogger):
+        return
+    folder, address = place_of(logger.log_dir)
+    held = found.claim_of(folder)
+    if address is not None or held is None:
+        return
+    if held.was_used:  # otherwise, an hparams.yaml is somebody else's
+        rename_aside(folder / ExperimentWriter.NAME_HPARAMS_FILE)
+    if isinstance(logger, CSVLogger):
         rename_aside(folder / ExperimentWriter.NAME_METRICS_FILE)
         with warnings.catch_warnings():
             warnings.filterwarnings("ignore", message="Experiment logs directory .* not empty")

@@ -21,7 +21,7 @@ from esper_lightning.callbacks.directory_choice import (
     take_directory,
 )
 from esper_lightning.callbacks.held_directory import OF_TRAINERS, HeldDirectory
-from esper_lightning.callbacks.logger_folders import announced_directory, begin_table, write_into
+from esper_lightning.callbacks.logger_folders import announced_directory, begin_files, write_into
 from esper_lightning.callbacks.profiler_internals import setup_profiler_again
 from esper_lightning.forensics.asides import replace_keeping
 from esper_lightning.forensics.claims import Claim
@@ -203,7 +203,7 @@ def _write_first_files(trainer: Trainer, found: HeldDirectory) -> None:
     if found.claim is None:
         return
     for logger in trainer.loggers:
-        begin_table(logger, found)
+        begin_files(logger, found)
     if found.config is None:
         return
     config, found.config = found.config, None

@@ -67,6 +67,8 @@ class Claim:
     Attributes:
         directory: The directory, absolute.
         was_run: Whether the directory had files of an earlier run.
+        was_used: Whether an earlier run used it as this run does: as its directory, or for a
+            logger.
     """
 
     def __init__(
@@ -82,7 +84,7 @@ class Claim:
         self.directory = directory
         self.was_run = earlier == "run"
         self._use: Use = use
-        self._is_ours = earlier == use
+        self.was_used = earlier == use
         self._lock, self._made, self._former = lock, made, former
         self._pid = os.getpid()
         _claims.add(self)
@@ -102,7 +104,7 @@ class Claim:
         Raises:
             DirectoryRefusedError: If the directory has such files.
         """
-        if self._is_ours:
+        if self.was_used:
             return
         found = {path for pattern in written for path in self.directory.glob(pattern)}
         theirs = sorted(path for path in found if path.name != _OF_FILE_SYSTEM)

@@ -1,14 +1,16 @@
 """Loggers with a folder for each run get the folder of the run."""
 
+from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
+import yaml
 from lightning.pytorch.loggers import CSVLogger, TensorBoardLogger
 
 from esper_lightning.callbacks.held_directory import HeldDirectory
 from esper_lightning.callbacks.logger_folders import (
     announced_directory,
-    begin_table,
+    begin_files,
     numbered_logger,
     remove_events,
     take_next_number,
@@ -78,17 +80,44 @@ def test_the_table_of_an_earlier_run_is_renamed_and_not_lost(tmp_path):
     (directory / "metrics.csv").write_text("step\n1\n")
     logger = CSVLogger(tmp_path, name="a", version=0)
     elsewhere = HeldDirectory(tmp_path / "elsewhere", claim(tmp_path / "elsewhere"))
-    begin_table(logger, elsewhere)
+    begin_files(logger, elsewhere)
     assert (directory / "metrics.csv").exists()
     elsewhere.of_loggers.append(claim_for_logger(directory, []))
-    begin_table(logger, elsewhere)
+    begin_files(logger, elsewhere)
     (kept,) = directory.glob("metrics*.csv*")
     assert kept.read_text() == "step\n1\n"
     assert kept.name != "metrics.csv"
     kept.rename(directory / "metrics.csv")
     elsewhere.release()
     found = HeldDirectory(directory, claim(directory))
-    begin_table(logger, found)
+    begin_files(logger, found)
     (kept,) = directory.glob("metrics*.csv*")
     assert kept.name != "metrics.csv"
     found.release()
+
+
+@each_kind
+def test_hyperparameters_of_an_earlier_run_are_renamed(kind, tmp_path):
+    directory = tmp_path / "a" / "version_0"
+    for width in (1, 2):
+        logger = kind(tmp_path, name="a", version=0)
+        found = HeldDirectory(directory, claim(directory))
+        begin_files(logger, found)
+        logger.log_hyperparams({"width": width})
+        logger.save()
+        found.is_used = True
+        found.release()
+    assert yaml.safe_load((directory / "hparams.yaml").read_text()) == {"width": 2}
+    assert yaml.safe_load((directory / "hparams.yaml.1").read_text()) == {"width": 1}
+
+
+def test_hyperparameters_that_no_run_wrote_are_left_alone(tmp_path):
+    logger = TensorBoardLogger(tmp_path, name="a", version=0)
+    directory = Path(logger.log_dir)
+    directory.mkdir(parents=True)
+    (directory / "hparams.yaml").write_text("mine: 1\n")
+    found = HeldDirectory(tmp_path / "run", claim(tmp_path / "run"))
+    found.of_loggers.append(claim_for_logger(directory, []))
+    begin_files(logger, found)
+    found.release()
+    assert (directory / "hparams.yaml").read_text() == "mine: 1\n"
