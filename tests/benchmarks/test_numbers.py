@@ -388,6 +388,11 @@ OTHERS.remove(ROOT / "docs/results.md")
 SPEED = re.compile(rf"{NUMBER.pattern} (?:env-steps/s|times as (?:fast|many)|times faster)")
 
 
+OF_ONE_RUN = re.compile(
+    r"^\$ esper (?:crash|replay) .*\n(?:(?!\$).*\n)*", re.MULTILINE
+)  # an example
+
+
 def numbers_in(text: str) -> list[Decimal]:
     return [Decimal(found.replace(",", "")) for found in NUMBER.findall(text)]
 
@@ -401,7 +406,8 @@ def prose(text: str) -> str:
         if k % 4 == 0:
             parts.append(fences[k])
         elif language == "console":  # what commands print
-            parts += [line for line in fences[k].splitlines() if not line.startswith(("$", "    "))]
+            lines = OF_ONE_RUN.sub("", fences[k]).splitlines()
+            parts += [line for line in lines if not line.startswith(("$", "    "))]
     return " ".join(re.sub(r"\]\([^)]*\)", "]", " ".join(parts)).split())
 
 
