@@ -1,4 +1,5 @@
-# Every target works in a fresh clone: it creates .venv and installs the tested versions into it.
+# Every target works in a fresh clone: it creates .venv and installs the tested versions into it, the
+# demo those that the package itself needs.
 PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
@@ -9,13 +10,17 @@ BIN := $(VENV)/bin
 help: ## Show this list
 	@grep -E '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | sed -E 's/:[^#]*## /\t/' | expand -t 10
 
-$(VENV)/.installed: pyproject.toml constraints.txt
+$(VENV)/.made: pyproject.toml constraints.txt
 	$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11) and "Python 3.11 or newer is needed")'
 	$(PYTHON) -m venv $(VENV)
+	$(BIN)/python -m pip install --quiet -c constraints.txt -e .
+	@touch $@
+
+$(VENV)/.installed: $(VENV)/.made
 	$(BIN)/python -m pip install --quiet -c constraints.txt -e '.[dev]'
 	@touch $@
 
-demo: $(VENV)/.installed ## Train CartPole to a mean return of at least 475
+demo: $(VENV)/.made ## Train CartPole to a mean return of at least 475
 	$(BIN)/esper fit --config configs/cartpole.yaml
 
 test: $(VENV)/.installed ## Run the tests

@@ -55,7 +55,7 @@ def borrow(clone: Path, settings: str) -> Path:
     script = f'#!/bin/sh\nexec "{sys.executable}" -m esper_lightning.cli.main "$@" {settings}\n'
     (commands / "esper").write_text(script)
     (commands / "esper").chmod(0o755)
-    (commands / ".installed").touch()
+    (commands / ".made").touch()
     return commands
 
 
