@@ -19,14 +19,10 @@ from lightning.pytorch.plugins import CheckpointIO
 from esper_lightning.callbacks.checkpoints import BestCheckpoint, LastCheckpoint
 from esper_lightning.callbacks.directory_choice import claim_new, given_directory
 from esper_lightning.callbacks.history import History
-from esper_lightning.callbacks.lightning_internals import checkpoint_io_of
+from esper_lightning.callbacks.lightning_internals import calm, checkpoint_io_of
 from esper_lightning.callbacks.mirror import Mirror, place_of
 from esper_lightning.callbacks.progress import RunProgressBar
-from esper_lightning.callbacks.run_directory import (
-    assign_run_directory,
-    end_run,
-    run_directory,
-)
+from esper_lightning.callbacks.run_directory import assign_run_directory, end_run, run_directory
 from esper_lightning.compiling.loops import CompileMode
 from esper_lightning.core.errors import at_least, check_arguments, one_of, require, require_name
 from esper_lightning.core.paths import expand_home, require_output, require_output_folder
@@ -63,6 +59,7 @@ __all__ = [
 
 
 @check_arguments
+@calm()
 def train_ppo_vectorized(
     env: EnvSpec,
     *,

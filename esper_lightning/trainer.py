@@ -1,8 +1,6 @@
 """Lightning's Trainer with the defaults of ``esper fit``, for runs that a program starts."""
 
-import logging
-from collections.abc import Generator, Sequence
-from contextlib import contextmanager
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, cast
 
@@ -12,6 +10,7 @@ from lightning.pytorch.callbacks import Callback, Checkpoint, ProgressBar
 from typing_extensions import override
 
 from esper_lightning.callbacks.history import History
+from esper_lightning.callbacks.lightning_internals import calm
 from esper_lightning.callbacks.run_directory import end_run, run_directory
 from esper_lightning.core.errors import require_name
 from esper_lightning.envs.base import spec_name
@@ -81,7 +80,7 @@ class Trainer(lightning.pytorch.Trainer):
             kwargs["logger"] = False  # until ``fit`` knows the task
         self._run_dir = run_dir
         chosen: dict[str, Any] = {"max_epochs": -1, "callbacks": given, **kwargs}
-        with _calm():
+        with calm():
             super().__init__(**chosen)
 
     @override
@@ -115,7 +114,7 @@ class Trainer(lightning.pytorch.Trainer):
                     config = f"{BY_PROGRAM}objects of its own: {', '.join(self._further)}\n{config}"
                 begin_run(self, model.env, self._run_dir, config)
         try:
-            with _calm():
+            with calm():
                 super().fit(model, *args, **{"weights_only": True, **kwargs})
         finally:
             end_run(self)
@@ -184,18 +183,6 @@ def _is_plain(value: object) -> bool:
     if isinstance(value, list):
         return all(map(_is_plain, cast(list[object], value)))
     return isinstance(value, str | bool | int | float)
-
-
-@contextmanager
-def _calm() -> Generator[None]:
-    """A context without Lightning's lines about hardware that is absent and about its products."""
-    log = logging.getLogger("lightning.pytorch.utilities.rank_zero")
-    level = log.level
-    log.setLevel(logging.WARNING)
-    try:
-        yield
-    finally:
-        log.setLevel(level)
 
 
 def _from_here(directory: Path) -> Path:

@@ -4,6 +4,7 @@ import dataclasses
 import gzip
 import inspect
 import json
+import logging
 import os
 import re
 
@@ -42,6 +43,15 @@ def test_returns_the_rows_that_are_on_disk(train, tmp_path):
     names = {path.name for path in (tmp_path / "run").iterdir()}
     assert {"config.yaml", "checkpoints", "rank0"} <= names
     assert any(name.startswith("events.out.tfevents") for name in names)
+
+
+def test_lightning_says_nothing_of_absent_hardware_and_of_products(train, caplog, monkeypatch):
+    log = logging.getLogger("lightning.pytorch.utilities.rank_zero")
+    monkeypatch.setattr(log, "handlers", [caplog.handler])
+    caplog.set_level(logging.INFO, log.name)
+    train(iterations=1)
+    assert caplog.messages == []
+    assert log.level == logging.INFO
 
 
 class BuiltError(Exception):

@@ -18,11 +18,13 @@ they override methods of Lightning, or take part in what Lightning does with an 
 # pyright: reportAttributeAccessIssue=false, reportPrivateUsage=false
 # pyright: reportUnknownVariableType=false, reportUnknownArgumentType=false
 
+import contextlib
 import functools
+import logging
 import sys
 import threading
 import traceback
-from collections.abc import Callable
+from collections.abc import Callable, Generator
 from datetime import timedelta
 from types import FrameType
 from typing import Any, TypeVar, cast
@@ -50,6 +52,7 @@ __all__ = [
     "TEARDOWN",
     "TunerExit",
     "batches_in_epoch",
+    "calm",
     "checkpoint_connector",
     "checkpoint_io_of",
     "checkpoint_to_load",
@@ -274,6 +277,18 @@ def known_results(trainer: Trainer) -> dict[str, Any]:
         elif result._computed is not None:
             known[result.meta.name] = result._computed
     return known
+
+
+@contextlib.contextmanager
+def calm() -> Generator[None]:
+    """A context without Lightning's lines about hardware that is absent and about its products."""
+    log = logging.getLogger("lightning.pytorch.utilities.rank_zero")
+    level = log.level
+    log.setLevel(logging.WARNING)
+    try:
+        yield
+    finally:
+        log.setLevel(level)
 
 
 def batches_in_epoch(length: int, limit: int | float) -> int | float:
