@@ -4,6 +4,7 @@ A *body* computes one step of a loop. A *chunk body* computes what a step sums o
 are pure functions.
 """
 
+import contextlib
 from collections.abc import Callable, Sequence
 from typing import Any
 
@@ -11,6 +12,7 @@ import torch
 from torch import Tensor
 from torch._ops import OpOverload
 from torch.multiprocessing.reductions import StorageWeakRef
+from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.overrides import TorchFunctionMode
 from typing_extensions import override
 
@@ -92,8 +94,11 @@ class Traced:
             return [_fresh(leaf, seen) for leaf in leaves(result)]
 
         # A function that needs a gradient computes it itself; nothing outside needs autograd.
-        with unchanged(function), torch.no_grad(), Traceable():
-            inputs = [leaf.detach() for leaf in leaves(example)]
+        inputs = [leaf.detach() for leaf in leaves(example)]
+        # On a CPU, attention is products and a softmax rather than an operation of torch's kernels.
+        on_cpu = all(leaf.device.type == "cpu" for leaf in inputs)
+        attention: Any = sdpa_kernel(SDPBackend.MATH) if on_cpu else contextlib.nullcontext()
+        with unchanged(function), torch.no_grad(), Traceable(), attention:
             self.graph = _make_fx(flat, inputs, functional)
 
 

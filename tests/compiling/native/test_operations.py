@@ -536,6 +536,28 @@ def test_a_class_that_does_not_exist_is_an_error(value: int) -> None:
         native(torch.tensor([0, value]))
 
 
+@pytest.mark.parametrize("masked", ["bool", "causal"])
+def test_attention_and_its_gradient_are_those_of_torch(masked: str) -> None:
+    generator = torch.Generator().manual_seed(0)
+    tokens = torch.randn(3, 5, 8, generator=generator)
+    allowed = torch.eye(5, dtype=torch.bool) | (torch.rand(5, 5, generator=generator) < 0.5)
+    mask = allowed if masked == "bool" else None
+    layer = torch.nn.TransformerEncoderLayer(8, 2, 16, dropout=0.0, batch_first=True)
+
+    def attends(x: Tensor) -> tuple[Tensor, Tensor]:
+        with torch.enable_grad():
+            x = x.detach().requires_grad_()
+            heads = x.unflatten(-1, (2, 4)).transpose(1, 2)
+            y = functional.scaled_dot_product_attention(
+                heads, heads * 0.5, heads.tanh(), mask, is_causal=masked == "causal"
+            )
+            y = layer(y.transpose(1, 2).flatten(2))
+            return y.detach(), torch.autograd.grad(y.square().sum(), x)[0]
+
+    for got, expected in zip(NativeFunction(attends)(tokens), attends(tokens), strict=True):
+        torch.testing.assert_close(got, expected, rtol=1e-5, atol=1e-5)
+
+
 def test_every_operation_is_tested() -> None:
     graph = Traced(everything, tuple(arguments("contiguous", 0, False)), functional=True).graph
     used = {str(node.target).removeprefix("aten.") for node in graph.graph.nodes}
