@@ -5,7 +5,7 @@ are pure functions.
 """
 
 import contextlib
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Generator, Sequence
 from typing import Any
 
 import torch
@@ -95,11 +95,17 @@ class Traced:
 
         # A function that needs a gradient computes it itself; nothing outside needs autograd.
         inputs = [leaf.detach() for leaf in leaves(example)]
-        # On a CPU, attention is products and a softmax rather than an operation of torch's kernels.
         on_cpu = all(leaf.device.type == "cpu" for leaf in inputs)
-        attention: Any = sdpa_kernel(SDPBackend.MATH) if on_cpu else contextlib.nullcontext()
-        with unchanged(function), torch.no_grad(), Traceable(), attention:
+        plain = _plain_attention if on_cpu else contextlib.nullcontext
+        with unchanged(function), torch.no_grad(), Traceable(), plain():
             self.graph = _make_fx(flat, inputs, functional)
+
+
+@contextlib.contextmanager
+def _plain_attention() -> Generator[None]:
+    """On a CPU, attention is products and a softmax rather than an operation of torch's kernels."""
+    with sdpa_kernel(SDPBackend.MATH):
+        yield
 
 
 class Traceable(TorchFunctionMode):
