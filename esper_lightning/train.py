@@ -118,7 +118,7 @@ def train_ppo_vectorized(
             nothing was evaluated. The copy is also made for a run that died, if it left either
             file. An existing file is replaced only if it is a checkpoint.
         resume_path: Checkpoint from which the run is resumed.
-        compile: Compile mode of rollouts and updates: ``off``, ``auto``, ``default`` or ``max``,
+        compile: Compile mode of the whole run: ``off``, ``auto``, ``default`` or ``max``,
             which ``PPO`` explains.
         evaluate_every: Number of iterations between evaluations. An evaluation saves the policy as
             ``checkpoints/best.ckpt`` if no earlier one was better. ``None`` means no evaluations.

@@ -107,9 +107,7 @@ class AutoresetEnv:
         self._spaces = task.spaces()
         self.generator = torch.Generator(device=device).manual_seed(seed)
         # These tensors are never returned, only written in place, so that a graph can be captured.
-        state = self._first_states()
-        zeros = torch.zeros(task.num_envs, dtype=torch.int64, device=device)
-        self._episodes = Episodes(state, zeros, zeros.to(state.dtype))
+        self._episodes = self._first_episodes()
 
     @property
     def num_envs(self) -> int:
@@ -120,6 +118,11 @@ class AutoresetEnv:
     def spaces(self) -> EnvSpaces:
         """Spaces of observations and actions."""
         return self._spaces
+
+    def reseed(self, seed: int) -> None:
+        """Continue as environments that are built with this seed."""
+        self.generator.manual_seed(seed)
+        self.keep(self._first_episodes())
 
     @torch.no_grad()
     def reset(self) -> tuple[Observation, None]:
@@ -205,7 +208,7 @@ class AutoresetEnv:
             episode_length=elapsed.masked_fill(running, 0),
         )
 
-    def _first_states(self) -> Float[Tensor, "B S"]:
+    def _first_episodes(self) -> Episodes:
         states: Any = self.draw(1)
         field, rule = f"{self._owner}.sample_states()", "return states [T, B, S]"
         ok = isinstance(states, Tensor) and states.dim() == 3
@@ -213,7 +216,8 @@ class AutoresetEnv:
         got = list(states.shape) if isinstance(states, Tensor) else states
         require(ok, field, f"{rule}, with T = 1 and B = {self.num_envs} here", got)
         require(states.is_floating_point(), field, "return floating states", states.dtype)
-        return states[0]
+        zeros = torch.zeros(self.num_envs, dtype=torch.int64, device=self._device)
+        return Episodes(states[0], zeros, zeros.to(states.dtype))
 
     def _refuse_shapes(self, outcome: Transition, episodes: Episodes) -> None:
         expected = Transition(episodes.state, episodes.elapsed, episodes.elapsed)

@@ -48,7 +48,8 @@ class BatchedEnv(Protocol):
     Four further methods are called where an environment has them. ``close()`` is called at the end
     of a run, for what holds processes or windows. After ``reseed(seed)`` the next ``reset`` starts
     as in environments that were built with the seed, or the method returns False because it cannot
-    seed them; an environment that can be reseeded is built once for all evaluations.
+    seed them; an environment that can be reseeded is built once for all evaluations, and a
+    functional one is evaluated in native code on a CPU.
     ``begin_iteration(progress)`` is for curricula: it is called with a ``RunProgress`` before each
     iteration of training, and before the first reset of a run. It must depend on ``progress``
     alone, so that a resumed run continues the curriculum. ``render()`` returns pictures of all

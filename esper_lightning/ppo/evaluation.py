@@ -4,23 +4,29 @@ Axes: ``B`` environment, ``N = B * episodes_each`` episode.
 """
 
 import math
-from typing import NamedTuple, cast
+from operator import is_
+from typing import Any, NamedTuple, cast
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
+from torch.func import functional_call
+from typing_extensions import override
 
+from esper_lightning.compiling.loops import CompileMode, compile_loop
 from esper_lightning.core.errors import require
-from esper_lightning.core.shapes import Float, Int
+from esper_lightning.core.running_stats import ObsNormalizer
+from esper_lightning.core.shapes import Bool, Float, Int, Shaped
 from esper_lightning.core.types import Observation, StepResult
-from esper_lightning.envs.base import BatchedEnv
+from esper_lightning.envs.base import BatchedEnv, FunctionalEnv
 from esper_lightning.envs.inspector import FirstSteps
 from esper_lightning.policies.base import Policy
+from esper_lightning.ppo.agent import prepare_obs
 from esper_lightning.ppo.collect import Normalize
 from esper_lightning.ppo.non_finite import refuse_stuck_cause
 
-__all__ = ["DeterministicPlay", "Episodes", "evaluate_policy"]
+__all__ = ["DeterministicPlay", "Episodes", "Stride", "evaluate_policy"]
 
-_STEPS_BETWEEN_CHECKS = 32  # on a GPU, where each check waits for the device
+_STEPS_BETWEEN_CHECKS = 32  # in one stride, and on a GPU, where each check waits for the device
 
 
 class Episodes(NamedTuple):
@@ -28,6 +34,36 @@ class Episodes(NamedTuple):
 
     episode_return: Float[Tensor, " N"]
     episode_length: Int[Tensor, " N"]
+
+
+class _Played(NamedTuple):
+    """What is known of the first ``E`` episodes of each environment."""
+
+    episode_return: Float[Tensor, "B E"]
+    episode_length: Int[Tensor, "B E"]  # 0 while the episode has not ended
+    number: Int[Tensor, " B"]  # number of the episodes that have ended
+
+    def add(self, result: StepResult) -> "_Played":
+        """This and the episodes that a step has ended."""
+        each = self.episode_return.shape[1]
+        ended = (result.episode_length > 0) & (self.number < each)
+        place = torch.arange(each, device=ended.device) == self.number[:, None]
+        here = place & ended[:, None]
+        return _Played(
+            torch.where(here, result.episode_return[:, None], self.episode_return),
+            torch.where(here, result.episode_length[:, None], self.episode_length),
+            self.number + ended,
+        )
+
+
+class _Running(NamedTuple):
+    """State that one step passes to the next one."""
+
+    episodes: Any
+    obs: Observation
+    action_mask: Bool[Tensor, "B K"] | None
+    memory: Float[Tensor, "B S"] | None
+    played: _Played
 
 
 class DeterministicPlay:
@@ -39,25 +75,117 @@ class DeterministicPlay:
         env: Batch of ``B`` environments, which are reset.
 
     Attributes:
+        obs: Observations on which the policy acts next.
         action_mask: Mask of the next action; ``None`` where there are no masks.
+        memory: Memory of the policy before ``obs``.
     """
 
     def __init__(self, policy: Policy, normalize: Normalize, env: BatchedEnv | FirstSteps) -> None:
         self._policy, self._normalize, self._env = policy, normalize, env
-        obs, mask = env.reset()
-        self._obs: Observation = obs
-        self.action_mask: Tensor | None = mask
-        self._memory = policy.initial_memory(obs)
+        self.obs, self.action_mask = env.reset()
+        self.memory = policy.initial_memory(self.obs)
 
     def step(self) -> StepResult:
         """Act once in every environment."""
         policy = self._policy
-        seen, memory = policy.step_memory(self._normalize(self._obs), self._memory)
-        action = policy.to_env(policy.act_deterministically(seen, self.action_mask))
+        action, memory = _act(policy, self._normalize(self.obs), self.action_mask, self.memory)
         result = self._env.step(action)
-        self._obs, self.action_mask = result.obs, result.action_mask
-        self._memory = policy.reset_memory(memory, result.terminated | result.truncated)
+        self.obs, self.action_mask = result.obs, result.action_mask
+        self.memory = policy.reset_memory(memory, result.terminated | result.truncated)
         return result
+
+
+def _act(
+    policy: Policy,
+    obs: Observation,
+    mask: Bool[Tensor, "B K"] | None,
+    memory: Float[Tensor, "B S"] | None,
+) -> tuple[Shaped[Tensor, "B ..."], Float[Tensor, "B S"] | None]:
+    """The most probable actions in the environment's form, and the memory after ``obs``."""
+    seen, memory = policy.step_memory(obs, memory)
+    return policy.to_env(policy.act_deterministically(seen, mask)), memory
+
+
+class _Actor(nn.Module):
+    """A policy with the statistics that normalise its observations, as a function of weights."""
+
+    def __init__(self, policy: Policy, normalizer: ObsNormalizer | None) -> None:
+        super().__init__()
+        self.policy, self.normalizer = policy, normalizer
+
+    def weights(self) -> dict[str, Tensor]:
+        return {**dict(self.named_parameters()), **dict(self.named_buffers())}
+
+    @override
+    def forward(
+        self, obs: Observation, mask: Tensor | None, memory: Tensor | None
+    ) -> tuple[Tensor, Tensor | None]:
+        return _act(self.policy, prepare_obs(obs, self.normalizer), mask, memory)
+
+
+class Stride:
+    """Many steps of an evaluation at once, in environments whose step is a pure function.
+
+    On a CPU they are native code, as rollouts are.
+
+    Args:
+        policy: Policy that acts.
+        normalizer: Statistics of observations; ``None`` for no normalisation.
+        env: Batch of ``B`` environments.
+        mode: Compile mode of the run; what a GPU would compile runs eagerly.
+        device: Device of environments and policy.
+    """
+
+    def __init__(
+        self,
+        policy: Policy,
+        normalizer: ObsNormalizer | None,
+        env: FunctionalEnv,
+        *,
+        mode: CompileMode,
+        device: torch.device,
+    ) -> None:
+        self._actor, self._env = _Actor(policy, normalizer), env
+        mode = "off" if mode == "off" else "auto"
+        self._loop = compile_loop("evaluation", self._step, mode=mode, device=device)
+
+    def is_of(self, policy: Policy, normalizer: ObsNormalizer | None, env: FunctionalEnv) -> bool:
+        """Whether the stride is of these."""
+        actor = self._actor
+        return actor.policy is policy and actor.normalizer is normalizer and self._env is env
+
+    def take(self, play: DeterministicPlay, played: _Played, steps: int) -> _Played:
+        """Let a play continue.
+
+        Args:
+            play: Play of the same policy in the same environments.
+            played: Episodes that have ended so far.
+            steps: Number of steps.
+
+        Returns:
+            Episodes that have ended by now. Their memory is used again by the next call but one.
+        """
+        env = self._env
+        running = _Running(env.episodes(), play.obs, play.action_mask, play.memory, played)
+        xs = (torch.zeros(steps, device=played.number.device), env.draw(steps))
+        running, _ = self._loop(running, xs, None, self._actor.weights(), None)
+        env.keep(running.episodes)
+        play.obs, play.action_mask, play.memory = running[1:4]
+        return running.played
+
+    def _step(
+        self, running: _Running, x: tuple[Tensor, Any], weights: dict[str, Tensor]
+    ) -> tuple[_Running, tuple[()]]:
+        _, drawn = x  # the first is there for environments that draw nothing
+        actor, inputs = self._actor, (running.obs, running.action_mask, running.memory)
+        if all(map(is_, weights.values(), actor.weights().values())):  # the module has these anyway
+            action, memory = actor(*inputs)
+        else:
+            action, memory = functional_call(actor, weights, inputs, tie_weights=False)
+        episodes, result = self._env.transition(running.episodes, action, drawn)
+        memory = actor.policy.reset_memory(memory, result.terminated | result.truncated)
+        played = running.played.add(result)
+        return _Running(episodes, result.obs, result.action_mask, memory, played), ()
 
 
 @torch.no_grad()
@@ -67,6 +195,7 @@ def evaluate_policy(
     env: BatchedEnv,
     *,
     first_steps: FirstSteps | None = None,
+    stride: Stride | None = None,
     episodes_each: int = 1,
     max_steps: int = 100_000,
 ) -> Episodes:
@@ -74,7 +203,7 @@ def evaluate_policy(
 
     Every environment plays the same number of episodes. (The first episodes to finish anywhere
     would be the short ones.) The end of all episodes is checked after each step on a CPU, and every
-    32 steps on other devices.
+    32 steps on other devices and with a stride.
 
     Args:
         policy: Policy to evaluate, which acts deterministically.
@@ -82,6 +211,8 @@ def evaluate_policy(
         env: Batch of ``B`` environments, which are reset first.
         first_steps: Inspector of the first steps of the same environments; ``None`` for no
             inspection.
+        stride: Many steps at once, of the same policy in the same environments; ``None`` to take
+            every step by itself.
         episodes_each: Number of episodes of each environment.
         max_steps: Greatest mean length of the episodes of an environment.
 
@@ -100,24 +231,25 @@ def evaluate_policy(
 
     result = step()
     shape = (len(result.reward), episodes_each)
-    episode_return = result.episode_return.new_full(shape, math.nan)
-    episode_length = result.episode_length.new_zeros(shape)
-    finished = torch.zeros_like(result.episode_length)
-    between = 1 if episode_length.device.type == "cpu" else _STEPS_BETWEEN_CHECKS
-    for number in range(1, max_steps * episodes_each + 1):
-        place = finished.clamp(max=episodes_each - 1)[:, None]
-        counts = ((result.episode_length > 0) & (finished < episodes_each))[:, None]
-        for table, new in (
-            (episode_return, result.episode_return),
-            (episode_length, result.episode_length),
-        ):
-            table.scatter_(1, place, torch.where(counts, new[:, None], table.gather(1, place)))
-        finished = finished + counts[:, 0]
-        is_last = number == max_steps * episodes_each
-        if is_last or (number % between == 0 and bool((finished >= episodes_each).all())):
+    played = _Played(
+        result.episode_return.new_full(shape, math.nan),
+        result.episode_length.new_zeros(shape),
+        torch.zeros_like(result.episode_length),
+    ).add(result)
+    number, taken, limit = 1, 1, max_steps * episodes_each
+    waits = played.number.device.type != "cpu"
+    while number < limit:
+        is_due = not waits or taken > 1 or number % _STEPS_BETWEEN_CHECKS == 0
+        if is_due and bool((played.number >= episodes_each).all()):
             break
-        result = step()
-    episode_return, episode_length = episode_return.flatten(), episode_length.flatten()
+        if stride is None or (first_steps is not None and first_steps.left > 0):
+            played, taken = played.add(step()), 1
+        else:
+            taken = min(_STEPS_BETWEEN_CHECKS, limit - number)
+            played = stride.take(play, played, taken)
+        number += taken
+    episode_return = played.episode_return.flatten().clone()
+    episode_length = played.episode_length.flatten().clone()
     name = type(env).__name__ if first_steps is None else first_steps.owner
     unfinished = int((episode_length == 0).sum())
     hint = "Give the environment a time limit, or set Trainer(limit_val_batches=0)."

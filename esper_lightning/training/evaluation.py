@@ -1,18 +1,26 @@
 """Evaluations during a run: deterministic episodes in environments that training never sees."""
 
-from typing import Any
+from functools import partial
+from typing import Any, cast
 
 import torch
 from torch import nn
 from torchmetrics import CatMetric
 
-from esper_lightning.compiling.loops import few_cpu_threads
+from esper_lightning.compiling.loops import CompileMode, few_cpu_threads
+from esper_lightning.core.running_stats import ObsNormalizer
 from esper_lightning.core.seeding import stream_seed
-from esper_lightning.envs.base import BatchedEnv, close_env, reseed_env
+from esper_lightning.envs.base import (
+    BatchedEnv,
+    FunctionalEnv,
+    close_env,
+    is_functional,
+    reseed_env,
+)
 from esper_lightning.envs.inspector import FIRST_STEPS, FirstSteps
 from esper_lightning.policies.base import Policy
-from esper_lightning.ppo.collect import Normalize
-from esper_lightning.ppo.evaluation import evaluate_policy
+from esper_lightning.ppo.agent import prepare_obs
+from esper_lightning.ppo.evaluation import Stride, evaluate_policy
 from esper_lightning.ppo.metrics import evaluation_metrics
 from esper_lightning.training.settings import PPOSettings
 from esper_lightning.training.specs import episodes_each, evaluation_spec
@@ -36,19 +44,26 @@ class Evaluation(nn.Module):
         super().__init__()
         self.spec = evaluation_spec(settings.env, settings.eval_episodes)
         self._episodes_each = episodes_each(self.spec, settings.eval_episodes)
+        self._compile: CompileMode = settings.compile
         self._env: BatchedEnv | None = None
+        self._stride: Stride | None = None
         self.episode_return = CatMetric(nan_strategy="error")
         self.episode_length = CatMetric(nan_strategy="error")
         self._seed, self._has_played = settings.seed, False
 
     def play(
-        self, policy: Policy, normalize: Normalize, *, device: torch.device, rank: int
+        self,
+        policy: Policy,
+        normalizer: ObsNormalizer | None,
+        *,
+        device: torch.device,
+        rank: int,
     ) -> None:
         """Play deterministic episodes, the same number in each environment.
 
         Args:
             policy: Policy to evaluate.
-            normalize: Function from the environment's observations to those that the policy sees.
+            normalizer: Statistics of observations; ``None`` for no normalisation.
             device: Device of policy and environments.
             rank: Number of this rank, which plays episodes of its own.
         """
@@ -62,20 +77,45 @@ class Evaluation(nn.Module):
             steps = 0 if self._has_played else FIRST_STEPS
             first = FirstSteps(self.spec, self.spec.spaces(), env, device, steps=steps)
             episodes = evaluate_policy(
-                policy, normalize, env, first_steps=first, episodes_each=self._episodes_each
+                policy,
+                partial(prepare_obs, normalizer=normalizer),
+                env,
+                first_steps=first,
+                stride=self._stride_of(policy, normalizer, env, device),
+                episodes_each=self._episodes_each,
             )
         self._has_played = True
         self.episode_return.update(episodes.episode_return)
         self.episode_length.update(episodes.episode_length)
 
+    def _stride_of(
+        self,
+        policy: Policy,
+        normalizer: ObsNormalizer | None,
+        env: BatchedEnv,
+        device: torch.device,
+    ) -> Stride | None:
+        """Many steps at once, compiled at their first use; ``None`` if Python takes each step.
+
+        Environments that are built anew for every evaluation are not worth a compilation each.
+        """
+        if not (is_functional(env) and hasattr(env, "reseed")):
+            return None
+        stride, functional = self._stride, cast(FunctionalEnv, env)
+        if stride is None or not stride.is_of(policy, normalizer, functional):
+            mode = self._compile
+            stride = Stride(policy, normalizer, functional, mode=mode, device=device)
+            self._stride = stride
+        return stride
+
     def close(self) -> None:
         """Release the processes, windows and other resources of the environments."""
         close_env(self.spec, self._env)
-        self._env = None
+        self._env = self._stride = None
 
     def __getstate__(self) -> dict[str, Any]:
         """The state to pickle, which is everything but the environments."""
-        return {**super().__getstate__(), "_env": None}
+        return {**super().__getstate__(), "_env": None, "_stride": None}
 
     def finish(self) -> dict[str, float]:
         """Metrics of the episodes of all ranks; afterwards the episodes are forgotten."""

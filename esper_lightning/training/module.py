@@ -10,7 +10,6 @@ file prepares an iteration or publishes its results.
 import logging
 from collections.abc import Iterable
 from dataclasses import replace
-from functools import partial
 from typing import Any, cast
 
 import torch
@@ -28,7 +27,7 @@ from esper_lightning.core.running_stats import ObsNormalizer, RunningStats, norm
 from esper_lightning.core.seeding import require_torch_defaults, stream, stream_seed
 from esper_lightning.envs.base import EnvSpec
 from esper_lightning.policies.base import PolicySpec, build_policy
-from esper_lightning.ppo.agent import Agent, prepare_obs
+from esper_lightning.ppo.agent import Agent
 from esper_lightning.ppo.config import PPOConfig
 from esper_lightning.ppo.extension import Extensions, ExtensionSpec
 from esper_lightning.ppo.optimizer import (
@@ -108,13 +107,14 @@ class PPO(CheckpointHooks):
             eval_episodes: Number of episodes that each rank plays in one evaluation, as a rule each
                 in an environment of its own. ``None`` means 100, or as many as ``env.num_envs``
                 where the spec cannot be copied with another number of environments.
-            compile: Compile mode of rollouts and updates. ``auto`` turns them into native code on a
-                CPU, in seconds, and compiles nothing elsewhere; it needs a C++ compiler. ``off``
-                compiles nothing. On CUDA, ``default`` compiles single steps of loops, and ``max``
-                captures whole rollouts and updates as graphs; on a CPU both mean ``auto``. All give
-                the same results to rounding (under ``bf16-mixed``, the rounding of bfloat16). What
-                cannot be compiled runs a slower way, with a warning. Where the environment
-                variable ``TORCH_COMPILE_DISABLE`` is 1, nothing is compiled on a CPU.
+            compile: Compile mode of rollouts, updates and evaluations. ``auto`` turns them into
+                native code on a CPU, in seconds, and compiles nothing elsewhere; it needs a C++
+                compiler. ``off`` compiles nothing. On CUDA, ``default`` compiles single steps of
+                rollouts and updates, and ``max`` captures both as graphs (evaluations are eager);
+                on a CPU both mean ``auto``. All give the same results to rounding (under
+                ``bf16-mixed``, the rounding of bfloat16). What cannot be compiled runs a slower
+                way, with a warning. Where the environment variable ``TORCH_COMPILE_DISABLE`` is 1,
+                nothing is compiled on a CPU.
             warm_start: Checkpoint from which a new run takes weights and normalisation statistics,
                 and nothing else. It has no effect where a run is resumed.
             extensions: Additions to PPO: rewards, terms of the loss and metrics, such as ``RND()``.
@@ -235,8 +235,8 @@ class PPO(CheckpointHooks):
 
         Within a fit, training then continues with new episodes if it shares the simulator.
         """
-        rank, normalize = self.global_rank, partial(prepare_obs, normalizer=self.obs_normalizer)
-        self.evaluation.play(self.policy, normalize, device=self.device, rank=rank)
+        rank = self.global_rank
+        self.evaluation.play(self.policy, self.obs_normalizer, device=self.device, rank=rank)
         state = self.trainer.state
         trains = state.fn == TrainerFn.FITTING and state.stage == RunningStage.VALIDATING
         if trains and getattr(self.env, "shared", False):

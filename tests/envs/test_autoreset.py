@@ -215,6 +215,17 @@ def test_the_seed_determines_initial_states_that_differ(spec: type[Any]) -> None
 
 
 @each_spec
+def test_reseeded_environments_are_new_ones_at_the_same_addresses(spec: type[Any]) -> None:
+    env, new = (spec(num_envs=3, time_limit=4).build(CPU, seed) for seed in (1, 2))
+    addresses = [tensor.data_ptr() for tensor in env.episodes()]
+    play(env, 3)
+    env.reseed(2)
+    assert_equal(play(env, 6), play(new, 6))
+    assert torch.equal(env.reset()[0], new.reset()[0])
+    assert [tensor.data_ptr() for tensor in env.episodes()] == addresses
+
+
+@each_spec
 def test_an_environment_is_independent_of_the_global_stream(spec: type[Any]) -> None:
     before = torch.get_rng_state()
     play(spec(num_envs=2, time_limit=2).build(CPU, 0), 5)
@@ -403,7 +414,7 @@ class Unchecked(AutoresetEnv):
 
     draw = inspect.unwrap(AutoresetEnv.draw)
     transition = inspect.unwrap(AutoresetEnv.transition)
-    _first_states = inspect.unwrap(AutoresetEnv._first_states)
+    _first_episodes = inspect.unwrap(AutoresetEnv._first_episodes)
     _refuse_shapes = inspect.unwrap(AutoresetEnv._refuse_shapes)
 
 

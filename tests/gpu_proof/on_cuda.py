@@ -11,6 +11,7 @@ import json
 import sys
 import traceback
 import warnings
+from functools import partial
 from pathlib import Path
 
 import torch
@@ -30,7 +31,7 @@ from esper_lightning.envs import (
 from esper_lightning.envs.morphogenesis import data, operations
 from esper_lightning.envs.morphogenesis.population import DIGITS_KINDS
 from esper_lightning.ppo.agent import Agent, prepare_obs
-from esper_lightning.ppo.evaluation import evaluate_policy
+from esper_lightning.ppo.evaluation import Stride, evaluate_policy
 from esper_lightning.ppo.extension import Extensions
 from esper_lightning.ppo.learner import Learner
 from esper_lightning.ppo.optimizer import build_optimizer
@@ -215,19 +216,20 @@ def evaluation(case):
     with FakeCuda() as found:
         case.build()
         env = case.spec.build(torch.device("cuda", 0), 0)
-        step = env.step
+        transition, normalizer = env.transition, case.normalizer
 
-        def counted(action):
+        def counted(*args):
             nonlocal steps
             steps += 1
-            return step(action)
+            return transition(*args)
 
-        env.step = counted
+        env.transition = counted
+        device = torch.device("cuda", 0)
+        stride = Stride(case.policy, normalizer, env, mode="auto", device=device)
         found.copies.clear()
         try:
-            evaluate_policy(
-                case.policy, lambda obs: prepare_obs(obs, case.normalizer), env, max_steps=100
-            )
+            normalize = partial(prepare_obs, normalizer=normalizer)
+            evaluate_policy(case.policy, normalize, env, stride=stride, max_steps=100)
         except Exception as error:  # of fake tensors
             message = str(error)
     return {

@@ -1,15 +1,20 @@
 """An evaluation counts the first episodes of each environment, whatever comes after them."""
 
 import re
+from functools import partial
 
 import pytest
 import torch
 from torch import Tensor
 
-from esper_lightning import MLP, Recurrent
+from esper_lightning import MLP, PPO, PPOConfig, Recurrent
 from esper_lightning.core.spaces import Box, Discrete, EnvSpaces
 from esper_lightning.core.types import StepResult
-from esper_lightning.ppo.evaluation import Episodes, evaluate_policy
+from esper_lightning.envs import CartPole, FrameStack, MountainCar, Pendulum
+from esper_lightning.ppo.agent import prepare_obs
+from esper_lightning.ppo.evaluation import Episodes, Stride, evaluate_policy
+from esper_lightning.training.evaluation import Evaluation
+from esper_lightning.training.settings import PPOSettings
 
 ENVS = 3
 
@@ -111,3 +116,93 @@ def test_a_memory_ends_with_its_episode_however_that_ends(cell):
         memory = remembers.reset_memory(memory, result.terminated | result.truncated)
         obs, mask = result.obs, result.action_mask
     assert len(seen) == 7
+
+
+CPU = torch.device("cpu")
+
+
+class Strides:
+    """Evaluations of one model: each step by itself, or many at once as ``mode`` says."""
+
+    def __init__(self, env=None, kind=MLP, **settings):
+        self.model = PPO(
+            env or CartPole(num_envs=6, time_limit=90),
+            policy=kind(**settings),
+            ppo=PPOConfig(rollout_steps=4, minibatches=1, normalize_obs=True),
+        )
+        self.model.obs_normalizer.update(torch.randn(9, *self.model.env_spaces.obs.shape))
+
+    def evaluate(self, mode=None, env=None, each=1):
+        model, env = self.model, env or self.model.env.build(CPU, 3)
+        policy, normalizer = model.policy, model.obs_normalizer
+        stride = mode and Stride(policy, normalizer, env, mode=mode, device=CPU)
+        normalize = partial(prepare_obs, normalizer=normalizer)
+        return evaluate_policy(policy, normalize, env, stride=stride, episodes_each=each)
+
+
+@pytest.mark.parametrize("kind", [MLP, Recurrent])
+def test_many_steps_at_once_are_those_of_single_steps(kind):
+    strides = Strides(MountainCar(num_envs=3, time_limit=40), kind)  # it draws at resets only
+    alone, many = strides.evaluate(), strides.evaluate("off")
+    assert torch.equal(alone.episode_return, many.episode_return)
+    assert torch.equal(alone.episode_length, many.episode_length)
+
+
+@pytest.mark.usefixtures("native_code")
+@pytest.mark.parametrize(
+    ("env", "kind", "each"),
+    [
+        (None, MLP, 2),
+        (Pendulum(num_envs=5, time_limit=37), Recurrent, 1),
+        (FrameStack(env=CartPole(num_envs=4, time_limit=70), frames=2), MLP, 1),
+    ],
+)
+def test_native_evaluations_are_those_of_eager_ones(env, kind, each, caplog):
+    strides = Strides(env, kind)
+    eager, native = strides.evaluate("off", each=each), strides.evaluate("auto", each=each)
+    assert torch.equal(native.episode_length, eager.episode_length)
+    torch.testing.assert_close(native.episode_return, eager.episode_return)
+    assert [r for r in caplog.records if r.levelname == "WARNING"] == []
+
+
+@pytest.mark.usefixtures("native_code")
+def test_a_native_evaluation_sees_the_weights_of_its_time():
+    strides = Strides()
+    env = strides.model.env.build(CPU, 3)
+    policy, normalizer = strides.model.policy, strides.model.obs_normalizer
+    stride = Stride(policy, normalizer, env, mode="auto", device=CPU)
+    normalize, found = partial(prepare_obs, normalizer=normalizer), []
+    for _ in range(4):
+        env.reseed(3)
+        got = evaluate_policy(policy, normalize, env, stride=stride)
+        torch.testing.assert_close(got, strides.evaluate("off"))
+        found.append((got, [*map(Tensor.clone, got)]))
+        with torch.no_grad():
+            for weight in policy.parameters():
+                weight.add_(torch.randn(weight.shape, generator=torch.Generator().manual_seed(1)))
+        normalizer.update(torch.randn(9, 4))
+    assert len({tuple(copy[0].tolist()) for _, copy in found}) > 1
+    assert all(
+        torch.equal(kept, copy)
+        for got, copies in found
+        for kept, copy in zip(got, copies, strict=True)
+    )
+
+
+def test_an_evaluation_is_of_the_policy_that_it_is_given():
+    evaluation = Evaluation(PPOSettings(env=MountainCar(num_envs=2, time_limit=9), eval_episodes=2))
+    spaces = MountainCar(num_envs=2).spaces()
+    seen = []
+
+    def noting(act, seed, *args):
+        seen.append(seed)
+        return act(*args)
+
+    for seed in range(2):
+        played = MLP().build(spaces, torch.Generator().manual_seed(seed))
+        act = played.act_deterministically
+        played.act_deterministically = lambda *args, act=act, seed=seed: (
+            seen.append(seed) or act(*args)
+        )
+        evaluation.play(played, None, device=CPU, rank=0)
+    assert set(seen[-9:]) == {1}
