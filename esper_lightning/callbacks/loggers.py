@@ -20,7 +20,7 @@ from typing import Any, NamedTuple
 from lightning.fabric.utilities.rank_zero import rank_zero_only
 
 from esper_lightning.callbacks.lightning_internals import experiment_of
-from esper_lightning.callbacks.tensorboard_internals import replace_event_file
+from esper_lightning.callbacks.tensorboard_internals import OneEvent, replace_event_file
 from esper_lightning.forensics.files import Appender, Backlog, first_cause, replacing
 
 __all__ = ["flush_logger", "guard_loggers"]
@@ -98,6 +98,7 @@ class _Guard:
         self._name = self._class.__name__
         self._calls = Backlog[_Call](self._name, self._take, errors=Exception, drops_refused=True)
         self._events: _EventFile | None = None
+        self._event: OneEvent | None = None  # of the metrics that are being logged
         self._absent: OSError | None = None  # why there is no experiment
         self._unsaved: Exception | None = None  # why the latest ``save`` failed
         members: dict[str, Any] = {name: self._kept(name) for name in _KEPT_CALLS}
@@ -185,6 +186,8 @@ class _Guard:
 
     def _experiment(self) -> Any:
         """The logger's experiment; one that does nothing while the disk has no room for it."""
+        if self._event is not None:
+            return self._event
         try:
             self._refuse_full_disk()
             experiment = self._class.experiment.fget(self._logger)
@@ -222,8 +225,22 @@ class _Guard:
 
     def _original(self, name: str, *args: Any, **kwargs: Any) -> Any:
         """Call the logger's own method; files that the method rewrites are replaced whole."""
-        with self._whole_files(name):
+        with self._one_event(name), self._whole_files(name):
             return getattr(self._class, name)(self._logger, *args, **kwargs)
+
+    @contextlib.contextmanager
+    def _one_event(self, name: str) -> Generator[None]:
+        """Write the metrics of a call into one event, if they go to TensorBoard."""
+        experiment = experiment_of(self._logger)
+        if name != "log_metrics" or not OneEvent.suits(experiment):
+            yield
+            return
+        self._event = OneEvent(experiment)
+        try:
+            yield
+        finally:
+            event, self._event = self._event, None
+            event.write()
 
     def _whole_files(self, name: str) -> AbstractContextManager[object]:
         logger = self._logger
