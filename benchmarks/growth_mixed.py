@@ -4,9 +4,9 @@ Trains ``configs/digits_mixed.yaml`` with several seeds, one thread each: as it 
 (``hide_training``: an open-loop policy, which cannot react), and with memory. Then they all play
 the same fresh hosts, and so does everyone who was not trained: every fixed schedule of a grid, a
 rule that reacts, whose thresholds are searched on other hosts, and an oracle that is told classes,
-wrong labels and width of each host. The same is done on hosts of kinds that are in no training. Writes
-``results/growth_mixed.md`` and ``growth_mixed.png``. Runs stay in a folder of the commit below
-``--runs``, beside the outcomes of rules and schedules: called again, what is finished is not
+wrong labels and width of each host. The same is done on hosts of kinds that are in no training.
+Writes ``results/growth_mixed.md`` and ``growth_mixed.png``. Runs stay in a folder of the commit
+below ``--runs``, beside the outcomes of rules and schedules: called again, what is finished is not
 repeated, and other runs resume.
 
     python benchmarks/growth_mixed.py --jobs 2

@@ -216,8 +216,8 @@ STATEMENTS = [
     Statement(
         "PPO returns # over five training seeds and 400 fresh networks, the best of 211 fixed "
         "schedules in hindsight #, and a policy that cannot see the training #. Network by network "
-        "PPO is ahead of the schedule by # (# to #), and of the blind policy by # (# to #). Looking "
-        "earned about the first number, or less; part of the second comes from training",
+        "PPO is ahead of the schedule by # (# to #), and of the blind policy by # (# to #). "
+        "Looking earned about the first number, or less; part of the second comes from training",
         "growth_mixed.md",
         [
             Cell("PPO", "return", FRESH_MIXED),
