@@ -1,6 +1,7 @@
 """What may change of an object, by its name, key or place: as entries, compared and restored."""
 # pyright: reportUnknownVariableType=false, reportUnknownArgumentType=false
 
+import dis
 import itertools
 import operator
 import pickle
@@ -8,7 +9,8 @@ import random
 import sys
 from array import array
 from collections import deque
-from collections.abc import Hashable, Iterator
+from collections.abc import Hashable
+from functools import lru_cache
 from pathlib import Path
 from types import CellType, CodeType, FunctionType, ModuleType
 from typing import Any
@@ -16,10 +18,10 @@ from typing import Any
 import numpy as np
 from torch import Tensor, nn
 from torch._subclasses.fake_tensor import FakeTensor
+from torch.distributions.utils import lazy_property
 
 __all__ = [
     "MOST_BYTES",
-    "REPLACED_BY_TORCH",
     "Globals",
     "attributes_of",
     "can_grow",
@@ -28,28 +30,29 @@ __all__ = [
     "entries_of",
     "has_attributes",
     "holds_no_numbers",
+    "is_installed",
     "is_users",
+    "is_users_name",
     "names_of",
+    "replaced_by_torch",
     "restore",
     "slots_of",
+    "variables_of",
 ]
 
 MOST_BYTES = 2**20  # of an array that is watched
 # Recurrent layers replace these whenever they are called with other weights, by weights as before.
-REPLACED_BY_TORCH = frozenset({"_flat_weights", "_flat_weight_refs"})
+_OF_RECURRENT_LAYERS = frozenset({"_flat_weights", "_flat_weight_refs"})
+_BY_TEXT = frozenset({"getattr", "setattr", "vars", "__dict__", "attrgetter", "methodcaller"})
+_OF_VARIABLES = frozenset({"LOAD_GLOBAL", "LOAD_NAME", "STORE_GLOBAL", "DELETE_GLOBAL"})
 _NOT_WATCHED = ("torch", "logging", "threading", "multiprocessing", "concurrent", "asyncio")
+_WATCHED_OF_TORCH = ("torch.optim", "torch.distributions", "torch.utils.data")
+_OF_TORCH = """torch functorch torchgen triton optree sympy mpmath networkx jinja2 markupsafe
+fsspec filelock typing_extensions packaging setuptools"""  # torch and what it imports while it runs
+_OTHERS = "lightning torchmetrics numpy scipy jax gymnasium jaxtyping beartype"
 _NOT_OF_USERS = {
     *sys.stdlib_module_names,
-    *(
-        "esper_lightning",
-        "lightning",
-        "torch",
-        "torchmetrics",
-        "numpy",
-        "scipy",
-        "jax",
-        "gymnasium",
-    ),
+    *f"esper_lightning {_OF_TORCH} {_OTHERS}".split(),
 }
 _NOTHING = object()
 
@@ -59,43 +62,111 @@ class Globals:
 
     Args:
         variables: All variables of the module.
-        names: Names that the function has; ``None`` for all variables.
+        names: Names of the variables that the function may read; ``None`` for all.
+        attributes: Names that the function may read of other modules.
     """
 
-    def __init__(self, variables: dict[str, Any], names: frozenset[str] | None) -> None:
-        self.variables = variables
-        self.key = (id(variables), names)
+    def __init__(
+        self,
+        variables: dict[str, Any],
+        names: frozenset[str] | None,
+        attributes: frozenset[str] = frozenset(),
+    ) -> None:
+        self.variables, self.is_whole = variables, names is None
+        self.key = (id(variables), names, attributes)
         self._all_names = frozenset(variables) if names is None else names
+        self._attributes = attributes
         self.names = [one for one in self._all_names if one in variables and one[:2] != "__"]
 
-    def followed(self) -> dict[Hashable, Any]:
-        """What a function may change or call: of an installed module, no functions and classes."""
-        code = FunctionType | type if _is_installed(self.variables) else ()
-        entries = {name: one for name, one in entries_of(self).items() if not isinstance(one, code)}
-        for name in self._all_names:
-            module = self.variables.get(name, sys.modules.get(name))  # or imported by the function
-            if isinstance(module, ModuleType):
-                entries[name] = Globals(vars(module), self._all_names) if is_users(module) else None
+    def followed(self, *, by_text: bool) -> dict[Hashable, Any]:
+        """What a function may change or call, and the modules that it names.
+
+        Of an installed module that is no functions and classes, except, by text, functions of its
+        own package.
+
+        Args:
+            by_text: Whether modules count whole where the function may read them by a text, as by
+                ``getattr(module, name)``.
+        """
+        entries = entries_of(self)
+        if is_installed(self.variables):
+            package = _package(self.variables.get("__name__")) if by_text else None
+            entries = {name: one for name, one in entries.items() if _is_followed(one, package)}
+        whole = by_text and not _BY_TEXT.isdisjoint(self._all_names | self._attributes)
+        names = self._all_names | self._attributes
+        for name in names:
+            module = self._module(name)
+            if module is not None:
+                is_whole = whole and not is_installed(vars(module))
+                of_module = Globals(vars(module), None if is_whole else names, names)
+                entries[name] = of_module if is_users(module) else None
         return entries
 
+    def _module(self, name: str) -> ModuleType | None:
+        """The module that a name or a text means, which the function may import itself."""
+        package = self.variables.get("__package__")
+        found = [self.variables.get(name), sys.modules.get(name)]
+        found += [sys.modules.get(f"{package}.{name}")] if package else []
+        return next((one for one in found if isinstance(one, ModuleType)), None)
 
-def _is_installed(variables: dict[str, Any]) -> bool:
+
+def _is_followed(held: Any, package: str | None) -> bool:
+    """Whether a global variable of an installed module may be changed or called."""
+    if isinstance(held, FunctionType):
+        return _package(held.__module__) == package
+    return not isinstance(held, type)
+
+
+def _package(name: Any) -> str:
+    return str(name or "").split(".")[0]
+
+
+def is_installed(variables: dict[str, Any]) -> bool:
+    """Whether a module lies in a folder of installed packages."""
     folders = Path(str(variables.get("__file__"))).parts
     return "site-packages" in folders or "dist-packages" in folders
 
 
 def is_users(held: Any) -> bool:
     """Whether a user wrote a class, function or module."""
-    name = held.__name__ if isinstance(held, ModuleType) else held.__module__
-    return str(name or "").split(".")[0] not in _NOT_OF_USERS
+    return is_users_name(held.__name__ if isinstance(held, ModuleType) else held.__module__)
 
 
-def names_of(code: CodeType) -> Iterator[str]:
-    """All names in a function, and in functions within."""
-    yield from code.co_names
-    for constant in code.co_consts:
-        if isinstance(constant, CodeType):
-            yield from names_of(constant)
+@lru_cache(8192)
+def is_users_name(name: Hashable) -> bool:
+    """Whether a user wrote the module of a name."""
+    package = _package(name)
+    return package not in _NOT_OF_USERS and not package.startswith("namedtuple_")
+
+
+@lru_cache(4096)
+def names_of(code: CodeType) -> frozenset[str]:
+    """All names and texts in a function, and in functions within."""
+    texts = {one for one in code.co_consts if isinstance(one, str)}
+    within = (names_of(one) for one in code.co_consts if isinstance(one, CodeType))
+    return frozenset(texts.union(code.co_names, *within))
+
+
+@lru_cache(4096)
+def variables_of(code: CodeType) -> frozenset[str]:
+    """Names of the global variables of a function, and of functions within.
+
+    ``globals()`` may read a variable by any text of the function.
+    """
+    own = (one.argval for one in dis.get_instructions(code) if one.opname in _OF_VARIABLES)
+    within = (variables_of(one) for one in code.co_consts if isinstance(one, CodeType))
+    found = frozenset(own).union(*within)
+    return found | names_of(code) if "globals" in found else found
+
+
+def replaced_by_torch(held: Any) -> frozenset[str]:
+    """Names of attributes that torch sets when it reads them, to what they were or would be."""
+    if isinstance(held, nn.RNNBase):
+        return _OF_RECURRENT_LAYERS
+    if type(held).__module__.startswith("torch.distributions"):
+        members = [item for kind in type(held).__mro__ for item in vars(kind).items()]
+        return frozenset(name for name, one in members if isinstance(one, lazy_property))
+    return frozenset()
 
 
 def can_grow(held: Any) -> bool:
@@ -108,7 +179,9 @@ def has_attributes(held: Any) -> bool:
     """Whether an object is a user's or a module, with attributes of its own."""
     if isinstance(held, FunctionType | type | list | dict | deque | set) or _is_stream(held):
         return False
-    ours = isinstance(held, nn.Module) or type(held).__module__.split(".")[0] not in _NOT_WATCHED
+    module = str(type(held).__module__)
+    ours = isinstance(held, nn.Module) or module.startswith(_WATCHED_OF_TORCH)
+    ours = ours or _package(module) not in _NOT_WATCHED
     return ours and (isinstance(dict_of(held), dict) or bool(slots_of(held)))
 
 

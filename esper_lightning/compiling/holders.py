@@ -12,10 +12,18 @@ for tensors without numbers, which only a trace can have left.
 import functools
 import random
 import sys
+import weakref
 from collections import deque
 from collections.abc import Callable, Generator, Hashable
 from contextlib import contextmanager
-from types import FunctionType, MappingProxyType, MethodType, ModuleType
+from types import (
+    BuiltinMethodType,
+    FunctionType,
+    MappingProxyType,
+    MethodType,
+    MethodWrapperType,
+    ModuleType,
+)
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -23,16 +31,18 @@ import torch
 from torch import Tensor
 
 from esper_lightning.compiling.entries import (
-    REPLACED_BY_TORCH,
     Globals,
     can_grow,
+    dict_of,
     differences,
     entries_of,
     has_attributes,
     holds_no_numbers,
     is_users,
     names_of,
+    replaced_by_torch,
     restore,
+    variables_of,
 )
 from esper_lightning.compiling.other_threads import other_threads_run
 
@@ -40,6 +50,9 @@ __all__ = ["Holder", "ImpureError", "find_holders", "unchanged", "unused_streams
 
 _MOST_OBJECTS = 20_000  # that are watched: 10 ms
 _LEAVES = (Tensor, bool, int, float, complex, str, bytes, type(None), torch.dtype)
+_WITH_ATTRIBUTES = (Tensor, tuple, int, float, str)  # where a user's class, or a user, adds some
+_METHODS = (MethodType, BuiltinMethodType, MethodWrapperType)  # the latter two are written in C
+_SHOWING = (*_METHODS, functools.partial, weakref.ReferenceType, ModuleType, MappingProxyType)
 
 
 class ImpureError(NotImplementedError):
@@ -72,7 +85,7 @@ def unchanged(function: Callable[..., Any]) -> Generator[None]:
         ImpureError: If something has changed, which has been restored unless it may be the work of
             another thread. Or if the function holds too many objects to watch.
     """
-    holders, others = find_holders(function), other_threads_run()
+    holders, others = find_holders(function, by_text=True), other_threads_run()
     changed: list[str] = []
     try:
         yield
@@ -81,12 +94,14 @@ def unchanged(function: Callable[..., Any]) -> Generator[None]:
         for holder in holders:
             now = entries_of(holder.held)
             names = differences(holder.entries, now)
+            if names:
+                kept = replaced_by_torch(holder.held)
+                names = [name for name in names if name not in kept]
             changed += [holder.name_of(name) for name in names]
             if others:
                 names = [name for name in names if name in now and holds_no_numbers(now[name])]
             if names:
                 restore(holder.held, names, holder.entries, now)
-    changed = [name for name in changed if name.rpartition(".")[2] not in REPLACED_BY_TORCH]
     if changed:
         raise ImpureError(f"an attribute that changes: {changed[0]}")
 
@@ -123,11 +138,12 @@ def _numbers(state: Any) -> list[Any]:
     return [one.tobytes() if isinstance(one, np.ndarray) else one for one in state]
 
 
-def find_holders(function: Callable[..., Any]) -> list[Holder]:
+def find_holders(function: Any, *, by_text: bool = False) -> list[Holder]:
     """Everything that a function holds, and what of that can be changed.
 
     Args:
         function: Function or object.
+        by_text: Whether that includes what the function may find in modules by a text.
 
     Raises:
         ImpureError: If there are too many objects to watch.
@@ -140,37 +156,60 @@ def find_holders(function: Callable[..., Any]) -> list[Holder]:
     while left:
         held, name = left.popleft()
         key = held.key if isinstance(held, Globals) else id(held)
-        if key in seen or isinstance(held, _LEAVES) or _is_own(held):
+        if _is_leaf(held) or key in seen or _is_own(held):
             continue
         if len(seen) == _MOST_OBJECTS:
             raise ImpureError(f"more than {_MOST_OBJECTS} objects to watch, such as in {name}")
         seen[key] = held
-        if isinstance(held, MethodType):
-            left.append((held.__self__, name))
-        elif isinstance(held, functools.partial):
+        if isinstance(held, functools.partial):
             found.append(Holder(held, name, {}))
-            left.extend((one, name) for one in (held.func, held.args, held.keywords))  # pyright: ignore[reportUnknownMemberType, reportUnknownArgumentType]
-        elif isinstance(held, ModuleType):
-            if is_users(held):
-                left.append((Globals(vars(held), None), name))
-        elif isinstance(held, tuple | frozenset | MappingProxyType):
-            elements = held.values() if isinstance(held, MappingProxyType) else held
-            left.extend((one, name) for one in elements)  # pyright: ignore[reportUnknownVariableType, reportUnknownArgumentType]
+        if isinstance(held, _SHOWING):
+            left.extend((one, name) for one in _shown(held))
         elif not isinstance(held, type | FunctionType) or is_users(held):
             name = held.__name__ if isinstance(held, type | FunctionType) else name
             name = type(held).__name__ if has_attributes(held) else name
             holder = Holder(held, name, entries_of(held))
-            if holder.entries or can_grow(held):
+            if holder.entries or can_grow(held) or isinstance(held, _WITH_ATTRIBUTES):
                 found.append(holder)
-            followed = held.followed() if isinstance(held, Globals) else holder.entries
+            followed = holder.entries
+            if isinstance(held, Globals):
+                followed = held.followed(by_text=by_text)
             left.extend((one, holder.name_of(key)) for key, one in followed.items())
+            left.extend((one, name) for one in _within(held))
             left.extend((one, name) for one in _of_class(held))
         if isinstance(held, FunctionType):
             left.extend(zip(held.__closure__ or (), held.__code__.co_freevars, strict=True))
             if is_users(held):
                 left.extend((one, name) for one in (held.__defaults__, held.__kwdefaults__))
-                left.append((Globals(held.__globals__, frozenset(names_of(held.__code__))), name))
+                names = (variables_of(held.__code__), names_of(held.__code__))
+                left.append((Globals(held.__globals__, *names), name))
     return found
+
+
+def _shown(held: Any) -> list[Any]:
+    """What an object shows that cannot be changed itself."""
+    if isinstance(held, functools.partial):
+        return [held.func, held.args, held.keywords]
+    if isinstance(held, weakref.ReferenceType):
+        return [held()]
+    if isinstance(held, ModuleType):
+        return [Globals(vars(held), None)] if is_users(held) else []
+    return [*held.values()] if isinstance(held, MappingProxyType) else [held.__self__]
+
+
+def _within(held: Any) -> list[Any]:
+    """Elements of a container that are no entries, and attributes of a container or tensor."""
+    elements = list(held) if isinstance(held, tuple | frozenset | set | dict) else []
+    if isinstance(held, list | dict | set | deque | Tensor | np.ndarray):
+        elements += [dict_of(held)] if dict_of(held) else []
+    return elements
+
+
+def _is_leaf(held: Any) -> bool:
+    """Whether an object holds nothing else, not even by its class."""
+    if not isinstance(held, _LEAVES):
+        return False
+    return not dict_of(held) if isinstance(held, Tensor) else not is_users(type(held))
 
 
 def _is_own(held: Any) -> bool:
@@ -182,7 +221,9 @@ def _is_own(held: Any) -> bool:
 
 def _of_class(held: Any) -> list[Any]:
     """The classes of an object that users wrote, or the functions of such a class."""
+    kinds = [kind for kind in type(held).__mro__ if is_users(kind)]
     if not isinstance(held, type):
-        return [kind for kind in type(held).__mro__ if is_users(kind)]
+        return kinds
     values = (getattr(one, "__func__", getattr(one, "fget", one)) for one in vars(held).values())
-    return [value for value in values if isinstance(value, FunctionType) and is_users(value)]
+    functions = [value for value in values if isinstance(value, FunctionType) and is_users(value)]
+    return [*functions, *kinds]

@@ -22,6 +22,7 @@ from esper_lightning.core.tensor_trees import leaves
 __all__ = ["results_of_pure", "same_bits", "watched_results"]
 
 Tree = Any
+_NUMBERS = (torch.ops.aten._local_scalar_dense.default, torch.ops.aten.equal.default)
 _SET_DATA: Any = getattr(Tensor.data, "__set__")  # noqa: B009 - what ``tensor.data = ...`` calls
 
 
@@ -110,7 +111,7 @@ class _OwnTensorsOnly(TorchDispatchMode):
     ) -> Any:
         if torch.Tag.nondeterministic_seeded in func.tags and not _drops_nothing(func, args):
             raise ImpureError(f"random numbers of its own ({func})")
-        if func is torch.ops.aten._local_scalar_dense.default:
+        if func in _NUMBERS:
             raise ImpureError("a number of a tensor as one of Python")
         kwargs = kwargs or {}
         given = _storages((args, kwargs))

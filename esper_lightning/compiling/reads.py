@@ -10,27 +10,36 @@ import sys
 import threading
 from collections.abc import Callable, Generator, Hashable, Iterable, Iterator
 from contextlib import ExitStack, contextmanager, suppress
-from types import CellType, FunctionType
+from types import CellType, CodeType, FrameType, FunctionType, ModuleType
 from typing import Any
 
-from torch import nn
+from torch import Tensor, nn
+from typing_extensions import override
 
 from esper_lightning.compiling.entries import (
-    REPLACED_BY_TORCH,
     Globals,
     attributes_of,
     dict_of,
+    is_installed,
     is_users,
+    is_users_name,
+    replaced_by_torch,
     slots_of,
+    variables_of,
 )
-from esper_lightning.compiling.holders import Holder, find_holders
+from esper_lightning.compiling.holders import Holder, ImpureError, find_holders
 from esper_lightning.compiling.snapshots import Snapshot, Snapshots
 
 __all__ = ["Reads", "recorded"]
 
 _OF_MODULES = ("_parameters", "_buffers", "_modules")
+# Dicts that a module keeps for good: their entries are compared, and not which dicts they are.
+_HOOKS = ("_forward_hooks", "_forward_pre_hooks", "_backward_hooks", "_backward_pre_hooks")
+_WHOLE_OF_MODULES = frozenset({"_parameters", "_buffers", *_HOOKS})
 _NAMES_OF_ALL_HOOKS = ("_global_forward_hooks", "_global_forward_pre_hooks")
+_WHOLE = frozenset({"__dict__", "__getstate__", "__reduce_ex__"})  # which copies read, too
 _Names = dict[tuple[int, str], None]  # of attributes that were read, with the objects' identities
+_Scopes = dict[int, tuple[dict[str, Any], set[str]]]  # global variables, and the names read of them
 
 
 class Reads:
@@ -62,34 +71,42 @@ def recorded(function: Callable[..., Any]) -> Generator[Reads]:
     Raises:
         ImpureError: If the function holds or reads too much to watch it.
     """
-    reads, names, variables = Reads(), _Names(), dict[str, None]()
+    reads, names, variables, scopes = Reads(), _Names(), dict[str, None](), _Scopes()
     holders = find_holders(function)
     kinds = {type(holder.held) for holder in holders}
     kinds = {kind for kind in kinds if _is_open(kind)}
     with ExitStack() as patched:
         watched = {kind for kind in kinds if patched.enter_context(_watched(kind, names))}
+        modules = patched.enter_context(_watched_modules(names))
         patched.enter_context(_watched_environment(variables))
+        patched.enter_context(_watched_calls(scopes))
         yield reads
-    for number, name in _all_attributes(holders, kinds - watched):
+    found = _not_among(holders, [*_of_modules(modules, names), *_of_scopes(scopes)])
+    holders += [Holder(module, module.__name__, {}) for module in modules]
+    for number, name in [*_all_attributes(holders, kinds - watched), *_all_attributes(found)]:
         names[number, name] = None
-    reads.take([*_of_holders(holders, names), *_of_process(variables)])
+    reads.take([*_of_holders([*holders, *found], names, scopes), *_of_process(variables)])
 
 
 def _is_open(kind: type) -> bool:
-    """Whether attributes of objects may change: of users, of Python, and of torch's layers."""
-    package = str(kind.__module__).split(".")[0]
-    is_layer = package == "torch" and issubclass(kind, nn.Module)
-    is_other = package in sys.stdlib_module_names and not issubclass(kind, type)
-    return is_layer or is_other or is_users(kind)
+    """Whether attributes of objects may change: of this package, those of modules alone may."""
+    if issubclass(kind, type) or kind.__module__.startswith("esper_lightning."):
+        return issubclass(kind, nn.Module) or is_users(kind)
+    return True
 
 
 @contextmanager
 def _watched(kind: type, names: _Names) -> Generator[bool]:
     """Note the names of all attributes that this thread reads of objects of a class.
 
-    The context is False for a class that cannot be changed, such as those written in C.
+    The context is False for a class that cannot be changed, such as those written in C, for a class
+    whose reads a user has defined, and for tensors, of which every operation reads attributes.
     """
     original: Any = kind.__getattribute__
+    is_own = isinstance(original, FunctionType) and is_users(original)
+    if is_own or issubclass(kind, Tensor):
+        yield False
+        return
     thread = threading.get_ident()
 
     def read(self: Any, name: str) -> Any:
@@ -120,6 +137,62 @@ def _is_called_by_torch() -> bool:
 
 
 @contextmanager
+def _watched_modules(names: _Names) -> Generator[list[ModuleType]]:
+    """Note the names of all variables that this thread reads of modules of users, by any way.
+
+    The context is all these modules.
+    """
+    thread = threading.get_ident()
+
+    class Watched(ModuleType):
+        @override
+        def __getattribute__(self, name: str) -> Any:
+            if threading.get_ident() == thread:
+                names[id(self), name] = None
+            return ModuleType.__getattribute__(self, name)
+
+    imported = [one for name, one in [*sys.modules.items()] if is_users_name(name)]
+    modules = [one for one in imported if type(one) is ModuleType]
+    for module in modules:
+        module.__class__ = Watched
+    try:
+        yield modules
+    finally:
+        for module in modules:
+            module.__class__ = ModuleType
+
+
+@contextmanager
+def _watched_calls(scopes: _Scopes) -> Generator[None]:
+    """Note the global variables of all functions of users that this thread calls."""
+    before: Any = sys.getprofile()
+    known = set[tuple[CodeType, int]]()
+
+    def note(frame: FrameType, event: str, _: Any) -> None:
+        code, variables = frame.f_code, frame.f_globals
+        if event != "call" or (code, id(variables)) in known:
+            return
+        known.add((code, id(variables)))
+        module = variables.get("__name__")
+        if is_users_name(module):
+            read = variables_of(code)
+            read = read.union(variables) if "globals" in read else read
+            scopes.setdefault(id(variables), (variables, set()))[1].update(read)
+        elif (module, code.co_name) == ("concurrent.futures._base", "result"):
+            raise ImpureError("waiting for another thread or process")
+
+    if before is not None and not callable(before):
+        before.disable()  # a profile of Python's own, in C
+    sys.setprofile(note)
+    try:
+        yield
+    finally:
+        sys.setprofile(before if callable(before) else None)
+        if before is not None and not callable(before):
+            before.enable()
+
+
+@contextmanager
 def _watched_environment(variables: dict[str, None]) -> Generator[None]:
     """Note the names of all environment variables that are read."""
     kind: Any = type(os.environ)
@@ -136,18 +209,49 @@ def _watched_environment(variables: dict[str, None]) -> Generator[None]:
         kind.__getitem__ = original
 
 
-def _all_attributes(holders: list[Holder], kinds: set[type]) -> Iterator[tuple[int, str]]:
+def _of_modules(modules: list[ModuleType], names: _Names) -> Iterator[Any]:
+    """What was read of modules."""
+    by_number = {id(module): module for module in modules}
+    for number, name in names:
+        variables = vars(by_number[number]) if number in by_number else {}
+        if name in variables and _may_hold(variables[name], variables):
+            yield variables[name]
+
+
+def _of_scopes(scopes: _Scopes) -> Iterator[Any]:
+    """What the functions that were called may have read of global variables."""
+    for variables, names in scopes.values():
+        found = [variables[name] for name in names if name in variables]
+        yield from (one for one in found if _may_hold(one, variables))
+
+
+def _may_hold(value: Any, variables: dict[str, Any]) -> bool:
+    """Whether a variable may hold what changes: functions and modules are watched as they run."""
+    kinds = (ModuleType, FunctionType, *([type] if is_installed(variables) else []))
+    return not isinstance(value, kinds)
+
+
+def _not_among(holders: list[Holder], values: list[Any]) -> list[Holder]:
+    """What values hold besides what some holders hold."""
+    known = {id(holder.held) for holder in holders}
+    values = [value for value in values if id(value) not in known]
+    found = find_holders(values) if values else []
+    return [one for one in found if id(one.held) not in {*known, id(values)}]
+
+
+def _all_attributes(
+    holders: list[Holder], kinds: set[type] | None = None
+) -> Iterator[tuple[int, str]]:
     """All attributes of the objects of some classes, with the identities of the objects."""
-    for held in (holder.held for holder in holders if type(holder.held) in kinds):
+    for held in (one.held for one in holders if kinds is None or type(one.held) in kinds):
         yield from ((id(held), name) for name in attributes_of(held))
 
 
-def _of_holders(holders: list[Holder], names: _Names) -> Iterator[Snapshot]:
+def _of_holders(holders: list[Holder], names: _Names, scopes: _Scopes) -> Iterator[Snapshot]:
     """What was read of objects, and what functions name without reading attributes."""
     read: dict[int, list[str]] = {}
     for number, name in names:
         read.setdefault(number, []).append(name)
-    variables: dict[int, tuple[Holder, set[Hashable]]] = {}
     for holder in holders:
         held = holder.held
         if isinstance(held, CellType):
@@ -155,7 +259,8 @@ def _of_holders(holders: list[Holder], names: _Names) -> Iterator[Snapshot]:
         elif isinstance(held, functools.partial):
             yield Snapshot(held, ["func", "args", "keywords"], holder.name_of)
         elif isinstance(held, Globals):
-            variables.setdefault(id(held.variables), (holder, set()))[1].update(holder.entries)
+            if not held.is_whole:
+                scopes.setdefault(id(held.variables), (held.variables, set()))[1].update(held.names)
         elif isinstance(held, type):
             code = {name for name, one in vars(held).items() if isinstance(one, FunctionType)}
             yield Snapshot(vars(held), code | {*holder.entries}, holder.name_of, is_whole=True)
@@ -165,23 +270,35 @@ def _of_holders(holders: list[Holder], names: _Names) -> Iterator[Snapshot]:
                 yield Snapshot(held, ["__defaults__", "__kwdefaults__"], holder.name_of)
         if id(held) in read:
             yield from _of_object(holder, read[id(held)])
-    for holder, entries in variables.values():
-        yield Snapshot(holder.held.variables, entries, str)
+    for variables, read_names in scopes.values():
+        absent = read_names - variables.keys()
+        yield Snapshot(variables, read_names - absent, str, absent=absent)
 
 
 def _of_object(holder: Holder, names: list[str]) -> Iterator[Snapshot]:
     """What was read of an object, or was asked for in vain and would now be found."""
-    held, left = holder.held, {*names} - REPLACED_BY_TORCH
+    held, left = holder.held, {*names} - replaced_by_torch(holder.held)
     own, slots = dict_of(held) or {}, {*slots_of(held)}
-    kinds = [own.get(name) for name in _OF_MODULES] if isinstance(held, nn.Module) else []
-    for entries in [entries for entries in kinds if entries]:
-        yield Snapshot(entries, left & entries.keys(), holder.name_of)
-        left -= entries.keys()
+    for of_module in _OF_MODULES if isinstance(held, nn.Module) else ():
+        entries = own.get(of_module) or {}
+        if left & entries.keys():
+            yield Snapshot(entries, left & entries.keys(), holder.name_of)
+            left -= entries.keys()
+    dicts = _WHOLE_OF_MODULES & left & own.keys() if isinstance(held, nn.Module) else ()
+    for of_module in dicts:
+        name_of = functools.partial(_name_of, holder, of_module)
+        entries = own[of_module]
+        yield Snapshot(entries, entries.keys(), name_of, is_whole=True)
+        left.discard(of_module)
     yield Snapshot(held, [name for name in left & slots if hasattr(held, name)], holder.name_of)
-    is_whole, left = "__dict__" in left, left - slots
+    is_whole, left = not _WHOLE.isdisjoint(left), left - slots
     present = {*own} if is_whole else left & own.keys()
     absent = {name for name in left - present if not name.startswith("__")}
     yield Snapshot(own, present, holder.name_of, absent=absent, is_whole=is_whole)
+
+
+def _name_of(holder: Holder, name: str, _: Hashable) -> str:
+    return holder.name_of(name)
 
 
 def _of_process(variables: dict[str, None]) -> Iterator[Snapshot]:

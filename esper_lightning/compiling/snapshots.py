@@ -5,14 +5,17 @@ contents compared: an equal number or an equal list is no change.
 """
 # pyright: reportUnknownVariableType=false, reportUnknownArgumentType=false
 
+import ctypes
 import operator
+import threading
+import weakref
 from array import array
 from collections import deque
 from collections.abc import Callable, Hashable, Iterable, Iterator
 from itertools import chain
 from mmap import mmap
 from operator import attrgetter, is_, itemgetter
-from types import MappingProxyType
+from types import BuiltinMethodType, MappingProxyType, MethodWrapperType, ModuleType
 from typing import Any
 
 import numpy as np
@@ -27,6 +30,11 @@ _PLAIN = (bool, int, float, complex, str, bytes, type(None))
 _BUFFERS = (np.ndarray, array, bytearray)
 _DICTS = (dict, MappingProxyType)
 _SETS = (set, frozenset)
+_METHODS = (BuiltinMethodType, MethodWrapperType)  # such as ``table.get``
+_UNSEEN = (
+    *(threading.local, threading.Event, weakref.ProxyType, weakref.CallableProxyType, memoryview),
+    *(ctypes.Array, ctypes.Structure, ctypes.Union, getattr(ctypes, "_SimpleCData")),  # noqa: B009
+)
 _call: Any = operator.call
 _are_disjoint = type({}.keys()).isdisjoint
 _CONTAINERS = (list, tuple, deque, *_DICTS, *_SETS, *_BUFFERS)
@@ -120,7 +128,8 @@ class Snapshots:
         left = [(held, one.name_of(name)) for one in self._snapshots for name, held in one.items()]
         seen, elements = set[int](), 0
         while left:
-            held, name = left.pop()
+            shown, name = left.pop()
+            held: Any = _container_of(shown)
             if not isinstance(held, _CONTAINERS) or id(held) in seen:
                 continue
             seen.add(id(held))
@@ -177,8 +186,12 @@ def _content(value: Any, name: str) -> Any:  # noqa: PLR0911 - a kind of value e
     """What must stay equal of a value: the elements of containers, and the identity of objects.
 
     Raises:
-        ImpureError: If an array is too large to be compared at every call.
+        ImpureError: If an array is too large to be compared at every call, or if changes of what an
+            object shows cannot be seen.
     """
+    if type(value) in _UNSEEN or isinstance(value, _UNSEEN):
+        raise ImpureError(f"{name}: changes of a {type(value).__name__} are not noticed")
+    value = _container_of(value)
     if isinstance(value, _PLAIN):
         return (type(value), value)
     if isinstance(value, np.generic):
@@ -193,6 +206,13 @@ def _content(value: Any, name: str) -> Any:  # noqa: PLR0911 - a kind of value e
     if isinstance(value, list | tuple | deque):
         return (type(value), [_content(one, name) for one in value])
     return _Identity(value)
+
+
+def _container_of(held: Any) -> Any:
+    """The container of a bound method that is written in C; other objects as they are."""
+    if isinstance(held, _METHODS) and not isinstance(held.__self__, ModuleType | type):
+        return held.__self__
+    return held
 
 
 def _bytes(held: Any, name: str = "") -> Any:

@@ -1,0 +1,326 @@
+"""Reads by a text, within a package, and of objects of other libraries are watched or refused."""
+
+import copy
+import ctypes
+import enum
+import pickle
+import sys
+import threading
+import weakref
+from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
+from types import ModuleType, SimpleNamespace
+from typing import Any, NamedTuple
+
+import gymnasium
+import numpy as np
+import pytest
+import torch
+from torch import Tensor, nn
+
+from esper_lightning.compiling.holders import ImpureError
+from esper_lightning.compiling.purity import results_of_pure
+from esper_lightning.compiling.reads import recorded
+from esper_lightning.envs import Box
+from esper_lightning.policies.encoders import FlatEncoder
+
+settings: Any = ModuleType("settings_of_a_script")
+exec("GAIN, CALLS = 1.0, 0\ndef scaled(x): return x * GAIN\n", vars(settings))
+exec("def counting(x):\n global CALLS\n CALLS += 1\n return x * 2.0", vars(settings))
+GAIN_OF_TEST = 1.0
+
+# An installed package with two modules, of which one imports the other within a function.
+prices: Any = ModuleType("shop.prices")
+goods: Any = ModuleType("shop.goods")
+for module in (prices, goods):
+    module.__package__, module.__file__ = "shop", "/site-packages/shop/module.py"
+exec("GAIN, GAINS = 1.0, {0: 1.0}\nclass Sizes: gain = 1.0\nSIZES = Sizes()", vars(prices))
+exec(
+    "SIZE = 1.0\ndef priced(x): return x * _price()\n"
+    "def _price():\n from .prices import GAIN, GAINS, SIZES\n"
+    " return SIZE * GAIN * GAINS[0] * SIZES.gain",
+    vars(goods),
+)
+
+
+class Once(type):
+    """A class of classes that have one object each."""
+
+    level, made = 1.0, dict[Any, Any]()
+
+    def __call__(cls) -> Any:
+        return cls.made.setdefault(cls, super().__call__())
+
+
+class Config(metaclass=Once):
+    """The settings of a user's program."""
+
+    gain = 1.0
+
+
+class Mass(NamedTuple):
+    """A named tuple with a method."""
+
+    mass: float
+
+    def weight(self) -> float:
+        return self.mass * settings.GAIN
+
+
+class Mode(enum.IntEnum):
+    """A number with a method."""
+
+    EASY = 1
+
+    def gain(self) -> float:
+        return settings.GAIN
+
+
+class Table(dict[str, float]):
+    """A dict with attributes."""
+
+
+class Pair(tuple[float, ...]):
+    """A tuple with attributes."""
+
+
+class Part:
+    """An object with a number, which sets and keys may hold."""
+
+    gain = 1.0
+
+
+class Indirect:
+    """An object that has attributes by its own rules."""
+
+    def __init__(self) -> None:
+        self.data = {"gain": 1.0}
+
+    def __getattribute__(self, name: str) -> Any:
+        data = object.__getattribute__(self, "__dict__").get("data", {})
+        return data[name] if name in data else object.__getattribute__(self, name)
+
+
+class Task:
+    """What a user's environment may hold."""
+
+    def __init__(self) -> None:
+        self.names, self.name = ("GAIN",), "GAIN"
+        self.parts, self.keys = {Part()}, {Part(): 1.0}
+        self.mass, self.mode = Mass(1.0), Mode.EASY
+        self.table: Any = Table()
+        self.pair: Any = Pair((1.0,))
+        self.table.space = self.pair.space = SimpleNamespace(gain=1.0)
+        self.marked: Any = torch.ones(())
+        self.marked.gain = 1.0
+        self.part, self.indirect, self.behind = Part(), Indirect(), {"gain": 1.0}
+        self.get, self.reference = self.behind.get, weakref.ref(self.part)
+        self.optimizer = torch.optim.SGD([nn.Parameter(torch.ones(1))], lr=1.0)
+        self.normal = torch.distributions.Normal(torch.zeros(2), torch.ones(2), validate_args=False)
+        self.box = gymnasium.spaces.Box(-1.0, 1.0, (2,))
+        random = torch.Generator()
+        self.flat = FlatEncoder(Box((2,)), None, (2,), activation="tanh", generator=random)
+
+
+def by_names(x: Tensor, names: tuple[str, ...]) -> Tensor:
+    for name in names:
+        x = x * getattr(settings, name)
+    return x
+
+
+def appearing(x: Tensor) -> Tensor:
+    try:
+        return x * VARIABLE_THAT_APPEARS  # pyright: ignore[reportUndefinedVariable]
+    except NameError:
+        return x
+
+
+SCALED = "scaled"
+set_gain = lambda t: setattr(settings, "GAIN", 2.0)  # noqa: E731
+CHANGES: dict[str, tuple[Callable[[Task, Tensor], Tensor], Callable[[Task], Any]]] = {
+    "number by a text": (lambda t, x: by_names(x, t.names), set_gain),
+    "function by a text": (lambda t, x: getattr(settings, SCALED)(x), set_gain),
+    "dict of a module": (lambda t, x: x * vars(settings)[t.name], set_gain),
+    "module by a text": (lambda t, x: x * sys.modules["settings_of_" + "a_script"].GAIN, set_gain),
+    "asked of a module": (
+        lambda t, x: x * (2.0 if hasattr(settings, "NEW") else 1.0),
+        lambda t: setattr(settings, "NEW", 1.0),
+    ),
+    "own variable by a text": (
+        lambda t, x: x * globals()[f"{t.name}_OF_TEST"],
+        lambda t: globals().__setitem__("GAIN_OF_TEST", 2.0),
+    ),
+    "variable that appears": (
+        lambda t, x: appearing(x),
+        lambda t: globals().__setitem__("VARIABLE_THAT_APPEARS", 2.0),
+    ),
+    "installed helper": (lambda t, x: goods.priced(x), lambda t: setattr(goods, "SIZE", 2.0)),
+    "import within a package": (
+        lambda t, x: goods.priced(x),
+        lambda t: setattr(prices, "GAIN", 2.0),
+    ),
+    "dict within a package": (
+        lambda t, x: goods.priced(x),
+        lambda t: prices.GAINS.__setitem__(0, 2.0),
+    ),
+    "object within a package": (
+        lambda t, x: goods.priced(x),
+        lambda t: setattr(prices.SIZES, "gain", 2.0),
+    ),
+    "element of a set": (
+        lambda t, x: x * next(iter(t.parts)).gain,
+        lambda t: setattr(next(iter(t.parts)), "gain", 2.0),
+    ),
+    "key": (
+        lambda t, x: x * next(iter(t.keys)).gain,
+        lambda t: setattr(next(iter(t.keys)), "gain", 2.0),
+    ),
+    "copy": (lambda t, x: x * copy.copy(t.part).gain, lambda t: setattr(t.part, "gain", 2.0)),
+    "deep copy": (
+        lambda t, x: x * copy.deepcopy([t.part])[0].gain,
+        lambda t: setattr(t.part, "gain", 2.0),
+    ),
+    "pickle": (
+        lambda t, x: x * pickle.loads(pickle.dumps(t.part)).gain,
+        lambda t: setattr(t.part, "gain", 2.0),
+    ),
+    "method of a tuple": (lambda t, x: x * t.mass.weight(), set_gain),
+    "method of a number": (lambda t, x: x * t.mode.gain(), set_gain),
+    "one object": (lambda t, x: x * Config().gain, lambda t: setattr(Config(), "gain", 2.0)),
+    "class of classes": (lambda t, x: x * Config.level, lambda t: setattr(Once, "level", 2.0)),
+    "attribute of a dict": (
+        lambda t, x: x * t.table.space.gain,
+        lambda t: setattr(t.table.space, "gain", 2.0),
+    ),
+    "attribute of a tuple": (
+        lambda t, x: x * t.pair.space.gain,
+        lambda t: setattr(t.pair, "space", SimpleNamespace(gain=2.0)),
+    ),
+    "attribute of a tensor": (
+        lambda t, x: x * t.marked.gain,
+        lambda t: setattr(t.marked, "gain", 2.0),
+    ),
+    "method in C": (lambda t, x: x * t.get("gain"), lambda t: t.behind.update(gain=2.0)),
+    "weak reference": (
+        lambda t, x: x * t.reference().gain,
+        lambda t: setattr(t.part, "gain", 2.0),
+    ),
+    "own rules": (
+        lambda t, x: x * t.indirect.gain,
+        lambda t: t.indirect.data.update(gain=2.0),
+    ),
+    "optimizer": (
+        lambda t, x: x * t.optimizer.param_groups[0]["lr"],
+        lambda t: t.optimizer.param_groups[0].update(lr=2.0),
+    ),
+    "distribution": (
+        lambda t, x: t.normal.log_prob(x),
+        lambda t: setattr(t.normal, "scale", torch.full((2,), 2.0)),
+    ),
+    "space": (
+        lambda t, x: x * float(t.box.high[0]),
+        lambda t: setattr(t.box, "high", np.full(2, 2.0)),
+    ),
+    "hook of a shipped class": (
+        lambda t, x: t.flat(x[None]),
+        lambda t: t.flat.register_forward_hook(lambda *args: args[2] * 2.0),
+    ),
+    "layer of a shipped class": (
+        lambda t, x: t.flat(x[None]),
+        lambda t: setattr(t.flat, "1", nn.ReLU()),
+    ),
+}
+
+
+@pytest.fixture(autouse=True)
+def as_before(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Restore what the changes change."""
+    for one in (settings, prices, goods):
+        monkeypatch.setitem(sys.modules, one.__name__, one)
+    monkeypatch.setattr(settings, "GAIN", 1.0)
+    monkeypatch.setattr(settings, "NEW", 1.0, raising=False)
+    monkeypatch.delattr(settings, "NEW")
+    monkeypatch.setattr(prices, "GAIN", 1.0)
+    monkeypatch.setattr(prices, "GAINS", {0: 1.0})
+    monkeypatch.setattr(prices.SIZES, "gain", 1.0)
+    monkeypatch.setattr(goods, "SIZE", 1.0)
+    monkeypatch.setattr(Once, "level", 1.0)
+    monkeypatch.setattr(Config(), "gain", 1.0)
+    monkeypatch.setitem(globals(), "GAIN_OF_TEST", 1.0)
+    monkeypatch.setitem(globals(), "VARIABLE_THAT_APPEARS", 1.0)
+    monkeypatch.delitem(globals(), "VARIABLE_THAT_APPEARS")
+
+
+@pytest.mark.parametrize("name", CHANGES)
+def test_what_a_function_reads_in_an_indirect_way_is_noticed_when_it_changes(name: str) -> None:
+    task, x, (read, change) = Task(), torch.tensor([1.0, -2.0]), CHANGES[name]
+    function = lambda x: read(task, x)  # noqa: E731
+    with recorded(function) as reads:
+        before = torch.cat(results_of_pure(function, x))
+    task.name = "GAIN"
+    settings.unread = 5
+    assert reads.changed() is None or name in ("dict of a module", "own variable by a text")
+    change(task)
+    assert not torch.equal(function(x), before)
+    assert reads.changed() is not None
+    assert type(settings) is ModuleType
+    assert sys.getprofile() is None
+
+
+SHOWING: dict[str, Any] = {
+    "proxy": weakref.proxy(settings),
+    "local": threading.local(),
+    "Event": threading.Event(),
+    "memoryview": memoryview(bytearray(1)),
+    "c_double": ctypes.c_double(1.0),
+}
+
+
+@pytest.mark.parametrize("name", SHOWING)
+def test_what_shows_changes_that_nothing_can_see_is_refused(name: str) -> None:
+    held = SimpleNamespace(shown=SHOWING[name])
+    function = lambda x: x if held.shown is None else x * 2.0  # noqa: E731
+    with (
+        pytest.raises(ImpureError, match=f"shown: changes of a \\w*{name}\\w* are not noticed"),
+        recorded(function),
+    ):
+        function(torch.ones(2))
+
+
+def test_numbers_of_another_thread_and_of_a_comparison_of_tensors_are_refused() -> None:
+    part, one = Part(), torch.ones(2)
+    with ThreadPoolExecutor(1) as pool:
+        function = lambda x: x * pool.submit(lambda: part.gain).result()  # noqa: E731
+        with pytest.raises(ImpureError, match="waiting for another thread"), recorded(function):
+            function(torch.ones(2))
+    with pytest.raises(ImpureError, match="a number of a tensor"):
+        results_of_pure(lambda x: x if torch.equal(one, x) else x * 2.0, torch.ones(2))
+
+
+@pytest.mark.parametrize("how", ["text", "set", "tuple"])
+def test_what_changes_where_a_function_finds_it_is_restored(how: str) -> None:
+    part: Any = Part()
+    pair: Any = Pair((1.0,))
+    pair.calls = part.calls = 0
+    parts, names = {part}, ("counting",)
+
+    def function(x: Tensor) -> Tensor:
+        if how == "text":
+            return getattr(settings, names[0])(x)
+        held: Any = next(iter(parts)) if how == "set" else pair
+        held.calls += 1
+        return x * 2.0
+
+    with pytest.raises(ImpureError, match=r"an attribute that changes: (CALLS|.*calls|pair)"):
+        results_of_pure(function, torch.ones(2))
+    assert (settings.CALLS, part.calls, pair.calls) == (0, 0, 0)
+
+
+def test_a_profile_of_python_continues_after_a_recording() -> None:
+    import cProfile  # noqa: PLC0415
+
+    with cProfile.Profile() as profile:
+        with recorded(settings.scaled):
+            settings.scaled(torch.ones(1))
+        torch.ones(1).new_ones(7)
+    assert any("new_ones" in str(one.code) for one in profile.getstats())
