@@ -110,7 +110,8 @@ def _watched(kind: type, names: _Names) -> Generator[bool]:
     thread = threading.get_ident()
 
     def read(self: Any, name: str) -> Any:
-        if threading.get_ident() == thread and not (name == "__dict__" and _is_called_by_torch()):
+        of_torch = name == "__dict__" and _caller(2).startswith("torch.")  # to find a parameter
+        if threading.get_ident() == thread and not of_torch:
             names[id(self), name] = None
         return original(self, name)
 
@@ -130,15 +131,14 @@ def _watched(kind: type, names: _Names) -> Generator[bool]:
                 type.__setattr__(kind, "__getattribute__", own)
 
 
-def _is_called_by_torch() -> bool:
-    """Whether torch reads the dict of a module, as it does to find each parameter."""
-    caller = sys._getframe(2).f_globals.get("__name__", "")  # pyright: ignore[reportPrivateUsage]
-    return str(caller).startswith("torch.")
+def _caller(depth: int) -> str:
+    """Name of the module whose code runs, some frames above this function."""
+    return str(sys._getframe(depth).f_globals.get("__name__"))  # pyright: ignore[reportPrivateUsage]
 
 
 @contextmanager
 def _watched_modules(names: _Names) -> Generator[list[ModuleType]]:
-    """Note the names of all variables that this thread reads of modules of users, by any way.
+    """Note the names of all variables that this thread's users' functions read of users' modules.
 
     The context is all these modules.
     """
@@ -147,7 +147,8 @@ def _watched_modules(names: _Names) -> Generator[list[ModuleType]]:
     class Watched(ModuleType):
         @override
         def __getattribute__(self, name: str) -> Any:
-            if threading.get_ident() == thread:
+            is_of_python = name[:2] == "__" and name != "__dict__"  # such as the source file
+            if threading.get_ident() == thread and not is_of_python and is_users_name(_caller(2)):
                 names[id(self), name] = None
             return ModuleType.__getattribute__(self, name)
 
@@ -166,17 +167,22 @@ def _watched_modules(names: _Names) -> Generator[list[ModuleType]]:
 def _watched_calls(scopes: _Scopes) -> Generator[None]:
     """Note the global variables of all functions of users that this thread calls."""
     before: Any = sys.getprofile()
-    known = set[tuple[CodeType, int]]()
+    known, outer = set[tuple[CodeType, int]](), sys._getframe()  # pyright: ignore[reportPrivateUsage]
+    while outer.f_globals.get("__name__") in (__name__, "contextlib") and outer.f_back is not None:
+        outer = outer.f_back
 
     def note(frame: FrameType, event: str, _: Any) -> None:
         code, variables = frame.f_code, frame.f_globals
-        if event != "call" or (code, id(variables)) in known:
+        if event != "call" or (code, id(variables)) in known or _is_importing(frame, outer):
             return
         known.add((code, id(variables)))
         module = variables.get("__name__")
         if is_users_name(module):
             read = variables_of(code)
-            read = read.union(variables) if "globals" in read else read
+            if "globals" in read:  # which may read all that are not Python's own
+                read = read.union(
+                    one for one in variables if one.isidentifier() and one[:2] != "__"
+                )
             scopes.setdefault(id(variables), (variables, set()))[1].update(read)
         elif (module, code.co_name) == ("concurrent.futures._base", "result"):
             raise ImpureError("waiting for another thread or process")
@@ -207,6 +213,16 @@ def _watched_environment(variables: dict[str, None]) -> Generator[None]:
         yield
     finally:
         kind.__getitem__ = original
+
+
+def _is_importing(frame: FrameType, outer: FrameType) -> bool:
+    """Whether the code of a frame within an outer frame runs since a module is imported."""
+    place: FrameType | None = frame
+    while place is not None and place is not outer:
+        if place.f_globals.get("__name__") == "importlib._bootstrap":
+            return True
+        place = place.f_back
+    return False
 
 
 def _of_modules(modules: list[ModuleType], names: _Names) -> Iterator[Any]:
@@ -278,7 +294,8 @@ def _of_holders(holders: list[Holder], names: _Names, scopes: _Scopes) -> Iterat
 def _of_object(holder: Holder, names: list[str]) -> Iterator[Snapshot]:
     """What was read of an object, or was asked for in vain and would now be found."""
     held, left = holder.held, {*names} - replaced_by_torch(holder.held)
-    own, slots = dict_of(held) or {}, {*slots_of(held)}
+    own, slots = dict_of(held), {*slots_of(held)}
+    own = {} if own is None else own
     for of_module in _OF_MODULES if isinstance(held, nn.Module) else ():
         entries = own.get(of_module) or {}
         if left & entries.keys():
