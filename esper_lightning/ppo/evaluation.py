@@ -156,7 +156,7 @@ class Stride:
 
     def _step(
         self, running: _Running, x: tuple[Tensor, Any], constants: None
-    ) -> tuple[_Running, tuple[()]]:
+    ) -> tuple[_Running, Float[Tensor, " B"]]:
         del constants  # native code reads the weights in place, wherever they lie by then
         _, drawn = x  # the first is there for environments that draw nothing
         obs = prepare_obs(running.obs, self._normalizer)
@@ -164,7 +164,7 @@ class Stride:
         episodes, result = self._env.transition(running.episodes, action, drawn)
         memory = self._policy.reset_memory(memory, result.terminated | result.truncated)
         played = running.played.add(result)
-        return _Running(episodes, result.obs, result.action_mask, memory, played), ()
+        return _Running(episodes, result.obs, result.action_mask, memory, played), result.reward
 
 
 @torch.no_grad()
