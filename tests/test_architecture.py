@@ -76,6 +76,7 @@ def watch(make_trainer) -> Callable[..., Witness]:
 
     def train(*callbacks: Callback, compile: CompileMode) -> Witness:  # noqa: A002
         gc.collect()  # else Trainers of other tests may end within the iteration
+        gc.disable()
         before = sys.gettrace()
         noted = Witness()
         ppo = PPOConfig(rollout_steps=8, minibatches=2)
@@ -85,6 +86,7 @@ def watch(make_trainer) -> Callable[..., Witness]:
             trainer.fit(model)
         finally:
             sys.settrace(before)
+            gc.enable()
         return noted
 
     return train
