@@ -269,7 +269,8 @@ def test_a_damaged_history_is_renamed(make_trainer, tmp_path, caplog):
 def test_rows_without_a_number_are_moved_with_those_that_are_repeated(tmp_path, caplog, number):
     path = tmp_path / "rank0" / "history.jsonl"
     path.parent.mkdir()
-    rows = ['{"iteration":1}', f'{{"iteration":{number},"x":[1e999]}}', '{"a":1}', '{"iteration":3}']
+    damaged = f'{{"iteration":{number},"x":[1e999]}}'
+    rows = ['{"iteration":1}', damaged, '{"a":1}', '{"iteration":3}']
     path.write_text("\n".join(rows) + "\n")
     module = SimpleNamespace(iteration=2, counts_iterations=True)
     history, trainer = History(), SimpleNamespace(global_rank=0)
