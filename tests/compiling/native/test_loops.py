@@ -314,6 +314,18 @@ def test_what_has_no_translation_is_refused_by_name(function, what):
     assert "\n" not in str(caught.value)
 
 
+def scaled(x: Tensor) -> Tensor:
+    y = x.clone()
+    y[x > 0.5] *= -1.0
+    return y
+
+
+@pytest.mark.parametrize("function", [scaled, lambda x: x[x > 0.5].sum() + x])
+def test_shapes_that_depend_on_numbers_are_refused_in_plain_words(function):
+    with pytest.raises(UnsupportedError, match="a shape that depends on the numbers"):
+        NativeFunction(function)(torch.ones(3))
+
+
 @pytest.mark.parametrize(
     ("rows", "size"), [(65536, 64), (128, 64), (96, 48), (61, 61), (16381, 16381), (1, 1)]
 )
