@@ -13,6 +13,7 @@ import hashlib
 import logging
 import os
 import platform
+import re
 import shlex
 import shutil
 import subprocess
@@ -74,6 +75,9 @@ def _identity(command: tuple[str, ...]) -> str:
         done = subprocess.run(
             [*command, "--version"], capture_output=True, text=True, timeout=60, check=True
         )
+    except subprocess.CalledProcessError as error:
+        why = f"{command[0]} --version ends with status {error.returncode}"
+        raise UnsupportedError(f"{why} ({_INSTALL})") from error
     except (OSError, subprocess.SubprocessError) as error:
         raise UnsupportedError(f"{command[0]} does not run: {error}") from error
     return "\n".join([*command, done.stdout, _processor()])
@@ -98,7 +102,11 @@ def cache_directory() -> Path:
     """
     base = Path(os.environ.get("XDG_CACHE_HOME", ""))
     if not base.is_absolute():  # the standard has relative ones ignored
-        base = Path("~/.cache").expanduser()
+        try:
+            base = Path.home() / ".cache"
+        except RuntimeError as error:  # of a user without an entry, as in some containers
+            why = "the user has no home folder (set HOME or XDG_CACHE_HOME)"
+            raise UnsupportedError(f"no folder for compiled code: {why}") from error
     folder = base / "esper_lightning" / "native"
     try:
         folder.mkdir(mode=0o700, parents=True, exist_ok=True)
@@ -190,8 +198,9 @@ def _compile(command: Sequence[str], flags: Sequence[str], text: str, path: Path
             done = _run([*command, *flags, str(source), "-o", str(made)])
             if done.returncode:
                 lines = (done.stderr or done.stdout).strip().splitlines() or ["no message"]
-                errors = [line for line in lines if "error" in line] or lines
-                said = errors[0].replace(f"{build}/", "")  # each reason is logged once
+                # Linkers say why they fail before the compiler says that they do.
+                errors = [line for line in lines if re.search("error|failed|No space", line)]
+                said = (errors or lines)[0].replace(f"{build}/", "")  # each reason is logged once
                 raise UnsupportedError(f"{command[0]} failed: {said[:200]}")
             if not made.exists():
                 raise UnsupportedError(f"{command[0]} made no library ({_INSTALL})")
