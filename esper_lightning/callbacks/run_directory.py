@@ -7,6 +7,7 @@ remote address and releases it.
 # pyright: reportAttributeAccessIssue=false, reportPrivateUsage=false
 # pyright: reportUnknownVariableType=false, reportUnknownArgumentType=false
 
+import contextlib
 import weakref
 from pathlib import Path
 from typing import Any
@@ -27,6 +28,7 @@ from esper_lightning.callbacks.profiler_internals import setup_profiler_again
 from esper_lightning.forensics.asides import replace_keeping
 from esper_lightning.forensics.claims import Claim
 from esper_lightning.forensics.layout import RunLayout
+from esper_lightning.forensics.reading import read_file
 
 __all__ = [
     "assign_run_directory",
@@ -210,10 +212,12 @@ def _write_first_files(trainer: Trainer, found: HeldDirectory) -> None:
     if found.config is None:
         return
     config, found.config = found.config, None
-    path = RunLayout(found.directory).config
+    path, content = RunLayout(found.directory).config, config.encode()
     found.is_used = True
-    if not path.exists() or path.read_text() != config:
-        replace_keeping(path, config.encode())
+    with contextlib.suppress(OSError, ValueError):  # it is absent, or damage has made it no file
+        if read_file(path) == content:
+            return
+    replace_keeping(path, content)
 
 
 def _move_profiler(trainer: Trainer, announced: Path, directory: Path) -> None:
