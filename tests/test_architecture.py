@@ -30,6 +30,7 @@ BY_THEMES = ("cli/project", "compiling/native", "envs")
 """Folders whose tests are by operations, contracts and simulators, or that are templates."""
 TESTED_ELSEWHERE = {
     "__main__.py": "cli/test_main.py starts it",
+    "callbacks/logger_files.py": "callbacks/test_loggers.py has it below the guards of loggers",
     "callbacks/window_profiler.py": "it is the former place of recorder/profiling/window_profiler",
     "compiling/stepwise.py": "training/test_cuda.py has it on a GPU",
     "compiling/tracing.py": "compiling/native has it in every test",

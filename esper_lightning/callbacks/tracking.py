@@ -99,13 +99,14 @@ def begin_tracking(trainer: Trainer) -> None:
             when_begun(logger, partial(_add_config, layout))
 
 
-def upload_results(directory: Path, logger: Any, died: bool) -> None:
+def upload_results(directory: Path, logger: Any, *, died: bool, resumed: bool) -> None:
     """Give a service the best checkpoint of a run, and the bundle of its death.
 
     Args:
         directory: Run directory.
         logger: Logger of the run; one that writes files gets nothing.
-        died: Whether the run died; otherwise only the bundle of an earlier attempt is uploaded.
+        died: Whether the run died.
+        resumed: Whether the run continues an earlier attempt, whose bundle is uploaded, then.
 
     Raises:
         Exception: Whatever prevents the service from taking a file.
@@ -115,8 +116,9 @@ def upload_results(directory: Path, logger: Any, died: bool) -> None:
     if died:
         write_bundle(directory)
     layout = RunLayout(directory)
-    for path in (layout.crash_bundle, layout.best_checkpoint):
-        _upload(logger, path)
+    if died or resumed:  # else the bundle is that of another run
+        _upload(logger, layout.crash_bundle)
+    _upload(logger, layout.best_checkpoint)
 
 
 def _trackers(trainer: Trainer) -> Iterator[tuple[str, Any]]:

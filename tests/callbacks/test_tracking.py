@@ -9,6 +9,7 @@ import errno
 import json
 import time
 import zipfile
+from fnmatch import fnmatch
 from pathlib import Path
 
 import pytest
@@ -19,6 +20,7 @@ from tensorboard.backend.event_processing.event_accumulator import EventAccumula
 from esper_lightning import PPO, PPOConfig, Trainer
 from esper_lightning.callbacks import tracking
 from esper_lightning.envs import CartPole
+from esper_lightning.forensics.layout import OF_A_RUN
 
 STEPS = 32  # env steps of an iteration
 
@@ -142,6 +144,9 @@ def test_no_file_of_a_run_is_what_a_service_writes_into(wandb_stand_in, tmp_path
     run = tmp_path / "run"
     with pytest.raises(RuntimeError) if dies_in else contextlib.nullcontext():
         fit(run, wandb_stand_in(), dies_in=dies_in)
+    names = {path.name for path in run.iterdir()} - {"owner.lock", "wandb"}
+    known = {name for name in names for pattern in OF_A_RUN if fnmatch(name, pattern)}
+    assert {name for name in names - known if not name.startswith(".")} == set()
     copies = [path for path in run.glob("wandb/*/files/*") if path.name != "config.yaml"]
     assert {"run_config.yaml", "best.ckpt"} <= {path.name for path in copies}
     assert not any(path.is_symlink() for path in run.rglob("*"))
@@ -222,6 +227,28 @@ def test_a_new_run_in_the_same_directory_is_a_new_run_of_the_service(wandb_stand
     for logger in (first, second):
         fit(tmp_path / "run", logger)
     assert first.id != second.id
+
+
+def test_a_new_run_has_not_the_death_of_the_run_before(wandb_stand_in, tmp_path):
+    run, dead, healthy = tmp_path / "run", wandb_stand_in(), wandb_stand_in()
+    with pytest.raises(RuntimeError, match="windy"):
+        fit(run, dead, dies_in=3)
+    fit(run, healthy)
+    assert "crash.zip" in WandB.runs[dead.id]["files"]
+    assert "best.ckpt" in WandB.runs[healthy.id]["files"]
+    assert "crash.zip" not in WandB.runs[healthy.id]["files"]
+    assert not (run / "crash.zip").exists()
+
+
+def test_files_of_the_user_are_not_replaced(wandb_stand_in, tmp_path):
+    for name in ("trackers.json", "crash.zip", "copies.jsonl"):
+        folder = tmp_path / name.partition(".")[0]
+        folder.mkdir()
+        (folder / name).write_text("the user's")
+        with pytest.raises(ValueError, match=f"It holds {name}, which no run wrote"):
+            fit(folder, wandb_stand_in())
+        assert [path.name for path in folder.iterdir()] == [name]
+        assert (folder / name).read_text() == "the user's"
 
 
 def test_an_identifier_of_the_user_is_not_replaced(wandb_stand_in, tmp_path):
