@@ -177,7 +177,7 @@ def corrupt(chance: random.Random, directory: Path, suffixes: tuple[str, ...]) -
             path.write_bytes(structure_of(chance, path, content))
             return f"{said}: structure"
     if kind < 0.78:
-        (directory / chance.choice(FOLDERS)).mkdir()
+        (directory / chance.choice(FOLDERS)).mkdir(exist_ok=True)
         return "a folder"
     path.write_bytes(bytes_of(chance, content))
     return f"{said}: bytes"
