@@ -23,6 +23,7 @@ from esper_lightning.callbacks.directory_choice import (
 )
 from esper_lightning.callbacks.held_directory import OF_TRAINERS, HeldDirectory
 from esper_lightning.callbacks.logger_folders import announced_directory, begin_files, write_into
+from esper_lightning.callbacks.mirror import Mirror
 from esper_lightning.callbacks.profiler_internals import setup_profiler_again
 from esper_lightning.forensics.asides import replace_keeping
 from esper_lightning.forensics.claims import Claim
@@ -134,7 +135,7 @@ def copy_run_directory(trainer: Trainer) -> None:
 
 
 def assign_run_directory(
-    trainer: Trainer, held: Claim, config: str, address: str | None = None
+    trainer: Trainer, held: Claim, config: str, mirror: Mirror | None = None
 ) -> None:
     """Make a Trainer's runs write into a directory that the first rank has claimed already.
 
@@ -146,14 +147,16 @@ def assign_run_directory(
         trainer: Trainer whose run has not begun.
         held: Claim of the directory.
         config: Content of ``config.yaml``.
-        address: Remote address that the directory is copied to; ``None`` without one.
+        mirror: Remote address that the directory is copied to, which has begun; ``None`` without
+            one.
 
     Raises:
         DirectoryRefusedError: If a logger's own folder is in use, or it would replace files there
             that no run wrote.
         OSError: If a file cannot be written.
     """
-    found = OF_TRAINERS[trainer] = HeldDirectory(held.directory, held, address)
+    address, claims = (None, None) if mirror is None else (mirror.address, mirror.claims)
+    found = OF_TRAINERS[trainer] = HeldDirectory(held.directory, held, address, claims)
     weakref.finalize(trainer, found.release)
     found.config = config
     for logger in trainer.loggers:

@@ -36,7 +36,7 @@ from esper_lightning.training.failing_minibatch import examine_minibatch
 
 __all__ = ["STATUSES", "run"]
 
-STATUSES = {"reproduced": 0, "did not happen again": 3, "different": 4}
+STATUSES = {"reproduced": 0, "did not happen again": 3, "different": 4, "undecided": 5}
 """Exit status of the command for each verdict."""
 
 _RESTORED = ("OMP_", "MKL_", "KMP_", "CUBLAS_", "TORCH_", "XLA_", "PYTHONHASHSEED")
@@ -44,8 +44,9 @@ _MISTAKE = 2  # exit status of the commands for settings that are refused
 _REPORT_S = 5.0  # that the second process of a rank may take for the report
 _EPILOG = """exit status:
   0  reproduced: the same error, in the same iteration, at the same line
-  3  did not happen again: the cause is outside of the program's state
+  3  did not happen again: the failing iteration went well
   4  different from some iteration on; the output says what differs between the runs
+  5  undecided: the replay ended early, or its start does not restore the order of the data
   2  RUN_DIR holds no run that died, or the run cannot be started again
 """
 
@@ -71,6 +72,11 @@ def run(arguments: list[str]) -> None:
         "--run_dir", type=local_path, help="directory of the replay; by default a new one beside"
     )
     parser.add_argument("--ckpt_path", type=local_path, help="checkpoint to start from")
+    parser.add_argument(
+        "--from_start",
+        action="store_true",
+        help="start at the beginning of the run: no state is absent that no checkpoint holds",
+    )
     options = parser.parse_args(arguments)
     dead_run: Path = options.dead_run
     try:
@@ -79,10 +85,12 @@ def run(arguments: list[str]) -> None:
         if options.run_dir is not None:
             require_new_directory("--run_dir", options.run_dir)
         _wait_for_report(dead_run)
-        plan = plan_replay(dead_run, ckpt_path=options.ckpt_path, deep=options.deep)
+        start = {"ckpt_path": options.ckpt_path, "from_start": options.from_start}
+        plan = plan_replay(dead_run, deep=options.deep, **start)
         if plan.deep and plan.begins < plan.iteration - 1:
-            verdict = _play(plan_replay(dead_run, ckpt_path=options.ckpt_path), dead_run, None)
-            if verdict.outcome == "different":  # it has not come to the state before the fault
+            verdict = _play(plan_replay(dead_run, **start), dead_run, None)
+            # It may not have come to the state before the fault.
+            if verdict.outcome in ("different", "undecided"):
                 sys.exit(STATUSES[verdict.outcome])
             plan = plan_replay(dead_run, deep=True)
         verdict = _play(plan, dead_run, options.run_dir)

@@ -39,6 +39,9 @@ def replay(tmp_path, monkeypatch):
             global_rank=0,
             is_global_zero=True,
             sanity_checking=False,
+            callbacks=[],
+            accumulate_grad_batches=1,
+            lightning_module=SimpleNamespace(automatic_optimization=False),
             save_checkpoint=saved.append,
             saved=saved,
         )
