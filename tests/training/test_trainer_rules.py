@@ -104,7 +104,7 @@ def test_statistics_of_the_cpu_need_psutil(make_trainer, monkeypatch, tmp_path, 
     if ok:
         trainer_rules.refuse_trainer(trainer, settings)
         return
-    with pytest.raises(ValueError, match="DeviceStatsMonitor.cpu_stats must be False without psut"):
+    with pytest.raises(ValueError, match="cpu_stats must be False without psutil"):
         trainer_rules.refuse_trainer(trainer, settings)
 
 
