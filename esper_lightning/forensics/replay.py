@@ -233,7 +233,9 @@ def _decide(
         return "different", iteration, what
     if again is None:
         files = RunLayout(directory).rank(record.rank or 0)
-        done = max((number for number, _ in numbered_rows(files.history)), default=record.begins or 0)
+        done = max(
+            (number for number, _ in numbered_rows(files.history)), default=record.begins or 0
+        )
         if done < failing:
             reason = (
                 f"the replay ended after iteration {done}, before iteration {failing} was over."
