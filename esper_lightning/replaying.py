@@ -24,7 +24,7 @@ from esper_lightning.callbacks.mirror import place_of
 from esper_lightning.core.errors import require
 from esper_lightning.core.paths import expand_home
 from esper_lightning.forensics.layout import RunLayout
-from esper_lightning.forensics.reading import RowReader
+from esper_lightning.forensics.reading import numbered_rows
 from esper_lightning.forensics.remains import Remains, examine, first_failure
 from esper_lightning.forensics.replay import Verdict, failing_iteration, judge
 from esper_lightning.recorder.flight_recorder import FlightRecorder
@@ -192,9 +192,8 @@ def _find_starts(run_dir: Path, dead: Sequence[Remains], first: Remains) -> dict
     """
     iteration, least = failing_iteration(first), 0
     if first.resumed_from is not None:  # a checkpoint may be older, as a best.ckpt that was copied
-        rows = RowReader(RunLayout(run_dir).rank(first.rank).history)
-        numbers = (n for row in rows if isinstance(n := row.get("iteration"), int))
-        least = min(next(numbers, iteration), iteration) - 1
+        rows = numbered_rows(RunLayout(run_dir).rank(first.rank).history)
+        least = min(next((number for number, _ in rows), iteration), iteration) - 1
     found = ((path, _usable(path)) for path in _candidates(run_dir, dead, first))
     starts = {path: n for path, n in found if n is not None and least <= n < iteration}
     starts |= _resumed_from(first)

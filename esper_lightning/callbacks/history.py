@@ -29,11 +29,13 @@ from esper_lightning.forensics.asides import rename_aside, write_aside
 from esper_lightning.forensics.files import (
     Backlog,
     JsonLines,
+    Row,
     encode_rows,
     read_json_lines,
     write_atomically,
 )
 from esper_lightning.forensics.layout import RankLayout, RunLayout
+from esper_lightning.forensics.reading import whole_number
 
 __all__ = ["History", "counts_iterations", "finished_iterations"]
 
@@ -253,7 +255,10 @@ def _numbers(values: Mapping[str, Tensor]) -> dict[str, float]:
 
 
 def _move_rows_after(path: Path, iteration: int) -> None:
-    """Move the rows after ``iteration`` to a file of another name; earlier rows stay."""
+    """Move the rows after ``iteration`` to a file of another name; earlier rows stay.
+
+    Rows without a number, which only damage can make, are moved with them.
+    """
     if not path.exists():
         return
     try:
@@ -262,10 +267,17 @@ def _move_rows_after(path: Path, iteration: int) -> None:
         _log.warning("The whole file is renamed: %s", error)
         rename_aside(path)
         return
-    earlier = [row for row in rows if row.get("iteration", 0) <= iteration]
-    later = [row for row in rows if row.get("iteration", 0) > iteration]
-    if later:
-        write_aside(path, encode_rows(later))
+    earlier, moved, unnumbered = list[Row](), list[Row](), 0
+    for row in rows:
+        number = whole_number(row.get("iteration"))
+        unnumbered += number is None
+        stays = number is not None and number <= iteration
+        (earlier if stays else moved).append(row)
+    if moved:
+        aside = write_aside(path, encode_rows(moved))
+        if unnumbered:
+            text = "%s: %d rows have no number of an iteration, and are moved to %s."
+            _log.warning(text, path, unnumbered, aside.name)
     content = encode_rows(earlier)
     if content != path.read_bytes():
         write_atomically(path, content)

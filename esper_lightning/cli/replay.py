@@ -15,6 +15,7 @@ import yaml
 
 from esper_lightning.cli.errors import CommandParser, fail, local_path
 from esper_lightning.cli.mistakes import settings_come_first
+from esper_lightning.comparison.runs import parse_yaml
 from esper_lightning.core.paths import expand_home
 from esper_lightning.forensics import sidecar
 from esper_lightning.forensics.fingerprint import Fingerprint
@@ -155,8 +156,8 @@ def _settings(plan: ReplayPlan, dead_run: Path, directory: Path) -> dict[str, An
     hint = "Call esper_lightning.replaying.replay(trainer, model, run_dir)."
     try:
         content = read_file(RunLayout(dead_run).config)
-        settings: Any = yaml.safe_load(content)
-    except (OSError, ValueError, yaml.YAMLError) as error:
+        settings: Any = parse_yaml(content)
+    except (OSError, ValueError) as error:
         message = f"RUN_DIR must hold the config.yaml of the run, got {str(dead_run)!r}. {hint}"
         raise ValueError(message) from error
     first = content.partition(b"\n")[0].decode(errors="replace")
@@ -201,11 +202,14 @@ def _elsewhere(callback: Any, dead_run: Path) -> Any:
     if not isinstance(callback, dict):
         return callback
     settings = cast(dict[str, Any], callback)
-    arguments = cast(dict[str, Any], settings.get("init_args") or {})
-    given = arguments.get("dirpath")
-    if given is None or not expand_home(given).resolve().is_relative_to(dead_run.resolve()):
+    arguments = settings.get("init_args")
+    if not isinstance(arguments, dict):
         return settings
-    return settings | {"init_args": arguments | {"dirpath": None}}
+    given = cast(dict[str, Any], arguments).get("dirpath")
+    is_path = isinstance(given, str)  # else the run says what is wrong
+    if not is_path or not expand_home(given).resolve().is_relative_to(dead_run.resolve()):
+        return settings
+    return settings | {"init_args": cast(dict[str, Any], arguments) | {"dirpath": None}}
 
 
 def _environment(found: Fingerprint, *, deep: bool) -> Mapping[str, str]:

@@ -5,7 +5,7 @@ verdict needs nothing but files, so that there is one whatever has ended the rep
 """
 
 import re
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Literal, NamedTuple, Self, cast
@@ -13,7 +13,7 @@ from typing import Any, Literal, NamedTuple, Self, cast
 from esper_lightning.forensics.fingerprint import differences
 from esper_lightning.forensics.layout import RunLayout
 from esper_lightning.forensics.messages import comparable
-from esper_lightning.forensics.reading import RowReader, parse_json, read_file
+from esper_lightning.forensics.reading import numbered_rows, parse_json, read_file
 from esper_lightning.forensics.records import Record
 from esper_lightning.forensics.remains import Remains, examine, first_failure
 from esper_lightning.forensics.report import CrashReport, ErrorReport
@@ -233,7 +233,9 @@ def _decide(
         return "different", iteration, what
     if again is None:
         files = RunLayout(directory).rank(record.rank or 0)
-        done = max((number for number, _ in _rows(files.history)), default=record.begins or 0)
+        done = max(
+            (number for number, _ in numbered_rows(files.history)), default=record.begins or 0
+        )
         if done < failing:
             reason = (
                 f"the replay ended after iteration {done}, before iteration {failing} was over."
@@ -268,24 +270,14 @@ def _compare_rows(
     for remains in dead:
         old = RunLayout(Path(record.run_dir or "")).rank(remains.rank).history
         new = RunLayout(directory).rank(remains.rank).history
-        again = dict(_rows(new))
-        for number, row in _rows(old):
+        again = dict(numbered_rows(new))
+        for number, row in numbered_rows(old):
             if begins < number <= last and number in again:
                 what = row_differences(row, again[number], whole=record.whole_rows)
                 rows += not what and not compared(again[number]).keys() <= set(_COUNTERS)
                 if what and (found is None or number < found[0]):
                     found = number, ", ".join(what[:_MOST_COLUMNS])
     return rows, found
-
-
-def _rows(path: Path) -> Iterator[tuple[int, Mapping[str, Any]]]:
-    """The rows of a history by their iterations; none where the file cannot be read."""
-    try:
-        for row in RowReader(path):
-            if isinstance(row.get("iteration"), int):
-                yield row["iteration"], row
-    except (OSError, ValueError):
-        return
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -29,7 +29,7 @@ from esper_lightning.callbacks.loop_internals import (
 )
 from esper_lightning.callbacks.run_directory import close_run_directory, open_run_directory
 from esper_lightning.forensics.layout import RunLayout
-from esper_lightning.forensics.reading import RowReader, open_file, parse_json
+from esper_lightning.forensics.reading import numbered_rows, open_file, parse_json
 from esper_lightning.forensics.replay import ReplayRecord, row_differences
 
 __all__ = ["ReplayWatch"]
@@ -112,9 +112,7 @@ class ReplayWatch(WritesRun):
                 shutil.copyfile(own.start, before)
         history = RunLayout(Path(own.run_dir or "")).rank(rank).history
         begins, last = own.begins or 0, self.iteration - int(own.deep)
-        if history.exists():
-            rows = {row.get("iteration", 0): row for row in RowReader(history)}
-            self._recorded = {k: row for k, row in rows.items() if begins < k <= last}
+        self._recorded = {k: row for k, row in numbered_rows(history) if begins < k <= last}
 
     @override
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
