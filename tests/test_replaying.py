@@ -321,6 +321,8 @@ def test_what_no_checkpoint_holds_is_replayed_from_the_beginning(trainer, tmp_pa
     )
     if from_start:
         assert (verdict.outcome, verdict.rows) == ("reproduced", 10)
+        # Nothing in a row comes from an earlier validation.
+        assert "val_loss" not in rows_of(tmp_path / "replay_of_run")[10]
     else:
         assert verdict.outcome == "did not happen again"
         assert "state that no checkpoint holds" in "\n".join(verdict.lines)

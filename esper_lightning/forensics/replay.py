@@ -132,7 +132,7 @@ class Verdict(NamedTuple):
         well = f"iteration {self.iteration} went well" if self.iteration else "training began"
         lines = [f"Did not happen again: {well}.", rows, *([differs] if self.conditions else [])]
         cause = "If that is not the cause, it" if self.conditions else "The cause"
-        others = f"another process, hardware, a race{f', {_STATE}' if self.from_start else ''}"
+        others = f"another process, hardware, a race{f', or {_STATE}' if self.from_start else ''}"
         return [*lines, f"{cause} is outside of the program's state: {others}.", *self._advice()]
 
     def _advice(self, reason: str = "") -> list[str]:

@@ -45,6 +45,10 @@ def test_a_mistake_is_one_line(dead, tmp_path, capsys):
         "RUN_DIR must": (tmp_path / "nothing",),
         "ckpt_path must name a whole checkpoint": (dead, "--ckpt_path", tmp_path / "text.ckpt"),
         "ckpt_path must name a checkpoint of": (dead, "--ckpt_path", tmp_path / "wrong.ckpt"),
+        "--ckpt_path must be absent with --from_start": (
+            dead,
+            *("--from_start", "--ckpt_path", tmp_path / "text.ckpt"),
+        ),
         "--run_dir must name a new or empty": (dead, "--run_dir", tmp_path / "used"),
     }
     for text, given in words.items():
@@ -116,12 +120,13 @@ def test_wrong_arguments_of_a_callback_are_left_to_the_run(dead, capsys, configs
     assert configs[0]["trainer"]["callbacks"][0] == yaml.safe_load(callback)
 
 
-def test_a_deep_replay_needs_one_that_went_as_the_run_did(dead, monkeypatch):
+@pytest.mark.parametrize("outcome", ["different", "undecided"])
+def test_a_deep_replay_needs_one_that_went_as_the_run_did(dead, monkeypatch, outcome):
     played = []
 
     def play(plan, *_):
         played.append(plan.deep)
-        return Verdict("different", 3, 1, "", ())
+        return Verdict(outcome, 3, 1, "", ())
 
     def plan(*_, deep=False, **__):
         return SimpleNamespace(deep=deep, begins=1, iteration=6)
@@ -130,7 +135,7 @@ def test_a_deep_replay_needs_one_that_went_as_the_run_did(dead, monkeypatch):
     monkeypatch.setattr(command, "_play", play)
     with pytest.raises(SystemExit) as caught:
         main(["replay", "--deep", str(dead)])
-    assert (caught.value.code, played) == (4, [False])
+    assert (caught.value.code, played) == (command.STATUSES[outcome], [False])
 
 
 def test_a_folder_within_the_dead_run_is_not_that_of_the_replay(dead, capsys, monkeypatch, configs):

@@ -144,7 +144,7 @@ def test_a_checkpoint_may_lack_state_and_the_line_to_type_is_given(judged, tmp_p
     well = {"losses": (0.1, 0.2, 0.3), "report": None, "state": "finished"}
     lines = judged(**well, record={"begins": 1, "start": "last.ckpt"}).lines
     assert lines[1] == "1 row of the history is the same, bit for bit."
-    assert lines[2].endswith("hardware, a race, state that no checkpoint holds.")
+    assert lines[2].endswith("hardware, a race, or state that no checkpoint holds.")
     how = f"replay(trainer, model, {str(tmp_path / 'run')!r}, from_start=True)"
     assert lines[-1].strip() == how
 
