@@ -23,10 +23,11 @@ from esper_lightning.callbacks.directory_choice import given_directory
 from esper_lightning.callbacks.mirror import place_of
 from esper_lightning.core.errors import require
 from esper_lightning.core.paths import expand_home
+from esper_lightning.forensics.deaths import failing_iteration
 from esper_lightning.forensics.layout import RunLayout
 from esper_lightning.forensics.reading import RowReader
 from esper_lightning.forensics.remains import Remains, examine, first_failure
-from esper_lightning.forensics.replay import Verdict, failing_iteration, judge
+from esper_lightning.forensics.replay import Verdict, judge
 from esper_lightning.recorder.flight_recorder import FlightRecorder
 from esper_lightning.recorder.profiling.window_profiler import WindowProfiler
 from esper_lightning.recorder.replay_watch import ReplayWatch

@@ -6,6 +6,7 @@ from collections import defaultdict
 from pathlib import Path
 from typing import Any
 
+from esper_lightning.forensics.deaths import failing_iteration
 from esper_lightning.forensics.fingerprint import Fingerprint
 from esper_lightning.forensics.layout import RunLayout
 from esper_lightning.forensics.phases import Phases
@@ -18,7 +19,7 @@ from esper_lightning.forensics.remains import (
     examine,
     rank_folders,
 )
-from esper_lightning.forensics.replay import ReplayRecord, failing_iteration, judge
+from esper_lightning.forensics.replay import ReplayRecord, judge
 from esper_lightning.forensics.report import CgroupCounters, CrashReport, Evidence, NonFiniteReport
 
 __all__ = ["describe", "seconds_by_phase"]

@@ -5,18 +5,23 @@ verdict needs nothing but files, so that there is one whatever has ended the rep
 """
 
 import re
-from collections.abc import Iterable, Iterator, Mapping, Sequence
-from dataclasses import dataclass, field
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal, NamedTuple, Self, cast
 
+from esper_lightning.forensics.deaths import (
+    failing_iteration,
+    in_words,
+    is_effect,
+    other_text,
+    signature_of,
+)
 from esper_lightning.forensics.fingerprint import differences
 from esper_lightning.forensics.layout import RunLayout
-from esper_lightning.forensics.messages import comparable
 from esper_lightning.forensics.reading import RowReader, parse_json, read_file
 from esper_lightning.forensics.records import Record
 from esper_lightning.forensics.remains import Remains, examine, first_failure
-from esper_lightning.forensics.report import CrashReport, ErrorReport
 from esper_lightning.forensics.room import write_json
 
 __all__ = [
@@ -24,7 +29,6 @@ __all__ = [
     "ReplayRecord",
     "Verdict",
     "compared",
-    "failing_iteration",
     "judge",
     "row_differences",
 ]
@@ -39,8 +43,6 @@ _OF_TIME = re.compile(
     r"(^|[/_])(time|seconds|secs?|duration|elapsed|fps|sps|throughput)($|[/_])"
     r"|_(s|ms|us|ns)$|per_s(ec)?(ond)?$|^resumed_(with_new_episodes|on_ranks)$"
 )
-_PLACE = re.compile(r'^\s*File "([^"]*)", line (\d+), in (.*)$')
-_SILENT = ("vanished", "exit", "native", "signal")  # causes whose report has no error to compare
 _MOST_COLUMNS = 4
 
 
@@ -56,6 +58,7 @@ class ReplayRecord(Record):
         begins: Number of finished iterations at the start of the replay.
         start: Checkpoint that the replay starts from; ``None`` for the beginning of the run.
         deep: Whether the replay runs eagerly, so that its numbers are rounded in another way.
+        more_dirs: Absolute paths of the copies of that run directory on hosts that share no disk.
     """
 
     run_dir: str | None = None
@@ -65,6 +68,12 @@ class ReplayRecord(Record):
     begins: int | None = None
     start: str | None = None
     deep: bool = False
+    more_dirs: tuple[str, ...] = ()
+
+    @property
+    def directories(self) -> tuple[Path, ...]:
+        """The run directory, and its copies of other hosts."""
+        return tuple(map(Path, (self.run_dir or "", *self.more_dirs)))
 
     @classmethod
     def read(cls, directory: Path) -> Self | None:
@@ -119,13 +128,6 @@ class Verdict(NamedTuple):
         return [line for line in lines if line]
 
 
-def failing_iteration(first: Remains) -> int:
-    """Number of the iteration in which a rank failed; 0 for a death before the first."""
-    if first.report is not None and first.report.iteration is not None:
-        return first.report.iteration
-    return first.phases.iteration if first.phases is not None else 0
-
-
 def compared(row: Mapping[str, Any]) -> dict[str, str]:
     """The values of a history row that a replay repeats, as text: all but times and rates."""
     return {name: repr(value) for name, value in row.items() if not _OF_TIME.search(name)}
@@ -170,13 +172,14 @@ def judge(directory: Path, dead: Sequence[Remains]) -> Verdict:
         if own.state != "finished":
             raise ValueError(f"The replay must run to its end: it is {own.state}.")
         return Verdict("did not happen again", record.iteration, rows, "", conditions)
-    reason = _in_words(again)
+    reason = in_words(again)
     if _same(first, again, record, directory):
+        reason += other_text(first, again, (directory.absolute(), *record.directories))
         return Verdict("reproduced", record.iteration, rows, reason, conditions)
     at = failing_iteration(again)
     if at > record.iteration:
         return Verdict("did not happen again", record.iteration, rows, reason, conditions)
-    reason = f"{reason}, not {_in_words(first)}"
+    reason = f"{reason}, not {in_words(first)}"
     return Verdict("different", at, rows, reason, conditions)
 
 
@@ -189,7 +192,7 @@ def _compare_rows(
     if record.deep:  # another rounding shows in the row of the failing iteration
         last -= 1
     for remains in dead:
-        old = RunLayout(Path(record.run_dir or "")).rank(remains.rank).history
+        old = RunLayout(remains.directory).rank(remains.rank).history
         new = RunLayout(directory).rank(remains.rank).history
         again = dict(_rows(new))
         for number, row in _rows(old):
@@ -211,47 +214,12 @@ def _rows(path: Path) -> Iterator[tuple[int, Mapping[str, Any]]]:
         return
 
 
-@dataclass(frozen=True, kw_only=True)
-class _Signature:
-    """What two deaths must have in common to be the same."""
-
-    iteration: int
-    cause: str | None
-    what: tuple[str | None, ...] = field(default=())
-    line: tuple[str, ...] = field(default=())
-
-
 def _same(first: Remains, again: Remains, record: ReplayRecord, directory: Path) -> bool:
+    if not first.is_first_cause:
+        return is_effect(first, again)
     if first.rank != again.rank:
         return False
     if record.deep:  # anomaly detection and eager code find the same fault at another line
         return failing_iteration(first) == failing_iteration(again)
-    directories = directory.absolute(), Path(record.run_dir or "")
-    return _signature(first, directories) == _signature(again, directories)
-
-
-def _signature(remains: Remains, directories: Iterable[Path] = ()) -> _Signature:
-    report = remains.report or CrashReport(cause="vanished")
-    error, iteration = report.error or ErrorReport(), failing_iteration(remains)
-    phases = report.phases
-    if remains.report is None and remains.phases is not None:
-        phases = tuple(span.name for span in remains.phases.open)
-    if report.cause in _SILENT and error.type is None:
-        return _Signature(iteration=iteration, cause=report.cause, what=(report.signal, *phases))
-    message = comparable(error.message or "", directories)
-    places = [found for line in error.traceback if (found := _PLACE.match(line)) is not None]
-    line = (Path(places[-1][1]).name, *places[-1].groups()[1:]) if places else ()
-    return _Signature(
-        iteration=iteration, cause=report.cause, what=(error.type, message), line=line
-    )
-
-
-def _in_words(remains: Remains) -> str:
-    """A death in one line: what happened, where, and in which iteration."""
-    signature = _signature(remains)
-    what = "its process vanished"
-    if remains.report is not None:
-        what = remains.report.what_happened
-    file, line, *_ = (*signature.line, "", "")
-    at = f" at {file}:{line}" if file else ""
-    return f"iteration {signature.iteration}, rank {remains.rank}: {what}{at}"
+    directories = directory.absolute(), *record.directories
+    return signature_of(first, directories).is_same(signature_of(again, directories))

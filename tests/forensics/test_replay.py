@@ -17,7 +17,7 @@ from esper_lightning.forensics.replay import (
     judge,
     row_differences,
 )
-from esper_lightning.forensics.report import CrashReport, ErrorReport
+from esper_lightning.forensics.report import CrashReport, ErrorReport, PeerReport
 
 ERROR = ErrorReport(
     type="ValueError",
@@ -27,14 +27,18 @@ ERROR = ErrorReport(
 DEATH = CrashReport(cause="exception", iteration=3, error=ERROR, rank=0, started_s=1e9)
 
 
-def leave(directory, *, losses=(0.1, 0.2), report=DEATH, state="failed", rank=0, threads=1):
+def leave(
+    directory, *, losses=(0.1, 0.2), report=DEATH, state="failed", rank=0, ranks=1, threads=1
+):
     """The files of one rank."""
     files = RunLayout(directory).rank(rank)
     files.directory.mkdir(parents=True)
     rows = [{"iteration": i + 1, "loss": loss, "time_s": id(loss)} for i, loss in enumerate(losses)]
     files.history.write_text("".join(f"{json.dumps(row)}\n" for row in rows))
     print_ = Fingerprint(threads={"torch threads": threads})
-    record = ProcessRecord(state=state, rank=rank, started_s=1e9, world_size=1, fingerprint=print_)
+    record = ProcessRecord(
+        state=state, rank=rank, started_s=1e9, world_size=ranks, fingerprint=print_
+    )
     record.write(files.process)
     if report is not None:
         report.write(files.crash)
@@ -82,11 +86,34 @@ def test_an_error_may_name_its_run_a_process_or_a_time(judged, tmp_path, message
     assert judged(died=died, report=replayed).outcome == "reproduced"
 
 
+def test_another_text_at_the_same_line_is_reproduced_and_shown(judged):
+    error = replace(ERROR, message="no scene in /tmp/tmpa1_b/scene.xml")
+    verdict = judged(report=replace(DEATH, error=error))
+    assert verdict.outcome == "reproduced"
+    assert verdict.lines[0].endswith(
+        "ValueError: no scene in /tmp/tmpa1_b/scene.xml at env.py:9"
+        "; in the run that died: ValueError: at 0x7f00aa11"
+    )
+
+
+@pytest.mark.parametrize(("peer", "outcome"), [(1, "reproduced"), (2, "different")])
+def test_a_first_failure_on_a_host_that_is_not_here_may_be_that_of_the_replay(
+    judged, tmp_path, peer, outcome
+):
+    """Rank 0 of the run has lost rank 1, or another, whose folder is missing."""
+    lost = replace(DEATH, cause="peer", peer=PeerReport(rank=peer, reason="it failed"))
+    leave(tmp_path / "again", rank=1, ranks=2, report=replace(DEATH, rank=1))
+    verdict = judged(died=lost, report=lost, ranks=2)
+    assert verdict.outcome == outcome
+    if outcome == "reproduced":
+        assert "rank 1: ValueError" in verdict.lines[0]
+        assert "left no report here to compare" in verdict.lines[0]
+
+
 @pytest.mark.parametrize(
     ("changed", "iteration"),
     [
         ({"error": replace(ERROR, type="TypeError")}, 3),
-        ({"error": replace(ERROR, message="else")}, 3),
         ({"error": replace(ERROR, traceback=ERROR.traceback[:1])}, 3),
         ({"cause": "signal"}, 3),
         ({"iteration": 2}, 2),
