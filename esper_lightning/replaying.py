@@ -8,6 +8,7 @@ command of the run again, in a process of its own, from the same plan.
 # pyright: reportUnknownVariableType=false, reportUnknownArgumentType=false
 
 import atexit
+import glob
 import logging
 import os
 import shutil
@@ -75,10 +76,12 @@ class ReplayPlan:
         Args:
             run_dir: Run directory of the run that died.
         """
+        places = {each.directory.absolute(): None for each in self.dead}
         error = None if self.first.report is None else self.first.report.error
         found = None if error is None else error.non_finite
         return {
             "run_dir": str(run_dir.absolute()),
+            "more_dirs": [str(place) for place in places if place != run_dir.absolute()],
             "iteration": self.iteration,
             "started_s": self.first.started_s,
             "rank": self.first.rank,
@@ -98,7 +101,9 @@ class ReplayPlan:
         return {"wait": wait, "warmup": warmup, "active": 2, "with_stack": True}
 
 
-def plan_replay(run_dir: Path, *, ckpt_path: Path | None = None, deep: bool = False) -> ReplayPlan:
+def plan_replay(
+    run_dir: Path, *more_dirs: Path, ckpt_path: Path | None = None, deep: bool = False
+) -> ReplayPlan:
     """Decide where the replay of a dead run starts.
 
     That is the latest state before the failing iteration that holds the environments of every
@@ -108,6 +113,7 @@ def plan_replay(run_dir: Path, *, ckpt_path: Path | None = None, deep: bool = Fa
 
     Args:
         run_dir: Run directory of the run that died.
+        *more_dirs: Copies of the run directory on other hosts, where they share no disk.
         ckpt_path: Checkpoint to start from; ``None`` for the latest that fits.
         deep: Whether the replay runs eagerly.
 
@@ -116,7 +122,7 @@ def plan_replay(run_dir: Path, *, ckpt_path: Path | None = None, deep: bool = Fa
             the replay must start from the checkpoint that the run was resumed from, and that is
             gone or was written again.
     """
-    dead = examine(run_dir)
+    dead = examine(run_dir, *more_dirs)
     first = first_failure(dead)
     if first is None:
         states = ", ".join(sorted({rank.state for rank in dead}))
@@ -130,7 +136,7 @@ def plan_replay(run_dir: Path, *, ckpt_path: Path | None = None, deep: bool = Fa
         require(fits, "--ckpt_path", rule, str(ckpt_path))
         starts = {ckpt_path: begins or 0}
     else:
-        starts = _find_starts(run_dir, dead, first)
+        starts = _find_starts((run_dir, *more_dirs), dead, first)
     start = max(starts, key=lambda path: starts[path], default=None)
     return ReplayPlan(
         dead=tuple(dead),
@@ -178,7 +184,9 @@ def _stored(state: KeptState) -> Path:
     return path
 
 
-def _find_starts(run_dir: Path, dead: Sequence[Remains], first: Remains) -> dict[Path, int]:
+def _find_starts(
+    directories: Sequence[Path], dead: Sequence[Remains], first: Remains
+) -> dict[Path, int]:
     """Checkpoints that a replay can start from, each with its number of finished iterations.
 
     Raises:
@@ -186,13 +194,13 @@ def _find_starts(run_dir: Path, dead: Sequence[Remains], first: Remains) -> dict
     """
     iteration, least = failing_iteration(first), 0
     if first.resumed_from is not None:  # a checkpoint may be older, as a best.ckpt that was copied
-        rows = RowReader(RunLayout(run_dir).rank(first.rank).history)
+        rows = RowReader(RunLayout(first.directory).rank(first.rank).history)
         numbers = (n for row in rows if isinstance(n := row.get("iteration"), int))
         least = min(next(numbers, iteration), iteration) - 1
-    found = ((path, _usable(path)) for path in _candidates(run_dir, dead, first))
+    found = ((path, _usable(path)) for path in _candidates(directories[0], dead, first))
     starts = {path: n for path, n in found if n is not None and least <= n < iteration}
     starts |= _resumed_from(first)
-    kept = latest_state(run_dir, before=iteration, since_s=first.started_s)
+    kept = latest_state(*directories, before=iteration, since_s=first.started_s)
     if (
         kept is not None
         and has_environments(kept.checkpoint)
@@ -212,7 +220,7 @@ def _candidates(run_dir: Path, dead: Sequence[Remains], first: Remains) -> Itera
         if _is_written_by(first, path):  # and not left by an earlier run in the directory
             yield path
     absolute = run_dir.absolute()
-    for directory in absolute.parent.glob(f"replay_of_{absolute.name}*"):
+    for directory in absolute.parent.glob(f"replay_of_{glob.escape(absolute.name)}*"):
         before = RunLayout(directory).before_fault
         if before.exists() and _went_alike(directory, dead):
             yield before
@@ -280,6 +288,7 @@ def replay(
     model: LightningModule,
     run_dir: str | Path,
     *,
+    more_dirs: Sequence[str | Path] = (),
     deep: bool = False,
     ckpt_path: str | Path | None = None,
     **data: Any,
@@ -296,6 +305,7 @@ def replay(
         trainer: Trainer that has not run. It gets a ``WindowProfiler`` in place of its profiler.
         model: Module that has not run.
         run_dir: Run directory of the run that died; nothing is written there.
+        more_dirs: Copies of the run directory on other hosts, where they share no disk.
         deep: Whether autograd looks for anomalies in an update that failed; a module that compiles
             must be made without compilation by the caller.
         ckpt_path: Checkpoint to start from; ``None`` for the latest that fits.
@@ -312,7 +322,7 @@ def replay(
     """
     run_dir = expand_home(run_dir)
     starts_from = None if ckpt_path is None else expand_home(ckpt_path)
-    plan = plan_replay(run_dir, ckpt_path=starts_from, deep=deep)
+    plan = plan_replay(run_dir, *map(expand_home, more_dirs), ckpt_path=starts_from, deep=deep)
     watch = ReplayWatch(**plan.settings_of_watch(run_dir))
     recorders = [each for each in trainer.callbacks if isinstance(each, FlightRecorder)]
     recorder = recorders[0] if recorders else FlightRecorder(watch=False)

@@ -7,7 +7,7 @@ import subprocess
 import sys
 import tempfile
 import time
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, cast
 
@@ -21,7 +21,7 @@ from esper_lightning.forensics.fingerprint import Fingerprint
 from esper_lightning.forensics.layout import RunLayout
 from esper_lightning.forensics.reading import printable, read_file
 from esper_lightning.forensics.remains import examine, first_failure, rank_folders
-from esper_lightning.forensics.replay import BY_PROGRAM, Verdict, judge
+from esper_lightning.forensics.replay import Verdict, judge, needs_program
 from esper_lightning.recorder.flight_recorder import FlightRecorder
 from esper_lightning.recorder.profiling.window_profiler import WindowProfiler
 from esper_lightning.recorder.replay_watch import ReplayWatch
@@ -53,7 +53,13 @@ def run(arguments: list[str]) -> None:
     """Replay a run and print the verdict, which is also the exit status."""
     parser = CommandParser("esper replay", "A dead run again, up to its death.", _EPILOG)
     parser.formatter_class = argparse.RawDescriptionHelpFormatter
-    parser.add_argument("dead_run", type=local_path, metavar="RUN_DIR")
+    parser.add_argument(
+        "dead_run",
+        type=local_path,
+        metavar="RUN_DIR",
+        nargs="+",
+        help="a run directory; several for the copies of one run on several hosts",
+    )
     parser.add_argument(
         "--deep",
         action="store_true",
@@ -71,19 +77,23 @@ def run(arguments: list[str]) -> None:
     )
     parser.add_argument("--ckpt_path", type=local_path, help="checkpoint to start from")
     options = parser.parse_args(arguments)
-    dead_run: Path = options.dead_run
+    # The copy with the folder of rank 0 has the config, too.
+    directories = sorted(
+        options.dead_run, key=lambda each: not RunLayout(each).rank(0).directory.is_dir()
+    )
+    dead_run = directories[0]
     try:
         if options.minibatch:
-            sys.exit(_examine_minibatch(dead_run))
+            sys.exit(_examine_minibatch(directories))
         if options.run_dir is not None:
             require_new_directory("--run_dir", options.run_dir)
-        _wait_for_report(dead_run)
-        plan = plan_replay(dead_run, ckpt_path=options.ckpt_path, deep=options.deep)
+        _wait_for_report(*directories)
+        plan = plan_replay(*directories, ckpt_path=options.ckpt_path, deep=options.deep)
         if plan.deep and plan.begins < plan.iteration - 1:
-            verdict = _play(plan_replay(dead_run, ckpt_path=options.ckpt_path), dead_run, None)
+            verdict = _play(plan_replay(*directories, ckpt_path=options.ckpt_path), dead_run, None)
             if verdict.outcome == "different":  # it has not come to the state before the fault
                 sys.exit(STATUSES[verdict.outcome])
-            plan = plan_replay(dead_run, deep=True)
+            plan = plan_replay(*directories, deep=True)
         verdict = _play(plan, dead_run, options.run_dir)
     except (ValueError, OSError) as error:
         fail(error)
@@ -91,13 +101,12 @@ def run(arguments: list[str]) -> None:
     sys.exit(STATUSES[verdict.outcome])
 
 
-def _examine_minibatch(dead_run: Path) -> int:
+def _examine_minibatch(directories: Sequence[Path]) -> int:
     """Print where the first value of a minibatch that is not finite arises; returns the status."""
-    layout = RunLayout(dead_run)
-    ranks = [layout.rank(rank) for rank in rank_folders(dead_run)]
+    ranks = [RunLayout(place).rank(rank) for place in directories for rank in rank_folders(place)]
     left = [files for files in ranks if files.bad_minibatch.exists()]
     with settings_come_first():
-        finding = examine_minibatch((left or [layout.rank(0)])[0])
+        finding = examine_minibatch((left or [RunLayout(directories[0]).rank(0)])[0])
     print("\n".join(map(printable, finding.lines)), flush=True)
     return STATUSES["reproduced" if finding.found else "did not happen again"]
 
@@ -146,16 +155,15 @@ def _settings(plan: ReplayPlan, dead_run: Path, directory: Path) -> dict[str, An
     """
     hint = "Call esper_lightning.replaying.replay(trainer, model, run_dir)."
     try:
-        content = read_file(RunLayout(dead_run).config)
+        config = RunLayout(dead_run).config
+        lacks, content = needs_program(config), read_file(config)
         settings: Any = yaml.safe_load(content)
     except (OSError, ValueError, yaml.YAMLError) as error:
         message = f"RUN_DIR must hold the config.yaml of the run, got {str(dead_run)!r}. {hint}"
         raise ValueError(message) from error
-    first = content.partition(b"\n")[0].decode(errors="replace")
-    if first.startswith(BY_PROGRAM):
-        names = first.partition(":")[2].strip()
+    if lacks is not None:
         raise ValueError(
-            f"RUN_DIR must hold a run without objects of a program, got {names}. {hint}"
+            f"RUN_DIR must hold a run without objects of a program, got {lacks}. {hint}"
         )
     settings = cast(dict[str, Any], settings) if isinstance(settings, dict) else {}
     if not all(isinstance(settings.get(name), dict) for name in ("model", "trainer")):
@@ -207,11 +215,11 @@ def _environment(found: Fingerprint, *, deep: bool) -> Mapping[str, str]:
     return recorded | os.environ | launches
 
 
-def _wait_for_report(directory: Path) -> None:
+def _wait_for_report(*directories: Path) -> None:
     """Wait for the report of a process that vanished, which a second process writes soon after."""
     end = time.monotonic() + _REPORT_S
     while time.monotonic() < end:
-        first = first_failure(examine(directory))
+        first = first_failure(examine(*directories))
         if first is None or (first.report is not None and first.report.complete):
             return
         time.sleep(0.1)

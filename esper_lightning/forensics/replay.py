@@ -30,6 +30,7 @@ __all__ = [
     "Verdict",
     "compared",
     "judge",
+    "needs_program",
     "row_differences",
 ]
 
@@ -126,6 +127,25 @@ class Verdict(NamedTuple):
             said = ", ".join(self.conditions) or "nothing that is on record"
             lines.append(f"What differs between the runs: {said}.")
         return [line for line in lines if line]
+
+
+def needs_program(config: Path) -> str | None:
+    """What the config of a run lacks, or has from its program alone; ``None`` if it is all there.
+
+    A class of the program's own file, ``__main__``, can be imported by no other program.
+
+    Args:
+        config: Path of the ``config.yaml`` of a run.
+
+    Raises:
+        FileNotFoundError: If there is no file.
+        ValueError: If the file cannot be read.
+    """
+    content = read_file(config).decode(errors="replace")
+    first = content.partition("\n")[0]
+    if first.startswith(BY_PROGRAM):
+        return first.partition(":")[2].strip()
+    return ", ".join(dict.fromkeys(re.findall(r"\b__main__\.[\w.]+", content))) or None
 
 
 def compared(row: Mapping[str, Any]) -> dict[str, str]:

@@ -1,6 +1,8 @@
 """Mistakes in the words of ``esper replay`` are one line, and start no run."""
 
+import shutil
 import subprocess
+from dataclasses import replace
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -12,6 +14,7 @@ import yaml
 from esper_lightning.cli import replay as command
 from esper_lightning.cli.main import main
 from esper_lightning.forensics.layout import RunLayout
+from esper_lightning.forensics.rank_record import ProcessRecord
 from esper_lightning.forensics.replay import Verdict
 
 RUNS = Path(__file__).parents[1] / "fixtures" / "runs"
@@ -97,6 +100,25 @@ def test_a_progress_bar_of_the_run_stays(dead, capsys, configs):
     trainer = configs[0]["trainer"]
     assert trainer["enable_progress_bar"] is None
     assert trainer["callbacks"][0]["class_path"] == bar
+
+
+def test_directories_of_hosts_may_come_in_any_order(dead, capsys, configs):
+    there = RunLayout(dead.with_name("there")).rank(1)
+    shutil.copytree(RunLayout(dead).rank(0).directory, there.directory)
+    for files, rank in ((RunLayout(dead).rank(0), 0), (there, 1)):
+        record = ProcessRecord.load(files.process)
+        replace(record, rank=rank, world_size=2).write(files.process)
+    said(capsys, there.directory.parent, dead)
+    (watch,) = (c for c in configs[0]["trainer"]["callbacks"] if "ReplayWatch" in c["class_path"])
+    assert watch["init_args"]["run_dir"] == str(dead)
+    assert watch["init_args"]["more_dirs"] == [str(there.directory.parent)]
+    assert configs[0]["trainer"]["devices"] == 2
+
+
+def test_a_class_of_the_program_is_replayed_in_python(dead, capsys):
+    RunLayout(dead).config.write_text("model: {env: __main__.Maze}\ntrainer: {}\n")
+    _, err = said(capsys, dead)
+    assert "got __main__.Maze. Call esper_lightning.replaying.replay" in err
 
 
 def test_a_deep_replay_needs_one_that_went_as_the_run_did(dead, monkeypatch):

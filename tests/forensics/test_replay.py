@@ -12,9 +12,11 @@ from esper_lightning.forensics.layout import RunLayout
 from esper_lightning.forensics.rank_record import ProcessRecord
 from esper_lightning.forensics.remains import examine
 from esper_lightning.forensics.replay import (
+    BY_PROGRAM,
     ReplayRecord,
     compared,
     judge,
+    needs_program,
     row_differences,
 )
 from esper_lightning.forensics.report import CrashReport, ErrorReport, PeerReport
@@ -94,6 +96,19 @@ def test_another_text_at_the_same_line_is_reproduced_and_shown(judged):
         "ValueError: no scene in /tmp/tmpa1_b/scene.xml at env.py:9"
         "; in the run that died: ValueError: at 0x7f00aa11"
     )
+
+
+def test_rows_are_compared_wherever_the_folder_of_their_rank_is(tmp_path):
+    here, there, again = (tmp_path / name for name in ("here", "there", "again"))
+    leave(here, ranks=2)
+    leave(there, rank=1, ranks=2, losses=(0.1, 0.3))
+    for rank in range(2):
+        leave(again, rank=rank, ranks=2)
+    places = {"run_dir": str(here), "more_dirs": (str(there),)}
+    ReplayRecord(**places, started_s=1e9, rank=0, iteration=3, begins=0).write(again)
+    verdict = judge(again, examine(*ReplayRecord.read(again).directories))
+    assert (verdict.outcome, verdict.rows) == ("different", 4)
+    assert "loss 0.3 -> 0.2" in verdict.lines[0]
 
 
 @pytest.mark.parametrize(("peer", "outcome"), [(1, "reproduced"), (2, "different")])
@@ -180,6 +195,17 @@ def test_times_and_rates_are_not_compared(name):
 @pytest.mark.parametrize("name", ["loss/policy", "env_steps", "loss", "eval/times", "timeouts"])
 def test_everything_else_is_compared(name):
     assert row_differences({name: 1.0}, {name: 2.0}) == [f"{name} 1.0 -> 2.0"]
+
+
+def test_a_config_with_classes_of_its_program_is_not_whole(tmp_path):
+    config = tmp_path / "config.yaml"
+    for text, lacks in {
+        "model: {}\n": None,
+        f"{BY_PROGRAM}objects of its own: plugins\nmodel: {{}}\n": "plugins",
+        "model:\n  env:\n    class_path: __main__.Maze\n": "__main__.Maze",
+    }.items():
+        config.write_text(text)
+        assert needs_program(config) == lacks
 
 
 @given(st.dictionaries(st.text(), st.none() | st.booleans() | st.floats() | st.integers()))
