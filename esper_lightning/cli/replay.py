@@ -15,6 +15,7 @@ import yaml
 
 from esper_lightning.cli.errors import CommandParser, fail, local_path
 from esper_lightning.cli.mistakes import settings_come_first
+from esper_lightning.cli.replay_loggers import replace_loggers
 from esper_lightning.core.paths import expand_home
 from esper_lightning.forensics import sidecar
 from esper_lightning.forensics.fingerprint import Fingerprint
@@ -115,16 +116,18 @@ def _play(plan: ReplayPlan, dead_run: Path, given: Path | None) -> Verdict:
     """Start the run again, wait for its end, and print the verdict."""
     directory = replay_directory(dead_run) if given is None else given.absolute()
     settings = _settings(plan, dead_run, directory)
+    found = plan.first.fingerprint or Fingerprint()
+    remarks = replace_loggers(settings["trainer"], directory, started_in=found.directory)
     start = f"the state after iteration {plan.begins}" if plan.start else "the beginning"
     count = max(1, plan.iteration - plan.begins)
     when = f"in iteration {plan.iteration}" if plan.iteration else "before the first iteration"
     print(
         f"Rank {plan.first.rank} of {plan.world_size} died {when}.",
         f"Replay from {start}, {count} iteration{'s' if count > 1 else ''}, in {_shown(directory)}",
+        *map(printable, remarks),
         sep="\n",
         flush=True,
     )
-    found = plan.first.fingerprint or Fingerprint()
     with tempfile.TemporaryDirectory(prefix="replay-") as folder:
         config = Path(folder, "config.yaml")
         config.write_text(yaml.safe_dump(settings, sort_keys=False))
@@ -178,7 +181,6 @@ def _settings(plan: ReplayPlan, dead_run: Path, directory: Path) -> dict[str, An
         listed.append(_spec(FlightRecorder, {"print_profile": False}))
     listed.append(_spec(ReplayWatch, plan.settings_of_watch(dead_run)))
     trainer["callbacks"] = listed
-    trainer["logger"] = None  # what a user's logger writes to may be shared
     trainer["profiler"] = _spec(WindowProfiler, plan.settings_of_profiler())
     if plan.world_size > 1:
         trainer |= {"devices": plan.world_size, "num_nodes": 1}
