@@ -18,7 +18,7 @@ from esper_lightning.cli.mistakes import settings_come_first
 from esper_lightning.cli.replay_loggers import replace_loggers
 from esper_lightning.core.paths import expand_home
 from esper_lightning.forensics import sidecar
-from esper_lightning.forensics.fingerprint import Fingerprint
+from esper_lightning.forensics.fingerprint import Fingerprint, variables_to_restore
 from esper_lightning.forensics.layout import RunLayout
 from esper_lightning.forensics.reading import printable, read_file
 from esper_lightning.forensics.remains import examine, first_failure, rank_folders
@@ -39,7 +39,6 @@ __all__ = ["STATUSES", "run"]
 STATUSES = {"reproduced": 0, "did not happen again": 3, "different": 4}
 """Exit status of the command for each verdict."""
 
-_RESTORED = ("OMP_", "MKL_", "KMP_", "CUBLAS_", "TORCH_", "XLA_", "PYTHONHASHSEED")
 _MISTAKE = 2  # exit status of the commands for settings that are refused
 _REPORT_S = 5.0  # that the second process of a rank may take for the report
 _EPILOG = """exit status:
@@ -118,6 +117,9 @@ def _play(plan: ReplayPlan, dead_run: Path, given: Path | None) -> Verdict:
     settings = _settings(plan, dead_run, directory)
     found = plan.first.fingerprint or Fingerprint()
     remarks = replace_loggers(settings["trainer"], directory, started_in=found.directory)
+    lost = [name for name in variables_to_restore(found)[1] if name not in os.environ]
+    if lost:
+        remarks.append(f"Not restored, because no whole value is on record: {', '.join(lost)}.")
     start = f"the state after iteration {plan.begins}" if plan.start else "the beginning"
     count = max(1, plan.iteration - plan.begins)
     when = f"in iteration {plan.iteration}" if plan.iteration else "before the first iteration"
@@ -182,10 +184,12 @@ def _settings(plan: ReplayPlan, dead_run: Path, directory: Path) -> dict[str, An
     listed.append(_spec(ReplayWatch, plan.settings_of_watch(dead_run)))
     trainer["callbacks"] = listed
     trainer["profiler"] = _spec(WindowProfiler, plan.settings_of_profiler())
-    if plan.world_size > 1:
-        trainer |= {"devices": plan.world_size, "num_nodes": 1}
-        if trainer.get("strategy") in (None, "auto"):
-            trainer["strategy"] = "ddp"
+    devices = trainer.get("devices")
+    if not isinstance(devices, list) or len(cast(list[Any], devices)) != plan.world_size:
+        devices = plan.world_size
+    trainer |= {"devices": devices, "num_nodes": 1}
+    if plan.world_size > 1 and trainer.get("strategy") in (None, "auto"):
+        trainer["strategy"] = "ddp"
     if plan.deep:
         settings["model"]["compile"] = "off"
     settings["run_dir"] = str(directory)
@@ -212,7 +216,7 @@ def _elsewhere(callback: Any, dead_run: Path) -> Any:
 
 def _environment(found: Fingerprint, *, deep: bool) -> Mapping[str, str]:
     """The variables of this process, and those of the dead run that are not set here."""
-    recorded = {k: v for k, v in found.variables.items() if k.startswith(_RESTORED)}
+    recorded, _lost = variables_to_restore(found)
     launches = {"CUDA_LAUNCH_BLOCKING": "1"} if deep else {}
     return recorded | os.environ | launches
 
