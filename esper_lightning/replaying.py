@@ -26,7 +26,7 @@ from esper_lightning.core.errors import require
 from esper_lightning.core.paths import expand_home
 from esper_lightning.forensics.deaths import failing_iteration
 from esper_lightning.forensics.layout import RunLayout
-from esper_lightning.forensics.reading import RowReader
+from esper_lightning.forensics.reading import numbered_rows
 from esper_lightning.forensics.remains import Remains, examine, first_failure
 from esper_lightning.forensics.replay import Verdict, judge
 from esper_lightning.recorder.flight_recorder import FlightRecorder
@@ -102,7 +102,11 @@ class ReplayPlan:
 
 
 def plan_replay(
-    run_dir: Path, *more_dirs: Path, ckpt_path: Path | None = None, deep: bool = False
+    run_dir: Path,
+    *more_dirs: Path,
+    ckpt_path: Path | None = None,
+    from_start: bool = False,
+    deep: bool = False,
 ) -> ReplayPlan:
     """Decide where the replay of a dead run starts.
 
@@ -115,10 +119,12 @@ def plan_replay(
         run_dir: Run directory of the run that died.
         *more_dirs: Copies of the run directory on other hosts, where they share no disk.
         ckpt_path: Checkpoint to start from; ``None`` for the latest that fits.
+        from_start: Whether the replay starts at the beginning of the run.
         deep: Whether the replay runs eagerly.
 
     Raises:
-        ValueError: If the directory holds no death, ``ckpt_path`` is no checkpoint before it, or
+        ValueError: If the directory holds no death, ``ckpt_path`` is no checkpoint before it or is
+            given together with ``from_start``, or
             the replay must start from the checkpoint that the run was resumed from, and that is
             gone or was written again.
     """
@@ -130,11 +136,14 @@ def plan_replay(
         raise ValueError(message)
     iteration = failing_iteration(first)
     if ckpt_path is not None:
+        require(not from_start, "--ckpt_path", "be absent with --from_start", str(ckpt_path))
         begins = _iteration_of(ckpt_path)
         rule = f"be a checkpoint of all ranks before iteration {iteration}"
         fits = begins is not None and begins < iteration
         require(fits, "--ckpt_path", rule, str(ckpt_path))
         starts = {ckpt_path: begins or 0}
+    elif from_start:
+        starts = _beginning(first)
     else:
         starts = _find_starts((run_dir, *more_dirs), dead, first)
     start = max(starts, key=lambda path: starts[path], default=None)
@@ -194,9 +203,8 @@ def _find_starts(
     """
     iteration, least = failing_iteration(first), 0
     if first.resumed_from is not None:  # a checkpoint may be older, as a best.ckpt that was copied
-        rows = RowReader(RunLayout(first.directory).rank(first.rank).history)
-        numbers = (n for row in rows if isinstance(n := row.get("iteration"), int))
-        least = min(next(numbers, iteration), iteration) - 1
+        rows = numbered_rows(RunLayout(first.directory).rank(first.rank).history)
+        least = min(next((number for number, _ in rows), iteration), iteration) - 1
     found = ((path, _usable(path)) for path in _candidates(directories[0], dead, first))
     starts = {path: n for path, n in found if n is not None and least <= n < iteration}
     starts |= _resumed_from(first)
@@ -207,6 +215,16 @@ def _find_starts(
         and kept.iteration > max(starts.values(), default=0)
     ):
         starts = {_stored(kept): kept.iteration}
+    return starts or _beginning(first)
+
+
+def _beginning(first: Remains) -> dict[Path, int]:
+    """The checkpoint that a run was resumed from; empty if the run was new.
+
+    Raises:
+        ValueError: If the checkpoint is not as it was.
+    """
+    starts = _resumed_from(first)
     if not starts and first.resumed_from is not None:
         rule = "be as it was when the run was resumed from it"
         hint = "It is gone, or was written again. Name a copy by --ckpt_path."
@@ -237,7 +255,7 @@ def _went_alike(directory: Path, dead: Sequence[Remains]) -> bool:
         verdict = judge(directory, dead)
     except (ValueError, OSError):  # a replay of another run, or one that is under way
         return False
-    return verdict.outcome != "different" and verdict.rows > 0
+    return verdict.outcome not in ("different", "undecided") and verdict.rows > 0
 
 
 def _resumed_from(first: Remains) -> dict[Path, int]:
@@ -291,6 +309,7 @@ def replay(
     more_dirs: Sequence[str | Path] = (),
     deep: bool = False,
     ckpt_path: str | Path | None = None,
+    from_start: bool = False,
     **data: Any,
 ) -> Verdict:
     """Play a dead run again, up to the iteration in which it died, in this process.
@@ -309,6 +328,8 @@ def replay(
         deep: Whether autograd looks for anomalies in an update that failed; a module that compiles
             must be made without compilation by the caller.
         ckpt_path: Checkpoint to start from; ``None`` for the latest that fits.
+        from_start: Whether the replay starts at the beginning of the run, where no state is absent
+            that no checkpoint holds, such as the counters of a callback.
         **data: Further arguments of ``Trainer.fit``: ``train_dataloaders``, ``datamodule`` and
             ``val_dataloaders``.
 
@@ -322,7 +343,13 @@ def replay(
     """
     run_dir = expand_home(run_dir)
     starts_from = None if ckpt_path is None else expand_home(ckpt_path)
-    plan = plan_replay(run_dir, *map(expand_home, more_dirs), ckpt_path=starts_from, deep=deep)
+    plan = plan_replay(
+        run_dir,
+        *map(expand_home, more_dirs),
+        ckpt_path=starts_from,
+        from_start=from_start,
+        deep=deep,
+    )
     watch = ReplayWatch(**plan.settings_of_watch(run_dir))
     recorders = [each for each in trainer.callbacks if isinstance(each, FlightRecorder)]
     recorder = recorders[0] if recorders else FlightRecorder(watch=False)

@@ -20,7 +20,7 @@ from esper_lightning.forensics.remains import (
     examine,
     rank_folders,
 )
-from esper_lightning.forensics.replay import ReplayRecord, judge, needs_program
+from esper_lightning.forensics.replay import ReplayRecord, can_start_again, judge
 from esper_lightning.forensics.report import CgroupCounters, CrashReport, Evidence, NonFiniteReport
 
 __all__ = ["describe", "seconds_by_phase"]
@@ -95,17 +95,9 @@ def _again(directory: Path, ranks: list[Remains], first: Remains | None) -> list
     how = " ".join(["esper replay", *map(shlex.quote, map(str, places))])
     if _is_elsewhere(first, ranks):
         how += " DIR_OF_THE_OTHER_HOST"
-    if not any(_is_whole(RunLayout(place).config) for place in places):
+    if not any(can_start_again(RunLayout(place).config) for place in places):
         how = "in Python, replay(trainer, model, RUN_DIR)"
     return ["", f"To play it again, up to iteration {failing_iteration(first)}:", f"    {how}"]
-
-
-def _is_whole(config: Path) -> bool:
-    """Whether a file holds the config of a run that can be started without its program."""
-    try:
-        return needs_program(config) is None
-    except (OSError, ValueError):
-        return False
 
 
 def _is_elsewhere(first: Remains, ranks: list[Remains]) -> bool:

@@ -16,6 +16,7 @@ import yaml
 from esper_lightning.cli.errors import CommandParser, fail, local_path
 from esper_lightning.cli.mistakes import settings_come_first
 from esper_lightning.cli.replay_loggers import replace_loggers
+from esper_lightning.comparison.runs import parse_yaml
 from esper_lightning.core.paths import expand_home
 from esper_lightning.forensics import sidecar
 from esper_lightning.forensics.fingerprint import Fingerprint, variables_to_restore
@@ -36,15 +37,16 @@ from esper_lightning.training.failing_minibatch import examine_minibatch
 
 __all__ = ["STATUSES", "run"]
 
-STATUSES = {"reproduced": 0, "did not happen again": 3, "different": 4}
+STATUSES = {"reproduced": 0, "did not happen again": 3, "different": 4, "undecided": 5}
 """Exit status of the command for each verdict."""
 
 _MISTAKE = 2  # exit status of the commands for settings that are refused
 _REPORT_S = 5.0  # that the second process of a rank may take for the report
 _EPILOG = """exit status:
   0  reproduced: the same error, in the same iteration, at the same line
-  3  did not happen again: the cause is outside of the program's state
+  3  did not happen again: the failing iteration went well
   4  different from some iteration on; the output says what differs between the runs
+  5  undecided: the replay ended early, or its start does not restore the order of the data
   2  RUN_DIR holds no run that died, or the run cannot be started again
 """
 
@@ -76,6 +78,11 @@ def run(arguments: list[str]) -> None:
         "--run_dir", type=local_path, help="directory of the replay; by default a new one beside"
     )
     parser.add_argument("--ckpt_path", type=local_path, help="checkpoint to start from")
+    parser.add_argument(
+        "--from_start",
+        action="store_true",
+        help="start at the beginning of the run: no state is absent that no checkpoint holds",
+    )
     options = parser.parse_args(arguments)
     # The copy with the folder of rank 0 has the config, too.
     directories = sorted(
@@ -88,10 +95,12 @@ def run(arguments: list[str]) -> None:
         if options.run_dir is not None:
             require_new_directory("--run_dir", options.run_dir)
         _wait_for_report(*directories)
-        plan = plan_replay(*directories, ckpt_path=options.ckpt_path, deep=options.deep)
+        start = {"ckpt_path": options.ckpt_path, "from_start": options.from_start}
+        plan = plan_replay(*directories, deep=options.deep, **start)
         if plan.deep and plan.begins < plan.iteration - 1:
-            verdict = _play(plan_replay(*directories, ckpt_path=options.ckpt_path), dead_run, None)
-            if verdict.outcome == "different":  # it has not come to the state before the fault
+            verdict = _play(plan_replay(*directories, **start), dead_run, None)
+            # It may not have come to the state before the fault.
+            if verdict.outcome in ("different", "undecided"):
                 sys.exit(STATUSES[verdict.outcome])
             plan = plan_replay(*directories, deep=True)
         verdict = _play(plan, dead_run, options.run_dir)
@@ -162,8 +171,8 @@ def _settings(plan: ReplayPlan, dead_run: Path, directory: Path) -> dict[str, An
     try:
         config = RunLayout(dead_run).config
         lacks, content = needs_program(config), read_file(config)
-        settings: Any = yaml.safe_load(content)
-    except (OSError, ValueError, yaml.YAMLError) as error:
+        settings: Any = parse_yaml(content)
+    except (OSError, ValueError) as error:
         message = f"RUN_DIR must hold the config.yaml of the run, got {str(dead_run)!r}. {hint}"
         raise ValueError(message) from error
     if lacks is not None:
@@ -207,11 +216,14 @@ def _elsewhere(callback: Any, dead_run: Path) -> Any:
     if not isinstance(callback, dict):
         return callback
     settings = cast(dict[str, Any], callback)
-    arguments = cast(dict[str, Any], settings.get("init_args") or {})
-    given = arguments.get("dirpath")
-    if given is None or not expand_home(given).resolve().is_relative_to(dead_run.resolve()):
+    arguments = settings.get("init_args")
+    if not isinstance(arguments, dict):
         return settings
-    return settings | {"init_args": arguments | {"dirpath": None}}
+    given = cast(dict[str, Any], arguments).get("dirpath")
+    is_path = isinstance(given, str)  # else the run says what is wrong
+    if not is_path or not expand_home(given).resolve().is_relative_to(dead_run.resolve()):
+        return settings
+    return settings | {"init_args": cast(dict[str, Any], arguments) | {"dirpath": None}}
 
 
 def _environment(found: Fingerprint, *, deep: bool) -> Mapping[str, str]:

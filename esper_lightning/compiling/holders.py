@@ -140,7 +140,7 @@ def find_holders(function: Callable[..., Any]) -> list[Holder]:
     while left:
         held, name = left.popleft()
         key = held.key if isinstance(held, Globals) else id(held)
-        if key in seen or isinstance(held, _LEAVES):
+        if key in seen or isinstance(held, _LEAVES) or _is_own(held):
             continue
         if len(seen) == _MOST_OBJECTS:
             raise ImpureError(f"more than {_MOST_OBJECTS} objects to watch, such as in {name}")
@@ -171,6 +171,13 @@ def find_holders(function: Callable[..., Any]) -> list[Holder]:
                 left.extend((one, name) for one in (held.__defaults__, held.__kwdefaults__))
                 left.append((Globals(held.__globals__, frozenset(names_of(held.__code__))), name))
     return found
+
+
+def _is_own(held: Any) -> bool:
+    """Whether an object or function is of this package: users' objects lie there to be compared."""
+    kind = held if isinstance(held, FunctionType) else type(held)
+    own = str(kind.__module__).startswith("esper_lightning.compiling.")
+    return own and kind is not Globals
 
 
 def _of_class(held: Any) -> list[Any]:

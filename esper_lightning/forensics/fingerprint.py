@@ -29,6 +29,7 @@ from esper_lightning.forensics.secret_texts import (
     without_secrets,
     words_without_secrets,
 )
+from esper_lightning.forensics.sources import digests_of_sources
 
 __all__ = [
     "Fingerprint",
@@ -76,6 +77,7 @@ class Fingerprint(Record):
             directory where the program is installed; ``None`` outside a repository.
         changes: Hash of the changes to files of that commit that are not committed; empty where
             there are none, and ``None`` where git gave no answer in half a second.
+        sources: Digests of the loaded files of the user's program, by path.
         versions: Versions of Python, of this package and of the distributions that are loaded.
         threads: Numbers of threads and of CPUs, by name.
         hardware: Names of machine, processor, devices and driver, and versions of CUDA and NCCL.
@@ -90,6 +92,7 @@ class Fingerprint(Record):
     config: str | None = None
     commit: str | None = None
     changes: str | None = None
+    sources: Mapping[str, str] = field(default_factory=dict[str, str])
     versions: Mapping[str, str] = field(default_factory=dict[str, str])
     threads: Mapping[str, int] = field(default_factory=dict[str, int])
     hardware: Mapping[str, str] = field(default_factory=dict[str, str])
@@ -103,7 +106,7 @@ def differences(before: Fingerprint, now: Fingerprint) -> tuple[str, ...]:
     """What differs between two runs, in a few words each, such as ``torch 2.12.0 -> 2.13.0``.
 
     What differs between any two runs is not compared: the command line, the identifiers of jobs,
-    and distributions that only one of the runs has loaded.
+    and files and distributions that only one of the runs has loaded.
     """
     found: list[str] = []
     if None not in (before.commit, now.commit) and before.commit != now.commit:
@@ -112,6 +115,8 @@ def differences(before: Fingerprint, now: Fingerprint) -> tuple[str, ...]:
         found.append(f"uncommitted changes {_some(before.changes)} -> {_some(now.changes)}")
     if None not in (before.config, now.config) and before.config != now.config:
         found.append("another config")
+    old, new = before.sources, now.sources
+    found += [f"{path} changed" for path in old if path in new and old[path] != new[path]]
     for name in ("versions", "threads", "hardware", "limits"):
         old, new = getattr(before, name), getattr(now, name)
         found += [f"{k} {old[k]} -> {new[k]}" for k in old if k in new and old[k] != new[k]]
@@ -140,6 +145,7 @@ def fingerprint_of_process(main: Path | None) -> Fingerprint:
     attempts = [int(job[name]) for name in _ATTEMPTS if job.get(name, "").isdecimal()]
     fingerprint = Fingerprint(
         command=tuple(words_without_secrets(sys.argv)),
+        sources=digests_of_sources(),
         versions={"python": platform.python_version()} | loaded_versions(),
         threads={"cpus": len(os.sched_getaffinity(0))},
         hardware={"machine": platform.machine()} | _processor(),

@@ -15,6 +15,7 @@ LOOK_EVERY_S = 0.1
 """Seconds between two looks at the clock, by everyone who relies on it."""
 _LONGEST_GAP_S = 0.5  # between two looks of a process that is not suspended
 _MOST_CPU_S = 0.3  # of the main thread in a gap, before it was suspended and after
+_CPU_EVERY_S = 0.05  # it is slow to ask how long a thread has computed: tens of microseconds
 
 
 class _AwakeClock:
@@ -26,7 +27,8 @@ class _AwakeClock:
 
     def __init__(self) -> None:
         self._lock = threading.RLock()  # handlers of signals read the clock too
-        self._read_s, self._cpu_s = time.monotonic(), _cpu_of_main_thread_s()
+        self._read_s = self._asked_s = time.monotonic()
+        self._cpu_s = _cpu_of_main_thread_s()
         self._suspended_s = self._certain_s = 0.0
         self._watchers = 0
         os.register_at_fork(after_in_child=self._renew)
@@ -61,6 +63,9 @@ class _AwakeClock:
     def _look(self) -> float:
         now = time.monotonic()
         gap_s, self._read_s = now - self._read_s, now
+        if now - self._asked_s < _CPU_EVERY_S:
+            return now
+        self._asked_s = now
         cpu_s, former_cpu_s = _cpu_of_main_thread_s(), self._cpu_s
         self._cpu_s = cpu_s
         if gap_s > _LONGEST_GAP_S:

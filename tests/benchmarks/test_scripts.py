@@ -165,6 +165,16 @@ def test_every_script_runs_at_its_smallest_size(path, tmp_path, monkeypatch):
     assert sorted((ROOT / "benchmarks" / "results").iterdir()) == before
 
 
+def test_a_comparison_without_a_policy_of_its_tables_is_refused_before_it_trains(tmp_path):
+    path = ROOT / "benchmarks" / "growth_mixed.py"
+    for name_of in ("PPO", "PPO, blind"):
+        done = forked.run([path, "--smallest", "--policies", name_of], cwd=tmp_path, children=True)
+        assert done.returncode == 2
+        said = "--policies must name ('PPO', 'PPO, blind') at least, got "
+        assert done.stderr.splitlines()[-1] == f"growth_mixed.py: error: {said}['{name_of}']"
+        assert done.stdout == ""
+
+
 @pytest.mark.parametrize("module", MODULES)
 def test_a_file_that_does_not_run_by_itself_is_used_by_one_that_does(module):
     path = ROOT / module

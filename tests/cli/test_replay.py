@@ -56,7 +56,16 @@ def test_a_mistake_is_one_line(dead, tmp_path, capsys):
         assert (out, err.count("\n"), text in err) == ("", 1, True), err
 
 
-@pytest.mark.parametrize("content", ["model: 3", "- 1", "model: {}\ntrainer:", "a: ["])
+@pytest.mark.parametrize(
+    "content",
+    [
+        *("model: 3", "- 1", "model: {}\ntrainer:", "a: [", "[" * 3000 + "]" * 3000),
+        "model: &m {a: *m}\ntrainer: {}",
+        "model: {a: 2024-99-99}\ntrainer: {}",
+        "#" * 300_000,
+    ],
+    ids=lambda content: content[:20],
+)
 def test_a_damaged_config_is_one_line(dead, capsys, content):
     RunLayout(dead).config.write_text(content)
     out, err = said(capsys, dead)
@@ -149,6 +158,14 @@ def test_a_replay_has_as_many_ranks_as_the_run_had(dead, capsys, configs, given,
     said(capsys, dead)
     assert configs[0]["trainer"]["devices"] == pinned
     assert configs[0]["trainer"]["num_nodes"] == 1
+
+
+@pytest.mark.parametrize("arguments", ["[1]", "text", "3", "{dirpath: 3}", "{dirpath: [x]}"])
+def test_wrong_arguments_of_a_callback_are_left_to_the_run(dead, capsys, configs, arguments):
+    callback = f"{{class_path: History, init_args: {arguments}}}"
+    RunLayout(dead).config.write_text(f"model: {{}}\ntrainer: {{callbacks: {callback}}}\n")
+    said(capsys, dead)
+    assert configs[0]["trainer"]["callbacks"][0] == yaml.safe_load(callback)
 
 
 def test_a_deep_replay_needs_one_that_went_as_the_run_did(dead, monkeypatch):

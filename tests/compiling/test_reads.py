@@ -47,7 +47,8 @@ class Task:
 
     def __init__(self) -> None:
         self.scale, self.table, self.array = 1.0, {"a": [1.0]}, np.ones(1)
-        self.tensor, self.outer, self.calls = torch.ones(2), Outer(), 0
+        self.tensor, self.outer = torch.ones(2), Outer()
+        self.calls: Any = 0
         self.dropout = nn.Dropout(0.5).eval()
 
     def by_number(self, x: Tensor) -> Tensor:
@@ -298,6 +299,18 @@ def test_a_function_follows_what_changes_and_says_so(
         assert len(said()) == 1
         caplog.clear()
         log_reasons_again()
+
+
+@pytest.mark.usefixtures("native_code")
+def test_an_object_that_holds_its_own_native_code_has_a_program_for_each_shape(
+    task: Task, caplog: pytest.LogCaptureFixture
+) -> None:
+    """What the first program watches is not taken for something that the function holds."""
+    log_reasons_again()
+    task.calls = compile_function("function", task.by_class, mode="auto", device=CPU)
+    for rows in (2, 3):
+        assert task.calls(torch.ones(rows)).tolist() == [1.0] * rows
+    assert [one for one in caplog.messages if one.startswith("Native code")] == []
 
 
 @pytest.mark.usefixtures("native_code")

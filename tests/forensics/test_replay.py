@@ -19,7 +19,12 @@ from esper_lightning.forensics.replay import (
     needs_program,
     row_differences,
 )
-from esper_lightning.forensics.report import CrashReport, ErrorReport, PeerReport
+from esper_lightning.forensics.report import (
+    CrashReport,
+    ErrorReport,
+    NonFiniteReport,
+    PeerReport,
+)
 
 ERROR = ErrorReport(
     type="ValueError",
@@ -36,6 +41,7 @@ def leave(
     files = RunLayout(directory).rank(rank)
     files.directory.mkdir(parents=True)
     rows = [{"iteration": i + 1, "loss": loss, "time_s": id(loss)} for i, loss in enumerate(losses)]
+    rows = [{k: v for k, v in row.items() if v is not None} for row in rows]
     files.history.write_text("".join(f"{json.dumps(row)}\n" for row in rows))
     print_ = Fingerprint(threads={"torch threads": threads})
     record = ProcessRecord(
@@ -51,13 +57,11 @@ def leave(
 def judged(tmp_path):
     """The verdict on a replay that left other files than the run that died."""
 
-    def judged(*, died=DEATH, deep=False, **again):
+    def judged(*, died=DEATH, deep=False, record=None, **again):
         dead = leave(tmp_path / "run", report=died)
         new = leave(tmp_path / "again", **again)
-        record = ReplayRecord(
-            run_dir=str(dead), started_s=1e9, rank=0, iteration=3, begins=0, deep=deep
-        )
-        record.write(new)
+        about = {"iteration": 3, "begins": 0, "deep": deep, **(record or {})}
+        ReplayRecord(run_dir=str(dead), started_s=1e9, rank=0, **about).write(new)
         return judge(new, examine(dead))
 
     return judged
@@ -107,7 +111,7 @@ def test_rows_are_compared_wherever_the_folder_of_their_rank_is(tmp_path):
     places = {"run_dir": str(here), "more_dirs": (str(there),)}
     ReplayRecord(**places, started_s=1e9, rank=0, iteration=3, begins=0).write(again)
     verdict = judge(again, examine(*ReplayRecord.read(again).directories))
-    assert (verdict.outcome, verdict.rows) == ("different", 4)
+    assert (verdict.outcome, verdict.rows) == ("different", 3)
     assert "loss 0.3 -> 0.2" in verdict.lines[0]
 
 
@@ -170,9 +174,72 @@ def test_a_process_that_vanishes_elsewhere_is_different(judged):
     assert judged(died=died, report=replace(died, phases=("b",))).outcome == "different"
 
 
-def test_a_deep_replay_finds_the_fault_at_another_line(judged):
-    error = replace(ERROR, type="RuntimeError", message="Function 'LogBackward0' returned nan")
-    assert judged(deep=True, report=replace(DEATH, error=error)).outcome == "reproduced"
+def test_an_iteration_that_was_never_finished_is_no_verdict(judged):
+    verdict = judged(losses=(0.1, 0.2), report=None, state="finished")
+    assert verdict.outcome == "undecided"
+    assert "ended after iteration 2, before iteration 3 was over" in verdict.lines[0]
+
+
+def test_what_differs_comes_before_other_processes_and_hardware(judged):
+    well = {"losses": (0.1, 0.2, 0.3), "report": None, "state": "finished"}
+    lines = judged(**well, threads=2).lines
+    assert lines[-2] == "What differs between the runs: torch threads 1 -> 2."
+    assert lines[-1].startswith("If that is not the cause, it is outside of the program's state")
+
+
+def test_a_checkpoint_may_lack_state_and_the_line_to_type_is_given(judged, tmp_path):
+    well = {"losses": (0.1, 0.2, 0.3), "report": None, "state": "finished"}
+    lines = judged(**well, record={"begins": 1, "start": "last.ckpt"}).lines
+    assert lines[1] == "1 row of the history is the same, bit for bit."
+    assert lines[2].endswith("hardware, a race, state that no checkpoint holds.")
+    how = f"replay(trainer, model, {str(tmp_path / 'run')!r}, from_start=True)"
+    assert lines[-1].strip() == how
+
+
+@pytest.mark.parametrize("loss", [0.2, 0.5])
+def test_a_start_that_restores_less_than_the_run_had_decides_nothing(judged, loss):
+    verdict = judged(
+        losses=(0.1, loss, 0.3),
+        report=None,
+        state="finished",
+        record={"start": "last.ckpt", "lacks": "the order of the data"},
+    )
+    assert verdict.outcome == "undecided"
+    assert "does not restore the order of the data" in verdict.lines[0]
+    assert ("different from iteration 2 on" in verdict.lines[0]) == (loss == 0.5)
+
+
+def test_a_death_is_reproduced_whatever_the_start_restores(judged):
+    assert judged(record={"lacks": "the order of the data"}).outcome == "reproduced"
+
+
+def test_rows_without_values_are_no_evidence(judged):
+    verdict = judged(losses=(None, None), record={"whole_rows": False})
+    assert verdict.rows == 0
+    assert verdict.lines[1] == "There was no value in the rows of the history to compare."
+
+
+def test_values_of_earlier_steps_are_compared_only_where_a_row_is_whole():
+    recorded, again = {"loss": 1.0, "val_loss": 2.0}, {"loss": 1.0}
+    assert row_differences(recorded, again, whole=False) == []
+    assert row_differences(recorded, again) == ["val_loss 2.0 -> absent"]
+    assert row_differences(again, recorded, whole=False) == ["val_loss absent -> 2.0"]
+
+
+def test_a_deep_replay_finds_a_value_that_is_not_finite_by_another_error(judged):
+    found = NonFiniteReport(phase="update")
+    died = replace(DEATH, error=replace(ERROR, type="NonFiniteError", non_finite=found))
+    text = "Function 'LogBackward0' returned nan values in its 0th output."
+    error = replace(ERROR, type="RuntimeError", message=text)
+    again = replace(DEATH, error=error)
+    assert judged(deep=True, died=died, report=again).outcome == "reproduced"
+
+
+@pytest.mark.parametrize("kind", ["ValueError", "OSError"])
+def test_a_deep_replay_finds_the_same_error_at_another_line(judged, kind):
+    error = replace(ERROR, type=kind, traceback=ERROR.traceback[:1])
+    verdict = judged(deep=True, report=replace(DEATH, error=error))
+    assert verdict.outcome == ("reproduced" if kind == ERROR.type else "different")
 
 
 def test_there_is_no_verdict_where_the_dead_run_is_gone(tmp_path):

@@ -94,7 +94,8 @@ class plateau:  # noqa: N801 - used like the functions beside it
     Attributes:
         blueprint: Blueprint of every seed.
         rise: Accuracy that must be gained in ``window`` epochs; otherwise a seed is germinated.
-        window: Number of epochs over which the rise is measured, at most 4.
+        window: Number of epochs over which the rise is measured, at most 4. The first seed
+            germinates after ``window`` + 1 epochs, or later.
         training_epochs: Number of epochs of training in isolation before blending.
         contribution: Accuracy that a seed must add to be fossilized when its alpha is 1.
         slots: Slots in which seeds germinate; ``None`` for all.

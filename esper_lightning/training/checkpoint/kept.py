@@ -17,6 +17,9 @@ __all__ = ["KeptState", "has_environments", "iteration_in", "latest_state"]
 _log = logging.getLogger(__name__)
 _STATE: dict[str, Any] = {"iteration": int, "world_size": int, "ranks": dict, "*": object}
 _RANK: dict[str, Any] = {"env": object, "*": object}
+_BATCHES = "epoch_loop.batch_progress"  # of Lightning, which counts batches over all epochs
+_COUNTS = {"total": {"processed": int, "*": int}, "*": object}
+_LOOPS: dict[str, Any] = {"fit_loop": {_BATCHES: _COUNTS, "*": object}, "*": object}
 
 
 class KeptState(NamedTuple):
@@ -76,8 +79,9 @@ def iteration_in(checkpoint: Mapping[str, Any]) -> int:
         ValueError: If the counters, or the states of ranks, are not such as a run writes.
     """
     if STATE_KEY not in checkpoint:
-        count = checkpoint.get("global_step")
-        misfit = find_misfit(count, int, "global_step")
+        loops: Any = checkpoint.get("loops")
+        misfit = find_misfit(loops, _LOOPS, "loops")
+        count = None if misfit else loops["fit_loop"][_BATCHES]["total"]["processed"]
     else:
         state = checkpoint[STATE_KEY]
         misfit = find_misfit(state, _STATE, STATE_KEY)

@@ -99,7 +99,10 @@ def test_what_a_kill_tears_is_not_used(tmp_path, share):
     files = RunLayout(tmp_path).rank(0)
     files.directory.mkdir()
     for path, iteration in zip(files.states, (4, 5), strict=True):
-        torch.save({"global_step": iteration, "state_dict": {"w": torch.ones(999)}}, path)
+        # Lightning counts batches and steps of optimizers.
+        batches = {"epoch_loop.batch_progress": {"total": {"processed": iteration}}}
+        content = {"global_step": 99, "loops": {"fit_loop": batches}}
+        torch.save({**content, "state_dict": {"w": torch.ones(999)}}, path)
     assert latest_state(tmp_path).iteration == 5
     os.truncate(files.states[1], int(share * files.states[1].stat().st_size))
     assert latest_state(tmp_path).iteration == 4
