@@ -22,6 +22,7 @@ from esper_lightning import (
     LastCheckpoint,
     PPOConfig,
     replay,
+    replaying,
 )
 from esper_lightning.callbacks.loop_internals import finished_batches
 from esper_lightning.envs import CartPole
@@ -125,6 +126,14 @@ def test_a_death_is_reproduced_from_the_latest_checkpoint(dead, trainer):
     assert before["esper_lightning"]["iteration"] == 5
     assert plan_replay(dead).start == RunLayout(again).before_fault
     assert any((again / "rank0" / "trace").iterdir())
+
+
+def test_a_run_directory_may_have_a_name_that_is_a_pattern(tmp_path, monkeypatch):
+    before = RunLayout(tmp_path / "replay_of_lr[0.1]").before_fault
+    before.parent.mkdir(parents=True)
+    before.touch()
+    monkeypatch.setattr(replaying, "_went_alike", lambda *_: True)
+    assert list(replaying._candidates(tmp_path / "lr[0.1]", (), None)) == [before]
 
 
 def test_before_ckpt_is_one_iteration_before_the_fault_also_in_the_next_replay(dead, trainer):

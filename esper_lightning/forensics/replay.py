@@ -5,14 +5,21 @@ verdict needs nothing but files, so that there is one whatever has ended the rep
 """
 
 import re
-from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass, field
+import shlex
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal, NamedTuple, Self, cast
 
+from esper_lightning.forensics.deaths import (
+    failing_iteration,
+    in_words,
+    is_effect,
+    other_text,
+    signature_of,
+)
 from esper_lightning.forensics.fingerprint import differences
 from esper_lightning.forensics.layout import RunLayout
-from esper_lightning.forensics.messages import comparable
 from esper_lightning.forensics.reading import numbered_rows, parse_json, read_file
 from esper_lightning.forensics.records import Record
 from esper_lightning.forensics.remains import Remains, examine, first_failure
@@ -23,9 +30,10 @@ __all__ = [
     "BY_PROGRAM",
     "ReplayRecord",
     "Verdict",
+    "can_start_again",
     "compared",
-    "failing_iteration",
     "judge",
+    "needs_program",
     "row_differences",
 ]
 
@@ -39,8 +47,6 @@ _OF_TIME = re.compile(
     r"(^|[/_])(time|seconds|secs?|duration|elapsed|fps|sps|throughput)($|[/_])"
     r"|_(s|ms|us|ns)$|per_s(ec)?(ond)?$|^resumed_(with_new_episodes|on_ranks)$"
 )
-_PLACE = re.compile(r'^\s*File "([^"]*)", line (\d+), in (.*)$')
-_SILENT = ("vanished", "exit", "native", "signal")  # causes whose report has no error to compare
 _MOST_COLUMNS = 4
 _WELL: Outcome = "did not happen again"
 _STATE = "state that no checkpoint holds"
@@ -63,6 +69,7 @@ class ReplayRecord(Record):
             words; ``None`` if nothing is known to be absent.
         whole_rows: Whether rows of the replay hold all that those of the run do. Otherwise they
             hold what their own step has logged: other values are no function of the state.
+        more_dirs: Absolute paths of the copies of that run directory on hosts that share no disk.
     """
 
     run_dir: str | None = None
@@ -74,6 +81,12 @@ class ReplayRecord(Record):
     deep: bool = False
     lacks: str | None = None
     whole_rows: bool = True
+    more_dirs: tuple[str, ...] = ()
+
+    @property
+    def directories(self) -> tuple[Path, ...]:
+        """The run directory, and its copies of other hosts."""
+        return tuple(map(Path, (self.run_dir or "", *self.more_dirs)))
 
     @classmethod
     def read(cls, directory: Path) -> Self | None:
@@ -143,11 +156,31 @@ class Verdict(NamedTuple):
         return [text, f"    {self.from_start}"]
 
 
-def failing_iteration(first: Remains) -> int:
-    """Number of the iteration in which a rank failed; 0 for a death before the first."""
-    if first.report is not None and first.report.iteration is not None:
-        return first.report.iteration
-    return first.phases.iteration if first.phases is not None else 0
+def needs_program(config: Path) -> str | None:
+    """What the config of a run lacks, or has from its program alone; ``None`` if it is all there.
+
+    A class of the program's own file, ``__main__``, can be imported by no other program.
+
+    Args:
+        config: Path of the ``config.yaml`` of a run.
+
+    Raises:
+        FileNotFoundError: If there is no file.
+        ValueError: If the file cannot be read.
+    """
+    content = read_file(config).decode(errors="replace")
+    first = content.partition("\n")[0]
+    if first.startswith(BY_PROGRAM):
+        return first.partition(":")[2].strip()
+    return ", ".join(dict.fromkeys(re.findall(r"\b__main__\.[\w.]+", content))) or None
+
+
+def can_start_again(config: Path) -> bool:
+    """Whether a file holds the config of a run that can be started without its program."""
+    try:
+        return needs_program(config) is None
+    except (OSError, ValueError):
+        return False
 
 
 def compared(row: Mapping[str, Any]) -> dict[str, str]:
@@ -233,29 +266,30 @@ def _decide(
         return "different", iteration, what
     if again is None:
         files = RunLayout(directory).rank(record.rank or 0)
-        done = max(
-            (number for number, _ in numbered_rows(files.history)), default=record.begins or 0
-        )
+        numbers = (number for number, _ in numbered_rows(files.history))
+        done = max(numbers, default=record.begins or 0)
         if done < failing:
             reason = (
                 f"the replay ended after iteration {done}, before iteration {failing} was over."
             )
             return "undecided", failing, reason
         return _WELL, failing, ""
-    reason, at = _in_words(again), failing_iteration(again)
+    reason, at = in_words(again), failing_iteration(again)
     if died_alike:
+        reason += other_text(first, again, (directory.absolute(), *record.directories))
         return "reproduced", failing, reason
     if at > failing:
         return _WELL, failing, reason
-    return "different", at, f"{reason}, not {_in_words(first)}"
+    return "different", at, f"{reason}, not {in_words(first)}"
 
 
 def _from_start(record: ReplayRecord, first: Remains) -> str | None:
     """What to type for a replay from the beginning; ``None`` if this replay began there."""
     if record.start in (None, first.resumed_from):
         return None
-    if RunLayout(Path(record.run_dir or "")).config.exists():
-        return f"esper replay {record.run_dir} --from_start"
+    if can_start_again(RunLayout(record.directories[0]).config):
+        places = " ".join(shlex.quote(str(place)) for place in record.directories)
+        return f"esper replay {places} --from_start"
     return f"replay(trainer, model, {record.run_dir!r}, from_start=True)"
 
 
@@ -268,7 +302,7 @@ def _compare_rows(
     if record.deep:  # another rounding shows in the row of the failing iteration
         last -= 1
     for remains in dead:
-        old = RunLayout(Path(record.run_dir or "")).rank(remains.rank).history
+        old = RunLayout(remains.directory).rank(remains.rank).history
         new = RunLayout(directory).rank(remains.rank).history
         again = dict(numbered_rows(new))
         for number, row in numbered_rows(old):
@@ -280,23 +314,15 @@ def _compare_rows(
     return rows, found
 
 
-@dataclass(frozen=True, kw_only=True)
-class _Signature:
-    """What two deaths must have in common to be the same."""
-
-    iteration: int
-    cause: str | None
-    what: tuple[str | None, ...] = field(default=())
-    line: tuple[str, ...] = field(default=())
-
-
 def _same(first: Remains, again: Remains, record: ReplayRecord, directory: Path) -> bool:
+    if not first.is_first_cause:
+        return is_effect(first, again)
     if first.rank != again.rank:
         return False
     if record.deep:
         return _same_when_deep(first, again)
-    directories = directory.absolute(), Path(record.run_dir or "")
-    return _signature(first, directories) == _signature(again, directories)
+    directories = directory.absolute(), *record.directories
+    return signature_of(first, directories).is_same(signature_of(again, directories))
 
 
 def _same_when_deep(first: Remains, again: Remains) -> bool:
@@ -317,30 +343,3 @@ def _same_when_deep(first: Remains, again: Remains) -> bool:
 def _is_not_finite(report: CrashReport) -> bool:
     error = report.error or ErrorReport()
     return error.non_finite is not None or "returned nan values" in (error.message or "")
-
-
-def _signature(remains: Remains, directories: Iterable[Path] = ()) -> _Signature:
-    report = remains.report or CrashReport(cause="vanished")
-    error, iteration = report.error or ErrorReport(), failing_iteration(remains)
-    phases = report.phases
-    if remains.report is None and remains.phases is not None:
-        phases = tuple(span.name for span in remains.phases.open)
-    if report.cause in _SILENT and error.type is None:
-        return _Signature(iteration=iteration, cause=report.cause, what=(report.signal, *phases))
-    message = comparable(error.message or "", directories)
-    places = [found for line in error.traceback if (found := _PLACE.match(line)) is not None]
-    line = (Path(places[-1][1]).name, *places[-1].groups()[1:]) if places else ()
-    return _Signature(
-        iteration=iteration, cause=report.cause, what=(error.type, message), line=line
-    )
-
-
-def _in_words(remains: Remains) -> str:
-    """A death in one line: what happened, where, and in which iteration."""
-    signature = _signature(remains)
-    what = "its process vanished"
-    if remains.report is not None:
-        what = remains.report.what_happened
-    file, line, *_ = (*signature.line, "", "")
-    at = f" at {file}:{line}" if file else ""
-    return f"iteration {signature.iteration}, rank {remains.rank}: {what}{at}"

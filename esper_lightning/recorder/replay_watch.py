@@ -8,6 +8,7 @@ import dataclasses
 import logging
 import os
 import shutil
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -49,6 +50,7 @@ class ReplayWatch(WritesRun):
 
     Args:
         run_dir: Run directory of the run that died, in which nothing is written.
+        more_dirs: Copies of that directory on other hosts, where they share no disk.
         started_s: Begin of that run's recording on the rank that failed first.
         rank: Rank that failed first.
         iteration: Number of the iteration that failed; 0 for a death before the first.
@@ -64,6 +66,7 @@ class ReplayWatch(WritesRun):
         run_dir: str,
         iteration: int,
         *,
+        more_dirs: Sequence[str] = (),
         started_s: float | None = None,
         rank: int = 0,
         begins: int = 0,
@@ -74,6 +77,7 @@ class ReplayWatch(WritesRun):
         super().__init__()
         self.record = ReplayRecord(
             run_dir=run_dir,
+            more_dirs=tuple(more_dirs),
             started_s=started_s,
             rank=rank,
             iteration=iteration,
@@ -110,9 +114,12 @@ class ReplayWatch(WritesRun):
                 before = RunLayout(self.directory).before_fault
                 before.parent.mkdir(exist_ok=True)
                 shutil.copyfile(own.start, before)
-        history = RunLayout(Path(own.run_dir or "")).rank(rank).history
+        histories = (RunLayout(place).rank(rank).history for place in own.directories)
+        history = next((path for path in histories if path.exists()), None)
         begins, last = own.begins or 0, self.iteration - int(own.deep)
-        self._recorded = {k: row for k, row in numbered_rows(history) if begins < k <= last}
+        if history is not None:
+            rows = numbered_rows(history)
+            self._recorded = {k: row for k, row in rows if begins < k <= last}
 
     @override
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:

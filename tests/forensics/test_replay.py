@@ -12,12 +12,19 @@ from esper_lightning.forensics.layout import RunLayout
 from esper_lightning.forensics.rank_record import ProcessRecord
 from esper_lightning.forensics.remains import examine
 from esper_lightning.forensics.replay import (
+    BY_PROGRAM,
     ReplayRecord,
     compared,
     judge,
+    needs_program,
     row_differences,
 )
-from esper_lightning.forensics.report import CrashReport, ErrorReport, NonFiniteReport
+from esper_lightning.forensics.report import (
+    CrashReport,
+    ErrorReport,
+    NonFiniteReport,
+    PeerReport,
+)
 
 ERROR = ErrorReport(
     type="ValueError",
@@ -27,7 +34,9 @@ ERROR = ErrorReport(
 DEATH = CrashReport(cause="exception", iteration=3, error=ERROR, rank=0, started_s=1e9)
 
 
-def leave(directory, *, losses=(0.1, 0.2), report=DEATH, state="failed", rank=0, threads=1):
+def leave(
+    directory, *, losses=(0.1, 0.2), report=DEATH, state="failed", rank=0, ranks=1, threads=1
+):
     """The files of one rank."""
     files = RunLayout(directory).rank(rank)
     files.directory.mkdir(parents=True)
@@ -35,7 +44,9 @@ def leave(directory, *, losses=(0.1, 0.2), report=DEATH, state="failed", rank=0,
     rows = [{k: v for k, v in row.items() if v is not None} for row in rows]
     files.history.write_text("".join(f"{json.dumps(row)}\n" for row in rows))
     print_ = Fingerprint(threads={"torch threads": threads})
-    record = ProcessRecord(state=state, rank=rank, started_s=1e9, world_size=1, fingerprint=print_)
+    record = ProcessRecord(
+        state=state, rank=rank, started_s=1e9, world_size=ranks, fingerprint=print_
+    )
     record.write(files.process)
     if report is not None:
         report.write(files.crash)
@@ -81,11 +92,47 @@ def test_an_error_may_name_its_run_a_process_or_a_time(judged, tmp_path, message
     assert judged(died=died, report=replayed).outcome == "reproduced"
 
 
+def test_another_text_at_the_same_line_is_reproduced_and_shown(judged):
+    error = replace(ERROR, message="no scene in /tmp/tmpa1_b/scene.xml")
+    verdict = judged(report=replace(DEATH, error=error))
+    assert verdict.outcome == "reproduced"
+    assert verdict.lines[0].endswith(
+        "ValueError: no scene in /tmp/tmpa1_b/scene.xml at env.py:9"
+        "; in the run that died: ValueError: at 0x7f00aa11"
+    )
+
+
+def test_rows_are_compared_wherever_the_folder_of_their_rank_is(tmp_path):
+    here, there, again = (tmp_path / name for name in ("here", "there", "again"))
+    leave(here, ranks=2)
+    leave(there, rank=1, ranks=2, losses=(0.1, 0.3))
+    for rank in range(2):
+        leave(again, rank=rank, ranks=2)
+    places = {"run_dir": str(here), "more_dirs": (str(there),)}
+    ReplayRecord(**places, started_s=1e9, rank=0, iteration=3, begins=0).write(again)
+    verdict = judge(again, examine(*ReplayRecord.read(again).directories))
+    assert (verdict.outcome, verdict.rows) == ("different", 3)
+    assert "loss 0.3 -> 0.2" in verdict.lines[0]
+
+
+@pytest.mark.parametrize(("peer", "outcome"), [(1, "reproduced"), (2, "different")])
+def test_a_first_failure_on_a_host_that_is_not_here_may_be_that_of_the_replay(
+    judged, tmp_path, peer, outcome
+):
+    """Rank 0 of the run has lost rank 1, or another, whose folder is missing."""
+    lost = replace(DEATH, cause="peer", peer=PeerReport(rank=peer, reason="it failed"))
+    leave(tmp_path / "again", rank=1, ranks=2, report=replace(DEATH, rank=1))
+    verdict = judged(died=lost, report=lost, ranks=2)
+    assert verdict.outcome == outcome
+    if outcome == "reproduced":
+        assert "rank 1: ValueError" in verdict.lines[0]
+        assert "left no report here to compare" in verdict.lines[0]
+
+
 @pytest.mark.parametrize(
     ("changed", "iteration"),
     [
         ({"error": replace(ERROR, type="TypeError")}, 3),
-        ({"error": replace(ERROR, message="else")}, 3),
         ({"error": replace(ERROR, traceback=ERROR.traceback[:1])}, 3),
         ({"cause": "signal"}, 3),
         ({"iteration": 2}, 2),
@@ -215,6 +262,17 @@ def test_times_and_rates_are_not_compared(name):
 @pytest.mark.parametrize("name", ["loss/policy", "env_steps", "loss", "eval/times", "timeouts"])
 def test_everything_else_is_compared(name):
     assert row_differences({name: 1.0}, {name: 2.0}) == [f"{name} 1.0 -> 2.0"]
+
+
+def test_a_config_with_classes_of_its_program_is_not_whole(tmp_path):
+    config = tmp_path / "config.yaml"
+    for text, lacks in {
+        "model: {}\n": None,
+        f"{BY_PROGRAM}objects of its own: plugins\nmodel: {{}}\n": "plugins",
+        "model:\n  env:\n    class_path: __main__.Maze\n": "__main__.Maze",
+    }.items():
+        config.write_text(text)
+        assert needs_program(config) == lacks
 
 
 @given(st.dictionaries(st.text(), st.none() | st.booleans() | st.floats() | st.integers()))

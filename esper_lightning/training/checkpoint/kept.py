@@ -32,7 +32,7 @@ class KeptState(NamedTuple):
 
 
 def latest_state(
-    directory: Path, *, before: int | None = None, since_s: float | None = None
+    *directories: Path, before: int | None = None, since_s: float | None = None
 ) -> KeptState | None:
     """The latest state that all ranks of a run have stored; ``None`` without one.
 
@@ -40,17 +40,22 @@ def latest_state(
     that from which it was resumed.
 
     Args:
-        directory: Run directory.
+        *directories: Run directory; several for the copies of one run on hosts that share no disk.
         before: Iteration before which the state must be; ``None`` for any.
         since_s: Begin of the run, in seconds since the epoch: older files are those of an earlier
             run. ``None`` for files of any age.
     """
-    layout = RunLayout(directory)
-    resumed = _states_in([layout.joined_state], since_s)
-    states = [_states_in(layout.rank(0).states, since_s)]
+    layouts = [RunLayout(directory) for directory in directories]
+
+    def states_of(rank: int) -> dict[int, dict[str, Any]]:
+        paths = (path for layout in layouts for path in layout.rank(rank).states)
+        return _states_in(paths, since_s)
+
+    resumed = _states_in((layout.joined_state for layout in layouts), since_s)
+    states = [states_of(0)]
     world_size = max(map(_world_size, states[0].values()), default=1)
     for rank in range(1, world_size):
-        states.append(_states_in(layout.rank(rank).states, since_s))
+        states.append(states_of(rank))
         if not states[-1]:
             break
     states = [{n: c for n, c in each.items() if _world_size(c) == world_size} for each in states]

@@ -29,6 +29,14 @@ def test_ranks_are_joined_at_the_latest_iteration_that_all_have(ranks):
     assert found.checkpoint[STATE_KEY]["ranks"] == {0: {"env": 7}, 1: {"env": 7}}
 
 
+def test_ranks_of_hosts_that_share_no_disk_are_joined(ranks, tmp_path):
+    there = RunLayout(tmp_path / "there").rank(1).directory
+    there.parent.mkdir()
+    ranks.rank(1).directory.rename(there)
+    assert latest_state(tmp_path) is None
+    assert latest_state(tmp_path, tmp_path / "there").iteration == 7
+
+
 def test_there_is_no_state_before_the_earliest_that_all_have(ranks):
     assert latest_state(ranks.directory, before=7) is None
 
