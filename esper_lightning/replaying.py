@@ -8,6 +8,7 @@ command of the run again, in a process of its own, from the same plan.
 # pyright: reportUnknownVariableType=false, reportUnknownArgumentType=false
 
 import atexit
+import glob
 import logging
 import os
 import shutil
@@ -23,10 +24,11 @@ from esper_lightning.callbacks.directory_choice import given_directory
 from esper_lightning.callbacks.mirror import place_of
 from esper_lightning.core.errors import require
 from esper_lightning.core.paths import expand_home
+from esper_lightning.forensics.deaths import failing_iteration
 from esper_lightning.forensics.layout import RunLayout
-from esper_lightning.forensics.reading import RowReader
+from esper_lightning.forensics.reading import numbered_rows
 from esper_lightning.forensics.remains import Remains, examine, first_failure
-from esper_lightning.forensics.replay import Verdict, failing_iteration, judge
+from esper_lightning.forensics.replay import Verdict, judge
 from esper_lightning.recorder.flight_recorder import FlightRecorder
 from esper_lightning.recorder.profiling.window_profiler import WindowProfiler
 from esper_lightning.recorder.replay_watch import ReplayWatch
@@ -74,10 +76,12 @@ class ReplayPlan:
         Args:
             run_dir: Run directory of the run that died.
         """
+        places = {each.directory.absolute(): None for each in self.dead}
         error = None if self.first.report is None else self.first.report.error
         found = None if error is None else error.non_finite
         return {
             "run_dir": str(run_dir.absolute()),
+            "more_dirs": [str(place) for place in places if place != run_dir.absolute()],
             "iteration": self.iteration,
             "started_s": self.first.started_s,
             "rank": self.first.rank,
@@ -97,7 +101,13 @@ class ReplayPlan:
         return {"wait": wait, "warmup": warmup, "active": 2, "with_stack": True}
 
 
-def plan_replay(run_dir: Path, *, ckpt_path: Path | None = None, deep: bool = False) -> ReplayPlan:
+def plan_replay(
+    run_dir: Path,
+    *more_dirs: Path,
+    ckpt_path: Path | None = None,
+    from_start: bool = False,
+    deep: bool = False,
+) -> ReplayPlan:
     """Decide where the replay of a dead run starts.
 
     That is the latest state before the failing iteration that holds the environments of every
@@ -107,15 +117,18 @@ def plan_replay(run_dir: Path, *, ckpt_path: Path | None = None, deep: bool = Fa
 
     Args:
         run_dir: Run directory of the run that died.
+        *more_dirs: Copies of the run directory on other hosts, where they share no disk.
         ckpt_path: Checkpoint to start from; ``None`` for the latest that fits.
+        from_start: Whether the replay starts at the beginning of the run.
         deep: Whether the replay runs eagerly.
 
     Raises:
-        ValueError: If the directory holds no death, ``ckpt_path`` is no checkpoint before it, or
+        ValueError: If the directory holds no death, ``ckpt_path`` is no checkpoint before it or is
+            given together with ``from_start``, or
             the replay must start from the checkpoint that the run was resumed from, and that is
             gone or was written again.
     """
-    dead = examine(run_dir)
+    dead = examine(run_dir, *more_dirs)
     first = first_failure(dead)
     if first is None:
         states = ", ".join(sorted({rank.state for rank in dead}))
@@ -123,13 +136,16 @@ def plan_replay(run_dir: Path, *, ckpt_path: Path | None = None, deep: bool = Fa
         raise ValueError(message)
     iteration = failing_iteration(first)
     if ckpt_path is not None:
+        require(not from_start, "--ckpt_path", "be absent with --from_start", str(ckpt_path))
         begins = _iteration_of(ckpt_path)
         rule = f"be a checkpoint of all ranks before iteration {iteration}"
         fits = begins is not None and begins < iteration
         require(fits, "--ckpt_path", rule, str(ckpt_path))
         starts = {ckpt_path: begins or 0}
+    elif from_start:
+        starts = _beginning(first)
     else:
-        starts = _find_starts(run_dir, dead, first)
+        starts = _find_starts((run_dir, *more_dirs), dead, first)
     start = max(starts, key=lambda path: starts[path], default=None)
     return ReplayPlan(
         dead=tuple(dead),
@@ -177,7 +193,9 @@ def _stored(state: KeptState) -> Path:
     return path
 
 
-def _find_starts(run_dir: Path, dead: Sequence[Remains], first: Remains) -> dict[Path, int]:
+def _find_starts(
+    directories: Sequence[Path], dead: Sequence[Remains], first: Remains
+) -> dict[Path, int]:
     """Checkpoints that a replay can start from, each with its number of finished iterations.
 
     Raises:
@@ -185,19 +203,28 @@ def _find_starts(run_dir: Path, dead: Sequence[Remains], first: Remains) -> dict
     """
     iteration, least = failing_iteration(first), 0
     if first.resumed_from is not None:  # a checkpoint may be older, as a best.ckpt that was copied
-        rows = RowReader(RunLayout(run_dir).rank(first.rank).history)
-        numbers = (n for row in rows if isinstance(n := row.get("iteration"), int))
-        least = min(next(numbers, iteration), iteration) - 1
-    found = ((path, _usable(path)) for path in _candidates(run_dir, dead, first))
+        rows = numbered_rows(RunLayout(first.directory).rank(first.rank).history)
+        least = min(next((number for number, _ in rows), iteration), iteration) - 1
+    found = ((path, _usable(path)) for path in _candidates(directories[0], dead, first))
     starts = {path: n for path, n in found if n is not None and least <= n < iteration}
     starts |= _resumed_from(first)
-    kept = latest_state(run_dir, before=iteration, since_s=first.started_s)
+    kept = latest_state(*directories, before=iteration, since_s=first.started_s)
     if (
         kept is not None
         and has_environments(kept.checkpoint)
         and kept.iteration > max(starts.values(), default=0)
     ):
         starts = {_stored(kept): kept.iteration}
+    return starts or _beginning(first)
+
+
+def _beginning(first: Remains) -> dict[Path, int]:
+    """The checkpoint that a run was resumed from; empty if the run was new.
+
+    Raises:
+        ValueError: If the checkpoint is not as it was.
+    """
+    starts = _resumed_from(first)
     if not starts and first.resumed_from is not None:
         rule = "be as it was when the run was resumed from it"
         hint = "It is gone, or was written again. Name a copy by --ckpt_path."
@@ -211,7 +238,7 @@ def _candidates(run_dir: Path, dead: Sequence[Remains], first: Remains) -> Itera
         if _is_written_by(first, path):  # and not left by an earlier run in the directory
             yield path
     absolute = run_dir.absolute()
-    for directory in absolute.parent.glob(f"replay_of_{absolute.name}*"):
+    for directory in absolute.parent.glob(f"replay_of_{glob.escape(absolute.name)}*"):
         before = RunLayout(directory).before_fault
         if before.exists() and _went_alike(directory, dead):
             yield before
@@ -228,7 +255,7 @@ def _went_alike(directory: Path, dead: Sequence[Remains]) -> bool:
         verdict = judge(directory, dead)
     except (ValueError, OSError):  # a replay of another run, or one that is under way
         return False
-    return verdict.outcome != "different" and verdict.rows > 0
+    return verdict.outcome not in ("different", "undecided") and verdict.rows > 0
 
 
 def _resumed_from(first: Remains) -> dict[Path, int]:
@@ -279,8 +306,10 @@ def replay(
     model: LightningModule,
     run_dir: str | Path,
     *,
+    more_dirs: Sequence[str | Path] = (),
     deep: bool = False,
     ckpt_path: str | Path | None = None,
+    from_start: bool = False,
     **data: Any,
 ) -> Verdict:
     """Play a dead run again, up to the iteration in which it died, in this process.
@@ -295,9 +324,12 @@ def replay(
         trainer: Trainer that has not run. It gets a ``WindowProfiler`` in place of its profiler.
         model: Module that has not run.
         run_dir: Run directory of the run that died; nothing is written there.
+        more_dirs: Copies of the run directory on other hosts, where they share no disk.
         deep: Whether autograd looks for anomalies in an update that failed; a module that compiles
             must be made without compilation by the caller.
         ckpt_path: Checkpoint to start from; ``None`` for the latest that fits.
+        from_start: Whether the replay starts at the beginning of the run, where no state is absent
+            that no checkpoint holds, such as the counters of a callback.
         **data: Further arguments of ``Trainer.fit``: ``train_dataloaders``, ``datamodule`` and
             ``val_dataloaders``.
 
@@ -311,7 +343,13 @@ def replay(
     """
     run_dir = expand_home(run_dir)
     starts_from = None if ckpt_path is None else expand_home(ckpt_path)
-    plan = plan_replay(run_dir, ckpt_path=starts_from, deep=deep)
+    plan = plan_replay(
+        run_dir,
+        *map(expand_home, more_dirs),
+        ckpt_path=starts_from,
+        from_start=from_start,
+        deep=deep,
+    )
     watch = ReplayWatch(**plan.settings_of_watch(run_dir))
     recorders = [each for each in trainer.callbacks if isinstance(each, FlightRecorder)]
     recorder = recorders[0] if recorders else FlightRecorder(watch=False)

@@ -29,7 +29,7 @@ from esper_lightning.core.paths import expand_home, require_output, require_outp
 from esper_lightning.envs.base import EnvSpec, spec_name
 from esper_lightning.forensics.claims import claim
 from esper_lightning.forensics.files import read_json_lines, write_atomically
-from esper_lightning.forensics.layout import RankLayout, RunLayout
+from esper_lightning.forensics.layout import OF_A_RUN, RankLayout, RunLayout
 from esper_lightning.policies.base import PolicySpec
 from esper_lightning.ppo.config import PPOConfig
 from esper_lightning.ppo.extension import ExtensionSpec
@@ -45,7 +45,6 @@ from esper_lightning.training.specs import require_specs
 from esper_lightning.training.trainer_rules import refuse_trainer
 
 _FETCH_S = 30.0  # wait for a remote place that sends no byte, before the run starts without it
-_WRITTEN = ("config.yaml", "checkpoints", "hparams.yaml", "metrics.csv", "events.out.tfevents.*")
 _FOLDERS = "[!.]*/"  # a directory with other visible folders is not that of one run
 
 __all__ = [
@@ -277,17 +276,16 @@ def begin_run(trainer: Trainer, env: EnvSpec, run_dir: str | Path | None, config
     else:
         directory, address = place_of(run_dir)
         held = claim(directory)
-    used = False
+    mirror, written = None, [*OF_A_RUN, _FOLDERS]
     try:
-        held.refuse_others([*_WRITTEN, _FOLDERS])
+        held.refuse_others(written)
         require_output_folder("run_dir", held.directory)  # it may be that of another user's run
         if address is not None:  # an earlier attempt may have run on another machine
             mirror = Mirror(held.directory, address, rank=0)
-            used = not held.was_run  # from the first fetched file on
-            address = mirror.begin(fetch_s=None if held.was_run else _FETCH_S)
-        assign_run_directory(trainer, held, config, address)
+            mirror.begin(fetch_s=None if held.was_run else _FETCH_S, written=written)
+        assign_run_directory(trainer, held, config, mirror)
     except BaseException as error:
-        held.release(used=used)
+        held.release(used=mirror is not None and mirror.has_written and not held.was_run)
         if isinstance(error, OSError) and error.filename is None:  # such as a limit on its size
             error.filename = str(held.directory)
         raise

@@ -12,7 +12,7 @@ import pytest
 import torch
 from lightning.pytorch import Callback, LightningModule, Trainer
 from lightning.pytorch.callbacks import ModelCheckpoint
-from torch.utils.data import DataLoader
+from torch.utils.data import DataLoader, TensorDataset
 
 from esper_lightning import (
     MLP,
@@ -22,13 +22,16 @@ from esper_lightning import (
     LastCheckpoint,
     PPOConfig,
     replay,
+    replaying,
 )
+from esper_lightning.callbacks.loop_internals import finished_batches
 from esper_lightning.envs import CartPole
 from esper_lightning.forensics.files import read_json_lines
 from esper_lightning.forensics.layout import RunLayout
 from esper_lightning.forensics.remains import examine
 from esper_lightning.forensics.replay import ReplayRecord, compared
 from esper_lightning.replaying import ReplayPlan, plan_replay, replay_directory
+from esper_lightning.training.checkpoint.kept import iteration_in
 
 PPO_CONFIG = PPOConfig(rollout_steps=4, minibatches=1, epochs=1)
 
@@ -125,6 +128,14 @@ def test_a_death_is_reproduced_from_the_latest_checkpoint(dead, trainer):
     assert any((again / "rank0" / "trace").iterdir())
 
 
+def test_a_run_directory_may_have_a_name_that_is_a_pattern(tmp_path, monkeypatch):
+    before = RunLayout(tmp_path / "replay_of_lr[0.1]").before_fault
+    before.parent.mkdir(parents=True)
+    before.touch()
+    monkeypatch.setattr(replaying, "_went_alike", lambda *_: True)
+    assert list(replaying._candidates(tmp_path / "lr[0.1]", (), None)) == [before]
+
+
 def test_before_ckpt_is_one_iteration_before_the_fault_also_in_the_next_replay(dead, trainer):
     replay(trainer(Dies(6)), ppo(), dead)
     verdict = replay(trainer(Dies(6)), ppo(), dead, deep=True)
@@ -195,6 +206,155 @@ def test_a_module_of_another_kind_is_replayed_too(trainer, tmp_path):
     )
     assert (verdict.outcome, verdict.iteration, verdict.rows) == ("reproduced", 8, 2)
     assert ReplayRecord.read(tmp_path / "replay_of_run").begins == 6
+
+
+class Recipe(Regression):
+    """A module as users have them: metrics of epochs and validations, and summed gradients.
+
+    Args:
+        kind: ``validates``, ``sums`` gradients of two batches, or steps ``two`` optimizers.
+        logs: Whether the loss is logged.
+    """
+
+    def __init__(self, kind: str = "validates", *, logs: bool = True) -> None:
+        super().__init__()
+        self.logs, self.automatic_optimization = logs, kind != "two"
+
+    def training_step(self, batch, batch_idx):
+        loss = self.layer(batch[0]).square().mean()
+        if self.logs:
+            self.log("loss", loss, on_step=True, on_epoch=True)
+        if self.automatic_optimization:
+            return loss
+        for optimizer in self.optimizers():
+            optimizer.zero_grad()
+        self.manual_backward(loss)
+        for optimizer in self.optimizers():
+            optimizer.step()
+        return None
+
+    def validation_step(self, batch, batch_idx):
+        self.log("val_loss", self.layer(batch[0]).square().mean())
+
+    def configure_optimizers(self):
+        one = super().configure_optimizers()
+        return one if self.automatic_optimization else [one, super().configure_optimizers()]
+
+
+class DiesInBatch(Callback):
+    """Dies at the end of a batch, counted over all epochs, or of a call of a counter of its own."""
+
+    def __init__(self, at: int, *, counts: bool = False) -> None:
+        self.at, self.counts, self.calls = at, counts, 0
+
+    def on_train_batch_end(self, trainer, pl_module, outputs, batch, batch_idx):
+        self.calls += 1
+        if self.at == (self.calls if self.counts else finished_batches(trainer)):
+            raise RuntimeError("injected")
+
+
+def batches(*, shuffle: bool = False) -> DataLoader:
+    data = TensorDataset(torch.arange(24.0).reshape(12, 2) / 24)
+    return DataLoader(data, batch_size=2, shuffle=shuffle)
+
+
+def die_and_replay(trainer, tmp_path, make, *callbacks, again=None, from_start=False, **how):
+    """Let a run of a module die, and return the verdict on its replay."""
+    data = {"train_dataloaders": batches(shuffle=how.pop("shuffle", False))}
+    data["val_dataloaders"] = batches()
+    how = {"max_epochs": 9, "max_steps": -1, "limit_val_batches": 1, **how}
+    with pytest.raises(RuntimeError, match="injected"):
+        trainer(*callbacks, directory=tmp_path / "run", **how).fit(make(), **data)
+    again = callbacks if again is None else again
+    how.pop("keeps_state", None)
+    return replay(trainer(*again, **how), make(), tmp_path / "run", from_start=from_start, **data)
+
+
+# Lightning's warning is what these tests are about.
+MIDDLE = pytest.mark.filterwarnings("ignore:You're resuming from a checkpoint")
+
+
+@pytest.mark.parametrize("kind", ["validates", "sums", "two"])
+def test_values_of_epochs_and_batches_without_a_step_are_no_difference(trainer, tmp_path, kind):
+    how = {"accumulate_grad_batches": 2} if kind == "sums" else {}
+    verdict = die_and_replay(
+        trainer, tmp_path, functools.partial(Recipe, kind), DiesInBatch(10), **how
+    )
+    assert (verdict.outcome, verdict.iteration, verdict.rows) == ("reproduced", 10, 4)
+    directory = tmp_path / "replay_of_run"
+    assert any((directory / "rank0" / "trace").glob("crash-*"))  # the window lies on the batch
+    before = torch.load(RunLayout(directory).before_fault, weights_only=True)
+    assert iteration_in(before) == (8 if kind == "sums" else 9)  # after a step of the optimizer
+
+
+@MIDDLE
+def test_no_stored_state_has_summed_gradients(trainer, tmp_path):
+    how = {"accumulate_grad_batches": 2, "keeps_state": True}
+    verdict = die_and_replay(
+        trainer, tmp_path, functools.partial(Recipe, "sums"), DiesInBatch(10), **how
+    )
+    record = ReplayRecord.read(tmp_path / "replay_of_run")
+    assert (record.begins, record.lacks) == (8, "the order of the data")
+    assert verdict.outcome == "undecided"
+    assert "it died in the same way all the same" in verdict.reason
+
+
+@MIDDLE
+@pytest.mark.parametrize("shuffle", [False, True])
+def test_a_start_that_does_not_restore_the_order_of_data_decides_nothing(
+    trainer, tmp_path, shuffle
+):
+    """In the middle of an epoch a loader begins anew, and at its end it shuffles anew."""
+    verdict = die_and_replay(
+        trainer,
+        tmp_path,
+        functools.partial(Recipe, logs=False),
+        DiesInBatch(10),
+        again=(),
+        shuffle=shuffle,
+        keeps_state=not shuffle,
+    )
+    assert (verdict.outcome, verdict.rows) == ("undecided", 0)
+    assert "does not restore the order of the data" in verdict.reason
+
+
+@pytest.mark.parametrize("from_start", [False, True])
+def test_what_no_checkpoint_holds_is_replayed_from_the_beginning(trainer, tmp_path, from_start):
+    verdict = die_and_replay(
+        trainer,
+        tmp_path,
+        Recipe,
+        DiesInBatch(10, counts=True),
+        again=(DiesInBatch(10, counts=True),),
+        from_start=from_start,
+    )
+    if from_start:
+        assert (verdict.outcome, verdict.rows) == ("reproduced", 10)
+        # Nothing in a row comes from an earlier validation.
+        assert "val_loss" not in rows_of(tmp_path / "replay_of_run")[10]
+    else:
+        assert verdict.outcome == "did not happen again"
+        assert "state that no checkpoint holds" in "\n".join(verdict.lines)
+        assert verdict.lines[-1].endswith("from_start=True)")
+
+
+def test_a_replay_has_no_limit_of_time(dead, trainer):
+    """A replay may be slower than the run was."""
+    limited = trainer(Dies(6), max_time={"seconds": 0})
+    assert replay(limited, ppo(), dead).outcome == "reproduced"
+
+
+class Stops(Callback):
+    """Ends training after the first iteration."""
+
+    def on_train_batch_end(self, trainer, *_):
+        trainer.should_stop = True
+
+
+def test_a_replay_that_ends_early_decides_nothing(dead, trainer):
+    verdict = replay(trainer(Stops()), ppo(), dead)
+    assert verdict.outcome == "undecided"
+    assert "the replay ended after iteration 5, before iteration 6 was over." in verdict.lines[0]
 
 
 def test_a_replay_that_went_differently_is_no_start_of_the_next(dead, trainer):

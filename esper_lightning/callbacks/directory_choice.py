@@ -127,7 +127,7 @@ def agree_on_directory(trainer: Trainer, *, with_loggers: bool = False) -> HeldD
         ValueError: If the directory or a folder is refused; raised on all ranks.
     """
     mine: HeldDirectory | None = None
-    shared: tuple[str, str | None, int | str | None] | ValueError | None = None
+    shared: tuple[str, str | None, str | None, int | str | None] | ValueError | None = None
     if trainer.is_global_zero:
         try:
             mine = take_directory(trainer)
@@ -135,7 +135,7 @@ def agree_on_directory(trainer: Trainer, *, with_loggers: bool = False) -> HeldD
                 claim_logger_folders(trainer, mine)
             logger = numbered_logger(trainer)
             version = None if logger is None else logger.version
-            shared = (str(mine.directory), mine.address, version)
+            shared = (str(mine.directory), mine.address, mine.claim_address(), version)
         except ValueError as error:  # the other ranks are waiting
             shared = error
             if mine is not None:
@@ -147,11 +147,11 @@ def agree_on_directory(trainer: Trainer, *, with_loggers: bool = False) -> HeldD
     if isinstance(shared, ValueError):
         raise shared
     assert shared is not None
-    directory, address, version = shared
+    directory, address, claims, version = shared
     logger = numbered_logger(trainer)
     if logger is not None:
         set_version(logger, version)
-    return mine or HeldDirectory(Path(directory), None, address)
+    return mine or HeldDirectory(Path(directory), None, address, claims)
 
 
 def take_directory(trainer: Trainer, *, alone: bool = False) -> HeldDirectory:

@@ -10,6 +10,7 @@ from pathlib import Path
 
 from lightning.pytorch import Trainer
 
+from esper_lightning.callbacks.address_claims import new_claims, remembered_address
 from esper_lightning.callbacks.mirror import Mirror
 from esper_lightning.forensics.claims import Claim
 from esper_lightning.forensics.place import Place
@@ -25,6 +26,7 @@ class HeldDirectory:
 
     Attributes:
         of_loggers: Claims of folders of loggers outside the directory.
+        claims: Claims of the address (``callbacks.address_claims``); ``None`` before they are made.
         config: Content of ``config.yaml`` that is to be written; ``None`` where there is none.
         place: Where the directory is while a run writes into it, and after the run.
         is_used: Whether a run has written into the directory; if not, it is restored at the end.
@@ -33,13 +35,26 @@ class HeldDirectory:
     config: str | None = None
     is_used = False
 
-    def __init__(self, directory: Path, held: Claim | None, address: str | None = None) -> None:
-        self.directory, self.claim, self.address = directory, held, address
+    def __init__(
+        self,
+        directory: Path,
+        held: Claim | None,
+        address: str | None = None,
+        claims: str | None = None,
+    ) -> None:
+        self.directory, self.claim, self.claims = directory, held, claims
+        self.address = None if address is None else remembered_address(directory, address)
         self.of_loggers: list[Claim] = []
         self.users: set[int] = set()
         self.is_open = False  # whether a run writes into it, on any rank
         self.mirror: Mirror | None = None
         self.place: Place | None = None
+
+    def claim_address(self) -> str | None:
+        """Claims of the address, if there is one; the copies of all ranks need the same."""
+        if self.address is not None and self.claims is None:
+            self.claims = new_claims(self.directory)
+        return self.claims
 
     def begin(self, rank: int) -> None:
         """Begin to copy the directory to its address, if it has one, and report where files are."""
@@ -48,7 +63,7 @@ class HeldDirectory:
             self.place.close()
         self.place = Place(self.directory)
         if self.address is not None:
-            self.mirror = Mirror(self.directory, self.address, rank)
+            self.mirror = Mirror(self.directory, self.address, rank, self.claim_address())
             if self.claim is not None:  # the second process of a rank that vanishes copies too
                 self.claim.note(address=self.address)
             text = "The run writes into %s, which is copied to %s at checkpoints and at the end."

@@ -14,9 +14,11 @@ from typing import Any, cast
 
 import torch
 from lightning.pytorch import LightningModule, Trainer
+from torch import Tensor
 from typing_extensions import override
 
 from esper_lightning.callbacks.directory_choice import WritesRun
+from esper_lightning.callbacks.loop_internals import finished_batches, metrics_of_step
 from esper_lightning.callbacks.run_directory import (
     close_run_directory,
     open_run_directory,
@@ -27,25 +29,33 @@ from esper_lightning.forensics.asides import rename_aside, write_aside
 from esper_lightning.forensics.files import (
     Backlog,
     JsonLines,
+    Row,
     encode_rows,
     read_json_lines,
     write_atomically,
 )
 from esper_lightning.forensics.layout import RankLayout, RunLayout
+from esper_lightning.forensics.reading import whole_number
 
-__all__ = ["History", "finished_iterations"]
+__all__ = ["History", "counts_iterations", "finished_iterations"]
 
 _log = logging.getLogger(__name__)
 
 
 def finished_iterations(trainer: Trainer, module: LightningModule) -> int:
-    """Number of finished iterations: the module's own count if it has one, else the Trainer's.
+    """Number of finished iterations: the module's own count if it has one, else training batches.
 
-    A module whose ``iteration`` is that count, as PPO's is, has ``counts_iterations = True``. The
-    attribute may mean anything else in another module.
+    Batches are counted over all epochs, whether or not an optimizer has made a step.
     """
-    counts = getattr(module, "counts_iterations", False) is True
-    return cast(Any, module).iteration if counts else trainer.global_step
+    return cast(Any, module).iteration if counts_iterations(module) else finished_batches(trainer)
+
+
+def counts_iterations(module: LightningModule) -> bool:
+    """Whether ``module.iteration`` is the number of finished iterations, as that of PPO is.
+
+    Such a module has ``counts_iterations = True``: the attribute may mean anything else in another.
+    """
+    return getattr(module, "counts_iterations", False) is True
 
 
 class History(WritesRun):
@@ -61,6 +71,10 @@ class History(WritesRun):
 
     Args:
         dirpath: Run directory; ``None`` for that of the Trainer (``callbacks.run_directory``).
+
+    Attributes:
+        only_of_step: Whether a row without ``"row"`` holds only what its own step has logged, and
+            no values of earlier epochs and of validations. So it is in replays.
     """
 
     @check_arguments
@@ -68,7 +82,7 @@ class History(WritesRun):
         super().__init__(dirpath)
         self._files: list[_Rows] = []
         self._layout: RankLayout | None = None
-        self._is_displaced = False
+        self._is_displaced, self.only_of_step = False, False
 
     @property
     def path(self) -> Path | None:
@@ -119,9 +133,12 @@ class History(WritesRun):
         """Append the row of the finished iteration to the history."""
         if self._files:
             row = _given_row(outputs)
-            given = _numbers(trainer) if row is None else row
+            if row is None:
+                row = _numbers(
+                    metrics_of_step(trainer) if self.only_of_step else trainer.callback_metrics
+                )
             done = {"iteration": finished_iterations(trainer, pl_module)}
-            self._files[0].append(done | {**given} | done)
+            self._files[0].append(done | {**row} | done)
 
     @override
     def on_validation_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
@@ -132,9 +149,8 @@ class History(WritesRun):
                 for name in ("env_steps",)
                 if hasattr(pl_module, name)
             }
-            evaluated = {
-                k: v for k, v in _numbers(trainer).items() if k.startswith(("eval/", "val"))
-            }
+            numbers = _numbers(trainer.callback_metrics)
+            evaluated = {k: v for k, v in numbers.items() if k.startswith(("eval/", "val"))}
             done = finished_iterations(trainer, pl_module)
             self._files[1].append({"iteration": done, **counters, **evaluated})
 
@@ -227,9 +243,9 @@ def _given_row(outputs: Any) -> Mapping[str, Any] | None:
     return cast(Mapping[str, Any], row) if plain else None
 
 
-def _numbers(trainer: Trainer) -> dict[str, float]:
+def _numbers(values: Mapping[str, Tensor]) -> dict[str, float]:
     """All scalar metrics, in one copy from each device: one wait, not one for each metric."""
-    metrics = {k: v for k, v in trainer.callback_metrics.items() if v.numel() == 1}
+    metrics = {k: v for k, v in values.items() if v.numel() == 1}
     numbers: dict[str, float] = dict.fromkeys(metrics, 0.0)
     for device in {value.device for value in metrics.values()}:
         there = {name: v.detach() for name, v in metrics.items() if v.device == device}
@@ -239,7 +255,10 @@ def _numbers(trainer: Trainer) -> dict[str, float]:
 
 
 def _move_rows_after(path: Path, iteration: int) -> None:
-    """Move the rows after ``iteration`` to a file of another name; earlier rows stay."""
+    """Move the rows after ``iteration`` to a file of another name; earlier rows stay.
+
+    Rows without a number, which only damage can make, are moved with them.
+    """
     if not path.exists():
         return
     try:
@@ -248,10 +267,17 @@ def _move_rows_after(path: Path, iteration: int) -> None:
         _log.warning("The whole file is renamed: %s", error)
         rename_aside(path)
         return
-    earlier = [row for row in rows if row.get("iteration", 0) <= iteration]
-    later = [row for row in rows if row.get("iteration", 0) > iteration]
-    if later:
-        write_aside(path, encode_rows(later))
+    earlier, moved, unnumbered = list[Row](), list[Row](), 0
+    for row in rows:
+        number = whole_number(row.get("iteration"))
+        unnumbered += number is None
+        stays = number is not None and number <= iteration
+        (earlier if stays else moved).append(row)
+    if moved:
+        aside = write_aside(path, encode_rows(moved))
+        if unnumbered:
+            text = "%s: %d rows have no number of an iteration, and are moved to %s."
+            _log.warning(text, path, unnumbered, aside.name)
     content = encode_rows(earlier)
     if content != path.read_bytes():
         write_atomically(path, content)

@@ -322,12 +322,13 @@ def time_between_evaluations(trainer: Trainer) -> float | None:
     return getattr(trainer, "_val_check_time_interval", None)
 
 
-def monitors_cpu(callback: Callback) -> bool:
-    """Whether a ``DeviceStatsMonitor`` reads the CPU if the run is on the CPU.
+def monitors_cpu(callback: Callback, device: str) -> bool:
+    """Whether a ``DeviceStatsMonitor`` reads the CPU in a run on a device of the given type.
 
-    ``_cpu_stats`` is ``None`` where the user has made no choice.
+    ``_cpu_stats`` is ``None`` where the user has made no choice; a CPU is then read alone.
     """
-    return getattr(callback, "_cpu_stats", True) is None
+    chosen = getattr(callback, "_cpu_stats", False)
+    return device == "cpu" if chosen is None else bool(chosen)
 
 
 def summary_depth(callback: ModelSummary) -> int:

@@ -12,6 +12,7 @@ import functools
 import logging
 import os
 import threading
+import time
 from collections.abc import Callable, Generator, Iterable
 from contextlib import AbstractContextManager
 from pathlib import Path
@@ -20,10 +21,11 @@ from typing import Any, NamedTuple
 from lightning.fabric.utilities.rank_zero import rank_zero_only
 
 from esper_lightning.callbacks.lightning_internals import experiment_of
+from esper_lightning.callbacks.logger_files import EventFile, whole_hyperparams, whole_table
 from esper_lightning.callbacks.tensorboard_internals import OneEvent, replace_event_file
-from esper_lightning.forensics.files import Appender, Backlog, first_cause, replacing
+from esper_lightning.forensics.files import Backlog, first_cause
 
-__all__ = ["flush_logger", "guard_loggers"]
+__all__ = ["flush_logger", "guard_loggers", "when_begun"]
 
 _log = logging.getLogger(__name__)
 _GUARD = "_esper_lightning_guard"
@@ -31,6 +33,7 @@ _KEPT_CALLS = ("log_metrics", "log_hyperparams")
 _OTHER_CALLS = ("log_graph", "after_save_checkpoint")
 _EXPERIMENT_BYTES, _EXPERIMENT_FILES = 1 << 16, 4
 _FINALIZE_S = 10.0  # of a run that died: launchers kill a process about half a minute after SIGTERM
+_SLOW_S, _WAIT = 0.2, 10  # a service that refuses after a second is called again after ten
 _NO_ROOM = (errno.ENOSPC, errno.EDQUOT)
 
 
@@ -65,6 +68,24 @@ def guard_loggers(
             guard.at_end = at_end
 
 
+def when_begun(logger: Any, act: Callable[[Any], object]) -> None:
+    """Call a function with a logger once the logger has its experiment.
+
+    Args:
+        logger: Logger of a run. If it has a guard and its service is out of reach, the function is
+            called when the service is first reached, and an error of the function is a warning.
+        act: Function of the logger.
+
+    Raises:
+        Exception: Whatever ``act`` raises, if it is called now.
+    """
+    guard: _Guard | None = vars(logger).get(_GUARD)
+    if guard is None or guard.has_begun():
+        act(logger)
+    else:
+        guard.at_begin.append(act)
+
+
 def flush_logger(logger: Any) -> None:
     """Write the metrics that a logger holds in memory.
 
@@ -96,10 +117,16 @@ class _Guard:
     def __init__(self, logger: Any) -> None:
         self._logger, self._class = logger, type(logger)
         self._name = self._class.__name__
-        self._calls = Backlog[_Call](self._name, self._take, errors=Exception, drops_refused=True)
-        self._events: _EventFile | None = None
+        self._calls = Backlog[_Call](
+            self._name, self._take, errors=Exception, prepare=self._wait, drops_refused=True
+        )
+        self._events: EventFile | None = None
         self._event: OneEvent | None = None  # of the metrics that are being logged
-        self._absent: OSError | None = None  # why there is no experiment
+        self.at_begin: list[Callable[[Any], object]] = []  # to be called with the logger
+        self._absent: Exception | None = None  # why there is no experiment
+        self._refusal: Exception | None = None  # why the latest call of the logger failed
+        self._again_s = 0.0  # time of the next call of a logger that failed
+        self._is_calling = False  # whether a method of the logger's class is running
         self._unsaved: Exception | None = None  # why the latest ``save`` failed
         members: dict[str, Any] = {name: self._kept(name) for name in _KEPT_CALLS}
         members |= {name: self._with_warning(name) for name in _OTHER_CALLS}
@@ -120,8 +147,14 @@ class _Guard:
         if experiment_of(logger) is not None:
             self._keep_events(experiment_of(logger))
 
+    def has_begun(self) -> bool:
+        """Whether the logger has its experiment, which it tries to begin."""
+        _ = getattr(self._logger, "experiment", None)
+        return self._absent is None
+
     def flush(self) -> None:
         """Write what the logger holds, or raise the error that prevents it."""
+        self._again_s = 0.0
         self._calls.offer()
         self._original("save")
         for backlog in (self._calls, self._events and self._events.backlog):
@@ -178,6 +211,7 @@ class _Guard:
                 if self._unsaved is not None:
                     _log.error("%s: values that it held are lost: %s", self._name, self._unsaved)
             finally:
+                self._again_s = 0.0
                 self._calls.close()
                 logger.__class__ = self._class
                 del vars(logger)[_GUARD]
@@ -185,21 +219,53 @@ class _Guard:
         return call
 
     def _experiment(self) -> Any:
-        """The logger's experiment; one that does nothing while the disk has no room for it."""
+        """The logger's experiment; one that does nothing while the logger cannot begin its own.
+
+        Raises:
+            Exception: Whatever prevents the logger's own methods from using the experiment: what
+                they log then waits.
+        """
         if self._event is not None:
             return self._event
+        began_s = time.monotonic()
         try:
+            if self._absent is not None:
+                self._wait()
             self._refuse_full_disk()
             experiment = self._class.experiment.fget(self._logger)
-        except OSError as error:
-            if error.errno not in _NO_ROOM:
+        except AttributeError:  # the logger has no experiment
+            raise
+        except Exception as error:
+            self._refused(error, began_s)
+            if self._is_calling and not _is_no_room(error):
                 raise
             self._absent = error
-            self._calls.warn("%s failed: %s. Training continues.", error)
+            self._calls.warn("%s failed: %s. Training continues.", first_cause(error))
             return _Nothing()
         self._absent = None
         self._keep_events(experiment)
+        acts, self.at_begin = self.at_begin, []
+        for act in acts:
+            try:
+                act(self._logger)
+            except Exception as error:
+                self._calls.warn("%s failed: %s. Training continues.", first_cause(error))
         return experiment
+
+    def _wait(self) -> None:
+        """Raise the latest error of the logger, unless it is time to call the logger again.
+
+        A service that is out of reach may cost minutes at each call.
+        """
+        if self._refusal is not None and time.monotonic() < self._again_s:
+            raise self._refusal.with_traceback(None)
+
+    def _refused(self, error: Exception, began_s: float) -> None:
+        if error is not self._refusal:  # else it is the error of an earlier call
+            now_s = time.monotonic()
+            took_s = now_s - began_s
+            self._refusal = error
+            self._again_s = now_s + _WAIT * took_s if took_s > _SLOW_S else 0.0
 
     def _refuse_full_disk(self) -> None:
         """Raise if the disk has no room: each attempt to begin would leave an empty file."""
@@ -218,15 +284,24 @@ class _Guard:
 
     def _take(self, call: _Call) -> None:
         if self._absent is not None:
-            _ = self._logger.experiment  # the disk may have room by now
-        if self._absent is not None:
+            _ = self._logger.experiment  # it may begin by now
+        if self._absent is not None and _is_no_room(self._absent):
             raise self._absent
-        self._original(call.method, *call.args, **call.kwargs)
+        began_s = time.monotonic()
+        try:
+            self._original(call.method, *call.args, **call.kwargs)
+        except Exception as error:
+            self._refused(error, began_s)
+            raise
 
     def _original(self, name: str, *args: Any, **kwargs: Any) -> Any:
         """Call the logger's own method; files that the method rewrites are replaced whole."""
-        with self._one_event(name), self._whole_files(name):
-            return getattr(self._class, name)(self._logger, *args, **kwargs)
+        outer, self._is_calling = self._is_calling, True
+        try:
+            with self._one_event(name), self._whole_files(name):
+                return getattr(self._class, name)(self._logger, *args, **kwargs)
+        finally:
+            self._is_calling = outer
 
     @contextlib.contextmanager
     def _one_event(self, name: str) -> Generator[None]:
@@ -249,14 +324,14 @@ class _Guard:
         experiment = experiment_of(logger)
         if hasattr(experiment, "metrics_file_path"):  # the CSV logger's
             if name == "log_hyperparams":
-                return _whole_hyperparams(experiment, experiment.log_dir)
+                return whole_hyperparams(experiment, experiment.log_dir)
             if name == "save":
-                return _whole_table(experiment)
+                return whole_table(experiment)
         elif hasattr(logger, "NAME_HPARAMS_FILE"):  # TensorBoard's, also without room for events
             written = Path(logger.log_dir, logger.NAME_HPARAMS_FILE).exists()
             is_first = not getattr(rank_zero_only, "rank", 0)  # other ranks write none
             if name == "save" and is_first and not written:
-                return _whole_hyperparams(logger, logger.log_dir)
+                return whole_hyperparams(logger, logger.log_dir)
         return contextlib.nullcontext()
 
     def _keep_events(self, experiment: Any) -> None:
@@ -268,7 +343,7 @@ class _Guard:
             return
         with contextlib.suppress(AttributeError):  # another logger, or a writer that is closed
             said = self._calls.said
-            self._events = replace_event_file(experiment, lambda path: _EventFile(path, said))
+            self._events = replace_event_file(experiment, lambda path: EventFile(path, said))
 
 
 def _within_time(finalize: Callable[..., Any], name: str) -> Callable[..., None]:
@@ -299,30 +374,8 @@ def _within_time(finalize: Callable[..., Any], name: str) -> Callable[..., None]
     return call
 
 
-class _EventFile:
-    """Replacement of TensorBoard's own file, below its writer of records."""
-
-    def __init__(self, path: Path, said: set[str]) -> None:
-        self._file, self._lock = Appender(path), threading.Lock()
-        self.backlog = Backlog[bytes](str(path), self._file.append, said=said)
-        self.closed = False
-
-    def write(self, record: bytes) -> None:
-        """Append a record, or store it until the disk takes it."""
-        with self._lock:
-            self.backlog.put(record)
-
-    def flush(self) -> None:
-        """Append the records that wait."""
-        with self._lock:
-            self.backlog.offer()
-
-    def close(self) -> None:
-        """Append the waiting records that the disk takes, and report how many are lost."""
-        with self._lock:
-            self.backlog.close()
-            self._file.close()
-            self.closed = True
+def _is_no_room(error: Exception) -> bool:
+    return isinstance(error, OSError) and error.errno in _NO_ROOM
 
 
 class _Nothing:
@@ -341,46 +394,3 @@ def _copy(value: Any) -> Any:
 
 def _copied(values: dict[str, Any]) -> dict[str, Any]:
     return {name: _copy(value) for name, value in values.items()}
-
-
-@contextlib.contextmanager
-def _whole_hyperparams(owner: Any, folder: str) -> Generator[None]:
-    """Let ``owner`` write its ``hparams.yaml`` under another name, and rename the whole file."""
-    name = owner.NAME_HPARAMS_FILE
-    if "://" in str(folder) or not Path(folder).is_dir():
-        yield
-        return
-    with replacing(Path(folder, name)) as temporary:
-        owner.NAME_HPARAMS_FILE = temporary.name
-        try:
-            yield
-        finally:
-            del owner.NAME_HPARAMS_FILE
-
-
-@contextlib.contextmanager
-def _whole_table(experiment: Any) -> Generator[None]:
-    """Let the CSV logger write a longer head into a copy: without room, no row is lost."""
-    if "://" in experiment.metrics_file_path:
-        yield
-        return
-    path, keys = Path(experiment.metrics_file_path), list(experiment.metrics_keys)
-    size = path.stat().st_size if path.exists() else None
-    has_new_head = any(not set(keys).issuperset(row) for row in experiment.metrics)
-    try:
-        if size is None or not has_new_head:
-            yield
-            return
-        with replacing(path) as temporary:
-            temporary.write_bytes(path.read_bytes())
-            experiment.metrics_file_path = str(temporary)
-            yield
-    except BaseException:
-        experiment.metrics_keys = keys
-        if size is None:
-            path.unlink(missing_ok=True)
-        elif path.stat().st_size > size:
-            os.truncate(path, size)
-        raise
-    finally:
-        experiment.metrics_file_path = str(path)

@@ -9,17 +9,29 @@ address (``s3://``, ``gs://``, ...) writes into a local folder, and its files ar
 
 import contextlib
 import logging
-import os
 import re
 import threading
-import time
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
 import fsspec
 
+from esper_lightning.callbacks.address_claims import (
+    beside,
+    claim_address,
+    is_beside,
+    new_claims,
+    read_claims,
+    refuse_address,
+    remembered_address,
+    remembers_address,
+)
 from esper_lightning.core.errors import require
 from esper_lightning.core.paths import expand_home
+from esper_lightning.forensics.claims import DirectoryRefusedError
+from esper_lightning.forensics.files import write_atomically
+from esper_lightning.forensics.layout import RunLayout
 
 __all__ = ["Mirror", "main", "place_of", "require_writable"]
 
@@ -32,8 +44,7 @@ _NEVER_WRITTEN = (  # web pages, archives, views of other places: fsspec reads t
     *("http", "https", "libarchive", "pyscript", "reference", "simplecache", "tar", "zip"),
 )
 _PARTIAL = ".fetched"  # a file that is arriving
-_COPIED_TO = ".copied_to"  # holds the address of the copies if it is not the user's
-_NOT_COPIED = ("owner.lock", "phases.ring")
+_NOT_COPIED = ("owner.lock", "phases.ring", "copies.jsonl")  # the last is how it is claimed
 
 
 def place_of(location: str | Path) -> tuple[Path, str | None]:
@@ -103,16 +114,27 @@ class Mirror:
     A call of the library for the remote address may never return. Therefore only threads call the
     library: one thread at a time copies, and every wait for a thread has a time limit.
 
+    Before each copy the mirror looks whether the address is still that of its run. Where another
+    run has claimed it, or a user has files with the names of a run's, one warning says so, and the
+    copies go into a new folder below the address from then on.
+
     Args:
         folder: Local folder to copy from.
         address: Remote address to copy to.
         rank: Global rank whose folder ``rank<k>`` is copied; rank 0 also copies all files that are
             in no rank's folder.
+        claims: Claims of the folder (``callbacks.address_claims``), the same on all ranks; ``None``
+            before ``begin``, and for an address without an owner.
+
+    Attributes:
+        has_written: Whether files from the address, or about it, may be in the folder.
     """
 
-    def __init__(self, folder: Path, address: str, rank: int) -> None:
+    has_written = False
+
+    def __init__(self, folder: Path, address: str, rank: int, claims: str | None = None) -> None:
         require_writable("The run directory", address)
-        self.folder, self.address = folder, address
+        self.folder, self.address, self.claims = folder, address, claims
         self._rank = rank
         self._copied: dict[Path, tuple[int, int]] = {}
         self._lock = threading.Lock()
@@ -159,7 +181,7 @@ class Mirror:
 
     def _copy(self) -> None:
         try:
-            there, root = _file_system(self.address)
+            there, root = self._claim()
             for path in self._files():
                 known = path.stat()
                 version = (known.st_size, known.st_mtime_ns)
@@ -175,8 +197,35 @@ class Mirror:
                 _log.warning(text, self.folder, self.address, error)
             self._is_refused = True
 
-    def begin(self, *, fetch_s: float | None) -> str:
-        """Fetch the files that a run resumes from, and choose the address of its copies.
+    def _claim(self) -> tuple[Any, str]:
+        """Claim the address, or a folder below it; returns its file system and path."""
+        there, root = _file_system(self.address)
+        if self.claims is None:
+            return there, root
+        alone = self.address.endswith(beside("", self.claims))
+        if alone and self._copied:  # nobody else knows the name
+            return there, root
+        names = [path.relative_to(self.folder).as_posix() for path in self._files()]
+        others = claim_address(there, root, self.claims, names, alone=alone)
+        if others is None:
+            return there, root
+        text = "%s holds %s. Nothing there is replaced: %s is copied to %s."
+        former = self.address
+        with contextlib.suppress(OSError):
+            self._move()
+        _log.warning(text, former, others, self.folder, self.address)
+        return self._claim()
+
+    def _move(self) -> None:
+        """Copy into a folder below the address from now on, and in later runs in the folder."""
+        assert self.claims is not None
+        self.address = beside(self.address, self.claims)
+        self._copied.clear()
+        if self._rank == 0:
+            write_atomically(remembers_address(self.folder), self.address.encode())
+
+    def begin(self, *, fetch_s: float | None, written: Sequence[str] = ()) -> str:
+        """Fetch the files that a run resumes from, and choose and claim the address of its copies.
 
         Where something cannot be fetched, the copies go into a new folder below the address: at the
         address itself they would replace a history and checkpoints that the run does not resume
@@ -185,37 +234,54 @@ class Mirror:
         Args:
             fetch_s: Time to wait while nothing arrives, in seconds; ``None`` where the local folder
                 has the files of an earlier run, and nothing is fetched.
+            written: Patterns of the names that the run will write, relative to its directory.
 
         Returns:
             Address that the run directory is copied to.
-        """
-        remembered = self.folder / _COPIED_TO
-        if remembered.exists():
-            return remembered.read_text()
-        if fetch_s is None or self.fetch(seconds=fetch_s):
-            return self.address
-        beside = f"{self.address}/begun_{time.strftime('%Y%m%d_%H%M%S')}_{os.getpid()}"
-        remembered.write_text(beside)
-        return beside
 
-    def fetch(self, *, seconds: float) -> bool:
+        Raises:
+            DirectoryRefusedError: If a living process of this host copies another folder to the
+                address, or a user has files with such names there.
+            OSError: If a file cannot be written.
+        """
+        given = self.address
+        self.address = remembered_address(self.folder, given)
+        is_complete = fetch_s is None or self.address != given
+        if fetch_s is not None and not is_complete:
+            is_complete = self.fetch(seconds=fetch_s, written=written)
+        self.has_written = True
+        self.claims = self.claims or new_claims(self.folder)
+        if not is_complete:
+            self._move()
+        return self.address
+
+    def fetch(self, *, seconds: float, written: Sequence[str] = ()) -> bool:
         """Copy all files from the remote address into the local folder, for a run to resume from.
+
+        The address is claimed, then.
 
         Local files stay as they are. Each file arrives whole or not at all, and none arrives after
         the call has returned.
 
         Args:
             seconds: Time to wait while nothing arrives, in seconds.
+            written: As for ``begin``.
 
         Returns:
             Whether all remote files are in the local folder; otherwise there is one warning.
+
+        Raises:
+            DirectoryRefusedError: As for ``begin``; nothing is fetched then.
         """
         problems: list[str] = []
+        refusals: list[DirectoryRefusedError] = []
         is_over = threading.Event()
 
         def run() -> None:
             try:
-                self._fetch(is_over)
+                self._fetch(is_over, written)
+            except DirectoryRefusedError as error:
+                refusals.append(error)
             except Exception as error:  # of the library for the remote address
                 problems.append(repr(error))
 
@@ -229,6 +295,8 @@ class Mirror:
         finally:
             with self._lock:
                 is_over.set()
+        if refusals:
+            raise refusals[0]
         if thread.is_alive():
             problems.append(f"nothing came within {seconds:g} s")
             for partial in self.folder.rglob(_PARTIAL):
@@ -241,14 +309,16 @@ class Mirror:
             _log.warning(text, self.address, problems[0], self.folder)
         return not problems
 
-    def _fetch(self, is_over: threading.Event) -> None:
+    def _fetch(self, is_over: threading.Event, written: Sequence[str]) -> None:
         there, root = _file_system(self.address)
+        refuse_address(there, root, self.address, written)
+        self.has_written = True
         for path in there.find(root):
             name = str(path).removeprefix(root).lstrip("/")
             local = self.folder / name
             if is_over.is_set():
                 return
-            if local.exists():
+            if local.exists() or is_beside(name):
                 continue
             local.parent.mkdir(parents=True, exist_ok=True)
             partial = local.with_name(_PARTIAL)
@@ -260,6 +330,12 @@ class Mirror:
                     partial.replace(local)
             finally:
                 partial.unlink(missing_ok=True)
+        with self._lock:
+            if is_over.is_set():
+                return
+            self.claims = new_claims(self.folder)
+        there.makedirs(root, exist_ok=True)
+        there.pipe_file(f"{root}/{RunLayout(self.folder).copies.name}", self.claims.encode())
 
     def _files(self) -> list[Path]:
         mine = f"rank{self._rank}"
@@ -298,4 +374,7 @@ def main(folder: str, address: str, rank: str) -> None:
         address: Remote address to copy to.
         rank: Global rank of the process, in digits.
     """
-    Mirror(Path(folder), address, int(rank)).copy(seconds=_OF_THE_DEAD_S)
+    place = Path(folder)
+    claims = read_claims(place) or new_claims(place)
+    mirror = Mirror(place, remembered_address(place, address), int(rank), claims)
+    mirror.copy(seconds=_OF_THE_DEAD_S)

@@ -7,6 +7,7 @@ remote address and releases it.
 # pyright: reportAttributeAccessIssue=false, reportPrivateUsage=false
 # pyright: reportUnknownVariableType=false, reportUnknownArgumentType=false
 
+import contextlib
 import weakref
 from pathlib import Path
 from typing import Any
@@ -22,10 +23,12 @@ from esper_lightning.callbacks.directory_choice import (
 )
 from esper_lightning.callbacks.held_directory import OF_TRAINERS, HeldDirectory
 from esper_lightning.callbacks.logger_folders import announced_directory, begin_files, write_into
+from esper_lightning.callbacks.mirror import Mirror
 from esper_lightning.callbacks.profiler_internals import setup_profiler_again
 from esper_lightning.forensics.asides import replace_keeping
 from esper_lightning.forensics.claims import Claim
 from esper_lightning.forensics.layout import RunLayout
+from esper_lightning.forensics.reading import read_file
 
 __all__ = [
     "assign_run_directory",
@@ -132,7 +135,7 @@ def copy_run_directory(trainer: Trainer) -> None:
 
 
 def assign_run_directory(
-    trainer: Trainer, held: Claim, config: str, address: str | None = None
+    trainer: Trainer, held: Claim, config: str, mirror: Mirror | None = None
 ) -> None:
     """Make a Trainer's runs write into a directory that the first rank has claimed already.
 
@@ -144,14 +147,16 @@ def assign_run_directory(
         trainer: Trainer whose run has not begun.
         held: Claim of the directory.
         config: Content of ``config.yaml``.
-        address: Remote address that the directory is copied to; ``None`` without one.
+        mirror: Remote address that the directory is copied to, which has begun; ``None`` without
+            one.
 
     Raises:
         DirectoryRefusedError: If a logger's own folder is in use, or it would replace files there
             that no run wrote.
         OSError: If a file cannot be written.
     """
-    found = OF_TRAINERS[trainer] = HeldDirectory(held.directory, held, address)
+    address, claims = (None, None) if mirror is None else (mirror.address, mirror.claims)
+    found = OF_TRAINERS[trainer] = HeldDirectory(held.directory, held, address, claims)
     weakref.finalize(trainer, found.release)
     found.config = config
     for logger in trainer.loggers:
@@ -207,10 +212,12 @@ def _write_first_files(trainer: Trainer, found: HeldDirectory) -> None:
     if found.config is None:
         return
     config, found.config = found.config, None
-    path = RunLayout(found.directory).config
+    path, content = RunLayout(found.directory).config, config.encode()
     found.is_used = True
-    if not path.exists() or path.read_text() != config:
-        replace_keeping(path, config.encode())
+    with contextlib.suppress(OSError, ValueError):  # it is absent, or damage has made it no file
+        if read_file(path) == content:
+            return
+    replace_keeping(path, content)
 
 
 def _move_profiler(trainer: Trainer, announced: Path, directory: Path) -> None:

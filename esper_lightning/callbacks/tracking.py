@@ -9,14 +9,17 @@ loggers are known by their attributes: a user may have installed none.
 # pyright: reportAttributeAccessIssue=false
 
 import logging
+import shutil
 from collections.abc import Generator, Iterator
 from contextlib import contextmanager
+from functools import partial
 from pathlib import Path
 from typing import Any, cast
 
 from lightning.pytorch import Trainer
 
 from esper_lightning.callbacks.lightning_internals import checkpoint_to_load
+from esper_lightning.callbacks.loggers import when_begun
 from esper_lightning.callbacks.run_directory import run_directory
 from esper_lightning.callbacks.tracker_internals import (
     continue_run,
@@ -24,14 +27,16 @@ from esper_lightning.callbacks.tracker_internals import (
     service_of,
     write_below,
 )
+from esper_lightning.forensics.asides import rename_aside
 from esper_lightning.forensics.bundle import write_bundle
-from esper_lightning.forensics.files import first_cause, strict_json, write_atomically
+from esper_lightning.forensics.files import first_cause, replacing, strict_json, write_atomically
 from esper_lightning.forensics.layout import RunLayout
 from esper_lightning.forensics.reading import parse_json, read_file
 
 __all__ = ["begin_tracking", "continue_tracking", "upload_results"]
 
 _log = logging.getLogger(__name__)
+_NAMES_AT_WANDB = {"config.yaml": "run_config.yaml"}  # W&B has a config.yaml of its own
 
 
 def continue_tracking(trainer: Trainer) -> None:
@@ -47,10 +52,15 @@ def continue_tracking(trainer: Trainer) -> None:
     directory = run_directory(trainer)
     if directory is None or not trainer.is_global_zero:
         return
-    is_resumed = checkpoint_to_load(trainer) is not None
-    known = _read(RunLayout(directory).trackers) if is_resumed else {}
+    layout, is_resumed = RunLayout(directory), checkpoint_to_load(trainer) is not None
+    known: dict[str, str] = {}
+    with _warns("The trackers of the run before"):
+        if is_resumed:
+            known = _read(layout.trackers)
+        else:
+            rename_aside(layout.trackers)
     for name, logger in _trackers(trainer):
-        with _warns(logger):
+        with _warns(type(logger).__name__):
             write_below(logger, str(directory))
             if run_of_tracker(logger) is None and name in known:
                 continue_run(logger, known[name])
@@ -61,39 +71,42 @@ def continue_tracking(trainer: Trainer) -> None:
 def begin_tracking(trainer: Trainer) -> None:
     """Write down which runs the loggers have begun, and give them the config of the run.
 
+    A service that is out of reach now gets the config when its logger first reaches the service.
+
     Args:
         trainer: Trainer of a run, whose loggers have begun, on the first rank.
     """
     directory = run_directory(trainer)
     if directory is None or not trainer.is_global_zero:
         return
-    layout = RunLayout(directory)
-    begun: dict[str, str] = {}
+    layout, begun = RunLayout(directory), dict[str, str]()
+    with _warns("The trackers of the run before"):
+        begun = _read(layout.trackers)
+
+    def begin(name: str, logger: Any) -> None:
+        identifier = run_of_tracker(logger)
+        if identifier is not None:
+            begun[name] = identifier
+            write_atomically(layout.trackers, f"{strict_json(begun)}\n".encode())
+        _place(logger, layout.directory)
+        _upload(logger, layout.config)
+
     for name, logger in _trackers(trainer):
-        with _warns(logger):
-            _ = logger.experiment
-            identifier = run_of_tracker(logger)
-            if identifier is not None:
-                begun[name] = identifier
-            _place(logger, directory)
-            _upload(logger, layout.config)
-    if begun:
-        write_atomically(layout.trackers, f"{strict_json(begun)}\n".encode())
+        with _warns(type(logger).__name__):
+            when_begun(logger, partial(begin, name))
     for logger in trainer.loggers:
-        add_text = getattr(getattr(logger, "experiment", None), "add_text", None)  # TensorBoard's
-        if callable(add_text) and layout.config.is_file():
-            with _warns(logger):
-                text = layout.config.read_text().replace("\n", "\n    ")
-                add_text("config", f"    {text}", 0)  # indented: Markdown shows it as it is
+        with _warns(type(logger).__name__):
+            when_begun(logger, partial(_add_config, layout))
 
 
-def upload_results(directory: Path, logger: Any, died: bool) -> None:
+def upload_results(directory: Path, logger: Any, *, died: bool, resumed: bool) -> None:
     """Give a service the best checkpoint of a run, and the bundle of its death.
 
     Args:
         directory: Run directory.
         logger: Logger of the run; one that writes files gets nothing.
-        died: Whether the run died; otherwise only the bundle of an earlier attempt is uploaded.
+        died: Whether the run died.
+        resumed: Whether the run continues an earlier attempt, whose bundle is uploaded, then.
 
     Raises:
         Exception: Whatever prevents the service from taking a file.
@@ -103,8 +116,9 @@ def upload_results(directory: Path, logger: Any, died: bool) -> None:
     if died:
         write_bundle(directory)
     layout = RunLayout(directory)
-    for path in (layout.crash_bundle, layout.best_checkpoint):
-        _upload(logger, path)
+    if died or resumed:  # else the bundle is that of another run
+        _upload(logger, layout.crash_bundle)
+    _upload(logger, layout.best_checkpoint)
 
 
 def _trackers(trainer: Trainer) -> Iterator[tuple[str, Any]]:
@@ -118,17 +132,30 @@ def _trackers(trainer: Trainer) -> Iterator[tuple[str, Any]]:
             yield service if count == 1 else f"{service}-{count}", logger
 
 
+def _add_config(layout: RunLayout, logger: Any) -> None:
+    """Give TensorBoard the config as text."""
+    add_text = getattr(getattr(logger, "experiment", None), "add_text", None)
+    if callable(add_text) and layout.config.is_file():
+        text = layout.config.read_text().replace("\n", "\n    ")
+        add_text("config", f"    {text}", 0)  # indented: Markdown shows it as it is
+
+
 def _upload(logger: Any, path: Path) -> None:
     """Give a service a file, if the file exists.
 
-    W&B gets the path, below the run directory as in it; what W&B reads later is what is there then.
+    W&B gets a copy in its own folder. It would make a link to any other file, and its service
+    writes files through such links.
     """
     if not path.is_file():
         return
     if service_of(logger) == "mlflow":
         logger.experiment.log_artifact(run_of_tracker(logger), str(path))
     else:
-        logger.experiment.save(str(path), base_path=str(path.parent), policy="now")
+        folder = Path(logger.experiment.dir)
+        copy = folder / _NAMES_AT_WANDB.get(path.name, path.name)
+        with replacing(copy) as temporary:
+            shutil.copyfile(path, temporary)
+        logger.experiment.save(str(copy), base_path=str(folder), policy="now")
 
 
 def _place(logger: Any, directory: Path) -> None:
@@ -152,10 +179,9 @@ def _read(path: Path) -> dict[str, str]:
 
 
 @contextmanager
-def _warns(logger: Any) -> Generator[None]:
+def _warns(name: str) -> Generator[None]:
     """A context whose errors are one warning: what a service lacks must not end a run."""
     try:
         yield
     except Exception as error:
-        text = "%s failed: %s. Training continues."
-        _log.warning(text, type(logger).__name__, first_cause(error))
+        _log.warning("%s failed: %s. Training continues.", name, first_cause(error))

@@ -1,11 +1,13 @@
 """The text that ``esper crash`` prints. Standard library only."""
 
 import itertools
+import shlex
 import time
 from collections import defaultdict
 from pathlib import Path
 from typing import Any
 
+from esper_lightning.forensics.deaths import failing_iteration
 from esper_lightning.forensics.fingerprint import Fingerprint
 from esper_lightning.forensics.layout import RunLayout
 from esper_lightning.forensics.phases import Phases
@@ -18,7 +20,7 @@ from esper_lightning.forensics.remains import (
     examine,
     rank_folders,
 )
-from esper_lightning.forensics.replay import ReplayRecord, failing_iteration, judge
+from esper_lightning.forensics.replay import ReplayRecord, can_start_again, judge
 from esper_lightning.forensics.report import CgroupCounters, CrashReport, Evidence, NonFiniteReport
 
 __all__ = ["describe", "seconds_by_phase"]
@@ -70,29 +72,37 @@ def describe(directory: Path, ranks: list[Remains], first: Remains | None) -> li
         culprit = culprit_of_hang(ranks)
         if culprit is not None:
             lines.append(f"The others waited for rank {culprit.rank}.")
-        return [*lines, *_last_rows(ranks[0]), *_again(directory, None)]
+        return [*lines, *_last_rows(ranks[0]), *_again(directory, ranks, None)]
     lines += [*_death(first, ranks), ""]
     sections = (_where_time_went, _last_rows, _evidence, _operators)
     for section in sections:
         lines += [*section(first), ""]
-    return lines[:-1] + _again(directory, first)
+    return lines[:-1] + _again(directory, ranks, first)
 
 
-def _again(directory: Path, first: Remains | None) -> list[str]:
+def _again(directory: Path, ranks: list[Remains], first: Remains | None) -> list[str]:
     """The line to type for a replay; for a replay, the verdict."""
-    record, layout = ReplayRecord.read(directory), RunLayout(directory)
+    record = ReplayRecord.read(directory)
     if record is not None:
         try:
-            verdict = judge(directory, examine(Path(record.run_dir or "")))
+            verdict = judge(directory, examine(*record.directories))
         except ValueError as error:
             return ["", f"A replay of {record.run_dir}. {error}"]
         return ["", f"A replay of {record.run_dir}:", *verdict.lines]
     if first is None:
         return []
-    how = f"esper replay {directory}"
-    if not layout.config.exists():
+    places = dict.fromkeys([directory, *(rank.directory for rank in ranks)])
+    how = " ".join(["esper replay", *map(shlex.quote, map(str, places))])
+    if _is_elsewhere(first, ranks):
+        how += " DIR_OF_THE_OTHER_HOST"
+    if not any(can_start_again(RunLayout(place).config) for place in places):
         how = "in Python, replay(trainer, model, RUN_DIR)"
     return ["", f"To play it again, up to iteration {failing_iteration(first)}:", f"    {how}"]
+
+
+def _is_elsewhere(first: Remains, ranks: list[Remains]) -> bool:
+    """Whether a rank that left nothing here failed before the ranks that did."""
+    return not first.is_first_cause and len(ranks) < (first.world_size or 0)
 
 
 def describe_start(owner: dict[str, Any]) -> str:
@@ -138,8 +148,11 @@ def _death(first: Remains, ranks: list[Remains]) -> list[str]:
         ]
     lines = [f"Rank {first.rank} failed first: {report.what_happened}"]
     if not first.is_first_cause:  # and no other rank that left something is the first cause
-        elsewhere = len(ranks) < (first.world_size or 0)
-        why = "its folder is on another host" if elsewhere else "no rank reports why"
+        why = (
+            "its folder is on another host"
+            if _is_elsewhere(first, ranks)
+            else "no rank reports why"
+        )
         lines = [f"Rank {first.rank} lost a peer; {why}.", _cut(report.what_happened, _WIDTH)]
     if report.schema != SCHEMA:
         lines.append(f"(Written with schema {report.schema}; this reads {SCHEMA}.)")

@@ -5,7 +5,6 @@ import contextlib
 import json
 import logging
 import sys
-import traceback
 import warnings
 from collections.abc import Callable, Sequence
 from contextlib import suppress
@@ -16,7 +15,7 @@ from typing import Any, NoReturn, cast
 from lightning.fabric.utilities.exceptions import MisconfigurationException
 from lightning.pytorch import Trainer
 from lightning.pytorch.accelerators import CUDAAccelerator, MPSAccelerator
-from lightning.pytorch.callbacks import Callback, Timer, early_stopping
+from lightning.pytorch.callbacks import Callback, Timer
 from lightning.pytorch.cli import ArgsType, LightningArgumentParser, LightningCLI
 from lightning.pytorch.profilers import Profiler
 from lightning.pytorch.strategies import StrategyRegistry
@@ -31,6 +30,7 @@ from esper_lightning.cli.errors import fail, nearest
 from esper_lightning.cli.launcher import tell_launchers
 from esper_lightning.cli.mistakes import settings_come_first
 from esper_lightning.cli.pages.live_page import LivePage
+from esper_lightning.cli.refusals import refusal
 from esper_lightning.cli.setting_help import HELP_TRAINER, HelpTrainer, usage_of
 from esper_lightning.cli.settings import SettingsParser
 from esper_lightning.cli.start_of_run import find_start
@@ -38,7 +38,6 @@ from esper_lightning.cli.trainer import EsperTrainer, refuse_bench
 from esper_lightning.core.errors import require, require_name
 from esper_lightning.core.paths import requires_folder
 from esper_lightning.core.ranks import RanksDisagreeError
-from esper_lightning.envs.adapters.named import MissingPackageError
 from esper_lightning.envs.base import ReadsData
 from esper_lightning.train import begin_run, newest_run, run_logger, run_plugins
 from esper_lightning.trainer import default_callbacks, results_of
@@ -74,7 +73,6 @@ _NOT_BAREBONES = {
 }
 _PROFILERS = ("simple", "advanced", "pytorch", "xla")
 _TRAINER_DEFAULTS = {"max_epochs": -1, "devices": 1, **_NOT_BAREBONES}
-_LIGHTNING_CALLBACKS = Path(early_stopping.__file__).parent
 
 
 def prepare(arguments: list[str]) -> Callable[[], None]:
@@ -219,12 +217,14 @@ class EsperCLI(LightningCLI):
             quiet = {"logger": False, "enable_checkpointing": False, "enable_progress_bar": False}
             return super().instantiate_trainer(**kwargs, **quiet)
         self._is_dry = self._get(self.config_init, "dry_run")
+        run_dir = self._get(self.config_init, "run_dir")
+        require_name("--run_dir", run_dir, "a directory")
         if settings["barebones"]:  # it also refuses the settings that we choose
+            rule, hint = "be null with trainer.barebones=true", "Such a run writes no files."
+            require(run_dir is None, "--run_dir", rule, str(run_dir), hint)
             kwargs |= dict.fromkeys(_NOT_BAREBONES)
             return super().instantiate_trainer(**kwargs)
         leaves_files = not settings["fast_dev_run"]
-        run_dir = self._get(self.config_init, "run_dir")
-        require_name("--run_dir", run_dir, "a directory")
         if run_dir is None and self._get(self.config_init, "ckpt_path") == "last":
             run_dir = newest_run(self.model.env, settings["default_root_dir"] or "")
         self._run_dir = run_dir
@@ -322,12 +322,10 @@ class EsperCLI(LightningCLI):
             if self.model.is_resuming:
                 self._refuse_to_resume(error)
             began = self.model.iteration > self._resumes_from
-            refusals = (MisconfigurationException, MissingPackageError)
-            refusals += (ValueError,) if self.subcommand == "bench" else ()  # of an environment
-            early = isinstance(error, refusals) and not began
-            if not early and not _is_refusal_of_callback(error):
+            said = refusal(error, began=began, measures=self.subcommand == "bench")
+            if said is None:
                 raise
-            fail(error)
+            fail(said)
         finally:
             if self._page is not None and self.trainer.is_global_zero:
                 self._page.write(self.trainer)
@@ -373,16 +371,6 @@ def _refuse_profiler(profiler: Any) -> None:
         parser.parse_args([f"--trainer.profiler={profiler}"])
     rule = f"be one of {', '.join(_PROFILERS)}, or name a class of Profiler"
     require(False, "trainer.profiler", rule, profiler, nearest(profiler, _PROFILERS).strip())
-
-
-def _is_refusal_of_callback(error: Exception) -> bool:
-    """Whether an error is about wrong settings of one of Lightning's own callbacks.
-
-    ``EarlyStopping`` and ``ModelCheckpoint`` look for what they monitor only after an epoch.
-    """
-    raised_in = Path(traceback.extract_tb(error.__traceback__)[-1].filename).parent
-    refuses = isinstance(error, MisconfigurationException | RuntimeError)
-    return refuses and raised_in == _LIGHTNING_CALLBACKS
 
 
 def _options() -> argparse.ArgumentParser:

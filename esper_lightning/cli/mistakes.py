@@ -21,10 +21,11 @@ from typing_extensions import override
 import esper_lightning
 from esper_lightning.cli.errors import fail
 
-__all__ = ["settings_come_first"]
+__all__ = ["PACKAGE", "passes_user_code", "settings_come_first", "shows_tracebacks"]
 
 _CONFIG_ERRORS = (argparse.ArgumentError, ValueError, TypeError, OSError, MisconfigurationException)
-_PACKAGE = Path(esper_lightning.__file__).parent
+PACKAGE = Path(esper_lightning.__file__).parent
+"""Folder of this package."""
 
 
 @contextmanager
@@ -50,7 +51,7 @@ def settings_come_first() -> Generator[None]:
     try:
         yield
     except Exception as error:
-        if os.environ.get("JSONARGPARSE_DEBUG", "").lower() == "true":
+        if shows_tracebacks():
             raise
         fail(_describe(error))
     except SystemExit as error:  # also of --help; a user's code has nothing to end here
@@ -64,6 +65,16 @@ def settings_come_first() -> Generator[None]:
             handler.removeFilter(hold)
     for emit in held:
         emit()
+
+
+def shows_tracebacks() -> bool:
+    """Whether the user asks for the traceback of an error in place of its line."""
+    return os.environ.get("JSONARGPARSE_DEBUG", "").lower() == "true"
+
+
+def passes_user_code(error: BaseException) -> bool:
+    """Whether an error came through code that is neither of a library nor of this package."""
+    return bool(_place(error))
 
 
 class _Hold(logging.Filter):
@@ -106,7 +117,7 @@ def _place(error: BaseException, *, raised_there: bool = False) -> str:
         error: Error that was raised.
         raised_there: Whether the user's code itself must have raised the error.
     """
-    libraries = (*map(sysconfig.get_path, ("stdlib", "purelib", "platlib")), str(_PACKAGE))
+    libraries = (*map(sysconfig.get_path, ("stdlib", "purelib", "platlib")), str(PACKAGE))
     frames = traceback.extract_tb(error.__traceback__)
     own = [frame for frame in frames if not frame.filename.startswith((*libraries, "<"))]
     if not own or (raised_there and own[-1] is not frames[-1]):

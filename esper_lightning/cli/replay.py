@@ -7,7 +7,7 @@ import subprocess
 import sys
 import tempfile
 import time
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, cast
 
@@ -15,13 +15,15 @@ import yaml
 
 from esper_lightning.cli.errors import CommandParser, fail, local_path
 from esper_lightning.cli.mistakes import settings_come_first
+from esper_lightning.cli.replay_loggers import replace_loggers
+from esper_lightning.comparison.runs import parse_yaml
 from esper_lightning.core.paths import expand_home
 from esper_lightning.forensics import sidecar
-from esper_lightning.forensics.fingerprint import Fingerprint
+from esper_lightning.forensics.fingerprint import Fingerprint, variables_to_restore
 from esper_lightning.forensics.layout import RunLayout
 from esper_lightning.forensics.reading import printable, read_file
 from esper_lightning.forensics.remains import examine, first_failure, rank_folders
-from esper_lightning.forensics.replay import BY_PROGRAM, Verdict, judge
+from esper_lightning.forensics.replay import Verdict, judge, needs_program
 from esper_lightning.recorder.flight_recorder import FlightRecorder
 from esper_lightning.recorder.profiling.window_profiler import WindowProfiler
 from esper_lightning.recorder.replay_watch import ReplayWatch
@@ -35,16 +37,16 @@ from esper_lightning.training.failing_minibatch import examine_minibatch
 
 __all__ = ["STATUSES", "run"]
 
-STATUSES = {"reproduced": 0, "did not happen again": 3, "different": 4}
+STATUSES = {"reproduced": 0, "did not happen again": 3, "different": 4, "undecided": 5}
 """Exit status of the command for each verdict."""
 
-_RESTORED = ("OMP_", "MKL_", "KMP_", "CUBLAS_", "TORCH_", "XLA_", "PYTHONHASHSEED")
 _MISTAKE = 2  # exit status of the commands for settings that are refused
 _REPORT_S = 5.0  # that the second process of a rank may take for the report
 _EPILOG = """exit status:
   0  reproduced: the same error, in the same iteration, at the same line
-  3  did not happen again: the cause is outside of the program's state
+  3  did not happen again: the failing iteration went well
   4  different from some iteration on; the output says what differs between the runs
+  5  undecided: the replay ended early, or its start does not restore the order of the data
   2  RUN_DIR holds no run that died, or the run cannot be started again
 """
 
@@ -53,7 +55,13 @@ def run(arguments: list[str]) -> None:
     """Replay a run and print the verdict, which is also the exit status."""
     parser = CommandParser("esper replay", "A dead run again, up to its death.", _EPILOG)
     parser.formatter_class = argparse.RawDescriptionHelpFormatter
-    parser.add_argument("dead_run", type=local_path, metavar="RUN_DIR")
+    parser.add_argument(
+        "dead_run",
+        type=local_path,
+        metavar="RUN_DIR",
+        nargs="+",
+        help="a run directory; several for the copies of one run on several hosts",
+    )
     parser.add_argument(
         "--deep",
         action="store_true",
@@ -70,20 +78,31 @@ def run(arguments: list[str]) -> None:
         "--run_dir", type=local_path, help="directory of the replay; by default a new one beside"
     )
     parser.add_argument("--ckpt_path", type=local_path, help="checkpoint to start from")
+    parser.add_argument(
+        "--from_start",
+        action="store_true",
+        help="start at the beginning of the run: no state is absent that no checkpoint holds",
+    )
     options = parser.parse_args(arguments)
-    dead_run: Path = options.dead_run
+    # The copy with the folder of rank 0 has the config, too.
+    directories = sorted(
+        options.dead_run, key=lambda each: not RunLayout(each).rank(0).directory.is_dir()
+    )
+    dead_run = directories[0]
     try:
         if options.minibatch:
-            sys.exit(_examine_minibatch(dead_run))
+            sys.exit(_examine_minibatch(directories))
         if options.run_dir is not None:
             require_new_directory("--run_dir", options.run_dir)
-        _wait_for_report(dead_run)
-        plan = plan_replay(dead_run, ckpt_path=options.ckpt_path, deep=options.deep)
+        _wait_for_report(*directories)
+        start = {"ckpt_path": options.ckpt_path, "from_start": options.from_start}
+        plan = plan_replay(*directories, deep=options.deep, **start)
         if plan.deep and plan.begins < plan.iteration - 1:
-            verdict = _play(plan_replay(dead_run, ckpt_path=options.ckpt_path), dead_run, None)
-            if verdict.outcome == "different":  # it has not come to the state before the fault
+            verdict = _play(plan_replay(*directories, **start), dead_run, None)
+            # It may not have come to the state before the fault.
+            if verdict.outcome in ("different", "undecided"):
                 sys.exit(STATUSES[verdict.outcome])
-            plan = plan_replay(dead_run, deep=True)
+            plan = plan_replay(*directories, deep=True)
         verdict = _play(plan, dead_run, options.run_dir)
     except (ValueError, OSError) as error:
         fail(error)
@@ -91,13 +110,12 @@ def run(arguments: list[str]) -> None:
     sys.exit(STATUSES[verdict.outcome])
 
 
-def _examine_minibatch(dead_run: Path) -> int:
+def _examine_minibatch(directories: Sequence[Path]) -> int:
     """Print where the first value of a minibatch that is not finite arises; returns the status."""
-    layout = RunLayout(dead_run)
-    ranks = [layout.rank(rank) for rank in rank_folders(dead_run)]
+    ranks = [RunLayout(place).rank(rank) for place in directories for rank in rank_folders(place)]
     left = [files for files in ranks if files.bad_minibatch.exists()]
     with settings_come_first():
-        finding = examine_minibatch((left or [layout.rank(0)])[0])
+        finding = examine_minibatch((left or [RunLayout(directories[0]).rank(0)])[0])
     print("\n".join(map(printable, finding.lines)), flush=True)
     return STATUSES["reproduced" if finding.found else "did not happen again"]
 
@@ -106,16 +124,21 @@ def _play(plan: ReplayPlan, dead_run: Path, given: Path | None) -> Verdict:
     """Start the run again, wait for its end, and print the verdict."""
     directory = replay_directory(dead_run) if given is None else given.absolute()
     settings = _settings(plan, dead_run, directory)
+    found = plan.first.fingerprint or Fingerprint()
+    remarks = replace_loggers(settings["trainer"], directory, started_in=found.directory)
+    lost = [name for name in variables_to_restore(found)[1] if name not in os.environ]
+    if lost:
+        remarks.append(f"Not restored, because no whole value is on record: {', '.join(lost)}.")
     start = f"the state after iteration {plan.begins}" if plan.start else "the beginning"
     count = max(1, plan.iteration - plan.begins)
     when = f"in iteration {plan.iteration}" if plan.iteration else "before the first iteration"
     print(
         f"Rank {plan.first.rank} of {plan.world_size} died {when}.",
         f"Replay from {start}, {count} iteration{'s' if count > 1 else ''}, in {_shown(directory)}",
+        *map(printable, remarks),
         sep="\n",
         flush=True,
     )
-    found = plan.first.fingerprint or Fingerprint()
     with tempfile.TemporaryDirectory(prefix="replay-") as folder:
         config = Path(folder, "config.yaml")
         config.write_text(yaml.safe_dump(settings, sort_keys=False))
@@ -146,16 +169,15 @@ def _settings(plan: ReplayPlan, dead_run: Path, directory: Path) -> dict[str, An
     """
     hint = "Call esper_lightning.replaying.replay(trainer, model, run_dir)."
     try:
-        content = read_file(RunLayout(dead_run).config)
-        settings: Any = yaml.safe_load(content)
-    except (OSError, ValueError, yaml.YAMLError) as error:
+        config = RunLayout(dead_run).config
+        lacks, content = needs_program(config), read_file(config)
+        settings: Any = parse_yaml(content)
+    except (OSError, ValueError) as error:
         message = f"RUN_DIR must hold the config.yaml of the run, got {str(dead_run)!r}. {hint}"
         raise ValueError(message) from error
-    first = content.partition(b"\n")[0].decode(errors="replace")
-    if first.startswith(BY_PROGRAM):
-        names = first.partition(":")[2].strip()
+    if lacks is not None:
         raise ValueError(
-            f"RUN_DIR must hold a run without objects of a program, got {names}. {hint}"
+            f"RUN_DIR must hold a run without objects of a program, got {lacks}. {hint}"
         )
     settings = cast(dict[str, Any], settings) if isinstance(settings, dict) else {}
     if not all(isinstance(settings.get(name), dict) for name in ("model", "trainer")):
@@ -170,12 +192,13 @@ def _settings(plan: ReplayPlan, dead_run: Path, directory: Path) -> dict[str, An
         listed.append(_spec(FlightRecorder, {"print_profile": False}))
     listed.append(_spec(ReplayWatch, plan.settings_of_watch(dead_run)))
     trainer["callbacks"] = listed
-    trainer["logger"] = None  # what a user's logger writes to may be shared
     trainer["profiler"] = _spec(WindowProfiler, plan.settings_of_profiler())
-    if plan.world_size > 1:
-        trainer |= {"devices": plan.world_size, "num_nodes": 1}
-        if trainer.get("strategy") in (None, "auto"):
-            trainer["strategy"] = "ddp"
+    devices = trainer.get("devices")
+    if not isinstance(devices, list) or len(cast(list[Any], devices)) != plan.world_size:
+        devices = plan.world_size
+    trainer |= {"devices": devices, "num_nodes": 1}
+    if plan.world_size > 1 and trainer.get("strategy") in (None, "auto"):
+        trainer["strategy"] = "ddp"
     if plan.deep:
         settings["model"]["compile"] = "off"
     settings["run_dir"] = str(directory)
@@ -193,25 +216,28 @@ def _elsewhere(callback: Any, dead_run: Path) -> Any:
     if not isinstance(callback, dict):
         return callback
     settings = cast(dict[str, Any], callback)
-    arguments = cast(dict[str, Any], settings.get("init_args") or {})
-    given = arguments.get("dirpath")
-    if given is None or not expand_home(given).resolve().is_relative_to(dead_run.resolve()):
+    arguments = settings.get("init_args")
+    if not isinstance(arguments, dict):
         return settings
-    return settings | {"init_args": arguments | {"dirpath": None}}
+    given = cast(dict[str, Any], arguments).get("dirpath")
+    is_path = isinstance(given, str)  # else the run says what is wrong
+    if not is_path or not expand_home(given).resolve().is_relative_to(dead_run.resolve()):
+        return settings
+    return settings | {"init_args": cast(dict[str, Any], arguments) | {"dirpath": None}}
 
 
 def _environment(found: Fingerprint, *, deep: bool) -> Mapping[str, str]:
     """The variables of this process, and those of the dead run that are not set here."""
-    recorded = {k: v for k, v in found.variables.items() if k.startswith(_RESTORED)}
+    recorded, _lost = variables_to_restore(found)
     launches = {"CUDA_LAUNCH_BLOCKING": "1"} if deep else {}
     return recorded | os.environ | launches
 
 
-def _wait_for_report(directory: Path) -> None:
+def _wait_for_report(*directories: Path) -> None:
     """Wait for the report of a process that vanished, which a second process writes soon after."""
     end = time.monotonic() + _REPORT_S
     while time.monotonic() < end:
-        first = first_failure(examine(directory))
+        first = first_failure(examine(*directories))
         if first is None or (first.report is not None and first.report.complete):
             return
         time.sleep(0.1)

@@ -35,6 +35,7 @@ __all__ = [
     "Score",
     "find_runs",
     "identity",
+    "parse_yaml",
     "read_metrics",
     "read_run",
     "read_yaml",
@@ -261,14 +262,29 @@ def read_yaml(path: Path) -> Any:
         ValueError: If the file cannot be read, or has entries without end.
     """
     try:
-        content: Any = yaml.load(read_file(path, most_bytes=_MOST_YAML_BYTES), _Loader)
-        refuse_unbounded(content)
+        content = parse_yaml(read_file(path))
         return parse_json(strict_json(content).encode())
-    except RecursionError:
-        reason = "it is nested too deep"
-    except Exception as error:  # the parser raises whatever damaged text makes of it
+    except Exception as error:  # values may be of any kind
         reason = " ".join((str(error) or type(error).__name__).split())
     raise ValueError(f"{path} must be a readable YAML file: {reason}.")
+
+
+def parse_yaml(content: bytes) -> Any:
+    """The value of a YAML text, within limits that every reader can rely on.
+
+    Raises:
+        ValueError: If ``content`` is no YAML, is too long, or has entries without end.
+    """
+    if len(content) > _MOST_YAML_BYTES:
+        raise ValueError(f"it is longer than {_MOST_YAML_BYTES:,} bytes")
+    try:
+        value: Any = yaml.load(content, _Loader)
+        refuse_unbounded(value)
+    except RecursionError:
+        raise ValueError("it is nested too deep") from None
+    except Exception as error:  # the parser raises whatever damaged text makes of it
+        raise ValueError(str(error) or type(error).__name__) from error
+    return value
 
 
 def _flat(settings: Mapping[str, Any], prefix: str = "") -> Iterable[tuple[str, Any]]:

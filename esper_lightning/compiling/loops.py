@@ -21,6 +21,7 @@ from typing import Any, Literal, TypeVar
 
 import torch
 
+from esper_lightning.compiling.audits import Audit, FirstRows, FirstStep, Sample, Whole
 from esper_lightning.compiling.cuda_graph import CapturedFunction, CapturedLoop
 from esper_lightning.compiling.holders import ImpureError
 from esper_lightning.compiling.native.loops import NativeFunction, NativeLoop, NativeMap
@@ -81,7 +82,7 @@ def compile_loop(
     """
     eager = _eager_loop(body, chunk_body)
     if _is_native(mode, device):
-        return _Native(name, lambda: NativeLoop(body, chunk_body), eager)
+        return _Native(name, lambda: NativeLoop(body, chunk_body), eager, FirstStep())
     if not _is_compiled(mode, device):
         return eager
     stepwise = StepwiseLoop(body, chunk_body, device)
@@ -103,7 +104,7 @@ def compile_function(
         mode: Compile mode of the function.
         device: Device of all tensors.
     """
-    return _compiled(name, function, NativeFunction, mode=mode, device=device)
+    return _compiled(name, function, NativeFunction, Whole(), mode=mode, device=device)
 
 
 def compile_map(
@@ -119,7 +120,7 @@ def compile_map(
         mode: Compile mode of the function.
         device: Device of all tensors.
     """
-    return _compiled(name, function, NativeMap, mode=mode, device=device)
+    return _compiled(name, function, NativeMap, FirstRows(), mode=mode, device=device)
 
 
 def capture_function(
@@ -226,13 +227,14 @@ def _compiled(
     name: str,
     function: Callable[..., Tree],
     native: type[NativeFunction] | type[NativeMap],
+    sample: Sample,
     *,
     mode: CompileMode,
     device: torch.device,
 ) -> Callable[..., Tree]:
     """A function with all ways to run it, from the fastest to the eager one."""
     if _is_native(mode, device):
-        return _Native(name, lambda: native(function), function)
+        return _Native(name, lambda: native(function), function, sample)
     if not _is_compiled(mode, device):
         return function
     compiled = Compiled(function)
@@ -282,12 +284,13 @@ class _Native:
 
     So the results for some arguments never depend on what was called before. Where there can be no
     program, the function runs eagerly; for good once something has changed that a program read of
-    a user's objects.
+    a user's objects, or once results differ from those of the function.
 
     Args:
         name: Name of the function, for messages.
         program: Function that makes a native function, which compiles at its first call.
         eager: The function itself.
+        sample: Part of a call that is compared now and then.
     """
 
     def __init__(
@@ -295,8 +298,10 @@ class _Native:
         name: str,
         program: Callable[[], NativeFunction | NativeMap | NativeLoop],
         eager: Callable[..., Tree],
+        sample: Sample,
     ) -> None:
         self._name, self._program, self._eager = name, program, eager
+        self._audit = Audit(sample)
         self._run: dict[Hashable, Callable[..., Tree]] = {}
         self._reads: list[Reads] = []
         self._is_native = True
@@ -310,8 +315,8 @@ class _Native:
         run = self._run.get(kind_of_args)
         if run is not None:
             try:
-                return run(*args)
-            except ImpureError as error:  # of a tensor that the program reads in place
+                return self._call(run, args)
+            except ImpureError as error:
                 self._give_up(error)
                 return self._eager(*args)
         program = self._program()
@@ -330,6 +335,15 @@ class _Native:
             self._run[kind_of_args] = self._eager
             _tell("Native code", self._name, error)
         return self._eager(*args)
+
+    def _call(self, run: Callable[..., Tree], args: tuple[Tree, ...]) -> Tree:
+        """Call a program; ``ImpureError`` if it no longer does what the function does."""
+        if run is self._eager or not self._audit.is_due():
+            return run(*args)
+        result, differs = self._audit.call(run, self._eager, args)
+        if differs is not None:
+            raise ImpureError(f"results that are no longer those of the function: {differs}")
+        return result
 
     def _give_up(self, reason: ImpureError) -> None:
         """Run the function eagerly for good."""

@@ -171,7 +171,7 @@ def flatten(fields: Mapping[str, object]) -> dict[str, Any]:
     for name, value in fields.items():
         if isinstance(value, dict):
             groups = cast(dict[str, object], value)
-            leaves.update({f"{name}[{group!r}]": leaf for group, leaf in groups.items()})
+            leaves.update({f"{name}[{_text(group)}]": leaf for group, leaf in groups.items()})
         elif value is not None:
             leaves[name] = value
     return leaves
@@ -237,7 +237,9 @@ def _check_form(
         is_array = type(got).__module__ == "numpy"
         hint = "torch.as_tensor(array, device=device) makes one." if is_array else ""
         return problems.expect(False, field, rule, _describe(got), hint)
-    if not problems.expect(got.layout is torch.strided, field, "be dense", got.layout):
+    is_dense = got.layout is torch.strided and not got.is_nested
+    layout = Words("a nested tensor") if got.is_nested else got.layout
+    if not problems.expect(is_dense, field, "be dense", layout):
         return False
     dtype = got.dtype
     if leaf.kinds == ("a torch.uint8",):
@@ -302,8 +304,18 @@ def _split(mask: Tensor, nvec: list[int]) -> tuple[Tensor, ...]:
 
 def _describe(value: object) -> Words:
     if isinstance(value, Tensor):
-        return Words(f"{value.dtype} of shape {list(value.shape)}")
+        shape = "unknown shape" if value.is_nested else f"shape {list(value.shape)}"
+        return Words(f"{value.dtype} of {shape}")
     if isinstance(value, dict):
-        return Words(f"groups {sorted(map(str, cast(dict[object, object], value)))}")
-    text = repr(value)
+        groups = sorted(map(_text, cast(dict[object, object], value)))
+        return Words(f"groups [{', '.join(groups)}]")
+    text = _text(value)
     return Words(text if len(text) <= 100 and "\n" not in text else f"a {type(value).__name__}")
+
+
+def _text(value: object) -> str:
+    """The ``repr`` of a value that may be of a user's class, whose ``__repr__`` may raise."""
+    try:
+        return repr(value)
+    except Exception:
+        return f"a {type(value).__name__} that cannot be shown"

@@ -343,7 +343,7 @@ class FirstSteps:
     def _is_of_known_kind(self, result: object) -> bool:
         try:
             return kind(result) == self._kind
-        except ValueError:  # something that is no tensor, which is then named
+        except (ValueError, RuntimeError):  # no tensor, or a nested one: it is then named
             return False
 
 

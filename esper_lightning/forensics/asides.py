@@ -43,7 +43,9 @@ def replace_keeping(path: Path, content: bytes) -> None:
     """
 
     def place(temporary: Path) -> None:
-        if path.exists():
+        if not path.is_file():
+            rename_aside(path)  # a pipe or a folder, of which there is no copy
+        else:
             with replacing(path, place=lambda kept: _move_aside(kept, path)) as kept:
                 _copy(path, kept)
         temporary.replace(path)

@@ -12,6 +12,7 @@ from collections.abc import Iterable
 from dataclasses import dataclass
 from pathlib import Path
 
+from esper_lightning.forensics.deaths import DeathSignature, frames_of
 from esper_lightning.forensics.files import JsonLines
 from esper_lightning.forensics.layout import RankLayout, RunLayout
 from esper_lightning.forensics.messages import comparable
@@ -49,6 +50,7 @@ class Attempt(Record):
         iteration: Number of the iteration that was under way, from 1; 0 before the first.
         what: Error of the death, or what is known of the death, in one line.
         place: Line of source in which the error was raised.
+        own_frames: Lines of the user's own files through which the error was raised.
         exit_status: Status with which the process ended, as far as it knew.
     """
 
@@ -64,6 +66,7 @@ class Attempt(Record):
     iteration: int | None = None
     what: str | None = None
     place: str | None = None
+    own_frames: tuple[str, ...] = ()
     exit_status: int | None = None
 
     @property
@@ -81,13 +84,10 @@ class Attempt(Record):
         """Whether both attempts died of the same error, in the same place and iteration.
 
         Only errors of the program itself count. Signals, and processes that vanished, have their
-        causes elsewhere. Numbers and addresses of objects in a message are not compared.
+        causes elsewhere. Type and stack of an error decide (``forensics.deaths``).
         """
-        mine, theirs = (
-            (each.cause, each.iteration, _without_numbers(each.what), each.place)
-            for each in (self, other)
-        )
-        return self.died and other.died and self.cause in _OWN_CAUSES and mine == theirs
+        mine, theirs = (_signature_of(each) for each in (self, other))
+        return self.died and other.died and self.cause in _OWN_CAUSES and mine.is_same(theirs)
 
 
 def list_attempt(files: RankLayout) -> None:
@@ -179,6 +179,7 @@ def _latest(files: RankLayout) -> Attempt | None:
     if iteration is None:
         with contextlib.suppress(OSError, ValueError):
             iteration = read_phases(files.phases).iteration
+    frames = () if report.error is None else frames_of(report.error.traceback)
     what = " ".join(report.what_happened.split())[:_LONGEST]
     return Attempt(
         run=process.run,
@@ -192,19 +193,19 @@ def _latest(files: RankLayout) -> Attempt | None:
         cause=report.cause,
         iteration=iteration,
         what=what or None,
-        place=_place(report),
+        place=str(frames[-1]) if frames else None,
+        own_frames=tuple(frame.name for frame in frames if frame.is_of_user),
         exit_status=report.exit_status,
     )
 
 
-def _without_numbers(what: str | None) -> tuple[str, str]:
-    """Type and message of an error, the message without what differs from run to run."""
-    kind, _, message = (what or "").partition(": ")
-    return kind, comparable(message)
-
-
-def _place(report: CrashReport) -> str | None:
-    """The innermost line ``File ..., line ..., in ...`` of the traceback; ``None`` without one."""
-    lines = () if report.error is None else report.error.traceback
-    found = [line.strip() for line in lines if line.startswith('  File "')]
-    return found[-1] if found else None
+def _signature_of(attempt: Attempt) -> DeathSignature:
+    kind, _, message = (attempt.what or "").partition(": ")
+    return DeathSignature(
+        iteration=attempt.iteration,
+        cause=attempt.cause,
+        kind=kind,
+        message=comparable(message),
+        place=attempt.place,
+        own_frames=attempt.own_frames,
+    )

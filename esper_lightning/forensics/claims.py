@@ -18,7 +18,7 @@ import weakref
 from collections.abc import Generator, Sequence
 from pathlib import Path
 
-from esper_lightning.forensics.layout import RunLayout
+from esper_lightning.forensics.layout import OF_CALLBACKS, RunLayout
 from esper_lightning.forensics.owner_record import (
     OWNER_BEGINS,
     Use,
@@ -40,6 +40,8 @@ __all__ = [
     "claim",
     "claim_for_logger",
     "claim_next",
+    "in_use",
+    "not_of_a_run",
     "reserve",
     "return_reserved",
 ]
@@ -49,7 +51,6 @@ _HANDOVER_S = 1.0  # in which a process that has just locked the file writes its
 _OF_FILE_SYSTEM = "lost+found"  # at the root of a mounted disk
 _NO_LOCKS = (errno.ENOLCK, errno.ENOSYS, errno.EOPNOTSUPP, errno.EINVAL)
 _INSIDE_RUNS = re.compile(r"rank\d+|checkpoints", re.ASCII)  # folders that runs make
-_WRITTEN = ("rank[0-9]*", *(f"checkpoints/{name}.ckpt" for name in ("last", "best", "state")))
 _NAMES: dict[Use, str] = {"run": "The run directory", "logger": "The folder of a logger"}
 
 
@@ -94,7 +95,7 @@ class Claim:
         if self.holds:
             write_locked(self._lock, {**read_locked(self._lock), **fields})
 
-    def refuse_others(self, written: Sequence[str] = _WRITTEN) -> None:
+    def refuse_others(self, written: Sequence[str] = OF_CALLBACKS) -> None:
         """Refuse a directory in which files that no run wrote have the names of a run's files.
 
         Args:
@@ -111,7 +112,7 @@ class Claim:
         if theirs:
             names = str(theirs[0].relative_to(self.directory))
             names += f" and {len(theirs) - 1} more" if len(theirs) > 1 else ""
-            raise _not_of_a_run(self.directory, names, self._use)
+            raise not_of_a_run(self.directory, names, self._use)
 
     @property
     def holds(self) -> bool:
@@ -195,7 +196,7 @@ def claim(directory: Path) -> Claim:
             hint = f"{str(folder.parent)!r} is the directory of a run."
             message = f"{_NAMES['run']} must {rule}, got {str(directory)!r}. {hint}"
             raise DirectoryRefusedError(message)
-    return _claim_for(directory, _WRITTEN, "run")
+    return _claim_for(directory, OF_CALLBACKS, "run")
 
 
 def claim_for_logger(directory: Path, written: Sequence[str]) -> Claim:
@@ -316,10 +317,10 @@ def _claim(directory: Path, *, made: Sequence[Path], use: Use = "run") -> Claim:
         former = os.pread(lock, os.fstat(lock).st_size, 0) if had_owner else None
         for owner in _owners(directory, lock):
             if is_alive(owner) and not same_process(owner, identify(os.getpid())):
-                raise _in_use(directory, owner, use)
+                raise in_use(directory, owner, use)
         elsewhere = None if is_copied(lock) else beating_elsewhere(directory)
         if elsewhere is not None:
-            raise _in_use(directory, elsewhere, use)
+            raise in_use(directory, elsewhere, use)
         earlier = use_of(directory, former)
         use = "run" if earlier == "run" else use
         identity = identify(os.getpid()).to_dict()
@@ -339,7 +340,7 @@ def _lock(directory: Path, use: Use) -> int:
         begins = os.pread(lock, len(OWNER_BEGINS), 0)
         if not OWNER_BEGINS.startswith(begins):
             os.close(lock)
-            raise _not_of_a_run(directory, path.name, use)
+            raise not_of_a_run(directory, path.name, use)
         try:
             fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except OSError as error:
@@ -350,7 +351,7 @@ def _lock(directory: Path, use: Use) -> int:
             if error.errno not in (errno.EWOULDBLOCK, errno.EACCES):
                 raise
             if owner.pid is not None or time.monotonic() > end:
-                raise _in_use(directory, owner, use) from None
+                raise in_use(directory, owner, use) from None
             time.sleep(0.02)
             continue
         with contextlib.suppress(OSError):
@@ -368,7 +369,8 @@ def _owners(directory: Path, lock: int) -> list[ProcessIdentity]:
     return [owner, *(rank for rank in ranks_of(directory) if rank.state == "running")]
 
 
-def _in_use(directory: Path, owner: ProcessIdentity, use: Use) -> DirectoryInUseError:
+def in_use(directory: Path | str, owner: ProcessIdentity, use: Use) -> DirectoryInUseError:
+    """The error for a directory, or a remote address, that a living process uses."""
     pid, host = owner.pid, owner.host
     who = "another run" if pid is None else f"process {pid}"
     if pid == os.getpid():
@@ -382,7 +384,8 @@ def _in_use(directory: Path, owner: ProcessIdentity, use: Use) -> DirectoryInUse
     )
 
 
-def _not_of_a_run(directory: Path, names: str, use: Use) -> DirectoryRefusedError:
+def not_of_a_run(directory: Path | str, names: str, use: Use) -> DirectoryRefusedError:
+    """The error for a directory, or a remote address, with files of others of the given names."""
     rule = "name a new directory or that of a run"
     hint = f"It holds {names}, which no run wrote."
     return DirectoryRefusedError(f"{_NAMES[use]} must {rule}, got {str(directory)!r}. {hint}")

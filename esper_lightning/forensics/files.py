@@ -19,6 +19,7 @@ __all__ = [
     "Appender",
     "Backlog",
     "JsonLines",
+    "Row",
     "encode_rows",
     "first_cause",
     "read_json_lines",
@@ -267,8 +268,8 @@ def _remove_leftovers(path: Path) -> None:
 
 
 def encode_rows(rows: Iterable[Row]) -> bytes:
-    """The content of a file of JSON lines with the given rows."""
-    return b"".join(map(_encode, rows))
+    """The content of a file of JSON lines with the given rows, whose values may be nested."""
+    return b"".join(_encode(_plain(row)) for row in rows)
 
 
 def strict_json(value: Any) -> str:

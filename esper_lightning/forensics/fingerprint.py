@@ -2,7 +2,7 @@
 
 Two runs from the same checkpoint are the same bits if their fingerprints agree; where they differ,
 ``differences`` says in what. Standard library only; ``recorder.fingerprint`` adds what torch knows.
-No secret is stored: see ``without_secrets``.
+No secret is stored: see ``secret_texts``.
 """
 
 import contextlib
@@ -15,27 +15,41 @@ import selectors
 import subprocess
 import sys
 import time
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import cast
 
 from esper_lightning.forensics.memory import limits_of_cgroups
 from esper_lightning.forensics.records import Record
+from esper_lightning.forensics.secret_texts import (
+    is_secret,
+    is_whole,
+    shortened,
+    without_secrets,
+    words_without_secrets,
+)
+from esper_lightning.forensics.sources import digests_of_sources
 
 __all__ = [
     "Fingerprint",
     "differences",
     "fingerprint_of_process",
-    "is_secret",
     "loaded_versions",
+    "variables_to_restore",
     "with_config",
-    "without_secrets",
 ]
 
-PREFIXES = ("NCCL_", "TORCH_", "PYTORCH_", "CUDA_", "CUBLAS_", "OMP_", "MKL_", "KMP_", "XLA_")
+PREFIXES = (
+    *("NCCL_", "TORCH_", "TORCHINDUCTOR_", "TORCHDYNAMO_", "PYTORCH_", "ATEN_", "DNNL_", "ONEDNN_"),
+    *("CUDA_", "CUBLAS_", "OMP_", "MKL_", "KMP_", "XLA_"),
+)
 """Beginnings of the names of environment variables that decide how numbers are computed."""
 _OTHERS = ("PYTHONHASHSEED",)
+_NOT_NUMBERS = ("TORCHINDUCTOR_CACHE_DIR",)  # which torch sets itself while it compiles
+_OF_MACHINE = re.compile(
+    r"^CUDA_(VISIBLE_DEVICES|DEVICE_ORDER|MPS_)|^NCCL_(SOCKET|IB|NET|COMM_ID|HOSTID|TOPO|CONF|.*_FILE$)"
+)
 _ATTEMPTS = ("TORCHELASTIC_RESTART_COUNT", "SLURM_RESTART_COUNT", "JOBSET_RESTART_ATTEMPT")
 _JOBS = (
     *("SLURM_JOB_ID", "SLURM_ARRAY_JOB_ID", "SLURM_ARRAY_TASK_ID", "SLURM_STEP_ID"),
@@ -48,21 +62,6 @@ _JOBS = (
 _GIT_S = 0.5  # longest that git may take to compare the files with the commit
 _MOST_BYTES = 32 << 20  # of a difference to the commit
 _MOST_RECORD_BYTES = 1 << 20
-_LONGEST = 300  # characters of a variable or an argument
-_HIDDEN = "(hidden)"
-_SECRET = re.compile(
-    r"token|secret|passw|passphrase|credential|apikey|cookie|signature|private|authorization"
-    r"|webhook|(?<![a-z])(key|keys|auth|pass|pw|pwd|pat|sas|dsn|sig|jwt|otp|bearer)(?![a-z])",
-    re.IGNORECASE,
-)
-_KNOWN_SECRET = re.compile(  # texts that are a secret by themselves
-    r"gh[pousr]_\w{16,}|github_pat_\w+|glpat-[\w-]{16,}|hf_\w{16,}|sk-[\w-]{16,}|xox[abprs]-[\w-]+"
-    r"|[rs]k_live_\w+|npm_\w{16,}|pypi-[\w-]{16,}|dckr_pat_[\w-]+|AIza[\w-]{30,}|ya29\.[\w-]+"
-    r"|hooks\.slack\.com/services/\S+|A[KS]IA[0-9A-Z]{12,}|eyJ[\w-]{8,}\.[\w-]+\.[\w-]*|\b[0-9a-f]{40}\b(?=$|[\"',}\s])"
-)
-_WITH_PASSWORD = re.compile(r"(?<=://)(?:[^:@/\s]*:\S+|[^/@\s]+)(?=@)")
-_WITH_VALUE = re.compile(r"[=:\s]")  # a text that may hold a name and its value
-_OPTION = re.compile(r"--?[\w.-]+\+?=")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -78,6 +77,7 @@ class Fingerprint(Record):
             directory where the program is installed; ``None`` outside a repository.
         changes: Hash of the changes to files of that commit that are not committed; empty where
             there are none, and ``None`` where git gave no answer in half a second.
+        sources: Digests of the loaded files of the user's program, by path.
         versions: Versions of Python, of this package and of the distributions that are loaded.
         threads: Numbers of threads and of CPUs, by name.
         hardware: Names of machine, processor, devices and driver, and versions of CUDA and NCCL.
@@ -92,6 +92,7 @@ class Fingerprint(Record):
     config: str | None = None
     commit: str | None = None
     changes: str | None = None
+    sources: Mapping[str, str] = field(default_factory=dict[str, str])
     versions: Mapping[str, str] = field(default_factory=dict[str, str])
     threads: Mapping[str, int] = field(default_factory=dict[str, int])
     hardware: Mapping[str, str] = field(default_factory=dict[str, str])
@@ -105,7 +106,7 @@ def differences(before: Fingerprint, now: Fingerprint) -> tuple[str, ...]:
     """What differs between two runs, in a few words each, such as ``torch 2.12.0 -> 2.13.0``.
 
     What differs between any two runs is not compared: the command line, the identifiers of jobs,
-    and distributions that only one of the runs has loaded.
+    and files and distributions that only one of the runs has loaded.
     """
     found: list[str] = []
     if None not in (before.commit, now.commit) and before.commit != now.commit:
@@ -114,6 +115,8 @@ def differences(before: Fingerprint, now: Fingerprint) -> tuple[str, ...]:
         found.append(f"uncommitted changes {_some(before.changes)} -> {_some(now.changes)}")
     if None not in (before.config, now.config) and before.config != now.config:
         found.append("another config")
+    old, new = before.sources, now.sources
+    found += [f"{path} changed" for path in old if path in new and old[path] != new[path]]
     for name in ("versions", "threads", "hardware", "limits"):
         old, new = getattr(before, name), getattr(now, name)
         found += [f"{k} {old[k]} -> {new[k]}" for k in old if k in new and old[k] != new[k]]
@@ -138,17 +141,19 @@ def fingerprint_of_process(main: Path | None) -> Fingerprint:
     """
     repository = _repository(_users_folder(main))
     changes = None if repository is None else _changes_of(repository)
-    job = {name: _cut(os.environ[name]) for name in _JOBS if name in os.environ}
+    job = {name: shortened(os.environ[name]) for name in _JOBS if name in os.environ}
     attempts = [int(job[name]) for name in _ATTEMPTS if job.get(name, "").isdecimal()]
     fingerprint = Fingerprint(
-        command=tuple(_without_secrets_of_options(sys.argv)),
+        command=tuple(words_without_secrets(sys.argv)),
+        sources=digests_of_sources(),
         versions={"python": platform.python_version()} | loaded_versions(),
         threads={"cpus": len(os.sched_getaffinity(0))},
         hardware={"machine": platform.machine()} | _processor(),
         variables={
-            name: _cut(without_secrets(value))
+            name: shortened(without_secrets(value))
             for name, value in sorted(os.environ.items())
             if (name.startswith(PREFIXES) or name in _OTHERS) and not is_secret(name)
+            if name not in _NOT_NUMBERS
         },
         job=job,
         attempt=max(attempts, default=None),
@@ -169,38 +174,15 @@ def with_config(fingerprint: Fingerprint, content: bytes) -> Fingerprint:
     return replace(fingerprint, config=digest)
 
 
-# Secrets.
+def variables_to_restore(fingerprint: Fingerprint) -> tuple[dict[str, str], list[str]]:
+    """The variables with which a run computes as before, and the names of those that are lost.
 
-
-def is_secret(name: str) -> bool:
-    """Whether the name of a variable or setting looks like that of a secret, such as a token."""
-    return _SECRET.search(re.sub(r"(?<=[a-z])(?=[A-Z])|[^A-Za-z]", " ", name)) is not None
-
-
-def without_secrets(text: str) -> str:
-    """A text with secrets replaced: passwords in addresses, and known tokens.
-
-    A text with a value and, anywhere in it, the name of a secret is hidden as a whole, but for the
-    option that it may begin with: how far the value of that name extends is not known.
+    A variable is lost where its value was hidden or cut. Those that name devices and networks of
+    the machine are neither.
     """
-    if is_secret(text) and _WITH_VALUE.search(text):
-        option = _OPTION.match(text)
-        return f"{option[0] if option else ''}{_HIDDEN}"
-    return _KNOWN_SECRET.sub(_HIDDEN, _WITH_PASSWORD.sub(_HIDDEN, text))
-
-
-def _without_secrets_of_options(words: Sequence[str]) -> Iterator[str]:
-    """The words of a command line; those between the name of a secret and an option are hidden."""
-    hides = False
-    for word in words:
-        is_option = word.startswith("-")
-        hides = hides and not is_option
-        yield _HIDDEN if hides else _cut(without_secrets(word))
-        hides |= is_secret(word) and (is_option or _WITH_VALUE.search(word) is not None)
-
-
-def _cut(text: str) -> str:
-    return text if len(text) <= _LONGEST else text[: _LONGEST - 3] + "..."
+    found = {k: v for k, v in fingerprint.variables.items() if not _OF_MACHINE.search(k)}
+    lost = [name for name, value in found.items() if not is_whole(value)]
+    return {name: value for name, value in found.items() if name not in lost}, lost
 
 
 # The user's repository.

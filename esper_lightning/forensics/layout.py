@@ -4,7 +4,32 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 
-__all__ = ["RankLayout", "RunLayout"]
+__all__ = ["OF_A_RUN", "OF_CALLBACKS", "RankLayout", "RunLayout"]
+
+OF_CALLBACKS = (
+    "rank[0-9]*",
+    "trackers.json",
+    "crash.zip",
+    "copies.jsonl",
+    "replay.json",
+    "videos/[0-9]*.mp4",
+    *(f"checkpoints/{name}.ckpt" for name in ("last", "best", "state", "before")),
+)
+"""Patterns of the names that callbacks and loggers write into a run directory, wherever it is.
+
+``owner.lock`` is not among them: ``forensics.claims`` looks into the file. A logger that writes
+files has names of its own, which ``callbacks.logger_folders`` knows.
+"""
+
+OF_A_RUN = (
+    *OF_CALLBACKS,
+    "checkpoints",
+    "config.yaml",
+    "hparams.yaml",
+    "metrics.csv",
+    "events.out.tfevents.*",
+)
+"""Patterns of all names that a whole run writes into its directory, with those of its loggers."""
 
 
 @dataclass(frozen=True)
@@ -127,6 +152,11 @@ class RunLayout:
     def trackers(self) -> Path:
         """Identifiers of the run at W&B and MLflow (``callbacks.tracking``)."""
         return self.directory / "trackers.json"
+
+    @property
+    def copies(self) -> Path:
+        """Processes that have copied the directory (``callbacks.address_claims``)."""
+        return self.directory / "copies.jsonl"
 
     @property
     def crash_bundle(self) -> Path:

@@ -4,6 +4,7 @@ Files may be damaged, of any length, or not be files at all. A file that cannot 
 ``ValueError`` with the reason in a few words, and a missing file raises ``FileNotFoundError``.
 """
 
+import contextlib
 import json
 import os
 import stat
@@ -14,6 +15,7 @@ from typing import Any, BinaryIO, cast
 __all__ = [
     "RowOrder",
     "RowReader",
+    "numbered_rows",
     "open_file",
     "parse_json",
     "printable",
@@ -233,6 +235,18 @@ def _row(line: bytes) -> dict[str, Any] | None:
     except ValueError:
         return None
     return cast(dict[str, Any], row) if isinstance(row, dict) else None
+
+
+def numbered_rows(path: Path) -> Iterator[tuple[int, dict[str, Any]]]:
+    """The rows of a history with their iterations; none of a file that cannot be read.
+
+    A row whose iteration is no whole number is skipped: damage made it.
+    """
+    with contextlib.suppress(OSError, ValueError):
+        for row in RowReader(path):
+            iteration = whole_number(row.get("iteration"))
+            if iteration is not None:
+                yield iteration, row
 
 
 class RowOrder:

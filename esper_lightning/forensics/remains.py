@@ -86,6 +86,7 @@ class Remains:
     fingerprint: Fingerprint | None = None
     differences: tuple[str, ...] = ()  # from the run that was resumed, or the one before
     resumed_from: str | None = None  # checkpoint; None for a new run
+    directory: Path = Path()  # run directory, or its copy on the host of the rank
 
     @property
     def time_s(self) -> float:
@@ -273,6 +274,7 @@ def _remains(directory: Path, rank: int) -> Remains:
         fingerprint=process.fingerprint,
         differences=process.differences,
         resumed_from=process.resumed_from,
+        directory=directory,
     )
 
 

@@ -5,15 +5,22 @@ verdict needs nothing but files, so that there is one whatever has ended the rep
 """
 
 import re
-from collections.abc import Iterable, Iterator, Mapping, Sequence
-from dataclasses import dataclass, field
+import shlex
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal, NamedTuple, Self, cast
 
+from esper_lightning.forensics.deaths import (
+    failing_iteration,
+    in_words,
+    is_effect,
+    other_text,
+    signature_of,
+)
 from esper_lightning.forensics.fingerprint import differences
 from esper_lightning.forensics.layout import RunLayout
-from esper_lightning.forensics.messages import comparable
-from esper_lightning.forensics.reading import RowReader, parse_json, read_file
+from esper_lightning.forensics.reading import numbered_rows, parse_json, read_file
 from esper_lightning.forensics.records import Record
 from esper_lightning.forensics.remains import Remains, examine, first_failure
 from esper_lightning.forensics.report import CrashReport, ErrorReport
@@ -23,9 +30,10 @@ __all__ = [
     "BY_PROGRAM",
     "ReplayRecord",
     "Verdict",
+    "can_start_again",
     "compared",
-    "failing_iteration",
     "judge",
+    "needs_program",
     "row_differences",
 ]
 
@@ -34,14 +42,15 @@ BY_PROGRAM = "# A program started this run, with "
 colon. Configs of earlier runs name callbacks alone.
 """
 
-Outcome = Literal["reproduced", "did not happen again", "different"]
+Outcome = Literal["reproduced", "did not happen again", "different", "undecided"]
 _OF_TIME = re.compile(
     r"(^|[/_])(time|seconds|secs?|duration|elapsed|fps|sps|throughput)($|[/_])"
     r"|_(s|ms|us|ns)$|per_s(ec)?(ond)?$|^resumed_(with_new_episodes|on_ranks)$"
 )
-_PLACE = re.compile(r'^\s*File "([^"]*)", line (\d+), in (.*)$')
-_SILENT = ("vanished", "exit", "native", "signal")  # causes whose report has no error to compare
 _MOST_COLUMNS = 4
+_WELL: Outcome = "did not happen again"
+_STATE = "state that no checkpoint holds"
+_COUNTERS = ("iteration", "env_steps", "gradient_steps")  # columns that say nothing of a state
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -56,6 +65,11 @@ class ReplayRecord(Record):
         begins: Number of finished iterations at the start of the replay.
         start: Checkpoint that the replay starts from; ``None`` for the beginning of the run.
         deep: Whether the replay runs eagerly, so that its numbers are rounded in another way.
+        lacks: What the start of the replay does not restore, and decides what happens, in a few
+            words; ``None`` if nothing is known to be absent.
+        whole_rows: Whether rows of the replay hold all that those of the run do. Otherwise they
+            hold what their own step has logged: other values are no function of the state.
+        more_dirs: Absolute paths of the copies of that run directory on hosts that share no disk.
     """
 
     run_dir: str | None = None
@@ -65,6 +79,14 @@ class ReplayRecord(Record):
     begins: int | None = None
     start: str | None = None
     deep: bool = False
+    lacks: str | None = None
+    whole_rows: bool = True
+    more_dirs: tuple[str, ...] = ()
+
+    @property
+    def directories(self) -> tuple[Path, ...]:
+        """The run directory, and its copies of other hosts."""
+        return tuple(map(Path, (self.run_dir or "", *self.more_dirs)))
 
     @classmethod
     def read(cls, directory: Path) -> Self | None:
@@ -89,41 +111,76 @@ class Verdict(NamedTuple):
 
     outcome: Outcome
     """``reproduced``: the same error, in the same iteration, at the same line. ``did not happen
-    again``: the cause is outside of the program's state. ``different``: from ``iteration`` on."""
+    again``: the failing iteration went well. ``different``: from ``iteration`` on. ``undecided``:
+    the replay has not finished the failing iteration, or its start could not repeat the run."""
     iteration: int
     """Iteration that failed; for ``different``, the first one that is not the same."""
     rows: int
-    """Number of history rows of all ranks that were compared."""
+    """Number of history rows of all ranks that are the same, and hold more than counters."""
     reason: str
     """Error of the replay, or what differs, in one line."""
     conditions: tuple[str, ...]
     """What differs between the conditions of the two runs (``fingerprint.differences``)."""
+    from_start: str | None = None
+    """What to type for a replay from the beginning of the run; ``None`` for such a replay."""
 
     @property
     def lines(self) -> list[str]:
         """The verdict in words; its first line is the verdict itself."""
-        bits = f"{self.rows} rows of the history are the same, bit for bit."
+        rows = "There was no value in the rows of the history to compare."
+        if self.rows:
+            are = "row of the history is" if self.rows == 1 else "rows of the history are"
+            rows = f"{self.rows} {are} the same, bit for bit."
+        differs = f"What differs between the runs: {', '.join(self.conditions)}."
         if self.outcome == "reproduced":
-            lines = [f"Reproduced: {self.reason}", bits if self.rows else ""]
-        elif self.outcome == "did not happen again":
-            well = f"iteration {self.iteration} went well" if self.iteration else "training began"
-            lines = [
-                f"Did not happen again: {well}.",
-                bits if self.rows else "",
-                "The cause is outside of the program's state: another process, hardware, a race.",
-            ]
-        else:
+            return [f"Reproduced: {self.reason}", rows]
+        if self.outcome == "different":
             lines = [f"Different from iteration {self.iteration} on: {self.reason}"]
-            said = ", ".join(self.conditions) or "nothing that is on record"
-            lines.append(f"What differs between the runs: {said}.")
-        return [line for line in lines if line]
+            if not self.conditions:
+                differs = "What differs between the runs: nothing that is on record."
+            return [*lines, differs, *self._advice(f"{_STATE[0].upper()}{_STATE[1:]} may differ.")]
+        if self.outcome == "undecided":
+            lines = [f"Undecided: {self.reason}", rows]
+            return [*lines, *([differs] if self.conditions else []), *self._advice()]
+        well = f"iteration {self.iteration} went well" if self.iteration else "training began"
+        lines = [f"Did not happen again: {well}.", rows, *([differs] if self.conditions else [])]
+        cause = "If that is not the cause, it" if self.conditions else "The cause"
+        others = f"another process, hardware, a race{f', or {_STATE}' if self.from_start else ''}"
+        return [*lines, f"{cause} is outside of the program's state: {others}.", *self._advice()]
+
+    def _advice(self, reason: str = "") -> list[str]:
+        """What a replay that began at a checkpoint leaves to try."""
+        if self.from_start is None:
+            return []
+        text = f"{reason} A replay from the beginning of the run has all state:".lstrip()
+        return [text, f"    {self.from_start}"]
 
 
-def failing_iteration(first: Remains) -> int:
-    """Number of the iteration in which a rank failed; 0 for a death before the first."""
-    if first.report is not None and first.report.iteration is not None:
-        return first.report.iteration
-    return first.phases.iteration if first.phases is not None else 0
+def needs_program(config: Path) -> str | None:
+    """What the config of a run lacks, or has from its program alone; ``None`` if it is all there.
+
+    A class of the program's own file, ``__main__``, can be imported by no other program.
+
+    Args:
+        config: Path of the ``config.yaml`` of a run.
+
+    Raises:
+        FileNotFoundError: If there is no file.
+        ValueError: If the file cannot be read.
+    """
+    content = read_file(config).decode(errors="replace")
+    first = content.partition("\n")[0]
+    if first.startswith(BY_PROGRAM):
+        return first.partition(":")[2].strip()
+    return ", ".join(dict.fromkeys(re.findall(r"\b__main__\.[\w.]+", content))) or None
+
+
+def can_start_again(config: Path) -> bool:
+    """Whether a file holds the config of a run that can be started without its program."""
+    try:
+        return needs_program(config) is None
+    except (OSError, ValueError):
+        return False
 
 
 def compared(row: Mapping[str, Any]) -> dict[str, str]:
@@ -131,10 +188,20 @@ def compared(row: Mapping[str, Any]) -> dict[str, str]:
     return {name: repr(value) for name, value in row.items() if not _OF_TIME.search(name)}
 
 
-def row_differences(recorded: Mapping[str, Any], again: Mapping[str, Any]) -> list[str]:
-    """What differs between two rows of an iteration, such as ``loss/value 0.5 -> 0.6``."""
+def row_differences(
+    recorded: Mapping[str, Any], again: Mapping[str, Any], *, whole: bool = True
+) -> list[str]:
+    """What differs between two rows of an iteration, such as ``loss/value 0.5 -> 0.6``.
+
+    Args:
+        recorded: Row of the run that died.
+        again: Row of the replay.
+        whole: Whether values that are in the row of the run alone are a difference.
+    """
     one, other = compared(recorded), compared(again)
-    names = [name for name in {**one, **other} if one.get(name) != other.get(name)]
+    names = [
+        name for name in ({**one, **other} if whole else other) if one.get(name) != other.get(name)
+    ]
     return [f"{name} {one.get(name, 'absent')} -> {other.get(name, 'absent')}" for name in names]
 
 
@@ -146,8 +213,8 @@ def judge(directory: Path, dead: Sequence[Remains]) -> Verdict:
         dead: Remains of the ranks of the run that died (``remains.examine``).
 
     Raises:
-        ValueError: If the directory is that of no replay, the replay has not come as far as the
-            fault, or the run that died is no longer in its directory.
+        ValueError: If the directory is that of no replay, the replay runs still or vanished without
+            a death, or the run that died is no longer in its directory.
     """
     record, first = ReplayRecord.read(directory), first_failure(list(dead))
     if record is None or record.run_dir is None or record.iteration is None:
@@ -160,98 +227,119 @@ def judge(directory: Path, dead: Sequence[Remains]) -> Verdict:
     if first.fingerprint is not None and own.fingerprint is not None:
         conditions = differences(first.fingerprint, own.fingerprint)
     again = first_failure(ranks)
+    if again is None and own.state != "finished":
+        raise ValueError(f"The replay must run to its end: it is {own.state}.")
     rows, found = _compare_rows(record, directory, dead)
+    outcome, iteration, reason = _decide(record, directory, first, again, found)
+    if record.lacks and outcome != "reproduced":
+        if outcome == _WELL:
+            reason = f"iteration {iteration} went well."
+        elif outcome == "different":
+            reason = f"different from iteration {iteration} on ({reason})."
+        reason += f" The start of the replay does not restore {record.lacks}."
+        outcome = "undecided"
+    how = _from_start(record, first)
+    return Verdict(outcome, iteration, rows, reason, conditions, how)
+
+
+def _decide(
+    record: ReplayRecord,
+    directory: Path,
+    first: Remains,
+    again: Remains | None,
+    found: tuple[int, str] | None,
+) -> tuple[Outcome, int, str]:
+    """Outcome of a replay, the iteration that it is about, and the reason.
+
+    Args:
+        record: What is replayed.
+        directory: Run directory of the replay.
+        first: Remains of the rank that failed first in the run that died.
+        again: Remains of the rank that failed first in the replay; ``None`` without a death.
+        found: First row that differs, and what differs in it.
+    """
+    failing = record.iteration or 0
+    died_alike = again is not None and _same(first, again, record, directory)
     if found is not None:
         iteration, what = found
-        died = again is not None and _same(first, again, record, directory)
-        what += "; it died in the same way all the same" if died else ""
-        return Verdict("different", iteration, rows, what, conditions)
+        what += "; it died in the same way all the same" if died_alike else ""
+        return "different", iteration, what
     if again is None:
-        if own.state != "finished":
-            raise ValueError(f"The replay must run to its end: it is {own.state}.")
-        return Verdict("did not happen again", record.iteration, rows, "", conditions)
-    reason = _in_words(again)
-    if _same(first, again, record, directory):
-        return Verdict("reproduced", record.iteration, rows, reason, conditions)
-    at = failing_iteration(again)
-    if at > record.iteration:
-        return Verdict("did not happen again", record.iteration, rows, reason, conditions)
-    reason = f"{reason}, not {_in_words(first)}"
-    return Verdict("different", at, rows, reason, conditions)
+        files = RunLayout(directory).rank(record.rank or 0)
+        numbers = (number for number, _ in numbered_rows(files.history))
+        done = max(numbers, default=record.begins or 0)
+        if done < failing:
+            reason = (
+                f"the replay ended after iteration {done}, before iteration {failing} was over."
+            )
+            return "undecided", failing, reason
+        return _WELL, failing, ""
+    reason, at = in_words(again), failing_iteration(again)
+    if died_alike:
+        reason += other_text(first, again, (directory.absolute(), *record.directories))
+        return "reproduced", failing, reason
+    if at > failing:
+        return _WELL, failing, reason
+    return "different", at, f"{reason}, not {in_words(first)}"
+
+
+def _from_start(record: ReplayRecord, first: Remains) -> str | None:
+    """What to type for a replay from the beginning; ``None`` if this replay began there."""
+    if record.start in (None, first.resumed_from):
+        return None
+    if can_start_again(RunLayout(record.directories[0]).config):
+        places = " ".join(shlex.quote(str(place)) for place in record.directories)
+        return f"esper replay {places} --from_start"
+    return f"replay(trainer, model, {record.run_dir!r}, from_start=True)"
 
 
 def _compare_rows(
     record: ReplayRecord, directory: Path, dead: Sequence[Remains]
 ) -> tuple[int, tuple[int, str] | None]:
-    """Number of rows that were compared, and the first that differs, with what differs."""
+    """Number of rows that are the same, and the first that differs, with what differs."""
     rows, found = 0, None
     begins, last = record.begins or 0, record.iteration or 0
     if record.deep:  # another rounding shows in the row of the failing iteration
         last -= 1
     for remains in dead:
-        old = RunLayout(Path(record.run_dir or "")).rank(remains.rank).history
+        old = RunLayout(remains.directory).rank(remains.rank).history
         new = RunLayout(directory).rank(remains.rank).history
-        again = dict(_rows(new))
-        for number, row in _rows(old):
+        again = dict(numbered_rows(new))
+        for number, row in numbered_rows(old):
             if begins < number <= last and number in again:
-                rows += 1
-                what = row_differences(row, again[number])
+                what = row_differences(row, again[number], whole=record.whole_rows)
+                rows += not what and not compared(again[number]).keys() <= set(_COUNTERS)
                 if what and (found is None or number < found[0]):
                     found = number, ", ".join(what[:_MOST_COLUMNS])
     return rows, found
 
 
-def _rows(path: Path) -> Iterator[tuple[int, Mapping[str, Any]]]:
-    """The rows of a history by their iterations; none where the file cannot be read."""
-    try:
-        for row in RowReader(path):
-            if isinstance(row.get("iteration"), int):
-                yield row["iteration"], row
-    except (OSError, ValueError):
-        return
-
-
-@dataclass(frozen=True, kw_only=True)
-class _Signature:
-    """What two deaths must have in common to be the same."""
-
-    iteration: int
-    cause: str | None
-    what: tuple[str | None, ...] = field(default=())
-    line: tuple[str, ...] = field(default=())
-
-
 def _same(first: Remains, again: Remains, record: ReplayRecord, directory: Path) -> bool:
+    if not first.is_first_cause:
+        return is_effect(first, again)
     if first.rank != again.rank:
         return False
-    if record.deep:  # anomaly detection and eager code find the same fault at another line
-        return failing_iteration(first) == failing_iteration(again)
-    directories = directory.absolute(), Path(record.run_dir or "")
-    return _signature(first, directories) == _signature(again, directories)
+    if record.deep:
+        return _same_when_deep(first, again)
+    directories = directory.absolute(), *record.directories
+    return signature_of(first, directories).is_same(signature_of(again, directories))
 
 
-def _signature(remains: Remains, directories: Iterable[Path] = ()) -> _Signature:
-    report = remains.report or CrashReport(cause="vanished")
-    error, iteration = report.error or ErrorReport(), failing_iteration(remains)
-    phases = report.phases
-    if remains.report is None and remains.phases is not None:
-        phases = tuple(span.name for span in remains.phases.open)
-    if report.cause in _SILENT and error.type is None:
-        return _Signature(iteration=iteration, cause=report.cause, what=(report.signal, *phases))
-    message = comparable(error.message or "", directories)
-    places = [found for line in error.traceback if (found := _PLACE.match(line)) is not None]
-    line = (Path(places[-1][1]).name, *places[-1].groups()[1:]) if places else ()
-    return _Signature(
-        iteration=iteration, cause=report.cause, what=(error.type, message), line=line
-    )
+def _same_when_deep(first: Remains, again: Remains) -> bool:
+    """Whether a deep replay died of the same fault.
+
+    Eager code fails at another line, and anomaly detection finds a value that is not finite
+    earlier, by an error of another type.
+    """
+    if failing_iteration(first) != failing_iteration(again):
+        return False
+    one, other = first.report or CrashReport(), again.report or CrashReport()
+    if _is_not_finite(one) and _is_not_finite(other):
+        return True
+    types = [(each.error or ErrorReport()).type for each in (one, other)]
+    return one.cause == other.cause and types[0] == types[1]
 
 
-def _in_words(remains: Remains) -> str:
-    """A death in one line: what happened, where, and in which iteration."""
-    signature = _signature(remains)
-    what = "its process vanished"
-    if remains.report is not None:
-        what = remains.report.what_happened
-    file, line, *_ = (*signature.line, "", "")
-    at = f" at {file}:{line}" if file else ""
-    return f"iteration {signature.iteration}, rank {remains.rank}: {what}{at}"
+def _is_not_finite(report: CrashReport) -> bool:
+    error = report.error or ErrorReport()
+    return error.non_finite is not None or "returned nan values" in (error.message or "")

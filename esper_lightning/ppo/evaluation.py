@@ -8,9 +8,7 @@ from operator import is_
 from typing import Any, NamedTuple, cast
 
 import torch
-from torch import Tensor, nn
-from torch.func import functional_call
-from typing_extensions import override
+from torch import Tensor
 
 from esper_lightning.compiling.loops import CompileMode, compile_loop
 from esper_lightning.core.errors import require
@@ -46,7 +44,7 @@ class _Played(NamedTuple):
     def add(self, result: StepResult) -> "_Played":
         """This and the episodes that a step has ended."""
         each = self.episode_return.shape[1]
-        ended = (result.episode_length > 0) & (self.number < each)
+        ended = result.episode_length > 0
         place = torch.arange(each, device=ended.device) == self.number[:, None]
         here = place & ended[:, None]
         return _Played(
@@ -106,23 +104,6 @@ def _act(
     return policy.to_env(policy.act_deterministically(seen, mask)), memory
 
 
-class _Actor(nn.Module):
-    """A policy with the statistics that normalise its observations, as a function of weights."""
-
-    def __init__(self, policy: Policy, normalizer: ObsNormalizer | None) -> None:
-        super().__init__()
-        self.policy, self.normalizer = policy, normalizer
-
-    def weights(self) -> dict[str, Tensor]:
-        return {**dict(self.named_parameters()), **dict(self.named_buffers())}
-
-    @override
-    def forward(
-        self, obs: Observation, mask: Tensor | None, memory: Tensor | None
-    ) -> tuple[Tensor, Tensor | None]:
-        return _act(self.policy, prepare_obs(obs, self.normalizer), mask, memory)
-
-
 class Stride:
     """Many steps of an evaluation at once, in environments whose step is a pure function.
 
@@ -145,14 +126,14 @@ class Stride:
         mode: CompileMode,
         device: torch.device,
     ) -> None:
-        self._actor, self._env = _Actor(policy, normalizer), env
+        self._policy, self._normalizer, self._env = policy, normalizer, env
         mode = "off" if mode == "off" else "auto"
         self._loop = compile_loop("evaluation", self._step, mode=mode, device=device)
 
     def is_of(self, policy: Policy, normalizer: ObsNormalizer | None, env: FunctionalEnv) -> bool:
         """Whether the stride is of these."""
-        actor = self._actor
-        return actor.policy is policy and actor.normalizer is normalizer and self._env is env
+        own = (self._policy, self._normalizer, self._env)
+        return all(map(is_, own, (policy, normalizer, env)))
 
     def take(self, play: DeterministicPlay, played: _Played, steps: int) -> _Played:
         """Let a play continue.
@@ -168,24 +149,22 @@ class Stride:
         env = self._env
         running = _Running(env.episodes(), play.obs, play.action_mask, play.memory, played)
         xs = (torch.zeros(steps, device=played.number.device), env.draw(steps))
-        running, _ = self._loop(running, xs, None, self._actor.weights(), None)
+        running, _ = self._loop(running, xs, None, None, None)
         env.keep(running.episodes)
         play.obs, play.action_mask, play.memory = running[1:4]
         return running.played
 
     def _step(
-        self, running: _Running, x: tuple[Tensor, Any], weights: dict[str, Tensor]
-    ) -> tuple[_Running, tuple[()]]:
+        self, running: _Running, x: tuple[Tensor, Any], constants: None
+    ) -> tuple[_Running, Float[Tensor, " B"]]:
+        del constants  # native code reads the weights in place, wherever they lie by then
         _, drawn = x  # the first is there for environments that draw nothing
-        actor, inputs = self._actor, (running.obs, running.action_mask, running.memory)
-        if all(map(is_, weights.values(), actor.weights().values())):  # the module has these anyway
-            action, memory = actor(*inputs)
-        else:
-            action, memory = functional_call(actor, weights, inputs, tie_weights=False)
+        obs = prepare_obs(running.obs, self._normalizer)
+        action, memory = _act(self._policy, obs, running.action_mask, running.memory)
         episodes, result = self._env.transition(running.episodes, action, drawn)
-        memory = actor.policy.reset_memory(memory, result.terminated | result.truncated)
+        memory = self._policy.reset_memory(memory, result.terminated | result.truncated)
         played = running.played.add(result)
-        return _Running(episodes, result.obs, result.action_mask, memory, played), ()
+        return _Running(episodes, result.obs, result.action_mask, memory, played), result.reward
 
 
 @torch.no_grad()

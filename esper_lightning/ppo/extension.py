@@ -37,7 +37,8 @@ class Prepared(NamedTuple):
     Attributes:
         reward: Reward of each step, which is added to the environment's after that is scaled.
         kept: Tensors ``[T, B, ...]`` of what ``losses`` needs of each step, in tuples or dicts.
-            ``losses`` gets the rows of its minibatch.
+            ``losses`` gets the rows of its minibatch. A number that changes from rollout to rollout
+            belongs in a tensor or a buffer: with each new number, the update is compiled again.
         metrics: Metrics of the rollout by their names ``<owner>/<name>``, such as ``rnd/reward``.
             The history has the means over ranks.
     """
@@ -75,7 +76,8 @@ class Extension(nn.Module):
 
         Args:
             rollout: Steps of this rank, with observations as the environment gives them, and with
-                ``reached_obs`` of every step, images too.
+                ``reached_obs`` of every step, images too. Later rollouts overwrite these tensors,
+                at the next iteration or the one after: what an extension keeps is a ``clone``.
             healthy: Whether the rollouts of all ranks are finite. Where False, statistics must stay
                 as they are.
             ranks: Ranks over which statistics are merged.

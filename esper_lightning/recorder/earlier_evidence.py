@@ -31,10 +31,15 @@ class EarlierEvidence:
         files: Folder of this rank, which exists.
         trains: Whether the run is a fit. Another stage that ends well leaves the evidence as it was
             before, and removes nothing.
+        resumes: Whether the run continues the run before, whose death is the death of an attempt of
+            this run, then.
     """
 
-    def __init__(self, layout: RunLayout, files: RankLayout, *, trains: bool) -> None:
+    def __init__(
+        self, layout: RunLayout, files: RankLayout, *, trains: bool, resumes: bool = False
+    ) -> None:
         self._layout, self._files, self._trains = layout, files, trains
+        self._resumes = resumes
         self._process = ProcessRecord.read(files.process)
         self._renamed: dict[str, str] = {}  # new names of files
 
@@ -59,6 +64,9 @@ class EarlierEvidence:
         for path in paths:
             self._note(path, rename_aside(path))
         self._note(files.evidence, _rename_folder(files.evidence))
+        is_first = files.directory == self._layout.rank(0).directory
+        if self._trains and is_first and not self._resumes:
+            rename_aside(self._layout.crash_bundle)
 
     def keep_latest_events(self, trainer: Trainer) -> list[str]:
         """Remove the oldest event files of the runs in this directory.

@@ -20,7 +20,7 @@ from typing_extensions import override
 
 from esper_lightning.callbacks.directory_choice import WritesRun
 from esper_lightning.callbacks.history import History, finished_iterations
-from esper_lightning.callbacks.lightning_internals import run_depth
+from esper_lightning.callbacks.lightning_internals import checkpoint_to_load, run_depth
 from esper_lightning.callbacks.loggers import guard_loggers
 from esper_lightning.callbacks.run_directory import (
     close_run_directory,
@@ -136,9 +136,12 @@ class FlightRecorder(WritesRun):
         open_run_directory(trainer, self)
         layout = run_layout(trainer)
         if layout is not None and trainer.is_global_zero:
+            resumed = stage == "fit" and checkpoint_to_load(trainer) is not None
             guard_loggers(
                 trainer.loggers,
-                at_end=lambda logger, died: upload_results(layout.directory, logger, died),
+                at_end=lambda logger, died: upload_results(
+                    layout.directory, logger, died=died, resumed=resumed
+                ),
             )
         met = meet(trainer.world_size)
         if layout is None:

@@ -76,7 +76,9 @@ def open_rank_files(
         attempt_file(lambda: sidecar.complete_report(files))
         if trains:
             attempt_file(lambda: list_attempt(files))
-        earlier = EarlierEvidence(layout, files, trains=trains)
+        resumed_from = checkpoint_to_load(trainer)
+        resumes = resumed_from is not None
+        earlier = EarlierEvidence(layout, files, trains=trains, resumes=resumes)
         attempt_file(earlier.rename)
         attempt_file(lambda: peers.note_event_files(earlier.keep_latest_events(trainer)))
         ring = PhaseRing(files.phases)
@@ -86,7 +88,6 @@ def open_rank_files(
         taken = attempt(lambda: take_fingerprint(trainer, layout), what=None).result
         if taken is not None:
             peers.note_fingerprint(taken, earlier.fingerprint)
-        resumed_from = checkpoint_to_load(trainer)
         if resumed_from is not None:
             peers.note_resumption(str(resumed_from))
         attempt_file(lambda: peers.report("running"))

@@ -4,22 +4,33 @@
 # pyright: reportUnknownVariableType=false, reportUnknownArgumentType=false
 
 import contextlib
+import dataclasses
 import logging
+import os
 import shutil
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
 import torch
 from lightning.pytorch import LightningModule, Trainer
 from lightning.pytorch.callbacks import ModelCheckpoint
+from torch.utils.data import BatchSampler, DataLoader, RandomSampler, SequentialSampler
+from torch.utils.data.distributed import DistributedSampler
 from typing_extensions import override
 
 from esper_lightning.callbacks.directory_choice import WritesRun
-from esper_lightning.callbacks.history import finished_iterations
+from esper_lightning.callbacks.history import History, counts_iterations, finished_iterations
 from esper_lightning.callbacks.lightning_internals import TunerExit
+from esper_lightning.callbacks.loop_internals import (
+    accumulates_gradients,
+    batches_of_epoch,
+    lift_time_limit,
+    train_loaders,
+)
 from esper_lightning.callbacks.run_directory import close_run_directory, open_run_directory
 from esper_lightning.forensics.layout import RunLayout
-from esper_lightning.forensics.reading import RowReader, open_file, parse_json
+from esper_lightning.forensics.reading import numbered_rows, open_file, parse_json
 from esper_lightning.forensics.replay import ReplayRecord, row_differences
 
 __all__ = ["ReplayWatch"]
@@ -34,10 +45,12 @@ class ReplayWatch(WritesRun):
     The replay ends before the iteration that follows the failing one begins: evaluations and
     callbacks after the failing iteration are part of the replay. Every ``ModelCheckpoint`` writes
     into the run directory of the replay, wherever it was told to. A progress bar shows nothing: the
-    limits of the run that died are not those of the replay.
+    limits of the run that died are not those of the replay. A limit of time (``max_time``) is
+    lifted, because a replay may be slower than the run was.
 
     Args:
         run_dir: Run directory of the run that died, in which nothing is written.
+        more_dirs: Copies of that directory on other hosts, where they share no disk.
         started_s: Begin of that run's recording on the rank that failed first.
         rank: Rank that failed first.
         iteration: Number of the iteration that failed; 0 for a death before the first.
@@ -53,6 +66,7 @@ class ReplayWatch(WritesRun):
         run_dir: str,
         iteration: int,
         *,
+        more_dirs: Sequence[str] = (),
         started_s: float | None = None,
         rank: int = 0,
         begins: int = 0,
@@ -63,6 +77,7 @@ class ReplayWatch(WritesRun):
         super().__init__()
         self.record = ReplayRecord(
             run_dir=run_dir,
+            more_dirs=tuple(more_dirs),
             started_s=started_s,
             rank=rank,
             iteration=iteration,
@@ -74,7 +89,7 @@ class ReplayWatch(WritesRun):
         self.directory: Path | None = None
         self._recorded: dict[int, dict[str, Any]] = {}
         self._new: Path | None = None
-        self._offset, self._differs, self._restores = 0, False, False
+        self._offset, self._differs, self._restores, self._begun = 0, False, False, False
 
     @override
     def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
@@ -86,28 +101,41 @@ class ReplayWatch(WritesRun):
         self.directory = open_run_directory(trainer, self)
         if self.directory is None or stage != "fit":
             return
+        lift_time_limit(trainer)
         for callback in trainer.checkpoint_callbacks:
             if isinstance(callback, ModelCheckpoint):  # newer files of the user's may be elsewhere
                 callback.dirpath = str(RunLayout(self.directory).checkpoints)
+        self.record = dataclasses.replace(self.record, whole_rows=counts_iterations(pl_module))
         own, rank = self.record, trainer.global_rank
         self._new = RunLayout(self.directory).rank(rank).history
         if trainer.is_global_zero:
             own.write(self.directory)
-            if own.start is not None and own.begins == self.iteration - 1:
+            if own.start is not None and self._is_before_fault(trainer, own.begins or 0):
                 before = RunLayout(self.directory).before_fault
                 before.parent.mkdir(exist_ok=True)
                 shutil.copyfile(own.start, before)
-        history = RunLayout(Path(own.run_dir or "")).rank(rank).history
+        histories = (RunLayout(place).rank(rank).history for place in own.directories)
+        history = next((path for path in histories if path.exists()), None)
         begins, last = own.begins or 0, self.iteration - int(own.deep)
-        if history.exists():
-            rows = {row.get("iteration", 0): row for row in RowReader(history)}
-            self._recorded = {k: row for k, row in rows.items() if begins < k <= last}
+        if history is not None:
+            rows = numbered_rows(history)
+            self._recorded = {k: row for k, row in rows if begins < k <= last}
+
+    @override
+    def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """Have rows hold what their own step has logged: a checkpoint restores no other values."""
+        for callback in trainer.callbacks:
+            if isinstance(callback, History):
+                callback.only_of_step = True
 
     @override
     def on_train_batch_start(
         self, trainer: Trainer, pl_module: LightningModule, batch: Any, batch_idx: int
     ) -> None:
         """End the replay after the failing iteration, and look for anomalies within it."""
+        if not self._begun:
+            self._begun = True
+            self._note_what_is_absent(trainer, pl_module)
         following = finished_iterations(trainer, pl_module) + 1
         if following > self.iteration:
             raise TunerExit  # which Lightning takes for the end of a run
@@ -149,8 +177,37 @@ class ReplayWatch(WritesRun):
 
     def _keep(self, trainer: Trainer, module: LightningModule) -> None:
         finished = finished_iterations(trainer, module)
-        if self.directory is not None and finished == self.iteration - 1 > 0:
+        if self.directory is None or finished < 1 or accumulates_gradients(trainer):
+            return
+        if self._is_before_fault(trainer, finished):
             trainer.save_checkpoint(RunLayout(self.directory).before_fault)
+
+    def _is_before_fault(self, trainer: Trainer, finished: int) -> bool:
+        """Whether the optimizer steps once at most before the failing iteration."""
+        return 0 < self.iteration - finished <= trainer.accumulate_grad_batches
+
+    def _note_what_is_absent(self, trainer: Trainer, module: LightningModule) -> None:
+        """Note in the run directory what the start of the replay does not restore."""
+        lacks = None if counts_iterations(module) else self._absent(trainer)
+        self.record = dataclasses.replace(self.record, lacks=lacks)
+        if lacks is not None and self.directory is not None and trainer.is_global_zero:
+            self.record.write(self.directory)
+
+    def _absent(self, trainer: Trainer) -> str | None:
+        """What the start of a replay of a module that trains on data does not restore."""
+        loaders, done = train_loaders(trainer), batches_of_epoch(trainer) - 1
+        if self.record.start is None:
+            is_seeded = "PL_GLOBAL_SEED" in os.environ
+            if any(map(_shuffles, loaders)) and not is_seeded:
+                return "the order of the data, because seed_everything was not called"
+            return None
+        by_lightning: bool = trainer.lightning_module.automatic_optimization
+        if by_lightning and done % trainer.accumulate_grad_batches:
+            return "the gradients that were summed"
+        # A loader without a state begins anew, also in the middle of an epoch.
+        if all(_has_state(each) or (not done and _is_in_order(each)) for each in loaders):
+            return None
+        return "the order of the data"
 
     def _look(self) -> None:
         """Compare the rows since the last look, and warn of the first one that differs."""
@@ -162,7 +219,8 @@ class ReplayWatch(WritesRun):
                 self._offset += len(line)
                 row: dict[str, Any] = parse_json(line)
                 number = row["iteration"]
-                what = row_differences(self._recorded.get(number, row), row)
+                recorded = self._recorded.get(number, row)
+                what = row_differences(recorded, row, whole=self.record.whole_rows)
                 if what:
                     self._differs = True
                     text = "Different from iteration %d on: %s"
@@ -173,3 +231,23 @@ class ReplayWatch(WritesRun):
         if self._restores:
             self._restores = False
             torch.autograd.set_detect_anomaly(False)
+
+
+def _has_state(loader: Any) -> bool:
+    """Whether Lightning stores the position of a loader in a checkpoint."""
+    return all(callable(getattr(loader, name, None)) for name in ("state_dict", "load_state_dict"))
+
+
+def _is_in_order(loader: Any) -> bool:
+    """Whether a loader is known to have the same order in an epoch whenever that begins."""
+    if not isinstance(loader, DataLoader):
+        return isinstance(loader, list | tuple | range)
+    # Derived classes may do anything.
+    is_plain = type(loader.batch_sampler) in (BatchSampler, type(None))
+    return is_plain and type(loader.sampler) in (SequentialSampler, DistributedSampler)
+
+
+def _shuffles(loader: Any) -> bool:
+    """Whether the order of a loader comes from the global random generator."""
+    sampler = getattr(loader, "sampler", None)
+    return isinstance(sampler, RandomSampler) and sampler.generator is None

@@ -5,7 +5,8 @@ of its folder, in turn: while one is written, the other is whole. A file is over
 not flushed: what a process has written belongs to the kernel, and only a power failure loses it.
 
 An iteration after which an evaluation is due, or an epoch ends, is stored after that: a run that is
-resumed would skip it, and lack the row of the evaluation or a checkpoint.
+resumed would skip it, and lack the row of the evaluation or a checkpoint. Where gradients of
+several batches are summed, states are stored after steps of the optimizer: none holds gradients.
 ``training.checkpoint.kept`` reads the files and joins those of all ranks.
 """
 # Lightning sets many attributes of its Trainer where no type checker sees them.
@@ -28,6 +29,7 @@ from typing_extensions import override
 
 from esper_lightning.callbacks.history import finished_iterations
 from esper_lightning.callbacks.lightning_internals import dump_checkpoint, evaluates_next
+from esper_lightning.callbacks.loop_internals import accumulates_gradients
 from esper_lightning.forensics.layout import RunLayout
 from esper_lightning.recorder.crash_checkpoint import saving_alone
 from esper_lightning.recorder.death import in_words
@@ -96,7 +98,8 @@ class StateKeeper(Checkpoint):
             return
         if self._always or self._count % self.every == 0:
             self._is_due = True
-            if not (_ends_epoch(trainer) or evaluates_next(trainer)):
+            later = _ends_epoch(trainer) or evaluates_next(trainer)
+            if not (later or accumulates_gradients(trainer)):
                 self._store(trainer, pl_module)
         is_power = self._count & (self._count - 1) == 0
         if not self._always and is_power and self._count >= _FIRST_DECISION:
@@ -128,7 +131,9 @@ class StateKeeper(Checkpoint):
     def _store_after(self, trainer: Trainer, module: LightningModule) -> None:
         """Store the state after an evaluation or an epoch, if it is due or was stored before."""
         is_stored = self._stored == finished_iterations(trainer, module)
-        if (self._is_due or is_stored) and not self._is_off and not trainer.sanity_checking:
+        if accumulates_gradients(trainer) or self._is_off or trainer.sanity_checking:
+            return
+        if self._is_due or is_stored:
             self._store(trainer, module)
 
     def _store(self, trainer: Trainer, module: LightningModule) -> None:

@@ -11,7 +11,9 @@ import os
 import warnings
 from importlib.util import find_spec
 from pathlib import Path
+from typing import cast
 
+import torch
 from lightning.fabric.plugins.environments.slurm import SLURMEnvironment
 from lightning.pytorch import Trainer
 from lightning.pytorch.callbacks import (
@@ -24,7 +26,10 @@ from lightning.pytorch.callbacks import (
     LearningRateFinder,
     LearningRateMonitor,
     ModelCheckpoint,
+    ModelPruning,
     ModelSummary,
+    OnExceptionCheckpoint,
+    SpikeDetection,
     StochasticWeightAveraging,
     Timer,
 )
@@ -45,6 +50,7 @@ from esper_lightning.callbacks.profiler_internals import record_no_module_names
 from esper_lightning.compiling.loops import CompileMode
 from esper_lightning.core.buffer import memory_bytes, rollout_bytes
 from esper_lightning.core.errors import Words, at_least, one_of, require, require_name
+from esper_lightning.core.paths import require_output_folder
 from esper_lightning.core.seeding import require_torch_defaults
 from esper_lightning.training.monitors import refuse_monitors
 from esper_lightning.training.progress import Progress
@@ -63,6 +69,7 @@ __all__ = [
 _log = logging.getLogger(__name__)
 _PRECISIONS = ("32-true", "bf16-mixed")
 _DEVICES = ("cpu", "cuda")
+_LONGEST_NAME = 200  # bytes of the name of a checkpoint, which is longer while it is written
 _LOG_ONLY = (DeviceStatsMonitor, LearningRateMonitor)
 
 
@@ -161,14 +168,19 @@ def _refuse_unfit(trainer: Trainer, settings: PPOSettings) -> None:
         ok = trainer.check_val_every_n_epoch is None or every <= most
         rule = f"be at most {most}, the iterations of an epoch"
         require(ok, "Trainer.val_check_interval", rule, every, hint)
+    for callback in trainer.callbacks if trainer.is_global_zero else ():
+        if isinstance(callback, ModelCheckpoint | OnExceptionCheckpoint):
+            _refuse_no_place(callback)
     monitors = [each for each in trainer.callbacks if isinstance(each, _LOG_ONLY)]
     ok = bool(trainer.loggers) or not monitors
     got = Words(f"none for {type(monitors[0]).__name__}" if monitors else "")
     require(ok, "Trainer.logger", "be there for what callbacks log", got)
-    reads = trainer.strategy.root_device.type == "cpu" and any(map(monitors_cpu, monitors))
+    device = trainer.strategy.root_device.type
+    reads = any(monitors_cpu(each, device) for each in monitors)
     ok = not reads or find_spec("psutil") is not None
     hint = "Install psutil, or set it to False."
-    require(ok, "DeviceStatsMonitor.cpu_stats", "be False without psutil", None, hint)
+    got = Words("one that reads the CPU")
+    require(ok, "DeviceStatsMonitor.cpu_stats", "be False without psutil", got, hint)
     epochs = trainer.max_epochs
     if epochs is None:  # Lightning's default is 1000, unless something else ends the run
         epochs = -1 if any(isinstance(each, Timer) for each in trainer.callbacks) else 1000
@@ -204,6 +216,11 @@ def _refuse_callback(callback: Callback) -> None:
     hint = "PPO steps all weights as one vector."
     freezes = isinstance(callback, BaseFinetuning)
     require(not freezes, "Trainer.callbacks", "freeze no weights", name, hint)
+    prunes = isinstance(callback, ModelPruning)
+    require(not prunes, "Trainer.callbacks", "prune no weights", name, hint)
+    hint = "PPO has a loss for each minibatch, and none for an iteration."
+    watches = isinstance(callback, SpikeDetection)
+    require(not watches, "Trainer.callbacks", "watch no loss of a step", name, hint)
     interval = train_time_interval(callback)
     hint = "Lightning ignores it with manual optimisation: set every_n_train_steps."
     require(interval is None, "ModelCheckpoint.train_time_interval", "be None", interval, hint)
@@ -214,28 +231,30 @@ def _refuse_callback(callback: Callback) -> None:
         require_name(f"{name}.monitor", callback.monitor, "a metric")
     if isinstance(callback, EarlyStopping):
         at_least(f"{name}.patience", callback.patience, 0)
-    if isinstance(callback, ModelCheckpoint):
-        _refuse_no_place(callback)
 
 
-def _refuse_no_place(callback: ModelCheckpoint) -> None:
-    """Refuse a ``ModelCheckpoint`` with an impossible folder or file name."""
-    path = str(callback.dirpath or "")
-    require_writable("ModelCheckpoint.dirpath", path)
-    place = Path(path).absolute()
-    ok = "://" in path or (
-        "\0" not in path
-        and next(each for each in (place, *place.parents) if os.path.lexists(each)).is_dir()
-    )
-    require(ok, "ModelCheckpoint.dirpath", "be a folder that can be made", path)
-    name = callback.filename or ""
-    require("\0" not in name, "ModelCheckpoint.filename", "name a file", name)
+def _refuse_no_place(callback: ModelCheckpoint | OnExceptionCheckpoint) -> None:
+    """Refuse a folder or a file name of checkpoints with which no file could be saved.
+
+    Lightning would find out when it first saves.
+    """
+    owner, filename = type(callback).__name__, callback.filename or ""
+    folder = str(callback.dirpath or "")
+    require_writable(f"{owner}.dirpath", folder)
+    require("\0" not in filename, f"{owner}.filename", "name a file", filename)
     try:
-        callback.format_checkpoint_name({})
+        saves = callback.format_checkpoint_name({}) if isinstance(callback, ModelCheckpoint) else ""
+        path = Path(saves or cast(OnExceptionCheckpoint, callback).ckpt_path)
+        length = len(os.fsencode(path.name))
     except Exception as error:  # whatever is wrong with a format
         rule = f"be a name with formats ({error})"
         hint = "'{epoch}-{step}', for example."
-        require(False, "ModelCheckpoint.filename", rule, callback.filename, hint)
+        require(False, f"{owner}.filename", rule, filename, hint)
+        return
+    rule = f"give names of at most {_LONGEST_NAME} bytes"
+    require(length <= _LONGEST_NAME, f"{owner}.filename", rule, filename)
+    if "://" not in folder and (folder or path.is_absolute()):
+        require_output_folder(f"{owner}.dirpath", path.parent)
 
 
 def _refuse_strategy(trainer: Trainer) -> None:
@@ -250,6 +269,12 @@ def _refuse_strategy(trainer: Trainer) -> None:
     reason = "Its child processes hand back weights and nothing else."
     ok = not spawns_processes(trainer)
     require(ok, "Trainer.strategy", rule, f"{name} by {type(launcher).__name__}", reason)
+    backend = strategy.process_group_backend if isinstance(strategy, DDPStrategy) else None
+    if backend is not None:
+        kinds = [each.rpartition(":")[2] for each in backend.split(",")]
+        rule = "be one that torch has here: 'gloo', or 'nccl' on CUDA, for example"
+        ok = all(map(torch.distributed.is_backend_available, kinds))
+        require(ok, f"{name}.process_group_backend", rule, backend)
 
 
 def keep_lightning_from_requeueing(trainer: Trainer) -> None:

@@ -5,6 +5,7 @@ from types import SimpleNamespace
 import pytest
 
 from esper_lightning.callbacks import held_directory
+from esper_lightning.callbacks.address_claims import read_claims
 from esper_lightning.callbacks.held_directory import HeldDirectory
 from esper_lightning.forensics.claims import DirectoryInUseError, claim
 
@@ -12,8 +13,8 @@ from esper_lightning.forensics.claims import DirectoryInUseError, claim
 class Mirror:
     """Notes what was copied, and whether the directory was still held."""
 
-    def __init__(self, directory, address, rank):
-        self.seen = SimpleNamespace(directory=directory, address=address, rank=rank)
+    def __init__(self, directory, address, rank, claims):
+        self.seen = SimpleNamespace(directory=directory, address=address, rank=rank, claims=claims)
         COPIES.append(self.seen)
 
     def copy(self, *, seconds):
@@ -46,6 +47,7 @@ def test_the_last_copy_to_an_address_is_made_while_the_directory_is_held(
     held.end()
     (copy,) = COPIES
     assert (copy.address, copy.rank, copy.copied) == ("memory://there", 3, True)
+    assert copy.claims == read_claims(tmp_path / "run")
     assert held.mirror is None
 
 

@@ -265,6 +265,26 @@ def test_a_damaged_history_is_renamed(make_trainer, tmp_path, caplog):
     assert "is renamed" in caplog.text
 
 
+@pytest.mark.parametrize("number", ["null", '"2"', "[1]", '"NaN"', "1e999", "true", "-2", "1.5"])
+def test_rows_without_a_number_are_moved_with_those_that_are_repeated(tmp_path, caplog, number):
+    path = tmp_path / "rank0" / "history.jsonl"
+    path.parent.mkdir()
+    damaged = f'{{"iteration":{number},"x":[1e999]}}'
+    rows = ['{"iteration":1}', damaged, '{"a":1}', '{"iteration":3}']
+    path.write_text("\n".join(rows) + "\n")
+    module = SimpleNamespace(iteration=2, counts_iterations=True)
+    history, trainer = History(), SimpleNamespace(global_rank=0)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr("esper_lightning.callbacks.history.run_directory", lambda _: tmp_path)
+        history.on_train_batch_start(trainer, module, 0, 0)
+    history.on_train_start(trainer, module)
+    assert path.read_text() == rows[0] + "\n"
+    moved = path.with_name("history.jsonl.1").read_text().splitlines()
+    assert len(moved) == 3
+    assert moved[1:] == rows[2:]
+    assert "2 rows have no number of an iteration, and are moved to history.jsonl.1" in caplog.text
+
+
 SCRIPT = """
 import sys, torch
 torch.set_num_threads(1)

@@ -26,7 +26,10 @@ from tests.training.short_runs import SMALL, fit
 PACKAGE = Path(esper_lightning.__path__[0])
 LIGHTNING = Path(lightning.__path__[0])
 FILE = PACKAGE / "callbacks" / "lightning_internals.py"
-OTHERS = ("profiler_internals.py", "tensorboard_internals.py", "tracker_internals.py")
+OTHERS = (
+    *("loop_internals.py", "profiler_internals.py"),
+    *("tensorboard_internals.py", "tracker_internals.py"),
+)
 FILES = (FILE, *map(FILE.with_name, OTHERS))
 
 

@@ -4,9 +4,12 @@ The services are stand-ins that have the attributes of Lightning's loggers; the 
 real libraries, offline.
 """
 
+import contextlib
+import errno
 import json
 import time
 import zipfile
+from fnmatch import fnmatch
 from pathlib import Path
 
 import pytest
@@ -15,7 +18,9 @@ from lightning.pytorch.loggers import Logger
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
 from esper_lightning import PPO, PPOConfig, Trainer
+from esper_lightning.callbacks import tracking
 from esper_lightning.envs import CartPole
+from esper_lightning.forensics.layout import OF_A_RUN
 
 STEPS = 32  # env steps of an iteration
 
@@ -41,8 +46,8 @@ class DiesIn(Callback):
             raise RuntimeError("windy")
 
 
-def fit(run, *loggers, dies_in=None, **kwargs):
-    callbacks = [] if dies_in is None else [DiesIn(dies_in)]
+def fit(run, *loggers, dies_in=None, more=(), **kwargs):
+    callbacks = [*more, *([] if dies_in is None else [DiesIn(dies_in)])]
     trainer = Trainer(
         run_dir=run,
         logger=list(loggers),
@@ -65,7 +70,10 @@ def die_and_resume(run, make):
 
 
 class WandB(Logger):
-    """What Lightning's logger for W&B has, with runs in a dictionary."""
+    """What Lightning's logger for W&B has, with runs in a dictionary.
+
+    ``save`` makes links in the folder ``dir``, and the service writes a ``config.yaml`` there.
+    """
 
     runs: dict = {}  # noqa: RUF012
     name, version = "wandb", None
@@ -84,6 +92,8 @@ class WandB(Logger):
         if self._experiment is None:
             self.id = self._wandb_init["id"] or f"run-{len(self.runs)}"
             self.config = self.runs.setdefault(self.id, {"rows": [], "files": []})
+            self.dir = str(Path(self._save_dir, "wandb", f"run-{id(self)}", "files"))
+            Path(self.dir).mkdir(parents=True)
             self._experiment = self
         return self._experiment
 
@@ -93,6 +103,14 @@ class WandB(Logger):
     def save(self, path=None, base_path=None, policy=None):
         if path is not None:
             self.runs[self.id]["files"].append(Path(path).name)
+            there = Path(self.dir, Path(path).relative_to(base_path))
+            if not (there.exists() and there.samefile(path)):
+                there.unlink(missing_ok=True)
+                there.symlink_to(path)
+
+    def finalize(self, status):
+        if self._experiment is not None:
+            Path(self.dir, "config.yaml").write_text("_wandb: {}")
 
     def log_hyperparams(self, *args, **kwargs):
         pass
@@ -121,6 +139,75 @@ def wandb_stand_in(monkeypatch):
     return WandB
 
 
+@pytest.mark.parametrize("dies_in", [None, 3])
+def test_no_file_of_a_run_is_what_a_service_writes_into(wandb_stand_in, tmp_path, dies_in):
+    run = tmp_path / "run"
+    with pytest.raises(RuntimeError) if dies_in else contextlib.nullcontext():
+        fit(run, wandb_stand_in(), dies_in=dies_in)
+    names = {path.name for path in run.iterdir()} - {"owner.lock", "wandb"}
+    known = {name for name in names for pattern in OF_A_RUN if fnmatch(name, pattern)}
+    assert {name for name in names - known if not name.startswith(".")} == set()
+    copies = [path for path in run.glob("wandb/*/files/*") if path.name != "config.yaml"]
+    assert {"run_config.yaml", "best.ckpt"} <= {path.name for path in copies}
+    assert not any(path.is_symlink() for path in run.rglob("*"))
+    (copy,) = (path for path in copies if path.name == "run_config.yaml")
+    assert (run / "config.yaml").read_bytes() == copy.read_bytes()
+    assert "model:" in copy.read_text()
+
+
+class Unreachable(WandB):
+    """W&B whose service is out of reach until ``reached`` is set."""
+
+    reached = False
+
+    @property
+    def experiment(self):
+        if not self.reached:
+            raise ConnectionError("no network")
+        return WandB.experiment.fget(self)
+
+    def log_metrics(self, metrics, step=None):
+        _ = self.experiment
+        super().log_metrics(metrics, step)
+
+
+class Reaches(Callback):
+    def on_train_batch_start(self, trainer, pl_module, batch, batch_idx):
+        trainer.logger.reached = pl_module.iteration == 3 or trainer.logger.reached
+
+
+@pytest.mark.parametrize("reaches", [True, False])
+def test_a_service_that_is_out_of_reach_at_the_start_ends_no_run(
+    wandb_stand_in, tmp_path, caplog, reaches
+):
+    run, logger = tmp_path / "run", Unreachable()
+    trainer = fit(run, logger, more=[Reaches()] if reaches else [])
+    assert trainer.global_step == 6
+    assert len((run / "rank0" / "history.jsonl").read_text().splitlines()) == 6
+    warnings = [r.getMessage() for r in caplog.records if r.levelname == "WARNING"]
+    assert [text for text in warnings if "no network" in text] == [
+        "Unreachable failed: no network. Training continues."
+    ]
+    if not reaches:
+        assert WandB.runs == {}
+        return
+    (found,) = WandB.runs.values()
+    assert sorted(set(found["rows"])) == [STEPS * k for k in range(1, 7)]
+    assert found["files"] == ["run_config.yaml", "best.ckpt"]
+    assert json.loads((run / "trackers.json").read_text()) == {"wandb": logger.id}
+
+
+def test_identifiers_that_cannot_be_written_end_no_run(
+    wandb_stand_in, tmp_path, caplog, monkeypatch
+):
+    def full(path, content):
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    monkeypatch.setattr(tracking, "write_atomically", full)
+    assert fit(tmp_path / "run", wandb_stand_in()).global_step == 6
+    assert "No space left on device. Training continues." in caplog.text
+
+
 def test_a_resumed_run_continues_under_its_identifier_and_files_follow(wandb_stand_in, tmp_path):
     run = tmp_path / "run"
     first, second = die_and_resume(run, wandb_stand_in)
@@ -129,7 +216,7 @@ def test_a_resumed_run_continues_under_its_identifier_and_files_follow(wandb_sta
     assert json.loads((run / "trackers.json").read_text()) == {"wandb": first.id}
     assert sorted(set(found["rows"])) == [STEPS * k for k in range(1, 7)]
     assert second._save_dir == str(run)
-    assert found["files"].count("config.yaml") == 2
+    assert found["files"].count("run_config.yaml") == 2
     assert found["files"].index("crash.zip") < found["files"].index("best.ckpt")
     with zipfile.ZipFile(run / "crash.zip") as file:
         assert "windy" in file.read("rank0/crash.json").decode()
@@ -140,6 +227,28 @@ def test_a_new_run_in_the_same_directory_is_a_new_run_of_the_service(wandb_stand
     for logger in (first, second):
         fit(tmp_path / "run", logger)
     assert first.id != second.id
+
+
+def test_a_new_run_has_not_the_death_of_the_run_before(wandb_stand_in, tmp_path):
+    run, dead, healthy = tmp_path / "run", wandb_stand_in(), wandb_stand_in()
+    with pytest.raises(RuntimeError, match="windy"):
+        fit(run, dead, dies_in=3)
+    fit(run, healthy)
+    assert "crash.zip" in WandB.runs[dead.id]["files"]
+    assert "best.ckpt" in WandB.runs[healthy.id]["files"]
+    assert "crash.zip" not in WandB.runs[healthy.id]["files"]
+    assert not (run / "crash.zip").exists()
+
+
+def test_files_of_the_user_are_not_replaced(wandb_stand_in, tmp_path):
+    for name in ("trackers.json", "crash.zip", "copies.jsonl"):
+        folder = tmp_path / name.partition(".")[0]
+        folder.mkdir()
+        (folder / name).write_text("the user's")
+        with pytest.raises(ValueError, match=f"It holds {name}, which no run wrote"):
+            fit(folder, wandb_stand_in())
+        assert [path.name for path in folder.iterdir()] == [name]
+        assert (folder / name).read_text() == "the user's"
 
 
 def test_an_identifier_of_the_user_is_not_replaced(wandb_stand_in, tmp_path):
@@ -224,7 +333,8 @@ def test_wandb_itself_offline(tmp_path, monkeypatch):
         time.sleep(0.5)  # another process writes the file
     assert [*steps()] == expected
     uploaded = {path.name for path in run.glob("wandb/offline-run-*/files/*")}
-    assert {"best.ckpt", "crash.zip", "config.yaml"} <= uploaded
+    assert {"best.ckpt", "crash.zip", "run_config.yaml"} <= uploaded
+    assert not [path for path in run.glob("wandb/*/files/*") if path.is_symlink()]
 
 
 @pytest.mark.slow

@@ -78,7 +78,7 @@ def rows_of(chance: random.Random, content: bytes) -> bytes:
     """Rows that were doubled, removed, reordered, or changed."""
     rows = content.splitlines()
     at = chance.randrange(len(rows))
-    kind = chance.randrange(6)
+    kind = chance.randrange(7)
     if kind == 0:
         rows += rows
     elif kind == 1:
@@ -89,6 +89,9 @@ def rows_of(chance: random.Random, content: bytes) -> bytes:
         del rows[at]
     elif kind == 4:
         rows.insert(at, rows[0])
+    elif kind == 5:
+        row = json.loads(rows[at]) | {"iteration": chance.choice(ODD)}
+        rows[at] = spelled(json.dumps(row))
     else:
         row = replace_within(chance, json.loads(rows[at]), lambda: chance.choice(ODD))
         rows[at] = spelled(json.dumps(row))
@@ -177,7 +180,7 @@ def corrupt(chance: random.Random, directory: Path, suffixes: tuple[str, ...]) -
             path.write_bytes(structure_of(chance, path, content))
             return f"{said}: structure"
     if kind < 0.78:
-        (directory / chance.choice(FOLDERS)).mkdir()
+        (directory / chance.choice(FOLDERS)).mkdir(exist_ok=True)
         return "a folder"
     path.write_bytes(bytes_of(chance, content))
     return f"{said}: bytes"

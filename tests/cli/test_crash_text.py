@@ -7,7 +7,7 @@ import pytest
 from esper_lightning.cli.crash_text import describe, describe_start, seconds_by_phase
 from esper_lightning.forensics.phases import Phases, Span
 from esper_lightning.forensics.remains import Remains
-from esper_lightning.forensics.report import CrashReport, Evidence
+from esper_lightning.forensics.report import CrashReport, Evidence, PeerReport
 
 S = 1_000_000_000
 
@@ -45,6 +45,31 @@ def test_without_evidence_the_text_says_so(tmp_path):
     text = "\n".join(describe(tmp_path, [remains()], remains()))
     for line in ("No iteration was finished.", "No phases on record.", "No trace.", "Evidence: "):
         assert line in text
+
+
+@pytest.mark.parametrize(
+    ("config", "how"),
+    [
+        ("model: {}", "esper replay {here} {there}"),
+        ("env: {class_path: __main__.Maze}", "in Python, replay(trainer, model, RUN_DIR)"),
+        (None, "in Python, replay(trainer, model, RUN_DIR)"),
+    ],
+)
+def test_the_line_to_type_for_a_replay_fits(tmp_path, config, how):
+    here, there = tmp_path / "here", tmp_path / "there"
+    there.mkdir()
+    if config is not None:
+        (there / "config.yaml").write_text(config)
+    ranks = [remains(directory=here), remains(rank=1, directory=there)]
+    assert describe(here, ranks, ranks[0])[-1].strip() == how.format(here=here, there=there)
+
+
+def test_the_folder_of_the_first_failure_is_asked_for(tmp_path):
+    (tmp_path / "config.yaml").write_text("model: {}")
+    report = CrashReport(cause="peer", peer=PeerReport(rank=1, reason="it failed"))
+    rank = remains(report=report, world_size=2, directory=tmp_path)
+    asked = f"esper replay {tmp_path} DIR_OF_THE_OTHER_HOST"
+    assert describe(tmp_path, [rank], rank)[-1].strip() == asked
 
 
 def test_rows_that_the_disk_did_not_take_are_not_told_as_none(tmp_path):

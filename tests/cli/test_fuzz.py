@@ -1,16 +1,20 @@
-"""Run directories damaged in two thousand ways: commands show the rest or print one line."""
+"""Run directories damaged in two thousand ways: commands do with the rest or print one line."""
 
 import json
 import random
+import re
 import shutil
+import subprocess
 import time
+from collections.abc import Callable, Iterable
 from pathlib import Path
 
 import pytest
 import torch
 
 from esper_lightning import PPO, PPOConfig, train_ppo_vectorized
-from esper_lightning.cli import compare, crash, report
+from esper_lightning.cli import compare, crash, replay, report
+from esper_lightning.cli.main import main
 from esper_lightning.envs import CartPole
 from esper_lightning.forensics.layout import RankLayout, RunLayout
 from esper_lightning.forensics.rank_record import ProcessRecord
@@ -26,18 +30,19 @@ READ = (".json", ".jsonl", ".ring", ".yaml", ".gz", ".txt")
 COMMANDS = {"crash": crash.run, "report": report.run, "compare": compare.run}
 
 
+def fail_in_the_fifth(trainer, row):
+    publish(trainer, row)
+    if row["iteration"] == 5:
+        raise RuntimeError("injected")
+
+
 @pytest.fixture(scope="module")
 def died(tmp_path_factory) -> Path:
     """The directory of a run that died in its fifth iteration, with all evidence of such a run."""
     directory = tmp_path_factory.mktemp("died") / "run"
 
-    def fail(trainer, row):
-        publish(trainer, row)
-        if row["iteration"] == 5:
-            raise RuntimeError("injected")
-
     with pytest.MonkeyPatch.context() as patch, pytest.raises(RuntimeError, match="injected"):  # noqa: PT012
-        patch.setattr(module, "publish", fail)
+        patch.setattr(module, "publish", fail_in_the_fifth)
         train_ppo_vectorized(
             CartPole(num_envs=2),
             iterations=8,
@@ -111,6 +116,101 @@ def test_damage_is_never_a_traceback(died, tmp_path, capsys):
 @pytest.mark.parametrize("first", range(0, 1600, 200))
 def test_sixteen_hundred_kinds_of_damage(died, tmp_path, capsys, first):
     damage_and_read(capsys, died, tmp_path, range(1000 + first, 1200 + first), readers=7)
+
+
+def damage_and_run(
+    died: Path, place: Path, seeds: Iterable[int | None], run: Callable[[Path], int]
+) -> set[int]:
+    """Exit statuses of a command that trains; of the seed ``None``, nothing is damaged."""
+    statuses = set[int]()
+    for seed in seeds:
+        chance, directory = random.Random(seed), place / "run"
+        shutil.copytree(died, directory)
+        count = 0 if seed is None else chance.choice((1, 1, 3))
+        said = [corrupt(chance, directory, READ) for _ in range(count)]
+        try:
+            statuses.add(run(directory))
+        except BaseException as error:
+            error.add_note(f"Seed {seed}: {'; '.join(said)}")
+            raise
+        finally:
+            for path in place.iterdir():
+                shutil.rmtree(path)
+    return statuses
+
+
+def status_of(capsys, *words: object) -> int:
+    """Exit status of a command, whose mistakes must be one line of the known form."""
+    status: object = 0
+    try:
+        main([*map(str, words)])
+    except SystemExit as end:
+        status = end.code
+    err = capsys.readouterr().err
+    assert isinstance(status, int)
+    assert "Traceback" not in err
+    if status == 2:
+        assert len(re.findall("^esper: error: .{1,186}$", err, re.MULTILINE)) == 1, err
+    return status
+
+
+@pytest.fixture
+def resume(died, capsys) -> Callable[[Path], int]:
+    """Resumes a run with its config, as it was before damage; returns the exit status."""
+
+    def resume(directory: Path) -> int:
+        words = ("--config", died / "config.yaml", "--run_dir", directory, "--ckpt_path", "last")
+        status = status_of(capsys, "fit", *words, "--model.total_env_steps", 28)
+        history = RunLayout(directory).rank(0).history
+        if status == 0 and history.is_file() and not history.is_symlink():
+            rows = [json.loads(row) for row in history.read_text().splitlines()]
+            assert all(isinstance(row["iteration"], int) for row in rows)
+            assert rows[-1]["iteration"] == 7
+        return status
+
+    return resume
+
+
+@pytest.fixture
+def play_again(died, capsys, monkeypatch) -> Callable[[Path], int]:
+    """Replays a run, within this process; returns the exit status."""
+
+    def start(words, **_):
+        with monkeypatch.context() as patch:
+            patch.setattr(module, "publish", fail_in_the_fifth)
+            try:
+                main(words[3:])
+            except SystemExit as end:
+                return subprocess.CompletedProcess(words, end.code)
+            except RuntimeError as error:
+                assert "injected" in str(error)  # noqa: PT017 - any other is that of the replay
+                return subprocess.CompletedProcess(words, 1)
+        return subprocess.CompletedProcess(words, 0)
+
+    monkeypatch.setattr(subprocess, "run", start)
+    monkeypatch.setattr(replay, "_REPORT_S", 0.0)
+    return lambda directory: status_of(capsys, "replay", directory)
+
+
+def test_a_damaged_run_is_resumed_or_refused_in_a_line(died, tmp_path, resume):
+    # Iterations that are no numbers, and a config that is a pipe.
+    assert damage_and_run(died, tmp_path, (13, 143, 241), resume) == {0}
+
+
+def test_a_damaged_run_is_played_again_or_refused_in_a_line(died, tmp_path, play_again):
+    # Iterations that are no numbers, and a config that is deep.
+    assert damage_and_run(died, tmp_path, (None, 6, 296), play_again) == {0}
+    assert damage_and_run(died, tmp_path, [212], play_again) == {2}
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("first", range(0, 200, 50))
+def test_two_hundred_damaged_runs_are_resumed_and_played_again(
+    died, tmp_path, resume, play_again, first
+):
+    seeds = range(1000 + first, 1050 + first)
+    assert damage_and_run(died, tmp_path, seeds, resume) <= {0, 2}
+    assert damage_and_run(died, tmp_path, seeds, play_again) <= {0, 2, 3, 4}
 
 
 def damage_and_load(died: Path, place: Path, seeds: range) -> set[bool]:

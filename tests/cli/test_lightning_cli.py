@@ -7,6 +7,7 @@ import tempfile
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
+from unittest.mock import Mock
 
 import pytest
 import torch
@@ -250,6 +251,14 @@ def test_what_a_callback_refuses_before_the_first_iteration_is_a_mistake_in_the_
     words = ["--trainer.callbacks+=LearningRateMonitor"]
     line = fails(capsys, "fit", "--config", CARTPOLE, *QUICK, *words)
     assert "the callback cannot work" in line
+
+
+def test_what_a_class_of_a_setting_raises_before_the_first_iteration_is_a_line(capsys, monkeypatch):
+    cannot = Mock(side_effect=TypeError("cannot work"))
+    monkeypatch.setattr(LearningRateMonitor, "_find_names_from_schedulers", cannot)
+    words = ["--trainer.callbacks+=LearningRateMonitor"]
+    line = fails(capsys, "fit", "--config", CARTPOLE, *QUICK, *words)
+    assert "LearningRateMonitor: TypeError: cannot work" in line
 
 
 def test_users_own_history_and_bar_replace_ours(capsys):

@@ -496,10 +496,28 @@ FIT = {
     "--model.total_env_steps null": "PPO.total_env_steps must be known for PPOConfig.learning_rate",
     "--model.total_env_steps null --trainer.max_time 00:00:00:09": "must be known for PPOConfig.",
     "--trainer.callbacks ModelCheckpoint --trainer.callbacks.dirpath file": "error: "
-    "ModelCheckpoint.dirpath must be a folder that can be made, got ",
+    "ModelCheckpoint.dirpath must be a folder that can be made (",
     "--trainer.callbacks ModelCheckpoint --trainer.callbacks.dirpath file/x": "folder that can be",
     "--trainer.callbacks ModelCheckpoint --trainer.callbacks.filename '{nothing:d'": "error: "
     "ModelCheckpoint.filename must be a name with formats (",
+    "--trainer.callbacks ModelCheckpoint --trainer.callbacks.dirpath /proc/x": "error: "
+    "ModelCheckpoint.dirpath must be a folder that can be made (No such file or directory), got",
+    f"--trainer.callbacks ModelCheckpoint --trainer.callbacks.dirpath {LONG}": "(File name too lo",
+    f"--trainer.callbacks ModelCheckpoint --trainer.callbacks.filename {LONG}": "error: "
+    "ModelCheckpoint.filename must give names of at most 200 bytes, got ",
+    "--trainer.callbacks ModelCheckpoint --trainer.callbacks.filename /proc/x/y": "got '/proc/x'.",
+    "--trainer.callbacks OnExceptionCheckpoint --trainer.callbacks.dirpath /proc/x": "error: "
+    "OnExceptionCheckpoint.dirpath must be a folder that can be made (",
+    f"--trainer.callbacks OnExceptionCheckpoint --trainer.callbacks.dirpath x "
+    f"--trainer.callbacks.filename {LONG}": "OnExceptionCheckpoint.filename must give names of at",
+    "--trainer.callbacks ModelPruning --trainer.callbacks.pruning_fn l1_unstructured": "error: "
+    "Trainer.callbacks must prune no weights, got 'ModelPruning'. PPO steps all weights as one",
+    "--trainer.callbacks SpikeDetection": "error: Trainer.callbacks must watch no loss of a step, "
+    "got 'SpikeDetection'. PPO has a loss for each minibatch, and none for an iteration.",
+    "--trainer.strategy DDPStrategy --trainer.strategy.process_group_backend foo": "error: "
+    "DDPStrategy.process_group_backend must be one that torch has here: 'gloo', or 'nccl' on CUDA",
+    "--trainer.barebones true --run_dir x": "--run_dir must be null with trainer.barebones=true, "
+    "got 'x'. Such a run writes no files.",
     # What a class refuses of which a setting is one of several.
     "--trainer.callbacks FlightRecorder --trainer.callbacks.dirpath ''": "error: "
     "FlightRecorder.dirpath must name a directory, got ''.",

@@ -1,6 +1,8 @@
 """Mistakes in the words of ``esper replay`` are one line, and start no run."""
 
+import shutil
 import subprocess
+from dataclasses import replace
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -11,7 +13,9 @@ import yaml
 
 from esper_lightning.cli import replay as command
 from esper_lightning.cli.main import main
+from esper_lightning.forensics.fingerprint import Fingerprint
 from esper_lightning.forensics.layout import RunLayout
+from esper_lightning.forensics.rank_record import ProcessRecord
 from esper_lightning.forensics.replay import Verdict
 
 RUNS = Path(__file__).parents[1] / "fixtures" / "runs"
@@ -45,6 +49,10 @@ def test_a_mistake_is_one_line(dead, tmp_path, capsys):
         "RUN_DIR must": (tmp_path / "nothing",),
         "ckpt_path must name a whole checkpoint": (dead, "--ckpt_path", tmp_path / "text.ckpt"),
         "ckpt_path must name a checkpoint of": (dead, "--ckpt_path", tmp_path / "wrong.ckpt"),
+        "--ckpt_path must be absent with --from_start": (
+            dead,
+            *("--from_start", "--ckpt_path", tmp_path / "text.ckpt"),
+        ),
         "--run_dir must name a new or empty": (dead, "--run_dir", tmp_path / "used"),
     }
     for text, given in words.items():
@@ -52,7 +60,16 @@ def test_a_mistake_is_one_line(dead, tmp_path, capsys):
         assert (out, err.count("\n"), text in err) == ("", 1, True), err
 
 
-@pytest.mark.parametrize("content", ["model: 3", "- 1", "model: {}\ntrainer:", "a: ["])
+@pytest.mark.parametrize(
+    "content",
+    [
+        *("model: 3", "- 1", "model: {}\ntrainer:", "a: [", "[" * 3000 + "]" * 3000),
+        "model: &m {a: *m}\ntrainer: {}",
+        "model: {a: 2024-99-99}\ntrainer: {}",
+        "#" * 300_000,
+    ],
+    ids=lambda content: content[:20],
+)
 def test_a_damaged_config_is_one_line(dead, capsys, content):
     RunLayout(dead).config.write_text(content)
     out, err = said(capsys, dead)
@@ -99,12 +116,69 @@ def test_a_progress_bar_of_the_run_stays(dead, capsys, configs):
     assert trainer["callbacks"][0]["class_path"] == bar
 
 
-def test_a_deep_replay_needs_one_that_went_as_the_run_did(dead, monkeypatch):
+def test_directories_of_hosts_may_come_in_any_order(dead, capsys, configs):
+    there = RunLayout(dead.with_name("there")).rank(1)
+    shutil.copytree(RunLayout(dead).rank(0).directory, there.directory)
+    for files, rank in ((RunLayout(dead).rank(0), 0), (there, 1)):
+        record = ProcessRecord.load(files.process)
+        replace(record, rank=rank, world_size=2).write(files.process)
+    said(capsys, there.directory.parent, dead)
+    (watch,) = (c for c in configs[0]["trainer"]["callbacks"] if "ReplayWatch" in c["class_path"])
+    assert watch["init_args"]["run_dir"] == str(dead)
+    assert watch["init_args"]["more_dirs"] == [str(there.directory.parent)]
+    assert configs[0]["trainer"]["devices"] == 2
+
+
+def test_a_class_of_the_program_is_replayed_in_python(dead, capsys):
+    RunLayout(dead).config.write_text("model: {env: __main__.Maze}\ntrainer: {}\n")
+    _, err = said(capsys, dead)
+    assert "got __main__.Maze. Call esper_lightning.replaying.replay" in err
+
+
+def test_variables_without_a_whole_value_are_named_and_not_restored(dead, capsys, monkeypatch):
+    files, found = RunLayout(dead).rank(0), []
+    variables = {"TORCH_LOGS_FORMAT": "(hidden)", "NCCL_ALGO": "Ring", "XLA_FLAGS": "own"}
+    record = ProcessRecord.load(files.process)
+    replace(record, fingerprint=Fingerprint(variables=variables)).write(files.process)
+    monkeypatch.setenv("XLA_FLAGS", "of this shell")
+
+    def start(words, *, env, **_):
+        found.append(env)
+        return subprocess.CompletedProcess(words, 2)
+
+    monkeypatch.setattr(subprocess, "run", start)
+    assert (
+        "Not restored, because no whole value is on record: TORCH_LOGS_FORMAT."
+        in said(capsys, dead)[0]
+    )
+    assert "TORCH_LOGS_FORMAT" not in found[0]
+    assert (found[0]["NCCL_ALGO"], found[0]["XLA_FLAGS"]) == ("Ring", "of this shell")
+
+
+@pytest.mark.parametrize(("given", "pinned"), [("auto", 1), (-1, 1), ([3], [3]), ([0, 1], 1)])
+def test_a_replay_has_as_many_ranks_as_the_run_had(dead, capsys, configs, given, pinned):
+    trainer = {"devices": given, "num_nodes": 2}
+    RunLayout(dead).config.write_text(yaml.safe_dump({"model": {}, "trainer": trainer}))
+    said(capsys, dead)
+    assert configs[0]["trainer"]["devices"] == pinned
+    assert configs[0]["trainer"]["num_nodes"] == 1
+
+
+@pytest.mark.parametrize("arguments", ["[1]", "text", "3", "{dirpath: 3}", "{dirpath: [x]}"])
+def test_wrong_arguments_of_a_callback_are_left_to_the_run(dead, capsys, configs, arguments):
+    callback = f"{{class_path: History, init_args: {arguments}}}"
+    RunLayout(dead).config.write_text(f"model: {{}}\ntrainer: {{callbacks: {callback}}}\n")
+    said(capsys, dead)
+    assert configs[0]["trainer"]["callbacks"][0] == yaml.safe_load(callback)
+
+
+@pytest.mark.parametrize("outcome", ["different", "undecided"])
+def test_a_deep_replay_needs_one_that_went_as_the_run_did(dead, monkeypatch, outcome):
     played = []
 
     def play(plan, *_):
         played.append(plan.deep)
-        return Verdict("different", 3, 1, "", ())
+        return Verdict(outcome, 3, 1, "", ())
 
     def plan(*_, deep=False, **__):
         return SimpleNamespace(deep=deep, begins=1, iteration=6)
@@ -113,7 +187,7 @@ def test_a_deep_replay_needs_one_that_went_as_the_run_did(dead, monkeypatch):
     monkeypatch.setattr(command, "_play", play)
     with pytest.raises(SystemExit) as caught:
         main(["replay", "--deep", str(dead)])
-    assert (caught.value.code, played) == (4, [False])
+    assert (caught.value.code, played) == (command.STATUSES[outcome], [False])
 
 
 def test_a_folder_within_the_dead_run_is_not_that_of_the_replay(dead, capsys, monkeypatch, configs):

@@ -12,10 +12,11 @@ import pytest
 import yaml
 
 from esper_lightning.cli.replay import STATUSES
+from esper_lightning.forensics.deaths import failing_iteration
 from esper_lightning.forensics.files import read_json_lines
 from esper_lightning.forensics.layout import RunLayout
 from esper_lightning.forensics.remains import Remains, examine, first_failure
-from esper_lightning.forensics.replay import compared, failing_iteration
+from esper_lightning.forensics.replay import compared
 from esper_lightning.forensics.report import CrashReport
 from tests import forked
 

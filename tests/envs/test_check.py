@@ -3,6 +3,7 @@
 import inspect
 import logging
 import math
+import warnings
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
@@ -147,6 +148,19 @@ def test_every_kind_of_spaces_passes(masked: bool, action_space: Any, obs_space:
     check_env(WalkSpec(env=kind), steps=30)
 
 
+def nested(tensor):
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", UserWarning)  # nested tensors are a prototype
+        return torch.nested.nested_tensor([tensor])
+
+
+class Unspeakable:
+    """A value of a user's class with a bug."""
+
+    def __repr__(self):
+        raise RuntimeError("no text")
+
+
 def changed(**fields: Callable[[StepResult], Any]) -> type[Walk]:
     """An environment whose ``step`` is right except for some fields."""
 
@@ -214,6 +228,20 @@ STEP_PROBLEMS = {
     "reward sparse": (
         changed(reward=lambda it: it.reward.to_sparse()),
         "step().reward must be dense, got torch.sparse_coo.",
+    ),
+    "reward nested": (
+        changed(reward=lambda it: nested(it.reward)),
+        "step().reward must be dense, got a nested tensor.",
+    ),
+    "reward that cannot be shown": (
+        changed(reward=lambda it: Unspeakable()),
+        "step().reward must be a floating tensor of shape [8], got a Unspeakable that cannot be "
+        "shown.",
+    ),
+    "observation that cannot be named": (
+        changed(obs=lambda it: {**it.obs, Unspeakable(): it.obs["critic"]}),
+        "step().obs[a Unspeakable that cannot be shown] must be declared in EnvSpaces, got "
+        "torch.float32 of shape [8, 2, 2].",
     ),
     "mask of nothing": (
         changed(action_mask=lambda it: it.action_mask & (torch.arange(5) < 2)),

@@ -145,6 +145,15 @@ class TestSettingAside:
         assert all(seen)
         assert contents(tmp_path) == {"config.yaml": "new", "config.yaml.1": "old"}
 
+    @pytest.mark.parametrize("make", [os.mkfifo, lambda path: path.symlink_to("/dev/zero")])
+    def test_renames_what_is_no_file_and_has_no_copy(self, tmp_path, make):
+        path = tmp_path / "config.yaml"
+        make(path)
+        replace_keeping(path, b"new")
+        assert path.read_bytes() == b"new"
+        assert not path.with_name("config.yaml.1").is_file()
+        assert os.path.lexists(path.with_name("config.yaml.1"))
+
     def test_of_parts_is_whole_or_not_at_all(self, small_disk):
         path = small_disk / "history.jsonl"
         path.write_text("rows")

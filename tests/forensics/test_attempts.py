@@ -51,6 +51,7 @@ def test_an_attempt_is_listed_once_when_the_next_begins(leave, tmp_path):
     first = found[0]
     assert (first.iteration, first.what) == (25, "RuntimeError: injected")
     assert first.place == 'File "env.py", line 3, in step'
+    assert first.own_frames == ("env.py:3, in step",)
     assert first.ended_s == 1010.0
 
 
@@ -95,8 +96,9 @@ def test_the_same_death_is_counted_over_attempts():
     "other",
     [
         {"iteration": 24},
-        {"what": "E: y"},
+        {"what": "F: x"},
         {"place": "q"},
+        {"own_frames": ("train.py:3, in step",)},
         {"cause": "native"},
         {"state": "finished"},
     ],
@@ -120,10 +122,11 @@ def test_a_death_from_outside_never_counts(cause):
     ("one", "other"),
     [
         ("<object at 0x7f01>", "<object at 0x7fAB>"),
+        ("no file /tmp/tmp63bwk/a.xml", "no file /tmp/tmpq1z_/a.xml"),
         ("worker 793 failed after 3.58 s", "worker 32191 failed after 12.0 s"),
     ],
 )
-def test_numbers_in_a_message_do_not_tell_deaths_apart(one, other):
+def test_a_message_does_not_tell_deaths_apart(one, other):
     assert same_deaths([attempt(what=f"E: {one}"), attempt(what=f"E: {other}")]) == 2
     assert same_deaths([attempt(what=f"E1: {one}"), attempt(what=f"E2: {one}")]) == 1
 

@@ -12,12 +12,19 @@ from esper_lightning.forensics.layout import RunLayout
 from esper_lightning.forensics.rank_record import ProcessRecord
 from esper_lightning.forensics.remains import examine
 from esper_lightning.forensics.replay import (
+    BY_PROGRAM,
     ReplayRecord,
     compared,
     judge,
+    needs_program,
     row_differences,
 )
-from esper_lightning.forensics.report import CrashReport, ErrorReport
+from esper_lightning.forensics.report import (
+    CrashReport,
+    ErrorReport,
+    NonFiniteReport,
+    PeerReport,
+)
 
 ERROR = ErrorReport(
     type="ValueError",
@@ -27,14 +34,19 @@ ERROR = ErrorReport(
 DEATH = CrashReport(cause="exception", iteration=3, error=ERROR, rank=0, started_s=1e9)
 
 
-def leave(directory, *, losses=(0.1, 0.2), report=DEATH, state="failed", rank=0, threads=1):
+def leave(
+    directory, *, losses=(0.1, 0.2), report=DEATH, state="failed", rank=0, ranks=1, threads=1
+):
     """The files of one rank."""
     files = RunLayout(directory).rank(rank)
     files.directory.mkdir(parents=True)
     rows = [{"iteration": i + 1, "loss": loss, "time_s": id(loss)} for i, loss in enumerate(losses)]
+    rows = [{k: v for k, v in row.items() if v is not None} for row in rows]
     files.history.write_text("".join(f"{json.dumps(row)}\n" for row in rows))
     print_ = Fingerprint(threads={"torch threads": threads})
-    record = ProcessRecord(state=state, rank=rank, started_s=1e9, world_size=1, fingerprint=print_)
+    record = ProcessRecord(
+        state=state, rank=rank, started_s=1e9, world_size=ranks, fingerprint=print_
+    )
     record.write(files.process)
     if report is not None:
         report.write(files.crash)
@@ -45,13 +57,11 @@ def leave(directory, *, losses=(0.1, 0.2), report=DEATH, state="failed", rank=0,
 def judged(tmp_path):
     """The verdict on a replay that left other files than the run that died."""
 
-    def judged(*, died=DEATH, deep=False, **again):
+    def judged(*, died=DEATH, deep=False, record=None, **again):
         dead = leave(tmp_path / "run", report=died)
         new = leave(tmp_path / "again", **again)
-        record = ReplayRecord(
-            run_dir=str(dead), started_s=1e9, rank=0, iteration=3, begins=0, deep=deep
-        )
-        record.write(new)
+        about = {"iteration": 3, "begins": 0, "deep": deep, **(record or {})}
+        ReplayRecord(run_dir=str(dead), started_s=1e9, rank=0, **about).write(new)
         return judge(new, examine(dead))
 
     return judged
@@ -82,11 +92,47 @@ def test_an_error_may_name_its_run_a_process_or_a_time(judged, tmp_path, message
     assert judged(died=died, report=replayed).outcome == "reproduced"
 
 
+def test_another_text_at_the_same_line_is_reproduced_and_shown(judged):
+    error = replace(ERROR, message="no scene in /tmp/tmpa1_b/scene.xml")
+    verdict = judged(report=replace(DEATH, error=error))
+    assert verdict.outcome == "reproduced"
+    assert verdict.lines[0].endswith(
+        "ValueError: no scene in /tmp/tmpa1_b/scene.xml at env.py:9"
+        "; in the run that died: ValueError: at 0x7f00aa11"
+    )
+
+
+def test_rows_are_compared_wherever_the_folder_of_their_rank_is(tmp_path):
+    here, there, again = (tmp_path / name for name in ("here", "there", "again"))
+    leave(here, ranks=2)
+    leave(there, rank=1, ranks=2, losses=(0.1, 0.3))
+    for rank in range(2):
+        leave(again, rank=rank, ranks=2)
+    places = {"run_dir": str(here), "more_dirs": (str(there),)}
+    ReplayRecord(**places, started_s=1e9, rank=0, iteration=3, begins=0).write(again)
+    verdict = judge(again, examine(*ReplayRecord.read(again).directories))
+    assert (verdict.outcome, verdict.rows) == ("different", 3)
+    assert "loss 0.3 -> 0.2" in verdict.lines[0]
+
+
+@pytest.mark.parametrize(("peer", "outcome"), [(1, "reproduced"), (2, "different")])
+def test_a_first_failure_on_a_host_that_is_not_here_may_be_that_of_the_replay(
+    judged, tmp_path, peer, outcome
+):
+    """Rank 0 of the run has lost rank 1, or another, whose folder is missing."""
+    lost = replace(DEATH, cause="peer", peer=PeerReport(rank=peer, reason="it failed"))
+    leave(tmp_path / "again", rank=1, ranks=2, report=replace(DEATH, rank=1))
+    verdict = judged(died=lost, report=lost, ranks=2)
+    assert verdict.outcome == outcome
+    if outcome == "reproduced":
+        assert "rank 1: ValueError" in verdict.lines[0]
+        assert "left no report here to compare" in verdict.lines[0]
+
+
 @pytest.mark.parametrize(
     ("changed", "iteration"),
     [
         ({"error": replace(ERROR, type="TypeError")}, 3),
-        ({"error": replace(ERROR, message="else")}, 3),
         ({"error": replace(ERROR, traceback=ERROR.traceback[:1])}, 3),
         ({"cause": "signal"}, 3),
         ({"iteration": 2}, 2),
@@ -128,9 +174,72 @@ def test_a_process_that_vanishes_elsewhere_is_different(judged):
     assert judged(died=died, report=replace(died, phases=("b",))).outcome == "different"
 
 
-def test_a_deep_replay_finds_the_fault_at_another_line(judged):
-    error = replace(ERROR, type="RuntimeError", message="Function 'LogBackward0' returned nan")
-    assert judged(deep=True, report=replace(DEATH, error=error)).outcome == "reproduced"
+def test_an_iteration_that_was_never_finished_is_no_verdict(judged):
+    verdict = judged(losses=(0.1, 0.2), report=None, state="finished")
+    assert verdict.outcome == "undecided"
+    assert "ended after iteration 2, before iteration 3 was over" in verdict.lines[0]
+
+
+def test_what_differs_comes_before_other_processes_and_hardware(judged):
+    well = {"losses": (0.1, 0.2, 0.3), "report": None, "state": "finished"}
+    lines = judged(**well, threads=2).lines
+    assert lines[-2] == "What differs between the runs: torch threads 1 -> 2."
+    assert lines[-1].startswith("If that is not the cause, it is outside of the program's state")
+
+
+def test_a_checkpoint_may_lack_state_and_the_line_to_type_is_given(judged, tmp_path):
+    well = {"losses": (0.1, 0.2, 0.3), "report": None, "state": "finished"}
+    lines = judged(**well, record={"begins": 1, "start": "last.ckpt"}).lines
+    assert lines[1] == "1 row of the history is the same, bit for bit."
+    assert lines[2].endswith("hardware, a race, or state that no checkpoint holds.")
+    how = f"replay(trainer, model, {str(tmp_path / 'run')!r}, from_start=True)"
+    assert lines[-1].strip() == how
+
+
+@pytest.mark.parametrize("loss", [0.2, 0.5])
+def test_a_start_that_restores_less_than_the_run_had_decides_nothing(judged, loss):
+    verdict = judged(
+        losses=(0.1, loss, 0.3),
+        report=None,
+        state="finished",
+        record={"start": "last.ckpt", "lacks": "the order of the data"},
+    )
+    assert verdict.outcome == "undecided"
+    assert "does not restore the order of the data" in verdict.lines[0]
+    assert ("different from iteration 2 on" in verdict.lines[0]) == (loss == 0.5)
+
+
+def test_a_death_is_reproduced_whatever_the_start_restores(judged):
+    assert judged(record={"lacks": "the order of the data"}).outcome == "reproduced"
+
+
+def test_rows_without_values_are_no_evidence(judged):
+    verdict = judged(losses=(None, None), record={"whole_rows": False})
+    assert verdict.rows == 0
+    assert verdict.lines[1] == "There was no value in the rows of the history to compare."
+
+
+def test_values_of_earlier_steps_are_compared_only_where_a_row_is_whole():
+    recorded, again = {"loss": 1.0, "val_loss": 2.0}, {"loss": 1.0}
+    assert row_differences(recorded, again, whole=False) == []
+    assert row_differences(recorded, again) == ["val_loss 2.0 -> absent"]
+    assert row_differences(again, recorded, whole=False) == ["val_loss absent -> 2.0"]
+
+
+def test_a_deep_replay_finds_a_value_that_is_not_finite_by_another_error(judged):
+    found = NonFiniteReport(phase="update")
+    died = replace(DEATH, error=replace(ERROR, type="NonFiniteError", non_finite=found))
+    text = "Function 'LogBackward0' returned nan values in its 0th output."
+    error = replace(ERROR, type="RuntimeError", message=text)
+    again = replace(DEATH, error=error)
+    assert judged(deep=True, died=died, report=again).outcome == "reproduced"
+
+
+@pytest.mark.parametrize("kind", ["ValueError", "OSError"])
+def test_a_deep_replay_finds_the_same_error_at_another_line(judged, kind):
+    error = replace(ERROR, type=kind, traceback=ERROR.traceback[:1])
+    verdict = judged(deep=True, report=replace(DEATH, error=error))
+    assert verdict.outcome == ("reproduced" if kind == ERROR.type else "different")
 
 
 def test_there_is_no_verdict_where_the_dead_run_is_gone(tmp_path):
@@ -153,6 +262,17 @@ def test_times_and_rates_are_not_compared(name):
 @pytest.mark.parametrize("name", ["loss/policy", "env_steps", "loss", "eval/times", "timeouts"])
 def test_everything_else_is_compared(name):
     assert row_differences({name: 1.0}, {name: 2.0}) == [f"{name} 1.0 -> 2.0"]
+
+
+def test_a_config_with_classes_of_its_program_is_not_whole(tmp_path):
+    config = tmp_path / "config.yaml"
+    for text, lacks in {
+        "model: {}\n": None,
+        f"{BY_PROGRAM}objects of its own: plugins\nmodel: {{}}\n": "plugins",
+        "model:\n  env:\n    class_path: __main__.Maze\n": "__main__.Maze",
+    }.items():
+        config.write_text(text)
+        assert needs_program(config) == lacks
 
 
 @given(st.dictionaries(st.text(), st.none() | st.booleans() | st.floats() | st.integers()))

@@ -1,6 +1,7 @@
 """Reports are restored as they were written, and every field is explained."""
 
 import dataclasses
+import inspect
 import json
 import re
 from collections.abc import Mapping
@@ -207,8 +208,8 @@ def includes(now: Any, before: Any) -> bool:
 @pytest.mark.parametrize("kind", RECORDS, ids=lambda kind: kind.__name__)
 def test_every_field_is_explained_and_nothing_else(kind):
     own = [name for name in kind.__annotations__ if name.islower()]
-    section = kind.__doc__.split("Attributes:\n")[-1]
-    assert re.findall(r"^        (\w+): \S", section, re.MULTILINE) == own
+    section = inspect.cleandoc(kind.__doc__).split("Attributes:\n")[-1]
+    assert re.findall(r"^    (\w+): \S", section, re.MULTILINE) == own
 
 
 def test_nothing_but_fields_is_expendable():

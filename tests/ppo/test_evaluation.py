@@ -131,6 +131,10 @@ class Strides:
             ppo=PPOConfig(rollout_steps=4, minibatches=1, normalize_obs=True),
         )
         self.model.obs_normalizer.update(torch.randn(9, *self.model.env_spaces.obs.shape))
+        generator = torch.Generator().manual_seed(0)
+        with torch.no_grad():  # so that much decides
+            for weight in self.model.policy.parameters():
+                weight.add_(torch.randn(weight.shape, generator=generator))
 
     def evaluate(self, mode=None, env=None, each=1):
         model, env = self.model, env or self.model.env.build(CPU, 3)
@@ -142,10 +146,11 @@ class Strides:
 
 @pytest.mark.parametrize("kind", [MLP, Recurrent])
 def test_many_steps_at_once_are_those_of_single_steps(kind):
-    strides = Strides(MountainCar(num_envs=3, time_limit=40), kind)  # it draws at resets only
-    alone, many = strides.evaluate(), strides.evaluate("off")
+    strides = Strides(kind=kind)
+    alone, many = strides.evaluate(each=8), strides.evaluate("off", each=8)
     assert torch.equal(alone.episode_return, many.episode_return)
     assert torch.equal(alone.episode_length, many.episode_length)
+    assert alone.episode_length.view(-1, 8).sum(1).max() > 2 * 32
 
 
 @pytest.mark.usefixtures("native_code")
@@ -161,7 +166,7 @@ def test_native_evaluations_are_those_of_eager_ones(env, kind, each, caplog):
     strides = Strides(env, kind)
     eager, native = strides.evaluate("off", each=each), strides.evaluate("auto", each=each)
     assert torch.equal(native.episode_length, eager.episode_length)
-    torch.testing.assert_close(native.episode_return, eager.episode_return)
+    torch.testing.assert_close(native.episode_return, eager.episode_return, rtol=2e-3, atol=0)
     assert [r for r in caplog.records if r.levelname == "WARNING"] == []
 
 

@@ -15,6 +15,7 @@ def layout(tmp_path):
     layout = RunLayout(tmp_path)
     files = layout.rank(0)
     files.evidence.mkdir(parents=True)
+    layout.rank(1).directory.mkdir()
     files.crash.write_text('{"cause": "exception"}')
     files.stacks.write_text("stacks")
     files.phases.write_text("phases")
@@ -29,6 +30,23 @@ def names(layout):
 def test_evidence_gets_a_number(layout):
     EarlierEvidence(layout, layout.rank(0), trains=True).rename()
     assert names(layout) == {"crash.json.1", "stacks.txt.1", "evidence.1", "phases.ring"}
+
+
+@pytest.mark.parametrize(
+    ("settings", "is_renamed"),
+    [
+        ({"trains": True}, True),
+        ({"trains": True, "resumes": True}, False),
+        ({"trains": False}, False),
+    ],
+)
+def test_the_bundle_of_a_death_is_not_that_of_a_new_run(layout, settings, is_renamed):
+    layout.crash_bundle.write_text("zip")
+    EarlierEvidence(layout, layout.rank(1), **settings).rename()
+    assert layout.crash_bundle.exists()  # the first rank alone renames it
+    EarlierEvidence(layout, layout.rank(0), **settings).rename()
+    assert layout.crash_bundle.exists() is not is_renamed
+    assert (layout.directory / "crash.zip.1").exists() is is_renamed
 
 
 def test_a_validation_that_ends_well_leaves_everything_as_it_was(layout):

@@ -49,7 +49,7 @@ def fit(make_trainer, tmp_path):
 def test_the_fingerprint_is_on_disk_before_the_first_step(fit):
     record = fit(Settled())
     found = record.fingerprint
-    assert found.versions["torch"] == torch.__version__
+    assert found.versions["torch"].partition("+")[0] == torch.__version__.partition("+")[0]
     assert found.versions["lightning"]
     assert found.threads["torch threads"] == torch.get_num_threads()
     assert found.hardware["instructions"] == torch.backends.cpu.get_cpu_capability()

@@ -39,6 +39,9 @@ def replay(tmp_path, monkeypatch):
             global_rank=0,
             is_global_zero=True,
             sanity_checking=False,
+            callbacks=[],
+            accumulate_grad_batches=1,
+            lightning_module=SimpleNamespace(automatic_optimization=False),
             save_checkpoint=saved.append,
             saved=saved,
         )
@@ -102,6 +105,23 @@ def test_the_first_row_that_differs_is_one_warning(replay, dead, caplog):
     end_iteration(begun, 3, {"iteration": 3, "loss/value": 9.0})
     (record,) = caplog.records
     assert record.getMessage() == "Different from iteration 2 on: loss/value 2.0 -> 2.5"
+
+
+@pytest.mark.parametrize("number", ["null", '"2"', "[1]", "1e999", "true", "{}"])
+def test_damaged_rows_of_the_dead_run_are_compared_with_nothing(replay, dead, caplog, number):
+    with RunLayout(dead).rank(0).history.open("a") as file:
+        file.write(f'{{"iteration": {number}, "loss/value": 7.0}}\n')
+    begun = replay(dead)
+    end_iteration(begun, 1, {"iteration": 1, "loss/value": 1.0})
+    end_iteration(begun, 2, {"iteration": 2, "loss/value": 2.0})
+    assert caplog.text == ""
+
+
+def test_a_history_that_is_no_file_is_compared_with_nothing(replay, dead):
+    history = RunLayout(dead).rank(0).history
+    history.unlink()
+    history.mkdir()
+    end_iteration(replay(dead), 1, {"iteration": 1, "loss/value": 1.0})
 
 
 def test_anomalies_are_looked_for_in_the_failing_iteration_alone(replay, dead):

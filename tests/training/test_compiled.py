@@ -10,7 +10,7 @@ import torch
 from lightning.pytorch import Callback
 
 from esper_lightning import MLP, PPO, PPOConfig, Recurrent
-from esper_lightning.envs import Acrobot, CartPole, Pendulum
+from esper_lightning.envs import Acrobot, BatchedEnv, CartPole, Pendulum
 
 pytestmark = pytest.mark.usefixtures("native_code")
 SMALL = PPOConfig(rollout_steps=8, minibatches=2, epochs=2, learning_rate=3e-3)
@@ -134,7 +134,7 @@ def test_an_overridden_step_is_called(make_trainer):
         def transition(self, episodes, action, initial):
             return super().transition(episodes, action, initial)
 
-    class Forwards:
+    class Forwards(BatchedEnv):
         """An environment that forwards all other attributes to another object."""
 
         def __init__(self, env):

@@ -6,9 +6,12 @@ import warnings
 import pytest
 import torch
 from lightning.fabric.plugins.environments.slurm import SLURMEnvironment
+from lightning.pytorch.callbacks import DeviceStatsMonitor
+from lightning.pytorch.loggers import CSVLogger
 
 from esper_lightning import PPOConfig
 from esper_lightning.envs import CartPole
+from esper_lightning.training import trainer_rules
 from esper_lightning.training.progress import Progress
 from esper_lightning.training.settings import PPOSettings
 from esper_lightning.training.trainer_rules import (
@@ -87,6 +90,22 @@ def test_devices_without_float64_are_refused_by_name(make_trainer, kind):
     rule = f"Trainer.accelerator must be one of cpu, cuda, got '{kind}'. PPO sums in float64"
     with pytest.raises(ValueError, match=rule):
         refuse_trainer(given, PPOSettings(env=CartPole(num_envs=4)))
+
+
+@pytest.mark.parametrize(
+    ("cpu_stats", "ok"), [(None, False), (True, False), (1, False), (False, True)]
+)
+def test_statistics_of_the_cpu_need_psutil(make_trainer, monkeypatch, tmp_path, cpu_stats, ok):
+    monkeypatch.setattr(trainer_rules, "find_spec", lambda _: None)
+    trainer = make_trainer(
+        callbacks=[DeviceStatsMonitor(cpu_stats=cpu_stats)], logger=CSVLogger(tmp_path)
+    )
+    settings = PPOSettings(env=CartPole(num_envs=4), total_env_steps=64)
+    if ok:
+        trainer_rules.refuse_trainer(trainer, settings)
+        return
+    with pytest.raises(ValueError, match="cpu_stats must be False without psutil"):
+        trainer_rules.refuse_trainer(trainer, settings)
 
 
 def test_warnings_about_which_users_can_do_nothing_are_silenced():

@@ -66,7 +66,7 @@ class Call(NamedTuple):
 
     @property
     def larger(self) -> tuple[int, ...]:
-        """Shape of the result for twice as many samples."""
+        """Shape of the result for more samples."""
         return tuple(self.other.meta["val"].shape)
 
     @property
@@ -117,7 +117,7 @@ def rows_of(x: Tensor, axes: Sequence[int]) -> Tensor:
     number = 1
     for axis in kept:
         number *= x.shape[axis]
-    return x.permute(*kept, *axes).reshape(number, -1)
+    return x.permute([*kept, *axes]).reshape(number, -1)
 
 
 def alone(x: Tensor, axes: Sequence[int]) -> Tensor:

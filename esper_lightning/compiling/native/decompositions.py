@@ -22,7 +22,7 @@ OF_TORCH = (
     *("_softmax", "_softmax_backward_data", "pixel_shuffle", "pixel_unshuffle"),
     *("_safe_softmax", "glu", "glu_backward", "mse_loss", "mse_loss_backward", "huber_loss"),
     *("huber_loss_backward", "smooth_l1_loss", "smooth_l1_loss_backward", "nll_loss_forward"),
-    *("nll_loss_backward", "binary_cross_entropy", "binary_cross_entropy_backward"),
+    "nll_loss_backward",
 )
 """Names of operations that torch itself decomposes as is needed here."""
 
@@ -74,7 +74,8 @@ def _var_mean(
 
 
 def _embedding(weight: Tensor, indices: Tensor, *_: Any) -> Tensor:
-    return weight[indices]
+    rows = weight.index_select(0, indices.reshape(-1))  # a negative index is an error
+    return rows.reshape(*indices.shape, weight.shape[1])
 
 
 def _embedding_backward(

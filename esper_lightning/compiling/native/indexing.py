@@ -147,9 +147,12 @@ class _Places(NamedTuple):
     find: Callable[[Callable[[Value, Index], str], Index], Index]
 
 
-def _places(kernel: Kernel, x: Value, indices: Sequence[Value | None]) -> _Places:
+def _places(
+    kernel: Kernel, x: Value, indices: Sequence[Value | None], *, from_end: bool = True
+) -> _Places:
+    """Elements of ``x`` at indices, of which negative ones count from the end or are errors."""
     checked = [
-        None if one is None else _indices(kernel, one, extent, lowest=-extent)
+        None if one is None else _indices(kernel, one, extent, lowest=-extent if from_end else 0)
         for one, extent in zip(indices, x.shape, strict=False)
     ]
     checked += [None] * (len(x.shape) - len(checked))
@@ -215,7 +218,8 @@ def _index_add(
     if alpha != 1 or not x.shape or len(index.shape) != 1:
         raise UnsupportedError("index_add with a factor, or of a number")
     axes = [None] * (dim % len(x.shape))
-    return _put(kernel, result, x, _places(kernel, x, [*axes, index]), source, adds=True)
+    places = _places(kernel, x, [*axes, index], from_end=False)
+    return _put(kernel, result, x, places, source, adds=True)
 
 
 def _mask_put(

@@ -3,7 +3,8 @@
 A library's name is a hash of everything that its content depends on: source, compiler, flags and
 kind of processor. Files appear whole (they are renamed) and are readable by their owner only. Each
 ends with a digest of its content, which is compared before the file is loaded. The oldest are
-deleted when there are too many.
+deleted when there are too many. What a compiler makes is used only if a small library, made by the
+same command, shows that it rounds as it must (``exactness``).
 """
 
 import ctypes
@@ -12,14 +13,17 @@ import hashlib
 import logging
 import os
 import platform
+import re
 import shlex
 import shutil
 import subprocess
 import tempfile
 import time
+from collections.abc import Sequence
 from contextlib import suppress
 from pathlib import Path
 
+from esper_lightning.compiling.native.exactness import PROBE, flaw_of
 from esper_lightning.compiling.native.values import UnsupportedError
 
 __all__ = ["build_library", "cache_directory", "find_compiler"]
@@ -30,7 +34,6 @@ _FLAGS = (
     *("-O3", "-std=c++17", "-shared", "-fPIC", "-pthread", "-fopenmp-simd", "-fwrapv", "-w"),
     *("-fno-math-errno", "-fno-trapping-math", "-ffp-contract=off"),
 )
-_LOOSE = {"-ffast-math", "-Ofast", "-ffinite-math-only", "-funsafe-math-optimizations"}
 _MOST_BYTES = 256 * 2**20  # of all libraries in the cache
 _LARGE = 150_000  # characters of a source for which -O3 takes too long, up to 30 s and more
 _SLOW_S = 20.0  # seconds after which a line says that a compiler takes long
@@ -72,6 +75,9 @@ def _identity(command: tuple[str, ...]) -> str:
         done = subprocess.run(
             [*command, "--version"], capture_output=True, text=True, timeout=60, check=True
         )
+    except subprocess.CalledProcessError as error:
+        why = f"{command[0]} --version ends with status {error.returncode}"
+        raise UnsupportedError(f"{why} ({_INSTALL})") from error
     except (OSError, subprocess.SubprocessError) as error:
         raise UnsupportedError(f"{command[0]} does not run: {error}") from error
     return "\n".join([*command, done.stdout, _processor()])
@@ -96,7 +102,11 @@ def cache_directory() -> Path:
     """
     base = Path(os.environ.get("XDG_CACHE_HOME", ""))
     if not base.is_absolute():  # the standard has relative ones ignored
-        base = Path("~/.cache").expanduser()
+        try:
+            base = Path.home() / ".cache"
+        except RuntimeError as error:  # of a user without an entry, as in some containers
+            why = "the user has no home folder (set HOME or XDG_CACHE_HOME)"
+            raise UnsupportedError(f"no folder for compiled code: {why}") from error
     folder = base / "esper_lightning" / "native"
     try:
         folder.mkdir(mode=0o700, parents=True, exist_ok=True)
@@ -118,22 +128,33 @@ def build_library(source: str, *more_flags: str) -> ctypes.CDLL:
         *more_flags: Flags of the compiler that override the usual ones.
 
     Raises:
-        UnsupportedError: If there is no compiler, if it fails, or if the library cannot be written
-            or loaded.
+        UnsupportedError: If there is no compiler, if it fails or rounds otherwise than it must, or
+            if the library cannot be written or loaded.
     """
     command = find_compiler()
     identity = _identity(tuple(command))
     own = _words_of("CXXFLAGS")
-    if loose := _LOOSE & {*own}:
-        raise UnsupportedError(f"CXXFLAGS has {min(loose)}, with which NaN is not noticed")
     flags = [*_FLAGS, *(["-O1"] if len(source) > _LARGE else []), _architecture_flag(), *own]
     flags += more_flags
     if "Free Software Foundation" in identity:
         # Else a sum may be rounded twice in one loop and once in another, as the tuning for some
         # processors has it: the rows of a product would differ with the division among threads.
         flags.append("--param=avoid-fma-max-bits=0")
+    if (flaw := _flaw(tuple(command), tuple(flags))) is not None:
+        raise UnsupportedError(f"code of {shlex.join([*command, *own])} {flaw}")
     text = "\n".join([*(header.read_text() for header in _HEADERS), source, ""])
-    key = "\n".join([identity, *flags, text])
+    return _library(command, flags, text)
+
+
+@functools.cache
+def _flaw(command: tuple[str, ...], flags: tuple[str, ...]) -> str | None:
+    """What a compiler does that it must not with some flags; ``None`` if nothing."""
+    return flaw_of(lambda: _library(command, flags, PROBE))
+
+
+def _library(command: Sequence[str], flags: Sequence[str], text: str) -> ctypes.CDLL:
+    """The library of a text, from the cache if it is there."""
+    key = "\n".join([_identity(tuple(command)), *flags, text])
     folder = cache_directory()
     path = folder / f"{hashlib.sha256(key.encode()).hexdigest()[:32]}.so"
     if _is_whole(path):
@@ -169,7 +190,7 @@ def _architecture_flag() -> str:
     return "-mcpu=native" if is_arm else "-march=native"
 
 
-def _compile(command: list[str], flags: list[str], text: str, path: Path) -> None:
+def _compile(command: Sequence[str], flags: Sequence[str], text: str, path: Path) -> None:
     try:
         with tempfile.TemporaryDirectory(dir=path.parent, prefix="build-") as build:
             source, made = Path(build) / "code.cpp", Path(build) / "code.so"
@@ -177,8 +198,9 @@ def _compile(command: list[str], flags: list[str], text: str, path: Path) -> Non
             done = _run([*command, *flags, str(source), "-o", str(made)])
             if done.returncode:
                 lines = (done.stderr or done.stdout).strip().splitlines() or ["no message"]
-                errors = [line for line in lines if "error" in line] or lines
-                said = errors[0].replace(f"{build}/", "")  # each reason is logged once
+                # Linkers say why they fail before the compiler says that they do.
+                errors = [line for line in lines if re.search("error|failed|No space", line)]
+                said = (errors or lines)[0].replace(f"{build}/", "")  # each reason is logged once
                 raise UnsupportedError(f"{command[0]} failed: {said[:200]}")
             if not made.exists():
                 raise UnsupportedError(f"{command[0]} made no library ({_INSTALL})")

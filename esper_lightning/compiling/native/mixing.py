@@ -7,6 +7,7 @@ the codes); ``rules`` says what all others do. What has no rule is refused.
 """
 # pyright: reportUnknownVariableType=false, reportUnknownArgumentType=false
 
+import math
 import operator
 from typing import Any
 
@@ -27,8 +28,11 @@ from esper_lightning.compiling.native.decompositions import decompose
 from esper_lightning.compiling.native.kinds import sizes_at
 from esper_lightning.compiling.native.rules import Rules
 from esper_lightning.compiling.native.values import UnsupportedError
+from esper_lightning.compiling.purity import same_bits
 
 __all__ = ["refuse_mixed_rows", "refuse_other_sums"]
+
+_MADE = {"lift_fresh_copy"}  # the only use of a tensor that a function makes of Python's numbers
 
 
 def refuse_other_sums(
@@ -83,28 +87,35 @@ def _results(
     graph: fx.GraphModule, larger: fx.GraphModule, sources: range, what: str
 ) -> list[tuple[Tensor, bool]]:
     """The codes of each result, and whether its shape grows with the number of samples."""
+    if _held(graph) != _held(larger):
+        raise UnsupportedError(f"{what} (a tensor for each number of samples)")
+    numbers = _number(graph, sources), _number(larger, sources)
     graph, larger = decompose(graph), decompose(larger)
     nodes, others = list(graph.graph.nodes), list(larger.graph.nodes)
     if [node.target for node in nodes] != [node.target for node in others]:
         raise UnsupportedError(f"{what} (operations change with the number of samples)")
+    places = {node: place for all_ in (nodes, others) for place, node in enumerate(all_)}
     given = [node for node in nodes if node.op == "placeholder"]
-    samples = torch.arange(_number(graph, sources), dtype=torch.int32) + FIRST
+    samples = torch.arange(numbers[0], dtype=torch.int32) + FIRST
     rules = Rules(samples)
     known: dict[fx.Node, Any] = {}
     for node, other in zip(nodes, others, strict=True):
+        if _arguments(node, places) != _arguments(other, places):
+            raise UnsupportedError(f"{what} ({operation_name(node)} of a number of samples)")
         if node.op == "placeholder":
             shape = node.meta["val"].shape
             known[node] = torch.full(shape, FIXED, dtype=torch.int32)
             if given.index(node) in sources:
                 known[node] = samples.view(-1, *[1] * (len(shape) - 1)).expand(shape)
         elif node.op == "get_attr":
-            shape = getattr(graph, str(node.target)).shape
-            known[node] = torch.full(shape, FIXED, dtype=torch.int32)
-            if getattr(larger, str(other.target)).shape != shape:
+            tensor: Tensor = getattr(graph, str(node.target))
+            known[node] = torch.full(tensor.shape, FIXED, dtype=torch.int32)
+            if not same_bits(tensor, getattr(larger, str(other.target))):
                 raise UnsupportedError(f"{what} (a tensor for each number of samples)")
         elif node.op == "call_function":
             try:
                 known[node] = _of_call(rules, node, other, known)
+                _refuse_other_places(node, other, numbers)
             except MixedError as error:
                 raise UnsupportedError(f"{what} ({operation_name(node)} {error})") from error
         else:
@@ -113,12 +124,31 @@ def _results(
     raise AssertionError
 
 
+def _held(graph: fx.GraphModule) -> list[Any]:
+    """Place and kind of each tensor that a function holds; those that it makes have another.
+
+    A held tensor may get other numbers later, so that equal numbers are not enough.
+    """
+    held: list[Any] = []
+    for node in graph.graph.nodes:
+        if node.op == "get_attr" and {operation_name(user) for user in node.users} != _MADE:
+            tensor: Tensor = getattr(graph, str(node.target))
+            held.append((tensor.data_ptr(), tensor.shape, tensor.stride(), tensor.dtype))
+    return held
+
+
+def _refuse_other_places(node: fx.Node, other: fx.Node, numbers: tuple[int, int]) -> None:
+    """Refuse results such as those of the first 100 samples, or of all pairs of samples."""
+    for one, two in zip(_shapes(node), _shapes(other), strict=True):
+        in_proportion = math.prod(one) * numbers[1] == math.prod(two) * numbers[0]
+        if one != two and not in_proportion:
+            raise MixedError("with places that are not in proportion to the samples")
+
+
 def _of_call(rules: Rules, node: fx.Node, other: fx.Node, known: dict[fx.Node, Any]) -> Any:
     args: Any = fx.map_arg(node.args, known.__getitem__)
     if node.target is operator.getitem:
         return args[0][args[1]]
-    if _constants(node) != _constants(other):
-        raise MixedError("of a number of samples")
     found = rules.run(Call(node, other, args, fx.map_arg(node.kwargs, known.__getitem__)))
     sizes = zip(_all(found), _shapes(node), _shapes(other), strict=True)
     for one, shape, larger in sizes:
@@ -139,8 +169,8 @@ def _shapes(node: fx.Node) -> list[tuple[int, ...]]:
     return [tuple(one.shape) for one in _all(node.meta["val"])]
 
 
-def _constants(node: fx.Node) -> str:
-    """The arguments that are no tensors, but for the one that is a shape."""
+def _arguments(node: fx.Node, places: dict[fx.Node, int]) -> str:
+    """The arguments, but for the one that is a shape; tensors by their place in the graph."""
     size = sizes_at(operation_name(node))
     args = [None if number == size else one for number, one in enumerate(node.args)]
-    return repr(fx.map_arg((args, node.kwargs), lambda _: None))
+    return repr(fx.map_arg((args, node.kwargs), lambda one: f"%{places[one]}"))

@@ -86,7 +86,10 @@ class Program:
         size = self._shared_bytes + threads * self._own_bytes + _ALIGNMENT
         if self._work.numel() < size:
             self._work = torch.empty(size, dtype=torch.uint8)
-        flat = [tensor.contiguous() for tensor in (*arguments, *captured)]  # until the end
+        given = [*arguments, *captured]
+        if any(map(Tensor.is_neg, given)):  # in memory are the numbers of the other sign
+            given = [tensor.resolve_neg() for tensor in given]
+        flat = [tensor.contiguous() for tensor in given]  # until the end
         pointers = [tensor.data_ptr() for tensor in flat]
         results = self._results_apart_from(pointers)
         array = results.pointers

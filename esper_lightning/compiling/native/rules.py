@@ -96,6 +96,7 @@ class Rules:
         rule = self._rules.get(call.name)
         if rule is None:
             raise MixedError("is not known here")
+        _refuse_rounding(call)
         return rule(call)
 
     # Elements
@@ -124,8 +125,9 @@ class Rules:
     def _masked(self, call: Call) -> Tensor:
         refuse_uneven([*map(code_of, call.args)])
         x, mask, filled = torch.broadcast_tensors(*map(code_of, call.args))
-        if TOTAL in x:
-            require_that(largest(mask) <= FIXED and largest(filled) == ZERO, "of a sum")
+        for one, other in ((x, filled), (filled, x)):
+            if TOTAL in one:
+                require_that(largest(mask) <= FIXED and largest(other) == ZERO, "of a sum")
         return together([x, mask, filled]).masked_fill((x == ZERO) & (filled == ZERO), ZERO)
 
     def _put(self, call: Call) -> Tensor:
@@ -148,6 +150,8 @@ class Rules:
 
     def _constant_like(self, call: Call) -> Tensor:
         x = call.args[0]
+        if call.name == "fill" and largest(code_of(call.args[1])) > FIXED:
+            return call.args[1].expand(call.shape)
         like = (x >= FIRST) | (x == EVEN)
         return torch.zeros_like(x) if _is_zero(call) else torch.where(like, x, FIXED)
 
@@ -356,6 +360,17 @@ def _is_zero(call: Call) -> bool:
     )
 
 
+def _refuse_rounding(call: Call) -> None:
+    """Refuse a sum as an integer, which is not the sum of what its parts are as integers."""
+    after: Any = call.node.meta["val"]
+    if not isinstance(after, Tensor) or after.dtype.is_floating_point:
+        return
+    given: Any = call.node.args
+    for node, code in zip(given, call.args, strict=True):
+        if isinstance(code, Tensor) and TOTAL in code:
+            require_that(node.meta["val"].dtype == after.dtype, "of a sum")
+
+
 def _not_linear(call: Call, values: Sequence[Tensor]) -> Tensor:
     """Where an operation on elements is not linear in those that are sums."""
     name, is_sum = call.name, torch.stack([value == TOTAL for value in values]).any(0)
@@ -369,11 +384,7 @@ def _not_linear(call: Call, values: Sequence[Tensor]) -> Tensor:
         return is_sum & (values[1] >= TOTAL)
     if name == "where":
         return is_sum & ((values[0] >= TOTAL) | torch.stack(beside[1:]).any(0))
-    if name in SAME:
-        source: Any = call.node.args[0]
-        before, after = (one.meta["val"].dtype for one in (source, call.node))
-        return is_sum & (not after.is_floating_point and before != after)
-    return is_sum
+    return is_sum & (name not in SAME)
 
 
 def _by_image(x: Tensor) -> Tensor:

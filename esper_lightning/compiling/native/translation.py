@@ -122,6 +122,8 @@ def _call(kernel: Kernel, node: fx.Node, values: dict[fx.Node, Any]) -> Any:
     first: Any = meta if isinstance(meta, Tensor) else next(one for one in meta if one is not None)
     if not isinstance(first, Tensor) or first.dtype not in C_TYPES:
         raise UnsupportedError(f"a result of {name} that is {getattr(first, 'dtype', first)}")
+    if not all(isinstance(extent, int) for extent in first.shape):
+        raise UnsupportedError(f"a shape that depends on the numbers of a tensor, of {name}")
     if first.numel() == 0:
         raise UnsupportedError(f"an empty result of {name}")
     try:

@@ -17,6 +17,9 @@ __all__ = ["KeptState", "has_environments", "iteration_in", "latest_state"]
 _log = logging.getLogger(__name__)
 _STATE: dict[str, Any] = {"iteration": int, "world_size": int, "ranks": dict, "*": object}
 _RANK: dict[str, Any] = {"env": object, "*": object}
+_BATCHES = "epoch_loop.batch_progress"  # of Lightning, which counts batches over all epochs
+_COUNTS = {"total": {"processed": int, "*": int}, "*": object}
+_LOOPS: dict[str, Any] = {"fit_loop": {_BATCHES: _COUNTS, "*": object}, "*": object}
 
 
 class KeptState(NamedTuple):
@@ -29,7 +32,7 @@ class KeptState(NamedTuple):
 
 
 def latest_state(
-    directory: Path, *, before: int | None = None, since_s: float | None = None
+    *directories: Path, before: int | None = None, since_s: float | None = None
 ) -> KeptState | None:
     """The latest state that all ranks of a run have stored; ``None`` without one.
 
@@ -37,17 +40,22 @@ def latest_state(
     that from which it was resumed.
 
     Args:
-        directory: Run directory.
+        *directories: Run directory; several for the copies of one run on hosts that share no disk.
         before: Iteration before which the state must be; ``None`` for any.
         since_s: Begin of the run, in seconds since the epoch: older files are those of an earlier
             run. ``None`` for files of any age.
     """
-    layout = RunLayout(directory)
-    resumed = _states_in([layout.joined_state], since_s)
-    states = [_states_in(layout.rank(0).states, since_s)]
+    layouts = [RunLayout(directory) for directory in directories]
+
+    def states_of(rank: int) -> dict[int, dict[str, Any]]:
+        paths = (path for layout in layouts for path in layout.rank(rank).states)
+        return _states_in(paths, since_s)
+
+    resumed = _states_in((layout.joined_state for layout in layouts), since_s)
+    states = [states_of(0)]
     world_size = max(map(_world_size, states[0].values()), default=1)
     for rank in range(1, world_size):
-        states.append(_states_in(layout.rank(rank).states, since_s))
+        states.append(states_of(rank))
         if not states[-1]:
             break
     states = [{n: c for n, c in each.items() if _world_size(c) == world_size} for each in states]
@@ -71,8 +79,9 @@ def iteration_in(checkpoint: Mapping[str, Any]) -> int:
         ValueError: If the counters, or the states of ranks, are not such as a run writes.
     """
     if STATE_KEY not in checkpoint:
-        count = checkpoint.get("global_step")
-        misfit = find_misfit(count, int, "global_step")
+        loops: Any = checkpoint.get("loops")
+        misfit = find_misfit(loops, _LOOPS, "loops")
+        count = None if misfit else loops["fit_loop"][_BATCHES]["total"]["processed"]
     else:
         state = checkpoint[STATE_KEY]
         misfit = find_misfit(state, _STATE, STATE_KEY)

@@ -24,8 +24,10 @@ BUILD = (
 
 @pytest.fixture(autouse=True)
 def folder(tmp_path, monkeypatch) -> Path:
+    """The folder of libraries; the compiler is not asked whether it rounds as it must."""
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
     monkeypatch.delenv("CXX", raising=False)
+    monkeypatch.setattr(library, "_flaw", lambda *_: None)
     return tmp_path / "esper_lightning" / "native"
 
 
@@ -91,6 +93,7 @@ def test_a_damaged_library_is_compiled_again(folder):
         "import os, pathlib, sys\n"
         "from esper_lightning.compiling.native import library\n"
         "whole = pathlib.Path(sys.argv[1]).read_bytes()\n"
+        "library._flaw = lambda *_: None\n"
         "library._compile = lambda *arguments: arguments[3].write_bytes(whole)\n"
         "for os.environ['XDG_CACHE_HOME'] in sys.argv[2:]:\n"
         f"    print(library.build_library({CONSTANT!r}).answer())\n"
@@ -133,7 +136,7 @@ def test_processes_and_threads_that_compile_at_once_do_not_disturb_each_other(fo
     with ThreadPoolExecutor(4) as pool:
         done = list(pool.map(lambda _: forked.run(["-c", BUILD]), range(4)))
     assert [one.returncode for one in done] == [0] * 4, done[0].stderr
-    assert len(list(folder.iterdir())) == 1
+    assert len(list(folder.iterdir())) == 2  # with the library that shows how the compiler rounds
 
 
 def test_what_was_used_least_is_deleted_where_the_cache_is_full(folder, monkeypatch):
@@ -174,7 +177,7 @@ def test_a_compiler_that_fails_leaves_nothing(folder, monkeypatch):
 
 def test_a_program_that_is_no_compiler_is_named(monkeypatch):
     monkeypatch.setenv("CXX", "false")
-    refused("false does not run")
+    refused("^\\S*false --version ends with status 1 \\(install g\\+\\+ or clang, or set CXX\\)$")
     monkeypatch.setenv("CXX", "true")
     refused("true made no library .*install g\\+\\+ or clang")
 
@@ -242,6 +245,29 @@ def test_a_cache_that_others_may_write_to_is_not_used(folder):
     refused("may be written by others")
 
 
+def test_a_user_without_a_home_is_told_what_to_set(monkeypatch):
+    monkeypatch.delenv("XDG_CACHE_HOME")
+    monkeypatch.delenv("HOME")
+    monkeypatch.setattr(os, "getuid", lambda: 54321)  # of no user
+    refused("no folder for compiled code: the user has no home folder")
+
+
+LINKER_FAILS = """#!/bin/sh
+[ "$1" = --version ] && exit
+echo "/usr/bin/ld: final link failed: No space left on device" >&2
+echo "collect2: error: ld returned 1 exit status" >&2
+exit 1
+"""
+
+
+def test_why_a_linker_fails_is_said(tmp_path, monkeypatch):
+    compiler = tmp_path / "compiler"
+    compiler.write_text(LINKER_FAILS)
+    compiler.chmod(0o700)
+    monkeypatch.setenv("CXX", str(compiler))
+    refused("compiler failed: /usr/bin/ld: final link failed: No space left on device$")
+
+
 def test_a_cache_that_cannot_be_made_is_named(tmp_path, monkeypatch):
     (tmp_path / "file").touch()
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "file"))
@@ -260,7 +286,7 @@ def test_a_full_disk_leaves_no_torn_library(small_disk, monkeypatch):
     (small_disk / "filler").touch()
     with pytest.raises(OSError, match="space"):
         fill(small_disk / "filler")
-    refused("cannot be compiled|failed")
+    refused("[Nn]o space left on device")
     assert list(folder.glob("*.so")) == []
 
 
@@ -273,12 +299,6 @@ def test_the_compiler_sees_nothing_of_torch():
         "<stddef.h>",
         "<stdint.h>",
     }
-
-
-def test_flags_with_which_nan_is_not_noticed_are_refused(monkeypatch):
-    monkeypatch.setenv("CXXFLAGS", "-O2 -ffast-math")
-    with pytest.raises(UnsupportedError, match="CXXFLAGS has -ffast-math"):
-        build_library("")
 
 
 def test_a_relative_folder_of_caches_is_ignored(monkeypatch, tmp_path):

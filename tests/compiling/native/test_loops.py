@@ -155,6 +155,16 @@ def test_strided_arguments_are_read_as_they_are():
     assert torch.equal(function(x, y), x * 10 + y)
 
 
+@pytest.mark.parametrize("number", [1, 4])  # one that is not contiguous, and one that is
+def test_imaginary_parts_of_conjugates_have_the_sign_that_torch_gives_them(number):
+    numbers = torch.complex(torch.ones(4), torch.arange(1.0, 5.0))[:number]
+    x, held = torch.ones(number), numbers.conj().imag
+    function = NativeFunction(lambda x, y: (x * y, x - held))
+    for y in (numbers.conj().imag, numbers.imag):
+        for got, expected in zip(function(x, y), (x * y, x - held), strict=True):
+            assert torch.equal(got, expected)
+
+
 def test_a_tensor_that_the_function_holds_is_read_in_place():
     level = torch.tensor([1.0, 2.0])
     function = NativeFunction(lambda x: x * level)
@@ -262,8 +272,21 @@ def test_an_embedding_and_its_gradient(padding):
     native = NativeFunction(function)
     for got, expected in zip(native(table, index), function(table, index), strict=True):
         torch.testing.assert_close(got, expected)
-    with pytest.raises(IndexError):
-        native(table, index + 1)
+    for outside in (index + 1, index - 1):
+        for run in (function, native):
+            with pytest.raises(IndexError):
+                run(table, outside)
+
+
+def test_a_negative_index_to_add_at_is_an_error():
+    def function(x: Tensor, index: Tensor) -> Tensor:
+        return x.index_add(0, index, torch.ones(2))
+
+    native, x = NativeFunction(function), torch.zeros(4)
+    assert native(x, torch.tensor([1, 3])).tolist() == [0.0, 1.0, 0.0, 1.0]
+    for run in (function, native):
+        with pytest.raises(IndexError, match="index"):
+            run(x, torch.tensor([1, -1]))
 
 
 @pytest.mark.parametrize(
@@ -271,6 +294,10 @@ def test_an_embedding_and_its_gradient(padding):
     [
         (lambda x: x.bfloat16() + 1, "bfloat16"),
         (torch.fft.fft, "fft"),
+        (
+            lambda x: torch.nn.functional.binary_cross_entropy(x, x),
+            "binary_cross_entropy",
+        ),  # checks x
         (lambda x: x.topk(2).values, "aten.topk"),
         (lambda x: x.new_zeros(3, 99).cumsum(1), "one by one, the 99 elements"),
         (lambda x: torch.nn.functional.gelu(x, approximate="tanh"), "approximate='tanh'"),
@@ -285,6 +312,18 @@ def test_what_has_no_translation_is_refused_by_name(function, what):
     with pytest.raises(UnsupportedError, match=what) as caught:
         NativeFunction(function)(torch.ones(3, 3))
     assert "\n" not in str(caught.value)
+
+
+def scaled(x: Tensor) -> Tensor:
+    y = x.clone()
+    y[x > 0.5] *= -1.0
+    return y
+
+
+@pytest.mark.parametrize("function", [scaled, lambda x: x[x > 0.5].sum() + x])
+def test_shapes_that_depend_on_numbers_are_refused_in_plain_words(function):
+    with pytest.raises(UnsupportedError, match="a shape that depends on the numbers"):
+        NativeFunction(function)(torch.ones(3))
 
 
 @pytest.mark.parametrize(

@@ -1,5 +1,6 @@
 """Functions that combine samples by more than sums are refused, whatever their numbers are."""
 
+import math
 from typing import Any
 
 import pytest
@@ -15,6 +16,7 @@ from esper_lightning.compiling.tracing import Traced
 
 SAMPLES = 6
 TABLE = torch.linspace(-1.0, 1.0, 24).view(12, 2)
+TABLE_AGAIN, OTHER = TABLE.clone(), 2.0 * TABLE
 
 # Functions of values ``[M]``, of features ``[M, 3]`` and of a fixed number.
 SUMS: dict[str, Any] = {
@@ -31,6 +33,10 @@ SUMS: dict[str, Any] = {
     ),
     "a mean of features": lambda v, x, w: x.mean(1).sum() + x.softmax(-1)[:, 0].sum(),
     "nothing": lambda v, x, w: torch.zeros(3) * v.sum(),
+    "filled with a sum": lambda v, x, w: torch.zeros(2).fill_(v.sum()) * w.sum(),
+    "a sum by a mask": lambda v, x, w: torch.zeros(2).masked_fill(TABLE[0] > TABLE[1], v.sum()),
+    "numbers": lambda v, x, w: (x * torch.tensor([1.0, 2.0, math.nan]).nan_to_num()).sum(),
+    "numbers of a table": lambda v, x, w: (x * torch.linspace(0.0, 1.0, 3)).sum(),
     "chosen features": lambda v, x, w: x.gather(1, v.long().clamp(0, 2)[:, None]).sum(),
     "a mask": lambda v, x, w: (written(x, v > 0.0) * w).sum() + written(x, x > 0.5).sum(),
     "a gradient": lambda v, x, w: gradient(lambda w: (x @ w.expand(3, 2)).tanh().square().sum(), w),
@@ -75,6 +81,28 @@ MIXED: dict[str, Any] = {
     "some of another scale": lambda v, x, w: (torch.cat([v[:2] * w, v[2:]]) * w).sum(),
     "places by a mask": lambda v, x, w: (v * w * written(x, torch.arange(len(v)) > 2)[:, 0]).sum(),
     "computed places": lambda v, x, w: x.index_put((v.long(),), w).sum(),
+    "their number as a tensor": lambda v, x, w: (v * torch.tensor(1.0 / len(v))).sum(),
+    "their number like them": lambda v, x, w: (v * v.new_tensor(len(v))).sum(),
+    "whether they are many": lambda v, x, w: v.where(torch.tensor(len(v) > SAMPLES), -v).sum(),
+    "a tensor for many": lambda v, x, w: (v * (TABLE if len(v) > SAMPLES else OTHER)[0, 0]).sum(),
+    "an equal tensor for many": lambda v, x, w: (
+        v * (TABLE if len(v) > SAMPLES else TABLE_AGAIN)[0, 0]
+    ).sum(),
+    "another order of arguments": lambda v, x, w: (
+        (v - x[:, 0]) if len(v) > SAMPLES else (x[:, 0] - v)
+    ).sum(),
+    "another result": lambda v, x, w: [v.sum(), (v * w).sum()][:: 1 if len(v) > SAMPLES else -1],
+    "all pairs of places": lambda v, x, w: w.expand(len(v), len(v)).sum(),
+    "ones for all pairs": lambda v, x, w: torch.ones(len(v), len(v)).sum(),
+    "ones for all but one": lambda v, x, w: torch.ones(len(v) - 1).sum(),
+    "the first few": lambda v, x, w: v[: SAMPLES + 1].sum(),
+    "few places": lambda v, x, w: torch.ones(min(len(v), SAMPLES + 1)).sum(),
+    "a sum beside something fixed": lambda v, x, w: torch.ones(2).masked_fill(
+        TABLE[0] > TABLE[1], v.sum()
+    ),
+    "a factor that is a sum": lambda v, x, w: (v * torch.zeros(()).add(1.0).fill_(v.sum())).sum(),
+    "a sum in an integer": lambda v, x, w: torch.zeros(2, dtype=torch.int64).copy_(v.sum()),
+    "a sum summed as an integer": lambda v, x, w: v.sum()[None].sum(dtype=torch.int64),
     "a wrong fold": lambda v, x, w: (x.t().reshape(-1, 3) * x * w).sum(),
 }  # fmt: skip
 ROWS: dict[str, Any] = {
@@ -98,6 +126,7 @@ MIXED_ROWS: dict[str, Any] = {
     "some of another scale": lambda v, x, w: torch.cat([v[:2] * 2, v[2:]]),
     "more than some number": lambda v, x, w: v * w if len(v) > SAMPLES else v,
     "a part of their number": lambda v, x, w: v * (len(v) // SAMPLES),
+    "a tensor of their number": lambda v, x, w: v * torch.tensor(len(v) // SAMPLES),
 }
 
 

@@ -257,7 +257,7 @@ ROUNDED_TO_SIZE: dict[str, tuple[Any, float]] = {
     "smooth l1 loss": (lambda v: functional.smooth_l1_loss(v.s, v.u, reduction="sum"), 64),
     "cross entropy": (lambda v: functional.cross_entropy(v.s[0][..., :4], v.k[0][..., 0]), 64),
     "binary cross entropy": (
-        lambda v: functional.binary_cross_entropy(v.s.sigmoid(), v.a.float(), reduction="none"),
+        lambda v: functional.binary_cross_entropy_with_logits(v.s, v.a.float(), reduction="none"),
         64,
     ),
     "silu": (lambda v: functional.silu(v.s), 8),

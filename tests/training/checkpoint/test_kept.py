@@ -29,6 +29,14 @@ def test_ranks_are_joined_at_the_latest_iteration_that_all_have(ranks):
     assert found.checkpoint[STATE_KEY]["ranks"] == {0: {"env": 7}, 1: {"env": 7}}
 
 
+def test_ranks_of_hosts_that_share_no_disk_are_joined(ranks, tmp_path):
+    there = RunLayout(tmp_path / "there").rank(1).directory
+    there.parent.mkdir()
+    ranks.rank(1).directory.rename(there)
+    assert latest_state(tmp_path) is None
+    assert latest_state(tmp_path, tmp_path / "there").iteration == 7
+
+
 def test_there_is_no_state_before_the_earliest_that_all_have(ranks):
     assert latest_state(ranks.directory, before=7) is None
 
@@ -91,7 +99,10 @@ def test_what_a_kill_tears_is_not_used(tmp_path, share):
     files = RunLayout(tmp_path).rank(0)
     files.directory.mkdir()
     for path, iteration in zip(files.states, (4, 5), strict=True):
-        torch.save({"global_step": iteration, "state_dict": {"w": torch.ones(999)}}, path)
+        # Lightning counts batches and steps of optimizers.
+        batches = {"epoch_loop.batch_progress": {"total": {"processed": iteration}}}
+        content = {"global_step": 99, "loops": {"fit_loop": batches}}
+        torch.save({**content, "state_dict": {"w": torch.ones(999)}}, path)
     assert latest_state(tmp_path).iteration == 5
     os.truncate(files.states[1], int(share * files.states[1].stat().st_size))
     assert latest_state(tmp_path).iteration == 4

@@ -1,0 +1,162 @@
+"""Native code is compared with the function that it was made of, a little of it now and then.
+
+``holders`` and ``reads`` watch what a function of a user reads. Python has more ways to reach a
+value than anybody lists. What they miss is found here, not before some iterations have computed
+with an old value, and is told then.
+"""
+
+from collections.abc import Callable, Iterator, Mapping
+from typing import Any, Protocol, cast
+
+import torch
+from torch import Tensor
+from typing_extensions import override
+
+from esper_lightning.core.tensor_trees import map_tree
+
+__all__ = ["Audit", "FirstRows", "FirstStep", "Sample", "Whole"]
+
+_EVERY = 128  # calls; before that, at every power of two
+_ROWS = 64
+_NEAR, _SMALL = 1e-3, 1e-5  # relative to the largest number of a tensor; absolute
+_MOST_APART = 0.01  # share of numbers that may differ: a draw between two actions is a tie at times
+_CERTAIN, _FEW = 0.5, 8  # if more than this share of more numbers differs, no tie is the reason
+
+_Function = Callable[..., Any]
+
+
+class Sample(Protocol):
+    """The part of a call that is compared."""
+
+    def expected(self, function: _Function, args: tuple[Any, ...]) -> Any:
+        """What the function itself returns for this part."""
+        ...
+
+    def given(self, args: tuple[Any, ...]) -> tuple[Any, ...]:
+        """Arguments for native code, so that the function can still be called afterwards."""
+        ...
+
+    def of(self, result: Any) -> Any:
+        """The part of what native code returned."""
+        ...
+
+
+class Whole(Sample):
+    """The whole call of a pure function."""
+
+    @override
+    def expected(self, function: _Function, args: tuple[Any, ...]) -> Any:
+        return function(*args)
+
+    @override
+    def given(self, args: tuple[Any, ...]) -> tuple[Any, ...]:
+        return args
+
+    @override
+    def of(self, result: Any) -> Any:
+        return result
+
+
+class FirstRows(Whole):
+    """The first rows of a function of rows."""
+
+    @override
+    def expected(self, function: _Function, args: tuple[Any, ...]) -> Any:
+        rows, constants = args
+        return function(self.of(rows), constants)
+
+    @override
+    def of(self, result: Any) -> Any:
+        return map_tree(lambda rows: rows[:_ROWS], result)
+
+
+class FirstStep(Whole):
+    """The first step of a loop: its row, for the carry is known after the last step only."""
+
+    @override
+    def expected(self, function: _Function, args: tuple[Any, ...]) -> Any:
+        carry, xs, chunked, constants, *_ = args
+        first = map_tree(lambda values: values[:1], xs)
+        chunked = None if chunked is None else chunked[:1]
+        return function(carry, first, chunked, constants, None)[1]
+
+    @override
+    def given(self, args: tuple[Any, ...]) -> tuple[Any, ...]:
+        return (map_tree(torch.clone, args[0]), *args[1:])  # a loop may write into its carry
+
+    @override
+    def of(self, result: Any) -> Any:
+        return map_tree(lambda rows: rows[:1], result[1])
+
+
+class Audit:
+    """The comparisons of one function.
+
+    Args:
+        sample: Part of a call that is compared.
+    """
+
+    def __init__(self, sample: Sample) -> None:
+        self._sample, self._calls, self._suspects = sample, 0, False
+        self._latest = 0  # number of the call that was right
+
+    def is_due(self) -> bool:
+        """Whether this call is to be compared."""
+        self._calls += 1
+        number = self._calls
+        return self._suspects or number % _EVERY == 0 or number & (number - 1) == 0
+
+    def call(
+        self, native: _Function, function: _Function, args: tuple[Any, ...]
+    ) -> tuple[Any, str | None]:
+        """Call native code, and compare.
+
+        Args:
+            native: Native code of the function.
+            function: The function itself.
+            args: Arguments of both.
+
+        Returns:
+            The result of the native code, and what differs, if that is no tie between two actions:
+            most of a tensor, or something for the second time in a row. ``None`` where all is as it
+            should be.
+        """
+        result = native(*self._sample.given(args))
+        expected = self._sample.expected(function, args)
+        name, is_certain = _difference(expected, self._sample.of(result))
+        before, self._suspects = self._suspects, name is not None
+        if name is None:
+            self._latest = self._calls
+        if name is None or not (before or is_certain):
+            return result, None
+        wrong = self._calls - self._latest - 1  # without this one, whose result is not used
+        return result, f"{name} (in {wrong} calls at most)"
+
+
+def _difference(expected: Any, got: Any) -> tuple[str | None, bool]:
+    """The name of the first tensor that differs by more than rounding; whether most of it does."""
+    for (name, one), (_, other) in zip(_named(expected), _named(got), strict=True):
+        same = one == other
+        if one.is_floating_point():
+            size = torch.where(one.isfinite(), one, 0.0).abs().amax() if one.numel() else 0.0
+            same |= (one - other).abs() <= _NEAR * size + _SMALL
+            same |= one.isnan() & other.isnan()
+        apart = 1 - same.double().mean() if same.numel() else 0.0
+        if apart > _MOST_APART:
+            return name, bool(apart > _CERTAIN) and same.numel() > _FEW
+    return None, False
+
+
+def _named(tree: Any, name: str = "") -> Iterator[tuple[str, Tensor]]:
+    """The tensors of a tree with the names of fields and keys, where there are any."""
+    if isinstance(tree, Tensor):
+        yield name or "the result", tree
+    elif isinstance(tree, Mapping):
+        mapping = cast(Mapping[Any, Any], tree)
+        for key in sorted(mapping):
+            yield from _named(mapping[key], str(key))
+    elif isinstance(tree, list | tuple):
+        values = cast(tuple[Any, ...], tree)
+        fields: Any = getattr(values, "_fields", [name] * len(values))
+        for field, value in zip(fields, values, strict=True):
+            yield from _named(value, field)
