@@ -33,7 +33,7 @@ def test_the_same_death_is_named_with_its_place():
 
 def test_attempts_are_mentioned_where_there_are_several():
     assert mention_attempts(RUN, [attempt(1)]) == []
-    (_, line) = mention_attempts(RUN, [attempt(1), attempt(2, what="E: other")])
+    (_, line) = mention_attempts(RUN, [attempt(1), attempt(2, what="Other: it")])
     assert line == "2 attempts: esper crash --attempts run"
     (_, line) = mention_attempts(RUN, [attempt(1), attempt(2)])
     assert line.startswith("2 attempts, of which 2 died of the same error in the same iteration: ")
