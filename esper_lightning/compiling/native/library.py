@@ -135,13 +135,13 @@ def build_library(source: str, *more_flags: str) -> ctypes.CDLL:
     identity = _identity(tuple(command))
     own = _words_of("CXXFLAGS")
     flags = [*_FLAGS, *(["-O1"] if len(source) > _LARGE else []), _architecture_flag(), *own]
-    flags += more_flags
     if "Free Software Foundation" in identity:
         # Else a sum may be rounded twice in one loop and once in another, as the tuning for some
         # processors has it: the rows of a product would differ with the division among threads.
         flags.append("--param=avoid-fma-max-bits=0")
     if (flaw := _flaw(tuple(command), tuple(flags))) is not None:
         raise UnsupportedError(f"code of {shlex.join([*command, *own])} {flaw}")
+    flags += more_flags  # of the package, which knows what they change
     text = "\n".join([*(header.read_text() for header in _HEADERS), source, ""])
     return _library(command, flags, text)
 
