@@ -329,7 +329,7 @@ class LogsMuch(Callback):
     """More than fits into what is left of a block."""
 
     def on_train_batch_start(self, trainer, pl_module, batch, batch_idx):
-        metrics = {f"much/{number}": float(batch_idx) for number in range(100)}
+        metrics = {f"much/{number}": float(batch_idx) for number in range(400)}
         for logger in trainer.loggers:
             logger.log_metrics(metrics, step=batch_idx)
 
