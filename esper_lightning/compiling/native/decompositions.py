@@ -22,7 +22,7 @@ OF_TORCH = (
     *("_softmax", "_softmax_backward_data", "pixel_shuffle", "pixel_unshuffle"),
     *("_safe_softmax", "glu", "glu_backward", "mse_loss", "mse_loss_backward", "huber_loss"),
     *("huber_loss_backward", "smooth_l1_loss", "smooth_l1_loss_backward", "nll_loss_forward"),
-    "nll_loss_backward",
+    *("nll_loss_backward", "binary_cross_entropy_with_logits", "log_sigmoid_forward"),
 )
 """Names of operations that torch itself decomposes as is needed here."""
 
@@ -227,6 +227,10 @@ def _bucketize(
     return (~above).sum(-1).to(torch.int32 if out_int32 else torch.int64)
 
 
+def _empty_like(x: Tensor, *, dtype: torch.dtype | None = None, **_: Any) -> Tensor:
+    return torch.zeros_like(x, dtype=dtype)  # whatever numbers are right
+
+
 def _constant(function: Callable[..., Tensor]) -> Callable[..., Tensor]:
     """What depends on no tensor is computed by torch, while the graph is made."""
 
@@ -260,6 +264,7 @@ OWN: dict[str, Callable[..., Any]] = {
     "count_nonzero.dim_IntList": _count_nonzero,
     "count_nonzero.default": _count_nonzero,
     "trace.default": _trace,
+    "empty_like.default": _empty_like,
     "isin.Tensor_Tensor": _isin,
     "bucketize.Tensor": _bucketize,
     "linspace.default": _constant(torch.linspace),
