@@ -5,6 +5,7 @@ A trace takes numbers, lists and arrays for constants, and reads tensors where t
 # pyright: reportUnknownVariableType=false, reportUnknownArgumentType=false
 
 import functools
+import gc
 import os
 import sys
 import threading
@@ -189,11 +190,15 @@ def _watched_calls(scopes: _Scopes) -> Generator[None]:
 
     if before is not None and not callable(before):
         before.disable()  # a profile of Python's own, in C
+    collects = gc.isenabled()
+    gc.disable()  # whoever is called by it would count as read
     sys.setprofile(note)
     try:
         yield
     finally:
         sys.setprofile(before if callable(before) else None)
+        if collects:
+            gc.enable()
         if before is not None and not callable(before):
             before.enable()
 

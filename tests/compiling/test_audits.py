@@ -1,6 +1,7 @@
 """Native code that no longer does what its function does is found, and told."""
 
 import re
+from contextvars import ContextVar
 from typing import NamedTuple
 
 import pytest
@@ -16,7 +17,7 @@ from esper_lightning.compiling.loops import (
 )
 
 CPU = torch.device("cpu")
-HIDDEN = {"scale": 1.0}
+HIDDEN = ContextVar("scale", default=1.0)
 
 
 class Row(NamedTuple):
@@ -26,7 +27,7 @@ class Row(NamedTuple):
 
 def scale() -> float:
     """A number in a place that no watch looks at."""
-    return eval("HIDDEN")["scale"]
+    return HIDDEN.get()
 
 
 def loop_body(carry: Tensor, x: Tensor, constants: Tensor) -> tuple[Tensor, Row]:
@@ -62,12 +63,13 @@ def called(request):
 
 
 @pytest.mark.usefixtures("native_code")
-def test_what_the_watch_does_not_see_is_found_within_128_calls(called, monkeypatch, caplog):
+def test_what_the_watch_does_not_see_is_found_within_128_calls(called, caplog):
     log_reasons_again()
     for _ in range(70):
         assert called() == 4.0
-    monkeypatch.setitem(HIDDEN, "scale", 10.0)
+    token = HIDDEN.set(10.0)
     found = [called() for _ in range(130)]
+    HIDDEN.reset(token)
     right = found.index(40.0)
     assert 0 < right < 128
     assert found[:right] == [4.0] * right
