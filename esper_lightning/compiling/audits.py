@@ -5,16 +5,15 @@ value than anybody lists. What they miss is found here, not before some iteratio
 with an old value, and is told then.
 """
 
-from collections.abc import Callable, Iterator, Mapping
-from typing import Any, Protocol, cast
+from collections.abc import Callable
+from typing import Any
 
 import torch
-from torch import Tensor
 from typing_extensions import override
 
-from esper_lightning.core.tensor_trees import map_tree
+from esper_lightning.core.tensor_trees import map_tree, named_tensors
 
-__all__ = ["Audit", "FirstRows", "FirstStep", "Sample", "Whole"]
+__all__ = ["Audit", "FirstRows", "FirstStep", "Whole"]
 
 _EVERY = 128  # calls; before that, at every power of two
 _ROWS = 64
@@ -25,35 +24,19 @@ _CERTAIN, _FEW = 0.5, 8  # if more than this share of more numbers differs, no t
 _Function = Callable[..., Any]
 
 
-class Sample(Protocol):
-    """The part of a call that is compared."""
+class Whole:
+    """The part of a call that is compared: all of the call of a pure function."""
 
     def expected(self, function: _Function, args: tuple[Any, ...]) -> Any:
         """What the function itself returns for this part."""
-        ...
+        return function(*args)
 
     def given(self, args: tuple[Any, ...]) -> tuple[Any, ...]:
         """Arguments for native code, so that the function can still be called afterwards."""
-        ...
+        return args
 
     def of(self, result: Any) -> Any:
         """The part of what native code returned."""
-        ...
-
-
-class Whole(Sample):
-    """The whole call of a pure function."""
-
-    @override
-    def expected(self, function: _Function, args: tuple[Any, ...]) -> Any:
-        return function(*args)
-
-    @override
-    def given(self, args: tuple[Any, ...]) -> tuple[Any, ...]:
-        return args
-
-    @override
-    def of(self, result: Any) -> Any:
         return result
 
 
@@ -96,7 +79,7 @@ class Audit:
         sample: Part of a call that is compared.
     """
 
-    def __init__(self, sample: Sample) -> None:
+    def __init__(self, sample: Whole) -> None:
         self._sample, self._calls, self._suspects = sample, 0, False
         self._latest = 0  # number of the call that was right
 
@@ -135,7 +118,9 @@ class Audit:
 
 def _difference(expected: Any, got: Any) -> tuple[str | None, bool]:
     """The name of the first tensor that differs by more than rounding; whether most of it does."""
-    for (name, one), (_, other) in zip(_named(expected), _named(got), strict=True):
+    others = dict(named_tensors(got))
+    for name, one in named_tensors(expected):
+        other = others[name]
         same = one == other
         if one.is_floating_point():
             size = torch.where(one.isfinite(), one, 0.0).abs().amax() if one.numel() else 0.0
@@ -143,20 +128,5 @@ def _difference(expected: Any, got: Any) -> tuple[str | None, bool]:
             same |= one.isnan() & other.isnan()
         apart = 1 - same.double().mean() if same.numel() else 0.0
         if apart > _MOST_APART:
-            return name, bool(apart > _CERTAIN) and same.numel() > _FEW
+            return name or "the result", bool(apart > _CERTAIN) and same.numel() > _FEW
     return None, False
-
-
-def _named(tree: Any, name: str = "") -> Iterator[tuple[str, Tensor]]:
-    """The tensors of a tree with the names of fields and keys, where there are any."""
-    if isinstance(tree, Tensor):
-        yield name or "the result", tree
-    elif isinstance(tree, Mapping):
-        mapping = cast(Mapping[Any, Any], tree)
-        for key in sorted(mapping):
-            yield from _named(mapping[key], str(key))
-    elif isinstance(tree, list | tuple):
-        values = cast(tuple[Any, ...], tree)
-        fields: Any = getattr(values, "_fields", [name] * len(values))
-        for field, value in zip(fields, values, strict=True):
-            yield from _named(value, field)

@@ -21,7 +21,7 @@ from typing import Any, Literal, TypeVar
 
 import torch
 
-from esper_lightning.compiling.audits import Audit, FirstRows, FirstStep, Sample, Whole
+from esper_lightning.compiling.audits import Audit, FirstRows, FirstStep, Whole
 from esper_lightning.compiling.cuda_graph import CapturedFunction, CapturedLoop
 from esper_lightning.compiling.holders import ImpureError
 from esper_lightning.compiling.native.loops import NativeFunction, NativeLoop, NativeMap
@@ -227,7 +227,7 @@ def _compiled(
     name: str,
     function: Callable[..., Tree],
     native: type[NativeFunction] | type[NativeMap],
-    sample: Sample,
+    sample: Whole,
     *,
     mode: CompileMode,
     device: torch.device,
@@ -298,7 +298,7 @@ class _Native:
         name: str,
         program: Callable[[], NativeFunction | NativeMap | NativeLoop],
         eager: Callable[..., Tree],
-        sample: Sample,
+        sample: Whole,
     ) -> None:
         self._name, self._program, self._eager = name, program, eager
         self._audit = Audit(sample)

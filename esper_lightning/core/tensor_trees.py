@@ -15,6 +15,8 @@ _SEQUENCES = (tuple, list)
 def named_tensors(tree: Any, name: str = "") -> Iterator[tuple[str, Tensor]]:
     """Every tensor of a tree of mappings, lists and tuples, with its path: ``"layers.0.weight"``.
 
+    Named tuples give the names of their fields.
+
     Args:
         tree: Containers that hold the tensors; values that are no tensors are skipped.
         name: Path of the tree itself.
@@ -26,7 +28,9 @@ def named_tensors(tree: Any, name: str = "") -> Iterator[tuple[str, Tensor]]:
     if isinstance(tree, Mapping):
         parts = list(cast(Mapping[Any, Any], tree).items())
     elif isinstance(tree, list | tuple):
-        parts = list(enumerate(cast(Sequence[Any], tree)))
+        values = cast(Sequence[Any], tree)
+        fields: Iterable[Any] = getattr(values, "_fields", range(len(values)))
+        parts = list(zip(fields, values, strict=True))
     for key, value in parts:
         yield from named_tensors(value, f"{name}.{key}" if name else str(key))
 

@@ -5,7 +5,6 @@ import json
 import os
 from pathlib import Path
 
-import fsspec
 import pytest
 import torch
 from torch.utils.data import DataLoader
@@ -21,14 +20,7 @@ from esper_lightning.forensics.processes import identify
 from tests.cli.test_lightning_cli import CARTPOLE, QUICK
 from tests.recorder.test_flight_recorder import Plain
 
-
-@pytest.fixture(autouse=True)
-def memory(tmp_path, monkeypatch):
-    monkeypatch.chdir(tmp_path)
-    there = fsspec.filesystem("memory")
-    there.store.clear()
-    yield there
-    there.store.clear()
+pytestmark = pytest.mark.usefixtures("memory")
 
 
 def folder_with(path: Path, **files: str) -> Path:

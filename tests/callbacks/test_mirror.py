@@ -7,7 +7,6 @@ import threading
 import time
 from pathlib import Path
 
-import fsspec
 import pytest
 import torch
 from fsspec.implementations.memory import MemoryFileSystem
@@ -24,14 +23,7 @@ from esper_lightning.train import run_plugins
 from tests.cli.test_lightning_cli import CARTPOLE, QUICK
 from tests.recorder.test_flight_recorder import Plain, raise_at
 
-
-@pytest.fixture(autouse=True)
-def memory(tmp_path, monkeypatch):
-    monkeypatch.chdir(tmp_path)
-    there = fsspec.filesystem("memory")
-    there.store.clear()
-    yield there
-    there.store.clear()
+pytestmark = pytest.mark.usefixtures("memory")
 
 
 @pytest.fixture

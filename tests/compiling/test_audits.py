@@ -80,12 +80,10 @@ def test_what_the_watch_does_not_see_is_found_within_128_calls(called, caplog):
     assert re.search(r"\(in 6[34] calls at most\)", lines[0])
 
 
-@pytest.mark.parametrize("number", [1, 2, 4, 8, 16, 32, 64, 128, 256, 384])
-def test_comparisons_become_rare(number):
+def test_comparisons_become_rare():
     audit = Audit(Whole())
     due = [k for k in range(1, 512) if audit.is_due()]
     assert due == [1, 2, 4, 8, 16, 32, 64, 128, 256, 384]
-    assert number in due
 
 
 def native_of(change):

@@ -293,7 +293,7 @@ class MorphogenesisEnv:
 
     def state_dict(self) -> dict[str, Tensor]:
         """Copies of hosts, seeds, their momentum, life cycles and counters."""
-        return {name: tensor.clone() for name, tensor in named_tensors(self._named(self.hosts))}
+        return {name: tensor.clone() for name, tensor in named_tensors(self.hosts)}
 
     def load_state_dict(self, state: dict[str, Tensor]) -> None:
         """Continue from a ``state_dict`` bit for bit.
@@ -303,7 +303,7 @@ class MorphogenesisEnv:
                 changed then.
         """
         field = "Morphogenesis.load_state_dict()"
-        expected = dict(named_tensors(self._named(self.hosts)))
+        expected = dict(named_tensors(self.hosts))
         require(state.keys() == expected.keys(), field, f"get {sorted(expected)}", sorted(state))
         for name, tensor in expected.items():
             rule = f"be {tensor.dtype} of shape {list(tensor.shape)}"
@@ -317,13 +317,6 @@ class MorphogenesisEnv:
         if seed != self._seed:
             self._advance.clear()  # captured graphs hold the old seed
         self._seed = seed
-
-    @staticmethod
-    def _named(hosts: Hosts) -> dict[str, object]:
-        tree: dict[str, object] = {}
-        for name, value in hosts._asdict().items():
-            tree[name] = value._asdict() if hasattr(value, "_asdict") else value
-        return tree
 
     def _name_blueprint(self, choice: Action) -> Action:
         """The action with its blueprint as a position in ``BLUEPRINTS``, not in the settings."""

@@ -15,7 +15,7 @@ from torch.nn import functional
 
 from esper_lightning.compiling.native.decompositions import OWN
 from esper_lightning.compiling.native.loops import NativeFunction
-from esper_lightning.compiling.native.translation import OPERATIONS
+from esper_lightning.compiling.native.translation import OPERATIONS, translate
 from esper_lightning.compiling.native.values import UnsupportedError
 from esper_lightning.compiling.tracing import Traced
 from tests.compiling.native.test_convolutions import used_operations
@@ -556,6 +556,15 @@ def test_attention_and_its_gradient_are_those_of_torch(masked: str) -> None:
 
     for got, expected in zip(NativeFunction(attends)(tokens), attends(tokens), strict=True):
         torch.testing.assert_close(got, expected, rtol=1e-5, atol=1e-5)
+
+
+@pytest.mark.parametrize("name", FUNCTIONS)
+def test_an_operation_is_native_alone_too(name: str) -> None:
+    """Together with others a graph is made simpler for their sake."""
+    function = FUNCTIONS[name]
+    example = tuple(arguments("contiguous", 0, False))
+    traced = Traced(lambda *tensors: function(Values(*tensors)), example, functional=True)
+    translate(traced.graph, "body", shared=True)
 
 
 def test_every_operation_is_tested() -> None:
