@@ -24,8 +24,8 @@ def digests_of_sources() -> dict[str, str]:
     """Digests of the files of loaded modules by path, without those of installed distributions.
 
     A path is relative to the current directory where the file is below it. Distributions, this
-    package and Python itself have versions, and are left out. Of more than 200 files the first by
-    path count, and files larger than 1 MB do not.
+    package and Python itself have versions, and are left out. Of more than 200 files those below
+    the current directory count first, then the first by path; files larger than 1 MB do not.
     """
     standard = [sysconfig.get_path(name) for name in ("stdlib", "platstdlib")]
     apart = tuple(f"{each}{os.sep}" for each in (*standard, _PACKAGE))
@@ -34,12 +34,13 @@ def digests_of_sources() -> dict[str, str]:
         here = Path.cwd()
         names = {getattr(module, "__file__", None) for module in list(sys.modules.values())}
         paths = {str(here / name) for name in names if _is_users(name, apart)}
-        for path in sorted(paths)[:_MOST_FILES]:
+        for far, path in sorted((not Path(path).is_relative_to(here), path) for path in paths)[
+            :_MOST_FILES
+        ]:
             content = _read(path)
             if content is not None:
-                name = os.path.relpath(path, here)
                 digest = hashlib.blake2b(content, digest_size=6).hexdigest()
-                found[path if name.startswith("..") else name] = digest
+                found[path if far else os.path.relpath(path, here)] = digest
     return found
 
 

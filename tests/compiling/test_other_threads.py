@@ -5,6 +5,7 @@ import threading
 from types import SimpleNamespace
 from typing import Any
 
+import fsspec.asyn
 import numpy as np
 import pytest
 import torch
@@ -65,4 +66,9 @@ def test_threads_of_test_runners_and_of_this_package_are_no_users(other_thread: 
 
 
 def test_without_other_threads_there_is_none() -> None:
+    assert not other_threads_run()
+
+
+def test_the_thread_that_reads_remote_addresses_is_no_users() -> None:
+    fsspec.asyn.get_loop()
     assert not other_threads_run()

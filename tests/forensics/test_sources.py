@@ -2,6 +2,7 @@
 
 import importlib
 import sys
+from types import ModuleType
 
 import pytest
 
@@ -40,3 +41,17 @@ def test_a_file_that_is_gone_or_large_is_left_out(mine):
     assert "mine_of_a_user.py" not in digests_of_sources()
     mine.unlink()
     assert "mine_of_a_user.py" not in digests_of_sources()
+
+
+def test_files_near_the_user_count_before_those_of_many_others(mine, monkeypatch):
+    far = mine.parent.parent / "a_far"
+    far.mkdir(exist_ok=True)
+    for number in range(201):
+        path = far / f"far_{number}.py"
+        path.write_text("VALUE = 1\n")
+        module = ModuleType(path.stem)
+        module.__file__ = str(path)
+        monkeypatch.setitem(sys.modules, path.stem, module)
+    found = digests_of_sources()
+    assert 150 < len(found) <= 200
+    assert next(iter(found)) == "mine_of_a_user.py"

@@ -236,8 +236,8 @@ class GardenEnv:
 
 def test_a_factored_choice_is_learnt(make_trainer) -> None:
     """Random play earns 1/12 in each step: one of two actions, of three slots and of two kinds."""
-    ppo = PPOConfig(rollout_steps=16, learning_rate=1e-2, minibatches=2)
-    model = PPO(Garden(), Recurrent(encoder_sizes=()), ppo, total_env_steps=16 * 32 * 16)
+    ppo = PPOConfig(rollout_steps=16, learning_rate=5e-3, minibatches=2, entropy_coef=0.05)
+    model = PPO(Garden(), Recurrent(encoder_sizes=()), ppo, total_env_steps=16 * 32 * 32)
     rows = []
 
     class Rows(Callback):
@@ -249,6 +249,7 @@ def test_a_factored_choice_is_learnt(make_trainer) -> None:
     assert start["rollout/episode_return_mean"] < 0.25
     # The entropy of a step with a choice; over all steps it would be half of it.
     assert start["loss/entropy"] == pytest.approx(math.log(2) + 0.5 * math.log(6), rel=0.1)
-    assert rows[-1]["rollout/episode_return_mean"] > 0.8
+    # Eight seeds of eight reach 0.99 of 1.
+    assert rows[-1]["rollout/episode_return_mean"] > 0.9
     (metrics,) = make_trainer(limit_val_batches=1.0).validate(model, verbose=False)
     assert metrics["eval/episode_return_mean"] > 0.9
