@@ -119,6 +119,10 @@ class Claim:
         """Whether this process still owns the directory."""
         return self._lock >= 0 and self._pid == os.getpid()
 
+    def owns(self, lock: int) -> bool:
+        """Whether this process owns the directory whose ``owner.lock`` is open as ``lock``."""
+        return self.holds and os.path.samestat(os.fstat(self._lock), os.fstat(lock))
+
     def release(self, *, used: bool = True) -> None:
         """Release the directory; a directory that was made for the claim and not used is removed.
 
@@ -315,6 +319,8 @@ def _claim(directory: Path, *, made: Sequence[Path], use: Use = "run") -> Claim:
     lock = _lock(directory, use)
     try:
         former = os.pread(lock, os.fstat(lock).st_size, 0) if had_owner else None
+        if any(held.owns(lock) for held in list(_claims)):  # where the file system has no locks
+            raise in_use(directory, identify(os.getpid()), use)
         for owner in _owners(directory, lock):
             if is_alive(owner) and not same_process(owner, identify(os.getpid())):
                 raise in_use(directory, owner, use)

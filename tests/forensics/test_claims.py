@@ -122,11 +122,18 @@ def test_a_record_that_can_only_be_read_is_locked_all_the_same(
     held.release()
 
 
-def test_without_locks_the_name_of_the_owner_decides(other, tmp_path, monkeypatch):
-    def no_locks(fd, how):
+@pytest.fixture(name="no_locks")
+def _no_locks(monkeypatch):
+    """A file system that has no locks."""
+
+    def flock(fd, how):
         raise OSError(claims.errno.ENOLCK, "No locks available")
 
-    monkeypatch.setattr(claims.fcntl, "flock", no_locks)
+    monkeypatch.setattr(claims.fcntl, "flock", flock)
+
+
+@pytest.mark.usefixtures("no_locks")
+def test_without_locks_the_name_of_the_owner_decides(other, tmp_path):
     with pytest.raises(DirectoryInUseError, match=f"process {other.pid} "):
         claim(tmp_path / "run")
     other.kill()
@@ -146,7 +153,10 @@ def test_a_copy_of_a_directory_of_a_living_process_is_free(other, tmp_path):
         claim(tmp_path / "moved")
 
 
-def test_the_same_process_may_claim_again_only_after_it_let_go(tmp_path):
+@pytest.mark.parametrize("locks", [True, False])
+def test_the_same_process_may_claim_again_only_after_it_let_go(tmp_path, request, locks):
+    if not locks:
+        request.getfixturevalue("no_locks")
     held = claim(tmp_path)
     with pytest.raises(DirectoryInUseError, match="another run of this process"):
         claim(tmp_path)
