@@ -1,10 +1,12 @@
 """Fixtures that several folders share, and settings of Hypothesis."""
 
 import logging
+import os
 import signal
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
+from unittest import mock
 
 import pytest
 import torch
@@ -41,6 +43,13 @@ def _only_legal_states() -> Iterator[None]:
     yield
     log.removeHandler(handler)
     assert not errors, errors[0].getMessage()
+
+
+@pytest.fixture(autouse=True)
+def _own_environment_variables() -> Iterator[None]:
+    """What a test leaves in ``os.environ`` is undone, such as the rank that a launcher sets."""
+    with mock.patch.dict(os.environ):
+        yield
 
 
 @pytest.fixture
