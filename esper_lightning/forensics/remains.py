@@ -140,7 +140,7 @@ def examine(*directories: Path) -> list[Remains]:
         got = repr(str(directory))
         try:
             found = _remains_of_ranks(directory)
-        except OSError as error:
+        except (OSError, ValueError) as error:  # it may hold a null character
             raise ValueError(f"RUN_DIR must be readable, got {got}: {error}.") from error
         if not found:
             raise ValueError(f"RUN_DIR must hold rank folders (rank0, ...), got {got}.")

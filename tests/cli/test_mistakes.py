@@ -405,7 +405,7 @@ FIT = {
     "--trainer.max_time '{weekz: 1}'": "trainer.max_time must be DD:HH:MM:SS, or a mapping of",
     "--trainer.max_time '{days: 99999999999999}'": "trainer.max_time must be DD:HH:MM:SS, or",
     "--trainer.max_time '{days: -1}'": "trainer.max_time must be DD:HH:MM:SS, or a mapping of",
-    "--trainer.callbacks Timer --trainer.callbacks.duration '{weekz: 1}'": "error: Timer: 'weekz'",
+    "--trainer.callbacks Timer --trainer.callbacks.duration '{weekz: 1}'": "'weekz'",
     "--trainer.callbacks '{class_path: Timer, init_args: {duration: foo}}'": "error: "
     "`Timer(duration='foo')` is not a valid duration. Expected a string in the format DD:HH:MM:SS.",
     "--trainer.callbacks '{class_path: ModelCheckpoint, init_args: {monitor: nope, save_top_k: -2}}"
@@ -631,12 +631,12 @@ OTHERS = {
     "crash folder": "RUN_DIR must hold rank folders (rank0, ...), got 'folder'.",
     "crash folder file": "RUN_DIR must hold rank folders (rank0, ...), got 'folder'.",
     "crash folder --jsn": "unrecognized arguments: --jsn. The nearest is '--json'.",
-    "crash 'a\0b'": "RUN_DIR must hold rank folders",
-    f"crash {LONG}": "File name too long",
+    "crash 'a\0b'": "RUN_DIR must ",  # the rest depends on the version of Python
+    f"crash {LONG}": "RUN_DIR must ",
     "report": "the following arguments are required: RUN_DIR",
     "report none": "none/config.yaml must be",
     "report file": "file/config.yaml must be",
-    "report 'a\0b'": "null byte",
+    "report 'a\0b'": "embedded null ",
     f"report {LONG}": "File name too long",
     "report folder --jsn": "unrecognized arguments: --jsn. The nearest is '--json'.",
     "compare": "the following arguments are required: RUN",
