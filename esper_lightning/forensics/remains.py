@@ -140,7 +140,7 @@ def examine(*directories: Path) -> list[Remains]:
         got = repr(str(directory))
         try:
             found = _remains_of_ranks(directory)
-        except (OSError, ValueError) as error:  # it may hold a null character
+        except OSError as error:
             raise ValueError(f"RUN_DIR must be readable, got {got}: {error}.") from error
         if not found:
             raise ValueError(f"RUN_DIR must hold rank folders (rank0, ...), got {got}.")
@@ -194,6 +194,8 @@ def _of_the_same_run(remains: Remains, latest: Remains) -> bool:
 
 def rank_folders(directory: Path) -> list[int]:
     """The ranks that have a folder in a directory, of this run or earlier ones."""
+    if "\0" in str(directory):  # no folder has such a name, and Python 3.13 raises ValueError
+        return []
     named = ((_RANK_FOLDER.fullmatch(path.name), path) for path in directory.glob("rank*"))
     return sorted(int(name[1]) for name, path in named if name is not None and path.is_dir())
 

@@ -34,13 +34,12 @@ def digests_of_sources() -> dict[str, str]:
         here = Path.cwd()
         names = {getattr(module, "__file__", None) for module in list(sys.modules.values())}
         paths = {str(here / name) for name in names if _is_users(name, apart)}
-        for far, path in sorted((not Path(path).is_relative_to(here), path) for path in paths)[
-            :_MOST_FILES
-        ]:
+        nearest = sorted((not Path(path).is_relative_to(here), path) for path in paths)
+        for is_far, path in nearest[:_MOST_FILES]:
             content = _read(path)
             if content is not None:
                 digest = hashlib.blake2b(content, digest_size=6).hexdigest()
-                found[path if far else os.path.relpath(path, here)] = digest
+                found[path if is_far else os.path.relpath(path, here)] = digest
     return found
 
 

@@ -631,8 +631,8 @@ OTHERS = {
     "crash folder": "RUN_DIR must hold rank folders (rank0, ...), got 'folder'.",
     "crash folder file": "RUN_DIR must hold rank folders (rank0, ...), got 'folder'.",
     "crash folder --jsn": "unrecognized arguments: --jsn. The nearest is '--json'.",
-    "crash 'a\0b'": "RUN_DIR must ",  # the rest depends on the version of Python
-    f"crash {LONG}": "RUN_DIR must ",
+    "crash 'a\0b'": "RUN_DIR must hold rank folders",
+    f"crash {LONG}": "RUN_DIR must ",  # the rest depends on the version of Python
     "report": "the following arguments are required: RUN_DIR",
     "report none": "none/config.yaml must be",
     "report file": "file/config.yaml must be",

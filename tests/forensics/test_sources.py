@@ -43,9 +43,8 @@ def test_a_file_that_is_gone_or_large_is_left_out(mine):
     assert "mine_of_a_user.py" not in digests_of_sources()
 
 
-def test_files_near_the_user_count_before_those_of_many_others(mine, monkeypatch):
-    far = mine.parent.parent / "a_far"
-    far.mkdir(exist_ok=True)
+def test_files_near_the_user_count_before_those_of_many_others(mine, monkeypatch, tmp_path_factory):
+    far = tmp_path_factory.mktemp("a_far")  # before the user's by name
     for number in range(201):
         path = far / f"far_{number}.py"
         path.write_text("VALUE = 1\n")
