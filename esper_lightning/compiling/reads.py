@@ -167,7 +167,7 @@ def _watched_modules(names: _Names) -> Generator[list[ModuleType]]:
 @contextmanager
 def _watched_calls(scopes: _Scopes) -> Generator[None]:
     """Note the global variables of all functions of users that this thread calls."""
-    before: Any = sys.getprofile()
+    before, watch = _profile_of_python()
     known, outer = set[tuple[CodeType, int]](), sys._getframe()  # pyright: ignore[reportPrivateUsage]
     while outer.f_globals.get("__name__") in (__name__, "contextlib") and outer.f_back is not None:
         outer = outer.f_back
@@ -188,19 +188,32 @@ def _watched_calls(scopes: _Scopes) -> Generator[None]:
         elif (module, code.co_name) == ("concurrent.futures._base", "result"):
             raise ImpureError("waiting for another thread or process")
 
-    if before is not None and not callable(before):
-        before.disable()  # a profile of Python's own, in C
+    in_c: Any = None if callable(before) else before
+    if in_c is not None:
+        in_c.disable()
     collects = gc.isenabled()
     gc.disable()  # whoever is called by it would count as read
-    sys.setprofile(note)
+    watch(note)
     try:
         yield
     finally:
-        sys.setprofile(before if callable(before) else None)
+        watch(None if in_c is not None else before)
         if collects:
             gc.enable()
-        if before is not None and not callable(before):
-            before.enable()
+        if in_c is not None:
+            in_c.enable()
+
+
+def _profile_of_python() -> tuple[Any, Callable[[Any], None]]:
+    """The function, or profile in C, that watches calls by now, and how another one is set.
+
+    The profiler of torch that records stacks can neither pause nor be set again. Beside it calls
+    are watched as debuggers do.
+    """
+    before: Any = sys.getprofile()
+    if before is None or callable(before) or hasattr(before, "disable"):
+        return before, sys.setprofile
+    return sys.gettrace(), sys.settrace
 
 
 @contextmanager

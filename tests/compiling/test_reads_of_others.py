@@ -4,11 +4,13 @@ import copy
 import ctypes
 import enum
 import pickle
+import re
 import sys
 import threading
 import weakref
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
 from types import ModuleType, SimpleNamespace
 from typing import Any, NamedTuple
 
@@ -326,3 +328,26 @@ def test_a_profile_of_python_continues_after_a_recording() -> None:
             settings.scaled(torch.ones(1))
         torch.ones(1).new_ones(7)
     assert any("new_ones" in str(one.code) for one in profile.getstats())
+
+
+def test_a_profiler_of_torch_with_stacks_continues_beside_a_recording(tmp_path: Path) -> None:
+    def before(x: Tensor) -> Tensor:
+        return x * settings.GAIN
+
+    def later() -> Tensor:
+        return torch.ones(1).new_ones(7)
+
+    activities = [torch.profiler.ProfilerActivity.CPU]
+    with torch.profiler.profile(activities=activities, with_stack=True) as profile:
+        with recorded(before) as reads:
+            before(torch.ones(1))
+        later()
+    profile.export_chrome_trace(str(tmp_path / "trace.json"))
+    trace = (tmp_path / "trace.json").read_text()
+    for name in ("before", "later"):
+        assert re.search(rf"test_reads_of_others\.py\(\d+\): {name}", trace), name
+    settings.GAIN += 1.0
+    try:
+        assert reads.changed() is not None
+    finally:
+        settings.GAIN -= 1.0

@@ -75,6 +75,21 @@ def test_a_stock_profiler_records_the_program_that_trains(make_trainer, tmp_path
     assert any("nn.Module" in trace or "policy" in trace for trace in traces) == (mode == "off")
 
 
+@pytest.mark.slow  # the types of tests are checked, and every check is a stack
+def test_stacks_for_a_profiler_change_no_bit_from_the_first_iteration_on(make_trainer, caplog):
+    def train() -> dict[str, torch.Tensor]:
+        model = PPO(CartPole(num_envs=8), ppo=SMALL, total_env_steps=256)
+        make_trainer().fit(model)
+        return model.state_dict()
+
+    activities = [torch.profiler.ProfilerActivity.CPU]
+    with torch.profiler.profile(activities=activities, with_stack=True):
+        profiled = train()
+    expected = train()
+    assert warnings_of(caplog) == []
+    assert all(torch.equal(one, expected[name]) for name, one in profiled.items())
+
+
 def test_any_number_of_threads_gives_the_same_bits(make_trainer):
     """Once training begins: torch's own initialisation of weights depends on threads."""
 
