@@ -5,7 +5,7 @@ VENV := .venv
 BIN := $(VENV)/bin
 
 .DEFAULT_GOAL := help
-.PHONY: help demo test slow check docs wheel learning zoo growth growth-mixed bench faults soak worlds mutants sanitize gpu-proof clean
+.PHONY: help demo test slow check docs pictures wheel learning zoo growth growth-mixed bench faults soak worlds mutants sanitize gpu-proof clean
 
 help: ## Show this list
 	@grep -E '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | sed -E 's/:[^#]*## /\t/' | expand -t 10
@@ -38,6 +38,9 @@ check: $(VENV)/.installed ## Lint, types, import contracts
 docs: $(VENV)/.installed ## Build the docs site, strictly
 	$(BIN)/python -m pip install --quiet -c constraints.txt -e '.[dev,docs]'
 	$(BIN)/mkdocs build --strict
+
+pictures: $(VENV)/.installed ## Make the pictures of the docs from real runs, in a headless Chromium (two minutes)
+	$(BIN)/python scripts/pictures.py
 
 wheel: $(VENV)/.installed ## Build the wheel, and use it in a new environment outside the repository
 	PYTHON=$(CURDIR)/$(BIN)/python scripts/try_wheel.sh dist

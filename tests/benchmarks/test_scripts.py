@@ -133,6 +133,13 @@ def on_hosts(path: Path, folder: Path) -> None:
     assert wrong(f"torchrun {(folder / 'torchrun.said').read_text()}") is None
 
 
+def without_a_browser(path: Path, folder: Path) -> None:
+    """Pictures need a browser, and minutes: ``make pictures`` makes them."""
+    done = run([sys.executable, str(path), "--output", str(folder)], folder, PATH=str(folder))
+    assert done.returncode == 2
+    assert "needs one of chromium, " in done.stderr
+
+
 def read_alone(path: Path, folder: Path) -> None:
     """A script that takes long is only read here.
 
@@ -149,6 +156,7 @@ TOOLS = {
     "scripts/gpu_check.py": read_alone,
     "scripts/gpu_check.sh": read_alone,
     "scripts/mutants.py": one_mutant,
+    "scripts/pictures.py": without_a_browser,
     "scripts/slurm.sh": on_a_cluster,
     "scripts/torchrun.sh": on_hosts,
     "scripts/try_wheel.sh": read_alone,

@@ -105,7 +105,7 @@ def test_a_browser_shows_the_page_and_its_script_answers_the_pointer(make_run, t
         "<script>onerror = (m) => document.title = 'failed: ' + m;"
         "addEventListener('load', () => { const chart = document.querySelector('svg');"
         "const box = chart.getBoundingClientRect();"
-        "chart.dispatchEvent(new PointerEvent('pointermove', {clientX: box.left + box.width / 2,"
+        "chart.dispatchEvent(new PointerEvent('pointermove', {clientX: box.left + 0.45 * box.width,"
         "clientY: box.top + 50})); const wide = document.documentElement.scrollWidth;"
         "document.title = wide <= innerWidth ? 'fits' : 'too wide: ' + wide; })</script>"
     )
