@@ -3,6 +3,9 @@
 The bare simulator and the adapted one are stepped in turns by the same random actions, in one
 process and one thread. Both reset what ended. ``cost`` is the time that the adapter adds, as a
 share of the simulator's own time: the median over rounds. Writes ``results/adapters.md``.
+
+The part ``training`` measures, as ``esper bench`` does, an iteration of PPO on CartPole of
+Gymnasium, eagerly and with native code. Writes ``results/adapters_training.md``.
 """
 
 import argparse
@@ -14,11 +17,19 @@ from typing import Any, NamedTuple
 import gymnasium
 import numpy as np
 import torch
-from conditions import benchmark_parser, results
+from conditions import Results, benchmark_parser, results
 from gymnasium.vector import AutoresetMode, SyncVectorEnv
 
+from esper_lightning import PPOConfig
 from esper_lightning.core.spaces import Discrete
 from esper_lightning.envs import Gymnasium
+from esper_lightning.speed import Speed, measure_speed
+from esper_lightning.training.settings import PPOSettings
+
+PARTS = ("cost", "training")
+PACKAGES = ("gymnasium", "mujoco", "Box2D", "numpy")
+STEPS = 32  # of a rollout
+LEAST_UPDATE, MOST_OURS = 5.0, 0.15  # goals at 1,024 environments
 
 
 class Case(NamedTuple):
@@ -106,28 +117,99 @@ def measure(case: Case, options: argparse.Namespace) -> str:
     return f"| {' | '.join(map(str, cells))} |"
 
 
+def write_cost(files: Results, options: argparse.Namespace) -> None:
+    """Bare and adapted simulators in turns."""
+    head = ("task", "environments", "raw", "adapted", "cost of the adapter", "at most")
+    lines = [
+        "Env steps for each CPU second, the median of all rounds. The cost is the median of",
+        "the ratios within each round, raw and adapted one after the other, and so is not",
+        "quite the ratio of the two columns.",
+        "",
+    ]
+    lines += [f"| {' | '.join(head)} |", "| --- " * len(head) + "|"]
+    files.write("Cost of the adapters", [*lines, *(measure(case, options) for case in CASES)])
+
+
+def write_training(files: Results, options: argparse.Namespace) -> None:
+    """Training with ``off`` and with ``auto`` in turns."""
+    head = ("environments x steps", "compile", "iteration, ms", "environment, ms")
+    head += ("rest of the rollout, us a step", "its share", "advantages, ms", "update, ms", "ratio")
+    lines = [
+        "Gymnasium's CartPole-v1, two hidden layers of 64, 4 epochs of 4 minibatches; medians of",
+        "the rounds, each of which trains with `off` and then with `auto` for "
+        f"{options.seconds:g} s. The rest of the",
+        "rollout is all that is not the environment's step: the policy, noise, and storing; its",
+        "share is of the iteration. The ratio is of the updates, `off` over `auto`, the median of",
+        f"the ratios within each round. Goals at 1,024 environments: a ratio of at least "
+        f"{LEAST_UPDATE:g}, and a",
+        f"share below {MOST_OURS:.0%}.",
+        "",
+    ]
+    lines += [f"| {' | '.join(head)} |", "| --- " * len(head) + "|"]
+    for num_envs in options.num_envs:
+        rounds = [trained(num_envs, options.seconds) for _ in range(options.rounds)]
+        updates = [off.stages_ms["update"] / auto.stages_ms["update"] for off, auto in rounds]
+        for index, name in enumerate(("off", "auto")):
+            speeds = [pair[index] for pair in rounds]
+            iteration = median(speeds, lambda speed: speed.iteration_ms)
+            stages = {
+                stage: median(speeds, lambda speed, stage=stage: speed.stages_ms[stage])
+                for stage in ("environment", "advantages", "update")
+            }
+            rest = median(speeds, rest_ms)
+            share = median(speeds, lambda speed: rest_ms(speed) / speed.iteration_ms)
+            cells = [f"{num_envs:,} x {STEPS}", name]
+            cells += [f"{iteration:,.4g}", f"{stages['environment']:,.4g}"]
+            cells += [f"{1e3 * rest / STEPS:,.4g}", f"{share:.1%}"]
+            cells += [f"{stages['advantages']:,.3g}", f"{stages['update']:,.4g}"]
+            cells += [f"{statistics.median(updates):.2f}" if name == "auto" else ""]
+            lines.append(f"| {' | '.join(cells)} |")
+    files.write("Training behind an adapter", lines, part="training")
+
+
+def trained(num_envs: int, seconds: float) -> tuple[Speed, Speed]:
+    """The speeds of ``off`` and ``auto``."""
+    env = Gymnasium(id="CartPole-v1", num_envs=num_envs)
+    settings = PPOSettings(env=env, ppo=PPOConfig(rollout_steps=STEPS))
+    off, auto = measure_speed(settings, num_envs=num_envs, seconds=seconds)
+    return off, auto
+
+
+def rest_ms(speed: Speed) -> float:
+    """Milliseconds of an iteration's rollout outside of the environment's steps."""
+    return speed.stages_ms["rollout"] - speed.stages_ms["environment"]
+
+
+def median(speeds: list[Speed], part: Callable[[Speed], float]) -> float:
+    return statistics.median(part(speed) for speed in speeds)
+
+
 def parser() -> argparse.ArgumentParser:
-    parser = benchmark_parser(__doc__, {"rounds": 1, "scale": 0.02})
+    smallest = {"rounds": 1, "scale": 0.02, "seconds": 0.01, "num_envs": [4], "parts": PARTS}
+    parser = benchmark_parser(__doc__, smallest)
+    parser.add_argument("--parts", nargs="+", choices=PARTS, default=["cost"])
     parser.add_argument("--rounds", type=int, default=31, help="(default: %(default)s)")
     help_ = "share of the steps of a round (default: %(default)s)"
     parser.add_argument("--scale", type=float, default=1.0, help=help_)
+    help_ = "environments that are trained in (default: %(default)s)"
+    parser.add_argument("--num_envs", type=int, nargs="+", default=[4, 1024, 2048], help=help_)
+    help_ = "of each measurement of training (default: %(default)s)"
+    parser.add_argument("--seconds", type=float, default=3.0, help=help_)
     return parser
 
 
 def main() -> None:
     options = parser().parse_args()
-    torch.set_num_threads(1)
-    head = ("task", "environments", "raw", "adapted", "cost of the adapter", "at most")
-    packages = ("gymnasium", "mujoco", "Box2D", "numpy")
-    with results(__file__, options, threads="one thread", packages=packages) as files:
-        lines = [
-            "Env steps for each CPU second, the median of all rounds. The cost is the median of",
-            "the ratios within each round, raw and adapted one after the other, and so is not",
-            "quite the ratio of the two columns.",
-            "",
-        ]
-        lines += [f"| {' | '.join(head)} |", "| --- " * len(head) + "|"]
-        files.write("Cost of the adapters", [*lines, *(measure(case, options) for case in CASES)])
+    if "cost" in options.parts:
+        threads = torch.get_num_threads()
+        torch.set_num_threads(1)
+        with results(__file__, options, threads="one thread", packages=PACKAGES) as files:
+            write_cost(files, options)
+        torch.set_num_threads(threads)
+    if "training" in options.parts:
+        said = f"{torch.get_num_threads()} threads"
+        with results(__file__, options, threads=said, packages=PACKAGES) as files:
+            write_training(files, options)
 
 
 if __name__ == "__main__":
