@@ -6,7 +6,6 @@ except for evaluations. The first iterations compile and warm up, and do not cou
 
 import dataclasses
 import itertools
-import logging
 import os
 import platform
 import statistics
@@ -23,6 +22,7 @@ from lightning.pytorch.loggers import TensorBoardLogger
 from lightning.pytorch.profilers import Profiler
 from typing_extensions import override
 
+from esper_lightning.callbacks.lightning_internals import calm
 from esper_lightning.compiling.loops import CompileMode
 from esper_lightning.core.errors import at_least, positive, require
 from esper_lightning.envs.base import EnvSpec, spec_name, takes_num_envs
@@ -36,7 +36,6 @@ _STAGES = ("rollout", "advantages", "update", "logging")
 _WARM_UP = 2  # iterations, of which the first compiles
 _FEWEST = 3  # iterations that are measured, however long they take
 _MOST_ENVS = 65536  # environments of a number that was not asked for
-_LIGHTNING_LOG = "lightning.pytorch.utilities.rank_zero"
 
 
 class Speed(NamedTuple):
@@ -94,15 +93,10 @@ def measure_speed(
     """
     positive("seconds", seconds)
     others = other_sizes(settings, num_envs)
-    log = logging.getLogger(_LIGHTNING_LOG)
-    level = log.level
-    log.setLevel(logging.WARNING)  # what devices there are has been said
-    try:
+    with calm():
         eager = _measure(settings, "off", accelerator, seconds)
         measured = [settings, *others]
         return [eager, *(_measure(one, one.compile, accelerator, seconds) for one in measured)]
-    finally:
-        log.setLevel(level)
 
 
 def other_sizes(

@@ -21,6 +21,7 @@ they override methods of Lightning, or take part in what Lightning does with an 
 import contextlib
 import functools
 import logging
+import re
 import sys
 import threading
 import traceback
@@ -102,6 +103,8 @@ TunerExit: type[BaseException] = _TunerExitException
 
 _RUN: Any = call._call_and_handle_interrupt
 _ADVANCES = ("advance", "on_advance_end")
+_PARTS = ("pytorch", "fabric")  # each has a logger of its own
+_SAYS_NOTHING = re.compile(r"PU available: False|Tip: ")
 _NO_HOOK_ENDS_DATA = "no_hook_ends_data"
 _Module = TypeVar("_Module", bound=LightningModule)
 
@@ -282,13 +285,18 @@ def known_results(trainer: Trainer) -> dict[str, Any]:
 @contextlib.contextmanager
 def calm() -> Generator[None]:
     """A context without Lightning's lines about hardware that is absent and about its products."""
-    log = logging.getLogger("lightning.pytorch.utilities.rank_zero")
-    level = log.level
-    log.setLevel(logging.WARNING)
+    logs = [logging.getLogger(f"lightning.{part}.utilities.rank_zero") for part in _PARTS]
+
+    def says_something(record: logging.LogRecord) -> bool:
+        return _SAYS_NOTHING.search(record.getMessage()) is None
+
+    for log in logs:
+        log.addFilter(says_something)
     try:
         yield
     finally:
-        log.setLevel(level)
+        for log in logs:
+            log.removeFilter(says_something)
 
 
 def batches_in_epoch(length: int, limit: int | float) -> int | float:

@@ -3,7 +3,6 @@
 import argparse
 import contextlib
 import json
-import logging
 import sys
 import warnings
 from collections.abc import Callable, Sequence
@@ -23,6 +22,7 @@ from typing_extensions import override
 
 import esper_lightning.envs  # pyright: ignore[reportUnusedImport] - to be named in a config, specs
 import esper_lightning.policies  # noqa: F401 # pyright: ignore[reportUnusedImport] - must be known
+from esper_lightning.callbacks.lightning_internals import calm
 from esper_lightning.callbacks.run_directory import run_directory, withdraw_run
 from esper_lightning.cli import shipped
 from esper_lightning.cli.dry_run import plan
@@ -86,9 +86,7 @@ def prepare(arguments: list[str]) -> Callable[[], None]:
     # A resumed run is meant to find its checkpoints, and a new run is meant to find none.
     for text in ("Checkpoint directory .* exists", r".*ckpt_path=.last.\) is set, but there is no"):
         warnings.filterwarnings("ignore", message=text, category=UserWarning)
-    for name in ("lightning.pytorch.utilities.rank_zero", "lightning.fabric.utilities.rank_zero"):
-        logging.getLogger(name).addFilter(lambda record: "Tip:" not in record.getMessage())
-    with settings_come_first():
+    with settings_come_first(), calm():
         cli = EsperCLI(
             arguments[0],
             model_class=PPO,
@@ -302,6 +300,7 @@ class EsperCLI(LightningCLI):
         kwargs["output"] = refuse_bench(**kwargs)
         self._start = lambda: cast(EsperTrainer, self.trainer).bench(**kwargs)
 
+    @calm()
     def execute(self) -> None:
         """Train, evaluate or measure, and print the results."""
         if self.trainer.is_global_zero and self._says:

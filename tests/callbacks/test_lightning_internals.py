@@ -12,9 +12,10 @@ from pathlib import Path
 import lightning
 import pytest
 import torch
-from lightning.pytorch import Callback
+from lightning.pytorch import Callback, Trainer
 from lightning.pytorch.demos.boring_classes import BoringModel
 from lightning.pytorch.utilities.combined_loader import CombinedLoader
+from lightning.pytorch.utilities.rank_zero import rank_zero_info
 from tensorboard.summary.writer import event_file_writer, record_writer
 
 import esper_lightning
@@ -261,3 +262,16 @@ class TestCodeThatRaisesStopIteration:
         trainer = make_trainer(max_steps=4)
         trainer.fit(model)
         assert (model.iteration, model.skipped, trainer.current_epoch) == (4, 1, 3)
+
+
+def test_lines_without_content_are_left_out_and_others_are_not(capfd):
+    with internals.calm(), internals.calm():
+        Trainer(accelerator="cpu", devices=1, fast_dev_run=2)
+        rank_zero_info("Tip: buy something")
+    said = capfd.readouterr().err
+    assert "Running in `fast_dev_run` mode" in said
+    assert "GPU available: False" not in said
+    assert "TPU available: False" not in said
+    assert "Tip" not in said
+    rank_zero_info("Tip: once more")
+    assert "Tip: once more" in capfd.readouterr().err
