@@ -7,6 +7,7 @@ import torch
 import yaml
 from lightning.fabric.plugins.environments import LightningEnvironment
 from lightning.pytorch import Callback, LightningModule
+from lightning.pytorch.accelerators import CUDAAccelerator
 from lightning.pytorch.demos.boring_classes import BoringModel
 from lightning.pytorch.loggers import CSVLogger
 
@@ -136,3 +137,9 @@ def test_any_module_can_be_trained(tmp_path):
 def test_an_empty_directory_is_refused():
     with pytest.raises(ValueError, match=r"Trainer.run_dir must name a directory, got ''"):
         Trainer(run_dir="")
+
+
+def test_tests_may_train_on_the_cpu_of_a_machine_that_has_a_gpu(make_trainer, monkeypatch):
+    """Lightning warns of a GPU that is not used, and warnings are errors in the tests."""
+    monkeypatch.setattr(CUDAAccelerator, "is_available", lambda: True)
+    make_trainer(accelerator="cpu")
