@@ -15,6 +15,7 @@ from typing import Any
 import torch
 from lightning.pytorch import LightningModule, Trainer
 from lightning.pytorch.callbacks import ModelCheckpoint
+from torch.utils._pytree import tree_leaves
 from torch.utils.data import BatchSampler, DataLoader, RandomSampler, SequentialSampler
 from torch.utils.data.distributed import DistributedSampler
 from typing_extensions import override
@@ -29,11 +30,12 @@ from esper_lightning.callbacks.loop_internals import (
     train_loaders,
 )
 from esper_lightning.callbacks.run_directory import close_run_directory, open_run_directory
+from esper_lightning.core.seeding import global_random_states
 from esper_lightning.forensics.layout import RunLayout
 from esper_lightning.forensics.reading import numbered_rows, open_file, parse_json
 from esper_lightning.forensics.replay import ReplayRecord, row_differences
 
-__all__ = ["ReplayWatch"]
+__all__ = ["ReplayWatch", "is_seeded", "shuffles"]
 
 _log = logging.getLogger(__name__)
 _MOST_COLUMNS = 4
@@ -90,6 +92,7 @@ class ReplayWatch(WritesRun):
         self._recorded: dict[int, dict[str, Any]] = {}
         self._new: Path | None = None
         self._offset, self._differs, self._restores, self._begun = 0, False, False, False
+        self._random: list[Any] | None = None  # of the first batch, until that has ended
 
     @override
     def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
@@ -135,7 +138,9 @@ class ReplayWatch(WritesRun):
         """End the replay after the failing iteration, and look for anomalies within it."""
         if not self._begun:
             self._begun = True
-            self._note_what_is_absent(trainer, pl_module)
+            if not counts_iterations(pl_module):
+                self._note_what_is_absent(self._absent(trainer), trainer)
+                self._random = tree_leaves(global_random_states())
         following = finished_iterations(trainer, pl_module) + 1
         if following > self.iteration:
             raise TunerExit  # which Lightning takes for the end of a run
@@ -148,6 +153,8 @@ class ReplayWatch(WritesRun):
         self, trainer: Trainer, pl_module: LightningModule, outputs: Any, batch: Any, batch_idx: int
     ) -> None:
         """Compare the row of the iteration, and store the state before the failing iteration."""
+        if self._random is not None:
+            self._compare_random_states(trainer)
         self._keep(trainer, pl_module)
         self._look()
 
@@ -186,19 +193,29 @@ class ReplayWatch(WritesRun):
         """Whether the optimizer steps once at most before the failing iteration."""
         return 0 < self.iteration - finished <= trainer.accumulate_grad_batches
 
-    def _note_what_is_absent(self, trainer: Trainer, module: LightningModule) -> None:
+    def _note_what_is_absent(self, lacks: str | None, trainer: Trainer) -> None:
         """Note in the run directory what the start of the replay does not restore."""
-        lacks = None if counts_iterations(module) else self._absent(trainer)
+        if lacks is None:
+            return
         self.record = dataclasses.replace(self.record, lacks=lacks)
-        if lacks is not None and self.directory is not None and trainer.is_global_zero:
+        if self.directory is not None and trainer.is_global_zero:
             self.record.write(self.directory)
+
+    def _compare_random_states(self, trainer: Trainer) -> None:
+        """Note that random numbers are absent, if the first batch has drawn any."""
+        before, self._random = self._random, None
+        now = tree_leaves(global_random_states())
+        is_same = all(map(_equal, before or (), now))
+        if is_same or self.record.lacks or (self.record.start is None and is_seeded()):
+            return
+        unseeded = ", because seed_everything was not called" if self.record.start is None else ""
+        self._note_what_is_absent(f"the random numbers of the run{unseeded}", trainer)
 
     def _absent(self, trainer: Trainer) -> str | None:
         """What the start of a replay of a module that trains on data does not restore."""
         loaders, done = train_loaders(trainer), batches_of_epoch(trainer) - 1
         if self.record.start is None:
-            is_seeded = "PL_GLOBAL_SEED" in os.environ
-            if any(map(_shuffles, loaders)) and not is_seeded:
+            if any(map(shuffles, loaders)) and not is_seeded():
                 return "the order of the data, because seed_everything was not called"
             return None
         by_lightning: bool = trainer.lightning_module.automatic_optimization
@@ -233,6 +250,10 @@ class ReplayWatch(WritesRun):
             torch.autograd.set_detect_anomaly(False)
 
 
+def _equal(one: Any, other: Any) -> bool:
+    return torch.equal(one, other) if isinstance(one, torch.Tensor) else one == other
+
+
 def _has_state(loader: Any) -> bool:
     """Whether Lightning stores the position of a loader in a checkpoint."""
     return all(callable(getattr(loader, name, None)) for name in ("state_dict", "load_state_dict"))
@@ -247,7 +268,12 @@ def _is_in_order(loader: Any) -> bool:
     return is_plain and type(loader.sampler) in (SequentialSampler, DistributedSampler)
 
 
-def _shuffles(loader: Any) -> bool:
+def is_seeded() -> bool:
+    """Whether ``seed_everything`` was called in this process, or in the one that started it."""
+    return "PL_GLOBAL_SEED" in os.environ
+
+
+def shuffles(loader: Any) -> bool:
     """Whether the order of a loader comes from the global random generator."""
     sampler = getattr(loader, "sampler", None)
     return isinstance(sampler, RandomSampler) and sampler.generator is None
