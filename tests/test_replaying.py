@@ -369,6 +369,25 @@ def test_a_replay_has_no_limit_of_time(dead, trainer):
     assert replay(limited, ppo(), dead).outcome == "reproduced"
 
 
+class DiesSaving(Callback):
+    """Dies when the third checkpoint is saved."""
+
+    saved = 0
+
+    def on_save_checkpoint(self, trainer, pl_module, checkpoint):
+        self.saved += 1
+        if self.saved == 3:
+            raise RuntimeError("injected")
+
+
+def test_a_replay_saves_no_checkpoint_that_the_run_has_not_saved(trainer, tmp_path):
+    with pytest.raises(RuntimeError, match="injected"):
+        trainer(DiesSaving(), directory=tmp_path / "run").fit(ppo())
+    verdict = replay(trainer(DiesSaving()), ppo(), tmp_path / "run", from_start=True)
+    assert (verdict.outcome, verdict.iteration, verdict.rows) == ("reproduced", 6, 6)
+    assert not RunLayout(tmp_path / "replay_of_run").before_fault.exists()
+
+
 class Stops(Callback):
     """Ends training after the first iteration."""
 

@@ -15,6 +15,7 @@ from typing import Any
 import torch
 from lightning.pytorch import LightningModule, Trainer
 from lightning.pytorch.callbacks import ModelCheckpoint
+from lightning.pytorch.strategies import DDPStrategy, SingleDeviceStrategy
 from torch.utils._pytree import tree_leaves
 from torch.utils.data import BatchSampler, DataLoader, RandomSampler, SequentialSampler
 from torch.utils.data.distributed import DistributedSampler
@@ -22,7 +23,7 @@ from typing_extensions import override
 
 from esper_lightning.callbacks.directory_choice import WritesRun
 from esper_lightning.callbacks.history import History, counts_iterations, finished_iterations
-from esper_lightning.callbacks.lightning_internals import TunerExit
+from esper_lightning.callbacks.lightning_internals import TunerExit, dump_checkpoint
 from esper_lightning.callbacks.loop_internals import (
     accumulates_gradients,
     batches_of_epoch,
@@ -31,9 +32,12 @@ from esper_lightning.callbacks.loop_internals import (
 )
 from esper_lightning.callbacks.run_directory import close_run_directory, open_run_directory
 from esper_lightning.core.seeding import global_random_states
+from esper_lightning.forensics.files import replacing
 from esper_lightning.forensics.layout import RunLayout
 from esper_lightning.forensics.reading import numbered_rows, open_file, parse_json
 from esper_lightning.forensics.replay import ReplayRecord, row_differences
+from esper_lightning.recorder.crash_checkpoint import saves_by_own_code, saving_alone
+from esper_lightning.recorder.death import in_words
 
 __all__ = ["ReplayWatch", "is_seeded", "shuffles"]
 
@@ -47,8 +51,9 @@ class ReplayWatch(WritesRun):
     The replay ends before the iteration that follows the failing one begins: evaluations and
     callbacks after the failing iteration are part of the replay. Every ``ModelCheckpoint`` writes
     into the run directory of the replay, wherever it was told to. A progress bar shows nothing: the
-    limits of the run that died are not those of the replay. A limit of time (``max_time``) is
-    lifted, because a replay may be slower than the run was.
+    limits of the run that died are not those of the replay. No hook of the run is called for
+    ``before.ckpt``, which is not written where ``on_save_checkpoint`` is a user's own. A limit of
+    time (``max_time``) is lifted, because a replay may be slower than the run was.
 
     Args:
         run_dir: Run directory of the run that died, in which nothing is written.
@@ -92,6 +97,7 @@ class ReplayWatch(WritesRun):
         self._recorded: dict[int, dict[str, Any]] = {}
         self._new: Path | None = None
         self._offset, self._differs, self._restores, self._begun = 0, False, False, False
+        self._has_failed = False  # whether ``before.ckpt`` could not be written
         self._random: list[Any] | None = None  # of the first batch, until that has ended
 
     @override
@@ -186,8 +192,47 @@ class ReplayWatch(WritesRun):
         finished = finished_iterations(trainer, module)
         if self.directory is None or finished < 1 or accumulates_gradients(trainer):
             return
-        if self._is_before_fault(trainer, finished):
-            trainer.save_checkpoint(RunLayout(self.directory).before_fault)
+        if not self._is_before_fault(trainer, finished):
+            return
+        try:
+            failure = self._save(trainer, module, RunLayout(self.directory).before_fault)
+        except Exception as error:  # of a user's object or a disk: the run has saved nothing here
+            failure = in_words(error)
+        if failure is not None and not self._has_failed:
+            self._has_failed = True
+            _log.warning("before.ckpt is not written: %s.", failure)
+
+    def _save(self, trainer: Trainer, module: LightningModule, path: Path) -> str | None:
+        """Write a checkpoint that the run has not written, so that its code notices nothing.
+
+        This is a collective. Returns why no checkpoint can be collected; ``None`` if one is.
+
+        Raises:
+            Exception: The error of a disk, or of a strategy that shards the weights.
+        """
+        checkpoint, failure = None, None
+        own = next(filter(saves_by_own_code, (module, *trainer.callbacks)), None)
+        if own is not None:
+            failure = f"on_save_checkpoint of {type(own).__name__} may do anything"
+        elif not isinstance(trainer.strategy, SingleDeviceStrategy | DDPStrategy):
+            trainer.save_checkpoint(path)
+            return None
+        else:
+            try:
+                with saving_alone(module):
+                    checkpoint = dump_checkpoint(trainer)
+            except Exception as error:  # of a user's object, on this rank alone
+                failure = in_words(error)
+        if trainer.world_size > 1:
+            if trainer.strategy.reduce_boolean_decision(failure is None):
+                checkpoint = dump_checkpoint(trainer)  # with the states of all ranks
+            else:
+                failure = failure or "another rank could not be saved"
+        if failure is None and trainer.is_global_zero:
+            path.parent.mkdir(exist_ok=True)
+            with replacing(path) as temporary:
+                torch.save(checkpoint, temporary)
+        return failure
 
     def _is_before_fault(self, trainer: Trainer, finished: int) -> bool:
         """Whether the optimizer steps once at most before the failing iteration."""
