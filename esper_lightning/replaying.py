@@ -8,6 +8,7 @@ command of the run again, in a process of its own, from the same plan.
 # pyright: reportUnknownVariableType=false, reportUnknownArgumentType=false
 
 import os
+import re
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -30,6 +31,12 @@ from esper_lightning.recorder.replay_watch import ReplayWatch
 from esper_lightning.training.checkpoint.starts import beginning, find_starts, state_in
 
 __all__ = ["ReplayPlan", "plan_replay", "replay", "replay_directory", "require_new_directory"]
+
+_AFTER = {
+    "training": re.compile(r"\bon_train_end\b|\bon_fit_end\b|\bteardown\b"),
+    "iteration": re.compile(r"validation_|\bval_next\b|\bon_train_epoch_end\b"),
+}
+"""Names of the phases that follow the end of training, and those that follow an iteration."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -77,6 +84,7 @@ class ReplayPlan:
             "deep": self.deep,
             # After a rollout that is not finite, anomaly detection would name another error.
             "finds_anomalies": self.deep and found is not None and found.phase == "update",
+            "died_after": _died_after(self.first),
         }
 
     def settings_of_profiler(self) -> dict[str, Any]:
@@ -145,6 +153,16 @@ def plan_replay(
         start=start,
         deep=deep,
     )
+
+
+def _died_after(first: Remains) -> str | None:
+    """Name of what was over when a rank died, as in ``_AFTER``; ``None`` where nothing was."""
+    phases: Sequence[str] = ()
+    if first.report is not None:
+        phases = first.report.phases
+    elif first.phases is not None:
+        phases = [span.name for span in first.phases.open]
+    return next((over for over, each in _AFTER.items() if any(map(each.search, phases))), None)
 
 
 def replay_directory(run_dir: Path) -> Path:

@@ -11,7 +11,7 @@ from pathlib import Path
 import pytest
 import torch
 from lightning.pytorch import Callback, LightningModule, Trainer
-from lightning.pytorch.callbacks import ModelCheckpoint
+from lightning.pytorch.callbacks import ModelCheckpoint, Timer
 from torch.utils.data import DataLoader, TensorDataset
 
 from esper_lightning import (
@@ -367,6 +367,42 @@ def test_a_replay_has_no_limit_of_time(dead, trainer):
     """A replay may be slower than the run was."""
     limited = trainer(Dies(6), max_time={"seconds": 0})
     assert replay(limited, ppo(), dead).outcome == "reproduced"
+
+
+class DiesIn(Callback):
+    """Dies in a hook, once the iteration in which the time of the run is over has ended."""
+
+    def __init__(self, hook: str) -> None:
+        def die(trainer, pl_module):
+            if trainer.global_step >= 3:
+                raise RuntimeError("injected")
+
+        setattr(self, hook, die)
+
+
+class TimeIsOver(Timer):
+    """``max_time``, which is over after the third iteration of the run and never in a replay."""
+
+    def on_train_batch_end(self, trainer, *_):
+        if self._duration is not None and trainer.global_step == 3:
+            trainer.should_stop = True
+
+
+@pytest.mark.parametrize(
+    "hook", ["on_train_end", "on_fit_end", "on_validation_end", "on_train_epoch_end"]
+)
+def test_what_follows_the_end_of_the_time_is_replayed(trainer, tmp_path, hook):
+    dies = DiesIn(hook)
+    how = {"limit_val_batches": 1, "max_steps": -1}
+    settings = {"iterations_per_epoch": 5, "eval_episodes": 2}
+    with pytest.raises(RuntimeError, match="injected"):
+        trainer(dies, TimeIsOver("00:01:00:00"), directory=tmp_path / "run", **how).fit(
+            ppo(**settings)
+        )
+    verdict = replay(
+        trainer(dies, TimeIsOver("00:01:00:00"), **how), ppo(**settings), tmp_path / "run"
+    )
+    assert (verdict.outcome, verdict.iteration, verdict.rows) == ("reproduced", 3, 3)
 
 
 class DiesSaving(Callback):

@@ -10,7 +10,7 @@ import os
 import shutil
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import torch
 from lightning.pytorch import LightningModule, Trainer
@@ -23,7 +23,11 @@ from typing_extensions import override
 
 from esper_lightning.callbacks.directory_choice import WritesRun
 from esper_lightning.callbacks.history import History, counts_iterations, finished_iterations
-from esper_lightning.callbacks.lightning_internals import TunerExit, dump_checkpoint
+from esper_lightning.callbacks.lightning_internals import (
+    TunerExit,
+    dump_checkpoint,
+    evaluates_next,
+)
 from esper_lightning.callbacks.loop_internals import (
     accumulates_gradients,
     batches_of_epoch,
@@ -53,7 +57,8 @@ class ReplayWatch(WritesRun):
     into the run directory of the replay, wherever it was told to. A progress bar shows nothing: the
     limits of the run that died are not those of the replay. No hook of the run is called for
     ``before.ckpt``, which is not written where ``on_save_checkpoint`` is a user's own. A limit of
-    time (``max_time``) is lifted, because a replay may be slower than the run was.
+    time (``max_time``) is lifted, because a replay may be slower than the run was; where the run
+    died of what followed its end by that limit, the replay ends training at the same iteration.
 
     Args:
         run_dir: Run directory of the run that died, in which nothing is written.
@@ -66,6 +71,8 @@ class ReplayWatch(WritesRun):
         deep: Whether the replay runs eagerly.
         finds_anomalies: Whether autograd looks for the operation that made the first NaN, in the
             failing iteration.
+        died_after: Where the run died once the failing iteration was over: after ``training``, or
+            ``iteration`` for an evaluation or the end of an epoch. ``None`` for anywhere else.
     """
 
     def __init__(
@@ -80,6 +87,7 @@ class ReplayWatch(WritesRun):
         start: str | None = None,
         deep: bool = False,
         finds_anomalies: bool = False,
+        died_after: Literal["training", "iteration"] | None = None,
     ) -> None:
         super().__init__()
         self.record = ReplayRecord(
@@ -93,6 +101,7 @@ class ReplayWatch(WritesRun):
             deep=deep,
         )
         self.iteration, self.finds_anomalies = iteration, finds_anomalies
+        self.died_after, self._had_time_limit = died_after, False
         self.directory: Path | None = None
         self._recorded: dict[int, dict[str, Any]] = {}
         self._new: Path | None = None
@@ -110,7 +119,7 @@ class ReplayWatch(WritesRun):
         self.directory = open_run_directory(trainer, self)
         if self.directory is None or stage != "fit":
             return
-        lift_time_limit(trainer)
+        self._had_time_limit = lift_time_limit(trainer)
         for callback in trainer.checkpoint_callbacks:
             if isinstance(callback, ModelCheckpoint):  # newer files of the user's may be elsewhere
                 callback.dirpath = str(RunLayout(self.directory).checkpoints)
@@ -161,6 +170,8 @@ class ReplayWatch(WritesRun):
         """Compare the row of the iteration, and store the state before the failing iteration."""
         if self._random is not None:
             self._compare_random_states(trainer)
+        if self._had_time_limit and finished_iterations(trainer, pl_module) == self.iteration:
+            self._stop_as_the_run_did(trainer)
         self._keep(trainer, pl_module)
         self._look()
 
@@ -187,6 +198,14 @@ class ReplayWatch(WritesRun):
         """Leave autograd as it was, and release the run directory."""
         self._leave_autograd()
         close_run_directory(trainer, self)
+
+    def _stop_as_the_run_did(self, trainer: Trainer) -> None:
+        """End training after the failing iteration, if the run died of what only an end brings."""
+        ends = 0 <= trainer.max_steps <= trainer.global_step  # and needs no limit of time to do so
+        if self.died_after == "training":
+            trainer.should_stop = trainer.should_stop or not ends
+        elif self.died_after == "iteration" and not (ends or trainer.is_last_batch):
+            trainer.should_stop = trainer.should_stop or not evaluates_next(trainer)
 
     def _keep(self, trainer: Trainer, module: LightningModule) -> None:
         finished = finished_iterations(trainer, module)
