@@ -3,6 +3,7 @@
 import argparse
 import contextlib
 import os
+import shlex
 import subprocess
 import sys
 import tempfile
@@ -15,11 +16,15 @@ import yaml
 
 from esper_lightning.cli.errors import CommandParser, fail, local_path
 from esper_lightning.cli.mistakes import settings_come_first
-from esper_lightning.cli.replay_loggers import replace_loggers
+from esper_lightning.cli.replay_loggers import importing_from, replace_loggers
 from esper_lightning.comparison.runs import parse_yaml
 from esper_lightning.core.paths import expand_home
 from esper_lightning.forensics import sidecar
-from esper_lightning.forensics.fingerprint import Fingerprint, variables_to_restore
+from esper_lightning.forensics.fingerprint import (
+    Fingerprint,
+    folders_to_restore,
+    variables_to_restore,
+)
 from esper_lightning.forensics.layout import RunLayout
 from esper_lightning.forensics.reading import printable, read_file
 from esper_lightning.forensics.remains import examine, first_failure, rank_folders
@@ -114,7 +119,9 @@ def _examine_minibatch(directories: Sequence[Path]) -> int:
     """Print where the first value of a minibatch that is not finite arises; returns the status."""
     ranks = [RunLayout(place).rank(rank) for place in directories for rank in rank_folders(place)]
     left = [files for files in ranks if files.bad_minibatch.exists()]
-    with settings_come_first():
+    first = first_failure(examine(*directories))
+    found = None if first is None else first.fingerprint
+    with settings_come_first(), importing_from(_found_in(found or Fingerprint())):
         finding = examine_minibatch((left or [RunLayout(directories[0]).rank(0)])[0])
     print("\n".join(map(printable, finding.lines)), flush=True)
     return STATUSES["reproduced" if finding.found else "did not happen again"]
@@ -125,7 +132,7 @@ def _play(plan: ReplayPlan, dead_run: Path, given: Path | None) -> Verdict:
     directory = replay_directory(dead_run) if given is None else given.absolute()
     settings = _settings(plan, dead_run, directory)
     found = plan.first.fingerprint or Fingerprint()
-    remarks = replace_loggers(settings["trainer"], directory, started_in=found.directory)
+    remarks = replace_loggers(settings["trainer"], directory, found_in=_found_in(found))
     lost = [name for name in variables_to_restore(found)[1] if name not in os.environ]
     if lost:
         remarks.append(f"Not restored, because no whole value is on record: {', '.join(lost)}.")
@@ -156,7 +163,7 @@ def _play(plan: ReplayPlan, dead_run: Path, given: Path | None) -> Verdict:
         _wait_for_report(directory)
         _complete_reports(directory)
     verdict = judge(directory, plan.dead)
-    lines = ["", *verdict.lines, *_where_to_look(directory, dead_run)]
+    lines = ["", *verdict.lines, *_where_to_look(directory, dead_run, found)]
     print("\n".join(map(printable, lines)), flush=True)
     return verdict
 
@@ -230,7 +237,19 @@ def _environment(found: Fingerprint, *, deep: bool) -> Mapping[str, str]:
     """The variables of this process, and those of the dead run that are not set here."""
     recorded, _lost = variables_to_restore(found)
     launches = {"CUDA_LAUNCH_BLOCKING": "1"} if deep else {}
-    return recorded | os.environ | launches
+    return recorded | os.environ | launches | _python_path(found)
+
+
+def _python_path(found: Fingerprint) -> dict[str, str]:
+    """The variable by which a process finds the modules of the dead run, if it needs one."""
+    folders, given = folders_to_restore(found), os.environ.get("PYTHONPATH")
+    joined = os.pathsep.join([*([given] if given else []), *folders])
+    return {"PYTHONPATH": joined} if folders else {}
+
+
+def _found_in(found: Fingerprint) -> list[str]:
+    """Folders in which the dead run found modules, and this process may not look."""
+    return [*([found.directory] if found.directory else []), *folders_to_restore(found)]
 
 
 def _wait_for_report(*directories: Path) -> None:
@@ -251,7 +270,7 @@ def _complete_reports(directory: Path) -> None:
             sidecar.complete_report(files)
 
 
-def _where_to_look(directory: Path, dead_run: Path) -> list[str]:
+def _where_to_look(directory: Path, dead_run: Path, found: Fingerprint) -> list[str]:
     """Lines about what the replay has left."""
     again, layout = first_failure(examine(directory)), RunLayout(directory)
     lines = ["", f"esper crash {_shown(directory)}"]
@@ -260,7 +279,9 @@ def _where_to_look(directory: Path, dead_run: Path) -> list[str]:
     if layout.before_fault.exists():
         config, before = RunLayout(dead_run).config, _shown(layout.before_fault)
         lines.append("The failing iteration alone, for a debugger:")
-        lines.append(f"    esper fit --config {config} --ckpt_path {before} --run_dir NEW_DIR")
+        path = "".join(f"{k}={shlex.quote(v)} " for k, v in _python_path(found).items())
+        words = f"--config {config} --ckpt_path {before} --run_dir NEW_DIR"
+        lines.append(f"    {path}esper fit {words}")
     return lines
 
 

@@ -268,7 +268,12 @@ def _explain_class(key: str, text: str) -> SettingsError | None:
             return SettingsError(f"{key}.init_args", " must hold settings by their names.")
         if re.match(r"\S+ (?:must|is no setting)\b", reason):  # a parser below has explained it
             return SettingsError(f"{key}.{reason}", "")
-        rule = f"must name a class that can be imported, got {match[1]!r}: {reason}."
+        hint = (
+            " Install it, or add its folder to PYTHONPATH."
+            if reason.startswith("No module named")
+            else ""
+        )
+        rule = f"must name a class that can be imported, got {match[1]!r}: {reason}.{hint}"
         return SettingsError(key, f" {rule}")
     if match := re.search(r"Expected an instantiatable class, but (\S+) is abstract", text):
         lacks = ", ".join(sorted(getattr(_locate(match[1]), "__abstractmethods__", ())))

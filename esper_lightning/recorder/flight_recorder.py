@@ -15,7 +15,7 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any, Concatenate, ParamSpec, cast
 
-from lightning.pytorch import Callback, LightningModule, Trainer
+from lightning.pytorch import LightningModule, Trainer
 from typing_extensions import override
 
 from esper_lightning.callbacks.directory_choice import WritesRun
@@ -35,6 +35,7 @@ from esper_lightning.forensics.claims import DirectoryRefusedError
 from esper_lightning.forensics.fingerprint import Fingerprint
 from esper_lightning.forensics.layout import RunLayout
 from esper_lightning.forensics.rank_record import ProcessRecord
+from esper_lightning.recorder.crash_checkpoint import saves_by_own_code
 from esper_lightning.recorder.death import in_words
 from esper_lightning.recorder.fingerprint import FINGERPRINT_KEY
 from esper_lightning.recorder.note import add_note
@@ -300,7 +301,7 @@ class FlightRecorder(WritesRun):
         wanted = self.keeps_state
         if wanted is None:  # hooks of others may do anything when a checkpoint is collected
             hooks = (module, *trainer.callbacks)
-            wanted = hasattr(module, "saves_alone") and not any(map(_has_hook_of_a_user, hooks))
+            wanted = hasattr(module, "saves_alone") and not any(map(saves_by_own_code, hooks))
         if not wanted:
             return None
         return StateKeeper(layout, trainer.global_rank, always=self.keeps_state is True)
@@ -345,12 +346,6 @@ class FlightRecorder(WritesRun):
             stage=stage,
             met=met,
         )
-
-
-def _has_hook_of_a_user(owner: LightningModule | Callback) -> bool:
-    """Whether ``on_save_checkpoint`` is neither Lightning's nor of this package."""
-    source = type(owner).on_save_checkpoint.__module__.partition(".")[0]
-    return source not in ("lightning", "esper_lightning")
 
 
 def _close_earlier(trainer: Trainer) -> None:

@@ -155,6 +155,25 @@ def test_variables_without_a_whole_value_are_named_and_not_restored(dead, capsys
     assert (found[0]["NCCL_ALGO"], found[0]["XLA_FLAGS"]) == ("Ring", "of this shell")
 
 
+@pytest.mark.parametrize("given", ["", "/of/this/shell"])
+def test_a_replay_finds_the_modules_beside_the_program_of_the_run(
+    dead, tmp_path, capsys, monkeypatch, given
+):
+    files, found = RunLayout(dead).rank(0), []
+    record = ProcessRecord.load(files.process)
+    places = Fingerprint(search_path=(str(tmp_path), str(tmp_path / "gone")))
+    replace(record, fingerprint=places).write(files.process)
+    monkeypatch.setenv("PYTHONPATH", given)
+
+    def start(words, *, env, **_):
+        found.append(env)
+        return subprocess.CompletedProcess(words, 2)
+
+    monkeypatch.setattr(subprocess, "run", start)
+    said(capsys, dead)
+    assert found[0]["PYTHONPATH"] == f"{given}{':' if given else ''}{tmp_path}"
+
+
 @pytest.mark.parametrize(("given", "pinned"), [("auto", 1), (-1, 1), ([3], [3]), ([0, 1], 1)])
 def test_a_replay_has_as_many_ranks_as_the_run_had(dead, capsys, configs, given, pinned):
     trainer = {"devices": given, "num_nodes": 2}
