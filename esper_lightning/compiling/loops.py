@@ -27,6 +27,7 @@ from esper_lightning.compiling.holders import ImpureError
 from esper_lightning.compiling.native.loops import NativeFunction, NativeLoop, NativeMap
 from esper_lightning.compiling.native.program import IndexOutsideError
 from esper_lightning.compiling.native.values import UnsupportedError
+from esper_lightning.compiling.other_threads import call_unrecorded
 from esper_lightning.compiling.reads import Reads
 from esper_lightning.compiling.stepwise import StepwiseLoop
 from esper_lightning.compiling.tracing import Body, ChunkBody, Compiled, Tree
@@ -321,8 +322,8 @@ class _Native:
                 return self._eager(*args)
         program = self._program()
         try:
-            with _TRACING:
-                result = program(*args)
+            call_unrecorded(_TRACING, lambda: program.prepare(*args))
+            result = program(*args)
             self._run[kind_of_args] = program
             self._reads += program.reads
             return result
