@@ -105,8 +105,8 @@ def call_unrecorded(lock: AbstractContextManager[object], function: Callable[[],
 
 def _has_modes() -> bool:
     """Whether this thread has modes that intercept operations."""
-    count: Any = torch._C._len_torch_function_stack, torch._C._len_torch_dispatch_stack  # pyright: ignore
-    return any(one() for one in count)
+    in_c: Any = torch._C  # pyright: ignore[reportPrivateUsage]
+    return in_c._len_torch_function_stack() > 0 or in_c._len_torch_dispatch_stack() > 0
 
 
 def _modes() -> tuple[Any, ...]:
