@@ -26,10 +26,10 @@ from esper_lightning.forensics.fingerprint import Fingerprint, variables_to_rest
 from esper_lightning.forensics.layout import RunLayout
 from esper_lightning.forensics.reading import printable, read_file
 from esper_lightning.forensics.remains import examine, first_failure, rank_folders
-from esper_lightning.forensics.replay import ReplayRecord, Verdict, judge, needs_program
+from esper_lightning.forensics.replay import Verdict, judge, needs_program
 from esper_lightning.recorder.flight_recorder import FlightRecorder
 from esper_lightning.recorder.profiling.window_profiler import WindowProfiler
-from esper_lightning.recorder.replay_watch import ReplayWatch
+from esper_lightning.recorder.replay_watch import ReplayWatch, record_left
 from esper_lightning.replaying import (
     ReplayPlan,
     plan_replay,
@@ -217,37 +217,22 @@ def _play(plan: ReplayPlan, dead_run: Path, given: Path | None, stops: _Stops) -
     if is_mistake and stops.stopped_by is None:  # the process has said in a line what it is
         sys.exit(status)
     if status:
-        with contextlib.suppress(ValueError):  # nothing is there
+        with contextlib.suppress(ValueError):  # it holds no run
             _wait_for_report(directory)
             _complete_reports(directory)
-    _complete_record(plan, dead_run, directory, status, stops.stopped_by)
+    planned = ReplayWatch(**plan.settings_of_watch(dead_run)).record
+    record = record_left(directory, planned)
+    if record is None and stops.stopped_by is not None:
+        print(f"\nUndecided: {stops.stopped_by} ended the replay before it had begun.", flush=True)
+        sys.exit(STATUSES["undecided"])
+    if record is None:
+        raise ValueError(f"The run must start again, got exit status {status} before it had begun.")
+    if stops.stopped_by is not None:
+        replace(record, stopped_by=stops.stopped_by).write(directory)
     verdict = judge(directory, plan.dead)
     lines = ["", *verdict.lines, *_where_to_look(directory, dead_run)]
     print("\n".join(map(printable, lines)), flush=True)
     return verdict
-
-
-def _complete_record(
-    plan: ReplayPlan, dead_run: Path, directory: Path, status: int, stopped_by: str | None
-) -> None:
-    """Say in the directory of a replay what it has not said itself.
-
-    A callback of the user's may end the replay before its own has written what is replayed.
-
-    Raises:
-        ValueError: If the replay has left nothing to judge.
-    """
-    record = ReplayRecord.read(directory)
-    if record is None:
-        with contextlib.suppress(ValueError):
-            if first_failure(examine(directory)) is not None:
-                record = ReplayWatch(**plan.settings_of_watch(dead_run)).record
-    if record is None:
-        if stopped_by is not None:
-            print(f"\nUndecided: {stopped_by} ended the replay before it had begun.", flush=True)
-            sys.exit(STATUSES["undecided"])
-        raise ValueError(f"The run must start again, got exit status {status} before it had begun.")
-    replace(record, stopped_by=stopped_by).write(directory)
 
 
 def _settings(plan: ReplayPlan, dead_run: Path, directory: Path) -> dict[str, Any]:
