@@ -22,15 +22,20 @@ from esper_lightning.callbacks.mirror import place_of
 from esper_lightning.core.errors import require
 from esper_lightning.core.paths import expand_home
 from esper_lightning.forensics.deaths import failing_iteration
-from esper_lightning.forensics.layout import RunLayout
 from esper_lightning.forensics.remains import Remains, examine, first_failure
 from esper_lightning.forensics.replay import Verdict, judge
 from esper_lightning.recorder.flight_recorder import FlightRecorder
 from esper_lightning.recorder.profiling.window_profiler import WindowProfiler
-from esper_lightning.recorder.replay_watch import ReplayWatch
+from esper_lightning.recorder.replay_watch import ReplayWatch, record_left
 from esper_lightning.training.checkpoint.starts import beginning, find_starts, state_in
 
-__all__ = ["ReplayPlan", "plan_replay", "replay", "replay_directory", "require_new_directory"]
+__all__ = [
+    "ReplayPlan",
+    "plan_replay",
+    "replay",
+    "replay_directory",
+    "require_new_directory",
+]
 
 _AFTER = {
     "training": re.compile(r"\bon_train_end\b|\bon_fit_end\b|\bteardown\b"),
@@ -255,11 +260,13 @@ def replay(
     try:
         trainer.fit(model, ckpt_path=plan.start, weights_only=True, **data)
     except BaseException:
-        if watch.directory is None or not RunLayout(watch.directory).replay.exists():
+        directory = watch.directory or Path(recorder.dirpath or place_of(given or "")[0])
+        if record_left(directory, watch.record) is None:
             raise
         # The death is that of the replay, and its evidence is on disk: the verdict names it.
-        with_report = [each.failed for each in examine(watch.directory)]
+        with_report = [each.failed for each in examine(directory)]
         if not any(with_report):
             raise
+        return judge(directory, plan.dead)
     assert watch.directory is not None
     return judge(watch.directory, plan.dead)

@@ -179,6 +179,23 @@ def test_a_death_before_the_first_checkpoint_is_replayed_from_the_beginning(trai
     assert (verdict.outcome, verdict.rows) == ("reproduced", 2)
 
 
+class DiesInSetup(Callback):
+    """Dies before the callbacks that follow it have begun."""
+
+    def setup(self, trainer, pl_module, stage):
+        raise RuntimeError("injected")
+
+
+@pytest.mark.parametrize("directory", [None, "new"])
+def test_a_death_in_setup_is_reproduced(trainer, tmp_path, directory):
+    with pytest.raises(RuntimeError, match="injected"):
+        trainer(DiesInSetup(), directory=tmp_path / "run").fit(ppo())
+    given = None if directory is None else tmp_path / directory
+    verdict = replay(trainer(DiesInSetup(), directory=given), ppo(), tmp_path / "run")
+    assert (verdict.outcome, verdict.iteration) == ("reproduced", 0)
+    assert ReplayRecord.read(given or tmp_path / "replay_of_run").run_dir == str(tmp_path / "run")
+
+
 def test_with_stored_states_a_death_is_one_iteration_away(trainer, tmp_path):
     with pytest.raises(RuntimeError, match="injected"):
         trainer(Dies(4), directory=tmp_path / "run", keeps_state=True).fit(ppo())

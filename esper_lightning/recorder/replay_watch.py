@@ -39,11 +39,12 @@ from esper_lightning.core.seeding import global_random_states
 from esper_lightning.forensics.files import replacing
 from esper_lightning.forensics.layout import RunLayout
 from esper_lightning.forensics.reading import numbered_rows, open_file, parse_json
+from esper_lightning.forensics.remains import examine, first_failure
 from esper_lightning.forensics.replay import ReplayRecord, row_differences
 from esper_lightning.recorder.crash_checkpoint import saves_by_own_code, saving_alone
 from esper_lightning.recorder.death import in_words
 
-__all__ = ["ReplayWatch", "is_seeded", "shuffles"]
+__all__ = ["ReplayWatch", "is_seeded", "record_left", "shuffles"]
 
 _log = logging.getLogger(__name__)
 _MOST_COLUMNS = 4
@@ -312,6 +313,24 @@ class ReplayWatch(WritesRun):
         if self._restores:
             self._restores = False
             torch.autograd.set_detect_anomaly(False)
+
+
+def record_left(directory: Path, planned: ReplayRecord) -> ReplayRecord | None:
+    """What a directory is the replay of; ``None`` if the replay has left nothing to judge.
+
+    A callback of the user's may die in its ``setup``, before the record is written. It is written
+    then.
+
+    Args:
+        directory: Run directory of the replay.
+        planned: Record that the replay was to write.
+    """
+    record = ReplayRecord.read(directory)
+    with contextlib.suppress(ValueError):  # the directory holds no run
+        if record is None and first_failure(examine(directory)) is not None:
+            record = planned
+            record.write(directory)
+    return record
 
 
 def _equal(one: Any, other: Any) -> bool:
