@@ -1,4 +1,4 @@
-"""``esper fit --dry_run true``: what a run would do and take, without beginning it."""
+"""``esper fit --dry_run``: what a run would do and take, without beginning it."""
 
 import math
 from pathlib import Path

@@ -166,7 +166,7 @@ class EsperCLI(LightningCLI):
             refuse_opaque("model", settings["model"])
             words = ["evaluate", "--config", json.dumps(settings), *words[1:]]
             words += ["--ckpt_path", str(path)]
-        self.config = parser.parse_args(words)
+        self.config = parser.parse_args(cast(SettingsParser, parser).with_flags(words))
 
     @override
     def _parse_ckpt_path(self) -> None:
