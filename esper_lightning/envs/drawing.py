@@ -6,7 +6,7 @@ edges.
 """
 
 import math
-from typing import NamedTuple
+from typing import Any, NamedTuple, cast
 
 import torch
 from torch import Tensor
@@ -79,7 +79,7 @@ class Canvas:
         start, end = start.expand(count, 2), end.expand(count, 2)
         lowest = torch.minimum(start, end) - width / 2
         highest = torch.maximum(start, end) + width / 2
-        boxes: list[list[list[float]]] = torch.stack((lowest, highest), dim=1).tolist()  # [B][2][2]
+        boxes = cast(list[Any], torch.stack((lowest, highest), dim=1).tolist())  # [B][2][2]
         for row, ((left, bottom), (right, top)) in enumerate(boxes):
             pictures = self._pictures if len(boxes) == 1 else self._pictures[row : row + 1]
             columns = self._pixels(left - self._view.left, right - self._view.left)
