@@ -13,7 +13,7 @@ from lightning.pytorch import Callback, LightningModule, Trainer
 from lightning.pytorch.strategies import DDPStrategy, SingleDeviceStrategy
 from torch import Tensor
 
-from esper_lightning.callbacks.lightning_internals import dump_checkpoint
+from esper_lightning.callbacks.checkpoint_internals import dump_checkpoint
 from esper_lightning.core.seeding import global_random_states
 from esper_lightning.core.tensor_trees import named_tensors
 from esper_lightning.forensics.files import replacing

@@ -186,7 +186,7 @@ def test_a_killed_run_goes_on_after_its_last_iteration(tmp_path, ranks, at):
     words = ["fit", "--config", tmp_path / "config.yaml", "--ckpt_path", "last"]
     again = esper([*words, "--run_dir", run_dir])
     assert again.returncode == 0, again.stderr[-3000:]
-    said = f"Resuming after iteration {at - 1}, the last one finished." in again.stdout
+    said = f"Resuming after iteration {at - 1}, the latest one stored." in again.stdout
     assert said == ((at - 1) % 3 > 0)  # or else last.ckpt is as good
     whole = esper([*words, "--run_dir", tmp_path / "whole"])
     assert whole.returncode == 0, whole.stderr[-3000:]

@@ -15,7 +15,7 @@ from lightning.pytorch import Callback, LightningModule
 from lightning.pytorch.trainer.states import TrainerFn
 from typing_extensions import override
 
-from esper_lightning.callbacks.lightning_internals import checkpoint_to_load
+from esper_lightning.callbacks.checkpoint_internals import checkpoint_to_load
 from esper_lightning.core.ranks import SINGLE_RANK, Ranks
 from esper_lightning.core.spaces import EnvSpaces
 from esper_lightning.policies.base import Policy
