@@ -21,13 +21,10 @@ from torch.utils.data import BatchSampler, DataLoader, RandomSampler, Sequential
 from torch.utils.data.distributed import DistributedSampler
 from typing_extensions import override
 
+from esper_lightning.callbacks.checkpoint_internals import dump_checkpoint
 from esper_lightning.callbacks.directory_choice import WritesRun
 from esper_lightning.callbacks.history import History, counts_iterations, finished_iterations
-from esper_lightning.callbacks.lightning_internals import (
-    TunerExit,
-    dump_checkpoint,
-    evaluates_next,
-)
+from esper_lightning.callbacks.lightning_internals import TunerExit, evaluates_next
 from esper_lightning.callbacks.loop_internals import (
     accumulates_gradients,
     batches_of_epoch,
