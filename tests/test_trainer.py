@@ -90,7 +90,7 @@ def test_last_without_a_checkpoint_begins_and_says_so(capsys):
 def test_a_checkpoint_that_does_not_fit_is_refused_before_the_run_begins():
     Trainer(run_dir="mine", **QUIET).fit(model())
     before = sorted((path, path.stat().st_mtime_ns) for path in Path("mine").rglob("*"))
-    with pytest.raises(ValueError, match=r"PPO.env must be the checkpoint's"):
+    with pytest.raises(ValueError, match=r"PPO.env.num_envs must be the checkpoint's"):
         Trainer(run_dir="mine", **QUIET).fit(model(env=CartPole(num_envs=2)), ckpt_path="last")
     assert before == sorted((path, path.stat().st_mtime_ns) for path in Path("mine").rglob("*"))
 

@@ -89,7 +89,8 @@ class SettingsParser(LightningArgumentParser):
         given: list[str] = []
         for word, after in zip(words, [*words[1:], "--"], strict=True):
             kind = kinds.get(word.removeprefix("--")) if word.startswith("--") else None
-            is_bare = bool in (kind, *get_args(kind)) and after.startswith("-")
+            is_word = after.startswith("-") and not after[1:2].isdigit()  # and no negative number
+            is_bare = is_word and bool in (kind, *get_args(kind))
             given += [word, "true"] if is_bare else [word]
         return given
 

@@ -175,19 +175,23 @@ def resume(died, capsys) -> Callable[[Path], int]:
 def play_again(died, capsys, monkeypatch) -> Callable[[Path], int]:
     """Replays a run, within this process; returns the exit status."""
 
-    def start(words, **_):
-        with monkeypatch.context() as patch:
-            patch.setattr(module, "publish", fail_in_the_fifth)
-            try:
-                main(words[3:])
-            except SystemExit as end:
-                return subprocess.CompletedProcess(words, end.code)
-            except RuntimeError as error:
-                assert "injected" in str(error)  # noqa: PT017 - any other is that of the replay
-                return subprocess.CompletedProcess(words, 1)
-        return subprocess.CompletedProcess(words, 0)
+    class Played:
+        def __init__(self, words, **_):
+            self.words = words
 
-    monkeypatch.setattr(subprocess, "run", start)
+        def wait(self, timeout):
+            with monkeypatch.context() as patch:
+                patch.setattr(module, "publish", fail_in_the_fifth)
+                try:
+                    main(self.words[3:])
+                except SystemExit as end:
+                    return end.code
+                except RuntimeError as error:
+                    assert "injected" in str(error)  # noqa: PT017 - any other is that of the replay
+                    return 1
+            return 0
+
+    monkeypatch.setattr(subprocess, "Popen", Played)
     monkeypatch.setattr(replay, "_REPORT_S", 0.0)
     return lambda directory: status_of(capsys, "replay", directory)
 
