@@ -29,7 +29,7 @@ from esper_lightning.compiling.entries import (
     variables_of,
 )
 from esper_lightning.compiling.holders import Holder, ImpureError, find_holders
-from esper_lightning.compiling.snapshots import Snapshot, Snapshots
+from esper_lightning.compiling.snapshots import Snapshot, Snapshots, Tensors
 
 __all__ = ["Reads", "recorded"]
 
@@ -47,7 +47,7 @@ class Reads:
     """Everything that a function read of what users wrote, as it was then."""
 
     def __init__(self) -> None:
-        self._snapshots = Snapshots([])
+        self._snapshots, self._tensors = Snapshots([]), Tensors([])
 
     def take(self, snapshots: Iterable[Snapshot]) -> None:
         """Keep what was read.
@@ -56,10 +56,15 @@ class Reads:
             ImpureError: If that is too much to compare at every call.
         """
         self._snapshots = Snapshots(snapshots)
+        self._tensors = Tensors(self._snapshots.tensors)
+
+    def leave_out(self, tensors: Iterable[Tensor]) -> None:
+        """Leave out tensors that a program reads where they lie: they may get other numbers."""
+        self._tensors.leave_out(tensors)
 
     def changed(self) -> str | None:
         """Name of something that has changed since; ``None`` if nothing has."""
-        return self._snapshots.changed()
+        return self._snapshots.changed() or self._tensors.changed()
 
 
 @contextmanager

@@ -2,6 +2,7 @@
 
 import argparse
 import array
+import ctypes
 import functools
 import os
 import sys
@@ -355,3 +356,36 @@ def test_a_held_tensor_of_another_kind_is_never_read_as_it_was(
     for _ in range(2):
         assert function(torch.ones(1)).item() == expected
     assert len([one for one in caplog.messages if "a tensor that changed: " in one]) == 1
+
+
+def seen_by_no_operation(tensor: Tensor) -> float:
+    """The first number of a tensor as an extension in C may read it."""
+    with torch._C.DisableTorchFunction():
+        return ctypes.c_float.from_address(tensor.data_ptr()).value
+
+
+@pytest.mark.usefixtures("native_code")
+@pytest.mark.parametrize("size", [2, 100])
+def test_a_tensor_that_no_program_reads_is_watched_for_its_numbers(
+    size: int, caplog: pytest.LogCaptureFixture
+) -> None:
+    """One that a program reads where it lies may get other numbers."""
+    log_reasons_again()
+    held, read, x = torch.ones(size), torch.ones(2), torch.ones(2)
+    levels = {"held": [held], "read": read}
+    function = compile_function(
+        "step",
+        lambda x: x * seen_by_no_operation(levels["held"][0]) * levels["read"],
+        mode="auto",
+        device=CPU,
+    )
+    expected = 1.0
+    for factor in (1.0, 2.0, 3.0):
+        read.mul_(factor)
+        expected *= factor
+        assert function(x).tolist() == [expected] * 2
+    assert not [one for one in caplog.records if one.levelname == "WARNING"]
+    held.fill_(10.0)
+    assert function(x).tolist() == [60.0] * 2
+    (line,) = [one.getMessage() for one in caplog.records if one.levelname == "WARNING"]
+    assert line.endswith("an attribute that changed: levels")
