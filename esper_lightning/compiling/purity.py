@@ -27,16 +27,16 @@ _SET_DATA: Any = getattr(Tensor.data, "__set__")  # noqa: B009 - what ``tensor.d
 _A_NUMBER = "a number of a tensor as one of Python"
 _SHOWING = """numpy __array__ __dlpack__ data_ptr untyped_storage storage __deepcopy__ __format__
 __repr__"""
-_READING = {  # methods of tensors, and what is said of them
+_READING: dict[Any, str] = {  # methods of tensors, and what is said of them
     Tensor.tolist: "the numbers of a tensor as a list of Python",
     **{getattr(Tensor, name): _A_NUMBER for name in ("item", "__float__", "__int__", "__index__")},
     **{getattr(Tensor, name): "" for name in _SHOWING.split()},
 }
-_OF_LISTS = {
+_OF_LISTS: set[Any] = {
     *(torch.tensor, torch.as_tensor, torch.asarray, torch.sparse_coo_tensor),
     *(Tensor.new_tensor, Tensor.new),
 }
-_AT_INDICES = {Tensor.__getitem__, Tensor.__setitem__}
+_AT_INDICES: set[Any] = {Tensor.__getitem__, Tensor.__setitem__}
 
 
 def results_of_pure(function: Callable[..., Tree], *args: Tree) -> list[Tensor]:
@@ -112,12 +112,12 @@ class _NoNumbers(TorchFunctionMode):
             raise ImpureError(_READING[func] or f"what Tensor.{name} shows of a tensor's numbers")
         if func == _SET_DATA:
             raise ImpureError("other data for a tensor")
-        given = (*args, *(kwargs or {}).values())
+        given: list[Any] = [*args, *(kwargs or {}).values()]
         if func in _OF_LISTS and any(map(_is_list_of_tensors, given)):
             raise ImpureError(f"a list of tensors in {name}(...), instead of torch.stack")
         if func in _AT_INDICES:
-            index = args[1] if isinstance(args[1], tuple) else args[1:2]
-            if any(map(_is_list_of_tensors, index)):
+            places: list[Any] = [*args[1]] if type(args[1]) is tuple else [args[1]]
+            if any(map(_is_list_of_tensors, places)):
                 raise ImpureError("a list of tensors as an index, instead of torch.stack")
         return func(*args, **(kwargs or {}))
 

@@ -19,6 +19,7 @@ from typing_extensions import override
 
 from esper_lightning.compiling.entries import (
     Globals,
+    Members,
     attributes_of,
     dict_of,
     is_installed,
@@ -253,21 +254,23 @@ def _of_modules(modules: list[ModuleType], names: _Names) -> Iterator[Any]:
     by_number = {id(module): module for module in modules}
     for number, name in names:
         variables = vars(by_number[number]) if number in by_number else {}
-        if name in variables and _may_hold(variables[name], variables):
-            yield variables[name]
+        if name in variables:
+            yield from _held_by(variables[name], variables)
 
 
 def _of_scopes(scopes: _Scopes) -> Iterator[Any]:
     """What the functions that were called may have read of global variables."""
     for variables, names in scopes.values():
-        found = [variables[name] for name in names if name in variables]
-        yield from (one for one in found if _may_hold(one, variables))
+        for name in names & variables.keys():
+            yield from _held_by(variables[name], variables)
 
 
-def _may_hold(value: Any, variables: dict[str, Any]) -> bool:
-    """Whether a variable may hold what changes: functions and modules are watched as they run."""
-    kinds = (ModuleType, FunctionType, *([type] if is_installed(variables) else []))
-    return not isinstance(value, kinds)
+def _held_by(value: Any, variables: dict[str, Any]) -> Iterator[Any]:
+    """What a variable may hold that changes: functions and modules are watched as they run."""
+    if isinstance(value, type) and is_installed(variables):
+        yield Members(value)
+    elif not isinstance(value, ModuleType | FunctionType):
+        yield value
 
 
 def _not_among(holders: list[Holder], values: list[Any]) -> list[Holder]:
