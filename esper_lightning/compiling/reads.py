@@ -4,6 +4,7 @@ A trace takes numbers, lists and arrays for constants, and reads tensors where t
 """
 # pyright: reportUnknownVariableType=false, reportUnknownArgumentType=false
 
+import builtins
 import functools
 import gc
 import os
@@ -88,6 +89,9 @@ def recorded(function: Callable[..., Any]) -> Generator[Reads]:
         patched.enter_context(_watched_environment(variables))
         patched.enter_context(_watched_calls(scopes))
         yield reads
+    known: Any = vars(builtins)  # where a user may have put variables of all modules
+    of_all = [read & (known.keys() - own.keys()) for own, read in scopes.values()]
+    scopes[id(known)] = (known, set[str]().union(*of_all))
     found = _not_among(holders, [*_of_modules(modules, names), *_of_scopes(scopes)])
     holders += [Holder(module, module.__name__, {}) for module in modules]
     for number, name in [*_all_attributes(holders, kinds - watched), *_all_attributes(found)]:

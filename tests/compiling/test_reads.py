@@ -2,6 +2,7 @@
 
 import argparse
 import array
+import builtins
 import ctypes
 import functools
 import os
@@ -213,6 +214,10 @@ CHANGES: dict[str, tuple[Any, Any]] = {
     "dict of attributes": (lambda t, x: x * vars(t)["scale"], lambda t: setattr(t, "scale", 2.0)),
     "own getattr": (lambda t, x: x * t.hidden, lambda t: setattr(t, "scale", 2.0)),
     "in vain": (lambda t, x: x * getattr(t, "new", 1.0), lambda t: setattr(t, "new", 2.0)),
+    "builtin": (
+        lambda t, x: x * GAIN_OF_ALL,  # pyright: ignore[reportUndefinedVariable]
+        lambda t: setattr(builtins, "GAIN_OF_ALL", 2.0),
+    ),
     "environment": (
         lambda t, x: x * float(os.environ.get("GAIN_OF_A_USER", "1")),
         lambda t: os.environ.__setitem__("GAIN_OF_A_USER", "2"),
@@ -226,6 +231,7 @@ def test_every_kind_of_thing_that_a_function_reads_is_watched(
 ) -> None:
     """So that no kind of change leaves an old value in native code, and nothing else is noticed."""
     monkeypatch.setattr(settings, "GAIN", 1.0)
+    monkeypatch.setattr(builtins, "GAIN_OF_ALL", 1.0, raising=False)
     monkeypatch.setattr(settings.Sizes, "gain", 1.0)
     monkeypatch.setattr(Layers, "forward", Layers.forward)
     monkeypatch.setattr(Sub, "level", 1.0)
