@@ -7,42 +7,41 @@ command of the run again, in a process of its own, from the same plan.
 # pyright: reportAttributeAccessIssue=false, reportPrivateUsage=false
 # pyright: reportUnknownVariableType=false, reportUnknownArgumentType=false
 
-import atexit
-import glob
-import logging
 import os
-import shutil
-import tempfile
+import re
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from lightning.pytorch import LightningModule, Trainer
+from torch.utils._pytree import tree_leaves
 
 from esper_lightning.callbacks.directory_choice import given_directory
 from esper_lightning.callbacks.mirror import place_of
 from esper_lightning.core.errors import require
 from esper_lightning.core.paths import expand_home
 from esper_lightning.forensics.deaths import failing_iteration
-from esper_lightning.forensics.layout import RunLayout
-from esper_lightning.forensics.reading import numbered_rows
 from esper_lightning.forensics.remains import Remains, examine, first_failure
 from esper_lightning.forensics.replay import Verdict, judge
 from esper_lightning.recorder.flight_recorder import FlightRecorder
 from esper_lightning.recorder.profiling.window_profiler import WindowProfiler
-from esper_lightning.recorder.replay_watch import ReplayWatch
-from esper_lightning.training.checkpoint.files import read_checkpoint, write_checkpoint
-from esper_lightning.training.checkpoint.kept import (
-    KeptState,
-    has_environments,
-    iteration_in,
-    latest_state,
-)
+from esper_lightning.recorder.replay_watch import ReplayWatch, record_left
+from esper_lightning.training.checkpoint.starts import beginning, find_starts, state_in
 
-__all__ = ["ReplayPlan", "plan_replay", "replay", "replay_directory", "require_new_directory"]
+__all__ = [
+    "ReplayPlan",
+    "plan_replay",
+    "replay",
+    "replay_directory",
+    "require_new_directory",
+]
 
-_log = logging.getLogger(__name__)
+_AFTER = {
+    "training": re.compile(r"\bon_train_end\b|\bon_fit_end\b|\bteardown\b"),
+    "iteration": re.compile(r"validation_|\bval_next\b|\bon_train_epoch_end\b"),
+}
+"""Names of the phases that follow the end of training, and those that follow an iteration."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -90,6 +89,7 @@ class ReplayPlan:
             "deep": self.deep,
             # After a rollout that is not finite, anomaly detection would name another error.
             "finds_anomalies": self.deep and found is not None and found.phase == "update",
+            "died_after": _died_after(self.first),
         }
 
     def settings_of_profiler(self) -> dict[str, Any]:
@@ -107,13 +107,15 @@ def plan_replay(
     ckpt_path: Path | None = None,
     from_start: bool = False,
     deep: bool = False,
+    loaders: Sequence[Any] = (),
 ) -> ReplayPlan:
     """Decide where the replay of a dead run starts.
 
     That is the latest state before the failing iteration that holds the environments of every
-    rank: a checkpoint of the run, the state that its ranks have stored after an iteration, or the
-    ``before.ckpt`` of an earlier replay whose rows were those of the run; otherwise the beginning
-    of the run, which may be the checkpoint that it was resumed from.
+    rank, or restores the order of the data: a checkpoint of the run, the state that its ranks have
+    stored after an iteration, or the ``before.ckpt`` of an earlier replay whose rows were those of
+    the run; otherwise the beginning of the run, which may be the checkpoint that it was resumed
+    from.
 
     Args:
         run_dir: Run directory of the run that died.
@@ -121,6 +123,7 @@ def plan_replay(
         ckpt_path: Checkpoint to start from; ``None`` for the latest that fits.
         from_start: Whether the replay starts at the beginning of the run.
         deep: Whether the replay runs eagerly.
+        loaders: Loaders of the training data, as far as they are known.
 
     Raises:
         ValueError: If the directory holds no death, ``ckpt_path`` is no checkpoint before it or is
@@ -137,15 +140,15 @@ def plan_replay(
     iteration = failing_iteration(first)
     if ckpt_path is not None:
         require(not from_start, "--ckpt_path", "be absent with --from_start", str(ckpt_path))
-        begins = _iteration_of(ckpt_path)
+        state = state_in(ckpt_path)
+        begins = iteration if state is None else state.iteration
         rule = f"be a checkpoint of all ranks before iteration {iteration}"
-        fits = begins is not None and begins < iteration
-        require(fits, "--ckpt_path", rule, str(ckpt_path))
-        starts = {ckpt_path: begins or 0}
+        require(begins < iteration, "--ckpt_path", rule, str(ckpt_path))
+        starts = {ckpt_path: begins}
     elif from_start:
-        starts = _beginning(first)
+        starts = beginning(first)
     else:
-        starts = _find_starts((run_dir, *more_dirs), dead, first)
+        starts = find_starts((run_dir, *more_dirs), dead, first, loaders)
     start = max(starts, key=lambda path: starts[path], default=None)
     return ReplayPlan(
         dead=tuple(dead),
@@ -155,6 +158,16 @@ def plan_replay(
         start=start,
         deep=deep,
     )
+
+
+def _died_after(first: Remains) -> str | None:
+    """Name of what was over when a rank died, as in ``_AFTER``; ``None`` where nothing was."""
+    phases: Sequence[str] = ()
+    if first.report is not None:
+        phases = first.report.phases
+    elif first.phases is not None:
+        phases = [span.name for span in first.phases.open]
+    return next((over for over, each in _AFTER.items() if any(map(each.search, phases))), None)
 
 
 def replay_directory(run_dir: Path) -> Path:
@@ -182,123 +195,6 @@ def _suffixes() -> Iterator[str]:
     while True:
         number += 1
         yield f"_{number}"
-
-
-def _stored(state: KeptState) -> Path:
-    """A temporary file with a state that the ranks of a run have stored."""
-    folder = tempfile.mkdtemp(prefix="esper-replay-")
-    atexit.register(shutil.rmtree, folder, ignore_errors=True)
-    path = Path(folder, "state.ckpt")
-    write_checkpoint(state.checkpoint, path)
-    return path
-
-
-def _find_starts(
-    directories: Sequence[Path], dead: Sequence[Remains], first: Remains
-) -> dict[Path, int]:
-    """Checkpoints that a replay can start from, each with its number of finished iterations.
-
-    Raises:
-        ValueError: If there is none, and the run has not begun at its first iteration.
-    """
-    iteration, least = failing_iteration(first), 0
-    if first.resumed_from is not None:  # a checkpoint may be older, as a best.ckpt that was copied
-        rows = numbered_rows(RunLayout(first.directory).rank(first.rank).history)
-        least = min(next((number for number, _ in rows), iteration), iteration) - 1
-    found = ((path, _usable(path)) for path in _candidates(directories[0], dead, first))
-    starts = {path: n for path, n in found if n is not None and least <= n < iteration}
-    starts |= _resumed_from(first)
-    kept = latest_state(*directories, before=iteration, since_s=first.started_s)
-    if (
-        kept is not None
-        and has_environments(kept.checkpoint)
-        and kept.iteration > max(starts.values(), default=0)
-    ):
-        starts = {_stored(kept): kept.iteration}
-    return starts or _beginning(first)
-
-
-def _beginning(first: Remains) -> dict[Path, int]:
-    """The checkpoint that a run was resumed from; empty if the run was new.
-
-    Raises:
-        ValueError: If the checkpoint is not as it was.
-    """
-    starts = _resumed_from(first)
-    if not starts and first.resumed_from is not None:
-        rule = "be as it was when the run was resumed from it"
-        hint = "It is gone, or was written again. Name a copy by --ckpt_path."
-        require(False, "The start of the run", rule, first.resumed_from, hint)
-    return starts
-
-
-def _candidates(run_dir: Path, dead: Sequence[Remains], first: Remains) -> Iterator[Path]:
-    """Checkpoints that a run has written, and those of its earlier replays that went as it did."""
-    for path in sorted(RunLayout(run_dir).checkpoints.glob("*.ckpt")):
-        if _is_written_by(first, path):  # and not left by an earlier run in the directory
-            yield path
-    absolute = run_dir.absolute()
-    for directory in absolute.parent.glob(f"replay_of_{glob.escape(absolute.name)}*"):
-        before = RunLayout(directory).before_fault
-        if before.exists() and _went_alike(directory, dead):
-            yield before
-
-
-def _is_written_by(first: Remains, path: Path) -> bool:
-    """Whether a file was written after the run of a rank began, as far as times are known."""
-    return first.started_s is None or path.stat().st_mtime > first.started_s
-
-
-def _went_alike(directory: Path, dead: Sequence[Remains]) -> bool:
-    """Whether rows of a replay were compared, and it went as the run that died."""
-    try:
-        verdict = judge(directory, dead)
-    except (ValueError, OSError):  # a replay of another run, or one that is under way
-        return False
-    return verdict.outcome not in ("different", "undecided") and verdict.rows > 0
-
-
-def _resumed_from(first: Remains) -> dict[Path, int]:
-    """The checkpoint that a run was resumed from, with its number of finished iterations.
-
-    It may lack environments, as it did for the run. Empty if the run was new, or the file is gone
-    or was written again.
-    """
-    if first.resumed_from is None:
-        return {}
-    path = Path(first.resumed_from)
-    try:
-        is_new = first.started_s is not None and _is_written_by(first, path)
-        return {} if is_new else {path: iteration_in(read_checkpoint(path))}
-    except (ValueError, OSError):
-        return {}
-
-
-def _usable(path: Path) -> int | None:
-    """Number of finished iterations in a checkpoint; ``None`` if no replay can start from it.
-
-    A file that is no whole checkpoint of a run is a warning.
-    """
-    try:
-        return _iteration_of(path)
-    except (ValueError, OSError) as error:
-        _log.warning("%s is not used: %s", path, error)
-        return None
-
-
-def _iteration_of(path: Path) -> int | None:
-    """Number of finished iterations in a checkpoint; ``None`` if it lacks environments.
-
-    Raises:
-        ValueError: If the file is no whole checkpoint, or its content is not that of a run.
-    """
-    checkpoint = read_checkpoint(path)
-    try:
-        iteration = iteration_in(checkpoint)
-    except ValueError as error:
-        message = f"ckpt_path must name a checkpoint of a run, got {str(path)!r}. {error}"
-        raise ValueError(message) from error
-    return iteration if has_environments(checkpoint) else None
 
 
 def replay(
@@ -349,6 +245,7 @@ def replay(
         ckpt_path=starts_from,
         from_start=from_start,
         deep=deep,
+        loaders=tree_leaves(data.get("train_dataloaders")),
     )
     watch = ReplayWatch(**plan.settings_of_watch(run_dir))
     recorders = [each for each in trainer.callbacks if isinstance(each, FlightRecorder)]
@@ -363,11 +260,13 @@ def replay(
     try:
         trainer.fit(model, ckpt_path=plan.start, weights_only=True, **data)
     except BaseException:
-        if watch.directory is None or not RunLayout(watch.directory).replay.exists():
+        directory = watch.directory or Path(recorder.dirpath or place_of(given or "")[0])
+        if record_left(directory, watch.record) is None:
             raise
         # The death is that of the replay, and its evidence is on disk: the verdict names it.
-        with_report = [each.failed for each in examine(watch.directory)]
+        with_report = [each.failed for each in examine(directory)]
         if not any(with_report):
             raise
+        return judge(directory, plan.dead)
     assert watch.directory is not None
     return judge(watch.directory, plan.dead)

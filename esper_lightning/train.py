@@ -6,6 +6,7 @@ callbacks and its logger from here.
 """
 
 import re
+from functools import partial
 from pathlib import Path
 from typing import Any, cast
 
@@ -38,6 +39,7 @@ from esper_lightning.recorder.flight_recorder import FlightRecorder
 from esper_lightning.recorder.profiling.window_profiler import WindowProfiler
 from esper_lightning.training.checkpoint.files import CHECKPOINT_BEGINS, AtomicCheckpointIO
 from esper_lightning.training.checkpoint.meeting import tells_other_ranks
+from esper_lightning.training.checkpoint.start import begin_or_resume
 from esper_lightning.training.checkpoint.states import load_checkpoint
 from esper_lightning.training.module import PPO
 from esper_lightning.training.settings import PPOSettings
@@ -49,10 +51,10 @@ _FOLDERS = "[!.]*/"  # a directory with other visible folders is not that of one
 
 __all__ = [
     "begin_run",
-    "newest_run",
     "run_callbacks",
     "run_logger",
     "run_plugins",
+    "runs_folder",
     "train_ppo_vectorized",
 ]
 
@@ -116,7 +118,9 @@ def train_ppo_vectorized(
         save_path: File that gets a copy of ``checkpoints/best.ckpt``, or of ``last.ckpt`` where
             nothing was evaluated. The copy is also made for a run that died, if it left either
             file. An existing file is replaced only if it is a checkpoint.
-        resume_path: Checkpoint from which the run is resumed.
+        resume_path: Checkpoint from which the run is resumed. ``last`` is the latest that the run
+            in ``run_dir`` has left, or else the newest run of the task; a new run begins where
+            there is none.
         compile: Compile mode of the whole run: ``off``, ``auto``, ``default`` or ``max``,
             which ``PPO`` explains.
         evaluate_every: Number of iterations between evaluations. An evaluation saves the policy as
@@ -156,7 +160,7 @@ def train_ppo_vectorized(
     require_name("train_ppo_vectorized.torch_profiler_dir", torch_profiler_dir, "a directory")
     if run_dir is not None:
         require_output_folder("train_ppo_vectorized.run_dir", place_of(run_dir)[0])
-    if resume_path is not None:
+    if resume_path not in (None, "last"):
         load_checkpoint(resume_path, field="train_ppo_vectorized.resume_path")  # refused early
         resume_path = expand_home(resume_path)
 
@@ -204,7 +208,16 @@ def train_ppo_vectorized(
     }
     with tells_other_ranks(trainer):
         refuse_trainer(trainer, model.settings)  # before the Trainer starts other ranks
-        begin_run(trainer, env, run_dir, yaml.safe_dump(settings, sort_keys=False))
+        resume_path = begin_or_resume(
+            trainer,
+            model,
+            resume_path,
+            run_dir,
+            folder=runs_folder(trainer, env),
+            begin=partial(
+                begin_run, trainer, env, config=yaml.safe_dump(settings, sort_keys=False)
+            ),
+        )
     try:
         trainer.fit(model, ckpt_path=resume_path, weights_only=True)
         if copies_to is not None and trainer.is_global_zero:
@@ -224,15 +237,9 @@ def train_ppo_vectorized(
     return read_json_lines(_layout_of_rank(trainer).history)
 
 
-def newest_run(env: EnvSpec, root: str | Path = "") -> Path | None:
-    """Directory of the latest run in an environment of the same name that saved a checkpoint.
-
-    Args:
-        env: Environments of the run, whose name is that of the folder of run directories.
-        root: Folder that has the folder ``runs``; the current directory by default.
-    """
-    saved = Path(root, _folder(env)).glob("version_*/checkpoints/last.ckpt")
-    return max((path.parents[1] for path in saved), key=_version, default=None)
+def runs_folder(trainer: Trainer, env: EnvSpec) -> str:
+    """Folder of the run directories of a task, in ``Trainer.default_root_dir``."""
+    return f"{trainer.default_root_dir}/{_folder(env)}"
 
 
 def run_logger(env: EnvSpec, run_dir: str | Path | None = None) -> TensorBoardLogger:
@@ -272,7 +279,7 @@ def begin_run(trainer: Trainer, env: EnvSpec, run_dir: str | Path | None, config
     alike = run_dir is None or own is None or place_of(run_dir) == place_of(own)
     require(alike, "run_dir", f"be the dirpath of a callback, {str(own)!r}", str(run_dir))
     if run_dir is None:
-        held, address = claim_new(trainer, f"{trainer.default_root_dir}/{_folder(env)}")
+        held, address = claim_new(trainer, runs_folder(trainer, env))
     else:
         directory, address = place_of(run_dir)
         held = claim(directory)
@@ -298,11 +305,6 @@ def _folder(env: EnvSpec) -> Path:
 def _folder_name(task: str) -> str:
     """A task's name without characters that have a meaning in paths."""
     return re.sub(r"[^a-z0-9_.-]+", "_", task.lower()).strip("._") or "task"
-
-
-def _version(directory: Path) -> int:
-    number = directory.name.removeprefix("version_")
-    return int(number) if number.isdecimal() else -1
 
 
 def run_callbacks(

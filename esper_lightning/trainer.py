@@ -1,6 +1,7 @@
 """Lightning's Trainer with the defaults of ``esper fit``, for runs that a program starts."""
 
 from collections.abc import Sequence
+from functools import partial
 from pathlib import Path
 from typing import Any, cast
 
@@ -17,8 +18,9 @@ from esper_lightning.envs.base import spec_name
 from esper_lightning.forensics.replay import BY_PROGRAM
 from esper_lightning.ppo.metrics import EVAL_RETURN
 from esper_lightning.recorder.flight_recorder import FlightRecorder
-from esper_lightning.train import begin_run, newest_run, run_callbacks, run_logger, run_plugins
+from esper_lightning.train import begin_run, run_callbacks, run_logger, run_plugins, runs_folder
 from esper_lightning.training.checkpoint.meeting import tells_other_ranks
+from esper_lightning.training.checkpoint.start import begin_or_resume
 from esper_lightning.training.module import PPO
 from esper_lightning.training.trainer_rules import refuse_trainer
 
@@ -101,8 +103,6 @@ class Trainer(lightning.pytorch.Trainer):
         if not isinstance(model, PPO):
             super().fit(model, *args, **kwargs)
             return
-        if kwargs.get("ckpt_path") == "last" and self._run_dir is None:
-            self._run_dir = newest_run(model.env, self.default_root_dir)
         if self._own_logger:
             self.logger = run_logger(model.env, self._run_dir)
         settings = {"model": model.settings.to_data(), "trainer": self._settings}
@@ -112,7 +112,15 @@ class Trainer(lightning.pytorch.Trainer):
                 config = yaml.safe_dump(settings, sort_keys=False)
                 if self._further:
                     config = f"{BY_PROGRAM}objects of its own: {', '.join(self._further)}\n{config}"
-                begin_run(self, model.env, self._run_dir, config)
+                name = kwargs.get("ckpt_path")
+                kwargs["ckpt_path"] = begin_or_resume(
+                    self,
+                    model,
+                    name,
+                    self._run_dir,
+                    folder=runs_folder(self, model.env),
+                    begin=partial(begin_run, self, model.env, config=config),
+                )
         try:
             with calm():
                 super().fit(model, *args, **{"weights_only": True, **kwargs})

@@ -9,18 +9,20 @@ are needed by tests. Wheels to bring where they are missing: ``jsonargparse`` wi
 
 The most telling steps come first. Steps that measure time run alone, all others side by side. Each
 step is a process of its own with a time limit, and ``gpu_check.json`` and ``gpu_check.md`` are
-written anew after each, so that what was measured survives whatever comes next. ``--device cpu`` is
-the rehearsal: all of it, at sizes that measure nothing.
+written anew after each of its results, so that what was measured survives whatever comes next.
+SIGTERM and SIGINT end the running steps, with all processes that they have started. The last line
+names the steps that failed, and the status is 1 if there are any. ``--device cpu`` is the
+rehearsal: all of it, at sizes that measure nothing.
 """
 
 import argparse
+import contextlib
 import gc
 import importlib.util
 import itertools
 import json
 import logging
 import os
-import re
 import signal
 import statistics
 import subprocess
@@ -28,6 +30,7 @@ import sys
 import tempfile
 import threading
 import time
+from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from datetime import date
@@ -49,6 +52,9 @@ MODES = ("max", "off", "default")
 TF32 = "max, TF32"  # products of matrices in TF32, as JAX computes them unless it is asked not to
 MINIBATCHES = 4
 GOAL_STEPS_PER_S = 10e6  # at the first size
+ENDED_TESTS = "GPU_CHECK_ENDED_TESTS"  # variable with the pipe for the names of ended tests
+MOST_DIFFERENT = 1e-5  # weights of two modes after three iterations
+LONGEST_CELL, LONGEST_ERROR = 1500, 800  # characters in the table
 Found = Iterator[dict[str, Any]]
 """Results of a step by name, each as soon as it is known."""
 
@@ -63,6 +69,7 @@ class Machine(NamedTuple):
         evaluations: Number of evaluations over which memory is watched.
         epochs: Number of passes of an update.
         seconds: Least duration of a measurement.
+        tests: Files of tests, or names as pytest has them.
     """
 
     device: str
@@ -71,6 +78,7 @@ class Machine(NamedTuple):
     evaluations: int
     epochs: int
     seconds: float
+    tests: Sequence[str]
 
     @property
     def on_gpu(self) -> bool:
@@ -93,9 +101,23 @@ class Machine(NamedTuple):
 
 MACHINES = {
     "cuda": Machine(
-        "cuda", [(2048, 32), (4096, 24), (16384, 32), (4, 128)], [1, 16, 64, 256, 1024], 100, 4, 1.5
+        device="cuda",
+        sizes=[(2048, 32), (4096, 24), (16384, 32), (4, 128)],
+        hosts=[1, 16, 64, 256, 1024],
+        evaluations=100,
+        epochs=4,
+        seconds=1.5,
+        tests=TESTS,
     ),
-    "cpu": Machine("cpu", [(8, 4), (4, 2)], [2], 2, 1, 0.0),
+    "cpu": Machine(
+        device="cpu",
+        sizes=[(8, 4), (4, 2)],
+        hosts=[2],
+        evaluations=2,
+        epochs=1,
+        seconds=0.0,
+        tests=TESTS[:1],
+    ),
 }
 
 
@@ -114,37 +136,58 @@ def about(machine: Machine) -> Found:
     yield {name: importlib.util.find_spec(name) is not None for name in names}
     if machine.on_gpu:
         found = torch.cuda.get_device_properties(0)
-        header = Path(torch.__file__).parent / "include/ATen/cuda/CUDAContextLight.h"
         yield {
             "gpu": found.name,
             "cuda": torch.version.cuda,
             "multiprocessors": found.multi_processor_count,
             "memory_gb": round(found.total_memory / 1e9),
-            # Whether the death of a graph frees the workspaces of its stream.
-            "clears_workspaces": "WorkspacesForStream" in header.read_text(),
         }
+        header = Path(torch.__file__).parent / "include/ATen/cuda/CUDAContextLight.h"
+        # Whether the death of a graph frees the workspaces of its stream.
+        yield {"clears_workspaces": "WorkspacesForStream" in header.read_text()}
 
 
 def tests(machine: Machine) -> Found:
-    """The tests that need a GPU."""
-    options = ["-m", "gpu", "-q", "-rf", "-p", "no:cacheprovider", "-W", "default"]
-    options += ["-o", "addopts=--import-mode=importlib", "-n", "8"]
-    command = [sys.executable, "-m", "pytest", *(TESTS if machine.on_gpu else TESTS[:1]), *options]
+    """The tests that need a GPU: how many passed and failed so far, and which failed."""
+    options = ["-m", "gpu", "-q", "-rf", "-p", "gpu_check", "-p", "no:cacheprovider"]
+    options += ["-W", "default", "-c", "pyproject.toml", "-o", "addopts=--import-mode=importlib"]
+    by_name = all("::" in name for name in machine.tests)  # not worth the start of workers
+    if importlib.util.find_spec("xdist") is not None and not by_name:
+        options += ["-n", str(min(8, os.cpu_count() or 1))]
     compiling = {"TORCH_COMPILE_DISABLE": "0", "JAXTYPING_DISABLE": "1"}  # as for users
     compiling["TORCHINDUCTOR_COMPILE_THREADS"] = "2"
-    run = subprocess.run(
-        command,
-        cwd=ROOT,
-        capture_output=True,
-        text=True,
-        check=False,
-        env={**os.environ, **compiling},
-    )
-    told = r"(FAILED|ERROR) .*|.*\d+ (passed|failed|skipped|deselected|error).*"
-    lines = [line[:400] for line in run.stdout.splitlines() if re.fullmatch(told, line)]
-    yield {"status": run.returncode, "lines": lines[-40:]}
-    if not lines:
-        yield {"tail": (run.stdout + run.stderr)[-1500:]}
+    path = os.pathsep.join([str(Path(__file__).parent), os.environ.get("PYTHONPATH", "")])
+    reads, writes = os.pipe()
+    counts, failed = Counter[str](), list[str]()
+    with tempfile.TemporaryFile("w+", errors="replace") as output:
+        process = subprocess.Popen(
+            [sys.executable, "-m", "pytest", *machine.tests, *options],
+            cwd=ROOT,
+            stdout=output,
+            stderr=subprocess.STDOUT,
+            pass_fds=[writes],
+            env={**os.environ, **compiling, "PYTHONPATH": path, ENDED_TESTS: str(writes)},
+        )
+        os.close(writes)
+        with os.fdopen(reads) as ended:
+            for line in ended:
+                outcome, name = line.split(maxsplit=1)
+                counts[outcome] += 1
+                failed += [name.strip()] if outcome in ("failed", "error") else []
+                yield {"counts": dict(counts), "failed": failed}
+        if process.wait() != 0:
+            output.seek(0)
+            yield {"error": last_lines(output.read(), 3000)}
+
+
+def pytest_runtest_logreport(report: Any) -> None:
+    """Tell ``tests`` of a test that ended; pytest has this file as a plugin."""
+    if "PYTEST_XDIST_WORKER" in os.environ:  # whose reports come to the first process
+        return
+    if report.when == "call" or report.outcome != "passed":
+        is_error = report.failed and report.when != "call"
+        line = f"{'error' if is_error else report.outcome} {report.nodeid}\n"
+        os.write(int(os.environ[ENDED_TESTS]), line.encode())
 
 
 def speed(machine: Machine, *, number: int) -> Found:
@@ -159,6 +202,7 @@ def speed(machine: Machine, *, number: int) -> Found:
         iterate, learner, _ = _build(machine, num_envs, steps, "max" if mode == TF32 else mode)
         found = _time(iterate, machine)
         found["steps_per_s"] = num_envs * steps / found["ms"] * 1e3
+        yield {mode: found}
         found["stages_ms"] = _stages(learner, steps, machine)
         if machine.on_gpu:
             found["peak_mb"] = torch.cuda.max_memory_allocated() >> 20
@@ -173,7 +217,7 @@ def jax(machine: Machine) -> Found:
     if not machine.on_gpu:
         os.environ["JAX_PLATFORMS"] = "cpu"
     if importlib.util.find_spec("jax") is None:
-        yield {"absent": "jax"}
+        yield {"not installed": "jax"}
         return
     import jax as library  # noqa: PLC0415
     import purejax  # noqa: PLC0415
@@ -216,15 +260,19 @@ def equal(machine: Machine) -> Found:
 
     num_envs = 64 if machine.on_gpu else 8
     weights: dict[str, list[torch.Tensor]] = {}
+    differences: dict[str, list[float]] = {}
     for mode in ("off", "default", "max"):
         iterate, _, policy = _build(machine, num_envs, 16, mode, target_kl=0.05)
         weights[mode] = []
-        for _ in range(3):
+        differences[mode] = []
+        for iteration in range(3):
             iterate()
             parts = [parameter.detach().flatten() for parameter in policy.parameters()]
             weights[mode].append(torch.cat(parts).clone())
-        pairs = zip(weights[mode], weights["off"], strict=True)
-        yield {mode: [(mine - off).abs().max().item() for mine, off in pairs]}
+            difference = weights[mode][iteration] - weights["off"][iteration]
+            differences[mode].append(difference.abs().max().item())
+            yield {mode: differences[mode]}
+    yield from _must({mode: max(found) <= MOST_DIFFERENT for mode, found in differences.items()})
 
 
 def faults(machine: Machine) -> Found:
@@ -245,20 +293,25 @@ def faults(machine: Machine) -> Found:
     del dies
     gc.collect()
     filled = [torch.full((4 << 20,), float("nan"), device=device) for _ in range(64)]
-    yield {"survives_the_death_of_another_graph": bool(torch.equal(live(rows), expected))}
+    seen = {"survives_the_death_of_another_graph": bool(torch.equal(live(rows), expected))}
+    yield seen
     del filled
     before = torch.cuda.current_stream().cuda_stream if machine.on_gpu else 0
     x = torch.ones(64, 64, device=device)
     reads = capture_function("reading", lambda t: t @ t * float(t.sum().item()), device=device)
-    yield {"failed_capture_is_right": bool(torch.equal(reads(x), x @ x * float(x.sum())))}
+    seen |= {"failed_capture_is_right": bool(torch.equal(reads(x), x @ x * float(x.sum())))}
+    yield seen
     after = torch.cuda.current_stream().cuda_stream if machine.on_gpu else 0
     later = capture_function("later", lambda t: t @ t + 1, device=device)
-    yield {
+    seen |= {
         "stream_is_restored": before == after,
-        "right_afterwards": [bool(torch.equal(later(x), x @ x + 1)) for _ in range(2)],
+        "right_afterwards": all(torch.equal(later(x), x @ x + 1) for _ in range(2)),
         "live_graph_still_right": bool(torch.equal(live(rows), expected)),
-        "still_draws": bool((torch.rand(3, device=device) < 1).all()),
     }
+    yield seen
+    seen |= {"still_draws": bool((torch.rand(3, device=device) < 1).all())}
+    yield seen
+    yield from _must(seen)
 
 
 def memory(machine: Machine) -> Found:
@@ -277,7 +330,7 @@ def memory(machine: Machine) -> Found:
     policy = MLP().build(spec.spaces(), torch.Generator()).to(device)
     held: dict[int, int] = {}
     for count in range(1, machine.evaluations + 1):
-        evaluation.play(policy, lambda obs: obs, device=device, rank=0)
+        evaluation.play(policy, None, device=device, rank=0)
         evaluation.finish()
         if count in (1, 2, 3, 10, 30, machine.evaluations):
             held[count] = machine.megabytes()
@@ -292,6 +345,7 @@ def memory(machine: Machine) -> Found:
         yield {"mb_after_learners": list(after)}
     gc.collect()
     yield {"mb_after_all": machine.megabytes()}
+    yield from _must({"no growth over evaluations": held[machine.evaluations] <= held[2] + 1})
 
 
 def profiler(machine: Machine) -> Found:
@@ -311,6 +365,7 @@ def profiler(machine: Machine) -> Found:
             machine.wait()
         kernels.append(sum(e.device_type.name == "CUDA" for e in session.events() or ()))
         yield {"events_on_the_gpu": list(kernels)}
+    yield from _must({"kernels in every session": not machine.on_gpu or min(kernels) > 0})
 
 
 def growth(machine: Machine, *, compiled: bool = False) -> Found:
@@ -367,15 +422,30 @@ def out_of_memory(machine: Machine) -> Found:
             died = type(error).__name__
         rank = Path(folder) / "rank0"
         history = rank / "history.jsonl"
-        yield {
+        found = {
             "died_of": died,
             "report": (rank / "crash.json").exists(),
             "rows": len(history.read_text().splitlines()) if history.exists() else 0,
             "snapshot_bytes": sum(path.stat().st_size for path in rank.glob("memory.pickle")),
         }
+        yield found
+        yield from _must(
+            {
+                "died_of": died == "OutOfMemoryError",
+                "report": found["report"],
+                "rows": found["rows"] == 2,
+                "snapshot_bytes": found["snapshot_bytes"] > 0 or not machine.on_gpu,
+            }
+        )
 
 
 # Measurements.
+
+
+def _must(holds: dict[str, bool]) -> Found:
+    """An error that names what does not hold; nothing if all of it does."""
+    if wrong := [name for name, does in holds.items() if not does]:
+        yield {"error": f"It must hold, and does not: {', '.join(wrong)}"}
 
 
 def _little(machine: Machine) -> dict[str, Any]:
@@ -500,43 +570,89 @@ def steps_of(machine: Machine) -> dict[str, Step]:
 
 
 def run_here(name: str, machine: Machine, tell: Callable[[dict[str, Any]], None]) -> None:
-    """Run a step in this process; every result is told as soon as it is known."""
+    """Run a step in this process; results and warnings are told as soon as they are known."""
     log: list[str] = []
+
+    def note(record: logging.LogRecord) -> None:
+        if len(log) < 20:
+            log.append(record.getMessage()[:300])
+            tell({"log": log})  # a mode that took a slower way measured that way
+
     handler = logging.Handler(logging.WARNING)
-    handler.emit = lambda record: log.append(record.getMessage()[:300])
-    logger = logging.getLogger("esper_lightning")
-    logger.addHandler(handler)
-    try:
-        for found in steps_of(machine)[name].run(machine):
-            tell(found)
-    finally:
-        logger.removeHandler(handler)
-        if log:
-            tell({"log": log[:20]})  # a mode that took a slower way measured that way
+    handler.emit = note
+    logging.getLogger("esper_lightning").addHandler(handler)
+    for found in steps_of(machine)[name].run(machine):
+        tell(found)
 
 
-def run_apart(name: str, machine: Machine, limit_s: float) -> dict[str, Any]:
-    """Run a step in a process of its own, and return its results."""
+def run_apart(
+    name: str,
+    machine: Machine,
+    limit_s: float,
+    tell: Callable[[dict[str, Any]], None],
+    stop: threading.Event,
+) -> None:
+    """Run a step in a process of its own; results are told as soon as they are known.
+
+    The process ends at the limit, or once ``stop`` is set, with all that it has started.
+    """
     command = [sys.executable, __file__, "--step", name, "--device", machine.device]
-    with tempfile.TemporaryFile("w+") as output, tempfile.TemporaryFile("w+") as errors:
-        process = subprocess.Popen(command, stdout=output, stderr=errors, start_new_session=True)
-        problem: dict[str, Any] = {}
-        try:
-            status = process.wait(limit_s)
-            if status != 0:
-                problem = {"status": status}
-        except subprocess.TimeoutExpired:
-            os.killpg(process.pid, signal.SIGKILL)
-            process.wait()
-            problem = {"error": f"no end within {limit_s:.0f} s"}
-        output.seek(0)
-        errors.seek(0)
-        found: dict[str, Any] = {}
-        for line in re.findall("^RESULT (.*)$", output.read(), re.MULTILINE):
-            found |= json.loads(line)
-        if "status" in problem:
-            problem["error"] = errors.read()[-1500:]
-        return found | problem
+    command += ["--tests", *machine.tests]
+    end = time.monotonic() + limit_s
+    with contextlib.ExitStack() as stack:
+        folder = Path(stack.enter_context(tempfile.TemporaryDirectory()))
+        output, errors = folder / "output", folder / "errors"
+        process = subprocess.Popen(
+            command,
+            stdout=stack.enter_context(output.open("w")),
+            stderr=stack.enter_context(errors.open("w")),
+            start_new_session=True,
+        )
+        told, rest, ended = stack.enter_context(output.open()), "", ""
+        running = True
+        while running:
+            if time.monotonic() > end:
+                ended = f"no end within {limit_s:.0f} s"
+            elif stop.is_set():
+                ended = "ended by a signal"
+            if ended:
+                kill(process.pid)
+            with contextlib.suppress(subprocess.TimeoutExpired):
+                process.wait(0.1)
+                running = False
+            *lines, rest = (rest + told.read()).split("\n")
+            for line in lines:
+                if line.startswith("RESULT "):
+                    tell(json.loads(line.removeprefix("RESULT ")))
+        kill(process.pid)  # what it has left behind would disturb the next step
+        if ended:
+            tell({"error": ended})
+        elif process.returncode != 0:
+            error = last_lines(errors.read_text(errors="replace"), 3000)
+            tell({"status": process.returncode, "error": error})
+
+
+def kill(pid: int) -> None:
+    """Kill the process group of a process and those of its descendants, if they are there."""
+    parents: dict[int, int] = {}
+    for path in Path("/proc").glob("[0-9]*/stat"):
+        with contextlib.suppress(OSError):  # it has ended
+            parents[int(path.parent.name)] = int(path.read_bytes().rpartition(b")")[2].split()[1])
+    family = [pid]
+    for one in family:  # which grows
+        family += [child for child, parent in parents.items() if parent == one]
+    for one in family:
+        with contextlib.suppress(ProcessLookupError, PermissionError):
+            os.killpg(one, signal.SIGKILL)  # no process of its group, if it leads none
+
+
+def last_lines(text: str, most: int) -> str:
+    """The last whole lines of a text, of at most so many characters; the end of a longer line."""
+    lines = text.rstrip().splitlines()
+    start = len(lines)
+    while start > 0 and sum(len(line) + 1 for line in lines[start - 1 :]) <= most + 1:
+        start -= 1
+    return "\n".join(lines[start:]) or text.rstrip()[-most:]
 
 
 def table(results: dict[str, Any], machine: Machine) -> str:
@@ -573,12 +689,29 @@ def table(results: dict[str, Any], machine: Machine) -> str:
             lines += ["", f"{sizes[0]}, {mode}: {ours / 1e6:.2f} M/s ({goal}){times}."]
     lines += ["", "| step | result |", "| --- | --- |"]
     for name, found in results.items():
-        if not name.startswith("speed") and name != "jax":
-            lines.append(f"| {name} | `{json.dumps(found)[:1500]}` |")
+        measures = name.startswith("speed") or (name == "jax" and "not installed" not in found)
+        if "error" in found or not measures:
+            lines.append(f"| {name} | {_result(found)} |")
+    lines += ["", f"Steps that failed: {', '.join(failures(results)) or 'none'}."]
     logs = {name: found["log"] for name, found in results.items() if "log" in found}
     lines += ["", "Warnings, such as those of a slower way:", ""]
     lines += [f"* {name}: {log}" for name, log in logs.items()] or ["* none"]
     return "\n".join(lines) + "\n"
+
+
+def failures(results: dict[str, Any]) -> list[str]:
+    """Names of the steps that failed."""
+    return [name for name, found in results.items() if "error" in found]
+
+
+def _result(found: dict[str, Any]) -> str:
+    """The results of a step in one cell, the last lines of its error below them."""
+    shown = json.dumps({name: value for name, value in found.items() if name != "error"})
+    if len(shown) > LONGEST_CELL:
+        shown = shown[: shown.rindex(", ", 0, LONGEST_CELL)] + ", ..."
+    error = last_lines(found.get("error", ""), LONGEST_ERROR).splitlines()
+    error = [line.strip() for line in error if line.strip(" ^~")]
+    return "<br>".join(f"`{line}`" for line in (shown, *error)).replace("|", "\\|")
 
 
 def _cell(found: dict[str, Any]) -> str:
@@ -594,36 +727,52 @@ def parser() -> argparse.ArgumentParser:
     options.add_argument("--patience", type=float, default=1.0, help="factor on limits of steps")
     options.add_argument("--only", nargs="+", default=[""], help="beginnings of names of steps")
     options.add_argument("--skip", nargs="+", default=[], help="names of steps to leave out")
-    options.add_argument("--here", action="store_true", help="run steps in this process")
+    options.add_argument("--tests", nargs="+", help="tests in place of those that need a GPU")
     options.add_argument("--step", help="run one step, and print its results as JSON")
     return options
 
 
-def main(arguments: Sequence[str] | None = None) -> dict[str, Any]:
-    """Run the steps within the time, and write the results after each."""
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Run the steps within the time, and write the results as they come; the exit status."""
     given = parser().parse_args(arguments)
     machine = MACHINES[given.device]
+    if given.tests is not None:
+        machine = machine._replace(tests=given.tests)
     if given.step is not None:
         run_here(given.step, machine, lambda one: print("RESULT", json.dumps(one), flush=True))
-        return {}
+        return 0
     given.out.mkdir(parents=True, exist_ok=True)
     end, results, lock = time.monotonic() + given.seconds, dict[str, Any](), threading.Lock()
+    stop, signals = threading.Event(), list[int]()
+
+    def end_steps(number: int, _: object) -> None:
+        signals.append(number)
+        stop.set()
+
+    for number in (signal.SIGTERM, signal.SIGINT):
+        signal.signal(number, end_steps)
+
+    def write(name: str, text: str) -> None:
+        (given.out / f"{name}.new").write_text(text)
+        (given.out / f"{name}.new").replace(given.out / name)
+
+    def keep(name: str, found: dict[str, Any]) -> None:
+        with lock:
+            results.setdefault(name, {}).update(found)
+            write("gpu_check.json", json.dumps(results, indent=1))
+            write("gpu_check.md", table(results, machine))
 
     def run(name: str, step: Step) -> None:
         started = time.monotonic()
         limit_s = min(step.limit_s * given.patience, end - started)
-        found: dict[str, Any] = {}
+        if stop.is_set():
+            return
         if limit_s < 10:
-            found = {"error": "no time left"}
-        elif given.here:
-            run_here(name, machine, found.update)
+            keep(name, {"error": "no time left"})
         else:
-            found = run_apart(name, machine, limit_s)
-        with lock:
-            results[name] = found | {"took_s": round(time.monotonic() - started, 1)}
-            (given.out / "gpu_check.json").write_text(json.dumps(results, indent=1))
-            (given.out / "gpu_check.md").write_text(table(results, machine))
-            print(name, json.dumps(results[name])[:300], flush=True)
+            run_apart(name, machine, limit_s, partial(keep, name), stop)
+        keep(name, {"took_s": round(time.monotonic() - started, 1)})
+        print(name, _result(results[name]), flush=True)
 
     chosen = {
         name: step
@@ -631,11 +780,13 @@ def main(arguments: Sequence[str] | None = None) -> dict[str, Any]:
         if name not in given.skip and name.startswith(tuple(given.only))
     }
     for alone, group in itertools.groupby(chosen.items(), lambda one: one[1].alone):
-        with ThreadPoolExecutor(1 if alone or given.here else 8) as pool:
+        with ThreadPoolExecutor(1 if alone else 8) as pool:
             list(pool.map(lambda one: run(*one), group))
     print(table(results, machine))
-    return results
+    failed = failures(results)
+    print("failed:", ", ".join(failed) if failed else "nothing", flush=True)
+    return 128 + signals[0] if signals else int(bool(failed))
 
 
 if __name__ == "__main__":
-    main()
+    sys.exit(main())

@@ -15,4 +15,6 @@ export TORCHINDUCTOR_CACHE_DIR="$PWD/.gpu_check_cache/inductor" TRITON_CACHE_DIR
 if command -v nvidia-smi > /dev/null; then
     nvidia-smi --query-gpu=name,driver_version,memory.total --format=csv,noheader | tee "$OUT/machine.txt"
 fi
-timeout 580 "${PYTHON:-python3}" scripts/gpu_check.py --out "$OUT" "$@" 2>&1 | tee "$OUT/log.txt"
+# Signals reach the check itself, and its status is that of this script: 1 if a step failed.
+exec > >(tee -i "$OUT/log.txt") 2>&1
+exec timeout --foreground --kill-after=20 580 "${PYTHON:-python3}" scripts/gpu_check.py --out "$OUT" "$@"

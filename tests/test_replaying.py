@@ -11,7 +11,7 @@ from pathlib import Path
 import pytest
 import torch
 from lightning.pytorch import Callback, LightningModule, Trainer
-from lightning.pytorch.callbacks import ModelCheckpoint
+from lightning.pytorch.callbacks import ModelCheckpoint, Timer
 from torch.utils.data import DataLoader, TensorDataset
 
 from esper_lightning import (
@@ -22,7 +22,6 @@ from esper_lightning import (
     LastCheckpoint,
     PPOConfig,
     replay,
-    replaying,
 )
 from esper_lightning.callbacks.loop_internals import finished_batches
 from esper_lightning.envs import CartPole
@@ -31,7 +30,7 @@ from esper_lightning.forensics.layout import RunLayout
 from esper_lightning.forensics.remains import examine
 from esper_lightning.forensics.replay import ReplayRecord, compared
 from esper_lightning.replaying import ReplayPlan, plan_replay, replay_directory
-from esper_lightning.training.checkpoint.kept import iteration_in
+from esper_lightning.training.checkpoint.kept import iteration_in, latest_state
 
 PPO_CONFIG = PPOConfig(rollout_steps=4, minibatches=1, epochs=1)
 
@@ -128,14 +127,6 @@ def test_a_death_is_reproduced_from_the_latest_checkpoint(dead, trainer):
     assert any((again / "rank0" / "trace").iterdir())
 
 
-def test_a_run_directory_may_have_a_name_that_is_a_pattern(tmp_path, monkeypatch):
-    before = RunLayout(tmp_path / "replay_of_lr[0.1]").before_fault
-    before.parent.mkdir(parents=True)
-    before.touch()
-    monkeypatch.setattr(replaying, "_went_alike", lambda *_: True)
-    assert list(replaying._candidates(tmp_path / "lr[0.1]", (), None)) == [before]
-
-
 def test_before_ckpt_is_one_iteration_before_the_fault_also_in_the_next_replay(dead, trainer):
     replay(trainer(Dies(6)), ppo(), dead)
     verdict = replay(trainer(Dies(6)), ppo(), dead, deep=True)
@@ -186,6 +177,23 @@ def test_a_death_before_the_first_checkpoint_is_replayed_from_the_beginning(trai
         trainer(Dies(2), directory=tmp_path / "run").fit(ppo(iterations_per_epoch=5))
     verdict = replay(trainer(Dies(2)), ppo(iterations_per_epoch=5), tmp_path / "run")
     assert (verdict.outcome, verdict.rows) == ("reproduced", 2)
+
+
+class DiesInSetup(Callback):
+    """Dies before the callbacks that follow it have begun."""
+
+    def setup(self, trainer, pl_module, stage):
+        raise RuntimeError("injected")
+
+
+@pytest.mark.parametrize("directory", [None, "new"])
+def test_a_death_in_setup_is_reproduced(trainer, tmp_path, directory):
+    with pytest.raises(RuntimeError, match="injected"):
+        trainer(DiesInSetup(), directory=tmp_path / "run").fit(ppo())
+    given = None if directory is None else tmp_path / directory
+    verdict = replay(trainer(DiesInSetup(), directory=given), ppo(), tmp_path / "run")
+    assert (verdict.outcome, verdict.iteration) == ("reproduced", 0)
+    assert ReplayRecord.read(given or tmp_path / "replay_of_run").run_dir == str(tmp_path / "run")
 
 
 def test_with_stored_states_a_death_is_one_iteration_away(trainer, tmp_path):
@@ -258,7 +266,9 @@ def batches(*, shuffle: bool = False) -> DataLoader:
     return DataLoader(data, batch_size=2, shuffle=shuffle)
 
 
-def die_and_replay(trainer, tmp_path, make, *callbacks, again=None, from_start=False, **how):
+def die_and_replay(
+    trainer, tmp_path, make, *callbacks, again=None, from_start=False, ckpt_path=None, **how
+):
     """Let a run of a module die, and return the verdict on its replay."""
     data = {"train_dataloaders": batches(shuffle=how.pop("shuffle", False))}
     data["val_dataloaders"] = batches()
@@ -267,7 +277,8 @@ def die_and_replay(trainer, tmp_path, make, *callbacks, again=None, from_start=F
         trainer(*callbacks, directory=tmp_path / "run", **how).fit(make(), **data)
     again = callbacks if again is None else again
     how.pop("keeps_state", None)
-    return replay(trainer(*again, **how), make(), tmp_path / "run", from_start=from_start, **data)
+    start = {"from_start": from_start, "ckpt_path": ckpt_path}
+    return replay(trainer(*again, **how), make(), tmp_path / "run", **start, **data)
 
 
 # Lightning's warning is what these tests are about.
@@ -287,16 +298,17 @@ def test_values_of_epochs_and_batches_without_a_step_are_no_difference(trainer, 
     assert iteration_in(before) == (8 if kind == "sums" else 9)  # after a step of the optimizer
 
 
-@MIDDLE
-def test_no_stored_state_has_summed_gradients(trainer, tmp_path):
+def test_no_stored_state_has_summed_gradients_and_a_replay_starts_where_an_epoch_has_ended(
+    trainer, tmp_path
+):
     how = {"accumulate_grad_batches": 2, "keeps_state": True}
     verdict = die_and_replay(
         trainer, tmp_path, functools.partial(Recipe, "sums"), DiesInBatch(10), **how
     )
+    assert latest_state(tmp_path / "run", before=10).iteration == 8
     record = ReplayRecord.read(tmp_path / "replay_of_run")
-    assert (record.begins, record.lacks) == (8, "the order of the data")
-    assert verdict.outcome == "undecided"
-    assert "it died in the same way all the same" in verdict.reason
+    assert (record.begins, record.lacks) == (6, None)
+    assert (verdict.outcome, verdict.rows) == ("reproduced", 4)
 
 
 @MIDDLE
@@ -313,9 +325,39 @@ def test_a_start_that_does_not_restore_the_order_of_data_decides_nothing(
         again=(),
         shuffle=shuffle,
         keeps_state=not shuffle,
+        ckpt_path=None if shuffle else RunLayout(tmp_path / "run").rank(0).states[0],
     )
     assert (verdict.outcome, verdict.rows) == ("undecided", 0)
     assert "does not restore the order of the data" in verdict.reason
+
+
+def test_a_shuffled_order_that_was_seeded_is_replayed_from_the_beginning(
+    trainer, tmp_path, monkeypatch
+):
+    monkeypatch.setenv("PL_GLOBAL_SEED", "1")
+    make = lambda: torch.manual_seed(1) and Recipe()  # noqa: E731
+    verdict = die_and_replay(trainer, tmp_path, make, DiesInBatch(10), shuffle=True)
+    assert ReplayRecord.read(tmp_path / "replay_of_run").start is None
+    assert (verdict.outcome, verdict.rows) == ("reproduced", 10)
+
+
+class Drops(Recipe):
+    """A module with random numbers, which no checkpoint of Lightning holds."""
+
+    def training_step(self, batch, batch_idx):
+        return super().training_step([torch.nn.functional.dropout(batch[0])], batch_idx)
+
+
+@pytest.mark.parametrize(("from_start", "rows"), [(False, 0), (True, 10)])
+def test_a_start_that_does_not_restore_random_numbers_decides_nothing(
+    trainer, tmp_path, monkeypatch, from_start, rows
+):
+    monkeypatch.setenv("PL_GLOBAL_SEED", "1")
+    make = lambda: torch.manual_seed(1) and Drops()  # noqa: E731
+    verdict = die_and_replay(trainer, tmp_path, make, DiesInBatch(10), from_start=from_start)
+    assert (verdict.outcome, verdict.rows) == ("reproduced" if rows else "undecided", rows)
+    lacks = ReplayRecord.read(tmp_path / "replay_of_run").lacks
+    assert lacks == (None if rows else "the random numbers of the run")
 
 
 @pytest.mark.parametrize("from_start", [False, True])
@@ -342,6 +384,61 @@ def test_a_replay_has_no_limit_of_time(dead, trainer):
     """A replay may be slower than the run was."""
     limited = trainer(Dies(6), max_time={"seconds": 0})
     assert replay(limited, ppo(), dead).outcome == "reproduced"
+
+
+class DiesIn(Callback):
+    """Dies in a hook, once the iteration in which the time of the run is over has ended."""
+
+    def __init__(self, hook: str) -> None:
+        def die(trainer, pl_module):
+            if trainer.global_step >= 3:
+                raise RuntimeError("injected")
+
+        setattr(self, hook, die)
+
+
+class TimeIsOver(Timer):
+    """``max_time``, which is over after the third iteration of the run and never in a replay."""
+
+    def on_train_batch_end(self, trainer, *_):
+        if self._duration is not None and trainer.global_step == 3:
+            trainer.should_stop = True
+
+
+@pytest.mark.parametrize(
+    "hook", ["on_train_end", "on_fit_end", "on_validation_end", "on_train_epoch_end"]
+)
+def test_what_follows_the_end_of_the_time_is_replayed(trainer, tmp_path, hook):
+    dies = DiesIn(hook)
+    how = {"limit_val_batches": 1, "max_steps": -1}
+    settings = {"iterations_per_epoch": 5, "eval_episodes": 2}
+    with pytest.raises(RuntimeError, match="injected"):
+        trainer(dies, TimeIsOver("00:01:00:00"), directory=tmp_path / "run", **how).fit(
+            ppo(**settings)
+        )
+    verdict = replay(
+        trainer(dies, TimeIsOver("00:01:00:00"), **how), ppo(**settings), tmp_path / "run"
+    )
+    assert (verdict.outcome, verdict.iteration, verdict.rows) == ("reproduced", 3, 3)
+
+
+class DiesSaving(Callback):
+    """Dies when the third checkpoint is saved."""
+
+    saved = 0
+
+    def on_save_checkpoint(self, trainer, pl_module, checkpoint):
+        self.saved += 1
+        if self.saved == 3:
+            raise RuntimeError("injected")
+
+
+def test_a_replay_saves_no_checkpoint_that_the_run_has_not_saved(trainer, tmp_path):
+    with pytest.raises(RuntimeError, match="injected"):
+        trainer(DiesSaving(), directory=tmp_path / "run").fit(ppo())
+    verdict = replay(trainer(DiesSaving()), ppo(), tmp_path / "run", from_start=True)
+    assert (verdict.outcome, verdict.iteration, verdict.rows) == ("reproduced", 6, 6)
+    assert not RunLayout(tmp_path / "replay_of_run").before_fault.exists()
 
 
 class Stops(Callback):

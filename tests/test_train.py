@@ -117,6 +117,13 @@ def test_config_repeats_the_run(train, tmp_path):
     assert (config["model"]["seed"], config["model"]["ppo"]["rollout_steps"]) == (3, 4)
 
 
+def test_last_stands_for_the_run_in_the_directory(train, tmp_path):
+    for iterations in (2, 4):
+        rows = train(iterations, run_dir=tmp_path / "mine", resume_path="last")
+        assert [row["iteration"] for row in rows] == [*range(1, iterations + 1)]
+    assert not list((tmp_path / "mine").rglob("history.jsonl.*"))
+
+
 def test_saves_and_resumes(train, tmp_path):
     whole = train(6, run_dir=tmp_path / "whole")
     train(3, save_path=tmp_path / "saved" / "x.ckpt")

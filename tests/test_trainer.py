@@ -1,12 +1,14 @@
 """``esper_lightning.Trainer`` is Lightning's with the defaults of ``esper fit``."""
 
 import warnings
+from pathlib import Path
 
 import pytest
 import torch
 import yaml
 from lightning.fabric.plugins.environments import LightningEnvironment
 from lightning.pytorch import Callback, LightningModule
+from lightning.pytorch.accelerators import CUDAAccelerator
 from lightning.pytorch.demos.boring_classes import BoringModel
 from lightning.pytorch.loggers import CSVLogger
 
@@ -29,7 +31,7 @@ def _there(tmp_path, monkeypatch):
 
 def model(**kwargs) -> PPO:
     small = {"ppo": PPOConfig(rollout_steps=8, minibatches=1, epochs=1), "compile": "off"}
-    env = CartPole(num_envs=4, time_limit=16)
+    env = kwargs.pop("env", CartPole(num_envs=4, time_limit=16))
     return PPO(env, **{"total_env_steps": 96, "eval_episodes": 2, **small, **kwargs})
 
 
@@ -49,6 +51,48 @@ def test_a_run_has_all_that_esper_fit_leaves(tmp_path, capsys):
     assert layout.best_checkpoint.is_file()
     assert layout.last_checkpoint.is_file()
     assert len(read_json_lines(layout.rank(0).history)) == 3
+
+
+class DiesIn(Callback):
+    def __init__(self, iteration):
+        self.iteration = iteration
+
+    def on_train_batch_start(self, trainer, pl_module, batch, batch_idx):
+        if pl_module.iteration == self.iteration:
+            raise RuntimeError("injected")
+
+
+@pytest.mark.parametrize("logger", [True, False])
+@pytest.mark.parametrize("run_dir", ["mine", None])
+def test_last_resumes_from_the_states_of_a_run_without_a_checkpoint(run_dir, logger, capsys):
+    how = {**QUIET, "run_dir": run_dir, "logger": logger}
+    callbacks = [FlightRecorder(watch=False, keeps_state=True), DiesIn(2)]
+    with pytest.raises(RuntimeError, match="injected"):
+        Trainer(callbacks=callbacks, **how).fit(model())
+    layout = RunLayout(Path(run_dir or "runs/cartpole/version_0"))
+    assert layout.rank(0).states[0].exists()
+    assert not layout.last_checkpoint.exists()
+    Trainer(**how).fit(model(), ckpt_path="last")
+    said = capsys.readouterr().out.splitlines()
+    assert said[0] == "Resuming after iteration 2, the latest one stored."
+    assert said[-1] == f"Run directory: {layout.directory}"
+    rows = read_json_lines(layout.rank(0).history)
+    assert [row["iteration"] for row in rows] == [1, 2, 3]
+    assert not layout.rank(0).history.with_name("history.jsonl.1").exists()
+
+
+def test_last_without_a_checkpoint_begins_and_says_so(capsys):
+    Trainer(run_dir="mine", **QUIET).fit(model(), ckpt_path="last")
+    said = capsys.readouterr().out.splitlines()
+    assert said[0] == "No checkpoint to resume from: a new run begins."
+
+
+def test_a_checkpoint_that_does_not_fit_is_refused_before_the_run_begins():
+    Trainer(run_dir="mine", **QUIET).fit(model())
+    before = sorted((path, path.stat().st_mtime_ns) for path in Path("mine").rglob("*"))
+    with pytest.raises(ValueError, match=r"PPO.env must be the checkpoint's"):
+        Trainer(run_dir="mine", **QUIET).fit(model(env=CartPole(num_envs=2)), ckpt_path="last")
+    assert before == sorted((path, path.stat().st_mtime_ns) for path in Path("mine").rglob("*"))
 
 
 def test_a_command_replays_no_run_with_callbacks_of_the_program(tmp_path, capsys):
@@ -136,3 +180,9 @@ def test_any_module_can_be_trained(tmp_path):
 def test_an_empty_directory_is_refused():
     with pytest.raises(ValueError, match=r"Trainer.run_dir must name a directory, got ''"):
         Trainer(run_dir="")
+
+
+def test_tests_may_train_on_the_cpu_of_a_machine_that_has_a_gpu(make_trainer, monkeypatch):
+    """Lightning warns of a GPU that is not used, and warnings are errors in the tests."""
+    monkeypatch.setattr(CUDAAccelerator, "is_available", lambda: True)
+    make_trainer(accelerator="cpu")

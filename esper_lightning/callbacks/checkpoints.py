@@ -18,7 +18,8 @@ from lightning.pytorch.trainer.states import TrainerFn
 from torch import Tensor
 from typing_extensions import override
 
-from esper_lightning.callbacks.lightning_internals import version_of
+from esper_lightning.callbacks.directory_choice import known_directory
+from esper_lightning.callbacks.mirror import place_of
 from esper_lightning.callbacks.run_directory import open_run_directory
 from esper_lightning.core.errors import check_arguments, require_name
 from esper_lightning.forensics.asides import rename_aside, replace_keeping
@@ -52,10 +53,16 @@ class _OneFile(ModelCheckpoint):
 
     @override
     def _find_last_checkpoints(self, trainer: Trainer) -> set[str]:
-        """Checkpoints of the run; empty if its directory is new: a search would fix its number."""
-        logger = trainer.loggers[0] if trainer.loggers else None
-        is_new = self.dirpath is None and version_of(logger) is None
-        return set() if is_new else super()._find_last_checkpoints(trainer)
+        """Checkpoints of the run; empty if its directory is new.
+
+        Lightning would ask the logger for a folder: that would fix the number of the directory, or
+        begin a run of a service.
+        """
+        if self.dirpath is not None:
+            return super()._find_last_checkpoints(trainer)
+        known = known_directory(trainer)
+        last = None if known is None else RunLayout(place_of(known)[0]).last_checkpoint
+        return set() if last is None or not last.exists() else {str(last)}
 
     @override
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:

@@ -47,6 +47,7 @@ __all__ = [
     "claim_logger_folders",
     "claim_new",
     "given_directory",
+    "known_directory",
     "take_directory",
 ]
 
@@ -90,6 +91,18 @@ def given_directory(trainer: Trainer) -> str | Path | None:
     return given[0][1] if given else None
 
 
+def known_directory(trainer: Trainer) -> str | Path | None:
+    """Run directory that callbacks or the logger of a Trainer were given; ``None`` for a new one.
+
+    Raises:
+        DirectoryRefusedError: If two callbacks were given different directories.
+    """
+    given, logger = given_directory(trainer), numbered_logger(trainer)
+    if given is None and logger is not None and version_of(logger) is not None:
+        return logger.log_dir
+    return given
+
+
 def claim_new(trainer: Trainer, parent: str | Path) -> tuple[Claim, str | None]:
     """Claim the directory for a run that has not begun, and number it if it has no number yet.
 
@@ -105,9 +118,7 @@ def claim_new(trainer: Trainer, parent: str | Path) -> tuple[Claim, str | None]:
             where a run has its own, and no run wrote them.
         OSError: If the directory cannot be made.
     """
-    given, logger = given_directory(trainer), numbered_logger(trainer)
-    if given is None and logger is not None and version_of(logger) is not None:
-        given = logger.log_dir
+    given, logger = known_directory(trainer), numbered_logger(trainer)
     if given is not None:
         directory, address = place_of(given)
         return claim(directory), address

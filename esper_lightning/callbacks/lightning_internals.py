@@ -43,7 +43,7 @@ from lightning.pytorch.strategies import DDPStrategy, Strategy
 from lightning.pytorch.strategies.launchers import _MultiProcessingLauncher
 from lightning.pytorch.trainer import call
 from lightning.pytorch.trainer.connectors.data_connector import _parse_num_batches
-from lightning.pytorch.trainer.states import RunningStage, TrainerFn
+from lightning.pytorch.trainer.states import RunningStage
 from lightning.pytorch.utilities.exceptions import _TunerExitException
 
 __all__ = [
@@ -54,11 +54,8 @@ __all__ = [
     "TunerExit",
     "batches_in_epoch",
     "calm",
-    "checkpoint_connector",
     "checkpoint_io_of",
-    "checkpoint_to_load",
     "cluster_environment",
-    "dump_checkpoint",
     "evaluates_next",
     "experiment_of",
     "forget_experiment",
@@ -70,7 +67,6 @@ __all__ = [
     "monitors_cpu",
     "no_hook_ends_data",
     "note_sigterm",
-    "parse_checkpoint_path",
     "restore_signal_handlers",
     "run_depth",
     "set_version",
@@ -123,26 +119,7 @@ def run_depth(trainer: Trainer) -> int:
     return depth
 
 
-def checkpoint_to_load(trainer: Trainer) -> Any:
-    """Path of the checkpoint that the run in this thread is about to load; ``None`` without one.
-
-    ``ckpt_path``, a local variable of ``Trainer._run``: Lightning stores the path only when it
-    loads the checkpoint, after callbacks and loggers have written their first files.
-    """
-    frame = cast(FrameType | None, sys._getframe())
-    while frame is not None:
-        if frame.f_code is Trainer._run.__code__ and frame.f_locals.get("self") is trainer:
-            return frame.f_locals.get("ckpt_path")
-        frame = frame.f_back
-    return None
-
-
 # The Trainer and its connectors.
-
-
-def checkpoint_connector(trainer: Trainer) -> Any:
-    """Object whose method ``resume_start`` reads the checkpoint that a run resumes from."""
-    return trainer._checkpoint_connector
 
 
 def handlers_to_restore(trainer: Trainer) -> dict[int, Any]:
@@ -242,28 +219,6 @@ def spawns_processes(trainer: Trainer) -> bool:
     ``launchers._MultiProcessingLauncher`` is the class of the launchers that spawn processes.
     """
     return isinstance(trainer.strategy.launcher, _MultiProcessingLauncher)
-
-
-def dump_checkpoint(trainer: Trainer) -> dict[str, Any]:
-    """The checkpoint that ``Trainer.save_checkpoint`` would write.
-
-    ``_checkpoint_connector.dump_checkpoint`` makes the checkpoint on this rank alone;
-    ``save_checkpoint`` would wait for the other ranks.
-    """
-    return trainer._checkpoint_connector.dump_checkpoint(weights_only=False)
-
-
-def parse_checkpoint_path(trainer: Trainer, name: str) -> str | None:
-    """Path of the file that ``Trainer.fit(ckpt_path="last")`` would load; ``None`` without a file.
-
-    ``_checkpoint_connector._parse_ckpt_path``: to refuse a checkpoint before the run begins, the
-    file must be known before Lightning looks for it.
-    """
-    connector: Any = trainer._checkpoint_connector
-    path = connector._parse_ckpt_path(
-        TrainerFn.FITTING, name, model_provided=True, model_connected=False
-    )
-    return None if path is None else str(path)
 
 
 def known_results(trainer: Trainer) -> dict[str, Any]:

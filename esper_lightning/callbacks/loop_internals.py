@@ -56,11 +56,17 @@ def metrics_of_step(trainer: Trainer) -> dict[str, Tensor]:
     return dict(trainer._logger_connector.metrics["callback"]) if trainer._results else {}
 
 
-def lift_time_limit(trainer: Trainer) -> None:
-    """Let a Trainer run without ``max_time``, which is ``_duration`` of its ``Timer``."""
-    for callback in trainer.callbacks:
-        if isinstance(callback, Timer):
-            callback._duration = None
+def lift_time_limit(trainer: Trainer) -> bool:
+    """Let a Trainer run without ``max_time``, which is ``_duration`` of its ``Timer``.
+
+    Returns:
+        Whether the Trainer had such a limit.
+    """
+    timers = [each for each in trainer.callbacks if isinstance(each, Timer)]
+    was_limited = any(timer._duration is not None for timer in timers)
+    for timer in timers:
+        timer._duration = None
+    return was_limited
 
 
 def train_loaders(trainer: Trainer) -> list[Any]:

@@ -18,7 +18,7 @@ from typing import Any, cast
 
 from lightning.pytorch import Trainer
 
-from esper_lightning.callbacks.lightning_internals import checkpoint_to_load
+from esper_lightning.callbacks.checkpoint_internals import checkpoint_to_load
 from esper_lightning.callbacks.loggers import when_begun
 from esper_lightning.callbacks.run_directory import run_directory
 from esper_lightning.callbacks.tracker_internals import (

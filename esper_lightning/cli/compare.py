@@ -121,7 +121,8 @@ def _write(comparison: "Comparison", text: Path, picture: Path, page: Path) -> N
 def _require_installed(needed: Mapping[str, str]) -> None:
     absent = [needed[name] for name in needed if not _is_installed(name)]
     if absent:
-        fail(f"esper compare needs {' and '.join(absent)}: pip install {' '.join(absent)}")
+        how = "pip install 'esper_lightning[compare]'"
+        fail(f"esper compare needs {' and '.join(absent)}: {how}")
 
 
 def _is_installed(name: str) -> bool:

@@ -33,16 +33,20 @@ from esper_lightning.cli.pages.live_page import LivePage
 from esper_lightning.cli.refusals import refusal
 from esper_lightning.cli.setting_help import HELP_TRAINER, HelpTrainer, usage_of
 from esper_lightning.cli.settings import SettingsParser
-from esper_lightning.cli.start_of_run import find_start
 from esper_lightning.cli.trainer import EsperTrainer, refuse_bench
 from esper_lightning.core.errors import require, require_name
 from esper_lightning.core.paths import requires_folder
 from esper_lightning.core.ranks import RanksDisagreeError
 from esper_lightning.envs.base import ReadsData
-from esper_lightning.train import begin_run, newest_run, run_logger, run_plugins
+from esper_lightning.train import begin_run, run_logger, run_plugins, runs_folder
 from esper_lightning.trainer import default_callbacks, results_of
-from esper_lightning.training.checkpoint.content import STATE_KEY
 from esper_lightning.training.checkpoint.meeting import tells_other_ranks
+from esper_lightning.training.checkpoint.start import (
+    Start,
+    find_start,
+    resumed_directory,
+    settle_start,
+)
 from esper_lightning.training.checkpoint.states import (
     checkpoint_at,
     load_checkpoint,
@@ -83,9 +87,8 @@ def prepare(arguments: list[str]) -> Callable[[], None]:
     Returns:
         A function that trains or evaluates, and prints the results.
     """
-    # A resumed run is meant to find its checkpoints, and a new run is meant to find none.
-    for text in ("Checkpoint directory .* exists", r".*ckpt_path=.last.\) is set, but there is no"):
-        warnings.filterwarnings("ignore", message=text, category=UserWarning)
+    # A resumed run is meant to find its checkpoints.
+    warnings.filterwarnings("ignore", "Checkpoint directory .* exists", category=UserWarning)
     with settings_come_first(), calm():
         cli = EsperCLI(
             arguments[0],
@@ -163,7 +166,7 @@ class EsperCLI(LightningCLI):
             refuse_opaque("model", settings["model"])
             words = ["evaluate", "--config", json.dumps(settings), *words[1:]]
             words += ["--ckpt_path", str(path)]
-        self.config = parser.parse_args(words)
+        self.config = parser.parse_args(cast(SettingsParser, parser).with_flags(words))
 
     @override
     def _parse_ckpt_path(self) -> None:
@@ -223,8 +226,6 @@ class EsperCLI(LightningCLI):
             kwargs |= dict.fromkeys(_NOT_BAREBONES)
             return super().instantiate_trainer(**kwargs)
         leaves_files = not settings["fast_dev_run"]
-        if run_dir is None and self._get(self.config_init, "ckpt_path") == "last":
-            run_dir = newest_run(self.model.env, settings["default_root_dir"] or "")
         self._run_dir = run_dir
         if settings["logger"] in (None, True) and leaves_files:
             root, hint = settings["default_root_dir"], "--run_dir says where a run writes."
@@ -256,16 +257,14 @@ class EsperCLI(LightningCLI):
         if isinstance(model.env, ReadsData):
             model.env.check_data(self.trainer.strategy.root_device)
         name = self.config[self.subcommand].get("ckpt_path")
-        start = find_start(self.trainer, name, self._run_dir if fits else None)
-        if start.said:
-            self._says = [start.said]
-        if start.checkpoint is not None:
-            ranks = self.trainer.world_size if fits else None
-            own = cast(Any, self.trainer).callbacks
-            path = str(start.path)
-            model.refuse_checkpoint(start.checkpoint, path, world_size=ranks, callbacks=own)
-            self._resumes_from = start.checkpoint[STATE_KEY]["iteration"]
-        elif model.settings.warm_start is not None:
+        named = self._run_dir is not None
+        leaves_files = fits and not (self.trainer.barebones or cast(Any, self.trainer).fast_dev_run)
+        if leaves_files and name == "last" and not named:
+            folder = runs_folder(self.trainer, model.env)
+            self._run_dir = resumed_directory(self.trainer, folder)
+        start = find_start(self.trainer, name, self._run_dir if leaves_files else None)
+        start.refuse(model, self.trainer, fits=fits)
+        if start.checkpoint is None and model.settings.warm_start is not None:
             load_weights(model, model.settings.warm_start)
         evaluates = self.subcommand == "evaluate"
         figures = self.config_init["evaluate"]["figures"] if evaluates else None
@@ -274,18 +273,23 @@ class EsperCLI(LightningCLI):
         video = self.config_init["evaluate"]["video"] if evaluates else None
         if video is not None:
             refuse_video(video)
+        self._note_start(start)
         if self._is_dry:
             return
         if fits and not self.trainer.barebones:  # last: a refused run leaves no files
             config = self._parser("fit").dump(self.config["fit"], skip_none=False)
-            field = "The run directory" if self._run_dir is None else "--run_dir"
+            field = "--run_dir" if named else "The run directory"
             with requires_folder(field, self._run_dir):
                 begin_run(self.trainer, model.env, self._run_dir, config)
-        if not start.is_file:
-            if self.trainer.is_global_zero:
-                start.write()
+        if name is not None:
+            start = settle_start(start, self.trainer, model, name, self._run_dir)
+            self._note_start(start)
             for config in (self.config, self.config_init):
                 config[self.subcommand]["ckpt_path"] = start.path
+
+    def _note_start(self, start: Start) -> None:
+        self._says = [start.said] if start.said else self._says
+        self._resumes_from = start.iteration
 
     def fit(self, **kwargs: Any) -> None:
         """Have ``execute`` train; Lightning calls this method by the name of the command."""
@@ -307,7 +311,9 @@ class EsperCLI(LightningCLI):
             print(*self._says, sep="\n", flush=True)
         if self._is_dry:
             if self.trainer.is_global_zero:
-                print(*plan(self.model, self.trainer, resumes_from=self._resumes_from), sep="\n")
+                begun, place = self._resumes_from, self._run_dir
+                says = plan(self.model, self.trainer, resumes_from=begun, run_dir=place)
+                print(*says, sep="\n")
             return
         try:
             self._start()

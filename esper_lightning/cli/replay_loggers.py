@@ -8,7 +8,7 @@ with the run, and TensorBoard's takes its place.
 import contextlib
 import importlib
 import sys
-from collections.abc import Generator, Mapping
+from collections.abc import Generator, Mapping, Sequence
 from pathlib import Path
 from typing import Any, cast
 
@@ -20,7 +20,7 @@ from lightning.pytorch.loggers import (
     WandbLogger,
 )
 
-__all__ = ["replace_loggers"]
+__all__ = ["importing_from", "replace_loggers"]
 
 _NUMBERED: Mapping[str, Any] = {"name": "", "version": "", "sub_dir": None}
 _SETTINGS: Mapping[type[Logger], Mapping[str, Any]] = {
@@ -33,14 +33,14 @@ _SETTINGS: Mapping[type[Logger], Mapping[str, Any]] = {
 
 
 def replace_loggers(
-    trainer: dict[str, Any], directory: Path, *, started_in: str | None = None
+    trainer: dict[str, Any], directory: Path, *, found_in: Sequence[str] = ()
 ) -> list[str]:
     """Make the loggers in the settings of a Trainer write into the directory of a replay.
 
     Args:
         trainer: Settings of the Trainer of the run that died, which are changed.
         directory: Run directory of the replay.
-        started_in: Directory in which the run was started, where its classes may be.
+        found_in: Folders in which the process of the run found its classes.
 
     Returns:
         A sentence for each logger that is replaced.
@@ -51,7 +51,7 @@ def replace_loggers(
         listed = cast(list[Any], given if isinstance(given, list) else [given])
         kept: list[Any] = []
         for number, each in enumerate(listed):
-            with _importing_from(started_in):
+            with importing_from(found_in):
                 moved = _moved(each, directory / "loggers" / str(number))
             if moved is not None:
                 kept.append(moved)
@@ -91,10 +91,10 @@ def _class_of(path: str) -> type | None:
 
 
 @contextlib.contextmanager
-def _importing_from(folder: str | None) -> Generator[None]:
-    """Find modules in a folder first, as the process of the run did."""
+def importing_from(folders: Sequence[str]) -> Generator[None]:
+    """Find modules in some folders first, as the process of the run did."""
     before = list(sys.path)
-    sys.path[:0] = [] if folder is None else [folder]
+    sys.path[:0] = folders
     try:
         yield
     finally:

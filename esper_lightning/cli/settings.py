@@ -10,9 +10,9 @@ types. This file turns it into *field must rule, got value. Hint.*, with the cho
 import argparse
 import ast
 import re
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from pathlib import Path
-from typing import Any, NoReturn
+from typing import Any, NoReturn, get_args
 
 import jsonargparse._util
 import yaml
@@ -76,6 +76,22 @@ class SettingsParser(LightningArgumentParser):
     def error(self, message: str, ex: Exception | None = None) -> NoReturn:
         """Raise a ``SettingsError``."""
         raise _explain(self, message, ex) from ex
+
+    def with_flags(self, words: Sequence[str]) -> list[str]:
+        """Words in which a switch without a value, such as ``--dry_run``, is followed by ``true``.
+
+        A switch is a setting that may be true or false.
+
+        Args:
+            words: Words of a command line, from the name of the command on.
+        """
+        kinds = {action.dest: _typehint(action) for action in _actions(self)}
+        given: list[str] = []
+        for word, after in zip(words, [*words[1:], "--"], strict=True):
+            kind = kinds.get(word.removeprefix("--")) if word.startswith("--") else None
+            is_bare = bool in (kind, *get_args(kind)) and after.startswith("-")
+            given += [word, "true"] if is_bare else [word]
+        return given
 
     @override
     def format_help(self, *args: Any, **kwargs: Any) -> str:
@@ -268,7 +284,12 @@ def _explain_class(key: str, text: str) -> SettingsError | None:
             return SettingsError(f"{key}.init_args", " must hold settings by their names.")
         if re.match(r"\S+ (?:must|is no setting)\b", reason):  # a parser below has explained it
             return SettingsError(f"{key}.{reason}", "")
-        rule = f"must name a class that can be imported, got {match[1]!r}: {reason}."
+        hint = (
+            " Install it, or add its folder to PYTHONPATH."
+            if reason.startswith("No module named")
+            else ""
+        )
+        rule = f"must name a class that can be imported, got {match[1]!r}: {reason}.{hint}"
         return SettingsError(key, f" {rule}")
     if match := re.search(r"Expected an instantiatable class, but (\S+) is abstract", text):
         lacks = ", ".join(sorted(getattr(_locate(match[1]), "__abstractmethods__", ())))

@@ -5,7 +5,7 @@ value than anybody lists. What they miss is found here, not before some iteratio
 with an old value, and is told then.
 """
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
@@ -88,6 +88,15 @@ class Audit:
         self._calls += 1
         number = self._calls
         return self._suspects or number % _EVERY == 0 or number & (number - 1) == 0
+
+    def counts(self) -> list[int]:
+        """What decides when the next comparison is due, and what it would find."""
+        return [self._calls, self._latest, int(self._suspects)]
+
+    def restore(self, counts: Sequence[int]) -> None:
+        """Continue from an audit's counts, so that a resumed run compares as the whole one did."""
+        self._calls, self._latest, suspects = counts
+        self._suspects = bool(suspects)
 
     def call(
         self, native: _Function, function: _Function, args: tuple[Any, ...]

@@ -11,27 +11,27 @@ next slower way takes over, with one warning. ``autocast_without_cache`` and ``f
 the contexts in which stages run.
 """
 
-import logging
 import os
-import threading
-import warnings
-from collections.abc import Callable, Generator, Hashable, Sequence
+from collections.abc import Callable, Generator, Sequence
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from typing import Any, Literal, TypeVar
 
 import torch
 
-from esper_lightning.compiling.audits import Audit, FirstRows, FirstStep, Whole
+from esper_lightning.compiling.audits import FirstRows, FirstStep, Whole
 from esper_lightning.compiling.cuda_graph import CapturedFunction, CapturedLoop
-from esper_lightning.compiling.holders import ImpureError
 from esper_lightning.compiling.native.loops import NativeFunction, NativeLoop, NativeMap
-from esper_lightning.compiling.native.program import IndexOutsideError
 from esper_lightning.compiling.native.values import UnsupportedError
-from esper_lightning.compiling.reads import Reads
+from esper_lightning.compiling.stages import (
+    FirstThatWorks,
+    NativeStage,
+    log_reasons_again,
+    log_slower,
+)
 from esper_lightning.compiling.stepwise import StepwiseLoop
 from esper_lightning.compiling.tracing import Body, ChunkBody, Compiled, Tree
 from esper_lightning.core.errors import require
-from esper_lightning.core.tensor_trees import kind, leaves, map_tree, rebuild
+from esper_lightning.core.tensor_trees import leaves, map_tree, rebuild
 
 __all__ = [
     "CompileMode",
@@ -51,10 +51,7 @@ Loop = Callable[..., tuple[Tree, Tree]]
 """A loop: ``(carry, xs, chunked, constants, out=None) -> (carry, rows)``."""
 
 _T = TypeVar("_T")
-_log = logging.getLogger(__name__)
-_REASONS_LOGGED: set[str] = set()
 _SAMPLES_WORTH_A_THREAD = 2048
-_TRACING = threading.RLock()  # torch traces in one thread at a time
 
 
 def compile_loop(
@@ -82,12 +79,12 @@ def compile_loop(
     """
     eager = _eager_loop(body, chunk_body)
     if _is_native(mode, device):
-        return _Native(name, lambda: NativeLoop(body, chunk_body), eager, FirstStep())
+        return NativeStage(name, lambda: NativeLoop(body, chunk_body), eager, FirstStep())
     if not _is_compiled(mode, device):
         return eager
     stepwise = StepwiseLoop(body, chunk_body, device)
     captured = [CapturedLoop(stepwise, device)] if mode == "max" else []
-    return _FirstThatWorks(name, f"compile={mode!r}", [*captured, stepwise, eager])
+    return FirstThatWorks(name, f"compile={mode!r}", [*captured, stepwise, eager])
 
 
 def compile_function(
@@ -139,7 +136,7 @@ def capture_function(
     """
     if device.type != "cuda":
         return function
-    return _FirstThatWorks(name, "A CUDA graph", [CapturedFunction(function), function])
+    return FirstThatWorks(name, "A CUDA graph", [CapturedFunction(function), function])
 
 
 def native_or_slower(name: str, make: Callable[[], _T], *, required: str | None) -> _T | None:
@@ -162,16 +159,8 @@ def native_or_slower(name: str, make: Callable[[], _T], *, required: str | None)
     except UnsupportedError as error:
         rule = "be None or False where no native code can be compiled"
         require(required is None, required or "", rule, True, f"Reason: {error}.")
-        _tell("Native code", name, error)
+        log_slower("Native code", name, error)
     return None
-
-
-def log_reasons_again() -> None:
-    """Allow every reason for a slower way to be logged again, as at the start of a run.
-
-    Each run logs each reason as a warning once.
-    """
-    _REASONS_LOGGED.clear()
 
 
 def autocast_without_cache(device: torch.device) -> AbstractContextManager[object]:
@@ -234,12 +223,12 @@ def _compiled(
 ) -> Callable[..., Tree]:
     """A function with all ways to run it, from the fastest to the eager one."""
     if _is_native(mode, device):
-        return _Native(name, lambda: native(function), function, sample)
+        return NativeStage(name, lambda: native(function), function, sample)
     if not _is_compiled(mode, device):
         return function
     compiled = Compiled(function)
     captured = [CapturedFunction(compiled)] if mode == "max" else []
-    return _FirstThatWorks(name, f"compile={mode!r}", [*captured, compiled, function])
+    return FirstThatWorks(name, f"compile={mode!r}", [*captured, compiled, function])
 
 
 def _stack(rows: Sequence[Tree]) -> Tree:
@@ -265,132 +254,3 @@ def _eager_loop(body: Body, chunk_body: ChunkBody | None) -> Loop:
         return carry, _stack(rows) if out is None else out
 
     return run
-
-
-def _tell(how: str, name: str, error: Exception) -> None:
-    """Log why a function takes a slower way: each reason once in a run."""
-    cause = getattr(error, "inner_exception", error)  # from a compiler's backend
-    reason = f"{type(cause).__name__}: {cause}".strip().splitlines()[0][:300]
-    if isinstance(error, UnsupportedError | ImpureError):
-        reason = str(error)
-    level = logging.DEBUG if reason in _REASONS_LOGGED else logging.WARNING
-    _REASONS_LOGGED.add(reason)
-    _log.log(level, "%s does not work for the %s, which takes a slower way: %s", how, name, reason)
-    _log.debug("The whole error:", exc_info=error)
-
-
-class _Native:
-    """A function as native code, a program for each kind of arguments.
-
-    So the results for some arguments never depend on what was called before. Where there can be no
-    program, the function runs eagerly; for good once something has changed that a program read of
-    a user's objects, or once results differ from those of the function.
-
-    Args:
-        name: Name of the function, for messages.
-        program: Function that makes a native function, which compiles at its first call.
-        eager: The function itself.
-        sample: Part of a call that is compared now and then.
-    """
-
-    def __init__(
-        self,
-        name: str,
-        program: Callable[[], NativeFunction | NativeMap | NativeLoop],
-        eager: Callable[..., Tree],
-        sample: Whole,
-    ) -> None:
-        self._name, self._program, self._eager = name, program, eager
-        self._audit = Audit(sample)
-        self._run: dict[Hashable, Callable[..., Tree]] = {}
-        self._reads: list[Reads] = []
-        self._is_native = True
-
-    def __call__(self, *args: Tree) -> Tree:
-        if self._is_native and (changed := self._changed()) is not None:
-            self._give_up(ImpureError(f"an attribute that changed: {changed}"))
-        if not self._is_native or any(isinstance(arg, list) for arg in args):
-            return self._eager(*args)  # lists are minibatches of unequal size
-        kind_of_args = kind(args)
-        run = self._run.get(kind_of_args)
-        if run is not None:
-            try:
-                return self._call(run, args)
-            except ImpureError as error:
-                self._give_up(error)
-                return self._eager(*args)
-        program = self._program()
-        try:
-            with _TRACING:
-                result = program(*args)
-            self._run[kind_of_args] = program
-            self._reads += program.reads
-            return result
-        except IndexOutsideError:
-            self._run[kind_of_args] = program
-            raise
-        except (torch.OutOfMemoryError, MemoryError):
-            raise
-        except Exception as error:  # of the function, of torch's tracer, or of the compiler
-            self._run[kind_of_args] = self._eager
-            _tell("Native code", self._name, error)
-        return self._eager(*args)
-
-    def _call(self, run: Callable[..., Tree], args: tuple[Tree, ...]) -> Tree:
-        """Call a program; ``ImpureError`` if it no longer does what the function does."""
-        if run is self._eager or not self._audit.is_due():
-            return run(*args)
-        result, differs = self._audit.call(run, self._eager, args)
-        if differs is not None:
-            raise ImpureError(f"results that are no longer those of the function: {differs}")
-        return result
-
-    def _give_up(self, reason: ImpureError) -> None:
-        """Run the function eagerly for good."""
-        self._is_native = False
-        _tell("Native code", self._name, reason)
-
-    def _changed(self) -> str | None:
-        """Name of something that a program read and that has changed since."""
-        return next((name for reads in self._reads if (name := reads.changed())), None)
-
-
-class _FirstThatWorks:
-    """Ways to run the same function, of which the fastest that works is used.
-
-    Compiled ways serve only the shapes of the first call. Calls with other shapes, such as a
-    shorter last rollout, are not worth a compilation and run eagerly.
-
-    Args:
-        name: Name of the function, for messages.
-        how: What the fastest way is, for messages.
-        ways: Ways to run the function, from the fastest to the eager one.
-    """
-
-    def __init__(self, name: str, how: str, ways: Sequence[Callable[..., Tree]]) -> None:
-        self._name, self._how, self._ways = name, how, list(ways)
-        self._kind: Hashable = None
-
-    def __call__(self, *args: Tree) -> Tree:
-        if len(self._ways) == 1:
-            return self._ways[0](*args)
-        if any(isinstance(arg, list) for arg in args):  # minibatches of unequal size
-            return self._ways[-1](*args)
-        kind_of_args = kind(args)
-        if kind_of_args == self._kind:
-            return self._ways[0](*args)
-        if self._kind is not None:
-            _log.debug("The %s has other shapes than at first and runs eagerly.", self._name)
-            return self._ways[-1](*args)
-        self._kind = kind_of_args
-        while len(self._ways) > 1:
-            try:
-                with warnings.catch_warnings():
-                    warnings.filterwarnings("ignore", module="torch")  # from compilers
-                    return self._ways[0](*args)
-            except (torch.OutOfMemoryError, MemoryError):
-                raise
-            except Exception as error:  # compilers raise errors of every kind
-                del self._ways[0]
-                _tell(self._how, self._name, error)
-        return self._ways[0](*args)

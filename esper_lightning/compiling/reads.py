@@ -31,6 +31,7 @@ from esper_lightning.compiling.entries import (
     variables_of,
 )
 from esper_lightning.compiling.holders import Holder, ImpureError, find_holders
+from esper_lightning.compiling.other_threads import records_calls
 from esper_lightning.compiling.snapshots import Snapshot, Snapshots, Tensors
 
 __all__ = ["Reads", "recorded"]
@@ -217,13 +218,11 @@ def _watched_calls(scopes: _Scopes) -> Generator[None]:
 def _profile_of_python() -> tuple[Any, Callable[[Any], None]]:
     """The function, or profile in C, that watches calls by now, and how another one is set.
 
-    The profiler of torch that records stacks can neither pause nor be set again. Beside it calls
-    are watched as debuggers do.
+    Beside a profiler of torch that records stacks, calls are watched as debuggers do.
     """
-    before: Any = sys.getprofile()
-    if before is None or callable(before) or hasattr(before, "disable"):
-        return before, sys.setprofile
-    return sys.gettrace(), sys.settrace
+    if records_calls():
+        return sys.gettrace(), sys.settrace
+    return sys.getprofile(), sys.setprofile
 
 
 @contextmanager

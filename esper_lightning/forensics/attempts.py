@@ -9,17 +9,17 @@ when the next attempt begins. How the latest attempt ended is in ``crash.json`` 
 import contextlib
 import itertools
 from collections.abc import Iterable
-from dataclasses import dataclass
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 
-from esper_lightning.forensics.deaths import DeathSignature, frames_of
+from esper_lightning.forensics.deaths import DeathSignature, are_same_death, frames_of
 from esper_lightning.forensics.files import JsonLines
 from esper_lightning.forensics.layout import RankLayout, RunLayout
 from esper_lightning.forensics.messages import comparable
 from esper_lightning.forensics.phases import read_phases
 from esper_lightning.forensics.rank_record import ProcessRecord, same_recording
 from esper_lightning.forensics.reading import RowReader
-from esper_lightning.forensics.records import EpochSeconds, Record
+from esper_lightning.forensics.records import NOT_STORED, EpochSeconds, Record
 from esper_lightning.forensics.remains import rank_folders, state_of
 from esper_lightning.forensics.report import CrashReport
 
@@ -52,6 +52,7 @@ class Attempt(Record):
         place: Line of source in which the error was raised.
         own_frames: Lines of the user's own files through which the error was raised.
         exit_status: Status with which the process ended, as far as it knew.
+        ranks: The attempt by each of its ranks, where it is known by several.
     """
 
     run: str | None = None
@@ -68,6 +69,7 @@ class Attempt(Record):
     place: str | None = None
     own_frames: tuple[str, ...] = ()
     exit_status: int | None = None
+    ranks: tuple["Attempt", ...] = field(default=(), metadata=NOT_STORED)
 
     @property
     def died(self) -> bool:
@@ -84,10 +86,11 @@ class Attempt(Record):
         """Whether both attempts died of the same error, in the same place and iteration.
 
         Only errors of the program itself count. Signals, and processes that vanished, have their
-        causes elsewhere. Type and stack of an error decide (``forensics.deaths``).
+        causes elsewhere. Type and stack of an error decide, as in a replay (``forensics.deaths``).
         """
-        mine, theirs = (_signature_of(each) for each in (self, other))
-        return self.died and other.died and self.cause in _OWN_CAUSES and mine.is_same(theirs)
+        return are_same_death(
+            self, self.ranks or (self,), other, other.ranks or (other,), _died_of_the_same
+        )
 
 
 def list_attempt(files: RankLayout) -> None:
@@ -128,7 +131,7 @@ def read_attempts(directories: Iterable[Path]) -> list[Attempt]:
             for each in (*_listed(files), *([] if latest is None else [latest])):
                 key = each.run or f"{each.rank} {each.started_s}"
                 found.setdefault(key, []).append(each)
-    attempts = [min(ranks, key=_blame) for ranks in found.values()]
+    attempts = [replace(min(ranks, key=_blame), ranks=tuple(ranks)) for ranks in found.values()]
     return sorted(attempts, key=lambda each: each.started_s or 0.0)
 
 
@@ -197,6 +200,11 @@ def _latest(files: RankLayout) -> Attempt | None:
         own_frames=tuple(frame.name for frame in frames if frame.is_of_user),
         exit_status=report.exit_status,
     )
+
+
+def _died_of_the_same(one: Attempt, other: Attempt) -> bool:
+    died = one.died and other.died and one.cause in _OWN_CAUSES
+    return died and _signature_of(one).is_same(_signature_of(other))
 
 
 def _signature_of(attempt: Attempt) -> DeathSignature:

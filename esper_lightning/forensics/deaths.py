@@ -8,10 +8,11 @@ library only.
 
 import itertools
 import re
-from collections.abc import Iterable, Iterator
+from collections import Counter
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import NamedTuple
+from typing import NamedTuple, Protocol, TypeVar
 
 from esper_lightning.forensics.layout import RunLayout
 from esper_lightning.forensics.messages import comparable
@@ -22,10 +23,12 @@ from esper_lightning.forensics.report import CrashReport, ErrorReport
 __all__ = [
     "DeathSignature",
     "Frame",
+    "are_same_death",
     "failing_iteration",
     "frames_of",
     "in_words",
     "is_effect",
+    "is_same_when_deep",
     "other_text",
     "signature_of",
 ]
@@ -36,7 +39,10 @@ _NOT_OF_USER = re.compile(
     r"|[/\\]lightning[/\\]pytorch[/\\]|^<"
 )
 _LIGHTNING = re.compile(r"[/\\](lightning[/\\]pytorch|pytorch_lightning)[/\\]")
-_RAISES_FOR_OTHERS = re.compile(r"[/\\]esper_lightning[/\\]core[/\\]errors\.py$")
+_RAISES_FOR_OTHERS = re.compile(
+    r"[/\\]esper_lightning[/\\](core[/\\]errors|recorder[/\\](arrivals|registry))\.py$"
+)
+_TOO_DEEP = re.compile(r"^[\s|+]*RecursionError\b")
 _LONGEST = 200  # characters of the text of an error that is shown beside another
 _SILENT = ("vanished", "exit", "native", "signal")  # causes whose report has no error to compare
 
@@ -65,9 +71,27 @@ class Frame(NamedTuple):
 def frames_of(traceback: Iterable[str]) -> list[Frame]:
     """The frames in the lines of a traceback, the innermost last.
 
-    Functions of this package that raise errors for their callers are no place: the caller is.
+    Functions of this package that raise errors for their callers are no place: the caller is, and
+    the line that a signal has interrupted. Of a recursion without end the frames are those of its
+    circle, in the order of their names: at which of them the limit is reached depends on how the
+    program was started.
     """
-    return [frame for frame in _frames(traceback) if not _RAISES_FOR_OTHERS.search(frame.path)]
+    found: list[Frame] = []
+    of_error: list[Frame] = []
+    for line in traceback:
+        frames = _frames([line])
+        of_error += (each for each in frames if not _RAISES_FOR_OTHERS.search(each.path))
+        if "Traceback (most recent call last)" in line:
+            found, of_error = [*found, *of_error], []
+        elif _TOO_DEEP.match(line):
+            of_error = _circle(of_error) or of_error
+    return [*found, *of_error]
+
+
+def _circle(frames: Iterable[Frame]) -> list[Frame]:
+    """The frames that are on a stack more than once, each once, in the order of their names."""
+    repeated = (frame for frame, times in Counter(frames).items() if times > 1)
+    return sorted(repeated, key=lambda frame: frame.name)
 
 
 def _frames(lines: Iterable[str]) -> Iterator[Frame]:
@@ -140,6 +164,41 @@ def signature_of(remains: Remains, directories: Iterable[Path] = ()) -> DeathSig
     )
 
 
+class _OfRank(Protocol):
+    """The death of a rank, or its end without one."""
+
+    @property
+    def rank(self) -> int | None: ...
+
+
+_Of = TypeVar("_Of", bound=_OfRank)
+
+
+def are_same_death(
+    first: _Of, one: Sequence[_Of], again: _Of, other: Sequence[_Of], is_same: Callable[..., bool]
+) -> bool:
+    """Whether two runs died of the same error, on whichever rank of those that died of it.
+
+    Where several ranks die for reasons of their own, it is chance which of them is first. Each
+    run's first death must be among those of the other run. An error that several ranks of one
+    run have died of depends on no rank: of the other run one rank may be left that died of it,
+    because the other ranks were ended before.
+
+    Args:
+        first: Rank of the one run that failed first.
+        one: All ranks of that run, as far as they are on record.
+        again: Rank of the other run that failed first.
+        other: All ranks of the other run, as far as they are on record.
+        is_same: Function that compares the deaths of two ranks, but for the rank.
+    """
+
+    def is_among(death: _Of, ranks: Sequence[_Of]) -> bool | None:
+        return next((is_same(each, death) for each in ranks if each.rank == death.rank), None)
+
+    among = is_among(first, other), is_among(again, one)
+    return all(among) or (among != (False, False) and is_same(first, again))
+
+
 def failing_iteration(remains: Remains) -> int:
     """Number of the iteration in which a rank failed; 0 for a death before the first."""
     if remains.report is not None and remains.report.iteration is not None:
@@ -170,6 +229,26 @@ def is_effect(first: Remains, again: Remains) -> bool:
     is_known = named is not None and named >= 0
     of_peer = again.rank == named if is_known else again.rank != first.rank
     return of_peer and failing_iteration(first) == failing_iteration(again)
+
+
+def is_same_when_deep(first: Remains, again: Remains) -> bool:
+    """Whether a deep replay died of the same fault.
+
+    Eager code fails at another line, and anomaly detection finds a value that is not finite
+    earlier, by an error of another type.
+    """
+    if failing_iteration(first) != failing_iteration(again):
+        return False
+    one, other = first.report or CrashReport(), again.report or CrashReport()
+    if _is_not_finite(one) and _is_not_finite(other):
+        return True
+    types = [(each.error or ErrorReport()).type for each in (one, other)]
+    return one.cause == other.cause and types[0] == types[1]
+
+
+def _is_not_finite(report: CrashReport) -> bool:
+    error = report.error or ErrorReport()
+    return error.non_finite is not None or "returned nan values" in (error.message or "")
 
 
 def other_text(first: Remains, again: Remains, directories: Iterable[Path] = ()) -> str:

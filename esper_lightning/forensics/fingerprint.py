@@ -14,6 +14,7 @@ import re
 import selectors
 import subprocess
 import sys
+import sysconfig
 import time
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
@@ -35,6 +36,7 @@ __all__ = [
     "Fingerprint",
     "differences",
     "fingerprint_of_process",
+    "folders_to_restore",
     "loaded_versions",
     "variables_to_restore",
     "with_config",
@@ -59,6 +61,9 @@ _JOBS = (
     *("POD_UID", "NODE_NAME", "JOB_NAME", "JOB_COMPLETION_INDEX", "JOBSET_NAME"),
     *_ATTEMPTS,
 )
+_OF_PYTHON = re.compile(
+    r"[/\\](site|dist)-packages([/\\]|$)|[/\\]lib\d*[/\\]python\d[^/\\]*([/\\]|$)"
+)
 _GIT_S = 0.5  # longest that git may take to compare the files with the commit
 _MOST_BYTES = 32 << 20  # of a difference to the commit
 _MOST_RECORD_BYTES = 1 << 20
@@ -71,6 +76,8 @@ class Fingerprint(Record):
     Attributes:
         command: Words of the command line, without secrets.
         directory: Current directory at the start.
+        search_path: Further places where Python looked for modules, besides its own: the folder of
+            the program, and those of ``PYTHONPATH`` and of the program's making.
         config: Hash of the resolved config: of ``config.yaml`` on the first rank, where a run has
             that file, and of the module's hyper-parameters otherwise.
         commit: Commit of the user's git repository: that of the program's file, or of the current
@@ -89,6 +96,7 @@ class Fingerprint(Record):
 
     command: tuple[str, ...] = ()
     directory: str | None = None
+    search_path: tuple[str, ...] = ()
     config: str | None = None
     commit: str | None = None
     changes: str | None = None
@@ -145,6 +153,7 @@ def fingerprint_of_process(main: Path | None) -> Fingerprint:
     attempts = [int(job[name]) for name in _ATTEMPTS if job.get(name, "").isdecimal()]
     fingerprint = Fingerprint(
         command=tuple(words_without_secrets(sys.argv)),
+        search_path=_search_path(),
         sources=digests_of_sources(),
         versions={"python": platform.python_version()} | loaded_versions(),
         threads={"cpus": len(os.sched_getaffinity(0))},
@@ -183,6 +192,25 @@ def variables_to_restore(fingerprint: Fingerprint) -> tuple[dict[str, str], list
     found = {k: v for k, v in fingerprint.variables.items() if not _OF_MACHINE.search(k)}
     lost = [name for name, value in found.items() if not is_whole(value)]
     return {name: value for name, value in found.items() if name not in lost}, lost
+
+
+def folders_to_restore(fingerprint: Fingerprint) -> list[str]:
+    """Places where a run found modules, and this process does not look, in the order of the run.
+
+    A place that has this package is left out: a replay is that of the package that plays it.
+    """
+    known, own = set(sys.path), __name__.partition(".")[0]
+    places = (each for each in fingerprint.search_path if each not in known)
+    return [each for each in places if Path(each).exists() and not Path(each, own).exists()]
+
+
+def _search_path() -> tuple[str, ...]:
+    with contextlib.suppress(OSError):  # the current directory may be gone
+        places = dict.fromkeys(str(Path(each).absolute()) for each in sys.path)
+        of_others = {str(Path.cwd()), sysconfig.get_path("scripts")}
+        found = (each for each in places if not (each in of_others or _OF_PYTHON.search(each)))
+        return tuple(each for each in found if Path(each).exists())
+    return ()
 
 
 # The user's repository.

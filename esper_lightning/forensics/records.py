@@ -22,13 +22,15 @@ from typing import (
     get_type_hints,
 )
 
-__all__ = ["EpochSeconds", "Record", "earlier_key", "stored_as"]
+__all__ = ["NOT_STORED", "EpochSeconds", "Record", "earlier_key", "stored_as"]
 
 EpochSeconds = Annotated[float, "seconds since the epoch"]
 """A time; a number that can be no time of a run is read as absent."""
 
 _LATEST_S = 1e11
 _KEY, _EARLIER_KEY, _ABSENT = "key", "earlier key", object()
+NOT_STORED = {"stored": False}
+"""Metadata of a field that is in no JSON object; it has its default in a record that was read."""
 
 
 def stored_as(key: str) -> dict[str, str]:
@@ -74,7 +76,7 @@ class Record:
 
 @functools.cache
 def _fields(cls: type[Record]) -> list[tuple[str, str, str | None, Any]]:
-    """Name, key, earlier key and type of each field but ``unknown``."""
+    """Name, key, earlier key and type of each field that is stored, but ``unknown``."""
     hints = get_type_hints(cls, include_extras=True)
     return [
         (
@@ -84,7 +86,7 @@ def _fields(cls: type[Record]) -> list[tuple[str, str, str | None, Any]]:
             hints[field.name],
         )
         for field in dataclasses.fields(cls)
-        if field.name != "unknown"
+        if field.name != "unknown" and field.metadata.get("stored", True)
     ]
 
 

@@ -12,9 +12,11 @@ from pathlib import Path
 from typing import Any, Literal, NamedTuple, Self, cast
 
 from esper_lightning.forensics.deaths import (
+    are_same_death,
     failing_iteration,
     in_words,
     is_effect,
+    is_same_when_deep,
     other_text,
     signature_of,
 )
@@ -23,7 +25,7 @@ from esper_lightning.forensics.layout import RunLayout
 from esper_lightning.forensics.reading import numbered_rows, parse_json, read_file
 from esper_lightning.forensics.records import Record
 from esper_lightning.forensics.remains import Remains, examine, first_failure
-from esper_lightning.forensics.report import CrashReport, ErrorReport
+from esper_lightning.forensics.report import CrashReport
 from esper_lightning.forensics.room import write_json
 
 __all__ = [
@@ -70,6 +72,7 @@ class ReplayRecord(Record):
         whole_rows: Whether rows of the replay hold all that those of the run do. Otherwise they
             hold what their own step has logged: other values are no function of the state.
         more_dirs: Absolute paths of the copies of that run directory on hosts that share no disk.
+        stopped_by: Signal that ended ``esper replay``, which then ended the replay.
     """
 
     run_dir: str | None = None
@@ -82,6 +85,7 @@ class ReplayRecord(Record):
     lacks: str | None = None
     whole_rows: bool = True
     more_dirs: tuple[str, ...] = ()
+    stopped_by: str | None = None
 
     @property
     def directories(self) -> tuple[Path, ...]:
@@ -112,7 +116,8 @@ class Verdict(NamedTuple):
     outcome: Outcome
     """``reproduced``: the same error, in the same iteration, at the same line. ``did not happen
     again``: the failing iteration went well. ``different``: from ``iteration`` on. ``undecided``:
-    the replay has not finished the failing iteration, or its start could not repeat the run."""
+    the replay has not finished the failing iteration, as where it was stopped, or its start could
+    not repeat the run."""
     iteration: int
     """Iteration that failed; for ``different``, the first one that is not the same."""
     rows: int
@@ -145,7 +150,8 @@ class Verdict(NamedTuple):
         well = f"iteration {self.iteration} went well" if self.iteration else "training began"
         lines = [f"Did not happen again: {well}.", rows, *([differs] if self.conditions else [])]
         cause = "If that is not the cause, it" if self.conditions else "The cause"
-        others = f"another process, hardware, a race{f', or {_STATE}' if self.from_start else ''}"
+        others = "another process, hardware, an environment variable, a race"
+        others += f", or {_STATE}" if self.from_start else ""
         return [*lines, f"{cause} is outside of the program's state: {others}.", *self._advice()]
 
     def _advice(self, reason: str = "") -> list[str]:
@@ -230,7 +236,8 @@ def judge(directory: Path, dead: Sequence[Remains]) -> Verdict:
     if again is None and own.state != "finished":
         raise ValueError(f"The replay must run to its end: it is {own.state}.")
     rows, found = _compare_rows(record, directory, dead)
-    outcome, iteration, reason = _decide(record, directory, first, again, found)
+    again, died_alike = _counterpart(record, directory, (first, dead), (again, ranks))
+    outcome, iteration, reason = _decide(record, directory, first, again, died_alike, found)
     if record.lacks and outcome != "reproduced":
         if outcome == _WELL:
             reason = f"iteration {iteration} went well."
@@ -238,7 +245,8 @@ def judge(directory: Path, dead: Sequence[Remains]) -> Verdict:
             reason = f"different from iteration {iteration} on ({reason})."
         reason += f" The start of the replay does not restore {record.lacks}."
         outcome = "undecided"
-    how = _from_start(record, first)
+    ended_early = outcome == "undecided" and not record.lacks
+    how = None if ended_early else _from_start(record, first)
     return Verdict(outcome, iteration, rows, reason, conditions, how)
 
 
@@ -247,6 +255,7 @@ def _decide(
     directory: Path,
     first: Remains,
     again: Remains | None,
+    died_alike: bool,
     found: tuple[int, str] | None,
 ) -> tuple[Outcome, int, str]:
     """Outcome of a replay, the iteration that it is about, and the reason.
@@ -255,32 +264,40 @@ def _decide(
         record: What is replayed.
         directory: Run directory of the replay.
         first: Remains of the rank that failed first in the run that died.
-        again: Remains of the rank that failed first in the replay; ``None`` without a death.
+        again: Remains of the rank of the replay whose death is compared; ``None`` without a death.
+        died_alike: Whether both runs died of the same error.
         found: First row that differs, and what differs in it.
     """
     failing = record.iteration or 0
-    died_alike = again is not None and _same(first, again, record, directory)
     if found is not None:
         iteration, what = found
         what += "; it died in the same way all the same" if died_alike else ""
         return "different", iteration, what
     if again is None:
-        files = RunLayout(directory).rank(record.rank or 0)
-        numbers = (number for number, _ in numbered_rows(files.history))
-        done = max(numbers, default=record.begins or 0)
-        if done < failing:
-            reason = (
-                f"the replay ended after iteration {done}, before iteration {failing} was over."
-            )
-            return "undecided", failing, reason
-        return _WELL, failing, ""
+        return _of_the_end(record, directory)
     reason, at = in_words(again), failing_iteration(again)
     if died_alike:
         reason += other_text(first, again, (directory.absolute(), *record.directories))
         return "reproduced", failing, reason
     if at > failing:
         return _WELL, failing, reason
+    stop = _stop(record, again)
+    if stop is not None:
+        over = f"iteration {failing} was over" if failing else "training began"
+        return "undecided", failing, f"the replay ended in iteration {at} ({stop}), before {over}."
     return "different", at, f"{reason}, not {in_words(first)}"
+
+
+def _of_the_end(record: ReplayRecord, directory: Path) -> tuple[Outcome, int, str]:
+    """Outcome of a replay that has ended without a death, with iteration and reason."""
+    failing = record.iteration or 0
+    files = RunLayout(directory).rank(record.rank or 0)
+    numbers = (number for number, _ in numbered_rows(files.history))
+    done = max(numbers, default=record.begins or 0)
+    if done < failing:
+        reason = f"the replay ended after iteration {done}, before iteration {failing} was over."
+        return "undecided", failing, reason
+    return _WELL, failing, ""
 
 
 def _from_start(record: ReplayRecord, first: Remains) -> str | None:
@@ -314,32 +331,48 @@ def _compare_rows(
     return rows, found
 
 
-def _same(first: Remains, again: Remains, record: ReplayRecord, directory: Path) -> bool:
-    if not first.is_first_cause:
-        return is_effect(first, again)
-    if first.rank != again.rank:
-        return False
-    if record.deep:
-        return _same_when_deep(first, again)
-    directories = directory.absolute(), *record.directories
-    return signature_of(first, directories).is_same(signature_of(again, directories))
+def _counterpart(
+    record: ReplayRecord,
+    directory: Path,
+    died: tuple[Remains, Sequence[Remains]],
+    again: tuple[Remains | None, Sequence[Remains]],
+) -> tuple[Remains | None, bool]:
+    """The rank of a replay whose death is compared, and whether both runs died of the same error.
 
-
-def _same_when_deep(first: Remains, again: Remains) -> bool:
-    """Whether a deep replay died of the same fault.
-
-    Eager code fails at another line, and anomaly detection finds a value that is not finite
-    earlier, by an error of another type.
+    Args:
+        record: What is replayed.
+        directory: Run directory of the replay.
+        died: Remains of the rank that failed first in the run that died, and of all its ranks.
+        again: The same of the replay; ``None`` without a death.
     """
-    if failing_iteration(first) != failing_iteration(again):
-        return False
-    one, other = first.report or CrashReport(), again.report or CrashReport()
-    if _is_not_finite(one) and _is_not_finite(other):
-        return True
-    types = [(each.error or ErrorReport()).type for each in (one, other)]
-    return one.cause == other.cause and types[0] == types[1]
+    (first, dead), (other, ranks) = died, again
+    if other is None or (record.stopped_by and _stop(record, other)):
+        return other, False
+    if not first.is_first_cause:
+        return other, is_effect(first, other)
+    directories = directory.absolute(), *record.directories
+
+    def is_same(one: Remains, other: Remains) -> bool:
+        if not (one.failed and other.failed):
+            return False
+        if record.deep:
+            return is_same_when_deep(one, other)
+        return signature_of(one, directories).is_same(signature_of(other, directories))
+
+    if not are_same_death(first, dead, other, ranks, is_same):
+        return other, False
+    of_rank = (each for each in ranks if each.rank == first.rank and is_same(first, each))
+    return next(of_rank, other), True
 
 
-def _is_not_finite(report: CrashReport) -> bool:
-    error = report.error or ErrorReport()
-    return error.non_finite is not None or "returned nan values" in (error.message or "")
+def _stop(record: ReplayRecord, again: Remains) -> str | None:
+    """What has stopped a replay from outside, as far as is known; ``None`` for another death."""
+    report = again.report or CrashReport(cause="vanished")
+    if report.cause not in ("signal", "vanished", "peer"):
+        return None
+    if record.stopped_by:
+        return record.stopped_by
+    if report.cause == "peer":
+        return None
+    what = report.signal or report.what_happened or "its process vanished"
+    return what.partition(" (")[0]  # without the memory that the process had

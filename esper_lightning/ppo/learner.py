@@ -12,6 +12,7 @@ import torch
 from torch import Tensor
 
 from esper_lightning.compiling.loops import CompileMode, compile_function, log_reasons_again
+from esper_lightning.compiling.stages import stages_within
 from esper_lightning.core.buffer import allocate_rollout, first_steps
 from esper_lightning.core.distributions import has_choice
 from esper_lightning.core.errors import require
@@ -105,6 +106,7 @@ class Learner:
 
     Attributes:
         agent: Agent that acts and is trained.
+        stages: Stages that are compiled, by name.
         order: Indices of the samples of each gradient step of the latest update.
     """
 
@@ -137,6 +139,7 @@ class Learner:
         prepare = partial(_targets_of, config, ranks, spaces.action)
         self._prepare = compile_function("advantages", prepare, mode=alone, device=device)
         self._updater = Updater(agent, config, mode=mode, device=device, ranks=ranks)
+        self.stages = stages_within(self._collector, self._critic, self, self._updater)
         self._acting: ActingState | None = None
         self._parameters: FlatParameters | None = None
         self._learning_rate, self._action_space = torch.zeros((), device=device), spaces.action

@@ -111,6 +111,7 @@ class Updater:
         gradient_sums, around = self._sum, mode
         if ranks.size > 1:
             mine = compile_loop("gradient", _sums_alone, self._sum, mode=mode, device=device)
+            self._gradient = mine  # among the stages of a learner
 
             def gradient_sums(
                 progress: _Progress, index: Tensor, constants: _Constants

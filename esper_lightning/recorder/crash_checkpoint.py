@@ -9,16 +9,16 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from lightning.pytorch import LightningModule, Trainer
+from lightning.pytorch import Callback, LightningModule, Trainer
 from lightning.pytorch.strategies import DDPStrategy, SingleDeviceStrategy
 from torch import Tensor
 
-from esper_lightning.callbacks.lightning_internals import dump_checkpoint
+from esper_lightning.callbacks.checkpoint_internals import dump_checkpoint
 from esper_lightning.core.seeding import global_random_states
 from esper_lightning.core.tensor_trees import named_tensors
 from esper_lightning.forensics.files import replacing
 
-__all__ = ["CRASH_KEY", "save_crash_checkpoint", "saving_alone"]
+__all__ = ["CRASH_KEY", "save_crash_checkpoint", "saves_by_own_code", "saving_alone"]
 
 CRASH_KEY = "crash"
 
@@ -74,6 +74,16 @@ def saving_alone(module: LightningModule) -> Generator[None]:
         yield
     finally:
         asked.saves_alone = False
+
+
+def saves_by_own_code(owner: LightningModule | Callback) -> bool:
+    """Whether ``on_save_checkpoint`` is neither Lightning's nor of this package.
+
+    Such a hook may do anything when a checkpoint is collected, as count the checkpoints. It may be
+    an attribute of the object alone.
+    """
+    source = str(owner.on_save_checkpoint.__module__).partition(".")[0]
+    return source not in ("lightning", "esper_lightning")
 
 
 def _finite(value: Tensor) -> bool:

@@ -15,12 +15,13 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any, Concatenate, ParamSpec, cast
 
-from lightning.pytorch import Callback, LightningModule, Trainer
+from lightning.pytorch import LightningModule, Trainer
 from typing_extensions import override
 
+from esper_lightning.callbacks.checkpoint_internals import checkpoint_to_load
 from esper_lightning.callbacks.directory_choice import WritesRun
 from esper_lightning.callbacks.history import History, finished_iterations
-from esper_lightning.callbacks.lightning_internals import checkpoint_to_load, run_depth
+from esper_lightning.callbacks.lightning_internals import run_depth
 from esper_lightning.callbacks.loggers import guard_loggers
 from esper_lightning.callbacks.run_directory import (
     close_run_directory,
@@ -35,6 +36,7 @@ from esper_lightning.forensics.claims import DirectoryRefusedError
 from esper_lightning.forensics.fingerprint import Fingerprint
 from esper_lightning.forensics.layout import RunLayout
 from esper_lightning.forensics.rank_record import ProcessRecord
+from esper_lightning.recorder.crash_checkpoint import saves_by_own_code
 from esper_lightning.recorder.death import in_words
 from esper_lightning.recorder.fingerprint import FINGERPRINT_KEY
 from esper_lightning.recorder.note import add_note
@@ -46,7 +48,7 @@ from esper_lightning.recorder.peers import (
 )
 from esper_lightning.recorder.recording import Recording, recording_of
 from esper_lightning.recorder.state import State
-from esper_lightning.recorder.state_keeper import StateKeeper
+from esper_lightning.recorder.state_keeper import StateKeeper, load_later_state
 
 __all__ = ["FlightRecorder"]
 
@@ -135,6 +137,8 @@ class FlightRecorder(WritesRun):
             guard_loggers(trainer.loggers)
         open_run_directory(trainer, self)
         layout = run_layout(trainer)
+        if layout is not None and stage == "fit" and not _is_ppo(pl_module):
+            load_later_state(trainer, layout)
         if layout is not None and trainer.is_global_zero:
             resumed = stage == "fit" and checkpoint_to_load(trainer) is not None
             guard_loggers(
@@ -300,7 +304,7 @@ class FlightRecorder(WritesRun):
         wanted = self.keeps_state
         if wanted is None:  # hooks of others may do anything when a checkpoint is collected
             hooks = (module, *trainer.callbacks)
-            wanted = hasattr(module, "saves_alone") and not any(map(_has_hook_of_a_user, hooks))
+            wanted = _is_ppo(module) and not any(map(saves_by_own_code, hooks))
         if not wanted:
             return None
         return StateKeeper(layout, trainer.global_rank, always=self.keeps_state is True)
@@ -347,10 +351,8 @@ class FlightRecorder(WritesRun):
         )
 
 
-def _has_hook_of_a_user(owner: LightningModule | Callback) -> bool:
-    """Whether ``on_save_checkpoint`` is neither Lightning's nor of this package."""
-    source = type(owner).on_save_checkpoint.__module__.partition(".")[0]
-    return source not in ("lightning", "esper_lightning")
+def _is_ppo(module: LightningModule) -> bool:
+    return hasattr(module, "saves_alone")
 
 
 def _close_earlier(trainer: Trainer) -> None:

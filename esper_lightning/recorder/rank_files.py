@@ -9,7 +9,7 @@ from typing import NamedTuple
 
 from lightning.pytorch import Trainer
 
-from esper_lightning.callbacks.lightning_internals import checkpoint_to_load
+from esper_lightning.callbacks.checkpoint_internals import checkpoint_to_load
 from esper_lightning.forensics import sidecar
 from esper_lightning.forensics.attempts import list_attempt
 from esper_lightning.forensics.layout import RunLayout

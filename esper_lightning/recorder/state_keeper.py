@@ -17,8 +17,11 @@ import io
 import logging
 import math
 import os
+import shutil
 import statistics
 import time
+import zipfile
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -27,14 +30,22 @@ from lightning.pytorch.callbacks import Checkpoint
 from lightning.pytorch.strategies import DDPStrategy, SingleDeviceStrategy
 from typing_extensions import override
 
+from esper_lightning.callbacks.checkpoint_internals import (
+    checkpoint_to_load,
+    dump_checkpoint,
+    load_in_place_of_last,
+    parse_checkpoint_path,
+    resumes_last,
+)
 from esper_lightning.callbacks.history import finished_iterations
-from esper_lightning.callbacks.lightning_internals import dump_checkpoint, evaluates_next
+from esper_lightning.callbacks.lightning_internals import evaluates_next
 from esper_lightning.callbacks.loop_internals import accumulates_gradients
+from esper_lightning.forensics.files import replacing
 from esper_lightning.forensics.layout import RunLayout
 from esper_lightning.recorder.crash_checkpoint import saving_alone
 from esper_lightning.recorder.death import in_words
 
-__all__ = ["MOST_SHARE", "StateKeeper"]
+__all__ = ["MOST_SHARE", "StateKeeper", "load_later_state"]
 
 _log = logging.getLogger(__name__)
 MOST_SHARE = 0.005
@@ -42,6 +53,42 @@ MOST_SHARE = 0.005
 _FIRST_DECISION = 4  # iterations of a run before it is known what storing costs
 _MOST_BYTES = 64 << 20  # of a state that nobody asked for: the disk must write it, too
 _NEVER = 1 << 40  # iterations between two states of a rank that stores none any more
+
+
+def load_later_state(trainer: Trainer, layout: RunLayout) -> None:
+    """Make a run with ``ckpt_path="last"`` resume from a state that is later than its checkpoints.
+
+    This is a collective for such a run. Of a module that is not ``PPO``, whose states
+    ``training.checkpoint.start`` joins, the state of the first rank is a whole checkpoint.
+
+    Args:
+        trainer: Trainer of a fit, which has loaded nothing yet.
+        layout: Run directory, which the run owns.
+
+    Raises:
+        OSError: If the disk does not take a copy of the state.
+    """
+    if not resumes_last(trainer):
+        return
+    load_in_place_of_last(trainer, None)
+    path: str | None = None
+    if trainer.is_global_zero:
+        last = parse_checkpoint_path(trainer, "last", layout.checkpoints)
+        states = (layout.joined_state, *layout.rank(0).states)
+        found = [*([] if last is None else [Path(last)]), *filter(zipfile.is_zipfile, states)]
+        latest = max(found, key=lambda each: each.stat().st_mtime_ns, default=None)
+        if latest in layout.rank(0).states:  # which the run will write again
+            layout.checkpoints.mkdir(exist_ok=True)
+            with replacing(layout.joined_state) as temporary:
+                shutil.copy2(latest, temporary)
+            latest = layout.joined_state
+        path = None if latest is None else str(latest)
+    if trainer.world_size > 1:
+        path = trainer.strategy.broadcast(path)
+    if path is not None and path != str(checkpoint_to_load(trainer)):
+        load_in_place_of_last(trainer, path)
+        if trainer.is_global_zero:
+            _log.warning("Resuming from %s, which is later than what Lightning found.", path)
 
 
 class StateKeeper(Checkpoint):

@@ -1,5 +1,6 @@
 """Evaluations during a run: deterministic episodes in environments that training never sees."""
 
+from collections.abc import Mapping
 from functools import partial
 from typing import Any, cast
 
@@ -8,6 +9,7 @@ from torch import nn
 from torchmetrics import CatMetric
 
 from esper_lightning.compiling.loops import CompileMode, few_cpu_threads
+from esper_lightning.compiling.stages import StageState, restore_stages, stages_within
 from esper_lightning.core.running_stats import ObsNormalizer
 from esper_lightning.core.seeding import stream_seed
 from esper_lightning.envs.base import (
@@ -47,6 +49,7 @@ class Evaluation(nn.Module):
         self._compile: CompileMode = settings.compile
         self._env: BatchedEnv | None = None
         self._stride: Stride | None = None
+        self._stages: dict[str, StageState] = {}  # while there is no stride
         self.episode_return = CatMetric(nan_strategy="error")
         self.episode_length = CatMetric(nan_strategy="error")
         self._seed, self._has_played = settings.seed, False
@@ -105,11 +108,26 @@ class Evaluation(nn.Module):
         if stride is None or not stride.is_of(policy, normalizer, functional):
             mode = self._compile
             stride = Stride(policy, normalizer, functional, mode=mode, device=device)
-            self._stride = stride
+            restore_stages(stages_within(stride), self._stages)
+            self._stride, self._stages = stride, {}
         return stride
+
+    def stage_states(self) -> dict[str, StageState]:
+        """How the stages of evaluations run, for a checkpoint."""
+        if self._stride is None:
+            return self._stages
+        return {name: stage.state() for name, stage in stages_within(self._stride).items()}
+
+    def restore_stages(self, states: Mapping[str, StageState]) -> None:
+        """Let evaluations run as those of a checkpoint did, or as new ones without a state."""
+        if self._stride is None:
+            self._stages = dict(states)
+        else:
+            restore_stages(stages_within(self._stride), states)
 
     def close(self) -> None:
         """Release the processes, windows and other resources of the environments."""
+        self._stages = self.stage_states()
         close_env(self.spec, self._env)
         self._env = self._stride = None
 

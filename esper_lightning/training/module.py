@@ -39,6 +39,7 @@ from esper_lightning.recorder.awake import awake_s
 from esper_lightning.training import trainer_rules
 from esper_lightning.training.checkpoint.hooks import CheckpointHooks
 from esper_lightning.training.checkpoint.meeting import tells_other_ranks
+from esper_lightning.training.checkpoint.start import resume_later_state
 from esper_lightning.training.environments import RunEnvironments, build_learner
 from esper_lightning.training.evaluation import Evaluation
 from esper_lightning.training.iterations import Iterations
@@ -278,6 +279,7 @@ class PPO(CheckpointHooks):
         if fits:
             self.refuse_other_ranks()
             begin_run_directory(self.trainer)
+            resume_later_state(self.trainer)
             continue_tracking(self.trainer)
         self._guard_loggers()
         return [RunEnvironments(), ReportsAbsentMetrics(logs_more=more)]

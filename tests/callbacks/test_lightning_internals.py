@@ -28,7 +28,7 @@ PACKAGE = Path(esper_lightning.__path__[0])
 LIGHTNING = Path(lightning.__path__[0])
 FILE = PACKAGE / "callbacks" / "lightning_internals.py"
 OTHERS = (
-    *("loop_internals.py", "profiler_internals.py"),
+    *("checkpoint_internals.py", "loop_internals.py", "profiler_internals.py"),
     *("tensorboard_internals.py", "tracker_internals.py"),
 )
 FILES = (FILE, *map(FILE.with_name, OTHERS))

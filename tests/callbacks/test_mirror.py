@@ -1,6 +1,7 @@
 """A run with a remote address stores its evidence on a local disk, and copies it to there."""
 
 import logging
+import os
 import re
 import shutil
 import threading
@@ -328,6 +329,16 @@ def test_each_rank_copies_its_folder_and_the_first_what_is_beside(tmp_path, memo
     assert sorted(memory.find("/r")) == ["/r/rank1/b"]
     Mirror(tmp_path / "run", "memory://r", rank=0).copy(seconds=30)
     assert sorted(memory.find("/r")) == ["/r/checkpoints/c", "/r/d", "/r/rank0/a", "/r/rank1/b"]
+
+
+def test_a_file_that_is_written_anew_at_its_old_length_is_copied_again(tmp_path, memory):
+    (tmp_path / "run").mkdir()
+    mirror = Mirror(tmp_path / "run", "memory://b", rank=0)
+    for second, text in enumerate(("old", "new")):
+        (tmp_path / "run" / "last.ckpt").write_text(text)
+        os.utime(tmp_path / "run" / "last.ckpt", (second, second))
+        assert mirror.copy(seconds=30)
+        assert memory.cat_file("/b/last.ckpt") == text.encode()
 
 
 def test_a_run_goes_on_from_its_address_on_a_machine_that_has_nothing(memory, tmp_path, capsys):

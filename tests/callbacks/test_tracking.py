@@ -19,6 +19,7 @@ from tensorboard.backend.event_processing.event_accumulator import EventAccumula
 
 from esper_lightning import PPO, PPOConfig, Trainer
 from esper_lightning.callbacks import tracking
+from esper_lightning.cli.main import main
 from esper_lightning.envs import CartPole
 from esper_lightning.forensics.layout import OF_A_RUN
 
@@ -335,6 +336,42 @@ def test_wandb_itself_offline(tmp_path, monkeypatch):
     uploaded = {path.name for path in run.glob("wandb/offline-run-*/files/*")}
     assert {"best.ckpt", "crash.zip", "run_config.yaml"} <= uploaded
     assert not [path for path in run.glob("wandb/*/files/*") if path.is_symlink()]
+
+
+@pytest.mark.slow
+@pytest.mark.filterwarnings("ignore::FutureWarning")
+def test_mlflow_itself_through_the_command_line(tmp_path, monkeypatch, capsys):
+    pytest.importorskip("mlflow")
+    from mlflow.tracking import MlflowClient  # noqa: PLC0415
+
+    monkeypatch.setenv("MLFLOW_ALLOW_FILE_STORE", "true")
+    monkeypatch.chdir(tmp_path)
+    address = f"file:{tmp_path / 'mlruns'}"
+    client = MlflowClient(address)  # which makes an empty store
+    words = ["fit", "--config", "cartpole", "--trainer.accelerator=cpu", "--model.compile=off"]
+    words += ["--model.env.num_envs", "4", "--model.ppo.rollout_steps", "8"]
+    words += ["--model.ppo.minibatches", "2", "--model.eval_episodes", "2", "--run_dir", "run"]
+    words += ["--trainer.logger", "MLFlowLogger", "--trainer.enable_progress_bar", "false"]
+    words += ["--trainer.logger.tracking_uri", address, "--ckpt_path", "last"]
+
+    def files():
+        found = (path for path in (tmp_path / "mlruns").rglob("*") if path.is_file())
+        return {path: path.stat().st_mtime_ns for path in found}
+
+    before = files()
+    main([*words, "--dry_run", "true"])
+    assert files() == before
+    for iterations in (2, 4):
+        main([*words, "--model.total_env_steps", str(STEPS * iterations)])
+    (run,) = client.search_runs([each.experiment_id for each in client.search_experiments()])
+    steps = [metric.step for metric in client.get_metric_history(run.info.run_id, "loss/policy")]
+    assert steps == [STEPS * k for k in range(1, 5)]
+    before = files()
+    main([*words, "--dry_run", "true"])
+    with pytest.raises(SystemExit):  # a refused start
+        main([*words, "--model.env.num_envs", "8"])
+    assert files() == before
+    assert "must be the checkpoint's" in capsys.readouterr().err
 
 
 @pytest.mark.slow

@@ -156,5 +156,5 @@ def test_it_works_without_torch(runs):
 def test_what_is_not_installed_is_named(runs, absent):
     done = started(absent, "runs", "--output", "out")
     assert done.returncode == 2
-    line = f"esper: error: esper compare needs {absent}: pip install {absent}\n"
-    assert done.stderr == line
+    how = "pip install 'esper_lightning[compare]'"
+    assert done.stderr == f"esper: error: esper compare needs {absent}: {how}\n"

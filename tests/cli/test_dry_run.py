@@ -4,7 +4,7 @@ import pytest
 
 from esper_lightning.cli.main import main
 
-FIT = ("fit", "--config", "cartpole", "--trainer.accelerator=cpu", "--dry_run=true")
+FIT = ("fit", "--config", "cartpole", "--trainer.accelerator=cpu", "--dry_run")
 
 
 def said(capsys, *words) -> dict[str, str]:
@@ -21,6 +21,17 @@ def test_the_plan_of_a_new_run(capsys, tmp_path, monkeypatch, run_dir):
     assert plan["Length"] == "5 iterations to 10,000 env steps"
     assert plan["Directory"].endswith("(new)")
     assert list(tmp_path.iterdir()) == []
+
+
+@pytest.mark.parametrize("more", [["--dry_run=true"], ["--dry_run", "--model.redeal"]])
+def test_a_switch_needs_no_value(capsys, tmp_path, monkeypatch, more):
+    monkeypatch.chdir(tmp_path)
+    main([*FIT[:-1], *more])
+    assert "Task:" in capsys.readouterr().out
+    assert list(tmp_path.iterdir()) == []
+    with pytest.raises(SystemExit):
+        main([*FIT[:-1], "--dry_run", "maybe"])
+    assert "dry_run must be true or false, got 'maybe'" in capsys.readouterr().err
 
 
 def test_nothing_is_trained_of_a_bare_run_either(capsys, tmp_path, monkeypatch):

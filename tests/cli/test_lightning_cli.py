@@ -350,11 +350,26 @@ class TestGoingOn:
             resume += ["--model.total_env_steps", budget]
             main(["fit", "--config", CARTPOLE, *QUICK, *resume])
             said = capsys.readouterr().out.splitlines()[0]
-            begins = "No checkpoint to resume from (--ckpt_path last): a new run begins."
+            begins = "No checkpoint to resume from: a new run begins."
             assert (said == begins) is (budget == "32")
         rows = read_json_lines(Path("elsewhere/rank0/history.jsonl"))
         assert [row["env_steps"] for row in rows] == [32, 64]
         assert not Path("runs").exists()
+
+    @pytest.mark.parametrize("run_dir", [(), ("--run_dir", "here")])
+    @pytest.mark.parametrize("logger", ["false", "lightning.pytorch.loggers.CSVLogger"])
+    def test_last_goes_on_whatever_the_logger(self, capsys, logger, run_dir):
+        words = ["fit", "--config", CARTPOLE, *QUICK, "--trainer.logger", logger, *run_dir]
+        words += [] if logger == "false" else ["--trainer.logger.save_dir", "logs"]
+        for budget in ("32", "64"):
+            main([*words, "--model.total_env_steps", budget, "--ckpt_path", "last"])
+            is_new = "No checkpoint to resume from" in capsys.readouterr().out
+            assert is_new is (budget == "32")
+        histories = list(Path().rglob("history.jsonl"))
+        assert [row["env_steps"] for row in read_json_lines(histories[0])] == [32, 64]
+        assert len(histories) == 1
+        line = fails(capsys, *words, "--model.env.num_envs", "8", "--ckpt_path", "last")
+        assert "must be the checkpoint's" in line
 
     def test_a_run_directory_beside_a_logger(self, capsys):
         logger = ["--trainer.logger", "lightning.pytorch.loggers.CSVLogger"]

@@ -356,7 +356,7 @@ FIT = {
     "--model.env ''": "model.env must be the name of a class of EnvSpec, got ''.",
     "--model.env MLP": "model.env must be the name of a class of EnvSpec, got 'MLP'.",
     "--model.env torch.nn.Linear": "a class of EnvSpec, got 'torch.nn.Linear'. Known are Acrobot",
-    "--model.env no_such.Env": "can be imported, got 'no_such.Env': No module named 'no_such'.",
+    "--model.env no_such.Env": "'no_such'. Install it, or add its folder to PYTHONPATH.",
     "--model.env torch.NoSuchEnv": "module 'torch' has no attribute 'NoSuchEnv'.",
     "--model.policy MPL": "got 'MPL'. The nearest is 'MLP'. Known are CNN, Composed, MLP,"
     " Recurrent, or an import path.",

@@ -1,7 +1,12 @@
 """Mistakes in the words of ``esper replay`` are one line, and start no run."""
 
+import os
 import shutil
+import signal
 import subprocess
+import sys
+import tempfile
+import threading
 from dataclasses import replace
 from pathlib import Path
 from types import SimpleNamespace
@@ -30,6 +35,13 @@ def dead(tmp_path) -> Path:
         (files.directory / path.name).write_bytes(path.read_bytes())
     RunLayout(tmp_path / "run").config.write_text("model: {}\ntrainer: {}\n")
     return tmp_path / "run"
+
+
+class Refused:
+    """A process whose settings are refused."""
+
+    def wait(self, timeout):
+        return 2
 
 
 def said(capsys, *words: object) -> tuple[str, str]:
@@ -86,8 +98,7 @@ def test_a_minibatch_with_wrong_content_is_one_line(dead, capsys, content):
 
 
 def test_what_the_run_refuses_is_said_by_it_alone(dead, capsys, monkeypatch):
-    done = subprocess.CompletedProcess([], 2)
-    monkeypatch.setattr(subprocess, "run", lambda *_, **__: done)
+    monkeypatch.setattr(subprocess, "Popen", lambda *_, **__: Refused())
     assert said(capsys, dead)[1] == ""
 
 
@@ -98,9 +109,9 @@ def configs(monkeypatch) -> list[dict[str, Any]]:
 
     def start(words, **_):
         found.append(yaml.safe_load(Path(words[-1]).read_text()))
-        return subprocess.CompletedProcess(words, 2)
+        return Refused()
 
-    monkeypatch.setattr(subprocess, "run", start)
+    monkeypatch.setattr(subprocess, "Popen", start)
     return found
 
 
@@ -144,15 +155,34 @@ def test_variables_without_a_whole_value_are_named_and_not_restored(dead, capsys
 
     def start(words, *, env, **_):
         found.append(env)
-        return subprocess.CompletedProcess(words, 2)
+        return Refused()
 
-    monkeypatch.setattr(subprocess, "run", start)
+    monkeypatch.setattr(subprocess, "Popen", start)
     assert (
         "Not restored, because no whole value is on record: TORCH_LOGS_FORMAT."
         in said(capsys, dead)[0]
     )
     assert "TORCH_LOGS_FORMAT" not in found[0]
     assert (found[0]["NCCL_ALGO"], found[0]["XLA_FLAGS"]) == ("Ring", "of this shell")
+
+
+@pytest.mark.parametrize("given", ["", "/of/this/shell"])
+def test_a_replay_finds_the_modules_beside_the_program_of_the_run(
+    dead, tmp_path, capsys, monkeypatch, given
+):
+    files, found = RunLayout(dead).rank(0), []
+    record = ProcessRecord.load(files.process)
+    places = Fingerprint(search_path=(str(tmp_path), str(tmp_path / "gone")))
+    replace(record, fingerprint=places).write(files.process)
+    monkeypatch.setenv("PYTHONPATH", given)
+
+    def start(words, *, env, **_):
+        found.append(env)
+        return Refused()
+
+    monkeypatch.setattr(subprocess, "Popen", start)
+    said(capsys, dead)
+    assert found[0]["PYTHONPATH"] == f"{given}{':' if given else ''}{tmp_path}"
 
 
 @pytest.mark.parametrize(("given", "pinned"), [("auto", 1), (-1, 1), ([3], [3]), ([0, 1], 1)])
@@ -200,3 +230,59 @@ def test_a_folder_within_the_dead_run_is_not_that_of_the_replay(dead, capsys, mo
     said(capsys, dead)
     places = [each["init_args"].get("dirpath") for each in configs[0]["trainer"]["callbacks"]]
     assert places == [None, "~/other", None]
+
+
+@pytest.mark.parametrize("name", ["SIGINT", "SIGTERM", "SIGHUP"])
+def test_a_signal_ends_the_process_of_the_replay_first(monkeypatch, name):
+    number = signal.Signals[name]
+    before = signal.getsignal(number)
+    monkeypatch.setattr(command, "_HEARD_S", 0.2)
+    with command._stops_are_exits() as stops:
+        threading.Timer(0.2, os.kill, (os.getpid(), number)).start()
+        status = stops.run([sys.executable, "-S", "-c", "import time; time.sleep(60)"])
+    assert (status, stops.stopped_by) == (-signal.SIGTERM, name)
+    assert signal.getsignal(number) == before
+
+
+def test_a_signal_before_the_process_is_there_is_an_exit(dead, monkeypatch):
+    monkeypatch.setattr(command, "plan_replay", lambda *_, **__: os.kill(os.getpid(), 15))
+    with pytest.raises(SystemExit) as caught:
+        main(["replay", str(dead)])
+    assert caught.value.code == 143
+
+
+@pytest.mark.parametrize("has_begun", [True, False])
+@pytest.mark.parametrize("is_stopped", [True, False])
+def test_a_replay_that_has_not_said_what_it_is_has_a_verdict(
+    dead, tmp_path, capsys, monkeypatch, is_stopped, has_begun
+):
+    """A callback of the user's has died in its ``setup``, or a signal has ended the replay."""
+    new, temporary = tmp_path / "new", tmp_path / "temporary"
+    temporary.mkdir()
+    monkeypatch.setattr(tempfile, "tempdir", str(temporary))
+
+    class Process:
+        def wait(self, timeout):
+            if has_begun:
+                shutil.copytree(RunLayout(dead).rank(0).directory, RunLayout(new).rank(0).directory)
+            if is_stopped:
+                os.kill(os.getpid(), signal.SIGTERM)
+            return 1
+
+        def terminate(self):
+            pass
+
+    monkeypatch.setattr(subprocess, "Popen", lambda *_, **__: Process())
+    with pytest.raises(SystemExit) as caught:
+        main(["replay", str(dead), "--run_dir", str(new)])
+    out, err = capsys.readouterr()
+    assert not list(temporary.iterdir())
+    if is_stopped:
+        assert (caught.value.code, err) == (5, "")
+        assert "Undecided" in out
+        assert "SIGTERM" in out
+    elif has_begun:
+        assert (caught.value.code, err) == (0, "")
+        assert "Reproduced: iteration 6, rank 0" in out
+    else:
+        assert (caught.value.code, err.count("\n")) == (2, 1)

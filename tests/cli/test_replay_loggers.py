@@ -83,7 +83,7 @@ def test_a_logger_is_found_where_the_run_was_started(tmp_path):
     before = list(sys.path)
     trainer = {"logger": logger(f"{name}.Own", save_dir="lg")}
     try:
-        assert replace_loggers(trainer, tmp_path, started_in=str(tmp_path)) == []
+        assert replace_loggers(trainer, tmp_path, found_in=[str(tmp_path)]) == []
     finally:
         sys.modules.pop(name, None)
     assert sys.path == before

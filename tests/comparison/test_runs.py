@@ -6,7 +6,7 @@ from pathlib import Path
 
 import pytest
 
-from esper_lightning.comparison.runs import find_runs, identity, read_run
+from esper_lightning.comparison.runs import find_runs, identity, read_metrics, read_run
 from tests.comparison.conftest import KILLED
 
 
@@ -144,6 +144,8 @@ def test_of_rows_at_the_same_env_steps_the_last_counts(make_run):
     with (directory / "rank0" / "history.jsonl").open("a") as history:
         history.write(more)
     assert read_run(directory).points["rollout"] == [(1000, 1), (2000, 7)]
+    metrics = read_metrics(directory / "rank0" / "history.jsonl")
+    assert metrics["rollout/episode_return_mean"] == [(1000, 1), (2000, 7)]
 
 
 ODD = ("5", True, None, [], {}, -5, 1e300, "NaN", 10**30, [[1]])

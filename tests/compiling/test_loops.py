@@ -11,8 +11,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from esper_lightning.compiling import loops as compiling
-from esper_lightning.compiling import stepwise, tracing
+from esper_lightning.compiling import stages, stepwise, tracing
 from esper_lightning.compiling.loops import (
     CompileMode,
     compile_function,
@@ -38,7 +37,7 @@ MODES: list[CompileMode] = ["auto", "default", "max"]  # all the same on a CPU
 
 def ours(caplog: pytest.LogCaptureFixture) -> list[logging.LogRecord]:
     """Warnings of this package: compilers write records of their own."""
-    return [r for r in caplog.records if r.name == compiling.__name__ and r.levelno > logging.INFO]
+    return [r for r in caplog.records if r.name == stages.__name__ and r.levelno > logging.INFO]
 
 
 class Regression:
@@ -84,7 +83,7 @@ class Regression:
 
 @pytest.fixture(autouse=True)
 def new_run() -> None:
-    compiling.log_reasons_again()
+    stages.log_reasons_again()
 
 
 @pytest.mark.parametrize("mode", MODES)
@@ -143,7 +142,7 @@ def test_without_a_compiler_it_runs_eagerly_and_says_what_to_install(
     assert "install g++ or clang, or set CXX" in record.getMessage()
     Regression().run("auto")
     assert len(ours(caplog)) == 1  # the same reason
-    compiling.log_reasons_again()
+    stages.log_reasons_again()
     Regression().run("auto")
     assert len(ours(caplog)) == 2  # another run warns as well
 
@@ -196,14 +195,14 @@ def test_the_fastest_way_that_works_serves_the_kind_of_its_first_call(
         return run
 
     fails = way("fails", RuntimeError("no"))
-    ways = compiling._FirstThatWorks("test", "A way", [fails, way("fast"), way("eager")])
+    ways = stages.FirstThatWorks("test", "A way", [fails, way("fast"), way("eager")])
     for size in (2, 3, 2):
         assert ways(torch.ones(size)).tolist() == [2.0] * size
     assert calls == ["fails", "fast", "eager", "fast"]
     assert len(ours(caplog)) == 1
     calls.clear()
     exhausting = way("exhausting", torch.OutOfMemoryError("none left"))
-    ways = compiling._FirstThatWorks("test", "A way", [exhausting, way("eager")])
+    ways = stages.FirstThatWorks("test", "A way", [exhausting, way("eager")])
     with pytest.raises(torch.OutOfMemoryError):
         ways(torch.ones(1))
     assert calls == ["exhausting"]

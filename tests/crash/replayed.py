@@ -3,6 +3,7 @@
 import ctypes
 import os
 import signal
+import time
 from dataclasses import dataclass
 from typing import Any
 
@@ -20,6 +21,7 @@ def _raise() -> None:
 
 FAULTS = {
     "raise": _raise,
+    "interrupt": lambda: os.kill(os.getpid(), signal.SIGINT),
     "kill": lambda: os.kill(os.getpid(), signal.SIGKILL),
     "native": lambda: ctypes.string_at(0),
 }
@@ -92,14 +94,22 @@ class FaultyEnv(AutoresetEnv):
 
 
 class Dies(Callback):
-    """A callback of a user's, which dies at the end of an iteration."""
+    """A callback of a user's, which dies at the end of an iteration; -1 stands for all ranks."""
 
     def __init__(self, at: int, fault: str = "raise", on_rank: int = 0) -> None:
         self.at, self.fault, self.on_rank = at, fault, on_rank
 
     def on_train_batch_end(self, trainer, pl_module, outputs, batch, batch_idx) -> None:
-        if trainer.global_step == self.at and trainer.global_rank == self.on_rank:
+        if trainer.global_step == self.at and self.on_rank in (-1, trainer.global_rank):
             FAULTS[self.fault]()
+
+
+class DiesSlowly(Dies):
+    """Dies likewise, of a run whose iterations take long."""
+
+    def on_train_batch_end(self, trainer, pl_module, outputs, batch, batch_idx) -> None:
+        time.sleep(0.3)
+        super().on_train_batch_end(trainer, pl_module, outputs, batch, batch_idx)
 
 
 class DiesWhileBlending(Callback):

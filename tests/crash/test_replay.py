@@ -3,6 +3,7 @@
 import os
 import signal
 import subprocess
+import sys
 import time
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -15,6 +16,8 @@ from esper_lightning.cli.replay import STATUSES
 from esper_lightning.forensics.deaths import failing_iteration
 from esper_lightning.forensics.files import read_json_lines
 from esper_lightning.forensics.layout import RunLayout
+from esper_lightning.forensics.processes import is_alive
+from esper_lightning.forensics.rank_record import ProcessRecord
 from esper_lightning.forensics.remains import Remains, examine, first_failure
 from esper_lightning.forensics.replay import compared
 from esper_lightning.forensics.report import CrashReport
@@ -183,7 +186,7 @@ def test_a_killed_run_goes_on_after_its_last_iteration(tmp_path, ranks, at):
     words = ["fit", "--config", tmp_path / "config.yaml", "--ckpt_path", "last"]
     again = esper([*words, "--run_dir", run_dir])
     assert again.returncode == 0, again.stderr[-3000:]
-    said = f"Resuming after iteration {at - 1}, the last one finished." in again.stdout
+    said = f"Resuming after iteration {at - 1}, the latest one stored." in again.stdout
     assert said == ((at - 1) % 3 > 0)  # or else last.ckpt is as good
     whole = esper([*words, "--run_dir", tmp_path / "whole"])
     assert whole.returncode == 0, whole.stderr[-3000:]
@@ -231,6 +234,8 @@ CASES = {
         settings(callback=dies(at=5, fault="kill", on_rank=1), ranks=2),
         *(3, {"ranks": 2}),
     ),
+    "both ranks": (settings(callback=dies(at=5, on_rank=-1), ranks=2), 3, {"ranks": 2}),
+    "an interrupt by itself": (settings(callback=dies(at=5, fault="interrupt")), 3, {}),
     "compiled": (settings(callback=dies(at=5), compiles=True), 3, {"compiles": True}),
     "compiled, with a memory": (
         settings(callback=dies(at=5), compiles=True, recurrent=True),
@@ -251,6 +256,35 @@ def test_is_reproduced(name, tmp_path):
         check_replay(run_dir, "reproduced", begins=3 * ((failing - 1) // 3), **how)
     else:
         replayed(config, tmp_path, begins=begins, **how)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    ("number", "whole_group"),
+    [(signal.SIGINT, True), (signal.SIGINT, False), (signal.SIGTERM, False)],
+)
+def test_a_replay_that_is_stopped_leaves_a_verdict_and_nothing_else(
+    tmp_path, monkeypatch, number, whole_group
+):
+    run_dir = fit(settings(callback=dies("DiesSlowly", at=40), iterations=41), tmp_path)
+    (tmp_path / "temporary").mkdir()
+    monkeypatch.setenv("TMPDIR", str(tmp_path / "temporary"))
+    words = [sys.executable, "-m", "esper_lightning", "replay", "--from_start", str(run_dir)]
+    with (tmp_path / "output").open("wb") as output:
+        process = subprocess.Popen(
+            words, stdout=output, stderr=output, cwd=forked.ROOT, start_new_session=True
+        )
+    rank, end = RunLayout(tmp_path / "replay_of_run").rank(0), time.monotonic() + _LIMIT_S
+    while not rank.history.exists():
+        assert time.monotonic() < end, (tmp_path / "output").read_text()
+        time.sleep(0.05)
+    (os.killpg if whole_group else os.kill)(process.pid, number)
+    assert process.wait(60) == STATUSES["undecided"], (tmp_path / "output").read_text()
+    assert f"({number.name}), before iteration 40 was over." in (tmp_path / "output").read_text()
+    record = ProcessRecord.load(rank.process)
+    assert record.state == "failed"
+    assert is_alive(record) is False
+    assert not list((tmp_path / "temporary").glob("*replay-*"))
 
 
 @pytest.mark.slow

@@ -31,6 +31,23 @@ def test_a_capsule_covers_its_axis_and_its_width_and_nothing_else():
     assert at(second, VIEW, 1.0, 0.0) == WHITE
 
 
+@pytest.mark.parametrize("seed", range(8))
+def test_every_pixel_that_a_capsule_covers_is_drawn(seed):
+    torch.manual_seed(seed)
+    start, end = 2.0 * torch.randn(2, 4, 2)  # also beyond the picture
+    canvas = Canvas(4, VIEW, torch.device("cpu"))
+    canvas.draw(start, end, width=0.4, colour=(0.0, 0.0, 0.0))
+    x = VIEW.left + (torch.arange(VIEW.width) + 0.5) * VIEW.pixel
+    y = VIEW.top - (torch.arange(VIEW.height) + 0.5) * VIEW.pixel
+    place = torch.stack(torch.meshgrid(x, y, indexing="xy"), dim=-1)[None]
+    along = torch.linspace(0.0, 1.0, 400)[:, None, None, None, None]
+    axis = start[:, None, None] + along * (end - start)[:, None, None]
+    distance = (place - axis).square().sum(-1).amin(0).sqrt()
+    share = (0.5 + (0.2 - distance) / VIEW.pixel).clamp(0.0, 1.0)
+    drawn = 1.0 - canvas.pictures()[..., 0].float() / 255.0
+    assert (drawn - share).abs().max() < 0.02
+
+
 def test_the_area_of_a_disc_is_that_of_the_circle():
     canvas = Canvas(1, View(-1.0, 1.0, -1.0, 1.0, height=200), torch.device("cpu"))
     centre = torch.zeros(1, 2)

@@ -113,6 +113,25 @@ def test_an_attempt_that_came_further_proves_that_the_death_is_not_certain():
     assert same_deaths([attempt(), attempt(state="finished"), attempt()]) == 1
 
 
+def test_which_rank_died_first_of_an_error_of_all_decides_nothing(leave, tmp_path):
+    for number, late in ((1, 0), (2, 1)):
+        for rank in (0, 1):
+            time_s = 1000.0 * number + 10 + (rank == late)
+            list_attempt(leave(number, rank, run=f"{number}", time_s=time_s))
+    found = read_attempts([tmp_path])
+    assert [each.rank for each in found] == [1, 0]
+    assert same_deaths(found) == 2
+    assert "ranks" not in found[0].to_dict()
+
+
+def test_a_death_of_one_rank_is_not_that_of_another(leave, tmp_path):
+    for number in (1, 2):
+        for rank in (0, 1):
+            cause = "exception" if rank == number % 2 else "peer"
+            list_attempt(leave(number, rank, run=f"{number}", cause=cause))
+    assert same_deaths(read_attempts([tmp_path])) == 1
+
+
 @pytest.mark.parametrize("cause", ["vanished", "signal", "peer", "hang", "exit"])
 def test_a_death_from_outside_never_counts(cause):
     assert same_deaths([attempt(cause=cause), attempt(cause=cause)]) == 0

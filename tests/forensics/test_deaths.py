@@ -80,6 +80,27 @@ def test_the_place_of_an_error_of_this_package_is_that_of_the_caller():
     assert str(frames_of([*STACK, require])[-1]) == 'File "/here/checks.py", line 9, in fail'
 
 
+@pytest.mark.parametrize("wraps", [False, True])
+def test_a_recursion_is_the_same_wherever_it_reaches_the_limit(wraps):
+    frames = [f'  File "/here/deep.py", line {n % 2}, in f{n % 2}' for n in range(30)]
+    kind, after = "RecursionError", ["RecursionError: maximum recursion depth exceeded"]
+    if wraps:
+        kind, after = "ValueError", [*after, "The above exception was the direct cause", *STACK]
+
+    def dies(*stack):
+        return remains(error=ErrorReport(type=kind, traceback=(STACK[0], *stack, *after)))
+
+    one, helper = dies(*frames[:29]), '  File "/here/deep.py", line 9, in helper'
+    assert are_same(one, dies(*frames[1:]))
+    assert are_same(one, dies(*frames[1:29], helper))
+    assert not are_same(one, dies(*(line.replace("deep.py", "other.py") for line in frames)))
+
+
+def test_an_error_of_c_that_is_too_deep_has_the_place_of_its_call():
+    error = ErrorReport(type="RecursionError", traceback=(*STACK, "RecursionError: in repr"))
+    assert signature_of(remains(error=error)).place == "checks.py:9, in fail"
+
+
 def test_errors_of_groups_and_of_worker_processes_have_places():
     lines = ['  |   File "/here/a.py", line 1, in f', '  File "/here/b.py", line 2, in g']
     assert [frame.name for frame in frames_of(lines)] == ["a.py:1, in f", "b.py:2, in g"]

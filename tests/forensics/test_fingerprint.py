@@ -14,6 +14,7 @@ from esper_lightning.forensics.fingerprint import (
     Fingerprint,
     differences,
     fingerprint_of_process,
+    folders_to_restore,
     loaded_versions,
     variables_to_restore,
     with_config,
@@ -215,3 +216,20 @@ def test_a_config_is_another_unless_only_its_place_is():
     one, moved, other = (with_config(Fingerprint(), text) for text in texts)
     assert differences(one, moved) == ()
     assert differences(one, other) == ("another config",)
+
+
+def test_places_of_modules_besides_those_of_python_are_restored(tmp_path, monkeypatch):
+    own, package, here = (tmp_path / name for name in ("own", "package", "here"))
+    for folder in (own, package / "esper_lightning", here):
+        folder.mkdir(parents=True)
+    monkeypatch.chdir(here)
+    of_python = [path for path in sys.path if "python3" in path]
+    added = [str(own), str(package), "", str(here), str(tmp_path / "gone")]
+    monkeypatch.setattr(sys, "path", [*added, *of_python])
+    found = fingerprint_of_process(None)
+    assert found.search_path == (str(own), str(package))
+    assert folders_to_restore(found) == []  # this process looks there
+    monkeypatch.setattr(sys, "path", of_python)
+    assert folders_to_restore(found) == [str(own)]
+    own.rmdir()
+    assert folders_to_restore(found) == []

@@ -134,7 +134,7 @@ def test_a_first_failure_on_a_host_that_is_not_here_may_be_that_of_the_replay(
     [
         ({"error": replace(ERROR, type="TypeError")}, 3),
         ({"error": replace(ERROR, traceback=ERROR.traceback[:1])}, 3),
-        ({"cause": "signal"}, 3),
+        ({"cause": "native", "error": None, "signal": "SIGSEGV"}, 3),
         ({"iteration": 2}, 2),
     ],
 )
@@ -169,9 +169,98 @@ def test_a_process_that_vanishes_again_is_reproduced_whatever_memory_it_had(judg
     assert verdict.outcome == "reproduced"
 
 
-def test_a_process_that_vanishes_elsewhere_is_different(judged):
+STOPPED = {
+    "SIGINT": replace(DEATH, cause="signal", signal="SIGINT"),
+    "SIGTERM": replace(DEATH, cause="signal", signal="SIGTERM", error=None),
+    "SIGKILL by somebody": replace(
+        DEATH, cause="vanished", error=ErrorReport(message="SIGKILL by somebody (it had 1 GB)")
+    ),
+}
+
+
+@pytest.mark.parametrize("what", STOPPED)
+@pytest.mark.parametrize("iteration", [2, 3])
+def test_a_replay_that_is_stopped_decides_nothing(judged, what, iteration):
+    verdict = judged(losses=(0.1,), report=replace(STOPPED[what], iteration=iteration))
+    assert verdict.outcome == "undecided"
+    ended = f"ended in iteration {iteration} ({what}), before iteration 3 was over."
+    assert verdict.lines[0].endswith(ended)
+    assert verdict.from_start is None
+
+
+@pytest.mark.parametrize("what", STOPPED)
+def test_a_run_that_ends_itself_by_a_signal_is_reproduced(judged, what):
+    assert judged(died=STOPPED[what], report=STOPPED[what]).outcome == "reproduced"
+
+
+@pytest.mark.parametrize("what", STOPPED)
+def test_the_signal_of_who_stops_the_replay_is_not_that_of_the_run(judged, what):
+    verdict = judged(died=STOPPED[what], report=STOPPED[what], record={"stopped_by": "SIGINT"})
+    assert verdict.outcome == "undecided"
+    assert "(SIGINT)" in verdict.lines[0]
+
+
+def test_a_signal_from_outside_interrupts_another_line(judged):
+    """The line that a signal has interrupted counts, and not the handler of the recorder."""
+    handler = '  File "/x/esper_lightning/recorder/{}.py", line 9, in handle'
+    handlers = [handler.format(name) for name in ("registry", "arrivals")]
+    line = '  File "/x/lib/python3.12/site-packages/torch/a.py", line {}, in backward'
+    died, again = (
+        replace(
+            STOPPED["SIGINT"],
+            error=ErrorReport(type="KeyboardInterrupt", traceback=(line.format(number), *handlers)),
+        )
+        for number in (7, 8)
+    )
+    assert judged(died=died, report=again).outcome == "undecided"
+
+
+def test_a_signal_does_not_hide_a_row_that_differs(judged):
+    report = replace(STOPPED["SIGINT"], iteration=2)
+    verdict = judged(losses=(0.2,), report=report, record={"stopped_by": "SIGINT"})
+    assert (verdict.outcome, verdict.iteration) == ("different", 1)
+
+
+def test_a_process_that_vanishes_in_another_phase_decides_nothing(judged):
     died = CrashReport(cause="vanished", iteration=3, started_s=1e9, phases=("a",))
-    assert judged(died=died, report=replace(died, phases=("b",))).outcome == "different"
+    assert judged(died=died, report=replace(died, phases=("b",))).outcome == "undecided"
+
+
+OWN, LATER, LOST = DEATH, replace(DEATH, time_s=2e9), replace(DEATH, cause="peer", time_s=2e9)
+EARLY = replace(DEATH, time_s=1e9)
+OF_RANK_1 = replace(DEATH, error=replace(ERROR, type="KeyError"))
+
+
+@pytest.mark.parametrize(
+    ("run", "again", "outcome"),
+    [
+        ((EARLY, LATER), (LATER, EARLY), "reproduced"),
+        ((EARLY, LATER), (LOST, EARLY), "reproduced"),
+        ((EARLY, LOST), (LATER, EARLY), "reproduced"),
+        ((EARLY, LOST), (LOST, EARLY), "different"),
+        ((EARLY, None), (LOST, EARLY), "reproduced"),  # the folder of rank 1 is missing
+        # Each rank has its own error, and which is first is chance.
+        (
+            (EARLY, replace(OF_RANK_1, time_s=2e9)),
+            (LATER, replace(OF_RANK_1, time_s=1e9)),
+            "reproduced",
+        ),
+        ((EARLY, LATER), (LATER, replace(OF_RANK_1, time_s=1e9)), "different"),
+    ],
+)
+@pytest.mark.parametrize("deep", [False, True])
+def test_which_of_the_ranks_that_die_is_first_decides_nothing(tmp_path, run, again, outcome, deep):
+    places = tmp_path / "run", tmp_path / "again"
+    for place, reports in zip(places, (run, again), strict=True):
+        for rank, report in enumerate(reports):
+            if report is not None:
+                leave(place, rank=rank, ranks=2, report=replace(report, rank=rank))
+    about = {"iteration": 3, "begins": 0, "deep": deep}
+    ReplayRecord(run_dir=str(places[0]), started_s=1e9, rank=0, **about).write(places[1])
+    verdict = judge(places[1], examine(places[0]))
+    assert verdict.outcome == outcome
+    if outcome == "reproduced" and again[0] is not LOST:
+        assert verdict.lines[0].startswith("Reproduced: iteration 3, rank 0: ValueError")
 
 
 def test_an_iteration_that_was_never_finished_is_no_verdict(judged):
@@ -191,7 +280,7 @@ def test_a_checkpoint_may_lack_state_and_the_line_to_type_is_given(judged, tmp_p
     well = {"losses": (0.1, 0.2, 0.3), "report": None, "state": "finished"}
     lines = judged(**well, record={"begins": 1, "start": "last.ckpt"}).lines
     assert lines[1] == "1 row of the history is the same, bit for bit."
-    assert lines[2].endswith("hardware, a race, or state that no checkpoint holds.")
+    assert lines[2].endswith("an environment variable, a race, or state that no checkpoint holds.")
     how = f"replay(trainer, model, {str(tmp_path / 'run')!r}, from_start=True)"
     assert lines[-1].strip() == how
 

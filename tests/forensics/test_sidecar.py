@@ -71,12 +71,16 @@ def test_hidden_files_of_others_stay_where_they_are(files):
     assert all((files.directory / name).exists() for name in names)
 
 
-@pytest.mark.parametrize(("after", "guilty"), [({"oom_kill": 4}, True), ({"oom_kill": 3}, False)])
+@pytest.mark.parametrize(
+    ("after", "guilty"),
+    [({"oom_kill": 4, "oom": 8}, True), ({"oom_kill": 3, "oom": 8}, False)],
+)
 def test_the_oom_killer_is_named_only_where_its_counter_moved(files, after, guilty):
-    complete_report(files, before={"oom_kill": 3}, after=after)
+    before = {"oom_kill": 3, "oom": 7}
+    complete_report(files, before=before, after=after)
     report = read_report(files.crash)
     assert ("OOM killer" in report["error"]["message"]) == guilty
-    assert report["cgroup"] == {"before": {"oom_kill": 3}, "after": after}
+    assert report["cgroup"] == {"before": before, "after": after}
 
 
 def test_a_fault_in_c_is_read_from_the_stacks(files):

@@ -16,7 +16,7 @@ from pathlib import Path
 
 import torch
 
-from esper_lightning import CNN, MLP, RND, PPOConfig, Recurrent
+from esper_lightning import CNN, MLP, RND, Composed, PPOConfig, Recurrent
 from esper_lightning.compiling import loops, stepwise, tracing
 from esper_lightning.core import distributions, last_obs
 from esper_lightning.core.running_stats import ObsNormalizer, RunningStats
@@ -30,6 +30,8 @@ from esper_lightning.envs import (
 )
 from esper_lightning.envs.morphogenesis import data, operations
 from esper_lightning.envs.morphogenesis.population import DIGITS_KINDS
+from esper_lightning.policies.encoders import Flat, Groups
+from esper_lightning.policies.images import Image
 from esper_lightning.ppo.agent import Agent, prepare_obs
 from esper_lightning.ppo.evaluation import Stride, evaluate_policy
 from esper_lightning.ppo.extension import Extensions
@@ -55,6 +57,14 @@ ENVS = {
     "growth": GROWTH,
 }
 POLICIES = {"mlp": MLP(hidden_sizes=(16,)), "gru": Recurrent(), "lstm": Recurrent(cell="lstm")}
+ADAPTIVE = dataclasses.replace(FULL, learning_rate_schedule="adaptive")
+HIDDEN = dataclasses.replace(GROWTH, hide_training=True)
+HIDDEN_MIXED = dataclasses.replace(MIXED, hide_training=True)
+PICTURES = Pictures(num_envs=8, shape=(1, 36, 36))
+STACKED = FrameStack(env=PICTURES, frames=2, channel_order="first")
+OWN = Composed(encoder=Groups(encoders={"image": Image(), "vector": Flat()}))
+OWN_SEPARATE = Composed(encoder=Flat(), trunk="separate")
+OWN_TANH = Composed(encoder=Flat(), hidden_sizes=(8,), action_bounds="tanh")
 SHARED, TANH = MLP(trunk="shared"), MLP(action_bounds="tanh")
 CASES = {
     **{
@@ -67,8 +77,19 @@ CASES = {
     "special, tanh": (ENVS["pendulum"], TANH, FULL, ()),
     "special, distillation": (ENVS["cartpole"], POLICIES["mlp"], FULL, (RND(),)),
     "special, mixed hosts": (MIXED, POLICIES["mlp"], FULL, ()),
-    "special, pictures": (Pictures(num_envs=8, shape=(1, 36, 36)), CNN(), FULL, ()),
-}
+    "special, pictures": (PICTURES, CNN(), FULL, ()),
+    "special, own networks": (dataclasses.replace(PICTURES, grouped=True), OWN, FULL, ()),
+    "special, stack of pictures": (STACKED, CNN(), FULL, ()),
+    "special, adaptive": (ENVS["cartpole"], POLICIES["mlp"], ADAPTIVE, ()),
+    "adaptive, gru": (ENVS["pendulum"], POLICIES["gru"], ADAPTIVE, ()),
+    "own network, plain": (ENVS["cartpole"], OWN_SEPARATE, PLAIN, ()),
+    "own network, tanh": (ENVS["pendulum"], OWN_TANH, FULL, ()),
+    "own network, growth": (GROWTH, Composed(encoder=Flat()), FULL, ()),
+    "hidden training, mlp": (HIDDEN, POLICIES["mlp"], FULL, ()),
+    "hidden training, gru": (HIDDEN, POLICIES["gru"], FULL, ()),
+    "hidden training, mixed hosts": (HIDDEN_MIXED, POLICIES["mlp"], FULL, ()),
+    "stack of pictures, plain": (STACKED, CNN(), PLAIN, ()),
+}  # fmt: skip
 # Every environment, policy and option is in a few cases; all combinations take minutes.
 FEW_CASES = [
     "cartpole, mlp, plain",

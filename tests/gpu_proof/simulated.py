@@ -4,6 +4,9 @@
 computes nothing, and a replay reads and writes the addresses of the capture. A replay may use the
 memory of its results for other things first, so that memory is filled with garbage before it. What
 no capture allows raises an error: reading a number on the host, and random numbers.
+
+Streams do not run side by side. Yet each notes which others it has waited for, and work on a stream
+is an error where the stream that was the current one before has done work that it never waited for.
 """
 
 import contextlib
@@ -60,9 +63,15 @@ class SimulatedGraph:
 
 
 class SimulatedStream:
-    """One of the 32 streams of a device, which torch hands out in turn."""
+    """One of the 32 streams of a device, which torch hands out in turn.
+
+    Attributes:
+        number: Number of the stream.
+        waits: Whether a stream waits for all work of another so far, by both of their numbers.
+    """
 
     _numbers = itertools.count()
+    waits: set[tuple[int, int]] = set()  # noqa: RUF012
 
     def __init__(self, device: torch.device | None = None) -> None:
         self.number = next(self._numbers) % 32
@@ -73,8 +82,17 @@ class SimulatedStream:
     def __hash__(self) -> int:
         return self.number
 
-    def wait_stream(self, other: object) -> None:
-        pass
+    def wait_stream(self, other: "SimulatedStream") -> None:
+        self.waits.add((self.number, other.number))
+
+    def follow(self, other: "SimulatedStream") -> None:
+        """Work on this stream, on what the other has made."""
+        if self != other and (self.number, other.number) not in self.waits:
+            raise AssertionError("A stream works on tensors of a stream that it did not wait for")
+
+    def work(self) -> None:
+        """There is new work, which no stream has waited for."""
+        self.waits.difference_update([pair for pair in self.waits if pair[1] == self.number])
 
 
 class SimulatedGenerator:
@@ -156,6 +174,7 @@ class SimulatedCuda:
 
     def __init__(self) -> None:
         self.graphs: list[SimulatedGraph] = []
+        SimulatedStream.waits.clear()
         self.current = SimulatedStream()
         self.devices: list[torch.device] = []
         self.generator = SimulatedGenerator()
@@ -188,9 +207,12 @@ class SimulatedCuda:
     @contextlib.contextmanager
     def _stream(self, stream: SimulatedStream) -> Iterator[None]:
         before, self.current = self.current, stream
+        stream.follow(before)
         try:
             yield
         finally:
+            stream.work()
+            before.work()  # whatever comes next
             self.current = before
 
     @contextlib.contextmanager
@@ -212,8 +234,12 @@ class _Capture:
     ) -> None:
         self._cuda, self._graph, self._recorder = cuda, graph, _Recorder(graph)
         graph.stream = stream
+        # Loggers and watchdogs use CUDA in other threads, which only this mode lets them do while
+        # it forbids it to the thread of the capture.
+        assert capture_error_mode == "thread_local", "a capture that other threads end"
 
     def __enter__(self) -> None:
+        self._cuda.current.follow(self._graph.stream)  # the warm-up has ended
         self._before, self._cuda.current = self._cuda.current, self._graph.stream
         self._cuda.generator.capturing = True
         self._recorder.__enter__()

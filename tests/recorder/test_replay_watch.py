@@ -5,7 +5,14 @@ from types import SimpleNamespace
 
 import pytest
 import torch
-from lightning.pytorch.callbacks import ModelCheckpoint, ProgressBar, TQDMProgressBar
+from lightning.pytorch import Callback
+from lightning.pytorch.callbacks import (
+    LambdaCallback,
+    ModelCheckpoint,
+    ProgressBar,
+    TQDMProgressBar,
+)
+from lightning.pytorch.strategies import FSDPStrategy, SingleDeviceStrategy
 
 from esper_lightning.callbacks.lightning_internals import TunerExit
 from esper_lightning.forensics.layout import RunLayout
@@ -30,8 +37,9 @@ def replay(tmp_path, monkeypatch):
     directory.mkdir()
     monkeypatch.setattr(replay_watch, "open_run_directory", lambda *_: directory)
     monkeypatch.setattr(replay_watch, "close_run_directory", lambda *_: None)
+    monkeypatch.setattr(replay_watch, "dump_checkpoint", lambda _: {"state": 1})
 
-    def begin(run_dir, *, bar=None, **settings):
+    def begin(run_dir, *, bar=None, alone=True, **settings):
         watch, saved = ReplayWatch(str(run_dir), 3, **settings), []
         trainer = SimpleNamespace(
             checkpoint_callbacks=[ModelCheckpoint(dirpath=tmp_path / "users")],
@@ -42,10 +50,14 @@ def replay(tmp_path, monkeypatch):
             callbacks=[],
             accumulate_grad_batches=1,
             lightning_module=SimpleNamespace(automatic_optimization=False),
+            strategy=object.__new__(SingleDeviceStrategy if alone else FSDPStrategy),
+            world_size=1,
             save_checkpoint=saved.append,
             saved=saved,
         )
-        module = SimpleNamespace(counts_iterations=True, iteration=0)
+        module = SimpleNamespace(
+            counts_iterations=True, iteration=0, on_save_checkpoint=Callback().on_save_checkpoint
+        )
         watch.setup(trainer, module, "fit")
         return watch, trainer, module
 
@@ -79,9 +91,53 @@ def test_checkpoints_of_users_go_into_the_replay_and_the_state_before_the_fault_
     layout = RunLayout(watch.directory)
     assert trainer.checkpoint_callbacks[0].dirpath == str(layout.checkpoints)
     end_iteration(begun, 1, {"iteration": 1, "loss/value": 1.0})
-    assert trainer.saved == []
+    assert not layout.before_fault.exists()
     end_iteration(begun, 2, {"iteration": 2, "loss/value": 2.0})
-    assert trainer.saved == [layout.before_fault]
+    assert torch.load(layout.before_fault) == {"state": 1}
+    assert trainer.saved == []
+
+
+def test_a_strategy_that_may_shard_the_weights_stores_the_state_itself(replay, dead):
+    begun = replay(dead, alone=False)
+    end_iteration(begun, 2, {"iteration": 2, "loss/value": 2.0})
+    watch, trainer, _ = begun
+    assert trainer.saved == [RunLayout(watch.directory).before_fault]
+
+
+class SavesByItself(Callback):
+    def on_save_checkpoint(self, trainer, pl_module, checkpoint):
+        raise AssertionError("the run saves nothing here")
+
+
+class CannotBeSaved(Callback):
+    def state_dict(self):
+        raise ValueError("cannot be saved")
+
+
+@pytest.mark.parametrize(
+    ("callback", "says"),
+    [
+        (SavesByItself(), "on_save_checkpoint of SavesByItself may do anything"),
+        (LambdaCallback(on_save_checkpoint=SavesByItself()), "of LambdaCallback may do anything"),
+        (CannotBeSaved(), "ValueError: cannot be saved"),
+    ],
+)
+def test_what_is_no_checkpoint_of_the_run_calls_no_hook_and_ends_nothing(
+    replay, dead, caplog, monkeypatch, callback, says
+):
+    def dump(trainer):
+        return [each.state_dict() for each in trainer.callbacks]
+
+    monkeypatch.setattr(replay_watch, "dump_checkpoint", dump)
+    begun = replay(dead)
+    watch, trainer, module = begun
+    trainer.callbacks.append(callback)
+    end_iteration(begun, 2, {"iteration": 2, "loss/value": 2.0})
+    watch.on_train_epoch_end(trainer, module)
+    assert not RunLayout(watch.directory).before_fault.exists()
+    (record,) = caplog.records
+    assert record.getMessage().startswith("before.ckpt is not written: ")
+    assert record.getMessage().endswith(f"{says}.")
 
 
 def test_a_replay_that_starts_right_before_the_fault_copies_its_start(replay, dead, tmp_path):

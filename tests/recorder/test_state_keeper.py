@@ -84,6 +84,27 @@ def test_a_run_goes_on_from_the_stored_state_bit_for_bit(fit, tmp_path):
     assert rows[1] == {k: row for k, row in rows[0].items() if k > 4}
 
 
+@pytest.mark.filterwarnings("ignore:.*there is no last checkpoint available:UserWarning")
+@pytest.mark.filterwarnings("ignore:.*your dataloader is not resumable")
+@pytest.mark.parametrize("make", [ppo, BoringModel])
+@pytest.mark.parametrize("attempts", [1, 2])
+def test_last_goes_on_from_the_state_with_the_trainer_of_lightning(fit, tmp_path, make, attempts):
+    directory, how = tmp_path / "run", {"max_steps": 6, "limit_train_batches": 8, "max_epochs": 3}
+    with pytest.raises(RuntimeError, match="injected"):
+        fit(make(), Watches(directory, dies_at=4), keeps_state=True, **how)
+    if attempts == 2:  # which dies before it has stored a state of its own
+        with pytest.raises(RuntimeError, match="injected"):
+            fit(make(), Watches(directory, dies_at=4), keeps_state=True, ckpt_path="last", **how)
+    watches = Watches(directory)
+    trainer = fit(make(), watches, keeps_state=True, ckpt_path="last", **how)
+    assert watches.stored[0] == 3
+    assert trainer.global_step == 6
+    rows = read_json_lines(RunLayout(directory).rank(0).history)
+    assert [row["iteration"] for row in rows] == [1, 2, 3, 4, 5, 6]
+    fit(make(), watches, keeps_state=True, ckpt_path=None, **how)  # a new run is a new run
+    assert watches.stored[-6:-4] == [None, 1]
+
+
 class AfterIteration(Checkpoint):
     """Notes the iterations that a hook follows, and dies at the first or second one."""
 

@@ -1,14 +1,39 @@
 """The check of a GPU is rehearsed on a CPU: every step runs, and its results are on disk."""
 
+import contextlib
 import importlib.util
 import json
+import signal
 import subprocess
 import sys
+import threading
+import time
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 
 ROOT = Path(__file__).parents[2]
+ONE_TEST = "tests/training/test_cuda.py::test_nothing_synchronises_before_the_one_copy"
+TESTS = """
+import os, subprocess, time
+import pytest
+
+pytestmark = pytest.mark.gpu
+
+def test_good():
+    pass
+
+def test_bad():
+    assert 1 == 2
+
+def test_hangs():
+    child = subprocess.Popen(["sleep", "600"], start_new_session=True)
+    with open(os.environ["PIDS"] + "_", "w") as file:
+        print(os.getpid(), child.pid, file=file)
+    os.rename(os.environ["PIDS"] + "_", os.environ["PIDS"])
+    time.sleep(600)
+"""
 
 
 @pytest.fixture(scope="module")
@@ -21,24 +46,68 @@ def check():
     sys.path[:] = before
 
 
+def command(*options):
+    return ["scripts/gpu_check.sh", "--device", "cpu", *map(str, options)]
+
+
+def variables(folder, **more):
+    return {"OUT": str(folder), "PYTHON": sys.executable, "PATH": "/usr/bin:/bin", **more}
+
+
+def rehearse(folder, *options, **more):
+    """The ended process of a rehearsal, and its results."""
+    env = variables(folder, **more)
+    run = subprocess.run(
+        command(*options), cwd=ROOT, env=env, capture_output=True, text=True, check=False
+    )
+    return run, json.loads((folder / "gpu_check.json").read_text())
+
+
 def test_every_step_runs_and_is_in_the_table(check, tmp_path):
-    left_out = ("tests", "jax")  # they take seconds, and are in the whole rehearsal
-    results = check.main(["--device", "cpu", "--here", "--skip", *left_out, "--out", str(tmp_path)])
-    assert json.loads((tmp_path / "gpu_check.json").read_text()) == json.loads(json.dumps(results))
-    steps = check.steps_of(check.MACHINES["cpu"])
-    assert list(results) == [name for name in steps if name not in left_out]
+    options = ("--patience", 5, "--tests", f"{ONE_TEST}[off-discrete]")
+    fast = {"TORCH_COMPILE_DISABLE": "1", "OMP_NUM_THREADS": "1"}
+    run, results = rehearse(tmp_path, *options, **fast)
+    assert run.returncode == 0, run.stdout + run.stderr
+    assert run.stdout.splitlines()[-1] == "failed: nothing"
+    assert set(results) == set(check.steps_of(check.MACHINES["cpu"]))
     assert not any("error" in found or "log" in found for found in results.values())
     speed = results["speed 8 x 4"]
     assert all(speed[mode]["steps_per_s"] > 0 for mode in check.MODES)
     assert set(speed["max"]["stages_ms"]) == {"rollout", "advantages", "update"}
     assert max(results["equal"]["max"]) == 0.0  # without compilers
     assert all(value for name, value in results["faults"].items() if name != "took_s")
+    assert results["tests"]["counts"] == {"passed": 1}
     died = results["out of memory"]
     assert (died["died_of"], died["report"], died["rows"]) == ("OutOfMemoryError", True, 2)
     text = (tmp_path / "gpu_check.md").read_text()
     assert "| max | " in text
     assert "8 x 4, max: " in text
-    assert all(f"| {name} | `" in text for name in results if not name.startswith("speed"))
+    assert "Steps that failed: none." in text
+    assert all(f"| {name} | `" in text for name in results if name[:5] not in ("speed", "jax"))
+    assert text in (tmp_path / "log.txt").read_text()
+
+
+def test_where_every_step_fails_all_run_and_the_status_says_so(check, tmp_path):
+    subprocess.run([sys.executable, "-m", "venv", "--without-pip", tmp_path / "empty"], check=True)
+    run, results = rehearse(tmp_path, PYTHON=str(tmp_path / "empty" / "bin" / "python"))
+    assert run.returncode == 1
+    names = set(check.steps_of(check.MACHINES["cpu"]))
+    assert set(results) == names
+    assert results["jax"].keys() == {"not installed", "took_s"}
+    failed = run.stdout.splitlines()[-1].removeprefix("failed: ").split(", ", 2)
+    assert failed[:2] == ["about", "speed 8 x 4"]
+    assert {n for n, found in results.items() if "error" in found} == names - {"jax"}
+    assert "No module named 'torch'" in results["speed 8 x 4"]["error"]
+    assert "No module named pytest" in results["tests"]["error"]
+    text = (tmp_path / "gpu_check.md").read_text()
+    assert "`ModuleNotFoundError: No module named 'torch'` |" in text
+    assert "Steps that failed: about, speed 8 x 4, " in text
+
+
+def apart(check, name, machine, limit_s):
+    found = {}
+    check.run_apart(name, machine, limit_s, found.update, threading.Event())
+    return found
 
 
 def test_a_step_that_fails_or_hangs_keeps_what_it_had_found(check, tmp_path, monkeypatch):
@@ -46,19 +115,88 @@ def test_a_step_that_fails_or_hangs_keeps_what_it_had_found(check, tmp_path, mon
     monkeypatch.setattr(check, "__file__", str(program))
     first = "import sys, time; print('RESULT {\"first\": 1}', flush=True); "
     program.write_text(first + "sys.exit('broken')")
-    assert check.run_apart("about", cpu, 20.0) == {"first": 1, "status": 1, "error": "broken\n"}
+    assert apart(check, "about", cpu, 20.0) == {"first": 1, "status": 1, "error": "broken"}
     program.write_text(first + "time.sleep(60)")
-    assert check.run_apart("about", cpu, 2.0) == {"first": 1, "error": "no end within 2 s"}
+    assert apart(check, "about", cpu, 2.0) == {"first": 1, "error": "no end within 2 s"}
+
+
+def test_tests_that_take_longer_than_their_limit_leave_counts(check, tmp_path, monkeypatch):
+    monkeypatch.setenv("PIDS", str(tmp_path / "pids"))
+    (tmp_path / "test_some.py").write_text(TESTS)
+    names = [f"{tmp_path}/test_some.py::test_{name}" for name in ("good", "bad", "hangs")]
+    machine = check.MACHINES["cpu"]._replace(tests=names)
+    found, late_s = {}, []
+
+    def tell(one):
+        found.update(one)
+        if len(found.get("counts", ())) == 2:
+            late_s[:] = [1000.0]
+
+    clock = SimpleNamespace(monotonic=lambda: time.monotonic() + sum(late_s))
+    monkeypatch.setattr(check, "time", clock)
+    check.run_apart("tests", machine, 200.0, tell, threading.Event())
+    assert found["counts"] == {"passed": 1, "failed": 1}
+    assert [name.rpartition("::")[2] for name in found["failed"]] == ["test_bad"]
+    assert found["error"] == "no end within 200 s"
+
+
+@pytest.mark.parametrize(
+    "number", [signal.SIGTERM, pytest.param(signal.SIGINT, marks=pytest.mark.slow)]
+)
+def test_a_signal_ends_running_steps_with_all_that_they_started(tmp_path, number):
+    (tmp_path / "test_some.py").write_text(TESTS)
+    options = ("--only", "tests", "growth", "--tests", tmp_path / "test_some.py")
+    env = variables(tmp_path, PIDS=str(tmp_path / "pids"))
+    with subprocess.Popen(command(*options), cwd=ROOT, env=env, stdout=subprocess.PIPE) as process:
+        found, end = {}, time.monotonic() + 100
+        while len(found.get("counts", ())) < 2 or not (tmp_path / "pids").exists():
+            assert time.monotonic() < end
+            time.sleep(0.1)
+            with contextlib.suppress(FileNotFoundError):
+                found = json.loads((tmp_path / "gpu_check.json").read_text())["tests"]
+        process.send_signal(number)
+        lines = process.stdout.read().decode().splitlines()
+    assert process.returncode == 128 + number
+    assert lines[-1] == "failed: tests"
+    results = json.loads((tmp_path / "gpu_check.json").read_text())
+    assert results.keys() == {"tests"}  # nothing is begun after the signal
+    assert results["tests"]["counts"] == {"passed": 1, "failed": 1}
+    assert results["tests"]["error"] == "ended by a signal"
+    pids = [int(pid) for pid in (tmp_path / "pids").read_text().split()]
+    assert len(pids) == 2
+    end = time.monotonic() + 10  # a killed process ends once it is scheduled
+    while any(map(lives, pids)):
+        assert time.monotonic() < end
+        time.sleep(0.05)
+
+
+def lives(pid):
+    try:
+        return Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[0] not in "ZX"
+    except (FileNotFoundError, ProcessLookupError):
+        return False
+
+
+def test_a_long_result_is_cut_between_values_and_an_error_keeps_its_last_lines(check):
+    traced = "".join(f'  File "some.py", line {n}, in f\n    f()\n    ^^^\n' for n in range(300))
+    error = f"Traceback (most recent call last):\n{traced}ValueError: a | b\n"
+    text = check._result({"error": error, "values": list(range(1000))})
+    shown, *lines = text.split("<br>")
+    assert shown.endswith(", ...`")
+    assert len(shown) < 1510
+    assert lines[-1] == "`ValueError: a \\| b`"
+    assert all(line in ("`f()`", lines[-1]) or line.startswith('`File "some.py"') for line in lines)
+    assert sum(map(len, lines)) < 1000
+    assert check.last_lines("x" * 50, 10) == "x" * 10
+    assert check.last_lines("first\nsecond\nthird\n", 12) == "second\nthird"
+    assert check.last_lines("", 12) == ""
 
 
 @pytest.mark.slow
 def test_the_whole_rehearsal(tmp_path):
-    command = ["scripts/gpu_check.sh", "--device", "cpu", "--patience", "3", "--seconds", "450"]
-    env = {"OUT": str(tmp_path), "PYTHON": sys.executable, "PATH": "/usr/bin:/bin"}
-    run = subprocess.run(command, cwd=ROOT, env=env, capture_output=True, text=True, check=False)
+    run, results = rehearse(tmp_path, "--patience", 3, "--seconds", 450)
     assert run.returncode == 0, run.stdout + run.stderr
-    results = json.loads((tmp_path / "gpu_check.json").read_text())
     assert not any("error" in found for found in results.values()), run.stdout
-    assert results["jax"].get("platform", "absent" in results["jax"]) in ("cpu", True)
-    assert "skipped" in results["tests"]["lines"][-1]
+    assert results["jax"].get("platform", "not installed" in results["jax"]) in ("cpu", True)
+    assert results["tests"]["counts"]["passed"] > 20
     assert (tmp_path / "gpu_check.md").read_text() in (tmp_path / "log.txt").read_text()

@@ -1,4 +1,4 @@
-"""The page of a run that is running: ``esper fit --open_report true``."""
+"""The page of a run that is running: ``esper fit --open_report``."""
 
 import os
 import sys

@@ -26,7 +26,7 @@ from pathlib import Path
 from esper_lightning.compiling.native.exactness import PROBE, flaw_of
 from esper_lightning.compiling.native.values import UnsupportedError
 
-__all__ = ["build_library", "cache_directory", "find_compiler"]
+__all__ = ["build_library", "cache_directory", "compiler_digest", "find_compiler"]
 
 _log = logging.getLogger(__name__)
 _HEADERS = [Path(__file__).with_name(name) for name in ("kernels.hpp", "convolutions.hpp")]
@@ -81,6 +81,15 @@ def _identity(command: tuple[str, ...]) -> str:
     except (OSError, subprocess.SubprocessError) as error:
         raise UnsupportedError(f"{command[0]} does not run: {error}") from error
     return "\n".join([*command, done.stdout, _processor()])
+
+
+def compiler_digest() -> str:
+    """A hash of the C++ compiler and of the processor for which it compiles; "none" without one."""
+    try:
+        identity = _identity(tuple(find_compiler()))
+    except UnsupportedError:
+        return "none"
+    return hashlib.blake2b(identity.encode(), digest_size=6).hexdigest()
 
 
 def _processor() -> str:

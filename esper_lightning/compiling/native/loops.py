@@ -42,18 +42,21 @@ class NativeFunction:
 
     def __call__(self, *args: Tree) -> Tree:
         """Run the function; the first call compiles."""
-        flat = leaves(args)
+        return self.prepare(*args).run(leaves(args), steps=1)
+
+    def prepare(self, *args: Tree) -> Program:
+        """Compile the function for these arguments, once."""
         if self._program is None:
             traced = _traced(self._function, args, self.reads)
             body = translate(traced.graph, "body", shared=True)
             self._program = Program(
-                function_text(body, len(flat) + len(body.captured)),
+                function_text(body, len(leaves(args)) + len(body.captured)),
                 results=traced.result,
                 shared_bytes=body.work_bytes,
                 own_bytes=0,
                 captured=body.captured,
             )
-        return self._program.run(flat, steps=1)
+        return self._program
 
 
 class NativeMap:
@@ -72,9 +75,14 @@ class NativeMap:
 
     def __call__(self, rows: Tree, constants: Tree) -> Tree:
         """Run the function; the first call compiles."""
+        program = self.prepare(rows, constants)
+        return program.run(leaves((rows, constants)), steps=self._chunks)
+
+    def prepare(self, rows: Tree, constants: Tree) -> Program:
+        """Compile the function for these arguments, once."""
         if self._program is None:
             self._program = self._build(rows, constants)
-        return self._program.run(leaves((rows, constants)), steps=self._chunks)
+        return self._program
 
     def _build(self, rows: Tree, constants: Tree) -> Program:
         number = leaves(rows)[0].shape[0]
@@ -116,11 +124,18 @@ class NativeLoop:
         self, carry: Tree, xs: Tree, chunked: Any, constants: Tree, out: Tree = None
     ) -> tuple[Tree, Tree]:
         """Run the loop; the first call compiles. ``out`` is not used."""
+        program = self.prepare(carry, xs, chunked, constants, out)
+        flat = leaves((carry, xs, chunked, constants))
+        return program.run(flat, steps=leaves((xs, chunked))[0].shape[0])
+
+    def prepare(
+        self, carry: Tree, xs: Tree, chunked: Any, constants: Tree, out: Tree = None
+    ) -> Program:
+        """Compile the loop for these arguments, once."""
         del out  # the program has memory of its own for its results
         if self._program is None:
             self._program = self._build(carry, xs, chunked, constants)
-        flat = leaves((carry, xs, chunked, constants))
-        return self._program.run(flat, steps=leaves((xs, chunked))[0].shape[0])
+        return self._program
 
     def _build(self, carry: Tree, xs: Tree, chunked: Any, constants: Tree) -> Program:
         x = map_tree(lambda value: value[0], xs)

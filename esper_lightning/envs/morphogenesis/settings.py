@@ -213,7 +213,8 @@ class Morphogenesis(EnvSpec):
     def digits_mixed(cls, *, held_out: bool = False, **changes: Any) -> "Morphogenesis":
         """Digits, and hosts that differ in what they need: some need nothing, others need much.
 
-        ``held_out`` hosts are of kinds that are in no training: more classes, more noise.
+        ``held_out`` hosts are of kinds that are in no training: numbers of classes and shares of
+        wrong labels between those of training, and beyond them.
         """
         given = dict(_MIXED)
         given["population"] = DIGITS_HELD_OUT if held_out else DIGITS_KINDS

@@ -103,6 +103,10 @@ _RANK: dict[str, Any] = {
     "generators": [Tensor],
     "global_random": {"torch": Tensor, "python": (list, tuple), "numpy": list, "*": object},
 }
+_STAGES: dict[str, Any] = {  # which checkpoints of earlier versions lack
+    "program": {"*": str},
+    "states": {"*": {"slower": bool, "kinds": [str], "counts": [int]}},
+}
 _STREAMS = 2  # of exploration, and of the order of samples
 _VERSION = re.compile(r"\d+(\.\d+){1,3}((a|b|rc|\.dev|\.post)\d+)?(\+[a-z0-9.]+)?")
 
@@ -172,6 +176,8 @@ def refuse_not_resumable(
     for rank, state in checkpoint[STATE_KEY]["ranks"].items():
         name = f"{STATE_KEY}.ranks.{rank}"
         _refuse_misfit(state, _RANK, path, name)
+        if "stages" in state:
+            _refuse_misfit(state["stages"], _STAGES, path, f"{name}.stages")
         if state["env"] is not None:
             _refuse_misfit(state["env"], {"*": Tensor}, path, f"{name}.env")
         obs = state["acting"]["obs"]

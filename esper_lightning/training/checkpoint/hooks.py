@@ -4,9 +4,10 @@
 # pyright: reportUnknownVariableType=false, reportUnknownArgumentType=false
 
 import logging
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from contextvars import ContextVar
 from pathlib import Path
+from types import MappingProxyType
 from typing import Any, Self
 
 import torch
@@ -14,7 +15,7 @@ from lightning.pytorch import Callback, LightningModule
 from lightning.pytorch.trainer.states import TrainerFn
 from typing_extensions import override
 
-from esper_lightning.callbacks.lightning_internals import checkpoint_to_load
+from esper_lightning.callbacks.checkpoint_internals import checkpoint_to_load
 from esper_lightning.core.ranks import SINGLE_RANK, Ranks
 from esper_lightning.core.spaces import EnvSpaces
 from esper_lightning.policies.base import Policy
@@ -31,6 +32,12 @@ from esper_lightning.training.checkpoint.resumption import (
 )
 from esper_lightning.training.checkpoint.sharing import SharedCheckpoint
 from esper_lightning.training.checkpoint.spaces import SPACES, env_of_checkpoint, spaces_to_data
+from esper_lightning.training.checkpoint.stages import (
+    STAGES,
+    program_of_stages,
+    resume_stages,
+    stages_to_data,
+)
 from esper_lightning.training.checkpoint.states import (
     keep_own_extensions,
     load_checkpoint,
@@ -39,6 +46,7 @@ from esper_lightning.training.checkpoint.states import (
     refuse_huge,
     refuse_other_weights,
 )
+from esper_lightning.training.evaluation import Evaluation
 from esper_lightning.training.progress import Progress
 from esper_lightning.training.settings import PPOSettings
 
@@ -65,10 +73,12 @@ class CheckpointHooks(LightningModule):
     env_spaces: EnvSpaces
     policy: Policy
     extensions: Extensions
+    evaluation: Evaluation
     saves_alone: bool = False
     _within_iteration: bool = False
     _resumption: Resumption | None = None  # until training starts
     _ranks: Ranks = SINGLE_RANK
+    _program: Mapping[str, str] = MappingProxyType({})  # of the stages of a run
 
     @property
     def is_resuming(self) -> bool:
@@ -93,6 +103,9 @@ class CheckpointHooks(LightningModule):
             ValueError: If the checkpoint belongs to other environments.
         """
         resumption = self._resumption or Resumption(rank_state=None)
+        self._program = program_of_stages(learner)
+        data = (resumption.rank_state or {}).get(STAGES)
+        resume_stages(data, learner, self.evaluation, self._program)
         resumed = resumption.start(learner, optimizer)
         self.progress.new_episodes = self.is_resuming and not resumed
         self.progress.redealt_to = resumption.redealt_to
@@ -150,11 +163,17 @@ class CheckpointHooks(LightningModule):
         """
         learner = None if self._within_iteration else getattr(self, "_learner", None)
         alone = self.saves_alone
+
+        def stages(learner: Learner) -> dict[str, Any]:
+            return {STAGES: stages_to_data(learner, self.evaluation, self._program)}
+
         checkpoint[STATE_KEY] = {
             **self.progress.state_dict(),
             SPACES: spaces_to_data(self.env_spaces, self.settings.env.num_envs),
             "world_size": self._ranks.size,
-            "ranks": rank_states(learner, self._ranks, rank=self.global_rank, alone=alone),
+            "ranks": rank_states(
+                learner, self._ranks, rank=self.global_rank, alone=alone, more=stages
+            ),
         }
 
     @override

@@ -12,7 +12,7 @@ from esper_lightning.forensics.layout import RunLayout
 from esper_lightning.training.checkpoint.content import STATE_KEY, find_misfit
 from esper_lightning.training.checkpoint.files import read_checkpoint
 
-__all__ = ["KeptState", "has_environments", "iteration_in", "latest_state"]
+__all__ = ["KeptState", "has_data_order", "has_environments", "iteration_in", "latest_state"]
 
 _log = logging.getLogger(__name__)
 _STATE: dict[str, Any] = {"iteration": int, "world_size": int, "ranks": dict, "*": object}
@@ -105,6 +105,24 @@ def has_environments(checkpoint: Mapping[str, Any]) -> bool:
     ranks: dict[int, Any] = checkpoint[STATE_KEY]["ranks"]
     is_whole = 0 < len(ranks) == checkpoint[STATE_KEY]["world_size"]
     return is_whole and all(rank["env"] is not None for rank in ranks.values())
+
+
+def has_data_order(checkpoint: Mapping[str, Any], *, begins_anew: bool = True) -> bool:
+    """Whether a run that starts from a checkpoint gets its data in the order of the run before.
+
+    Loaders without a state begin anew, also in the middle of an epoch. PPO has no such data.
+
+    Args:
+        checkpoint: A checkpoint whose content is that of a run (``iteration_in``).
+        begins_anew: Whether every epoch has the same order, as far as is known.
+    """
+    if STATE_KEY in checkpoint:
+        return True
+    loop = cast(dict[str, Any], checkpoint["loops"]["fit_loop"])
+    state = loop.get("state_dict")
+    if isinstance(state, dict) and cast(dict[str, Any], state).get("combined_loader"):
+        return True
+    return begins_anew and loop[_BATCHES].get("is_last_batch") is True
 
 
 def _world_size(checkpoint: Mapping[str, Any]) -> int:

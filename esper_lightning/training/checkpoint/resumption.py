@@ -76,7 +76,12 @@ class Resumption(NamedTuple):
 
 
 def rank_states(
-    learner: Learner | None, ranks: Ranks, *, rank: int, alone: bool
+    learner: Learner | None,
+    ranks: Ranks,
+    *,
+    rank: int,
+    alone: bool,
+    more: Callable[[Learner], dict[str, Any]] = lambda _: {},
 ) -> dict[int, dict[str, Any]]:
     """States of the learners of all ranks, gathered on the first rank.
 
@@ -87,10 +92,12 @@ def rank_states(
         ranks: All ranks of the run.
         rank: Number of this rank.
         alone: Whether other ranks may be gone, so that the state of this rank alone is returned.
+        more: Function from the learner to further entries of its state.
     """
     mine = None if learner is None else learner.state_dict()
-    if mine is None:
+    if learner is None or mine is None:
         return {}
+    mine |= more(learner)
     mine["global_random"] = global_random_states()
     if alone:
         return {rank: mine}

@@ -11,7 +11,7 @@ from typing import Any
 
 from lightning.pytorch import Trainer
 
-from esper_lightning.callbacks.lightning_internals import checkpoint_connector
+from esper_lightning.callbacks.checkpoint_internals import checkpoint_connector
 from esper_lightning.core.ranks import Ranks
 from esper_lightning.recorder.patch import Patch
 

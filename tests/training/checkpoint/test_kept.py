@@ -7,7 +7,7 @@ import torch
 
 from esper_lightning.forensics.layout import RunLayout
 from esper_lightning.training.checkpoint.content import STATE_KEY
-from esper_lightning.training.checkpoint.kept import latest_state
+from esper_lightning.training.checkpoint.kept import has_data_order, latest_state
 
 
 @pytest.fixture
@@ -106,3 +106,22 @@ def test_what_a_kill_tears_is_not_used(tmp_path, share):
     assert latest_state(tmp_path).iteration == 5
     os.truncate(files.states[1], int(share * files.states[1].stat().st_size))
     assert latest_state(tmp_path).iteration == 4
+
+
+@pytest.mark.parametrize(
+    ("is_last", "loaders", "begins_anew", "has"),
+    [
+        (True, [], True, True),
+        (True, [], False, False),
+        (False, [], True, False),
+        (False, [{"seen": 3}], False, True),
+    ],
+)
+def test_the_order_of_data_is_had_at_the_end_of_an_epoch_or_from_the_state_of_a_loader(
+    is_last, loaders, begins_anew, has
+):
+    progress = {"is_last_batch": is_last}
+    loop = {"epoch_loop.batch_progress": progress, "state_dict": {"combined_loader": loaders}}
+    checkpoint = {"loops": {"fit_loop": loop}}
+    assert has_data_order(checkpoint, begins_anew=begins_anew) is has
+    assert has_data_order({STATE_KEY: {}, **checkpoint}, begins_anew=begins_anew)  # of PPO

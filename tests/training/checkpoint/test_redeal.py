@@ -124,6 +124,21 @@ def test_streams_are_new_and_other_ones_on_each_rank(fit):
     assert len(set(streams)) == len(streams) == 3 * (1 + 2 + 4)
 
 
+def test_streams_of_two_deals_differ_and_each_rank_has_the_global_state_of_a_former_one(fit):
+    env = CartPole(num_envs=8)
+    saved, _ = fit(ppo(env))
+    later = copy.deepcopy(saved)
+    later[STATE_KEY]["iteration"] += 1
+    four = dealt(saved, env, 4)
+    for rank, state in four[STATE_KEY]["ranks"].items():
+        state["global_random"] = rank
+        other = dealt(later, env, 4)[STATE_KEY]["ranks"][rank]
+        assert not torch.equal(state["generators"][0], other["generators"][0])
+    for ranks, former in ((2, [0, 1]), (8, [0, 1, 2, 3, 3, 3, 3, 3])):
+        states = dealt(four, env, ranks)[STATE_KEY]["ranks"]
+        assert [states[rank]["global_random"] for rank in range(ranks)] == former
+
+
 def test_with_the_same_number_of_ranks_a_run_goes_on_bit_for_bit(fit):
     saved, _ = fit(ppo(CartPole(num_envs=8)))
     plain, _ = fit(ppo(CartPole(num_envs=8), iterations=5), saved)
