@@ -4,6 +4,7 @@
 import dis
 import itertools
 import operator
+import os
 import pickle
 import random
 import sys
@@ -23,6 +24,7 @@ from torch.distributions.utils import lazy_property
 __all__ = [
     "MOST_BYTES",
     "Globals",
+    "Members",
     "attributes_of",
     "can_grow",
     "dict_of",
@@ -54,6 +56,7 @@ _NOT_OF_USERS = {
     *sys.stdlib_module_names,
     *f"esper_lightning {_OF_TORCH} {_OTHERS}".split(),
 }
+_OF_PYTHON = Path(os.__file__).parent
 _NOTHING = object()
 
 
@@ -81,8 +84,8 @@ class Globals:
     def followed(self, *, by_text: bool) -> dict[Hashable, Any]:
         """What a function may change or call, and the modules that it names.
 
-        Of an installed module that is no functions and classes, except, by text, functions of its
-        own package.
+        Of an installed module that is no functions, except, by text, those of its own package, and
+        no methods of classes: both are watched as they run. Known libraries do not change.
 
         Args:
             by_text: Whether modules count whole where the function may read them by a text, as by
@@ -91,7 +94,7 @@ class Globals:
         entries = entries_of(self)
         if is_installed(self.variables):
             package = _package(self.variables.get("__name__")) if by_text else None
-            entries = {name: one for name, one in entries.items() if _is_followed(one, package)}
+            entries = {name: _followed(one, package) for name, one in entries.items()}
         whole = by_text and not _BY_TEXT.isdisjoint(self._all_names | self._attributes)
         names = self._all_names | self._attributes
         for name in names:
@@ -110,11 +113,29 @@ class Globals:
         return next((one for one in found if isinstance(one, ModuleType)), None)
 
 
-def _is_followed(held: Any, package: str | None) -> bool:
-    """Whether a global variable of an installed module may be changed or called."""
+class Members:
+    """A class without its methods.
+
+    Args:
+        kind: The class.
+    """
+
+    def __init__(self, kind: type) -> None:
+        self.kinds = [one for one in kind.__mro__ if is_users(one)]
+        self.key = ("members", id(kind))
+
+    def followed(self) -> list[Any]:
+        """What the class and its bases hold."""
+        values = [one for kind in self.kinds for one in entries_of(kind).values()]
+        values = [one for one in values if not isinstance(one, FunctionType)]
+        return [Members(one) if isinstance(one, type) else one for one in values]
+
+
+def _followed(held: Any, package: str | None) -> Any:
+    """What a global variable of an installed module may change or call; ``None`` for nothing."""
     if isinstance(held, FunctionType):
-        return _package(held.__module__) == package
-    return not isinstance(held, type)
+        return held if _package(held.__module__) == package else None
+    return Members(held) if isinstance(held, type) else held
 
 
 def _package(name: Any) -> str:
@@ -136,7 +157,17 @@ def is_users(held: Any) -> bool:
 def is_users_name(name: Hashable) -> bool:
     """Whether a user wrote the module of a name."""
     package = _package(name)
-    return package not in _NOT_OF_USERS and not package.startswith("namedtuple_")
+    if package in _NOT_OF_USERS:
+        return _is_alone(sys.modules.get(package))
+    return not package.startswith("namedtuple_")
+
+
+def _is_alone(module: ModuleType | None) -> bool:
+    """Whether a module is a user's file with the name of a library, such as ``turtle.py``."""
+    place = Path(str(getattr(module, "__file__", None)))
+    if place.suffix != ".py" or hasattr(module, "__path__"):
+        return False
+    return not place.is_relative_to(_OF_PYTHON) and not is_installed(vars(module))
 
 
 @lru_cache(4096)

@@ -32,6 +32,7 @@ from torch import Tensor
 
 from esper_lightning.compiling.entries import (
     Globals,
+    Members,
     can_grow,
     dict_of,
     differences,
@@ -155,7 +156,7 @@ def find_holders(function: Any, *, by_text: bool = False) -> list[Holder]:
     found: list[Holder] = []
     while left:
         held, name = left.popleft()
-        key = held.key if isinstance(held, Globals) else id(held)
+        key = held.key if isinstance(held, Globals | Members) else id(held)
         if _is_leaf(held) or key in seen or _is_own(held):
             continue
         if len(seen) == _MOST_OBJECTS:
@@ -163,7 +164,10 @@ def find_holders(function: Any, *, by_text: bool = False) -> list[Holder]:
         seen[key] = held
         if isinstance(held, functools.partial):
             found.append(Holder(held, name, {}))
-        if isinstance(held, _SHOWING):
+        if isinstance(held, Members):
+            found.extend(Holder(kind, kind.__name__, entries_of(kind)) for kind in held.kinds)
+            left.extend((one, name) for one in held.followed())
+        elif isinstance(held, _SHOWING):
             left.extend((one, name) for one in _shown(held))
         elif not isinstance(held, type | FunctionType) or is_users(held):
             name = held.__name__ if isinstance(held, type | FunctionType) else name
@@ -216,7 +220,7 @@ def _is_own(held: Any) -> bool:
     """Whether an object or function is of this package: users' objects lie there to be compared."""
     kind = held if isinstance(held, FunctionType) else type(held)
     own = str(kind.__module__).startswith("esper_lightning.compiling.")
-    return own and kind is not Globals
+    return own and kind not in (Globals, Members)
 
 
 def _of_class(held: Any) -> list[Any]:

@@ -24,6 +24,19 @@ __all__ = ["results_of_pure", "same_bits", "watched_results"]
 Tree = Any
 _NUMBERS = (torch.ops.aten._local_scalar_dense.default, torch.ops.aten.equal.default)
 _SET_DATA: Any = getattr(Tensor.data, "__set__")  # noqa: B009 - what ``tensor.data = ...`` calls
+_A_NUMBER = "a number of a tensor as one of Python"
+_SHOWING = """numpy __array__ __dlpack__ data_ptr untyped_storage storage __deepcopy__ __format__
+__repr__"""
+_READING: dict[Any, str] = {  # methods of tensors, and what is said of them
+    Tensor.tolist: "the numbers of a tensor as a list of Python",
+    **{getattr(Tensor, name): _A_NUMBER for name in ("item", "__float__", "__int__", "__index__")},
+    **{getattr(Tensor, name): "" for name in _SHOWING.split()},
+}
+_OF_LISTS: set[Any] = {
+    *(torch.tensor, torch.as_tensor, torch.asarray, torch.sparse_coo_tensor),
+    *(Tensor.new_tensor, Tensor.new),
+}
+_AT_INDICES: set[Any] = {Tensor.__getitem__, Tensor.__setitem__}
 
 
 def results_of_pure(function: Callable[..., Tree], *args: Tree) -> list[Tensor]:
@@ -85,17 +98,35 @@ def watched_results(function: Callable[..., Tree], *args: Tree) -> list[Tensor]:
 
 
 class _NoNumbers(TorchFunctionMode):
-    """Refuses lists of a tensor's numbers, which a trace would take for constants, and new data."""
+    """Refuses what reads a tensor's numbers, which a trace would take for constants, and new data.
+
+    Operations see neither how a list of tensors becomes a tensor, nor what other libraries read.
+    """
 
     @override
     def __torch_function__(
         self, func: Any, types: Any, args: Sequence[Any] = (), kwargs: Any = None
     ) -> Any:
-        if func is Tensor.tolist:
-            raise ImpureError("the numbers of a tensor as a list of Python")
+        name = getattr(func, "__name__", "")
+        if func in _READING:
+            raise ImpureError(_READING[func] or f"what Tensor.{name} shows of a tensor's numbers")
         if func == _SET_DATA:
             raise ImpureError("other data for a tensor")
+        given: list[Any] = [*args, *(kwargs or {}).values()]
+        if func in _OF_LISTS and any(map(_is_list_of_tensors, given)):
+            raise ImpureError(f"a list of tensors in {name}(...), instead of torch.stack")
+        if func in _AT_INDICES:
+            places: list[Any] = [*args[1]] if type(args[1]) is tuple else [args[1]]
+            if any(map(_is_list_of_tensors, places)):
+                raise ImpureError("a list of tensors as an index, instead of torch.stack")
         return func(*args, **(kwargs or {}))
+
+
+def _is_list_of_tensors(value: Any) -> bool:
+    """Whether tensors lie in a list or tuple, at any depth."""
+    if not isinstance(value, list | tuple):
+        return False
+    return any(isinstance(one, Tensor) or _is_list_of_tensors(one) for one in value)  # pyright: ignore[reportUnknownVariableType, reportUnknownArgumentType]
 
 
 class _OwnTensorsOnly(TorchDispatchMode):
@@ -112,7 +143,7 @@ class _OwnTensorsOnly(TorchDispatchMode):
         if torch.Tag.nondeterministic_seeded in func.tags and not _drops_nothing(func, args):
             raise ImpureError(f"random numbers of its own ({func})")
         if func in _NUMBERS:
-            raise ImpureError("a number of a tensor as one of Python")
+            raise ImpureError(_A_NUMBER)
         kwargs = kwargs or {}
         given = _storages((args, kwargs))
         if func is torch.ops.aten.lift_fresh.default:  # what torch.tensor has just made
@@ -146,7 +177,8 @@ def _written(schema: Any, args: Sequence[Any], kwargs: dict[str, Any]) -> list[A
 def _storages(values: Any) -> set[StorageWeakRef]:
     """The memory of all tensors in containers."""
     if isinstance(values, Tensor):
-        return {StorageWeakRef(values.untyped_storage())}
+        with torch._C.DisableTorchFunction():  # which is no read of a user  # pyright: ignore[reportPrivateUsage]
+            return {StorageWeakRef(values.untyped_storage())}
     found: set[StorageWeakRef] = set()
     if isinstance(values, dict):
         values = list(values.values())  # pyright: ignore[reportUnknownVariableType, reportUnknownArgumentType]

@@ -4,6 +4,7 @@ A trace takes numbers, lists and arrays for constants, and reads tensors where t
 """
 # pyright: reportUnknownVariableType=false, reportUnknownArgumentType=false
 
+import builtins
 import functools
 import gc
 import os
@@ -19,6 +20,7 @@ from typing_extensions import override
 
 from esper_lightning.compiling.entries import (
     Globals,
+    Members,
     attributes_of,
     dict_of,
     is_installed,
@@ -30,7 +32,7 @@ from esper_lightning.compiling.entries import (
 )
 from esper_lightning.compiling.holders import Holder, ImpureError, find_holders
 from esper_lightning.compiling.other_threads import records_calls
-from esper_lightning.compiling.snapshots import Snapshot, Snapshots
+from esper_lightning.compiling.snapshots import Snapshot, Snapshots, Tensors
 
 __all__ = ["Reads", "recorded"]
 
@@ -48,7 +50,7 @@ class Reads:
     """Everything that a function read of what users wrote, as it was then."""
 
     def __init__(self) -> None:
-        self._snapshots = Snapshots([])
+        self._snapshots, self._tensors = Snapshots([]), Tensors([])
 
     def take(self, snapshots: Iterable[Snapshot]) -> None:
         """Keep what was read.
@@ -57,10 +59,15 @@ class Reads:
             ImpureError: If that is too much to compare at every call.
         """
         self._snapshots = Snapshots(snapshots)
+        self._tensors = Tensors(self._snapshots.tensors)
+
+    def leave_out(self, tensors: Iterable[Tensor]) -> None:
+        """Leave out tensors that a program reads where they lie: they may get other numbers."""
+        self._tensors.leave_out(tensors)
 
     def changed(self) -> str | None:
         """Name of something that has changed since; ``None`` if nothing has."""
-        return self._snapshots.changed()
+        return self._snapshots.changed() or self._tensors.changed()
 
 
 @contextmanager
@@ -83,6 +90,9 @@ def recorded(function: Callable[..., Any]) -> Generator[Reads]:
         patched.enter_context(_watched_environment(variables))
         patched.enter_context(_watched_calls(scopes))
         yield reads
+    known: Any = vars(builtins)  # where a user may have put variables of all modules
+    of_all = [read & (known.keys() - own.keys()) for own, read in scopes.values()]
+    scopes[id(known)] = (known, set[str]().union(*of_all))
     found = _not_among(holders, [*_of_modules(modules, names), *_of_scopes(scopes)])
     holders += [Holder(module, module.__name__, {}) for module in modules]
     for number, name in [*_all_attributes(holders, kinds - watched), *_all_attributes(found)]:
@@ -247,21 +257,23 @@ def _of_modules(modules: list[ModuleType], names: _Names) -> Iterator[Any]:
     by_number = {id(module): module for module in modules}
     for number, name in names:
         variables = vars(by_number[number]) if number in by_number else {}
-        if name in variables and _may_hold(variables[name], variables):
-            yield variables[name]
+        if name in variables:
+            yield from _held_by(variables[name], variables)
 
 
 def _of_scopes(scopes: _Scopes) -> Iterator[Any]:
     """What the functions that were called may have read of global variables."""
     for variables, names in scopes.values():
-        found = [variables[name] for name in names if name in variables]
-        yield from (one for one in found if _may_hold(one, variables))
+        for name in names & variables.keys():
+            yield from _held_by(variables[name], variables)
 
 
-def _may_hold(value: Any, variables: dict[str, Any]) -> bool:
-    """Whether a variable may hold what changes: functions and modules are watched as they run."""
-    kinds = (ModuleType, FunctionType, *([type] if is_installed(variables) else []))
-    return not isinstance(value, kinds)
+def _held_by(value: Any, variables: dict[str, Any]) -> Iterator[Any]:
+    """What a variable may hold that changes: functions and modules are watched as they run."""
+    if isinstance(value, type) and is_installed(variables):
+        yield Members(value)
+    elif not isinstance(value, ModuleType | FunctionType):
+        yield value
 
 
 def _not_among(holders: list[Holder], values: list[Any]) -> list[Holder]:

@@ -12,6 +12,7 @@ import weakref
 from array import array
 from collections import deque
 from collections.abc import Callable, Hashable, Iterable, Iterator
+from contextlib import suppress
 from itertools import chain
 from mmap import mmap
 from operator import attrgetter, is_, itemgetter
@@ -19,13 +20,16 @@ from types import BuiltinMethodType, MappingProxyType, MethodWrapperType, Module
 from typing import Any
 
 import numpy as np
+import torch
+from torch import Tensor
 
 from esper_lightning.compiling.entries import MOST_BYTES
 from esper_lightning.compiling.holders import ImpureError
 
-__all__ = ["Snapshot", "Snapshots"]
+__all__ = ["Snapshot", "Snapshots", "Tensors"]
 
 _MOST_ELEMENTS = 20_000  # of all containers: 0.5 ms
+_MOST_NUMBERS = 64  # of a tensor whose numbers are compared
 _PLAIN = (bool, int, float, complex, str, bytes, type(None))
 _BUFFERS = (np.ndarray, array, bytearray)
 _DICTS = (dict, MappingProxyType)
@@ -97,6 +101,9 @@ class Snapshots:
 
     Raises:
         ImpureError: If their containers have too many elements to compare at every call.
+
+    Attributes:
+        tensors: The tensors among the values and within containers, with names for messages.
     """
 
     def __init__(self, snapshots: Iterable[Snapshot]) -> None:
@@ -125,14 +132,18 @@ class Snapshots:
         self._iterables: list[Any] = []
         self._sets: list[tuple[Any, Any]] = []
         self._buffers: list[tuple[Any, Any]] = []
+        self.tensors: list[tuple[Tensor, str]] = []
         left = [(held, one.name_of(name)) for one in self._snapshots for name, held in one.items()]
         seen, elements = set[int](), 0
         while left:
             shown, name = left.pop()
             held: Any = _container_of(shown)
-            if not isinstance(held, _CONTAINERS) or id(held) in seen:
+            if not isinstance(held, (*_CONTAINERS, Tensor)) or id(held) in seen:
                 continue
             seen.add(id(held))
+            if isinstance(held, Tensor):
+                self.tensors.append((held, name))
+                continue
             if isinstance(held, _BUFFERS):
                 self._buffers.append((held, _bytes(held, name)))
                 continue
@@ -141,6 +152,7 @@ class Snapshots:
                 raise ImpureError(f"{name}: more than {_MOST_ELEMENTS} elements to watch")
             if isinstance(held, _SETS):
                 self._sets.append((held, frozenset(held)))
+                left += [(one, name) for one in held if isinstance(one, Tensor)]
                 continue
             if not isinstance(held, tuple):
                 self._sized.append(held)
@@ -168,6 +180,52 @@ class Snapshots:
             )
         except (LookupError, AttributeError, ValueError, ImpureError):  # it is gone, or has grown
             return False
+
+
+class Tensors:
+    """Tensors whose numbers must stay as they are, for no program reads them where they lie.
+
+    Of a tensor of more than 64 numbers, what torch itself writes is seen.
+
+    Args:
+        tensors: Tensors, with their names for messages.
+    """
+
+    def __init__(self, tensors: Iterable[tuple[Tensor, str]]) -> None:
+        self._all = [(one, name, _state(one)) for one, name in tensors]
+
+    def leave_out(self, read: Iterable[Tensor]) -> None:
+        """Leave out the tensors of which a program reads the memory, or a part of it."""
+        memory = {_memory(one) for one in read}
+        self._all = [one for one in self._all if _memory(one[0]) not in memory]
+
+    def changed(self) -> str | None:
+        """Name of a tensor that has changed; ``None`` if none has."""
+        return next((name for one, name, state in self._all if not _is_as(one, state)), None)
+
+
+def _memory(tensor: Tensor) -> int:
+    """Number of the memory of a tensor, or of the tensor itself where it has none."""
+    try:
+        return tensor.untyped_storage()._cdata  # pyright: ignore[reportPrivateUsage]
+    except NotImplementedError:  # such as a sparse one
+        return id(tensor)
+
+
+def _state(tensor: Tensor) -> tuple[Any, ...]:
+    """What tells whether a tensor has changed."""
+    kind = (tensor.shape, tensor.dtype, tensor.layout)
+    with suppress(RuntimeError, TypeError):  # of tensors without memory, or without such numbers
+        if tensor.numel() <= _MOST_NUMBERS:
+            return (*kind, tensor.tolist())
+    pointer = tensor.data_ptr() if tensor.layout is torch.strided else 0
+    return (*kind, pointer, 0 if tensor.is_inference() else tensor._version)  # pyright: ignore[reportPrivateUsage]
+
+
+def _is_as(tensor: Tensor, state: tuple[Any, ...]) -> bool:
+    """Whether a tensor is as it was; NaN equals itself."""
+    now = _state(tensor)
+    return now == state or repr(now) == repr(state)
 
 
 class _Identity:

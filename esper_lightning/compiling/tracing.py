@@ -76,6 +76,7 @@ class Traced:
     Attributes:
         graph: Function from the tensors of the arguments to the tensors of the result.
         result: Result of the function, as a tree of tensors on the meta device.
+        held: Tensors that the graph reads besides its arguments, where they lie.
     """
 
     def __init__(
@@ -99,6 +100,8 @@ class Traced:
         plain = _plain_attention if on_cpu else contextlib.nullcontext
         with unchanged(function), torch.no_grad(), Traceable(), plain():
             self.graph = _make_fx(flat, inputs, functional)
+        nodes = [node for node in self.graph.graph.nodes if node.op == "get_attr"]
+        self.held: list[Tensor] = [getattr(self.graph, str(node.target)) for node in nodes]
 
 
 @contextlib.contextmanager

@@ -1,14 +1,24 @@
 """Single entries are compared and restored, and no other entry is touched."""
 
+import os
+import sys
 from array import array
 from collections import deque
-from types import SimpleNamespace
+from pathlib import Path
+from types import ModuleType, SimpleNamespace
 from typing import Any
 
 import pytest
 import torch
 
-from esper_lightning.compiling.entries import differences, entries_of, holds_no_numbers, restore
+from esper_lightning.compiling.entries import (
+    differences,
+    entries_of,
+    holds_no_numbers,
+    is_users,
+    is_users_name,
+    restore,
+)
 
 
 @pytest.mark.parametrize(
@@ -46,3 +56,30 @@ def test_tensors_without_numbers_are_found_at_any_depth() -> None:
     fake = torch.ones(2, device="meta")
     assert holds_no_numbers({"a": [SimpleNamespace(b=({1: fake},))]})
     assert not holds_no_numbers({"a": [SimpleNamespace(b=({1: torch.ones(2)},))]})
+
+
+@pytest.mark.parametrize(
+    ("name", "place", "expected"),
+    [
+        ("turtle", "/home/user/turtle.py", True),
+        ("turtle", f"{Path(os.__file__).parent}/turtle.py", False),
+        ("turtle", "/usr/lib/lib-dynload/turtle.so", False),
+        ("optree", "/home/user/optree.py", True),
+        ("optree", "/venv/lib/site-packages/optree.py", False),
+        ("optree", "/home/user/optree/__init__.py", False),  # such as an editable installation
+    ],
+)
+def test_a_users_file_may_have_the_name_of_a_library(
+    name: str, place: str, expected: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    module: Any = ModuleType(name)
+    module.__file__ = place
+    if place.endswith("__init__.py"):
+        module.__path__ = [str(Path(place).parent)]
+    monkeypatch.setitem(sys.modules, name, module)
+    is_users_name.cache_clear()
+    try:
+        assert is_users_name(name) == expected
+        assert is_users(module) == expected
+    finally:
+        is_users_name.cache_clear()

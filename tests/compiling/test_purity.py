@@ -1,9 +1,14 @@
 """What is not a pure function is refused before it changes anything, and runs eagerly."""
 
+import copy
+import ctypes
 import itertools
+import pickle
+from collections.abc import Callable
 from functools import partial
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 from torch import Tensor
@@ -55,6 +60,71 @@ class Holder:
     def new_data(self, x: Tensor) -> Tensor:
         self.held.data = self.held + 1.0
         return x * self.held
+
+
+a, b, place = torch.tensor(1.0), torch.tensor(2.0), torch.tensor(1)
+WAYS_AROUND_OPERATIONS: dict[str, Callable[[Tensor], Any]] = {
+    "tensor": lambda x: x * torch.tensor([[a], [b]])[0],
+    "as_tensor": lambda x: x * torch.as_tensor([a, b]),
+    "asarray": lambda x: x * torch.asarray((a, b)),
+    "new_tensor": lambda x: x * x.new_tensor(data=[[a, b]]),
+    "an index": lambda x: x.view(1, 2)[:, [place]],
+    "a number": lambda x: x * torch.FloatTensor([a, b]),
+    "Tensor.numpy": lambda x: x * torch.from_numpy(a.numpy().copy()),
+    "Tensor.__array__": lambda x: x * float(np.asarray(a)),
+    "Tensor.__dlpack__": lambda x: x * torch.from_dlpack(a),
+    "Tensor.data_ptr": lambda x: x * ctypes.c_float.from_address(a.data_ptr()).value,
+    "Tensor.untyped_storage": lambda x: x * a.untyped_storage()[0],
+    "Tensor.__deepcopy__": lambda x: x * copy.deepcopy(a),
+    "Tensor.__format__": lambda x: x * float(f"{a:.3f}"),
+    "Tensor.__repr__": lambda x: x * float(repr(a)[7:-1]),
+    "untyped_storage": lambda x: x * pickle.loads(pickle.dumps(a)),
+}
+
+
+@pytest.mark.parametrize("name", WAYS_AROUND_OPERATIONS)
+def test_numbers_that_operations_do_not_show_are_refused(name: str) -> None:
+    with pytest.raises(ImpureError, match=name) as caught:
+        results_of_pure(WAYS_AROUND_OPERATIONS[name], torch.ones(2))
+    assert len(str(caught.value)) < 100
+
+
+RARE: dict[str, Callable[..., Any]] = {
+    "loop": lambda body: compile_loop("rollout", body, mode="auto", device=CPU),
+    "function": lambda body: compile_function("update", body, mode="auto", device=CPU),
+}
+
+
+@pytest.mark.usefixtures("native_code")
+@pytest.mark.parametrize("kind", RARE)
+def test_a_list_of_tensors_with_a_rare_effect_is_never_read_as_it_was(kind: str) -> None:
+    """Its effect is not in what comparisons look at: the first step, and a few numbers."""
+    bonus, penalty = torch.tensor(0.0), torch.tensor(-1.0)
+
+    def body(carry: Tensor, x: Tensor, constants: Tensor) -> tuple[Tensor, Tensor]:
+        worth = torch.tensor([bonus, penalty])
+        return carry, torch.where(x + constants > 7.0, worth[0], carry + bonus * 0.0)
+
+    run, constants = RARE[kind](body), torch.zeros(1)
+    given: Any = (torch.zeros(1000), torch.arange(1000.0) * 0.00701, constants)
+    if kind == "loop":
+        given = (torch.zeros(1), torch.arange(9.0)[:, None], None, constants, None)
+    run(*given)
+    bonus.fill_(10.0)
+    assert run(*given)[1].max() == 10.0
+
+
+def test_lists_of_numbers_and_operations_on_lists_of_tensors_are_pure() -> None:
+    def function(x: Tensor) -> Tensor:
+        y = (
+            torch.tensor([[1.0, 2.0]]) * torch.stack([a, b])
+            + x[place[None]]
+            + x[torch.tensor([0, 1])]
+        )
+        y[:, [0, 1]] *= torch.as_tensor(b) * torch.tensor(a.shape).sum()
+        return torch.cat([y, y])
+
+    assert results_of_pure(function, torch.ones(2))[0].tolist() == [[0.0, 0.0]] * 2
 
 
 @pytest.mark.parametrize(

@@ -2,6 +2,8 @@
 
 import argparse
 import array
+import builtins
+import ctypes
 import functools
 import os
 import sys
@@ -212,6 +214,10 @@ CHANGES: dict[str, tuple[Any, Any]] = {
     "dict of attributes": (lambda t, x: x * vars(t)["scale"], lambda t: setattr(t, "scale", 2.0)),
     "own getattr": (lambda t, x: x * t.hidden, lambda t: setattr(t, "scale", 2.0)),
     "in vain": (lambda t, x: x * getattr(t, "new", 1.0), lambda t: setattr(t, "new", 2.0)),
+    "builtin": (
+        lambda t, x: x * GAIN_OF_ALL,  # pyright: ignore[reportUndefinedVariable]
+        lambda t: setattr(builtins, "GAIN_OF_ALL", 2.0),
+    ),
     "environment": (
         lambda t, x: x * float(os.environ.get("GAIN_OF_A_USER", "1")),
         lambda t: os.environ.__setitem__("GAIN_OF_A_USER", "2"),
@@ -225,6 +231,7 @@ def test_every_kind_of_thing_that_a_function_reads_is_watched(
 ) -> None:
     """So that no kind of change leaves an old value in native code, and nothing else is noticed."""
     monkeypatch.setattr(settings, "GAIN", 1.0)
+    monkeypatch.setattr(builtins, "GAIN_OF_ALL", 1.0, raising=False)
     monkeypatch.setattr(settings.Sizes, "gain", 1.0)
     monkeypatch.setattr(Layers, "forward", Layers.forward)
     monkeypatch.setattr(Sub, "level", 1.0)
@@ -355,3 +362,36 @@ def test_a_held_tensor_of_another_kind_is_never_read_as_it_was(
     for _ in range(2):
         assert function(torch.ones(1)).item() == expected
     assert len([one for one in caplog.messages if "a tensor that changed: " in one]) == 1
+
+
+def seen_by_no_operation(tensor: Tensor) -> float:
+    """The first number of a tensor as an extension in C may read it."""
+    with torch._C.DisableTorchFunction():
+        return ctypes.c_float.from_address(tensor.data_ptr()).value
+
+
+@pytest.mark.usefixtures("native_code")
+@pytest.mark.parametrize("size", [2, 100])
+def test_a_tensor_that_no_program_reads_is_watched_for_its_numbers(
+    size: int, caplog: pytest.LogCaptureFixture
+) -> None:
+    """One that a program reads where it lies may get other numbers."""
+    log_reasons_again()
+    held, read, x = torch.ones(size), torch.ones(2), torch.ones(2)
+    levels = {"held": [held], "read": read}
+    function = compile_function(
+        "step",
+        lambda x: x * seen_by_no_operation(levels["held"][0]) * levels["read"],
+        mode="auto",
+        device=CPU,
+    )
+    expected = 1.0
+    for factor in (1.0, 2.0, 3.0):
+        read.mul_(factor)
+        expected *= factor
+        assert function(x).tolist() == [expected] * 2
+    assert not [one for one in caplog.records if one.levelname == "WARNING"]
+    held.fill_(10.0)
+    assert function(x).tolist() == [60.0] * 2
+    (line,) = [one.getMessage() for one in caplog.records if one.levelname == "WARNING"]
+    assert line.endswith("an attribute that changed: levels")

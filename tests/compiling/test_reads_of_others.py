@@ -11,7 +11,7 @@ import weakref
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
-from types import ModuleType, SimpleNamespace
+from types import FunctionType, ModuleType, SimpleNamespace
 from typing import Any, NamedTuple
 
 import gymnasium
@@ -20,7 +20,9 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from esper_lightning.compiling.holders import ImpureError
+from esper_lightning.compiling.entries import Members
+from esper_lightning.compiling.holders import ImpureError, find_holders
+from esper_lightning.compiling.loops import compile_function, compile_loop
 from esper_lightning.compiling.purity import results_of_pure
 from esper_lightning.compiling.reads import recorded
 from esper_lightning.envs import Box
@@ -351,3 +353,65 @@ def test_a_profiler_of_torch_with_stacks_continues_beside_a_recording(tmp_path: 
         assert reads.changed() is not None
     finally:
         settings.GAIN -= 1.0
+
+
+# Installed as well, of which another installed project imports classes.
+tariffs: Any = ModuleType("tariffs")
+market: Any = ModuleType("market.stall")
+for module in (tariffs, market):
+    module.__file__ = f"/site-packages/{module.__name__}/module.py"
+exec(
+    "class Base: rates = [1.0]\n"
+    "class Tariff(Base):\n gain = 1.0\n"
+    " @staticmethod\n def of(x): return x * Tariff.gain\n"
+    " class Inner: gain = 1.0\n"
+    "def gain(): return Tariff.gain",
+    vars(tariffs),
+)
+vars(market).update(tariffs=tariffs, Tariff=tariffs.Tariff, gain=tariffs.gain)
+exec(
+    "def by_class(x): return x * Tariff.gain\n"
+    "def by_module(x): return x * tariffs.Tariff.gain\n"
+    "def by_function(x): return x * gain()\n"
+    "def by_static_method(x): return Tariff.of(x)\n"
+    "def by_object(x): return x * Tariff().gain\n"
+    "def by_base(x): return x * Tariff.rates[0]\n"
+    "def by_inner(x): return x * Tariff.Inner.gain",
+    vars(market),
+)
+
+
+@pytest.mark.usefixtures("native_code")
+@pytest.mark.parametrize("kind", ["loop", "function"])
+@pytest.mark.parametrize("name", [one for one in vars(market) if one.startswith("by_")])
+def test_classes_that_installed_projects_read_are_watched(
+    name: str, kind: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Also where no comparison shows the effect: not in the first step, and in a few numbers."""
+    monkeypatch.setitem(sys.modules, "tariffs", tariffs)
+    monkeypatch.setattr(tariffs.Tariff, "gain", 1.0)
+    monkeypatch.setattr(tariffs.Tariff.Inner, "gain", 1.0)
+    monkeypatch.setattr(tariffs.Base, "rates", [1.0])
+
+    def body(carry: Tensor, x: Tensor, _: Tensor) -> tuple[Tensor, Tensor]:
+        return carry, torch.where(x > 7.0, getattr(market, name)(x), 0.0)
+
+    x = torch.arange(1000.0) * 0.00801  # of which a hundredth is above 7.9
+    given: Any = (torch.zeros(1000), x * (x > 7.9), torch.zeros(1))
+    run: Any = compile_function("update", body, mode="auto", device=torch.device("cpu"))
+    if kind == "loop":
+        given = (torch.zeros(1), torch.arange(9.0)[:, None], None, torch.zeros(1), None)
+        run = compile_loop("rollout", body, mode="auto", device=torch.device("cpu"))
+    before = run(*given)[1].max().item()
+    tariffs.Tariff.gain = tariffs.Tariff.Inner.gain = tariffs.Base.rates[0] = 2.0
+    assert run(*given)[1].max().item() == 2.0 * before
+
+
+def test_methods_of_classes_that_installed_projects_name_are_not_followed() -> None:
+    """There are thousands in a large library: those that are called are watched as they run."""
+    held = {id(one.held) for one in find_holders(market.by_class)}
+    assert id(tariffs.Tariff) in held
+    assert id(tariffs.Base) in held
+    assert not any(
+        isinstance(one.held, FunctionType) for one in find_holders([Members(tariffs.Tariff)])
+    )

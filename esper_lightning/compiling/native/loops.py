@@ -47,8 +47,7 @@ class NativeFunction:
     def prepare(self, *args: Tree) -> Program:
         """Compile the function for these arguments, once."""
         if self._program is None:
-            self.reads = _asked(self._function, *args)
-            traced = Traced(self._function, args, functional=True)
+            traced = _traced(self._function, args, self.reads)
             body = translate(traced.graph, "body", shared=True)
             self._program = Program(
                 function_text(body, len(leaves(args)) + len(body.captured)),
@@ -90,8 +89,7 @@ class NativeMap:
         size = chunk_rows(number)
         self._chunks = chunks = number // size
         some = map_tree(lambda leaf: leaf[:size], rows)
-        self.reads = _asked(self._function, some, constants)
-        traced = Traced(self._function, (some, constants), functional=True)
+        traced = _traced(self._function, (some, constants), self.reads)
         first, count = len(leaves(rows)), len(leaves((rows, constants)))
         body = translate(traced.graph, "body", shared=False, unchanged=range(first, count))
         if chunks > 1:
@@ -147,8 +145,7 @@ class NativeLoop:
             size = chunk_rows(chunked.shape[1])
             chunks = chunked.shape[1] // size
             example = (carry, chunked[0, :size], constants)
-            self.reads = _asked(self._chunk_body, *example)
-            traced = Traced(self._chunk_body, example, functional=True)
+            traced = _traced(self._chunk_body, example, self.reads)
             sums = leaves(traced.result)
             of_step = {*range(carried + 1 + constant)} - {carried}  # the same for all chunks
             chunk = translate(traced.graph, "chunk", shared=False, unchanged=of_step)
@@ -159,8 +156,7 @@ class NativeLoop:
                 refuse_other_sums(traced.graph, larger.graph, index, _OTHER_SUMS)
             zeros = map_tree(lambda leaf: torch.zeros(leaf.shape, dtype=leaf.dtype), traced.result)
             x = (zeros, x)
-        self.reads += _asked(self._body, carry, x, constants)
-        traced = Traced(self._body, (carry, x, constants), functional=True)
+        traced = _traced(self._body, (carry, x, constants), self.reads)
         _refuse_changed_carry(leaves(carry), leaves(traced.result)[:carried])
         first = carried + len(leaves(x))
         unchanged = range(first, first + constant)
@@ -196,8 +192,15 @@ def _refuse_changed_carry(before: Sequence[Tensor], after: Sequence[Tensor]) -> 
             raise UnsupportedError(f"a state that is {kinds[0]} before a step and {kinds[1]} after")
 
 
-def _asked(function: Callable[..., Tree], *args: Tree) -> list[Reads]:
-    """What a function read of users' objects in a call; refuses a function that is not pure."""
+def _traced(function: Callable[..., Tree], args: tuple[Tree, ...], found: list[Reads]) -> Traced:
+    """A pure function as a graph; adds what it read of users' objects to what was found.
+
+    Raises:
+        ImpureError: If the function is not pure.
+    """
     with recorded(function) as reads:
         results_of_pure(function, *args)
-    return [reads]
+    traced = Traced(function, args, functional=True)
+    reads.leave_out([*leaves(args), *traced.held])
+    found.append(reads)
+    return traced
