@@ -7,6 +7,7 @@ A trace takes numbers, lists and arrays for constants, and reads tensors where t
 import builtins
 import functools
 import gc
+import hashlib
 import os
 import sys
 import threading
@@ -64,6 +65,14 @@ class Reads:
     def leave_out(self, tensors: Iterable[Tensor]) -> None:
         """Leave out tensors that a program reads where they lie: they may get other numbers."""
         self._tensors.leave_out(tensors)
+
+    @functools.cached_property
+    def values(self) -> dict[str, str]:
+        """Digests of plain values that were read, by name; the same in another process."""
+        return {
+            name: hashlib.blake2b(text.encode(errors="replace"), digest_size=8).hexdigest()
+            for name, text in self._snapshots.texts().items()
+        }
 
     def changed(self) -> str | None:
         """Name of something that has changed since; ``None`` if nothing has."""

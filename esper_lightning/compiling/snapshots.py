@@ -10,7 +10,7 @@ import operator
 import threading
 import weakref
 from array import array
-from collections import deque
+from collections import defaultdict, deque
 from collections.abc import Callable, Hashable, Iterable, Iterator
 from contextlib import suppress
 from itertools import chain
@@ -92,6 +92,13 @@ class Snapshot:
             appeared -= {*self.names}
         return self.name_of(min(appeared, key=str)) if appeared else None
 
+    def texts(self) -> Iterator[tuple[str, str]]:
+        """Plain values as they were, as texts that are the same in another process, with names."""
+        for name, content in zip(self.names, self._contents, strict=True):
+            is_of_environment = isinstance(content, tuple) and content[0] is bytes
+            if not is_of_environment and (text := _text(content)):
+                yield self.name_of(name), text
+
 
 class Snapshots:
     """Snapshots that are compared together.
@@ -119,6 +126,17 @@ class Snapshots:
                 return name
         self._take_identities()
         return None
+
+    def texts(self) -> dict[str, str]:
+        """Plain values as they were, as texts that are the same in another process, by name.
+
+        Values of the same name are one text; how many they are is a part of the name.
+        """
+        found: dict[str, list[str]] = defaultdict(list)
+        for snapshot in self._snapshots:
+            for name, text in snapshot.texts():
+                found[name].append(text)
+        return {f"{name} ({len(all_)})": "; ".join(sorted(all_)) for name, all_ in found.items()}
 
     def _take_identities(self) -> None:
         taken = [one for one in self._snapshots if one.names]
@@ -264,6 +282,20 @@ def _content(value: Any, name: str) -> Any:  # noqa: PLR0911 - a kind of value e
     if isinstance(value, list | tuple | deque):
         return (type(value), [_content(one, name) for one in value])
     return _Identity(value)
+
+
+def _text(content: Any) -> str:
+    """A content as a text that is the same in another process; nothing of objects."""
+    if isinstance(content, _PLAIN):
+        return repr(content)
+    if isinstance(content, dict):
+        items = ((_text(key), _text(value)) for key, value in content.items())
+        return ", ".join(f"{key}: {value}" for key, value in items if key and value)
+    if isinstance(content, frozenset):
+        return ", ".join(sorted(map(_text, content)))
+    if isinstance(content, list | tuple):
+        return ", ".join(filter(None, map(_text, content)))
+    return ""
 
 
 def _container_of(held: Any) -> Any:

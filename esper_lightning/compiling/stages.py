@@ -76,6 +76,8 @@ class StageState(TypedDict):
     """Digests of kinds of arguments: those that run eagerly, or those of the first call."""
     counts: list[int]
     """Counters of the stage."""
+    values: dict[str, str]
+    """Digests of plain values that native code read when it was made, by name."""
 
 
 class Stage:
@@ -159,6 +161,7 @@ class NativeStage(Stage):
         self._reads: list[Reads] = []
         self._is_native = True
         self._eager_kinds: set[str] = set()
+        self._former: dict[str, str] = {}  # values that programs of a checkpoint had read
 
     def __call__(self, *args: Tree) -> Tree:
         """Run the function the fastest way that works."""
@@ -190,7 +193,15 @@ class NativeStage(Stage):
             log_slower("Native code", self.name, error)
             return self._eager
         self._reads += program.reads
+        for name, value in self._values().items():
+            if self._former.get(name, value) != value:
+                self._give_up(ImpureError(f"an attribute that changed: {name}"))
+                return self._eager
         return program
+
+    def _values(self) -> dict[str, str]:
+        """Digests of the plain values that all programs read."""
+        return {name: value for reads in self._reads for name, value in reads.values.items()}
 
     def _call(self, run: Callable[..., Tree], args: tuple[Tree, ...]) -> Tree:
         """Call a program; ``ImpureError`` if it no longer does what the function does."""
@@ -218,6 +229,7 @@ class NativeStage(Stage):
             "slower": eager or len(self._eager_kinds) > 0,
             "kinds": sorted(self._eager_kinds),
             "counts": [int(eager), *self._audit.counts()],
+            "values": {} if eager else {**self._former, **self._values()},
         }
 
     @override
@@ -227,6 +239,7 @@ class NativeStage(Stage):
             eager, *counts = state["counts"]
             self._is_native, self._eager_kinds = not eager, {*state["kinds"]}
             self._audit.restore(counts)
+            self._former = dict(state["values"])
 
 
 class FirstThatWorks(Stage):
@@ -276,7 +289,8 @@ class FirstThatWorks(Stage):
     def state(self) -> StageState:
         """How the stage runs: which shapes came first, and how many ways are left of how many."""
         left, kinds = len(self._ways), [] if self._digest is None else [self._digest]
-        return {"slower": left < self._number, "kinds": kinds, "counts": [left, self._number]}
+        counts = [left, self._number]
+        return {"slower": left < self._number, "kinds": kinds, "counts": counts, "values": {}}
 
     @override
     def restore(self, state: StageState) -> None:

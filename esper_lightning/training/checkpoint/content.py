@@ -105,7 +105,7 @@ _RANK: dict[str, Any] = {
 }
 _STAGES: dict[str, Any] = {  # which checkpoints of earlier versions lack
     "program": {"*": str},
-    "states": {"*": {"slower": bool, "kinds": [str], "counts": [int]}},
+    "states": {"*": {"slower": bool, "kinds": [str], "counts": [int], "values": {"*": str}}},
 }
 _STREAMS = 2  # of exploration, and of the order of samples
 _VERSION = re.compile(r"\d+(\.\d+){1,3}((a|b|rc|\.dev|\.post)\d+)?(\+[a-z0-9.]+)?")

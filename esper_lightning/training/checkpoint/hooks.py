@@ -103,7 +103,7 @@ class CheckpointHooks(LightningModule):
             ValueError: If the checkpoint belongs to other environments.
         """
         resumption = self._resumption or Resumption(rank_state=None)
-        self._program = program_of_stages(learner)
+        self._program = program_of_stages(learner, self.settings)
         data = (resumption.rank_state or {}).get(STAGES)
         resume_stages(data, learner, self.evaluation, self._program)
         resumed = resumption.start(learner, optimizer)

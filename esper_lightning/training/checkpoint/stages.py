@@ -1,10 +1,14 @@
 """How the stages of a run are compiled, as a part of its state.
 
 A stage that has given up native code runs eagerly for the rest of a run. Resumed or replayed from a
-later checkpoint it would be compiled anew, and round otherwise. The state holds for the same
-program: after a change of a source file, a package or the compiler, stages are compiled anew.
+later checkpoint it would be compiled anew, and round otherwise. So it would where a value of the
+user's changes right after the checkpoint: the state tells what native code had read. It holds for
+the same program: after a change of a source file, a setting of the algorithm, a package or the
+compiler, stages are compiled anew.
 """
 
+import hashlib
+import json
 import logging
 import platform
 from collections.abc import Mapping
@@ -16,6 +20,7 @@ from esper_lightning.forensics.fingerprint import loaded_versions
 from esper_lightning.forensics.sources import digests_of_sources
 from esper_lightning.ppo.learner import Learner
 from esper_lightning.training.evaluation import Evaluation
+from esper_lightning.training.settings import PPOSettings
 
 __all__ = ["STAGES", "program_of_stages", "resume_stages", "stages_to_data"]
 
@@ -24,16 +29,20 @@ STAGES = "stages"
 """Name of the stages in the state of a rank in a checkpoint."""
 
 
-def program_of_stages(learner: Learner) -> dict[str, str]:
+def program_of_stages(learner: Learner, settings: PPOSettings) -> dict[str, str]:
     """What stages are compiled of and by, as digests and versions; empty if nothing is compiled.
 
     Args:
         learner: Learner of a run that begins: later, files may be other ones than those loaded.
+        settings: Settings of the run; stages hold those of the algorithm as constants.
     """
     if not learner.stages:
         return {}
     loaded = loaded_versions()
     versions = {name: loaded[name] for name in ("esper_lightning", "torch") if name in loaded}
+    data = settings.to_data()
+    text = json.dumps({name: data[name] for name in ("ppo", "extensions")}, default=str)
+    versions["a setting"] = hashlib.blake2b(text.encode(), digest_size=8).hexdigest()
     versions |= {"Python": platform.python_version(), "the C++ compiler": compiler_digest()}
     return {**digests_of_sources(), **versions}
 

@@ -53,15 +53,15 @@ class Track(EnvSpec):
 class Curriculum(Callback):
     """Raises the level after some iterations, and keeps a checkpoint of a later one."""
 
-    def __init__(self, path: Path) -> None:
-        self.path = path
+    def __init__(self, path: Path, saves: int) -> None:
+        self.path, self.saves = path, saves
 
     def on_train_batch_start(self, trainer, *_: Any) -> None:
         global LEVEL  # noqa: PLW0603 - as curricula of users do
         LEVEL = 1.0 if trainer.global_step < CHANGES else 1.7
 
     def on_train_batch_end(self, trainer, *_: Any) -> None:
-        if trainer.global_step == SAVES and not self.path.exists():
+        if trainer.global_step == self.saves and not self.path.exists():
             trainer.save_checkpoint(self.path)
 
 
@@ -69,17 +69,17 @@ class Curriculum(Callback):
 def train(make_trainer, tmp_path):
     path = tmp_path / "kept.ckpt"
 
-    def train(ckpt_path: Path | None = None) -> PPO:
+    def train(ckpt_path: Path | None = None, saves: int = SAVES, **settings: Any) -> PPO:
         steps = 16 * SMALL.rollout_steps * ENDS
         model = PPO(
             Track(),
             MLP(hidden_sizes=(16,)),
-            SMALL,
+            dataclasses.replace(SMALL, **settings),
             total_env_steps=steps,
             eval_episodes=2,
             iterations_per_epoch=2,
         )
-        trainer = make_trainer(callbacks=[Curriculum(path)], limit_val_batches=1)
+        trainer = make_trainer(callbacks=[Curriculum(path, saves)], limit_val_batches=1)
         trainer.fit(model, ckpt_path=ckpt_path, weights_only=True)
         return model
 
@@ -112,6 +112,22 @@ def test_a_run_is_resumed_bit_for_bit_after_a_stage_was_given_up(train, caplog):
     torch.save(saved, train.path)
     with pytest.raises(ValueError, match=r"stages\.states\.rollout\.counts\.0 is no count"):
         train(train.path)
+
+
+def test_a_run_is_resumed_bit_for_bit_where_a_value_changes_right_after_the_checkpoint(
+    train, caplog
+):
+    whole = train(saves=CHANGES)
+    saved = torch.load(train.path, weights_only=True)
+    states = saved[STATE_KEY]["ranks"][0]["stages"]["states"]
+    assert not any(state["slower"] for state in states.values())
+    assert any(name.startswith("LEVEL (") for name in states["rollout"]["values"])
+    caplog.clear()
+    assert_same_bits(train(train.path), whole)
+    assert [one for one in warnings_of(caplog) if "LEVEL" in one]
+    caplog.clear()
+    train(train.path, clip=0.1)  # of another setting there is nothing to be the same as
+    assert warnings_of(caplog) == []
 
 
 @pytest.mark.slow
