@@ -53,6 +53,7 @@ TF32 = "max, TF32"  # products of matrices in TF32, as JAX computes them unless 
 MINIBATCHES = 4
 GOAL_STEPS_PER_S = 10e6  # at the first size
 ENDED_TESTS = "GPU_CHECK_ENDED_TESTS"  # variable with the pipe for the names of ended tests
+WORKER = "PYTEST_XDIST_WORKER"  # environment variable of the processes of pytest-xdist
 MOST_DIFFERENT = 1e-5  # weights of two modes after three iterations
 LONGEST_CELL, LONGEST_ERROR = 1500, 800  # characters in the table
 Found = Iterator[dict[str, Any]]
@@ -157,6 +158,7 @@ def tests(machine: Machine) -> Found:
     compiling = {"TORCH_COMPILE_DISABLE": "0", "JAXTYPING_DISABLE": "1"}  # as for users
     compiling["TORCHINDUCTOR_COMPILE_THREADS"] = "2"
     path = os.pathsep.join([str(Path(__file__).parent), os.environ.get("PYTHONPATH", "")])
+    outer = {name: value for name, value in os.environ.items() if name != WORKER}
     reads, writes = os.pipe()
     counts, failed = Counter[str](), list[str]()
     with tempfile.TemporaryFile("w+", errors="replace") as output:
@@ -166,7 +168,7 @@ def tests(machine: Machine) -> Found:
             stdout=output,
             stderr=subprocess.STDOUT,
             pass_fds=[writes],
-            env={**os.environ, **compiling, "PYTHONPATH": path, ENDED_TESTS: str(writes)},
+            env={**outer, **compiling, "PYTHONPATH": path, ENDED_TESTS: str(writes)},
         )
         os.close(writes)
         with os.fdopen(reads) as ended:
@@ -182,7 +184,7 @@ def tests(machine: Machine) -> Found:
 
 def pytest_runtest_logreport(report: Any) -> None:
     """Tell ``tests`` of a test that ended; pytest has this file as a plugin."""
-    if "PYTEST_XDIST_WORKER" in os.environ:  # whose reports come to the first process
+    if WORKER in os.environ:  # whose reports come to the first process
         return
     if report.when == "call" or report.outcome != "passed":
         is_error = report.failed and report.when != "call"
