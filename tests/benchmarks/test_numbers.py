@@ -359,6 +359,15 @@ STATEMENTS = [
     *in_both("Mean return of 100 deterministic evaluation episodes", "learning.md"),
     *in_both("at the end of training, 5 seeds", "learning.md"),
     Statement(
+        "which Python steps, # x #, the update is # times as fast as `off`; all of the rollout but "
+        "the environment's own step takes # % of an iteration",
+        "adapters_training.md",
+        tuple(
+            Cell("1,024 x 32 | auto", column)
+            for column in ("environments x steps", "ratio", "its share")
+        ),
+    ),
+    Statement(
         "(a mean return of #), at # env-steps/s in all on a busy two-core machine, # and # times",
         "ranks.md",
         (
