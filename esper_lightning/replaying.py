@@ -27,7 +27,7 @@ from esper_lightning.forensics.replay import Verdict, judge
 from esper_lightning.recorder.flight_recorder import FlightRecorder
 from esper_lightning.recorder.profiling.window_profiler import WindowProfiler
 from esper_lightning.recorder.replay_watch import ReplayWatch, record_left
-from esper_lightning.training.checkpoint.starts import beginning, find_starts, state_in
+from esper_lightning.training.checkpoint.replay_starts import beginning, find_starts, state_in
 
 __all__ = [
     "ReplayPlan",

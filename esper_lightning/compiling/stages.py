@@ -9,6 +9,7 @@ import hashlib
 import logging
 import threading
 import warnings
+from abc import ABC, abstractmethod
 from collections.abc import Callable, Hashable, Iterator, Mapping, Sequence
 from typing import TypedDict
 
@@ -80,7 +81,7 @@ class StageState(TypedDict):
     """Digests of plain values that native code read when it was made, by name."""
 
 
-class Stage:
+class Stage(ABC):
     """A function with all ways to run it.
 
     Args:
@@ -90,13 +91,13 @@ class Stage:
     def __init__(self, name: str) -> None:
         self.name = name
 
+    @abstractmethod
     def state(self) -> StageState:
         """How the stage runs, for a checkpoint."""
-        raise NotImplementedError
 
+    @abstractmethod
     def restore(self, state: StageState) -> None:
         """Run as the stage of a checkpoint did; before the first call."""
-        raise NotImplementedError
 
 
 def stages_within(*owners: object) -> dict[str, Stage]:

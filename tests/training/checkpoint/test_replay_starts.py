@@ -7,15 +7,15 @@ import torch
 
 from esper_lightning.forensics.layout import RunLayout
 from esper_lightning.forensics.report import CrashReport
-from esper_lightning.training.checkpoint import starts
+from esper_lightning.training.checkpoint import replay_starts
 
 
 def test_a_run_directory_may_have_a_name_that_is_a_pattern(tmp_path, monkeypatch):
     before = RunLayout(tmp_path / "replay_of_lr[0.1]").before_fault
     before.parent.mkdir(parents=True)
     before.touch()
-    monkeypatch.setattr(starts, "_went_alike", lambda *_: True)
-    assert list(starts._candidates(tmp_path / "lr[0.1]", (), None)) == [before]
+    monkeypatch.setattr(replay_starts, "_went_alike", lambda *_: True)
+    assert list(replay_starts._candidates(tmp_path / "lr[0.1]", (), None)) == [before]
 
 
 def store(path, iteration, *, epoch_ends):
@@ -37,6 +37,8 @@ def test_a_start_without_the_order_of_the_data_is_the_last_resort(tmp_path, resu
     files.directory.mkdir()
     files.history.write_text('{"iteration": 7}\n')
     # The beginning has the order, where it is still there.
-    assert starts.find_starts((tmp_path,), (dead,), dead) == ({middle: 9} if resumed_from else {})
+    assert replay_starts.find_starts((tmp_path,), (dead,), dead) == (
+        {middle: 9} if resumed_from else {}
+    )
     end = store(folder / "end.ckpt", 6, epoch_ends=True)
-    assert starts.find_starts((tmp_path,), (dead,), dead) == {end: 6}
+    assert replay_starts.find_starts((tmp_path,), (dead,), dead) == {end: 6}
