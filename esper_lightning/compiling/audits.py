@@ -2,7 +2,7 @@
 
 ``holders`` and ``reads`` watch what a function of a user reads. Python has more ways to reach a
 value than anybody lists. What they miss is found here, not before some iterations have computed
-with an old value, and is told then.
+with an old value, and is told then: by what the function does (``rehearsals``) and by its results.
 """
 
 from collections.abc import Callable, Sequence
@@ -11,11 +11,12 @@ from typing import Any
 import torch
 from typing_extensions import override
 
+from esper_lightning.compiling.rehearsals import Rehearsal
 from esper_lightning.core.tensor_trees import map_tree, named_tensors
 
 __all__ = ["Audit", "FirstRows", "FirstStep", "Whole"]
 
-_EVERY = 128  # calls; before that, at every power of two
+_EVERY = 256  # calls; before that, at every power of two
 _ROWS = 64
 _NEAR, _SMALL = 1e-3, 1e-5  # relative to the largest number of a tensor; absolute
 _MOST_APART = 0.01  # share of numbers that may differ: a draw between two actions is a tie at times
@@ -27,9 +28,13 @@ _Function = Callable[..., Any]
 class Whole:
     """The part of a call that is compared: all of the call of a pure function."""
 
+    def part(self, args: tuple[Any, ...]) -> tuple[Any, ...]:
+        """Arguments of this part."""
+        return args
+
     def expected(self, function: _Function, args: tuple[Any, ...]) -> Any:
         """What the function itself returns for this part."""
-        return function(*args)
+        return function(*self.part(args))
 
     def given(self, args: tuple[Any, ...]) -> tuple[Any, ...]:
         """Arguments for native code, so that the function can still be called afterwards."""
@@ -44,9 +49,9 @@ class FirstRows(Whole):
     """The first rows of a function of rows."""
 
     @override
-    def expected(self, function: _Function, args: tuple[Any, ...]) -> Any:
+    def part(self, args: tuple[Any, ...]) -> tuple[Any, ...]:
         rows, constants = args
-        return function(self.of(rows), constants)
+        return self.of(rows), constants
 
     @override
     def of(self, result: Any) -> Any:
@@ -57,11 +62,15 @@ class FirstStep(Whole):
     """The first step of a loop: its row, for the carry is known after the last step only."""
 
     @override
-    def expected(self, function: _Function, args: tuple[Any, ...]) -> Any:
+    def part(self, args: tuple[Any, ...]) -> tuple[Any, ...]:
         carry, xs, chunked, constants, *_ = args
         first = map_tree(lambda values: values[:1], xs)
         chunked = None if chunked is None else chunked[:1]
-        return function(carry, first, chunked, constants, None)[1]
+        return carry, first, chunked, constants, None
+
+    @override
+    def expected(self, function: _Function, args: tuple[Any, ...]) -> Any:
+        return super().expected(function, args)[1]
 
     @override
     def given(self, args: tuple[Any, ...]) -> tuple[Any, ...]:
@@ -82,6 +91,11 @@ class Audit:
     def __init__(self, sample: Whole) -> None:
         self._sample, self._calls, self._suspects = sample, 0, False
         self._latest = 0  # number of the call that was right
+        self._rehearsals: list[Rehearsal] = []
+
+    def rehearse(self, function: _Function, args: tuple[Any, ...]) -> None:
+        """Note what the function does with arguments of this kind, of which a program was made."""
+        self._rehearsals.append(Rehearsal(function, self._sample.part(args)))
 
     def is_due(self) -> bool:
         """Whether this call is to be compared."""
@@ -109,10 +123,12 @@ class Audit:
             args: Arguments of both.
 
         Returns:
-            The result of the native code, and what differs, if that is no tie between two actions:
-            most of a tensor, or something for the second time in a row. ``None`` where all is as it
-            should be.
+            The result of the native code, and what differs: what the function does; or its results,
+            if that is no tie between two actions: most of a tensor, or something for the second
+            time in a row. ``None`` where all is as it should be.
         """
+        if (changed := self.changed(self._calls - 1)) is not None:
+            return None, changed
         result = native(*self._sample.given(args))
         expected = self._sample.expected(function, args)
         name, is_certain = _difference(expected, self._sample.of(result))
@@ -121,8 +137,25 @@ class Audit:
             self._latest = self._calls
         if name is None or not (before or is_certain):
             return result, None
-        wrong = self._calls - self._latest - 1  # without this one, whose result is not used
-        return result, f"{name} (in {wrong} calls at most)"
+        what = f"results that are no longer those of the function: {name}"
+        return result, f"{what} {self._wrong(self._calls - 1)}"
+
+    def changed(self, last: int | None = None) -> str | None:
+        """What the function does and did not do at first; ``None`` if it does the same.
+
+        Args:
+            last: Number of the last call whose results are used; ``None`` for the latest.
+        """
+        all_changed = (rehearsal.changed() for rehearsal in self._rehearsals)
+        found = next((changed for changed in all_changed if changed), None)
+        if found is None:
+            return None
+        return f"other operations than at first: {found} {self._wrong(last)}"
+
+    def _wrong(self, last: int | None) -> str:
+        """In how many calls, until the last that counts, results may have been wrong."""
+        last = self._calls if last is None else last
+        return f"(in {last - self._latest} calls at most)"
 
 
 def _difference(expected: Any, got: Any) -> tuple[str | None, bool]:

@@ -350,8 +350,8 @@ def _is_same(before: dict[Hashable, Any], now: dict[Hashable, Any], name: Hashab
     if name not in before or name not in now:
         return False
     one, other = before[name], now[name]
-    plain = isinstance(one, bool | int | float | str | bytes) and type(one) is type(other)
-    return one is other or (plain and one == other)
+    plain = type(one) in (bool, int, float, str, bytes) and type(one) is type(other)
+    return one is other or (plain and one == other and repr(one) == repr(other))  # 0.0 and -0.0
 
 
 def holds_no_numbers(value: Any) -> bool:

@@ -345,7 +345,10 @@ def _of_object(holder: Holder, names: list[str]) -> Iterator[Snapshot]:
         entries = own[of_module]
         yield Snapshot(entries, entries.keys(), name_of, is_whole=True)
         left.discard(of_module)
-    yield Snapshot(held, [name for name in left & slots if hasattr(held, name)], holder.name_of)
+    has_class = is_users(type(held)) and not isinstance(held, dict)
+    of_class = ["__class__"] if has_class else []
+    in_slots = [name for name in left & slots if hasattr(held, name)]
+    yield Snapshot(held, [*of_class, *in_slots], holder.name_of)
     is_whole, left = not _WHOLE.isdisjoint(left), left - slots
     present = {*own} if is_whole else left & own.keys()
     absent = {name for name in left - present if not name.startswith("__")}

@@ -23,7 +23,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from esper_lightning.compiling.entries import MOST_BYTES
+from esper_lightning.compiling.entries import MOST_BYTES, dict_of, is_users
 from esper_lightning.compiling.holders import ImpureError
 
 __all__ = ["Snapshot", "Snapshots", "Tensors"]
@@ -269,28 +269,42 @@ def _content(value: Any, name: str) -> Any:  # noqa: PLR0911 - a kind of value e
         raise ImpureError(f"{name}: changes of a {type(value).__name__} are not noticed")
     value = _container_of(value)
     if isinstance(value, _PLAIN):
-        return (type(value), value)
+        number = isinstance(value, float | complex)  # 0.0 and -0.0 are equal, and not the same
+        return (type(value), _exact(value) if number else value, *_added(value))
     if isinstance(value, np.generic):
         return (value.dtype, value.tobytes())
     if isinstance(value, _BUFFERS):
         content = _bytes(value, name)
         return _Identity(value) if content is None else content
     if isinstance(value, _DICTS):
-        return (dict, {key: _content(one, name) for key, one in value.items()})
+        items = [(_content(key, name), _content(one, name)) for key, one in value.items()]
+        return (type(value), items, *_added(value))  # in their order
     if isinstance(value, _SETS):
-        return (set, frozenset(value))
+        return (type(value), frozenset(value), *_added(value))
     if isinstance(value, list | tuple | deque):
-        return (type(value), [_content(one, name) for one in value])
+        return (type(value), [_content(one, name) for one in value], *_added(value))
     return _Identity(value)
+
+
+def _exact(number: Any) -> str:
+    return float.__repr__(number) if isinstance(number, float) else complex.__repr__(number)
+
+
+def _added(value: Any) -> list[Any]:
+    """What a user's class adds to a number, a text or a container."""
+    if not is_users(type(value)):
+        return []
+    own = dict_of(value) or {}
+    return [
+        (name, _content(one, name) if isinstance(one, _PLAIN) else _Identity(one))
+        for name, one in own.items()
+    ]
 
 
 def _text(content: Any) -> str:
     """A content as a text that is the same in another process; nothing of objects."""
     if isinstance(content, _PLAIN):
         return repr(content)
-    if isinstance(content, dict):
-        items = ((_text(key), _text(value)) for key, value in content.items())
-        return ", ".join(f"{key}: {value}" for key, value in items if key and value)
     if isinstance(content, frozenset):
         return ", ".join(sorted(map(_text, content)))
     if isinstance(content, list | tuple):

@@ -91,6 +91,9 @@ class Stage(ABC):
     def __init__(self, name: str) -> None:
         self.name = name
 
+    def look(self) -> None:  # noqa: B027 - most ways to run a function need no look
+        """Take a slower way if the function is no longer what the fast one was made of."""
+
     @abstractmethod
     def state(self) -> StageState:
         """How the stage runs, for a checkpoint."""
@@ -198,6 +201,7 @@ class NativeStage(Stage):
             if self._former.get(name, value) != value:
                 self._give_up(ImpureError(f"an attribute that changed: {name}"))
                 return self._eager
+        self._audit.rehearse(self._eager, args)
         return program
 
     def _values(self) -> dict[str, str]:
@@ -210,7 +214,7 @@ class NativeStage(Stage):
             return run(*args)
         result, differs = self._audit.call(run, self._eager, args)
         if differs is not None:
-            raise ImpureError(f"results that are no longer those of the function: {differs}")
+            raise ImpureError(differs)
         return result
 
     def _give_up(self, reason: ImpureError) -> None:
@@ -221,6 +225,12 @@ class NativeStage(Stage):
     def _changed(self) -> str | None:
         """Name of something that a program read and that has changed since."""
         return next((name for reads in self._reads if (name := reads.changed())), None)
+
+    @override
+    def look(self) -> None:
+        """Give native code up if it is no longer what the function does, after the latest call."""
+        if self._is_native and (changed := self._audit.changed()) is not None:
+            self._give_up(ImpureError(changed))
 
     @override
     def state(self) -> StageState:

@@ -69,6 +69,11 @@ class RunEnvironments(Callback):
         pl_module.open_environments()  # pyright: ignore[reportCallIssue]
 
     @override
+    def on_train_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """Say if native code was no longer right in the last iterations of a run."""
+        pl_module.look_at_stages()  # pyright: ignore[reportCallIssue]
+
+    @override
     def teardown(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
         """Close the environments after a run that finished."""
         _close(pl_module)

@@ -9,7 +9,7 @@ from torch import nn
 from torchmetrics import CatMetric
 
 from esper_lightning.compiling.loops import CompileMode, few_cpu_threads
-from esper_lightning.compiling.stages import StageState, restore_stages, stages_within
+from esper_lightning.compiling.stages import Stage, StageState, restore_stages, stages_within
 from esper_lightning.core.running_stats import ObsNormalizer
 from esper_lightning.core.seeding import stream_seed
 from esper_lightning.envs.base import (
@@ -112,11 +112,15 @@ class Evaluation(nn.Module):
             self._stride, self._stages = stride, {}
         return stride
 
+    def stages(self) -> dict[str, Stage]:
+        """The stages of evaluations by name; none before the first evaluation."""
+        return {} if self._stride is None else stages_within(self._stride)
+
     def stage_states(self) -> dict[str, StageState]:
         """How the stages of evaluations run, for a checkpoint."""
         if self._stride is None:
             return self._stages
-        return {name: stage.state() for name, stage in stages_within(self._stride).items()}
+        return {name: stage.state() for name, stage in self.stages().items()}
 
     def restore_stages(self, states: Mapping[str, StageState]) -> None:
         """Let evaluations run as those of a checkpoint did, or as new ones without a state."""

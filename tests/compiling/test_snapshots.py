@@ -1,5 +1,6 @@
 """What is compared at every call is noticed when it changes; what would take long is refused."""
 
+import copy
 import re
 from typing import Any
 
@@ -44,6 +45,46 @@ def test_equal_values_are_no_change_and_what_appears_is_one() -> None:
     assert whole.changed() == "new"
     del held["a"]
     assert snapshots.changed() is not None
+
+
+class Level(float):
+    """A number of a user's class, with an attribute."""
+
+    bonus = 1.0
+
+
+class Levels(list[float]):
+    """A list of a user's class."""
+
+
+def level(bonus: float) -> Level:
+    """A level that is equal to any other."""
+    made = Level(1.0)
+    made.bonus = bonus
+    return made
+
+
+@pytest.mark.parametrize(
+    ("value", "other"),
+    [
+        (0.0, -0.0),
+        (complex(0.0, 0.0), complex(0.0, -0.0)),
+        ({"a": 1.0, "b": 2.0}, {"b": 2.0, "a": 1.0}),
+        ({1: 1.0}, {True: 1.0}),
+        ({1}, frozenset({1})),
+        (level(1.0), level(2.0)),
+        (1.0, level(1.0)),
+        ([1.0], Levels([1.0])),
+    ],
+)
+def test_what_is_equal_and_yet_another_is_a_change(value: Any, other: Any) -> None:
+    assert value == other
+    held = {"key": value}
+    snapshots = Snapshots([Snapshot(held, ["key"], str)])
+    held["key"] = copy.deepcopy(value)
+    assert snapshots.changed() is None
+    held["key"] = other
+    assert snapshots.changed() == "key"
 
 
 @pytest.mark.parametrize(

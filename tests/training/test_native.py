@@ -1,6 +1,7 @@
 """Training with native code gives the results of eager training, for whatever is shipped."""
 
 import dataclasses
+from contextvars import ContextVar
 
 import pytest
 import torch
@@ -110,3 +111,33 @@ def test_any_number_of_threads_gives_the_same_bits(make_trainer):
 
     first, others = weights(1), [weights(2), weights(3)]
     assert all(bits == first for bits in others)
+
+
+BONUS = ContextVar("bonus", default=1.0)
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class RareBonus(CartPole):
+    """A task with a bonus that no step of this test gets, in a place that no watch looks at."""
+
+    def advance(self, state, action):
+        transition = super().advance(state, action)
+        is_far = state[:, 0].abs() > 1e6
+        reward = torch.where(is_far, BONUS.get(), transition.reward)
+        return transition._replace(reward=reward)
+
+
+class RaisesBonus(Callback):
+    def on_train_batch_start(self, trainer, *_):
+        BONUS.set(1.0 if trainer.global_step < 6 else 2.0)
+
+
+def test_a_number_that_no_result_shows_is_told_at_the_end_of_a_run(make_trainer, caplog):
+    env = RareBonus(num_envs=16)
+    for callbacks in ([], [RaisesBonus()]):
+        assert warnings_of(caplog) == []
+        model = PPO(env, ppo=SMALL, total_env_steps=16 * SMALL.rollout_steps * 7, compile="auto")
+        make_trainer(limit_val_batches=0, callbacks=callbacks).fit(model)
+    (line,) = warnings_of(caplog)
+    assert "other operations than at first: aten.scalar_tensor.default(2.0" in line
+    assert line.endswith("(in 3 calls at most)")  # 4 was compared, 5 and 6 were right
