@@ -344,7 +344,7 @@ NOINLINE static void add_at(const T* __restrict gradient, const int64_t* __restr
       if (inside) to[at] += gradient[n * COUNT + k];
     }
   }
-  note_bad_index(bad, team);
+  note_error(bad, INDEX_OUTSIDE, team);
 }
 
 struct Window { int32_t first, end, size; };  // of an axis; the sum is divided by both sizes

@@ -2,6 +2,7 @@
 
 import functools
 import itertools
+import math
 from collections.abc import Callable
 from typing import Any, cast
 
@@ -26,6 +27,9 @@ OF_TORCH = (
 )
 """Names of operations that torch itself decomposes as is needed here."""
 
+_OPEN = ("sort.default", "topk.default", "kthvalue.default", "median.dim", "nanmedian.dim")
+"""Operations whose second result is open where numbers are equal."""
+
 _LONGEST = 64
 """Greatest extent of an axis whose elements are compared, or summed up, one by one."""
 
@@ -42,8 +46,12 @@ def decompose(graph: fx.GraphModule) -> fx.GraphModule:
     if not any(name in OWN or name.split(".")[0] in OF_TORCH for name in names):
         return graph
     for name, node in zip(names, graph.graph.nodes, strict=True):
-        if name == "sort.default" and any(user.args[1] == 1 for user in node.users):
-            raise UnsupportedError("the places of a sort that is not stable (stable=True is)")
+        if name in _OPEN and any(user.args[1] == 1 for user in node.users):
+            operation = name.split(".")[0]
+            raise UnsupportedError(
+                f"the places of equal numbers in {operation}, which torch leaves open"
+                " (those of sort with stable=True are known)"
+            )
     values = [node.meta["val"] for node in graph.graph.nodes if node.op == "placeholder"]
     example = [torch.empty(value.shape, dtype=value.dtype) for value in values]
     # As in ``tracing``: nothing is computed, and tensors that a function holds are real.
@@ -150,24 +158,112 @@ def _cumprod(x: Tensor, dim: int, *, dtype: torch.dtype | None = None) -> Tensor
     return _accumulate(x, dim, dtype, torch.mul)
 
 
+def _extremes(
+    x: Tensor, dim: int, beats: Callable[[Tensor, Tensor], Tensor]
+) -> tuple[Tensor, Tensor]:
+    """The extreme of the first elements of an axis: NaN if there is one, and the last of equals."""
+    if not x.dim():
+        return x.clone(), x.new_zeros((), dtype=torch.int64)
+    first, *others = x.unbind(_short(x, dim))
+    values, places = [first], [torch.zeros_like(first, dtype=torch.int64)]
+    for number, one in enumerate(others, start=1):
+        taken = one.isnan() | (~values[-1].isnan() & beats(one, values[-1]))
+        values.append(torch.where(taken, one, values[-1]))
+        places.append(torch.where(taken, number, places[-1]))
+    return torch.stack(values, dim), torch.stack(places, dim)
+
+
+def _cummax(x: Tensor, dim: int) -> tuple[Tensor, Tensor]:
+    return _extremes(x, dim, torch.ge)
+
+
+def _cummin(x: Tensor, dim: int) -> tuple[Tensor, Tensor]:
+    return _extremes(x, dim, torch.le)
+
+
 def _sort(x: Tensor, dim: int = -1, descending: bool = False) -> tuple[Tensor, Tensor]:
-    return _stable_sort(x, stable=True, dim=dim, descending=descending)
+    return _in_order(x, dim, descending=descending)
 
 
 def _stable_sort(
     x: Tensor, *, stable: bool | None, dim: int = -1, descending: bool = False
 ) -> tuple[Tensor, Tensor]:
-    """The rank of an element is the number of elements that come before it; NaN is the largest."""
     del stable  # this sort always is
+    return _in_order(x, dim, descending=descending)
+
+
+def _topk(
+    x: Tensor,
+    k: int,
+    dim: int = -1,
+    largest: bool = True,
+    sorted: bool = True,  # noqa: A002 - the name in torch
+) -> tuple[Tensor, Tensor]:
+    if not sorted:
+        raise UnsupportedError("a topk in any order (sorted=False)")
+    return _in_order(x, dim, descending=largest, end=k)
+
+
+def _kthvalue(x: Tensor, k: int, dim: int = -1, keepdim: bool = False) -> tuple[Tensor, Tensor]:
+    values, places = _in_order(x, dim, first=k - 1, end=k)
+    if keepdim or not x.dim():
+        return values, places
+    return values.squeeze(dim), places.squeeze(dim)
+
+
+def _median(x: Tensor, dim: int, keepdim: bool = False) -> tuple[Tensor, Tensor]:
+    """The lower one of two in the middle; NaN if there is one."""
+    middle = (x.shape[dim] + 1) // 2 if x.dim() else 1
+    values, places = _kthvalue(x, middle, dim, keepdim)
+    if x.is_floating_point():
+        values = values.masked_fill(x.isnan().any(dim, keepdim), math.nan)
+    return values, places
+
+
+def _median_of_all(x: Tensor) -> Tensor:
+    return _median(x.reshape(-1), 0)[0]
+
+
+def _nanmedian(x: Tensor, dim: int, keepdim: bool = False) -> tuple[Tensor, Tensor]:
+    values, places = _in_order(x, dim)
+    if not x.dim():
+        return values, places
+    number = (~x.isnan()).sum(dim, keepdim=True)
+    middle = (number - 1).clamp(min=0) // 2
+    values, places = values.gather(dim, middle), places.gather(dim, middle)
+    return (values, places) if keepdim else (values.squeeze(dim), places.squeeze(dim))
+
+
+def _nanmedian_of_all(x: Tensor) -> Tensor:
+    return _nanmedian(x.reshape(-1), 0)[0]
+
+
+def _in_order(
+    x: Tensor, dim: int, *, descending: bool = False, first: int = 0, end: int | None = None
+) -> tuple[Tensor, Tensor]:
+    """Elements of an axis in the order of a stable sort, and their places.
+
+    The rank of an element is the number of elements that come before it; NaN is the largest.
+
+    Args:
+        x: Tensor.
+        dim: Axis.
+        descending: Whether the largest element comes first.
+        first: Rank of the first element of the result.
+        end: Rank behind that of the last one; by default the extent of the axis.
+    """
+    if not x.dim():
+        return x.clone(), x.new_zeros((), dtype=torch.int64)
     rows = x.movedim(_short(x, dim), -1)
     one, other = rows[..., :, None], rows[..., None, :]
-    places = torch.arange(rows.shape[-1])
+    places = torch.arange(rows.shape[-1], dtype=torch.int32)  # more of them fit a vector
     after = (one > other) | (one.isnan() & ~other.isnan())
     before = (one < other) | (~one.isnan() & other.isnan())
     earlier = places[:, None] > places
-    first = (before if descending else after) | (~after & ~before & earlier)
-    rank = first.sum(-1)
-    index = ((rank[..., None, :] == places[:, None]) * places).sum(-1)
+    comes_first = (before if descending else after) | (~after & ~before & earlier)
+    rank = comes_first.sum(-1, dtype=torch.int32)
+    wanted = rank[..., None, :] == places[first:end, None]
+    index = torch.where(wanted, places, 0).sum(-1, dtype=torch.int32).long()
     return rows.gather(-1, index).movedim(-1, dim), index.movedim(-1, dim)
 
 
@@ -255,8 +351,16 @@ OWN: dict[str, Callable[..., Any]] = {
     "min.dim": _smallest,
     "cumsum.default": _cumsum,
     "cumprod.default": _cumprod,
+    "cummax.default": _cummax,
+    "cummin.default": _cummin,
+    "kthvalue.default": _kthvalue,
+    "median.default": _median_of_all,
+    "median.dim": _median,
+    "nanmedian.default": _nanmedian_of_all,
+    "nanmedian.dim": _nanmedian,
     "sort.default": _sort,
     "sort.stable": _stable_sort,
+    "topk.default": _topk,
     "triu.default": _triu,
     "tril.default": _tril,
     "linalg_cross.default": _cross,

@@ -10,6 +10,7 @@ from esper_lightning.compiling.native.operations import (
     Operation,
     Operations,
     Result,
+    checked,
     pointwise,
 )
 from esper_lightning.compiling.native.values import (
@@ -101,8 +102,6 @@ def _register_pointwise() -> None:
         " : f_maximum<{T}>({0}, {1}) + f_log1p(f_exp(-f_abs({0} - {1})))"
     )
     OPERATIONS["atan2.default"] = of_two("f_atan2({0}, {1})")
-    for overload in ("Tensor", "Scalar"):
-        OPERATIONS[f"fmod.{overload}"] = of_two("f_fmod({0}, {1})")
     OPERATIONS["tanh_backward.default"] = of_two("{0} * (({T})1 - {1} * {1})")
     OPERATIONS["sigmoid_backward.default"] = of_two("{0} * (({T})1 - {1}) * {1}")
     OPERATIONS["silu_backward.default"] = of_two("f_silu_backward({0}, {1})")
@@ -161,6 +160,17 @@ def _rsub(
     return _sub(kernel, result, y, x, alpha)
 
 
+@operation("round.decimals")
+def _round(kernel: Kernel, result: Result, x: Value, *, decimals: int) -> Value:
+    if not result.dtype.is_floating_point:
+        raise UnsupportedError(f"{result.dtype} here")
+    scale = 10.0 ** abs(decimals) if abs(decimals) < 309 else math.inf
+    if decimals == 0:
+        return pointwise(kernel, result, "f_round({0})", x)
+    rounded = "f_round({0} / {1}) * {1}" if decimals < 0 else "f_round({0} * {1}) / {1}"
+    return pointwise(kernel, result, rounded, x, scale)
+
+
 @operation("neg.default")
 def _neg(kernel: Kernel, result: Result, x: Value) -> Value:
     return pointwise(kernel, result, "-{0}", x)
@@ -186,39 +196,57 @@ def _div(kernel: Kernel, result: Result, x: Value | Number, y: Value | Number) -
 
 @operation("div.Tensor_mode", "div.Scalar_mode")
 def _div_rounded(
-    kernel: Kernel, result: Result, x: Value, y: Value | Number, *, rounding_mode: str | None
+    kernel: Kernel,
+    result: Result,
+    x: Value | Number,
+    y: Value | Number,
+    *,
+    rounding_mode: str | None,
 ) -> Value:
     if rounding_mode is None:
         return _div(kernel, result, x, y)
     if rounding_mode == "floor":
         return _floor_divide(kernel, result, x, y)
     if not result.dtype.is_floating_point:
-        return pointwise(kernel, result, "{0} / {1}", x, _divisor(result, y))
+        return _divide(kernel, result, x, y)
     return pointwise(kernel, result, "f_trunc({0} / {1})", x, y)
 
 
 def _divides(name: str) -> Operation:
     """An operation that divides, by two functions of the headers: for floats and for integers."""
 
-    def run(kernel: Kernel, result: Result, x: Value, y: Value | Number) -> Value:
+    def run(kernel: Kernel, result: Result, x: Value | Number, y: Value | Number) -> Value:
         if result.dtype.is_floating_point:
             return pointwise(kernel, result, f"f_{name}<{{T}}>({{0}}, {{1}})", x, y)
-        divisor = _divisor(result, y)
-        return pointwise(kernel, result, f"f_integer_{name}<{{T}}>({{0}}, {{1}})", x, divisor)
+        if isinstance(y, Value):
+            y = checked(kernel, y, "{0} == 0", "DIVISION_BY_ZERO", result.dtype)
+        elif not int(y):
+            raise UnsupportedError("a division of integers by 0")
+        return pointwise(kernel, result, f"f_integer_{name}<{{T}}>({{0}}, {{1}})", x, y)
 
     return run
 
 
-def _divisor(result: Result, y: Value | Number) -> Number:
-    """A divisor of integers for which no quotient is an error, or does not exist."""
-    if isinstance(y, Value) or int(y) in (0, -1) or result.dtype == torch.bool:
-        raise UnsupportedError("dividing integers by a tensor, 0 or -1")
-    return y
+def _shifts(side: str) -> Operation:
+    def run(kernel: Kernel, result: Result, x: Value | Number, y: Value | Number) -> Value:
+        return pointwise(kernel, result, f"f_{side}_shift<{{T}}>({{0}}, {{1}})", x, y)
+
+    return run
 
 
-_floor_divide = _divides("floor_divide")
-OPERATIONS["floor_divide.default"] = OPERATIONS["floor_divide.Scalar"] = _floor_divide
-OPERATIONS["remainder.Tensor"] = OPERATIONS["remainder.Scalar"] = _divides("remainder")
+for _side in ("left", "right"):
+    for _overload in ("Tensor", "Tensor_Scalar", "Scalar_Tensor"):
+        OPERATIONS[f"bitwise_{_side}_shift.{_overload}"] = _shifts(_side)
+    for _overload in ("Tensor", "Scalar"):
+        OPERATIONS[f"__{_side[0]}shift__.{_overload}"] = _shifts(_side)
+
+_divide, _floor_divide = _divides("divide"), _divides("floor_divide")
+for _overload in ("Tensor", "Scalar"):
+    OPERATIONS[f"fmod.{_overload}"] = _divides("fmod")
+for _overload in ("Tensor", "Scalar", "Scalar_Tensor"):
+    OPERATIONS[f"remainder.{_overload}"] = _divides("remainder")
+for _overload in ("default", "Scalar"):
+    OPERATIONS[f"floor_divide.{_overload}"] = _floor_divide
 
 
 @operation("pow.Tensor_Scalar", "pow.Tensor_Tensor", "pow.Scalar")

@@ -10,7 +10,7 @@ from esper_lightning.compiling.native.operations import (
     Number,
     Operations,
     Result,
-    pointwise,
+    checked,
 )
 from esper_lightning.compiling.native.values import (
     C_TYPES,
@@ -86,27 +86,8 @@ def _indices(kernel: Kernel, index: Value, extent: int, *, lowest: int = 0) -> V
         raise UnsupportedError(f"an index of {index.dtype}")
     if extent == 0:
         raise UnsupportedError("an index into nothing")
-    index = kernel.stored(index)
-    buffer, view = index.place
-    key = (buffer, view.storage_offset(), tuple(view.shape), view.stride(), lowest, extent)
-    if key in kernel.checked:
-        return index
-    kernel.checked.add(key)
-    outside = pointwise(
-        kernel,
-        Result(index.shape, torch.bool),
-        f"{{0}} < {lowest} || {{0}} >= {extent}",
-        index,
-        dtype=index.dtype,
-    )
-    axes = list(range(len(index.shape)))
-    combine = "{a} = {a} || {x};"
-    found = kernel.reduce(
-        outside, axes, (), dtype=torch.bool, start=False, combine=combine, clause="||"
-    )
-    flag = found.place[0].name
-    kernel.call(f"note_bad_index({flag}[0], team);", reads=[found])
-    return index
+    outside = f"{{0}} < {lowest} || {{0}} >= {extent}"
+    return checked(kernel, index, outside, "INDEX_OUTSIDE")
 
 
 @operation("gather.default")

@@ -21,9 +21,11 @@
 
 // ---- A team of threads -------------------------------------------------------------------------
 
+enum Error { INDEX_OUTSIDE = 1, DIVISION_BY_ZERO };  // as in program.py
+
 struct Team {
-  int size;       // number of threads
-  int bad_index;  // whether an index lay outside of its tensor
+  int size;   // number of threads
+  int error;  // the first one of the call; 0 if there is none
   int waiting;
   unsigned round;
   pthread_mutex_t lock;
@@ -74,7 +76,7 @@ UNUSED static void* member_main(void* pointer) {
   return nullptr;
 }
 
-// Run a function on several threads, and return whether an index lay outside of its tensor.
+// Run a function on several threads, and return the first error, or 0.
 // Where threads cannot be started, fewer do the same.
 UNUSED static int run_team(int threads, Work work, void* argument) {
   enum { most = 256 };
@@ -103,7 +105,7 @@ UNUSED static int run_team(int threads, Work work, void* argument) {
   for (int k = 0; k < started; k++) pthread_join(members[k].thread, nullptr);
   pthread_cond_destroy(&team.changed);
   pthread_mutex_destroy(&team.lock);
-  return team.bad_index;
+  return team.error;
 }
 
 // First of the rows that a thread computes.
@@ -244,8 +246,9 @@ INLINE float f_pow(float x, float y) { return __builtin_powf(x, y); }
 INLINE double f_pow(double x, double y) { return __builtin_pow(x, y); }
 INLINE float f_atan2(float y, float x) { return __builtin_atan2f(y, x); }
 INLINE double f_atan2(double y, double x) { return __builtin_atan2(y, x); }
-INLINE float f_fmod(float x, float y) { return __builtin_fmodf(x, y); }
-INLINE double f_fmod(double x, double y) { return __builtin_fmod(x, y); }
+template <class T> INLINE T f_fmod(T x, T y) {
+  return (T)(sizeof(T) == sizeof(float) ? __builtin_fmodf(x, y) : __builtin_fmod(x, y));
+}
 INLINE float f_sqrt(float x) { return __builtin_sqrtf(x); }
 INLINE double f_sqrt(double x) { return __builtin_sqrt(x); }
 INLINE float f_floor(float x) { return __builtin_floorf(x); }
@@ -275,13 +278,30 @@ template <class T> INLINE T f_remainder(T x, T y) {
   const T r = f_fmod(x, y);
   return r != (T)0 && (r < (T)0) != (y < (T)0) ? r + y : r;
 }
-template <class T> INLINE T f_integer_remainder(T x, T y) {  // y is a constant, and not 0
-  const T r = x % y;
+// Processors end the process that divides by 0, which is an error after the call, or the least integer
+// by -1, which is the least integer again.
+template <class T> INLINE bool is_minus_1(T y) { return y < 0 && y == (T)-1; }
+template <class T> INLINE T safe_divisor(T y) { return f_where<T>(y == 0 || is_minus_1(y), (T)1, y); }
+template <class T> INLINE T f_integer_divide(T x, T y) {
+  return f_where<T>(is_minus_1(y), (T)-x, (T)(x / safe_divisor(y)));
+}
+template <class T> INLINE T f_integer_fmod(T x, T y) { return (T)(x % safe_divisor(y)); }
+template <class T> INLINE T f_integer_remainder(T x, T y) {
+  const T r = f_integer_fmod(x, y);
   return r != 0 && (r < 0) != (y < 0) ? r + y : r;
 }
-template <class T> INLINE T f_integer_floor_divide(T x, T y) {  // likewise
-  const T q = x / y;
-  return x % y != 0 && (x < 0) != (y < 0) ? q - 1 : q;
+template <class T> INLINE T f_integer_floor_divide(T x, T y) {
+  const T q = f_integer_divide(x, y);
+  return f_integer_fmod(x, y) != 0 && (x < 0) != (y < 0) ? q - 1 : q;
+}
+// Shifts by a negative number, or by more bits than there are, leave nothing but the sign.
+template <class T> INLINE T f_left_shift(T x, T y) {
+  constexpr int bits = 8 * sizeof(T);
+  return y < 0 || y >= bits ? (T)0 : (T)((uint64_t)x << (y & (bits - 1)));
+}
+template <class T> INLINE T f_right_shift(T x, T y) {
+  constexpr int most = 8 * sizeof(T) - ((T)-1 < (T)0);
+  return (T)(x >> (y < 0 || y >= most ? most : (int)y));
 }
 template <class T> INLINE T f_floor_divide(T x, T y) {  // torch's, of numbers that are not integers
   if (y == (T)0) return x / y;
@@ -333,8 +353,9 @@ INLINE int64_t index_in(int64_t k, int64_t extent) {
   const int64_t at = k < 0 ? k + extent : k;
   return (uint64_t)at < (uint64_t)extent ? at : 0;
 }
-INLINE void note_bad_index(bool bad, Team* team) {
-  if (bad) __atomic_store_n(&team->bad_index, 1, __ATOMIC_RELAXED);
+INLINE void note_error(bool is_wrong, int error, Team* team) {
+  int none = 0;
+  if (is_wrong) __atomic_compare_exchange_n(&team->error, &none, error, false, __ATOMIC_RELAXED, __ATOMIC_RELAXED);
 }
 
 template <int K, class T, class Get> INLINE int64_t first_largest(Get get) {

@@ -15,6 +15,7 @@ __all__ = [
 SAME = {"_to_copy", "alias", "clone", "detach", "lift_fresh_copy", "neg"}
 ADDS = {"add", "sub", "rsub"}
 ELEMENTS = {  # operations on elements, but for those that are linear
+    *("__lshift__", "__rshift__", "bitwise_left_shift", "bitwise_right_shift"),
     *("abs", "acos", "addcdiv", "addcmul", "asin", "atan", "atan2", "bitwise_and", "bitwise_not"),
     *("bitwise_or", "bitwise_xor", "ceil", "clamp", "clamp_max", "clamp_min", "cos", "cosh"),
     *("copysign", "deg2rad", "elu", "elu_backward", "eq", "erf", "exp", "exp2", "expm1", "floor"),

@@ -52,7 +52,7 @@ class Kernel:
         inputs: Arguments of the function.
         outputs: Results of the function.
         packing: Statements that fill the buffers of kind ``packed``.
-        checked: Indices whose range has been checked, each with the extent of the axis.
+        checked: Values that have been checked, each with what is wrong of an element.
         functions: Text of the C++ functions that only this one calls.
     """
 

@@ -21,7 +21,7 @@ from esper_lightning.compiling.native.values import (
     literal,
 )
 
-__all__ = ["Number", "Operation", "Operations", "Result", "pointwise"]
+__all__ = ["Number", "Operation", "Operations", "Result", "checked", "pointwise"]
 
 
 class Result(NamedTuple):
@@ -92,3 +92,32 @@ def pointwise(
         return f"(({C_TYPES[result.dtype]})({text}))" if narrow else f"({text})"
 
     return Value(result.shape, result.dtype, expression)
+
+
+def checked(
+    kernel: Kernel, value: Value, wrong: str, error: str, dtype: torch.dtype | None = None
+) -> Value:
+    """A value in memory, checked once: a wrong element is an error after the call.
+
+    Args:
+        kernel: Kernel that gets the statements.
+        value: Value to check.
+        wrong: C expression that is true of a wrong element ``{0}``.
+        error: Name of the error in the headers.
+        dtype: Type in which the expression computes; by default that of the value.
+    """
+    value = kernel.stored(value)
+    buffer, view = value.place
+    kind = value.dtype if dtype is None else dtype
+    key = (buffer, view.storage_offset(), tuple(view.shape), view.stride(), wrong, kind)
+    if key not in kernel.checked:
+        kernel.checked.add(key)
+        each = pointwise(kernel, Result(value.shape, torch.bool), wrong, value, dtype=kind)
+        axes = list(range(len(value.shape)))
+        combine = "{a} = {a} || {x};"
+        found = kernel.reduce(
+            each, axes, (), dtype=torch.bool, start=False, combine=combine, clause="||"
+        )
+        flag = found.place[0].name
+        kernel.call(f"note_error({flag}[0], {error}, team);", reads=[found])
+    return value

@@ -28,6 +28,12 @@ class IndexOutsideError(IndexError):
     """Raised by a program that was given an index outside of its tensor, as torch raises one."""
 
 
+_ERRORS = {  # as in kernels.hpp, with the types of torch
+    1: (IndexOutsideError, "an index lies outside of its tensor"),
+    2: (RuntimeError, "ZeroDivisionError: an integer is divided by zero"),
+}
+
+
 class Program:
     """A compiled program.
 
@@ -73,6 +79,7 @@ class Program:
 
         Raises:
             IndexOutsideError: If an index lay outside of its tensor.
+            RuntimeError: If an integer was divided by zero.
             ImpureError: If a captured tensor has another shape, dtype or device than before. The
                 program has not run.
         """
@@ -95,8 +102,9 @@ class Program:
         array = results.pointers
         array[: len(pointers)] = pointers
         work = aligned(self._work.data_ptr())
-        if self._run(ctypes.addressof(array), work, steps, threads):
-            raise IndexOutsideError("an index lies outside of its tensor")
+        if error := self._run(ctypes.addressof(array), work, steps, threads):
+            kind, message = _ERRORS[error]
+            raise kind(message)
         return rebuild(self._like, results.tensors)
 
     def _results_apart_from(self, pointers: Sequence[int]) -> "_Results":

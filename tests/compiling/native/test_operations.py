@@ -4,6 +4,7 @@ Operations are compiled together, for a few layouts of their arguments, and run 
 """
 
 import functools
+from collections.abc import Callable
 from typing import Any
 
 import pytest
@@ -14,7 +15,7 @@ from torch import Tensor
 from torch.nn import functional
 
 from esper_lightning.compiling.native.decompositions import OWN
-from esper_lightning.compiling.native.loops import NativeFunction
+from esper_lightning.compiling.native.loops import NativeFunction, NativeMap
 from esper_lightning.compiling.native.translation import OPERATIONS, translate
 from esper_lightning.compiling.native.values import UnsupportedError
 from esper_lightning.compiling.tracing import Traced
@@ -47,6 +48,7 @@ EXACT: dict[str, Any] = {
     "mul mixed": lambda v: v.x * v.k,
     "div": lambda v: v.x / v.y,
     "div integers": lambda v: v.k / (v.n + 1),
+    "div integers by zero": lambda v: (v.k - 2) / v.n,
     "div number": lambda v: v.x / 3.0,
     "div floor": lambda v: torch.div(v.x, v.y, rounding_mode="floor"),
     "div trunc": lambda v: torch.div(v.x, v.y, rounding_mode="trunc"),
@@ -55,6 +57,25 @@ EXACT: dict[str, Any] = {
     "div scalar floor": lambda v: aten.div.Scalar_mode(v.x, 0.7, rounding_mode="floor"),
     "floor divide": lambda v: v.x // v.y,
     "floor divide integers": lambda v: (v.k - 2) // -3,
+    "floor divide by a tensor": lambda v: (v.k - 2) // (2 * v.n - 3),
+    "floor divide of a number": lambda v: 7 // (v.k - 5),
+    "div trunc by a tensor": lambda v: torch.div(v.k - 2, 2 * v.n - 3, rounding_mode="trunc"),
+    "div trunc by -1": lambda v: torch.div(v.k - 2, -1, rounding_mode="trunc"),
+    "remainder by a tensor": lambda v: (v.k - 2) % (2 * v.n - 3),
+    "remainder of a number": lambda v: -7 % (v.k + 1),
+    "remainder of a float": lambda v: 7.5 % (v.u.abs() + 0.1),
+    "fmod by a tensor": lambda v: torch.fmod(v.k - 2, 2 * v.n - 3),
+    "fmod integer": lambda v: torch.fmod(v.k - 2, -2),
+    "shift left": lambda v: (v.k - 2) << v.n,
+    "shift left number": lambda v: (v.k - 2) << 3,
+    "shift right": lambda v: (v.k - 2) >> v.n,
+    "shift right number": lambda v: (v.k * 9 - 14) >> 1,
+    "shift bits left": lambda v: torch.bitwise_left_shift(v.k, v.n),
+    "shift bits left by a number": lambda v: torch.bitwise_left_shift(v.k, 2),
+    "shift bits left of a number": lambda v: torch.bitwise_left_shift(5, v.k),
+    "shift bits right": lambda v: torch.bitwise_right_shift(v.k, v.n),
+    "shift bits right by a number": lambda v: torch.bitwise_right_shift(v.k, 2),
+    "shift bits right of a number": lambda v: torch.bitwise_right_shift(-5, v.k),
     "floor divide scalar": lambda v: aten.floor_divide.Scalar(v.x, 2.5),
     "frac": lambda v: v.x.frac(),
     "deg2rad": lambda v: v.x.deg2rad(),
@@ -85,6 +106,8 @@ EXACT: dict[str, Any] = {
     "ceil": lambda v: v.x.ceil(),
     "trunc": lambda v: v.x.trunc(),
     "round": lambda v: v.x.round(),
+    "round decimals": lambda v: v.x.round(decimals=2),
+    "round to hundreds": lambda v: v.x.round(decimals=-2),
     "minimum": lambda v: torch.minimum(v.x, v.y),
     "maximum": lambda v: torch.maximum(v.x, v.y),
     "maximum integer": lambda v: torch.maximum(v.k, v.n),
@@ -182,6 +205,17 @@ EXACT: dict[str, Any] = {
     "sort integers": lambda v: v.k.sort(dim=-1, stable=True, descending=True).indices,
     "sort descending": lambda v: v.x.sort(dim=-1, stable=True, descending=True).indices,
     "argsort": lambda v: v.k.argsort(dim=0, stable=True),
+    "topk": lambda v: v.x.topk(3).values,
+    "topk smallest": lambda v: v.k.topk(2, dim=0, largest=False).values,
+    "kthvalue": lambda v: v.x.kthvalue(2, dim=0).values,
+    "median": lambda v: v.f[0].median(),
+    "median dim": lambda v: v.x.median(-1).values,
+    "nanmedian": lambda v: v.f[:, 0].nanmedian(),
+    "nanmedian dim": lambda v: v.x.nanmedian(0, keepdim=True).values,
+    "cummax": lambda v: v.x.cummax(-1).values,
+    "cummax place": lambda v: v.x.cummax(0).indices,
+    "cummin": lambda v: v.k.cummin(0).values,
+    "cummin place": lambda v: v.k.cummin(-1).indices,
     "triu": lambda v: v.x.flatten(0, -2).triu(),
     "tril": lambda v: v.x.flatten(0, -2).tril(-1),
     "nansum": lambda v: v.k.float().masked_fill(v.a, float("nan")).nansum(-1),
@@ -388,6 +422,7 @@ EITHER_ZERO = {
         "min dim",
         "sort",
     ),
+    *("topk", "kthvalue", "median", "median dim", "nanmedian", "nanmedian dim"),
     *("clamp tensor", "clamp min tensor", "clamp max tensor"),
 }
 """Those that give one of two zeros: which one depends on the layout in torch itself."""
@@ -524,8 +559,217 @@ def test_choices_in_short_loops_are_those_of_torch(shape: tuple[int, ...]) -> No
 def test_places_of_a_sort_that_may_order_equal_numbers_otherwise_are_refused() -> None:
     x = torch.tensor([[1.0, 0.0, 1.0]])
     assert torch.equal(NativeFunction(lambda x: x.sort().values)(x), x.sort().values)
-    with pytest.raises(UnsupportedError, match="stable=True"):
-        NativeFunction(lambda x: x.sort().indices)(x)
+    for places in (
+        lambda x: x.sort().indices,
+        lambda x: x.topk(2).indices,
+        lambda x: x.kthvalue(2).indices,
+        lambda x: x.median(-1).indices,
+        lambda x: x.nanmedian(-1).indices,
+    ):
+        with pytest.raises(UnsupportedError, match="stable=True"):
+            NativeFunction(places)(x)
+    with pytest.raises(UnsupportedError, match="sorted=False"):
+        NativeFunction(lambda x: x.topk(2, sorted=False).values)(x)
+
+
+ORDERS: dict[str, Callable[[Tensor, int], Tensor]] = {
+    "topk": lambda x, dim: x.topk(2, dim).values,
+    "topk of all": lambda x, dim: x.topk(x.shape[dim], dim).values,
+    "topk smallest": lambda x, dim: x.topk(3, dim, largest=False).values,
+    "kthvalue": lambda x, dim: x.kthvalue(3, dim).values,
+    "kthvalue kept": lambda x, dim: x.kthvalue(1, dim, keepdim=True).values,
+    "median": lambda x, dim: x.median(dim).values,
+    "median kept": lambda x, dim: x.median(dim, keepdim=True).values,
+    "median of all": lambda x, _: x.median(),
+    "nanmedian": lambda x, dim: x.nanmedian(dim).values,
+    "nanmedian kept": lambda x, dim: x.nanmedian(dim, keepdim=True).values,
+    "nanmedian of all": lambda x, _: x.nanmedian(),
+    "cummax": lambda x, dim: x.cummax(dim).values,
+    "cummax place": lambda x, dim: x.cummax(dim).indices,
+    "cummin": lambda x, dim: x.cummin(dim).values,
+    "cummin place": lambda x, dim: x.cummin(dim).indices,
+}
+
+
+def all_orders(*tensors: Tensor) -> dict[str, Tensor]:
+    return {
+        f"{name} {number} {dim}": function(x, dim)
+        for number, x in enumerate(tensors)
+        for dim in range(-x.dim(), 0)
+        for name, function in ORDERS.items()
+    }
+
+
+@functools.cache
+def compiled_orders(dtype: torch.dtype) -> NativeFunction:
+    del dtype  # for each of which there is one
+    return NativeFunction(all_orders)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.uint8], ids=str)
+@settings(max_examples=30)
+@given(seed=st.integers(0, 2**32), distinct=st.integers(1, 7))
+def test_orders_of_few_distinct_numbers_are_those_of_torch(
+    dtype: torch.dtype, seed: int, distinct: int
+) -> None:
+    """With NaN, infinities, both zeros, and the ends of integers."""
+    ends = torch.iinfo(torch.uint8 if dtype.is_floating_point else dtype)
+    numbers: list[float] = [ends.max, ends.min, 1, 3, 2, 7, 5]
+    if dtype.is_floating_point:
+        numbers = [float("nan"), 0.0, -0.0, float("inf"), float("-inf"), 1e-40, 1.5]
+    generator = torch.Generator().manual_seed(seed)
+    some = torch.tensor(numbers, dtype=dtype)[torch.randperm(7, generator=generator)[:distinct]]
+    shapes = [(3, 4), (7,)]
+    tensors = [some[torch.randint(0, distinct, shape, generator=generator)] for shape in shapes]
+    tensors[0] = tensors[0].t()
+    got, expected = compiled_orders(dtype)(*tensors), all_orders(*tensors)
+    for name in expected:
+        torch.testing.assert_close(
+            got[name], expected[name], rtol=0, atol=0, equal_nan=True, msg=name
+        )
+        if name.startswith("cum") and dtype.is_floating_point and "place" not in name:
+            number = ~expected[name].isnan()
+            signs = (each[name][number].signbit() for each in (got, expected))
+            assert torch.equal(*signs), f"sign of {name}"
+
+
+def test_a_number_is_in_order() -> None:
+    def orders(x: Tensor) -> list[Tensor]:
+        cumulated = [*x.cummax(0), *x.cummin(0)]
+        return [*cumulated, x.sort().values, x.topk(1).values, x.median(0).values, x.median()]
+
+    x = torch.tensor(2.5)
+    for got, expected in zip(NativeFunction(orders)(x), orders(x), strict=True):
+        assert torch.equal(got, expected)
+
+
+INTEGERS = [torch.int64, torch.int32, torch.int16, torch.int8, torch.uint8]
+
+
+def of_integers(x: Tensor, y: Tensor, shift: Tensor) -> dict[str, Tensor]:
+    """Quotients and remainders, of which the first are of -1 too, and shifts by any number."""
+    return {
+        "floor": x // y,
+        "remainder": x % y,
+        "fmod": torch.fmod(x, y),
+        "trunc": torch.div(x, y.clamp(min=1), rounding_mode="trunc"),
+        "trunc of half": torch.div(x >> 1, y, rounding_mode="trunc"),
+        "true": x / y,
+        "by one": x // y[:1],
+        "of another type": x % y.to(torch.int64),
+        "floor by -1": x // -1 if x.dtype.is_signed else x,
+        "left": x << shift,
+        "right": x >> shift,
+        "left by 2": x << 2,
+        "right by 2": x >> 2,
+        "left of 5": torch.bitwise_left_shift(5, shift),
+    }
+
+
+@functools.cache
+def compiled_integers(dtype: torch.dtype) -> NativeFunction:
+    del dtype  # for each of which there is one
+    return NativeFunction(of_integers)
+
+
+@pytest.mark.parametrize("dtype", INTEGERS, ids=str)
+@settings(max_examples=50)
+@given(data=st.data())
+def test_integers_are_divided_and_shifted_as_by_torch(dtype: torch.dtype, data: Any) -> None:
+    low, high = torch.iinfo(dtype).min, torch.iinfo(dtype).max
+    ends = [one for one in (low, low + 1, -1, 0, 1, high - 1, high) if low <= one <= high]
+    number = st.sampled_from(ends) | st.integers(low, high) | st.integers(max(low, -9), 9)
+    some = st.lists(number, min_size=24, max_size=24)
+    x, y, shift = (torch.tensor(data.draw(some), dtype=dtype) for _ in range(3))
+    small = torch.tensor(
+        data.draw(st.lists(st.integers(max(low, -3), 70), min_size=24, max_size=24))
+    )
+    shift = torch.where(x % 2 == 0, shift, small.to(dtype))
+    y = torch.where(y == 0, 1, y).to(dtype)
+    got, expected = compiled_integers(dtype)(x, y, shift), of_integers(x, y, shift)
+    for name, value in expected.items():
+        assert got[name].dtype == value.dtype, name
+        assert torch.equal(got[name], value), name
+
+
+@pytest.mark.parametrize("dtype", INTEGERS[:4], ids=str)
+def test_the_least_integer_by_minus_one_does_not_end_the_process(dtype: torch.dtype) -> None:
+    """As eager calls of int64 and int32 do."""
+    x, y = (torch.full((3,), one, dtype=dtype) for one in (torch.iinfo(dtype).min, -1))
+    native = NativeFunction(lambda x, y: torch.div(x, y, rounding_mode="trunc"))
+    native(torch.ones_like(x), y)  # the first call runs eagerly, too
+    assert torch.equal(native(x, y), x // y)
+
+
+DIVISIONS: dict[str, Callable[[Tensor, Tensor], Tensor]] = {
+    "floor": lambda x, y: x // y,
+    "trunc": lambda x, y: torch.div(x, y, rounding_mode="trunc"),
+    "remainder": lambda x, y: x % y,
+    "fmod": torch.fmod,
+    "of a number": lambda _, y: 7 // y,
+    "remainder of a number": lambda _, y: 7 % y,
+    "by one of all": lambda x, y: x // y[1],
+    "not chosen": lambda x, y: torch.where(y != 0, x // y, 0),
+    "zero in 32 bits": lambda x, y: x.int() // torch.where(y == 0, 2**32, y)[1],
+}
+
+
+@pytest.mark.parametrize("name", DIVISIONS)
+def test_an_integer_divided_by_zero_is_the_error_that_it_is_in_torch(name: str) -> None:
+    function, x = DIVISIONS[name], torch.tensor([6, -7, 8])
+    good, bad = torch.tensor([2, 3, -4]), torch.tensor([2, 0, -4])
+    with pytest.raises(RuntimeError, match="ZeroDivisionError"):
+        function(x, bad)
+    native = NativeFunction(function)
+    for _ in range(2):
+        assert torch.equal(native(x, good), function(x, good))
+        with pytest.raises(RuntimeError, match="ZeroDivisionError"):
+            native(x, bad)
+
+
+def test_the_first_error_of_a_call_is_raised() -> None:
+    def both(x: Tensor, k: Tensor) -> tuple[Tensor, Tensor]:
+        return x // k, x[k]
+
+    native, x = NativeFunction(both), torch.tensor([4, 5, 6])
+    native(x, torch.tensor([1, 2, 1]))
+    with pytest.raises(IndexError):
+        native(x, torch.tensor([1, 7, 1]))
+    with pytest.raises(RuntimeError, match="ZeroDivisionError"):
+        native(x, torch.tensor([7, 0, 1]))
+
+
+def test_a_map_of_rows_divides_by_zero_as_torch_does() -> None:
+    native = NativeMap(lambda rows, _: rows[0] // rows[1])
+    x, y = torch.arange(4096), torch.arange(1, 4097)
+    assert torch.equal(native((x, y), ()), x // y)
+    y[-1] = 0
+    with pytest.raises(RuntimeError, match="ZeroDivisionError"):
+        native((x, y), ())
+    y[-1] = 3
+    assert torch.equal(native((x, y), ()), x // y)
+
+
+DECIMALS = [-400, -39, -2, -1, 0, 1, 2, 3, 7, 39, 309]
+
+
+@functools.cache
+def compiled_rounding() -> NativeFunction:
+    return NativeFunction(rounding)
+
+
+def rounding(x: Tensor) -> list[Tensor]:
+    return [y.round(decimals=each) for y in (x, x.double() * 1.1) for each in DECIMALS]
+
+
+@settings(max_examples=50)
+@given(st.lists(st.floats(width=32) | st.sampled_from(ODD), min_size=16, max_size=16))
+def test_decimals_are_rounded_as_by_torch(numbers: list[float]) -> None:
+    x = torch.tensor(numbers)
+    for got, expected in zip(compiled_rounding()(x), rounding(x), strict=True):
+        torch.testing.assert_close(got, expected, rtol=0, atol=0, equal_nan=True)
+        number = ~expected.isnan()
+        assert torch.equal(got[number].signbit(), expected[number].signbit())
 
 
 @pytest.mark.parametrize("value", [-1, 3])
