@@ -29,7 +29,7 @@ _MOST_SHOWN = 60  # characters of an operation in a message
 class Rehearsal:
     """What a function does with arguments of a kind, whatever their numbers.
 
-    A function that cannot be called on zeros is not rehearsed.
+    A function that can be called neither on zeros nor on ones is not rehearsed.
 
     Args:
         function: Function that reads no numbers of its tensors.
@@ -40,8 +40,10 @@ class Rehearsal:
         self._function, self._args = function, map_tree(_without_memory, args)
         self._autocast = (torch.is_autocast_enabled("cpu"), torch.get_autocast_dtype("cpu"))
         self._first: _Notes | None = None
-        with suppress(Exception):
-            self._first = self._noted()
+        for self._number in (0, 1):  # an integer may be divided by an argument
+            with suppress(Exception):
+                self._first = self._noted()
+                break
 
     def changed(self) -> str | None:
         """What the function does now and did not do at first; ``None`` if it does the same."""
@@ -63,29 +65,31 @@ class Rehearsal:
                 modes.enter_context(torch.inference_mode(False))
                 modes.enter_context(torch.no_grad())
                 modes.enter_context(torch.autocast("cpu", dtype, enabled, cache_enabled=False))
-                args = map_tree(_zeros, self._args)
+                args = map_tree(self._filled, self._args)
                 noting = modes.enter_context(_Noting(args))
                 result = self._function(*args)
             return noting.notes(result)
         finally:
             torch.set_num_threads(threads)
 
+    def _filled(self, tensor: Tensor) -> Tensor:
+        """Zeros, or ones, of the shape, strides and kind of a tensor.
+
+        Zeros that nobody writes to take no memory: the system maps pages of NumPy's to one.
+        """
+        places = zip(tensor.shape, tensor.stride(), strict=True)
+        count = 1 + sum((size - 1) * step for size, step in places) if tensor.numel() else 0
+        memory = torch.from_numpy(np.zeros(count * tensor.element_size(), np.uint8))
+        memory = memory.view(tensor.dtype)
+        if self._number:
+            memory.fill_(self._number)
+        return memory.as_strided(tensor.shape, tensor.stride())
+
 
 def _without_memory(tensor: Tensor) -> Tensor:
     """A tensor of the same shape, strides and kind on the meta device."""
     stride = tensor.stride()
     return torch.empty_strided(tensor.shape, stride, dtype=tensor.dtype, device="meta")
-
-
-def _zeros(tensor: Tensor) -> Tensor:
-    """Zeros of the shape, strides and kind of a tensor; as long as nobody writes, without memory.
-
-    The system maps pages of zeros of NumPy to a single one.
-    """
-    places = zip(tensor.shape, tensor.stride(), strict=True)
-    count = 1 + sum((size - 1) * step for size, step in places) if tensor.numel() else 0
-    memory = torch.from_numpy(np.zeros(count * tensor.element_size(), np.uint8))
-    return memory.view(tensor.dtype).as_strided(tensor.shape, tensor.stride())
 
 
 class _Noting(TorchDispatchMode):

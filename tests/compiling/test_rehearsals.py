@@ -186,7 +186,15 @@ def test_shapes_and_strides_of_arguments_are_kept():
     assert Rehearsal(lambda x: x.logical_not(), (empty,)).changed() is None
 
 
-def test_a_function_that_does_not_bear_zeros_is_not_rehearsed():
+def test_a_function_that_divides_integers_is_rehearsed_on_ones():
+    number = [2.0]
+    rehearsal = Rehearsal(lambda x: 7 // x * number[0], (torch.tensor([3]),))
+    assert rehearsal.changed() is None
+    number[0] = 3.0
+    assert rehearsal.changed() is not None
+
+
+def test_a_function_that_bears_neither_zeros_nor_ones_is_not_rehearsed():
     calls = []
 
     def function(x):
@@ -195,7 +203,7 @@ def test_a_function_that_does_not_bear_zeros_is_not_rehearsed():
 
     rehearsal = Rehearsal(function, (torch.eye(2),))
     assert rehearsal.changed() is None
-    assert len(calls) == 1
+    assert len(calls) == 2
 
 
 def test_lack_of_memory_is_no_change():
