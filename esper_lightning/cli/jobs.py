@@ -11,12 +11,13 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import NamedTuple
 
+from esper_lightning.cli import ENDS_WITH
 from esper_lightning.forensics.files import write_atomically
 from esper_lightning.forensics.layout import RunLayout
 from esper_lightning.forensics.rank_record import ProcessRecord
 from esper_lightning.forensics.reading import printable, read_file
 
-__all__ = ["Ended", "Job", "command_of", "fit_job", "start_esper"]
+__all__ = ["Ended", "Job", "command_of", "ends_with_this_process", "fit_job", "start_esper"]
 
 _ESPER = [sys.executable, "-m", "esper_lightning.cli.main"]
 _RECORD = "ab.txt"  # in a run directory: the settings with which the run was started
@@ -83,7 +84,7 @@ class Job(NamedTuple):
                 SIGTERM, which leaves a checkpoint to resume from.
         """
         write_atomically(self.run / _RECORD, self.started_with.encode())
-        environment = {"OMP_NUM_THREADS": str(threads), **os.environ}
+        environment = {"OMP_NUM_THREADS": str(threads), **os.environ, **ends_with_this_process()}
         log = self.run / _LOG
         was_stopped = False
         with log.open("ab") as file:  # the output of earlier attempts stays
@@ -128,7 +129,13 @@ def fit_job(run: Path, configs: Sequence[str], settings: Sequence[str], seed: in
 
 def start_esper(words: Sequence[str]) -> int:
     """Run a command of ``esper`` whose output is that of this process; returns its exit status."""
-    return subprocess.run([*_ESPER, *words], check=False).returncode
+    environment = os.environ | ends_with_this_process()
+    return subprocess.run([*_ESPER, *words], check=False, env=environment).returncode
+
+
+def ends_with_this_process() -> dict[str, str]:
+    """Variables of a command of ``esper`` that gets SIGTERM when this process ends (Linux)."""
+    return {ENDS_WITH: str(os.getpid())}
 
 
 def command_of(job: Job) -> str:

@@ -15,6 +15,8 @@ from contextlib import suppress
 from itertools import pairwise
 from typing import Any, NamedTuple, cast
 
+from esper_lightning.cli import ENDS_WITH
+
 __all__ = ["main"]
 
 
@@ -50,6 +52,7 @@ _COMMANDS = {
     "doctor": _Command("what this machine has, and what will be fast", module="doctor"),
     "init": _Command("write a small project to begin from", module="init"),
 }
+_PR_SET_PDEATHSIG = 1
 _INTERRUPTED = 1  # Lightning's own exit status after Ctrl-C
 
 
@@ -60,6 +63,7 @@ def main(arguments: list[str] | None = None) -> None:
         arguments: Words that follow ``esper``; ``None`` for those of this process.
     """
     words = [*map(_expand_home, sys.argv[1:] if arguments is None else arguments)]
+    _end_with(os.environ.pop(ENDS_WITH, ""))
     is_main = threading.current_thread() is threading.main_thread()
     unused = signal.getsignal(signal.SIGINT) is signal.default_int_handler
     owns_signals = arguments is None and is_main and unused
@@ -85,6 +89,24 @@ def main(arguments: list[str] | None = None) -> None:
         print(f"esper: what was printed is not whole: {stdout.error.strerror}", file=sys.stderr)
         if _COMMANDS[words[0]].prints:
             sys.exit(1)
+
+
+def _end_with(parent: str) -> None:
+    """Let this process get SIGTERM when the process that started it ends, even by SIGKILL (Linux).
+
+    Args:
+        parent: Number of the process that asked for it; empty if none did.
+    """
+    if not parent or sys.platform != "linux":
+        return
+    import ctypes  # noqa: PLC0415
+
+    ctypes.CDLL(None).prctl(_PR_SET_PDEATHSIG, signal.SIGTERM)
+    if os.getppid() != int(parent):  # it is gone already, or a program between started this one
+        try:
+            os.kill(int(parent), 0)
+        except ProcessLookupError:
+            os._exit(128 + signal.SIGTERM)
 
 
 def _expand_home(word: str) -> str:

@@ -99,6 +99,8 @@ def _describe(error: Exception) -> str:
     while (branch := _branch(error)) is not None:
         error = branch
     said = _text(error)
+    if _is_of_remote_file(error):
+        return f"--{setting or 'config'} must name a file that can be read: {said}."
     if not isinstance(error, _CONFIG_ERRORS) or not said:
         said = f"{type(error).__name__}: {said}"
     refuses = _refuses(error)
@@ -123,6 +125,12 @@ def _place(error: BaseException, *, raised_there: bool = False) -> str:
     if not own or (raised_there and own[-1] is not frames[-1]):
         return ""
     return f" ({Path(own[-1].filename).name}, line {own[-1].lineno})"
+
+
+def _is_of_remote_file(error: BaseException) -> bool:
+    """Whether the library that reads ``s3://`` and the like raised an error, or one below it."""
+    frames = traceback.extract_tb(error.__traceback__)
+    return any(Path(frame.filename).parent.name == "fsspec" for frame in frames)
 
 
 def _has_word(text: str, word: str) -> bool:

@@ -2,18 +2,27 @@
 
 Events of the parser are inspected before any value is built, because a few events can describe
 values that fill all memory.
+
+What is written can be read again: a default that YAML cannot hold is left out.
 """
 
+import contextlib
 import itertools
-from collections.abc import Iterable
+import warnings
+from collections.abc import Generator, Iterable
+from enum import Enum
 from typing import Any, cast
 
 import yaml
 
-__all__ = ["SurpriseError", "place", "refuse_surprises"]
+__all__ = ["SurpriseError", "dump_plain", "leaving_out", "place", "refuse_surprises"]
 
 _DEEPEST, _MOST_VALUES = 50, 100_000
 _LOADER: Any = getattr(yaml, "CSafeLoader", yaml.SafeLoader)
+
+
+_NOT_DATA = "Unable to serialize instance "
+"""Begin of the text, and of a warning, that jsonargparse has in place of a value."""
 
 
 class SurpriseError(ValueError):
@@ -25,8 +34,9 @@ def refuse_surprises(text: str) -> None:
 
     Raises:
         SurpriseError: If a key stands twice in a mapping, if a dotted key stands beside its own
-            group, which would replace it, or if nesting or aliases make more values than a program
-            can build. The error has line and column.
+            group, which would replace it, if a text holds a NUL byte, which no path may, or if
+            nesting or aliases make more values than a program can build. The error has line and
+            column.
         yaml.YAMLError: If the text is not YAML.
     """
     opened: list[_Collection] = []
@@ -41,6 +51,9 @@ def refuse_surprises(text: str) -> None:
                 opened[-1].values += closed.values
         elif isinstance(event, yaml.NodeEvent):
             where = place(event.start_mark)
+            text = str(getattr(event, "value", ""))
+            if "\0" in text:
+                raise SurpriseError(f"{where}: the text {text!r} holds a NUL byte.")
             if opened:
                 opened[-1].take(event, where)
             if isinstance(event, yaml.CollectionStartEvent):
@@ -60,6 +73,56 @@ def refuse_surprises(text: str) -> None:
 def place(mark: Any) -> str:
     """Line and column of a mark, in the form that follows the name of a file."""
     return f":{mark.line + 1}:{mark.column + 1}"
+
+
+def dump_plain(data: Any) -> str:
+    """Settings as YAML; a member of an enum that is text or a number is written as such.
+
+    Values that YAML cannot hold are left out. They are defaults of a class, which has them again:
+    whatever a user chose came from YAML, or from a word.
+
+    Args:
+        data: Settings by their names.
+    """
+    return yaml.dump(_held(data), Dumper=_Dumper, sort_keys=False, allow_unicode=True)
+
+
+@contextlib.contextmanager
+def leaving_out() -> Generator[None]:
+    """A context in which jsonargparse does not warn of values that YAML cannot hold."""
+    with warnings.catch_warnings():
+        warnings.filterwarnings("ignore", rf"\s*{_NOT_DATA}")
+        yield
+
+
+def _held(data: Any) -> Any:
+    """Data without the entries of mappings, at all depths, that YAML cannot hold."""
+    if isinstance(data, dict):
+        entries = cast(dict[Any, Any], data).items()
+        return {name: _held(value) for name, value in entries if not _is_no_data(value)}
+    return [_held(value) for value in cast(list[Any], data)] if isinstance(data, list) else data
+
+
+def _is_no_data(value: Any) -> bool:
+    return isinstance(value, str) and value.startswith(_NOT_DATA)
+
+
+class _Dumper(yaml.SafeDumper):
+    """A dumper that also writes text and numbers whose class derives from one of YAML's."""
+
+
+def _add(kind: type) -> None:
+    """Write values as those of the class of YAML that their own class derives from."""
+
+    def represent(dumper: _Dumper, value: Any) -> yaml.Node:
+        plain = value.value if isinstance(value, Enum) else value
+        return dumper.represent_data(kind(plain))
+
+    _Dumper.add_multi_representer(kind, represent)
+
+
+for _kind in (str, int, float):
+    _add(_kind)
 
 
 class _Collection:

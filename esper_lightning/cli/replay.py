@@ -7,7 +7,6 @@ import shlex
 import signal
 import subprocess
 import sys
-import tempfile
 import threading
 import time
 from collections.abc import Generator, Mapping, Sequence
@@ -18,6 +17,7 @@ from typing import Any, cast
 import yaml
 
 from esper_lightning.cli.errors import CommandParser, fail, local_path
+from esper_lightning.cli.jobs import ends_with_this_process
 from esper_lightning.cli.mistakes import settings_come_first
 from esper_lightning.cli.replay_loggers import importing_from, replace_loggers
 from esper_lightning.comparison.runs import parse_yaml
@@ -41,6 +41,7 @@ from esper_lightning.replaying import (
     replay_directory,
     require_new_directory,
 )
+from esper_lightning.training.checkpoint.replay_starts import temporary_folder
 from esper_lightning.training.failing_minibatch import examine_minibatch
 
 __all__ = ["STATUSES", "run"]
@@ -212,12 +213,12 @@ def _play(plan: ReplayPlan, dead_run: Path, given: Path | None, stops: _Stops) -
         sep="\n",
         flush=True,
     )
-    with tempfile.TemporaryDirectory(prefix="replay-") as folder:
-        config = Path(folder, "config.yaml")
+    with temporary_folder() as folder:
+        config = folder / "config.yaml"
         config.write_text(yaml.safe_dump(settings, sort_keys=False))
         status = stops.run(
             [sys.executable, "-m", "esper_lightning", "fit", "--config", str(config)],
-            env=_environment(found, deep=plan.deep),
+            env={**_environment(found, deep=plan.deep), **ends_with_this_process()},
             cwd=found.directory if found.directory and Path(found.directory).is_dir() else None,
         )
     is_mistake = status == _MISTAKE and not RunLayout(directory).replay.exists()

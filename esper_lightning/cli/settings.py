@@ -3,7 +3,7 @@
 An error of jsonargparse addresses authors of parsers: it has up to a thousand characters about
 types. This file turns it into *field must rule, got value. Hint.*, with the choices.
 """
-# jsonargparse and PyYAML are untyped, and the values read here may have any type.
+# jsonargparse and PyYAML are untyped.
 # pyright: reportUnknownVariableType=false, reportUnknownArgumentType=false
 # pyright: reportUnknownParameterType=false
 
@@ -16,14 +16,20 @@ from typing import Any, NoReturn, get_args
 
 import jsonargparse._util
 import yaml
-from jsonargparse import Namespace, get_loader, set_loader
+from jsonargparse import Namespace, get_loader, set_dumper, set_loader
 from jsonargparse._actions import _ActionConfigLoad  # pyright: ignore[reportPrivateUsage]
 from lightning.pytorch.cli import LightningArgumentParser
 from typing_extensions import override
 
 from esper_lightning.cli.allowed import choices_of, listed, literals_of, rule_of
 from esper_lightning.cli.errors import nearest
-from esper_lightning.cli.plain_yaml import SurpriseError, place, refuse_surprises
+from esper_lightning.cli.plain_yaml import (
+    SurpriseError,
+    dump_plain,
+    leaving_out,
+    place,
+    refuse_surprises,
+)
 from esper_lightning.cli.setting_help import HELP_TRAINER, HelpTrainer, with_groups
 
 __all__ = ["SettingsError", "SettingsParser"]
@@ -106,6 +112,12 @@ class SettingsParser(LightningArgumentParser):
             shown = super().format_help(*args, **kwargs)
         more = f"\n{HELP_TRAINER} shows the settings of Lightning's Trainer (trainer.*).\n"
         return shown if self.shows_lightnings else shown + more
+
+    @override
+    def dump(self, *args: Any, **kwargs: Any) -> str:
+        """Settings as YAML, without a warning of a default that YAML cannot hold."""
+        with leaving_out():
+            return super().dump(*args, **kwargs)
 
     @override
     def parse_string(self, *args: Any, **kwargs: Any) -> Namespace:
@@ -384,3 +396,4 @@ def _file_of(text: str) -> str | None:
 
 
 set_loader(_MODE, _load, exceptions=(yaml.YAMLError,))
+set_dumper(_MODE, dump_plain)

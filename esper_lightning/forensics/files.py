@@ -237,7 +237,7 @@ def replacing(path: Path, *, place: Callable[[Path], object] | None = None) -> G
         Path of the temporary file, to be written in the block.
 
     Raises:
-        OSError: If the disk takes no more.
+        OSError: If the disk takes no more; the error names ``path``.
     """
     path.parent.mkdir(parents=True, exist_ok=True)
     temporary = path.with_name(f".{path.name}.{os.getpid()}.{next(_numbers)}.tmp")
@@ -249,9 +249,11 @@ def replacing(path: Path, *, place: Callable[[Path], object] | None = None) -> G
             temporary.replace(path)
         else:
             place(temporary)
-    except BaseException:
+    except BaseException as error:
         with contextlib.suppress(FileNotFoundError):
             temporary.unlink()
+        if isinstance(error, OSError) and error.errno and error.filename in (None, str(temporary)):
+            error.filename = str(path)
         raise
     _remove_leftovers(path)
 

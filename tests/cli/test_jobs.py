@@ -1,13 +1,20 @@
 """A job is one run of ``esper fit``: started, stopped, recognised when it is asked for again."""
 
 import json
+import os
+import subprocess
 import sys
+import time
+from pathlib import Path
 
 import pytest
 
 from esper_lightning.cli import jobs
 from esper_lightning.cli.jobs import command_of, fit_job
 from esper_lightning.forensics.layout import RunLayout
+from esper_lightning.forensics.processes import identify, is_alive
+
+ROOT = Path(__file__).parents[2]
 
 
 @pytest.fixture
@@ -70,3 +77,36 @@ def test_a_run_is_finished_if_its_process_says_so(job):
     process.parent.mkdir(parents=True)
     process.write_text(json.dumps({"state": "finished"}))
     assert made.is_finished
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="only Linux tells a process")
+@pytest.mark.parametrize(
+    "start", ["fit_job(Path('run'), [], [], 0).execute(threads=1)", "start_esper(['fit'])"]
+)
+def test_a_run_ends_with_the_process_that_started_it(tmp_path, start):
+    esper = (
+        "import os, pathlib, time; from esper_lightning.cli import main as command;"
+        "begins = lambda words: pathlib.Path('pid').write_text(str(os.getpid()));"
+        "command._prepare = lambda words: begins(words) and (lambda: time.sleep(60));"
+        "command.main()"
+    )
+    program = (
+        "import sys; from pathlib import Path; from esper_lightning.cli import jobs;"
+        f"jobs._ESPER = [sys.executable, '-c', {esper!r}]; jobs.{start}"
+    )
+    (tmp_path / "run").mkdir()
+    environment = os.environ | {"PYTHONPATH": str(ROOT)}
+    starts = subprocess.Popen([sys.executable, "-c", program], cwd=tmp_path, env=environment)
+    until(lambda: (tmp_path / "pid").exists() and (tmp_path / "pid").read_text())
+    run = identify(int((tmp_path / "pid").read_text()))
+    assert is_alive(run)
+    starts.kill()
+    starts.wait()
+    until(lambda: not is_alive(run))
+
+
+def until(holds):
+    end = time.monotonic() + 20
+    while not holds():
+        assert time.monotonic() < end
+        time.sleep(0.01)

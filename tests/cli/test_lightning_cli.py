@@ -1,6 +1,7 @@
 """``esper fit`` and ``esper evaluate`` as a user meets them."""
 
 import errno
+import json
 import os
 import sys
 import tempfile
@@ -13,7 +14,7 @@ import pytest
 import torch
 import yaml
 from lightning.fabric.utilities.exceptions import MisconfigurationException
-from lightning.pytorch.callbacks import LearningRateMonitor
+from lightning.pytorch.callbacks import Callback, LearningRateMonitor
 from lightning.pytorch.cli import LightningArgumentParser
 from lightning.pytorch.plugins import TorchCheckpointIO
 
@@ -37,6 +38,7 @@ CIFAR10_MIXED = CARTPOLE.replace("cartpole", "cifar10_mixed")
 DIGITS_MIXED = CARTPOLE.replace("cartpole", "digits_mixed")
 GROWTH = CARTPOLE.replace("cartpole", "morphogenesis")
 PENDULUM = CARTPOLE.replace("cartpole", "pendulum")
+_NEVER = object()
 QUICK = (
     *(
         "--model.env.num_envs",
@@ -189,6 +191,26 @@ def test_the_config_in_the_run_directory_repeats_the_run(capsys):
         for version in (0, 1)
     )
     assert [row["loss/value"] for row in first] == [row["loss/value"] for row in second]
+
+
+class Remembers(Callback):
+    """A callback with a default that YAML cannot hold."""
+
+    def __init__(self, since: Any = _NEVER) -> None:
+        assert since is _NEVER
+
+
+def test_the_config_holds_defaults_of_classes_that_are_no_plain_text(capsys):
+    callbacks = [
+        {"class_path": "lightning.pytorch.callbacks.Timer", "init_args": {"duration": None}},
+        {"class_path": f"{__name__}.Remembers"},
+    ]
+    main(["fit", "--config", CARTPOLE, *QUICK, f"--trainer.callbacks={json.dumps(callbacks)}"])
+    written = "runs/cartpole/version_0/config.yaml"
+    held = yaml.safe_load(Path(written).read_text())["trainer"]["callbacks"]
+    assert held[0]["init_args"] == {"duration": None, "interval": "step", "verbose": True}
+    main(["fit", "--config", written, "--run_dir", "again"])
+    assert yaml.safe_load(Path("again/config.yaml").read_text())["trainer"]["callbacks"] == held
 
 
 def test_evaluate_needs_a_checkpoint_and_nothing_else(capsys):

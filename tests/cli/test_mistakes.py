@@ -570,6 +570,10 @@ FIT = {
     "--config ''": "--config must hold settings by their names",
     "--config /dev/zero": "must name a file with settings: Path is not a file: '/dev/zero'",
     "--config '{a: 1, a: 2}'": "--config:1:8: the key 'a' stands here again.",
+    """--config '{"trainer": {"default_root_dir": "a\\0b"}}'""": (
+        "the text 'a\\x00b' holds a NUL byte."
+    ),
+    "--config none+s3://x.yaml": "--config must name a file with settings: File does not exist: '",
     "--config [1": "--config:2:1: not valid YAML: did not find expected ',' or ']'.",
 }
 
@@ -784,3 +788,11 @@ def test_a_line_that_is_too_long_keeps_both_ends_of_a_path_and_what_follows():
     line = one_line(f"ckpt_path must be whole, got {path!r}. It is torn.")
     assert line.startswith("ckpt_path must be whole, got '/first/x")
     assert line.endswith("x/last.ckpt'. It is torn.")
+
+
+def test_a_remote_config_without_the_package_that_reads_it_is_a_line(monkeypatch, capsys):
+    monkeypatch.setitem(sys.modules, "s3fs", None)
+    with pytest.raises(SystemExit):
+        main(["fit", "--config", "s3://bucket/x.yaml"])
+    said = "esper: error: --config must name a file that can be read: Install s3fs to access S3.\n"
+    assert capsys.readouterr().err == said

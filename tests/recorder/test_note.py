@@ -1,5 +1,7 @@
 """An error says where the evidence of its run is."""
 
+import errno
+import os
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -43,3 +45,27 @@ def test_no_history_is_named_where_there_is_none():
     rescue = SimpleNamespace(report=CrashReport(evidence={"history": absent}), written=FILES.crash)
     places = where_evidence_is(FILES, rescue)
     assert places.startswith("no history: no iteration was finished; report in run/rank0/crash")
+
+
+@pytest.mark.parametrize("number", [errno.ENOSPC, errno.EDQUOT, errno.EFBIG])
+@pytest.mark.parametrize("is_cause", [False, True])
+def test_the_last_line_about_a_full_disk_says_so_and_what_is_kept(tmp_path, number, is_cause):
+    checkpoints = RunLayout(tmp_path).checkpoints
+    checkpoints.mkdir()
+    full = OSError(number, os.strerror(number), str(checkpoints / "best.ckpt"))
+    error = RuntimeError("unexpected pos") if is_cause else full
+    error.__context__ = full if is_cause else None
+    add_note(error, tmp_path, "details")
+    says = {errno.ENOSPC: "The disk is full: ", errno.EDQUOT: "The disk quota is used up: "}
+    begin = says.get(number, "A file has reached the limit of its size: ")
+    begin += f"{checkpoints / 'best.ckpt'} was not written. Kept: "
+    assert error.__notes__[-1] == f"{begin}no file in checkpoints, and what is named above."
+    (checkpoints / "last.ckpt").touch()
+    add_note(error, tmp_path, "details")
+    assert error.__notes__[-1] == f"{begin}the checkpoints last.ckpt, and what is named above."
+
+
+def test_another_error_of_the_system_is_no_full_disk(tmp_path):
+    error = OSError(errno.EACCES, "Permission denied", "x")
+    add_note(error, tmp_path, "details")
+    assert len(error.__notes__) == 1

@@ -1,12 +1,16 @@
 """The checkpoints from which the replay of a dead run can start."""
 
 import atexit
+import contextlib
+import fcntl
 import functools
 import glob
 import logging
+import os
 import shutil
 import tempfile
-from collections.abc import Callable, Iterator, Mapping, Sequence
+import time
+from collections.abc import Callable, Generator, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -26,16 +30,57 @@ from esper_lightning.training.checkpoint.kept import (
     latest_state,
 )
 
-__all__ = ["beginning", "find_starts", "state_in"]
+__all__ = ["beginning", "find_starts", "state_in", "temporary_folder"]
 
 _log = logging.getLogger(__name__)
+_PREFIX = "esper-replay-"
+_YOUNG_S = 60.0  # age of a folder that its process may not have locked yet
+
+
+@contextlib.contextmanager
+def temporary_folder() -> Generator[Path]:
+    """A folder for files that a replay needs, removed at the end of the context.
+
+    Folders of replays that were killed are removed as well. The process holds a lock on its folder,
+    which the kernel takes away when the process ends.
+    """
+    for left in glob.glob(f"{glob.escape(tempfile.gettempdir())}/{_PREFIX}*"):  # noqa: PTH207
+        with contextlib.suppress(OSError):
+            lock = _lock(left)
+            if time.time() - os.fstat(lock).st_mtime > _YOUNG_S:
+                shutil.rmtree(left, ignore_errors=True)
+            os.close(lock)
+    folder, lock = tempfile.mkdtemp(prefix=_PREFIX), None
+    try:
+        with contextlib.suppress(OSError):  # of a file system without locks
+            lock = _lock(folder)
+        yield Path(folder)
+    finally:
+        shutil.rmtree(folder, ignore_errors=True)
+        if lock is not None:
+            os.close(lock)
+
+
+def _lock(folder: str) -> int:
+    """Lock a folder; returns the descriptor that holds the lock until it is closed.
+
+    Raises:
+        OSError: If another process holds the lock, or there is no such folder.
+    """
+    descriptor = os.open(folder, os.O_RDONLY | os.O_DIRECTORY | os.O_NOFOLLOW)
+    try:
+        fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except OSError:
+        os.close(descriptor)
+        raise
+    return descriptor
 
 
 def _stored(state: KeptState) -> Path:
     """A temporary file with a state that the ranks of a run have stored."""
-    folder = tempfile.mkdtemp(prefix="esper-replay-")
-    atexit.register(shutil.rmtree, folder, ignore_errors=True)
-    path = Path(folder, "state.ckpt")
+    until_exit = contextlib.ExitStack()
+    path = until_exit.enter_context(temporary_folder()) / "state.ckpt"
+    atexit.register(until_exit.close)
     write_checkpoint(state.checkpoint, path)
     return path
 

@@ -1,5 +1,7 @@
 """The checkpoints from which a replay can start; ``tests/test_replaying.py`` has whole replays."""
 
+import os
+import tempfile
 from types import SimpleNamespace
 
 import pytest
@@ -42,3 +44,20 @@ def test_a_start_without_the_order_of_the_data_is_the_last_resort(tmp_path, resu
     )
     end = store(folder / "end.ckpt", 6, epoch_ends=True)
     assert replay_starts.find_starts((tmp_path,), (dead,), dead) == {end: 6}
+
+
+def test_folders_that_killed_replays_have_left_are_removed(tmp_path, monkeypatch):
+    monkeypatch.setattr(tempfile, "tempdir", str(tmp_path))
+    left, young, other = (tmp_path / name for name in ("esper-replay-a", "esper-replay-b", "c"))
+    for folder in (left, young, other):
+        folder.mkdir()
+        (folder / "state.ckpt").touch()
+    with replay_starts.temporary_folder() as used:
+        for folder in (left, other, used):
+            os.utime(folder, (0, 0))
+        with replay_starts.temporary_folder():
+            assert not left.exists()
+            assert young.is_dir()
+            assert used.is_dir()
+            assert other.is_dir()
+    assert {each.name for each in tmp_path.iterdir()} == {young.name, other.name}
