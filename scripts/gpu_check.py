@@ -10,19 +10,22 @@ are needed by tests. Wheels to bring where they are missing: ``jsonargparse`` wi
 The most telling steps come first. Steps that measure time run alone, all others side by side. Each
 step is a process of its own with a time limit, and ``gpu_check.json`` and ``gpu_check.md`` are
 written anew after each of its results, so that what was measured survives whatever comes next.
-SIGTERM and SIGINT end the running steps, with all processes that they have started. The last line
-names the steps that failed, and the status is 1 if there are any. ``--device cpu`` is the
+Those of an earlier run in the same folder are renamed. SIGTERM and SIGINT end the running steps, as
+does the death of this process, with all processes that they have started. The last line names the
+steps that failed, and the status is 1 if there are any. ``--device cpu`` is the
 rehearsal: all of it, at sizes that measure nothing.
 """
 
 import argparse
 import contextlib
+import ctypes
 import gc
 import importlib.util
 import itertools
 import json
 import logging
 import os
+import select
 import signal
 import statistics
 import subprocess
@@ -47,12 +50,17 @@ TESTS = (
     "tests/envs/test_check.py",
     "tests/recorder/test_memory_snapshot.py",
     "tests/crash/test_faults.py",
+    "tests/training/test_golden.py",
 )
 MODES = ("max", "off", "default")
 TF32 = "max, TF32"  # products of matrices in TF32, as JAX computes them unless it is asked not to
 MINIBATCHES = 4
 GOAL_STEPS_PER_S = 10e6  # at the first size
+INHERITED = "GPU_CHECK_INHERITED"  # variable with the handler of SIGTERM that the check found
+NO_TESTS = 5  # status of pytest where no test of a file is selected
 ENDED_TESTS = "GPU_CHECK_ENDED_TESTS"  # variable with the pipe for the names of ended tests
+GUARD = __file__  # of the processes of steps
+SUBREAPER = 36  # of Linux's prctl
 WORKER = "PYTEST_XDIST_WORKER"  # environment variable of the processes of pytest-xdist
 MOST_DIFFERENT = 1e-5  # weights of two modes after three iterations
 LONGEST_CELL, LONGEST_ERROR = 1500, 800  # characters in the table
@@ -71,6 +79,8 @@ class Machine(NamedTuple):
         epochs: Number of passes of an update.
         seconds: Least duration of a measurement.
         tests: Files of tests, or names as pytest has them.
+        configs: Configs with golden histories; empty for all.
+        out: Folder of the results.
     """
 
     device: str
@@ -80,6 +90,8 @@ class Machine(NamedTuple):
     epochs: int
     seconds: float
     tests: Sequence[str]
+    configs: Sequence[str] = ()
+    out: Path = Path()
 
     @property
     def on_gpu(self) -> bool:
@@ -92,6 +104,20 @@ class Machine(NamedTuple):
             import torch  # noqa: PLC0415
 
             torch.cuda.synchronize()
+
+    def mark(self) -> Any:
+        """A mark in the work of the device, after all that has been given to it."""
+        import torch  # noqa: PLC0415
+
+        if not self.on_gpu:
+            return time.perf_counter()
+        event = torch.cuda.Event(enable_timing=True)
+        event.record()
+        return event
+
+    def elapsed(self, first: Any, last: Any) -> float:
+        """Milliseconds of the device between two marks that it has reached."""
+        return first.elapsed_time(last) if self.on_gpu else 1e3 * (last - first)
 
     def megabytes(self) -> int:
         """Memory that tensors take on the device; 0 on a CPU."""
@@ -118,6 +144,7 @@ MACHINES = {
         epochs=1,
         seconds=0.0,
         tests=TESTS[:1],
+        configs=["cartpole"],
     ),
 }
 
@@ -134,8 +161,13 @@ def about(machine: Machine) -> Found:
     git = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=False)
     yield {"commit": os.environ.get("COMMIT", git.stdout.strip())}  # of a copy without git
     names = ("lightning", "torchmetrics", "triton", "jax", "jaxtyping", "jsonargparse", "beartype")
+    names += ("xdist", "pytest_timeout", "hypothesis", "sklearn", "gymnasium")
     yield {name: importlib.util.find_spec(name) is not None for name in names}
     if machine.on_gpu:
+        query = ["nvidia-smi", "--query-gpu=driver_version", "--format=csv,noheader"]
+        with contextlib.suppress(OSError, subprocess.TimeoutExpired):
+            done = subprocess.run(query, capture_output=True, text=True, timeout=10, check=False)
+            yield {"driver": done.stdout.strip()}
         found = torch.cuda.get_device_properties(0)
         yield {
             "gpu": found.name,
@@ -153,23 +185,32 @@ def tests(machine: Machine) -> Found:
     options = ["-m", "gpu", "-q", "-rf", "-p", "gpu_check", "-p", "no:cacheprovider"]
     options += ["-W", "default", "-c", "pyproject.toml", "-o", "addopts=--import-mode=importlib"]
     by_name = all("::" in name for name in machine.tests)  # not worth the start of workers
+    runs = [list(machine.tests)]
     if importlib.util.find_spec("xdist") is not None and not by_name:
         options += ["-n", str(min(8, os.cpu_count() or 1))]
+    elif not by_name:
+        runs = [[name] for name in machine.tests]  # side by side, too
     compiling = {"TORCH_COMPILE_DISABLE": "0", "JAXTYPING_DISABLE": "1"}  # as for users
     compiling["TORCHINDUCTOR_COMPILE_THREADS"] = "2"
     path = os.pathsep.join([str(Path(__file__).parent), os.environ.get("PYTHONPATH", "")])
     outer = {name: value for name, value in os.environ.items() if name != WORKER}
     reads, writes = os.pipe()
     counts, failed = Counter[str](), list[str]()
-    with tempfile.TemporaryFile("w+", errors="replace") as output:
-        process = subprocess.Popen(
-            [sys.executable, "-m", "pytest", *machine.tests, *options],
-            cwd=ROOT,
-            stdout=output,
-            stderr=subprocess.STDOUT,
-            pass_fds=[writes],
-            env={**outer, **compiling, "PYTHONPATH": path, ENDED_TESTS: str(writes)},
-        )
+    with contextlib.ExitStack() as stack:
+        outputs = [
+            stack.enter_context(tempfile.TemporaryFile("w+", errors="replace")) for _ in runs
+        ]
+        processes = [
+            subprocess.Popen(
+                [sys.executable, "-m", "pytest", *names, *options],
+                cwd=ROOT,
+                stdout=output,
+                stderr=subprocess.STDOUT,
+                pass_fds=[writes],
+                env={**outer, **compiling, "PYTHONPATH": path, ENDED_TESTS: str(writes)},
+            )
+            for names, output in zip(runs, outputs, strict=True)
+        ]
         os.close(writes)
         with os.fdopen(reads) as ended:
             for line in ended:
@@ -177,9 +218,13 @@ def tests(machine: Machine) -> Found:
                 counts[outcome] += 1
                 failed += [name.strip()] if outcome in ("failed", "error") else []
                 yield {"counts": dict(counts), "failed": failed}
-        if process.wait() != 0:
-            output.seek(0)
-            yield {"error": last_lines(output.read(), 3000)}
+        errors = ""
+        for process, output in zip(processes, outputs, strict=True):
+            if process.wait() not in (0, NO_TESTS):
+                output.seek(0)
+                errors += last_lines(output.read(), 3000 // len(runs)) + "\n"
+        if errors or not counts:
+            yield {"error": errors or "no tests"}
 
 
 def pytest_runtest_logreport(report: Any) -> None:
@@ -388,6 +433,208 @@ def growth(machine: Machine, *, compiled: bool = False) -> Found:
         gc.collect()
 
 
+def host(machine: Machine) -> Found:
+    """Milliseconds of an iteration of a fit in mode max, and whose they are.
+
+    ``gpu`` is the time between the first and the last work of an iteration on the GPU, by events of
+    the GPU itself, and ``busy`` that in which kernels run; the rest of an iteration is the share of
+    the host. The host needs ``enqueue`` to launch the work, waits for its metrics, and then has the
+    GPU idle ``between`` two iterations.
+    """
+    from lightning.pytorch import Trainer  # noqa: PLC0415
+
+    from esper_lightning import PPO, FlightRecorder, PPOConfig  # noqa: PLC0415
+    from esper_lightning.callbacks.history import History  # noqa: PLC0415
+    from esper_lightning.envs import CartPole  # noqa: PLC0415
+    from esper_lightning.ppo.learner import Learner  # noqa: PLC0415
+
+    rollout, to_host = Learner.rollout, Learner.to_host
+    times: list[list[float]] = []  # begun, enqueued, copied; of each iteration
+    marks: list[Any] = []  # on the GPU, two of each iteration
+    iteration_ms: dict[str, float] = {}
+
+    def begin(self: Any, *args: Any) -> Any:
+        times.append([time.perf_counter()])
+        marks.append(machine.mark())
+        return rollout(self, *args)
+
+    def end(self: Any, *args: Any, **kwargs: Any) -> Any:
+        times[-1].append(time.perf_counter())
+        marks.append(machine.mark())
+        metrics = to_host(self, *args, **kwargs)
+        times[-1].append(time.perf_counter())
+        return metrics
+
+    Learner.rollout, Learner.to_host = begin, end  # of this process alone
+    num_envs, steps = machine.sizes[0]
+    ppo = PPOConfig(rollout_steps=steps, epochs=machine.epochs, minibatches=MINIBATCHES)
+    env, count = CartPole(num_envs=num_envs), 200 if machine.on_gpu else 8
+    for name, records in (("bare", False), ("recorded", True)):
+        times.clear(), marks.clear()
+        with tempfile.TemporaryDirectory() as folder:
+            quiet = {"enable_progress_bar": False, "enable_model_summary": False}
+            Trainer(
+                accelerator="gpu" if machine.on_gpu else "cpu",
+                devices=1,
+                max_epochs=-1,
+                logger=False,
+                enable_checkpointing=False,
+                limit_val_batches=0,
+                callbacks=[FlightRecorder(folder), History(folder)] if records else [],
+                **quiet,
+            ).fit(PPO(env, ppo=ppo, total_env_steps=count * num_envs * steps, compile="max"))
+        machine.wait()
+        rows = [
+            {
+                "iteration": 1e3 * (after[0] - now[0]),
+                "enqueue": 1e3 * (now[1] - now[0]),
+                "wait": 1e3 * (now[2] - now[1]),
+                "between": 1e3 * (after[0] - now[2]),
+                "gpu": machine.elapsed(*marks[2 * k : 2 * k + 2]),
+            }
+            for k, (now, after) in enumerate(itertools.pairwise(times))
+        ][count // 4 :]
+        found = {key: statistics.median(row[key] for row in rows) for key in rows[0]}
+        iteration_ms[name] = found["iteration"]
+        yield {name: found}
+    Learner.rollout, Learner.to_host = rollout, to_host
+    iterate, *_ = _build(machine, num_envs, steps, "max")
+    iterate()
+    busy_ms = _busy_ms(iterate, machine)
+    yield {"busy": busy_ms}
+    yield {"host_share": {name: 1 - busy_ms / whole for name, whole in iteration_ms.items()}}
+
+
+def _busy_ms(iterate: Callable[[], Any], machine: Machine) -> float:
+    """Milliseconds of an iteration in which some kernel runs."""
+    from torch.profiler import ProfilerActivity, profile  # noqa: PLC0415
+
+    kind = ProfilerActivity.CUDA if machine.on_gpu else ProfilerActivity.CPU
+    with profile(activities=[kind]) as session:
+        for _ in range(5):
+            iterate()
+        machine.wait()
+    device = "CUDA" if machine.on_gpu else "CPU"
+    spans = sorted(
+        (event.time_range.start, event.time_range.end)
+        for event in session.events() or ()
+        if event.device_type.name == device
+    )
+    busy_us, until = 0.0, float("-inf")
+    for start, end in spans:
+        busy_us += max(0.0, end - max(start, until))
+        until = max(until, end)
+    return busy_us / 5e3
+
+
+def evaluation(machine: Machine) -> Found:
+    """Milliseconds of an evaluation: as it is in mode max, and with its stride as a CUDA graph."""
+    import torch  # noqa: PLC0415
+
+    from esper_lightning import MLP  # noqa: PLC0415
+    from esper_lightning.compiling.loops import compile_loop  # noqa: PLC0415
+    from esper_lightning.envs import Pendulum  # noqa: PLC0415
+    from esper_lightning.ppo.evaluation import Stride, evaluate_policy  # noqa: PLC0415
+
+    device = torch.device(*(("cuda", 0) if machine.on_gpu else ("cpu",)))
+    spec = Pendulum(num_envs=100) if machine.on_gpu else Pendulum(num_envs=2, time_limit=40)
+    policy = MLP().build(spec.spaces(), torch.Generator().manual_seed(0)).to(device)
+    returns: list[torch.Tensor] = []
+    for name in ("as it is", "as a graph"):
+        env = spec.build(device, 0)
+        stride = Stride(policy, None, env, mode="max", device=device)
+        if name == "as a graph":
+            stride._loop = compile_loop("evaluation", stride._step, mode="max", device=device)
+
+        def play(env: Any = env, stride: Any = stride) -> Any:
+            env.reseed(1)
+            return evaluate_policy(policy, lambda obs: obs, env, stride=stride).episode_return
+
+        returns.append(play())
+        yield {name: _time(play, machine)}
+    # A pendulum multiplies what the last bits of two compilers differ by: the mean must agree.
+    worst = ((returns[1] - returns[0]).abs() / returns[0].abs()).max().item()
+    means = [returns.mean().item() for returns in returns]
+    yield {"difference": worst}
+    yield from _must({"the same mean return": abs(means[1] / means[0] - 1) < 1e-3})
+
+
+def signals(machine: Machine) -> Found:
+    """Which library handles SIGTERM in C, after each of the things that a run loads."""
+    yield {"inherited": os.environ.get(INHERITED, "")}
+    yield {"at the start": c_handler(signal.SIGTERM)}
+    import torch  # noqa: PLC0415
+
+    yield {"import torch": c_handler(signal.SIGTERM)}
+    torch.zeros(1, device=machine.device)
+    yield {"a tensor": c_handler(signal.SIGTERM)}
+    import lightning.pytorch  # noqa: F401, PLC0415
+
+    yield {"import lightning": c_handler(signal.SIGTERM)}
+    import esper_lightning.recorder.flight_recorder  # noqa: F401, PLC0415
+
+    yield {"import esper_lightning": c_handler(signal.SIGTERM)}
+    iterate, *_ = _build(machine, 8, 4, "max")
+    iterate()
+    yield {"mode max": c_handler(signal.SIGTERM)}
+    _busy_ms(iterate, machine)
+    yield {"a profile": c_handler(signal.SIGTERM)}
+    if importlib.util.find_spec("jax") is not None:
+        import jax as library  # noqa: PLC0415
+
+        library.numpy.zeros(1).block_until_ready()
+        yield {"jax": c_handler(signal.SIGTERM)}
+
+
+def c_handler(number: int) -> str:
+    """Library and function that the C library calls at a signal."""
+
+    class Info(ctypes.Structure):
+        _fields_ = (
+            ("file", ctypes.c_char_p),
+            ("base", ctypes.c_void_p),
+            ("function", ctypes.c_char_p),
+            ("address", ctypes.c_void_p),
+        )
+
+    libc, action, info = ctypes.CDLL(None), (ctypes.c_void_p * 32)(), Info()
+    libc.sigaction(int(number), None, action)
+    if (address := action[0] or 0) in (0, 1):
+        return ("default", "ignored")[address]
+    libc.dladdr(ctypes.c_void_p(address), ctypes.byref(info))
+    return f"{(info.file or b'?').decode()}: {(info.function or b'?').decode()}"
+
+
+def golden(machine: Machine) -> Found:
+    """The golden histories of this GPU, as a file to commit; and whether a second run is equal."""
+    from importlib.metadata import PackageNotFoundError  # noqa: PLC0415
+
+    from tests.training import golden as histories  # noqa: PLC0415
+
+    device = machine.device
+    path = machine.out.resolve() / f"golden-{histories.path_of(device).name}"
+    trained: dict[str, object] = {}
+    failed = 0
+    for config in machine.configs or histories.CONFIGS:
+        try:
+            versions = histories.versions(config)
+            with tempfile.TemporaryDirectory() as folder:
+                rows = histories.train(config, device, Path(folder))
+            trained[config] = {"versions": versions, "rows": rows}
+            histories.write(path, device, trained)
+            yield {config: "trained"}
+            if len(trained) == 1:
+                with tempfile.TemporaryDirectory() as folder:
+                    again = histories.train(config, device, Path(folder))
+                yield {f"a second run of {config} is equal": again == rows}
+        except PackageNotFoundError as error:
+            yield {config: f"needs {error.name}"}
+        except Exception as error:  # the other configs are worth their time all the same
+            failed += 1
+            yield {config: last_lines(f"{type(error).__name__}: {error}", 300)}
+    yield from _must({"every config trains": failed == 0})
+
+
 def out_of_memory(machine: Machine) -> Found:
     """A run that dies without memory: its report, its history and its snapshot are on disk."""
     import torch  # noqa: PLC0415
@@ -557,15 +804,19 @@ def steps_of(machine: Machine) -> dict[str, Step]:
     return {
         "about": Step(about, 40),
         names[0]: speeds[0],
+        "host": Step(host, 90),
         "jax": Step(jax, 90),
-        "tests": Step(tests, 260, alone=False),
+        "tests": Step(tests, 200, alone=False),
         "equal": Step(equal, 150, alone=False),
         "faults": Step(faults, 60, alone=False),
+        "signals": Step(signals, 60, alone=False),
         "memory": Step(memory, 200, alone=False),
         "profiler": Step(profiler, 120, alone=False),
         "out of memory": Step(out_of_memory, 120, alone=False),
+        "golden": Step(golden, 200, alone=False),
         "ahead": Step(ahead, 200, alone=False),
         **dict(zip(names[1:], speeds[1:], strict=True)),
+        "evaluation": Step(evaluation, 60),
         "growth": Step(growth, 90),
         "growth, compiled": Step(partial(growth, compiled=True), 180),
     }
@@ -596,29 +847,33 @@ def run_apart(
 ) -> None:
     """Run a step in a process of its own; results are told as soon as they are known.
 
-    The process ends at the limit, or once ``stop`` is set, with all that it has started.
+    The process ends at the limit, once ``stop`` is set, or once this process is no more, however it
+    ends, with all that it has started: it has a guard.
     """
-    command = [sys.executable, __file__, "--step", name, "--device", machine.device]
-    command += ["--tests", *machine.tests]
+    command = [sys.executable, GUARD, "--guard"]
+    command += [sys.executable, __file__, "--step", name, "--device", machine.device]
+    command += ["--out", str(machine.out), "--tests", *machine.tests]
     end = time.monotonic() + limit_s
     with contextlib.ExitStack() as stack:
         folder = Path(stack.enter_context(tempfile.TemporaryDirectory()))
         output, errors = folder / "output", folder / "errors"
         process = subprocess.Popen(
             command,
+            stdin=subprocess.PIPE,
             stdout=stack.enter_context(output.open("w")),
             stderr=stack.enter_context(errors.open("w")),
             start_new_session=True,
         )
+        assert process.stdin is not None
         told, rest, ended = stack.enter_context(output.open()), "", ""
         running = True
         while running:
-            if time.monotonic() > end:
+            if not ended and time.monotonic() > end:
                 ended = f"no end within {limit_s:.0f} s"
-            elif stop.is_set():
+            elif not ended and stop.is_set():
                 ended = "ended by a signal"
             if ended:
-                kill(process.pid)
+                process.stdin.close()
             with contextlib.suppress(subprocess.TimeoutExpired):
                 process.wait(0.1)
                 running = False
@@ -626,7 +881,7 @@ def run_apart(
             for line in lines:
                 if line.startswith("RESULT "):
                     tell(json.loads(line.removeprefix("RESULT ")))
-        kill(process.pid)  # what it has left behind would disturb the next step
+        process.stdin.close()
         if ended:
             tell({"error": ended})
         elif process.returncode != 0:
@@ -634,18 +889,47 @@ def run_apart(
             tell({"status": process.returncode, "error": error})
 
 
-def kill(pid: int) -> None:
-    """Kill the process group of a process and those of its descendants, if they are there."""
+def guard(command: Sequence[str]) -> int:
+    """Run a command until it or standard input ends; then kill everything that it has started.
+
+    Standard input is a pipe, which ends with the process that holds its other end. What has lost
+    its parent becomes a child of the guard, and so nothing can leave its family.
+
+    Returns:
+        The status of the command.
+    """
+    ctypes.CDLL(None).prctl(SUBREAPER, 1, 0, 0, 0)
+    for number in (signal.SIGTERM, signal.SIGINT, signal.SIGHUP):
+        signal.signal(number, lambda number, _: sys.exit(128 + number))
+    status = None
+    try:
+        process = subprocess.Popen(command, stdin=subprocess.DEVNULL)
+        while status is None and not select.select([sys.stdin], [], [], 0.05)[0]:
+            status = process.poll()
+    finally:
+        end = time.monotonic() + 10  # the driver of a broken GPU may hold a process for ever
+        while (family := descendants(os.getpid())) and time.monotonic() < end:
+            for one in family:
+                with contextlib.suppress(ProcessLookupError, PermissionError):
+                    os.kill(one, signal.SIGKILL)
+            time.sleep(0.02)
+    if status is None:
+        return 128 + signal.SIGKILL
+    return status if status >= 0 else 128 - status
+
+
+def descendants(pid: int) -> list[int]:
+    """The living children of a process, their children, and so on."""
     parents: dict[int, int] = {}
     for path in Path("/proc").glob("[0-9]*/stat"):
         with contextlib.suppress(OSError):  # it has ended
-            parents[int(path.parent.name)] = int(path.read_bytes().rpartition(b")")[2].split()[1])
+            state, parent = path.read_bytes().rpartition(b")")[2].split()[:2]
+            if state not in (b"Z", b"X"):
+                parents[int(path.parent.name)] = int(parent)
     family = [pid]
     for one in family:  # which grows
         family += [child for child, parent in parents.items() if parent == one]
-    for one in family:
-        with contextlib.suppress(ProcessLookupError, PermissionError):
-            os.killpg(one, signal.SIGKILL)  # no process of its group, if it leads none
+    return family[1:]
 
 
 def last_lines(text: str, most: int) -> str:
@@ -731,13 +1015,16 @@ def parser() -> argparse.ArgumentParser:
     options.add_argument("--skip", nargs="+", default=[], help="names of steps to leave out")
     options.add_argument("--tests", nargs="+", help="tests in place of those that need a GPU")
     options.add_argument("--step", help="run one step, and print its results as JSON")
+    options.add_argument("--guard", nargs=argparse.REMAINDER, help=argparse.SUPPRESS)
     return options
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
     """Run the steps within the time, and write the results as they come; the exit status."""
     given = parser().parse_args(arguments)
-    machine = MACHINES[given.device]
+    if given.guard is not None:
+        return guard(given.guard)
+    machine = MACHINES[given.device]._replace(out=given.out)
     if given.tests is not None:
         machine = machine._replace(tests=given.tests)
     if given.step is not None:
@@ -746,13 +1033,23 @@ def main(arguments: Sequence[str] | None = None) -> int:
     given.out.mkdir(parents=True, exist_ok=True)
     end, results, lock = time.monotonic() + given.seconds, dict[str, Any](), threading.Lock()
     stop, signals = threading.Event(), list[int]()
+    signal.alarm(int(given.seconds) + 30)  # which ends this process even where Python is stuck
+    for path in given.out.glob("gpu_check.[jm]*"):
+        path.rename(path.with_stem(f"{path.stem}-{path.stat().st_mtime_ns}"))
 
     def end_steps(number: int, _: object) -> None:
         signals.append(number)
         stop.set()
 
+    os.environ[INHERITED] = c_handler(signal.SIGTERM)  # such as "ignored", which children inherit
     for number in (signal.SIGTERM, signal.SIGINT):
         signal.signal(number, end_steps)
+
+    def shown() -> str:
+        try:
+            return table(results, machine)
+        except Exception as error:  # which must not cost a measurement
+            return f"There is no table: {type(error).__name__}: {error}\n"
 
     def write(name: str, text: str) -> None:
         (given.out / f"{name}.new").write_text(text)
@@ -762,7 +1059,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         with lock:
             results.setdefault(name, {}).update(found)
             write("gpu_check.json", json.dumps(results, indent=1))
-            write("gpu_check.md", table(results, machine))
+            write("gpu_check.md", shown())
 
     def run(name: str, step: Step) -> None:
         started = time.monotonic()
@@ -772,7 +1069,10 @@ def main(arguments: Sequence[str] | None = None) -> int:
         if limit_s < 10:
             keep(name, {"error": "no time left"})
         else:
-            run_apart(name, machine, limit_s, partial(keep, name), stop)
+            try:
+                run_apart(name, machine, limit_s, partial(keep, name), stop)
+            except Exception as error:  # the other steps are worth their time all the same
+                keep(name, {"error": f"{type(error).__name__}: {error}"})
         keep(name, {"took_s": round(time.monotonic() - started, 1)})
         print(name, _result(results[name]), flush=True)
 
@@ -782,9 +1082,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
         if name not in given.skip and name.startswith(tuple(given.only))
     }
     for alone, group in itertools.groupby(chosen.items(), lambda one: one[1].alone):
-        with ThreadPoolExecutor(1 if alone else 8) as pool:
+        with ThreadPoolExecutor(1 if alone else len(chosen)) as pool:
             list(pool.map(lambda one: run(*one), group))
-    print(table(results, machine))
+    print(shown())
     failed = failures(results)
     print("failed:", ", ".join(failed) if failed else "nothing", flush=True)
     return 128 + signals[0] if signals else int(bool(failed))

@@ -151,7 +151,8 @@ class OnCuda:
         update = learner.update(targets, learning_rate=3e-4)
         counts["update"] = found.count() - before - sum(counts.values())
         if self.normalizer is not None:
-            self.normalizer.update(rollout.obs)
+            sound = targets.healthy & update.finite.bool()
+            self.normalizer.update(rollout.obs, where=sound)
         self.results = rollout, targets, update
         return counts
 

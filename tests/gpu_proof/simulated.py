@@ -3,7 +3,9 @@
 ``SimulatedCuda`` stands in for streams and graphs of ``torch.cuda``. As on a GPU, a capture
 computes nothing, and a replay reads and writes the addresses of the capture. A replay may use the
 memory of its results for other things first, so that memory is filled with garbage before it. What
-no capture allows raises an error: reading a number on the host, and random numbers.
+no capture allows raises an error: reading a number on the host, random numbers, and an operation
+that the stream of the capture has never run, because libraries and kernels initialise themselves at
+their first use (handles and workspaces of cuBLAS belong to a stream).
 
 Streams do not run side by side. Yet each notes which others it has waited for, and work on a stream
 is an error where the stream that was the current one before has done work that it never waited for.
@@ -68,10 +70,12 @@ class SimulatedStream:
     Attributes:
         number: Number of the stream.
         waits: Whether a stream waits for all work of another so far, by both of their numbers.
+        ran: Operations that have run outside of captures, each with the number of its stream.
     """
 
     _numbers = itertools.count()
     waits: set[tuple[int, int]] = set()  # noqa: RUF012
+    ran: set[tuple[int, Any]] = set()  # noqa: RUF012
 
     def __init__(self, device: torch.device | None = None) -> None:
         self.number = next(self._numbers) % 32
@@ -108,9 +112,25 @@ class SimulatedGenerator:
         self.capturing, self.now = False, other
 
 
+class _Runs(TorchDispatchMode):
+    """Notes the operations that run on a stream."""
+
+    def __init__(self, stream: SimulatedStream) -> None:
+        super().__init__()
+        self._stream = stream
+
+    def __torch_dispatch__(
+        self, func: Any, types: Any, args: Any = (), kwargs: dict[str, Any] | None = None
+    ) -> Any:
+        self._stream.ran.add((self._stream.number, func))
+        return func(*args, **(kwargs or {}))
+
+
 class _Recorder(TorchDispatchMode):
     def __init__(self, graph: SimulatedGraph) -> None:
         super().__init__()
+        assert graph.stream is not None
+        self._stream = graph.stream
         self._graph = graph
         self._own: set[int] = set()  # storages of the graph
         self._before: dict[int, tuple[Tensor, Tensor]] = {}  # what the capture must not change
@@ -124,6 +144,8 @@ class _Recorder(TorchDispatchMode):
         masks = name == "index" and any(t.dtype in (torch.bool, torch.uint8) for t in given[1:])
         if name in _READS or masks or "rand" in name or name.endswith("normal_"):
             raise RuntimeError(f"operation not permitted when stream is capturing: {name}")
+        if (self._stream.number, func) not in self._stream.ran:
+            raise RuntimeError(f"initialisation not permitted when stream is capturing: {name}")
         mutable = func._schema.is_mutable
         if mutable:
             self._save(func, args, kwargs)
@@ -175,6 +197,7 @@ class SimulatedCuda:
     def __init__(self) -> None:
         self.graphs: list[SimulatedGraph] = []
         SimulatedStream.waits.clear()
+        SimulatedStream.ran.clear()
         self.current = SimulatedStream()
         self.devices: list[torch.device] = []
         self.generator = SimulatedGenerator()
@@ -209,7 +232,8 @@ class SimulatedCuda:
         before, self.current = self.current, stream
         stream.follow(before)
         try:
-            yield
+            with _Runs(stream):
+                yield
         finally:
             stream.work()
             before.work()  # whatever comes next
@@ -232,8 +256,8 @@ class _Capture:
         stream: SimulatedStream,
         capture_error_mode: str,
     ) -> None:
-        self._cuda, self._graph, self._recorder = cuda, graph, _Recorder(graph)
         graph.stream = stream
+        self._cuda, self._graph, self._recorder = cuda, graph, _Recorder(graph)
         # Loggers and watchdogs use CUDA in other threads, which only this mode lets them do while
         # it forbids it to the thread of the capture.
         assert capture_error_mode == "thread_local", "a capture that other threads end"

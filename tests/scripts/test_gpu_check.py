@@ -1,6 +1,7 @@
 """The check of a GPU is rehearsed on a CPU: every step runs, and its results are on disk."""
 
 import contextlib
+import ctypes
 import importlib.util
 import json
 import signal
@@ -12,6 +13,8 @@ from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
+
+from tests.gpu_proof.simulated import SimulatedCuda
 
 ROOT = Path(__file__).parents[2]
 ONE_TEST = "tests/training/test_cuda.py::test_nothing_synchronises_before_the_one_copy"
@@ -33,6 +36,26 @@ def test_hangs():
         print(os.getpid(), child.pid, file=file)
     os.rename(os.environ["PIDS"] + "_", os.environ["PIDS"])
     time.sleep(600)
+"""
+
+
+SET_PDEATHSIG = 1  # of Linux's prctl
+# A step that is started by a program of its own, and leaves a process behind in another session.
+PARENT = """
+import importlib.util, sys, threading
+spec = importlib.util.spec_from_file_location("gpu_check", "scripts/gpu_check.py")
+check = importlib.util.module_from_spec(spec)
+spec.loader.exec_module(check)
+check.__file__ = sys.argv[1]
+def tell(found):
+    print(found, flush=True)
+check.run_apart("about", check.MACHINES["cpu"], 100.0, tell, threading.Event())
+"""
+STEP = """
+import subprocess, time
+subprocess.run(["sh", "-c", "setsid sleep 600 & setsid sleep 600 &"])
+print('RESULT {"left": 2}', flush=True)
+time.sleep(600)
 """
 
 
@@ -58,9 +81,15 @@ def rehearse(folder, *options, **more):
     """The ended process of a rehearsal, and its results."""
     env = variables(folder, **more)
     run = subprocess.run(
-        command(*options), cwd=ROOT, env=env, capture_output=True, text=True, check=False
-    )
+        command(*options), cwd=ROOT, env=env, capture_output=True, text=True, check=False,
+        preexec_fn=end_with_the_tests,
+    )  # fmt: skip
     return run, json.loads((folder / "gpu_check.json").read_text())
+
+
+def end_with_the_tests():
+    """Have this process get SIGTERM when its parent dies, and SIGTERM is what it understands."""
+    ctypes.CDLL(None).prctl(SET_PDEATHSIG, signal.SIGTERM)
 
 
 def test_every_step_runs_and_is_in_the_table(check, tmp_path):
@@ -77,6 +106,14 @@ def test_every_step_runs_and_is_in_the_table(check, tmp_path):
     assert max(results["equal"]["max"]) == 0.0  # without compilers
     assert all(value for name, value in results["faults"].items() if name != "took_s")
     assert results["tests"]["counts"] == {"passed": 1}
+    host = results["host"]
+    assert all(host[name]["iteration"] > host[name]["between"] > 0 for name in host["host_share"])
+    assert host["busy"] > 0
+    assert results["evaluation"]["difference"] == 0.0
+    assert results["signals"]["inherited"] == results["signals"]["at the start"] == "default"
+    assert results["golden"]["a second run of cartpole is equal"]
+    (histories,) = tmp_path.glob("golden-cpu-torch-*.json")
+    assert json.loads(histories.read_text())["histories"].keys() == {"cartpole"}
     died = results["out of memory"]
     assert (died["died_of"], died["report"], died["rows"]) == ("OutOfMemoryError", True, 2)
     text = (tmp_path / "gpu_check.md").read_text()
@@ -145,14 +182,18 @@ def test_tests_that_take_longer_than_their_limit_leave_counts(check, tmp_path, m
 )
 def test_a_signal_ends_running_steps_with_all_that_they_started(tmp_path, number):
     (tmp_path / "test_some.py").write_text(TESTS)
+    (tmp_path / "gpu_check.json").write_text("earlier")
     options = ("--only", "tests", "growth", "--tests", tmp_path / "test_some.py")
     env = variables(tmp_path, PIDS=str(tmp_path / "pids"))
-    with subprocess.Popen(command(*options), cwd=ROOT, env=env, stdout=subprocess.PIPE) as process:
+    with subprocess.Popen(
+        command(*options), cwd=ROOT, env=env, stdout=subprocess.PIPE,
+        preexec_fn=end_with_the_tests,  # noqa: PLW1509
+    ) as process:  # fmt: skip
         found, end = {}, time.monotonic() + 100
         while len(found.get("counts", ())) < 2 or not (tmp_path / "pids").exists():
             assert time.monotonic() < end
             time.sleep(0.1)
-            with contextlib.suppress(FileNotFoundError):
+            with contextlib.suppress(FileNotFoundError, ValueError):
                 found = json.loads((tmp_path / "gpu_check.json").read_text())["tests"]
         process.send_signal(number)
         lines = process.stdout.read().decode().splitlines()
@@ -162,19 +203,92 @@ def test_a_signal_ends_running_steps_with_all_that_they_started(tmp_path, number
     assert results.keys() == {"tests"}  # nothing is begun after the signal
     assert results["tests"]["counts"] == {"passed": 1, "failed": 1}
     assert results["tests"]["error"] == "ended by a signal"
-    pids = [int(pid) for pid in (tmp_path / "pids").read_text().split()]
-    assert len(pids) == 2
+    assert len((tmp_path / "pids").read_text().split()) == 2
+    nothing_is_left(tmp_path)
+    (earlier,) = tmp_path.glob("gpu_check-*.json")
+    assert earlier.read_text() == "earlier"
+
+
+def nothing_is_left(folder):
+    """No process is left, soon, that has a variable or an argument with the folder."""
     end = time.monotonic() + 10  # a killed process ends once it is scheduled
-    while any(map(lives, pids)):
-        assert time.monotonic() < end
+    while left := [pid for pid in Path("/proc").glob("[0-9]*") if str(folder) in words_of(pid)]:
+        assert time.monotonic() < end, left
         time.sleep(0.05)
 
 
-def lives(pid):
-    try:
-        return Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[0] not in "ZX"
-    except (FileNotFoundError, ProcessLookupError):
-        return False
+def words_of(process):
+    with contextlib.suppress(OSError):
+        return "".join((process / n).read_text("utf-8", "replace") for n in ("environ", "cmdline"))
+    return ""
+
+
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGKILL])
+def test_a_step_ends_with_its_parent_and_with_all_that_it_has_started(tmp_path, number):
+    """However the parent dies, and even what left its session and its family."""
+    (tmp_path / "step.py").write_text(STEP)
+    words = [sys.executable, "-c", PARENT, str(tmp_path / "step.py")]
+    env = {"PATH": "/usr/bin:/bin", "FOLDER": str(tmp_path)}
+    with subprocess.Popen(words, cwd=ROOT, env=env, stdout=subprocess.PIPE) as process:
+        for line in process.stdout:
+            if b"left" in line:
+                break
+        process.send_signal(number)
+    assert process.returncode == -number
+    nothing_is_left(tmp_path)
+
+
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGKILL])
+@pytest.mark.parametrize("after_s", [0.0, 0.02, 0.1, 0.3, 0.7])
+def test_a_signal_to_the_script_leaves_no_process_at_any_moment(tmp_path, number, after_s):
+    env = variables(tmp_path)
+    process = subprocess.Popen(
+        command("--only", "about", "growth"), cwd=ROOT, env=env, stdout=subprocess.DEVNULL
+    )
+    time.sleep(after_s)
+    process.send_signal(number)
+    process.wait(20)
+    nothing_is_left(tmp_path)
+
+
+@pytest.mark.slow
+def test_without_xdist_files_of_tests_run_side_by_side(check, tmp_path, monkeypatch):
+    monkeypatch.setattr(check.importlib.util, "find_spec", lambda name: None)
+    texts = {"good": "def test(): pass", "none": "x = 1", "bad": "def test(): assert 1 == 2"}
+    for name, text in texts.items():
+        marked = f"import pytest\npytestmark = pytest.mark.gpu\n{text}\n"
+        (tmp_path / f"test_{name}.py").write_text(marked)
+    paths = [str(path) for path in tmp_path.iterdir()]
+    found = {}
+    for one in check.tests(check.MACHINES["cpu"]._replace(tests=paths)):
+        found.update(one)
+    assert found["counts"] == {"passed": 1, "failed": 1}
+    assert "assert 1 == 2" in found["error"]
+
+
+def test_a_graph_of_an_evaluation_is_the_evaluation(check, monkeypatch):
+    cuda = SimulatedCuda()
+    cuda.install(monkeypatch)
+    *_, last = check.evaluation(check.MACHINES["cpu"])
+    assert last == {"difference": 0.0}
+    assert len(cuda.graphs) == 1
+
+
+def test_no_fault_of_the_table_or_of_a_step_costs_the_others(check, tmp_path, monkeypatch):
+    def fails(*_):
+        raise OSError("no more processes")
+
+    monkeypatch.setattr(check, "run_apart", fails)
+    monkeypatch.setattr(check, "table", fails)
+    for name in ("signal", "alarm"):
+        monkeypatch.setattr(check.signal, name, lambda *_: None)
+    options = ["--device", "cpu", "--out", str(tmp_path), "--only", "about", "growth"]
+    assert check.main(options) == 1
+    results = json.loads((tmp_path / "gpu_check.json").read_text())
+    assert results.keys() == {"about", "growth", "growth, compiled"}
+    assert all(found["error"] == "OSError: no more processes" for found in results.values())
+    text = (tmp_path / "gpu_check.md").read_text()
+    assert text == "There is no table: OSError: no more processes\n"
 
 
 def test_a_long_result_is_cut_between_values_and_an_error_keeps_its_last_lines(check):

@@ -883,9 +883,10 @@ class TestErrors:
     def test_rewards_that_are_too_large_are_named_and_can_be_seen_again(
         self, make_trainer, tmp_path, reward, limit, tensors
     ):
-        ppo = dataclasses.replace(SMALL, max_grad_norm=limit, value_coef=1e3)
+        limits = {"max_grad_norm": limit, "value_coef": 1e3}
+        ppo = dataclasses.replace(SMALL, normalize_obs=True, **limits)
         model = cartpole(env=Rich(reward=reward), ppo=ppo)
-        before = {k: v.clone() for k, v in model.policy.state_dict().items()}
+        before = {k: v.clone() for k, v in model.state_dict().items()}
         with pytest.raises(NonFiniteError, match=r"^PPO's gradient must be finite") as error:
             fit(model, make_trainer(callbacks=[FlightRecorder(watch=False)]))
         assert re.search(r"in iteration 1, gradient step \d: ", str(error.value))
@@ -893,7 +894,7 @@ class TestErrors:
         assert error.value.tensors[0].startswith(tensors[0])
         saved = torch.load(tmp_path / "rank0" / "nan.pt", weights_only=True)
         assert saved["value_target"].abs().max() >= reward / 2
-        for name, value in model.policy.state_dict().items():
+        for name, value in model.state_dict().items():
             assert torch.equal(value, before[name]), name
 
     def test_large_rewards_that_are_scaled_are_no_fault(self, make_trainer):
