@@ -441,7 +441,6 @@ def host(machine: Machine) -> Found:
     the host. The host needs ``enqueue`` to launch the work, waits for its metrics, and then has the
     GPU idle ``between`` two iterations.
     """
-    from lightning.pytorch import Trainer  # noqa: PLC0415
 
     from esper_lightning import PPO, FlightRecorder, PPOConfig  # noqa: PLC0415
     from esper_lightning.callbacks.history import History  # noqa: PLC0415
@@ -472,17 +471,10 @@ def host(machine: Machine) -> Found:
     for name, records in (("bare", False), ("recorded", True)):
         times.clear(), marks.clear()
         with tempfile.TemporaryDirectory() as folder:
-            quiet = {"enable_progress_bar": False, "enable_model_summary": False}
-            Trainer(
-                accelerator="gpu" if machine.on_gpu else "cpu",
-                devices=1,
-                max_epochs=-1,
-                logger=False,
-                enable_checkpointing=False,
-                limit_val_batches=0,
-                callbacks=[FlightRecorder(folder), History(folder)] if records else [],
-                **quiet,
-            ).fit(PPO(env, ppo=ppo, total_env_steps=count * num_envs * steps, compile="max"))
+            callbacks = [FlightRecorder(folder), History(folder)] if records else []
+            _trainer(machine, callbacks).fit(
+                PPO(env, ppo=ppo, total_env_steps=count * num_envs * steps, compile="max")
+            )
         machine.wait()
         rows = [
             {
@@ -638,7 +630,7 @@ def golden(machine: Machine) -> Found:
 def out_of_memory(machine: Machine) -> Found:
     """A run that dies without memory: its report, its history and its snapshot are on disk."""
     import torch  # noqa: PLC0415
-    from lightning.pytorch import Callback, Trainer  # noqa: PLC0415
+    from lightning.pytorch import Callback  # noqa: PLC0415
 
     from esper_lightning import PPO, FlightRecorder, PPOConfig  # noqa: PLC0415
     from esper_lightning.callbacks.history import History  # noqa: PLC0415
@@ -656,17 +648,10 @@ def out_of_memory(machine: Machine) -> Found:
     with tempfile.TemporaryDirectory() as folder:
         died = "nothing"
         try:
-            Trainer(
-                accelerator="gpu" if machine.on_gpu else "cpu",
-                devices=1,
-                max_epochs=-1,
-                logger=False,
-                enable_checkpointing=False,
-                enable_progress_bar=False,
-                enable_model_summary=False,
-                limit_val_batches=0,
-                callbacks=[FlightRecorder(folder), History(folder), Takes()],
-            ).fit(PPO(CartPole(num_envs=8), ppo=PPOConfig(rollout_steps=8), compile="max"))
+            callbacks = [FlightRecorder(folder), History(folder), Takes()]
+            _trainer(machine, callbacks).fit(
+                PPO(CartPole(num_envs=8), ppo=PPOConfig(rollout_steps=8), compile="max")
+            )
         except torch.OutOfMemoryError as error:
             died = type(error).__name__
         rank = Path(folder) / "rank0"
@@ -703,6 +688,23 @@ def _little(machine: Machine) -> dict[str, Any]:
         return {}
     layers = {"channels": (8, 8), "kernels": (3, 1), "pools": (4, 1)}
     return {**layers, "train_batches": 1, "batch_size": 8, "validation_size": 16}
+
+
+def _trainer(machine: Machine, callbacks: list[Any]) -> Any:
+    """A Trainer that prints and saves nothing of its own."""
+    from lightning.pytorch import Trainer  # noqa: PLC0415
+
+    return Trainer(
+        accelerator="gpu" if machine.on_gpu else "cpu",
+        devices=1,
+        max_epochs=-1,
+        logger=False,
+        enable_checkpointing=False,
+        enable_progress_bar=False,
+        enable_model_summary=False,
+        limit_val_batches=0,
+        callbacks=callbacks,
+    )
 
 
 def _build(
