@@ -441,7 +441,6 @@ def host(machine: Machine) -> Found:
     the host. The host needs ``enqueue`` to launch the work, waits for its metrics, and then has the
     GPU idle ``between`` two iterations.
     """
-
     from esper_lightning import PPO, FlightRecorder, PPOConfig  # noqa: PLC0415
     from esper_lightning.callbacks.history import History  # noqa: PLC0415
     from esper_lightning.envs import CartPole  # noqa: PLC0415
