@@ -6,8 +6,10 @@ wherever Python, a library or a file keeps the reason, and however rarely result
 """
 
 import hashlib
+import weakref
 from collections.abc import Callable, Sequence
 from contextlib import ExitStack, suppress
+from functools import partial
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -18,7 +20,6 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.weak import WeakIdKeyDictionary
 from typing_extensions import override
 
-from esper_lightning.compiling.entries import MOST_BYTES
 from esper_lightning.core.tensor_trees import map_tree, named_tensors
 
 __all__ = ["Rehearsal"]
@@ -29,61 +30,50 @@ _MOST_SHOWN = 60  # characters of an operation in a message
 class Rehearsal:
     """What a function does with arguments of a kind, whatever their numbers.
 
-    A function that can be called neither on zeros nor on ones is not rehearsed.
+    It is called on zeros; where these are an error, on ones, or on copies of the arguments.
 
     Args:
         function: Function that reads no numbers of its tensors.
-        args: Arguments, whose shapes and strides count; in the modes of torch that are in force.
+        args: Arguments, whose shapes and strides count.
+
+    Raises:
+        Exception: Of the function, if it cannot even be called on the arguments.
     """
 
     def __init__(self, function: Callable[..., Any], args: tuple[Any, ...]) -> None:
-        self._function, self._args = function, map_tree(_without_memory, args)
+        self._function = function
         self._autocast = (torch.is_autocast_enabled("cpu"), torch.get_autocast_dtype("cpu"))
-        self._first: _Notes | None = None
-        for self._number in (0, 1):  # an integer may be divided by an argument
+        blank = map_tree(_without_memory, args)
+        for number in (0, 1):
+            self._args: Callable[[], Any] = partial(
+                map_tree, partial(_filled, number=number), blank
+            )
             with suppress(Exception):
                 self._first = self._noted()
-                break
+                return
+        copies = map_tree(torch.clone, args)
+        self._args = lambda: copies
+        self._first = self._noted()
 
     def changed(self) -> str | None:
         """What the function does now and did not do at first; ``None`` if it does the same."""
-        if self._first is None:
-            return None
         try:
-            return self._first.difference(self._noted())
+            return self._first.difference(self._noted(self._first))
         except (torch.OutOfMemoryError, MemoryError):
             return None
-        except Exception as error:  # an error, where there was none
+        except Exception as error:  # where there was none
             return f"{type(error).__name__}: {error}".splitlines()[0][:_MOST_SHOWN]
 
-    def _noted(self) -> "_Notes":
+    def _noted(self, first: "_Notes | None" = None) -> "_Notes":
         enabled, dtype = self._autocast
-        threads = torch.get_num_threads()
-        torch.set_num_threads(1)
-        try:
-            with ExitStack() as modes:
-                modes.enter_context(torch.inference_mode(False))
-                modes.enter_context(torch.no_grad())
-                modes.enter_context(torch.autocast("cpu", dtype, enabled, cache_enabled=False))
-                args = map_tree(self._filled, self._args)
-                noting = modes.enter_context(_Noting(args))
-                result = self._function(*args)
-            return noting.notes(result)
-        finally:
-            torch.set_num_threads(threads)
-
-    def _filled(self, tensor: Tensor) -> Tensor:
-        """Zeros, or ones, of the shape, strides and kind of a tensor.
-
-        Zeros that nobody writes to take no memory: the system maps pages of NumPy's to one.
-        """
-        places = zip(tensor.shape, tensor.stride(), strict=True)
-        count = 1 + sum((size - 1) * step for size, step in places) if tensor.numel() else 0
-        memory = torch.from_numpy(np.zeros(count * tensor.element_size(), np.uint8))
-        memory = memory.view(tensor.dtype)
-        if self._number:
-            memory.fill_(self._number)
-        return memory.as_strided(tensor.shape, tensor.stride())
+        with ExitStack() as modes:
+            modes.enter_context(torch.inference_mode(False))
+            modes.enter_context(torch.no_grad())
+            modes.enter_context(torch.autocast("cpu", dtype, enabled, cache_enabled=False))
+            args = self._args()
+            noting = modes.enter_context(_Noting(args, first))
+            result = self._function(*args)
+        return noting.notes(result)
 
 
 def _without_memory(tensor: Tensor) -> Tensor:
@@ -92,19 +82,35 @@ def _without_memory(tensor: Tensor) -> Tensor:
     return torch.empty_strided(tensor.shape, stride, dtype=tensor.dtype, device="meta")
 
 
+def _filled(tensor: Tensor, number: int) -> Tensor:
+    """A tensor of the same shape, strides and kind that is the same number everywhere.
+
+    Zeros that nobody writes to take no memory: the system maps pages of NumPy's to one.
+    """
+    places = zip(tensor.shape, tensor.stride(), strict=True)
+    count = 1 + sum((size - 1) * step for size, step in places) if tensor.numel() else 0
+    memory = torch.from_numpy(np.zeros(count * tensor.element_size(), np.uint8))
+    memory = memory.view(tensor.dtype)
+    if number:
+        memory.fill_(number)
+    return memory.as_strided(tensor.shape, tensor.stride())
+
+
 class _Noting(TorchDispatchMode):
     """Notes operations with their arguments: a tensor by what made it, all else by its value.
 
     Args:
         args: Arguments of the function that is called.
+        first: Notes of its first call; ``None`` for that call itself.
     """
 
-    def __init__(self, args: Any) -> None:
+    def __init__(self, args: Any, first: "_Notes | None") -> None:
         super().__init__()
         self._lines = [f"computing in {torch.get_default_dtype()}"]
         self._names: Any = WeakIdKeyDictionary()
-        self._memory: dict[StorageWeakRef, str] = {}
+        self._memory: dict[Any, str] = {}
         self._outside: list[_Outside] = []
+        self._former = [] if first is None else first.outside
         for name, tensor in named_tensors(args, "argument"):
             self._keep(tensor, name)
 
@@ -133,8 +139,11 @@ class _Noting(TorchDispatchMode):
             return found
         of_memory = self._memory.get(_memory(tensor))
         if of_memory is not None:  # another view, which autograd has made
-            return f"{of_memory}{[*tensor.shape]}{tensor.stride()}"
-        self._outside.append(_Outside(tensor))
+            place = (tensor.dtype, tensor.stride(), tensor.storage_offset())
+            return f"{of_memory}{[*tensor.shape]}{place}"
+        number = len(self._outside)
+        former = self._former[number] if number < len(self._former) else None
+        self._outside.append(_Outside(tensor, former))
         return self._keep(tensor, f"outside {len(self._outside)}")
 
     def _keep(self, tensor: Tensor, name: str) -> str:
@@ -163,41 +172,43 @@ class _Notes(NamedTuple):
                 return f"{_short(another, one)} instead of {_short(one, another)}"
         if len(self.lines) != len(other.lines):
             return f"{len(other.lines)} operations instead of {len(self.lines)}"
-        for one, another in zip(self.outside, other.outside, strict=True):
-            if not one.is_as(another):
-                return f"another tensor of shape {another.shape}"
-        return None
+        others = (one for one in other.outside if not one.is_as_before)
+        return next((f"another tensor of shape {one.shape}" for one in others), None)
 
 
 class _Outside:
-    """A tensor that was there before, or that Python made of numbers."""
+    """A tensor that was there before, or that Python made of numbers.
 
-    def __init__(self, tensor: Tensor) -> None:
+    Args:
+        tensor: The tensor.
+        former: What was there in its place at first; ``None`` in the first call.
+    """
+
+    def __init__(self, tensor: Tensor, former: "_Outside | None") -> None:
         self.shape = [*tensor.shape]
+        self.is_as_before = former is not None and former._is(tensor)
         self._kind = (tensor.stride(), tensor.storage_offset(), tensor.dtype)
-        self._memory, self._content = _memory(tensor), _digest(tensor)
+        self._tensor, self._memory = weakref.ref(tensor), _memory(tensor)
+        self._content = _digest(tensor) if former is None else b""
 
-    def is_as(self, other: "_Outside") -> bool:
-        """Whether another one is the same memory, or new memory with the same numbers."""
-        if self.shape != other.shape or self._kind != other._kind:
+    def _is(self, tensor: Tensor) -> bool:
+        """Whether a tensor is this one, which a program reads where it lies; or has its numbers."""
+        kind = (tensor.stride(), tensor.storage_offset(), tensor.dtype)
+        if self.shape != [*tensor.shape] or self._kind != kind:
             return False
-        if self._memory == other._memory:
-            return True  # whose numbers a program reads where they lie
-        memory: Any = self._memory
-        is_new = bool(memory.expired())
-        return self._content == other._content and (is_new or self._content is not None)
+        is_same = self._tensor() is tensor or bool(self._memory == _memory(tensor))
+        return is_same or self._content == _digest(tensor)
 
 
-def _memory(tensor: Tensor) -> StorageWeakRef:
+def _memory(tensor: Tensor) -> Any:
     return StorageWeakRef(tensor.untyped_storage())
 
 
-def _digest(tensor: Tensor) -> bytes | None:
-    """Digest of the numbers of a tensor; ``None`` for those of a large one."""
-    if tensor.numel() * tensor.element_size() > MOST_BYTES:
-        return None
+def _digest(tensor: Tensor) -> bytes:
+    """Digest of the numbers of a tensor."""
     flat = tensor.detach().resolve_conj().resolve_neg().reshape(-1).contiguous()
-    return hashlib.blake2b(flat.view(torch.uint8).numpy().tobytes(), digest_size=16).digest()
+    data: Any = flat.view(torch.uint8).numpy()
+    return hashlib.blake2b(data, digest_size=16).digest()
 
 
 def _short(line: str, other: str) -> str:

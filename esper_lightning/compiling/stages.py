@@ -190,6 +190,7 @@ class NativeStage(Stage):
         program = self._program()
         try:
             call_unrecorded(_TRACING, lambda: program.prepare(*args))
+            self._audit.rehearse(self._eager, args)
         except (torch.OutOfMemoryError, MemoryError):
             raise
         except Exception as error:  # of the function, of torch's tracer, or of the compiler
@@ -201,7 +202,6 @@ class NativeStage(Stage):
             if self._former.get(name, value) != value:
                 self._give_up(ImpureError(f"an attribute that changed: {name}"))
                 return self._eager
-        self._audit.rehearse(self._eager, args)
         return program
 
     def _values(self) -> dict[str, str]:

@@ -1,5 +1,7 @@
 """The environments of a run: built together with their learner, and closed when the run ends."""
 
+from contextlib import suppress
+
 import torch
 from lightning.pytorch import Callback, LightningModule, Trainer
 from typing_extensions import override
@@ -71,22 +73,24 @@ class RunEnvironments(Callback):
     @override
     def on_train_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Say if native code was no longer right in the last iterations of a run."""
-        pl_module.look_at_stages()  # pyright: ignore[reportCallIssue]
+        _call(pl_module, "look_at_stages")
 
     @override
     def teardown(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
         """Close the environments after a run that finished."""
-        _close(pl_module)
+        _call(pl_module, "close_environments")
 
     @override
     def on_exception(
         self, trainer: Trainer, pl_module: LightningModule, exception: BaseException
     ) -> None:
-        """Close the environments after a run that an error or a signal ended."""
-        _close(pl_module)
+        """Say the same of a run that an error or a signal ended, and close its environments."""
+        with suppress(Exception):  # of a function that raises since something has changed
+            _call(pl_module, "look_at_stages")
+        _call(pl_module, "close_environments")
 
 
-def _close(module: LightningModule) -> None:
-    close = getattr(module, "close_environments", None)
-    if callable(close):
-        close()
+def _call(module: LightningModule, name: str) -> None:
+    method = getattr(module, name, None)
+    if callable(method):
+        method()

@@ -328,7 +328,9 @@ class PPO(CheckpointHooks):
 
     def look_at_stages(self) -> None:
         """Take a slower way where native code is no longer what its function does, and say so."""
-        for stage in [*self._learner.stages.values(), *self.evaluation.stages().values()]:
+        learner = getattr(self, "_learner", None)
+        stages = {} if learner is None else learner.stages
+        for stage in [*stages.values(), *self.evaluation.stages().values()]:
             stage.look()
 
     def close_environments(self) -> None:

@@ -88,6 +88,26 @@ def test_comparisons_become_rare():
     assert due == [1, 2, 4, 8, 16, 32, 64, 128, 256, 512]
 
 
+def test_results_are_compared_more_rarely_than_operations():
+    audit, native, compared = Audit(Whole()), [], []
+
+    def program(x):
+        native.append(1)
+        return x
+
+    def function(x):
+        compared.append(len(native))
+        return x
+
+    x = torch.ones(2)
+    for _ in range(1024):
+        if audit.is_due():
+            audit.call(program, function, (x,))
+        else:
+            program(x)
+    assert compared == [1, 2, 4, 8, 16, 32, 64, 128, 256, 512, 1024]
+
+
 def native_of(change):
     return lambda *args: change(args[0].clone())
 

@@ -104,6 +104,26 @@ def of_the_results():
     return (lambda x: dict(zip(names, (x, x + 1), strict=True))), names.reverse
 
 
+def of_views_of_one_memory():
+    base, number = torch.arange(6.0).view(2, 3), [0]
+    rows = base.unbind(0)
+    return (lambda x: rare(x, base.mean() + rows[number[0]])), lambda: number.__setitem__(0, 1)
+
+
+def of_views_that_operations_make():
+    number = [0]
+    return (lambda x: rare(x, (x + 1).unbind(0)[number[0]])), lambda: number.__setitem__(0, 1)
+
+
+def of_a_large_array():
+    number = [1.0]
+
+    def function(x):
+        return rare(x, torch.from_numpy(np.full(300_000, number[0])).max().float())
+
+    return function, lambda: number.__setitem__(0, 2.0)
+
+
 def of_another_tensor_with_less():
     held = [torch.ones(3)]
     return (lambda x: rare(x, held[0])), lambda: held.__setitem__(0, torch.ones(1))
@@ -167,8 +187,11 @@ def test_numbers_of_tensors_and_places_of_arguments_are_no_change():
         assert rehearsal.changed() is None
     with torch.enable_grad():
         assert rehearsal.changed() is None
-    held.data = torch.full((3,), 5.0)
-    assert rehearsal.changed() == "another tensor of shape [3]"
+    held.data = torch.full((3,), 5.0)  # programs follow a tensor to its memory
+    assert rehearsal.changed() is None
+    with torch.no_grad():
+        held.resize_(1)
+    assert rehearsal.changed() is not None
 
 
 def test_shapes_and_strides_of_arguments_are_kept():
@@ -194,16 +217,20 @@ def test_a_function_that_divides_integers_is_rehearsed_on_ones():
     assert rehearsal.changed() is not None
 
 
-def test_a_function_that_bears_neither_zeros_nor_ones_is_not_rehearsed():
-    calls = []
+def test_a_function_that_bears_neither_zeros_nor_ones_is_rehearsed_on_its_arguments():
+    table, number = torch.arange(20.0), [2.0]
 
-    def function(x):
-        calls.append(1)
-        return torch.linalg.inv(x)
+    def function(place):
+        return table[place - 100] * number[0]
 
-    rehearsal = Rehearsal(function, (torch.eye(2),))
+    place = torch.tensor([119, 100])
+    rehearsal = Rehearsal(function, (place,))
+    place.zero_()
     assert rehearsal.changed() is None
-    assert len(calls) == 2
+    number[0] = 3.0
+    assert (rehearsal.changed() or "").startswith("aten.mul")
+    with pytest.raises(IndexError):
+        Rehearsal(function, (place,))
 
 
 def test_lack_of_memory_is_no_change():

@@ -1,5 +1,6 @@
 """Training with native code gives the results of eager training, for whatever is shipped."""
 
+import contextlib
 import dataclasses
 from contextvars import ContextVar
 
@@ -132,12 +133,20 @@ class RaisesBonus(Callback):
         BONUS.set(1.0 if trainer.global_step < 6 else 2.0)
 
 
-def test_a_number_that_no_result_shows_is_told_at_the_end_of_a_run(make_trainer, caplog):
+class Dies(Callback):
+    def on_train_batch_end(self, trainer, *_):
+        if trainer.global_step == 7:
+            raise ArithmeticError
+
+
+@pytest.mark.parametrize("end", [[], [Dies()]], ids=["end", "error"])
+def test_a_number_that_no_result_shows_is_told_at_the_end_of_a_run(make_trainer, caplog, end):
     env = RareBonus(num_envs=16)
     for callbacks in ([], [RaisesBonus()]):
         assert warnings_of(caplog) == []
         model = PPO(env, ppo=SMALL, total_env_steps=16 * SMALL.rollout_steps * 7, compile="auto")
-        make_trainer(limit_val_batches=0, callbacks=callbacks).fit(model)
+        with pytest.raises(ArithmeticError) if end else contextlib.nullcontext():
+            make_trainer(limit_val_batches=0, callbacks=[*callbacks, *end]).fit(model)
     (line,) = warnings_of(caplog)
     assert "other operations than at first: aten.scalar_tensor.default(2.0" in line
     assert line.endswith("(in 3 calls at most)")  # 4 was compared, 5 and 6 were right
