@@ -23,7 +23,7 @@ from lightning.pytorch.profilers import Profiler
 from typing_extensions import override
 
 from esper_lightning.callbacks.lightning_internals import calm
-from esper_lightning.compiling.loops import CompileMode
+from esper_lightning.compiling.loops import CompileMode, autocast_without_cache, few_cpu_threads
 from esper_lightning.core.errors import at_least, positive, require
 from esper_lightning.envs.base import EnvSpec, spec_name, takes_num_envs
 from esper_lightning.train import run_callbacks, run_plugins
@@ -36,6 +36,10 @@ _STAGES = ("rollout", "advantages", "update", "logging")
 _WARM_UP = 2  # iterations, of which the first compiles
 _FEWEST = 3  # iterations that are measured, however long they take
 _MOST_ENVS = 65536  # environments of a number that was not asked for
+_POLICY_S = 0.2  # seconds in which the policy acts alone
+_POLICY_ALONE = (
+    "policy alone: it acts for the steps of a rollout without environments, beside the run."
+)
 
 
 class Speed(NamedTuple):
@@ -49,6 +53,8 @@ class Speed(NamedTuple):
         iteration_ms: Milliseconds of an iteration.
         stages_ms: Milliseconds of each stage; ``environment`` is a part of ``rollout``, and is
             missing where acting and environments are one program.
+        policy_ms: Milliseconds in which the policy acts for the steps of a rollout, without
+            environments; measured beside the run, since both may be one program in it.
     """
 
     compile: CompileMode
@@ -57,6 +63,7 @@ class Speed(NamedTuple):
     start_s: float
     iteration_ms: float
     stages_ms: Mapping[str, float]
+    policy_ms: float
 
     @property
     def env_steps_per_s(self) -> float:
@@ -143,6 +150,7 @@ def speed_table(found: Sequence[Speed], settings: PPOSettings) -> str:
     parts: list[tuple[str, Callable[[Speed], float | None]]] = [
         ("rollout, ms", lambda speed: speed.stages_ms["rollout"]),
         ("  of which environment", lambda speed: speed.stages_ms.get("environment")),
+        ("  policy alone", lambda speed: speed.policy_ms),
         ("advantages, ms", lambda speed: speed.stages_ms["advantages"]),
         ("update, ms", lambda speed: speed.stages_ms["update"]),
         ("metrics, ms", lambda speed: speed.stages_ms["logging"]),
@@ -152,7 +160,7 @@ def speed_table(found: Sequence[Speed], settings: PPOSettings) -> str:
         ("start and first iteration, s", lambda speed: speed.start_s),
     ]
     rows = [[name, *(_number(part(speed)) for speed in columns)] for name, part in parts]
-    lines = [_machine(settings, own), "", *_aligned([heads, *rows])]
+    lines = [_machine(settings, own), "", *_aligned([heads, *rows]), "", _POLICY_ALONE]
     if others:
         scaled = sorted([own, *others], key=lambda speed: speed.num_envs)
         heads = ["environments", "env-steps/s", "iteration, ms", "Trainer and callbacks"]
@@ -219,10 +227,15 @@ class _Clock(Callback):
         self._seconds, self._begun = seconds, time.perf_counter()
         self.ends: list[float] = []
         self.env_seconds: list[float] = []  # of each iteration
+        self.policy_seconds: list[float] = []  # of each rollout of the policy alone
 
     @override
     def on_train_start(self, trainer: Trainer, pl_module: Any) -> None:
         pl_module.time_environment(self._add)
+
+    @override
+    def on_train_end(self, trainer: Trainer, pl_module: Any) -> None:
+        self.policy_seconds = pl_module.time_policy()
 
     @override
     def on_train_batch_start(self, trainer: Trainer, pl_module: Any, batch: Any, batch_idx: int):
@@ -247,10 +260,24 @@ class _Clock(Callback):
 
 
 class _Measured(PPO):
-    """PPO that measures how long its environments take."""
+    """PPO that measures how long its environments and its policy take."""
 
     def time_environment(self, add: Callable[[float], None]) -> None:
-        self._learner.time_environment(add)
+        self._learner.collector.time_environment(add)
+
+    def time_policy(self) -> list[float]:
+        """Seconds in which the policy acts for the steps of a rollout, several times."""
+        act, seconds = self._learner.acting_alone(), list[float]()
+        rows = self.env.num_envs * self.ppo.rollout_steps // self.ppo.minibatches
+        with autocast_without_cache(self.device), few_cpu_threads(rows):  # as in an iteration
+            act()  # which may compile
+            while len(seconds) < _FEWEST or sum(seconds) < _POLICY_S:
+                started = time.perf_counter()
+                act()
+                if self.device.type == "cuda":
+                    torch.cuda.synchronize(self.device)
+                seconds.append(time.perf_counter() - started)
+        return seconds
 
 
 def _measure(settings: PPOSettings, mode: CompileMode, accelerator: str, seconds: float) -> Speed:
@@ -287,6 +314,7 @@ def _measure(settings: PPOSettings, mode: CompileMode, accelerator: str, seconds
         start_s=clock.start_s,
         iteration_ms=1e3 * statistics.median(times),
         stages_ms=ms,
+        policy_ms=1e3 * statistics.median(clock.policy_seconds),
     )
 
 

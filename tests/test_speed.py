@@ -2,13 +2,14 @@
 
 import dataclasses
 import json
+import re
 import time
 from pathlib import Path
 
 import pytest
 import torch
 
-from esper_lightning import MLP, PPOConfig
+from esper_lightning import MLP, Composed, PPOConfig
 from esper_lightning.cli.main import main
 from esper_lightning.envs import CartPole
 from esper_lightning.envs.base import EnvSpec
@@ -52,18 +53,38 @@ def test_the_time_of_steps_is_that_of_the_environment() -> None:
         slept_ms = 4 * STEP_S * 1e3
         environment, rollout = speed.stages_ms["environment"], speed.stages_ms["rollout"]
         assert slept_ms <= environment <= rollout <= speed.iteration_ms
+        assert 0.0 < speed.policy_ms < slept_ms
         assert speed.env_steps_per_s == speed.env_steps / speed.iteration_ms * 1e3
     text = speed_table([off, own, other], settings)
     assert "The environments take" in text
-    assert (
-        json.loads(json.dumps(speed_as_data([off, own, other], settings)))["speeds"][2]["num_envs"]
-        == 4
-    )
+    data = json.loads(json.dumps(speed_as_data([off, own, other], settings)))["speeds"]
+    assert (data[2]["num_envs"], data[2]["policy_ms"]) == (4, other.policy_ms)
+
+
+class Sleeper(torch.nn.Module):
+    """An encoder whose calls take a known time where they run eagerly."""
+
+    def __init__(self, space):
+        super().__init__()
+        self.linear = torch.nn.Linear(4, 4)
+
+    def forward(self, obs):
+        time.sleep(STEP_S)
+        return self.linear(obs)
+
+
+def test_the_time_of_the_policy_is_that_of_its_calls() -> None:
+    policy = Composed(encoder="tests.test_speed:Sleeper")
+    settings = PPOSettings(env=CartPole(num_envs=2), policy=policy, ppo=SMALL, compile="off")
+    for speed in measure_speed(settings, accelerator="cpu", num_envs=[2], seconds=0.01):
+        slept_ms = 4 * STEP_S * 1e3
+        assert slept_ms <= speed.policy_ms
+        assert "environment" not in speed.stages_ms
 
 
 def speed(mode: str, num_envs: int, iteration_ms: float, stage_ms: float) -> Speed:
     stages = dict.fromkeys(("rollout", "advantages", "update", "logging"), stage_ms)
-    return Speed(mode, num_envs, num_envs * 32, 1.0, iteration_ms, stages)  # pyright: ignore[reportArgumentType]
+    return Speed(mode, num_envs, num_envs * 32, 1.0, iteration_ms, stages, 0.5)  # pyright: ignore[reportArgumentType]
 
 
 def test_suggestions_follow_the_figures() -> None:
@@ -71,6 +92,8 @@ def test_suggestions_follow_the_figures() -> None:
     off, own = speed("off", 64, 40.0, 10.0), speed("auto", 64, 10.0, 1.0)
     text = speed_table([off, own, speed("auto", 256, 12.0, 2.5)], settings)
     assert "compile='auto' is 4.0 times as fast as off." in text
+    assert re.search(r"^  policy alone +0\.5 +0\.5$", text, re.MULTILINE)
+    assert "\npolicy alone: it acts for the steps of a rollout without environments" in text
     assert "Trainer and callbacks take 60% of an iteration" in text
     assert "num_envs=256 gives 3.3 times the env-steps/s, with 8,192 instead of 2,048" in text
     text = speed_table([off, own, speed("auto", 16, 9.0, 2.0)], settings)

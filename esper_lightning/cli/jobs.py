@@ -12,12 +12,21 @@ from pathlib import Path
 from typing import NamedTuple
 
 from esper_lightning.cli import ENDS_WITH
+from esper_lightning.core.errors import require_local
 from esper_lightning.forensics.files import write_atomically
 from esper_lightning.forensics.layout import RunLayout
 from esper_lightning.forensics.rank_record import ProcessRecord
 from esper_lightning.forensics.reading import printable, read_file
 
-__all__ = ["Ended", "Job", "command_of", "ends_with_this_process", "fit_job", "start_esper"]
+__all__ = [
+    "Ended",
+    "Job",
+    "command_of",
+    "config_text",
+    "ends_with_this_process",
+    "fit_job",
+    "start_esper",
+]
 
 _ESPER = [sys.executable, "-m", "esper_lightning.cli.main"]
 _RECORD = "ab.txt"  # in a run directory: the settings with which the run was started
@@ -106,6 +115,20 @@ class Job(NamedTuple):
         return Ended(status, was_stopped, _end_of(log))
 
 
+def config_text(config: str) -> str:
+    """The text of a config, which each run of ``esper fit`` reads by itself.
+
+    Raises:
+        ValueError: If the config is no text file of this machine.
+    """
+    require_local("--config", config, "a file")
+    try:
+        return read_file(Path(config)).decode()
+    except (OSError, ValueError) as error:
+        why = getattr(error, "strerror", None) or error
+        raise ValueError(f"--config must name a file of text ({why}), got {config!r}.") from error
+
+
 def fit_job(run: Path, configs: Sequence[str], settings: Sequence[str], seed: int) -> Job:
     """The run of ``esper fit`` with some settings and a seed.
 
@@ -116,13 +139,13 @@ def fit_job(run: Path, configs: Sequence[str], settings: Sequence[str], seed: in
         seed: Seed of the run.
 
     Raises:
-        OSError: If a config cannot be read.
+        ValueError: If a config cannot be read.
     """
     named = [word for config in configs for word in ("--config", config)]
     chosen = [*named, *settings, "--model.seed", str(seed)]
     where = ["--run_dir", str(run), "--ckpt_path", "last"]
     where += ["--trainer.enable_progress_bar", "false"]
-    contents = [Path(config).read_text() for config in configs]
+    contents = [config_text(config) for config in configs]
     started_with = "\n".join([shlex.join(chosen), *contents])
     return Job(run, ["fit", *chosen, *where], started_with)
 

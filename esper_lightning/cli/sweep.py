@@ -24,7 +24,7 @@ from typing import TYPE_CHECKING, Any, NoReturn
 from esper_lightning.cli import shipped
 from esper_lightning.cli.compare import compare_runs
 from esper_lightning.cli.errors import CommandParser, fail, local_path
-from esper_lightning.cli.jobs import Ended, Job, fit_job, start_esper
+from esper_lightning.cli.jobs import Ended, Job, config_text, fit_job, start_esper
 from esper_lightning.cli.search import Dimension, parse_dimension
 from esper_lightning.comparison.marks import Marks
 from esper_lightning.comparison.section import number
@@ -140,6 +140,8 @@ def _read_space(options: Namespace) -> list[Dimension]:
     hint = "Seeds that chose the best trial favour it."
     require(not shared, "--judges", "be other seeds than --seeds", shared, hint)
     require_output_folder("--output", options.output)
+    for config in options.config:
+        config_text(config)
     return space
 
 
@@ -169,7 +171,7 @@ def _refuse_other_sweep(options: Namespace) -> None:
         OSError: If a file cannot be read or written.
     """
     asked = {
-        "configs": [Path(config).read_text() for config in options.config],
+        "configs": [config_text(config) for config in options.config],
         "arguments": options.arguments,
         "search": sorted(options.search),
         "seeds": options.seeds,

@@ -29,6 +29,7 @@ __all__ = [
     "Traceable",
     "Traced",
     "Tree",
+    "allow_other_strides",
     "compile_graph",
     "count_operations",
     "suit_compiler",
@@ -189,8 +190,7 @@ def compile_graph(function: Callable[..., Any]) -> Callable[..., Any]:
 def suit_compiler(graph: torch.fx.GraphModule) -> None:
     """Replace what a compiler refuses in a graph by what it compiles, in place."""
     _write_copies(graph)
-    _allow_other_strides(graph)
-    graph.recompile()
+    allow_other_strides(graph)
 
 
 def _write_copies(graph: torch.fx.GraphModule) -> None:
@@ -221,11 +221,16 @@ def _without_out(overload: Any) -> OpOverload | None:
     return None
 
 
-def _allow_other_strides(graph: torch.fx.GraphModule) -> None:
-    """Let views be copies: a compiler may lay results out differently than the trace did."""
+def allow_other_strides(graph: torch.fx.GraphModule) -> None:
+    """Let views of a graph be copies, in place.
+
+    Results of other operations than those that were traced may lie otherwise in memory, so that
+    they cannot be viewed in the same shapes.
+    """
     for node in graph.graph.nodes:
         if node.target is torch.ops.aten.view.default:
             node.target = torch.ops.aten.reshape.default
+    graph.recompile()
 
 
 class Compiled:

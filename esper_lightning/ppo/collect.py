@@ -81,6 +81,8 @@ class Collector:
         device: torch.device,
     ) -> None:
         self._agent, self._first_steps = agent, first_steps
+        self._mode: CompileMode = mode
+        self._device = device
         self._call_step = first_steps.step
         self._functional = cast(FunctionalEnv, env) if is_functional(env) else None
         self._obs_space = first_steps.spaces.obs
@@ -107,6 +109,36 @@ class Collector:
             return result
 
         self._call_step = timed
+
+    def acting_alone(
+        self, rollout: Rollout, memory: Float[Tensor, "B S"] | None
+    ) -> Callable[[], object]:
+        """A function that acts as in a rollout, on the observations that the rollout holds.
+
+        The environments take no step, and the rollout is not written. Acting runs as it does in
+        ``collect``: in one loop, or called from Python for each step.
+
+        Args:
+            rollout: Rollout of ``T`` steps.
+            memory: Memory of the policy before the first step, which may be overwritten.
+        """
+        agent, (steps, num_envs) = self._agent, rollout.reward.shape
+        generator = torch.Generator(self._device).manual_seed(0)
+        noise = agent.policy.noise((steps, num_envs), generator)
+        xs = (rollout.obs, rollout.action_mask, noise)
+        body = partial(_act_alone, agent)
+        loop = compile_loop("acting", body, mode=self._mode, device=self._device)
+
+        def call() -> None:
+            before = memory
+            for t in range(steps):
+                obs, mask, one = map_tree(lambda rows, t=t: rows[t], xs)
+                before = self._act_compiled((obs, mask, one, before), agent.weights).memory
+
+        def run() -> None:
+            loop(memory, xs, None, agent.weights)
+
+        return torch.no_grad()(call if self._functional is None else run)
 
     @torch.no_grad()
     def collect(
@@ -239,6 +271,17 @@ def _act_rows(
     agent: Agent, rows: tuple[Observation, Tensor | None, Tensor, Tensor | None], weights: Weights
 ) -> Acted:
     return agent.with_weights(weights, agent.act, *rows)
+
+
+def _act_alone(
+    agent: Agent,
+    memory: Tensor | None,
+    x: tuple[Observation, Tensor | None, Tensor],
+    weights: Weights,
+) -> tuple[Tensor | None, Acted]:
+    """A step of a rollout without its environments."""
+    acted = _act_rows(agent, (*x, memory), weights)
+    return acted.memory, acted._replace(memory=None)
 
 
 def _finish(rollout: Rollout, writer: LastObsWriter | None) -> Rollout:

@@ -106,6 +106,7 @@ class Learner:
 
     Attributes:
         agent: Agent that acts and is trained.
+        collector: Collector that fills rollouts.
         stages: Stages that are compiled, by name.
         order: Indices of the samples of each gradient step of the latest update.
     """
@@ -133,13 +134,13 @@ class Learner:
         spaces = spec.spaces()
         self._first_steps = FirstSteps(spec, spaces, env, device)
         self._storage = allocate_rollout(spaces, config.rollout_steps, spec.num_envs, device=device)
-        self._collector = Collector(env, agent, self._first_steps, mode=mode, device=device)
+        self.collector = Collector(env, agent, self._first_steps, mode=mode, device=device)
         self._critic = Critic(agent, mode=mode, device=device)
         alone = mode if ranks.size == 1 else "off"  # several ranks communicate half-way
         prepare = partial(_targets_of, config, ranks, spaces.action)
         self._prepare = compile_function("advantages", prepare, mode=alone, device=device)
         self._updater = Updater(agent, config, mode=mode, device=device, ranks=ranks)
-        self.stages = stages_within(self._collector, self._critic, self, self._updater)
+        self.stages = stages_within(self.collector, self._critic, self, self._updater)
         self._acting: ActingState | None = None
         self._parameters: FlatParameters | None = None
         self._learning_rate, self._action_space = torch.zeros((), device=device), spaces.action
@@ -206,7 +207,7 @@ class Learner:
             storage = first_steps(storage, steps)
         memory = self._acting.memory  # it is changed in place
         self._first_memory = None if memory is None else memory.clone()
-        rollout, self._acting = self._collector.collect(
+        rollout, self._acting = self.collector.collect(
             self._acting, storage, generator=self._exploration
         )
         self._storage = self._storage._replace(last_obs=rollout.last_obs)  # which may have grown
@@ -284,13 +285,10 @@ class Learner:
         zeros = torch.zeros_like(self._acting.discounted_return)
         self._acting = ActingState(obs, mask, zeros, self.agent.policy.initial_memory(obs))
 
-    def time_environment(self, add: Callable[[float], None]) -> None:
-        """Measure every step of the environments that Python asks for.
-
-        Args:
-            add: Function that gets the seconds of each step.
-        """
-        self._collector.time_environment(add)
+    def acting_alone(self) -> Callable[[], object]:
+        """A function that acts once more on the observations of the latest rollout."""
+        memory = None if self._first_memory is None else self._first_memory.clone()
+        return self.collector.acting_alone(self._storage, memory)
 
     def close(self) -> None:
         """Release the processes, windows and other resources of the environments, once."""

@@ -175,9 +175,14 @@ def test_where_no_trial_succeeds_the_sweep_gives_up(launch):
         (("--search", "model.ppo.clip=[1, 2]"), "--search must name each setting once"),
         (("--search", "model.env.num_envs=1..2"), "must name a setting that may differ"),
         (("--config", "cartpol"), "The nearest is 'cartpole'."),
+        (("--config", "s3://a/b.yaml"), "--config must name a file on this machine, got 's3://a/"),
+        (("--config", "no.yaml"), "--config must name a file of text (No such file or directory)"),
+        (("--config", "."), "--config must name a file of text (it is a directory), got '.'."),
+        (("--config", "latin"), "--config must name a file of text ('utf-8' codec can't decode"),
     ],
 )
 def test_mistakes_are_a_line_and_leave_nothing(launch, words, says):
+    Path("latin").write_bytes(b"model:  # \xe9")
     status, out, err = launch(*words)
     assert (status, out, err.count("\n")) == (2, "", 1)
     assert says in err

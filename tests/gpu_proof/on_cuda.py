@@ -186,7 +186,7 @@ def run(case, mode, *, shorter):
         if shorter:
             shown["kernels"] |= _of_one_step(case, found, whole)
     ways = [
-        case.learner._collector._loop,
+        case.learner.collector._loop,
         case.learner._updater._loop,
         case.learner._prepare,
     ]

@@ -1,5 +1,7 @@
 """A rollout is what acting, stepping and writing one step after the other would give."""
 
+import logging
+
 import pytest
 import torch
 
@@ -86,6 +88,32 @@ def test_a_rollout_is_acting_stepping_and_writing_step_after_step(policy, wrap):
         assert rollout.truncated.any()
     torch.testing.assert_close(state.obs, obs)
     torch.testing.assert_close(state.memory, memory)
+
+
+@pytest.mark.parametrize("mode", ["off", "auto"])
+@pytest.mark.parametrize("policy", [MLP(hidden_sizes=(8,)), Recurrent(encoder_sizes=(8,))])
+@pytest.mark.parametrize("wrap", [lambda env: env, Stepped], ids=["functional", "stepped"])
+def test_a_policy_acts_alone_on_the_observations_of_a_rollout(
+    policy, wrap, mode, monkeypatch, caplog
+):
+    caplog.set_level(logging.WARNING)
+    agent = make_agent(policy)
+    env = wrap(SPEC.build(CPU, 1))
+    first = FirstSteps(SPEC, SPEC.spaces(), env, CPU)
+    collector = Collector(env, agent, first, mode=mode, device=CPU)
+    obs, _ = first.reset()
+    storage = allocate_rollout(SPEC.spaces(), STEPS, ENVS, device=CPU)
+    storage.obs.normal_()
+    before, state = map_tree(torch.clone, storage), env.state_dict()
+    memory = agent.policy.initial_memory(obs)
+    seen, act = [], agent.act
+    if mode == "off":
+        monkeypatch.setattr(agent, "act", lambda obs, *rest: seen.append(obs) or act(obs, *rest))
+    collector.acting_alone(storage, memory)()
+    assert mode == "auto" or torch.equal(torch.stack(seen), storage.obs)
+    assert caplog.text == ""  # native code has no reason to be given up
+    torch.testing.assert_close(storage, before, rtol=0, atol=0, equal_nan=True)
+    torch.testing.assert_close(env.state_dict(), state, rtol=0, atol=0, equal_nan=True)
 
 
 class Clock:

@@ -10,6 +10,7 @@ import torch
 from torch import Tensor, fx
 
 from esper_lightning.compiling.native.values import UnsupportedError
+from esper_lightning.compiling.tracing import allow_other_strides
 
 __all__ = ["OF_TORCH", "OWN", "decompose"]
 
@@ -38,7 +39,7 @@ def decompose(graph: fx.GraphModule) -> fx.GraphModule:
     """The graph with simpler operations in the place of others; the same if it has none of those.
 
     Args:
-        graph: Graph from ``make_fx``.
+        graph: Graph from ``make_fx``; its views may become reshapes.
     """
     from torch.fx.experimental.proxy_tensor import make_fx  # noqa: PLC0415 - imports sympy
 
@@ -52,14 +53,36 @@ def decompose(graph: fx.GraphModule) -> fx.GraphModule:
                 f"the places of equal numbers in {operation}, which torch leaves open"
                 " (those of sort with stable=True are known)"
             )
-    values = [node.meta["val"] for node in graph.graph.nodes if node.op == "placeholder"]
-    example = [torch.empty(value.shape, dtype=value.dtype) for value in values]
+    _gather_gradients_of_sorts(graph)
+    allow_other_strides(graph)
+    inputs = [node.meta["val"] for node in graph.graph.find_nodes(op="placeholder")]
+    example = [torch.empty(value.shape, dtype=value.dtype) for value in inputs]
     # As in ``tracing``: nothing is computed, and tensors that a function holds are real.
     fake: dict[str, Any] = {"tracing_mode": "fake", "_allow_non_fake_inputs": True}
     with torch.no_grad():
         simpler = make_fx(graph, decomposition_table=_table(), **fake)(*example)
     simpler.graph.eliminate_dead_code()
     return simpler
+
+
+def _gather_gradients_of_sorts(graph: fx.GraphModule) -> None:
+    """Let what is scattered to all places of a sort be gathered instead, by the inverse order.
+
+    The gradient of a sort is such a scatter, and what sorts the places is their inverse.
+    """
+    aten, nodes = torch.ops.aten, graph.graph
+    for node in nodes.find_nodes(op="call_function", target=aten.scatter.src):
+        (_, dim, places, source), shape = node.args, node.meta["val"].shape
+        sort: Any = (*places.args, None)[0]
+        if getattr(sort, "target", None) is not aten.sort.stable:
+            continue
+        axes = {axis % max(1, len(shape)) for axis in (dim, sort.kwargs.get("dim", -1))}
+        if len(axes) == 1 and places.args[1] == 1 and places.meta["val"].shape == shape:
+            how = {"stable": True, "dim": dim}
+            with nodes.inserting_before(node):
+                inverse = nodes.call_function(aten.argsort.stable, (places,), how)
+                gathered = nodes.call_function(aten.gather.default, (source, dim, inverse))
+            node.replace_all_uses_with(gathered)
 
 
 @functools.cache
@@ -311,8 +334,7 @@ def _isin(x: Tensor, known: Tensor, *, assume_unique: bool = False, invert: bool
     del assume_unique  # a promise of the caller
     known = known.reshape(-1)
     _short(known, 0)
-    found = (x[..., None] == known).any(-1)
-    return ~found if invert else found
+    return (x[..., None] == known).any(-1) ^ invert
 
 
 def _bucketize(

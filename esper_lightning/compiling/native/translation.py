@@ -130,6 +130,8 @@ def _call(kernel: Kernel, node: fx.Node, values: dict[fx.Node, Any]) -> Any:
         return function(kernel, Result(tuple(first.shape), first.dtype), *arguments, **keywords)
     except TypeError as error:
         raise UnsupportedError(f"{name} with these arguments ({error})") from error
+    except ZeroDivisionError as error:  # an axis modulo the number of axes
+        raise UnsupportedError(f"{name} of a number") from error
 
 
 def _step(graph: fx.GraphModule, name: str, unchanged: Collection[int]) -> Translation:

@@ -4,6 +4,7 @@ Operations are compiled together, for a few layouts of their arguments, and run 
 """
 
 import functools
+import itertools
 from collections.abc import Callable
 from typing import Any
 
@@ -572,6 +573,83 @@ def test_places_of_a_sort_that_may_order_equal_numbers_otherwise_are_refused() -
         NativeFunction(lambda x: x.topk(2, sorted=False).values)(x)
 
 
+def gradients_of_sorts(x: Tensor, weight: Tensor) -> list[Tensor]:
+    """Of stable sorts, along every axis and in both directions."""
+    found: list[Tensor] = []
+    for dim in (0, 1, -1):
+        for descending in (False, True):
+            with torch.enable_grad():
+                y = x.detach().requires_grad_()
+                ordered = y.sort(stable=True, dim=dim, descending=descending).values
+                found += torch.autograd.grad((ordered * ordered * weight).sum(), y)
+    return found
+
+
+def test_gradients_of_stable_sorts_are_those_of_torch() -> None:
+    native = NativeFunction(gradients_of_sorts)
+    nan, weight = float("nan"), torch.arange(12.0).reshape(3, 4) - 4.0
+    for x in (
+        torch.randn(3, 4, generator=torch.Generator().manual_seed(0)),
+        torch.tensor([[1.0, 0.0, 1.0, -0.0], [1.0, 0.0, 2.0, 3.0], [nan, 0.0, nan, 1.0]]),
+    ):
+        expected = gradients_of_sorts(x, weight)
+        for got, one in zip(native(x, weight), expected, strict=True):
+            torch.testing.assert_close(got, one, rtol=0, atol=0, equal_nan=True)
+            number = ~one.isnan()
+            assert torch.equal(got[number].signbit(), one[number].signbit())
+
+
+def test_a_scatter_to_the_places_of_a_sort_of_another_shape_is_refused() -> None:
+    x = torch.tensor([[3.0, 1.0, 2.0], [1.0, 3.0, 2.0]])
+    for scattered in (
+        lambda x: torch.zeros(2, 4).scatter(1, x.argsort(stable=True), x),  # leaves places out
+        lambda x: torch.zeros(3, 3).scatter(0, x.argsort(stable=True), x),  # along another axis
+    ):
+        with pytest.raises(UnsupportedError, match="several elements"):
+            NativeFunction(scattered)(x)
+
+
+RELAID: dict[str, Callable[[Tensor], Tensor]] = {
+    "layer norm": lambda x: functional.layer_norm(x, (6,)),
+    "group norm": lambda x: functional.group_norm(x, 2),
+    "softmax": lambda x: x.softmax(1),
+    "repeat": lambda x: x.repeat(1, 2, 1),
+    "sort": torch.msort,
+    "sort inside": lambda x: x.sort(1).values,
+    "topk": lambda x: x.topk(3, 1).values,
+    "triangle": lambda x: x.triu(),
+    "known": lambda x: torch.isin(x, torch.tensor([0.0])),
+    "cumulated": lambda x: x.cumsum(1),
+}
+
+
+@pytest.mark.parametrize("axes", [*itertools.permutations(range(3))], ids=str)
+def test_results_that_lie_otherwise_in_memory_than_those_of_torch_can_be_viewed(
+    axes: tuple[int, int, int],
+) -> None:
+    """Simpler operations in the place of others keep the layout of their arguments."""
+
+    def views(x: Tensor) -> list[Tensor]:
+        x = x.permute(axes)
+        results = [function(x) for function in RELAID.values()]
+        return [*(y.flatten(1) for y in results), *(y.flatten(0, 1).t().flatten() for y in results)]
+
+    shape = [(3, 4, 6)[axes.index(axis)] for axis in range(3)]
+    x = torch.randn(shape, generator=torch.Generator().manual_seed(0))
+    for got, expected in zip(NativeFunction(views)(x), views(x), strict=True):
+        torch.testing.assert_close(got, expected, rtol=1e-5, atol=1e-6)
+
+
+def test_an_axis_of_a_number_is_refused_in_words() -> None:
+    for function in (
+        lambda x: x.flip(0),
+        lambda x: x.argmax(0),
+        lambda x: x.scatter(0, torch.tensor(0), x),
+    ):
+        with pytest.raises(UnsupportedError, match="of a number"):
+            NativeFunction(function)(torch.tensor(1.0))
+
+
 ORDERS: dict[str, Callable[[Tensor, int], Tensor]] = {
     "topk": lambda x, dim: x.topk(2, dim).values,
     "topk of all": lambda x, dim: x.topk(x.shape[dim], dim).values,
@@ -799,6 +877,23 @@ def test_attention_and_its_gradient_are_those_of_torch(masked: str) -> None:
             return y.detach(), torch.autograd.grad(y.square().sum(), x)[0]
 
     for got, expected in zip(NativeFunction(attends)(tokens), attends(tokens), strict=True):
+        torch.testing.assert_close(got, expected, rtol=1e-5, atol=1e-5)
+
+
+def test_features_of_attention_of_several_heads_are_those_of_torch() -> None:
+    """The layer's result lies in memory with the tokens first, which a norm keeps."""
+    generator = torch.Generator().manual_seed(0)
+    tokens = torch.randn(4, 3, 8, generator=generator)
+    attention = torch.nn.MultiheadAttention(8, 2, batch_first=True)
+    norm = torch.nn.LayerNorm(8)
+
+    def features(x: Tensor) -> tuple[Tensor, Tensor]:
+        with torch.enable_grad():
+            x = x.detach().requires_grad_()
+            y = norm(attention(x, x, x, need_weights=False)[0]).flatten(1)
+            return y.detach(), torch.autograd.grad((y**3).sum(), x)[0]
+
+    for got, expected in zip(NativeFunction(features)(tokens), features(tokens), strict=True):
         torch.testing.assert_close(got, expected, rtol=1e-5, atol=1e-5)
 
 
