@@ -10,10 +10,11 @@ are needed by tests. Wheels to bring where they are missing: ``jsonargparse`` wi
 The most telling steps come first. Steps that measure time run alone, all others side by side. Each
 step is a process of its own with a time limit, and ``gpu_check.json`` and ``gpu_check.md`` are
 written anew after each of its results, so that what was measured survives whatever comes next.
-Those of an earlier run in the same folder are renamed. SIGTERM and SIGINT end the running steps, as
-does the death of this process, with all processes that they have started. The last line names the
-steps that failed, and the status is 1 if there are any. ``--device cpu`` is the
-rehearsal: all of it, at sizes that measure nothing.
+Those of an earlier run in the same folder are renamed, as are its golden histories; ``log.txt`` is
+continued. Neither a full disk nor an output that nobody reads any more ends a step. SIGTERM and
+SIGINT end the running steps, as does the death of this process, with all processes that they have
+started. The last line names the steps that failed, and the status is 1 if there are any.
+``--device cpu`` is the rehearsal: all of it, at sizes that measure nothing.
 """
 
 import argparse
@@ -25,6 +26,7 @@ import itertools
 import json
 import logging
 import os
+import re
 import select
 import signal
 import statistics
@@ -34,7 +36,7 @@ import tempfile
 import threading
 import time
 from collections import Counter
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from datetime import date
 from functools import partial
@@ -933,6 +935,31 @@ def descendants(pid: int) -> list[int]:
     return family[1:]
 
 
+def set_aside(folder: Path) -> None:
+    """Rename the results of an earlier run; its log is continued."""
+    for path in folder.iterdir():
+        if re.fullmatch(r"gpu_check\.(json|md)|golden-\w+-torch-[^-]+\.json", path.name):
+            path.rename(path.with_stem(f"{path.stem}-{path.stat().st_mtime_ns}"))
+
+
+def write(path: Path, text: str) -> None:
+    """Write a file in one moment; do nothing where the disk is full: the output has it all."""
+    new = path.with_name(f"{path.name}.new")
+    with contextlib.suppress(OSError):
+        new.write_text(text, encoding="utf-8")
+        new.replace(path)
+
+
+def say(text: str, log: Path) -> None:
+    """Print a text, and add it to the log; whichever of the two fails, the other has it."""
+    with contextlib.suppress(OSError), log.open("a", encoding="utf-8") as file:
+        file.write(text + "\n")
+    try:
+        print(text, flush=True)
+    except OSError:  # whoever read the output is gone
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+
+
 def last_lines(text: str, most: int) -> str:
     """The last whole lines of a text, of at most so many characters; the end of a longer line."""
     lines = text.rstrip().splitlines()
@@ -942,8 +969,8 @@ def last_lines(text: str, most: int) -> str:
     return "\n".join(lines[start:]) or text.rstrip()[-most:]
 
 
-def table(results: dict[str, Any], machine: Machine) -> str:
-    """The results as Markdown."""
+def table(results: dict[str, Any], machine: Machine, chosen: Iterable[str] = ()) -> str:
+    """The results of the chosen steps as Markdown."""
     sizes = [f"{num_envs} x {steps}" for num_envs, steps in machine.sizes]
     lines = ["# On a GPU" if machine.on_gpu else "# A rehearsal on a CPU, which measures nothing"]
     known = {"gpu": "no GPU", "cuda": "none", **results.get("about", {})}
@@ -980,6 +1007,8 @@ def table(results: dict[str, Any], machine: Machine) -> str:
         if "error" in found or not measures:
             lines.append(f"| {name} | {_result(found)} |")
     lines += ["", f"Steps that failed: {', '.join(failures(results)) or 'none'}."]
+    if waiting := [name for name in chosen if "took_s" not in results.get(name, {})]:
+        lines += ["", f"Steps that have not ended: {', '.join(waiting)}."]
     logs = {name: found["log"] for name, found in results.items() if "log" in found}
     lines += ["", "Warnings, such as those of a slower way:", ""]
     lines += [f"* {name}: {log}" for name, log in logs.items()] or ["* none"]
@@ -1033,10 +1062,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
         return 0
     given.out.mkdir(parents=True, exist_ok=True)
     end, results, lock = time.monotonic() + given.seconds, dict[str, Any](), threading.Lock()
-    stop, signals = threading.Event(), list[int]()
+    log, stop, signals = given.out / "log.txt", threading.Event(), list[int]()
     signal.alarm(int(given.seconds) + 30)  # which ends this process even where Python is stuck
-    for path in given.out.glob("gpu_check.[jm]*"):
-        path.rename(path.with_stem(f"{path.stem}-{path.stat().st_mtime_ns}"))
+    set_aside(given.out)
 
     def end_steps(number: int, _: object) -> None:
         signals.append(number)
@@ -1048,19 +1076,15 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
     def shown() -> str:
         try:
-            return table(results, machine)
+            return table(results, machine, chosen)
         except Exception as error:  # which must not cost a measurement
             return f"There is no table: {type(error).__name__}: {error}\n"
-
-    def write(name: str, text: str) -> None:
-        (given.out / f"{name}.new").write_text(text)
-        (given.out / f"{name}.new").replace(given.out / name)
 
     def keep(name: str, found: dict[str, Any]) -> None:
         with lock:
             results.setdefault(name, {}).update(found)
-            write("gpu_check.json", json.dumps(results, indent=1))
-            write("gpu_check.md", shown())
+            write(given.out / "gpu_check.json", json.dumps(results, indent=1))
+            write(given.out / "gpu_check.md", shown())
 
     def run(name: str, step: Step) -> None:
         started = time.monotonic()
@@ -1075,7 +1099,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
             except Exception as error:  # the other steps are worth their time all the same
                 keep(name, {"error": f"{type(error).__name__}: {error}"})
         keep(name, {"took_s": round(time.monotonic() - started, 1)})
-        print(name, _result(results[name]), flush=True)
+        say(f"{name} {_result(results[name])}", log)
 
     chosen = {
         name: step
@@ -1085,9 +1109,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
     for alone, group in itertools.groupby(chosen.items(), lambda one: one[1].alone):
         with ThreadPoolExecutor(1 if alone else len(chosen)) as pool:
             list(pool.map(lambda one: run(*one), group))
-    print(shown())
+    say(shown(), log)
     failed = failures(results)
-    print("failed:", ", ".join(failed) if failed else "nothing", flush=True)
+    say(f"failed: {', '.join(failed) or 'nothing'}", log)
     return 128 + signals[0] if signals else int(bool(failed))
 
 

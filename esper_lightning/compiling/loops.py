@@ -125,9 +125,10 @@ def capture_function(
 ) -> Callable[..., Tree]:
     """A function of trees of tensors that is replayed as a CUDA graph on a GPU.
 
-    On other devices the function runs as it is. The function may change its arguments, no two of
-    which may share memory, and must have no other effect. Each call overwrites the arguments of the
-    first call and the results of every earlier call.
+    On other devices the function runs as it is. All of its operations are in one graph, whatever
+    their number. The function may change its arguments, no two of which may share memory, and must
+    have no other effect. Each call overwrites the arguments of the first call and the results of
+    every earlier call.
 
     Args:
         name: Name of the function, for messages.

@@ -43,7 +43,7 @@ critic: replayed graphs of small kernels take as long as their launches.
 """
 
 MOST_OPERATIONS = 8192
-"""Greatest number of operations that are compiled together, or captured in one CUDA graph.
+"""Greatest number of operations that are compiled together, or captured in one graph of a loop.
 
 The time that a compiler takes grows faster than the number of operations.
 """

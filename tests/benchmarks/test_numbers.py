@@ -505,12 +505,13 @@ def test_no_number_of_readme_or_results_is_without_a_source(document):
 def test_the_operations_of_a_step_of_hosts_are_those_that_are_counted():
     """What docs/gpu.md computes begins with a number that tests/gpu_proof counts."""
     counted = json.loads((ROOT / "tests" / "gpu_proof" / "kernels.json").read_text())
-    operations = counted["step of hosts"]
+    operations, update = counted["step of hosts"], counted["update of hosts"]
     said = prose((ROOT / "docs" / "gpu.md").read_text())
     assert f"{operations:,} operations with the settings of" in said
     assert f"{operations:,} x 2 us = {round(operations * 2e-3)} ms" in said
-    left = operations - 8 * (972 - 282)
-    assert f"{operations:,} - 8 x (972 - 282) = {left:,} remain in a step" in said
+    assert f"{update} of them in each of its 8 updates" in said
+    left = operations - 8 * (update - 282)
+    assert f"{operations:,} - 8 x ({update} - 282) = {left:,} remain in a step" in said
 
 
 @pytest.mark.parametrize("path", OTHERS, ids=lambda path: path.name)

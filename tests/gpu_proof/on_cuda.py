@@ -218,7 +218,9 @@ def _of_one_step(case, found, whole):
 
 
 def step_of_hosts():
-    """Kernels of a step of Morphogenesis with the settings of ``digits``, without test accuracy."""
+    """Kernels with the settings of ``Morphogenesis.digits``: of a step, without test accuracy, and
+    of one of its updates.
+    """
     data.load.cache_clear()
     operations._taps.cache_clear()
     with FakeCuda() as found:
@@ -226,9 +228,19 @@ def step_of_hosts():
         env.reset()
         action = torch.zeros(64, 4, dtype=torch.int64, device="cuda:0")
         env.step(action)
+        update, updates = env.trainer._update, []
+
+        def counted(*args):
+            before = found.count()
+            result = update(*args)
+            updates.append(found.count() - before)
+            return result
+
+        env.trainer._update = counted
         before = found.count()
         env.step(action)
-        return found.count() - before
+        (each,) = set(updates)
+        return {"step of hosts": found.count() - before, "update of hosts": each}
 
 
 def evaluation(case):
@@ -281,14 +293,13 @@ def main(groups):
                     "error": "".join(traceback.format_exception(error)[-6:])
                 }
     whole = writes or "others" in groups
-    hosts = {"step of hosts": {"kernels": step_of_hosts()}} if whole else {}
+    hosts = step_of_hosts() if whole else {}
     if writes:
         kernels = {name.removesuffix(", off"): one["kernels"] for name, one in found.items()}
-        kernels["step of hosts"] = hosts["step of hosts"]["kernels"]
-        KERNELS.write_text(json.dumps(kernels, indent=1) + "\n")
+        KERNELS.write_text(json.dumps(kernels | hosts, indent=1) + "\n")
         return
-    hosts["evaluation"] = evaluation(CASES["cartpole, gru, full"])
-    print(json.dumps(found | hosts))
+    played = evaluation(CASES["cartpole, gru, full"])
+    print(json.dumps({"cases": found, "hosts": hosts, "evaluation": played}))
 
 
 if __name__ == "__main__":

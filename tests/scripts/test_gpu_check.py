@@ -4,6 +4,8 @@ import contextlib
 import ctypes
 import importlib.util
 import json
+import os
+import re
 import signal
 import subprocess
 import sys
@@ -50,6 +52,15 @@ check.__file__ = sys.argv[1]
 def tell(found):
     print(found, flush=True)
 check.run_apart("about", check.MACHINES["cpu"], 100.0, tell, threading.Event())
+"""
+# The check without its steps: each has a result at once.
+WITHOUT_STEPS = """
+import importlib.util, sys
+spec = importlib.util.spec_from_file_location("gpu_check", "scripts/gpu_check.py")
+check = importlib.util.module_from_spec(spec)
+spec.loader.exec_module(check)
+check.run_apart = lambda name, machine, limit_s, tell, stop: tell({"of": name})
+sys.exit(check.main(["--device", "cpu", "--out", sys.argv[1]]))
 """
 STEP = """
 import subprocess, time
@@ -186,7 +197,7 @@ def test_a_signal_ends_running_steps_with_all_that_they_started(tmp_path, number
     options = ("--only", "tests", "growth", "--tests", tmp_path / "test_some.py")
     env = variables(tmp_path, PIDS=str(tmp_path / "pids"))
     with subprocess.Popen(
-        command(*options), cwd=ROOT, env=env, stdout=subprocess.PIPE,
+        command(*options), cwd=ROOT, env=env, stdout=subprocess.PIPE, start_new_session=True,
         preexec_fn=end_with_the_tests,  # noqa: PLW1509
     ) as process:  # fmt: skip
         found, end = {}, time.monotonic() + 100
@@ -195,10 +206,12 @@ def test_a_signal_ends_running_steps_with_all_that_they_started(tmp_path, number
             time.sleep(0.1)
             with contextlib.suppress(FileNotFoundError, ValueError):
                 found = json.loads((tmp_path / "gpu_check.json").read_text())["tests"]
-        process.send_signal(number)
+        os.killpg(process.pid, number)  # as ``timeout`` and a terminal do
         lines = process.stdout.read().decode().splitlines()
     assert process.returncode == 128 + number
     assert lines[-1] == "failed: tests"
+    assert "Steps that have not ended: growth, growth, compiled." in lines
+    assert (tmp_path / "log.txt").read_text().splitlines() == lines
     results = json.loads((tmp_path / "gpu_check.json").read_text())
     assert results.keys() == {"tests"}  # nothing is begun after the signal
     assert results["tests"]["counts"] == {"passed": 1, "failed": 1}
@@ -289,6 +302,53 @@ def test_no_fault_of_the_table_or_of_a_step_costs_the_others(check, tmp_path, mo
     assert all(found["error"] == "OSError: no more processes" for found in results.values())
     text = (tmp_path / "gpu_check.md").read_text()
     assert text == "There is no table: OSError: no more processes\n"
+
+
+def run_without_steps(folder, output):
+    """Status and standard error of a check of all steps, without their work."""
+    words = [sys.executable, "-c", WITHOUT_STEPS, str(folder)]
+    env = {"PATH": "/usr/bin:/bin"}  # and so the output is buffered
+    run = subprocess.run(
+        words, cwd=ROOT, env=env, stdout=output, stderr=subprocess.PIPE, text=True, check=False
+    )
+    return run.returncode, run.stderr
+
+
+def test_where_nobody_reads_the_output_every_step_runs_and_the_log_has_it_all(check, tmp_path):
+    reads, writes = os.pipe()
+    os.close(reads)
+    assert run_without_steps(tmp_path, writes) == (0, "")
+    os.close(writes)
+    names = set(check.steps_of(check.MACHINES["cpu"]))
+    assert json.loads((tmp_path / "gpu_check.json").read_text()).keys() == names
+    log = (tmp_path / "log.txt").read_text()
+    assert all(f'{name} `{{"of": "{name}"' in log for name in names)
+    assert (tmp_path / "gpu_check.md").read_text() in log
+    assert log.splitlines()[-1] == "failed: nothing"
+
+
+def test_on_a_full_disk_every_step_runs_and_the_output_has_it_all(check, tmp_path):
+    for name in ("log.txt", "gpu_check.json.new", "gpu_check.md.new"):
+        (tmp_path / name).symlink_to("/dev/full")
+    with (tmp_path / "output").open("w") as output:
+        assert run_without_steps(tmp_path, output) == (0, "")
+    text = (tmp_path / "output").read_text()
+    names = set(check.steps_of(check.MACHINES["cpu"]))
+    assert all(f'{name} `{{"of": "{name}"' in text for name in names)
+    assert text.endswith("failed: nothing\n")
+
+
+def test_results_of_earlier_runs_are_renamed_once(check, tmp_path):
+    names = ["gpu_check.json", "gpu_check.md", "golden-cuda-torch-2.11.0.json", "golden-notes.txt"]
+    for name in names:
+        (tmp_path / name).write_text(name)
+    check.set_aside(tmp_path)
+    check.set_aside(tmp_path)
+    found = {path.name: path.read_text() for path in tmp_path.iterdir()}
+    assert sorted(found.values()) == sorted(names)
+    assert not found.keys() & set(names[:3])
+    assert "golden-notes.txt" in found
+    assert all(re.sub(r"-\d{15,}", "", name) == text for name, text in found.items())
 
 
 def test_a_long_result_is_cut_between_values_and_an_error_keeps_its_last_lines(check):

@@ -122,7 +122,9 @@ def write(path: Path, device: str, histories: dict[str, object]) -> None:
     content = {"conditions": conditions(device), "metrics": METRICS, "histories": histories}
     text = json.dumps(content, indent=0).replace("\n", " ")
     path.parent.mkdir(parents=True, exist_ok=True)
-    path.write_text(text.replace("], [", "],\n[").replace("] }, ", "] },\n") + "\n")
+    new = path.with_name(f"{path.name}.new")  # so that no moment has half a file
+    new.write_text(text.replace("], [", "],\n[").replace("] }, ", "] },\n") + "\n")
+    new.replace(path)
 
 
 if __name__ == "__main__":

@@ -21,6 +21,7 @@ from tests.training.golden import (
     path_of,
     train,
     versions,
+    write,
 )
 
 SLOW = ("morphogenesis",)  # 5 s, the others 1 s each
@@ -90,3 +91,13 @@ def test_a_change_of_a_setting_is_found_on_any_processor():
     rows = golden_of("cpu")["histories"]["cartpole"]["rows"]
     changed = [[x if x is None else 1.01 * x for x in row] for row in rows]
     assert differences(changed, rows, compared=1)
+
+
+def test_a_file_that_cannot_be_written_leaves_the_one_before(tmp_path):
+    path = tmp_path / "golden.json"
+    write(path, "cpu", {"first": 1})
+    before = path.read_text()
+    (tmp_path / "golden.json.new").symlink_to("/dev/full")
+    with pytest.raises(OSError, match="No space left"):
+        write(path, "cpu", {"second": 2})
+    assert path.read_text() == before
