@@ -12,11 +12,14 @@ import torch
 from typing_extensions import override
 
 from esper_lightning.compiling.rehearsals import Rehearsal
-from esper_lightning.core.tensor_trees import map_tree, named_tensors
+from esper_lightning.core.tensor_trees import leaves, map_tree, named_tensors
 
 __all__ = ["Audit", "FirstRows", "FirstStep", "Whole"]
 
-_EVERY, _EVERY_RESULT = 256, 1024  # calls; before that, at every power of two
+# In so many calls one is compared, at an irregular place, for a change may come and go regularly;
+# before that, in each power of two and at a place between it and the next one.
+_EVERY, _EVERY_OF_LARGE, _EVERY_RESULT = 256, 32, 1024
+_LARGE = 2**16  # numbers in all arguments of a call, beside which a rehearsal takes no time
 _ROWS = 64
 _NEAR, _SMALL = 1e-3, 1e-5  # relative to the largest number of a tensor; absolute
 _MOST_APART = 0.01  # share of numbers that may differ: a draw between two actions is a tie at times
@@ -102,6 +105,7 @@ class Audit:
         self._sample, self._calls, self._suspects = sample, 0, False
         self._latest = 0  # number of the call that was right
         self._rehearsals: list[Rehearsal] = []
+        self._every = _EVERY
 
     def rehearse(self, function: _Function, args: tuple[Any, ...]) -> None:
         """Note what the function does with arguments of this kind, of which a program was made.
@@ -110,11 +114,17 @@ class Audit:
             Exception: Of the function, if it cannot be called apart from the program.
         """
         self._rehearsals.append(Rehearsal(function, self._sample.rehearsed(args)))
+        is_large = sum(leaf.numel() for leaf in leaves(args)) >= _LARGE
+        self._every = min(self._every, _EVERY_OF_LARGE if is_large else _EVERY)
 
     def is_due(self) -> bool:
         """Whether this call is to be compared."""
         self._calls += 1
-        return self._suspects or _is_at(self._calls, _EVERY)
+        return self._compares() or _is_at(self._calls, self._every)
+
+    def _compares(self) -> bool:
+        """Whether results of the present call are compared."""
+        return self._suspects or self._calls % _EVERY_RESULT == 0 or _is_power(self._calls)
 
     def counts(self) -> list[int]:
         """What decides when the next comparison is due, and what it would find."""
@@ -142,7 +152,7 @@ class Audit:
         """
         if (changed := self.changed(self._calls - 1)) is not None:
             return None, changed
-        if not (self._suspects or _is_at(self._calls, _EVERY_RESULT)):
+        if not self._compares():
             self._latest = self._calls
             return native(*args), None
         result = native(*self._sample.given(args))
@@ -174,9 +184,28 @@ class Audit:
         return f"(in {last - self._latest} calls at most)"
 
 
+def _is_power(number: int) -> bool:
+    """Whether a number is a power of two."""
+    return number & (number - 1) == 0
+
+
 def _is_at(number: int, every: int) -> bool:
-    """Whether a number is a power of two, or a multiple of a number."""
-    return number % every == 0 or number & (number - 1) == 0
+    """Whether a number is a power of two, or at the irregular place of its block of numbers.
+
+    A block has so many numbers, or those from one power of two to the next.
+    """
+    if _is_power(number):
+        return True
+    size = min(1 << number.bit_length() - 1, every)
+    start = number - number % size
+    return number - start == _mixed(start) % size
+
+
+def _mixed(number: int) -> int:
+    """A number that looks random, the same for the same number (the finalizer of MurmurHash3)."""
+    for factor, shift in ((0x85EBCA6B, 16), (0xC2B2AE35, 13)):
+        number = ((number ^ number >> shift) * factor) & 0xFFFFFFFF
+    return number ^ number >> 16
 
 
 def _difference(expected: Any, got: Any) -> tuple[str | None, bool]:

@@ -85,7 +85,7 @@ class RunEnvironments(Callback):
         self, trainer: Trainer, pl_module: LightningModule, exception: BaseException
     ) -> None:
         """Say the same of a run that an error or a signal ended, and close its environments."""
-        with suppress(Exception):  # of a function that raises since something has changed
+        with suppress(BaseException):  # the run ends by its own error, and environments are closed
             _call(pl_module, "look_at_stages")
         _call(pl_module, "close_environments")
 
