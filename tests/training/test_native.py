@@ -129,6 +129,14 @@ class RareBonus(CartPole):
         return transition._replace(reward=reward)
 
 
+@pytest.fixture
+def no_bonus():
+    """The variable as it is in a new process, in this test and after it."""
+    token = BONUS.set(1.0)
+    yield
+    BONUS.reset(token)
+
+
 class RaisesBonus(Callback):
     def on_train_batch_start(self, trainer, *_):
         BONUS.set(1.0 if trainer.global_step < 6 else 2.0)
@@ -150,6 +158,7 @@ class EndsTheProcess(RareBonus):
         return super().advance(state, action)
 
 
+@pytest.mark.usefixtures("no_bonus")
 def test_a_run_ends_by_its_own_error_whatever_a_last_look_meets(make_trainer):
     env = EndsTheProcess(num_envs=16)
     model = PPO(env, ppo=SMALL, total_env_steps=16 * SMALL.rollout_steps * 7, compile="auto")
@@ -157,6 +166,7 @@ def test_a_run_ends_by_its_own_error_whatever_a_last_look_meets(make_trainer):
         make_trainer(limit_val_batches=0, callbacks=[RaisesBonus(), Dies()]).fit(model)
 
 
+@pytest.mark.usefixtures("no_bonus")
 @pytest.mark.parametrize("end", [[], [Dies()]], ids=["end", "error"])
 def test_a_number_that_no_result_shows_is_told_at_the_end_of_a_run(make_trainer, caplog, end):
     env = RareBonus(num_envs=16)
