@@ -204,12 +204,10 @@ class PPO(CheckpointHooks):
                 learning_rate = schedule_learning_rate(self._optimizer, self.ppo, progress=done)
                 update = learner.update(targets, learning_rate=learning_rate)
         with profile("logging"):
-            if self.obs_normalizer is not None:
-                # Only after the update, so that acting and learning see the same statistics; but
-                # before the host waits for its metrics, while a GPU has other work to do.
-                sound = targets.healthy & update.finite.bool()
-                self.obs_normalizer.update(rollout.obs, self._ranks, where=sound)
             metrics = learner.to_host(rollout, targets, update, iteration=self.iteration + 1)
+            if self.obs_normalizer is not None:
+                # Only after the update, so that acting and learning see the same statistics.
+                self.obs_normalizer.update(rollout.obs, self._ranks)
             row = self.progress.finish_iteration(
                 metrics,
                 env_steps=rollout.reward.numel() * self._ranks.size,

@@ -151,8 +151,7 @@ class OnCuda:
         update = learner.update(targets, learning_rate=3e-4)
         counts["update"] = found.count() - before - sum(counts.values())
         if self.normalizer is not None:
-            sound = targets.healthy & update.finite.bool()
-            self.normalizer.update(rollout.obs, where=sound)
+            self.normalizer.update(rollout.obs)
         self.results = rollout, targets, update
         return counts
 
